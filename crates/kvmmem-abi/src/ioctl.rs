@@ -1,0 +1,62 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! The v1 ioctls of `/dev/kvmmem`, as the 2019 patch "add memory map/unmap support on the guest side" has them.
+
+/// Size in bytes of a page, of both virtual machines.
+pub const PAGE_SIZE: u64 = 4096;
+
+/// The secret that names a grant (`struct kvmi_map_mem_token`): 256 bits, used once.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct MapMemToken {
+    /// The token as the KVMI command GET_MAP_TOKEN returned it.
+    pub token: [u64; 4],
+}
+
+/// The argument of [`MEM_MAP`] (`struct kvmi_mem_map`), 48 bytes.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct MemMap {
+    /// The token that allows the mapping.
+    pub token: MapMemToken,
+    /// Guest-physical address in the target; the low 12 bits must be zero.
+    pub gpa: u64,
+    /// Address of the page in the calling process that is replaced; page-aligned.
+    pub gva: u64,
+}
+
+impl MemMap {
+    /// Size in bytes of the structure.
+    pub const SIZE: usize = 48;
+
+    /// Reads the structure from the bytes of a user's buffer.
+    pub fn from_bytes(bytes: &[u8; Self::SIZE]) -> Self {
+        let mut words = [0u64; Self::SIZE / 8];
+        let mut rest: &[u8] = bytes;
+        for word in &mut words {
+            if let Some((head, tail)) = rest.split_first_chunk::<8>() {
+                *word = u64::from_le_bytes(*head);
+                rest = tail;
+            }
+        }
+        let [t0, t1, t2, t3, gpa, gva] = words;
+        Self { token: MapMemToken { token: [t0, t1, t2, t3] }, gpa, gva }
+    }
+}
+
+/// `KVM_INTRO_MEM_MAP`: `_IOW('i', 1, struct kvmi_mem_map)`.
+pub const MEM_MAP: u32 = iow(b'i', 1, MemMap::SIZE as u32);
+
+/// `KVM_INTRO_MEM_UNMAP`: `_IOW('i', 2, unsigned long)`; the argument is the gva itself, not a pointer to it.
+pub const MEM_UNMAP: u32 = iow(b'i', 2, 8);
+
+/// `_IOW` of `<asm-generic/ioctl.h>`.
+const fn iow(kind: u8, nr: u8, size: u32) -> u32 {
+    const WRITE: u32 = 1;
+    (WRITE << 30) | (size << 16) | ((kind as u32) << 8) | nr as u32
+}
+
+const _: () = {
+    assert!(core::mem::size_of::<MemMap>() == MemMap::SIZE);
+    assert!(MEM_MAP == 0x4030_6901);
+    assert!(MEM_UNMAP == 0x4008_6902);
+};
