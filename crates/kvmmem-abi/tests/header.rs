@@ -85,7 +85,9 @@ fn has_c_compiler() -> bool {
 #[test]
 fn c_and_rust_agree() {
     if !has_c_compiler() {
-        eprintln!("SKIPPED c_and_rust_agree: no C compiler `cc`; install one (Debian: gcc and linux-libc-dev)");
+        eprintln!(
+            "SKIPPED c_and_rust_agree: no C compiler `cc`; install one (Debian: gcc and linux-libc-dev)"
+        );
         return;
     }
     let dir = std::env::temp_dir().join(format!("kvmmem-header-{}", std::process::id()));
