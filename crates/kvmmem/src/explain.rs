@@ -1,0 +1,65 @@
+//! What the error numbers of KVMI and of the device mean to somebody who looks at another VM's memory.
+
+use kvmmem_abi::errno::KvmError;
+use rustix::io::Errno;
+
+/// What a command's error means, and what to do about it.
+pub(crate) fn kvmi(error: KvmError) -> &'static str {
+    match error {
+        KvmError::Perm => "EPERM: the host does not allow it to this tool",
+        KvmError::NoEnt => "ENOENT: there is no such thing in the target",
+        KvmError::TooBig => "E2BIG: the request is too large",
+        KvmError::Again => "EAGAIN: too much is outstanding; use or let expire what you have, then ask again",
+        KvmError::NoMem => "ENOMEM: the host is out of memory",
+        KvmError::Fault => "EFAULT: an address leads nowhere",
+        KvmError::Busy => "EBUSY: in use; ask again",
+        KvmError::Inval => "EINVAL: the target has no memory there, or an argument is out of range",
+        KvmError::OpNotSupp => "EOPNOTSUPP: the host does not offer this command",
+        KvmError::NoSys => "ENOSYS: the host does not know this command",
+    }
+}
+
+/// What an errno of MAP means, and what to do about it.
+pub(crate) fn map(errno: Errno) -> &'static str {
+    match errno {
+        Errno::NOENT => "ENOENT: the token is unknown, used or expired; ask for a new one",
+        Errno::AGAIN => "EAGAIN: the host is busy; ask for a new token and try again",
+        Errno::BUSY => "EBUSY: in use; ask for a new token and try again",
+        Errno::ALREADY => "EALREADY: this page of the process is mapped already; unmap it first",
+        Errno::INVAL => {
+            "EINVAL: another process opened the device, or an address is unaligned or of unsuitable memory"
+        }
+        Errno::FAULT => "EFAULT: the target has no memory at this gpa",
+        Errno::NOMEM => {
+            "ENOMEM: out of memory, above RLIMIT_MEMLOCK (ulimit -l), or too many pages in this file"
+        }
+        Errno::PERM => "EPERM: the host does not allow it to this VM",
+        Errno::OPNOTSUPP => "EOPNOTSUPP: this host does not offer mapping; run kvmmem doctor",
+        Errno::NOTTY => "ENOTTY: this is not the kvmmem device",
+        _ => "unexpected",
+    }
+}
+
+/// What an errno of UNMAP means.
+pub(crate) fn unmap(errno: Errno) -> &'static str {
+    match errno {
+        Errno::NOENT => "ENOENT: nothing is mapped there",
+        Errno::INVAL => "EINVAL: another process (perhaps before fork) opened the device",
+        Errno::AGAIN | Errno::BUSY => "the page is in use; try again",
+        Errno::IO => "EIO: the host refused; the page stays out of use",
+        Errno::NOTTY => "ENOTTY: this is not the kvmmem device",
+        _ => "unexpected",
+    }
+}
+
+/// What to do when the device cannot be opened.
+pub(crate) fn open(error: &std::io::Error) -> &'static str {
+    match error.raw_os_error().map(Errno::from_raw_os_error) {
+        Some(Errno::NOENT | Errno::NODEV | Errno::NXIO) => {
+            ": is the module loaded (modprobe kvmmem), and does this VM's host offer mapping? See kvmmem doctor"
+        }
+        Some(Errno::ACCESS | Errno::PERM) => ": only root and members of the group kvmmem may open it",
+        Some(Errno::MFILE | Errno::NFILE) => ": too many open files (ulimit -n)",
+        _ => "",
+    }
+}

@@ -1,0 +1,359 @@
+//! A KVMI session with one virtual machine: the tool asks, the VM's side answers.
+
+use std::io::{self, Read, Write};
+use std::time::{Duration, Instant};
+
+use kvmmem_abi::errno::KvmError;
+use kvmmem_kvmi::command::EVENT;
+use kvmmem_kvmi::handshake::{HandshakeError, ToolHello, VmHello};
+use kvmmem_kvmi::message::{HEADER_SIZE, Header, MAX_PAYLOAD};
+use kvmmem_kvmi::reply::{self, DecodeError, Fixed, GuestInfo, MapToken, MaxGfn, Outcome, Version};
+use kvmmem_kvmi::request::{MAX_TRANSFER, Request};
+use kvmmem_kvmi::token::Token;
+
+use crate::explain;
+use crate::stream::{Stream, Until};
+
+/// Within this the handshake must be over.
+const HANDSHAKE_LIMIT: Duration = Duration::from_secs(10);
+
+/// Within this a reply must be there.
+const REPLY_LIMIT: Duration = Duration::from_secs(15);
+
+/// Why a session could not be started, or a command failed.
+#[derive(Debug, thiserror::Error)]
+pub enum SessionError {
+    /// The handshake failed.
+    #[error("the handshake failed")]
+    Handshake(#[from] HandshakeError),
+    /// The other side speaks an older protocol.
+    #[error("the other side speaks KVMI version {found:#x}; at least 0x1 is needed")]
+    Version {
+        /// What it said.
+        found: u32,
+    },
+    /// The other side answered with an error; the session goes on.
+    #[error("{operation}: {}", explain::kvmi(*error))]
+    Refused {
+        /// What was asked for.
+        operation: Operation,
+        /// The answer.
+        error: KvmError,
+    },
+    /// The range passes the end of the address space.
+    #[error("{len:#x} bytes from gpa {gpa:#x} on pass the end of the address space")]
+    Range {
+        /// First guest-physical address.
+        gpa: u64,
+        /// Length in bytes.
+        len: usize,
+    },
+    /// The socket failed, was closed, or no answer came in time; the session is over.
+    #[error("{operation}: the connection failed")]
+    Connection {
+        /// What was asked for.
+        operation: Operation,
+        /// The system's answer.
+        #[source]
+        source: io::Error,
+    },
+    /// The answer does not fit the question; the session is over.
+    #[error("{operation}: the answer (id {id:#x}, seq {seq:#x}, {size:#x} bytes) does not fit")]
+    Answer {
+        /// What was asked for.
+        operation: Operation,
+        /// The answer's command number.
+        id: u16,
+        /// The answer's sequence number.
+        seq: u32,
+        /// The size of the answer's payload or data in bytes.
+        size: usize,
+    },
+    /// The answer cannot be decoded; the session is over.
+    #[error("{operation}: the answer cannot be decoded")]
+    Decode {
+        /// What was asked for.
+        operation: Operation,
+        /// What is wrong with it.
+        #[source]
+        source: DecodeError,
+    },
+    /// An earlier error ended the session.
+    #[error("{operation}: an earlier error ended this session; wait for a new connection")]
+    Over {
+        /// What was asked for.
+        operation: Operation,
+    },
+}
+
+/// A command with its arguments, for messages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Operation {
+    /// GET_VERSION.
+    GetVersion,
+    /// GET_GUEST_INFO.
+    GetGuestInfo,
+    /// GET_MAX_GFN.
+    GetMaxGfn,
+    /// GET_MAP_TOKEN.
+    GetMapToken,
+    /// READ_PHYSICAL of `len` bytes at `gpa`.
+    Read {
+        /// First guest-physical address.
+        gpa: u64,
+        /// Length in bytes.
+        len: usize,
+    },
+    /// WRITE_PHYSICAL of `len` bytes at `gpa`.
+    Write {
+        /// First guest-physical address.
+        gpa: u64,
+        /// Length in bytes.
+        len: usize,
+    },
+}
+
+impl std::fmt::Display for Operation {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::GetVersion => f.write_str("GET_VERSION"),
+            Self::GetGuestInfo => f.write_str("GET_GUEST_INFO"),
+            Self::GetMaxGfn => f.write_str("GET_MAX_GFN"),
+            Self::GetMapToken => f.write_str("GET_MAP_TOKEN"),
+            Self::Read { gpa, len } => write!(f, "READ_PHYSICAL of {len:#x} bytes at gpa {gpa:#x}"),
+            Self::Write { gpa, len } => write!(f, "WRITE_PHYSICAL of {len:#x} bytes at gpa {gpa:#x}"),
+        }
+    }
+}
+
+/// A connection to one virtual machine, after the handshake.
+#[derive(Debug)]
+pub struct Session {
+    stream: Stream,
+    hello: VmHello,
+    version: Version,
+    next_seq: u32,
+    is_over: bool,
+    outbox: Vec<u8>,
+    inbox: Inbox,
+}
+
+impl Session {
+    /// Carries out the tool's side of the handshake and checks the version.
+    pub(crate) fn start(mut stream: Stream) -> Result<Self, SessionError> {
+        let deadline = Instant::now() + HANDSHAKE_LIMIT;
+        let mut until = Until { stream: &mut stream, deadline };
+        let hello = VmHello::receive(&mut until)?;
+        ToolHello::default().send(&mut until)?;
+        stream.set_timeouts(REPLY_LIMIT).map_err(HandshakeError::from)?;
+        let mut session = Self {
+            stream,
+            hello,
+            version: Version::OURS,
+            next_seq: 1,
+            is_over: false,
+            outbox: Vec::with_capacity(HEADER_SIZE + MAX_PAYLOAD),
+            inbox: Inbox::new(),
+        };
+        session.version = session.fixed(Operation::GetVersion, &Request::GetVersion)?;
+        match session.version.version.get() {
+            0 => Err(SessionError::Version { found: 0 }),
+            _ => Ok(session),
+        }
+    }
+
+    /// The VM's name, as its side introduced it. It may hold any characters: escape it before printing.
+    pub fn name(&self) -> &str {
+        &self.hello.name
+    }
+
+    /// The VM's UUID, in the order in which it is printed.
+    pub fn uuid(&self) -> [u8; 16] {
+        self.hello.uuid
+    }
+
+    /// When the VM was started, milliseconds since the epoch.
+    pub fn start_time_ms(&self) -> i64 {
+        self.hello.start_time_ms
+    }
+
+    /// The protocol's version and the host's optional features.
+    pub fn version(&self) -> Version {
+        self.version
+    }
+
+    /// GET_GUEST_INFO: the number of vCPUs.
+    pub fn guest_info(&mut self) -> Result<GuestInfo, SessionError> {
+        self.fixed(Operation::GetGuestInfo, &Request::GetGuestInfo)
+    }
+
+    /// GET_MAX_GFN: the highest frame number that is backed by memory.
+    pub fn max_gfn(&mut self) -> Result<u64, SessionError> {
+        let reply: MaxGfn = self.fixed(Operation::GetMaxGfn, &Request::GetMaxGfn)?;
+        Ok(reply.gfn.get())
+    }
+
+    /// GET_MAP_TOKEN: a token for one [`crate::Device::map`], good for about 3 seconds.
+    pub fn map_token(&mut self) -> Result<Token, SessionError> {
+        let reply: MapToken = self.fixed(Operation::GetMapToken, &Request::GetMapToken)?;
+        self.inbox.wipe();
+        Ok(reply.token())
+    }
+
+    /// Fills `buf` from guest-physical address `gpa` on, with one READ_PHYSICAL for each page touched.
+    ///
+    /// Where it fails, the bytes before the page in question have been filled.
+    pub fn read_physical(&mut self, gpa: u64, buf: &mut [u8]) -> Result<(), SessionError> {
+        check_range(gpa, buf.len())?;
+        let (mut gpa, mut rest) = (gpa, buf);
+        while !rest.is_empty() {
+            let (part, after) = rest.split_at_mut(part_len(gpa, rest.len()));
+            let operation = Operation::Read { gpa, len: part.len() };
+            let size = u16::try_from(part.len()).unwrap_or(u16::MAX);
+            let data = self.call(operation, &Request::ReadPhysical { gpa, size })?;
+            let Some(data) = data.get(..part.len()) else {
+                let (id, size) = (kvmmem_kvmi::command::READ_PHYSICAL, data.len());
+                self.is_over = true;
+                return Err(SessionError::Answer { operation, id, seq: self.next_seq.wrapping_sub(1), size });
+            };
+            part.copy_from_slice(data);
+            gpa = gpa.wrapping_add(part.len() as u64);
+            rest = after;
+        }
+        Ok(())
+    }
+
+    /// Writes `bytes` to guest-physical address `gpa` on, with one WRITE_PHYSICAL for each page touched.
+    ///
+    /// Where it fails, the bytes before the page in question have been written.
+    pub fn write_physical(&mut self, gpa: u64, bytes: &[u8]) -> Result<(), SessionError> {
+        check_range(gpa, bytes.len())?;
+        let (mut gpa, mut rest) = (gpa, bytes);
+        while !rest.is_empty() {
+            let (part, after) = rest.split_at(part_len(gpa, rest.len()));
+            let operation = Operation::Write { gpa, len: part.len() };
+            self.call(operation, &Request::WritePhysical { gpa, data: part })?;
+            gpa = gpa.wrapping_add(part.len() as u64);
+            rest = after;
+        }
+        Ok(())
+    }
+
+    fn fixed<T: Fixed>(&mut self, operation: Operation, request: &Request<'_>) -> Result<T, SessionError> {
+        self.call(operation, request).map(T::decode)
+    }
+
+    /// Sends a request and returns the data of its answer.
+    fn call(&mut self, operation: Operation, request: &Request<'_>) -> Result<&[u8], SessionError> {
+        if self.is_over {
+            return Err(SessionError::Over { operation });
+        }
+        let seq = self.next_seq;
+        self.next_seq = self.next_seq.wrapping_add(1);
+        self.outbox.clear();
+        // Only arguments that break the command's rules fail here, before anything was sent.
+        request.encode(seq, &mut self.outbox).map_err(|error| SessionError::Refused { operation, error })?;
+
+        // Until a whole, fitting answer has been read, the stream is not at the start of a message.
+        self.is_over = true;
+        let failed = |source| SessionError::Connection { operation, source };
+        self.stream.write_all(&self.outbox).map_err(failed)?;
+        let (header, payload) = self.inbox.answer(&mut self.stream).map_err(failed)?;
+        let (id, answered) = (header.id.get(), header.seq.get());
+        if (id, answered) != (request.id(), seq) {
+            return Err(SessionError::Answer { operation, id, seq: answered, size: payload.len() });
+        }
+        let outcome = reply::decode(payload).map_err(|source| SessionError::Decode { operation, source })?;
+        self.is_over = false;
+        match outcome {
+            Outcome::Done(data) => Ok(data),
+            Outcome::Failed(error) => Err(SessionError::Refused { operation, error }),
+        }
+    }
+}
+
+/// Bytes received, one message at most: a tool has one question outstanding.
+#[derive(Debug)]
+struct Inbox {
+    bytes: Vec<u8>,
+    /// Where the message ends that was returned last, and where the next one starts.
+    start: usize,
+    end: usize,
+}
+
+impl Inbox {
+    fn new() -> Self {
+        Self { bytes: vec![0; 2 * (HEADER_SIZE + MAX_PAYLOAD)], start: 0, end: 0 }
+    }
+
+    /// Reads up to and including the next message that is not an event.
+    ///
+    /// Nothing that a [`Session`] asks for makes events, so those that come are dropped.
+    fn answer(&mut self, stream: &mut impl Read) -> io::Result<(Header, &[u8])> {
+        let deadline = Instant::now() + REPLY_LIMIT;
+        loop {
+            let (header, size) = self.message(stream, deadline)?;
+            let start = self.start + HEADER_SIZE;
+            self.start = start + size;
+            if header.id.get() != EVENT {
+                let payload = self.bytes.get(start..start + size).ok_or(io::ErrorKind::InvalidData)?;
+                return Ok((header, payload));
+            }
+            tracing::debug!(size, "dropped an event");
+        }
+    }
+
+    /// Reads until a whole message is there, from `start` on; returns its header and the size of its payload.
+    fn message(&mut self, stream: &mut impl Read, deadline: Instant) -> io::Result<(Header, usize)> {
+        self.bytes.copy_within(self.start..self.end, 0);
+        self.end -= self.start;
+        self.start = 0;
+        loop {
+            let received = self.bytes.get(..self.end).unwrap_or_default();
+            if let Some(header) = Header::parse(received) {
+                let size = usize::from(header.size.get());
+                if size > MAX_PAYLOAD {
+                    return Err(io::Error::new(
+                        io::ErrorKind::InvalidData,
+                        format!("a message of {size:#x} bytes"),
+                    ));
+                }
+                if received.len() - HEADER_SIZE >= size {
+                    return Ok((header, size));
+                }
+            }
+            if Instant::now() >= deadline {
+                return Err(io::ErrorKind::TimedOut.into());
+            }
+            let free = self.bytes.get_mut(self.end..).unwrap_or_default();
+            match stream.read(free) {
+                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok(count) => self.end += count,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                // What a socket's own time limit looks like.
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    return Err(io::ErrorKind::TimedOut.into());
+                }
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    /// Overwrites what was received, which held a secret.
+    fn wipe(&mut self) {
+        if let Some(read) = self.bytes.get_mut(..self.start) {
+            zeroize::Zeroize::zeroize(read);
+        }
+    }
+}
+
+/// Bytes up to the end of the page, at most `len`.
+fn part_len(gpa: u64, len: usize) -> usize {
+    usize::try_from(MAX_TRANSFER - gpa % MAX_TRANSFER).map_or(len, |left| left.min(len))
+}
+
+fn check_range(gpa: u64, len: usize) -> Result<(), SessionError> {
+    // The last byte may be the address space's last one.
+    let last = (len as u64).checked_sub(1).map_or(Some(gpa), |more| gpa.checked_add(more));
+    last.map(|_| ()).ok_or(SessionError::Range { gpa, len })
+}
