@@ -1,0 +1,113 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! What the broker has pushed to a VMM: targets, and tokens for them.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use kvmmem_kvmi::token::Token;
+use subtle::ConstantTimeEq;
+
+use super::Target;
+
+#[derive(Debug, Default)]
+pub(super) struct Cache {
+    targets: HashMap<u64, Arc<Target>>,
+    grants: Vec<Grant>,
+}
+
+#[derive(Debug)]
+struct Grant {
+    token: Token,
+    target: u64,
+    expires: Instant,
+}
+
+impl Cache {
+    /// Keeps a target; one that had its number before is forgotten.
+    pub(super) fn insert_target(&mut self, target: Target) {
+        self.targets.insert(target.id, Arc::new(target));
+    }
+
+    /// A target by its number.
+    pub(super) fn target(&self, id: u64) -> Option<Arc<Target>> {
+        self.targets.get(&id).cloned()
+    }
+
+    /// Keeps a token for `lifetime`. The broker bounds how many are outstanding; the expired ones go here.
+    pub(super) fn grant(&mut self, now: Instant, token: Token, target: u64, lifetime: Duration) {
+        self.grants.retain(|grant| grant.expires > now);
+        if let Some(expires) = now.checked_add(lifetime) {
+            self.grants.push(Grant { token, target, expires });
+        }
+    }
+
+    /// Takes a token out, used up from now on, and says which target it is for. Takes as long for a wrong token as
+    /// for a right one.
+    pub(super) fn claim(&mut self, now: Instant, token: &Token) -> Option<Arc<Target>> {
+        self.grants.retain(|grant| grant.expires > now);
+        let mut found = None;
+        for (index, grant) in self.grants.iter().enumerate() {
+            if bool::from(grant.token.ct_eq(token)) {
+                found = Some(index);
+            }
+        }
+        let grant = self.grants.swap_remove(found?);
+        self.target(grant.target)
+    }
+
+    /// Forgets a target and its tokens.
+    pub(super) fn forget(&mut self, target: u64) {
+        self.targets.remove(&target);
+        self.grants.retain(|grant| grant.target != target);
+    }
+
+    /// Forgets everything.
+    pub(super) fn clear(&mut self) {
+        self.targets.clear();
+        self.grants.clear();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::map::{MemoryMap, Region};
+    use uuid::Uuid;
+
+    fn target(id: u64) -> Target {
+        let map = MemoryMap::new(vec![Region { gpa: 0, len: 4096, offset: 0 }]).unwrap();
+        let ram = std::fs::File::open("/dev/null").unwrap().into();
+        Target { id, name: "t".into(), uuid: Uuid::nil(), map, ram }
+    }
+
+    #[test]
+    fn a_token_is_claimed_once_before_it_expires() {
+        let (mut cache, now) = (Cache::default(), Instant::now());
+        let token = Token::new([1, 2, 3, 4]);
+        cache.insert_target(target(5));
+        cache.grant(now, token.clone(), 5, Duration::from_secs(3));
+        assert!(cache.claim(now, &Token::new([1, 2, 3, 5])).is_none());
+        assert_eq!(cache.claim(now, &token).unwrap().id(), 5);
+        assert!(cache.claim(now, &token).is_none());
+
+        cache.grant(now, token.clone(), 5, Duration::from_secs(3));
+        assert!(cache.claim(now + Duration::from_secs(3), &token).is_none());
+        assert!(cache.grants.is_empty());
+    }
+
+    #[test]
+    fn a_target_that_is_gone_takes_its_tokens_along() {
+        let (mut cache, now) = (Cache::default(), Instant::now());
+        cache.insert_target(target(5));
+        cache.insert_target(target(6));
+        for id in [5, 6] {
+            cache.grant(now, Token::new([id, 0, 0, 0]), id, Duration::from_secs(3));
+        }
+        cache.forget(5);
+        assert!(cache.claim(now, &Token::new([5, 0, 0, 0])).is_none());
+        assert!(cache.claim(now, &Token::new([6, 0, 0, 0])).is_some());
+        cache.clear();
+        assert!(cache.target(6).is_none());
+    }
+}

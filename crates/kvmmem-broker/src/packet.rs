@@ -1,0 +1,199 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! Packets over a unix SOCK_SEQPACKET socket: one JSON object each, with at most one file descriptor.
+
+use std::io::{IoSlice, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+use std::time::Duration;
+
+use rustix::io::Errno;
+use rustix::net::sockopt::{Timeout, set_socket_timeout};
+use rustix::net::{
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, Shutdown, SocketAddrUnix, SocketFlags, SocketType,
+};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use zeroize::{Zeroize, Zeroizing};
+
+use crate::wire::MAX_PACKET;
+
+/// Why a packet did not get through.
+#[derive(Debug, thiserror::Error)]
+pub enum PacketError {
+    /// The socket could not be made or connected.
+    #[error("cannot connect")]
+    Connect(#[source] Errno),
+    /// Sending failed; `AGAIN` where the peer does not read.
+    #[error("cannot send a packet")]
+    Send(#[source] Errno),
+    /// Receiving failed; `AGAIN` where nothing came in time.
+    #[error("cannot receive a packet")]
+    Receive(#[source] Errno),
+    /// The packet is larger than [`MAX_PACKET`].
+    #[error("packet is larger than {MAX_PACKET:#x} bytes")]
+    TooLong,
+    /// The packet brought more than one file descriptor.
+    #[error("packet brought more than one file descriptor")]
+    TooManyFds,
+    /// The packet is not the JSON object that was expected.
+    #[error("packet is malformed")]
+    Malformed(#[source] serde_json::Error),
+    /// The message cannot be written as JSON.
+    #[error("message cannot be written")]
+    Encode(#[source] serde_json::Error),
+}
+
+/// Whether to wait for a peer that does not read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wait {
+    /// Up to the socket's limit.
+    Limited,
+    /// Not at all.
+    No,
+}
+
+/// One end of a connection. All methods may be called from several threads; a packet is never interleaved.
+#[derive(Debug)]
+pub struct PacketSocket {
+    fd: OwnedFd,
+}
+
+/// Where packets are received into; wiped after each.
+pub struct PacketBuffer(Vec<u8>);
+
+impl Default for PacketBuffer {
+    fn default() -> Self {
+        Self(vec![0; MAX_PACKET])
+    }
+}
+
+impl PacketSocket {
+    /// Connects to the socket at `path`; no step of it, nor a send later, waits longer than `limit`.
+    ///
+    /// # Errors
+    /// [`PacketError::Connect`].
+    pub fn connect(path: &Path, limit: Duration) -> Result<Self, PacketError> {
+        let socket = || -> Result<Self, Errno> {
+            let address = SocketAddrUnix::new(path)?;
+            let fd = rustix::net::socket_with(
+                AddressFamily::UNIX,
+                SocketType::SEQPACKET,
+                SocketFlags::CLOEXEC,
+                None,
+            )?;
+            set_socket_timeout(&fd, Timeout::Send, Some(limit))?;
+            rustix::net::connect(&fd, &address)?;
+            Ok(Self { fd })
+        };
+        socket().map_err(PacketError::Connect)
+    }
+
+    /// The connection that `accept` returned; a send waits at most `limit`.
+    ///
+    /// # Errors
+    /// [`PacketError::Connect`].
+    pub fn accepted(fd: OwnedFd, limit: Duration) -> Result<Self, PacketError> {
+        set_socket_timeout(&fd, Timeout::Send, Some(limit)).map_err(PacketError::Connect)?;
+        Ok(Self { fd })
+    }
+
+    /// Limits how long [`Self::receive`] waits; `None` for ever.
+    ///
+    /// # Errors
+    /// [`PacketError::Receive`].
+    pub fn limit_receive(&self, limit: Option<Duration>) -> Result<(), PacketError> {
+        set_socket_timeout(&self.fd, Timeout::Recv, limit).map_err(PacketError::Receive)
+    }
+
+    /// Sends one message, with `fd` beside it.
+    ///
+    /// # Errors
+    /// [`PacketError::Send`], [`PacketError::TooLong`], [`PacketError::Encode`].
+    pub fn send(
+        &self,
+        message: &impl Serialize,
+        fd: Option<BorrowedFd<'_>>,
+        wait: Wait,
+    ) -> Result<(), PacketError> {
+        // Tokens are among what is sent: reserved at its full size, so that no copy stays behind in a smaller buffer.
+        let mut bytes = Zeroizing::new(Vec::with_capacity(MAX_PACKET));
+        serde_json::to_writer(&mut *bytes, message).map_err(PacketError::Encode)?;
+        if bytes.len() > MAX_PACKET {
+            return Err(PacketError::TooLong);
+        }
+        let mut flags = SendFlags::NOSIGNAL;
+        if wait == Wait::No {
+            flags |= SendFlags::DONTWAIT;
+        }
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        let fds: Vec<BorrowedFd<'_>> = fd.into_iter().collect();
+        if !fds.is_empty() {
+            // There is room: the space is made for one.
+            let _ = control.push(SendAncillaryMessage::ScmRights(&fds));
+        }
+        loop {
+            match rustix::net::sendmsg(&self.fd, &[IoSlice::new(&bytes)], &mut control, flags) {
+                Ok(_) => return Ok(()),
+                Err(Errno::INTR) => {}
+                Err(error) => return Err(PacketError::Send(error)),
+            }
+        }
+    }
+
+    /// Receives one message and the file descriptor beside it; `None` when the peer has closed.
+    ///
+    /// # Errors
+    /// [`PacketError::Receive`], [`PacketError::TooLong`], [`PacketError::TooManyFds`], [`PacketError::Malformed`].
+    pub fn receive<T: DeserializeOwned>(
+        &self,
+        buffer: &mut PacketBuffer,
+    ) -> Result<Option<(T, Option<OwnedFd>)>, PacketError> {
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut control = RecvAncillaryBuffer::new(&mut space);
+        let received = loop {
+            let mut slices = [IoSliceMut::new(&mut buffer.0)];
+            match rustix::net::recvmsg(&self.fd, &mut slices, &mut control, RecvFlags::CMSG_CLOEXEC) {
+                Ok(received) => break received,
+                Err(Errno::INTR) => {}
+                // How a peer that went away with unread packets shows itself.
+                Err(Errno::CONNRESET) => return Ok(None),
+                Err(error) => return Err(PacketError::Receive(error)),
+            }
+        };
+        // Alignment leaves room for two descriptors; the kernel drops those that do not fit and says so.
+        let mut fds: Vec<OwnedFd> = Vec::new();
+        for message in control.drain() {
+            if let RecvAncillaryMessage::ScmRights(rights) = message {
+                fds.extend(rights);
+            }
+        }
+        let bytes = buffer.0.get_mut(..received.bytes).unwrap_or_default();
+        if bytes.is_empty() {
+            return Ok(None);
+        }
+        let parsed = serde_json::from_slice(bytes);
+        bytes.zeroize();
+        if received.flags.contains(ReturnFlags::TRUNC) {
+            return Err(PacketError::TooLong);
+        }
+        if fds.len() > 1 || received.flags.contains(ReturnFlags::CTRUNC) {
+            return Err(PacketError::TooManyFds);
+        }
+        Ok(Some((parsed.map_err(PacketError::Malformed)?, fds.pop())))
+    }
+
+    /// Ends the connection: wakes whoever receives on it, here and at the peer.
+    pub fn shut_down(&self) {
+        // It fails only where the connection has ended already.
+        let _ = rustix::net::shutdown(&self.fd, Shutdown::Both);
+    }
+}
+
+impl AsFd for PacketSocket {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}

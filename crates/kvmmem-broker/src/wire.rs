@@ -1,0 +1,271 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! What travels between the broker and its peers, VMMs and the command line: one JSON object per packet.
+//!
+//! A peer sends [`Request`]s; each carries an id of the peer's choice, which the answer repeats. The broker also
+//! *pushes*: [`FromBroker::Target`] always precedes the first use of that target's id on a connection. File
+//! descriptors travel beside their packet, at most one: the RAM's memfd with [`Call::Register`] of an introspectable
+//! VM and with [`FromBroker::Target`], none with all else.
+
+use std::fmt;
+
+use kvmmem_kvmi::token::Token;
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use crate::endpoint::Endpoint;
+pub use crate::map::Region;
+
+/// The largest packet, bytes.
+pub const MAX_PACKET: usize = 64 * 1024;
+
+/// What a VMM says of its VM.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Registration {
+    /// Name, unique on the host: 1 to 63 bytes, no control characters.
+    pub name: String,
+    /// UUID, unique on the host.
+    pub uuid: Uuid,
+    /// Number of vCPUs.
+    pub vcpus: u32,
+    /// When the VM was started, milliseconds since the epoch.
+    pub start_time_ms: i64,
+    /// Its vsock context id, where it has one.
+    pub cid: Option<u32>,
+    /// Whether others may look at this VM; its RAM's memfd then comes with the request.
+    pub introspectable: bool,
+    /// Whether this VM may map the memory of others.
+    pub introspector: bool,
+    /// Where its RAM is; empty unless introspectable.
+    pub regions: Vec<Region>,
+}
+
+/// A request and its id.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Request {
+    /// Repeated by the answer.
+    pub id: u64,
+    /// What is asked for.
+    #[serde(flatten)]
+    pub call: Call,
+}
+
+/// What a peer asks for.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(tag = "call", rename_all = "snake_case")]
+pub enum Call {
+    /// Registers a VM; it stays as long as this connection. Answer: [`Answer::Registered`].
+    Register(Registration),
+    /// Trades a token for a target. Answer: [`Answer::Redeemed`] or [`Answer::Pushed`].
+    Redeem {
+        /// The token.
+        #[serde(with = "token_text")]
+        token: Token,
+    },
+    /// Tells that a pushed token has been used. One way: never answered.
+    Used {
+        /// The token.
+        #[serde(with = "token_text")]
+        token: Token,
+    },
+    /// Lists the VMs whose id is above `after`. Answer: [`Answer::Targets`].
+    Targets {
+        /// The last id of the page before; 0 for the first page.
+        after: u64,
+    },
+    /// Connects a target to a tool that listens for KVMI, and again whenever that connection ends.
+    /// Answer: [`Answer::Done`].
+    Hook {
+        /// Name or UUID of the target.
+        target: String,
+        /// Where the tool listens.
+        endpoint: Endpoint,
+    },
+    /// Undoes a hook and closes its connection. Answer: [`Answer::Done`].
+    Unhook {
+        /// Name or UUID of the target.
+        target: String,
+        /// The hook's endpoint.
+        endpoint: Endpoint,
+    },
+}
+
+/// What the broker sends.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "snake_case")]
+pub enum FromBroker {
+    /// A request succeeded.
+    Answer {
+        /// The request's id.
+        id: u64,
+        /// What it asked for.
+        answer: Answer,
+    },
+    /// A request failed; id 0 where the packet could not be read, and the connection is then closed.
+    Refused {
+        /// The request's id.
+        id: u64,
+        /// Which kind of failure.
+        refusal: Refusal,
+        /// The failure in words.
+        message: String,
+    },
+    /// Push: introduces a target. Its RAM's memfd comes with it.
+    Target {
+        /// The number by which the broker names it on this connection.
+        id: u64,
+        /// Its name.
+        name: String,
+        /// Its UUID.
+        uuid: Uuid,
+        /// Where its RAM is.
+        regions: Vec<Region>,
+    },
+    /// Push: a token of which this connection's VM is the only holder.
+    Granted {
+        /// The token.
+        #[serde(with = "token_text")]
+        token: Token,
+        /// Number of the target.
+        target: u64,
+        /// How long the token lives, milliseconds.
+        expires_in_ms: u64,
+    },
+    /// Push: the target is no longer there, and its tokens are void.
+    Gone {
+        /// Number of the target.
+        target: u64,
+    },
+}
+
+/// The outcome of a request that succeeded.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Answer {
+    /// Nothing more to say.
+    Done,
+    /// The VM is registered.
+    Registered {
+        /// Its number.
+        vm: u64,
+    },
+    /// The token was good, and is used up now.
+    Redeemed {
+        /// Number of the target.
+        target: u64,
+    },
+    /// The token was pushed to this connection ([`FromBroker::Granted`], earlier in the stream): the peer has it.
+    Pushed,
+    /// A page of VMs.
+    Targets {
+        /// The VMs, by ascending id.
+        targets: Vec<TargetInfo>,
+        /// Whether there are more.
+        more: bool,
+    },
+}
+
+/// A registered VM, as a list shows it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TargetInfo {
+    /// Its number.
+    pub id: u64,
+    /// Its name.
+    pub name: String,
+    /// Its UUID.
+    pub uuid: Uuid,
+    /// Number of vCPUs.
+    pub vcpus: u32,
+    /// When it was started, milliseconds since the epoch.
+    pub start_time_ms: i64,
+    /// Its vsock context id.
+    pub cid: Option<u32>,
+    /// Whether others may look at it.
+    pub introspectable: bool,
+    /// Whether it may map the memory of others.
+    pub introspector: bool,
+    /// RAM that others may look at, bytes.
+    pub memory_bytes: u64,
+    /// Process id of its VMM.
+    pub pid: u32,
+    /// Its hooks.
+    pub hooks: Vec<HookInfo>,
+}
+
+/// A hook, as a list shows it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HookInfo {
+    /// Where the tool listens.
+    pub endpoint: Endpoint,
+    /// Whether a tool is connected now.
+    pub connected: bool,
+}
+
+/// Why a request was refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Refusal {
+    /// The packet is not one of this protocol's.
+    Malformed,
+    /// An argument breaks a rule.
+    Invalid,
+    /// The name, the UUID, the context id or the hook exists already.
+    Exists,
+    /// There is no such target, hook or token.
+    Unknown,
+    /// This connection may not do that.
+    Denied,
+    /// A limit is reached.
+    Limit,
+    /// The peer does not read what the broker sends.
+    Busy,
+}
+
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Malformed => "malformed",
+            Self::Invalid => "invalid",
+            Self::Exists => "exists",
+            Self::Unknown => "unknown",
+            Self::Denied => "denied",
+            Self::Limit => "limit",
+            Self::Busy => "busy",
+        })
+    }
+}
+
+/// A token as 64 hexadecimal digits: its 32 bytes in the order of the wire.
+mod token_text {
+    use kvmmem_kvmi::token::Token;
+    use serde::de::Error;
+    use serde::{Deserialize, Deserializer, Serializer};
+    use zeroize::Zeroizing;
+
+    pub(super) fn serialize<S: Serializer>(token: &Token, serializer: S) -> Result<S::Ok, S::Error> {
+        const DIGITS: &[u8; 16] = b"0123456789abcdef";
+        let digit = |nibble: u8| char::from(DIGITS[usize::from(nibble & 0xf)]);
+        let bytes = Zeroizing::new(token.to_bytes());
+        let mut text = Zeroizing::new(String::with_capacity(2 * Token::SIZE));
+        for byte in bytes.iter() {
+            text.push(digit(byte >> 4));
+            text.push(digit(*byte));
+        }
+        serializer.serialize_str(&text)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Token, D::Error> {
+        let text = Zeroizing::new(String::deserialize(deserializer)?);
+        let wrong = || D::Error::custom("token is not 64 hexadecimal digits");
+        let (pairs, []) = text.as_bytes().as_chunks::<2>() else { return Err(wrong()) };
+        let mut bytes = Zeroizing::new([0; Token::SIZE]);
+        if pairs.len() != bytes.len() {
+            return Err(wrong());
+        }
+        for (byte, [high, low]) in bytes.iter_mut().zip(pairs) {
+            let digit = |character: u8| char::from(character).to_digit(16).and_then(|n| u8::try_from(n).ok());
+            let (high, low) = digit(*high).zip(digit(*low)).ok_or_else(wrong)?;
+            *byte = high << 4 | low;
+        }
+        Ok(Token::from_bytes(&bytes))
+    }
+}
