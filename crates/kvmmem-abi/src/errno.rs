@@ -62,9 +62,13 @@ impl KvmError {
         Self::ALL.into_iter().find(|error| i64::from(error.number()) == -result)
     }
 
-    /// The errno that the tool gets: KVM's number, but [`KvmError::NoSys`] is EOPNOTSUPP (95).
+    /// The errno that the tool gets, one of the closed set of the ioctls: KVM's number where that is in the set,
+    /// EINVAL (22) for [`KvmError::TooBig`], EALREADY (114) for [`KvmError::Busy`] and EOPNOTSUPP (95) for
+    /// [`KvmError::NoSys`].
     pub const fn errno(self) -> i32 {
         match self {
+            Self::TooBig => 22,
+            Self::Busy => 114,
             Self::NoSys => 95,
             other => other.number(),
         }

@@ -44,7 +44,9 @@ fn errors_are_listed_once_in_the_order_of_their_numbers() {
 #[test]
 fn a_tool_never_sees_the_number_1000() {
     for error in KvmError::ALL {
-        assert!(error.errno() < 134, "{error:?} is no errno of Linux: {}", error.errno());
+        // EPERM, ENOENT, EAGAIN, ENOMEM, EFAULT, EINVAL, EOPNOTSUPP, EALREADY.
+        let closed_set = [1, 2, 11, 12, 14, 22, 95, 114];
+        assert!(closed_set.contains(&error.errno()), "{error:?} becomes {}", error.errno());
     }
     assert_eq!(KvmError::NoSys.errno(), KvmError::OpNotSupp.number());
 }
@@ -58,5 +60,6 @@ fn ioctl_argument_is_read_field_by_field() {
     }
     let map = MemMap::from_bytes(&bytes);
     assert_eq!(map.token.token, words[..4]);
+    assert_eq!(MemMap::addresses(&bytes), (words[4], words[5]));
     assert_eq!((map.gpa, map.gva), (words[4], words[5]));
 }

@@ -1,0 +1,11 @@
+// SPDX-License-Identifier: GPL-2.0-only
+//! The numbers and structures shared with tools and hosts: the sources of the crate `kvmmem-abi`.
+
+#[path = "../crates/kvmmem-abi/src/cpuid.rs"]
+pub(crate) mod cpuid;
+#[path = "../crates/kvmmem-abi/src/errno.rs"]
+pub(crate) mod errno;
+#[path = "../crates/kvmmem-abi/src/hypercall.rs"]
+pub(crate) mod hypercall;
+#[path = "../crates/kvmmem-abi/src/ioctl.rs"]
+pub(crate) mod ioctl;

@@ -1,0 +1,98 @@
+// SPDX-License-Identifier: GPL-2.0-only
+//! The way to the host: which one CPUID offers, the request that it carries, what its answer means to the tool.
+
+use kernel::prelude::*;
+use kernel::sync::SetOnce;
+use kernel::uaccess::{UserPtr, UserSlice};
+
+use crate::abi::cpuid::{
+    FEATURE_DOORBELL, FEATURE_VMCALL, LEAF_FEATURES, LEAF_SIGNATURE, SIGNATURE_REGISTERS,
+};
+use crate::abi::errno::KvmError;
+use crate::abi::ioctl::MemMap;
+use crate::sys;
+
+/// How a hypercall leaves the virtual machine.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Way {
+    /// The instruction `vmcall` (Intel) or `vmmcall` (AMD).
+    Vmcall,
+    /// A read from this I/O port.
+    Doorbell(u16),
+}
+
+static WAY: SetOnce<Way> = SetOnce::new();
+
+/// The way chosen when the module was loaded.
+pub(crate) fn way() -> Result<Way> {
+    WAY.copy().ok_or(EOPNOTSUPP)
+}
+
+/// Chooses the way: the `forced` one, else what CPUID offers, `vmcall` first. `ENODEV` where the host offers none.
+pub(crate) fn choose(forced: Option<Way>) -> Result {
+    let way = match forced {
+        Some(way) => way,
+        None => offered()?,
+    };
+    pr_info!("mapping by {:?}\n", way);
+    WAY.populate(way);
+    Ok(())
+}
+
+fn offered() -> Result<Way> {
+    let [_, signature @ ..] = sys::cpuid(LEAF_SIGNATURE);
+    if signature != SIGNATURE_REGISTERS {
+        pr_err!(
+            "this machine's host does not serve kvmmem: CPUID leaf {:#x} has no KVMMEMKVMMEM signature\n",
+            LEAF_SIGNATURE
+        );
+        return Err(ENODEV);
+    }
+    let [features, port, ..] = sys::cpuid(LEAF_FEATURES);
+    if features & FEATURE_VMCALL != 0 {
+        return Ok(Way::Vmcall);
+    }
+    match u16::try_from(port) {
+        Ok(port) if features & FEATURE_DOORBELL != 0 && port != 0 => Ok(Way::Doorbell(port)),
+        _ => {
+            pr_err!(
+                "the host offers neither vmcall nor a doorbell port (features {features:#x}, port {port:#x})\n"
+            );
+            Err(ENODEV)
+        }
+    }
+}
+
+/// A tool's MAP request, in kernel memory that the host reads the token from. Erased when dropped.
+pub(crate) struct Request(KBox<[u8; MemMap::SIZE]>);
+
+impl Request {
+    /// Copies the request from the tool's memory: `EFAULT` where that cannot be read.
+    pub(crate) fn read(from: UserPtr) -> Result<Self> {
+        // A power-of-two size class: the token never straddles a page.
+        let mut request = Self(KBox::new([0; MemMap::SIZE], GFP_KERNEL)?);
+        UserSlice::new(from, MemMap::SIZE).reader().read_slice(&mut *request.0)?;
+        Ok(request)
+    }
+
+    /// The target's GPA and the process's GVA.
+    pub(crate) fn addresses(&self) -> (u64, u64) {
+        MemMap::addresses(&self.0)
+    }
+
+    /// The bytes, of which the token is the first 32.
+    pub(crate) fn bytes(&self) -> &[u8; MemMap::SIZE] {
+        &self.0
+    }
+}
+
+impl Drop for Request {
+    fn drop(&mut self) {
+        sys::erase(&mut *self.0);
+    }
+}
+
+/// The error that a tool gets for the host's `answer`, which is not 0. An answer that is no error of KVM's becomes EIO.
+pub(crate) fn error(answer: i64) -> Error {
+    KvmError::from_result(answer).map_or(EIO, |error| Error::from_errno(-error.errno()))
+}

@@ -1,0 +1,78 @@
+// SPDX-License-Identifier: GPL-2.0-only
+//! A page of the tool: which page may be replaced, and what its replacement holds until it is undone.
+
+use kernel::mm::MmWithUser;
+use kernel::mm::virt::{VmaRef, flags};
+use kernel::prelude::*;
+
+use crate::hypercall::{self, Request};
+use crate::stats;
+use crate::sys::{self, MemlockCharge, PinnedPage, ReplacedPage};
+use crate::table::ops::Page;
+
+/// A page that shows a target's memory, with its charge to the owner's RLIMIT_MEMLOCK.
+pub(crate) struct ForeignPage {
+    page: ReplacedPage,
+    charge: MemlockCharge,
+    is_quarantined: bool,
+}
+
+impl ForeignPage {
+    /// Replaces the page at `gva` of the calling process by the one that `request` asks for.
+    pub(crate) fn new(mm: &MmWithUser, gva: usize, request: &Request) -> Result<Self> {
+        let charge = MemlockCharge::new(mm)?;
+        check_memory(mm, gva)?;
+        let page = PinnedPage::pin(gva)?;
+        // The memory may have changed hands since it was looked at: what counts is the page that was pinned.
+        if !page.is_exclusive_anonymous() {
+            return Err(EINVAL);
+        }
+        let page = page.replace(request, hypercall::way()?).map_err(|answer| {
+            stats::REFUSED.add_one();
+            hypercall::error(answer)
+        })?;
+        stats::TOTAL.add_one();
+        stats::MAPPED.add_one();
+        Ok(Self { page, charge, is_quarantined: false })
+    }
+}
+
+impl Page for ForeignPage {
+    fn undo(self) -> Result<(), Self> {
+        let Self { page, charge, is_quarantined } = self;
+        let counter = if is_quarantined { &stats::QUARANTINED } else { &stats::MAPPED };
+        let restored = match hypercall::way() {
+            Ok(way) => page.restore(way),
+            Err(_) => Err(page),
+        };
+        match restored {
+            Ok(pinned) => {
+                counter.subtract_one();
+                drop((pinned, charge));
+                Ok(())
+            }
+            Err(page) => {
+                stats::REFUSED.add_one();
+                if !is_quarantined {
+                    stats::MAPPED.subtract_one();
+                    stats::QUARANTINED.add_one();
+                }
+                Err(Self { page, charge, is_quarantined: true })
+            }
+        }
+    }
+}
+
+/// Whether the memory at `gva` is the process's own: private, anonymous, writable, in ordinary pages. `EFAULT` where
+/// there is none.
+fn check_memory(mm: &MmWithUser, gva: usize) -> Result {
+    let lock = mm.mmap_read_lock();
+    let vma = lock.vma_lookup(gva).ok_or(EFAULT)?;
+    if is_suitable(vma) { Ok(()) } else { Err(EINVAL) }
+}
+
+fn is_suitable(vma: &VmaRef) -> bool {
+    let unsuitable =
+        flags::SHARED | flags::MAYSHARE | flags::HUGETLB | flags::PFNMAP | flags::MIXEDMAP | flags::IO;
+    vma.flags() & unsuitable == 0 && vma.flags() & flags::WRITE != 0 && sys::is_anonymous(vma)
+}

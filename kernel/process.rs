@@ -1,0 +1,42 @@
+// SPDX-License-Identifier: GPL-2.0-only
+//! What the open files of one process share: its mapping table.
+//!
+//! There is one [`Process`] for each `mm_struct` that has the device open, found and counted by the kernel's MMU
+//! notifiers (see [`crate::sys::ProcessRef`]). They hold the `mm_struct` but not its memory (mmgrab), and tell when the
+//! process ends or executes another program, whoever else may still have its files open.
+
+use kernel::prelude::*;
+use kernel::sync::{Mutex, new_mutex};
+
+use crate::page::ForeignPage;
+use crate::table::ops::{self, Shared};
+use crate::table::table::Table;
+use crate::tree::Trees;
+
+/// The mapping table of a process, shared by its open files.
+#[pin_data]
+pub(crate) struct Process {
+    #[pin]
+    table: Mutex<Table<ForeignPage, Trees>>,
+}
+
+impl Process {
+    /// A process without files or mappings.
+    pub(crate) fn new() -> impl PinInit<Self> {
+        pin_init!(Self { table <- new_mutex!(Table::default(), "kvmmem_table") })
+    }
+
+    /// The process's memory is about to go: undoes all of its mappings, of every file. Its pages are still in place.
+    pub(crate) fn exited(&self) {
+        ops::die(self);
+    }
+}
+
+impl Shared for Process {
+    type Page = ForeignPage;
+    type Maps = Trees;
+
+    fn with<R>(&self, transition: impl FnOnce(&mut Table<ForeignPage, Trees>) -> R) -> R {
+        transition(&mut self.table.lock())
+    }
+}

@@ -1,0 +1,67 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/* What the module needs and C has as macros or inline functions only. The callers and their arguments: sys.rs. */
+#include <linux/hugetlb.h>
+#include <linux/mm.h>
+#include <linux/mmu_notifier.h>
+#include <linux/string.h>
+#include <asm/alternative.h>
+#include <asm/cpufeature.h>
+#include <asm/cpuid/api.h>
+
+__diag_ignore_all("-Wmissing-prototypes", "called from Rust only");
+
+/* rdi = 0: KVM looks there for the sub-function of Xen's hypercall 32. */
+long kvmmem_vmcall(unsigned long nr, unsigned long a0, unsigned long a1, unsigned long a2)
+{
+	asm volatile(ALTERNATIVE("vmcall", "vmmcall", X86_FEATURE_VMMCALL)
+		     : "+a"(nr) : "b"(a0), "c"(a1), "d"(a2), "S"(0L), "D"(0L) : "memory");
+	return nr;
+}
+
+long kvmmem_doorbell(u16 port, unsigned long nr, unsigned long a0, unsigned long a1, unsigned long a2)
+{
+	asm volatile("inl %%dx, %%eax" : "+a"(nr) : "d"(port), "b"(a0), "c"(a1), "D"(a2), "S"(0L) : "memory");
+	return (int)nr;
+}
+
+void kvmmem_cpuid(u32 leaf, u32 out[4])
+{
+	cpuid(leaf, &out[0], &out[1], &out[2], &out[3]);
+}
+
+u64 kvmmem_page_gpa(struct page *page)
+{
+	return page_to_phys(page);
+}
+
+bool kvmmem_page_is_exclusive_anonymous(struct page *page)
+{
+	struct folio *folio = page_folio(page);
+
+	return folio_test_anon(folio) && !folio_test_ksm(folio) && !folio_test_hugetlb(folio) &&
+	       !folio_is_zone_device(folio) && PageAnonExclusive(page);
+}
+
+/* Like the other users of pinned_vm, against RLIMIT_MEMLOCK of the calling process. */
+int kvmmem_charge(struct mm_struct *mm)
+{
+	if (atomic64_inc_return(&mm->pinned_vm) <= rlimit(RLIMIT_MEMLOCK) >> PAGE_SHIFT || capable(CAP_IPC_LOCK))
+		return 0;
+	atomic64_dec(&mm->pinned_vm);
+	return -ENOMEM;
+}
+
+void kvmmem_uncharge(struct mm_struct *mm)
+{
+	atomic64_dec(&mm->pinned_vm);
+}
+
+void kvmmem_erase(void *bytes, size_t size)
+{
+	memzero_explicit(bytes, size);
+}
+
+struct mmu_notifier *kvmmem_notifier_get(const struct mmu_notifier_ops *ops, struct mm_struct *mm)
+{
+	return mmu_notifier_get(ops, mm);
+}
