@@ -51,7 +51,7 @@ impl MemMap {
 }
 
 /// `KVM_INTRO_MEM_MAP`: `_IOW('i', 1, struct kvmi_mem_map)`.
-pub const MEM_MAP: u32 = iow(b'i', 1, MemMap::SIZE as u32);
+pub const MEM_MAP: u32 = iow(b'i', 1, 48);
 
 /// `KVM_INTRO_MEM_UNMAP`: `_IOW('i', 2, unsigned long)`; the argument is the gva itself, not a pointer to it.
 pub const MEM_UNMAP: u32 = iow(b'i', 2, 8);

@@ -1,2 +1,94 @@
-//! stub
-fn main() {}
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! End-to-end scenarios, the demo, `try` and the bench: what runs on a KVM host, real or emulated.
+//!
+//! `cargo xtask` makes the bed that `KVMMEM_BED` names and runs this program where `/dev/kvm` is.
+#![deny(unsafe_code)]
+
+mod bed;
+mod bench;
+mod demo;
+mod process;
+mod raw;
+mod report;
+mod scenarios;
+mod try_program;
+mod vm;
+mod world;
+
+use std::process::ExitCode;
+
+use anyhow::{Result, bail};
+use clap::Parser;
+
+use crate::bed::Bed;
+use crate::report::{Report, Style};
+use crate::scenarios::ALL;
+use crate::world::World;
+
+#[derive(Parser)]
+#[command(name = "kvmmem-e2e", about)]
+enum Verb {
+    /// List the scenarios.
+    List,
+    /// Run scenarios, all of them if none is named.
+    Run {
+        /// One JSON object a check.
+        #[arg(long)]
+        json: bool,
+        /// Their names.
+        names: Vec<String>,
+    },
+    /// The demo.
+    Demo,
+    /// Run a program in an introspector.
+    Try(try_program::Arguments),
+    /// Measure v1.
+    Bench(bench::Arguments),
+}
+
+fn main() -> ExitCode {
+    let outcome = match Verb::parse() {
+        Verb::List => {
+            for scenario in ALL {
+                println!("{:<24} {}", scenario.name, scenario.purpose);
+            }
+            Ok(0)
+        }
+        Verb::Run { json, names } => run(if json { Style::Json } else { Style::Text }, &names),
+        Verb::Demo => demo::run(),
+        Verb::Try(arguments) => try_program::run(&arguments),
+        Verb::Bench(arguments) => bench::run(&arguments),
+    };
+    match outcome {
+        Ok(code) => ExitCode::from(code),
+        Err(error) => {
+            eprintln!("kvmmem-e2e: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(style: Style, names: &[String]) -> Result<u8> {
+    if let Some(unknown) = names.iter().find(|name| !ALL.iter().any(|scenario| scenario.name == **name)) {
+        bail!("no scenario is named {unknown:?}; `cargo xtask e2e --list` lists them");
+    }
+    let mut report = Report::new(style);
+    let mut world = World::start(Bed::from_env()?)?;
+    for scenario in ALL.iter().filter(|scenario| names.is_empty() || names.iter().any(|n| n == scenario.name))
+    {
+        report.begin(scenario.name, scenario.purpose);
+        let before = report.failed();
+        let outcome = world.mend().and_then(|()| (scenario.run)(&mut world, &mut report));
+        if let Err(error) = outcome {
+            report.check("the scenario runs to its end", false, format!("{error:#}"));
+        }
+        if report.failed() > before {
+            report.say(&world.logs());
+        }
+    }
+    for check in report.checks().iter().filter(|check| !check.ok) {
+        report.say(&format!("failed: {}: {} ({})", check.scenario, check.what, check.detail));
+    }
+    report.say(&format!("\n{} passed, {} failed", report.passed(), report.failed()));
+    Ok(u8::from(report.failed() > 0))
+}

@@ -1,0 +1,51 @@
+//! Where the test bed put what the virtual machines need.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+
+/// The directory that `KVMMEM_BED` names.
+pub(crate) struct Bed {
+    root: PathBuf,
+}
+
+impl Bed {
+    /// Takes the bed from the environment and checks that nothing is missing.
+    pub(crate) fn from_env() -> Result<Self> {
+        let root = std::env::var_os("KVMMEM_BED")
+            .map(PathBuf::from)
+            .context("KVMMEM_BED is not set: `cargo xtask e2e` runs this program where it is")?;
+        let bed = Self { root };
+        for file in [bed.kernel(), bed.target_initrd(), bed.introspector_initrd(), bed.bin("kvmmem")] {
+            if !file.exists() {
+                bail!("the test bed lacks {}: run `cargo xtask testbed`", file.display());
+            }
+        }
+        Ok(bed)
+    }
+
+    pub(crate) fn kernel(&self) -> PathBuf {
+        self.root.join("vmlinuz")
+    }
+
+    pub(crate) fn target_initrd(&self) -> PathBuf {
+        self.root.join("guest.cpio")
+    }
+
+    pub(crate) fn introspector_initrd(&self) -> PathBuf {
+        self.root.join("introspector.cpio")
+    }
+
+    pub(crate) fn bin(&self, name: &str) -> PathBuf {
+        self.root.join("bin").join(name)
+    }
+
+    /// What `cargo xtask try` brought along.
+    pub(crate) fn brought(&self) -> PathBuf {
+        self.root.join("try")
+    }
+
+    pub(crate) fn root(&self) -> &Path {
+        &self.root
+    }
+}

@@ -1,0 +1,78 @@
+//! The command-driven C tool in the introspector, as the scenarios talk to it.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use kvmmem_guest::{Agent, Child, Command};
+
+/// How long one command may take.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// The value of a command, or the name of the errno it failed with.
+pub(crate) type Answer = Result<String, String>;
+
+/// One running `kvmmem-raw`.
+pub(crate) struct Raw {
+    pub(crate) child: Child,
+}
+
+impl Raw {
+    pub(crate) fn start(agent: &Agent, command: &Command) -> Result<Self> {
+        Ok(Self { child: agent.spawn(command)? })
+    }
+
+    /// Sends one command and waits for its answer.
+    pub(crate) fn ask(&mut self, command: &str) -> Result<Answer> {
+        self.child.write_stdin(format!("{command}\n").as_bytes())?;
+        let line =
+            self.child.read_line(PATIENCE)?.with_context(|| format!("the raw tool ended at {command:?}"))?;
+        match line.split_once(' ') {
+            Some(("ok", value)) => Ok(Ok(value.trim().to_owned())),
+            Some(("errno", name)) => Ok(Err(name.to_owned())),
+            None if line == "ok" => Ok(Ok(String::new())),
+            _ => bail!("the raw tool answered {line:?} to {command:?}"),
+        }
+    }
+
+    /// Sends a command that has to succeed.
+    pub(crate) fn must(&mut self, command: &str) -> Result<String> {
+        match self.ask(command)? {
+            Ok(value) => Ok(value),
+            Err(errno) => bail!("{command}: {errno}"),
+        }
+    }
+
+    /// A new anonymous page.
+    pub(crate) fn page(&mut self) -> Result<String> {
+        self.must("page anon")
+    }
+
+    /// Opens the device.
+    pub(crate) fn open(&mut self) -> Result<String> {
+        self.must("open")
+    }
+
+    pub(crate) fn map(&mut self, slot: &str, page: &str, gpa: u64, token: [u64; 4]) -> Result<Answer> {
+        let [a, b, c, d] = token;
+        self.ask(&format!("map {slot} {page} {gpa:#x} {a:#x} {b:#x} {c:#x} {d:#x}"))
+    }
+
+    pub(crate) fn unmap(&mut self, slot: &str, page: &str) -> Result<Answer> {
+        self.ask(&format!("unmap {slot} {page}"))
+    }
+
+    /// The first 48 bytes of a page in hex.
+    pub(crate) fn read(&mut self, page: &str) -> Result<String> {
+        self.must(&format!("read {page}"))
+    }
+
+    /// Whether the first 48 bytes of a page are zero.
+    pub(crate) fn is_zero(&mut self, page: &str) -> Result<bool> {
+        Ok(self.read(page)?.bytes().all(|digit| digit == b'0'))
+    }
+}
+
+/// The errno that an answer is, or "0".
+pub(crate) fn errno(answer: Answer) -> String {
+    answer.map_or_else(|errno| errno, |_| "0".to_owned())
+}

@@ -1,0 +1,99 @@
+//! The end-to-end scenarios, by name. Each starts from a whole world and may break it; the runner mends it.
+
+mod death;
+mod doorbell;
+mod host;
+pub(crate) mod mapping;
+mod module;
+mod ownership;
+pub(crate) mod refusals;
+
+use anyhow::Result;
+
+use crate::report::Report;
+use crate::world::World;
+
+/// One scenario.
+pub(crate) struct Scenario {
+    pub(crate) name: &'static str,
+    /// What it shows, in a line.
+    pub(crate) purpose: &'static str,
+    pub(crate) run: fn(&mut World, &mut Report) -> Result<()>,
+}
+
+/// All scenarios, in the order in which they run: those that end a VM come last.
+pub(crate) const ALL: &[Scenario] = &[
+    Scenario {
+        name: "map_basic",
+        purpose: "token by vsock, map, read, watch, write, unmap",
+        run: mapping::map_basic,
+    },
+    Scenario {
+        name: "token_rules",
+        purpose: "a token works once, for three seconds, and at most 64 wait",
+        run: refusals::token_rules,
+    },
+    Scenario { name: "refusals", purpose: "each bad request gets its errno", run: refusals::refusals },
+    Scenario {
+        name: "other_process_fd",
+        purpose: "a file serves the process that opened it",
+        run: ownership::other_process_fd,
+    },
+    Scenario {
+        name: "close_one_of_two_files",
+        purpose: "closing a file undoes its own mappings and no others",
+        run: ownership::close_one_of_two_files,
+    },
+    Scenario {
+        name: "munmap_before_unmap",
+        purpose: "the tool gives its page away before UNMAP",
+        run: ownership::munmap_before_unmap,
+    },
+    Scenario {
+        name: "fork_exec",
+        purpose: "a child and a new program get nothing of a mapping",
+        run: ownership::fork_exec,
+    },
+    Scenario {
+        name: "sigkill_tool",
+        purpose: "a killed tool leaves nothing behind, also where its file lives on",
+        run: ownership::sigkill_tool,
+    },
+    Scenario { name: "memlock", purpose: "mappings count against RLIMIT_MEMLOCK", run: ownership::memlock },
+    Scenario {
+        name: "many_mappings",
+        purpose: "4,096 live mappings in one process",
+        run: mapping::many_mappings,
+    },
+    Scenario {
+        name: "two_processes",
+        purpose: "two tools at once, in two processes",
+        run: mapping::two_processes,
+    },
+    Scenario {
+        name: "rmmod_in_use",
+        purpose: "the module stays while its device is open",
+        run: module::rmmod_in_use,
+    },
+    Scenario {
+        name: "flood",
+        purpose: "a tool that sends nonsense in a loop disturbs nobody",
+        run: host::flood,
+    },
+    Scenario { name: "cli", purpose: "the command line, in the guest and on the host", run: host::cli },
+    Scenario {
+        name: "target_death",
+        purpose: "the target's VMM dies while mapped: the page stays readable until undone",
+        run: death::target_death,
+    },
+    Scenario {
+        name: "introspector_death",
+        purpose: "the introspector's VMM dies while mapped: nothing leaks, the target goes on",
+        run: death::introspector_death,
+    },
+    Scenario {
+        name: "doorbell",
+        purpose: "the same by port I/O, for hosts without Xen's interception",
+        run: doorbell::doorbell,
+    },
+];

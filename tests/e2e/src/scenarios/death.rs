@@ -1,0 +1,101 @@
+//! A VMM dies while pages are mapped.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+
+use crate::raw::errno;
+use crate::report::Report;
+use crate::world::{INTROSPECTOR, TARGET, World};
+
+pub(crate) fn target_death(world: &mut World, report: &mut Report) -> Result<()> {
+    let gpa = world.gpa()?;
+    let marker = world.marker()?.hex.clone();
+    let mut tool = world.raw()?;
+    let device = tool.open()?;
+    let (page, other) = (tool.page()?, tool.page()?);
+    let token = world.token()?;
+    report.equal("mapped", &errno(tool.map(&device, &page, gpa, token)?), &"0".into());
+    let waiting = world.token()?;
+
+    world.target_mut()?.process.kill()?;
+    report.check("the target's VMM is killed", !listed(world, TARGET, Duration::from_secs(5))?, "");
+    report.check("the page stays readable, as it was", tool.read(&page)?.starts_with(&marker), "");
+    report.equal(
+        "a token of the dead target is worth nothing",
+        &errno(tool.map(&device, &other, gpa, waiting)?),
+        &"ENOENT".into(),
+    );
+    report.equal("the mapping is undone", &errno(tool.unmap(&device, &page)?), &"0".into());
+    report.check("a page of zeros is left", tool.is_zero(&page)?, "");
+    let vmm = world.introspector()?.process.id();
+    report.equal("the introspector's VMM holds nothing of the target", &foreign_memfds(vmm)?, &0);
+    report.equal("neither does the broker", &foreign_memfds(world.broker_id())?, &1);
+
+    world.mend()?;
+    let gpa = world.gpa()?;
+    let token = world.token()?;
+    report.equal(
+        "a new target of that name is mapped",
+        &errno(tool.map(&device, &page, gpa, token)?),
+        &"0".into(),
+    );
+    Ok(())
+}
+
+pub(crate) fn introspector_death(world: &mut World, report: &mut Report) -> Result<()> {
+    let gpa = world.gpa()?;
+    let mut tool = world.raw()?;
+    let device = tool.open()?;
+    for _ in 0..10 {
+        let page = tool.page()?;
+        let token = world.token()?;
+        tool.map(&device, &page, gpa, token)?.ok().context("not mapped")?;
+    }
+    world.introspector_mut()?.process.kill()?;
+    report.check(
+        "the introspector's VMM is killed",
+        !listed(world, INTROSPECTOR, Duration::from_secs(5))?,
+        "",
+    );
+    report.check("the target goes on", world.target_mut()?.process.is_running(), "");
+    let mut seen = [0; 8];
+    world.session()?.read_physical(gpa + 32, &mut seen)?;
+    let before = u64::from_le_bytes(seen);
+    std::thread::sleep(Duration::from_millis(500));
+    world.session()?.read_physical(gpa + 32, &mut seen)?;
+    report.check("its program counts on", u64::from_le_bytes(seen) > before, format!("from {before}"));
+    world.mend()?;
+    let mut tool = world.raw()?;
+    let device = tool.open()?;
+    let page = tool.page()?;
+    let token = world.token()?;
+    report.equal("a new introspector maps", &errno(tool.map(&device, &page, gpa, token)?), &"0".into());
+    Ok(())
+}
+
+/// Whether the broker still knows the VM after at most `limit`.
+fn listed(world: &World, name: &str, limit: Duration) -> Result<bool> {
+    let end = Instant::now() + limit;
+    loop {
+        let listed = world.kvmmem(&["targets", "--json"])?.contains(&format!("\"{name}\""));
+        if !listed || Instant::now() > end {
+            return Ok(listed);
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+/// How many memfds a process holds by descriptor beyond its own guest's RAM.
+fn foreign_memfds(pid: u32) -> Result<usize> {
+    let mut files = std::collections::BTreeSet::new();
+    for entry in std::fs::read_dir(format!("/proc/{pid}/fd")).context("cannot list descriptors")? {
+        let path = entry.context("cannot list descriptors")?.path();
+        let link = std::fs::read_link(&path).unwrap_or_default();
+        if link.to_string_lossy().starts_with("/memfd:") {
+            use std::os::unix::fs::MetadataExt;
+            files.insert(std::fs::metadata(&path).map(|meta| meta.ino()).unwrap_or_default());
+        }
+    }
+    Ok(files.len().saturating_sub(1))
+}

@@ -1,0 +1,126 @@
+//! A virtual machine of the test bed: a `kvmmem vm` process and the agent inside.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use kvmmem_guest::Agent;
+
+use crate::bed::Bed;
+use crate::process::Process;
+
+/// How long a guest may take to boot, under software emulation inside software emulation.
+const BOOT_LIMIT: Duration = Duration::from_secs(120);
+
+/// What a VM is for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Role {
+    /// Its memory is looked at.
+    Target,
+    /// It looks.
+    Introspector,
+}
+
+/// How an introspector's hypercalls reach its VMM.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Way {
+    /// As the host can: Xen's interception, else the doorbell port.
+    Auto,
+    /// The doorbell port.
+    Port,
+}
+
+/// What to boot.
+#[derive(Clone, Copy)]
+pub(crate) struct Spec {
+    pub(crate) name: &'static str,
+    pub(crate) role: Role,
+    pub(crate) cid: u32,
+    pub(crate) vcpus: u8,
+    pub(crate) way: Way,
+}
+
+/// A running VM, killed when dropped.
+pub(crate) struct Vm {
+    pub(crate) spec: Spec,
+    pub(crate) agent: Agent,
+    pub(crate) process: Process,
+    console: PathBuf,
+}
+
+impl Vm {
+    /// Starts the VMM without waiting for the guest.
+    fn launch(bed: &Bed, spec: Spec, socket: &Path, run: &Path) -> Result<(Process, PathBuf)> {
+        let console = run.join(format!("{}.console", spec.name));
+        let log = run.join(format!("{}.log", spec.name));
+        let _ = std::fs::remove_file(&console);
+        let _ = std::fs::remove_file(&log);
+        let mut command = Command::new(bed.bin("kvmmem"));
+        command.arg("vm").arg("--kernel").arg(bed.kernel());
+        command.args(["--cmdline", "console=ttyS0 quiet panic=-1 rdinit=/init kvmmem.role=agent"]);
+        command.args(["--name", spec.name, "--memory", "256M", "--json"]);
+        command.args(["--cpus", &spec.vcpus.to_string(), "--cid", &spec.cid.to_string()]);
+        command.arg("--serial").arg(format!("file:{}", console.display()));
+        command.arg("--broker").arg(socket);
+        match spec.role {
+            Role::Target => command.arg("--initrd").arg(bed.target_initrd()).arg("--introspectable"),
+            Role::Introspector => {
+                command.arg("--initrd").arg(bed.introspector_initrd()).arg("--introspector");
+                command.args(["--hypercalls", if spec.way == Way::Auto { "auto" } else { "port" }])
+            }
+        };
+        Ok((Process::start(spec.name, &mut command, &log)?, console))
+    }
+
+    /// Boots the VMs of `specs` side by side and waits until each one's agent answers.
+    pub(crate) fn boot(bed: &Bed, specs: &[Spec], socket: &Path, run: &Path) -> Result<Vec<Self>> {
+        let started = specs
+            .iter()
+            .map(|spec| Ok((*spec, Self::launch(bed, *spec, socket, run)?)))
+            .collect::<Result<Vec<_>>>()?;
+        let deadline = Instant::now() + BOOT_LIMIT;
+        started
+            .into_iter()
+            .map(|(spec, (mut process, console))| {
+                let agent = loop {
+                    match Agent::connect(spec.cid, Duration::from_secs(2)) {
+                        Ok(agent) => break agent,
+                        Err(_) if process.is_running() && Instant::now() < deadline => {}
+                        Err(error) => {
+                            let ended = if process.is_running() { "still runs" } else { "has ended" };
+                            let log = run.join(format!("{}.log", spec.name));
+                            bail!(
+                                "the VM {} does not answer ({error}); its VMM {ended}\n--- console\n{}\n--- log\n{}",
+                                spec.name,
+                                tail(&console),
+                                tail(&log)
+                            );
+                        }
+                    }
+                };
+                Ok(Self { spec, agent, process, console })
+            })
+            .collect()
+    }
+
+    /// The end of the guest's console.
+    pub(crate) fn console_tail(&self) -> String {
+        tail(&self.console)
+    }
+
+    /// Whether the guest's console has a line with `text`.
+    pub(crate) fn console_has(&self, text: &str) -> Result<bool> {
+        let bytes = std::fs::read(&self.console).context("cannot read the console")?;
+        Ok(String::from_utf8_lossy(&bytes).contains(text))
+    }
+}
+
+/// The last lines of a log.
+pub(crate) fn tail(path: &Path) -> String {
+    let text =
+        std::fs::read(path).map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).unwrap_or_default();
+    let lines: Vec<_> = text.lines().collect();
+    let from = lines.len().saturating_sub(25);
+    lines.get(from..).unwrap_or_default().join("\n")
+}

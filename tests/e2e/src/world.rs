@@ -1,0 +1,260 @@
+//! The broker, a target and an introspector: what most scenarios start from.
+
+use std::path::PathBuf;
+use std::process::{Command, Output};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use kvmmem::{Endpoint, Listener, Session};
+use kvmmem_guest::{Agent, Child, Command as GuestCommand};
+use kvmmem_probe::Placed;
+use tempfile::TempDir;
+
+use crate::bed::Bed;
+use crate::process::Process;
+use crate::raw::Raw;
+use crate::vm::{Role, Spec, Vm, Way};
+
+/// The name of the target in the broker.
+pub(crate) const TARGET: &str = "target";
+/// The VM that looks.
+pub(crate) const INTROSPECTOR: &str = "introspector";
+/// Where the probe and the raw tool are inside the guests.
+pub(crate) const PROBE: &str = "/tmp/kvmmem-probe";
+const RAW: &str = "/tmp/kvmmem-raw";
+
+const TARGET_SPEC: Spec = Spec { name: TARGET, role: Role::Target, cid: 3, vcpus: 1, way: Way::Auto };
+const INTROSPECTOR_SPEC: Spec =
+    Spec { name: INTROSPECTOR, role: Role::Introspector, cid: 4, vcpus: 2, way: Way::Auto };
+
+/// The marker program that runs in the target.
+pub(crate) struct Marker {
+    pub(crate) child: Child,
+    pub(crate) gpas: Vec<u64>,
+    pub(crate) hex: String,
+}
+
+/// A whole system. Parts that a scenario killed are brought back by [`World::mend`].
+pub(crate) struct World {
+    pub(crate) bed: Bed,
+    run: TempDir,
+    broker: Process,
+    target: Option<Vm>,
+    introspector: Option<Vm>,
+    marker: Option<Marker>,
+    session: Option<Session>,
+    way: Way,
+    next_port: u32,
+}
+
+impl World {
+    /// Starts all of it; about half a minute under software emulation.
+    pub(crate) fn start(bed: Bed) -> Result<Self> {
+        let run = tempfile::Builder::new().prefix("kvmmem-e2e-").tempdir().context("no place to run in")?;
+        let broker = Self::start_broker(&bed, &run)?;
+        let mut world = Self {
+            bed,
+            run,
+            broker,
+            target: None,
+            introspector: None,
+            marker: None,
+            session: None,
+            way: Way::Auto,
+            next_port: 5000,
+        };
+        world.mend()?;
+        Ok(world)
+    }
+
+    fn start_broker(bed: &Bed, run: &TempDir) -> Result<Process> {
+        let socket = run.path().join("kvmmemd.sock");
+        let mut command = Command::new(bed.bin("kvmmemd"));
+        command.arg("--socket").arg(&socket);
+        let log = run.path().join("kvmmemd.log");
+        let mut broker = Process::start("kvmmemd", &mut command, &log)?;
+        let end = Instant::now() + Duration::from_secs(20);
+        while !socket.exists() {
+            if !broker.is_running() || Instant::now() > end {
+                bail!("kvmmemd does not come up:\n{}", crate::vm::tail(&log));
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        Ok(broker)
+    }
+
+    /// Boots what does not run, starts the marker in the target and opens a KVMI session to it.
+    pub(crate) fn mend(&mut self) -> Result<()> {
+        if self.target.as_mut().is_some_and(|vm| !vm.process.is_running()) {
+            (self.target, self.marker, self.session) = (None, None, None);
+        }
+        if self.introspector.as_mut().is_some_and(|vm| !vm.process.is_running()) {
+            self.introspector = None;
+        }
+        let mut specs = Vec::new();
+        if self.target.is_none() {
+            specs.push(TARGET_SPEC);
+        }
+        if self.introspector.is_none() {
+            specs.push(Spec { way: self.way, ..INTROSPECTOR_SPEC });
+        }
+        for vm in Vm::boot(&self.bed, &specs, &self.socket(), self.run.path())? {
+            let probe = std::fs::read(self.bed.bin("kvmmem-probe")).context("no probe in the bed")?;
+            vm.agent.put(PROBE, 0o755, &probe)?;
+            match vm.spec.role {
+                Role::Target => self.target = Some(vm),
+                Role::Introspector => {
+                    let raw = std::fs::read(self.bed.bin("kvmmem-raw")).context("no raw tool in the bed")?;
+                    vm.agent.put(RAW, 0o755, &raw)?;
+                    self.introspector = Some(vm);
+                }
+            }
+        }
+        if self.marker.is_none() {
+            self.marker = Some(self.place_marker(64)?);
+        }
+        if self.session.is_none() {
+            self.session = Some(self.open_session()?);
+        }
+        Ok(())
+    }
+
+    /// Replaces the introspector by one whose hypercalls go this way.
+    pub(crate) fn use_way(&mut self, way: Way) -> Result<()> {
+        if self.way != way {
+            self.way = way;
+            self.introspector = None;
+        }
+        self.mend()
+    }
+
+    fn place_marker(&self, pages: usize) -> Result<Marker> {
+        let command = GuestCommand::new(PROBE).args(["marker", "--pages", &pages.to_string()]);
+        let mut child = self.target()?.agent.spawn(&command)?;
+        let line = child.read_line(Duration::from_secs(30))?;
+        let Some(Placed::Marker { gpas, marker }) =
+            line.as_deref().map(serde_json::from_str).transpose().context("the marker says nonsense")?
+        else {
+            bail!("the marker did not start: {line:?} {}", child.take_stderr());
+        };
+        Ok(Marker { child, gpas, hex: marker })
+    }
+
+    /// A KVMI session to the target for the scenario itself, which runs on the host: over a unix socket, so its tokens
+    /// have no holder.
+    fn open_session(&self) -> Result<Session> {
+        let path = self.run.path().join("tool.sock");
+        let _ = std::fs::remove_file(&path);
+        let listener = Listener::bind(&Endpoint::Unix(path.clone()))?;
+        self.kvmmem(&["hook", TARGET, &format!("unix:{}", path.display())])?;
+        listener.accept(Duration::from_secs(20)).context("the broker did not call the scenario's tool")
+    }
+
+    /// Runs the CLI against this world's broker and wants it to succeed.
+    pub(crate) fn kvmmem(&self, arguments: &[&str]) -> Result<String> {
+        let output = self.try_kvmmem(arguments)?;
+        if !output.status.success() {
+            bail!("kvmmem {} failed: {}", arguments.join(" "), String::from_utf8_lossy(&output.stderr));
+        }
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    }
+
+    /// Runs the CLI against this world's broker.
+    pub(crate) fn try_kvmmem(&self, arguments: &[&str]) -> Result<Output> {
+        let (verb, rest) = arguments.split_first().context("no verb")?;
+        Command::new(self.bed.bin("kvmmem"))
+            .arg(verb)
+            .arg("--broker")
+            .arg(self.socket())
+            .args(rest)
+            .output()
+            .context("cannot run kvmmem")
+    }
+
+    /// A vsock port in the introspector that the target is hooked to from now on.
+    pub(crate) fn hook_port(&mut self) -> Result<u32> {
+        self.next_port += 1;
+        let endpoint = format!("vsock:{}:{}", INTROSPECTOR_SPEC.cid, self.next_port);
+        self.kvmmem(&["hook", TARGET, &endpoint])?;
+        Ok(self.next_port)
+    }
+
+    /// Takes the hook of a port back.
+    pub(crate) fn unhook_port(&self, port: u32) -> Result<()> {
+        self.kvmmem(&["unhook", TARGET, &format!("vsock:{}:{port}", INTROSPECTOR_SPEC.cid)]).map(drop)
+    }
+
+    /// The command-driven C tool, run in the introspector by a member of group `kvmmem`.
+    pub(crate) fn raw(&self) -> Result<Raw> {
+        Raw::start(&self.introspector()?.agent, &GuestCommand::new(RAW).as_member().memlock(64 << 20))
+    }
+
+    /// The same as somebody else.
+    pub(crate) fn raw_as(&self, change: impl FnOnce(GuestCommand) -> GuestCommand) -> Result<Raw> {
+        Raw::start(&self.introspector()?.agent, &change(GuestCommand::new(RAW)))
+    }
+
+    /// A fresh token without a holder, as four words.
+    pub(crate) fn token(&mut self) -> Result<[u64; 4]> {
+        Ok(self.session.as_mut().context("no session")?.map_token()?.words())
+    }
+
+    pub(crate) fn session(&mut self) -> Result<&mut Session> {
+        self.session.as_mut().context("no session")
+    }
+
+    /// The highest frame number of the target.
+    pub(crate) fn max_gfn(&mut self) -> Result<u64> {
+        Ok(self.session()?.max_gfn()?)
+    }
+
+    pub(crate) fn target(&self) -> Result<&Vm> {
+        self.target.as_ref().context("no target")
+    }
+
+    pub(crate) fn target_mut(&mut self) -> Result<&mut Vm> {
+        self.target.as_mut().context("no target")
+    }
+
+    pub(crate) fn introspector(&self) -> Result<&Vm> {
+        self.introspector.as_ref().context("no introspector")
+    }
+
+    pub(crate) fn introspector_mut(&mut self) -> Result<&mut Vm> {
+        self.introspector.as_mut().context("no introspector")
+    }
+
+    pub(crate) fn agent(&self) -> Result<&Agent> {
+        Ok(&self.introspector()?.agent)
+    }
+
+    pub(crate) fn marker(&mut self) -> Result<&mut Marker> {
+        self.marker.as_mut().context("no marker")
+    }
+
+    /// Address of the marker's first page in the target.
+    pub(crate) fn gpa(&self) -> Result<u64> {
+        self.marker.as_ref().and_then(|marker| marker.gpas.first().copied()).context("no marker")
+    }
+
+    pub(crate) fn broker_id(&self) -> u32 {
+        self.broker.id()
+    }
+
+    pub(crate) fn socket(&self) -> PathBuf {
+        self.run.path().join("kvmmemd.sock")
+    }
+
+    /// The ends of all logs, for a failure.
+    pub(crate) fn logs(&self) -> String {
+        let broker = crate::vm::tail(&self.run.path().join("kvmmemd.log"));
+        let mut text = format!("--- kvmmemd\n{broker}");
+        for name in [TARGET, INTROSPECTOR] {
+            for kind in ["log", "console"] {
+                let path = self.run.path().join(format!("{name}.{kind}"));
+                text += &format!("\n--- {name} {kind}\n{}", crate::vm::tail(&path));
+            }
+        }
+        text
+    }
+}
