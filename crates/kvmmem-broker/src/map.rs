@@ -102,9 +102,9 @@ impl MemoryMap {
         (within < region.len).then(|| region.offset + within)
     }
 
-    /// The highest guest frame number that is RAM.
-    pub fn max_gfn(&self) -> u64 {
-        self.regions.last().map_or(0, |region| (region.gpa + region.len) / PAGE_SIZE - 1)
+    /// The guest frame number behind the last one that is RAM.
+    pub fn end_gfn(&self) -> u64 {
+        self.regions.last().map_or(0, |region| (region.gpa + region.len) / PAGE_SIZE)
     }
 
     /// The least size that the memfd must have, bytes.
@@ -136,7 +136,7 @@ mod tests {
         assert_eq!(map.resolve(0x10_0fff), Some(0x8fff));
         assert_eq!(map.resolve(0x10_1000), None);
         assert_eq!(map.resolve(u64::MAX), None);
-        assert_eq!(map.max_gfn(), 0x100);
+        assert_eq!(map.end_gfn(), 0x101);
         assert_eq!(map.file_size(), 0x9000);
         assert_eq!(map.memory_bytes(), 0x4000);
     }
@@ -176,8 +176,8 @@ mod tests {
             if let Ok(map) = MemoryMap::new(regions.clone()) {
                 let found = regions.iter().find(|r| (r.gpa..r.gpa + r.len).contains(&gpa));
                 prop_assert_eq!(map.resolve(gpa), found.map(|r| r.offset + (gpa - r.gpa)));
-                prop_assert!(map.resolve(map.max_gfn() << 12).is_some());
-                prop_assert!(map.resolve((map.max_gfn() + 1) << 12).is_none());
+                prop_assert!(map.resolve((map.end_gfn() << 12) - 1).is_some());
+                prop_assert!(map.resolve(map.end_gfn() << 12).is_none());
             }
         }
 

@@ -21,7 +21,7 @@ pub const WRITE_PHYSICAL: u16 = 18;
 pub const GET_MAP_TOKEN: u16 = 22;
 /// CONTROL_CMD_RESPONSE: switches the replies off and on (batches).
 pub const CONTROL_CMD_RESPONSE: u16 = 27;
-/// GET_MAX_GFN: the highest guest frame number.
+/// GET_MAX_GFN: the guest frame number behind the last one that is backed.
 pub const GET_MAX_GFN: u16 = 29;
 
 /// Where a command is carried out.

@@ -10,8 +10,10 @@
 #![deny(unsafe_code)]
 
 pub mod command;
+pub mod dispatch;
 pub mod handshake;
 pub mod message;
 pub mod reply;
 pub mod request;
+pub mod server;
 pub mod token;

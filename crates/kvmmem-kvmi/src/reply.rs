@@ -76,11 +76,12 @@ impl GuestInfo {
     }
 }
 
-/// Reply of GET_MAX_GFN, 8 bytes.
+/// Reply of GET_MAX_GFN, 8 bytes. The kernel series returns the end of the last memory slot, and its tools take the
+/// number times 4096 for the size of the address space.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 pub struct MaxGfn {
-    /// The highest guest frame number that is backed by memory.
+    /// The guest frame number behind the last one that is backed by memory.
     pub gfn: U64,
 }
 

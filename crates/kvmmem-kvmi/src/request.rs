@@ -9,7 +9,7 @@ use crate::command;
 use crate::message::Header;
 
 /// The most bytes that READ_PHYSICAL and WRITE_PHYSICAL move: a page, and never across its end.
-pub const MAX_TRANSFER: u64 = 4096;
+pub const MAX_TRANSFER: u16 = 4096;
 
 /// A request that this implementation offers, with its arguments checked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -192,7 +192,8 @@ fn check(payload: &[u8]) -> Result<u16, KvmError> {
 
 fn transfer_size(place: &Physical) -> Result<u16, KvmError> {
     let (gpa, size) = (place.gpa.get(), place.size.get());
-    if size == 0 || size > MAX_TRANSFER || gpa % MAX_TRANSFER + size > MAX_TRANSFER {
+    let most = u64::from(MAX_TRANSFER);
+    if size == 0 || size > most || gpa % most + size > most {
         return Err(KvmError::Inval);
     }
     u16::try_from(size).map_err(|_| KvmError::Inval)

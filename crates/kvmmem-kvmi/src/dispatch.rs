@@ -1,0 +1,200 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! What the server answers to each message, apart from any socket.
+//!
+//! The rules are those of the v6 kernel, with one exception: a bad request gets an error reply where that kernel would
+//! close the connection. Only these break the stream: a payload larger than the protocol allows, and a command that
+//! returns data while the tool has switched the replies off, for then the two sides no longer agree on what follows.
+
+use kvmmem_abi::errno::KvmError;
+use zerocopy::IntoBytes;
+use zeroize::Zeroize;
+
+use crate::command::{self, Level};
+use crate::message::{ErrorCode, HEADER_SIZE, Header, VcpuHeader};
+use crate::reply::{self, GuestInfo, MaxGfn, PREFIX_SIZE, Version};
+use crate::request::{MAX_TRANSFER, Request};
+use crate::token::Token;
+
+/// The VM that is introspected, as the server needs it.
+pub trait Introspected {
+    /// Name of the VM.
+    fn name(&self) -> &str;
+
+    /// UUID, in the order in which it is printed.
+    fn uuid(&self) -> [u8; 16];
+
+    /// When the VM was started, milliseconds since the epoch.
+    fn start_time_ms(&self) -> i64;
+
+    /// Number of vCPUs.
+    fn vcpu_count(&self) -> u32;
+
+    /// The guest frame number behind the last one that is backed by memory.
+    fn max_gfn(&self) -> u64;
+
+    /// Copies guest-physical memory from `gpa` on into `buffer`, which never crosses a page.
+    ///
+    /// # Errors
+    /// [`KvmError::Inval`] where the page is not backed: the v6 kernel's answer (its text says ENOENT).
+    fn read(&self, gpa: u64, buffer: &mut [u8]) -> Result<(), KvmError>;
+
+    /// Copies `data`, which never crosses a page, to guest-physical memory from `gpa` on.
+    ///
+    /// # Errors
+    /// [`KvmError::Inval`] where the page is not backed.
+    fn write(&self, gpa: u64, data: &[u8]) -> Result<(), KvmError>;
+
+    /// Makes a token that allows one mapping of this VM's memory.
+    ///
+    /// # Errors
+    /// [`KvmError::Again`] where too many are outstanding.
+    fn mint_token(&self) -> Result<Token, KvmError>;
+}
+
+/// Why the connection has to be closed.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+#[error("command {id} returns data, but the tool has switched the replies off")]
+pub struct RepliesOff {
+    /// The command.
+    pub id: u16,
+}
+
+/// Where replies are put together: a reply's data is written where it is sent from.
+pub struct ReplyBuffer {
+    bytes: Box<[u8; CAPACITY]>,
+}
+
+/// Room for the longest reply, a page of memory.
+const CAPACITY: usize = PREFIX_SIZE + MAX_TRANSFER as usize;
+
+impl Default for ReplyBuffer {
+    fn default() -> Self {
+        Self { bytes: Box::new([0; CAPACITY]) }
+    }
+}
+
+impl ReplyBuffer {
+    fn data(&mut self, size: u16) -> &mut [u8] {
+        self.bytes.get_mut(PREFIX_SIZE..PREFIX_SIZE + usize::from(size)).unwrap_or_default()
+    }
+
+    /// Copies `data` to where a reply's data goes; returns its size.
+    fn put(&mut self, data: &[u8]) -> u16 {
+        let mut size = 0;
+        for (to, from) in self.bytes.iter_mut().skip(PREFIX_SIZE).zip(data) {
+            *to = *from;
+            size += 1;
+        }
+        size
+    }
+
+    /// Wipes the data of a reply that held a token.
+    pub fn wipe(&mut self) {
+        self.bytes.zeroize();
+    }
+}
+
+/// The state of one connection.
+#[derive(Debug)]
+pub struct Dispatcher {
+    replies: bool,
+}
+
+impl Default for Dispatcher {
+    fn default() -> Self {
+        Self { replies: true }
+    }
+}
+
+impl Dispatcher {
+    /// Carries out the message of this header and payload; returns the reply to send, if any.
+    ///
+    /// # Errors
+    /// [`RepliesOff`]: the connection is to be closed.
+    pub fn answer<'b>(
+        &mut self,
+        vm: &impl Introspected,
+        header: Header,
+        payload: &[u8],
+        buffer: &'b mut ReplyBuffer,
+    ) -> Result<Option<&'b [u8]>, RepliesOff> {
+        let id = header.id.get();
+        // What is not offered is answered even while replies are off: the tool must not take silence for success.
+        if !command::is_offered(id) {
+            let error = match command::level(id) {
+                Level::Vcpu => VcpuHeader::check(payload, vm.vcpu_count()).err(),
+                Level::Vm | Level::Unknown => None,
+            };
+            return Ok(seal(buffer, header, Err(error.unwrap_or(KvmError::OpNotSupp)), 0));
+        }
+        let request = Request::decode(id, payload);
+        let mut replies = self.replies;
+        if let Ok(Request::ControlCmdResponse { enable, now }) = request {
+            self.replies = enable;
+            if now {
+                replies = enable;
+            }
+        }
+        if !replies && request.as_ref().is_ok_and(returns_data) {
+            return Err(RepliesOff { id });
+        }
+        let outcome = request.and_then(|request| carry_out(vm, request, buffer));
+        if !replies {
+            return Ok(None);
+        }
+        let size = *outcome.as_ref().unwrap_or(&0);
+        Ok(seal(buffer, header, outcome.map(|_| ()), size))
+    }
+}
+
+/// Whether a success of this command comes with data.
+fn returns_data(request: &Request<'_>) -> bool {
+    match request {
+        Request::GetVersion
+        | Request::GetGuestInfo
+        | Request::ReadPhysical { .. }
+        | Request::GetMapToken
+        | Request::GetMaxGfn => true,
+        Request::CheckCommand(_)
+        | Request::CheckEvent(_)
+        | Request::WritePhysical { .. }
+        | Request::ControlCmdResponse { .. } => false,
+    }
+}
+
+/// Carries out a command; returns the size of the data that it left in `buffer`.
+fn carry_out(
+    vm: &impl Introspected,
+    request: Request<'_>,
+    buffer: &mut ReplyBuffer,
+) -> Result<u16, KvmError> {
+    match request {
+        Request::GetVersion => Ok(buffer.put(Version::OURS.as_bytes())),
+        Request::CheckCommand(id) if command::is_offered(id) => Ok(0),
+        // No event is offered: each needs a vCPU, or the end of the VM, which the closed connection tells as well.
+        Request::CheckCommand(_) | Request::CheckEvent(_) => Err(KvmError::Perm),
+        Request::GetGuestInfo => Ok(buffer.put(GuestInfo::new(vm.vcpu_count()).as_bytes())),
+        Request::ReadPhysical { gpa, size } => vm.read(gpa, buffer.data(size)).map(|()| size),
+        Request::WritePhysical { gpa, data } => vm.write(gpa, data).map(|()| 0),
+        Request::GetMapToken => {
+            let bytes = zeroize::Zeroizing::new(vm.mint_token()?.to_bytes());
+            Ok(buffer.put(&*bytes))
+        }
+        Request::ControlCmdResponse { .. } => Ok(0),
+        Request::GetMaxGfn => Ok(buffer.put(MaxGfn { gfn: vm.max_gfn().into() }.as_bytes())),
+    }
+}
+
+/// Puts header and error code before `size` bytes of data.
+fn seal(
+    buffer: &mut ReplyBuffer,
+    request: Header,
+    outcome: Result<(), KvmError>,
+    size: u16,
+) -> Option<&[u8]> {
+    let prefix = reply::prefix(request.id.get(), request.seq.get(), outcome, usize::from(size))?;
+    *buffer.bytes.first_chunk_mut::<PREFIX_SIZE>()? = prefix;
+    buffer.bytes.get(..PREFIX_SIZE + usize::from(size))
+}
+
+const _: () = assert!(PREFIX_SIZE == HEADER_SIZE + size_of::<ErrorCode>());
