@@ -1,6 +1,6 @@
 //! Where the test bed put what the virtual machines need.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
 
@@ -43,9 +43,5 @@ impl Bed {
     /// What `cargo xtask try` brought along.
     pub(crate) fn brought(&self) -> PathBuf {
         self.root.join("try")
-    }
-
-    pub(crate) fn root(&self) -> &Path {
-        &self.root
     }
 }
