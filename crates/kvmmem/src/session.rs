@@ -4,11 +4,12 @@ use std::io::{self, Read, Write};
 use std::time::{Duration, Instant};
 
 use kvmmem_abi::errno::KvmError;
+use kvmmem_abi::ioctl::PAGE_SIZE;
 use kvmmem_kvmi::command::EVENT;
 use kvmmem_kvmi::handshake::{HandshakeError, ToolHello, VmHello};
 use kvmmem_kvmi::message::{HEADER_SIZE, Header, MAX_PAYLOAD};
 use kvmmem_kvmi::reply::{self, DecodeError, Fixed, GuestInfo, MapToken, MaxGfn, Outcome, Version};
-use kvmmem_kvmi::request::{MAX_TRANSFER, Request};
+use kvmmem_kvmi::request::Request;
 use kvmmem_kvmi::token::Token;
 
 use crate::explain;
@@ -347,9 +348,9 @@ impl Inbox {
     }
 }
 
-/// Bytes up to the end of the page, at most `len`.
+/// Bytes up to the end of the page, at most `len`: what one command may move.
 fn part_len(gpa: u64, len: usize) -> usize {
-    usize::try_from(MAX_TRANSFER - gpa % MAX_TRANSFER).map_or(len, |left| left.min(len))
+    usize::try_from(PAGE_SIZE - gpa % PAGE_SIZE).map_or(len, |left| left.min(len))
 }
 
 fn check_range(gpa: u64, len: usize) -> Result<(), SessionError> {

@@ -1,0 +1,74 @@
+//! The tool's side of KVMI, as `read`, `write` and `map` need it: listen, and wait for the host to connect.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow};
+use clap::Args;
+use kvmmem::{Endpoint, Listener, ListenerError, Session};
+
+use crate::failure::escape;
+
+/// Environment variable with the vsock port to listen on.
+const PORT_VARIABLE: &str = "KVMMEM_KVMI_PORT";
+
+#[derive(Args)]
+pub(crate) struct Connect {
+    /// Where to listen for the host: vsock:PORT or unix:PATH [default: the vsock port KVMMEM_KVMI_PORT]
+    #[arg(long, value_name = "ENDPOINT")]
+    listen: Option<Endpoint>,
+
+    /// How long to wait for the host, in seconds
+    #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..=86400))]
+    timeout: u64,
+}
+
+impl Connect {
+    /// Waits for a target. A connection that is no good is told and passed over.
+    pub(crate) fn accept(&self) -> Result<Session> {
+        let endpoint = match &self.listen {
+            Some(endpoint) => endpoint.clone(),
+            None => from_environment(std::env::var(PORT_VARIABLE).ok())?,
+        };
+        let listener = Listener::bind(&endpoint)?;
+        tracing::info!(%endpoint, "waiting for the host");
+        let start = Instant::now();
+        let limit = Duration::from_secs(self.timeout);
+        loop {
+            match listener.accept(limit.saturating_sub(start.elapsed())) {
+                Ok(session) => {
+                    tracing::info!(target = %escape(session.name()), "connected");
+                    return Ok(session);
+                }
+                Err(ListenerError::Session { source, .. }) => {
+                    tracing::warn!("a connection was no good: {:#}", anyhow::Error::new(source));
+                }
+                Err(ListenerError::Timeout { endpoint, .. }) => {
+                    return Err(ListenerError::Timeout { endpoint, limit }.into());
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+}
+
+fn from_environment(port: Option<String>) -> Result<Endpoint> {
+    let port = port.ok_or_else(|| {
+        anyhow!("nowhere to listen: give --listen vsock:PORT or unix:PATH, or set {PORT_VARIABLE}")
+    })?;
+    format!("vsock:{port}").parse().with_context(|| format!("{PORT_VARIABLE} is no port"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_port_comes_from_the_environment() {
+        assert_eq!(from_environment(Some("1234".into())).unwrap(), Endpoint::Vsock(1234));
+        for bad in ["", "x", "1:2", "-1"] {
+            let error = from_environment(Some(bad.into())).unwrap_err();
+            assert!(error.to_string().contains(PORT_VARIABLE), "{error}");
+        }
+        assert!(from_environment(None).unwrap_err().to_string().contains("--listen"));
+    }
+}

@@ -1,0 +1,141 @@
+//! The introspector's side: does its host offer mapping, and may this process use it?
+
+use std::arch::x86_64::__cpuid;
+use std::fs;
+use std::path::Path;
+
+use kvmmem::{Device, DeviceError, device};
+use kvmmem_abi::cpuid::{
+    FEATURE_DOORBELL, FEATURE_VMCALL, LEAF_FEATURES, LEAF_SIGNATURE, SIGNATURE_REGISTERS,
+};
+
+use super::{Check, limits};
+
+/// Bit of CPUID leaf 1's ecx that hypervisors set.
+const HYPERVISOR_BIT: u32 = 1 << 31;
+
+/// Whether this is a virtual machine at all.
+pub(super) fn is_virtual() -> bool {
+    __cpuid(1).ecx & HYPERVISOR_BIT != 0
+}
+
+/// Whether this is a virtual machine whose host offers mapping.
+pub(super) fn is_introspector() -> bool {
+    features().is_some()
+}
+
+pub(super) fn checks() -> Vec<Check> {
+    vec![check_signature(), check_module(), check_device(), check_vsock(), limits::memlock_in_guest()]
+}
+
+/// The feature bits of the host, where its signature is seen.
+fn features() -> Option<u32> {
+    if !is_virtual() {
+        return None;
+    }
+    let leaf = __cpuid(LEAF_SIGNATURE);
+    let is_ours = [leaf.ebx, leaf.ecx, leaf.edx] == SIGNATURE_REGISTERS && leaf.eax >= LEAF_FEATURES;
+    is_ours.then(|| __cpuid(LEAF_FEATURES).eax)
+}
+
+fn check_signature() -> Check {
+    const NAME: &str = "host";
+    let Some(features) = features() else {
+        let detail = if is_virtual() {
+            "the host shows no kvmmem signature in CPUID"
+        } else {
+            "this is no virtual machine"
+        };
+        return Check::fail(NAME, detail, "run it as an introspector: kvmmem vm --introspector on its host");
+    };
+    let ways = [(FEATURE_VMCALL, "vmcall"), (FEATURE_DOORBELL, "doorbell port")];
+    let ways: Vec<&str> =
+        ways.into_iter().filter(|(bit, _)| features & bit != 0).map(|(_, name)| name).collect();
+    if ways.is_empty() {
+        return Check::fail(
+            NAME,
+            format!("the host offers no known way for hypercalls (features {features:#x})"),
+            "use a host and a guest of the same release of kvmmem",
+        );
+    }
+    Check::ok(NAME, format!("offers mapping, by {}", ways.join(" and ")))
+}
+
+fn check_module() -> Check {
+    const NAME: &str = "module";
+    if Path::new("/sys/module/kvmmem").exists() {
+        return Check::ok(NAME, "kvmmem is loaded");
+    }
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    let release = release.trim();
+    if is_older(release) {
+        return Check::fail(
+            NAME,
+            format!("kvmmem is not loaded, and kernel {release} is too old for it"),
+            "boot a kernel from 7.3 on, with CONFIG_RUST",
+        );
+    }
+    Check::fail(
+        NAME,
+        "kvmmem is not loaded",
+        "modprobe kvmmem; if there is none, build it from kernel/ (see its README)",
+    )
+}
+
+fn check_device() -> Check {
+    const NAME: &str = "device";
+    let path = device::default_path();
+    match Device::open(&path) {
+        Ok(_) => Check::ok(NAME, format!("{} can be opened", path.display())),
+        Err(error) => {
+            let cause = std::error::Error::source(&error).and_then(std::error::Error::source);
+            let cause = cause.map_or_else(String::new, |cause| format!(": {cause}"));
+            let remedy = match (&error, error.errno()) {
+                // EACCES, EPERM
+                (_, Some(13 | 1)) => {
+                    "become a member of its group: usermod -aG kvmmem USER, then log in again"
+                }
+                (DeviceError::Open { .. }, None) => {
+                    "it is something else: remove it, and load the module again"
+                }
+                _ => "load the module; if it is, is udev running?",
+            };
+            Check::fail(NAME, format!("{} cannot be opened{cause}", path.display()), remedy)
+        }
+    }
+}
+
+fn check_vsock() -> Check {
+    const NAME: &str = "vsock";
+    const REMEDY: &str =
+        "give this virtual machine a context id (kvmmem vm --cid) and load vmw_vsock_virtio_transport";
+    match vsock::get_local_cid() {
+        Ok(cid) if cid > vsock::VMADDR_CID_HOST && cid < vsock::VMADDR_CID_ANY => {
+            Check::ok(NAME, format!("context id {cid}"))
+        }
+        Ok(cid) => Check::fail(NAME, format!("context id {cid:#x} is no guest's"), REMEDY),
+        Err(error) => Check::fail(NAME, format!("/dev/vsock cannot be used: {error}"), REMEDY),
+    }
+}
+
+/// Whether a kernel release is older than the module's first, 7.3.
+fn is_older(release: &str) -> bool {
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(str::parse::<u32>);
+    let mut next = || numbers.next().and_then(Result::ok);
+    matches!((next(), next()), (Some(major), Some(minor)) if (major, minor) < (7, 3))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kernels_before_the_first_are_told() {
+        for release in ["6.12.41+deb13-amd64", "7.2.9", "5.4.24"] {
+            assert!(is_older(release), "{release}");
+        }
+        for release in ["7.3.4+deb13-cloud-amd64", "7.10", "8.0.0-rc1", "", "unknown"] {
+            assert!(!is_older(release), "{release}");
+        }
+    }
+}

@@ -1,0 +1,144 @@
+//! The host's side: can it run targets and introspectors?
+
+use std::fs::{self, OpenOptions};
+use std::io::ErrorKind;
+use std::path::Path;
+
+use kvm_ioctls::Kvm;
+use kvmmem_sys::xen;
+
+use super::{Check, guest, limits};
+
+/// The KVM API's only version (`KVM_GET_API_VERSION`).
+const KVM_API_VERSION: i32 = 12;
+
+const HARDWARE_REMEDY: &str = "enable virtualisation (VT-x, AMD-V) in the firmware, or nested virtualisation in the \
+     host of this virtual machine, then: modprobe kvm_intel or kvm_amd";
+
+pub(super) fn checks() -> Vec<Check> {
+    let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let is_pvm = Path::new("/sys/module/kvm_pvm").exists();
+    let kvm = Kvm::new();
+    let mut checks = vec![check_kvm(kvm.as_ref()), check_hardware(&cpuinfo, is_pvm, kvm.is_ok())];
+    if let Ok(kvm) = &kvm {
+        checks.push(check_hypercalls(kvm));
+    }
+    checks.extend([check_vhost_vsock(), limits::memlock_on_host(), limits::max_map_count()]);
+    checks
+}
+
+fn check_kvm(kvm: Result<&Kvm, &kvm_ioctls::Error>) -> Check {
+    const NAME: &str = "kvm";
+    let kvm = match kvm {
+        Ok(kvm) => kvm,
+        Err(error) => {
+            let remedy = match std::io::Error::from_raw_os_error(error.errno()).kind() {
+                ErrorKind::NotFound => HARDWARE_REMEDY,
+                ErrorKind::PermissionDenied => {
+                    "become a member of the group that owns it: usermod -aG kvm USER"
+                }
+                _ => HARDWARE_REMEDY,
+            };
+            return Check::fail(NAME, format!("/dev/kvm cannot be opened: {error}"), remedy);
+        }
+    };
+    match (kvm.get_api_version(), kvm.create_vm()) {
+        (KVM_API_VERSION, Ok(_)) => Check::ok(NAME, "/dev/kvm makes virtual machines"),
+        (KVM_API_VERSION, Err(error)) => Check::fail(
+            NAME,
+            format!("/dev/kvm makes no virtual machine: {error}"),
+            "does another hypervisor use the processor? End it",
+        ),
+        (version, _) => Check::fail(
+            NAME,
+            format!("/dev/kvm has API version {version}, not {KVM_API_VERSION}"),
+            "use a Linux kernel from 2.6.22 on",
+        ),
+    }
+}
+
+fn check_hardware(cpuinfo: &str, is_pvm: bool, has_kvm: bool) -> Check {
+    const NAME: &str = "hardware";
+    let has_flag = |flag: &str| {
+        cpuinfo
+            .lines()
+            .filter_map(|line| line.strip_prefix("flags"))
+            .any(|flags| flags.split_ascii_whitespace().any(|word| word == flag))
+    };
+    if has_flag("svm") {
+        return Check::ok(NAME, "AMD SVM");
+    }
+    if has_flag("vmx") {
+        return Check::ok(NAME, "Intel VMX");
+    }
+    if is_pvm {
+        return Check::warn(
+            NAME,
+            "kvm_pvm: virtual machines run without the processor's help",
+            "bare guests run; a distribution's kernel takes minutes to boot, so use the nested test bed for Linux guests",
+        );
+    }
+    let detail = "the processor shows neither svm nor vmx";
+    if has_kvm {
+        Check::warn(NAME, detail, HARDWARE_REMEDY)
+    } else {
+        Check::fail(NAME, detail, HARDWARE_REMEDY)
+    }
+}
+
+fn check_hypercalls(kvm: &Kvm) -> Check {
+    let detail = if xen::can_intercept(kvm) {
+        "vmcall is forwarded (KVM_CAP_XEN_HVM, INTERCEPT_HCALL)"
+    } else {
+        "by the doorbell port: this kernel's KVM has no CONFIG_KVM_XEN to forward vmcall with"
+    };
+    Check::ok("hypercalls", detail)
+}
+
+fn check_vhost_vsock() -> Check {
+    const NAME: &str = "vhost_vsock";
+    const PATH: &str = "/dev/vhost-vsock";
+    let Err(error) = OpenOptions::new().read(true).write(true).open(PATH) else {
+        return Check::ok(NAME, format!("{PATH} can be opened"));
+    };
+    let remedy = match error.kind() {
+        ErrorKind::PermissionDenied => "become a member of the group that owns it: usermod -aG kvm USER",
+        _ if guest::is_virtual() => {
+            "modprobe vhost_vsock; in a virtual machine, unload vmw_vsock_vmci_transport first"
+        }
+        _ => "modprobe vhost_vsock",
+    };
+    Check::fail(
+        NAME,
+        format!("{PATH} cannot be opened: {error}; introspectors get their tokens by vsock"),
+        remedy,
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Status;
+    use super::*;
+
+    #[test]
+    fn hardware_is_told_apart() {
+        let amd = "processor\t: 0\nflags\t\t: fpu svm npt\n";
+        let intel = "flags\t\t: fpu vmx ept\n";
+        let none = "flags\t\t: fpu svm_lock hypervisor\nbugs\t\t: svm\n";
+        assert_eq!(check_hardware(amd, false, true).status, Status::Ok);
+        assert_eq!(check_hardware(intel, false, true).status, Status::Ok);
+        assert!(check_hardware(none, true, true).detail.contains("kvm_pvm"));
+        assert_eq!(check_hardware(none, true, true).status, Status::Warn);
+        assert_eq!(check_hardware(none, false, false).status, Status::Fail);
+        assert_eq!(check_hardware("", false, false).status, Status::Fail);
+    }
+
+    #[test]
+    fn a_missing_kvm_has_a_remedy() {
+        for (errno, word) in [(2, "modprobe"), (13, "group"), (16, "virtualisation")] {
+            let check = check_kvm(Err(&kvm_ioctls::Error::new(errno)));
+            assert_eq!(check.status, Status::Fail);
+            assert!(check.remedy.unwrap().contains(word), "{errno}");
+        }
+    }
+}

@@ -1,0 +1,55 @@
+//! Limits of the process and of the system that bound the number of mappings.
+
+use std::fs;
+
+use rustix::process::{Resource, getrlimit};
+
+use super::Check;
+
+/// Mappings that an introspector is expected to hold at once.
+const USUAL_MAPPINGS: u64 = 4096;
+
+/// RLIMIT_MEMLOCK: in an introspector, each mapped page counts.
+pub(super) fn memlock_in_guest() -> Check {
+    const NAME: &str = "memlock";
+    match getrlimit(Resource::Memlock).current {
+        None => Check::ok(NAME, "RLIMIT_MEMLOCK is unlimited"),
+        Some(bytes) => {
+            let pages = bytes / kvmmem::PAGE_SIZE as u64;
+            let detail = format!("RLIMIT_MEMLOCK allows {pages} mapped pages");
+            let remedy = "raise it: ulimit -l unlimited, or /etc/security/limits.conf; root with CAP_IPC_LOCK is exempt";
+            match pages {
+                0 => Check::fail(NAME, detail, remedy),
+                pages if pages < USUAL_MAPPINGS => Check::warn(NAME, detail, remedy),
+                _ => Check::ok(NAME, detail),
+            }
+        }
+    }
+}
+
+/// RLIMIT_MEMLOCK on a host, where nothing is locked.
+pub(super) fn memlock_on_host() -> Check {
+    let limit = getrlimit(Resource::Memlock)
+        .current
+        .map_or_else(|| "unlimited".to_owned(), |bytes| format!("{} KiB", bytes / 1024));
+    Check::ok(
+        "memlock",
+        format!("RLIMIT_MEMLOCK is {limit}; a host locks no memory, introspectors need it inside"),
+    )
+}
+
+/// vm.max_map_count: a mapped page can split the VMM's mapping of its RAM in three.
+pub(super) fn max_map_count() -> Check {
+    const NAME: &str = "max_map_count";
+    let text = fs::read_to_string("/proc/sys/vm/max_map_count").unwrap_or_default();
+    let Ok(count) = text.trim().parse::<u64>() else {
+        return Check::warn(NAME, "vm.max_map_count cannot be read", "is /proc mounted?");
+    };
+    let pages = count / 2;
+    let detail = format!("vm.max_map_count is {count}: at least {pages} mapped pages per introspector");
+    if pages < USUAL_MAPPINGS {
+        Check::warn(NAME, detail, "raise it: sysctl -w vm.max_map_count=1048576")
+    } else {
+        Check::ok(NAME, detail)
+    }
+}

@@ -1,0 +1,77 @@
+//! How an error is told: what failed, then the numbered chain of causes.
+
+use std::io::{self, Write};
+use std::process::ExitCode;
+
+use anyhow::Error;
+use clap::builder::styling::AnsiColor;
+use serde::Serialize;
+
+#[derive(Serialize)]
+struct Failure {
+    error: String,
+    causes: Vec<String>,
+}
+
+/// Prints the error to standard error; returns the exit code of a failure.
+pub(crate) fn report(error: &Error, json: bool) -> ExitCode {
+    if is_broken_pipe(error) {
+        // Whoever read the output has had enough.
+        return ExitCode::FAILURE;
+    }
+    let mut stderr = anstream::stderr().lock();
+    // Nothing is left to be done where standard error cannot be written.
+    let _ = if json { write_json(&mut stderr, error) } else { write_text(&mut stderr, error) };
+    ExitCode::FAILURE
+}
+
+fn write_text(to: &mut impl Write, error: &Error) -> io::Result<()> {
+    let red = AnsiColor::Red.on_default().bold();
+    writeln!(to, "{red}error:{red:#} {}", escape(&error.to_string()))?;
+    for (number, cause) in (1..).zip(error.chain().skip(1)) {
+        writeln!(to, "  {number}: {}", escape(&cause.to_string()))?;
+    }
+    Ok(())
+}
+
+fn write_json(to: &mut impl Write, error: &Error) -> io::Result<()> {
+    let failure = Failure {
+        error: error.to_string(),
+        causes: error.chain().skip(1).map(ToString::to_string).collect(),
+    };
+    writeln!(to, "{}", serde_json::to_string(&failure)?)
+}
+
+/// The text without control characters: some of it comes from peers, and must not drive the terminal.
+pub(crate) fn escape(text: &str) -> String {
+    text.chars()
+        .flat_map(|c| {
+            let (plain, escaped) =
+                if c.is_control() { (None, Some(c.escape_default())) } else { (Some(c), None) };
+            plain.into_iter().chain(escaped.into_iter().flatten())
+        })
+        .collect()
+}
+
+fn is_broken_pipe(error: &Error) -> bool {
+    error
+        .chain()
+        .filter_map(|cause| cause.downcast_ref::<io::Error>())
+        .any(|error| error.kind() == io::ErrorKind::BrokenPipe && error.raw_os_error().is_some())
+}
+
+#[cfg(test)]
+mod tests {
+    use anyhow::Context;
+
+    use super::*;
+
+    #[test]
+    fn causes_are_numbered_and_cannot_drive_the_terminal() {
+        let error =
+            Err::<(), _>(io::Error::other("root\x1b[2J")).context("middle").context("top").unwrap_err();
+        let mut text = Vec::new();
+        write_text(&mut anstream::StripStream::new(&mut text), &error).unwrap();
+        assert_eq!(String::from_utf8(text).unwrap(), "error: top\n  1: middle\n  2: root\\u{1b}[2J\n");
+    }
+}

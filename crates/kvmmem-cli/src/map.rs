@@ -1,0 +1,104 @@
+//! `kvmmem map`: a page of a target in this process, through `/dev/kvmmem`.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use clap::Args;
+use kvmmem::{Device, MappedPage, PAGE_SIZE};
+use serde::Serialize;
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+
+use crate::connect::Connect;
+use crate::hexdump::Hexdump;
+use crate::number::{hex, parse};
+use crate::output::Output;
+
+#[derive(Args)]
+pub(crate) struct Arguments {
+    /// Guest-physical address in the target; the page that holds it is mapped
+    #[arg(value_parser = parse)]
+    gpa: u64,
+    /// Print each change of the 64-bit word at GPA, until interrupted
+    #[arg(long)]
+    watch: bool,
+    /// How often --watch looks, in milliseconds
+    #[arg(long, value_name = "MS", default_value_t = 10, requires = "watch",
+        value_parser = clap::value_parser!(u64).range(1..=1000))]
+    interval: u64,
+    /// The device to map through [default: KVMMEM_DEVICE, or else /dev/kvmmem]
+    #[arg(long, value_name = "PATH")]
+    device: Option<PathBuf>,
+    #[command(flatten)]
+    connect: Connect,
+}
+
+/// What happens to the page, as JSON.
+#[derive(Serialize)]
+#[serde(tag = "event", rename_all = "snake_case")]
+enum Event {
+    Mapped { gpa: u64, gva: usize, hex: String },
+    Changed { gpa: u64, from: u64, to: u64 },
+    Unmapped { zero: bool },
+}
+
+impl Arguments {
+    pub(crate) fn run(&self, output: &mut Output) -> Result<ExitCode> {
+        let offset = usize::try_from(self.gpa % PAGE_SIZE as u64)?;
+        let page_gpa = self.gpa - offset as u64;
+        ensure!(
+            !self.watch || offset.is_multiple_of(8),
+            "GPA {:#x} is not a multiple of 8: --watch cannot read a word there",
+            self.gpa
+        );
+        // Before the host is waited for: a missing device is told at once.
+        let device = Device::open(self.device.clone().unwrap_or_else(kvmmem::device::default_path))?;
+        let mut session = self.connect.accept()?;
+        let page = device.map(session.map_token()?, page_gpa)?;
+
+        let mut bytes = vec![0; PAGE_SIZE];
+        page.read(0, &mut bytes)?;
+        if output.is_json() {
+            output.object(&Event::Mapped { gpa: page_gpa, gva: page.gva(), hex: hex(&bytes) })?;
+        } else {
+            for line in Hexdump::default().lines(page_gpa, &bytes) {
+                output.line(line)?;
+            }
+        }
+        if self.watch {
+            self.watch(&page, offset, output)?;
+        }
+
+        page.unmap()?.read(0, &mut bytes)?;
+        let zero = bytes.iter().all(|byte| *byte == 0);
+        if output.is_json() {
+            output.object(&Event::Unmapped { zero })?;
+        }
+        ensure!(zero, "the page is not zero after the unmap: the host broke the ABI");
+        Ok(ExitCode::SUCCESS)
+    }
+
+    fn watch(&self, page: &MappedPage, offset: usize, output: &mut Output) -> Result<()> {
+        let stop = Arc::new(AtomicBool::new(false));
+        for signal in [SIGINT, SIGTERM, SIGHUP] {
+            signal_hook::flag::register(signal, Arc::clone(&stop)).context("cannot handle signals")?;
+        }
+        let mut from = page.read_u64(offset)?;
+        while !stop.load(Ordering::Relaxed) {
+            let to = page.read_u64(offset)?;
+            if to != from {
+                if output.is_json() {
+                    output.object(&Event::Changed { gpa: self.gpa, from, to })?;
+                } else {
+                    output.line(format!("{:012x}  {from:#018x} -> {to:#018x}", self.gpa))?;
+                }
+                from = to;
+            }
+            std::thread::sleep(Duration::from_millis(self.interval));
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,43 @@
+//! Standard output: text, in colour on a terminal alone, or one JSON object a line.
+
+use std::io::{self, Stdout, Write};
+
+use anstream::AutoStream;
+use serde::Serialize;
+
+/// Where results go.
+pub(crate) struct Output {
+    stream: AutoStream<Stdout>,
+    json: bool,
+}
+
+impl Output {
+    pub(crate) fn new(json: bool) -> Self {
+        Self { stream: anstream::stdout(), json }
+    }
+
+    /// Whether the caller wants JSON.
+    pub(crate) fn is_json(&self) -> bool {
+        self.json
+    }
+
+    /// Writes a line of text and flushes, so that a reader behind a pipe sees it at once.
+    pub(crate) fn line(&mut self, text: impl AsRef<str>) -> io::Result<()> {
+        writeln!(self.stream, "{}", text.as_ref())?;
+        self.stream.flush()
+    }
+
+    /// Writes an object as a line of JSON.
+    pub(crate) fn object(&mut self, object: &impl Serialize) -> io::Result<()> {
+        let text = serde_json::to_string(object)?;
+        self.line(text)
+    }
+
+    /// Writes bytes as they are.
+    pub(crate) fn raw(&mut self, bytes: &[u8]) -> io::Result<()> {
+        let stdout = self.stream.as_inner();
+        let mut stdout = stdout.lock();
+        stdout.write_all(bytes)?;
+        stdout.flush()
+    }
+}
