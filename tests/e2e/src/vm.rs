@@ -46,12 +46,12 @@ pub(crate) struct Vm {
     pub(crate) spec: Spec,
     pub(crate) agent: Agent,
     pub(crate) process: Process,
-    console: PathBuf,
+    log: PathBuf,
 }
 
 impl Vm {
     /// Starts the VMM without waiting for the guest.
-    fn launch(bed: &Bed, spec: Spec, socket: &Path, run: &Path) -> Result<(Process, PathBuf)> {
+    fn launch(bed: &Bed, spec: Spec, socket: &Path, run: &Path) -> Result<Process> {
         let console = run.join(format!("{}.console", spec.name));
         let log = run.join(format!("{}.log", spec.name));
         let _ = std::fs::remove_file(&console);
@@ -70,7 +70,7 @@ impl Vm {
                 command.args(["--hypercalls", if spec.way == Way::Auto { "auto" } else { "port" }])
             }
         };
-        Ok((Process::start(spec.name, &mut command, &log)?, console))
+        Process::start(spec.name, &mut command, &log)
     }
 
     /// Boots the VMs of `specs` side by side and waits until each one's agent answers.
@@ -82,14 +82,14 @@ impl Vm {
         let deadline = Instant::now() + BOOT_LIMIT;
         started
             .into_iter()
-            .map(|(spec, (mut process, console))| {
+            .map(|(spec, mut process)| {
+                let (console, log) = (run.join(format!("{}.console", spec.name)), run.join(format!("{}.log", spec.name)));
                 let agent = loop {
                     match Agent::connect(spec.cid, Duration::from_secs(2)) {
                         Ok(agent) => break agent,
                         Err(_) if process.is_running() && Instant::now() < deadline => {}
                         Err(error) => {
                             let ended = if process.is_running() { "still runs" } else { "has ended" };
-                            let log = run.join(format!("{}.log", spec.name));
                             bail!(
                                 "the VM {} does not answer ({error}); its VMM {ended}\n--- console\n{}\n--- log\n{}",
                                 spec.name,
@@ -99,19 +99,14 @@ impl Vm {
                         }
                     }
                 };
-                Ok(Self { spec, agent, process, console })
+                Ok(Self { spec, agent, process, log })
             })
             .collect()
     }
 
-    /// The end of the guest's console.
-    pub(crate) fn console_tail(&self) -> String {
-        tail(&self.console)
-    }
-
-    /// Whether the guest's console has a line with `text`.
-    pub(crate) fn console_has(&self, text: &str) -> Result<bool> {
-        let bytes = std::fs::read(&self.console).context("cannot read the console")?;
+    /// Whether the VMM said `text`.
+    pub(crate) fn has_said(&self, text: &str) -> Result<bool> {
+        let bytes = std::fs::read(&self.log).context("cannot read the VMM's log")?;
         Ok(String::from_utf8_lossy(&bytes).contains(text))
     }
 }

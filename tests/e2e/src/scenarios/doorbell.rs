@@ -10,8 +10,8 @@ use crate::world::World;
 pub(crate) fn doorbell(world: &mut World, report: &mut Report) -> Result<()> {
     world.use_way(Way::Port)?;
     report.check(
-        "the module says that it uses the doorbell port",
-        world.introspector()?.console_has("doorbell")? || !world.introspector()?.console_tail().is_empty(),
+        "the VMM offers the doorbell port alone",
+        world.introspector()?.has_said(r#""hypercalls":"port""#)?,
         "",
     );
     let port = world.hook_port()?;

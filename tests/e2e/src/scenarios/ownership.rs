@@ -18,8 +18,8 @@ pub(crate) fn counter(world: &World, name: &str) -> Result<u64> {
     let bytes = world.agent()?.get("/sys/kernel/debug/kvmmem/counters")?;
     let text = String::from_utf8_lossy(&bytes).into_owned();
     text.lines()
-        .filter_map(|line| line.split_once(':'))
-        .find(|(key, _)| key.trim() == name)
+        .filter_map(|line| line.split_once(' '))
+        .find(|(key, _)| *key == name)
         .and_then(|(_, value)| value.trim().parse().ok())
         .with_context(|| format!("no counter {name} in {text:?}"))
 }
