@@ -1,26 +1,28 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! What the project's udev rule does on a real system.
+//! What udev's rules do on a real system: the project's own, and the usual one for vsock.
 
 use std::io;
 use std::os::unix::fs::{PermissionsExt, chown};
 
 use crate::KVMMEM_GID;
 
-/// The introspector's device.
-const DEVICE: &str = "/dev/kvmmem";
+/// Node, group and mode.
+const RULES: [(&str, u32, u32); 2] = [("/dev/kvmmem", KVMMEM_GID, 0o660), ("/dev/vsock", 0, 0o666)];
 
-/// Gives the device, if it is there, to group `kvmmem` with mode 0660.
+/// Applies the rules to the devices that are there.
 ///
-/// devtmpfs makes the node before the module's loading returns, so this is called after each.
+/// devtmpfs makes a node before the module's loading returns, so this is called after each.
 pub fn set_permissions() {
-    let set = || -> io::Result<()> {
-        chown(DEVICE, Some(0), Some(KVMMEM_GID))?;
-        std::fs::set_permissions(DEVICE, std::fs::Permissions::from_mode(0o660))
-    };
-    match set() {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => {
-            eprintln!("kvmmem-guest: {DEVICE}: {error}");
+    for (node, group, mode) in RULES {
+        let set = || -> io::Result<()> {
+            chown(node, Some(0), Some(group))?;
+            std::fs::set_permissions(node, std::fs::Permissions::from_mode(mode))
+        };
+        match set() {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                eprintln!("kvmmem-guest: {node}: {error}");
+            }
+            _ => {}
         }
-        _ => {}
     }
 }

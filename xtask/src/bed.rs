@@ -1,0 +1,175 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! The test bed: all that VMs are made of, and running a program on its host.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail};
+use kvmmem_guest::Command;
+
+use crate::binaries::Binaries;
+use crate::cache::Cache;
+use crate::kernel::Kernel;
+use crate::l1::L1;
+use crate::root::Root;
+use crate::way::Way;
+use crate::{initramfs, module, provision, ui};
+
+/// The bed's folder on an emulated host.
+const NESTED_FOLDER: &str = "/bed";
+
+/// A complete bed.
+#[derive(Debug)]
+pub(crate) struct Bed {
+    cache: Cache,
+    way: Way,
+    kernel: Kernel,
+    binaries: Binaries,
+    module: PathBuf,
+}
+
+/// A program for the bed's host.
+#[derive(Debug)]
+pub(crate) struct Job {
+    /// Name of a program in the bed's folder, such as `bin/kvmmem-e2e`.
+    pub(crate) program: String,
+    pub(crate) args: Vec<String>,
+    /// Files of this machine to be in the bed's folder, in `try/`.
+    pub(crate) files: Vec<PathBuf>,
+    /// Longest time it may take.
+    pub(crate) limit: Duration,
+}
+
+impl Bed {
+    /// Makes whatever is not there yet.
+    pub(crate) fn make() -> Result<Self> {
+        let (way, why) = Way::choose();
+        ui::say(&format!("Test bed: {}, as {why}.", describe(way)));
+        let cache = Cache::open()?;
+        let _lock = cache.lock()?;
+        provision::provision(&cache, way == Way::Nested)?;
+        let kernel = prepared_kernel(&cache)?;
+        let module = module::make(&cache, &kernel)?;
+        let binaries = Binaries::make(&cache)?;
+        Ok(Self { cache, way, kernel, binaries, module })
+    }
+
+    /// Says what is there and where.
+    pub(crate) fn describe(&self) {
+        let line = |what: &str, value: &dyn std::fmt::Display| ui::say(&format!("  {what:<9} {value}"));
+        line("way", &describe(self.way));
+        line("cache", &self.cache.folder().display());
+        line("kernel", &format!("{} (Debian {})", self.kernel.release(), self.kernel.version()));
+        line("image", &self.kernel.image().display());
+        line("module", &self.module.display());
+        line("programs", &self.binaries.folder().display());
+    }
+
+    /// Runs a program on the host; returns its exit code.
+    pub(crate) fn run(&self, job: &Job) -> Result<i32> {
+        let scratch = self.cache.scratch()?;
+        let folder = scratch.path().join("bed");
+        self.fill(&folder, &job.files)?;
+        match self.way {
+            Way::Nested => self.run_nested(job, scratch.path(), &folder),
+            Way::Direct => run_directly(job, &folder),
+        }
+    }
+
+    /// Writes the folder that the host's program works with.
+    fn fill(&self, folder: &Path, files: &[PathBuf]) -> Result<()> {
+        for part in ["bin", "try"] {
+            fs::create_dir_all(folder.join(part))?;
+        }
+        copy(&self.kernel.image(), &folder.join("vmlinuz"))?;
+        for name in Binaries::names() {
+            copy(&self.binaries.path(name), &folder.join("bin").join(name))?;
+        }
+        for file in files {
+            let name = file.file_name().with_context(|| format!("{} names no file", file.display()))?;
+            copy(file, &folder.join("try").join(name))?;
+        }
+        initramfs::guest(&folder.join("guest.cpio"), &self.kernel, &self.binaries, None)?;
+        initramfs::guest(&folder.join("introspector.cpio"), &self.kernel, &self.binaries, Some(&self.module))
+    }
+
+    fn run_nested(&self, job: &Job, scratch: &Path, folder: &Path) -> Result<i32> {
+        let inside = |path: &str| format!("{NESTED_FOLDER}/{path}");
+        let mut program = Command::new(inside(&job.program))
+            .args(job.args.iter().cloned())
+            .env("KVMMEM_BED", NESTED_FOLDER)
+            .env("KVMMEM_BED_WAY", self.way.name())
+            .cwd(NESTED_FOLDER);
+        for name in ["RUST_LOG", "RUST_BACKTRACE"] {
+            if let Ok(value) = std::env::var(name) {
+                program = program.env(name, value);
+            }
+        }
+        let path = scratch.join("host.cpio");
+        initramfs::host(&path, &self.kernel, &self.binaries, folder, &program)?;
+        let console = self.cache.log(&format!("console-{}", std::process::id()));
+        let begin = Instant::now();
+        let l1 = L1 { kernel: &self.kernel.image(), initramfs: &path, console: &console, limit: job.limit };
+        let code = l1.run()?;
+        // Kept where something went wrong.
+        if code == 0 {
+            let _ = fs::remove_file(&console);
+        } else {
+            ui::say(&format!("  the host's console: {}", console.display()));
+        }
+        ui::say(&format!("  host: {:.1} s", begin.elapsed().as_secs_f64()));
+        Ok(code)
+    }
+}
+
+/// The stock kernel with its root. The cache must be locked.
+fn prepared_kernel(cache: &Cache) -> Result<Kernel> {
+    Kernel::make(cache, Root::make(cache)?)
+}
+
+/// Builds only the module.
+pub(crate) fn make_module() -> Result<PathBuf> {
+    let cache = Cache::open()?;
+    let _lock = cache.lock()?;
+    provision::provision(&cache, false)?;
+    module::make(&cache, &prepared_kernel(&cache)?)
+}
+
+fn describe(way: Way) -> &'static str {
+    match way {
+        Way::Direct => "VMs run directly on this machine",
+        Way::Nested => "VMs run inside an emulated host (software emulation)",
+    }
+}
+
+fn copy(from: &Path, to: &Path) -> Result<()> {
+    fs::copy(from, to).with_context(|| format!("cannot copy {} to {}", from.display(), to.display()))?;
+    Ok(())
+}
+
+/// Runs the same program right here.
+fn run_directly(job: &Job, folder: &Path) -> Result<i32> {
+    use std::os::unix::process::ExitStatusExt as _;
+    let mut child = std::process::Command::new(folder.join(&job.program))
+        .args(&job.args)
+        .env("KVMMEM_BED", folder)
+        .env("KVMMEM_BED_WAY", Way::Direct.name())
+        .current_dir(folder)
+        .stdin(Stdio::null())
+        .spawn()
+        .with_context(|| format!("cannot run {}", job.program))?;
+    let deadline = Instant::now() + job.limit;
+    loop {
+        if let Some(status) = child.try_wait()? {
+            return Ok(status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(0)));
+        }
+        if Instant::now() >= deadline {
+            child.kill()?;
+            child.wait()?;
+            bail!("{} was stopped after its limit of {} s", job.program, job.limit.as_secs());
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}

@@ -1,0 +1,60 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! The order in which kernel modules can be loaded, from depmod's `modules.dep`.
+
+use std::path::PathBuf;
+
+use anyhow::{Context as _, Result};
+
+/// The files of `wanted` modules and of all they need, in loading order, relative to the folder of `modules.dep`.
+/// A module that is built into the kernel needs no loading: `builtin` is the text of `modules.builtin`.
+pub(crate) fn order(dependencies: &str, builtin: &str, wanted: &[&str]) -> Result<Vec<PathBuf>> {
+    let mut files: Vec<PathBuf> = Vec::new();
+    for module in wanted {
+        if builtin.lines().any(|line| name(line) == name(module)) {
+            continue;
+        }
+        let (file, needs) = dependencies
+            .lines()
+            .filter_map(|line| line.split_once(':'))
+            .find(|(file, _)| name(file) == name(module))
+            .with_context(|| format!("the kernel has no module {module}"))?;
+        // depmod lists what must be loaded first last.
+        for file in needs.split_ascii_whitespace().rev().chain([file]) {
+            let file = PathBuf::from(file);
+            if !files.contains(&file) {
+                files.push(file);
+            }
+        }
+    }
+    Ok(files)
+}
+
+/// A module's name from its file's: the kernel takes `-` and `_` for the same.
+fn name(path: &str) -> String {
+    let file = path.rsplit('/').next().unwrap_or(path);
+    file.split('.').next().unwrap_or(file).replace('-', "_")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const DEPENDENCIES: &str = "\
+kernel/arch/x86/kvm/kvm.ko: kernel/virt/lib/irqbypass.ko
+kernel/arch/x86/kvm/kvm-amd.ko: kernel/arch/x86/kvm/kvm.ko kernel/virt/lib/irqbypass.ko
+kernel/virt/lib/irqbypass.ko:
+";
+
+    #[test]
+    fn what_is_needed_comes_first_and_once() {
+        let order = order(DEPENDENCIES, "", &["kvm_amd", "kvm"]).unwrap();
+        let names: Vec<_> = order.iter().map(|path| name(path.to_str().unwrap())).collect();
+        assert_eq!(names, ["irqbypass", "kvm", "kvm_amd"]);
+    }
+
+    #[test]
+    fn a_built_in_module_is_not_loaded_and_a_missing_one_is_an_error() {
+        assert!(order(DEPENDENCIES, "kernel/drivers/virtio/virtio.ko\n", &["virtio"]).unwrap().is_empty());
+        assert!(order(DEPENDENCIES, "", &["virtio"]).is_err());
+    }
+}

@@ -1,0 +1,100 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! The initramfs of the test VMs.
+
+use std::fs::{self, File};
+use std::io::{self, BufWriter, Write};
+use std::path::Path;
+
+use anyhow::{Context as _, Result};
+use kvmmem_guest::Command;
+use kvmmem_guest::report::PROGRAM;
+
+use crate::binaries::Binaries;
+use crate::cpio::Archive;
+use crate::depends;
+use crate::kernel::Kernel;
+
+/// Modules of a KVM host, with vsock to its guests. QEMU emulates AMD's virtualisation only.
+const HOST_MODULES: [&str; 2] = ["kvm_amd", "vhost_vsock"];
+
+/// Modules of a guest.
+const GUEST_MODULES: [&str; 3] = ["virtio_mmio", "virtio_blk", "vmw_vsock_virtio_transport"];
+
+/// Writes the initramfs of a guest; an introspector gets our module, too.
+pub(crate) fn guest(path: &Path, kernel: &Kernel, binaries: &Binaries, module: Option<&Path>) -> Result<()> {
+    write(path, |archive| {
+        init(archive, binaries)?;
+        for name in ["kvmmem", "kvmmem-e2e"] {
+            archive.copy(&format!("bin/{name}"), 0o755, &binaries.path(name))?;
+        }
+        let mut order = modules(archive, kernel, &GUEST_MODULES)?;
+        if let Some(module) = module {
+            archive.copy("modules/kvmmem.ko", 0o644, module)?;
+            // May fail: the VM boots, and says so, where the module finds no host to talk to.
+            order.push_str("?kvmmem.ko\n");
+        }
+        Ok(archive.file("modules/order", 0o644, order.as_bytes())?)
+    })
+}
+
+/// Writes the initramfs of a host, with the folder `bed` at `/bed`, that runs `program`.
+pub(crate) fn host(
+    path: &Path,
+    kernel: &Kernel,
+    binaries: &Binaries,
+    bed: &Path,
+    program: &Command,
+) -> Result<()> {
+    write(path, |archive| {
+        init(archive, binaries)?;
+        let order = modules(archive, kernel, &HOST_MODULES)?;
+        archive.file("modules/order", 0o644, order.as_bytes())?;
+        archive.file(PROGRAM.trim_start_matches('/'), 0o644, &serde_json::to_vec(program)?)?;
+        tree(archive, "bed", bed)
+    })
+}
+
+fn write(path: &Path, fill: impl FnOnce(&mut Archive<BufWriter<File>>) -> Result<()>) -> Result<()> {
+    let make = || {
+        let mut archive = Archive::new(BufWriter::new(File::create(path)?));
+        fill(&mut archive)?;
+        archive.finish()?;
+        anyhow::Ok(())
+    };
+    make().with_context(|| format!("cannot write {}", path.display()))
+}
+
+fn init<W: Write>(archive: &mut Archive<W>, binaries: &Binaries) -> io::Result<()> {
+    archive.copy("init", 0o755, &binaries.path("kvmmem-guest"))
+}
+
+/// Adds modules and what they need; returns their order.
+fn modules<W: Write>(archive: &mut Archive<W>, kernel: &Kernel, wanted: &[&str]) -> Result<String> {
+    let folder = kernel.modules();
+    let dependencies = fs::read_to_string(folder.join("modules.dep")).context("modules.dep")?;
+    let builtin = fs::read_to_string(folder.join("modules.builtin")).context("modules.builtin")?;
+    let mut order = String::new();
+    for file in depends::order(&dependencies, &builtin, wanted)? {
+        let name = file.file_name().context("modules.dep names no file")?.to_string_lossy();
+        archive.copy(&format!("modules/{name}"), 0o644, &folder.join(&file))?;
+        order.push_str(&format!("{name}\n"));
+    }
+    Ok(order)
+}
+
+/// Adds all of a folder.
+fn tree<W: Write>(archive: &mut Archive<W>, place: &str, folder: &Path) -> Result<()> {
+    use std::os::unix::fs::PermissionsExt as _;
+    let mut entries: Vec<_> = fs::read_dir(folder)?.collect::<io::Result<_>>()?;
+    entries.sort_by_key(fs::DirEntry::file_name);
+    for entry in entries {
+        let place = format!("{place}/{}", entry.file_name().to_string_lossy());
+        let metadata = fs::metadata(entry.path())?;
+        if metadata.is_dir() {
+            tree(archive, &place, &entry.path())?;
+        } else {
+            archive.copy(&place, metadata.permissions().mode() & 0o777, &entry.path())?;
+        }
+    }
+    Ok(())
+}

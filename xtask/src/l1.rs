@@ -1,0 +1,147 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! The nested way: a stock Debian kernel as KVM host under QEMU's software emulation of AMD SVM.
+
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail};
+use kvmmem_guest::frame::Decoder;
+use kvmmem_guest::report::{self, Report};
+use signal_hook::consts::{SIGINT, SIGTERM};
+
+use crate::tool;
+
+/// The emulator.
+pub(crate) const QEMU: &str = "qemu-system-x86_64";
+
+/// `x86_64` features: SVM with nested paging. Not `max`: its guests' guests die in FPU set-up on QEMU 7.2.
+const CPU: &str = "qemu64,+svm,+npt";
+
+/// How often the time limit and Ctrl-C are looked at.
+const TICK: Duration = Duration::from_millis(200);
+
+/// How long the VM may take to power off after its program has ended.
+const POWER_OFF: Duration = Duration::from_secs(20);
+
+/// An L1 host to boot.
+pub(crate) struct L1<'a> {
+    pub(crate) kernel: &'a Path,
+    pub(crate) initramfs: &'a Path,
+    /// Gets the kernel's console.
+    pub(crate) console: &'a Path,
+    pub(crate) limit: Duration,
+}
+
+impl L1<'_> {
+    /// Boots it, passes on what its program prints, and returns the program's exit code.
+    pub(crate) fn run(&self) -> Result<i32> {
+        let stop = Arc::new(AtomicBool::new(false));
+        for signal in [SIGINT, SIGTERM] {
+            signal_hook::flag::register(signal, Arc::clone(&stop)).context("cannot watch for Ctrl-C")?;
+        }
+        let mut qemu = Emulator(self.command().spawn().with_context(|| format!("cannot run {QEMU}"))?);
+        let mut stream = qemu.0.stdout.take().context("no stdout of the emulator")?;
+        let (sender, reports) = mpsc::sync_channel(16);
+        thread::spawn(move || {
+            let mut decoder = Decoder::default();
+            loop {
+                let report = report::read(&mut stream, &mut decoder);
+                let last = !matches!(report, Ok(Some(_)));
+                if sender.send(report).is_err() || last {
+                    return;
+                }
+            }
+        });
+        let deadline = Instant::now() + self.limit;
+        loop {
+            match reports.recv_timeout(TICK) {
+                Ok(Ok(Some(Report::Stdout(bytes)))) => pass_on(&mut std::io::stdout(), &bytes)?,
+                Ok(Ok(Some(Report::Stderr(bytes)))) => pass_on(&mut std::io::stderr(), &bytes)?,
+                Ok(Ok(Some(Report::Exit(status)))) => {
+                    qemu.wait(POWER_OFF);
+                    return Ok(status.shell_code());
+                }
+                Ok(Ok(None)) | Err(RecvTimeoutError::Disconnected) => return self.died(&mut qemu),
+                Ok(Err(error)) => return Err(error).context("the host VM's report cannot be read"),
+                Err(RecvTimeoutError::Timeout) => {}
+            }
+            if stop.load(Ordering::Relaxed) {
+                bail!("interrupted");
+            }
+            if Instant::now() >= deadline {
+                bail!(
+                    "the host VM was stopped after its limit of {} s; the end of its console:\n{}",
+                    self.limit.as_secs(),
+                    tool::tail(self.console)
+                );
+            }
+        }
+    }
+
+    fn command(&self) -> Command {
+        let mut command = Command::new(QEMU);
+        command
+            .args(["-accel", "tcg,thread=multi", "-cpu", CPU, "-smp", "2", "-m", "3G"])
+            .args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"])
+            .arg("-kernel")
+            .arg(self.kernel)
+            .arg("-initrd")
+            .arg(self.initramfs)
+            // panic=-1 and -no-reboot: a panic ends the emulator at once.
+            .args(["-append", "console=ttyS0 quiet panic=-1 kvmmem.role=host"])
+            .arg("-serial")
+            .arg(format!("file:{}", self.console.display()))
+            .args(["-chardev", "stdio,id=report,signal=off", "-device", "virtio-serial-pci"])
+            .args(["-device", "virtserialport,chardev=report"])
+            // Held open: at its end, QEMU closes the report port and its writer in the VM waits for ever.
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped());
+        command
+    }
+
+    /// Says why the VM ended without a report.
+    fn died(&self, qemu: &mut Emulator) -> Result<i32> {
+        let status = qemu.wait(POWER_OFF);
+        let console = String::from_utf8_lossy(&std::fs::read(self.console).unwrap_or_default()).into_owned();
+        let how = match status {
+            _ if console.contains("Kernel panic") => "the host VM's kernel panicked".to_owned(),
+            Some(status) if !status.success() => format!("{QEMU}: {status}"),
+            _ => "the host VM went off without reporting its program's end".to_owned(),
+        };
+        bail!("{how}; the end of its console:\n{}", tool::tail(self.console));
+    }
+}
+
+/// Killed on drop, however we leave.
+struct Emulator(Child);
+
+impl Emulator {
+    /// Waits for its end, at most for `limit`.
+    fn wait(&mut self, limit: Duration) -> Option<std::process::ExitStatus> {
+        let deadline = Instant::now() + limit;
+        while Instant::now() < deadline {
+            if let Ok(Some(status)) = self.0.try_wait() {
+                return Some(status);
+            }
+            thread::sleep(Duration::from_millis(20));
+        }
+        None
+    }
+}
+
+impl Drop for Emulator {
+    fn drop(&mut self) {
+        // Both fail only if it has ended already.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn pass_on(out: &mut impl std::io::Write, bytes: &[u8]) -> Result<()> {
+    out.write_all(bytes).and_then(|()| out.flush()).context("cannot write the program's output")
+}

@@ -1,0 +1,84 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! kvmmem.ko, built against the stock kernel's source in the build root.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, Result};
+
+use crate::cache::{Cache, Key};
+use crate::kernel::Kernel;
+use crate::tool::Tool;
+use crate::{project, root, ui};
+
+/// What the module is made of. It is copied in the checkout's layout, as its files name each other by relative paths.
+const SOURCES: [&str; 3] = ["kernel", "crates/kvmmem-abi", "crates/kvmmem-table"];
+
+/// Where it is built, inside the root.
+const FOLDER: &str = "/kvmmem/module";
+
+/// Endings of what a build by hand leaves in the checkout.
+const LEFTOVERS: [&str; 8] = ["o", "ko", "a", "mod", "order", "symvers", "rmeta", "cmd"];
+
+/// The module for this kernel, built if its sources have changed. The cache must be locked.
+pub(crate) fn make(cache: &Cache, kernel: &Kernel) -> Result<PathBuf> {
+    let files = sources()?;
+    let mut key = Key::default();
+    key.add(kernel.version());
+    for file in &files {
+        key.add(file.as_os_str().as_encoded_bytes());
+        key.add(fs::read(project::root().join(file)).with_context(|| file.display().to_string())?);
+    }
+    let module = cache.folder().join(format!("kvmmem-{}.ko", key.finish()));
+    if module.exists() {
+        return Ok(module);
+    }
+    let log = cache.fresh_log("module")?;
+    ui::step(&format!("module: kvmmem.ko for {}", kernel.release()), || {
+        let root = kernel.root();
+        root::remove(&root.path(FOLDER), &log)?;
+        let copy = cache.scratch()?;
+        for file in &files {
+            let to = copy.path().join(file);
+            fs::create_dir_all(to.parent().unwrap_or(&to))?;
+            fs::copy(project::root().join(file), &to).with_context(|| file.display().to_string())?;
+        }
+        Tool::as_root("cp", &log).arg("-r").arg(copy.path()).arg(root.path(FOLDER)).run()?;
+        root.tool("make", &log)
+            .args(["-C", kernel.source(), &format!("M={FOLDER}/kernel"), "modules"])
+            .run()?;
+        let built = root.path(&format!("{FOLDER}/kernel/kvmmem.ko"));
+        let bytes = fs::read(&built).with_context(|| format!("the build made no {}", built.display()))?;
+        cache.write(&module, &bytes)
+    })?;
+    Ok(module)
+}
+
+/// All source files, relative to the checkout, sorted.
+fn sources() -> Result<Vec<PathBuf>> {
+    let mut files = Vec::new();
+    for folder in SOURCES {
+        collect(Path::new(folder), &mut files)?;
+    }
+    files.sort();
+    Ok(files)
+}
+
+fn collect(folder: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
+    let entries = fs::read_dir(project::root().join(folder)).with_context(|| folder.display().to_string())?;
+    for entry in entries {
+        let entry = entry?;
+        let path = folder.join(entry.file_name());
+        let hidden = entry.file_name().as_encoded_bytes().starts_with(b".");
+        let leftover = path.extension().is_some_and(|end| LEFTOVERS.iter().any(|one| end == *one));
+        if hidden || leftover || path.to_string_lossy().ends_with(".mod.c") {
+            continue;
+        }
+        if entry.file_type()?.is_dir() {
+            collect(&path, files)?;
+        } else {
+            files.push(path);
+        }
+    }
+    Ok(())
+}
