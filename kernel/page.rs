@@ -24,7 +24,7 @@ impl ForeignPage {
         check_memory(mm, gva)?;
         let page = PinnedPage::pin(gva)?;
         // The memory may have changed hands since it was looked at: what counts is the page that was pinned.
-        if !page.is_exclusive_anonymous() {
+        if !page.is_anonymous() {
             return Err(EINVAL);
         }
         let page = page.replace(request, hypercall::way()?).map_err(|answer| {

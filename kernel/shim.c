@@ -34,12 +34,11 @@ u64 kvmmem_page_gpa(struct page *page)
 	return page_to_phys(page);
 }
 
-bool kvmmem_page_is_exclusive_anonymous(struct page *page)
+bool kvmmem_page_is_anonymous(struct page *page)
 {
 	struct folio *folio = page_folio(page);
 
-	return folio_test_anon(folio) && !folio_test_ksm(folio) && !folio_test_hugetlb(folio) &&
-	       !folio_is_zone_device(folio) && PageAnonExclusive(page);
+	return folio_test_anon(folio) && !folio_test_ksm(folio) && !folio_test_hugetlb(folio) && !folio_is_zone_device(folio);
 }
 
 /* Like the other users of pinned_vm, against RLIMIT_MEMLOCK of the calling process. */

@@ -28,7 +28,7 @@ extern "C" {
     fn kvmmem_doorbell(port: u16, nr: c_ulong, a0: c_ulong, a1: c_ulong, a2: c_ulong) -> c_long;
     fn kvmmem_cpuid(leaf: u32, out: *mut u32);
     fn kvmmem_page_gpa(page: *mut bindings::page) -> u64;
-    fn kvmmem_page_is_exclusive_anonymous(page: *mut bindings::page) -> bool;
+    fn kvmmem_page_is_anonymous(page: *mut bindings::page) -> bool;
     fn kvmmem_charge(mm: *mut bindings::mm_struct) -> c_int;
     fn kvmmem_uncharge(mm: *mut bindings::mm_struct);
     fn kvmmem_erase(bytes: *mut u8, size: usize);
@@ -103,10 +103,11 @@ impl PinnedPage {
         }
     }
 
-    /// Whether the page is anonymous, of this process alone, and neither KSM's nor hugetlb's nor a device's.
-    pub(crate) fn is_exclusive_anonymous(&self) -> bool {
+    /// Whether the page is anonymous, and neither KSM's nor hugetlb's nor a device's. Pinned for writing, such a page
+    /// belongs to one process only.
+    pub(crate) fn is_anonymous(&self) -> bool {
         // SAFETY: the page is pinned by the type's invariant, so its `struct page` is valid.
-        unsafe { kvmmem_page_is_exclusive_anonymous(self.page.as_ptr()) }
+        unsafe { kvmmem_page_is_anonymous(self.page.as_ptr()) }
     }
 
     /// Has the host replace the page by the target's that `request` names. The host's error unpins the page.
