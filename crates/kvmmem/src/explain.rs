@@ -36,6 +36,7 @@ pub(crate) fn map(errno: Errno) -> &'static str {
         Errno::PERM => "EPERM: the host does not allow it to this VM",
         Errno::OPNOTSUPP => "EOPNOTSUPP: this host does not offer mapping; run kvmmem doctor",
         Errno::NOTTY => "ENOTTY: this is not the kvmmem device",
+        Errno::IO => "EIO: the host's answer is none of KVM's; do the module and the host fit together?",
         _ => "unexpected",
     }
 }
@@ -45,7 +46,7 @@ pub(crate) fn unmap(errno: Errno) -> &'static str {
     match errno {
         Errno::NOENT => "ENOENT: nothing is mapped there",
         Errno::INVAL => "EINVAL: another process (perhaps before fork) opened the device",
-        Errno::AGAIN | Errno::BUSY => "the page is in use; try again",
+        Errno::ALREADY => "EALREADY: another thread undoes it at this moment",
         Errno::IO => "EIO: the host refused; the page stays out of use",
         Errno::NOTTY => "ENOTTY: this is not the kvmmem device",
         _ => "unexpected",

@@ -1,0 +1,202 @@
+//! The command line as a user meets it: what it prints, where, and with which exit code.
+
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+const UUID: [u8; 16] = [9; 16];
+
+/// The command, apart from this process's environment and terminal.
+fn kvmmem(arguments: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_kvmmem"));
+    command.args(arguments).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    for variable in ["KVMMEM_KVMI_PORT", "KVMMEM_DEVICE", "KVMMEM_LOG", "KVMMEM_BROKER", "CLICOLOR_FORCE"] {
+        command.env_remove(variable);
+    }
+    command
+}
+
+fn run(arguments: &[&str]) -> (Option<i32>, String, String) {
+    texts(kvmmem(arguments).output().unwrap())
+}
+
+fn texts(output: Output) -> (Option<i32>, String, String) {
+    (
+        output.status.code(),
+        String::from_utf8(output.stdout).unwrap(),
+        String::from_utf8(output.stderr).unwrap(),
+    )
+}
+
+#[test]
+fn help_names_the_verbs_and_the_exit_codes() {
+    let (code, stdout, _) = run(&["--help"]);
+    assert_eq!(code, Some(0));
+    for word in ["doctor", "read", "write", "map", "Exit codes:", "KVMMEM_KVMI_PORT"] {
+        assert!(stdout.contains(word), "{word}: {stdout}");
+    }
+}
+
+#[test]
+fn a_wrong_command_line_names_what_is_wrong() {
+    let cases: [(&[&str], &[&str]); 9] = [
+        (&[], &["Usage"]),
+        (&["frobnicate"], &["frobnicate"]),
+        (&["read", "zebra", "16"], &["zebra", "0x1000"]),
+        (&["read", "0x1000", "16Q"], &["16Q"]),
+        (&["write", "0x1000", "abc"], &["abc", "pairs"]),
+        (&["read", "0", "1", "--listen", "tcp:1"], &["tcp:1", "vsock:PORT"]),
+        (&["read", "0", "1", "--timeout", "0"], &["--timeout"]),
+        (&["map", "0x10000000000000000"], &["too large", "0xffffffffffffffff"]),
+        (&["map", "0", "--interval", "5"], &["--watch"]),
+    ];
+    for (arguments, words) in cases {
+        let (code, _, stderr) = run(arguments);
+        assert_eq!(code, Some(2), "{arguments:?}");
+        for word in words {
+            assert!(stderr.contains(word), "{arguments:?} {word}: {stderr}");
+        }
+    }
+}
+
+#[test]
+fn an_error_is_told_with_its_causes() {
+    let arguments = ["map", "0x1000", "--device", "/nonexistent/kvmmem"];
+    let (code, stdout, stderr) = run(&arguments);
+    assert_eq!((code, stdout.as_str()), (Some(1), ""));
+    assert_eq!(
+        stderr,
+        "error: cannot open /nonexistent/kvmmem: is the module loaded (modprobe kvmmem), and does this VM's host \
+         offer mapping? See kvmmem doctor\n  1: cannot open the device\n  2: No such file or directory (os error 2)\n"
+    );
+
+    let (code, _, stderr) = run(&[&["--json"], &arguments[..]].concat());
+    assert_eq!(code, Some(1));
+    let error: serde_json::Value = serde_json::from_str(&stderr).unwrap();
+    assert_eq!(error["causes"].as_array().unwrap().len(), 2);
+}
+
+#[test]
+fn a_tool_without_a_place_to_listen_is_told_both_ways() {
+    let (code, _, stderr) = run(&["read", "0", "1"]);
+    assert_eq!(code, Some(1));
+    assert!(stderr.contains("--listen") && stderr.contains("KVMMEM_KVMI_PORT"), "{stderr}");
+
+    let output = kvmmem(&["read", "0", "1"]).env("KVMMEM_KVMI_PORT", "many").output().unwrap();
+    let (code, _, stderr) = texts(output);
+    assert_eq!(code, Some(1));
+    assert!(stderr.contains("KVMMEM_KVMI_PORT") && stderr.contains("many"), "{stderr}");
+}
+
+#[test]
+fn waiting_for_nobody_ends() {
+    let dir = tempfile::tempdir().unwrap();
+    let endpoint = format!("unix:{}", dir.path().join("tool.sock").display());
+    let (code, _, stderr) = run(&["read", "0", "1", "--timeout", "1", "--listen", &endpoint]);
+    assert_eq!(code, Some(1));
+    assert!(stderr.contains("nobody connected") && stderr.contains("kvmmem hook"), "{stderr}");
+}
+
+#[test]
+fn the_doctor_agrees_with_its_exit_code_in_both_roles_and_forms() {
+    for role in ["auto", "host", "guest"] {
+        let (code, stdout, stderr) = run(&["doctor", "--role", role, "--json"]);
+        assert_eq!(stderr, "");
+        let diagnosis: serde_json::Value = serde_json::from_str(&stdout).unwrap();
+        let checks = diagnosis["checks"].as_array().unwrap();
+        let failed = checks.iter().any(|check| check["status"] == "fail");
+        assert_eq!(diagnosis["usable"].as_bool(), Some(!failed));
+        assert_eq!(code, Some(i32::from(failed)));
+        for check in checks {
+            assert_eq!(check["remedy"].is_null(), check["status"] == "ok", "{check}");
+        }
+
+        let (text_code, stdout, _) = run(&["doctor", "--role", role]);
+        assert_eq!(text_code, code);
+        assert!(!stdout.contains('\x1b'), "colours on a pipe");
+        for check in checks {
+            assert!(stdout.contains(check["name"].as_str().unwrap()), "{stdout}");
+        }
+    }
+}
+
+/// Plays a VM's side with one page of memory at 0, until the tool hangs up; returns the page.
+fn serve(path: &Path) -> Vec<u8> {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    let mut stream = loop {
+        match UnixStream::connect(path) {
+            Ok(stream) => break stream,
+            Err(error) => assert!(Instant::now() < deadline, "the tool does not listen: {error}"),
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    };
+    let mut hello = [0; 96];
+    hello[..4].copy_from_slice(&96u32.to_le_bytes());
+    hello[4..20].copy_from_slice(&UUID);
+    stream.write_all(&hello).unwrap();
+    stream.read_exact(&mut [0; 24]).unwrap();
+
+    let mut memory: Vec<u8> = (0..4096u16).map(|i| i.to_le_bytes()[0]).collect();
+    let mut header = [0; 8];
+    while stream.read_exact(&mut header).is_ok() {
+        let mut payload = vec![0; usize::from(u16::from_le_bytes([header[2], header[3]]))];
+        stream.read_exact(&mut payload).unwrap();
+        let word = |at: usize| u64::from_le_bytes(payload[at..at + 8].try_into().unwrap());
+        let (mut err, mut data) = (0, Vec::new());
+        match header[0] {
+            2 => data.extend([1, 0, 0, 0, 0, 0, 0, 0]),
+            17 | 18 => {
+                let (start, size) = (usize::try_from(word(0)).unwrap(), usize::try_from(word(8)).unwrap());
+                match memory.get_mut(start..start + size) {
+                    None => err = -22,
+                    Some(place) if header[0] == 17 => data.extend_from_slice(place),
+                    Some(place) => place.copy_from_slice(&payload[16..]),
+                }
+            }
+            id => panic!("unexpected command {id}"),
+        }
+        let size = u16::try_from(8 + data.len()).unwrap().to_le_bytes();
+        let reply = [&header[..2], &size, &header[4..], &i32::to_le_bytes(err), &[0; 4], &data].concat();
+        stream.write_all(&reply).unwrap();
+    }
+    memory
+}
+
+/// Runs a tool's verb against [`serve`].
+fn with_target(arguments: &[&str]) -> ((Option<i32>, String, String), Vec<u8>) {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("tool.sock");
+    let endpoint = format!("unix:{}", path.display());
+    let child = kvmmem(arguments).args(["--listen", &endpoint]).spawn().unwrap();
+    let memory = serve(&path);
+    (texts(child.wait_with_output().unwrap()), memory)
+}
+
+#[test]
+fn read_prints_a_dump_or_json() {
+    let ((code, stdout, stderr), _) = with_target(&["read", "0x40", "20"]);
+    assert_eq!((code, stderr.as_str()), (Some(0), ""));
+    assert_eq!(
+        stdout,
+        "000000000040  40 41 42 43 44 45 46 47  48 49 4a 4b 4c 4d 4e 4f  |@ABCDEFGHIJKLMNO|\n\
+         000000000050  50 51 52 53                                       |PQRS|\n"
+    );
+    let ((code, stdout, _), _) = with_target(&["--json", "read", "64", "0x4"]);
+    assert_eq!((code, stdout.as_str()), (Some(0), "{\"gpa\":64,\"hex\":\"40414243\"}\n"));
+}
+
+#[test]
+fn read_of_a_hole_is_an_error_with_the_address() {
+    let ((code, _, stderr), _) = with_target(&["read", "0x7000", "8"]);
+    assert_eq!(code, Some(1));
+    assert!(stderr.contains("gpa 0x7000") && stderr.contains("EINVAL"), "{stderr}");
+}
+
+#[test]
+fn write_reaches_the_target() {
+    let ((code, stdout, _), memory) = with_target(&["write", "0x10", "c0ffee"]);
+    assert_eq!((code, stdout.as_str()), (Some(0), "wrote 3 bytes at 0x10\n"));
+    assert_eq!(memory[0x0f..0x14], [0x0f, 0xc0, 0xff, 0xee, 0x13]);
+}
