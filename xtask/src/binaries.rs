@@ -16,12 +16,19 @@ const TARGET: &str = "x86_64-unknown-linux-gnu";
 const PROFILE: &str = "testbed";
 
 /// Package and program of each.
-const PROGRAMS: [(&str, &str); 4] = [
+const PROGRAMS: [(&str, &str); 5] = [
     ("kvmmem-cli", "kvmmem"),
     ("kvmmem-broker", "kvmmemd"),
     ("kvmmem-guest", "kvmmem-guest"),
+    ("kvmmem-probe", "kvmmem-probe"),
     ("kvmmem-e2e", "kvmmem-e2e"),
 ];
+
+/// The scenarios' tool in C, written only from the C header: source and program.
+const C_PROGRAM: (&str, &str) = ("tests/e2e/guest/raw.c", "kvmmem-raw");
+
+/// Where that header is.
+const C_HEADERS: &str = "crates/kvmmem-abi/include/uapi";
 
 /// The folder they have been built into.
 #[derive(Debug)]
@@ -40,6 +47,13 @@ impl Binaries {
                 .args(PROGRAMS.iter().flat_map(|(package, _)| ["--package", package]))
                 .env("RUSTFLAGS", "-C target-feature=+crt-static")
                 .dir(project::root())
+                .run()?;
+            let (source, program) = C_PROGRAM;
+            Tool::new("cc", &log)
+                .args(["-static", "-O2", "-Wall", "-Wextra", "-Werror", "-I", C_HEADERS, "-o"])
+                .arg(folder.join(program))
+                .arg(source)
+                .dir(project::root())
                 .run()
         })?;
         let binaries = Self { folder };
@@ -52,7 +66,7 @@ impl Binaries {
     }
 
     pub(crate) fn names() -> impl Iterator<Item = &'static str> {
-        PROGRAMS.iter().map(|(_, name)| *name)
+        PROGRAMS.iter().map(|(_, name)| *name).chain([C_PROGRAM.1])
     }
 
     pub(crate) fn path(&self, name: &str) -> PathBuf {

@@ -68,9 +68,11 @@ impl Root {
         self.folder.join(inside.trim_start_matches('/'))
     }
 
-    /// A program inside, as root.
+    /// A program inside, as root, with /proc: objtool reads its limits there.
     pub(crate) fn tool(&self, program: &str, log: &Path) -> Tool {
-        Tool::as_root("chroot", log).arg(&self.folder).args(["/usr/bin/env", "-i"]).args([
+        // In a mount namespace of its own, so that nothing stays mounted however the program ends.
+        const ENTER: &str = "mount --rbind /proc \"$0/proc\" && exec chroot \"$0\" /usr/bin/env -i \"$@\"";
+        Tool::as_root("unshare", log).args(["--mount", "sh", "-c", ENTER]).arg(&self.folder).args([
             "PATH=/usr/sbin:/usr/bin:/sbin:/bin",
             "LC_ALL=C.UTF-8",
             "HOME=/root",
