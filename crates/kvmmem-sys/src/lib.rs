@@ -3,3 +3,6 @@
 
 pub mod device;
 pub mod page;
+pub mod pio;
+pub mod ram;
+pub mod xen;

@@ -1,1 +1,31 @@
-//! kvmmem-vmm
+//! A small virtual machine monitor on `/dev/kvm`: what a Linux appliance needs, and the host's side of kvmmem's
+//! hypercalls.
+//!
+//! [`run`] takes a [`VmConfig`] through its life: RAM ([`kvmmem_sys::ram`]), kernel and firmware tables (`boot`),
+//! devices (`devices`), one thread per vCPU (`vcpu`), hypercalls (`hypercall`) and the pages they map
+//! ([`mapping`]).
+#![deny(unsafe_code)]
+
+mod boot;
+mod config;
+mod control;
+mod cpuid;
+mod devices;
+mod exit;
+mod hypercall;
+mod limit;
+pub mod mapping;
+mod signals;
+mod status;
+mod vcpu;
+mod vm;
+
+pub use boot::{AcpiError, LoadError};
+pub use config::{DiskConfig, HypercallWay, MAX_DISKS, MAX_VCPUS, ResetPolicy, SerialConfig, VmConfig};
+pub use control::{Control, StopHandle};
+pub use cpuid::CpuidError;
+pub use devices::vsock::VsockError;
+pub use exit::VmExit;
+pub use status::{ActiveWay, VmStatus};
+pub use vcpu::VcpuError;
+pub use vm::{VmmError, run};

@@ -1,0 +1,156 @@
+//! How the caller of [`crate::run`] watches and stops the machine, and what it lends to it.
+
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+
+use crate::mapping::TokenSource;
+use crate::status::VmStatus;
+
+/// The caller's side of a running machine.
+#[derive(Default)]
+pub struct Control {
+    stop: StopHandle,
+    on_status: Option<Box<dyn Fn(&VmStatus) + Send + Sync>>,
+    tokens: Option<Arc<dyn TokenSource>>,
+    handle_signals: bool,
+}
+
+impl Control {
+    /// A control that watches nothing; signals keep their disposition.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Calls `watch` for every event of the machine, from the thread that called [`crate::run`].
+    #[must_use]
+    pub fn on_status(mut self, watch: impl Fn(&VmStatus) + Send + Sync + 'static) -> Self {
+        self.on_status = Some(Box::new(watch));
+        self
+    }
+
+    /// Stops the machine cleanly on SIGINT, SIGTERM and SIGHUP.
+    #[must_use]
+    pub fn handle_signals(mut self) -> Self {
+        self.handle_signals = true;
+        self
+    }
+
+    /// Redeems tokens from `tokens` instead of the configured broker.
+    #[must_use]
+    pub fn with_tokens(mut self, tokens: Arc<dyn TokenSource>) -> Self {
+        self.tokens = Some(tokens);
+        self
+    }
+
+    /// A handle that stops the machine from any thread.
+    pub fn stop_handle(&self) -> StopHandle {
+        self.stop.clone()
+    }
+
+    pub(crate) fn report(&self, status: &VmStatus) {
+        if let Some(watch) = &self.on_status {
+            watch(status);
+        }
+    }
+
+    pub(crate) fn tokens(&self) -> Option<Arc<dyn TokenSource>> {
+        self.tokens.clone()
+    }
+
+    pub(crate) fn wants_signals(&self) -> bool {
+        self.handle_signals
+    }
+}
+
+/// Why a generation of the machine (the time between two resets) ended.
+#[derive(Debug)]
+pub(crate) enum Ended {
+    PowerOff,
+    Reset,
+    TripleFault,
+    Stopped,
+    Failed(crate::vcpu::VcpuError),
+}
+
+/// Stops a machine from any thread; clones stop the same one.
+#[derive(Clone, Default)]
+pub struct StopHandle(Arc<Shared>);
+
+#[derive(Default)]
+struct Shared {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    /// Set once, from outside; outlives resets.
+    stopped: bool,
+    /// What ended this generation; the first one counts.
+    ended: Option<Ended>,
+}
+
+impl StopHandle {
+    /// Ends the machine; [`crate::run`] returns [`crate::VmExit::Stopped`] unless it ended otherwise before.
+    pub fn stop(&self) {
+        self.lock().stopped = true;
+        self.0.changed.notify_all();
+    }
+
+    /// Ends this generation for `reason`, unless something else did before.
+    pub(crate) fn end(&self, reason: Ended) {
+        let mut state = self.lock();
+        if state.ended.is_none() {
+            state.ended = Some(reason);
+        }
+        drop(state);
+        self.0.changed.notify_all();
+    }
+
+    /// Whether the vCPU threads and whoever may block for long should leave.
+    pub(crate) fn is_ending(&self) -> bool {
+        let state = self.lock();
+        state.stopped || state.ended.is_some()
+    }
+
+    /// Waits until the generation ends.
+    pub(crate) fn wait(&self) {
+        let mut state = self.lock();
+        while !state.stopped && state.ended.is_none() {
+            state = self.0.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Takes the reason, once the generation's threads are gone. A stop from outside wins over a reset.
+    pub(crate) fn take(&self) -> Ended {
+        let mut state = self.lock();
+        match state.ended.take() {
+            None => Ended::Stopped,
+            Some(Ended::Reset) if state.stopped => Ended::Stopped,
+            Some(reason) => reason,
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_reason_counts_and_a_stop_outlives_a_reset() {
+        let stop = StopHandle::default();
+        stop.end(Ended::PowerOff);
+        stop.end(Ended::Reset);
+        stop.wait();
+        assert!(matches!(stop.take(), Ended::PowerOff));
+        assert!(!stop.is_ending());
+
+        stop.end(Ended::Reset);
+        stop.stop();
+        assert!(matches!(stop.take(), Ended::Stopped));
+        assert!(stop.is_ending());
+    }
+}

@@ -1,0 +1,114 @@
+//! A hypercall from the registers that carry it.
+
+use kvm_bindings::kvm_regs;
+use kvmmem_abi::hypercall::{MEM_MAP, MEM_UNMAP};
+
+/// A decoded hypercall. Addresses are as the guest gave them: nothing is checked yet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Hypercall {
+    /// `KVM_HC_MEM_MAP`.
+    MemMap {
+        /// Guest-virtual address of the 32-byte token.
+        token_gva: u64,
+        /// GPA in the target.
+        target_gpa: u64,
+        /// GPA of the own page to replace.
+        own_gpa: u64,
+    },
+    /// `KVM_HC_MEM_UNMAP`.
+    MemUnmap {
+        /// GPA of the own page to restore.
+        own_gpa: u64,
+    },
+    /// Any other number.
+    Unknown {
+        /// The number.
+        number: u64,
+    },
+}
+
+/// How much of a register counts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Width {
+    /// 64-bit mode.
+    Long,
+    /// Any other mode: the low 32 bits.
+    Legacy,
+}
+
+/// The number and the first three arguments, in the order of `kvmmem_abi::hypercall`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Registers {
+    pub(crate) number: u64,
+    pub(crate) arguments: [u64; 3],
+}
+
+impl Registers {
+    /// As `vmcall` carries them: rax; rbx, rcx, rdx.
+    pub(crate) fn of_vmcall(regs: &kvm_regs) -> Self {
+        Self { number: regs.rax, arguments: [regs.rbx, regs.rcx, regs.rdx] }
+    }
+
+    /// As the doorbell carries them: rax; rbx, rcx, rdi (rdx names the port).
+    pub(crate) fn of_doorbell(regs: &kvm_regs) -> Self {
+        Self { number: regs.rax, arguments: [regs.rbx, regs.rcx, regs.rdi] }
+    }
+
+    /// Decodes the call.
+    pub(crate) fn decode(self, width: Width) -> Hypercall {
+        let mask = match width {
+            Width::Long => u64::MAX,
+            Width::Legacy => u64::from(u32::MAX),
+        };
+        let [a0, a1, a2] = self.arguments.map(|argument| argument & mask);
+        match self.number & mask {
+            MEM_MAP => Hypercall::MemMap { token_gva: a0, target_gpa: a1, own_gpa: a2 },
+            MEM_UNMAP => Hypercall::MemUnmap { own_gpa: a0 },
+            number => Hypercall::Unknown { number },
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn registers() -> impl Strategy<Value = kvm_regs> {
+        (prop_oneof![30..36u64, any::<u64>()], any::<[u64; 5]>()).prop_map(
+            |(rax, [rbx, rcx, rdx, rsi, rdi])| kvm_regs {
+                rax,
+                rbx,
+                rcx,
+                rdx,
+                rsi,
+                rdi,
+                ..Default::default()
+            },
+        )
+    }
+
+    proptest! {
+        #[test]
+        fn any_registers_decode_to_what_they_say(regs in registers()) {
+            for (call, a2) in [(Registers::of_vmcall(&regs), regs.rdx), (Registers::of_doorbell(&regs), regs.rdi)] {
+                let expected = match regs.rax {
+                    32 => Hypercall::MemMap { token_gva: regs.rbx, target_gpa: regs.rcx, own_gpa: a2 },
+                    33 => Hypercall::MemUnmap { own_gpa: regs.rbx },
+                    number => Hypercall::Unknown { number },
+                };
+                prop_assert_eq!(call.decode(Width::Long), expected);
+            }
+        }
+
+        #[test]
+        fn legacy_modes_have_32_bits(mut regs in registers()) {
+            let wide = Registers::of_vmcall(&regs).decode(Width::Legacy);
+            for register in [&mut regs.rax, &mut regs.rbx, &mut regs.rcx, &mut regs.rdx] {
+                *register &= 0xffff_ffff;
+            }
+            prop_assert_eq!(wide, Registers::of_vmcall(&regs).decode(Width::Long));
+        }
+    }
+}

@@ -1,0 +1,22 @@
+//! Hypercalls by `vmcall`/`vmmcall`, forwarded as Xen's.
+
+use kvm_ioctls::VcpuFd;
+
+use super::{Hypercalls, Registers, Width};
+
+/// Serves the hypercall behind the last exit of `vcpu`; false when the exit was another one.
+///
+/// # Errors
+/// What KVM reports when the registers cannot be read.
+pub(crate) fn on_xen_exit(vcpu: &mut VcpuFd, hypercalls: &Hypercalls) -> Result<bool, kvm_ioctls::Error> {
+    let Some(exit) = kvmmem_sys::xen::hypercall(vcpu) else {
+        return Ok(false);
+    };
+    let regs = vcpu.get_regs()?;
+    let width = if exit.long_mode { Width::Long } else { Width::Legacy };
+    let call = Registers::of_vmcall(&regs).decode(width);
+    let cpl = u8::try_from(exit.cpl).unwrap_or(u8::MAX);
+    let result = hypercalls.serve(vcpu, cpl, call);
+    kvmmem_sys::xen::set_result(vcpu, result.cast_unsigned());
+    Ok(true)
+}

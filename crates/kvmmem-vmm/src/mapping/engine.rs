@@ -1,0 +1,252 @@
+//! The table of replaced pages, and the two hypercalls' work on it.
+//!
+//! A page goes from *own* to *reserved* (a token is being redeemed for it) to *mapped* and back to *own*. The table's
+//! lock is held while a page is replaced or restored, so that no two vCPUs work on one page, but not while a token is
+//! redeemed, which may wait for the broker: the reservation keeps other vCPUs from the page meanwhile.
+
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use kvmmem_abi::errno::KvmError;
+use kvmmem_abi::ioctl::PAGE_SIZE;
+use kvmmem_sys::ram::{GuestRam, RamError};
+
+use super::source::TargetMemory;
+use crate::limit::warn_limited;
+
+/// Why a page could not be mapped or unmapped. The guest gets [`MapError::number`].
+#[derive(Debug, thiserror::Error)]
+pub enum MapError {
+    /// The own GPA is no page-aligned GPA of RAM.
+    #[error("own GPA {gpa:#x} is not the start of a page of RAM")]
+    OwnPage {
+        /// The GPA asked for.
+        gpa: u64,
+    },
+    /// The target GPA is not page-aligned.
+    #[error("target GPA {gpa:#x} is not page-aligned")]
+    TargetAlignment {
+        /// The GPA asked for.
+        gpa: u64,
+    },
+    /// The own page is mapped already, or about to be.
+    #[error("own GPA {gpa:#x} is replaced already")]
+    InUse {
+        /// The own GPA.
+        gpa: u64,
+    },
+    /// Nothing is mapped there.
+    #[error("own GPA {gpa:#x} is not replaced")]
+    NotMapped {
+        /// The own GPA.
+        gpa: u64,
+    },
+    /// One mapping more could exceed the kernel's limit on mappings of one process.
+    #[error("{limit} pages are replaced already, the most that vm.max_map_count allows")]
+    Limit {
+        /// The limit.
+        limit: usize,
+    },
+    /// The token does not open a target.
+    #[error("the token was refused ({})", .0.number())]
+    Token(KvmError),
+    /// The target has no RAM there.
+    #[error("target GPA {gpa:#x} is in a hole of the target's memory")]
+    TargetHole {
+        /// The GPA asked for.
+        gpa: u64,
+    },
+    /// The target is this very machine.
+    #[error("a machine cannot map its own memory")]
+    OwnMemory,
+    /// The host's kernel refused.
+    #[error("the host could not replace the page")]
+    Host(#[source] RamError),
+}
+
+impl MapError {
+    /// The error as the guest gets it.
+    pub fn number(&self) -> KvmError {
+        match self {
+            Self::OwnPage { .. } | Self::TargetAlignment { .. } | Self::OwnMemory => KvmError::Inval,
+            Self::InUse { .. } => KvmError::Busy,
+            Self::NotMapped { .. } => KvmError::NoEnt,
+            Self::Limit { .. } => KvmError::NoMem,
+            Self::Token(error) => *error,
+            Self::TargetHole { .. } => KvmError::Fault,
+            Self::Host(_) => KvmError::Again,
+        }
+    }
+}
+
+/// One entry of the table.
+enum Page {
+    /// A token is being redeemed for this page; it still is the machine's own.
+    Reserved,
+    /// A page of this target is mapped here. The target's file is kept open: what it holds stays readable after the
+    /// target's death.
+    Mapped { _target: Arc<dyn TargetMemory> },
+}
+
+/// Maps pages of targets over pages of one machine's RAM.
+pub struct MappingEngine {
+    ram: Arc<GuestRam>,
+    /// Device and inode of the machine's own memfd.
+    own_file: (u64, u64),
+    limit: usize,
+    pages: Mutex<HashMap<u64, Page>>,
+}
+
+impl MappingEngine {
+    /// An engine for `ram` that keeps at most `limit` pages replaced (see [`mapping_limit`]).
+    ///
+    /// # Errors
+    /// What the host reports when the RAM's file cannot be examined.
+    pub fn new(ram: Arc<GuestRam>, limit: usize) -> std::io::Result<Self> {
+        let own_file = identity(ram.fd())?;
+        Ok(Self { ram, own_file, limit, pages: Mutex::default() })
+    }
+
+    /// Number of pages mapped or reserved now.
+    pub fn len(&self) -> usize {
+        self.lock().len()
+    }
+
+    /// Whether no page is mapped or reserved.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Maps the target's page at `target_gpa` in the place of the machine's page at `own_gpa`, and gives the memory of
+    /// the latter back to the host.
+    ///
+    /// `redeem` is called once, and only after everything was checked that can be without it: a token is not used up
+    /// by a call that could not have worked.
+    ///
+    /// # Errors
+    /// The page is as it was, contents included.
+    pub fn map(
+        &self,
+        own_gpa: u64,
+        target_gpa: u64,
+        redeem: impl FnOnce() -> Result<Arc<dyn TargetMemory>, KvmError>,
+    ) -> Result<(), MapError> {
+        if !self.ram.is_page(own_gpa) {
+            return Err(MapError::OwnPage { gpa: own_gpa });
+        }
+        if target_gpa % PAGE_SIZE != 0 {
+            return Err(MapError::TargetAlignment { gpa: target_gpa });
+        }
+        self.reserve(own_gpa)?;
+        let replaced = self.replace(own_gpa, target_gpa, redeem);
+        if replaced.is_err() {
+            self.lock().remove(&own_gpa);
+        }
+        replaced
+    }
+
+    /// Undoes [`MappingEngine::map`]: the page at `own_gpa` becomes the machine's own again, zeroed.
+    ///
+    /// # Errors
+    /// [`MapError::NotMapped`]; [`MapError::Host`], and the page stays mapped.
+    pub fn unmap(&self, own_gpa: u64) -> Result<(), MapError> {
+        if !self.ram.is_page(own_gpa) {
+            return Err(MapError::OwnPage { gpa: own_gpa });
+        }
+        let mut pages = self.lock();
+        match pages.get(&own_gpa) {
+            Some(Page::Mapped { .. }) => {}
+            Some(Page::Reserved) | None => return Err(MapError::NotMapped { gpa: own_gpa }),
+        }
+        self.restore(own_gpa).map_err(MapError::Host)?;
+        pages.remove(&own_gpa);
+        Ok(())
+    }
+
+    /// Undoes all mappings, as a reset of the machine does. No vCPU may run meanwhile.
+    ///
+    /// # Errors
+    /// The first failure; what could not be undone stays in the table.
+    pub fn unmap_all(&self) -> Result<(), MapError> {
+        let mut pages = self.lock();
+        let gpas: Vec<u64> = pages.keys().copied().collect();
+        for gpa in gpas {
+            self.restore(gpa).map_err(MapError::Host)?;
+            pages.remove(&gpa);
+        }
+        Ok(())
+    }
+
+    fn reserve(&self, own_gpa: u64) -> Result<(), MapError> {
+        let mut pages = self.lock();
+        let full = pages.len() >= self.limit;
+        match pages.entry(own_gpa) {
+            Entry::Occupied(_) => Err(MapError::InUse { gpa: own_gpa }),
+            Entry::Vacant(_) if full => Err(MapError::Limit { limit: self.limit }),
+            Entry::Vacant(entry) => {
+                entry.insert(Page::Reserved);
+                Ok(())
+            }
+        }
+    }
+
+    fn replace(
+        &self,
+        own_gpa: u64,
+        target_gpa: u64,
+        redeem: impl FnOnce() -> Result<Arc<dyn TargetMemory>, KvmError>,
+    ) -> Result<(), MapError> {
+        let target = redeem().map_err(MapError::Token)?;
+        let offset = target.resolve(target_gpa).ok_or(MapError::TargetHole { gpa: target_gpa })?;
+        match identity(target.ram()) {
+            Ok(file) if file == self.own_file => return Err(MapError::OwnMemory),
+            Ok(_) => {}
+            Err(_) => return Err(MapError::TargetHole { gpa: target_gpa }),
+        }
+        let mut pages = self.lock();
+        self.ram.replace_page(own_gpa, target.ram(), offset).map_err(MapError::Host)?;
+        if let Err(error) = self.ram.punch_page(own_gpa) {
+            // The page's contents are still there: map them back rather than hold the memory twice.
+            match self.ram.restore_page(own_gpa) {
+                Ok(()) => return Err(MapError::Host(error)),
+                Err(second) => warn_limited!(
+                    error = &second as &dyn std::error::Error,
+                    "the own page stays allocated behind the mapping at {own_gpa:#x}"
+                ),
+            }
+        }
+        pages.insert(own_gpa, Page::Mapped { _target: target });
+        Ok(())
+    }
+
+    /// A fresh zero page at `gpa`. Punched first: another reader of the machine's memory may have filled the hole.
+    fn restore(&self, gpa: u64) -> Result<(), RamError> {
+        self.ram.punch_page(gpa)?;
+        self.ram.restore_page(gpa)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<u64, Page>> {
+        self.pages.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Device and inode of a file.
+fn identity(fd: BorrowedFd<'_>) -> std::io::Result<(u64, u64)> {
+    let stat = rustix::fs::fstat(fd.as_fd())?;
+    Ok((stat.st_dev, stat.st_ino))
+}
+
+/// How many pages an engine may replace before `mmap` could fail for want of mappings: each may split one mapping of
+/// the process in three, so half of what `vm.max_map_count` leaves, less a reserve for the process itself.
+pub(crate) fn mapping_limit() -> usize {
+    const RESERVE: usize = 2048;
+    /// The kernel's default (Documentation/admin-guide/sysctl/vm.rst).
+    const DEFAULT_MAX: usize = 65_530;
+    let most = std::fs::read_to_string("/proc/sys/vm/max_map_count")
+        .ok()
+        .and_then(|text| text.trim().parse().ok())
+        .unwrap_or(DEFAULT_MAX);
+    most.saturating_sub(RESERVE) / 2
+}

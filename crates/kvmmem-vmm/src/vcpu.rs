@@ -1,0 +1,225 @@
+//! One vCPU: its state at start, and the thread that runs it and decodes its exits.
+
+use std::io;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+use kvm_bindings::{
+    KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN, Msrs, kvm_msr_entry, kvm_regs,
+};
+use kvm_ioctls::{VcpuExit, VcpuFd};
+use kvmmem_abi::cpuid::DOORBELL_PORT;
+use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
+
+use crate::boot::{STACK_TOP, boot_sregs};
+use crate::control::{Ended, StopHandle};
+use crate::cpuid::{CpuidError, CpuidTemplate};
+use crate::devices::bus::Bus;
+use crate::hypercall::{Hypercalls, on_doorbell, on_xen_exit};
+use crate::limit::warn_limited;
+use crate::status::ActiveWay;
+
+/// Why a vCPU could not start or go on.
+#[derive(Debug, thiserror::Error)]
+pub enum VcpuError {
+    /// KVM refused to set a part of its state.
+    #[error("cannot set {what} of vCPU {id}")]
+    Setup {
+        /// The vCPU.
+        id: u8,
+        /// Which part.
+        what: &'static str,
+        /// Why.
+        source: kvm_ioctls::Error,
+    },
+    /// The CPUID table could not be made.
+    #[error("cannot make the CPUID table of vCPU {id}")]
+    Cpuid {
+        /// The vCPU.
+        id: u8,
+        /// Why.
+        source: CpuidError,
+    },
+    /// The thread could not be started.
+    #[error("cannot start the thread of vCPU {id}")]
+    Thread {
+        /// The vCPU.
+        id: u8,
+        /// Why.
+        source: io::Error,
+    },
+    /// `KVM_RUN` failed.
+    #[error("cannot run vCPU {id}")]
+    Run {
+        /// The vCPU.
+        id: u8,
+        /// Why.
+        source: kvm_ioctls::Error,
+    },
+    /// The vCPU's registers could not be read for a hypercall.
+    #[error("cannot read the registers of vCPU {id}")]
+    Registers {
+        /// The vCPU.
+        id: u8,
+        /// Why.
+        source: kvm_ioctls::Error,
+    },
+    /// KVM cannot go on, or gave a reason that a machine of this kind never causes.
+    #[error("vCPU {id} stopped: {exit}")]
+    Exit {
+        /// The vCPU.
+        id: u8,
+        /// The exit, as KVM names it.
+        exit: String,
+    },
+}
+
+/// Where the boot CPU starts.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct BootState {
+    /// First instruction.
+    pub(crate) entry: u64,
+    /// GPA of the boot parameters.
+    pub(crate) params: u64,
+}
+
+/// Sets up vCPU `id`. Only the boot CPU, which has a `boot` state, runs at once; the others wait for INIT and SIPI.
+pub(crate) fn set_up(
+    vcpu: &VcpuFd,
+    id: u8,
+    cpuid: &CpuidTemplate,
+    boot: Option<BootState>,
+) -> Result<(), VcpuError> {
+    let failed = |what| move |source| VcpuError::Setup { id, what, source };
+    let table = cpuid.for_cpu(id).map_err(|source| VcpuError::Cpuid { id, source })?;
+    vcpu.set_cpuid2(&table).map_err(failed("the CPUID table"))?;
+    if let Some(boot) = boot {
+        set_msrs(vcpu, id)?;
+        let sregs = vcpu.get_sregs().map_err(failed("the system registers"))?;
+        vcpu.set_sregs(&boot_sregs(sregs)).map_err(failed("the system registers"))?;
+        const RESERVED_FLAG: u64 = 1 << 1;
+        let regs = kvm_regs {
+            rip: boot.entry,
+            rsi: boot.params,
+            rsp: STACK_TOP,
+            rflags: RESERVED_FLAG,
+            ..Default::default()
+        };
+        vcpu.set_regs(&regs).map_err(failed("the registers"))?;
+    }
+    Ok(())
+}
+
+/// What firmware would have set: write-back memory by default, fast strings on.
+fn set_msrs(vcpu: &VcpuFd, id: u8) -> Result<(), VcpuError> {
+    const MSR_MTRR_DEF_TYPE: u32 = 0x2ff;
+    const MTRR_ENABLE_WRITE_BACK: u64 = 1 << 11 | 6;
+    const MSR_MISC_ENABLE: u32 = 0x1a0;
+    const FAST_STRINGS: u64 = 1;
+    for (index, data) in [(MSR_MTRR_DEF_TYPE, MTRR_ENABLE_WRITE_BACK), (MSR_MISC_ENABLE, FAST_STRINGS)] {
+        let entry = kvm_msr_entry { index, data, ..Default::default() };
+        let failed = |source| VcpuError::Setup { id, what: "a model-specific register", source };
+        let msrs = Msrs::from_entries(&[entry]).map_err(|_| failed(kvm_ioctls::Error::new(libc::E2BIG)))?;
+        // KVM takes as many as it knows; a CPU without one of these is as good.
+        vcpu.set_msrs(&msrs).map_err(failed)?;
+    }
+    Ok(())
+}
+
+/// What the vCPUs of one generation share.
+pub(crate) struct Shared {
+    pub(crate) ports: Bus,
+    pub(crate) mmio: Bus,
+    /// Present in an introspector.
+    pub(crate) hypercalls: Option<(ActiveWay, Hypercalls)>,
+    pub(crate) stop: StopHandle,
+}
+
+/// A running vCPU thread.
+pub(crate) struct VcpuThread(JoinHandle<()>);
+
+impl VcpuThread {
+    /// Starts the thread of vCPU `id`.
+    pub(crate) fn start(id: u8, mut vcpu: VcpuFd, shared: Arc<Shared>) -> Result<Self, VcpuError> {
+        let run = move || {
+            if let Err(error) = run(id, &mut vcpu, &shared) {
+                shared.stop.end(Ended::Failed(error));
+            }
+        };
+        let thread = std::thread::Builder::new().name(format!("vcpu{id}")).spawn(run);
+        thread.map(Self).map_err(|source| VcpuError::Thread { id, source })
+    }
+
+    /// Calls the thread out of the guest, once; it may miss the call when it is not there.
+    pub(crate) fn kick(&self) {
+        let _ = self.0.kill(kick_signal());
+    }
+
+    /// Whether the thread is gone.
+    pub(crate) fn is_finished(&self) -> bool {
+        self.0.is_finished()
+    }
+}
+
+/// The signal that interrupts `KVM_RUN`.
+fn kick_signal() -> i32 {
+    SIGRTMIN()
+}
+
+/// Makes the kick signal interrupt system calls instead of ending the process.
+///
+/// # Errors
+/// What the kernel reports.
+pub(crate) fn install_kick_handler() -> io::Result<()> {
+    extern "C" fn ignore(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
+    register_signal_handler(kick_signal(), ignore).map_err(io::Error::from)
+}
+
+/// Runs the guest until the generation ends.
+fn run(id: u8, vcpu: &mut VcpuFd, shared: &Shared) -> Result<(), VcpuError> {
+    while !shared.stop.is_ending() {
+        run_once(id, vcpu, shared)?;
+    }
+    Ok(())
+}
+
+/// One entry into the guest and the exit from it.
+fn run_once(id: u8, vcpu: &mut VcpuFd, shared: &Shared) -> Result<(), VcpuError> {
+    let registers = |source| VcpuError::Registers { id, source };
+    match vcpu.run() {
+        Ok(VcpuExit::IoIn(DOORBELL_PORT, data)) => {
+            data.fill(0xff);
+            if let (4, Some((ActiveWay::Port, hypercalls))) = (data.len(), &shared.hypercalls) {
+                on_doorbell(vcpu, hypercalls).map_err(registers)?;
+            }
+        }
+        Ok(VcpuExit::IoIn(port, data)) => shared.ports.read(port.into(), data),
+        Ok(VcpuExit::IoOut(port, data)) => shared.ports.write(port.into(), data),
+        Ok(VcpuExit::MmioRead(gpa, data)) => shared.mmio.read(gpa, data),
+        Ok(VcpuExit::MmioWrite(gpa, data)) => shared.mmio.write(gpa, data),
+        Ok(VcpuExit::Unsupported(reason)) => {
+            let served = match &shared.hypercalls {
+                Some((ActiveWay::Xen, hypercalls)) if reason == kvmmem_sys::xen::EXIT_REASON => {
+                    on_xen_exit(vcpu, hypercalls).map_err(registers)?
+                }
+                _ => false,
+            };
+            if !served {
+                return Err(VcpuError::Exit { id, exit: format!("unknown exit reason {reason}") });
+            }
+        }
+        Ok(VcpuExit::Shutdown) => shared.stop.end(Ended::TripleFault),
+        Ok(VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_SHUTDOWN, _)) => shared.stop.end(Ended::PowerOff),
+        Ok(VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_RESET, _)) => shared.stop.end(Ended::Reset),
+        Ok(VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_CRASH, _)) => shared.stop.end(Ended::TripleFault),
+        Ok(VcpuExit::Intr | VcpuExit::IrqWindowOpen) => {}
+        Ok(exit) => return Err(VcpuError::Exit { id, exit: format!("{exit:?}") }),
+        // A signal, or a vCPU that waits for its SIPI: look whether the generation ends.
+        Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {}
+        Err(source) => {
+            warn_limited!(id, %source, "KVM_RUN failed");
+            return Err(VcpuError::Run { id, source });
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,395 @@
+//! A machine's life: made from its configuration, run, reset, ended.
+
+use std::io;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
+use kvm_ioctls::{Cap, IoEventAddress, Kvm, VmFd};
+use kvmmem_sys::ram::{GuestRam, RamError};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use crate::boot::{self, AcpiDevice, AcpiError, LoadError};
+use crate::config::{HypercallWay, MAX_DISKS, MAX_VCPUS, ResetPolicy, SerialConfig, VmConfig};
+use crate::control::{Control, Ended, StopHandle};
+use crate::cpuid::{CpuidError, CpuidTemplate};
+use crate::devices::block::Block;
+use crate::devices::bus::{Bus, BusDevice};
+use crate::devices::console::{ConsoleInput, ConsoleOutput, RawTerminal};
+use crate::devices::i8042::{self, I8042};
+use crate::devices::power::{self, Power};
+use crate::devices::serial::{self, SerialPort};
+use crate::devices::virtio_mmio::{QUEUE_NOTIFY, VirtioDevice, VirtioMmio};
+use crate::devices::vsock::{Vsock, VsockError};
+use crate::devices::{SERIAL_GSI, SERIAL_PORT, VIRTIO_MMIO_BASE, VIRTIO_MMIO_GSI, VIRTIO_MMIO_LENGTH};
+use crate::exit::VmExit;
+use crate::hypercall::Hypercalls;
+use crate::mapping::{MapError, MappingEngine, TokenSource, mapping_limit};
+use crate::signals::Signals;
+use crate::status::{ActiveWay, VmStatus, uuid_text};
+use crate::vcpu::{self, BootState, Shared, VcpuError, VcpuThread};
+
+/// Why a machine could not be made or go on.
+#[derive(Debug, thiserror::Error)]
+pub enum VmmError {
+    /// The configuration asks for something that no machine has.
+    #[error("{0}")]
+    Config(String),
+    /// `/dev/kvm` is missing or not accessible.
+    #[error("cannot open /dev/kvm")]
+    OpenKvm(#[source] kvm_ioctls::Error),
+    /// This host cannot forward hypercalls.
+    #[error(
+        "the host's KVM cannot forward hypercalls (no KVM_CAP_XEN_HVM with INTERCEPT_HCALL); use the port way"
+    )]
+    NoXen,
+    /// Guest RAM could not be made.
+    #[error("cannot make guest RAM")]
+    Ram(#[from] RamError),
+    /// KVM refused a part of the machine.
+    #[error("cannot set up {what}")]
+    Kvm {
+        /// Which part.
+        what: &'static str,
+        /// Why.
+        source: kvm_ioctls::Error,
+    },
+    /// The host's kernel refused something else that the machine needs.
+    #[error("cannot set up {what}")]
+    Host {
+        /// What.
+        what: &'static str,
+        /// Why.
+        source: io::Error,
+    },
+    /// A disk could not be opened.
+    #[error("cannot open disk {path:?}")]
+    Disk {
+        /// The image.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The file for serial output could not be made.
+    #[error("cannot open the serial port's output")]
+    Serial(#[source] io::Error),
+    /// There is no vsock device.
+    #[error("cannot make the vsock device")]
+    Vsock(#[from] VsockError),
+    /// The CPUID table could not be made.
+    #[error("cannot make the CPUID table")]
+    Cpuid(#[from] CpuidError),
+    /// The kernel could not be loaded.
+    #[error("cannot load the kernel")]
+    Load(#[from] LoadError),
+    /// The ACPI tables could not be written.
+    #[error("cannot write the ACPI tables")]
+    Acpi(#[from] AcpiError),
+    /// The page tables or boot parameters could not be written.
+    #[error("cannot write the boot structures to RAM: {0}")]
+    Boot(String),
+    /// A vCPU failed.
+    #[error("a vCPU failed")]
+    Vcpu(#[from] VcpuError),
+    /// Mappings could not be undone for a reset.
+    #[error("cannot undo the machine's mappings")]
+    Unmap(#[source] MapError),
+    /// The broker did not take the registration.
+    #[error("cannot register with the broker at {path:?}")]
+    Broker {
+        /// The broker's socket.
+        path: PathBuf,
+        /// Why.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+}
+
+/// Runs a machine until it ends.
+///
+/// # Errors
+/// [`VmmError`]; no vCPU or device thread is left behind, and the terminal is as it was.
+pub fn run(config: VmConfig, control: Control) -> Result<VmExit, VmmError> {
+    check(&config)?;
+    let machine = Machine::new(config, &control)?;
+    let stop = control.stop_handle();
+    vcpu::install_kick_handler().map_err(|source| VmmError::Host { what: "signal handling", source })?;
+    let _signals = match control.wants_signals() {
+        true => Some(
+            Signals::stopping(stop.clone())
+                .map_err(|source| VmmError::Host { what: "signal handling", source })?,
+        ),
+        false => None,
+    };
+    let is_stdio = machine.config.serial == SerialConfig::Stdio;
+    let _terminal = is_stdio.then(RawTerminal::enter).flatten();
+
+    let mut generation = machine.generation(&stop)?;
+    control.report(&machine.started());
+    let exit = loop {
+        match generation.run(&stop)? {
+            Ended::Reset if machine.config.reset == ResetPolicy::Restart => {
+                machine.reset()?;
+                generation = machine.generation(&stop)?;
+                control.report(&VmStatus::Restarted);
+            }
+            Ended::Reset => break VmExit::Reset,
+            Ended::PowerOff => break VmExit::PowerOff,
+            Ended::TripleFault => break VmExit::TripleFault,
+            Ended::Stopped => break VmExit::Stopped,
+            Ended::Failed(error) => return Err(error.into()),
+        }
+    };
+    control.report(&VmStatus::Exited { reason: exit });
+    Ok(exit)
+}
+
+fn check(config: &VmConfig) -> Result<(), VmmError> {
+    let refused = |reason: String| Err(VmmError::Config(reason));
+    if config.vcpus == 0 || config.vcpus > MAX_VCPUS {
+        return refused(format!("a machine has 1 to {MAX_VCPUS} vCPUs, not {}", config.vcpus));
+    }
+    if config.disks.len() > MAX_DISKS {
+        return refused(format!("a machine has at most {MAX_DISKS} disks, not {}", config.disks.len()));
+    }
+    if config.memory_bytes < boot::MIN_RAM {
+        let bytes = config.memory_bytes;
+        return refused(format!("{bytes:#x} bytes of RAM are too little, the least is {:#x}", boot::MIN_RAM));
+    }
+    if config.cid.is_some_and(|cid| cid < 3 || cid == u32::MAX) {
+        return refused("vsock CIDs 0 to 2 and the highest are reserved".into());
+    }
+    Ok(())
+}
+
+/// What outlives resets.
+struct Machine {
+    config: VmConfig,
+    kvm: Kvm,
+    ram: Arc<GuestRam>,
+    output: ConsoleOutput,
+    /// Present in an introspector.
+    introspection: Option<Introspection>,
+    is_registered: bool,
+}
+
+struct Introspection {
+    way: ActiveWay,
+    engine: Arc<MappingEngine>,
+    tokens: Option<Arc<dyn TokenSource>>,
+}
+
+impl Machine {
+    fn new(config: VmConfig, control: &Control) -> Result<Self, VmmError> {
+        let kvm = Kvm::new().map_err(VmmError::OpenKvm)?;
+        let ram = Arc::new(GuestRam::new(config.memory_bytes)?);
+        let output = ConsoleOutput::open(&config.serial, control.stop_handle()).map_err(VmmError::Serial)?;
+        let tokens = control.tokens();
+        let introspection = match config.introspector {
+            false => None,
+            true => Some(Introspection {
+                way: choose_way(config.hypercalls, &kvm)?,
+                engine: Arc::new(
+                    MappingEngine::new(ram.clone(), mapping_limit())
+                        .map_err(|source| VmmError::Host { what: "the mapping engine", source })?,
+                ),
+                tokens,
+            }),
+        };
+        Ok(Self { config, kvm, ram, output, introspection, is_registered: false })
+    }
+
+    fn started(&self) -> VmStatus {
+        VmStatus::Started {
+            name: self.config.name.clone(),
+            uuid: uuid_text(&self.config.uuid),
+            pid: std::process::id(),
+            vcpus: self.config.vcpus,
+            memory_bytes: self.config.memory_bytes,
+            cid: self.config.cid,
+            hypercalls: self.introspection.as_ref().map(|introspection| introspection.way),
+            broker: self.is_registered,
+        }
+    }
+
+    /// Undoes all mappings and zeroes RAM. No vCPU and no device runs.
+    fn reset(&self) -> Result<(), VmmError> {
+        if let Some(introspection) = &self.introspection {
+            introspection.engine.unmap_all().map_err(VmmError::Unmap)?;
+        }
+        Ok(self.ram.zero()?)
+    }
+
+    /// A machine as it is after power on.
+    fn generation(&self, stop: &StopHandle) -> Result<Generation, VmmError> {
+        let config = &self.config;
+        let vm = create_vm(&self.kvm)?;
+        self.ram.attach(&vm)?;
+        let way = self.introspection.as_ref().map(|introspection| introspection.way);
+        if way == Some(ActiveWay::Xen) {
+            kvmmem_sys::xen::intercept_hypercalls(&vm)
+                .map_err(|source| VmmError::Host { what: "the forwarding of hypercalls", source })?;
+        }
+
+        let mut devices = Devices { vm: &vm, ports: Bus::default(), mmio: Bus::default(), acpi: Vec::new() };
+        let serial = devices.add_serial(self.output.try_clone().map_err(VmmError::Serial)?)?;
+        devices.add_ports(i8042::BASE_PORT, i8042::PORTS, I8042::new(stop.clone()));
+        devices.add_ports(power::BASE_PORT, power::PORTS, Power(stop.clone()));
+        let memory = Arc::new(self.ram.memory().clone());
+        for disk in &config.disks {
+            let block =
+                Block::open(disk).map_err(|source| VmmError::Disk { path: disk.path.clone(), source })?;
+            devices.add_virtio(Box::new(block), &memory)?;
+        }
+        if let Some(cid) = config.cid {
+            devices.add_virtio(Box::new(Vsock::open(cid, memory.clone())?), &memory)?;
+        }
+        let Devices { ports, mmio, acpi, .. } = devices;
+
+        let written = |error: &dyn std::fmt::Display| VmmError::Boot(error.to_string());
+        let kernel = boot::load(config, &memory)?;
+        let rsdp = boot::write_tables(config.vcpus, &acpi, &memory)?;
+        let params = boot::write_params(&kernel, rsdp, &memory).map_err(|error| written(&error))?;
+        boot::write_page_tables(&memory).map_err(|error| written(&error))?;
+
+        let cpuid = CpuidTemplate::new(&self.kvm, config.vcpus, way)?;
+        let mut vcpus = Vec::with_capacity(config.vcpus.into());
+        for id in 0..config.vcpus {
+            let vcpu =
+                vm.create_vcpu(id.into()).map_err(|source| VmmError::Kvm { what: "a vCPU", source })?;
+            let boot = (id == 0).then_some(BootState { entry: kernel.entry, params });
+            vcpu::set_up(&vcpu, id, &cpuid, boot)?;
+            vcpus.push(vcpu);
+        }
+        let hypercalls = self.introspection.as_ref().map(|Introspection { way, engine, tokens }| {
+            (*way, Hypercalls::new(engine.clone(), tokens.clone(), self.ram.memory().clone()))
+        });
+        let shared = Arc::new(Shared { ports, mmio, hypercalls, stop: stop.clone() });
+        let input = (config.serial == SerialConfig::Stdio).then_some(serial);
+        Ok(Generation { _vm: vm, vcpus, shared, input })
+    }
+}
+
+fn choose_way(wanted: HypercallWay, kvm: &Kvm) -> Result<ActiveWay, VmmError> {
+    let can_intercept = kvmmem_sys::xen::can_intercept(kvm);
+    match wanted {
+        HypercallWay::Port => Ok(ActiveWay::Port),
+        HypercallWay::Xen | HypercallWay::Auto if can_intercept => Ok(ActiveWay::Xen),
+        HypercallWay::Xen => Err(VmmError::NoXen),
+        HypercallWay::Auto => Ok(ActiveWay::Port),
+    }
+}
+
+/// A VM with interrupt controllers and timer, without memory and CPUs.
+fn create_vm(kvm: &Kvm) -> Result<VmFd, VmmError> {
+    /// Three pages for KVM's use on Intel CPUs, below the firmware's place at the end of 4 GiB, and one page before.
+    const TSS_ADDRESS: usize = 0xfffb_d000;
+    const IDENTITY_MAP_ADDRESS: u64 = 0xfffb_c000;
+    let failed = |what| move |source| VmmError::Kvm { what, source };
+    let vm = kvm.create_vm().map_err(failed("a VM"))?;
+    if kvm.check_extension(Cap::SetTssAddr) {
+        vm.set_tss_address(TSS_ADDRESS).map_err(failed("the TSS address"))?;
+    }
+    if kvm.check_extension(Cap::SetIdentityMapAddr) {
+        vm.set_identity_map_address(IDENTITY_MAP_ADDRESS).map_err(failed("the identity map"))?;
+    }
+    vm.create_irq_chip().map_err(failed("the interrupt controllers"))?;
+    let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
+    vm.create_pit2(pit).map_err(failed("the timer"))?;
+    Ok(vm)
+}
+
+/// Devices on their way to the buses and to the ACPI tables.
+struct Devices<'a> {
+    vm: &'a VmFd,
+    ports: Bus,
+    mmio: Bus,
+    acpi: Vec<AcpiDevice>,
+}
+
+impl Devices<'_> {
+    fn add_ports(&mut self, base: u16, ports: u64, device: impl BusDevice + 'static) {
+        self.ports.insert(base.into(), ports, Arc::new(Mutex::new(device)));
+    }
+
+    fn add_serial(&mut self, output: ConsoleOutput) -> Result<Arc<Mutex<SerialPort>>, VmmError> {
+        let port = SerialPort::new(self.line(SERIAL_GSI)?, output);
+        let port = Arc::new(Mutex::new(port));
+        self.ports.insert(SERIAL_PORT.into(), serial::PORTS, port.clone());
+        self.acpi.push(AcpiDevice::Serial);
+        Ok(port)
+    }
+
+    fn add_virtio(
+        &mut self,
+        device: Box<dyn VirtioDevice>,
+        memory: &Arc<vm_memory::GuestMemoryMmap>,
+    ) -> Result<(), VmmError> {
+        // The serial port comes first and is the only one of its kind; `check` limits the others to the pins.
+        let index = u32::try_from(self.acpi.len().saturating_sub(1)).unwrap_or(u32::MAX);
+        let base = VIRTIO_MMIO_BASE + index * VIRTIO_MMIO_LENGTH;
+        let gsi = VIRTIO_MMIO_GSI + index;
+        let mut kicks = Vec::new();
+        for (queue, _) in (0u32..).zip(device.queue_sizes()) {
+            let kick = EventFd::new(EFD_CLOEXEC)
+                .map_err(|source| VmmError::Host { what: "a virtio notification", source })?;
+            let address = IoEventAddress::Mmio(u64::from(base) + QUEUE_NOTIFY);
+            self.vm
+                .register_ioevent(&kick, &address, queue)
+                .map_err(|source| VmmError::Kvm { what: "a virtio notification", source })?;
+            kicks.push(kick);
+        }
+        let transport = VirtioMmio::new(device, memory.clone(), self.line(gsi)?, kicks);
+        self.mmio.insert(base.into(), VIRTIO_MMIO_LENGTH.into(), Arc::new(Mutex::new(transport)));
+        self.acpi.push(AcpiDevice::VirtioMmio { base, length: VIRTIO_MMIO_LENGTH, gsi });
+        Ok(())
+    }
+
+    /// An event that interrupts the guest.
+    fn line(&self, gsi: u32) -> Result<EventFd, VmmError> {
+        let line = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)
+            .map_err(|source| VmmError::Host { what: "an interrupt line", source })?;
+        self.vm
+            .register_irqfd(&line, gsi)
+            .map_err(|source| VmmError::Kvm { what: "an interrupt line", source })?;
+        Ok(line)
+    }
+}
+
+/// A machine between two resets.
+struct Generation {
+    _vm: VmFd,
+    vcpus: Vec<kvm_ioctls::VcpuFd>,
+    shared: Arc<Shared>,
+    /// The serial port, if it has input.
+    input: Option<Arc<Mutex<SerialPort>>>,
+}
+
+impl Generation {
+    /// Runs until something ends it; then all of its threads are gone, and its devices with it.
+    fn run(self, stop: &StopHandle) -> Result<Ended, VmmError> {
+        let Self { _vm, vcpus, shared, input } = self;
+        let console = match input {
+            Some(port) => Some(
+                ConsoleInput::start(port, stop.clone())
+                    .map_err(|source| VmmError::Host { what: "serial input", source })?,
+            ),
+            None => None,
+        };
+        let mut threads = Vec::with_capacity(vcpus.len());
+        for (id, vcpu) in (0u8..).zip(vcpus) {
+            match VcpuThread::start(id, vcpu, shared.clone()) {
+                Ok(thread) => threads.push(thread),
+                Err(error) => stop.end(Ended::Failed(error)),
+            }
+        }
+        stop.wait();
+        // A thread may miss a kick between its look at `stop` and its entry into the guest: so kick again.
+        while threads.iter().any(|thread| !thread.is_finished()) {
+            threads.iter().for_each(VcpuThread::kick);
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        drop(console);
+        Ok(stop.take())
+    }
+}
