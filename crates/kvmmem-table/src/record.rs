@@ -49,6 +49,13 @@ pub struct Reservation {
     pub(super) gva: u64,
 }
 
+impl Reservation {
+    /// The GVA that is reserved.
+    pub fn gva(&self) -> u64 {
+        self.gva
+    }
+}
+
 /// A page taken out of its record to be undone; settled by `Table::finish` or `Table::refuse`.
 #[must_use = "the record stays in state unmapping until the undo is settled"]
 #[derive(Debug, PartialEq, Eq)]
