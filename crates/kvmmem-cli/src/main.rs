@@ -2,6 +2,7 @@
 //! in an introspector, and says on either what is missing.
 #![deny(unsafe_code)]
 
+mod broker;
 mod connect;
 mod doctor;
 mod failure;
@@ -10,6 +11,7 @@ mod map;
 mod number;
 mod output;
 mod physical;
+mod vm;
 
 use std::process::ExitCode;
 
@@ -34,17 +36,20 @@ const EXIT_CODES: &str = "\
 Numbers are decimal, or hexadecimal after 0x.
 
 Exit codes:
-  0  done; doctor: usable
+  0  done; doctor: usable; vm: see kvmmem vm --help
   1  failed, standard error says why; doctor: not usable
   2  the command line is wrong
 
 Environment:
   KVMMEM_KVMI_PORT  vsock port to listen on, unless --listen says where
   KVMMEM_DEVICE     device to map through, unless --device says which
+  KVMMEM_BROKER     socket of the broker, unless --broker says which
   KVMMEM_LOG        what to log, for example `debug`; `warn` if unset";
 
 #[derive(Subcommand)]
 enum Verb {
+    /// Run a virtual machine.
+    Vm(Box<vm::Arguments>),
     /// Say whether this machine can run kvmmem, and what to do if not.
     Doctor(doctor::Arguments),
     /// In an introspector: read a target's memory over KVMI.
@@ -66,6 +71,7 @@ fn main() -> ExitCode {
 
     let mut output = Output::new(cli.json);
     let result = match cli.verb {
+        Verb::Vm(arguments) => arguments.run(&mut output),
         Verb::Doctor(arguments) => arguments.run(&mut output),
         Verb::Read(arguments) => arguments.run(&mut output),
         Verb::Write(arguments) => arguments.run(&mut output),

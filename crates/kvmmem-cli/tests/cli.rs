@@ -34,7 +34,7 @@ fn texts(output: Output) -> (Option<i32>, String, String) {
 fn help_names_the_verbs_and_the_exit_codes() {
     let (code, stdout, _) = run(&["--help"]);
     assert_eq!(code, Some(0));
-    for word in ["doctor", "read", "write", "map", "Exit codes:", "KVMMEM_KVMI_PORT"] {
+    for word in ["vm", "doctor", "read", "write", "map", "Exit codes:", "KVMMEM_KVMI_PORT"] {
         assert!(stdout.contains(word), "{word}: {stdout}");
     }
 }
@@ -55,6 +55,27 @@ fn a_wrong_command_line_names_what_is_wrong() {
     for (arguments, words) in cases {
         let (code, _, stderr) = run(arguments);
         assert_eq!(code, Some(2), "{arguments:?}");
+        for word in words {
+            assert!(stderr.contains(word), "{arguments:?} {word}: {stderr}");
+        }
+    }
+}
+
+#[test]
+fn a_machine_is_refused_by_the_option_that_is_wrong() {
+    let cases: [(&[&str], i32, &[&str]); 8] = [
+        (&["--kernel", "/nonexistent/bzImage"], 1, &["--kernel", "/nonexistent/bzImage", "No such file"]),
+        (&["--kernel", "/dev/null", "--initrd", "/nonexistent/i"], 1, &["--initrd", "/nonexistent/i"]),
+        (&["--kernel", "/dev/null", "--serial", "stdio", "--json"], 1, &["--json", "file:PATH"]),
+        (&["--kernel", "/dev/null", "--memory", "4097"], 2, &["--memory", "4096"]),
+        (&["--kernel", "/dev/null", "--cpus", "0"], 2, &["--cpus", "0"]),
+        (&["--kernel", "/dev/null", "--cid", "2"], 2, &["--cid", "2"]),
+        (&["--kernel", "/dev/null", "--hypercalls", "port"], 2, &["--introspector"]),
+        (&["--initrd", "/dev/null"], 2, &["--kernel"]),
+    ];
+    for (arguments, exit, words) in cases {
+        let (code, _, stderr) = run(&[&["vm"], arguments].concat());
+        assert_eq!(code, Some(exit), "{arguments:?}: {stderr}");
         for word in words {
             assert!(stderr.contains(word), "{arguments:?} {word}: {stderr}");
         }

@@ -15,7 +15,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let listener = Listener::bind(&endpoint.parse()?)?;
     let mut target = listener.accept(Duration::from_secs(30))?;
     let max_gfn = target.max_gfn()?;
-    println!("{:?} has frames up to {max_gfn:#x}", target.name());
+    println!("{:?} has frames below {max_gfn:#x}", target.name());
 
     let mut page = [0; PAGE_SIZE];
     target.read_physical(gpa, &mut page)?;

@@ -188,7 +188,7 @@ impl Session {
         self.fixed(Operation::GetGuestInfo, &Request::GetGuestInfo)
     }
 
-    /// GET_MAX_GFN: the highest frame number that is backed by memory.
+    /// GET_MAX_GFN: the frame number behind the last one that is backed by memory.
     pub fn max_gfn(&mut self) -> Result<u64, SessionError> {
         let reply: MaxGfn = self.fixed(Operation::GetMaxGfn, &Request::GetMaxGfn)?;
         Ok(reply.gfn.get())
