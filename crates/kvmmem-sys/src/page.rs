@@ -303,6 +303,15 @@ mod tests {
     }
 
     #[test]
+    fn many_pages_need_few_mappings() {
+        let count = || std::fs::read_to_string("/proc/self/maps").unwrap().lines().count();
+        let before = count();
+        let pages: Vec<Page> = (0..2000).map(|_| Page::new().unwrap()).collect();
+        // vm.max_map_count must not bound how many pages a tool can map. Other threads of the test map things as well.
+        assert!(count() < before + 500, "{} mappings for {} pages", count() - before, pages.len());
+    }
+
+    #[test]
     fn leak_does_not_unmap() {
         let page = Page::new().unwrap();
         let address = page.address();
