@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail};
 use kvmmem_guest::Command;
 
-use crate::binaries::Binaries;
+use crate::binaries::{Binaries, Wanted};
 use crate::cache::Cache;
 use crate::kernel::Kernel;
 use crate::l1::L1;
@@ -44,7 +44,7 @@ pub(crate) struct Job {
 
 impl Bed {
     /// Makes whatever is not there yet.
-    pub(crate) fn make() -> Result<Self> {
+    pub(crate) fn make(wanted: Wanted) -> Result<Self> {
         let (way, why) = Way::choose();
         ui::say(&format!("Test bed: {}, as {why}.", describe(way)));
         let cache = Cache::open()?;
@@ -52,7 +52,7 @@ impl Bed {
         provision::provision(&cache, way == Way::Nested)?;
         let kernel = prepared_kernel(&cache)?;
         let module = module::make(&cache, &kernel)?;
-        let binaries = Binaries::make(&cache)?;
+        let binaries = Binaries::make(&cache, wanted)?;
         Ok(Self { cache, way, kernel, binaries, module })
     }
 
@@ -84,7 +84,7 @@ impl Bed {
             fs::create_dir_all(folder.join(part))?;
         }
         copy(&self.kernel.image(), &folder.join("vmlinuz"))?;
-        for name in Binaries::names() {
+        for name in self.binaries.names() {
             copy(&self.binaries.path(name), &folder.join("bin").join(name))?;
         }
         for file in files {

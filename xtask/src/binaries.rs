@@ -15,11 +15,11 @@ const TARGET: &str = "x86_64-unknown-linux-gnu";
 /// See the profile of this name in Cargo.toml.
 const PROFILE: &str = "testbed";
 
-/// Package and program of each.
+/// Package and program of each. The first one is what every VM needs to boot at all.
 const PROGRAMS: [(&str, &str); 5] = [
+    ("kvmmem-guest", "kvmmem-guest"),
     ("kvmmem-cli", "kvmmem"),
     ("kvmmem-broker", "kvmmemd"),
-    ("kvmmem-guest", "kvmmem-guest"),
     ("kvmmem-probe", "kvmmem-probe"),
     ("kvmmem-e2e", "kvmmem-e2e"),
 ];
@@ -30,34 +30,50 @@ const C_PROGRAM: (&str, &str) = ("tests/e2e/guest/raw.c", "kvmmem-raw");
 /// Where that header is.
 const C_HEADERS: &str = "crates/kvmmem-abi/include/uapi";
 
-/// The folder they have been built into.
+/// Which programs are wanted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Wanted {
+    /// What a VM needs to boot.
+    Init,
+    /// All of them.
+    All,
+}
+
+/// Programs that have been built.
 #[derive(Debug)]
 pub(crate) struct Binaries {
     folder: PathBuf,
+    names: Vec<&'static str>,
 }
 
 impl Binaries {
-    /// Builds them all.
-    pub(crate) fn make(cache: &Cache) -> Result<Self> {
+    /// Builds those that are wanted.
+    pub(crate) fn make(cache: &Cache, wanted: Wanted) -> Result<Self> {
         let log = cache.fresh_log("binaries")?;
         let folder = project::target(&log)?.join(TARGET).join(PROFILE);
+        let count = if wanted == Wanted::All { PROGRAMS.len() } else { 1 };
+        let mut names: Vec<_> = PROGRAMS.iter().take(count).map(|(_, name)| *name).collect();
         ui::step("binaries: static programs for the VMs", || {
             Tool::new(project::cargo(), &log)
                 .args(["build", "--profile", PROFILE, "--target", TARGET, "--bins"])
-                .args(PROGRAMS.iter().flat_map(|(package, _)| ["--package", package]))
+                .args(PROGRAMS.iter().take(count).flat_map(|(package, _)| ["--package", package]))
                 .env("RUSTFLAGS", "-C target-feature=+crt-static")
                 .dir(project::root())
                 .run()?;
-            let (source, program) = C_PROGRAM;
-            Tool::new("cc", &log)
-                .args(["-static", "-O2", "-Wall", "-Wextra", "-Werror", "-I", C_HEADERS, "-o"])
-                .arg(folder.join(program))
-                .arg(source)
-                .dir(project::root())
-                .run()
+            if wanted == Wanted::All {
+                let (source, program) = C_PROGRAM;
+                names.push(program);
+                Tool::new("cc", &log)
+                    .args(["-static", "-O2", "-Wall", "-Wextra", "-Werror", "-I", C_HEADERS, "-o"])
+                    .arg(folder.join(program))
+                    .arg(source)
+                    .dir(project::root())
+                    .run()?;
+            }
+            Ok(())
         })?;
-        let binaries = Self { folder };
-        for name in Self::names() {
+        let binaries = Self { folder, names };
+        for name in binaries.names() {
             if !binaries.path(name).is_file() {
                 bail!("cargo built no {}", binaries.path(name).display());
             }
@@ -65,8 +81,8 @@ impl Binaries {
         Ok(binaries)
     }
 
-    pub(crate) fn names() -> impl Iterator<Item = &'static str> {
-        PROGRAMS.iter().map(|(_, name)| *name).chain([C_PROGRAM.1])
+    pub(crate) fn names(&self) -> &[&'static str] {
+        &self.names
     }
 
     pub(crate) fn path(&self, name: &str) -> PathBuf {

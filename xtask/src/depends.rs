@@ -6,13 +6,10 @@ use std::path::PathBuf;
 use anyhow::{Context as _, Result};
 
 /// The files of `wanted` modules and of all they need, in loading order, relative to the folder of `modules.dep`.
-/// A module that is built into the kernel needs no loading: `builtin` is the text of `modules.builtin`.
-pub(crate) fn order(dependencies: &str, builtin: &str, wanted: &[&str]) -> Result<Vec<PathBuf>> {
+/// Modules that are built into the kernel do not occur there and must not be wanted.
+pub(crate) fn order(dependencies: &str, wanted: &[&str]) -> Result<Vec<PathBuf>> {
     let mut files: Vec<PathBuf> = Vec::new();
     for module in wanted {
-        if builtin.lines().any(|line| name(line) == name(module)) {
-            continue;
-        }
         let (file, needs) = dependencies
             .lines()
             .filter_map(|line| line.split_once(':'))
@@ -47,14 +44,13 @@ kernel/virt/lib/irqbypass.ko:
 
     #[test]
     fn what_is_needed_comes_first_and_once() {
-        let order = order(DEPENDENCIES, "", &["kvm_amd", "kvm"]).unwrap();
+        let order = order(DEPENDENCIES, &["kvm_amd", "kvm"]).unwrap();
         let names: Vec<_> = order.iter().map(|path| name(path.to_str().unwrap())).collect();
         assert_eq!(names, ["irqbypass", "kvm", "kvm_amd"]);
     }
 
     #[test]
-    fn a_built_in_module_is_not_loaded_and_a_missing_one_is_an_error() {
-        assert!(order(DEPENDENCIES, "kernel/drivers/virtio/virtio.ko\n", &["virtio"]).unwrap().is_empty());
-        assert!(order(DEPENDENCIES, "", &["virtio"]).is_err());
+    fn a_missing_module_is_an_error() {
+        assert!(order(DEPENDENCIES, &["virtio"]).is_err());
     }
 }

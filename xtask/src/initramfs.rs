@@ -20,11 +20,14 @@ const HOST_MODULES: [&str; 2] = ["kvm_amd", "vhost_vsock"];
 /// Modules of a guest.
 const GUEST_MODULES: [&str; 3] = ["virtio_mmio", "virtio_blk", "vmw_vsock_virtio_transport"];
 
+/// Programs that guests have in `/bin`, where they have been built.
+const GUEST_PROGRAMS: [&str; 1] = ["kvmmem"];
+
 /// Writes the initramfs of a guest; an introspector gets our module, too.
 pub(crate) fn guest(path: &Path, kernel: &Kernel, binaries: &Binaries, module: Option<&Path>) -> Result<()> {
     write(path, |archive| {
         init(archive, binaries)?;
-        for name in ["kvmmem", "kvmmem-e2e"] {
+        for name in binaries.names().iter().filter(|name| GUEST_PROGRAMS.contains(name)) {
             archive.copy(&format!("bin/{name}"), 0o755, &binaries.path(name))?;
         }
         let mut order = modules(archive, kernel, &GUEST_MODULES)?;
@@ -72,9 +75,8 @@ fn init<W: Write>(archive: &mut Archive<W>, binaries: &Binaries) -> io::Result<(
 fn modules<W: Write>(archive: &mut Archive<W>, kernel: &Kernel, wanted: &[&str]) -> Result<String> {
     let folder = kernel.modules();
     let dependencies = fs::read_to_string(folder.join("modules.dep")).context("modules.dep")?;
-    let builtin = fs::read_to_string(folder.join("modules.builtin")).context("modules.builtin")?;
     let mut order = String::new();
-    for file in depends::order(&dependencies, &builtin, wanted)? {
+    for file in depends::order(&dependencies, wanted)? {
         let name = file.file_name().context("modules.dep names no file")?.to_string_lossy();
         archive.copy(&format!("modules/{name}"), 0o644, &folder.join(&file))?;
         order.push_str(&format!("{name}\n"));

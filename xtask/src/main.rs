@@ -29,6 +29,7 @@ use anyhow::Result;
 use clap::{Parser, Subcommand};
 
 use crate::bed::{Bed, Job};
+use crate::binaries::Wanted;
 
 /// Test bed, demo and tests of kvmmem.
 #[derive(Parser)]
@@ -70,10 +71,10 @@ fn main() -> ExitCode {
 
 fn run(verb: Verb) -> Result<i32> {
     match verb {
-        Verb::Testbed => Bed::make()?.describe(),
+        Verb::Testbed => Bed::make(Wanted::All)?.describe(),
         Verb::Module => println!("{}", bed::make_module()?.display()),
         Verb::Host { files, limit, command } => {
-            return Bed::make()?.run(&host_job(files, limit, command)?);
+            return Bed::make(Wanted::Init)?.run(&host_job(files, limit, command)?);
         }
     }
     Ok(0)
