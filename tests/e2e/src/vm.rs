@@ -59,7 +59,7 @@ impl Vm {
         let mut command = Command::new(bed.bin("kvmmem"));
         command.arg("vm").arg("--kernel").arg(bed.kernel());
         command.args(["--cmdline", "console=ttyS0 quiet panic=-1 rdinit=/init kvmmem.role=agent"]);
-        command.args(["--name", spec.name, "--memory", "256M", "--json"]);
+        command.args(["--name", spec.name, "--memory", "256M", "--reset", "exit", "--json"]);
         command.args(["--cpus", &spec.vcpus.to_string(), "--cid", &spec.cid.to_string()]);
         command.arg("--serial").arg(format!("file:{}", console.display()));
         command.arg("--broker").arg(socket);

@@ -45,9 +45,5 @@ pub(crate) fn rmmod_in_use(world: &mut World, report: &mut Report) -> Result<()>
     drop(tool);
     world.agent()?.unload_module("kvmmem")?;
     world.agent()?.load_module("/modules/kvmmem.ko", "")?;
-    // A new device file belongs to root again: what the udev rule does in a distribution.
-    world
-        .agent()?
-        .run(&kvmmem_guest::Command::new("/init").args(["device"]), std::time::Duration::from_secs(10))?;
     Ok(())
 }
