@@ -3,17 +3,19 @@
 #include <linux/hugetlb.h>
 #include <linux/mm.h>
 #include <linux/mmu_notifier.h>
-#include <linux/string.h>
 #include <asm/alternative.h>
+#include <asm/asm.h>
 #include <asm/cpufeature.h>
-#include <asm/cpuid/api.h>
 
 __diag_ignore_all("-Wmissing-prototypes", "called from Rust only");
 
-/* rdi = 0: KVM looks there for the sub-function of Xen's hypercall 32. */
+/*
+ * rdi = 0: KVM looks there for the sub-function of Xen's hypercall 32. Where the
+ * CPU does not know the instruction, the result is nr, which is no answer of KVM's.
+ */
 long kvmmem_vmcall(unsigned long nr, unsigned long a0, unsigned long a1, unsigned long a2)
 {
-	asm volatile(ALTERNATIVE("vmcall", "vmmcall", X86_FEATURE_VMMCALL)
+	asm volatile("1: " ALTERNATIVE("vmcall", "vmmcall", X86_FEATURE_VMMCALL) "\n2:" _ASM_EXTABLE(1b, 2b)
 		     : "+a"(nr) : "b"(a0), "c"(a1), "d"(a2), "S"(0L), "D"(0L) : "memory");
 	return nr;
 }
@@ -22,11 +24,6 @@ long kvmmem_doorbell(u16 port, unsigned long nr, unsigned long a0, unsigned long
 {
 	asm volatile("inl %%dx, %%eax" : "+a"(nr) : "d"(port), "b"(a0), "c"(a1), "D"(a2), "S"(0L) : "memory");
 	return (int)nr;
-}
-
-void kvmmem_cpuid(u32 leaf, u32 out[4])
-{
-	cpuid(leaf, &out[0], &out[1], &out[2], &out[3]);
 }
 
 u64 kvmmem_page_gpa(struct page *page)
@@ -53,11 +50,6 @@ int kvmmem_charge(struct mm_struct *mm)
 void kvmmem_uncharge(struct mm_struct *mm)
 {
 	atomic64_dec(&mm->pinned_vm);
-}
-
-void kvmmem_erase(void *bytes, size_t size)
-{
-	memzero_explicit(bytes, size);
 }
 
 struct mmu_notifier *kvmmem_notifier_get(const struct mmu_notifier_ops *ops, struct mm_struct *mm)

@@ -4,6 +4,7 @@
 //!
 //! C headers: `include/linux/mm.h`, `include/linux/mmu_notifier.h`.
 
+use core::arch::x86_64::__cpuid;
 use core::ffi::{c_int, c_long, c_ulong};
 use core::mem::ManuallyDrop;
 use core::ops::Deref;
@@ -26,12 +27,10 @@ use crate::process::Process;
 extern "C" {
     fn kvmmem_vmcall(nr: c_ulong, a0: c_ulong, a1: c_ulong, a2: c_ulong) -> c_long;
     fn kvmmem_doorbell(port: u16, nr: c_ulong, a0: c_ulong, a1: c_ulong, a2: c_ulong) -> c_long;
-    fn kvmmem_cpuid(leaf: u32, out: *mut u32);
     fn kvmmem_page_gpa(page: *mut bindings::page) -> u64;
     fn kvmmem_page_is_anonymous(page: *mut bindings::page) -> bool;
     fn kvmmem_charge(mm: *mut bindings::mm_struct) -> c_int;
     fn kvmmem_uncharge(mm: *mut bindings::mm_struct);
-    fn kvmmem_erase(bytes: *mut u8, size: usize);
     fn kvmmem_notifier_get(
         ops: *const bindings::mmu_notifier_ops,
         mm: *mut bindings::mm_struct,
@@ -40,16 +39,17 @@ extern "C" {
 
 /// eax, ebx, ecx, edx of a CPUID leaf.
 pub(crate) fn cpuid(leaf: u32) -> [u32; 4] {
-    let mut out = [0; 4];
-    // SAFETY: the shim writes four registers to `out`, which has room for four.
-    unsafe { kvmmem_cpuid(leaf, out.as_mut_ptr()) };
-    out
+    // SAFETY: every x86-64 CPU has the instruction, and it changes nothing but its four registers.
+    let result = unsafe { __cpuid(leaf) };
+    [result.eax, result.ebx, result.ecx, result.edx]
 }
 
 /// Overwrites `bytes` with zeros, even where nothing reads them again.
 pub(crate) fn erase(bytes: &mut [u8]) {
-    // SAFETY: the exclusive borrow makes the whole slice writable.
-    unsafe { kvmmem_erase(bytes.as_mut_ptr(), bytes.len()) };
+    for byte in bytes {
+        // SAFETY: the exclusive borrow is valid for a write.
+        unsafe { core::ptr::write_volatile(byte, 0) };
+    }
 }
 
 /// Whether the area is anonymous memory: `vma_is_anonymous()`.
