@@ -37,6 +37,9 @@ pub struct Device {
 
 impl Device {
     /// Opens the device at `path`, close-on-exec.
+    ///
+    /// # Errors
+    /// [`OpenError`].
     pub fn open(path: &Path) -> Result<Self, OpenError> {
         // Non-blocking, so that a path that leads to a FIFO cannot hang the caller.
         let flags = i32::try_from(rustix::fs::OFlags::NONBLOCK.bits()).unwrap_or(0);
@@ -56,6 +59,9 @@ impl Device {
     /// `KVM_INTRO_MEM_MAP`: replaces `page` by the page at `gpa` of the virtual machine that `token` names.
     ///
     /// From then on the page's content is the other machine's. The token is used up, also by most failures.
+    ///
+    /// # Errors
+    /// The driver's errno (docs/abi.md).
     pub fn map(&self, token: MapMemToken, gpa: u64, page: &Page) -> Result<(), Errno> {
         let argument = MemMap { token, gpa, gva: page.address() as u64 };
         // SAFETY: the number says that 48 bytes are read from the pointer, and `Setter` passes one to its own copy of
@@ -66,6 +72,9 @@ impl Device {
     }
 
     /// `KVM_INTRO_MEM_UNMAP`: gives `page` fresh memory of its own, all zeros.
+    ///
+    /// # Errors
+    /// The driver's errno (docs/abi.md).
     pub fn unmap(&self, page: &Page) -> Result<(), Errno> {
         // SAFETY: the argument is a number to the driver, the address that identifies the mapping; what changes is the
         // content of the page at that address, which `page` owns, as in `map`.

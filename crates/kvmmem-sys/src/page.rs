@@ -69,6 +69,9 @@ unsafe impl Send for Page {}
 
 impl Page {
     /// Maps a page of zeros and faults it in.
+    ///
+    /// # Errors
+    /// [`PageError::Map`], [`PageError::Advise`]: mostly for want of memory.
     pub fn new() -> Result<Self, PageError> {
         // SAFETY: with a null hint and without MAP_FIXED the kernel picks a free range, so no existing mapping, and
         // with it no Rust object, is touched.
@@ -96,6 +99,9 @@ impl Page {
     }
 
     /// Copies `buf.len()` bytes from `offset` on; while the other machine writes, the copy may mix old and new words.
+    ///
+    /// # Errors
+    /// [`PageError::Outside`].
     pub fn read(&self, offset: usize, buf: &mut [u8]) -> Result<(), PageError> {
         check(offset, buf.len())?;
         let mut at = offset;
@@ -117,6 +123,9 @@ impl Page {
     }
 
     /// Copies `bytes` to `offset` on.
+    ///
+    /// # Errors
+    /// [`PageError::Outside`].
     pub fn write(&self, offset: usize, bytes: &[u8]) -> Result<(), PageError> {
         check(offset, bytes.len())?;
         let mut at = offset;
@@ -138,12 +147,18 @@ impl Page {
     }
 
     /// Reads the word at `offset`, a multiple of 8, in one access.
+    ///
+    /// # Errors
+    /// [`PageError::Outside`], [`PageError::Unaligned`].
     pub fn read_u64(&self, offset: usize) -> Result<u64, PageError> {
         check_word(offset)?;
         Ok(self.load_word(offset))
     }
 
     /// Writes the word at `offset`, a multiple of 8, in one access.
+    ///
+    /// # Errors
+    /// [`PageError::Outside`], [`PageError::Unaligned`].
     pub fn write_u64(&self, offset: usize, value: u64) -> Result<(), PageError> {
         check_word(offset)?;
         self.store_word(offset, value);

@@ -81,6 +81,9 @@ pub struct Device {
 
 impl Device {
     /// Opens the device at `path`.
+    ///
+    /// # Errors
+    /// [`DeviceError::Open`], with what to do about it.
     pub fn open(path: impl AsRef<Path>) -> Result<Self, DeviceError> {
         let path = path.as_ref();
         match Ioctls::open(path) {
@@ -96,6 +99,9 @@ impl Device {
     }
 
     /// Opens the device that [`PATH_VARIABLE`] names, or else [`DEFAULT_PATH`].
+    ///
+    /// # Errors
+    /// As [`Device::open`].
     pub fn open_default() -> Result<Self, DeviceError> {
         Self::open(default_path())
     }
@@ -103,6 +109,9 @@ impl Device {
     /// Maps the page at `gpa`, a multiple of 4096, of the virtual machine that `token` names, readable and writable.
     ///
     /// The token is used up, also by most failures: ask for another one to try again.
+    ///
+    /// # Errors
+    /// [`DeviceError::Map`] where the driver or the host refuses, [`DeviceError::Page`] where there is no memory.
     pub fn map(&self, token: Token, gpa: u64) -> Result<MappedPage, DeviceError> {
         let page = Page::new().map_err(DeviceError::Page)?;
         let words = MapMemToken { token: token.words() };
@@ -139,27 +148,42 @@ impl MappedPage {
     }
 
     /// Copies `buf.len()` bytes from `offset` in the page on.
+    ///
+    /// # Errors
+    /// [`PageError::Outside`].
     pub fn read(&self, offset: usize, buf: &mut [u8]) -> Result<(), PageError> {
         let len = buf.len();
         self.page(offset, len)?.read(offset, buf)
     }
 
     /// Copies `bytes` to `offset` in the page on; the target sees them at once.
+    ///
+    /// # Errors
+    /// [`PageError::Outside`].
     pub fn write(&self, offset: usize, bytes: &[u8]) -> Result<(), PageError> {
         self.page(offset, bytes.len())?.write(offset, bytes)
     }
 
     /// Reads the word at `offset`, a multiple of 8, in one access.
+    ///
+    /// # Errors
+    /// [`PageError::Outside`], [`PageError::Unaligned`].
     pub fn read_u64(&self, offset: usize) -> Result<u64, PageError> {
         self.page(offset, 8)?.read_u64(offset)
     }
 
     /// Writes the word at `offset`, a multiple of 8, in one access.
+    ///
+    /// # Errors
+    /// [`PageError::Outside`], [`PageError::Unaligned`].
     pub fn write_u64(&self, offset: usize, value: u64) -> Result<(), PageError> {
         self.page(offset, 8)?.write_u64(offset, value)
     }
 
     /// Undoes the mapping and returns the page: fresh memory of this process, all zeros.
+    ///
+    /// # Errors
+    /// [`DeviceError::Unmap`]; the page's address is then never used again in this process.
     pub fn unmap(mut self) -> Result<Page, DeviceError> {
         match self.undo() {
             Some(result) => result,

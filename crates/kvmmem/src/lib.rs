@@ -26,7 +26,9 @@
 
 pub mod device;
 mod explain;
+mod inbox;
 pub mod listener;
+mod operation;
 pub mod session;
 mod stream;
 

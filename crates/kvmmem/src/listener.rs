@@ -111,6 +111,9 @@ impl fmt::Display for Endpoint {
 
 impl Listener {
     /// Starts to listen. Who may connect to a unix socket is up to the process's umask.
+    ///
+    /// # Errors
+    /// [`ListenerError::Bind`].
     pub fn bind(endpoint: &Endpoint) -> Result<Self, ListenerError> {
         let socket = match endpoint {
             Endpoint::Vsock(port) => bind_vsock(*port),
@@ -128,6 +131,9 @@ impl Listener {
     /// Waits for the next VM and carries out the handshake with it.
     ///
     /// On vsock only the host is heard: another process of this VM cannot pose as a target.
+    ///
+    /// # Errors
+    /// [`ListenerError::Timeout`], [`ListenerError::Session`] where the one who came is no good, [`ListenerError::Accept`].
     pub fn accept(&self, timeout: Duration) -> Result<Session, ListenerError> {
         let start = Instant::now();
         loop {

@@ -1,18 +1,19 @@
 //! A KVMI session with one virtual machine: the tool asks, the VM's side answers.
 
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
 use std::time::{Duration, Instant};
 
 use kvmmem_abi::errno::KvmError;
 use kvmmem_abi::ioctl::PAGE_SIZE;
-use kvmmem_kvmi::command::EVENT;
 use kvmmem_kvmi::handshake::{HandshakeError, ToolHello, VmHello};
-use kvmmem_kvmi::message::{HEADER_SIZE, Header, MAX_PAYLOAD};
+use kvmmem_kvmi::message::{HEADER_SIZE, MAX_PAYLOAD};
 use kvmmem_kvmi::reply::{self, DecodeError, Fixed, GuestInfo, MapToken, MaxGfn, Outcome, Version};
 use kvmmem_kvmi::request::Request;
 use kvmmem_kvmi::token::Token;
 
 use crate::explain;
+use crate::inbox::Inbox;
+pub use crate::operation::Operation;
 use crate::stream::{Stream, Until};
 
 /// Within this the handshake must be over.
@@ -87,46 +88,6 @@ pub enum SessionError {
     },
 }
 
-/// A command with its arguments, for messages.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Operation {
-    /// GET_VERSION.
-    GetVersion,
-    /// GET_GUEST_INFO.
-    GetGuestInfo,
-    /// GET_MAX_GFN.
-    GetMaxGfn,
-    /// GET_MAP_TOKEN.
-    GetMapToken,
-    /// READ_PHYSICAL of `len` bytes at `gpa`.
-    Read {
-        /// First guest-physical address.
-        gpa: u64,
-        /// Length in bytes.
-        len: usize,
-    },
-    /// WRITE_PHYSICAL of `len` bytes at `gpa`.
-    Write {
-        /// First guest-physical address.
-        gpa: u64,
-        /// Length in bytes.
-        len: usize,
-    },
-}
-
-impl std::fmt::Display for Operation {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Self::GetVersion => f.write_str("GET_VERSION"),
-            Self::GetGuestInfo => f.write_str("GET_GUEST_INFO"),
-            Self::GetMaxGfn => f.write_str("GET_MAX_GFN"),
-            Self::GetMapToken => f.write_str("GET_MAP_TOKEN"),
-            Self::Read { gpa, len } => write!(f, "READ_PHYSICAL of {len:#x} bytes at gpa {gpa:#x}"),
-            Self::Write { gpa, len } => write!(f, "WRITE_PHYSICAL of {len:#x} bytes at gpa {gpa:#x}"),
-        }
-    }
-}
-
 /// A connection to one virtual machine, after the handshake.
 #[derive(Debug)]
 pub struct Session {
@@ -184,17 +145,26 @@ impl Session {
     }
 
     /// GET_GUEST_INFO: the number of vCPUs.
+    ///
+    /// # Errors
+    /// [`SessionError`].
     pub fn guest_info(&mut self) -> Result<GuestInfo, SessionError> {
         self.fixed(Operation::GetGuestInfo, &Request::GetGuestInfo)
     }
 
     /// GET_MAX_GFN: the frame number behind the last one that is backed by memory.
+    ///
+    /// # Errors
+    /// [`SessionError`].
     pub fn max_gfn(&mut self) -> Result<u64, SessionError> {
         let reply: MaxGfn = self.fixed(Operation::GetMaxGfn, &Request::GetMaxGfn)?;
         Ok(reply.gfn.get())
     }
 
     /// GET_MAP_TOKEN: a token for one [`crate::Device::map`], good for about 3 seconds.
+    ///
+    /// # Errors
+    /// [`SessionError`]; [`KvmError::Again`] where too many tokens are outstanding.
     pub fn map_token(&mut self) -> Result<Token, SessionError> {
         let reply: MapToken = self.fixed(Operation::GetMapToken, &Request::GetMapToken)?;
         self.inbox.wipe();
@@ -203,7 +173,8 @@ impl Session {
 
     /// Fills `buf` from guest-physical address `gpa` on, with one READ_PHYSICAL for each page touched.
     ///
-    /// Where it fails, the bytes before the page in question have been filled.
+    /// # Errors
+    /// [`SessionError`]; [`KvmError::Inval`] where the target has no memory. The bytes before the page in question have been filled.
     pub fn read_physical(&mut self, gpa: u64, buf: &mut [u8]) -> Result<(), SessionError> {
         check_range(gpa, buf.len())?;
         let (mut gpa, mut rest) = (gpa, buf);
@@ -226,7 +197,9 @@ impl Session {
 
     /// Writes `bytes` to guest-physical address `gpa` on, with one WRITE_PHYSICAL for each page touched.
     ///
-    /// Where it fails, the bytes before the page in question have been written.
+    /// # Errors
+    /// [`SessionError`]; [`KvmError::Inval`] where the target has no memory. The bytes before the page in question have been
+    /// written.
     pub fn write_physical(&mut self, gpa: u64, bytes: &[u8]) -> Result<(), SessionError> {
         check_range(gpa, bytes.len())?;
         let (mut gpa, mut rest) = (gpa, bytes);
@@ -259,7 +232,7 @@ impl Session {
         self.is_over = true;
         let failed = |source| SessionError::Connection { operation, source };
         self.stream.write_all(&self.outbox).map_err(failed)?;
-        let (header, payload) = self.inbox.answer(&mut self.stream).map_err(failed)?;
+        let (header, payload) = self.inbox.answer(&mut self.stream, REPLY_LIMIT).map_err(failed)?;
         let (id, answered) = (header.id.get(), header.seq.get());
         if (id, answered) != (request.id(), seq) {
             return Err(SessionError::Answer { operation, id, seq: answered, size: payload.len() });
@@ -269,81 +242,6 @@ impl Session {
         match outcome {
             Outcome::Done(data) => Ok(data),
             Outcome::Failed(error) => Err(SessionError::Refused { operation, error }),
-        }
-    }
-}
-
-/// Bytes received, one message at most: a tool has one question outstanding.
-#[derive(Debug)]
-struct Inbox {
-    bytes: Vec<u8>,
-    /// Where the message ends that was returned last, and where the next one starts.
-    start: usize,
-    end: usize,
-}
-
-impl Inbox {
-    fn new() -> Self {
-        Self { bytes: vec![0; 2 * (HEADER_SIZE + MAX_PAYLOAD)], start: 0, end: 0 }
-    }
-
-    /// Reads up to and including the next message that is not an event.
-    ///
-    /// Nothing that a [`Session`] asks for makes events, so those that come are dropped.
-    fn answer(&mut self, stream: &mut impl Read) -> io::Result<(Header, &[u8])> {
-        let deadline = Instant::now() + REPLY_LIMIT;
-        loop {
-            let (header, size) = self.message(stream, deadline)?;
-            let start = self.start + HEADER_SIZE;
-            self.start = start + size;
-            if header.id.get() != EVENT {
-                let payload = self.bytes.get(start..start + size).ok_or(io::ErrorKind::InvalidData)?;
-                return Ok((header, payload));
-            }
-            tracing::debug!(size, "dropped an event");
-        }
-    }
-
-    /// Reads until a whole message is there, from `start` on; returns its header and the size of its payload.
-    fn message(&mut self, stream: &mut impl Read, deadline: Instant) -> io::Result<(Header, usize)> {
-        self.bytes.copy_within(self.start..self.end, 0);
-        self.end -= self.start;
-        self.start = 0;
-        loop {
-            let received = self.bytes.get(..self.end).unwrap_or_default();
-            if let Some(header) = Header::parse(received) {
-                let size = usize::from(header.size.get());
-                if size > MAX_PAYLOAD {
-                    return Err(io::Error::new(
-                        io::ErrorKind::InvalidData,
-                        format!("a message of {size:#x} bytes"),
-                    ));
-                }
-                if received.len() - HEADER_SIZE >= size {
-                    return Ok((header, size));
-                }
-            }
-            if Instant::now() >= deadline {
-                return Err(io::ErrorKind::TimedOut.into());
-            }
-            let free = self.bytes.get_mut(self.end..).unwrap_or_default();
-            match stream.read(free) {
-                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-                Ok(count) => self.end += count,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                // What a socket's own time limit looks like.
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    return Err(io::ErrorKind::TimedOut.into());
-                }
-                Err(error) => return Err(error),
-            }
-        }
-    }
-
-    /// Overwrites what was received, which held a secret.
-    fn wipe(&mut self) {
-        if let Some(read) = self.bytes.get_mut(..self.start) {
-            zeroize::Zeroize::zeroize(read);
         }
     }
 }
