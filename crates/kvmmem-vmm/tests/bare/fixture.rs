@@ -1,0 +1,137 @@
+//! A target made of nothing but a memory file, and a machine that runs a bare guest.
+
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use kvmmem_abi::errno::KvmError;
+use kvmmem_sys::ram::GuestRam;
+use kvmmem_vmm::mapping::{TargetMemory, TokenSource};
+use kvmmem_vmm::{Control, HypercallWay, ResetPolicy, SerialConfig, VmConfig, VmExit, VmmError};
+use vm_memory::{Bytes, GuestAddress};
+
+use crate::guest::{Guest, Way};
+
+/// The token that opens the target, as often as it is used.
+pub(crate) const TOKEN: [u64; 4] = [0x0123_4567_89ab_cdef, 0xfedc_ba98_7654_3210, 3, u64::MAX];
+
+const TARGET_BYTES: u64 = 1 << 20;
+/// A page of the target that its memory map leaves out.
+pub(crate) const TARGET_HOLE: u64 = 0x8_0000;
+
+/// The target's memory.
+pub(crate) struct Target(GuestRam);
+
+impl Target {
+    pub(crate) fn new() -> Arc<Self> {
+        Arc::new(Self(GuestRam::new(TARGET_BYTES).unwrap()))
+    }
+
+    pub(crate) fn write(&self, gpa: u64, value: u64) {
+        self.0.memory().write_obj(value, GuestAddress(gpa)).unwrap();
+    }
+
+    pub(crate) fn read(&self, gpa: u64) -> u64 {
+        self.0.memory().read_obj(GuestAddress(gpa)).unwrap()
+    }
+}
+
+impl TargetMemory for Target {
+    fn ram(&self) -> BorrowedFd<'_> {
+        self.0.fd()
+    }
+
+    fn resolve(&self, gpa: u64) -> Option<u64> {
+        (gpa != TARGET_HOLE && self.0.is_page(gpa)).then_some(gpa)
+    }
+}
+
+/// Knows one token.
+pub(crate) struct OneToken {
+    pub(crate) target: Arc<Target>,
+    pub(crate) asked: AtomicUsize,
+}
+
+impl TokenSource for OneToken {
+    fn redeem(&self, token: &[u64; 4]) -> Result<Arc<dyn TargetMemory>, KvmError> {
+        self.asked.fetch_add(1, Ordering::SeqCst);
+        if *token == TOKEN { Ok(self.target.clone()) } else { Err(KvmError::NoEnt) }
+    }
+}
+
+/// Whether this host has a usable `/dev/kvm`; says so when it has not.
+pub(crate) fn has_kvm() -> bool {
+    let found = std::fs::OpenOptions::new().read(true).write(true).open("/dev/kvm");
+    if let Err(error) = &found {
+        eprintln!("skipped: /dev/kvm cannot be opened: {error}");
+    }
+    found.is_ok()
+}
+
+/// How a bare guest's machine ended, and what the guest reported.
+pub(crate) struct Outcome {
+    pub(crate) exit: VmExit,
+    pub(crate) values: Vec<u64>,
+    /// How many tokens were asked for.
+    pub(crate) asked: usize,
+}
+
+/// The ways of hypercalls that this host has; none, with the reason printed, where there is no usable `/dev/kvm`.
+pub(crate) fn ways() -> Vec<Way> {
+    if !has_kvm() {
+        return Vec::new();
+    }
+    if kvmmem_sys::xen::can_intercept(&kvm_ioctls::Kvm::new().unwrap()) {
+        return vec![Way::Doorbell, Way::Vmmcall];
+    }
+    eprintln!("skipped: this host's KVM cannot forward hypercalls; by the doorbell alone");
+    vec![Way::Doorbell]
+}
+
+/// Runs `guest` as an introspector in front of `target`.
+pub(crate) fn run(guest: &Guest, target: &Arc<Target>) -> Outcome {
+    run_with(guest, target, |_| {}).unwrap()
+}
+
+/// As [`run`], with a changed configuration.
+pub(crate) fn run_with(
+    guest: &Guest,
+    target: &Arc<Target>,
+    change: impl FnOnce(&mut VmConfig),
+) -> Result<Outcome, VmmError> {
+    let directory = tempfile::tempdir().unwrap();
+    let kernel = directory.path().join("guest.elf");
+    let serial = directory.path().join("serial");
+    guest.write_elf(&kernel);
+    let mut config = VmConfig {
+        kernel,
+        initrd: None,
+        cmdline: String::new(),
+        memory_bytes: 16 << 20,
+        vcpus: 1,
+        disks: Vec::new(),
+        cid: None,
+        serial: SerialConfig::File(serial.clone()),
+        name: "bare".into(),
+        uuid: [0; 16],
+        broker: None,
+        introspectable: false,
+        introspector: true,
+        hypercalls: match guest.way() {
+            Way::Doorbell => HypercallWay::Port,
+            Way::Vmmcall => HypercallWay::Xen,
+        },
+        reset: ResetPolicy::Exit,
+    };
+    change(&mut config);
+    let tokens = Arc::new(OneToken { target: target.clone(), asked: AtomicUsize::new(0) });
+    let exit = kvmmem_vmm::run(config, Control::new().with_tokens(tokens.clone()))?;
+    let output = std::fs::read(serial).unwrap_or_default();
+    let values = output.as_chunks::<8>().0.iter().map(|bytes| u64::from_le_bytes(*bytes)).collect();
+    Ok(Outcome { exit, values, asked: tokens.asked.load(Ordering::SeqCst) })
+}
+
+/// A result as the guest's 64-bit register has it.
+pub(crate) fn refused(error: KvmError) -> u64 {
+    (-i64::from(error.number())).cast_unsigned()
+}

@@ -1,0 +1,215 @@
+//! Guests of a few instructions: assembled here, packed as an ELF kernel, entered in 64-bit mode at CPL 0 with the first
+//! 4 GiB mapped one to one. What they report goes to the serial port, eight bytes a value.
+
+use std::path::Path;
+
+use kvmmem_abi::cpuid::DOORBELL_PORT;
+
+/// Where the code is loaded.
+const LOAD_ADDRESS: u64 = 0x20_0000;
+const SERIAL_PORT: u32 = 0x3f8;
+const POWER_PORT: u32 = 0x600;
+const RESET_PORT: u32 = 0x602;
+
+/// Page tables as the VMM makes them: what a guest changes to get other translations.
+pub(crate) const PML4: u64 = 0x9000;
+pub(crate) const PAGE_POINTERS: u64 = 0xa000;
+pub(crate) const PAGE_DIRECTORY: u64 = 0xb000;
+
+/// How a guest makes hypercalls.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Way {
+    /// `in eax, dx` at the doorbell.
+    #[default]
+    Doorbell,
+    /// `vmmcall`, which KVM turns into `vmcall` on Intel's CPUs.
+    Vmmcall,
+}
+
+/// A guest's program.
+#[derive(Clone, Default)]
+pub(crate) struct Guest {
+    way: Way,
+    code: Vec<u8>,
+}
+
+impl Guest {
+    /// `mov rax, value; mov [gpa], rax`
+    pub(crate) fn write(self, gpa: u64, value: u64) -> Self {
+        self.load_rax(value).bytes(&[0x48, 0xbb]).bytes(&gpa.to_le_bytes()).bytes(&[0x48, 0x89, 0x03])
+    }
+
+    /// Writes a token's four words.
+    pub(crate) fn write_token(self, gva: u64, token: [u64; 4]) -> Self {
+        (0..).zip(token).fold(self, |guest, (index, word)| guest.write(gva + 8 * index, word))
+    }
+
+    /// `mov rax, [gpa]`, reported.
+    pub(crate) fn report_memory(self, gpa: u64) -> Self {
+        self.bytes(&[0x48, 0xbb]).bytes(&gpa.to_le_bytes()).bytes(&[0x48, 0x8b, 0x03]).report_rax()
+    }
+
+    /// An empty program whose hypercalls go by `way`.
+    pub(crate) fn calling(way: Way) -> Self {
+        Self { way, code: Vec::new() }
+    }
+
+    pub(crate) fn way(&self) -> Way {
+        self.way
+    }
+
+    /// Makes a hypercall and reports the result, sign-extended.
+    pub(crate) fn call(self, number: u64, arguments: [u64; 3]) -> Self {
+        let guest = self.ring(number, arguments);
+        match guest.way {
+            // cdqe
+            Way::Doorbell => guest.bytes(&[0x48, 0x98]).report_rax(),
+            Way::Vmmcall => guest.report_rax(),
+        }
+    }
+
+    /// Makes a hypercall and drops the result.
+    pub(crate) fn ring(self, number: u64, [a0, a1, a2]: [u64; 3]) -> Self {
+        let guest = self
+            .load_rax(number)
+            .bytes(&[0x48, 0xbb])
+            .bytes(&a0.to_le_bytes())
+            .bytes(&[0x48, 0xb9])
+            .bytes(&a1.to_le_bytes());
+        match guest.way {
+            // mov rdi, a2; in eax, dx
+            Way::Doorbell => guest
+                .bytes(&[0x48, 0xbf])
+                .bytes(&a2.to_le_bytes())
+                .load_edx(DOORBELL_PORT.into())
+                .bytes(&[0xed]),
+            // mov rdx, a2; xor edi, edi; vmmcall
+            Way::Vmmcall => {
+                guest.bytes(&[0x48, 0xba]).bytes(&a2.to_le_bytes()).bytes(&[0x31, 0xff, 0x0f, 0x01, 0xd9])
+            }
+        }
+    }
+
+    /// `cpuid`; reports eax and ebx as one value, then ecx and edx.
+    pub(crate) fn cpuid(self, leaf: u32) -> Self {
+        self.bytes(&[0xb8])
+            .bytes(&leaf.to_le_bytes())
+            .bytes(&[0x31, 0xc9, 0x0f, 0xa2])
+            // rax |= rbx << 32; r8 = rcx | rdx << 32
+            .bytes(&[0x48, 0xc1, 0xe3, 0x20, 0x48, 0x09, 0xd8])
+            .bytes(&[0x49, 0x89, 0xc8, 0x48, 0xc1, 0xe2, 0x20, 0x49, 0x09, 0xd0])
+            .report_rax()
+            .bytes(&[0x4c, 0x89, 0xc0])
+            .report_rax()
+    }
+
+    /// Goes on at CPL 3, with port access: the page tables let users in, a GDT at `scratch` has segments for them.
+    pub(crate) fn drop_to_user(self, scratch: u64) -> Self {
+        const USER_CODE: u64 = 0x00af_fb00_0000_ffff;
+        const USER_DATA: u64 = 0x00cf_f300_0000_ffff;
+        const PRESENT_WRITABLE_USER: u64 = 7;
+        const LARGE: u64 = 0x80;
+        let mut guest = self
+            .write(PML4, PAGE_POINTERS | PRESENT_WRITABLE_USER)
+            .write(PAGE_POINTERS, PAGE_DIRECTORY | PRESENT_WRITABLE_USER)
+            .write(PAGE_DIRECTORY, PRESENT_WRITABLE_USER | LARGE)
+            .write(PAGE_DIRECTORY + 8, LOAD_ADDRESS | PRESENT_WRITABLE_USER | LARGE)
+            .write(scratch, 0)
+            .write(scratch + 8, USER_CODE)
+            .write(scratch + 16, USER_DATA)
+            // The descriptor for lgdt: a limit of 16 bits, a base of 64.
+            .write(scratch + 32, scratch << 16 | 23)
+            .write(scratch + 40, scratch >> 48)
+            // mov rax, cr3; mov cr3, rax
+            .bytes(&[0x0f, 0x20, 0xd8, 0x0f, 0x22, 0xd8])
+            .load_rax(scratch + 32)
+            // lgdt [rax]
+            .bytes(&[0x0f, 0x01, 0x10])
+            // push ss (0x13), rsp, rflags (IOPL 3), cs (0x0b)
+            .bytes(&[0x6a, 0x13, 0x68])
+            .bytes(&0x7000u32.to_le_bytes())
+            .bytes(&[0x68])
+            .bytes(&0x3002u32.to_le_bytes())
+            .bytes(&[0x6a, 0x0b]);
+        // mov rax, next; push rax; iretq
+        let next = LOAD_ADDRESS + guest.code.len() as u64 + 10 + 1 + 2;
+        guest = guest.load_rax(next).bytes(&[0x50, 0x48, 0xcf]);
+        assert_eq!(LOAD_ADDRESS + guest.code.len() as u64, next);
+        guest
+    }
+
+    /// Repeats `body` `count` times.
+    pub(crate) fn repeat(self, count: u32, body: impl Fn(Self) -> Self) -> Self {
+        // mov r9d, count
+        let mut guest = self.bytes(&[0x41, 0xb9]).bytes(&count.to_le_bytes());
+        let start = guest.code.len();
+        guest = body(guest).bytes(&[0x41, 0xff, 0xc9, 0x0f, 0x85]);
+        let back = i32::try_from(start).unwrap() - i32::try_from(guest.code.len() + 4).unwrap();
+        guest.bytes(&back.to_le_bytes())
+    }
+
+    /// Powers the machine off.
+    pub(crate) fn power_off(self) -> Self {
+        self.out_byte(POWER_PORT, 1 << 5 | 5 << 2).halt()
+    }
+
+    /// Resets the machine.
+    pub(crate) fn reset(self) -> Self {
+        self.out_byte(RESET_PORT, 1).halt()
+    }
+
+    /// An exception without a handler.
+    pub(crate) fn crash(self) -> Self {
+        self.bytes(&[0x0f, 0x0b]).halt()
+    }
+
+    /// `hlt`, again and again.
+    pub(crate) fn halt(self) -> Self {
+        self.bytes(&[0xf4, 0xeb, 0xfd])
+    }
+
+    /// Writes the program as an ELF kernel.
+    pub(crate) fn write_elf(&self, path: &Path) {
+        const CODE_OFFSET: u64 = 120;
+        let length = self.code.len() as u64;
+        let mut file = Vec::new();
+        file.extend(b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0");
+        // ET_EXEC, EM_X86_64, version 1.
+        file.extend([2, 0, 62, 0, 1, 0, 0, 0]);
+        file.extend(LOAD_ADDRESS.to_le_bytes());
+        file.extend(64u64.to_le_bytes());
+        file.extend(0u64.to_le_bytes());
+        // Flags, sizes of the headers, one program header, no sections.
+        file.extend([0, 0, 0, 0, 64, 0, 56, 0, 1, 0, 0, 0, 0, 0, 0, 0]);
+        // PT_LOAD, readable and executable.
+        file.extend([1, 0, 0, 0, 5, 0, 0, 0]);
+        for field in [CODE_OFFSET, LOAD_ADDRESS, LOAD_ADDRESS, length, length, 1] {
+            file.extend(field.to_le_bytes());
+        }
+        assert_eq!(file.len() as u64, CODE_OFFSET);
+        file.extend(&self.code);
+        std::fs::write(path, file).unwrap();
+    }
+
+    fn report_rax(self) -> Self {
+        // Eight times: out dx, al; shr rax, 8.
+        (0..8).fold(self.load_edx(SERIAL_PORT), |guest, _| guest.bytes(&[0xee, 0x48, 0xc1, 0xe8, 0x08]))
+    }
+
+    fn out_byte(self, port: u32, value: u8) -> Self {
+        self.load_rax(value.into()).load_edx(port).bytes(&[0xee])
+    }
+
+    fn load_rax(self, value: u64) -> Self {
+        self.bytes(&[0x48, 0xb8]).bytes(&value.to_le_bytes())
+    }
+
+    fn load_edx(self, value: u32) -> Self {
+        self.bytes(&[0xba]).bytes(&value.to_le_bytes())
+    }
+
+    fn bytes(mut self, bytes: &[u8]) -> Self {
+        self.code.extend(bytes);
+        self
+    }
+}
