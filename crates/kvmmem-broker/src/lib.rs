@@ -2,11 +2,25 @@
 //! The host's introspection service, as a library: the daemon `kvmmemd` is a thin program around it.
 //!
 //! VMMs register their VMs over a unix socket ([`wire`], [`packet`]) and keep the connection open as long as the VM
-//! runs ([`link`] is their side, [`admin`] the command line's).
+//! runs ([`link`] is their side, [`admin`] the command line's). The broker keeps the VMs in a [`registry`], connects
+//! targets to tools ([`hook`], [`session`]), gives out tokens ([`grants`]) and writes it all down ([`audit`]).
 #![deny(unsafe_code)]
 
+pub mod admin;
+pub mod audit;
+pub mod broker;
+mod connect;
+mod connection;
 pub mod endpoint;
+pub mod grants;
+pub mod hook;
+mod limit;
 pub mod link;
 pub mod map;
 pub mod packet;
+pub mod peer;
+pub mod ram;
+pub mod registry;
+pub mod server;
+mod session;
 pub mod wire;

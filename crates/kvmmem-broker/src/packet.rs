@@ -157,9 +157,9 @@ impl PacketSocket {
             let mut slices = [IoSliceMut::new(&mut buffer.0)];
             match rustix::net::recvmsg(&self.fd, &mut slices, &mut control, RecvFlags::CMSG_CLOEXEC) {
                 Ok(received) => break received,
-                Err(Errno::INTR) => {}
-                // How a peer that went away with unread packets shows itself.
-                Err(Errno::CONNRESET) => return Ok(None),
+                // The peer went away with packets unread. The error is told once; what the peer had sent before, and
+                // then the end, can still be received.
+                Err(Errno::INTR | Errno::CONNRESET) => {}
                 Err(error) => return Err(PacketError::Receive(error)),
             }
         };

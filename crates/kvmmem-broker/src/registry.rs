@@ -1,0 +1,225 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! The VMs that are registered now.
+
+use std::collections::BTreeMap;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use uuid::Uuid;
+
+use crate::hook::Hooks;
+use crate::peer::Peer;
+use crate::ram::{Ram, RamError};
+use crate::wire::{Registration, TargetInfo};
+
+/// The most VMs that are registered at a time.
+pub const MAX_VMS: usize = 256;
+
+/// The longest name, bytes: what KVMI's handshake carries.
+const MAX_NAME: usize = 63;
+
+/// The most vCPUs.
+const MAX_VCPUS: u32 = 4096;
+
+/// Context ids below this one, and the highest, are not a VM's.
+const FIRST_CID: u32 = 3;
+
+/// A registered VM.
+#[derive(Debug)]
+pub struct Vm {
+    id: u64,
+    registration: Registration,
+    ram: Option<Ram>,
+    peer: Arc<Peer>,
+    hooks: Hooks,
+    gone: AtomicBool,
+}
+
+/// Why a VM is not registered.
+#[derive(Debug, thiserror::Error)]
+pub enum RegisterError {
+    /// The name is empty, too long or holds a control character.
+    #[error("name must have 1 to {MAX_NAME} bytes and no control characters")]
+    Name,
+    /// The UUID is nil.
+    #[error("UUID is nil")]
+    Uuid,
+    /// The number of vCPUs is out of range.
+    #[error("number of vCPUs is {0}, expected 1 to {MAX_VCPUS}")]
+    Vcpus(u32),
+    /// The context id is none that a VM may have.
+    #[error("vsock context id {0} is not a VM's")]
+    Cid(u32),
+    /// An introspectable VM came without its RAM, or another with regions or a file descriptor.
+    #[error("an introspectable VM comes with the memfd of its RAM and its regions, no other does")]
+    NoRam,
+    /// The RAM is not acceptable.
+    #[error("RAM is not acceptable: {0}")]
+    Ram(#[source] RamError),
+    /// Another VM has the name.
+    #[error("a VM named {0:?} is registered already")]
+    NameTaken(String),
+    /// Another VM has the UUID.
+    #[error("a VM with UUID {0} is registered already")]
+    UuidTaken(Uuid),
+    /// Another VM has the context id.
+    #[error("a VM with vsock context id {0} is registered already")]
+    CidTaken(u32),
+    /// There are [`MAX_VMS`].
+    #[error("{MAX_VMS} VMs are registered already")]
+    Full,
+}
+
+impl Vm {
+    /// The broker's number for it.
+    pub fn id(&self) -> u64 {
+        self.id
+    }
+
+    /// What its VMM said of it.
+    pub fn registration(&self) -> &Registration {
+        &self.registration
+    }
+
+    /// Its RAM, where others may look at it.
+    pub fn ram(&self) -> Option<&Ram> {
+        self.ram.as_ref()
+    }
+
+    /// Its VMM.
+    pub fn peer(&self) -> &Peer {
+        &self.peer
+    }
+
+    /// Its hooks.
+    pub fn hooks(&self) -> &Hooks {
+        &self.hooks
+    }
+
+    /// Whether its VMM has gone.
+    pub fn is_gone(&self) -> bool {
+        self.gone.load(Ordering::Acquire)
+    }
+
+    /// Marks the VM as gone: from now on nothing new is given out for it.
+    pub fn mark_gone(&self) {
+        self.gone.store(true, Ordering::Release);
+    }
+
+    /// How a list shows it.
+    pub fn info(&self) -> TargetInfo {
+        let registration = &self.registration;
+        TargetInfo {
+            id: self.id,
+            name: registration.name.clone(),
+            uuid: registration.uuid,
+            vcpus: registration.vcpus,
+            start_time_ms: registration.start_time_ms,
+            cid: registration.cid,
+            introspectable: registration.introspectable,
+            introspector: registration.introspector,
+            memory_bytes: self.ram.as_ref().map_or(0, |ram| ram.map().memory_bytes()),
+            pid: self.peer.credentials().pid,
+            hooks: self.hooks.list(),
+        }
+    }
+}
+
+/// The registered VMs, by number. Numbers are never used again.
+#[derive(Debug, Default)]
+pub struct Registry {
+    vms: BTreeMap<u64, Arc<Vm>>,
+    last_id: u64,
+}
+
+impl Registry {
+    /// Registers a VM.
+    ///
+    /// # Errors
+    /// [`RegisterError`]; `ram` is then closed.
+    pub fn insert(
+        &mut self,
+        mut registration: Registration,
+        ram: Option<OwnedFd>,
+        peer: Arc<Peer>,
+    ) -> Result<Arc<Vm>, RegisterError> {
+        check(&registration)?;
+        if self.vms.len() >= MAX_VMS {
+            return Err(RegisterError::Full);
+        }
+        for other in self.vms.values().map(|vm| vm.registration()) {
+            if other.name == registration.name {
+                return Err(RegisterError::NameTaken(registration.name));
+            }
+            if other.uuid == registration.uuid {
+                return Err(RegisterError::UuidTaken(registration.uuid));
+            }
+            if let Some(cid) = registration.cid.filter(|cid| other.cid == Some(*cid)) {
+                return Err(RegisterError::CidTaken(cid));
+            }
+        }
+        let regions = std::mem::take(&mut registration.regions);
+        let ram = match (registration.introspectable, ram) {
+            (true, Some(fd)) => Some(Ram::new(fd, regions).map_err(RegisterError::Ram)?),
+            (false, None) if regions.is_empty() => None,
+            _ => return Err(RegisterError::NoRam),
+        };
+        self.last_id += 1;
+        let vm = Arc::new(Vm {
+            id: self.last_id,
+            registration,
+            ram,
+            peer,
+            hooks: Hooks::default(),
+            gone: AtomicBool::new(false),
+        });
+        self.vms.insert(vm.id, Arc::clone(&vm));
+        Ok(vm)
+    }
+
+    /// Takes a VM out.
+    pub fn remove(&mut self, id: u64) {
+        self.vms.remove(&id);
+    }
+
+    /// A VM by its number.
+    pub fn get(&self, id: u64) -> Option<Arc<Vm>> {
+        self.vms.get(&id).cloned()
+    }
+
+    /// A VM by its name or its UUID.
+    pub fn find(&self, name_or_uuid: &str) -> Option<Arc<Vm>> {
+        let uuid = Uuid::parse_str(name_or_uuid).ok();
+        let named = self.vms.values().find(|vm| vm.registration.name == name_or_uuid);
+        named.or_else(|| self.vms.values().find(|vm| Some(vm.registration.uuid) == uuid)).cloned()
+    }
+
+    /// The introspector that has a vsock context id.
+    pub fn introspector(&self, cid: u32) -> Option<Arc<Vm>> {
+        let has_cid = |vm: &&Arc<Vm>| vm.registration.introspector && vm.registration.cid == Some(cid);
+        self.vms.values().find(has_cid).cloned()
+    }
+
+    /// All VMs whose number is above `after`, by ascending number.
+    pub fn after(&self, after: u64) -> impl Iterator<Item = &Arc<Vm>> {
+        self.vms.values().filter(move |vm| vm.id > after)
+    }
+}
+
+fn check(registration: &Registration) -> Result<(), RegisterError> {
+    let name = &registration.name;
+    if name.is_empty() || name.len() > MAX_NAME || name.chars().any(char::is_control) {
+        return Err(RegisterError::Name);
+    }
+    if registration.uuid.is_nil() {
+        return Err(RegisterError::Uuid);
+    }
+    if !(1..=MAX_VCPUS).contains(&registration.vcpus) {
+        return Err(RegisterError::Vcpus(registration.vcpus));
+    }
+    match registration.cid {
+        Some(cid) if cid < FIRST_CID || cid == u32::MAX => Err(RegisterError::Cid(cid)),
+        _ => Ok(()),
+    }
+}

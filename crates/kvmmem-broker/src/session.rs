@@ -1,0 +1,86 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! One tool's KVMI connection to one target.
+
+use std::error::Error;
+use std::time::Instant;
+
+use kvmmem_abi::errno::KvmError;
+use kvmmem_kvmi::dispatch::Introspected;
+use kvmmem_kvmi::server;
+use kvmmem_kvmi::token::Token;
+
+use crate::audit;
+use crate::broker::Broker;
+use crate::endpoint::Endpoint;
+use crate::hook::{Hook, Stream};
+use crate::ram::AccessError;
+use crate::registry::Vm;
+
+/// What a tool sees of a target.
+struct Session<'a> {
+    broker: &'a Broker,
+    vm: &'a Vm,
+    endpoint: &'a Endpoint,
+}
+
+/// Serves a connected tool until it closes, breaks the protocol or is cut off.
+pub(crate) fn serve(broker: &Broker, vm: &Vm, hook: &Hook, mut stream: Stream) {
+    let endpoint = hook.endpoint();
+    let session = Session { broker, vm, endpoint };
+    let ended = server::serve(&mut stream, &session, || {
+        hook.mark_connected();
+        audit::connected(vm, endpoint);
+    });
+    let reason = match &ended {
+        Ok(()) => "closed".to_owned(),
+        Err(error) => match error.source() {
+            Some(source) => format!("{error}: {source}"),
+            None => error.to_string(),
+        },
+    };
+    audit::disconnected(vm, endpoint, &reason);
+}
+
+impl Introspected for Session<'_> {
+    fn name(&self) -> &str {
+        &self.vm.registration().name
+    }
+
+    fn uuid(&self) -> [u8; 16] {
+        self.vm.registration().uuid.into_bytes()
+    }
+
+    fn start_time_ms(&self) -> i64 {
+        self.vm.registration().start_time_ms
+    }
+
+    fn vcpu_count(&self) -> u32 {
+        self.vm.registration().vcpus
+    }
+
+    fn max_gfn(&self) -> u64 {
+        self.vm.ram().map_or(0, |ram| ram.map().end_gfn())
+    }
+
+    fn read(&self, gpa: u64, buffer: &mut [u8]) -> Result<(), KvmError> {
+        let ram = self.vm.ram().ok_or(KvmError::Inval)?;
+        ram.read(gpa, buffer).map_err(|error| code(&error))
+    }
+
+    fn write(&self, gpa: u64, data: &[u8]) -> Result<(), KvmError> {
+        let ram = self.vm.ram().ok_or(KvmError::Inval)?;
+        ram.write(gpa, data).map_err(|error| code(&error))
+    }
+
+    fn mint_token(&self) -> Result<Token, KvmError> {
+        self.broker.mint(Instant::now(), self.vm, self.endpoint)
+    }
+}
+
+/// KVMI's number for an access that failed.
+fn code(error: &AccessError) -> KvmError {
+    match error {
+        AccessError::Hole(_) => KvmError::Inval,
+        AccessError::Memfd { .. } => KvmError::Fault,
+    }
+}

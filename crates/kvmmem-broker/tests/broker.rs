@@ -1,0 +1,262 @@
+//! VMs, tools and tokens through a running broker.
+
+mod common;
+
+use std::time::{Duration, Instant};
+
+use common::{TestBroker, Tool, introspector, ram, target, wait_for};
+use kvmmem_abi::errno::KvmError;
+use kvmmem_broker::admin::{Admin, AdminError};
+use kvmmem_broker::endpoint::Endpoint;
+use kvmmem_broker::link::{LinkError, RedeemError, Token, VmmLink};
+use kvmmem_broker::wire::Refusal;
+use kvmmem_kvmi::request::Request;
+use rustix::io::{pread, pwrite};
+
+#[test]
+fn vms_are_listed_as_long_as_they_are_registered() {
+    let broker = TestBroker::start();
+    let mut admin = Admin::connect(&broker.path).unwrap();
+    assert_eq!(admin.targets().unwrap(), []);
+    let links: Vec<VmmLink> = (0..40).map(|n| broker.target(&format!("vm-{n}"))).collect();
+    let listed = admin.targets().unwrap();
+    assert_eq!(listed.len(), 40);
+    assert_eq!((listed[7].name.as_str(), listed[7].memory_bytes, listed[7].vcpus), ("vm-7", 0x6000, 2));
+    assert_eq!(listed[7].pid, std::process::id());
+    drop(links);
+    let state = broker.state.clone();
+    wait_for("the VMs to go", || state.find("vm-7").is_err() && state.find("vm-39").is_err());
+    assert_eq!(admin.targets().unwrap(), []);
+}
+
+#[test]
+fn a_second_vm_of_the_same_name_uuid_or_cid_is_refused_by_name() {
+    let broker = TestBroker::start();
+    let _tiger = broker.target("tiger");
+    let _lion = broker.introspector("lion", 7);
+    let refused = |registration, ram| match VmmLink::connect(&broker.path, registration, ram) {
+        Err(LinkError::Refused { refusal: Refusal::Exists, message }) => message,
+        other => panic!("{other:?}"),
+    };
+    assert!(refused(target("tiger"), Some(ram())).contains("\"tiger\""));
+    let mut twin = target("twin");
+    twin.uuid = target("tiger").uuid;
+    assert!(refused(twin.clone(), Some(ram())).contains(&twin.uuid.to_string()));
+    assert!(refused(introspector("puma", 7), None).contains("context id 7"));
+}
+
+#[test]
+fn a_tool_reads_and_writes_a_hooked_target() {
+    let broker = TestBroker::start();
+    let memory = ram();
+    pwrite(&memory, b"stripes", 0x10_1000).unwrap();
+    let link = VmmLink::connect(&broker.path, target("tiger"), Some(memory.try_clone().unwrap())).unwrap();
+    let tool = Tool::listen(&broker, "tool.sock");
+    let mut admin = Admin::connect(&broker.path).unwrap();
+    admin.hook("tiger", &tool.endpoint).unwrap();
+    let mut session = tool.accept();
+    assert_eq!(session.hello.name, "tiger");
+    assert_eq!(session.hello.uuid, target("tiger").uuid.into_bytes());
+    assert_eq!(session.ask(Request::ReadPhysical { gpa: 0x10_1000, size: 7 }).unwrap(), b"stripes");
+    session.ask(Request::WritePhysical { gpa: 0x3ffe, data: b"!?" }).unwrap();
+    let mut bytes = [0; 2];
+    pread(&memory, &mut bytes, 0x3ffe).unwrap();
+    assert_eq!(&bytes, b"!?");
+    assert_eq!(session.ask(Request::GetMaxGfn).unwrap(), 0x102u64.to_le_bytes());
+    for gpa in [0x4000, 0x10_2000, !0xfff] {
+        assert_eq!(session.ask(Request::ReadPhysical { gpa, size: 8 }), Err(KvmError::Inval), "{gpa:#x}");
+        assert_eq!(session.ask(Request::WritePhysical { gpa, data: b"x" }), Err(KvmError::Inval), "{gpa:#x}");
+    }
+    assert!(admin.targets().unwrap()[0].hooks[0].connected);
+
+    // The tool comes back: the broker connects again.
+    drop(session);
+    let mut session = tool.accept();
+    assert!(session.ask(Request::GetVersion).is_ok());
+
+    // The target goes: the tool is cut off, and nobody connects any more.
+    drop(link);
+    assert!(session.is_closed());
+    wait_for("the hook's thread to end", || broker.state.hook_threads() == 0);
+}
+
+#[test]
+fn hooks_are_undone_and_doubled_ones_refused() {
+    let broker = TestBroker::start();
+    let _link = broker.target("tiger");
+    let tool = Tool::listen(&broker, "tool.sock");
+    let mut admin = Admin::connect(&broker.path).unwrap();
+    let refused = |result: Result<(), AdminError>| match result {
+        Err(AdminError::Refused { refusal, .. }) => refusal,
+        other => panic!("{other:?}"),
+    };
+    let uuid = target("tiger").uuid.to_string();
+    admin.hook(&uuid, &tool.endpoint).unwrap();
+    assert_eq!(refused(admin.hook("tiger", &tool.endpoint)), Refusal::Exists);
+    assert_eq!(refused(admin.hook("lion", &tool.endpoint)), Refusal::Unknown);
+    let mut session = tool.accept();
+    admin.unhook("tiger", &tool.endpoint).unwrap();
+    assert!(session.is_closed());
+    assert_eq!(refused(admin.unhook("tiger", &tool.endpoint)), Refusal::Unknown);
+    for n in 0..8 {
+        admin.hook("tiger", &Endpoint::Unix(format!("/nowhere/{n}").into())).unwrap();
+    }
+    assert_eq!(refused(admin.hook("tiger", &tool.endpoint)), Refusal::Limit);
+    let _blind = broker.introspector("blind", 9);
+    assert_eq!(refused(admin.hook("blind", &tool.endpoint)), Refusal::Denied);
+}
+
+#[test]
+fn a_bearer_token_is_redeemed_once_by_an_introspector() {
+    let broker = TestBroker::start();
+    let memory = ram();
+    pwrite(&memory, b"stripes", 0x10_1000).unwrap();
+    let tiger = VmmLink::connect(&broker.path, target("tiger"), Some(memory)).unwrap();
+    let lion = broker.introspector("lion", 7);
+    let tool = Tool::listen(&broker, "tool.sock");
+    Admin::connect(&broker.path).unwrap().hook("tiger", &tool.endpoint).unwrap();
+    let mut session = tool.accept();
+
+    let token = session.token().unwrap();
+    assert_eq!(tiger.redeem(&token).unwrap_err(), RedeemError::Denied);
+    let found = lion.redeem(&token).unwrap();
+    assert_eq!(found.name(), "tiger");
+    assert_eq!((found.resolve(0x3fff), found.resolve(0x4000)), (Some(0x3fff), None));
+    let mut bytes = [0; 7];
+    pread(found.ram(), &mut bytes, found.resolve(0x10_1000).unwrap()).unwrap();
+    assert_eq!(&bytes, b"stripes");
+    assert_eq!(lion.redeem(&token).unwrap_err(), RedeemError::Unknown);
+    assert_eq!(lion.redeem(&Token::new([1, 2, 3, 4])).unwrap_err(), RedeemError::Unknown);
+
+    // The same target again, now known.
+    let again = lion.redeem(&session.token().unwrap()).unwrap();
+    assert_eq!(again.id(), found.id());
+}
+
+#[test]
+fn tokens_expire_and_run_out() {
+    let broker = TestBroker::start();
+    let _tiger = broker.target("tiger");
+    let lion = broker.introspector("lion", 7);
+    let tool = Tool::listen(&broker, "tool.sock");
+    Admin::connect(&broker.path).unwrap().hook("tiger", &tool.endpoint).unwrap();
+    let mut session = tool.accept();
+    let began = Instant::now();
+    let tokens: Vec<Token> = (0..64).map(|_| session.token().unwrap()).collect();
+    assert_eq!(session.token().err(), Some(KvmError::Again));
+    lion.redeem(&tokens[0]).unwrap();
+    session.token().unwrap();
+    std::thread::sleep(Duration::from_millis(3050).saturating_sub(began.elapsed()));
+    assert_eq!(lion.redeem(&tokens[1]).unwrap_err(), RedeemError::Unknown);
+    for _ in 0..64 {
+        session.token().unwrap();
+    }
+}
+
+#[test]
+fn a_token_for_a_vsock_tool_is_pushed_to_its_vm_and_good_there_only() {
+    let broker = TestBroker::start();
+    let _tiger = broker.target("tiger");
+    let lion = broker.introspector("lion", 7);
+    let puma = broker.introspector("puma", 8);
+    let vm = broker.state.find("tiger").unwrap();
+    let endpoint = Endpoint::Vsock { cid: 7, port: 1 };
+    let mint = || broker.state.mint(Instant::now(), &vm, &endpoint).unwrap();
+
+    // Pushed before `mint` returns, but perhaps not read yet: then the broker is asked, and points back to the push.
+    for _ in 0..200 {
+        let token = mint();
+        assert_eq!(puma.redeem(&token).unwrap_err(), RedeemError::Unknown);
+        assert_eq!(lion.redeem(&token).unwrap().name(), "tiger");
+        assert_eq!(lion.redeem(&token).unwrap_err(), RedeemError::Unknown);
+    }
+
+    // Where no introspector has the context id, whoever brings the token may have it.
+    let token = broker.state.mint(Instant::now(), &vm, &Endpoint::Vsock { cid: 99, port: 1 }).unwrap();
+    puma.redeem(&token).unwrap();
+}
+
+#[test]
+fn a_pushed_token_is_claimed_once_by_many_threads() {
+    let broker = TestBroker::start();
+    let _tiger = broker.target("tiger");
+    let lion = broker.introspector("lion", 7);
+    let vm = broker.state.find("tiger").unwrap();
+    for _ in 0..50 {
+        let token = broker.state.mint(Instant::now(), &vm, &Endpoint::Vsock { cid: 7, port: 1 }).unwrap();
+        let won = std::thread::scope(|scope| {
+            let tries: Vec<_> = (0..4).map(|_| scope.spawn(|| lion.redeem(&token).is_ok())).collect();
+            tries.into_iter().map(|each| each.join().unwrap()).filter(|won| *won).count()
+        });
+        assert_eq!(won, 1);
+    }
+}
+
+#[test]
+fn a_vm_gets_no_token_for_itself() {
+    let broker = TestBroker::start();
+    let mut both = target("both");
+    both.cid = Some(7);
+    both.introspector = true;
+    let link = VmmLink::connect(&broker.path, both, Some(ram())).unwrap();
+    let vm = broker.state.find("both").unwrap();
+    let minted = broker.state.mint(Instant::now(), &vm, &Endpoint::Vsock { cid: 7, port: 1 });
+    assert_eq!(minted.err(), Some(KvmError::Perm));
+    let bearer = broker.state.mint(Instant::now(), &vm, &Endpoint::Unix("/t".into())).unwrap();
+    assert_eq!(link.redeem(&bearer).unwrap_err(), RedeemError::Denied);
+}
+
+#[test]
+fn the_end_of_a_target_voids_its_tokens_and_keeps_what_is_mapped() {
+    let broker = TestBroker::start();
+    let tiger = broker.target("tiger");
+    let lion = broker.introspector("lion", 7);
+    let vm = broker.state.find("tiger").unwrap();
+    let endpoint = Endpoint::Vsock { cid: 7, port: 1 };
+    let mint = || broker.state.mint(Instant::now(), &vm, &endpoint);
+    let held = lion.redeem(&mint().unwrap()).unwrap();
+    let late = mint().unwrap();
+    let bearer = broker.state.mint(Instant::now(), &vm, &Endpoint::Unix("/t".into())).unwrap();
+    drop(tiger);
+    wait_for("the target to go", || broker.state.find("tiger").is_err());
+    assert_eq!(mint().err(), Some(KvmError::OpNotSupp));
+    wait_for("the news to come", || lion.redeem(&late).is_err());
+    assert_eq!(lion.redeem(&bearer).unwrap_err(), RedeemError::Unknown);
+    pread(held.ram(), &mut [0; 8], 0).unwrap();
+    // The name is free again.
+    let _tiger = broker.target("tiger");
+}
+
+#[test]
+fn the_end_of_an_introspector_voids_its_tokens() {
+    let broker = TestBroker::start();
+    let _tiger = broker.target("tiger");
+    let lion = broker.introspector("lion", 7);
+    let vm = broker.state.find("tiger").unwrap();
+    let endpoint = Endpoint::Vsock { cid: 7, port: 1 };
+    let tokens: Vec<Token> =
+        (0..64).map(|_| broker.state.mint(Instant::now(), &vm, &endpoint).unwrap()).collect();
+    assert_eq!(broker.state.mint(Instant::now(), &vm, &endpoint).err(), Some(KvmError::Again));
+    drop(lion);
+    wait_for("the introspector to go", || broker.state.find("lion").is_err());
+    let lion = broker.introspector("lion", 7);
+    assert_eq!(lion.redeem(&tokens[0]).unwrap_err(), RedeemError::Unknown);
+    // Its tokens no longer count.
+    let token = broker.state.mint(Instant::now(), &vm, &endpoint).unwrap();
+    lion.redeem(&token).unwrap();
+}
+
+#[test]
+fn vms_register_again_with_a_new_broker() {
+    let broker = TestBroker::start();
+    let tiger = broker.target("tiger");
+    let lion = broker.introspector("lion", 7);
+    let directory = broker.stop();
+    wait_for("the links to notice", || !tiger.is_connected() && !lion.is_connected());
+    assert_eq!(lion.redeem(&Token::new([1, 2, 3, 4])).unwrap_err(), RedeemError::Unavailable);
+    let broker = TestBroker::start_in(directory);
+    wait_for("the links to be back", || tiger.is_connected() && lion.is_connected());
+    let vm = broker.state.find("tiger").unwrap();
+    let token = broker.state.mint(Instant::now(), &vm, &Endpoint::Vsock { cid: 7, port: 1 }).unwrap();
+    assert_eq!(lion.redeem(&token).unwrap().name(), "tiger");
+}

@@ -1,0 +1,185 @@
+//! A broker in this process, VMs without guests, and a tool.
+#![allow(dead_code, reason = "each test program uses its own part")]
+
+use std::io::{Read, Write};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use kvmmem_abi::errno::KvmError;
+use kvmmem_broker::broker::Broker;
+use kvmmem_broker::endpoint::Endpoint;
+use kvmmem_broker::link::{Region, Registration, VmmLink};
+use kvmmem_broker::server::Server;
+use kvmmem_kvmi::handshake::{ToolHello, VmHello};
+use kvmmem_kvmi::message::{HEADER_SIZE, Header};
+use kvmmem_kvmi::reply::{self, Fixed, MapToken, Outcome};
+use kvmmem_kvmi::request::Request;
+use kvmmem_kvmi::token::Token;
+use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
+use uuid::Uuid;
+
+/// A broker, stopped on drop.
+pub(crate) struct TestBroker {
+    pub(crate) path: PathBuf,
+    pub(crate) state: Arc<Broker>,
+    stop: Option<UnixStream>,
+    thread: Option<JoinHandle<()>>,
+    pub(crate) directory: tempfile::TempDir,
+}
+
+impl TestBroker {
+    pub(crate) fn start() -> Self {
+        Self::start_in(tempfile::tempdir().unwrap())
+    }
+
+    pub(crate) fn start_in(directory: tempfile::TempDir) -> Self {
+        let path = directory.path().join("broker.sock");
+        let server = Server::bind(&path, None).unwrap();
+        let state = server.broker();
+        let (stop, stopped) = UnixStream::pair().unwrap();
+        let thread = std::thread::spawn(move || server.run(stopped.as_fd()).unwrap());
+        Self { path, state, stop: Some(stop), thread: Some(thread), directory }
+    }
+
+    /// Stops the broker; its directory can be used again.
+    pub(crate) fn stop(mut self) -> tempfile::TempDir {
+        self.end();
+        std::mem::replace(&mut self.directory, tempfile::tempdir().unwrap())
+    }
+
+    fn end(&mut self) {
+        drop(self.stop.take());
+        if let Some(thread) = self.thread.take() {
+            thread.join().unwrap();
+        }
+    }
+
+    pub(crate) fn target(&self, name: &str) -> VmmLink {
+        VmmLink::connect(&self.path, target(name), Some(ram())).unwrap()
+    }
+
+    pub(crate) fn introspector(&self, name: &str, cid: u32) -> VmmLink {
+        VmmLink::connect(&self.path, introspector(name, cid), None).unwrap()
+    }
+}
+
+impl Drop for TestBroker {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
+/// Four pages from 0, a hole, two pages from 1 MiB.
+pub(crate) fn regions() -> Vec<Region> {
+    vec![Region { gpa: 0, len: 0x4000, offset: 0 }, Region { gpa: 0x10_0000, len: 0x2000, offset: 0x10_0000 }]
+}
+
+pub(crate) fn memfd(size: u64, seals: SealFlags) -> OwnedFd {
+    let fd = memfd_create("ram", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap();
+    ftruncate(&fd, size).unwrap();
+    fcntl_add_seals(&fd, seals).unwrap();
+    fd
+}
+
+pub(crate) fn ram() -> OwnedFd {
+    memfd(0x10_2000, SealFlags::SHRINK)
+}
+
+fn uuid(name: &str) -> Uuid {
+    let mut bytes = [0xee; 16];
+    for (to, from) in bytes.iter_mut().zip(name.bytes()) {
+        *to = from;
+    }
+    Uuid::from_bytes(bytes)
+}
+
+pub(crate) fn target(name: &str) -> Registration {
+    Registration {
+        name: name.into(),
+        uuid: uuid(name),
+        vcpus: 2,
+        start_time_ms: 1_700_000_000_000,
+        cid: None,
+        introspectable: true,
+        introspector: false,
+        regions: regions(),
+    }
+}
+
+pub(crate) fn introspector(name: &str, cid: u32) -> Registration {
+    Registration {
+        cid: Some(cid),
+        introspectable: false,
+        introspector: true,
+        regions: vec![],
+        ..target(name)
+    }
+}
+
+/// Waits until something holds, at most 5 s.
+#[track_caller]
+pub(crate) fn wait_for(what: &str, holds: impl Fn() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(5);
+    while !holds() {
+        assert!(Instant::now() < deadline, "still waiting: {what}");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+/// A tool that listens at a unix socket.
+pub(crate) struct Tool {
+    listener: UnixListener,
+    pub(crate) endpoint: Endpoint,
+}
+
+impl Tool {
+    pub(crate) fn listen(broker: &TestBroker, name: &str) -> Self {
+        let path = broker.directory.path().join(name);
+        Self { listener: UnixListener::bind(&path).unwrap(), endpoint: Endpoint::Unix(path) }
+    }
+
+    pub(crate) fn accept(&self) -> ToolSession {
+        let (mut stream, _) = self.listener.accept().unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+        let hello = VmHello::receive(&mut stream).unwrap();
+        ToolHello::default().send(&mut stream).unwrap();
+        ToolSession { stream, hello }
+    }
+}
+
+/// A tool's connection to a target.
+pub(crate) struct ToolSession {
+    pub(crate) stream: UnixStream,
+    pub(crate) hello: VmHello,
+}
+
+impl ToolSession {
+    pub(crate) fn ask(&mut self, request: Request<'_>) -> Result<Vec<u8>, KvmError> {
+        let mut bytes = Vec::new();
+        request.encode(1, &mut bytes).unwrap();
+        self.stream.write_all(&bytes).unwrap();
+        let mut header = [0; HEADER_SIZE];
+        self.stream.read_exact(&mut header).unwrap();
+        let header = Header::parse(&header).unwrap();
+        assert_eq!((header.id.get(), header.seq.get()), (request.id(), 1));
+        let mut payload = vec![0; header.size.get().into()];
+        self.stream.read_exact(&mut payload).unwrap();
+        match reply::decode(&payload).unwrap() {
+            Outcome::Done(data) => Ok(data.to_vec()),
+            Outcome::Failed(error) => Err(error),
+        }
+    }
+
+    pub(crate) fn token(&mut self) -> Result<Token, KvmError> {
+        self.ask(Request::GetMapToken).map(|data| MapToken::decode(&data).token())
+    }
+
+    /// Whether the other side has closed.
+    pub(crate) fn is_closed(&mut self) -> bool {
+        matches!(self.stream.read(&mut [0]), Ok(0))
+    }
+}

@@ -1,0 +1,120 @@
+//! The program `kvmmemd`.
+
+use std::io::{BufRead, BufReader};
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::path::Path;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use kvmmem_broker::admin::Admin;
+use rustix::process::{Pid, Signal, kill_process};
+
+/// A running daemon, killed on drop.
+struct Daemon(Child);
+
+impl Daemon {
+    fn start(socket: &Path, options: &[&str]) -> Self {
+        let mut child = command(socket, options).stderr(Stdio::piped()).spawn().unwrap();
+        let mut log = BufReader::new(child.stderr.take().unwrap());
+        let mut line = String::new();
+        log.read_line(&mut line).unwrap();
+        assert!(line.contains("listening"), "{line}");
+        // The pipe must not fill up, nor break.
+        std::thread::spawn(move || std::io::copy(&mut log, &mut std::io::sink()));
+        Self(child)
+    }
+
+    fn signal(mut self, signal: Signal) -> ExitStatus {
+        kill_process(Pid::from_child(&self.0), signal).unwrap();
+        let deadline = Instant::now() + Duration::from_secs(10);
+        loop {
+            if let Some(status) = self.0.try_wait().unwrap() {
+                return status;
+            }
+            assert!(Instant::now() < deadline, "the daemon does not end");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn command(socket: &Path, options: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_kvmmemd"));
+    command.arg("--socket").arg(socket).args(options).env_remove("RUST_LOG");
+    command
+}
+
+#[test]
+fn it_serves_until_it_is_told_to_stop() {
+    for signal in [Signal::TERM, Signal::INT] {
+        let directory = tempfile::tempdir().unwrap();
+        let socket = directory.path().join("sub/kvmmemd.sock");
+        let daemon = Daemon::start(&socket, &[]);
+        assert_eq!(socket.metadata().unwrap().permissions().mode() & 0o777, 0o600);
+        let mut admin = Admin::connect(&socket).unwrap();
+        assert_eq!(admin.targets().unwrap(), []);
+        assert_eq!(daemon.signal(signal).code(), Some(0));
+        assert!(!socket.exists());
+        assert!(admin.targets().is_err());
+    }
+}
+
+#[test]
+fn a_second_instance_is_refused() {
+    let directory = tempfile::tempdir().unwrap();
+    let socket = directory.path().join("kvmmemd.sock");
+    let daemon = Daemon::start(&socket, &[]);
+    let second = command(&socket, &[]).output().unwrap();
+    assert_eq!(second.status.code(), Some(3));
+    assert!(String::from_utf8(second.stderr).unwrap().contains("another broker serves"));
+    assert!(Admin::connect(&socket).unwrap().targets().is_ok());
+    drop(daemon);
+}
+
+#[test]
+fn the_socket_of_one_that_was_killed_is_replaced() {
+    let directory = tempfile::tempdir().unwrap();
+    let socket = directory.path().join("kvmmemd.sock");
+    Daemon::start(&socket, &[]).signal(Signal::KILL);
+    assert!(socket.metadata().unwrap().file_type().is_socket());
+    let daemon = Daemon::start(&socket, &[]);
+    assert!(Admin::connect(&socket).unwrap().targets().is_ok());
+    assert_eq!(daemon.signal(Signal::TERM).code(), Some(0));
+}
+
+#[test]
+fn what_is_no_socket_is_left_alone() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("kvmmemd.sock");
+    std::fs::write(&path, "precious").unwrap();
+    let output = command(&path, &[]).output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(String::from_utf8(output.stderr).unwrap().contains("not a socket"));
+    assert_eq!(std::fs::read_to_string(&path).unwrap(), "precious");
+    let output = command(&path, &["--group", "no-such-group"]).output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert_eq!(command(&path, &["--nonsense"]).output().unwrap().status.code(), Some(2));
+}
+
+#[test]
+fn a_group_is_let_in_and_the_audit_log_is_json() {
+    let directory = tempfile::tempdir().unwrap();
+    let socket = directory.path().join("kvmmemd.sock");
+    let audit = directory.path().join("audit.log");
+    let group = rustix::process::getegid().as_raw().to_string();
+    let daemon = Daemon::start(&socket, &["--group", &group, "--json", "--audit", audit.to_str().unwrap()]);
+    assert_eq!(socket.metadata().unwrap().permissions().mode() & 0o777, 0o660);
+    let unknown = "vsock:3:1".parse().unwrap();
+    assert!(Admin::connect(&socket).unwrap().hook("nobody", &unknown).is_err());
+    assert_eq!(daemon.signal(Signal::TERM).code(), Some(0));
+    let log = std::fs::read_to_string(&audit).unwrap();
+    let line: serde_json::Value = serde_json::from_str(log.lines().next().unwrap()).unwrap();
+    assert_eq!(line["fields"]["event"], "refused");
+    assert_eq!(line["fields"]["pid"], std::process::id());
+}

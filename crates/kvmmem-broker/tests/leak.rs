@@ -1,0 +1,59 @@
+//! Nothing is left behind, whoever goes first. Alone in its program: it counts what the whole process has.
+
+mod common;
+
+use std::time::Instant;
+
+use common::{TestBroker, Tool, wait_for};
+use kvmmem_broker::admin::Admin;
+use kvmmem_broker::endpoint::Endpoint;
+
+fn count(what: &str) -> usize {
+    std::fs::read_dir(format!("/proc/self/{what}")).unwrap().count()
+}
+
+#[test]
+fn two_hundred_rounds_leave_no_descriptor_and_no_thread() {
+    let broker = TestBroker::start();
+    let tool = Tool::listen(&broker, "tool.sock");
+    let mut admin = Admin::connect(&broker.path).unwrap();
+    let mut before = None;
+    for round in 0..200 {
+        if round == 10 {
+            wait_for("the first rounds to end", || broker.state.hook_threads() == 0);
+            before = Some((count("fd"), count("task")));
+        }
+        let tiger = broker.target("tiger");
+        let lion = broker.introspector("lion", 7);
+        admin.hook("tiger", &tool.endpoint).unwrap();
+        admin.hook("tiger", &Endpoint::Unix("/nowhere/at/all".into())).unwrap();
+        let mut session = tool.accept();
+        let bearer = session.token().unwrap();
+        let vm = broker.state.find("tiger").unwrap();
+        let pushed = broker.state.mint(Instant::now(), &vm, &Endpoint::Vsock { cid: 7, port: 1 }).unwrap();
+        drop(vm);
+        let held = (round % 2 == 0).then(|| (lion.redeem(&bearer).unwrap(), lion.redeem(&pushed).unwrap()));
+        match round % 4 {
+            0 | 1 => {
+                drop(tiger);
+                drop(lion);
+            }
+            2 => {
+                drop(lion);
+                drop(tiger);
+            }
+            _ => {
+                drop(session);
+                drop(tiger);
+                drop(lion);
+            }
+        }
+        drop(held);
+        wait_for("both VMs to go", || {
+            broker.state.find("tiger").is_err() && broker.state.find("lion").is_err()
+        });
+    }
+    let before = before.unwrap();
+    wait_for("the last round to end", || (count("fd"), count("task")) <= before);
+    assert!(count("fd") <= before.0 && count("task") <= before.1);
+}
