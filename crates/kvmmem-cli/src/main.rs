@@ -44,12 +44,18 @@ Environment:
   KVMMEM_KVMI_PORT  vsock port to listen on, unless --listen says where
   KVMMEM_DEVICE     device to map through, unless --device says which
   KVMMEM_BROKER     socket of the broker, unless --broker says which
-  KVMMEM_LOG        what to log, for example `debug`; `warn` if unset";
+  RUST_LOG        what to log, for example `debug`; `warn` if unset";
 
 #[derive(Subcommand)]
 enum Verb {
     /// Run a virtual machine.
     Vm(Box<vm::Arguments>),
+    /// List the virtual machines that the broker knows.
+    Targets(broker::Targets),
+    /// Connect a target to a tool that listens for it, now and whenever the connection ends.
+    Hook(broker::Hook),
+    /// Undo a hook.
+    Unhook(broker::Hook),
     /// Say whether this machine can run kvmmem, and what to do if not.
     Doctor(doctor::Arguments),
     /// In an introspector: read a target's memory over KVMI.
@@ -62,7 +68,7 @@ enum Verb {
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    let filter = EnvFilter::try_from_env("KVMMEM_LOG").unwrap_or_else(|_| EnvFilter::new("warn"));
+    let filter = EnvFilter::try_from_env("RUST_LOG").unwrap_or_else(|_| EnvFilter::new("warn"));
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
@@ -72,6 +78,9 @@ fn main() -> ExitCode {
     let mut output = Output::new(cli.json);
     let result = match cli.verb {
         Verb::Vm(arguments) => arguments.run(&mut output),
+        Verb::Targets(arguments) => arguments.run(&mut output),
+        Verb::Hook(arguments) => arguments.hook(&mut output),
+        Verb::Unhook(arguments) => arguments.unhook(&mut output),
         Verb::Doctor(arguments) => arguments.run(&mut output),
         Verb::Read(arguments) => arguments.run(&mut output),
         Verb::Write(arguments) => arguments.run(&mut output),

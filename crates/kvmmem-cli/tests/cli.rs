@@ -12,7 +12,7 @@ const UUID: [u8; 16] = [9; 16];
 fn kvmmem(arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_kvmmem"));
     command.args(arguments).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-    for variable in ["KVMMEM_KVMI_PORT", "KVMMEM_DEVICE", "KVMMEM_LOG", "KVMMEM_BROKER", "CLICOLOR_FORCE"] {
+    for variable in ["KVMMEM_KVMI_PORT", "KVMMEM_DEVICE", "RUST_LOG", "KVMMEM_BROKER", "CLICOLOR_FORCE"] {
         command.env_remove(variable);
     }
     command
@@ -34,7 +34,18 @@ fn texts(output: Output) -> (Option<i32>, String, String) {
 fn help_names_the_verbs_and_the_exit_codes() {
     let (code, stdout, _) = run(&["--help"]);
     assert_eq!(code, Some(0));
-    for word in ["vm", "doctor", "read", "write", "map", "Exit codes:", "KVMMEM_KVMI_PORT"] {
+    for word in [
+        "vm",
+        "targets",
+        "hook",
+        "unhook",
+        "doctor",
+        "read",
+        "write",
+        "map",
+        "Exit codes:",
+        "KVMMEM_KVMI_PORT",
+    ] {
         assert!(stdout.contains(word), "{word}: {stdout}");
     }
 }
@@ -109,6 +120,20 @@ fn a_tool_without_a_place_to_listen_is_told_both_ways() {
     let (code, _, stderr) = texts(output);
     assert_eq!(code, Some(1));
     assert!(stderr.contains("KVMMEM_KVMI_PORT") && stderr.contains("many"), "{stderr}");
+}
+
+#[test]
+fn a_broker_that_is_not_there_is_named() {
+    let cases: [&[&str]; 3] =
+        [&["targets"], &["hook", "victim", "vsock:4:5000"], &["unhook", "victim", "unix:/x"]];
+    for arguments in cases {
+        let (code, _, stderr) = run(&[arguments, &["--broker", "/nonexistent/broker.sock"]].concat());
+        assert_eq!(code, Some(1), "{arguments:?}");
+        assert!(stderr.contains("kvmmemd") && stderr.contains("/nonexistent/broker.sock"), "{stderr}");
+    }
+    let (code, _, stderr) = run(&["hook", "victim", "tcp:1"]);
+    assert_eq!(code, Some(2));
+    assert!(stderr.contains("tcp:1") && stderr.contains("vsock:CID:PORT"), "{stderr}");
 }
 
 #[test]

@@ -78,7 +78,7 @@ fn check_module() -> Check {
     Check::fail(
         NAME,
         "kvmmem is not loaded",
-        "modprobe kvmmem; if there is none, build it from kernel/ (see its README)",
+        "modprobe kvmmem; if there is none, build it from kernel/ (docs/operating.md)",
     )
 }
 

@@ -5,9 +5,11 @@ use std::io::ErrorKind;
 use std::path::Path;
 
 use kvm_ioctls::Kvm;
+use kvmmem_broker::admin::Admin;
 use kvmmem_sys::xen;
 
 use super::{Check, guest, limits};
+use crate::broker::default_socket;
 
 /// The KVM API's only version (`KVM_GET_API_VERSION`).
 const KVM_API_VERSION: i32 = 12;
@@ -23,7 +25,12 @@ pub(super) fn checks() -> Vec<Check> {
     if let Ok(kvm) = &kvm {
         checks.push(check_hypercalls(kvm));
     }
-    checks.extend([check_vhost_vsock(), limits::memlock_on_host(), limits::max_map_count()]);
+    checks.extend([
+        check_vhost_vsock(),
+        limits::memlock_on_host(),
+        limits::max_map_count(),
+        check_broker(&default_socket()),
+    ]);
     checks
 }
 
@@ -113,6 +120,23 @@ fn check_vhost_vsock() -> Check {
         format!("{PATH} cannot be opened: {error}; introspectors get their tokens by vsock"),
         remedy,
     )
+}
+
+/// Usable without: the broker is a program like any other, and can be started at any time.
+fn check_broker(socket: &Path) -> Check {
+    const NAME: &str = "broker";
+    let answer = Admin::connect(socket).and_then(|mut admin| admin.targets());
+    match answer {
+        Ok(targets) => {
+            let count = targets.len();
+            Check::ok(NAME, format!("kvmmemd at {} knows {count} virtual machines", socket.display()))
+        }
+        Err(error) => Check::warn(
+            NAME,
+            format!("{:#}", anyhow::Error::new(error)),
+            "start kvmmemd; its socket is open to root and to the group that its --group names",
+        ),
+    }
 }
 
 #[cfg(test)]
