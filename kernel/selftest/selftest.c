@@ -1,0 +1,175 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/* The init of the test machine: loads the module, runs the tests, powers off. */
+#define _GNU_SOURCE
+#include <fcntl.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/io.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/mount.h>
+#include <sys/reboot.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "../../crates/kvmmem-abi/include/uapi/kvmmem.h"
+#include "selftest.h"
+
+int checks, failures;
+
+void host_answers(int answer)
+{
+	outl(answer, HOST_PORT);
+}
+
+int device(void)
+{
+	int fd = open("/dev/kvmmem", O_RDWR | O_NOFOLLOW);
+
+	CHECK(fd >= 0);
+	return fd;
+}
+
+int map_gpa(int fd, const void *gva, unsigned long gpa)
+{
+	struct kvmi_mem_map argument = { .gpa = gpa, .gva = (unsigned long)gva };
+
+	return ioctl(fd, KVM_INTRO_MEM_MAP, &argument);
+}
+
+int map(int fd, const void *gva)
+{
+	return map_gpa(fd, gva, 0);
+}
+
+int unmap(int fd, const void *gva)
+{
+	return ioctl(fd, KVM_INTRO_MEM_UNMAP, gva);
+}
+
+int load_module(const char *parameters)
+{
+	int fd = open("/kvmmem.ko", O_RDONLY);
+	int result = syscall(SYS_finit_module, fd, parameters, 0);
+	int error = errno;
+
+	close(fd);
+	errno = error;
+	return result;
+}
+
+int unload_module(void)
+{
+	return syscall(SYS_delete_module, "kvmmem", O_NONBLOCK);
+}
+
+char *pages(unsigned long count)
+{
+	char *p = mmap(NULL, count * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+	CHECK(p != MAP_FAILED);
+	return p;
+}
+
+/* The number after the line's first word, which is the name. */
+static long number(const char *path, const char *name)
+{
+	char word[64], line[256];
+	long value, found = -1;
+	FILE *file = fopen(path, "r");
+
+	while (file && fgets(line, sizeof(line), file))
+		if (sscanf(line, "%63[^: \t]%*[: \t]%ld", word, &value) == 2 && !strcmp(word, name))
+			found = value;
+	if (file)
+		fclose(file);
+	return found;
+}
+
+long counter(const char *name)
+{
+	return number("/sys/kernel/debug/kvmmem/counters", name);
+}
+
+long fdinfo(int fd, const char *name)
+{
+	char path[64];
+
+	snprintf(path, sizeof(path), "/proc/self/fdinfo/%d", fd);
+	return number(path, name);
+}
+
+long pinned(void)
+{
+	/* Folds the counts of each CPU into the totals. */
+	int fd = open("/proc/sys/vm/stat_refresh", O_WRONLY);
+
+	CHECK_EQUAL(write(fd, "1", 1), 1);
+	close(fd);
+	return number("/proc/vmstat", "nr_foll_pin_acquired") - number("/proc/vmstat", "nr_foll_pin_released");
+}
+
+long charged(void)
+{
+	return number("/proc/self/status", "VmPin") * 1024 / (long)PAGE;
+}
+
+void in_child(void (*run)(void))
+{
+	int *counts = mmap(NULL, PAGE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+	pid_t child = fork();
+	int status;
+
+	if (!child) {
+		checks = failures = 0;
+		run();
+		counts[0] = checks;
+		counts[1] = failures;
+		_exit(0);
+	}
+	waitpid(child, &status, 0);
+	CHECK_EQUAL(status, 0);
+	checks += counts[0];
+	failures += counts[1];
+	munmap(counts, PAGE);
+}
+
+static void mount_all(void)
+{
+	static const char *const mounts[][2] = {
+		{ "proc", "/proc" }, { "sysfs", "/sys" }, { "debugfs", "/sys/kernel/debug" }, { "devtmpfs", "/dev" },
+	};
+
+	for (unsigned int i = 0; i < sizeof(mounts) / sizeof(*mounts); i++) {
+		mkdir(mounts[i][1], 0755);
+		mount(mounts[i][0], mounts[i][1], mounts[i][0], 0, NULL);
+	}
+}
+
+int main(int argc, char **argv)
+{
+	setvbuf(stdout, NULL, _IONBF, 0);
+	if (iopl(3))
+		return 1;
+	if (argc == 3 && !strcmp(argv[1], "exec")) {
+		test_exec(atoi(argv[2]));
+		return failures != 0;
+	}
+	mount_all();
+	/* This machine's host has no CPUID signature. */
+	CHECK_REFUSED(load_module(""), ENODEV);
+	CHECK_EQUAL(load_module(LOAD), 0);
+	CHECK_EQUAL(chmod("/dev/kvmmem", 0666), 0);
+	if (!failures) {
+		test_arguments();
+		test_ownership(argv[0]);
+		test_limits();
+		test_races();
+		test_quarantine();
+		test_unload();
+	}
+	printf("selftest: %d of %d checks passed\n", checks - failures, checks);
+	reboot(RB_POWER_OFF);
+}
