@@ -17,8 +17,8 @@ use crate::table::ops::{self, Shared};
 use crate::table::record::{ReserveError, UnmapError};
 use crate::tree;
 
-/// The number of the file opened last; 64 bits do not run out.
-static LAST_OWNER: Atomic<i64> = Atomic::new(0);
+/// The number of the file that is opened next; 64 bits do not run out.
+static NEXT_OWNER: Atomic<i64> = Atomic::new(0);
 
 /// One open file of the device, bound to the process that opened it.
 pub(crate) struct OpenFile {
@@ -33,7 +33,7 @@ impl MiscDevice for OpenFile {
     fn open(_file: &File, _device: &MiscDeviceRegistration<Self>) -> Result<KBox<Self>> {
         let slot = tree::slot()?;
         let process = ProcessRef::of_current()?;
-        let owner = LAST_OWNER.fetch_add(1, Relaxed).unsigned_abs();
+        let owner = NEXT_OWNER.fetch_add(1, Relaxed).unsigned_abs();
         process.with(|table| table.open(slot, owner, crate::max_pages_per_file()));
         // From here on dropping the file closes its account.
         let file = Self { process, owner };

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 //! The way to the host: which one CPUID offers, the request that it carries, what its answer means to the tool.
 
+use kernel::fmt;
 use kernel::prelude::*;
 use kernel::sync::SetOnce;
 use kernel::uaccess::{UserPtr, UserSlice};
@@ -13,12 +14,21 @@ use crate::abi::ioctl::MemMap;
 use crate::sys;
 
 /// How a hypercall leaves the virtual machine.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy)]
 pub(crate) enum Way {
     /// The instruction `vmcall` (Intel) or `vmmcall` (AMD).
     Vmcall,
     /// A read from this I/O port.
     Doorbell(u16),
+}
+
+impl fmt::Display for Way {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Vmcall => write!(f, "vmcall"),
+            Self::Doorbell(port) => write!(f, "doorbell port {port:#x}"),
+        }
+    }
 }
 
 static WAY: SetOnce<Way> = SetOnce::new();
@@ -34,7 +44,7 @@ pub(crate) fn choose(forced: Option<Way>) -> Result {
         Some(way) => way,
         None => offered()?,
     };
-    pr_info!("mapping by {:?}\n", way);
+    pr_info!("the host is called by {way}\n");
     WAY.populate(way);
     Ok(())
 }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /* Threads that map, unmap, open, close, fork and change their memory at random, with a host that refuses at times. */
 #define _GNU_SOURCE
+#include <fcntl.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdlib.h>
@@ -37,7 +38,7 @@ static void one_step(unsigned int *seed)
 	} else if (dice < 1000) {
 		mmap(page, PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
 	} else if (dice < 1010) {
-		close(__atomic_exchange_n(file, device(), __ATOMIC_RELAXED));
+		close(__atomic_exchange_n(file, open("/dev/kvmmem", O_RDWR), __ATOMIC_RELAXED));
 	} else if (dice < 1020) {
 		host_answers(-KVM_EPERM);
 		usleep(rand_r(seed) % 2000);

@@ -1,7 +1,7 @@
 #!/bin/sh
 # SPDX-License-Identifier: GPL-2.0-only
 # Runs the selftest in a virtual machine under QEMU's software emulation: run.sh KERNEL MODULE [FURTHER QEMU OPTIONS]
-# Succeeds if all checks passed and the kernel complained about nothing. Needs qemu-system-x86, cpio, gcc and make.
+# Succeeds if all checks passed and the kernel complained about nothing. Needs qemu-system-x86, cpio and a C compiler.
 set -eu
 kernel=$(readlink -f "$1")
 module=$(readlink -f "$2")
@@ -10,9 +10,8 @@ here=$(dirname "$(readlink -f "$0")")
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 
-make -s -C "$here" selftest
 mkdir "$folder/root"
-cp "$here/selftest" "$folder/root/init"
+${CC:-cc} -O1 -Wall -Wextra -Werror -static -pthread -o "$folder/root/init" "$here"/*.c
 cp "$module" "$folder/root/kvmmem.ko"
 (cd "$folder/root" && find . | cpio --quiet -o -H newc) >"$folder/initrd"
 
