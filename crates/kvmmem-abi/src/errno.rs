@@ -59,7 +59,8 @@ impl KvmError {
 
     /// The error behind a hypercall's result, `None` where the number is not one of KVM's.
     pub fn from_result(result: i64) -> Option<Self> {
-        Self::ALL.into_iter().find(|error| i64::from(error.number()) == -result)
+        let number = result.checked_neg()?;
+        Self::ALL.into_iter().find(|error| i64::from(error.number()) == number)
     }
 
     /// The errno that the tool gets, one of the closed set of the ioctls: KVM's number where that is in the set,
