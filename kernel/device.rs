@@ -40,17 +40,17 @@ impl MiscDevice for OpenFile {
         Ok(KBox::new(file, GFP_KERNEL_ACCOUNT)?)
     }
 
-    fn ioctl(file: &Self, _file: &File, cmd: u32, arg: usize) -> Result<isize> {
+    fn ioctl(this: &Self, _file: &File, cmd: u32, arg: usize) -> Result<isize> {
         match cmd {
-            MEM_MAP => file.map(arg)?,
-            MEM_UNMAP => file.unmap(arg)?,
+            MEM_MAP => this.map(arg)?,
+            MEM_UNMAP => this.unmap(arg)?,
             _ => return Err(ENOTTY),
         }
         Ok(0)
     }
 
-    fn show_fdinfo(file: &Self, m: &SeqFile, _file: &File) {
-        if let Some(usage) = file.process.with(|table| table.usage(file.owner)) {
+    fn show_fdinfo(this: &Self, m: &SeqFile, _file: &File) {
+        if let Some(usage) = this.process.with(|table| table.usage(this.owner)) {
             seq_print!(m, "kvmmem-mapped:\t{}\n", usage.mapped);
             seq_print!(m, "kvmmem-quarantined:\t{}\n", usage.quarantined);
             seq_print!(m, "kvmmem-limit:\t{}\n", usage.limit);
