@@ -2,11 +2,11 @@
 //! The test bed: all that VMs are made of, and running a program on its host.
 
 use std::fs;
+use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result};
 use kvmmem_guest::Command;
 
 use crate::binaries::{Binaries, Wanted};
@@ -15,7 +15,7 @@ use crate::kernel::Kernel;
 use crate::l1::L1;
 use crate::root::Root;
 use crate::way::Way;
-use crate::{initramfs, module, provision, ui};
+use crate::{direct, initramfs, module, provision, ui};
 
 /// The bed's folder on an emulated host.
 const NESTED_FOLDER: &str = "/bed";
@@ -67,14 +67,14 @@ impl Bed {
         line("programs", &self.binaries.folder().display());
     }
 
-    /// Runs a program on the host; returns its exit code.
-    pub(crate) fn run(&self, job: &Job) -> Result<i32> {
+    /// Runs a program on the host, its stdout to `out`; returns its exit code.
+    pub(crate) fn run(&self, job: &Job, out: &mut dyn Write) -> Result<i32> {
         let scratch = self.cache.scratch()?;
         let folder = scratch.path().join("bed");
         self.fill(&folder, &job.files)?;
         match self.way {
-            Way::Nested => self.run_nested(job, scratch.path(), &folder),
-            Way::Direct => run_directly(job, &folder),
+            Way::Nested => self.run_nested(job, scratch.path(), &folder, out),
+            Way::Direct => direct::run(job, &folder, out),
         }
     }
 
@@ -95,7 +95,7 @@ impl Bed {
         initramfs::guest(&folder.join("introspector.cpio"), &self.kernel, &self.binaries, Some(&self.module))
     }
 
-    fn run_nested(&self, job: &Job, scratch: &Path, folder: &Path) -> Result<i32> {
+    fn run_nested(&self, job: &Job, scratch: &Path, folder: &Path, out: &mut dyn Write) -> Result<i32> {
         let inside = |path: &str| format!("{NESTED_FOLDER}/{path}");
         let mut program = Command::new(inside(&job.program))
             .args(job.args.iter().cloned())
@@ -112,7 +112,7 @@ impl Bed {
         let console = self.cache.log(&format!("console-{}", std::process::id()));
         let begin = Instant::now();
         let l1 = L1 { kernel: &self.kernel.image(), initramfs: &path, console: &console, limit: job.limit };
-        let code = l1.run()?;
+        let code = l1.run(out)?;
         // Kept where something went wrong.
         if code == 0 {
             let _ = fs::remove_file(&console);
@@ -147,29 +147,4 @@ fn describe(way: Way) -> &'static str {
 fn copy(from: &Path, to: &Path) -> Result<()> {
     fs::copy(from, to).with_context(|| format!("cannot copy {} to {}", from.display(), to.display()))?;
     Ok(())
-}
-
-/// Runs the same program right here.
-fn run_directly(job: &Job, folder: &Path) -> Result<i32> {
-    use std::os::unix::process::ExitStatusExt as _;
-    let mut child = std::process::Command::new(folder.join(&job.program))
-        .args(&job.args)
-        .env("KVMMEM_BED", folder)
-        .env("KVMMEM_BED_WAY", Way::Direct.name())
-        .current_dir(folder)
-        .stdin(Stdio::null())
-        .spawn()
-        .with_context(|| format!("cannot run {}", job.program))?;
-    let deadline = Instant::now() + job.limit;
-    loop {
-        if let Some(status) = child.try_wait()? {
-            return Ok(status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(0)));
-        }
-        if Instant::now() >= deadline {
-            child.kill()?;
-            child.wait()?;
-            bail!("{} was stopped after its limit of {} s", job.program, job.limit.as_secs());
-        }
-        std::thread::sleep(Duration::from_millis(50));
-    }
 }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The nested way: a stock Debian kernel as KVM host under QEMU's software emulation of AMD SVM.
 
+use std::io::Write;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
@@ -38,8 +39,8 @@ pub(crate) struct L1<'a> {
 }
 
 impl L1<'_> {
-    /// Boots it, passes on what its program prints, and returns the program's exit code.
-    pub(crate) fn run(&self) -> Result<i32> {
+    /// Boots it, passes on what its program prints (stdout to `out`), and returns the program's exit code.
+    pub(crate) fn run(&self, out: &mut dyn Write) -> Result<i32> {
         let stop = Arc::new(AtomicBool::new(false));
         for signal in [SIGINT, SIGTERM] {
             signal_hook::flag::register(signal, Arc::clone(&stop)).context("cannot watch for Ctrl-C")?;
@@ -60,7 +61,7 @@ impl L1<'_> {
         let deadline = Instant::now() + self.limit;
         loop {
             match reports.recv_timeout(TICK) {
-                Ok(Ok(Some(Report::Stdout(bytes)))) => pass_on(&mut std::io::stdout(), &bytes)?,
+                Ok(Ok(Some(Report::Stdout(bytes)))) => pass_on(out, &bytes)?,
                 Ok(Ok(Some(Report::Stderr(bytes)))) => pass_on(&mut std::io::stderr(), &bytes)?,
                 Ok(Ok(Some(Report::Exit(status)))) => {
                     qemu.wait(POWER_OFF);
@@ -142,6 +143,6 @@ impl Drop for Emulator {
     }
 }
 
-fn pass_on(out: &mut impl std::io::Write, bytes: &[u8]) -> Result<()> {
+fn pass_on(out: &mut dyn Write, bytes: &[u8]) -> Result<()> {
     out.write_all(bytes).and_then(|()| out.flush()).context("cannot write the program's output")
 }

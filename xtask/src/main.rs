@@ -6,34 +6,43 @@
 mod bed;
 mod binaries;
 mod cache;
+mod clean;
 mod cpio;
 mod depends;
+mod direct;
+mod elf;
 mod initramfs;
 mod kernel;
 mod l1;
+mod libtest;
 mod mirror;
 mod module;
 mod project;
 mod provision;
 mod release;
+mod ring;
 mod root;
+mod source_check;
+mod test;
 mod tool;
 mod ui;
+mod verbs;
 mod way;
 
+use std::io::stdout;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::Result;
-use clap::{Parser, Subcommand};
+use clap::{Parser, Subcommand, ValueEnum};
 
 use crate::bed::{Bed, Job};
 use crate::binaries::Wanted;
 
 /// Test bed, demo and tests of kvmmem.
 #[derive(Parser)]
-#[command(name = "cargo xtask")]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
 struct Arguments {
     #[command(subcommand)]
     verb: Verb,
@@ -41,22 +50,62 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Verb {
+    /// Boot a target and an introspector, and show what the project does
+    Demo,
+    /// Run every test there is
+    Test,
+    /// Run end-to-end scenarios: all of them, or those named
+    E2e {
+        /// List the scenarios
+        #[arg(long)]
+        list: bool,
+        /// Print one JSON object a check
+        #[arg(long)]
+        json: bool,
+        /// Scenarios
+        names: Vec<String>,
+    },
+    /// Run a static program of your own in an introspector
+    Try {
+        /// A file to be next to the program; may be repeated
+        #[arg(long = "file", value_name = "PATH")]
+        files: Vec<PathBuf>,
+        /// The program and its arguments
+        #[arg(last = true, required = true, value_name = "PROGRAM ARGS")]
+        command: Vec<String>,
+    },
+    /// Measure
+    Bench {
+        /// What
+        what: Bench,
+        /// Print one JSON object a line
+        #[arg(long)]
+        json: bool,
+    },
     /// Make all that the test VMs are made of, and say what is there
     Testbed,
-    /// Build kvmmem.ko only
+    /// Build kvmmem.ko only, and print where it is
     Module,
-    /// Run a program on the bed's KVM host, without any VM
+    /// Run a static program on the bed's KVM host, which has the kernel and the initramfs of a guest in /bed
     Host {
-        /// A file for the host, put next to the program; may be repeated
+        /// A file to be next to the program; may be repeated
         #[arg(long = "file", value_name = "PATH")]
         files: Vec<PathBuf>,
         /// Stop after this many seconds
         #[arg(long, value_name = "SECONDS", default_value_t = 600)]
         limit: u64,
-        /// A static program and its arguments
+        /// The program and its arguments
         #[arg(last = true, required = true, value_name = "PROGRAM ARGS")]
         command: Vec<String>,
     },
+    /// Empty the cache
+    Clean,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Bench {
+    /// The seed's interface
+    V1,
 }
 
 fn main() -> ExitCode {
@@ -71,24 +120,27 @@ fn main() -> ExitCode {
 
 fn run(verb: Verb) -> Result<i32> {
     match verb {
-        Verb::Testbed => Bed::make(Wanted::All)?.describe(),
-        Verb::Module => println!("{}", bed::make_module()?.display()),
-        Verb::Host { files, limit, command } => {
-            return Bed::make(Wanted::Init)?.run(&host_job(files, limit, command)?);
+        Verb::Demo => on_host(Wanted::All, &verbs::demo()),
+        Verb::Test => Ok(i32::from(!test::run()?)),
+        Verb::E2e { list: true, .. } => verbs::list(),
+        Verb::E2e { list: false, json, names } => on_host(Wanted::All, &verbs::e2e(&names, json)),
+        Verb::Try { files, command } => on_host(Wanted::All, &verbs::try_program(files, command)?),
+        Verb::Bench { what: Bench::V1, json } => on_host(Wanted::All, &verbs::bench("v1", json)),
+        Verb::Testbed => {
+            Bed::make(Wanted::All)?.describe();
+            Ok(0)
         }
+        Verb::Module => {
+            println!("{}", bed::make_module()?.display());
+            Ok(0)
+        }
+        Verb::Host { files, limit, command } => {
+            on_host(Wanted::Init, &verbs::host(files, command, Duration::from_secs(limit))?)
+        }
+        Verb::Clean => clean::run().map(|()| 0),
     }
-    Ok(0)
 }
 
-fn host_job(mut files: Vec<PathBuf>, limit: u64, command: Vec<String>) -> Result<Job> {
-    let mut words = command.into_iter();
-    let program = PathBuf::from(words.next().unwrap_or_default());
-    let name = program.file_name().unwrap_or_default().to_string_lossy().into_owned();
-    files.push(program);
-    Ok(Job {
-        program: format!("try/{name}"),
-        args: words.collect(),
-        files,
-        limit: Duration::from_secs(limit),
-    })
+fn on_host(wanted: Wanted, job: &Job) -> Result<i32> {
+    Bed::make(wanted)?.run(job, &mut stdout())
 }

@@ -1,0 +1,114 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! `unsafe` stays where a reviewer looks for it.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, Result};
+
+/// Where Rust code is.
+const FOLDERS: [&str; 4] = ["crates", "kernel", "tests", "xtask"];
+
+/// Where it may be unsafe.
+const ALLOWED: [&str; 2] = ["crates/kvmmem-sys", "kernel/sys.rs"];
+
+/// What breaks the rule under `root`: each place, or each program and library that does not deny unsafe code.
+pub(crate) fn unsafe_code(root: &Path) -> Result<Vec<String>> {
+    let mut found = Vec::new();
+    for folder in FOLDERS {
+        walk(root, Path::new(folder), &mut found)?;
+    }
+    Ok(found)
+}
+
+fn walk(root: &Path, folder: &Path, found: &mut Vec<String>) -> Result<()> {
+    let entries = fs::read_dir(root.join(folder)).with_context(|| folder.display().to_string())?;
+    let mut paths = entries
+        .map(|entry| Ok(folder.join(entry?.file_name())))
+        .collect::<std::io::Result<Vec<PathBuf>>>()?;
+    paths.sort();
+    for path in paths.iter().filter(|path| !ALLOWED.iter().any(|allowed| path.starts_with(allowed))) {
+        if root.join(path).is_dir() {
+            walk(root, path, found)?;
+        } else if path.extension().is_some_and(|end| end == "rs") {
+            let text = fs::read_to_string(root.join(path)).with_context(|| path.display().to_string())?;
+            for line in places(&text) {
+                found.push(format!("{}:{line}: unsafe code", path.display()));
+            }
+            if is_crate_root(path) && !text.contains("#![deny(unsafe_code)]") {
+                found.push(format!("{}: lacks #![deny(unsafe_code)]", path.display()));
+            }
+        }
+    }
+    Ok(())
+}
+
+fn is_crate_root(path: &Path) -> bool {
+    let in_source = path.parent().is_some_and(|folder| folder.ends_with("src"));
+    in_source && path.file_name().is_some_and(|name| name == "lib.rs" || name == "main.rs")
+}
+
+/// The lines with the keyword, outside of comments and strings that say it in passing.
+fn places(text: &str) -> impl Iterator<Item = usize> {
+    const AFTER: [&str; 5] = ["{", "fn", "impl", "extern", "trait"];
+    text.lines().enumerate().filter_map(|(index, line)| {
+        let code = line.split("//").next().unwrap_or(line);
+        let attribute = code.contains("#[unsafe(") || code.contains("allow(unsafe_code)");
+        let keyword = code.match_indices("unsafe").any(|(at, word)| {
+            let before = code.get(..at).unwrap_or_default();
+            let after = code.get(at + word.len()..).unwrap_or_default();
+            let alone = !before.ends_with(|one: char| one.is_alphanumeric() || one == '_' || one == '"');
+            let rest = after.trim_start();
+            let at_end = rest.is_empty() && after.is_empty() && !before.contains('"');
+            alone
+                && (at_end
+                    || (after.starts_with([' ', '{']) && AFTER.iter().any(|next| rest.starts_with(next))))
+        });
+        (attribute || keyword).then_some(index + 1)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_keyword_is_seen_and_its_mention_is_not() {
+        let seen = |line: &str| places(line).count() == 1;
+        for line in [
+            "let x = unsafe { y };",
+            "unsafe impl Send for X {}",
+            "pub unsafe fn f() {}",
+            "unsafe",
+            "#[unsafe(no_mangle)]",
+            "#![allow(unsafe_code)]",
+            "unsafe extern \"C\" {",
+        ] {
+            assert!(seen(line), "{line}");
+        }
+        for line in ["// unsafe { }", "#![deny(unsafe_code)]", "let not_unsafe = 1;", "\"unsafe code\""] {
+            assert!(!seen(line), "{line}");
+        }
+    }
+
+    #[test]
+    fn code_outside_the_allowed_places_is_named() {
+        let root = tempfile::tempdir().unwrap();
+        for folder in FOLDERS {
+            fs::create_dir_all(root.path().join(folder)).unwrap();
+        }
+        let write = |path: &str, text: &str| {
+            let path = root.path().join(path);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, text).unwrap();
+        };
+        write("crates/kvmmem-sys/src/lib.rs", "unsafe fn f() {}\n");
+        write("crates/a/src/lib.rs", "#![deny(unsafe_code)]\nfn g() { unsafe { f() } }\n");
+        write("tests/b/src/main.rs", "fn main() {}\n");
+        let found = unsafe_code(root.path()).unwrap();
+        assert_eq!(
+            found,
+            ["crates/a/src/lib.rs:2: unsafe code", "tests/b/src/main.rs: lacks #![deny(unsafe_code)]"]
+        );
+    }
+}

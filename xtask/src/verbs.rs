@@ -1,0 +1,75 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! The verbs that the scenarios' program does on the bed's host.
+
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result};
+
+use crate::bed::Job;
+use crate::binaries::{Binaries, Wanted};
+use crate::cache::Cache;
+use crate::elf;
+
+/// The scenarios' program, in the bed's folder.
+const PROGRAM: &str = "bin/kvmmem-e2e";
+
+fn job(args: Vec<String>, minutes: u64) -> Job {
+    Job { program: PROGRAM.to_owned(), args, files: Vec::new(), limit: Duration::from_secs(minutes * 60) }
+}
+
+/// Scenarios by name, or all of them.
+pub(crate) fn e2e(names: &[String], json: bool) -> Job {
+    let mut args = vec!["run".to_owned()];
+    args.extend(json.then(|| "--json".to_owned()));
+    args.extend_from_slice(names);
+    job(args, 25)
+}
+
+/// Lists the scenarios; that needs no host.
+pub(crate) fn list() -> Result<i32> {
+    let binaries = Binaries::make(&Cache::open()?, Wanted::All)?;
+    let status =
+        Command::new(binaries.path("kvmmem-e2e")).arg("list").status().context("cannot run kvmmem-e2e")?;
+    Ok(status.code().unwrap_or(1))
+}
+
+/// The demo.
+pub(crate) fn demo() -> Job {
+    job(vec!["demo".to_owned()], 10)
+}
+
+/// The measurements of the seed's interface.
+pub(crate) fn bench(what: &str, json: bool) -> Job {
+    let mut args = vec!["bench".to_owned(), what.to_owned()];
+    args.extend(json.then(|| "--json".to_owned()));
+    job(args, 20)
+}
+
+/// A user's program in the introspector.
+pub(crate) fn try_program(files: Vec<PathBuf>, command: Vec<String>) -> Result<Job> {
+    let (files, words) = bring(files, command)?;
+    let args = ["try", "--"].map(str::to_owned).into_iter().chain(words).collect();
+    Ok(Job { files, ..job(args, 20) })
+}
+
+/// A user's program on the host itself.
+pub(crate) fn host(files: Vec<PathBuf>, command: Vec<String>, limit: Duration) -> Result<Job> {
+    let (files, words) = bring(files, command)?;
+    let mut words = words.into_iter();
+    let program = format!("try/{}", words.next().unwrap_or_default());
+    Ok(Job { program, args: words.collect(), files, limit })
+}
+
+/// Adds a command's program to the files; in the command, it goes by its name alone.
+fn bring(mut files: Vec<PathBuf>, command: Vec<String>) -> Result<(Vec<PathBuf>, Vec<String>)> {
+    let mut words = command;
+    let first = words.first_mut().context("no program given")?;
+    let program = PathBuf::from(&*first);
+    elf::check(&program)?;
+    let name = program.file_name().with_context(|| format!("{first} names no file"))?;
+    *first = name.to_string_lossy().into_owned();
+    files.push(program);
+    Ok((files, words))
+}
