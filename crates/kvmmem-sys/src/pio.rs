@@ -4,7 +4,7 @@ use kvm_bindings::{KVM_EXIT_IO, KVM_EXIT_IO_IN, kvm_run};
 use kvm_ioctls::VcpuFd;
 
 /// Where KVM puts a port's data in the mapping of `struct kvm_run`: the page behind the structure (x86).
-const DATA_OFFSET: u64 = 4096;
+const DATA_OFFSET: usize = 4096;
 
 /// Answers a read of four bytes from a port with `value`; does nothing and returns false when the last exit was
 /// something else.
@@ -16,10 +16,10 @@ pub fn answer_dword(vcpu: &mut VcpuFd, value: u32) -> bool {
     // SAFETY: the member is plain integers, valid for any bytes; the exit reason says that KVM filled it.
     let io = unsafe { run.__bindgen_anon_1.io };
     let is_dword_read = u32::from(io.direction) == KVM_EXIT_IO_IN && io.size == 4 && io.count == 1;
-    if !is_dword_read || io.data_offset != DATA_OFFSET {
+    if !is_dword_read || io.data_offset != DATA_OFFSET as u64 {
         return false;
     }
-    let data = std::ptr::from_mut::<kvm_run>(run).cast::<u8>().wrapping_add(DATA_OFFSET as usize).cast::<u32>();
+    let data = std::ptr::from_mut::<kvm_run>(run).cast::<u8>().wrapping_add(DATA_OFFSET).cast::<u32>();
     // SAFETY:
     // 1. The mapping of a vCPU holds kvm_run's page and, on x86, always the page of port data behind it
     //    (KVM_GET_VCPU_MMAP_SIZE); `data` is the start of that page, so it is in bounds and aligned.

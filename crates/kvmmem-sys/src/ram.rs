@@ -13,10 +13,16 @@ use kvm_ioctls::VmFd;
 use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags};
 use rustix::mm::{MapFlags, ProtFlags};
 use vm_memory::mmap::MmapRegionError;
-use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap};
+use vm_memory::{
+    FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
+};
 
 /// Size of a page in bytes.
 pub const PAGE_SIZE: u64 = kvmmem_abi::ioctl::PAGE_SIZE;
+
+/// [`PAGE_SIZE`] as a length in this process.
+const PAGE_BYTES: usize = 4096;
+const _: () = assert!(PAGE_BYTES as u64 == PAGE_SIZE);
 
 /// First GPA of the hole that is left for devices (3 GiB).
 pub const HOLE_START: u64 = 3 << 30;
@@ -127,7 +133,7 @@ impl GuestRam {
     /// [`RamError::Size`], [`RamError::Create`], [`RamError::Map`].
     pub fn new(bytes: u64) -> Result<Self, RamError> {
         const MAX_BYTES: u64 = 64 << 40;
-        if bytes == 0 || bytes % PAGE_SIZE != 0 || bytes > MAX_BYTES {
+        if bytes == 0 || !bytes.is_multiple_of(PAGE_SIZE) || bytes > MAX_BYTES {
             return Err(RamError::Size { bytes });
         }
         let regions = layout(bytes);
@@ -136,14 +142,16 @@ impl GuestRam {
         let fd = rustix::fs::memfd_create("kvmmem-ram", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)
             .map_err(create)?;
         rustix::fs::ftruncate(&fd, end).map_err(create)?;
-        rustix::fs::fcntl_add_seals(&fd, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL).map_err(create)?;
+        rustix::fs::fcntl_add_seals(&fd, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)
+            .map_err(create)?;
         let file = File::from(fd);
 
         let mut mapped = Vec::with_capacity(regions.len());
         for RamRegion { gpa, len } in regions {
             let len = usize::try_from(len).map_err(|_| RamError::Size { bytes })?;
             let copy = file.try_clone().map_err(|source| RamError::Create { bytes: end, source })?;
-            let region = GuestRegionMmap::from_range(GuestAddress(gpa), len, Some(FileOffset::new(copy, gpa)));
+            let region =
+                GuestRegionMmap::from_range(GuestAddress(gpa), len, Some(FileOffset::new(copy, gpa)));
             mapped.push(region.map_err(|error| match error {
                 vm_memory::mmap::FromRangesError::MmapRegion(source) => RamError::Map { gpa, source },
                 _ => RamError::Layout,
@@ -170,7 +178,7 @@ impl GuestRam {
 
     /// Whether `gpa` is the start of a page of RAM.
     pub fn is_page(&self, gpa: u64) -> bool {
-        gpa % PAGE_SIZE == 0 && self.memory.find_region(GuestAddress(gpa)).is_some()
+        gpa.is_multiple_of(PAGE_SIZE) && self.memory.find_region(GuestAddress(gpa)).is_some()
     }
 
     /// Makes RAM the memory slots of `vm`, from slot 0 on.
@@ -207,7 +215,7 @@ impl GuestRam {
     /// [`RamError::NoPage`]; [`RamError::Replace`], and the page is as it was.
     pub fn replace_page(&self, gpa: u64, fd: BorrowedFd<'_>, offset: u64) -> Result<(), RamError> {
         let region = self.memory.find_region(GuestAddress(gpa)).ok_or(RamError::NoPage { gpa })?;
-        if gpa % PAGE_SIZE != 0 {
+        if !gpa.is_multiple_of(PAGE_SIZE) {
             return Err(RamError::NoPage { gpa });
         }
         let within = usize::try_from(gpa - region.start_addr().0).map_err(|_| RamError::NoPage { gpa })?;
@@ -219,7 +227,7 @@ impl GuestRam {
         let mapped = unsafe {
             rustix::mm::mmap(
                 address.cast(),
-                PAGE_SIZE as usize,
+                PAGE_BYTES,
                 ProtFlags::READ | ProtFlags::WRITE,
                 MapFlags::SHARED | MapFlags::FIXED | MapFlags::NORESERVE,
                 fd,

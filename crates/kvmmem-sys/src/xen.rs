@@ -35,8 +35,11 @@ pub fn can_intercept(kvm: &Kvm) -> bool {
 /// # Errors
 /// What the ioctl reports.
 pub fn intercept_hypercalls(vm: &VmFd) -> io::Result<()> {
-    let config =
-        kvm_xen_hvm_config { flags: KVM_XEN_HVM_CONFIG_INTERCEPT_HCALL, msr: HYPERCALL_MSR, ..Default::default() };
+    let config = kvm_xen_hvm_config {
+        flags: KVM_XEN_HVM_CONFIG_INTERCEPT_HCALL,
+        msr: HYPERCALL_MSR,
+        ..Default::default()
+    };
     // SAFETY: the request reads one kvm_xen_hvm_config, which `config` is and which outlives the call.
     let result = unsafe { ioctl_with_ref(vm, request::KVM_XEN_HVM_CONFIG(), &config) };
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }

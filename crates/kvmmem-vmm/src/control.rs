@@ -5,11 +5,14 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use crate::mapping::TokenSource;
 use crate::status::VmStatus;
 
+/// What is called for every event.
+type Watch = dyn Fn(&VmStatus) + Send + Sync;
+
 /// The caller's side of a running machine.
 #[derive(Default)]
 pub struct Control {
     stop: StopHandle,
-    on_status: Option<Box<dyn Fn(&VmStatus) + Send + Sync>>,
+    on_status: Option<Box<Watch>>,
     tokens: Option<Arc<dyn TokenSource>>,
     handle_signals: bool,
 }

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, VmFd};
+use kvmmem_broker::link::{LinkError, VmmLink};
 use kvmmem_sys::ram::{GuestRam, RamError};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
@@ -25,7 +26,7 @@ use crate::devices::vsock::{Vsock, VsockError};
 use crate::devices::{SERIAL_GSI, SERIAL_PORT, VIRTIO_MMIO_BASE, VIRTIO_MMIO_GSI, VIRTIO_MMIO_LENGTH};
 use crate::exit::VmExit;
 use crate::hypercall::Hypercalls;
-use crate::mapping::{MapError, MappingEngine, TokenSource, mapping_limit};
+use crate::mapping::{MapError, MappingEngine, TokenSource, mapping_limit, register};
 use crate::signals::Signals;
 use crate::status::{ActiveWay, VmStatus, uuid_text};
 use crate::vcpu::{self, BootState, Shared, VcpuError, VcpuThread};
@@ -101,7 +102,7 @@ pub enum VmmError {
         /// The broker's socket.
         path: PathBuf,
         /// Why.
-        source: Box<dyn std::error::Error + Send + Sync>,
+        source: LinkError,
     },
 }
 
@@ -170,7 +171,8 @@ struct Machine {
     output: ConsoleOutput,
     /// Present in an introspector.
     introspection: Option<Introspection>,
-    is_registered: bool,
+    /// Present where the machine is registered with a broker.
+    link: Option<Arc<VmmLink>>,
 }
 
 struct Introspection {
@@ -184,7 +186,19 @@ impl Machine {
         let kvm = Kvm::new().map_err(VmmError::OpenKvm)?;
         let ram = Arc::new(GuestRam::new(config.memory_bytes)?);
         let output = ConsoleOutput::open(&config.serial, control.stop_handle()).map_err(VmmError::Serial)?;
-        let tokens = control.tokens();
+        let link = match &config.broker {
+            None => None,
+            Some(path) => {
+                let fd =
+                    config.introspectable.then(|| ram.fd().try_clone_to_owned()).transpose().map_err(
+                        |source| VmmError::Host { what: "the broker's copy of guest RAM", source },
+                    )?;
+                let link = register(&config, path, &ram, fd)
+                    .map_err(|source| VmmError::Broker { path: path.clone(), source })?;
+                Some(Arc::new(link))
+            }
+        };
+        let tokens = control.tokens().or_else(|| link.clone().map(|link| -> Arc<dyn TokenSource> { link }));
         let introspection = match config.introspector {
             false => None,
             true => Some(Introspection {
@@ -196,7 +210,7 @@ impl Machine {
                 tokens,
             }),
         };
-        Ok(Self { config, kvm, ram, output, introspection, is_registered: false })
+        Ok(Self { config, kvm, ram, output, introspection, link })
     }
 
     fn started(&self) -> VmStatus {
@@ -208,7 +222,7 @@ impl Machine {
             memory_bytes: self.config.memory_bytes,
             cid: self.config.cid,
             hypercalls: self.introspection.as_ref().map(|introspection| introspection.way),
-            broker: self.is_registered,
+            broker: self.link.is_some(),
         }
     }
 

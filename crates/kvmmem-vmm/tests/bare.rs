@@ -129,7 +129,7 @@ fn refusals_name_their_reason_and_spare_the_token() {
             ("own GPA unaligned", guest(way).map(TOKEN_AT, THERE, OWN + 1), KvmError::Inval),
             ("own GPA beyond RAM", guest(way).map(TOKEN_AT, THERE, BEYOND_RAM), KvmError::Inval),
             ("own GPA in the PCI hole", guest(way).map(TOKEN_AT, THERE, MMIO), KvmError::Inval),
-            ("own GPA at the top", guest(way).map(TOKEN_AT, THERE, u64::MAX & !0xfff), KvmError::Inval),
+            ("own GPA at the top", guest(way).map(TOKEN_AT, THERE, !0xfff), KvmError::Inval),
             ("target GPA unaligned", guest(way).map(TOKEN_AT, THERE + 8, OWN), KvmError::Inval),
             ("token not mapped", guest(way).map(UNMAPPED_GVA, THERE, OWN), KvmError::Fault),
             ("token in a hole", guest(way).map(MMIO, THERE, OWN), KvmError::Fault),

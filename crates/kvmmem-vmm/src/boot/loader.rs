@@ -198,9 +198,10 @@ fn load_initrd(
 fn write_cmdline(cmdline: &str, limit: u32, memory: &GuestMemoryMmap) -> Result<u32, LoadError> {
     /// What kernels without a header of their own take: COMMAND_LINE_SIZE of x86, less the zero.
     const DEFAULT_LIMIT: u32 = 2047;
-    const ROOM: usize = (LOW_MEMORY_END - CMDLINE.0) as usize - 1;
+    /// What there is between the command line's place and the end of low memory.
+    const ROOM: u64 = LOW_MEMORY_END - CMDLINE.0 - 1;
     let limit = if limit == 0 { DEFAULT_LIMIT } else { limit };
-    let limit = usize::try_from(limit).map_or(ROOM, |limit| limit.min(ROOM));
+    let limit = usize::try_from(ROOM.min(limit.into())).unwrap_or(0);
     let refused = || LoadError::Cmdline { length: cmdline.len(), limit };
     if cmdline.len() > limit || cmdline.contains('\0') {
         return Err(refused());

@@ -27,7 +27,7 @@ pub(crate) fn write_page_tables(memory: &GuestMemoryMmap) -> Result<(), GuestMem
         pointers,
         (0..DIRECTORIES).map(|i| (directories + i * TABLE_BYTES) | PRESENT_WRITABLE),
     )?;
-    let pages = (0..DIRECTORIES * TABLE_ENTRIES).map(|i| i * LARGE_PAGE_BYTES | LARGE | PRESENT_WRITABLE);
+    let pages = (0..DIRECTORIES * TABLE_ENTRIES).map(|i| (i * LARGE_PAGE_BYTES) | LARGE | PRESENT_WRITABLE);
     write_qwords(memory, directories, pages)?;
     write_qwords(memory, GDT.0, GDT_ENTRIES)
 }

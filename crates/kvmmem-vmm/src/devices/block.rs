@@ -237,7 +237,7 @@ impl Server {
         let refused = Failed(VIRTIO_BLK_S_IOERR);
         let length = length as u64;
         let end = sector.checked_add(length / SECTOR_BYTES);
-        if length % SECTOR_BYTES != 0 || end.is_none_or(|end| end > self.image.sectors) {
+        if !length.is_multiple_of(SECTOR_BYTES) || end.is_none_or(|end| end > self.image.sectors) {
             return Err(refused);
         }
         sector.checked_mul(SECTOR_BYTES).ok_or(refused)

@@ -11,15 +11,18 @@ pub(crate) trait BusDevice: Send {
     fn write(&mut self, offset: u64, data: &[u8]);
 }
 
+/// A device that several vCPUs reach.
+type SharedDevice = Arc<Mutex<dyn BusDevice>>;
+
 /// One address space: ports, or MMIO.
 #[derive(Default)]
 pub(crate) struct Bus {
-    devices: Vec<(Range<u64>, Arc<Mutex<dyn BusDevice>>)>,
+    devices: Vec<(Range<u64>, SharedDevice)>,
 }
 
 impl Bus {
     /// Puts `device` at `length` addresses from `base`. The machine's layout keeps the ranges apart.
-    pub(crate) fn insert(&mut self, base: u64, length: u64, device: Arc<Mutex<dyn BusDevice>>) {
+    pub(crate) fn insert(&mut self, base: u64, length: u64, device: SharedDevice) {
         self.devices.push((base..base + length, device));
     }
 

@@ -2,6 +2,7 @@
 
 use kvmmem_abi::errno::KvmError;
 use kvmmem_abi::ioctl::PAGE_SIZE;
+use kvmmem_broker::link::Token;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use zeroize::Zeroizing;
 
@@ -17,7 +18,7 @@ pub(super) fn read(
     gva: u64,
     translate: impl Fn(u64) -> Option<u64>,
     memory: &GuestMemoryMmap,
-) -> Result<Zeroizing<[u64; 4]>, KvmError> {
+) -> Result<Token, KvmError> {
     let mut bytes = Zeroizing::new([0u8; SIZE]);
     let in_first_page = usize::try_from(PAGE_SIZE - gva % PAGE_SIZE).map_or(SIZE, |left| left.min(SIZE));
     let (first, second) = bytes.split_at_mut(in_first_page);
@@ -26,11 +27,7 @@ pub(super) fn read(
         let next_page = gva.checked_add(first.len() as u64).ok_or(KvmError::Fault)?;
         read_part(next_page, second, &translate, memory)?;
     }
-    let mut token = Zeroizing::new([0u64; 4]);
-    for (word, chunk) in token.iter_mut().zip(bytes.as_chunks::<8>().0) {
-        *word = u64::from_le_bytes(*chunk);
-    }
-    Ok(token)
+    Ok(Token::from_bytes(&bytes))
 }
 
 fn read_part(
@@ -49,10 +46,8 @@ mod tests {
 
     use super::*;
 
-    const TOKEN: [u64; 4] = [0x1111, 0x2222_0000_0000, 3, u64::MAX];
-
-    fn token_bytes() -> Vec<u8> {
-        TOKEN.iter().flat_map(|word| word.to_le_bytes()).collect()
+    fn token_bytes() -> [u8; SIZE] {
+        std::array::from_fn(|index| u8::try_from(index * 7).unwrap())
     }
 
     proptest! {
@@ -68,7 +63,7 @@ mod tests {
             for (at, byte) in (gva..).zip(token_bytes()) {
                 memory.write_obj(byte, GuestAddress(translate(at).unwrap())).unwrap();
             }
-            prop_assert_eq!(*read(gva, translate, &memory).unwrap(), TOKEN);
+            prop_assert_eq!(read(gva, translate, &memory).unwrap().to_bytes(), token_bytes());
         }
 
         #[test]

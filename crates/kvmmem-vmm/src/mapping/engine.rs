@@ -136,7 +136,7 @@ impl MappingEngine {
         if !self.ram.is_page(own_gpa) {
             return Err(MapError::OwnPage { gpa: own_gpa });
         }
-        if target_gpa % PAGE_SIZE != 0 {
+        if !target_gpa.is_multiple_of(PAGE_SIZE) {
             return Err(MapError::TargetAlignment { gpa: target_gpa });
         }
         self.reserve(own_gpa)?;

@@ -4,6 +4,7 @@ use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use kvmmem_abi::errno::KvmError;
+use kvmmem_broker::link::Token;
 
 /// The memory of one target, as a token opened it.
 pub trait TargetMemory: Send + Sync {
@@ -22,5 +23,5 @@ pub trait TokenSource: Send + Sync {
     /// # Errors
     /// [`KvmError::NoEnt`] for a token that is unknown, used or expired, [`KvmError::Again`] when nobody can tell now,
     /// [`KvmError::Perm`] when this machine may not use it.
-    fn redeem(&self, token: &[u64; 4]) -> Result<Arc<dyn TargetMemory>, KvmError>;
+    fn redeem(&self, token: &Token) -> Result<Arc<dyn TargetMemory>, KvmError>;
 }

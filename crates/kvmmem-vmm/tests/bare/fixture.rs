@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use kvmmem_abi::errno::KvmError;
 use kvmmem_sys::ram::GuestRam;
-use kvmmem_vmm::mapping::{TargetMemory, TokenSource};
+use kvmmem_vmm::mapping::{TargetMemory, Token, TokenSource};
 use kvmmem_vmm::{Control, HypercallWay, ResetPolicy, SerialConfig, VmConfig, VmExit, VmmError};
 use vm_memory::{Bytes, GuestAddress};
 
@@ -53,9 +53,13 @@ pub(crate) struct OneToken {
 }
 
 impl TokenSource for OneToken {
-    fn redeem(&self, token: &[u64; 4]) -> Result<Arc<dyn TargetMemory>, KvmError> {
+    fn redeem(&self, token: &Token) -> Result<Arc<dyn TargetMemory>, KvmError> {
         self.asked.fetch_add(1, Ordering::SeqCst);
-        if *token == TOKEN { Ok(self.target.clone()) } else { Err(KvmError::NoEnt) }
+        if token.to_bytes().as_slice() == TOKEN.map(u64::to_le_bytes).as_flattened() {
+            Ok(self.target.clone())
+        } else {
+            Err(KvmError::NoEnt)
+        }
     }
 }
 
