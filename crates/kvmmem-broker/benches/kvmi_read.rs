@@ -77,7 +77,7 @@ fn exchange(stream: &mut UnixStream, times: &mut Vec<u64>) -> Result<(), Box<dyn
     let (mut request, mut reply) = (Vec::with_capacity(REQUEST), vec![0; REPLY]);
     for n in 0..READS_PER_ROUND as u64 {
         request.clear();
-        let gpa = n.wrapping_mul(0x9e37_79b9_7f4a_7c15) % RAM & !0xfff;
+        let gpa = (n.wrapping_mul(0x9e37_79b9_7f4a_7c15) % RAM) & !0xfff;
         Request::ReadPhysical { gpa, size: 4096 }
             .encode(0, &mut request)
             .map_err(|error| format!("{error:?}"))?;

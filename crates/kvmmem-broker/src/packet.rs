@@ -117,8 +117,8 @@ impl PacketSocket {
         fd: Option<BorrowedFd<'_>>,
         wait: Wait,
     ) -> Result<(), PacketError> {
-        // Tokens are among what is sent: reserved at its full size, so that no copy stays behind in a smaller buffer.
-        let mut bytes = Zeroizing::new(Vec::with_capacity(MAX_PACKET));
+        // A message with a token fits in at once, so that no copy of it stays behind in a smaller buffer.
+        let mut bytes = Zeroizing::new(Vec::with_capacity(512));
         serde_json::to_writer(&mut *bytes, message).map_err(PacketError::Encode)?;
         if bytes.len() > MAX_PACKET {
             return Err(PacketError::TooLong);

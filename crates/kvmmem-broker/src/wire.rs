@@ -5,6 +5,9 @@
 //! *pushes*: [`FromBroker::Target`] always precedes the first use of that target's id on a connection. File
 //! descriptors travel beside their packet, at most one: the RAM's memfd with [`Call::Register`] of an introspectable
 //! VM and with [`FromBroker::Target`], none with all else.
+//!
+//! The enums are tagged from outside, as in `{"id":1,"call":{"redeem":{"token":"..."}}}`: other forms make the parser
+//! keep copies of the text, and with it of tokens, that nobody wipes.
 
 use std::fmt;
 
@@ -45,13 +48,12 @@ pub struct Request {
     /// Repeated by the answer.
     pub id: u64,
     /// What is asked for.
-    #[serde(flatten)]
     pub call: Call,
 }
 
 /// What a peer asks for.
 #[derive(Debug, Serialize, Deserialize)]
-#[serde(tag = "call", rename_all = "snake_case")]
+#[serde(rename_all = "snake_case")]
 pub enum Call {
     /// Registers a VM; it stays as long as this connection. Answer: [`Answer::Registered`].
     Register(Registration),
@@ -91,7 +93,7 @@ pub enum Call {
 
 /// What the broker sends.
 #[derive(Debug, Serialize, Deserialize)]
-#[serde(tag = "type", rename_all = "snake_case")]
+#[serde(rename_all = "snake_case")]
 pub enum FromBroker {
     /// A request succeeded.
     Answer {
@@ -236,36 +238,76 @@ impl fmt::Display for Refusal {
 
 /// A token as 64 hexadecimal digits: its 32 bytes in the order of the wire.
 mod token_text {
+    use std::fmt;
+
     use kvmmem_kvmi::token::Token;
-    use serde::de::Error;
-    use serde::{Deserialize, Deserializer, Serializer};
+    use serde::de::{Error, Visitor};
+    use serde::{Deserializer, Serializer};
     use zeroize::Zeroizing;
 
     pub(super) fn serialize<S: Serializer>(token: &Token, serializer: S) -> Result<S::Ok, S::Error> {
-        const DIGITS: &[u8; 16] = b"0123456789abcdef";
-        let digit = |nibble: u8| char::from(DIGITS[usize::from(nibble & 0xf)]);
         let bytes = Zeroizing::new(token.to_bytes());
         let mut text = Zeroizing::new(String::with_capacity(2 * Token::SIZE));
         for byte in bytes.iter() {
-            text.push(digit(byte >> 4));
-            text.push(digit(*byte));
+            for nibble in [byte >> 4, byte & 0xf] {
+                text.push(char::from_digit(nibble.into(), 16).unwrap_or_default());
+            }
         }
         serializer.serialize_str(&text)
     }
 
     pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Token, D::Error> {
-        let text = Zeroizing::new(String::deserialize(deserializer)?);
-        let wrong = || D::Error::custom("token is not 64 hexadecimal digits");
-        let (pairs, []) = text.as_bytes().as_chunks::<2>() else { return Err(wrong()) };
-        let mut bytes = Zeroizing::new([0; Token::SIZE]);
-        if pairs.len() != bytes.len() {
-            return Err(wrong());
+        deserializer.deserialize_str(Digits)
+    }
+
+    /// Reads the digits where they lie.
+    struct Digits;
+
+    impl Visitor<'_> for Digits {
+        type Value = Token;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("64 hexadecimal digits")
         }
-        for (byte, [high, low]) in bytes.iter_mut().zip(pairs) {
+
+        fn visit_str<E: Error>(self, text: &str) -> Result<Token, E> {
+            let wrong = || E::custom("token is not 64 hexadecimal digits");
+            let (pairs, []) = text.as_bytes().as_chunks::<2>() else { return Err(wrong()) };
+            let mut bytes = Zeroizing::new([0; Token::SIZE]);
+            if pairs.len() != bytes.len() {
+                return Err(wrong());
+            }
             let digit = |character: u8| char::from(character).to_digit(16).and_then(|n| u8::try_from(n).ok());
-            let (high, low) = digit(*high).zip(digit(*low)).ok_or_else(wrong)?;
-            *byte = high << 4 | low;
+            for (byte, [high, low]) in bytes.iter_mut().zip(pairs) {
+                let (high, low) = digit(*high).zip(digit(*low)).ok_or_else(wrong)?;
+                *byte = (high << 4) | low;
+            }
+            Ok(Token::from_bytes(&bytes))
         }
-        Ok(Token::from_bytes(&bytes))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_redeem_is_written_as_the_text_says() {
+        let token = Token::from_bytes(&std::array::from_fn(|n| u8::try_from(n * 8 + 1).unwrap()));
+        let request = Request { id: 1, call: Call::Redeem { token: token.clone() } };
+        let text = serde_json::to_string(&request).unwrap();
+        let digits = "0109111921293139414951596169717981899199a1a9b1b9c1c9d1d9e1e9f1f9";
+        assert_eq!(text, format!("{{\"id\":1,\"call\":{{\"redeem\":{{\"token\":\"{digits}\"}}}}}}"));
+        let read: Request = serde_json::from_str(&text.replace('f', "F")).unwrap();
+        assert!(matches!(read.call, Call::Redeem { token: read } if read == token));
+    }
+
+    #[test]
+    fn what_is_no_token_is_refused_without_repeating_it() {
+        for digits in ["", "00", &"0".repeat(63), &"0".repeat(66), &"g".repeat(64), &"é".repeat(32)] {
+            let text = format!("{{\"id\":1,\"call\":{{\"used\":{{\"token\":\"{digits}\"}}}}}}");
+            let error = serde_json::from_str::<Request>(&text).unwrap_err().to_string();
+            assert!(error.contains("64 hexadecimal digits"), "{error}");
+        }
     }
 }

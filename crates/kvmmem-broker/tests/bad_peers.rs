@@ -76,8 +76,8 @@ fn garbage_is_refused_and_closed() {
         b"x",
         b"{}",
         b"{\"id\":1}",
-        b"{\"id\":-1,\"call\":\"targets\",\"after\":0}",
-        b"{\"id\":1,\"call\":\"redeem\",\"token\":\"zz\"}",
+        b"{\"id\":-1,\"call\":{\"targets\":{\"after\":0}}}",
+        b"{\"id\":1,\"call\":{\"redeem\":{\"token\":\"zz\"}}}",
         deep.as_bytes(),
         &large,
         &huge,
@@ -96,7 +96,7 @@ fn garbage_is_refused_and_closed() {
 fn unexpected_descriptors_are_closed() {
     let broker = TestBroker::start();
     let peer = raw(&broker.path);
-    let list = b"{\"id\":1,\"call\":\"targets\",\"after\":0}";
+    let list = b"{\"id\":1,\"call\":{\"targets\":{\"after\":0}}}";
     for count in [1, 2, 3, 8] {
         let (mut reader, writer) = std::io::pipe().unwrap();
         if count == 1 {
@@ -176,7 +176,7 @@ fn a_peer_that_does_not_read_is_cut_off_alone() {
         Some(Duration::from_secs(12)),
     )
     .unwrap();
-    let list = b"{\"id\":1,\"call\":\"targets\",\"after\":0}";
+    let list = b"{\"id\":1,\"call\":{\"targets\":{\"after\":0}}}";
     let flood =
         std::thread::spawn(move || (0..1_000_000).take_while(|_| send(&deaf, list, &[]).is_ok()).count());
     for _ in 0..20 {
@@ -218,8 +218,8 @@ proptest! {
         packets in proptest::collection::vec(
             prop_oneof![
                 proptest::collection::vec(any::<u8>(), 1..200),
-                (any::<u64>(), "[a-z]{1,9}", any::<u64>(), "[ -~]{0,20}").prop_map(|(id, call, after, text)| {
-                    format!("{{\"id\":{id},\"call\":{call:?},\"after\":{after},\"target\":{text:?},\"token\":{text:?}}}").into_bytes()
+                (any::<u64>(), "redeem|used|targets|hook|unhook|register|nonsense", any::<u64>(), "[ -~]{0,20}").prop_map(|(id, call, after, text)| {
+                    format!("{{\"id\":{id},\"call\":{{{call:?}:{{\"after\":{after},\"target\":{text:?},\"token\":{text:?},\"endpoint\":\"unix:/t\"}}}}}}").into_bytes()
                 }),
             ],
             1..8,
