@@ -12,7 +12,7 @@ pub use crate::wire::{HookInfo, TargetInfo};
 /// How long the broker may take to answer.
 const LIMIT: Duration = Duration::from_secs(5);
 
-/// A connection to the broker that registers nothing.
+/// A connection to the broker that registers nothing. The broker closes it after 10 s of silence.
 pub struct Admin {
     socket: PacketSocket,
     buffer: PacketBuffer,

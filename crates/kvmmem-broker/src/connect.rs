@@ -29,3 +29,38 @@ pub(crate) fn connect(endpoint: &Endpoint) -> io::Result<OwnedFd> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, Instant};
+
+    use super::*;
+
+    #[test]
+    fn nobody_there_is_an_error_soon() {
+        let began = Instant::now();
+        // No VM gets the highest context id but one.
+        assert!(connect(&Endpoint::Vsock { cid: u32::MAX - 1, port: 1 }).is_err());
+        assert!(connect(&Endpoint::Unix("/nowhere/at/all".into())).is_err());
+        assert!(began.elapsed() < Duration::from_secs(4));
+    }
+
+    #[test]
+    fn a_tool_that_does_not_accept_is_not_waited_for() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("tool.sock");
+        let listener = rustix::net::socket(AddressFamily::UNIX, SocketType::STREAM, None).unwrap();
+        rustix::net::bind(&listener, &SocketAddrUnix::new(&path).unwrap()).unwrap();
+        rustix::net::listen(&listener, 1).unwrap();
+        let endpoint = Endpoint::Unix(path);
+        let mut queued = Vec::new();
+        let full = loop {
+            match connect(&endpoint) {
+                Ok(socket) => queued.push(socket),
+                Err(error) => break error,
+            }
+        };
+        assert_eq!(full.kind(), io::ErrorKind::WouldBlock);
+        assert!(!queued.is_empty());
+    }
+}

@@ -17,6 +17,7 @@ use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use crate::audit;
 use crate::broker::{Broker, Refused};
 use crate::connection;
+use crate::limit::RateLimit;
 use crate::packet::PacketSocket;
 use crate::peer::{Credentials, Peer};
 use crate::wire::Refusal;
@@ -32,6 +33,9 @@ const SHUTDOWN_LIMIT: Duration = Duration::from_secs(5);
 
 /// How long to wait when the system has no file descriptors or memory left.
 const EXHAUSTED_PAUSE: Duration = Duration::from_millis(100);
+
+/// Peers can cause these at will.
+static WARNINGS: RateLimit = RateLimit::new(2);
 
 /// Why the broker cannot serve.
 #[derive(Debug, thiserror::Error)]
@@ -145,12 +149,16 @@ impl Server {
     fn accept(&self) {
         match rustix::net::accept_with(&self.listener, SocketFlags::CLOEXEC) {
             Ok(fd) => {
-                if let Err(error) = self.admit(fd) {
+                if let Err(error) = self.admit(fd)
+                    && WARNINGS.allow(Instant::now()).is_some()
+                {
                     tracing::warn!(error = &error as &dyn std::error::Error, "cannot serve a connection");
                 }
             }
             Err(Errno::MFILE | Errno::NFILE | Errno::NOMEM | Errno::NOBUFS) => {
-                tracing::warn!("no file descriptor or memory is left for a new connection");
+                if WARNINGS.allow(Instant::now()).is_some() {
+                    tracing::warn!("no file descriptor or memory is left for a new connection");
+                }
                 std::thread::sleep(EXHAUSTED_PAUSE);
             }
             // The peer was gone before it was accepted.
