@@ -70,6 +70,11 @@ const INTERRUPT_USED_BUFFER: u32 = 1;
 const INTERRUPT_CONFIG_CHANGE: u32 = 2;
 
 impl Interrupt {
+    /// An interrupt that raises `line`.
+    pub(crate) fn new(line: EventFd) -> Self {
+        Self { status: Arc::default(), line }
+    }
+
     /// Tells the driver that the device used buffers.
     pub(crate) fn signal_used(&self) {
         self.raise(INTERRUPT_USED_BUFFER);
@@ -157,7 +162,7 @@ impl VirtioMmio {
         Self {
             device,
             memory,
-            interrupt: Interrupt { status: Arc::default(), line },
+            interrupt: Interrupt::new(line),
             queues,
             kicks,
             device_features_sel: 0,
