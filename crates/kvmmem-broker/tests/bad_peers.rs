@@ -200,6 +200,17 @@ fn silent_connections_run_out_and_come_back() {
 }
 
 #[test]
+fn a_peer_that_says_nothing_is_cut_off_but_a_vm_may_be_silent() {
+    let broker = TestBroker::start();
+    let link = broker.target("quiet");
+    let silent = raw(&broker.path);
+    std::thread::sleep(Duration::from_secs(9));
+    assert_eq!(read_out(&silent), [""; 0]);
+    assert!(link.is_connected() && broker.state.find("quiet").is_ok());
+    check(&broker);
+}
+
+#[test]
 fn guesses_are_slowed_down() {
     let broker = TestBroker::start();
     let lion = broker.introspector("lion", 7);

@@ -5,7 +5,7 @@ use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::sync::Mutex;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use kvmmem_abi::errno::KvmError;
 use kvmmem_kvmi::dispatch::{Dispatcher, Introspected, ReplyBuffer};
@@ -248,6 +248,23 @@ fn a_shut_down_socket_ends_the_server() {
     tools.read_exact(&mut [0; 96 + 32]).unwrap();
     stop.shutdown(Shutdown::Both).unwrap();
     server.join().unwrap().unwrap();
+}
+
+#[test]
+fn a_tool_that_drips_its_handshake_is_cut_off() {
+    let (mut ours, mut tools) = UnixStream::pair().unwrap();
+    let began = Instant::now();
+    let server = thread::spawn(move || serve(&mut ours, &Vm::default(), || {}));
+    let hello = [&[24u8][..], &[0; 23]].concat();
+    // At this pace it would take 24 s.
+    let sent = hello.iter().take_while(|byte| {
+        thread::sleep(Duration::from_secs(1));
+        tools.write_all(&[**byte]).is_ok()
+    });
+    assert!(sent.count() < 12);
+    let ended = server.join().unwrap();
+    assert!(matches!(ended, Err(ServeError::Handshake(_))), "{ended:?}");
+    assert!(began.elapsed() >= Duration::from_secs(10));
 }
 
 #[test]
