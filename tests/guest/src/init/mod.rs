@@ -40,6 +40,7 @@ pub fn power_off() -> io::Result<()> {
 fn set_up() -> io::Result<Role> {
     mount::mount_all()?;
     let line = fs::read_to_string("/proc/cmdline")?;
+    std::thread::spawn(stir_random);
     let role = Role::from_command_line(&line)
         .ok_or_else(|| io::Error::other("kvmmem.role= is missing on the kernel's command line"))?;
     for folder in ["/root", "/home"] {
@@ -51,6 +52,15 @@ fn set_up() -> io::Result<Role> {
     module::load_all()?;
     device::set_permissions();
     Ok(role)
+}
+
+/// Makes the kernel gather entropy, which a VM without devices has none of.
+///
+/// Only a blocking getrandom(2) makes it do so; a program that polls /dev/random instead would wait for ever.
+fn stir_random() {
+    if let Err(error) = rustix::rand::getrandom(&mut [0; 16], rustix::rand::GetRandomFlags::empty()) {
+        eprintln!("kvmmem-guest: getrandom: {error}");
+    }
 }
 
 fn supervise(role: Role) -> io::Result<()> {
