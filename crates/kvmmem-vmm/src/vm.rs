@@ -263,8 +263,10 @@ impl Machine {
         let written = |error: &dyn std::fmt::Display| VmmError::Boot(error.to_string());
         let kernel = boot::load(config, &memory)?;
         let rsdp = boot::write_tables(config.vcpus, &acpi, &memory)?;
-        let params = boot::write_params(&kernel, rsdp, &memory).map_err(|error| written(&error))?;
+        let seed = boot::write_seed(&memory).map_err(|error| written(&error))?;
+        let params = boot::write_params(&kernel, rsdp, seed, &memory).map_err(|error| written(&error))?;
         boot::write_page_tables(&memory).map_err(|error| written(&error))?;
+        boot::write_reset_vector(&memory).map_err(|error| written(&error))?;
 
         let cpuid = CpuidTemplate::new(&self.kvm, config.vcpus, way)?;
         let mut vcpus = Vec::with_capacity(config.vcpus.into());

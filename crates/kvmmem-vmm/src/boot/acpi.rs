@@ -13,7 +13,7 @@ use acpi_tables::xsdt::XSDT;
 use acpi_tables::{Aml, AmlSink};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
 
-use super::{ACPI_TABLES, ACPI_TABLES_END};
+use super::{ACPI_TABLES, RESET_VECTOR};
 use crate::devices::{IOAPIC_ADDRESS, LAPIC_ADDRESS, SERIAL_GSI, SERIAL_PORT, power};
 
 const OEM: [u8; 6] = *b"KVMMEM";
@@ -73,7 +73,7 @@ pub(crate) fn write_tables(
     for (slot, byte) in tables.bytes.iter_mut().zip(rsdp) {
         *slot = byte;
     }
-    if ACPI_TABLES.0 + tables.bytes.len() as u64 > ACPI_TABLES_END {
+    if ACPI_TABLES.0 + tables.bytes.len() as u64 > RESET_VECTOR {
         return Err(AcpiError::TooLarge { bytes: tables.bytes.len() });
     }
     memory.write_slice(&tables.bytes, GuestAddress(tables.base)).map_err(AcpiError::Write)?;

@@ -6,18 +6,20 @@ use linux_loader::loader::bootparam::{boot_e820_entry, boot_params};
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
 use super::loader::LoadedKernel;
-use super::{ACPI_TABLES, ACPI_TABLES_END, CMDLINE, HIGH_MEMORY, LOW_MEMORY_END, ZERO_PAGE};
+use super::{ACPI_TABLES, CMDLINE, FIRMWARE_END, HIGH_MEMORY, LOW_MEMORY_END, ZERO_PAGE};
 
 const E820_RAM: u32 = 1;
 const E820_RESERVED: u32 = 2;
 
-/// Writes the boot parameters for `kernel` and returns their GPA, which the boot CPU finds in rsi.
+/// Writes the boot parameters for `kernel` and returns their GPA, which the boot CPU finds in rsi. `rsdp` and `seed` are
+/// the GPAs of the firmware tables and of the first `setup_data`.
 ///
 /// # Errors
 /// When RAM ends before the zero page.
 pub(crate) fn write_params(
     kernel: &LoadedKernel,
     rsdp: u64,
+    seed: u64,
     memory: &GuestMemoryMmap,
 ) -> Result<u64, linux_loader::configurator::Error> {
     /// "undefined boot loader", as the protocol has it for those without a number.
@@ -34,6 +36,7 @@ pub(crate) fn write_params(
         params.hdr.kernel_alignment = KERNEL_ALIGNMENT;
     }
     params.hdr.type_of_loader = LOADER_UNDEFINED;
+    params.hdr.setup_data = seed;
     params.hdr.cmd_line_ptr = low_dword(CMDLINE.0);
     params.hdr.cmdline_size = kernel.cmdline_len;
     if let Some((address, size)) = kernel.initrd {
@@ -59,7 +62,7 @@ fn memory_map(memory: &GuestMemoryMmap) -> Vec<boot_e820_entry> {
     let entry = |addr, size, kind| boot_e820_entry { addr, size, r#type: kind };
     let mut map = vec![
         entry(0, LOW_MEMORY_END, E820_RAM),
-        entry(ACPI_TABLES.0, ACPI_TABLES_END - ACPI_TABLES.0, E820_RESERVED),
+        entry(ACPI_TABLES.0, FIRMWARE_END - ACPI_TABLES.0, E820_RESERVED),
     ];
     for region in memory.iter() {
         let (start, end) = (region.start_addr().0.max(HIGH_MEMORY.0), region.start_addr().0 + region.len());
@@ -101,7 +104,7 @@ mod tests {
         let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 0x20_0000)]).unwrap();
         let kernel =
             LoadedKernel { entry: 0, initrd: Some((0x1f_0000, 77)), cmdline_len: 3, ..Default::default() };
-        let at = write_params(&kernel, 0xe_0000, &memory).unwrap();
+        let at = write_params(&kernel, 0xe_0000, 0x1_0000, &memory).unwrap();
         let params: boot_params = memory.read_obj(GuestAddress(at)).unwrap();
         let header = params.hdr;
         assert_eq!((header.ramdisk_image, header.ramdisk_size), (0x1f_0000, 77));
