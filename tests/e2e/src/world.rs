@@ -98,7 +98,12 @@ impl World {
         if self.introspector.is_none() {
             specs.push(Spec { way: self.way, ..INTROSPECTOR_SPEC });
         }
-        for vm in Vm::boot(&self.bed, &specs, &self.socket(), self.run.path())? {
+        let start = Instant::now();
+        let booted = Vm::boot(&self.bed, &specs, &self.socket(), self.run.path())?;
+        for vm in &booted {
+            eprintln!("  booted {} ({:.1} s)", vm.spec.name, start.elapsed().as_secs_f64());
+        }
+        for vm in booted {
             let probe = std::fs::read(self.bed.bin("kvmmem-probe")).context("no probe in the bed")?;
             vm.agent.put(PROBE, 0o755, &probe)?;
             match vm.spec.role {
@@ -131,7 +136,10 @@ impl World {
     fn place_marker(&self, pages: usize) -> Result<Marker> {
         let command = GuestCommand::new(PROBE).args(["marker", "--pages", &pages.to_string()]);
         let mut child = self.target()?.agent.spawn(&command)?;
-        let line = child.read_line(Duration::from_secs(30))?;
+        let line = match child.read_line(Duration::from_secs(30)) {
+            Ok(line) => line,
+            Err(error) => bail!("the marker is silent ({error}): {}\n{}", child.take_stderr(), self.logs()),
+        };
         let Some(Placed::Marker { gpas, marker }) =
             line.as_deref().map(serde_json::from_str).transpose().context("the marker says nonsense")?
         else {
