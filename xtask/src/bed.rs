@@ -48,10 +48,12 @@ impl Bed {
         let (way, why) = Way::choose();
         ui::say(&format!("Test bed: {}, as {why}.", describe(way)));
         let cache = Cache::open()?;
-        let _lock = cache.lock()?;
+        let lock = cache.lock()?;
         provision::provision(&cache, way == Way::Nested)?;
         let kernel = prepared_kernel(&cache)?;
         let module = module::make(&cache, &kernel)?;
+        // Cargo has a lock of its own.
+        drop(lock);
         let binaries = Binaries::make(&cache, wanted)?;
         Ok(Self { cache, way, kernel, binaries, module })
     }
