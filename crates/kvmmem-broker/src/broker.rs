@@ -4,6 +4,7 @@
 //! No two of the locks here, of a peer and of a hook are ever held together, but for one pair: a target's list of
 //! hooks, then one of them.
 
+use std::error::Error;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
@@ -44,6 +45,11 @@ pub struct Refused {
 }
 
 impl Refused {
+    /// Of an error and all that is behind it: a peer gets one text.
+    pub(crate) fn from_error(refusal: Refusal, error: &dyn Error) -> Self {
+        Self { refusal, message: in_words(error) }
+    }
+
     pub(crate) fn new(refusal: Refusal, message: impl ToString) -> Self {
         Self { refusal, message: message.to_string() }
     }
@@ -249,6 +255,18 @@ fn refuse_hook(error: HookError) -> Refused {
         HookError::Full => Refusal::Limit,
     };
     Refused::new(refusal, error)
+}
+
+/// An error and what is behind it, in one line.
+pub(crate) fn in_words(error: &dyn Error) -> String {
+    let mut words = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        words.push_str(": ");
+        words.push_str(&error.to_string());
+        source = error.source();
+    }
+    words
 }
 
 /// 256 bits from the system's generator.

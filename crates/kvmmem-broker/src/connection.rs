@@ -31,8 +31,9 @@ pub(crate) fn serve(broker: &Arc<Broker>, peer: &Arc<Peer>) {
     let mut connection = Connection { broker, peer, vm: None };
     if let Err(error) = connection.run() {
         if matches!(error, PacketError::TooLong | PacketError::TooManyFds | PacketError::Malformed(_)) {
-            refuse(peer, 0, &Refused::new(Refusal::Malformed, &error));
+            refuse(peer, 0, &Refused::from_error(Refusal::Malformed, &error));
         }
+        // Without what is behind it: that may repeat parts of the packet.
         audit::refused(peer.credentials(), &error.to_string());
     }
     if let Some(vm) = connection.vm {
@@ -93,12 +94,15 @@ impl Connection<'_> {
             .broker
             .registry()
             .insert(registration, ram, Arc::clone(self.peer))
-            .map_err(|error| Refused::new(kind(&error), error))?;
+            .map_err(|error| Refused::from_error(kind(&error), &error))?;
         audit::registered(&vm);
         let number = vm.id();
         self.vm = Some(vm);
         // A VM may run for months without a word.
-        self.peer.socket().limit_receive(None).map_err(|error| Refused::new(Refusal::Limit, error))?;
+        self.peer
+            .socket()
+            .limit_receive(None)
+            .map_err(|error| Refused::from_error(Refusal::Limit, &error))?;
         Ok(Answer::Registered { vm: number })
     }
 }

@@ -3,7 +3,7 @@
 //!
 //! VMMs register their VMs over a unix socket ([`wire`], [`packet`]) and keep the connection open as long as the VM
 //! runs ([`link`] is their side, [`admin`] the command line's). The broker keeps the VMs in a [`registry`], connects
-//! targets to tools ([`hook`], [`session`]), gives out tokens ([`grants`]) and writes it all down ([`audit`]).
+//! targets to tools ([`hook`]), gives out tokens ([`grants`]) and writes it all down ([`audit`]).
 #![deny(unsafe_code)]
 
 pub mod admin;

@@ -55,7 +55,7 @@ pub enum RegisterError {
     #[error("an introspectable VM comes with the memfd of its RAM and its regions, no other does")]
     NoRam,
     /// The RAM is not acceptable.
-    #[error("RAM is not acceptable: {0}")]
+    #[error("RAM is not acceptable")]
     Ram(#[source] RamError),
     /// Another VM has the name.
     #[error("a VM named {0:?} is registered already")]

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! One tool's KVMI connection to one target.
 
-use std::error::Error;
 use std::time::Instant;
 
 use kvmmem_abi::errno::KvmError;
@@ -10,7 +9,7 @@ use kvmmem_kvmi::server;
 use kvmmem_kvmi::token::Token;
 
 use crate::audit;
-use crate::broker::Broker;
+use crate::broker::{Broker, in_words};
 use crate::endpoint::Endpoint;
 use crate::hook::{Hook, Stream};
 use crate::ram::AccessError;
@@ -33,10 +32,7 @@ pub(crate) fn serve(broker: &Broker, vm: &Vm, hook: &Hook, mut stream: Stream) {
     });
     let reason = match &ended {
         Ok(()) => "closed".to_owned(),
-        Err(error) => match error.source() {
-            Some(source) => format!("{error}: {source}"),
-            None => error.to_string(),
-        },
+        Err(error) => in_words(error),
     };
     audit::disconnected(vm, endpoint, &reason);
 }
