@@ -53,6 +53,7 @@ fn a_machine_ends_as_its_guest_says() {
     assert_eq!(run(&Guest::default().power_off(), &target).exit, VmExit::PowerOff);
     assert_eq!(run(&Guest::default().reset(), &target).exit, VmExit::Reset);
     assert_eq!(run(&Guest::default().crash(), &target).exit, VmExit::TripleFault);
+    assert_eq!(run(&Guest::default().jump_to_reset_vector(), &target).exit, VmExit::Reset);
 }
 
 #[test]

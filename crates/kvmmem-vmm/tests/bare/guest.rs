@@ -158,6 +158,13 @@ impl Guest {
         self.out_byte(RESET_PORT, 1).halt()
     }
 
+    /// Jumps to the reset vector. A kernel does so in real mode; the code there means the same in 64-bit mode.
+    pub(crate) fn jump_to_reset_vector(self) -> Self {
+        const RESET_VECTOR: u64 = 0xf_fff0;
+        // jmp rax
+        self.load_rax(RESET_VECTOR).bytes(&[0xff, 0xe0])
+    }
+
     /// An exception without a handler.
     pub(crate) fn crash(self) -> Self {
         self.bytes(&[0x0f, 0x0b]).halt()
