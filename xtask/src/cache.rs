@@ -4,6 +4,7 @@
 use std::fs::{self, File, OpenOptions};
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
 use rustix::fs::{FlockOperation, flock};
@@ -11,6 +12,9 @@ use rustix::io::Errno;
 use tempfile::TempDir;
 
 use crate::ui;
+
+/// How long the rests of runs and modules of other sources are kept.
+const KEPT: Duration = Duration::from_secs(7 * 24 * 3600);
 
 /// The cache's folder.
 #[derive(Clone, Debug)]
@@ -66,12 +70,35 @@ impl Cache {
             .open(&path)
             .with_context(|| format!("cannot open {}", path.display()))?;
         match flock(&file, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => return Ok(Lock { _file: file }),
+            Ok(()) => {
+                self.prune();
+                return Ok(Lock { _file: file });
+            }
             Err(Errno::WOULDBLOCK) => ui::say("  waiting for another run that uses the cache ..."),
             Err(error) => return Err(error).context("cannot lock the cache"),
         }
         flock(&file, FlockOperation::LockExclusive).context("cannot lock the cache")?;
         Ok(Lock { _file: file })
+    }
+
+    /// Removes what killed runs left and what nobody will look at any more.
+    fn prune(&self) {
+        let old = |path: &Path| {
+            let age = fs::metadata(path).and_then(|data| data.modified()).map(|time| time.elapsed());
+            matches!(age, Ok(Ok(age)) if age > KEPT)
+        };
+        for folder in [&self.folder, &self.folder.join("logs")] {
+            for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+                let name = entry.file_name();
+                let name = name.to_string_lossy();
+                // What cannot be removed is tried again by the next run.
+                if name.starts_with("run-") && old(&entry.path()) {
+                    let _ = fs::remove_dir_all(entry.path());
+                } else if (name.starts_with("console-") || name.ends_with(".ko")) && old(&entry.path()) {
+                    let _ = fs::remove_file(entry.path());
+                }
+            }
+        }
     }
 
     /// A folder for one run, removed when it is dropped.
