@@ -1,5 +1,6 @@
 //! How the caller of [`crate::run`] watches and stops the machine, and what it lends to it.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use crate::mapping::TokenSource;
@@ -80,6 +81,8 @@ pub struct StopHandle(Arc<Shared>);
 
 #[derive(Default)]
 struct Shared {
+    /// Whether `state` says that the generation ends: what the vCPUs look at after every exit.
+    is_ending: AtomicBool,
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -95,7 +98,10 @@ struct State {
 impl StopHandle {
     /// Ends the machine; [`crate::run`] returns [`crate::VmExit::Stopped`] unless it ended otherwise before.
     pub fn stop(&self) {
-        self.lock().stopped = true;
+        let mut state = self.lock();
+        state.stopped = true;
+        self.0.is_ending.store(true, Ordering::SeqCst);
+        drop(state);
         self.0.changed.notify_all();
     }
 
@@ -105,14 +111,14 @@ impl StopHandle {
         if state.ended.is_none() {
             state.ended = Some(reason);
         }
+        self.0.is_ending.store(true, Ordering::SeqCst);
         drop(state);
         self.0.changed.notify_all();
     }
 
     /// Whether the vCPU threads and whoever may block for long should leave.
     pub(crate) fn is_ending(&self) -> bool {
-        let state = self.lock();
-        state.stopped || state.ended.is_some()
+        self.0.is_ending.load(Ordering::SeqCst)
     }
 
     /// Waits until the generation ends.
@@ -126,6 +132,7 @@ impl StopHandle {
     /// Takes the reason, once the generation's threads are gone. A stop from outside wins over a reset.
     pub(crate) fn take(&self) -> Ended {
         let mut state = self.lock();
+        self.0.is_ending.store(state.stopped, Ordering::SeqCst);
         match state.ended.take() {
             None => Ended::Stopped,
             Some(Ended::Reset) if state.stopped => Ended::Stopped,

@@ -135,6 +135,21 @@ pub(crate) struct Shared {
     pub(crate) stop: StopHandle,
 }
 
+/// Ends the machine when its thread does, however that came.
+struct LastWords<'a> {
+    id: u8,
+    stop: &'a StopHandle,
+}
+
+impl Drop for LastWords<'_> {
+    fn drop(&mut self) {
+        // A thread that ends in order has a reason, and the first one counts.
+        if !self.stop.is_ending() {
+            self.stop.end(Ended::Failed(VcpuError::Exit { id: self.id, exit: "its thread panicked".into() }));
+        }
+    }
+}
+
 /// A running vCPU thread.
 pub(crate) struct VcpuThread(JoinHandle<()>);
 
@@ -142,6 +157,7 @@ impl VcpuThread {
     /// Starts the thread of vCPU `id`.
     pub(crate) fn start(id: u8, mut vcpu: VcpuFd, shared: Arc<Shared>) -> Result<Self, VcpuError> {
         let run = move || {
+            let _last_words = LastWords { id, stop: &shared.stop };
             if let Err(error) = run(id, &mut vcpu, &shared) {
                 shared.stop.end(Ended::Failed(error));
             }

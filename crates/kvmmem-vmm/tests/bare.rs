@@ -12,7 +12,7 @@ use kvmmem_abi::cpuid::{
 };
 use kvmmem_abi::errno::KvmError;
 use kvmmem_abi::hypercall::{MEM_MAP, MEM_UNMAP};
-use kvmmem_vmm::{HypercallWay, VmExit, VmmError};
+use kvmmem_vmm::{DiskConfig, HypercallWay, ResetPolicy, VmConfig, VmExit, VmmError};
 
 use fixture::{TARGET_HOLE, TOKEN, Target, has_kvm, refused, run, run_with, ways};
 use guest::{Guest, PAGE_DIRECTORY, Way};
@@ -220,4 +220,53 @@ fn a_host_without_the_xen_way_says_so() {
         config.hypercalls = HypercallWay::Auto;
     });
     assert_eq!(auto.unwrap().exit, VmExit::PowerOff);
+}
+
+#[test]
+fn a_reset_starts_anew_without_the_mappings() {
+    const STAGE: u64 = 0x61_0000;
+    const STAGE_PAGE: u64 = 0x4_3000;
+    for way in ways() {
+        let target = Target::new();
+        target.write(THERE, 0x5ec2e7);
+        // A page of the target's is where the guest keeps, over the reset, how far it got.
+        let outcome = run_with(
+            &guest(way)
+                .map(TOKEN_AT, THERE, OWN)
+                .map(TOKEN_AT, STAGE_PAGE, STAGE)
+                .report_memory(OWN)
+                .skip_if_zero(STAGE, |guest| guest.unmap(STAGE).unmap(OWN).report_memory(OWN).power_off())
+                .write(STAGE, 1)
+                .reset(),
+            &target,
+            |config| config.reset = ResetPolicy::Restart,
+        )
+        .unwrap();
+        let secret = 0x5ec2e7;
+        assert_eq!(outcome.values, [0, 0, secret, 0, 0, secret, 0, 0, 0]);
+        assert_eq!(outcome.exit, VmExit::PowerOff);
+    }
+}
+
+type Change = fn(&mut VmConfig);
+
+#[test]
+fn bad_configurations_are_refused_with_a_reason() {
+    if !has_kvm() {
+        return;
+    }
+    let cases: [(&str, Change); 6] = [
+        ("vCPUs", |config| config.vcpus = 0),
+        ("vCPUs", |config| config.vcpus = 65),
+        ("too little", |config| config.memory_bytes = 4096),
+        ("CID", |config| config.cid = Some(2)),
+        ("disk", |config| {
+            config.disks = vec![DiskConfig { path: "/nonexistent/disk".into(), read_only: true }];
+        }),
+        ("broker", |config| config.broker = Some("/nonexistent/socket".into())),
+    ];
+    for (word, change) in cases {
+        let error = run_with(&Guest::default().power_off(), &Target::new(), change).err().unwrap();
+        assert!(error.to_string().contains(word), "{error}");
+    }
 }

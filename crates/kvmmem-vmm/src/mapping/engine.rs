@@ -250,3 +250,7 @@ pub(crate) fn mapping_limit() -> usize {
         .unwrap_or(DEFAULT_MAX);
     most.saturating_sub(RESERVE) / 2
 }
+
+#[cfg(test)]
+#[path = "engine_tests.rs"]
+mod tests;

@@ -138,6 +138,14 @@ impl Guest {
         guest
     }
 
+    /// Does `body` unless the eight bytes at `gpa` are zero.
+    pub(crate) fn skip_if_zero(self, gpa: u64, body: impl Fn(Self) -> Self) -> Self {
+        let length = body(Self::calling(self.way)).code.len();
+        // mov rbx, gpa; cmp qword [rbx], 0; je behind the body
+        let guest = self.bytes(&[0x48, 0xbb]).bytes(&gpa.to_le_bytes()).bytes(&[0x48, 0x83, 0x3b, 0x00]);
+        body(guest.bytes(&[0x0f, 0x84]).bytes(&i32::try_from(length).unwrap().to_le_bytes()))
+    }
+
     /// Repeats `body` `count` times.
     pub(crate) fn repeat(self, count: u32, body: impl Fn(Self) -> Self) -> Self {
         // mov r9d, count

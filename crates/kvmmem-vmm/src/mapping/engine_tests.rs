@@ -1,0 +1,203 @@
+//! The engine against a model, and with many callers at once.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use proptest::prelude::*;
+use vm_memory::{Bytes, GuestAddress};
+
+use super::*;
+
+const RAM_BYTES: u64 = 1 << 20;
+const HOLE: u64 = 0x7000;
+
+struct FakeTarget(GuestRam);
+
+impl FakeTarget {
+    /// A target whose pages hold their GPA, plus one.
+    fn new() -> Arc<Self> {
+        let ram = GuestRam::new(RAM_BYTES).unwrap();
+        for gpa in (0..RAM_BYTES).step_by(4096) {
+            ram.memory().write_obj(gpa + 1, GuestAddress(gpa)).unwrap();
+        }
+        Arc::new(Self(ram))
+    }
+}
+
+impl TargetMemory for FakeTarget {
+    fn ram(&self) -> BorrowedFd<'_> {
+        self.0.fd()
+    }
+    fn resolve(&self, gpa: u64) -> Option<u64> {
+        (gpa != HOLE && self.0.is_page(gpa)).then_some(gpa)
+    }
+}
+
+fn engine(limit: usize) -> MappingEngine {
+    MappingEngine::new(Arc::new(GuestRam::new(RAM_BYTES).unwrap()), limit).unwrap()
+}
+
+fn read(engine: &MappingEngine, gpa: u64) -> u64 {
+    engine.ram.memory().read_obj(GuestAddress(gpa)).unwrap()
+}
+
+fn write(engine: &MappingEngine, gpa: u64, value: u64) {
+    engine.ram.memory().write_obj(value, GuestAddress(gpa)).unwrap();
+}
+
+/// Bytes of the machine's own RAM that the host holds.
+fn allocated(engine: &MappingEngine) -> i64 {
+    rustix::fs::fstat(engine.ram.fd()).unwrap().st_blocks * 512
+}
+
+#[test]
+fn a_mapping_costs_no_memory_and_leaves_a_zero_page() {
+    let (engine, target) = (engine(10), FakeTarget::new());
+    write(&engine, 0x3000, 0xaa);
+    let before = allocated(&engine);
+    engine.map(0x3000, 0x5000, || Ok(target.clone())).unwrap();
+    assert_eq!(allocated(&engine), before - 4096);
+    assert_eq!(read(&engine, 0x3000), 0x5001);
+    // Somebody who looks at this machine writes into the hole meanwhile.
+    let file = std::fs::File::from(engine.ram.fd().try_clone_to_owned().unwrap());
+    std::os::unix::fs::FileExt::write_all_at(&file, &[9], 0x3000).unwrap();
+    engine.unmap(0x3000).unwrap();
+    assert_eq!(read(&engine, 0x3000), 0);
+    assert!(engine.is_empty());
+}
+
+#[test]
+fn a_page_that_waits_for_its_token_is_nobody_elses() {
+    let (engine, target) = (engine(10), FakeTarget::new());
+    let meanwhile = || {
+        let second = engine.map(0x3000, 0x6000, || Ok(target.clone()));
+        assert!(matches!(second, Err(MapError::InUse { gpa: 0x3000 })));
+        assert!(matches!(engine.unmap(0x3000), Err(MapError::NotMapped { gpa: 0x3000 })));
+        Ok(target.clone() as Arc<dyn TargetMemory>)
+    };
+    engine.map(0x3000, 0x5000, meanwhile).unwrap();
+    assert_eq!(read(&engine, 0x3000), 0x5001);
+}
+
+#[test]
+fn refusals_leave_the_page_free_and_as_it_was() {
+    let (engine, target) = (engine(1), FakeTarget::new());
+    write(&engine, 0x3000, 0xaa);
+    let unknown = engine.map(0x3000, 0x5000, || Err(KvmError::NoEnt));
+    assert!(matches!(unknown, Err(MapError::Token(KvmError::NoEnt))));
+    let hole = engine.map(0x3000, HOLE, || Ok(target.clone()));
+    assert!(matches!(hole, Err(MapError::TargetHole { gpa: HOLE })));
+
+    let own = Arc::new(FakeTarget(GuestRam::new(RAM_BYTES).unwrap()));
+    let narcissus = MappingEngine { own_file: identity(own.ram()).unwrap(), ..self::engine(1) };
+    assert!(matches!(narcissus.map(0x3000, 0x5000, || Ok(own)), Err(MapError::OwnMemory)));
+    assert!(narcissus.is_empty());
+
+    assert_eq!(read(&engine, 0x3000), 0xaa);
+    engine.map(0x3000, 0x5000, || Ok(target.clone())).unwrap();
+    let beyond = engine.map(0x4000, 0x5000, || panic!("the token must not be used up"));
+    assert!(matches!(beyond, Err(MapError::Limit { limit: 1 })));
+    engine.unmap_all().unwrap();
+    assert_eq!((engine.len(), read(&engine, 0x3000)), (0, 0));
+}
+
+#[test]
+fn racing_callers_share_out_the_pages() {
+    let (engine, target) = (engine(100), FakeTarget::new());
+    let mapped = AtomicUsize::new(0);
+    let unmapped = AtomicUsize::new(0);
+    std::thread::scope(|scope| {
+        for seed in 0..4u64 {
+            let (engine, target, mapped, unmapped) = (&engine, &target, &mapped, &unmapped);
+            scope.spawn(move || {
+                for step in 0..2000u64 {
+                    let gpa = (step.wrapping_mul(7).wrapping_add(seed * 13) % 8) * 4096;
+                    if (step + seed).is_multiple_of(2) {
+                        let done = engine.map(gpa, gpa, || Ok(target.clone()));
+                        mapped.fetch_add(usize::from(done.is_ok()), Ordering::SeqCst);
+                    } else {
+                        unmapped.fetch_add(usize::from(engine.unmap(gpa).is_ok()), Ordering::SeqCst);
+                    }
+                }
+            });
+        }
+    });
+    assert_eq!(engine.len(), mapped.into_inner() - unmapped.into_inner());
+    for gpa in (0..8).map(|page| page * 4096) {
+        let is_mapped = engine.lock().contains_key(&gpa);
+        assert_eq!(read(&engine, gpa), if is_mapped { gpa + 1 } else { 0 });
+    }
+}
+
+#[derive(Clone, Debug)]
+enum Step {
+    Map { own: u64, target: u64, is_token_good: bool },
+    Unmap { own: u64 },
+    Write { own: u64, value: u64 },
+    Reset,
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    let page = || prop_oneof![8 => (0u64..10).prop_map(|page| page * 4096), 1 => any::<u64>()];
+    prop_oneof![
+        4 => (page(), page(), prop::bool::weighted(0.8))
+            .prop_map(|(own, target, is_token_good)| Step::Map { own, target, is_token_good }),
+        4 => page().prop_map(|own| Step::Unmap { own }),
+        4 => (0u64..10, any::<u64>()).prop_map(|(page, value)| Step::Write { own: page * 4096, value }),
+        1 => Just(Step::Reset),
+    ]
+}
+
+proptest! {
+    /// What the machine reads is what the model says, after any steps.
+    #[test]
+    fn the_engine_does_as_the_model(steps in prop::collection::vec(step(), 1..60)) {
+        const LIMIT: usize = 4;
+        let (engine, fake) = (engine(LIMIT), FakeTarget::new());
+        let mut target: HashMap<u64, u64> = (0..256).map(|page| (page * 4096, page * 4096 + 1)).collect();
+        let mut own: HashMap<u64, u64> = HashMap::new();
+        let mut mapped: HashMap<u64, u64> = HashMap::new();
+        let is_page = |gpa: u64| gpa.is_multiple_of(4096) && gpa < RAM_BYTES;
+        for step in steps {
+            match step {
+                Step::Map { own: gpa, target: there, is_token_good } => {
+                    let redeem = || match is_token_good {
+                        true => Ok(fake.clone() as Arc<dyn TargetMemory>),
+                        false => Err(KvmError::NoEnt),
+                    };
+                    let done = engine.map(gpa, there, redeem);
+                    let good = is_page(gpa) && is_page(there) && there != HOLE && is_token_good
+                        && !mapped.contains_key(&gpa) && mapped.len() < LIMIT;
+                    prop_assert_eq!(done.is_ok(), good, "{:?}", done);
+                    if good {
+                        mapped.insert(gpa, there);
+                        own.remove(&gpa);
+                    }
+                }
+                Step::Unmap { own: gpa } => {
+                    prop_assert_eq!(engine.unmap(gpa).is_ok(), mapped.remove(&gpa).is_some());
+                }
+                Step::Write { own: gpa, value } => {
+                    write(&engine, gpa, value);
+                    match mapped.get(&gpa) {
+                        Some(there) => target.insert(*there, value),
+                        None => own.insert(gpa, value),
+                    };
+                }
+                Step::Reset => {
+                    engine.unmap_all().unwrap();
+                    engine.ram.zero().unwrap();
+                    mapped.clear();
+                    own.clear();
+                }
+            }
+            for gpa in (0..10).map(|page| page * 4096) {
+                let expected = match mapped.get(&gpa) {
+                    Some(there) => target[there],
+                    None => own.get(&gpa).copied().unwrap_or(0),
+                };
+                prop_assert_eq!(read(&engine, gpa), expected);
+            }
+        }
+    }
+}
