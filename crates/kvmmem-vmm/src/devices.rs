@@ -6,6 +6,7 @@ pub(crate) mod console;
 pub(crate) mod i8042;
 pub(crate) mod power;
 pub(crate) mod serial;
+pub(crate) mod virtio;
 pub(crate) mod virtio_mmio;
 pub(crate) mod vsock;
 

@@ -1,110 +1,30 @@
 //! A machine's life: made from its configuration, run, reset, ended.
 
-use std::io;
-use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
-use kvm_ioctls::{Cap, IoEventAddress, Kvm, VmFd};
-use kvmmem_broker::link::{LinkError, VmmLink};
-use kvmmem_sys::ram::{GuestRam, RamError};
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+use kvm_ioctls::{Kvm, VcpuFd, VmFd};
+use kvmmem_broker::link::VmmLink;
+use kvmmem_sys::ram::GuestRam;
 
-use crate::boot::{self, AcpiDevice, AcpiError, LoadError};
+use crate::boot;
 use crate::config::{HypercallWay, MAX_DISKS, MAX_VCPUS, ResetPolicy, SerialConfig, VmConfig};
 use crate::control::{Control, Ended, StopHandle};
-use crate::cpuid::{CpuidError, CpuidTemplate};
+use crate::cpuid::CpuidTemplate;
 use crate::devices::block::Block;
-use crate::devices::bus::{Bus, BusDevice};
 use crate::devices::console::{ConsoleInput, ConsoleOutput, RawTerminal};
 use crate::devices::i8042::{self, I8042};
 use crate::devices::power::{self, Power};
-use crate::devices::serial::{self, SerialPort};
-use crate::devices::virtio_mmio::{QUEUE_NOTIFY, VirtioDevice, VirtioMmio};
-use crate::devices::vsock::{Vsock, VsockError};
-use crate::devices::{SERIAL_GSI, SERIAL_PORT, VIRTIO_MMIO_BASE, VIRTIO_MMIO_GSI, VIRTIO_MMIO_LENGTH};
+use crate::devices::serial::SerialPort;
+use crate::devices::vsock::Vsock;
+use crate::error::VmmError;
 use crate::exit::VmExit;
 use crate::hypercall::Hypercalls;
-use crate::mapping::{MapError, MappingEngine, TokenSource, mapping_limit, register};
+use crate::mapping::{MappingEngine, TokenSource, mapping_limit, register};
+use crate::platform::{Devices, create_vm};
 use crate::signals::Signals;
 use crate::status::{ActiveWay, VmStatus, uuid_text};
-use crate::vcpu::{self, BootState, Shared, VcpuError, VcpuThread};
-
-/// Why a machine could not be made or go on.
-#[derive(Debug, thiserror::Error)]
-pub enum VmmError {
-    /// The configuration asks for something that no machine has.
-    #[error("{0}")]
-    Config(String),
-    /// `/dev/kvm` is missing or not accessible.
-    #[error("cannot open /dev/kvm")]
-    OpenKvm(#[source] kvm_ioctls::Error),
-    /// This host cannot forward hypercalls.
-    #[error(
-        "the host's KVM cannot forward hypercalls (no KVM_CAP_XEN_HVM with INTERCEPT_HCALL); use the port way"
-    )]
-    NoXen,
-    /// Guest RAM could not be made.
-    #[error("cannot make guest RAM")]
-    Ram(#[from] RamError),
-    /// KVM refused a part of the machine.
-    #[error("cannot set up {what}")]
-    Kvm {
-        /// Which part.
-        what: &'static str,
-        /// Why.
-        source: kvm_ioctls::Error,
-    },
-    /// The host's kernel refused something else that the machine needs.
-    #[error("cannot set up {what}")]
-    Host {
-        /// What.
-        what: &'static str,
-        /// Why.
-        source: io::Error,
-    },
-    /// A disk could not be opened.
-    #[error("cannot open disk {path:?}")]
-    Disk {
-        /// The image.
-        path: PathBuf,
-        /// Why.
-        source: io::Error,
-    },
-    /// The file for serial output could not be made.
-    #[error("cannot open the serial port's output")]
-    Serial(#[source] io::Error),
-    /// There is no vsock device.
-    #[error("cannot make the vsock device")]
-    Vsock(#[from] VsockError),
-    /// The CPUID table could not be made.
-    #[error("cannot make the CPUID table")]
-    Cpuid(#[from] CpuidError),
-    /// The kernel could not be loaded.
-    #[error("cannot load the kernel")]
-    Load(#[from] LoadError),
-    /// The ACPI tables could not be written.
-    #[error("cannot write the ACPI tables")]
-    Acpi(#[from] AcpiError),
-    /// The page tables or boot parameters could not be written.
-    #[error("cannot write the boot structures to RAM: {0}")]
-    Boot(String),
-    /// A vCPU failed.
-    #[error("a vCPU failed")]
-    Vcpu(#[from] VcpuError),
-    /// Mappings could not be undone for a reset.
-    #[error("cannot undo the machine's mappings")]
-    Unmap(#[source] MapError),
-    /// The broker did not take the registration.
-    #[error("cannot register with the broker at {path:?}")]
-    Broker {
-        /// The broker's socket.
-        path: PathBuf,
-        /// Why.
-        source: LinkError,
-    },
-}
+use crate::vcpu::{self, BootState, Shared, VcpuThread};
 
 /// Runs a machine until it ends.
 ///
@@ -245,7 +165,7 @@ impl Machine {
                 .map_err(|source| VmmError::Host { what: "the forwarding of hypercalls", source })?;
         }
 
-        let mut devices = Devices { vm: &vm, ports: Bus::default(), mmio: Bus::default(), acpi: Vec::new() };
+        let mut devices = Devices::new(&vm);
         let serial = devices.add_serial(self.output.try_clone().map_err(VmmError::Serial)?)?;
         devices.add_ports(i8042::BASE_PORT, i8042::PORTS, I8042::new(stop.clone()));
         devices.add_ports(power::BASE_PORT, power::PORTS, Power(stop.clone()));
@@ -296,86 +216,10 @@ fn choose_way(wanted: HypercallWay, kvm: &Kvm) -> Result<ActiveWay, VmmError> {
     }
 }
 
-/// A VM with interrupt controllers and timer, without memory and CPUs.
-fn create_vm(kvm: &Kvm) -> Result<VmFd, VmmError> {
-    /// Three pages for KVM's use on Intel CPUs, below the firmware's place at the end of 4 GiB, and one page before.
-    const TSS_ADDRESS: usize = 0xfffb_d000;
-    const IDENTITY_MAP_ADDRESS: u64 = 0xfffb_c000;
-    let failed = |what| move |source| VmmError::Kvm { what, source };
-    let vm = kvm.create_vm().map_err(failed("a VM"))?;
-    if kvm.check_extension(Cap::SetTssAddr) {
-        vm.set_tss_address(TSS_ADDRESS).map_err(failed("the TSS address"))?;
-    }
-    if kvm.check_extension(Cap::SetIdentityMapAddr) {
-        vm.set_identity_map_address(IDENTITY_MAP_ADDRESS).map_err(failed("the identity map"))?;
-    }
-    vm.create_irq_chip().map_err(failed("the interrupt controllers"))?;
-    let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
-    vm.create_pit2(pit).map_err(failed("the timer"))?;
-    Ok(vm)
-}
-
-/// Devices on their way to the buses and to the ACPI tables.
-struct Devices<'a> {
-    vm: &'a VmFd,
-    ports: Bus,
-    mmio: Bus,
-    acpi: Vec<AcpiDevice>,
-}
-
-impl Devices<'_> {
-    fn add_ports(&mut self, base: u16, ports: u64, device: impl BusDevice + 'static) {
-        self.ports.insert(base.into(), ports, Arc::new(Mutex::new(device)));
-    }
-
-    fn add_serial(&mut self, output: ConsoleOutput) -> Result<Arc<Mutex<SerialPort>>, VmmError> {
-        let port = SerialPort::new(self.line(SERIAL_GSI)?, output);
-        let port = Arc::new(Mutex::new(port));
-        self.ports.insert(SERIAL_PORT.into(), serial::PORTS, port.clone());
-        self.acpi.push(AcpiDevice::Serial);
-        Ok(port)
-    }
-
-    fn add_virtio(
-        &mut self,
-        device: Box<dyn VirtioDevice>,
-        memory: &Arc<vm_memory::GuestMemoryMmap>,
-    ) -> Result<(), VmmError> {
-        // The serial port comes first and is the only one of its kind; `check` limits the others to the pins.
-        let index = u32::try_from(self.acpi.len().saturating_sub(1)).unwrap_or(u32::MAX);
-        let base = VIRTIO_MMIO_BASE + index * VIRTIO_MMIO_LENGTH;
-        let gsi = VIRTIO_MMIO_GSI + index;
-        let mut kicks = Vec::new();
-        for (queue, _) in (0u32..).zip(device.queue_sizes()) {
-            let kick = EventFd::new(EFD_CLOEXEC)
-                .map_err(|source| VmmError::Host { what: "a virtio notification", source })?;
-            let address = IoEventAddress::Mmio(u64::from(base) + QUEUE_NOTIFY);
-            self.vm
-                .register_ioevent(&kick, &address, queue)
-                .map_err(|source| VmmError::Kvm { what: "a virtio notification", source })?;
-            kicks.push(kick);
-        }
-        let transport = VirtioMmio::new(device, memory.clone(), self.line(gsi)?, kicks);
-        self.mmio.insert(base.into(), VIRTIO_MMIO_LENGTH.into(), Arc::new(Mutex::new(transport)));
-        self.acpi.push(AcpiDevice::VirtioMmio { base, length: VIRTIO_MMIO_LENGTH, gsi });
-        Ok(())
-    }
-
-    /// An event that interrupts the guest.
-    fn line(&self, gsi: u32) -> Result<EventFd, VmmError> {
-        let line = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)
-            .map_err(|source| VmmError::Host { what: "an interrupt line", source })?;
-        self.vm
-            .register_irqfd(&line, gsi)
-            .map_err(|source| VmmError::Kvm { what: "an interrupt line", source })?;
-        Ok(line)
-    }
-}
-
 /// A machine between two resets.
 struct Generation {
     _vm: VmFd,
-    vcpus: Vec<kvm_ioctls::VcpuFd>,
+    vcpus: Vec<VcpuFd>,
     shared: Arc<Shared>,
     /// The serial port, if it has input.
     input: Option<Arc<Mutex<SerialPort>>>,

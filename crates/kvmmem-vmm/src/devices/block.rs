@@ -16,11 +16,11 @@ use virtio_bindings::virtio_blk::{
 };
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_INDIRECT_DESC;
-use virtio_queue::{DescriptorChain, Queue, QueueT, Reader, Writer};
+use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT, Reader, Writer};
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::virtio_mmio::{ActivateError, Activation, Interrupt, VirtioDevice};
+use super::virtio::{ActivateError, Activation, Interrupt, VirtioDevice};
 use crate::config::DiskConfig;
 use crate::limit::warn_limited;
 
@@ -131,10 +131,12 @@ impl Server {
         while !self.quit.load(Ordering::SeqCst) {
             // What was put in the queue before the driver's first notification is served as well.
             let mut used = false;
-            while let Some(chain) = self.queue.pop_descriptor_chain(self.memory.clone()) {
+            while let Some(chain) = self.next_chain() {
                 let head = chain.head_index();
                 let written = self.serve(chain);
-                if let Err(error) = self.queue.add_used(&*self.memory, head, written) {
+                if head >= self.queue.size() {
+                    warn_limited!(head, "a block request that is none was dropped");
+                } else if let Err(error) = self.queue.add_used(&*self.memory, head, written) {
                     warn_limited!(%error, "a block request could not be given back");
                 }
                 used = true;
@@ -148,6 +150,17 @@ impl Server {
             if let Err(error) = wait(&self.kick) {
                 warn_limited!(%error, "the block device stops");
                 return;
+            }
+        }
+    }
+
+    /// The next request; none as well when the driver's index makes no sense.
+    fn next_chain(&mut self) -> Option<DescriptorChain<Arc<GuestMemoryMmap>>> {
+        match self.queue.iter(self.memory.clone()) {
+            Ok(mut chains) => chains.next(),
+            Err(error) => {
+                warn_limited!(%error, "a block device's queue is broken");
+                None
             }
         }
     }

@@ -62,7 +62,7 @@ impl Fixture {
         let next = self.server.queue.next_avail();
         memory.write_obj(next + 1, GuestAddress(AVAILABLE + 2)).unwrap();
         memory.write_obj(0u16, GuestAddress(AVAILABLE + 4 + 2 * u64::from(next % 16))).unwrap();
-        let chain = self.server.queue.pop_descriptor_chain(memory.clone()).unwrap();
+        let chain = self.server.next_chain().unwrap();
         self.server.serve(chain)
     }
 

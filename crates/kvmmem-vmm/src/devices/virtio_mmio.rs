@@ -2,99 +2,17 @@
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
 
 use virtio_queue::{Queue, QueueT};
-use vm_memory::GuestMemoryMmap;
+use vm_memory::{GuestAddress, GuestMemory, GuestMemoryMmap, Permissions};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::bus::BusDevice;
+use super::virtio::{
+    ActivateError, Activation, F_VERSION_1, INTERRUPT_CONFIG_CHANGE, INTERRUPT_USED_BUFFER, Interrupt,
+    VirtioDevice,
+};
 use crate::limit::warn_limited;
-
-/// Feature bit that every device of this transport offers and every driver must take.
-pub(crate) const F_VERSION_1: u64 = 1 << 32;
-
-/// A device behind the transport.
-pub(crate) trait VirtioDevice: Send {
-    /// Device id (virtio 1.2, chapter 5).
-    fn id(&self) -> u32;
-    /// Features on offer, without [`F_VERSION_1`].
-    fn features(&self) -> u64;
-    /// Size of each queue, a power of two.
-    fn queue_sizes(&self) -> &'static [u16];
-    /// The device's configuration space; what lies behind it reads as zero.
-    fn config(&self) -> &[u8];
-    /// Whether interrupts come without [`Interrupt`], from the kernel.
-    fn signals_by_itself(&self) -> bool {
-        false
-    }
-    /// Starts serving the queues: the driver is ready.
-    ///
-    /// # Errors
-    /// The guest sees a device that needs a reset.
-    fn activate(&mut self, activation: Activation) -> Result<(), ActivateError>;
-    /// Stops serving and forgets the driver; a reset of an idle device does nothing.
-    fn reset(&mut self);
-}
-
-/// Why a device could not start.
-#[derive(Debug, thiserror::Error)]
-pub(crate) enum ActivateError {
-    #[error("queue {index} is not set up, or not within RAM")]
-    Queue { index: usize },
-    #[error("cannot set the device up")]
-    Io(#[from] io::Error),
-    #[error("vhost refused {step}")]
-    Vhost { step: &'static str, source: vhost::Error },
-}
-
-/// What a device gets when its driver is ready.
-pub(crate) struct Activation {
-    pub(crate) memory: Arc<GuestMemoryMmap>,
-    /// Valid, all within RAM.
-    pub(crate) queues: Vec<Queue>,
-    /// For each queue, what the driver's notifications write.
-    pub(crate) kicks: Vec<EventFd>,
-    pub(crate) interrupt: Interrupt,
-    /// What the driver took of the features on offer.
-    pub(crate) features: u64,
-}
-
-/// The device's interrupt.
-pub(crate) struct Interrupt {
-    status: Arc<AtomicU32>,
-    line: EventFd,
-}
-
-const INTERRUPT_USED_BUFFER: u32 = 1;
-const INTERRUPT_CONFIG_CHANGE: u32 = 2;
-
-impl Interrupt {
-    /// An interrupt that raises `line`.
-    pub(crate) fn new(line: EventFd) -> Self {
-        Self { status: Arc::default(), line }
-    }
-
-    /// Tells the driver that the device used buffers.
-    pub(crate) fn signal_used(&self) {
-        self.raise(INTERRUPT_USED_BUFFER);
-    }
-
-    /// The line alone, for the kernel to raise.
-    pub(crate) fn line(&self) -> &EventFd {
-        &self.line
-    }
-
-    fn raise(&self, cause: u32) {
-        self.status.fetch_or(cause, Ordering::SeqCst);
-        // Fails only when the counter is full: then the interrupt is pending anyway.
-        let _ = self.line.write(1);
-    }
-
-    fn try_clone(&self) -> io::Result<Self> {
-        Ok(Self { status: self.status.clone(), line: self.line.try_clone()? })
-    }
-}
 
 /// Register offsets (virtio 1.2, table 4.1).
 mod register {
@@ -200,7 +118,7 @@ impl VirtioMmio {
             register::QUEUE_NUM_MAX => self.queue().map_or(0, |queue| queue.max_size().into()),
             register::QUEUE_READY => self.queue().map_or(0, |queue| queue.ready().into()),
             register::INTERRUPT_STATUS => {
-                let pending = self.interrupt.status.load(Ordering::SeqCst);
+                let pending = self.interrupt.pending();
                 // The kernel raises the line without telling us: the driver must always look at its queues.
                 pending | if self.device.signals_by_itself() { INTERRUPT_USED_BUFFER } else { 0 }
             }
@@ -212,7 +130,6 @@ impl VirtioMmio {
     }
 
     fn write_register(&mut self, offset: u64, value: u32) {
-        let low = Some(value);
         match offset {
             register::DEVICE_FEATURES_SEL => self.device_features_sel = value,
             register::DRIVER_FEATURES_SEL => self.driver_features_sel = value,
@@ -220,9 +137,7 @@ impl VirtioMmio {
                 set_half(&mut self.driver_features, self.driver_features_sel, value);
             }
             register::QUEUE_SEL => self.queue_sel = value,
-            register::INTERRUPT_ACK => {
-                self.interrupt.status.fetch_and(!value, Ordering::SeqCst);
-            }
+            register::INTERRUPT_ACK => self.interrupt.acknowledge(value),
             register::STATUS => self.write_status(value),
             // Notifications that KVM does not take: the driver used another width than 32 bits.
             register::QUEUE_NOTIFY => {
@@ -231,17 +146,8 @@ impl VirtioMmio {
                 }
             }
             _ => {
-                let Some(queue) = self.queue_to_set_up() else { return };
-                match offset {
-                    register::QUEUE_NUM => queue.set_size(u16::try_from(value).unwrap_or(0)),
-                    register::QUEUE_READY => queue.set_ready(value & 1 != 0),
-                    register::QUEUE_DESC_LOW => queue.set_desc_table_address(low, None),
-                    register::QUEUE_DESC_HIGH => queue.set_desc_table_address(None, low),
-                    register::QUEUE_DRIVER_LOW => queue.set_avail_ring_address(low, None),
-                    register::QUEUE_DRIVER_HIGH => queue.set_avail_ring_address(None, low),
-                    register::QUEUE_DEVICE_LOW => queue.set_used_ring_address(low, None),
-                    register::QUEUE_DEVICE_HIGH => queue.set_used_ring_address(None, low),
-                    _ => {}
+                if let Some(queue) = self.queue_to_set_up() {
+                    set_up_queue(queue, offset, value);
                 }
             }
         }
@@ -278,7 +184,7 @@ impl VirtioMmio {
 
     fn activate(&mut self) -> Result<(), ActivateError> {
         let memory = self.memory.clone();
-        if let Some(index) = self.queues.iter().position(|queue| !queue.is_valid(&*memory)) {
+        if let Some(index) = self.queues.iter().position(|queue| !is_within(queue, &memory)) {
             return Err(ActivateError::Queue { index });
         }
         let queues = std::mem::replace(&mut self.queues, new_queues(&*self.device));
@@ -299,7 +205,7 @@ impl VirtioMmio {
     fn reset(&mut self) {
         self.device.reset();
         self.queues = new_queues(&*self.device);
-        self.interrupt.status.store(0, Ordering::SeqCst);
+        self.interrupt.acknowledge(u32::MAX);
         self.driver_features = 0;
         self.device_features_sel = 0;
         self.driver_features_sel = 0;
@@ -342,6 +248,39 @@ fn new_queues(device: &dyn VirtioDevice) -> Vec<Queue> {
     device.queue_sizes().iter().filter_map(|size| Queue::new(*size).ok()).collect()
 }
 
+/// A write to one of the registers of a queue. What the queue does not take (no power of two, not aligned) it ignores;
+/// the setters without an answer would log that, without a limit.
+fn set_up_queue(queue: &mut Queue, offset: u64, value: u32) {
+    let mut address = match offset {
+        register::QUEUE_DESC_LOW | register::QUEUE_DESC_HIGH => queue.desc_table(),
+        register::QUEUE_DRIVER_LOW | register::QUEUE_DRIVER_HIGH => queue.avail_ring(),
+        _ => queue.used_ring(),
+    };
+    set_half(&mut address, u32::from(offset & 4 != 0), value);
+    let address = GuestAddress(address);
+    let _ = match offset {
+        register::QUEUE_NUM => queue.try_set_size(u16::try_from(value).unwrap_or(0)),
+        register::QUEUE_READY => {
+            queue.set_ready(value & 1 != 0);
+            Ok(())
+        }
+        register::QUEUE_DESC_LOW | register::QUEUE_DESC_HIGH => queue.try_set_desc_table_address(address),
+        register::QUEUE_DRIVER_LOW | register::QUEUE_DRIVER_HIGH => queue.try_set_avail_ring_address(address),
+        register::QUEUE_DEVICE_LOW | register::QUEUE_DEVICE_HIGH => queue.try_set_used_ring_address(address),
+        _ => Ok(()),
+    };
+}
+
+/// Whether a queue is set up and its three parts lie in RAM (virtio 1.2, 2.7, for their sizes).
+fn is_within(queue: &Queue, memory: &GuestMemoryMmap) -> bool {
+    let size = usize::from(queue.size());
+    let in_ram = |address, bytes| memory.check_range(GuestAddress(address), bytes, Permissions::ReadWrite);
+    queue.ready()
+        && in_ram(queue.desc_table(), 16 * size)
+        && in_ram(queue.avail_ring(), 6 + 2 * size)
+        && in_ram(queue.used_ring(), 6 + 8 * size)
+}
+
 /// The 32 bits of `features` that `select` names.
 fn half(features: u64, select: u32) -> u32 {
     let [low, high] = [features & 0xffff_ffff, features >> 32];
@@ -353,10 +292,11 @@ fn half(features: u64, select: u32) -> u32 {
     u32::try_from(half).unwrap_or(0)
 }
 
-fn set_half(features: &mut u64, select: u32, value: u32) {
+/// Sets the low (0) or high (1) 32 bits of `whole`.
+fn set_half(whole: &mut u64, select: u32, value: u32) {
     match select {
-        0 => *features = *features & !0xffff_ffff | u64::from(value),
-        1 => *features = *features & 0xffff_ffff | u64::from(value) << 32,
+        0 => *whole = *whole & !0xffff_ffff | u64::from(value),
+        1 => *whole = *whole & 0xffff_ffff | u64::from(value) << 32,
         _ => {}
     }
 }

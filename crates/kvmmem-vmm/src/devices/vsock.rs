@@ -10,7 +10,7 @@ use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRE
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
-use super::virtio_mmio::{ActivateError, Activation, F_VERSION_1, VirtioDevice};
+use super::virtio::{ActivateError, Activation, F_VERSION_1, VirtioDevice};
 use crate::limit::warn_limited;
 
 type Backend = VhostVsockBackend<Arc<GuestMemoryMmap>>;
