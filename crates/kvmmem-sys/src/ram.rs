@@ -7,6 +7,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::OnceLock;
 
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::VmFd;
@@ -121,6 +122,8 @@ pub fn layout(bytes: u64) -> Vec<RamRegion> {
 pub struct GuestRam {
     file: File,
     memory: GuestMemoryMmap,
+    /// Set once the mapping is kept for the rest of the process.
+    kept: OnceLock<()>,
 }
 
 impl GuestRam {
@@ -158,7 +161,7 @@ impl GuestRam {
             })?);
         }
         let memory = GuestMemoryMmap::from_regions(mapped).map_err(|_| RamError::Layout)?;
-        Ok(Self { file, memory })
+        Ok(Self { file, memory, kept: OnceLock::new() })
     }
 
     /// The mapped regions, for copying and volatile access.
@@ -186,6 +189,9 @@ impl GuestRam {
     /// # Errors
     /// [`RamError::Attach`].
     pub fn attach(&self, vm: &VmFd) -> Result<(), RamError> {
+        // The guest can reach the mapping as long as any descriptor of the VM or of its vCPUs is open, which cannot be
+        // followed from here: so the mapping stays for the rest of the process. A VMM has one RAM.
+        self.kept.get_or_init(|| std::mem::forget(self.memory.clone()));
         for (slot, region) in (0u32..).zip(self.memory.iter()) {
             let gpa = region.start_addr().0;
             let slot = kvm_userspace_memory_region {
@@ -195,9 +201,6 @@ impl GuestRam {
                 memory_size: region.len(),
                 userspace_addr: region.as_ptr().addr() as u64,
             };
-            // The guest can reach the mapping as long as any descriptor of the VM or of its vCPUs is open, which
-            // cannot be followed from here: so the mapping stays for the rest of the process. A VMM has one RAM.
-            std::mem::forget(self.memory.clone());
             // SAFETY: by the invariant, userspace_addr and memory_size describe a live shared mapping, and the clone
             // forgotten above keeps it mapped for the rest of the process, so the guest never reaches anything else.
             // No reference to that memory exists: GuestMemoryMmap offers copies and volatile access alone.

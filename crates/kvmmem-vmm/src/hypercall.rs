@@ -1,5 +1,21 @@
 //! The introspector's hypercalls: decoded ([`codec`]), their token fetched ([`token`]), carried out by the mapping
 //! engine. [`xen`] and [`port`] are the two ways in and out (`kvmmem_abi::hypercall`).
+//!
+//! | result | when |
+//! |---|---|
+//! | 0 | done |
+//! | `-KVM_EPERM` | the caller was not at CPL 0; the broker does not let this machine map |
+//! | `-KVM_EINVAL` | own GPA not the start of a page of RAM; target GPA unaligned; the target is this machine |
+//! | `-KVM_EBUSY` | MAP: own page mapped already, or by another vCPU at this moment |
+//! | `-KVM_ENOENT` | token unknown, used or expired; UNMAP: own page not mapped |
+//! | `-KVM_EFAULT` | the token's address is not mapped to RAM; target GPA in a hole |
+//! | `-KVM_ENOMEM` | as many pages mapped as `vm.max_map_count` allows |
+//! | `-KVM_EAGAIN` | the broker cannot be asked now; the host's kernel refused, and the page is as it was |
+//! | `-KVM_EOPNOTSUPP` | the machine has no broker |
+//! | `-KVM_ENOSYS` | unknown number |
+//!
+//! Checks come in an order in which a token is not used up where the call cannot work: only the two that need the
+//! target, its holes and its identity, come behind it.
 
 mod codec;
 mod port;

@@ -7,14 +7,16 @@ mod fixture;
 #[path = "bare/guest.rs"]
 mod guest;
 
+use std::time::Duration;
+
 use kvmmem_abi::cpuid::{
     DOORBELL_PORT, FEATURE_DOORBELL, LEAF_FEATURES, LEAF_SIGNATURE, SIGNATURE_REGISTERS,
 };
 use kvmmem_abi::errno::KvmError;
 use kvmmem_abi::hypercall::{MEM_MAP, MEM_UNMAP};
-use kvmmem_vmm::{DiskConfig, HypercallWay, ResetPolicy, VmConfig, VmExit, VmmError};
+use kvmmem_vmm::{DiskConfig, HypercallWay, ResetPolicy, VmConfig, VmExit, VmStatus, VmmError};
 
-use fixture::{TARGET_HOLE, TOKEN, Target, has_kvm, refused, run, run_with, ways};
+use fixture::{TARGET_HOLE, TOKEN, Target, has_kvm, refused, run, run_stopped, run_with, ways};
 use guest::{Guest, PAGE_DIRECTORY, Way};
 
 /// A page of the guest's own.
@@ -245,6 +247,21 @@ fn a_reset_starts_anew_without_the_mappings() {
         let secret = 0x5ec2e7;
         assert_eq!(outcome.values, [0, 0, secret, 0, 0, secret, 0, 0, 0]);
         assert_eq!(outcome.exit, VmExit::PowerOff);
+        let exited = VmStatus::Exited { reason: VmExit::PowerOff };
+        assert!(
+            matches!(&outcome.events[..], [VmStatus::Started { .. }, VmStatus::Restarted, end] if *end == exited)
+        );
+    }
+}
+
+#[test]
+fn a_guest_that_never_ends_is_stopped() {
+    if !has_kvm() {
+        return;
+    }
+    for idle in [Guest::default().halt(), Guest::default().spin()] {
+        let outcome = run_stopped(&idle, Duration::from_millis(300));
+        assert_eq!(outcome, VmExit::Stopped);
     }
 }
 

@@ -100,7 +100,7 @@ pub struct MappingEngine {
 }
 
 impl MappingEngine {
-    /// An engine for `ram` that keeps at most `limit` pages replaced (see [`mapping_limit`]).
+    /// An engine for `ram` that keeps at most `limit` pages replaced.
     ///
     /// # Errors
     /// What the host reports when the RAM's file cannot be examined.

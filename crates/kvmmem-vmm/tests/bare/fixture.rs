@@ -1,13 +1,15 @@
 //! A target made of nothing but a memory file, and a machine that runs a bare guest.
 
 use std::os::fd::BorrowedFd;
-use std::sync::Arc;
+use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use kvmmem_abi::errno::KvmError;
 use kvmmem_sys::ram::GuestRam;
 use kvmmem_vmm::mapping::{TargetMemory, Token, TokenSource};
-use kvmmem_vmm::{Control, HypercallWay, ResetPolicy, SerialConfig, VmConfig, VmExit, VmmError};
+use kvmmem_vmm::{Control, HypercallWay, ResetPolicy, SerialConfig, VmConfig, VmExit, VmStatus, VmmError};
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::guest::{Guest, Way};
@@ -76,6 +78,8 @@ pub(crate) fn has_kvm() -> bool {
 pub(crate) struct Outcome {
     pub(crate) exit: VmExit,
     pub(crate) values: Vec<u64>,
+    /// What was told of the machine.
+    pub(crate) events: Vec<VmStatus>,
     /// How many tokens were asked for.
     pub(crate) asked: usize,
 }
@@ -104,10 +108,48 @@ pub(crate) fn run_with(
     change: impl FnOnce(&mut VmConfig),
 ) -> Result<Outcome, VmmError> {
     let directory = tempfile::tempdir().unwrap();
-    let kernel = directory.path().join("guest.elf");
     let serial = directory.path().join("serial");
+    let mut config = config(guest, directory.path());
+    change(&mut config);
+    let tokens = Arc::new(OneToken { target: target.clone(), asked: AtomicUsize::new(0) });
+    let events = Arc::new(Mutex::new(Vec::new()));
+    let watch = events.clone();
+    let control = Control::new()
+        .with_tokens(tokens.clone())
+        .on_status(move |status| watch.lock().unwrap().push(status.clone()));
+    let exit = kvmmem_vmm::run(config, control)?;
+    let output = std::fs::read(serial).unwrap_or_default();
+    let values = output.as_chunks::<8>().0.iter().map(|bytes| u64::from_le_bytes(*bytes)).collect();
+    let events = std::mem::take(&mut *events.lock().unwrap());
+    Ok(Outcome { exit, values, events, asked: tokens.asked.load(Ordering::SeqCst) })
+}
+
+/// A result as the guest's 64-bit register has it.
+pub(crate) fn refused(error: KvmError) -> u64 {
+    (-i64::from(error.number())).cast_unsigned()
+}
+
+/// Runs `guest` on two CPUs until it is stopped from outside, after `time`.
+pub(crate) fn run_stopped(guest: &Guest, time: Duration) -> VmExit {
+    let directory = tempfile::tempdir().unwrap();
+    let mut config = config(guest, directory.path());
+    config.vcpus = 2;
+    let control = Control::new();
+    let stop = control.stop_handle();
+    let stopper = std::thread::spawn(move || {
+        std::thread::sleep(time);
+        stop.stop();
+    });
+    let exit = kvmmem_vmm::run(config, control).unwrap();
+    stopper.join().unwrap();
+    exit
+}
+
+/// An introspector that runs `guest`, with its files in `directory`.
+fn config(guest: &Guest, directory: &Path) -> VmConfig {
+    let kernel = directory.join("guest.elf");
     guest.write_elf(&kernel);
-    let mut config = VmConfig {
+    VmConfig {
         kernel,
         initrd: None,
         cmdline: String::new(),
@@ -115,7 +157,7 @@ pub(crate) fn run_with(
         vcpus: 1,
         disks: Vec::new(),
         cid: None,
-        serial: SerialConfig::File(serial.clone()),
+        serial: SerialConfig::File(directory.join("serial")),
         name: "bare".into(),
         uuid: [0; 16],
         broker: None,
@@ -126,16 +168,5 @@ pub(crate) fn run_with(
             Way::Vmmcall => HypercallWay::Xen,
         },
         reset: ResetPolicy::Exit,
-    };
-    change(&mut config);
-    let tokens = Arc::new(OneToken { target: target.clone(), asked: AtomicUsize::new(0) });
-    let exit = kvmmem_vmm::run(config, Control::new().with_tokens(tokens.clone()))?;
-    let output = std::fs::read(serial).unwrap_or_default();
-    let values = output.as_chunks::<8>().0.iter().map(|bytes| u64::from_le_bytes(*bytes)).collect();
-    Ok(Outcome { exit, values, asked: tokens.asked.load(Ordering::SeqCst) })
-}
-
-/// A result as the guest's 64-bit register has it.
-pub(crate) fn refused(error: KvmError) -> u64 {
-    (-i64::from(error.number())).cast_unsigned()
+    }
 }

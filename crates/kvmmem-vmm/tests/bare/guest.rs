@@ -178,6 +178,11 @@ impl Guest {
         self.bytes(&[0x0f, 0x0b]).halt()
     }
 
+    /// A loop that does nothing.
+    pub(crate) fn spin(self) -> Self {
+        self.bytes(&[0xeb, 0xfe])
+    }
+
     /// `hlt`, again and again.
     pub(crate) fn halt(self) -> Self {
         self.bytes(&[0xf4, 0xeb, 0xfd])
