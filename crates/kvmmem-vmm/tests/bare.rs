@@ -16,7 +16,9 @@ use kvmmem_abi::errno::KvmError;
 use kvmmem_abi::hypercall::{MEM_MAP, MEM_UNMAP};
 use kvmmem_vmm::{DiskConfig, HypercallWay, ResetPolicy, VmConfig, VmExit, VmStatus, VmmError};
 
-use fixture::{TARGET_HOLE, TOKEN, Target, has_kvm, refused, run, run_stopped, run_with, ways};
+use fixture::{
+    TARGET_HOLE, TOKEN, Target, has_kvm, refused, run, run_stopped, run_with, run_with_broker, ways,
+};
 use guest::{Guest, PAGE_DIRECTORY, Way};
 
 /// A page of the guest's own.
@@ -145,6 +147,23 @@ fn refusals_name_their_reason_and_spare_the_token() {
             assert_eq!(outcome.values, [refused(error)], "{name}");
             assert_eq!(outcome.asked, 0, "{name}");
         }
+    }
+}
+
+#[test]
+fn a_token_of_the_brokers_is_good_once() {
+    for way in ways() {
+        let target = Target::new();
+        target.write(THERE, 0x5ec2e7);
+        let outcome = run_with_broker(&target, |token| {
+            Guest::calling(way)
+                .write_token(TOKEN_AT, token)
+                .map(TOKEN_AT, THERE, OWN)
+                .report_memory(OWN)
+                .map(TOKEN_AT, THERE, OWN + 0x1000)
+                .power_off()
+        });
+        assert_eq!(outcome.values, [0, 0x5ec2e7, refused(KvmError::NoEnt)]);
     }
 }
 

@@ -1,15 +1,19 @@
 //! A target made of nothing but a memory file, and a machine that runs a bare guest.
 
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use kvmmem_abi::errno::KvmError;
+use kvmmem_broker::link::{Region, Registration, VmmLink};
+use kvmmem_broker::server::Server;
 use kvmmem_sys::ram::GuestRam;
 use kvmmem_vmm::mapping::{TargetMemory, Token, TokenSource};
 use kvmmem_vmm::{Control, HypercallWay, ResetPolicy, SerialConfig, VmConfig, VmExit, VmStatus, VmmError};
+use uuid::Uuid;
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::guest::{Guest, Way};
@@ -118,15 +122,55 @@ pub(crate) fn run_with(
         .with_tokens(tokens.clone())
         .on_status(move |status| watch.lock().unwrap().push(status.clone()));
     let exit = kvmmem_vmm::run(config, control)?;
-    let output = std::fs::read(serial).unwrap_or_default();
-    let values = output.as_chunks::<8>().0.iter().map(|bytes| u64::from_le_bytes(*bytes)).collect();
     let events = std::mem::take(&mut *events.lock().unwrap());
-    Ok(Outcome { exit, values, events, asked: tokens.asked.load(Ordering::SeqCst) })
+    Ok(Outcome { exit, values: values(&serial), events, asked: tokens.asked.load(Ordering::SeqCst) })
 }
 
 /// A result as the guest's 64-bit register has it.
 pub(crate) fn refused(error: KvmError) -> u64 {
     (-i64::from(error.number())).cast_unsigned()
+}
+
+/// Runs the guest that `make` makes of a token, minted by a broker that serves the introspector and `target`.
+pub(crate) fn run_with_broker(target: &Target, make: impl FnOnce([u64; 4]) -> Guest) -> Outcome {
+    const NAME: &str = "target";
+    let directory = tempfile::tempdir().unwrap();
+    let socket = directory.path().join("broker");
+    let server = Server::bind(&socket, None).unwrap();
+    let broker = server.broker();
+    let (stop, stopped) = UnixStream::pair().unwrap();
+    let serving = std::thread::spawn(move || server.run(stopped.as_fd()));
+
+    let registration = Registration {
+        name: NAME.into(),
+        uuid: Uuid::from_bytes([7; 16]),
+        vcpus: 1,
+        start_time_ms: 0,
+        cid: None,
+        introspectable: true,
+        introspector: false,
+        regions: vec![Region { gpa: 0, len: TARGET_BYTES, offset: 0 }],
+    };
+    let ram = target.0.fd().try_clone_to_owned().unwrap();
+    let link = VmmLink::connect(&socket, registration, Some(ram)).unwrap();
+    let endpoint = "unix:/nowhere".parse().unwrap();
+    // Minted for a minute from now: a slow host does not let it expire.
+    let later = Instant::now() + Duration::from_secs(60);
+    let token = broker.mint(later, &broker.find(NAME).unwrap(), &endpoint).unwrap();
+
+    let mut config = config(&make(token.words()), directory.path());
+    config.broker = Some(socket);
+    let serial = directory.path().join("serial");
+    let exit = kvmmem_vmm::run(config, Control::new()).unwrap();
+    drop((link, stop));
+    serving.join().unwrap().unwrap();
+    Outcome { exit, values: values(&serial), events: Vec::new(), asked: 1 }
+}
+
+/// What the guest reported.
+fn values(serial: &Path) -> Vec<u64> {
+    let output = std::fs::read(serial).unwrap_or_default();
+    output.as_chunks::<8>().0.iter().map(|bytes| u64::from_le_bytes(*bytes)).collect()
 }
 
 /// Runs `guest` on two CPUs until it is stopped from outside, after `time`.
@@ -159,7 +203,7 @@ fn config(guest: &Guest, directory: &Path) -> VmConfig {
         cid: None,
         serial: SerialConfig::File(directory.join("serial")),
         name: "bare".into(),
-        uuid: [0; 16],
+        uuid: [1; 16],
         broker: None,
         introspectable: false,
         introspector: true,
