@@ -3,8 +3,11 @@
 
 #![deny(unsafe_code)]
 
+use std::io;
+use std::os::fd::AsFd as _;
 use std::process::ExitCode;
 
+use kvmmem_guest::channel::Channel;
 use kvmmem_guest::{init, launch, report, serve};
 
 fn main() -> ExitCode {
@@ -14,6 +17,11 @@ fn main() -> ExitCode {
         // The kernel may add arguments of its own to process 1.
         _ if std::process::id() == 1 => init::run(),
         ["agent"] => serve::serve(),
+        // As inetd's services do: the tests' way in.
+        ["connection"] => io::stdin()
+            .as_fd()
+            .try_clone_to_owned()
+            .and_then(|socket| serve::connection(Channel::new(socket))),
         ["host"] => report::run_host(),
         [verb, json] if *verb == launch::VERB => {
             eprintln!("cannot run: {}", launch::become_program(json));
