@@ -122,8 +122,14 @@ fn run(verb: Verb) -> Result<i32> {
     match verb {
         Verb::Demo => on_host(Wanted::All, &verbs::demo()),
         Verb::Test => Ok(i32::from(!test::run()?)),
-        Verb::E2e { list: true, .. } => verbs::list(),
-        Verb::E2e { list: false, json, names } => on_host(Wanted::All, &verbs::e2e(&names, json)),
+        Verb::E2e { list: true, .. } => {
+            print!("{}", verbs::list()?);
+            Ok(0)
+        }
+        Verb::E2e { list: false, json, names } => {
+            verbs::check(&names)?;
+            on_host(Wanted::All, &verbs::e2e(&names, json))
+        }
         Verb::Try { files, command } => on_host(Wanted::All, &verbs::try_program(files, command)?),
         Verb::Bench { what: Bench::V1, json } => on_host(Wanted::All, &verbs::bench("v1", json)),
         Verb::Testbed => {

@@ -2,21 +2,21 @@
 //! The verbs that the scenarios' program does on the bed's host.
 
 use std::path::PathBuf;
-use std::process::Command;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
 
 use crate::bed::Job;
 use crate::binaries::{Binaries, Wanted};
 use crate::cache::Cache;
 use crate::elf;
+use crate::tool::Tool;
 
-/// The scenarios' program, in the bed's folder.
-const PROGRAM: &str = "bin/kvmmem-e2e";
+/// The scenarios' program.
+const NAME: &str = "kvmmem-e2e";
 
 fn job(args: Vec<String>, minutes: u64) -> Job {
-    Job { program: PROGRAM.to_owned(), args, files: Vec::new(), limit: Duration::from_secs(minutes * 60) }
+    Job { program: format!("bin/{NAME}"), args, files: Vec::new(), limit: Duration::from_secs(minutes * 60) }
 }
 
 /// Scenarios by name, or all of them.
@@ -27,12 +27,21 @@ pub(crate) fn e2e(names: &[String], json: bool) -> Job {
     job(args, 25)
 }
 
-/// Lists the scenarios; that needs no host.
-pub(crate) fn list() -> Result<i32> {
-    let binaries = Binaries::make(&Cache::open()?, Wanted::All)?;
-    let status =
-        Command::new(binaries.path("kvmmem-e2e")).arg("list").status().context("cannot run kvmmem-e2e")?;
-    Ok(status.code().unwrap_or(1))
+/// The scenarios, a line for each that begins with its name. Asking for them needs no host.
+pub(crate) fn list() -> Result<String> {
+    let cache = Cache::open()?;
+    let binaries = Binaries::make(&cache, Wanted::All)?;
+    Tool::new(binaries.path(NAME), &cache.fresh_log("list")?).arg("list").output()
+}
+
+/// Says which of `names` is no scenario, before any VM boots for it.
+pub(crate) fn check(names: &[String]) -> Result<()> {
+    let list = if names.is_empty() { String::new() } else { list()? };
+    let known = |name: &String| list.lines().any(|line| line.split(' ').next() == Some(name));
+    match names.iter().find(|name| !known(name)) {
+        Some(name) => bail!("no scenario is named {name:?}; `cargo xtask e2e --list` lists them"),
+        None => Ok(()),
+    }
 }
 
 /// The demo.
