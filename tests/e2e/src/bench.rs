@@ -12,6 +12,7 @@ use kvmmem_probe::Samples;
 use serde::Serialize;
 
 use crate::bed::Bed;
+use crate::scenarios::mapping::next_line;
 use crate::world::{PROBE, World};
 
 /// Rounds of each series.
@@ -128,9 +129,13 @@ fn guest_series(world: &mut World) -> Result<Vec<Samples>> {
         "--mappings",
         &MAPPINGS.to_string(),
     ]);
-    let output = world.agent()?.run(&command, LIMIT)?;
-    ensure!(output.status.success(), "the probe failed: {}", output.error_text());
-    output.text().lines().map(|line| serde_json::from_str(line).context("the probe says nonsense")).collect()
+    let mut child = world.agent()?.spawn(&command)?;
+    let mut series = Vec::new();
+    while let Some(line) = next_line(world, &mut child)? {
+        series.push(serde_json::from_str(&line).with_context(|| format!("the probe says {line:?}"))?);
+    }
+    ensure!(child.wait(LIMIT)?.success(), "the probe failed: {}", child.take_stderr());
+    Ok(series)
 }
 
 /// The time that `percent` percent of `times` do not exceed.

@@ -84,6 +84,7 @@ fn run(style: Style, names: &[String]) -> Result<u8> {
         }
         if report.failed() > before {
             report.say(&world.logs());
+            world.clear();
         }
     }
     for check in report.checks().iter().filter(|check| !check.ok) {

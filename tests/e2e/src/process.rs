@@ -35,6 +35,20 @@ impl Process {
         self.child.id()
     }
 
+    /// Where each of its threads is in the kernel, for a failure.
+    pub(crate) fn threads(&self) -> String {
+        let folder = format!("/proc/{}/task", self.id());
+        let read = |path: std::path::PathBuf| std::fs::read_to_string(path).unwrap_or_default();
+        let tasks = std::fs::read_dir(folder).into_iter().flatten().flatten();
+        tasks
+            .map(|task| {
+                let (name, stack) = (read(task.path().join("comm")), read(task.path().join("stack")));
+                let calls: Vec<_> = stack.lines().filter_map(|line| line.split_whitespace().nth(1)).collect();
+                format!("{}: {}\n", name.trim(), calls.join(" < "))
+            })
+            .collect()
+    }
+
     /// Whether it still runs.
     pub(crate) fn is_running(&mut self) -> bool {
         matches!(self.child.try_wait(), Ok(None))

@@ -70,7 +70,7 @@ impl World {
     fn start_broker(bed: &Bed, run: &TempDir) -> Result<Process> {
         let socket = run.path().join("kvmmemd.sock");
         let mut command = Command::new(bed.bin("kvmmemd"));
-        command.arg("--socket").arg(&socket);
+        command.arg("--socket").arg(&socket).env("RUST_LOG", "info,audit=off");
         let log = run.path().join("kvmmemd.log");
         let mut broker = Process::start("kvmmemd", &mut command, &log)?;
         let end = Instant::now() + Duration::from_secs(20);
@@ -122,6 +122,11 @@ impl World {
             self.session = Some(self.open_session()?);
         }
         Ok(())
+    }
+
+    /// Ends both VMs, for a scenario that left them in an unknown state; [`World::mend`] boots new ones.
+    pub(crate) fn clear(&mut self) {
+        (self.marker, self.session, self.target, self.introspector) = (None, None, None, None);
     }
 
     /// Replaces the introspector by one whose hypercalls go this way.
@@ -256,7 +261,10 @@ impl World {
     /// The ends of all logs, for a failure.
     pub(crate) fn logs(&self) -> String {
         let broker = crate::vm::tail(&self.run.path().join("kvmmemd.log"));
-        let mut text = format!("--- kvmmemd\n{broker}");
+        let mut text = format!("--- kvmmemd\n{broker}\n--- threads of kvmmemd\n{}", self.broker.threads());
+        for vm in [&self.target, &self.introspector].into_iter().flatten() {
+            text += &format!("--- threads of {}\n{}", vm.spec.name, vm.process.threads());
+        }
         for name in [TARGET, INTROSPECTOR] {
             for kind in ["log", "console"] {
                 let path = self.run.path().join(format!("{name}.{kind}"));

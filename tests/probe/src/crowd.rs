@@ -1,22 +1,22 @@
 //! Many mappings of one open file at once.
 
 use std::path::Path;
-use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use clap::Args;
-use kvmmem::{Endpoint, Listener, PAGE_SIZE, Page, Token};
+use kvmmem::{PAGE_SIZE, Page, Token};
 use kvmmem_abi::ioctl::MapMemToken;
 use kvmmem_probe::{MARKER, MARKER_LEN, page_marker};
 use kvmmem_sys::device::Device;
 
 use crate::step;
+use crate::tokens::Tokens;
 
 #[derive(Args)]
 pub(crate) struct Arguments {
-    /// The vsock port to listen on for the host.
+    /// The vsock port to listen on for the host; without it the tokens come by standard input.
     #[arg(long)]
-    port: u32,
+    port: Option<u32>,
     /// The marker in hex.
     #[arg(long)]
     marker: String,
@@ -64,13 +64,13 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
         .lines()
         .map(str::parse)
         .collect::<Result<Vec<u64>, _>>()?;
-    let mut session = Listener::bind(&Endpoint::Vsock(arguments.port))?.accept(Duration::from_secs(30))?;
+    let mut tokens = Tokens::open(arguments.port)?;
     let mut crowd = Crowd::open()?;
     let count = arguments.mappings;
 
     step(&format!("{count} pages are mapped at once by one process"), || {
-        for gpa in gpas.iter().cycle().take(count) {
-            crowd.map(session.map_token()?, *gpa)?;
+        for (done, gpa) in gpas.iter().cycle().take(count).enumerate() {
+            crowd.map(tokens.next(count - done)?, *gpa)?;
         }
         Ok((true, String::new()))
     })?;

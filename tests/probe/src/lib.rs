@@ -45,6 +45,13 @@ pub struct Step {
     pub nanos: u64,
 }
 
+/// A tool asks the scenario for tokens by standard input.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct More {
+    /// How many.
+    pub more: usize,
+}
+
 /// A series of times that a tool took.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Samples {

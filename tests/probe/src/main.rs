@@ -6,6 +6,7 @@ mod crowd;
 mod marker;
 mod pagemap;
 mod timing;
+mod tokens;
 mod tour;
 
 use anyhow::Result;

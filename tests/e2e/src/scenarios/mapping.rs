@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use kvmmem_guest::{Child, Command};
-use kvmmem_probe::{Placed, Step};
+use kvmmem_probe::{More, Placed, Step};
 
 use crate::report::Report;
 use crate::world::{PROBE, World};
@@ -37,7 +37,7 @@ pub(crate) fn tour(world: &mut World, report: &mut Report, port: u32) -> Result<
         &MESSAGE.to_string(),
     ]);
     let child = world.agent()?.spawn(&command)?;
-    relay(child, report)?;
+    relay(world, child, report)?;
     let line = world.marker()?.child.read_line(Duration::from_secs(20))?;
     let seen = line.as_deref().map(serde_json::from_str).transpose().context("the marker says nonsense")?;
     report.check(
@@ -51,9 +51,9 @@ pub(crate) fn tour(world: &mut World, report: &mut Report, port: u32) -> Result<
     Ok(())
 }
 
-/// Passes a probe's steps on to the report.
-pub(crate) fn relay(mut child: Child, report: &mut Report) -> Result<()> {
-    while let Some(line) = child.read_line(PATIENCE)? {
+/// Passes a probe's steps on to the report, and tokens to the probe where it asks for them.
+pub(crate) fn relay(world: &mut World, mut child: Child, report: &mut Report) -> Result<()> {
+    while let Some(line) = next_line(world, &mut child)? {
         let step: Step = serde_json::from_str(&line).with_context(|| format!("the probe says {line:?}"))?;
         report.timed(step.what, step.ok, step.detail, Duration::from_nanos(step.nanos));
     }
@@ -64,38 +64,45 @@ pub(crate) fn relay(mut child: Child, report: &mut Report) -> Result<()> {
     Ok(())
 }
 
+/// The next line of a probe that is no request for tokens; those are met.
+pub(crate) fn next_line(world: &mut World, child: &mut Child) -> Result<Option<String>> {
+    loop {
+        let Some(line) = child.read_line(PATIENCE)? else { return Ok(None) };
+        let Ok(More { more }) = serde_json::from_str(&line) else { return Ok(Some(line)) };
+        let mut tokens = String::new();
+        for _ in 0..more {
+            let [a, b, c, d] = world.token()?;
+            tokens += &format!("{a:x} {b:x} {c:x} {d:x}\n");
+        }
+        child.write_stdin(tokens.as_bytes())?;
+    }
+}
+
 pub(crate) fn many_mappings(world: &mut World, report: &mut Report) -> Result<()> {
-    let port = world.hook_port()?;
-    relay(crowd(world, port, 4096)?, report)?;
-    world.unhook_port(port)
+    let child = crowd(world, None, 4096)?;
+    relay(world, child, report)
 }
 
 pub(crate) fn two_processes(world: &mut World, report: &mut Report) -> Result<()> {
     let (first, second) = (world.hook_port()?, world.hook_port()?);
-    let children = [crowd(world, first, 200)?, crowd(world, second, 200)?];
+    let children = [crowd(world, Some(first), 100)?, crowd(world, Some(second), 100)?];
     for child in children {
-        relay(child, report)?;
+        relay(world, child, report)?;
     }
     world.unhook_port(first)?;
     world.unhook_port(second)
 }
 
-fn crowd(world: &mut World, port: u32, mappings: usize) -> Result<Child> {
+fn crowd(world: &mut World, port: Option<u32>, mappings: usize) -> Result<Child> {
     let marker = world.marker()?;
     let list: String = marker.gpas.iter().map(|gpa| format!("{gpa}\n")).collect();
     let hex = marker.hex.clone();
     let agent = world.agent()?;
     agent.put("/tmp/gpas", 0o644, list.as_bytes())?;
-    let command = Command::new(PROBE).as_member().memlock(64 << 20).args([
-        "crowd",
-        "--port",
-        &port.to_string(),
-        "--marker",
-        &hex,
-        "--gpas",
-        "/tmp/gpas",
-        "--mappings",
-        &mappings.to_string(),
-    ]);
+    let mut command = Command::new(PROBE).as_member().memlock(64 << 20).args(["crowd", "--marker", &hex]);
+    command = command.args(["--gpas", "/tmp/gpas", "--mappings", &mappings.to_string()]);
+    if let Some(port) = port {
+        command = command.args(["--port", &port.to_string()]);
+    }
     Ok(agent.spawn(&command)?)
 }

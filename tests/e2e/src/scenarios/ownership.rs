@@ -186,6 +186,6 @@ pub(crate) fn memlock(world: &mut World, report: &mut Report) -> Result<()> {
     let token = world.token()?;
     report.equal("then there is room again", &errno(tool.map(&device, &c, gpa, token)?), &"0".into());
     tool.must(&format!("close {device}"))?;
-    report.equal("closing gives all of it back", &tool.must("usage")?, &"0x0".into());
+    report.equal("closing gives all of it back", &tool.must("usage")?, &"0".into());
     Ok(())
 }
