@@ -12,7 +12,7 @@ use std::sync::OnceLock;
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::VmFd;
 use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags};
-use rustix::mm::{MapFlags, ProtFlags};
+use rustix::mm::{Advice, MapFlags, ProtFlags, madvise};
 use vm_memory::mmap::MmapRegionError;
 use vm_memory::{
     FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
@@ -161,7 +161,19 @@ impl GuestRam {
             })?);
         }
         let memory = GuestMemoryMmap::from_regions(mapped).map_err(|_| RamError::Layout)?;
-        Ok(Self { file, memory, kept: OnceLock::new() })
+        let ram = Self { file, memory, kept: OnceLock::new() };
+        ram.ask_for_large_pages();
+        Ok(ram)
+    }
+
+    /// Asks for transparent huge pages, which spare most of the guest's second-level faults and shorten the walks. Whether
+    /// there are any is the host's choice (`transparent_hugepage/shmem_enabled`), so a refusal is no error.
+    fn ask_for_large_pages(&self) {
+        for region in self.memory.iter() {
+            let Ok(len) = usize::try_from(region.len()) else { continue };
+            // SAFETY: the range is one that `region` owns, and this advice changes neither contents nor mappings.
+            let _ = unsafe { madvise(region.as_ptr().cast(), len, Advice::LinuxHugepage) };
+        }
     }
 
     /// The mapped regions, for copying and volatile access.
