@@ -25,7 +25,7 @@ const RAW: &str = "/tmp/kvmmem-raw";
 
 const TARGET_SPEC: Spec = Spec { name: TARGET, role: Role::Target, cid: 3, vcpus: 1, way: Way::Auto };
 const INTROSPECTOR_SPEC: Spec =
-    Spec { name: INTROSPECTOR, role: Role::Introspector, cid: 4, vcpus: 2, way: Way::Auto };
+    Spec { name: INTROSPECTOR, role: Role::Introspector, cid: 4, vcpus: 1, way: Way::Auto };
 
 /// The marker program that runs in the target.
 pub(crate) struct Marker {
@@ -96,7 +96,9 @@ impl World {
             specs.push(TARGET_SPEC);
         }
         if self.introspector.is_none() {
-            specs.push(Spec { way: self.way, ..INTROSPECTOR_SPEC });
+            // The doorbell is tried with several vCPUs.
+            let vcpus = if self.way == Way::Port { 2 } else { 1 };
+            specs.push(Spec { way: self.way, vcpus, ..INTROSPECTOR_SPEC });
         }
         let start = Instant::now();
         let booted = Vm::boot(&self.bed, &specs, &self.socket(), self.run.path())?;

@@ -49,6 +49,8 @@ fn set_up() -> io::Result<Role> {
     if let Err(error) = loopback::up() {
         eprintln!("kvmmem-guest: lo: {error}");
     }
+    // So that a VMM gets large pages for its guest's RAM where it asks for them.
+    let _ = fs::write("/sys/kernel/mm/transparent_hugepage/shmem_enabled", "advise");
     module::load_all()?;
     device::set_permissions();
     Ok(role)
