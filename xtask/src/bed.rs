@@ -13,7 +13,9 @@ use crate::binaries::{Binaries, Wanted};
 use crate::cache::Cache;
 use crate::kernel::Kernel;
 use crate::l1::L1;
+use crate::provision::Purpose;
 use crate::root::Root;
+use crate::tool::Tool;
 use crate::way::Way;
 use crate::{direct, initramfs, module, provision, ui};
 
@@ -49,7 +51,7 @@ impl Bed {
         ui::say(&format!("Test bed: {}, as {why}.", describe(way)));
         let cache = Cache::open()?;
         let lock = cache.lock()?;
-        provision::provision(&cache, way == Way::Nested)?;
+        provision::provision(&cache, Purpose::Bed)?;
         let kernel = prepared_kernel(&cache)?;
         let module = module::make(&cache, &kernel)?;
         // Cargo has a lock of its own.
@@ -67,6 +69,17 @@ impl Bed {
         line("image", &self.kernel.image().display());
         line("module", &self.module.display());
         line("programs", &self.binaries.folder().display());
+    }
+
+    /// Runs the module's selftest: the stock kernel in QEMU, with a device that obeys every hypercall as the host.
+    pub(crate) fn selftest(&self) -> Result<()> {
+        let log = self.cache.fresh_log("selftest")?;
+        ui::step("kernel/selftest", || {
+            Tool::new(project::root().join("kernel/selftest/run.sh"), &log)
+                .arg(self.kernel.image())
+                .arg(&self.module)
+                .run()
+        })
     }
 
     /// Runs a program on the host, its stdout to `out`; returns its exit code.
@@ -135,7 +148,7 @@ fn prepared_kernel(cache: &Cache) -> Result<Kernel> {
 pub(crate) fn make_module() -> Result<PathBuf> {
     let cache = Cache::open()?;
     let _lock = cache.lock()?;
-    provision::provision(&cache, false)?;
+    provision::provision(&cache, Purpose::Build)?;
     module::make(&cache, &prepared_kernel(&cache)?)
 }
 

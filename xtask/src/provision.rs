@@ -16,7 +16,8 @@ struct Need {
     why: &'static str,
 }
 
-const ALWAYS: [Need; 2] = [
+/// For the module's build.
+const BUILD: [Need; 2] = [
     Need {
         program: "mmdebstrap",
         package: "mmdebstrap",
@@ -29,15 +30,28 @@ const ALWAYS: [Need; 2] = [
     },
 ];
 
-const NESTED: [Need; 1] = [Need {
-    program: crate::l1::QEMU,
-    package: "qemu-system-x86",
-    why: "emulates the KVM host, as this machine has no hardware virtualisation for it",
-}];
+/// For running what was built.
+const BED: [Need; 2] = [
+    Need {
+        program: crate::l1::QEMU,
+        package: "qemu-system-x86",
+        why: "runs the module's selftest, and emulates the KVM host where there is no hardware virtualisation",
+    },
+    Need { program: "cpio", package: "cpio", why: "packs the selftest's initial RAM disk" },
+];
+
+/// What the machine is to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Purpose {
+    /// Build the module.
+    Build,
+    /// Build it and run it.
+    Bed,
+}
 
 /// Installs what is missing, by apt where that is the system's way.
-pub(crate) fn provision(cache: &Cache, nested: bool) -> Result<()> {
-    let needs = ALWAYS.iter().chain(if nested { NESTED.as_slice() } else { &[] });
+pub(crate) fn provision(cache: &Cache, purpose: Purpose) -> Result<()> {
+    let needs = BUILD.iter().chain(if purpose == Purpose::Bed { BED.as_slice() } else { &[] });
     let missing: Vec<_> = needs.filter(|need| !need.is_met()).collect();
     if missing.is_empty() {
         return Ok(());

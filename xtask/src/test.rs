@@ -16,7 +16,19 @@ use crate::{libtest, project, source_check, ui, verbs};
 /// Runs them all; returns whether nothing failed.
 pub(crate) fn run() -> Result<bool> {
     let cache = Cache::open()?;
-    let rings = [style(&cache)?, units(&cache)?, loom(&cache)?, end_to_end()];
+    let mut rings = vec![style(&cache)?, units(&cache)?, loom(&cache)?];
+    let mut ring = Ring::new("module");
+    match Bed::make(Wanted::All) {
+        Ok(bed) => {
+            ring.check(bed.selftest());
+            rings.push(ring.finish());
+            rings.push(end_to_end(&bed));
+        }
+        Err(error) => {
+            ring.fail(&error);
+            rings.push(ring.finish());
+        }
+    }
     Ok(ring::summary(&rings))
 }
 
@@ -85,14 +97,11 @@ fn loom(cache: &Cache) -> Result<Finished> {
 }
 
 /// The scenarios, all in one run of the host.
-fn end_to_end() -> Finished {
+fn end_to_end(bed: &Bed) -> Finished {
     let mut ring = Ring::new("end to end");
     let mut tee = Tee::default();
-    let run = Bed::make(Wanted::All).and_then(|bed| {
-        bed.describe();
-        bed.run(&verbs::e2e(&[], false), &mut tee)
-    });
-    match run.and_then(|code| Ok((code, last_count(&tee.last)?))) {
+    bed.describe();
+    match bed.run(&verbs::e2e(&[], false), &mut tee).and_then(|code| Ok((code, last_count(&tee.last)?))) {
         Ok((code, count)) => {
             ring.add(count);
             if code != 0 && count.failed == 0 {
