@@ -17,7 +17,7 @@ use crate::provision::Purpose;
 use crate::root::Root;
 use crate::tool::Tool;
 use crate::way::Way;
-use crate::{direct, initramfs, module, provision, ui};
+use crate::{direct, initramfs, module, project, provision, ui};
 
 /// The bed's folder on an emulated host.
 const NESTED_FOLDER: &str = "/bed";
