@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The ABI between an introspection tool, its guest kernel and the host.
 //!
 //! Each module mirrors one part of `include/uapi/kvmmem.h`; a test compiles a C program against that header and

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Compares `include/uapi/kvmmem.h` with the Rust side: every size, offset, ioctl number and define.
 //!
 //! A generated C program prints what the C compiler makes of the header; each value it prints has one expected value

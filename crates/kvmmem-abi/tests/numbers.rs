@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The numbers of the ABI against what they are made of: CPUID registers, error numbers, ioctl arguments.
 
 use kvmmem_abi::cpuid;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Peers that break the rules: each is refused or cut off, and nobody else notices.
 
 mod common;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! VMs, tools and tokens through a running broker.
 
 mod common;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The program `kvmmemd`.
 
 use std::io::{BufRead, BufReader};

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Nothing is left behind, whoever goes first. Alone in its program: it counts what the whole process has.
 
 mod common;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Asking the broker, `kvmmemd`: `targets`, `hook`, `unhook`.
 
 use std::path::PathBuf;

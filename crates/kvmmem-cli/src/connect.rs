@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The tool's side of KVMI, as `read`, `write` and `map` need it: listen, and wait for the host to connect.
 
 use std::time::{Duration, Instant};

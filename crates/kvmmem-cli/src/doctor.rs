@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `kvmmem doctor`: whether this machine can run kvmmem, line by line, and what to do where not.
 
 mod guest;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! How an error is told: what failed, then the numbered chain of causes.
 
 use std::io::{self, Write};

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Memory as text: sixteen bytes a line, repeated lines left out.
 
 const WIDTH: usize = 16;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `kvmmem`, the command line: runs virtual machines and asks the broker on the host, reads and maps a target's memory
 //! in an introspector, and says on either what is missing.
 #![deny(unsafe_code)]

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `kvmmem map`: a page of a target in this process, through `/dev/kvmmem`.
 
 use std::path::PathBuf;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Numbers and bytes on the command line.
 
 /// An address or a count: decimal, or hexadecimal after `0x`.

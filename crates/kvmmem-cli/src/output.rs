@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Standard output: text, in colour on a terminal alone, or one JSON object a line.
 
 use std::io::{self, Stdout, Write};

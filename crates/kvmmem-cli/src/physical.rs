@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `kvmmem read` and `kvmmem write`: a target's memory by copy, over KVMI.
 
 use std::process::ExitCode;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `kvmmem vm`: runs a virtual machine, a target or an introspector or neither.
 
 use std::io::{self, Write};

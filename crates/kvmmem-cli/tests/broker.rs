@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The command line with a broker and a registered virtual machine, all on this host: list, hook, read, write, unhook.
 
 use std::os::fd::AsFd;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The command line as a user meets it: what it prints, where, and with which exit code.
 
 use std::io::{Read, Write};

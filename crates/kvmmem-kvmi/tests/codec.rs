@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The codec's bytes, both ways.
 
 use kvmmem_abi::errno::KvmError;

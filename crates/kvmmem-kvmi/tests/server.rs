@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The server over a unix socket, byte by byte, and against anything that a tool may send.
 
 use std::io::{Read, Write};

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The ioctls of `/dev/kvmmem` on a page that the caller owns.
 
 use std::fs::{File, OpenOptions};

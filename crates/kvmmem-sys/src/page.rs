@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! One page of this process that `/dev/kvmmem` may replace by a page of another virtual machine.
 //!
 //! After a MAP the bytes belong to two virtual machines at once: the other one may change them between any two

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The answer to a port read, given after other ioctls on the vCPU: `VcpuExit::IoIn` borrows the vCPU until then.
 
 use kvm_bindings::{KVM_EXIT_IO, KVM_EXIT_IO_IN, kvm_run};

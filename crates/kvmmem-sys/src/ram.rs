@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Guest RAM: one sparse memfd whose offsets are GPAs, mapped into the VMM, any page of which can be replaced by a page
 //! of another file while the guest runs.
 //!

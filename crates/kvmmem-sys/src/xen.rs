@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Hypercalls forwarded to user space by `KVM_CAP_XEN_HVM` with `INTERCEPT_HCALL`
 //! (Documentation/virt/kvm/api.rst, 4.29 and `KVM_EXIT_XEN` in section 5), which kvm-ioctls does not wrap.
 //!

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The sequences of [`kvmmem_table::ops`] under every interleaving of a few threads: MAP, UNMAP, closing a file and the
 //! death of the process racing for one page. No page is given back twice, none while the host still shows the target's
 //! memory there, none is lost.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The table against a simple model: random transitions of several threads on the tables of two processes, each with
 //! three files, with a host that may refuse. Every answer and every counter must be the model's, and every page must
 //! be in exactly one place.

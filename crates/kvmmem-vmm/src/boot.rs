@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What a machine finds in its RAM and registers when it starts: the kernel, its parameters ([`params`]), page tables
 //! ([`paging`]), firmware tables ([`acpi`]) and the reset vector ([`reset`]).
 //!

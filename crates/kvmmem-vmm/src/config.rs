@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What a virtual machine is made of.
 
 use std::path::PathBuf;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! How the caller of [`crate::run`] watches and stops the machine, and what it lends to it.
 
 use std::sync::atomic::{AtomicBool, Ordering};

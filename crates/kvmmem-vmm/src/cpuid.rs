@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What `cpuid` tells the guest: what KVM supports, with the topology of this machine, without KVM's own hypercalls
 //! where they do not reach KVM, and with kvmmem's leaves for an introspector.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The introspector's hypercalls: decoded ([`codec`]), their token fetched ([`token`]), carried out by the mapping
 //! engine. [`xen`] and [`port`] are the two ways in and out (`kvmmem_abi::hypercall`).
 //!

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A small virtual machine monitor on `/dev/kvm`: what a Linux appliance needs, and the host's side of kvmmem's
 //! hypercalls.
 //!

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A limit on log lines that a guest can cause: one [`LogLimit`] in a `static` per call site.
 
 use std::sync::Mutex;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The mapping engine: pages of a target in place of the introspector's own.
 
 mod broker;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A machine's hardware but for RAM and CPUs: what KVM emulates, and the devices with their places and interrupts.
 
 use std::sync::{Arc, Mutex};

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! SIGINT, SIGTERM and SIGHUP as orders to stop the machine.
 
 use std::io;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! One vCPU: its state at start, and the thread that runs it and decodes its exits.
 
 use std::io;

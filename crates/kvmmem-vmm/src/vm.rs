@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A machine's life: made from its configuration, run, reset, ended.
 
 use std::sync::{Arc, Mutex};

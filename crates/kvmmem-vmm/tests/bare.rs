@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Bare guests on `/dev/kvm`: the machine's ends, and hypercalls by the doorbell against a fake target. Skipped, with
 //! the reason, where `/dev/kvm` cannot be opened.
 #![deny(unsafe_code)]

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `/dev/kvmmem`: another virtual machine's pages in this process.
 
 use std::path::{Path, PathBuf};

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What the error numbers of KVMI and of the device mean to somebody who looks at another VM's memory.
 
 use kvmmem_abi::errno::KvmError;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What the VM's side has sent: messages out of a stream that comes in parts of any size.
 
 use std::io::{self, Read};

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Client library for introspection tools: a process in one virtual machine that looks at another one's memory.
 //!
 //! ```no_run

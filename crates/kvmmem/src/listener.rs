@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Waiting for the host's introspection service to connect: the tool listens, the VM's side calls.
 
 use std::fmt;

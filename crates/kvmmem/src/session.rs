@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A KVMI session with one virtual machine: the tool asks, the VM's side answers.
 
 use std::io::{self, Write};

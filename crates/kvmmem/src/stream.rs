@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A connection to the host's introspection service, over a unix socket or vsock.
 
 use std::io::{self, Read, Write};

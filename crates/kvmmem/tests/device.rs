@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What a tool is told where there is no `/dev/kvmmem`; the mapping itself needs two virtual machines.
 
 use kvmmem::{Device, DeviceError};

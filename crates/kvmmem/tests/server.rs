@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The tool's side of KVMI against the server of crate `kvmmem-kvmi`.
 
 use std::os::unix::net::UnixStream;

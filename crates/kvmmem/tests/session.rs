@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The tool's side of KVMI against a scripted VM's side over a unix socket, well-behaved and not.
 
 use std::io::{Read, Write};

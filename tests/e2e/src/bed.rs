@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Where the test bed put what the virtual machines need.
 
 use std::path::PathBuf;

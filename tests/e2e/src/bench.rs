@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `cargo xtask bench v1`: ratios of the v1 paths to their floors, all taken in one run on one host.
 
 mod floor;

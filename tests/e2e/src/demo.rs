@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `cargo xtask demo`: one VM maps another's page, and what is refused.
 
 use std::time::Instant;

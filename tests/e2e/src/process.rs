@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A process of the host's side that ends with its handle.
 
 use std::fs::File;

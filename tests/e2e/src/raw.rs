@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The command-driven C tool in the introspector, as the scenarios talk to it.
 
 use std::time::Duration;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What a scenario checked: one printed line a check, and the count of them.
 
 use std::fmt::Display;

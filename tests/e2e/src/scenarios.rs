@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The end-to-end scenarios, by name. Each starts from a whole world and may break it; the runner mends it.
 
 mod death;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `cargo xtask try`: a user's own program in the introspector of a booted pair.
 
 use std::io::{Write, stderr, stdout};

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A virtual machine of the test bed: a `kvmmem vm` process and the agent inside.
 
 use std::path::{Path, PathBuf};

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The broker, a target and an introspector: what most scenarios start from.
 
 use std::path::PathBuf;

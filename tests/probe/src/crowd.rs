@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Many mappings of one open file at once.
 
 use std::path::Path;

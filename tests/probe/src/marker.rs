@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The program in the target: what an introspection tool is to find.
 
 use std::fs::File;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Guest-physical addresses of this process's pages, from `/proc/self/pagemap` (kernel document
 //! admin-guide/mm/pagemap.rst). Needs CAP_SYS_ADMIN, or every frame number reads as 0.
 

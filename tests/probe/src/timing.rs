@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Times what a v1 tool does most: map, first touch, unmap; and closing a file full of mappings.
 
 use std::time::Instant;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The tool of the demo: everything a user of v1 does, once around.
 
 use std::time::{Duration, Instant};

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A broker in this process, VMs without guests, and a tool.
 #![allow(dead_code, reason = "each test program uses its own part")]
 

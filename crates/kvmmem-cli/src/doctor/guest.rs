@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The introspector's side: does its host offer mapping, and may this process use it?
 
 use std::arch::x86_64::__cpuid;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The host's side: can it run targets and introspectors?
 
 use std::fs::{self, OpenOptions};

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Limits of the process and of the system that bound the number of mappings.
 
 use std::fs;

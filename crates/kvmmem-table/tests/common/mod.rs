@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Storage for tables under test.
 
 use std::collections::BTreeMap;

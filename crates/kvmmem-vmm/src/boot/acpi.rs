@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The ACPI tables of a hardware-reduced machine (ACPI specification 6.5, chapters 4.1, 5.2, 7.4): RSDP, XSDT, FADT with
 //! sleep and reset registers, MADT, and a DSDT with the serial port and the virtio-mmio devices.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Loads the kernel and the initial RAM disk (Documentation/arch/x86/boot.rst).
 
 use std::fs::File;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Images that load, and the errors of those that do not.
 
 use std::io::Write;

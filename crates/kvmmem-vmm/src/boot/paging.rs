@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The boot CPU's 64-bit mode: GDT, page tables and system registers, as the 64-bit boot protocol wants them
 //! (Documentation/arch/x86/boot.rst, "64-bit Boot Protocol").
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The boot parameters ("zero page", Documentation/arch/x86/zero-page.rst).
 
 use linux_loader::configurator::linux::LinuxBootConfigurator;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The reset vector: where a kernel jumps that wants the BIOS to reset the machine.
 //!
 //! Linux does so on a hardware-reduced ACPI machine without EFI: it prefers EFI's reset to the reset register there

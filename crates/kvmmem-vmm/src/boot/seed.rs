@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A seed for the guest's random numbers (`SETUP_RNG_SEED` of Documentation/arch/x86/boot.rst): without it a guest that
 //! finds no other source waits long for its first random bytes. The guest wipes it when it has read it.
 

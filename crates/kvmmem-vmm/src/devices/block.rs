@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! virtio-blk (virtio 1.2, 5.2): a raw image, served by one thread.
 //!
 //! Data goes through a buffer of the VMM's, never by reference into guest memory. Whatever the driver puts into the

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Requests as drivers make them, and as they should not.
 
 use proptest::prelude::*;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Ports or MMIO addresses to the devices behind them.
 
 use std::ops::Range;

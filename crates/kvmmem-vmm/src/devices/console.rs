@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The host's side of the serial port: where output goes, and the thread that brings input.
 
 use std::fs::File;

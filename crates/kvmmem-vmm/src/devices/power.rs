@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Power off and reset: the sleep control, sleep status and reset registers of a hardware-reduced ACPI machine
 //! (ACPI specification 6.5, 4.8.3.7 and 4.8.3.6).
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The first serial port: an 8250 between the guest and the VMM's console.
 
 use std::io;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What a virtio device and its transport have to do with each other.
 
 use std::io;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The virtio-mmio transport, version 2 (virtio 1.2, 4.2), in front of one [`VirtioDevice`].
 
 use std::io;

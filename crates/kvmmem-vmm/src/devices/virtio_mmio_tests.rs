@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A driver's way through the registers, and any other way.
 
 use std::sync::Mutex;

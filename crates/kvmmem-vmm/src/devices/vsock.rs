@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! virtio-vsock (virtio 1.2, 5.10), served by the host kernel's vhost-vsock.
 
 use std::sync::Arc;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A hypercall from the registers that carry it.
 
 use kvm_bindings::kvm_regs;

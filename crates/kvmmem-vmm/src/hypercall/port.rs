@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Hypercalls by the doorbell port.
 
 use kvm_ioctls::VcpuFd;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Fetches a token from the introspector's virtual memory.
 
 use kvmmem_abi::errno::KvmError;

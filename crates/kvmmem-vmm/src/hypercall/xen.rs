@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Hypercalls by `vmcall`/`vmmcall`, forwarded as Xen's.
 
 use kvm_ioctls::VcpuFd;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The broker as the source of targets.
 
 use std::os::fd::{BorrowedFd, OwnedFd};

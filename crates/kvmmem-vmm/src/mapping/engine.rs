@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The table of replaced pages, and the two hypercalls' work on it.
 //!
 //! A page goes from *own* to *reserved* (a token is being redeemed for it) to *mapped* and back to *own*. The table's

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The engine against a model, and with many callers at once.
 
 use std::collections::HashMap;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What the mapping engine needs of whoever knows the targets.
 
 use std::os::fd::BorrowedFd;

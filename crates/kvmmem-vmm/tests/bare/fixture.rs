@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A target made of nothing but a memory file, and a machine that runs a bare guest.
 
 use std::os::fd::{AsFd, BorrowedFd};

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Guests of a few instructions: assembled here, packed as an ELF kernel, entered in 64-bit mode at CPL 0 with the first
 //! 4 GiB mapped one to one. What they report goes to the serial port, eight bytes a value.
 

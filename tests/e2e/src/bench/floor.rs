@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The floor of map + touch + unmap: what no implementation on this host can avoid. A bare guest calls its VMM, which
 //! maps a foreign page; the guest touches it; the guest calls again and the VMM maps its own page back. Nothing is
 //! checked, looked up or pinned.

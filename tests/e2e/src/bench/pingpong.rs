@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A KVMI read of 4 KiB against two threads that pass the same number of bytes to and fro over the same kind of socket.
 
 use std::io::{Read, Write};

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A VMM dies while pages are mapped.
 
 use std::time::{Duration, Instant};

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The second way of the hypercalls.
 
 use anyhow::Result;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The host's side under load, and its command line.
 
 use std::time::Duration;

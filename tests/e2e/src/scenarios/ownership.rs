@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Whose a mapping is, and what becomes of it when its owner closes, forks, execs or dies.
 
 use std::time::{Duration, Instant};

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Bad requests: each gets its errno, and nothing is lost.
 
 use std::time::Duration;
