@@ -24,8 +24,8 @@ struct kvmi_mem_map {
 };
 
 #define KVM_INTRO_MEM_MAP	_IOW('i', 0x01, struct kvmi_mem_map)
-/* The argument is the gva itself, not a pointer to it. */
-#define KVM_INTRO_MEM_UNMAP	_IOW('i', 0x02, unsigned long)
+/* The argument is the gva itself, not a pointer to it. 8 bytes, whatever a long is. */
+#define KVM_INTRO_MEM_UNMAP	_IOW('i', 0x02, __u64)
 
 /* Hypercalls, CPL 0 only; results are 0 or -KVM_Exxx. */
 #ifndef KVM_HC_MEM_MAP
