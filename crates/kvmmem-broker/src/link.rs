@@ -138,6 +138,8 @@ struct State {
     /// `None` while there is no registered connection.
     socket: Option<Arc<PacketSocket>>,
     cache: Cache,
+    /// Pushed tokens that were used and of which the broker is not yet told.
+    used: Vec<Token>,
     last_request: u64,
     /// Requests under way, and their answers once they have come.
     waiting: HashMap<u64, Option<Result<Answer, Refusal>>>,
@@ -194,8 +196,7 @@ impl VmmLink {
         let mut state = self.shared.lock();
         let socket = state.socket.clone().ok_or(RedeemError::Unavailable)?;
         if let Some(target) = state.cache.claim(Instant::now(), token) {
-            drop(state);
-            tell_used(&socket, token);
+            state.used.push(token.clone());
             return Ok(target);
         }
         state.last_request += 1;
@@ -222,8 +223,7 @@ impl VmmLink {
             Ok(Answer::Redeemed { target }) => state.cache.target(target).ok_or(RedeemError::Unavailable),
             Ok(Answer::Pushed) => {
                 let target = state.cache.claim(Instant::now(), token).ok_or(RedeemError::Unknown)?;
-                drop(state);
-                tell_used(&socket, token);
+                state.used.push(token.clone());
                 Ok(target)
             }
             Ok(_) => Err(RedeemError::Unavailable),
@@ -248,10 +248,4 @@ impl Drop for VmmLink {
             let _ = reader.join();
         }
     }
-}
-
-/// Tells the broker that a pushed token is used. Only its count of outstanding tokens depends on it, so a broker that
-/// does not read is not waited for.
-fn tell_used(socket: &PacketSocket, token: &Token) {
-    let _ = socket.send(&Request { id: 0, call: Call::Used { token: token.clone() } }, None, Wait::No);
 }

@@ -56,6 +56,11 @@ impl Cache {
         self.target(grant.target)
     }
 
+    /// Whether a token can be claimed, now or later.
+    pub(super) fn has_grants(&self, now: Instant) -> bool {
+        self.grants.iter().any(|grant| grant.expires > now)
+    }
+
     /// Forgets a target and its tokens.
     pub(super) fn forget(&mut self, target: u64) {
         self.targets.remove(&target);
@@ -90,8 +95,11 @@ mod tests {
         assert!(cache.claim(now, &Token::new([1, 2, 3, 5])).is_none());
         assert_eq!(cache.claim(now, &token).unwrap().id(), 5);
         assert!(cache.claim(now, &token).is_none());
+        assert!(!cache.has_grants(now));
 
         cache.grant(now, token.clone(), 5, Duration::from_secs(3));
+        assert!(cache.has_grants(now));
+        assert!(!cache.has_grants(now + Duration::from_secs(3)));
         assert!(cache.claim(now + Duration::from_secs(3), &token).is_none());
         assert!(cache.grants.is_empty());
     }

@@ -5,6 +5,8 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
+use rustix::io::Errno;
+
 use super::{LinkError, Shared, State, Target};
 use crate::map::MemoryMap;
 use crate::packet::{PacketBuffer, PacketError, PacketSocket, Wait};
@@ -12,6 +14,9 @@ use crate::wire::{Call, FromBroker, Request};
 
 /// How long the broker may take to answer a registration, or to take a packet.
 const REGISTER_LIMIT: Duration = Duration::from_secs(5);
+
+/// How long after a token's use the broker is told of it, at most.
+const TELL_USED_AFTER: Duration = Duration::from_millis(20);
 
 /// How long to wait before the broker is tried again: at first, and at most.
 const BACK_OFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
@@ -65,6 +70,7 @@ pub(super) fn run(shared: &Shared, mut connection: Connection) {
         }
         state.socket = None;
         state.cache.clear();
+        state.used.clear();
         state.waiting.clear();
         drop(state);
         shared.changed.notify_all();
@@ -84,14 +90,39 @@ pub(super) fn run(shared: &Shared, mut connection: Connection) {
     }
 }
 
-/// Takes packets until the connection ends.
+/// Takes packets until the connection ends, and tells the broker of used tokens in between: here, so that the vCPU that
+/// used one need not.
 fn read(shared: &Shared, connection: &mut Connection) -> Result<(), LinkError> {
+    let Connection { socket, buffer } = connection;
+    let mut is_limited = false;
     loop {
-        match connection.socket.receive(&mut connection.buffer).map_err(LinkError::Packet)? {
-            Some((message, fd)) => take(&mut shared.lock(), message, fd)?,
-            None => return Ok(()),
+        let may_be_used = {
+            let state = shared.lock();
+            state.cache.has_grants(Instant::now()) || !state.used.is_empty()
+        };
+        if may_be_used != is_limited {
+            socket.limit_receive(may_be_used.then_some(TELL_USED_AFTER)).map_err(LinkError::Packet)?;
+            is_limited = may_be_used;
         }
-        shared.changed.notify_all();
+        match socket.receive(buffer) {
+            Ok(Some((message, fd))) => {
+                take(&mut shared.lock(), message, fd)?;
+                shared.changed.notify_all();
+            }
+            Ok(None) => return Ok(()),
+            Err(PacketError::Receive(Errno::AGAIN)) if is_limited => {}
+            Err(error) => return Err(LinkError::Packet(error)),
+        }
+        tell_used(shared, socket);
+    }
+}
+
+/// Tells the broker which pushed tokens were used. Its count of outstanding tokens and its audit log depend on it, so a
+/// broker that does not read is not waited for.
+fn tell_used(shared: &Shared, socket: &PacketSocket) {
+    let used = std::mem::take(&mut shared.lock().used);
+    for token in used {
+        let _ = socket.send(&Request { id: 0, call: Call::Used { token } }, None, Wait::No);
     }
 }
 
