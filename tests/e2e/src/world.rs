@@ -132,13 +132,12 @@ impl World {
         (self.marker, self.session, self.target, self.introspector) = (None, None, None, None);
     }
 
-    /// Replaces the introspector by one whose hypercalls go this way.
-    pub(crate) fn use_way(&mut self, way: Way) -> Result<()> {
+    /// Ends the introspector where its hypercalls go another way; [`World::mend`] boots one for which they go this way.
+    pub(crate) fn use_way(&mut self, way: Way) {
         if self.way != way {
             self.way = way;
             self.introspector = None;
         }
-        self.mend()
     }
 
     fn place_marker(&self, pages: usize) -> Result<Marker> {

@@ -9,7 +9,8 @@ use crate::vm::Way;
 use crate::world::World;
 
 pub(crate) fn doorbell(world: &mut World, report: &mut Report) -> Result<()> {
-    world.use_way(Way::Port)?;
+    world.use_way(Way::Port);
+    world.mend()?;
     report.check(
         "the VMM offers the doorbell port alone",
         world.introspector()?.has_said(r#""hypercalls":"port""#)?,
@@ -18,5 +19,6 @@ pub(crate) fn doorbell(world: &mut World, report: &mut Report) -> Result<()> {
     let port = world.hook_port()?;
     tour(world, report, port)?;
     world.unhook_port(port)?;
-    world.use_way(Way::Auto)
+    world.use_way(Way::Auto);
+    Ok(())
 }
