@@ -131,7 +131,10 @@ fn run(verb: Verb) -> Result<i32> {
             on_host(Wanted::All, &verbs::e2e(&names, json))
         }
         Verb::Try { files, command } => on_host(Wanted::All, &verbs::try_program(files, command)?),
-        Verb::Bench { what: Bench::V1, json } => on_host(Wanted::All, &verbs::bench("v1", json)),
+        Verb::Bench { what: Bench::V1, json } => {
+            print!("{}", verbs::bench_kvmi(json)?);
+            on_host(Wanted::All, &verbs::bench("v1", json))
+        }
         Verb::Testbed => {
             Bed::make(Wanted::All)?.describe();
             Ok(0)

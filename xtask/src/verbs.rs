@@ -9,8 +9,8 @@ use anyhow::{Context as _, Result, bail};
 use crate::bed::Job;
 use crate::binaries::{Binaries, Wanted};
 use crate::cache::Cache;
-use crate::elf;
 use crate::tool::Tool;
+use crate::{elf, project};
 
 /// The scenarios' program.
 const NAME: &str = "kvmmem-e2e";
@@ -54,6 +54,15 @@ pub(crate) fn bench(what: &str, json: bool) -> Job {
     let mut args = vec!["bench".to_owned(), what.to_owned()];
     args.extend(json.then(|| "--json".to_owned()));
     job(args, 20)
+}
+
+/// The measurement of KVMI's reads, which needs no VM and so runs on this machine itself; returns its line.
+pub(crate) fn bench_kvmi(json: bool) -> Result<String> {
+    let cache = Cache::open()?;
+    let tool = Tool::new(project::cargo(), &cache.fresh_log("bench")?)
+        .args(["bench", "--quiet", "--package", "kvmmem-broker", "--bench", "kvmi_read", "--"])
+        .dir(project::root());
+    if json { tool.arg("--json").output() } else { tool.output() }
 }
 
 /// A user's program in the introspector.

@@ -17,6 +17,7 @@ use kvmmem_broker::server::Server;
 use kvmmem_kvmi::handshake::{ToolHello, VmHello};
 use kvmmem_kvmi::request::Request;
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
+use rustix::thread::{CpuSet, sched_getcpu, sched_setaffinity};
 use uuid::Uuid;
 
 const RAM: u64 = 64 << 20;
@@ -28,6 +29,10 @@ const READS_PER_ROUND: usize = 500;
 const GOAL: f64 = 1.3;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
+    // One CPU for all threads: else the times are those of waking another CPU, or not, as the scheduler likes.
+    let mut cpu = CpuSet::new();
+    cpu.set(sched_getcpu());
+    sched_setaffinity(None, &cpu)?;
     let directory = tempfile::tempdir()?;
     let socket = directory.path().join("broker.sock");
     let server = Server::bind(&socket, None)?;
