@@ -36,12 +36,29 @@ pub(crate) struct Crowd {
 }
 
 impl Crowd {
-    pub(crate) fn open() -> Result<Self> {
+    fn open() -> Result<Self> {
         Ok(Self { device: Device::open(Path::new("/dev/kvmmem"))?, pages: Vec::new() })
     }
 
+    /// A file with `count` mappings of one page of the target.
+    pub(crate) fn of(count: usize, gpa: u64, tokens: &mut Tokens) -> Result<Self> {
+        let mut crowd = Self::open()?;
+        for number in 0..count {
+            crowd.map(tokens.next(count - number)?, gpa)?;
+        }
+        Ok(crowd)
+    }
+
+    pub(crate) fn pages(&self) -> &[Page] {
+        &self.pages
+    }
+
+    pub(crate) fn unmap(&self, page: &Page) -> Result<()> {
+        Ok(self.device.unmap(page)?)
+    }
+
     /// Maps one page more.
-    pub(crate) fn map(&mut self, token: Token, gpa: u64) -> Result<()> {
+    fn map(&mut self, token: Token, gpa: u64) -> Result<()> {
         let page = Page::new()?;
         let number = self.pages.len();
         self.device
@@ -85,7 +102,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     })?;
     step("the first half is undone by UNMAP", || {
         for page in crowd.pages.iter().take(count / 2) {
-            crowd.device.unmap(page)?;
+            crowd.unmap(page)?;
         }
         Ok((true, String::new()))
     })?;

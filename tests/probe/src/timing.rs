@@ -42,7 +42,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     let device = Device::open(Path::new("/dev/kvmmem"))?;
     let page = Page::new()?;
 
-    let (mut cycle, mut unmap) = (Vec::new(), Vec::new());
+    let mut cycle = Vec::new();
     while cycle.len() < arguments.rounds {
         let batch = (0..BATCH).map(|_| tokens.next(BATCH)).collect::<Result<Vec<_>>>()?;
         std::thread::sleep(SETTLE);
@@ -51,19 +51,22 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
             let start = Instant::now();
             device.map(token, arguments.gpa, &page)?;
             page.read_u64(0)?;
-            let middle = Instant::now();
             device.unmap(&page)?;
-            unmap.push(nanos(middle)?);
             cycle.push(nanos(start)?);
         }
     }
     say(&Samples { name: "map, touch, unmap".to_owned(), nanos: cycle })?;
-    say(&Samples { name: "one UNMAP".to_owned(), nanos: unmap })?;
-
-    let mut crowd = Crowd::open()?;
-    for number in 0..arguments.mappings {
-        crowd.map(bearer.next(arguments.mappings - number)?, arguments.gpa)?;
+    let crowd = Crowd::of(arguments.mappings, arguments.gpa, &mut bearer)?;
+    let mut single = Vec::with_capacity(arguments.mappings);
+    for page in crowd.pages() {
+        let start = Instant::now();
+        crowd.unmap(page)?;
+        single.push(nanos(start)?);
     }
+    say(&Samples { name: "one UNMAP".to_owned(), nanos: single })?;
+    drop(crowd.close());
+
+    let crowd = Crowd::of(arguments.mappings, arguments.gpa, &mut bearer)?;
     let start = Instant::now();
     let pages = crowd.close();
     say(&Samples { name: "close, all mappings".to_owned(), nanos: vec![nanos(start)?] })?;
