@@ -24,7 +24,8 @@ pub struct Grants {
 
 #[derive(Debug)]
 struct Grant {
-    token: Token,
+    /// Boxed, so that moving the entry leaves no copy of it behind.
+    token: Box<Token>,
     target: u64,
     /// The VM to which the token was pushed; `None` where whoever brings it may have it.
     holder: Option<u64>,
@@ -64,7 +65,7 @@ impl Grants {
         if self.outstanding(target) >= MAX_PER_TARGET {
             return Err(TooMany { target });
         }
-        self.table.push(Grant { token, target, holder, expires: now + LIFETIME });
+        self.table.push(Grant { token: Box::new(token), target, holder, expires: now + LIFETIME });
         Ok(())
     }
 

@@ -18,7 +18,8 @@ pub(super) struct Cache {
 
 #[derive(Debug)]
 struct Grant {
-    token: Token,
+    /// Boxed, so that moving the entry leaves no copy of it behind.
+    token: Box<Token>,
     target: u64,
     expires: Instant,
 }
@@ -38,7 +39,7 @@ impl Cache {
     pub(super) fn grant(&mut self, now: Instant, token: Token, target: u64, lifetime: Duration) {
         self.grants.retain(|grant| grant.expires > now);
         if let Some(expires) = now.checked_add(lifetime) {
-            self.grants.push(Grant { token, target, expires });
+            self.grants.push(Grant { token: Box::new(token), target, expires });
         }
     }
 
