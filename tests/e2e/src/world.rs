@@ -218,7 +218,7 @@ impl World {
         self.session.as_mut().context("no session")
     }
 
-    /// The highest frame number of the target.
+    /// The frame after the last one that the target has.
     pub(crate) fn max_gfn(&mut self) -> Result<u64> {
         Ok(self.session()?.max_gfn()?)
     }

@@ -60,7 +60,7 @@ pub(crate) fn token_rules(world: &mut World, report: &mut Report) -> Result<()> 
 
 pub(crate) fn refusals(world: &mut World, report: &mut Report) -> Result<()> {
     let gpa = world.gpa()?;
-    let beyond = (world.max_gfn()? + 16) << 12;
+    let beyond = world.max_gfn()? << 12;
     let mut tool = world.raw()?;
     let device = tool.open()?;
     let page = tool.page()?;
