@@ -6,7 +6,6 @@ mod engine;
 mod source;
 
 pub(crate) use broker::register;
-pub(crate) use engine::mapping_limit;
-pub use engine::{MapError, MappingEngine};
+pub use engine::{MapError, MappingEngine, mapping_limit};
 pub use kvmmem_broker::link::Token;
 pub use source::{TargetMemory, TokenSource};

@@ -39,16 +39,15 @@ pub(super) fn memlock_on_host() -> Check {
     )
 }
 
-/// vm.max_map_count: a mapped page can split the VMM's mapping of its RAM in three.
+/// vm.max_map_count, from which the VMM takes its limit.
 pub(super) fn max_map_count() -> Check {
     const NAME: &str = "max_map_count";
-    let text = fs::read_to_string("/proc/sys/vm/max_map_count").unwrap_or_default();
-    let Ok(count) = text.trim().parse::<u64>() else {
+    let Ok(count) = fs::read_to_string("/proc/sys/vm/max_map_count") else {
         return Check::warn(NAME, "vm.max_map_count cannot be read", "is /proc mounted?");
     };
-    let pages = count / 2;
-    let detail = format!("vm.max_map_count is {count}: at least {pages} mapped pages per introspector");
-    if pages < USUAL_MAPPINGS {
+    let pages = kvmmem_vmm::mapping::mapping_limit();
+    let detail = format!("vm.max_map_count is {}: {pages} mapped pages per introspector", count.trim());
+    if (pages as u64) < USUAL_MAPPINGS {
         Check::warn(NAME, detail, "raise it: sysctl -w vm.max_map_count=1048576")
     } else {
         Check::ok(NAME, detail)

@@ -241,7 +241,7 @@ fn identity(fd: BorrowedFd<'_>) -> std::io::Result<(u64, u64)> {
 
 /// How many pages an engine may replace before `mmap` could fail for want of mappings: each may split one mapping of
 /// the process in three, so half of what `vm.max_map_count` leaves, less a reserve for the process itself.
-pub(crate) fn mapping_limit() -> usize {
+pub fn mapping_limit() -> usize {
     const RESERVE: usize = 2048;
     /// The kernel's default (Documentation/admin-guide/sysctl/vm.rst).
     const DEFAULT_MAX: usize = 65_530;
