@@ -14,3 +14,70 @@ pub const MEM_MAP: u64 = 32;
 
 /// `KVM_HC_MEM_UNMAP`: a0 = own GPA, which becomes a fresh zero page.
 pub const MEM_UNMAP: u64 = 33;
+
+/// `KVM_HC_VIEW_ATTACH`: a0 = guest-virtual address of an [`AttachRequest`], a1 = guest-virtual address of the
+/// [`AttachResult`] that the host fills in. Opens a view: from then on the descriptor page
+/// ([`crate::descriptor`]) tells where in the window the target's ranges are.
+pub const ATTACH: u64 = 40;
+
+/// `KVM_HC_VIEW_DETACH`: a0 = GPA of the descriptor page. Closes the view; its part of the window is gone on return.
+pub const DETACH: u64 = 41;
+
+/// `KVM_HC_VIEW_SEEK`: a0 = GPA of the descriptor page, a1 = guest-virtual address of a 64-bit target GPA, in and out,
+/// a2 = [`SEEK_DATA`] or [`SEEK_HOLE`]. The next address from there on, within the view's ranges, that the target's
+/// memory has data at, or has none: -KVM_ENOENT where there is no such. Memory without data reads as zeros, and reading
+/// it through the window makes the host allocate it.
+pub const SEEK: u64 = 42;
+
+/// a2 of [`SEEK`]: look for data.
+pub const SEEK_DATA: u64 = 0;
+
+/// a2 of [`SEEK`]: look for a hole.
+pub const SEEK_HOLE: u64 = 1;
+
+/// What a guest kernel hands over with [`ATTACH`]. May straddle pages.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct AttachRequest {
+    /// The token.
+    pub token: [u64; 4],
+    /// Process that asked, as its kernel numbers it: for the host's audit log, believed no further.
+    pub pid: u32,
+    /// Its user.
+    pub uid: u32,
+    /// Its name (`TASK_COMM_LEN` bytes), padded with zeros.
+    pub comm: [u8; 16],
+    /// 0, or [`crate::native::ATTACH_READ_ONLY`].
+    pub flags: u32,
+    /// 0.
+    pub reserved: u32,
+}
+
+impl AttachRequest {
+    /// Size in bytes.
+    pub const SIZE: usize = 64;
+}
+
+/// What the host answers to [`ATTACH`].
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct AttachResult {
+    /// GPA of the view's descriptor page, which also names the view in [`DETACH`] and [`SEEK`].
+    pub descriptor_gpa: u64,
+    /// First GPA of the view's part of the window.
+    pub window_gpa: u64,
+    /// Its length in bytes, as far as it is used.
+    pub window_len: u64,
+    /// 0.
+    pub reserved: u64,
+}
+
+impl AttachResult {
+    /// Size in bytes.
+    pub const SIZE: usize = 32;
+}
+
+const _: () = {
+    assert!(core::mem::size_of::<AttachRequest>() == AttachRequest::SIZE);
+    assert!(core::mem::size_of::<AttachResult>() == AttachResult::SIZE);
+};

@@ -56,10 +56,26 @@ pub const MEM_MAP: u32 = iow(b'i', 1, 48);
 /// `KVM_INTRO_MEM_UNMAP`: `_IOW('i', 2, unsigned long)`; the argument is the gva itself, not a pointer to it.
 pub const MEM_UNMAP: u32 = iow(b'i', 2, 8);
 
+/// `_IO` of `<asm-generic/ioctl.h>`.
+pub(crate) const fn io(kind: u8, nr: u8) -> u32 {
+    ((kind as u32) << 8) | nr as u32
+}
+
 /// `_IOW` of `<asm-generic/ioctl.h>`.
-const fn iow(kind: u8, nr: u8, size: u32) -> u32 {
+pub(crate) const fn iow(kind: u8, nr: u8, size: u32) -> u32 {
     const WRITE: u32 = 1;
-    (WRITE << 30) | (size << 16) | ((kind as u32) << 8) | nr as u32
+    (WRITE << 30) | (size << 16) | io(kind, nr)
+}
+
+/// `_IOR` of `<asm-generic/ioctl.h>`.
+pub(crate) const fn ior(kind: u8, nr: u8, size: u32) -> u32 {
+    const READ: u32 = 2;
+    (READ << 30) | (size << 16) | io(kind, nr)
+}
+
+/// `_IOWR` of `<asm-generic/ioctl.h>`.
+pub(crate) const fn iowr(kind: u8, nr: u8, size: u32) -> u32 {
+    iow(kind, nr, size) | ior(kind, nr, size)
 }
 
 const _: () = {

@@ -8,6 +8,9 @@
 #![deny(unsafe_code)]
 
 pub mod cpuid;
+pub mod descriptor;
 pub mod errno;
 pub mod hypercall;
 pub mod ioctl;
+pub mod native;
+pub mod region;
