@@ -11,9 +11,13 @@ use std::mem::{offset_of, size_of};
 use std::path::Path;
 use std::process::Command;
 
+use kvmmem_abi::descriptor::{self, Descriptor, WindowRange};
 use kvmmem_abi::errno::KvmError;
+use kvmmem_abi::hypercall::{AttachRequest, AttachResult};
 use kvmmem_abi::ioctl::{MapMemToken, MemMap};
-use kvmmem_abi::{cpuid, hypercall, ioctl};
+use kvmmem_abi::native::{Attach, Info, Range, Ranges, Stats};
+use kvmmem_abi::region::Region;
+use kvmmem_abi::{cpuid, hypercall, ioctl, native, region};
 
 /// The header's include guard: the one define without a meaning.
 const GUARD: &str = "_UAPI_KVMMEM_H";
@@ -22,29 +26,136 @@ fn include_dir() -> String {
     format!("{}/include/uapi", env!("CARGO_MANIFEST_DIR"))
 }
 
+/// The offset and size of each field, the size and alignment of each structure that has the same in C and Rust.
+macro_rules! structures {
+    ($($c:literal = $rust:ty { $($field:ident),* })*) => {
+        [$(
+            (concat!("sizeof(struct ", $c, ")"), size_of::<$rust>() as u64),
+            (concat!("_Alignof(struct ", $c, ")"), align_of::<$rust>() as u64),
+            $(
+                (concat!("offsetof(struct ", $c, ", ", stringify!($field), ")"), offset_of!($rust, $field) as u64),
+                (concat!("sizeof(((struct ", $c, " *)0)->", stringify!($field), ")"), field_size!($rust, $field)),
+            )*
+        )*]
+    };
+}
+
+macro_rules! field_size {
+    ($rust:ty, $field:ident) => {{
+        fn size_of_what<T>(_: impl Fn(&$rust) -> &T) -> u64 {
+            size_of::<T>() as u64
+        }
+        size_of_what(|value| &value.$field)
+    }};
+}
+
 /// C expression to expected value; a define's expression is its name.
 fn expected() -> BTreeMap<&'static str, u64> {
+    let mut expected = numbers();
+    expected.extend(structures! {
+        "kvmi_map_mem_token" = MapMemToken { token }
+        "kvmi_mem_map" = MemMap { token, gpa, gva }
+        "kvm_guest_mem_map" = Region { token, gpa, length }
+        "kvmmem_info" = Info { version, features, max_ranges, event_ms, reserved }
+        "kvmmem_attach" = Attach { token, flags, reserved }
+        "kvmmem_range" = Range { gpa, len }
+        "kvmmem_ranges" = Ranges { generation, state, rights, uuid, capacity, count, ranges }
+        "kvmmem_stats" = Stats {
+            faults_4k, faults_2m, faults_1g, faults_refused, read_bytes, written_bytes, events, reserved
+        }
+        "kvmmem_attach_request" = AttachRequest { token, pid, uid, comm, flags, reserved }
+        "kvmmem_attach_result" = AttachResult { descriptor_gpa, window_gpa, window_len, reserved }
+    });
+    expected.extend(descriptor_fields());
+    expected
+}
+
+/// The descriptor page is no structure in Rust: its fields are found in a page that [`Descriptor::write`] wrote, each
+/// with a value of its own.
+fn descriptor_fields() -> Vec<(&'static str, u64)> {
+    let range = WindowRange { gpa: 0x1111, len: 0x2222, offset: 0x3333, window: 0x4444 };
+    let written = Descriptor {
+        generation: 0x5555,
+        state: 0x6666,
+        rights: 0x7777,
+        token_digest: [0x88; 32],
+        uuid: [0x99; 16],
+        window_gpa: 0xaaaa,
+        window_len: 0xbbbb,
+        range_count: 0,
+    };
+    let mut page = [0; descriptor::SIZE];
+    written.write(&[range; 5], &mut page);
+    let at = |bytes: &[u8]| page.windows(bytes.len()).position(|found| found == bytes).unwrap() as u64;
+    let first = at(&0x1111u64.to_le_bytes());
+    vec![
+        ("sizeof(struct kvmmem_descriptor)", descriptor::SIZE as u64),
+        (
+            "sizeof(struct kvmmem_window_range)",
+            u64::from(u32::from_le_bytes(page[12..16].try_into().unwrap())),
+        ),
+        ("offsetof(struct kvmmem_descriptor, magic)", at(&descriptor::MAGIC.to_le_bytes())),
+        ("offsetof(struct kvmmem_descriptor, version)", 8),
+        ("offsetof(struct kvmmem_descriptor, range_size)", 12),
+        ("offsetof(struct kvmmem_descriptor, generation)", descriptor::GENERATION_AT as u64),
+        ("offsetof(struct kvmmem_descriptor, state)", at(&0x6666u32.to_le_bytes())),
+        ("offsetof(struct kvmmem_descriptor, rights)", at(&0x7777u32.to_le_bytes())),
+        ("offsetof(struct kvmmem_descriptor, token_digest)", at(&[0x88; 32])),
+        ("offsetof(struct kvmmem_descriptor, uuid)", at(&[0x99; 16])),
+        ("offsetof(struct kvmmem_descriptor, window_gpa)", at(&0xaaaau64.to_le_bytes())),
+        ("offsetof(struct kvmmem_descriptor, window_len)", at(&0xbbbbu64.to_le_bytes())),
+        ("offsetof(struct kvmmem_descriptor, range_count)", at(&5u32.to_le_bytes())),
+        // The driver's own field, which `write` leaves 0: docs of `kvmmem_abi::descriptor`.
+        ("offsetof(struct kvmmem_descriptor, seen_generation)", 104),
+        ("offsetof(struct kvmmem_descriptor, ranges)", first),
+        ("offsetof(struct kvmmem_window_range, gpa)", 0),
+        ("offsetof(struct kvmmem_window_range, len)", at(&0x2222u64.to_le_bytes()) - first),
+        ("offsetof(struct kvmmem_window_range, offset)", at(&0x3333u64.to_le_bytes()) - first),
+        ("offsetof(struct kvmmem_window_range, window)", at(&0x4444u32.to_le_bytes()) - first),
+    ]
+}
+
+/// The defines, and the kernel's own error numbers.
+fn numbers() -> BTreeMap<&'static str, u64> {
     let kvm = |error: KvmError| u64::try_from(error.number()).unwrap();
     BTreeMap::from([
-        ("sizeof(struct kvmi_map_mem_token)", size_of::<MapMemToken>() as u64),
-        ("_Alignof(struct kvmi_map_mem_token)", align_of::<MapMemToken>() as u64),
-        ("offsetof(struct kvmi_map_mem_token, token)", offset_of!(MapMemToken, token) as u64),
-        ("sizeof(((struct kvmi_map_mem_token *)0)->token[0])", 8),
-        ("sizeof(struct kvmi_mem_map)", size_of::<MemMap>() as u64),
-        ("_Alignof(struct kvmi_mem_map)", align_of::<MemMap>() as u64),
-        ("offsetof(struct kvmi_mem_map, token)", offset_of!(MemMap, token) as u64),
-        ("offsetof(struct kvmi_mem_map, gpa)", offset_of!(MemMap, gpa) as u64),
-        ("offsetof(struct kvmi_mem_map, gva)", offset_of!(MemMap, gva) as u64),
-        ("sizeof(((struct kvmi_mem_map *)0)->gpa)", 8),
-        ("sizeof(((struct kvmi_mem_map *)0)->gva)", 8),
         ("KVM_INTRO_MEM_MAP", u64::from(ioctl::MEM_MAP)),
         ("KVM_INTRO_MEM_UNMAP", u64::from(ioctl::MEM_UNMAP)),
+        ("KVM_GUEST_MEM_OPEN", u64::from(region::MEM_OPEN)),
+        ("KVM_GUEST_MEM_MAP", u64::from(region::MEM_MAP)),
+        ("KVM_GUEST_MEM_UNMAP", u64::from(region::MEM_UNMAP)),
+        ("KVMMEM_INFO", u64::from(native::INFO)),
+        ("KVMMEM_ATTACH", u64::from(native::ATTACH)),
+        ("KVMMEM_RANGES", u64::from(native::RANGES)),
+        ("KVMMEM_DETACH", u64::from(native::DETACH)),
+        ("KVMMEM_STATS", u64::from(native::STATS)),
+        ("KVMMEM_VERSION", u64::from(native::VERSION)),
+        ("KVMMEM_FEAT_VIEWS", u64::from(native::FEATURE_VIEWS)),
+        ("KVMMEM_FEAT_HUGE_2M", u64::from(native::FEATURE_HUGE_2M)),
+        ("KVMMEM_FEAT_HUGE_1G", u64::from(native::FEATURE_HUGE_1G)),
+        ("KVMMEM_FEAT_SEEK", u64::from(native::FEATURE_SEEK)),
+        ("KVMMEM_FEAT_REGIONS", u64::from(native::FEATURE_REGIONS)),
+        ("KVMMEM_ATTACH_READ_ONLY", u64::from(native::ATTACH_READ_ONLY)),
+        ("KVMMEM_STATE_OPEN", u64::from(native::STATE_OPEN)),
+        ("KVMMEM_STATE_REVOKED", u64::from(native::STATE_REVOKED)),
+        ("KVMMEM_STATE_GONE", u64::from(native::STATE_GONE)),
+        ("KVMMEM_RIGHT_READ", u64::from(native::RIGHT_READ)),
+        ("KVMMEM_RIGHT_WRITE", u64::from(native::RIGHT_WRITE)),
+        ("KVMMEM_DESCRIPTOR_MAGIC", descriptor::MAGIC),
+        ("KVMMEM_DESCRIPTOR_VERSION", u64::from(descriptor::VERSION)),
+        ("KVMMEM_MAX_RANGES", descriptor::MAX_RANGES as u64),
+        ("KVM_HC_VIEW_ATTACH", hypercall::ATTACH),
+        ("KVM_HC_VIEW_DETACH", hypercall::DETACH),
+        ("KVM_HC_VIEW_SEEK", hypercall::SEEK),
+        ("KVMMEM_SEEK_DATA", hypercall::SEEK_DATA),
+        ("KVMMEM_SEEK_HOLE", hypercall::SEEK_HOLE),
         ("KVM_HC_MEM_MAP", hypercall::MEM_MAP),
         ("KVM_HC_MEM_UNMAP", hypercall::MEM_UNMAP),
         ("KVMMEM_CPUID_SIGNATURE", u64::from(cpuid::LEAF_SIGNATURE)),
         ("KVMMEM_CPUID_FEATURES", u64::from(cpuid::LEAF_FEATURES)),
         ("KVMMEM_FEATURE_VMCALL", u64::from(cpuid::FEATURE_VMCALL)),
         ("KVMMEM_FEATURE_DOORBELL", u64::from(cpuid::FEATURE_DOORBELL)),
+        ("KVMMEM_FEATURE_WINDOW", u64::from(cpuid::FEATURE_WINDOW)),
         // The error numbers are the kernel's own.
         ("KVM_EPERM", kvm(KvmError::Perm)),
         ("KVM_E2BIG", kvm(KvmError::TooBig)),
@@ -144,5 +255,5 @@ fn every_define_and_struct_of_the_header_is_compared() {
             _ => {}
         }
     }
-    assert!(seen >= 11, "only {seen} definitions found: is the header still read correctly?");
+    assert!(seen >= 50, "only {seen} definitions found: is the header still read correctly?");
 }
