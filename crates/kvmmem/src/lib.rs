@@ -30,6 +30,7 @@ mod explain;
 mod inbox;
 pub mod listener;
 mod operation;
+pub mod paging;
 pub mod session;
 mod stream;
 

@@ -1,0 +1,294 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! x86-64 page tables of a target: from a guest-virtual address (GVA) to a guest-physical one (GPA).
+//!
+//! The tables are the target's and may say anything: a walk reads one entry for each level, at most five in all,
+//! whatever they hold, so that tables that point at each other do no harm. While a target runs, they may also change
+//! between two reads.
+//!
+//! ```
+//! use kvmmem::paging::{AddressSpace, Levels};
+//!
+//! # let memory = vec![0u8; 0x5000];
+//! // Reads the target's memory, for example by `View::read_at` or `Session::read_physical`.
+//! let read = |gpa: u64, buf: &mut [u8]| -> std::io::Result<()> {
+//!     let start = usize::try_from(gpa).unwrap_or(usize::MAX);
+//!     let place = memory.get(start..).and_then(|rest| rest.get(..buf.len()));
+//!     buf.copy_from_slice(place.ok_or(std::io::ErrorKind::UnexpectedEof)?);
+//!     Ok(())
+//! };
+//! let space = AddressSpace { cr3: 0x1000, levels: Levels::Four };
+//! let walk = space.walk(0xffff_ffff_8100_0000, read);
+//! assert!(walk.end.is_err(), "an empty table maps nothing");
+//! ```
+
+use std::error::Error;
+use std::fmt;
+
+/// Bits 12 to 51 of an entry: where the next table or the page is.
+const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
+
+const PRESENT: u64 = 1 << 0;
+const WRITABLE: u64 = 1 << 1;
+const USER: u64 = 1 << 2;
+/// Where a table might follow: this entry maps a large page instead.
+const LARGE: u64 = 1 << 7;
+const NO_EXECUTE: u64 = 1 << 63;
+
+/// How many levels of tables the target uses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Levels {
+    /// 48-bit addresses.
+    Four,
+    /// 57-bit addresses: CR4.LA57 is set.
+    Five,
+}
+
+impl Levels {
+    /// The number.
+    pub fn count(self) -> u8 {
+        match self {
+            Self::Four => 4,
+            Self::Five => 5,
+        }
+    }
+
+    /// Bits of an address that have a meaning.
+    pub fn address_bits(self) -> u32 {
+        12 + 9 * u32::from(self.count())
+    }
+
+    /// Whether the bits of `gva` above its meaning repeat the highest one that has one.
+    pub fn is_canonical(self, gva: u64) -> bool {
+        let shift = 64 - self.address_bits();
+        (gva << shift).cast_signed() >> shift == gva.cast_signed()
+    }
+}
+
+/// A virtual address space of the target.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct AddressSpace {
+    /// The register as the vCPU holds it; only the address in it counts.
+    pub cr3: u64,
+    /// How deep the tables are.
+    pub levels: Levels,
+}
+
+/// One entry that a walk has read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Entry {
+    /// 5 is PML5E, 4 PML4E, 3 PDPTE, 2 PDE, 1 PTE.
+    pub level: u8,
+    /// Where the entry lies.
+    pub gpa: u64,
+    /// What it holds.
+    pub value: u64,
+}
+
+/// What all the levels together allow. What the vCPU's CR0, CR4 and protection keys forbid is not known here.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Permissions {
+    /// Stores are allowed.
+    pub is_writable: bool,
+    /// User mode may use the page.
+    pub is_user: bool,
+    /// Instructions may be fetched.
+    pub is_executable: bool,
+}
+
+/// Where a GVA leads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Translation {
+    /// The address itself, not that of its page.
+    pub gpa: u64,
+    /// Bytes of the page: 4 KiB, 2 MiB or 1 GiB.
+    pub page_size: u64,
+    /// What may be done there.
+    pub permissions: Permissions,
+}
+
+/// A walk: the entries that were read, outermost first, and how it ended.
+#[derive(Debug)]
+pub struct Walk<E: Error + 'static> {
+    /// At most one for each level.
+    pub entries: Vec<Entry>,
+    /// The translation, or why there is none.
+    pub end: Result<Translation, WalkError<E>>,
+}
+
+/// Why a GVA has no translation, or cannot be read.
+#[derive(Debug, thiserror::Error)]
+pub enum WalkError<E: Error + 'static> {
+    /// The address cannot exist with that many levels.
+    #[error("gva {gva:#x} is not canonical with {} levels of page tables", levels.count())]
+    NotCanonical {
+        /// The address.
+        gva: u64,
+        /// How many levels.
+        levels: Levels,
+    },
+    /// An entry is not present: nothing is mapped, or it is paged out.
+    #[error("gva {gva:#x} is not mapped: the {entry} is not present")]
+    NotPresent {
+        /// The address.
+        gva: u64,
+        /// The entry that ends the walk.
+        entry: Entry,
+    },
+    /// An entry has reserved bits set, with which the vCPU would fault: this is no page table, or CR3 is wrong.
+    #[error(
+        "gva {gva:#x} is not mapped: the {entry} has reserved bits {reserved:#x} set; is that CR3 right?"
+    )]
+    Reserved {
+        /// The address.
+        gva: u64,
+        /// The entry.
+        entry: Entry,
+        /// Which of its bits.
+        reserved: u64,
+    },
+    /// An entry cannot be read.
+    #[error("cannot read the level {level} page table entry of gva {gva:#x}, at gpa {gpa:#x}")]
+    Table {
+        /// The address.
+        gva: u64,
+        /// The entry's level.
+        level: u8,
+        /// Where the entry lies.
+        gpa: u64,
+        /// What went wrong.
+        #[source]
+        source: E,
+    },
+    /// The page itself cannot be read.
+    #[error("cannot read gva {gva:#x}, which is gpa {gpa:#x}")]
+    Page {
+        /// First address of the part that cannot be read.
+        gva: u64,
+        /// Where it leads.
+        gpa: u64,
+        /// What went wrong.
+        #[source]
+        source: E,
+    },
+    /// The range to be read passes the end of the address space.
+    #[error("{len:#x} bytes from gva {gva:#x} on pass the end of the address space")]
+    End {
+        /// First address.
+        gva: u64,
+        /// Length in bytes.
+        len: usize,
+    },
+}
+
+impl AddressSpace {
+    /// Looks up `gva`. `read` fills a buffer from the target's memory at a GPA; it is asked for 8 bytes at a time,
+    /// aligned to 8, once for each level.
+    pub fn walk<E: Error>(&self, gva: u64, read: impl FnMut(u64, &mut [u8]) -> Result<(), E>) -> Walk<E> {
+        let mut entries = Vec::with_capacity(self.levels.count().into());
+        let end = self.descend(gva, read, &mut entries);
+        Walk { entries, end }
+    }
+
+    /// Copies `buf.len()` bytes from `gva` on, page by page.
+    ///
+    /// # Errors
+    /// [`WalkError`]; what `buf` holds then is not specified.
+    pub fn read<E: Error>(
+        &self,
+        gva: u64,
+        buf: &mut [u8],
+        mut read: impl FnMut(u64, &mut [u8]) -> Result<(), E>,
+    ) -> Result<(), WalkError<E>> {
+        let len = buf.len();
+        let mut at = gva;
+        let mut rest = buf;
+        while !rest.is_empty() {
+            let Translation { gpa, page_size, .. } = self.walk(at, &mut read).end?;
+            let in_page = page_size - gpa % page_size;
+            let part = rest.len().min(usize::try_from(in_page).unwrap_or(usize::MAX));
+            let (now, later) = rest.split_at_mut(part);
+            read(gpa, now).map_err(|source| WalkError::Page { gva: at, gpa, source })?;
+            rest = later;
+            if !rest.is_empty() {
+                at = at.checked_add(part as u64).ok_or(WalkError::End { gva, len })?;
+            }
+        }
+        Ok(())
+    }
+
+    fn descend<E: Error>(
+        &self,
+        gva: u64,
+        mut read: impl FnMut(u64, &mut [u8]) -> Result<(), E>,
+        entries: &mut Vec<Entry>,
+    ) -> Result<Translation, WalkError<E>> {
+        if !self.levels.is_canonical(gva) {
+            return Err(WalkError::NotCanonical { gva, levels: self.levels });
+        }
+        let mut table = self.cr3 & ADDRESS;
+        let mut permissions = Permissions { is_writable: true, is_user: true, is_executable: true };
+        let mut level = self.levels.count();
+        loop {
+            // Bytes that one entry of this level spans.
+            let span = 1 << (12 + 9 * (u32::from(level) - 1));
+            let gpa = table + gva / span % 512 * 8;
+            let mut bytes = [0; 8];
+            read(gpa, &mut bytes).map_err(|source| WalkError::Table { gva, level, gpa, source })?;
+            let value = u64::from_le_bytes(bytes);
+            let entry = Entry { level, gpa, value };
+            entries.push(entry);
+            if value & PRESENT == 0 {
+                return Err(WalkError::NotPresent { gva, entry });
+            }
+            let reserved = value & entry.reserved_bits();
+            if reserved != 0 {
+                return Err(WalkError::Reserved { gva, entry, reserved });
+            }
+            permissions.is_writable &= value & WRITABLE != 0;
+            permissions.is_user &= value & USER != 0;
+            permissions.is_executable &= value & NO_EXECUTE == 0;
+            if entry.is_leaf() {
+                let gpa = (value & ADDRESS & !(span - 1)) | (gva & (span - 1));
+                return Ok(Translation { gpa, page_size: span, permissions });
+            }
+            table = value & ADDRESS;
+            level -= 1;
+        }
+    }
+}
+
+impl Entry {
+    /// The entry's name in the manuals.
+    pub fn name(&self) -> &'static str {
+        match self.level {
+            1 => "PTE",
+            2 => "PDE",
+            3 => "PDPTE",
+            4 => "PML4E",
+            _ => "PML5E",
+        }
+    }
+
+    /// Whether the entry maps a page, if it is present.
+    pub fn is_leaf(&self) -> bool {
+        self.level == 1 || self.value & LARGE != 0 && matches!(self.level, 2 | 3)
+    }
+
+    /// Bits that must be 0. Those above the vCPU's physical address width must be as well, but which these are is
+    /// not known here.
+    fn reserved_bits(&self) -> u64 {
+        match self.level {
+            1 => 0,
+            // Bit 12 of a large page is PAT.
+            2 | 3 if self.is_leaf() => ((1 << (12 + 9 * (self.level - 1))) - 1) & !0x1fff,
+            2 | 3 => 0,
+            _ => LARGE,
+        }
+    }
+}
+
+impl fmt::Display for Entry {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {:#x} at gpa {:#x}", self.name(), self.value, self.gpa)
+    }
+}
