@@ -6,8 +6,13 @@ use std::time::Duration;
 
 use crate::endpoint::Endpoint;
 use crate::packet::{PacketBuffer, PacketError, PacketSocket, Wait};
-use crate::wire::{Answer, Call, FromBroker, Refusal, Request};
-pub use crate::wire::{HookInfo, TargetInfo};
+pub use crate::scope::{Rights, Scope, Span};
+use crate::wire::{Answer, Call, Cursor, FromBroker, Refusal, Request};
+pub use crate::wire::{
+    GrantInfo, GrantRequest, GrantState, HookInfo, KvmiPolicy, Origin, Revoked, TargetInfo, ViewCounters,
+    ViewInfo,
+};
+pub use kvmmem_kvmi::token::Token;
 
 /// How long the broker may take to answer.
 const LIMIT: Duration = Duration::from_secs(5);
@@ -17,6 +22,15 @@ pub struct Admin {
     socket: PacketSocket,
     buffer: PacketBuffer,
     last_request: u64,
+}
+
+/// A grant that was made.
+#[derive(Clone, Debug)]
+pub struct Granted {
+    /// Its number, by which it is listed and taken back.
+    pub grant: u64,
+    /// Its token. Nothing shows it again.
+    pub token: Token,
 }
 
 /// Why a request failed.
@@ -98,6 +112,68 @@ impl Admin {
     pub fn unhook(&mut self, target: &str, endpoint: &Endpoint) -> Result<(), AdminError> {
         let call = Call::Unhook { target: target.to_owned(), endpoint: endpoint.clone() };
         self.ask(call).map(|_| ())
+    }
+
+    /// Makes a token.
+    ///
+    /// # Errors
+    /// [`AdminError`]; where a range is refused, the message names it.
+    pub fn grant(&mut self, request: &GrantRequest) -> Result<Granted, AdminError> {
+        match self.ask(Call::Grant(request.clone()))? {
+            Answer::Granted { grant, token } => Ok(Granted { grant, token }),
+            _ => Err(AdminError::NoAnswer),
+        }
+    }
+
+    /// The grants, by ascending number: those that can be used, those that have open views, and for a while those whose
+    /// end was not long ago.
+    ///
+    /// # Errors
+    /// [`AdminError`].
+    pub fn grants(&mut self) -> Result<Vec<GrantInfo>, AdminError> {
+        let mut all: Vec<GrantInfo> = Vec::new();
+        let mut after = Cursor::default();
+        loop {
+            let Answer::Grants { grants, next } = self.ask(Call::Grants { after })? else {
+                return Err(AdminError::NoAnswer);
+            };
+            for grant in grants {
+                // The rest of a grant whose views did not fit in one page.
+                match all.last_mut().filter(|last| last.id == grant.id) {
+                    Some(last) => last.views.extend(grant.views),
+                    None => all.push(grant),
+                }
+            }
+            match next {
+                Some(next) if next > after => after = next,
+                Some(_) => return Err(AdminError::NoAnswer),
+                None => return Ok(all),
+            }
+        }
+    }
+
+    /// Takes a grant back: no new view is opened by it, and the open ones end. Waits, at most 2 s, until everybody who
+    /// uses it has confirmed. May be repeated.
+    ///
+    /// # Errors
+    /// [`AdminError`].
+    pub fn revoke(&mut self, grant: u64) -> Result<Revoked, AdminError> {
+        match self.ask(Call::Revoke { grant })? {
+            Answer::Revoked(revoked) => Ok(revoked),
+            _ => Err(AdminError::NoAnswer),
+        }
+    }
+
+    /// What tokens allow from now on that KVMI makes for a target, given by name or UUID; sets it first if asked to.
+    /// By its UUID a target need not be registered yet.
+    ///
+    /// # Errors
+    /// [`AdminError`].
+    pub fn policy(&mut self, target: &str, set: Option<KvmiPolicy>) -> Result<KvmiPolicy, AdminError> {
+        match self.ask(Call::Policy { target: target.to_owned(), set })? {
+            Answer::Policy { policy } => Ok(policy),
+            _ => Err(AdminError::NoAnswer),
+        }
     }
 
     fn ask(&mut self, call: Call) -> Result<Answer, AdminError> {

@@ -18,6 +18,7 @@ use crate::grants::{Grants, Redeemed};
 use crate::hook::HookError;
 use crate::peer::Credentials;
 use crate::registry::{Registry, Vm};
+use crate::scope::{Rights, Scope};
 use crate::session;
 use crate::wire::{Answer, Refusal};
 
@@ -104,7 +105,7 @@ impl Broker {
             grants.mint(now, token.clone(), target.id(), holder).map_err(|_| KvmError::Again)?;
         }
         let Some(holder) = holder else { return Ok((token, None)) };
-        if holder.peer().grant(target, &token).is_err() {
+        if holder.peer().grant(target, &token, 0, Scope::whole(Rights::ReadWrite)).is_err() {
             self.grants().release(&token);
             return Ok((token, None));
         }
@@ -131,7 +132,7 @@ impl Broker {
             .introduce(&vm)
             .map_err(|_| Refused::new(Refusal::Busy, "the target is gone, or the VMM does not read"))?;
         audit::used(target, by);
-        Ok(Answer::Redeemed { target })
+        Ok(Answer::Redeemed { grant: 0, target, scope: Scope::whole(Rights::ReadWrite) })
     }
 
     /// Takes note that a VM has used a token that was pushed to it.

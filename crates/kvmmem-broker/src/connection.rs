@@ -51,7 +51,7 @@ impl Connection<'_> {
         // A descriptor that comes with anything else than a registration is closed by going out of scope.
         while let Some((request, fd)) = socket.receive::<Request>(&mut buffer)? {
             let Request { id, call } = request;
-            let silent = matches!(call, Call::Used { .. });
+            let silent = call.is_one_way();
             let outcome = self.carry_out(call, fd);
             if silent {
                 continue;
@@ -79,6 +79,17 @@ impl Connection<'_> {
             Call::Used { token } => {
                 self.broker.used(now, self.vm.as_deref(), &token);
                 Ok(Answer::Done)
+            }
+            Call::Attach { .. }
+            | Call::Detached { .. }
+            | Call::Counters { .. }
+            | Call::RevokedDone { .. }
+            | Call::RamChanged { .. }
+            | Call::Grant(_)
+            | Call::Grants { .. }
+            | Call::Revoke { .. }
+            | Call::Policy { .. } => {
+                Err(Refused::new(Refusal::Denied, "this broker does not serve views yet"))
             }
             Call::Targets { after } => Ok(self.broker.list(after)),
             Call::Hook { target, endpoint } => self.broker.hook(credentials, &target, endpoint),

@@ -5,14 +5,20 @@
 //! a token that was pushed to this VM is claimed without asking anybody. When the broker goes away, that thread
 //! connects and registers again, in the background; what the old broker had pushed is void then, but every
 //! [`Target`] that somebody still holds stays usable.
+//!
+//! A second thread tells the VMM of what happens to its views ([`ViewEvents`]), so that answers go on coming while the
+//! VMM is at work on an event.
 
 mod cache;
+mod events;
+mod outbox;
 mod reader;
+mod views;
 
 use std::collections::HashMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -21,13 +27,42 @@ use uuid::Uuid;
 pub use crate::map::Region;
 use crate::map::{MapError, MemoryMap};
 use crate::packet::{PacketError, PacketSocket, Wait};
-pub use crate::wire::Registration;
+pub use crate::scope::{Rights, Scope, Span};
 use crate::wire::{Answer, Call, Refusal, Request};
+pub use crate::wire::{Caller, Change, Registration, ViewCounters};
 use cache::Cache;
+use events::Queue;
+pub use events::ViewEvents;
 pub use kvmmem_kvmi::token::Token;
+use outbox::Outbox;
+use views::Views;
 
-/// How long [`VmmLink::redeem`] waits for the broker.
-const REDEEM_LIMIT: Duration = Duration::from_secs(2);
+/// How long [`VmmLink::redeem`] and [`VmmLink::attach`] wait for the broker.
+const ANSWER_LIMIT: Duration = Duration::from_secs(2);
+
+/// What a token opened for one page.
+#[derive(Clone, Debug)]
+pub struct Redeemed {
+    /// Number of the grant, unique while the broker runs.
+    pub grant: u64,
+    /// The other VM.
+    pub target: Arc<Target>,
+    /// Which of its pages may be mapped, and how.
+    pub scope: Scope,
+}
+
+/// What a token opened for as long as it is not taken back.
+#[derive(Clone, Debug)]
+pub struct Attached {
+    /// Number of the view, unique while the broker runs.
+    pub view: u64,
+    /// Number of the grant, unique while the broker runs.
+    pub grant: u64,
+    /// The other VM.
+    pub target: Arc<Target>,
+    /// Which of its memory may be shown, and how.
+    pub scope: Scope,
+}
 
 /// Another VM, of which this VM may map pages.
 #[derive(Debug)]
@@ -35,8 +70,10 @@ pub struct Target {
     id: u64,
     name: String,
     uuid: Uuid,
+    generation: u64,
     map: MemoryMap,
-    ram: OwnedFd,
+    /// Shared by all generations.
+    ram: Arc<OwnedFd>,
 }
 
 impl Target {
@@ -59,6 +96,16 @@ impl Target {
     /// of it never meets the file's end.
     pub fn ram(&self) -> BorrowedFd<'_> {
         self.ram.as_fd()
+    }
+
+    /// Grows with each change of its RAM, as [`ViewEvents::changed`] tells. This object stays as it was.
+    pub fn generation(&self) -> u64 {
+        self.generation
+    }
+
+    /// Where its RAM is.
+    pub fn map(&self) -> &MemoryMap {
+        &self.map
     }
 
     /// The offset in [`Self::ram`] of guest-physical address `gpa`, `None` in a hole of the memory map.
@@ -96,8 +143,8 @@ pub enum LinkError {
     /// The broker announced a target with an impossible memory map.
     #[error("the broker announced a target with a bad memory map")]
     Map(#[source] MapError),
-    /// The reader's thread cannot be started.
-    #[error("cannot start the thread that reads from the broker")]
+    /// The link's threads cannot be started.
+    #[error("cannot start the threads of the link to the broker")]
     Thread(#[source] std::io::Error),
 }
 
@@ -119,27 +166,31 @@ pub enum RedeemError {
 #[derive(Debug)]
 pub struct VmmLink {
     shared: Arc<Shared>,
-    reader: Option<JoinHandle<()>>,
+    threads: Vec<JoinHandle<()>>,
 }
 
-/// What the callers and the reader's thread share.
+/// What the callers and the link's threads share.
 #[derive(Debug)]
 struct Shared {
     path: PathBuf,
-    registration: Registration,
     ram: Option<OwnedFd>,
     state: Mutex<State>,
-    /// Signalled when an answer has come, the connection has ended, or the link is dropped.
+    /// Signalled when an answer has come, the connection has ended, something waits in [`State::events`], or the link
+    /// is dropped.
     changed: Condvar,
+    /// Calls that are not answered, in their order.
+    outbox: Outbox,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct State {
+    /// Said again to each broker.
+    registration: Registration,
     /// `None` while there is no registered connection.
     socket: Option<Arc<PacketSocket>>,
     cache: Cache,
-    /// Pushed tokens that were used and of which the broker is not yet told.
-    used: Vec<Token>,
+    views: Views,
+    events: Queue,
     last_request: u64,
     /// Requests under way, and their answers once they have come.
     waiting: HashMap<u64, Option<Result<Answer, Refusal>>>,
@@ -149,6 +200,15 @@ struct State {
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    /// A number for a request that will be waited for.
+    fn begin_request(&mut self) -> u64 {
+        self.last_request += 1;
+        self.waiting.insert(self.last_request, None);
+        self.last_request
     }
 }
 
@@ -163,22 +223,36 @@ impl VmmLink {
         registration: Registration,
         ram: Option<OwnedFd>,
     ) -> Result<Self, LinkError> {
+        let state = State {
+            registration,
+            socket: None,
+            cache: Cache::default(),
+            views: Views::default(),
+            events: Queue::default(),
+            last_request: 0,
+            waiting: HashMap::new(),
+            stopped: false,
+        };
         let shared = Arc::new(Shared {
             path: socket.to_owned(),
-            registration,
             ram,
-            state: Mutex::default(),
+            state: Mutex::new(state),
             changed: Condvar::new(),
+            outbox: Outbox::default(),
         });
         let connection = reader::register(&shared)?;
-        let reader = std::thread::Builder::new()
-            .name("broker-link".into())
-            .spawn({
-                let shared = Arc::clone(&shared);
-                move || reader::run(&shared, connection)
-            })
-            .map_err(LinkError::Thread)?;
-        Ok(Self { shared, reader: Some(reader) })
+        let mut link = Self { shared, threads: Vec::new() };
+        // A link that is dropped because of the second thread ends the first one.
+        link.start("broker-link", move |shared| reader::run(shared, connection))?;
+        link.start("broker-events", events::run)?;
+        Ok(link)
+    }
+
+    fn start(&mut self, name: &str, run: impl FnOnce(&Shared) + Send + 'static) -> Result<(), LinkError> {
+        let shared = Arc::clone(&self.shared);
+        let thread = std::thread::Builder::new().name(name.into()).spawn(move || run(&shared));
+        self.threads.push(thread.map_err(LinkError::Thread)?);
+        Ok(())
     }
 
     /// Whether the VM is registered at this moment.
@@ -186,30 +260,60 @@ impl VmmLink {
         self.shared.lock().socket.is_some()
     }
 
-    /// Trades a token for the target whose pages it allows to map; the token is used up.
+    /// Says who is told of what happens to views, and to pages that were mapped by [`Self::redeem`]. A grant that is
+    /// taken back is never confirmed to the broker without it.
+    pub fn set_events(&self, events: Weak<dyn ViewEvents>) {
+        self.shared.lock().events.set_handler(events);
+        self.shared.changed.notify_all();
+    }
+
+    /// Trades a token for the target of which it allows to map a page; one use of the token is taken.
     ///
     /// A token that was pushed to this VM costs no round trip; else the broker is asked, and waited for at most 2 s.
+    /// Once the page is mapped where [`ViewEvents::revoke`] finds it, the caller looks at [`Self::is_revoked`].
     ///
     /// # Errors
     /// Where the token is not good, or the broker cannot say.
-    pub fn redeem(&self, token: &Token) -> Result<Arc<Target>, RedeemError> {
+    pub fn redeem(&self, token: &Token) -> Result<Redeemed, RedeemError> {
         let mut state = self.shared.lock();
         let socket = state.socket.clone().ok_or(RedeemError::Unavailable)?;
-        if let Some(target) = state.cache.claim(Instant::now(), token) {
-            state.used.push(token.clone());
-            return Ok(target);
+        if let Some(redeemed) = state.cache.claim(Instant::now(), token) {
+            self.shared.outbox.push(Call::Used { token: token.clone() });
+            return Ok(redeemed);
         }
-        state.last_request += 1;
-        let id = state.last_request;
-        state.waiting.insert(id, None);
+        let id = state.begin_request();
         drop(state);
 
         let sent = socket.send(&Request { id, call: Call::Redeem { token: token.clone() } }, None, Wait::No);
-        let deadline = Instant::now() + REDEEM_LIMIT;
+        let (mut state, answer) = self.answer(id, sent.is_ok());
+        match answer? {
+            Answer::Redeemed { grant, target, scope } => {
+                let target = state.cache.target(target).ok_or(RedeemError::Unavailable)?;
+                Ok(Redeemed { grant, target, scope })
+            }
+            Answer::Pushed => {
+                let redeemed = state.cache.claim(Instant::now(), token).ok_or(RedeemError::Unknown)?;
+                self.shared.outbox.push(Call::Used { token: token.clone() });
+                Ok(redeemed)
+            }
+            _ => Err(RedeemError::Unavailable),
+        }
+    }
+
+    /// Tells that this VM's RAM was reset, or that it is elsewhere in its memfd now. Whoever has a view of it is told.
+    pub fn ram_changed(&self, regions: Vec<Region>, change: Change) {
+        self.shared.lock().registration.regions.clone_from(&regions);
+        self.shared.outbox.push(Call::RamChanged { regions, change });
+        self.shared.flush();
+    }
+
+    /// Waits for the answer to a request.
+    fn answer(&self, id: u64, is_sent: bool) -> (MutexGuard<'_, State>, Result<Answer, RedeemError>) {
+        let deadline = Instant::now() + ANSWER_LIMIT;
         let mut state = self.shared.lock();
         let answer = loop {
             // A lost connection takes the entry away.
-            if sent.is_err() || !matches!(state.waiting.get(&id), Some(None)) {
+            if !is_sent || !matches!(state.waiting.get(&id), Some(None)) {
                 break state.waiting.remove(&id).flatten();
             }
             let left = deadline.saturating_duration_since(Instant::now());
@@ -219,18 +323,13 @@ impl VmmLink {
             }
             state = self.shared.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
         };
-        match answer.ok_or(RedeemError::Unavailable)? {
-            Ok(Answer::Redeemed { target }) => state.cache.target(target).ok_or(RedeemError::Unavailable),
-            Ok(Answer::Pushed) => {
-                let target = state.cache.claim(Instant::now(), token).ok_or(RedeemError::Unknown)?;
-                state.used.push(token.clone());
-                Ok(target)
-            }
-            Ok(_) => Err(RedeemError::Unavailable),
-            Err(Refusal::Unknown) => Err(RedeemError::Unknown),
-            Err(Refusal::Denied | Refusal::Invalid) => Err(RedeemError::Denied),
-            Err(_) => Err(RedeemError::Unavailable),
-        }
+        let answer = match answer {
+            Some(Ok(answer)) => Ok(answer),
+            Some(Err(Refusal::Unknown)) => Err(RedeemError::Unknown),
+            Some(Err(Refusal::Denied | Refusal::Invalid)) => Err(RedeemError::Denied),
+            Some(Err(_)) | None => Err(RedeemError::Unavailable),
+        };
+        (state, answer)
     }
 }
 
@@ -243,9 +342,12 @@ impl Drop for VmmLink {
         }
         drop(state);
         self.shared.changed.notify_all();
-        if let Some(reader) = self.reader.take() {
-            // The thread does not panic; were it to, there would be nothing left to end.
-            let _ = reader.join();
+        for thread in self.threads.drain(..) {
+            // The handler of events may have held the last reference to the link.
+            if thread.thread().id() != std::thread::current().id() {
+                // The threads do not panic; were one to, there would be nothing left to end.
+                let _ = thread.join();
+            }
         }
     }
 }

@@ -10,7 +10,7 @@ pub const PAGE_SIZE: u64 = 4096;
 pub const MAX_REGIONS: usize = 64;
 
 /// The end of guest-physical memory: x86-64 has at most 52 address bits.
-const GPA_END: u64 = 1 << 52;
+pub(crate) const GPA_END: u64 = 1 << 52;
 
 /// A range of RAM. All three numbers are bytes and multiples of the page size.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Packets over a unix SOCK_SEQPACKET socket: one JSON object each, with at most one file descriptor.
 
+use std::fmt;
 use std::io::{IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -62,6 +63,12 @@ pub struct PacketSocket {
 
 /// Where packets are received into; wiped after each.
 pub struct PacketBuffer(Vec<u8>);
+
+impl fmt::Debug for PacketBuffer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("PacketBuffer(..)")
+    }
+}
 
 impl Default for PacketBuffer {
     fn default() -> Self {

@@ -10,6 +10,7 @@ use rustix::io::Errno;
 use crate::grants::LIFETIME;
 use crate::packet::{PacketError, PacketSocket, Wait};
 use crate::registry::Vm;
+use crate::scope::Scope;
 use crate::wire::FromBroker;
 
 /// Who is at the other end.
@@ -59,11 +60,13 @@ impl Peer {
     ///
     /// # Errors
     /// Where the peer does not read, or the target is gone.
-    pub fn grant(&self, target: &Vm, token: &Token) -> Result<(), PacketError> {
+    pub fn grant(&self, target: &Vm, token: &Token, grant: u64, scope: Scope) -> Result<(), PacketError> {
         let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
         self.introduce_once(&mut known, target)?;
         let granted = FromBroker::Granted {
             token: token.clone(),
+            grant,
+            scope,
             target: target.id(),
             expires_in_ms: u64::try_from(LIFETIME.as_millis()).unwrap_or(0),
         };
@@ -90,6 +93,7 @@ impl Peer {
             id: target.id(),
             name: registration.name.clone(),
             uuid: registration.uuid,
+            generation: 1,
             regions: ram.map().regions().to_vec(),
         };
         self.socket.send(&introduction, Some(ram.fd()), Wait::No)?;

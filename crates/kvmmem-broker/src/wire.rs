@@ -4,10 +4,13 @@
 //! A peer sends [`Request`]s; each carries an id of the peer's choice, which the answer repeats. The broker also
 //! *pushes*: [`FromBroker::Target`] always precedes the first use of that target's id on a connection. File
 //! descriptors travel beside their packet, at most one: the RAM's memfd with [`Call::Register`] of an introspectable
-//! VM and with [`FromBroker::Target`], none with all else.
+//! VM, with [`FromBroker::Target`] and with [`Answer::HostAttached`], none with all else.
 //!
 //! The enums are tagged from outside, as in `{"id":1,"call":{"redeem":{"token":"..."}}}`: other forms make the parser
 //! keep copies of the text, and with it of tokens, that nobody wipes.
+
+mod grant;
+mod token_text;
 
 use std::fmt;
 
@@ -17,6 +20,10 @@ use uuid::Uuid;
 
 use crate::endpoint::Endpoint;
 pub use crate::map::Region;
+use crate::scope::Scope;
+pub use grant::{
+    Caller, Cursor, GrantInfo, GrantRequest, GrantState, KvmiPolicy, Origin, Revoked, ViewCounters, ViewInfo,
+};
 
 /// The largest packet, bytes.
 pub const MAX_PACKET: usize = 64 * 1024;
@@ -69,6 +76,61 @@ pub enum Call {
         #[serde(with = "token_text")]
         token: Token,
     },
+    /// Uses a token to open a view. Answer: [`Answer::Attached`] for a VMM, [`Answer::HostAttached`] for others.
+    Attach {
+        /// The token.
+        #[serde(with = "token_text")]
+        token: Token,
+        /// The process that asked.
+        caller: Caller,
+        /// Whether to open the view read-only, whatever the grant allows.
+        read_only: bool,
+    },
+    /// Tells that a view of this connection was closed. One way: never answered.
+    Detached {
+        /// Its number.
+        view: u64,
+        /// Its last counters.
+        counters: ViewCounters,
+    },
+    /// Tells the counters of a view of this connection. One way: never answered.
+    Counters {
+        /// Its number.
+        view: u64,
+        /// The counters.
+        counters: ViewCounters,
+    },
+    /// Tells that nothing of this connection reaches memory by a revoked grant any more. One way: never answered.
+    RevokedDone {
+        /// Number of the grant.
+        grant: u64,
+    },
+    /// Tells that this connection's VM was reset or has other RAM now, in the same memfd. One way: never answered.
+    RamChanged {
+        /// Where its RAM is now.
+        regions: Vec<Region>,
+        /// What happened.
+        change: Change,
+    },
+    /// Makes a token. Answer: [`Answer::Granted`].
+    Grant(GrantRequest),
+    /// Lists the grants from a cursor on. Answer: [`Answer::Grants`].
+    Grants {
+        /// [`Answer::Grants::next`] of the page before; the default for the first page.
+        after: Cursor,
+    },
+    /// Takes a grant back, and waits until everybody who uses it has confirmed. Answer: [`Answer::Revoked`].
+    Revoke {
+        /// Number of the grant.
+        grant: u64,
+    },
+    /// Tells, and sets, what tokens allow that KVMI makes for a target. Answer: [`Answer::Policy`].
+    Policy {
+        /// Name or UUID of the target; by its UUID it need not be registered.
+        target: String,
+        /// The new policy, to set one.
+        set: Option<KvmiPolicy>,
+    },
     /// Lists the VMs whose id is above `after`. Answer: [`Answer::Targets`].
     Targets {
         /// The last id of the page before; 0 for the first page.
@@ -89,6 +151,30 @@ pub enum Call {
         /// The hook's endpoint.
         endpoint: Endpoint,
     },
+}
+
+impl Call {
+    /// Whether the call is never answered.
+    pub fn is_one_way(&self) -> bool {
+        matches!(
+            self,
+            Self::Used { .. }
+                | Self::Detached { .. }
+                | Self::Counters { .. }
+                | Self::RevokedDone { .. }
+                | Self::RamChanged { .. }
+        )
+    }
+}
+
+/// What happened to a target's RAM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Change {
+    /// The VM was reset: its RAM is where it was, with nothing of its content.
+    Reset,
+    /// RAM was added or removed.
+    Resized,
 }
 
 /// What the broker sends.
@@ -119,6 +205,17 @@ pub enum FromBroker {
         name: String,
         /// Its UUID.
         uuid: Uuid,
+        /// Grows with each change of its RAM.
+        generation: u64,
+        /// Where its RAM is.
+        regions: Vec<Region>,
+    },
+    /// Push: a known target's RAM was reset or is elsewhere now.
+    Changed {
+        /// Number of the target.
+        target: u64,
+        /// Higher than before.
+        generation: u64,
         /// Where its RAM is.
         regions: Vec<Region>,
     },
@@ -127,10 +224,20 @@ pub enum FromBroker {
         /// The token.
         #[serde(with = "token_text")]
         token: Token,
+        /// Number of the grant.
+        grant: u64,
         /// Number of the target.
         target: u64,
+        /// What it allows.
+        scope: Scope,
         /// How long the token lives, milliseconds.
         expires_in_ms: u64,
+    },
+    /// Push: a grant that this connection has used, or has a token of, was taken back. To be confirmed by
+    /// [`Call::RevokedDone`] once nothing reaches the target's memory by it.
+    Revoke {
+        /// Number of the grant.
+        grant: u64,
     },
     /// Push: the target is no longer there, and its tokens are void.
     Gone {
@@ -152,8 +259,62 @@ pub enum Answer {
     },
     /// The token was good, and is used up now.
     Redeemed {
+        /// Number of the grant.
+        grant: u64,
         /// Number of the target.
         target: u64,
+        /// What the grant allows.
+        scope: Scope,
+    },
+    /// The view is open.
+    Attached {
+        /// Its number.
+        view: u64,
+        /// Number of the grant.
+        grant: u64,
+        /// Number of the target.
+        target: u64,
+        /// What the view allows.
+        scope: Scope,
+    },
+    /// The view is open, for a process of the host. The RAM's memfd comes with it, opened read-only where the view is.
+    HostAttached {
+        /// Its number.
+        view: u64,
+        /// Number of the grant.
+        grant: u64,
+        /// Number of the target.
+        target: u64,
+        /// What the view allows.
+        scope: Scope,
+        /// UUID of the target.
+        uuid: Uuid,
+        /// Grows with each change of the target's RAM.
+        generation: u64,
+        /// Where the target's RAM is, all of it.
+        regions: Vec<Region>,
+    },
+    /// The grant is made.
+    Granted {
+        /// Its number.
+        grant: u64,
+        /// Its token.
+        #[serde(with = "token_text")]
+        token: Token,
+    },
+    /// A page of grants.
+    Grants {
+        /// The grants, by ascending number. One with many views goes on in the next page, with other views.
+        grants: Vec<GrantInfo>,
+        /// Where the next page starts, if there is one.
+        next: Option<Cursor>,
+    },
+    /// The grant is taken back.
+    Revoked(Revoked),
+    /// What tokens allow that KVMI makes for a target.
+    Policy {
+        /// The policy in force.
+        policy: KvmiPolicy,
     },
     /// The token was pushed to this connection ([`FromBroker::Granted`], earlier in the stream): the peer has it.
     Pushed,
@@ -233,57 +394,6 @@ impl fmt::Display for Refusal {
             Self::Limit => "limit",
             Self::Busy => "busy",
         })
-    }
-}
-
-/// A token as 64 hexadecimal digits: its 32 bytes in the order of the wire.
-mod token_text {
-    use std::fmt;
-
-    use kvmmem_kvmi::token::Token;
-    use serde::de::{Error, Visitor};
-    use serde::{Deserializer, Serializer};
-    use zeroize::Zeroizing;
-
-    pub(super) fn serialize<S: Serializer>(token: &Token, serializer: S) -> Result<S::Ok, S::Error> {
-        let bytes = Zeroizing::new(token.to_bytes());
-        let mut text = Zeroizing::new(String::with_capacity(2 * Token::SIZE));
-        for byte in bytes.iter() {
-            for nibble in [byte >> 4, byte & 0xf] {
-                text.push(char::from_digit(nibble.into(), 16).unwrap_or_default());
-            }
-        }
-        serializer.serialize_str(&text)
-    }
-
-    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Token, D::Error> {
-        deserializer.deserialize_str(Digits)
-    }
-
-    /// Reads the digits where they lie.
-    struct Digits;
-
-    impl Visitor<'_> for Digits {
-        type Value = Token;
-
-        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-            f.write_str("64 hexadecimal digits")
-        }
-
-        fn visit_str<E: Error>(self, text: &str) -> Result<Token, E> {
-            let wrong = || E::custom("token is not 64 hexadecimal digits");
-            let (pairs, []) = text.as_bytes().as_chunks::<2>() else { return Err(wrong()) };
-            let mut bytes = Zeroizing::new([0; Token::SIZE]);
-            if pairs.len() != bytes.len() {
-                return Err(wrong());
-            }
-            let digit = |character: u8| char::from(character).to_digit(16).and_then(|n| u8::try_from(n).ok());
-            for (byte, [high, low]) in bytes.iter_mut().zip(pairs) {
-                let (high, low) = digit(*high).zip(digit(*low)).ok_or_else(wrong)?;
-                *byte = (high << 4) | low;
-            }
-            Ok(Token::from_bytes(&bytes))
-        }
     }
 }
 

@@ -120,7 +120,7 @@ fn a_bearer_token_is_redeemed_once_by_an_introspector() {
 
     let token = session.token().unwrap();
     assert_eq!(tiger.redeem(&token).unwrap_err(), RedeemError::Denied);
-    let found = lion.redeem(&token).unwrap();
+    let found = lion.redeem(&token).unwrap().target;
     assert_eq!(found.name(), "tiger");
     assert_eq!((found.resolve(0x3fff), found.resolve(0x4000)), (Some(0x3fff), None));
     let mut bytes = [0; 7];
@@ -130,7 +130,7 @@ fn a_bearer_token_is_redeemed_once_by_an_introspector() {
     assert_eq!(lion.redeem(&Token::new([1, 2, 3, 4])).unwrap_err(), RedeemError::Unknown);
 
     // The same target again, now known.
-    let again = lion.redeem(&session.token().unwrap()).unwrap();
+    let again = lion.redeem(&session.token().unwrap()).unwrap().target;
     assert_eq!(again.id(), found.id());
 }
 
@@ -168,7 +168,7 @@ fn a_token_for_a_vsock_tool_is_pushed_to_its_vm_and_good_there_only() {
     for _ in 0..200 {
         let token = mint();
         assert_eq!(puma.redeem(&token).unwrap_err(), RedeemError::Unknown);
-        assert_eq!(lion.redeem(&token).unwrap().name(), "tiger");
+        assert_eq!(lion.redeem(&token).unwrap().target.name(), "tiger");
         assert_eq!(lion.redeem(&token).unwrap_err(), RedeemError::Unknown);
     }
 
@@ -215,7 +215,7 @@ fn the_end_of_a_target_voids_its_tokens_and_keeps_what_is_mapped() {
     let vm = broker.state.find("tiger").unwrap();
     let endpoint = Endpoint::Vsock { cid: 7, port: 1 };
     let mint = || broker.state.mint(Instant::now(), &vm, &endpoint);
-    let held = lion.redeem(&mint().unwrap()).unwrap();
+    let held = lion.redeem(&mint().unwrap()).unwrap().target;
     let late = mint().unwrap();
     let bearer = broker.state.mint(Instant::now(), &vm, &Endpoint::Unix("/t".into())).unwrap();
     drop(tiger);
@@ -259,5 +259,5 @@ fn vms_register_again_with_a_new_broker() {
     wait_for("the links to be back", || tiger.is_connected() && lion.is_connected());
     let vm = broker.state.find("tiger").unwrap();
     let token = broker.state.mint(Instant::now(), &vm, &Endpoint::Vsock { cid: 7, port: 1 }).unwrap();
-    assert_eq!(lion.redeem(&token).unwrap().name(), "tiger");
+    assert_eq!(lion.redeem(&token).unwrap().target.name(), "tiger");
 }

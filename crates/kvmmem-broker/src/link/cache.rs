@@ -8,7 +8,8 @@ use std::time::{Duration, Instant};
 use kvmmem_kvmi::token::Token;
 use subtle::ConstantTimeEq;
 
-use super::Target;
+use super::{Redeemed, Target};
+use crate::scope::Scope;
 
 #[derive(Debug, Default)]
 pub(super) struct Cache {
@@ -20,7 +21,9 @@ pub(super) struct Cache {
 struct Grant {
     /// Boxed, so that moving the entry leaves no copy of it behind.
     token: Box<Token>,
+    grant: u64,
     target: u64,
+    scope: Scope,
     expires: Instant,
 }
 
@@ -35,26 +38,47 @@ impl Cache {
         self.targets.get(&id).cloned()
     }
 
-    /// Keeps a token for `lifetime`. The broker bounds how many are outstanding; the expired ones go here.
-    pub(super) fn grant(&mut self, now: Instant, token: Token, target: u64, lifetime: Duration) {
+    /// Keeps a token of grant `grant` for `lifetime`. The broker bounds how many are outstanding; the expired ones go
+    /// here.
+    pub(super) fn grant(
+        &mut self,
+        now: Instant,
+        token: Token,
+        (grant, target, scope): (u64, u64, Scope),
+        lifetime: Duration,
+    ) {
         self.grants.retain(|grant| grant.expires > now);
         if let Some(expires) = now.checked_add(lifetime) {
-            self.grants.push(Grant { token: Box::new(token), target, expires });
+            self.grants.push(Grant { token: Box::new(token), grant, target, scope, expires });
         }
     }
 
-    /// Takes a token out, used up from now on, and says which target it is for. Takes as long for a wrong token as
-    /// for a right one.
-    pub(super) fn claim(&mut self, now: Instant, token: &Token) -> Option<Arc<Target>> {
+    /// Takes a token out, used up from now on, and says what it opens.
+    pub(super) fn claim(&mut self, now: Instant, token: &Token) -> Option<Redeemed> {
         self.grants.retain(|grant| grant.expires > now);
+        let grant = self.take(token)?;
+        Some(Redeemed { grant: grant.grant, target: self.target(grant.target)?, scope: grant.scope })
+    }
+
+    /// Takes a token out for good.
+    pub(super) fn void(&mut self, token: &Token) {
+        self.take(token);
+    }
+
+    /// Takes as long for a wrong token as for a right one.
+    fn take(&mut self, token: &Token) -> Option<Grant> {
         let mut found = None;
         for (index, grant) in self.grants.iter().enumerate() {
             if bool::from(grant.token.ct_eq(token)) {
                 found = Some(index);
             }
         }
-        let grant = self.grants.swap_remove(found?);
-        self.target(grant.target)
+        found.map(|index| self.grants.swap_remove(index))
+    }
+
+    /// Takes the tokens of a grant out for good.
+    pub(super) fn revoke(&mut self, grant: u64) {
+        self.grants.retain(|other| other.grant != grant);
     }
 
     /// Whether a token can be claimed, now or later.
@@ -79,12 +103,17 @@ impl Cache {
 mod tests {
     use super::*;
     use crate::map::{MemoryMap, Region};
+    use crate::scope::Rights;
     use uuid::Uuid;
 
     fn target(id: u64) -> Target {
         let map = MemoryMap::new(vec![Region { gpa: 0, len: 4096, offset: 0 }]).unwrap();
         let ram = std::fs::File::open("/dev/null").unwrap().into();
-        Target { id, name: "t".into(), uuid: Uuid::nil(), map, ram }
+        Target { id, name: "t".into(), uuid: Uuid::nil(), generation: 1, map, ram: Arc::new(ram) }
+    }
+
+    fn whole(grant: u64, target: u64) -> (u64, u64, Scope) {
+        (grant, target, Scope::whole(Rights::ReadWrite))
     }
 
     #[test]
@@ -92,13 +121,13 @@ mod tests {
         let (mut cache, now) = (Cache::default(), Instant::now());
         let token = Token::new([1, 2, 3, 4]);
         cache.insert_target(target(5));
-        cache.grant(now, token.clone(), 5, Duration::from_secs(3));
+        cache.grant(now, token.clone(), whole(1, 5), Duration::from_secs(3));
         assert!(cache.claim(now, &Token::new([1, 2, 3, 5])).is_none());
-        assert_eq!(cache.claim(now, &token).unwrap().id(), 5);
+        assert_eq!(cache.claim(now, &token).unwrap().target.id(), 5);
         assert!(cache.claim(now, &token).is_none());
         assert!(!cache.has_grants(now));
 
-        cache.grant(now, token.clone(), 5, Duration::from_secs(3));
+        cache.grant(now, token.clone(), whole(1, 5), Duration::from_secs(3));
         assert!(cache.has_grants(now));
         assert!(!cache.has_grants(now + Duration::from_secs(3)));
         assert!(cache.claim(now + Duration::from_secs(3), &token).is_none());
@@ -111,12 +140,26 @@ mod tests {
         cache.insert_target(target(5));
         cache.insert_target(target(6));
         for id in [5, 6] {
-            cache.grant(now, Token::new([id, 0, 0, 0]), id, Duration::from_secs(3));
+            cache.grant(now, Token::new([id, 0, 0, 0]), whole(9, id), Duration::from_secs(3));
         }
         cache.forget(5);
         assert!(cache.claim(now, &Token::new([5, 0, 0, 0])).is_none());
         assert!(cache.claim(now, &Token::new([6, 0, 0, 0])).is_some());
         cache.clear();
         assert!(cache.target(6).is_none());
+    }
+
+    #[test]
+    fn a_revoked_grant_or_a_void_token_cannot_be_claimed() {
+        let (mut cache, now) = (Cache::default(), Instant::now());
+        cache.insert_target(target(5));
+        for grant in 1..4 {
+            cache.grant(now, Token::new([grant, 0, 0, 0]), whole(grant, 5), Duration::from_secs(3));
+        }
+        cache.revoke(1);
+        cache.void(&Token::new([2, 0, 0, 0]));
+        assert!(cache.claim(now, &Token::new([1, 0, 0, 0])).is_none());
+        assert!(cache.claim(now, &Token::new([2, 0, 0, 0])).is_none());
+        assert_eq!(cache.claim(now, &Token::new([3, 0, 0, 0])).unwrap().grant, 3);
     }
 }

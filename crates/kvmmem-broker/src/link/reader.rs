@@ -7,16 +7,17 @@ use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
 
+use super::views::Views;
 use super::{LinkError, Shared, State, Target};
 use crate::map::MemoryMap;
 use crate::packet::{PacketBuffer, PacketError, PacketSocket, Wait};
-use crate::wire::{Call, FromBroker, Request};
+use crate::wire::{Answer, Call, Change, FromBroker, Refusal, Request, ViewCounters};
 
 /// How long the broker may take to answer a registration, or to take a packet.
 const REGISTER_LIMIT: Duration = Duration::from_secs(5);
 
-/// How long after a token's use the broker is told of it, at most.
-const TELL_USED_AFTER: Duration = Duration::from_millis(20);
+/// How long after a token's use the broker is told of it, at most; and how soon it is tried again.
+const TELL_AFTER: Duration = Duration::from_millis(20);
 
 /// How long to wait before the broker is tried again: at first, and at most.
 const BACK_OFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
@@ -31,7 +32,9 @@ pub(super) struct Connection {
 pub(super) fn register(shared: &Shared) -> Result<Connection, LinkError> {
     let socket = PacketSocket::connect(&shared.path, REGISTER_LIMIT)
         .map_err(|source| LinkError::Connect { path: shared.path.clone(), source })?;
-    let call = Call::Register(shared.registration.clone());
+    let registration = shared.lock().registration.clone();
+    let regions = registration.regions.clone();
+    let call = Call::Register(registration);
     let ram = shared.ram.as_ref().map(AsFd::as_fd);
     // A broker that is full closes at once, having said why: what it said is still there to be read.
     let sent = socket.send(&Request { id: 0, call }, ram, Wait::Limited);
@@ -54,8 +57,15 @@ pub(super) fn register(shared: &Shared) -> Result<Connection, LinkError> {
     if state.stopped {
         return Err(LinkError::NoAnswer);
     }
+    // The broker's numbers start anew, and what was to be told to the one before means nothing to this one.
+    shared.outbox.clear();
+    if state.registration.regions != regions {
+        let regions = state.registration.regions.clone();
+        shared.outbox.push(Call::RamChanged { regions, change: Change::Resized });
+    }
     state.socket = Some(Arc::clone(&socket));
     drop(state);
+    shared.flush();
     Ok(Connection { socket, buffer })
 }
 
@@ -70,8 +80,9 @@ pub(super) fn run(shared: &Shared, mut connection: Connection) {
         }
         state.socket = None;
         state.cache.clear();
-        state.used.clear();
+        state.views = Views::default();
         state.waiting.clear();
+        state.events.lost();
         drop(state);
         shared.changed.notify_all();
         match ended {
@@ -83,6 +94,8 @@ pub(super) fn run(shared: &Shared, mut connection: Connection) {
             ),
         }
         drop(connection);
+        let losing = |state: &mut State| !state.stopped && state.events.is_losing();
+        drop(shared.changed.wait_while(shared.lock(), losing).unwrap_or_else(PoisonError::into_inner));
         match register_again(shared) {
             Some(again) => connection = again,
             None => return,
@@ -96,62 +109,83 @@ fn read(shared: &Shared, connection: &mut Connection) -> Result<(), LinkError> {
     let Connection { socket, buffer } = connection;
     let mut is_limited = false;
     loop {
-        let may_be_used = {
-            let state = shared.lock();
-            state.cache.has_grants(Instant::now()) || !state.used.is_empty()
-        };
-        if may_be_used != is_limited {
-            socket.limit_receive(may_be_used.then_some(TELL_USED_AFTER)).map_err(LinkError::Packet)?;
-            is_limited = may_be_used;
+        let may_tell = shared.lock().cache.has_grants(Instant::now()) || !shared.outbox.is_empty();
+        if may_tell != is_limited {
+            socket.limit_receive(may_tell.then_some(TELL_AFTER)).map_err(LinkError::Packet)?;
+            is_limited = may_tell;
         }
         match socket.receive(buffer) {
             Ok(Some((message, fd))) => {
-                take(&mut shared.lock(), message, fd)?;
+                let answer = take(&mut shared.lock(), message, fd)?;
+                if let Some(call) = answer {
+                    shared.outbox.push(call);
+                }
                 shared.changed.notify_all();
             }
             Ok(None) => return Ok(()),
             Err(PacketError::Receive(Errno::AGAIN)) if is_limited => {}
             Err(error) => return Err(LinkError::Packet(error)),
         }
-        tell_used(shared, socket);
+        shared.outbox.flush(socket, None);
     }
 }
 
-/// Tells the broker which pushed tokens were used. Its count of outstanding tokens and its audit log depend on it, so a
-/// broker that does not read is not waited for.
-fn tell_used(shared: &Shared, socket: &PacketSocket) {
-    let used = std::mem::take(&mut shared.lock().used);
-    for token in used {
-        let _ = socket.send(&Request { id: 0, call: Call::Used { token } }, None, Wait::No);
-    }
-}
-
-/// Takes one message in.
-fn take(state: &mut State, message: FromBroker, fd: Option<OwnedFd>) -> Result<(), LinkError> {
-    let (id, answer) = match message {
-        FromBroker::Target { id, name, uuid, regions } => {
+/// Takes one message in; returns what the broker is to be told for it.
+fn take(state: &mut State, message: FromBroker, fd: Option<OwnedFd>) -> Result<Option<Call>, LinkError> {
+    match message {
+        FromBroker::Target { id, name, uuid, generation, regions } => {
             let map = MemoryMap::new(regions).map_err(LinkError::Map)?;
-            let ram = fd.ok_or(LinkError::NoAnswer)?;
-            state.cache.insert_target(Target { id, name, uuid, map, ram });
-            return Ok(());
+            let ram = Arc::new(fd.ok_or(LinkError::NoAnswer)?);
+            state.cache.insert_target(Target { id, name, uuid, generation, map, ram });
         }
-        FromBroker::Granted { token, target, expires_in_ms } => {
-            let lifetime = Duration::from_millis(expires_in_ms);
-            state.cache.grant(Instant::now(), token, target, lifetime);
-            return Ok(());
+        FromBroker::Changed { target, generation, regions } => {
+            let map = MemoryMap::new(regions).map_err(LinkError::Map)?;
+            if let Some(known) = state.cache.target(target).filter(|known| known.generation < generation) {
+                let (name, ram) = (known.name.clone(), Arc::clone(&known.ram));
+                let changed = Target { id: target, name, uuid: known.uuid, generation, map, ram };
+                state.cache.insert_target(changed);
+                state.events.changed(target);
+            }
+        }
+        FromBroker::Granted { token, grant, target, scope, expires_in_ms } => {
+            // A token by which a view is being opened is used for that.
+            if !state.views.is_under_way(&token) {
+                let lifetime = Duration::from_millis(expires_in_ms);
+                state.cache.grant(Instant::now(), token, (grant, target, scope), lifetime);
+            }
+        }
+        FromBroker::Revoke { grant } => {
+            state.cache.revoke(grant);
+            state.views.revoke(grant);
+            state.events.revoke(grant);
         }
         FromBroker::Gone { target } => {
             state.cache.forget(target);
-            return Ok(());
+            state.views.forget(target);
+            state.events.gone(target);
         }
-        FromBroker::Answer { id, answer } => (id, Ok(answer)),
-        FromBroker::Refused { id, refusal, .. } => (id, Err(refusal)),
-    };
+        FromBroker::Answer { id, answer } => return Ok(answered(state, id, Ok(answer))),
+        FromBroker::Refused { id, refusal, .. } => return Ok(answered(state, id, Err(refusal))),
+    }
+    Ok(None)
+}
+
+/// Hands an answer to whoever asked. A view that nobody waits for any more, or whose grant was taken back meanwhile, is
+/// closed at once.
+fn answered(state: &mut State, id: u64, mut answer: Result<Answer, Refusal>) -> Option<Call> {
+    state.views.end_request(id);
+    let mut closed = None;
+    if let Ok(Answer::Attached { view, grant, target, .. }) = answer
+        && (!state.waiting.contains_key(&id) || !state.views.open(view, grant, target))
+    {
+        answer = Err(Refusal::Unknown);
+        closed = Some(Call::Detached { view, counters: ViewCounters::default() });
+    }
     // Whoever asked may have given up; then nobody takes the answer.
     if let Some(waiting) = state.waiting.get_mut(&id) {
         *waiting = Some(answer);
     }
-    Ok(())
+    closed
 }
 
 /// Registers again, with growing pauses; `None` when the link is dropped.

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use kvmmem_abi::errno::KvmError;
-use kvmmem_broker::link::{LinkError, RedeemError, Region, Registration, Target, Token, VmmLink};
+use kvmmem_broker::link::{LinkError, RedeemError, Redeemed, Region, Registration, Rights, Token, VmmLink};
 use kvmmem_sys::ram::GuestRam;
 use uuid::Uuid;
 
@@ -47,7 +47,9 @@ fn regions(ram: &GuestRam) -> Vec<Region> {
 impl TokenSource for VmmLink {
     fn redeem(&self, token: &Token) -> Result<Arc<dyn TargetMemory>, KvmError> {
         match VmmLink::redeem(self, token) {
-            Ok(target) => Ok(target),
+            // A page is mapped read-write, or not at all.
+            Ok(redeemed) if redeemed.scope.rights != Rights::ReadWrite => Err(KvmError::Perm),
+            Ok(redeemed) => Ok(Arc::new(Granted(redeemed))),
             Err(RedeemError::Unknown) => Err(KvmError::NoEnt),
             Err(RedeemError::Unavailable) => Err(KvmError::Again),
             Err(RedeemError::Denied) => Err(KvmError::Perm),
@@ -55,12 +57,15 @@ impl TokenSource for VmmLink {
     }
 }
 
-impl TargetMemory for Target {
+/// A target, as far as its grant reaches.
+struct Granted(Redeemed);
+
+impl TargetMemory for Granted {
     fn ram(&self) -> BorrowedFd<'_> {
-        Target::ram(self)
+        self.0.target.ram()
     }
 
     fn resolve(&self, gpa: u64) -> Option<u64> {
-        Target::resolve(self, gpa)
+        self.0.target.resolve(gpa).filter(|_| self.0.scope.contains(gpa))
     }
 }

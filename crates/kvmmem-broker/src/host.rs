@@ -1,0 +1,244 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! A view for a process of the host itself: the broker hands it the memfd of the target's RAM.
+//!
+//! The process is trusted. It gets the whole memfd, of which the scope names a part, and nobody can take a mapping from
+//! it: where the grant is taken back, the process is told, drops what it has mapped, and confirms
+//! ([`HostLink::confirm`]). To enforce it, end the process.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use kvmmem_kvmi::token::Token;
+use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::io::Errno;
+use uuid::Uuid;
+
+use crate::map::{MapError, MemoryMap, Region};
+use crate::packet::{PacketBuffer, PacketError, PacketSocket, Wait};
+use crate::scope::{Rights, Scope};
+use crate::wire::{Answer, Call, Caller, FromBroker, Refusal, Request, ViewCounters};
+
+/// How long the broker may take to answer.
+const LIMIT: Duration = Duration::from_secs(5);
+
+/// A process's connection to the broker, as long as which its view lasts. Dropping it closes the view.
+#[derive(Debug)]
+pub struct HostLink {
+    socket: PacketSocket,
+    buffer: PacketBuffer,
+    view: u64,
+    grant: u64,
+    target: u64,
+    scope: Scope,
+    end: End,
+}
+
+/// Whether the view has ended, and whether the broker waits for a confirmation of that.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum End {
+    No,
+    Revoked,
+    Confirmed,
+    Gone,
+}
+
+/// What a process may look at.
+#[derive(Debug)]
+pub struct HostView {
+    /// The broker's number for the view.
+    pub view: u64,
+    /// UUID of the target.
+    pub uuid: Uuid,
+    /// Grows with each change of the target's RAM.
+    pub generation: u64,
+    /// Whether memory may be written.
+    pub rights: Rights,
+    /// The RAM that the grant reaches, by ascending address.
+    pub regions: Vec<Region>,
+    /// The target's memfd, opened read-only where the view is; sealed against shrinking.
+    pub ram: OwnedFd,
+}
+
+/// What has happened to a view.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum HostEvent {
+    /// The target was reset, or its RAM is elsewhere now: what was mapped before is not to be trusted.
+    Changed {
+        /// Higher than before.
+        generation: u64,
+        /// The RAM that the grant reaches now.
+        regions: Vec<Region>,
+    },
+    /// The grant was taken back. The broker waits for [`HostLink::confirm`].
+    Revoked,
+    /// The target is gone, or the broker.
+    Gone,
+}
+
+/// Why a process has no view.
+#[derive(Debug, thiserror::Error)]
+pub enum HostError {
+    /// The broker cannot be reached.
+    #[error("cannot reach the broker at {path}")]
+    Connect {
+        /// The socket.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: PacketError,
+    },
+    /// The connection failed.
+    #[error("connection to the broker failed")]
+    Packet(#[source] PacketError),
+    /// The broker closed the connection or answered something else.
+    #[error("the broker gave no answer")]
+    NoAnswer,
+    /// The broker refused.
+    #[error("{message}")]
+    Refused {
+        /// Which kind of failure; [`Refusal::Unknown`] for a token that is unknown, used, expired or somebody else's.
+        refusal: Refusal,
+        /// The broker's words.
+        message: String,
+    },
+    /// The broker told an impossible memory map.
+    #[error("the broker told a bad memory map")]
+    Map(#[source] MapError),
+    /// Waiting for the broker failed.
+    #[error("cannot wait for the broker")]
+    Wait(#[source] Errno),
+    /// The view has ended, as an event has told.
+    #[error("the view has ended")]
+    Ended,
+}
+
+impl HostLink {
+    /// Uses a token to open a view, by the broker that listens at `socket`.
+    ///
+    /// # Errors
+    /// Where the broker cannot be reached, or the token is not good.
+    pub fn attach(socket: &Path, token: &Token, read_only: bool) -> Result<(Self, HostView), HostError> {
+        let connect = || {
+            let socket = PacketSocket::connect(socket, LIMIT)?;
+            socket.limit_receive(Some(LIMIT))?;
+            Ok(socket)
+        };
+        let socket = connect().map_err(|source| HostError::Connect { path: socket.to_owned(), source })?;
+        let call = Call::Attach { token: token.clone(), caller: this_process(), read_only };
+        let sent = socket.send(&Request { id: 1, call }, None, Wait::Limited);
+        let mut buffer = PacketBuffer::default();
+        let (answer, ram) = loop {
+            match socket.receive(&mut buffer).map_err(HostError::Packet)? {
+                Some((FromBroker::Answer { id: 1, answer }, fd)) => break (answer, fd),
+                Some((FromBroker::Refused { refusal, message, .. }, _)) => {
+                    return Err(HostError::Refused { refusal, message });
+                }
+                Some(_) => {}
+                None => return Err(sent.err().map_or(HostError::NoAnswer, HostError::Packet)),
+            }
+        };
+        let (Answer::HostAttached { view, grant, target, scope, uuid, generation, regions }, Some(ram)) =
+            (answer, ram)
+        else {
+            return Err(HostError::NoAnswer);
+        };
+        let map = MemoryMap::new(regions).map_err(HostError::Map)?;
+        let (rights, regions) = (scope.rights, scope.regions(&map));
+        let link = Self { socket, buffer, view, grant, target, scope, end: End::No };
+        Ok((link, HostView { view, uuid, generation, rights, regions, ram }))
+    }
+
+    /// Waits for the next event, at most `timeout`; `None` where none came.
+    ///
+    /// # Errors
+    /// [`HostError::Ended`] after [`HostEvent::Revoked`] and [`HostEvent::Gone`].
+    pub fn wait(&mut self, timeout: Duration) -> Result<Option<HostEvent>, HostError> {
+        let deadline = Instant::now().checked_add(timeout);
+        loop {
+            if self.end != End::No {
+                return Err(HostError::Ended);
+            }
+            if !self.is_readable(deadline)? {
+                return Ok(None);
+            }
+            let message = match self.socket.receive(&mut self.buffer) {
+                Ok(Some((message, _))) => message,
+                Err(PacketError::Receive(Errno::AGAIN)) => continue,
+                // Whatever it is that failed, nobody can take the rights back any more: they end.
+                Ok(None) | Err(_) => {
+                    self.end = End::Gone;
+                    return Ok(Some(HostEvent::Gone));
+                }
+            };
+            match message {
+                FromBroker::Revoke { grant } if grant == self.grant => {
+                    self.end = End::Revoked;
+                    return Ok(Some(HostEvent::Revoked));
+                }
+                FromBroker::Gone { target } if target == self.target => {
+                    self.end = End::Gone;
+                    return Ok(Some(HostEvent::Gone));
+                }
+                FromBroker::Changed { target, generation, regions } if target == self.target => {
+                    let map = MemoryMap::new(regions).map_err(HostError::Map)?;
+                    return Ok(Some(HostEvent::Changed { generation, regions: self.scope.regions(&map) }));
+                }
+                _ => {}
+            }
+        }
+    }
+
+    /// Confirms that nothing of this process reaches the target's memory any more, after [`HostEvent::Revoked`].
+    pub fn confirm(&mut self) {
+        if self.end == End::Revoked {
+            self.end = End::Confirmed;
+            self.tell(Call::RevokedDone { grant: self.grant });
+        }
+    }
+
+    fn tell(&self, call: Call) {
+        // A broker that cannot be told sees the end of the connection.
+        let _ = self.socket.send(&Request { id: 0, call }, None, Wait::No);
+    }
+
+    fn is_readable(&self, deadline: Option<Instant>) -> Result<bool, HostError> {
+        loop {
+            let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+            // One that is too long for the kernel is as good as none.
+            let left = left.and_then(|left| Timespec::try_from(left).ok());
+            match rustix::event::poll(&mut [PollFd::new(&self.socket, PollFlags::IN)], left.as_ref()) {
+                Ok(ready) => return Ok(ready > 0),
+                Err(Errno::INTR) => {}
+                Err(error) => return Err(HostError::Wait(error)),
+            }
+        }
+    }
+}
+
+impl AsFd for HostLink {
+    /// Becomes readable when [`HostLink::wait`] has something to tell.
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+impl Drop for HostLink {
+    fn drop(&mut self) {
+        match self.end {
+            End::No => self.tell(Call::Detached { view: self.view, counters: ViewCounters::default() }),
+            End::Revoked => self.confirm(),
+            End::Confirmed | End::Gone => {}
+        }
+    }
+}
+
+/// Who asks; the broker takes process and user from the socket, and only the name from here.
+fn this_process() -> Caller {
+    let comm = std::fs::read_to_string("/proc/self/comm").unwrap_or_default();
+    Caller {
+        pid: std::process::id(),
+        uid: rustix::process::getuid().as_raw(),
+        comm: comm.trim_end().to_owned(),
+    }
+}
