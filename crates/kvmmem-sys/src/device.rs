@@ -42,19 +42,7 @@ impl Device {
     /// # Errors
     /// [`OpenError`].
     pub fn open(path: &Path) -> Result<Self, OpenError> {
-        // Non-blocking, so that a path that leads to a FIFO cannot hang the caller.
-        let flags = i32::try_from(rustix::fs::OFlags::NONBLOCK.bits()).unwrap_or(0);
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .custom_flags(flags)
-            .open(path)
-            .map_err(OpenError::Open)?;
-        let metadata = file.metadata().map_err(OpenError::Open)?;
-        if !metadata.file_type().is_char_device() || rustix::fs::major(metadata.rdev()) != MISC_MAJOR {
-            return Err(OpenError::NotMisc);
-        }
-        Ok(Self { file })
+        Ok(Self { file: open(path)? })
     }
 
     /// `KVM_INTRO_MEM_MAP`: replaces `page` by the page at `gpa` of the virtual machine that `token` names.
@@ -81,6 +69,19 @@ impl Device {
         // content of the page at that address, which `page` owns, as in `map`.
         unsafe { ioctl(self.file.as_fd(), IntegerSetter::<{ MEM_UNMAP }>::new_usize(page.address())) }
     }
+}
+
+/// Opens what must be a miscellaneous character device.
+pub(crate) fn open(path: &Path) -> Result<File, OpenError> {
+    // Non-blocking, so that a path that leads to a FIFO cannot hang the caller.
+    let flags = i32::try_from(rustix::fs::OFlags::NONBLOCK.bits()).unwrap_or(0);
+    let file =
+        OpenOptions::new().read(true).write(true).custom_flags(flags).open(path).map_err(OpenError::Open)?;
+    let metadata = file.metadata().map_err(OpenError::Open)?;
+    if !metadata.file_type().is_char_device() || rustix::fs::major(metadata.rdev()) != MISC_MAJOR {
+        return Err(OpenError::NotMisc);
+    }
+    Ok(file)
 }
 
 #[cfg(test)]

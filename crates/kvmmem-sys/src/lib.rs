@@ -2,8 +2,14 @@
 //! The one crate of kvmmem on the host's and the tool's side that may use `unsafe`: each module wraps one thing that
 //! the kernel offers and no well-kept crate wraps safely.
 
+#[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
+compile_error!("kvmmem is for x86-64 Linux alone");
+
 pub mod device;
+pub mod foreign;
+mod guarded;
 pub mod page;
 pub mod pio;
 pub mod ram;
+pub mod view;
 pub mod xen;

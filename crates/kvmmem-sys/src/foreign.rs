@@ -1,0 +1,426 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! A stretch of this process's addresses at which the memory of another virtual machine is mapped.
+//!
+//! That memory changes at any moment, and may be taken back at any moment: so no reference into it ever exists, and it
+//! is copied by guarded routines alone ([`crate::guarded`]).
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::ptr::NonNull;
+use std::sync::OnceLock;
+
+use rustix::fs::{MemfdFlags, SealFlags};
+use rustix::io::Errno;
+use rustix::mm::{MapFlags, ProtFlags};
+
+use crate::guarded;
+pub use crate::guarded::Word;
+use crate::page::PAGE_SIZE;
+
+const HUGE_2M: u64 = 2 << 20;
+const HUGE_1G: u64 = 1 << 30;
+
+/// Why foreign memory was not accessed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ForeignError {
+    /// The access leaves the stretch.
+    #[error("access at offset {offset:#x}, length {len:#x}, leaves the mapping of {size:#x} bytes")]
+    Outside {
+        /// Offset in bytes.
+        offset: u64,
+        /// Length in bytes.
+        len: usize,
+        /// The stretch's length in bytes.
+        size: u64,
+    },
+    /// A word's offset is not a multiple of its size.
+    #[error("offset {offset:#x} is not a multiple of {size}")]
+    Unaligned {
+        /// Offset in bytes.
+        offset: u64,
+        /// The word's size in bytes.
+        size: usize,
+    },
+    /// The stretch is mapped for reading only.
+    #[error("the mapping is read-only")]
+    ReadOnly,
+    /// The memory is not there, or not any more.
+    #[error("the memory at offset {offset:#x} is gone")]
+    Lost {
+        /// Offset in bytes of the first byte that was not copied.
+        offset: u64,
+    },
+    /// SIGBUS cannot be handled on this thread.
+    #[error("cannot handle SIGBUS")]
+    Guard(#[source] Errno),
+}
+
+/// Foreign memory at a fixed place, for every thread of the process.
+///
+/// # Invariants
+///
+/// The addresses from `base` to `base + len` are a whole number of pages which this object alone mapped and which stay
+/// mapped until it is dropped, each one shared from some file, readable, and writable if `is_writable`. (Of which file
+/// may change: [`Foreign::place`] and [`Foreign::clear`] replace one mapping by another in one step.) An access to a
+/// page that the file does not have raises SIGBUS. Only the guarded routines access them.
+#[derive(Debug)]
+pub struct Foreign {
+    base: NonNull<u8>,
+    len: usize,
+    is_writable: bool,
+}
+
+// SAFETY: nothing about a mapping depends on the thread that made it.
+unsafe impl Send for Foreign {}
+
+// SAFETY: the memory is no object of this program: by the invariant it is reached through the guarded routines alone,
+// which are machine code that tolerates any concurrent change, be it from another virtual machine or another thread;
+// replacing a mapping is one system call, and no field ever changes.
+unsafe impl Sync for Foreign {}
+
+impl Foreign {
+    /// Reserves `len` bytes, a positive multiple of the page size, at an address that is congruent to `like` modulo
+    /// 2 MiB, or 1 GiB if there is that much, so that large pages fit. Every access is lost until something is placed
+    /// there.
+    ///
+    /// # Errors
+    /// The system's; `EINVAL` for a bad length.
+    pub fn reserve(len: u64, like: u64, is_writable: bool) -> Result<Self, Errno> {
+        guarded::prepare()?;
+        let alignment = match len {
+            HUGE_1G.. => HUGE_1G,
+            HUGE_2M.. => HUGE_2M,
+            _ => PAGE_SIZE as u64,
+        };
+        if len == 0 || !len.is_multiple_of(PAGE_SIZE as u64) {
+            return Err(Errno::INVAL);
+        }
+        let size = |bytes: u64| usize::try_from(bytes).map_err(|_| Errno::NOMEM);
+        let room = size(len.checked_add(alignment).ok_or(Errno::NOMEM)?)?;
+        // SAFETY: with a null hint and without MAP_FIXED the kernel picks a free range, so no existing mapping, and
+        // with it no Rust object, is touched.
+        let start = unsafe {
+            rustix::mm::mmap(
+                core::ptr::null_mut(),
+                room,
+                protection(is_writable),
+                MapFlags::SHARED | MapFlags::NORESERVE,
+                nothing()?,
+                0,
+            )
+        }?;
+        let (base, len) = (start.cast::<u8>(), size(len)?);
+        let head = size(like.wrapping_sub(base.addr() as u64) & (alignment - 1) & !(PAGE_SIZE as u64 - 1))?;
+        let tail = base.wrapping_add(head + len);
+        for (part, bytes) in [(base, head), (tail, room - head - len)] {
+            if bytes > 0 {
+                // SAFETY: a part of what was just mapped, whose address nobody else knows; the rest is kept. Should
+                // it fail, addresses are wasted, nothing else.
+                let _ = unsafe { rustix::mm::munmap(part.cast(), bytes) };
+            }
+        }
+        let base = NonNull::new(base.wrapping_add(head)).ok_or(Errno::NOMEM)?;
+        // INVARIANT: mapped just now, shared, from the empty file.
+        Ok(Self { base, len, is_writable })
+    }
+
+    /// Maps `len` bytes of `file` from `file_offset` on at `offset`, in the place of what is there. All three are
+    /// multiples of the page size.
+    ///
+    /// # Errors
+    /// The system's, `EINVAL` for what leaves the stretch; what was there is there still, as far as the system tells.
+    pub fn place(&self, offset: u64, len: u64, file: BorrowedFd<'_>, file_offset: u64) -> Result<(), Errno> {
+        let page = PAGE_SIZE as u64;
+        let end = offset.checked_add(len).filter(|end| *end <= self.len());
+        let (Some(_), Ok(at), Ok(size)) = (end, usize::try_from(offset), usize::try_from(len)) else {
+            return Err(Errno::INVAL);
+        };
+        if len == 0 || !offset.is_multiple_of(page) || !len.is_multiple_of(page) {
+            return Err(Errno::INVAL);
+        }
+        // SAFETY:
+        // 1. The range is page-aligned and lies within this object's own, as checked above, so MAP_FIXED replaces
+        //    nothing else; the new mapping is shared and has the same protection, which keeps the invariant.
+        // 2. No reference to that memory exists, so no one relies on its contents staying the same.
+        let mapped = unsafe {
+            rustix::mm::mmap(
+                self.pointer(at).cast(),
+                size,
+                protection(self.is_writable),
+                MapFlags::SHARED | MapFlags::FIXED | MapFlags::NORESERVE,
+                file,
+                file_offset,
+            )
+        };
+        mapped.map(drop)
+    }
+
+    /// Takes back what was placed from `offset` on, `len` bytes: from the return on, every access there is lost.
+    ///
+    /// # Errors
+    /// As [`Foreign::place`].
+    pub fn clear(&self, offset: u64, len: u64) -> Result<(), Errno> {
+        self.place(offset, len, nothing()?, 0)
+    }
+
+    /// Length in bytes.
+    #[allow(clippy::len_without_is_empty, reason = "it never is")]
+    pub fn len(&self) -> u64 {
+        self.len as u64
+    }
+
+    /// Address in this process.
+    pub fn address(&self) -> usize {
+        self.base.as_ptr().addr()
+    }
+
+    /// Whether it may be written.
+    pub fn is_writable(&self) -> bool {
+        self.is_writable
+    }
+
+    /// Copies `buf.len()` bytes from `offset` on. While the other machine writes, the copy may mix old and new bytes.
+    ///
+    /// # Errors
+    /// [`ForeignError`]; with [`ForeignError::Lost`], the bytes before the one that it names have been copied.
+    pub fn read(&self, offset: u64, buf: &mut [u8]) -> Result<(), ForeignError> {
+        let at = self.check(offset, buf.len())?;
+        // SAFETY: the range lies within this object's mapping, as checked above, which is readable and stays until
+        // this object is dropped; `buf` is valid for writes; `check` has prepared the thread.
+        let left = unsafe { guarded::load(buf.as_mut_ptr(), self.pointer(at), buf.len()) };
+        copied(offset, buf.len(), left)
+    }
+
+    /// Copies `bytes` to `offset` on.
+    ///
+    /// # Errors
+    /// As [`Foreign::read`].
+    pub fn write(&self, offset: u64, bytes: &[u8]) -> Result<(), ForeignError> {
+        let at = self.check_write(offset, bytes.len())?;
+        // SAFETY: as in `read`; the mapping is writable, as checked above, and no reference into it exists that a
+        // write could break.
+        let left = unsafe { guarded::store(self.pointer(at), bytes.as_ptr(), bytes.len()) };
+        copied(offset, bytes.len(), left)
+    }
+
+    /// Reads the word at `offset`, a multiple of its size, in one access.
+    ///
+    /// # Errors
+    /// [`ForeignError`].
+    pub fn read_word<W: Word>(&self, offset: u64) -> Result<W, ForeignError> {
+        let at = self.check_word::<W>(offset, self.check(offset, W::SIZE)?)?;
+        // SAFETY: as in `read`, and the word is aligned: its offset by the line above, the mapping to pages.
+        unsafe { guarded::load_word(self.pointer(at)) }.ok_or(ForeignError::Lost { offset })
+    }
+
+    /// Writes the word at `offset`, a multiple of its size, in one access.
+    ///
+    /// # Errors
+    /// [`ForeignError`].
+    pub fn write_word<W: Word>(&self, offset: u64, word: W) -> Result<(), ForeignError> {
+        let at = self.check_word::<W>(offset, self.check_write(offset, W::SIZE)?)?;
+        // SAFETY: as in `read_word` and `write`.
+        unsafe { guarded::store_word(self.pointer(at), word) }.ok_or(ForeignError::Lost { offset })
+    }
+
+    /// Pointer to `offset`, which callers have checked; wrapping, so that it needs no unsafe.
+    fn pointer(&self, offset: usize) -> *mut u8 {
+        self.base.as_ptr().wrapping_add(offset)
+    }
+
+    /// The offset as a number of this process, if the access stays inside and this thread may make it.
+    fn check(&self, offset: u64, len: usize) -> Result<usize, ForeignError> {
+        let outside = ForeignError::Outside { offset, len, size: self.len() };
+        let at = usize::try_from(offset).map_err(|_| outside)?;
+        at.checked_add(len).filter(|end| *end <= self.len).ok_or(outside)?;
+        guarded::prepare().map_err(ForeignError::Guard)?;
+        Ok(at)
+    }
+
+    fn check_write(&self, offset: u64, len: usize) -> Result<usize, ForeignError> {
+        if !self.is_writable {
+            return Err(ForeignError::ReadOnly);
+        }
+        self.check(offset, len)
+    }
+
+    fn check_word<W: Word>(&self, offset: u64, at: usize) -> Result<usize, ForeignError> {
+        if at.is_multiple_of(W::SIZE) {
+            Ok(at)
+        } else {
+            Err(ForeignError::Unaligned { offset, size: W::SIZE })
+        }
+    }
+}
+
+impl Drop for Foreign {
+    fn drop(&mut self) {
+        // SAFETY: the range is this object's own by its invariant, no reference into it exists, and the object is
+        // gone after this.
+        let result = unsafe { rustix::mm::munmap(self.pointer(0).cast(), self.len) };
+        debug_assert_eq!(result, Ok(()));
+    }
+}
+
+fn protection(is_writable: bool) -> ProtFlags {
+    if is_writable { ProtFlags::READ | ProtFlags::WRITE } else { ProtFlags::READ }
+}
+
+fn copied(offset: u64, len: usize, left: usize) -> Result<(), ForeignError> {
+    match left {
+        0 => Ok(()),
+        left => Err(ForeignError::Lost { offset: offset + (len - left) as u64 }),
+    }
+}
+
+/// A file without any page, which stays so: every access to a mapping of it raises SIGBUS. It is made before there is
+/// anything to take back, so that taking back needs no file descriptor.
+fn nothing() -> Result<BorrowedFd<'static>, Errno> {
+    static NOTHING: OnceLock<Result<OwnedFd, Errno>> = OnceLock::new();
+    let make = || {
+        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+        let file = rustix::fs::memfd_create("kvmmem-nothing", flags)?;
+        rustix::fs::fcntl_add_seals(&file, SealFlags::GROW | SealFlags::SEAL)?;
+        Ok(file)
+    };
+    match NOTHING.get_or_init(make) {
+        Ok(file) => Ok(file.as_fd()),
+        Err(errno) => Err(*errno),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+
+    use super::*;
+
+    fn file(len: u64) -> File {
+        let file = File::from(rustix::fs::memfd_create("foreign", MemfdFlags::CLOEXEC).unwrap());
+        file.set_len(len).unwrap();
+        file
+    }
+
+    fn mapped(file: &File, len: u64) -> Foreign {
+        let memory = Foreign::reserve(len, 0, true).unwrap();
+        memory.place(0, len, file.as_fd(), 0).unwrap();
+        memory
+    }
+
+    #[test]
+    fn what_is_written_is_read() {
+        let file = file(0x3000);
+        let memory = mapped(&file, 0x3000);
+        let pattern: Vec<u8> = (0..0x3000u32).map(|i| u8::try_from(i % 251).unwrap()).collect();
+        for (offset, len) in [(0, 0x3000), (1, 200), (0xfff, 2), (0x2fff, 1), (0x3000, 0), (0x800, 64)] {
+            memory.write(0, &[0xee; 0x3000]).unwrap();
+            memory.write(offset, &pattern[..len]).unwrap();
+            let mut all = [0; 0x3000];
+            memory.read(0, &mut all).unwrap();
+            let start = usize::try_from(offset).unwrap();
+            assert_eq!(all[start..start + len], pattern[..len]);
+            assert!(all[..start].iter().chain(&all[start + len..]).all(|&byte| byte == 0xee));
+            let mut part = vec![0; len];
+            memory.read(offset, &mut part).unwrap();
+            assert_eq!(part, pattern[..len]);
+        }
+        memory.write_word(8, 0x0123_4567_89ab_cdef_u64).unwrap();
+        assert_eq!(memory.read_word::<u64>(8).unwrap(), 0x0123_4567_89ab_cdef);
+        assert_eq!(memory.read_word::<u32>(8).unwrap(), 0x89ab_cdef);
+        assert_eq!(memory.read_word::<u16>(10).unwrap(), 0x89ab);
+        memory.write_word(9, 0x11_u8).unwrap();
+        assert_eq!(memory.read_word::<u8>(8).unwrap(), 0xef);
+        assert_eq!(memory.read_word::<u16>(8).unwrap(), 0x11ef);
+    }
+
+    #[test]
+    fn a_page_that_vanishes_is_lost_to_the_byte() {
+        let file = file(0x3000);
+        let memory = mapped(&file, 0x3000);
+        memory.write(0, &[7; 0x3000]).unwrap();
+        file.set_len(0x1000).unwrap();
+        for start in [0u64, 0xfc0, 0xfc1, 0xfe0, 0xfff, 0x1000, 0x1001] {
+            let lost = ForeignError::Lost { offset: start.max(0x1000) };
+            let mut buf = [0; 0x200];
+            let fits = usize::try_from(0x1000u64.saturating_sub(start)).unwrap().min(buf.len());
+            let result = memory.read(start, &mut buf);
+            assert_eq!(result, if fits == buf.len() { Ok(()) } else { Err(lost) }, "{start:#x}");
+            assert!(buf[..fits].iter().all(|&byte| byte == 7) && buf[fits..].iter().all(|&byte| byte == 0));
+            let result = memory.write(start, &buf);
+            assert_eq!(result, if fits == buf.len() { Ok(()) } else { Err(lost) }, "{start:#x}");
+        }
+        assert_eq!(memory.read_word::<u64>(0x1008), Err(ForeignError::Lost { offset: 0x1008 }));
+        assert_eq!(memory.read_word::<u8>(0x2fff), Err(ForeignError::Lost { offset: 0x2fff }));
+        assert_eq!(memory.write_word(0x1008, 1u32), Err(ForeignError::Lost { offset: 0x1008 }));
+        assert_eq!(memory.read_word::<u64>(0xff8), Ok(u64::from_ne_bytes([7; 8])));
+        file.set_len(0x3000).unwrap();
+        assert_eq!(memory.read_word::<u64>(0x1008), Ok(0));
+    }
+
+    #[test]
+    fn many_threads_lose_it_at_once() {
+        let file = file(0x40_0000);
+        let memory = mapped(&file, 0x40_0000);
+        let lost = std::thread::scope(|scope| {
+            let reader = || {
+                let mut buf = vec![0; 0x40_0000];
+                (0..100_000).find_map(|_| memory.read(0, &mut buf).err())
+            };
+            let readers: Vec<_> = (0..4).map(|_| scope.spawn(reader)).collect();
+            std::thread::sleep(std::time::Duration::from_millis(20));
+            memory.clear(0x20_0000, 0x1000).unwrap();
+            readers.into_iter().map(|reader| reader.join().unwrap()).collect::<Vec<_>>()
+        });
+        assert_eq!(lost, [Some(ForeignError::Lost { offset: 0x20_0000 }); 4]);
+    }
+
+    #[test]
+    fn a_thread_that_blocked_the_signal_is_served() {
+        let memory = Foreign::reserve(0x1000, 0, false).unwrap();
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                // SAFETY: the set is filled in before it is used, and the mask is this thread's alone.
+                unsafe {
+                    let mut all = std::mem::zeroed();
+                    libc::sigfillset(&raw mut all);
+                    libc::pthread_sigmask(libc::SIG_SETMASK, &raw const all, std::ptr::null_mut());
+                }
+                assert_eq!(memory.read(0, &mut [0]), Err(ForeignError::Lost { offset: 0 }));
+            });
+        });
+    }
+
+    #[test]
+    fn what_leaves_the_stretch_is_refused() {
+        let file = file(0x2000);
+        let memory = mapped(&file, 0x2000);
+        let outside = |offset, len| Err(ForeignError::Outside { offset, len, size: 0x2000 });
+        assert_eq!(memory.read(0x2000, &mut [0]), outside(0x2000, 1));
+        assert_eq!(memory.write(u64::MAX, &[0, 0]), outside(u64::MAX, 2));
+        assert_eq!(memory.read_word::<u64>(0x1ff9), outside(0x1ff9, 8).map(|()| 0));
+        assert_eq!(memory.read_word::<u32>(2), Err(ForeignError::Unaligned { offset: 2, size: 4 }));
+        for (offset, len) in
+            [(0x2000, 0x1000), (0x1000, 0x2000), (!0xfff, 0x1000), (1, 0x1000), (0, 1), (0, 0)]
+        {
+            assert_eq!(memory.place(offset, len, file.as_fd(), 0), Err(Errno::INVAL), "{offset:#x} {len:#x}");
+        }
+        for len in [0, 1, 0x1001, u64::MAX, !0xfff] {
+            assert!(Foreign::reserve(len, 0, false).is_err(), "{len:#x}");
+        }
+        let memory = Foreign::reserve(0x1000, 0, false).unwrap();
+        memory.place(0, 0x1000, file.as_fd(), 0).unwrap();
+        assert_eq!(memory.write(0, &[1]), Err(ForeignError::ReadOnly));
+        assert_eq!(memory.write_word(0, 1u64), Err(ForeignError::ReadOnly));
+    }
+
+    #[test]
+    fn large_pages_fit() {
+        for (len, like, alignment) in
+            [(0x1000, 0x1234_5000, 0x1000), (2 << 20, 0x1234_5000, 2 << 20), (3 << 30, 0xabc0_1000, 1 << 30)]
+        {
+            let memory = Foreign::reserve(len, like, true).unwrap();
+            assert_eq!(memory.address() as u64 % alignment, like % alignment);
+            assert_eq!(memory.len(), len);
+            assert_eq!(memory.read(len - 1, &mut [0]), Err(ForeignError::Lost { offset: len - 1 }));
+        }
+    }
+}

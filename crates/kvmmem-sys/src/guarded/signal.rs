@@ -1,0 +1,178 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! The handler of SIGBUS behind the guarded copies.
+
+use std::cell::Cell;
+use std::ffi::{c_int, c_void};
+use std::mem::MaybeUninit;
+use std::ptr;
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicPtr, Ordering};
+
+use libc::{SIG_DFL, SIG_IGN, SIGBUS, sigaction, siginfo_t, ucontext_t};
+use rustix::io::Errno;
+
+use super::{kvmmem_guarded_end, kvmmem_guarded_loads, kvmmem_guarded_stores};
+
+/// `si_code` of a page fault that cannot be served (`BUS_ADRERR` of `<asm-generic/siginfo.h>`).
+const BUS_ADRERR: c_int = 2;
+
+/// `si_code` of an access to memory that the hardware has lost (`BUS_MCEERR_AR`).
+const BUS_MCEERR_AR: c_int = 4;
+
+const PAGE_MASK: usize = 4095;
+
+/// What was to happen on SIGBUS before [`handle`] was installed; never freed, as a handler may be reading it.
+static PREVIOUS: AtomicPtr<sigaction> = AtomicPtr::new(ptr::null_mut());
+
+static INSTALLED: OnceLock<Result<(), Errno>> = OnceLock::new();
+
+thread_local! {
+    /// Whether [`prepare`] has returned on this thread.
+    static PREPARED: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Makes guarded copies safe on this thread: installs the handler, once in the process, and unblocks SIGBUS, once in
+/// the thread. A fault kills a thread that blocks the signal, so it must not block it again.
+///
+/// # Errors
+/// The system's, if it refuses; it has no documented reason to.
+pub(crate) fn prepare() -> Result<(), Errno> {
+    if PREPARED.get() {
+        return Ok(());
+    }
+    (*INSTALLED.get_or_init(install))?;
+    let mut signals = MaybeUninit::<libc::sigset_t>::uninit();
+    // SAFETY: sigemptyset fills in the set that it is given, the others read and change that set alone; a null third
+    // argument is allowed, and unblocking a signal breaks nothing that this crate relies on.
+    let result = unsafe {
+        libc::sigemptyset(signals.as_mut_ptr());
+        libc::sigaddset(signals.as_mut_ptr(), SIGBUS);
+        libc::pthread_sigmask(libc::SIG_UNBLOCK, signals.as_ptr(), ptr::null_mut())
+    };
+    if result != 0 {
+        return Err(Errno::from_raw_os_error(result));
+    }
+    PREPARED.set(true);
+    Ok(())
+}
+
+fn install() -> Result<(), Errno> {
+    let failed = || Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::INVAL);
+    let mut previous = MaybeUninit::<sigaction>::uninit();
+    // SAFETY: a null new action is allowed; the old one is written to `previous`.
+    if unsafe { sigaction(SIGBUS, ptr::null(), previous.as_mut_ptr()) } != 0 {
+        return Err(failed());
+    }
+    // SAFETY: the call above succeeded, so it has filled `previous` in.
+    let previous = unsafe { previous.assume_init() };
+    // Before the handler is installed, because it reads it.
+    PREVIOUS.store(Box::into_raw(Box::new(previous)), Ordering::Release);
+
+    let mut action = previous;
+    let handler: extern "C" fn(c_int, *mut siginfo_t, *mut c_void) = handle;
+    action.sa_sigaction = handler as *const () as usize;
+    // What the previous handler ran with, since it runs within this one. Threads with a small stack of their own have
+    // an alternate one for signals.
+    action.sa_flags =
+        libc::SA_SIGINFO | libc::SA_ONSTACK | previous.sa_flags & (libc::SA_NODEFER | libc::SA_RESTART);
+    let mut replaced = MaybeUninit::<sigaction>::uninit();
+    // SAFETY: `action` is a whole action whose handler has the signature that SA_SIGINFO asks for and calls only what
+    // is safe in a signal handler; the old action is written to `replaced`.
+    if unsafe { sigaction(SIGBUS, &raw const action, replaced.as_mut_ptr()) } != 0 {
+        return Err(failed());
+    }
+    // SAFETY: the call above succeeded, so it has filled `replaced` in.
+    let replaced = unsafe { replaced.assume_init() };
+    if replaced.sa_sigaction != previous.sa_sigaction || replaced.sa_flags != previous.sa_flags {
+        // Another thread was quicker with one of its own.
+        PREVIOUS.store(Box::into_raw(Box::new(replaced)), Ordering::Release);
+    }
+    Ok(())
+}
+
+/// Ends the guarded routine that met the signal, or passes the signal on.
+extern "C" fn handle(signal: c_int, info: *mut siginfo_t, context: *mut c_void) {
+    // SAFETY: the kernel calls this as the handler of an action with SA_SIGINFO, so both pointers lead to whole
+    // structures that are this call's alone, the second one to a ucontext_t of this architecture.
+    unsafe {
+        if let Some(end) = guarded_end(&*info, &*context.cast::<ucontext_t>()) {
+            if let Some(rip) =
+                (*context.cast::<ucontext_t>()).uc_mcontext.gregs.get_mut(libc::REG_RIP as usize)
+            {
+                *rip = end;
+            }
+            return;
+        }
+        pass_on(signal, info, context);
+    }
+}
+
+/// Where to go on, if the fault is one of foreign memory in a guarded routine.
+fn guarded_end(info: &siginfo_t, context: &ucontext_t) -> Option<i64> {
+    // A SIGBUS that somebody sent may interrupt a routine anywhere; only faults are the routine's own.
+    if info.si_code != BUS_ADRERR && info.si_code != BUS_MCEERR_AR {
+        return None;
+    }
+    // Address bits: the sign has no meaning.
+    #[allow(clippy::cast_sign_loss, clippy::cast_possible_truncation)]
+    let register = |index: c_int| context.uc_mcontext.gregs.get(index as usize).map(|&value| value as usize);
+    let [loads, stores, end] = [kvmmem_guarded_loads, kvmmem_guarded_stores, kvmmem_guarded_end]
+        .map(|symbol: unsafe extern "sysv64" fn()| symbol as *const () as usize);
+    let rip = register(libc::REG_RIP)?;
+    let foreign = match rip {
+        rip if (loads..stores).contains(&rip) => register(libc::REG_RSI)?,
+        rip if (stores..end).contains(&rip) => register(libc::REG_RDI)?,
+        _ => return None,
+    };
+    // SAFETY: the signals of both codes carry an address.
+    let address = unsafe { info.si_addr() } as usize;
+    // The kernel may tell the page alone.
+    let first = foreign & !PAGE_MASK;
+    let last = foreign.wrapping_add(register(libc::REG_RCX)?).wrapping_sub(1) | PAGE_MASK;
+    #[allow(clippy::cast_possible_wrap)]
+    (first..=last).contains(&address).then_some(end as i64)
+}
+
+/// Does what would have been done without [`handle`].
+///
+/// # Safety
+/// To be called by a handler of `signal`, with what it got.
+unsafe fn pass_on(signal: c_int, info: *mut siginfo_t, context: *mut c_void) {
+    // SAFETY: null, or a structure that is never freed nor changed.
+    let previous = unsafe { PREVIOUS.load(Ordering::Acquire).as_ref() };
+    let (action, flags) = previous.map_or((SIG_DFL, 0), |old| (old.sa_sigaction, old.sa_flags));
+    // SAFETY: the caller's `info` is whole.
+    let is_sent = unsafe { (*info).si_code } <= 0;
+    match action {
+        SIG_IGN if is_sent => {}
+        // The kernel does not ignore a fault either.
+        SIG_DFL | SIG_IGN => {
+            // SAFETY: plain calls that are safe in a handler. An instruction that faulted does so again after this
+            // returns; a signal that was sent must be sent again, and is delivered when this returns.
+            unsafe {
+                libc::signal(signal, SIG_DFL);
+                if is_sent {
+                    libc::raise(signal);
+                }
+            }
+        }
+        handler => {
+            if flags & libc::SA_RESETHAND != 0 {
+                // SAFETY: a plain call that is safe in a handler.
+                unsafe { libc::signal(signal, SIG_DFL) };
+            }
+            if flags & libc::SA_SIGINFO != 0 {
+                // SAFETY: with SA_SIGINFO the number is the address of a function of this type, for which the kernel
+                // itself would have called it.
+                let handler = unsafe {
+                    std::mem::transmute::<usize, extern "C" fn(c_int, *mut siginfo_t, *mut c_void)>(handler)
+                };
+                handler(signal, info, context);
+            } else {
+                // SAFETY: without SA_SIGINFO the number is the address of a function of this type.
+                let handler = unsafe { std::mem::transmute::<usize, extern "C" fn(c_int)>(handler) };
+                handler(signal);
+            }
+        }
+    }
+}
