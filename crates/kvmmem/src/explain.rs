@@ -65,3 +65,42 @@ pub(crate) fn open(error: &std::io::Error) -> &'static str {
         _ => "",
     }
 }
+
+/// What an errno of INFO means, and what to do about it.
+pub(crate) fn info(errno: Errno) -> &'static str {
+    match errno {
+        Errno::NOTTY | Errno::INVAL => {
+            "ENOTTY: the driver knows no views; update the module kvmmem, or map page by page (Device)"
+        }
+        _ => "unexpected",
+    }
+}
+
+/// What an errno of ATTACH means, and what to do about it.
+pub(crate) fn attach(errno: Errno) -> &'static str {
+    match errno {
+        Errno::NOENT => "ENOENT: the token is unknown, used, expired or somebody else's; ask for a new one",
+        Errno::AGAIN => "EAGAIN: the host is busy; ask for a new token and try again",
+        Errno::ALREADY => "EALREADY: in use; ask for a new token and try again",
+        Errno::FAULT => "EFAULT: the grant reaches no memory of the target",
+        Errno::NOMEM => "ENOMEM: out of memory, or this VM has too many views; detach some",
+        Errno::PERM => "EPERM: the host does not allow it to this VM",
+        Errno::OPNOTSUPP => "EOPNOTSUPP: this host offers no views; run kvmmem doctor",
+        Errno::KEYREVOKED => "EKEYREVOKED: the grant was taken back",
+        Errno::STALE => "ESTALE: the target is gone",
+        Errno::IO => "EIO: the host's answer makes no sense; do the module and the host fit together?",
+        _ => "unexpected",
+    }
+}
+
+/// What an errno of a view means that has no error of its own.
+pub(crate) fn view(errno: Errno) -> &'static str {
+    match errno {
+        Errno::NOTCONN => "ENOTCONN: the view is detached",
+        Errno::NOMEM => "ENOMEM: out of memory or of address space (vm.max_map_count, ulimit -v)",
+        Errno::AGAIN => "EAGAIN: the view changes too quickly; try again",
+        Errno::IO => "EIO: the host's answer makes no sense; do the module and the host fit together?",
+        Errno::MFILE | Errno::NFILE => "too many open files (ulimit -n)",
+        _ => "unexpected",
+    }
+}

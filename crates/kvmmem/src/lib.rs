@@ -33,9 +33,11 @@ mod operation;
 pub mod paging;
 pub mod session;
 mod stream;
+pub mod view;
 
 pub use device::{Device, DeviceError, MappedPage};
 pub use kvmmem_kvmi::token::Token;
 pub use kvmmem_sys::page::{PAGE_SIZE, Page, PageError};
 pub use listener::{Endpoint, Listener, ListenerError};
 pub use session::{Session, SessionError};
+pub use view::{Access, Event, Mapping, MappingError, Range, State, Status, View, ViewError};

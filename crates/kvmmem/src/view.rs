@@ -1,0 +1,189 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! A view: the memory of one virtual machine, as far as a token allows, open until it is detached or taken back.
+
+mod device;
+mod error;
+mod mapping;
+mod range;
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use kvmmem_kvmi::token::Token;
+
+use crate::device::default_path;
+use device::DeviceView;
+pub use error::{ViewError, ViewOperation};
+pub use kvmmem_abi::native::Stats;
+pub use mapping::{Mapping, MappingError};
+pub use range::Range;
+
+/// Environment variable with the path of the broker's socket.
+pub const SOCKET_VARIABLE: &str = "KVMMEM_BROKER";
+
+/// Where kvmmemd, the host's broker, listens unless it is told otherwise.
+pub const DEFAULT_SOCKET: &str = "/run/kvmmem/kvmmemd.sock";
+
+/// What a view is wanted for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// Reading alone, whatever the grant allows.
+    ReadOnly,
+    /// All that the grant allows.
+    Granted,
+}
+
+/// Whether a view can be used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum State {
+    /// It can.
+    Open,
+    /// No more: its grant was taken back.
+    Revoked,
+    /// No more: the target, or the host's service, is gone.
+    Gone,
+}
+
+/// What has happened to a view.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// The target was reset or its memory map has changed: see [`View::status`].
+    Changed,
+    /// The grant was taken back; the view has ended.
+    Revoked,
+    /// The target, or the host's service, is gone; the view has ended.
+    Gone,
+}
+
+/// A view's state.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Status {
+    /// Grows with each change of the view.
+    pub generation: u64,
+    /// Whether it can be used.
+    pub state: State,
+    /// Whether the target's memory may be written.
+    pub is_writable: bool,
+    /// The target's UUID, in the order in which it is printed.
+    pub uuid: [u8; 16],
+    /// The memory that can be reached: disjoint, in pages, ascending.
+    pub ranges: Vec<Range>,
+}
+
+/// The memory of one virtual machine. A closed view's [`Mapping`]s keep it open.
+///
+/// In a virtual machine it is a file of `/dev/kvmmem`, on the host a connection to the broker. All methods may be called
+/// by many threads at once.
+#[derive(Debug)]
+pub struct View {
+    backend: DeviceView,
+}
+
+impl View {
+    /// Opens a view of the virtual machine that `token` names, which is used up: by the device where there is one (at
+    /// `$KVMMEM_DEVICE`, or else [`crate::device::DEFAULT_PATH`]), else by this host's broker (at `$KVMMEM_BROKER`, or
+    /// else [`DEFAULT_SOCKET`]).
+    ///
+    /// # Errors
+    /// [`ViewError`], with what to do about it.
+    pub fn attach(token: &Token, access: Access) -> Result<Self, ViewError> {
+        let (device, socket) = (default_path(), default_socket());
+        if device.exists() {
+            Self::attach_device(&device, token, access)
+        } else {
+            Err(ViewError::Nowhere { device, socket })
+        }
+    }
+
+    /// Opens a view by the device at `path`.
+    ///
+    /// # Errors
+    /// [`ViewError`], with what to do about it.
+    pub fn attach_device(path: &Path, token: &Token, access: Access) -> Result<Self, ViewError> {
+        Ok(Self { backend: DeviceView::attach(path, token, access)? })
+    }
+
+    /// The view's state and ranges; works as well when it has ended.
+    ///
+    /// # Errors
+    /// [`ViewError::System`].
+    pub fn status(&self) -> Result<Status, ViewError> {
+        self.backend.status()
+    }
+
+    /// The memory that can be reached: disjoint, in pages, ascending. A view that has ended has none.
+    ///
+    /// # Errors
+    /// As [`View::status`].
+    pub fn ranges(&self) -> Result<Vec<Range>, ViewError> {
+        Ok(self.status()?.ranges)
+    }
+
+    /// Fills `buf` from guest-physical address `gpa` on.
+    ///
+    /// # Errors
+    /// [`ViewError::Hole`] with the first address that has no memory or is not granted, [`ViewError::Revoked`],
+    /// [`ViewError::Gone`]. Some of `buf` may have been filled then.
+    pub fn read_at(&self, gpa: u64, buf: &mut [u8]) -> Result<(), ViewError> {
+        self.backend.read_at(gpa, buf)
+    }
+
+    /// Writes `bytes` to guest-physical address `gpa` on.
+    ///
+    /// # Errors
+    /// As [`View::read_at`], and [`ViewError::ReadOnly`]. Some of `bytes` may have been written then.
+    pub fn write_at(&self, gpa: u64, bytes: &[u8]) -> Result<(), ViewError> {
+        self.backend.write_at(gpa, bytes)
+    }
+
+    /// The next stretch of memory at `gpa` or behind it that holds data, `None` where there is no more. What lies
+    /// between has no memory, is not granted, or was never written or given back by the target: then it reads as
+    /// zeros, and reading it through a mapping may make the host allocate it.
+    ///
+    /// Where the host cannot tell, all memory counts as data.
+    ///
+    /// # Errors
+    /// [`ViewError::Revoked`], [`ViewError::Gone`].
+    pub fn data_from(&self, gpa: u64) -> Result<Option<Range>, ViewError> {
+        self.backend.data_from(gpa)
+    }
+
+    /// Maps `range`, which is made of pages, into this process. Nothing is copied; the target's pages appear as they
+    /// are accessed, and the target's writes with them.
+    ///
+    /// # Errors
+    /// [`ViewError::Pages`] for a range that is not made of pages; [`ViewError::Hole`], [`ViewError::Revoked`],
+    /// [`ViewError::Gone`].
+    pub fn map(&self, range: Range) -> Result<Mapping, ViewError> {
+        self.backend.map(range)
+    }
+
+    /// Waits for something to happen to the view, at most `timeout`. An end of the view is told by every call.
+    ///
+    /// # Errors
+    /// [`ViewError::System`].
+    pub fn wait(&self, timeout: Duration) -> Result<Option<Event>, ViewError> {
+        self.backend.wait(timeout)
+    }
+
+    /// The driver's counters.
+    ///
+    /// # Errors
+    /// [`ViewError::System`].
+    pub fn stats(&self) -> Result<Stats, ViewError> {
+        self.backend.stats()
+    }
+
+    /// Closes the view; accesses through mappings that are left are lost.
+    ///
+    /// # Errors
+    /// [`ViewError::System`].
+    pub fn detach(self) -> Result<(), ViewError> {
+        self.backend.detach()
+    }
+}
+
+/// The broker's socket that [`View::attach`] uses.
+pub fn default_socket() -> PathBuf {
+    std::env::var_os(SOCKET_VARIABLE).map_or_else(|| DEFAULT_SOCKET.into(), PathBuf::from)
+}

@@ -1,0 +1,216 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! A view in a virtual machine: an attached file of `/dev/kvmmem`.
+
+use std::os::fd::AsFd;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use kvmmem_abi::ioctl::MapMemToken;
+use kvmmem_abi::native::{
+    ATTACH_READ_ONLY, Attach, FEATURE_VIEWS, RIGHT_WRITE, STATE_GONE, STATE_OPEN, Stats, VERSION,
+};
+use kvmmem_kvmi::token::Token;
+use kvmmem_sys::device::OpenError;
+use kvmmem_sys::foreign::Foreign;
+use kvmmem_sys::view::ViewFile;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{SeekFrom, seek};
+use rustix::io::{Errno, pread, pwrite};
+
+use super::mapping::Mapping;
+use super::range::{Range, first_hole, next_range};
+use super::{Access, Event, State, Status, ViewError, ViewOperation};
+use crate::explain;
+
+/// The longest that [`DeviceView::wait`] sleeps at once: `status`, called by another thread, takes the event away for
+/// which `poll` would wake this one.
+const SLEEP_LIMIT: Duration = Duration::from_millis(100);
+
+#[derive(Debug)]
+pub(super) struct DeviceView {
+    file: ViewFile,
+    is_writable: bool,
+    /// The generation of which [`DeviceView::wait`] told last.
+    told: AtomicU64,
+}
+
+impl DeviceView {
+    pub(super) fn attach(path: &Path, token: &Token, access: Access) -> Result<Self, ViewError> {
+        let file = ViewFile::open(path).map_err(|source| {
+            let remedy = match &source {
+                OpenError::Open(error) => explain::open(error),
+                OpenError::NotMisc => "",
+            };
+            ViewError::Open { path: path.to_owned(), remedy, source }
+        })?;
+        let info = file.info().map_err(|source| ViewError::Info { path: path.to_owned(), source })?;
+        if info.version != VERSION {
+            return Err(ViewError::Version { path: path.to_owned(), found: info.version });
+        }
+        if info.features & FEATURE_VIEWS == 0 {
+            return Err(ViewError::NoViews { path: path.to_owned() });
+        }
+        let flags = match access {
+            Access::ReadOnly => ATTACH_READ_ONLY,
+            Access::Granted => 0,
+        };
+        let token = MapMemToken { token: token.words() };
+        file.attach(Attach { token, flags, reserved: 0 })
+            .map_err(|source| ViewError::Attach { path: path.to_owned(), source })?;
+        let mut view = Self { file, is_writable: false, told: AtomicU64::new(0) };
+        let status = view.status()?;
+        view.is_writable = status.is_writable;
+        *view.told.get_mut() = status.generation;
+        Ok(view)
+    }
+
+    pub(super) fn status(&self) -> Result<Status, ViewError> {
+        let operation = ViewOperation::Status;
+        let (status, ranges) =
+            self.file.ranges().map_err(|source| ViewError::System { operation, source })?;
+        let state = match status.state {
+            STATE_OPEN => State::Open,
+            STATE_GONE => State::Gone,
+            // Also what a later driver may add: whatever it is, the view is not open.
+            _ => State::Revoked,
+        };
+        Ok(Status {
+            generation: status.generation,
+            state,
+            is_writable: status.rights & RIGHT_WRITE != 0,
+            uuid: status.uuid,
+            ranges: ranges.into_iter().map(|range| Range { gpa: range.gpa, len: range.len }).collect(),
+        })
+    }
+
+    pub(super) fn read_at(&self, gpa: u64, buf: &mut [u8]) -> Result<(), ViewError> {
+        let operation = ViewOperation::Read { gpa, len: buf.len() };
+        let (mut gpa, mut rest) = (gpa, buf);
+        while !rest.is_empty() {
+            check_offset(operation, gpa)?;
+            match pread(&self.file, &mut *rest, gpa) {
+                // Behind the last range.
+                Ok(0) => return Err(ViewError::Hole { operation, gpa }),
+                Ok(count) => {
+                    gpa = gpa.saturating_add(count as u64);
+                    rest = rest.get_mut(count..).unwrap_or_default();
+                }
+                Err(Errno::INTR) => {}
+                Err(source) => return Err(ViewError::of(operation, gpa, source)),
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn write_at(&self, gpa: u64, bytes: &[u8]) -> Result<(), ViewError> {
+        let operation = ViewOperation::Write { gpa, len: bytes.len() };
+        if !self.is_writable {
+            return Err(ViewError::ReadOnly { operation });
+        }
+        let (mut gpa, mut rest) = (gpa, bytes);
+        while !rest.is_empty() {
+            check_offset(operation, gpa)?;
+            match pwrite(&self.file, rest, gpa) {
+                Ok(0) => return Err(ViewError::Hole { operation, gpa }),
+                Ok(count) => {
+                    gpa = gpa.saturating_add(count as u64);
+                    rest = rest.get(count..).unwrap_or_default();
+                }
+                Err(Errno::INTR) => {}
+                Err(source) => return Err(ViewError::of(operation, gpa, source)),
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn data_from(&self, gpa: u64) -> Result<Option<Range>, ViewError> {
+        let operation = ViewOperation::Seek { gpa };
+        if check_offset(operation, gpa).is_err() {
+            return Ok(None);
+        }
+        // Nothing else uses the file's position.
+        let start = match seek(&self.file, SeekFrom::Data(gpa)) {
+            Ok(start) => start,
+            Err(Errno::NXIO) => return Ok(None),
+            Err(Errno::INVAL | Errno::SPIPE | Errno::OPNOTSUPP) => {
+                return Ok(next_range(&self.status()?.ranges, gpa));
+            }
+            Err(source) => return Err(ViewError::of(operation, gpa, source)),
+        };
+        match seek(&self.file, SeekFrom::Hole(start)) {
+            Ok(end) if end > start => Ok(Some(Range { gpa: start, len: end - start })),
+            // The data has gone since; what is left of the range is safe to say.
+            Ok(_) | Err(Errno::NXIO) => Ok(next_range(&self.status()?.ranges, start)),
+            Err(source) => Err(ViewError::of(operation, start, source)),
+        }
+    }
+
+    pub(super) fn map(&self, range: Range) -> Result<Mapping, ViewError> {
+        let operation = ViewOperation::Map { gpa: range.gpa, len: range.len };
+        if !range.is_pages() {
+            return Err(ViewError::Pages { operation });
+        }
+        let status = self.status()?;
+        match status.state {
+            State::Open => {}
+            State::Revoked => return Err(ViewError::Revoked { operation }),
+            State::Gone => return Err(ViewError::Gone { operation }),
+        }
+        if let Some(gpa) = first_hole(&status.ranges, range) {
+            return Err(ViewError::Hole { operation, gpa });
+        }
+        let memory = Foreign::reserve(range.len, range.gpa, self.is_writable)
+            .map_err(|source| ViewError::System { operation, source })?;
+        // The mapping keeps the file open.
+        memory
+            .place(0, range.len, self.file.as_fd(), range.gpa)
+            .map_err(|source| ViewError::of(operation, range.gpa, source))?;
+        Ok(Mapping::new(range.gpa, Arc::new(memory)))
+    }
+
+    pub(super) fn wait(&self, timeout: Duration) -> Result<Option<Event>, ViewError> {
+        let operation = ViewOperation::Wait;
+        let deadline = Instant::now().checked_add(timeout);
+        loop {
+            if let Some(event) = self.event()? {
+                return Ok(Some(event));
+            }
+            let left = deadline.map_or(SLEEP_LIMIT, |end| end.saturating_duration_since(Instant::now()));
+            if left.is_zero() {
+                return Ok(None);
+            }
+            let mut files = [PollFd::new(&self.file, PollFlags::PRI)];
+            let sleep = Timespec::try_from(left.min(SLEEP_LIMIT)).ok();
+            match poll(&mut files, sleep.as_ref()) {
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(source) => return Err(ViewError::System { operation, source }),
+            }
+        }
+    }
+
+    /// What has happened since this was asked last.
+    fn event(&self) -> Result<Option<Event>, ViewError> {
+        let status = self.status()?;
+        let told = self.told.fetch_max(status.generation, Ordering::Relaxed);
+        Ok(match status.state {
+            State::Revoked => Some(Event::Revoked),
+            State::Gone => Some(Event::Gone),
+            State::Open => (status.generation > told).then_some(Event::Changed),
+        })
+    }
+
+    pub(super) fn stats(&self) -> Result<Stats, ViewError> {
+        self.file.stats().map_err(|source| ViewError::System { operation: ViewOperation::Stats, source })
+    }
+
+    pub(super) fn detach(self) -> Result<(), ViewError> {
+        self.file.detach().map_err(|source| ViewError::System { operation: ViewOperation::Detach, source })
+    }
+}
+
+/// Offsets of files are signed; there is no memory behind.
+fn check_offset(operation: ViewOperation, gpa: u64) -> Result<(), ViewError> {
+    i64::try_from(gpa).map(drop).map_err(|_| ViewError::Hole { operation, gpa })
+}

@@ -1,0 +1,193 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! Why something could not be done with a view.
+
+use std::fmt;
+use std::path::PathBuf;
+
+use kvmmem_sys::device::OpenError;
+use rustix::io::Errno;
+
+use crate::explain;
+
+/// Something done with a view, for messages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ViewOperation {
+    /// Asking for state and ranges.
+    Status,
+    /// Reading.
+    Read {
+        /// First guest-physical address.
+        gpa: u64,
+        /// Length in bytes.
+        len: usize,
+    },
+    /// Writing.
+    Write {
+        /// First guest-physical address.
+        gpa: u64,
+        /// Length in bytes.
+        len: usize,
+    },
+    /// Looking for data.
+    Seek {
+        /// First guest-physical address.
+        gpa: u64,
+    },
+    /// Mapping.
+    Map {
+        /// First guest-physical address.
+        gpa: u64,
+        /// Length in bytes.
+        len: u64,
+    },
+    /// Waiting for events.
+    Wait,
+    /// Asking for the counters.
+    Stats,
+    /// Closing.
+    Detach,
+}
+
+impl fmt::Display for ViewOperation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Status => f.write_str("cannot ask for the view's state"),
+            Self::Read { gpa, len } => write!(f, "cannot read {len:#x} bytes at gpa {gpa:#x}"),
+            Self::Write { gpa, len } => write!(f, "cannot write {len:#x} bytes at gpa {gpa:#x}"),
+            Self::Seek { gpa } => write!(f, "cannot look for data from gpa {gpa:#x} on"),
+            Self::Map { gpa, len } => write!(f, "cannot map {len:#x} bytes at gpa {gpa:#x}"),
+            Self::Wait => f.write_str("cannot wait for the view's events"),
+            Self::Stats => f.write_str("cannot ask for the view's counters"),
+            Self::Detach => f.write_str("cannot close the view"),
+        }
+    }
+}
+
+/// Why a view could not be opened or used.
+#[derive(Debug, thiserror::Error)]
+pub enum ViewError {
+    /// This is neither a virtual machine with the driver nor a host with the broker.
+    #[error(
+        "there is neither {} (in a virtual machine: modprobe kvmmem) nor {} (on a host: is kvmmemd running?)",
+        device.display(), socket.display()
+    )]
+    Nowhere {
+        /// Where the device was looked for.
+        device: PathBuf,
+        /// Where the broker's socket was looked for.
+        socket: PathBuf,
+    },
+    /// The device could not be opened.
+    #[error("cannot open {}{remedy}", path.display())]
+    Open {
+        /// The device's path.
+        path: PathBuf,
+        /// What to do about it, where that is known.
+        remedy: &'static str,
+        /// What went wrong.
+        #[source]
+        source: OpenError,
+    },
+    /// The device did not say what it can do.
+    #[error("cannot ask {} for its features: {}", path.display(), explain::info(*source))]
+    Info {
+        /// The device's path.
+        path: PathBuf,
+        /// The system's answer.
+        #[source]
+        source: Errno,
+    },
+    /// The driver speaks another version.
+    #[error(
+        "{} has version {found} of the views' interface, this library has version {}: update the older one",
+        path.display(), kvmmem_abi::native::VERSION
+    )]
+    Version {
+        /// The device's path.
+        path: PathBuf,
+        /// The driver's version.
+        found: u32,
+    },
+    /// The host offers this virtual machine no views.
+    #[error("{}: this VM's host offers no views; map page by page (Device), or see kvmmem doctor", path.display())]
+    NoViews {
+        /// The device's path.
+        path: PathBuf,
+    },
+    /// The view was refused; the token is most likely used up.
+    #[error("cannot attach a view at {}: {}", path.display(), explain::attach(*source))]
+    Attach {
+        /// The device's path.
+        path: PathBuf,
+        /// The system's answer.
+        #[source]
+        source: Errno,
+    },
+    /// The view does not reach an address: the target has no memory there, or the grant does not say so.
+    #[error(
+        "{operation}: gpa {gpa:#x} is no memory of the target, or the grant does not reach it; see the view's ranges"
+    )]
+    Hole {
+        /// What was to be done.
+        operation: ViewOperation,
+        /// The first such address.
+        gpa: u64,
+    },
+    /// The grant was taken back.
+    #[error("{operation}: the grant was taken back; ask for a new token")]
+    Revoked {
+        /// What was to be done.
+        operation: ViewOperation,
+    },
+    /// The target, or the host's service, is gone.
+    #[error("{operation}: the target, or the host's service, is gone")]
+    Gone {
+        /// What was to be done.
+        operation: ViewOperation,
+    },
+    /// The view may not write.
+    #[error("{operation}: the view is read-only; a grant with rw and Access::Granted allow it")]
+    ReadOnly {
+        /// What was to be done.
+        operation: ViewOperation,
+    },
+    /// What is to be mapped is not made of whole pages.
+    #[error("{operation}: address and length must be multiples of 0x1000, the length positive")]
+    Pages {
+        /// What was to be done.
+        operation: ViewOperation,
+    },
+    /// The system refused.
+    #[error("{operation}: {}", explain::view(*source))]
+    System {
+        /// What was to be done.
+        operation: ViewOperation,
+        /// The system's answer.
+        #[source]
+        source: Errno,
+    },
+}
+
+impl ViewError {
+    /// The errno behind the error, where a system call failed.
+    pub fn errno(&self) -> Option<i32> {
+        match self {
+            Self::Open { source: OpenError::Open(error), .. } => error.raw_os_error(),
+            Self::Info { source, .. } | Self::Attach { source, .. } | Self::System { source, .. } => {
+                Some(source.raw_os_error())
+            }
+            _ => None,
+        }
+    }
+
+    /// What an errno of the driver means for something done at `gpa`.
+    pub(super) fn of(operation: ViewOperation, gpa: u64, source: Errno) -> Self {
+        match source {
+            Errno::NXIO => Self::Hole { operation, gpa },
+            Errno::KEYREVOKED => Self::Revoked { operation },
+            Errno::STALE => Self::Gone { operation },
+            Errno::ACCESS => Self::ReadOnly { operation },
+            source => Self::System { operation, source },
+        }
+    }
+}
