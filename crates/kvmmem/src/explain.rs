@@ -2,6 +2,8 @@
 //! What the error numbers of KVMI and of the device mean to somebody who looks at another VM's memory.
 
 use kvmmem_abi::errno::KvmError;
+use kvmmem_broker::host::HostError;
+use kvmmem_broker::wire::Refusal;
 use rustix::io::Errno;
 
 /// What a command's error means, and what to do about it.
@@ -102,5 +104,16 @@ pub(crate) fn view(errno: Errno) -> &'static str {
         Errno::IO => "EIO: the host's answer makes no sense; do the module and the host fit together?",
         Errno::MFILE | Errno::NFILE => "too many open files (ulimit -n)",
         _ => "unexpected",
+    }
+}
+
+/// What to do when the broker gives no view.
+pub(crate) fn host(error: &HostError) -> &'static str {
+    match error {
+        HostError::Connect { .. } => {
+            ": is kvmmemd running, and may this user open its socket (root, or the socket's group)?"
+        }
+        HostError::Refused { refusal: Refusal::Unknown, .. } => ": ask for a new token",
+        _ => "",
     }
 }

@@ -3,10 +3,13 @@
 
 mod device;
 mod error;
+mod host;
 mod mapping;
+mod memory;
 mod range;
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use kvmmem_kvmi::token::Token;
@@ -14,6 +17,7 @@ use kvmmem_kvmi::token::Token;
 use crate::device::default_path;
 use device::DeviceView;
 pub use error::{ViewError, ViewOperation};
+use host::HostView;
 pub use kvmmem_abi::native::Stats;
 pub use mapping::{Mapping, MappingError};
 pub use range::Range;
@@ -76,7 +80,13 @@ pub struct Status {
 /// by many threads at once.
 #[derive(Debug)]
 pub struct View {
-    backend: DeviceView,
+    backend: Backend,
+}
+
+#[derive(Debug)]
+enum Backend {
+    Device(DeviceView),
+    Host(Arc<HostView>),
 }
 
 impl View {
@@ -90,6 +100,8 @@ impl View {
         let (device, socket) = (default_path(), default_socket());
         if device.exists() {
             Self::attach_device(&device, token, access)
+        } else if socket.exists() {
+            Self::attach_host(&socket, token, access)
         } else {
             Err(ViewError::Nowhere { device, socket })
         }
@@ -100,7 +112,15 @@ impl View {
     /// # Errors
     /// [`ViewError`], with what to do about it.
     pub fn attach_device(path: &Path, token: &Token, access: Access) -> Result<Self, ViewError> {
-        Ok(Self { backend: DeviceView::attach(path, token, access)? })
+        Ok(Self { backend: Backend::Device(DeviceView::attach(path, token, access)?) })
+    }
+
+    /// Opens a view by the broker that listens at `socket` on this host.
+    ///
+    /// # Errors
+    /// [`ViewError`], with what to do about it.
+    pub fn attach_host(socket: &Path, token: &Token, access: Access) -> Result<Self, ViewError> {
+        Ok(Self { backend: Backend::Host(HostView::attach(socket, token, access)?) })
     }
 
     /// The view's state and ranges; works as well when it has ended.
@@ -108,7 +128,10 @@ impl View {
     /// # Errors
     /// [`ViewError::System`].
     pub fn status(&self) -> Result<Status, ViewError> {
-        self.backend.status()
+        match &self.backend {
+            Backend::Device(view) => view.status(),
+            Backend::Host(view) => Ok(view.status()),
+        }
     }
 
     /// The memory that can be reached: disjoint, in pages, ascending. A view that has ended has none.
@@ -125,7 +148,10 @@ impl View {
     /// [`ViewError::Hole`] with the first address that has no memory or is not granted, [`ViewError::Revoked`],
     /// [`ViewError::Gone`]. Some of `buf` may have been filled then.
     pub fn read_at(&self, gpa: u64, buf: &mut [u8]) -> Result<(), ViewError> {
-        self.backend.read_at(gpa, buf)
+        match &self.backend {
+            Backend::Device(view) => view.read_at(gpa, buf),
+            Backend::Host(view) => view.read_at(gpa, buf),
+        }
     }
 
     /// Writes `bytes` to guest-physical address `gpa` on.
@@ -133,7 +159,10 @@ impl View {
     /// # Errors
     /// As [`View::read_at`], and [`ViewError::ReadOnly`]. Some of `bytes` may have been written then.
     pub fn write_at(&self, gpa: u64, bytes: &[u8]) -> Result<(), ViewError> {
-        self.backend.write_at(gpa, bytes)
+        match &self.backend {
+            Backend::Device(view) => view.write_at(gpa, bytes),
+            Backend::Host(view) => view.write_at(gpa, bytes),
+        }
     }
 
     /// The next stretch of memory at `gpa` or behind it that holds data, `None` where there is no more. What lies
@@ -145,7 +174,10 @@ impl View {
     /// # Errors
     /// [`ViewError::Revoked`], [`ViewError::Gone`].
     pub fn data_from(&self, gpa: u64) -> Result<Option<Range>, ViewError> {
-        self.backend.data_from(gpa)
+        match &self.backend {
+            Backend::Device(view) => view.data_from(gpa),
+            Backend::Host(view) => view.data_from(gpa),
+        }
     }
 
     /// Maps `range`, which is made of pages, into this process. Nothing is copied; the target's pages appear as they
@@ -155,7 +187,10 @@ impl View {
     /// [`ViewError::Pages`] for a range that is not made of pages; [`ViewError::Hole`], [`ViewError::Revoked`],
     /// [`ViewError::Gone`].
     pub fn map(&self, range: Range) -> Result<Mapping, ViewError> {
-        self.backend.map(range)
+        match &self.backend {
+            Backend::Device(view) => view.map(range),
+            Backend::Host(view) => view.map(range),
+        }
     }
 
     /// Waits for something to happen to the view, at most `timeout`. An end of the view is told by every call.
@@ -163,15 +198,21 @@ impl View {
     /// # Errors
     /// [`ViewError::System`].
     pub fn wait(&self, timeout: Duration) -> Result<Option<Event>, ViewError> {
-        self.backend.wait(timeout)
+        match &self.backend {
+            Backend::Device(view) => view.wait(timeout),
+            Backend::Host(view) => Ok(view.wait(timeout)),
+        }
     }
 
-    /// The driver's counters.
+    /// The driver's counters, `None` on the host, which has no driver.
     ///
     /// # Errors
     /// [`ViewError::System`].
-    pub fn stats(&self) -> Result<Stats, ViewError> {
-        self.backend.stats()
+    pub fn stats(&self) -> Result<Option<Stats>, ViewError> {
+        match &self.backend {
+            Backend::Device(view) => view.stats().map(Some),
+            Backend::Host(_) => Ok(None),
+        }
     }
 
     /// Closes the view; accesses through mappings that are left are lost.
@@ -179,7 +220,13 @@ impl View {
     /// # Errors
     /// [`ViewError::System`].
     pub fn detach(self) -> Result<(), ViewError> {
-        self.backend.detach()
+        match self.backend {
+            Backend::Device(view) => view.detach(),
+            Backend::Host(view) => {
+                view.detach();
+                Ok(())
+            }
+        }
     }
 }
 

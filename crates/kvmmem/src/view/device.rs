@@ -167,7 +167,7 @@ impl DeviceView {
         memory
             .place(0, range.len, self.file.as_fd(), range.gpa)
             .map_err(|source| ViewError::of(operation, range.gpa, source))?;
-        Ok(Mapping::new(range.gpa, Arc::new(memory)))
+        Ok(Mapping::new(range.gpa, Arc::new(memory), None))
     }
 
     pub(super) fn wait(&self, timeout: Duration) -> Result<Option<Event>, ViewError> {

@@ -2,8 +2,10 @@
 //! Why something could not be done with a view.
 
 use std::fmt;
+use std::io;
 use std::path::PathBuf;
 
+use kvmmem_broker::host::HostError;
 use kvmmem_sys::device::OpenError;
 use rustix::io::Errno;
 
@@ -123,6 +125,20 @@ pub enum ViewError {
         #[source]
         source: Errno,
     },
+    /// The broker gave no view.
+    #[error("the broker at {} gave no view{remedy}", socket.display())]
+    AttachHost {
+        /// The broker's socket.
+        socket: PathBuf,
+        /// What to do about it, where that is known.
+        remedy: &'static str,
+        /// What went wrong.
+        #[source]
+        source: Box<HostError>,
+    },
+    /// There is no thread or file descriptor left for hearing of the view's end.
+    #[error("cannot watch for the view's end")]
+    Watch(#[source] io::Error),
     /// The view does not reach an address: the target has no memory there, or the grant does not say so.
     #[error(
         "{operation}: gpa {gpa:#x} is no memory of the target, or the grant does not reach it; see the view's ranges"
@@ -176,6 +192,7 @@ impl ViewError {
             Self::Info { source, .. } | Self::Attach { source, .. } | Self::System { source, .. } => {
                 Some(source.raw_os_error())
             }
+            Self::Watch(error) => error.raw_os_error(),
             _ => None,
         }
     }

@@ -6,6 +6,8 @@ use std::sync::Arc;
 use kvmmem_sys::foreign::{Foreign, ForeignError};
 use rustix::io::Errno;
 
+use super::host::HostView;
+
 /// Why mapped memory was not accessed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum MappingError {
@@ -50,11 +52,13 @@ pub enum MappingError {
 pub struct Mapping {
     gpa: u64,
     memory: Arc<Foreign>,
+    /// On the host, what ends the mapping together with the view. The device's file is kept open by the system.
+    _view: Option<Arc<HostView>>,
 }
 
 impl Mapping {
-    pub(super) fn new(gpa: u64, memory: Arc<Foreign>) -> Self {
-        Self { gpa, memory }
+    pub(super) fn new(gpa: u64, memory: Arc<Foreign>, view: Option<Arc<HostView>>) -> Self {
+        Self { gpa, memory, _view: view }
     }
 
     /// First guest-physical address.

@@ -1,0 +1,281 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! What a view on the host reaches: regions of the memfd of the target's RAM, and the mappings of it in this process.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, Weak};
+use std::time::{Duration, Instant};
+
+use kvmmem_broker::map::Region;
+use kvmmem_sys::foreign::Foreign;
+use rustix::fs::{SeekFrom, seek};
+use rustix::io::{Errno, pread, pwrite};
+
+use super::range::{Range, first_hole, next_range};
+use super::{Event, State, ViewError, ViewOperation};
+
+/// The most bytes that are copied before whoever wants to end the view gets a chance.
+const COPY_LIMIT: usize = 1 << 20;
+
+/// How often it is tried to undo a mapping, and how long to wait in between.
+const CLEAR_ATTEMPTS: u32 = 100;
+const CLEAR_PAUSE: Duration = Duration::from_millis(20);
+
+/// The memory that a view reaches. The methods that end or change it return when no access of this process can see
+/// what was before.
+#[derive(Debug)]
+pub(super) struct Memory {
+    /// Held while memory is copied by way of the file.
+    reach: RwLock<Reach>,
+    /// Locked after `reach`.
+    mappings: Mutex<Vec<Mapped>>,
+    /// The generation of which [`Memory::wait`] told last. Locked before `reach`.
+    told: Mutex<u64>,
+    /// Signalled when `reach` has changed.
+    changed: Condvar,
+}
+
+/// What can be reached.
+#[derive(Debug)]
+pub(super) struct Reach {
+    pub(super) generation: u64,
+    pub(super) state: State,
+    /// Disjoint, in pages, ascending; none once the view has ended.
+    regions: Vec<Region>,
+    /// `None` once the view has ended.
+    ram: Option<OwnedFd>,
+}
+
+/// A mapping in this process, as long as somebody uses it.
+#[derive(Debug)]
+struct Mapped {
+    gpa: u64,
+    memory: Weak<Foreign>,
+}
+
+impl Memory {
+    pub(super) fn new(generation: u64, regions: Vec<Region>, ram: OwnedFd) -> Self {
+        let reach = Reach { generation, state: State::Open, regions, ram: Some(ram) };
+        Self {
+            reach: RwLock::new(reach),
+            mappings: Mutex::default(),
+            told: Mutex::new(generation),
+            changed: Condvar::new(),
+        }
+    }
+
+    pub(super) fn reach(&self) -> RwLockReadGuard<'_, Reach> {
+        self.reach.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Copies as many bytes as there are in one piece from `gpa` on, and returns how many.
+    pub(super) fn read(
+        &self,
+        operation: ViewOperation,
+        gpa: u64,
+        buf: &mut [u8],
+    ) -> Result<usize, ViewError> {
+        let reach = self.reach();
+        let (ram, offset, len) = reach.piece(operation, gpa, buf.len())?;
+        let part = buf.get_mut(..len).unwrap_or_default();
+        retried(|| pread(ram, &mut *part, offset)).map_err(|source| ViewError::System { operation, source })
+    }
+
+    /// Copies as many of `bytes` as fit in one piece to `gpa` on, and returns how many.
+    pub(super) fn write(&self, operation: ViewOperation, gpa: u64, bytes: &[u8]) -> Result<usize, ViewError> {
+        let reach = self.reach();
+        let (ram, offset, len) = reach.piece(operation, gpa, bytes.len())?;
+        let part = bytes.get(..len).unwrap_or_default();
+        retried(|| pwrite(ram, part, offset)).map_err(|source| ViewError::System { operation, source })
+    }
+
+    /// The next stretch with data at `gpa` or behind.
+    pub(super) fn data_from(&self, operation: ViewOperation, gpa: u64) -> Result<Option<Range>, ViewError> {
+        let reach = self.reach();
+        let ram = reach.ram(operation)?;
+        for region in &reach.regions {
+            let Some(part) = next_range(&[range(region)], gpa) else { continue };
+            let offset = region.offset + (part.gpa - region.gpa);
+            let end = offset + part.len;
+            let data = match seek(ram, SeekFrom::Data(offset)) {
+                Ok(data) => data.max(offset),
+                // There is none up to the file's end.
+                Err(Errno::NXIO) => end,
+                Err(_) => return Ok(Some(part)),
+            };
+            if data < end {
+                let hole = seek(ram, SeekFrom::Hole(data)).map_or(end, |hole| hole.min(end));
+                if hole > data {
+                    return Ok(Some(Range { gpa: part.gpa + (data - offset), len: hole - data }));
+                }
+            }
+        }
+        Ok(None)
+    }
+
+    /// Maps `wanted`, which is made of pages.
+    pub(super) fn map(
+        &self,
+        operation: ViewOperation,
+        wanted: Range,
+        is_writable: bool,
+    ) -> Result<Arc<Foreign>, ViewError> {
+        // Held until the mapping is in the list, so that no end of the view comes in between.
+        let reach = self.reach();
+        reach.ram(operation)?;
+        if let Some(gpa) = first_hole(&reach.ranges(), wanted) {
+            return Err(ViewError::Hole { operation, gpa });
+        }
+        let memory = Foreign::reserve(wanted.len, wanted.gpa, is_writable).map(Arc::new);
+        let memory = memory.map_err(|source| ViewError::System { operation, source })?;
+        reach.place(wanted.gpa, &memory).map_err(|source| ViewError::System { operation, source })?;
+        let mut mappings = self.mappings();
+        mappings.retain(|mapped| mapped.memory.strong_count() > 0);
+        mappings.push(Mapped { gpa: wanted.gpa, memory: Arc::downgrade(&memory) });
+        Ok(memory)
+    }
+
+    /// Goes over to other regions of the same file.
+    pub(super) fn change(&self, generation: u64, regions: Vec<Region>) {
+        let mut reach = self.reach.write().unwrap_or_else(PoisonError::into_inner);
+        let is_elsewhere = reach.regions != regions;
+        reach.generation = generation.max(reach.generation.saturating_add(1));
+        reach.regions = regions;
+        for mapped in self.mappings().iter().filter(|_| is_elsewhere) {
+            let Some(memory) = mapped.memory.upgrade() else { continue };
+            if let Err(error) = reach.place(mapped.gpa, &memory) {
+                tracing::error!(%error, gpa = format_args!("{:#x}", mapped.gpa), "a mapping is lost: its memory has moved");
+                clear(&memory);
+            }
+        }
+        drop(reach);
+        self.tell();
+    }
+
+    /// Ends the view; whether nothing of it can be accessed any more.
+    pub(super) fn end(&self, state: State) -> bool {
+        let mut reach = self.reach.write().unwrap_or_else(PoisonError::into_inner);
+        if reach.state == State::Open {
+            reach.generation = reach.generation.saturating_add(1);
+            reach.state = state;
+        }
+        reach.regions.clear();
+        reach.ram = None;
+        let mappings = std::mem::take(&mut *self.mappings());
+        drop(reach);
+        let lost = mappings.iter().filter_map(|mapped| mapped.memory.upgrade());
+        let left = lost.filter(|memory| !clear(memory)).count();
+        self.tell();
+        left == 0
+    }
+
+    /// Waits until something has happened of which it has not told.
+    pub(super) fn wait(&self, timeout: Duration) -> Option<Event> {
+        let deadline = Instant::now().checked_add(timeout);
+        let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
+        loop {
+            let reach = self.reach();
+            let (state, generation) = (reach.state, reach.generation);
+            drop(reach);
+            match state {
+                State::Revoked => return Some(Event::Revoked),
+                State::Gone => return Some(Event::Gone),
+                State::Open if generation > *told => {
+                    *told = generation;
+                    return Some(Event::Changed);
+                }
+                State::Open => {}
+            }
+            let left = deadline.map_or(timeout, |end| end.saturating_duration_since(Instant::now()));
+            if left.is_zero() {
+                return None;
+            }
+            told = self.changed.wait_timeout(told, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    fn tell(&self) {
+        // With the lock, so that nobody is between looking and waiting.
+        let _told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
+        self.changed.notify_all();
+    }
+
+    fn mappings(&self) -> MutexGuard<'_, Vec<Mapped>> {
+        self.mappings.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Reach {
+    /// The memory that can be reached.
+    pub(super) fn ranges(&self) -> Vec<Range> {
+        self.regions.iter().map(range).collect()
+    }
+
+    fn ram(&self, operation: ViewOperation) -> Result<&OwnedFd, ViewError> {
+        let ended = match self.state {
+            State::Revoked => ViewError::Revoked { operation },
+            State::Open | State::Gone => ViewError::Gone { operation },
+        };
+        self.ram.as_ref().ok_or(ended)
+    }
+
+    /// The file, the offset in it of `gpa`, and how many bytes, at most `len`, can be copied there at once.
+    fn piece(
+        &self,
+        operation: ViewOperation,
+        gpa: u64,
+        len: usize,
+    ) -> Result<(&OwnedFd, u64, usize), ViewError> {
+        let ram = self.ram(operation)?;
+        let region = self.regions.iter().find(|region| region.gpa <= gpa && gpa - region.gpa < region.len);
+        let region = region.ok_or(ViewError::Hole { operation, gpa })?;
+        let within = gpa - region.gpa;
+        let left = usize::try_from(region.len - within).unwrap_or(usize::MAX);
+        Ok((ram, region.offset + within, len.min(left).min(COPY_LIMIT)))
+    }
+
+    /// Makes `memory`, which stands for the addresses from `gpa` on, show what is there now; the rest of it is lost.
+    fn place(&self, gpa: u64, memory: &Foreign) -> Result<(), Errno> {
+        let Some(ram) = &self.ram else { return memory.clear(0, memory.len()) };
+        let (mut at, end) = (gpa, gpa.saturating_add(memory.len()));
+        for region in &self.regions {
+            let Some(part) = next_range(&[range(region)], at).filter(|part| part.gpa < end) else { continue };
+            if part.gpa > at {
+                memory.clear(at - gpa, part.gpa - at)?;
+            }
+            let len = part.len.min(end - part.gpa);
+            memory.place(part.gpa - gpa, len, ram.as_fd(), region.offset + (part.gpa - region.gpa))?;
+            at = part.gpa + len;
+        }
+        if at < end { memory.clear(at - gpa, end - at) } else { Ok(()) }
+    }
+}
+
+fn range(region: &Region) -> Range {
+    Range { gpa: region.gpa, len: region.len }
+}
+
+/// Whether the mapping is undone, if need be after several attempts: the system may be short of memory.
+fn clear(memory: &Foreign) -> bool {
+    for _ in 0..CLEAR_ATTEMPTS {
+        match memory.clear(0, memory.len()) {
+            Ok(()) => return true,
+            Err(error) => {
+                tracing::error!(%error, address = format_args!("{:#x}", memory.address()), "cannot undo a mapping yet");
+            }
+        }
+        std::thread::sleep(CLEAR_PAUSE);
+    }
+    false
+}
+
+/// The number of bytes that were copied, which is positive.
+fn retried(mut copy: impl FnMut() -> Result<usize, Errno>) -> Result<usize, Errno> {
+    loop {
+        match copy() {
+            // The file is sealed against shrinking.
+            Ok(0) => return Err(Errno::IO),
+            Err(Errno::INTR) => {}
+            result => return result,
+        }
+    }
+}
