@@ -24,8 +24,12 @@ const PROGRAMS: [(&str, &str); 5] = [
     ("kvmmem-e2e", "kvmmem-e2e"),
 ];
 
-/// The scenarios' tool in C, written only from the C header: source and program.
-const C_PROGRAM: (&str, &str) = ("tests/e2e/guest/raw.c", "kvmmem-raw");
+/// The scenarios' tools in C, written only from the C header: source and program.
+const C_PROGRAMS: [(&str, &str); 3] = [
+    ("tests/e2e/guest/raw.c", "kvmmem-raw"),
+    ("tests/e2e/guest/view.c", "kvmmem-view"),
+    ("tests/e2e/guest/bench.c", "kvmmem-bench"),
+];
 
 /// Where that header is.
 const C_HEADERS: &str = "crates/kvmmem-abi/include/uapi";
@@ -61,14 +65,15 @@ impl Binaries {
                 .dir(project::root())
                 .run()?;
             if wanted == Wanted::All {
-                let (source, program) = C_PROGRAM;
-                names.push(program);
-                Tool::new("cc", &log)
-                    .args(["-static", "-O2", "-Wall", "-Wextra", "-Werror", "-I", C_HEADERS, "-o"])
-                    .arg(folder.join(program))
-                    .arg(source)
-                    .dir(project::root())
-                    .run()?;
+                for (source, program) in C_PROGRAMS {
+                    names.push(program);
+                    Tool::new("cc", &log)
+                        .args(["-static", "-O2", "-Wall", "-Wextra", "-Werror", "-I", C_HEADERS, "-o"])
+                        .arg(folder.join(program))
+                        .arg(source)
+                        .dir(project::root())
+                        .run()?;
+                }
             }
             Ok(())
         })?;

@@ -17,6 +17,7 @@ mod l1;
 mod libtest;
 mod mirror;
 mod module;
+mod plot;
 mod project;
 mod provision;
 mod release;
@@ -82,6 +83,11 @@ enum Verb {
         #[arg(long)]
         json: bool,
     },
+    /// Draw what `bench --json` printed, read from standard input, as an SVG
+    Plot {
+        /// The drawing
+        file: PathBuf,
+    },
     /// Make all that the test VMs are made of, and say what is there
     Testbed,
     /// Build kvmmem.ko only, and print where it is
@@ -106,6 +112,8 @@ enum Verb {
 enum Bench {
     /// The seed's interface
     V1,
+    /// Views
+    Views,
 }
 
 fn main() -> ExitCode {
@@ -132,9 +140,14 @@ fn run(verb: Verb) -> Result<i32> {
         }
         Verb::Try { files, command } => on_host(Wanted::All, &verbs::try_program(files, command)?),
         Verb::Bench { what: Bench::V1, json } => {
-            print!("{}", verbs::bench_kvmi(json)?);
+            print!("{}", verbs::bench_here("kvmmem-broker", "kvmi_read", json)?);
             on_host(Wanted::All, &verbs::bench("v1", json))
         }
+        Verb::Bench { what: Bench::Views, json } => {
+            print!("{}", verbs::bench_here("kvmmem", "host_scan", json)?);
+            on_host(Wanted::All, &verbs::bench("views", json))
+        }
+        Verb::Plot { file } => plot::run(&file).map(|()| 0),
         Verb::Testbed => {
             Bed::make(Wanted::All)?.describe();
             Ok(0)

@@ -37,7 +37,10 @@ pub(crate) fn list() -> Result<String> {
 /// Says which of `names` is no scenario, before any VM boots for it.
 pub(crate) fn check(names: &[String]) -> Result<()> {
     let list = if names.is_empty() { String::new() } else { list()? };
-    let known = |name: &String| list.lines().any(|line| line.split(' ').next() == Some(name));
+    // A whole part goes by what its names begin with.
+    let is_in =
+        |line: &str, name: &str| line.strip_prefix(name).is_some_and(|rest| rest.starts_with([' ', '_']));
+    let known = |name: &String| list.lines().any(|line| is_in(line, name));
     match names.iter().find(|name| !known(name)) {
         Some(name) => bail!("no scenario is named {name:?}; `cargo xtask e2e --list` lists them"),
         None => Ok(()),
@@ -49,18 +52,18 @@ pub(crate) fn demo() -> Job {
     job(vec!["demo".to_owned()], 10)
 }
 
-/// The measurements of the seed's interface.
+/// The measurements that need VMs, of one interface.
 pub(crate) fn bench(what: &str, json: bool) -> Job {
     let mut args = vec!["bench".to_owned(), what.to_owned()];
     args.extend(json.then(|| "--json".to_owned()));
     job(args, 20)
 }
 
-/// The measurement of KVMI's reads, which needs no VM and so runs on this machine itself; returns its line.
-pub(crate) fn bench_kvmi(json: bool) -> Result<String> {
+/// A measurement that needs no VM and so runs on this machine itself; returns its lines.
+pub(crate) fn bench_here(package: &str, bench: &str, json: bool) -> Result<String> {
     let cache = Cache::open()?;
     let tool = Tool::new(project::cargo(), &cache.fresh_log("bench")?)
-        .args(["bench", "--quiet", "--package", "kvmmem-broker", "--bench", "kvmi_read", "--"])
+        .args(["bench", "--quiet", "--package", package, "--bench", bench, "--"])
         .dir(project::root());
     if json { tool.arg("--json").output() } else { tool.output() }
 }

@@ -7,7 +7,7 @@ use anyhow::Result;
 
 use crate::bed::Bed;
 use crate::report::{Report, Style};
-use crate::scenarios::{mapping, refusals};
+use crate::scenarios::{mapping, refusals, views};
 use crate::world::World;
 
 pub(crate) fn run() -> Result<u8> {
@@ -42,5 +42,7 @@ fn acts(world: &mut World, report: &mut Report) -> Result<()> {
     report.begin("tokens", "used, wrong and expired tokens");
     refusals::token_rules(world, report)?;
     report.begin("refusals", "each bad request gets its errno");
-    refusals::refusals(world, report)
+    refusals::refusals(world, report)?;
+    report.begin("views", "a view: attach, scan, watch, and its owner takes it back");
+    views::act::act(world, report)
 }

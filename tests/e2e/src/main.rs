@@ -22,7 +22,7 @@ use clap::Parser;
 
 use crate::bed::Bed;
 use crate::report::{Report, Style};
-use crate::scenarios::ALL;
+use crate::scenarios::{all, is_named};
 use crate::world::World;
 
 #[derive(Parser)]
@@ -49,7 +49,7 @@ enum Verb {
 fn main() -> ExitCode {
     let outcome = match Verb::parse() {
         Verb::List => {
-            for scenario in ALL {
+            for scenario in all() {
                 println!("{:<24} {}", scenario.name, scenario.purpose);
             }
             Ok(0)
@@ -69,12 +69,13 @@ fn main() -> ExitCode {
 }
 
 fn run(style: Style, names: &[String]) -> Result<u8> {
-    if let Some(unknown) = names.iter().find(|name| !ALL.iter().any(|scenario| scenario.name == **name)) {
+    if let Some(unknown) = names.iter().find(|name| !all().any(|scenario| is_named(scenario, name))) {
         bail!("no scenario is named {unknown:?}; `cargo xtask e2e --list` lists them");
     }
     let mut report = Report::new(style);
     let mut world = World::start(Bed::from_env()?)?;
-    for scenario in ALL.iter().filter(|scenario| names.is_empty() || names.iter().any(|n| n == scenario.name))
+    for scenario in
+        all().filter(|scenario| names.is_empty() || names.iter().any(|name| is_named(scenario, name)))
     {
         report.begin(scenario.name, scenario.purpose);
         let before = report.failed();

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The command-driven C tool in the introspector, as the scenarios talk to it.
+//! The command-driven C tools in the introspector, as the scenarios talk to them.
 
 use std::time::Duration;
 
@@ -9,10 +9,10 @@ use kvmmem_guest::{Agent, Child, Command};
 /// How long one command may take.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// The value of a command, or the name of the errno it failed with.
+/// The value of a command, or the name of the errno or of the signal that it ended in.
 pub(crate) type Answer = Result<String, String>;
 
-/// One running `kvmmem-raw`.
+/// One running `kvmmem-raw` or `kvmmem-view`.
 pub(crate) struct Raw {
     pub(crate) child: Child,
 }
@@ -25,11 +25,16 @@ impl Raw {
     /// Sends one command and waits for its answer.
     pub(crate) fn ask(&mut self, command: &str) -> Result<Answer> {
         self.child.write_stdin(format!("{command}\n").as_bytes())?;
+        self.answer(command)
+    }
+
+    /// Waits for the answer to a command that was sent.
+    pub(crate) fn answer(&mut self, command: &str) -> Result<Answer> {
         let line =
             self.child.read_line(PATIENCE)?.with_context(|| format!("the raw tool ended at {command:?}"))?;
         match line.split_once(' ') {
             Some(("ok", value)) => Ok(Ok(value.trim().to_owned())),
-            Some(("errno", name)) => Ok(Err(name.to_owned())),
+            Some(("errno" | "signal", name)) => Ok(Err(name.to_owned())),
             None if line == "ok" => Ok(Ok(String::new())),
             _ => bail!("the raw tool answered {line:?} to {command:?}"),
         }
@@ -60,6 +65,34 @@ impl Raw {
 
     pub(crate) fn unmap(&mut self, slot: &str, page: &str) -> Result<Answer> {
         self.ask(&format!("unmap {slot} {page}"))
+    }
+
+    /// Opens the device and attaches a view with `token`.
+    pub(crate) fn view(&mut self, token: [u64; 4]) -> Result<String> {
+        let slot = self.open()?;
+        match self.attach(&slot, token)? {
+            Ok(_) => Ok(slot),
+            Err(errno) => bail!("attach: {errno}"),
+        }
+    }
+
+    pub(crate) fn attach(&mut self, slot: &str, token: [u64; 4]) -> Result<Answer> {
+        let [a, b, c, d] = token;
+        self.ask(&format!("attach {slot} 0 {a:#x} {b:#x} {c:#x} {d:#x}"))
+    }
+
+    /// Maps `len` bytes of the target from `gpa` on, shared.
+    pub(crate) fn mmap(&mut self, slot: &str, gpa: u64, len: u64, protection: &str) -> Result<Answer> {
+        self.ask(&format!("mmap {slot} {gpa:#x} {len:#x} {protection} shared"))
+    }
+
+    /// What `count` loads from `address` on find.
+    pub(crate) fn load(&mut self, address: &str, count: usize) -> Result<Answer> {
+        self.ask(&format!("load {address} {count}"))
+    }
+
+    pub(crate) fn pread(&mut self, slot: &str, gpa: u64, count: usize) -> Result<Answer> {
+        self.ask(&format!("pread {slot} {gpa:#x} {count}"))
     }
 
     /// The first 48 bytes of a page in hex.

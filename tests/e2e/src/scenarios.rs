@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The end-to-end scenarios, by name. Each starts from a whole world and may break it; the runner mends it.
 
-mod death;
+pub(crate) mod death;
 mod doorbell;
 mod host;
 pub(crate) mod mapping;
 mod module;
 mod ownership;
 pub(crate) mod refusals;
+pub(crate) mod views;
 
 use anyhow::Result;
 
@@ -22,8 +23,18 @@ pub(crate) struct Scenario {
     pub(crate) run: fn(&mut World, &mut Report) -> Result<()>,
 }
 
-/// All scenarios, in the order in which they run: those that end a VM come last.
-pub(crate) const ALL: &[Scenario] = &[
+/// All scenarios, in the order in which they run: of the seed's interface, then of views; those that end a VM come last
+/// in each part.
+pub(crate) fn all() -> impl Iterator<Item = &'static Scenario> {
+    SEED.iter().chain(views::ALL)
+}
+
+/// Whether `name` is this scenario's, or that of its part: `views` for all that begin with `views_`.
+pub(crate) fn is_named(scenario: &Scenario, name: &str) -> bool {
+    scenario.name == name || scenario.name.strip_prefix(name).is_some_and(|rest| rest.starts_with('_'))
+}
+
+const SEED: &[Scenario] = &[
     Scenario {
         name: "map_basic",
         purpose: "token by vsock, map, read, watch, write, unmap",

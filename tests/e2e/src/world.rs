@@ -7,6 +7,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use kvmmem::{Endpoint, Listener, Session};
+use kvmmem_broker::admin::{Admin, GrantRequest, Granted, Revoked, TargetInfo};
+use kvmmem_broker::scope::{Rights, Span};
 use kvmmem_guest::{Agent, Child, Command as GuestCommand};
 use kvmmem_probe::Placed;
 use tempfile::TempDir;
@@ -20,9 +22,12 @@ use crate::vm::{Role, Spec, Vm, Way};
 pub(crate) const TARGET: &str = "target";
 /// The VM that looks.
 pub(crate) const INTROSPECTOR: &str = "introspector";
-/// Where the probe and the raw tool are inside the guests.
+/// Where the probe, the tools in C and the command line are inside the guests.
 pub(crate) const PROBE: &str = "/tmp/kvmmem-probe";
+pub(crate) const CLI: &str = "/tmp/kvmmem";
+pub(crate) const BENCH: &str = "/tmp/kvmmem-bench";
 const RAW: &str = "/tmp/kvmmem-raw";
+const VIEW: &str = "/tmp/kvmmem-view";
 
 const TARGET_SPEC: Spec = Spec { name: TARGET, role: Role::Target, cid: 3, vcpus: 1, way: Way::Auto };
 const INTROSPECTOR_SPEC: Spec =
@@ -112,8 +117,10 @@ impl World {
             match vm.spec.role {
                 Role::Target => self.target = Some(vm),
                 Role::Introspector => {
-                    let raw = std::fs::read(self.bed.bin("kvmmem-raw")).context("no raw tool in the bed")?;
-                    vm.agent.put(RAW, 0o755, &raw)?;
+                    for (name, path) in [("kvmmem-raw", RAW), ("kvmmem-view", VIEW)] {
+                        let tool = std::fs::read(self.bed.bin(name)).context("no C tool in the bed")?;
+                        vm.agent.put(path, 0o755, &tool)?;
+                    }
                     self.introspector = Some(vm);
                 }
             }
@@ -125,6 +132,31 @@ impl World {
             self.session = Some(self.open_session()?);
         }
         Ok(())
+    }
+
+    /// Ends the broker without warning and starts another one in its place.
+    pub(crate) fn restart_broker(&mut self) -> Result<()> {
+        self.broker.kill()?;
+        let _ = std::fs::remove_file(self.socket());
+        self.session = None;
+        self.broker = Self::start_broker(&self.bed, &self.run)?;
+        Ok(())
+    }
+
+    /// Whether the broker knows `count` VMs within twenty seconds.
+    pub(crate) fn wait_for_vms(&self, count: usize) -> Result<bool> {
+        for _ in 0..200 {
+            if self.targets()?.len() == count {
+                return Ok(true);
+            }
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        Ok(false)
+    }
+
+    /// The VMs that the broker knows.
+    pub(crate) fn targets(&self) -> Result<Vec<TargetInfo>> {
+        self.admin()?.targets().context("the broker lists nothing")
     }
 
     /// Ends both VMs, for a scenario that left them in an unknown state; [`World::mend`] boots new ones.
@@ -207,6 +239,45 @@ impl World {
     /// The same as somebody else.
     pub(crate) fn raw_as(&self, change: impl FnOnce(GuestCommand) -> GuestCommand) -> Result<Raw> {
         Raw::start(&self.introspector()?.agent, &change(GuestCommand::new(RAW)))
+    }
+
+    /// The command-driven C tool for views, run in the introspector by a member of group `kvmmem`.
+    pub(crate) fn viewer(&self) -> Result<Raw> {
+        Raw::start(&self.introspector()?.agent, &GuestCommand::new(VIEW).as_member())
+    }
+
+    /// The same as root.
+    pub(crate) fn root_viewer(&self) -> Result<Raw> {
+        Raw::start(&self.introspector()?.agent, &GuestCommand::new(VIEW))
+    }
+
+    /// The broker, as its operator sees it.
+    pub(crate) fn admin(&self) -> Result<Admin> {
+        Admin::connect(&self.socket()).context("cannot reach the broker")
+    }
+
+    /// A grant on the target: one use, one minute, for whoever brings the token.
+    pub(crate) fn grant(&self, rights: Rights, spans: Option<Vec<Span>>) -> Result<Granted> {
+        self.grant_as(|request| GrantRequest { rights, spans, ..request })
+    }
+
+    /// A grant on the target that differs from the usual one, which is read-only and for all RAM.
+    pub(crate) fn grant_as(&self, change: impl FnOnce(GrantRequest) -> GrantRequest) -> Result<Granted> {
+        let usual = GrantRequest {
+            target: TARGET.to_owned(),
+            spans: None,
+            rights: Rights::ReadOnly,
+            ttl_ms: 60_000,
+            uses: 1,
+            holder: None,
+            label: None,
+        };
+        self.admin()?.grant(&change(usual)).context("the broker grants nothing")
+    }
+
+    /// Takes a grant back.
+    pub(crate) fn revoke(&self, grant: u64) -> Result<Revoked> {
+        self.admin()?.revoke(grant).context("the broker revokes nothing")
     }
 
     /// A fresh token without a holder, as four words.

@@ -52,6 +52,13 @@ pub struct More {
     pub more: usize,
 }
 
+/// A tool has come to the point at which the scenario is to act.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Ready {
+    /// Always true.
+    pub ready: bool,
+}
+
 /// A series of times that a tool took.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Samples {

@@ -5,6 +5,8 @@
 mod crowd;
 mod marker;
 mod pagemap;
+mod scattered;
+mod spy;
 mod timing;
 mod tokens;
 mod tour;
@@ -26,6 +28,10 @@ enum Verb {
     Tour(tour::Arguments),
     /// In the introspector: map many pages at once, check each, undo half by UNMAP and half by closing the file.
     Crowd(crowd::Arguments),
+    /// In the introspector: attach a view, scan, watch, and lose it.
+    Spy(spy::Arguments),
+    /// In the introspector: time scattered reads over KVMI and through a view.
+    Scattered(scattered::Arguments),
     /// In the introspector: time mapping and unmapping.
     Timing(timing::Arguments),
 }
@@ -35,6 +41,8 @@ fn main() -> Result<()> {
         Verb::Marker { pages } => marker::run(pages),
         Verb::Tour(arguments) => tour::run(&arguments),
         Verb::Crowd(arguments) => crowd::run(&arguments),
+        Verb::Spy(arguments) => spy::run(&arguments),
+        Verb::Scattered(arguments) => scattered::run(&arguments),
         Verb::Timing(arguments) => timing::run(&arguments),
     }
 }

@@ -30,8 +30,8 @@ pub(crate) fn target_death(world: &mut World, report: &mut Report) -> Result<()>
     report.equal("the mapping is undone", &errno(tool.unmap(&device, &page)?), &"0".into());
     report.check("a page of zeros is left", tool.is_zero(&page)?, "");
     let vmm = world.introspector()?.process.id();
-    report.equal("the introspector's VMM holds no RAM but its own guest's", &memfds(vmm)?, &1);
-    report.equal("the broker holds none", &memfds(world.broker_id())?, &0);
+    report.equal("the introspector's VMM holds no RAM but its own guest's", &rams(vmm)?, &1);
+    report.equal("the broker holds none", &rams(world.broker_id())?, &0);
 
     world.mend()?;
     let gpa = world.gpa()?;
@@ -87,13 +87,13 @@ fn listed(world: &World, name: &str, limit: Duration) -> Result<bool> {
     }
 }
 
-/// How many memfds, guests' RAM, a process holds by descriptor.
-fn memfds(pid: u32) -> Result<usize> {
+/// How many guests' RAM a process holds by descriptor.
+pub(crate) fn rams(pid: u32) -> Result<usize> {
     let mut files = std::collections::BTreeSet::new();
     for entry in std::fs::read_dir(format!("/proc/{pid}/fd")).context("cannot list descriptors")? {
         let path = entry.context("cannot list descriptors")?.path();
         let link = std::fs::read_link(&path).unwrap_or_default();
-        if link.to_string_lossy().starts_with("/memfd:") {
+        if link.to_string_lossy().starts_with("/memfd:kvmmem-ram") {
             use std::os::unix::fs::MetadataExt;
             files.insert(std::fs::metadata(&path).map(|meta| meta.ino()).unwrap_or_default());
         }

@@ -1,0 +1,171 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! `cargo xtask bench views`: what a view costs against the guest's own memory, against KVMI, and by size.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use kvmmem_broker::admin::GrantRequest;
+use kvmmem_broker::link::{Region, Registration, VmmLink};
+use kvmmem_guest::Command;
+use kvmmem_probe::Samples;
+use kvmmem_sys::ram::GuestRam;
+use uuid::Uuid;
+
+use super::row::{Row, find};
+use crate::bed::Bed;
+use crate::world::{BENCH, PROBE, World};
+
+/// Rounds of each series.
+const ROUNDS: usize = 30;
+/// Bytes of the target that are read, from [`FROM`] on: RAM that its kernel has used.
+const LENGTH: u64 = 32 << 20;
+const FROM: u64 = 16 << 20;
+/// Pages that are read here and there.
+const SCATTERED: usize = 512;
+/// How long one part may take in the guest.
+const LIMIT: Duration = Duration::from_secs(600);
+
+pub(super) fn rows() -> Result<Vec<Row>> {
+    let mut world = World::start(Bed::from_env()?)?;
+    // The marker's page stays what it is, a page of RAM; its program would only take time from what is measured.
+    let marker = world.marker()?;
+    marker.child.kill(9)?;
+    marker.child.wait(LIMIT)?;
+    let memory = in_guest(&mut world, "target", "memory", LENGTH)?;
+    let find_here = |name| find(&memory, name);
+    let mut rows = vec![
+        Row::faster(
+            "sequential read, against own memory",
+            0.95,
+            find_here("sequential, view")?,
+            find_here("sequential, own")?,
+        )?,
+        Row::faster(
+            "8-byte reads here and there, against own memory",
+            0.9,
+            find_here("scattered, view")?,
+            find_here("scattered, own")?,
+        )?,
+        Row::slower(
+            "first touch by 4 KiB, against a minor fault",
+            1.5,
+            find_here("first touch, 4 KiB")?,
+            1,
+            find_here("minor fault")?,
+        )?,
+        Row::slower(
+            "first touch by 2 MiB, per 4 KiB, against a minor fault",
+            0.01,
+            find_here("first touch, 2 MiB")?,
+            1,
+            find_here("minor fault")?,
+        )?,
+    ];
+    let small = Sparse::register(&world, "sparse-1g", 1 << 30)?;
+    let large = Sparse::register(&world, "sparse-64g", 64 << 30)?;
+    let (one, many) =
+        (in_guest(&mut world, small.name, "attach", 0)?, in_guest(&mut world, large.name, "attach", 0)?);
+    rows.push(Row::slower(
+        "attach of 64 GiB, against 1 GiB",
+        1.2,
+        find(&many, "attach")?,
+        1,
+        find(&one, "attach")?,
+    )?);
+    let (untouched, touched) =
+        (in_guest(&mut world, "target", "attach", 0)?, in_guest(&mut world, "target", "attach", LENGTH)?);
+    rows.push(Row::slower(
+        "detach after 32 MiB were touched, against none",
+        1.5,
+        find(&touched, "detach")?,
+        1,
+        find(&untouched, "detach")?,
+    )?);
+    let reads = scattered(&mut world)?;
+    rows.push(Row::faster(
+        "512 scattered pages by pread, against KVMI",
+        20.0,
+        find(&reads, "pread")?,
+        find(&reads, "KVMI")?,
+    )?);
+    rows.push(Row::faster(
+        "512 scattered pages by mapping, against KVMI",
+        20.0,
+        find(&reads, "mapping")?,
+        find(&reads, "KVMI")?,
+    )?);
+    Ok(rows)
+}
+
+/// What the tool in C times in the introspector.
+fn in_guest(world: &mut World, target: &str, what: &str, length: u64) -> Result<Vec<Samples>> {
+    let grant = world.grant_as(|request| GrantRequest {
+        target: target.to_owned(),
+        uses: 2 * u32::try_from(ROUNDS).unwrap_or(u32::MAX),
+        ttl_ms: 3_600_000,
+        ..request
+    })?;
+    let bench = std::fs::read(world.bed.bin("kvmmem-bench")).context("no bench in the bed")?;
+    world.agent()?.put(BENCH, 0o755, &bench)?;
+    let mut command = Command::new(BENCH).as_member().arg(what);
+    command = command.args([FROM.to_string(), length.to_string(), ROUNDS.to_string()]);
+    command = command.args(grant.token.words().map(|word| format!("{word:#x}")));
+    let output = world.agent()?.run(&command, LIMIT)?;
+    ensure!(output.status.success(), "the bench failed: {} {}", output.status, output.error_text());
+    output
+        .text()
+        .lines()
+        .map(|line| serde_json::from_str(line).with_context(|| format!("the bench says {line:?}")))
+        .collect()
+}
+
+/// The same pages by KVMI and by a view, in the library that tools use.
+fn scattered(world: &mut World) -> Result<Vec<Samples>> {
+    let port = world.hook_port()?;
+    let grant = world.grant_as(|request| request)?;
+    let token: String = grant.token.to_bytes().iter().map(|byte| format!("{byte:02x}")).collect();
+    let command = Command::new(PROBE).as_member().env("KVMMEM_TOKEN", token).args([
+        "scattered",
+        "--port",
+        &port.to_string(),
+        "--from",
+        &FROM.to_string(),
+        "--len",
+        &LENGTH.to_string(),
+        "--pages",
+        &SCATTERED.to_string(),
+    ]);
+    let output = world.agent()?.run(&command, LIMIT)?;
+    ensure!(output.status.success(), "the probe failed: {} {}", output.status, output.error_text());
+    let text = output.text();
+    let series = text.lines().map(|line| Ok(serde_json::from_str(line)?)).collect::<Result<_>>();
+    world.unhook_port(port)?;
+    series
+}
+
+/// A target without a guest: RAM of any size, hardly any of it allocated.
+struct Sparse {
+    name: &'static str,
+    _link: VmmLink,
+}
+
+impl Sparse {
+    fn register(world: &World, name: &'static str, bytes: u64) -> Result<Self> {
+        let ram = GuestRam::new(bytes)?;
+        let region = |ram: kvmmem_sys::ram::RamRegion| Region { gpa: ram.gpa, len: ram.len, offset: ram.gpa };
+        let registration = Registration {
+            name: name.to_owned(),
+            uuid: Uuid::from_u128(u128::from(bytes)),
+            vcpus: 1,
+            start_time_ms: 0,
+            cid: None,
+            introspectable: true,
+            introspector: false,
+            regions: ram.regions().into_iter().map(region).collect(),
+        };
+        let fd = ram.fd().try_clone_to_owned().context("cannot copy the RAM's descriptor")?;
+        let link = VmmLink::connect(&world.socket(), registration, Some(fd))
+            .with_context(|| format!("cannot register {name}"))?;
+        Ok(Self { name, _link: link })
+    }
+}

@@ -1,0 +1,48 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! The demo's second act: a tool with the client library, and the owner of the grant.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use kvmmem_guest::Command;
+use kvmmem_probe::{Ready, Step};
+
+use crate::report::Report;
+use crate::world::{PROBE, World};
+
+/// How long one step may take.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+pub(crate) fn act(world: &mut World, report: &mut Report) -> Result<()> {
+    let gpa = world.gpa()?;
+    let marker = world.marker()?.hex.clone();
+    let grant = world.grant_as(|request| request)?;
+    report.check("the owner grants a read-only look, for one use", true, format!("grant {}", grant.grant));
+    let token: String = grant.token.to_bytes().iter().map(|byte| format!("{byte:02x}")).collect();
+    let command = Command::new(PROBE).as_member().env("KVMMEM_TOKEN", token).args([
+        "spy",
+        "--gpa",
+        &gpa.to_string(),
+        "--marker",
+        &marker,
+    ]);
+    let mut child = world.agent()?.spawn(&command)?;
+    while let Some(line) = child.read_line(PATIENCE)? {
+        if serde_json::from_str::<Ready>(&line).is_ok() {
+            let revoked = world.revoke(grant.grant)?;
+            report.check(
+                "revoke: the host has taken the memory away",
+                (revoked.views, revoked.unconfirmed) == (1, 0),
+                format!("within {} us of the broker's time", revoked.micros),
+            );
+            continue;
+        }
+        let step: Step = serde_json::from_str(&line).with_context(|| format!("the probe says {line:?}"))?;
+        report.timed(step.what, step.ok, step.detail, Duration::from_nanos(step.nanos));
+    }
+    let status = child.wait(PATIENCE)?;
+    if !status.success() {
+        bail!("the probe failed, {status}: {}", child.take_stderr());
+    }
+    Ok(())
+}

@@ -1,0 +1,118 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! A guest that lies, floods and writes where it may only read.
+
+use anyhow::{Context, Result};
+use kvmmem_broker::scope::Rights;
+
+use super::{field, open_views};
+use crate::raw::errno;
+use crate::report::Report;
+use crate::world::World;
+
+/// The most views of a VM.
+const MOST_VIEWS: usize = 64;
+
+pub(crate) fn hostile(world: &mut World, report: &mut Report) -> Result<()> {
+    let gpa = world.gpa()?;
+    let marker = world.marker()?.hex.clone();
+    let mut tool = world.viewer()?;
+    let device = tool.view(world.grant(Rights::ReadOnly, None)?.token.words())?;
+
+    let mut flooder = world.viewer()?;
+    let bad = flooder.open()?;
+    let mut wrong = 0;
+    for round in 0..200u64 {
+        wrong += usize::from(errno(flooder.attach(&bad, [round, 1, 2, 3])?) != "ENOENT");
+    }
+    report.equal("200 forged tokens are refused as unknown", &wrong, &0);
+    let seen = errno(flooder.ask(&format!("seek {bad} 0 data"))?);
+    report.equal("lseek without a view is refused", &seen, &"ENOTCONN".into());
+    for (what, command) in [
+        (
+            "a mapping at the end of the address space",
+            format!("mmap {device} 0xfffffffffffff000 0x1000 r shared"),
+        ),
+        ("a mapping of everything behind RAM", format!("mmap {device} 0x100000000000 0x1000 r shared")),
+        ("a seek to a negative address", format!("seek {device} 0xfffffffffffff000 data")),
+    ] {
+        let seen = tool.ask(&command)?;
+        report.check(format!("{what} is refused"), seen.is_err(), errno(seen));
+    }
+
+    let crowd =
+        world.grant_as(|request| kvmmem_broker::admin::GrantRequest { uses: 1000, ..request })?.token.words();
+    let before = open_views(world)?;
+    let mut opened = 0;
+    let refused = loop {
+        let slot = flooder.open()?;
+        match flooder.attach(&slot, crowd)? {
+            Ok(_) if opened <= MOST_VIEWS => opened += 1,
+            Ok(_) => break "never".to_owned(),
+            Err(errno) => break errno,
+        }
+        if opened >= 60 {
+            break "60".to_owned();
+        }
+    };
+    report.check("a process has many views", opened >= 50, format!("{opened}, then {refused}"));
+    report.equal("the broker lists each", &(open_views(world)? - before), &opened);
+    report.equal("the first tool is not disturbed", &tool.pread(&device, gpa, 32)?, &Ok(marker.clone()));
+    drop(flooder);
+    report.check("the flooder's end closes its views", wait_for_views(world, before)?, "");
+
+    let page = tool.must(&format!("mmap {device} {gpa:#x} 0x1000 r shared"))?;
+    tool.load(&page, 8)?.ok().context("no page")?;
+    match window_of(world)? {
+        None => report.check("the window's place is known", false, "no window in /proc/iomem or debugfs"),
+        Some(window) => {
+            let mut root = world.root_viewer()?;
+            let wrote = errno(root.ask(&format!("poke {:#x} 0x6b6f6b6f", window + gpa))?);
+            let after = tool.pread(&device, gpa, 32)?;
+            report.check(
+                "a store by the guest's root to the read-only window changes nothing",
+                after == Ok(marker.clone()),
+                format!("the store: {wrote}"),
+            )
+        }
+    };
+    let counted = counted_writes(world)?;
+    report.check("and is counted", counted > 0, format!("{counted}"));
+    report.check("the introspector lives", field(&mut tool, &format!("stats {device}"), 0).is_ok(), "");
+    Ok(())
+}
+
+/// Whether the broker's count of views falls to `wanted` within ten seconds.
+pub(super) fn wait_for_views(world: &World, wanted: usize) -> Result<bool> {
+    for _ in 0..100 {
+        if open_views(world)? <= wanted {
+            return Ok(true);
+        }
+        std::thread::sleep(std::time::Duration::from_millis(100));
+    }
+    Ok(false)
+}
+
+/// First GPA of the window of the newest view, which the module tells root in debugfs.
+fn window_of(world: &World) -> Result<Option<u64>> {
+    let text = world.agent()?.get("/sys/kernel/debug/kvmmem/views").unwrap_or_default();
+    let text = String::from_utf8_lossy(&text).into_owned();
+    Ok(text
+        .lines()
+        .next()
+        .and_then(|line| line.split_whitespace().next())
+        .and_then(|word| u64::from_str_radix(word.trim_start_matches("0x"), 16).ok()))
+}
+
+/// Writes to read-only windows that the VMM refused, as the broker lists them; the VMM reports at most once a second.
+fn counted_writes(world: &World) -> Result<u64> {
+    for _ in 0..30 {
+        let grants = world.admin()?.grants()?;
+        let count =
+            grants.iter().flat_map(|grant| &grant.views).map(|view| view.counters.refused_writes).sum();
+        if count > 0 {
+            return Ok(count);
+        }
+        std::thread::sleep(std::time::Duration::from_millis(100));
+    }
+    Ok(0)
+}
