@@ -1,0 +1,190 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! A search through 1 GiB of a target on the host, through a view's mapping, against the same search by a reader that
+//! copies with process_vm_readv from the VMM's memory, as other tools do.
+//!
+//! Prints one line for one thread and one for all CPUs; with `--json` one object each.
+#![deny(unsafe_code)]
+
+use std::error::Error;
+use std::io::{IoSliceMut, Read, Write};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::process::{Command, Stdio};
+use std::time::Instant;
+
+use kvmmem::{Access, Mapping, Range, View};
+use kvmmem_broker::admin::{Admin, GrantRequest};
+use kvmmem_broker::link::{Region, Registration, VmmLink};
+use kvmmem_broker::scope::Rights;
+use kvmmem_broker::server::Server;
+use kvmmem_sys::ram::GuestRam;
+use memchr::memmem::Finder;
+use nix::sys::uio::{RemoteIoVec, process_vm_readv};
+use nix::unistd::Pid;
+use uuid::Uuid;
+use vm_memory::{GuestAddress, GuestMemoryBackend};
+
+const RAM: u64 = 1 << 30;
+const PIECE: usize = 1 << 20;
+const ROUNDS: usize = 9;
+const GOAL: f64 = 1.5;
+/// Present once, at the very end, so that a search goes through everything.
+const NEEDLE: &[u8; 24] = b"kvmmem looks for exactly";
+
+type Result<T> = std::result::Result<T, Box<dyn Error + Send + Sync>>;
+
+fn main() -> Result<()> {
+    // The VMM's part: this program once more, with the RAM mapped, saying where.
+    if std::env::args().any(|argument| argument == "--vmm") {
+        return vmm();
+    }
+    let mut child = Command::new(std::env::current_exe()?)
+        .arg("--vmm")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()?;
+    let mut words = [0; 16];
+    child.stdout.as_mut().ok_or("no output")?.read_exact(&mut words)?;
+    let [address, fd] = [&words[..8], &words[8..]].map(|word| word.try_into().map(u64::from_le_bytes));
+    let (address, fd) = (usize::try_from(address?)?, fd?);
+    let ram: OwnedFd = std::fs::OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(format!("/proc/{}/fd/{fd}", child.id()))?
+        .into();
+
+    let directory = tempfile::tempdir()?;
+    let socket = directory.path().join("broker.sock");
+    let server = Server::bind(&socket, None)?;
+    let (stop, stopped) = UnixStream::pair()?;
+    let broker = std::thread::spawn(move || server.run(stopped.as_fd()));
+    let link = VmmLink::connect(&socket, registration(), Some(ram))?;
+    let granted = Admin::connect(&socket)?.grant(&GrantRequest {
+        target: "bench".into(),
+        spans: None,
+        rights: Rights::ReadOnly,
+        ttl_ms: 60_000,
+        uses: 1,
+        holder: None,
+        label: None,
+    })?;
+    let view = View::attach_host(&socket, &granted.token, Access::ReadOnly)?;
+    let pid = Pid::from_raw(i32::try_from(child.id())?);
+
+    for threads in [1, std::thread::available_parallelism()?.get()] {
+        let (mut ours, mut theirs) = (Vec::new(), Vec::new());
+        for round in 0..=ROUNDS {
+            let began = Instant::now();
+            // Mapped anew for each search, as a tool that is started for it would.
+            let mapping = view.map(Range { gpa: 0, len: RAM })?;
+            search(threads, |at, part| read_mapping(&mapping, at, part))?;
+            drop(mapping);
+            let mapped = began.elapsed();
+            let began = Instant::now();
+            search(threads, |at, part| read_process(pid, address, at, part))?;
+            // The first round warms up.
+            if round > 0 {
+                ours.push(u64::try_from(mapped.as_nanos())?);
+                theirs.push(u64::try_from(began.elapsed().as_nanos())?);
+            }
+        }
+        report(threads, &mut ours, &mut theirs);
+    }
+
+    drop((view, link, stop));
+    broker.join().map_err(|_| "the broker failed")??;
+    drop(child.stdin.take());
+    child.wait()?;
+    Ok(())
+}
+
+/// Holds the RAM, every page of it in place, until standard input ends.
+fn vmm() -> Result<()> {
+    let ram = GuestRam::new(RAM)?;
+    let file = std::fs::File::from(ram.fd().try_clone_to_owned()?);
+    let mut piece = vec![0x5a; PIECE];
+    for (index, byte) in piece.iter_mut().enumerate() {
+        *byte ^= u8::try_from(index.wrapping_mul(0x9e37) >> 3 & 0xff)?;
+    }
+    for at in (0..RAM).step_by(PIECE) {
+        std::os::unix::fs::FileExt::write_all_at(&file, &piece, at)?;
+    }
+    std::os::unix::fs::FileExt::write_all_at(&file, NEEDLE, RAM - NEEDLE.len() as u64)?;
+    let address = ram.memory().get_host_address(GuestAddress(0))?.addr() as u64;
+    let fd = std::os::fd::AsRawFd::as_raw_fd(&ram.fd());
+    let mut out = std::io::stdout();
+    out.write_all(&address.to_le_bytes())?;
+    out.write_all(&u64::try_from(fd)?.to_le_bytes())?;
+    out.flush()?;
+    std::io::stdin().read_to_end(&mut Vec::new())?;
+    Ok(())
+}
+
+fn read_mapping(mapping: &Mapping, at: u64, part: &mut [u8]) -> Result<()> {
+    Ok(mapping.read(at, part)?)
+}
+
+fn read_process(pid: Pid, address: usize, at: u64, part: &mut [u8]) -> Result<()> {
+    let remote = RemoteIoVec { base: address + usize::try_from(at)?, len: part.len() };
+    let expected = part.len();
+    let count = process_vm_readv(pid, &mut [IoSliceMut::new(part)], &[remote])?;
+    if count == expected { Ok(()) } else { Err("short read".into()) }
+}
+
+/// Copies and searches every piece; the needle must be found once.
+fn search(threads: usize, read: impl Fn(u64, &mut [u8]) -> Result<()> + Sync) -> Result<()> {
+    let finder = Finder::new(NEEDLE);
+    let share = RAM / threads as u64 / PIECE as u64 * PIECE as u64;
+    let found: usize = std::thread::scope(|scope| {
+        let workers: Vec<_> = (0..threads as u64)
+            .map(|worker| {
+                let (read, finder) = (&read, &finder);
+                let end = if worker + 1 == threads as u64 { RAM } else { (worker + 1) * share };
+                scope.spawn(move || -> Result<usize> {
+                    let mut piece = vec![0; PIECE];
+                    let mut found = 0;
+                    for at in (worker * share..end).step_by(PIECE) {
+                        read(at, &mut piece)?;
+                        found += finder.find_iter(&piece).count();
+                    }
+                    Ok(found)
+                })
+            })
+            .collect();
+        workers.into_iter().map(|worker| worker.join().map_err(|_| "a thread failed")?).sum::<Result<usize>>()
+    })?;
+    if found == 1 { Ok(()) } else { Err(format!("found {found} needles").into()) }
+}
+
+fn report(threads: usize, ours: &mut [u64], theirs: &mut [u64]) {
+    let percentile = |times: &mut [u64], percent: usize| {
+        times.sort_unstable();
+        times.get(times.len() * percent / 100).copied().unwrap_or(0)
+    };
+    let [p50, p99] = [50, 99].map(|percent| percentile(ours, percent));
+    let peer = percentile(theirs, 50);
+    let ratio = peer as f64 / p50 as f64;
+    let name = format!("scan of 1 GiB on the host, {threads} thread(s), against process_vm_readv");
+    if std::env::args().any(|argument| argument == "--json") {
+        println!(
+            "{{\"name\":\"{name}\",\"ratio\":{ratio:.3},\"goal\":{GOAL},\"better\":\"higher\",\"p50_ns\":{p50},\"p99_ns\":{p99}}}"
+        );
+    } else {
+        println!(
+            "{name}: p50 {p50} ns, p99 {p99} ns; peer p50 {peer} ns; {ratio:.2} times as fast, goal {GOAL}"
+        );
+    }
+}
+
+fn registration() -> Registration {
+    Registration {
+        name: "bench".into(),
+        uuid: Uuid::from_bytes([1; 16]),
+        vcpus: 1,
+        start_time_ms: 0,
+        cid: None,
+        introspectable: true,
+        introspector: false,
+        regions: vec![Region { gpa: 0, len: RAM, offset: 0 }],
+    }
+}
