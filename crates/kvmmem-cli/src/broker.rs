@@ -11,7 +11,7 @@ use kvmmem_broker::endpoint::Endpoint;
 use serde::Serialize;
 
 use crate::failure::escape;
-use crate::output::Output;
+use crate::output::{Output, columns};
 
 /// Environment variable with the path of the broker's socket.
 const SOCKET_VARIABLE: &str = "KVMMEM_BROKER";
@@ -20,7 +20,7 @@ const SOCKET_VARIABLE: &str = "KVMMEM_BROKER";
 const DEFAULT_SOCKET: &str = "/run/kvmmem/kvmmemd.sock";
 
 #[derive(Args)]
-struct Broker {
+pub(crate) struct Broker {
     /// Socket of the broker [default: KVMMEM_BROKER, or else /run/kvmmem/kvmmemd.sock]
     #[arg(long = "broker", value_name = "PATH")]
     socket: Option<PathBuf>,
@@ -51,7 +51,8 @@ struct Hooked<'a> {
 }
 
 impl Broker {
-    fn connect(&self) -> Result<Admin> {
+    /// Connects to the broker.
+    pub(crate) fn connect(&self) -> Result<Admin> {
         let socket = self.socket.clone().unwrap_or_else(default_socket);
         Admin::connect(&socket).context(
             "no broker: is kvmmemd running, and may this user open its socket (root, or the socket's group)?",
@@ -114,16 +115,10 @@ impl Hook {
 fn table(targets: &[TargetInfo]) -> Vec<String> {
     let header = ["NAME", "UUID", "VCPUS", "MEMORY", "CID", "PID", "ROLE"].map(str::to_owned);
     let rows: Vec<[String; 7]> = std::iter::once(header).chain(targets.iter().map(row)).collect();
-    let width = |column: usize| {
-        rows.iter().filter_map(|row| row.get(column)).map(|cell| cell.chars().count()).max().unwrap_or(0)
-    };
-    let widths: Vec<usize> = (0..7).map(width).collect();
     let hooks = std::iter::once(&[][..]).chain(targets.iter().map(|target| &target.hooks[..]));
     let mut lines = Vec::new();
-    for (row, hooks) in rows.iter().zip(hooks) {
-        let cells: Vec<String> =
-            row.iter().zip(&widths).map(|(cell, &width)| format!("{cell:width$}")).collect();
-        lines.push(cells.join("  ").trim_end().to_owned());
+    for (line, hooks) in columns(&rows).into_iter().zip(hooks) {
+        lines.push(line);
         for hook in hooks {
             let state = if hook.connected { "connected" } else { "waiting for the tool" };
             lines.push(format!("  -> {}  {state}", hook.endpoint));

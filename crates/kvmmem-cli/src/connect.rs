@@ -24,6 +24,11 @@ pub(crate) struct Connect {
 }
 
 impl Connect {
+    /// Whether the command line says where to listen.
+    pub(crate) fn is_given(&self) -> bool {
+        self.listen.is_some()
+    }
+
     /// Waits for a target. A connection that is no good is told and passed over.
     pub(crate) fn accept(&self) -> Result<Session> {
         let endpoint = match &self.listen {

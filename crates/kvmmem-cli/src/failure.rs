@@ -2,7 +2,6 @@
 //! How an error is told: what failed, then the numbered chain of causes.
 
 use std::io::{self, Write};
-use std::process::ExitCode;
 
 use anyhow::Error;
 use clap::builder::styling::AnsiColor;
@@ -14,16 +13,15 @@ struct Failure {
     causes: Vec<String>,
 }
 
-/// Prints the error to standard error; returns the exit code of a failure.
-pub(crate) fn report(error: &Error, json: bool) -> ExitCode {
+/// Prints the error to standard error.
+pub(crate) fn report(error: &Error, json: bool) {
     if is_broken_pipe(error) {
         // Whoever read the output has had enough.
-        return ExitCode::FAILURE;
+        return;
     }
     let mut stderr = anstream::stderr().lock();
     // Nothing is left to be done where standard error cannot be written.
     let _ = if json { write_json(&mut stderr, error) } else { write_text(&mut stderr, error) };
-    ExitCode::FAILURE
 }
 
 fn write_text(to: &mut impl Write, error: &Error) -> io::Result<()> {

@@ -1,7 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Memory as text: sixteen bytes a line, repeated lines left out.
 
-const WIDTH: usize = 16;
+use clap::builder::styling::Style;
+
+/// Bytes of a line.
+pub(crate) const WIDTH: usize = 16;
 
 /// A dump that may be fed in parts.
 #[derive(Default)]
@@ -24,7 +27,7 @@ impl Hexdump {
                 self.is_skipping = true;
             } else {
                 self.is_skipping = false;
-                lines.push(line(at, chunk));
+                lines.push(line(at, chunk, |_| None));
             }
             self.last = whole;
             at = at.wrapping_add(chunk.len() as u64);
@@ -33,17 +36,27 @@ impl Hexdump {
     }
 }
 
-fn line(address: u64, bytes: &[u8]) -> String {
-    let mut hex = String::with_capacity(3 * WIDTH + 1);
-    for (index, byte) in bytes.iter().enumerate() {
-        if index == WIDTH / 2 {
-            hex.push(' ');
+/// One line of at most sixteen bytes; `style` says how each of them looks on a terminal.
+pub(crate) fn line(address: u64, bytes: &[u8], style: impl Fn(usize) -> Option<Style>) -> String {
+    let (mut hex, mut text) = (String::new(), String::new());
+    for (index, &byte) in bytes.iter().enumerate() {
+        let printed = if (0x20..0x7f).contains(&byte) { char::from(byte) } else { '.' };
+        let gap = if index == WIDTH / 2 { "  " } else { " " };
+        match style(index) {
+            Some(style) => {
+                hex += &format!("{gap}{style}{byte:02x}{style:#}");
+                text += &format!("{style}{printed}{style:#}");
+            }
+            None => {
+                hex += &format!("{gap}{byte:02x}");
+                text.push(printed);
+            }
         }
-        hex += &format!(" {byte:02x}");
     }
-    let text: String =
-        bytes.iter().map(|&byte| if (0x20..0x7f).contains(&byte) { char::from(byte) } else { '.' }).collect();
-    format!("{address:012x} {hex:<49}  |{text}|")
+    let missing = WIDTH - bytes.len().min(WIDTH);
+    let gap = usize::from(bytes.len() <= WIDTH / 2);
+    let pad = " ".repeat(3 * missing + gap);
+    format!("{address:012x} {hex}{pad}  |{text}|")
 }
 
 #[cfg(test)]
@@ -60,6 +73,19 @@ mod tests {
                 "000000001010  67 68 00 7f ff                                    |gh...|",
             ]
         );
+    }
+
+    #[test]
+    fn styled_bytes_take_no_more_room() {
+        let bold = Style::new().bold();
+        for len in [1, 8, 9, 16] {
+            let bytes = &b"0123456789abcdef"[..len];
+            let plain = line(0, bytes, |_| None);
+            let styled = line(0, bytes, |at| (at % 2 == 0).then_some(bold));
+            assert_ne!(styled, plain);
+            assert_eq!(anstream::adapter::strip_str(&styled).to_string(), plain);
+            assert_eq!(plain.find('|'), Some(64));
+        }
     }
 
     #[test]

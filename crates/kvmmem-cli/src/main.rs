@@ -3,16 +3,26 @@
 //! in an introspector, and says on either what is missing.
 #![deny(unsafe_code)]
 
+mod attach;
 mod broker;
 mod connect;
 mod doctor;
+mod dump;
 mod failure;
+mod grant;
 mod hexdump;
+mod interrupt;
 mod map;
 mod number;
 mod output;
 mod physical;
+mod progress;
+mod range;
+mod scan;
+mod source;
+mod translate;
 mod vm;
+mod watch;
 
 use std::process::ExitCode;
 
@@ -37,15 +47,17 @@ const EXIT_CODES: &str = "\
 Numbers are decimal, or hexadecimal after 0x.
 
 Exit codes:
-  0  done; doctor: usable; vm: see kvmmem vm --help
-  1  failed, standard error says why; doctor: not usable
-  2  the command line is wrong
+  0  done; doctor: usable
+  1  failed, standard error says why; doctor: not usable; scan: nothing was found
+  2  the command line is wrong; scan: failed
+attach, revoke, translate and vm have further ones: see their --help.
 
 Environment:
   KVMMEM_KVMI_PORT  vsock port to listen on, unless --listen says where
   KVMMEM_DEVICE     device to map through, unless --device says which
   KVMMEM_BROKER     socket of the broker, unless --broker says which
-  RUST_LOG        what to log, for example `debug`; `warn` if unset";
+  KVMMEM_TOKEN      token to attach by, unless --token, --token-file or --listen say how
+  RUST_LOG          what to log, for example `debug`; `warn` if unset";
 
 #[derive(Subcommand)]
 enum Verb {
@@ -59,7 +71,25 @@ enum Verb {
     Unhook(broker::Hook),
     /// Say whether this machine can run kvmmem, and what to do if not.
     Doctor(doctor::Arguments),
-    /// In an introspector: read a target's memory over KVMI.
+    /// Allow somebody to look at a target: prints a token.
+    Grant(grant::Grant),
+    /// List the grants and who looks by them.
+    Grants(grant::Grants),
+    /// Take a grant back; whoever looks by it sees the target no more.
+    Revoke(grant::Revoke),
+    /// Print or set what the tokens allow that tools get over KVMI.
+    Policy(grant::Policy),
+    /// Attach a view by a token, and print what it reaches and what happens to it.
+    Attach(attach::Arguments),
+    /// Write a target's memory to a file.
+    Dump(dump::Arguments),
+    /// Find bytes in a target's memory.
+    Scan(scan::Arguments),
+    /// Show how a target's memory changes.
+    Watch(watch::Arguments),
+    /// Look up a target's virtual addresses in its page tables.
+    Translate(translate::Arguments),
+    /// Read a target's memory, over KVMI or by a view.
     Read(physical::Read),
     /// In an introspector: write to a target's memory over KVMI.
     Write(physical::Write),
@@ -76,6 +106,7 @@ fn main() -> ExitCode {
         .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
         .init();
 
+    let failed = if matches!(cli.verb, Verb::Scan(_)) { scan::FAILED } else { 1 };
     let mut output = Output::new(cli.json);
     let result = match cli.verb {
         Verb::Vm(arguments) => arguments.run(&mut output),
@@ -83,9 +114,21 @@ fn main() -> ExitCode {
         Verb::Hook(arguments) => arguments.hook(&mut output),
         Verb::Unhook(arguments) => arguments.unhook(&mut output),
         Verb::Doctor(arguments) => arguments.run(&mut output),
+        Verb::Grant(arguments) => arguments.run(&mut output),
+        Verb::Grants(arguments) => arguments.run(&mut output),
+        Verb::Revoke(arguments) => arguments.run(&mut output),
+        Verb::Policy(arguments) => arguments.run(&mut output),
+        Verb::Attach(arguments) => arguments.run(&mut output),
+        Verb::Dump(arguments) => arguments.run(&mut output),
+        Verb::Scan(arguments) => arguments.run(&mut output),
+        Verb::Watch(arguments) => arguments.run(&mut output),
+        Verb::Translate(arguments) => arguments.run(&mut output),
         Verb::Read(arguments) => arguments.run(&mut output),
         Verb::Write(arguments) => arguments.run(&mut output),
         Verb::Map(arguments) => arguments.run(&mut output),
     };
-    result.unwrap_or_else(|error| failure::report(&error, cli.json))
+    result.unwrap_or_else(|error| {
+        failure::report(&error, cli.json);
+        ExitCode::from(failed)
+    })
 }

@@ -3,18 +3,16 @@
 
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use clap::Args;
 use kvmmem::{Device, MappedPage, PAGE_SIZE};
 use serde::Serialize;
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
 use crate::connect::Connect;
 use crate::hexdump::Hexdump;
+use crate::interrupt::Interrupt;
 use crate::number::{hex, parse};
 use crate::output::Output;
 
@@ -83,12 +81,9 @@ impl Arguments {
     }
 
     fn watch(&self, page: &MappedPage, offset: usize, output: &mut Output) -> Result<()> {
-        let stop = Arc::new(AtomicBool::new(false));
-        for signal in [SIGINT, SIGTERM, SIGHUP] {
-            signal_hook::flag::register(signal, Arc::clone(&stop)).context("cannot handle signals")?;
-        }
+        let interrupt = Interrupt::catch()?;
         let mut from = page.read_u64(offset)?;
-        while !stop.load(Ordering::Relaxed) {
+        while !interrupt.has_come() {
             let to = page.read_u64(offset)?;
             if to != from {
                 if output.is_json() {

@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Numbers and bytes on the command line.
+//! Numbers, times and bytes on the command line.
+
+use std::time::Duration;
 
 /// An address or a count: decimal, or hexadecimal after `0x`.
 pub(crate) fn parse(text: &str) -> Result<u64, String> {
@@ -21,6 +23,46 @@ pub(crate) fn parse_size(text: &str) -> Result<u64, String> {
     let Some(shift) = shift else { return parse(text) };
     let number = parse(text.get(..text.len() - 1).unwrap_or_default())?;
     number.checked_mul(1 << shift).ok_or_else(|| "the size is too large".into())
+}
+
+/// A time: a whole number of ms, s, m or h, for example `500ms`; not 0.
+pub(crate) fn parse_duration(text: &str) -> Result<Duration, String> {
+    const FORM: &str = "write a time as 500ms, 60s, 5m or 2h";
+    let digits = text.find(|c: char| !c.is_ascii_digit()).ok_or(FORM)?;
+    let (number, unit) = text.split_at(digits);
+    let milliseconds = match unit {
+        "ms" => 1,
+        "s" => 1000,
+        "m" => 60 * 1000,
+        "h" => 60 * 60 * 1000,
+        _ => return Err(FORM.into()),
+    };
+    let number: u64 = number.parse().map_err(|_| FORM)?;
+    match number.checked_mul(milliseconds) {
+        Some(0) => Err("the time is 0".into()),
+        Some(time) => Ok(Duration::from_millis(time)),
+        None => Err("the time is too long".into()),
+    }
+}
+
+/// A time in its two largest units, for example `1m 5s`.
+pub(crate) fn duration(time: Duration) -> String {
+    let seconds = time.as_secs();
+    let (days, hours, minutes) = (seconds / 86400, seconds / 3600 % 24, seconds / 60 % 60);
+    match (days, hours, minutes) {
+        (0, 0, 0) if seconds == 0 => format!("{}ms", time.as_millis()),
+        (0, 0, 0) => format!("{seconds}s"),
+        (0, 0, _) => format!("{minutes}m {}s", seconds % 60),
+        (0, ..) => format!("{hours}h {minutes}m"),
+        _ => format!("{days}d {hours}h"),
+    }
+}
+
+/// A size in the largest unit of which it is a whole number.
+pub(crate) fn size(bytes: u64) -> String {
+    let units = [(40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")];
+    let unit = units.into_iter().find(|(shift, _)| bytes > 0 && bytes.is_multiple_of(1 << shift));
+    unit.map_or_else(|| format!("{bytes} bytes"), |(shift, unit)| format!("{} {unit}", bytes >> shift))
 }
 
 /// Bytes as pairs of hexadecimal digits, with or without `0x` before them.
@@ -66,6 +108,48 @@ mod tests {
         assert_eq!(parse_size("4096"), Ok(4096));
         for text in ["", "M", "-1M", "16777216T", "1.5G", "1Ä"] {
             assert!(parse_size(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn times_have_units() {
+        assert_eq!(parse_duration("500ms"), Ok(Duration::from_millis(500)));
+        assert_eq!(parse_duration("60s"), Ok(Duration::from_secs(60)));
+        assert_eq!(parse_duration("5m"), Ok(Duration::from_secs(300)));
+        assert_eq!(parse_duration("2h"), Ok(Duration::from_secs(7200)));
+        for text in [
+            "",
+            "60",
+            "s",
+            "0s",
+            "-1s",
+            "1.5h",
+            "1 s",
+            "18446744073709551615h",
+            "99999999999999999999s",
+            "1d",
+        ] {
+            assert!(parse_duration(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn times_and_sizes_are_short() {
+        let cases =
+            [(0, "0ms"), (999, "999ms"), (61_999, "1m 1s"), (7_260_000, "2h 1m"), (90_000_000, "1d 1h")];
+        for (milliseconds, text) in cases {
+            assert_eq!(duration(Duration::from_millis(milliseconds)), text);
+        }
+        let cases = [
+            (0, "0 bytes"),
+            (4095, "4095 bytes"),
+            (4096, "4 KiB"),
+            (3 << 20, "3 MiB"),
+            (1536 << 20, "1536 MiB"),
+            (1 << 40, "1 TiB"),
+        ];
+        for (bytes, text) in cases {
+            assert_eq!(size(bytes), text);
         }
     }
 

@@ -1,33 +1,46 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! `kvmmem read` and `kvmmem write`: a target's memory by copy, over KVMI.
+//! `kvmmem read` and `kvmmem write`: a target's memory by copy, over KVMI or by a view.
 
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, ensure};
 use clap::Args;
+use kvmmem::paging::AddressSpace;
 use serde::Serialize;
 
 use crate::connect::Connect;
 use crate::hexdump::Hexdump;
 use crate::number::{HexBytes, hex, parse, parse_hex, parse_size};
 use crate::output::Output;
+use crate::source::Source;
+use crate::translate::Depth;
 
 /// Bytes that are read before they are printed.
 const CHUNK: u64 = 64 * 1024;
 
 #[derive(Args)]
+#[command(after_help = READ_HELP)]
 pub(crate) struct Read {
-    /// First guest-physical address in the target
+    /// First guest-physical address in the target, or guest-virtual with --gva
     #[arg(value_parser = parse)]
-    gpa: u64,
+    address: u64,
     /// How many bytes; K, M and G are understood
     #[arg(value_parser = parse_size)]
     len: u64,
     /// Write the bytes themselves to standard output
     #[arg(long, conflicts_with = "json")]
     raw: bool,
+    /// ADDRESS is guest-virtual: it is looked up in the page tables of --cr3
+    #[arg(long, requires = "cr3")]
+    gva: bool,
+    /// The vCPU's CR3, or the address of the outermost table
+    #[arg(long, requires = "gva", value_parser = parse)]
+    cr3: Option<u64>,
+    /// How many levels of page tables the target uses
+    #[arg(long, requires = "gva", value_enum, default_value_t = Depth::Four)]
+    levels: Depth,
     #[command(flatten)]
-    connect: Connect,
+    source: Source,
 }
 
 #[derive(Args)]
@@ -42,11 +55,22 @@ pub(crate) struct Write {
     connect: Connect,
 }
 
+const READ_HELP: &str = "\
+The memory comes by KVMI (--listen, KVMMEM_KVMI_PORT), or by a view where a token, a device or a broker is given.";
+
 /// Bytes that were read, as JSON.
 #[derive(Serialize)]
 struct Part {
-    gpa: u64,
+    #[serde(flatten)]
+    address: Address,
     hex: String,
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "snake_case")]
+enum Address {
+    Gpa(u64),
+    Gva(u64),
 }
 
 /// What was written, as JSON.
@@ -59,27 +83,38 @@ struct Written {
 impl Read {
     pub(crate) fn run(&self, output: &mut Output) -> Result<ExitCode> {
         ensure!(self.len > 0, "nothing to read: LEN is 0");
+        let kind = if self.gva { "GVA" } else { "GPA" };
         ensure!(
-            self.gpa.checked_add(self.len - 1).is_some(),
-            "LEN {:#x} bytes from GPA {:#x} on pass the end of the address space",
+            self.address.checked_add(self.len - 1).is_some(),
+            "LEN {:#x} bytes from {kind} {:#x} on pass the end of the address space",
             self.len,
-            self.gpa
+            self.address
         );
-        let mut session = self.connect.accept()?;
+        let space = self.cr3.map(|cr3| AddressSpace { cr3, levels: self.levels.into() });
+        let mut memory = self.source.memory()?;
         let mut dump = Hexdump::default();
         let mut buffer = vec![0; usize::try_from(self.len.min(CHUNK))?];
         let mut done = 0;
         while done < self.len {
             let part = usize::try_from((self.len - done).min(CHUNK))?;
             let part = buffer.get_mut(..part).context("the buffer is too small")?;
-            let gpa = self.gpa + done;
-            session.read_physical(gpa, part)?;
+            let at = self.address + done;
+            let address = match &space {
+                Some(space) => {
+                    space.read(at, part, |gpa, buf| memory.read(gpa, buf))?;
+                    Address::Gva(at)
+                }
+                None => {
+                    memory.read(at, part)?;
+                    Address::Gpa(at)
+                }
+            };
             if self.raw {
                 output.raw(part)?;
             } else if output.is_json() {
-                output.object(&Part { gpa, hex: hex(part) })?;
+                output.object(&Part { address, hex: hex(part) })?;
             } else {
-                for line in dump.lines(gpa, part) {
+                for line in dump.lines(at, part) {
                     output.line(line)?;
                 }
             }

@@ -1,0 +1,139 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! `kvmmem attach`: a view and what happens to it.
+
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::Result;
+use clap::Args;
+use kvmmem::view::{Access, Event, Status, View};
+use serde::Serialize;
+use uuid::Uuid;
+
+use crate::interrupt::Interrupt;
+use crate::number::size;
+use crate::output::Output;
+use crate::source::Source;
+
+/// Exit code where the grant was taken back.
+const REVOKED: u8 = 3;
+
+/// Exit code where the target went away.
+const GONE: u8 = 4;
+
+/// The longest wait between two looks for signals.
+const SIGNAL_INTERVAL: Duration = Duration::from_millis(100);
+
+#[derive(Args)]
+#[command(after_help = AFTER_HELP)]
+pub(crate) struct Arguments {
+    /// Keep the view and print what happens to it, until interrupted or until it ends
+    #[arg(long)]
+    hold: bool,
+    /// Ask for reading alone, whatever the grant allows
+    #[arg(long)]
+    read_only: bool,
+    #[command(flatten)]
+    source: Source,
+}
+
+const AFTER_HELP: &str = "\
+Exit codes:
+  0  attached, and detached again; with --hold, when interrupted
+  1  failed, standard error says why
+  2  the command line is wrong
+  3  the grant was taken back
+  4  the target, or the host's service, is gone";
+
+/// What happens to the view, as JSON.
+#[derive(Serialize)]
+#[serde(tag = "event", rename_all = "snake_case")]
+enum Told {
+    Attached(State),
+    Changed(State),
+    Revoked,
+    Gone,
+    Detached,
+}
+
+#[derive(Serialize)]
+struct State {
+    target: Uuid,
+    generation: u64,
+    writable: bool,
+    ranges: Vec<Range>,
+}
+
+#[derive(Serialize)]
+struct Range {
+    gpa: u64,
+    len: u64,
+}
+
+impl From<Status> for State {
+    fn from(status: Status) -> Self {
+        let ranges = status.ranges.iter().map(|range| Range { gpa: range.gpa, len: range.len }).collect();
+        let target = Uuid::from_bytes(status.uuid);
+        Self { target, generation: status.generation, writable: status.is_writable, ranges }
+    }
+}
+
+impl Arguments {
+    pub(crate) fn run(&self, output: &mut Output) -> Result<ExitCode> {
+        let interrupt = Interrupt::catch()?;
+        let access = if self.read_only { Access::ReadOnly } else { Access::Granted };
+        let view = self.source.attach(access)?;
+        tell(Told::Attached(view.status()?.into()), output)?;
+        if self.hold {
+            let end = hold(&view, &interrupt, output)?;
+            if let Some(code) = end {
+                return Ok(ExitCode::from(code));
+            }
+        }
+        view.detach()?;
+        tell(Told::Detached, output)?;
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
+/// Tells what happens, until an interrupt comes or, which gives the exit code, the view ends.
+fn hold(view: &View, interrupt: &Interrupt, output: &mut Output) -> Result<Option<u8>> {
+    while !interrupt.has_come() {
+        match view.wait(SIGNAL_INTERVAL)? {
+            None => {}
+            Some(Event::Changed) => tell(Told::Changed(view.status()?.into()), output)?,
+            Some(Event::Revoked) => {
+                tell(Told::Revoked, output)?;
+                return Ok(Some(REVOKED));
+            }
+            Some(Event::Gone) => {
+                tell(Told::Gone, output)?;
+                return Ok(Some(GONE));
+            }
+        }
+    }
+    Ok(None)
+}
+
+fn tell(told: Told, output: &mut Output) -> Result<()> {
+    if output.is_json() {
+        return Ok(output.object(&told)?);
+    }
+    match told {
+        Told::Attached(state) => tell_state("attached to", &state, output),
+        Told::Changed(state) => tell_state("changed:", &state, output),
+        Told::Revoked => Ok(output.line("revoked: the grant was taken back")?),
+        Told::Gone => Ok(output.line("gone: the target, or the host's service, is no more")?),
+        Told::Detached => Ok(output.line("detached")?),
+    }
+}
+
+fn tell_state(what: &str, state: &State, output: &mut Output) -> Result<()> {
+    let State { target, generation, writable, ranges } = state;
+    let rights = if *writable { "read-write" } else { "read-only" };
+    output.line(format!("{what} {target}, {rights}, generation {generation}"))?;
+    for Range { gpa, len } in ranges {
+        output.line(format!("  {gpa:#014x}..{:#014x}  {}", gpa.saturating_add(*len), size(*len)))?;
+    }
+    Ok(())
+}

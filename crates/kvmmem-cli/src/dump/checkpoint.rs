@@ -1,0 +1,137 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! The file beside an unfinished dump that says how far it is.
+
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, ensure};
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use super::layout::Format;
+use crate::range::GpaRange;
+
+const VERSION: u32 = 1;
+
+/// How far a dump is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Checkpoint {
+    version: u32,
+    /// The target.
+    pub(super) uuid: Uuid,
+    /// Its generation: another one has other memory, or has been reset.
+    pub(super) generation: u64,
+    pub(super) format: Format,
+    /// What is dumped, ascending.
+    pub(super) ranges: Vec<GpaRange>,
+    /// All below this address is in the file.
+    pub(super) next: u64,
+    /// Bytes of data that are in the file.
+    pub(super) data_bytes: u64,
+    /// The target was reset or resized in the middle.
+    pub(super) is_stale: bool,
+}
+
+impl Checkpoint {
+    pub(super) fn new(uuid: Uuid, generation: u64, format: Format, ranges: Vec<GpaRange>) -> Self {
+        Self { version: VERSION, uuid, generation, format, ranges, next: 0, data_bytes: 0, is_stale: false }
+    }
+
+    /// Reads the file beside `dump`; `None` where there is none.
+    pub(super) fn load(dump: &Path) -> Result<Option<Self>> {
+        let path = path(dump);
+        let text = match fs::read_to_string(&path) {
+            Ok(text) => text,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(error).with_context(|| format!("cannot read {}", path.display())),
+        };
+        let remedy = || {
+            format!(
+                "{} does not tell how far the dump is: remove it and the dump, and begin again",
+                path.display()
+            )
+        };
+        let checkpoint: Self = serde_json::from_str(&text).with_context(remedy)?;
+        let ascends =
+            checkpoint.ranges.iter().zip(checkpoint.ranges.iter().skip(1)).all(|(a, b)| a.end <= b.start);
+        let is_whole = checkpoint.version == VERSION
+            && ascends
+            && checkpoint.ranges.iter().all(|range| range.start < range.end);
+        ensure!(is_whole, remedy());
+        Ok(Some(checkpoint))
+    }
+
+    /// Writes the file beside `dump`: after this returns, that or, where it fails, the state before is on disk.
+    pub(super) fn save(&self, dump: &Path) -> Result<()> {
+        let path = path(dump);
+        let mut new = path.clone().into_os_string();
+        new.push(".new");
+        let new = PathBuf::from(new);
+        let write = || {
+            let mut file = File::create(&new)?;
+            file.write_all(&serde_json::to_vec(self)?)?;
+            file.sync_all()?;
+            fs::rename(&new, &path)
+        };
+        write()
+            .inspect_err(|_| {
+                // Where the disk is full, it need not be kept full.
+                let _ = fs::remove_file(&new);
+            })
+            .with_context(|| format!("cannot write {}", path.display()))
+    }
+
+    /// Removes the file beside `dump`, which is complete.
+    pub(super) fn remove(dump: &Path) -> Result<()> {
+        let path = path(dump);
+        fs::remove_file(&path).with_context(|| format!("cannot remove {}", path.display()))
+    }
+}
+
+/// Where the state of `dump` is kept.
+pub(super) fn path(dump: &Path) -> PathBuf {
+    let mut path = dump.as_os_str().to_owned();
+    path.push(".part");
+    path.into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_saved_is_loaded() {
+        let directory = tempfile::tempdir().unwrap();
+        let dump = directory.path().join("core");
+        assert_eq!(Checkpoint::load(&dump).unwrap(), None);
+        let mut checkpoint =
+            Checkpoint::new(Uuid::from_u128(7), 4, Format::Elf, vec![0..0x1000, 0x2000..0x3000]);
+        checkpoint.next = 0x2000;
+        checkpoint.save(&dump).unwrap();
+        assert_eq!(Checkpoint::load(&dump).unwrap(), Some(checkpoint));
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 1);
+        Checkpoint::remove(&dump).unwrap();
+        assert_eq!(Checkpoint::load(&dump).unwrap(), None);
+    }
+
+    #[test]
+    fn nonsense_is_refused_with_the_remedy() {
+        let directory = tempfile::tempdir().unwrap();
+        let dump = directory.path().join("core");
+        let good = Checkpoint::new(Uuid::nil(), 2, Format::Raw, vec![0..0x1000, 0x1000..0x2000]);
+        let bad = [
+            String::new(),
+            "{}".to_owned(),
+            serde_json::to_string(&Checkpoint { version: 2, ..good.clone() }).unwrap(),
+            serde_json::to_string(&Checkpoint { ranges: vec![0..0x1000, 0x1000..0x1000], ..good.clone() })
+                .unwrap(),
+            serde_json::to_string(&Checkpoint { ranges: vec![0x1000..0x2000, 0..0x1000], ..good }).unwrap(),
+        ];
+        for text in bad {
+            fs::write(path(&dump), &text).unwrap();
+            let error = Checkpoint::load(&dump).unwrap_err().to_string();
+            assert!(error.contains("core.part") && error.contains("begin again"), "{text}: {error}");
+        }
+    }
+}

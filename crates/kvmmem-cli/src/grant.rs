@@ -1,0 +1,242 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! Who may look at whom: `grant`, `grants`, `revoke`, `policy`.
+
+mod table;
+
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use clap::{Args, ValueEnum};
+use kvmmem_broker::admin::{GrantRequest, KvmiPolicy, Revoked, Rights, Span};
+use serde::Serialize;
+use uuid::Uuid;
+use zeroize::Zeroizing;
+
+use crate::broker::Broker;
+use crate::failure::escape;
+use crate::number::{hex, parse_duration};
+use crate::output::Output;
+use crate::range::{GpaRange, in_order, parse_range};
+
+/// Exit code of a revocation that somebody has not confirmed.
+const UNCONFIRMED: u8 = 3;
+
+#[derive(Args)]
+#[command(after_help = GRANT_HELP)]
+pub(crate) struct Grant {
+    /// Name or UUID of the target
+    target: String,
+    /// Grant these guest-physical addresses, for example 1M..2M; END is behind the range; may be given again
+    /// [default: all RAM]
+    #[arg(long = "range", value_name = "START..END", value_parser = parse_range)]
+    ranges: Vec<GpaRange>,
+    /// Allow writing too
+    #[arg(long)]
+    rw: bool,
+    /// How long the token can be used, for example 500ms, 60s, 5m or 2h; views that it opened stay open
+    #[arg(long, value_name = "TIME", default_value = "60s", value_parser = parse_duration)]
+    ttl: Duration,
+    /// How often the token can be used
+    #[arg(long, value_name = "COUNT", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+    uses: u32,
+    /// UUID of the only introspector that may use the token [default: whoever has it]
+    #[arg(long, value_name = "UUID")]
+    holder: Option<Uuid>,
+    /// What the list of grants shows of it
+    #[arg(long, value_name = "TEXT")]
+    label: Option<String>,
+    #[command(flatten)]
+    broker: Broker,
+}
+
+const GRANT_HELP: &str = "\
+Prints the number of the grant and its token, which nothing shows again: whoever has it can look at the target.";
+
+#[derive(Args)]
+pub(crate) struct Grants {
+    #[command(flatten)]
+    broker: Broker,
+}
+
+#[derive(Args)]
+#[command(after_help = REVOKE_HELP)]
+pub(crate) struct Revoke {
+    /// Number of the grant
+    grant: u64,
+    #[command(flatten)]
+    broker: Broker,
+}
+
+const REVOKE_HELP: &str = "\
+Exit codes:
+  0  taken back, nobody sees the target by this grant any more
+  1  failed, standard error says why
+  2  the command line is wrong
+  3  taken back, but a virtual machine's VMM has not confirmed that its views have ended: it may be stopped or hang;
+     run this again, or end that virtual machine";
+
+#[derive(Args)]
+#[command(after_help = POLICY_HELP)]
+pub(crate) struct Policy {
+    /// Name or UUID of the target
+    target: String,
+    /// What to set; without it, what is set is printed
+    #[arg(value_enum)]
+    set: Option<Allowed>,
+    #[command(flatten)]
+    broker: Broker,
+}
+
+const POLICY_HELP: &str = "\
+Tools that are hooked to a target get tokens by KVMI as well; the policy says what these allow from now on.";
+
+/// What KVMI's tokens allow, on the command line.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Allowed {
+    /// Reading and writing
+    Rw,
+    /// Reading; pages cannot be mapped one by one then, which always allows writing
+    Ro,
+    /// Nothing: no token is given
+    None,
+}
+
+impl From<Allowed> for KvmiPolicy {
+    fn from(allowed: Allowed) -> Self {
+        match allowed {
+            Allowed::Rw => Self::ReadWrite,
+            Allowed::Ro => Self::ReadOnly,
+            Allowed::None => Self::None,
+        }
+    }
+}
+
+/// What was granted, as JSON.
+#[derive(Serialize)]
+struct Granted<'a> {
+    grant: u64,
+    token: &'a str,
+    target: &'a str,
+    rights: Rights,
+    /// `null` for all RAM.
+    spans: Option<&'a [Span]>,
+    ttl_ms: u64,
+    uses: u32,
+    holder: Option<Uuid>,
+    label: Option<&'a str>,
+}
+
+/// What was taken back, as JSON.
+#[derive(Serialize)]
+struct RevokedGrant {
+    grant: u64,
+    #[serde(flatten)]
+    outcome: Revoked,
+}
+
+/// A target's policy, as JSON.
+#[derive(Serialize)]
+struct TargetPolicy<'a> {
+    target: &'a str,
+    policy: KvmiPolicy,
+}
+
+impl Grant {
+    pub(crate) fn run(&self, output: &mut Output) -> Result<ExitCode> {
+        let ranges = in_order(&self.ranges)?;
+        let span = |range: &GpaRange| Span { gpa: range.start, len: range.end - range.start };
+        let request = GrantRequest {
+            target: self.target.clone(),
+            spans: (!ranges.is_empty()).then(|| ranges.iter().map(span).collect()),
+            rights: if self.rw { Rights::ReadWrite } else { Rights::ReadOnly },
+            ttl_ms: u64::try_from(self.ttl.as_millis())?,
+            uses: self.uses,
+            holder: self.holder,
+            label: self.label.clone(),
+        };
+        let granted = self
+            .broker
+            .connect()?
+            .grant(&request)
+            .with_context(|| format!("cannot grant access to {:?}", self.target))?;
+        let bytes = Zeroizing::new(granted.token.to_bytes());
+        let token = Zeroizing::new(hex(&*bytes));
+        if output.is_json() {
+            output.object(&Granted {
+                grant: granted.grant,
+                token: &token,
+                target: &request.target,
+                rights: request.rights,
+                spans: request.spans.as_deref(),
+                ttl_ms: request.ttl_ms,
+                uses: request.uses,
+                holder: request.holder,
+                label: request.label.as_deref(),
+            })?;
+        } else {
+            output.line(format!("grant {}", granted.grant))?;
+            output.line(Zeroizing::new(format!("token {}", *token)).as_str())?;
+        }
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
+impl Grants {
+    pub(crate) fn run(&self, output: &mut Output) -> Result<ExitCode> {
+        let grants = self.broker.connect()?.grants().context("cannot list the grants")?;
+        if output.is_json() {
+            for grant in &grants {
+                output.object(grant)?;
+            }
+        } else if grants.is_empty() {
+            output.line("there are no grants")?;
+        } else {
+            for line in table::lines(&grants) {
+                output.line(line)?;
+            }
+        }
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
+impl Revoke {
+    pub(crate) fn run(&self, output: &mut Output) -> Result<ExitCode> {
+        let grant = self.grant;
+        let outcome = self
+            .broker
+            .connect()?
+            .revoke(grant)
+            .with_context(|| format!("cannot take back grant {grant}"))?;
+        let Revoked { views, unconfirmed, micros } = outcome;
+        if output.is_json() {
+            output.object(&RevokedGrant { grant, outcome })?;
+        } else {
+            let plural = if views == 1 { "" } else { "s" };
+            let milliseconds = Duration::from_micros(micros).as_secs_f64() * 1000.0;
+            output.line(format!(
+                "grant {grant} is revoked; {views} view{plural} ended, in {milliseconds:.3} ms"
+            ))?;
+            if unconfirmed > 0 {
+                output.line(format!("{unconfirmed} not confirmed: see kvmmem revoke --help"))?;
+            }
+        }
+        Ok(if unconfirmed == 0 { ExitCode::SUCCESS } else { ExitCode::from(UNCONFIRMED) })
+    }
+}
+
+impl Policy {
+    pub(crate) fn run(&self, output: &mut Output) -> Result<ExitCode> {
+        let policy = self
+            .broker
+            .connect()?
+            .policy(&self.target, self.set.map(Into::into))
+            .with_context(|| format!("no policy for {:?}", self.target))?;
+        if output.is_json() {
+            output.object(&TargetPolicy { target: &self.target, policy })?;
+        } else {
+            output.line(format!("{}: KVMI's tokens allow {policy}", escape(&self.target)))?;
+        }
+        Ok(ExitCode::SUCCESS)
+    }
+}

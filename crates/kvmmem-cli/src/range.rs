@@ -1,0 +1,123 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! Ranges of guest-physical addresses, as `--range A..B` gives them.
+
+use std::ops::Range;
+
+use anyhow::{Result, bail, ensure};
+use kvmmem::PAGE_SIZE;
+
+use crate::number::parse_size;
+
+/// From the first address up to the one behind the last. Both are multiples of the page size.
+pub(crate) type GpaRange = Range<u64>;
+
+/// The end of guest-physical memory: x86-64 has at most 52 address bits.
+const GPA_END: u64 = 1 << 52;
+
+const PAGE: u64 = PAGE_SIZE as u64;
+
+/// Reads `A..B`, for example `0x100000..0x200000` or `1M..2M`.
+pub(crate) fn parse_range(text: &str) -> Result<GpaRange, String> {
+    let (start, end) =
+        text.split_once("..").ok_or("write a range as START..END, for example 1M..2M; END is behind it")?;
+    let (start, end) = (parse_size(start)?, parse_size(end)?);
+    if start >= end {
+        return Err(format!(
+            "{start:#x}..{end:#x} is empty: END is behind the range, so it must be above START"
+        ));
+    }
+    if end > GPA_END {
+        return Err(format!("{end:#x} is beyond the guest-physical addresses, which end at {GPA_END:#x}"));
+    }
+    if !start.is_multiple_of(PAGE) || !end.is_multiple_of(PAGE) {
+        let (start, end) = (start / PAGE * PAGE, end.next_multiple_of(PAGE));
+        return Err(format!("START and END must be multiples of {PAGE:#x}: {start:#x}..{end:#x} holds it"));
+    }
+    Ok(start..end)
+}
+
+/// The ranges by ascending address; an error if two share addresses.
+pub(crate) fn in_order(ranges: &[GpaRange]) -> Result<Vec<GpaRange>> {
+    let mut ranges = ranges.to_vec();
+    ranges.sort_unstable_by_key(|range| range.start);
+    for (before, after) in ranges.iter().zip(ranges.iter().skip(1)) {
+        ensure!(
+            before.end <= after.start,
+            "the ranges {before:#x?} and {after:#x?} overlap: give each address once"
+        );
+    }
+    Ok(ranges)
+}
+
+/// What of `wanted` (all, if it is empty) lies within `reached`. Both ascend.
+pub(crate) fn select(wanted: &[GpaRange], reached: &[GpaRange]) -> Result<Vec<GpaRange>> {
+    if wanted.is_empty() {
+        return Ok(reached.to_vec());
+    }
+    let mut selected = Vec::new();
+    for range in wanted {
+        let before = selected.len();
+        let common = |part: &GpaRange| part.start.max(range.start)..part.end.min(range.end);
+        selected.extend(reached.iter().map(common).filter(|part| !part.is_empty()));
+        if selected.len() == before {
+            let reached: Vec<String> = reached.iter().map(|part| format!("{part:#x?}")).collect();
+            bail!("the view does not reach into {range:#x?}; it reaches {}", reached.join(", "));
+        }
+    }
+    Ok(selected)
+}
+
+/// Bytes of all the ranges together.
+pub(crate) fn total(ranges: &[GpaRange]) -> u64 {
+    ranges.iter().map(|range| range.end - range.start).sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranges_are_read() {
+        assert_eq!(parse_range("0x100000..0x200000"), Ok(0x10_0000..0x20_0000));
+        assert_eq!(parse_range("1M..2M"), Ok(0x10_0000..0x20_0000));
+        assert_eq!(parse_range("0..4096T"), Ok(0..GPA_END));
+        let cases = [
+            ("1M", "START..END"),
+            ("..", "4096"),
+            ("2M..1M", "empty"),
+            ("1M..1M", "empty"),
+            ("0x1001..0x2fff", "0x1000..0x3000"),
+            ("0..8192T", "end at"),
+            ("1M..=2M", "4096"),
+            ("-1..2", "sign"),
+            ("18446744073709551615..2", "empty"),
+        ];
+        for (text, word) in cases {
+            let error = parse_range(text).unwrap_err();
+            assert!(error.contains(word), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn ranges_that_overlap_are_named() {
+        assert_eq!(in_order(&[0x2000..0x3000, 0..0x2000]).unwrap(), [0..0x2000, 0x2000..0x3000]);
+        let error = in_order(&[0x2000..0x3000, 0..0x2001]).unwrap_err().to_string();
+        assert_eq!(error, "the ranges 0x0..0x2001 and 0x2000..0x3000 overlap: give each address once");
+    }
+
+    #[test]
+    fn what_is_not_reached_is_left_out_or_refused() {
+        let reached = [0x1000..0x3000, 0x4000..0x5000];
+        assert_eq!(select(&[], &reached).unwrap(), reached);
+        assert_eq!(select(std::slice::from_ref(&(0..0x9000)), &reached).unwrap(), reached);
+        assert_eq!(
+            select(&[0x2000..0x4000, 0x4000..0x5000], &reached).unwrap(),
+            [0x2000..0x3000, 0x4000..0x5000]
+        );
+        let error = select(&[0x2000..0x4000, 0x5000..0x6000], &reached).unwrap_err().to_string();
+        assert!(
+            error.contains("0x5000..0x6000") && error.contains("0x1000..0x3000, 0x4000..0x5000"),
+            "{error}"
+        );
+    }
+}

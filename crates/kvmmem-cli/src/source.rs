@@ -1,0 +1,208 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! Where a verb gets a target's memory from: a view, by a token, or KVMI.
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, anyhow};
+use clap::Args;
+use kvmmem::view::{Access, View, ViewError};
+use kvmmem::{Session, SessionError, Token};
+use zeroize::Zeroizing;
+
+use crate::connect::Connect;
+use crate::range::GpaRange;
+
+/// Environment variable with the token.
+const TOKEN_VARIABLE: &str = "KVMMEM_TOKEN";
+
+/// More than this is no token's file, bytes.
+const MAX_TOKEN_FILE: u64 = 4096;
+
+#[derive(Args)]
+pub(crate) struct Source {
+    /// The grant's token, 64 hexadecimal digits; other users of this machine can see it in the list of processes, so
+    /// prefer --token-file or KVMMEM_TOKEN
+    #[arg(long, value_name = "HEX", value_parser = parse_token, conflicts_with_all = ["token_file", "listen"])]
+    token: Option<Token>,
+
+    /// File that holds the token; - is standard input [default: the token in KVMMEM_TOKEN, or else a KVMI session's]
+    #[arg(long, value_name = "FILE", conflicts_with = "listen")]
+    token_file: Option<PathBuf>,
+
+    /// In a guest: the device to attach through [default: KVMMEM_DEVICE, or else /dev/kvmmem if there is one]
+    #[arg(long, value_name = "PATH", conflicts_with = "broker")]
+    device: Option<PathBuf>,
+
+    /// On the host: socket of the broker [default: KVMMEM_BROKER, or else /run/kvmmem/kvmmemd.sock]
+    #[arg(long, value_name = "PATH")]
+    broker: Option<PathBuf>,
+
+    #[command(flatten)]
+    connect: Connect,
+}
+
+impl Source {
+    /// Attaches a view. The token is used up.
+    pub(crate) fn attach(&self, access: Access) -> Result<View> {
+        let token = match self.token()? {
+            Some(token) => token,
+            None => self.connect.accept()?.map_token()?,
+        };
+        Ok(match (&self.device, &self.broker) {
+            (Some(device), _) => View::attach_device(device, &token, access)?,
+            (None, Some(broker)) => View::attach_host(broker, &token, access)?,
+            (None, None) => View::attach(&token, access)?,
+        })
+    }
+
+    /// Memory for a few reads: over KVMI unless something of a view is given.
+    pub(crate) fn memory(&self) -> Result<Memory> {
+        let wants_view = self.token.is_some()
+            || self.token_file.is_some()
+            || self.device.is_some()
+            || self.broker.is_some()
+            || !self.connect.is_given() && std::env::var_os(TOKEN_VARIABLE).is_some();
+        Ok(if wants_view {
+            Memory::View(self.attach(Access::ReadOnly)?)
+        } else {
+            Memory::Session(self.connect.accept()?)
+        })
+    }
+
+    /// The token that was given; `None` where KVMI is to give one.
+    fn token(&self) -> Result<Option<Token>> {
+        if let Some(token) = &self.token {
+            return Ok(Some(token.clone()));
+        }
+        if let Some(path) = &self.token_file {
+            return read_token(path).map(Some).with_context(|| format!("no token in {}", path.display()));
+        }
+        if self.connect.is_given() {
+            return Ok(None);
+        }
+        let text = std::env::var(TOKEN_VARIABLE).ok().map(Zeroizing::new);
+        let token = text.map(|text| parse_token(&text)).transpose();
+        token.map_err(|error| anyhow!("{TOKEN_VARIABLE} holds no token: {error}"))
+    }
+}
+
+/// Memory of a target, read by copy.
+pub(crate) enum Memory {
+    View(View),
+    Session(Session),
+}
+
+/// Why memory cannot be read.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum MemoryError {
+    #[error(transparent)]
+    View(#[from] ViewError),
+    #[error(transparent)]
+    Session(#[from] SessionError),
+}
+
+impl Memory {
+    pub(crate) fn read(&mut self, gpa: u64, buf: &mut [u8]) -> Result<(), MemoryError> {
+        match self {
+            Self::View(view) => view.read_at(gpa, buf)?,
+            Self::Session(session) => session.read_physical(gpa, buf)?,
+        }
+        Ok(())
+    }
+}
+
+/// The ranges that a view reaches, ascending.
+pub(crate) fn ranges(view: &View) -> Result<Vec<GpaRange>> {
+    Ok(view.ranges()?.into_iter().map(to_range).collect())
+}
+
+/// The parts of `range` that hold data, one after the other. Only these are worth reading, and reading another one
+/// could make the target's host provide memory for it.
+pub(crate) fn data_within(view: &View, range: &GpaRange) -> impl Iterator<Item = Result<GpaRange>> {
+    let (mut at, end) = (range.start, range.end);
+    std::iter::from_fn(move || {
+        if at >= end {
+            return None;
+        }
+        let part = match view.data_from(at) {
+            Ok(part) => part.map(to_range)?,
+            Err(error) => {
+                at = end;
+                return Some(Err(error.into()));
+            }
+        };
+        let part = part.start.max(at)..part.end.min(end);
+        at = part.end.max(at);
+        (!part.is_empty()).then_some(Ok(part))
+    })
+}
+
+fn to_range(range: kvmmem::view::Range) -> GpaRange {
+    range.gpa..range.gpa.saturating_add(range.len)
+}
+
+/// Reads a token's 64 hexadecimal digits.
+fn parse_token(text: &str) -> Result<Token, String> {
+    const FORM: &str = "a token is 64 hexadecimal digits, as kvmmem grant prints it";
+    let mut bytes = Zeroizing::new([0; Token::SIZE]);
+    let (pairs, rest) = text.as_bytes().as_chunks::<2>();
+    if pairs.len() != Token::SIZE || !rest.is_empty() {
+        return Err(FORM.into());
+    }
+    let digit = |character: u8| char::from(character).to_digit(16);
+    for (byte, [high, low]) in bytes.iter_mut().zip(pairs) {
+        let (high, low) = (digit(*high).ok_or(FORM)?, digit(*low).ok_or(FORM)?);
+        *byte = u8::try_from(high << 4 | low).map_err(|_| FORM)?;
+    }
+    Ok(Token::from_bytes(&bytes))
+}
+
+fn read_token(path: &Path) -> Result<Token> {
+    let mut text = Zeroizing::new(String::with_capacity(usize::try_from(MAX_TOKEN_FILE)?));
+    if path == Path::new("-") {
+        io::stdin().take(MAX_TOKEN_FILE).read_to_string(&mut text)?;
+    } else {
+        File::open(path)?.take(MAX_TOKEN_FILE).read_to_string(&mut text)?;
+    }
+    parse_token(text.trim()).map_err(anyhow::Error::msg)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tokens_are_64_digits() {
+        let text: String = (0..32).map(|byte| format!("{byte:02x}")).collect();
+        let token = parse_token(&text).unwrap();
+        assert_eq!(token.words()[0], 0x0706_0504_0302_0100);
+        assert_eq!(parse_token(&text.to_uppercase()).unwrap(), token);
+        let bad = [
+            "",
+            "00",
+            &text[1..],
+            &format!("{text}00"),
+            &format!("0x{}", &text[2..]),
+            &"zz".repeat(32),
+            &"+1".repeat(32),
+        ];
+        for text in bad {
+            assert!(parse_token(text).unwrap_err().contains("64"), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_token_is_read_from_a_file() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("token");
+        std::fs::write(&path, format!("  {}\n", "0f".repeat(32))).unwrap();
+        assert_eq!(read_token(&path).unwrap().words(), [0x0f0f_0f0f_0f0f_0f0f; 4]);
+        std::fs::write(&path, [0xff; 64]).unwrap();
+        assert!(read_token(&path).is_err());
+        assert!(read_token(&directory.path().join("none")).is_err());
+        // As large as it likes to be.
+        assert!(read_token(Path::new("/dev/zero")).is_err());
+    }
+}
