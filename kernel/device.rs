@@ -1,18 +1,24 @@
 // SPDX-License-Identifier: GPL-2.0-only
-//! `/dev/kvmmem`: open, ioctl, fdinfo, release.
+//! `/dev/kvmmem`: open, ioctl, fdinfo, release, and what goes to the file's view.
 
-use kernel::fs::File;
+use kernel::fs::{File, Kiocb};
+use kernel::iov::{IovIterDest, IovIterSource};
 use kernel::miscdevice::{MiscDevice, MiscDeviceRegistration};
 use kernel::mm::MmWithUser;
+use kernel::mm::virt::{VmaNew, VmaRef};
 use kernel::prelude::*;
 use kernel::seq_file::{SeqFile, seq_print};
 use kernel::sync::atomic::{Atomic, Relaxed};
+use kernel::sync::poll::PollTable;
 use kernel::uaccess::UserPtr;
 
 use crate::abi::ioctl::{MEM_MAP, MEM_UNMAP, PAGE_SIZE};
+use crate::abi::{native as view, region};
+use crate::file::ViewFile;
 use crate::hypercall::Request;
+use crate::native;
 use crate::page::ForeignPage;
-use crate::sys::ProcessRef;
+use crate::sys::{self, Fault, FaultError, Inserted, ProcessRef};
 use crate::table::ops::{self, Shared};
 use crate::table::record::{ReserveError, UnmapError};
 use crate::tree;
@@ -20,33 +26,61 @@ use crate::tree;
 /// The number of the file that is opened next; 64 bits do not run out.
 static NEXT_OWNER: Atomic<i64> = Atomic::new(0);
 
-/// One open file of the device, bound to the process that opened it.
+/// One open file of the device. Its pages of v1 are bound to the process that opened it; its view is not.
 pub(crate) struct OpenFile {
     process: ProcessRef,
     owner: u64,
+    view: Pin<KBox<ViewFile>>,
 }
 
 #[vtable]
 impl MiscDevice for OpenFile {
     type Ptr = KBox<Self>;
 
-    fn open(_file: &File, _device: &MiscDeviceRegistration<Self>) -> Result<KBox<Self>> {
+    fn open(file: &File, _device: &MiscDeviceRegistration<Self>) -> Result<KBox<Self>> {
         let slot = tree::slot()?;
+        let view = ViewFile::new()?;
         let process = ProcessRef::of_current()?;
         let owner = NEXT_OWNER.fetch_add(1, Relaxed).unsigned_abs();
         process.with(|table| table.open(slot, owner, crate::max_pages_per_file()));
         // From here on dropping the file closes its account.
-        let file = Self { process, owner };
-        Ok(KBox::new(file, GFP_KERNEL_ACCOUNT)?)
+        let opened = KBox::new(Self { process, owner, view }, GFP_KERNEL_ACCOUNT)?;
+        sys::complete_operations(file);
+        Ok(opened)
     }
 
-    fn ioctl(this: &Self, _file: &File, cmd: u32, arg: usize) -> Result<isize> {
+    fn ioctl(this: &Self, file: &File, cmd: u32, arg: usize) -> Result<isize> {
+        let at = UserPtr::from_addr(arg);
         match cmd {
             MEM_MAP => this.map(arg)?,
             MEM_UNMAP => this.unmap(arg)?,
+            view::INFO => native::info(at)?,
+            view::ATTACH => this.view.attach(file, at)?,
+            view::RANGES => this.view.ranges(at)?,
+            view::DETACH => this.view.detach_file()?,
+            view::STATS => this.view.stats(at)?,
+            region::MEM_OPEN if crate::offers_regions() => this.view.region_open(at)?,
+            region::MEM_MAP if crate::offers_regions() => this.view.region_map(file, at)?,
+            region::MEM_UNMAP if crate::offers_regions() => this.view.region_unmap(arg as u64)?,
             _ => return Err(ENOTTY),
         }
         Ok(0)
+    }
+
+    fn mmap(this: &Self, _file: &File, area: &VmaNew) -> Result {
+        this.view.mmap(area)
+    }
+
+    fn read_iter(mut kiocb: Kiocb<'_, KBox<Self>>, to: &mut IovIterDest<'_>) -> Result<usize> {
+        let count = kiocb.file().view.read(kiocb.ki_pos(), to)?;
+        *kiocb.ki_pos_mut() += count as i64;
+        Ok(count)
+    }
+
+    fn write_iter(mut kiocb: Kiocb<'_, KBox<Self>>, from: &mut IovIterSource<'_>) -> Result<usize> {
+        let count = kiocb.file().view.write(kiocb.ki_pos(), from)?;
+        *kiocb.ki_pos_mut() += count as i64;
+        Ok(count)
     }
 
     fn show_fdinfo(this: &Self, m: &SeqFile, _file: &File) {
@@ -59,6 +93,26 @@ impl MiscDevice for OpenFile {
 }
 
 impl OpenFile {
+    pub(crate) fn seek(&self, current: i64, offset: i64, whence: u32) -> Result<i64> {
+        self.view.seek(current, offset, whence)
+    }
+
+    pub(crate) fn poll(&self, file: &File, table: &PollTable<'_>) -> u32 {
+        self.view.poll(file, table)
+    }
+
+    pub(crate) fn fault(&self, fault: &Fault) -> Result<Inserted, FaultError> {
+        self.view.fault(fault)
+    }
+
+    pub(crate) fn area_opened(&self, area: &VmaRef) {
+        self.view.area_opened(area);
+    }
+
+    pub(crate) fn area_closed(&self, area: &VmaRef) {
+        self.view.area_closed(area);
+    }
+
     fn map(&self, arg: usize) -> Result {
         let task = current!();
         let mm = self.opener(task.mm())?;

@@ -7,7 +7,7 @@ use kernel::sync::SetOnce;
 use kernel::uaccess::{UserPtr, UserSlice};
 
 use crate::abi::cpuid::{
-    FEATURE_DOORBELL, FEATURE_VMCALL, LEAF_FEATURES, LEAF_SIGNATURE, SIGNATURE_REGISTERS,
+    FEATURE_DOORBELL, FEATURE_VMCALL, FEATURE_WINDOW, LEAF_FEATURES, LEAF_SIGNATURE, SIGNATURE_REGISTERS,
 };
 use crate::abi::errno::KvmError;
 use crate::abi::ioctl::MemMap;
@@ -33,23 +33,34 @@ impl fmt::Display for Way {
 
 static WAY: SetOnce<Way> = SetOnce::new();
 
+static HAS_WINDOW: SetOnce<bool> = SetOnce::new();
+
 /// The way chosen when the module was loaded.
 pub(crate) fn way() -> Result<Way> {
     WAY.copy().ok_or(EOPNOTSUPP)
 }
 
+/// Whether the host opens views.
+pub(crate) fn has_window() -> bool {
+    HAS_WINDOW.copy() == Some(true)
+}
+
 /// Chooses the way: the `forced` one, else what CPUID offers, `vmcall` first. `ENODEV` where the host offers none.
-pub(crate) fn choose(forced: Option<Way>) -> Result {
-    let way = match forced {
-        Some(way) => way,
+/// There are views where CPUID offers them or `force_window` says so.
+pub(crate) fn choose(forced: Option<Way>, force_window: bool) -> Result {
+    let (way, features) = match forced {
+        Some(way) => (way, 0),
         None => offered()?,
     };
-    pr_info!("the host is called by {way}\n");
+    let has_window = force_window || features & FEATURE_WINDOW != 0;
+    pr_info!("the host is called by {way} and opens {}views\n", if has_window { "" } else { "no " });
     WAY.populate(way);
+    HAS_WINDOW.populate(has_window);
     Ok(())
 }
 
-fn offered() -> Result<Way> {
+/// The way, and the feature bits.
+fn offered() -> Result<(Way, u32)> {
     let [_, signature @ ..] = sys::cpuid(LEAF_SIGNATURE);
     if signature != SIGNATURE_REGISTERS {
         pr_err!(
@@ -60,10 +71,10 @@ fn offered() -> Result<Way> {
     }
     let [features, port, ..] = sys::cpuid(LEAF_FEATURES);
     if features & FEATURE_VMCALL != 0 {
-        return Ok(Way::Vmcall);
+        return Ok((Way::Vmcall, features));
     }
     match u16::try_from(port) {
-        Ok(port) if features & FEATURE_DOORBELL != 0 && port != 0 => Ok(Way::Doorbell(port)),
+        Ok(port) if features & FEATURE_DOORBELL != 0 && port != 0 => Ok((Way::Doorbell(port), features)),
         _ => {
             pr_err!(
                 "the host offers neither vmcall nor a doorbell port (features {features:#x}, port {port:#x})\n"

@@ -1,12 +1,28 @@
 // SPDX-License-Identifier: GPL-2.0-only
-//! `kvmmem.ko`: `/dev/kvmmem`, by which a process maps pages of another virtual machine over its own.
+//! `kvmmem.ko`: `/dev/kvmmem`, by which a process sees the memory of another virtual machine: through a view, or page by
+//! page over its own memory (v1).
 //!
-//! A MAP goes through the files in this order: [`device`] (the ioctl), [`process`] and [`table`] (who owns which GVA),
-//! [`page`] (the tool's page, checked, charged and pinned), [`hypercall`] (the host's answer). UNMAP, closing the file
-//! and the end of the process go back the same way.
+//! A view goes through the files in this order: [`device`] (the system call), [`native`] or [`regions`] (the two sets of
+//! ioctls), [`file`] (the open file's view), [`view`] (what it shows now), [`attachment`] (what the host says of it),
+//! [`window`] (the memory). Changes come back from [`watch`].
 //!
-//! Locks: each process's table has one mutex, the only lock of the module. It is a leaf: nothing that sleeps longer
-//! (user memory, pinning, the host) happens under it.
+//! A MAP of v1 goes so: [`device`] (the ioctl), [`process`] and [`table`] (who owns which GVA), [`page`] (the tool's page,
+//! checked, charged and pinned), [`hypercall`] (the host's answer). UNMAP, closing the file and the end of the process
+//! go back the same way.
+//!
+//! Locks, outermost first; what is not in one line is never held together:
+//!
+//! - `ViewFile::attaching`, while the host opens or closes the file's view; then `ViewFile::regions` or
+//!   `ViewFile::view`, then those below.
+//! - `View::changing`, while a change of the host's is followed; then the device's `i_mmap_rwsem` (zapping), and
+//!   `View::now` by itself.
+//! - a process's `mmap_lock` or an area's lock (mmap, munmap, fault); then `ViewFile::view`, `ViewFile::regions`,
+//!   `View::changing` (mmap only) and `View::now`, and under `View::now` the page tables' locks.
+//! - each process's table of v1 has a mutex of its own.
+//!
+//! User memory is touched under none of them: it may be a mapping of this very device. The host opens views under
+//! `attaching`; it looks for data (SEEK) under no lock; it closes a view for whoever lets go of it last, which may be a
+//! fault or an munmap, under `mmap_lock` then.
 //!
 //! `sys` is the only file with unsafe code; `shim.c` holds what exists as macros or inline functions only.
 #![deny(unsafe_code)]
@@ -23,16 +39,23 @@ use crate::sys::Processes;
 // The crates' sources are public there, and whole: the module uses a part.
 #[allow(unreachable_pub, dead_code)]
 mod abi;
+mod attachment;
 mod device;
+mod file;
 mod hypercall;
+mod native;
 mod page;
 mod process;
+mod regions;
 mod stats;
 #[allow(unsafe_code)]
 mod sys;
 #[allow(unreachable_pub, dead_code)]
 mod table;
 mod tree;
+mod view;
+mod watch;
+mod window;
 
 module! {
     type: Kvmmem,
@@ -53,6 +76,18 @@ module! {
             default: 0,
             description: "Use this doorbell port without asking CPUID whether the host serves it",
         },
+        force_window: bool {
+            default: false,
+            description: "Take it that the host opens views, where the way to it is forced",
+        },
+        regions: bool {
+            default: true,
+            description: "Offer libkvmi's region ioctls (v2) where the host opens views; without them it uses v1",
+        },
+        test_descriptor: u64 {
+            default: 0,
+            description: "For the selftest, with force_port: GPA of the first of the descriptor pages that stand in for the host's answer",
+        },
     },
 }
 
@@ -72,7 +107,7 @@ impl kernel::InPlaceModule for Kvmmem {
     fn init(_module: &'static ThisModule) -> impl PinInit<Self, Error> {
         let directory = Dir::new(c"kvmmem");
         try_pin_init!(Self {
-            _: { hypercall::choose(forced_way())? },
+            _: { hypercall::choose(forced_way(), module_parameters::force_window.value())? },
             counters <- directory.read_only_file(c"counters", Report),
             directory,
             processes: Processes,
@@ -88,6 +123,18 @@ fn forced_way() -> Option<Way> {
         0 => module_parameters::force_vmcall.value().then_some(Way::Vmcall),
         port => Some(Way::Doorbell(port)),
     }
+}
+
+/// Whether libkvmi's region ioctls are there.
+fn offers_regions() -> bool {
+    module_parameters::regions.value() && hypercall::has_window()
+}
+
+/// The selftest's descriptor page, where one stands in for the host's: the request's first byte is its number.
+fn test_descriptor(request: &[u8]) -> Option<u64> {
+    let first = module_parameters::test_descriptor.value();
+    let is_test = first != 0 && *module_parameters::force_port.value_ref() != 0;
+    is_test.then_some(first + u64::from(*request.first()?) * abi::ioctl::PAGE_SIZE)
 }
 
 /// Most pages that one open file may have mapped.

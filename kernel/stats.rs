@@ -3,13 +3,16 @@
 
 use kernel::debugfs::Writer;
 use kernel::fmt;
+use kernel::prelude::*;
 use kernel::sync::atomic::{Atomic, Relaxed};
+
+use crate::sys::{FaultError, Inserted};
 
 /// A number of pages or of events.
 pub(crate) struct Counter(Atomic<i64>);
 
 impl Counter {
-    const fn new() -> Self {
+    pub(crate) const fn new() -> Self {
         Self(Atomic::new(0))
     }
 
@@ -17,12 +20,16 @@ impl Counter {
         self.0.add(1, Relaxed);
     }
 
+    pub(crate) fn add(&self, count: usize) {
+        self.0.add(count as i64, Relaxed);
+    }
+
     pub(crate) fn subtract_one(&self) {
         self.0.add(-1, Relaxed);
     }
 
-    fn value(&self) -> i64 {
-        self.0.load(Relaxed)
+    pub(crate) fn value(&self) -> u64 {
+        self.0.load(Relaxed).unsigned_abs()
     }
 }
 
@@ -38,6 +45,59 @@ pub(crate) static REFUSED: Counter = Counter::new();
 /// Pages mapped since the module was loaded.
 pub(crate) static TOTAL: Counter = Counter::new();
 
+/// Views that are open.
+pub(crate) static VIEWS: Counter = Counter::new();
+
+/// Views that the host refused to close.
+pub(crate) static VIEWS_QUARANTINED: Counter = Counter::new();
+
+/// Changes of views that the host made since the module was loaded.
+pub(crate) static EVENTS: Counter = Counter::new();
+
+/// Faults of all views since the module was loaded.
+static FAULTS: Faults = Faults::new();
+
+/// Answers of the host that cannot be, since the module was loaded.
+static LIES: Counter = Counter::new();
+
+/// Faults by the size of the page.
+pub(crate) struct Faults {
+    pub(crate) small: Counter,
+    pub(crate) huge_2m: Counter,
+    pub(crate) huge_1g: Counter,
+    /// Those that raised SIGBUS.
+    pub(crate) refused: Counter,
+}
+
+impl Faults {
+    pub(crate) const fn new() -> Self {
+        Self { small: Counter::new(), huge_2m: Counter::new(), huge_1g: Counter::new(), refused: Counter::new() }
+    }
+
+    /// Counts a fault of a view, here and for the whole module. One that is tried again with a smaller page is none.
+    pub(crate) fn count(&self, order: u32, result: &Result<Inserted, FaultError>) {
+        for faults in [self, &FAULTS] {
+            match (result, order) {
+                (Ok(_), 0) => faults.small.add_one(),
+                (Ok(_), 9) => faults.huge_2m.add_one(),
+                (Ok(_), _) => faults.huge_1g.add_one(),
+                (Err(FaultError::Bus), _) => faults.refused.add_one(),
+                (Err(FaultError::Smaller), _) => {}
+            }
+        }
+    }
+}
+
+/// Counts an answer of the host that cannot be, and logs it: the first one, the second, the fourth, and so on, so that
+/// a host cannot fill the log.
+pub(crate) fn lie(what: &str) {
+    LIES.add_one();
+    let count = LIES.value();
+    if count.is_power_of_two() {
+        pr_warn!("the host is not believed: {what} ({count} such answers)\n");
+    }
+}
+
 /// The counters as text, one `name value` a line.
 pub(crate) struct Report;
 
@@ -46,6 +106,14 @@ impl Writer for Report {
         writeln!(f, "mapped {}", MAPPED.value())?;
         writeln!(f, "quarantined {}", QUARANTINED.value())?;
         writeln!(f, "refused {}", REFUSED.value())?;
-        writeln!(f, "total {}", TOTAL.value())
+        writeln!(f, "total {}", TOTAL.value())?;
+        writeln!(f, "views {}", VIEWS.value())?;
+        writeln!(f, "views-quarantined {}", VIEWS_QUARANTINED.value())?;
+        writeln!(f, "faults-4k {}", FAULTS.small.value())?;
+        writeln!(f, "faults-2m {}", FAULTS.huge_2m.value())?;
+        writeln!(f, "faults-1g {}", FAULTS.huge_1g.value())?;
+        writeln!(f, "faults-refused {}", FAULTS.refused.value())?;
+        writeln!(f, "events {}", EVENTS.value())?;
+        writeln!(f, "lies {}", LIES.value())
     }
 }

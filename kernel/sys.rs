@@ -1,24 +1,36 @@
 // SPDX-License-Identifier: GPL-2.0-only
-//! The module's only unsafe code: pinned pages and their replacement, the MMU notifier that ties a [`Process`] to an
-//! `mm_struct`, RLIMIT_MEMLOCK, CPUID. The interface is safe.
+//! The module's only unsafe code, which is why it is long. First what v1 needs: pinned pages and their replacement, the
+//! MMU notifier that ties a [`Process`] to an `mm_struct`, RLIMIT_MEMLOCK, CPUID. Then what views need: a window's
+//! memory, its hypercalls, areas of user memory and their faults, the file operations that `MiscDevice` lacks, the
+//! cancelling of delayed work. The interface is safe.
 //!
-//! C headers: `include/linux/mm.h`, `include/linux/mmu_notifier.h`.
+//! C headers: `include/linux/mm.h`, `include/linux/mmu_notifier.h`, `include/linux/io.h`, `include/linux/fs.h`.
 
 use core::arch::x86_64::__cpuid;
-use core::ffi::{c_int, c_long, c_ulong};
+use core::ffi::{c_int, c_long, c_ulong, c_void};
 use core::mem::ManuallyDrop;
 use core::ops::Deref;
 use core::ptr::NonNull;
 
 use kernel::bindings;
 use kernel::error::{from_err_ptr, to_result};
-use kernel::mm::virt::VmaRef;
+use kernel::fs::File;
+use kernel::iov::{IovIterDest, IovIterSource};
+use kernel::miscdevice::MiscDeviceOptions;
+use kernel::mm::virt::{VmaNew, VmaRef, flags};
 use kernel::mm::{Mm, MmWithUser};
 use kernel::prelude::*;
+use kernel::sync::Arc;
 use kernel::sync::aref::ARef;
-use kernel::types::Opaque;
+use kernel::sync::poll::PollTable;
+use kernel::transmute::{AsBytes, FromBytes};
+use kernel::types::{ForeignOwnable, Opaque};
+use kernel::workqueue::{HasDelayedWork, Work, WorkItem};
 
-use crate::abi::hypercall::{MEM_MAP, MEM_UNMAP};
+use crate::abi::hypercall::{ATTACH, AttachRequest, AttachResult, DETACH, MEM_MAP, MEM_UNMAP, SEEK};
+use crate::abi::ioctl::PAGE_SIZE;
+use crate::abi::native;
+use crate::device::OpenFile;
 use crate::hypercall::{Request, Way};
 use crate::process::Process;
 
@@ -64,11 +76,12 @@ pub(crate) fn is_anonymous(vma: &VmaRef) -> bool {
 ///
 /// MEM_MAP and MEM_UNMAP change what is behind a physical page of this machine: the caller must hold that page
 /// pinned, and it must be one whose content no kernel code relies on. MEM_MAP's first argument must be the address of
-/// 32 readable bytes.
+/// 32 readable bytes. ATTACH's arguments must be the addresses of an [`AttachRequest`] and of an [`AttachResult`] that
+/// nobody else uses; SEEK's second one that of a `u64` that nobody else uses. DETACH ends what is behind a window.
 unsafe fn hypercall(way: Way, nr: u64, a0: u64, a1: u64, a2: u64) -> i64 {
     match way {
-        // SAFETY: the shim follows the ABI of `crate::abi::hypercall`, which changes no memory but the page that the
-        // caller vouches for. The module does not load where nobody answers, unless root forces it to.
+        // SAFETY: the shim follows the ABI of `crate::abi::hypercall`, which changes no memory but what the caller
+        // vouches for. The module does not load where nobody answers, unless root forces it to.
         Way::Vmcall => unsafe { kvmmem_vmcall(nr, a0, a1, a2) },
         // SAFETY: as above; reading a port that nobody serves yields -1.
         Way::Doorbell(port) => unsafe { kvmmem_doorbell(port, nr, a0, a1, a2) },
@@ -305,5 +318,491 @@ impl Drop for Processes {
     fn drop(&mut self) {
         // SAFETY: modules are unloaded where sleeping is allowed; this waits for `notifier_free` calls only.
         unsafe { bindings::mmu_notifier_synchronize() };
+    }
+}
+
+// SAFETY: fixed-width integers without padding, so every byte is initialised.
+unsafe impl AsBytes for native::Info {}
+// SAFETY: as above.
+unsafe impl AsBytes for native::Ranges {}
+// SAFETY: as above.
+unsafe impl AsBytes for native::Range {}
+// SAFETY: as above.
+unsafe impl AsBytes for native::Stats {}
+// SAFETY: fixed-width integers, for which every bit pattern is valid.
+unsafe impl FromBytes for native::Ranges {}
+
+/// Who calls: the process's number in the initial namespace, its user, its name.
+pub(crate) fn caller() -> (u32, u32, [u8; 16]) {
+    let task = current!();
+    // SAFETY: the pointer is the current task's. Another thread may be changing the name, which these volatile reads
+    // bear: it is a hint for an audit log.
+    let comm = unsafe { core::ptr::addr_of!((*task.as_ptr()).comm).cast::<[u8; 16]>().read_volatile() };
+    // SAFETY: the initial namespace is never freed.
+    let uid = unsafe { bindings::from_kuid(&raw mut bindings::init_user_ns, task.uid().into_raw()) };
+    (task.tgid().unsigned_abs(), uid, comm)
+}
+
+/// Whether the CPU has pages of 1 GiB.
+pub(crate) fn has_1g_pages() -> bool {
+    const PDPE1GB: u32 = 1 << 26;
+    let [highest, ..] = cpuid(0x8000_0000);
+    let [.., edx] = cpuid(0x8000_0001);
+    highest >= 0x8000_0001 && edx & PDPE1GB != 0
+}
+
+/// Has the host open a view. The host's error is an `Err`.
+pub(crate) fn attach(way: Way, request: &[u8; AttachRequest::SIZE], result: &mut AttachResult) -> Result<(), i64> {
+    let result: *mut AttachResult = result;
+    // SAFETY: both are borrowed during the call, the result exclusively; any bytes make an `AttachResult`.
+    match unsafe { hypercall(way, ATTACH, request.as_ptr() as u64, result as u64, 0) } {
+        0 => Ok(()),
+        error => Err(error),
+    }
+}
+
+/// Has the host close the view whose descriptor page is at `descriptor_gpa`.
+pub(crate) fn detach(way: Way, descriptor_gpa: u64) -> Result<(), i64> {
+    // SAFETY: what is behind the window changes for the host's own views only, to which no reference exists: all
+    // access is by raw pointer.
+    match unsafe { hypercall(way, DETACH, descriptor_gpa, 0, 0) } {
+        0 => Ok(()),
+        error => Err(error),
+    }
+}
+
+/// Has the host look for data or a hole of the target, from `gpa` on.
+pub(crate) fn seek(way: Way, descriptor_gpa: u64, gpa: &mut u64, what: u64) -> Result<(), i64> {
+    let gpa: *mut u64 = gpa;
+    // SAFETY: the address is that of a number which is borrowed exclusively during the call.
+    match unsafe { hypercall(way, SEEK, descriptor_gpa, gpa as u64, what) } {
+        0 => Ok(()),
+        error => Err(error),
+    }
+}
+
+/// Guest-physical memory outside of this machine's RAM, mapped write-back into the kernel. Write-back for user space
+/// too: `vmf_insert_pfn` takes the memory type of whoever has reserved the range, and uncached where nobody has.
+/// Another machine may change the content at any time: no reference to it exists.
+///
+/// # Invariants
+///
+/// `address` is a mapping of the `len` bytes at `gpa` that `memremap` returned, and none of them is System RAM.
+pub(crate) struct Memory {
+    address: NonNull<u8>,
+    gpa: u64,
+    len: usize,
+}
+
+// SAFETY: the mapping belongs to no thread, and `memunmap` may be called from any.
+unsafe impl Send for Memory {}
+// SAFETY: shared access is volatile or by the kernel's copies, which bear concurrent changes.
+unsafe impl Sync for Memory {}
+
+impl Memory {
+    /// Maps memory, whole pages of it. `EINVAL` where it is RAM of this machine or beyond what the CPU can address,
+    /// `ENOMEM` where it cannot be mapped write-back.
+    pub(crate) fn map(gpa: u64, len: u64) -> Result<Self> {
+        // SAFETY: written when the CPU was found, long before modules are loaded.
+        let bits = unsafe { bindings::boot_cpu_data.x86_phys_bits };
+        let end = gpa.checked_add(len).ok_or(EINVAL)?;
+        if len == 0 || (gpa | len) % PAGE_SIZE != 0 || end > 1u64.checked_shl(bits.into()).unwrap_or(u64::MAX) {
+            return Err(EINVAL);
+        }
+        let size = usize::try_from(len)?;
+        let (ram, any) = (bindings::IORESOURCE_SYSTEM_RAM as usize, bindings::IORES_DESC_NONE as usize);
+        // SAFETY: any range may be asked about.
+        let place = unsafe { bindings::region_intersects(gpa, size, ram, any) };
+        if place != bindings::REGION_DISJOINT as c_int {
+            return Err(EINVAL);
+        }
+        // SAFETY: the range is whole pages that the CPU can address and is not RAM.
+        let address = unsafe { bindings::memremap(gpa, size, bindings::MEMREMAP_WB as usize) };
+        // INVARIANT: just mapped, and checked to hold no RAM.
+        Ok(Self { address: NonNull::new(address.cast()).ok_or(ENOMEM)?, gpa, len: size })
+    }
+
+    pub(crate) fn len(&self) -> u64 {
+        self.len as u64
+    }
+
+    /// The first guest-physical address, of this machine.
+    pub(crate) fn gpa(&self) -> u64 {
+        self.gpa
+    }
+
+    /// The number at `offset`, a multiple of 8; 0 outside of the memory.
+    pub(crate) fn read_u64(&self, offset: usize) -> u64 {
+        if offset % 8 != 0 || offset >= self.len {
+            return 0;
+        }
+        // SAFETY: within the mapping by the type's invariant, whose length is whole pages, and aligned as it is.
+        u64::from_le(unsafe { self.address.as_ptr().add(offset).cast::<u64>().read_volatile() })
+    }
+
+    /// Copies from `offset` on; short where the memory ends or the reader's buffer cannot be written. `None`, and
+    /// nothing copied, where `is_valid` says afterwards that these were not the right bytes.
+    pub(crate) fn copy_to(
+        &self,
+        offset: u64,
+        len: usize,
+        to: &mut IovIterDest<'_>,
+        is_valid: impl FnOnce() -> bool,
+    ) -> Option<usize> {
+        let (from, len) = self.part(offset, len)?;
+        // SAFETY: `from` and `len` are within the mapping; the copy bears that the bytes change. `to` is valid.
+        let copied = unsafe { bindings::_copy_to_iter(from.cast(), len, to.as_raw()) };
+        if is_valid() {
+            return Some(copied);
+        }
+        // SAFETY: gives back what was taken just now.
+        unsafe { to.revert(copied) };
+        None
+    }
+
+    /// Copies to `offset` on; otherwise as [`Self::copy_to`].
+    pub(crate) fn copy_from(
+        &self,
+        offset: u64,
+        len: usize,
+        from: &mut IovIterSource<'_>,
+        is_valid: impl FnOnce() -> bool,
+    ) -> Option<usize> {
+        let (to, len) = self.part(offset, len)?;
+        // SAFETY: `to` and `len` are within the mapping, to whose bytes no reference exists. `from` is valid.
+        let copied = unsafe { bindings::_copy_from_iter(to.cast(), len, from.as_raw()) };
+        if is_valid() {
+            return Some(copied);
+        }
+        // SAFETY: gives back what was taken just now.
+        unsafe { from.revert(copied) };
+        None
+    }
+
+    fn part(&self, offset: u64, len: usize) -> Option<(*mut u8, usize)> {
+        let offset = usize::try_from(offset).ok()?;
+        let room = self.len.checked_sub(offset)?;
+        // SAFETY: `offset` is at most the mapping's length.
+        Some((unsafe { self.address.as_ptr().add(offset) }, len.min(room)))
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        // SAFETY: by the invariant `memremap` returned it, and nobody uses it afterwards. Page tables that still show
+        // the range lead to what is no RAM.
+        unsafe { bindings::memunmap(self.address.as_ptr().cast()) };
+    }
+}
+
+/// The pages that user space has mapped of the device, by all of its open files.
+///
+/// # Invariants
+///
+/// `inode` is a counted reference to the device's inode, `mapping` the address space that its open files use.
+pub(crate) struct AddressSpace {
+    inode: NonNull<bindings::inode>,
+    mapping: NonNull<bindings::address_space>,
+}
+
+// SAFETY: reference counts and address spaces belong to no thread.
+unsafe impl Send for AddressSpace {}
+// SAFETY: shared access only zaps, which any thread may.
+unsafe impl Sync for AddressSpace {}
+
+impl AddressSpace {
+    pub(crate) fn of(file: &File) -> Result<Self> {
+        // SAFETY: an open file has a mapping, which does not change, and that has an inode, which the file keeps.
+        let (mapping, inode) = unsafe {
+            let mapping = (*file.as_ptr()).f_mapping;
+            (mapping, (*mapping).host)
+        };
+        let (Some(inode), Some(mapping)) = (NonNull::new(inode), NonNull::new(mapping)) else {
+            return Err(EINVAL);
+        };
+        // SAFETY: the file holds a reference. INVARIANT: the mapping is the inode's, and lives as long.
+        unsafe { bindings::ihold(inode.as_ptr()) };
+        Ok(Self { inode, mapping })
+    }
+
+    /// Takes all pages between two target GPAs from every process. The address space is shared by all files of the
+    /// device: pages of other files at these offsets go too, and come back by a fault.
+    pub(crate) fn zap(&self, gpa: u64, len: u64) {
+        let (Ok(gpa), Ok(len)) = (i64::try_from(gpa), i64::try_from(len)) else { return };
+        // A length of 0 would mean everything.
+        if len > 0 {
+            // SAFETY: the mapping is alive by the type's invariant; any range may be given.
+            unsafe { bindings::unmap_mapping_range(self.mapping.as_ptr(), gpa, len, 1) };
+        }
+    }
+}
+
+impl Drop for AddressSpace {
+    fn drop(&mut self) {
+        // SAFETY: gives back the reference of the type's invariant, where sleeping is allowed.
+        unsafe { bindings::iput(self.inode.as_ptr()) };
+    }
+}
+
+/// Lets the area's pages come by faults. `number` comes back with each of them.
+pub(crate) fn fill_by_faults(area: &VmaNew, number: usize) {
+    let vma = area.as_ptr();
+    // SAFETY: the area is being set up, so that nobody else uses it. VM_PFNMAP is valid for it: it is not private (the
+    // caller refuses that), and gets its pages from `vmf_insert_pfn` only.
+    unsafe {
+        (*vma).__bindgen_anon_2.vm_flags |= flags::PFNMAP | flags::DONTEXPAND | flags::DONTDUMP;
+        (*vma).vm_ops = &AREA_OPERATIONS.0;
+        (*vma).vm_private_data = number as *mut c_void;
+    }
+}
+
+/// A table of functions of the kernel's, which holds pointers too.
+struct Operations<T>(T);
+
+// SAFETY: never written.
+unsafe impl<T> Sync for Operations<T> {}
+
+static AREA_OPERATIONS: Operations<bindings::vm_operations_struct> = Operations(bindings::vm_operations_struct {
+    open: Some(area_open),
+    close: Some(area_close),
+    fault: Some(area_fault),
+    huge_fault: Some(area_huge_fault),
+    ..pin_init::zeroed()
+});
+
+/// The open file whose area this is.
+///
+/// # Safety
+///
+/// `vma` was given to [`fill_by_faults`] by a mapping of this device, and is valid and locked.
+unsafe fn file_of_area<'a>(vma: *mut bindings::vm_area_struct) -> &'a OpenFile {
+    // SAFETY: by the function's contract the area holds a reference to a file of this device, whose private data
+    // `MiscDevice` put there when it was opened.
+    unsafe { KBox::<OpenFile>::borrow((*(*vma).vm_file).private_data) }
+}
+
+/// # Safety
+///
+/// As [`file_of_area`].
+unsafe extern "C" fn area_open(vma: *mut bindings::vm_area_struct) {
+    // SAFETY: the function's contract.
+    let (file, area) = unsafe { (file_of_area(vma), VmaRef::from_raw(vma)) };
+    file.area_opened(area);
+}
+
+/// # Safety
+///
+/// As [`file_of_area`].
+unsafe extern "C" fn area_close(vma: *mut bindings::vm_area_struct) {
+    // SAFETY: the function's contract.
+    let (file, area) = unsafe { (file_of_area(vma), VmaRef::from_raw(vma)) };
+    file.area_closed(area);
+}
+
+/// # Safety
+///
+/// As [`file_of_area`], for the area of the fault.
+unsafe extern "C" fn area_fault(vmf: *mut bindings::vm_fault) -> bindings::vm_fault_t {
+    // SAFETY: the function's contract.
+    unsafe { area_huge_fault(vmf, 0) }
+}
+
+/// # Safety
+///
+/// As [`file_of_area`], for the area of the fault.
+unsafe extern "C" fn area_huge_fault(vmf: *mut bindings::vm_fault, order: u32) -> bindings::vm_fault_t {
+    // SAFETY: the function's contract.
+    let file = unsafe { file_of_area((*vmf).__bindgen_anon_1.vma) };
+    // INVARIANT: the kernel's, for the time of this call.
+    match file.fault(&Fault { vmf, order }) {
+        Ok(Inserted(code)) => code,
+        Err(FaultError::Bus) => bindings::vm_fault_reason_VM_FAULT_SIGBUS as bindings::vm_fault_t,
+        Err(FaultError::Smaller) => bindings::vm_fault_reason_VM_FAULT_FALLBACK as bindings::vm_fault_t,
+    }
+}
+
+/// The target's address that an area begins with; `None` beyond all addresses.
+pub(crate) fn area_gpa(area: &VmaRef) -> Option<u64> {
+    // SAFETY: a `VmaRef` exists only while the area is locked at least for reading.
+    let pgoff = unsafe { (*area.as_ptr()).vm_pgoff };
+    PAGE_SIZE.checked_mul(pgoff as u64)
+}
+
+/// A page that a process needs in one of our areas.
+///
+/// # Invariants
+///
+/// `vmf` is a fault being handled, in an area that [`fill_by_faults`] set up.
+pub(crate) struct Fault {
+    vmf: *mut bindings::vm_fault,
+    order: u32,
+}
+
+/// A fault that was served.
+pub(crate) struct Inserted(bindings::vm_fault_t);
+
+/// A fault that was not.
+pub(crate) enum FaultError {
+    /// There is no such memory: SIGBUS.
+    Bus,
+    /// Not with a page of this size.
+    Smaller,
+}
+
+impl Fault {
+    fn area(&self) -> *mut bindings::vm_area_struct {
+        // SAFETY: the type's invariant.
+        unsafe { (*self.vmf).__bindgen_anon_1.vma }
+    }
+
+    /// The page's size is 4 KiB, this many times doubled: 0, 9 or 18, as x86 has no others.
+    pub(crate) fn order(&self) -> u32 {
+        self.order
+    }
+
+    /// What to say where there is no memory for this page.
+    pub(crate) fn refusal(&self) -> FaultError {
+        if self.order == 0 { FaultError::Bus } else { FaultError::Smaller }
+    }
+
+    /// The number that the area got.
+    pub(crate) fn number(&self) -> usize {
+        // SAFETY: the type's invariant; the area is locked for reading during a fault.
+        unsafe { (*self.area()).vm_private_data as usize }
+    }
+
+    /// Whether the area lets the process write.
+    pub(crate) fn is_area_writable(&self) -> bool {
+        // SAFETY: as above.
+        unsafe { (*self.area()).__bindgen_anon_2.vm_flags & flags::WRITE != 0 }
+    }
+
+    /// The target's memory that the page is to show: its address and length. `None` where the page would not fit into
+    /// the area.
+    pub(crate) fn place(&self) -> Option<(u64, u64)> {
+        let size = (PAGE_SIZE as usize) << self.order;
+        // SAFETY: as above.
+        let (address, pgoff, start, end) = unsafe {
+            let (fault, area) = (&(*self.vmf).__bindgen_anon_1, &*self.area());
+            let place = &area.__bindgen_anon_1.__bindgen_anon_1;
+            (fault.address, fault.pgoff, place.vm_start, place.vm_end)
+        };
+        let first = address & !(size - 1);
+        if first < start || first.checked_add(size)? > end {
+            return None;
+        }
+        let gpa = PAGE_SIZE.checked_mul(pgoff as u64)?.checked_sub((address - first) as u64 & !(PAGE_SIZE - 1))?;
+        Some((gpa, size as u64))
+    }
+
+    /// Maps the page at `offset` of `memory`.
+    pub(crate) fn insert(&self, memory: &Memory, offset: u64) -> Result<Inserted, FaultError> {
+        let size = PAGE_SIZE << self.order;
+        let gpa = memory.gpa().checked_add(offset).ok_or(self.refusal())?;
+        if gpa % size != 0 || offset.checked_add(size).is_none_or(|end| end > memory.len()) {
+            return Err(self.refusal());
+        }
+        let pfn = (gpa / PAGE_SIZE) as usize;
+        // SAFETY: the type's invariant. The area is VM_PFNMAP and not private, as these functions demand. The pages are
+        // within `memory` and therefore no RAM of this machine, whatever the process does with them.
+        let code = unsafe {
+            let (fault, area) = (&(*self.vmf).__bindgen_anon_1, self.area());
+            let is_write = (*self.vmf).flags & bindings::fault_flag_FAULT_FLAG_WRITE != 0;
+            match self.order {
+                0 => bindings::vmf_insert_pfn(area, fault.address & !(PAGE_SIZE as usize - 1), pfn),
+                9 => bindings::vmf_insert_pfn_pmd(self.vmf, pfn, is_write),
+                18 => bindings::vmf_insert_pfn_pud(self.vmf, pfn, is_write),
+                _ => return Err(self.refusal()),
+            }
+        };
+        Ok(Inserted(code))
+    }
+}
+
+// Those of `MiscDevice`, and the three that it lacks.
+static FILE_OPERATIONS: Operations<bindings::file_operations> = Operations(bindings::file_operations {
+    llseek: Some(file_llseek),
+    poll: Some(file_poll),
+    get_unmapped_area: Some(file_get_unmapped_area),
+    // SAFETY: `into_raw` points to a constant.
+    ..unsafe { *MiscDeviceOptions { name: c"kvmmem" }.into_raw::<OpenFile>().fops }
+});
+
+/// Gives a file being opened the operations that `MiscDevice` lacks.
+pub(crate) fn complete_operations(file: &File) {
+    // SAFETY: the file is being opened, so nobody else uses it. It keeps the reference to the module, which is the
+    // owner of both sets of operations.
+    unsafe { (*file.as_ptr()).f_op = &FILE_OPERATIONS.0 };
+}
+
+/// # Safety
+///
+/// `file` is an open file of this device.
+unsafe extern "C" fn file_llseek(file: *mut bindings::file, offset: i64, whence: c_int) -> i64 {
+    // SAFETY: by the function's contract the private data is what `MiscDevice` put there.
+    let (this, current) = unsafe { (KBox::<OpenFile>::borrow((*file).private_data), (*file).f_pos) };
+    match this.seek(current, offset, whence.unsigned_abs()) {
+        // SAFETY: the file is open, and whoever called holds what guards its position.
+        Ok(position) => unsafe { bindings::vfs_setpos(file, position, i64::MAX) },
+        Err(error) => error.to_errno().into(),
+    }
+}
+
+/// # Safety
+///
+/// `file` is an open file of this device, `table` null or valid.
+unsafe extern "C" fn file_poll(file: *mut bindings::file, table: *mut bindings::poll_table_struct) -> u32 {
+    // SAFETY: the function's contract; polling uses no file position.
+    let (this, file, table) = unsafe {
+        let this = KBox::<OpenFile>::borrow((*file).private_data);
+        (this, File::from_raw_file(file), PollTable::from_raw(table))
+    };
+    this.poll(file, &table)
+}
+
+/// Addresses that are congruent to the target's modulo the largest page that fits.
+///
+/// # Safety
+///
+/// `file` is an open file of this device.
+unsafe extern "C" fn file_get_unmapped_area(
+    file: *mut bindings::file,
+    hint: usize,
+    len: usize,
+    pgoff: usize,
+    mmap_flags: usize,
+) -> usize {
+    const MAX_ERRNO: usize = 4095;
+    const SIZES: [usize; 2] = [1 << 30, 2 << 20];
+    // SAFETY: the function's contract.
+    let find = |hint, len| unsafe { bindings::mm_get_unmapped_area(file, hint, len, pgoff, mmap_flags) };
+    // A wish is left as it is.
+    if hint == 0 {
+        for size in SIZES.into_iter().filter(|size| len >= *size) {
+            let Some(padded) = len.checked_add(size) else { continue };
+            let found = find(0, padded);
+            if found < MAX_ERRNO.wrapping_neg() {
+                return found + (pgoff.wrapping_mul(PAGE_SIZE as usize).wrapping_sub(found) & (size - 1));
+            }
+        }
+    }
+    find(hint, len)
+}
+
+/// Takes a delayed work from its queue, or waits until it has run. On return it is not queued.
+pub(crate) fn cancel<T>(item: &Arc<T>)
+where
+    T: HasDelayedWork<T> + WorkItem<Pointer = Arc<T>>,
+{
+    let item = Arc::as_ptr(item);
+    // SAFETY: `item` is alive, and `HasDelayedWork` promises that its work is part of a `delayed_work`, which only the
+    // workqueue's functions touch. The caller may sleep.
+    let was_queued = unsafe {
+        let work = Work::raw_get(T::raw_get_work(item.cast_mut()));
+        bindings::cancel_delayed_work_sync(kernel::container_of!(work, bindings::delayed_work, work))
+    };
+    if was_queued {
+        // SAFETY: queueing took one count, which running would have given back, and now will not.
+        drop(unsafe { Arc::from_raw(item) });
     }
 }

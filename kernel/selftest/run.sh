@@ -15,9 +15,9 @@ ${CC:-cc} -O1 -Wall -Wextra -Werror -static -pthread -o "$folder/root/init" "$he
 cp "$module" "$folder/root/kvmmem.ko"
 (cd "$folder/root" && find . | cpio --quiet -o -H newc) >"$folder/initrd"
 
-timeout 300 qemu-system-x86_64 -accel tcg,thread=single -cpu qemu64 -smp 2 -m 1G -nodefaults -display none \
+timeout 300 qemu-system-x86_64 -accel tcg,thread=single -cpu qemu64,+pdpe1gb -smp 2 -m 1G -nodefaults -display none \
 	-no-reboot -serial stdio -device pc-testdev -kernel "$kernel" -initrd "$folder/initrd" \
-	-append "console=ttyS0 quiet loglevel=6 panic=-1" "$@" | tr -d '\r' | tee "$folder/log"
+	-append 'console=ttyS0 quiet loglevel=6 panic=-1 memmap=256M$0x20000000' "$@" | tr -d '\r' | tee "$folder/log"
 
 complaint='BUG:|WARNING:|Oops|Call Trace|general protection|kernel panic'
 if grep -qE "$complaint" "$folder/log"; then

@@ -15,6 +15,7 @@
 #include <unistd.h>
 
 #include "../../crates/kvmmem-abi/include/uapi/kvmmem.h"
+#include "host.h"
 #include "selftest.h"
 
 int checks, failures;
@@ -148,6 +149,17 @@ static void mount_all(void)
 	}
 }
 
+static void test_views(const char *self)
+{
+	CHECK_EQUAL(load_module(LOAD_VIEWS), 0);
+	CHECK_EQUAL(chmod("/dev/kvmmem", 0666), 0);
+	host_opens();
+	test_attach();
+	test_memory();
+	(void)self;
+	CHECK_EQUAL(unload_module(), 0);
+}
+
 int main(int argc, char **argv)
 {
 	setvbuf(stdout, NULL, _IONBF, 0);
@@ -168,7 +180,9 @@ int main(int argc, char **argv)
 		test_limits();
 		test_races();
 		test_quarantine();
+		test_no_views();
 		test_unload();
+		test_views(argv[0]);
 	}
 	printf("selftest: %d of %d checks passed\n", checks - failures, checks);
 	reboot(RB_POWER_OFF);

@@ -24,8 +24,8 @@
 //! | 112 | 16 | 0 |
 //! | 128 | 32 each | ranges: target GPA (8), length (8), offset in its window (8), number of its window (4), 0 (4) |
 
-use crate::ioctl::PAGE_SIZE;
-use crate::native::{RIGHT_READ, RIGHT_WRITE, STATE_GONE, STATE_OPEN};
+use super::ioctl::PAGE_SIZE;
+use super::native::{RIGHT_READ, RIGHT_WRITE, STATE_GONE, STATE_OPEN};
 
 /// First eight bytes of the page.
 pub const MAGIC: u64 = u64::from_le_bytes(*b"KVMMEMVW");

@@ -5,7 +5,7 @@
 //! Errors (docs/abi.md has the table): ENOTCONN without a view, EKEYREVOKED once the view was taken back, ESTALE once
 //! the target is gone, ENXIO where the target has no memory or the grant does not reach.
 
-use crate::ioctl::{MapMemToken, io, ior, iow, iowr};
+use super::ioctl::{MapMemToken, io, ior, iow, iowr};
 
 /// `KVMMEM_INFO`: what this driver and its host can do. Needs no view.
 pub const INFO: u32 = ior(b'i', 0x40, 32);

@@ -4,7 +4,7 @@
 //!
 //! libkvmi finds out which ABI a driver has by [`MEM_UNMAP`] with argument 0: ENOTTY means v1.
 
-use crate::ioctl::{MapMemToken, iow, iowr};
+use super::ioctl::{MapMemToken, iow, iowr};
 
 /// `KVM_GUEST_MEM_OPEN`: the argument points to the target's UUID, 16 bytes.
 pub const MEM_OPEN: u32 = iow(b'i', 1, 8);

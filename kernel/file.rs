@@ -1,0 +1,260 @@
+// SPDX-License-Identifier: GPL-2.0-only
+//! The views' half of an open file: which view it has, and what reading, seeking, polling and mapping do with it.
+//!
+//! mmap's offset, like every position, is an address of the target.
+
+use kernel::bindings;
+use kernel::fs::File;
+use kernel::iov::{IovIterDest, IovIterSource};
+use kernel::mm::virt::{VmaNew, VmaRef, flags};
+use kernel::prelude::*;
+use kernel::sync::poll::{PollCondVarBox, PollTable};
+use kernel::sync::{Arc, Mutex, new_mutex};
+
+use crate::abi::hypercall::{SEEK_DATA, SEEK_HOLE};
+use crate::attachment::AttachCall;
+use crate::regions::Regions;
+use crate::sys::{self, AddressSpace, Fault, FaultError, Inserted, Memory};
+use crate::view::View;
+use crate::watch::WatchedView;
+use crate::window::Window;
+
+/// The most that is copied between two looks at the generation.
+const CHUNK: usize = 1 << 18;
+
+/// How often a read begins anew because the view has changed meanwhile.
+const CHANGES: u32 = 8;
+
+/// What an open file has of views.
+#[pin_data]
+pub(crate) struct ViewFile {
+    waiters: Arc<PollCondVarBox>,
+    /// One ATTACH or DETACH at a time: held while the host is asked.
+    #[pin]
+    pub(crate) attaching: Mutex<()>,
+    #[pin]
+    view: Mutex<Option<WatchedView>>,
+    #[pin]
+    pub(crate) regions: Mutex<Regions>,
+}
+
+impl ViewFile {
+    pub(crate) fn new() -> Result<Pin<KBox<Self>>> {
+        let waiters = PollCondVarBox::new(c"kvmmem_waiters", kernel::static_lock_class!())?;
+        let waiters = Arc::new(waiters, GFP_KERNEL_ACCOUNT)?;
+        let file = pin_init!(Self {
+            waiters,
+            attaching <- new_mutex!((), "kvmmem_attaching"),
+            view <- new_mutex!(None, "kvmmem_file"),
+            regions <- new_mutex!(Regions::default(), "kvmmem_regions"),
+        });
+        KBox::pin_init(file, GFP_KERNEL_ACCOUNT)
+    }
+
+    /// The file's view: `ENOTCONN` where it has none.
+    pub(crate) fn view(&self) -> Result<Arc<View>> {
+        self.view.lock().as_ref().map(|view| Arc::clone(view)).ok_or(ENOTCONN)
+    }
+
+    pub(crate) fn has_view(&self) -> bool {
+        self.view.lock().is_some()
+    }
+
+    /// A view as `call` asks for it, not yet the file's.
+    pub(crate) fn open_view(&self, file: &File, call: AttachCall, view_flags: u32) -> Result<Arc<View>> {
+        View::open(call, view_flags, AddressSpace::of(file)?, self.waiters.clone())
+    }
+
+    /// Gives the file its view. The caller holds `attaching` and has made sure that it has none.
+    pub(crate) fn set_view(&self, view: Arc<View>) {
+        let view = WatchedView::new(view);
+        let before = self.view.lock().replace(view);
+        drop(before);
+    }
+
+    /// Takes the file's view away: `ENOTCONN` where it has none. The caller holds `attaching`.
+    pub(crate) fn detach(&self) -> Result {
+        let view = self.view.lock().take().ok_or(ENOTCONN)?;
+        view.detach();
+        Ok(())
+    }
+
+    pub(crate) fn read(&self, position: i64, to: &mut IovIterDest<'_>) -> Result<usize> {
+        let view = self.view()?;
+        let len = to.len();
+        let done = transfer(&view, position, len, false, |memory, offset, len, is_valid| {
+            memory.copy_to(offset, len, to, is_valid)
+        })?;
+        view.read_bytes.add(done);
+        Ok(done)
+    }
+
+    pub(crate) fn write(&self, position: i64, from: &mut IovIterSource<'_>) -> Result<usize> {
+        let view = self.view()?;
+        let len = from.len();
+        let done = transfer(&view, position, len, true, |memory, offset, len, is_valid| {
+            memory.copy_from(offset, len, from, is_valid)
+        })?;
+        view.written_bytes.add(done);
+        Ok(done)
+    }
+
+    /// The new position. `ENXIO` where there is no data or hole to be found.
+    pub(crate) fn seek(&self, current: i64, offset: i64, whence: u32) -> Result<i64> {
+        let view = self.view()?;
+        let window = || -> Result<Arc<Window>> { Ok(view.look().window?) };
+        let position = match whence {
+            bindings::SEEK_SET => Some(offset),
+            bindings::SEEK_CUR => current.checked_add(offset),
+            bindings::SEEK_END => i64::try_from(window()?.end())?.checked_add(offset),
+            bindings::SEEK_DATA => Some(i64::try_from(seek_data(&view, &*window()?, offset)?)?),
+            bindings::SEEK_HOLE => Some(i64::try_from(seek_hole(&view, &*window()?, offset)?)?),
+            _ => None,
+        };
+        position.filter(|position| *position >= 0).ok_or(EINVAL)
+    }
+
+    /// POLLERR without a view, POLLHUP once it has ended, else POLLIN; POLLPRI for a change that the tool has not
+    /// asked for.
+    pub(crate) fn poll(&self, file: &File, table: &PollTable<'_>) -> u32 {
+        table.register_wait(file, &self.waiters);
+        let Ok(view) = self.view() else { return bindings::POLLERR };
+        view.refresh();
+        let (is_changed, has_ended) = view.events();
+        let change = if is_changed { bindings::POLLPRI } else { 0 };
+        change | if has_ended { bindings::POLLHUP } else { bindings::POLLIN | bindings::POLLRDNORM }
+    }
+
+    /// Maps the target's memory, of which some must be in the view: `ENXIO`. The rest raises SIGBUS.
+    pub(crate) fn mmap(&self, area: &VmaNew) -> Result {
+        if area.flags() & flags::MAYSHARE == 0 {
+            return Err(EINVAL);
+        }
+        let view = self.view()?;
+        let shown = view.look();
+        let window = shown.window.clone()?;
+        let gpa = sys::area_gpa(area).ok_or(ENXIO)?;
+        let len = (area.end() - area.start()) as u64;
+        let end = gpa.checked_add(len).ok_or(ENXIO)?;
+        window.first_from(gpa).filter(|first| *first < end).ok_or(ENXIO)?;
+        if !shown.is_writable() {
+            // Neither now nor later by mprotect.
+            area.try_clear_maywrite().map_err(|_| EACCES)?;
+        }
+        self.regions.lock().add_area(gpa, len)?;
+        sys::fill_by_faults(area, view.number());
+        Ok(())
+    }
+
+    pub(crate) fn area_opened(&self, area: &VmaRef) {
+        if let Some(gpa) = sys::area_gpa(area) {
+            // A part or a copy of an area that was let in.
+            let _ = self.regions.lock().add_area(gpa, 0);
+        }
+    }
+
+    pub(crate) fn area_closed(&self, area: &VmaRef) {
+        if let Some(gpa) = sys::area_gpa(area) {
+            self.regions.lock().remove_area(gpa);
+        }
+    }
+
+    /// Maps one page, of any size. What is shown cannot change between looking and mapping; a change takes the pages
+    /// away afterwards.
+    pub(crate) fn fault(&self, fault: &Fault) -> Result<Inserted, FaultError> {
+        // An area may be older than the file's view.
+        let view = self.view().ok().filter(|view| view.number() == fault.number()).ok_or(FaultError::Bus)?;
+        let result = view.with(|shown| {
+            let window = shown.window.as_ref().map_err(|_| FaultError::Bus)?;
+            if fault.is_area_writable() && !shown.is_writable() {
+                return Err(FaultError::Bus);
+            }
+            if fault.order() > 9 && !sys::has_1g_pages() {
+                return Err(FaultError::Smaller);
+            }
+            let (gpa, _) = fault.place().ok_or(FaultError::Smaller)?;
+            let (memory, offset) = window.find(gpa).ok_or(fault.refusal())?;
+            fault.insert(memory, offset)
+        });
+        view.faults.count(fault.order(), &result);
+        result
+    }
+}
+
+/// Copies between the target's memory from `position` on and a process's: as many bytes as lie in ranges that follow
+/// each other. 0 at the end of the last range when reading, else `ENXIO` where there is no memory.
+fn transfer(
+    view: &View,
+    position: i64,
+    len: usize,
+    is_write: bool,
+    mut copy: impl FnMut(&Memory, u64, usize, &dyn Fn() -> bool) -> Option<usize>,
+) -> Result<usize> {
+    let start = u64::try_from(position).map_err(|_| EINVAL)?;
+    let (mut done, mut changes) = (0, 0);
+    let mut step = |done: usize| -> Result<Option<(usize, bool)>> {
+        let shown = view.look();
+        let window = shown.window.clone()?;
+        if is_write && !shown.is_writable() {
+            return Err(EACCES);
+        }
+        let gpa = start.checked_add(done as u64).ok_or(EINVAL)?;
+        if gpa >= window.end() && !is_write {
+            return Ok(Some((0, false)));
+        }
+        let (memory, offset) = window.find(gpa).ok_or(ENXIO)?;
+        let room = usize::try_from(memory.len().saturating_sub(offset))?;
+        let wanted = (len - done).min(CHUNK).min(room);
+        // The process's memory may be this file's: no lock is held.
+        match copy(memory, offset, wanted, &|| view.is_current(&shown)) {
+            Some(0) => Err(EFAULT),
+            Some(count) => Ok(Some((count, count == wanted))),
+            None => Ok(None),
+        }
+    };
+    while done < len {
+        match step(done) {
+            Ok(Some((count, is_whole))) => {
+                done += count;
+                if !is_whole || current!().signal_pending() {
+                    break;
+                }
+            }
+            Ok(None) if changes < CHANGES => changes += 1,
+            Ok(None) if done == 0 => return Err(EAGAIN),
+            Err(error) if done == 0 => return Err(error),
+            Ok(None) | Err(_) => break,
+        }
+    }
+    Ok(done)
+}
+
+/// The next data: the host knows what of the ranges the target has never used or given back.
+fn seek_data(view: &View, window: &Window, offset: i64) -> Result<u64> {
+    let mut at = u64::try_from(offset).map_err(|_| ENXIO)?;
+    loop {
+        at = window.first_from(at).ok_or(ENXIO)?;
+        match view.host().seek(at, SEEK_DATA) {
+            Ok(None) => return Err(ENXIO),
+            Ok(Some(found)) if window.find(found).is_some() => return Ok(found),
+            // Between two ranges, of which there are few.
+            Ok(Some(found)) => at = found,
+            Err(error) if error == EOPNOTSUPP => return Ok(at),
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+/// The next hole: of the target's memory or between ranges, also the one behind the last range.
+fn seek_hole(view: &View, window: &Window, offset: i64) -> Result<u64> {
+    let at = u64::try_from(offset).ok().filter(|at| *at < window.end()).ok_or(ENXIO)?;
+    let end = window.first_hole_from(at);
+    if end == at {
+        return Ok(at);
+    }
+    match view.host().seek(at, SEEK_HOLE) {
+        Ok(found) => Ok(found.map_or(end, |found| found.min(end))),
+        Err(error) if error == EOPNOTSUPP => Ok(end),
+        Err(error) => Err(error),
+    }
+}

@@ -1,0 +1,234 @@
+// SPDX-License-Identifier: GPL-2.0-only
+//! A view: what an open file sees of a target, and how it comes to know of changes.
+
+use kernel::prelude::*;
+use kernel::sync::atomic::{Atomic, Relaxed};
+use kernel::sync::poll::PollCondVarBox;
+use kernel::sync::{Arc, Mutex, new_mutex};
+use kernel::workqueue::{DelayedWork, new_delayed_work};
+
+use crate::abi::native::{ATTACH_READ_ONLY, RIGHT_WRITE, STATE_GONE, STATE_OPEN, STATE_REVOKED};
+use crate::attachment::{AttachCall, Attachment, Snapshot};
+use crate::stats::{self, Counter, Faults};
+use crate::sys::AddressSpace;
+use crate::window::Window;
+
+/// The number of the view that is opened next. Areas of memory carry it, so that those of an earlier view of the same
+/// file are told apart.
+static NEXT_NUMBER: Atomic<i64> = Atomic::new(1);
+
+/// Why there is nothing to see.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Ended {
+    /// The grant was taken back.
+    Revoked,
+    /// The target is gone, or the host lied.
+    Gone,
+    /// The file has been detached.
+    Detached,
+}
+
+impl From<Ended> for Error {
+    fn from(ended: Ended) -> Self {
+        match ended {
+            Ended::Revoked => EKEYREVOKED,
+            Ended::Gone => ESTALE,
+            Ended::Detached => ENOTCONN,
+        }
+    }
+}
+
+/// What the view shows at one generation.
+#[derive(Clone)]
+pub(crate) struct Shown {
+    pub(crate) generation: u64,
+    pub(crate) rights: u32,
+    pub(crate) uuid: [u8; 16],
+    pub(crate) window: Result<Arc<Window>, Ended>,
+}
+
+impl Shown {
+    /// `STATE_*` of the ABI; 0 for a view that was detached.
+    pub(crate) fn state(&self) -> u32 {
+        match self.window {
+            Ok(_) => STATE_OPEN,
+            Err(Ended::Revoked) => STATE_REVOKED,
+            Err(Ended::Gone) => STATE_GONE,
+            Err(Ended::Detached) => 0,
+        }
+    }
+
+    pub(crate) fn is_writable(&self) -> bool {
+        self.rights & RIGHT_WRITE != 0
+    }
+}
+
+struct Now {
+    shown: Shown,
+    /// The generation that the tool knows of.
+    seen: u64,
+}
+
+/// A view of a target.
+#[pin_data]
+pub(crate) struct View {
+    // First, so that it is dropped first: the window is the host's no more when it is unmapped.
+    host: Attachment,
+    number: usize,
+    is_read_only: bool,
+    pages: AddressSpace,
+    waiters: Arc<PollCondVarBox>,
+    pub(crate) faults: Faults,
+    pub(crate) read_bytes: Counter,
+    pub(crate) written_bytes: Counter,
+    pub(crate) events: Counter,
+    /// One change at a time.
+    #[pin]
+    changing: Mutex<()>,
+    #[pin]
+    now: Mutex<Now>,
+    #[pin]
+    pub(crate) work: DelayedWork<View>,
+}
+
+impl View {
+    /// Opens the view that `call` asks for. `EIO` where the host's answer cannot be.
+    pub(crate) fn open(
+        call: AttachCall,
+        flags: u32,
+        pages: AddressSpace,
+        waiters: Arc<PollCondVarBox>,
+    ) -> Result<Arc<Self>> {
+        let host = call.call(flags)?;
+        let is_read_only = flags & ATTACH_READ_ONLY != 0;
+        let shown = show(&host.read()?, is_read_only)?;
+        if let Err(ended) = shown.window {
+            return Err(ended.into());
+        }
+        let view = try_pin_init!(Self {
+            host,
+            number: NEXT_NUMBER.fetch_add(1, Relaxed).unsigned_abs() as usize,
+            is_read_only,
+            pages,
+            waiters,
+            faults: Faults::new(),
+            read_bytes: Counter::new(),
+            written_bytes: Counter::new(),
+            events: Counter::new(),
+            changing <- new_mutex!((), "kvmmem_changing"),
+            now <- new_mutex!(Now { seen: shown.generation, shown }, "kvmmem_view"),
+            work <- new_delayed_work!("kvmmem_watch"),
+        });
+        Arc::pin_init(view, GFP_KERNEL_ACCOUNT)
+    }
+
+    pub(crate) fn number(&self) -> usize {
+        self.number
+    }
+
+    pub(crate) fn host(&self) -> &Attachment {
+        &self.host
+    }
+
+    /// What it shows, as far as is known.
+    pub(crate) fn shown(&self) -> Shown {
+        self.now.lock().shown.clone()
+    }
+
+    /// What it shows at this moment: looks whether the host has changed it.
+    pub(crate) fn look(&self) -> Shown {
+        self.refresh();
+        self.shown()
+    }
+
+    /// Whether what was read through this generation's window was the target's.
+    pub(crate) fn is_current(&self, shown: &Shown) -> bool {
+        // The host changes what is behind a window and the generation in one step, as its guest sees it.
+        self.host.generation() == shown.generation
+    }
+
+    /// What it shows, to a tool that thereby knows of all changes.
+    pub(crate) fn take_event(&self) -> Shown {
+        self.refresh();
+        let mut now = self.now.lock();
+        now.seen = now.shown.generation;
+        now.shown.clone()
+    }
+
+    /// Whether there is a change that the tool has not asked for, and whether the view has ended.
+    pub(crate) fn events(&self) -> (bool, bool) {
+        let now = self.now.lock();
+        (now.seen != now.shown.generation, now.shown.window.is_err())
+    }
+
+    /// Calls `use_it` with what is shown, and lets nothing change meanwhile.
+    pub(crate) fn with<R>(&self, use_it: impl FnOnce(&Shown) -> R) -> R {
+        use_it(&self.now.lock().shown)
+    }
+
+    /// Looks whether the host has changed the view, and follows: afterwards no process has a page that is not shown
+    /// any more, and then whoever waits is woken.
+    pub(crate) fn refresh(&self) {
+        if self.with(|shown| shown.window.is_err() || self.is_current(shown)) {
+            return;
+        }
+        let _one = self.changing.lock();
+        let before = self.shown();
+        if before.window.is_err() || self.is_current(&before) {
+            return;
+        }
+        let next = match self.host.read().and_then(|snapshot| {
+            if snapshot.descriptor.generation < before.generation {
+                stats::lie("the generation went back");
+                return Err(EIO);
+            }
+            show(&snapshot, self.is_read_only)
+        }) {
+            Ok(next) => next,
+            // Tried again at the next look; until then what was shown is known to be out of date.
+            Err(error) if error == ENOMEM => return,
+            // A host that cannot be understood is no host.
+            Err(_) => Shown {
+                generation: before.generation.saturating_add(1),
+                window: Err(Ended::Gone),
+                ..before.clone()
+            },
+        };
+        self.events.add_one();
+        stats::EVENTS.add_one();
+        self.replace(next);
+        self.waiters.notify_all();
+    }
+
+    /// The tool wants no more of it. Its pages go from every process.
+    pub(crate) fn detach(&self) {
+        let _one = self.changing.lock();
+        let shown = Shown { window: Err(Ended::Detached), ..self.shown() };
+        self.replace(shown);
+        self.waiters.notify_all();
+    }
+
+    fn replace(&self, next: Shown) {
+        let before = {
+            let mut now = self.now.lock();
+            core::mem::replace(&mut now.shown, next)
+        };
+        // Faults go by what is shown now; what came before that is taken away. Only then is the window unmapped.
+        if let Ok(window) = before.window {
+            for range in window.ranges() {
+                self.pages.zap(range.gpa, range.len);
+            }
+        }
+    }
+}
+
+fn show(snapshot: &Snapshot, is_read_only: bool) -> Result<Shown> {
+    let descriptor = &snapshot.descriptor;
+    let window = match descriptor.state {
+        STATE_OPEN => Ok(Arc::new(Window::map(snapshot)?, GFP_KERNEL_ACCOUNT)?),
+        STATE_REVOKED => Err(Ended::Revoked),
+        _ => Err(Ended::Gone),
+    };
+    let rights = if is_read_only { descriptor.rights & !RIGHT_WRITE } else { descriptor.rights };
+    Ok(Shown { generation: descriptor.generation, rights, uuid: descriptor.uuid, window })
+}
