@@ -223,11 +223,13 @@ impl Foreign {
     }
 
     /// Pointer to `offset`, which callers have checked; wrapping, so that it needs no unsafe.
+    #[inline]
     fn pointer(&self, offset: usize) -> *mut u8 {
         self.base.as_ptr().wrapping_add(offset)
     }
 
     /// The offset as a number of this process, if the access stays inside and this thread may make it.
+    #[inline]
     fn check(&self, offset: u64, len: usize) -> Result<usize, ForeignError> {
         let outside = ForeignError::Outside { offset, len, size: self.len() };
         let at = usize::try_from(offset).map_err(|_| outside)?;
@@ -236,6 +238,7 @@ impl Foreign {
         Ok(at)
     }
 
+    #[inline]
     fn check_write(&self, offset: u64, len: usize) -> Result<usize, ForeignError> {
         if !self.is_writable {
             return Err(ForeignError::ReadOnly);
@@ -243,6 +246,7 @@ impl Foreign {
         self.check(offset, len)
     }
 
+    #[inline]
     fn check_word<W: Word>(&self, offset: u64, at: usize) -> Result<usize, ForeignError> {
         if at.is_multiple_of(W::SIZE) {
             Ok(at)

@@ -13,12 +13,15 @@
 
 mod signal;
 
-use std::arch::global_asm;
+use std::arch::{global_asm, is_x86_feature_detected};
 
 pub(crate) use signal::prepare;
 
 /// Bytes that one turn of the block routines moves.
 const BLOCK: usize = 64;
+
+/// From this length on, string instructions are faster than the block routines, where the processor has them fast.
+const STRING_MIN: usize = 512;
 
 /// Defines a symbol that other objects of the program see, but not other programs.
 macro_rules! symbol {
@@ -37,17 +40,31 @@ macro_rules! symbol {
     };
 }
 
-/// One aligned access of `$size` bytes through `$register`; `$place` is the foreign side.
-macro_rules! word {
+/// Loads an aligned word of `$size` bytes from rdi into rdx.
+macro_rules! load_word {
+    ($name:literal, $size:literal, $instruction:literal) => {
+        concat!(
+            symbol!($name),
+            "mov rsi, rdi\n",
+            "mov ecx, ",
+            $size,
+            "\n",
+            $instruction,
+            "\n",
+            "xor ecx, ecx\n",
+            "jmp kvmmem_guarded_end\n",
+        )
+    };
+}
+
+/// Stores an aligned word of `$size` bytes, `$register`, to rdi.
+macro_rules! store_word {
     ($name:literal, $size:literal, $register:literal) => {
         concat!(
             symbol!($name),
             "mov ecx, ",
             $size,
             "\n",
-            "mov ",
-            $register,
-            ", [rsi]\n",
             "mov [rdi], ",
             $register,
             "\n",
@@ -88,25 +105,25 @@ macro_rules! bytes {
     };
 }
 
-// Every routine takes the destination in rdi and the source in rsi, and keeps in rcx how many bytes are left, which it
-// returns. So the handler needs to know two things of an instruction: which of rsi and rdi is foreign, and that going
-// on at the end, where rcx is returned, is right at any point.
+// Every routine has the foreign address in rsi where it loads and in rdi where it stores, and keeps in rcx how many bytes
+// are left, which it returns. So all that the handler needs to know of an instruction is whether it is one of the loads
+// or one of the stores; it goes on at the end, where rcx is returned.
 global_asm!(
     ".pushsection .text.kvmmem_guarded, \"ax\", @progbits",
     symbol!("kvmmem_guarded_loads"),
     blocks!("kvmmem_guarded_load_blocks"),
     bytes!("kvmmem_guarded_load_bytes"),
-    word!("kvmmem_guarded_load_1", "1", "al"),
-    word!("kvmmem_guarded_load_2", "2", "ax"),
-    word!("kvmmem_guarded_load_4", "4", "eax"),
-    word!("kvmmem_guarded_load_8", "8", "rax"),
+    load_word!("kvmmem_guarded_load_1", "1", "movzx edx, byte ptr [rsi]"),
+    load_word!("kvmmem_guarded_load_2", "2", "movzx edx, word ptr [rsi]"),
+    load_word!("kvmmem_guarded_load_4", "4", "mov edx, [rsi]"),
+    load_word!("kvmmem_guarded_load_8", "8", "mov rdx, [rsi]"),
     symbol!("kvmmem_guarded_stores"),
     blocks!("kvmmem_guarded_store_blocks"),
     bytes!("kvmmem_guarded_store_bytes"),
-    word!("kvmmem_guarded_store_1", "1", "al"),
-    word!("kvmmem_guarded_store_2", "2", "ax"),
-    word!("kvmmem_guarded_store_4", "4", "eax"),
-    word!("kvmmem_guarded_store_8", "8", "rax"),
+    store_word!("kvmmem_guarded_store_1", "1", "sil"),
+    store_word!("kvmmem_guarded_store_2", "2", "si"),
+    store_word!("kvmmem_guarded_store_4", "4", "esi"),
+    store_word!("kvmmem_guarded_store_8", "8", "rsi"),
     symbol!("kvmmem_guarded_end"),
     "mov rax, rcx",
     "ret",
@@ -114,23 +131,33 @@ global_asm!(
 );
 
 type Copy = unsafe extern "sysv64" fn(*mut u8, *const u8, usize) -> usize;
-type Access = unsafe extern "sysv64" fn(*mut u8, *const u8) -> usize;
+type Load = unsafe extern "sysv64" fn(*const u8) -> Loaded;
+type Store = unsafe extern "sysv64" fn(*mut u8, u64) -> usize;
+
+/// A result in rax and rdx.
+#[doc(hidden)]
+#[repr(C)]
+#[derive(Debug)]
+pub struct Loaded {
+    left: usize,
+    word: u64,
+}
 
 unsafe extern "sysv64" {
     fn kvmmem_guarded_loads();
     fn kvmmem_guarded_load_blocks(to: *mut u8, from: *const u8, len: usize) -> usize;
     fn kvmmem_guarded_load_bytes(to: *mut u8, from: *const u8, len: usize) -> usize;
-    fn kvmmem_guarded_load_1(to: *mut u8, from: *const u8) -> usize;
-    fn kvmmem_guarded_load_2(to: *mut u8, from: *const u8) -> usize;
-    fn kvmmem_guarded_load_4(to: *mut u8, from: *const u8) -> usize;
-    fn kvmmem_guarded_load_8(to: *mut u8, from: *const u8) -> usize;
+    fn kvmmem_guarded_load_1(from: *const u8) -> Loaded;
+    fn kvmmem_guarded_load_2(from: *const u8) -> Loaded;
+    fn kvmmem_guarded_load_4(from: *const u8) -> Loaded;
+    fn kvmmem_guarded_load_8(from: *const u8) -> Loaded;
     fn kvmmem_guarded_stores();
     fn kvmmem_guarded_store_blocks(to: *mut u8, from: *const u8, len: usize) -> usize;
     fn kvmmem_guarded_store_bytes(to: *mut u8, from: *const u8, len: usize) -> usize;
-    fn kvmmem_guarded_store_1(to: *mut u8, from: *const u8) -> usize;
-    fn kvmmem_guarded_store_2(to: *mut u8, from: *const u8) -> usize;
-    fn kvmmem_guarded_store_4(to: *mut u8, from: *const u8) -> usize;
-    fn kvmmem_guarded_store_8(to: *mut u8, from: *const u8) -> usize;
+    fn kvmmem_guarded_store_1(to: *mut u8, word: u64) -> usize;
+    fn kvmmem_guarded_store_2(to: *mut u8, word: u64) -> usize;
+    fn kvmmem_guarded_store_4(to: *mut u8, word: u64) -> usize;
+    fn kvmmem_guarded_store_8(to: *mut u8, word: u64) -> usize;
     fn kvmmem_guarded_end();
 }
 
@@ -156,9 +183,13 @@ pub(crate) unsafe fn store(to: *mut u8, from: *const u8, len: usize) -> usize {
 /// # Safety
 /// Both routines may be called with the pointers and any length up to `len`.
 unsafe fn copy(blocks: Copy, bytes: Copy, to: *mut u8, from: *const u8, len: usize) -> usize {
-    let whole = len - len % BLOCK;
+    // Microcode knows best, but takes a while to begin; processors without that (and emulators) go byte by byte.
+    let whole = if len >= STRING_MIN && is_x86_feature_detected!("ermsb") { 0 } else { len - len % BLOCK };
     // SAFETY: by this function's contract.
     let done = whole - unsafe { blocks(to, from, whole) };
+    if done == len {
+        return 0;
+    }
     // What follows a block that stopped is copied byte by byte, up to the very byte that is missing.
     // SAFETY: as before, with what is left of the same stretch.
     unsafe { bytes(to.wrapping_add(done), from.wrapping_add(done), len - done) }
@@ -169,13 +200,17 @@ mod sealed {
 }
 
 /// An integer that is accessed as a whole.
-pub trait Word: sealed::Sealed + Default + std::marker::Copy {
+pub trait Word: sealed::Sealed + Sized {
     /// Size in bytes, and alignment.
     const SIZE: usize;
     #[doc(hidden)]
-    const LOAD: Access;
+    const LOAD: Load;
     #[doc(hidden)]
-    const STORE: Access;
+    const STORE: Store;
+    #[doc(hidden)]
+    fn widen(self) -> u64;
+    #[doc(hidden)]
+    fn narrow(word: u64) -> Self;
 }
 
 macro_rules! words {
@@ -183,8 +218,15 @@ macro_rules! words {
         impl sealed::Sealed for $word {}
         impl Word for $word {
             const SIZE: usize = size_of::<$word>();
-            const LOAD: Access = $load;
-            const STORE: Access = $store;
+            const LOAD: Load = $load;
+            const STORE: Store = $store;
+            fn widen(self) -> u64 {
+                self.into()
+            }
+            #[allow(clippy::cast_possible_truncation, reason = "it was widened by the load")]
+            fn narrow(word: u64) -> Self {
+                word as $word
+            }
         }
     )*};
 }
@@ -201,10 +243,9 @@ words! {
 /// # Safety
 /// As [`load`], for the word's size; `from` is a multiple of it.
 pub(crate) unsafe fn load_word<W: Word>(from: *const u8) -> Option<W> {
-    let mut word = W::default();
-    // SAFETY: `word` is as large as what the routine writes; the rest is the caller's.
-    let left = unsafe { W::LOAD((&raw mut word).cast(), from) };
-    (left == 0).then_some(word)
+    // SAFETY: the caller's.
+    let Loaded { left, word } = unsafe { W::LOAD(from) };
+    (left == 0).then(|| W::narrow(word))
 }
 
 /// Writes a word of foreign memory in one access; `None` where it has vanished.
@@ -212,7 +253,7 @@ pub(crate) unsafe fn load_word<W: Word>(from: *const u8) -> Option<W> {
 /// # Safety
 /// As [`store`], for the word's size; `to` is a multiple of it.
 pub(crate) unsafe fn store_word<W: Word>(to: *mut u8, word: W) -> Option<()> {
-    // SAFETY: `word` is as large as what the routine reads; the rest is the caller's.
-    let left = unsafe { W::STORE(to, (&raw const word).cast()) };
+    // SAFETY: the caller's.
+    let left = unsafe { W::STORE(to, word.widen()) };
     (left == 0).then_some(())
 }
