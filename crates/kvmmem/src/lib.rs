@@ -1,6 +1,36 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Client library for introspection tools: a process in one virtual machine that looks at another one's memory.
 //!
+//! A [`View`] is the way to do it: a token, which the target's owner grants, attaches it, and then the target's memory can be
+//! copied, searched for data and mapped. It is the same in a virtual machine (`/dev/kvmmem`) and on the host (its broker).
+//!
+//! ```no_run
+//! use std::time::Duration;
+//! use kvmmem::{Access, Event, Range, Token, View};
+//!
+//! # fn token() -> Token { unimplemented!() }
+//! let view = View::attach(&token(), Access::ReadOnly)?;
+//! for Range { gpa, len } in view.ranges()? {
+//!     println!("{len:#x} bytes at {gpa:#x}");
+//! }
+//!
+//! // Copied reads, whole or not at all.
+//! let mut bytes = [0; 64];
+//! view.read_at(0x10_0000, &mut bytes)?;
+//!
+//! // A mapping is the target's memory itself: no call for each access.
+//! let mapping = view.map(Range { gpa: 0x20_0000, len: 0x20_0000 })?;
+//! println!("{:#x}", mapping.read_u64(0)?);
+//!
+//! // The owner may take the grant back at any time. Then reads fail, and so do those of mappings.
+//! if let Some(Event::Revoked | Event::Gone) = view.wait(Duration::from_secs(1))? {
+//!     println!("{}", mapping.read_u64(0).unwrap_err());
+//! }
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! # KVMI, and one page at a time
+//!
 //! ```no_run
 //! use std::time::Duration;
 //! use kvmmem::{Device, Listener};
@@ -13,7 +43,7 @@
 //! let mut bytes = [0; 64];
 //! target.read_physical(0x10_0000, &mut bytes)?;
 //!
-//! // A mapped page is the target's memory itself; a token from the connection allows it.
+//! // The first version of the interface maps a page for a token; a token from the connection allows it.
 //! let device = Device::open_default()?;
 //! let page = device.map(target.map_token()?, 0x10_0000)?;
 //! println!("{:#x}", page.read_u64(0)?);
@@ -21,8 +51,9 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
-//! [`Listener`] and [`Session`] speak KVMI (crate `kvmmem-kvmi`); [`Device`] and [`MappedPage`] use the ioctls of
-//! `/dev/kvmmem` (crate `kvmmem-abi`). Everything blocks, and everything that waits for a peer has a time limit.
+//! [`Listener`] and [`Session`] speak KVMI (crate `kvmmem-kvmi`); its tokens attach views as well. [`Device`] and
+//! [`MappedPage`] use the first ioctls of `/dev/kvmmem`, [`View`] the later ones (crate `kvmmem-abi`) or the broker's socket
+//! (crate `kvmmem-broker`). Everything blocks, and everything that waits for a peer has a time limit.
 #![deny(unsafe_code)]
 
 pub mod device;

@@ -1,5 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A view: the memory of one virtual machine, as far as a token allows, open until it is detached or taken back.
+//!
+//! # Signals
+//!
+//! A page that goes away raises SIGBUS in whoever reads it through a mapping. [`Mapping`]'s methods make an error of it:
+//! the first mapping installs a handler of SIGBUS for the process, which knows these methods' accesses and passes every other
+//! SIGBUS on to the handler that was there before, or to the default action. So install other handlers before, or let
+//! them pass on what they do not know; and do not block SIGBUS in a thread that uses mappings (its first use unblocks it).
+//!
+//! # Fork and exec
+//!
+//! In a virtual machine a view belongs to its open file: a forked child shares it, and it ends for both at once. On the host
+//! only the process that attached hears of the end: a child must not use what it inherits. `exec` ends both.
 
 mod device;
 mod error;

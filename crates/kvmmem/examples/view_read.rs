@@ -1,0 +1,36 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! Attaches a view, by the token in KVMMEM_TOKEN (as `kvmmem grant` prints it), and prints what it reaches and the first
+//! bytes of each range: `KVMMEM_TOKEN=... view_read`, in a virtual machine or on the host.
+
+use std::error::Error;
+
+use kvmmem::{Access, Token, View};
+
+fn main() -> Result<(), Box<dyn Error>> {
+    let text = std::env::var("KVMMEM_TOKEN").map_err(|_| "set KVMMEM_TOKEN, see kvmmem grant --help")?;
+    let view = View::attach(&token(&text).ok_or("KVMMEM_TOKEN is not 64 hex digits")?, Access::ReadOnly)?;
+
+    let status = view.status()?;
+    println!("target {:02x?}, generation {}", status.uuid, status.generation);
+    for range in status.ranges {
+        let mut bytes = [0; 64];
+        view.read_at(range.gpa, &mut bytes)?;
+        println!("{range}, {} KiB:", range.len >> 10);
+        for (line, address) in bytes.chunks(16).zip((range.gpa..).step_by(16)) {
+            println!("  {address:#014x}  {line:02x?}");
+        }
+    }
+    view.detach()?;
+    Ok(())
+}
+
+fn token(text: &str) -> Option<Token> {
+    let mut bytes = [0; Token::SIZE];
+    if text.len() != 2 * bytes.len() {
+        return None;
+    }
+    for (index, byte) in bytes.iter_mut().enumerate() {
+        *byte = u8::from_str_radix(text.get(2 * index..2 * index + 2)?, 16).ok()?;
+    }
+    Some(Token::from_bytes(&bytes))
+}
