@@ -1,0 +1,395 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! Memory that a guest sees outside of its RAM: a range of another VM's memory file, or the poison that takes its place.
+
+use std::ffi::c_void;
+use std::fs::File;
+use std::io;
+use std::os::fd::BorrowedFd;
+use std::ptr::NonNull;
+
+use rustix::fs::{MemfdFlags, SealFlags};
+use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous, munmap};
+
+use crate::ram::PAGE_SIZE;
+
+/// Length and alignment of a large page, bytes.
+pub const LARGE_PAGE: u64 = 2 << 20;
+
+/// Length and alignment of a giant page, bytes.
+pub const GIANT_PAGE: u64 = 1 << 30;
+
+/// The alignment at which a range of `len` bytes keeps the largest pages that fit in it, bytes.
+pub const fn alignment(len: u64) -> u64 {
+    if len >= GIANT_PAGE {
+        GIANT_PAGE
+    } else if len >= LARGE_PAGE {
+        LARGE_PAGE
+    } else {
+        PAGE_SIZE
+    }
+}
+
+/// What a guest may do with a mapping.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// Read. The mapping is `PROT_READ`, so neither can this process write.
+    ReadOnly,
+    /// Read and write.
+    ReadWrite,
+}
+
+impl Access {
+    fn protection(self) -> ProtFlags {
+        match self {
+            Self::ReadOnly => ProtFlags::READ,
+            Self::ReadWrite => ProtFlags::READ | ProtFlags::WRITE,
+        }
+    }
+}
+
+/// Why there is no mapping.
+#[derive(Debug, thiserror::Error)]
+pub enum MappingError {
+    /// The range is empty, unaligned, or longer than an address space.
+    #[error("offset {offset:#x} and length {len:#x} are no range of whole pages")]
+    Range {
+        /// The offset asked for.
+        offset: u64,
+        /// The length asked for.
+        len: u64,
+    },
+    /// No address space of that length could be reserved.
+    #[error("cannot reserve {len:#x} bytes of address space")]
+    Reserve {
+        /// The length.
+        len: usize,
+        /// Why.
+        source: io::Error,
+    },
+    /// The file could not be mapped.
+    #[error("cannot map {len:#x} bytes at offset {offset:#x}")]
+    Map {
+        /// The offset.
+        offset: u64,
+        /// The length.
+        len: usize,
+        /// Why.
+        source: io::Error,
+    },
+    /// A memory file could not be made.
+    #[error("cannot make a memory file of {len:#x} bytes")]
+    Create {
+        /// Its length.
+        len: u64,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+/// A stretch of this process's address space that it owns and gives to a guest; unmapped when dropped.
+///
+/// No reference to its contents is ever made: others write there at any time.
+#[derive(Debug)]
+pub struct GuestMapping {
+    /// Page-aligned.
+    address: NonNull<c_void>,
+    /// A multiple of the page size, not zero.
+    len: usize,
+    access: Access,
+}
+
+// SAFETY: the mapping belongs to the process, not to a thread, and the only methods that touch its contents or replace
+// it take `&mut self`.
+unsafe impl Send for GuestMapping {}
+// SAFETY: as above; `&self` gives out numbers alone.
+unsafe impl Sync for GuestMapping {}
+
+impl GuestMapping {
+    /// Maps `len` bytes at `offset` of `fd`, shared, at an address congruent to `offset` modulo [`alignment`].
+    ///
+    /// The file must not shrink while it is mapped: an access beyond its end kills a VMM by SIGBUS, or ends its `KVM_RUN`.
+    ///
+    /// # Errors
+    /// [`MappingError`].
+    pub fn of_file(fd: BorrowedFd<'_>, offset: u64, len: u64, access: Access) -> Result<Self, MappingError> {
+        let range = MappingError::Range { offset, len };
+        if !offset.is_multiple_of(PAGE_SIZE) {
+            return Err(range);
+        }
+        let mapping = Self::reserve(len, offset, access)?;
+        // SAFETY: `mapping` owns these `len` bytes and nobody was told of them: MAP_FIXED replaces its reservation alone.
+        unsafe {
+            mmap(
+                mapping.address.as_ptr(),
+                mapping.len,
+                access.protection(),
+                MapFlags::SHARED | MapFlags::FIXED | MapFlags::NORESERVE,
+                fd,
+                offset,
+            )
+        }
+        .map_err(|source| MappingError::Map { offset, len: mapping.len, source: source.into() })?;
+        mapping.advise();
+        Ok(mapping)
+    }
+
+    /// Poison of `len` bytes: what a guest gets in the place of memory that was taken from it. It never faults.
+    ///
+    /// Read-only poison is zeros. Writable poison takes what is written, and shows it again wherever `file` repeats.
+    ///
+    /// # Errors
+    /// [`MappingError`].
+    pub fn poison(len: u64, access: Access, file: &PoisonFile) -> Result<Self, MappingError> {
+        let mut mapping = Self::reserve(len, 0, access)?;
+        mapping.poison_in_place(file)?;
+        Ok(mapping)
+    }
+
+    /// Replaces the contents by poison, for whoever uses the mapping, at once.
+    ///
+    /// # Errors
+    /// [`MappingError::Map`]; a part may be poison already.
+    pub fn poison_in_place(&mut self, file: &PoisonFile) -> Result<(), MappingError> {
+        let failed = |len| {
+            move |source: rustix::io::Errno| MappingError::Map { offset: 0, len, source: source.into() }
+        };
+        if self.access == Access::ReadOnly {
+            // SAFETY: the range is this mapping's own, and no reference to its contents exists.
+            unsafe {
+                mmap_anonymous(
+                    self.address.as_ptr(),
+                    self.len,
+                    ProtFlags::READ,
+                    MapFlags::PRIVATE | MapFlags::FIXED | MapFlags::NORESERVE,
+                )
+            }
+            .map_err(failed(self.len))?;
+            return Ok(());
+        }
+        let chunk = file.chunk_for(self.len);
+        let mut done = 0;
+        while done < self.len {
+            let len = chunk.min(self.len - done);
+            // SAFETY: `done + len` is at most `self.len`, so the part lies within this mapping; as above.
+            unsafe {
+                mmap(
+                    self.address.as_ptr().wrapping_byte_add(done),
+                    len,
+                    ProtFlags::READ | ProtFlags::WRITE,
+                    MapFlags::SHARED | MapFlags::FIXED | MapFlags::NORESERVE,
+                    &file.file,
+                    0,
+                )
+            }
+            .map_err(failed(len))?;
+            done += len;
+        }
+        Ok(())
+    }
+
+    /// Stores `value` as little-endian at word `index` (8 bytes each); false beyond the end or in a read-only mapping.
+    /// Whoever else reads the memory sees the old or the new word.
+    pub fn store_word(&mut self, index: usize, value: u64) -> bool {
+        let at = index.checked_mul(8).filter(|at| at.checked_add(8).is_some_and(|end| end <= self.len));
+        let (Some(at), Access::ReadWrite) = (at, self.access) else {
+            return false;
+        };
+        let word = self.address.as_ptr().wrapping_byte_add(at).cast::<u64>();
+        // SAFETY: the 8 bytes lie within this writable mapping and are aligned, since its start is page-aligned. The
+        // exclusive borrow keeps this process's other threads from storing there; other readers are outside of it.
+        unsafe { word.write_volatile(value.to_le()) };
+        true
+    }
+
+    /// Its length in bytes.
+    pub fn len(&self) -> u64 {
+        self.len as u64
+    }
+
+    /// Never: a mapping has at least one page.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// What a guest may do with it.
+    pub fn access(&self) -> Access {
+        self.access
+    }
+
+    /// Its first address.
+    pub fn address(&self) -> u64 {
+        self.address.as_ptr().addr() as u64
+    }
+
+    /// Address space of `len` bytes, inaccessible yet, congruent to `offset` modulo the alignment for that length.
+    fn reserve(len: u64, offset: u64, access: Access) -> Result<Self, MappingError> {
+        let range = MappingError::Range { offset, len };
+        if len == 0 || !len.is_multiple_of(PAGE_SIZE) {
+            return Err(range);
+        }
+        let (Ok(bytes), Ok(alignment)) = (usize::try_from(len), usize::try_from(alignment(len))) else {
+            return Err(range);
+        };
+        let Some(total) = bytes.checked_add(alignment).filter(|total| isize::try_from(*total).is_ok()) else {
+            return Err(range);
+        };
+        // SAFETY: without MAP_FIXED the kernel chooses addresses that nothing uses.
+        let start = unsafe {
+            mmap_anonymous(
+                std::ptr::null_mut(),
+                total,
+                ProtFlags::empty(),
+                MapFlags::PRIVATE | MapFlags::NORESERVE,
+            )
+        }
+        .map_err(|source| MappingError::Reserve { len: total, source: source.into() })?;
+        // The alignment is a power of two no larger than 1 GiB, so the remainder is exact.
+        #[allow(clippy::cast_possible_truncation)]
+        let head = (offset as usize).wrapping_sub(start.addr()) & (alignment - 1);
+        let address = start.wrapping_byte_add(head);
+        // SAFETY: head and tail are the parts of the reservation before and behind the `bytes` that are kept: its start
+        // and the alignment's remainder are page-aligned, and head < alignment. Failing leaves address space unused.
+        unsafe {
+            if head > 0 {
+                let _ = munmap(start, head);
+            }
+            let tail = alignment - head;
+            let _ = munmap(address.wrapping_byte_add(bytes), tail);
+        }
+        let address = NonNull::new(address).ok_or(MappingError::Range { offset, len })?;
+        Ok(Self { address, len: bytes, access })
+    }
+
+    /// Asks for large pages, and for no copy of another VM's memory in core dumps or children. Refusals are no errors.
+    fn advise(&self) {
+        for advice in [Advice::LinuxHugepage, Advice::LinuxDontDump, Advice::LinuxDontFork] {
+            // SAFETY: the range is this mapping's own, and none of these changes what the mapping holds.
+            let _ = unsafe { madvise(self.address.as_ptr(), self.len, advice) };
+        }
+    }
+}
+
+impl Drop for GuestMapping {
+    fn drop(&mut self) {
+        // SAFETY: the range is this mapping's own and no reference to its contents exists. A guest that could reach it
+        // would have it inside of a `Memslot`, which lets it go only after KVM has.
+        let _ = unsafe { munmap(self.address.as_ptr(), self.len) };
+    }
+}
+
+/// The memory behind writable poison: one small sparse file, mapped over and over, so that writing to terabytes of
+/// poison fills no more than the file.
+#[derive(Debug)]
+pub struct PoisonFile {
+    file: File,
+}
+
+impl PoisonFile {
+    /// Length of the file for mappings of up to [`PoisonFile::MOST_PARTS`] times as much.
+    const CHUNK: usize = 64 << 20;
+
+    /// The most mappings that one mapping's poison takes: the process has a limit on them (`vm.max_map_count`).
+    const MOST_PARTS: usize = 256;
+
+    /// The longest file, for poison of any length.
+    const FILE_LEN: u64 = 1 << 40;
+
+    /// A file that takes no memory yet.
+    ///
+    /// # Errors
+    /// [`MappingError::Create`].
+    pub fn new() -> Result<Self, MappingError> {
+        memory_file("kvmmem-poison", Self::FILE_LEN).map(|file| Self { file })
+    }
+
+    /// How much of the file is repeated in poison of `len` bytes.
+    fn chunk_for(&self, len: usize) -> usize {
+        let least = len.div_ceil(Self::MOST_PARTS).next_multiple_of(Self::CHUNK);
+        least.max(Self::CHUNK)
+    }
+}
+
+/// A sparse memory file of fixed length.
+///
+/// # Errors
+/// [`MappingError::Create`].
+pub fn memory_file(name: &str, len: u64) -> Result<File, MappingError> {
+    let create = |source: rustix::io::Errno| MappingError::Create { len, source: source.into() };
+    let fd =
+        rustix::fs::memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).map_err(create)?;
+    rustix::fs::ftruncate(&fd, len).map_err(create)?;
+    rustix::fs::fcntl_add_seals(&fd, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)
+        .map_err(create)?;
+    Ok(fd.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsFd;
+    use std::os::unix::fs::FileExt;
+
+    use super::*;
+
+    #[test]
+    fn addresses_are_congruent_to_offsets() {
+        let file = memory_file("test", 4 * GIANT_PAGE).unwrap();
+        let cases = [
+            (0x5000, 0x3000, PAGE_SIZE),
+            (0x5000, LARGE_PAGE, LARGE_PAGE),
+            (LARGE_PAGE + 0x1000, 3 * LARGE_PAGE, LARGE_PAGE),
+            (GIANT_PAGE + LARGE_PAGE, GIANT_PAGE, GIANT_PAGE),
+            (GIANT_PAGE - 0x1000, 2 * GIANT_PAGE, GIANT_PAGE),
+        ];
+        for (offset, len, alignment) in cases {
+            let mapping = GuestMapping::of_file(file.as_fd(), offset, len, Access::ReadOnly).unwrap();
+            assert_eq!(mapping.address() % alignment, offset % alignment, "{offset:#x} {len:#x}");
+            assert_eq!(mapping.len(), len);
+        }
+    }
+
+    #[test]
+    fn bad_ranges_are_refused() {
+        let file = memory_file("test", 0x4000).unwrap();
+        for (offset, len) in [(1, 0x1000), (0, 0), (0, 1), (0, !0xfff), (0, 1 << 62)] {
+            let mapping = GuestMapping::of_file(file.as_fd(), offset, len, Access::ReadOnly);
+            assert!(mapping.is_err(), "{offset:#x} {len:#x}");
+        }
+    }
+
+    #[test]
+    fn words_reach_the_file_until_it_is_poisoned() {
+        let file = memory_file("test", 0x4000).unwrap();
+        let poison = PoisonFile::new().unwrap();
+        let word = |offset| {
+            let mut bytes = [0; 8];
+            file.read_exact_at(&mut bytes, offset).unwrap();
+            u64::from_le_bytes(bytes)
+        };
+        let mut mapping = GuestMapping::of_file(file.as_fd(), 0x1000, 0x2000, Access::ReadWrite).unwrap();
+        assert!(mapping.store_word(2, 7) && mapping.store_word(0x3ff, 8));
+        assert!(!mapping.store_word(0x400, 9) && !mapping.store_word(usize::MAX, 9));
+        assert_eq!([word(0x1010), word(0x2ff8), word(0x3000)], [7, 8, 0]);
+        mapping.poison_in_place(&poison).unwrap();
+        assert!(mapping.store_word(2, 9));
+        assert_eq!(word(0x1010), 7);
+        let mut read_only = GuestMapping::of_file(file.as_fd(), 0, 0x1000, Access::ReadOnly).unwrap();
+        assert!(!read_only.store_word(0, 1));
+        read_only.poison_in_place(&poison).unwrap();
+        assert!(!read_only.store_word(0, 1));
+    }
+
+    #[test]
+    fn writing_to_long_poison_fills_no_more_than_one_part() {
+        let file = PoisonFile::new().unwrap();
+        let mut poison = GuestMapping::poison(1 << 30, Access::ReadWrite, &file).unwrap();
+        for page in 0..(1 << 30) / 4096 / 16 {
+            assert!(poison.store_word(page * 16 * 512, 1));
+        }
+        let used = rustix::fs::fstat(&file.file).unwrap().st_blocks * 512;
+        assert!(usize::try_from(used).unwrap() <= PoisonFile::CHUNK, "{used:#x}");
+        // Longer poison repeats a longer part, but no more often.
+        assert_eq!(file.chunk_for(16 << 30), PoisonFile::CHUNK);
+        assert_eq!((1usize << 40).div_ceil(file.chunk_for(1 << 40)), PoisonFile::MOST_PARTS);
+        assert!(file.chunk_for(1 << 47) as u64 <= PoisonFile::FILE_LEN);
+    }
+}
