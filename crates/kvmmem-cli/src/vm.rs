@@ -65,6 +65,9 @@ pub(crate) struct Arguments {
     /// How an introspector's hypercalls reach the host
     #[arg(long, value_enum, default_value_t = Way::Auto, requires = "introspector")]
     hypercalls: Way,
+    /// Show the targets' memory page by page alone, without windows of guest-physical memory
+    #[arg(long, requires = "introspector")]
+    no_window: bool,
     /// What a reset by the guest does
     #[arg(long, value_enum, default_value_t = Reset::Restart)]
     reset: Reset,
@@ -150,6 +153,7 @@ impl Arguments {
                 Way::Xen => HypercallWay::Xen,
                 Way::Port => HypercallWay::Port,
             },
+            window: !self.no_window,
             reset: match self.reset {
                 Reset::Restart => ResetPolicy::Restart,
                 Reset::Exit => ResetPolicy::Exit,

@@ -34,6 +34,9 @@ pub struct VmConfig {
     pub introspector: bool,
     /// How an introspector's hypercalls reach the VMM.
     pub hypercalls: HypercallWay,
+    /// Whether an introspector gets windows, where the host's KVM has read-only memory slots: views by hypercall, beside
+    /// single pages.
+    pub window: bool,
     /// What a reset by the guest does.
     pub reset: ResetPolicy,
 }

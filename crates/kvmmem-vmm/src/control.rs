@@ -73,7 +73,7 @@ pub(crate) enum Ended {
     Reset,
     TripleFault,
     Stopped,
-    Failed(crate::vcpu::VcpuError),
+    Failed(crate::error::VmmError),
 }
 
 /// Stops a machine from any thread; clones stop the same one.

@@ -5,7 +5,8 @@
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
 use kvm_ioctls::{Cap, Kvm};
 use kvmmem_abi::cpuid::{
-    DOORBELL_PORT, FEATURE_DOORBELL, FEATURE_VMCALL, LEAF_FEATURES, LEAF_SIGNATURE, SIGNATURE_REGISTERS,
+    DOORBELL_PORT, FEATURE_DOORBELL, FEATURE_VMCALL, FEATURE_WINDOW, LEAF_FEATURES, LEAF_SIGNATURE,
+    SIGNATURE_REGISTERS,
 };
 
 use crate::status::ActiveWay;
@@ -36,13 +37,36 @@ pub enum CpuidError {
 pub(crate) struct CpuidTemplate(Vec<kvm_cpuid_entry2>);
 
 impl CpuidTemplate {
-    /// The table for machines with `vcpus` CPUs, whose hypercalls take `way` if they are introspectors.
-    pub(crate) fn new(kvm: &Kvm, vcpus: u8, way: Option<ActiveWay>) -> Result<Self, CpuidError> {
+    /// The table for machines with `vcpus` CPUs, whose hypercalls take `way` if they are introspectors, which may have
+    /// windows.
+    pub(crate) fn new(
+        kvm: &Kvm,
+        vcpus: u8,
+        way: Option<ActiveWay>,
+        has_windows: bool,
+    ) -> Result<Self, CpuidError> {
         let supported = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(CpuidError::Supported)?;
         let mut entries = supported.as_slice().to_vec();
         let has_deadline_timer = kvm.check_extension(Cap::TscDeadlineTimer);
         adapt(&mut entries, vcpus, way, has_deadline_timer);
+        if let Some(way) = way {
+            entries.extend(kvmmem_leaves(way, has_windows));
+        }
         Ok(Self(entries))
+    }
+
+    /// Number of bits of guest-physical addresses that a guest can use and the host can map.
+    pub(crate) fn address_bits(&self) -> u32 {
+        const ADDRESS_SIZES: u32 = 0x8000_0008;
+        /// What a CPU has without that leaf.
+        const LEAST: u32 = 36;
+        let sizes =
+            self.0.iter().find(|entry| entry.function == ADDRESS_SIZES).map_or(LEAST, |entry| entry.eax);
+        match (sizes & 0xff, sizes >> 16 & 0xff) {
+            (bits, 0) => bits,
+            // The second one is what second-level page tables reach.
+            (bits, guest_bits) => bits.min(guest_bits),
+        }
     }
 
     /// The table for the CPU with APIC id `apic_id`.
@@ -73,6 +97,8 @@ fn adapt(entries: &mut Vec<kvm_cpuid_entry2>, vcpus: u8, way: Option<ActiveWay>,
     const HYPERVISOR: u32 = 1 << 31;
     const HTT: u32 = 1 << 28;
     const AMD_CMP_LEGACY: u32 = 1 << 1;
+    const VMX: u32 = 1 << 5;
+    const SVM: u32 = 1 << 2;
     let count = u32::from(vcpus);
     let bits = id_bits(vcpus);
 
@@ -86,6 +112,11 @@ fn adapt(entries: &mut Vec<kvm_cpuid_entry2>, vcpus: u8, way: Option<ActiveWay>,
                 entry.ecx =
                     if has_deadline_timer { entry.ecx | TSC_DEADLINE } else { entry.ecx & !TSC_DEADLINE };
                 entry.edx = if count > 1 { entry.edx | HTT } else { entry.edx & !HTT };
+                // KVM keeps hold of pages that a nested guest's control structures name, while it runs: so they could be
+                // reached after they were taken from an introspector.
+                if way.is_some() {
+                    entry.ecx &= !VMX;
+                }
             }
             // Caches: cores of the package, and the last level shared by all of them, the others by none.
             0x4 if entry.eax & 0x1f != 0 => {
@@ -95,6 +126,9 @@ fn adapt(entries: &mut Vec<kvm_cpuid_entry2>, vcpus: u8, way: Option<ActiveWay>,
             KVM_FEATURES if way == Some(ActiveWay::Xen) => entry.eax &= !HYPERCALL_FEATURES,
             0x8000_0001 => {
                 entry.ecx = if count > 1 { entry.ecx | AMD_CMP_LEGACY } else { entry.ecx & !AMD_CMP_LEGACY };
+                if way.is_some() {
+                    entry.ecx &= !SVM;
+                }
             }
             0x8000_0008 => entry.ecx = entry.ecx & !0xf0ff | bits << 12 | (count - 1),
             _ => {}
@@ -103,9 +137,6 @@ fn adapt(entries: &mut Vec<kvm_cpuid_entry2>, vcpus: u8, way: Option<ActiveWay>,
     let has_leaf_b = entries.iter().any(|entry| entry.function == 0 && entry.eax >= 0xb);
     if has_leaf_b {
         entries.extend(topology(0xb, count, bits));
-    }
-    if let Some(way) = way {
-        entries.extend(kvmmem_leaves(way));
     }
 }
 
@@ -125,12 +156,13 @@ fn topology(function: u32, count: u32, bits: u32) -> [kvm_cpuid_entry2; 3] {
 }
 
 /// The leaves that the guest's module looks for.
-fn kvmmem_leaves(way: ActiveWay) -> [kvm_cpuid_entry2; 2] {
+fn kvmmem_leaves(way: ActiveWay, has_windows: bool) -> [kvm_cpuid_entry2; 2] {
     let [ebx, ecx, edx] = SIGNATURE_REGISTERS;
     let (features, port) = match way {
         ActiveWay::Xen => (FEATURE_VMCALL, 0),
         ActiveWay::Port => (FEATURE_DOORBELL, u32::from(DOORBELL_PORT)),
     };
+    let features = features | if has_windows { FEATURE_WINDOW } else { 0 };
     [
         kvm_cpuid_entry2 {
             function: LEAF_SIGNATURE,
@@ -172,6 +204,7 @@ mod tests {
     fn an_introspector_sees_our_leaves_and_no_kvm_hypercalls() {
         let mut entries = host();
         adapt(&mut entries, 2, Some(ActiveWay::Xen), true);
+        entries.extend(kvmmem_leaves(ActiveWay::Xen, false));
         let signature = leaf(&entries, LEAF_SIGNATURE, 0);
         let bytes: Vec<u8> = [signature.ebx, signature.ecx, signature.edx]
             .iter()
@@ -182,13 +215,17 @@ mod tests {
         let features = leaf(&entries, LEAF_FEATURES, 0);
         assert_eq!((features.eax, features.ebx), (FEATURE_VMCALL, 0));
         assert_eq!(leaf(&entries, KVM_FEATURES, 0).eax & HYPERCALL_FEATURES, 0);
+        // Neither can it run guests of its own.
+        assert_eq!(leaf(&entries, 1, 0).ecx & 1 << 5, 0);
+        assert_eq!(leaf(&entries, 0x8000_0001, 0).ecx & 1 << 2, 0);
         // kvmclock stays.
         assert_ne!(leaf(&entries, KVM_FEATURES, 0).eax & (1 << 3), 0);
 
-        let mut entries = host();
-        adapt(&mut entries, 2, Some(ActiveWay::Port), true);
-        let features = leaf(&entries, LEAF_FEATURES, 0);
-        assert_eq!((features.eax, features.ebx), (FEATURE_DOORBELL, u32::from(DOORBELL_PORT)));
+        let [_, features] = kvmmem_leaves(ActiveWay::Port, true);
+        assert_eq!(
+            (features.eax, features.ebx),
+            (FEATURE_DOORBELL | FEATURE_WINDOW, u32::from(DOORBELL_PORT))
+        );
     }
 
     #[test]
@@ -197,6 +234,7 @@ mod tests {
         adapt(&mut entries, 1, None, false);
         assert!(entries.iter().all(|entry| entry.function != LEAF_SIGNATURE));
         assert_eq!(leaf(&entries, KVM_FEATURES, 0).eax, u32::MAX);
+        assert_ne!(leaf(&entries, 1, 0).ecx & 1 << 5, 0);
         assert_eq!(leaf(&entries, 1, 0).ecx & (1 << 24), 0);
     }
 
@@ -211,6 +249,16 @@ mod tests {
         assert_eq!((leaf(entries, 0xb, 1).eax, leaf(entries, 0xb, 1).ebx), (3, 5));
         assert_eq!(leaf(entries, 0x8000_001e, 0).eax, 4);
         assert_eq!(leaf(entries, 0x8000_0008, 0).ecx & 0xf0ff, 3 << 12 | 4);
+    }
+
+    #[test]
+    fn addresses_end_where_both_sides_can() {
+        let with =
+            |eax| CpuidTemplate(vec![kvm_cpuid_entry2 { function: 0x8000_0008, eax, ..Default::default() }]);
+        assert_eq!(with(0x3030).address_bits(), 48);
+        assert_eq!(with(0x30_3934).address_bits(), 48);
+        assert_eq!(with(0x34_3028).address_bits(), 40);
+        assert_eq!(CpuidTemplate(Vec::new()).address_bits(), 36);
     }
 
     #[test]

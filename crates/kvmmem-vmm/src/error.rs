@@ -12,6 +12,7 @@ use crate::cpuid::CpuidError;
 use crate::devices::vsock::VsockError;
 use crate::mapping::MapError;
 use crate::vcpu::VcpuError;
+use crate::window::{SetUpError, TakeError};
 
 /// Why a machine could not be made or go on.
 #[derive(Debug, thiserror::Error)]
@@ -75,9 +76,15 @@ pub enum VmmError {
     /// A vCPU failed.
     #[error("a vCPU failed")]
     Vcpu(#[from] VcpuError),
-    /// Mappings could not be undone for a reset.
+    /// Mappings could not be undone, for a reset or because a grant was taken back.
     #[error("cannot undo the machine's mappings")]
     Unmap(#[source] MapError),
+    /// There is no place or memory for windows.
+    #[error("cannot make the machine's windows")]
+    Windows(#[from] SetUpError),
+    /// A view has ended, and the guest could still reach the target's memory by it.
+    #[error("cannot take a view's memory from the guest")]
+    Take(#[from] TakeError),
     /// The broker did not take the registration.
     #[error("cannot register with the broker at {path:?}")]
     Broker {

@@ -3,8 +3,8 @@
 //! hypercalls.
 //!
 //! [`run`] takes a [`VmConfig`] through its life: RAM ([`kvmmem_sys::ram`]), kernel and firmware tables (`boot`),
-//! devices (`devices`), one thread per vCPU (`vcpu`), hypercalls (`hypercall`) and the pages they map
-//! ([`mapping`]).
+//! devices (`devices`), one thread per vCPU (`vcpu`), hypercalls (`hypercall`), the pages they map ([`mapping`]) and the
+//! windows they open (`window`).
 #![deny(unsafe_code)]
 
 mod boot;
@@ -14,6 +14,7 @@ mod cpuid;
 mod devices;
 mod error;
 mod exit;
+mod gate;
 mod hypercall;
 mod limit;
 pub mod mapping;
@@ -22,6 +23,7 @@ mod signals;
 mod status;
 mod vcpu;
 mod vm;
+mod window;
 
 pub use boot::{AcpiError, LoadError};
 pub use config::{DiskConfig, HypercallWay, MAX_DISKS, MAX_VCPUS, ResetPolicy, SerialConfig, VmConfig};
@@ -33,3 +35,4 @@ pub use exit::VmExit;
 pub use status::{ActiveWay, VmStatus};
 pub use vcpu::VcpuError;
 pub use vm::run;
+pub use window::{DescriptorsError, SetUpError, TakeError};

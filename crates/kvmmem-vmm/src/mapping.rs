@@ -5,7 +5,10 @@ mod broker;
 mod engine;
 mod source;
 
-pub(crate) use broker::register;
+pub(crate) use broker::{regions, register};
+pub(crate) use engine::identity;
 pub use engine::{MapError, MappingEngine, mapping_limit};
 pub use kvmmem_broker::link::Token;
-pub use source::{TargetMemory, TokenSource};
+pub use source::{Attached, Redeemed, TargetMemory, TokenSource};
+
+pub use crate::window::Views;

@@ -3,7 +3,10 @@
 
 use std::sync::{Arc, Mutex};
 
-use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
+use kvm_bindings::{
+    KVM_CAP_DISABLE_QUIRKS2, KVM_PIT_SPEAKER_DUMMY, KVM_X86_QUIRK_SLOT_ZAP_ALL, kvm_enable_cap,
+    kvm_pit_config,
+};
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, VmFd};
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -34,6 +37,28 @@ pub(crate) fn create_vm(kvm: &Kvm) -> Result<VmFd, VmmError> {
     let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
     vm.create_pit2(pit).map_err(failed("the timer"))?;
     Ok(vm)
+}
+
+/// Whether this host's KVM can show memory that its guests cannot write: what windows are made of.
+pub(crate) fn can_window(kvm: &Kvm) -> bool {
+    kvm.check_extension(Cap::ReadonlyMem)
+}
+
+/// Has KVM forget the translations of a memory slot alone when the slot goes, not those of all RAM, where it can
+/// (`KVM_X86_QUIRK_SLOT_ZAP_ALL` in Documentation/virt/kvm/api.rst): windows come and go while the guest works.
+pub(crate) fn zap_single_slots(vm: &VmFd) {
+    let quirks = vm.check_extension_raw(KVM_CAP_DISABLE_QUIRKS2.into());
+    if quirks & KVM_X86_QUIRK_SLOT_ZAP_ALL.cast_signed() != 0 {
+        let disable = kvm_enable_cap {
+            cap: KVM_CAP_DISABLE_QUIRKS2,
+            args: [KVM_X86_QUIRK_SLOT_ZAP_ALL.into(), 0, 0, 0],
+            ..Default::default()
+        };
+        // Without it windows are slower, and as good.
+        if let Err(source) = vm.enable_cap(&disable) {
+            tracing::debug!(%source, "KVM keeps the quirk of forgetting all translations");
+        }
+    }
 }
 
 /// Devices on their way to the buses and to the ACPI tables.

@@ -16,6 +16,7 @@ use crate::boot::{STACK_TOP, boot_sregs};
 use crate::control::{Ended, StopHandle};
 use crate::cpuid::{CpuidError, CpuidTemplate};
 use crate::devices::bus::Bus;
+use crate::gate::Gate;
 use crate::hypercall::{Hypercalls, on_doorbell, on_xen_exit};
 use crate::limit::warn_limited;
 use crate::status::ActiveWay;
@@ -133,7 +134,18 @@ pub(crate) struct Shared {
     pub(crate) mmio: Bus,
     /// Present in an introspector.
     pub(crate) hypercalls: Option<(ActiveWay, Hypercalls)>,
+    pub(crate) gate: Arc<Gate>,
     pub(crate) stop: StopHandle,
+}
+
+impl Shared {
+    /// Takes a guest's write to where no memory takes one.
+    fn write_mmio(&self, gpa: u64, data: &[u8]) {
+        let is_refused = self.hypercalls.as_ref().is_some_and(|(_, hypercalls)| hypercalls.refuse_write(gpa));
+        if !is_refused {
+            self.mmio.write(gpa, data);
+        }
+    }
 }
 
 /// Ends the machine when its thread does, however that came.
@@ -146,30 +158,32 @@ impl Drop for LastWords<'_> {
     fn drop(&mut self) {
         // A thread that ends in order has a reason, and the first one counts.
         if !self.stop.is_ending() {
-            self.stop.end(Ended::Failed(VcpuError::Exit { id: self.id, exit: "its thread panicked".into() }));
+            let error = VcpuError::Exit { id: self.id, exit: "its thread panicked".into() };
+            self.stop.end(Ended::Failed(error.into()));
         }
     }
 }
 
 /// A running vCPU thread.
-pub(crate) struct VcpuThread(JoinHandle<()>);
+pub(crate) struct VcpuThread(Arc<JoinHandle<()>>);
 
 impl VcpuThread {
-    /// Starts the thread of vCPU `id`.
+    /// Starts the thread of vCPU `id`, which [`Gate::kick`] calls out of the guest.
     pub(crate) fn start(id: u8, mut vcpu: VcpuFd, shared: Arc<Shared>) -> Result<Self, VcpuError> {
+        let gate = shared.gate.clone();
         let run = move || {
             let _last_words = LastWords { id, stop: &shared.stop };
             if let Err(error) = run(id, &mut vcpu, &shared) {
-                shared.stop.end(Ended::Failed(error));
+                shared.stop.end(Ended::Failed(error.into()));
             }
         };
         let thread = std::thread::Builder::new().name(format!("vcpu{id}")).spawn(run);
-        thread.map(Self).map_err(|source| VcpuError::Thread { id, source })
-    }
-
-    /// Calls the thread out of the guest, once; it may miss the call when it is not there.
-    pub(crate) fn kick(&self) {
-        let _ = self.0.kill(kick_signal());
+        let thread = Arc::new(thread.map_err(|source| VcpuError::Thread { id, source })?);
+        let kicked = thread.clone();
+        gate.add_kick(move || {
+            let _ = kicked.kill(kick_signal());
+        });
+        Ok(Self(thread))
     }
 
     /// Whether the thread is gone.
@@ -203,7 +217,10 @@ fn run(id: u8, vcpu: &mut VcpuFd, shared: &Shared) -> Result<(), VcpuError> {
 /// One entry into the guest and the exit from it.
 fn run_once(id: u8, vcpu: &mut VcpuFd, shared: &Shared) -> Result<(), VcpuError> {
     let registers = |source| VcpuError::Registers { id, source };
-    match vcpu.run() {
+    let inside = shared.gate.enter(id);
+    let exit = vcpu.run();
+    drop(inside);
+    match exit {
         Ok(VcpuExit::IoIn(DOORBELL_PORT, data)) => {
             data.fill(0xff);
             if let (4, Some((ActiveWay::Port, hypercalls))) = (data.len(), &shared.hypercalls) {
@@ -213,7 +230,7 @@ fn run_once(id: u8, vcpu: &mut VcpuFd, shared: &Shared) -> Result<(), VcpuError>
         Ok(VcpuExit::IoIn(port, data)) => shared.ports.read(port.into(), data),
         Ok(VcpuExit::IoOut(port, data)) => shared.ports.write(port.into(), data),
         Ok(VcpuExit::MmioRead(gpa, data)) => shared.mmio.read(gpa, data),
-        Ok(VcpuExit::MmioWrite(gpa, data)) => shared.mmio.write(gpa, data),
+        Ok(VcpuExit::MmioWrite(gpa, data)) => shared.write_mmio(gpa, data),
         Ok(VcpuExit::Unsupported(reason)) => {
             let served = match &shared.hypercalls {
                 Some((ActiveWay::Xen, hypercalls)) if reason == kvmmem_sys::xen::EXIT_REASON => {

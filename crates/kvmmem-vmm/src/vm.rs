@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
-use kvmmem_broker::link::VmmLink;
+use kvmmem_broker::link::{Change, VmmLink};
 use kvmmem_sys::ram::GuestRam;
 
 use crate::boot;
@@ -20,12 +20,14 @@ use crate::devices::serial::SerialPort;
 use crate::devices::vsock::Vsock;
 use crate::error::VmmError;
 use crate::exit::VmExit;
+use crate::gate::Gate;
 use crate::hypercall::Hypercalls;
-use crate::mapping::{MappingEngine, TokenSource, mapping_limit, register};
-use crate::platform::{Devices, create_vm};
+use crate::mapping::{MappingEngine, TokenSource, identity, mapping_limit, regions, register};
+use crate::platform::{Devices, can_window, create_vm, zap_single_slots};
 use crate::signals::Signals;
 use crate::status::{ActiveWay, VmStatus, uuid_text};
 use crate::vcpu::{self, BootState, Shared, VcpuThread};
+use crate::window::{Host, Views, Windows};
 
 /// Runs a machine until it ends.
 ///
@@ -59,7 +61,7 @@ pub fn run(config: VmConfig, control: Control) -> Result<VmExit, VmmError> {
             Ended::PowerOff => break VmExit::PowerOff,
             Ended::TripleFault => break VmExit::TripleFault,
             Ended::Stopped => break VmExit::Stopped,
-            Ended::Failed(error) => return Err(error.into()),
+            Ended::Failed(error) => return Err(error),
         }
     };
     control.report(&VmStatus::Exited { reason: exit });
@@ -100,6 +102,9 @@ struct Introspection {
     way: ActiveWay,
     engine: Arc<MappingEngine>,
     tokens: Option<Arc<dyn TokenSource>>,
+    /// Told of what happens to the machine's grants.
+    views: Arc<Views>,
+    has_windows: bool,
 }
 
 impl Machine {
@@ -122,14 +127,18 @@ impl Machine {
         let tokens = control.tokens().or_else(|| link.clone().map(|link| -> Arc<dyn TokenSource> { link }));
         let introspection = match config.introspector {
             false => None,
-            true => Some(Introspection {
-                way: choose_way(config.hypercalls, &kvm)?,
-                engine: Arc::new(
-                    MappingEngine::new(ram.clone(), mapping_limit())
-                        .map_err(|source| VmmError::Host { what: "the mapping engine", source })?,
-                ),
-                tokens,
-            }),
+            true => {
+                let engine = MappingEngine::new(ram.clone(), mapping_limit())
+                    .map_err(|source| VmmError::Host { what: "the mapping engine", source })?;
+                let engine = Arc::new(engine);
+                let views = Arc::new(Views::new(engine.clone(), control.stop_handle()));
+                if let Some(tokens) = &tokens {
+                    tokens.set_events(Arc::downgrade(&views));
+                }
+                let has_windows = config.window && tokens.is_some() && can_window(&kvm);
+                let way = choose_way(config.hypercalls, &kvm)?;
+                Some(Introspection { way, engine, tokens, views, has_windows })
+            }
         };
         Ok(Self { config, kvm, ram, output, introspection, link })
     }
@@ -147,18 +156,51 @@ impl Machine {
         }
     }
 
-    /// Undoes all mappings and zeroes RAM. No vCPU and no device runs.
+    /// Undoes all mappings, closes all views and zeroes RAM. No vCPU and no device runs.
     fn reset(&self) -> Result<(), VmmError> {
         if let Some(introspection) = &self.introspection {
+            introspection.views.set_windows(None);
             introspection.engine.unmap_all().map_err(VmmError::Unmap)?;
         }
-        Ok(self.ram.zero()?)
+        self.ram.zero()?;
+        if let Some(link) = self.link.as_ref().filter(|_| self.config.introspectable) {
+            link.ram_changed(regions(&self.ram), Change::Reset);
+        }
+        Ok(())
+    }
+
+    /// The windows of a generation.
+    fn windows(
+        &self,
+        introspection: &Introspection,
+        vm: &Arc<VmFd>,
+        gate: &Arc<Gate>,
+        stop: &StopHandle,
+        address_bits: u32,
+    ) -> Result<Option<Arc<Windows>>, VmmError> {
+        let Some(source) = introspection.tokens.clone().filter(|_| introspection.has_windows) else {
+            return Ok(None);
+        };
+        zap_single_slots(vm);
+        let host = Host {
+            vm: vm.clone(),
+            gate: gate.clone(),
+            stop: stop.clone(),
+            source,
+            own_file: identity(self.ram.fd())
+                .map_err(|source| VmmError::Host { what: "the machine's windows", source })?,
+            ram_end: self.ram.regions().last().map_or(0, |region| region.gpa + region.len),
+            address_bits,
+        };
+        let windows = Arc::new(Windows::new(host)?);
+        introspection.views.set_windows(Some(windows.clone()));
+        Ok(Some(windows))
     }
 
     /// A machine as it is after power on.
     fn generation(&self, stop: &StopHandle) -> Result<Generation, VmmError> {
         let config = &self.config;
-        let vm = create_vm(&self.kvm)?;
+        let vm = Arc::new(create_vm(&self.kvm)?);
         self.ram.attach(&vm)?;
         let way = self.introspection.as_ref().map(|introspection| introspection.way);
         if way == Some(ActiveWay::Xen) {
@@ -189,7 +231,8 @@ impl Machine {
         boot::write_page_tables(&memory).map_err(|error| written(&error))?;
         boot::write_reset_vector(&memory).map_err(|error| written(&error))?;
 
-        let cpuid = CpuidTemplate::new(&self.kvm, config.vcpus, way)?;
+        let has_windows = self.introspection.as_ref().is_some_and(|introspection| introspection.has_windows);
+        let cpuid = CpuidTemplate::new(&self.kvm, config.vcpus, way, has_windows)?;
         let mut vcpus = Vec::with_capacity(config.vcpus.into());
         for id in 0..config.vcpus {
             let vcpu =
@@ -198,10 +241,17 @@ impl Machine {
             vcpu::set_up(&vcpu, id, &cpuid, boot)?;
             vcpus.push(vcpu);
         }
-        let hypercalls = self.introspection.as_ref().map(|Introspection { way, engine, tokens }| {
-            (*way, Hypercalls::new(engine.clone(), tokens.clone(), self.ram.memory().clone()))
-        });
-        let shared = Arc::new(Shared { ports, mmio, hypercalls, stop: stop.clone() });
+        let gate = Arc::new(Gate::new(config.vcpus));
+        let hypercalls = match &self.introspection {
+            None => None,
+            Some(introspection) => {
+                let windows = self.windows(introspection, &vm, &gate, stop, cpuid.address_bits())?;
+                let Introspection { way, engine, tokens, .. } = introspection;
+                let memory = self.ram.memory().clone();
+                Some((*way, Hypercalls::new(engine.clone(), tokens.clone(), windows, memory)))
+            }
+        };
+        let shared = Arc::new(Shared { ports, mmio, hypercalls, gate, stop: stop.clone() });
         let input = (config.serial == SerialConfig::Stdio).then_some(serial);
         Ok(Generation { _vm: vm, vcpus, shared, input })
     }
@@ -219,7 +269,7 @@ fn choose_way(wanted: HypercallWay, kvm: &Kvm) -> Result<ActiveWay, VmmError> {
 
 /// A machine between two resets.
 struct Generation {
-    _vm: VmFd,
+    _vm: Arc<VmFd>,
     vcpus: Vec<VcpuFd>,
     shared: Arc<Shared>,
     /// The serial port, if it has input.
@@ -241,13 +291,13 @@ impl Generation {
         for (id, vcpu) in (0u8..).zip(vcpus) {
             match VcpuThread::start(id, vcpu, shared.clone()) {
                 Ok(thread) => threads.push(thread),
-                Err(error) => stop.end(Ended::Failed(error)),
+                Err(error) => stop.end(Ended::Failed(error.into())),
             }
         }
         stop.wait();
         // A thread may miss a kick between its look at `stop` and its entry into the guest: so kick again.
         while threads.iter().any(|thread| !thread.is_finished()) {
-            threads.iter().for_each(VcpuThread::kick);
+            shared.gate.kick();
             std::thread::sleep(Duration::from_millis(1));
         }
         drop(console);

@@ -7,18 +7,23 @@
 mod fixture;
 #[path = "bare/guest.rs"]
 mod guest;
+#[path = "bare/tokens.rs"]
+mod tokens;
+#[path = "bare/views.rs"]
+mod views;
 
 use std::time::Duration;
 
 use kvmmem_abi::cpuid::{
-    DOORBELL_PORT, FEATURE_DOORBELL, LEAF_FEATURES, LEAF_SIGNATURE, SIGNATURE_REGISTERS,
+    DOORBELL_PORT, FEATURE_DOORBELL, FEATURE_WINDOW, LEAF_FEATURES, LEAF_SIGNATURE, SIGNATURE_REGISTERS,
 };
 use kvmmem_abi::errno::KvmError;
 use kvmmem_abi::hypercall::{MEM_MAP, MEM_UNMAP};
 use kvmmem_vmm::{DiskConfig, HypercallWay, ResetPolicy, VmConfig, VmExit, VmStatus, VmmError};
 
 use fixture::{
-    TARGET_HOLE, TOKEN, Target, has_kvm, refused, run, run_stopped, run_with, run_with_broker, ways,
+    TARGET_HOLE, TOKEN, Target, has_kvm, has_windows, refused, run, run_stopped, run_with, run_with_broker,
+    ways,
 };
 use guest::{Guest, PAGE_DIRECTORY, Way};
 
@@ -69,7 +74,8 @@ fn the_doorbell_is_told_by_cpuid() {
     let asks = Guest::default().cpuid(LEAF_SIGNATURE).cpuid(LEAF_FEATURES).power_off();
     let [ebx, ecx, edx] = SIGNATURE_REGISTERS.map(u64::from);
     let values = run(&asks, &Target::new()).values;
-    let features = u64::from(FEATURE_DOORBELL) | u64::from(DOORBELL_PORT) << 32;
+    let windows = if has_windows() { FEATURE_WINDOW } else { 0 };
+    let features = u64::from(FEATURE_DOORBELL | windows) | u64::from(DOORBELL_PORT) << 32;
     assert_eq!(values, [u64::from(LEAF_FEATURES) | ebx << 32, ecx | edx << 32, features, 0]);
 
     let plain = run_with(&asks, &Target::new(), |config| config.introspector = false).unwrap();

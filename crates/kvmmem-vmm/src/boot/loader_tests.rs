@@ -32,6 +32,7 @@ fn config(kernel: &Path, initrd: Option<&Path>, cmdline: &str) -> VmConfig {
         broker: None,
         introspectable: false,
         introspector: false,
+        window: true,
         hypercalls: HypercallWay::Auto,
         reset: ResetPolicy::Exit,
     }

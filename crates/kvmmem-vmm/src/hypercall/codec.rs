@@ -2,7 +2,7 @@
 //! A hypercall from the registers that carry it.
 
 use kvm_bindings::kvm_regs;
-use kvmmem_abi::hypercall::{MEM_MAP, MEM_UNMAP};
+use kvmmem_abi::hypercall::{ATTACH, DETACH, MEM_MAP, MEM_UNMAP, SEEK};
 
 /// A decoded hypercall. Addresses are as the guest gave them: nothing is checked yet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -20,6 +20,27 @@ pub(crate) enum Hypercall {
     MemUnmap {
         /// GPA of the own page to restore.
         own_gpa: u64,
+    },
+    /// `KVM_HC_VIEW_ATTACH`.
+    Attach {
+        /// Guest-virtual address of the request.
+        request_gva: u64,
+        /// Guest-virtual address of the result.
+        result_gva: u64,
+    },
+    /// `KVM_HC_VIEW_DETACH`.
+    Detach {
+        /// GPA of the view's descriptor page.
+        descriptor_gpa: u64,
+    },
+    /// `KVM_HC_VIEW_SEEK`.
+    Seek {
+        /// GPA of the view's descriptor page.
+        descriptor_gpa: u64,
+        /// Guest-virtual address of the target GPA, in and out.
+        position_gva: u64,
+        /// What to look for.
+        what: u64,
     },
     /// Any other number.
     Unknown {
@@ -65,6 +86,9 @@ impl Registers {
         match self.number & mask {
             MEM_MAP => Hypercall::MemMap { token_gva: a0, target_gpa: a1, own_gpa: a2 },
             MEM_UNMAP => Hypercall::MemUnmap { own_gpa: a0 },
+            ATTACH => Hypercall::Attach { request_gva: a0, result_gva: a1 },
+            DETACH => Hypercall::Detach { descriptor_gpa: a0 },
+            SEEK => Hypercall::Seek { descriptor_gpa: a0, position_gva: a1, what: a2 },
             number => Hypercall::Unknown { number },
         }
     }
@@ -77,7 +101,7 @@ mod tests {
     use super::*;
 
     fn registers() -> impl Strategy<Value = kvm_regs> {
-        (prop_oneof![30..36u64, any::<u64>()], any::<[u64; 5]>()).prop_map(
+        (prop_oneof![30..45u64, any::<u64>()], any::<[u64; 5]>()).prop_map(
             |(rax, [rbx, rcx, rdx, rsi, rdi])| kvm_regs {
                 rax,
                 rbx,
@@ -97,6 +121,9 @@ mod tests {
                 let expected = match regs.rax {
                     32 => Hypercall::MemMap { token_gva: regs.rbx, target_gpa: regs.rcx, own_gpa: a2 },
                     33 => Hypercall::MemUnmap { own_gpa: regs.rbx },
+                    40 => Hypercall::Attach { request_gva: regs.rbx, result_gva: regs.rcx },
+                    41 => Hypercall::Detach { descriptor_gpa: regs.rbx },
+                    42 => Hypercall::Seek { descriptor_gpa: regs.rbx, position_gva: regs.rcx, what: a2 },
                     number => Hypercall::Unknown { number },
                 };
                 prop_assert_eq!(call.decode(Width::Long), expected);

@@ -3,16 +3,20 @@
 
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use kvmmem_abi::errno::KvmError;
-use kvmmem_broker::link::{LinkError, RedeemError, Redeemed, Region, Registration, Rights, Token, VmmLink};
+use kvmmem_broker::link::{
+    self, Caller, LinkError, RedeemError, Region, Registration, Target, Token, ViewCounters, VmmLink,
+};
+use kvmmem_broker::map::MemoryMap;
 use kvmmem_sys::ram::GuestRam;
 use uuid::Uuid;
 
-use super::source::{TargetMemory, TokenSource};
+use super::source::{Attached, Redeemed, TargetMemory, TokenSource};
 use crate::config::VmConfig;
+use crate::window::Views;
 
 /// Registers the machine with the broker at `socket`; it stays registered until the link is dropped.
 ///
@@ -37,7 +41,8 @@ pub(crate) fn register(
     VmmLink::connect(socket, registration, fd)
 }
 
-fn regions(ram: &GuestRam) -> Vec<Region> {
+/// The memory map of `ram`, as the broker has it.
+pub(crate) fn regions(ram: &GuestRam) -> Vec<Region> {
     ram.regions()
         .into_iter()
         .map(|region| Region { gpa: region.gpa, len: region.len, offset: region.gpa })
@@ -45,27 +50,60 @@ fn regions(ram: &GuestRam) -> Vec<Region> {
 }
 
 impl TokenSource for VmmLink {
-    fn redeem(&self, token: &Token) -> Result<Arc<dyn TargetMemory>, KvmError> {
-        match VmmLink::redeem(self, token) {
-            // A page is mapped read-write, or not at all.
-            Ok(redeemed) if redeemed.scope.rights != Rights::ReadWrite => Err(KvmError::Perm),
-            Ok(redeemed) => Ok(Arc::new(Granted(redeemed))),
-            Err(RedeemError::Unknown) => Err(KvmError::NoEnt),
-            Err(RedeemError::Unavailable) => Err(KvmError::Again),
-            Err(RedeemError::Denied) => Err(KvmError::Perm),
-        }
+    fn redeem(&self, token: &Token) -> Result<Redeemed, KvmError> {
+        let redeemed = VmmLink::redeem(self, token).map_err(number)?;
+        Ok(Redeemed { grant: redeemed.grant, target: redeemed.target, scope: redeemed.scope })
+    }
+
+    fn is_revoked(&self, grant: u64) -> bool {
+        VmmLink::is_revoked(self, grant)
+    }
+
+    fn attach(&self, token: &Token, caller: &Caller, read_only: bool) -> Result<Attached, KvmError> {
+        let link::Attached { view, grant, target, scope } =
+            VmmLink::attach(self, token, caller, read_only).map_err(number)?;
+        Ok(Attached { view, grant, target, scope })
+    }
+
+    fn current(&self, view: u64) -> Option<Arc<dyn TargetMemory>> {
+        VmmLink::current(self, view).map(|target| -> Arc<dyn TargetMemory> { target })
+    }
+
+    fn detached(&self, view: u64, counters: ViewCounters) {
+        VmmLink::detached(self, view, counters);
+    }
+
+    fn counters(&self, view: u64, counters: ViewCounters) {
+        VmmLink::counters(self, view, counters);
+    }
+
+    fn set_events(&self, views: Weak<Views>) {
+        VmmLink::set_events(self, views);
     }
 }
 
-/// A target, as far as its grant reaches.
-struct Granted(Redeemed);
+fn number(error: RedeemError) -> KvmError {
+    match error {
+        RedeemError::Unknown => KvmError::NoEnt,
+        RedeemError::Unavailable => KvmError::Again,
+        RedeemError::Denied => KvmError::Perm,
+    }
+}
 
-impl TargetMemory for Granted {
-    fn ram(&self) -> BorrowedFd<'_> {
-        self.0.target.ram()
+impl TargetMemory for Target {
+    fn id(&self) -> u64 {
+        Target::id(self)
     }
 
-    fn resolve(&self, gpa: u64) -> Option<u64> {
-        self.0.target.resolve(gpa).filter(|_| self.0.scope.contains(gpa))
+    fn uuid(&self) -> [u8; 16] {
+        Target::uuid(self).into_bytes()
+    }
+
+    fn ram(&self) -> BorrowedFd<'_> {
+        Target::ram(self)
+    }
+
+    fn map(&self) -> &MemoryMap {
+        Target::map(self)
     }
 }

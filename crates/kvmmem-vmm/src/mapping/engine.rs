@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The table of replaced pages, and the two hypercalls' work on it.
 //!
-//! A page goes from *own* to *reserved* (a token is being redeemed for it) to *mapped* and back to *own*. The table's
+//! A page goes from *own* to *reserved* (a token is being redeemed for it) to *mapped*, perhaps to *revoked*, and back to
+//! *own*. The table's
 //! lock is held while a page is replaced or restored, so that no two vCPUs work on one page, but not while a token is
 //! redeemed, which may wait for the broker: the reservation keeps other vCPUs from the page meanwhile.
 
@@ -12,9 +13,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvmmem_abi::errno::KvmError;
 use kvmmem_abi::ioctl::PAGE_SIZE;
+use kvmmem_broker::link::Rights;
 use kvmmem_sys::ram::{GuestRam, RamError};
 
-use super::source::TargetMemory;
+use super::source::{Redeemed, TargetMemory};
 use crate::limit::warn_limited;
 
 /// Why a page could not be mapped or unmapped. The guest gets [`MapError::number`].
@@ -53,8 +55,20 @@ pub enum MapError {
     /// The token does not open a target.
     #[error("the token was refused ({})", .0.number())]
     Token(KvmError),
-    /// The target has no RAM there.
-    #[error("target GPA {gpa:#x} is in a hole of the target's memory")]
+    /// The grant does not let anyone write, which whoever has a page mapped can.
+    #[error("grant {grant} is for reading alone, and pages are mapped for writing: attach a view")]
+    ReadOnly {
+        /// The grant.
+        grant: u64,
+    },
+    /// The grant was taken back meanwhile.
+    #[error("grant {grant} was taken back while its page was mapped")]
+    Revoked {
+        /// The grant.
+        grant: u64,
+    },
+    /// The target has no RAM there, or the grant does not reach it.
+    #[error("target GPA {gpa:#x} is in a hole of the target's memory, or not granted")]
     TargetHole {
         /// The GPA asked for.
         gpa: u64,
@@ -73,7 +87,8 @@ impl MapError {
         match self {
             Self::OwnPage { .. } | Self::TargetAlignment { .. } | Self::OwnMemory => KvmError::Inval,
             Self::InUse { .. } => KvmError::Busy,
-            Self::NotMapped { .. } => KvmError::NoEnt,
+            Self::NotMapped { .. } | Self::Revoked { .. } => KvmError::NoEnt,
+            Self::ReadOnly { .. } => KvmError::Perm,
             Self::Limit { .. } => KvmError::NoMem,
             Self::Token(error) => *error,
             Self::TargetHole { .. } => KvmError::Fault,
@@ -86,9 +101,11 @@ impl MapError {
 enum Page {
     /// A token is being redeemed for this page; it still is the machine's own.
     Reserved,
-    /// A page of this target is mapped here. The target's file is kept open: what it holds stays readable after the
-    /// target's death.
-    Mapped { _target: Arc<dyn TargetMemory> },
+    /// A page of this target is mapped here, by this grant (`None` once nobody can take it back any more). The target's
+    /// file is kept open: what it holds stays readable after the target's death.
+    Mapped { _target: Arc<dyn TargetMemory>, grant: Option<u64> },
+    /// A page was mapped here until its grant was taken back: now it is the machine's own again.
+    Revoked,
 }
 
 /// Maps pages of targets over pages of one machine's RAM.
@@ -124,7 +141,8 @@ impl MappingEngine {
     /// the latter back to the host.
     ///
     /// `redeem` is called once, and only after everything was checked that can be without it: a token is not used up
-    /// by a call that could not have worked.
+    /// by a call that could not have worked. `is_revoked` says whether a grant was taken back since: a revocation that it
+    /// does not know of yet comes to [`MappingEngine::revoke`].
     ///
     /// # Errors
     /// The page is as it was, contents included.
@@ -132,7 +150,8 @@ impl MappingEngine {
         &self,
         own_gpa: u64,
         target_gpa: u64,
-        redeem: impl FnOnce() -> Result<Arc<dyn TargetMemory>, KvmError>,
+        redeem: impl FnOnce() -> Result<Redeemed, KvmError>,
+        is_revoked: impl FnOnce(u64) -> bool,
     ) -> Result<(), MapError> {
         if !self.ram.is_page(own_gpa) {
             return Err(MapError::OwnPage { gpa: own_gpa });
@@ -141,7 +160,7 @@ impl MappingEngine {
             return Err(MapError::TargetAlignment { gpa: target_gpa });
         }
         self.reserve(own_gpa)?;
-        let replaced = self.replace(own_gpa, target_gpa, redeem);
+        let replaced = self.replace(own_gpa, target_gpa, redeem, is_revoked);
         if replaced.is_err() {
             self.lock().remove(&own_gpa);
         }
@@ -158,7 +177,7 @@ impl MappingEngine {
         }
         let mut pages = self.lock();
         match pages.get(&own_gpa) {
-            Some(Page::Mapped { .. }) => {}
+            Some(Page::Mapped { .. } | Page::Revoked) => {}
             Some(Page::Reserved) | None => return Err(MapError::NotMapped { gpa: own_gpa }),
         }
         self.restore(own_gpa).map_err(MapError::Host)?;
@@ -180,6 +199,33 @@ impl MappingEngine {
         Ok(())
     }
 
+    /// Takes back what a grant allowed: the pages mapped by it become the machine's own again, zeroed. They still have to
+    /// be unmapped to be mapped anew. Safe while vCPUs run.
+    ///
+    /// # Errors
+    /// The first failure; the others are done nevertheless.
+    pub fn revoke(&self, grant: u64) -> Result<(), MapError> {
+        let mut done = Ok(());
+        for (&gpa, page) in self.lock().iter_mut() {
+            if matches!(page, Page::Mapped { grant: Some(its), .. } if *its == grant) {
+                match self.restore(gpa) {
+                    Ok(()) => *page = Page::Revoked,
+                    Err(error) => done = done.and(Err(MapError::Host(error))),
+                }
+            }
+        }
+        done
+    }
+
+    /// Forgets by which grants pages are mapped: another broker gives the same numbers to others.
+    pub fn forget_grants(&self) {
+        for page in self.lock().values_mut() {
+            if let Page::Mapped { grant, .. } = page {
+                *grant = None;
+            }
+        }
+    }
+
     fn reserve(&self, own_gpa: u64) -> Result<(), MapError> {
         let mut pages = self.lock();
         let full = pages.len() >= self.limit;
@@ -197,16 +243,26 @@ impl MappingEngine {
         &self,
         own_gpa: u64,
         target_gpa: u64,
-        redeem: impl FnOnce() -> Result<Arc<dyn TargetMemory>, KvmError>,
+        redeem: impl FnOnce() -> Result<Redeemed, KvmError>,
+        is_revoked: impl FnOnce(u64) -> bool,
     ) -> Result<(), MapError> {
-        let target = redeem().map_err(MapError::Token)?;
-        let offset = target.resolve(target_gpa).ok_or(MapError::TargetHole { gpa: target_gpa })?;
+        let Redeemed { grant, target, scope } = redeem().map_err(MapError::Token)?;
+        if scope.rights != Rights::ReadWrite {
+            return Err(MapError::ReadOnly { grant });
+        }
+        let hole = MapError::TargetHole { gpa: target_gpa };
+        let Some(offset) = target.map().resolve(target_gpa).filter(|_| scope.contains(target_gpa)) else {
+            return Err(hole);
+        };
         match identity(target.ram()) {
             Ok(file) if file == self.own_file => return Err(MapError::OwnMemory),
             Ok(_) => {}
-            Err(_) => return Err(MapError::TargetHole { gpa: target_gpa }),
+            Err(_) => return Err(hole),
         }
         let mut pages = self.lock();
+        if is_revoked(grant) {
+            return Err(MapError::Revoked { grant });
+        }
         self.ram.replace_page(own_gpa, target.ram(), offset).map_err(MapError::Host)?;
         if let Err(error) = self.ram.punch_page(own_gpa) {
             // The page's contents are still there: map them back rather than hold the memory twice.
@@ -218,7 +274,7 @@ impl MappingEngine {
                 ),
             }
         }
-        pages.insert(own_gpa, Page::Mapped { _target: target });
+        pages.insert(own_gpa, Page::Mapped { _target: target, grant: Some(grant) });
         Ok(())
     }
 
@@ -234,7 +290,7 @@ impl MappingEngine {
 }
 
 /// Device and inode of a file.
-fn identity(fd: BorrowedFd<'_>) -> std::io::Result<(u64, u64)> {
+pub(crate) fn identity(fd: BorrowedFd<'_>) -> std::io::Result<(u64, u64)> {
     let stat = rustix::fs::fstat(fd.as_fd())?;
     Ok((stat.st_dev, stat.st_ino))
 }

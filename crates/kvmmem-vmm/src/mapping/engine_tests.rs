@@ -4,6 +4,8 @@
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use kvmmem_broker::link::{Region, Scope, Span};
+use kvmmem_broker::map::MemoryMap;
 use proptest::prelude::*;
 use vm_memory::{Bytes, GuestAddress};
 
@@ -12,7 +14,10 @@ use super::*;
 const RAM_BYTES: u64 = 1 << 20;
 const HOLE: u64 = 0x7000;
 
-struct FakeTarget(GuestRam);
+struct FakeTarget(GuestRam, MemoryMap);
+
+/// By which the pages are mapped unless a test says otherwise.
+const GRANT: u64 = 7;
 
 impl FakeTarget {
     /// A target whose pages hold their GPA, plus one.
@@ -21,16 +26,32 @@ impl FakeTarget {
         for gpa in (0..RAM_BYTES).step_by(4096) {
             ram.memory().write_obj(gpa + 1, GuestAddress(gpa)).unwrap();
         }
-        Arc::new(Self(ram))
+        Arc::new(Self(ram, map()))
     }
+}
+
+/// RAM with a hole of one page.
+fn map() -> MemoryMap {
+    let region = |gpa, end| Region { gpa, len: end - gpa, offset: gpa };
+    MemoryMap::new(vec![region(0, HOLE), region(HOLE + 4096, RAM_BYTES)]).unwrap()
+}
+
+fn redeemed(target: Arc<FakeTarget>) -> Redeemed {
+    Redeemed { grant: GRANT, target, scope: Scope::whole(Rights::ReadWrite) }
 }
 
 impl TargetMemory for FakeTarget {
     fn ram(&self) -> BorrowedFd<'_> {
         self.0.fd()
     }
-    fn resolve(&self, gpa: u64) -> Option<u64> {
-        (gpa != HOLE && self.0.is_page(gpa)).then_some(gpa)
+    fn id(&self) -> u64 {
+        1
+    }
+    fn uuid(&self) -> [u8; 16] {
+        [1; 16]
+    }
+    fn map(&self) -> &MemoryMap {
+        &self.1
     }
 }
 
@@ -56,7 +77,7 @@ fn a_mapping_costs_no_memory_and_leaves_a_zero_page() {
     let (engine, target) = (engine(10), FakeTarget::new());
     write(&engine, 0x3000, 0xaa);
     let before = allocated(&engine);
-    engine.map(0x3000, 0x5000, || Ok(target.clone())).unwrap();
+    engine.map(0x3000, 0x5000, || Ok(redeemed(target.clone())), |_| false).unwrap();
     assert_eq!(allocated(&engine), before - 4096);
     assert_eq!(read(&engine, 0x3000), 0x5001);
     // Somebody who looks at this machine writes into the hole meanwhile.
@@ -71,12 +92,12 @@ fn a_mapping_costs_no_memory_and_leaves_a_zero_page() {
 fn a_page_that_waits_for_its_token_is_nobody_elses() {
     let (engine, target) = (engine(10), FakeTarget::new());
     let meanwhile = || {
-        let second = engine.map(0x3000, 0x6000, || Ok(target.clone()));
+        let second = engine.map(0x3000, 0x6000, || Ok(redeemed(target.clone())), |_| false);
         assert!(matches!(second, Err(MapError::InUse { gpa: 0x3000 })));
         assert!(matches!(engine.unmap(0x3000), Err(MapError::NotMapped { gpa: 0x3000 })));
-        Ok(target.clone() as Arc<dyn TargetMemory>)
+        Ok(redeemed(target.clone()))
     };
-    engine.map(0x3000, 0x5000, meanwhile).unwrap();
+    engine.map(0x3000, 0x5000, meanwhile, |_| false).unwrap();
     assert_eq!(read(&engine, 0x3000), 0x5001);
 }
 
@@ -84,22 +105,69 @@ fn a_page_that_waits_for_its_token_is_nobody_elses() {
 fn refusals_leave_the_page_free_and_as_it_was() {
     let (engine, target) = (engine(1), FakeTarget::new());
     write(&engine, 0x3000, 0xaa);
-    let unknown = engine.map(0x3000, 0x5000, || Err(KvmError::NoEnt));
+    let unknown = engine.map(0x3000, 0x5000, || Err(KvmError::NoEnt), |_| false);
     assert!(matches!(unknown, Err(MapError::Token(KvmError::NoEnt))));
-    let hole = engine.map(0x3000, HOLE, || Ok(target.clone()));
+    let hole = engine.map(0x3000, HOLE, || Ok(redeemed(target.clone())), |_| false);
     assert!(matches!(hole, Err(MapError::TargetHole { gpa: HOLE })));
 
-    let own = Arc::new(FakeTarget(GuestRam::new(RAM_BYTES).unwrap()));
+    let own = Arc::new(FakeTarget(GuestRam::new(RAM_BYTES).unwrap(), map()));
     let narcissus = MappingEngine { own_file: identity(own.ram()).unwrap(), ..self::engine(1) };
-    assert!(matches!(narcissus.map(0x3000, 0x5000, || Ok(own)), Err(MapError::OwnMemory)));
+    assert!(matches!(
+        narcissus.map(0x3000, 0x5000, || Ok(redeemed(own)), |_| false),
+        Err(MapError::OwnMemory)
+    ));
     assert!(narcissus.is_empty());
 
     assert_eq!(read(&engine, 0x3000), 0xaa);
-    engine.map(0x3000, 0x5000, || Ok(target.clone())).unwrap();
-    let beyond = engine.map(0x4000, 0x5000, || panic!("the token must not be used up"));
+    engine.map(0x3000, 0x5000, || Ok(redeemed(target.clone())), |_| false).unwrap();
+    let beyond = engine.map(0x4000, 0x5000, || panic!("the token must not be used up"), |_| false);
     assert!(matches!(beyond, Err(MapError::Limit { limit: 1 })));
     engine.unmap_all().unwrap();
     assert_eq!((engine.len(), read(&engine, 0x3000)), (0, 0));
+}
+
+#[test]
+fn a_grant_reaches_as_far_as_it_says() {
+    let (engine, target) = (engine(1), FakeTarget::new());
+    let within = |rights, gpa| {
+        let scope = Scope { rights, spans: Some(vec![Span { gpa: 0x5000, len: 0x1000 }]) };
+        let redeemed = Redeemed { grant: GRANT, target: target.clone(), scope };
+        engine.map(0x3000, gpa, || Ok(redeemed), |_| false)
+    };
+    let read_only = within(Rights::ReadOnly, 0x5000).unwrap_err();
+    assert_eq!(read_only.number(), KvmError::Perm);
+    let outside = within(Rights::ReadWrite, 0x6000).unwrap_err();
+    assert_eq!(outside.number(), KvmError::Fault);
+    within(Rights::ReadWrite, 0x5000).unwrap();
+}
+
+#[test]
+fn a_revoked_grants_pages_are_own_again_and_wait_for_their_unmapping() {
+    let (engine, target) = (engine(10), FakeTarget::new());
+    let map = |own, grant, is_revoked| {
+        let redeemed = Redeemed { grant, ..redeemed(target.clone()) };
+        engine.map(own, 0x5000, || Ok(redeemed), |_| is_revoked)
+    };
+    map(0x1000, 1, false).unwrap();
+    map(0x2000, 2, false).unwrap();
+    map(0x3000, 1, false).unwrap();
+    engine.revoke(1).unwrap();
+    assert_eq!([0x1000, 0x2000, 0x3000].map(|gpa| read(&engine, gpa)), [0, 0x5001, 0]);
+    // The guest goes on writing: into its own memory.
+    write(&engine, 0x1000, 9);
+    assert_eq!(target.0.memory().read_obj::<u64>(GuestAddress(0x5000)).unwrap(), 0x5001);
+    assert!(matches!(map(0x1000, 2, false), Err(MapError::InUse { gpa: 0x1000 })));
+    engine.unmap(0x1000).unwrap();
+    assert_eq!(read(&engine, 0x1000), 0);
+    // A revocation that comes between the token and the page.
+    write(&engine, 0x1000, 8);
+    assert!(matches!(map(0x1000, 3, true), Err(MapError::Revoked { grant: 3 })));
+    assert_eq!(read(&engine, 0x1000), 8);
+    // Another broker's grant 2 is another one.
+    engine.forget_grants();
+    engine.revoke(2).unwrap();
+    assert_eq!((read(&engine, 0x2000), engine.len()), (0x5001, 2));
+    engine.unmap_all().unwrap();
 }
 
 #[test]
@@ -114,7 +182,7 @@ fn racing_callers_share_out_the_pages() {
                 for step in 0..2000u64 {
                     let gpa = (step.wrapping_mul(7).wrapping_add(seed * 13) % 8) * 4096;
                     if (step + seed).is_multiple_of(2) {
-                        let done = engine.map(gpa, gpa, || Ok(target.clone()));
+                        let done = engine.map(gpa, gpa, || Ok(redeemed(target.clone())), |_| false);
                         mapped.fetch_add(usize::from(done.is_ok()), Ordering::SeqCst);
                     } else {
                         unmapped.fetch_add(usize::from(engine.unmap(gpa).is_ok()), Ordering::SeqCst);
@@ -163,10 +231,10 @@ proptest! {
             match step {
                 Step::Map { own: gpa, target: there, is_token_good } => {
                     let redeem = || match is_token_good {
-                        true => Ok(fake.clone() as Arc<dyn TargetMemory>),
+                        true => Ok(redeemed(fake.clone())),
                         false => Err(KvmError::NoEnt),
                     };
-                    let done = engine.map(gpa, there, redeem);
+                    let done = engine.map(gpa, there, redeem, |_| false);
                     let good = is_page(gpa) && is_page(there) && there != HOLE && is_token_good
                         && !mapped.contains_key(&gpa) && mapped.len() < LIMIT;
                     prop_assert_eq!(done.is_ok(), good, "{:?}", done);

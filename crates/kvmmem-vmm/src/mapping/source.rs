@@ -1,28 +1,86 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! What the mapping engine needs of whoever knows the targets.
+//! What the mapping engine and the windows need of whoever knows the targets and keeps their grants.
 
 use std::os::fd::BorrowedFd;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use kvmmem_abi::errno::KvmError;
-use kvmmem_broker::link::Token;
+use kvmmem_broker::link::{Caller, Scope, Token, ViewCounters};
+use kvmmem_broker::map::MemoryMap;
+
+use crate::window::Views;
 
 /// The memory of one target, as a token opened it.
 pub trait TargetMemory: Send + Sync {
+    /// The source's number for the target.
+    fn id(&self) -> u64;
+
+    /// The target's UUID, in the order in which it is printed.
+    fn uuid(&self) -> [u8; 16];
+
     /// The file that holds the target's RAM. It must be sealed against shrinking: a page beyond its end would kill
     /// the VMM by SIGBUS.
     fn ram(&self) -> BorrowedFd<'_>;
 
-    /// Offset in [`TargetMemory::ram`] of the page at `gpa` (page-aligned); `None` in a hole of the target's memory map.
-    fn resolve(&self, gpa: u64) -> Option<u64>;
+    /// Where the target's RAM is, and where in [`TargetMemory::ram`].
+    fn map(&self) -> &MemoryMap;
 }
 
-/// Redeems tokens.
+/// What a token opened for one page.
+#[derive(Clone)]
+pub struct Redeemed {
+    /// Number of the grant.
+    pub grant: u64,
+    /// The target.
+    pub target: Arc<dyn TargetMemory>,
+    /// Which of its pages may be mapped, and how.
+    pub scope: Scope,
+}
+
+/// What a token opened for as long as it is not taken back.
+#[derive(Clone)]
+pub struct Attached {
+    /// Number of the view.
+    pub view: u64,
+    /// Number of the grant.
+    pub grant: u64,
+    /// The target.
+    pub target: Arc<dyn TargetMemory>,
+    /// Which of its memory may be shown, and how.
+    pub scope: Scope,
+}
+
+/// Trades tokens for memory, and takes it back: by what it says to the [`Views`] that it was told of.
+///
+/// Such an event may come before the page or the view that it concerns is where the handler looks for it. So what has
+/// been traded is looked at once more, by [`TokenSource::is_revoked`] or [`TokenSource::current`], under the lock that
+/// the handler takes: an event that is not seen there is one that the handler will see.
 pub trait TokenSource: Send + Sync {
-    /// Uses the token up and returns the target that it opens.
+    /// Uses the token up for one page.
     ///
     /// # Errors
     /// [`KvmError::NoEnt`] for a token that is unknown, used or expired, [`KvmError::Again`] when nobody can tell now,
     /// [`KvmError::Perm`] when this machine may not use it.
-    fn redeem(&self, token: &Token) -> Result<Arc<dyn TargetMemory>, KvmError>;
+    fn redeem(&self, token: &Token) -> Result<Redeemed, KvmError>;
+
+    /// Whether a grant was taken back since a token of it was redeemed.
+    fn is_revoked(&self, grant: u64) -> bool;
+
+    /// Uses the token to open a view on behalf of `caller`, with no rights but reading if `read_only`.
+    ///
+    /// # Errors
+    /// As [`TokenSource::redeem`].
+    fn attach(&self, token: &Token, caller: &Caller, read_only: bool) -> Result<Attached, KvmError>;
+
+    /// The target of a view as it is now; `None` once the view has ended.
+    fn current(&self, view: u64) -> Option<Arc<dyn TargetMemory>>;
+
+    /// Takes note that a view is closed.
+    fn detached(&self, view: u64, counters: ViewCounters);
+
+    /// Takes note of a view's counters.
+    fn counters(&self, view: u64, counters: ViewCounters);
+
+    /// Tells `views` from now on of what happens to grants and targets.
+    fn set_events(&self, views: Weak<Views>);
 }

@@ -4,38 +4,59 @@
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use kvmmem_abi::errno::KvmError;
-use kvmmem_broker::link::{Region, Registration, VmmLink};
+use kvmmem_broker::link::{Region, Registration, Rights, Scope, VmmLink};
+use kvmmem_broker::map::MemoryMap;
 use kvmmem_broker::server::Server;
 use kvmmem_sys::ram::GuestRam;
-use kvmmem_vmm::mapping::{TargetMemory, Token, TokenSource};
+use kvmmem_vmm::mapping::TargetMemory;
 use kvmmem_vmm::{Control, HypercallWay, ResetPolicy, SerialConfig, VmConfig, VmExit, VmStatus, VmmError};
 use uuid::Uuid;
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::guest::{Guest, Way};
+use crate::tokens::OneToken;
 
 /// The token that opens the target, as often as it is used.
 pub(crate) const TOKEN: [u64; 4] = [0x0123_4567_89ab_cdef, 0xfedc_ba98_7654_3210, 3, u64::MAX];
+
+/// The target's UUID.
+pub(crate) const TARGET_UUID: [u8; 16] = *b"a target's uuid.";
 
 const TARGET_BYTES: u64 = 1 << 20;
 /// A page of the target that its memory map leaves out.
 pub(crate) const TARGET_HOLE: u64 = 0x8_0000;
 
+/// Where the target's RAM is, in its file as well.
+pub(crate) const TARGET_RANGES: [(u64, u64); 2] = [(0, TARGET_HOLE), (TARGET_HOLE + 4096, TARGET_BYTES)];
+
 /// The target's memory.
-pub(crate) struct Target(GuestRam);
+pub(crate) struct Target(GuestRam, MemoryMap);
 
 impl Target {
     pub(crate) fn new() -> Arc<Self> {
-        Arc::new(Self(GuestRam::new(TARGET_BYTES).unwrap()))
+        Self::with_ranges(&TARGET_RANGES)
+    }
+
+    /// A target with RAM in these ranges, start and end, alone.
+    pub(crate) fn with_ranges(ranges: &[(u64, u64)]) -> Arc<Self> {
+        let regions = ranges.iter().map(|&(gpa, end)| Region { gpa, len: end - gpa, offset: gpa }).collect();
+        let bytes = ranges.last().unwrap().1.max(TARGET_BYTES);
+        Arc::new(Self(GuestRam::new(bytes).unwrap(), MemoryMap::new(regions).unwrap()))
     }
 
     pub(crate) fn write(&self, gpa: u64, value: u64) {
         self.0.memory().write_obj(value, GuestAddress(gpa)).unwrap();
+    }
+
+    /// Bytes of it that the host holds.
+    pub(crate) fn allocated(&self) -> u64 {
+        use std::os::unix::fs::MetadataExt;
+        let file = std::fs::File::from(self.0.fd().try_clone_to_owned().unwrap());
+        file.metadata().unwrap().blocks() * 512
     }
 
     pub(crate) fn read(&self, gpa: u64) -> u64 {
@@ -48,25 +69,16 @@ impl TargetMemory for Target {
         self.0.fd()
     }
 
-    fn resolve(&self, gpa: u64) -> Option<u64> {
-        (gpa != TARGET_HOLE && self.0.is_page(gpa)).then_some(gpa)
+    fn id(&self) -> u64 {
+        1
     }
-}
 
-/// Knows one token.
-pub(crate) struct OneToken {
-    pub(crate) target: Arc<Target>,
-    pub(crate) asked: AtomicUsize,
-}
+    fn uuid(&self) -> [u8; 16] {
+        TARGET_UUID
+    }
 
-impl TokenSource for OneToken {
-    fn redeem(&self, token: &Token) -> Result<Arc<dyn TargetMemory>, KvmError> {
-        self.asked.fetch_add(1, Ordering::SeqCst);
-        if token.to_bytes().as_slice() == TOKEN.map(u64::to_le_bytes).as_flattened() {
-            Ok(self.target.clone())
-        } else {
-            Err(KvmError::NoEnt)
-        }
+    fn map(&self) -> &MemoryMap {
+        &self.1
     }
 }
 
@@ -77,6 +89,18 @@ pub(crate) fn has_kvm() -> bool {
         eprintln!("skipped: /dev/kvm cannot be opened: {error}");
     }
     found.is_ok()
+}
+
+/// Whether this host has a usable `/dev/kvm` with read-only memory slots; says so when it has not.
+pub(crate) fn has_windows() -> bool {
+    if !has_kvm() {
+        return false;
+    }
+    let has_windows = kvm_ioctls::Kvm::new().unwrap().check_extension(kvm_ioctls::Cap::ReadonlyMem);
+    if !has_windows {
+        eprintln!("skipped: this host's KVM has no read-only memory slots (KVM_CAP_READONLY_MEM)");
+    }
+    has_windows
 }
 
 /// How a bare guest's machine ended, and what the guest reported.
@@ -112,11 +136,19 @@ pub(crate) fn run_with(
     target: &Arc<Target>,
     change: impl FnOnce(&mut VmConfig),
 ) -> Result<Outcome, VmmError> {
+    run_with_tokens(guest, &OneToken::new(target.clone(), Scope::whole(Rights::ReadWrite)), change)
+}
+
+/// As [`run_with`], with tokens that others watch.
+pub(crate) fn run_with_tokens(
+    guest: &Guest,
+    tokens: &Arc<OneToken>,
+    change: impl FnOnce(&mut VmConfig),
+) -> Result<Outcome, VmmError> {
     let directory = tempfile::tempdir().unwrap();
     let serial = directory.path().join("serial");
     let mut config = config(guest, directory.path());
     change(&mut config);
-    let tokens = Arc::new(OneToken { target: target.clone(), asked: AtomicUsize::new(0) });
     let events = Arc::new(Mutex::new(Vec::new()));
     let watch = events.clone();
     let control = Control::new()
@@ -124,7 +156,7 @@ pub(crate) fn run_with(
         .on_status(move |status| watch.lock().unwrap().push(status.clone()));
     let exit = kvmmem_vmm::run(config, control)?;
     let events = std::mem::take(&mut *events.lock().unwrap());
-    Ok(Outcome { exit, values: values(&serial), events, asked: tokens.asked.load(Ordering::SeqCst) })
+    Ok(Outcome { exit, values: values(&serial), events, asked: tokens.asked() })
 }
 
 /// A result as the guest's 64-bit register has it.
@@ -169,7 +201,7 @@ pub(crate) fn run_with_broker(target: &Target, make: impl FnOnce([u64; 4]) -> Gu
 }
 
 /// What the guest reported.
-fn values(serial: &Path) -> Vec<u64> {
+pub(crate) fn values(serial: &Path) -> Vec<u64> {
     let output = std::fs::read(serial).unwrap_or_default();
     output.as_chunks::<8>().0.iter().map(|bytes| u64::from_le_bytes(*bytes)).collect()
 }
@@ -191,7 +223,7 @@ pub(crate) fn run_stopped(guest: &Guest, time: Duration) -> VmExit {
 }
 
 /// An introspector that runs `guest`, with its files in `directory`.
-fn config(guest: &Guest, directory: &Path) -> VmConfig {
+pub(crate) fn config(guest: &Guest, directory: &Path) -> VmConfig {
     let kernel = directory.join("guest.elf");
     guest.write_elf(&kernel);
     VmConfig {
@@ -212,6 +244,7 @@ fn config(guest: &Guest, directory: &Path) -> VmConfig {
             Way::Doorbell => HypercallWay::Port,
             Way::Vmmcall => HypercallWay::Xen,
         },
+        window: true,
         reset: ResetPolicy::Exit,
     }
 }

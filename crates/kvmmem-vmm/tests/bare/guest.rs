@@ -17,6 +17,11 @@ pub(crate) const PML4: u64 = 0x9000;
 pub(crate) const PAGE_POINTERS: u64 = 0xa000;
 pub(crate) const PAGE_DIRECTORY: u64 = 0xb000;
 
+/// First GPA of the windows, behind a bare guest's RAM and the devices.
+pub(crate) const WINDOW: u64 = 4 << 30;
+/// How much of it [`Guest::see_windows`] maps.
+pub(crate) const WINDOW_BYTES: u64 = 32 << 20;
+
 /// How a guest makes hypercalls.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) enum Way {
@@ -48,6 +53,15 @@ impl Guest {
     /// `mov rax, [gpa]`, reported.
     pub(crate) fn report_memory(self, gpa: u64) -> Self {
         self.bytes(&[0x48, 0xbb]).bytes(&gpa.to_le_bytes()).bytes(&[0x48, 0x8b, 0x03]).report_rax()
+    }
+
+    /// Maps [`WINDOW_BYTES`] from [`WINDOW`] on one to one, by large pages whose directory is at `scratch`.
+    pub(crate) fn see_windows(self, scratch: u64) -> Self {
+        const LARGE_PRESENT_WRITABLE: u64 = 0x83;
+        let guest = (0..WINDOW_BYTES >> 21).fold(self, |guest, page| {
+            guest.write(scratch + 8 * page, (WINDOW + (page << 21)) | LARGE_PRESENT_WRITABLE)
+        });
+        guest.write(PAGE_POINTERS + 8 * (WINDOW >> 30), scratch | 3)
     }
 
     /// An empty program whose hypercalls go by `way`.
@@ -155,6 +169,21 @@ impl Guest {
         guest = body(guest).bytes(&[0x41, 0xff, 0xc9, 0x0f, 0x85]);
         let back = i32::try_from(start).unwrap() - i32::try_from(guest.code.len() + 4).unwrap();
         guest.bytes(&back.to_le_bytes())
+    }
+
+    /// Reads the eight bytes at `gpa`, and writes those behind them if `writes`, as long as those at `sign` are `value`.
+    pub(crate) fn touch_while(self, sign: u64, value: u64, gpa: u64, writes: bool) -> Self {
+        // mov rbx, sign; mov r11, gpa; mov r10, value
+        let guest = self.bytes(&[0x48, 0xbb]).bytes(&sign.to_le_bytes());
+        let guest = guest.bytes(&[0x49, 0xbb]).bytes(&gpa.to_le_bytes());
+        let guest = guest.bytes(&[0x49, 0xba]).bytes(&value.to_le_bytes());
+        // mov rax, [r11]; mov [r11 + 8], r10; cmp [rbx], r10; je back
+        let guest = guest.bytes(&[0x49, 0x8b, 0x03]);
+        if writes {
+            guest.bytes(&[0x4d, 0x89, 0x53, 0x08, 0x4c, 0x39, 0x13, 0x74, 0xf4])
+        } else {
+            guest.bytes(&[0x4c, 0x39, 0x13, 0x74, 0xf8])
+        }
     }
 
     /// Powers the machine off.

@@ -1,0 +1,199 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! The way of the vCPU threads into the guest, which can be closed for a moment.
+//!
+//! A thread that is not in `KVM_RUN` is outside, whatever it does there: it may wait for the very thread that closes
+//! the gate. So whoever closes it waits for threads in the guest alone, and those come out when they are kicked.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+/// How long the vCPUs may take to come out.
+const LIMIT: Duration = Duration::from_secs(2);
+
+/// How long a kicked vCPU is waited for before it is kicked again: it may have been kicked just before it went in.
+const KICK_AGAIN: Duration = Duration::from_micros(50);
+
+/// What calls a vCPU's thread out of the guest.
+type Kick = Box<dyn Fn() + Send>;
+
+/// The vCPUs have not come out in time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{inside} vCPUs are still in the guest after {LIMIT:?}")]
+pub(crate) struct PauseError {
+    /// How many.
+    pub(crate) inside: usize,
+}
+
+/// The gate of one generation's vCPUs.
+#[derive(Default)]
+pub(crate) struct Gate {
+    /// What a vCPU looks at on its way in; changed with `state` locked.
+    is_closed: AtomicBool,
+    /// By vCPU: whether it is in the guest or on its way in.
+    inside: Vec<AtomicBool>,
+    state: Mutex<State>,
+    opened: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    is_closed: bool,
+    kicks: Vec<Kick>,
+}
+
+impl Gate {
+    /// An open gate for `vcpus` vCPUs.
+    pub(crate) fn new(vcpus: u8) -> Self {
+        Self { inside: (0..vcpus).map(|_| AtomicBool::new(false)).collect(), ..Self::default() }
+    }
+
+    /// Adds what calls one more vCPU out of the guest.
+    pub(crate) fn add_kick(&self, kick: impl Fn() + Send + 'static) {
+        self.lock().kicks.push(Box::new(kick));
+    }
+
+    /// Calls all vCPUs out of the guest, once; one may miss the call on its way in.
+    pub(crate) fn kick(&self) {
+        self.lock().kicks.iter().for_each(|kick| kick());
+    }
+
+    /// Lets vCPU `id` in, which first waits as long as the gate is closed.
+    pub(crate) fn enter(&self, id: u8) -> Inside<'_> {
+        let inside = self.inside.get(usize::from(id));
+        loop {
+            if let Some(inside) = inside {
+                inside.store(true, Ordering::SeqCst);
+            }
+            // Either this thread sees the gate closed, or whoever closes it sees this thread inside.
+            if !self.is_closed.load(Ordering::SeqCst) {
+                return Inside(inside);
+            }
+            drop(Inside(inside));
+            let state = self.lock();
+            drop(
+                self.opened
+                    .wait_while(state, |state| state.is_closed)
+                    .unwrap_or_else(PoisonError::into_inner),
+            );
+        }
+    }
+
+    /// Closes the gate and returns once no vCPU is in the guest. It opens when the result is dropped. Waits for whoever
+    /// else has closed it.
+    ///
+    /// # Errors
+    /// [`PauseError`], and the gate is open.
+    pub(crate) fn close(self: &Arc<Self>) -> Result<Paused, PauseError> {
+        let mut state = self
+            .opened
+            .wait_while(self.lock(), |state| state.is_closed)
+            .unwrap_or_else(PoisonError::into_inner);
+        state.is_closed = true;
+        self.is_closed.store(true, Ordering::SeqCst);
+        drop(state);
+        let paused = Paused(self.clone());
+        let deadline = Instant::now() + LIMIT;
+        loop {
+            let inside = self.inside.iter().filter(|inside| inside.load(Ordering::SeqCst)).count();
+            if inside == 0 {
+                return Ok(paused);
+            }
+            if Instant::now() > deadline {
+                return Err(PauseError { inside });
+            }
+            self.kick();
+            std::thread::sleep(KICK_AGAIN);
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A vCPU in the guest.
+pub(crate) struct Inside<'a>(Option<&'a AtomicBool>);
+
+impl Drop for Inside<'_> {
+    fn drop(&mut self) {
+        if let Some(inside) = self.0 {
+            inside.store(false, Ordering::SeqCst);
+        }
+    }
+}
+
+/// A closed gate with no vCPU behind it.
+pub(crate) struct Paused(Arc<Gate>);
+
+impl Drop for Paused {
+    fn drop(&mut self) {
+        let mut state = self.0.lock();
+        state.is_closed = false;
+        self.0.is_closed.store(false, Ordering::SeqCst);
+        drop(state);
+        self.0.opened.notify_all();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::AtomicUsize;
+
+    use super::*;
+
+    /// A vCPU that stays in the guest until it is kicked, again and again.
+    fn run(gate: &Gate, id: u8, kicked: &AtomicBool, done: &AtomicBool, inside: &AtomicUsize) {
+        while !done.load(Ordering::SeqCst) {
+            let _inside = gate.enter(id);
+            inside.fetch_add(1, Ordering::SeqCst);
+            while !kicked.swap(false, Ordering::SeqCst) && !done.load(Ordering::SeqCst) {
+                std::hint::spin_loop();
+            }
+            inside.fetch_sub(1, Ordering::SeqCst);
+        }
+    }
+
+    #[test]
+    fn nobody_is_inside_while_it_is_closed_whoever_closes_it() {
+        let gate = Arc::new(Gate::new(2));
+        let kicked: [Arc<AtomicBool>; 2] = Default::default();
+        for kicked in kicked.clone() {
+            gate.add_kick(move || kicked.store(true, Ordering::SeqCst));
+        }
+        let (done, inside) = (AtomicBool::new(false), AtomicUsize::new(0));
+        std::thread::scope(|scope| {
+            for (id, kicked) in (0u8..).zip(&kicked) {
+                let (gate, done, inside) = (&gate, &done, &inside);
+                scope.spawn(move || run(gate, id, kicked, done, inside));
+            }
+            let closers: Vec<_> = (0..2)
+                .map(|_| {
+                    scope.spawn(|| {
+                        for _ in 0..100 {
+                            let paused = gate.close().unwrap();
+                            assert_eq!(inside.load(Ordering::SeqCst), 0);
+                            std::thread::yield_now();
+                            assert_eq!(inside.load(Ordering::SeqCst), 0);
+                            drop(paused);
+                        }
+                    })
+                })
+                .collect();
+            let closed = closers.into_iter().map(|closer| closer.join()).collect::<Vec<_>>();
+            done.store(true, Ordering::SeqCst);
+            assert!(closed.iter().all(Result::is_ok));
+        });
+    }
+
+    #[test]
+    fn a_vcpu_that_does_not_come_out_is_given_up_and_the_gate_is_open() {
+        let gate = Arc::new(Gate::new(2));
+        let inside = gate.enter(0);
+        assert_eq!(gate.close().err(), Some(PauseError { inside: 1 }));
+        drop(gate.enter(1));
+        drop(inside);
+        drop(gate.close().unwrap());
+        drop(gate.enter(0));
+    }
+}

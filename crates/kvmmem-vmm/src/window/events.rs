@@ -1,0 +1,195 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! What happens to views without the guest's doing: rights that end, targets that change.
+//!
+//! The guest is not asked. Its vCPUs are called out, which ends all access at once, however large a view is; then the
+//! slots get poison, and the vCPUs go on. What was behind the slots is unmapped later.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use kvmmem_abi::descriptor::MAX_RANGES;
+use kvmmem_broker::link::{Region, Target, ViewEvents};
+use kvmmem_sys::memslot::Memslot;
+use kvmmem_sys::window::GuestMapping;
+
+use super::area::lay_out;
+use super::table::Table;
+use super::view::{State, View, delete, poison_for, poison_in_place, replace};
+use super::windows::{MAX_SLOTS_PER_VIEW, Windows};
+use crate::control::{Ended, StopHandle};
+use crate::error::VmmError;
+use crate::gate::Paused;
+use crate::limit::warn_limited;
+use crate::mapping::{MappingEngine, TargetMemory};
+
+/// A machine's pages and views, as whoever keeps the grants sees them.
+pub struct Views {
+    engine: Arc<MappingEngine>,
+    /// Those of the present generation.
+    windows: Mutex<Option<Arc<Windows>>>,
+    stop: StopHandle,
+}
+
+impl Views {
+    pub(crate) fn new(engine: Arc<MappingEngine>, stop: StopHandle) -> Self {
+        Self { engine, windows: Mutex::new(None), stop }
+    }
+
+    /// Takes the views of the machine's next generation in the place of those before.
+    pub(crate) fn set_windows(&self, windows: Option<Arc<Windows>>) {
+        let before =
+            std::mem::replace(&mut *self.windows.lock().unwrap_or_else(PoisonError::into_inner), windows);
+        if let Some(before) = before {
+            before.close_all();
+        }
+    }
+
+    fn windows(&self) -> Option<Arc<Windows>> {
+        self.windows.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Takes back what a grant allowed, pages and views. When this returns, the guest reaches nothing by it.
+    pub fn revoke(&self, grant: u64) {
+        if let Some(windows) = self.windows() {
+            windows.end(State::Revoked, |view| view.attached.grant == grant);
+        }
+        if let Err(error) = self.engine.revoke(grant) {
+            // The last that can be done for a target whose memory cannot be taken from the guest.
+            self.stop.end(Ended::Failed(VmmError::Unmap(error)));
+        }
+    }
+
+    /// Ends the views of a target that is gone.
+    pub fn gone(&self, target: u64) {
+        if let Some(windows) = self.windows() {
+            windows.end(State::Gone, |view| view.attached.target.id() == target);
+        }
+    }
+
+    /// Shows what a target's memory is now.
+    pub fn changed(&self, target: &Arc<dyn TargetMemory>) {
+        if let Some(windows) = self.windows() {
+            windows.follow(target);
+        }
+    }
+
+    /// Ends all views: nobody is left who could take them back.
+    pub fn lost(&self) {
+        if let Some(windows) = self.windows() {
+            windows.end(State::Gone, |_| true);
+        }
+        self.engine.forget_grants();
+    }
+}
+
+impl ViewEvents for Views {
+    fn revoke(&self, grant: u64) {
+        Self::revoke(self, grant);
+    }
+
+    fn gone(&self, target: u64) {
+        Self::gone(self, target);
+    }
+
+    fn changed(&self, target: &Arc<Target>) {
+        let target: Arc<dyn TargetMemory> = target.clone();
+        Self::changed(self, &target);
+    }
+
+    fn lost(&self) {
+        Self::lost(self);
+    }
+}
+
+impl Windows {
+    /// Ends the views that `is_meant` picks, with the state `state`.
+    fn end(&self, state: State, is_meant: impl Fn(&View) -> bool) {
+        let mut table = self.lock();
+        let seats = table.open_seats(is_meant);
+        if seats.is_empty() {
+            return;
+        }
+        let slots = table.views_at(&seats).flat_map(View::slots).collect();
+        let (behind, paused) = self.poison(slots);
+        for index in seats {
+            if let Some(view) = table.view(index) {
+                view.state = state;
+            }
+            table.describe(index);
+        }
+        drop(paused);
+        drop(table);
+        self.worker.unmap(behind);
+    }
+
+    /// Puts poison behind slots; the vCPUs do not run until the guard that is returned with what was there is dropped.
+    fn poison(&self, slots: Vec<&mut Memslot>) -> (Vec<GuestMapping>, Option<Paused>) {
+        let poison: Vec<_> = slots.iter().map(|slot| poison_for(slot, &self.poison)).collect();
+        let paused = match self.host.gate.close() {
+            Ok(paused) => Some(paused),
+            Err(error) => {
+                warn_limited!(%error, "views end while the guest runs");
+                None
+            }
+        };
+        let mut behind = Vec::with_capacity(slots.len());
+        for (slot, poison) in slots.into_iter().zip(poison) {
+            let taken = match (&paused, poison) {
+                (Some(_), Ok(poison)) => replace(slot, poison, &self.poison),
+                (None, Ok(_)) => poison_in_place(slot, &self.poison).map(|()| None),
+                (_, Err(error)) => {
+                    warn_limited!(
+                        error = &error as &dyn std::error::Error,
+                        "a hole is left where a view has ended"
+                    );
+                    delete(slot, &self.poison)
+                }
+            };
+            match taken {
+                Ok(before) => behind.extend(before),
+                Err(error) => self.give_up(error.into()),
+            }
+        }
+        (behind, paused)
+    }
+
+    /// Shows what a target's memory is now. Ranges that are as they were stay where they are.
+    fn follow(&self, target: &Arc<dyn TargetMemory>) {
+        let mut table = self.lock();
+        for index in table.open_seats(|view| view.attached.target.id() == target.id()) {
+            let Some(mut view) = table.lift(index) else { continue };
+            let regions = view.attached.scope.regions(target.map());
+            view.attached.target = target.clone();
+            let (behind, paused) = match view.retire(&regions) {
+                [] => (Vec::new(), None),
+                retired => self.poison(retired.iter_mut().collect()),
+            };
+            self.show_more(&mut table, &mut view, &regions);
+            table.open(index, view);
+            drop(paused);
+            self.worker.unmap(behind);
+        }
+    }
+
+    /// Shows those of `regions` that a view does not show yet, as far as there is room behind the others.
+    fn show_more(&self, table: &mut Table, view: &mut View, regions: &[Region]) {
+        let new: Vec<Region> = regions.iter().filter(|region| !view.shows(region)).copied().collect();
+        let room = MAX_RANGES - view.shown.len().min(MAX_RANGES);
+        let slots_left = MAX_SLOTS_PER_VIEW.saturating_sub(view.shown.len() + view.poisoned.len());
+        let layout = lay_out(&new, view.len).filter(|layout| table.area.grow(view.gpa, layout.len));
+        let (Some(layout), true) = (layout, new.len() <= room.min(slots_left)) else {
+            let ranges = new.len();
+            warn_limited!(ranges, "no room in a view for new ranges of its target");
+            return;
+        };
+        for (region, offset) in new.iter().zip(layout.offsets) {
+            match self.show(table, view, *region, offset) {
+                Ok(()) => view.len = offset + region.len,
+                Err(error) => warn_limited!(
+                    error = &error as &dyn std::error::Error,
+                    "a new range of a target is not shown"
+                ),
+            }
+        }
+        view.shown.sort_unstable_by_key(|shown| shown.region.gpa);
+    }
+}

@@ -1,0 +1,98 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! A broker made of one token.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, Weak};
+
+use kvmmem_abi::errno::KvmError;
+use kvmmem_broker::link::{Caller, Rights, Scope, ViewCounters};
+use kvmmem_vmm::mapping::{Attached, Redeemed, TargetMemory, Token, TokenSource, Views};
+
+use crate::fixture::{TOKEN, Target};
+
+/// Knows one token, which opens the target as often as it is used; the n-th use is grant n and, if so, view n.
+pub(crate) struct OneToken {
+    scope: Scope,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+pub(crate) struct State {
+    pub(crate) target: Option<Arc<Target>>,
+    pub(crate) asked: usize,
+    pub(crate) views: Weak<Views>,
+    /// Views that are attached.
+    pub(crate) open: BTreeMap<u64, Caller>,
+    /// What was told of views, and whether that was their end.
+    pub(crate) told: Vec<(u64, ViewCounters, bool)>,
+    /// What happens between the answer to ATTACH and its arrival in the table of views.
+    pub(crate) ends_at_once: bool,
+}
+
+impl OneToken {
+    pub(crate) fn new(target: Arc<Target>, scope: Scope) -> Arc<Self> {
+        let state = State { target: Some(target), ..State::default() };
+        Arc::new(Self { scope, state: Mutex::new(state) })
+    }
+
+    pub(crate) fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap()
+    }
+
+    /// How many tokens were asked for.
+    pub(crate) fn asked(&self) -> usize {
+        self.state().asked
+    }
+
+    /// The machine's views, once it has said where they are.
+    pub(crate) fn views(&self) -> Arc<Views> {
+        self.state().views.upgrade().unwrap()
+    }
+
+    fn use_token(&self, token: &Token) -> Result<(u64, Arc<Target>), KvmError> {
+        let mut state = self.state();
+        state.asked += 1;
+        if token.to_bytes().as_slice() != TOKEN.map(u64::to_le_bytes).as_flattened() {
+            return Err(KvmError::NoEnt);
+        }
+        Ok((state.asked as u64, state.target.clone().unwrap()))
+    }
+}
+
+impl TokenSource for OneToken {
+    fn redeem(&self, token: &Token) -> Result<Redeemed, KvmError> {
+        let (grant, target) = self.use_token(token)?;
+        Ok(Redeemed { grant, target, scope: self.scope.clone() })
+    }
+
+    fn is_revoked(&self, _grant: u64) -> bool {
+        false
+    }
+
+    fn attach(&self, token: &Token, caller: &Caller, read_only: bool) -> Result<Attached, KvmError> {
+        let (number, target) = self.use_token(token)?;
+        self.state().open.insert(number, caller.clone());
+        let rights = if read_only { Rights::ReadOnly } else { self.scope.rights };
+        Ok(Attached { view: number, grant: number, target, scope: self.scope.at_most(rights) })
+    }
+
+    fn current(&self, view: u64) -> Option<Arc<dyn TargetMemory>> {
+        let state = self.state();
+        let is_open = state.open.contains_key(&view) && !state.ends_at_once;
+        state.target.clone().filter(|_| is_open).map(|target| -> Arc<dyn TargetMemory> { target })
+    }
+
+    fn detached(&self, view: u64, counters: ViewCounters) {
+        let mut state = self.state();
+        state.open.remove(&view);
+        state.told.push((view, counters, true));
+    }
+
+    fn counters(&self, view: u64, counters: ViewCounters) {
+        self.state().told.push((view, counters, false));
+    }
+
+    fn set_events(&self, views: Weak<Views>) {
+        self.state().views = views;
+    }
+}
