@@ -4,6 +4,7 @@
 mod guest;
 mod host;
 mod limits;
+mod views;
 
 use std::process::ExitCode;
 

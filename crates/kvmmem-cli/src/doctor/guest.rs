@@ -10,7 +10,7 @@ use kvmmem_abi::cpuid::{
     FEATURE_DOORBELL, FEATURE_VMCALL, LEAF_FEATURES, LEAF_SIGNATURE, SIGNATURE_REGISTERS,
 };
 
-use super::{Check, limits};
+use super::{Check, limits, views};
 
 /// Bit of CPUID leaf 1's ecx that hypervisors set.
 const HYPERVISOR_BIT: u32 = 1 << 31;
@@ -26,7 +26,14 @@ pub(super) fn is_introspector() -> bool {
 }
 
 pub(super) fn checks() -> Vec<Check> {
-    vec![check_signature(), check_module(), check_device(), check_vsock(), limits::memlock_in_guest()]
+    vec![
+        check_signature(),
+        check_module(),
+        check_device(),
+        views::check(features()),
+        check_vsock(),
+        limits::memlock_in_guest(),
+    ]
 }
 
 /// The feature bits of the host, where its signature is seen.
