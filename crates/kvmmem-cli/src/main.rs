@@ -91,7 +91,7 @@ enum Verb {
     Translate(translate::Arguments),
     /// Read a target's memory, over KVMI or by a view.
     Read(physical::Read),
-    /// In an introspector: write to a target's memory over KVMI.
+    /// Write to a target's memory, over KVMI or by a view.
     Write(physical::Write),
     /// In an introspector: map a page of a target and print it.
     Map(map::Arguments),

@@ -6,9 +6,9 @@ use std::process::ExitCode;
 use anyhow::{Context, Result, ensure};
 use clap::Args;
 use kvmmem::paging::AddressSpace;
+use kvmmem::view::Access;
 use serde::Serialize;
 
-use crate::connect::Connect;
 use crate::hexdump::Hexdump;
 use crate::number::{HexBytes, hex, parse, parse_hex, parse_size};
 use crate::output::Output;
@@ -19,7 +19,7 @@ use crate::translate::Depth;
 const CHUNK: u64 = 64 * 1024;
 
 #[derive(Args)]
-#[command(after_help = READ_HELP)]
+#[command(after_help = SOURCE_HELP)]
 pub(crate) struct Read {
     /// First guest-physical address in the target, or guest-virtual with --gva
     #[arg(value_parser = parse)]
@@ -44,6 +44,7 @@ pub(crate) struct Read {
 }
 
 #[derive(Args)]
+#[command(after_help = SOURCE_HELP)]
 pub(crate) struct Write {
     /// First guest-physical address in the target
     #[arg(value_parser = parse)]
@@ -52,10 +53,10 @@ pub(crate) struct Write {
     #[arg(value_name = "HEX", value_parser = parse_hex)]
     bytes: HexBytes,
     #[command(flatten)]
-    connect: Connect,
+    source: Source,
 }
 
-const READ_HELP: &str = "\
+const SOURCE_HELP: &str = "\
 The memory comes by KVMI (--listen, KVMMEM_KVMI_PORT), or by a view where a token, a device or a broker is given.";
 
 /// Bytes that were read, as JSON.
@@ -91,7 +92,7 @@ impl Read {
             self.address
         );
         let space = self.cr3.map(|cr3| AddressSpace { cr3, levels: self.levels.into() });
-        let mut memory = self.source.memory()?;
+        let mut memory = self.source.memory(Access::ReadOnly)?;
         let mut dump = Hexdump::default();
         let mut buffer = vec![0; usize::try_from(self.len.min(CHUNK))?];
         let mut done = 0;
@@ -127,7 +128,7 @@ impl Read {
 impl Write {
     pub(crate) fn run(&self, output: &mut Output) -> Result<ExitCode> {
         let bytes = &self.bytes.0;
-        self.connect.accept()?.write_physical(self.gpa, bytes)?;
+        self.source.memory(Access::Granted)?.write(self.gpa, bytes)?;
         if output.is_json() {
             output.object(&Written { gpa: self.gpa, bytes: bytes.len() })?;
         } else {

@@ -57,15 +57,15 @@ impl Source {
         })
     }
 
-    /// Memory for a few reads: over KVMI unless something of a view is given.
-    pub(crate) fn memory(&self) -> Result<Memory> {
+    /// Memory for a few accesses: over KVMI unless something of a view is given.
+    pub(crate) fn memory(&self, access: Access) -> Result<Memory> {
         let wants_view = self.token.is_some()
             || self.token_file.is_some()
             || self.device.is_some()
             || self.broker.is_some()
             || !self.connect.is_given() && std::env::var_os(TOKEN_VARIABLE).is_some();
         Ok(if wants_view {
-            Memory::View(self.attach(Access::ReadOnly)?)
+            Memory::View(self.attach(access)?)
         } else {
             Memory::Session(self.connect.accept()?)
         })
@@ -88,13 +88,13 @@ impl Source {
     }
 }
 
-/// Memory of a target, read by copy.
+/// Memory of a target, read and written by copy.
 pub(crate) enum Memory {
     View(View),
     Session(Session),
 }
 
-/// Why memory cannot be read.
+/// Why memory cannot be read or written.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum MemoryError {
     #[error(transparent)]
@@ -108,6 +108,14 @@ impl Memory {
         match self {
             Self::View(view) => view.read_at(gpa, buf)?,
             Self::Session(session) => session.read_physical(gpa, buf)?,
+        }
+        Ok(())
+    }
+
+    pub(crate) fn write(&mut self, gpa: u64, bytes: &[u8]) -> Result<(), MemoryError> {
+        match self {
+            Self::View(view) => view.write_at(gpa, bytes)?,
+            Self::Session(session) => session.write_physical(gpa, bytes)?,
         }
         Ok(())
     }

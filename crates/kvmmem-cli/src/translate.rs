@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::{Args, ValueEnum};
 use kvmmem::paging::{AddressSpace, Entry, Levels, Translation, Walk, WalkError};
+use kvmmem::view::Access;
 use serde::Serialize;
 
 use crate::failure::escape;
@@ -95,7 +96,7 @@ struct EntryInfo {
 impl Arguments {
     pub(crate) fn run(&self, output: &mut Output) -> Result<ExitCode> {
         let space = AddressSpace { cr3: self.cr3, levels: self.levels.into() };
-        let mut memory = self.source.memory()?;
+        let mut memory = self.source.memory(Access::ReadOnly)?;
         let mut all_mapped = true;
         for &gva in &self.gvas {
             let Walk { entries, end } = space.walk(gva, |gpa, buf| memory.read(gpa, buf));

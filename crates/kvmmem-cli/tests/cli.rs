@@ -13,7 +13,9 @@ const UUID: [u8; 16] = [9; 16];
 fn kvmmem(arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_kvmmem"));
     command.args(arguments).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-    for variable in ["KVMMEM_KVMI_PORT", "KVMMEM_DEVICE", "RUST_LOG", "KVMMEM_BROKER", "CLICOLOR_FORCE"] {
+    for variable in
+        ["KVMMEM_KVMI_PORT", "KVMMEM_DEVICE", "RUST_LOG", "KVMMEM_BROKER", "KVMMEM_TOKEN", "CLICOLOR_FORCE"]
+    {
         command.env_remove(variable);
     }
     command
@@ -41,11 +43,21 @@ fn help_names_the_verbs_and_the_exit_codes() {
         "hook",
         "unhook",
         "doctor",
+        "grant",
+        "grants",
+        "revoke",
+        "policy",
+        "attach",
+        "dump",
+        "scan",
+        "watch",
+        "translate",
         "read",
         "write",
         "map",
         "Exit codes:",
         "KVMMEM_KVMI_PORT",
+        "KVMMEM_TOKEN",
     ] {
         assert!(stdout.contains(word), "{word}: {stdout}");
     }
@@ -125,8 +137,15 @@ fn a_tool_without_a_place_to_listen_is_told_both_ways() {
 
 #[test]
 fn a_broker_that_is_not_there_is_named() {
-    let cases: [&[&str]; 3] =
-        [&["targets"], &["hook", "victim", "vsock:4:5000"], &["unhook", "victim", "unix:/x"]];
+    let cases: [&[&str]; 7] = [
+        &["targets"],
+        &["hook", "victim", "vsock:4:5000"],
+        &["unhook", "victim", "unix:/x"],
+        &["grant", "victim"],
+        &["grants"],
+        &["revoke", "1"],
+        &["policy", "victim"],
+    ];
     for arguments in cases {
         let (code, _, stderr) = run(&[arguments, &["--broker", "/nonexistent/broker.sock"]].concat());
         assert_eq!(code, Some(1), "{arguments:?}");
@@ -239,6 +258,14 @@ fn read_of_a_hole_is_an_error_with_the_address() {
     let ((code, _, stderr), _) = with_target(&["read", "0x7000", "8"]);
     assert_eq!(code, Some(1));
     assert!(stderr.contains("gpa 0x7000") && stderr.contains("EINVAL"), "{stderr}");
+}
+
+#[test]
+fn translate_reads_tables_over_kvmi_too() {
+    let ((code, stdout, stderr), _) = with_target(&["translate", "0", "8"]);
+    assert_eq!((code, stderr.as_str()), (Some(3), ""));
+    let entry = "the PML4E 0x706050403020100 at gpa 0x0 is not present";
+    assert_eq!(stdout, format!("0x0000000000000008  gva 0x8 is not mapped: {entry}\n"));
 }
 
 #[test]

@@ -38,6 +38,12 @@ impl Checkpoint {
         Self { version: VERSION, uuid, generation, format, ranges, next: 0, data_bytes: 0, is_stale: false }
     }
 
+    /// What of the ranges is not in the file yet.
+    pub(super) fn left(&self) -> Vec<GpaRange> {
+        let left = self.ranges.iter().map(|range| range.start.max(self.next)..range.end);
+        left.filter(|range| !range.is_empty()).collect()
+    }
+
     /// Reads the file beside `dump`; `None` where there is none.
     pub(super) fn load(dump: &Path) -> Result<Option<Self>> {
         let path = path(dump);

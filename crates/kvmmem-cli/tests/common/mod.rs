@@ -1,0 +1,168 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! A broker in this process with one registered virtual machine, and the command line.
+#![allow(dead_code, reason = "each test program uses its own part")]
+
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use kvmmem_broker::link::{Region, Registration, VmmLink};
+use kvmmem_broker::server::{Server, ServerError};
+use kvmmem_sys::ram::GuestRam;
+use rustix::process::{Pid, Signal, kill_process};
+use uuid::Uuid;
+
+pub(crate) const UUID: Uuid = Uuid::from_u128(0x0011_2233_4455_4677_8899_aabb_ccdd_eeff);
+
+/// A broker with one target, named victim.
+pub(crate) struct Host {
+    directory: tempfile::TempDir,
+    pub(crate) vm: Option<VmmLink>,
+    pub(crate) ram: GuestRam,
+    regions: Vec<Region>,
+    stop: Option<UnixStream>,
+    server: Option<JoinHandle<Result<(), ServerError>>>,
+}
+
+/// What a verb printed, and how it ended.
+pub(crate) struct Ended {
+    pub(crate) code: Option<i32>,
+    pub(crate) stdout: String,
+    pub(crate) stderr: String,
+}
+
+impl Host {
+    pub(crate) fn start(regions: &[Region]) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let socket = directory.path().join("broker.sock");
+        let server = Server::bind(&socket, None).unwrap();
+        let (stop, stopped) = UnixStream::pair().unwrap();
+        let server = std::thread::spawn(move || server.run(stopped.as_fd()));
+
+        let size = regions.iter().map(|region| region.offset + region.len).max().unwrap();
+        let ram = GuestRam::new(size).unwrap();
+        let registration = Registration {
+            name: "victim".to_owned(),
+            uuid: UUID,
+            vcpus: 2,
+            start_time_ms: 0,
+            cid: None,
+            introspectable: true,
+            introspector: false,
+            regions: regions.to_vec(),
+        };
+        let fd = ram.fd().try_clone_to_owned().unwrap();
+        let vm = VmmLink::connect(&socket, registration, Some(fd)).unwrap();
+        let (stop, server) = (Some(stop), Some(server));
+        Self { directory, vm: Some(vm), ram, regions: regions.to_vec(), stop, server }
+    }
+
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    pub(crate) fn endpoint(&self) -> String {
+        format!("unix:{}", self.path("tool.sock").display())
+    }
+
+    /// Puts bytes into the target's memory.
+    pub(crate) fn put(&self, gpa: u64, bytes: &[u8]) {
+        for (gpa, byte) in (gpa..).zip(bytes) {
+            let region =
+                self.regions.iter().find(|region| (region.gpa..region.gpa + region.len).contains(&gpa));
+            let region = region.unwrap_or_else(|| panic!("no memory at {gpa:#x}"));
+            rustix::io::pwrite(self.ram.fd(), &[*byte], region.offset + (gpa - region.gpa)).unwrap();
+        }
+    }
+
+    /// Blocks of the target's memory that the host has allocated.
+    pub(crate) fn allocated(&self) -> i64 {
+        rustix::fs::fstat(self.ram.fd()).unwrap().st_blocks
+    }
+
+    /// The command line, apart from this process's environment, with this broker.
+    pub(crate) fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_kvmmem"));
+        command.args(arguments).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        for variable in ["KVMMEM_KVMI_PORT", "KVMMEM_TOKEN", "RUST_LOG", "CLICOLOR_FORCE"] {
+            command.env_remove(variable);
+        }
+        command.env("KVMMEM_BROKER", self.path("broker.sock")).env("KVMMEM_DEVICE", "/nonexistent/kvmmem");
+        command
+    }
+
+    pub(crate) fn run(&self, arguments: &[&str]) -> Ended {
+        finish(self.command(arguments).spawn().unwrap())
+    }
+
+    /// Runs a verb that asks the broker, and wants it to succeed.
+    #[track_caller]
+    pub(crate) fn ask(&self, arguments: &[&str]) -> String {
+        let ended = self.run(arguments);
+        assert_eq!(ended.code, Some(0), "{arguments:?}: {}", ended.stderr);
+        ended.stdout
+    }
+
+    /// As [`Self::ask`]; the one object that was printed.
+    #[track_caller]
+    pub(crate) fn ask_json(&self, arguments: &[&str]) -> serde_json::Value {
+        serde_json::from_str(&self.ask(&[arguments, &["--json"]].concat())).unwrap()
+    }
+
+    /// Grants access to the target; the grant's number and token.
+    #[track_caller]
+    pub(crate) fn grant(&self, arguments: &[&str]) -> (String, String) {
+        let granted = self.ask_json(&[&["grant", "victim"], arguments].concat());
+        (granted["grant"].to_string(), granted["token"].as_str().unwrap().to_owned())
+    }
+
+    /// A verb on a view by the token.
+    pub(crate) fn view(&self, token: &str, arguments: &[&str]) -> Command {
+        let mut command = self.command(arguments);
+        command.env("KVMMEM_TOKEN", token);
+        command
+    }
+
+    /// Runs a verb on a view by a token for all that `grant` says.
+    #[track_caller]
+    pub(crate) fn look(&self, grant: &[&str], arguments: &[&str]) -> Ended {
+        let (_, token) = self.grant(grant);
+        finish(self.view(&token, arguments).spawn().unwrap())
+    }
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        drop(self.stop.take());
+        let ended = self.server.take().map(JoinHandle::join);
+        if !std::thread::panicking() {
+            ended.unwrap().unwrap().unwrap();
+        }
+    }
+}
+
+pub(crate) fn finish(child: Child) -> Ended {
+    let output = child.wait_with_output().unwrap();
+    Ended {
+        code: output.status.code(),
+        stdout: String::from_utf8(output.stdout).unwrap(),
+        stderr: String::from_utf8(output.stderr).unwrap(),
+    }
+}
+
+pub(crate) fn signal(child: &Child, signal: Signal) {
+    kill_process(Pid::from_child(child), signal).unwrap();
+}
+
+/// Waits until something holds, at most 10 s.
+#[track_caller]
+pub(crate) fn wait_for(what: &Path, holds: impl Fn(&Path) -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while !holds(what) {
+        assert!(Instant::now() < deadline, "still waiting for {}", what.display());
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
