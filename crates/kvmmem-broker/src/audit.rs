@@ -1,14 +1,26 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The audit log: who did what to whom, as `tracing` events of target [`TARGET`].
+//! The audit log: who got, used and lost what, as `tracing` events of target [`TARGET`] and as lines of a file.
 //!
-//! What a guest or a tool can cause at will is limited to so many lines a second for each kind of event; the field
-//! `suppressed` of the next line tells how many were left out. Tokens are never written.
+//! What a guest or a tool can cause at will is limited to so many lines a second for each kind of event and each VM;
+//! the field `suppressed` of the next line tells how many were left out. Tokens are never written.
 
+mod file;
+mod record;
+
+use std::fs::File;
+use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
+use crate::endpoint::Endpoint;
+use crate::grants::View;
 use crate::limit::RateLimit;
-use crate::peer::Credentials;
+use crate::peer::{Credentials, Peer};
 use crate::registry::Vm;
+use crate::scope::Scope;
+use crate::wire::{Caller, Change, KvmiPolicy, Revoked};
+use file::Lines;
+pub(crate) use record::Event;
+use record::Record;
 
 /// The `target` of every event of the audit log.
 pub const TARGET: &str = "audit";
@@ -16,69 +28,209 @@ pub const TARGET: &str = "audit";
 /// Lines a second for each kind of event that can be caused at will.
 const PER_SECOND: u32 = 50;
 
-/// Writes one line unless its kind has had its share.
-macro_rules! limited {
-    ($event:literal, $($field:tt)*) => {{
-        static LIMIT: RateLimit = RateLimit::new(PER_SECOND);
-        if let Some(suppressed) = LIMIT.allow(Instant::now()) {
-            tracing::info!(target: TARGET, event = $event, suppressed, $($field)*);
+/// The same for what operators do.
+const OPERATORS_PER_SECOND: u32 = 1000;
+
+/// How many lines somebody has caused.
+#[derive(Debug)]
+pub(crate) struct Limits([RateLimit; Event::COUNT]);
+
+impl Default for Limits {
+    fn default() -> Self {
+        let by_operators = [Event::Hook, Event::Granted, Event::Revoked, Event::Policy];
+        Self(std::array::from_fn(|event| {
+            let is_operator = by_operators.iter().any(|other| *other as usize == event);
+            RateLimit::new(if is_operator { OPERATORS_PER_SECOND } else { PER_SECOND })
+        }))
+    }
+}
+
+/// The audit log.
+#[derive(Debug, Default)]
+pub struct Audit {
+    file: Mutex<Option<Lines>>,
+    /// For those who have no VM: they come and go as they like.
+    strangers: Limits,
+}
+
+impl Audit {
+    /// Also writes lines to `file` from now on: one JSON object each, with `time` in UTC by RFC 3339, `event` and what
+    /// belongs to it. If that fails, it is said once in the log, and the lines go on being tried.
+    pub fn write_to(&self, file: File) {
+        *self.file.lock().unwrap_or_else(PoisonError::into_inner) = Some(Lines::new(file));
+    }
+
+    /// A VM was registered.
+    pub(crate) fn registered(&self, vm: &Vm) {
+        let registration = vm.registration();
+        let record = Record {
+            cid: registration.cid,
+            introspectable: Some(registration.introspectable),
+            introspector: Some(registration.introspector),
+            ..Record::new(Event::Registered).of(vm).on_host(vm.peer().credentials())
+        };
+        self.write(&self.strangers, record);
+    }
+
+    /// A VM's VMM went away.
+    pub(crate) fn gone(&self, vm: &Vm) {
+        self.write(&self.strangers, Record::new(Event::Gone).of(vm));
+    }
+
+    /// A request was refused.
+    pub(crate) fn refused(&self, peer: &Peer, by: Option<&Vm>, reason: &str) {
+        let record =
+            Record { reason: Some(reason), ..Record::new(Event::Refused).on_host(peer.credentials()) };
+        match by {
+            Some(by) => self.write(peer.limits(), record.by(by)),
+            None => self.write(&self.strangers, record),
         }
-    }};
-}
+    }
 
-/// A VM was registered.
-pub(crate) fn registered(vm: &Vm) {
-    let (registration, peer) = (vm.registration(), vm.peer().credentials());
-    limited!(
-        "registered",
-        vm = vm.id(),
-        name = registration.name,
-        uuid = %registration.uuid,
-        cid = registration.cid,
-        introspectable = registration.introspectable,
-        introspector = registration.introspector,
-        pid = peer.pid,
-        uid = peer.uid,
-    );
-}
+    /// A hook was made or undone.
+    pub(crate) fn hooked(&self, vm: &Vm, endpoint: &Endpoint, on: bool, peer: Credentials) {
+        let record = Record { on: Some(on), ..Record::new(Event::Hook).of(vm).at(endpoint).on_host(peer) };
+        self.write(&self.strangers, record);
+    }
 
-/// A VM's VMM went away.
-pub(crate) fn gone(vm: &Vm) {
-    limited!("gone", vm = vm.id(), name = vm.registration().name);
-}
+    /// A tool was connected to a target.
+    pub(crate) fn connected(&self, vm: &Vm, endpoint: &Endpoint) {
+        self.write(vm.peer().limits(), Record::new(Event::Connected).of(vm).at(endpoint));
+    }
 
-/// A request was refused.
-pub(crate) fn refused(peer: Credentials, message: &str) {
-    limited!("refused", pid = peer.pid, uid = peer.uid, message);
-}
+    /// A tool's connection ended.
+    pub(crate) fn disconnected(&self, vm: &Vm, endpoint: &Endpoint, reason: &str) {
+        let record = Record { reason: Some(reason), ..Record::new(Event::Disconnected).of(vm).at(endpoint) };
+        self.write(vm.peer().limits(), record);
+    }
 
-/// A hook was made or undone.
-pub(crate) fn hooked(vm: &Vm, endpoint: &crate::endpoint::Endpoint, on: bool, peer: Credentials) {
-    let name = &vm.registration().name;
-    limited!("hook", vm = vm.id(), name, %endpoint, on, pid = peer.pid, uid = peer.uid);
-}
+    /// A tool got a token, which only `holder` may use, or anybody where there is none.
+    pub(crate) fn minted(
+        &self,
+        vm: &Vm,
+        endpoint: &Endpoint,
+        grant: u64,
+        scope: &Scope,
+        holder: Option<&Vm>,
+    ) {
+        let record = Record {
+            grant: Some(grant),
+            holder: holder.map(|holder| holder.registration().uuid),
+            ..Record::new(Event::Minted).of(vm).at(endpoint).allowing(scope)
+        };
+        self.write(vm.peer().limits(), record);
+    }
 
-/// A tool was connected to a target.
-pub(crate) fn connected(vm: &Vm, endpoint: &crate::endpoint::Endpoint) {
-    limited!("connected", vm = vm.id(), name = vm.registration().name, %endpoint);
-}
+    /// A tool got no token.
+    pub(crate) fn not_minted(&self, vm: &Vm, endpoint: &Endpoint, reason: &str) {
+        let record = Record { reason: Some(reason), ..Record::new(Event::NotMinted).of(vm).at(endpoint) };
+        self.write(vm.peer().limits(), record);
+    }
 
-/// A tool's connection ended.
-pub(crate) fn disconnected(vm: &Vm, endpoint: &crate::endpoint::Endpoint, reason: &str) {
-    limited!("disconnected", vm = vm.id(), name = vm.registration().name, %endpoint, reason);
-}
+    /// An operator got a token.
+    pub(crate) fn granted(
+        &self,
+        vm: &Vm,
+        grant: u64,
+        terms: &crate::wire::GrantRequest,
+        scope: &Scope,
+        peer: Credentials,
+    ) {
+        let record = Record {
+            grant: Some(grant),
+            uses: Some(terms.uses),
+            ttl_ms: Some(terms.ttl_ms),
+            holder: terms.holder,
+            label: terms.label.as_deref(),
+            ..Record::new(Event::Granted).of(vm).allowing(scope).on_host(peer)
+        };
+        self.write(&self.strangers, record);
+    }
 
-/// A tool got a token, which only `holder` may use, or anybody where there is none.
-pub(crate) fn minted(vm: &Vm, endpoint: &crate::endpoint::Endpoint, holder: Option<u64>) {
-    limited!("minted", vm = vm.id(), name = vm.registration().name, %endpoint, holder);
-}
+    /// A VM used a token for a page.
+    pub(crate) fn used(&self, grant: u64, target: &Vm, by: &Vm) {
+        let record = Record { grant: Some(grant), ..Record::new(Event::Used).of(target).by(by) };
+        self.write(by.peer().limits(), record);
+    }
 
-/// A tool got no token.
-pub(crate) fn not_minted(vm: &Vm, endpoint: &crate::endpoint::Endpoint, reason: &str) {
-    limited!("not_minted", vm = vm.id(), name = vm.registration().name, %endpoint, reason);
-}
+    /// A token was used for a view.
+    pub(crate) fn attached(
+        &self,
+        view: u64,
+        opened: (u64, &Scope),
+        target: &Vm,
+        by: (&Peer, Option<&Vm>),
+        caller: &Caller,
+    ) {
+        let (peer, vm) = by;
+        let record = Record {
+            grant: Some(opened.0),
+            view: Some(view),
+            ..Record::new(Event::Attached)
+                .of(target)
+                .allowing(opened.1)
+                .on_host(peer.credentials())
+                .asked_by(caller)
+        };
+        match vm {
+            Some(vm) => self.write(peer.limits(), record.by(vm)),
+            None => self.write(&self.strangers, record.by_host()),
+        }
+    }
 
-/// A VM used a token.
-pub(crate) fn used(target: u64, by: &Vm) {
-    limited!("used", vm = target, by = by.id(), by_name = by.registration().name);
+    /// A view has ended.
+    pub(crate) fn detached(&self, view: &View, limits: Option<&Limits>, reason: &str) {
+        let record = Record {
+            vm: Some(view.target),
+            grant: Some(view.grant),
+            view: Some(view.id),
+            by: Some(&view.by),
+            by_uuid: view.by_uuid,
+            seeks: Some(view.counters.seeks),
+            refused_writes: Some(view.counters.refused_writes),
+            reason: Some(reason),
+            ..Record::new(Event::Detached).asked_by(&view.caller)
+        };
+        self.write(limits.unwrap_or(&self.strangers), record);
+    }
+
+    /// A grant was taken back.
+    pub(crate) fn revoked(&self, grant: u64, target: u64, outcome: &Revoked, peer: Credentials) {
+        let record = Record {
+            vm: Some(target),
+            grant: Some(grant),
+            views: Some(outcome.views),
+            unconfirmed: Some(outcome.unconfirmed),
+            micros: Some(outcome.micros),
+            ..Record::new(Event::Revoked).on_host(peer)
+        };
+        self.write(&self.strangers, record);
+    }
+
+    /// What KVMI's tokens allow was set for a target.
+    pub(crate) fn policy(&self, uuid: uuid::Uuid, policy: KvmiPolicy, peer: Credentials) {
+        let policy = Some(policy.to_string());
+        let record = Record { uuid: Some(uuid), policy, ..Record::new(Event::Policy).on_host(peer) };
+        self.write(&self.strangers, record);
+    }
+
+    /// A VM was reset, or its RAM is elsewhere.
+    pub(crate) fn ram_changed(&self, vm: &Vm, change: Change) {
+        let reason = match change {
+            Change::Reset => "reset",
+            Change::Resized => "resized",
+        };
+        let record = Record { reason: Some(reason), ..Record::new(Event::RamChanged).of(vm) };
+        self.write(vm.peer().limits(), record);
+    }
+
+    fn write(&self, limits: &Limits, mut record: Record<'_>) {
+        let limit = limits.0.get(record.event as usize);
+        let Some(suppressed) = limit.and_then(|limit| limit.allow(Instant::now())) else { return };
+        record.suppressed = suppressed;
+        record.trace();
+        if let Some(file) = &mut *self.file.lock().unwrap_or_else(PoisonError::into_inner) {
+            file.write(&record);
+        }
+    }
 }

@@ -4,23 +4,23 @@
 //! No two of the locks here, of a peer and of a hook are ever held together, but for one pair: a target's list of
 //! hooks, then one of them.
 
+use std::collections::HashMap;
 use std::error::Error;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-use kvmmem_abi::errno::KvmError;
-use kvmmem_kvmi::token::Token;
-
-use crate::audit;
+use crate::audit::Audit;
 use crate::endpoint::Endpoint;
-use crate::grants::{Grants, Redeemed};
+use crate::grants::{Grants, View};
 use crate::hook::HookError;
-use crate::peer::Credentials;
+use crate::map::Region;
+use crate::peer::{Credentials, Peer};
+use crate::policy::Policies;
 use crate::registry::{Registry, Vm};
-use crate::scope::{Rights, Scope};
+use crate::revoke::Confirmations;
 use crate::session;
-use crate::wire::{Answer, Refusal};
+use crate::wire::{Answer, Change, KvmiPolicy, Refusal};
 
 /// The most hooks of all targets: each has a thread.
 const MAX_HOOKS: usize = 128;
@@ -28,12 +28,20 @@ const MAX_HOOKS: usize = 128;
 /// The most VMs in one answer to a list request; keeps it within a packet.
 const PAGE: usize = 16;
 
+/// How much of a name that no VM has is repeated, bytes.
+const MAX_SHOWN: usize = 64;
+
 /// The broker's state.
 #[derive(Debug, Default)]
 pub struct Broker {
     registry: Mutex<Registry>,
     grants: Mutex<Grants>,
+    policies: Mutex<Policies>,
+    /// All connections, by number.
+    peers: Mutex<HashMap<u64, Arc<Peer>>>,
+    confirmations: Confirmations,
     hooks: AtomicUsize,
+    audit: Audit,
 }
 
 /// Why a request was refused.
@@ -62,86 +70,35 @@ impl Broker {
         self.registry.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn grants(&self) -> MutexGuard<'_, Grants> {
+    pub(crate) fn grants(&self) -> MutexGuard<'_, Grants> {
         self.grants.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Makes a token for a target whose tool is at `endpoint`. Where that is in a registered introspector, the token
-    /// is pushed there before it is returned, and is good there only.
-    ///
-    /// # Errors
-    /// EAGAIN where too many are outstanding, EPERM where the tool is in the target itself, ENOMEM where the system
-    /// has no random bytes, EOPNOTSUPP where the target is gone.
-    pub fn mint(&self, now: Instant, target: &Vm, endpoint: &Endpoint) -> Result<Token, KvmError> {
-        let minted = self.mint_for(now, target, endpoint);
-        match &minted {
-            Ok((_, holder)) => audit::minted(target, endpoint, *holder),
-            Err(error) => audit::not_minted(target, endpoint, &format!("{error:?}")),
-        }
-        minted.map(|(token, _)| token)
+    pub(crate) fn policies(&self) -> MutexGuard<'_, Policies> {
+        self.policies.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn mint_for(
-        &self,
-        now: Instant,
-        target: &Vm,
-        endpoint: &Endpoint,
-    ) -> Result<(Token, Option<u64>), KvmError> {
-        let holder = match endpoint {
-            Endpoint::Vsock { cid, .. } => self.registry().introspector(*cid),
-            Endpoint::Unix(_) => None,
-        };
-        if holder.as_ref().is_some_and(|holder| holder.id() == target.id()) {
-            return Err(KvmError::Perm);
-        }
-        let token = random_token()?;
-        {
-            let mut grants = self.grants();
-            // The end of a target is marked before its tokens are voided: none is made after that.
-            if target.is_gone() {
-                return Err(KvmError::OpNotSupp);
-            }
-            let holder = holder.as_ref().map(|holder| holder.id());
-            grants.mint(now, token.clone(), target.id(), holder).map_err(|_| KvmError::Again)?;
-        }
-        let Some(holder) = holder else { return Ok((token, None)) };
-        if holder.peer().grant(target, &token, 0, Scope::whole(Rights::ReadWrite)).is_err() {
-            self.grants().release(&token);
-            return Ok((token, None));
-        }
-        Ok((token, Some(holder.id())))
+    fn peers(&self) -> MutexGuard<'_, HashMap<u64, Arc<Peer>>> {
+        self.peers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Trades a token for a target on behalf of a VM.
-    ///
-    /// # Errors
-    /// Where the VM is no introspector, or the token is not good.
-    pub fn redeem(&self, now: Instant, by: Option<&Vm>, token: &Token) -> Result<Answer, Refused> {
-        let by = introspector(by)?;
-        let unknown = || Refused::new(Refusal::Unknown, "token is unknown, used or expired");
-        let redeemed = self.grants().redeem(now, token, by.id()).ok_or_else(unknown)?;
-        let target = match redeemed {
-            Redeemed::Held => return Ok(Answer::Pushed),
-            Redeemed::Target(target) => target,
-        };
-        if target == by.id() {
-            return Err(Refused::new(Refusal::Denied, "a VM cannot map its own memory"));
-        }
-        let vm = self.registry().get(target).ok_or_else(unknown)?;
-        by.peer()
-            .introduce(&vm)
-            .map_err(|_| Refused::new(Refusal::Busy, "the target is gone, or the VMM does not read"))?;
-        audit::used(target, by);
-        Ok(Answer::Redeemed { grant: 0, target, scope: Scope::whole(Rights::ReadWrite) })
+    pub(crate) fn confirmations(&self) -> &Confirmations {
+        &self.confirmations
     }
 
-    /// Takes note that a VM has used a token that was pushed to it.
-    pub fn used(&self, now: Instant, by: Option<&Vm>, token: &Token) {
-        let Some(by) = by else { return };
-        let target = self.grants().used(now, token, by.id());
-        if let Some(target) = target {
-            audit::used(target, by);
-        }
+    /// The audit log.
+    pub fn audit(&self) -> &Audit {
+        &self.audit
+    }
+
+    /// Sets what tokens allow that KVMI makes for targets that have no policy of their own.
+    pub fn set_kvmi_tokens(&self, policy: KvmiPolicy) {
+        self.policies().set_default(policy);
+    }
+
+    /// How many grants and views there are.
+    pub fn grant_count(&self) -> (usize, usize) {
+        self.grants().len()
     }
 
     /// A page of the VMs whose number is above `after`.
@@ -172,7 +129,7 @@ impl Broker {
         let counted = Counted::new(self)
             .ok_or_else(|| Refused::new(Refusal::Limit, format!("there are {MAX_HOOKS} hooks already")))?;
         let hook = vm.hooks().add(endpoint.clone()).map_err(refuse_hook)?;
-        audit::hooked(&vm, &endpoint, true, peer);
+        self.audit.hooked(&vm, &endpoint, true, peer);
         let started = std::thread::Builder::new().name("kvmi-session".into()).spawn({
             let vm = Arc::clone(&vm);
             move || hook.run(|hook, stream| session::serve(&counted.0, &vm, hook, stream))
@@ -192,24 +149,77 @@ impl Broker {
     pub fn unhook(&self, peer: Credentials, target: &str, endpoint: &Endpoint) -> Result<Answer, Refused> {
         let vm = self.find(target)?;
         vm.hooks().remove(endpoint).map_err(refuse_hook)?;
-        audit::hooked(&vm, endpoint, false, peer);
+        self.audit.hooked(&vm, endpoint, false, peer);
         Ok(Answer::Done)
     }
 
-    /// Does what the end of a VM's connection demands: its tokens die, its sessions end, whoever knows it is told.
-    pub fn retire(&self, vm: &Vm) {
-        vm.mark_gone();
-        let others: Vec<Arc<Vm>> = {
-            let mut registry = self.registry();
-            registry.remove(vm.id());
-            registry.after(0).cloned().collect()
-        };
-        self.grants().forget(vm.id());
-        vm.hooks().close();
-        for other in others {
-            other.peer().gone(vm.id());
+    /// Takes note of a new connection.
+    pub(crate) fn join(&self, peer: &Arc<Peer>) {
+        self.peers().insert(peer.number(), Arc::clone(peer));
+    }
+
+    /// A connection by its number.
+    pub(crate) fn peer(&self, number: u64) -> Option<Arc<Peer>> {
+        self.peers().get(&number).cloned()
+    }
+
+    /// Does what the end of a connection demands: its VM goes, and so do its views.
+    pub(crate) fn leave(&self, peer: &Peer, vm: Option<&Vm>) {
+        if let Some(vm) = vm {
+            self.retire(vm);
         }
-        audit::gone(vm);
+        let ended = self.grants().forget_peer(Instant::now(), peer.number(), vm.is_some());
+        self.tell_ended(&ended, "the connection ended");
+        self.peers().remove(&peer.number());
+        self.confirmations.forget_peer(peer.number());
+    }
+
+    /// Does what the end of a VM demands: its tokens and views die, its sessions end, whoever knows it is told.
+    fn retire(&self, vm: &Vm) {
+        vm.mark_gone();
+        self.registry().remove(vm.id());
+        let ended = self.grants().forget_target(vm.id());
+        vm.hooks().close();
+        for peer in self.all_peers() {
+            peer.gone(vm.id());
+        }
+        self.tell_ended(&ended, "the target is gone");
+        self.audit.gone(vm);
+    }
+
+    /// Takes note that a VM was reset, or has other RAM in its memfd; whoever knows it is told.
+    ///
+    /// # Errors
+    /// Where the VM has no RAM to look at, or the regions are no memory map.
+    pub(crate) fn ram_changed(
+        &self,
+        vm: Option<&Vm>,
+        regions: Vec<Region>,
+        change: Change,
+    ) -> Result<(), Refused> {
+        let ram = vm.and_then(|vm| Some((vm, vm.ram()?)));
+        let (vm, ram) = ram.ok_or_else(|| {
+            Refused::new(Refusal::Denied, "only the VMM of an introspectable VM may change its RAM")
+        })?;
+        ram.change(regions).map_err(|error| Refused::from_error(Refusal::Invalid, &error))?;
+        let layout = ram.layout();
+        for peer in self.all_peers() {
+            peer.changed(vm.id(), &layout);
+        }
+        self.audit.ram_changed(vm, change);
+        Ok(())
+    }
+
+    /// Writes down which views have ended.
+    pub(crate) fn tell_ended(&self, views: &[View], reason: &str) {
+        for view in views {
+            let peer = self.peer(view.peer);
+            self.audit.detached(view, peer.as_ref().map(|peer| peer.limits()), reason);
+        }
+    }
+
+    fn all_peers(&self) -> Vec<Arc<Peer>> {
+        self.peers().values().cloned().collect()
     }
 
     /// How many hooks have a thread.
@@ -223,7 +233,10 @@ impl Broker {
     /// Where there is none.
     pub fn find(&self, target: &str) -> Result<Arc<Vm>, Refused> {
         let found = self.registry().find(target);
-        found.ok_or_else(|| Refused::new(Refusal::Unknown, format!("no VM is named {target:?}")))
+        found.ok_or_else(|| {
+            let target = target.get(..target.floor_char_boundary(MAX_SHOWN)).unwrap_or_default();
+            Refused::new(Refusal::Unknown, format!("no VM is named {target:?}"))
+        })
     }
 }
 
@@ -242,11 +255,6 @@ impl Drop for Counted {
     fn drop(&mut self) {
         self.0.hooks.fetch_sub(1, Ordering::AcqRel);
     }
-}
-
-fn introspector(vm: Option<&Vm>) -> Result<&Vm, Refused> {
-    vm.filter(|vm| vm.registration().introspector)
-        .ok_or_else(|| Refused::new(Refusal::Denied, "only the VMM of an introspector may redeem a token"))
 }
 
 fn refuse_hook(error: HookError) -> Refused {
@@ -268,11 +276,4 @@ pub(crate) fn in_words(error: &dyn Error) -> String {
         source = error.source();
     }
     words
-}
-
-/// 256 bits from the system's generator.
-fn random_token() -> Result<Token, KvmError> {
-    let mut bytes = zeroize::Zeroizing::new([0; Token::SIZE]);
-    getrandom::fill(&mut *bytes).map_err(|_| KvmError::NoMem)?;
-    Ok(Token::from_bytes(&bytes))
 }

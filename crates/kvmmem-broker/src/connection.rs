@@ -1,44 +1,52 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! One peer's requests, in order.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::audit;
+use kvmmem_kvmi::token::Token;
+
 use crate::broker::{Broker, Refused};
 use crate::packet::{PacketBuffer, PacketError, Wait};
 use crate::peer::Peer;
 use crate::registry::{RegisterError, Vm};
-use crate::wire::{Answer, Call, FromBroker, Refusal, Registration, Request};
+use crate::wire::{Answer, Call, Caller, FromBroker, Refusal, Registration, Request};
 
 /// How long a peer that has not registered may be silent.
 const IDLE_LIMIT: Duration = Duration::from_secs(10);
 
-/// How long a failed redeem delays the next request of that connection: a guest that tries tokens waits itself, and
-/// costs the broker next to nothing.
-const WRONG_TOKEN_PAUSE: Duration = Duration::from_millis(1);
+/// How long a wrong token, or a call that makes no sense, delays the next request of that connection: a guest that
+/// tries tokens waits itself, and costs the broker next to nothing.
+const PAUSE: Duration = Duration::from_millis(1);
+
+/// How long a change of RAM delays the next request of that connection: each is pushed to all who know the VM.
+const CHANGE_PAUSE: Duration = Duration::from_millis(10);
+
+/// An answer, and the descriptor that goes with it.
+type Outcome = (Answer, Option<OwnedFd>);
 
 /// A connection and the VM that it has registered.
 struct Connection<'a> {
     broker: &'a Arc<Broker>,
     peer: &'a Arc<Peer>,
     vm: Option<Arc<Vm>>,
+    /// Whether it has opened a view as a process of the host.
+    has_views: bool,
 }
 
 /// Serves a peer until it closes, is silent too long, does not read its answers or sends what is no request.
 pub(crate) fn serve(broker: &Arc<Broker>, peer: &Arc<Peer>) {
-    let mut connection = Connection { broker, peer, vm: None };
+    broker.join(peer);
+    let mut connection = Connection { broker, peer, vm: None, has_views: false };
     if let Err(error) = connection.run() {
         if matches!(error, PacketError::TooLong | PacketError::TooManyFds | PacketError::Malformed(_)) {
             refuse(peer, 0, &Refused::from_error(Refusal::Malformed, &error));
         }
         // Without what is behind it: that may repeat parts of the packet.
-        audit::refused(peer.credentials(), &error.to_string());
+        broker.audit().refused(peer, connection.vm.as_deref(), &error.to_string());
     }
-    if let Some(vm) = connection.vm {
-        broker.retire(&vm);
-    }
+    broker.leave(peer, connection.vm.as_deref());
     // Others may still hold on to the peer for a moment; the connection ends now.
     peer.socket().shut_down();
 }
@@ -51,18 +59,20 @@ impl Connection<'_> {
         // A descriptor that comes with anything else than a registration is closed by going out of scope.
         while let Some((request, fd)) = socket.receive::<Request>(&mut buffer)? {
             let Request { id, call } = request;
-            let silent = call.is_one_way();
-            let outcome = self.carry_out(call, fd);
-            if silent {
-                continue;
-            }
-            match outcome {
-                Ok(answer) => socket.send(&FromBroker::Answer { id, answer }, None, Wait::Limited)?,
+            let is_answered = !call.is_one_way();
+            match self.carry_out(call, fd) {
+                Ok(None) => {}
+                Ok(Some((answer, fd))) => {
+                    let fd = fd.as_ref().map(AsFd::as_fd);
+                    socket.send(&FromBroker::Answer { id, answer }, fd, Wait::Limited)?;
+                }
                 Err(refused) => {
-                    refuse(self.peer, id, &refused);
-                    audit::refused(self.peer.credentials(), &refused.message);
-                    if refused.refusal == Refusal::Unknown {
-                        std::thread::sleep(WRONG_TOKEN_PAUSE);
+                    if is_answered {
+                        refuse(self.peer, id, &refused);
+                    }
+                    self.broker.audit().refused(self.peer, self.vm.as_deref(), &refused.message);
+                    if refused.refusal == Refusal::Unknown || !is_answered {
+                        std::thread::sleep(PAUSE);
                     }
                 }
             }
@@ -70,50 +80,83 @@ impl Connection<'_> {
         Ok(())
     }
 
-    fn carry_out(&mut self, call: Call, fd: Option<OwnedFd>) -> Result<Answer, Refused> {
+    /// Carries out a call; `None` where it is not answered.
+    fn carry_out(&mut self, call: Call, fd: Option<OwnedFd>) -> Result<Option<Outcome>, Refused> {
         let now = Instant::now();
-        let credentials = self.peer.credentials();
-        match call {
-            Call::Register(registration) => self.register(registration, fd),
-            Call::Redeem { token } => self.broker.redeem(now, self.vm.as_deref(), &token),
-            Call::Used { token } => {
-                self.broker.used(now, self.vm.as_deref(), &token);
-                Ok(Answer::Done)
+        let (broker, peer, vm) = (self.broker, self.peer, self.vm.as_deref());
+        let credentials = peer.credentials();
+        let answer = match call {
+            Call::Register(registration) => self.register(registration, fd)?,
+            Call::Redeem { token } => broker.redeem(now, vm, &token)?,
+            Call::Attach { token, caller, read_only } => {
+                return self.attach(&token, caller, read_only).map(Some);
             }
-            Call::Attach { .. }
-            | Call::Detached { .. }
-            | Call::Counters { .. }
-            | Call::RevokedDone { .. }
-            | Call::RamChanged { .. }
-            | Call::Grant(_)
-            | Call::Grants { .. }
-            | Call::Revoke { .. }
-            | Call::Policy { .. } => {
-                Err(Refused::new(Refusal::Denied, "this broker does not serve views yet"))
+            Call::Used { token } => return broker.used(now, vm, &token).map(|()| None),
+            Call::Detached { view, counters } => return broker.detach(peer, view, counters).map(|()| None),
+            Call::Counters { view, counters } => return broker.count(peer, view, counters).map(|()| None),
+            Call::RevokedDone { grant } => {
+                broker.revoked_done(peer, grant);
+                return Ok(None);
             }
-            Call::Targets { after } => Ok(self.broker.list(after)),
-            Call::Hook { target, endpoint } => self.broker.hook(credentials, &target, endpoint),
-            Call::Unhook { target, endpoint } => self.broker.unhook(credentials, &target, &endpoint),
+            Call::RamChanged { regions, change } => {
+                broker.ram_changed(vm, regions, change)?;
+                std::thread::sleep(CHANGE_PAUSE);
+                return Ok(None);
+            }
+            Call::Grant(request) => self.operator()?.grant(now, credentials, &request)?,
+            Call::Grants { after } => self.operator()?.list_grants(now, after),
+            Call::Revoke { grant } => self.operator()?.revoke(credentials, grant)?,
+            Call::Policy { target, set } => self.operator()?.policy(credentials, &target, set)?,
+            Call::Targets { after } => broker.list(after),
+            Call::Hook { target, endpoint } => broker.hook(credentials, &target, endpoint)?,
+            Call::Unhook { target, endpoint } => broker.unhook(credentials, &target, &endpoint)?,
+        };
+        Ok(Some((answer, None)))
+    }
+
+    /// The broker, for calls that are not a VMM's: whoever breaks out into one must not make tokens by its connection.
+    fn operator(&self) -> Result<&Broker, Refused> {
+        match self.vm {
+            None => Ok(self.broker),
+            Some(_) => {
+                Err(Refused::new(Refusal::Denied, "a connection that has registered a VM may not do that"))
+            }
         }
+    }
+
+    fn attach(&mut self, token: &Token, caller: Caller, read_only: bool) -> Result<Outcome, Refused> {
+        let vm = self.vm.as_deref();
+        let outcome = self.broker.attach(Instant::now(), self.peer, vm, token, (caller, read_only))?;
+        if vm.is_none() {
+            self.has_views = true;
+            self.may_be_silent()?;
+        }
+        Ok(outcome)
+    }
+
+    /// A VM, or a process with a view, may go on for months without a word.
+    fn may_be_silent(&self) -> Result<(), Refused> {
+        let limited = self.peer.socket().limit_receive(None);
+        limited.map_err(|error| Refused::from_error(Refusal::Limit, &error))
     }
 
     fn register(&mut self, registration: Registration, ram: Option<OwnedFd>) -> Result<Answer, Refused> {
         if self.vm.is_some() {
             return Err(Refused::new(Refusal::Denied, "this connection has registered a VM already"));
         }
+        // A VMM is introduced to targets in another way.
+        if self.has_views {
+            return Err(Refused::new(Refusal::Denied, "this connection has views as a process of the host"));
+        }
         let vm = self
             .broker
             .registry()
             .insert(registration, ram, Arc::clone(self.peer))
             .map_err(|error| Refused::from_error(kind(&error), &error))?;
-        audit::registered(&vm);
+        self.broker.audit().registered(&vm);
         let number = vm.id();
         self.vm = Some(vm);
-        // A VM may run for months without a word.
-        self.peer
-            .socket()
-            .limit_receive(None)
-            .map_err(|error| Refused::from_error(Refusal::Limit, &error))?;
+        self.may_be_silent()?;
         Ok(Answer::Registered { vm: number })
     }
 }

@@ -1,247 +1,428 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The tokens that are outstanding.
+//! The table of grants: what tokens are good for, and the views that they have opened.
 //!
-//! A token is valid for [`LIFETIME`] and used once. Nothing runs when no token is made or used: expiry is checked at
-//! use, and expired tokens are dropped by the next operation. Times come from the caller, who takes them from a
-//! monotonic clock.
+//! Nothing runs when nobody asks: time passes at the next operation. Times come from the caller, who takes them from a
+//! monotonic clock. A grant that can no longer be used stays as long as something is open by it, and then for
+//! [`KEPT`], so that a list shows it; the oldest leave earlier where there are more than [`MAX_LEAVING`].
 
+mod grant;
+mod index;
+mod list;
+#[cfg(test)]
+mod tests;
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::time::{Duration, Instant};
 
 use kvmmem_kvmi::token::Token;
-use subtle::ConstantTimeEq;
 
-/// How long a token lives.
-pub const LIFETIME: Duration = Duration::from_secs(3);
+use crate::scope::Scope;
+use crate::wire::{Caller, GrantState, Origin, ViewCounters};
+use grant::Grant;
+pub use grant::{Holder, Terms, User, View};
+use index::TokenIndex;
+pub use list::Listed;
 
-/// The most tokens that may be outstanding for one target.
-pub const MAX_PER_TARGET: usize = 64;
+/// How long a token lives that KVMI makes.
+pub const KVMI_LIFETIME: Duration = Duration::from_secs(3);
 
-/// The tokens of all targets.
+/// The most tokens of KVMI's that may be outstanding for one target.
+pub const MAX_KVMI_PER_TARGET: usize = 64;
+
+/// The most grants of operators, of all targets, that can be used or are in use.
+pub const MAX_OPERATOR: usize = 16_384;
+
+/// The most views that one connection may have open.
+pub const MAX_VIEWS_PER_PEER: usize = 64;
+
+/// How long a grant is listed that is of no use any more.
+pub const KEPT: Duration = Duration::from_secs(60);
+
+/// The most grants that are listed though they are of no use any more.
+pub const MAX_LEAVING: usize = 1024;
+
+/// The grants of all targets.
 #[derive(Debug, Default)]
 pub struct Grants {
-    table: Vec<Grant>,
+    grants: BTreeMap<u64, Grant>,
+    views: BTreeMap<u64, View>,
+    tokens: TokenIndex,
+    /// When usable grants expire.
+    expiring: BTreeSet<(Instant, u64)>,
+    /// When grants that are of no use any more leave the table.
+    leaving: BTreeSet<(Instant, u64)>,
+    /// Usable tokens of KVMI's for each target.
+    outstanding: HashMap<u64, usize>,
+    /// Grants of operators that are not leaving.
+    operator: usize,
+    views_of_peer: HashMap<u64, BTreeSet<u64>>,
+    last_grant: u64,
+    last_view: u64,
 }
 
-#[derive(Debug)]
-struct Grant {
-    /// Boxed, so that moving the entry leaves no copy of it behind.
-    token: Box<Token>,
-    target: u64,
-    /// The VM to which the token was pushed; `None` where whoever brings it may have it.
-    holder: Option<u64>,
-    expires: Instant,
-}
-
-/// Why no token was made: the target has [`MAX_PER_TARGET`] outstanding.
+/// Why no grant was made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("target {target} has {MAX_PER_TARGET} tokens outstanding")]
-pub struct TooMany {
+pub enum MintError {
+    /// The target has [`MAX_KVMI_PER_TARGET`] tokens of KVMI's outstanding.
+    #[error("target {0} has {MAX_KVMI_PER_TARGET} tokens outstanding; they expire within 3 s")]
+    Outstanding(u64),
+    /// There are [`MAX_OPERATOR`] grants.
+    #[error("there are {MAX_OPERATOR} grants already; revoke some that are not needed")]
+    Full,
+}
+
+/// Why a token opened nothing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum UseError {
+    /// The token is unknown, used, expired, revoked or somebody else's.
+    #[error("token is unknown, used or expired")]
+    Unknown,
+    /// The token is for the VM that brings it.
+    #[error("a VM cannot map its own memory")]
+    Own,
+    /// The connection has [`MAX_VIEWS_PER_PEER`] views.
+    #[error("this connection has {MAX_VIEWS_PER_PEER} views already; close one")]
+    TooManyViews,
+}
+
+/// What a token opened.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Opened {
+    /// Number of the grant.
+    pub grant: u64,
     /// Number of the target.
     pub target: u64,
+    /// What is allowed.
+    pub scope: Scope,
 }
 
 /// What a token was good for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Redeemed {
-    /// This target; the token is used up.
-    Target(u64),
+    /// This; one use is taken.
+    Opened(Opened),
     /// It was pushed to the one who asks, and is still there to be claimed.
     Held,
 }
 
+/// Who has to be told that a grant was taken back.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Affected {
+    /// Number of the target.
+    pub target: u64,
+    /// Connections that have a view by it, have mapped a page by it, or hold its token.
+    pub peers: BTreeSet<u64>,
+    /// Views that are open.
+    pub views: usize,
+}
+
 impl Grants {
-    /// Makes `token` valid from `now` on, for `target`; only `holder` may use it, or anybody where there is none.
+    /// Makes `token` valid from `now` on; returns the grant's number.
     ///
     /// # Errors
-    /// [`TooMany`].
-    pub fn mint(
-        &mut self,
-        now: Instant,
-        token: Token,
-        target: u64,
-        holder: Option<u64>,
-    ) -> Result<(), TooMany> {
-        self.expire(now);
-        if self.outstanding(target) >= MAX_PER_TARGET {
-            return Err(TooMany { target });
+    /// [`MintError`].
+    pub fn mint(&mut self, now: Instant, token: Token, terms: Terms) -> Result<u64, MintError> {
+        self.advance(now);
+        match terms.origin {
+            Origin::Kvmi if self.outstanding(terms.target) >= MAX_KVMI_PER_TARGET => {
+                return Err(MintError::Outstanding(terms.target));
+            }
+            Origin::Operator if self.operator >= MAX_OPERATOR => return Err(MintError::Full),
+            Origin::Kvmi => *self.outstanding.entry(terms.target).or_default() += 1,
+            Origin::Operator => self.operator += 1,
         }
-        self.table.push(Grant { token: Box::new(token), target, holder, expires: now + LIFETIME });
-        Ok(())
+        self.last_grant += 1;
+        let id = self.last_grant;
+        self.tokens.insert(&token, id);
+        let grant = Grant::new(now, token, terms);
+        self.expiring.insert((grant.expires, id));
+        self.grants.insert(id, grant);
+        Ok(id)
     }
 
-    /// Uses a token on behalf of VM `by`; `None` where it is unknown, used, expired or somebody else's.
-    pub fn redeem(&mut self, now: Instant, token: &Token, by: u64) -> Option<Redeemed> {
-        self.expire(now);
-        let index = self.find(token)?;
-        match self.table.get(index)?.holder {
-            None => Some(Redeemed::Target(self.table.swap_remove(index).target)),
-            Some(holder) if holder == by => Some(Redeemed::Held),
-            Some(_) => None,
+    /// Uses a token for one page.
+    ///
+    /// # Errors
+    /// [`UseError`]; no use is taken then.
+    pub fn redeem(&mut self, now: Instant, token: &Token, by: User) -> Result<Redeemed, UseError> {
+        let (id, grant) = self.usable(now, token, by)?;
+        if grant.terms.holder == Holder::Pushed(by.peer) {
+            return Ok(Redeemed::Held);
         }
+        let opened = grant.take_use(id);
+        grant.users.insert(by.peer);
+        self.settle(now, id);
+        Ok(Redeemed::Opened(opened))
     }
 
-    /// Takes a token out that VM `by`, its holder, has used.
-    pub fn used(&mut self, now: Instant, token: &Token, by: u64) -> Option<u64> {
-        self.expire(now);
-        let index = self.find(token)?;
-        if self.table.get(index)?.holder != Some(by) {
+    /// Takes note that a token was used that had been pushed to this connection.
+    pub fn used(&mut self, now: Instant, token: &Token, by: u64) -> Option<Opened> {
+        self.advance(now);
+        let id = self.find(token)?;
+        let grant = self.grants.get_mut(&id)?;
+        // It may have expired on the news' way.
+        let may_be = grant.terms.holder == Holder::Pushed(by)
+            && matches!(grant.state(now), GrantState::Active | GrantState::Expired);
+        if !may_be {
             return None;
         }
-        Some(self.table.swap_remove(index).target)
+        let opened = grant.take_use(id);
+        grant.users.insert(by);
+        self.settle(now, id);
+        Some(opened)
+    }
+
+    /// Uses a token to open a view; returns the view's number as well.
+    ///
+    /// # Errors
+    /// [`UseError`]; no use is taken then.
+    pub fn attach(
+        &mut self,
+        now: Instant,
+        token: &Token,
+        by: User,
+        (name, caller): (&str, Caller),
+        read_only: bool,
+    ) -> Result<(u64, Opened), UseError> {
+        let views = self.views_of_peer.get(&by.peer).map_or(0, BTreeSet::len);
+        let view = self.last_view + 1;
+        let (id, grant) = self.usable(now, token, by)?;
+        if views >= MAX_VIEWS_PER_PEER {
+            return Err(UseError::TooManyViews);
+        }
+        let mut opened = grant.take_use(id);
+        if read_only {
+            opened.scope = opened.scope.at_most(crate::scope::Rights::ReadOnly);
+        }
+        grant.views.insert(view);
+        self.last_view = view;
+        let entry = View {
+            id: view,
+            grant: id,
+            target: opened.target,
+            peer: by.peer,
+            by: name.to_owned(),
+            by_uuid: by.uuid,
+            caller,
+            since: now,
+            counters: ViewCounters::default(),
+        };
+        self.views.insert(view, entry);
+        self.views_of_peer.entry(by.peer).or_default().insert(view);
+        self.settle(now, id);
+        Ok((view, opened))
+    }
+
+    /// Takes a view out, if it is this connection's.
+    pub fn detach(&mut self, now: Instant, view: u64, by: u64) -> Option<View> {
+        self.views.get(&view).filter(|view| view.peer == by)?;
+        self.close(now, view)
+    }
+
+    /// Takes note of a view's counters, if it is this connection's.
+    pub fn count(&mut self, view: u64, by: u64, counters: ViewCounters) -> bool {
+        let view = self.views.get_mut(&view).filter(|view| view.peer == by);
+        view.map(|view| view.counters = counters).is_some()
     }
 
     /// Lets anybody use a token that could not be pushed to its holder.
-    pub fn release(&mut self, token: &Token) {
-        if let Some(grant) = self.find(token).and_then(|index| self.table.get_mut(index)) {
-            grant.holder = None;
+    pub fn release(&mut self, id: u64) {
+        if let Some(grant) = self.grants.get_mut(&id) {
+            grant.terms.holder = Holder::Anybody;
         }
     }
 
-    /// Voids every token of which this VM is the target or the holder.
-    pub fn forget(&mut self, vm: u64) {
-        self.table.retain(|grant| grant.target != vm && grant.holder != Some(vm));
+    /// Takes a grant back: its token opens nothing any more. What it has opened is listed until it is confirmed to be
+    /// closed.
+    pub fn revoke(&mut self, now: Instant, id: u64) -> Option<Affected> {
+        self.advance(now);
+        let grant = self.grants.get_mut(&id)?;
+        grant.revoked = true;
+        let mut peers = grant.users.clone();
+        let views = grant.views.len();
+        peers.extend(grant.views.iter().filter_map(|view| self.views.get(view)).map(|view| view.peer));
+        if let Holder::Pushed(peer) = grant.terms.holder {
+            peers.insert(peer);
+        }
+        let target = grant.terms.target;
+        self.settle(now, id);
+        Some(Affected { target, peers, views })
     }
 
-    /// How many tokens of a target are in the table; [`Self::mint`] drops the expired ones first.
+    /// Takes note that nothing of a connection is open any more by a grant that was taken back; returns the views that
+    /// end by it.
+    pub fn confirm(&mut self, now: Instant, id: u64, by: u64) -> Vec<View> {
+        let Some(grant) = self.grants.get_mut(&id).filter(|grant| grant.revoked) else { return Vec::new() };
+        grant.users.remove(&by);
+        if grant.terms.holder == Holder::Pushed(by) {
+            grant.terms.holder = Holder::Anybody;
+        }
+        let is_theirs = |view: &&u64| self.views.get(view).is_some_and(|view| view.peer == by);
+        let views: Vec<u64> = grant.views.iter().filter(is_theirs).copied().collect();
+        let ended = views.into_iter().filter_map(|view| self.close(now, view)).collect();
+        self.settle(now, id);
+        ended
+    }
+
+    /// Takes out what there is for a target that is gone; returns the views that end by it.
+    pub fn forget_target(&mut self, target: u64) -> Vec<View> {
+        let is_its = |(_, grant): &(&u64, &Grant)| grant.terms.target == target;
+        let ids: Vec<u64> = self.grants.iter().filter(is_its).map(|(id, _)| *id).collect();
+        ids.into_iter().flat_map(|id| self.remove(id)).collect()
+    }
+
+    /// Takes out what a connection has that has ended; returns the views that end by it. `has_used_pages` where it may
+    /// have been given tokens or mapped pages.
+    pub fn forget_peer(&mut self, now: Instant, peer: u64, has_used_pages: bool) -> Vec<View> {
+        let views = self.views_of_peer.remove(&peer).unwrap_or_default();
+        let mut ended: Vec<View> = views.into_iter().filter_map(|view| self.close(now, view)).collect();
+        if !has_used_pages {
+            return ended;
+        }
+        let (mut settled, mut void) = (Vec::new(), Vec::new());
+        for (id, grant) in &mut self.grants {
+            if grant.terms.holder == Holder::Pushed(peer) && grant.views.is_empty() {
+                void.push(*id);
+            } else if grant.users.remove(&peer) {
+                settled.push(*id);
+            }
+        }
+        for id in settled {
+            self.settle(now, id);
+        }
+        ended.extend(void.into_iter().flat_map(|id| self.remove(id)));
+        ended
+    }
+
+    /// How many of KVMI's tokens for a target can be used; [`Self::mint`] leaves the expired ones out first.
     pub fn outstanding(&self, target: u64) -> usize {
-        self.table.iter().filter(|grant| grant.target == target).count()
+        self.outstanding.get(&target).copied().unwrap_or(0)
     }
 
-    fn expire(&mut self, now: Instant) {
-        self.table.retain(|grant| grant.expires > now);
+    /// How many grants and views are in the table.
+    pub fn len(&self) -> (usize, usize) {
+        (self.grants.len(), self.views.len())
     }
 
-    /// The place of a token. Every entry is compared in full, whichever matches.
-    fn find(&self, token: &Token) -> Option<usize> {
-        let mut found = None;
-        for (index, grant) in self.table.iter().enumerate() {
-            if bool::from(grant.token.ct_eq(token)) {
-                found = Some(index);
+    /// Whether nothing is in the table.
+    pub fn is_empty(&self) -> bool {
+        self.len() == (0, 0)
+    }
+
+    /// The grant that a token opens for this user.
+    fn usable(&mut self, now: Instant, token: &Token, by: User) -> Result<(u64, &mut Grant), UseError> {
+        self.advance(now);
+        let id = self.find(token).ok_or(UseError::Unknown)?;
+        let grant = self.grants.get_mut(&id).ok_or(UseError::Unknown)?;
+        if grant.state(now) != GrantState::Active || !grant.terms.holder.is(by) {
+            return Err(UseError::Unknown);
+        }
+        if by.vm == Some(grant.terms.target) {
+            return Err(UseError::Own);
+        }
+        Ok((id, grant))
+    }
+
+    fn find(&self, token: &Token) -> Option<u64> {
+        self.tokens.find(token, |id| self.grants.get(&id)?.token.as_deref())
+    }
+
+    /// Takes a view out of the table.
+    fn close(&mut self, now: Instant, view: u64) -> Option<View> {
+        let view = self.views.remove(&view)?;
+        if let Some(views) = self.views_of_peer.get_mut(&view.peer) {
+            views.remove(&view.id);
+            if views.is_empty() {
+                self.views_of_peer.remove(&view.peer);
             }
         }
-        found
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-
-    #[derive(Clone, Copy, Debug)]
-    enum Step {
-        Mint { token: u64, target: u64, holder: Option<u64> },
-        Redeem { token: u64, by: u64 },
-        Used { token: u64, by: u64 },
-        Release { token: u64 },
-        Forget { vm: u64 },
-        Wait { ms: u64 },
+        if let Some(grant) = self.grants.get_mut(&view.grant) {
+            grant.views.remove(&view.id);
+            self.settle(now, view.grant);
+        }
+        Some(view)
     }
 
-    fn any_step() -> impl Strategy<Value = Step> {
-        let (token, vm) = (0u64..6, 0u64..3);
-        prop_oneof![
-            3 => (token.clone(), vm.clone(), proptest::option::of(vm.clone()))
-                .prop_map(|(token, target, holder)| Step::Mint { token, target, holder }),
-            3 => (token.clone(), vm.clone()).prop_map(|(token, by)| Step::Redeem { token, by }),
-            2 => (token.clone(), vm.clone()).prop_map(|(token, by)| Step::Used { token, by }),
-            1 => token.prop_map(|token| Step::Release { token }),
-            1 => vm.prop_map(|vm| Step::Forget { vm }),
-            2 => (0u64..4000).prop_map(|ms| Step::Wait { ms }),
-        ]
-    }
-
-    /// What a token should be: who may use it, for what, until when.
-    #[derive(Clone, Copy)]
-    struct Expected {
-        target: u64,
-        holder: Option<u64>,
-        expires_ms: u64,
-    }
-
-    proptest! {
-        #[test]
-        fn the_table_does_as_a_model_does(steps in proptest::collection::vec(any_step(), 0..80)) {
-            let start = Instant::now();
-            let mut clock_ms = 0;
-            let mut grants = Grants::default();
-            let mut model: [Option<Expected>; 6] = [None; 6];
-            for step in steps {
-                let now = start + Duration::from_millis(clock_ms);
-                let live = |model: &[Option<Expected>; 6], token: u64| {
-                    model[usize::try_from(token).unwrap()].filter(|entry| entry.expires_ms > clock_ms)
-                };
-                let name = |token| Token::new([token, 0, 0, 7]);
-                match step {
-                    // Tokens are random: no live one is ever made again.
-                    Step::Mint { token, .. } if live(&model, token).is_some() => {}
-                    Step::Mint { token, target, holder } => {
-                        prop_assert_eq!(grants.mint(now, name(token), target, holder), Ok(()));
-                        let expires_ms = clock_ms + 3000;
-                        model[usize::try_from(token).unwrap()] = Some(Expected { target, holder, expires_ms });
-                    }
-                    Step::Redeem { token, by } => {
-                        let expected = match live(&model, token) {
-                            Some(Expected { holder: None, target, .. }) => {
-                                model[usize::try_from(token).unwrap()] = None;
-                                Some(Redeemed::Target(target))
-                            }
-                            Some(Expected { holder, .. }) if holder == Some(by) => Some(Redeemed::Held),
-                            _ => None,
-                        };
-                        prop_assert_eq!(grants.redeem(now, &name(token), by), expected);
-                    }
-                    Step::Used { token, by } => {
-                        let expected = live(&model, token).filter(|entry| entry.holder == Some(by));
-                        if expected.is_some() {
-                            model[usize::try_from(token).unwrap()] = None;
-                        }
-                        prop_assert_eq!(grants.used(now, &name(token), by), expected.map(|entry| entry.target));
-                    }
-                    Step::Release { token } => {
-                        grants.release(&name(token));
-                        if let Some(entry) = &mut model[usize::try_from(token).unwrap()] {
-                            entry.holder = None;
-                        }
-                    }
-                    Step::Forget { vm } => {
-                        grants.forget(vm);
-                        for entry in &mut model {
-                            if entry.is_some_and(|entry| entry.target == vm || entry.holder == Some(vm)) {
-                                *entry = None;
-                            }
-                        }
-                    }
-                    Step::Wait { ms } => clock_ms += ms,
+    /// Takes a grant out of the table, with its views.
+    fn remove(&mut self, id: u64) -> Vec<View> {
+        let Some(mut grant) = self.grants.remove(&id) else { return Vec::new() };
+        self.expiring.remove(&(grant.expires, id));
+        if let Some(until) = grant.leaves {
+            self.leaving.remove(&(until, id));
+        }
+        if let Some(token) = grant.token.take() {
+            self.tokens.remove(&token, id);
+        }
+        self.uncount(&mut grant);
+        let ended = grant.views.iter().filter_map(|view| self.views.remove(view)).collect::<Vec<_>>();
+        for view in &ended {
+            if let Some(views) = self.views_of_peer.get_mut(&view.peer) {
+                views.remove(&view.id);
+                if views.is_empty() {
+                    self.views_of_peer.remove(&view.peer);
                 }
-                grants.expire(start + Duration::from_millis(clock_ms));
-                let live = model.iter().flatten().filter(|entry| entry.expires_ms > clock_ms).count();
-                prop_assert_eq!(grants.table.len(), live);
+            }
+        }
+        ended
+    }
+
+    /// Lets time pass.
+    fn advance(&mut self, now: Instant) {
+        while let Some((at, id)) = self.expiring.first().copied().filter(|(at, _)| *at <= now) {
+            self.expiring.remove(&(at, id));
+            self.settle(at, id);
+        }
+        while let Some((at, id)) = self.leaving.first().copied() {
+            if at > now && self.leaving.len() <= MAX_LEAVING {
+                break;
+            }
+            self.leaving.remove(&(at, id));
+            self.remove(id);
+        }
+    }
+
+    /// Brings the indexes up to what a grant is now.
+    fn settle(&mut self, now: Instant, id: u64) {
+        let Some(mut grant) = self.grants.remove(&id) else { return };
+        let state = grant.state(now);
+        if state != GrantState::Active {
+            self.expiring.remove(&(grant.expires, id));
+            self.uncount_kvmi(&mut grant);
+        }
+        // An expired token may still be told as used; any other is of no use.
+        if matches!(state, GrantState::Spent | GrantState::Revoked)
+            && let Some(token) = grant.token.take()
+        {
+            self.tokens.remove(&token, id);
+        }
+        if state != GrantState::Active && !grant.is_in_use() && grant.leaves.is_none() {
+            self.uncount(&mut grant);
+            if let Some(until) = now.checked_add(KEPT) {
+                grant.leaves = Some(until);
+                self.leaving.insert((until, id));
+            }
+        }
+        self.grants.insert(id, grant);
+    }
+
+    /// Ends a grant's share of [`MAX_KVMI_PER_TARGET`].
+    fn uncount_kvmi(&mut self, grant: &mut Grant) {
+        if grant.terms.origin == Origin::Kvmi && std::mem::take(&mut grant.is_counted) {
+            let target = grant.terms.target;
+            if let Some(count) = self.outstanding.get_mut(&target) {
+                *count -= 1;
+                if *count == 0 {
+                    self.outstanding.remove(&target);
+                }
             }
         }
     }
 
-    #[test]
-    fn a_target_has_at_most_64_tokens() {
-        let (mut grants, now) = (Grants::default(), Instant::now());
-        for n in 0..64 {
-            grants.mint(now, Token::new([n, 0, 0, 0]), 1, None).unwrap();
+    /// Ends a grant's share of all limits.
+    fn uncount(&mut self, grant: &mut Grant) {
+        self.uncount_kvmi(grant);
+        if grant.terms.origin == Origin::Operator && std::mem::take(&mut grant.is_counted) {
+            self.operator -= 1;
         }
-        assert_eq!(grants.mint(now, Token::new([64, 0, 0, 0]), 1, None), Err(TooMany { target: 1 }));
-        grants.mint(now, Token::new([65, 0, 0, 0]), 2, None).unwrap();
-        let later = now + LIFETIME;
-        grants.mint(later, Token::new([66, 0, 0, 0]), 1, None).unwrap();
-        assert_eq!(grants.table.len(), 1);
-    }
-
-    #[test]
-    fn a_token_dies_three_seconds_after_it_was_made() {
-        let (mut grants, now) = (Grants::default(), Instant::now());
-        let token = Token::new([1, 2, 3, 4]);
-        grants.mint(now, token.clone(), 9, None).unwrap();
-        let last = now + LIFETIME - Duration::from_nanos(1);
-        assert_eq!(grants.redeem(last, &token, 1), Some(Redeemed::Target(9)));
-        grants.mint(now, token.clone(), 9, None).unwrap();
-        assert_eq!(grants.redeem(now + LIFETIME, &token, 1), None);
     }
 }

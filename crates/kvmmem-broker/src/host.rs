@@ -128,13 +128,15 @@ impl HostLink {
         let call = Call::Attach { token: token.clone(), caller: this_process(), read_only };
         let sent = socket.send(&Request { id: 1, call }, None, Wait::Limited);
         let mut buffer = PacketBuffer::default();
+        // What happens to the target and the grant while the answer is on its way.
+        let mut early = Vec::new();
         let (answer, ram) = loop {
             match socket.receive(&mut buffer).map_err(HostError::Packet)? {
                 Some((FromBroker::Answer { id: 1, answer }, fd)) => break (answer, fd),
                 Some((FromBroker::Refused { refusal, message, .. }, _)) => {
                     return Err(HostError::Refused { refusal, message });
                 }
-                Some(_) => {}
+                Some((push, _)) => early.push(push),
                 None => return Err(sent.err().map_or(HostError::NoAnswer, HostError::Packet)),
             }
         };
@@ -145,8 +147,18 @@ impl HostLink {
         };
         let map = MemoryMap::new(regions).map_err(HostError::Map)?;
         let (rights, regions) = (scope.rights, scope.regions(&map));
-        let link = Self { socket, buffer, view, grant, target, scope, end: End::No };
-        Ok((link, HostView { view, uuid, generation, rights, regions, ram }))
+        let mut link = Self { socket, buffer, view, grant, target, scope, end: End::No };
+        let mut host_view = HostView { view, uuid, generation, rights, regions, ram };
+        for push in early {
+            match link.event(push)? {
+                Some(HostEvent::Changed { generation, regions }) if generation > host_view.generation => {
+                    (host_view.generation, host_view.regions) = (generation, regions);
+                }
+                Some(HostEvent::Revoked | HostEvent::Gone) => return Err(HostError::Ended),
+                Some(HostEvent::Changed { .. }) | None => {}
+            }
+        }
+        Ok((link, host_view))
     }
 
     /// Waits for the next event, at most `timeout`; `None` where none came.
@@ -171,21 +183,28 @@ impl HostLink {
                     return Ok(Some(HostEvent::Gone));
                 }
             };
-            match message {
-                FromBroker::Revoke { grant } if grant == self.grant => {
-                    self.end = End::Revoked;
-                    return Ok(Some(HostEvent::Revoked));
-                }
-                FromBroker::Gone { target } if target == self.target => {
-                    self.end = End::Gone;
-                    return Ok(Some(HostEvent::Gone));
-                }
-                FromBroker::Changed { target, generation, regions } if target == self.target => {
-                    let map = MemoryMap::new(regions).map_err(HostError::Map)?;
-                    return Ok(Some(HostEvent::Changed { generation, regions: self.scope.regions(&map) }));
-                }
-                _ => {}
+            if let Some(event) = self.event(message)? {
+                return Ok(Some(event));
             }
+        }
+    }
+
+    /// What a push means for the view.
+    fn event(&mut self, message: FromBroker) -> Result<Option<HostEvent>, HostError> {
+        match message {
+            FromBroker::Revoke { grant } if grant == self.grant => {
+                self.end = End::Revoked;
+                Ok(Some(HostEvent::Revoked))
+            }
+            FromBroker::Gone { target } if target == self.target => {
+                self.end = End::Gone;
+                Ok(Some(HostEvent::Gone))
+            }
+            FromBroker::Changed { target, generation, regions } if target == self.target => {
+                let map = MemoryMap::new(regions).map_err(HostError::Map)?;
+                Ok(Some(HostEvent::Changed { generation, regions: self.scope.regions(&map) }))
+            }
+            _ => Ok(None),
         }
     }
 

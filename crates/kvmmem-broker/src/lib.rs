@@ -3,7 +3,8 @@
 //!
 //! VMMs register their VMs over a unix socket ([`wire`], [`packet`]) and keep the connection open as long as the VM
 //! runs ([`link`] is their side, [`admin`] the command line's). The broker keeps the VMs in a [`registry`], connects
-//! targets to tools ([`hook`]), gives out tokens ([`grants`]) and writes it all down ([`audit`]).
+//! targets to tools ([`hook`]), gives out tokens and takes them back ([`grants`], [`scope`], [`policy`]) and writes it
+//! all down ([`audit`]). A process of the host gets its view by [`host`].
 #![deny(unsafe_code)]
 
 pub mod admin;
@@ -20,9 +21,13 @@ pub mod link;
 pub mod map;
 pub mod packet;
 pub mod peer;
+pub mod policy;
 pub mod ram;
 pub mod registry;
+mod revoke;
 pub mod scope;
 pub mod server;
 mod session;
+mod tokens;
+mod views;
 pub mod wire;

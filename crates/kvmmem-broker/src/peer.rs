@@ -2,15 +2,17 @@
 //! The broker's end of a connection: what it pushes, and to whom.
 
 use std::collections::HashSet;
-use std::sync::{Mutex, PoisonError};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvmmem_kvmi::token::Token;
 use rustix::io::Errno;
 
-use crate::grants::LIFETIME;
+use crate::audit::Limits;
+use crate::grants::{KVMI_LIFETIME, Opened};
 use crate::packet::{PacketError, PacketSocket, Wait};
+use crate::ram::{Layout, Ram};
 use crate::registry::Vm;
-use crate::scope::Scope;
 use crate::wire::FromBroker;
 
 /// Who is at the other end.
@@ -25,16 +27,25 @@ pub struct Credentials {
 /// A connected peer.
 #[derive(Debug)]
 pub struct Peer {
+    number: u64,
     socket: PacketSocket,
     credentials: Credentials,
-    /// The targets that were introduced. Held while pushing, so that the order of pushes is that of the changes.
+    /// The targets that it hears of. Held while pushing, so that the order of pushes is that of the changes.
     known: Mutex<HashSet<u64>>,
+    limits: Limits,
 }
 
 impl Peer {
     /// The peer at the other end of a socket.
     pub fn new(socket: PacketSocket, credentials: Credentials) -> Self {
-        Self { socket, credentials, known: Mutex::default() }
+        static LAST: AtomicU64 = AtomicU64::new(0);
+        let number = LAST.fetch_add(1, Ordering::Relaxed) + 1;
+        Self { number, socket, credentials, known: Mutex::default(), limits: Limits::default() }
+    }
+
+    /// Its number, never used again in this process.
+    pub fn number(&self) -> u64 {
+        self.number
     }
 
     /// The connection.
@@ -47,57 +58,102 @@ impl Peer {
         self.credentials
     }
 
+    /// How many lines of the audit log its VM has caused.
+    pub(crate) fn limits(&self) -> &Limits {
+        &self.limits
+    }
+
     /// Makes sure that the peer has been told of a target.
     ///
     /// # Errors
     /// Where the peer does not read, or the target is gone.
     pub fn introduce(&self, target: &Vm) -> Result<(), PacketError> {
-        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
-        self.introduce_once(&mut known, target)
+        self.introduce_once(&mut self.known(), target)
+    }
+
+    /// Makes sure that the peer is told of what happens to a target whose RAM it gets otherwise; returns where that is
+    /// now.
+    ///
+    /// # Errors
+    /// Where the target is gone.
+    pub fn watch(&self, target: &Vm) -> Result<Arc<Layout>, PacketError> {
+        let mut known = self.known();
+        let layout = present(target)?.layout();
+        known.insert(target.id());
+        Ok(layout)
     }
 
     /// Pushes a token for a target.
     ///
     /// # Errors
     /// Where the peer does not read, or the target is gone.
-    pub fn grant(&self, target: &Vm, token: &Token, grant: u64, scope: Scope) -> Result<(), PacketError> {
-        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+    pub fn grant(&self, target: &Vm, token: &Token, opens: Opened) -> Result<(), PacketError> {
+        let mut known = self.known();
         self.introduce_once(&mut known, target)?;
         let granted = FromBroker::Granted {
             token: token.clone(),
-            grant,
-            scope,
-            target: target.id(),
-            expires_in_ms: u64::try_from(LIFETIME.as_millis()).unwrap_or(0),
+            grant: opens.grant,
+            target: opens.target,
+            scope: opens.scope,
+            expires_in_ms: u64::try_from(KVMI_LIFETIME.as_millis()).unwrap_or(0),
         };
         self.socket.send(&granted, None, Wait::No)
     }
 
-    /// Tells the peer that a target is gone, if it knows it. A peer that does not read loses its connection, for it
-    /// would keep what it must not.
+    /// Tells the peer that a grant was taken back. One that does not read loses its connection, for it would keep what
+    /// it must not.
+    pub fn revoke(&self, grant: u64) {
+        self.push(&FromBroker::Revoke { grant });
+    }
+
+    /// Tells the peer that a target is gone, if it knows it. One that does not read loses its connection.
     pub fn gone(&self, target: u64) {
-        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
-        if known.remove(&target) && self.socket.send(&FromBroker::Gone { target }, None, Wait::No).is_err() {
+        let mut known = self.known();
+        if known.remove(&target) {
+            self.push(&FromBroker::Gone { target });
+        }
+    }
+
+    /// Tells the peer where a target's RAM is, if it knows it. One that does not read loses its connection.
+    pub fn changed(&self, target: u64, layout: &Layout) {
+        let known = self.known();
+        if known.contains(&target) {
+            let regions = layout.map.regions().to_vec();
+            self.push(&FromBroker::Changed { target, generation: layout.generation, regions });
+        }
+    }
+
+    fn push(&self, message: &FromBroker) {
+        if self.socket.send(message, None, Wait::No).is_err() {
             self.socket.shut_down();
         }
     }
 
     fn introduce_once(&self, known: &mut HashSet<u64>, target: &Vm) -> Result<(), PacketError> {
-        // Whoever removes a VM marks it first and then takes this lock: no introduction follows the news of its end.
-        let ram = target.ram().filter(|_| !target.is_gone()).ok_or(PacketError::Send(Errno::NODEV))?;
+        let ram = present(target)?;
         if known.contains(&target.id()) {
             return Ok(());
         }
-        let registration = target.registration();
+        let (registration, layout) = (target.registration(), ram.layout());
         let introduction = FromBroker::Target {
             id: target.id(),
             name: registration.name.clone(),
             uuid: registration.uuid,
-            generation: 1,
-            regions: ram.map().regions().to_vec(),
+            generation: layout.generation,
+            regions: layout.map.regions().to_vec(),
         };
         self.socket.send(&introduction, Some(ram.fd()), Wait::No)?;
         known.insert(target.id());
         Ok(())
     }
+
+    fn known(&self) -> MutexGuard<'_, HashSet<u64>> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The RAM of a target that is there. Whoever removes a VM marks it first and then takes each peer's lock: with the lock
+/// held, no introduction follows the news of its end.
+fn present(target: &Vm) -> Result<&Ram, PacketError> {
+    target.ram().filter(|_| !target.is_gone()).ok_or(PacketError::Send(Errno::NODEV))
 }

@@ -2,9 +2,10 @@
 //! The RAM of a registered VM. It is read and written through its memfd and never mapped here, so nothing that the VM
 //! or its VMM does to it can disturb the broker.
 
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::{Arc, PoisonError, RwLock};
 
-use rustix::fs::{OFlags, SealFlags};
+use rustix::fs::{Mode, OFlags, SealFlags};
 use rustix::io::Errno;
 
 use crate::map::{MapError, MemoryMap, Region};
@@ -13,7 +14,16 @@ use crate::map::{MapError, MemoryMap, Region};
 #[derive(Debug)]
 pub struct Ram {
     fd: OwnedFd,
-    map: MemoryMap,
+    layout: RwLock<Arc<Layout>>,
+}
+
+/// Where the RAM is, for some time.
+#[derive(Debug)]
+pub struct Layout {
+    /// Grows with each change, also where the map stays as it is.
+    pub generation: u64,
+    /// The memory map.
+    pub map: MemoryMap,
 }
 
 /// Why a file descriptor cannot be a VM's RAM.
@@ -77,17 +87,39 @@ impl Ram {
         if !read_write || seals.intersects(SealFlags::WRITE | SealFlags::FUTURE_WRITE) {
             return Err(RamError::ReadOnly);
         }
-        let size = rustix::fs::fstat(&fd).map_err(RamError::Examine)?.st_size;
-        let (size, needed) = (u64::try_from(size).unwrap_or(0), map.file_size());
-        if size < needed {
-            return Err(RamError::Small { size, needed });
-        }
-        Ok(Self { fd, map })
+        check_size(&fd, &map)?;
+        Ok(Self { fd, layout: RwLock::new(Arc::new(Layout { generation: 1, map })) })
     }
 
-    /// The memory map.
-    pub fn map(&self) -> &MemoryMap {
-        &self.map
+    /// Replaces the memory map by one in the same memfd. Who has the old layout keeps it.
+    ///
+    /// # Errors
+    /// What is wrong with the regions; nothing has changed then.
+    pub fn change(&self, regions: Vec<Region>) -> Result<(), RamError> {
+        let map = MemoryMap::new(regions)?;
+        check_size(&self.fd, &map)?;
+        let mut layout = self.layout.write().unwrap_or_else(PoisonError::into_inner);
+        *layout = Arc::new(Layout { generation: layout.generation + 1, map });
+        Ok(())
+    }
+
+    /// Where the RAM is now.
+    pub fn layout(&self) -> Arc<Layout> {
+        Arc::clone(&self.layout.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// The memfd opened anew, for reading alone.
+    ///
+    /// # Errors
+    /// Where it cannot be opened.
+    pub fn open_read_only(&self) -> Result<OwnedFd, Errno> {
+        // What `/proc/self/fd` names is the memfd itself, whatever it was opened for.
+        let path = format!("/proc/self/fd/{}", self.fd.as_raw_fd());
+        rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
+    }
+
+    fn resolve(&self, gpa: u64) -> Option<u64> {
+        self.layout.read().unwrap_or_else(PoisonError::into_inner).map.resolve(gpa)
     }
 
     /// The memfd.
@@ -100,7 +132,7 @@ impl Ram {
     /// # Errors
     /// [`AccessError`].
     pub fn read(&self, gpa: u64, mut buffer: &mut [u8]) -> Result<(), AccessError> {
-        let mut offset = self.map.resolve(gpa).ok_or(AccessError::Hole(gpa))?;
+        let mut offset = self.resolve(gpa).ok_or(AccessError::Hole(gpa))?;
         while !buffer.is_empty() {
             match rustix::io::pread(&self.fd, &mut *buffer, offset) {
                 Ok(0) => return Err(AccessError::Memfd { gpa, source: Errno::NXIO }),
@@ -120,7 +152,7 @@ impl Ram {
     /// # Errors
     /// [`AccessError`].
     pub fn write(&self, gpa: u64, mut data: &[u8]) -> Result<(), AccessError> {
-        let mut offset = self.map.resolve(gpa).ok_or(AccessError::Hole(gpa))?;
+        let mut offset = self.resolve(gpa).ok_or(AccessError::Hole(gpa))?;
         while !data.is_empty() {
             match rustix::io::pwrite(&self.fd, data, offset) {
                 Ok(0) => return Err(AccessError::Memfd { gpa, source: Errno::NOSPC }),
@@ -134,6 +166,12 @@ impl Ram {
         }
         Ok(())
     }
+}
+
+fn check_size(fd: &OwnedFd, map: &MemoryMap) -> Result<(), RamError> {
+    let size = rustix::fs::fstat(fd).map_err(RamError::Examine)?.st_size;
+    let (size, needed) = (u64::try_from(size).unwrap_or(0), map.file_size());
+    if size < needed { Err(RamError::Small { size, needed }) } else { Ok(()) }
 }
 
 #[cfg(test)]
@@ -164,6 +202,33 @@ mod tests {
         assert_eq!(&bytes, b"\0abc");
         assert_eq!(ram.read(0x2000, &mut bytes), Err(AccessError::Hole(0x2000)));
         assert_eq!(ram.write(0x10_1000, &bytes), Err(AccessError::Hole(0x10_1000)));
+    }
+
+    #[test]
+    fn a_changed_map_counts_at_once() {
+        let ram = Ram::new(memfd(0x10_1000, SealFlags::SHRINK), regions()).unwrap();
+        ram.write(0x10_0000, b"x").unwrap();
+        assert_eq!(ram.layout().generation, 1);
+        ram.change(vec![Region { gpa: 0x8000, len: 0x1000, offset: 0x10_0000 }]).unwrap();
+        let mut byte = [0];
+        ram.read(0x8000, &mut byte).unwrap();
+        assert_eq!((&byte, ram.layout().generation), (b"x", 2));
+        assert_eq!(ram.read(0x10_0000, &mut byte), Err(AccessError::Hole(0x10_0000)));
+        let beyond = vec![Region { gpa: 0, len: 0x1000, offset: 0x10_1000 }];
+        assert!(matches!(ram.change(beyond), Err(RamError::Small { .. })));
+        assert!(matches!(ram.change(vec![]), Err(RamError::Map(MapError::Empty))));
+        assert_eq!(ram.layout().generation, 2);
+    }
+
+    #[test]
+    fn a_read_only_descriptor_cannot_write() {
+        let ram = Ram::new(memfd(0x10_1000, SealFlags::SHRINK), regions()).unwrap();
+        ram.write(0, b"stripes").unwrap();
+        let fd = ram.open_read_only().unwrap();
+        let mut bytes = [0; 7];
+        rustix::io::pread(&fd, &mut bytes, 0).unwrap();
+        assert_eq!(&bytes, b"stripes");
+        assert_eq!(rustix::io::pwrite(&fd, b"x", 0), Err(Errno::BADF));
     }
 
     #[test]

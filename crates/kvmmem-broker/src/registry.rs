@@ -88,7 +88,7 @@ impl Vm {
     }
 
     /// Its VMM.
-    pub fn peer(&self) -> &Peer {
+    pub fn peer(&self) -> &Arc<Peer> {
         &self.peer
     }
 
@@ -119,7 +119,7 @@ impl Vm {
             cid: registration.cid,
             introspectable: registration.introspectable,
             introspector: registration.introspector,
-            memory_bytes: self.ram.as_ref().map_or(0, |ram| ram.map().memory_bytes()),
+            memory_bytes: self.ram.as_ref().map_or(0, |ram| ram.layout().map.memory_bytes()),
             pid: self.peer.credentials().pid,
             hooks: self.hooks.list(),
         }
@@ -199,6 +199,11 @@ impl Registry {
     pub fn introspector(&self, cid: u32) -> Option<Arc<Vm>> {
         let has_cid = |vm: &&Arc<Vm>| vm.registration.introspector && vm.registration.cid == Some(cid);
         self.vms.values().find(has_cid).cloned()
+    }
+
+    /// The VM that a connection has registered.
+    pub fn of_peer(&self, peer: u64) -> Option<&Arc<Vm>> {
+        self.vms.values().find(|vm| vm.peer.number() == peer)
     }
 
     /// All VMs whose number is above `after`, by ascending number.

@@ -14,7 +14,6 @@ use rustix::fs::FlockOperation;
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
-use crate::audit;
 use crate::broker::{Broker, Refused};
 use crate::connection;
 use crate::limit::RateLimit;
@@ -179,13 +178,13 @@ impl Server {
         if uid != 0 && uid != rustix::process::geteuid().as_raw() && !self.group {
             let refused = Refused { refusal: Refusal::Denied, message: format!("user {uid} may not") };
             connection::refuse(&peer, 0, &refused);
-            audit::refused(credentials, &refused.message);
+            self.shared.broker.audit().refused(&peer, None, &refused.message);
             return Ok(());
         }
         let Some(place) = Place::take(&self.shared, &peer) else {
             let message = format!("there are {MAX_CONNECTIONS} connections already");
             connection::refuse(&peer, 0, &Refused { refusal: Refusal::Limit, message: message.clone() });
-            audit::refused(credentials, &message);
+            self.shared.broker.audit().refused(&peer, None, &message);
             return Ok(());
         };
         std::thread::Builder::new().name("peer".into()).spawn(move || {

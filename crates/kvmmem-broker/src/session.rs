@@ -8,7 +8,6 @@ use kvmmem_kvmi::dispatch::Introspected;
 use kvmmem_kvmi::server;
 use kvmmem_kvmi::token::Token;
 
-use crate::audit;
 use crate::broker::{Broker, in_words};
 use crate::endpoint::Endpoint;
 use crate::hook::{Hook, Stream};
@@ -28,13 +27,13 @@ pub(crate) fn serve(broker: &Broker, vm: &Vm, hook: &Hook, mut stream: Stream) {
     let session = Session { broker, vm, endpoint };
     let ended = server::serve(&mut stream, &session, || {
         hook.mark_connected();
-        audit::connected(vm, endpoint);
+        broker.audit().connected(vm, endpoint);
     });
     let reason = match &ended {
         Ok(()) => "closed".to_owned(),
         Err(error) => in_words(error),
     };
-    audit::disconnected(vm, endpoint, &reason);
+    broker.audit().disconnected(vm, endpoint, &reason);
 }
 
 impl Introspected for Session<'_> {
@@ -55,7 +54,7 @@ impl Introspected for Session<'_> {
     }
 
     fn max_gfn(&self) -> u64 {
-        self.vm.ram().map_or(0, |ram| ram.map().end_gfn())
+        self.vm.ram().map_or(0, |ram| ram.layout().map.end_gfn())
     }
 
     fn read(&self, gpa: u64, buffer: &mut [u8]) -> Result<(), KvmError> {

@@ -116,6 +116,6 @@ fn a_group_is_let_in_and_the_audit_log_is_json() {
     assert_eq!(daemon.signal(Signal::TERM).code(), Some(0));
     let log = std::fs::read_to_string(&audit).unwrap();
     let line: serde_json::Value = serde_json::from_str(log.lines().next().unwrap()).unwrap();
-    assert_eq!(line["fields"]["event"], "refused");
-    assert_eq!(line["fields"]["pid"], std::process::id());
+    assert_eq!(line["event"], "refused");
+    assert_eq!(line["pid"], std::process::id());
 }

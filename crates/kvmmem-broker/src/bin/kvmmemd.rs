@@ -11,16 +11,15 @@ use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::sync::Mutex;
 
 use anyhow::Context;
-use clap::Parser;
-use kvmmem_broker::audit;
+use clap::{Parser, ValueEnum};
+use kvmmem_broker::admin::KvmiPolicy;
 use kvmmem_broker::server::{Server, ServerError};
 use rustix::fs::Mode;
 use rustix::process::{Resource, Rlimit};
 use signal_hook::consts::{SIGINT, SIGTERM};
-use tracing_subscriber::filter::{EnvFilter, FilterExt, LevelFilter, filter_fn};
+use tracing_subscriber::filter::{EnvFilter, LevelFilter};
 use tracing_subscriber::layer::{Layer, SubscriberExt};
 use tracing_subscriber::util::SubscriberInitExt;
 
@@ -49,6 +48,31 @@ struct Options {
     /// Append the audit log to this file as JSON, one object a line, besides the other log.
     #[arg(long, value_name = "PATH")]
     audit: Option<PathBuf>,
+
+    /// What tokens allow that KVMI makes, for targets that have no policy of their own.
+    #[arg(long, value_name = "RIGHTS", value_enum, default_value_t = KvmiTokens::Rw)]
+    kvmi_tokens: KvmiTokens,
+}
+
+/// As [`KvmiPolicy`].
+#[derive(Clone, Copy, ValueEnum)]
+enum KvmiTokens {
+    /// Reading and writing all RAM
+    Rw,
+    /// Reading all RAM
+    Ro,
+    /// Nothing: no token is made
+    None,
+}
+
+impl From<KvmiTokens> for KvmiPolicy {
+    fn from(tokens: KvmiTokens) -> Self {
+        match tokens {
+            KvmiTokens::Rw => Self::ReadWrite,
+            KvmiTokens::Ro => Self::ReadOnly,
+            KvmiTokens::None => Self::None,
+        }
+    }
 }
 
 fn main() -> ExitCode {
@@ -66,7 +90,7 @@ fn main() -> ExitCode {
 }
 
 fn run(options: &Options) -> anyhow::Result<()> {
-    start_log(options)?;
+    start_log(options);
     raise_fd_limit();
     if let Some(directory) = options.socket.parent() {
         // The directory itself may be passed through: the socket's mode says who may connect.
@@ -79,29 +103,26 @@ fn run(options: &Options) -> anyhow::Result<()> {
     // Before the socket is there for all to see: whoever finds it may send the signal.
     let stop = stop_on_signal()?;
     let server = Server::bind(&options.socket, group)?;
+    let broker = server.broker();
+    broker.set_kvmi_tokens(options.kvmi_tokens.into());
+    if let Some(path) = &options.audit {
+        let file = OpenOptions::new().create(true).append(true).mode(0o600).open(path);
+        broker
+            .audit()
+            .write_to(file.with_context(|| format!("cannot open the audit log {}", path.display()))?);
+    }
     tracing::info!(socket = %options.socket.display(), version = env!("CARGO_PKG_VERSION"), "listening");
     server.run(stop.as_fd())?;
     tracing::info!("stopped");
     Ok(())
 }
 
-/// Log to standard error by `RUST_LOG` (default: info), and the audit log to its file.
-fn start_log(options: &Options) -> anyhow::Result<()> {
+/// Log to standard error by `RUST_LOG` (default: info).
+fn start_log(options: &Options) {
     let filter = EnvFilter::builder().with_default_directive(LevelFilter::INFO.into()).from_env_lossy();
     let stderr = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
     let stderr = if options.json { stderr.json().boxed() } else { stderr.with_ansi(false).boxed() };
-    let audit = match &options.audit {
-        None => None,
-        Some(path) => {
-            let file = OpenOptions::new().create(true).append(true).mode(0o600).open(path);
-            let file = file.with_context(|| format!("cannot open the audit log {}", path.display()))?;
-            let only_audit = filter_fn(|event| event.target() == audit::TARGET).and(LevelFilter::INFO);
-            let layer = tracing_subscriber::fmt::layer().json().with_writer(Mutex::new(file));
-            Some(layer.with_filter(only_audit))
-        }
-    };
-    tracing_subscriber::registry().with(stderr.with_filter(filter)).with(audit).init();
-    Ok(())
+    tracing_subscriber::registry().with(stderr.with_filter(filter)).init();
 }
 
 /// A stream that becomes readable on SIGTERM and SIGINT.

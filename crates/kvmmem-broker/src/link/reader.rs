@@ -149,7 +149,7 @@ fn take(state: &mut State, message: FromBroker, fd: Option<OwnedFd>) -> Result<O
         }
         FromBroker::Granted { token, grant, target, scope, expires_in_ms } => {
             // A token by which a view is being opened is used for that.
-            if !state.views.is_under_way(&token) {
+            if !state.views.is_under_way(&token) && !state.views.is_revoked(grant) {
                 let lifetime = Duration::from_millis(expires_in_ms);
                 state.cache.grant(Instant::now(), token, (grant, target, scope), lifetime);
             }

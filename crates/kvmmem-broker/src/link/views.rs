@@ -56,7 +56,7 @@ impl Views {
         true
     }
 
-    fn is_revoked(&self, grant: u64) -> bool {
+    pub(super) fn is_revoked(&self, grant: u64) -> bool {
         self.revoked.contains(&grant)
     }
 

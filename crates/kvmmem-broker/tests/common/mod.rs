@@ -6,14 +6,17 @@ use std::io::{Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use kvmmem_abi::errno::KvmError;
+use kvmmem_broker::admin::{Admin, GrantInfo, GrantRequest, Granted};
 use kvmmem_broker::broker::Broker;
 use kvmmem_broker::endpoint::Endpoint;
-use kvmmem_broker::link::{Region, Registration, VmmLink};
+use kvmmem_broker::link::{
+    Attached, Caller, RedeemError, Region, Registration, Rights, Target, ViewEvents, VmmLink,
+};
 use kvmmem_broker::server::Server;
 use kvmmem_kvmi::handshake::{ToolHello, VmHello};
 use kvmmem_kvmi::message::{HEADER_SIZE, Header};
@@ -65,6 +68,27 @@ impl TestBroker {
 
     pub(crate) fn introspector(&self, name: &str, cid: u32) -> VmmLink {
         VmmLink::connect(&self.path, introspector(name, cid), None).unwrap()
+    }
+
+    /// An introspector whose VMM hears of what happens to its views.
+    pub(crate) fn viewer(&self, name: &str, cid: u32, pause: Duration) -> (VmmLink, Arc<Views>) {
+        let link = self.introspector(name, cid);
+        let views = Arc::new(Views { pause, ..Views::default() });
+        let events: Weak<Views> = Arc::downgrade(&views);
+        link.set_events(events);
+        (link, views)
+    }
+
+    pub(crate) fn admin(&self) -> Admin {
+        Admin::connect(&self.path).unwrap()
+    }
+
+    pub(crate) fn grant(&self, request: &GrantRequest) -> Granted {
+        self.admin().grant(request).unwrap()
+    }
+
+    pub(crate) fn grants(&self) -> Vec<GrantInfo> {
+        self.admin().grants().unwrap()
     }
 }
 
@@ -118,6 +142,89 @@ pub(crate) fn introspector(name: &str, cid: u32) -> Registration {
         introspector: true,
         regions: vec![],
         ..target(name)
+    }
+}
+
+/// A VMM that keeps the views it has opened, as far as events have not ended them.
+#[derive(Default)]
+pub(crate) struct Views {
+    pub(crate) open: Mutex<Vec<Attached>>,
+    pub(crate) log: Mutex<Vec<String>>,
+    /// How long ending a view takes.
+    pub(crate) pause: Duration,
+}
+
+impl Views {
+    /// Opens a view as a VMM does: it counts once it is where events find it, unless it has ended by then.
+    pub(crate) fn open(&self, link: &VmmLink, token: &Token) -> Result<Attached, RedeemError> {
+        let attached = link.attach(token, &caller(), false)?;
+        let view = attached.view;
+        self.open.lock().unwrap().push(attached.clone());
+        if link.current(view).is_none() {
+            self.end(|other| other.view == view);
+            return Err(RedeemError::Unknown);
+        }
+        Ok(attached)
+    }
+
+    pub(crate) fn count(&self) -> usize {
+        self.open.lock().unwrap().len()
+    }
+
+    pub(crate) fn log(&self) -> Vec<String> {
+        self.log.lock().unwrap().clone()
+    }
+
+    fn end(&self, is_over: impl Fn(&Attached) -> bool) {
+        self.open.lock().unwrap().retain(|view| !is_over(view));
+    }
+
+    fn note(&self, text: String) {
+        self.log.lock().unwrap().push(text);
+    }
+}
+
+impl ViewEvents for Views {
+    fn revoke(&self, grant: u64) {
+        std::thread::sleep(self.pause);
+        self.end(|view| view.grant == grant);
+        self.note(format!("revoke {grant}"));
+    }
+
+    fn gone(&self, target: u64) {
+        self.end(|view| view.target.id() == target);
+        self.note(format!("gone {target}"));
+    }
+
+    fn changed(&self, target: &Arc<Target>) {
+        self.note(format!(
+            "changed to {} with {} regions",
+            target.generation(),
+            target.map().regions().len()
+        ));
+    }
+
+    fn lost(&self) {
+        self.end(|_| true);
+        self.note("lost".into());
+    }
+}
+
+/// A process of the guest.
+pub(crate) fn caller() -> Caller {
+    Caller { pid: 4711, uid: 1000, comm: "scan".into() }
+}
+
+/// A grant of all of tiger's RAM.
+pub(crate) fn request(rights: Rights) -> GrantRequest {
+    GrantRequest {
+        target: "tiger".into(),
+        spans: None,
+        rights,
+        ttl_ms: 60_000,
+        uses: 1,
+        holder: None,
+        label: None,
     }
 }
 

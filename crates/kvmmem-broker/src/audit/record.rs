@@ -1,0 +1,258 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! One line of the audit log.
+
+use serde::{Serialize, Serializer};
+use uuid::Uuid;
+
+use super::TARGET;
+use crate::endpoint::Endpoint;
+use crate::peer::Credentials;
+use crate::registry::Vm;
+use crate::scope::Scope;
+use crate::wire::Caller;
+
+/// What has happened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Event {
+    Registered,
+    Gone,
+    Refused,
+    Hook,
+    Connected,
+    Disconnected,
+    Minted,
+    NotMinted,
+    Granted,
+    Used,
+    Attached,
+    Detached,
+    Revoked,
+    Policy,
+    RamChanged,
+}
+
+impl Event {
+    /// How many kinds there are.
+    pub(crate) const COUNT: usize = Self::RamChanged as usize + 1;
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Registered => "registered",
+            Self::Gone => "gone",
+            Self::Refused => "refused",
+            Self::Hook => "hook",
+            Self::Connected => "connected",
+            Self::Disconnected => "disconnected",
+            Self::Minted => "minted",
+            Self::NotMinted => "not_minted",
+            Self::Granted => "granted",
+            Self::Used => "used",
+            Self::Attached => "attached",
+            Self::Detached => "detached",
+            Self::Revoked => "revoked",
+            Self::Policy => "policy",
+            Self::RamChanged => "ram_changed",
+        }
+    }
+}
+
+impl Serialize for Event {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(self.name())
+    }
+}
+
+/// What is written of an event. What is `None` does not belong to it.
+#[derive(Serialize)]
+pub(super) struct Record<'a> {
+    pub(super) event: Event,
+    /// Lines of this kind that were left out before this one.
+    pub(super) suppressed: u64,
+    /// Number of the VM that it happened to.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) vm: Option<u64>,
+    /// Its name.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) name: Option<&'a str>,
+    /// Its UUID.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) uuid: Option<Uuid>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) cid: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) introspectable: Option<bool>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) introspector: Option<bool>,
+    /// Where the tool listens.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) endpoint: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) on: Option<bool>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) grant: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) view: Option<u64>,
+    /// Name of the introspector that did it, or `host`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) by: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) by_uuid: Option<Uuid>,
+    /// The process that asked, as the guest's kernel says.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) caller_pid: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) caller_uid: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) caller_comm: Option<&'a str>,
+    /// The process at the other end of the broker's socket.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) pid: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) uid: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) rights: Option<String>,
+    /// Where, if not in all RAM.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) spans: Option<Vec<String>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) uses: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) ttl_ms: Option<u64>,
+    /// The only introspector that may use the token.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) holder: Option<Uuid>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) label: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) policy: Option<String>,
+    /// How many views have ended.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) views: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) unconfirmed: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) micros: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) seeks: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) refused_writes: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) reason: Option<&'a str>,
+}
+
+impl<'a> Record<'a> {
+    pub(super) fn new(event: Event) -> Self {
+        Self {
+            event,
+            suppressed: 0,
+            vm: None,
+            name: None,
+            uuid: None,
+            cid: None,
+            introspectable: None,
+            introspector: None,
+            endpoint: None,
+            on: None,
+            grant: None,
+            view: None,
+            by: None,
+            by_uuid: None,
+            caller_pid: None,
+            caller_uid: None,
+            caller_comm: None,
+            pid: None,
+            uid: None,
+            rights: None,
+            spans: None,
+            uses: None,
+            ttl_ms: None,
+            holder: None,
+            label: None,
+            policy: None,
+            views: None,
+            unconfirmed: None,
+            micros: None,
+            seeks: None,
+            refused_writes: None,
+            reason: None,
+        }
+    }
+
+    /// What happened to this VM.
+    pub(super) fn of(self, vm: &'a Vm) -> Self {
+        let registration = vm.registration();
+        Self { vm: Some(vm.id()), name: Some(&registration.name), uuid: Some(registration.uuid), ..self }
+    }
+
+    /// What this introspector did.
+    pub(super) fn by(self, vm: &'a Vm) -> Self {
+        let registration = vm.registration();
+        Self { by: Some(&registration.name), by_uuid: Some(registration.uuid), ..self }
+    }
+
+    /// What a process of the host did.
+    pub(super) fn by_host(self) -> Self {
+        Self { by: Some("host"), ..self }
+    }
+
+    pub(super) fn at(self, endpoint: &Endpoint) -> Self {
+        Self { endpoint: Some(endpoint.to_string()), ..self }
+    }
+
+    pub(super) fn on_host(self, peer: Credentials) -> Self {
+        Self { pid: Some(peer.pid), uid: Some(peer.uid), ..self }
+    }
+
+    pub(super) fn asked_by(self, caller: &'a Caller) -> Self {
+        Self {
+            caller_pid: Some(caller.pid),
+            caller_uid: Some(caller.uid),
+            caller_comm: Some(&caller.comm),
+            ..self
+        }
+    }
+
+    pub(super) fn allowing(self, scope: &Scope) -> Self {
+        let spans = scope.spans.as_ref().map(|spans| spans.iter().map(ToString::to_string).collect());
+        Self { rights: Some(scope.rights.to_string()), spans, ..self }
+    }
+
+    /// Writes the record to the service's log.
+    pub(super) fn trace(&self) {
+        tracing::info!(
+            target: TARGET,
+            event = self.event.name(),
+            suppressed = self.suppressed,
+            vm = self.vm,
+            name = self.name,
+            uuid = self.uuid.map(tracing::field::display),
+            cid = self.cid,
+            introspectable = self.introspectable,
+            introspector = self.introspector,
+            endpoint = self.endpoint.as_deref(),
+            on = self.on,
+            grant = self.grant,
+            view = self.view,
+            by = self.by,
+            by_uuid = self.by_uuid.map(tracing::field::display),
+            caller_pid = self.caller_pid,
+            caller_uid = self.caller_uid,
+            caller_comm = self.caller_comm,
+            pid = self.pid,
+            uid = self.uid,
+            rights = self.rights.as_deref(),
+            spans = self.spans.as_ref().map(tracing::field::debug),
+            uses = self.uses,
+            ttl_ms = self.ttl_ms,
+            holder = self.holder.map(tracing::field::display),
+            label = self.label,
+            policy = self.policy.as_deref(),
+            views = self.views,
+            unconfirmed = self.unconfirmed,
+            micros = self.micros,
+            seeks = self.seeks,
+            refused_writes = self.refused_writes,
+            reason = self.reason,
+        );
+    }
+}

@@ -1,0 +1,144 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! One grant, and one view.
+
+use std::collections::BTreeSet;
+use std::time::{Duration, Instant};
+
+use kvmmem_kvmi::token::Token;
+use uuid::Uuid;
+
+use super::Opened;
+use crate::scope::Scope;
+use crate::wire::{Caller, GrantState, Origin, ViewCounters};
+
+/// Who may use a token.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Holder {
+    /// Whoever brings it.
+    Anybody,
+    /// The VMM to whose connection it was pushed.
+    Pushed(u64),
+    /// The VMM of the introspector that has this UUID.
+    Vm(Uuid),
+}
+
+impl Holder {
+    /// Whether this user may use the token.
+    pub(super) fn is(self, user: User) -> bool {
+        match self {
+            Self::Anybody => true,
+            Self::Pushed(peer) => peer == user.peer,
+            Self::Vm(uuid) => user.uuid == Some(uuid),
+        }
+    }
+}
+
+/// Who brings a token.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct User {
+    /// Number of the connection.
+    pub peer: u64,
+    /// Number of the VM that it has registered.
+    pub vm: Option<u64>,
+    /// UUID of that VM.
+    pub uuid: Option<Uuid>,
+}
+
+/// What a grant is made of.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Terms {
+    /// Number of the target.
+    pub target: u64,
+    /// What it allows.
+    pub scope: Scope,
+    /// For how long the token may be used.
+    pub lifetime: Duration,
+    /// How often.
+    pub uses: u32,
+    /// By whom.
+    pub holder: Holder,
+    /// The operator's words.
+    pub label: Option<String>,
+    /// Who asked for it.
+    pub origin: Origin,
+}
+
+/// A grant in the table.
+#[derive(Debug)]
+pub(super) struct Grant {
+    /// Boxed, so that moving the entry leaves no copy of it behind; wiped once it is of no use.
+    pub(super) token: Option<Box<Token>>,
+    pub(super) terms: Terms,
+    pub(super) uses_left: u32,
+    pub(super) expires: Instant,
+    pub(super) revoked: bool,
+    pub(super) views: BTreeSet<u64>,
+    /// Connections that have used the token for pages.
+    pub(super) users: BTreeSet<u64>,
+    /// When it leaves the table, once it is of no use.
+    pub(super) leaves: Option<Instant>,
+    /// Whether it has its share of a limit.
+    pub(super) is_counted: bool,
+}
+
+impl Grant {
+    pub(super) fn new(now: Instant, token: Token, terms: Terms) -> Self {
+        Self {
+            token: Some(Box::new(token)),
+            uses_left: terms.uses,
+            expires: now + terms.lifetime,
+            revoked: false,
+            views: BTreeSet::new(),
+            users: BTreeSet::new(),
+            leaves: None,
+            is_counted: true,
+            terms,
+        }
+    }
+
+    pub(super) fn state(&self, now: Instant) -> GrantState {
+        if self.revoked {
+            GrantState::Revoked
+        } else if self.uses_left == 0 {
+            GrantState::Spent
+        } else if self.expires <= now {
+            GrantState::Expired
+        } else {
+            GrantState::Active
+        }
+    }
+
+    /// Whether something is open by it. A page that a token of KVMI's has opened is not kept count of: a tool has tens
+    /// of thousands of them.
+    pub(super) fn is_in_use(&self) -> bool {
+        !self.views.is_empty() || (self.terms.origin == Origin::Operator && !self.users.is_empty())
+    }
+
+    pub(super) fn take_use(&mut self, id: u64) -> Opened {
+        self.uses_left = self.uses_left.saturating_sub(1);
+        Opened { grant: id, target: self.terms.target, scope: self.terms.scope.clone() }
+    }
+}
+
+/// An open view.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct View {
+    /// Its number.
+    pub id: u64,
+    /// Number of its grant.
+    pub grant: u64,
+    /// Number of its target.
+    pub target: u64,
+    /// Number of the connection that has it.
+    pub peer: u64,
+    /// Name of the introspector, or `host`.
+    pub by: String,
+    /// UUID of the introspector.
+    pub by_uuid: Option<Uuid>,
+    /// Process that attached it.
+    pub caller: Caller,
+    /// When it was opened.
+    pub since: Instant,
+    /// What has happened to it.
+    pub counters: ViewCounters,
+}

@@ -1,0 +1,130 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! Views: opened by a token, closed by whoever has them.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::Instant;
+
+use kvmmem_kvmi::token::Token;
+
+use crate::broker::{Broker, Refused};
+use crate::grants::{Opened, UseError};
+use crate::peer::Peer;
+use crate::registry::Vm;
+use crate::scope::Rights;
+use crate::tokens::{busy, introspector, refuse_use, user};
+use crate::wire::{Answer, Caller, Refusal, ViewCounters};
+
+/// The longest name of a process, characters (`TASK_COMM_LEN`).
+const MAX_COMM: usize = 16;
+
+/// How a view of a process of the host is listed.
+const HOST: &str = "host";
+
+impl Broker {
+    /// Uses a token to open a view: for the VMM of an introspector, or for a process of the host, which gets a
+    /// descriptor of the RAM as well.
+    ///
+    /// # Errors
+    /// Where the connection's VM is no introspector, or the token is not good.
+    pub(crate) fn attach(
+        &self,
+        now: Instant,
+        peer: &Peer,
+        vm: Option<&Vm>,
+        token: &Token,
+        (caller, read_only): (Caller, bool),
+    ) -> Result<(Answer, Option<OwnedFd>), Refused> {
+        let by = match vm {
+            Some(_) => Some(introspector(vm)?),
+            None => None,
+        };
+        let caller = known_caller(caller, peer, by);
+        let name = by.map_or(HOST, |vm| &vm.registration().name);
+        let attached = self.grants().attach(now, token, user(peer, by), (name, caller.clone()), read_only);
+        let (view, opened) = attached.map_err(refuse_use)?;
+        let shown = self.show(peer, by, view, &opened);
+        let Ok((target, answer)) = shown else {
+            self.grants().detach(Instant::now(), view, peer.number());
+            return shown.map(|(_, answer)| answer);
+        };
+        self.audit().attached(view, (opened.grant, &opened.scope), &target, (peer, by), &caller);
+        Ok(answer)
+    }
+
+    /// What the one who has opened a view is told and given.
+    #[allow(clippy::type_complexity, reason = "the answer and the descriptor that goes with it")]
+    fn show(
+        &self,
+        peer: &Peer,
+        by: Option<&Vm>,
+        view: u64,
+        opened: &Opened,
+    ) -> Result<(Arc<Vm>, (Answer, Option<OwnedFd>)), Refused> {
+        let unknown = || refuse_use(UseError::Unknown);
+        let (grant, target, scope) = (opened.grant, opened.target, opened.scope.clone());
+        let vm = self.registry().get(target).ok_or_else(unknown)?;
+        if by.is_some() {
+            peer.introduce(&vm).map_err(|_| busy())?;
+            return Ok((vm, (Answer::Attached { view, grant, target, scope }, None)));
+        }
+        let layout = peer.watch(&vm).map_err(|_| unknown())?;
+        let ram = vm.ram().ok_or_else(unknown)?;
+        let fd = match scope.rights {
+            Rights::ReadOnly => ram.open_read_only(),
+            Rights::ReadWrite => rustix::io::fcntl_dupfd_cloexec(ram.fd(), 0),
+        };
+        let fd = fd.map_err(|error| {
+            Refused::new(Refusal::Limit, format!("cannot open the target's RAM: {error}"))
+        })?;
+        let answer = Answer::HostAttached {
+            view,
+            grant,
+            target,
+            scope,
+            uuid: vm.registration().uuid,
+            generation: layout.generation,
+            regions: layout.map.regions().to_vec(),
+        };
+        Ok((vm, (answer, Some(fd))))
+    }
+
+    /// Closes a view of a connection.
+    ///
+    /// # Errors
+    /// Where it has no such view.
+    pub(crate) fn detach(&self, peer: &Peer, view: u64, counters: ViewCounters) -> Result<(), Refused> {
+        let closed = {
+            let mut grants = self.grants();
+            grants.count(view, peer.number(), counters);
+            grants.detach(Instant::now(), view, peer.number())
+        };
+        let closed = closed.ok_or_else(|| no_view(view))?;
+        self.tell_ended(&[closed], "closed");
+        Ok(())
+    }
+
+    /// Takes note of a view's counters.
+    ///
+    /// # Errors
+    /// Where the connection has no such view.
+    pub(crate) fn count(&self, peer: &Peer, view: u64, counters: ViewCounters) -> Result<(), Refused> {
+        let is_known = self.grants().count(view, peer.number(), counters);
+        if is_known { Ok(()) } else { Err(no_view(view)) }
+    }
+}
+
+fn no_view(view: u64) -> Refused {
+    Refused::new(Refusal::Unknown, format!("this connection has no view {view}"))
+}
+
+/// Who asks, as far as it is known: of a process of the host the socket tells, of one in a VM the VM's kernel.
+fn known_caller(caller: Caller, peer: &Peer, vm: Option<&Vm>) -> Caller {
+    let comm = caller.comm.chars().take(MAX_COMM);
+    let comm = comm.map(|c| if c.is_control() { char::REPLACEMENT_CHARACTER } else { c }).collect();
+    let credentials = peer.credentials();
+    match vm {
+        Some(_) => Caller { comm, ..caller },
+        None => Caller { pid: credentials.pid, uid: credentials.uid, comm },
+    }
+}
