@@ -17,8 +17,8 @@ use crate::stats;
 use crate::sys::{self, Memory};
 
 /// How often the page is looked at, and how long it is waited between two times, while the host is changing it.
-const TRIES: u32 = 100;
-const PAUSE: Delta = Delta::from_micros(100);
+const TRIES: u32 = 1000;
+const PAUSE: Delta = Delta::from_millis(1);
 
 /// A request to attach, in memory that the host reads it from. Erased when dropped: it holds the token.
 pub(crate) struct AttachCall(KBox<[u8; AttachRequest::SIZE]>);

@@ -400,22 +400,25 @@ unsafe impl Send for Memory {}
 unsafe impl Sync for Memory {}
 
 impl Memory {
-    /// Maps memory, whole pages of it. `EINVAL` where it is RAM of this machine or beyond what the CPU can address,
-    /// `ENOMEM` where it cannot be mapped write-back.
-    pub(crate) fn map(gpa: u64, len: u64) -> Result<Self> {
+    /// Whether there can be foreign memory: whole pages that the CPU can address and that are no RAM of this machine.
+    pub(crate) fn is_possible(gpa: u64, len: u64) -> bool {
         // SAFETY: written when the CPU was found, long before modules are loaded.
         let bits = unsafe { bindings::boot_cpu_data.x86_phys_bits };
-        let end = gpa.checked_add(len).ok_or(EINVAL)?;
-        if len == 0 || (gpa | len) % PAGE_SIZE != 0 || end > 1u64.checked_shl(bits.into()).unwrap_or(u64::MAX) {
+        let limit = 1u64.checked_shl(bits.into()).unwrap_or(u64::MAX);
+        let (ram, any) = (bindings::IORESOURCE_SYSTEM_RAM as usize, bindings::IORES_DESC_NONE as usize);
+        len > 0
+            && (gpa | len) % PAGE_SIZE == 0
+            && gpa.checked_add(len).is_some_and(|end| end <= limit)
+            // SAFETY: any range may be asked about.
+            && unsafe { bindings::region_intersects(gpa, len as usize, ram, any) } == bindings::REGION_DISJOINT as c_int
+    }
+
+    /// Maps memory. `EINVAL` where there can be none, `ENOMEM` where it cannot be mapped write-back.
+    pub(crate) fn map(gpa: u64, len: u64) -> Result<Self> {
+        if !Self::is_possible(gpa, len) {
             return Err(EINVAL);
         }
         let size = usize::try_from(len)?;
-        let (ram, any) = (bindings::IORESOURCE_SYSTEM_RAM as usize, bindings::IORES_DESC_NONE as usize);
-        // SAFETY: any range may be asked about.
-        let place = unsafe { bindings::region_intersects(gpa, size, ram, any) };
-        if place != bindings::REGION_DISJOINT as c_int {
-            return Err(EINVAL);
-        }
         // SAFETY: the range is whole pages that the CPU can address and is not RAM.
         let address = unsafe { bindings::memremap(gpa, size, bindings::MEMREMAP_WB as usize) };
         // INVARIANT: just mapped, and checked to hold no RAM.

@@ -28,13 +28,18 @@ impl Window {
     /// Maps all ranges of a descriptor. `EIO` where its window is RAM of this machine, leaves what the CPU can address,
     /// or cannot be mapped write-back.
     pub(crate) fn map(snapshot: &Snapshot) -> Result<Self> {
+        let (gpa, len) = (snapshot.descriptor.window_gpa, snapshot.descriptor.window_len);
+        let lie = |_| {
+            stats::lie("the window is no memory that can be mapped");
+            EIO
+        };
         let mut pieces = KVec::with_capacity(snapshot.ranges().len(), GFP_KERNEL)?;
+        if !snapshot.ranges().is_empty() && !Memory::is_possible(gpa, len) {
+            return Err(lie(EINVAL));
+        }
         for range in snapshot.ranges() {
-            let place = snapshot.descriptor.window_gpa.checked_add(range.offset).ok_or(EIO)?;
-            let memory = Memory::map(place, range.len).map_err(|_| {
-                stats::lie("the window is no memory that can be mapped");
-                EIO
-            })?;
+            let place = gpa.checked_add(range.offset).ok_or(EIO)?;
+            let memory = Memory::map(place, range.len).map_err(lie)?;
             pieces.push(Piece { gpa: range.gpa, memory }, GFP_KERNEL)?;
         }
         Ok(Self(pieces))

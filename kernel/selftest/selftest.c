@@ -149,14 +149,44 @@ static void mount_all(void)
 	}
 }
 
-static void test_views(const char *self)
+static void test_view_unload(void)
 {
-	CHECK_EQUAL(load_module(LOAD_VIEWS), 0);
-	CHECK_EQUAL(chmod("/dev/kvmmem", 0666), 0);
+	int fd = attached(0, 0);
+
+	CHECK_REFUSED(unload_module(), EAGAIN);
+	close(fd);
+	/* At once, while the view's work may still be on its way. */
+	CHECK_EQUAL(unload_module(), 0);
+}
+
+static void with_views(void)
+{
 	host_opens();
 	test_attach();
 	test_memory();
-	(void)self;
+	test_positions();
+	test_events();
+	test_lies();
+	test_sharing("/init");
+	test_regions();
+	for (int i = 0; i < 20; i++) {
+		host_shows_usual(0, KVMMEM_RIGHT_READ);
+		test_view_unload();
+		CHECK_EQUAL(load_module(LOAD_VIEWS), 0);
+	}
+	CHECK_EQUAL(unload_module(), 0);
+
+	CHECK_EQUAL(load_module(LOAD_VIEWS " regions=0"), 0);
+	test_no_regions();
+	CHECK_EQUAL(unload_module(), 0);
+	CHECK_EQUAL(load_module(LOAD " force_window=1 test_descriptor=0x1000000"), 0);
+	test_wrong_page();
+	CHECK_EQUAL(unload_module(), 0);
+	CHECK_EQUAL(load_module(LOAD " force_window=1 test_descriptor=0x20000800"), 0);
+	test_wrong_page();
+	CHECK_EQUAL(unload_module(), 0);
+	CHECK_EQUAL(load_module(LOAD " force_window=1 test_descriptor=0x8000000000000"), 0);
+	test_wrong_page();
 	CHECK_EQUAL(unload_module(), 0);
 }
 
@@ -165,8 +195,11 @@ int main(int argc, char **argv)
 	setvbuf(stdout, NULL, _IONBF, 0);
 	if (iopl(3))
 		return 1;
-	if (argc == 3 && !strcmp(argv[1], "exec")) {
-		test_exec(atoi(argv[2]));
+	if (argc == 3) {
+		if (!strcmp(argv[1], "exec"))
+			test_exec(atoi(argv[2]));
+		else
+			test_view_exec(atoi(argv[2]));
 		return failures != 0;
 	}
 	mount_all();
@@ -182,7 +215,9 @@ int main(int argc, char **argv)
 		test_quarantine();
 		test_no_views();
 		test_unload();
-		test_views(argv[0]);
+		CHECK_EQUAL(load_module(LOAD_VIEWS), 0);
+		/* Not in process 1, whose signals the kernel logs. */
+		in_child(with_views);
 	}
 	printf("selftest: %d of %d checks passed\n", checks - failures, checks);
 	reboot(RB_POWER_OFF);

@@ -1,0 +1,158 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/* A host whose descriptor cannot be: an error when attaching, the end of a view that is open. */
+#define _GNU_SOURCE
+#include <poll.h>
+#include <signal.h>
+#include <stddef.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include "host.h"
+
+#define RW	(KVMMEM_RIGHT_READ | KVMMEM_RIGHT_WRITE)
+#define LONG	10000
+#define RAM	0x1000000UL
+
+#define FIELD(name)	offsetof(struct kvmmem_descriptor, name), sizeof(((struct kvmmem_descriptor *)0)->name)
+
+static const struct { unsigned int at, size; unsigned long value; } lies[] = {
+	{ FIELD(magic), 0 },
+	{ FIELD(magic), KVMMEM_DESCRIPTOR_MAGIC + 1 },
+	{ FIELD(version), 2 },
+	{ FIELD(range_size), 24 },
+	{ FIELD(state), 0 },
+	{ FIELD(state), 4 },
+	{ FIELD(rights), 0 },
+	{ FIELD(rights), KVMMEM_RIGHT_WRITE },
+	{ FIELD(rights), 7 },
+	{ FIELD(window_gpa), WINDOW + 1 },
+	{ FIELD(window_gpa), -PAGE },
+	{ FIELD(window_len), WINDOW_SIZE + 1 },
+	{ FIELD(window_len), -WINDOW },
+	{ FIELD(window_len), HUGE_AT + HUGE_SIZE - PAGE },
+	{ FIELD(range_count), 65 },
+	{ FIELD(range_count), -1 },
+	{ FIELD(ranges[1].gpa), HUGE + 1 },
+	{ FIELD(ranges[1].gpa), LOW },
+	{ FIELD(ranges[1].gpa), -PAGE },
+	{ FIELD(ranges[1].len), 0 },
+	{ FIELD(ranges[1].len), PAGE + 1 },
+	{ FIELD(ranges[1].len), -PAGE },
+	{ FIELD(ranges[1].len), HUGE_SIZE + PAGE },
+	{ FIELD(ranges[1].offset), HUGE_AT + 1 },
+	{ FIELD(ranges[1].offset), WINDOW_SIZE },
+	{ FIELD(ranges[1].offset), -PAGE },
+	{ FIELD(ranges[1].window), 1 },
+	/* Possible, but not here: this machine's RAM, and more than its CPU can address. */
+	{ FIELD(window_gpa), RAM },
+	{ FIELD(window_gpa), RESERVED - PAGE },
+	{ FIELD(window_gpa), 1UL << 51 },
+};
+
+static void tell(unsigned int i)
+{
+	host_shows_usual(0, RW);
+	host_begins(0);
+	memcpy((char *)descriptor(0) + lies[i].at, &lies[i].value, lies[i].size);
+	host_ends(0);
+}
+
+static void when_attaching(void)
+{
+	int count = sizeof(lies) / sizeof(*lies), fd = device();
+	long before = counter("lies");
+
+	for (int i = 0; i < count; i++) {
+		tell(i);
+		CHECK_REFUSED(attach(fd, 0, 0), EIO);
+		CHECK_EQUAL(counter("lies"), before + i + 1);
+	}
+	CHECK_EQUAL(counter("views"), 0);
+	close(fd);
+}
+
+static void when_open(void)
+{
+	int count = sizeof(lies) / sizeof(*lies);
+	long before = counter("lies");
+
+	for (int i = 0; i < count; i++) {
+		char *p, byte;
+		int fd;
+
+		host_shows_usual(0, RW);
+		fd = attached(0, 0);
+		p = mmap(NULL, PAGE, PROT_READ, MAP_SHARED, fd, HUGE);
+		CHECK_EQUAL(signal_of_read(p), 0);
+		tell(i);
+		CHECK_EQUAL(polled(fd, LONG), POLLPRI | POLLHUP);
+		CHECK_EQUAL(signal_of_read(p), SIGBUS);
+		CHECK_REFUSED(pread(fd, &byte, 1, HUGE), ESTALE);
+		CHECK_EQUAL(ranges_of(fd).state, KVMMEM_STATE_GONE);
+		CHECK_EQUAL(counter("lies"), before + i + 1);
+		munmap(p, PAGE);
+		close(fd);
+	}
+	CHECK_EQUAL(counter("views"), 0);
+}
+
+static void generations(void)
+{
+	long before = counter("lies");
+	char byte;
+	int fd;
+
+	/* One that goes back. */
+	host_shows_usual(0, RW);
+	fd = attached(0, 0);
+	descriptor(0)->generation -= 2;
+	CHECK_REFUSED(pread(fd, &byte, 1, HUGE), ESTALE);
+	CHECK_EQUAL(counter("lies"), before + 1);
+	close(fd);
+
+	/* A change that does not end. */
+	host_begins(0);
+	fd = device();
+	CHECK_REFUSED(attach(fd, 0, 0), EIO);
+	host_ends(0);
+	CHECK_EQUAL(attach(fd, 0, 0), 0);
+	host_begins(0);
+	CHECK_EQUAL(polled(fd, LONG), POLLPRI | POLLHUP);
+	host_ends(0);
+	CHECK_REFUSED(pread(fd, &byte, 1, HUGE), ESTALE);
+	CHECK_EQUAL(counter("lies"), before + 3);
+	close(fd);
+
+	/* One that takes its time. */
+	fd = attached(0, 0);
+	host_begins(0);
+	if (!fork()) {
+		usleep(100000);
+		host_ends(0);
+		_exit(0);
+	}
+	CHECK_EQUAL(pread(fd, &byte, 1, HUGE), 1);
+	CHECK_EQUAL(counter("lies"), before + 3);
+	close(fd);
+}
+
+/* In a module whose descriptor pages are where none can be. */
+void test_wrong_page(void)
+{
+	long before = counter("lies");
+	int fd = device();
+
+	CHECK_REFUSED(attach(fd, 0, 0), EIO);
+	CHECK_EQUAL(counter("lies"), before + 1);
+	CHECK_EQUAL(counter("views"), 0);
+	close(fd);
+}
+
+void test_lies(void)
+{
+	when_attaching();
+	when_open();
+	generations();
+}
