@@ -134,16 +134,18 @@ impl Search<'_> {
 
     /// Fills `buffer` from `gpa` on, with zeros where there is no data.
     fn fill(&self, gpa: u64, buffer: &mut [u8], read: impl Fn(u64, &mut [u8]) -> Result<()>) -> Result<()> {
-        buffer.fill(0);
         let end = gpa + buffer.len() as u64;
         let first = self.data.partition_point(|part| part.end <= gpa);
+        let (mut at, mut rest) = (gpa, buffer);
         for part in self.data.iter().skip(first).take_while(|part| part.start < end) {
-            let (start, end) = (part.start.max(gpa), part.end.min(end));
-            let place = usize::try_from(start - gpa)?..usize::try_from(end - gpa)?;
-            if let Some(place) = buffer.get_mut(place) {
-                read(start, place)?;
-            }
+            let (start, end) = (part.start.max(at), part.end.min(end));
+            let (hole, data) = rest.split_at_mut(usize::try_from(start - at)?);
+            let (data, more) = data.split_at_mut(usize::try_from(end - start)?);
+            hole.fill(0);
+            read(start, data)?;
+            (at, rest) = (end, more);
         }
+        rest.fill(0);
         Ok(())
     }
 
