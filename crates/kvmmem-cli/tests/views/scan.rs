@@ -1,0 +1,79 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! `scan`.
+
+use crate::host;
+
+/// The addresses in the output.
+fn places(stdout: &str) -> Vec<u64> {
+    let lines = stdout.lines();
+    lines.map(|line| u64::from_str_radix(line.split_whitespace().next().unwrap(), 16).unwrap()).collect()
+}
+
+#[test]
+fn matches_are_found_wherever_they_lie_and_sorted() {
+    let host = host();
+    // At both ends, across a worker's piece, across adjacent regions, and in the last region.
+    let expected = [0, 0x3_fffd, 0x3f_fffc, (16 << 20) + 0x1234, (20 << 20) - 6];
+    for place in expected {
+        host.put(place, b"needle");
+    }
+    // Before and behind the hole these are no neighbours.
+    host.put((8 << 20) - 3, b"nee");
+    host.put(16 << 20, b"dle");
+    let before = host.allocated();
+    for threads in ["1", "4"] {
+        let ended = host.look(&[], &["scan", "--text", "needle", "--threads", threads]);
+        assert_eq!((ended.code, ended.stderr.as_str()), (Some(0), ""));
+        assert_eq!(places(&ended.stdout), expected);
+    }
+    assert!(host.look(&[], &["scan", "6e 65 ?? 64"]).stdout.contains("6e 65 65 64 6c 65"));
+    assert_eq!(host.allocated(), before, "the scan inflates the target");
+
+    let ended = host.look(&[], &["scan", "--text", "needle", "--max", "2"]);
+    assert_eq!(places(&ended.stdout), expected[..2]);
+    let ended =
+        host.look(&[], &["scan", "--text", "needle", "--range", "0x40000..16M", "--range", "17M..20M"]);
+    assert_eq!(places(&ended.stdout), [expected[2], expected[4]]);
+    let ended = host.look(&["--range", "4M..17M"], &["scan", "--text", "needle"]);
+    assert_eq!(places(&ended.stdout), [expected[3]]);
+}
+
+#[test]
+fn several_patterns_are_named_in_both_forms() {
+    let host = host();
+    host.put(0x1000, "Grüße".as_bytes());
+    host.put(0x2000, b"k\0e\0y\0");
+    let patterns = ["scan", "47 72 ?? ?? c3", "--text", "üß", "--utf16", "key"];
+    let ended = host.look(&[], &patterns);
+    let lines: Vec<&str> = ended.stdout.lines().collect();
+    assert_eq!(places(&ended.stdout), [0x1000, 0x1002, 0x2000]);
+    for (line, name) in lines.iter().zip(["47 72 ?? ?? c3", "üß", "key"]) {
+        assert!(line.ends_with(name), "{line}");
+    }
+    let ended = host.look(&[], &[&patterns[..], &["--json"]].concat());
+    let first: serde_json::Value = serde_json::from_str(ended.stdout.lines().next().unwrap()).unwrap();
+    assert_eq!((&first["gpa"], &first["pattern"]), (&0x1000.into(), &"47 72 ?? ?? c3".into()));
+    assert!(first["hex"].as_str().unwrap().starts_with("4772c3bcc39f65"));
+}
+
+#[test]
+fn exit_codes_are_those_of_grep() {
+    let host = host();
+    let ended = host.look(&[], &["scan", "--text", "needle"]);
+    assert_eq!((ended.code, ended.stdout.as_str(), ended.stderr.as_str()), (Some(1), "", ""));
+    let cases: [(&[&str], &[&str]); 6] = [
+        (&["scan"], &["PATTERN"]),
+        (&["scan", "????"], &["at least one byte"]),
+        (&["scan", "abc"], &["pairs"]),
+        (&["scan", "ab", "--range", "0x10..0x20"], &["0x0..0x1000"]),
+        (&["scan", "ab", "--range", "1M..3M", "--range", "2M..4M"], &["overlap"]),
+        (&["scan", "ab", "--range", "8M..9M"], &["0x800000..0x900000", "0x1000000..0x1400000"]),
+    ];
+    for (arguments, words) in cases {
+        let ended = host.look(&[], arguments);
+        assert_eq!(ended.code, Some(2), "{arguments:?}: {}", ended.stderr);
+        for word in words {
+            assert!(ended.stderr.contains(word), "{arguments:?} {word}: {}", ended.stderr);
+        }
+    }
+}
