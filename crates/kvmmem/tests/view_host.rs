@@ -1,0 +1,397 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! Views on the host, by a broker in this process and a target without a guest.
+
+use std::fs::File;
+use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use kvmmem::view::{State, Status};
+use kvmmem::{Access, Event, Mapping, MappingError, Range, Token, View, ViewError};
+use kvmmem_broker::admin::{Admin, GrantRequest, GrantState, Granted, Rights, Span};
+use kvmmem_broker::host::HostError;
+use kvmmem_broker::link::{Change, Region, Registration, VmmLink};
+use kvmmem_broker::server::Server;
+use kvmmem_broker::wire::Refusal;
+use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
+use uuid::Uuid;
+
+const PAGE: u64 = 0x1000;
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Four pages from 0, two from 1 MiB that lie before them in the file.
+const REGIONS: [Region; 2] =
+    [Region { gpa: 0, len: 4 * PAGE, offset: 2 * PAGE }, Region { gpa: 0x10_0000, len: 2 * PAGE, offset: 0 }];
+
+/// A broker and a target, which end on drop.
+struct Host {
+    socket: PathBuf,
+    ram: File,
+    target: Option<VmmLink>,
+    stop: Option<UnixStream>,
+    server: Option<JoinHandle<()>>,
+    _directory: tempfile::TempDir,
+}
+
+impl Host {
+    /// A target in whose RAM every word holds its own address.
+    fn start() -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let socket = directory.path().join("broker.sock");
+        let server = Server::bind(&socket, None).unwrap();
+        let (stop, stopped) = UnixStream::pair().unwrap();
+        let server = std::thread::spawn(move || server.run(stopped.as_fd()).unwrap());
+        let fd = memfd_create("ram", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap();
+        let ram = File::from(fd);
+        ram.set_len(8 * PAGE).unwrap();
+        fcntl_add_seals(&ram, SealFlags::SHRINK).unwrap();
+        for region in REGIONS {
+            for at in (0..region.len).step_by(8) {
+                ram.write_all_at(&(region.gpa + at).to_le_bytes(), region.offset + at).unwrap();
+            }
+        }
+        let registration = Registration {
+            name: "target".into(),
+            uuid: Uuid::from_bytes([7; 16]),
+            vcpus: 1,
+            start_time_ms: 1_700_000_000_000,
+            cid: None,
+            introspectable: true,
+            introspector: false,
+            regions: REGIONS.to_vec(),
+        };
+        let fd = ram.try_clone().unwrap().into();
+        let target = VmmLink::connect(&socket, registration, Some(fd)).unwrap();
+        Self {
+            socket,
+            ram,
+            target: Some(target),
+            stop: Some(stop),
+            server: Some(server),
+            _directory: directory,
+        }
+    }
+
+    fn admin(&self) -> Admin {
+        Admin::connect(&self.socket).unwrap()
+    }
+
+    fn grant(&self, rights: Rights, spans: Option<Vec<Span>>) -> Granted {
+        self.grant_to(rights, spans, None)
+    }
+
+    fn grant_to(&self, rights: Rights, spans: Option<Vec<Span>>, holder: Option<Uuid>) -> Granted {
+        let request = GrantRequest {
+            target: "target".into(),
+            spans,
+            rights,
+            ttl_ms: 60_000,
+            uses: 1,
+            holder,
+            label: None,
+        };
+        self.admin().grant(&request).unwrap()
+    }
+
+    fn attach(&self, token: &Token) -> Result<View, ViewError> {
+        View::attach_host(&self.socket, token, Access::Granted)
+    }
+
+    fn view(&self, rights: Rights) -> (View, u64) {
+        let granted = self.grant(rights, None);
+        (self.attach(&granted.token).unwrap(), granted.grant)
+    }
+
+    fn end_broker(&mut self) {
+        drop(self.stop.take());
+        if let Some(server) = self.server.take() {
+            server.join().unwrap();
+        }
+    }
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        self.target = None;
+        self.end_broker();
+    }
+}
+
+fn word(view: &View, gpa: u64) -> u64 {
+    let mut bytes = [0; 8];
+    view.read_at(gpa, &mut bytes).unwrap();
+    u64::from_le_bytes(bytes)
+}
+
+/// The next event.
+#[track_caller]
+fn event(view: &View) -> Event {
+    view.wait(PATIENCE).unwrap().expect("no event came")
+}
+
+#[track_caller]
+fn assert_lost(mapping: &Mapping) {
+    let gpa = mapping.gpa();
+    assert_eq!(mapping.read_u64(0), Err(MappingError::Lost { gpa }));
+    assert_eq!(mapping.read(3, &mut [0]), Err(MappingError::Lost { gpa: gpa + 3 }));
+}
+
+#[test]
+fn a_read_only_view_reads_and_maps() {
+    let host = Host::start();
+    let (view, _) = host.view(Rights::ReadOnly);
+    let status = view.status().unwrap();
+    let ranges = vec![Range { gpa: 0, len: 4 * PAGE }, Range { gpa: 0x10_0000, len: 2 * PAGE }];
+    let expected = Status {
+        generation: status.generation,
+        state: State::Open,
+        is_writable: false,
+        uuid: [7; 16],
+        ranges: ranges.clone(),
+    };
+    assert_eq!(status, expected);
+    assert_eq!(view.ranges().unwrap(), ranges);
+    assert!(view.stats().unwrap().is_none());
+    assert_eq!(word(&view, 0x3ff8), 0x3ff8);
+    assert_eq!(word(&view, 0x10_1000), 0x10_1000);
+
+    let mapping = view.map(ranges[1]).unwrap();
+    assert_eq!((mapping.gpa(), mapping.len(), mapping.is_writable()), (0x10_0000, 2 * PAGE, false));
+    assert_eq!(mapping.read_u64(PAGE + 8).unwrap(), 0x10_1008);
+    host.ram.write_all_at(&[0xab], 9).unwrap();
+    assert_eq!(mapping.read_u8(9).unwrap(), 0xab, "the memory itself, not a copy");
+
+    for result in [view.write_at(0, &[1]), view.write_at(u64::MAX, &[1])] {
+        assert!(matches!(result, Err(ViewError::ReadOnly { .. })), "{result:?}");
+    }
+    assert_eq!(mapping.write(0, &[1]), Err(MappingError::ReadOnly));
+    assert_eq!(mapping.write_u64(0, 1), Err(MappingError::ReadOnly));
+    assert_eq!(view.wait(Duration::ZERO).unwrap(), None);
+}
+
+#[test]
+fn a_writable_view_writes() {
+    let host = Host::start();
+    let (view, _) = host.view(Rights::ReadWrite);
+    assert!(view.status().unwrap().is_writable);
+    view.write_at(0xffe, b"abcd").unwrap();
+    let mapping = view.map(Range { gpa: 0, len: 2 * PAGE }).unwrap();
+    mapping.write(0x1002, b"ef").unwrap();
+    let mut bytes = [0; 6];
+    host.ram.read_exact_at(&mut bytes, 2 * PAGE + 0xffe).unwrap();
+    assert_eq!(&bytes, b"abcdef");
+
+    let granted = host.grant(Rights::ReadWrite, None);
+    let view = View::attach_host(&host.socket, &granted.token, Access::ReadOnly).unwrap();
+    assert!(!view.status().unwrap().is_writable, "less than the grant allows, because it was asked for");
+    assert!(matches!(view.write_at(0, &[1]), Err(ViewError::ReadOnly { .. })));
+}
+
+#[test]
+fn holes_are_named() {
+    let host = Host::start();
+    let (view, _) = host.view(Rights::ReadWrite);
+    let mut buf = [0; 0x20];
+    for (result, hole) in [
+        (view.read_at(0x3ff0, &mut buf), 0x4000),
+        (view.write_at(0x3ff0, &buf), 0x4000),
+        (view.read_at(0xf_fff0, &mut buf), 0xf_fff0),
+        (view.read_at(u64::MAX, &mut buf), u64::MAX),
+        (view.write_at(0x10_2000, &buf), 0x10_2000),
+        (view.map(Range { gpa: 0x2000, len: 3 * PAGE }).map(drop), 0x4000),
+        (view.map(Range { gpa: 0x8000, len: PAGE }).map(drop), 0x8000),
+    ] {
+        assert!(matches!(result, Err(ViewError::Hole { gpa, .. }) if gpa == hole), "{result:?}, {hole:#x}");
+    }
+    for range in [Range { gpa: 1, len: PAGE }, Range { gpa: 0, len: 1 }, Range { gpa: 0, len: 0 }] {
+        assert!(matches!(view.map(range), Err(ViewError::Pages { .. })), "{range}");
+    }
+    view.read_at(0x9999, &mut []).unwrap();
+}
+
+#[test]
+fn a_scope_is_all_that_is_seen() {
+    let host = Host::start();
+    let spans = vec![Span { gpa: PAGE, len: PAGE }, Span { gpa: 0x10_1000, len: PAGE }];
+    let granted = host.grant(Rights::ReadOnly, Some(spans));
+    let view = host.attach(&granted.token).unwrap();
+    let ranges = [Range { gpa: PAGE, len: PAGE }, Range { gpa: 0x10_1000, len: PAGE }];
+    assert_eq!(view.ranges().unwrap(), ranges);
+    assert_eq!(word(&view, 0x1008), 0x1008);
+    for gpa in [0, 0xfff, 0x2000, 0x10_0fff] {
+        let result = view.read_at(gpa, &mut [0]);
+        assert!(matches!(result, Err(ViewError::Hole { .. })), "{gpa:#x}");
+    }
+    assert!(matches!(view.read_at(0x1fff, &mut [0; 2]), Err(ViewError::Hole { gpa: 0x2000, .. })));
+    assert!(matches!(view.map(Range { gpa: 0, len: 2 * PAGE }), Err(ViewError::Hole { gpa: 0, .. })));
+    assert_eq!(view.data_from(0).unwrap(), Some(ranges[0]));
+    assert_eq!(view.data_from(0x2000).unwrap(), Some(ranges[1]));
+    assert_eq!(view.data_from(0x10_2000).unwrap(), None);
+}
+
+#[test]
+fn a_grant_that_is_taken_back_ends_the_view_whatever_the_tool_does() {
+    let host = Host::start();
+    let (view, grant) = host.view(Rights::ReadWrite);
+    let mapping = view.map(Range { gpa: 0, len: 4 * PAGE }).unwrap();
+    assert_eq!(mapping.read_u64(8).unwrap(), 8);
+
+    // Nobody waits for events: the view ends all the same, and the broker has the confirmation.
+    let revoked = host.admin().revoke(grant).unwrap();
+    assert_eq!((revoked.views, revoked.unconfirmed), (1, 0));
+    assert_lost(&mapping);
+    assert_eq!(mapping.write(0, &[1]), Err(MappingError::Lost { gpa: 0 }));
+    let range = Range { gpa: 0, len: PAGE };
+    for result in [
+        view.read_at(0, &mut [0]),
+        view.write_at(0, &[0]),
+        view.map(range).map(drop),
+        view.data_from(0).map(drop),
+    ] {
+        assert!(matches!(result, Err(ViewError::Revoked { .. })), "{result:?}");
+    }
+    let status = view.status().unwrap();
+    assert_eq!((status.state, status.ranges), (State::Revoked, vec![]));
+    assert_eq!((event(&view), event(&view)), (Event::Revoked, Event::Revoked));
+    view.detach().unwrap();
+}
+
+#[test]
+fn readers_in_the_middle_of_a_mapping_are_stopped() {
+    let host = Host::start();
+    let (view, grant) = host.view(Rights::ReadOnly);
+    let mapping = view.map(Range { gpa: 0, len: 4 * PAGE }).unwrap();
+    let ends = std::thread::scope(|scope| {
+        let read = || {
+            let (mut buf, end) = (vec![0; 4 * 0x1000], Instant::now() + PATIENCE);
+            while Instant::now() < end {
+                if let Err(error) = mapping.read(0, &mut buf) {
+                    return Some(error);
+                }
+            }
+            None
+        };
+        let readers: Vec<_> = (0..3).map(|_| scope.spawn(read)).collect();
+        let waiter = scope.spawn(|| event(&view));
+        std::thread::sleep(Duration::from_millis(20));
+        assert_eq!(host.admin().revoke(grant).unwrap().unconfirmed, 0);
+        assert_eq!(waiter.join().unwrap(), Event::Revoked);
+        readers.into_iter().map(|reader| reader.join().unwrap()).collect::<Vec<_>>()
+    });
+    assert!(ends.iter().all(|end| matches!(end, Some(MappingError::Lost { .. }))), "{ends:?}");
+}
+
+#[test]
+fn a_target_that_goes_away_ends_the_view() {
+    let mut host = Host::start();
+    let (view, _) = host.view(Rights::ReadOnly);
+    let mapping = view.map(Range { gpa: 0x10_0000, len: PAGE }).unwrap();
+    host.target = None;
+    assert_eq!(event(&view), Event::Gone);
+    assert_lost(&mapping);
+    assert!(matches!(view.read_at(0, &mut [0]), Err(ViewError::Gone { .. })));
+}
+
+#[test]
+fn a_broker_that_goes_away_ends_the_view() {
+    let mut host = Host::start();
+    let (view, _) = host.view(Rights::ReadOnly);
+    let mapping = view.map(Range { gpa: 0, len: PAGE }).unwrap();
+    host.end_broker();
+    assert_eq!(event(&view), Event::Gone);
+    assert_lost(&mapping);
+}
+
+#[test]
+fn bad_tokens_attach_nothing() {
+    let host = Host::start();
+    let unknown = |result: Result<View, ViewError>| match result.unwrap_err() {
+        error @ ViewError::AttachHost { .. } => {
+            let text = error.to_string();
+            assert!(text.contains("ask for a new token"), "{text}");
+            let ViewError::AttachHost { source, .. } = error else { unreachable!() };
+            assert!(matches!(*source, HostError::Refused { refusal: Refusal::Unknown, .. }), "{source:?}");
+        }
+        error => panic!("{error}"),
+    };
+    unknown(host.attach(&Token::new([1, 2, 3, 4])));
+    let granted = host.grant(Rights::ReadOnly, None);
+    let _view = host.attach(&granted.token).unwrap();
+    unknown(host.attach(&granted.token));
+    let granted = host.grant_to(Rights::ReadOnly, None, Some(Uuid::from_bytes([9; 16])));
+    unknown(host.attach(&granted.token));
+    let granted = host.grant(Rights::ReadOnly, None);
+    host.admin().revoke(granted.grant).unwrap();
+    unknown(host.attach(&granted.token));
+}
+
+#[test]
+fn no_broker_is_told_with_a_remedy() {
+    let result =
+        View::attach_host("/nonexistent/kvmmemd.sock".as_ref(), &Token::new([0; 4]), Access::Granted);
+    let text = result.unwrap_err().to_string();
+    assert!(text.contains("/nonexistent/kvmmemd.sock") && text.contains("is kvmmemd running"), "{text}");
+}
+
+#[test]
+fn a_view_follows_changes_of_the_target() {
+    let host = Host::start();
+    let (view, _) = host.view(Rights::ReadOnly);
+    let target = host.target.as_ref().unwrap();
+    let mapping = view.map(Range { gpa: 0, len: 4 * PAGE }).unwrap();
+    let before = view.status().unwrap().generation;
+
+    target.ram_changed(REGIONS.to_vec(), Change::Reset);
+    assert_eq!(event(&view), Event::Changed);
+    let reset = view.status().unwrap().generation;
+    assert!(reset > before);
+    assert_eq!(mapping.read_u64(8).unwrap(), 8);
+
+    let smaller = vec![Region { gpa: 0, len: PAGE, offset: 2 * PAGE }, REGIONS[1]];
+    target.ram_changed(smaller, Change::Resized);
+    assert_eq!(event(&view), Event::Changed);
+    assert!(view.status().unwrap().generation > reset);
+    assert_eq!(view.ranges().unwrap()[0], Range { gpa: 0, len: PAGE });
+    assert_eq!(mapping.read_u64(8).unwrap(), 8);
+    assert_eq!(mapping.read_u64(PAGE), Err(MappingError::Lost { gpa: PAGE }));
+    assert!(matches!(view.read_at(PAGE, &mut [0]), Err(ViewError::Hole { .. })));
+
+    target.ram_changed(REGIONS.to_vec(), Change::Resized);
+    assert_eq!(event(&view), Event::Changed);
+    assert_eq!(mapping.read_u64(PAGE).unwrap(), PAGE);
+}
+
+#[test]
+fn a_mapping_keeps_the_view_and_detach_ends_it() {
+    let host = Host::start();
+    let open = |grant: u64| {
+        let grants = host.admin().grants().unwrap();
+        grants.iter().find(|info| info.id == grant).map_or(0, |info| info.views.len())
+    };
+    let wait_for = |grant: u64, count: usize| {
+        let end = Instant::now() + PATIENCE;
+        while open(grant) != count {
+            assert!(Instant::now() < end, "still {} views", open(grant));
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    };
+    let (view, grant) = host.view(Rights::ReadOnly);
+    let mapping = view.map(Range { gpa: 0, len: PAGE }).unwrap();
+    wait_for(grant, 1);
+    drop(view);
+    assert_eq!(mapping.read_u64(8).unwrap(), 8);
+    assert_eq!(open(grant), 1);
+    drop(mapping);
+    wait_for(grant, 0);
+
+    let (view, grant) = host.view(Rights::ReadOnly);
+    let mapping = view.map(Range { gpa: 0, len: PAGE }).unwrap();
+    view.detach().unwrap();
+    assert_lost(&mapping);
+    wait_for(grant, 0);
+    let states = host.admin().grants().unwrap();
+    assert!(states.iter().all(|info| info.state != GrantState::Revoked));
+}
