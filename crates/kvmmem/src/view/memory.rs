@@ -161,9 +161,10 @@ impl Memory {
         reach.regions.clear();
         reach.ram = None;
         let mappings = std::mem::take(&mut *self.mappings());
-        drop(reach);
         let lost = mappings.iter().filter_map(|mapped| mapped.memory.upgrade());
         let left = lost.filter(|memory| !clear(memory)).count();
+        // Only now can anybody see that it has ended.
+        drop(reach);
         self.tell();
         left == 0
     }
