@@ -1,124 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Views on the host, by a broker in this process and a target without a guest.
 
-use std::fs::File;
-use std::os::fd::AsFd;
+mod host;
+
 use std::os::unix::fs::FileExt;
-use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
+
+use host::{Host, PAGE, PATIENCE, REGIONS};
 
 use kvmmem::view::{State, Status};
 use kvmmem::{Access, Event, Mapping, MappingError, Range, Token, View, ViewError};
-use kvmmem_broker::admin::{Admin, GrantRequest, GrantState, Granted, Rights, Span};
+use kvmmem_broker::admin::{GrantState, Rights, Span};
 use kvmmem_broker::host::HostError;
-use kvmmem_broker::link::{Change, Region, Registration, VmmLink};
-use kvmmem_broker::server::Server;
+use kvmmem_broker::link::{Change, Region};
 use kvmmem_broker::wire::Refusal;
-use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
 use uuid::Uuid;
-
-const PAGE: u64 = 0x1000;
-const PATIENCE: Duration = Duration::from_secs(10);
-
-/// Four pages from 0, two from 1 MiB that lie before them in the file.
-const REGIONS: [Region; 2] =
-    [Region { gpa: 0, len: 4 * PAGE, offset: 2 * PAGE }, Region { gpa: 0x10_0000, len: 2 * PAGE, offset: 0 }];
-
-/// A broker and a target, which end on drop.
-struct Host {
-    socket: PathBuf,
-    ram: File,
-    target: Option<VmmLink>,
-    stop: Option<UnixStream>,
-    server: Option<JoinHandle<()>>,
-    _directory: tempfile::TempDir,
-}
-
-impl Host {
-    /// A target in whose RAM every word holds its own address.
-    fn start() -> Self {
-        let directory = tempfile::tempdir().unwrap();
-        let socket = directory.path().join("broker.sock");
-        let server = Server::bind(&socket, None).unwrap();
-        let (stop, stopped) = UnixStream::pair().unwrap();
-        let server = std::thread::spawn(move || server.run(stopped.as_fd()).unwrap());
-        let fd = memfd_create("ram", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap();
-        let ram = File::from(fd);
-        ram.set_len(8 * PAGE).unwrap();
-        fcntl_add_seals(&ram, SealFlags::SHRINK).unwrap();
-        for region in REGIONS {
-            for at in (0..region.len).step_by(8) {
-                ram.write_all_at(&(region.gpa + at).to_le_bytes(), region.offset + at).unwrap();
-            }
-        }
-        let registration = Registration {
-            name: "target".into(),
-            uuid: Uuid::from_bytes([7; 16]),
-            vcpus: 1,
-            start_time_ms: 1_700_000_000_000,
-            cid: None,
-            introspectable: true,
-            introspector: false,
-            regions: REGIONS.to_vec(),
-        };
-        let fd = ram.try_clone().unwrap().into();
-        let target = VmmLink::connect(&socket, registration, Some(fd)).unwrap();
-        Self {
-            socket,
-            ram,
-            target: Some(target),
-            stop: Some(stop),
-            server: Some(server),
-            _directory: directory,
-        }
-    }
-
-    fn admin(&self) -> Admin {
-        Admin::connect(&self.socket).unwrap()
-    }
-
-    fn grant(&self, rights: Rights, spans: Option<Vec<Span>>) -> Granted {
-        self.grant_to(rights, spans, None)
-    }
-
-    fn grant_to(&self, rights: Rights, spans: Option<Vec<Span>>, holder: Option<Uuid>) -> Granted {
-        let request = GrantRequest {
-            target: "target".into(),
-            spans,
-            rights,
-            ttl_ms: 60_000,
-            uses: 1,
-            holder,
-            label: None,
-        };
-        self.admin().grant(&request).unwrap()
-    }
-
-    fn attach(&self, token: &Token) -> Result<View, ViewError> {
-        View::attach_host(&self.socket, token, Access::Granted)
-    }
-
-    fn view(&self, rights: Rights) -> (View, u64) {
-        let granted = self.grant(rights, None);
-        (self.attach(&granted.token).unwrap(), granted.grant)
-    }
-
-    fn end_broker(&mut self) {
-        drop(self.stop.take());
-        if let Some(server) = self.server.take() {
-            server.join().unwrap();
-        }
-    }
-}
-
-impl Drop for Host {
-    fn drop(&mut self) {
-        self.target = None;
-        self.end_broker();
-    }
-}
 
 fn word(view: &View, gpa: u64) -> u64 {
     let mut bytes = [0; 8];
@@ -179,7 +75,17 @@ fn a_writable_view_writes() {
     assert!(view.status().unwrap().is_writable);
     view.write_at(0xffe, b"abcd").unwrap();
     let mapping = view.map(Range { gpa: 0, len: 2 * PAGE }).unwrap();
-    mapping.write(0x1002, b"ef").unwrap();
+    mapping.write(0x1002, b"e").unwrap();
+    mapping.write_u8(0x1003, b'f').unwrap();
+    mapping.write_u16(0x10, 0x2222).unwrap();
+    mapping.write_u32(0x14, 0x4444_4444).unwrap();
+    mapping.write_u64(0x18, 0x8888_8888_8888_8888).unwrap();
+    assert_eq!(word(&view, 0x10), 0x4444_4444_0000_2222);
+    assert_eq!((mapping.read_u16(0x10).unwrap(), mapping.read_u32(0x18).unwrap()), (0x2222, 0x8888_8888));
+    let unaligned = Err(MappingError::Unaligned { offset: 0x14, size: 8 });
+    assert_eq!(mapping.write_u64(0x14, 0), unaligned);
+    let outside = MappingError::Outside { offset: 2 * PAGE - 1, len: 2, size: 2 * PAGE };
+    assert_eq!(mapping.read(2 * PAGE - 1, &mut [0; 2]), Err(outside));
     let mut bytes = [0; 6];
     host.ram.read_exact_at(&mut bytes, 2 * PAGE + 0xffe).unwrap();
     assert_eq!(&bytes, b"abcdef");

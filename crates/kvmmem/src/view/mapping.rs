@@ -130,6 +130,30 @@ impl Mapping {
         self.memory.read_word(offset).map_err(|error| self.error(error))
     }
 
+    /// Writes the byte at `offset`.
+    ///
+    /// # Errors
+    /// [`MappingError`].
+    pub fn write_u8(&self, offset: u64, value: u8) -> Result<(), MappingError> {
+        self.memory.write_word(offset, value).map_err(|error| self.error(error))
+    }
+
+    /// Writes the word at `offset`, a multiple of 2, in one access.
+    ///
+    /// # Errors
+    /// [`MappingError`].
+    pub fn write_u16(&self, offset: u64, value: u16) -> Result<(), MappingError> {
+        self.memory.write_word(offset, value).map_err(|error| self.error(error))
+    }
+
+    /// Writes the word at `offset`, a multiple of 4, in one access.
+    ///
+    /// # Errors
+    /// [`MappingError`].
+    pub fn write_u32(&self, offset: u64, value: u32) -> Result<(), MappingError> {
+        self.memory.write_word(offset, value).map_err(|error| self.error(error))
+    }
+
     /// Writes the word at `offset`, a multiple of 8, in one access.
     ///
     /// # Errors
