@@ -173,7 +173,7 @@ impl ViewFile {
                 return Err(FaultError::Smaller);
             }
             let (gpa, _) = fault.place().ok_or(FaultError::Smaller)?;
-            let (memory, offset) = window.find(gpa).ok_or(fault.refusal())?;
+            let (memory, offset) = window.find(gpa).map_err(|_| fault.refusal())?;
             fault.insert(memory, offset)
         });
         view.faults.count(fault.order(), &result);
@@ -202,7 +202,7 @@ fn transfer(
         if gpa >= window.end() && !is_write {
             return Ok(Some((0, false)));
         }
-        let (memory, offset) = window.find(gpa).ok_or(ENXIO)?;
+        let (memory, offset) = window.find(gpa)?;
         let room = usize::try_from(memory.len().saturating_sub(offset))?;
         let wanted = (len - done).min(CHUNK).min(room);
         // The process's memory may be this file's: no lock is held.
@@ -236,7 +236,7 @@ fn seek_data(view: &View, window: &Window, offset: i64) -> Result<u64> {
         at = window.first_from(at).ok_or(ENXIO)?;
         match view.host().seek(at, SEEK_DATA) {
             Ok(None) => return Err(ENXIO),
-            Ok(Some(found)) if window.find(found).is_some() => return Ok(found),
+            Ok(Some(found)) if window.contains(found) => return Ok(found),
             // Between two ranges, of which there are few.
             Ok(Some(found)) => at = found,
             Err(error) if error == EOPNOTSUPP => return Ok(at),

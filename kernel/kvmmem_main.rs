@@ -17,7 +17,7 @@
 //! - `View::changing`, while a change of the host's is followed; then the device's `i_mmap_rwsem` (zapping), and
 //!   `View::now` by itself.
 //! - a process's `mmap_lock` or an area's lock (mmap, munmap, fault); then `ViewFile::view`, `ViewFile::regions`,
-//!   `View::changing` (mmap only) and `View::now`, and under `View::now` the page tables' locks.
+//!   `View::changing` (mmap only) and `View::now`, and under `View::now` `Window::mapping` and the page tables' locks.
 //! - each process's table of v1 has a mutex of its own.
 //!
 //! User memory is touched under none of them: it may be a mapping of this very device. The host opens views under

@@ -7,8 +7,8 @@ use kernel::uaccess::{UserPtr, UserSlice};
 
 use crate::abi::descriptor::MAX_RANGES;
 use crate::abi::native::{
-    ATTACH_READ_ONLY, Attach, FEATURE_HUGE_1G, FEATURE_HUGE_2M, FEATURE_REGIONS, FEATURE_SEEK, FEATURE_VIEWS, Info,
-    Ranges, Stats, VERSION,
+    ATTACH_READ_ONLY, Attach, FEATURE_HUGE_1G, FEATURE_HUGE_2M, FEATURE_REGIONS, FEATURE_SEEK, FEATURE_VIEWS,
+    Info, Ranges, Stats, VERSION,
 };
 use crate::attachment::AttachCall;
 use crate::file::ViewFile;
@@ -28,8 +28,13 @@ pub(crate) fn info(to: UserPtr) -> Result {
             features |= FEATURE_REGIONS;
         }
     }
-    let info =
-        Info { version: VERSION, features, max_ranges: MAX_RANGES as u32, event_ms: EVENT_MS, reserved: [0; 4] };
+    let info = Info {
+        version: VERSION,
+        features,
+        max_ranges: MAX_RANGES as u32,
+        event_ms: EVENT_MS,
+        reserved: [0; 4],
+    };
     UserSlice::new(to, size_of::<Info>()).writer().write(&info)
 }
 

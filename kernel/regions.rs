@@ -63,7 +63,9 @@ impl Regions {
     }
 
     fn find(&mut self, gpa: u64, len: u64) -> Option<&mut Mapped> {
-        self.mapped.iter_mut().find(|mapped| mapped.holds(gpa, len) && gpa < mapped.range.gpa + mapped.range.len)
+        self.mapped
+            .iter_mut()
+            .find(|mapped| mapped.holds(gpa, len) && gpa < mapped.range.gpa + mapped.range.len)
     }
 
     /// Removes the region that begins at `gpa`: `EINVAL` where none does or areas show it. Whether none is left.
@@ -153,5 +155,8 @@ fn region(shown: &Shown, target: &Uuid, gpa: u64) -> Result<Range> {
     if shown.uuid != *target {
         return Err(ENOENT);
     }
-    window.ranges().find(|range| gpa.checked_sub(range.gpa).is_some_and(|offset| offset < range.len)).ok_or(ENXIO)
+    window
+        .ranges()
+        .find(|range| gpa.checked_sub(range.gpa).is_some_and(|offset| offset < range.len))
+        .ok_or(ENXIO)
 }

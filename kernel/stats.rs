@@ -71,7 +71,12 @@ pub(crate) struct Faults {
 
 impl Faults {
     pub(crate) const fn new() -> Self {
-        Self { small: Counter::new(), huge_2m: Counter::new(), huge_1g: Counter::new(), refused: Counter::new() }
+        Self {
+            small: Counter::new(),
+            huge_2m: Counter::new(),
+            huge_1g: Counter::new(),
+            refused: Counter::new(),
+        }
     }
 
     /// Counts a fault of a view, here and for the whole module. One that is tried again with a smaller page is none.

@@ -352,7 +352,11 @@ pub(crate) fn has_1g_pages() -> bool {
 }
 
 /// Has the host open a view. The host's error is an `Err`.
-pub(crate) fn attach(way: Way, request: &[u8; AttachRequest::SIZE], result: &mut AttachResult) -> Result<(), i64> {
+pub(crate) fn attach(
+    way: Way,
+    request: &[u8; AttachRequest::SIZE],
+    result: &mut AttachResult,
+) -> Result<(), i64> {
     let result: *mut AttachResult = result;
     // SAFETY: both are borrowed during the call, the result exclusively; any bytes make an `AttachResult`.
     match unsafe { hypercall(way, ATTACH, request.as_ptr() as u64, result as u64, 0) } {
@@ -565,13 +569,14 @@ struct Operations<T>(T);
 // SAFETY: never written.
 unsafe impl<T> Sync for Operations<T> {}
 
-static AREA_OPERATIONS: Operations<bindings::vm_operations_struct> = Operations(bindings::vm_operations_struct {
-    open: Some(area_open),
-    close: Some(area_close),
-    fault: Some(area_fault),
-    huge_fault: Some(area_huge_fault),
-    ..pin_init::zeroed()
-});
+static AREA_OPERATIONS: Operations<bindings::vm_operations_struct> =
+    Operations(bindings::vm_operations_struct {
+        open: Some(area_open),
+        close: Some(area_close),
+        fault: Some(area_fault),
+        huge_fault: Some(area_huge_fault),
+        ..pin_init::zeroed()
+    });
 
 /// The open file whose area this is.
 ///
@@ -694,7 +699,8 @@ impl Fault {
         if first < start || first.checked_add(size)? > end {
             return None;
         }
-        let gpa = PAGE_SIZE.checked_mul(pgoff as u64)?.checked_sub((address - first) as u64 & !(PAGE_SIZE - 1))?;
+        let gpa =
+            PAGE_SIZE.checked_mul(pgoff as u64)?.checked_sub((address - first) as u64 & !(PAGE_SIZE - 1))?;
         Some((gpa, size as u64))
     }
 

@@ -225,7 +225,7 @@ impl View {
 fn show(snapshot: &Snapshot, is_read_only: bool) -> Result<Shown> {
     let descriptor = &snapshot.descriptor;
     let window = match descriptor.state {
-        STATE_OPEN => Ok(Arc::new(Window::map(snapshot)?, GFP_KERNEL_ACCOUNT)?),
+        STATE_OPEN => Ok(Window::map(snapshot)?),
         STATE_REVOKED => Err(Ended::Revoked),
         _ => Err(Ended::Gone),
     };

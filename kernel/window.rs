@@ -1,74 +1,130 @@
 // SPDX-License-Identifier: GPL-2.0-only
 //! The target's ranges as they are mapped into this kernel at one generation of a view.
+//!
+//! A range is mapped in parts of 1 GiB, each when it is first needed: opening a view takes no longer for a large target
+//! than for a small one, also where the CPU has no pages of 1 GiB.
 
 use kernel::prelude::*;
+use kernel::sync::{Arc, Mutex, SetOnce, new_mutex};
 
 use crate::abi::native;
 use crate::attachment::Snapshot;
 use crate::stats;
 use crate::sys::Memory;
 
-/// A range and its memory.
+/// Length of a part. Parts begin at its multiples, so that a page of 1 GiB lies in one.
+const PART: u64 = 1 << 30;
+
+/// A range, and where in this machine's address space it is shown.
 struct Piece {
-    gpa: u64,
-    memory: Memory,
+    range: native::Range,
+    place: u64,
+    parts: KVVec<SetOnce<Memory>>,
 }
 
 impl Piece {
-    fn end(&self) -> u64 {
+    fn new(range: native::Range, place: u64) -> Result<Self> {
         // Descriptors are checked to end below 2^52.
-        self.gpa.saturating_add(self.memory.len())
+        let count = place.saturating_add(range.len).div_ceil(PART).saturating_sub(place / PART);
+        let count = usize::try_from(count)?;
+        let mut parts = KVVec::with_capacity(count, GFP_KERNEL_ACCOUNT)?;
+        for _ in 0..count {
+            parts.push(SetOnce::new(), GFP_KERNEL_ACCOUNT)?;
+        }
+        Ok(Self { range, place, parts })
+    }
+
+    fn end(&self) -> u64 {
+        self.range.gpa.saturating_add(self.range.len)
+    }
+
+    /// The part that holds the range's byte `offset`: how it is mapped, if it is, and where it is.
+    fn part(&self, offset: u64) -> Option<(&SetOnce<Memory>, u64, u64)> {
+        let at = self.place.checked_add(offset)?;
+        let index = usize::try_from((at / PART).checked_sub(self.place / PART)?).ok()?;
+        let start = self.place.max(at / PART * PART);
+        let end = self.place.saturating_add(self.range.len).min((at / PART + 1).saturating_mul(PART));
+        Some((self.parts.get(index)?, start, end.checked_sub(start)?))
     }
 }
 
 /// Ranges of the target, disjoint and ascending, write-back in the kernel.
-pub(crate) struct Window(KVec<Piece>);
+#[pin_data]
+pub(crate) struct Window {
+    pieces: KVec<Piece>,
+    /// One part is mapped at a time.
+    #[pin]
+    mapping: Mutex<()>,
+}
 
 impl Window {
-    /// Maps all ranges of a descriptor. `EIO` where its window is RAM of this machine, leaves what the CPU can address,
-    /// or cannot be mapped write-back.
-    pub(crate) fn map(snapshot: &Snapshot) -> Result<Self> {
-        let (gpa, len) = (snapshot.descriptor.window_gpa, snapshot.descriptor.window_len);
+    /// The window of a descriptor. `EIO` where that is RAM of this machine, leaves what the CPU can address, or cannot
+    /// be mapped write-back.
+    pub(crate) fn map(snapshot: &Snapshot) -> Result<Arc<Self>> {
         let lie = |_| {
             stats::lie("the window is no memory that can be mapped");
             EIO
         };
-        let mut pieces = KVec::with_capacity(snapshot.ranges().len(), GFP_KERNEL)?;
-        if !snapshot.ranges().is_empty() && !Memory::is_possible(gpa, len) {
-            return Err(lie(EINVAL));
-        }
+        let (gpa, len) = (snapshot.descriptor.window_gpa, snapshot.descriptor.window_len);
+        let mut pieces = KVec::with_capacity(snapshot.ranges().len(), GFP_KERNEL_ACCOUNT)?;
         for range in snapshot.ranges() {
             let place = gpa.checked_add(range.offset).ok_or(EIO)?;
-            let memory = Memory::map(place, range.len).map_err(lie)?;
-            pieces.push(Piece { gpa: range.gpa, memory }, GFP_KERNEL)?;
+            if !Memory::is_possible(gpa, len) {
+                return Err(lie(EINVAL));
+            }
+            let piece = Piece::new(native::Range { gpa: range.gpa, len: range.len }, place)?;
+            pieces.push(piece, GFP_KERNEL_ACCOUNT)?;
         }
-        Ok(Self(pieces))
+        let window = pin_init!(Self { pieces, mapping <- new_mutex!((), "kvmmem_window") });
+        let window = Arc::pin_init(window, GFP_KERNEL_ACCOUNT)?;
+        // The beginnings at once, to learn whether they can be mapped.
+        for range in window.ranges() {
+            window.find(range.gpa).map_err(lie)?;
+        }
+        Ok(window)
     }
 
-    /// The memory of the range that holds `gpa`, and the offset in it.
-    pub(crate) fn find(&self, gpa: u64) -> Option<(&Memory, u64)> {
-        let piece = self.0.get(self.0.partition_point(|piece| piece.end() <= gpa))?;
-        Some((&piece.memory, gpa.checked_sub(piece.gpa)?))
+    fn piece_from(&self, gpa: u64) -> Option<&Piece> {
+        self.pieces.get(self.pieces.partition_point(|piece| piece.end() <= gpa))
+    }
+
+    /// Whether `gpa` is in a range.
+    pub(crate) fn contains(&self, gpa: u64) -> bool {
+        self.first_from(gpa) == Some(gpa)
+    }
+
+    /// The memory that holds `gpa`, and the offset in it. `ENXIO` where no range does, else why it cannot be mapped.
+    pub(crate) fn find(&self, gpa: u64) -> Result<(&Memory, u64)> {
+        let piece = self.piece_from(gpa).ok_or(ENXIO)?;
+        let offset = gpa.checked_sub(piece.range.gpa).ok_or(ENXIO)?;
+        let (part, start, len) = piece.part(offset).ok_or(ENXIO)?;
+        if part.as_ref().is_none() {
+            let _one = self.mapping.lock();
+            if part.as_ref().is_none() {
+                part.populate(Memory::map(start, len)?);
+            }
+        }
+        let memory = part.as_ref().ok_or(ENOMEM)?;
+        Ok((memory, piece.place.saturating_add(offset).saturating_sub(memory.gpa())))
     }
 
     /// The first address of the window at or after `gpa`.
     pub(crate) fn first_from(&self, gpa: u64) -> Option<u64> {
-        let piece = self.0.get(self.0.partition_point(|piece| piece.end() <= gpa))?;
-        Some(gpa.max(piece.gpa))
+        Some(gpa.max(self.piece_from(gpa)?.range.gpa))
     }
 
     /// The first address at or after `gpa` that is in no range.
     pub(crate) fn first_hole_from(&self, gpa: u64) -> u64 {
-        let following = self.0.iter().skip(self.0.partition_point(|piece| piece.end() <= gpa));
-        following.fold(gpa, |at, piece| if piece.gpa <= at { at.max(piece.end()) } else { at })
+        let following = self.pieces.iter().skip(self.pieces.partition_point(|piece| piece.end() <= gpa));
+        following.fold(gpa, |at, piece| if piece.range.gpa <= at { at.max(piece.end()) } else { at })
     }
 
     /// Where the last range ends.
     pub(crate) fn end(&self) -> u64 {
-        self.0.last().map_or(0, Piece::end)
+        self.pieces.last().map_or(0, Piece::end)
     }
 
     pub(crate) fn ranges(&self) -> impl ExactSizeIterator<Item = native::Range> + '_ {
-        self.0.iter().map(|piece| native::Range { gpa: piece.gpa, len: piece.memory.len() })
+        self.pieces.iter().map(|piece| piece.range)
     }
 }
