@@ -169,6 +169,7 @@ static void with_views(void)
 	test_lies();
 	test_sharing("/init");
 	test_regions();
+	test_storm();
 	for (int i = 0; i < 20; i++) {
 		host_shows_usual(0, KVMMEM_RIGHT_READ);
 		test_view_unload();
