@@ -4,7 +4,7 @@
 
 use kvmmem_kvmi::handshake::{ToolHello, VmHello};
 use kvmmem_kvmi::message::{HEADER_SIZE, Header, VcpuHeader};
-use kvmmem_kvmi::reply::{self, Fixed, GuestInfo, MapToken, MaxGfn, Version};
+use kvmmem_kvmi::reply::{self, Fixed, GuestInfo, MapToken, MaxGfn, PhysicalSlot, Version};
 use kvmmem_kvmi::request::Request;
 use libfuzzer_sys::fuzz_target;
 
@@ -18,6 +18,7 @@ fuzz_target!(|bytes: &[u8]| {
     let _ = Version::decode(bytes);
     let _ = GuestInfo::decode(bytes);
     let _ = MaxGfn::decode(bytes);
+    let _ = PhysicalSlot::decode(bytes);
     let _ = MapToken::decode(bytes).token();
     let _ = VcpuHeader::check(bytes, 4);
 

@@ -10,6 +10,7 @@ use kvmmem_abi::errno::KvmError;
 use kvmmem_kvmi::dispatch::Introspected;
 use kvmmem_kvmi::handshake::VM_HELLO_SIZE;
 use kvmmem_kvmi::message::{HEADER_SIZE, Header};
+use kvmmem_kvmi::reply::PhysicalSlot;
 use kvmmem_kvmi::server::{Socket, serve};
 use kvmmem_kvmi::token::Token;
 use libfuzzer_sys::fuzz_target;
@@ -78,6 +79,9 @@ impl Introspected for Vm {
     }
     fn max_gfn(&self) -> u64 {
         16
+    }
+    fn slot(&self, gfn: u64) -> Result<PhysicalSlot, KvmError> {
+        if gfn < 16 { Ok(PhysicalSlot { gfn: 0.into(), pages: 16.into() }) } else { Err(KvmError::Inval) }
     }
     fn read(&self, gpa: u64, buffer: &mut [u8]) -> Result<(), KvmError> {
         let range = Self::range(gpa, buffer.len())?;

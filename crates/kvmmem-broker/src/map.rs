@@ -96,10 +96,14 @@ impl MemoryMap {
 
     /// The offset in the memfd of guest-physical address `gpa`; `None` in a hole.
     pub fn resolve(&self, gpa: u64) -> Option<u64> {
+        self.region_of(gpa).map(|region| region.offset + (gpa - region.gpa))
+    }
+
+    /// The region that holds guest-physical address `gpa`; `None` in a hole.
+    pub fn region_of(&self, gpa: u64) -> Option<&Region> {
         let after = self.regions.partition_point(|region| region.gpa <= gpa);
         let region = self.regions.get(after.checked_sub(1)?)?;
-        let within = gpa - region.gpa;
-        (within < region.len).then(|| region.offset + within)
+        (gpa - region.gpa < region.len).then_some(region)
     }
 
     /// The guest frame number behind the last one that is RAM.

@@ -5,12 +5,14 @@ use std::time::Instant;
 
 use kvmmem_abi::errno::KvmError;
 use kvmmem_kvmi::dispatch::Introspected;
+use kvmmem_kvmi::reply::PhysicalSlot;
 use kvmmem_kvmi::server;
 use kvmmem_kvmi::token::Token;
 
 use crate::broker::{Broker, in_words};
 use crate::endpoint::Endpoint;
 use crate::hook::{Hook, Stream};
+use crate::map::PAGE_SIZE;
 use crate::ram::AccessError;
 use crate::registry::Vm;
 
@@ -55,6 +57,13 @@ impl Introspected for Session<'_> {
 
     fn max_gfn(&self) -> u64 {
         self.vm.ram().map_or(0, |ram| ram.layout().map.end_gfn())
+    }
+
+    fn slot(&self, gfn: u64) -> Result<PhysicalSlot, KvmError> {
+        let layout = self.vm.ram().ok_or(KvmError::Inval)?.layout();
+        let gpa = gfn.checked_mul(PAGE_SIZE).ok_or(KvmError::Inval)?;
+        let region = layout.map.region_of(gpa).ok_or(KvmError::Inval)?;
+        Ok(PhysicalSlot { gfn: (region.gpa / PAGE_SIZE).into(), pages: (region.len / PAGE_SIZE).into() })
     }
 
     fn read(&self, gpa: u64, buffer: &mut [u8]) -> Result<(), KvmError> {

@@ -64,6 +64,12 @@ fn a_tool_reads_and_writes_a_hooked_target() {
     pread(&memory, &mut bytes, 0x3ffe).unwrap();
     assert_eq!(&bytes, b"!?");
     assert_eq!(session.ask(Request::GetMaxGfn).unwrap(), 0x102u64.to_le_bytes());
+    let slot = |gfn: u64, pages: u64| [gfn.to_le_bytes(), pages.to_le_bytes()].concat();
+    assert_eq!(session.ask(Request::QueryPhysical { gfn: 3 }).unwrap(), slot(0, 4));
+    assert_eq!(session.ask(Request::QueryPhysical { gfn: 0x100 }).unwrap(), slot(0x100, 2));
+    for gfn in [4, 0xff, 0x102, u64::MAX, 1 << 52] {
+        assert_eq!(session.ask(Request::QueryPhysical { gfn }), Err(KvmError::Inval), "{gfn:#x}");
+    }
     for gpa in [0x4000, 0x10_2000, !0xfff] {
         assert_eq!(session.ask(Request::ReadPhysical { gpa, size: 8 }), Err(KvmError::Inval), "{gpa:#x}");
         assert_eq!(session.ask(Request::WritePhysical { gpa, data: b"x" }), Err(KvmError::Inval), "{gpa:#x}");

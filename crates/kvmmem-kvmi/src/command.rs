@@ -23,6 +23,8 @@ pub const GET_MAP_TOKEN: u16 = 22;
 pub const CONTROL_CMD_RESPONSE: u16 = 27;
 /// GET_MAX_GFN: the guest frame number behind the last one that is backed.
 pub const GET_MAX_GFN: u16 = 29;
+/// QUERY_PHYSICAL: the range of backed memory around a guest frame number.
+pub const QUERY_PHYSICAL: u16 = 39;
 
 /// Where a command is carried out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,8 +43,9 @@ pub const fn level(id: u16) -> Level {
         // EVENT_REPLY, GET_VCPU_INFO, PAUSE_VCPU, CONTROL_EVENTS, CONTROL_CR, CONTROL_MSR, GET_REGISTERS,
         // SET_REGISTERS, GET_CPUID, GET_XSAVE, INJECT_EXCEPTION, GET_MTRR_TYPE
         0 | 6 | 7 | 9 | 10 | 11 | 13..=16 | 19 | 23 => Level::Vcpu,
-        // GET_VERSION to GET_GUEST_INFO, CONTROL_VM_EVENTS, memory and page access, CONTROL_CMD_RESPONSE, GET_MAX_GFN
-        2..=5 | 8 | 17 | 18 | 20..=22 | 24..=27 | 29 => Level::Vm,
+        // GET_VERSION to GET_GUEST_INFO, CONTROL_VM_EVENTS, memory and page access, CONTROL_CMD_RESPONSE, GET_MAX_GFN,
+        // QUERY_PHYSICAL
+        2..=5 | 8 | 17 | 18 | 20..=22 | 24..=27 | 29 | 39 => Level::Vm,
         _ => Level::Unknown,
     }
 }
@@ -60,5 +63,6 @@ pub const fn is_offered(id: u16) -> bool {
             | GET_MAP_TOKEN
             | CONTROL_CMD_RESPONSE
             | GET_MAX_GFN
+            | QUERY_PHYSICAL
     )
 }

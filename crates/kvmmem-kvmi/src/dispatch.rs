@@ -11,7 +11,7 @@ use zeroize::Zeroize;
 
 use crate::command::{self, Level};
 use crate::message::{ErrorCode, HEADER_SIZE, Header, VcpuHeader};
-use crate::reply::{self, GuestInfo, MaxGfn, PREFIX_SIZE, Version};
+use crate::reply::{self, GuestInfo, MaxGfn, PREFIX_SIZE, PhysicalSlot, Version};
 use crate::request::{MAX_TRANSFER, Request};
 use crate::token::Token;
 
@@ -31,6 +31,12 @@ pub trait Introspected {
 
     /// The guest frame number behind the last one that is backed by memory.
     fn max_gfn(&self) -> u64;
+
+    /// The range of backed memory that holds a frame.
+    ///
+    /// # Errors
+    /// [`KvmError::Inval`] where the frame is not backed.
+    fn slot(&self, gfn: u64) -> Result<PhysicalSlot, KvmError>;
 
     /// Copies guest-physical memory from `gpa` on into `buffer`, which never crosses a page.
     ///
@@ -154,7 +160,8 @@ fn returns_data(request: &Request<'_>) -> bool {
         | Request::GetGuestInfo
         | Request::ReadPhysical { .. }
         | Request::GetMapToken
-        | Request::GetMaxGfn => true,
+        | Request::GetMaxGfn
+        | Request::QueryPhysical { .. } => true,
         Request::CheckCommand(_)
         | Request::CheckEvent(_)
         | Request::WritePhysical { .. }
@@ -182,6 +189,7 @@ fn carry_out(
         }
         Request::ControlCmdResponse { .. } => Ok(0),
         Request::GetMaxGfn => Ok(buffer.put(MaxGfn { gfn: vm.max_gfn().into() }.as_bytes())),
+        Request::QueryPhysical { gfn } => vm.slot(gfn).map(|slot| buffer.put(slot.as_bytes())),
     }
 }
 

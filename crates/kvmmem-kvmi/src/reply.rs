@@ -85,6 +85,16 @@ pub struct MaxGfn {
     pub gfn: U64,
 }
 
+/// Reply of QUERY_PHYSICAL, 16 bytes: what lies in one piece in guest-physical memory and in what backs it.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+pub struct PhysicalSlot {
+    /// First guest frame number.
+    pub gfn: U64,
+    /// Number of pages.
+    pub pages: U64,
+}
+
 /// Reply of GET_MAP_TOKEN, 32 bytes.
 #[repr(C)]
 #[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
@@ -108,6 +118,7 @@ impl Drop for MapToken {
 impl Fixed for Version {}
 impl Fixed for GuestInfo {}
 impl Fixed for MaxGfn {}
+impl Fixed for PhysicalSlot {}
 impl Fixed for MapToken {}
 
 /// Writes header and error code in front of a reply's `data_size` bytes; `None` where that is too much for a message.

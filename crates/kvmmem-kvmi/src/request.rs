@@ -47,6 +47,11 @@ pub enum Request<'a> {
     },
     /// GET_MAX_GFN.
     GetMaxGfn,
+    /// QUERY_PHYSICAL.
+    QueryPhysical {
+        /// Any frame of the range that is asked for.
+        gfn: u64,
+    },
 }
 
 /// Payload of CHECK_COMMAND and CHECK_EVENT.
@@ -64,6 +69,13 @@ struct Check {
 struct Physical {
     gpa: U64,
     size: U64,
+}
+
+/// Payload of QUERY_PHYSICAL.
+#[repr(C)]
+#[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+struct Frame {
+    gfn: U64,
 }
 
 /// Payload of CONTROL_CMD_RESPONSE.
@@ -89,6 +101,7 @@ impl<'a> Request<'a> {
             Self::GetMapToken => command::GET_MAP_TOKEN,
             Self::ControlCmdResponse { .. } => command::CONTROL_CMD_RESPONSE,
             Self::GetMaxGfn => command::GET_MAX_GFN,
+            Self::QueryPhysical { .. } => command::QUERY_PHYSICAL,
         }
     }
 
@@ -124,6 +137,10 @@ impl<'a> Request<'a> {
                 Ok(Self::ControlCmdResponse { enable: control.enable != 0, now: control.now != 0 })
             }
             command::GET_MAX_GFN => empty(payload, Self::GetMaxGfn),
+            command::QUERY_PHYSICAL => {
+                let frame = Frame::read_from_bytes(payload).map_err(|_| KvmError::Inval)?;
+                Ok(Self::QueryPhysical { gfn: frame.gfn.get() })
+            }
             _ => Err(KvmError::OpNotSupp),
         }
     }
@@ -140,6 +157,9 @@ impl<'a> Request<'a> {
             Self::CheckCommand(id) | Self::CheckEvent(id) => {
                 let check = Check { id: U16::new(id), padding1: U16::ZERO, padding2: U32::ZERO };
                 out.extend_from_slice(check.as_bytes());
+            }
+            Self::QueryPhysical { gfn } => {
+                out.extend_from_slice(Frame { gfn: U64::new(gfn) }.as_bytes());
             }
             Self::ReadPhysical { gpa, size } => {
                 out.extend_from_slice(Physical::new(gpa, u64::from(size)).as_bytes());

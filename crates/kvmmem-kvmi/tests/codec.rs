@@ -4,7 +4,7 @@
 use kvmmem_abi::errno::KvmError;
 use kvmmem_kvmi::handshake::{ToolHello, VmHello};
 use kvmmem_kvmi::message::{Header, VcpuHeader};
-use kvmmem_kvmi::reply::{self, Fixed, GuestInfo, MapToken, MaxGfn, Outcome, Version};
+use kvmmem_kvmi::reply::{self, Fixed, GuestInfo, MapToken, MaxGfn, Outcome, PhysicalSlot, Version};
 use kvmmem_kvmi::request::Request;
 use proptest::prelude::*;
 
@@ -34,6 +34,10 @@ fn requests_have_the_protocol_s_bytes() {
         [27, 0, 8, 0, 5, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0]
     );
     assert_eq!(encoded(Request::GetMaxGfn, 6), [29, 0, 0, 0, 6, 0, 0, 0]);
+    assert_eq!(
+        encoded(Request::QueryPhysical { gfn: 0x0102 }, 6),
+        [39, 0, 8, 0, 6, 0, 0, 0, 2, 1, 0, 0, 0, 0, 0, 0]
+    );
 }
 
 #[test]
@@ -72,6 +76,9 @@ fn bad_payloads_are_einval() {
         (27, vec![1, 1, 1, 0, 0, 0, 0, 0]),
         (27, vec![1, 1, 0, 0, 0, 0, 1, 0]),
         (29, vec![0; 8]),
+        (39, vec![]),
+        (39, vec![0; 7]),
+        (39, vec![0; 16]),
     ];
     for (id, payload) in bad {
         assert_eq!(Request::decode(*id, payload), Err(KvmError::Inval), "command {id}, {payload:x?}");
@@ -90,6 +97,7 @@ fn replies_have_the_protocol_s_bytes() {
     assert_eq!(size_of::<Version>(), 16);
     assert_eq!(size_of::<GuestInfo>(), 16);
     assert_eq!(size_of::<MaxGfn>(), 8);
+    assert_eq!(size_of::<PhysicalSlot>(), 16);
     assert_eq!(size_of::<MapToken>(), 32);
 }
 

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use kvmmem_abi::errno::KvmError;
 use kvmmem_kvmi::dispatch::{Dispatcher, Introspected, ReplyBuffer};
 use kvmmem_kvmi::message::Header;
+use kvmmem_kvmi::reply::PhysicalSlot;
 use kvmmem_kvmi::request::Request;
 use kvmmem_kvmi::server::{ServeError, serve};
 use kvmmem_kvmi::token::Token;
@@ -54,6 +55,10 @@ impl Introspected for Vm {
     }
     fn max_gfn(&self) -> u64 {
         3
+    }
+    fn slot(&self, gfn: u64) -> Result<PhysicalSlot, KvmError> {
+        Self::place(gfn.checked_mul(4096).ok_or(KvmError::Inval)?)?;
+        Ok(PhysicalSlot { gfn: gfn.into(), pages: 1.into() })
     }
     fn read(&self, gpa: u64, buffer: &mut [u8]) -> Result<(), KvmError> {
         let (page, at) = Self::place(gpa)?;
@@ -124,6 +129,11 @@ fn each_command_is_answered() {
     check(&[message(2, 9, &[])], &[reply(2, 9, 0, &[1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0])]);
     check(&[message(5, 1, &[])], &[reply(5, 1, 0, &[2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0])]);
     check(&[message(29, 1, &[])], &[reply(29, 1, 0, &[3, 0, 0, 0, 0, 0, 0, 0])]);
+    let slot: Vec<u8> = [2u64, 1].iter().flat_map(|number| number.to_le_bytes()).collect();
+    check(&[message(39, 1, &2u64.to_le_bytes())], &[reply(39, 1, 0, &slot)]);
+    for hole in [1, 3, u64::MAX, 1 << 52] {
+        check(&[message(39, 1, &hole.to_le_bytes())], &[reply(39, 1, -22, &[])]);
+    }
     check(&[message(17, 1, &physical(0x2ff8, 8))], &[reply(17, 1, 0, &[0x5a; 8])]);
     check(&[message(17, 1, &physical(0x2000, 4096))], &[reply(17, 1, 0, &[0x5a; 4096])]);
     check(
@@ -138,7 +148,7 @@ fn each_command_is_answered() {
 fn check_command_tells_what_is_offered() {
     let ask = |id: u16, what: u16| message(id, 1, &[&what.to_le_bytes()[..], &[0; 6]].concat());
     for id in 0..70 {
-        let offered = [2, 3, 4, 5, 17, 18, 22, 27, 29].contains(&id);
+        let offered = [2, 3, 4, 5, 17, 18, 22, 27, 29, 39].contains(&id);
         check(&[ask(3, id)], &[reply(3, 1, if offered { 0 } else { -1 }, &[])]);
         check(&[ask(4, id)], &[reply(4, 1, -1, &[])]);
     }

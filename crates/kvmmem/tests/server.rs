@@ -9,6 +9,7 @@ use std::time::Duration;
 use kvmmem::{Endpoint, Listener, Session, SessionError};
 use kvmmem_abi::errno::KvmError;
 use kvmmem_kvmi::dispatch::Introspected;
+use kvmmem_kvmi::reply::PhysicalSlot;
 use kvmmem_kvmi::server::serve;
 use kvmmem_kvmi::token::Token;
 
@@ -50,6 +51,14 @@ impl Introspected for Vm {
 
     fn max_gfn(&self) -> u64 {
         5
+    }
+
+    fn slot(&self, gfn: u64) -> Result<PhysicalSlot, KvmError> {
+        if (1..5).contains(&gfn) {
+            Ok(PhysicalSlot { gfn: 1.into(), pages: 4.into() })
+        } else {
+            Err(KvmError::Inval)
+        }
     }
 
     fn read(&self, gpa: u64, buffer: &mut [u8]) -> Result<(), KvmError> {
