@@ -238,15 +238,21 @@ impl Grants {
         self.advance(now);
         let grant = self.grants.get_mut(&id)?;
         grant.revoked = true;
+        let (target, views) = (grant.terms.target, grant.views.len());
+        let peers = self.peers_of(id);
+        self.settle(now, id);
+        Some(Affected { target, peers, views })
+    }
+
+    /// The connections that have a view by a grant, have mapped a page by it, or hold its token.
+    pub fn peers_of(&self, id: u64) -> BTreeSet<u64> {
+        let Some(grant) = self.grants.get(&id) else { return BTreeSet::new() };
         let mut peers = grant.users.clone();
-        let views = grant.views.len();
         peers.extend(grant.views.iter().filter_map(|view| self.views.get(view)).map(|view| view.peer));
         if let Holder::Pushed(peer) = grant.terms.holder {
             peers.insert(peer);
         }
-        let target = grant.terms.target;
-        self.settle(now, id);
-        Some(Affected { target, peers, views })
+        peers
     }
 
     /// Takes note that nothing of a connection is open any more by a grant that was taken back; returns the views that

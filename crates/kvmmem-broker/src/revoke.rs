@@ -62,7 +62,8 @@ impl Confirmations {
         waiting.map_or(0, |waiting| waiting.peers.len() + waiting.lost)
     }
 
-    fn confirm(&self, grant: u64, peer: u64) {
+    /// Takes note that a connection no longer uses a grant.
+    pub(crate) fn confirm(&self, grant: u64, peer: u64) {
         for waiting in self.lock().waiting.iter_mut().filter(|waiting| waiting.grant == grant) {
             waiting.peers.remove(&peer);
         }
@@ -92,9 +93,12 @@ impl Broker {
             Refused::new(Refusal::Unknown, format!("there is no grant {grant}; it may have ended long ago"))
         })?;
         let wait = self.confirmations().begin(grant, affected.peers.clone());
+        // What was closed before the wait began has told nobody.
+        let using = self.grants().peers_of(grant);
         for number in affected.peers {
             // One that leaves is taken off the list of connections first, and off the waits then.
             match self.peer(number) {
+                _ if !using.contains(&number) => self.confirmations().confirm(grant, number),
                 Some(peer) => peer.revoke(grant),
                 None => self.confirmations().forget_peer(number),
             }

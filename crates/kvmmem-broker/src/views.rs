@@ -94,12 +94,17 @@ impl Broker {
     /// # Errors
     /// Where it has no such view.
     pub(crate) fn detach(&self, peer: &Peer, view: u64, counters: ViewCounters) -> Result<(), Refused> {
-        let closed = {
+        let (closed, is_last) = {
             let mut grants = self.grants();
             grants.count(view, peer.number(), counters);
-            grants.detach(Instant::now(), view, peer.number())
+            let closed = grants.detach(Instant::now(), view, peer.number()).ok_or_else(|| no_view(view))?;
+            let is_last = !grants.peers_of(closed.grant).contains(&peer.number());
+            (closed, is_last)
         };
-        let closed = closed.ok_or_else(|| no_view(view))?;
+        // Whoever has nothing left to take back need not be waited for.
+        if is_last {
+            self.confirmations().confirm(closed.grant, peer.number());
+        }
         self.tell_ended(&[closed], "closed");
         Ok(())
     }
