@@ -2,7 +2,7 @@
 //! A stretch of this process's addresses at which the memory of another virtual machine is mapped.
 //!
 //! That memory changes at any moment, and may be taken back at any moment: so no reference into it ever exists, and it
-//! is copied by guarded routines alone ([`crate::guarded`]).
+//! is copied by the guarded routines alone.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
@@ -342,9 +342,11 @@ mod tests {
         let memory = mapped(&file, 0x3000);
         memory.write(0, &[7; 0x3000]).unwrap();
         file.set_len(0x1000).unwrap();
-        for start in [0u64, 0xfc0, 0xfc1, 0xfe0, 0xfff, 0x1000, 0x1001] {
+        let starts = [0u64, 0xf00, 0xfc0, 0xfc1, 0xfe0, 0xfff, 0x1000, 0x1001];
+        // In blocks and by string instructions.
+        for (start, len) in starts.into_iter().flat_map(|start| [(start, 0x180), (start, 0x800)]) {
             let lost = ForeignError::Lost { offset: start.max(0x1000) };
-            let mut buf = [0; 0x200];
+            let mut buf = vec![0; len];
             let fits = usize::try_from(0x1000u64.saturating_sub(start)).unwrap().min(buf.len());
             let result = memory.read(start, &mut buf);
             assert_eq!(result, if fits == buf.len() { Ok(()) } else { Err(lost) }, "{start:#x}");

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Copies from and to foreign memory: memory of another virtual machine, which may vanish at any moment and then
-//! raises SIGBUS. Only the routines below touch it; when one of them meets the signal, it ends early and says so.
+//! raises SIGBUS. Only the routines of `copies.s` touch it; when one of them meets the signal, it ends early and says so.
 //!
 //! A handler of SIGBUS tells such a fault by where it happened: the instruction lies in one of two stretches of code
 //! (loads from foreign memory, stores to it), the kernel raised the signal for a page fault, and the address is one
@@ -23,112 +23,7 @@ const BLOCK: usize = 64;
 /// From this length on, string instructions are faster than the block routines, where the processor has them fast.
 const STRING_MIN: usize = 512;
 
-/// Defines a symbol that other objects of the program see, but not other programs.
-macro_rules! symbol {
-    ($name:literal) => {
-        concat!(
-            ".globl ",
-            $name,
-            "\n.hidden ",
-            $name,
-            "\n.type ",
-            $name,
-            ", @function\n.p2align 4\n",
-            $name,
-            ":\n"
-        )
-    };
-}
-
-/// Loads an aligned word of `$size` bytes from rdi into rdx.
-macro_rules! load_word {
-    ($name:literal, $size:literal, $instruction:literal) => {
-        concat!(
-            symbol!($name),
-            "mov rsi, rdi\n",
-            "mov ecx, ",
-            $size,
-            "\n",
-            $instruction,
-            "\n",
-            "xor ecx, ecx\n",
-            "jmp kvmmem_guarded_end\n",
-        )
-    };
-}
-
-/// Stores an aligned word of `$size` bytes, `$register`, to rdi.
-macro_rules! store_word {
-    ($name:literal, $size:literal, $register:literal) => {
-        concat!(
-            symbol!($name),
-            "mov ecx, ",
-            $size,
-            "\n",
-            "mov [rdi], ",
-            $register,
-            "\n",
-            "xor ecx, ecx\n",
-            "jmp kvmmem_guarded_end\n",
-        )
-    };
-}
-
-/// Copies `rdx` bytes, a multiple of 64, in blocks.
-macro_rules! blocks {
-    ($name:literal) => {
-        concat!(
-            symbol!($name),
-            "mov rcx, rdx\n",
-            "2: test rcx, rcx\n",
-            "jz kvmmem_guarded_end\n",
-            "movups xmm0, [rsi]\n",
-            "movups xmm1, [rsi + 16]\n",
-            "movups xmm2, [rsi + 32]\n",
-            "movups xmm3, [rsi + 48]\n",
-            "movups [rdi], xmm0\n",
-            "movups [rdi + 16], xmm1\n",
-            "movups [rdi + 32], xmm2\n",
-            "movups [rdi + 48], xmm3\n",
-            "add rsi, 64\n",
-            "add rdi, 64\n",
-            "sub rcx, 64\n",
-            "jmp 2b\n",
-        )
-    };
-}
-
-/// Copies `rdx` bytes; a fault in the middle leaves the number of those not copied in `rcx`.
-macro_rules! bytes {
-    ($name:literal) => {
-        concat!(symbol!($name), "mov rcx, rdx\n", "rep movsb\n", "jmp kvmmem_guarded_end\n")
-    };
-}
-
-// Every routine has the foreign address in rsi where it loads and in rdi where it stores, and keeps in rcx how many bytes
-// are left, which it returns. So all that the handler needs to know of an instruction is whether it is one of the loads
-// or one of the stores; it goes on at the end, where rcx is returned.
-global_asm!(
-    ".pushsection .text.kvmmem_guarded, \"ax\", @progbits",
-    symbol!("kvmmem_guarded_loads"),
-    blocks!("kvmmem_guarded_load_blocks"),
-    bytes!("kvmmem_guarded_load_bytes"),
-    load_word!("kvmmem_guarded_load_1", "1", "movzx edx, byte ptr [rsi]"),
-    load_word!("kvmmem_guarded_load_2", "2", "movzx edx, word ptr [rsi]"),
-    load_word!("kvmmem_guarded_load_4", "4", "mov edx, [rsi]"),
-    load_word!("kvmmem_guarded_load_8", "8", "mov rdx, [rsi]"),
-    symbol!("kvmmem_guarded_stores"),
-    blocks!("kvmmem_guarded_store_blocks"),
-    bytes!("kvmmem_guarded_store_bytes"),
-    store_word!("kvmmem_guarded_store_1", "1", "sil"),
-    store_word!("kvmmem_guarded_store_2", "2", "si"),
-    store_word!("kvmmem_guarded_store_4", "4", "esi"),
-    store_word!("kvmmem_guarded_store_8", "8", "rsi"),
-    symbol!("kvmmem_guarded_end"),
-    "mov rax, rcx",
-    "ret",
-    ".popsection",
-);
+global_asm!(include_str!("guarded/copies.s"), options(raw));
 
 type Copy = unsafe extern "sysv64" fn(*mut u8, *const u8, usize) -> usize;
 type Load = unsafe extern "sysv64" fn(*const u8) -> Loaded;
