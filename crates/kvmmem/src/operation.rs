@@ -14,6 +14,11 @@ pub enum Operation {
     GetMaxGfn,
     /// GET_MAP_TOKEN.
     GetMapToken,
+    /// QUERY_PHYSICAL of the frame `gfn`.
+    QueryPhysical {
+        /// Guest frame number.
+        gfn: u64,
+    },
     /// READ_PHYSICAL of `len` bytes at `gpa`.
     Read {
         /// First guest-physical address.
@@ -37,6 +42,7 @@ impl fmt::Display for Operation {
             Self::GetGuestInfo => f.write_str("GET_GUEST_INFO"),
             Self::GetMaxGfn => f.write_str("GET_MAX_GFN"),
             Self::GetMapToken => f.write_str("GET_MAP_TOKEN"),
+            Self::QueryPhysical { gfn } => write!(f, "QUERY_PHYSICAL of gfn {gfn:#x}"),
             Self::Read { gpa, len } => write!(f, "READ_PHYSICAL of {len:#x} bytes at gpa {gpa:#x}"),
             Self::Write { gpa, len } => write!(f, "WRITE_PHYSICAL of {len:#x} bytes at gpa {gpa:#x}"),
         }

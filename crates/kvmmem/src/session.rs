@@ -8,7 +8,9 @@ use kvmmem_abi::errno::KvmError;
 use kvmmem_abi::ioctl::PAGE_SIZE;
 use kvmmem_kvmi::handshake::{HandshakeError, ToolHello, VmHello};
 use kvmmem_kvmi::message::{HEADER_SIZE, MAX_PAYLOAD};
-use kvmmem_kvmi::reply::{self, DecodeError, Fixed, GuestInfo, MapToken, MaxGfn, Outcome, Version};
+use kvmmem_kvmi::reply::{
+    self, DecodeError, Fixed, GuestInfo, MapToken, MaxGfn, Outcome, PhysicalSlot, Version,
+};
 use kvmmem_kvmi::request::Request;
 use kvmmem_kvmi::token::Token;
 
@@ -162,7 +164,15 @@ impl Session {
         Ok(reply.gfn.get())
     }
 
-    /// GET_MAP_TOKEN: a token for one [`crate::Device::map`], good for about 3 seconds.
+    /// QUERY_PHYSICAL: the range of memory that holds frame `gfn`, in one piece in the target and in what backs it.
+    ///
+    /// # Errors
+    /// [`SessionError`]; [`KvmError::Inval`] where the target has no memory.
+    pub fn query_physical(&mut self, gfn: u64) -> Result<PhysicalSlot, SessionError> {
+        self.fixed(Operation::QueryPhysical { gfn }, &Request::QueryPhysical { gfn })
+    }
+
+    /// GET_MAP_TOKEN: a token for one [`crate::View`] or one [`crate::Device::map`], good for about 3 seconds.
     ///
     /// # Errors
     /// [`SessionError`]; [`KvmError::Again`] where too many tokens are outstanding.

@@ -106,6 +106,18 @@ fn the_vm_introduces_itself() {
 }
 
 #[test]
+fn a_frame_is_in_a_range_or_in_none() {
+    with_session(|session| {
+        let slot = session.query_physical(3).unwrap();
+        assert_eq!((slot.gfn.get(), slot.pages.get()), (1, 4));
+        let error = session.query_physical(5).unwrap_err();
+        assert!(matches!(error, SessionError::Refused { error: KvmError::Inval, .. }), "{error:?}");
+        assert!(error.to_string().contains("QUERY_PHYSICAL of gfn 0x5"), "{error}");
+        assert_eq!(session.query_physical(1).unwrap(), slot);
+    });
+}
+
+#[test]
 fn memory_is_read_and_written_across_pages() {
     with_session(|session| {
         let bytes: Vec<u8> = (0..0x2345).map(|i| u8::try_from(i % 251).unwrap()).collect();
