@@ -75,7 +75,7 @@ static void answer_value(long value)
 	if (value < 0)
 		printf("errno %s\n", strerrorname_np(errno));
 	else
-		printf("ok %#lx\n", (unsigned long)value);
+		printf("ok 0x%lx\n", (unsigned long)value);
 }
 
 static void answer_bytes(const unsigned char *bytes, long count)
@@ -151,7 +151,7 @@ static void ranges(int fd)
 		printf("%02x", ask.uuid[i]);
 	printf(" %u ", ask.count);
 	for (unsigned i = 0; i < ask.count && i < 64; i++)
-		printf("%#llx+%#llx,", (unsigned long long)room[i].gpa, (unsigned long long)room[i].len);
+		printf("0x%llx+0x%llx,", (unsigned long long)room[i].gpa, (unsigned long long)room[i].len);
 	printf("\n");
 }
 
@@ -202,7 +202,7 @@ static void region(int argc, char **argv)
 		if (ioctl(fd, KVM_GUEST_MEM_MAP, &map) < 0)
 			answer(-1);
 		else
-			printf("ok %#llx %#llx\n", (unsigned long long)map.gpa, (unsigned long long)map.length);
+			printf("ok 0x%llx 0x%llx\n", (unsigned long long)map.gpa, (unsigned long long)map.length);
 	} else if (argc == 4 && !strcmp(argv[2], "unmap")) {
 		answer(ioctl(fd, KVM_GUEST_MEM_UNMAP, (unsigned long)number(argv[3])));
 	} else {
