@@ -14,7 +14,11 @@ pub(crate) fn regions(world: &mut World, report: &mut Report) -> Result<()> {
     let uuid = world.targets()?.into_iter().find(|vm| vm.name == TARGET).context("no target")?.uuid;
 
     let slot = world.session()?.query_physical(gpa >> 12)?;
-    report.equal("QUERY_PHYSICAL names the region", &(slot.gfn << 12, slot.pages << 12), &(0, end));
+    report.equal(
+        "QUERY_PHYSICAL names the region",
+        &(slot.gfn.get() << 12, slot.pages.get() << 12),
+        &(0, end),
+    );
 
     let mut tool = world.viewer()?;
     let device = tool.open()?;
