@@ -47,7 +47,8 @@ pub(crate) struct Arguments {
 
 const AFTER_HELP: &str = "\
 The file is sparse: what the target never used takes no space, here or there. The target runs on meanwhile; pause it
-for a picture of one moment. Until the dump is complete, FILE.part tells how far it is.
+for a picture of one moment. Until the dump is complete, FILE.part tells how far it is. A target that was reset since
+then is not resumed; in a guest this can be told only while the view is open.
 
 Exit codes:
   0  the file is complete
@@ -99,7 +100,10 @@ impl Arguments {
         let resumed = earlier.is_some();
         let mut checkpoint = match earlier {
             Some(earlier) => self.check(earlier, &status, &reached)?,
-            None => Checkpoint::new(Uuid::from_bytes(status.uuid), status.generation, self.format, reached),
+            None => {
+                let (uuid, generation) = (Uuid::from_bytes(status.uuid), self.generation(&status));
+                Checkpoint::new(uuid, generation, self.format, reached)
+            }
         };
         let layout = Layout::new(self.format, &checkpoint.ranges);
         let open = || {
@@ -121,6 +125,7 @@ impl Arguments {
             file: &opened,
             layout: &layout,
             checkpoint: &mut checkpoint,
+            generation: status.generation,
             interrupt: &interrupt,
             bar: &bar,
         }
@@ -147,6 +152,11 @@ impl Arguments {
         Ok(ExitCode::SUCCESS)
     }
 
+    /// The target's generation, where the view has it.
+    fn generation(&self, status: &Status) -> Option<u64> {
+        self.source.is_on_host().then_some(status.generation)
+    }
+
     /// The earlier dump's checkpoint, if this one can go on there.
     fn check(&self, earlier: Checkpoint, status: &Status, reached: &[GpaRange]) -> Result<Checkpoint> {
         let file = self.file.display();
@@ -157,10 +167,8 @@ impl Arguments {
             earlier.uuid
         );
         ensure!(
-            !earlier.is_stale && earlier.generation == status.generation,
-            "the target's memory was reset or resized since {file} was begun (generation {:#x}, now {:#x}): {REMEDY}",
-            earlier.generation,
-            status.generation
+            !earlier.is_stale && earlier.generation == self.generation(status),
+            "the target's memory was reset or resized since {file} was begun: {REMEDY}"
         );
         ensure!(
             earlier.format == self.format,

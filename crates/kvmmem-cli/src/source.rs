@@ -57,6 +57,11 @@ impl Source {
         })
     }
 
+    /// Whether [`Self::attach`] asks this host's broker, not a device.
+    pub(crate) fn is_on_host(&self) -> bool {
+        self.device.is_none() && (self.broker.is_some() || !kvmmem::device::default_path().exists())
+    }
+
     /// Memory for a few accesses: over KVMI unless something of a view is given.
     pub(crate) fn memory(&self, access: Access) -> Result<Memory> {
         let wants_view = self.token.is_some()

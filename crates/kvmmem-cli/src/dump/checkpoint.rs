@@ -20,8 +20,9 @@ pub(super) struct Checkpoint {
     version: u32,
     /// The target.
     pub(super) uuid: Uuid,
-    /// Its generation: another one has other memory, or has been reset.
-    pub(super) generation: u64,
+    /// Its generation, where the view tells that: another one has other memory, or has been reset. In a guest a
+    /// view's generation counts what happens to that view alone.
+    pub(super) generation: Option<u64>,
     pub(super) format: Format,
     /// What is dumped, ascending.
     pub(super) ranges: Vec<GpaRange>,
@@ -34,7 +35,7 @@ pub(super) struct Checkpoint {
 }
 
 impl Checkpoint {
-    pub(super) fn new(uuid: Uuid, generation: u64, format: Format, ranges: Vec<GpaRange>) -> Self {
+    pub(super) fn new(uuid: Uuid, generation: Option<u64>, format: Format, ranges: Vec<GpaRange>) -> Self {
         Self { version: VERSION, uuid, generation, format, ranges, next: 0, data_bytes: 0, is_stale: false }
     }
 
@@ -112,7 +113,7 @@ mod tests {
         let dump = directory.path().join("core");
         assert_eq!(Checkpoint::load(&dump).unwrap(), None);
         let mut checkpoint =
-            Checkpoint::new(Uuid::from_u128(7), 4, Format::Elf, vec![0..0x1000, 0x2000..0x3000]);
+            Checkpoint::new(Uuid::from_u128(7), Some(4), Format::Elf, vec![0..0x1000, 0x2000..0x3000]);
         checkpoint.next = 0x2000;
         checkpoint.save(&dump).unwrap();
         assert_eq!(Checkpoint::load(&dump).unwrap(), Some(checkpoint));
@@ -125,7 +126,7 @@ mod tests {
     fn nonsense_is_refused_with_the_remedy() {
         let directory = tempfile::tempdir().unwrap();
         let dump = directory.path().join("core");
-        let good = Checkpoint::new(Uuid::nil(), 2, Format::Raw, vec![0..0x1000, 0x1000..0x2000]);
+        let good = Checkpoint::new(Uuid::nil(), None, Format::Raw, vec![0..0x1000, 0x1000..0x2000]);
         let bad = [
             String::new(),
             "{}".to_owned(),

@@ -31,6 +31,8 @@ pub(super) struct Transfer<'a> {
     pub(super) file: &'a File,
     pub(super) layout: &'a Layout,
     pub(super) checkpoint: &'a mut Checkpoint,
+    /// The view's, when the dump began.
+    pub(super) generation: u64,
     pub(super) interrupt: &'a Interrupt,
     pub(super) bar: &'a ProgressBar,
 }
@@ -119,7 +121,7 @@ impl Transfer<'_> {
     /// Whether the target is not the one any more with which the dump began. The end of the view is another matter.
     fn is_stale(&mut self) -> Result<bool> {
         let now = self.view.status()?;
-        self.checkpoint.is_stale |= now.state == State::Open && now.generation != self.checkpoint.generation;
+        self.checkpoint.is_stale |= now.state == State::Open && now.generation != self.generation;
         Ok(self.checkpoint.is_stale)
     }
 
