@@ -28,7 +28,9 @@
  *   fork COMMAND...             -> what a forked child answers
  *   exec                                          starts this program anew in place, files kept open
  *   region SLOT open UUID | map GPA T0 T1 T2 T3 -> ok GPA LEN | unmap GPA        libkvmi's calls
- *   poke GPA VALUE                                writes this machine's physical memory through /dev/mem
+ *   fdinfo SLOT NAME            -> ok VALUE
+ *   poke GPA TARGET_GPA VALUE                     writes a view's window through /dev/mem, whatever its rights: GPA is
+ *                                                 its descriptor's page
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -210,21 +212,57 @@ static void region(int argc, char **argv)
 	}
 }
 
-static void poke(uint64_t gpa, uint64_t value)
+static void fdinfo(int fd, const char *name)
+{
+	char path[64], line[256];
+	FILE *info;
+
+	snprintf(path, sizeof(path), "/proc/self/fdinfo/%d", fd);
+	info = fopen(path, "r");
+	while (info && fgets(line, sizeof(line), info)) {
+		size_t length = strlen(name);
+
+		if (!strncmp(line, name, length) && line[length] == ':') {
+			printf("ok %s\n", strtok(line + length + 1, " \t\n"));
+			fclose(info);
+			return;
+		}
+	}
+	if (info)
+		fclose(info);
+	errno = ENODATA;
+	answer(-1);
+}
+
+static volatile void *physical(int fd, uint64_t gpa, int prot)
+{
+	return mmap(NULL, PAGE, prot, MAP_SHARED, fd, gpa & ~(PAGE - 1));
+}
+
+static void poke(uint64_t page, uint64_t target, uint64_t value)
 {
 	int fd = open("/dev/mem", O_RDWR);
+	volatile struct kvmmem_descriptor *descriptor = MAP_FAILED;
 	volatile uint64_t *at = MAP_FAILED;
 
 	if (fd >= 0)
-		at = mmap(NULL, PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, fd, gpa & ~(PAGE - 1));
-	if (fd >= 0)
-		close(fd);
+		descriptor = physical(fd, page, PROT_READ);
+	errno = descriptor == MAP_FAILED ? errno : ENXIO;
+	for (unsigned i = 0; descriptor != MAP_FAILED && i < descriptor->range_count; i++) {
+		volatile struct kvmmem_window_range *range = &descriptor->ranges[i];
+
+		if (target >= range->gpa && target - range->gpa < range->len)
+			at = physical(fd, descriptor->window_gpa + range->offset + (target - range->gpa),
+				      PROT_READ | PROT_WRITE);
+	}
 	if (at == MAP_FAILED) {
 		answer(-1);
 		return;
 	}
-	at[gpa % PAGE / 8] = value;
+	at[target % PAGE / 8] = value;
 	munmap((void *)at, PAGE);
+	munmap((void *)descriptor, PAGE);
+	close(fd);
 	answer(0);
 }
 
@@ -330,8 +368,10 @@ static void run(int argc, char **argv)
 		wait(NULL);
 	} else if (argc >= 4 && !strcmp(verb, "region")) {
 		region(argc, argv);
-	} else if (argc == 3 && !strcmp(verb, "poke")) {
-		poke(number(argv[1]), number(argv[2]));
+	} else if (argc == 3 && !strcmp(verb, "fdinfo")) {
+		fdinfo(fd, argv[2]);
+	} else if (argc == 4 && !strcmp(verb, "poke")) {
+		poke(number(argv[1]), number(argv[2]), number(argv[3]));
 	} else {
 		printf("unknown command %s\n", verb);
 	}
