@@ -89,6 +89,11 @@ impl MiscDevice for OpenFile {
             seq_print!(m, "kvmmem-quarantined:\t{}\n", usage.quarantined);
             seq_print!(m, "kvmmem-limit:\t{}\n", usage.limit);
         }
+        if let Ok(view) = this.view.view() {
+            let shown = view.shown();
+            seq_print!(m, "kvmmem-view-state:\t{}\n", shown.state());
+            seq_print!(m, "kvmmem-view-generation:\t{}\n", shown.generation);
+        }
     }
 }
 

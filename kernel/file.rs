@@ -142,8 +142,7 @@ impl ViewFile {
             area.try_clear_maywrite().map_err(|_| EACCES)?;
         }
         self.regions.lock().add_area(gpa, len)?;
-        sys::fill_by_faults(area, view.number());
-        Ok(())
+        sys::fill_by_faults(area, view.number())
     }
 
     pub(crate) fn area_opened(&self, area: &VmaRef) {
@@ -216,7 +215,7 @@ fn transfer(
         match step(done) {
             Ok(Some((count, is_whole))) => {
                 done += count;
-                if !is_whole || current!().signal_pending() {
+                if !is_whole || sys::is_killed() {
                     break;
                 }
             }

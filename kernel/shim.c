@@ -3,6 +3,7 @@
 #include <linux/hugetlb.h>
 #include <linux/mm.h>
 #include <linux/mmu_notifier.h>
+#include <linux/sched/signal.h>
 #include <asm/alternative.h>
 #include <asm/asm.h>
 #include <asm/cpufeature.h>
@@ -50,6 +51,11 @@ int kvmmem_charge(struct mm_struct *mm)
 void kvmmem_uncharge(struct mm_struct *mm)
 {
 	atomic64_dec(&mm->pinned_vm);
+}
+
+bool kvmmem_is_killed(void)
+{
+	return fatal_signal_pending(current);
 }
 
 struct mmu_notifier *kvmmem_notifier_get(const struct mmu_notifier_ops *ops, struct mm_struct *mm)

@@ -43,6 +43,7 @@ extern "C" {
     fn kvmmem_page_is_anonymous(page: *mut bindings::page) -> bool;
     fn kvmmem_charge(mm: *mut bindings::mm_struct) -> c_int;
     fn kvmmem_uncharge(mm: *mut bindings::mm_struct);
+    fn kvmmem_is_killed() -> bool;
     fn kvmmem_notifier_get(
         ops: *const bindings::mmu_notifier_ops,
         mm: *mut bindings::mm_struct,
@@ -343,6 +344,12 @@ pub(crate) fn caller() -> (u32, u32, [u8; 16]) {
     (task.tgid().unsigned_abs(), uid, comm)
 }
 
+/// Whether the calling process is about to be killed.
+pub(crate) fn is_killed() -> bool {
+    // SAFETY: looks at the current task only.
+    unsafe { kvmmem_is_killed() }
+}
+
 /// Whether the CPU has pages of 1 GiB.
 pub(crate) fn has_1g_pages() -> bool {
     const PDPE1GB: u32 = 1 << 26;
@@ -551,16 +558,21 @@ impl Drop for AddressSpace {
     }
 }
 
-/// Lets the area's pages come by faults. `number` comes back with each of them.
-pub(crate) fn fill_by_faults(area: &VmaNew, number: usize) {
+/// Lets the pages of a shared area come by faults; `number` comes back with each of them. `EINVAL` for a private one.
+/// For an area of this device only.
+pub(crate) fn fill_by_faults(area: &VmaNew, number: usize) -> Result {
     let vma = area.as_ptr();
-    // SAFETY: the area is being set up, so that nobody else uses it. VM_PFNMAP is valid for it: it is not private (the
-    // caller refuses that), and gets its pages from `vmf_insert_pfn` only.
+    if area.flags() & flags::MAYSHARE == 0 {
+        return Err(EINVAL);
+    }
+    // SAFETY: the area is being set up, so that nobody else uses it. VM_PFNMAP is valid for it: it is not private, and
+    // gets its pages from `vmf_insert_pfn` only.
     unsafe {
         (*vma).__bindgen_anon_2.vm_flags |= flags::PFNMAP | flags::DONTEXPAND | flags::DONTDUMP;
         (*vma).vm_ops = &AREA_OPERATIONS.0;
         (*vma).vm_private_data = number as *mut c_void;
     }
+    Ok(())
 }
 
 /// A table of functions of the kernel's, which holds pointers too.
@@ -737,7 +749,7 @@ static FILE_OPERATIONS: Operations<bindings::file_operations> = Operations(bindi
     ..unsafe { *MiscDeviceOptions { name: c"kvmmem" }.into_raw::<OpenFile>().fops }
 });
 
-/// Gives a file being opened the operations that `MiscDevice` lacks.
+/// Gives a file the operations that `MiscDevice` lacks. For `MiscDevice::open` only.
 pub(crate) fn complete_operations(file: &File) {
     // SAFETY: the file is being opened, so nobody else uses it. It keeps the reference to the module, which is the
     // owner of both sets of operations.

@@ -86,6 +86,8 @@ static void ended(unsigned int state, int error)
 	CHECK(mmap(NULL, PAGE, PROT_READ, MAP_SHARED, fd, HUGE) == MAP_FAILED && errno == error);
 	ranges = ranges_of(fd);
 	CHECK_EQUAL(ranges.state, state);
+	CHECK_EQUAL(fdinfo(fd, "kvmmem-view-state"), state);
+	CHECK_EQUAL(fdinfo(fd, "kvmmem-view-generation"), ranges.generation);
 	CHECK_EQUAL(ranges.count, 0);
 	CHECK_EQUAL(polled(fd, 0), POLLHUP);
 	/* What has ended does not begin again. */
