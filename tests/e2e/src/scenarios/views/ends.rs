@@ -102,14 +102,14 @@ pub(crate) fn revoke(world: &mut World, report: &mut Report) -> Result<()> {
 
 pub(crate) fn process_death(world: &mut World, report: &mut Report) -> Result<()> {
     let gpa = world.gpa()?;
-    let before = open_views(world)?;
+    report.check("no view is left of the scenarios before", wait_for_views(world, 0)?, "");
     let mut tool = world.viewer()?;
     let device = tool.view(world.grant(Rights::ReadOnly, None)?.token.words())?;
     let page = tool.must(&format!("mmap {device} {gpa:#x} 0x1000 r shared"))?;
     tool.load(&page, 8)?.ok().context("no page")?;
-    report.equal("a view is open", &open_views(world)?, &(before + 1));
+    report.equal("a view is open", &open_views(world)?, &1);
     tool.child.kill(9)?;
-    report.check("SIGKILL closes it", wait_for_views(world, before)?, "");
+    report.check("SIGKILL closes it", wait_for_views(world, 0)?, "");
     let counters = world.agent()?.get("/sys/kernel/debug/kvmmem/counters")?;
     let counters = String::from_utf8_lossy(&counters).into_owned();
     let open = counters.lines().find(|line| line.starts_with("views ")).map(str::to_owned);
