@@ -93,6 +93,11 @@ impl Snapshot {
 }
 
 impl Attachment {
+    /// Where the host put the descriptor's page, which names the view to it.
+    pub(crate) fn gpa(&self) -> u64 {
+        self.page.gpa()
+    }
+
     /// The generation that the page shows at this moment; odd while the host is changing it.
     pub(crate) fn generation(&self) -> u64 {
         self.page.read_u64(GENERATION_AT)

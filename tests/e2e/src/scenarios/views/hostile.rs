@@ -62,7 +62,7 @@ pub(crate) fn hostile(world: &mut World, report: &mut Report) -> Result<()> {
 
     let page = tool.must(&format!("mmap {device} {gpa:#x} 0x1000 r shared"))?;
     tool.load(&page, 8)?.ok().context("no page")?;
-    let descriptor = tool.must(&format!("fdinfo {device} kvmmem-descriptor"))?;
+    let descriptor = tool.must(&format!("fdinfo {device} kvmmem-view-descriptor"))?;
     let mut root = world.root_viewer()?;
     let wrote = errno(root.ask(&format!("poke {descriptor} {gpa:#x} 0x6b6f6b6f"))?);
     report.equal("root stores to the read-only window by /dev/mem", &wrote, &"0".into());
