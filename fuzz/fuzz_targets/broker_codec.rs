@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Any packet to the broker, and any packet from it; what is taken is written and read again.
+//! Any packet to the broker, and any packet from it; what is taken is written and read again. What a grant cuts out of a
+//! memory map lies in it.
 #![no_main]
 
 use kvmmem_broker::endpoint::Endpoint;
-use kvmmem_broker::map::MemoryMap;
-use kvmmem_broker::wire::{Call, FromBroker, MAX_PACKET, Request};
+use kvmmem_broker::map::{MemoryMap, Region};
+use kvmmem_broker::scope::{MAX_SPANS, Scope};
+use kvmmem_broker::wire::{Answer, Call, FromBroker, MAX_PACKET, Request};
 use libfuzzer_sys::fuzz_target;
 use serde_json::{from_slice, to_vec};
 
@@ -21,18 +23,47 @@ fuzz_target!(|bytes: &[u8]| {
         let written = to_vec(&request).expect("a request that was read");
         let again: Request = from_slice(&written).expect("a request that was written");
         assert_eq!(to_vec(&again).expect("once more"), written);
-        if let Call::Register(registration) = request.call
-            && let Ok(map) = MemoryMap::new(registration.regions)
-        {
-            for region in map.regions() {
-                assert_eq!(map.resolve(region.gpa), Some(region.offset));
-                assert_eq!(map.resolve(region.gpa + region.len - 1), Some(region.offset + region.len - 1));
-            }
-            assert_eq!(map.resolve(map.end_gfn() * 4096), None);
+        match request.call {
+            Call::Register(registration) => check_map(registration.regions),
+            Call::RamChanged { regions, .. } => check_map(regions),
+            Call::Grant(asked) => check_scope(&Scope { rights: asked.rights, spans: asked.spans }),
+            _ => {}
         }
     }
     if let Ok(message) = from_slice::<FromBroker>(bytes) {
         let written = to_vec(&message).expect("a message that was read");
         assert!(from_slice::<FromBroker>(&written).is_ok());
+        if let FromBroker::Answer { answer: Answer::Attached { scope, .. }, .. } = &message {
+            check_scope(scope);
+        }
     }
 });
+
+fn check_map(regions: Vec<Region>) {
+    let Ok(map) = MemoryMap::new(regions) else { return };
+    for region in map.regions() {
+        assert_eq!(map.resolve(region.gpa), Some(region.offset));
+        assert_eq!(map.resolve(region.gpa + region.len - 1), Some(region.offset + region.len - 1));
+        assert_eq!(map.region_of(region.gpa + region.len - 1), Some(region));
+    }
+    assert_eq!(map.resolve(map.end_gfn() * 4096), None);
+}
+
+fn check_scope(scope: &Scope) {
+    let region = |gpa: u64, len: u64| Region { gpa, len, offset: gpa + 0x1000 };
+    let map = MemoryMap::new(vec![region(0, 0x8000), region(0x10_0000, 1 << 32)]).expect("our own map");
+    let is_taken = scope.check(&map).is_ok();
+    let pieces = scope.regions(&map);
+    if !is_taken {
+        return;
+    }
+    assert!((1..=MAX_SPANS).contains(&pieces.len()));
+    let mut end = 0;
+    for piece in pieces {
+        assert!(piece.gpa >= end && piece.len > 0 && piece.gpa % 4096 == 0 && piece.len % 4096 == 0);
+        end = piece.gpa + piece.len;
+        assert!(scope.contains(piece.gpa) && scope.contains(end - 1));
+        assert_eq!(map.resolve(piece.gpa), Some(piece.offset));
+        assert_eq!(map.resolve(end - 1), Some(piece.offset + piece.len - 1));
+    }
+}

@@ -230,8 +230,8 @@ proptest! {
         packets in proptest::collection::vec(
             prop_oneof![
                 proptest::collection::vec(any::<u8>(), 1..200),
-                (any::<u64>(), "redeem|used|targets|hook|unhook|register|nonsense", any::<u64>(), "[ -~]{0,20}").prop_map(|(id, call, after, text)| {
-                    format!("{{\"id\":{id},\"call\":{{{call:?}:{{\"after\":{after},\"target\":{text:?},\"token\":{text:?},\"endpoint\":\"unix:/t\"}}}}}}").into_bytes()
+                (any::<u64>(), "redeem|used|targets|hook|unhook|register|attach|detached|counters|revoked_done|ram_changed|grant|grants|revoke|policy|nonsense", any::<u64>(), "[ -~]{0,20}").prop_map(|(id, call, after, text)| {
+                    format!("{{\"id\":{id},\"call\":{{{call:?}:{{\"after\":{after},\"view\":{after},\"grant\":{after},\"target\":{text:?},\"token\":{text:?},\"endpoint\":\"unix:/t\"}}}}}}").into_bytes()
                 }),
             ],
             1..8,
