@@ -1,0 +1,136 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! Foreign memory that is here, that vanishes, and that never was.
+
+use std::fs::File;
+
+use super::*;
+
+fn file(len: u64) -> File {
+    let file = File::from(rustix::fs::memfd_create("foreign", MemfdFlags::CLOEXEC).unwrap());
+    file.set_len(len).unwrap();
+    file
+}
+
+fn mapped(file: &File, len: u64) -> Foreign {
+    let memory = Foreign::reserve(len, 0, true).unwrap();
+    memory.place(0, len, file.as_fd(), 0).unwrap();
+    memory
+}
+
+#[test]
+fn what_is_written_is_read() {
+    let file = file(0x3000);
+    let memory = mapped(&file, 0x3000);
+    let pattern: Vec<u8> = (0..0x3000u32).map(|i| u8::try_from(i % 251).unwrap()).collect();
+    for (offset, len) in [(0, 0x3000), (1, 200), (0xfff, 2), (0x2fff, 1), (0x3000, 0), (0x800, 64)] {
+        memory.write(0, &[0xee; 0x3000]).unwrap();
+        memory.write(offset, &pattern[..len]).unwrap();
+        let mut all = [0; 0x3000];
+        memory.read(0, &mut all).unwrap();
+        let start = usize::try_from(offset).unwrap();
+        assert_eq!(all[start..start + len], pattern[..len]);
+        assert!(all[..start].iter().chain(&all[start + len..]).all(|&byte| byte == 0xee));
+        let mut part = vec![0; len];
+        memory.read(offset, &mut part).unwrap();
+        assert_eq!(part, pattern[..len]);
+    }
+    memory.write_word(8, 0x0123_4567_89ab_cdef_u64).unwrap();
+    assert_eq!(memory.read_word::<u64>(8).unwrap(), 0x0123_4567_89ab_cdef);
+    assert_eq!(memory.read_word::<u32>(8).unwrap(), 0x89ab_cdef);
+    assert_eq!(memory.read_word::<u16>(10).unwrap(), 0x89ab);
+    memory.write_word(9, 0x11_u8).unwrap();
+    assert_eq!(memory.read_word::<u8>(8).unwrap(), 0xef);
+    assert_eq!(memory.read_word::<u16>(8).unwrap(), 0x11ef);
+}
+
+#[test]
+fn a_page_that_vanishes_is_lost_to_the_byte() {
+    let file = file(0x3000);
+    let memory = mapped(&file, 0x3000);
+    memory.write(0, &[7; 0x3000]).unwrap();
+    file.set_len(0x1000).unwrap();
+    let starts = [0u64, 0xf00, 0xfc0, 0xfc1, 0xfe0, 0xfff, 0x1000, 0x1001];
+    // In blocks and by string instructions.
+    for (start, len) in starts.into_iter().flat_map(|start| [(start, 0x180), (start, 0x800)]) {
+        let lost = ForeignError::Lost { offset: start.max(0x1000) };
+        let mut buf = vec![0; len];
+        let fits = usize::try_from(0x1000u64.saturating_sub(start)).unwrap().min(buf.len());
+        let result = memory.read(start, &mut buf);
+        assert_eq!(result, if fits == buf.len() { Ok(()) } else { Err(lost) }, "{start:#x}");
+        assert!(buf[..fits].iter().all(|&byte| byte == 7) && buf[fits..].iter().all(|&byte| byte == 0));
+        let result = memory.write(start, &buf);
+        assert_eq!(result, if fits == buf.len() { Ok(()) } else { Err(lost) }, "{start:#x}");
+    }
+    assert_eq!(memory.read_word::<u64>(0x1008), Err(ForeignError::Lost { offset: 0x1008 }));
+    assert_eq!(memory.read_word::<u8>(0x2fff), Err(ForeignError::Lost { offset: 0x2fff }));
+    assert_eq!(memory.write_word(0x1008, 1u32), Err(ForeignError::Lost { offset: 0x1008 }));
+    assert_eq!(memory.read_word::<u64>(0xff8), Ok(u64::from_ne_bytes([7; 8])));
+    file.set_len(0x3000).unwrap();
+    assert_eq!(memory.read_word::<u64>(0x1008), Ok(0));
+}
+
+#[test]
+fn many_threads_lose_it_at_once() {
+    let file = file(0x40_0000);
+    let memory = mapped(&file, 0x40_0000);
+    let lost = std::thread::scope(|scope| {
+        let reader = || {
+            let mut buf = vec![0; 0x40_0000];
+            (0..100_000).find_map(|_| memory.read(0, &mut buf).err())
+        };
+        let readers: Vec<_> = (0..4).map(|_| scope.spawn(reader)).collect();
+        std::thread::sleep(std::time::Duration::from_millis(20));
+        memory.clear(0x20_0000, 0x1000).unwrap();
+        readers.into_iter().map(|reader| reader.join().unwrap()).collect::<Vec<_>>()
+    });
+    assert_eq!(lost, [Some(ForeignError::Lost { offset: 0x20_0000 }); 4]);
+}
+
+#[test]
+fn a_thread_that_blocked_the_signal_is_served() {
+    let memory = Foreign::reserve(0x1000, 0, false).unwrap();
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            // SAFETY: the set is filled in before it is used, and the mask is this thread's alone.
+            unsafe {
+                let mut all = std::mem::zeroed();
+                libc::sigfillset(&raw mut all);
+                libc::pthread_sigmask(libc::SIG_SETMASK, &raw const all, std::ptr::null_mut());
+            }
+            assert_eq!(memory.read(0, &mut [0]), Err(ForeignError::Lost { offset: 0 }));
+        });
+    });
+}
+
+#[test]
+fn what_leaves_the_stretch_is_refused() {
+    let file = file(0x2000);
+    let memory = mapped(&file, 0x2000);
+    let outside = |offset, len| Err(ForeignError::Outside { offset, len, size: 0x2000 });
+    assert_eq!(memory.read(0x2000, &mut [0]), outside(0x2000, 1));
+    assert_eq!(memory.write(u64::MAX, &[0, 0]), outside(u64::MAX, 2));
+    assert_eq!(memory.read_word::<u64>(0x1ff9), outside(0x1ff9, 8).map(|()| 0));
+    assert_eq!(memory.read_word::<u32>(2), Err(ForeignError::Unaligned { offset: 2, size: 4 }));
+    for (offset, len) in [(0x2000, 0x1000), (0x1000, 0x2000), (!0xfff, 0x1000), (1, 0x1000), (0, 1), (0, 0)] {
+        assert_eq!(memory.place(offset, len, file.as_fd(), 0), Err(Errno::INVAL), "{offset:#x} {len:#x}");
+    }
+    for len in [0, 1, 0x1001, u64::MAX, !0xfff] {
+        assert!(Foreign::reserve(len, 0, false).is_err(), "{len:#x}");
+    }
+    let memory = Foreign::reserve(0x1000, 0, false).unwrap();
+    memory.place(0, 0x1000, file.as_fd(), 0).unwrap();
+    assert_eq!(memory.write(0, &[1]), Err(ForeignError::ReadOnly));
+    assert_eq!(memory.write_word(0, 1u64), Err(ForeignError::ReadOnly));
+}
+
+#[test]
+fn large_pages_fit() {
+    for (len, like, alignment) in
+        [(0x1000, 0x1234_5000, 0x1000), (2 << 20, 0x1234_5000, 2 << 20), (3 << 30, 0xabc0_1000, 1 << 30)]
+    {
+        let memory = Foreign::reserve(len, like, true).unwrap();
+        assert_eq!(memory.address() as u64 % alignment, like % alignment);
+        assert_eq!(memory.len(), len);
+        assert_eq!(memory.read(len - 1, &mut [0]), Err(ForeignError::Lost { offset: len - 1 }));
+    }
+}

@@ -1,0 +1,205 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! The host's memory against a plain buffer, and its changes and ends.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+
+use kvmmem_sys::foreign::ForeignError;
+use proptest::prelude::*;
+use rustix::fs::{MemfdFlags, memfd_create};
+
+use super::*;
+
+const READ: ViewOperation = ViewOperation::Read { gpa: 0, len: 0 };
+const PAGE: u64 = 0x1000;
+
+/// A file in which every word holds its own offset.
+fn file(pages: u64) -> File {
+    let file = File::from(memfd_create("ram", MemfdFlags::CLOEXEC).unwrap());
+    file.set_len(pages * PAGE).unwrap();
+    for offset in (0..pages * PAGE).step_by(8) {
+        file.write_all_at(&offset.to_le_bytes(), offset).unwrap();
+    }
+    file
+}
+
+fn region(gpa: u64, pages: u64, offset: u64) -> Region {
+    Region { gpa: gpa * PAGE, len: pages * PAGE, offset: offset * PAGE }
+}
+
+fn memory(regions: &[Region], file: &File) -> Memory {
+    Memory::new(4, regions.to_vec(), file.try_clone().unwrap().into())
+}
+
+fn pages(gpa: u64, pages: u64) -> Range {
+    Range { gpa: gpa * PAGE, len: pages * PAGE }
+}
+
+#[test]
+fn a_mapping_spans_regions_that_lie_apart_in_the_file() {
+    let file = file(8);
+    let memory = memory(&[region(0, 2, 5), region(2, 1, 0), region(4, 1, 2)], &file);
+    let mapping = memory.map(READ, pages(1, 2), true).unwrap();
+    assert_eq!(mapping.read_word::<u64>(0x10).unwrap(), 6 * PAGE + 0x10);
+    assert_eq!(mapping.read_word::<u64>(PAGE + 0x10).unwrap(), 0x10);
+    mapping.write(PAGE - 1, &[0xaa, 0xbb]).unwrap();
+    let mut bytes = [0; 1];
+    file.read_exact_at(&mut bytes, 7 * PAGE - 1).unwrap();
+    assert_eq!(bytes, [0xaa]);
+    file.read_exact_at(&mut bytes, 0).unwrap();
+    assert_eq!(bytes, [0xbb]);
+    for (range, hole) in [(pages(1, 3), 3), (pages(3, 1), 3), (pages(4, 2), 5), (pages(7, 1), 7)] {
+        let error = memory.map(READ, range, true).unwrap_err();
+        assert!(matches!(error, ViewError::Hole { gpa, .. } if gpa == hole * PAGE), "{range}: {error}");
+    }
+}
+
+#[test]
+fn mappings_follow_the_regions() {
+    let file = file(8);
+    let memory = memory(&[region(0, 4, 0)], &file);
+    let mapping = memory.map(READ, pages(0, 4), false).unwrap();
+    memory.change(6, vec![region(1, 1, 7), region(3, 3, 4)]);
+    assert_eq!(memory.reach().ranges(), [pages(1, 1), pages(3, 3)]);
+    assert_eq!(mapping.read_word::<u64>(8), Err(ForeignError::Lost { offset: 8 }));
+    assert_eq!(mapping.read_word::<u64>(PAGE), Ok(7 * PAGE));
+    assert_eq!(mapping.read(PAGE + 8, &mut [0; 0x1000]), Err(ForeignError::Lost { offset: 2 * PAGE }));
+    assert_eq!(mapping.read_word::<u64>(3 * PAGE), Ok(4 * PAGE));
+    assert_eq!(memory.wait(Duration::ZERO), Some(Event::Changed));
+    assert_eq!(memory.wait(Duration::ZERO), None);
+    memory.change(8, vec![region(0, 4, 0)]);
+    assert_eq!(mapping.read_word::<u64>(8), Ok(8));
+    assert_eq!(memory.reach().generation, 8);
+}
+
+#[test]
+fn after_the_end_nothing_is_left() {
+    for (state, event) in [(State::Revoked, Event::Revoked), (State::Gone, Event::Gone)] {
+        let memory = memory(&[region(0, 4, 0)], &file(4));
+        let mapping = memory.map(READ, pages(0, 4), true).unwrap();
+        let dropped = memory.map(READ, pages(0, 1), true).unwrap();
+        drop(dropped);
+        assert!(memory.end(state));
+        assert_eq!(mapping.read(5, &mut [0]), Err(ForeignError::Lost { offset: 5 }));
+        assert_eq!(mapping.write(5, &[0]), Err(ForeignError::Lost { offset: 5 }));
+        let errors = [
+            memory.read(READ, 0, &mut [0]).unwrap_err(),
+            memory.write(READ, 0, &[0]).unwrap_err(),
+            memory.map(READ, pages(0, 1), false).unwrap_err(),
+            memory.data_from(READ, 0).unwrap_err(),
+        ];
+        for error in errors {
+            match state {
+                State::Revoked => assert!(matches!(error, ViewError::Revoked { .. }), "{error}"),
+                _ => assert!(matches!(error, ViewError::Gone { .. }), "{error}"),
+            }
+        }
+        for _ in 0..2 {
+            assert_eq!(memory.wait(Duration::ZERO), Some(event));
+        }
+        // The first end counts.
+        assert!(memory.end(State::Gone));
+        assert_eq!((memory.reach().state, memory.reach().ranges()), (state, vec![]));
+    }
+}
+
+#[test]
+fn whoever_waits_is_woken() {
+    let memory = memory(&[region(0, 1, 0)], &file(1));
+    std::thread::scope(|scope| {
+        let waiter = scope.spawn(|| memory.wait(Duration::from_secs(60)));
+        std::thread::sleep(Duration::from_millis(20));
+        memory.end(State::Revoked);
+        assert_eq!(waiter.join().unwrap(), Some(Event::Revoked));
+    });
+}
+
+#[test]
+fn holes_of_the_file_are_no_data() {
+    let file = File::from(memfd_create("ram", MemfdFlags::CLOEXEC).unwrap());
+    file.set_len(16 * PAGE).unwrap();
+    for page in [2, 3, 9] {
+        file.write_all_at(&[1], page * PAGE).unwrap();
+    }
+    // File pages 0 to 3 at 4, 8 to 11 at 8, 2 to 3 of a hole at 20.
+    let memory = memory(&[region(4, 4, 0), region(8, 4, 8), region(20, 2, 12)], &file);
+    let data = |gpa| memory.data_from(READ, gpa).unwrap();
+    assert_eq!(data(0), Some(pages(6, 2)));
+    assert_eq!(data(6 * PAGE + 5), Some(Range { gpa: 6 * PAGE + 5, len: 2 * PAGE - 5 }));
+    assert_eq!(data(8 * PAGE), Some(pages(9, 1)));
+    assert_eq!(data(10 * PAGE), None);
+    assert_eq!(data(u64::MAX), None);
+}
+
+proptest! {
+    #[test]
+    fn copies_are_those_of_a_plain_buffer(
+        lens in proptest::collection::vec((0u64..2, 1u64..3), 1..5),
+        gpa in 0u64..0x5000,
+        bytes in proptest::collection::vec(any::<u8>(), 0..0x2800),
+        by_mapping: bool,
+    ) {
+        // Regions whose order in the file is the reverse of that in memory.
+        let mut end = 0;
+        let mut regions: Vec<Region> = lens.iter().map(|&(gap, len)| {
+            let region = region(end + gap, len, 0);
+            end += gap + len;
+            region
+        }).collect();
+        let mut offset = 0;
+        for region in regions.iter_mut().rev() {
+            region.offset = offset;
+            offset += region.len;
+        }
+        let file = file(offset / PAGE);
+        let memory = memory(&regions, &file);
+
+        // What a process sees who has no mapping: every byte of memory, or a hole.
+        let mut model = vec![None; usize::try_from((end + 8) * PAGE).unwrap()];
+        for region in &regions {
+            let mut content = vec![0; usize::try_from(region.len).unwrap()];
+            file.read_exact_at(&mut content, region.offset).unwrap();
+            for (at, byte) in (region.gpa..).zip(content) {
+                model[usize::try_from(at).unwrap()] = Some(byte);
+            }
+        }
+        let start = usize::try_from(gpa).unwrap();
+        let reachable = model[start..].iter().take(bytes.len()).take_while(|byte| byte.is_some()).count();
+        let expected: Vec<u8> = model[start..start + reachable].iter().map(|byte| byte.unwrap()).collect();
+
+        let first = gpa / PAGE;
+        let last = (gpa + reachable.max(1) as u64 - 1) / PAGE;
+        let mapping = memory.map(READ, pages(first, last - first + 1), true);
+        prop_assert_eq!(mapping.is_ok(), reachable > 0 || (model[start].is_some() && bytes.is_empty()));
+        let mut found = vec![0; reachable];
+        if let (true, Ok(mapping)) = (by_mapping, &mapping) {
+            mapping.read(gpa % PAGE, &mut found).unwrap();
+            prop_assert_eq!(&found, &expected);
+            mapping.write(gpa % PAGE, &bytes[..reachable]).unwrap();
+        } else {
+            let (mut done, mut buf) = (0, bytes.clone());
+            while done < buf.len() {
+                match memory.read(READ, gpa + done as u64, &mut buf[done..]) {
+                    Ok(count) => done += count,
+                    Err(ViewError::Hole { gpa: hole, .. }) => {
+                        prop_assert_eq!(hole, gpa + done as u64);
+                        break;
+                    }
+                    Err(error) => panic!("{error}"),
+                }
+            }
+            prop_assert_eq!(done, reachable);
+            prop_assert_eq!(&buf[..done], &expected);
+            let mut done = 0;
+            while done < reachable {
+                done += memory.write(READ, gpa + done as u64, &bytes[done..]).unwrap();
+            }
+        }
+        let mut after = vec![0; reachable];
+        let mut done = 0;
+        while done < reachable {
+            done += memory.read(READ, gpa + done as u64, &mut after[done..]).unwrap();
+        }
+        prop_assert_eq!(&after, &bytes[..reachable]);
+    }
+}
