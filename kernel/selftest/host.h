@@ -73,6 +73,7 @@ void test_lies(void);
 void test_sharing(const char *self);
 void test_regions(void);
 void test_storm(void);
+void test_nothing_left(void);
 void test_no_regions(void);
 void test_wrong_page(void);
 void test_view_exec(int fd);

@@ -3,6 +3,7 @@
 #define _GNU_SOURCE
 #include <signal.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
@@ -131,6 +132,45 @@ static void cached(void)
 	close(fd);
 	CHECK_EQUAL(is_write_back(WINDOW + HUGE_AT, WINDOW + HUGE_AT + HUGE_SIZE), 0);
 	CHECK_EQUAL(is_write_back(RESERVED, RESERVED + PAGE), 0);
+}
+
+/* How many of the kernel's own mappings show the reserved memory. */
+static int mapped_by_kernel(void)
+{
+	char line[512], *at;
+	FILE *list = fopen("/proc/vmallocinfo", "r");
+	int found = 0;
+
+	CHECK(list != NULL);
+	while (list && fgets(line, sizeof(line), list)) {
+		at = strstr(line, " phys=");
+		if (at && strtoul(at + 6, NULL, 16) - RESERVED < RESERVED_SIZE)
+			found++;
+	}
+	if (list)
+		fclose(list);
+	return found;
+}
+
+void test_nothing_left(void)
+{
+	int fd;
+
+	host_shows_usual(0, RW);
+	CHECK_EQUAL(mapped_by_kernel(), 0);
+	fd = attached(0, 0);
+	/* The descriptor and three ranges. */
+	CHECK_EQUAL(mapped_by_kernel(), 4);
+	host_shows_usual(0, RO);
+	ranges_of(fd);
+	CHECK_EQUAL(mapped_by_kernel(), 4);
+	host_sets_state(0, KVMMEM_STATE_REVOKED);
+	ranges_of(fd);
+	CHECK_EQUAL(mapped_by_kernel(), 1);
+	close(fd);
+	CHECK_EQUAL(mapped_by_kernel(), 0);
+	CHECK_EQUAL(is_write_back(RESERVED, RESERVED + PAGE), 0);
+	CHECK_EQUAL(counter("views"), 0);
 }
 
 static void refuse(int fd, int protection, int mmap_flags, unsigned long gpa, unsigned long size, int error)

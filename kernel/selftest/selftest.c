@@ -170,6 +170,7 @@ static void with_views(void)
 	test_sharing("/init");
 	test_regions();
 	test_storm();
+	test_nothing_left();
 	for (int i = 0; i < 20; i++) {
 		host_shows_usual(0, KVMMEM_RIGHT_READ);
 		test_view_unload();
