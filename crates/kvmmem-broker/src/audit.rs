@@ -5,9 +5,9 @@
 //! the field `suppressed` of the next line tells how many were left out. Tokens are never written.
 
 mod file;
+mod movable;
 mod record;
 
-use std::fs::File;
 use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
@@ -19,6 +19,7 @@ use crate::registry::Vm;
 use crate::scope::Scope;
 use crate::wire::{Caller, Change, KvmiPolicy, Revoked};
 use file::Lines;
+pub use movable::AuditFile;
 pub(crate) use record::Event;
 use record::Record;
 
@@ -56,7 +57,7 @@ pub struct Audit {
 impl Audit {
     /// Also writes lines to `file` from now on: one JSON object each, with `time` in UTC by RFC 3339, `event` and what
     /// belongs to it. If that fails, it is said once in the log, and the lines go on being tried.
-    pub fn write_to(&self, file: File) {
+    pub fn write_to(&self, file: AuditFile) {
         *self.file.lock().unwrap_or_else(PoisonError::into_inner) = Some(Lines::new(file));
     }
 

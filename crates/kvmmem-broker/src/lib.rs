@@ -19,6 +19,7 @@ pub mod host;
 mod limit;
 pub mod link;
 pub mod map;
+pub mod options;
 pub mod packet;
 pub mod peer;
 pub mod policy;

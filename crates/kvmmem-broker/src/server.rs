@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The broker's socket: takes it, accepts peers, gives it back.
 
+mod adopt;
+
 use std::fs::{File, OpenOptions, Permissions};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -63,6 +65,9 @@ pub enum ServerError {
         #[source]
         source: io::Error,
     },
+    /// The socket that was passed is none that a broker can serve.
+    #[error("cannot serve the socket that was passed")]
+    Adopt(#[source] io::Error),
     /// Waiting for peers failed.
     #[error("cannot wait for connections")]
     Wait(#[source] Errno),
@@ -76,6 +81,8 @@ pub struct Server {
     /// Locked as long as the broker lives, so that no second one takes the socket away.
     _lock: File,
     group: bool,
+    /// Whether the socket is somebody else's to remove.
+    is_adopted: bool,
     shared: Arc<Shared>,
 }
 
@@ -104,7 +111,14 @@ impl Server {
         }
         let listener = listener(path, group).map_err(listen)?;
         let group = group.is_some();
-        Ok(Self { path: path.to_owned(), listener, _lock: lock, group, shared: Arc::default() })
+        Ok(Self {
+            path: path.to_owned(),
+            listener,
+            _lock: lock,
+            group,
+            is_adopted: false,
+            shared: Arc::default(),
+        })
     }
 
     /// The state that all connections share.
@@ -112,14 +126,16 @@ impl Server {
         Arc::clone(&self.shared.broker)
     }
 
-    /// Serves until `stop` becomes readable; then ends all connections and removes the socket.
+    /// Serves until `stop` becomes readable; then ends all connections and removes the socket if it made it.
     ///
     /// # Errors
     /// [`ServerError::Wait`].
     pub fn run(self, stop: BorrowedFd<'_>) -> Result<(), ServerError> {
         let served = self.accept_until(stop);
         // New peers find no socket from here on.
-        if let Err(error) = std::fs::remove_file(&self.path) {
+        if !self.is_adopted
+            && let Err(error) = std::fs::remove_file(&self.path)
+        {
             tracing::warn!(path = %self.path.display(), %error, "cannot remove the socket");
         }
         self.shared.end();

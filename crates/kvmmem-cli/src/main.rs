@@ -9,6 +9,7 @@ mod connect;
 mod doctor;
 mod dump;
 mod failure;
+mod generate;
 mod grant;
 mod hexdump;
 mod interrupt;
@@ -95,6 +96,9 @@ enum Verb {
     Write(physical::Write),
     /// In an introspector: map a page of a target and print it.
     Map(map::Arguments),
+    /// Make manual pages or completions.
+    #[command(hide = true)]
+    Generate(generate::Arguments),
 }
 
 fn main() -> ExitCode {
@@ -126,6 +130,7 @@ fn main() -> ExitCode {
         Verb::Read(arguments) => arguments.run(&mut output),
         Verb::Write(arguments) => arguments.run(&mut output),
         Verb::Map(arguments) => arguments.run(&mut output),
+        Verb::Generate(arguments) => arguments.run(),
     };
     result.unwrap_or_else(|error| {
         failure::report(&error, cli.json);

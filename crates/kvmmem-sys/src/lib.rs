@@ -5,6 +5,7 @@
 #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
 compile_error!("kvmmem is for x86-64 Linux alone");
 
+pub mod activation;
 pub mod device;
 pub mod foreign;
 mod guarded;

@@ -1,19 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The audit log's file.
 
-use std::fs::File;
 use std::io::Write;
 
 use serde::Serialize;
 use tracing_subscriber::fmt::format::Writer;
 use tracing_subscriber::fmt::time::{FormatTime, SystemTime};
 
+use super::movable::AuditFile;
 use super::record::Record;
 
 /// A file of JSON objects, one a line.
 #[derive(Debug)]
 pub(super) struct Lines {
-    file: File,
+    file: AuditFile,
     /// Whether the last line may have been written in part.
     is_broken: bool,
     is_told: bool,
@@ -27,7 +27,7 @@ struct Line<'a> {
 }
 
 impl Lines {
-    pub(super) fn new(file: File) -> Self {
+    pub(super) fn new(file: AuditFile) -> Self {
         Self { file, is_broken: false, is_told: false }
     }
 
@@ -59,7 +59,7 @@ fn now() -> String {
 
 #[cfg(test)]
 mod tests {
-    use std::fs::OpenOptions;
+    use std::path::Path;
 
     use super::super::record::Event;
     use super::*;
@@ -67,7 +67,7 @@ mod tests {
     #[test]
     fn a_line_is_one_object() {
         let file = tempfile::NamedTempFile::new().unwrap();
-        let mut lines = Lines::new(file.reopen().unwrap());
+        let mut lines = Lines::new(AuditFile::open(file.path()).unwrap());
         let record =
             Record { label: Some("two\nlines \"quoted\""), grant: Some(7), ..Record::new(Event::Granted) };
         lines.write(&record);
@@ -86,7 +86,7 @@ mod tests {
 
     #[test]
     fn a_full_disk_is_survived() {
-        let full = OpenOptions::new().append(true).open("/dev/full").unwrap();
+        let full = AuditFile::open(Path::new("/dev/full")).unwrap();
         let mut lines = Lines::new(full);
         for _ in 0..3 {
             lines.write(&Record::new(Event::Gone));

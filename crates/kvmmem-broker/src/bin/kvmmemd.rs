@@ -5,79 +5,30 @@
 //! instance has the socket.
 #![deny(unsafe_code)]
 
-use std::fs::OpenOptions;
 use std::os::fd::AsFd;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::ExitCode;
 
-use anyhow::Context;
-use clap::{Parser, ValueEnum};
-use kvmmem_broker::admin::KvmiPolicy;
+use anyhow::{Context, bail};
+use clap::Parser;
+use kvmmem_broker::audit::AuditFile;
+use kvmmem_broker::options::{Options, Settings};
 use kvmmem_broker::server::{Server, ServerError};
+use kvmmem_sys::activation;
 use rustix::fs::Mode;
 use rustix::process::{Resource, Rlimit};
 use signal_hook::consts::{SIGINT, SIGTERM};
-use tracing_subscriber::filter::{EnvFilter, LevelFilter};
+use tracing_subscriber::filter::EnvFilter;
 use tracing_subscriber::layer::{Layer, SubscriberExt};
 use tracing_subscriber::util::SubscriberInitExt;
 
 /// The exit status where another instance has the socket.
 const EXIT_IN_USE: u8 = 3;
 
-/// The host's service for kvmmem: knows the VMs, speaks KVMI with introspection tools, gives out mapping tokens.
-///
-/// Exit status: 0 after SIGTERM or SIGINT; 1 if it cannot serve; 2 for a wrong command line; 3 if another instance
-/// has the socket.
-#[derive(Parser)]
-#[command(version)]
-struct Options {
-    /// Where VMMs and the command line connect.
-    #[arg(long, value_name = "PATH", default_value = "/run/kvmmem/kvmmemd.sock")]
-    socket: PathBuf,
-
-    /// Name or number of a group whose members may connect too (the socket's mode is then 0660, else 0600).
-    #[arg(long, value_name = "GROUP")]
-    group: Option<String>,
-
-    /// Write the log to standard error as JSON, one object a line.
-    #[arg(long)]
-    json: bool,
-
-    /// Append the audit log to this file as JSON, one object a line, besides the other log.
-    #[arg(long, value_name = "PATH")]
-    audit: Option<PathBuf>,
-
-    /// What tokens allow that KVMI makes, for targets that have no policy of their own.
-    #[arg(long, value_name = "RIGHTS", value_enum, default_value_t = KvmiTokens::Rw)]
-    kvmi_tokens: KvmiTokens,
-}
-
-/// As [`KvmiPolicy`].
-#[derive(Clone, Copy, ValueEnum)]
-enum KvmiTokens {
-    /// Reading and writing all RAM
-    Rw,
-    /// Reading all RAM
-    Ro,
-    /// Nothing: no token is made
-    None,
-}
-
-impl From<KvmiTokens> for KvmiPolicy {
-    fn from(tokens: KvmiTokens) -> Self {
-        match tokens {
-            KvmiTokens::Rw => Self::ReadWrite,
-            KvmiTokens::Ro => Self::ReadOnly,
-            KvmiTokens::None => Self::None,
-        }
-    }
-}
-
 fn main() -> ExitCode {
-    let options = Options::parse();
-    match run(&options) {
+    match run(Options::parse()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("kvmmemd: {error:#}");
@@ -89,40 +40,55 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(options: &Options) -> anyhow::Result<()> {
-    start_log(options);
+fn run(options: Options) -> anyhow::Result<()> {
+    let rust_log = std::env::var("RUST_LOG").ok().filter(|filter| !filter.is_empty());
+    let settings = options.settings(rust_log)?;
+    start_log(&settings)?;
     raise_fd_limit();
-    if let Some(directory) = options.socket.parent() {
+    // Before the socket is there for all to see: whoever finds it may send the signal.
+    let stop = stop_on_signal()?;
+    let server = listen(&settings)?;
+    let broker = server.broker();
+    broker.set_kvmi_tokens(settings.kvmi_tokens.into());
+    if let Some(path) = &settings.audit {
+        let file = AuditFile::open(path);
+        broker
+            .audit()
+            .write_to(file.with_context(|| format!("cannot open the audit log {}", path.display()))?);
+    }
+    tracing::info!(socket = %server.path().display(), version = env!("CARGO_PKG_VERSION"), "listening");
+    server.run(stop.as_fd())?;
+    tracing::info!("stopped");
+    Ok(())
+}
+
+/// The broker on the socket that the service manager has passed, else on one of its own.
+fn listen(settings: &Settings) -> anyhow::Result<Server> {
+    let mut passed = activation::passed_listeners()?;
+    match (passed.pop(), passed.is_empty()) {
+        (Some(listener), true) => return Ok(Server::adopt(listener)?),
+        (Some(_), false) => bail!("{} sockets were passed, not one", passed.len() + 1),
+        (None, _) => {}
+    }
+    if let Some(directory) = settings.socket.parent() {
         // The directory itself may be passed through: the socket's mode says who may connect.
         let made = std::fs::DirBuilder::new().recursive(true).mode(0o755).create(directory);
         made.with_context(|| format!("cannot make {}", directory.display()))?;
     }
     // Nothing else that is made here, the socket least of all, is for others unless it is said so.
     rustix::process::umask(Mode::from_raw_mode(0o077));
-    let group = options.group.as_deref().map(group_id).transpose()?;
-    // Before the socket is there for all to see: whoever finds it may send the signal.
-    let stop = stop_on_signal()?;
-    let server = Server::bind(&options.socket, group)?;
-    let broker = server.broker();
-    broker.set_kvmi_tokens(options.kvmi_tokens.into());
-    if let Some(path) = &options.audit {
-        let file = OpenOptions::new().create(true).append(true).mode(0o600).open(path);
-        broker
-            .audit()
-            .write_to(file.with_context(|| format!("cannot open the audit log {}", path.display()))?);
-    }
-    tracing::info!(socket = %options.socket.display(), version = env!("CARGO_PKG_VERSION"), "listening");
-    server.run(stop.as_fd())?;
-    tracing::info!("stopped");
-    Ok(())
+    let group = settings.group.as_deref().map(group_id).transpose()?;
+    Ok(Server::bind(&settings.socket, group)?)
 }
 
-/// Log to standard error by `RUST_LOG` (default: info).
-fn start_log(options: &Options) {
-    let filter = EnvFilter::builder().with_default_directive(LevelFilter::INFO.into()).from_env_lossy();
+/// Log to standard error.
+fn start_log(settings: &Settings) -> anyhow::Result<()> {
+    let filter = EnvFilter::try_new(&settings.log)
+        .with_context(|| format!("what to log is no filter: {:?}", settings.log))?;
     let stderr = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
-    let stderr = if options.json { stderr.json().boxed() } else { stderr.with_ansi(false).boxed() };
+    let stderr = if settings.json { stderr.json().boxed() } else { stderr.with_ansi(false).boxed() };
     tracing_subscriber::registry().with(stderr.with_filter(filter)).init();
+    Ok(())
 }
 
 /// A stream that becomes readable on SIGTERM and SIGINT.

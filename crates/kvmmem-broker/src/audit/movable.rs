@@ -1,0 +1,80 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! The audit log's file. It may be moved away at any time, as logrotate does: the next line begins a new one.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+/// The file that is written to.
+#[derive(Debug)]
+pub struct AuditFile {
+    path: PathBuf,
+    file: File,
+}
+
+impl AuditFile {
+    /// Appends to the file at `path`, made with mode 0600 if it is not there.
+    ///
+    /// # Errors
+    /// Those of `open`.
+    pub fn open(path: &Path) -> io::Result<Self> {
+        Ok(Self { path: path.to_owned(), file: open(path)? })
+    }
+
+    /// Whether the file is still what its path names.
+    fn is_in_place(&self) -> io::Result<bool> {
+        let (named, held) = (std::fs::metadata(&self.path)?, self.file.metadata()?);
+        Ok((named.dev(), named.ino()) == (held.dev(), held.ino()))
+    }
+}
+
+impl Write for AuditFile {
+    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        if !self.is_in_place().unwrap_or(false)
+            && let Ok(file) = open(&self.path)
+        {
+            // Where no new file can be made, the old one, wherever it is now, is better than none.
+            self.file = file;
+        }
+        self.file.write(line)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.file.flush()
+    }
+}
+
+fn open(path: &Path) -> io::Result<File> {
+    OpenOptions::new().create(true).append(true).mode(0o600).open(path)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_that_was_moved_away_is_followed_by_a_new_one() {
+        let directory = tempfile::tempdir().unwrap();
+        let (path, old) = (directory.path().join("audit.log"), directory.path().join("audit.log.1"));
+        let mut file = AuditFile::open(&path).unwrap();
+        file.write_all(b"one\n").unwrap();
+        std::fs::rename(&path, &old).unwrap();
+        file.write_all(b"two\n").unwrap();
+        assert_eq!(std::fs::read(&old).unwrap(), b"one\n");
+        assert_eq!(std::fs::read(&path).unwrap(), b"two\n");
+        assert_eq!(path.metadata().unwrap().mode() & 0o777, 0o600);
+    }
+
+    #[test]
+    fn where_none_can_be_made_the_old_one_goes_on() {
+        let directory = tempfile::tempdir().unwrap();
+        let folder = directory.path().join("log");
+        std::fs::create_dir(&folder).unwrap();
+        let mut file = AuditFile::open(&folder.join("audit.log")).unwrap();
+        let moved = directory.path().join("moved");
+        std::fs::rename(&folder, &moved).unwrap();
+        file.write_all(b"one\n").unwrap();
+        assert_eq!(std::fs::read(moved.join("audit.log")).unwrap(), b"one\n");
+    }
+}

@@ -1,0 +1,224 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! How `kvmmemd` is told what to do: its command line, and a configuration file beneath it.
+
+use std::path::{Path, PathBuf};
+
+use clap::{Parser, ValueEnum};
+use serde::Deserialize;
+
+use crate::wire::KvmiPolicy;
+
+/// Where VMMs and the command line connect unless it is said otherwise.
+const SOCKET: &str = "/run/kvmmem/kvmmemd.sock";
+
+/// The host's service for kvmmem: knows the VMs, speaks KVMI with introspection tools, gives out mapping tokens.
+///
+/// Started with a listening socket by a service manager (LISTEN_FDS), it serves that one and ignores --socket and --group.
+///
+/// Exit status: 0 after SIGTERM or SIGINT; 1 if it cannot serve; 2 for a wrong command line; 3 if another instance
+/// has the socket.
+#[derive(Debug, Parser)]
+#[command(name = "kvmmemd", version)]
+pub struct Options {
+    /// Read what the command line leaves open from this TOML file; its keys are named like the options.
+    #[arg(long, value_name = "PATH")]
+    config: Option<PathBuf>,
+
+    /// Where VMMs and the command line connect [default: /run/kvmmem/kvmmemd.sock].
+    #[arg(long, value_name = "PATH")]
+    socket: Option<PathBuf>,
+
+    /// Name or number of a group whose members may connect too (the socket's mode is then 0660, else 0600).
+    #[arg(long, value_name = "GROUP")]
+    group: Option<String>,
+
+    /// Write the log to standard error as JSON, one object a line.
+    #[arg(long)]
+    json: bool,
+
+    /// What to log, for example `debug` or `warn,audit=info` [default: RUST_LOG, else `info`].
+    #[arg(long, value_name = "FILTER")]
+    log: Option<String>,
+
+    /// Append the audit log to this file as JSON, one object a line, besides the other log.
+    #[arg(long, value_name = "PATH")]
+    audit: Option<PathBuf>,
+
+    /// What tokens allow that KVMI makes, for targets that have no policy of their own [default: rw].
+    #[arg(long, value_name = "RIGHTS", value_enum)]
+    kvmi_tokens: Option<KvmiTokens>,
+}
+
+/// As [`KvmiPolicy`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum KvmiTokens {
+    /// Reading and writing all RAM
+    #[default]
+    Rw,
+    /// Reading all RAM
+    Ro,
+    /// Nothing: no token is made
+    None,
+}
+
+impl From<KvmiTokens> for KvmiPolicy {
+    fn from(tokens: KvmiTokens) -> Self {
+        match tokens {
+            KvmiTokens::Rw => Self::ReadWrite,
+            KvmiTokens::Ro => Self::ReadOnly,
+            KvmiTokens::None => Self::None,
+        }
+    }
+}
+
+/// What is to be done.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Settings {
+    /// Where to listen, unless a socket was passed.
+    pub socket: PathBuf,
+    /// Group whose members may connect: name or number.
+    pub group: Option<String>,
+    /// Whether the log is JSON.
+    pub json: bool,
+    /// Filter of the log, as `RUST_LOG` has it.
+    pub log: String,
+    /// File of the audit log.
+    pub audit: Option<PathBuf>,
+    /// What tokens allow that KVMI makes.
+    pub kvmi_tokens: KvmiTokens,
+}
+
+/// Why the configuration file is no good.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// It cannot be read.
+    #[error("cannot read the configuration {path}")]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// It holds something else than what is known.
+    #[error("the configuration {path} is wrong")]
+    Parse {
+        /// The file.
+        path: PathBuf,
+        /// Where and why.
+        #[source]
+        source: toml::de::Error,
+    },
+}
+
+/// The file.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+struct Config {
+    socket: Option<PathBuf>,
+    group: Option<String>,
+    json: Option<bool>,
+    log: Option<String>,
+    audit: Option<PathBuf>,
+    kvmi_tokens: Option<KvmiTokens>,
+}
+
+impl Options {
+    /// The command line, and beneath it the configuration file, if the command line names one. `rust_log` is the
+    /// environment's `RUST_LOG`, which comes between the two.
+    ///
+    /// # Errors
+    /// [`ConfigError`].
+    pub fn settings(self, rust_log: Option<String>) -> Result<Settings, ConfigError> {
+        let config = self.config.as_deref().map(read).transpose()?.unwrap_or_default();
+        Ok(Settings {
+            socket: self.socket.or(config.socket).unwrap_or_else(|| SOCKET.into()),
+            group: self.group.or(config.group),
+            json: self.json || config.json.unwrap_or(false),
+            log: self.log.or(rust_log).or(config.log).unwrap_or_else(|| "info".to_owned()),
+            audit: self.audit.or(config.audit),
+            kvmi_tokens: self.kvmi_tokens.or(config.kvmi_tokens).unwrap_or_default(),
+        })
+    }
+}
+
+fn read(path: &Path) -> Result<Config, ConfigError> {
+    let text = std::fs::read_to_string(path)
+        .map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
+    toml::from_str(&text).map_err(|source| ConfigError::Parse { path: path.to_owned(), source })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn settings(config: &str, words: &[&str], rust_log: Option<&str>) -> Result<Settings, String> {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), config).unwrap();
+        let path = file.path().to_str().unwrap();
+        let words = ["kvmmemd", "--config", path].into_iter().chain(words.iter().copied());
+        let options = Options::try_parse_from(words).unwrap();
+        options
+            .settings(rust_log.map(str::to_owned))
+            .map_err(|error| format!("{:#}", anyhow::Error::new(error)))
+    }
+
+    #[test]
+    fn the_command_line_wins() {
+        let config = "socket = \"/a\"\ngroup = \"g\"\njson = true\nlog = \"warn\"\naudit = \"/b\"\nkvmi-tokens = \"ro\"\n";
+        let from_file = settings(config, &[], None).unwrap();
+        let audit = Some("/b".into());
+        let expected = Settings {
+            socket: "/a".into(),
+            group: Some("g".into()),
+            json: true,
+            log: "warn".into(),
+            audit,
+            kvmi_tokens: KvmiTokens::Ro,
+        };
+        assert_eq!(from_file, expected);
+        let words =
+            ["--socket", "/c", "--group", "h", "--log", "debug", "--audit", "/d", "--kvmi-tokens", "none"];
+        let from_line = settings(config, &words, Some("error")).unwrap();
+        let audit = Some("/d".into());
+        let expected = Settings {
+            socket: "/c".into(),
+            group: Some("h".into()),
+            json: true,
+            log: "debug".into(),
+            audit,
+            kvmi_tokens: KvmiTokens::None,
+        };
+        assert_eq!(from_line, expected);
+        assert_eq!(settings(config, &[], Some("error")).unwrap().log, "error");
+    }
+
+    #[test]
+    fn an_empty_file_leaves_the_defaults() {
+        let settings = settings("# nothing\n", &[], None).unwrap();
+        assert_eq!(settings.socket, Path::new(SOCKET));
+        assert_eq!((settings.group, settings.json, settings.audit), (None, false, None));
+        assert_eq!((settings.log.as_str(), settings.kvmi_tokens), ("info", KvmiTokens::Rw));
+    }
+
+    #[test]
+    fn unknown_keys_and_wrong_types_are_named() {
+        for (config, named) in [
+            ("sockett = \"/a\"", "sockett"),
+            ("json = 3", "json"),
+            ("kvmi-tokens = \"all\"", "all"),
+            ("[socket]", "socket"),
+        ] {
+            let error = settings(config, &[], None).unwrap_err();
+            assert!(error.contains(named) && error.contains("line 1"), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_missing_file_is_an_error() {
+        let options = Options::try_parse_from(["kvmmemd", "--config", "/nowhere/at/all"]).unwrap();
+        let error = options.settings(None).unwrap_err();
+        assert!(error.to_string().contains("/nowhere/at/all"), "{error}");
+    }
+}
