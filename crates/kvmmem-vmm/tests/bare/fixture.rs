@@ -27,6 +27,7 @@ pub(crate) const TOKEN: [u64; 4] = [0x0123_4567_89ab_cdef, 0xfedc_ba98_7654_3210
 pub(crate) const TARGET_UUID: [u8; 16] = *b"a target's uuid.";
 
 const TARGET_BYTES: u64 = 1 << 20;
+const TARGET_FILE_BYTES: u64 = 8 << 20;
 /// A page of the target that its memory map leaves out.
 pub(crate) const TARGET_HOLE: u64 = 0x8_0000;
 
@@ -34,7 +35,7 @@ pub(crate) const TARGET_HOLE: u64 = 0x8_0000;
 pub(crate) const TARGET_RANGES: [(u64, u64); 2] = [(0, TARGET_HOLE), (TARGET_HOLE + 4096, TARGET_BYTES)];
 
 /// The target's memory.
-pub(crate) struct Target(GuestRam, MemoryMap);
+pub(crate) struct Target(Arc<GuestRam>, MemoryMap);
 
 impl Target {
     pub(crate) fn new() -> Arc<Self> {
@@ -44,8 +45,14 @@ impl Target {
     /// A target with RAM in these ranges, start and end, alone.
     pub(crate) fn with_ranges(ranges: &[(u64, u64)]) -> Arc<Self> {
         let regions = ranges.iter().map(|&(gpa, end)| Region { gpa, len: end - gpa, offset: gpa }).collect();
-        let bytes = ranges.last().unwrap().1.max(TARGET_BYTES);
-        Arc::new(Self(GuestRam::new(bytes).unwrap(), MemoryMap::new(regions).unwrap()))
+        let ram = Arc::new(GuestRam::new(TARGET_FILE_BYTES).unwrap());
+        Arc::new(Self(ram, MemoryMap::new(regions).unwrap()))
+    }
+
+    /// The same memory with RAM in other ranges.
+    pub(crate) fn with_other_ranges(&self, ranges: &[(u64, u64)]) -> Arc<Self> {
+        let regions = ranges.iter().map(|&(gpa, end)| Region { gpa, len: end - gpa, offset: gpa }).collect();
+        Arc::new(Self(self.0.clone(), MemoryMap::new(regions).unwrap()))
     }
 
     pub(crate) fn write(&self, gpa: u64, value: u64) {

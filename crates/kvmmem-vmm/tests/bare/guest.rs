@@ -22,6 +22,9 @@ pub(crate) const WINDOW: u64 = 4 << 30;
 /// How much of it [`Guest::see_windows`] maps.
 pub(crate) const WINDOW_BYTES: u64 = 32 << 20;
 
+/// Where [`Guest::second_cpu`] puts the code that the CPU starts with.
+pub(crate) const TRAMPOLINE: u64 = 0x4_0000;
+
 /// How a guest makes hypercalls.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) enum Way {
@@ -184,6 +187,42 @@ impl Guest {
         } else {
             guest.bytes(&[0x4c, 0x39, 0x13, 0x74, 0xf8])
         }
+    }
+
+    /// Starts the second CPU, which does `body` and halts. Uses the page at [`TRAMPOLINE`].
+    pub(crate) fn second_cpu(self, body: impl Fn(Self) -> Self) -> Self {
+        const LAPIC_COMMAND: u64 = 0xfee0_0300;
+        const CODE_64: u64 = 0x00af_9a00_0000_ffff;
+        const GDT: u64 = TRAMPOLINE + 0x80;
+        let length = body(Self::calling(self.way)).halt().code.len();
+        // jmp behind the body
+        let guest = self.bytes(&[0xe9]).bytes(&i32::try_from(length).unwrap().to_le_bytes());
+        let entry = u32::try_from(LOAD_ADDRESS).unwrap() + u32::try_from(guest.code.len()).unwrap();
+        let guest = body(guest).halt();
+        // cli; lgdt cs:[0xc0]; cr4 = PAE; cr3 = PML4; EFER |= LME; cr0 = PE and PG; jmp 8:entry. In real mode.
+        let mut code = vec![0xfa, 0x2e, 0x66, 0x0f, 0x01, 0x16, 0xc0, 0x00];
+        code.extend([0x66, 0xb8, 0x20, 0, 0, 0, 0x0f, 0x22, 0xe0, 0x66, 0xb8]);
+        code.extend(u32::try_from(PML4).unwrap().to_le_bytes());
+        code.extend([0x0f, 0x22, 0xd8, 0x66, 0xb9, 0x80, 0, 0, 0xc0, 0x0f, 0x32]);
+        code.extend([
+            0x66, 0x0d, 0, 1, 0, 0, 0x0f, 0x30, 0x66, 0xb8, 1, 0, 0, 0x80, 0x0f, 0x22, 0xc0, 0x66, 0xea,
+        ]);
+        code.extend(entry.to_le_bytes());
+        code.extend([8, 0]);
+        code.resize(0x80, 0);
+        let words = code.as_chunks::<8>().0.iter().map(|word| u64::from_le_bytes(*word));
+        let guest =
+            (0..).zip(words).fold(guest, |guest, (index, word)| guest.write(TRAMPOLINE + 8 * index, word));
+        let guest = guest.write(GDT, 0).write(GDT + 8, CODE_64).write(TRAMPOLINE + 0xc0, GDT << 16 | 15);
+        // To all but this one: INIT, then the address to start at.
+        let vector = u32::try_from(TRAMPOLINE >> 12).unwrap();
+        guest.write_dword(LAPIC_COMMAND, 0xc4500).write_dword(LAPIC_COMMAND, 0xc4600 | vector)
+    }
+
+    /// `mov eax, value; mov [gpa], eax`
+    fn write_dword(self, gpa: u64, value: u32) -> Self {
+        let guest = self.bytes(&[0x48, 0xbb]).bytes(&gpa.to_le_bytes());
+        guest.bytes(&[0xb8]).bytes(&value.to_le_bytes()).bytes(&[0x89, 0x03])
     }
 
     /// Powers the machine off.
