@@ -38,7 +38,8 @@ pub(crate) struct Gate {
 
 #[derive(Default)]
 struct State {
-    is_closed: bool,
+    /// How many hold the gate closed.
+    closers: usize,
     kicks: Vec<Kick>,
 }
 
@@ -73,26 +74,19 @@ impl Gate {
             let state = self.lock();
             drop(
                 self.opened
-                    .wait_while(state, |state| state.is_closed)
+                    .wait_while(state, |state| state.closers > 0)
                     .unwrap_or_else(PoisonError::into_inner),
             );
         }
     }
 
-    /// Closes the gate and returns once no vCPU is in the guest. It opens when the result is dropped. Waits for whoever
-    /// else has closed it.
+    /// Closes the gate and returns once no vCPU is in the guest. It opens when all who have closed it have dropped what
+    /// they got.
     ///
     /// # Errors
-    /// [`PauseError`], and the gate is open.
+    /// [`PauseError`], and the gate is as it was.
     pub(crate) fn close(self: &Arc<Self>) -> Result<Paused, PauseError> {
-        let mut state = self
-            .opened
-            .wait_while(self.lock(), |state| state.is_closed)
-            .unwrap_or_else(PoisonError::into_inner);
-        state.is_closed = true;
-        self.is_closed.store(true, Ordering::SeqCst);
-        drop(state);
-        let paused = Paused(self.clone());
+        let paused = Paused::new(self);
         let deadline = Instant::now() + LIMIT;
         loop {
             let inside = self.inside.iter().filter(|inside| inside.load(Ordering::SeqCst)).count();
@@ -126,13 +120,30 @@ impl Drop for Inside<'_> {
 /// A closed gate with no vCPU behind it.
 pub(crate) struct Paused(Arc<Gate>);
 
+impl Paused {
+    fn new(gate: &Arc<Gate>) -> Self {
+        let mut state = gate.lock();
+        state.closers += 1;
+        gate.is_closed.store(true, Ordering::SeqCst);
+        Self(gate.clone())
+    }
+}
+
+impl Clone for Paused {
+    fn clone(&self) -> Self {
+        Self::new(&self.0)
+    }
+}
+
 impl Drop for Paused {
     fn drop(&mut self) {
         let mut state = self.0.lock();
-        state.is_closed = false;
-        self.0.is_closed.store(false, Ordering::SeqCst);
-        drop(state);
-        self.0.opened.notify_all();
+        state.closers -= 1;
+        if state.closers == 0 {
+            self.0.is_closed.store(false, Ordering::SeqCst);
+            drop(state);
+            self.0.opened.notify_all();
+        }
     }
 }
 
@@ -175,7 +186,10 @@ mod tests {
                             assert_eq!(inside.load(Ordering::SeqCst), 0);
                             std::thread::yield_now();
                             assert_eq!(inside.load(Ordering::SeqCst), 0);
+                            let second = paused.clone();
                             drop(paused);
+                            assert_eq!(inside.load(Ordering::SeqCst), 0);
+                            drop(second);
                         }
                     })
                 })

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What happens to views without the guest's doing: rights that end, targets that change.
 //!
-//! The guest is not asked. Its vCPUs are called out, which ends all access at once, however large a view is; then the
-//! slots get poison, and the vCPUs go on. What was behind the slots is unmapped later.
+//! The guest is not asked. Its vCPUs are called out, which ends all access at once, however large a view is: what comes
+//! then takes time. The slots get poison, one after the other; the vCPUs go on; what was behind the slots is unmapped.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -101,42 +101,63 @@ impl ViewEvents for Views {
 }
 
 impl Windows {
-    /// Ends the views that `is_meant` picks, with the state `state`.
-    fn end(&self, state: State, is_meant: impl Fn(&View) -> bool) {
+    /// Ends the views that `is_meant` picks, with the state `state`. On return the guest does not reach them; it may
+    /// stand still for some time more, for KVM takes its time to change slots.
+    fn end(self: &Arc<Self>, state: State, is_meant: impl Fn(&View) -> bool) {
         let mut table = self.lock();
         let seats = table.open_seats(is_meant);
         if seats.is_empty() {
             return;
         }
-        let slots = table.views_at(&seats).flat_map(View::slots).collect();
-        let (behind, paused) = self.poison(slots);
-        for index in seats {
+        let paused = self.pause();
+        for &index in &seats {
             if let Some(view) = table.view(index) {
                 view.state = state;
             }
             table.describe(index);
         }
-        drop(paused);
+        drop(table);
+        let Some(paused) = paused else {
+            self.poison_ended(&seats, false);
+            return;
+        };
+        let (windows, held, later) = (self.clone(), paused.clone(), seats.clone());
+        let swap = move || {
+            windows.poison_ended(&later, true);
+            drop(held);
+        };
+        if let Err(source) = std::thread::Builder::new().name("views-end".into()).spawn(swap) {
+            warn_limited!(%source, "no thread to end views by");
+            self.poison_ended(&seats, true);
+        }
+    }
+
+    /// Puts poison behind the slots of those of these views that have ended and are still there.
+    fn poison_ended(&self, seats: &[usize], is_paused: bool) {
+        let mut table = self.lock();
+        let ended = table.views_at(seats).filter(|view| view.state != State::Open);
+        let behind = self.poison(ended.flat_map(View::slots), is_paused);
         drop(table);
         self.worker.unmap(behind);
     }
 
-    /// Puts poison behind slots; the vCPUs do not run until the guard that is returned with what was there is dropped.
-    fn poison(&self, slots: Vec<&mut Memslot>) -> (Vec<GuestMapping>, Option<Paused>) {
-        let poison: Vec<_> = slots.iter().map(|slot| poison_for(slot, &self.poison)).collect();
-        let paused = match self.host.gate.close() {
-            Ok(paused) => Some(paused),
-            Err(error) => {
-                warn_limited!(%error, "views end while the guest runs");
-                None
-            }
-        };
-        let mut behind = Vec::with_capacity(slots.len());
-        for (slot, poison) in slots.into_iter().zip(poison) {
-            let taken = match (&paused, poison) {
-                (Some(_), Ok(poison)) => replace(slot, poison, &self.poison),
-                (None, Ok(_)) => poison_in_place(slot, &self.poison).map(|()| None),
-                (_, Err(error)) => {
+    /// Calls the vCPUs out of the guest until the result is dropped; `None` if they do not come.
+    fn pause(&self) -> Option<Paused> {
+        self.host
+            .gate
+            .close()
+            .inspect_err(|error| warn_limited!(%error, "views end or change while the guest runs"))
+            .ok()
+    }
+
+    /// Puts poison behind slots, and returns what was there.
+    fn poison<'a>(&self, slots: impl Iterator<Item = &'a mut Memslot>, is_paused: bool) -> Vec<GuestMapping> {
+        let mut behind = Vec::new();
+        for slot in slots.filter(|slot| !slot.is_empty()) {
+            let taken = match poison_for(slot, &self.poison) {
+                Ok(poison) if is_paused => replace(slot, poison, &self.poison),
+                Ok(_) => poison_in_place(slot, &self.poison).map(|()| None),
+                Err(error) => {
                     warn_limited!(
                         error = &error as &dyn std::error::Error,
                         "a hole is left where a view has ended"
@@ -149,7 +170,7 @@ impl Windows {
                 Err(error) => self.give_up(error.into()),
             }
         }
-        (behind, paused)
+        behind
     }
 
     /// Shows what a target's memory is now. Ranges that are as they were stay where they are.
@@ -161,7 +182,10 @@ impl Windows {
             view.attached.target = target.clone();
             let (behind, paused) = match view.retire(&regions) {
                 [] => (Vec::new(), None),
-                retired => self.poison(retired.iter_mut().collect()),
+                retired => {
+                    let paused = self.pause();
+                    (self.poison(retired.iter_mut(), paused.is_some()), paused)
+                }
             };
             self.show_more(&mut table, &mut view, &regions);
             table.open(index, view);
