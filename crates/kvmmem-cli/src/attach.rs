@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::Result;
 use clap::Args;
-use kvmmem::view::{Access, Event, Status, View};
+use kvmmem::view::{Access, Event, State, Status, View};
 use serde::Serialize;
 use uuid::Uuid;
 
@@ -49,16 +49,17 @@ Exit codes:
 #[derive(Serialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
 enum Told {
-    Attached(State),
-    Changed(State),
+    Attached(Attached),
+    Changed(Attached),
     Revoked,
     Gone,
     Detached,
 }
 
 #[derive(Serialize)]
-struct State {
+struct Attached {
     target: Uuid,
+    state: &'static str,
     generation: u64,
     writable: bool,
     ranges: Vec<Range>,
@@ -70,11 +71,16 @@ struct Range {
     len: u64,
 }
 
-impl From<Status> for State {
+impl From<Status> for Attached {
     fn from(status: Status) -> Self {
         let ranges = status.ranges.iter().map(|range| Range { gpa: range.gpa, len: range.len }).collect();
         let target = Uuid::from_bytes(status.uuid);
-        Self { target, generation: status.generation, writable: status.is_writable, ranges }
+        let state = match status.state {
+            State::Open => "open",
+            State::Revoked => "revoked",
+            State::Gone => "gone",
+        };
+        Self { target, state, generation: status.generation, writable: status.is_writable, ranges }
     }
 }
 
@@ -120,18 +126,18 @@ fn tell(told: Told, output: &mut Output) -> Result<()> {
         return Ok(output.object(&told)?);
     }
     match told {
-        Told::Attached(state) => tell_state("attached to", &state, output),
-        Told::Changed(state) => tell_state("changed:", &state, output),
+        Told::Attached(view) => tell_view("attached to", &view, output),
+        Told::Changed(view) => tell_view("changed:", &view, output),
         Told::Revoked => Ok(output.line("revoked: the grant was taken back")?),
         Told::Gone => Ok(output.line("gone: the target, or the host's service, is no more")?),
         Told::Detached => Ok(output.line("detached")?),
     }
 }
 
-fn tell_state(what: &str, state: &State, output: &mut Output) -> Result<()> {
-    let State { target, generation, writable, ranges } = state;
+fn tell_view(what: &str, view: &Attached, output: &mut Output) -> Result<()> {
+    let Attached { target, state, generation, writable, ranges } = view;
     let rights = if *writable { "read-write" } else { "read-only" };
-    output.line(format!("{what} {target}, {rights}, generation {generation}"))?;
+    output.line(format!("{what} {target}, {state}, {rights}, generation {generation}"))?;
     for Range { gpa, len } in ranges {
         output.line(format!("  {gpa:#014x}..{:#014x}  {}", gpa.saturating_add(*len), size(*len)))?;
     }

@@ -42,7 +42,9 @@ impl Running {
     }
 
     /// The exit code and standard error of the verb, which ends by itself.
-    pub(crate) fn end(self) -> (Option<i32>, String) {
+    pub(crate) fn end(mut self) -> (Option<i32>, String) {
+        // It must not wait for somebody to read on.
+        self.lines.read_to_string(&mut String::new()).unwrap();
         let ended = finish(self.child);
         (ended.code, ended.stderr)
     }
@@ -54,7 +56,7 @@ fn a_view_is_shown_in_both_forms() {
     let ended = host.look(&["--range", "3M..5M"], &["attach"]);
     assert_eq!(ended.code, Some(0), "{}", ended.stderr);
     let lines: Vec<&str> = ended.stdout.lines().collect();
-    assert!(lines[0].starts_with(&format!("attached to {UUID}, read-only, generation ")), "{lines:?}");
+    assert!(lines[0].starts_with(&format!("attached to {UUID}, open, read-only, generation ")), "{lines:?}");
     assert_eq!(
         lines[1..],
         ["  0x000000300000..0x000000400000  1 MiB", "  0x000000400000..0x000000500000  1 MiB", "detached"]
@@ -63,7 +65,7 @@ fn a_view_is_shown_in_both_forms() {
     let mut view = Running::start(&host, &host.grant(&["--rw"]).1, &["attach", "--json"]);
     let attached = view.object();
     assert_eq!((&attached["event"], &attached["writable"]), (&"attached".into(), &true.into()));
-    assert_eq!(attached["target"], UUID.to_string());
+    assert_eq!((&attached["target"], &attached["state"]), (&UUID.to_string().into(), &"open".into()));
     assert_eq!(attached["ranges"].as_array().unwrap().len(), REGIONS.len());
     assert_eq!(view.object()["event"], "detached");
     assert_eq!(view.end(), (Some(0), String::new()));

@@ -2,30 +2,15 @@
 //! `dump`.
 
 use std::fs::{self, File};
-use std::io::Write;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::process::Child;
 
-use kvmmem_broker::link::{Change, Region};
+use kvmmem_broker::link::Change;
 use rustix::process::Signal;
 
 use crate::common::{Ended, Host, finish, signal, wait_for};
-use crate::host;
-
-/// Enough that a dump can be stopped in the middle, and the disk is full before its end.
-const LARGE: [Region; 1] = [Region { gpa: 0, len: 192 << 20, offset: 0 }];
-
-/// A target whose pages all have data, each other data.
-fn large() -> Host {
-    let host = Host::start(&LARGE);
-    let mut ram = File::from(host.ram.fd().try_clone_to_owned().unwrap());
-    for number in 0..LARGE[0].len / 0x1000 {
-        let page = (number + 1).to_le_bytes().repeat(512);
-        ram.write_all(&page).unwrap();
-    }
-    host
-}
+use crate::{LARGE, host, large};
 
 fn path(host: &Host) -> PathBuf {
     host.path("dump")

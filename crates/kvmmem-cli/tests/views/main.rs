@@ -10,6 +10,9 @@ mod scan;
 mod translate;
 mod watch;
 
+use std::fs::File;
+use std::io::Write;
+
 use kvmmem_broker::link::Region;
 
 use crate::common::Host;
@@ -23,4 +26,18 @@ const REGIONS: [Region; 3] = [
 
 fn host() -> Host {
     Host::start(&REGIONS)
+}
+
+/// Enough that a verb can be stopped in the middle, and a disk is full before its end.
+const LARGE: [Region; 1] = [Region { gpa: 0, len: 192 << 20, offset: 0 }];
+
+/// A target whose pages all have data, each other data: its number from 1 on, as 64-bit words.
+fn large() -> Host {
+    let host = Host::start(&LARGE);
+    let mut ram = File::from(host.ram.fd().try_clone_to_owned().unwrap());
+    for number in 0..LARGE[0].len / 0x1000 {
+        let page = (number + 1).to_le_bytes().repeat(512);
+        ram.write_all(&page).unwrap();
+    }
+    host
 }

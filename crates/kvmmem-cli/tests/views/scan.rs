@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `scan`.
 
-use crate::host;
+use crate::attach::Running;
+use crate::{host, large};
 
 /// The addresses in the output.
 fn places(stdout: &str) -> Vec<u64> {
@@ -76,4 +77,20 @@ fn exit_codes_are_those_of_grep() {
             assert!(ended.stderr.contains(word), "{arguments:?} {word}: {}", ended.stderr);
         }
     }
+}
+
+#[test]
+fn a_scan_ends_with_the_grant() {
+    let host = large();
+    // More matches than a pipe takes: the scan waits for the reader when it has just begun.
+    for page in 0..4096 {
+        host.put(page * 0x1000, b"needle");
+    }
+    let (grant, token) = host.grant(&[]);
+    let mut scan = Running::start(&host, &token, &["scan", "--text", "needle", "--threads", "1"]);
+    assert!(scan.line().starts_with("000000000000  6e 65"));
+    host.ask(&["revoke", &grant]);
+    let (code, stderr) = scan.end();
+    assert_eq!(code, Some(2), "{stderr}");
+    assert!(stderr.contains("the scan ended early") && stderr.contains("taken back"), "{stderr}");
 }

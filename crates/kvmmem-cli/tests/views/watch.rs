@@ -1,10 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `watch`.
 
+use std::fs::File;
+use std::io::Read;
+
+use rustix::fs::{Mode, OFlags, open};
 use rustix::process::Signal;
+use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
+use rustix::termios::{Winsize, tcsetwinsize};
 
 use crate::attach::Running;
-use crate::common::signal;
+use crate::common::{finish, signal};
 use crate::host;
 
 #[test]
@@ -58,4 +64,38 @@ fn so_many_looks_are_taken_as_wanted() {
     }
     let ended = host.look(&[], &["watch", "0x7ffff8", "16"]);
     assert!(ended.code == Some(1) && ended.stderr.contains("gpa 0x800000"), "{}", ended.stderr);
+}
+
+#[test]
+fn on_a_terminal_the_picture_stays_in_place() {
+    let host = host();
+    let terminal = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).unwrap();
+    grantpt(&terminal).unwrap();
+    unlockpt(&terminal).unwrap();
+    let window = Winsize { ws_row: 24, ws_col: 80, ws_xpixel: 0, ws_ypixel: 0 };
+    tcsetwinsize(&terminal, window).unwrap();
+    let name = ptsname(&terminal, Vec::new()).unwrap();
+    let screen = open(name, OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC, Mode::empty()).unwrap();
+
+    let mut watch = host.view(&host.grant(&[]).1, &["watch", "0x1000", "0x30", "--interval", "10ms"]);
+    let child = watch.env("TERM", "xterm").env_remove("NO_COLOR").stdout(screen).spawn().unwrap();
+    // It holds the screen's file.
+    drop(watch);
+    let mut terminal = File::from(terminal);
+    let mut until = |words: &str| {
+        let mut text = String::new();
+        while !text.contains(words) {
+            let mut byte = [0];
+            terminal.read_exact(&mut byte).unwrap();
+            text.push(char::from(byte[0]));
+        }
+        text
+    };
+    let first = until("\x1b[3A");
+    assert_eq!(first.matches("00  |................|\r\n").count(), 3, "{first:?}");
+    host.put(0x1021, b"A");
+    let changed = until("\x1b[0m");
+    assert!(changed.ends_with("000000001020  00 \x1b[1m\x1b[31m41\x1b[0m"), "{changed:?}");
+    signal(&child, Signal::INT);
+    assert_eq!(finish(child).code, Some(0));
 }
