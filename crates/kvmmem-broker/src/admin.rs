@@ -4,7 +4,9 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+pub use crate::discover::attach::{Evidence, Which};
 use crate::endpoint::Endpoint;
+pub use crate::map::Region;
 use crate::packet::{PacketBuffer, PacketError, PacketSocket, Wait};
 pub use crate::scope::{Rights, Scope, Span};
 use crate::wire::{Answer, Call, Cursor, FromBroker, Refusal, Request};
@@ -31,6 +33,17 @@ pub struct Granted {
     pub grant: u64,
     /// Its token. Nothing shows it again.
     pub token: Token,
+}
+
+/// A VM that was attached as it ran.
+#[derive(Clone, Debug)]
+pub struct Added {
+    /// The VM.
+    pub target: TargetInfo,
+    /// Where its RAM is.
+    pub regions: Vec<Region>,
+    /// How that became known.
+    pub evidence: Evidence,
 }
 
 /// Why a request failed.
@@ -174,6 +187,26 @@ impl Admin {
             Answer::Policy { policy } => Ok(policy),
             _ => Err(AdminError::NoAnswer),
         }
+    }
+
+    /// Attaches a VM that runs under a stock VMM, and registers it. Only root may.
+    ///
+    /// # Errors
+    /// [`AdminError`]; the message says what to do where it can be helped.
+    pub fn add_target(&mut self, which: &Which, name: Option<&str>) -> Result<Added, AdminError> {
+        let call = Call::AddTarget { which: which.clone(), name: name.map(str::to_owned) };
+        match self.ask(call)? {
+            Answer::Added { target, regions, evidence } => Ok(Added { target, regions, evidence }),
+            _ => Err(AdminError::NoAnswer),
+        }
+    }
+
+    /// Takes out a VM that was added, given by name or UUID; the VM itself runs on. Only root may.
+    ///
+    /// # Errors
+    /// [`AdminError`].
+    pub fn remove_target(&mut self, target: &str) -> Result<(), AdminError> {
+        self.ask(Call::RemoveTarget { target: target.to_owned() }).map(|_| ())
     }
 
     fn ask(&mut self, call: Call) -> Result<Answer, AdminError> {

@@ -38,7 +38,7 @@ pub(crate) struct Limits([RateLimit; Event::COUNT]);
 
 impl Default for Limits {
     fn default() -> Self {
-        let by_operators = [Event::Hook, Event::Granted, Event::Revoked, Event::Policy];
+        let by_operators = [Event::Added, Event::Hook, Event::Granted, Event::Revoked, Event::Policy];
         Self(std::array::from_fn(|event| {
             let is_operator = by_operators.iter().any(|other| *other as usize == event);
             RateLimit::new(if is_operator { OPERATORS_PER_SECOND } else { PER_SECOND })
@@ -71,6 +71,12 @@ impl Audit {
             ..Record::new(Event::Registered).of(vm).on_host(vm.peer().credentials())
         };
         self.write(&self.strangers, record);
+    }
+
+    /// An operator had the broker attach a VM that runs.
+    pub(crate) fn added(&self, vm: &Vm, peer: Credentials) {
+        self.write(&self.strangers, Record::new(Event::Added).of(vm).on_host(peer));
+        self.registered(vm);
     }
 
     /// A VM's VMM went away.

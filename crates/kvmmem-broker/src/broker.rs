@@ -11,13 +11,14 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use crate::audit::Audit;
+use crate::discover::watch::Watch;
 use crate::endpoint::Endpoint;
 use crate::grants::{Grants, View};
 use crate::hook::HookError;
 use crate::map::Region;
 use crate::peer::{Credentials, Peer};
 use crate::policy::Policies;
-use crate::registry::{Registry, Vm};
+use crate::registry::{RegisterError, Registry, Vm};
 use crate::revoke::Confirmations;
 use crate::session;
 use crate::wire::{Answer, Change, KvmiPolicy, Refusal};
@@ -41,6 +42,8 @@ pub struct Broker {
     peers: Mutex<HashMap<u64, Arc<Peer>>>,
     confirmations: Confirmations,
     hooks: AtomicUsize,
+    /// The VMMs of the VMs that the broker has attached by itself.
+    adopted: Watch,
     audit: Audit,
 }
 
@@ -57,6 +60,23 @@ impl Refused {
     /// Of an error and all that is behind it: a peer gets one text.
     pub(crate) fn from_error(refusal: Refusal, error: &dyn Error) -> Self {
         Self { refusal, message: in_words(error) }
+    }
+
+    /// Of a VM that the registry does not take.
+    pub(crate) fn from_registering(error: &RegisterError) -> Self {
+        let refusal = match error {
+            RegisterError::NameTaken(_) | RegisterError::UuidTaken(_) | RegisterError::CidTaken(_) => {
+                Refusal::Exists
+            }
+            RegisterError::Full => Refusal::Limit,
+            RegisterError::Name
+            | RegisterError::Uuid
+            | RegisterError::Vcpus(_)
+            | RegisterError::Cid(_)
+            | RegisterError::NoRam
+            | RegisterError::Ram(_) => Refusal::Invalid,
+        };
+        Self::from_error(refusal, error)
     }
 
     pub(crate) fn new(refusal: Refusal, message: impl ToString) -> Self {
@@ -80,6 +100,10 @@ impl Broker {
 
     fn peers(&self) -> MutexGuard<'_, HashMap<u64, Arc<Peer>>> {
         self.peers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn adopted(&self) -> &Watch {
+        &self.adopted
     }
 
     pub(crate) fn confirmations(&self) -> &Confirmations {
@@ -175,7 +199,7 @@ impl Broker {
     }
 
     /// Does what the end of a VM demands: its tokens and views die, its sessions end, whoever knows it is told.
-    fn retire(&self, vm: &Vm) {
+    pub(crate) fn retire(&self, vm: &Vm) {
         vm.mark_gone();
         self.registry().remove(vm.id());
         let ended = self.grants().forget_target(vm.id());

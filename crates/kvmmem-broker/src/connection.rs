@@ -10,7 +10,7 @@ use kvmmem_kvmi::token::Token;
 use crate::broker::{Broker, Refused};
 use crate::packet::{PacketBuffer, PacketError, Wait};
 use crate::peer::Peer;
-use crate::registry::{RegisterError, Vm};
+use crate::registry::Vm;
 use crate::wire::{Answer, Call, Caller, FromBroker, Refusal, Registration, Request};
 
 /// How long a peer that has not registered may be silent.
@@ -108,6 +108,11 @@ impl Connection<'_> {
             Call::Revoke { grant } => self.operator()?.revoke(credentials, grant)?,
             Call::Policy { target, set } => self.operator()?.policy(credentials, &target, set)?,
             Call::Targets { after } => broker.list(after),
+            Call::AddTarget { which, name } => {
+                self.operator()?;
+                broker.add_target(credentials, &which, name)?
+            }
+            Call::RemoveTarget { target } => self.operator()?.remove_target(credentials, &target)?,
             Call::Hook { target, endpoint } => broker.hook(credentials, &target, endpoint)?,
             Call::Unhook { target, endpoint } => broker.unhook(credentials, &target, &endpoint)?,
         };
@@ -152,7 +157,7 @@ impl Connection<'_> {
             .broker
             .registry()
             .insert(registration, ram, Arc::clone(self.peer))
-            .map_err(|error| Refused::from_error(kind(&error), &error))?;
+            .map_err(|error| Refused::from_registering(&error))?;
         self.broker.audit().registered(&vm);
         let number = vm.id();
         self.vm = Some(vm);
@@ -165,19 +170,4 @@ impl Connection<'_> {
 pub(crate) fn refuse(peer: &Peer, id: u64, refused: &Refused) {
     let message = FromBroker::Refused { id, refusal: refused.refusal, message: refused.message.clone() };
     let _ = peer.socket().send(&message, None, Wait::No);
-}
-
-fn kind(error: &RegisterError) -> Refusal {
-    match error {
-        RegisterError::NameTaken(_) | RegisterError::UuidTaken(_) | RegisterError::CidTaken(_) => {
-            Refusal::Exists
-        }
-        RegisterError::Full => Refusal::Limit,
-        RegisterError::Name
-        | RegisterError::Uuid
-        | RegisterError::Vcpus(_)
-        | RegisterError::Cid(_)
-        | RegisterError::NoRam
-        | RegisterError::Ram(_) => Refusal::Invalid,
-    }
 }

@@ -12,6 +12,7 @@ pub mod audit;
 pub mod broker;
 mod connect;
 mod connection;
+pub mod discover;
 pub mod endpoint;
 pub mod grants;
 pub mod hook;

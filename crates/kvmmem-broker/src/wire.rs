@@ -18,6 +18,7 @@ use kvmmem_kvmi::token::Token;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+use crate::discover::attach::{Evidence, Which};
 use crate::endpoint::Endpoint;
 pub use crate::map::Region;
 use crate::scope::Scope;
@@ -135,6 +136,18 @@ pub enum Call {
     Targets {
         /// The last id of the page before; 0 for the first page.
         after: u64,
+    },
+    /// Attaches a VM that runs under a stock VMM, and registers it; for root alone. Answer: [`Answer::Added`].
+    AddTarget {
+        /// Which VM.
+        which: Which,
+        /// What to call it; otherwise as its VMM does.
+        name: Option<String>,
+    },
+    /// Takes a VM out that was added; for root alone. Answer: [`Answer::Done`].
+    RemoveTarget {
+        /// Name or UUID of the target.
+        target: String,
     },
     /// Connects a target to a tool that listens for KVMI, and again whenever that connection ends.
     /// Answer: [`Answer::Done`].
@@ -315,6 +328,15 @@ pub enum Answer {
     Policy {
         /// The policy in force.
         policy: KvmiPolicy,
+    },
+    /// The VM is attached and registered.
+    Added {
+        /// The VM.
+        target: TargetInfo,
+        /// Where its RAM is.
+        regions: Vec<Region>,
+        /// How that became known.
+        evidence: Evidence,
     },
     /// The token was pushed to this connection ([`FromBroker::Granted`], earlier in the stream): the peer has it.
     Pushed,

@@ -12,6 +12,7 @@ use serde::Serialize;
 
 use crate::failure::escape;
 use crate::output::{Output, columns};
+use crate::target;
 
 /// Environment variable with the path of the broker's socket.
 const SOCKET_VARIABLE: &str = "KVMMEM_BROKER";
@@ -28,6 +29,9 @@ pub(crate) struct Broker {
 
 #[derive(Args)]
 pub(crate) struct Targets {
+    /// List those that run on this host instead, under whatever VMM, and which of them can be added
+    #[arg(long)]
+    discover: bool,
     #[command(flatten)]
     broker: Broker,
 }
@@ -67,6 +71,10 @@ pub(crate) fn default_socket() -> PathBuf {
 
 impl Targets {
     pub(crate) fn run(&self, output: &mut Output) -> Result<ExitCode> {
+        if self.discover {
+            target::list_found(&self.broker, output)?;
+            return Ok(ExitCode::SUCCESS);
+        }
         let targets = self.broker.connect()?.targets().context("cannot list the virtual machines")?;
         if output.is_json() {
             for target in &targets {

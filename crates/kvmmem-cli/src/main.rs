@@ -21,6 +21,7 @@ mod progress;
 mod range;
 mod scan;
 mod source;
+mod target;
 mod translate;
 mod vm;
 mod watch;
@@ -66,6 +67,8 @@ enum Verb {
     Vm(Box<vm::Arguments>),
     /// List the virtual machines that the broker knows.
     Targets(broker::Targets),
+    /// Make running virtual machines targets, or no targets any more.
+    Target(target::Target),
     /// Connect a target to a tool that listens for it, now and whenever the connection ends.
     Hook(broker::Hook),
     /// Undo a hook.
@@ -115,6 +118,7 @@ fn main() -> ExitCode {
     let result = match cli.verb {
         Verb::Vm(arguments) => arguments.run(&mut output),
         Verb::Targets(arguments) => arguments.run(&mut output),
+        Verb::Target(arguments) => arguments.run(&mut output),
         Verb::Hook(arguments) => arguments.hook(&mut output),
         Verb::Unhook(arguments) => arguments.unhook(&mut output),
         Verb::Doctor(arguments) => arguments.run(&mut output),

@@ -15,6 +15,7 @@ use crate::wire::Caller;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Event {
     Registered,
+    Added,
     Gone,
     Refused,
     Hook,
@@ -38,6 +39,7 @@ impl Event {
     fn name(self) -> &'static str {
         match self {
             Self::Registered => "registered",
+            Self::Added => "added",
             Self::Gone => "gone",
             Self::Refused => "refused",
             Self::Hook => "hook",

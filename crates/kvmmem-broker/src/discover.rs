@@ -1,0 +1,103 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! VMs that run on this host already, under VMMs that know nothing of the broker: found by what the kernel shows of
+//! their processes, attached without stopping them, and without a word to them but questions over QMP.
+//!
+//! Whatever a VMM or its guest says about itself, it gets no more out of it than that its own memory is shown in the
+//! wrong order: the file is the one that the kernel says this process has mapped, its size is checked, and it cannot
+//! shrink.
+
+pub mod acpi;
+mod adopt;
+pub mod attach;
+pub mod backing;
+pub mod command_line;
+pub mod layout;
+pub mod mtree;
+mod options;
+pub mod process;
+pub mod qmp;
+pub(crate) mod watch;
+
+use std::io;
+use std::path::PathBuf;
+
+use serde::Serialize;
+use uuid::Uuid;
+
+use attach::supported;
+use backing::Obstacle;
+use command_line::{CommandLine, Vmm};
+use process::{Process, ProcessError};
+
+/// A VMM that runs on this host.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Found {
+    /// Its process.
+    pub pid: u32,
+    /// Which one it is.
+    pub vmm: Vmm,
+    /// What its command line calls the VM.
+    pub name: Option<String>,
+    /// UUID of the VM.
+    pub uuid: Option<Uuid>,
+    /// Number of vCPUs.
+    pub vcpus: Option<u32>,
+    /// RAM, bytes.
+    pub memory_bytes: Option<u64>,
+    /// QEMU's machine type.
+    pub machine: Option<String>,
+    /// QEMU's QMP socket, as the command line has it.
+    pub qmp: Option<PathBuf>,
+    /// Whether the RAM can be opened; where it lies in the guest is found out when it is attached.
+    pub attachable: bool,
+    /// Why not.
+    pub reason: Option<String>,
+    /// What to start the VM with instead.
+    pub remedy: Option<String>,
+}
+
+/// The VMMs of this host, by ascending process id. What has ended meanwhile is left out.
+///
+/// # Errors
+/// Where `/proc` cannot be read.
+pub fn discover() -> io::Result<Vec<Found>> {
+    let entries = std::fs::read_dir("/proc")?;
+    let mut pids: Vec<u32> =
+        entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok()).collect();
+    pids.sort_unstable();
+    Ok(pids.into_iter().filter_map(find).collect())
+}
+
+fn find(pid: u32) -> Option<Found> {
+    let process = Process::open(pid).ok()?;
+    let arguments =
+        process.arguments().ok().filter(|arguments| arguments.iter().any(|word| !word.is_empty()))?;
+    let program = match process.program() {
+        // Who may not know what it runs has only its word.
+        Err(ProcessError::Denied(_)) => arguments.first()?.rsplit('/').next()?.to_owned(),
+        program => program.ok()?,
+    };
+    let vmm = Vmm::recognise(&program, &arguments)?;
+    let line = vmm.command_line(&arguments);
+    let obstacle = supported(vmm).and_then(|()| openable(&process, &line)).err();
+    if matches!(obstacle, Some(Obstacle::Process(ProcessError::Gone(_)))) || !process.is_alive() {
+        return None;
+    }
+    Some(Found {
+        pid,
+        vmm,
+        attachable: obstacle.is_none(),
+        reason: obstacle.as_ref().map(ToString::to_string),
+        remedy: obstacle.as_ref().and_then(|obstacle| obstacle.remedy(&line)),
+        name: line.name,
+        uuid: line.uuid,
+        vcpus: line.vcpus,
+        memory_bytes: line.memory,
+        machine: line.machine,
+        qmp: line.qmp,
+    })
+}
+
+fn openable(process: &Process, line: &CommandLine) -> Result<(), Obstacle> {
+    backing::find(process, line, line.memory.unwrap_or(0)).map(|_| ())
+}

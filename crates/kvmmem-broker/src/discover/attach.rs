@@ -1,0 +1,251 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! Opens the RAM of a VM that runs under a stock QEMU, and finds out where it lies.
+
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use super::acpi::{self, AcpiError};
+use super::backing::{self, Backing, Obstacle};
+use super::command_line::{CommandLine, Vmm};
+use super::layout::{self, LayoutError};
+use super::mtree::{self, MtreeError};
+use super::process::{FileId, Process, ProcessError};
+use super::qmp::{Qmp, QmpError};
+use crate::map::Region;
+use crate::peer::Credentials;
+use crate::wire::Registration;
+
+/// Where libvirt's system daemon keeps the process ids of its VMs.
+const LIBVIRT: &str = "/run/libvirt/qemu";
+
+/// Which VM to attach.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Which {
+    /// The one that a process runs.
+    Pid(u32),
+    /// The one that a QEMU with a QMP socket runs.
+    Qmp {
+        /// The socket; absolute.
+        socket: PathBuf,
+        /// The process, where it is not the one that listens.
+        pid: Option<u32>,
+    },
+    /// One of libvirt's, by its name.
+    Libvirt(String),
+}
+
+/// How the layout became known.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Evidence {
+    /// QEMU said it.
+    Qmp,
+    /// By the rules of the machine type, and the ACPI tables in the guest's memory confirm it.
+    RulesAndAcpi,
+}
+
+/// A VM whose RAM is open.
+#[derive(Debug)]
+pub struct Opened {
+    /// What it is registered as.
+    pub registration: Registration,
+    /// Its RAM.
+    pub ram: OwnedFd,
+    /// Which file that is.
+    pub id: FileId,
+    /// Its VMM.
+    pub credentials: Credentials,
+    /// Becomes readable when the VMM ends.
+    pub pidfd: OwnedFd,
+    /// How the layout became known.
+    pub evidence: Evidence,
+}
+
+/// Why a VM is not attached.
+#[derive(Debug, thiserror::Error)]
+pub enum AttachError {
+    /// libvirt has no such VM, or it does not run.
+    #[error("libvirt runs no VM named {name:?} ({path} has no process id)")]
+    NoDomain {
+        /// The name.
+        name: String,
+        /// Where its process id would be.
+        path: PathBuf,
+    },
+    /// The process that libvirt named runs something else.
+    #[error("process {pid} does not run libvirt's VM {name:?}")]
+    WrongDomain {
+        /// The process.
+        pid: u32,
+        /// The name.
+        name: String,
+    },
+    /// The process is none that runs VMs.
+    #[error("process {pid} runs {program:?}, which is no VMM that kvmmem knows")]
+    NoVmm {
+        /// The process.
+        pid: u32,
+        /// File name of its program.
+        program: String,
+    },
+    /// Somebody else than QEMU listens at the QMP socket.
+    #[error(
+        "the QMP socket is listened at by process {pid}, which runs {program:?}; give QEMU's process id too"
+    )]
+    HandedSocket {
+        /// The process.
+        pid: u32,
+        /// File name of its program.
+        program: String,
+    },
+    /// It is not known who listens at the QMP socket.
+    #[error("it is not known which process listens at the QMP socket; give QEMU's process id too")]
+    NoListener,
+    /// The process ended while it was looked at.
+    #[error("process {0} has ended")]
+    Ended(u32),
+    /// The VM cannot be attached.
+    #[error("{obstacle}{}", remedy.as_ref().map(|remedy| format!("; start it with: {remedy}")).unwrap_or_default())]
+    Obstacle {
+        /// Why not.
+        obstacle: Obstacle,
+        /// What helps.
+        remedy: Option<String>,
+    },
+    /// The process cannot be looked at.
+    #[error(transparent)]
+    Process(#[from] ProcessError),
+    /// QEMU does not answer.
+    #[error(transparent)]
+    Qmp(#[from] QmpError),
+    /// QEMU's memory tree makes no sense.
+    #[error(transparent)]
+    Mtree(#[from] MtreeError),
+    /// It is not known where the RAM lies.
+    #[error(transparent)]
+    Layout(#[from] LayoutError),
+    /// The guest's memory does not confirm where the RAM lies.
+    #[error(
+        "the layout by the rules is not confirmed by the guest's memory; wait for the guest's firmware, or give QEMU's QMP socket"
+    )]
+    Unconfirmed(#[source] AcpiError),
+    /// There are no random numbers for a UUID.
+    #[error("cannot make a UUID")]
+    Random(#[source] getrandom::Error),
+}
+
+/// Opens the RAM of a VM; `name` is what it shall be called.
+///
+/// # Errors
+/// [`AttachError`].
+pub fn open(which: &Which, name: Option<String>) -> Result<Opened, AttachError> {
+    let (process, qmp) = match which {
+        Which::Pid(pid) => (Process::open(*pid)?, None),
+        Which::Libvirt(domain) => (Process::open(libvirt_pid(Path::new(LIBVIRT), domain)?)?, None),
+        Which::Qmp { socket, pid } => {
+            let qmp = Qmp::connect(socket)?;
+            let process = match pid {
+                Some(pid) => Process::open(*pid)?,
+                None => listener(&qmp)?,
+            };
+            (process, Some(qmp))
+        }
+    };
+    let (pid, arguments, program) = (process.pid(), process.arguments()?, process.program()?);
+    let vmm = Vmm::recognise(&program, &arguments).ok_or(AttachError::NoVmm { pid, program })?;
+    let line = vmm.command_line(&arguments);
+    if let Which::Libvirt(domain) = which
+        && line.name.as_ref() != Some(domain)
+    {
+        return Err(AttachError::WrongDomain { pid, name: domain.clone() });
+    }
+    let stopped = |obstacle: Obstacle| AttachError::Obstacle { remedy: obstacle.remedy(&line), obstacle };
+    supported(vmm).map_err(stopped)?;
+    let mut vcpus = line.vcpus.unwrap_or(1);
+    let (backing, regions, evidence) = match qmp {
+        Some(mut qmp) => {
+            vcpus = qmp.vcpus()?;
+            let (regions, size) = ask(&mut qmp)?;
+            (backing::find(&process, &line, size).map_err(stopped)?, regions, Evidence::Qmp)
+        }
+        None => {
+            let backing = backing::find(&process, &line, line.memory.unwrap_or(0)).map_err(stopped)?;
+            let regions = by_rules(&line, &backing)?;
+            (backing, regions, Evidence::RulesAndAcpi)
+        }
+    };
+    let registration = Registration {
+        name: name.or_else(|| line.name.clone()).unwrap_or_else(|| format!("qemu-{pid}")),
+        uuid: line.uuid.map_or_else(random_uuid, Ok)?,
+        vcpus,
+        start_time_ms: process.start_time_ms().unwrap_or(0),
+        cid: None,
+        introspectable: true,
+        introspector: false,
+        regions,
+    };
+    let credentials = Credentials { pid, uid: process.uid()? };
+    // Whatever was read of the process until now was its own and nobody's who has got its number.
+    if !process.is_alive() {
+        return Err(AttachError::Ended(pid));
+    }
+    let Backing { file: ram, id } = backing;
+    Ok(Opened { registration, ram, id, credentials, pidfd: process.into_pidfd(), evidence })
+}
+
+/// Whether VMs of a VMM can be attached at all.
+pub(super) fn supported(vmm: Vmm) -> Result<(), Obstacle> {
+    match vmm {
+        Vmm::Qemu => Ok(()),
+        Vmm::Kvmmem => Err(Obstacle::RegistersItself),
+        Vmm::CloudHypervisor | Vmm::Crosvm | Vmm::Firecracker => Err(Obstacle::Unsupported(vmm)),
+    }
+}
+
+/// The regions that QEMU says, and the size of their file.
+fn ask(qmp: &mut Qmp) -> Result<(Vec<Region>, u64), AttachError> {
+    let (backends, memory) = (qmp.memory_backends()?, qmp.memory_size()?);
+    let view = mtree::parse(&qmp.memory_tree()?)?;
+    Ok(layout::from_qemu(&view, &backends, memory)?)
+}
+
+/// The regions by the machine type's rules, confirmed.
+fn by_rules(line: &CommandLine, backing: &Backing) -> Result<Vec<Region>, AttachError> {
+    let size = line.memory.unwrap_or(0);
+    if line.is_growable {
+        return Err(LayoutError::Growable.into());
+    }
+    // QEMU's default machine.
+    let machine = line.machine.as_deref().unwrap_or("pc");
+    let low_end = layout::low_end(machine, size, line.max_ram_below_4g)?;
+    acpi::verify(&backing.file, low_end).map_err(AttachError::Unconfirmed)?;
+    Ok(layout::regions(low_end, size))
+}
+
+/// The QEMU that listens at its own QMP socket.
+fn listener(qmp: &Qmp) -> Result<Process, AttachError> {
+    let process = Process::open(qmp.listener().ok_or(AttachError::NoListener)?)?;
+    let (pid, program) = (process.pid(), process.program()?);
+    match Vmm::recognise(&program, &process.arguments()?) {
+        Some(_) => Ok(process),
+        None => Err(AttachError::HandedSocket { pid, program }),
+    }
+}
+
+/// The process that runs a VM of libvirt's.
+fn libvirt_pid(directory: &Path, name: &str) -> Result<u32, AttachError> {
+    let path = directory.join(format!("{}.pid", name.replace('/', "_")));
+    let text = std::fs::read_to_string(&path).ok();
+    let pid = text.and_then(|text| text.trim().parse().ok());
+    pid.ok_or_else(|| AttachError::NoDomain { name: name.to_owned(), path })
+}
+
+fn random_uuid() -> Result<Uuid, AttachError> {
+    let mut bytes = [0; 16];
+    getrandom::fill(&mut bytes).map_err(AttachError::Random)?;
+    Ok(uuid::Builder::from_random_bytes(bytes).into_uuid())
+}

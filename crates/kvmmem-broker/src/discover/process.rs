@@ -1,0 +1,318 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! A process of this host, looked at through `/proc`. Nothing in there is to be believed but what the kernel writes by
+//! itself: the command line is the process's to change.
+
+use std::io::{self, Read};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::Duration;
+
+use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::fs::{Dir, FileType, Mode, OFlags, Stat};
+use rustix::io::Errno;
+use rustix::process::{Pid, PidfdFlags};
+
+/// The longest command line that is read, bytes.
+const MAX_ARGUMENTS: u64 = 256 * 1024;
+
+/// The longest list of mappings that is read, bytes.
+const MAX_MAPS: u64 = 16 * 1024 * 1024;
+
+/// The most file descriptors that are looked through.
+const MAX_FILES: usize = 65_536;
+
+/// A process. Whoever gets its number later is another one, and is not taken for it.
+#[derive(Debug)]
+pub struct Process {
+    pid: u32,
+    /// `/proc/PID`, which the kernel ties to the process and not to the number.
+    directory: OwnedFd,
+    pidfd: OwnedFd,
+}
+
+/// A mapping of a file that is shared with others.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SharedMapping {
+    /// Length, bytes.
+    pub len: u64,
+    /// Place of its first byte in the file.
+    pub offset: u64,
+    /// The file.
+    pub file: FileId,
+    /// What the kernel calls it.
+    pub path: String,
+}
+
+/// Which file: its device and its inode.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct FileId {
+    device: u64,
+    inode: u64,
+}
+
+/// Why a process cannot be looked at.
+#[derive(Debug, thiserror::Error)]
+pub enum ProcessError {
+    /// It is not there, or has ended.
+    #[error("there is no process {0}")]
+    Gone(u32),
+    /// It may not be looked at.
+    #[error("process {0} may not be looked at; root may")]
+    Denied(u32),
+    /// What `/proc` says is longer than it is with any VMM.
+    #[error("{what} of process {pid} is too long to be a VMM's")]
+    TooLong {
+        /// The process.
+        pid: u32,
+        /// What is too long.
+        what: &'static str,
+    },
+    /// Looking failed.
+    #[error("cannot read {what} of process {pid}")]
+    Read {
+        /// The process.
+        pid: u32,
+        /// What was read.
+        what: &'static str,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl FileId {
+    /// Of an open file.
+    pub fn of(stat: &Stat) -> Self {
+        Self { device: stat.st_dev, inode: stat.st_ino }
+    }
+}
+
+impl Process {
+    /// The process with a number.
+    ///
+    /// # Errors
+    /// [`ProcessError`].
+    pub fn open(pid: u32) -> Result<Self, ProcessError> {
+        let number = i32::try_from(pid).ok().and_then(Pid::from_raw).ok_or(ProcessError::Gone(pid))?;
+        let fail = |source: Errno| failed(pid, "the directory", source.into());
+        let flags = OFlags::DIRECTORY | OFlags::RDONLY | OFlags::CLOEXEC;
+        let directory = rustix::fs::open(format!("/proc/{pid}"), flags, Mode::empty()).map_err(fail)?;
+        let pidfd = rustix::process::pidfd_open(number, PidfdFlags::empty()).map_err(fail)?;
+        let process = Self { pid, directory, pidfd };
+        // If this can still be read by the directory, then the pidfd, which is younger, is the same process's.
+        process.read("stat", "the state", 4096)?;
+        Ok(process)
+    }
+
+    /// Its number.
+    pub fn pid(&self) -> u32 {
+        self.pid
+    }
+
+    /// Becomes readable when the process ends.
+    pub fn into_pidfd(self) -> OwnedFd {
+        self.pidfd
+    }
+
+    /// Whether it is still there. What was read of it before this was true belongs to it.
+    pub fn is_alive(&self) -> bool {
+        let now = Timespec::try_from(Duration::ZERO).ok();
+        let mut fds = [PollFd::new(&self.pidfd, PollFlags::IN)];
+        matches!(rustix::event::poll(&mut fds, now.as_ref()), Ok(0))
+    }
+
+    /// The user that it runs as.
+    ///
+    /// # Errors
+    /// [`ProcessError`].
+    pub fn uid(&self) -> Result<u32, ProcessError> {
+        let stat = rustix::fs::fstat(&self.directory);
+        stat.map(|stat| stat.st_uid).map_err(|error| failed(self.pid, "the user", error.into()))
+    }
+
+    /// File name of the program that it runs, also where that file was deleted.
+    ///
+    /// # Errors
+    /// [`ProcessError`].
+    pub fn program(&self) -> Result<String, ProcessError> {
+        let link = rustix::fs::readlinkat(&self.directory, "exe", Vec::new())
+            .map_err(|error| failed(self.pid, "the program", error.into()))?;
+        let path = String::from_utf8_lossy(link.as_bytes());
+        let path = path.strip_suffix(" (deleted)").unwrap_or(&path);
+        Ok(path.rsplit('/').next().unwrap_or_default().to_owned())
+    }
+
+    /// The arguments, the program's name first. Bytes that are no UTF-8 are replaced.
+    ///
+    /// # Errors
+    /// [`ProcessError`].
+    pub fn arguments(&self) -> Result<Vec<String>, ProcessError> {
+        let bytes = self.read("cmdline", "the command line", MAX_ARGUMENTS)?;
+        let bytes = bytes.strip_suffix(b"\0").unwrap_or(&bytes);
+        Ok(bytes.split(|byte| *byte == 0).map(|word| String::from_utf8_lossy(word).into_owned()).collect())
+    }
+
+    /// When it was started, milliseconds since the epoch; `None` where the kernel does not say.
+    pub fn start_time_ms(&self) -> Option<i64> {
+        let stat = self.read("stat", "the state", 4096).ok()?;
+        let stat = String::from_utf8_lossy(&stat).into_owned();
+        // The name before the last parenthesis is the process's own choice; the start time is the 20th word behind it.
+        let ticks: i64 = stat.rsplit_once(')')?.1.split_whitespace().nth(19)?.parse().ok()?;
+        let per_second = i64::try_from(rustix::param::clock_ticks_per_second()).ok()?;
+        let boot = std::fs::read_to_string("/proc/stat").ok()?;
+        let boot: i64 = boot.lines().find_map(|line| line.strip_prefix("btime "))?.trim().parse().ok()?;
+        boot.checked_mul(1000)?.checked_add(ticks.checked_mul(1000)?.checked_div(per_second)?)
+    }
+
+    /// The mappings of files that are shared and may be written.
+    ///
+    /// # Errors
+    /// [`ProcessError`].
+    pub fn shared_mappings(&self) -> Result<Vec<SharedMapping>, ProcessError> {
+        let text = self.read("maps", "the mappings", MAX_MAPS)?;
+        Ok(String::from_utf8_lossy(&text).lines().filter_map(shared_mapping).collect())
+    }
+
+    /// What a file descriptor whose link the check accepts is linked to.
+    ///
+    /// # Errors
+    /// [`ProcessError`].
+    pub fn find_link(&self, accepts: impl Fn(&str) -> bool) -> Result<Option<String>, ProcessError> {
+        self.find_file(|directory, name| {
+            let link = rustix::fs::readlinkat(directory, name, Vec::new()).ok()?;
+            let link = String::from_utf8_lossy(link.as_bytes()).into_owned();
+            accepts(&link).then_some(link)
+        })
+    }
+
+    /// Opens a file that it has open, for reading and writing.
+    ///
+    /// # Errors
+    /// [`ProcessError`]; `Ok(None)` where it does not have that file open.
+    pub fn open_file(&self, id: FileId) -> Result<Option<OwnedFd>, ProcessError> {
+        self.find_file(|directory, name| {
+            let is_it = |stat: &Stat| {
+                FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile && FileId::of(stat) == id
+            };
+            rustix::fs::statat(directory, name, rustix::fs::AtFlags::empty()).ok().filter(is_it)?;
+            // It may be another file by now, even a pipe that would be waited for.
+            let flags = OFlags::RDWR | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
+            let file = rustix::fs::openat(directory, name, flags, Mode::empty()).ok()?;
+            rustix::fs::fstat(&file).ok().filter(is_it)?;
+            Some(file)
+        })
+    }
+
+    fn find_file<T>(
+        &self,
+        mut find: impl FnMut(BorrowedFd<'_>, &std::ffi::CStr) -> Option<T>,
+    ) -> Result<Option<T>, ProcessError> {
+        let fail = |source: Errno| failed(self.pid, "the open files", source.into());
+        let flags = OFlags::DIRECTORY | OFlags::RDONLY | OFlags::CLOEXEC;
+        let directory = rustix::fs::openat(&self.directory, "fd", flags, Mode::empty()).map_err(fail)?;
+        for entry in Dir::read_from(&directory).map_err(fail)?.take(MAX_FILES) {
+            if let Some(found) = find(directory.as_fd(), entry.map_err(fail)?.file_name()) {
+                return Ok(Some(found));
+            }
+        }
+        Ok(None)
+    }
+
+    fn read(&self, name: &str, what: &'static str, limit: u64) -> Result<Vec<u8>, ProcessError> {
+        let fail = |source: io::Error| failed(self.pid, what, source);
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+        let file = rustix::fs::openat(&self.directory, name, flags, Mode::empty());
+        let file = std::fs::File::from(file.map_err(|error| fail(error.into()))?);
+        let mut bytes = Vec::new();
+        file.take(limit + 1).read_to_end(&mut bytes).map_err(fail)?;
+        if bytes.len() as u64 > limit {
+            return Err(ProcessError::TooLong { pid: self.pid, what });
+        }
+        Ok(bytes)
+    }
+}
+
+fn failed(pid: u32, what: &'static str, source: io::Error) -> ProcessError {
+    match source.raw_os_error().map(Errno::from_raw_os_error) {
+        Some(Errno::NOENT | Errno::SRCH) => ProcessError::Gone(pid),
+        Some(Errno::ACCESS | Errno::PERM) => ProcessError::Denied(pid),
+        _ => ProcessError::Read { pid, what, source },
+    }
+}
+
+/// A line of `maps`, if it is a shared, writable mapping of a file.
+fn shared_mapping(line: &str) -> Option<SharedMapping> {
+    let hex = |text: &str| u64::from_str_radix(text, 16).ok();
+    let mut words = line.splitn(6, ' ');
+    let (start, end) = words.next()?.split_once('-')?;
+    words.next().filter(|mode| mode.starts_with("rw") && mode.ends_with('s'))?;
+    let offset = hex(words.next()?)?;
+    let (major, minor) = words.next()?.split_once(':')?;
+    let device =
+        rustix::fs::makedev(u32::from_str_radix(major, 16).ok()?, u32::from_str_radix(minor, 16).ok()?);
+    let inode: u64 = words.next()?.parse().ok().filter(|inode| *inode != 0)?;
+    let path = words.next().unwrap_or_default().trim_start().to_owned();
+    let len = hex(end)?.checked_sub(hex(start)?)?;
+    Some(SharedMapping { len, offset, file: FileId { device, inode }, path })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn this_process_is_seen() {
+        let process = Process::open(std::process::id()).unwrap();
+        assert!(process.is_alive());
+        assert_eq!(process.uid().unwrap(), rustix::process::geteuid().as_raw());
+        let program = std::env::current_exe().unwrap();
+        assert_eq!(process.program().unwrap(), program.file_name().unwrap().to_string_lossy());
+        let arguments: Vec<String> = std::env::args().collect();
+        assert_eq!(process.arguments().unwrap(), arguments);
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();
+        let age = i64::try_from(now.as_millis()).unwrap() - process.start_time_ms().unwrap();
+        assert!((-2000..86_400_000).contains(&age), "{age}");
+        process.shared_mappings().unwrap();
+    }
+
+    #[test]
+    fn an_open_file_is_found_by_its_identity_alone() {
+        let file = tempfile::tempfile().unwrap();
+        let id = FileId::of(&rustix::fs::fstat(&file).unwrap());
+        let process = Process::open(std::process::id()).unwrap();
+        let opened = process.open_file(id).unwrap().unwrap();
+        assert_eq!(FileId::of(&rustix::fs::fstat(&opened).unwrap()), id);
+        assert!(process.open_file(FileId { device: id.device, inode: u64::MAX }).unwrap().is_none());
+    }
+
+    #[test]
+    fn who_is_not_there_is_gone() {
+        for pid in [0, u32::MAX, i32::MAX as u32] {
+            assert!(matches!(Process::open(pid), Err(ProcessError::Gone(_))));
+        }
+        let mut child = std::process::Command::new("true").spawn().unwrap();
+        let process = Process::open(child.id()).unwrap();
+        child.wait().unwrap();
+        assert!(!process.is_alive());
+        assert!(matches!(process.arguments(), Err(ProcessError::Gone(_))));
+    }
+
+    #[test]
+    fn shared_mappings_alone_are_taken() {
+        let line = "7f8a7bfff000-7f8a9bfff000 rw-s 00000000 00:01 17753                      /memfd:memory-backend-memfd (deleted)";
+        let mapping = shared_mapping(line).unwrap();
+        assert_eq!((mapping.len, mapping.offset), (0x2000_0000, 0));
+        assert_eq!(mapping.path, "/memfd:memory-backend-memfd (deleted)");
+        assert_eq!(mapping.file.inode, 17753);
+        assert_eq!(shared_mapping(&line.replace("rw-s", "rw-p")), None);
+        assert_eq!(shared_mapping(&line.replace("rw-s", "r--s")), None);
+        assert_eq!(shared_mapping(&line.replace("17753", "0")), None);
+    }
+
+    proptest! {
+        #[test]
+        fn any_line_is_read_without_harm(line in "[0-9a-f: rwps/()-]{0,80}|.{0,80}") {
+            let _ = shared_mapping(&line);
+        }
+    }
+}
