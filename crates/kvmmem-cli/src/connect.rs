@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The tool's side of KVMI, as `read`, `write` and `map` need it: listen, and wait for the host to connect.
+//! The tool's side of KVMI, by which a verb reads memory or gets a token: listen, and wait for the host to connect.
 
 use std::time::{Duration, Instant};
 

@@ -73,8 +73,8 @@ Exit codes:
   0  taken back, nobody sees the target by this grant any more
   1  failed, standard error says why
   2  the command line is wrong
-  3  taken back, but a virtual machine's VMM has not confirmed that its views have ended: it may be stopped or hang;
-     run this again, or end that virtual machine";
+  3  taken back, but a virtual machine's VMM, or a process of this host, has not confirmed that its views have ended:
+     it may be stopped or hang; run this again, or end it";
 
 #[derive(Args)]
 #[command(after_help = POLICY_HELP)]
@@ -214,12 +214,14 @@ impl Revoke {
         } else {
             let plural = if views == 1 { "" } else { "s" };
             let milliseconds = Duration::from_micros(micros).as_secs_f64() * 1000.0;
-            output.line(format!(
-                "grant {grant} is revoked; {views} view{plural} ended, in {milliseconds:.3} ms"
-            ))?;
-            if unconfirmed > 0 {
-                output.line(format!("{unconfirmed} not confirmed: see kvmmem revoke --help"))?;
-            }
+            output.line(if unconfirmed == 0 {
+                format!("grant {grant} is revoked; {views} view{plural} ended, in {milliseconds:.3} ms")
+            } else {
+                format!(
+                    "grant {grant} is revoked, but after {milliseconds:.3} ms not everybody has confirmed it \
+                     ({unconfirmed} missing): see kvmmem revoke --help"
+                )
+            })?;
         }
         Ok(if unconfirmed == 0 { ExitCode::SUCCESS } else { ExitCode::from(UNCONFIRMED) })
     }
