@@ -107,6 +107,12 @@ struct Introspection {
     has_windows: bool,
 }
 
+impl Drop for Introspection {
+    fn drop(&mut self) {
+        self.views.set_windows(None);
+    }
+}
+
 impl Machine {
     fn new(config: VmConfig, control: &Control) -> Result<Self, VmmError> {
         let kvm = Kvm::new().map_err(VmmError::OpenKvm)?;

@@ -20,6 +20,7 @@ pub use error::SetUpError;
 pub use events::Views;
 pub use view::TakeError;
 
+pub(crate) use descriptors::MAX_VIEWS;
 pub(crate) use error::WindowError;
 pub(crate) use seek::Seek;
-pub(crate) use windows::{Host, Windows};
+pub(crate) use windows::{Host, MAX_SLOTS_PER_VIEW, Windows};

@@ -162,14 +162,15 @@ fn a_token_of_the_brokers_is_good_once() {
     for way in ways() {
         let target = Target::new();
         target.write(THERE, 0x5ec2e7);
-        let outcome = run_with_broker(&target, |token| {
+        let make = |token| {
             Guest::calling(way)
                 .write_token(TOKEN_AT, token)
                 .map(TOKEN_AT, THERE, OWN)
                 .report_memory(OWN)
                 .map(TOKEN_AT, THERE, OWN + 0x1000)
                 .power_off()
-        });
+        };
+        let outcome = run_with_broker(&target, 1, make, |_, _| {});
         assert_eq!(outcome.values, [0, 0x5ec2e7, refused(KvmError::NoEnt)]);
     }
 }

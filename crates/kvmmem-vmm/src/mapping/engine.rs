@@ -18,6 +18,7 @@ use kvmmem_sys::ram::{GuestRam, RamError};
 
 use super::source::{Redeemed, TargetMemory};
 use crate::limit::warn_limited;
+use crate::window::{MAX_SLOTS_PER_VIEW, MAX_VIEWS};
 
 /// Why a page could not be mapped or unmapped. The guest gets [`MapError::number`].
 #[derive(Debug, thiserror::Error)]
@@ -296,9 +297,10 @@ pub(crate) fn identity(fd: BorrowedFd<'_>) -> std::io::Result<(u64, u64)> {
 }
 
 /// How many pages an engine may replace before `mmap` could fail for want of mappings: each may split one mapping of
-/// the process in three, so half of what `vm.max_map_count` leaves, less a reserve for the process itself.
+/// the process in three, so half of what `vm.max_map_count` leaves, less a reserve for the process itself and for views.
 pub fn mapping_limit() -> usize {
-    const RESERVE: usize = 2048;
+    const PROCESS: usize = 2048;
+    const RESERVE: usize = PROCESS + MAX_VIEWS * MAX_SLOTS_PER_VIEW;
     /// The kernel's default (Documentation/admin-guide/sysctl/vm.rst).
     const DEFAULT_MAX: usize = 65_530;
     let most = std::fs::read_to_string("/proc/sys/vm/max_map_count")

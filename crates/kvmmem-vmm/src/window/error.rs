@@ -15,7 +15,7 @@ pub enum SetUpError {
     /// The guest's physical addresses end too soon.
     #[error(
         "no guest-physical space is left from {start:#x} on: the guest's addresses have {address_bits} bits; \
-         use less RAM, or go without windows"
+         use less RAM, or no windows (--no-window)"
     )]
     NoSpace {
         /// Where windows could begin.

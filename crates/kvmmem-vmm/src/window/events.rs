@@ -4,7 +4,7 @@
 //! The guest is not asked. Its vCPUs are called out, which ends all access at once, however large a view is: what comes
 //! then takes time. The slots get poison, one after the other; the vCPUs go on; what was behind the slots is unmapped.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvmmem_abi::descriptor::MAX_RANGES;
 use kvmmem_broker::link::{Region, Target, ViewEvents};
@@ -24,7 +24,8 @@ use crate::mapping::{MappingEngine, TargetMemory};
 /// A machine's pages and views, as whoever keeps the grants sees them.
 pub struct Views {
     engine: Arc<MappingEngine>,
-    /// Those of the present generation.
+    /// Those of the present generation. Locked during an event, so that none is under way once they were taken away: what
+    /// the windows hold last would be dropped by the thread that tells of events, which is itself among it.
     windows: Mutex<Option<Arc<Windows>>>,
     stop: StopHandle,
 }
@@ -36,20 +37,19 @@ impl Views {
 
     /// Takes the views of the machine's next generation in the place of those before.
     pub(crate) fn set_windows(&self, windows: Option<Arc<Windows>>) {
-        let before =
-            std::mem::replace(&mut *self.windows.lock().unwrap_or_else(PoisonError::into_inner), windows);
+        let before = std::mem::replace(&mut *self.windows(), windows);
         if let Some(before) = before {
             before.close_all();
         }
     }
 
-    fn windows(&self) -> Option<Arc<Windows>> {
-        self.windows.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    fn windows(&self) -> MutexGuard<'_, Option<Arc<Windows>>> {
+        self.windows.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Takes back what a grant allowed, pages and views. When this returns, the guest reaches nothing by it.
     pub fn revoke(&self, grant: u64) {
-        if let Some(windows) = self.windows() {
+        if let Some(windows) = &*self.windows() {
             windows.end(State::Revoked, |view| view.attached.grant == grant);
         }
         if let Err(error) = self.engine.revoke(grant) {
@@ -60,21 +60,21 @@ impl Views {
 
     /// Ends the views of a target that is gone.
     pub fn gone(&self, target: u64) {
-        if let Some(windows) = self.windows() {
+        if let Some(windows) = &*self.windows() {
             windows.end(State::Gone, |view| view.attached.target.id() == target);
         }
     }
 
     /// Shows what a target's memory is now.
     pub fn changed(&self, target: &Arc<dyn TargetMemory>) {
-        if let Some(windows) = self.windows() {
+        if let Some(windows) = &*self.windows() {
             windows.follow(target);
         }
     }
 
     /// Ends all views: nobody is left who could take them back.
     pub fn lost(&self) {
-        if let Some(windows) = self.windows() {
+        if let Some(windows) = &*self.windows() {
             windows.end(State::Gone, |_| true);
         }
         self.engine.forget_grants();

@@ -24,8 +24,8 @@ use crate::error::VmmError;
 use crate::gate::Gate;
 use crate::mapping::{Attached, TokenSource, identity};
 
-/// The most ranges of a view, poisoned ones included.
-pub(super) const MAX_SLOTS_PER_VIEW: usize = 2 * kvmmem_abi::descriptor::MAX_RANGES;
+/// The most memory slots of a view, those of ranges that its target has no more included.
+pub(crate) const MAX_SLOTS_PER_VIEW: usize = 2 * kvmmem_abi::descriptor::MAX_RANGES;
 
 /// First of the slots' numbers; RAM's are below.
 const FIRST_SLOT: u32 = 16;

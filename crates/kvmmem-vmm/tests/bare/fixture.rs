@@ -5,9 +5,10 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use kvmmem_abi::errno::KvmError;
+use kvmmem_broker::admin::{Admin, GrantRequest, Granted};
 use kvmmem_broker::link::{Region, Registration, Rights, Scope, VmmLink};
 use kvmmem_broker::map::MemoryMap;
 use kvmmem_broker::server::Server;
@@ -171,13 +172,20 @@ pub(crate) fn refused(error: KvmError) -> u64 {
     (-i64::from(error.number())).cast_unsigned()
 }
 
-/// Runs the guest that `make` makes of a token, minted by a broker that serves the introspector and `target`.
-pub(crate) fn run_with_broker(target: &Target, make: impl FnOnce([u64; 4]) -> Guest) -> Outcome {
+/// Runs the guest that `make` makes of a token for reading and writing, good for `uses` uses, minted by a broker that serves
+/// the introspector and `target`.
+///
+/// Meanwhile another thread does `meanwhile`, as the broker's administrator, with the token's grant.
+pub(crate) fn run_with_broker(
+    target: &Target,
+    uses: u32,
+    make: impl FnOnce([u64; 4]) -> Guest,
+    meanwhile: impl FnOnce(&mut Admin, u64) + Send,
+) -> Outcome {
     const NAME: &str = "target";
     let directory = tempfile::tempdir().unwrap();
     let socket = directory.path().join("broker");
     let server = Server::bind(&socket, None).unwrap();
-    let broker = server.broker();
     let (stop, stopped) = UnixStream::pair().unwrap();
     let serving = std::thread::spawn(move || server.run(stopped.as_fd()));
 
@@ -193,16 +201,27 @@ pub(crate) fn run_with_broker(target: &Target, make: impl FnOnce([u64; 4]) -> Gu
     };
     let ram = target.0.fd().try_clone_to_owned().unwrap();
     let link = VmmLink::connect(&socket, registration, Some(ram)).unwrap();
-    let endpoint = "unix:/nowhere".parse().unwrap();
-    // Minted for a minute from now: a slow host does not let it expire.
-    let later = Instant::now() + Duration::from_secs(60);
-    let token = broker.mint(later, &broker.find(NAME).unwrap(), &endpoint).unwrap();
+    let mut admin = Admin::connect(&socket).unwrap();
+    let request = GrantRequest {
+        target: NAME.into(),
+        spans: None,
+        rights: Rights::ReadWrite,
+        // A slow host does not let it expire.
+        ttl_ms: 60_000,
+        uses,
+        holder: None,
+        label: None,
+    };
+    let Granted { grant, token } = admin.grant(&request).unwrap();
 
     let mut config = config(&make(token.words()), directory.path());
     config.broker = Some(socket);
     let serial = directory.path().join("serial");
-    let exit = kvmmem_vmm::run(config, Control::new()).unwrap();
-    drop((link, stop));
+    let exit = std::thread::scope(|scope| {
+        scope.spawn(|| meanwhile(&mut admin, grant));
+        kvmmem_vmm::run(config, Control::new()).unwrap()
+    });
+    drop((admin, link, stop));
     serving.join().unwrap().unwrap();
     Outcome { exit, values: values(&serial), events: Vec::new(), asked: 1 }
 }

@@ -6,13 +6,16 @@ use std::time::Duration;
 
 use kvmmem_abi::descriptor::MAGIC;
 use kvmmem_abi::errno::KvmError;
-use kvmmem_abi::hypercall::{ATTACH, DETACH, SEEK, SEEK_DATA, SEEK_HOLE};
+use kvmmem_abi::hypercall::{ATTACH, DETACH, MEM_MAP, MEM_UNMAP, SEEK, SEEK_DATA, SEEK_HOLE};
 use kvmmem_abi::native::{ATTACH_READ_ONLY, RIGHT_READ, RIGHT_WRITE, STATE_GONE, STATE_OPEN, STATE_REVOKED};
+use kvmmem_broker::admin::Admin;
 use kvmmem_broker::link::{Rights, Scope, ViewCounters};
 use kvmmem_vmm::mapping::{TargetMemory, Views};
 use kvmmem_vmm::{ResetPolicy, VmExit};
 
-use crate::fixture::{TARGET_HOLE, TOKEN, Target, has_windows, refused, run_with_tokens, ways};
+use crate::fixture::{
+    TARGET_HOLE, TOKEN, Target, has_windows, refused, run_with_broker, run_with_tokens, ways,
+};
 use crate::guest::{Guest, WINDOW, Way};
 use crate::tokens::OneToken;
 
@@ -484,5 +487,55 @@ fn a_view_follows_its_target() {
         // The range that is gone is poison, the new one is behind it where large pages stay large, the other as it was.
         let after = [4, 2, 0, MIB, 0, 4 * MIB, 2 * MIB, 2 * MIB, low, 0, new, 0];
         assert_eq!(outcome.values, [before.as_slice(), &after].concat());
+    }
+}
+
+#[test]
+fn what_the_broker_takes_back_ends_at_once_pages_included() {
+    if !has_windows() {
+        return;
+    }
+    const OWN: u64 = 0x60_0000;
+    const PAGE_TOKEN: u64 = 0x50_0a00;
+    for way in ways() {
+        let target = Target::new();
+        target.write(THERE, 0x5ec2e7);
+        let open = u64::from(STATE_OPEN) | u64::from(RIGHT_READ | RIGHT_WRITE) << 32;
+        let make = |token| {
+            guest(way)
+                .write_token(REQUEST, token)
+                .write_token(PAGE_TOKEN, token)
+                .attach()
+                // The grant is for two uses.
+                .call(MEM_MAP, [PAGE_TOKEN, THERE, OWN])
+                .report_memory(FIRST + THERE)
+                .report_memory(OWN)
+                .ring(SEEK, [DESCRIPTOR, POSITION, SEEK_DATA])
+                .touch_while(DESCRIPTOR + 24, open, FIRST + THERE, true)
+                .report_memory(DESCRIPTOR + 24)
+                .report_memory(FIRST + THERE)
+                // The page is taken back just behind the views.
+                .touch_while(OWN, 0x5ec2e7, FIRST + THERE, false)
+                .report_memory(OWN)
+                .call(MEM_UNMAP, [OWN, 0, 0])
+                .detach(DESCRIPTOR)
+                .attach()
+                .power_off()
+        };
+        let outcome = run_with_broker(&target, 2, make, |admin, grant| {
+            let seeks = |admin: &mut Admin| {
+                let grants = admin.grants().unwrap();
+                let views = &grants.iter().find(|info| info.id == grant).unwrap().views;
+                views.iter().map(|view| view.counters.seeks).sum::<u64>()
+            };
+            while seeks(admin) == 0 {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            let revoked = admin.revoke(grant).unwrap();
+            assert_eq!((revoked.views, revoked.unconfirmed), (1, 0));
+        });
+        let words = u64::from(STATE_REVOKED) | (open >> 32 << 32);
+        let unknown = refused(KvmError::NoEnt);
+        assert_eq!(outcome.values, [0, 0, 0x5ec2e7, 0x5ec2e7, words, 0, 0, 0, 0, unknown]);
     }
 }
