@@ -86,9 +86,9 @@ impl From<Status> for Attached {
 
 impl Arguments {
     pub(crate) fn run(&self, output: &mut Output) -> Result<ExitCode> {
-        let interrupt = Interrupt::catch()?;
         let access = if self.read_only { Access::ReadOnly } else { Access::Granted };
         let view = self.source.attach(access)?;
+        let interrupt = Interrupt::catch()?;
         tell(Told::Attached(view.status()?.into()), output)?;
         if self.hold {
             let end = hold(&view, &interrupt, output)?;

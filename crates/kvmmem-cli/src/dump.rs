@@ -91,8 +91,8 @@ impl Arguments {
             }
             (Some(_), true, true) | (None, _, false) => {}
         }
-        let interrupt = Interrupt::catch()?;
         let view = self.source.attach(Access::ReadOnly)?;
+        let interrupt = Interrupt::catch()?;
         let status = view.status()?;
         let reached = select(&wanted, &ranges(&view)?)?;
         ensure!(reached.len() < usize::from(u16::MAX), "too many ranges: {}", reached.len());

@@ -58,8 +58,8 @@ impl Arguments {
             gpa.checked_add(len - 1).is_some(),
             "LEN {len:#x} bytes from GPA {gpa:#x} on pass the end of the address space"
         );
-        let interrupt = Interrupt::catch()?;
         let view = self.source.attach(Access::ReadOnly)?;
+        let interrupt = Interrupt::catch()?;
         let mut bytes = vec![0; usize::try_from(len)?];
         view.read_at(gpa, &mut bytes)?;
         let picture = Picture::begin(gpa, &bytes, output)?;
