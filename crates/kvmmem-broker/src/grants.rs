@@ -5,11 +5,13 @@
 //! monotonic clock. A grant that can no longer be used stays as long as something is open by it, and then for
 //! [`KEPT`], so that a list shows it; the oldest leave earlier where there are more than [`MAX_LEAVING`].
 
+mod end;
 mod grant;
 mod index;
 mod list;
 #[cfg(test)]
 mod tests;
+mod upkeep;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::time::{Duration, Instant};
@@ -18,6 +20,7 @@ use kvmmem_kvmi::token::Token;
 
 use crate::scope::Scope;
 use crate::wire::{Caller, GrantState, Origin, ViewCounters};
+pub use end::Affected;
 use grant::Grant;
 pub use grant::{Holder, Terms, User, View};
 use index::TokenIndex;
@@ -103,17 +106,6 @@ pub enum Redeemed {
     Opened(Opened),
     /// It was pushed to the one who asks, and is still there to be claimed.
     Held,
-}
-
-/// Who has to be told that a grant was taken back.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Affected {
-    /// Number of the target.
-    pub target: u64,
-    /// Connections that have a view by it, have mapped a page by it, or hold its token.
-    pub peers: BTreeSet<u64>,
-    /// Views that are open.
-    pub views: usize,
 }
 
 impl Grants {
@@ -232,74 +224,6 @@ impl Grants {
         }
     }
 
-    /// Takes a grant back: its token opens nothing any more. What it has opened is listed until it is confirmed to be
-    /// closed.
-    pub fn revoke(&mut self, now: Instant, id: u64) -> Option<Affected> {
-        self.advance(now);
-        let grant = self.grants.get_mut(&id)?;
-        grant.revoked = true;
-        let (target, views) = (grant.terms.target, grant.views.len());
-        let peers = self.peers_of(id);
-        self.settle(now, id);
-        Some(Affected { target, peers, views })
-    }
-
-    /// The connections that have a view by a grant, have mapped a page by it, or hold its token.
-    pub fn peers_of(&self, id: u64) -> BTreeSet<u64> {
-        let Some(grant) = self.grants.get(&id) else { return BTreeSet::new() };
-        let mut peers = grant.users.clone();
-        peers.extend(grant.views.iter().filter_map(|view| self.views.get(view)).map(|view| view.peer));
-        if let Holder::Pushed(peer) = grant.terms.holder {
-            peers.insert(peer);
-        }
-        peers
-    }
-
-    /// Takes note that nothing of a connection is open any more by a grant that was taken back; returns the views that
-    /// end by it.
-    pub fn confirm(&mut self, now: Instant, id: u64, by: u64) -> Vec<View> {
-        let Some(grant) = self.grants.get_mut(&id).filter(|grant| grant.revoked) else { return Vec::new() };
-        grant.users.remove(&by);
-        if grant.terms.holder == Holder::Pushed(by) {
-            grant.terms.holder = Holder::Anybody;
-        }
-        let is_theirs = |view: &&u64| self.views.get(view).is_some_and(|view| view.peer == by);
-        let views: Vec<u64> = grant.views.iter().filter(is_theirs).copied().collect();
-        let ended = views.into_iter().filter_map(|view| self.close(now, view)).collect();
-        self.settle(now, id);
-        ended
-    }
-
-    /// Takes out what there is for a target that is gone; returns the views that end by it.
-    pub fn forget_target(&mut self, target: u64) -> Vec<View> {
-        let is_its = |(_, grant): &(&u64, &Grant)| grant.terms.target == target;
-        let ids: Vec<u64> = self.grants.iter().filter(is_its).map(|(id, _)| *id).collect();
-        ids.into_iter().flat_map(|id| self.remove(id)).collect()
-    }
-
-    /// Takes out what a connection has that has ended; returns the views that end by it. `has_used_pages` where it may
-    /// have been given tokens or mapped pages.
-    pub fn forget_peer(&mut self, now: Instant, peer: u64, has_used_pages: bool) -> Vec<View> {
-        let views = self.views_of_peer.remove(&peer).unwrap_or_default();
-        let mut ended: Vec<View> = views.into_iter().filter_map(|view| self.close(now, view)).collect();
-        if !has_used_pages {
-            return ended;
-        }
-        let (mut settled, mut void) = (Vec::new(), Vec::new());
-        for (id, grant) in &mut self.grants {
-            if grant.terms.holder == Holder::Pushed(peer) && grant.views.is_empty() {
-                void.push(*id);
-            } else if grant.users.remove(&peer) {
-                settled.push(*id);
-            }
-        }
-        for id in settled {
-            self.settle(now, id);
-        }
-        ended.extend(void.into_iter().flat_map(|id| self.remove(id)));
-        ended
-    }
-
     /// How many of KVMI's tokens for a target can be used; [`Self::mint`] leaves the expired ones out first.
     pub fn outstanding(&self, target: u64) -> usize {
         self.outstanding.get(&target).copied().unwrap_or(0)
@@ -331,104 +255,5 @@ impl Grants {
 
     fn find(&self, token: &Token) -> Option<u64> {
         self.tokens.find(token, |id| self.grants.get(&id)?.token.as_deref())
-    }
-
-    /// Takes a view out of the table.
-    fn close(&mut self, now: Instant, view: u64) -> Option<View> {
-        let view = self.views.remove(&view)?;
-        if let Some(views) = self.views_of_peer.get_mut(&view.peer) {
-            views.remove(&view.id);
-            if views.is_empty() {
-                self.views_of_peer.remove(&view.peer);
-            }
-        }
-        if let Some(grant) = self.grants.get_mut(&view.grant) {
-            grant.views.remove(&view.id);
-            self.settle(now, view.grant);
-        }
-        Some(view)
-    }
-
-    /// Takes a grant out of the table, with its views.
-    fn remove(&mut self, id: u64) -> Vec<View> {
-        let Some(mut grant) = self.grants.remove(&id) else { return Vec::new() };
-        self.expiring.remove(&(grant.expires, id));
-        if let Some(until) = grant.leaves {
-            self.leaving.remove(&(until, id));
-        }
-        if let Some(token) = grant.token.take() {
-            self.tokens.remove(&token, id);
-        }
-        self.uncount(&mut grant);
-        let ended = grant.views.iter().filter_map(|view| self.views.remove(view)).collect::<Vec<_>>();
-        for view in &ended {
-            if let Some(views) = self.views_of_peer.get_mut(&view.peer) {
-                views.remove(&view.id);
-                if views.is_empty() {
-                    self.views_of_peer.remove(&view.peer);
-                }
-            }
-        }
-        ended
-    }
-
-    /// Lets time pass.
-    fn advance(&mut self, now: Instant) {
-        while let Some((at, id)) = self.expiring.first().copied().filter(|(at, _)| *at <= now) {
-            self.expiring.remove(&(at, id));
-            self.settle(at, id);
-        }
-        while let Some((at, id)) = self.leaving.first().copied() {
-            if at > now && self.leaving.len() <= MAX_LEAVING {
-                break;
-            }
-            self.leaving.remove(&(at, id));
-            self.remove(id);
-        }
-    }
-
-    /// Brings the indexes up to what a grant is now.
-    fn settle(&mut self, now: Instant, id: u64) {
-        let Some(mut grant) = self.grants.remove(&id) else { return };
-        let state = grant.state(now);
-        if state != GrantState::Active {
-            self.expiring.remove(&(grant.expires, id));
-            self.uncount_kvmi(&mut grant);
-        }
-        // An expired token may still be told as used; any other is of no use.
-        if matches!(state, GrantState::Spent | GrantState::Revoked)
-            && let Some(token) = grant.token.take()
-        {
-            self.tokens.remove(&token, id);
-        }
-        if state != GrantState::Active && !grant.is_in_use() && grant.leaves.is_none() {
-            self.uncount(&mut grant);
-            if let Some(until) = now.checked_add(KEPT) {
-                grant.leaves = Some(until);
-                self.leaving.insert((until, id));
-            }
-        }
-        self.grants.insert(id, grant);
-    }
-
-    /// Ends a grant's share of [`MAX_KVMI_PER_TARGET`].
-    fn uncount_kvmi(&mut self, grant: &mut Grant) {
-        if grant.terms.origin == Origin::Kvmi && std::mem::take(&mut grant.is_counted) {
-            let target = grant.terms.target;
-            if let Some(count) = self.outstanding.get_mut(&target) {
-                *count -= 1;
-                if *count == 0 {
-                    self.outstanding.remove(&target);
-                }
-            }
-        }
-    }
-
-    /// Ends a grant's share of all limits.
-    fn uncount(&mut self, grant: &mut Grant) {
-        self.uncount_kvmi(grant);
-        if grant.terms.origin == Origin::Operator && std::mem::take(&mut grant.is_counted) {
-            self.operator -= 1;
-        }
     }
 }

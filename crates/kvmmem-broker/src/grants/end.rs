@@ -1,0 +1,89 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! How grants and views end: taken back, or with the target or the connection that they belong to.
+
+use std::collections::BTreeSet;
+use std::time::Instant;
+
+use super::Grants;
+use super::grant::{Grant, Holder, View};
+
+/// Who has to be told that a grant was taken back.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Affected {
+    /// Number of the target.
+    pub target: u64,
+    /// Connections that have a view by it, have mapped a page by it, or hold its token.
+    pub peers: BTreeSet<u64>,
+    /// Views that are open.
+    pub views: usize,
+}
+
+impl Grants {
+    /// Takes a grant back: its token opens nothing any more. What it has opened is listed until it is confirmed to be
+    /// closed.
+    pub fn revoke(&mut self, now: Instant, id: u64) -> Option<Affected> {
+        self.advance(now);
+        let grant = self.grants.get_mut(&id)?;
+        grant.revoked = true;
+        let (target, views) = (grant.terms.target, grant.views.len());
+        let peers = self.peers_of(id);
+        self.settle(now, id);
+        Some(Affected { target, peers, views })
+    }
+
+    /// The connections that have a view by a grant, have mapped a page by it, or hold its token.
+    pub fn peers_of(&self, id: u64) -> BTreeSet<u64> {
+        let Some(grant) = self.grants.get(&id) else { return BTreeSet::new() };
+        let mut peers = grant.users.clone();
+        peers.extend(grant.views.iter().filter_map(|view| self.views.get(view)).map(|view| view.peer));
+        if let Holder::Pushed(peer) = grant.terms.holder {
+            peers.insert(peer);
+        }
+        peers
+    }
+
+    /// Takes note that nothing of a connection is open any more by a grant that was taken back; returns the views that
+    /// end by it.
+    pub fn confirm(&mut self, now: Instant, id: u64, by: u64) -> Vec<View> {
+        let Some(grant) = self.grants.get_mut(&id).filter(|grant| grant.revoked) else { return Vec::new() };
+        grant.users.remove(&by);
+        if grant.terms.holder == Holder::Pushed(by) {
+            grant.terms.holder = Holder::Anybody;
+        }
+        let is_theirs = |view: &&u64| self.views.get(view).is_some_and(|view| view.peer == by);
+        let views: Vec<u64> = grant.views.iter().filter(is_theirs).copied().collect();
+        let ended = views.into_iter().filter_map(|view| self.close(now, view)).collect();
+        self.settle(now, id);
+        ended
+    }
+
+    /// Takes out what there is for a target that is gone; returns the views that end by it.
+    pub fn forget_target(&mut self, target: u64) -> Vec<View> {
+        let is_its = |(_, grant): &(&u64, &Grant)| grant.terms.target == target;
+        let ids: Vec<u64> = self.grants.iter().filter(is_its).map(|(id, _)| *id).collect();
+        ids.into_iter().flat_map(|id| self.remove(id)).collect()
+    }
+
+    /// Takes out what a connection has that has ended; returns the views that end by it. `has_used_pages` where it may
+    /// have been given tokens or mapped pages.
+    pub fn forget_peer(&mut self, now: Instant, peer: u64, has_used_pages: bool) -> Vec<View> {
+        let views = self.views_of_peer.remove(&peer).unwrap_or_default();
+        let mut ended: Vec<View> = views.into_iter().filter_map(|view| self.close(now, view)).collect();
+        if !has_used_pages {
+            return ended;
+        }
+        let (mut settled, mut void) = (Vec::new(), Vec::new());
+        for (id, grant) in &mut self.grants {
+            if grant.terms.holder == Holder::Pushed(peer) && grant.views.is_empty() {
+                void.push(*id);
+            } else if grant.users.remove(&peer) {
+                settled.push(*id);
+            }
+        }
+        for id in settled {
+            self.settle(now, id);
+        }
+        ended.extend(void.into_iter().flat_map(|id| self.remove(id)));
+        ended
+    }
+}

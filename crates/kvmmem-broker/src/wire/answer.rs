@@ -1,0 +1,205 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! What the broker sends: answers, refusals and pushes.
+
+use std::fmt;
+
+use kvmmem_kvmi::token::Token;
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use super::{Cursor, GrantInfo, KvmiPolicy, Region, Revoked, TargetInfo, token_text};
+use crate::discover::attach::Evidence;
+use crate::scope::Scope;
+
+/// What the broker sends.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FromBroker {
+    /// A request succeeded.
+    Answer {
+        /// The request's id.
+        id: u64,
+        /// What it asked for.
+        answer: Answer,
+    },
+    /// A request failed; id 0 where the packet could not be read, and the connection is then closed.
+    Refused {
+        /// The request's id.
+        id: u64,
+        /// Which kind of failure.
+        refusal: Refusal,
+        /// The failure in words.
+        message: String,
+    },
+    /// Push: introduces a target. Its RAM's memfd comes with it.
+    Target {
+        /// The number by which the broker names it on this connection.
+        id: u64,
+        /// Its name.
+        name: String,
+        /// Its UUID.
+        uuid: Uuid,
+        /// Grows with each change of its RAM.
+        generation: u64,
+        /// Where its RAM is.
+        regions: Vec<Region>,
+    },
+    /// Push: a known target's RAM was reset or is elsewhere now.
+    Changed {
+        /// Number of the target.
+        target: u64,
+        /// Higher than before.
+        generation: u64,
+        /// Where its RAM is.
+        regions: Vec<Region>,
+    },
+    /// Push: a token of which this connection's VM is the only holder.
+    Granted {
+        /// The token.
+        #[serde(with = "token_text")]
+        token: Token,
+        /// Number of the grant.
+        grant: u64,
+        /// Number of the target.
+        target: u64,
+        /// What it allows.
+        scope: Scope,
+        /// How long the token lives, milliseconds.
+        expires_in_ms: u64,
+    },
+    /// Push: a grant that this connection has used, or has a token of, was taken back. To be confirmed by
+    /// [`super::Call::RevokedDone`] once nothing reaches the target's memory by it.
+    Revoke {
+        /// Number of the grant.
+        grant: u64,
+    },
+    /// Push: the target is no longer there, and its tokens are void.
+    Gone {
+        /// Number of the target.
+        target: u64,
+    },
+}
+
+/// The outcome of a request that succeeded.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Answer {
+    /// Nothing more to say.
+    Done,
+    /// The VM is registered.
+    Registered {
+        /// Its number.
+        vm: u64,
+    },
+    /// The token was good, and is used up now.
+    Redeemed {
+        /// Number of the grant.
+        grant: u64,
+        /// Number of the target.
+        target: u64,
+        /// What the grant allows.
+        scope: Scope,
+    },
+    /// The view is open.
+    Attached {
+        /// Its number.
+        view: u64,
+        /// Number of the grant.
+        grant: u64,
+        /// Number of the target.
+        target: u64,
+        /// What the view allows.
+        scope: Scope,
+    },
+    /// The view is open, for a process of the host. The RAM's memfd comes with it, opened read-only where the view is.
+    HostAttached {
+        /// Its number.
+        view: u64,
+        /// Number of the grant.
+        grant: u64,
+        /// Number of the target.
+        target: u64,
+        /// What the view allows.
+        scope: Scope,
+        /// UUID of the target.
+        uuid: Uuid,
+        /// Grows with each change of the target's RAM.
+        generation: u64,
+        /// Where the target's RAM is, all of it.
+        regions: Vec<Region>,
+    },
+    /// The grant is made.
+    Granted {
+        /// Its number.
+        grant: u64,
+        /// Its token.
+        #[serde(with = "token_text")]
+        token: Token,
+    },
+    /// A page of grants.
+    Grants {
+        /// The grants, by ascending number. One with many views goes on in the next page, with other views.
+        grants: Vec<GrantInfo>,
+        /// Where the next page starts, if there is one.
+        next: Option<Cursor>,
+    },
+    /// The grant is taken back.
+    Revoked(Revoked),
+    /// What tokens allow that KVMI makes for a target.
+    Policy {
+        /// The policy in force.
+        policy: KvmiPolicy,
+    },
+    /// The VM is attached and registered.
+    Added {
+        /// The VM.
+        target: TargetInfo,
+        /// Where its RAM is.
+        regions: Vec<Region>,
+        /// How that became known.
+        evidence: Evidence,
+    },
+    /// The token was pushed to this connection ([`FromBroker::Granted`], earlier in the stream): the peer has it.
+    Pushed,
+    /// A page of VMs.
+    Targets {
+        /// The VMs, by ascending id.
+        targets: Vec<TargetInfo>,
+        /// Whether there are more.
+        more: bool,
+    },
+}
+
+/// Why a request was refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Refusal {
+    /// The packet is not one of this protocol's.
+    Malformed,
+    /// An argument breaks a rule.
+    Invalid,
+    /// The name, the UUID, the context id or the hook exists already.
+    Exists,
+    /// There is no such target, hook or token.
+    Unknown,
+    /// This connection may not do that.
+    Denied,
+    /// A limit is reached.
+    Limit,
+    /// The peer does not read what the broker sends.
+    Busy,
+}
+
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Malformed => "malformed",
+            Self::Invalid => "invalid",
+            Self::Exists => "exists",
+            Self::Unknown => "unknown",
+            Self::Denied => "denied",
+            Self::Limit => "limit",
+            Self::Busy => "busy",
+        })
+    }
+}
