@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Where a target's memory has data: so that a guest that scans it makes the host allocate nothing.
+//! Where a target's memory has data: so that a guest that scans it makes the host allocate nothing. The host's pages are
+//! the measure: where it has given the target large ones, all of such a page is data once a byte of it is.
 
 use std::os::fd::BorrowedFd;
 

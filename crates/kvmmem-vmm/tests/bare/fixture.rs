@@ -28,7 +28,6 @@ pub(crate) const TOKEN: [u64; 4] = [0x0123_4567_89ab_cdef, 0xfedc_ba98_7654_3210
 pub(crate) const TARGET_UUID: [u8; 16] = *b"a target's uuid.";
 
 const TARGET_BYTES: u64 = 1 << 20;
-const TARGET_FILE_BYTES: u64 = 8 << 20;
 /// A page of the target that its memory map leaves out.
 pub(crate) const TARGET_HOLE: u64 = 0x8_0000;
 
@@ -40,13 +39,14 @@ pub(crate) struct Target(Arc<GuestRam>, MemoryMap);
 
 impl Target {
     pub(crate) fn new() -> Arc<Self> {
-        Self::with_ranges(&TARGET_RANGES)
+        Self::with_ranges(TARGET_BYTES, &TARGET_RANGES)
     }
 
-    /// A target with RAM in these ranges, start and end, alone.
-    pub(crate) fn with_ranges(ranges: &[(u64, u64)]) -> Arc<Self> {
+    /// A target with RAM in these ranges, start and end, alone, in a file of `bytes` bytes. One of less than 2 MiB has no
+    /// large pages, which would have data everywhere.
+    pub(crate) fn with_ranges(bytes: u64, ranges: &[(u64, u64)]) -> Arc<Self> {
         let regions = ranges.iter().map(|&(gpa, end)| Region { gpa, len: end - gpa, offset: gpa }).collect();
-        let ram = Arc::new(GuestRam::new(TARGET_FILE_BYTES).unwrap());
+        let ram = Arc::new(GuestRam::new(bytes).unwrap());
         Arc::new(Self(ram, MemoryMap::new(regions).unwrap()))
     }
 

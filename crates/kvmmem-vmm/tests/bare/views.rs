@@ -449,7 +449,7 @@ fn a_view_follows_its_target() {
     }
     const MIB: u64 = 1 << 20;
     for way in ways() {
-        let target = Target::with_ranges(&[(0, MIB), (2 * MIB, 3 * MIB)]);
+        let target = Target::with_ranges(8 * MIB, &[(0, MIB), (2 * MIB, 3 * MIB)]);
         let [low, high, new] = [0x3000, 2 * MIB, 6 * MIB - 0x1000];
         for gpa in [low, high] {
             target.write(gpa, gpa);
