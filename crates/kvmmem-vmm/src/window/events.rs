@@ -50,7 +50,7 @@ impl Views {
     /// Takes back what a grant allowed, pages and views. When this returns, the guest reaches nothing by it.
     pub fn revoke(&self, grant: u64) {
         if let Some(windows) = &*self.windows() {
-            windows.end(State::Revoked, |view| view.attached.grant == grant);
+            windows.end(State::Revoked, |view| view.grant == grant);
         }
         if let Err(error) = self.engine.revoke(grant) {
             // The last that can be done for a target whose memory cannot be taken from the guest.
@@ -61,7 +61,7 @@ impl Views {
     /// Ends the views of a target that is gone.
     pub fn gone(&self, target: u64) {
         if let Some(windows) = &*self.windows() {
-            windows.end(State::Gone, |view| view.attached.target.id() == target);
+            windows.end(State::Gone, |view| view.is_of(target));
         }
     }
 
@@ -112,7 +112,7 @@ impl Windows {
         let paused = self.pause();
         for &index in &seats {
             if let Some(view) = table.view(index) {
-                view.state = state;
+                view.end(state);
             }
             table.describe(index);
         }
@@ -176,10 +176,10 @@ impl Windows {
     /// Shows what a target's memory is now. Ranges that are as they were stay where they are.
     fn follow(&self, target: &Arc<dyn TargetMemory>) {
         let mut table = self.lock();
-        for index in table.open_seats(|view| view.attached.target.id() == target.id()) {
+        for index in table.open_seats(|view| view.is_of(target.id())) {
             let Some(mut view) = table.lift(index) else { continue };
-            let regions = view.attached.scope.regions(target.map());
-            view.attached.target = target.clone();
+            let regions = view.scope.regions(target.map());
+            view.target = Some(target.clone());
             let (behind, paused) = match view.retire(&regions) {
                 [] => (Vec::new(), None),
                 retired => {
@@ -187,7 +187,7 @@ impl Windows {
                     (self.poison(retired.iter_mut(), paused.is_some()), paused)
                 }
             };
-            self.show_more(&mut table, &mut view, &regions);
+            self.show_more(&mut table, &mut view, &**target, &regions);
             table.open(index, view);
             drop(paused);
             self.worker.unmap(behind);
@@ -195,7 +195,7 @@ impl Windows {
     }
 
     /// Shows those of `regions` that a view does not show yet, as far as there is room behind the others.
-    fn show_more(&self, table: &mut Table, view: &mut View, regions: &[Region]) {
+    fn show_more(&self, table: &mut Table, view: &mut View, target: &dyn TargetMemory, regions: &[Region]) {
         let new: Vec<Region> = regions.iter().filter(|region| !view.shows(region)).copied().collect();
         let room = MAX_RANGES - view.shown.len().min(MAX_RANGES);
         let slots_left = MAX_SLOTS_PER_VIEW.saturating_sub(view.shown.len() + view.poisoned.len());
@@ -206,7 +206,7 @@ impl Windows {
             return;
         };
         for (region, offset) in new.iter().zip(layout.offsets) {
-            match self.show(table, view, *region, offset) {
+            match self.show(table, view, target, *region, offset) {
                 Ok(()) => view.len = offset + region.len,
                 Err(error) => warn_limited!(
                     error = &error as &dyn std::error::Error,

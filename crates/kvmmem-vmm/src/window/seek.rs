@@ -9,7 +9,6 @@ use rustix::fs::SeekFrom;
 use rustix::io::Errno;
 
 use super::error::WindowError;
-use super::view::State;
 use super::windows::Windows;
 
 /// Which way [`Windows::seek`] looks.
@@ -32,12 +31,9 @@ impl Windows {
             let mut table = self.lock();
             let index = table.descriptors.index(gpa);
             let view = index.and_then(|index| table.view(index)).ok_or(WindowError::NotAView { gpa })?;
-            if view.state != State::Open {
-                return Err(WindowError::Closed { gpa });
-            }
+            let target = view.target.clone().ok_or(WindowError::Closed { gpa })?;
             view.counters.seeks += 1;
             let regions: Vec<Region> = view.shown.iter().map(|shown| shown.region).collect();
-            let target = view.attached.target.clone();
             self.count(&mut table);
             (target, regions)
         };

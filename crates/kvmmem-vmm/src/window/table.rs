@@ -155,7 +155,7 @@ impl Table {
         self.is_telling = false;
         for view in self.views().filter(|view| view.state == State::Open && view.told != view.counters) {
             view.told = view.counters;
-            source.counters(view.attached.view, view.counters);
+            source.counters(view.number, view.counters);
         }
     }
 }

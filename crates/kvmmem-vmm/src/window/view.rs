@@ -6,12 +6,12 @@ use std::sync::Arc;
 use kvm_ioctls::VmFd;
 use kvmmem_abi::descriptor::{Descriptor, WindowRange};
 use kvmmem_abi::native::{RIGHT_READ, RIGHT_WRITE, STATE_GONE, STATE_OPEN, STATE_REVOKED};
-use kvmmem_broker::link::{Region, Rights, ViewCounters};
+use kvmmem_broker::link::{Region, Rights, Scope, ViewCounters};
 use kvmmem_sys::memslot::{Memslot, SlotError};
 use kvmmem_sys::window::{Access, GuestMapping, MappingError, PoisonFile};
 
 use crate::limit::warn_limited;
-use crate::mapping::{Attached, TargetMemory};
+use crate::mapping::TargetMemory;
 
 /// What has become of a view.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -77,8 +77,16 @@ pub(super) struct Shown {
 
 /// An attached view.
 pub(super) struct View {
-    /// Its number at the source and what it was attached to; the target as it was last told of.
-    pub(super) attached: Attached,
+    /// Its number at the source.
+    pub(super) number: u64,
+    /// Number of its grant.
+    pub(super) grant: u64,
+    /// The target's UUID.
+    pub(super) uuid: [u8; 16],
+    /// The target as it was last told of; `None` once the view has ended, so that a guest that does not detach keeps
+    /// nobody's memory.
+    pub(super) target: Option<Arc<dyn TargetMemory>>,
+    pub(super) scope: Scope,
     pub(super) token_digest: [u8; 32],
     pub(super) state: State,
     /// First GPA of its part of the window.
@@ -97,7 +105,7 @@ pub(super) struct View {
 impl View {
     /// What its descriptor page says.
     pub(super) fn describe(&self) -> (Descriptor, Vec<WindowRange>) {
-        let rights = match self.attached.scope.rights {
+        let rights = match self.scope.rights {
             Rights::ReadOnly => RIGHT_READ,
             Rights::ReadWrite => RIGHT_READ | RIGHT_WRITE,
         };
@@ -116,7 +124,7 @@ impl View {
             state: self.state.number(),
             rights,
             token_digest: self.token_digest,
-            uuid: self.attached.target.uuid(),
+            uuid: self.uuid,
             window_gpa: self.gpa,
             window_len: self.len.next_multiple_of(kvmmem_sys::ram::PAGE_SIZE),
             range_count: ranges.len(),
@@ -126,10 +134,21 @@ impl View {
 
     /// What the guest may do with its ranges.
     pub(super) fn access(&self) -> Access {
-        match self.attached.scope.rights {
+        match self.scope.rights {
             Rights::ReadOnly => Access::ReadOnly,
             Rights::ReadWrite => Access::ReadWrite,
         }
+    }
+
+    /// Whether it shows memory of this target.
+    pub(super) fn is_of(&self, target: u64) -> bool {
+        self.target.as_ref().is_some_and(|own| own.id() == target)
+    }
+
+    /// Lets go of the target. Its slots have poison behind them.
+    pub(super) fn end(&mut self, state: State) {
+        self.state = state;
+        self.target = None;
     }
 
     /// All slots, for whoever takes them from the guest.

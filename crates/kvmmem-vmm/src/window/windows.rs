@@ -22,7 +22,7 @@ use super::worker::Worker;
 use crate::control::{Ended, StopHandle};
 use crate::error::VmmError;
 use crate::gate::Gate;
-use crate::mapping::{Attached, TokenSource, identity};
+use crate::mapping::{Attached, TargetMemory, TokenSource, identity};
 
 /// The most memory slots of a view, those of ranges that its target has no more included.
 pub(crate) const MAX_SLOTS_PER_VIEW: usize = 2 * kvmmem_abi::descriptor::MAX_RANGES;
@@ -114,15 +114,15 @@ impl Windows {
         &self,
         table: &mut Table,
         index: usize,
-        mut attached: Attached,
+        attached: Attached,
         token_digest: [u8; 32],
     ) -> Result<AttachResult, WindowError> {
         let view = attached.view;
-        attached.target = self.host.source.current(view).ok_or(WindowError::Ended { view })?;
-        if identity(attached.target.ram()).map_err(WindowError::Examine)? == self.host.own_file {
+        let target = self.host.source.current(view).ok_or(WindowError::Ended { view })?;
+        if identity(target.ram()).map_err(WindowError::Examine)? == self.host.own_file {
             return Err(WindowError::OwnMemory);
         }
-        let regions = attached.scope.regions(attached.target.map());
+        let regions = attached.scope.regions(target.map());
         if regions.len() > kvmmem_abi::descriptor::MAX_RANGES {
             return Err(WindowError::TooManyRanges { count: regions.len() });
         }
@@ -130,7 +130,11 @@ impl Windows {
         let gpa =
             table.area.take(layout.len, layout.alignment).ok_or(WindowError::NoSpace { len: layout.len })?;
         let mut view = View {
-            attached,
+            number: view,
+            grant: attached.grant,
+            uuid: target.uuid(),
+            target: Some(target.clone()),
+            scope: attached.scope,
             token_digest,
             state: State::Open,
             gpa,
@@ -141,7 +145,7 @@ impl Windows {
             told: ViewCounters::default(),
         };
         for (region, offset) in regions.iter().zip(layout.offsets) {
-            if let Err(error) = self.show(table, &mut view, *region, offset) {
+            if let Err(error) = self.show(table, &mut view, &*target, *region, offset) {
                 self.vacate(table, view);
                 return Err(error);
             }
@@ -156,17 +160,18 @@ impl Windows {
         })
     }
 
-    /// Shows one more region at `offset` of a view's part of the window.
+    /// Shows one more region of `target` at `offset` of a view's part of the window.
     pub(super) fn show(
         &self,
         table: &mut Table,
         view: &mut View,
+        target: &dyn TargetMemory,
         region: Region,
         offset: u64,
     ) -> Result<(), WindowError> {
         let slot = table.take_slot().ok_or(WindowError::NoSlot)?;
         let gpa = view.gpa.saturating_add(offset);
-        match show(&self.host.vm, &*view.attached.target, &region, view.access(), slot, gpa) {
+        match show(&self.host.vm, target, &region, view.access(), slot, gpa) {
             Ok(slot) => {
                 view.shown.push(Shown { region, offset, slot });
                 Ok(())
@@ -201,8 +206,7 @@ impl Windows {
     }
 
     fn finish(&self, table: &mut Table, view: View) {
-        let Attached { view: number, .. } = view.attached;
-        let (state, counters) = (view.state, view.counters);
+        let (number, state, counters) = (view.number, view.state, view.counters);
         self.vacate(table, view);
         // Where the target or the broker is gone, the number means nothing any more, or another view.
         if state != State::Gone {
