@@ -3,6 +3,8 @@
 //! the reason, where `/dev/kvm` cannot be opened.
 #![deny(unsafe_code)]
 
+#[path = "bare/events.rs"]
+mod events;
 #[path = "bare/fixture.rs"]
 mod fixture;
 #[path = "bare/guest.rs"]

@@ -1,0 +1,267 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! What happens to bare guests' views without their doing.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use kvmmem_abi::errno::KvmError;
+use kvmmem_abi::hypercall::{ATTACH, DETACH, MEM_MAP, MEM_UNMAP, SEEK, SEEK_DATA};
+use kvmmem_abi::native::{RIGHT_READ, RIGHT_WRITE, STATE_GONE, STATE_OPEN, STATE_REVOKED};
+use kvmmem_broker::admin::Admin;
+use kvmmem_broker::link::{Rights, Scope};
+use kvmmem_vmm::mapping::{TargetMemory, Views};
+use kvmmem_vmm::{ResetPolicy, VmExit};
+
+use crate::fixture::{TOKEN, Target, has_windows, refused, run_with_broker, run_with_tokens, ways};
+use crate::guest::Guest;
+use crate::tokens::OneToken;
+use crate::views::{Calls, DESCRIPTOR, FIRST, POSITION, REQUEST, RESULT, THERE, guest};
+
+/// Calls `event` on the machine's views once the guest has searched one.
+fn when_searched(tokens: &OneToken, event: impl FnOnce(&Views)) {
+    while tokens.state().told.is_empty() {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    // Long enough for the guest to be in the midst of its loop; if not, the loop ends at once.
+    std::thread::sleep(Duration::from_millis(20));
+    event(&tokens.views());
+}
+
+type Event = fn(&Views);
+
+#[test]
+fn what_is_taken_back_turns_into_poison_while_the_guest_uses_it() {
+    if !has_windows() {
+        return;
+    }
+    const PAGE: u64 = 0x60_0000;
+    let cases: [(&str, Event, u32); 3] = [
+        ("revoked", |views| views.revoke(1), STATE_REVOKED),
+        ("gone", |views| views.gone(1), STATE_GONE),
+        ("lost", |views| views.lost(), STATE_GONE),
+    ];
+    for (way, rights) in
+        ways().into_iter().flat_map(|way| [(way, Rights::ReadOnly), (way, Rights::ReadWrite)])
+    {
+        for (name, event, state) in cases {
+            let target = Target::new();
+            target.write(THERE, 0x5ec2e7);
+            let tokens = OneToken::new(target.clone(), Scope::whole(rights));
+            let bits = if rights == Rights::ReadOnly { RIGHT_READ } else { RIGHT_READ | RIGHT_WRITE };
+            let words = |state: u32| u64::from(state) | u64::from(bits) << 32;
+            let program = guest(way)
+                .attach()
+                .report_memory(FIRST + THERE)
+                .ring(SEEK, [DESCRIPTOR, POSITION, SEEK_DATA])
+                .touch_while(DESCRIPTOR + 24, words(STATE_OPEN), FIRST + THERE, rights == Rights::ReadWrite)
+                .report_memory(DESCRIPTOR + 24)
+                .report_memory(FIRST + THERE)
+                .report_memory(FIRST)
+                // It may write on, where it could before, and sees what it has written.
+                .write(FIRST + 0x1000, 0xbad)
+                .report_memory(FIRST + 0x1000)
+                .seek(DESCRIPTOR, 0, SEEK_DATA)
+                .write(PAGE, 5)
+                .report_memory(PAGE)
+                .detach(DESCRIPTOR)
+                .report_memory(DESCRIPTOR)
+                .attach()
+                .report_memory(FIRST + THERE)
+                .power_off();
+            let outcome = std::thread::scope(|scope| {
+                scope.spawn(|| when_searched(&tokens, event));
+                run_with_tokens(&program, &tokens, |_| {}).unwrap()
+            });
+            let kept = if rights == Rights::ReadOnly { 0 } else { 0xbad };
+            let ended = refused(KvmError::Perm);
+            assert_eq!(
+                outcome.values,
+                [0, 0x5ec2e7, words(state), 0, 0, kept, ended, 0, 5, 0, 0, 0, 0x5ec2e7],
+                "{name} {rights}"
+            );
+            assert_eq!(outcome.exit, VmExit::PowerOff, "{name}");
+            assert_eq!(target.read(0x1000), 0, "{name}");
+        }
+    }
+}
+
+/// Where two CPUs tell each other how far they are.
+const SIGN: u64 = 0x50_0800;
+const STARTED: u64 = SIGN + 8;
+
+#[test]
+fn two_cpus_open_and_close_views_at_once_and_one_of_them_loses_one() {
+    if !has_windows() {
+        return;
+    }
+    const OTHER_REQUEST: u64 = 0x51_0200;
+    const OTHER_RESULT: u64 = 0x51_0300;
+    for way in ways() {
+        let target = Target::new();
+        target.write(THERE, 0x5ec2e7);
+        let tokens = OneToken::new(target.clone(), Scope::whole(Rights::ReadOnly));
+        let open = u64::from(STATE_OPEN) | u64::from(RIGHT_READ) << 32;
+        let program = guest(way)
+            .write_token(OTHER_REQUEST, TOKEN)
+            .attach()
+            .second_cpu(|other| {
+                // The first view is this CPU's: it reads until that is taken back, and opens and closes others then.
+                other
+                    .write(STARTED, 1)
+                    .touch_while(DESCRIPTOR + 24, open, FIRST + THERE, false)
+                    .repeat(300, |other| {
+                        other
+                            .ring(ATTACH, [OTHER_REQUEST, OTHER_RESULT, 0])
+                            .ring(DETACH, [DESCRIPTOR + 0x1000, 0, 0])
+                            .ring(DETACH, [DESCRIPTOR + 0x2000, 0, 0])
+                    })
+                    .write(SIGN, 1)
+            })
+            .touch_while(STARTED, 0, FIRST + THERE, false)
+            .ring(SEEK, [DESCRIPTOR, POSITION, SEEK_DATA])
+            .repeat(300, |guest| {
+                guest.ring(ATTACH, [REQUEST, RESULT, 0]).ring(DETACH, [DESCRIPTOR + 0x1000, 0, 0])
+            })
+            .touch_while(SIGN, 0, FIRST + THERE, false)
+            .report_memory(FIRST + THERE)
+            .detach(DESCRIPTOR)
+            .attach()
+            .report_memory(RESULT)
+            .report_memory(RESULT + 8)
+            .power_off();
+        let outcome = std::thread::scope(|scope| {
+            scope.spawn(|| when_searched(&tokens, |views| views.revoke(1)));
+            run_with_tokens(&program, &tokens, |config| config.vcpus = 2).unwrap()
+        });
+        assert_eq!(outcome.values, [0, 0, 0, 0, DESCRIPTOR, FIRST]);
+        assert_eq!(outcome.exit, VmExit::PowerOff);
+        assert!(tokens.state().open.is_empty());
+    }
+}
+
+#[test]
+fn a_reset_closes_all_views() {
+    const STAGE: u64 = 0x61_0000;
+    if !has_windows() {
+        return;
+    }
+    for way in ways() {
+        let target = Target::new();
+        target.write(THERE, 0x5ec2e7);
+        let tokens = OneToken::new(target.clone(), Scope::whole(Rights::ReadWrite));
+        // The target's memory is where the guest keeps, over the reset, how far it got.
+        let program = guest(way)
+            .write(STAGE, 0)
+            .report_memory(DESCRIPTOR)
+            .attach()
+            .attach()
+            .report_memory(FIRST + THERE)
+            .skip_if_zero(FIRST + 0x1000, Guest::power_off)
+            .write(FIRST + 0x1000, 1)
+            .reset();
+        let outcome =
+            run_with_tokens(&program, &tokens, |config| config.reset = ResetPolicy::Restart).unwrap();
+        assert_eq!(outcome.values, [0, 0, 0, 0x5ec2e7].repeat(2));
+        let state = tokens.state();
+        assert!(state.open.is_empty());
+        assert_eq!(state.told.iter().filter(|(_, _, is_end)| *is_end).count(), 4);
+    }
+}
+
+#[test]
+fn a_view_follows_its_target() {
+    if !has_windows() {
+        return;
+    }
+    const MIB: u64 = 1 << 20;
+    for way in ways() {
+        let target = Target::with_ranges(8 * MIB, &[(0, MIB), (2 * MIB, 3 * MIB)]);
+        let [low, high, new] = [0x3000, 2 * MIB, 6 * MIB - 0x1000];
+        for gpa in [low, high] {
+            target.write(gpa, gpa);
+        }
+        let tokens = OneToken::new(target.clone(), Scope::whole(Rights::ReadOnly));
+        let changed = target.with_other_ranges(&[(0, MIB), (4 * MIB, 6 * MIB)]);
+        changed.write(new, new);
+        let range = |index: u64, field: u64| DESCRIPTOR + 128 + 32 * index + 8 * field;
+        let report_ranges = |guest: Guest| {
+            let guest = guest.report_memory(DESCRIPTOR + 16).report_memory(DESCRIPTOR + 96);
+            (0..2).fold(guest, |guest, index| {
+                (0..3).fold(guest, |guest, field| guest.report_memory(range(index, field)))
+            })
+        };
+        let program = report_ranges(guest(way).attach())
+            .report_memory(FIRST + MIB)
+            .ring(SEEK, [DESCRIPTOR, POSITION, SEEK_DATA])
+            .touch_while(DESCRIPTOR + 16, 2, FIRST + MIB, false);
+        let program = report_ranges(program)
+            .report_memory(FIRST + low)
+            .report_memory(FIRST + MIB)
+            .report_memory(FIRST + 4 * MIB - 0x1000)
+            .detach(DESCRIPTOR)
+            .power_off();
+        let outcome = std::thread::scope(|scope| {
+            scope.spawn(|| {
+                when_searched(&tokens, |views| {
+                    let changed: Arc<dyn TargetMemory> = changed.clone();
+                    views.changed(&changed);
+                });
+            });
+            run_with_tokens(&program, &tokens, |_| {}).unwrap()
+        });
+        let before = [0, 2, 2, 0, MIB, 0, 2 * MIB, MIB, MIB, high];
+        // The range that is gone is poison, the new one is behind it where large pages stay large, the other as it was.
+        let after = [4, 2, 0, MIB, 0, 4 * MIB, 2 * MIB, 2 * MIB, low, 0, new, 0];
+        assert_eq!(outcome.values, [before.as_slice(), &after].concat());
+    }
+}
+
+#[test]
+fn what_the_broker_takes_back_ends_at_once_pages_included() {
+    if !has_windows() {
+        return;
+    }
+    const OWN: u64 = 0x60_0000;
+    const PAGE_TOKEN: u64 = 0x50_0a00;
+    for way in ways() {
+        let target = Target::new();
+        target.write(THERE, 0x5ec2e7);
+        let open = u64::from(STATE_OPEN) | u64::from(RIGHT_READ | RIGHT_WRITE) << 32;
+        let make = |token| {
+            guest(way)
+                .write_token(REQUEST, token)
+                .write_token(PAGE_TOKEN, token)
+                .attach()
+                // The grant is for two uses.
+                .call(MEM_MAP, [PAGE_TOKEN, THERE, OWN])
+                .report_memory(FIRST + THERE)
+                .report_memory(OWN)
+                .ring(SEEK, [DESCRIPTOR, POSITION, SEEK_DATA])
+                .touch_while(DESCRIPTOR + 24, open, FIRST + THERE, true)
+                .report_memory(DESCRIPTOR + 24)
+                .report_memory(FIRST + THERE)
+                // The page is taken back just behind the views.
+                .touch_while(OWN, 0x5ec2e7, FIRST + THERE, false)
+                .report_memory(OWN)
+                .call(MEM_UNMAP, [OWN, 0, 0])
+                .detach(DESCRIPTOR)
+                .attach()
+                .power_off()
+        };
+        let outcome = run_with_broker(&target, 2, make, |admin, grant| {
+            let seeks = |admin: &mut Admin| {
+                let grants = admin.grants().unwrap();
+                let views = &grants.iter().find(|info| info.id == grant).unwrap().views;
+                views.iter().map(|view| view.counters.seeks).sum::<u64>()
+            };
+            while seeks(admin) == 0 {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            let revoked = admin.revoke(grant).unwrap();
+            assert_eq!((revoked.views, revoked.unconfirmed), (1, 0));
+        });
+        let words = u64::from(STATE_REVOKED) | (open >> 32 << 32);
+        let unknown = refused(KvmError::NoEnt);
+        assert_eq!(outcome.values, [0, 0, 0x5ec2e7, 0x5ec2e7, words, 0, 0, 0, 0, unknown]);
+    }
+}
