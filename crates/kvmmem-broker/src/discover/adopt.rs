@@ -32,7 +32,7 @@ impl Broker {
         let vmm = absent(opened.credentials)
             .map_err(|error| Refused::new(Refusal::Limit, format!("cannot make a socket: {error}")))?;
         let mut registry = self.registry();
-        // By the file, not by the process: a VMM that is replaced while its VM runs on keeps it.
+        // The file tells, whoever has registered it: two targets with the same RAM would each have grants of it.
         if let Some(vm) = registry.after(0).find(|vm| id(vm) == Some(opened.id)) {
             let message = format!("this VM is registered already, as {:?}", vm.registration().name);
             return Err(Refused::new(Refusal::Exists, message));

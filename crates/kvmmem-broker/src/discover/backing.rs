@@ -72,7 +72,7 @@ impl Obstacle {
             }
             Self::Private(size) => Some(qemu_remedy(*size)),
             Self::Several(_) | Self::Unsealed(_) => Some(qemu_remedy(line.memory.unwrap_or(0))),
-            Self::RegistersItself => Some("start it with --broker and --introspectable".to_owned()),
+            Self::RegistersItself => Some("--introspectable".to_owned()),
             _ => None,
         }
     }

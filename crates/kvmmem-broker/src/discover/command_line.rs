@@ -114,6 +114,7 @@ impl Vmm {
                 [one] => Some(*one),
                 _ => Some(QEMU_DEFAULT_RAM),
             });
+            line.vcpus = line.vcpus.or(Some(1));
             line.qmp = line.qmp.take().filter(|path| !path.as_os_str().is_empty());
         }
         line
