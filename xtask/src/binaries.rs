@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The project's own programs, static, for VMs that have no libraries.
 
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
@@ -15,7 +16,7 @@ const TARGET: &str = "x86_64-unknown-linux-gnu";
 /// See the profile of this name in Cargo.toml.
 const PROFILE: &str = "testbed";
 
-/// Package and program of each. The first one is what every VM needs to boot at all.
+/// Package and program of each. The first one is what every VM needs to boot at all, the next two are what is installed.
 const PROGRAMS: [(&str, &str); 5] = [
     ("kvmmem-guest", "kvmmem-guest"),
     ("kvmmem-cli", "kvmmem"),
@@ -39,6 +40,8 @@ const C_HEADERS: &str = "crates/kvmmem-abi/include/uapi";
 pub(crate) enum Wanted {
     /// What a VM needs to boot.
     Init,
+    /// What is packaged.
+    Installed,
     /// All of them.
     All,
 }
@@ -55,13 +58,18 @@ impl Binaries {
     pub(crate) fn make(cache: &Cache, wanted: Wanted) -> Result<Self> {
         let log = cache.fresh_log("binaries")?;
         let folder = project::target(&log)?.join(TARGET).join(PROFILE);
-        let count = if wanted == Wanted::All { PROGRAMS.len() } else { 1 };
-        let mut names: Vec<_> = PROGRAMS.iter().take(count).map(|(_, name)| *name).collect();
-        ui::step("binaries: static programs for the VMs", || {
+        let programs = match wanted {
+            Wanted::Init => PROGRAMS.get(..1),
+            Wanted::Installed => PROGRAMS.get(1..3),
+            Wanted::All => PROGRAMS.get(..),
+        };
+        let programs = programs.unwrap_or_default();
+        let mut names: Vec<_> = programs.iter().map(|(_, name)| *name).collect();
+        ui::step("binaries: static programs", || {
             Tool::new(project::cargo(), &log)
                 .args(["build", "--profile", PROFILE, "--target", TARGET, "--bins"])
-                .args(PROGRAMS.iter().take(count).flat_map(|(package, _)| ["--package", package]))
-                .env("RUSTFLAGS", "-C target-feature=+crt-static")
+                .args(programs.iter().flat_map(|(package, _)| ["--package", package]))
+                .env("CARGO_ENCODED_RUSTFLAGS", flags())
                 .dir(project::root())
                 .run()?;
             if wanted == Wanted::All {
@@ -97,4 +105,18 @@ impl Binaries {
     pub(crate) fn folder(&self) -> &Path {
         &self.folder
     }
+}
+
+/// The compiler's flags, as cargo wants several: without libraries, and without the paths of this machine, which would
+/// otherwise be in the messages of panics.
+fn flags() -> OsString {
+    let home = std::env::var_os("CARGO_HOME").map(PathBuf::from);
+    let home = home.or_else(|| std::env::var_os("HOME").map(|home| Path::new(&home).join(".cargo")));
+    let mut flags = OsString::from("-Ctarget-feature=+crt-static");
+    if let Some(home) = home {
+        flags.push("\x1f--remap-path-prefix=");
+        flags.push(home);
+        flags.push("=/cargo");
+    }
+    flags
 }

@@ -10,6 +10,7 @@ mod clean;
 mod cpio;
 mod depends;
 mod direct;
+mod dist;
 mod elf;
 mod initramfs;
 mod kernel;
@@ -104,6 +105,17 @@ enum Verb {
         #[arg(last = true, required = true, value_name = "PROGRAM ARGS")]
         command: Vec<String>,
     },
+    /// Make Debian packages
+    Dist {
+        /// Where to: `dist` in cargo's target folder if not given
+        folder: Option<PathBuf>,
+        /// Distinguishes packages of the same version
+        #[arg(long, value_name = "NUMBER", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+        revision: u32,
+        /// Make them, and try them in a clean Debian system, instead
+        #[arg(long, conflicts_with_all = ["folder", "revision"])]
+        check: bool,
+    },
     /// Empty the cache
     Clean,
 }
@@ -158,6 +170,13 @@ fn run(verb: Verb) -> Result<i32> {
         }
         Verb::Host { files, limit, command } => {
             on_host(Wanted::Init, &verbs::host(files, command, Duration::from_secs(limit))?)
+        }
+        Verb::Dist { check: true, .. } => Ok(i32::from(!dist::check::run_alone()?)),
+        Verb::Dist { folder, revision, .. } => {
+            for package in dist::run(folder, revision)? {
+                println!("{}", package.display());
+            }
+            Ok(0)
         }
         Verb::Clean => clean::run().map(|()| 0),
     }

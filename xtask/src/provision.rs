@@ -40,9 +40,17 @@ const BED: [Need; 2] = [
     Need { program: "cpio", package: "cpio", why: "packs the selftest's initial RAM disk" },
 ];
 
+/// For packages.
+const PACKAGES: [Need; 2] = [
+    Need { program: "dpkg-deb", package: "dpkg", why: "makes packages" },
+    Need { program: "make", package: "make", why: "lays the module's sources out for DKMS" },
+];
+
 /// What the machine is to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Purpose {
+    /// Make packages.
+    Packages,
     /// Build the module.
     Build,
     /// Build it and run it.
@@ -51,8 +59,12 @@ pub(crate) enum Purpose {
 
 /// Installs what is missing, by apt where that is the system's way.
 pub(crate) fn provision(cache: &Cache, purpose: Purpose) -> Result<()> {
-    let needs = BUILD.iter().chain(if purpose == Purpose::Bed { BED.as_slice() } else { &[] });
-    let missing: Vec<_> = needs.filter(|need| !need.is_met()).collect();
+    let (first, second) = match purpose {
+        Purpose::Packages => (PACKAGES.as_slice(), [].as_slice()),
+        Purpose::Build => (BUILD.as_slice(), [].as_slice()),
+        Purpose::Bed => (BUILD.as_slice(), BED.as_slice()),
+    };
+    let missing: Vec<_> = first.iter().chain(second).filter(|need| !need.is_met()).collect();
     if missing.is_empty() {
         return Ok(());
     }

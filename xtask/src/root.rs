@@ -53,6 +53,11 @@ impl Root {
         cache.folder().join(format!("root-{}", key.finish()))
     }
 
+    /// A root that has been made.
+    pub(crate) fn at(folder: PathBuf) -> Self {
+        Self { folder }
+    }
+
     /// The root, made if it is not there. The cache must be locked.
     pub(crate) fn make(cache: &Cache) -> Result<Self> {
         let root = Self { folder: Self::folder(cache) };

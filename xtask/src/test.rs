@@ -11,12 +11,13 @@ use crate::binaries::Wanted;
 use crate::cache::Cache;
 use crate::ring::{self, Count, Finished, Ring};
 use crate::tool::{Tool, is_installed};
-use crate::{libtest, project, source_check, ui, verbs};
+use crate::{dist, libtest, project, source_check, ui, verbs};
 
 /// Runs them all; returns whether nothing failed.
 pub(crate) fn run() -> Result<bool> {
     let cache = Cache::open()?;
     let mut rings = vec![style(&cache)?, units(&cache)?, loom(&cache)?];
+    rings.push(dist::check::finish(&cache));
     let mut ring = Ring::new("module");
     match Bed::make(Wanted::All) {
         Ok(bed) => {

@@ -1,0 +1,172 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! The packages, tried in a clean Debian system in a folder: `packaging/check.sh` says what is tried.
+
+use std::fs;
+use std::os::unix::fs::FileTypeExt as _;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, Result, bail};
+
+use super::Release;
+use crate::binaries::{Binaries, Wanted};
+use crate::cache::{Cache, Key};
+use crate::provision::{self, Purpose};
+use crate::ring::{self, Finished, Ring};
+use crate::root::{self, Root};
+use crate::tool::{Tool, is_installed, is_root};
+use crate::{mirror, project, ui};
+
+/// What the packages are for.
+const SUITE: &str = "trixie";
+
+/// What a user has beside a minimal system: a shell that completes, a compiler, manual pages.
+const TOOLS: [&str; 5] = ["man-db", "bash-completion", "gcc", "libc6-dev", "pkgconf"];
+
+/// What the packages will need: only downloaded here, so that the check installs it without a network.
+const LATER: [&str; 3] = ["dkms", "systemd", "logrotate"];
+
+/// Where the check is, inside the root.
+const FOLDER: &str = "/kvmmem-check";
+
+/// The ring of the packages alone; returns whether nothing failed.
+pub(crate) fn run_alone() -> Result<bool> {
+    Ok(ring::summary(&[finish(&Cache::open()?)]))
+}
+
+/// The ring of the packages.
+pub(crate) fn finish(cache: &Cache) -> Finished {
+    let mut ring = Ring::new("packages");
+    if let Err(error) = run(cache, &mut ring) {
+        ring.fail(&error);
+    }
+    ring.finish()
+}
+
+/// Makes the packages, twice to compare them, and tries them.
+fn run(cache: &Cache, ring: &mut Ring) -> Result<()> {
+    if let Err(error) = super::provision(cache) {
+        ring.skip(&format!("packages cannot be made here: {error:#}"));
+        return Ok(());
+    }
+    let binaries = Binaries::make(cache, Wanted::Installed)?;
+    let scratch = cache.scratch()?;
+    let make = |folder: &str, revision| {
+        let release = Release::of_checkout(cache, revision)?;
+        super::make(cache, &release, &binaries, &scratch.path().join(folder))
+    };
+    let one = make("one", 1)?;
+    ring.check(make("again", 1).and_then(|again| same(&one, &again)));
+    make("two", 2)?;
+    if !is_root() && !is_installed("sudo") {
+        ring.skip("only root can make the Debian system that the packages are tried in");
+        return Ok(());
+    }
+    let clean = match clean(cache) {
+        Ok(clean) => clean,
+        Err(error) => {
+            ring.skip(&format!("no Debian system to try the packages in can be made here: {error:#}"));
+            return Ok(());
+        }
+    };
+    let log = cache.fresh_log("packages")?;
+    let copy = cache.folder().join(format!("run-packages-{}", std::process::id()));
+    let tried = ui::step("packages: installed, used, upgraded, purged", || {
+        try_in(&clean, &copy, scratch.path(), &log)
+    });
+    root::remove(&copy, &log)?;
+    count(ring, &tried?)
+}
+
+/// Whether two runs gave the same bytes.
+fn same(one: &[PathBuf], other: &[PathBuf]) -> Result<()> {
+    for (one, other) in one.iter().zip(other) {
+        if fs::read(one)? != fs::read(other)? {
+            bail!("two runs made a different {}", one.file_name().unwrap_or_default().display());
+        }
+    }
+    Ok(())
+}
+
+/// The clean system, made if it is not in the cache.
+fn clean(cache: &Cache) -> Result<PathBuf> {
+    let mut key = Key::default();
+    [SUITE].iter().chain(&TOOLS).chain(&LATER).for_each(|word| key.add(word));
+    let folder = cache.folder().join(format!("clean-{}", key.finish()));
+    let _lock = cache.lock()?;
+    if folder.exists() {
+        return Ok(folder);
+    }
+    provision::provision(cache, Purpose::Build)?;
+    let log = cache.fresh_log("clean-root")?;
+    let partial = cache.folder().join("partial-clean");
+    root::remove(&partial, &log)?;
+    ui::step("clean root: a minimal Debian system in a folder", || {
+        let mirror = mirror::find()?;
+        Tool::as_root("mmdebstrap", &log)
+            .args(["--variant=minbase", "--format=directory"])
+            .arg(format!("--include={}", TOOLS.join(",")))
+            .arg("--aptopt=APT::Install-Recommends \"false\"")
+            .arg(SUITE)
+            .arg(&partial)
+            .arg(format!("deb {mirror} {SUITE} main"))
+            .run()?;
+        let null = partial.join("dev/null");
+        if !fs::metadata(&null).is_ok_and(|null| null.file_type().is_char_device()) {
+            bail!("device nodes cannot be made here (a container without CAP_MKNOD?)");
+        }
+        let root = Root::at(partial.clone());
+        root.tool("apt-get", &log).args(["-q", "update"]).run()?;
+        root.tool("apt-get", &log)
+            .args(["-q", "-y", "--no-install-recommends", "--download-only", "install"])
+            .args(LATER)
+            .run()
+    })?;
+    fs::rename(&partial, &folder).with_context(|| format!("cannot make {}", folder.display()))?;
+    Ok(folder)
+}
+
+/// Runs the check in a copy of the clean system; returns what it printed.
+fn try_in(clean: &Path, copy: &Path, packages: &Path, log: &Path) -> Result<String> {
+    Tool::as_root("cp", log).args(["-a", "--reflink=auto"]).arg(clean).arg(copy).run()?;
+    let root = Root::at(copy.to_owned());
+    let folder = root.path(FOLDER);
+    Tool::as_root("mkdir", log).arg(&folder).run()?;
+    Tool::as_root("cp", log)
+        .arg("-r")
+        .args([packages.join("one"), packages.join("two"), project::root().join("packaging/check.sh")])
+        .arg(&folder)
+        .run()?;
+    root.tool("sh", log).args([&format!("{FOLDER}/check.sh"), FOLDER]).output()
+}
+
+/// Counts the check's lines.
+fn count(ring: &mut Ring, lines: &str) -> Result<()> {
+    let mut any = false;
+    for line in lines.lines() {
+        if let Some(name) = line.strip_prefix("not ok ") {
+            ring.fail(&anyhow::anyhow!("{name}"));
+        } else if let Some(why) = line.strip_prefix("skip ") {
+            ring.skip(why);
+        } else if line.starts_with("ok ") {
+            ring.check(Ok(()));
+        } else {
+            continue;
+        }
+        any = true;
+    }
+    if any { Ok(()) } else { bail!("the check of the packages printed nothing") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ring::Count;
+
+    #[test]
+    fn lines_are_counted() {
+        let mut ring = Ring::new("packages");
+        count(&mut ring, "ok one\nnoise\nnot ok two: why\nskip three: why\nok four\n").unwrap();
+        assert_eq!(ring.count(), Count { passed: 2, failed: 1, skipped: 1 });
+        assert!(count(&mut ring, "").is_err());
+    }
+}
