@@ -9,11 +9,14 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use common::{TestBroker, request, wait_for};
+use common::{TestBroker, Tool, ToolSession, request, wait_for};
+use kvmmem_abi::errno::KvmError;
 use kvmmem_broker::admin::{AdminError, Evidence, Rights, Which};
 use kvmmem_broker::discover::discover;
 use kvmmem_broker::host::HostLink;
+use kvmmem_broker::link::RedeemError;
 use kvmmem_broker::wire::Refusal;
+use kvmmem_kvmi::request::Request;
 use rustix::fs::SealFlags;
 use serde_json::{Value, json};
 use vm_memory::{FileOffset, MmapRegion};
@@ -141,6 +144,29 @@ fn a_vmm_that_lies_shows_no_more_than_its_own_file() {
     fake.end();
     wait_for("the target to go", || broker.admin().targets().unwrap().is_empty());
     drop(link);
+}
+
+#[test]
+fn tools_use_an_added_target_as_any_other() {
+    let broker = TestBroker::start();
+    let mut fake = Fake::start("sealed tables", HONEST);
+    broker.admin().add_target(&Which::Pid(fake.pid()), None).unwrap();
+    let tool = Tool::listen(&broker, "tool.sock");
+    broker.admin().hook("fake", &tool.endpoint).unwrap();
+    let mut session = tool.accept();
+    let read = |session: &mut ToolSession, gpa, size| session.ask(Request::ReadPhysical { gpa, size });
+    assert_eq!(read(&mut session, 0xe_0000, 8).unwrap(), b"RSD PTR ");
+    assert_eq!(read(&mut session, 0xa_0000, 8), Err(KvmError::Inval));
+    session.ask(Request::WritePhysical { gpa: 0x10_0000, data: b"stripes" }).unwrap();
+    assert_eq!(read(&mut session, 0x10_0000, 7).unwrap(), b"stripes");
+    let (introspector, _views) = broker.viewer("watcher", 4, Duration::ZERO);
+    let token = session.token().unwrap();
+    assert_eq!(introspector.redeem(&token).unwrap().target.name(), "fake");
+    let unused = session.token().unwrap();
+    fake.end();
+    assert!(session.is_closed());
+    wait_for("the target to go", || broker.admin().targets().unwrap().len() == 1);
+    assert!(matches!(introspector.redeem(&unused), Err(RedeemError::Unknown)));
 }
 
 #[test]

@@ -249,3 +249,23 @@ fn random_uuid() -> Result<Uuid, AttachError> {
     getrandom::fill(&mut bytes).map_err(AttachError::Random)?;
     Ok(uuid::Builder::from_random_bytes(bytes).into_uuid())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn libvirts_process_ids_are_read_from_its_directory_alone() {
+        let directory = tempfile::tempdir().unwrap();
+        let inner = directory.path().join("qemu");
+        std::fs::create_dir(&inner).unwrap();
+        std::fs::write(inner.join("web1.pid"), "4711\n").unwrap();
+        std::fs::write(inner.join("bad.pid"), "-1").unwrap();
+        std::fs::write(directory.path().join("outside.pid"), "4711").unwrap();
+        assert_eq!(libvirt_pid(&inner, "web1").unwrap(), 4711);
+        for name in ["bad", "none", "", "../outside", "/web1"] {
+            let error = libvirt_pid(&inner, name).unwrap_err();
+            assert!(matches!(error, AttachError::NoDomain { .. }), "{name}: {error}");
+        }
+    }
+}
