@@ -4,6 +4,7 @@
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, PoisonError, RwLock};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use rustix::fs::{Mode, OFlags, SealFlags};
 use rustix::io::Errno;
@@ -20,7 +21,8 @@ pub struct Ram {
 /// Where the RAM is, for some time.
 #[derive(Debug)]
 pub struct Layout {
-    /// Grows with each change, also where the map stays as it is.
+    /// Grows with each change, also where the map stays as it is, and from one registration of a VM to its next: so that
+    /// whoever keeps a number can tell whether it is still the same memory.
     pub generation: u64,
     /// The memory map.
     pub map: MemoryMap,
@@ -88,7 +90,7 @@ impl Ram {
             return Err(RamError::ReadOnly);
         }
         check_size(&fd, &map)?;
-        Ok(Self { fd, layout: RwLock::new(Arc::new(Layout { generation: 1, map })) })
+        Ok(Self { fd, layout: RwLock::new(Arc::new(Layout { generation: first_generation(), map })) })
     }
 
     /// Replaces the memory map by one in the same memfd. Who has the old layout keeps it.
@@ -174,6 +176,12 @@ fn check_size(fd: &OwnedFd, map: &MemoryMap) -> Result<(), RamError> {
     if size < needed { Err(RamError::Small { size, needed }) } else { Ok(()) }
 }
 
+/// Microseconds since the epoch: a VM does not change so often that the next registration comes to a number it had.
+fn first_generation() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_micros()).unwrap_or(1)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -208,16 +216,25 @@ mod tests {
     fn a_changed_map_counts_at_once() {
         let ram = Ram::new(memfd(0x10_1000, SealFlags::SHRINK), regions()).unwrap();
         ram.write(0x10_0000, b"x").unwrap();
-        assert_eq!(ram.layout().generation, 1);
+        let first = ram.layout().generation;
         ram.change(vec![Region { gpa: 0x8000, len: 0x1000, offset: 0x10_0000 }]).unwrap();
         let mut byte = [0];
         ram.read(0x8000, &mut byte).unwrap();
-        assert_eq!((&byte, ram.layout().generation), (b"x", 2));
+        assert_eq!((&byte, ram.layout().generation), (b"x", first + 1));
         assert_eq!(ram.read(0x10_0000, &mut byte), Err(AccessError::Hole(0x10_0000)));
         let beyond = vec![Region { gpa: 0, len: 0x1000, offset: 0x10_1000 }];
         assert!(matches!(ram.change(beyond), Err(RamError::Small { .. })));
         assert!(matches!(ram.change(vec![]), Err(RamError::Map(MapError::Empty))));
-        assert_eq!(ram.layout().generation, 2);
+        assert_eq!(ram.layout().generation, first + 1);
+    }
+
+    #[test]
+    fn a_new_registration_has_a_higher_generation() {
+        let old = Ram::new(memfd(0x10_1000, SealFlags::SHRINK), regions()).unwrap();
+        old.change(regions()).unwrap();
+        std::thread::sleep(std::time::Duration::from_millis(1));
+        let new = Ram::new(memfd(0x10_1000, SealFlags::SHRINK), regions()).unwrap();
+        assert!(new.layout().generation > old.layout().generation);
     }
 
     #[test]
