@@ -23,7 +23,7 @@ use memchr::memmem::Finder;
 use nix::sys::uio::{RemoteIoVec, process_vm_readv};
 use nix::unistd::Pid;
 use uuid::Uuid;
-use vm_memory::{GuestAddress, GuestMemoryBackend};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
 const RAM: u64 = 1 << 30;
 const PIECE: usize = 256 << 10;
@@ -102,18 +102,17 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-/// Holds the RAM, every page of it in place, until standard input ends.
+/// Holds the RAM, every page of it in place as a guest's stores would have put it there, until standard input ends.
 fn vmm() -> Result<()> {
     let ram = GuestRam::new(RAM)?;
-    let file = std::fs::File::from(ram.fd().try_clone_to_owned()?);
     let mut piece = vec![0x5a; PIECE];
     for (index, byte) in piece.iter_mut().enumerate() {
         *byte ^= u8::try_from(index.wrapping_mul(0x9e37) >> 3 & 0xff)?;
     }
     for at in (0..RAM).step_by(PIECE) {
-        std::os::unix::fs::FileExt::write_all_at(&file, &piece, at)?;
+        ram.memory().write_slice(&piece, GuestAddress(at))?;
     }
-    std::os::unix::fs::FileExt::write_all_at(&file, NEEDLE, RAM - NEEDLE.len() as u64)?;
+    ram.memory().write_slice(NEEDLE, GuestAddress(RAM - NEEDLE.len() as u64))?;
     let address = ram.memory().get_host_address(GuestAddress(0))?.addr() as u64;
     let fd = std::os::fd::AsRawFd::as_raw_fd(&ram.fd());
     let mut out = std::io::stdout();

@@ -22,6 +22,7 @@
 #include "kvmmem.h"
 
 #define PAGE 4096UL
+#define LARGE_PAGE (2UL << 20)
 #define MOST 1000
 #define LOADS 100000
 
@@ -97,12 +98,12 @@ static uint64_t scattered(const char *at, uint64_t length)
 	return now() - start;
 }
 
-/* One access to each page; what it costs is the faults. */
-static uint64_t touch(char *at, uint64_t length, int store)
+/* One access to each page of this size; what it costs is the faults. */
+static uint64_t touch(char *at, uint64_t length, uint64_t size, int store)
 {
 	uint64_t start = now(), sum = 0;
 
-	for (uint64_t i = 0; i < length; i += PAGE) {
+	for (uint64_t i = 0; i < length; i += size) {
 		if (store)
 			*(volatile char *)(at + i) = 1;
 		else
@@ -133,20 +134,20 @@ static void memory(uint64_t gpa, uint64_t length, int rounds)
 		view_any[i] = scattered(view, length);
 	}
 	munmap(own, length);
-	touch(map(file, 0, length, PROT_READ | PROT_WRITE), length, 1);
+	touch(map(file, 0, length, PROT_READ | PROT_WRITE), length, PAGE, 1);
 	for (int i = 0; i < rounds; i++) {
 		/* Stores, which Linux maps page by page: loads it maps sixteen at a time. */
 		char *shared = map(file, 0, length, PROT_READ | PROT_WRITE);
 
-		minor[i] = touch(shared, length, 1) / (length / PAGE);
+		minor[i] = touch(shared, length, PAGE, 1) / (length / PAGE);
 		munmap(shared, length);
 		view = map(fd, gpa, length, PROT_READ);
 		if (madvise(view, length, MADV_NOHUGEPAGE) < 0)
 			fail("madvise");
-		small[i] = touch(view, length, 0) / (length / PAGE);
+		small[i] = touch(view, length, PAGE, 0) / (length / PAGE);
 		munmap(view, length);
 		view = map(fd, gpa, length, PROT_READ);
-		large[i] = touch(view, length, 0) / (length / PAGE);
+		large[i] = touch(view, length, LARGE_PAGE, 0) / (length / PAGE);
 		munmap(view, length);
 	}
 	say("sequential, own", own_seq, rounds);
@@ -171,7 +172,7 @@ static void attaching(uint64_t gpa, uint64_t length, int rounds)
 			fail("attach");
 		attached[i] = now() - start;
 		if (length)
-			touch(map(fd, gpa, length, PROT_READ), length, 0);
+			touch(map(fd, gpa, length, PROT_READ), length, PAGE, 0);
 		start = now();
 		if (ioctl(fd, KVMMEM_DETACH) < 0)
 			fail("detach");
