@@ -34,6 +34,11 @@ struct Record {
 }
 
 impl Kernel {
+    /// Whether the build root has it already.
+    pub(crate) fn is_prepared(cache: &Cache) -> bool {
+        Root::folder(cache).join(FOLDER.trim_start_matches('/')).join("kernel.json").exists()
+    }
+
     /// The kernel in `root`, prepared if it is not there. The cache must be locked.
     pub(crate) fn make(cache: &Cache, root: Root) -> Result<Self> {
         let path = root.path(&format!("{FOLDER}/kernel.json"));

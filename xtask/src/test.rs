@@ -17,9 +17,10 @@ use crate::{dist, libtest, project, source_check, ui, verbs};
 pub(crate) fn run() -> Result<bool> {
     let cache = Cache::open()?;
     let mut rings = vec![style(&cache)?, units(&cache)?, loom(&cache)?];
+    let bed = Bed::make(Wanted::All);
     rings.push(dist::check::finish(&cache));
     let mut ring = Ring::new("module");
-    match Bed::make(Wanted::All) {
+    match bed {
         Ok(bed) => {
             ring.check(bed.selftest());
             rings.push(ring.finish());

@@ -10,6 +10,7 @@ use anyhow::{Context as _, Result, bail};
 use super::Release;
 use crate::binaries::{Binaries, Wanted};
 use crate::cache::{Cache, Key};
+use crate::kernel::Kernel;
 use crate::provision::{self, Purpose};
 use crate::ring::{self, Finished, Ring};
 use crate::root::{self, Root};
@@ -24,6 +25,12 @@ const TOOLS: [&str; 5] = ["man-db", "bash-completion", "gcc", "libc6-dev", "pkgc
 
 /// What the packages will need: only downloaded here, so that the check installs it without a network.
 const LATER: [&str; 3] = ["dkms", "systemd", "logrotate"];
+
+/// Builds the module of package `$1` as DKMS does, in the build root `$0`, against its kernel source `$2`. What is mounted
+/// goes with the mount namespace.
+const BUILD: &str = "mount -t tmpfs none \"$0/mnt\" && dpkg-deb -x \"$1\" \"$0/mnt\" && mount --rbind /proc \"$0/proc\" && \
+     exec chroot \"$0\" /usr/bin/env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin LC_ALL=C.UTF-8 sh -c \
+     'cd /mnt/usr/src/kvmmem-* && make -C kernel KDIR=\"$0\" && test -f kernel/kvmmem.ko' \"$2\"";
 
 /// Where the check is, inside the root.
 const FOLDER: &str = "/kvmmem-check";
@@ -57,6 +64,7 @@ fn run(cache: &Cache, ring: &mut Ring) -> Result<()> {
     let one = make("one", 1)?;
     ring.check(make("again", 1).and_then(|again| same(&one, &again)));
     make("two", 2)?;
+    module(cache, ring, &one)?;
     if !is_root() && !is_installed("sudo") {
         ring.skip("only root can make the Debian system that the packages are tried in");
         return Ok(());
@@ -84,6 +92,29 @@ fn same(one: &[PathBuf], other: &[PathBuf]) -> Result<()> {
             bail!("two runs made a different {}", one.file_name().unwrap_or_default().display());
         }
     }
+    Ok(())
+}
+
+/// Builds the module from its package, where the test bed's build root is there to do it in.
+fn module(cache: &Cache, ring: &mut Ring, packages: &[PathBuf]) -> Result<()> {
+    let is_module = |path: &&PathBuf| {
+        path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b"kvmmem-dkms_"))
+    };
+    let package = packages.iter().find(is_module).context("there is no package kvmmem-dkms")?;
+    let _lock = cache.lock()?;
+    if !Kernel::is_prepared(cache) {
+        ring.skip("the module is not built from its package: `cargo xtask module` makes what that needs");
+        return Ok(());
+    }
+    let kernel = Kernel::make(cache, Root::make(cache)?)?;
+    let log = cache.fresh_log("package-module")?;
+    ring.check(ui::step("packages: the module built from its package", || {
+        let root = kernel.root().path("");
+        Tool::as_root("unshare", &log)
+            .args(["--mount", "sh", "-c", BUILD])
+            .args([root.as_path(), package, Path::new(kernel.source())])
+            .run()
+    }));
     Ok(())
 }
 
