@@ -12,7 +12,7 @@ use kvmmem_broker::admin::{Added, AdminError, Evidence, Region, Rights, Which};
 use kvmmem_broker::discover::discover;
 use kvmmem_broker::host::{HostEvent, HostLink};
 
-/// How long the firmware may take to leave its tables.
+/// How long QEMU may take to start, and its firmware to leave its tables.
 const FIRMWARE: Duration = Duration::from_secs(60);
 
 /// A QEMU, killed on drop.
@@ -42,7 +42,7 @@ impl Qemu {
         match started {
             Ok(process) => {
                 let qemu = Self { process, qmp };
-                wait_for("QEMU to listen", || qemu.qmp.exists());
+                wait_long("QEMU to listen", || qemu.qmp.exists());
                 Some(qemu)
             }
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
@@ -65,6 +65,15 @@ impl Qemu {
 
     fn socket(&self) -> Which {
         Which::Qmp { socket: self.qmp.clone(), pid: None }
+    }
+}
+
+/// Waits for a QEMU, which may have to share the processor with much else.
+fn wait_long(what: &str, holds: impl Fn() -> bool) {
+    let began = Instant::now();
+    while !holds() {
+        assert!(began.elapsed() < FIRMWARE, "still waiting: {what}");
+        std::thread::sleep(Duration::from_millis(10));
     }
 }
 
@@ -188,7 +197,7 @@ fn what_cannot_be_attached_is_found_with_a_reason_and_a_remedy() {
     ];
     for (name, arguments, words) in cases {
         let Some(qemu) = Qemu::start(&broker, name, &arguments) else { return };
-        wait_for("QEMU to allocate", || refusal(&broker, &qemu.pid()).contains(words));
+        wait_long("QEMU to allocate", || refusal(&broker, &qemu.pid()).contains(words));
         let found = discover().unwrap().into_iter().find(|found| found.pid == qemu.process.id()).unwrap();
         assert_eq!((found.name.as_deref(), found.memory_bytes), (Some(name), Some(64 << 20)));
         assert_eq!(found.qmp.as_ref(), Some(&qemu.qmp));
@@ -200,7 +209,8 @@ fn what_cannot_be_attached_is_found_with_a_reason_and_a_remedy() {
         } else {
             assert!(!found.attachable && found.reason.unwrap().contains(words));
             assert!(found.remedy.unwrap().contains("memory-backend-memfd,id=mem,size=64M,share=on"));
-            refusal(&broker, &qemu.socket());
+            let message = refusal(&broker, &qemu.socket());
+            assert!(name != "private" || message.contains("start it with: -object"), "{message}");
         }
     }
     assert!(broker.admin().targets().unwrap().is_empty());

@@ -169,7 +169,7 @@ pub fn open(which: &Which, name: Option<String>) -> Result<Opened, AttachError> 
     let (backing, regions, evidence) = match qmp {
         Some(mut qmp) => {
             vcpus = qmp.vcpus()?;
-            let (regions, size) = ask(&mut qmp)?;
+            let (regions, size) = ask(&mut qmp, stopped)?;
             (backing::find(&process, &line, size).map_err(stopped)?, regions, Evidence::Qmp)
         }
         None => {
@@ -207,10 +207,13 @@ pub(super) fn supported(vmm: Vmm) -> Result<(), Obstacle> {
 }
 
 /// The regions that QEMU says, and the size of their file.
-fn ask(qmp: &mut Qmp) -> Result<(Vec<Region>, u64), AttachError> {
+fn ask(qmp: &mut Qmp, stopped: impl Fn(Obstacle) -> AttachError) -> Result<(Vec<Region>, u64), AttachError> {
     let (backends, memory) = (qmp.memory_backends()?, qmp.memory_size()?);
     let view = mtree::parse(&qmp.memory_tree()?)?;
-    Ok(layout::from_qemu(&view, &backends, memory)?)
+    layout::from_qemu(&view, &backends, memory).map_err(|error| match error {
+        LayoutError::Private(_) => stopped(Obstacle::Private(memory.base_memory)),
+        error => error.into(),
+    })
 }
 
 /// The regions by the machine type's rules, confirmed.
