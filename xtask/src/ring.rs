@@ -66,11 +66,6 @@ impl Ring {
         self.count.skipped += 1;
     }
 
-    #[cfg(test)]
-    pub(crate) fn count(&self) -> Count {
-        self.count
-    }
-
     /// Its line in the summary.
     pub(crate) fn finish(self) -> Finished {
         Finished { name: self.name, took: self.begin.elapsed(), count: self.count }
