@@ -14,7 +14,7 @@ use crate::abi::hypercall::{AttachRequest, AttachResult};
 use crate::abi::ioctl::PAGE_SIZE;
 use crate::hypercall::{self, Way};
 use crate::stats;
-use crate::sys::{self, Memory};
+use crate::sys::{self, Remapped};
 
 /// How often the page is looked at, and how long it is waited between two times, while the host is changing it.
 const TRIES: u32 = 1000;
@@ -34,9 +34,6 @@ impl AttachCall {
 
     /// Asks the host for the view, with these flags. The token is used.
     pub(crate) fn call(mut self, flags: u32) -> Result<Attachment> {
-        if !hypercall::has_window() {
-            return Err(EOPNOTSUPP);
-        }
         let way = hypercall::way()?;
         let (pid, uid, comm) = sys::caller();
         self.put(offset_of!(AttachRequest, pid), &pid.to_ne_bytes());
@@ -45,12 +42,12 @@ impl AttachCall {
         self.put(offset_of!(AttachRequest, flags), &flags.to_ne_bytes());
         // On the heap, because stacks may have no address that the host can translate by the page.
         let mut result = KBox::new(AttachResult::default(), GFP_KERNEL)?;
-        sys::attach(way, &self.0, &mut result).map_err(|answer| {
+        sys::attach(way, self.bytes(), &mut result).map_err(|answer| {
             stats::REFUSED.add_one();
             hypercall::error(answer)
         })?;
         let gpa = crate::test_descriptor(&*self.0).unwrap_or(result.descriptor_gpa);
-        match Memory::map(gpa, PAGE_SIZE) {
+        match Remapped::map(gpa, PAGE_SIZE) {
             Ok(page) => Ok(Attachment { way, page }),
             Err(error) => {
                 stats::lie("the descriptor's page is no memory of a window");
@@ -59,6 +56,11 @@ impl AttachCall {
                 Err(if error == ENOMEM { ENOMEM } else { EIO })
             }
         }
+    }
+
+    /// The bytes, of which the token is the first 32.
+    pub(crate) fn bytes(&self) -> &[u8; AttachRequest::SIZE] {
+        &self.0
     }
 
     fn put(&mut self, at: usize, bytes: &[u8]) {
@@ -77,7 +79,7 @@ impl Drop for AttachCall {
 /// A view, as the host knows it.
 pub(crate) struct Attachment {
     way: Way,
-    page: Memory,
+    page: Remapped,
 }
 
 /// A copy of the descriptor page, checked.

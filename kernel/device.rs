@@ -93,7 +93,9 @@ impl MiscDevice for OpenFile {
             let shown = view.shown();
             seq_print!(m, "kvmmem-view-state:\t{}\n", shown.state());
             seq_print!(m, "kvmmem-view-generation:\t{}\n", shown.generation);
-            seq_print!(m, "kvmmem-view-descriptor:\t{:#x}\n", view.host().gpa());
+            if let Some(host) = view.host() {
+                seq_print!(m, "kvmmem-view-descriptor:\t{:#x}\n", host.gpa());
+            }
         }
     }
 }

@@ -40,20 +40,21 @@ pub(crate) fn way() -> Result<Way> {
     WAY.copy().ok_or(EOPNOTSUPP)
 }
 
-/// Whether the host opens views.
+/// Whether the host opens windows. Without one, views ask it for each page.
 pub(crate) fn has_window() -> bool {
     HAS_WINDOW.copy() == Some(true)
 }
 
 /// Chooses the way: the `forced` one, else what CPUID offers, `vmcall` first. `ENODEV` where the host offers none.
-/// There are views where CPUID offers them or `force_window` says so.
+/// There are windows where CPUID offers them or `force_window` says so.
 pub(crate) fn choose(forced: Option<Way>, force_window: bool) -> Result {
     let (way, features) = match forced {
         Some(way) => (way, 0),
         None => offered()?,
     };
     let has_window = force_window || features & FEATURE_WINDOW != 0;
-    pr_info!("the host is called by {way} and opens {}views\n", if has_window { "" } else { "no " });
+    let what = if has_window { "windows" } else { "pages one by one" };
+    pr_info!("the host is called by {way} and shows {what}\n");
     WAY.populate(way);
     HAS_WINDOW.populate(has_window);
     Ok(())

@@ -4,7 +4,8 @@
 //!
 //! A view goes through the files in this order: [`device`] (the system call), [`native`] or [`regions`] (the two sets of
 //! ioctls), [`file`] (the open file's view), [`view`] (what it shows now), [`attachment`] (what the host says of it),
-//! [`window`] (the memory). Changes come back from [`watch`].
+//! [`provider`] (the memory: a [`window`], or where the host opens none, [`pages`] of the module's own). Changes come
+//! back from [`watch`].
 //!
 //! A MAP of v1 goes so: [`device`] (the ioctl), [`process`] and [`table`] (who owns which GVA), [`page`] (the tool's page,
 //! checked, charged and pinned), [`hypercall`] (the host's answer). UNMAP, closing the file and the end of the process
@@ -17,7 +18,9 @@
 //! - `View::changing`, while a change of the host's is followed; then the device's `i_mmap_rwsem` (zapping), and
 //!   `View::now` by itself.
 //! - a process's `mmap_lock` or an area's lock (mmap, munmap, fault); then `ViewFile::view`, `ViewFile::regions`,
-//!   `View::changing` (mmap only) and `View::now`, and under `View::now` `Window::mapping` and the page tables' locks.
+//!   `View::changing` (mmap only) and `View::now`, and under `View::now` `Window::mapping`, or `Pages::slots` and
+//!   `Slot::state`, and the page tables' locks.
+//! - `Slot::state`, while the host is asked for its page; then `Pages::slots`. Faults wait for it before `View::now`.
 //! - each process's table of v1 has a mutex of its own.
 //!
 //! User memory is touched under none of them: it may be a mapping of this very device. The host opens views under
@@ -45,7 +48,9 @@ mod file;
 mod hypercall;
 mod native;
 mod page;
+mod pages;
 mod process;
+mod provider;
 mod regions;
 mod stats;
 #[allow(unsafe_code)]

@@ -7,8 +7,8 @@ use kernel::uaccess::{UserPtr, UserSlice};
 
 use crate::abi::descriptor::MAX_RANGES;
 use crate::abi::native::{
-    ATTACH_READ_ONLY, Attach, FEATURE_HUGE_1G, FEATURE_HUGE_2M, FEATURE_REGIONS, FEATURE_SEEK, FEATURE_VIEWS,
-    Info, Ranges, Stats, VERSION,
+    ATTACH_READ_ONLY, Attach, FEATURE_HUGE_1G, FEATURE_HUGE_2M, FEATURE_PAGES, FEATURE_REGIONS, FEATURE_SEEK,
+    FEATURE_VIEWS, Info, Ranges, Stats, VERSION,
 };
 use crate::attachment::AttachCall;
 use crate::file::ViewFile;
@@ -18,15 +18,17 @@ use crate::watch::EVENT_MS;
 
 /// INFO: what there is.
 pub(crate) fn info(to: UserPtr) -> Result {
-    let mut features = 0;
+    let mut features = FEATURE_VIEWS;
     if hypercall::has_window() {
-        features |= FEATURE_VIEWS | FEATURE_HUGE_2M | FEATURE_SEEK;
+        features |= FEATURE_HUGE_2M | FEATURE_SEEK;
         if sys::has_1g_pages() {
             features |= FEATURE_HUGE_1G;
         }
         if crate::offers_regions() {
             features |= FEATURE_REGIONS;
         }
+    } else {
+        features |= FEATURE_PAGES;
     }
     let info = Info {
         version: VERSION,
@@ -66,14 +68,14 @@ impl ViewFile {
         answer.rights = shown.rights;
         answer.uuid = shown.uuid;
         answer.count = 0;
-        if let Ok(window) = &shown.window {
+        if let Ok(provider) = &shown.provider {
             let room = UserPtr::from_addr(usize::try_from(answer.ranges)?);
-            let written = window.ranges().len().min(answer.capacity as usize);
+            let written = provider.count().min(answer.capacity as usize);
             let mut room = UserSlice::new(room, written * size_of::<crate::abi::native::Range>()).writer();
-            for range in window.ranges().take(written) {
+            for range in provider.ranges().take(written) {
                 room.write(&range)?;
             }
-            answer.count = window.ranges().len() as u32;
+            answer.count = provider.count() as u32;
         }
         writer.write(&answer)
     }

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-only
 //! The module's only unsafe code, which is why it is long. First what v1 needs: pinned pages and their replacement, the
 //! MMU notifier that ties a [`Process`] to an `mm_struct`, RLIMIT_MEMLOCK, CPUID. Then what views need: a window's
-//! memory, its hypercalls, areas of user memory and their faults, the file operations that `MiscDevice` lacks, the
-//! cancelling of delayed work. The interface is safe.
+//! memory and pages of the kernel's own, their hypercalls, areas of user memory and their faults, the file operations
+//! that `MiscDevice` lacks, the cancelling of delayed work. The interface is safe.
 //!
 //! C headers: `include/linux/mm.h`, `include/linux/mmu_notifier.h`, `include/linux/io.h`, `include/linux/fs.h`.
 
@@ -19,6 +19,7 @@ use kernel::iov::{IovIterDest, IovIterSource};
 use kernel::miscdevice::MiscDeviceOptions;
 use kernel::mm::virt::{VmaNew, VmaRef, flags};
 use kernel::mm::{Mm, MmWithUser};
+use kernel::page::Page;
 use kernel::prelude::*;
 use kernel::sync::Arc;
 use kernel::sync::aref::ARef;
@@ -30,9 +31,11 @@ use kernel::workqueue::{HasDelayedWork, Work, WorkItem};
 use crate::abi::hypercall::{ATTACH, AttachRequest, AttachResult, DETACH, MEM_MAP, MEM_UNMAP, SEEK};
 use crate::abi::ioctl::PAGE_SIZE;
 use crate::abi::native;
+use crate::attachment::AttachCall;
 use crate::device::OpenFile;
 use crate::hypercall::{Request, Way};
 use crate::process::Process;
+use crate::stats;
 
 // The kernel's structures are opaque here: only pointers pass.
 #[allow(improper_ctypes)]
@@ -40,6 +43,7 @@ extern "C" {
     fn kvmmem_vmcall(nr: c_ulong, a0: c_ulong, a1: c_ulong, a2: c_ulong) -> c_long;
     fn kvmmem_doorbell(port: u16, nr: c_ulong, a0: c_ulong, a1: c_ulong, a2: c_ulong) -> c_long;
     fn kvmmem_page_gpa(page: *mut bindings::page) -> u64;
+    fn kvmmem_page_address(page: *mut bindings::page) -> *mut c_void;
     fn kvmmem_page_is_anonymous(page: *mut bindings::page) -> bool;
     fn kvmmem_charge(mm: *mut bindings::mm_struct) -> c_int;
     fn kvmmem_uncharge(mm: *mut bindings::mm_struct);
@@ -75,10 +79,10 @@ pub(crate) fn is_anonymous(vma: &VmaRef) -> bool {
 ///
 /// # Safety
 ///
-/// MEM_MAP and MEM_UNMAP change what is behind a physical page of this machine: the caller must hold that page
-/// pinned, and it must be one whose content no kernel code relies on. MEM_MAP's first argument must be the address of
-/// 32 readable bytes. ATTACH's arguments must be the addresses of an [`AttachRequest`] and of an [`AttachResult`] that
-/// nobody else uses; SEEK's second one that of a `u64` that nobody else uses. DETACH ends what is behind a window.
+/// MEM_MAP and MEM_UNMAP change what is behind a physical page of this machine: the caller must own that page or hold
+/// it pinned, and it must be one whose content no kernel code relies on. MEM_MAP's first argument must be the address
+/// of 32 readable bytes. ATTACH's arguments must be the addresses of an [`AttachRequest`] and of an [`AttachResult`]
+/// that nobody else uses; SEEK's second one that of a `u64` that nobody else uses. DETACH ends what is behind a window.
 unsafe fn hypercall(way: Way, nr: u64, a0: u64, a1: u64, a2: u64) -> i64 {
     match way {
         // SAFETY: the shim follows the ABI of `crate::abi::hypercall`, which changes no memory but what the caller
@@ -392,20 +396,19 @@ pub(crate) fn seek(way: Way, descriptor_gpa: u64, gpa: &mut u64, what: u64) -> R
     }
 }
 
-/// Guest-physical memory outside of this machine's RAM, mapped write-back into the kernel. Write-back for user space
-/// too: `vmf_insert_pfn` takes the memory type of whoever has reserved the range, and uncached where nobody has.
-/// Another machine may change the content at any time: no reference to it exists.
+/// Memory that another machine may change at any time: no reference to its bytes exists.
 ///
 /// # Invariants
 ///
-/// `address` is a mapping of the `len` bytes at `gpa` that `memremap` returned, and none of them is System RAM.
+/// `address` is a write-back mapping of the `len` bytes at `gpa`, whole pages: a [`Remapped`]'s or an [`OwnPage`]'s,
+/// which keeps it.
 pub(crate) struct Memory {
     address: NonNull<u8>,
     gpa: u64,
     len: usize,
 }
 
-// SAFETY: the mapping belongs to no thread, and `memunmap` may be called from any.
+// SAFETY: the mapping belongs to no thread.
 unsafe impl Send for Memory {}
 // SAFETY: shared access is volatile or by the kernel's copies, which bear concurrent changes.
 unsafe impl Sync for Memory {}
@@ -422,18 +425,6 @@ impl Memory {
             && gpa.checked_add(len).is_some_and(|end| end <= limit)
             // SAFETY: any range may be asked about.
             && unsafe { bindings::region_intersects(gpa, len as usize, ram, any) } == bindings::REGION_DISJOINT as c_int
-    }
-
-    /// Maps memory. `EINVAL` where there can be none, `ENOMEM` where it cannot be mapped write-back.
-    pub(crate) fn map(gpa: u64, len: u64) -> Result<Self> {
-        if !Self::is_possible(gpa, len) {
-            return Err(EINVAL);
-        }
-        let size = usize::try_from(len)?;
-        // SAFETY: the range is whole pages that the CPU can address and is not RAM.
-        let address = unsafe { bindings::memremap(gpa, size, bindings::MEMREMAP_WB as usize) };
-        // INVARIANT: just mapped, and checked to hold no RAM.
-        Ok(Self { address: NonNull::new(address.cast()).ok_or(ENOMEM)?, gpa, len: size })
     }
 
     pub(crate) fn len(&self) -> u64 {
@@ -501,11 +492,113 @@ impl Memory {
     }
 }
 
-impl Drop for Memory {
+/// Guest-physical memory outside of this machine's RAM, mapped write-back into the kernel. Write-back for user space
+/// too: `vmf_insert_pfn` takes the memory type of whoever has reserved the range, and uncached where nobody has.
+///
+/// # Invariants
+///
+/// `memremap` returned the mapping, and none of the memory is System RAM.
+pub(crate) struct Remapped(Memory);
+
+impl Remapped {
+    /// Maps memory. `EINVAL` where there can be none, `ENOMEM` where it cannot be mapped write-back.
+    pub(crate) fn map(gpa: u64, len: u64) -> Result<Self> {
+        if !Memory::is_possible(gpa, len) {
+            return Err(EINVAL);
+        }
+        let size = usize::try_from(len)?;
+        // SAFETY: the range is whole pages that the CPU can address and is not RAM.
+        let address = unsafe { bindings::memremap(gpa, size, bindings::MEMREMAP_WB as usize) };
+        // INVARIANT: just mapped, and checked to hold no RAM.
+        Ok(Self(Memory { address: NonNull::new(address.cast()).ok_or(ENOMEM)?, gpa, len: size }))
+    }
+}
+
+impl Deref for Remapped {
+    type Target = Memory;
+
+    fn deref(&self) -> &Memory {
+        &self.0
+    }
+}
+
+impl Drop for Remapped {
     fn drop(&mut self) {
         // SAFETY: by the invariant `memremap` returned it, and nobody uses it afterwards. Page tables that still show
         // the range lead to what is no RAM.
-        unsafe { bindings::memunmap(self.address.as_ptr().cast()) };
+        unsafe { bindings::memunmap(self.0.address.as_ptr().cast()) };
+    }
+}
+
+/// A page of this kernel's own, of which nobody else knows.
+pub(crate) struct FreshPage(Page);
+
+impl FreshPage {
+    /// A page of zeros, charged to the process's memory cgroup.
+    pub(crate) fn new() -> Result<Self> {
+        Ok(Self(Page::alloc_page(GFP_KERNEL_ACCOUNT | __GFP_ZERO)?))
+    }
+
+    /// Has the host replace the page by the target's at `target_gpa`. The host's error frees it.
+    pub(crate) fn replace(self, call: &AttachCall, target_gpa: u64, way: Way) -> Result<OwnPage, i64> {
+        // SAFETY: the page is allocated.
+        let gpa = unsafe { kvmmem_page_gpa(self.0.as_ptr()) };
+        // SAFETY: the page is this value's alone and has no content; `call` keeps the token's 32 bytes in place
+        // during the call.
+        match unsafe { hypercall(way, MEM_MAP, call.bytes().as_ptr() as u64, target_gpa, gpa) } {
+            // INVARIANT: replaced as of now, and nobody has mapped it.
+            0 => Ok(OwnPage::new(self.0, gpa, way)),
+            error => Err(error),
+        }
+    }
+}
+
+/// A page of this kernel's own behind which the host has put another machine's memory. When dropped, the host puts the
+/// page's own memory back, as zeros, and the page is freed; it is kept for good where the host refuses.
+///
+/// # Invariants
+///
+/// `memory` is `page`, as the kernel maps all RAM. The host agreed to replace it and has not agreed to undo that. No
+/// area shows it when it is dropped: a view inserts only what it shows, holding `View::now`, and drops what it showed
+/// only after having zapped it; without DETACH it is dropped with its file, which areas keep.
+pub(crate) struct OwnPage {
+    memory: Memory,
+    page: ManuallyDrop<Page>,
+    way: Way,
+}
+
+impl OwnPage {
+    fn new(page: Page, gpa: u64, way: Way) -> Self {
+        stats::TOTAL.add_one();
+        stats::MAPPED.add_one();
+        // SAFETY: the page is allocated; x86-64 has all RAM mapped at addresses that are not null.
+        let address = unsafe { NonNull::new_unchecked(kvmmem_page_address(page.as_ptr()).cast()) };
+        let memory = Memory { address, gpa, len: PAGE_SIZE as usize };
+        Self { memory, page: ManuallyDrop::new(page), way }
+    }
+}
+
+impl Deref for OwnPage {
+    type Target = Memory;
+
+    fn deref(&self) -> &Memory {
+        &self.memory
+    }
+}
+
+impl Drop for OwnPage {
+    fn drop(&mut self) {
+        stats::MAPPED.subtract_one();
+        // SAFETY: the page is owned and replaced by the type's invariants.
+        match unsafe { hypercall(self.way, MEM_UNMAP, self.memory.gpa, 0, 0) } {
+            // SAFETY: dropped here only. What is behind the page is its own memory again, no area shows it by the
+            // type's invariants, and nobody else can have a reference.
+            0 => unsafe { ManuallyDrop::drop(&mut self.page) },
+            _ => {
+                stats::REFUSED.add_one();
+                stats::QUARANTINED.add_one();
+            }
+        }
     }
 }
 
@@ -725,7 +818,8 @@ impl Fault {
         }
         let pfn = (gpa / PAGE_SIZE) as usize;
         // SAFETY: the type's invariant. The area is VM_PFNMAP and not private, as these functions demand. The pages are
-        // within `memory` and therefore no RAM of this machine, whatever the process does with them.
+        // within `memory`: either no RAM of this machine, whatever the process does with them, or an `OwnPage`, which
+        // is zapped before it is dropped, and of which VM_PFNMAP lets nobody take a reference.
         let code = unsafe {
             let (fault, area) = (&(*self.vmf).__bindgen_anon_1, self.area());
             let is_write = (*self.vmf).flags & bindings::fault_flag_FAULT_FLAG_WRITE != 0;

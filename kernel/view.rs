@@ -7,8 +7,11 @@ use kernel::sync::poll::PollCondVarBox;
 use kernel::sync::{Arc, Mutex, new_mutex};
 use kernel::workqueue::{DelayedWork, new_delayed_work};
 
-use crate::abi::native::{ATTACH_READ_ONLY, RIGHT_WRITE, STATE_GONE, STATE_OPEN, STATE_REVOKED};
+use crate::abi::native::{ATTACH_READ_ONLY, RIGHT_READ, RIGHT_WRITE, STATE_GONE, STATE_OPEN, STATE_REVOKED};
 use crate::attachment::{AttachCall, Attachment, Snapshot};
+use crate::hypercall;
+use crate::pages::Pages;
+use crate::provider::Provider;
 use crate::stats::{self, Counter, Faults};
 use crate::sys::AddressSpace;
 use crate::window::Window;
@@ -44,13 +47,13 @@ pub(crate) struct Shown {
     pub(crate) generation: u64,
     pub(crate) rights: u32,
     pub(crate) uuid: [u8; 16],
-    pub(crate) window: Result<Arc<Window>, Ended>,
+    pub(crate) provider: Result<Provider, Ended>,
 }
 
 impl Shown {
     /// `STATE_*` of the ABI; 0 for a view that was detached.
     pub(crate) fn state(&self) -> u32 {
-        match self.window {
+        match self.provider {
             Ok(_) => STATE_OPEN,
             Err(Ended::Revoked) => STATE_REVOKED,
             Err(Ended::Gone) => STATE_GONE,
@@ -73,7 +76,8 @@ struct Now {
 #[pin_data]
 pub(crate) struct View {
     // First, so that it is dropped first: the window is the host's no more when it is unmapped.
-    host: Attachment,
+    // None where the host opened no window, and knows of the pages only.
+    host: Option<Attachment>,
     number: usize,
     is_read_only: bool,
     pages: AddressSpace,
@@ -99,10 +103,15 @@ impl View {
         pages: AddressSpace,
         waiters: Arc<PollCondVarBox>,
     ) -> Result<Arc<Self>> {
-        let host = call.call(flags)?;
         let is_read_only = flags & ATTACH_READ_ONLY != 0;
-        let shown = show(&host.read()?, is_read_only)?;
-        if let Err(ended) = shown.window {
+        let (host, shown) = if hypercall::has_window() {
+            let host = call.call(flags)?;
+            let shown = show(&host.read()?, is_read_only)?;
+            (Some(host), shown)
+        } else {
+            (None, show_pages(call, is_read_only)?)
+        };
+        if let Err(ended) = shown.provider {
             return Err(ended.into());
         }
         let view = try_pin_init!(Self {
@@ -126,8 +135,14 @@ impl View {
         self.number
     }
 
-    pub(crate) fn host(&self) -> &Attachment {
-        &self.host
+    /// The view as the host knows it, if it does.
+    pub(crate) fn host(&self) -> Option<&Attachment> {
+        self.host.as_ref()
+    }
+
+    /// Asks the host for the next data or hole: as [`Attachment::seek`].
+    pub(crate) fn seek(&self, gpa: u64, what: u64) -> Result<Option<u64>> {
+        self.host().ok_or(EOPNOTSUPP)?.seek(gpa, what)
     }
 
     /// What it shows, as far as is known.
@@ -144,7 +159,7 @@ impl View {
     /// Whether what was read through this generation's window was the target's.
     pub(crate) fn is_current(&self, shown: &Shown) -> bool {
         // The host changes what is behind a window and the generation in one step, as its guest sees it.
-        self.host.generation() == shown.generation
+        self.host().is_none_or(|host| host.generation() == shown.generation)
     }
 
     /// What it shows, to a tool that thereby knows of all changes.
@@ -158,7 +173,7 @@ impl View {
     /// Whether there is a change that the tool has not asked for, and whether the view has ended.
     pub(crate) fn events(&self) -> (bool, bool) {
         let now = self.now.lock();
-        (now.seen != now.shown.generation, now.shown.window.is_err())
+        (now.seen != now.shown.generation, now.shown.provider.is_err())
     }
 
     /// Calls `use_it` with what is shown, and lets nothing change meanwhile.
@@ -169,15 +184,16 @@ impl View {
     /// Looks whether the host has changed the view, and follows: afterwards no process has a page that is not shown
     /// any more, and then whoever waits is woken.
     pub(crate) fn refresh(&self) {
-        if self.with(|shown| shown.window.is_err() || self.is_current(shown)) {
+        if self.with(|shown| shown.provider.is_err() || self.is_current(shown)) {
             return;
         }
+        let Some(host) = self.host() else { return };
         let _one = self.changing.lock();
         let before = self.shown();
-        if before.window.is_err() || self.is_current(&before) {
+        if before.provider.is_err() || self.is_current(&before) {
             return;
         }
-        let next = match self.host.read().and_then(|snapshot| {
+        let next = match host.read().and_then(|snapshot| {
             if snapshot.descriptor.generation < before.generation {
                 stats::lie("the generation went back");
                 return Err(EIO);
@@ -190,7 +206,7 @@ impl View {
             // A host that cannot be understood is no host.
             Err(_) => Shown {
                 generation: before.generation.saturating_add(1),
-                window: Err(Ended::Gone),
+                provider: Err(Ended::Gone),
                 ..before.clone()
             },
         };
@@ -203,7 +219,7 @@ impl View {
     /// The tool wants no more of it. Its pages go from every process.
     pub(crate) fn detach(&self) {
         let _one = self.changing.lock();
-        let shown = Shown { window: Err(Ended::Detached), ..self.shown() };
+        let shown = Shown { provider: Err(Ended::Detached), ..self.shown() };
         self.replace(shown);
         self.waiters.notify_all();
     }
@@ -213,9 +229,10 @@ impl View {
             let mut now = self.now.lock();
             core::mem::replace(&mut now.shown, next)
         };
-        // Faults go by what is shown now; what came before that is taken away. Only then is the window unmapped.
-        if let Ok(window) = before.window {
-            for range in window.ranges() {
+        // Faults go by what is shown now; what came before that is taken away. Only then is the window unmapped,
+        // and the host gets its pages back.
+        if let Ok(provider) = before.provider {
+            for range in provider.ranges() {
                 self.pages.zap(range.gpa, range.len);
             }
         }
@@ -224,11 +241,18 @@ impl View {
 
 fn show(snapshot: &Snapshot, is_read_only: bool) -> Result<Shown> {
     let descriptor = &snapshot.descriptor;
-    let window = match descriptor.state {
-        STATE_OPEN => Ok(Window::map(snapshot)?),
+    let provider = match descriptor.state {
+        STATE_OPEN => Ok(Provider::Window(Window::map(snapshot)?)),
         STATE_REVOKED => Err(Ended::Revoked),
         _ => Err(Ended::Gone),
     };
     let rights = if is_read_only { descriptor.rights & !RIGHT_WRITE } else { descriptor.rights };
-    Ok(Shown { generation: descriptor.generation, rights, uuid: descriptor.uuid, window })
+    Ok(Shown { generation: descriptor.generation, rights, uuid: descriptor.uuid, provider })
+}
+
+/// What is known of a target without asking: nothing. The host maps a page only where it may be written.
+fn show_pages(call: AttachCall, is_read_only: bool) -> Result<Shown> {
+    let rights = if is_read_only { RIGHT_READ } else { RIGHT_READ | RIGHT_WRITE };
+    let provider = Ok(Provider::Pages(Pages::new(call)?));
+    Ok(Shown { generation: 0, rights, uuid: [0; 16], provider })
 }

@@ -27,7 +27,7 @@ impl WorkItem for View {
 
     fn run(this: Arc<Self>) {
         this.refresh();
-        if this.with(|shown| shown.window.is_ok()) {
+        if this.with(|shown| shown.provider.is_ok()) {
             // Only where it is queued already is it not queued.
             let _ = workqueue::system_highpri().enqueue_delayed(this, delay());
         }
@@ -40,7 +40,10 @@ pub(crate) struct WatchedView(Arc<View>);
 impl WatchedView {
     pub(crate) fn new(view: Arc<View>) -> Self {
         stats::VIEWS.add_one();
-        let _ = workqueue::system_highpri().enqueue_delayed(view.clone(), delay());
+        // A host that opened no window does not know of the view, and changes nothing.
+        if view.host().is_some() {
+            let _ = workqueue::system_highpri().enqueue_delayed(view.clone(), delay());
+        }
         Self(view)
     }
 }

@@ -10,7 +10,7 @@ use kernel::sync::{Arc, Mutex, SetOnce, new_mutex};
 use crate::abi::native;
 use crate::attachment::Snapshot;
 use crate::stats;
-use crate::sys::Memory;
+use crate::sys::{Memory, Remapped};
 
 /// Length of a part. Parts begin at its multiples, so that a page of 1 GiB lies in one.
 const PART: u64 = 1 << 30;
@@ -19,7 +19,7 @@ const PART: u64 = 1 << 30;
 struct Piece {
     range: native::Range,
     place: u64,
-    parts: KVVec<SetOnce<Memory>>,
+    parts: KVVec<SetOnce<Remapped>>,
 }
 
 impl Piece {
@@ -39,7 +39,7 @@ impl Piece {
     }
 
     /// The part that holds the range's byte `offset`: how it is mapped, if it is, and where it is.
-    fn part(&self, offset: u64) -> Option<(&SetOnce<Memory>, u64, u64)> {
+    fn part(&self, offset: u64) -> Option<(&SetOnce<Remapped>, u64, u64)> {
         let at = self.place.checked_add(offset)?;
         let index = usize::try_from((at / PART).checked_sub(self.place / PART)?).ok()?;
         let start = self.place.max(at / PART * PART);
@@ -88,11 +88,6 @@ impl Window {
         self.pieces.get(self.pieces.partition_point(|piece| piece.end() <= gpa))
     }
 
-    /// Whether `gpa` is in a range.
-    pub(crate) fn contains(&self, gpa: u64) -> bool {
-        self.first_from(gpa) == Some(gpa)
-    }
-
     /// The memory that holds `gpa`, and the offset in it. `ENXIO` where no range does, else why it cannot be mapped.
     pub(crate) fn find(&self, gpa: u64) -> Result<(&Memory, u64)> {
         let piece = self.piece_from(gpa).ok_or(ENXIO)?;
@@ -101,7 +96,7 @@ impl Window {
         if part.as_ref().is_none() {
             let _one = self.mapping.lock();
             if part.as_ref().is_none() {
-                part.populate(Memory::map(start, len)?);
+                part.populate(Remapped::map(start, len)?);
             }
         }
         let memory = part.as_ref().ok_or(ENOMEM)?;

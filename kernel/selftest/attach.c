@@ -11,21 +11,6 @@
 
 #define KERNEL_TEXT	0xffffffff81000000UL
 
-/* The host has no window. */
-void test_no_views(void)
-{
-	struct kvmmem_info info;
-	int fd = device();
-
-	CHECK_EQUAL(ioctl(fd, KVMMEM_INFO, &info), 0);
-	CHECK_EQUAL(info.version, KVMMEM_VERSION);
-	CHECK_EQUAL(info.features, 0);
-	CHECK_REFUSED(attach(fd, 0, 0), EOPNOTSUPP);
-	CHECK_REFUSED(ioctl(fd, KVM_GUEST_MEM_UNMAP, 0), ENOTTY);
-	CHECK_REFUSED(ioctl(fd, KVM_GUEST_MEM_OPEN, &info), ENOTTY);
-	close(fd);
-}
-
 static void without_a_view(void)
 {
 	struct kvmmem_info info;

@@ -102,6 +102,11 @@ long fdinfo(int fd, const char *name)
 	return number(path, name);
 }
 
+long free_pages(void)
+{
+	return number("/proc/meminfo", "MemFree") * 1024 / (long)PAGE;
+}
+
 long pinned(void)
 {
 	/* Folds the counts of each CPU into the totals. */
@@ -157,6 +162,12 @@ static void test_view_unload(void)
 	close(fd);
 	/* At once, while the view's work may still be on its way. */
 	CHECK_EQUAL(unload_module(), 0);
+}
+
+static void without_a_window(void)
+{
+	test_own_pages();
+	test_own_races();
 }
 
 static void with_views(void)
@@ -215,10 +226,13 @@ int main(int argc, char **argv)
 		test_limits();
 		test_races();
 		test_quarantine();
-		test_no_views();
-		test_unload();
-		CHECK_EQUAL(load_module(LOAD_VIEWS), 0);
 		/* Not in process 1, whose signals the kernel logs. */
+		in_child(without_a_window);
+		test_unload();
+		CHECK_EQUAL(load_module(LOAD " max_pages_per_file=3"), 0);
+		in_child(test_few_own_pages);
+		CHECK_EQUAL(unload_module(), 0);
+		CHECK_EQUAL(load_module(LOAD_VIEWS), 0);
 		in_child(with_views);
 	}
 	printf("selftest: %d of %d checks passed\n", checks - failures, checks);

@@ -65,6 +65,9 @@ char *pages(unsigned long count);
 long counter(const char *name);
 long fdinfo(int fd, const char *name);
 
+/* Pages that the machine has free. */
+long free_pages(void);
+
 /* Pages pinned in the whole machine, and charged to this process. */
 long pinned(void);
 long charged(void);

@@ -41,6 +41,11 @@ pub const FEATURE_SEEK: u32 = 1 << 3;
 /// [`Info::features`]: libkvmi's region ioctls are offered ([`crate::region`]).
 pub const FEATURE_REGIONS: u32 = 1 << 4;
 
+/// [`Info::features`]: the host opens no windows. A view asks it for each page when that is first used, and with the
+/// token: its grant must allow writing, and as many uses. One range stands for all addresses; nothing is known of
+/// changes, and poll never tells of any.
+pub const FEATURE_PAGES: u32 = 1 << 5;
+
 /// [`Attach::flags`]: read-only, whatever the grant allows.
 pub const ATTACH_READ_ONLY: u32 = 1 << 0;
 
