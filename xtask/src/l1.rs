@@ -120,8 +120,10 @@ impl L1<'_> {
     }
 }
 
-/// What makes a kernel quicker under emulation, where nothing is gained by its guards and its waits.
-const QUICK: &str = "mitigations=off nokaslr cryptomgr.notests tsc=reliable no_timer_check nowatchdog";
+/// What makes a kernel quicker under emulation, where nothing is gained by its guards and its waits; and a timer that
+/// ticks by itself: one that the kernel sets for each event was lost now and then, and the host stood still for ever.
+const QUICK: &str = "mitigations=off nokaslr cryptomgr.notests tsc=reliable no_timer_check nowatchdog \
+    highres=off nohz=off";
 
 /// Killed on drop, however we leave.
 struct Emulator(Child);

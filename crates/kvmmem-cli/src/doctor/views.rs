@@ -4,7 +4,8 @@
 use kvmmem::device;
 use kvmmem_abi::cpuid::FEATURE_WINDOW;
 use kvmmem_abi::native::{
-    FEATURE_HUGE_1G, FEATURE_HUGE_2M, FEATURE_REGIONS, FEATURE_SEEK, FEATURE_VIEWS, Info, VERSION,
+    FEATURE_HUGE_1G, FEATURE_HUGE_2M, FEATURE_PAGES, FEATURE_REGIONS, FEATURE_SEEK, FEATURE_VIEWS, Info,
+    VERSION,
 };
 use kvmmem_sys::view::ViewFile;
 use rustix::io::Errno;
@@ -46,6 +47,7 @@ fn judge(host: Option<u32>, info: Result<Info, Errno>) -> Check {
             (FEATURE_HUGE_1G, "pages of 1 GiB"),
             (FEATURE_SEEK, "holes are known"),
             (FEATURE_REGIONS, "libkvmi's regions"),
+            (FEATURE_PAGES, "page by page: the host opens no window, and each page uses the token once"),
         ];
         let has = known.into_iter().filter(|(bit, _)| info.features & bit != 0).map(|(_, name)| name);
         let list: Vec<&str> = std::iter::once("can be attached").chain(has).collect();
