@@ -48,7 +48,11 @@ impl Source {
     pub(crate) fn attach(&self, access: Access) -> Result<View> {
         let token = match self.token()? {
             Some(token) => token,
-            None => self.connect.accept()?.map_token()?,
+            None => self
+                .connect
+                .accept()
+                .and_then(|mut session| Ok(session.map_token()?))
+                .context("no token was given (--token-file, KVMMEM_TOKEN), and none came over KVMI")?,
         };
         Ok(match (&self.device, &self.broker) {
             (Some(device), _) => View::attach_device(device, &token, access)?,

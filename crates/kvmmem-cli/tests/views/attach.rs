@@ -145,7 +145,7 @@ fn a_token_that_is_none_is_refused() {
         (&["--token", &unknown], 1, &["token", "used"]),
         (&["--token-file", file.to_str().unwrap()], 1, &["64 hexadecimal digits"]),
         (&["--token-file", "/nonexistent/token"], 1, &["/nonexistent/token"]),
-        (&[], 1, &["--listen"]),
+        (&[], 1, &["--token-file", "KVMMEM_TOKEN", "--listen"]),
     ];
     for (arguments, code, words) in cases {
         let ended = host.run(&[&["attach"], arguments].concat());
