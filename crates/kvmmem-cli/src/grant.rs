@@ -15,7 +15,7 @@ use zeroize::Zeroizing;
 
 use crate::broker::Broker;
 use crate::failure::escape;
-use crate::number::{hex, parse_duration};
+use crate::number::parse_duration;
 use crate::output::Output;
 use crate::range::{GpaRange, in_order, parse_range};
 
@@ -160,8 +160,7 @@ impl Grant {
             .connect()?
             .grant(&request)
             .with_context(|| format!("cannot grant access to {:?}", self.target))?;
-        let bytes = Zeroizing::new(granted.token.to_bytes());
-        let token = Zeroizing::new(hex(&*bytes));
+        let token = granted.token.to_hex();
         if output.is_json() {
             output.object(&Granted {
                 grant: granted.grant,

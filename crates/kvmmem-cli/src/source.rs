@@ -5,7 +5,7 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result};
 use clap::Args;
 use kvmmem::view::{Access, View, ViewError};
 use kvmmem::{Session, SessionError, Token};
@@ -24,7 +24,7 @@ const MAX_TOKEN_FILE: u64 = 4096;
 pub(crate) struct Source {
     /// The grant's token, 64 hexadecimal digits; other users of this machine can see it in the list of processes, so
     /// prefer --token-file or KVMMEM_TOKEN
-    #[arg(long, value_name = "HEX", value_parser = parse_token, conflicts_with_all = ["token_file", "listen"])]
+    #[arg(long, value_name = "HEX", conflicts_with_all = ["token_file", "listen"])]
     token: Option<Token>,
 
     /// File that holds the token; - is standard input [default: the token in KVMMEM_TOKEN, or else a KVMI session's]
@@ -92,8 +92,8 @@ impl Source {
             return Ok(None);
         }
         let text = std::env::var(TOKEN_VARIABLE).ok().map(Zeroizing::new);
-        let token = text.map(|text| parse_token(&text)).transpose();
-        token.map_err(|error| anyhow!("{TOKEN_VARIABLE} holds no token: {error}"))
+        let token = text.map(|text| text.parse()).transpose();
+        token.with_context(|| format!("{TOKEN_VARIABLE} holds no token"))
     }
 }
 
@@ -160,22 +160,6 @@ fn to_range(range: kvmmem::view::Range) -> GpaRange {
     range.gpa..range.gpa.saturating_add(range.len)
 }
 
-/// Reads a token's 64 hexadecimal digits.
-fn parse_token(text: &str) -> Result<Token, String> {
-    const FORM: &str = "a token is 64 hexadecimal digits, as kvmmem grant prints it";
-    let mut bytes = Zeroizing::new([0; Token::SIZE]);
-    let (pairs, rest) = text.as_bytes().as_chunks::<2>();
-    if pairs.len() != Token::SIZE || !rest.is_empty() {
-        return Err(FORM.into());
-    }
-    let digit = |character: u8| char::from(character).to_digit(16);
-    for (byte, [high, low]) in bytes.iter_mut().zip(pairs) {
-        let (high, low) = (digit(*high).ok_or(FORM)?, digit(*low).ok_or(FORM)?);
-        *byte = u8::try_from(high << 4 | low).map_err(|_| FORM)?;
-    }
-    Ok(Token::from_bytes(&bytes))
-}
-
 fn read_token(path: &Path) -> Result<Token> {
     let mut text = Zeroizing::new(String::with_capacity(usize::try_from(MAX_TOKEN_FILE)?));
     if path == Path::new("-") {
@@ -183,32 +167,12 @@ fn read_token(path: &Path) -> Result<Token> {
     } else {
         File::open(path)?.take(MAX_TOKEN_FILE).read_to_string(&mut text)?;
     }
-    parse_token(text.trim()).map_err(anyhow::Error::msg)
+    Ok(text.trim().parse()?)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn tokens_are_64_digits() {
-        let text: String = (0..32).map(|byte| format!("{byte:02x}")).collect();
-        let token = parse_token(&text).unwrap();
-        assert_eq!(token.words()[0], 0x0706_0504_0302_0100);
-        assert_eq!(parse_token(&text.to_uppercase()).unwrap(), token);
-        let bad = [
-            "",
-            "00",
-            &text[1..],
-            &format!("{text}00"),
-            &format!("0x{}", &text[2..]),
-            &"zz".repeat(32),
-            &"+1".repeat(32),
-        ];
-        for text in bad {
-            assert!(parse_token(text).unwrap_err().contains("64"), "{text}");
-        }
-    }
 
     #[test]
     fn a_token_is_read_from_a_file() {

@@ -2,9 +2,10 @@
 //! The token of GET_MAP_TOKEN.
 
 use std::fmt;
+use std::str::FromStr;
 
 use subtle::{Choice, ConstantTimeEq};
-use zeroize::{Zeroize, ZeroizeOnDrop};
+use zeroize::{Zeroize, ZeroizeOnDrop, Zeroizing};
 
 /// The secret that names a grant (`struct kvmi_map_mem_token`): 256 bits, used once.
 ///
@@ -45,6 +46,42 @@ impl Token {
         }
         bytes
     }
+
+    /// The token as 64 hexadecimal digits: its bytes in the order of the wire. [`FromStr`] reads them.
+    pub fn to_hex(&self) -> Zeroizing<String> {
+        let bytes = Zeroizing::new(self.to_bytes());
+        // As large as it gets, so that no copy is left behind.
+        let mut text = Zeroizing::new(String::with_capacity(2 * Self::SIZE));
+        for byte in bytes.iter() {
+            for nibble in [byte >> 4, byte & 0xf] {
+                text.push(char::from_digit(nibble.into(), 16).unwrap_or_default());
+            }
+        }
+        text
+    }
+}
+
+/// The text is no token. It is not repeated.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("a token is 64 hexadecimal digits, as kvmmem grant prints it")]
+pub struct NotAToken;
+
+impl FromStr for Token {
+    type Err = NotAToken;
+
+    fn from_str(text: &str) -> Result<Self, NotAToken> {
+        let (pairs, []) = text.as_bytes().as_chunks::<2>() else { return Err(NotAToken) };
+        let mut bytes = Zeroizing::new([0; Self::SIZE]);
+        if pairs.len() != bytes.len() {
+            return Err(NotAToken);
+        }
+        let digit = |character: u8| char::from(character).to_digit(16).and_then(|n| u8::try_from(n).ok());
+        for (byte, [high, low]) in bytes.iter_mut().zip(pairs) {
+            let (high, low) = digit(*high).zip(digit(*low)).ok_or(NotAToken)?;
+            *byte = (high << 4) | low;
+        }
+        Ok(Self::from_bytes(&bytes))
+    }
 }
 
 impl ConstantTimeEq for Token {
@@ -81,6 +118,19 @@ mod tests {
         assert_eq!(token.words()[0], 0x0706_0504_0302_0100);
         assert_eq!(token.words()[3], 0x1f1e_1d1c_1b1a_1918);
         assert_eq!(token.to_bytes(), bytes);
+    }
+
+    #[test]
+    fn text_is_64_digits() {
+        let text: String = (0..32).map(|byte| format!("{byte:02x}")).collect();
+        let token: Token = text.parse().unwrap();
+        assert_eq!(token.words()[0], 0x0706_0504_0302_0100);
+        assert_eq!(*token.to_hex(), text);
+        assert_eq!(text.to_uppercase().parse(), Ok(token));
+        let (short, long, prefixed) = (&text[1..], format!("{text}00"), format!("0x{}", &text[2..]));
+        for bad in ["", "00", short, &long, &prefixed, &"zz".repeat(32), &"+1".repeat(32), &"é".repeat(32)] {
+            assert_eq!(bad.parse::<Token>(), Err(NotAToken), "{bad}");
+        }
     }
 
     #[test]

@@ -4,11 +4,11 @@
 
 use std::error::Error;
 
-use kvmmem::{Access, Token, View};
+use kvmmem::{Access, View};
 
 fn main() -> Result<(), Box<dyn Error>> {
     let text = std::env::var("KVMMEM_TOKEN").map_err(|_| "set KVMMEM_TOKEN, see kvmmem grant --help")?;
-    let view = View::attach(&token(&text).ok_or("KVMMEM_TOKEN is not 64 hex digits")?, Access::ReadOnly)?;
+    let view = View::attach(&text.parse()?, Access::ReadOnly)?;
 
     let status = view.status()?;
     println!("target {:02x?}, generation {}", status.uuid, status.generation);
@@ -22,15 +22,4 @@ fn main() -> Result<(), Box<dyn Error>> {
     }
     view.detach()?;
     Ok(())
-}
-
-fn token(text: &str) -> Option<Token> {
-    let mut bytes = [0; Token::SIZE];
-    if text.len() != 2 * bytes.len() {
-        return None;
-    }
-    for (index, byte) in bytes.iter_mut().enumerate() {
-        *byte = u8::from_str_radix(text.get(2 * index..2 * index + 2)?, 16).ok()?;
-    }
-    Some(Token::from_bytes(&bytes))
 }

@@ -8,8 +8,8 @@
 //! use std::time::Duration;
 //! use kvmmem::{Access, Event, Range, Token, View};
 //!
-//! # fn token() -> Token { unimplemented!() }
-//! let view = View::attach(&token(), Access::ReadOnly)?;
+//! let token: Token = std::env::var("KVMMEM_TOKEN")?.parse()?;
+//! let view = View::attach(&token, Access::ReadOnly)?;
 //! for Range { gpa, len } in view.ranges()? {
 //!     println!("{len:#x} bytes at {gpa:#x}");
 //! }

@@ -29,7 +29,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
     let (gpa, max_gfn) = (world.gpa()?, world.max_gfn()?);
     let marker = world.marker()?.hex.clone();
     let grant = world.grant_as(|request| GrantRequest { uses: 1000, ttl_ms: 600_000, ..request })?;
-    let token: String = grant.token.to_bytes().iter().map(|byte| format!("{byte:02x}")).collect();
+    let token = grant.token.to_hex();
 
     let agent = world.agent()?;
     for entry in std::fs::read_dir(world.bed.brought()).context("the bed has no folder try")? {
@@ -47,7 +47,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
         .env("KVMMEM_KVMI_PORT", port.to_string())
         .env("KVMMEM_TARGET_GPA", format!("{gpa:#x}"))
         .env("KVMMEM_TARGET_MAX_GFN", format!("{max_gfn:#x}"))
-        .env("KVMMEM_TOKEN", token)
+        .env("KVMMEM_TOKEN", token.as_str())
         .env("KVMMEM_MARKER_HEX", marker);
     let mut child = agent.spawn(&command)?;
     while let Some(line) = child.read_line(LIMIT)? {

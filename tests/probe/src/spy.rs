@@ -3,7 +3,7 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use clap::Args;
 use kvmmem::{Access, Event, Mapping, MappingError, Range, Token, View, ViewError};
 use kvmmem_probe::{COUNTER, MARKER_LEN, Ready, hex};
@@ -82,16 +82,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
 
 /// The token in the environment.
 pub(crate) fn token() -> Result<Token> {
-    let text = std::env::var("KVMMEM_TOKEN").context("KVMMEM_TOKEN is not set")?;
-    let mut bytes = [0; 32];
-    if text.len() != 64 {
-        bail!("KVMMEM_TOKEN is not 64 hex digits");
-    }
-    for (index, byte) in bytes.iter_mut().enumerate() {
-        let digits = text.get(2 * index..2 * index + 2).context("KVMMEM_TOKEN is not 64 hex digits")?;
-        *byte = u8::from_str_radix(digits, 16).context("KVMMEM_TOKEN is not 64 hex digits")?;
-    }
-    Ok(Token::from_bytes(&bytes))
+    Ok(std::env::var("KVMMEM_TOKEN").context("KVMMEM_TOKEN is not set")?.parse()?)
 }
 
 /// Where the marker is, page by page, and how many bytes held data.

@@ -6,17 +6,9 @@ use std::fmt;
 use kvmmem_kvmi::token::Token;
 use serde::de::{Error, Visitor};
 use serde::{Deserializer, Serializer};
-use zeroize::Zeroizing;
 
 pub(crate) fn serialize<S: Serializer>(token: &Token, serializer: S) -> Result<S::Ok, S::Error> {
-    let bytes = Zeroizing::new(token.to_bytes());
-    let mut text = Zeroizing::new(String::with_capacity(2 * Token::SIZE));
-    for byte in bytes.iter() {
-        for nibble in [byte >> 4, byte & 0xf] {
-            text.push(char::from_digit(nibble.into(), 16).unwrap_or_default());
-        }
-    }
-    serializer.serialize_str(&text)
+    serializer.serialize_str(&token.to_hex())
 }
 
 pub(crate) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Token, D::Error> {
@@ -34,17 +26,6 @@ impl Visitor<'_> for Digits {
     }
 
     fn visit_str<E: Error>(self, text: &str) -> Result<Token, E> {
-        let wrong = || E::custom("token is not 64 hexadecimal digits");
-        let (pairs, []) = text.as_bytes().as_chunks::<2>() else { return Err(wrong()) };
-        let mut bytes = Zeroizing::new([0; Token::SIZE]);
-        if pairs.len() != bytes.len() {
-            return Err(wrong());
-        }
-        let digit = |character: u8| char::from(character).to_digit(16).and_then(|n| u8::try_from(n).ok());
-        for (byte, [high, low]) in bytes.iter_mut().zip(pairs) {
-            let (high, low) = digit(*high).zip(digit(*low)).ok_or_else(wrong)?;
-            *byte = (high << 4) | low;
-        }
-        Ok(Token::from_bytes(&bytes))
+        text.parse().map_err(E::custom)
     }
 }

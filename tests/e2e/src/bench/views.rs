@@ -123,8 +123,8 @@ fn in_guest(world: &mut World, target: &str, what: &str, length: u64) -> Result<
 fn scattered(world: &mut World) -> Result<Vec<Samples>> {
     let port = world.hook_port()?;
     let grant = world.grant_as(|request| request)?;
-    let token: String = grant.token.to_bytes().iter().map(|byte| format!("{byte:02x}")).collect();
-    let command = Command::new(PROBE).as_member().env("KVMMEM_TOKEN", token).args([
+    let token = grant.token.to_hex();
+    let command = Command::new(PROBE).as_member().env("KVMMEM_TOKEN", token.as_str()).args([
         "scattered",
         "--port",
         &port.to_string(),

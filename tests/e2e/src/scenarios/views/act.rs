@@ -18,8 +18,8 @@ pub(crate) fn act(world: &mut World, report: &mut Report) -> Result<()> {
     let marker = world.marker()?.hex.clone();
     let grant = world.grant_as(|request| request)?;
     report.check("the owner grants a read-only look, for one use", true, format!("grant {}", grant.grant));
-    let token: String = grant.token.to_bytes().iter().map(|byte| format!("{byte:02x}")).collect();
-    let command = Command::new(PROBE).as_member().env("KVMMEM_TOKEN", token).args([
+    let token = grant.token.to_hex();
+    let command = Command::new(PROBE).as_member().env("KVMMEM_TOKEN", token.as_str()).args([
         "spy",
         "--gpa",
         &gpa.to_string(),

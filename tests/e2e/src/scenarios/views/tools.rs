@@ -24,12 +24,12 @@ pub(crate) fn tools(world: &mut World, report: &mut Report) -> Result<()> {
     let from = gpa & !0xf_ffff;
     let span = Span { gpa: from, len: 0x10_0000 };
     let grant = world.grant_as(|request| GrantRequest { spans: Some(vec![span]), uses: 100, ..request })?;
-    let token: String = grant.token.to_bytes().iter().map(|byte| format!("{byte:02x}")).collect();
+    let token = grant.token.to_hex();
     let range = format!("{from:#x}..{:#x}", from + span.len);
 
     let guest = |world: &World, arguments: &[&str]| -> Result<kvmmem_guest::Output> {
         let command =
-            Command::new(CLI).as_member().env("KVMMEM_TOKEN", &token).args(arguments.iter().copied());
+            Command::new(CLI).as_member().env("KVMMEM_TOKEN", token.as_str()).args(arguments.iter().copied());
         Ok(world.agent()?.run(&command, LIMIT)?)
     };
     let output = guest(world, &["attach", "--json"])?;
@@ -64,7 +64,7 @@ pub(crate) fn tools(world: &mut World, report: &mut Report) -> Result<()> {
         .args(["dump", "--format", "elf", "--broker"])
         .arg(world.socket())
         .arg(&file)
-        .env("KVMMEM_TOKEN", &token)
+        .env("KVMMEM_TOKEN", token.as_str())
         .env("KVMMEM_DEVICE", "/nonexistent")
         .output()
         .context("cannot run kvmmem")?;
