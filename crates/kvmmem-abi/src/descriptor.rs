@@ -20,9 +20,22 @@
 //! | 88 | 8 | length of window 0 |
 //! | 96 | 4 | number of ranges, at most [`MAX_RANGES`] |
 //! | 100 | 4 | 0 |
-//! | 104 | 8 | the highest generation that the driver has acted upon, where the page is writable for it |
-//! | 112 | 16 | 0 |
+//! | 104 | 8 | written by the driver, where the windows are PCI devices: the highest generation that it has acted upon |
+//! | 112 | 4 | number of the slot: 0 but where a view has more windows than one slot holds |
+//! | 116 | 4 | written by the driver as well: 0, or `COMPLAINT_*` |
+//! | 120 | 8 | 0 |
 //! | 128 | 32 each | ranges: target GPA (8), length (8), offset in its window (8), number of its window (4), 0 (4) |
+//!
+//! # Windows that are PCI devices
+//!
+//! A view is one slot, or several: PCI functions of QEMU's `ivshmem-plain`, plugged in together. BAR 2 of function 0 is
+//! this page, and nothing else is ever in a function 0 of ours; BAR 2 of the functions 1 to [`SLOT_WINDOWS`] are
+//! windows. Window `w` is function `1 + (w - 1) % SLOT_WINDOWS` of slot `(w - 1) / SLOT_WINDOWS`, so that no window is
+//! number 0. The page of each slot but the first carries magic, version, the token's digest and the slot's number, and
+//! else zeroes.
+//!
+//! The driver writes the generation at [`SEEN_AT`] when all windows are there and it can show them, and again after
+//! each change when no process reaches what the change took away. If it cannot show them, it writes a complaint.
 
 use super::ioctl::PAGE_SIZE;
 use super::native::{RIGHT_READ, RIGHT_WRITE, STATE_GONE, STATE_OPEN};
@@ -41,6 +54,27 @@ pub const SIZE: usize = RANGES_AT + MAX_RANGES * RANGE_SIZE;
 
 /// Offset of the generation.
 pub const GENERATION_AT: usize = 16;
+
+/// Offset of the generation that the driver has acted upon.
+pub const SEEN_AT: usize = 104;
+
+/// Offset of the slot's number.
+pub const SLOT_AT: usize = 112;
+
+/// Offset of the driver's complaint.
+pub const COMPLAINT_AT: usize = 116;
+
+/// Windows in a slot: a PCI slot has eight functions, and the first is the descriptor's.
+pub const SLOT_WINDOWS: u32 = 7;
+
+/// The driver's complaint: a window's BAR got no address; its bridge has too little room.
+pub const COMPLAINT_NO_ADDRESS: u32 = 1;
+
+/// The driver's complaint: a window cannot be mapped write-back.
+pub const COMPLAINT_NOT_CACHED: u32 = 2;
+
+/// The driver's complaint: it does not understand the descriptor, or its windows are not those that are there.
+pub const COMPLAINT_INVALID: u32 = 3;
 
 const RANGES_AT: usize = 128;
 const RANGE_SIZE: usize = 32;
