@@ -15,7 +15,6 @@ pub mod layout;
 pub mod mtree;
 mod options;
 pub mod process;
-pub mod qmp;
 pub(crate) mod watch;
 
 use std::io;

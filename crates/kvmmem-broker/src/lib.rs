@@ -24,6 +24,7 @@ pub mod options;
 pub mod packet;
 pub mod peer;
 pub mod policy;
+pub mod qmp;
 pub mod ram;
 pub mod registry;
 mod revoke;

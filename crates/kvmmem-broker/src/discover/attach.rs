@@ -13,9 +13,9 @@ use super::command_line::{CommandLine, Vmm};
 use super::layout::{self, LayoutError};
 use super::mtree::{self, MtreeError};
 use super::process::{FileId, Process, ProcessError};
-use super::qmp::{Qmp, QmpError};
 use crate::map::Region;
 use crate::peer::Credentials;
+use crate::qmp::{Qmp, QmpError};
 use crate::wire::Registration;
 
 /// Where libvirt's system daemon keeps the process ids of its VMs.
@@ -147,7 +147,7 @@ pub fn open(which: &Which, name: Option<String>) -> Result<Opened, AttachError> 
         Which::Pid(pid) => (Process::open(*pid)?, None),
         Which::Libvirt(domain) => (Process::open(libvirt_pid(Path::new(LIBVIRT), domain)?)?, None),
         Which::Qmp { socket, pid } => {
-            let qmp = Qmp::connect(socket)?;
+            let qmp = Qmp::converse(socket)?;
             let process = match pid {
                 Some(pid) => Process::open(*pid)?,
                 None => listener(&qmp)?,

@@ -9,8 +9,8 @@
 //! ROM over RAM and takes it away again, in pieces and at any time; what counts here is the RAM.
 
 use super::mtree::FlatRange;
-use super::qmp::{MemoryBackend, MemorySize};
 use crate::map::{PAGE_SIZE, Region};
+use crate::qmp::{MemoryBackend, MemorySize};
 
 /// Where the RAM above the hole begins.
 const FOUR_GIB: u64 = 1 << 32;

@@ -1,0 +1,125 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! Lines over a stream socket, each way with a deadline.
+
+use std::io::{self, IoSlice, Read};
+use std::mem::MaybeUninit;
+use std::os::fd::BorrowedFd;
+use std::os::unix::net::UnixStream;
+use std::time::Instant;
+
+use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::io::Errno;
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
+
+/// The most that is read for one command, bytes. A memory tree of some 100 devices has 200 KiB.
+pub(super) const MAX_RECEIVED: usize = 8 * 1024 * 1024;
+
+/// A connected stream, and what was received behind the last line.
+#[derive(Debug)]
+pub(super) struct Lines {
+    stream: UnixStream,
+    buffer: Vec<u8>,
+    received: usize,
+}
+
+/// Why there is no line.
+#[derive(Debug)]
+pub(super) enum LineError {
+    /// Nothing came in time, or nothing was taken.
+    Silent,
+    /// [`MAX_RECEIVED`] bytes came.
+    TooMuch,
+    /// The stream failed or ended.
+    Io(io::Error),
+}
+
+impl Lines {
+    pub(super) fn new(stream: UnixStream) -> Self {
+        Self { stream, buffer: Vec::new(), received: 0 }
+    }
+
+    pub(super) fn stream(&self) -> &UnixStream {
+        &self.stream
+    }
+
+    /// Lets [`MAX_RECEIVED`] bytes come from now on.
+    pub(super) fn begin(&mut self) {
+        self.received = self.buffer.len();
+    }
+
+    /// Sends a text, with a file descriptor beside it.
+    pub(super) fn send(
+        &mut self,
+        mut text: &[u8],
+        fd: Option<BorrowedFd<'_>>,
+        deadline: Instant,
+    ) -> Result<(), LineError> {
+        let mut fds: Vec<BorrowedFd<'_>> = fd.into_iter().collect();
+        while !text.is_empty() {
+            self.wait(PollFlags::OUT, deadline)?;
+            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+            let mut control = SendAncillaryBuffer::new(&mut space);
+            if !fds.is_empty() {
+                // There is room: the space is made for one.
+                let _ = control.push(SendAncillaryMessage::ScmRights(&fds));
+            }
+            let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+            match rustix::net::sendmsg(&self.stream, &[IoSlice::new(text)], &mut control, flags) {
+                Ok(count) => {
+                    text = text.get(count..).unwrap_or_default();
+                    fds.clear();
+                }
+                Err(Errno::INTR | Errno::AGAIN) => {}
+                Err(error) => return Err(LineError::Io(error.into())),
+            }
+        }
+        Ok(())
+    }
+
+    /// The next line; the newline is part of it. What has come of it until the deadline is kept.
+    pub(super) fn next(&mut self, deadline: Instant) -> Result<Vec<u8>, LineError> {
+        let mut searched = 0;
+        let mut has_looked = false;
+        loop {
+            let unsearched = self.buffer.get(searched..).unwrap_or_default();
+            if let Some(end) = unsearched.iter().position(|byte| *byte == b'\n') {
+                let rest = self.buffer.split_off(searched + end + 1);
+                return Ok(std::mem::replace(&mut self.buffer, rest));
+            }
+            searched = self.buffer.len();
+            // Once in any case: what has come already is not late.
+            if has_looked && Instant::now() >= deadline {
+                return Err(LineError::Silent);
+            }
+            has_looked = true;
+            self.wait(PollFlags::IN, deadline)?;
+            let mut chunk = [0; 16 * 1024];
+            let count = match self.stream.read(&mut chunk) {
+                Ok(0) => return Err(LineError::Io(io::ErrorKind::UnexpectedEof.into())),
+                Ok(count) => count,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) => return Err(LineError::Io(error)),
+            };
+            self.received += count;
+            if self.received > MAX_RECEIVED {
+                return Err(LineError::TooMuch);
+            }
+            self.buffer.extend_from_slice(chunk.get(..count).unwrap_or_default());
+        }
+    }
+
+    /// Waits until the stream can be read or written; where the deadline has passed, looks without waiting.
+    fn wait(&self, flags: PollFlags, deadline: Instant) -> Result<(), LineError> {
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let left = Timespec::try_from(left).ok();
+            let mut fds = [PollFd::new(&self.stream, flags)];
+            match rustix::event::poll(&mut fds, left.as_ref()) {
+                Ok(0) => return Err(LineError::Silent),
+                Ok(_) => return Ok(()),
+                Err(Errno::INTR) => {}
+                Err(error) => return Err(LineError::Io(error.into())),
+            }
+        }
+    }
+}

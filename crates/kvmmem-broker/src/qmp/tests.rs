@@ -1,0 +1,79 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! What listens at a QMP socket may be anything.
+
+use std::io::{Read, Write};
+use std::os::unix::net::UnixListener;
+use std::thread::JoinHandle;
+
+use super::line::MAX_RECEIVED;
+use super::*;
+
+const GREETING: &str = "{\"QMP\":{\"version\":{},\"capabilities\":[]}}\n";
+
+/// Listens, and sends `lines` to the first that connects, one for the connection and one for each line it gets;
+/// then stays silent until the client goes.
+fn serve(lines: Vec<String>) -> (tempfile::TempDir, PathBuf, JoinHandle<()>) {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("qmp.sock");
+    let listener = UnixListener::bind(&path).unwrap();
+    let thread = std::thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        let mut requests = io::BufReader::new(stream.try_clone().unwrap());
+        for line in lines {
+            if stream.write_all(line.as_bytes()).is_err() {
+                return;
+            }
+            let mut request = String::new();
+            let _ = io::BufRead::read_line(&mut requests, &mut request);
+        }
+        let _ = requests.read_to_end(&mut Vec::new());
+    });
+    (directory, path, thread)
+}
+
+fn backends(lines: &[&str]) -> Result<Vec<MemoryBackend>, QmpError> {
+    let (_directory, path, thread) = serve(lines.iter().map(|line| (*line).to_owned()).collect());
+    let answer = Qmp::connect(&path).and_then(|mut qmp| qmp.memory_backends());
+    thread.join().unwrap();
+    answer
+}
+
+#[test]
+fn answers_are_found_between_events() {
+    let answer = "{\"event\":\"RESET\",\"data\":{}}\n{\"return\":[{\"id\":\"m\",\"size\":5,\"share\":true,\"x\":1}]}\n";
+    let expected = MemoryBackend { id: Some("m".into()), size: 5, share: Some(true) };
+    assert_eq!(backends(&[GREETING, "{\"return\":{}}\n", answer]).unwrap(), [expected]);
+}
+
+#[test]
+fn garbage_is_refused() {
+    let ready = "{\"return\":{}}\n";
+    for lines in [
+        vec!["SSH-2.0-x\n"],
+        vec!["{}\n"],
+        vec!["{\"return\":{}}\n"],
+        vec![GREETING, "]\n"],
+        vec![GREETING, ready, "{\"return\":{}}\n"],
+        vec![GREETING, ready, "{\"return\":[{\"id\":1}]}\n"],
+        vec![GREETING, ready, "\u{0}\n"],
+    ] {
+        assert!(matches!(backends(&lines), Err(QmpError::Garbage { .. })), "{lines:?}");
+    }
+    let deep = "[".repeat(100_000) + "\n";
+    assert!(matches!(backends(&[&deep]), Err(QmpError::Garbage { .. })));
+    let refusal = "{\"error\":{\"class\":\"CommandNotFound\",\"desc\":\"no\"}}\n";
+    assert!(matches!(backends(&[GREETING, ready, refusal]), Err(QmpError::Refused { .. })));
+}
+
+#[test]
+fn what_hangs_or_never_ends_is_left() {
+    assert!(matches!(backends(&[]), Err(QmpError::Silent(_))));
+    assert!(matches!(backends(&[GREETING, "{\"return\""]), Err(QmpError::Silent(_))));
+    let endless = "x".repeat(MAX_RECEIVED + 1);
+    assert!(matches!(backends(&[&endless]), Err(QmpError::TooMuch(_))));
+    let event = format!("{{\"event\":\"{}\"}}\n", "X".repeat(100_000));
+    let events = event.repeat(MAX_RECEIVED / 100_000 + 1);
+    assert!(matches!(backends(&[GREETING, &events]), Err(QmpError::TooMuch(_))));
+    let nowhere = Path::new("/nowhere/qmp.sock");
+    assert!(matches!(Qmp::connect(nowhere), Err(QmpError::Connect { .. })));
+}
