@@ -84,6 +84,13 @@ impl Audit {
         self.write(&self.strangers, Record::new(Event::Gone).of(vm));
     }
 
+    /// A VM goes on in another process than `former`.
+    pub(crate) fn taken_over(&self, vm: &Vm, former: Credentials) {
+        let reason = format!("live update: it was process {}", former.pid);
+        let record = Record::new(Event::TakenOver).of(vm).on_host(vm.peer().credentials());
+        self.write(&self.strangers, Record { reason: Some(&reason), ..record });
+    }
+
     /// A request was refused.
     pub(crate) fn refused(&self, peer: &Peer, by: Option<&Vm>, reason: &str) {
         let record =

@@ -12,9 +12,11 @@ pub mod attach;
 pub mod backing;
 pub mod command_line;
 pub mod layout;
+pub mod mapping;
 pub mod mtree;
 mod options;
 pub mod process;
+mod successor;
 pub(crate) mod watch;
 
 use std::io;

@@ -29,7 +29,7 @@ pub struct Credentials {
 pub struct Peer {
     number: u64,
     socket: PacketSocket,
-    credentials: Credentials,
+    credentials: Mutex<Credentials>,
     /// The targets that it hears of. Held while pushing, so that the order of pushes is that of the changes.
     known: Mutex<HashSet<u64>>,
     limits: Limits,
@@ -40,6 +40,7 @@ impl Peer {
     pub fn new(socket: PacketSocket, credentials: Credentials) -> Self {
         static LAST: AtomicU64 = AtomicU64::new(0);
         let number = LAST.fetch_add(1, Ordering::Relaxed) + 1;
+        let credentials = Mutex::new(credentials);
         Self { number, socket, credentials, known: Mutex::default(), limits: Limits::default() }
     }
 
@@ -55,7 +56,12 @@ impl Peer {
 
     /// Who it is.
     pub fn credentials(&self) -> Credentials {
-        self.credentials
+        *self.credentials.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes note that another process goes on with what this one did.
+    pub fn replaced(&self, by: Credentials) {
+        *self.credentials.lock().unwrap_or_else(PoisonError::into_inner) = by;
     }
 
     /// How many lines of the audit log its VM has caused.

@@ -3,103 +3,13 @@
 
 mod common;
 
-use std::path::PathBuf;
-use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
+use common::qemu::{Qemu, add_confirmed, refusal, wait_long};
 use common::{TestBroker, request, wait_for};
-use kvmmem_broker::admin::{Added, AdminError, Evidence, Region, Rights, Which};
+use kvmmem_broker::admin::{Added, Evidence, Region, Rights};
 use kvmmem_broker::discover::discover;
 use kvmmem_broker::host::{HostEvent, HostLink};
-
-/// How long QEMU may take to start, and its firmware to leave its tables.
-const FIRMWARE: Duration = Duration::from_secs(60);
-
-/// A QEMU, killed on drop.
-struct Qemu {
-    process: Child,
-    qmp: PathBuf,
-}
-
-impl Drop for Qemu {
-    fn drop(&mut self) {
-        let _ = self.process.kill();
-        let _ = self.process.wait();
-        let _ = std::fs::remove_file(&self.qmp);
-    }
-}
-
-impl Qemu {
-    /// Starts a VM; `None` where this machine has no QEMU.
-    fn start(broker: &TestBroker, name: &str, arguments: &[&str]) -> Option<Self> {
-        let qmp = broker.directory.path().join(format!("{name}.qmp"));
-        let started = Command::new("qemu-system-x86_64")
-            .args(["-accel", "tcg", "-nodefaults", "-display", "none", "-name", &format!("guest={name}")])
-            .args(["-qmp", &format!("unix:{},server=on,wait=off", qmp.display())])
-            .args(arguments)
-            .stdin(Stdio::null())
-            .spawn();
-        match started {
-            Ok(process) => {
-                let qemu = Self { process, qmp };
-                wait_long("QEMU to listen", || qemu.qmp.exists());
-                Some(qemu)
-            }
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-                eprintln!("SKIPPED: qemu-system-x86_64 is not installed");
-                None
-            }
-            Err(error) => panic!("cannot start QEMU: {error}"),
-        }
-    }
-
-    fn shared(broker: &TestBroker, name: &str, machine: &str, size: &str) -> Option<Self> {
-        let backend = format!("memory-backend-memfd,id=ram0,size={size},share=on");
-        let machine = format!("{machine},memory-backend=ram0");
-        Self::start(broker, name, &["-m", size, "-object", &backend, "-machine", &machine])
-    }
-
-    fn pid(&self) -> Which {
-        Which::Pid(self.process.id())
-    }
-
-    fn socket(&self) -> Which {
-        Which::Qmp { socket: self.qmp.clone(), pid: None }
-    }
-}
-
-/// Waits for a QEMU, which may have to share the processor with much else.
-fn wait_long(what: &str, holds: impl Fn() -> bool) {
-    let began = Instant::now();
-    while !holds() {
-        assert!(began.elapsed() < FIRMWARE, "still waiting: {what}");
-        std::thread::sleep(Duration::from_millis(10));
-    }
-}
-
-fn refusal(broker: &TestBroker, which: &Which) -> String {
-    match broker.admin().add_target(which, None) {
-        Err(AdminError::Refused { message, .. }) => message,
-        other => panic!("{other:?}"),
-    }
-}
-
-/// Adds a VM by the rules of its machine type, as soon as its firmware has run.
-fn add_confirmed(broker: &TestBroker, qemu: &Qemu) -> Added {
-    let began = Instant::now();
-    loop {
-        match broker.admin().add_target(&qemu.pid(), None) {
-            Err(AdminError::Refused { message, .. })
-                // Until its firmware has run, and before that its memory is mapped.
-                if ["not confirmed", "private"].iter().any(|words| message.contains(words))
-                    && began.elapsed() < FIRMWARE =>
-            {
-                std::thread::sleep(Duration::from_millis(100));
-            }
-            added => return added.unwrap(),
-        }
-    }
-}
 
 fn layout(low: u64, size: u64) -> Vec<Region> {
     let below = [

@@ -16,6 +16,7 @@ use crate::wire::Caller;
 pub(crate) enum Event {
     Registered,
     Added,
+    TakenOver,
     Gone,
     Refused,
     Hook,
@@ -40,6 +41,7 @@ impl Event {
         match self {
             Self::Registered => "registered",
             Self::Added => "added",
+            Self::TakenOver => "taken_over",
             Self::Gone => "gone",
             Self::Refused => "refused",
             Self::Hook => "hook",

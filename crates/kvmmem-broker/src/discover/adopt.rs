@@ -2,6 +2,7 @@
 //! VMs that the broker has attached by itself: there is no connection whose end would be theirs, so their VMMs'
 //! processes are watched.
 
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -9,7 +10,9 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType};
 
 use super::attach::{self, Which};
 use super::process::FileId;
+use super::successor;
 use crate::broker::{Broker, Refused};
+use crate::map::Region;
 use crate::packet::PacketSocket;
 use crate::peer::{Credentials, Peer};
 use crate::registry::Vm;
@@ -42,13 +45,7 @@ impl Broker {
             .map_err(|error| Refused::from_registering(&error))?;
         drop(registry);
         self.audit().added(&vm, peer);
-        let broker = Arc::downgrade(self);
-        let gone = move |vm| {
-            if let Some(broker) = broker.upgrade() {
-                broker.release(vm);
-            }
-        };
-        if let Err(error) = self.adopted().add(vm.id(), opened.pidfd, gone) {
+        if let Err(error) = self.watch(vm.id(), opened.pidfd) {
             self.release(vm.id());
             return Err(Refused::new(Refusal::Limit, format!("cannot watch the VMM: {error}")));
         }
@@ -81,6 +78,35 @@ impl Broker {
         }
     }
 
+    /// Waits for the end of a VM's VMM.
+    fn watch(self: &Arc<Self>, vm: u64, pidfd: OwnedFd) -> std::io::Result<()> {
+        let broker = Arc::downgrade(self);
+        let ended = move |vm| {
+            if let Some(broker) = broker.upgrade() {
+                broker.vmm_ended(vm);
+            }
+        };
+        self.adopted().add(vm, pidfd, ended)
+    }
+
+    /// Does what the end of a VMM demands that is watched no more: its VM goes on with the QEMU that has taken over, or
+    /// goes too.
+    fn vmm_ended(self: &Arc<Self>, id: u64) {
+        let registry = self.registry();
+        let Some(vm) = registry.get(id) else { return };
+        let others: Vec<u32> = registry.after(0).map(|vm| vm.peer().credentials().pid).collect();
+        drop(registry);
+        let Some(successor) = successor::find(&ram(&vm), &others) else { return self.retire(&vm) };
+        let former = vm.peer().credentials();
+        let credentials = Credentials { pid: successor.pid(), uid: successor.uid().unwrap_or(former.uid) };
+        vm.peer().replaced(credentials);
+        self.audit().taken_over(&vm, former);
+        if let Err(error) = self.watch(id, successor.into_pidfd()) {
+            tracing::error!(%error, vm = id, "cannot watch the VMM that has taken over");
+            self.retire(&vm);
+        }
+    }
+
     fn release(&self, vm: u64) {
         let vm = self.registry().get(vm);
         if let Some(vm) = vm {
@@ -106,4 +132,10 @@ fn absent(credentials: Credentials) -> Result<Peer, Box<dyn std::error::Error>> 
 
 fn id(vm: &Vm) -> Option<FileId> {
     Some(FileId::of(&rustix::fs::fstat(vm.ram()?.fd()).ok()?))
+}
+
+/// Which parts of which files a VM's RAM is.
+fn ram(vm: &Vm) -> Vec<(FileId, Region)> {
+    let (Some(file), Some(ram)) = (id(vm), vm.ram()) else { return Vec::new() };
+    ram.layout().map.regions().iter().map(|region| (file, *region)).collect()
 }

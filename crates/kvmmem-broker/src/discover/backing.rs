@@ -96,10 +96,11 @@ pub fn find(process: &Process, line: &CommandLine, size: u64) -> Result<Backing,
         return Err(Obstacle::Confidential("guest_memfd".to_owned()));
     }
     let mut files: BTreeMap<FileId, (u64, String)> = BTreeMap::new();
-    for mapping in process.shared_mappings()? {
-        let file = files.entry(mapping.file).or_insert((0, mapping.path));
+    for mapping in process.mappings()? {
+        let Some((id, offset)) = mapping.shared_file() else { continue };
+        let file = files.entry(id).or_insert((0, mapping.path));
         // Of a file that is mapped twice no more counts than is mapped at all.
-        if mapping.offset == file.0 {
+        if offset == file.0 {
             file.0 = file.0.saturating_add(mapping.len);
         }
     }

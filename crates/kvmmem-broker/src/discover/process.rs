@@ -11,6 +11,8 @@ use rustix::fs::{Dir, FileType, Mode, OFlags, Stat};
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags};
 
+use super::mapping::{self, Mapping};
+
 /// The longest command line that is read, bytes.
 const MAX_ARGUMENTS: u64 = 256 * 1024;
 
@@ -29,24 +31,11 @@ pub struct Process {
     pidfd: OwnedFd,
 }
 
-/// A mapping of a file that is shared with others.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct SharedMapping {
-    /// Length, bytes.
-    pub len: u64,
-    /// Place of its first byte in the file.
-    pub offset: u64,
-    /// The file.
-    pub file: FileId,
-    /// What the kernel calls it.
-    pub path: String,
-}
-
 /// Which file: its device and its inode.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct FileId {
-    device: u64,
-    inode: u64,
+    pub(super) device: u64,
+    pub(super) inode: u64,
 }
 
 /// Why a process cannot be looked at.
@@ -163,13 +152,13 @@ impl Process {
         boot.checked_mul(1000)?.checked_add(ticks.checked_mul(1000)?.checked_div(per_second)?)
     }
 
-    /// The mappings of files that are shared and may be written.
+    /// What it has mapped and may write.
     ///
     /// # Errors
     /// [`ProcessError`].
-    pub fn shared_mappings(&self) -> Result<Vec<SharedMapping>, ProcessError> {
+    pub fn mappings(&self) -> Result<Vec<Mapping>, ProcessError> {
         let text = self.read("maps", "the mappings", MAX_MAPS)?;
-        Ok(String::from_utf8_lossy(&text).lines().filter_map(shared_mapping).collect())
+        Ok(mapping::parse(&String::from_utf8_lossy(&text)))
     }
 
     /// What a file descriptor whose link the check accepts is linked to.
@@ -239,26 +228,9 @@ fn failed(pid: u32, what: &'static str, source: io::Error) -> ProcessError {
     }
 }
 
-/// A line of `maps`, if it is a shared, writable mapping of a file.
-fn shared_mapping(line: &str) -> Option<SharedMapping> {
-    let hex = |text: &str| u64::from_str_radix(text, 16).ok();
-    let mut words = line.splitn(6, ' ');
-    let (start, end) = words.next()?.split_once('-')?;
-    words.next().filter(|mode| mode.starts_with("rw") && mode.ends_with('s'))?;
-    let offset = hex(words.next()?)?;
-    let (major, minor) = words.next()?.split_once(':')?;
-    let device =
-        rustix::fs::makedev(u32::from_str_radix(major, 16).ok()?, u32::from_str_radix(minor, 16).ok()?);
-    let inode: u64 = words.next()?.parse().ok().filter(|inode| *inode != 0)?;
-    let path = words.next().unwrap_or_default().trim_start().to_owned();
-    let len = hex(end)?.checked_sub(hex(start)?)?;
-    Some(SharedMapping { len, offset, file: FileId { device, inode }, path })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use proptest::prelude::*;
 
     #[test]
     fn this_process_is_seen() {
@@ -272,7 +244,7 @@ mod tests {
         let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();
         let age = i64::try_from(now.as_millis()).unwrap() - process.start_time_ms().unwrap();
         assert!((-2000..86_400_000).contains(&age), "{age}");
-        process.shared_mappings().unwrap();
+        assert!(!process.mappings().unwrap().is_empty());
     }
 
     #[test]
@@ -295,24 +267,5 @@ mod tests {
         child.wait().unwrap();
         assert!(!process.is_alive());
         assert!(matches!(process.arguments(), Err(ProcessError::Gone(_))));
-    }
-
-    #[test]
-    fn shared_mappings_alone_are_taken() {
-        let line = "7f8a7bfff000-7f8a9bfff000 rw-s 00000000 00:01 17753                      /memfd:memory-backend-memfd (deleted)";
-        let mapping = shared_mapping(line).unwrap();
-        assert_eq!((mapping.len, mapping.offset), (0x2000_0000, 0));
-        assert_eq!(mapping.path, "/memfd:memory-backend-memfd (deleted)");
-        assert_eq!(mapping.file.inode, 17753);
-        assert_eq!(shared_mapping(&line.replace("rw-s", "rw-p")), None);
-        assert_eq!(shared_mapping(&line.replace("rw-s", "r--s")), None);
-        assert_eq!(shared_mapping(&line.replace("17753", "0")), None);
-    }
-
-    proptest! {
-        #[test]
-        fn any_line_is_read_without_harm(line in "[0-9a-f: rwps/()-]{0,80}|.{0,80}") {
-            let _ = shared_mapping(&line);
-        }
     }
 }

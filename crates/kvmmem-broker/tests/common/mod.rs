@@ -2,6 +2,8 @@
 //! A broker in this process, VMs without guests, and a tool.
 #![allow(dead_code, reason = "each test program uses its own part")]
 
+pub(crate) mod qemu;
+
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};

@@ -1,0 +1,175 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! The stock QEMU of this machine, without hardware virtualisation: its firmware is guest enough.
+
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use kvmmem_broker::admin::{Added, AdminError, Which};
+use serde_json::{Value, json};
+
+use super::TestBroker;
+
+/// How long QEMU may take to start, and its firmware to leave its tables.
+pub(crate) const FIRMWARE: Duration = Duration::from_secs(60);
+
+/// A QEMU, killed on drop. It has a monitor for the broker, and one for the test.
+pub(crate) struct Qemu {
+    pub(crate) process: Child,
+    pub(crate) qmp: PathBuf,
+    pub(crate) monitor: PathBuf,
+}
+
+impl Drop for Qemu {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+        let _ = std::fs::remove_file(&self.qmp);
+        let _ = std::fs::remove_file(&self.monitor);
+    }
+}
+
+impl Qemu {
+    /// Starts a VM; `None` where this machine has no QEMU.
+    pub(crate) fn start(broker: &TestBroker, name: &str, arguments: &[&str]) -> Option<Self> {
+        let qemu = Self::spawn(broker, name, arguments)?;
+        wait_long("QEMU to listen", || qemu.qmp.exists() && qemu.monitor.exists());
+        Some(qemu)
+    }
+
+    /// The same, without waiting for its monitors.
+    pub(crate) fn spawn(broker: &TestBroker, name: &str, arguments: &[&str]) -> Option<Self> {
+        let qmp = broker.directory.path().join(format!("{name}.qmp"));
+        let monitor = broker.directory.path().join(format!("{name}.monitor"));
+        let started = Command::new("qemu-system-x86_64")
+            .args(["-accel", "tcg", "-nodefaults", "-display", "none", "-name", &format!("guest={name}")])
+            .args(["-qmp", &format!("unix:{},server=on,wait=off", monitor.display())])
+            .args(["-qmp", &format!("unix:{},server=on,wait=off", qmp.display())])
+            .args(arguments)
+            .stdin(Stdio::null())
+            .spawn();
+        match started {
+            Ok(process) => Some(Self { process, qmp, monitor }),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                eprintln!("SKIPPED: qemu-system-x86_64 is not installed");
+                None
+            }
+            Err(error) => panic!("cannot start QEMU: {error}"),
+        }
+    }
+
+    /// Starts a VM whose RAM is one memfd.
+    pub(crate) fn shared(broker: &TestBroker, name: &str, machine: &str, size: &str) -> Option<Self> {
+        let backend = format!("memory-backend-memfd,id=ram0,size={size},share=on");
+        let machine = format!("{machine},memory-backend=ram0");
+        Self::start(broker, name, &["-m", size, "-object", &backend, "-machine", &machine])
+    }
+
+    pub(crate) fn pid(&self) -> Which {
+        Which::Pid(self.process.id())
+    }
+
+    pub(crate) fn socket(&self) -> Which {
+        Which::Qmp { socket: self.qmp.clone(), pid: None }
+    }
+
+    /// The test's own monitor.
+    pub(crate) fn monitor(&self) -> Monitor {
+        let stream = UnixStream::connect(&self.monitor).unwrap();
+        stream.set_read_timeout(Some(FIRMWARE)).unwrap();
+        let mut monitor = Monitor(BufReader::new(stream));
+        assert!(monitor.receive()["QMP"].is_object());
+        monitor.execute("qmp_capabilities", json!({}));
+        monitor
+    }
+}
+
+/// A connection to QEMU's monitor. Events are dropped.
+pub(crate) struct Monitor(BufReader<UnixStream>);
+
+impl Monitor {
+    #[track_caller]
+    pub(crate) fn execute(&mut self, command: &str, arguments: Value) -> Value {
+        let mut request = json!({ "execute": command, "arguments": arguments }).to_string();
+        request.push('\n');
+        self.0.get_mut().write_all(request.as_bytes()).unwrap();
+        loop {
+            let message = self.receive();
+            match message.get("return") {
+                Some(answer) => return answer.clone(),
+                None => assert!(message.get("event").is_some(), "{command}: {message}"),
+            }
+        }
+    }
+
+    /// Waits until the VM is in a state.
+    pub(crate) fn wait_status(&mut self, status: &str) {
+        let began = Instant::now();
+        loop {
+            let answer = self.execute("query-status", json!({}));
+            if answer["status"] == status {
+                return;
+            }
+            assert!(began.elapsed() < FIRMWARE, "still waiting for {status}: {answer}");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// Makes QEMU end by itself.
+    pub(crate) fn quit(mut self) {
+        self.execute("quit", json!({}));
+    }
+
+    fn receive(&mut self) -> Value {
+        let mut line = String::new();
+        self.0.read_line(&mut line).unwrap();
+        serde_json::from_str(&line).unwrap()
+    }
+}
+
+/// Whether this machine's QEMU is of version `major` or later; says so where not.
+pub(crate) fn has_qemu(major: u32) -> bool {
+    let output = Command::new("qemu-system-x86_64").arg("--version").output();
+    let text = output.map(|output| String::from_utf8_lossy(&output.stdout).into_owned()).unwrap_or_default();
+    let version = text.split("version ").nth(1).and_then(|rest| rest.split('.').next()?.parse::<u32>().ok());
+    let is_new_enough = version.is_some_and(|version| version >= major);
+    if !is_new_enough {
+        eprintln!("SKIPPED: needs qemu-system-x86_64 {major} or later, there is {version:?}");
+    }
+    is_new_enough
+}
+
+/// Waits for a QEMU, which may have to share the processor with much else.
+pub(crate) fn wait_long(what: &str, holds: impl Fn() -> bool) {
+    let began = Instant::now();
+    while !holds() {
+        assert!(began.elapsed() < FIRMWARE, "still waiting: {what}");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+pub(crate) fn refusal(broker: &TestBroker, which: &Which) -> String {
+    match broker.admin().add_target(which, None) {
+        Err(AdminError::Refused { message, .. }) => message,
+        other => panic!("{other:?}"),
+    }
+}
+
+/// Adds a VM by the rules of its machine type, as soon as its firmware has run.
+pub(crate) fn add_confirmed(broker: &TestBroker, qemu: &Qemu) -> Added {
+    let began = Instant::now();
+    loop {
+        match broker.admin().add_target(&qemu.pid(), None) {
+            Err(AdminError::Refused { message, .. })
+                // Until its firmware has run, and before that its memory is mapped.
+                if ["not confirmed", "private"].iter().any(|words| message.contains(words))
+                    && began.elapsed() < FIRMWARE =>
+            {
+                std::thread::sleep(Duration::from_millis(100));
+            }
+            added => return added.unwrap(),
+        }
+    }
+}
