@@ -13,6 +13,7 @@ pub mod broker;
 mod connect;
 mod connection;
 pub mod discover;
+pub mod door;
 pub mod endpoint;
 pub mod grants;
 pub mod hook;

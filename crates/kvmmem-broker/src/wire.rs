@@ -11,7 +11,7 @@
 
 mod answer;
 mod grant;
-mod token_text;
+pub(crate) mod token_text;
 mod vm;
 
 use kvmmem_kvmi::token::Token;

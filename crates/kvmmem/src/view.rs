@@ -1,6 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A view: the memory of one virtual machine, as far as a token allows, open until it is detached or taken back.
 //!
+//! # How a view is opened
+//!
+//! | where | by |
+//! |---|---|
+//! | in a virtual machine of `kvmmem vm` | the device alone: its driver passes the token on by hypercall |
+//! | in one under a stock QEMU | the host's *door* first, which is at vsock context id 2, port 27510 (or `$KVMMEM_DOOR`): the host plugs the view's memory in as PCI devices; then the device, whose driver has found them |
+//! | on the host | the broker's socket |
+//!
+//! Which of the first two it is, the driver says (`FEATURE_DEVICES` of `kvmmem-abi`). The connection to the door is kept as
+//! long as the [`View`] or any [`Mapping`] of it, and its end is the view's: the host then unplugs the devices, however the
+//! process ended. If it is the host's service that goes, [`View::wait`] and [`View::status`] tell that the view is
+//! [gone](State::Gone), as nobody could take it back any more.
+//!
 //! # Signals
 //!
 //! A page that goes away raises SIGBUS in whoever reads it through a mapping. [`Mapping`]'s methods make an error of it:
@@ -14,6 +27,7 @@
 //! only the process that attached hears of the end: a child must not use what it inherits. `exec` ends both.
 
 mod device;
+mod door;
 mod error;
 mod host;
 mod mapping;
@@ -28,6 +42,7 @@ use kvmmem_kvmi::token::Token;
 
 use crate::device::default_path;
 use device::DeviceView;
+pub use door::{DOOR_VARIABLE, DoorError};
 pub use error::{ViewError, ViewOperation};
 use host::HostView;
 pub use kvmmem_abi::native::Stats;
@@ -88,7 +103,7 @@ pub struct Status {
 
 /// The memory of one virtual machine. A closed view's [`Mapping`]s keep it open.
 ///
-/// In a virtual machine it is a file of `/dev/kvmmem`, on the host a connection to the broker. All methods may be called
+/// In a virtual machine it is a file of `/dev/kvmmem`, on the host a connection to the broker (see [`crate::view`]). All methods may be called
 /// by many threads at once.
 #[derive(Debug)]
 pub struct View {
@@ -119,7 +134,8 @@ impl View {
         }
     }
 
-    /// Opens a view by the device at `path`.
+    /// Opens a view by the device at `path`, after having asked the host's door for it where the driver says that views
+    /// come as PCI devices. The host has 15 s for that.
     ///
     /// # Errors
     /// [`ViewError`], with what to do about it.

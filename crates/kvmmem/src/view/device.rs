@@ -1,15 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! A view in a virtual machine: an attached file of `/dev/kvmmem`.
+//! A view in a virtual machine: an attached file of `/dev/kvmmem`, and where the host shows views as PCI devices, the
+//! connection to the host that keeps them plugged in.
 
 use std::os::fd::AsFd;
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use kvmmem_abi::ioctl::MapMemToken;
 use kvmmem_abi::native::{
-    ATTACH_READ_ONLY, Attach, FEATURE_VIEWS, RIGHT_WRITE, STATE_GONE, STATE_OPEN, Stats, VERSION,
+    ATTACH_READ_ONLY, Attach, FEATURE_DEVICES, FEATURE_VIEWS, RIGHT_WRITE, STATE_GONE, STATE_OPEN, Stats,
+    VERSION,
 };
 use kvmmem_kvmi::token::Token;
 use kvmmem_sys::device::OpenError;
@@ -19,7 +21,8 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{SeekFrom, seek};
 use rustix::io::{Errno, pread, pwrite};
 
-use super::mapping::Mapping;
+use super::door::Door;
+use super::mapping::{Keeps, Mapping};
 use super::range::{Range, first_hole, next_range};
 use super::{Access, Event, State, Status, ViewError, ViewOperation};
 use crate::explain;
@@ -34,6 +37,10 @@ pub(super) struct DeviceView {
     is_writable: bool,
     /// The generation of which [`DeviceView::wait`] told last.
     told: AtomicU64,
+    /// The connection to the host; `None` where a hypercall opened the view. Dropped after the file.
+    door: Option<Arc<Door>>,
+    /// The state since the host ended the connection without having ended the view.
+    lost: OnceLock<Status>,
 }
 
 impl DeviceView {
@@ -56,10 +63,18 @@ impl DeviceView {
             Access::ReadOnly => ATTACH_READ_ONLY,
             Access::Granted => 0,
         };
+        let door = match info.features & FEATURE_DEVICES {
+            0 => None,
+            _ => {
+                let door = Door::open(token, access == Access::ReadOnly);
+                Some(Arc::new(door.map_err(|source| ViewError::Door(Box::new(source)))?))
+            }
+        };
         let token = MapMemToken { token: token.words() };
         file.attach(Attach { token, flags, reserved: 0 })
             .map_err(|source| ViewError::Attach { path: path.to_owned(), source })?;
-        let mut view = Self { file, is_writable: false, told: AtomicU64::new(0) };
+        let mut view =
+            Self { file, is_writable: false, told: AtomicU64::new(0), door, lost: OnceLock::new() };
         let status = view.status()?;
         view.is_writable = status.is_writable;
         *view.told.get_mut() = status.generation;
@@ -68,6 +83,11 @@ impl DeviceView {
 
     pub(super) fn status(&self) -> Result<Status, ViewError> {
         let operation = ViewOperation::Status;
+        if let Some(status) = self.lost.get() {
+            return Ok(status.clone());
+        }
+        // Looked at first: the host ends the view, and then the connection.
+        let is_shut = self.door.as_ref().is_some_and(|door| door.is_shut());
         let (status, ranges) =
             self.file.ranges().map_err(|source| ViewError::System { operation, source })?;
         let state = match status.state {
@@ -76,13 +96,33 @@ impl DeviceView {
             // Also what a later driver may add: whatever it is, the view is not open.
             _ => State::Revoked,
         };
-        Ok(Status {
+        let status = Status {
             generation: status.generation,
             state,
             is_writable: status.rights & RIGHT_WRITE != 0,
             uuid: status.uuid,
             ranges: ranges.into_iter().map(|range| Range { gpa: range.gpa, len: range.len }).collect(),
-        })
+        };
+        Ok(if is_shut && state == State::Open { self.lose(status) } else { status })
+    }
+
+    /// Ends the view because the host's service has gone: nobody could take it back any more.
+    fn lose(&self, status: Status) -> Status {
+        let generation = status.generation.saturating_add(1);
+        let lost = Status { generation, state: State::Gone, ranges: Vec::new(), ..status };
+        let lost = self.lost.get_or_init(|| lost).clone();
+        if let Err(error) = self.file.detach() {
+            tracing::debug!(%error, "the view that was lost had been detached");
+        }
+        lost
+    }
+
+    /// What an errno of the driver means for something done at `gpa`.
+    fn error(&self, operation: ViewOperation, gpa: u64, source: Errno) -> ViewError {
+        match source {
+            Errno::NOTCONN if self.lost.get().is_some() => ViewError::Gone { operation },
+            source => ViewError::of(operation, gpa, source),
+        }
     }
 
     pub(super) fn read_at(&self, gpa: u64, buf: &mut [u8]) -> Result<(), ViewError> {
@@ -98,7 +138,7 @@ impl DeviceView {
                     rest = rest.get_mut(count..).unwrap_or_default();
                 }
                 Err(Errno::INTR) => {}
-                Err(source) => return Err(ViewError::of(operation, gpa, source)),
+                Err(source) => return Err(self.error(operation, gpa, source)),
             }
         }
         Ok(())
@@ -119,7 +159,7 @@ impl DeviceView {
                     rest = rest.get(count..).unwrap_or_default();
                 }
                 Err(Errno::INTR) => {}
-                Err(source) => return Err(ViewError::of(operation, gpa, source)),
+                Err(source) => return Err(self.error(operation, gpa, source)),
             }
         }
         Ok(())
@@ -137,13 +177,13 @@ impl DeviceView {
             Err(Errno::INVAL | Errno::SPIPE | Errno::OPNOTSUPP) => {
                 return Ok(next_range(&self.status()?.ranges, gpa));
             }
-            Err(source) => return Err(ViewError::of(operation, gpa, source)),
+            Err(source) => return Err(self.error(operation, gpa, source)),
         };
         match seek(&self.file, SeekFrom::Hole(start)) {
             Ok(end) if end > start => Ok(Some(Range { gpa: start, len: end - start })),
             // The data has gone since; what is left of the range is safe to say.
             Ok(_) | Err(Errno::NXIO) => Ok(next_range(&self.status()?.ranges, start)),
-            Err(source) => Err(ViewError::of(operation, start, source)),
+            Err(source) => Err(self.error(operation, start, source)),
         }
     }
 
@@ -166,8 +206,9 @@ impl DeviceView {
         // The mapping keeps the file open.
         memory
             .place(0, range.len, self.file.as_fd(), range.gpa)
-            .map_err(|source| ViewError::of(operation, range.gpa, source))?;
-        Ok(Mapping::new(range.gpa, Arc::new(memory), None))
+            .map_err(|source| self.error(operation, range.gpa, source))?;
+        let keeps = self.door.as_ref().map(|door| Keeps::Door(Arc::clone(door)));
+        Ok(Mapping::new(range.gpa, Arc::new(memory), keeps))
     }
 
     pub(super) fn wait(&self, timeout: Duration) -> Result<Option<Event>, ViewError> {
@@ -181,7 +222,8 @@ impl DeviceView {
             if left.is_zero() {
                 return Ok(None);
             }
-            let mut files = [PollFd::new(&self.file, PollFlags::PRI)];
+            let mut files = vec![PollFd::new(&self.file, PollFlags::PRI)];
+            files.extend(self.door.as_deref().map(|door| PollFd::new(door, PollFlags::IN)));
             let sleep = Timespec::try_from(left.min(SLEEP_LIMIT)).ok();
             match poll(&mut files, sleep.as_ref()) {
                 Ok(_) | Err(Errno::INTR) => {}

@@ -9,6 +9,7 @@ use kvmmem_broker::host::HostError;
 use kvmmem_sys::device::OpenError;
 use rustix::io::Errno;
 
+use super::door::DoorError;
 use crate::explain;
 
 /// Something done with a view, for messages.
@@ -125,6 +126,9 @@ pub enum ViewError {
         #[source]
         source: Errno,
     },
+    /// The host, which shows views as devices of this virtual machine, gave none.
+    #[error("the host opened no view")]
+    Door(#[source] Box<DoorError>),
     /// The broker gave no view.
     #[error("the broker at {} gave no view{remedy}", socket.display())]
     AttachHost {
@@ -193,6 +197,10 @@ impl ViewError {
                 Some(source.raw_os_error())
             }
             Self::Watch(error) => error.raw_os_error(),
+            Self::Door(error) => match &**error {
+                DoorError::Connect { source, .. } => source.raw_os_error(),
+                _ => None,
+            },
             _ => None,
         }
     }

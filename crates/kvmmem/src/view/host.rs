@@ -16,7 +16,7 @@ use kvmmem_kvmi::token::Token;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::io::Errno;
 
-use super::mapping::Mapping;
+use super::mapping::{Keeps, Mapping};
 use super::memory::Memory;
 use super::range::Range;
 use super::{Access, Event, State, Status, ViewError, ViewOperation};
@@ -109,7 +109,7 @@ impl HostView {
             return Err(ViewError::Pages { operation });
         }
         let memory = self.memory.map(operation, range, self.is_writable)?;
-        Ok(Mapping::new(range.gpa, memory, Some(Arc::clone(self))))
+        Ok(Mapping::new(range.gpa, memory, Some(Keeps::View(Arc::clone(self)))))
     }
 
     pub(super) fn wait(&self, timeout: Duration) -> Option<Event> {

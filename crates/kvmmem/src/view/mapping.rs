@@ -6,6 +6,7 @@ use std::sync::Arc;
 use kvmmem_sys::foreign::{Foreign, ForeignError};
 use rustix::io::Errno;
 
+use super::door::Door;
 use super::host::HostView;
 
 /// Why mapped memory was not accessed.
@@ -52,13 +53,22 @@ pub enum MappingError {
 pub struct Mapping {
     gpa: u64,
     memory: Arc<Foreign>,
-    /// On the host, what ends the mapping together with the view. The device's file is kept open by the system.
-    _view: Option<Arc<HostView>>,
+    /// Dropped after the memory.
+    _keeps: Option<Keeps>,
+}
+
+/// What a mapping keeps open besides the device's file, which the system does.
+#[derive(Clone, Debug)]
+pub(super) enum Keeps {
+    /// On the host, what ends the mapping together with the view.
+    View(#[expect(dead_code, reason = "held")] Arc<HostView>),
+    /// In a virtual machine, the connection that stands for the view's devices.
+    Door(#[expect(dead_code, reason = "held")] Arc<Door>),
 }
 
 impl Mapping {
-    pub(super) fn new(gpa: u64, memory: Arc<Foreign>, view: Option<Arc<HostView>>) -> Self {
-        Self { gpa, memory, _view: view }
+    pub(super) fn new(gpa: u64, memory: Arc<Foreign>, keeps: Option<Keeps>) -> Self {
+        Self { gpa, memory, _keeps: keeps }
     }
 
     /// First guest-physical address.

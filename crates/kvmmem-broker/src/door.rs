@@ -1,0 +1,87 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! The door: where a tool in a VM under a stock QEMU has its view opened, over vsock.
+//!
+//! Such a VM has no VMM of ours to which a hypercall could bring a token, so its tool knocks at the host itself: it
+//! connects to context id 2, port [`DOOR_PORT`], and sends one [`FromTool::Open`] ([`frame`] has the form). The broker
+//! tells by the peer's context id which introspector asks, plugs the view's devices into it, and answers. From then on
+//! both are silent: the connection stands for the view, and its end is the view's.
+
+pub mod frame;
+mod introspectors;
+mod listen;
+mod places;
+mod serve;
+pub mod timed;
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use rustix::event::{EventfdFlags, eventfd};
+use vsock::{VMADDR_CID_ANY, VsockListener};
+
+pub use frame::{FromTool, ToTool};
+use introspectors::Introspectors;
+use listen::Doorway;
+use places::Places;
+use serve::Views;
+
+use crate::broker::Broker;
+
+/// The vsock port at which the broker listens.
+pub const DOOR_PORT: u32 = 27510;
+
+/// How long the end of all connections, and with them of their views, is waited for.
+const SHUTDOWN_LIMIT: Duration = Duration::from_secs(5);
+
+/// The listening door. Dropping it ends all connections and their views.
+#[derive(Debug)]
+pub struct Door {
+    places: Arc<Places>,
+    /// Written to, it ends the thread that accepts.
+    stop: Arc<OwnedFd>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Door {
+    /// Listens at a vsock port, for all VMs of this host.
+    ///
+    /// # Errors
+    /// Where the kernel has no vsock, the port is taken, or no thread can be started.
+    pub fn start(broker: &Arc<Broker>, port: u32) -> io::Result<Self> {
+        let listener = VsockListener::bind_with_cid_port(VMADDR_CID_ANY, port)?;
+        // A tool that is gone before it is accepted must not be waited for.
+        listener.set_nonblocking(true)?;
+        Self::open(listener, Introspectors(Arc::downgrade(broker)))
+    }
+
+    fn open(doorway: impl Doorway, views: impl Views) -> io::Result<Self> {
+        let stop = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
+        let places = Arc::new(Places::default());
+        let thread = std::thread::Builder::new().name("door".into()).spawn({
+            let (places, stop) = (Arc::clone(&places), Arc::clone(&stop));
+            move || listen::accept_until(stop.as_fd(), &doorway, &places, &Arc::new(views))
+        })?;
+        Ok(Self { places, stop, thread: Some(thread) })
+    }
+}
+
+impl Drop for Door {
+    fn drop(&mut self) {
+        // It fails only where the counter is full.
+        let _ = rustix::io::write(&self.stop, &1u64.to_ne_bytes());
+        if let Some(thread) = self.thread.take()
+            // It may be this thread that held the broker's last reference.
+            && thread.thread().id() != std::thread::current().id()
+        {
+            // The thread does not panic; were it to, there would be nothing left to end.
+            let _ = thread.join();
+        }
+        let left = self.places.close(SHUTDOWN_LIMIT);
+        if left > 0 {
+            tracing::warn!(connections = left, "not every view of the door ended in time");
+        }
+    }
+}

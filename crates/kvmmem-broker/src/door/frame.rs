@@ -1,0 +1,133 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! What travels through the door: frames of a 32-bit little-endian length, 1 to [`MAX_FRAME`], and so many bytes of
+//! JSON.
+//!
+//! ```text
+//! {"open":{"token":"<64 hexadecimal digits>","read_only":true,"caller":{"pid":411,"uid":0,"comm":"scan"}}}
+//! {"opened":{"view":17}}
+//! {"refused":{"refusal":"unknown","message":"token is unknown, used or expired"}}
+//! ```
+
+use std::io::{self, Read, Write};
+
+use kvmmem_kvmi::token::Token;
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use zeroize::Zeroizing;
+
+use crate::wire::{Caller, Refusal, token_text};
+
+/// The most bytes of JSON in a frame.
+pub const MAX_FRAME: usize = 4096;
+
+/// The most bytes of a refusal's words; written as JSON they may take twice that.
+const MAX_MESSAGE: usize = 1500;
+
+/// What a tool sends, once.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FromTool {
+    /// Asks for a view; the token is used up by it. Answer: [`ToTool`].
+    Open {
+        /// The token.
+        #[serde(with = "token_text")]
+        token: Token,
+        /// Whether to open the view read-only, whatever the grant allows.
+        read_only: bool,
+        /// The process that asks, as it says itself.
+        caller: Caller,
+    },
+}
+
+/// What the broker answers, once.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ToTool {
+    /// The view's devices are plugged in and the guest's driver has seen them. The view lasts as long as the
+    /// connection.
+    Opened {
+        /// The broker's number for the view.
+        view: u64,
+    },
+    /// There is no view. The broker closes the connection.
+    Refused {
+        /// Which kind of failure.
+        refusal: Refusal,
+        /// The failure in words, and what helps.
+        message: String,
+    },
+}
+
+impl ToTool {
+    /// A refusal whose words fit in a frame and hold no control characters.
+    pub fn refused(refusal: Refusal, words: &str) -> Self {
+        let words = words.get(..words.floor_char_boundary(MAX_MESSAGE)).unwrap_or_default();
+        let message = words.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
+        Self::Refused { refusal, message }
+    }
+}
+
+/// Why a frame did not get through.
+#[derive(Debug, thiserror::Error)]
+pub enum FrameError {
+    /// The connection failed, ended within a frame or was too slow.
+    #[error("cannot read a frame")]
+    Read(#[source] io::Error),
+    /// The connection failed or the peer does not read.
+    #[error("cannot write a frame")]
+    Write(#[source] io::Error),
+    /// The length is none.
+    #[error("a frame has {0:#x} bytes, expected 0x1 to {MAX_FRAME:#x}")]
+    Length(usize),
+    /// The frame is not the JSON object that was expected.
+    #[error("a frame is malformed")]
+    Malformed(#[source] serde_json::Error),
+    /// The message cannot be written as JSON.
+    #[error("a message cannot be written")]
+    Encode(#[source] serde_json::Error),
+}
+
+/// Reads a frame; `None` where the peer has closed before its first byte. No copy of it stays behind.
+///
+/// # Errors
+/// [`FrameError::Read`], [`FrameError::Length`], [`FrameError::Malformed`].
+pub fn read<T: DeserializeOwned>(from: &mut impl Read) -> Result<Option<T>, FrameError> {
+    let mut length = [0; 4];
+    let mut filled = 0;
+    while let Some(rest) = length.get_mut(filled..).filter(|rest| !rest.is_empty()) {
+        match from.read(rest) {
+            Ok(0) if filled == 0 => return Ok(None),
+            Ok(0) => return Err(FrameError::Read(io::ErrorKind::UnexpectedEof.into())),
+            Ok(count) => filled += count,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(FrameError::Read(error)),
+        }
+    }
+    let length = u32::from_le_bytes(length) as usize;
+    if !(1..=MAX_FRAME).contains(&length) {
+        return Err(FrameError::Length(length));
+    }
+    let mut bytes = Zeroizing::new(vec![0; length]);
+    from.read_exact(&mut bytes).map_err(FrameError::Read)?;
+    serde_json::from_slice(&bytes).map(Some).map_err(FrameError::Malformed)
+}
+
+/// Writes a frame.
+///
+/// # Errors
+/// [`FrameError::Write`], [`FrameError::Length`], [`FrameError::Encode`].
+pub fn write(to: &mut impl Write, message: &impl Serialize) -> Result<(), FrameError> {
+    // As large as it gets, so that no copy of a token is left behind.
+    let mut bytes = Zeroizing::new(Vec::with_capacity(4 + MAX_FRAME));
+    bytes.extend_from_slice(&[0; 4]);
+    serde_json::to_writer(&mut *bytes, message).map_err(FrameError::Encode)?;
+    let length = bytes.len() - 4;
+    match (u32::try_from(length), bytes.first_chunk_mut::<4>()) {
+        (Ok(number), Some(place)) if length <= MAX_FRAME => *place = number.to_le_bytes(),
+        _ => return Err(FrameError::Length(length)),
+    }
+    to.write_all(&bytes).map_err(FrameError::Write)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,98 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! Lets tools in.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
+use vsock::VsockListener;
+
+use super::places::Places;
+use super::serve::{Views, refuse, serve};
+use crate::broker::Refused;
+use crate::limit::RateLimit;
+use crate::wire::Refusal;
+
+/// How long to wait when a connection cannot be accepted: the system has no file descriptors or memory left.
+const PAUSE: Duration = Duration::from_millis(100);
+
+/// Any VM can cause these at will.
+static WARNINGS: RateLimit = RateLimit::new(2);
+
+/// A listening socket: vsock, and a unix socket in tests.
+pub(super) trait Doorway: AsFd + Send + 'static {
+    /// A connection and the context id of the VM that it comes from. Does not wait.
+    fn accept(&self) -> io::Result<(OwnedFd, u32)>;
+}
+
+impl Doorway for VsockListener {
+    fn accept(&self) -> io::Result<(OwnedFd, u32)> {
+        let (stream, address) = VsockListener::accept(self)?;
+        Ok((stream.into(), address.cid()))
+    }
+}
+
+/// Lets tools in until `stop` becomes readable.
+pub(super) fn accept_until<V: Views>(
+    stop: BorrowedFd<'_>,
+    doorway: &impl Doorway,
+    places: &Arc<Places>,
+    views: &Arc<V>,
+) {
+    loop {
+        let listener = doorway.as_fd();
+        let mut fds = [PollFd::from_borrowed_fd(stop, PollFlags::IN), PollFd::new(&listener, PollFlags::IN)];
+        match poll(&mut fds, None) {
+            Ok(_) => {}
+            Err(Errno::INTR) => continue,
+            Err(error) => {
+                tracing::error!(%error, "the door cannot wait for connections and shuts");
+                return;
+            }
+        }
+        let [stopped, listening] = fds.map(|fd| !fd.revents().is_empty());
+        if stopped {
+            return;
+        }
+        if !listening {
+            continue;
+        }
+        match doorway.accept() {
+            Ok((socket, cid)) => admit(Arc::new(socket), cid, places, views),
+            // The tool was gone before it was accepted.
+            Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
+            Err(error) => {
+                if WARNINGS.allow(Instant::now()).is_some() {
+                    tracing::warn!(%error, "the door cannot accept a connection");
+                }
+                std::thread::sleep(PAUSE);
+            }
+        }
+    }
+}
+
+/// Starts a thread for a connection, or refuses it without one.
+fn admit<V: Views>(socket: Arc<OwnedFd>, cid: u32, places: &Arc<Places>, views: &Arc<V>) {
+    let place = views
+        .may_ask(cid)
+        .and_then(|()| places.take(cid, &socket).map_err(|error| Refused::new(Refusal::Limit, error)));
+    let place = match place {
+        Ok(place) => place,
+        Err(refused) => {
+            // A new connection takes a frame at once, or is not worth waiting for.
+            refuse(&socket, cid, &refused, Instant::now());
+            return;
+        }
+    };
+    let started = std::thread::Builder::new().name(format!("door-{cid}")).spawn({
+        let views = Arc::clone(views);
+        move || serve(&*views, &place)
+    });
+    if let Err(error) = started {
+        let refused = Refused::new(Refusal::Limit, format!("the broker cannot start a thread: {error}"));
+        refuse(&socket, cid, &refused, Instant::now());
+    }
+}

@@ -1,0 +1,224 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! Opening a view in a virtual machine under a stock QEMU: by vsock, at the host's door, whose connection then stands for
+//! the view.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::time::{Duration, Instant};
+
+use kvmmem_broker::door::frame::{self, FrameError};
+use kvmmem_broker::door::timed::Timed;
+use kvmmem_broker::door::{DOOR_PORT, FromTool, ToTool};
+use kvmmem_broker::wire::{Caller, Refusal};
+use kvmmem_kvmi::token::Token;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use vsock::{VMADDR_CID_HOST, VsockStream};
+
+/// Environment variable with another vsock port of the host's door.
+pub const DOOR_VARIABLE: &str = "KVMMEM_DOOR";
+
+/// How long the host may take: it plugs devices into this machine and waits for its driver to see them.
+const LIMIT: Duration = Duration::from_secs(15);
+
+/// Why the host's door opened no view.
+#[derive(Debug, thiserror::Error)]
+pub enum DoorError {
+    /// The environment names no port.
+    #[error("{DOOR_VARIABLE} is no vsock port: {0:?}")]
+    Port(String),
+    /// The host cannot be reached.
+    #[error("cannot connect to the host at vsock port {port}{}", remedy(source))]
+    Connect {
+        /// The port.
+        port: u32,
+        /// The system's answer.
+        #[source]
+        source: io::Error,
+    },
+    /// The host did not answer as it should.
+    #[error("the host at vsock port {port} gave no answer; its log says more (journalctl -u kvmmemd)")]
+    Answer {
+        /// The port.
+        port: u32,
+        /// What is wrong with the answer; none where the host closed without one.
+        #[source]
+        source: Option<FrameError>,
+    },
+    /// The host refused.
+    #[error("{message}")]
+    Refused {
+        /// Which kind of failure; [`Refusal::Unknown`] for a token that is unknown, used, expired or somebody else's.
+        refusal: Refusal,
+        /// The host's words.
+        message: String,
+    },
+}
+
+/// What to do where the host cannot be reached.
+fn remedy(error: &io::Error) -> &'static str {
+    match error.raw_os_error().map(Errno::from_raw_os_error) {
+        Some(Errno::NODEV | Errno::AFNOSUPPORT | Errno::ADDRNOTAVAIL) => {
+            ": this machine has no vsock device; its QEMU needs -device vhost-vsock-pci,guest-cid=N (libvirt: <vsock \
+             model='virtio'>), and its kernel vmw_vsock_virtio_transport"
+        }
+        Some(Errno::CONNREFUSED | Errno::CONNRESET) => {
+            ": nobody listens there; is kvmmemd running, and was this machine added (kvmmem introspector add)?"
+        }
+        Some(Errno::TIMEDOUT | Errno::HOSTUNREACH | Errno::NETUNREACH) => {
+            ": the host does not answer; does it have vhost_vsock, and this machine a context id of its own?"
+        }
+        Some(Errno::ACCESS | Errno::PERM) => ": this machine's security policy forbids vsock",
+        _ => "",
+    }
+}
+
+/// A view's connection to the host. The view ends with it.
+#[derive(Debug)]
+pub(super) struct Door {
+    stream: VsockStream,
+}
+
+impl Door {
+    /// Has the host open the view that `token` allows; the token is used up. The devices are there when this returns.
+    pub(super) fn open(token: &Token, read_only: bool) -> Result<Self, DoorError> {
+        let port = port()?;
+        let stream = VsockStream::connect_with_cid_port(VMADDR_CID_HOST, port);
+        let stream = stream.map_err(|source| DoorError::Connect { port, source })?;
+        ask(stream.as_fd(), port, token, read_only)?;
+        Ok(Self { stream })
+    }
+
+    /// Whether the host has ended the connection, and with it the view.
+    pub(super) fn is_shut(&self) -> bool {
+        is_shut(self.stream.as_fd())
+    }
+}
+
+impl AsFd for Door {
+    /// Becomes readable when the host ends the connection: it says nothing else.
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.stream.as_fd()
+    }
+}
+
+/// The port of the host's door.
+fn port() -> Result<u32, DoorError> {
+    match std::env::var_os(DOOR_VARIABLE) {
+        None => Ok(DOOR_PORT),
+        Some(text) => {
+            let text = text.to_string_lossy();
+            text.parse().map_err(|_| DoorError::Port(text.into_owned()))
+        }
+    }
+}
+
+/// Asks for a view and waits for the answer.
+fn ask(socket: BorrowedFd<'_>, port: u32, token: &Token, read_only: bool) -> Result<(), DoorError> {
+    let mut timed = Timed::new(socket, Instant::now() + LIMIT);
+    let question = FromTool::Open { token: token.clone(), read_only, caller: this_process() };
+    // Who is refused at once may be so before this is sent; the answer tells.
+    let sent = frame::write(&mut timed, &question);
+    let no_answer = |source| DoorError::Answer { port, source };
+    match frame::read(&mut timed).map_err(|error| no_answer(Some(error)))? {
+        Some(ToTool::Opened { .. }) => Ok(()),
+        Some(ToTool::Refused { refusal, message }) => Err(DoorError::Refused { refusal, message }),
+        None => Err(no_answer(sent.err())),
+    }
+}
+
+fn is_shut(socket: BorrowedFd<'_>) -> bool {
+    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+    let mut files = [PollFd::from_borrowed_fd(socket, PollFlags::IN | PollFlags::RDHUP)];
+    matches!(poll(&mut files, Some(&now)), Ok(ready) if ready > 0)
+}
+
+/// Who asks, for the host's audit log.
+fn this_process() -> Caller {
+    let comm = std::fs::read_to_string("/proc/self/comm").unwrap_or_default();
+    Caller {
+        pid: std::process::id(),
+        uid: rustix::process::getuid().as_raw(),
+        comm: comm.trim_end().to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::os::unix::net::UnixStream;
+    use std::thread::JoinHandle;
+
+    use super::*;
+
+    fn token() -> Token {
+        Token::new([1, 2, 3, 4])
+    }
+
+    /// The host's end, which reads the question and does what it is told.
+    fn host(
+        act: impl FnOnce(&mut UnixStream, Option<FromTool>) + Send + 'static,
+    ) -> (UnixStream, JoinHandle<()>) {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        let thread = std::thread::spawn(move || {
+            let question = frame::read(&mut theirs).unwrap();
+            act(&mut theirs, question);
+        });
+        (ours, thread)
+    }
+
+    #[test]
+    fn a_view_is_open_until_the_host_shuts() {
+        let (ours, thread) = host(|stream, question| {
+            let Some(FromTool::Open { token: asked, read_only, caller }) = question else { panic!() };
+            assert!(asked == token() && read_only && caller.pid == std::process::id());
+            frame::write(stream, &ToTool::Opened { view: 3 }).unwrap();
+            assert_eq!(frame::read::<FromTool>(stream).unwrap(), None);
+        });
+        ask(ours.as_fd(), 1, &token(), true).unwrap();
+        assert!(!is_shut(ours.as_fd()));
+        ours.shutdown(std::net::Shutdown::Write).unwrap();
+        thread.join().unwrap();
+        assert!(is_shut(ours.as_fd()));
+    }
+
+    #[test]
+    fn the_hosts_words_are_passed_on() {
+        let (ours, thread) = host(|stream, _| {
+            frame::write(stream, &ToTool::refused(Refusal::Denied, "no free place: add a root port"))
+                .unwrap();
+        });
+        let error = ask(ours.as_fd(), 1, &token(), false).unwrap_err();
+        assert!(matches!(error, DoorError::Refused { refusal: Refusal::Denied, .. }), "{error:?}");
+        assert_eq!(error.to_string(), "no free place: add a root port");
+        thread.join().unwrap();
+    }
+
+    #[test]
+    fn no_answer_and_a_wrong_one_are_errors() {
+        for bytes in [&b""[..], b"\x02\0\0\0{}", b"\xff\xff\xff\xff", b"\x16\0\0\0{"] {
+            let (ours, thread) = host(|stream, _| stream.write_all(bytes).unwrap());
+            let error = ask(ours.as_fd(), 27510, &token(), true).unwrap_err();
+            assert!(matches!(error, DoorError::Answer { .. }), "{error:?}");
+            assert!(error.to_string().contains("27510"), "{error}");
+            thread.join().unwrap();
+        }
+        // One that has closed before the question.
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        drop(theirs);
+        let error = ask(ours.as_fd(), 1, &token(), true).unwrap_err();
+        assert!(matches!(error, DoorError::Answer { .. }), "{error:?}");
+    }
+
+    #[test]
+    fn each_way_to_fail_has_its_remedy() {
+        for (errno, words) in [
+            (Errno::NODEV, "vhost-vsock-pci"),
+            (Errno::CONNRESET, "introspector add"),
+            (Errno::TIMEDOUT, "vhost_vsock"),
+        ] {
+            let error = DoorError::Connect { port: 5, source: errno.into() };
+            assert!(error.to_string().contains(words), "{error}");
+        }
+    }
+}
