@@ -126,6 +126,8 @@ enum Bench {
     V1,
     /// Views
     Views,
+    /// The broker with 1,000 targets and 10,000 grants; needs no VM
+    Broker,
 }
 
 fn main() -> ExitCode {
@@ -158,6 +160,10 @@ fn run(verb: Verb) -> Result<i32> {
         Verb::Bench { what: Bench::Views, json } => {
             print!("{}", verbs::bench_here("kvmmem", "host_scan", json)?);
             on_host(Wanted::All, &verbs::bench("views", json))
+        }
+        Verb::Bench { what: Bench::Broker, json } => {
+            print!("{}", verbs::bench_here("kvmmem-broker", "crowd", json)?);
+            Ok(0)
         }
         Verb::Plot { file } => plot::run(&file).map(|()| 0),
         Verb::Testbed => {

@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use crate::audit::Audit;
+use crate::buffers::Buffers;
 use crate::discover::watch::Watch;
 use crate::endpoint::Endpoint;
 use crate::grants::{Grants, View};
@@ -44,6 +45,7 @@ pub struct Broker {
     hooks: AtomicUsize,
     /// The VMMs of the VMs that the broker has attached by itself.
     adopted: Watch,
+    buffers: Buffers,
     audit: Audit,
 }
 
@@ -104,6 +106,10 @@ impl Broker {
 
     pub(crate) fn adopted(&self) -> &Watch {
         &self.adopted
+    }
+
+    pub(crate) fn buffers(&self) -> &Buffers {
+        &self.buffers
     }
 
     pub(crate) fn confirmations(&self) -> &Confirmations {

@@ -6,9 +6,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use kvmmem_kvmi::token::Token;
+use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::io::Errno;
 
 use crate::broker::{Broker, Refused};
-use crate::packet::{PacketBuffer, PacketError, Wait};
+use crate::packet::{PacketError, Wait};
 use crate::peer::Peer;
 use crate::registry::Vm;
 use crate::wire::{Answer, Call, Caller, FromBroker, Refusal, Registration, Request};
@@ -33,12 +35,14 @@ struct Connection<'a> {
     vm: Option<Arc<Vm>>,
     /// Whether it has opened a view as a process of the host.
     has_views: bool,
+    /// How long it may be silent; `None` for ever.
+    silence: Option<Duration>,
 }
 
 /// Serves a peer until it closes, is silent too long, does not read its answers or sends what is no request.
 pub(crate) fn serve(broker: &Arc<Broker>, peer: &Arc<Peer>) {
     broker.join(peer);
-    let mut connection = Connection { broker, peer, vm: None, has_views: false };
+    let mut connection = Connection { broker, peer, vm: None, has_views: false, silence: Some(IDLE_LIMIT) };
     if let Err(error) = connection.run() {
         if matches!(error, PacketError::TooLong | PacketError::TooManyFds | PacketError::Malformed(_)) {
             refuse(peer, 0, &Refused::from_error(Refusal::Malformed, &error));
@@ -53,11 +57,9 @@ pub(crate) fn serve(broker: &Arc<Broker>, peer: &Arc<Peer>) {
 
 impl Connection<'_> {
     fn run(&mut self) -> Result<(), PacketError> {
-        let mut buffer = PacketBuffer::default();
         let socket = self.peer.socket();
-        socket.limit_receive(Some(IDLE_LIMIT))?;
         // A descriptor that comes with anything else than a registration is closed by going out of scope.
-        while let Some((request, fd)) = socket.receive::<Request>(&mut buffer)? {
+        while let Some((request, fd)) = self.receive()? {
             let Request { id, call } = request;
             let is_answered = !call.is_one_way();
             match self.carry_out(call, fd) {
@@ -78,6 +80,21 @@ impl Connection<'_> {
             }
         }
         Ok(())
+    }
+
+    /// Waits for the next request; `None` when the peer has closed.
+    fn receive(&self) -> Result<Option<(Request, Option<OwnedFd>)>, PacketError> {
+        let socket = self.peer.socket();
+        let limit = self.silence.and_then(|limit| Timespec::try_from(limit).ok());
+        loop {
+            match rustix::event::poll(&mut [PollFd::new(socket, PollFlags::IN)], limit.as_ref()) {
+                Ok(0) => return Err(PacketError::Receive(Errno::AGAIN)),
+                Ok(_) => break,
+                Err(Errno::INTR) => {}
+                Err(error) => return Err(PacketError::Receive(error)),
+            }
+        }
+        self.broker.buffers().lend(|buffer| socket.receive(buffer))
     }
 
     /// Carries out a call; `None` where it is not answered.
@@ -134,15 +151,10 @@ impl Connection<'_> {
         let outcome = self.broker.attach(Instant::now(), self.peer, vm, token, (caller, read_only))?;
         if vm.is_none() {
             self.has_views = true;
-            self.may_be_silent()?;
+            // For months, like a VM.
+            self.silence = None;
         }
         Ok(outcome)
-    }
-
-    /// A VM, or a process with a view, may go on for months without a word.
-    fn may_be_silent(&self) -> Result<(), Refused> {
-        let limited = self.peer.socket().limit_receive(None);
-        limited.map_err(|error| Refused::from_error(Refusal::Limit, &error))
     }
 
     fn register(&mut self, registration: Registration, ram: Option<OwnedFd>) -> Result<Answer, Refused> {
@@ -161,7 +173,7 @@ impl Connection<'_> {
         self.broker.audit().registered(&vm);
         let number = vm.id();
         self.vm = Some(vm);
-        self.may_be_silent()?;
+        self.silence = None;
         Ok(Answer::Registered { vm: number })
     }
 }

@@ -10,6 +10,7 @@
 pub mod admin;
 pub mod audit;
 pub mod broker;
+mod buffers;
 mod connect;
 mod connection;
 pub mod discover;

@@ -14,7 +14,7 @@ use crate::ram::{Ram, RamError};
 use crate::wire::{Registration, TargetInfo};
 
 /// The most VMs that are registered at a time.
-pub const MAX_VMS: usize = 256;
+pub const MAX_VMS: usize = 2048;
 
 /// The longest name, bytes: what KVMI's handshake carries.
 const MAX_NAME: usize = 63;

@@ -24,7 +24,11 @@ use crate::peer::{Credentials, Peer};
 use crate::wire::Refusal;
 
 /// The most connections at a time: each has a thread.
-pub const MAX_CONNECTIONS: usize = 384;
+pub const MAX_CONNECTIONS: usize = 2560;
+
+/// A connection's stack: enough for the deepest packet that the parser takes, and so small that the kernel backs none by
+/// a huge page.
+const STACK: usize = 512 << 10;
 
 /// How long a packet to a peer that does not read is waited for.
 const SEND_LIMIT: Duration = Duration::from_secs(5);
@@ -203,7 +207,7 @@ impl Server {
             self.shared.broker.audit().refused(&peer, None, &message);
             return Ok(());
         };
-        std::thread::Builder::new().name("peer".into()).spawn(move || {
+        std::thread::Builder::new().name("peer".into()).stack_size(STACK).spawn(move || {
             connection::serve(&place.shared.broker, &place.peer);
         })?;
         Ok(())

@@ -26,6 +26,7 @@ use kvmmem_kvmi::reply::{self, Fixed, MapToken, Outcome};
 use kvmmem_kvmi::request::Request;
 use kvmmem_kvmi::token::Token;
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use uuid::Uuid;
 
 /// A broker, stopped on drop.
@@ -228,6 +229,17 @@ pub(crate) fn request(rights: Rights) -> GrantRequest {
         holder: None,
         label: None,
     }
+}
+
+/// Whether this process may open so many files; says so where the test has to be skipped.
+pub(crate) fn may_open(files: usize) -> bool {
+    let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
+    setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }).unwrap();
+    let is_enough = maximum.is_none_or(|most| most >= files as u64);
+    if !is_enough {
+        eprintln!("skipped: this process may open {maximum:?} files at most, not {files}");
+    }
+    is_enough
 }
 
 /// Waits until something holds, at most 5 s.

@@ -1,0 +1,146 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! A broker, the VMs that are registered with it, and their grants.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command};
+use std::time::{Duration, Instant};
+
+use kvmmem_broker::admin::{Admin, GrantRequest, Rights, Token};
+use kvmmem_broker::link::{Region, Registration, VmmLink};
+use kvmmem_broker::packet::{PacketBuffer, PacketSocket, Wait};
+use kvmmem_broker::wire::{Answer, Call, FromBroker, Request};
+use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
+use uuid::Uuid;
+
+use crate::Result;
+
+const RAM: u64 = 2 << 20;
+const LIMIT: Duration = Duration::from_secs(10);
+
+/// A `kvmmemd` of its own, ended on drop.
+pub(crate) struct House {
+    broker: Child,
+    socket: PathBuf,
+    /// The targets' connections, by number.
+    targets: Vec<PacketSocket>,
+    tokens: Vec<Token>,
+    _directory: tempfile::TempDir,
+}
+
+impl House {
+    /// Starts a broker that writes an audit log, as an installed one does.
+    pub(crate) fn open() -> Result<Self> {
+        let directory = tempfile::tempdir()?;
+        let socket = directory.path().join("broker.sock");
+        let broker = Command::new(env!("CARGO_BIN_EXE_kvmmemd"))
+            .args(["--log", "warn", "--socket"])
+            .arg(&socket)
+            .arg("--audit")
+            .arg(directory.path().join("audit.log"))
+            .spawn()?;
+        let house = Self { broker, socket, targets: Vec::new(), tokens: Vec::new(), _directory: directory };
+        let began = Instant::now();
+        while Admin::connect(&house.socket).is_err() {
+            if began.elapsed() > LIMIT {
+                return Err("the broker does not listen".into());
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        Ok(house)
+    }
+
+    pub(crate) fn pid(&self) -> u32 {
+        self.broker.id()
+    }
+
+    pub(crate) fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    /// Registers so many more targets.
+    pub(crate) fn fill(&mut self, count: usize) -> Result<()> {
+        let mut buffer = PacketBuffer::default();
+        for number in self.targets.len()..self.targets.len() + count {
+            let socket = PacketSocket::connect(&self.socket, LIMIT)?;
+            let call = Call::Register(registration(number, &name(number)));
+            // The broker alone keeps the memfd.
+            socket.send(&Request { id: 1, call }, Some(ram()?.as_fd()), Wait::Limited)?;
+            let answer = socket.receive(&mut buffer)?;
+            match answer {
+                Some((FromBroker::Answer { answer: Answer::Registered { .. }, .. }, _)) => {}
+                other => return Err(format!("target {number} is not registered: {other:?}").into()),
+            }
+            self.targets.push(socket);
+        }
+        Ok(())
+    }
+
+    /// Makes so many grants, for one target after the other.
+    pub(crate) fn grant(&mut self, count: usize) -> Result<()> {
+        let mut admin = Admin::connect(&self.socket)?;
+        for number in 0..count {
+            let request = GrantRequest {
+                target: name(number % self.targets.len()),
+                spans: None,
+                rights: Rights::ReadOnly,
+                ttl_ms: 3_600_000,
+                uses: u32::MAX,
+                holder: None,
+                label: Some(format!("grant {number}")),
+            };
+            self.tokens.push(admin.grant(&request)?.token);
+        }
+        Ok(())
+    }
+
+    /// The token of one grant or another: each in its turn, neighbours far from each other.
+    pub(crate) fn token(&self, n: usize) -> &Token {
+        const STRIDE: usize = 7_919;
+        &self.tokens[n * STRIDE % self.tokens.len()]
+    }
+
+    /// Registers a VM that may map the memory of the others.
+    pub(crate) fn introspector(&self, name: &str) -> Result<VmmLink> {
+        let registration = Registration {
+            cid: Some(3),
+            introspectable: false,
+            introspector: true,
+            regions: Vec::new(),
+            ..registration(usize::MAX, name)
+        };
+        Ok(VmmLink::connect(&self.socket, registration, None)?)
+    }
+}
+
+impl Drop for House {
+    fn drop(&mut self) {
+        // Nothing is left to do where it has ended by itself.
+        let _ = self.broker.kill();
+        let _ = self.broker.wait();
+    }
+}
+
+fn name(number: usize) -> String {
+    format!("target-{number}")
+}
+
+fn registration(number: usize, name: &str) -> Registration {
+    Registration {
+        name: name.to_owned(),
+        uuid: Uuid::from_u64_pair(1, number as u64),
+        vcpus: 1,
+        start_time_ms: 0,
+        cid: None,
+        introspectable: true,
+        introspector: false,
+        regions: vec![Region { gpa: 0, len: RAM, offset: 0 }],
+    }
+}
+
+fn ram() -> Result<OwnedFd> {
+    let fd = memfd_create("bench", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
+    ftruncate(&fd, RAM)?;
+    fcntl_add_seals(&fd, SealFlags::SHRINK)?;
+    Ok(fd)
+}
