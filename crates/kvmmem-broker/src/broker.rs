@@ -198,7 +198,7 @@ impl Broker {
         if let Some(vm) = vm {
             self.retire(vm);
         }
-        let ended = self.grants().forget_peer(Instant::now(), peer.number(), vm.is_some());
+        let ended = self.grants().forget_peer(Instant::now(), peer.number());
         self.tell_ended(&ended, "the connection ended");
         self.peers().remove(&peer.number());
         self.confirmations.forget_peer(peer.number());

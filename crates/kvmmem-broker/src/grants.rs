@@ -58,6 +58,10 @@ pub struct Grants {
     outstanding: HashMap<u64, usize>,
     /// Grants of operators that are not leaving.
     operator: usize,
+    /// Targets and their grants.
+    of_target: BTreeSet<(u64, u64)>,
+    /// Connections and the grants whose tokens they hold or have used for pages.
+    of_peer: BTreeSet<(u64, u64)>,
     views_of_peer: HashMap<u64, BTreeSet<u64>>,
     last_grant: u64,
     last_view: u64,
@@ -126,6 +130,10 @@ impl Grants {
         self.last_grant += 1;
         let id = self.last_grant;
         self.tokens.insert(&token, id);
+        self.of_target.insert((terms.target, id));
+        if let Holder::Pushed(peer) = terms.holder {
+            self.of_peer.insert((peer, id));
+        }
         let grant = Grant::new(now, token, terms);
         self.expiring.insert((grant.expires, id));
         self.grants.insert(id, grant);
@@ -143,6 +151,7 @@ impl Grants {
         }
         let opened = grant.take_use(id);
         grant.users.insert(by.peer);
+        self.of_peer.insert((by.peer, id));
         self.settle(now, id);
         Ok(Redeemed::Opened(opened))
     }
@@ -160,6 +169,7 @@ impl Grants {
         }
         let opened = grant.take_use(id);
         grant.users.insert(by);
+        self.of_peer.insert((by, id));
         self.settle(now, id);
         Some(opened)
     }
@@ -219,8 +229,11 @@ impl Grants {
 
     /// Lets anybody use a token that could not be pushed to its holder.
     pub fn release(&mut self, id: u64) {
-        if let Some(grant) = self.grants.get_mut(&id) {
-            grant.terms.holder = Holder::Anybody;
+        if let Some(grant) = self.grants.get_mut(&id)
+            && let Holder::Pushed(peer) = std::mem::replace(&mut grant.terms.holder, Holder::Anybody)
+            && !grant.users.contains(&peer)
+        {
+            self.of_peer.remove(&(peer, id));
         }
     }
 

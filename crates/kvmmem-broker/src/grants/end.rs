@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use std::time::Instant;
 
 use super::Grants;
-use super::grant::{Grant, Holder, View};
+use super::grant::{Holder, View};
 
 /// Who has to be told that a grant was taken back.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -34,11 +34,8 @@ impl Grants {
     /// The connections that have a view by a grant, have mapped a page by it, or hold its token.
     pub fn peers_of(&self, id: u64) -> BTreeSet<u64> {
         let Some(grant) = self.grants.get(&id) else { return BTreeSet::new() };
-        let mut peers = grant.users.clone();
+        let mut peers = grant.peers();
         peers.extend(grant.views.iter().filter_map(|view| self.views.get(view)).map(|view| view.peer));
-        if let Holder::Pushed(peer) = grant.terms.holder {
-            peers.insert(peer);
-        }
         peers
     }
 
@@ -50,6 +47,7 @@ impl Grants {
         if grant.terms.holder == Holder::Pushed(by) {
             grant.terms.holder = Holder::Anybody;
         }
+        self.of_peer.remove(&(by, id));
         let is_theirs = |view: &&u64| self.views.get(view).is_some_and(|view| view.peer == by);
         let views: Vec<u64> = grant.views.iter().filter(is_theirs).copied().collect();
         let ended = views.into_iter().filter_map(|view| self.close(now, view)).collect();
@@ -59,31 +57,29 @@ impl Grants {
 
     /// Takes out what there is for a target that is gone; returns the views that end by it.
     pub fn forget_target(&mut self, target: u64) -> Vec<View> {
-        let is_its = |(_, grant): &(&u64, &Grant)| grant.terms.target == target;
-        let ids: Vec<u64> = self.grants.iter().filter(is_its).map(|(id, _)| *id).collect();
+        let ids: Vec<u64> = of(&self.of_target, target).collect();
         ids.into_iter().flat_map(|id| self.remove(id)).collect()
     }
 
-    /// Takes out what a connection has that has ended; returns the views that end by it. `has_used_pages` where it may
-    /// have been given tokens or mapped pages.
-    pub fn forget_peer(&mut self, now: Instant, peer: u64, has_used_pages: bool) -> Vec<View> {
+    /// Takes out what a connection has that has ended; returns the views that end by it.
+    pub fn forget_peer(&mut self, now: Instant, peer: u64) -> Vec<View> {
         let views = self.views_of_peer.remove(&peer).unwrap_or_default();
         let mut ended: Vec<View> = views.into_iter().filter_map(|view| self.close(now, view)).collect();
-        if !has_used_pages {
-            return ended;
-        }
-        let (mut settled, mut void) = (Vec::new(), Vec::new());
-        for (id, grant) in &mut self.grants {
+        let ids: Vec<u64> = of(&self.of_peer, peer).collect();
+        for id in ids {
+            let Some(grant) = self.grants.get_mut(&id) else { continue };
             if grant.terms.holder == Holder::Pushed(peer) && grant.views.is_empty() {
-                void.push(*id);
+                ended.extend(self.remove(id));
             } else if grant.users.remove(&peer) {
-                settled.push(*id);
+                self.of_peer.remove(&(peer, id));
+                self.settle(now, id);
             }
         }
-        for id in settled {
-            self.settle(now, id);
-        }
-        ended.extend(void.into_iter().flat_map(|id| self.remove(id)));
         ended
     }
+}
+
+/// The grants of a target or of a connection.
+fn of(index: &BTreeSet<(u64, u64)>, number: u64) -> impl Iterator<Item = u64> {
+    index.range((number, 0)..=(number, u64::MAX)).map(|(_, id)| *id)
 }

@@ -114,6 +114,15 @@ impl Grant {
         !self.views.is_empty() || (self.terms.origin == Origin::Operator && !self.users.is_empty())
     }
 
+    /// Connections that hold its token, or have used it for pages.
+    pub(super) fn peers(&self) -> BTreeSet<u64> {
+        let mut peers = self.users.clone();
+        if let Holder::Pushed(peer) = self.terms.holder {
+            peers.insert(peer);
+        }
+        peers
+    }
+
     pub(super) fn take_use(&mut self, id: u64) -> Opened {
         self.uses_left = self.uses_left.saturating_sub(1);
         Opened { grant: id, target: self.terms.target, scope: self.terms.scope.clone() }

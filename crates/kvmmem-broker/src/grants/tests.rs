@@ -279,7 +279,7 @@ proptest! {
                     prop_assert_eq!(ids(&ended), expected);
                 }
                 Step::ForgetPeer { peer } => {
-                    let ended = grants.forget_peer(now, peer, true);
+                    let ended = grants.forget_peer(now, peer);
                     let mut expected = BTreeSet::new();
                     for grant in &mut model.grants {
                         expected.extend(grant.views.iter().filter(|(_, by)| **by == peer).map(|(view, _)| *view));
@@ -328,6 +328,11 @@ fn check(grants: &Grants, now: Instant) -> Result<(), TestCaseError> {
         prop_assert!(found.is_none_or(|found| found == Some(*id)));
         prop_assert_eq!(grant.token.is_some(), grant.uses_left > 0 && !grant.revoked);
     }
+    let of_target = grants.grants.iter().map(|(id, grant)| (grant.terms.target, *id));
+    prop_assert_eq!(&grants.of_target, &of_target.collect());
+    let of_peer =
+        grants.grants.iter().flat_map(|(id, grant)| grant.peers().into_iter().map(|peer| (peer, *id)));
+    prop_assert_eq!(&grants.of_peer, &of_peer.collect());
     let views: usize = grants.views_of_peer.values().map(BTreeSet::len).sum();
     prop_assert_eq!(views, grants.views.len());
     prop_assert!(grants.views_of_peer.values().all(|views| !views.is_empty()));

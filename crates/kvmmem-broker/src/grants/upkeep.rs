@@ -35,6 +35,10 @@ impl Grants {
             self.tokens.remove(&token, id);
         }
         self.uncount(&mut grant);
+        self.of_target.remove(&(grant.terms.target, id));
+        for peer in grant.peers() {
+            self.of_peer.remove(&(peer, id));
+        }
         let ended = grant.views.iter().filter_map(|view| self.views.remove(view)).collect::<Vec<_>>();
         for view in &ended {
             if let Some(views) = self.views_of_peer.get_mut(&view.peer) {
