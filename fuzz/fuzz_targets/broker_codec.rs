@@ -42,15 +42,18 @@ fuzz_target!(|bytes: &[u8]| {
 fn check_map(regions: Vec<Region>) {
     let Ok(map) = MemoryMap::new(regions) else { return };
     for region in map.regions() {
-        assert_eq!(map.resolve(region.gpa), Some(region.offset));
-        assert_eq!(map.resolve(region.gpa + region.len - 1), Some(region.offset + region.len - 1));
+        assert_eq!(map.resolve(region.gpa), Some((region.file, region.offset)));
+        assert_eq!(
+            map.resolve(region.gpa + region.len - 1),
+            Some((region.file, region.offset + region.len - 1))
+        );
         assert_eq!(map.region_of(region.gpa + region.len - 1), Some(region));
     }
     assert_eq!(map.resolve(map.end_gfn() * 4096), None);
 }
 
 fn check_scope(scope: &Scope) {
-    let region = |gpa: u64, len: u64| Region { gpa, len, offset: gpa + 0x1000 };
+    let region = |gpa: u64, len: u64| Region { gpa, len, offset: gpa + 0x1000, file: 0 };
     let map = MemoryMap::new(vec![region(0, 0x8000), region(0x10_0000, 1 << 32)]).expect("our own map");
     let is_taken = scope.check(&map).is_ok();
     let pieces = scope.regions(&map);
@@ -63,7 +66,7 @@ fn check_scope(scope: &Scope) {
         assert!(piece.gpa >= end && piece.len > 0 && piece.gpa % 4096 == 0 && piece.len % 4096 == 0);
         end = piece.gpa + piece.len;
         assert!(scope.contains(piece.gpa) && scope.contains(end - 1));
-        assert_eq!(map.resolve(piece.gpa), Some(piece.offset));
-        assert_eq!(map.resolve(end - 1), Some(piece.offset + piece.len - 1));
+        assert_eq!(map.resolve(piece.gpa), Some((piece.file, piece.offset)));
+        assert_eq!(map.resolve(end - 1), Some((piece.file, piece.offset + piece.len - 1)));
     }
 }

@@ -213,7 +213,7 @@ impl Admin {
         self.last_request += 1;
         let asked = self.last_request;
         // A broker that is full says so and closes, perhaps before this is sent.
-        let sent = self.socket.send(&Request { id: asked, call }, None, Wait::Limited);
+        let sent = self.socket.send(&Request { id: asked, call }, &[], Wait::Limited);
         loop {
             match self.socket.receive(&mut self.buffer)? {
                 Some((FromBroker::Answer { id, answer }, _)) if id == asked => return Ok(answer),

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! One peer's requests, in order.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -12,6 +12,7 @@ use rustix::io::Errno;
 use crate::broker::{Broker, Refused};
 use crate::packet::{PacketError, Wait};
 use crate::peer::Peer;
+use crate::ram::Ram;
 use crate::registry::Vm;
 use crate::wire::{Answer, Call, Caller, FromBroker, Refusal, Registration, Request};
 
@@ -25,8 +26,8 @@ const PAUSE: Duration = Duration::from_millis(1);
 /// How long a change of RAM delays the next request of that connection: each is pushed to all who know the VM.
 const CHANGE_PAUSE: Duration = Duration::from_millis(10);
 
-/// An answer, and the descriptor that goes with it.
-type Outcome = (Answer, Option<OwnedFd>);
+/// An answer, and the files that go with it.
+type Outcome = (Answer, Vec<OwnedFd>);
 
 /// A connection and the VM that it has registered.
 struct Connection<'a> {
@@ -58,15 +59,15 @@ pub(crate) fn serve(broker: &Arc<Broker>, peer: &Arc<Peer>) {
 impl Connection<'_> {
     fn run(&mut self) -> Result<(), PacketError> {
         let socket = self.peer.socket();
-        // A descriptor that comes with anything else than a registration is closed by going out of scope.
-        while let Some((request, fd)) = self.receive()? {
+        // Descriptors that come with anything else than a registration are closed by going out of scope.
+        while let Some((request, files)) = self.receive()? {
             let Request { id, call } = request;
             let is_answered = !call.is_one_way();
-            match self.carry_out(call, fd) {
+            match self.carry_out(call, files) {
                 Ok(None) => {}
-                Ok(Some((answer, fd))) => {
-                    let fd = fd.as_ref().map(AsFd::as_fd);
-                    socket.send(&FromBroker::Answer { id, answer }, fd, Wait::Limited)?;
+                Ok(Some((answer, files))) => {
+                    let files: Vec<BorrowedFd<'_>> = files.iter().map(AsFd::as_fd).collect();
+                    socket.send(&FromBroker::Answer { id, answer }, &files, Wait::Limited)?;
                 }
                 Err(refused) => {
                     if is_answered {
@@ -83,7 +84,7 @@ impl Connection<'_> {
     }
 
     /// Waits for the next request; `None` when the peer has closed.
-    fn receive(&self) -> Result<Option<(Request, Option<OwnedFd>)>, PacketError> {
+    fn receive(&self) -> Result<Option<(Request, Vec<OwnedFd>)>, PacketError> {
         let socket = self.peer.socket();
         let limit = self.silence.and_then(|limit| Timespec::try_from(limit).ok());
         loop {
@@ -98,12 +99,12 @@ impl Connection<'_> {
     }
 
     /// Carries out a call; `None` where it is not answered.
-    fn carry_out(&mut self, call: Call, fd: Option<OwnedFd>) -> Result<Option<Outcome>, Refused> {
+    fn carry_out(&mut self, call: Call, files: Vec<OwnedFd>) -> Result<Option<Outcome>, Refused> {
         let now = Instant::now();
         let (broker, peer, vm) = (self.broker, self.peer, self.vm.as_deref());
         let credentials = peer.credentials();
         let answer = match call {
-            Call::Register(registration) => self.register(registration, fd)?,
+            Call::Register(registration) => self.register(registration, files)?,
             Call::Redeem { token } => broker.redeem(now, vm, &token)?,
             Call::Attach { token, caller, read_only } => {
                 return self.attach(&token, caller, read_only).map(Some);
@@ -133,7 +134,7 @@ impl Connection<'_> {
             Call::Hook { target, endpoint } => broker.hook(credentials, &target, endpoint)?,
             Call::Unhook { target, endpoint } => broker.unhook(credentials, &target, &endpoint)?,
         };
-        Ok(Some((answer, None)))
+        Ok(Some((answer, Vec::new())))
     }
 
     /// The broker, for calls that are not a VMM's: whoever breaks out into one must not make tokens by its connection.
@@ -157,7 +158,7 @@ impl Connection<'_> {
         Ok(outcome)
     }
 
-    fn register(&mut self, registration: Registration, ram: Option<OwnedFd>) -> Result<Answer, Refused> {
+    fn register(&mut self, mut registration: Registration, files: Vec<OwnedFd>) -> Result<Answer, Refused> {
         if self.vm.is_some() {
             return Err(Refused::new(Refusal::Denied, "this connection has registered a VM already"));
         }
@@ -165,11 +166,9 @@ impl Connection<'_> {
         if self.has_views {
             return Err(Refused::new(Refusal::Denied, "this connection has views as a process of the host"));
         }
-        let vm = self
-            .broker
-            .registry()
-            .insert(registration, ram, Arc::clone(self.peer))
-            .map_err(|error| Refused::from_registering(&error))?;
+        let ram = Ram::registered(&mut registration, files);
+        let vm = ram.and_then(|ram| self.broker.registry().insert(registration, ram, Arc::clone(self.peer)));
+        let vm = vm.map_err(|error| Refused::from_registering(&error))?;
         self.broker.audit().registered(&vm);
         let number = vm.id();
         self.vm = Some(vm);
@@ -181,5 +180,5 @@ impl Connection<'_> {
 /// Tells a peer that a request is refused. One that does not read it is not worth waiting for.
 pub(crate) fn refuse(peer: &Peer, id: u64, refused: &Refused) {
     let message = FromBroker::Refused { id, refusal: refused.refusal, message: refused.message.clone() };
-    let _ = peer.socket().send(&message, None, Wait::No);
+    let _ = peer.socket().send(&message, &[], Wait::No);
 }

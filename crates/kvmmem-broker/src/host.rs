@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! A view for a process of the host itself: the broker hands it the memfd of the target's RAM.
+//! A view for a process of the host itself: the broker hands it the memfds of the target's RAM.
 //!
-//! The process is trusted. It gets the whole memfd, of which the scope names a part, and nobody can take a mapping from
+//! The process is trusted. It gets the whole memfds, of which the scope names a part, and nobody can take a mapping from
 //! it: where the grant is taken back, the process is told, drops what it has mapped, and confirms
 //! ([`HostLink::confirm`]). To enforce it, end the process.
 
@@ -56,8 +56,8 @@ pub struct HostView {
     pub rights: Rights,
     /// The RAM that the grant reaches, by ascending address.
     pub regions: Vec<Region>,
-    /// The target's memfd, opened read-only where the view is; sealed against shrinking.
-    pub ram: OwnedFd,
+    /// The target's memfds, by [`Region::file`]; opened read-only where the view is, sealed against shrinking.
+    pub files: Vec<OwnedFd>,
 }
 
 /// What has happened to a view.
@@ -105,6 +105,14 @@ pub enum HostError {
     /// The broker told an impossible memory map.
     #[error("the broker told a bad memory map")]
     Map(#[source] MapError),
+    /// The broker sent fewer files than the memory map names.
+    #[error("the broker told of RAM in {needed} files and sent {found}")]
+    Files {
+        /// How many came.
+        found: usize,
+        /// How many there must be.
+        needed: usize,
+    },
     /// Waiting for the broker failed.
     #[error("cannot wait for the broker")]
     Wait(#[source] Errno),
@@ -126,13 +134,13 @@ impl HostLink {
         };
         let socket = connect().map_err(|source| HostError::Connect { path: socket.to_owned(), source })?;
         let call = Call::Attach { token: token.clone(), caller: this_process(), read_only };
-        let sent = socket.send(&Request { id: 1, call }, None, Wait::Limited);
+        let sent = socket.send(&Request { id: 1, call }, &[], Wait::Limited);
         let mut buffer = PacketBuffer::default();
         // What happens to the target and the grant while the answer is on its way.
         let mut early = Vec::new();
-        let (answer, ram) = loop {
+        let (answer, files) = loop {
             match socket.receive(&mut buffer).map_err(HostError::Packet)? {
-                Some((FromBroker::Answer { id: 1, answer }, fd)) => break (answer, fd),
+                Some((FromBroker::Answer { id: 1, answer }, files)) => break (answer, files),
                 Some((FromBroker::Refused { refusal, message, .. }, _)) => {
                     return Err(HostError::Refused { refusal, message });
                 }
@@ -140,15 +148,17 @@ impl HostLink {
                 None => return Err(sent.err().map_or(HostError::NoAnswer, HostError::Packet)),
             }
         };
-        let (Answer::HostAttached { view, grant, target, scope, uuid, generation, regions }, Some(ram)) =
-            (answer, ram)
-        else {
+        let Answer::HostAttached { view, grant, target, scope, uuid, generation, regions } = answer else {
             return Err(HostError::NoAnswer);
         };
         let map = MemoryMap::new(regions).map_err(HostError::Map)?;
+        let (found, needed) = (files.len(), map.file_count());
+        if found < needed {
+            return Err(HostError::Files { found, needed });
+        }
         let (rights, regions) = (scope.rights, scope.regions(&map));
         let mut link = Self { socket, buffer, view, grant, target, scope, end: End::No };
-        let mut host_view = HostView { view, uuid, generation, rights, regions, ram };
+        let mut host_view = HostView { view, uuid, generation, rights, regions, files };
         for push in early {
             match link.event(push)? {
                 Some(HostEvent::Changed { generation, regions }) if generation > host_view.generation => {
@@ -218,7 +228,7 @@ impl HostLink {
 
     fn tell(&self, call: Call) {
         // A broker that cannot be told sees the end of the connection.
-        let _ = self.socket.send(&Request { id: 0, call }, None, Wait::No);
+        let _ = self.socket.send(&Request { id: 0, call }, &[], Wait::No);
     }
 
     fn is_readable(&self, deadline: Option<Instant>) -> Result<bool, HostError> {

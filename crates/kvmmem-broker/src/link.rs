@@ -72,8 +72,8 @@ pub struct Target {
     uuid: Uuid,
     generation: u64,
     map: MemoryMap,
-    /// Shared by all generations.
-    ram: Arc<OwnedFd>,
+    /// Shared by all generations; as many as the memory map names, or more.
+    files: Arc<[OwnedFd]>,
 }
 
 impl Target {
@@ -92,10 +92,10 @@ impl Target {
         self.uuid
     }
 
-    /// The memfd of its RAM. It is sealed against shrinking and covers every region, so an access through a mapping
-    /// of it never meets the file's end.
-    pub fn ram(&self) -> BorrowedFd<'_> {
-        self.ram.as_fd()
+    /// A memfd of its RAM, by the number that [`Region::file`] has for it. It is sealed against shrinking and covers
+    /// every region that lies in it, so an access through a mapping of one never meets the file's end.
+    pub fn file(&self, index: u32) -> Option<BorrowedFd<'_>> {
+        self.files.get(usize::try_from(index).ok()?).map(AsFd::as_fd)
     }
 
     /// Grows with each change of its RAM, as [`ViewEvents::changed`] tells. This object stays as it was.
@@ -108,8 +108,9 @@ impl Target {
         &self.map
     }
 
-    /// The offset in [`Self::ram`] of guest-physical address `gpa`, `None` in a hole of the memory map.
-    pub fn resolve(&self, gpa: u64) -> Option<u64> {
+    /// The number of the file that holds guest-physical address `gpa`, and the offset in it; `None` in a hole of the
+    /// memory map.
+    pub fn resolve(&self, gpa: u64) -> Option<(u32, u64)> {
         self.map.resolve(gpa)
     }
 }
@@ -139,6 +140,14 @@ pub enum LinkError {
         refusal: Refusal,
         /// The broker's words.
         message: String,
+    },
+    /// The broker announced a target with fewer files than its memory map names.
+    #[error("the broker announced a target in {needed} files with {found} of them")]
+    Files {
+        /// How many came.
+        found: usize,
+        /// How many there must be.
+        needed: usize,
     },
     /// The broker announced a target with an impossible memory map.
     #[error("the broker announced a target with a bad memory map")]
@@ -173,7 +182,7 @@ pub struct VmmLink {
 #[derive(Debug)]
 struct Shared {
     path: PathBuf,
-    ram: Option<OwnedFd>,
+    files: Vec<OwnedFd>,
     state: Mutex<State>,
     /// Signalled when an answer has come, the connection has ended, something waits in [`State::events`], or the link
     /// is dropped.
@@ -213,15 +222,15 @@ impl State {
 }
 
 impl VmmLink {
-    /// Registers a VM with the broker that listens at `socket`; `ram` is the memfd of its RAM, needed where the VM is
-    /// introspectable and sealed with `F_SEAL_SHRINK`.
+    /// Registers a VM with the broker that listens at `socket`; `files` are the memfds of its RAM, needed where the VM
+    /// is introspectable and sealed with `F_SEAL_SHRINK`.
     ///
     /// # Errors
     /// Where the broker cannot be reached or refuses.
     pub fn connect(
         socket: &Path,
         registration: Registration,
-        ram: Option<OwnedFd>,
+        files: impl IntoIterator<Item = OwnedFd>,
     ) -> Result<Self, LinkError> {
         let state = State {
             registration,
@@ -235,7 +244,7 @@ impl VmmLink {
         };
         let shared = Arc::new(Shared {
             path: socket.to_owned(),
-            ram,
+            files: files.into_iter().collect(),
             state: Mutex::new(state),
             changed: Condvar::new(),
             outbox: Outbox::default(),
@@ -284,7 +293,7 @@ impl VmmLink {
         let id = state.begin_request();
         drop(state);
 
-        let sent = socket.send(&Request { id, call: Call::Redeem { token: token.clone() } }, None, Wait::No);
+        let sent = socket.send(&Request { id, call: Call::Redeem { token: token.clone() } }, &[], Wait::No);
         let (mut state, answer) = self.answer(id, sent.is_ok());
         match answer? {
             Answer::Redeemed { grant, target, scope } => {
@@ -300,7 +309,7 @@ impl VmmLink {
         }
     }
 
-    /// Tells that this VM's RAM was reset, or that it is elsewhere in its memfd now. Whoever has a view of it is told.
+    /// Tells that this VM's RAM was reset, or that it is elsewhere in its files now. Whoever has a view of it is told.
     pub fn ram_changed(&self, regions: Vec<Region>, change: Change) {
         self.shared.lock().registration.regions.clone_from(&regions);
         self.shared.outbox.push(Call::RamChanged { regions, change });

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Packets over a unix SOCK_SEQPACKET socket: one JSON object each, with at most one file descriptor.
+//! Packets over a unix SOCK_SEQPACKET socket: one JSON object each, with at most [`MAX_FILES`] file descriptors.
 
 use std::fmt;
 use std::io::{IoSlice, IoSliceMut};
@@ -18,6 +18,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use zeroize::{Zeroize, Zeroizing};
 
+use crate::map::MAX_FILES;
 use crate::wire::MAX_PACKET;
 
 /// Why a packet did not get through.
@@ -35,8 +36,8 @@ pub enum PacketError {
     /// The packet is larger than [`MAX_PACKET`].
     #[error("packet is larger than {MAX_PACKET:#x} bytes")]
     TooLong,
-    /// The packet brought more than one file descriptor.
-    #[error("packet brought more than one file descriptor")]
+    /// The packet brings more than [`MAX_FILES`] file descriptors.
+    #[error("packet brings more than {MAX_FILES} file descriptors")]
     TooManyFds,
     /// The packet is not the JSON object that was expected.
     #[error("packet is malformed")]
@@ -114,14 +115,14 @@ impl PacketSocket {
         set_socket_timeout(&self.fd, Timeout::Recv, limit).map_err(PacketError::Receive)
     }
 
-    /// Sends one message, with `fd` beside it.
+    /// Sends one message, with `fds` beside it.
     ///
     /// # Errors
-    /// [`PacketError::Send`], [`PacketError::TooLong`], [`PacketError::Encode`].
+    /// [`PacketError::Send`], [`PacketError::TooLong`], [`PacketError::TooManyFds`], [`PacketError::Encode`].
     pub fn send(
         &self,
         message: &impl Serialize,
-        fd: Option<BorrowedFd<'_>>,
+        fds: &[BorrowedFd<'_>],
         wait: Wait,
     ) -> Result<(), PacketError> {
         // A message with a token fits in at once, so that no copy of it stays behind in a smaller buffer.
@@ -134,12 +135,14 @@ impl PacketSocket {
         if wait == Wait::No {
             flags |= SendFlags::DONTWAIT;
         }
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        if fds.len() > MAX_FILES {
+            return Err(PacketError::TooManyFds);
+        }
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FILES))];
         let mut control = SendAncillaryBuffer::new(&mut space);
-        let fds: Vec<BorrowedFd<'_>> = fd.into_iter().collect();
         if !fds.is_empty() {
-            // There is room: the space is made for one.
-            let _ = control.push(SendAncillaryMessage::ScmRights(&fds));
+            // There is room for that many.
+            let _ = control.push(SendAncillaryMessage::ScmRights(fds));
         }
         loop {
             match rustix::net::sendmsg(&self.fd, &[IoSlice::new(&bytes)], &mut control, flags) {
@@ -150,15 +153,15 @@ impl PacketSocket {
         }
     }
 
-    /// Receives one message and the file descriptor beside it; `None` when the peer has closed.
+    /// Receives one message and the file descriptors beside it; `None` when the peer has closed.
     ///
     /// # Errors
     /// [`PacketError::Receive`], [`PacketError::TooLong`], [`PacketError::TooManyFds`], [`PacketError::Malformed`].
     pub fn receive<T: DeserializeOwned>(
         &self,
         buffer: &mut PacketBuffer,
-    ) -> Result<Option<(T, Option<OwnedFd>)>, PacketError> {
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    ) -> Result<Option<(T, Vec<OwnedFd>)>, PacketError> {
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FILES))];
         let mut control = RecvAncillaryBuffer::new(&mut space);
         let received = loop {
             let mut slices = [IoSliceMut::new(&mut buffer.0)];
@@ -170,7 +173,7 @@ impl PacketSocket {
                 Err(error) => return Err(PacketError::Receive(error)),
             }
         };
-        // Alignment leaves room for two descriptors; the kernel drops those that do not fit and says so.
+        // Alignment leaves room for a few more; the kernel drops those that do not fit and says so.
         let mut fds: Vec<OwnedFd> = Vec::new();
         for message in control.drain() {
             if let RecvAncillaryMessage::ScmRights(rights) = message {
@@ -186,10 +189,10 @@ impl PacketSocket {
         if received.flags.contains(ReturnFlags::TRUNC) {
             return Err(PacketError::TooLong);
         }
-        if fds.len() > 1 || received.flags.contains(ReturnFlags::CTRUNC) {
+        if fds.len() > MAX_FILES || received.flags.contains(ReturnFlags::CTRUNC) {
             return Err(PacketError::TooManyFds);
         }
-        Ok(Some((parsed.map_err(PacketError::Malformed)?, fds.pop())))
+        Ok(Some((parsed.map_err(PacketError::Malformed)?, fds)))
     }
 
     /// Ends the connection: wakes whoever receives on it, here and at the peer.

@@ -103,7 +103,7 @@ impl Peer {
             scope: opens.scope,
             expires_in_ms: u64::try_from(KVMI_LIFETIME.as_millis()).unwrap_or(0),
         };
-        self.socket.send(&granted, None, Wait::No)
+        self.socket.send(&granted, &[], Wait::No)
     }
 
     /// Tells the peer that a grant was taken back. One that does not read loses its connection, for it would keep what
@@ -130,7 +130,7 @@ impl Peer {
     }
 
     fn push(&self, message: &FromBroker) {
-        if self.socket.send(message, None, Wait::No).is_err() {
+        if self.socket.send(message, &[], Wait::No).is_err() {
             self.socket.shut_down();
         }
     }
@@ -148,7 +148,7 @@ impl Peer {
             generation: layout.generation,
             regions: layout.map.regions().to_vec(),
         };
-        self.socket.send(&introduction, Some(ram.fd()), Wait::No)?;
+        self.socket.send(&introduction, &ram.files(), Wait::No)?;
         known.insert(target.id());
         Ok(())
     }

@@ -51,8 +51,8 @@ pub enum RegisterError {
     /// The context id is none that a VM may have.
     #[error("vsock context id {0} is not a VM's")]
     Cid(u32),
-    /// An introspectable VM came without its RAM, or another with regions or a file descriptor.
-    #[error("an introspectable VM comes with the memfd of its RAM and its regions, no other does")]
+    /// An introspectable VM came without its RAM, or another with regions or file descriptors.
+    #[error("an introspectable VM comes with the memfds of its RAM and its regions, no other does")]
     NoRam,
     /// The RAM is not acceptable.
     #[error("RAM is not acceptable")]
@@ -126,6 +126,24 @@ impl Vm {
     }
 }
 
+impl Ram {
+    /// The RAM that comes with a registration, whose regions it takes.
+    ///
+    /// # Errors
+    /// [`RegisterError::NoRam`], [`RegisterError::Ram`]; the files are then closed.
+    pub fn registered(
+        registration: &mut Registration,
+        files: Vec<OwnedFd>,
+    ) -> Result<Option<Self>, RegisterError> {
+        let regions = std::mem::take(&mut registration.regions);
+        match (registration.introspectable, files.is_empty()) {
+            (true, false) => Self::new(files, regions).map(Some).map_err(RegisterError::Ram),
+            (false, true) if regions.is_empty() => Ok(None),
+            _ => Err(RegisterError::NoRam),
+        }
+    }
+}
+
 /// The registered VMs, by number. Numbers are never used again.
 #[derive(Debug, Default)]
 pub struct Registry {
@@ -140,8 +158,8 @@ impl Registry {
     /// [`RegisterError`]; `ram` is then closed.
     pub fn insert(
         &mut self,
-        mut registration: Registration,
-        ram: Option<OwnedFd>,
+        registration: Registration,
+        ram: Option<Ram>,
         peer: Arc<Peer>,
     ) -> Result<Arc<Vm>, RegisterError> {
         check(&registration)?;
@@ -159,12 +177,9 @@ impl Registry {
                 return Err(RegisterError::CidTaken(cid));
             }
         }
-        let regions = std::mem::take(&mut registration.regions);
-        let ram = match (registration.introspectable, ram) {
-            (true, Some(fd)) => Some(Ram::new(fd, regions).map_err(RegisterError::Ram)?),
-            (false, None) if regions.is_empty() => None,
-            _ => return Err(RegisterError::NoRam),
-        };
+        if registration.introspectable != ram.is_some() {
+            return Err(RegisterError::NoRam);
+        }
         self.last_id += 1;
         let vm = Arc::new(Vm {
             id: self.last_id,

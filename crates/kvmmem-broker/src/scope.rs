@@ -166,7 +166,7 @@ fn common(span: Span, region: &Region) -> Option<Region> {
     let start = span.gpa.max(region.gpa);
     let end = span.end()?.min(region.gpa.checked_add(region.len)?);
     let len = end.checked_sub(start).filter(|len| *len > 0)?;
-    Some(Region { gpa: start, len, offset: region.offset + (start - region.gpa) })
+    Some(Region { gpa: start, len, offset: region.offset + (start - region.gpa), ..*region })
 }
 
 /// Where a target's RAM is, in words.
@@ -189,7 +189,7 @@ mod tests {
     use proptest::prelude::*;
 
     fn map() -> MemoryMap {
-        let region = |gpa, len| Region { gpa, len, offset: gpa };
+        let region = |gpa, len| Region { gpa, len, offset: gpa, file: 0 };
         MemoryMap::new(vec![region(0, 0x4000), region(0x10_0000, 0x10_0000)]).unwrap()
     }
 
@@ -202,7 +202,7 @@ mod tests {
     fn a_scope_cuts_the_memory_map() {
         let scope = scope(&[(0x1000, 0x1000), (0x3000, 0x10_0000), (0x18_0000, 0x100_0000)]);
         scope.check(&map()).unwrap();
-        let region = |gpa, len| Region { gpa, len, offset: gpa };
+        let region = |gpa, len| Region { gpa, len, offset: gpa, file: 0 };
         let expected = [
             region(0x1000, 0x1000),
             region(0x3000, 0x1000),
@@ -246,11 +246,12 @@ mod tests {
             let error = scope.check(&map()).unwrap_err().to_string();
             assert!(error.contains(words), "{error}");
         }
-        let regions = (0..64).map(|n| Region { gpa: n << 13, len: 0x1000, offset: n << 13 }).collect();
+        let regions =
+            (0..64).map(|n| Region { gpa: n << 13, len: 0x1000, offset: n << 13, file: 0 }).collect();
         let holes = MemoryMap::new(regions).unwrap();
         let halves: Vec<(u64, u64)> = vec![(0, 0x1000), (0x2000, 64 << 13)];
         assert_eq!(scope(&halves).check(&holes), Ok(()));
-        let large = MemoryMap::new(vec![Region { gpa: 0, len: 64 << 13, offset: 0 }]).unwrap();
+        let large = MemoryMap::new(vec![Region { gpa: 0, len: 64 << 13, offset: 0, file: 0 }]).unwrap();
         let pages: Vec<(u64, u64)> = (0..64).map(|n| (n << 13, 0x1000)).collect();
         assert_eq!(scope(&pages).check(&large), Ok(()));
     }
@@ -271,14 +272,14 @@ mod tests {
                 list.iter().map(place).collect::<Vec<_>>()
             };
             let scope = scope(&ascending(&spans));
-            let regions = ascending(&pages).into_iter().map(|(gpa, len)| Region { gpa, len, offset: gpa + 0x1000 });
+            let regions = ascending(&pages).into_iter().map(|(gpa, len)| Region { gpa, len, offset: gpa + 0x1000, file: 1 });
             let map = MemoryMap::new(regions.collect()).unwrap();
             let cut = scope.regions(&map);
             prop_assert!(cut.iter().zip(cut.iter().skip(1)).all(|(a, b)| a.gpa + a.len <= b.gpa));
             for page in (0..0x200u64).map(|gfn| gfn << 12) {
                 let found = cut.iter().find(|r| (r.gpa..r.gpa + r.len).contains(&page));
                 let expected = map.resolve(page).filter(|_| scope.contains(page));
-                prop_assert_eq!(found.map(|r| r.offset + (page - r.gpa)), expected);
+                prop_assert_eq!(found.map(|r| (r.file, r.offset + (page - r.gpa))), expected);
             }
         }
 

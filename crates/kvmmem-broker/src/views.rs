@@ -22,8 +22,8 @@ const MAX_COMM: usize = 16;
 const HOST: &str = "host";
 
 impl Broker {
-    /// Uses a token to open a view: for the VMM of an introspector, or for a process of the host, which gets a
-    /// descriptor of the RAM as well.
+    /// Uses a token to open a view: for the VMM of an introspector, or for a process of the host, which gets the RAM's
+    /// files as well.
     ///
     /// # Errors
     /// Where the connection's VM is no introspector, or the token is not good.
@@ -34,7 +34,7 @@ impl Broker {
         vm: Option<&Vm>,
         token: &Token,
         (caller, read_only): (Caller, bool),
-    ) -> Result<(Answer, Option<OwnedFd>), Refused> {
+    ) -> Result<(Answer, Vec<OwnedFd>), Refused> {
         let by = match vm {
             Some(_) => Some(introspector(vm)?),
             None => None,
@@ -53,28 +53,28 @@ impl Broker {
     }
 
     /// What the one who has opened a view is told and given.
-    #[allow(clippy::type_complexity, reason = "the answer and the descriptor that goes with it")]
+    #[allow(clippy::type_complexity, reason = "the answer and the files that go with it")]
     fn show(
         &self,
         peer: &Peer,
         by: Option<&Vm>,
         view: u64,
         opened: &Opened,
-    ) -> Result<(Arc<Vm>, (Answer, Option<OwnedFd>)), Refused> {
+    ) -> Result<(Arc<Vm>, (Answer, Vec<OwnedFd>)), Refused> {
         let unknown = || refuse_use(UseError::Unknown);
         let (grant, target, scope) = (opened.grant, opened.target, opened.scope.clone());
         let vm = self.registry().get(target).ok_or_else(unknown)?;
         if by.is_some() {
             peer.introduce(&vm).map_err(|_| busy())?;
-            return Ok((vm, (Answer::Attached { view, grant, target, scope }, None)));
+            return Ok((vm, (Answer::Attached { view, grant, target, scope }, Vec::new())));
         }
         let layout = peer.watch(&vm).map_err(|_| unknown())?;
         let ram = vm.ram().ok_or_else(unknown)?;
-        let fd = match scope.rights {
+        let files = match scope.rights {
             Rights::ReadOnly => ram.open_read_only(),
-            Rights::ReadWrite => rustix::io::fcntl_dupfd_cloexec(ram.fd(), 0),
+            Rights::ReadWrite => ram.duplicate(),
         };
-        let fd = fd.map_err(|error| {
+        let files = files.map_err(|error| {
             Refused::new(Refusal::Limit, format!("cannot open the target's RAM: {error}"))
         })?;
         let answer = Answer::HostAttached {
@@ -86,7 +86,7 @@ impl Broker {
             generation: layout.generation,
             regions: layout.map.regions().to_vec(),
         };
-        Ok((vm, (answer, Some(fd))))
+        Ok((vm, (answer, files)))
     }
 
     /// Closes a view of a connection.

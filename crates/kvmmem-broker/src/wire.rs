@@ -3,8 +3,8 @@
 //!
 //! A peer sends [`Request`]s; each carries an id of the peer's choice, which the answer repeats. The broker also
 //! *pushes*: [`FromBroker::Target`] always precedes the first use of that target's id on a connection. File
-//! descriptors travel beside their packet, at most one: the RAM's memfd with [`Call::Register`] of an introspectable
-//! VM, with [`FromBroker::Target`] and with [`Answer::HostAttached`], none with all else.
+//! descriptors travel beside their packet: the RAM's memfds, in the order of [`Region::file`], with [`Call::Register`]
+//! of an introspectable VM, with [`FromBroker::Target`] and with [`Answer::HostAttached`], none with all else.
 //!
 //! The enums are tagged from outside, as in `{"id":1,"call":{"redeem":{"token":"..."}}}`: other forms make the parser
 //! keep copies of the text, and with it of tokens, that nobody wipes.
@@ -85,7 +85,7 @@ pub enum Call {
         /// Number of the grant.
         grant: u64,
     },
-    /// Tells that this connection's VM was reset or has other RAM now, in the same memfd. One way: never answered.
+    /// Tells that this connection's VM was reset or has other RAM now, in the same memfds. One way: never answered.
     RamChanged {
         /// Where its RAM is now.
         regions: Vec<Region>,

@@ -13,6 +13,7 @@ use std::time::Duration;
 use common::{TestBroker, introspector, may_open, memfd, ram, regions, target, wait_for};
 use kvmmem_broker::admin::Admin;
 use kvmmem_broker::link::{LinkError, Region, VmmLink};
+use kvmmem_broker::map::MAX_FILES;
 use kvmmem_broker::packet::{PacketBuffer, PacketSocket, Wait};
 use kvmmem_broker::server::MAX_CONNECTIONS;
 use kvmmem_broker::wire::{Answer, Call, FromBroker, Refusal, Request};
@@ -37,7 +38,7 @@ fn raw(path: &Path) -> OwnedFd {
 }
 
 fn send(fd: &OwnedFd, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> rustix::io::Result<usize> {
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(8))];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(253))];
     let mut control = SendAncillaryBuffer::new(&mut space);
     if !fds.is_empty() {
         assert!(control.push(SendAncillaryMessage::ScmRights(fds)));
@@ -99,10 +100,10 @@ fn unexpected_descriptors_are_closed() {
     let broker = TestBroker::start();
     let peer = raw(&broker.path);
     let list = b"{\"id\":1,\"call\":{\"targets\":{\"after\":0}}}";
-    for count in [1, 2, 3, 8] {
+    for count in [1, 2, MAX_FILES, MAX_FILES + 1, MAX_FILES + 2, 64, 253] {
         let (mut reader, writer) = std::io::pipe().unwrap();
-        if count == 1 {
-            send(&peer, list, &[writer.as_fd()]).unwrap();
+        if count <= MAX_FILES {
+            send(&peer, list, &vec![writer.as_fd(); count]).unwrap();
             let (count, _) = recv(&peer, &mut [0; 4096], rustix::net::RecvFlags::empty()).unwrap();
             assert!(count > 0);
         } else {
@@ -128,6 +129,14 @@ fn bad_registrations_are_refused() {
         }
         other => panic!("{other:?}"),
     };
+    let several = |count: usize| {
+        let files: Vec<OwnedFd> = (0..count).map(|_| ram()).collect();
+        match VmmLink::connect(&broker.path, target("t"), files) {
+            Err(LinkError::Refused { message, .. }) => message,
+            other => panic!("{other:?}"),
+        }
+    };
+    assert!(several(2).contains("2 files") && several(MAX_FILES).contains("16 files"));
     let null = || Some(File::open("/dev/null").unwrap().into());
     assert!(refused(target("t"), null()).contains("not a memfd"));
     assert!(refused(target("t"), None).contains("comes with the memfd"));
@@ -144,6 +153,9 @@ fn bad_registrations_are_refused() {
         registration
     };
     assert!(refused(with_regions(vec![]), Some(ram())).contains("no region"));
+    let file = |file| regions().into_iter().map(|region| Region { file, ..region }).collect();
+    assert!(refused(with_regions(file(1)), Some(ram())).contains("its regions name 2"));
+    assert!(refused(with_regions(file(u32::MAX)), Some(ram())).contains("file 4294967295"));
     let overlap = [regions(), regions()].concat();
     assert!(refused(with_regions(overlap), Some(ram())).contains("overlaps"));
     let mut vcpus = target("t");
@@ -158,7 +170,7 @@ fn a_connection_registers_one_vm() {
     let peer = PacketSocket::connect(&broker.path, Duration::from_secs(5)).unwrap();
     let mut buffer = PacketBuffer::default();
     let mut ask = |id, call, fd: Option<OwnedFd>| {
-        peer.send(&Request { id, call }, fd.as_ref().map(AsFd::as_fd), Wait::Limited).unwrap();
+        peer.send(&Request { id, call }, fd.as_ref().map(AsFd::as_fd).as_slice(), Wait::Limited).unwrap();
         peer.receive::<FromBroker>(&mut buffer).unwrap().unwrap().0
     };
     let first = ask(7, Call::Register(target("a")), Some(ram()));

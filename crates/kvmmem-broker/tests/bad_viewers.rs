@@ -38,7 +38,7 @@ impl Peer {
     }
 
     fn tell(&self, call: Call) {
-        self.socket.send(&Request { id: 0, call }, None, Wait::Limited).unwrap();
+        self.socket.send(&Request { id: 0, call }, &[], Wait::Limited).unwrap();
     }
 
     fn ask(&mut self, call: Call) -> FromBroker {
@@ -47,7 +47,9 @@ impl Peer {
 
     /// The answer; what is pushed before it is left out.
     fn ask_with(&mut self, call: Call, fd: Option<OwnedFd>) -> FromBroker {
-        self.socket.send(&Request { id: 5, call }, fd.as_ref().map(AsFd::as_fd), Wait::Limited).unwrap();
+        self.socket
+            .send(&Request { id: 5, call }, fd.as_ref().map(AsFd::as_fd).as_slice(), Wait::Limited)
+            .unwrap();
         loop {
             if let answer @ (FromBroker::Answer { .. } | FromBroker::Refused { .. }) = self.next() {
                 return answer;
@@ -214,7 +216,7 @@ fn bad_changes_of_ram_change_nothing() {
     let mut tiger = Peer::register(&broker, target("tiger"), Some(ram()));
     let mut lion = Peer::register(&broker, introspector("lion", 7), None);
     let mut nobody = Peer::connect(&broker);
-    let region = |gpa, len, offset| Region { gpa, len, offset };
+    let region = |gpa, len, offset| Region { gpa, len, offset, file: 0 };
     let bad = [
         vec![],
         vec![region(0, 0, 0)],
@@ -316,7 +318,8 @@ fn what_a_guest_calls_itself_is_shown_without_harm() {
 fn the_longest_list_comes_whole() {
     let broker = TestBroker::start();
     let name = "\"".repeat(63);
-    let large = Registration { regions: vec![Region { gpa: 0, len: 64 << 20, offset: 0 }], ..target(&name) };
+    let large =
+        Registration { regions: vec![Region { gpa: 0, len: 64 << 20, offset: 0, file: 0 }], ..target(&name) };
     let memory = memfd(64 << 20, SealFlags::SHRINK);
     let _tiger = VmmLink::connect(&broker.path, large, Some(memory)).unwrap();
     let lion = broker.introspector(&"\\".repeat(63), 7);

@@ -128,9 +128,10 @@ fn a_bearer_token_is_redeemed_once_by_an_introspector() {
     assert_eq!(tiger.redeem(&token).unwrap_err(), RedeemError::Denied);
     let found = lion.redeem(&token).unwrap().target;
     assert_eq!(found.name(), "tiger");
-    assert_eq!((found.resolve(0x3fff), found.resolve(0x4000)), (Some(0x3fff), None));
+    assert_eq!((found.resolve(0x3fff), found.resolve(0x4000)), (Some((0, 0x3fff)), None));
     let mut bytes = [0; 7];
-    pread(found.ram(), &mut bytes, found.resolve(0x10_1000).unwrap()).unwrap();
+    let (file, offset) = found.resolve(0x10_1000).unwrap();
+    pread(found.file(file).unwrap(), &mut bytes, offset).unwrap();
     assert_eq!(&bytes, b"stripes");
     assert_eq!(lion.redeem(&token).unwrap_err(), RedeemError::Unknown);
     assert_eq!(lion.redeem(&Token::new([1, 2, 3, 4])).unwrap_err(), RedeemError::Unknown);
@@ -229,7 +230,7 @@ fn the_end_of_a_target_voids_its_tokens_and_keeps_what_is_mapped() {
     assert_eq!(mint().err(), Some(KvmError::OpNotSupp));
     wait_for("the news to come", || lion.redeem(&late).is_err());
     assert_eq!(lion.redeem(&bearer).unwrap_err(), RedeemError::Unknown);
-    pread(held.ram(), &mut [0; 8], 0).unwrap();
+    pread(held.file(0).unwrap(), &mut [0; 8], 0).unwrap();
     // The name is free again.
     let _tiger = broker.target("tiger");
 }

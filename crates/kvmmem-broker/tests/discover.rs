@@ -139,7 +139,7 @@ fn a_vmm_that_lies_shows_no_more_than_its_own_file() {
     let terms = kvmmem_broker::admin::GrantRequest { target: "fake".into(), ..request(Rights::ReadOnly) };
     let (link, view) = HostLink::attach(&broker.path, &broker.grant(&terms).token, true).unwrap();
     let mut bytes = [0; 8];
-    rustix::io::pread(&view.ram, &mut bytes, 0xe_0000).unwrap();
+    rustix::io::pread(&view.files[0], &mut bytes, 0xe_0000).unwrap();
     assert_eq!(&bytes, b"RSD PTR ");
     fake.end();
     wait_for("the target to go", || broker.admin().targets().unwrap().is_empty());

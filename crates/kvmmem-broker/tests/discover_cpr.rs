@@ -66,7 +66,7 @@ fn attach(broker: &TestBroker) -> (HostLink, HostView) {
 fn shows_the_guest(view: &HostView) -> bool {
     let region = view.regions.iter().find(|region| region.gpa == 0xc_0000).unwrap();
     let mut bios = vec![0; 0x2_0000];
-    rustix::io::pread(&view.ram, &mut bios, region.offset + 0x2_0000).unwrap();
+    rustix::io::pread(&view.files[0], &mut bios, region.offset + 0x2_0000).unwrap();
     bios.chunks(16).any(|chunk| chunk.starts_with(b"RSD PTR "))
 }
 

@@ -13,10 +13,10 @@ use kvmmem_broker::host::{HostEvent, HostLink};
 
 fn layout(low: u64, size: u64) -> Vec<Region> {
     let below = [
-        Region { gpa: 0, len: 0xa_0000, offset: 0 },
-        Region { gpa: 0xc_0000, len: low - 0xc_0000, offset: 0xc_0000 },
+        Region { gpa: 0, len: 0xa_0000, offset: 0, file: 0 },
+        Region { gpa: 0xc_0000, len: low - 0xc_0000, offset: 0xc_0000, file: 0 },
     ];
-    let above = (size > low).then(|| Region { gpa: 1 << 32, len: size - low, offset: low });
+    let above = (size > low).then(|| Region { gpa: 1 << 32, len: size - low, offset: low, file: 0 });
     below.into_iter().chain(above).collect()
 }
 
@@ -59,9 +59,9 @@ fn a_view_shows_the_firmwares_tables_until_qemu_ends() {
     let region = view.regions.iter().find(|region| region.gpa == 0xc_0000).unwrap();
     let mut bios = vec![0; 0x2_0000];
     let offset = region.offset + (0xe_0000 - region.gpa);
-    rustix::io::pread(&view.ram, &mut bios, offset).unwrap();
+    rustix::io::pread(&view.files[0], &mut bios, offset).unwrap();
     assert!(bios.chunks(16).any(|chunk| chunk.starts_with(b"RSD PTR ")));
-    assert!(rustix::io::pwrite(&view.ram, b"x", 0).is_err());
+    assert!(rustix::io::pwrite(&view.files[0], b"x", 0).is_err());
     drop(qemu);
     assert_eq!(link.wait(Duration::from_secs(10)).unwrap(), Some(HostEvent::Gone));
     wait_for("the target to go", || broker.admin().targets().unwrap().is_empty());

@@ -31,11 +31,11 @@ fn a_process_reads_what_its_grant_reaches_and_writes_only_by_right() {
     let (link, view) = attach(&broker, &granted.token);
     assert_eq!(view.uuid, target("tiger").uuid);
     assert_eq!(view.rights, Rights::ReadOnly);
-    assert_eq!(view.regions, [Region { gpa: 0x10_1000, len: 0x1000, offset: 0x10_1000 }]);
+    assert_eq!(view.regions, [Region { gpa: 0x10_1000, len: 0x1000, offset: 0x10_1000, file: 0 }]);
     let mut bytes = [0; 7];
-    pread(&view.ram, &mut bytes, view.regions[0].offset).unwrap();
+    pread(&view.files[0], &mut bytes, view.regions[0].offset).unwrap();
     assert_eq!(&bytes, b"stripes");
-    assert_eq!(pwrite(&view.ram, b"x", 0), Err(Errno::BADF));
+    assert_eq!(pwrite(&view.files[0], b"x", 0), Err(Errno::BADF));
 
     let listed = &broker.grants()[0].views[0];
     assert_eq!((listed.by.as_str(), listed.by_uuid, listed.pid), ("host", None, std::process::id()));
@@ -45,11 +45,11 @@ fn a_process_reads_what_its_grant_reaches_and_writes_only_by_right() {
 
     let granted = broker.grant(&GrantRequest { uses: 2, ..request(Rights::ReadWrite) });
     let (_, view) = attach(&broker, &granted.token);
-    pwrite(&view.ram, b"!", 0).unwrap();
+    pwrite(&view.files[0], b"!", 0).unwrap();
     pread(&memory, &mut bytes[..1], 0).unwrap();
     assert_eq!((bytes[0], view.regions), (b'!', regions()));
     let (_, view) = HostLink::attach(&broker.path, &granted.token, true).unwrap();
-    assert_eq!((view.rights, pwrite(&view.ram, b"x", 0)), (Rights::ReadOnly, Err(Errno::BADF)));
+    assert_eq!((view.rights, pwrite(&view.files[0], b"x", 0)), (Rights::ReadOnly, Err(Errno::BADF)));
 }
 
 #[test]
@@ -111,8 +111,8 @@ fn a_process_hears_of_changes_and_of_the_end() {
     let spans = Some(vec![Span { gpa: 0x3000, len: 0x10_0000 }]);
     let granted = broker.grant(&GrantRequest { spans, uses: 2, ..request(Rights::ReadOnly) });
     let (mut link, view) = attach(&broker, &granted.token);
-    tiger.ram_changed(vec![Region { gpa: 0x2000, len: 0x2000, offset: 0 }], Change::Resized);
-    let now = vec![Region { gpa: 0x3000, len: 0x1000, offset: 0x1000 }];
+    tiger.ram_changed(vec![Region { gpa: 0x2000, len: 0x2000, offset: 0, file: 0 }], Change::Resized);
+    let now = vec![Region { gpa: 0x3000, len: 0x1000, offset: 0x1000, file: 0 }];
     assert_eq!(
         link.wait(SOON).unwrap(),
         Some(HostEvent::Changed { generation: view.generation + 1, regions: now })

@@ -30,7 +30,7 @@ fn an_operator_s_grant_opens_as_many_views_as_it_says() {
         (granted.grant, "tiger", Rights::ReadWrite)
     );
     let reached = first.scope.regions(first.target.map());
-    let region = |gpa, len| Region { gpa, len, offset: gpa };
+    let region = |gpa, len| Region { gpa, len, offset: gpa, file: 0 };
     assert_eq!(reached, [region(0x1000, 0x2000), region(0x10_0000, 0x1000)]);
     let second = lion.attach(&granted.token, &caller(), true).unwrap();
     assert_eq!(second.scope.rights, Rights::ReadOnly);
@@ -303,7 +303,7 @@ fn views_hear_of_their_target_s_changes_and_of_its_end() {
 
     tiger.ram_changed(regions(), Change::Reset);
     wait_for("the reset to be told", || views.log() == [format!("changed to {} with 2 regions", first + 1)]);
-    let fewer = vec![Region { gpa: 0, len: 0x4000, offset: 0 }];
+    let fewer = vec![Region { gpa: 0, len: 0x4000, offset: 0, file: 0 }];
     tiger.ram_changed(fewer.clone(), Change::Resized);
     wait_for("the new map to be told", || views.log().len() == 2);
     let current = lion.current(view.view).unwrap();
@@ -311,7 +311,7 @@ fn views_hear_of_their_target_s_changes_and_of_its_end() {
     assert_eq!(view.target.map().regions().len(), 2);
     assert_eq!(broker.admin().targets().unwrap()[0].memory_bytes, 0x4000);
     // What is refused changes nothing.
-    tiger.ram_changed(vec![Region { gpa: 0, len: 1 << 40, offset: 0 }], Change::Resized);
+    tiger.ram_changed(vec![Region { gpa: 0, len: 1 << 40, offset: 0, file: 0 }], Change::Resized);
     tiger.ram_changed(vec![], Change::Reset);
     // Whoever comes now sees the new map.
     let puma = broker.introspector("puma", 8);
@@ -338,7 +338,7 @@ fn a_broker_that_goes_ends_all_views() {
     assert_eq!(lion.attach(&granted.token, &caller(), true).unwrap_err(), RedeemError::Unavailable);
 
     // The layout that a VMM tells while no broker is there is the one that the next broker gets.
-    let fewer = vec![Region { gpa: 0, len: 0x4000, offset: 0 }];
+    let fewer = vec![Region { gpa: 0, len: 0x4000, offset: 0, file: 0 }];
     tiger.ram_changed(fewer.clone(), Change::Resized);
     let broker = TestBroker::start_in(directory);
     wait_for("the links to be back", || tiger.is_connected() && lion.is_connected());

@@ -12,7 +12,7 @@ use crate::common::{Host, UUID};
 const MEMORY: u64 = 4 << 20;
 
 fn host() -> Host {
-    Host::start(&[Region { gpa: 0, len: MEMORY, offset: 0 }])
+    Host::start(&[Region { gpa: 0, len: MEMORY, offset: 0, file: 0 }])
 }
 
 /// Starts a tool's verb.

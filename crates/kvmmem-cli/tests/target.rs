@@ -8,7 +8,7 @@ use kvmmem_broker::link::Region;
 use crate::common::Host;
 
 fn host() -> Host {
-    Host::start(&[Region { gpa: 0, len: 4 << 20, offset: 0 }])
+    Host::start(&[Region { gpa: 0, len: 4 << 20, offset: 0, file: 0 }])
 }
 
 #[test]

@@ -6,8 +6,8 @@ mod engine;
 mod source;
 
 pub(crate) use broker::{regions, register};
-pub(crate) use engine::identity;
 pub use engine::{MapError, MappingEngine, mapping_limit};
+pub(crate) use engine::{identity, is_own};
 pub use kvmmem_broker::link::Token;
 pub use source::{Attached, Redeemed, TargetMemory, TokenSource};
 

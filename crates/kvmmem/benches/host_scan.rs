@@ -180,6 +180,6 @@ fn registration() -> Registration {
         cid: None,
         introspectable: true,
         introspector: false,
-        regions: vec![Region { gpa: 0, len: RAM, offset: 0 }],
+        regions: vec![Region { gpa: 0, len: RAM, offset: 0, file: 0 }],
     }
 }

@@ -256,7 +256,7 @@ fn a_view_follows_changes_of_the_target() {
     assert!(reset > before);
     assert_eq!(mapping.read_u64(8).unwrap(), 8);
 
-    let smaller = vec![Region { gpa: 0, len: PAGE, offset: 2 * PAGE }, REGIONS[1]];
+    let smaller = vec![Region { gpa: 0, len: PAGE, offset: 2 * PAGE, file: 0 }, REGIONS[1]];
     target.ram_changed(smaller, Change::Resized);
     assert_eq!(event(&view), Event::Changed);
     assert!(view.status().unwrap().generation > reset);

@@ -15,6 +15,7 @@ use crate::broker::{Broker, Refused};
 use crate::map::Region;
 use crate::packet::PacketSocket;
 use crate::peer::{Credentials, Peer};
+use crate::ram::Ram;
 use crate::registry::Vm;
 use crate::wire::{Answer, Refusal};
 
@@ -34,14 +35,17 @@ impl Broker {
             attach::open(which, name).map_err(|error| Refused::from_error(Refusal::Invalid, &error))?;
         let vmm = absent(opened.credentials)
             .map_err(|error| Refused::new(Refusal::Limit, format!("cannot make a socket: {error}")))?;
+        let mut registration = opened.registration;
+        let ram = Ram::registered(&mut registration, vec![opened.ram])
+            .map_err(|error| Refused::from_registering(&error))?;
         let mut registry = self.registry();
-        // The file tells, whoever has registered it: two targets with the same RAM would each have grants of it.
-        if let Some(vm) = registry.after(0).find(|vm| id(vm) == Some(opened.id)) {
+        // The files tell, whoever has registered them: two targets with the same RAM would each have grants of it.
+        if let Some(vm) = registry.after(0).find(|vm| has_same(vm, ram.as_ref())) {
             let message = format!("this VM is registered already, as {:?}", vm.registration().name);
             return Err(Refused::new(Refusal::Exists, message));
         }
         let vm = registry
-            .insert(opened.registration, Some(opened.ram), Arc::new(vmm))
+            .insert(registration, ram, Arc::new(vmm))
             .map_err(|error| Refused::from_registering(&error))?;
         drop(registry);
         self.audit().added(&vm, peer);
@@ -130,12 +134,17 @@ fn absent(credentials: Credentials) -> Result<Peer, Box<dyn std::error::Error>> 
     Ok(Peer::new(PacketSocket::accepted(socket, Duration::from_secs(1))?, credentials))
 }
 
-fn id(vm: &Vm) -> Option<FileId> {
-    Some(FileId::of(&rustix::fs::fstat(vm.ram()?.fd()).ok()?))
+fn has_same(vm: &Vm, ram: Option<&Ram>) -> bool {
+    vm.ram().zip(ram).is_some_and(|(its, ram)| its.overlaps(ram).unwrap_or(false))
 }
 
 /// Which parts of which files a VM's RAM is.
 fn ram(vm: &Vm) -> Vec<(FileId, Region)> {
-    let (Some(file), Some(ram)) = (id(vm), vm.ram()) else { return Vec::new() };
-    ram.layout().map.regions().iter().map(|region| (file, *region)).collect()
+    let Some(ram) = vm.ram() else { return Vec::new() };
+    let (files, layout) = (ram.files(), ram.layout());
+    let part = |region: &Region| {
+        let file = files.get(usize::try_from(region.file).ok()?)?;
+        Some((FileId::of(&rustix::fs::fstat(file).ok()?), *region))
+    };
+    layout.map.regions().iter().map(part).collect::<Option<_>>().unwrap_or_default()
 }

@@ -73,8 +73,8 @@ pub fn low_end(machine: &str, size: u64, max_below_4g: Option<u64>) -> Result<u6
 
 /// The regions of `size` bytes of RAM of which the first `low` are below 4 GiB.
 pub fn regions(low: u64, size: u64) -> Vec<Region> {
-    let high = Region { gpa: FOUR_GIB, len: size.saturating_sub(low), offset: low };
-    outside_of_vga(vec![Region { gpa: 0, len: low, offset: 0 }, high])
+    let high = Region { gpa: FOUR_GIB, len: size.saturating_sub(low), offset: low, file: 0 };
+    outside_of_vga(vec![Region { gpa: 0, len: low, offset: 0, file: 0 }, high])
 }
 
 /// The regions that QEMU says, and the size that the one file of all RAM must have.
@@ -101,7 +101,8 @@ pub fn from_qemu(
         return Err(LayoutError::Several { all, first: backend.size });
     }
     let of_ram = view.iter().filter(|range| range.is_memory && range.name == name);
-    let regions = of_ram.map(|range| Region { gpa: range.gpa, len: range.len, offset: range.offset });
+    let regions =
+        of_ram.map(|range| Region { gpa: range.gpa, len: range.len, offset: range.offset, file: 0 });
     Ok((outside_of_vga(regions.collect()), backend.size))
 }
 
@@ -111,7 +112,7 @@ fn outside_of_vga(regions: Vec<Region>) -> Vec<Region> {
         |gpa: u64| regions.iter().any(|r| r.gpa == r.offset && (r.gpa..r.gpa + r.len).contains(&gpa));
     let covered = is_plain(VGA - 1) && is_plain(ROM_END);
     let below = regions.iter().filter_map(|region| cut(region, 0, VGA));
-    let rom = covered.then_some(Region { gpa: ROM, len: ROM_END - ROM, offset: ROM });
+    let rom = covered.then_some(Region { gpa: ROM, len: ROM_END - ROM, offset: ROM, file: 0 });
     let above = regions.iter().filter_map(|region| cut(region, ROM_END, u64::MAX));
     let mut joined: Vec<Region> = Vec::new();
     for region in below.chain(rom).chain(above) {
@@ -130,7 +131,7 @@ fn cut(region: &Region, start: u64, end: u64) -> Option<Region> {
     let gpa = region.gpa.max(start).checked_next_multiple_of(PAGE_SIZE)?;
     let end = region.gpa.checked_add(region.len)?.min(end) / PAGE_SIZE * PAGE_SIZE;
     let len = end.checked_sub(gpa).filter(|len| *len > 0)?;
-    Some(Region { gpa, len, offset: region.offset.checked_add(gpa - region.gpa)? })
+    Some(Region { gpa, len, offset: region.offset.checked_add(gpa - region.gpa)?, ..*region })
 }
 
 #[cfg(test)]
@@ -188,7 +189,7 @@ mod tests {
             assert_eq!(size, 5 * GIB);
             assert_eq!(said, regions(2 * GIB, 5 * GIB));
             assert_eq!(said.len(), 3);
-            assert_eq!(MemoryMap::new(said).unwrap().resolve(4 * GIB), Some(2 * GIB));
+            assert_eq!(MemoryMap::new(said).unwrap().resolve(4 * GIB), Some((0, 2 * GIB)));
         }
     }
 
@@ -233,7 +234,7 @@ mod tests {
             let low = low_end(if q35 { "q35" } else { "pc" }, size, limit).unwrap();
             let map = MemoryMap::new(regions(low, size)).unwrap();
             prop_assert_eq!(map.memory_bytes(), size - (ROM - VGA));
-            prop_assert!(map.file_size() == size);
+            prop_assert!(map.file_size(0) == size);
         }
     }
 }

@@ -52,7 +52,7 @@ mod tests {
             file: Some((file, 0x1000)),
             path: String::new(),
         };
-        let region = |offset, len| Region { gpa: 0, len, offset };
+        let region = |offset, len| Region { gpa: 0, len, offset, file: 0 };
         assert!(holds(&mapping, file, &region(0x1000, 0x4000)));
         assert!(holds(&mapping, file, &region(0x2000, 0x1000)));
         for (offset, len) in [(0, 0x1000), (0x1000, 0x5000), (0x5000, 0x1000), (0x2000, u64::MAX)] {

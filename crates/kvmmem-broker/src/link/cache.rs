@@ -107,9 +107,9 @@ mod tests {
     use uuid::Uuid;
 
     fn target(id: u64) -> Target {
-        let map = MemoryMap::new(vec![Region { gpa: 0, len: 4096, offset: 0 }]).unwrap();
-        let ram = std::fs::File::open("/dev/null").unwrap().into();
-        Target { id, name: "t".into(), uuid: Uuid::nil(), generation: 1, map, ram: Arc::new(ram) }
+        let map = MemoryMap::new(vec![Region { gpa: 0, len: 4096, offset: 0, file: 0 }]).unwrap();
+        let file = std::fs::File::open("/dev/null").unwrap().into();
+        Target { id, name: "t".into(), uuid: Uuid::nil(), generation: 1, map, files: Arc::new([file]) }
     }
 
     fn whole(grant: u64, target: u64) -> (u64, u64, Scope) {

@@ -50,12 +50,12 @@ impl Outbox {
         loop {
             let Some(call) = self.calls().pop_front() else { break };
             let request = Request { id: 0, call };
-            if socket.send(&request, None, Wait::No).is_err() {
+            if socket.send(&request, &[], Wait::No).is_err() {
                 self.calls().push_front(request.call);
                 return false;
             }
         }
-        last.is_none_or(|request| socket.send(request, None, Wait::No).is_ok())
+        last.is_none_or(|request| socket.send(request, &[], Wait::No).is_ok())
     }
 
     fn calls(&self) -> MutexGuard<'_, VecDeque<Call>> {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The thread of a [`super::VmmLink`]: registers, takes pushes and answers, registers again.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -35,9 +35,9 @@ pub(super) fn register(shared: &Shared) -> Result<Connection, LinkError> {
     let registration = shared.lock().registration.clone();
     let regions = registration.regions.clone();
     let call = Call::Register(registration);
-    let ram = shared.ram.as_ref().map(AsFd::as_fd);
+    let files: Vec<BorrowedFd<'_>> = shared.files.iter().map(AsFd::as_fd).collect();
     // A broker that is full closes at once, having said why: what it said is still there to be read.
-    let sent = socket.send(&Request { id: 0, call }, ram, Wait::Limited);
+    let sent = socket.send(&Request { id: 0, call }, &files, Wait::Limited);
     socket.limit_receive(Some(REGISTER_LIMIT)).map_err(LinkError::Packet)?;
     let mut buffer = PacketBuffer::default();
     loop {
@@ -115,8 +115,8 @@ fn read(shared: &Shared, connection: &mut Connection) -> Result<(), LinkError> {
             is_limited = may_tell;
         }
         match socket.receive(buffer) {
-            Ok(Some((message, fd))) => {
-                let answer = take(&mut shared.lock(), message, fd)?;
+            Ok(Some((message, files))) => {
+                let answer = take(&mut shared.lock(), message, files)?;
                 if let Some(call) = answer {
                     shared.outbox.push(call);
                 }
@@ -131,18 +131,18 @@ fn read(shared: &Shared, connection: &mut Connection) -> Result<(), LinkError> {
 }
 
 /// Takes one message in; returns what the broker is to be told for it.
-fn take(state: &mut State, message: FromBroker, fd: Option<OwnedFd>) -> Result<Option<Call>, LinkError> {
+fn take(state: &mut State, message: FromBroker, files: Vec<OwnedFd>) -> Result<Option<Call>, LinkError> {
     match message {
         FromBroker::Target { id, name, uuid, generation, regions } => {
             let map = MemoryMap::new(regions).map_err(LinkError::Map)?;
-            let ram = Arc::new(fd.ok_or(LinkError::NoAnswer)?);
-            state.cache.insert_target(Target { id, name, uuid, generation, map, ram });
+            let files = complete(&map, files.into())?;
+            state.cache.insert_target(Target { id, name, uuid, generation, map, files });
         }
         FromBroker::Changed { target, generation, regions } => {
             let map = MemoryMap::new(regions).map_err(LinkError::Map)?;
             if let Some(known) = state.cache.target(target).filter(|known| known.generation < generation) {
-                let (name, ram) = (known.name.clone(), Arc::clone(&known.ram));
-                let changed = Target { id: target, name, uuid: known.uuid, generation, map, ram };
+                let (name, files) = (known.name.clone(), complete(&map, Arc::clone(&known.files))?);
+                let changed = Target { id: target, name, uuid: known.uuid, generation, map, files };
                 state.cache.insert_target(changed);
                 state.events.changed(target);
             }
@@ -168,6 +168,12 @@ fn take(state: &mut State, message: FromBroker, fd: Option<OwnedFd>) -> Result<O
         FromBroker::Refused { id, refusal, .. } => return Ok(answered(state, id, Err(refusal))),
     }
     Ok(None)
+}
+
+/// The files of a target, if they are all that its memory map names.
+fn complete(map: &MemoryMap, files: Arc<[OwnedFd]>) -> Result<Arc<[OwnedFd]>, LinkError> {
+    let (found, needed) = (files.len(), map.file_count());
+    if found < needed { Err(LinkError::Files { found, needed }) } else { Ok(files) }
 }
 
 /// Hands an answer to whoever asked. A view that nobody waits for any more, or whose grant was taken back meanwhile, is

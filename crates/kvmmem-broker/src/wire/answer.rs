@@ -31,7 +31,7 @@ pub enum FromBroker {
         /// The failure in words.
         message: String,
     },
-    /// Push: introduces a target. Its RAM's memfd comes with it.
+    /// Push: introduces a target. Its RAM's memfds come with it.
     Target {
         /// The number by which the broker names it on this connection.
         id: u64,
@@ -111,7 +111,7 @@ pub enum Answer {
         /// What the view allows.
         scope: Scope,
     },
-    /// The view is open, for a process of the host. The RAM's memfd comes with it, opened read-only where the view is.
+    /// The view is open, for a process of the host. The RAM's memfds come with it, opened read-only where the view is.
     HostAttached {
         /// Its number.
         view: u64,

@@ -20,7 +20,7 @@ pub struct Registration {
     pub start_time_ms: i64,
     /// Its vsock context id, where it has one.
     pub cid: Option<u32>,
-    /// Whether others may look at this VM; its RAM's memfd then comes with the request.
+    /// Whether others may look at this VM; its RAM's memfds then come with the request.
     pub introspectable: bool,
     /// Whether this VM may map the memory of others.
     pub introspector: bool,

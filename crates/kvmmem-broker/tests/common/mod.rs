@@ -103,7 +103,10 @@ impl Drop for TestBroker {
 
 /// Four pages from 0, a hole, two pages from 1 MiB.
 pub(crate) fn regions() -> Vec<Region> {
-    vec![Region { gpa: 0, len: 0x4000, offset: 0 }, Region { gpa: 0x10_0000, len: 0x2000, offset: 0x10_0000 }]
+    vec![
+        Region { gpa: 0, len: 0x4000, offset: 0, file: 0 },
+        Region { gpa: 0x10_0000, len: 0x2000, offset: 0x10_0000, file: 0 },
+    ]
 }
 
 pub(crate) fn memfd(size: u64, seals: SealFlags) -> OwnedFd {

@@ -19,9 +19,9 @@ use crate::common::Host;
 
 /// 4 MiB, 4 MiB that follow it at once but lie elsewhere in the file, a hole, 4 MiB.
 const REGIONS: [Region; 3] = [
-    Region { gpa: 0, len: 4 << 20, offset: 0 },
-    Region { gpa: 4 << 20, len: 4 << 20, offset: 8 << 20 },
-    Region { gpa: 16 << 20, len: 4 << 20, offset: 16 << 20 },
+    Region { gpa: 0, len: 4 << 20, offset: 0, file: 0 },
+    Region { gpa: 4 << 20, len: 4 << 20, offset: 8 << 20, file: 0 },
+    Region { gpa: 16 << 20, len: 4 << 20, offset: 16 << 20, file: 0 },
 ];
 
 fn host() -> Host {
@@ -29,7 +29,7 @@ fn host() -> Host {
 }
 
 /// Enough that a verb can be stopped in the middle, and a disk is full before its end.
-const LARGE: [Region; 1] = [Region { gpa: 0, len: 192 << 20, offset: 0 }];
+const LARGE: [Region; 1] = [Region { gpa: 0, len: 192 << 20, offset: 0, file: 0 }];
 
 /// A target whose pages all have data, each other data: its number from 1 on, as 64-bit words.
 fn large() -> Host {

@@ -45,7 +45,7 @@ pub(crate) fn register(
 pub(crate) fn regions(ram: &GuestRam) -> Vec<Region> {
     ram.regions()
         .into_iter()
-        .map(|region| Region { gpa: region.gpa, len: region.len, offset: region.gpa })
+        .map(|region| Region { gpa: region.gpa, len: region.len, offset: region.gpa, file: 0 })
         .collect()
 }
 
@@ -99,8 +99,8 @@ impl TargetMemory for Target {
         Target::uuid(self).into_bytes()
     }
 
-    fn ram(&self) -> BorrowedFd<'_> {
-        Target::ram(self)
+    fn file(&self, index: u32) -> Option<BorrowedFd<'_>> {
+        Target::file(self, index)
     }
 
     fn map(&self) -> &MemoryMap {

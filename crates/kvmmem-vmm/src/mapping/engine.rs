@@ -252,19 +252,21 @@ impl MappingEngine {
             return Err(MapError::ReadOnly { grant });
         }
         let hole = MapError::TargetHole { gpa: target_gpa };
-        let Some(offset) = target.map().resolve(target_gpa).filter(|_| scope.contains(target_gpa)) else {
+        let place = target.map().resolve(target_gpa).filter(|_| scope.contains(target_gpa));
+        let place = place.and_then(|(file, offset)| Some((target.file(file)?, offset)));
+        let Some((file, offset)) = place else {
             return Err(hole);
         };
-        match identity(target.ram()) {
-            Ok(file) if file == self.own_file => return Err(MapError::OwnMemory),
-            Ok(_) => {}
+        match is_own(&*target, self.own_file) {
+            Ok(true) => return Err(MapError::OwnMemory),
+            Ok(false) => {}
             Err(_) => return Err(hole),
         }
         let mut pages = self.lock();
         if is_revoked(grant) {
             return Err(MapError::Revoked { grant });
         }
-        self.ram.replace_page(own_gpa, target.ram(), offset).map_err(MapError::Host)?;
+        self.ram.replace_page(own_gpa, file, offset).map_err(MapError::Host)?;
         if let Err(error) = self.ram.punch_page(own_gpa) {
             // The page's contents are still there: map them back rather than hold the memory twice.
             match self.ram.restore_page(own_gpa) {
@@ -294,6 +296,16 @@ impl MappingEngine {
 pub(crate) fn identity(fd: BorrowedFd<'_>) -> std::io::Result<(u64, u64)> {
     let stat = rustix::fs::fstat(fd.as_fd())?;
     Ok((stat.st_dev, stat.st_ino))
+}
+
+/// Whether some of a target's memory is in the machine's own file.
+pub(crate) fn is_own(target: &dyn TargetMemory, own_file: (u64, u64)) -> std::io::Result<bool> {
+    for file in (0..).map_while(|index| target.file(index)) {
+        if identity(file)? == own_file {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 /// How many pages an engine may replace before `mmap` could fail for want of mappings: each may split one mapping of

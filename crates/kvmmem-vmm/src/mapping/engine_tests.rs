@@ -14,7 +14,7 @@ use super::*;
 const RAM_BYTES: u64 = 1 << 20;
 const HOLE: u64 = 0x7000;
 
-struct FakeTarget(GuestRam, MemoryMap);
+struct FakeTarget(Vec<GuestRam>, MemoryMap);
 
 /// By which the pages are mapped unless a test says otherwise.
 const GRANT: u64 = 7;
@@ -26,13 +26,13 @@ impl FakeTarget {
         for gpa in (0..RAM_BYTES).step_by(4096) {
             ram.memory().write_obj(gpa + 1, GuestAddress(gpa)).unwrap();
         }
-        Arc::new(Self(ram, map()))
+        Arc::new(Self(vec![ram], map()))
     }
 }
 
 /// RAM with a hole of one page.
 fn map() -> MemoryMap {
-    let region = |gpa, end| Region { gpa, len: end - gpa, offset: gpa };
+    let region = |gpa, end| Region { gpa, len: end - gpa, offset: gpa, file: 0 };
     MemoryMap::new(vec![region(0, HOLE), region(HOLE + 4096, RAM_BYTES)]).unwrap()
 }
 
@@ -41,8 +41,8 @@ fn redeemed(target: Arc<FakeTarget>) -> Redeemed {
 }
 
 impl TargetMemory for FakeTarget {
-    fn ram(&self) -> BorrowedFd<'_> {
-        self.0.fd()
+    fn file(&self, index: u32) -> Option<BorrowedFd<'_>> {
+        self.0.get(index as usize).map(GuestRam::fd)
     }
     fn id(&self) -> u64 {
         1
@@ -110,8 +110,8 @@ fn refusals_leave_the_page_free_and_as_it_was() {
     let hole = engine.map(0x3000, HOLE, || Ok(redeemed(target.clone())), |_| false);
     assert!(matches!(hole, Err(MapError::TargetHole { gpa: HOLE })));
 
-    let own = Arc::new(FakeTarget(GuestRam::new(RAM_BYTES).unwrap(), map()));
-    let narcissus = MappingEngine { own_file: identity(own.ram()).unwrap(), ..self::engine(1) };
+    let own = Arc::new(FakeTarget(vec![GuestRam::new(RAM_BYTES).unwrap()], map()));
+    let narcissus = MappingEngine { own_file: identity(own.0[0].fd()).unwrap(), ..self::engine(1) };
     assert!(matches!(
         narcissus.map(0x3000, 0x5000, || Ok(redeemed(own)), |_| false),
         Err(MapError::OwnMemory)
@@ -124,6 +124,30 @@ fn refusals_leave_the_page_free_and_as_it_was() {
     assert!(matches!(beyond, Err(MapError::Limit { limit: 1 })));
     engine.unmap_all().unwrap();
     assert_eq!((engine.len(), read(&engine, 0x3000)), (0, 0));
+}
+
+#[test]
+fn a_page_is_taken_from_the_file_that_its_region_names() {
+    let engine = engine(10);
+    let node = |number: u64| {
+        let ram = GuestRam::new(RAM_BYTES).unwrap();
+        ram.memory().write_obj(number, GuestAddress(0x5000)).unwrap();
+        ram
+    };
+    let region = |gpa, file| Region { gpa, len: RAM_BYTES, offset: 0, file };
+    let map = |second| MemoryMap::new(vec![region(0, 0), region(RAM_BYTES, second)]).unwrap();
+    let target = Arc::new(FakeTarget(vec![node(10), node(11)], map(1)));
+    engine.map(0x3000, 0x5000, || Ok(redeemed(target.clone())), |_| false).unwrap();
+    engine.map(0x4000, RAM_BYTES + 0x5000, || Ok(redeemed(target.clone())), |_| false).unwrap();
+    assert_eq!((read(&engine, 0x3000), read(&engine, 0x4000)), (10, 11));
+
+    // None of its files may be the machine's own, be the page in it or not.
+    let own = MappingEngine { own_file: identity(target.0[1].fd()).unwrap(), ..self::engine(1) };
+    let mapped = own.map(0x3000, 0x5000, || Ok(redeemed(target.clone())), |_| false);
+    assert!(matches!(mapped, Err(MapError::OwnMemory)));
+    let lacking = Arc::new(FakeTarget(vec![node(10)], map(1)));
+    let mapped = engine.map(0x6000, RAM_BYTES + 0x5000, || Ok(redeemed(lacking)), |_| false);
+    assert!(matches!(mapped, Err(MapError::TargetHole { .. })));
 }
 
 #[test]
@@ -155,7 +179,7 @@ fn a_revoked_grants_pages_are_own_again_and_wait_for_their_unmapping() {
     assert_eq!([0x1000, 0x2000, 0x3000].map(|gpa| read(&engine, gpa)), [0, 0x5001, 0]);
     // The guest goes on writing: into its own memory.
     write(&engine, 0x1000, 9);
-    assert_eq!(target.0.memory().read_obj::<u64>(GuestAddress(0x5000)).unwrap(), 0x5001);
+    assert_eq!(target.0[0].memory().read_obj::<u64>(GuestAddress(0x5000)).unwrap(), 0x5001);
     assert!(matches!(map(0x1000, 2, false), Err(MapError::InUse { gpa: 0x1000 })));
     engine.unmap(0x1000).unwrap();
     assert_eq!(read(&engine, 0x1000), 0);

@@ -18,11 +18,11 @@ pub trait TargetMemory: Send + Sync {
     /// The target's UUID, in the order in which it is printed.
     fn uuid(&self) -> [u8; 16];
 
-    /// The file that holds the target's RAM. It must be sealed against shrinking: a page beyond its end would kill
-    /// the VMM by SIGBUS.
-    fn ram(&self) -> BorrowedFd<'_>;
+    /// A file that holds some of the target's RAM, by the number that regions have for it; `None` behind the last. It
+    /// must be sealed against shrinking: a page beyond its end would kill the VMM by SIGBUS.
+    fn file(&self, index: u32) -> Option<BorrowedFd<'_>>;
 
-    /// Where the target's RAM is, and where in [`TargetMemory::ram`].
+    /// Where the target's RAM is, and where in which [`TargetMemory::file`].
     fn map(&self) -> &MemoryMap;
 }
 

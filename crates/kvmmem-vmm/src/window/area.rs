@@ -216,7 +216,7 @@ mod tests {
         ) {
             let regions: Vec<Region> = regions
                 .into_iter()
-                .map(|(pages, page)| Region { gpa: 0, len: pages * PAGE_SIZE, offset: page * PAGE_SIZE })
+                .map(|(pages, page)| Region { gpa: 0, len: pages * PAGE_SIZE, offset: page * PAGE_SIZE, file: 0 })
                 .collect();
             let from = from * PAGE_SIZE;
             let layout = lay_out(&regions, from).unwrap();

@@ -47,7 +47,7 @@ pub(crate) enum WindowError {
     #[error("view {view} ended before it was shown")]
     Ended { view: u64 },
     /// The host did not tell what the target's memory is.
-    #[error("cannot examine the target's memory file")]
+    #[error("cannot examine the target's memory files")]
     Examine(#[source] io::Error),
     /// The target is this very machine.
     #[error("a machine cannot look at its own memory by a view")]

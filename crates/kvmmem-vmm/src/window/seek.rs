@@ -2,14 +2,13 @@
 //! Where a target's memory has data: so that a guest that scans it makes the host allocate nothing. The host's pages are
 //! the measure: where it has given the target large ones, all of such a page is data once a byte of it is.
 
-use std::os::fd::BorrowedFd;
-
 use kvmmem_broker::link::Region;
 use rustix::fs::SeekFrom;
 use rustix::io::Errno;
 
 use super::error::WindowError;
 use super::windows::Windows;
+use crate::mapping::TargetMemory;
 
 /// Which way [`Windows::seek`] looks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,18 +36,19 @@ impl Windows {
             self.count(&mut table);
             (target, regions)
         };
-        search(target.ram(), &regions, from, seek)?.ok_or(WindowError::NotFound { from })
+        search(&*target, &regions, from, seek)?.ok_or(WindowError::NotFound { from })
     }
 }
 
-/// Looks for data or holes in a file, region by region.
+/// Looks for data or holes in the files, region by region.
 fn search(
-    file: BorrowedFd<'_>,
+    target: &dyn TargetMemory,
     regions: &[Region],
     from: u64,
     seek: Seek,
 ) -> Result<Option<u64>, WindowError> {
     for region in regions.iter().filter(|region| region.gpa + region.len > from) {
+        let file = target.file(region.file).ok_or(WindowError::NotFound { from })?;
         let start = region.offset + from.saturating_sub(region.gpa);
         let position = match seek {
             Seek::Data => SeekFrom::Data(start),

@@ -37,6 +37,14 @@ impl State {
 /// Why a range is not shown.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ShowError {
+    /// The target has no such file.
+    #[error("the target's memory at GPA {gpa:#x} is in file {file}, which it has not")]
+    File {
+        /// The target's GPA.
+        gpa: u64,
+        /// The file's number.
+        file: u32,
+    },
     /// The target's memory could not be mapped.
     #[error("cannot map the target's memory at GPA {gpa:#x}")]
     Map {
@@ -183,7 +191,8 @@ pub(super) fn show(
     slot: u32,
     gpa: u64,
 ) -> Result<Memslot, ShowError> {
-    let mapping = GuestMapping::of_file(target.ram(), region.offset, region.len, access)
+    let file = target.file(region.file).ok_or(ShowError::File { gpa: region.gpa, file: region.file })?;
+    let mapping = GuestMapping::of_file(file, region.offset, region.len, access)
         .map_err(|source| ShowError::Map { gpa: region.gpa, source })?;
     Memslot::add(vm, slot, gpa, mapping).map_err(|source| ShowError::Slot { gpa: region.gpa, source })
 }

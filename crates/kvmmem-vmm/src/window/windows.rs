@@ -22,7 +22,7 @@ use super::worker::Worker;
 use crate::control::{Ended, StopHandle};
 use crate::error::VmmError;
 use crate::gate::Gate;
-use crate::mapping::{Attached, TargetMemory, TokenSource, identity};
+use crate::mapping::{Attached, TargetMemory, TokenSource, is_own};
 
 /// The most memory slots of a view, those of ranges that its target has no more included.
 pub(crate) const MAX_SLOTS_PER_VIEW: usize = 2 * kvmmem_abi::descriptor::MAX_RANGES;
@@ -119,7 +119,7 @@ impl Windows {
     ) -> Result<AttachResult, WindowError> {
         let view = attached.view;
         let target = self.host.source.current(view).ok_or(WindowError::Ended { view })?;
-        if identity(target.ram()).map_err(WindowError::Examine)? == self.host.own_file {
+        if is_own(&*target, self.host.own_file).map_err(WindowError::Examine)? {
             return Err(WindowError::OwnMemory);
         }
         let regions = attached.scope.regions(target.map());

@@ -45,14 +45,16 @@ impl Target {
     /// A target with RAM in these ranges, start and end, alone, in a file of `bytes` bytes. One of less than 2 MiB has no
     /// large pages, which would have data everywhere.
     pub(crate) fn with_ranges(bytes: u64, ranges: &[(u64, u64)]) -> Arc<Self> {
-        let regions = ranges.iter().map(|&(gpa, end)| Region { gpa, len: end - gpa, offset: gpa }).collect();
+        let regions =
+            ranges.iter().map(|&(gpa, end)| Region { gpa, len: end - gpa, offset: gpa, file: 0 }).collect();
         let ram = Arc::new(GuestRam::new(bytes).unwrap());
         Arc::new(Self(ram, MemoryMap::new(regions).unwrap()))
     }
 
     /// The same memory with RAM in other ranges.
     pub(crate) fn with_other_ranges(&self, ranges: &[(u64, u64)]) -> Arc<Self> {
-        let regions = ranges.iter().map(|&(gpa, end)| Region { gpa, len: end - gpa, offset: gpa }).collect();
+        let regions =
+            ranges.iter().map(|&(gpa, end)| Region { gpa, len: end - gpa, offset: gpa, file: 0 }).collect();
         Arc::new(Self(self.0.clone(), MemoryMap::new(regions).unwrap()))
     }
 
@@ -73,8 +75,8 @@ impl Target {
 }
 
 impl TargetMemory for Target {
-    fn ram(&self) -> BorrowedFd<'_> {
-        self.0.fd()
+    fn file(&self, index: u32) -> Option<BorrowedFd<'_>> {
+        (index == 0).then(|| self.0.fd())
     }
 
     fn id(&self) -> u64 {
@@ -197,7 +199,7 @@ pub(crate) fn run_with_broker(
         cid: None,
         introspectable: true,
         introspector: false,
-        regions: vec![Region { gpa: 0, len: TARGET_BYTES, offset: 0 }],
+        regions: vec![Region { gpa: 0, len: TARGET_BYTES, offset: 0, file: 0 }],
     };
     let ram = target.0.fd().try_clone_to_owned().unwrap();
     let link = VmmLink::connect(&socket, registration, Some(ram)).unwrap();

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! A view on the host: the memfd of the target's RAM, which the broker hands to this process.
+//! A view on the host: the memfds of the target's RAM, which the broker hands to this process.
 //!
 //! A thread of its own keeps the connection to the broker, so that a grant that is taken back ends the view whatever
-//! the tool is doing: what is mapped is replaced by nothing, the file is closed, and then the broker is told.
+//! the tool is doing: what is mapped is replaced by nothing, the files are closed, and then the broker is told.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
@@ -45,7 +45,7 @@ impl HostView {
         let stop = eventfd(0, EventfdFlags::CLOEXEC).map(Arc::new);
         let stop = stop.map_err(|errno| ViewError::Watch(errno.into()))?;
         let (link, view) = HostLink::attach(socket, token, access == Access::ReadOnly).map_err(refused)?;
-        let memory = Arc::new(Memory::new(view.generation, view.regions, view.ram));
+        let memory = Arc::new(Memory::new(view.generation, view.regions, view.files));
         let watcher = std::thread::Builder::new()
             .name("kvmmem-view".into())
             .spawn({

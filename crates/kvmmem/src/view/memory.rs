@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! What a view on the host reaches: regions of the memfd of the target's RAM, and the mappings of it in this process.
+//! What a view on the host reaches: regions of the memfds of the target's RAM, and the mappings of them in this process.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, Weak};
@@ -24,7 +24,7 @@ const CLEAR_PAUSE: Duration = Duration::from_millis(20);
 /// what was before.
 #[derive(Debug)]
 pub(super) struct Memory {
-    /// Held while memory is copied by way of the file.
+    /// Held while memory is copied by way of a file.
     reach: RwLock<Reach>,
     /// Locked after `reach`.
     mappings: Mutex<Vec<Mapped>>,
@@ -41,8 +41,8 @@ pub(super) struct Reach {
     pub(super) state: State,
     /// Disjoint, in pages, ascending; none once the view has ended.
     regions: Vec<Region>,
-    /// `None` once the view has ended.
-    ram: Option<OwnedFd>,
+    /// By their numbers; none once the view has ended.
+    files: Vec<OwnedFd>,
 }
 
 /// A mapping in this process, as long as somebody uses it.
@@ -53,8 +53,8 @@ struct Mapped {
 }
 
 impl Memory {
-    pub(super) fn new(generation: u64, regions: Vec<Region>, ram: OwnedFd) -> Self {
-        let reach = Reach { generation, state: State::Open, regions, ram: Some(ram) };
+    pub(super) fn new(generation: u64, regions: Vec<Region>, files: Vec<OwnedFd>) -> Self {
+        let reach = Reach { generation, state: State::Open, regions, files };
         Self {
             reach: RwLock::new(reach),
             mappings: Mutex::default(),
@@ -75,35 +75,36 @@ impl Memory {
         buf: &mut [u8],
     ) -> Result<usize, ViewError> {
         let reach = self.reach();
-        let (ram, offset, len) = reach.piece(operation, gpa, buf.len())?;
+        let (file, offset, len) = reach.piece(operation, gpa, buf.len())?;
         let part = buf.get_mut(..len).unwrap_or_default();
-        retried(|| pread(ram, &mut *part, offset)).map_err(|source| ViewError::System { operation, source })
+        retried(|| pread(file, &mut *part, offset)).map_err(|source| ViewError::System { operation, source })
     }
 
     /// Copies as many of `bytes` as fit in one piece to `gpa` on, and returns how many.
     pub(super) fn write(&self, operation: ViewOperation, gpa: u64, bytes: &[u8]) -> Result<usize, ViewError> {
         let reach = self.reach();
-        let (ram, offset, len) = reach.piece(operation, gpa, bytes.len())?;
+        let (file, offset, len) = reach.piece(operation, gpa, bytes.len())?;
         let part = bytes.get(..len).unwrap_or_default();
-        retried(|| pwrite(ram, part, offset)).map_err(|source| ViewError::System { operation, source })
+        retried(|| pwrite(file, part, offset)).map_err(|source| ViewError::System { operation, source })
     }
 
     /// The next stretch with data at `gpa` or behind.
     pub(super) fn data_from(&self, operation: ViewOperation, gpa: u64) -> Result<Option<Range>, ViewError> {
         let reach = self.reach();
-        let ram = reach.ram(operation)?;
+        reach.check(operation)?;
         for region in &reach.regions {
             let Some(part) = next_range(&[range(region)], gpa) else { continue };
+            let Some(file) = reach.file(region) else { return Ok(Some(part)) };
             let offset = region.offset + (part.gpa - region.gpa);
             let end = offset + part.len;
-            let data = match seek(ram, SeekFrom::Data(offset)) {
+            let data = match seek(file, SeekFrom::Data(offset)) {
                 Ok(data) => data.max(offset),
                 // There is none up to the file's end.
                 Err(Errno::NXIO) => end,
                 Err(_) => return Ok(Some(part)),
             };
             if data < end {
-                let hole = seek(ram, SeekFrom::Hole(data)).map_or(end, |hole| hole.min(end));
+                let hole = seek(file, SeekFrom::Hole(data)).map_or(end, |hole| hole.min(end));
                 if hole > data {
                     return Ok(Some(Range { gpa: part.gpa + (data - offset), len: hole - data }));
                 }
@@ -121,7 +122,7 @@ impl Memory {
     ) -> Result<Arc<Foreign>, ViewError> {
         // Held until the mapping is in the list, so that no end of the view comes in between.
         let reach = self.reach();
-        reach.ram(operation)?;
+        reach.check(operation)?;
         if let Some(gpa) = first_hole(&reach.ranges(), wanted) {
             return Err(ViewError::Hole { operation, gpa });
         }
@@ -134,7 +135,7 @@ impl Memory {
         Ok(memory)
     }
 
-    /// Goes over to other regions of the same file.
+    /// Goes over to other regions of the same files.
     pub(super) fn change(&self, generation: u64, regions: Vec<Region>) {
         let mut reach = self.reach.write().unwrap_or_else(PoisonError::into_inner);
         let is_elsewhere = reach.regions != regions;
@@ -159,7 +160,7 @@ impl Memory {
             reach.state = state;
         }
         reach.regions.clear();
-        reach.ram = None;
+        reach.files.clear();
         let mappings = std::mem::take(&mut *self.mappings());
         let lost = mappings.iter().filter_map(|mapped| mapped.memory.upgrade());
         let left = lost.filter(|memory| !clear(memory)).count();
@@ -211,12 +212,18 @@ impl Reach {
         self.regions.iter().map(range).collect()
     }
 
-    fn ram(&self, operation: ViewOperation) -> Result<&OwnedFd, ViewError> {
-        let ended = match self.state {
-            State::Revoked => ViewError::Revoked { operation },
-            State::Open | State::Gone => ViewError::Gone { operation },
-        };
-        self.ram.as_ref().ok_or(ended)
+    /// Whether the view goes on.
+    fn check(&self, operation: ViewOperation) -> Result<(), ViewError> {
+        match self.state {
+            State::Open => Ok(()),
+            State::Revoked => Err(ViewError::Revoked { operation }),
+            State::Gone => Err(ViewError::Gone { operation }),
+        }
+    }
+
+    /// The file that a region lies in.
+    fn file(&self, region: &Region) -> Option<&OwnedFd> {
+        self.files.get(usize::try_from(region.file).ok()?)
     }
 
     /// The file, the offset in it of `gpa`, and how many bytes, at most `len`, can be copied there at once.
@@ -226,17 +233,17 @@ impl Reach {
         gpa: u64,
         len: usize,
     ) -> Result<(&OwnedFd, u64, usize), ViewError> {
-        let ram = self.ram(operation)?;
+        self.check(operation)?;
         let region = self.regions.iter().find(|region| region.gpa <= gpa && gpa - region.gpa < region.len);
-        let region = region.ok_or(ViewError::Hole { operation, gpa })?;
+        let place = region.and_then(|region| Some((region, self.file(region)?)));
+        let (region, file) = place.ok_or(ViewError::Hole { operation, gpa })?;
         let within = gpa - region.gpa;
         let left = usize::try_from(region.len - within).unwrap_or(usize::MAX);
-        Ok((ram, region.offset + within, len.min(left).min(COPY_LIMIT)))
+        Ok((file, region.offset + within, len.min(left).min(COPY_LIMIT)))
     }
 
     /// Makes `memory`, which stands for the addresses from `gpa` on, show what is there now; the rest of it is lost.
     fn place(&self, gpa: u64, memory: &Foreign) -> Result<(), Errno> {
-        let Some(ram) = &self.ram else { return memory.clear(0, memory.len()) };
         let (mut at, end) = (gpa, gpa.saturating_add(memory.len()));
         for region in &self.regions {
             let Some(part) = next_range(&[range(region)], at).filter(|part| part.gpa < end) else { continue };
@@ -244,7 +251,8 @@ impl Reach {
                 memory.clear(at - gpa, part.gpa - at)?;
             }
             let len = part.len.min(end - part.gpa);
-            memory.place(part.gpa - gpa, len, ram.as_fd(), region.offset + (part.gpa - region.gpa))?;
+            let file = self.file(region).ok_or(Errno::BADF)?;
+            memory.place(part.gpa - gpa, len, file.as_fd(), region.offset + (part.gpa - region.gpa))?;
             at = part.gpa + len;
         }
         if at < end { memory.clear(at - gpa, end - at) } else { Ok(()) }

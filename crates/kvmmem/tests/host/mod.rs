@@ -21,8 +21,10 @@ pub(crate) const PAGE: u64 = 0x1000;
 pub(crate) const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Four pages from 0, two from 1 MiB that lie before them in the file.
-pub(crate) const REGIONS: [Region; 2] =
-    [Region { gpa: 0, len: 4 * PAGE, offset: 2 * PAGE }, Region { gpa: 0x10_0000, len: 2 * PAGE, offset: 0 }];
+pub(crate) const REGIONS: [Region; 2] = [
+    Region { gpa: 0, len: 4 * PAGE, offset: 2 * PAGE, file: 0 },
+    Region { gpa: 0x10_0000, len: 2 * PAGE, offset: 0, file: 0 },
+];
 
 /// A broker and a target, which end on drop.
 pub(crate) struct Host {

@@ -152,7 +152,8 @@ struct Sparse {
 impl Sparse {
     fn register(world: &World, name: &'static str, bytes: u64) -> Result<Self> {
         let ram = GuestRam::new(bytes)?;
-        let region = |ram: kvmmem_sys::ram::RamRegion| Region { gpa: ram.gpa, len: ram.len, offset: ram.gpa };
+        let region =
+            |ram: kvmmem_sys::ram::RamRegion| Region { gpa: ram.gpa, len: ram.len, offset: ram.gpa, file: 0 };
         let registration = Registration {
             name: name.to_owned(),
             uuid: Uuid::from_u128(u128::from(bytes)),

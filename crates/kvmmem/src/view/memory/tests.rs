@@ -24,11 +24,11 @@ fn file(pages: u64) -> File {
 }
 
 fn region(gpa: u64, pages: u64, offset: u64) -> Region {
-    Region { gpa: gpa * PAGE, len: pages * PAGE, offset: offset * PAGE }
+    Region { gpa: gpa * PAGE, len: pages * PAGE, offset: offset * PAGE, file: 0 }
 }
 
 fn memory(regions: &[Region], file: &File) -> Memory {
-    Memory::new(4, regions.to_vec(), file.try_clone().unwrap().into())
+    Memory::new(4, regions.to_vec(), vec![file.try_clone().unwrap().into()])
 }
 
 fn pages(gpa: u64, pages: u64) -> Range {
@@ -52,6 +52,32 @@ fn a_mapping_spans_regions_that_lie_apart_in_the_file() {
         let error = memory.map(READ, range, true).unwrap_err();
         assert!(matches!(error, ViewError::Hole { gpa, .. } if gpa == hole * PAGE), "{range}: {error}");
     }
+}
+
+#[test]
+fn a_mapping_spans_regions_in_several_files() {
+    let files = [file(4), file(4)];
+    files[1].write_all_at(b"node one", 0).unwrap();
+    let second = Region { file: 1, ..region(4, 4, 0) };
+    let owned = files.iter().map(|file| file.try_clone().unwrap().into()).collect();
+    let memory = Memory::new(4, vec![region(0, 4, 0), second, Region { file: 2, ..region(8, 1, 0) }], owned);
+    let mapping = memory.map(READ, pages(3, 2), true).unwrap();
+    let mut bytes = [0; 16];
+    mapping.read(PAGE - 8, &mut bytes).unwrap();
+    assert_eq!((&bytes[..8], &bytes[8..]), ((4 * PAGE - 8).to_le_bytes().as_slice(), b"node one".as_slice()));
+    mapping.write(PAGE, b"N").unwrap();
+    let mut byte = [0];
+    assert_eq!(memory.read(READ, 4 * PAGE, &mut byte).unwrap(), 1);
+    assert_eq!(&byte, b"N");
+    assert_eq!(memory.write(READ, 4 * PAGE - 1, b"ab").unwrap(), 1);
+    // No such file came.
+    assert!(matches!(memory.read(READ, 8 * PAGE, &mut byte), Err(ViewError::Hole { .. })));
+    assert!(memory.map(READ, pages(7, 2), true).is_err());
+    // The nodes change places.
+    memory.change(6, vec![Region { file: 1, ..region(0, 4, 0) }, region(4, 4, 0)]);
+    mapping.read(0, &mut bytes).unwrap();
+    assert_eq!(bytes[..8], (3 * PAGE).to_le_bytes());
+    assert_eq!(mapping.read_word::<u64>(PAGE + 8).unwrap(), 8);
 }
 
 #[test]
