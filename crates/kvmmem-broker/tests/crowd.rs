@@ -30,7 +30,7 @@ fn a_thousand_targets_come_are_looked_at_and_go() {
         let socket = PacketSocket::connect(&broker.path, LIMIT).unwrap();
         socket.limit_receive(Some(LIMIT)).unwrap();
         let call = Call::Register(target(&format!("{number:04}")));
-        socket.send(&Request { id: 1, call }, Some(ram().as_fd()), Wait::Limited).unwrap();
+        socket.send(&Request { id: 1, call }, &[ram().as_fd()], Wait::Limited).unwrap();
         let (answer, _) = socket.receive(&mut buffer).unwrap().unwrap();
         assert!(
             matches!(answer, FromBroker::Answer { answer: Answer::Registered { .. }, .. }),

@@ -65,7 +65,7 @@ impl House {
             let socket = PacketSocket::connect(&self.socket, LIMIT)?;
             let call = Call::Register(registration(number, &name(number)));
             // The broker alone keeps the memfd.
-            socket.send(&Request { id: 1, call }, Some(ram()?.as_fd()), Wait::Limited)?;
+            socket.send(&Request { id: 1, call }, &[ram()?.as_fd()], Wait::Limited)?;
             let answer = socket.receive(&mut buffer)?;
             match answer {
                 Some((FromBroker::Answer { answer: Answer::Registered { .. }, .. }, _)) => {}
@@ -134,7 +134,7 @@ fn registration(number: usize, name: &str) -> Registration {
         cid: None,
         introspectable: true,
         introspector: false,
-        regions: vec![Region { gpa: 0, len: RAM, offset: 0 }],
+        regions: vec![Region { gpa: 0, len: RAM, offset: 0, file: 0 }],
     }
 }
 
