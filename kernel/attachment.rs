@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
-//! An answered ATTACH: the host shows a window until this is dropped. What its descriptor page says is copied before it
-//! is looked at, and checked before it is believed.
+//! A view, as the host knows it: a window that a hypercall opened, or a slot that was plugged in. The host shows its
+//! memory until this is dropped.
 
 use core::mem::offset_of;
 
@@ -9,12 +9,15 @@ use kernel::time::Delta;
 use kernel::time::delay::fsleep;
 use kernel::uaccess::UserSliceReader;
 
-use crate::abi::descriptor::{Descriptor, DescriptorError, GENERATION_AT, MAX_RANGES, SIZE, WindowRange};
+use crate::abi::descriptor::{COMPLAINT_INVALID, GENERATION_AT};
 use crate::abi::hypercall::{AttachRequest, AttachResult};
 use crate::abi::ioctl::PAGE_SIZE;
 use crate::hypercall::{self, Way};
+use crate::slots::{self, Claim};
+use crate::snapshot::{CheckError, PageCopy, Snapshot};
 use crate::stats;
 use crate::sys::{self, Remapped};
+use crate::window::Extent;
 
 /// How often the page is looked at, and how long it is waited between two times, while the host is changing it.
 const TRIES: u32 = 1000;
@@ -33,7 +36,7 @@ impl AttachCall {
     }
 
     /// Asks the host for the view, with these flags. The token is used.
-    pub(crate) fn call(mut self, flags: u32) -> Result<Attachment> {
+    fn call(&mut self, flags: u32) -> Result<Opened> {
         let way = hypercall::way()?;
         let (pid, uid, comm) = sys::caller();
         self.put(offset_of!(AttachRequest, pid), &pid.to_ne_bytes());
@@ -48,7 +51,7 @@ impl AttachCall {
         })?;
         let gpa = crate::test_descriptor(&*self.0).unwrap_or(result.descriptor_gpa);
         match Remapped::map(gpa, PAGE_SIZE) {
-            Ok(page) => Ok(Attachment { way, page }),
+            Ok(page) => Ok(Opened { way, page }),
             Err(error) => {
                 stats::lie("the descriptor's page is no memory of a window");
                 // Names the view all the same, if the host believes itself.
@@ -56,6 +59,11 @@ impl AttachCall {
                 Err(if error == ENOMEM { ENOMEM } else { EIO })
             }
         }
+    }
+
+    /// SHA-256 of the token.
+    fn digest(&self) -> [u8; 32] {
+        sys::sha256(self.0.split_at(offset_of!(AttachRequest, pid)).0)
     }
 
     /// The bytes, of which the token is the first 32.
@@ -76,69 +84,120 @@ impl Drop for AttachCall {
     }
 }
 
-/// A view, as the host knows it.
-pub(crate) struct Attachment {
+/// A view that the host shows.
+pub(crate) enum Attachment {
+    /// By the answer to a hypercall.
+    Opened(Opened),
+    /// By PCI devices.
+    Plugged(Claim),
+}
+
+/// A window that a hypercall opened. Closed when dropped.
+pub(crate) struct Opened {
     way: Way,
     page: Remapped,
 }
 
-/// A copy of the descriptor page, checked.
-pub(crate) struct Snapshot {
-    pub(crate) descriptor: Descriptor,
-    ranges: KBox<[WindowRange; MAX_RANGES]>,
-}
-
-impl Snapshot {
-    pub(crate) fn ranges(&self) -> &[WindowRange] {
-        self.ranges.get(..self.descriptor.range_count).unwrap_or(&[])
-    }
-}
-
 impl Attachment {
-    /// Where the host put the descriptor's page, which names the view to it.
-    pub(crate) fn gpa(&self) -> u64 {
-        self.page.gpa()
+    /// Has the host open the view that `call` asks for, with these flags.
+    pub(crate) fn open(call: &mut AttachCall, flags: u32) -> Result<Self> {
+        call.call(flags).map(Self::Opened)
     }
 
-    /// The generation that the page shows at this moment; odd while the host is changing it.
-    pub(crate) fn generation(&self) -> u64 {
-        self.page.read_u64(GENERATION_AT)
+    /// Takes the slot whose token is that of `call`: `ENOENT` where none is.
+    pub(crate) fn take(call: &AttachCall) -> Result<Self> {
+        slots::claim(&call.digest()).map(Self::Plugged)
     }
 
-    /// What the page says. `EIO` where that cannot be, or where the host does not finish changing it.
+    /// Where this machine sees the descriptor's page, by which a hypercall's view is named to the host. `None` where it
+    /// was unplugged.
+    pub(crate) fn gpa(&self) -> Option<u64> {
+        match self {
+            Self::Opened(opened) => Some(opened.page.gpa()),
+            Self::Plugged(claim) => claim.with_page(|page| page.gpa()),
+        }
+    }
+
+    /// The generation that the page shows at this moment, odd while the host is changing it. `None` where the page or
+    /// one of the windows was unplugged.
+    pub(crate) fn generation(&self) -> Option<u64> {
+        match self {
+            Self::Opened(opened) => Some(opened.page.read_u64(GENERATION_AT)),
+            Self::Plugged(claim) => claim.with_page(|page| page.read_u64(GENERATION_AT)),
+        }
+    }
+
+    /// What the page says. `EIO` where that cannot be, or where the host does not finish changing it; `ESTALE` where it
+    /// was unplugged.
     pub(crate) fn read(&self) -> Result<Snapshot> {
-        let mut copy = KBox::new([0; SIZE], GFP_KERNEL)?;
-        let mut ranges = KBox::new([WindowRange::default(); MAX_RANGES], GFP_KERNEL)?;
         for _ in 0..TRIES {
-            let generation = self.generation();
-            for (index, word) in copy.chunks_exact_mut(8).enumerate() {
-                word.copy_from_slice(&self.page.read_u64(8 * index).to_le_bytes());
-            }
-            // x86 reads in the order of the program, and volatile reads stay in it.
-            if self.generation() == generation {
-                // Window 0 is the only one that a hypercall opens.
-                match Descriptor::read(&copy, &mut ranges, |_| None) {
-                    Ok(descriptor) if descriptor.generation == generation => {
-                        return Ok(Snapshot { descriptor, ranges });
-                    }
-                    Ok(_) | Err(DescriptorError::Changing) => {}
+            let copy = match self {
+                Self::Opened(opened) => PageCopy::of(&opened.page)?,
+                Self::Plugged(claim) => claim.with_page(PageCopy::of).ok_or(ESTALE)??,
+            };
+            if let Some(copy) = copy {
+                let windows = |number| Some(self.plugged_window(number)?.len);
+                match Snapshot::check(&copy, windows).map_err(CheckError::lie) {
+                    Ok(Some(snapshot)) => return Ok(snapshot),
+                    Ok(None) => {}
                     Err(error) => {
-                        stats::lie(reason(error));
-                        return Err(EIO);
+                        self.complain(error);
+                        return Err(error);
                     }
                 }
             }
             fsleep(PAUSE);
         }
         stats::lie("the descriptor does not stop changing");
+        self.complain(EIO);
         Err(EIO)
+    }
+
+    /// Where a window of `snapshot` is, if there is such a one.
+    pub(crate) fn window(&self, snapshot: &Snapshot, number: u32) -> Option<Extent> {
+        let descriptor = &snapshot.descriptor;
+        match self {
+            // The only one that a hypercall opens.
+            Self::Opened(_) if number == 0 => {
+                Some(Extent { start: descriptor.window_gpa, len: descriptor.window_len, bar: None })
+            }
+            _ => self.plugged_window(number),
+        }
+    }
+
+    fn plugged_window(&self, number: u32) -> Option<Extent> {
+        match self {
+            Self::Opened(_) => None,
+            Self::Plugged(claim) => claim.window(number),
+        }
+    }
+
+    /// Tells the host that nothing of a generation before this one is used any more.
+    pub(crate) fn followed(&self, generation: u64) {
+        if let Self::Plugged(claim) = self {
+            claim.followed(generation);
+        }
+    }
+
+    /// Tells the host that nothing of the view is used any more, whatever comes.
+    pub(crate) fn let_go(&self) {
+        if let Self::Plugged(claim) = self {
+            claim.let_go();
+        }
+    }
+
+    fn complain(&self, error: Error) {
+        if let (Self::Plugged(claim), true) = (self, error == EIO) {
+            claim.complain(COMPLAINT_INVALID);
+        }
     }
 
     /// Asks the host for the next data (or hole: `what`) from `gpa` on. `None` where there is none, `EOPNOTSUPP` where
     /// the host does not know.
     pub(crate) fn seek(&self, gpa: u64, what: u64) -> Result<Option<u64>> {
+        let Self::Opened(opened) = self else { return Err(EOPNOTSUPP) };
         let mut found = KBox::new(gpa, GFP_KERNEL)?;
-        match sys::seek(self.way, self.page.gpa(), &mut found, what).map_err(hypercall::error) {
+        match sys::seek(opened.way, opened.page.gpa(), &mut found, what).map_err(hypercall::error) {
             Ok(()) if *found >= gpa => Ok(Some(*found)),
             Ok(()) => {
                 stats::lie("it found an address before the one to begin at");
@@ -150,7 +209,7 @@ impl Attachment {
     }
 }
 
-impl Drop for Attachment {
+impl Drop for Opened {
     fn drop(&mut self) {
         // Nothing of this machine's own is behind the window, so a refusal harms nobody here; but the host still shows
         // the target's memory there.
@@ -158,15 +217,5 @@ impl Drop for Attachment {
             stats::REFUSED.add_one();
             stats::VIEWS_QUARANTINED.add_one();
         }
-    }
-}
-
-fn reason(error: DescriptorError) -> &'static str {
-    match error {
-        DescriptorError::Magic => "there is no descriptor where it should be",
-        DescriptorError::Version => "the descriptor is of another version",
-        DescriptorError::Changing => "the descriptor is changing",
-        DescriptorError::Header => "the descriptor's header is not possible",
-        DescriptorError::Range => "a range of the descriptor is not possible",
     }
 }

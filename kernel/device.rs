@@ -15,7 +15,7 @@ use kernel::uaccess::UserPtr;
 use crate::abi::ioctl::{MEM_MAP, MEM_UNMAP, PAGE_SIZE};
 use crate::abi::{native as view, region};
 use crate::file::ViewFile;
-use crate::hypercall::Request;
+use crate::hypercall::{self, Request};
 use crate::native;
 use crate::page::ForeignPage;
 use crate::sys::{self, Fault, FaultError, Inserted, ProcessRef};
@@ -93,8 +93,8 @@ impl MiscDevice for OpenFile {
             let shown = view.shown();
             seq_print!(m, "kvmmem-view-state:\t{}\n", shown.state());
             seq_print!(m, "kvmmem-view-generation:\t{}\n", shown.generation);
-            if let Some(host) = view.host() {
-                seq_print!(m, "kvmmem-view-descriptor:\t{:#x}\n", host.gpa());
+            if let Some(gpa) = view.host().and_then(|host| host.gpa()) {
+                seq_print!(m, "kvmmem-view-descriptor:\t{gpa:#x}\n");
             }
         }
     }
@@ -122,6 +122,7 @@ impl OpenFile {
     }
 
     fn map(&self, arg: usize) -> Result {
+        hypercall::way()?;
         let task = current!();
         let mm = self.opener(task.mm())?;
         let request = Request::read(UserPtr::from_addr(arg))?;

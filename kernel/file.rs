@@ -81,20 +81,14 @@ impl ViewFile {
 
     pub(crate) fn read(&self, position: i64, to: &mut IovIterDest<'_>) -> Result<usize> {
         let view = self.view()?;
-        let len = to.len();
-        let done = transfer(&view, position, len, false, |memory, offset, len, is_valid| {
-            memory.copy_to(offset, len, to, is_valid)
-        })?;
+        let done = transfer(&view, position, to.len(), false, to)?;
         view.read_bytes.add(done);
         Ok(done)
     }
 
     pub(crate) fn write(&self, position: i64, from: &mut IovIterSource<'_>) -> Result<usize> {
         let view = self.view()?;
-        let len = from.len();
-        let done = transfer(&view, position, len, true, |memory, offset, len, is_valid| {
-            memory.copy_from(offset, len, from, is_valid)
-        })?;
+        let done = transfer(&view, position, from.len(), true, from)?;
         view.written_bytes.add(done);
         Ok(done)
     }
@@ -194,6 +188,61 @@ fn insert(view: &View, fault: &Fault) -> Result<Inserted, FaultError> {
     })
 }
 
+/// Memory of a process that is copied to or from.
+trait Buffer {
+    /// As [`Memory::copy_to`] or [`Memory::copy_from`].
+    fn copy(
+        &mut self,
+        memory: &Memory,
+        offset: u64,
+        len: usize,
+        is_valid: impl FnOnce() -> bool,
+    ) -> Option<usize>;
+
+    /// Gets the pages that are needed to copy `len` bytes. Whether at least one byte can be.
+    fn fault_in(&mut self, len: usize) -> bool;
+}
+
+impl Buffer for IovIterDest<'_> {
+    fn copy(
+        &mut self,
+        memory: &Memory,
+        offset: u64,
+        len: usize,
+        is_valid: impl FnOnce() -> bool,
+    ) -> Option<usize> {
+        memory.copy_to(offset, len, self, is_valid)
+    }
+
+    fn fault_in(&mut self, len: usize) -> bool {
+        sys::fault_in_destination(self, len)
+    }
+}
+
+impl Buffer for IovIterSource<'_> {
+    fn copy(
+        &mut self,
+        memory: &Memory,
+        offset: u64,
+        len: usize,
+        is_valid: impl FnOnce() -> bool,
+    ) -> Option<usize> {
+        memory.copy_from(offset, len, self, is_valid)
+    }
+
+    fn fault_in(&mut self, len: usize) -> bool {
+        sys::fault_in_source(self, len)
+    }
+}
+
+/// What a step of a transfer came to.
+enum Step {
+    /// So many bytes of those that were wanted.
+    Copied(usize, usize),
+    /// The view changed meanwhile.
+    Changed,
+}
+
 /// Copies between the target's memory from `position` on and a process's: as many bytes as lie in ranges that follow
 /// each other. 0 at the end of the last range when reading, else `ENXIO` where there is no memory.
 fn transfer(
@@ -201,46 +250,49 @@ fn transfer(
     position: i64,
     len: usize,
     is_write: bool,
-    mut copy: impl FnMut(&Memory, u64, usize, &dyn Fn() -> bool) -> Option<usize>,
+    buffer: &mut impl Buffer,
 ) -> Result<usize> {
     let start = u64::try_from(position).map_err(|_| EINVAL)?;
     let (mut done, mut changes) = (0, 0);
-    let mut step = |done: usize| -> Result<Option<(usize, bool)>> {
-        let shown = view.look();
-        let provider = shown.provider.clone()?;
-        if is_write && !shown.is_writable() {
-            return Err(EACCES);
-        }
-        let gpa = start.checked_add(done as u64).ok_or(EINVAL)?;
-        if gpa >= provider.end() && !is_write {
-            return Ok(Some((0, false)));
-        }
-        provider.prepare(gpa)?;
-        let (memory, offset) = provider.find(gpa)?;
-        let room = usize::try_from(memory.len().saturating_sub(offset))?;
-        let wanted = (len - done).min(CHUNK).min(room);
-        // The process's memory may be this file's: no lock is held.
-        match copy(&memory, offset, wanted, &|| view.is_current(&shown)) {
-            Some(0) => Err(EFAULT),
-            Some(count) => Ok(Some((count, count == wanted))),
-            None => Ok(None),
-        }
-    };
     while done < len {
-        match step(done) {
-            Ok(Some((count, is_whole))) => {
+        match step(view, start.checked_add(done as u64).ok_or(EINVAL)?, len - done, is_write, buffer) {
+            Ok(Step::Copied(count, wanted)) => {
                 done += count;
-                if !is_whole || sys::is_killed() {
+                // The process's memory may be this file's, or answered for by another process: the target's memory
+                // is not in use here while its pages are got.
+                let is_short = count < wanted && !buffer.fault_in(wanted - count);
+                if is_short && done == 0 {
+                    return Err(EFAULT);
+                }
+                if is_short || wanted == 0 || sys::is_killed() {
                     break;
                 }
             }
-            Ok(None) if changes < CHANGES => changes += 1,
-            Ok(None) if done == 0 => return Err(EAGAIN),
+            Ok(Step::Changed) if changes < CHANGES => changes += 1,
+            Ok(Step::Changed) if done == 0 => return Err(EAGAIN),
             Err(error) if done == 0 => return Err(error),
-            Ok(None) | Err(_) => break,
+            Ok(Step::Changed) | Err(_) => break,
         }
     }
     Ok(done)
+}
+
+/// Copies up to [`CHUNK`] bytes, as long as the process's pages are there.
+fn step(view: &View, gpa: u64, len: usize, is_write: bool, buffer: &mut impl Buffer) -> Result<Step> {
+    let shown = view.look();
+    let provider = shown.provider.clone()?;
+    if is_write && !shown.is_writable() {
+        return Err(EACCES);
+    }
+    if gpa >= provider.end() && !is_write {
+        return Ok(Step::Copied(0, 0));
+    }
+    provider.prepare(gpa)?;
+    let (memory, offset) = provider.find(gpa)?;
+    let room = usize::try_from(memory.len().saturating_sub(offset))?;
+    let wanted = len.min(CHUNK).min(room);
+    let copied = buffer.copy(&memory, offset, wanted, || view.is_current(&shown));
+    Ok(copied.map_or(Step::Changed, |count| Step::Copied(count, wanted)))
 }
 
 /// The next data: the host knows what of the ranges the target has never used or given back.

@@ -33,49 +33,69 @@ impl fmt::Display for Way {
 
 static WAY: SetOnce<Way> = SetOnce::new();
 
-static HAS_WINDOW: SetOnce<bool> = SetOnce::new();
+/// How the host shows a target's memory to views.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Showing {
+    /// In a window that it opens when it is called.
+    Windows,
+    /// In pages that it replaces one by one when it is called.
+    Pages,
+    /// In PCI devices that it plugs in; it cannot be called.
+    Devices,
+}
 
-/// The way chosen when the module was loaded.
+static SHOWING: SetOnce<Showing> = SetOnce::new();
+
+/// The way chosen when the module was loaded: `EOPNOTSUPP` where the host cannot be called.
 pub(crate) fn way() -> Result<Way> {
     WAY.copy().ok_or(EOPNOTSUPP)
 }
 
-/// Whether the host opens windows. Without one, views ask it for each page.
-pub(crate) fn has_window() -> bool {
-    HAS_WINDOW.copy() == Some(true)
+/// How the host shows memory, as found when the module was loaded.
+pub(crate) fn showing() -> Showing {
+    SHOWING.copy().unwrap_or(Showing::Devices)
 }
 
-/// Chooses the way: the `forced` one, else what CPUID offers, `vmcall` first. `ENODEV` where the host offers none.
-/// There are windows where CPUID offers them or `force_window` says so.
+/// Chooses the way: the `forced` one, else what CPUID offers, `vmcall` first. There are windows where CPUID offers them
+/// or `force_window` says so. Where the host cannot be called there may be devices: `ENODEV` without a PCI bus.
 pub(crate) fn choose(forced: Option<Way>, force_window: bool) -> Result {
-    let (way, features) = match forced {
-        Some(way) => (way, 0),
+    let offered = match forced {
+        Some(way) => Some((way, 0)),
         None => offered()?,
     };
+    let Some((way, features)) = offered else {
+        SHOWING.populate(Showing::Devices);
+        pr_info!("this host serves no hypercalls (v1); it may show views as PCI devices\n");
+        return Ok(());
+    };
     let has_window = force_window || features & FEATURE_WINDOW != 0;
-    let what = if has_window { "windows" } else { "pages one by one" };
+    let (showing, what) =
+        if has_window { (Showing::Windows, "windows") } else { (Showing::Pages, "pages one by one") };
     pr_info!("the host is called by {way} and shows {what}\n");
     WAY.populate(way);
-    HAS_WINDOW.populate(has_window);
+    SHOWING.populate(showing);
     Ok(())
 }
 
-/// The way, and the feature bits.
-fn offered() -> Result<(Way, u32)> {
+/// The way, and the feature bits. `None` where there is a PCI bus only.
+fn offered() -> Result<Option<(Way, u32)>> {
     let [_, signature @ ..] = sys::cpuid(LEAF_SIGNATURE);
     if signature != SIGNATURE_REGISTERS {
+        if sys::has_pci_bus() {
+            return Ok(None);
+        }
         pr_err!(
-            "this machine's host does not serve kvmmem: CPUID leaf {:#x} has no KVMMEMKVMMEM signature\n",
+            "this machine's host does not serve kvmmem: CPUID leaf {:#x} has no KVMMEMKVMMEM signature, and there is no PCI bus\n",
             LEAF_SIGNATURE
         );
         return Err(ENODEV);
     }
     let [features, port, ..] = sys::cpuid(LEAF_FEATURES);
     if features & FEATURE_VMCALL != 0 {
-        return Ok((Way::Vmcall, features));
+        return Ok(Some((Way::Vmcall, features)));
     }
     match u16::try_from(port) {
-        Ok(port) if features & FEATURE_DOORBELL != 0 && port != 0 => Ok((Way::Doorbell(port), features)),
+        Ok(port) if features & FEATURE_DOORBELL != 0 && port != 0 => Ok(Some((Way::Doorbell(port), features))),
         _ => {
             pr_err!(
                 "the host offers neither vmcall nor a doorbell port (features {features:#x}, port {port:#x})\n"

@@ -31,11 +31,14 @@
 #![deny(unsafe_code)]
 
 use kernel::debugfs::{Dir, File};
+use kernel::driver::Registration;
 use kernel::miscdevice::{MiscDeviceOptions, MiscDeviceRegistration};
+use kernel::pci;
 use kernel::prelude::*;
 
 use crate::device::OpenFile;
-use crate::hypercall::Way;
+use crate::devices::Driver;
+use crate::hypercall::{Showing, Way};
 use crate::stats::Report;
 use crate::sys::Processes;
 
@@ -44,6 +47,7 @@ use crate::sys::Processes;
 mod abi;
 mod attachment;
 mod device;
+mod devices;
 mod file;
 mod hypercall;
 mod native;
@@ -52,6 +56,10 @@ mod pages;
 mod process;
 mod provider;
 mod regions;
+mod released;
+mod slot;
+mod slots;
+mod snapshot;
 mod stats;
 #[allow(unsafe_code)]
 mod sys;
@@ -96,12 +104,16 @@ module! {
     },
 }
 
+type PciDriver = Pin<KBox<Registration<pci::Adapter<Driver>>>>;
+
 /// What exists while the module is loaded.
 #[pin_data]
 struct Kvmmem {
     // Dropped in this order: the device first, and at last a wait for what its files shared.
     #[pin]
     device: MiscDeviceRegistration<OpenFile>,
+    // Where the host is not called.
+    driver: Option<PciDriver>,
     #[pin]
     counters: File<Report>,
     directory: Dir,
@@ -109,16 +121,26 @@ struct Kvmmem {
 }
 
 impl kernel::InPlaceModule for Kvmmem {
-    fn init(_module: &'static ThisModule) -> impl PinInit<Self, Error> {
+    fn init(module: &'static ThisModule) -> impl PinInit<Self, Error> {
+        sys::init_slots();
         let directory = Dir::new(c"kvmmem");
         try_pin_init!(Self {
             _: { hypercall::choose(forced_way(), module_parameters::force_window.value())? },
             counters <- directory.read_only_file(c"counters", Report),
             directory,
             processes: Processes,
+            driver: pci_driver(module)?,
             // Last, because a file may be opened from here on.
             device <- MiscDeviceRegistration::register(MiscDeviceOptions { name: c"kvmmem" }),
         })
+    }
+}
+
+/// The PCI driver, where views can come as devices.
+fn pci_driver(module: &'static ThisModule) -> Result<Option<PciDriver>> {
+    match hypercall::showing() {
+        Showing::Devices => KBox::pin_init(Registration::new(c"kvmmem", module), GFP_KERNEL).map(Some),
+        Showing::Windows | Showing::Pages => Ok(None),
     }
 }
 
@@ -132,7 +154,7 @@ fn forced_way() -> Option<Way> {
 
 /// Whether libkvmi's region ioctls are there.
 fn offers_regions() -> bool {
-    module_parameters::regions.value() && hypercall::has_window()
+    module_parameters::regions.value() && hypercall::showing() != Showing::Pages
 }
 
 /// The selftest's descriptor page, where one stands in for the host's: the request's first byte is its number.

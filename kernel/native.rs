@@ -7,28 +7,29 @@ use kernel::uaccess::{UserPtr, UserSlice};
 
 use crate::abi::descriptor::MAX_RANGES;
 use crate::abi::native::{
-    ATTACH_READ_ONLY, Attach, FEATURE_HUGE_1G, FEATURE_HUGE_2M, FEATURE_PAGES, FEATURE_REGIONS, FEATURE_SEEK,
-    FEATURE_VIEWS, Info, Ranges, Stats, VERSION,
+    ATTACH_READ_ONLY, Attach, FEATURE_DEVICES, FEATURE_HUGE_1G, FEATURE_HUGE_2M, FEATURE_PAGES, FEATURE_REGIONS, FEATURE_SEEK,
+    FEATURE_VIEWS, Info, Range, Ranges, Stats, VERSION,
 };
 use crate::attachment::AttachCall;
 use crate::file::ViewFile;
-use crate::hypercall;
+use crate::hypercall::{self, Showing};
 use crate::sys;
 use crate::watch::EVENT_MS;
 
 /// INFO: what there is.
 pub(crate) fn info(to: UserPtr) -> Result {
     let mut features = FEATURE_VIEWS;
-    if hypercall::has_window() {
-        features |= FEATURE_HUGE_2M | FEATURE_SEEK;
-        if sys::has_1g_pages() {
-            features |= FEATURE_HUGE_1G;
-        }
-        if crate::offers_regions() {
-            features |= FEATURE_REGIONS;
-        }
-    } else {
-        features |= FEATURE_PAGES;
+    let showing = hypercall::showing();
+    features |= match showing {
+        Showing::Windows => FEATURE_HUGE_2M | FEATURE_SEEK,
+        Showing::Devices => FEATURE_HUGE_2M | FEATURE_DEVICES,
+        Showing::Pages => FEATURE_PAGES,
+    };
+    if showing != Showing::Pages && sys::has_1g_pages() {
+        features |= FEATURE_HUGE_1G;
+    }
+    if crate::offers_regions() {
+        features |= FEATURE_REGIONS;
     }
     let info = Info {
         version: VERSION,
@@ -67,15 +68,21 @@ impl ViewFile {
         answer.state = shown.state();
         answer.rights = shown.rights;
         answer.uuid = shown.uuid;
-        answer.count = 0;
+        let mut ranges = KVec::new();
         if let Ok(provider) = &shown.provider {
-            let room = UserPtr::from_addr(usize::try_from(answer.ranges)?);
-            let written = provider.count().min(answer.capacity as usize);
-            let mut room = UserSlice::new(room, written * size_of::<crate::abi::native::Range>()).writer();
-            for range in provider.ranges().take(written) {
-                room.write(&range)?;
+            ranges.reserve(provider.count(), GFP_KERNEL)?;
+            for range in provider.ranges() {
+                ranges.push(range, GFP_KERNEL)?;
             }
-            answer.count = provider.count() as u32;
+        }
+        // Whoever takes the windows away waits for those who use them; writing to user memory may take any time.
+        drop(shown);
+        answer.count = ranges.len() as u32;
+        let room = UserPtr::from_addr(usize::try_from(answer.ranges)?);
+        let written = ranges.len().min(answer.capacity as usize);
+        let mut room = UserSlice::new(room, written * size_of::<Range>()).writer();
+        for range in ranges.iter().take(written) {
+            room.write(range)?;
         }
         writer.write(&answer)
     }

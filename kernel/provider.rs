@@ -45,6 +45,16 @@ impl Provider {
         }
     }
 
+    /// Gives it up, and waits for those who are copying from it or to it at this moment. Pages of the module's own are
+    /// given back by whoever uses them last.
+    pub(crate) fn wait_until_unused(self) {
+        if let Self::Window(window) = self {
+            let waiter = window.waiter();
+            drop(window);
+            waiter.wait();
+        }
+    }
+
     /// The memory that holds `gpa`, and the offset in it. `ENXIO` where none does.
     pub(crate) fn find(&self, gpa: u64) -> Result<(Place<'_>, u64)> {
         match self {

@@ -3,6 +3,7 @@
 #include <linux/hugetlb.h>
 #include <linux/mm.h>
 #include <linux/mmu_notifier.h>
+#include <linux/pci.h>
 #include <linux/sched/signal.h>
 #include <asm/alternative.h>
 #include <asm/asm.h>
@@ -66,4 +67,9 @@ bool kvmmem_is_killed(void)
 struct mmu_notifier *kvmmem_notifier_get(const struct mmu_notifier_ops *ops, struct mm_struct *mm)
 {
 	return mmu_notifier_get(ops, mm);
+}
+
+int kvmmem_pci_domain(struct pci_dev *device)
+{
+	return pci_domain_nr(device->bus);
 }

@@ -51,6 +51,9 @@ pub(crate) static VIEWS: Counter = Counter::new();
 /// Views that the host refused to close.
 pub(crate) static VIEWS_QUARANTINED: Counter = Counter::new();
 
+/// Slots of which the host was told that they cannot be shown, since the module was loaded.
+pub(crate) static COMPLAINTS: Counter = Counter::new();
+
 /// Changes of views that the host made since the module was loaded.
 pub(crate) static EVENTS: Counter = Counter::new();
 
@@ -119,6 +122,7 @@ impl Writer for Report {
         writeln!(f, "faults-1g {}", FAULTS.huge_1g.value())?;
         writeln!(f, "faults-refused {}", FAULTS.refused.value())?;
         writeln!(f, "events {}", EVENTS.value())?;
-        writeln!(f, "lies {}", LIES.value())
+        writeln!(f, "lies {}", LIES.value())?;
+        writeln!(f, "complaints {}", COMPLAINTS.value())
     }
 }

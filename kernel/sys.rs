@@ -9,10 +9,13 @@
 use core::arch::x86_64::__cpuid;
 use core::ffi::{c_int, c_long, c_ulong, c_void};
 use core::mem::ManuallyDrop;
+use core::marker::PhantomData;
 use core::ops::Deref;
 use core::ptr::NonNull;
+use core::sync::atomic::{Ordering, compiler_fence};
 
 use kernel::bindings;
+use kernel::device::{Core, DeviceContext};
 use kernel::error::{from_err_ptr, to_result};
 use kernel::fs::File;
 use kernel::iov::{IovIterDest, IovIterSource};
@@ -20,6 +23,7 @@ use kernel::miscdevice::MiscDeviceOptions;
 use kernel::mm::virt::{VmaNew, VmaRef, flags};
 use kernel::mm::{Mm, MmWithUser};
 use kernel::page::Page;
+use kernel::pci;
 use kernel::prelude::*;
 use kernel::sync::Arc;
 use kernel::sync::aref::ARef;
@@ -35,6 +39,7 @@ use crate::attachment::AttachCall;
 use crate::device::OpenFile;
 use crate::hypercall::{Request, Way};
 use crate::process::Process;
+use crate::slots::Slots;
 use crate::stats;
 
 // The kernel's structures are opaque here: only pointers pass.
@@ -52,6 +57,9 @@ extern "C" {
         ops: *const bindings::mmu_notifier_ops,
         mm: *mut bindings::mm_struct,
     ) -> *mut bindings::mmu_notifier;
+    fn kvmmem_pci_domain(device: *mut bindings::pci_dev) -> c_int;
+    // The kernel's own, which `bindings` lacks.
+    fn __crypto_memneq(a: *const c_void, b: *const c_void, len: usize) -> c_ulong;
 }
 
 /// eax, ebx, ecx, edx of a CPUID leaf.
@@ -67,6 +75,23 @@ pub(crate) fn erase(bytes: &mut [u8]) {
         // SAFETY: the exclusive borrow is valid for a write.
         unsafe { core::ptr::write_volatile(byte, 0) };
     }
+}
+
+/// The SHA-256 of `data`.
+pub(crate) fn sha256(data: &[u8]) -> [u8; 32] {
+    extern "C" {
+        fn sha256(data: *const u8, len: usize, out: *mut u8);
+    }
+    let mut digest = [0; 32];
+    // SAFETY: reads `data`, writes 32 bytes, and keeps neither.
+    unsafe { sha256(data.as_ptr(), data.len(), digest.as_mut_ptr()) };
+    digest
+}
+
+/// Whether two digests are equal, in a time that does not tell where they differ.
+pub(crate) fn is_equal(a: &[u8; 32], b: &[u8; 32]) -> bool {
+    // SAFETY: reads 32 bytes of each.
+    unsafe { __crypto_memneq(a.as_ptr().cast(), b.as_ptr().cast(), 32) == 0 }
 }
 
 /// Whether the area is anonymous memory: `vma_is_anonymous()`.
@@ -445,8 +470,24 @@ impl Memory {
         u64::from_le(unsafe { self.address.as_ptr().add(offset).cast::<u64>().read_volatile() })
     }
 
-    /// Copies from `offset` on; short where the memory ends or the reader's buffer cannot be written. `None`, and
-    /// nothing copied, where `is_valid` says afterwards that these were not the right bytes.
+    /// Writes the number at `offset`, a multiple of 8; nothing outside of the memory.
+    pub(crate) fn write_u64(&self, offset: usize, value: u64) {
+        if offset % 8 == 0 && offset < self.len {
+            // SAFETY: as above.
+            unsafe { self.address.as_ptr().add(offset).cast::<u64>().write_volatile(value.to_le()) };
+        }
+    }
+
+    /// Writes the number at `offset`, a multiple of 4; nothing outside of the memory.
+    pub(crate) fn write_u32(&self, offset: usize, value: u32) {
+        if offset % 4 == 0 && offset < self.len {
+            // SAFETY: as above.
+            unsafe { self.address.as_ptr().add(offset).cast::<u32>().write_volatile(value.to_le()) };
+        }
+    }
+
+    /// Copies from `offset` on; short where the memory ends or the reader's buffer cannot be written without a page
+    /// fault. `None`, and nothing copied, where `is_valid` says afterwards that these were not the right bytes.
     pub(crate) fn copy_to(
         &self,
         offset: u64,
@@ -455,8 +496,10 @@ impl Memory {
         is_valid: impl FnOnce() -> bool,
     ) -> Option<usize> {
         let (from, len) = self.part(offset, len)?;
+        let no_faults = NoPageFaults::new();
         // SAFETY: `from` and `len` are within the mapping; the copy bears that the bytes change. `to` is valid.
         let copied = unsafe { bindings::_copy_to_iter(from.cast(), len, to.as_raw()) };
+        drop(no_faults);
         if is_valid() {
             return Some(copied);
         }
@@ -474,8 +517,10 @@ impl Memory {
         is_valid: impl FnOnce() -> bool,
     ) -> Option<usize> {
         let (to, len) = self.part(offset, len)?;
+        let no_faults = NoPageFaults::new();
         // SAFETY: `to` and `len` are within the mapping, to whose bytes no reference exists. `from` is valid.
         let copied = unsafe { bindings::_copy_from_iter(to.cast(), len, from.as_raw()) };
+        drop(no_faults);
         if is_valid() {
             return Some(copied);
         }
@@ -492,8 +537,41 @@ impl Memory {
     }
 }
 
-/// Guest-physical memory outside of this machine's RAM, mapped write-back into the kernel. Write-back for user space
-/// too: `vmf_insert_pfn` takes the memory type of whoever has reserved the range, and uncached where nobody has.
+/// Makes accesses of this thread to user memory fail where they would need a page: `pagefault_disable()`. Whoever
+/// uses another machine's memory is done with it in a short time then, whatever the process does with its own memory.
+struct NoPageFaults(PhantomData<*const ()>);
+
+impl NoPageFaults {
+    fn new() -> Self {
+        // SAFETY: the current task's own counter, which nobody else changes.
+        unsafe { (*bindings::get_current()).pagefault_disabled += 1 };
+        compiler_fence(Ordering::SeqCst);
+        Self(PhantomData)
+    }
+}
+
+impl Drop for NoPageFaults {
+    fn drop(&mut self) {
+        compiler_fence(Ordering::SeqCst);
+        // SAFETY: as above; still the same thread's, as this value is not `Send`.
+        unsafe { (*bindings::get_current()).pagefault_disabled -= 1 };
+    }
+}
+
+/// Gets the pages that the next `len` bytes of `to` need. Whether at least one byte can be written now.
+pub(crate) fn fault_in_destination(to: &mut IovIterDest<'_>, len: usize) -> bool {
+    // SAFETY: the iterator is valid, and the caller may sleep.
+    unsafe { bindings::fault_in_iov_iter_writeable(to.as_raw(), len) < len }
+}
+
+/// Gets the pages that the next `len` bytes of `from` need. Whether at least one byte can be read now.
+pub(crate) fn fault_in_source(from: &mut IovIterSource<'_>, len: usize) -> bool {
+    // SAFETY: as above.
+    unsafe { bindings::fault_in_iov_iter_readable(from.as_raw(), len) < len }
+}
+
+/// Guest-physical memory outside of this machine's RAM, mapped into the kernel. User space gets the same memory type:
+/// `vmf_insert_pfn` takes that of whoever has reserved the range, and uncached where nobody has.
 ///
 /// # Invariants
 ///
@@ -501,8 +579,16 @@ impl Memory {
 pub(crate) struct Remapped(Memory);
 
 impl Remapped {
-    /// Maps memory. `EINVAL` where there can be none, `ENOMEM` where it cannot be mapped write-back.
+    /// Maps memory write-back. `EINVAL` where there can be none, `EOPNOTSUPP` where another type of memory is
+    /// prescribed, `ENOMEM` where there is no room.
     pub(crate) fn map(gpa: u64, len: u64) -> Result<Self> {
+        let mapped = Self::map_any(gpa, len)?;
+        if mapped.is_write_back() { Ok(mapped) } else { Err(EOPNOTSUPP) }
+    }
+
+    /// Maps memory of whichever type, write-back if possible. `EINVAL` where there can be none, `ENOMEM` where there is
+    /// no room.
+    pub(crate) fn map_any(gpa: u64, len: u64) -> Result<Self> {
         if !Memory::is_possible(gpa, len) {
             return Err(EINVAL);
         }
@@ -511,6 +597,17 @@ impl Remapped {
         let address = unsafe { bindings::memremap(gpa, size, bindings::MEMREMAP_WB as usize) };
         // INVARIANT: just mapped, and checked to hold no RAM.
         Ok(Self(Memory { address: NonNull::new(address.cast()).ok_or(ENOMEM)?, gpa, len: size }))
+    }
+
+    /// Whether the mapping is write-back: `memremap` yields an uncached one where MTRRs say so.
+    fn is_write_back(&self) -> bool {
+        const UNCACHED: usize = 1 << bindings::_PAGE_BIT_PWT | 1 << bindings::_PAGE_BIT_PCD;
+        let mut level = 0;
+        // SAFETY: by the invariant the address is mapped, and its tables stay while it is.
+        unsafe {
+            let entry = bindings::lookup_address(self.0.address.as_ptr() as usize, &mut level);
+            !entry.is_null() && (*entry).pte & UNCACHED == 0
+        }
     }
 }
 
@@ -919,5 +1016,69 @@ where
     if was_queued {
         // SAFETY: queueing took one count, which running would have given back, and now will not.
         drop(unsafe { Arc::from_raw(item) });
+    }
+}
+
+kernel::sync::global_lock! {
+    // SAFETY: initialised by `init_slots`, which the module calls before anything that takes it.
+    pub(crate) unsafe(uninit) static SLOTS: Mutex<Slots> = KVec::new();
+}
+
+/// For the module's initialisation, before it registers anything.
+pub(crate) fn init_slots() {
+    // SAFETY: a module is initialised once.
+    unsafe { SLOTS.init() };
+}
+
+/// Whether this machine has a PCI bus.
+pub(crate) fn has_pci_bus() -> bool {
+    // SAFETY: begins a walk over the buses; only whether there is one is looked at.
+    !unsafe { bindings::pci_find_next_bus(core::ptr::null()) }.is_null()
+}
+
+fn raw<C: DeviceContext>(device: &pci::Device<C>) -> *mut bindings::pci_dev {
+    // A transparent wrapper of it.
+    core::ptr::from_ref(device).cast_mut().cast()
+}
+
+/// Where a function is: its slot's domain (bits 16 to 31), bus (8 to 15) and slot (3 to 7), and its number there.
+pub(crate) fn place(device: &pci::Device<Core<'_>>) -> (u32, u32) {
+    // SAFETY: the device is valid.
+    let domain = unsafe { kvmmem_pci_domain(raw(device)) } as u32;
+    let id = u32::from(device.dev_id());
+    (domain << 16 | id & !7, id & 7)
+}
+
+/// A BAR that no other driver uses, nor user space by sysfs. Given back when dropped, with the device's enabling.
+pub(crate) struct BarRegion<'bound> {
+    device: &'bound pci::Device,
+    bar: c_int,
+    start: u64,
+    len: u64,
+}
+
+impl<'bound> BarRegion<'bound> {
+    /// Reserves a BAR of an enabled device: `EBUSY` where somebody has it.
+    pub(crate) fn request(device: &'bound pci::Device<Core<'_>>, bar: u32) -> Result<Self> {
+        let (start, len) = (device.resource_start(bar)?, device.resource_len(bar)?);
+        let bar = c_int::try_from(bar)?;
+        // SAFETY: the device is valid and the BAR's number was checked; the name is a constant.
+        to_result(unsafe { bindings::pci_request_region(raw(device), bar, c"kvmmem".as_char_ptr()) })?;
+        Ok(Self { device, bar, start, len })
+    }
+
+    pub(crate) fn start(&self) -> u64 {
+        self.start
+    }
+
+    pub(crate) fn len(&self) -> u64 {
+        self.len
+    }
+}
+
+impl Drop for BarRegion<'_> {
+    fn drop(&mut self) {
+        // SAFETY: the device outlives its binding to the driver, and the region was requested.
+        unsafe { bindings::pci_release_region(raw(self.device), self.bar) };
     }
 }

@@ -8,10 +8,11 @@ use kernel::sync::{Arc, Mutex, new_mutex};
 use kernel::workqueue::{DelayedWork, new_delayed_work};
 
 use crate::abi::native::{ATTACH_READ_ONLY, RIGHT_READ, RIGHT_WRITE, STATE_GONE, STATE_OPEN, STATE_REVOKED};
-use crate::attachment::{AttachCall, Attachment, Snapshot};
-use crate::hypercall;
+use crate::attachment::{AttachCall, Attachment};
+use crate::hypercall::{self, Showing};
 use crate::pages::Pages;
 use crate::provider::Provider;
+use crate::snapshot::Snapshot;
 use crate::stats::{self, Counter, Faults};
 use crate::sys::AddressSpace;
 use crate::window::Window;
@@ -98,21 +99,26 @@ pub(crate) struct View {
 impl View {
     /// Opens the view that `call` asks for. `EIO` where the host's answer cannot be.
     pub(crate) fn open(
-        call: AttachCall,
+        mut call: AttachCall,
         flags: u32,
         pages: AddressSpace,
         waiters: Arc<PollCondVarBox>,
     ) -> Result<Arc<Self>> {
         let is_read_only = flags & ATTACH_READ_ONLY != 0;
-        let (host, shown) = if hypercall::has_window() {
-            let host = call.call(flags)?;
-            let shown = show(&host.read()?, is_read_only)?;
-            (Some(host), shown)
-        } else {
-            (None, show_pages(call, is_read_only)?)
+        let host = match hypercall::showing() {
+            Showing::Windows => Some(Attachment::open(&mut call, flags)?),
+            Showing::Devices => Some(Attachment::take(&call)?),
+            Showing::Pages => None,
+        };
+        let shown = match &host {
+            Some(host) => show(host, &host.read()?, is_read_only)?,
+            None => show_pages(call, is_read_only)?,
         };
         if let Err(ended) = shown.provider {
             return Err(ended.into());
+        }
+        if let Some(host) = &host {
+            host.followed(shown.generation);
         }
         let view = try_pin_init!(Self {
             host,
@@ -159,7 +165,7 @@ impl View {
     /// Whether what was read through this generation's window was the target's.
     pub(crate) fn is_current(&self, shown: &Shown) -> bool {
         // The host changes what is behind a window and the generation in one step, as its guest sees it.
-        self.host().is_none_or(|host| host.generation() == shown.generation)
+        self.host().is_none_or(|host| host.generation() == Some(shown.generation))
     }
 
     /// What it shows, to a tool that thereby knows of all changes.
@@ -189,26 +195,23 @@ impl View {
         }
         let Some(host) = self.host() else { return };
         let _one = self.changing.lock();
-        let before = self.shown();
-        if before.provider.is_err() || self.is_current(&before) {
+        let (is_followed, is_open, generation) = self
+            .with(|shown| (self.is_current(shown), shown.provider.is_ok(), shown.generation));
+        if is_followed || !is_open {
             return;
         }
         let next = match host.read().and_then(|snapshot| {
-            if snapshot.descriptor.generation < before.generation {
+            if snapshot.descriptor.generation < generation {
                 stats::lie("the generation went back");
                 return Err(EIO);
             }
-            show(&snapshot, self.is_read_only)
+            show(host, &snapshot, self.is_read_only)
         }) {
             Ok(next) => next,
             // Tried again at the next look; until then what was shown is known to be out of date.
             Err(error) if error == ENOMEM => return,
-            // A host that cannot be understood is no host.
-            Err(_) => Shown {
-                generation: before.generation.saturating_add(1),
-                provider: Err(Ended::Gone),
-                ..before.clone()
-            },
+            // A host that cannot be understood is no host, and one that takes its devices away neither.
+            Err(_) => self.ended(generation.saturating_add(1), Ended::Gone),
         };
         self.events.add_one();
         stats::EVENTS.add_one();
@@ -219,12 +222,18 @@ impl View {
     /// The tool wants no more of it. Its pages go from every process.
     pub(crate) fn detach(&self) {
         let _one = self.changing.lock();
-        let shown = Shown { provider: Err(Ended::Detached), ..self.shown() };
-        self.replace(shown);
+        let generation = self.with(|shown| shown.generation);
+        self.replace(self.ended(generation, Ended::Detached));
         self.waiters.notify_all();
     }
 
+    fn ended(&self, generation: u64, how: Ended) -> Shown {
+        self.with(|shown| Shown { generation, rights: shown.rights, uuid: shown.uuid, provider: Err(how) })
+    }
+
+    /// Shows `next`. On return nothing of what was shown before is used by anybody. The caller does not use it either.
     fn replace(&self, next: Shown) {
+        let (generation, has_ended) = (next.generation, next.provider.is_err());
         let before = {
             let mut now = self.now.lock();
             core::mem::replace(&mut now.shown, next)
@@ -235,14 +244,20 @@ impl View {
             for range in provider.ranges() {
                 self.pages.zap(range.gpa, range.len);
             }
+            provider.wait_until_unused();
+        }
+        match self.host() {
+            Some(host) if has_ended => host.let_go(),
+            Some(host) => host.followed(generation),
+            None => {}
         }
     }
 }
 
-fn show(snapshot: &Snapshot, is_read_only: bool) -> Result<Shown> {
+fn show(host: &Attachment, snapshot: &Snapshot, is_read_only: bool) -> Result<Shown> {
     let descriptor = &snapshot.descriptor;
     let provider = match descriptor.state {
-        STATE_OPEN => Ok(Provider::Window(Window::map(snapshot)?)),
+        STATE_OPEN => Ok(Provider::Window(Window::map(host, snapshot)?)),
         STATE_REVOKED => Err(Ended::Revoked),
         _ => Err(Ended::Gone),
     };

@@ -14,7 +14,8 @@ use crate::view::View;
 /// The longest time in milliseconds from a change to the event: a delay of one tick of 4 ms may last for two.
 pub(crate) const EVENT_MS: u32 = 10;
 
-fn delay() -> Jiffies {
+/// Between two looks.
+pub(crate) fn delay() -> Jiffies {
     msecs_to_jiffies(4)
 }
 

@@ -8,22 +8,35 @@ use kernel::prelude::*;
 use kernel::sync::{Arc, Mutex, SetOnce, new_mutex};
 
 use crate::abi::native;
-use crate::attachment::Snapshot;
+use crate::attachment::Attachment;
+use crate::released::{Release, Released};
+use crate::slot::Bar;
+use crate::snapshot::Snapshot;
 use crate::stats;
 use crate::sys::{Memory, Remapped};
 
 /// Length of a part. Parts begin at its multiples, so that a page of 1 GiB lies in one.
-const PART: u64 = 1 << 30;
+pub(crate) const PART: u64 = 1 << 30;
+
+/// Where a window is in this machine's address space.
+pub(crate) struct Extent {
+    pub(crate) start: u64,
+    pub(crate) len: u64,
+    /// What must be kept as long as it is used, where it may be unplugged.
+    pub(crate) bar: Option<Arc<Bar>>,
+}
 
 /// A range, and where in this machine's address space it is shown.
 struct Piece {
     range: native::Range,
     place: u64,
+    // Before the BAR, so that it is unmapped when that is given up.
     parts: KVVec<SetOnce<Remapped>>,
+    _bar: Option<Arc<Bar>>,
 }
 
 impl Piece {
-    fn new(range: native::Range, place: u64) -> Result<Self> {
+    fn new(range: native::Range, place: u64, bar: Option<Arc<Bar>>) -> Result<Self> {
         // Descriptors are checked to end below 2^52.
         let count = place.saturating_add(range.len).div_ceil(PART).saturating_sub(place / PART);
         let count = usize::try_from(count)?;
@@ -31,7 +44,7 @@ impl Piece {
         for _ in 0..count {
             parts.push(SetOnce::new(), GFP_KERNEL_ACCOUNT)?;
         }
-        Ok(Self { range, place, parts })
+        Ok(Self { range, place, parts, _bar: bar })
     }
 
     fn end(&self) -> u64 {
@@ -55,33 +68,44 @@ pub(crate) struct Window {
     /// One part is mapped at a time.
     #[pin]
     mapping: Mutex<()>,
+    // Last, so that nothing is mapped any more when it is dropped.
+    release: Release,
 }
 
 impl Window {
-    /// The window of a descriptor. `EIO` where that is RAM of this machine, leaves what the CPU can address, or cannot
-    /// be mapped write-back.
-    pub(crate) fn map(snapshot: &Snapshot) -> Result<Arc<Self>> {
-        let lie = |_| {
+    /// The windows of a descriptor of `host`. `EIO` where they are RAM of this machine, leave what the CPU can address,
+    /// or cannot be mapped write-back.
+    pub(crate) fn map(host: &Attachment, snapshot: &Snapshot) -> Result<Arc<Self>> {
+        let lie = |error| {
+            if error == ENOMEM {
+                return ENOMEM;
+            }
             stats::lie("the window is no memory that can be mapped");
             EIO
         };
-        let (gpa, len) = (snapshot.descriptor.window_gpa, snapshot.descriptor.window_len);
         let mut pieces = KVec::with_capacity(snapshot.ranges().len(), GFP_KERNEL_ACCOUNT)?;
         for range in snapshot.ranges() {
-            let place = gpa.checked_add(range.offset).ok_or(EIO)?;
-            if !Memory::is_possible(gpa, len) {
+            let window = host.window(snapshot, range.window).ok_or(ESTALE)?;
+            let place = window.start.checked_add(range.offset).ok_or(EIO)?;
+            if !Memory::is_possible(window.start, window.len) {
                 return Err(lie(EINVAL));
             }
-            let piece = Piece::new(native::Range { gpa: range.gpa, len: range.len }, place)?;
-            pieces.push(piece, GFP_KERNEL_ACCOUNT)?;
+            let range = native::Range { gpa: range.gpa, len: range.len };
+            pieces.push(Piece::new(range, place, window.bar)?, GFP_KERNEL_ACCOUNT)?;
         }
-        let window = pin_init!(Self { pieces, mapping <- new_mutex!((), "kvmmem_window") });
+        let release = Release::new()?;
+        let window = pin_init!(Self { pieces, mapping <- new_mutex!((), "kvmmem_window"), release });
         let window = Arc::pin_init(window, GFP_KERNEL_ACCOUNT)?;
         // The beginnings at once, to learn whether they can be mapped.
         for range in window.ranges() {
             window.find(range.gpa).map_err(lie)?;
         }
         Ok(window)
+    }
+
+    /// What tells that nobody uses it any more.
+    pub(crate) fn waiter(&self) -> Released {
+        self.release.waiter()
     }
 
     fn piece_from(&self, gpa: u64) -> Option<&Piece> {

@@ -64,6 +64,7 @@ struct kvmmem_info {
 #define KVMMEM_FEAT_SEEK	(1U << 3)	/* SEEK_DATA knows memory that the target gave back */
 #define KVMMEM_FEAT_REGIONS	(1U << 4)	/* KVM_GUEST_MEM_* are offered */
 #define KVMMEM_FEAT_PAGES	(1U << 5)	/* no window: each page is asked for with the token */
+#define KVMMEM_FEAT_DEVICES	(1U << 6)	/* views are PCI devices, opened at the broker's door */
 
 struct kvmmem_attach {
 	struct kvmi_map_mem_token token;
@@ -155,6 +156,12 @@ struct kvmmem_window_range {
 #define KVMMEM_DESCRIPTOR_MAGIC		0x57564d454d4d564bULL	/* "KVMMEMVW" */
 #define KVMMEM_DESCRIPTOR_VERSION	1
 #define KVMMEM_MAX_RANGES		64
+#define KVMMEM_SLOT_WINDOWS		7	/* functions 1 to 7 of a PCI slot */
+
+/* Why the driver cannot show windows that are PCI devices. */
+#define KVMMEM_COMPLAINT_NO_ADDRESS	1	/* a BAR has no address: too little room behind the bridge */
+#define KVMMEM_COMPLAINT_NOT_CACHED	2	/* a BAR cannot be mapped write-back */
+#define KVMMEM_COMPLAINT_INVALID	3	/* the descriptor cannot be, or not with these windows */
 
 struct kvmmem_descriptor {
 	__u64 magic;
@@ -169,8 +176,10 @@ struct kvmmem_descriptor {
 	__u64 window_len;
 	__u32 range_count;
 	__u32 reserved;
-	__u64 seen_generation;	/* the driver's, where the page is writable */
-	__u64 reserved2[2];
+	__u64 seen_generation;	/* the driver's: the highest that it has acted upon */
+	__u32 slot;		/* of the view's slots, from 0 on */
+	__u32 complaint;	/* the driver's: 0, or KVMMEM_COMPLAINT_* */
+	__u64 reserved2;
 	struct kvmmem_window_range ranges[KVMMEM_MAX_RANGES];
 };
 

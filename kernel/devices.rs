@@ -1,0 +1,124 @@
+// SPDX-License-Identifier: GPL-2.0-only
+//! The PCI driver: which of QEMU's `ivshmem-plain` functions are ours, and what happens when one is unbound.
+
+use kernel::device::Core;
+use kernel::pci;
+use kernel::prelude::*;
+use kernel::sync::Arc;
+
+use crate::abi::descriptor::{
+    COMPLAINT_INVALID, COMPLAINT_NO_ADDRESS, COMPLAINT_NOT_CACHED, MAGIC, SLOT_AT,
+};
+use crate::abi::ioctl::PAGE_SIZE;
+use crate::released::Released;
+use crate::slot::{Bar, Head, Slot, Window};
+use crate::slots;
+use crate::sys::{self, BarRegion, Remapped};
+use crate::window::PART;
+
+const IVSHMEM: u32 = 0x1110;
+
+/// The BAR that is the shared memory.
+const MEMORY: u32 = 2;
+
+kernel::pci_device_table!(IDS, (), [(pci::DeviceId::from_id(pci::Vendor::REDHAT_QUMRANET, IVSHMEM), ())]);
+
+/// The driver.
+pub(crate) struct Driver;
+
+/// A function of a slot, bound to the driver.
+pub(crate) struct Function<'bound> {
+    slot: Arc<Slot>,
+    number: u32,
+    /// Of a window.
+    released: Option<Released>,
+    /// Given back when nobody uses it any more; none where it has no address.
+    _region: Option<BarRegion<'bound>>,
+}
+
+impl pci::Driver for Driver {
+    type IdInfo = ();
+    type Data<'bound> = Function<'bound>;
+    const ID_TABLE: pci::IdTable<()> = &IDS;
+
+    fn probe<'bound>(
+        device: &'bound pci::Device<Core<'_>>,
+        _info: Option<&'bound ()>,
+    ) -> impl PinInit<Function<'bound>, Error> + 'bound {
+        match sys::place(device) {
+            (place, 0) => Function::head(device, place),
+            (place, number) => Function::window(device, place, number),
+        }
+    }
+}
+
+impl<'bound> Function<'bound> {
+    /// Function 0: ours if its memory is a descriptor's page.
+    fn head(device: &'bound pci::Device<Core<'_>>, place: u32) -> Result<Self> {
+        if device.resource_len(MEMORY)? != PAGE_SIZE {
+            return Err(ENODEV);
+        }
+        device.enable_device_mem()?;
+        let region = BarRegion::request(device, MEMORY)?;
+        let page = Remapped::map_any(region.start(), PAGE_SIZE)?;
+        if page.read_u64(0) != MAGIC {
+            return Err(ENODEV);
+        }
+        let mut digest = [0; 32];
+        for (index, word) in digest.chunks_exact_mut(8).enumerate() {
+            word.copy_from_slice(&page.read_u64(32 + 8 * index).to_le_bytes());
+        }
+        let number = page.read_u64(SLOT_AT) as u32;
+        dev_info!(device, "slot {number} of a view\n");
+        let slot = slots::add_head(place, Head { page, digest, number })?;
+        Ok(Self { slot, number: 0, released: None, _region: Some(region) })
+    }
+
+    /// Another function: a window, if function 0 of its slot is ours.
+    fn window(device: &'bound pci::Device<Core<'_>>, place: u32, number: u32) -> Result<Self> {
+        if !slots::has_head(place) {
+            return Err(ENODEV);
+        }
+        let (window, region) = match device.enable_device_mem() {
+            Ok(()) => {
+                let region = BarRegion::request(device, MEMORY)?;
+                (bar(&region)?, Some(region))
+            }
+            Err(_) => (Err(COMPLAINT_NO_ADDRESS), None),
+        };
+        let released = window.as_ref().ok().map(|bar| bar.waiter());
+        match &window {
+            Ok(bar) => dev_info!(device, "window {number} of its slot, {:#x} bytes\n", bar.len()),
+            Err(COMPLAINT_NO_ADDRESS) => dev_warn!(device, "no room for BAR {MEMORY}: the view cannot be shown\n"),
+            Err(COMPLAINT_NOT_CACHED) => dev_warn!(
+                device,
+                "BAR {MEMORY} is below 4 GiB, where MTRRs forbid caching: the view cannot be shown\n"
+            ),
+            Err(_) => dev_warn!(device, "BAR {MEMORY} cannot be mapped: the view cannot be shown\n"),
+        }
+        let slot = slots::add_window(place, number, window).ok_or(ENODEV)?;
+        Ok(Self { slot, number, released, _region: region })
+    }
+}
+
+/// The window, if its memory can be mapped write-back.
+fn bar(region: &BarRegion<'_>) -> Result<Window> {
+    let (start, len) = (region.start(), region.len());
+    match Remapped::map(start, len.min(PART)) {
+        Ok(_) => Bar::new(start, len).map(Ok),
+        Err(error) if error == EOPNOTSUPP => Ok(Err(COMPLAINT_NOT_CACHED)),
+        Err(error) if error == EINVAL => Ok(Err(COMPLAINT_INVALID)),
+        Err(error) => Err(error),
+    }
+}
+
+impl Drop for Function<'_> {
+    fn drop(&mut self) {
+        slots::remove(&self.slot, self.number);
+        // The view that shows it finds out by itself within some milliseconds, ends, takes its pages from all
+        // processes and then gives up its mappings. Nobody sleeps for long while having one.
+        if let Some(released) = self.released.take() {
+            released.wait();
+        }
+    }
+}

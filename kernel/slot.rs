@@ -1,0 +1,271 @@
+// SPDX-License-Identifier: GPL-2.0-only
+//! A PCI slot by which the host shows a view, or a part of one: the descriptor's page and up to seven windows.
+//!
+//! The host sends no interrupt, so a work looks at the page of a view's first slot: until all windows are there, and
+//! then at changes, as long as no view does.
+
+use kernel::prelude::*;
+use kernel::sync::{Arc, Mutex, new_mutex};
+use kernel::workqueue::{self, DelayedWork, WorkItem, impl_has_delayed_work, new_delayed_work};
+
+use crate::abi::descriptor::{COMPLAINT_AT, GENERATION_AT, SEEN_AT, SLOT_WINDOWS};
+use crate::released::{Release, Released};
+use crate::slots;
+use crate::snapshot::PageCopy;
+use crate::stats;
+use crate::sys::{self, Memory, Remapped};
+use crate::watch;
+
+/// BAR 2 of a function that is a window. Nothing maps it any more when the last reference is gone.
+pub(crate) struct Bar {
+    start: u64,
+    len: u64,
+    release: Release,
+}
+
+impl Bar {
+    pub(crate) fn new(start: u64, len: u64) -> Result<Arc<Self>> {
+        Ok(Arc::new(Self { start, len, release: Release::new()? }, GFP_KERNEL)?)
+    }
+
+    /// Its first address in this machine.
+    pub(crate) fn start(&self) -> u64 {
+        self.start
+    }
+
+    pub(crate) fn len(&self) -> u64 {
+        self.len
+    }
+
+    /// What tells that the last reference is gone.
+    pub(crate) fn waiter(&self) -> Released {
+        self.release.waiter()
+    }
+}
+
+/// A window that is plugged in, or what there is to complain of: `COMPLAINT_*`.
+pub(crate) type Window = Result<Arc<Bar>, u32>;
+
+/// Function 0 of a slot.
+pub(crate) struct Head {
+    pub(crate) page: Remapped,
+    /// SHA-256 of the token.
+    pub(crate) digest: [u8; 32],
+    /// Number of the slot in its view.
+    pub(crate) number: u32,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    /// Windows are missing, or the host was changing the page.
+    Incomplete,
+    /// The host was told of something that will not do.
+    Refused,
+    /// The host knows that all is there.
+    Ready,
+    /// A file has it.
+    Claimed,
+    /// A file has it, and some of it is gone.
+    Lost,
+    /// A file had it.
+    Used,
+}
+
+struct State {
+    head: Option<Head>,
+    windows: [Option<Window>; SLOT_WINDOWS as usize],
+    phase: Phase,
+}
+
+/// A slot, as long as one of its functions is bound or a file has it.
+#[pin_data]
+pub(crate) struct Slot {
+    place: u32,
+    #[pin]
+    state: Mutex<State>,
+    #[pin]
+    work: DelayedWork<Slot>,
+}
+
+impl_has_delayed_work! {
+    impl HasDelayedWork<Self> for Slot { self.work }
+}
+
+impl WorkItem for Slot {
+    type Pointer = Arc<Self>;
+
+    fn run(this: Arc<Self>) {
+        if this.phase() == Phase::Incomplete {
+            slots::check(&this);
+        }
+        if this.state.lock().tick() {
+            // Only where it is queued already is it not queued.
+            let _ = workqueue::system_highpri().enqueue_delayed(this, watch::delay());
+        }
+    }
+}
+
+impl State {
+    /// Acts upon a change where no view does. Whether to look again.
+    fn tick(&mut self) -> bool {
+        let Some(head) = self.head.as_ref().filter(|head| head.number == 0) else { return false };
+        match self.phase {
+            Phase::Incomplete => true,
+            Phase::Refused | Phase::Claimed | Phase::Lost => false,
+            Phase::Ready | Phase::Used => {
+                let generation = head.page.read_u64(GENERATION_AT);
+                if generation % 2 == 0 && generation != head.page.read_u64(SEEN_AT) {
+                    head.page.write_u64(SEEN_AT, generation);
+                }
+                true
+            }
+        }
+    }
+}
+
+impl Slot {
+    pub(crate) fn new(place: u32) -> Result<Arc<Self>> {
+        let state = State { head: None, windows: [const { None }; 7], phase: Phase::Incomplete };
+        let slot = pin_init!(Self {
+            place,
+            state <- new_mutex!(state, "kvmmem_slot"),
+            work <- new_delayed_work!("kvmmem_slot"),
+        });
+        Arc::pin_init(slot, GFP_KERNEL)
+    }
+
+    /// Domain, bus and slot, as [`sys::place`] has them.
+    pub(crate) fn place(&self) -> u32 {
+        self.place
+    }
+
+    fn phase(&self) -> Phase {
+        self.state.lock().phase
+    }
+
+    pub(crate) fn has_head(&self) -> bool {
+        self.state.lock().head.is_some()
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        let state = self.state.lock();
+        state.head.is_none() && state.windows.iter().all(Option::is_none)
+    }
+
+    pub(crate) fn digest(&self) -> Option<[u8; 32]> {
+        Some(self.state.lock().head.as_ref()?.digest)
+    }
+
+    /// Whether it is slot `number` of the view with this digest.
+    pub(crate) fn is_part(&self, digest: &[u8; 32], number: u32) -> bool {
+        let state = self.state.lock();
+        state.head.as_ref().is_some_and(|head| head.number == number && sys::is_equal(&head.digest, digest))
+    }
+
+    pub(crate) fn set_head(&self, head: Head) {
+        self.state.lock().head = Some(head);
+    }
+
+    pub(crate) fn take_head(&self) {
+        self.state.lock().head = None;
+    }
+
+    /// Window `number` of the slot, from 1 on.
+    pub(crate) fn window(&self, number: u32) -> Option<Window> {
+        self.state.lock().windows.get(number.checked_sub(1)? as usize)?.clone()
+    }
+
+    pub(crate) fn set_window(&self, number: u32, window: Option<Window>) {
+        if let Some(place) = self.state.lock().windows.get_mut(number.wrapping_sub(1) as usize) {
+            *place = window;
+        }
+    }
+
+    /// Something of its view was plugged in.
+    pub(crate) fn look_soon(self: &Arc<Self>) {
+        let mut state = self.state.lock();
+        if state.phase == Phase::Refused {
+            state.phase = Phase::Incomplete;
+        }
+        if state.phase == Phase::Incomplete && state.head.is_some() {
+            let _ = workqueue::system_highpri().enqueue_delayed(self.clone(), 0);
+        }
+    }
+
+    /// Something of its view was unplugged: a file that has it has lost it.
+    pub(crate) fn lose(self: &Arc<Self>) {
+        let mut state = self.state.lock();
+        state.phase = match state.phase {
+            Phase::Claimed | Phase::Lost => Phase::Lost,
+            Phase::Used => Phase::Used,
+            Phase::Incomplete | Phase::Refused | Phase::Ready => Phase::Incomplete,
+        };
+    }
+
+    /// The digest and a copy of the page, which is `None` while the host changes it. Of a view's first slot only.
+    pub(crate) fn copy(&self) -> Option<([u8; 32], Result<Option<PageCopy>>)> {
+        let state = self.state.lock();
+        let head = state.head.as_ref().filter(|head| head.number == 0)?;
+        Some((head.digest, PageCopy::of(&head.page)))
+    }
+
+    /// Tells the host that all is there. The caller sees to it that this stays so meanwhile.
+    pub(crate) fn report(&self, generation: u64) {
+        let mut state = self.state.lock();
+        if let (Phase::Incomplete, Some(head)) = (state.phase, &state.head) {
+            head.page.write_u64(SEEN_AT, generation);
+            state.phase = Phase::Ready;
+        }
+    }
+
+    /// Tells the host what will not do.
+    pub(crate) fn complain(&self, complaint: u32) {
+        let mut state = self.state.lock();
+        if let Some(head) = &state.head {
+            stats::COMPLAINTS.add_one();
+            head.page.write_u32(COMPLAINT_AT, complaint);
+        }
+        if state.phase == Phase::Incomplete {
+            state.phase = Phase::Refused;
+        }
+    }
+
+    /// Takes it for a file, if it is the first slot of the view with this digest, and no file has had it.
+    pub(crate) fn claim(&self, digest: &[u8; 32]) -> bool {
+        if !self.is_part(digest, 0) {
+            return false;
+        }
+        let mut state = self.state.lock();
+        let is_free = state.phase == Phase::Ready;
+        if is_free {
+            state.phase = Phase::Claimed;
+        }
+        is_free
+    }
+
+    /// For the file that has it: uses the page. `None` where something was unplugged.
+    pub(crate) fn with_page<R>(&self, use_it: impl FnOnce(&Memory) -> R) -> Option<R> {
+        let state = self.state.lock();
+        match (&state.head, state.phase) {
+            (Some(head), Phase::Claimed) => Some(use_it(&head.page)),
+            _ => None,
+        }
+    }
+
+    /// For the file that has it: nothing of a generation before this one is used any more.
+    pub(crate) fn followed(&self, generation: u64) {
+        self.with_page(|page| page.write_u64(SEEN_AT, generation));
+    }
+
+    /// The file that has it uses nothing of it any more.
+    pub(crate) fn let_go(self: &Arc<Self>) {
+        let mut state = self.state.lock();
+        if matches!(state.phase, Phase::Claimed | Phase::Lost) {
+            state.phase = Phase::Used;
+            // Not after function 0 was unbound: it has waited for the work.
+            if state.head.is_some() {
+                let _ = workqueue::system_highpri().enqueue_delayed(self.clone(), 0);
+            }
+        }
+    }
+}

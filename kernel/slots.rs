@@ -1,0 +1,167 @@
+// SPDX-License-Identifier: GPL-2.0-only
+//! The slots that are plugged in, by their places on the PCI bus, and which of them shows what a token stands for.
+
+use core::cell::Cell;
+use core::ops::Deref;
+
+use kernel::prelude::*;
+use kernel::sync::Arc;
+
+use crate::abi::descriptor::{COMPLAINT_INVALID, SLOT_WINDOWS};
+use crate::slot::{Head, Slot, Window};
+use crate::snapshot::{CheckError, PageCopy, Snapshot};
+use crate::sys::{self, SLOTS};
+use crate::window::Extent;
+
+/// All slots of which at least one function is bound.
+pub(crate) type Slots = KVec<Arc<Slot>>;
+
+/// Binds function 0 of the slot at `place`.
+pub(crate) fn add_head(place: u32, head: Head) -> Result<Arc<Slot>> {
+    let mut slots = SLOTS.lock();
+    let slot = match find(&slots, place) {
+        Some(slot) => slot,
+        None => {
+            let slot = Slot::new(place)?;
+            slots.push(slot.clone(), GFP_KERNEL)?;
+            slot
+        }
+    };
+    slot.set_head(head);
+    look_again(&slots);
+    Ok(slot)
+}
+
+/// Binds a further function of the slot at `place`: `None` where function 0 is not bound.
+pub(crate) fn add_window(place: u32, number: u32, window: Window) -> Option<Arc<Slot>> {
+    let slots = SLOTS.lock();
+    let slot = find(&slots, place).filter(|slot| slot.has_head())?;
+    slot.set_window(number, Some(window));
+    look_again(&slots);
+    Some(slot)
+}
+
+/// Whether function 0 of the slot at `place` is bound.
+pub(crate) fn has_head(place: u32) -> bool {
+    find(&SLOTS.lock(), place).is_some_and(|slot| slot.has_head())
+}
+
+/// Takes a function away: whatever view shows the slot ends.
+pub(crate) fn remove(slot: &Arc<Slot>, function: u32) {
+    let mut slots = SLOTS.lock();
+    let digest = slot.digest();
+    match function {
+        0 => slot.take_head(),
+        number => slot.set_window(number, None),
+    }
+    slot.lose();
+    for other in slots.iter().filter(|other| digest.is_some() && other.digest() == digest) {
+        other.lose();
+    }
+    if slot.is_empty() {
+        slots.retain(|other| !Arc::ptr_eq(other, slot));
+    }
+    if slots.is_empty() {
+        // Nobody drops a static when the module goes.
+        *slots = KVec::new();
+    }
+    drop(slots);
+    if function == 0 {
+        // Outside the lock: the work takes it.
+        sys::cancel(slot);
+    }
+}
+
+fn find(slots: &Slots, place: u32) -> Option<Arc<Slot>> {
+    slots.iter().find(|slot| slot.place() == place).cloned()
+}
+
+/// The slots of a view may become complete by a function of any of them.
+fn look_again(slots: &Slots) {
+    for slot in slots.iter() {
+        slot.look_soon();
+    }
+}
+
+/// Window `number` of the view whose slots carry `digest`.
+fn window(slots: &Slots, digest: &[u8; 32], number: u32) -> Option<Window> {
+    let index = number.checked_sub(1)?;
+    let slot = slots.iter().find(|slot| slot.is_part(digest, index / SLOT_WINDOWS))?;
+    slot.window(1 + index % SLOT_WINDOWS)
+}
+
+/// Looks whether a view's first slot, and with it the view, is complete, and tells the host. Called by the slot's work.
+pub(crate) fn check(slot: &Slot) {
+    let slots = SLOTS.lock();
+    // Only allocating can fail: then it is tried again.
+    let Some((digest, Ok(Some(copy)))) = slot.copy() else { return };
+    match look(&slots, &digest, &copy) {
+        Ok(Some(snapshot)) => slot.report(snapshot.descriptor.generation),
+        Err(Some(complaint)) => slot.complain(complaint),
+        Ok(None) | Err(None) => {}
+    }
+}
+
+/// The descriptor, if all of its windows are there. `Err(None)` where something is still missing, else what there is to
+/// complain of.
+fn look(slots: &Slots, digest: &[u8; 32], copy: &PageCopy) -> Result<Option<Snapshot>, Option<u32>> {
+    let missing = Cell::new(false);
+    let complaint = Cell::new(None);
+    let checked = Snapshot::check(copy, |number| match window(slots, digest, number) {
+        Some(Ok(bar)) => Some(bar.len()),
+        Some(Err(why)) => {
+            complaint.set(Some(why));
+            None
+        }
+        None => {
+            missing.set(number > 0);
+            None
+        }
+    });
+    match checked {
+        Ok(snapshot) => Ok(snapshot),
+        Err(CheckError::Memory) => Err(None),
+        Err(CheckError::Descriptor(_)) if complaint.get().is_some() => Err(complaint.get()),
+        Err(CheckError::Descriptor(_)) if missing.get() => Err(None),
+        Err(error) => {
+            error.lie();
+            Err(Some(COMPLAINT_INVALID))
+        }
+    }
+}
+
+/// A slot that a file has. No other file gets it, also not later.
+pub(crate) struct Claim(Arc<Slot>);
+
+/// Takes the slot whose token has this digest: `ENOENT` where none has, or it was taken before.
+pub(crate) fn claim(digest: &[u8; 32]) -> Result<Claim> {
+    SLOTS.lock().iter().find(|slot| slot.claim(digest)).map(|slot| Claim(slot.clone())).ok_or(ENOENT)
+}
+
+impl Claim {
+    /// The file uses nothing of it any more.
+    pub(crate) fn let_go(&self) {
+        self.0.let_go();
+    }
+
+    /// Where window `number` is.
+    pub(crate) fn window(&self, number: u32) -> Option<Extent> {
+        let digest = self.digest()?;
+        let bar = window(&SLOTS.lock(), &digest, number)?.ok()?;
+        Some(Extent { start: bar.start(), len: bar.len(), bar: Some(bar) })
+    }
+}
+
+impl Deref for Claim {
+    type Target = Slot;
+
+    fn deref(&self) -> &Slot {
+        &self.0
+    }
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        self.0.let_go();
+    }
+}
