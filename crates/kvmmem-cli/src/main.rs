@@ -18,6 +18,7 @@ mod number;
 mod output;
 mod physical;
 mod progress;
+mod qemu_args;
 mod range;
 mod scan;
 mod source;
@@ -57,6 +58,7 @@ attach, revoke, translate and vm have further ones: see their --help.
 Environment:
   KVMMEM_KVMI_PORT  vsock port to listen on, unless --listen says where
   KVMMEM_DEVICE     device to map through, unless --device says which
+  KVMMEM_DOOR       vsock port of the host's broker, where this machine runs under a stock QEMU [default: 27510]
   KVMMEM_BROKER     socket of the broker, unless --broker says which
   KVMMEM_TOKEN      token to attach by, unless --token, --token-file or --listen say how
   RUST_LOG          what to log, for example `debug`; `warn` if unset";
@@ -69,6 +71,8 @@ enum Verb {
     Targets(broker::Targets),
     /// Make running virtual machines targets, or no targets any more.
     Target(target::Target),
+    /// Print what a stock QEMU, or libvirt, needs to run an introspector.
+    QemuArgs(qemu_args::Arguments),
     /// Connect a target to a tool that listens for it, now and whenever the connection ends.
     Hook(broker::Hook),
     /// Undo a hook.
@@ -119,6 +123,7 @@ fn main() -> ExitCode {
         Verb::Vm(arguments) => arguments.run(&mut output),
         Verb::Targets(arguments) => arguments.run(&mut output),
         Verb::Target(arguments) => arguments.run(&mut output),
+        Verb::QemuArgs(arguments) => arguments.run(&mut output),
         Verb::Hook(arguments) => arguments.hook(&mut output),
         Verb::Unhook(arguments) => arguments.unhook(&mut output),
         Verb::Doctor(arguments) => arguments.run(&mut output),
