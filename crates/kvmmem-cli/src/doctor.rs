@@ -26,7 +26,7 @@ pub(crate) struct Arguments {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
 #[serde(rename_all = "snake_case")]
 enum Role {
-    /// A guest where the host's signature is seen, else a host
+    /// A guest where the host's signature is seen or the module is loaded, else a host
     Auto,
     /// A machine that runs virtual machines
     Host,

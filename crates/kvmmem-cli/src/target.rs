@@ -2,7 +2,7 @@
 //! Virtual machines that run already, under VMMs that do not register them: `targets --discover`, `target add`,
 //! `target remove`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
@@ -92,7 +92,7 @@ impl Target {
 
 impl Add {
     fn run(&self, output: &mut Output) -> Result<()> {
-        let which = self.which()?;
+        let which = which(self.which.qmp.as_deref(), self.which.libvirt.as_deref(), self.pid)?;
         let added = self.broker.connect()?.add_target(&which, self.name.as_deref());
         let Added { target, regions, evidence } = added.context("cannot add the target")?;
         if output.is_json() {
@@ -109,19 +109,20 @@ impl Add {
         }
         Ok(())
     }
+}
 
-    fn which(&self) -> Result<Which> {
-        Ok(match (&self.which.qmp, &self.which.libvirt, self.pid) {
-            (Some(socket), _, pid) => {
-                // The broker has another working directory.
-                let socket = std::path::absolute(socket).context("cannot find the working directory")?;
-                Which::Qmp { socket, pid }
-            }
-            (None, Some(name), _) => Which::Libvirt(name.clone()),
-            (None, None, Some(pid)) => Which::Pid(pid),
-            (None, None, None) => anyhow::bail!("say which one: --pid, --qmp or --libvirt"),
-        })
-    }
+/// Which virtual machine the command line names.
+pub(crate) fn which(qmp: Option<&Path>, libvirt: Option<&str>, pid: Option<u32>) -> Result<Which> {
+    Ok(match (qmp, libvirt, pid) {
+        (Some(socket), _, pid) => {
+            // The broker has another working directory.
+            let socket = std::path::absolute(socket).context("cannot find the working directory")?;
+            Which::Qmp { socket, pid }
+        }
+        (None, Some(name), _) => Which::Libvirt(name.to_owned()),
+        (None, None, Some(pid)) => Which::Pid(pid),
+        (None, None, None) => anyhow::bail!("say which one: --pid, --qmp or --libvirt"),
+    })
 }
 
 impl Remove {

@@ -42,7 +42,7 @@ use kvmmem_kvmi::token::Token;
 
 use crate::device::default_path;
 use device::DeviceView;
-pub use door::{DOOR_VARIABLE, DoorError};
+pub use door::{DOOR_VARIABLE, DoorError, knock};
 pub use error::{ViewError, ViewOperation};
 use host::HostView;
 pub use kvmmem_abi::native::Stats;

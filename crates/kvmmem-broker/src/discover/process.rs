@@ -45,7 +45,7 @@ pub enum ProcessError {
     #[error("there is no process {0}")]
     Gone(u32),
     /// It may not be looked at.
-    #[error("process {0} may not be looked at; root may")]
+    #[error("process {0} may not be looked at; root with CAP_SYS_PTRACE may")]
     Denied(u32),
     /// What `/proc` says is longer than it is with any VMM.
     #[error("{what} of process {pid} is too long to be a VMM's")]

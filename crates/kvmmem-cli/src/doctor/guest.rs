@@ -4,7 +4,9 @@
 use std::arch::x86_64::__cpuid;
 use std::fs;
 use std::path::Path;
+use std::time::Duration;
 
+use kvmmem::view::{DoorError, knock};
 use kvmmem::{Device, DeviceError, device};
 use kvmmem_abi::cpuid::{
     FEATURE_DOORBELL, FEATURE_VMCALL, LEAF_FEATURES, LEAF_SIGNATURE, SIGNATURE_REGISTERS,
@@ -20,20 +22,40 @@ pub(super) fn is_virtual() -> bool {
     __cpuid(1).ecx & HYPERVISOR_BIT != 0
 }
 
-/// Whether this is a virtual machine whose host offers mapping.
+/// How long the host's door has for refusing this virtual machine.
+const DOOR_PATIENCE: Duration = Duration::from_millis(500);
+
+/// Where the kernel shows PCI devices.
+const PCI_DEVICES: &str = "/sys/bus/pci/devices";
+
+/// Whether this is a virtual machine whose host offers mapping, or where somebody has loaded the module.
 pub(super) fn is_introspector() -> bool {
-    features().is_some()
+    features().is_some() || (is_virtual() && is_loaded())
 }
 
 pub(super) fn checks() -> Vec<Check> {
-    vec![
-        check_signature(),
+    let features = features();
+    let mut checks = vec![
+        check_host(features, has_pci()),
         check_module(),
         check_device(),
-        views::check(features()),
+        views::check(features),
         check_vsock(),
-        limits::memlock_in_guest(),
-    ]
+    ];
+    // Pages are locked for mappings by hypercall alone, and views by PCI device alone come from the door.
+    checks.push(match features {
+        Some(_) => limits::memlock_in_guest(),
+        None => check_door(knock(DOOR_PATIENCE)),
+    });
+    checks
+}
+
+fn is_loaded() -> bool {
+    Path::new("/sys/module/kvmmem").exists()
+}
+
+fn has_pci() -> bool {
+    fs::read_dir(PCI_DEVICES).is_ok_and(|mut devices| devices.next().is_some())
 }
 
 /// The feature bits of the host, where its signature is seen.
@@ -46,15 +68,20 @@ fn features() -> Option<u32> {
     is_ours.then(|| __cpuid(LEAF_FEATURES).eax)
 }
 
-fn check_signature() -> Check {
+fn check_host(features: Option<u32>, has_pci: bool) -> Check {
     const NAME: &str = "host";
-    let Some(features) = features() else {
-        let detail = if is_virtual() {
-            "the host shows no kvmmem signature in CPUID"
-        } else {
-            "this is no virtual machine"
+    const REMEDY: &str = "run it as an introspector: kvmmem vm --introspector on its host, or under QEMU what kvmmem \
+         qemu-args prints there";
+    let Some(features) = features else {
+        return match (is_virtual(), has_pci) {
+            (true, true) => {
+                Check::ok(NAME, "no hypercalls, as under a stock QEMU: views come as PCI devices")
+            }
+            (true, false) => {
+                Check::fail(NAME, "no kvmmem signature in CPUID, and no PCI bus for devices", REMEDY)
+            }
+            (false, _) => Check::fail(NAME, "this is no virtual machine", REMEDY),
         };
-        return Check::fail(NAME, detail, "run it as an introspector: kvmmem vm --introspector on its host");
     };
     let ways = [(FEATURE_VMCALL, "vmcall"), (FEATURE_DOORBELL, "doorbell port")];
     let ways: Vec<&str> =
@@ -71,7 +98,7 @@ fn check_signature() -> Check {
 
 fn check_module() -> Check {
     const NAME: &str = "module";
-    if Path::new("/sys/module/kvmmem").exists() {
+    if is_loaded() {
         return Check::ok(NAME, "kvmmem is loaded");
     }
     let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
@@ -115,14 +142,38 @@ fn check_device() -> Check {
 
 fn check_vsock() -> Check {
     const NAME: &str = "vsock";
-    const REMEDY: &str =
-        "give this virtual machine a context id (kvmmem vm --cid) and load vmw_vsock_virtio_transport";
+    const REMEDY: &str = "give this virtual machine a context id (kvmmem vm --cid, QEMU's vhost-vsock-pci, libvirt's <vsock>) and load \
+         vmw_vsock_virtio_transport";
     match vsock::get_local_cid() {
         Ok(cid) if cid > vsock::VMADDR_CID_HOST && cid < vsock::VMADDR_CID_ANY => {
             Check::ok(NAME, format!("context id {cid}"))
         }
         Ok(cid) => Check::fail(NAME, format!("context id {cid:#x} is no guest's"), REMEDY),
         Err(error) => Check::fail(NAME, format!("/dev/vsock cannot be used: {error}"), REMEDY),
+    }
+}
+
+/// Whether the host opens views for this virtual machine.
+fn check_door(answer: Result<(), DoorError>) -> Check {
+    const NAME: &str = "door";
+    match answer {
+        Ok(()) => Check::ok(NAME, "the host's broker opens views for this virtual machine"),
+        Err(error) => {
+            let remedy = match &error {
+                DoorError::Connect { .. } => {
+                    "on the host: is kvmmemd running, and was this virtual machine added (kvmmem introspector add)?"
+                }
+                DoorError::Refused { .. } => "do on the host what it says, then ask again",
+                _ => "see the host's log: journalctl -u kvmmemd",
+            };
+            let source = std::error::Error::source(&error);
+            let cause = source.map_or_else(String::new, |source| format!(": {source}"));
+            let detail = match &error {
+                DoorError::Connect { port, .. } => format!("nobody answers at the host's vsock port {port}"),
+                error => error.to_string(),
+            };
+            Check::fail(NAME, format!("{detail}{cause}"), remedy)
+        }
     }
 }
 
@@ -135,7 +186,28 @@ fn is_older(release: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use super::super::Status;
     use super::*;
+
+    #[test]
+    fn a_shut_door_has_a_remedy() {
+        assert_eq!(check_door(Ok(())).status, Status::Ok);
+        let refused = std::io::Error::from_raw_os_error(104);
+        let check = check_door(Err(DoorError::Connect { port: 27510, source: refused }));
+        assert!(check.detail.contains("27510"), "{check:?}");
+        assert!(check.remedy.unwrap().contains("introspector add"));
+        let check = check_door(Err(DoorError::Answer { port: 1, source: None }));
+        assert!(check.remedy.unwrap().contains("kvmmemd"));
+    }
+
+    #[test]
+    fn what_the_host_offers_is_told() {
+        assert!(check_host(Some(FEATURE_VMCALL), false).detail.contains("vmcall"));
+        assert_eq!(check_host(Some(0), true).status, Status::Fail);
+        let stock = check_host(None, true);
+        assert_eq!(stock.status == Status::Ok, is_virtual(), "{stock:?}");
+        assert!(check_host(None, false).remedy.unwrap().contains("qemu-args"));
+    }
 
     #[test]
     fn kernels_before_the_first_are_told() {

@@ -4,8 +4,8 @@
 use kvmmem::device;
 use kvmmem_abi::cpuid::FEATURE_WINDOW;
 use kvmmem_abi::native::{
-    FEATURE_HUGE_1G, FEATURE_HUGE_2M, FEATURE_PAGES, FEATURE_REGIONS, FEATURE_SEEK, FEATURE_VIEWS, Info,
-    VERSION,
+    FEATURE_DEVICES, FEATURE_HUGE_1G, FEATURE_HUGE_2M, FEATURE_PAGES, FEATURE_REGIONS, FEATURE_SEEK,
+    FEATURE_VIEWS, Info, VERSION,
 };
 use kvmmem_sys::view::ViewFile;
 use rustix::io::Errno;
@@ -47,6 +47,7 @@ fn judge(host: Option<u32>, info: Result<Info, Errno>) -> Check {
             (FEATURE_HUGE_1G, "pages of 1 GiB"),
             (FEATURE_SEEK, "holes are known"),
             (FEATURE_REGIONS, "libkvmi's regions"),
+            (FEATURE_DEVICES, "as PCI devices, by the host's door"),
             (FEATURE_PAGES, "page by page: the host opens no window, and each page uses the token once"),
         ];
         let has = known.into_iter().filter(|(bit, _)| info.features & bit != 0).map(|(_, name)| name);
@@ -80,7 +81,7 @@ mod tests {
         let cases = [
             (host, info(VERSION, FEATURE_VIEWS | FEATURE_HUGE_2M), Status::Ok, "pages of 2 MiB"),
             // PCI devices show no signature.
-            (None, info(VERSION, FEATURE_VIEWS), Status::Ok, "attached"),
+            (None, info(VERSION, FEATURE_VIEWS | FEATURE_DEVICES), Status::Ok, "the host's door"),
             (host, info(VERSION + 1, FEATURE_VIEWS), Status::Warn, "version 2"),
             (host, info(VERSION, FEATURE_REGIONS), Status::Warn, "the host offers them"),
             (Some(0), info(VERSION, 0), Status::Warn, "the host offers none"),

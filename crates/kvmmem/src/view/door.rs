@@ -102,6 +102,28 @@ impl AsFd for Door {
     }
 }
 
+/// Whether the host's door lets this virtual machine in. No token is used: it refuses at once whom it does not know, and
+/// `patience` is how long a refusal is waited for.
+///
+/// # Errors
+/// [`DoorError`], with what to do about it.
+pub fn knock(patience: Duration) -> Result<(), DoorError> {
+    let port = port()?;
+    let stream = VsockStream::connect_with_cid_port(VMADDR_CID_HOST, port);
+    let stream = stream.map_err(|source| DoorError::Connect { port, source })?;
+    hear(stream.as_fd(), port, patience)
+}
+
+/// Waits for a refusal that does not come.
+fn hear(socket: BorrowedFd<'_>, port: u32, patience: Duration) -> Result<(), DoorError> {
+    match frame::read(&mut Timed::new(socket, Instant::now() + patience)) {
+        Err(FrameError::Read(error)) if error.kind() == io::ErrorKind::TimedOut => Ok(()),
+        Err(source) => Err(DoorError::Answer { port, source: Some(source) }),
+        Ok(Some(ToTool::Refused { refusal, message })) => Err(DoorError::Refused { refusal, message }),
+        Ok(Some(ToTool::Opened { .. }) | None) => Err(DoorError::Answer { port, source: None }),
+    }
+}
+
 /// The port of the host's door.
 fn port() -> Result<u32, DoorError> {
     match std::env::var_os(DOOR_VARIABLE) {
@@ -208,6 +230,17 @@ mod tests {
         drop(theirs);
         let error = ask(ours.as_fd(), 1, &token(), true).unwrap_err();
         assert!(matches!(error, DoorError::Answer { .. }), "{error:?}");
+    }
+
+    #[test]
+    fn who_knocks_hears_a_refusal_or_nothing() {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        hear(ours.as_fd(), 1, Duration::from_millis(20)).unwrap();
+        frame::write(&mut theirs, &ToTool::refused(Refusal::Denied, "a stranger")).unwrap();
+        drop(theirs);
+        let patience = Duration::from_secs(20);
+        assert_eq!(hear(ours.as_fd(), 1, patience).unwrap_err().to_string(), "a stranger");
+        assert!(matches!(hear(ours.as_fd(), 1, patience), Err(DoorError::Answer { source: None, .. })));
     }
 
     #[test]
