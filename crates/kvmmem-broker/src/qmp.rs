@@ -92,6 +92,12 @@ impl Qmp {
         Ok(qmp)
     }
 
+    /// Makes a conversation that need not end: each command may take [`LIMIT`] from now on.
+    #[must_use]
+    pub fn endless(self) -> Self {
+        Self { end: None, ..self }
+    }
+
     /// Where it is connected to.
     pub fn path(&self) -> &Path {
         &self.path

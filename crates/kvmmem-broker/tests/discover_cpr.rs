@@ -94,6 +94,84 @@ fn views_and_grants_survive_a_live_update() {
 }
 
 #[test]
+fn a_monitor_tells_of_a_live_update_before_the_old_qemu_ends() {
+    if !has_qemu(10) {
+        return;
+    }
+    let broker = TestBroker::start();
+    let old = Qemu::start(&broker, "old", MACHINE).unwrap();
+    add_confirmed(&broker, &old);
+    broker.admin().remove_target("old").unwrap();
+    broker.admin().add_target(&old.socket(), None).unwrap();
+    let (mut link, view) = attach(&broker);
+    let new = migrate(&broker, &old, true);
+    let pid = || broker.admin().targets().unwrap().first().map(|target| target.pid);
+    wait_for("the new QEMU to be the target's", || pid() == Some(new.process.id()));
+    drop(old);
+    assert_eq!(link.wait(Duration::from_millis(100)).unwrap(), None);
+    assert!(shows_the_guest(&view));
+    // The new QEMU is listened to.
+    reset(&new, &mut link);
+    drop(new);
+    assert_eq!(link.wait(Duration::from_secs(10)).unwrap(), Some(HostEvent::Gone));
+}
+
+#[test]
+fn a_qemu_that_updates_itself_in_place_stays_the_target() {
+    if !has_qemu(10) {
+        return;
+    }
+    let broker = TestBroker::start();
+    let old = Qemu::start(&broker, "old", MACHINE).unwrap();
+    add_confirmed(&broker, &old);
+    broker.admin().remove_target("old").unwrap();
+    broker.admin().add_target(&old.socket(), None).unwrap();
+    let (mut link, view) = attach(&broker);
+    let state = format!("file:{}", broker.directory.path().join("state").display());
+    let mut command = vec!["qemu-system-x86_64".to_owned()];
+    command.extend(old.arguments(&[MACHINE, &["-incoming", &state]].concat()));
+    let mut monitor = old.monitor();
+    let mode = json!({ "mode": "cpr-exec", "cpr-exec-command": command });
+    monitor.execute("migrate-set-parameters", mode);
+    monitor.execute("migrate", json!({ "uri": state }));
+    monitor.wait_end();
+    old.monitor().wait_status("running");
+    assert_eq!(link.wait(Duration::from_millis(100)).unwrap(), None);
+    assert!(shows_the_guest(&view));
+    let pid = broker.admin().targets().unwrap().first().map(|target| target.pid);
+    assert_eq!(pid, Some(old.process.id()));
+    reset(&old, &mut link);
+}
+
+/// Resets a VM until a view is told: its monitor may not be connected again at once.
+fn reset(qemu: &Qemu, link: &mut HostLink) {
+    let mut monitor = qemu.monitor();
+    for _ in 0..60 {
+        monitor.execute("system_reset", json!({}));
+        match link.wait(Duration::from_millis(500)).unwrap() {
+            None => {}
+            Some(HostEvent::Changed { .. }) => return,
+            other => panic!("{other:?}"),
+        }
+    }
+    panic!("no reset is told");
+}
+
+#[test]
+fn a_monitor_tells_that_the_vm_has_moved() {
+    if !has_qemu(10) {
+        return;
+    }
+    let broker = TestBroker::start();
+    let old = Qemu::start(&broker, "old", MACHINE).unwrap();
+    broker.admin().add_target(&old.socket(), None).unwrap();
+    let (mut link, _view) = attach(&broker);
+    let _new = migrate(&broker, &old, false);
+    assert_eq!(link.wait(Duration::from_secs(10)).unwrap(), Some(HostEvent::Gone));
+    wait_for("the target to go", || broker.admin().targets().unwrap().is_empty());
+}
+
+#[test]
 fn views_end_where_the_vm_moves_to_other_memory() {
     if !has_qemu(10) {
         return;

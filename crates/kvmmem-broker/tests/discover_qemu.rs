@@ -68,6 +68,26 @@ fn a_view_shows_the_firmwares_tables_until_qemu_ends() {
 }
 
 #[test]
+fn a_reset_is_told_to_views() {
+    let broker = TestBroker::start();
+    let Some(qemu) = Qemu::shared(&broker, "seen", "q35", "64M") else { return };
+    broker.admin().add_target(&qemu.socket(), None).unwrap();
+    let terms = kvmmem_broker::admin::GrantRequest { target: "seen".into(), ..request(Rights::ReadOnly) };
+    let (mut link, view) = HostLink::attach(&broker.path, &broker.grant(&terms).token, true).unwrap();
+    let mut monitor = qemu.monitor();
+    for later in 1..=2 {
+        monitor.execute("system_reset", serde_json::json!({}));
+        let expected =
+            HostEvent::Changed { generation: view.generation + later, regions: view.regions.clone() };
+        assert_eq!(link.wait(Duration::from_secs(10)).unwrap(), Some(expected));
+    }
+    // The broker's connection ends with the target: another client is heard then.
+    broker.admin().remove_target("seen").unwrap();
+    assert_eq!(link.wait(Duration::from_secs(10)).unwrap(), Some(HostEvent::Gone));
+    kvmmem_broker::qmp::Qmp::connect(&qemu.qmp).unwrap();
+}
+
+#[test]
 fn what_cannot_be_attached_is_found_with_a_reason_and_a_remedy() {
     let broker = TestBroker::start();
     let [a, b] = ["a", "b"].map(|id| format!("memory-backend-memfd,id={id},size=32M,share=on"));

@@ -2,19 +2,17 @@
 //! VMs that the broker has attached by itself: there is no connection whose end would be theirs, so their VMMs'
 //! processes are watched.
 
-use std::os::fd::OwnedFd;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 
-use super::attach::{self, Which};
-use super::process::FileId;
-use super::successor;
+use super::attach::{self, Opened, Which};
 use crate::broker::{Broker, Refused};
-use crate::map::Region;
 use crate::packet::PacketSocket;
 use crate::peer::{Credentials, Peer};
+use crate::qmp::Qmp;
 use crate::ram::Ram;
 use crate::registry::Vm;
 use crate::wire::{Answer, Refusal};
@@ -31,12 +29,28 @@ impl Broker {
         name: Option<String>,
     ) -> Result<Answer, Refused> {
         may(peer)?;
-        let opened =
+        let mut opened =
             attach::open(which, name).map_err(|error| Refused::from_error(Refusal::Invalid, &error))?;
-        let vmm = absent(opened.credentials)
-            .map_err(|error| Refused::new(Refusal::Limit, format!("cannot make a socket: {error}")))?;
+        let evidence = opened.evidence;
+        let monitor = opened.qmp.take().map(|qmp| (qmp.path().to_owned(), Some(qmp)));
+        let vm = self.adopt(opened, monitor)?;
+        self.audit().added(&vm, peer);
+        let regions = vm.ram().map(|ram| ram.layout().map.regions().to_vec()).unwrap_or_default();
+        Ok(Answer::Added { target: vm.info(), regions, evidence })
+    }
+
+    /// Registers a VM whose RAM is open, waits for the end of its VMM, and listens to its monitor where there is one.
+    pub(super) fn adopt(
+        self: &Arc<Self>,
+        opened: Opened,
+        monitor: Option<(PathBuf, Option<Qmp>)>,
+    ) -> Result<Arc<Vm>, Refused> {
+        let limit = |what: &'static str| {
+            move |error: Box<dyn std::error::Error>| Refused::new(Refusal::Limit, format!("{what}: {error}"))
+        };
+        let vmm = absent(opened.credentials).map_err(limit("cannot make a socket"))?;
         let mut registration = opened.registration;
-        let ram = Ram::registered(&mut registration, vec![opened.ram])
+        let ram = Ram::registered(&mut registration, opened.files)
             .map_err(|error| Refused::from_registering(&error))?;
         let mut registry = self.registry();
         // The files tell, whoever has registered them: two targets with the same RAM would each have grants of it.
@@ -48,14 +62,11 @@ impl Broker {
             .insert(registration, ram, Arc::new(vmm))
             .map_err(|error| Refused::from_registering(&error))?;
         drop(registry);
-        self.audit().added(&vm, peer);
-        if let Err(error) = self.watch(vm.id(), opened.pidfd) {
+        if let Err(error) = self.watch(vm.id(), opened.pidfd, monitor) {
             self.release(vm.id());
-            return Err(Refused::new(Refusal::Limit, format!("cannot watch the VMM: {error}")));
+            return Err(limit("cannot watch the VMM")(error.into()));
         }
-        let info = vm.info();
-        let regions = vm.ram().map(|ram| ram.layout().map.regions().to_vec()).unwrap_or_default();
-        Ok(Answer::Added { target: info, regions, evidence: opened.evidence })
+        Ok(vm)
     }
 
     /// Takes a VM out that was attached with [`Self::add_target`]. The VM itself runs on.
@@ -65,7 +76,7 @@ impl Broker {
     pub(crate) fn remove_target(&self, peer: Credentials, target: &str) -> Result<Answer, Refused> {
         may(peer)?;
         let vm = self.find(target)?;
-        if !self.adopted().remove(vm.id()) {
+        if self.adopted().remove(vm.id()).is_none() {
             let message = format!("{target:?} was registered by its own VMM and goes with it");
             return Err(Refused::new(Refusal::Denied, message));
         }
@@ -76,42 +87,13 @@ impl Broker {
     /// Takes out all VMs that were attached.
     pub(crate) fn remove_adopted(&self) {
         for vm in self.adopted().vms() {
-            if self.adopted().remove(vm) {
+            if self.adopted().remove(vm).is_some() {
                 self.release(vm);
             }
         }
     }
 
-    /// Waits for the end of a VM's VMM.
-    fn watch(self: &Arc<Self>, vm: u64, pidfd: OwnedFd) -> std::io::Result<()> {
-        let broker = Arc::downgrade(self);
-        let ended = move |vm| {
-            if let Some(broker) = broker.upgrade() {
-                broker.vmm_ended(vm);
-            }
-        };
-        self.adopted().add(vm, pidfd, ended)
-    }
-
-    /// Does what the end of a VMM demands that is watched no more: its VM goes on with the QEMU that has taken over, or
-    /// goes too.
-    fn vmm_ended(self: &Arc<Self>, id: u64) {
-        let registry = self.registry();
-        let Some(vm) = registry.get(id) else { return };
-        let others: Vec<u32> = registry.after(0).map(|vm| vm.peer().credentials().pid).collect();
-        drop(registry);
-        let Some(successor) = successor::find(&ram(&vm), &others) else { return self.retire(&vm) };
-        let former = vm.peer().credentials();
-        let credentials = Credentials { pid: successor.pid(), uid: successor.uid().unwrap_or(former.uid) };
-        vm.peer().replaced(credentials);
-        self.audit().taken_over(&vm, former);
-        if let Err(error) = self.watch(id, successor.into_pidfd()) {
-            tracing::error!(%error, vm = id, "cannot watch the VMM that has taken over");
-            self.retire(&vm);
-        }
-    }
-
-    fn release(&self, vm: u64) {
+    pub(super) fn release(&self, vm: u64) {
         let vm = self.registry().get(vm);
         if let Some(vm) = vm {
             self.retire(&vm);
@@ -136,15 +118,4 @@ fn absent(credentials: Credentials) -> Result<Peer, Box<dyn std::error::Error>> 
 
 fn has_same(vm: &Vm, ram: Option<&Ram>) -> bool {
     vm.ram().zip(ram).is_some_and(|(its, ram)| its.overlaps(ram).unwrap_or(false))
-}
-
-/// Which parts of which files a VM's RAM is.
-fn ram(vm: &Vm) -> Vec<(FileId, Region)> {
-    let Some(ram) = vm.ram() else { return Vec::new() };
-    let (files, layout) = (ram.files(), ram.layout());
-    let part = |region: &Region| {
-        let file = files.get(usize::try_from(region.file).ok()?)?;
-        Some((FileId::of(&rustix::fs::fstat(file).ok()?), *region))
-    };
-    layout.map.regions().iter().map(part).collect::<Option<_>>().unwrap_or_default()
 }

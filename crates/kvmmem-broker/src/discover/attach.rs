@@ -12,7 +12,7 @@ use super::backing::{self, Backing, Obstacle};
 use super::command_line::{CommandLine, Vmm};
 use super::layout::{self, LayoutError};
 use super::mtree::{self, MtreeError};
-use super::process::{FileId, Process, ProcessError};
+use super::process::{Process, ProcessError};
 use crate::map::Region;
 use crate::peer::Credentials;
 use crate::qmp::{Qmp, QmpError};
@@ -53,16 +53,23 @@ pub enum Evidence {
 pub struct Opened {
     /// What it is registered as.
     pub registration: Registration,
-    /// Its RAM.
-    pub ram: OwnedFd,
-    /// Which file that is.
-    pub id: FileId,
+    /// The files of its RAM.
+    pub files: Vec<OwnedFd>,
     /// Its VMM.
     pub credentials: Credentials,
     /// Becomes readable when the VMM ends.
     pub pidfd: OwnedFd,
     /// How the layout became known.
     pub evidence: Evidence,
+    /// The QMP connection by which it did.
+    pub qmp: Option<Qmp>,
+}
+
+/// What is known of a VM's RAM.
+pub(super) struct Seen {
+    pub(super) backing: Backing,
+    pub(super) regions: Vec<Region>,
+    pub(super) evidence: Evidence,
 }
 
 /// Why a VM is not attached.
@@ -143,7 +150,7 @@ pub enum AttachError {
 /// # Errors
 /// [`AttachError`].
 pub fn open(which: &Which, name: Option<String>) -> Result<Opened, AttachError> {
-    let (process, qmp) = match which {
+    let (process, mut qmp) = match which {
         Which::Pid(pid) => (Process::open(*pid)?, None),
         Which::Libvirt(domain) => (Process::open(libvirt_pid(Path::new(LIBVIRT), domain)?)?, None),
         Which::Qmp { socket, pid } => {
@@ -155,28 +162,16 @@ pub fn open(which: &Which, name: Option<String>) -> Result<Opened, AttachError> 
             (process, Some(qmp))
         }
     };
-    let (pid, arguments, program) = (process.pid(), process.arguments()?, process.program()?);
-    let vmm = Vmm::recognise(&program, &arguments).ok_or(AttachError::NoVmm { pid, program })?;
-    let line = vmm.command_line(&arguments);
+    let (pid, line) = (process.pid(), command_line(&process)?);
     if let Which::Libvirt(domain) = which
         && line.name.as_ref() != Some(domain)
     {
         return Err(AttachError::WrongDomain { pid, name: domain.clone() });
     }
-    let stopped = |obstacle: Obstacle| AttachError::Obstacle { remedy: obstacle.remedy(&line), obstacle };
-    supported(vmm).map_err(stopped)?;
-    let mut vcpus = line.vcpus.unwrap_or(1);
-    let (backing, regions, evidence) = match qmp {
-        Some(mut qmp) => {
-            vcpus = qmp.vcpus()?;
-            let (regions, size) = ask(&mut qmp, stopped)?;
-            (backing::find(&process, &line, size).map_err(stopped)?, regions, Evidence::Qmp)
-        }
-        None => {
-            let backing = backing::find(&process, &line, line.memory.unwrap_or(0)).map_err(stopped)?;
-            let regions = by_rules(&line, &backing)?;
-            (backing, regions, Evidence::RulesAndAcpi)
-        }
+    let Seen { backing, regions, evidence } = look(&process, &line, qmp.as_mut())?;
+    let vcpus = match &mut qmp {
+        Some(qmp) => qmp.vcpus()?,
+        None => line.vcpus.unwrap_or(1),
     };
     let registration = Registration {
         name: name.or_else(|| line.name.clone()).unwrap_or_else(|| format!("qemu-{pid}")),
@@ -193,8 +188,41 @@ pub fn open(which: &Which, name: Option<String>) -> Result<Opened, AttachError> 
     if !process.is_alive() {
         return Err(AttachError::Ended(pid));
     }
-    let Backing { file: ram, id } = backing;
-    Ok(Opened { registration, ram, id, credentials, pidfd: process.into_pidfd(), evidence })
+    let (files, qmp) = (vec![backing.file], qmp.map(Qmp::endless));
+    Ok(Opened { registration, files, credentials, pidfd: process.into_pidfd(), evidence, qmp })
+}
+
+/// The command line of a VMM whose VMs can be attached.
+pub(super) fn command_line(process: &Process) -> Result<CommandLine, AttachError> {
+    let (pid, arguments, program) = (process.pid(), process.arguments()?, process.program()?);
+    let vmm = Vmm::recognise(&program, &arguments).ok_or(AttachError::NoVmm { pid, program })?;
+    let line = vmm.command_line(&arguments);
+    supported(vmm).map_err(|obstacle| stopped(&line, obstacle))?;
+    Ok(line)
+}
+
+/// Finds a VM's RAM, and where it lies in the guest: by what QEMU says, or by rules that the guest confirms.
+pub(super) fn look(
+    process: &Process,
+    line: &CommandLine,
+    qmp: Option<&mut Qmp>,
+) -> Result<Seen, AttachError> {
+    let find = |size| backing::find(process, line, size).map_err(|obstacle| stopped(line, obstacle));
+    match qmp {
+        Some(qmp) => {
+            let (regions, size) = ask(qmp, |obstacle| stopped(line, obstacle))?;
+            Ok(Seen { backing: find(size)?, regions, evidence: Evidence::Qmp })
+        }
+        None => {
+            let backing = find(line.memory.unwrap_or(0))?;
+            let regions = by_rules(line, &backing)?;
+            Ok(Seen { backing, regions, evidence: Evidence::RulesAndAcpi })
+        }
+    }
+}
+
+fn stopped(line: &CommandLine, obstacle: Obstacle) -> AttachError {
+    AttachError::Obstacle { remedy: obstacle.remedy(line), obstacle }
 }
 
 /// Whether VMs of a VMM can be attached at all.

@@ -59,8 +59,6 @@ pub enum Obstacle {
 pub struct Backing {
     /// The file, open for reading and writing.
     pub file: OwnedFd,
-    /// Which file it is.
-    pub id: FileId,
 }
 
 impl Obstacle {
@@ -123,5 +121,5 @@ pub fn find(process: &Process, line: &CommandLine, size: u64) -> Result<Backing,
     if !seals.contains(SealFlags::SHRINK) || u64::try_from(stat.st_size) != Ok(size) {
         return Err(Obstacle::Unsealed(path.clone()));
     }
-    Ok(Backing { file, id: *id })
+    Ok(Backing { file })
 }

@@ -73,6 +73,11 @@ impl FileId {
     pub fn of(stat: &Stat) -> Self {
         Self { device: stat.st_dev, inode: stat.st_ino }
     }
+
+    /// The same of a file descriptor; `None` where the kernel does not say.
+    pub fn of_file(file: impl AsFd) -> Option<Self> {
+        rustix::fs::fstat(file).ok().map(|stat| Self::of(&stat))
+    }
 }
 
 impl Process {

@@ -7,6 +7,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use rustix::event::{EventfdFlags, PollFd, PollFlags};
 use rustix::io::Errno;
 
+use super::monitor::Monitor;
+
 /// The VMMs that are waited for. The thread ends with it.
 #[derive(Debug, Default)]
 pub(crate) struct Watch {
@@ -22,28 +24,31 @@ struct Shared {
 
 #[derive(Debug, Default)]
 struct List {
-    watched: Vec<Arc<Watched>>,
+    watched: Vec<Watched>,
     ended: bool,
 }
 
 /// A VM by its number, and its VMM.
 #[derive(Debug)]
-struct Watched {
-    vm: u64,
-    pidfd: OwnedFd,
+pub(crate) struct Watched {
+    /// Its number.
+    pub(crate) vm: u64,
+    /// Becomes readable when the VMM ends.
+    pub(crate) pidfd: Arc<OwnedFd>,
+    /// What listens to the VMM.
+    pub(crate) monitor: Option<Monitor>,
 }
 
 impl Watch {
-    /// Waits for a VMM too. `gone` is called, on the thread, with each VM whose VMM has ended, once; only that of the
-    /// first call counts.
+    /// Waits for a VMM too. `gone` is called, on the thread, with each whose VMM has ended, once; only that of the first
+    /// call counts.
     ///
     /// # Errors
     /// Where there are no file descriptors or threads left.
     pub(crate) fn add(
         &self,
-        vm: u64,
-        pidfd: OwnedFd,
-        gone: impl Fn(u64) + Send + 'static,
+        watched: Watched,
+        gone: impl Fn(Watched) + Send + 'static,
     ) -> std::io::Result<()> {
         let mut thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner);
         let shared = match &*thread {
@@ -56,20 +61,16 @@ impl Watch {
                 Arc::clone(thread.insert(shared))
             }
         };
-        shared.lock().watched.push(Arc::new(Watched { vm, pidfd }));
+        shared.lock().watched.push(watched);
         shared.wake();
         Ok(())
     }
 
-    /// Waits no more for a VM's VMM; whether it did.
-    pub(crate) fn remove(&self, vm: u64) -> bool {
+    /// Waits no more for a VM's VMM, if it did.
+    pub(crate) fn remove(&self, vm: u64) -> Option<Watched> {
         let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(shared) = &*thread else { return false };
-        let mut list = shared.lock();
-        let before = list.watched.len();
-        list.watched.retain(|watched| watched.vm != vm);
-        let removed = list.watched.len() < before;
-        drop(list);
+        let shared = thread.as_ref()?;
+        let removed = shared.lock().take(|watched| watched.vm == vm);
         shared.wake();
         removed
     }
@@ -93,17 +94,25 @@ impl Drop for Watch {
     }
 }
 
+impl List {
+    fn take(&mut self, is_it: impl Fn(&Watched) -> bool) -> Option<Watched> {
+        let place = self.watched.iter().position(is_it)?;
+        Some(self.watched.swap_remove(place))
+    }
+}
+
 impl Shared {
-    fn run(&self, gone: impl Fn(u64)) {
+    fn run(&self, gone: impl Fn(Watched)) {
         loop {
             let list = self.lock();
             if list.ended {
                 return;
             }
-            let watched = list.watched.clone();
+            let watched: Vec<(u64, Arc<OwnedFd>)> =
+                list.watched.iter().map(|watched| (watched.vm, Arc::clone(&watched.pidfd))).collect();
             drop(list);
             let wake = PollFd::new(&self.wake, PollFlags::IN);
-            let pidfds = watched.iter().map(|watched| PollFd::new(&watched.pidfd, PollFlags::IN));
+            let pidfds = watched.iter().map(|(_, pidfd)| PollFd::new(&**pidfd, PollFlags::IN));
             let mut fds: Vec<PollFd<'_>> = std::iter::once(wake).chain(pidfds).collect();
             match rustix::event::poll(&mut fds, None) {
                 Ok(_) | Err(Errno::INTR) => {}
@@ -114,22 +123,13 @@ impl Shared {
             }
             // Whether there was anything to read does not matter.
             let _ = rustix::io::read(&self.wake, &mut [0; 8]);
-            let ready: Vec<u64> = fds
-                .iter()
-                .skip(1)
-                .zip(&watched)
-                .filter(|(fd, _)| !fd.revents().is_empty())
-                .map(|(_, watched)| watched.vm)
-                .collect();
-            drop(fds);
-            for vm in ready {
-                let mut list = self.lock();
-                let before = list.watched.len();
-                list.watched.retain(|watched| watched.vm != vm);
-                let is_watched = list.watched.len() < before;
-                drop(list);
-                if is_watched {
-                    gone(vm);
+            let ready = fds.iter().skip(1).zip(&watched).filter(|(fd, _)| !fd.revents().is_empty());
+            for (_, (vm, pidfd)) in ready {
+                // The VM may have another VMM by now.
+                let ended =
+                    self.lock().take(|watched| watched.vm == *vm && Arc::ptr_eq(&watched.pidfd, pidfd));
+                if let Some(ended) = ended {
+                    gone(ended);
                 }
             }
         }
@@ -170,12 +170,13 @@ mod tests {
         for vm in 1..=3 {
             let (child, pidfd) = sleeper();
             let told = told.clone();
-            watch.add(vm, pidfd, move |vm| told.send(vm).unwrap()).unwrap();
+            let watched = Watched { vm, pidfd: Arc::new(pidfd), monitor: None };
+            watch.add(watched, move |ended| told.send(ended.vm).unwrap()).unwrap();
             children.push(child);
         }
         drop(told);
         assert_eq!(watch.vms(), [1, 2, 3]);
-        assert!(watch.remove(2) && !watch.remove(2));
+        assert!(watch.remove(2).is_some() && watch.remove(2).is_none());
         for child in children.iter_mut().rev() {
             child.kill().unwrap();
             child.wait().unwrap();
@@ -184,7 +185,7 @@ mod tests {
         let mut seen = [tellings.recv_timeout(limit).unwrap(), tellings.recv_timeout(limit).unwrap()];
         seen.sort_unstable();
         assert_eq!(seen, [1, 3]);
-        assert!(watch.vms().is_empty() && !watch.remove(1));
+        assert!(watch.vms().is_empty() && watch.remove(1).is_none());
         drop(watch);
         // The thread ends, and with it the last sender.
         assert_eq!(tellings.recv_timeout(limit), Err(mpsc::RecvTimeoutError::Disconnected));

@@ -3,7 +3,7 @@
 
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -18,6 +18,7 @@ pub(crate) const FIRMWARE: Duration = Duration::from_secs(60);
 /// A QEMU, killed on drop. It has a monitor for the broker, and one for the test.
 pub(crate) struct Qemu {
     pub(crate) process: Child,
+    name: String,
     pub(crate) qmp: PathBuf,
     pub(crate) monitor: PathBuf,
 }
@@ -41,17 +42,14 @@ impl Qemu {
 
     /// The same, without waiting for its monitors.
     pub(crate) fn spawn(broker: &TestBroker, name: &str, arguments: &[&str]) -> Option<Self> {
-        let qmp = broker.directory.path().join(format!("{name}.qmp"));
-        let monitor = broker.directory.path().join(format!("{name}.monitor"));
+        let [qmp, monitor] =
+            ["qmp", "monitor"].map(|kind| broker.directory.path().join(format!("{name}.{kind}")));
         let started = Command::new("qemu-system-x86_64")
-            .args(["-accel", "tcg", "-nodefaults", "-display", "none", "-name", &format!("guest={name}")])
-            .args(["-qmp", &format!("unix:{},server=on,wait=off", monitor.display())])
-            .args(["-qmp", &format!("unix:{},server=on,wait=off", qmp.display())])
-            .args(arguments)
+            .args(all_arguments(name, &monitor, &qmp, arguments))
             .stdin(Stdio::null())
             .spawn();
         match started {
-            Ok(process) => Some(Self { process, qmp, monitor }),
+            Ok(process) => Some(Self { process, name: name.to_owned(), qmp, monitor }),
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
                 eprintln!("SKIPPED: qemu-system-x86_64 is not installed");
                 None
@@ -67,6 +65,11 @@ impl Qemu {
         Self::start(broker, name, &["-m", size, "-object", &backend, "-machine", &machine])
     }
 
+    /// All arguments that it would be started with, besides these.
+    pub(crate) fn arguments(&self, arguments: &[&str]) -> Vec<String> {
+        all_arguments(&self.name, &self.monitor, &self.qmp, arguments)
+    }
+
     pub(crate) fn pid(&self) -> Which {
         Which::Pid(self.process.id())
     }
@@ -75,21 +78,41 @@ impl Qemu {
         Which::Qmp { socket: self.qmp.clone(), pid: None }
     }
 
-    /// The test's own monitor.
+    /// The test's own monitor. A QEMU that is about to replace itself may still let somebody connect.
     pub(crate) fn monitor(&self) -> Monitor {
-        let stream = UnixStream::connect(&self.monitor).unwrap();
-        stream.set_read_timeout(Some(FIRMWARE)).unwrap();
-        let mut monitor = Monitor(BufReader::new(stream));
-        assert!(monitor.receive()["QMP"].is_object());
-        monitor.execute("qmp_capabilities", json!({}));
-        monitor
+        let began = Instant::now();
+        loop {
+            if let Some(monitor) = Monitor::connect(&self.monitor) {
+                return monitor;
+            }
+            assert!(began.elapsed() < FIRMWARE, "QEMU's monitor does not answer");
+            std::thread::sleep(Duration::from_millis(20));
+        }
     }
+}
+
+fn all_arguments(name: &str, monitor: &Path, qmp: &Path, arguments: &[&str]) -> Vec<String> {
+    let socket = |path: &Path| format!("unix:{},server=on,wait=off", path.display());
+    let (guest, monitor, qmp) = (format!("guest={name}"), socket(monitor), socket(qmp));
+    let first = ["-accel", "tcg", "-nodefaults", "-display", "none"];
+    let own = ["-name", &guest, "-qmp", &monitor, "-qmp", &qmp];
+    first.iter().chain(&own).chain(arguments).map(|word| (*word).to_owned()).collect()
 }
 
 /// A connection to QEMU's monitor. Events are dropped.
 pub(crate) struct Monitor(BufReader<UnixStream>);
 
 impl Monitor {
+    fn connect(path: &Path) -> Option<Self> {
+        let stream = UnixStream::connect(path).ok()?;
+        stream.set_read_timeout(Some(FIRMWARE)).unwrap();
+        let mut monitor = Self(BufReader::new(stream));
+        let mut line = String::new();
+        monitor.0.read_line(&mut line).ok().filter(|_| line.contains("QMP"))?;
+        monitor.execute("qmp_capabilities", json!({}));
+        Some(monitor)
+    }
+
     #[track_caller]
     pub(crate) fn execute(&mut self, command: &str, arguments: Value) -> Value {
         let mut request = json!({ "execute": command, "arguments": arguments }).to_string();
@@ -115,6 +138,12 @@ impl Monitor {
             assert!(began.elapsed() < FIRMWARE, "still waiting for {status}: {answer}");
             std::thread::sleep(Duration::from_millis(20));
         }
+    }
+
+    /// Waits until QEMU closes it.
+    pub(crate) fn wait_end(mut self) {
+        let mut line = String::new();
+        while self.0.read_line(&mut line).is_ok_and(|count| count > 0) {}
     }
 
     /// Makes QEMU end by itself.

@@ -1,0 +1,166 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! What happens to VMs that the broker has attached by itself, and to their VMMs.
+
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Weak};
+
+use super::attach::{self, AttachError, Opened, Seen};
+use super::monitor::{Monitor, News, Next};
+use super::process::{FileId, Process};
+use super::successor;
+use super::watch::Watched;
+use crate::broker::{Broker, in_words};
+use crate::map::Region;
+use crate::peer::Credentials;
+use crate::qmp::{Qmp, QmpError};
+use crate::registry::Vm;
+use crate::wire::{Change, Registration};
+
+impl Broker {
+    /// Waits for the end of a VM's VMM, and listens to its monitor where there is one: at a path, and already connected
+    /// or not.
+    pub(super) fn watch(
+        self: &Arc<Self>,
+        vm: u64,
+        pidfd: OwnedFd,
+        monitor: Option<(PathBuf, Option<Qmp>)>,
+    ) -> std::io::Result<()> {
+        let monitor = monitor.map(|(path, qmp)| {
+            let (finder, teller) = (Arc::downgrade(self), Arc::downgrade(self));
+            let tell =
+                move |qmp: &mut Qmp, news| teller.upgrade().map_or(Next::Stop, |it| it.hear(vm, qmp, news));
+            Monitor::start(path, qmp, move |path| connect(&finder, vm, path), tell)
+        });
+        let broker = Arc::downgrade(self);
+        let ended = move |watched: Watched| {
+            if let Some(broker) = broker.upgrade() {
+                broker.vmm_ended(watched);
+            }
+        };
+        self.adopted().add(Watched { vm, pidfd: Arc::new(pidfd), monitor: monitor.transpose()? }, ended)
+    }
+
+    /// Does what the end of a VMM demands that is watched no more: its VM goes on with the QEMU that has taken over, or
+    /// goes too.
+    fn vmm_ended(self: &Arc<Self>, ended: Watched) {
+        let registry = self.registry();
+        let Some(vm) = registry.get(ended.vm) else { return };
+        let others: Vec<u32> = registry.after(0).map(|vm| vm.peer().credentials().pid).collect();
+        drop(registry);
+        let Some(successor) = successor::find(&ram(&vm), &others) else { return self.retire(&vm) };
+        let former = vm.peer().credentials();
+        let credentials = Credentials { pid: successor.pid(), uid: successor.uid().unwrap_or(former.uid) };
+        let socket = ended.monitor.and_then(|_| attach::command_line(&successor).ok()?.qmp);
+        vm.peer().replaced(credentials);
+        self.audit().taken_over(&vm, former);
+        if let Err(error) = self.watch(ended.vm, successor.into_pidfd(), socket.map(|path| (path, None))) {
+            tracing::error!(%error, vm = ended.vm, "cannot watch the VMM that has taken over");
+            self.retire(&vm);
+        }
+    }
+
+    /// Does what a QEMU's news demand.
+    fn hear(self: &Arc<Self>, vm: u64, qmp: &mut Qmp, news: News) -> Next {
+        let vm = self.registry().get(vm);
+        let Some((vm, ram)) = vm.as_ref().and_then(|vm| Some((vm, vm.ram()?))) else { return Next::Stop };
+        match news {
+            News::Reset => {
+                let regions = ram.layout().map.regions().to_vec();
+                if let Err(refused) = self.ram_changed(Some(vm), regions, Change::Reset) {
+                    tracing::warn!(vm = vm.id(), reason = refused.message, "a reset is not told");
+                }
+                Next::Listen
+            }
+            News::Memory => self.look_again(vm, qmp),
+            News::Left => {
+                if let Some(watched) = self.adopted().remove(vm.id()) {
+                    self.vmm_ended(watched);
+                }
+                Next::Stop
+            }
+        }
+    }
+
+    /// Asks a QEMU anew where its VM's RAM is.
+    fn look_again(self: &Arc<Self>, vm: &Arc<Vm>, qmp: &mut Qmp) -> Next {
+        let opened = match open_again(vm, qmp) {
+            Ok(opened) => opened,
+            Err(AttachError::Qmp(error)) if !matches!(error, QmpError::Refused { .. }) => {
+                return Next::Reconnect;
+            }
+            Err(error) => {
+                tracing::warn!(vm = vm.id(), error = in_words(&error), "where the RAM is now is not known");
+                return self.give_up(vm);
+            }
+        };
+        if let Some(regions) = in_known_files(vm, &opened) {
+            let is_same = vm.ram().is_some_and(|ram| ram.layout().map.regions() == regions);
+            if !is_same && self.ram_changed(Some(vm), regions, Change::Resized).is_err() {
+                return self.give_up(vm);
+            }
+            return Next::Listen;
+        }
+        // Whoever has a view has it of the files that there were: it ends, and the VM is a new target.
+        if self.adopted().remove(vm.id()).is_some() {
+            self.retire(vm);
+            match self.adopt(opened, Some((qmp.path().to_owned(), None))) {
+                Ok(vm) => self.audit().registered(&vm),
+                Err(refused) => {
+                    tracing::warn!(reason = refused.message, "a VM with other RAM is not added again")
+                }
+            }
+        }
+        Next::Stop
+    }
+
+    /// Ends a target that is not to be relied on any more.
+    fn give_up(&self, vm: &Vm) -> Next {
+        if self.adopted().remove(vm.id()).is_some() {
+            self.retire(vm);
+        }
+        Next::Stop
+    }
+}
+
+/// Opens the RAM of a VM that is registered already.
+fn open_again(vm: &Vm, qmp: &mut Qmp) -> Result<Opened, AttachError> {
+    let credentials = vm.peer().credentials();
+    let process = Process::open(credentials.pid)?;
+    let line = attach::command_line(&process)?;
+    let Seen { backing, regions, evidence } = attach::look(&process, &line, Some(qmp))?;
+    let registration = Registration { regions, ..vm.registration().clone() };
+    let files = vec![backing.file];
+    Ok(Opened { registration, files, credentials, pidfd: process.into_pidfd(), evidence, qmp: None })
+}
+
+/// Connects to the monitor of a VM's QEMU: where it was, or where the process says that it is by now.
+fn connect(broker: &Weak<Broker>, vm: u64, path: &Path) -> Option<Qmp> {
+    let vm = broker.upgrade()?.registry().get(vm)?;
+    let pid = vm.peer().credentials().pid;
+    let line = attach::command_line(&Process::open(pid).ok()?).ok()?;
+    let is_its_own = |qmp: &Qmp| qmp.listener() == Some(pid);
+    let elsewhere = line.qmp.filter(|other| other != path && other.is_absolute());
+    let paths = [Some(path.to_owned()), elsewhere];
+    paths.into_iter().flatten().find_map(|path| Qmp::connect(&path).ok().filter(is_its_own))
+}
+
+/// Where the RAM is now, in the files that it was in already; `None` where it is in another one.
+fn in_known_files(vm: &Vm, opened: &Opened) -> Option<Vec<Region>> {
+    let known: Vec<FileId> = vm.ram()?.files().iter().map(FileId::of_file).collect::<Option<_>>()?;
+    let place = |region: &Region| {
+        let file = FileId::of_file(opened.files.get(usize::try_from(region.file).ok()?)?)?;
+        let number = known.iter().position(|other| *other == file)?;
+        Some(Region { file: u32::try_from(number).ok()?, ..*region })
+    };
+    opened.registration.regions.iter().map(place).collect()
+}
+
+/// Which parts of which files a VM's RAM is.
+fn ram(vm: &Vm) -> Vec<(FileId, Region)> {
+    let Some(ram) = vm.ram() else { return Vec::new() };
+    let (files, layout) = (ram.files(), ram.layout());
+    let part =
+        |region: &Region| Some((FileId::of_file(files.get(usize::try_from(region.file).ok()?)?)?, *region));
+    layout.map.regions().iter().map(part).collect::<Option<_>>().unwrap_or_default()
+}

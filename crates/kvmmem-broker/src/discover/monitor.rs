@@ -1,0 +1,228 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! Listens to a QEMU's monitor, on a thread of its own: one that hangs, floods or lies holds up nobody else.
+
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
+use serde_json::json;
+
+use crate::qmp::{Qmp, QmpError};
+
+/// How often QEMU is asked how it is while it tells nothing.
+const IDLE: Duration = Duration::from_secs(10);
+
+/// How often it is asked whether a migration is over.
+const MIGRATING: Duration = Duration::from_millis(50);
+
+/// How long what it tells is gathered before more is listened to.
+const GATHER: Duration = Duration::from_millis(50);
+
+/// The most events that are gathered at a time.
+const MAX_GATHERED: usize = 256;
+
+/// How soon a lost connection is made anew, and the longest pause between two attempts.
+const AGAIN: Duration = Duration::from_millis(250);
+const AGAIN_AT_LAST: Duration = Duration::from_secs(60);
+
+/// Virtual memory of the thread's stack, bytes; next to none of it is ever touched.
+const STACK: usize = 256 * 1024;
+
+/// A monitor that is listened to, until this is dropped.
+#[derive(Debug)]
+pub(crate) struct Monitor {
+    stop: Arc<OwnedFd>,
+}
+
+/// What a monitor has told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum News {
+    /// The guest was reset.
+    Reset,
+    /// Memory may have been plugged in or out, or the connection is a new one.
+    Memory,
+    /// The VM has migrated: this QEMU does not run it any more.
+    Left,
+}
+
+/// What is done about news.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Next {
+    /// Listen on.
+    Listen,
+    /// Connect anew.
+    Reconnect,
+    /// The VM is no more listened to.
+    Stop,
+}
+
+/// What QEMU has told since the last time.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Heard {
+    reset: bool,
+    memory: bool,
+    stop: bool,
+}
+
+impl Monitor {
+    /// Listens to the monitor at `path`. `tell` gets all news; `find` is asked for a connection where `qmp` is none, or
+    /// is lost.
+    ///
+    /// # Errors
+    /// Where there are no file descriptors or threads left.
+    pub(crate) fn start(
+        path: PathBuf,
+        qmp: Option<Qmp>,
+        find: impl Fn(&Path) -> Option<Qmp> + Send + 'static,
+        tell: impl FnMut(&mut Qmp, News) -> Next + Send + 'static,
+    ) -> std::io::Result<Self> {
+        let stop = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        let stop = Arc::new(stop);
+        let mut listener = Listener { path, stop: Arc::clone(&stop), find, tell };
+        let thread = std::thread::Builder::new().name("qmp-monitor".into()).stack_size(STACK);
+        thread.spawn(move || listener.run(qmp))?;
+        Ok(Self { stop })
+    }
+}
+
+impl Drop for Monitor {
+    fn drop(&mut self) {
+        // It fails only where the counter is at its end, and then the thread wakes as well.
+        let _ = rustix::io::write(&self.stop, &1u64.to_ne_bytes());
+    }
+}
+
+struct Listener<F, T> {
+    path: PathBuf,
+    stop: Arc<OwnedFd>,
+    find: F,
+    tell: T,
+}
+
+impl<F: Fn(&Path) -> Option<Qmp>, T: FnMut(&mut Qmp, News) -> Next> Listener<F, T> {
+    fn run(&mut self, mut connection: Option<Qmp>) {
+        loop {
+            let mut qmp = match connection.take() {
+                Some(qmp) => qmp,
+                None => {
+                    let Some(mut qmp) = self.connect() else { return };
+                    // What was told meanwhile is not known.
+                    match (self.tell)(&mut qmp, News::Memory) {
+                        Next::Listen => qmp,
+                        Next::Reconnect => continue,
+                        Next::Stop => return,
+                    }
+                }
+            };
+            match self.listen(&mut qmp) {
+                Ok(Next::Stop) => return,
+                Ok(_) => {}
+                Err(error) if self.is_stopped(GATHER) => {
+                    tracing::debug!(%error, "the QMP connection has ended with its QEMU");
+                    return;
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "a QMP connection is lost; it is made anew where possible")
+                }
+            }
+        }
+    }
+
+    /// Listens until told otherwise, or until the connection is lost.
+    fn listen(&mut self, qmp: &mut Qmp) -> Result<Next, QmpError> {
+        let mut is_due = true;
+        loop {
+            let heard = Heard::take(qmp)?;
+            for news in heard.news() {
+                match (self.tell)(qmp, news) {
+                    Next::Listen => {}
+                    next => return Ok(next),
+                }
+            }
+            // That a migration is over is no event, unless a manager has asked for one.
+            let mut is_migrating = false;
+            if is_due || heard.stop {
+                match status(qmp)?.as_str() {
+                    "postmigrate" => return Ok((self.tell)(qmp, News::Left)),
+                    status => is_migrating = status == "finish-migrate",
+                }
+            }
+            if self.is_stopped(if heard.is_any() { GATHER } else { Duration::ZERO }) {
+                return Ok(Next::Stop);
+            }
+            is_due = !self.hears(qmp, if is_migrating { MIGRATING } else { IDLE }) || is_migrating;
+        }
+    }
+
+    /// A connection, as soon as there is one; `None` where nobody listens any more.
+    fn connect(&self) -> Option<Qmp> {
+        let mut pause = AGAIN;
+        loop {
+            if self.is_stopped(pause) {
+                return None;
+            }
+            if let Some(qmp) = (self.find)(&self.path) {
+                return Some(qmp);
+            }
+            pause = (pause * 2).min(AGAIN_AT_LAST);
+        }
+    }
+
+    /// Whether the monitor tells something within `pause`.
+    fn hears(&self, qmp: &Qmp, pause: Duration) -> bool {
+        let mut fds = [PollFd::new(qmp, PollFlags::IN), PollFd::new(&*self.stop, PollFlags::IN)];
+        poll(&mut fds, pause);
+        fds.first().is_some_and(|fd| !fd.revents().is_empty())
+    }
+
+    fn is_stopped(&self, pause: Duration) -> bool {
+        let mut fds = [PollFd::new(&*self.stop, PollFlags::IN)];
+        poll(&mut fds, pause);
+        fds.iter().any(|fd| !fd.revents().is_empty())
+    }
+}
+
+impl Heard {
+    fn take(qmp: &mut Qmp) -> Result<Self, QmpError> {
+        let mut heard = Self::default();
+        for _ in 0..MAX_GATHERED {
+            match qmp.next_event(Duration::ZERO)? {
+                Some(event) => heard.note(&event.name),
+                None => break,
+            }
+        }
+        Ok(heard)
+    }
+
+    fn note(&mut self, event: &str) {
+        match event {
+            "RESET" => self.reset = true,
+            // The guest has taken a DIMM, or a device has left; that one was plugged in is no event.
+            "ACPI_DEVICE_OST" | "DEVICE_DELETED" | "MEMORY_DEVICE_SIZE_CHANGE" => self.memory = true,
+            "STOP" => self.stop = true,
+            _ => {}
+        }
+    }
+
+    fn is_any(self) -> bool {
+        self != Self::default()
+    }
+
+    fn news(self) -> impl Iterator<Item = News> {
+        let reset = self.reset.then_some(News::Reset);
+        reset.into_iter().chain(self.memory.then_some(News::Memory))
+    }
+}
+
+fn status(qmp: &mut Qmp) -> Result<String, QmpError> {
+    let answer = qmp.execute("query-status", json!({}))?;
+    Ok(answer.get("status").and_then(|status| status.as_str()).unwrap_or_default().to_owned())
+}
+
+fn poll(fds: &mut [PollFd<'_>], pause: Duration) {
+    let pause = Timespec::try_from(pause).ok();
+    // An interrupted wait is a short one. No other failure is possible but for want of memory.
+    let _ = rustix::event::poll(fds, pause.as_ref());
+}
