@@ -140,6 +140,14 @@ impl Grants {
         Ok(id)
     }
 
+    /// The target of a token that this user may use now.
+    ///
+    /// # Errors
+    /// [`UseError`].
+    pub fn target(&mut self, now: Instant, token: &Token, by: User) -> Result<u64, UseError> {
+        self.usable(now, token, by).map(|(_, grant)| grant.terms.target)
+    }
+
     /// Uses a token for one page.
     ///
     /// # Errors

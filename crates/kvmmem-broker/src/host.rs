@@ -148,7 +148,9 @@ impl HostLink {
                 None => return Err(sent.err().map_or(HostError::NoAnswer, HostError::Packet)),
             }
         };
-        let Answer::HostAttached { view, grant, target, scope, uuid, generation, regions } = answer else {
+        let Answer::HostAttached { view, grant, target, scope, uuid, generation, regions, copied: _ } =
+            answer
+        else {
             return Err(HostError::NoAnswer);
         };
         let map = MemoryMap::new(regions).map_err(HostError::Map)?;

@@ -27,6 +27,7 @@ use uuid::Uuid;
 pub use crate::map::Region;
 use crate::map::{MapError, MemoryMap};
 use crate::packet::{PacketError, PacketSocket, Wait};
+use crate::ram::SHARE_IT;
 pub use crate::scope::{Rights, Scope, Span};
 use crate::wire::{Answer, Call, Refusal, Request};
 pub use crate::wire::{Caller, Change, Registration, ViewCounters};
@@ -169,6 +170,9 @@ pub enum RedeemError {
     /// This VM is not registered as an introspector.
     #[error("this VM may not map the memory of others")]
     Denied,
+    /// The target's RAM is private to its VMM.
+    #[error("the target's RAM is private to its VMM and cannot be mapped; {SHARE_IT}")]
+    Private,
 }
 
 /// A registered VM's connection to the broker. Dropping it ends the registration.
@@ -336,6 +340,7 @@ impl VmmLink {
             Some(Ok(answer)) => Ok(answer),
             Some(Err(Refusal::Unknown)) => Err(RedeemError::Unknown),
             Some(Err(Refusal::Denied | Refusal::Invalid)) => Err(RedeemError::Denied),
+            Some(Err(Refusal::Unsupported)) => Err(RedeemError::Private),
             Some(Err(_)) | None => Err(RedeemError::Unavailable),
         };
         (state, answer)

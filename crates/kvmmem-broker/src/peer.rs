@@ -124,7 +124,7 @@ impl Peer {
     pub fn changed(&self, target: u64, layout: &Layout) {
         let known = self.known();
         if known.contains(&target) {
-            let regions = layout.map.regions().to_vec();
+            let regions = layout.regions();
             self.push(&FromBroker::Changed { target, generation: layout.generation, regions });
         }
     }
@@ -140,13 +140,17 @@ impl Peer {
         if known.contains(&target.id()) {
             return Ok(());
         }
+        // Whoever is introduced maps what comes with it.
+        if ram.is_private() {
+            return Err(PacketError::Send(Errno::OPNOTSUPP));
+        }
         let (registration, layout) = (target.registration(), ram.layout());
         let introduction = FromBroker::Target {
             id: target.id(),
             name: registration.name.clone(),
             uuid: registration.uuid,
             generation: layout.generation,
-            regions: layout.map.regions().to_vec(),
+            regions: layout.regions(),
         };
         self.socket.send(&introduction, &ram.files(), Wait::No)?;
         known.insert(target.id());

@@ -85,6 +85,6 @@ impl Introspected for Session<'_> {
 fn code(error: &AccessError) -> KvmError {
     match error {
         AccessError::Hole(_) => KvmError::Inval,
-        AccessError::Memfd { .. } => KvmError::Fault,
+        AccessError::System { .. } => KvmError::Fault,
     }
 }

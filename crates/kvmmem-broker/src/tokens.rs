@@ -11,6 +11,7 @@ use crate::broker::{Broker, Refused};
 use crate::endpoint::Endpoint;
 use crate::grants::{Holder, KVMI_LIFETIME, Listed, Opened, Redeemed, Terms, UseError, User};
 use crate::peer::{Credentials, Peer};
+use crate::ram::{Ram, SHARE_IT};
 use crate::registry::Vm;
 use crate::scope::{Scope, ScopeError};
 use crate::wire::{Answer, Cursor, GrantInfo, GrantRequest, KvmiPolicy, Origin, Refusal};
@@ -34,6 +35,10 @@ enum RequestError {
     Label,
     #[error("the holder is the target itself; a VM cannot map its own memory")]
     Holder,
+    #[error(
+        "the RAM of {0:?} is private to its VMM, so no VM can map it; {SHARE_IT}; or grant it without a holder, to a process of this host"
+    )]
+    Private(String),
     #[error("the grant's scope is refused")]
     Scope(#[source] ScopeError),
 }
@@ -44,7 +49,8 @@ impl Broker {
     ///
     /// # Errors
     /// EAGAIN where too many are outstanding, EPERM where the tool is in the target itself or the target's policy
-    /// allows none, ENOMEM where the system has no random bytes, EOPNOTSUPP where the target is gone.
+    /// allows none, ENOMEM where the system has no random bytes, EOPNOTSUPP where the target is gone, or its RAM is private
+    /// and the tool in an introspector.
     pub fn mint(&self, now: Instant, target: &Vm, endpoint: &Endpoint) -> Result<Token, KvmError> {
         self.mint_for(now, target, endpoint)
             .inspect_err(|error| self.audit().not_minted(target, endpoint, &format!("{error:?}")))
@@ -58,6 +64,9 @@ impl Broker {
         };
         if holder.as_ref().is_some_and(|holder| holder.id() == target.id()) {
             return Err(KvmError::Perm);
+        }
+        if holder.is_some() && target.ram().is_some_and(Ram::is_private) {
+            return Err(KvmError::OpNotSupp);
         }
         let token = random_token()?;
         let terms = Terms {
@@ -146,7 +155,9 @@ impl Broker {
     /// Where the VM is no introspector, or the token is not good.
     pub fn redeem(&self, now: Instant, by: Option<&Vm>, token: &Token) -> Result<Answer, Refused> {
         let by = introspector(by)?;
-        let redeemed = self.grants().redeem(now, token, user(by.peer(), Some(by))).map_err(refuse_use)?;
+        let user = user(by.peer(), Some(by));
+        self.refuse_private(now, token, user)?;
+        let redeemed = self.grants().redeem(now, token, user).map_err(refuse_use)?;
         let opened = match redeemed {
             Redeemed::Held => return Ok(Answer::Pushed),
             Redeemed::Opened(opened) => opened,
@@ -219,6 +230,9 @@ fn terms(vm: &Vm, request: &GrantRequest) -> Result<Terms, RequestError> {
     }
     if request.holder == Some(registration.uuid) {
         return Err(RequestError::Holder);
+    }
+    if request.holder.is_some() && ram.is_private() {
+        return Err(RequestError::Private(registration.name.clone()));
     }
     let scope = Scope { rights: request.rights, spans: request.spans.clone() };
     scope.check(&ram.layout().map).map_err(RequestError::Scope)?;

@@ -8,8 +8,9 @@ use std::time::Instant;
 use kvmmem_kvmi::token::Token;
 
 use crate::broker::{Broker, Refused};
-use crate::grants::{Opened, UseError};
+use crate::grants::{Opened, UseError, User};
 use crate::peer::Peer;
+use crate::ram::SHARE_IT;
 use crate::registry::Vm;
 use crate::scope::Rights;
 use crate::tokens::{busy, introspector, refuse_use, user};
@@ -41,6 +42,9 @@ impl Broker {
         };
         let caller = known_caller(caller, peer, by);
         let name = by.map_or(HOST, |vm| &vm.registration().name);
+        if by.is_some() {
+            self.refuse_private(now, token, user(peer, by))?;
+        }
         let attached = self.grants().attach(now, token, user(peer, by), (name, caller.clone()), read_only);
         let (view, opened) = attached.map_err(refuse_use)?;
         let shown = self.show(peer, by, view, &opened);
@@ -50,6 +54,24 @@ impl Broker {
         };
         self.audit().attached(view, (opened.grant, &opened.scope), &target, (peer, by), &caller);
         Ok(answer)
+    }
+
+    /// Refuses a VMM the token of a target whose RAM nobody can map, and leaves the token its uses.
+    ///
+    /// # Errors
+    /// [`Refusal::Unsupported`] with the remedy, or where the token is not good.
+    pub(crate) fn refuse_private(&self, now: Instant, token: &Token, by: User) -> Result<(), Refused> {
+        let target = self.grants().target(now, token, by).map_err(refuse_use)?;
+        let vm = self.registry().get(target);
+        match vm.as_ref().and_then(|vm| Some((vm, vm.ram()?))) {
+            Some((vm, ram)) if ram.is_private() => {
+                let name = &vm.registration().name;
+                let message =
+                    format!("the RAM of {name:?} is private to its VMM and cannot be mapped; {SHARE_IT}");
+                Err(Refused::new(Refusal::Unsupported, message))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// What the one who has opened a view is told and given.
@@ -84,7 +106,8 @@ impl Broker {
             scope,
             uuid: vm.registration().uuid,
             generation: layout.generation,
-            regions: layout.map.regions().to_vec(),
+            regions: layout.regions(),
+            copied: layout.is_private,
         };
         Ok((vm, (answer, files)))
     }

@@ -37,7 +37,9 @@ pub(crate) fn map(errno: Errno) -> &'static str {
             "ENOMEM: out of memory, above RLIMIT_MEMLOCK (ulimit -l), or too many pages in this file"
         }
         Errno::PERM => "EPERM: the host does not allow it to this VM",
-        Errno::OPNOTSUPP => "EOPNOTSUPP: this host does not offer mapping; run kvmmem doctor",
+        Errno::OPNOTSUPP => {
+            "EOPNOTSUPP: this host does not offer mapping (run kvmmem doctor), or the target's RAM is private to its VMM or in huge pages"
+        }
         Errno::NOTTY => "ENOTTY: this is not the kvmmem device",
         Errno::IO => "EIO: the host's answer is none of KVM's; do the module and the host fit together?",
         _ => "unexpected",
@@ -87,7 +89,9 @@ pub(crate) fn attach(errno: Errno) -> &'static str {
         Errno::FAULT => "EFAULT: the grant reaches no memory of the target",
         Errno::NOMEM => "ENOMEM: out of memory, or this VM has too many views; detach some",
         Errno::PERM => "EPERM: the host does not allow it to this VM",
-        Errno::OPNOTSUPP => "EOPNOTSUPP: this host offers no views; run kvmmem doctor",
+        Errno::OPNOTSUPP => {
+            "EOPNOTSUPP: this host offers no views (run kvmmem doctor), or the target's RAM is private to its VMM"
+        }
         Errno::KEYREVOKED => "EKEYREVOKED: the grant was taken back",
         Errno::STALE => "ESTALE: the target is gone",
         Errno::IO => "EIO: the host's answer makes no sense; do the module and the host fit together?",

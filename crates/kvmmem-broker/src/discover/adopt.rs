@@ -35,7 +35,7 @@ impl Broker {
         let monitor = opened.qmp.take().map(|qmp| (qmp.path().to_owned(), Some(qmp)));
         let vm = self.adopt(opened, monitor)?;
         self.audit().added(&vm, peer);
-        let regions = vm.ram().map(|ram| ram.layout().map.regions().to_vec()).unwrap_or_default();
+        let regions = vm.ram().map(|ram| ram.layout().regions()).unwrap_or_default();
         Ok(Answer::Added { target: vm.info(), regions, evidence })
     }
 

@@ -127,6 +127,9 @@ pub enum Answer {
         generation: u64,
         /// Where the target's RAM is, all of it.
         regions: Vec<Region>,
+        /// Whether it is private to the VMM: then no memfd comes, and memory is copied by [`super::Call::Copy`].
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        copied: bool,
     },
     /// The grant is made.
     Granted {
@@ -188,6 +191,8 @@ pub enum Refusal {
     Limit,
     /// The peer does not read what the broker sends.
     Busy,
+    /// The target's RAM is private to its VMM, and cannot be mapped.
+    Unsupported,
 }
 
 impl fmt::Display for Refusal {
@@ -200,6 +205,7 @@ impl fmt::Display for Refusal {
             Self::Denied => "denied",
             Self::Limit => "limit",
             Self::Busy => "busy",
+            Self::Unsupported => "unsupported",
         })
     }
 }

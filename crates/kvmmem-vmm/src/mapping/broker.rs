@@ -87,6 +87,7 @@ fn number(error: RedeemError) -> KvmError {
         RedeemError::Unknown => KvmError::NoEnt,
         RedeemError::Unavailable => KvmError::Again,
         RedeemError::Denied => KvmError::Perm,
+        RedeemError::Private => KvmError::OpNotSupp,
     }
 }
 

@@ -60,7 +60,7 @@ pub trait TokenSource: Send + Sync {
     ///
     /// # Errors
     /// [`KvmError::NoEnt`] for a token that is unknown, used or expired, [`KvmError::Again`] when nobody can tell now,
-    /// [`KvmError::Perm`] when this machine may not use it.
+    /// [`KvmError::Perm`] when this machine may not use it, [`KvmError::OpNotSupp`] when nobody can map the target's RAM.
     fn redeem(&self, token: &Token) -> Result<Redeemed, KvmError>;
 
     /// Whether a grant was taken back since a token of it was redeemed.
