@@ -23,6 +23,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include "door.h"
 #include "kvmmem.h"
 
 #define PAGE 4096
@@ -100,6 +101,7 @@ int main(void)
 	struct kvmmem_range room[KVMMEM_MAX_RANGES];
 	struct kvmmem_ranges ranges = { .capacity = KVMMEM_MAX_RANGES, .ranges = (uintptr_t)room };
 	struct kvmmem_attach attach = { 0 };
+	struct kvmmem_info info;
 	size_t length = parse_hex(need("KVMMEM_MARKER_HEX"), marker, sizeof(marker));
 	long found = 0;
 	int fd;
@@ -112,6 +114,11 @@ int main(void)
 	fd = open(path, O_RDWR | O_CLOEXEC);
 	if (fd < 0)
 		fail(path);
+	if (ioctl(fd, KVMMEM_INFO, &info) < 0)
+		fail("info");
+	/* The connection is the view's: it stays open until this program ends. */
+	if (info.features & KVMMEM_FEAT_DEVICES && door_knock(getenv("KVMMEM_TOKEN"), 0) < 0)
+		return 1;
 	if (ioctl(fd, KVMMEM_ATTACH, &attach) < 0)
 		fail("attach");
 	if (ioctl(fd, KVMMEM_RANGES, &ranges) < 0)
