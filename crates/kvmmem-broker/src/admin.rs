@@ -11,8 +11,8 @@ use crate::packet::{PacketBuffer, PacketError, PacketSocket, Wait};
 pub use crate::scope::{Rights, Scope, Span};
 use crate::wire::{Answer, Call, Cursor, FromBroker, Refusal, Request};
 pub use crate::wire::{
-    GrantInfo, GrantRequest, GrantState, HookInfo, KvmiPolicy, Origin, Revoked, TargetInfo, ViewCounters,
-    ViewInfo,
+    GrantInfo, GrantRequest, GrantState, HookInfo, KvmiPolicy, OnSilence, Origin, Revoked, TargetInfo,
+    ViewCounters, ViewInfo,
 };
 pub use kvmmem_kvmi::token::Token;
 
@@ -44,6 +44,30 @@ pub struct Added {
     pub regions: Vec<Region>,
     /// How that became known.
     pub evidence: Evidence,
+}
+
+/// A VM under a stock QEMU that shall be an introspector.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AddIntrospector {
+    /// Which one.
+    pub which: Which,
+    /// Its vsock context id, where QEMU does not say.
+    pub cid: Option<u32>,
+    /// What to call it; otherwise as QEMU does.
+    pub name: Option<String>,
+    /// What to do where its guest does not let go of memory.
+    pub on_silence: OnSilence,
+}
+
+/// An introspector that was added.
+#[derive(Clone, Debug)]
+pub struct IntrospectorAdded {
+    /// The VM.
+    pub target: TargetInfo,
+    /// How many PCI slots there are for views.
+    pub places: u32,
+    /// Whether its QEMU shows parts of files; where it does not, a view shows all of a target's RAM or nothing.
+    pub has_offset: bool,
 }
 
 /// Why a request failed.
@@ -207,6 +231,29 @@ impl Admin {
     /// [`AdminError`].
     pub fn remove_target(&mut self, target: &str) -> Result<(), AdminError> {
         self.ask(Call::RemoveTarget { target: target.to_owned() }).map(|_| ())
+    }
+
+    /// Makes an introspector of a VM that runs under a stock QEMU. Only root may.
+    ///
+    /// # Errors
+    /// [`AdminError`]; the message says what to do where it can be helped.
+    pub fn add_introspector(&mut self, request: &AddIntrospector) -> Result<IntrospectorAdded, AdminError> {
+        let AddIntrospector { which, cid, name, on_silence } = request.clone();
+        match self.ask(Call::AddIntrospector { which, cid, name, on_silence })? {
+            Answer::IntrospectorAdded { target, places, has_offset } => {
+                Ok(IntrospectorAdded { target, places, has_offset })
+            }
+            _ => Err(AdminError::NoAnswer),
+        }
+    }
+
+    /// Takes out an introspector that was added, given by name or UUID: its views end, the VM itself runs on. Only root
+    /// may.
+    ///
+    /// # Errors
+    /// [`AdminError`].
+    pub fn remove_introspector(&mut self, name: &str) -> Result<(), AdminError> {
+        self.ask(Call::RemoveIntrospector { name: name.to_owned() }).map(|_| ())
     }
 
     fn ask(&mut self, call: Call) -> Result<Answer, AdminError> {

@@ -17,7 +17,7 @@ use crate::limit::RateLimit;
 use crate::peer::{Credentials, Peer};
 use crate::registry::Vm;
 use crate::scope::Scope;
-use crate::wire::{Caller, Change, KvmiPolicy, Revoked};
+use crate::wire::{Caller, Change, KvmiPolicy, OnSilence, Revoked};
 use file::Lines;
 pub use movable::AuditFile;
 pub(crate) use record::Event;
@@ -38,7 +38,14 @@ pub(crate) struct Limits([RateLimit; Event::COUNT]);
 
 impl Default for Limits {
     fn default() -> Self {
-        let by_operators = [Event::Added, Event::Hook, Event::Granted, Event::Revoked, Event::Policy];
+        let by_operators = [
+            Event::Added,
+            Event::AddedIntrospector,
+            Event::Hook,
+            Event::Granted,
+            Event::Revoked,
+            Event::Policy,
+        ];
         Self(std::array::from_fn(|event| {
             let is_operator = by_operators.iter().any(|other| *other as usize == event);
             RateLimit::new(if is_operator { OPERATORS_PER_SECOND } else { PER_SECOND })
@@ -77,6 +84,25 @@ impl Audit {
     pub(crate) fn added(&self, vm: &Vm, peer: Credentials) {
         self.write(&self.strangers, Record::new(Event::Added).of(vm).on_host(peer));
         self.registered(vm);
+    }
+
+    /// An operator had the broker make an introspector of a VM that runs.
+    pub(crate) fn added_introspector(&self, vm: &Vm, on_silence: OnSilence, peer: Credentials) {
+        let policy = Some(on_silence.to_string());
+        let record = Record { policy, ..Record::new(Event::AddedIntrospector).of(vm).on_host(peer) };
+        self.write(&self.strangers, record);
+    }
+
+    /// An introspector's guest did not let go of a view's memory in time.
+    pub(crate) fn silent(&self, vm: &Vm, view: u64, grant: u64, on_silence: OnSilence, reason: &str) {
+        let record = Record {
+            view: Some(view),
+            grant: Some(grant),
+            policy: Some(on_silence.to_string()),
+            reason: Some(reason),
+            ..Record::new(Event::Silent).by(vm)
+        };
+        self.write(vm.peer().limits(), record);
     }
 
     /// A VM's VMM went away.

@@ -16,6 +16,7 @@ use crate::discover::watch::Watch;
 use crate::endpoint::Endpoint;
 use crate::grants::{Grants, View};
 use crate::hook::HookError;
+use crate::introspector::Introspectors;
 use crate::map::Region;
 use crate::peer::{Credentials, Peer};
 use crate::policy::Policies;
@@ -46,6 +47,7 @@ pub struct Broker {
     /// The VMMs of the VMs that the broker has attached by itself.
     adopted: Watch,
     buffers: Buffers,
+    introspectors: Introspectors,
     audit: Audit,
 }
 
@@ -110,6 +112,11 @@ impl Broker {
 
     pub(crate) fn buffers(&self) -> &Buffers {
         &self.buffers
+    }
+
+    /// The introspectors under stock QEMUs.
+    pub fn introspectors(&self) -> &Introspectors {
+        &self.introspectors
     }
 
     pub(crate) fn confirmations(&self) -> &Confirmations {

@@ -131,6 +131,11 @@ impl Connection<'_> {
                 broker.add_target(credentials, &which, name)?
             }
             Call::RemoveTarget { target } => self.operator()?.remove_target(credentials, &target)?,
+            Call::AddIntrospector { which, cid, name, on_silence } => {
+                self.operator()?;
+                broker.add_introspector(credentials, &which, cid, name, on_silence)?
+            }
+            Call::RemoveIntrospector { name } => self.operator()?.remove_introspector(credentials, &name)?,
             Call::Hook { target, endpoint } => broker.hook(credentials, &target, endpoint)?,
             Call::Unhook { target, endpoint } => broker.unhook(credentials, &target, &endpoint)?,
         };

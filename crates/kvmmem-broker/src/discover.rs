@@ -16,7 +16,7 @@ pub mod layout;
 pub mod mapping;
 pub(crate) mod monitor;
 pub mod mtree;
-mod options;
+pub(crate) mod options;
 pub mod process;
 mod successor;
 pub(crate) mod watch;

@@ -19,6 +19,7 @@ pub mod endpoint;
 pub mod grants;
 pub mod hook;
 pub mod host;
+pub mod introspector;
 mod limit;
 pub mod link;
 pub mod map;

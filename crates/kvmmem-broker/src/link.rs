@@ -36,6 +36,7 @@ use events::Queue;
 pub use events::ViewEvents;
 pub use kvmmem_kvmi::token::Token;
 use outbox::Outbox;
+use reader::REGISTER_LIMIT;
 use views::Views;
 
 /// How long [`VmmLink::redeem`] and [`VmmLink::attach`] wait for the broker.
@@ -185,7 +186,8 @@ pub struct VmmLink {
 /// What the callers and the link's threads share.
 #[derive(Debug)]
 struct Shared {
-    path: PathBuf,
+    /// Where the broker listens; `None` where the one connection is all there is.
+    path: Option<PathBuf>,
     files: Vec<OwnedFd>,
     state: Mutex<State>,
     /// Signalled when an answer has come, the connection has ended, something waits in [`State::events`], or the link
@@ -236,6 +238,29 @@ impl VmmLink {
         registration: Registration,
         files: impl IntoIterator<Item = OwnedFd>,
     ) -> Result<Self, LinkError> {
+        let connected = PacketSocket::connect(socket, REGISTER_LIMIT)
+            .map_err(|source| LinkError::Connect { path: socket.to_owned(), source })?;
+        Self::register(Some(socket.to_owned()), connected, registration, files.into_iter().collect())
+    }
+
+    /// Registers a VM over a connection that is there already. When it ends, so does the registration, for good.
+    ///
+    /// # Errors
+    /// As [`Self::connect`].
+    pub fn over(
+        socket: PacketSocket,
+        registration: Registration,
+        files: impl IntoIterator<Item = OwnedFd>,
+    ) -> Result<Self, LinkError> {
+        Self::register(None, socket, registration, files.into_iter().collect())
+    }
+
+    fn register(
+        path: Option<PathBuf>,
+        socket: PacketSocket,
+        registration: Registration,
+        files: Vec<OwnedFd>,
+    ) -> Result<Self, LinkError> {
         let state = State {
             registration,
             socket: None,
@@ -247,13 +272,13 @@ impl VmmLink {
             stopped: false,
         };
         let shared = Arc::new(Shared {
-            path: socket.to_owned(),
-            files: files.into_iter().collect(),
+            path,
+            files,
             state: Mutex::new(state),
             changed: Condvar::new(),
             outbox: Outbox::default(),
         });
-        let connection = reader::register(&shared)?;
+        let connection = reader::register(&shared, socket)?;
         let mut link = Self { shared, threads: Vec::new() };
         // A link that is dropped because of the second thread ends the first one.
         link.start("broker-link", move |shared| reader::run(shared, connection))?;
@@ -266,6 +291,17 @@ impl VmmLink {
         let thread = std::thread::Builder::new().name(name.into()).spawn(move || run(&shared));
         self.threads.push(thread.map_err(LinkError::Thread)?);
         Ok(())
+    }
+
+    /// Ends the registration now, and not only when the link is dropped.
+    pub fn close(&self) {
+        let mut state = self.shared.lock();
+        state.stopped = true;
+        if let Some(socket) = state.socket.take() {
+            socket.shut_down();
+        }
+        drop(state);
+        self.shared.changed.notify_all();
     }
 
     /// Whether the VM is registered at this moment.
@@ -349,13 +385,7 @@ impl VmmLink {
 
 impl Drop for VmmLink {
     fn drop(&mut self) {
-        let mut state = self.shared.lock();
-        state.stopped = true;
-        if let Some(socket) = state.socket.take() {
-            socket.shut_down();
-        }
-        drop(state);
-        self.shared.changed.notify_all();
+        self.close();
         for thread in self.threads.drain(..) {
             // The handler of events may have held the last reference to the link.
             if thread.thread().id() != std::thread::current().id() {

@@ -24,7 +24,7 @@ pub use answer::{Answer, FromBroker, Refusal};
 pub use grant::{
     Caller, Cursor, GrantInfo, GrantRequest, GrantState, KvmiPolicy, Origin, Revoked, ViewCounters, ViewInfo,
 };
-pub use vm::{HookInfo, Registration, TargetInfo};
+pub use vm::{HookInfo, OnSilence, Registration, TargetInfo};
 
 /// The largest packet, bytes.
 pub const MAX_PACKET: usize = 64 * 1024;
@@ -127,6 +127,23 @@ pub enum Call {
     RemoveTarget {
         /// Name or UUID of the target.
         target: String,
+    },
+    /// Makes an introspector of a VM that runs under a stock QEMU: its views come as PCI devices. For root alone.
+    /// Answer: [`Answer::IntrospectorAdded`].
+    AddIntrospector {
+        /// Which VM.
+        which: Which,
+        /// Its vsock context id, where QEMU does not say.
+        cid: Option<u32>,
+        /// What to call it; otherwise as QEMU does.
+        name: Option<String>,
+        /// What to do where its guest does not let go of memory.
+        on_silence: OnSilence,
+    },
+    /// Takes an introspector out that was added, with its views; for root alone. Answer: [`Answer::Done`].
+    RemoveIntrospector {
+        /// Its name or UUID.
+        name: String,
     },
     /// Connects a target to a tool that listens for KVMI, and again whenever that connection ends.
     /// Answer: [`Answer::Done`].

@@ -17,6 +17,7 @@ pub(crate) enum Event {
     Registered,
     Added,
     TakenOver,
+    AddedIntrospector,
     Gone,
     Refused,
     Hook,
@@ -31,17 +32,19 @@ pub(crate) enum Event {
     Revoked,
     Policy,
     RamChanged,
+    Silent,
 }
 
 impl Event {
     /// How many kinds there are.
-    pub(crate) const COUNT: usize = Self::RamChanged as usize + 1;
+    pub(crate) const COUNT: usize = Self::Silent as usize + 1;
 
     fn name(self) -> &'static str {
         match self {
             Self::Registered => "registered",
             Self::Added => "added",
             Self::TakenOver => "taken_over",
+            Self::AddedIntrospector => "added_introspector",
             Self::Gone => "gone",
             Self::Refused => "refused",
             Self::Hook => "hook",
@@ -56,6 +59,7 @@ impl Event {
             Self::Revoked => "revoked",
             Self::Policy => "policy",
             Self::RamChanged => "ram_changed",
+            Self::Silent => "silent",
         }
     }
 }

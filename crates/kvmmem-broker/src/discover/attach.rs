@@ -19,7 +19,7 @@ use crate::qmp::{Qmp, QmpError};
 use crate::wire::Registration;
 
 /// Where libvirt's system daemon keeps the process ids of its VMs.
-const LIBVIRT: &str = "/run/libvirt/qemu";
+pub(crate) const LIBVIRT: &str = "/run/libvirt/qemu";
 
 /// Which VM to attach.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -258,7 +258,7 @@ fn by_rules(line: &CommandLine, backing: &Backing) -> Result<Vec<Region>, Attach
 }
 
 /// The QEMU that listens at its own QMP socket.
-fn listener(qmp: &Qmp) -> Result<Process, AttachError> {
+pub(crate) fn listener(qmp: &Qmp) -> Result<Process, AttachError> {
     let process = Process::open(qmp.listener().ok_or(AttachError::NoListener)?)?;
     let (pid, program) = (process.pid(), process.program()?);
     match Vmm::recognise(&program, &process.arguments()?) {
@@ -268,7 +268,7 @@ fn listener(qmp: &Qmp) -> Result<Process, AttachError> {
 }
 
 /// The process that runs a VM of libvirt's.
-fn libvirt_pid(directory: &Path, name: &str) -> Result<u32, AttachError> {
+pub(crate) fn libvirt_pid(directory: &Path, name: &str) -> Result<u32, AttachError> {
     let path = directory.join(format!("{}.pid", name.replace('/', "_")));
     let text = std::fs::read_to_string(&path).ok();
     let pid = text.and_then(|text| text.trim().parse().ok());

@@ -8,11 +8,11 @@ use serde_json::Value;
 /// One option's properties. A flag without a value is `on`; what comes first without a key has the key that the caller
 /// says.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(super) struct Options(BTreeMap<String, String>);
+pub(crate) struct Options(BTreeMap<String, String>);
 
 impl Options {
     /// Reads an option. Whatever is no property is left out.
-    pub(super) fn parse(text: &str, first_key: &str) -> Self {
+    pub(crate) fn parse(text: &str, first_key: &str) -> Self {
         if text.trim_start().starts_with('{') {
             return Self::from_json(text);
         }
@@ -39,26 +39,26 @@ impl Options {
         Self(object.into_iter().filter_map(|(key, value)| Some((key, text(value)?))).collect())
     }
 
-    pub(super) fn get(&self, key: &str) -> Option<&str> {
+    pub(crate) fn get(&self, key: &str) -> Option<&str> {
         self.0.get(key).map(String::as_str)
     }
 
     /// Whether a switch is on.
-    pub(super) fn is_on(&self, key: &str) -> bool {
+    pub(crate) fn is_on(&self, key: &str) -> bool {
         matches!(self.get(key), Some("on" | "yes" | "true" | "y"))
     }
 
     /// Whether a switch is off.
-    pub(super) fn is_off(&self, key: &str) -> bool {
+    pub(crate) fn is_off(&self, key: &str) -> bool {
         matches!(self.get(key), Some("off" | "no" | "false" | "n"))
     }
 
     /// A size in bytes; a number without a suffix counts `unit` bytes.
-    pub(super) fn size(&self, key: &str, unit: u64) -> Option<u64> {
+    pub(crate) fn size(&self, key: &str, unit: u64) -> Option<u64> {
         size(self.get(key)?, unit)
     }
 
-    pub(super) fn number(&self, key: &str) -> Option<u32> {
+    pub(crate) fn number(&self, key: &str) -> Option<u32> {
         self.get(key)?.parse().ok()
     }
 }
@@ -83,7 +83,7 @@ fn split(text: &str) -> Vec<String> {
 }
 
 /// A size as QEMU and other VMMs write it, with an optional suffix `B`, `K`, `M`, `G`, `T`.
-pub(super) fn size(text: &str, unit: u64) -> Option<u64> {
+pub(crate) fn size(text: &str, unit: u64) -> Option<u64> {
     let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
     let factor = match text.get(digits.len()..)?.to_ascii_lowercase().as_str() {
         "" => unit,

@@ -7,6 +7,7 @@ use kvmmem_kvmi::token::Token;
 
 use super::serve::Views;
 use crate::broker::{Broker, Refused};
+use crate::introspector::Opened;
 use crate::wire::{Caller, Refusal};
 
 /// The broker, as long as it lives.
@@ -19,22 +20,28 @@ impl Introspectors {
 }
 
 impl Views for Introspectors {
-    type View = ();
+    type View = Opened;
 
     fn may_ask(&self, cid: u32) -> Result<(), Refused> {
-        Err(stranger(&*self.broker()?, cid))
+        let broker = self.broker()?;
+        match broker.introspectors().by_cid(cid) {
+            Some(_) => Ok(()),
+            None => Err(stranger(&broker, cid)),
+        }
     }
 
-    fn open(&self, cid: u32, _token: &Token, _caller: &Caller, _read_only: bool) -> Result<(), Refused> {
-        Err(stranger(&*self.broker()?, cid))
+    fn open(&self, cid: u32, token: &Token, caller: &Caller, read_only: bool) -> Result<Opened, Refused> {
+        let broker = self.broker()?;
+        let introspector = broker.introspectors().by_cid(cid).ok_or_else(|| stranger(&broker, cid))?;
+        Ok(introspector.open(token, caller, read_only)?)
     }
 
-    fn number((): &()) -> u64 {
-        0
+    fn number(view: &Opened) -> u64 {
+        view.view()
     }
 
-    fn has_ended((): &()) -> bool {
-        true
+    fn has_ended(view: &Opened) -> bool {
+        view.ended()
     }
 }
 

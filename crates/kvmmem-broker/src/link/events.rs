@@ -6,16 +6,16 @@ use std::fmt;
 use std::sync::{Arc, PoisonError, Weak};
 
 use super::{Shared, Target};
-use crate::wire::Call;
 
 /// Who is told of what happens to views. Called from one thread of the link's own, one event at a time.
 ///
 /// An event may come before the view or the page that it concerns is where the handler looks for it: see
 /// [`super::VmmLink::current`] and [`super::VmmLink::is_revoked`].
 pub trait ViewEvents: Send + Sync {
-    /// A grant was taken back. Returns when no access of the guest can reach the target's memory by it, neither through
-    /// a view nor through a page; the link then confirms that to the broker.
-    fn revoke(&self, grant: u64);
+    /// A grant was taken back. Returns `true` when no access of the guest can reach the target's memory by it, neither
+    /// through a view nor through a page; the link then confirms that to the broker. `false` where it still can: the
+    /// handler then calls [`super::VmmLink::revoked`] once it cannot.
+    fn revoke(&self, grant: u64) -> bool;
 
     /// A target is gone: its views end.
     fn gone(&self, target: u64);
@@ -110,9 +110,9 @@ pub(super) fn run(shared: &Shared) {
         if let Some(handler) = handler {
             match event {
                 Event::Revoke(grant) => {
-                    handler.revoke(grant);
-                    shared.outbox.push(Call::RevokedDone { grant });
-                    shared.flush();
+                    if handler.revoke(grant) {
+                        shared.revoked(grant);
+                    }
                 }
                 Event::Gone(target) => handler.gone(target),
                 Event::Changed(_) => {

@@ -64,6 +64,12 @@ impl Outbox {
 }
 
 impl Shared {
+    /// Confirms that nothing of this VM reaches memory by a grant any more.
+    pub(super) fn revoked(&self, grant: u64) {
+        self.outbox.push(Call::RevokedDone { grant });
+        self.flush();
+    }
+
     /// Sends the calls that wait; what the broker does not take now, the reader's thread tries again.
     pub(super) fn flush(&self) {
         let socket = self.lock().socket.clone();

@@ -2,6 +2,7 @@
 //! The thread of a [`super::VmmLink`]: registers, takes pushes and answers, registers again.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -14,7 +15,7 @@ use crate::packet::{PacketBuffer, PacketError, PacketSocket, Wait};
 use crate::wire::{Answer, Call, Change, FromBroker, Refusal, Request, ViewCounters};
 
 /// How long the broker may take to answer a registration, or to take a packet.
-const REGISTER_LIMIT: Duration = Duration::from_secs(5);
+pub(super) const REGISTER_LIMIT: Duration = Duration::from_secs(5);
 
 /// How long after a token's use the broker is told of it, at most; and how soon it is tried again.
 const TELL_AFTER: Duration = Duration::from_millis(20);
@@ -28,10 +29,8 @@ pub(super) struct Connection {
     buffer: PacketBuffer,
 }
 
-/// Connects and registers; the connection is the link's from then on.
-pub(super) fn register(shared: &Shared) -> Result<Connection, LinkError> {
-    let socket = PacketSocket::connect(&shared.path, REGISTER_LIMIT)
-        .map_err(|source| LinkError::Connect { path: shared.path.clone(), source })?;
+/// Registers over a connection, which is the link's from then on.
+pub(super) fn register(shared: &Shared, socket: PacketSocket) -> Result<Connection, LinkError> {
     let registration = shared.lock().registration.clone();
     let regions = registration.regions.clone();
     let call = Call::Register(registration);
@@ -85,10 +84,11 @@ pub(super) fn run(shared: &Shared, mut connection: Connection) {
         state.events.lost();
         drop(state);
         shared.changed.notify_all();
+        let Some(path) = shared.path.as_deref() else { return };
         match ended {
-            Ok(()) => tracing::warn!(path = %shared.path.display(), "the broker closed the connection"),
+            Ok(()) => tracing::warn!(path = %path.display(), "the broker closed the connection"),
             Err(error) => tracing::warn!(
-                path = %shared.path.display(),
+                path = %path.display(),
                 error = &error as &dyn std::error::Error,
                 "the connection to the broker failed"
             ),
@@ -96,7 +96,7 @@ pub(super) fn run(shared: &Shared, mut connection: Connection) {
         drop(connection);
         let losing = |state: &mut State| !state.stopped && state.events.is_losing();
         drop(shared.changed.wait_while(shared.lock(), losing).unwrap_or_else(PoisonError::into_inner));
-        match register_again(shared) {
+        match register_again(shared, path) {
             Some(again) => connection = again,
             None => return,
         }
@@ -195,7 +195,7 @@ fn answered(state: &mut State, id: u64, mut answer: Result<Answer, Refusal>) -> 
 }
 
 /// Registers again, with growing pauses; `None` when the link is dropped.
-fn register_again(shared: &Shared) -> Option<Connection> {
+fn register_again(shared: &Shared, path: &Path) -> Option<Connection> {
     let (mut pause, most) = BACK_OFF;
     let mut last_failure = String::new();
     loop {
@@ -208,9 +208,11 @@ fn register_again(shared: &Shared) -> Option<Connection> {
             return None;
         }
         drop(state);
-        match register(shared) {
+        let connected = PacketSocket::connect(path, REGISTER_LIMIT)
+            .map_err(|source| LinkError::Connect { path: path.to_owned(), source });
+        match connected.and_then(|socket| register(shared, socket)) {
             Ok(connection) => {
-                tracing::info!(path = %shared.path.display(), "registered with the broker again");
+                tracing::info!(path = %path.display(), "registered with the broker again");
                 return Some(connection);
             }
             Err(error) => {

@@ -131,6 +131,11 @@ impl VmmLink {
         }
     }
 
+    /// Confirms that a grant which was taken back is of no use any more, where [`super::ViewEvents::revoke`] could not.
+    pub fn revoked(&self, grant: u64) {
+        self.shared.revoked(grant);
+    }
+
     /// Tells a view's counters, as they are now.
     pub fn counters(&self, view: u64, counters: ViewCounters) {
         if self.shared.lock().views.open.contains_key(&view) {

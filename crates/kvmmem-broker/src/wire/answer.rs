@@ -162,6 +162,16 @@ pub enum Answer {
         /// How that became known.
         evidence: Evidence,
     },
+    /// The VM is an introspector now.
+    IntrospectorAdded {
+        /// The VM.
+        target: TargetInfo,
+        /// How many PCI slots there are for views.
+        places: u32,
+        /// Whether this QEMU shows parts of files (`offset` of its memory backends): where it does not, a view shows
+        /// all of a target's RAM or nothing.
+        has_offset: bool,
+    },
     /// The token was pushed to this connection ([`FromBroker::Granted`], earlier in the stream): the peer has it.
     Pushed,
     /// A page of VMs.

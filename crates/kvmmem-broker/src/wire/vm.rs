@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! VMs, as they are registered and listed.
 
+use std::fmt;
+
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
@@ -53,6 +55,29 @@ pub struct TargetInfo {
     pub pid: u32,
     /// Its hooks.
     pub hooks: Vec<HookInfo>,
+}
+
+/// What to do with an introspector under a stock QEMU whose guest does not let go of memory that was taken back.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum OnSilence {
+    /// Say so, and go on trying.
+    #[default]
+    Report,
+    /// Stop its vCPUs, too.
+    Pause,
+    /// End its QEMU, too.
+    Kill,
+}
+
+impl fmt::Display for OnSilence {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Report => "report",
+            Self::Pause => "pause",
+            Self::Kill => "kill",
+        })
+    }
 }
 
 /// A hook, as a list shows it.

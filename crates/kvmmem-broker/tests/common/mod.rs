@@ -191,10 +191,11 @@ impl Views {
 }
 
 impl ViewEvents for Views {
-    fn revoke(&self, grant: u64) {
+    fn revoke(&self, grant: u64) -> bool {
         std::thread::sleep(self.pause);
         self.end(|view| view.grant == grant);
         self.note(format!("revoke {grant}"));
+        true
     }
 
     fn gone(&self, target: u64) {

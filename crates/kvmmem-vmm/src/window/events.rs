@@ -82,8 +82,9 @@ impl Views {
 }
 
 impl ViewEvents for Views {
-    fn revoke(&self, grant: u64) {
+    fn revoke(&self, grant: u64) -> bool {
         Self::revoke(self, grant);
+        true
     }
 
     fn gone(&self, target: u64) {

@@ -1,0 +1,246 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! Makes an introspector of a QEMU that runs, and undoes that.
+
+use std::io;
+use std::sync::{Arc, Mutex, Weak};
+use std::time::Duration;
+
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketFlags, SocketType};
+use uuid::Uuid;
+
+use super::ask::{self, AskError, Machine};
+use super::find::{self, FindError, Found};
+use super::list::MAX;
+use super::monitor::Monitor;
+use super::process::Process;
+use super::view::View;
+use super::{Introspector, State, Traits, janitor};
+use crate::broker::{Broker, Refused};
+use crate::connection;
+use crate::discover::{self, attach::Which};
+use crate::link::{LinkError, Registration, ViewEvents, VmmLink};
+use crate::packet::{PacketError, PacketSocket};
+use crate::peer::{Credentials, Peer};
+use crate::wire::{Answer, OnSilence, Refusal};
+
+/// How long a packet within this process is waited for.
+const SEND_LIMIT: Duration = Duration::from_secs(1);
+
+/// Why a QEMU is no introspector.
+#[derive(Debug, thiserror::Error)]
+enum AddError {
+    #[error(transparent)]
+    Find(#[from] FindError),
+    #[error(transparent)]
+    Ask(#[from] AskError),
+    #[error(
+        "QEMU has no vsock device, by which a guest asks for views; start it with -device vhost-vsock-pci,guest-cid=N"
+    )]
+    NoCid,
+    #[error(
+        "QEMU has no PCI slot for views; start it with root ports whose ids begin with kvmmem, as `kvmmem qemu-args` prints them"
+    )]
+    NoPlaces,
+    #[error("there are {MAX} introspectors under QEMUs already")]
+    Full,
+    #[error(
+        "cannot listen at the vsock port at which guests ask for views; does the host have vsock (modprobe vhost_vsock)?"
+    )]
+    Door(#[source] io::Error),
+    #[error("cannot make what goes with an introspector")]
+    Resources(#[source] io::Error),
+    #[error("cannot make a UUID")]
+    Random(#[source] getrandom::Error),
+    #[error("{message}")]
+    Registering { refusal: Refusal, message: String },
+    #[error("cannot register the introspector")]
+    Link(#[source] LinkError),
+}
+
+impl From<AddError> for Refused {
+    fn from(error: AddError) -> Self {
+        let refusal = match &error {
+            AddError::Registering { refusal, .. } => *refusal,
+            AddError::Full | AddError::Resources(_) | AddError::Random(_) | AddError::Link(_) => {
+                Refusal::Limit
+            }
+            AddError::Find(_)
+            | AddError::Ask(_)
+            | AddError::NoCid
+            | AddError::NoPlaces
+            | AddError::Door(_) => Refusal::Invalid,
+        };
+        Self::from_error(refusal, &error)
+    }
+}
+
+impl Broker {
+    /// Makes an introspector of a VM that runs under a stock QEMU.
+    ///
+    /// # Errors
+    /// Where the peer is not root, the VM cannot be one, or the registry does not take it.
+    pub(crate) fn add_introspector(
+        self: &Arc<Self>,
+        peer: Credentials,
+        which: &Which,
+        cid: Option<u32>,
+        name: Option<String>,
+        on_silence: OnSilence,
+    ) -> Result<Answer, Refused> {
+        may(peer)?;
+        if self.introspectors().is_full() {
+            return Err(AddError::Full.into());
+        }
+        let Found { process, qmp } = find::find(which).map_err(AddError::from)?;
+        let monitor = Monitor::start(qmp).map_err(AddError::Resources)?;
+        let added = self.add_found(process, &monitor, cid, name, on_silence);
+        let (introspector, places) = added.inspect_err(|_| monitor.stop())?;
+        let vm = introspector.vm().ok_or_else(|| Refused::new(Refusal::Unknown, "the VM has just ended"))?;
+        self.audit().added_introspector(&vm, on_silence, peer);
+        let broker = Arc::downgrade(self);
+        let ended = move |vm| {
+            if let Some(broker) = broker.upgrade() {
+                broker.close_introspector(vm);
+            }
+        };
+        let pidfd = introspector.process.pidfd().try_clone_to_owned();
+        let watched = pidfd.and_then(|pidfd| self.introspectors().insert(&introspector, pidfd, ended));
+        if let Err(error) = watched {
+            introspector.close();
+            return Err(AddError::Resources(error).into());
+        }
+        let has_offset = introspector.traits.has_offset;
+        Ok(Answer::IntrospectorAdded { target: vm.info(), places, has_offset })
+    }
+
+    fn add_found(
+        self: &Arc<Self>,
+        process: discover::process::Process,
+        monitor: &Arc<Monitor>,
+        cid: Option<u32>,
+        name: Option<String>,
+        on_silence: OnSilence,
+    ) -> Result<(Arc<Introspector>, u32), AddError> {
+        let machine = Machine::of(monitor)?;
+        let cid = cid.or(machine.cid).ok_or(AddError::NoCid)?;
+        let places = ask::places(monitor)?.count;
+        if places == 0 {
+            return Err(AddError::NoPlaces);
+        }
+        let left_over = ask::left_over(monitor)?;
+        self.introspectors().open_door(self).map_err(AddError::Door)?;
+        let pid = process.pid();
+        let registration = Registration {
+            name: name.or(machine.name).unwrap_or_else(|| format!("qemu-{pid}")),
+            uuid: machine.uuid.map_or_else(random_uuid, Ok)?,
+            vcpus: machine.vcpus,
+            start_time_ms: process.start_time_ms().unwrap_or(0),
+            cid: Some(cid),
+            introspectable: false,
+            introspector: true,
+            regions: Vec::new(),
+        };
+        let uid = process.uid().map_err(|error| AddError::Find(FindError::Attach(error.into())))?;
+        let (name, session) = (registration.name.clone(), session()?);
+        let (link, vm) = self.link(registration, Credentials { pid, uid })?;
+        let traits = Traits { vm, name, cid, on_silence, has_offset: machine.has_offset, session };
+        let views = left_over.map(|plug| Arc::new(View::left_over(plug))).into_iter().collect();
+        let introspector = Arc::new(Introspector {
+            broker: Arc::downgrade(self),
+            link,
+            monitor: Arc::clone(monitor),
+            process: Process::new(process.into_pidfd()),
+            traits,
+            state: Mutex::new(State { views, ..State::default() }),
+        });
+        let events = Arc::downgrade(&introspector) as Weak<dyn ViewEvents>;
+        introspector.link.set_events(events);
+        janitor::start(&introspector).map_err(AddError::Resources)?;
+        // What is left over is tried at once.
+        monitor.nudge();
+        Ok((introspector, u32::try_from(places).unwrap_or(u32::MAX)))
+    }
+
+    /// Registers a VM over a connection within this process; returns the broker's number for it, too.
+    fn link(
+        self: &Arc<Self>,
+        registration: Registration,
+        credentials: Credentials,
+    ) -> Result<(VmmLink, u64), AddError> {
+        let flags = SocketFlags::CLOEXEC;
+        let pair = rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None);
+        let (ours, theirs) = pair.map_err(resources)?;
+        let packets = |socket| {
+            PacketSocket::accepted(socket, SEND_LIMIT)
+                .map_err(|error: PacketError| AddError::Resources(io::Error::other(error)))
+        };
+        let peer = Arc::new(Peer::new(packets(theirs)?, credentials));
+        let number = peer.number();
+        let broker = Arc::clone(self);
+        std::thread::Builder::new()
+            .name("introspector-vm".into())
+            .spawn(move || connection::serve(&broker, &peer))
+            .map_err(AddError::Resources)?;
+        let link = VmmLink::over(packets(ours)?, registration, []).map_err(|error| match error {
+            LinkError::Refused { refusal, message } => AddError::Registering { refusal, message },
+            error => AddError::Link(error),
+        })?;
+        let vm = self.registry().of_peer(number).map(|vm| vm.id());
+        Ok((link, vm.ok_or(AddError::Link(LinkError::NoAnswer))?))
+    }
+
+    /// Takes an introspector out that was added; its views end. The VM itself runs on.
+    ///
+    /// # Errors
+    /// Where the peer is not root, or there is no such introspector.
+    pub(crate) fn remove_introspector(&self, peer: Credentials, name: &str) -> Result<Answer, Refused> {
+        may(peer)?;
+        let vm = self.find(name)?;
+        if !self.close_introspector(vm.id()) {
+            let message = format!("{name:?} was not added as an introspector");
+            return Err(Refused::new(Refusal::Denied, message));
+        }
+        Ok(Answer::Done)
+    }
+
+    /// Takes all introspectors out that were added.
+    pub(crate) fn remove_introspectors(&self) {
+        self.introspectors().shut_door();
+        for vm in self.introspectors().vms() {
+            self.close_introspector(vm);
+        }
+    }
+
+    fn close_introspector(&self, vm: u64) -> bool {
+        let introspector = self.introspectors().remove(vm);
+        if let Some(introspector) = &introspector {
+            introspector.close();
+        }
+        introspector.is_some()
+    }
+}
+
+/// As with targets: what is done here is done to VMs of others.
+fn may(peer: Credentials) -> Result<(), Refused> {
+    if peer.uid == 0 || peer.uid == rustix::process::geteuid().as_raw() {
+        return Ok(());
+    }
+    Err(Refused::new(Refusal::Denied, "only root may add and remove introspectors"))
+}
+
+fn random_uuid() -> Result<Uuid, AddError> {
+    let mut bytes = [0; 16];
+    getrandom::fill(&mut bytes).map_err(AddError::Random)?;
+    Ok(uuid::Builder::from_random_bytes(bytes).into_uuid())
+}
+
+fn session() -> Result<String, AddError> {
+    let mut bytes = [0; 4];
+    getrandom::fill(&mut bytes).map_err(AddError::Random)?;
+    Ok(format!("{:08x}", u32::from_le_bytes(bytes)))
+}
+
+fn resources(error: Errno) -> AddError {
+    AddError::Resources(error.into())
+}

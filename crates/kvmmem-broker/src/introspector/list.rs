@@ -1,0 +1,96 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! The introspectors that the broker has, and the door by which their guests come in.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex};
+
+use super::Introspector;
+use super::view::lock;
+use crate::broker::Broker;
+use crate::discover::watch::{Watch, Watched};
+use crate::door::{DOOR_PORT, Door};
+
+/// The most introspectors: each has six threads.
+pub(super) const MAX: usize = 64;
+
+/// The introspectors, by the broker's numbers for their VMs.
+#[derive(Debug, Default)]
+pub struct Introspectors {
+    list: Mutex<BTreeMap<u64, Arc<Introspector>>>,
+    /// Their QEMUs.
+    watch: Watch,
+    door: Mutex<Doorway>,
+}
+
+#[derive(Debug)]
+enum Doorway {
+    /// Opened at this port when the first introspector is added; `None` for never.
+    Shut(Option<u32>),
+    Open(#[allow(dead_code, reason = "kept until it is dropped")] Door),
+}
+
+impl Default for Doorway {
+    fn default() -> Self {
+        Self::Shut(Some(DOOR_PORT))
+    }
+}
+
+impl Introspectors {
+    /// The one with a vsock context id.
+    pub fn by_cid(&self, cid: u32) -> Option<Arc<Introspector>> {
+        lock(&self.list).values().find(|introspector| introspector.cid() == cid).cloned()
+    }
+
+    /// Says at which vsock port guests knock, `None` for no door at all. Counts for a door that is not open yet.
+    pub fn set_door(&self, port: Option<u32>) {
+        let mut door = lock(&self.door);
+        if matches!(*door, Doorway::Shut(_)) {
+            *door = Doorway::Shut(port);
+        }
+    }
+
+    /// Opens the door, unless it is open.
+    pub(super) fn open_door(&self, broker: &Arc<Broker>) -> io::Result<()> {
+        let mut door = lock(&self.door);
+        if let Doorway::Shut(Some(port)) = *door {
+            *door = Doorway::Open(Door::start(broker, port)?);
+        }
+        Ok(())
+    }
+
+    /// Shuts the door for good; whoever is inside leaves, with a view or without.
+    pub(super) fn shut_door(&self) {
+        let door = std::mem::replace(&mut *lock(&self.door), Doorway::Shut(None));
+        drop(door);
+    }
+
+    pub(super) fn is_full(&self) -> bool {
+        lock(&self.list).len() >= MAX
+    }
+
+    /// Adds one; `ended` is called when a QEMU has ended, once, with the VM's number.
+    pub(super) fn insert(
+        &self,
+        introspector: &Arc<Introspector>,
+        pidfd: OwnedFd,
+        ended: impl Fn(u64) + Send + 'static,
+    ) -> io::Result<()> {
+        let vm = introspector.traits.vm;
+        lock(&self.list).insert(vm, Arc::clone(introspector));
+        let watched = Watched { vm, pidfd: Arc::new(pidfd), monitor: None };
+        self.watch.add(watched, move |watched| ended(watched.vm)).inspect_err(|_| {
+            lock(&self.list).remove(&vm);
+        })
+    }
+
+    pub(super) fn remove(&self, vm: u64) -> Option<Arc<Introspector>> {
+        self.watch.remove(vm);
+        lock(&self.list).remove(&vm)
+    }
+
+    pub(super) fn vms(&self) -> Vec<u64> {
+        lock(&self.list).keys().copied().collect()
+    }
+}

@@ -1,0 +1,301 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! The standing QMP connection to an introspector's QEMU.
+//!
+//! Commands come from any thread, one at a time. A thread of its own takes the events that come in between, and connects
+//! again when the connection has failed: devices that were plugged over the old one are still there.
+
+use std::collections::HashMap;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::PathBuf;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use rustix::event::{EventfdFlags, PollFd, PollFlags};
+use serde_json::Value;
+
+use crate::limit::RateLimit;
+use crate::qmp::{AddedFd, Qmp, QmpError, QmpEvent};
+
+/// How long to wait before QEMU is tried again: at first, and at most.
+const BACK_OFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
+
+/// How long a QEMU may take to plug something: it may be busy with its guest.
+const LIMIT: Duration = Duration::from_secs(2);
+
+/// A guest can cause these at will.
+static WARNINGS: RateLimit = RateLimit::new(2);
+
+/// A connection that is there, or is coming back.
+#[derive(Debug)]
+pub(super) struct Monitor {
+    path: PathBuf,
+    /// The process that listens; another one is another QEMU.
+    listener: Option<u32>,
+    /// Taken before `board`.
+    qmp: Mutex<Option<Qmp>>,
+    board: Mutex<Board>,
+    /// Signalled when the board has changed.
+    changed: Condvar,
+    /// Written to, it ends the thread.
+    stop: OwnedFd,
+}
+
+/// What is known by events.
+#[derive(Debug, Default)]
+struct Board {
+    /// Devices of ours, and whether they have been deleted.
+    devices: HashMap<String, bool>,
+    news: News,
+    stopped: bool,
+}
+
+/// How often something has happened.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct News {
+    /// The VM was reset.
+    pub(super) resets: u64,
+    /// A device of ours was deleted.
+    pub(super) deletions: u64,
+    /// The connection was lost.
+    pub(super) losses: u64,
+    /// It is there again.
+    pub(super) returns: u64,
+    /// Somebody has something to be done.
+    pub(super) nudges: u64,
+}
+
+/// Why QEMU did not do something.
+#[derive(Debug, thiserror::Error)]
+pub enum MonitorError {
+    /// The connection has failed before.
+    #[error("QEMU's QMP socket {0} does not answer")]
+    Down(PathBuf),
+    /// It refused, or the connection failed.
+    #[error(transparent)]
+    Qmp(#[from] QmpError),
+}
+
+impl MonitorError {
+    /// Whether QEMU has said no, so that nothing has changed there.
+    pub(super) fn is_refusal(&self) -> bool {
+        matches!(self, Self::Qmp(error) if error.is_refusal())
+    }
+
+    /// Whether QEMU's words for the refusal contain a text.
+    pub(super) fn says(&self, words: &str) -> bool {
+        matches!(self, Self::Qmp(QmpError::Refused { description, .. }) if description.contains(words))
+    }
+}
+
+impl Monitor {
+    /// Takes a connection over, and starts the thread.
+    pub(super) fn start(qmp: Qmp) -> std::io::Result<Arc<Self>> {
+        let monitor = Arc::new(Self {
+            path: qmp.path().to_owned(),
+            listener: qmp.listener(),
+            qmp: Mutex::new(Some(qmp)),
+            board: Mutex::default(),
+            changed: Condvar::new(),
+            stop: rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
+        });
+        let listener = Arc::clone(&monitor);
+        std::thread::Builder::new().name("qmp-events".into()).spawn(move || listener.run())?;
+        Ok(monitor)
+    }
+
+    /// Closes the connection and ends the thread.
+    pub(super) fn stop(&self) {
+        self.board().stopped = true;
+        // It fails only where the counter is full.
+        let _ = rustix::io::write(&self.stop, &1u64.to_ne_bytes());
+        self.changed.notify_all();
+    }
+
+    /// Carries out a command.
+    pub(super) fn execute(&self, command: &'static str, arguments: Value) -> Result<Value, MonitorError> {
+        self.with(|qmp| qmp.execute(command, arguments))
+    }
+
+    /// Hands a file to QEMU.
+    pub(super) fn add_fd(&self, file: BorrowedFd<'_>) -> Result<AddedFd, MonitorError> {
+        self.with(|qmp| qmp.add_fd(file, None))
+    }
+
+    /// Takes note of a device that is about to be plugged.
+    pub(super) fn watch(&self, device: &str) {
+        self.board().devices.insert(device.to_owned(), false);
+    }
+
+    /// Forgets a device that is not there any more.
+    pub(super) fn forget(&self, device: &str) {
+        self.board().devices.remove(device);
+    }
+
+    /// Whether a device was deleted, or was never there.
+    pub(super) fn is_deleted(&self, device: &str) -> bool {
+        self.board().devices.get(device).copied().unwrap_or(true)
+    }
+
+    /// Waits until all of these devices are deleted; `false` where some are not in time, or the connection fails.
+    pub(super) fn wait_deleted(&self, devices: &[String], deadline: Instant) -> bool {
+        let mut board = self.board();
+        let losses = board.news.losses;
+        loop {
+            let gone = |device: &String| board.devices.get(device).copied().unwrap_or(true);
+            if devices.iter().all(gone) {
+                return true;
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() || board.news.losses != losses || board.stopped {
+                return false;
+            }
+            board = self.changed.wait_timeout(board, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    /// Waits until something happens that is not in `known`, or for some time; `None` once the monitor is stopped.
+    pub(super) fn wait_news(&self, known: News, timeout: Option<Duration>) -> Option<News> {
+        let is_old = |board: &mut Board| !board.stopped && board.news == known;
+        let board = self.board();
+        let board = match timeout {
+            Some(timeout) => {
+                let waited = self.changed.wait_timeout_while(board, timeout, is_old);
+                waited.unwrap_or_else(PoisonError::into_inner).0
+            }
+            None => self.changed.wait_while(board, is_old).unwrap_or_else(PoisonError::into_inner),
+        };
+        (!board.stopped).then_some(board.news)
+    }
+
+    /// Wakes whoever waits for news.
+    pub(super) fn nudge(&self) {
+        self.board().news.nudges += 1;
+        self.changed.notify_all();
+    }
+
+    fn with<T>(&self, ask: impl FnOnce(&mut Qmp) -> Result<T, QmpError>) -> Result<T, MonitorError> {
+        let mut slot = self.slot();
+        let qmp = slot.as_mut().ok_or_else(|| MonitorError::Down(self.path.clone()))?;
+        let answer = ask(qmp);
+        let failed = answer.as_ref().is_err_and(|error| !error.is_refusal());
+        if failed || !self.take_events(qmp) {
+            self.lose(&mut slot);
+        }
+        drop(slot);
+        Ok(answer?)
+    }
+
+    /// Takes what events there are; whether the connection is still good.
+    fn take_events(&self, qmp: &mut Qmp) -> bool {
+        loop {
+            match qmp.next_event(Duration::ZERO) {
+                Ok(Some(event)) => self.take(&event),
+                Ok(None) => return true,
+                Err(error) => {
+                    self.warn(&error);
+                    return false;
+                }
+            }
+        }
+    }
+
+    fn take(&self, event: &QmpEvent) {
+        let mut board = self.board();
+        match event.name.as_str() {
+            "DEVICE_DELETED" => {
+                let device = event.data.get("device").and_then(Value::as_str);
+                // Parts of devices have no id, and other people's are not of interest.
+                let Some(is_deleted) = device.and_then(|device| board.devices.get_mut(device)) else {
+                    return;
+                };
+                *is_deleted = true;
+                board.news.deletions += 1;
+            }
+            "RESET" => board.news.resets += 1,
+            _ => return,
+        }
+        drop(board);
+        self.changed.notify_all();
+    }
+
+    fn lose(&self, slot: &mut Option<Qmp>) {
+        // Whoever waits for it to be readable wakes.
+        if let Some(qmp) = slot.take() {
+            let _ = rustix::net::shutdown(qmp.as_fd(), rustix::net::Shutdown::Both);
+        }
+        self.board().news.losses += 1;
+        self.changed.notify_all();
+    }
+
+    fn run(&self) {
+        let (mut pause, most) = BACK_OFF;
+        loop {
+            let socket = self.slot().as_ref().and_then(|qmp| rustix::io::fcntl_dupfd_cloexec(qmp, 0).ok());
+            match socket {
+                Some(socket) => {
+                    pause = BACK_OFF.0;
+                    self.wait_readable(&socket);
+                    let mut slot = self.slot();
+                    if let Some(qmp) = slot.as_mut()
+                        && !self.take_events(qmp)
+                    {
+                        self.lose(&mut slot);
+                    }
+                }
+                None => {
+                    let is_going = |board: &mut Board| !board.stopped;
+                    let waited = self.changed.wait_timeout_while(self.board(), pause, is_going);
+                    drop(waited.unwrap_or_else(PoisonError::into_inner));
+                    pause = (pause * 2).min(most);
+                    self.connect_again();
+                }
+            }
+            if self.board().stopped {
+                *self.slot() = None;
+                return;
+            }
+        }
+    }
+
+    fn wait_readable(&self, socket: &OwnedFd) {
+        let mut fds = [PollFd::new(socket, PollFlags::IN), PollFd::new(&self.stop, PollFlags::IN)];
+        // Interrupted or not, events are looked for next.
+        if let Err(error) = rustix::event::poll(&mut fds, None)
+            && error != rustix::io::Errno::INTR
+        {
+            std::thread::sleep(LIMIT);
+        }
+    }
+
+    fn connect_again(&self) {
+        if self.board().stopped {
+            return;
+        }
+        match Qmp::connect(&self.path) {
+            Ok(qmp) if qmp.listener() == self.listener => {
+                *self.slot() = Some(qmp);
+                self.board().news.returns += 1;
+                self.changed.notify_all();
+                tracing::info!(path = %self.path.display(), "QEMU answers again");
+            }
+            // Another QEMU; the one that was there has ended, or ends now.
+            Ok(_) => {}
+            Err(error) => self.warn(&error),
+        }
+    }
+
+    fn warn(&self, error: &QmpError) {
+        if let Some(suppressed) = WARNINGS.allow(Instant::now()) {
+            let error: &dyn std::error::Error = error;
+            tracing::warn!(path = %self.path.display(), suppressed, error, "an introspector's QEMU does not answer");
+        }
+    }
+
+    fn slot(&self) -> MutexGuard<'_, Option<Qmp>> {
+        self.qmp.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn board(&self) -> MutexGuard<'_, Board> {
+        self.board.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

@@ -1,0 +1,256 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! Opens a view: from a token to a window that the guest's driver has taken up.
+
+use std::collections::BTreeSet;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use kvmmem_abi::descriptor::Descriptor;
+use kvmmem_abi::native::{RIGHT_READ, RIGHT_WRITE, STATE_GONE, STATE_OPEN};
+use kvmmem_kvmi::token::Token;
+use rustix::io::Errno;
+use sha2::{Digest, Sha256};
+use zeroize::Zeroizing;
+
+use super::descriptor::{Complaint, Pages};
+use super::monitor::MonitorError;
+use super::pieces::{self, PiecesError, Shape};
+use super::places::{Place, Places};
+use super::plug::{self, Shown};
+use super::take_back::Cause;
+use super::view::{Phase, View, lock};
+use super::{AskError, Introspector};
+use crate::broker::Refused;
+use crate::link::{Attached, Caller, RedeemError, Rights};
+use crate::wire::Refusal;
+
+/// How long the guest's driver may take to take up a view.
+const SEEN_LIMIT: Duration = Duration::from_secs(5);
+
+/// How soon the descriptor is looked at again: as long as a quick guest takes, and later.
+const LOOK: [(Duration, Duration); 2] =
+    [(Duration::from_millis(500), Duration::from_micros(500)), (SEEN_LIMIT, Duration::from_millis(5))];
+
+/// How long a guest may take to let go of what it did not take up.
+const UNDO_LIMIT: Duration = Duration::from_secs(1);
+
+/// A view that the guest's driver shows. Dropping it closes it, which may take some seconds where the guest is slow.
+#[derive(Debug)]
+pub struct Opened {
+    introspector: Arc<Introspector>,
+    view: Arc<View>,
+}
+
+/// Why there is no view.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// The token opens nothing.
+    #[error("the token opens no view")]
+    Token(#[source] RedeemError),
+    /// The introspector is being taken out.
+    #[error("this VM is no introspector any more")]
+    Closed,
+    /// QEMU does not say which slots there are.
+    #[error("cannot find a PCI slot for the view")]
+    Ask(#[from] AskError),
+    /// The view needs more slots than are free.
+    #[error(
+        "the view needs {needed} PCI slots of the introspector, and {free} of {count} are free; close other views, or start its QEMU with more root ports (kvmmem qemu-args --views)"
+    )]
+    NoPlace {
+        /// How many it needs.
+        needed: usize,
+        /// How many there are that nothing is in.
+        free: usize,
+        /// How many there are.
+        count: usize,
+    },
+    /// What is granted cannot be shown.
+    #[error("this grant cannot be shown as PCI devices")]
+    Pieces(#[from] PiecesError),
+    /// There is no memory for the descriptor.
+    #[error("cannot make the view's descriptor")]
+    Descriptor(#[source] Errno),
+    /// QEMU did not plug it in.
+    #[error("cannot plug the view into the introspector")]
+    Plug(#[from] MonitorError),
+    /// The guest's driver cannot show it.
+    #[error("the introspector's guest cannot show the view")]
+    Complaint(#[from] Complaint),
+    /// The guest's driver does not take it up.
+    #[error(
+        "the introspector's guest did not take up the view's devices within {} s; is the module kvmmem loaded there, and does it see PCI devices come?",
+        SEEN_LIMIT.as_secs()
+    )]
+    Silent,
+    /// It was taken back, or its target has gone, while it was opened.
+    #[error("the view ended while it was opened")]
+    Ended,
+}
+
+impl From<OpenError> for Refused {
+    fn from(error: OpenError) -> Self {
+        let refusal = match &error {
+            OpenError::Token(RedeemError::Unknown) | OpenError::Ended => Refusal::Unknown,
+            OpenError::Token(RedeemError::Denied | RedeemError::Private)
+            | OpenError::Closed
+            | OpenError::Pieces(_) => Refusal::Denied,
+            OpenError::NoPlace { .. } | OpenError::Descriptor(_) => Refusal::Limit,
+            OpenError::Token(RedeemError::Unavailable)
+            | OpenError::Ask(_)
+            | OpenError::Plug(_)
+            | OpenError::Complaint(_)
+            | OpenError::Silent => Refusal::Busy,
+        };
+        Self::from_error(refusal, &error)
+    }
+}
+
+impl Introspector {
+    /// Uses a token to open a view, on behalf of a process of the guest. Returns when the guest's driver shows it.
+    ///
+    /// # Errors
+    /// [`OpenError`]; whatever was plugged in is being taken out then.
+    pub fn open(
+        self: &Arc<Self>,
+        token: &Token,
+        caller: &Caller,
+        read_only: bool,
+    ) -> Result<Opened, OpenError> {
+        // Before the token is used: there is at least one slot.
+        let places = self.places()?;
+        self.free(&lock(&self.state).views, &places, 1)?;
+        let attached = self.link.attach(token, caller, read_only).map_err(OpenError::Token)?;
+        let view = Arc::new(View::new(&attached));
+        lock(&self.state).views.push(Arc::clone(&view));
+        let shown = self.show(&view, &attached, token, &places);
+        // Whatever has ended the view has left it to this thread.
+        let error = match shown {
+            Ok(()) if view.opened() => {
+                return Ok(Opened { introspector: Arc::clone(self), view });
+            }
+            Ok(()) => OpenError::Ended,
+            Err(error) => error,
+        };
+        view.announce(view.end().unwrap_or(STATE_GONE));
+        self.unplug(&[view], Instant::now() + UNDO_LIMIT);
+        Err(error)
+    }
+
+    fn show(
+        &self,
+        view: &Arc<View>,
+        attached: &Attached,
+        token: &Token,
+        places: &Places,
+    ) -> Result<(), OpenError> {
+        if lock(&self.state).is_closed {
+            return Err(OpenError::Closed);
+        }
+        // An event that came before the view was listed has found nothing.
+        self.link.current(view.number).ok_or(OpenError::Ended)?;
+        let Attached { target, scope, .. } = attached;
+        let has_offset = self.traits.has_offset;
+        let regions = scope.regions(target.map());
+        let pieces =
+            pieces::cut(&regions, scope.spans.is_none(), has_offset, |file| shape(target.file(file)?))?;
+        let slots = plug::slots_of(pieces.windows.len());
+        let mine = self.reserve(view, places, slots)?;
+        let is_read_only = scope.rights == Rights::ReadOnly;
+        let descriptor = Descriptor {
+            state: STATE_OPEN,
+            rights: if is_read_only { RIGHT_READ } else { RIGHT_READ | RIGHT_WRITE },
+            token_digest: Sha256::digest(*Zeroizing::new(token.to_bytes())).into(),
+            uuid: target.uuid().into_bytes(),
+            ..Descriptor::default()
+        };
+        let pages = Pages::new(descriptor, pieces.ranges, slots).map_err(OpenError::Descriptor)?;
+        let page_files = pages.files().to_vec();
+        *lock(&view.pages) = Some(pages);
+        let used: BTreeSet<u32> = pieces.windows.iter().map(|window| window.file).collect();
+        let shown = Shown {
+            name: format!("{}-{}", self.traits.session, view.number),
+            places: &mine,
+            pages: page_files.iter().map(|file| file.as_fd()).collect(),
+            files: used.iter().filter_map(|file| Some((*file, target.file(*file)?))).collect(),
+            windows: &pieces.windows,
+            is_read_only,
+            has_offset,
+        };
+        lock(&view.plug).plug(&self.monitor, &shown, || view.end().is_none())?;
+        wait_seen(view)
+    }
+
+    /// The slots that nothing is in and nobody has reserved, where they are enough.
+    fn free(&self, views: &[Arc<View>], places: &Places, needed: usize) -> Result<Vec<Place>, OpenError> {
+        let reserved: BTreeSet<Place> = views.iter().flat_map(|view| lock(&view.places).clone()).collect();
+        let free: Vec<Place> = places.free.difference(&reserved).cloned().collect();
+        if free.len() < needed {
+            return Err(OpenError::NoPlace { needed, free: free.len(), count: places.count });
+        }
+        Ok(free)
+    }
+
+    fn reserve(&self, view: &View, places: &Places, needed: usize) -> Result<Vec<Place>, OpenError> {
+        let state = lock(&self.state);
+        let mut mine = self.free(&state.views, places, needed)?;
+        mine.truncate(needed);
+        lock(&view.places).extend(mine.iter().cloned());
+        Ok(mine)
+    }
+}
+
+impl Opened {
+    /// The broker's number for the view.
+    pub fn view(&self) -> u64 {
+        self.view.number
+    }
+
+    /// Whether the view has ended, or is about to: its grant was taken back, its target is gone, or its guest has been
+    /// reset.
+    pub fn ended(&self) -> bool {
+        self.view.end().is_some() || self.view.phase() != Phase::Open
+    }
+}
+
+impl Drop for Opened {
+    fn drop(&mut self) {
+        self.introspector.end(Cause::Closed, |view| std::ptr::eq(view, Arc::as_ptr(&self.view)));
+    }
+}
+
+fn wait_seen(view: &View) -> Result<(), OpenError> {
+    let began = Instant::now();
+    loop {
+        if view.end().is_some() {
+            return Err(OpenError::Ended);
+        }
+        let (is_seen, complaint) = match &*lock(&view.pages) {
+            Some(pages) => (pages.is_seen(), pages.complaint()),
+            None => (false, None),
+        };
+        if let Some(complaint) = complaint {
+            return Err(complaint.into());
+        }
+        if is_seen {
+            return Ok(());
+        }
+        let elapsed = began.elapsed();
+        let Some((_, pause)) = LOOK.iter().find(|(until, _)| elapsed < *until) else {
+            return Err(OpenError::Silent);
+        };
+        std::thread::sleep(*pause);
+    }
+}
+
+fn shape(file: BorrowedFd<'_>) -> Option<Shape> {
+    let stat = rustix::fs::fstat(file).ok()?;
+    // For a file of huge pages this is their size; for others it may be less or more than a page.
+    let is_huge = rustix::fs::fstatfs(file).is_ok_and(|stat| stat.f_type == HUGETLBFS_MAGIC);
+    let page = if is_huge { u64::try_from(stat.st_blksize).ok()? } else { crate::map::PAGE_SIZE };
+    Some(Shape { size: u64::try_from(stat.st_size).ok()?, page })
+}
+
+/// `f_type` of hugetlbfs (linux/magic.h).
+const HUGETLBFS_MAGIC: i64 = 0x9584_58f6;
