@@ -164,7 +164,8 @@ fn try_in(clean: &Path, copy: &Path, packages: &Path, log: &Path) -> Result<Stri
     Tool::as_root("mkdir", log).arg(&folder).run()?;
     Tool::as_root("cp", log)
         .arg("-r")
-        .args([packages.join("one"), packages.join("two"), project::root().join("packaging/check.sh")])
+        .args([packages.join("one"), packages.join("two")])
+        .args(["check.sh", "fake_vmm.c"].map(|name| project::root().join("packaging").join(name)))
         .arg(&folder)
         .run()?;
     root.tool("sh", log).args([&format!("{FOLDER}/check.sh"), FOLDER]).output()
