@@ -17,7 +17,7 @@ use crate::provision::Purpose;
 use crate::root::Root;
 use crate::tool::Tool;
 use crate::way::Way;
-use crate::{direct, initramfs, module, project, provision, ui};
+use crate::{direct, initramfs, module, project, provision, qemus, ui};
 
 /// The bed's folder on an emulated host.
 const NESTED_FOLDER: &str = "/bed";
@@ -30,6 +30,8 @@ pub(crate) struct Bed {
     kernel: Kernel,
     binaries: Binaries,
     module: PathBuf,
+    /// The stock QEMUs, for an emulated host.
+    qemus: Option<PathBuf>,
 }
 
 /// A program for the bed's host.
@@ -54,10 +56,11 @@ impl Bed {
         provision::provision(&cache, Purpose::Bed)?;
         let kernel = prepared_kernel(&cache)?;
         let module = module::make(&cache, &kernel)?;
+        let qemus = (way == Way::Nested).then(|| qemus::make(&cache)).transpose()?;
         // Cargo has a lock of its own.
         drop(lock);
         let binaries = Binaries::make(&cache, wanted)?;
-        Ok(Self { cache, way, kernel, binaries, module })
+        Ok(Self { cache, way, kernel, binaries, module, qemus })
     }
 
     /// Says what is there and where.
@@ -117,6 +120,9 @@ impl Bed {
             .env("KVMMEM_BED", NESTED_FOLDER)
             .env("KVMMEM_BED_WAY", self.way.name())
             .cwd(NESTED_FOLDER);
+        if self.qemus.is_some() {
+            program = program.env("KVMMEM_BED_QEMUS", kvmmem_guest::init::disk::PLACE);
+        }
         for name in ["RUST_LOG", "RUST_BACKTRACE"] {
             if let Ok(value) = std::env::var(name) {
                 program = program.env(name, value);
@@ -126,7 +132,13 @@ impl Bed {
         initramfs::host(&path, &self.kernel, &self.binaries, folder, &program)?;
         let console = self.cache.log(&format!("console-{}", std::process::id()));
         let begin = Instant::now();
-        let l1 = L1 { kernel: &self.kernel.image(), initramfs: &path, console: &console, limit: job.limit };
+        let l1 = L1 {
+            kernel: &self.kernel.image(),
+            initramfs: &path,
+            disk: self.qemus.as_deref(),
+            console: &console,
+            limit: job.limit,
+        };
         let code = l1.run(out)?;
         // Kept where something went wrong.
         if code == 0 {

@@ -14,8 +14,8 @@ use crate::cpio::Archive;
 use crate::depends;
 use crate::kernel::Kernel;
 
-/// Modules of a KVM host, with vsock to its guests. QEMU emulates AMD's virtualisation only.
-const HOST_MODULES: [&str; 2] = ["kvm_amd", "vhost_vsock"];
+/// Modules of a KVM host, with vsock to its guests, and of its disk. QEMU emulates AMD's virtualisation only.
+const HOST_MODULES: [&str; 3] = ["kvm_amd", "vhost_vsock", "virtio_blk"];
 
 /// Modules of a guest.
 const GUEST_MODULES: [&str; 3] = ["virtio_mmio", "virtio_blk", "vmw_vsock_virtio_transport"];

@@ -23,6 +23,9 @@ pub(crate) const QEMU: &str = "qemu-system-x86_64";
 /// `x86_64` features: SVM with nested paging. Not `max`: its guests' guests die in FPU set-up on QEMU 7.2.
 const CPU: &str = "qemu64,+svm,+npt";
 
+/// RAM of the host: guests of several GiB are sparse, but large pages are not.
+const MEMORY: &str = "5G";
+
 /// How often the time limit and Ctrl-C are looked at.
 const TICK: Duration = Duration::from_millis(200);
 
@@ -33,6 +36,8 @@ const POWER_OFF: Duration = Duration::from_secs(20);
 pub(crate) struct L1<'a> {
     pub(crate) kernel: &'a Path,
     pub(crate) initramfs: &'a Path,
+    /// A file system that it mounts, read-only.
+    pub(crate) disk: Option<&'a Path>,
     /// Gets the kernel's console.
     pub(crate) console: &'a Path,
     pub(crate) limit: Duration,
@@ -89,7 +94,7 @@ impl L1<'_> {
         command
             // One CPU: the kernel patches its own code while another CPU runs it, which QEMU's threads do not get right;
             // with two, the host or a guest died in every third run ("Oops: int3").
-            .args(["-accel", "tcg", "-cpu", CPU, "-smp", "1", "-m", "3G"])
+            .args(["-accel", "tcg", "-cpu", CPU, "-smp", "1", "-m", MEMORY])
             .args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"])
             .arg("-kernel")
             .arg(self.kernel)
@@ -104,6 +109,10 @@ impl L1<'_> {
             // Held open: at its end, QEMU closes the report port and its writer in the VM waits for ever.
             .stdin(Stdio::piped())
             .stdout(Stdio::piped());
+        if let Some(disk) = self.disk {
+            let drive = format!("if=none,id=disk,format=raw,readonly=on,file={}", disk.display());
+            command.args(["-drive", &drive, "-device", "virtio-blk-pci,drive=disk"]);
+        }
         command
     }
 

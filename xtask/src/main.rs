@@ -21,6 +21,7 @@ mod module;
 mod plot;
 mod project;
 mod provision;
+mod qemus;
 mod release;
 mod ring;
 mod root;

@@ -41,6 +41,13 @@ impl Bed {
         self.root.join("bin").join(name)
     }
 
+    /// The systems with a stock QEMU each, where the bed's host has them.
+    pub(crate) fn qemus(&self) -> Result<PathBuf> {
+        std::env::var_os("KVMMEM_BED_QEMUS").map(PathBuf::from).context(
+            "no stock QEMUs here: only an emulated host has them, see KVMMEM_BED_WAY in docs/testbed.md",
+        )
+    }
+
     /// What `cargo xtask try` brought along.
     pub(crate) fn brought(&self) -> PathBuf {
         self.root.join("try")

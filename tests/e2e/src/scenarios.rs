@@ -7,6 +7,7 @@ mod host;
 pub(crate) mod mapping;
 mod module;
 mod ownership;
+mod qemu;
 pub(crate) mod refusals;
 pub(crate) mod views;
 
@@ -23,10 +24,10 @@ pub(crate) struct Scenario {
     pub(crate) run: fn(&mut World, &mut Report) -> Result<()>,
 }
 
-/// All scenarios, in the order in which they run: of the seed's interface, then of views; those that end a VM come last
-/// in each part.
+/// All scenarios, in the order in which they run: of the seed's interface, then of views, then of VMs under stock QEMUs;
+/// those that end a VM come last in each part.
 pub(crate) fn all() -> impl Iterator<Item = &'static Scenario> {
-    SEED.iter().chain(views::ALL)
+    SEED.iter().chain(views::ALL).chain(qemu::ALL)
 }
 
 /// Whether `name` is this scenario's, or that of its part: `views` for all that begin with `views_`.

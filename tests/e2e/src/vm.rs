@@ -15,7 +15,7 @@ use crate::process::Process;
 const BOOT_LIMIT: Duration = Duration::from_secs(240);
 
 /// The guests' kernel command line. What follows `panic` makes them quicker on an emulated host.
-const CMDLINE: &str = "console=ttyS0 quiet panic=-1 mitigations=off nokaslr cryptomgr.notests nowatchdog \
+pub(crate) const CMDLINE: &str = "console=ttyS0 quiet panic=-1 mitigations=off nokaslr cryptomgr.notests nowatchdog \
     rdinit=/init kvmmem.role=agent";
 
 /// What a VM is for.
@@ -89,27 +89,11 @@ impl Vm {
             .iter()
             .map(|spec| Ok((*spec, Self::launch(bed, *spec, socket, run)?)))
             .collect::<Result<Vec<_>>>()?;
-        let deadline = Instant::now() + BOOT_LIMIT;
         started
             .into_iter()
             .map(|(spec, mut process)| {
-                let (console, log) = (run.join(format!("{}.console", spec.name)), run.join(format!("{}.log", spec.name)));
-                let agent = loop {
-                    match Agent::connect(spec.cid, Duration::from_secs(2)) {
-                        Ok(agent) => break agent,
-                        Err(_) if process.is_running() && Instant::now() < deadline => {}
-                        Err(error) => {
-                            let ended = if process.is_running() { "still runs" } else { "has ended" };
-                            bail!(
-                                "the VM {} does not answer ({error}); its VMM {ended}\n--- console\n{}\n--- log\n{}",
-                                spec.name,
-                                tail(&console),
-                                tail(&log)
-                            );
-                        }
-                    }
-                };
-                Ok(Self { spec, agent, process, log })
+                let agent = wait_for_agent(spec.name, spec.cid, &mut process, run)?;
+                Ok(Self { spec, agent, process, log: run.join(format!("{}.log", spec.name)) })
             })
             .collect()
     }
@@ -118,6 +102,24 @@ impl Vm {
     pub(crate) fn has_said(&self, text: &str) -> Result<bool> {
         let bytes = std::fs::read(&self.log).context("cannot read the VMM's log")?;
         Ok(String::from_utf8_lossy(&bytes).contains(text))
+    }
+}
+
+/// Waits until the agent of a VM that `process` runs answers, or that ends, or the limit for booting is over. Its console
+/// and log are named after it, in the folder `run`.
+pub(crate) fn wait_for_agent(name: &str, cid: u32, process: &mut Process, run: &Path) -> Result<Agent> {
+    let deadline = Instant::now() + BOOT_LIMIT;
+    loop {
+        match Agent::connect(cid, Duration::from_secs(2)) {
+            Ok(agent) => return Ok(agent),
+            Err(_) if process.is_running() && Instant::now() < deadline => {}
+            Err(error) => bail!(
+                "the VM {name} does not answer ({error}); its VMM {}\n--- console\n{}\n--- log\n{}",
+                if process.is_running() { "still runs" } else { "has ended" },
+                tail(&run.join(format!("{name}.console"))),
+                tail(&run.join(format!("{name}.log")))
+            ),
+        }
     }
 }
 

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The broker, a target and an introspector: what most scenarios start from.
 
+mod stock;
+
 use std::path::PathBuf;
 use std::process::{Command, Output};
 use std::time::{Duration, Instant};
@@ -15,6 +17,7 @@ use tempfile::TempDir;
 
 use crate::bed::Bed;
 use crate::process::Process;
+use crate::qemu::Qemu;
 use crate::raw::Raw;
 use crate::vm::{Role, Spec, Vm, Way};
 
@@ -49,6 +52,7 @@ pub(crate) struct World {
     introspector: Option<Vm>,
     marker: Option<Marker>,
     session: Option<Session>,
+    qemus: Vec<Qemu>,
     way: Way,
     next_port: u32,
 }
@@ -56,9 +60,16 @@ pub(crate) struct World {
 impl World {
     /// Starts all of it; about half a minute under software emulation.
     pub(crate) fn start(bed: Bed) -> Result<Self> {
+        let mut world = Self::without_vms(bed)?;
+        world.mend()?;
+        Ok(world)
+    }
+
+    /// Starts the broker alone.
+    pub(crate) fn without_vms(bed: Bed) -> Result<Self> {
         let run = tempfile::Builder::new().prefix("kvmmem-e2e-").tempdir().context("no place to run in")?;
         let broker = Self::start_broker(&bed, &run)?;
-        let mut world = Self {
+        Ok(Self {
             bed,
             run,
             broker,
@@ -66,11 +77,10 @@ impl World {
             introspector: None,
             marker: None,
             session: None,
+            qemus: Vec::new(),
             way: Way::Auto,
             next_port: 5000,
-        };
-        world.mend()?;
-        Ok(world)
+        })
     }
 
     fn start_broker(bed: &Bed, run: &TempDir) -> Result<Process> {
@@ -112,26 +122,29 @@ impl World {
             eprintln!("  booted {} ({:.1} s)", vm.spec.name, start.elapsed().as_secs_f64());
         }
         for vm in booted {
-            let probe = std::fs::read(self.bed.bin("kvmmem-probe")).context("no probe in the bed")?;
-            vm.agent.put(PROBE, 0o755, &probe)?;
+            self.put(&vm.agent, "kvmmem-probe", PROBE)?;
             match vm.spec.role {
                 Role::Target => self.target = Some(vm),
                 Role::Introspector => {
-                    for (name, path) in [("kvmmem-raw", RAW), ("kvmmem-view", VIEW)] {
-                        let tool = std::fs::read(self.bed.bin(name)).context("no C tool in the bed")?;
-                        vm.agent.put(path, 0o755, &tool)?;
-                    }
+                    self.put(&vm.agent, "kvmmem-raw", RAW)?;
+                    self.put(&vm.agent, "kvmmem-view", VIEW)?;
                     self.introspector = Some(vm);
                 }
             }
         }
         if self.marker.is_none() {
-            self.marker = Some(self.place_marker(64)?);
+            self.marker = Some(self.place_marker(&self.target()?.agent, 64)?);
         }
         if self.session.is_none() {
             self.session = Some(self.open_session()?);
         }
         Ok(())
+    }
+
+    /// Copies one of the bed's programs into a VM.
+    fn put(&self, agent: &Agent, name: &str, path: &str) -> Result<()> {
+        let program = std::fs::read(self.bed.bin(name)).with_context(|| format!("no {name} in the bed"))?;
+        Ok(agent.put(path, 0o755, &program)?)
     }
 
     /// Ends the broker without warning and starts another one in its place.
@@ -159,9 +172,10 @@ impl World {
         self.admin()?.targets().context("the broker lists nothing")
     }
 
-    /// Ends both VMs, for a scenario that left them in an unknown state; [`World::mend`] boots new ones.
+    /// Ends all VMs, for a scenario that left them in an unknown state; [`World::mend`] boots new ones.
     pub(crate) fn clear(&mut self) {
         (self.marker, self.session, self.target, self.introspector) = (None, None, None, None);
+        self.qemus.clear();
     }
 
     /// Ends the introspector where its hypercalls go another way; [`World::mend`] boots one for which they go this way.
@@ -172,9 +186,10 @@ impl World {
         }
     }
 
-    fn place_marker(&self, pages: usize) -> Result<Marker> {
+    /// Starts the marker in a VM that has the probe.
+    pub(crate) fn place_marker(&self, agent: &Agent, pages: usize) -> Result<Marker> {
         let command = GuestCommand::new(PROBE).args(["marker", "--pages", &pages.to_string()]);
-        let mut child = self.target()?.agent.spawn(&command)?;
+        let mut child = agent.spawn(&command)?;
         let line = match child.read_line(Duration::from_secs(30)) {
             Ok(line) => line,
             Err(error) => bail!("the marker is silent ({error}): {}\n{}", child.take_stderr(), self.logs()),
@@ -208,14 +223,9 @@ impl World {
 
     /// Runs the CLI against this world's broker.
     pub(crate) fn try_kvmmem(&self, arguments: &[&str]) -> Result<Output> {
-        let (verb, rest) = arguments.split_first().context("no verb")?;
-        Command::new(self.bed.bin("kvmmem"))
-            .arg(verb)
-            .arg("--broker")
-            .arg(self.socket())
-            .args(rest)
-            .output()
-            .context("cannot run kvmmem")
+        let mut command = Command::new(self.bed.bin("kvmmem"));
+        command.args(arguments).arg("--broker").arg(self.socket());
+        command.output().context("cannot run kvmmem")
     }
 
     /// A vsock port in the introspector that the target is hooked to from now on.
@@ -344,6 +354,7 @@ impl World {
                 text += &format!("\n--- {name} {kind}\n{}", crate::vm::tail(&path));
             }
         }
+        text += &self.qemu_logs();
         text
     }
 }

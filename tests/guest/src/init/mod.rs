@@ -2,6 +2,7 @@
 //! Process 1 of a test VM.
 
 pub mod device;
+pub mod disk;
 pub mod loopback;
 pub mod module;
 pub mod mount;
@@ -53,6 +54,7 @@ fn set_up() -> io::Result<Role> {
     let _ = fs::write("/sys/kernel/mm/transparent_hugepage/shmem_enabled", "advise");
     module::load_all()?;
     device::set_permissions();
+    disk::mount()?;
     Ok(role)
 }
 

@@ -1,0 +1,128 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! A virtual machine under a stock QEMU, as Debian has it.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result};
+use kvmmem_guest::Agent;
+use serde_json::{Value, json};
+
+use crate::bed::Bed;
+use crate::process::Process;
+use crate::qmp::Qmp;
+use crate::vm::{self, CMDLINE};
+
+/// The emulator, in a release's folder.
+const PROGRAM: &str = "/usr/bin/qemu-system-x86_64";
+
+/// Whose QEMU.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Release {
+    /// Debian 12's: 7.2.
+    Bookworm,
+    /// Debian 13's backports': 11.1 or later.
+    Trixie,
+}
+
+impl Release {
+    /// Its folder on the bed's disk.
+    fn folder(self) -> &'static str {
+        match self {
+            Self::Bookworm => "bookworm",
+            Self::Trixie => "trixie",
+        }
+    }
+}
+
+/// What the guest's RAM is made of.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Ram {
+    /// One shared memfd.
+    Memfd,
+    /// The same in large pages.
+    LargePages,
+}
+
+impl Ram {
+    /// The arguments for `mib` MiB of it.
+    fn arguments(self, mib: u32) -> Vec<String> {
+        let memfd = |id: &str, mib, more: &str| {
+            ["-object".to_owned(), format!("memory-backend-memfd,id={id},size={mib}M,share=on{more}")]
+        };
+        let mut arguments = vec!["-m".to_owned(), format!("{mib}M")];
+        match self {
+            Self::Memfd => arguments.extend(memfd("ram", mib, "")),
+            Self::LargePages => arguments.extend(memfd("ram", mib, ",hugetlb=on,hugetlbsize=2M")),
+        }
+        arguments
+    }
+}
+
+/// What to boot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Spec {
+    pub(crate) name: &'static str,
+    pub(crate) release: Release,
+    /// `pc` or `q35`.
+    pub(crate) machine: &'static str,
+    pub(crate) mib: u32,
+    pub(crate) ram: Ram,
+    pub(crate) cid: u32,
+    /// Further arguments.
+    pub(crate) more: &'static [&'static str],
+}
+
+/// A running VM, killed when dropped. Its guest has the module, so that it can look as well as be looked at.
+pub(crate) struct Qemu {
+    pub(crate) spec: Spec,
+    pub(crate) agent: Agent,
+    pub(crate) process: Process,
+    run: PathBuf,
+}
+
+impl Qemu {
+    /// Boots a VM and waits until its agent answers.
+    pub(crate) fn boot(bed: &Bed, spec: Spec, run: &Path) -> Result<Self> {
+        let root = bed.qemus()?.join(spec.release.folder());
+        let file = |kind: &str| run.join(format!("{}.{kind}", spec.name));
+        for kind in ["console", "log", "qmp", "test.qmp"] {
+            let _ = std::fs::remove_file(file(kind));
+        }
+        // The program itself enters the folder: std's chroot is safe only there.
+        let mut command = Command::new(std::env::current_exe().context("no path of this program")?);
+        command.arg("enter").arg(root).arg(PROGRAM);
+        command.args(["-name", spec.name, "-accel", "kvm", "-cpu", "host", "-smp", "1"]);
+        command.args(["-machine", &format!("{},memory-backend=ram", spec.machine)]);
+        command.args(spec.ram.arguments(spec.mib));
+        command.args(["-nodefaults", "-no-user-config", "-display", "none"]);
+        command.arg("-kernel").arg(bed.kernel()).arg("-initrd").arg(bed.introspector_initrd());
+        command.args(["-append", CMDLINE, "-serial", &format!("file:{}", file("console").display())]);
+        command.args(["-device", &format!("vhost-vsock-pci,guest-cid={}", spec.cid)]);
+        // One client at a time: the first is the broker's, the second the scenarios' own.
+        for kind in ["qmp", "test.qmp"] {
+            command.args(["-qmp", &format!("unix:{},server=on,wait=off", file(kind).display())]);
+        }
+        command.args(spec.more);
+        let mut process = Process::start(spec.name, &mut command, &file("log"))?;
+        let agent = vm::wait_for_agent(spec.name, spec.cid, &mut process, run)?;
+        Ok(Self { spec, agent, process, run: run.to_owned() })
+    }
+
+    /// The QMP socket that is for the broker.
+    pub(crate) fn socket(&self) -> PathBuf {
+        self.run.join(format!("{}.qmp", self.spec.name))
+    }
+
+    /// One command on the scenarios' own QMP socket.
+    pub(crate) fn qmp(&self, command: &str, arguments: &Value) -> Result<Value> {
+        Qmp::connect(&self.run.join(format!("{}.test.qmp", self.spec.name)))?.execute(command, arguments)
+    }
+
+    /// Its version, as it says.
+    pub(crate) fn version(&self) -> Result<String> {
+        let version = self.qmp("query-version", &json!({}))?;
+        let part = |name: &str| version["qemu"][name].as_u64().unwrap_or_default();
+        Ok(format!("{}.{}.{}", part("major"), part("minor"), part("micro")))
+    }
+}
