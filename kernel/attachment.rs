@@ -136,8 +136,13 @@ impl Attachment {
                 Self::Plugged(claim) => claim.with_page(PageCopy::of).ok_or(ESTALE)??,
             };
             if let Some(copy) = copy {
-                let windows = |number| Some(self.plugged_window(number)?.len);
-                match Snapshot::check(&copy, windows).map_err(CheckError::lie) {
+                let checked = match self {
+                    Self::Opened(_) => Snapshot::check_opened(&copy),
+                    Self::Plugged(claim) => {
+                        Snapshot::check_plugged(&copy, |number| Some(claim.window(number)?.len))
+                    }
+                };
+                match checked.map_err(CheckError::lie) {
                     Ok(Some(snapshot)) => return Ok(snapshot),
                     Ok(None) => {}
                     Err(error) => {
@@ -158,16 +163,11 @@ impl Attachment {
         let descriptor = &snapshot.descriptor;
         match self {
             // The only one that a hypercall opens.
-            Self::Opened(_) if number == 0 => {
-                Some(Extent { start: descriptor.window_gpa, len: descriptor.window_len, bar: None })
-            }
-            _ => self.plugged_window(number),
-        }
-    }
-
-    fn plugged_window(&self, number: u32) -> Option<Extent> {
-        match self {
-            Self::Opened(_) => None,
+            Self::Opened(_) => (number == 0).then_some(Extent {
+                start: descriptor.window_gpa,
+                len: descriptor.window_len,
+                bar: None,
+            }),
             Self::Plugged(claim) => claim.window(number),
         }
     }

@@ -6,9 +6,7 @@ use kernel::pci;
 use kernel::prelude::*;
 use kernel::sync::Arc;
 
-use crate::abi::descriptor::{
-    COMPLAINT_INVALID, COMPLAINT_NO_ADDRESS, COMPLAINT_NOT_CACHED, MAGIC, SLOT_AT,
-};
+use crate::abi::descriptor::{COMPLAINT_INVALID, COMPLAINT_NO_ADDRESS, COMPLAINT_NOT_CACHED, MAGIC, SLOT_AT};
 use crate::abi::ioctl::PAGE_SIZE;
 use crate::released::Released;
 use crate::slot::{Bar, Head, Slot, Window};
@@ -28,12 +26,13 @@ pub(crate) struct Driver;
 
 /// A function of a slot, bound to the driver.
 pub(crate) struct Function<'bound> {
+    device: &'bound pci::Device,
     slot: Arc<Slot>,
     number: u32,
     /// Of a window.
     released: Option<Released>,
     /// Given back when nobody uses it any more; none where it has no address.
-    _region: Option<BarRegion<'bound>>,
+    region: Option<BarRegion<'bound>>,
 }
 
 impl pci::Driver for Driver {
@@ -62,6 +61,7 @@ impl<'bound> Function<'bound> {
         let region = BarRegion::request(device, MEMORY)?;
         let page = Remapped::map_any(region.start(), PAGE_SIZE)?;
         if page.read_u64(0) != MAGIC {
+            // It stays enabled, so that the other functions know that it was looked at.
             return Err(ENODEV);
         }
         let mut digest = [0; 32];
@@ -69,35 +69,23 @@ impl<'bound> Function<'bound> {
             word.copy_from_slice(&page.read_u64(32 + 8 * index).to_le_bytes());
         }
         let number = page.read_u64(SLOT_AT) as u32;
-        dev_info!(device, "slot {number} of a view\n");
         let slot = slots::add_head(place, Head { page, digest, number })?;
-        Ok(Self { slot, number: 0, released: None, _region: Some(region) })
+        Ok(Self { device, slot, number: 0, released: None, region: Some(region) })
     }
 
     /// Another function: a window, if function 0 of its slot is ours.
     fn window(device: &'bound pci::Device<Core<'_>>, place: u32, number: u32) -> Result<Self> {
         if !slots::has_head(place) {
-            return Err(ENODEV);
+            // Tried again whenever a device was bound.
+            return Err(if sys::is_head_pending(device) { EPROBE_DEFER } else { ENODEV });
         }
-        let (window, region) = match device.enable_device_mem() {
-            Ok(()) => {
-                let region = BarRegion::request(device, MEMORY)?;
-                (bar(&region)?, Some(region))
-            }
-            Err(_) => (Err(COMPLAINT_NO_ADDRESS), None),
-        };
+        // An unassigned BAR may not keep the device from being enabled.
+        let has_address = device.enable_device_mem().is_ok() && device.resource_start(MEMORY)? != 0;
+        let region = if has_address { Some(BarRegion::request(device, MEMORY)?) } else { None };
+        let window = region.as_ref().map_or(Ok(Err(COMPLAINT_NO_ADDRESS)), bar)?;
         let released = window.as_ref().ok().map(|bar| bar.waiter());
-        match &window {
-            Ok(bar) => dev_info!(device, "window {number} of its slot, {:#x} bytes\n", bar.len()),
-            Err(COMPLAINT_NO_ADDRESS) => dev_warn!(device, "no room for BAR {MEMORY}: the view cannot be shown\n"),
-            Err(COMPLAINT_NOT_CACHED) => dev_warn!(
-                device,
-                "BAR {MEMORY} is below 4 GiB, where MTRRs forbid caching: the view cannot be shown\n"
-            ),
-            Err(_) => dev_warn!(device, "BAR {MEMORY} cannot be mapped: the view cannot be shown\n"),
-        }
         let slot = slots::add_window(place, number, window).ok_or(ENODEV)?;
-        Ok(Self { slot, number, released, _region: region })
+        Ok(Self { device, slot, number, released, region })
     }
 }
 
@@ -119,6 +107,9 @@ impl Drop for Function<'_> {
         // processes and then gives up its mappings. Nobody sleeps for long while having one.
         if let Some(released) = self.released.take() {
             released.wait();
+        }
+        if self.region.take().is_some() {
+            sys::disable(self.device);
         }
     }
 }

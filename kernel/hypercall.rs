@@ -95,7 +95,9 @@ fn offered() -> Result<Option<(Way, u32)>> {
         return Ok(Some((Way::Vmcall, features)));
     }
     match u16::try_from(port) {
-        Ok(port) if features & FEATURE_DOORBELL != 0 && port != 0 => Ok(Some((Way::Doorbell(port), features))),
+        Ok(port) if features & FEATURE_DOORBELL != 0 && port != 0 => {
+            Ok(Some((Way::Doorbell(port), features)))
+        }
         _ => {
             pr_err!(
                 "the host offers neither vmcall nor a doorbell port (features {features:#x}, port {port:#x})\n"

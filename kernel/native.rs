@@ -7,8 +7,8 @@ use kernel::uaccess::{UserPtr, UserSlice};
 
 use crate::abi::descriptor::MAX_RANGES;
 use crate::abi::native::{
-    ATTACH_READ_ONLY, Attach, FEATURE_DEVICES, FEATURE_HUGE_1G, FEATURE_HUGE_2M, FEATURE_PAGES, FEATURE_REGIONS, FEATURE_SEEK,
-    FEATURE_VIEWS, Info, Range, Ranges, Stats, VERSION,
+    ATTACH_READ_ONLY, Attach, FEATURE_DEVICES, FEATURE_HUGE_1G, FEATURE_HUGE_2M, FEATURE_PAGES,
+    FEATURE_REGIONS, FEATURE_SEEK, FEATURE_VIEWS, Info, Range, Ranges, Stats, VERSION,
 };
 use crate::attachment::AttachCall;
 use crate::file::ViewFile;

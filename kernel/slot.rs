@@ -222,7 +222,7 @@ impl Slot {
     pub(crate) fn complain(&self, complaint: u32) {
         let mut state = self.state.lock();
         if let Some(head) = &state.head {
-            stats::COMPLAINTS.add_one();
+            stats::complain(complaint);
             head.page.write_u32(COMPLAINT_AT, complaint);
         }
         if state.phase == Phase::Incomplete {

@@ -28,7 +28,7 @@ pub(crate) fn add_head(place: u32, head: Head) -> Result<Arc<Slot>> {
         }
     };
     slot.set_head(head);
-    look_again(&slots);
+    look_again(&slots, &slot);
     Ok(slot)
 }
 
@@ -37,7 +37,7 @@ pub(crate) fn add_window(place: u32, number: u32, window: Window) -> Option<Arc<
     let slots = SLOTS.lock();
     let slot = find(&slots, place).filter(|slot| slot.has_head())?;
     slot.set_window(number, Some(window));
-    look_again(&slots);
+    look_again(&slots, &slot);
     Some(slot)
 }
 
@@ -76,10 +76,11 @@ fn find(slots: &Slots, place: u32) -> Option<Arc<Slot>> {
     slots.iter().find(|slot| slot.place() == place).cloned()
 }
 
-/// The slots of a view may become complete by a function of any of them.
-fn look_again(slots: &Slots) {
-    for slot in slots.iter() {
-        slot.look_soon();
+/// A view may become complete by a function of any of its slots.
+fn look_again(slots: &Slots, slot: &Slot) {
+    let Some(digest) = slot.digest() else { return };
+    if let Some(first) = slots.iter().find(|other| other.is_part(&digest, 0)) {
+        first.look_soon();
     }
 }
 
@@ -107,7 +108,7 @@ pub(crate) fn check(slot: &Slot) {
 fn look(slots: &Slots, digest: &[u8; 32], copy: &PageCopy) -> Result<Option<Snapshot>, Option<u32>> {
     let missing = Cell::new(false);
     let complaint = Cell::new(None);
-    let checked = Snapshot::check(copy, |number| match window(slots, digest, number) {
+    let checked = Snapshot::check_plugged(copy, |number| match window(slots, digest, number) {
         Some(Ok(bar)) => Some(bar.len()),
         Some(Err(why)) => {
             complaint.set(Some(why));

@@ -50,12 +50,28 @@ impl CheckError {
 }
 
 impl Snapshot {
-    /// Checks a copy; `windows` tells the length of each window but the one that the descriptor itself places. `None`
-    /// where the host was changing the page.
-    pub(crate) fn check(
+    /// Checks a copy of a descriptor whose only window it places itself, as a hypercall's does. `None` where the host was
+    /// changing the page.
+    pub(crate) fn check_opened(copy: &PageCopy) -> Result<Option<Self>, CheckError> {
+        Self::check(copy, |_| None)
+    }
+
+    /// Checks a copy of a descriptor whose windows are PCI devices, of the lengths that `windows` tells. `None` where the
+    /// host was changing the page.
+    pub(crate) fn check_plugged(
         copy: &PageCopy,
         windows: impl Fn(u32) -> Option<u64>,
     ) -> Result<Option<Self>, CheckError> {
+        match Self::check(copy, windows)? {
+            // It would be believed where there is memory.
+            Some(snapshot) if snapshot.descriptor.window_gpa != 0 => {
+                Err(CheckError::Descriptor(DescriptorError::Header))
+            }
+            checked => Ok(checked),
+        }
+    }
+
+    fn check(copy: &PageCopy, windows: impl Fn(u32) -> Option<u64>) -> Result<Option<Self>, CheckError> {
         let ranges = KBox::new([WindowRange::default(); MAX_RANGES], GFP_KERNEL);
         let mut ranges = ranges.map_err(|_| CheckError::Memory)?;
         match Descriptor::read(&copy.0, &mut ranges, windows) {

@@ -6,6 +6,7 @@ use kernel::fmt;
 use kernel::prelude::*;
 use kernel::sync::atomic::{Atomic, Relaxed};
 
+use crate::abi::descriptor::{COMPLAINT_NO_ADDRESS, COMPLAINT_NOT_CACHED};
 use crate::sys::{FaultError, Inserted};
 
 /// A number of pages or of events.
@@ -51,8 +52,8 @@ pub(crate) static VIEWS: Counter = Counter::new();
 /// Views that the host refused to close.
 pub(crate) static VIEWS_QUARANTINED: Counter = Counter::new();
 
-/// Slots of which the host was told that they cannot be shown, since the module was loaded.
-pub(crate) static COMPLAINTS: Counter = Counter::new();
+/// Complaints about slots, since the module was loaded.
+static COMPLAINTS: Counter = Counter::new();
 
 /// Changes of views that the host made since the module was loaded.
 pub(crate) static EVENTS: Counter = Counter::new();
@@ -93,6 +94,20 @@ impl Faults {
                 (Err(FaultError::Smaller), _) => {}
             }
         }
+    }
+}
+
+/// Counts a slot that cannot be shown, of which the host was told, and logs it: as often as lies.
+pub(crate) fn complain(why: u32) {
+    COMPLAINTS.add_one();
+    let count = COMPLAINTS.value();
+    if count.is_power_of_two() {
+        let why = match why {
+            COMPLAINT_NO_ADDRESS => "there is no room for a window's BAR 2 behind its bridge",
+            COMPLAINT_NOT_CACHED => "a window's BAR 2 cannot be cached, as MTRRs have it below 4 GiB",
+            _ => "the descriptor is not possible, or not with these windows",
+        };
+        pr_warn!("a view cannot be shown: {why} ({count} such slots)\n");
     }
 }
 

@@ -8,8 +8,8 @@
 
 use core::arch::x86_64::__cpuid;
 use core::ffi::{c_int, c_long, c_ulong, c_void};
-use core::mem::ManuallyDrop;
 use core::marker::PhantomData;
+use core::mem::ManuallyDrop;
 use core::ops::Deref;
 use core::ptr::NonNull;
 use core::sync::atomic::{Ordering, compiler_fence};
@@ -1049,7 +1049,32 @@ pub(crate) fn place(device: &pci::Device<Core<'_>>) -> (u32, u32) {
     (domain << 16 | id & !7, id & 7)
 }
 
-/// A BAR that no other driver uses, nor user space by sysfs. Given back when dropped, with the device's enabling.
+/// Whether function 0 of the device's slot may be a descriptor's page, and no driver has looked at it yet: nobody has
+/// enabled it.
+pub(crate) fn is_head_pending(device: &pci::Device<Core<'_>>) -> bool {
+    let own = raw(device);
+    // SAFETY: both devices are valid, the other one as long as it is counted; what is read of it does not change, but
+    // for the count, which is a hint.
+    unsafe {
+        let head = bindings::pci_get_slot((*own).bus, (*own).devfn & !7);
+        if head.is_null() {
+            return false;
+        }
+        let is_same_kind = (*head).vendor == (*own).vendor && (*head).device == (*own).device;
+        let is_page = bindings::pci_resource_len(head, 2) == PAGE_SIZE;
+        let count = core::ptr::addr_of!((*head).enable_cnt.counter).read_volatile();
+        bindings::pci_dev_put(head);
+        is_same_kind && is_page && count == 0
+    }
+}
+
+/// Undoes `pci::Device::enable_device_mem`. Whoever else has enabled the device is not disturbed.
+pub(crate) fn disable(device: &pci::Device) {
+    // SAFETY: the device is valid.
+    unsafe { bindings::pci_disable_device(raw(device)) };
+}
+
+/// A BAR that no other driver uses, nor user space by sysfs. Given back when dropped.
 pub(crate) struct BarRegion<'bound> {
     device: &'bound pci::Device,
     bar: c_int,

@@ -195,8 +195,8 @@ impl View {
         }
         let Some(host) = self.host() else { return };
         let _one = self.changing.lock();
-        let (is_followed, is_open, generation) = self
-            .with(|shown| (self.is_current(shown), shown.provider.is_ok(), shown.generation));
+        let (is_followed, is_open, generation) =
+            self.with(|shown| (self.is_current(shown), shown.provider.is_ok(), shown.generation));
         if is_followed || !is_open {
             return;
         }

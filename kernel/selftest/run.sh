@@ -15,13 +15,39 @@ ${CC:-cc} -O1 -Wall -Wextra -Werror -static -pthread -o "$folder/root/init" "$he
 cp "$module" "$folder/root/kvmmem.ko"
 (cd "$folder/root" && find . | cpio --quiet -o -H newc) >"$folder/initrd"
 
+# The files of a host that shows views as PCI devices. The test says what is plugged in of them (plug.c), and reaches
+# them by devices that are always there and larger. One slot with a window is there from the beginning.
+cd "$folder"
+truncate -s 1M page0 page1 page2
+truncate -s 32M memory
+ivshmem() {
+	echo "-object memory-backend-file,id=at$1,mem-path=$2,share=on,size=$3 -device ivshmem-plain,memdev=at$1,addr=$1"
+}
+# shellcheck disable=SC2046 # lists of options
+set -- $(ivshmem 18.0 page0 1M) $(ivshmem 19.0 page1 1M) $(ivshmem 1a.0 page2 1M) $(ivshmem 1b.0 memory 32M) \
+	$(ivshmem 10.0 page2 4K),multifunction=on $(ivshmem 10.1 memory 2M) "$@"
+mkfifo monitor.in monitor.out
+
+# Lines that begin with "monitor: " are for QEMU's monitor.
+obey() {
+	while IFS= read -r line; do
+		line=${line%"$(printf '\r')"}
+		case $line in
+		"monitor: "*) echo "${line#monitor: }" >monitor.in ;;
+		*) echo "$line" ;;
+		esac
+	done
+}
+cat monitor.out >monitor.log &
+
 timeout 300 qemu-system-x86_64 -accel tcg,thread=single -cpu qemu64,+pdpe1gb -smp 2 -m 1G -nodefaults -display none \
-	-no-reboot -serial stdio -device pc-testdev -kernel "$kernel" -initrd "$folder/initrd" \
-	-append 'console=ttyS0 quiet loglevel=6 panic=-1 memmap=256M$0x20000000' "$@" | tr -d '\r' | tee "$folder/log"
+	-no-reboot -serial stdio -device pc-testdev -kernel "$kernel" -initrd initrd \
+	-chardev pipe,id=monitor,path=monitor -mon monitor \
+	-append 'console=ttyS0 quiet loglevel=6 panic=-1 memmap=256M$0x20000000' "$@" | obey | tee log
 
 complaint='BUG:|WARNING:|Oops|Call Trace|general protection|kernel panic'
-if grep -qE "$complaint" "$folder/log"; then
+if grep -qE "$complaint" log; then
 	echo "selftest: the kernel complained (see above)" >&2
 	exit 1
 fi
-grep -qE '^selftest: ([0-9]+) of \1 checks passed$' "$folder/log"
+grep -qE '^selftest: ([0-9]+) of \1 checks passed$' log
