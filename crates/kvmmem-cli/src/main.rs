@@ -13,6 +13,7 @@ mod generate;
 mod grant;
 mod hexdump;
 mod interrupt;
+mod introspector;
 mod map;
 mod number;
 mod output;
@@ -71,6 +72,8 @@ enum Verb {
     Targets(broker::Targets),
     /// Make running virtual machines targets, or no targets any more.
     Target(target::Target),
+    /// Let running virtual machines under a stock QEMU look at targets, or look no more.
+    Introspector(introspector::Introspector),
     /// Print what a stock QEMU, or libvirt, needs to run an introspector.
     QemuArgs(qemu_args::Arguments),
     /// Connect a target to a tool that listens for it, now and whenever the connection ends.
@@ -123,6 +126,7 @@ fn main() -> ExitCode {
         Verb::Vm(arguments) => arguments.run(&mut output),
         Verb::Targets(arguments) => arguments.run(&mut output),
         Verb::Target(arguments) => arguments.run(&mut output),
+        Verb::Introspector(arguments) => arguments.run(&mut output),
         Verb::QemuArgs(arguments) => arguments.run(&mut output),
         Verb::Hook(arguments) => arguments.hook(&mut output),
         Verb::Unhook(arguments) => arguments.unhook(&mut output),

@@ -33,6 +33,8 @@ impl Views for Introspectors {
     fn open(&self, cid: u32, token: &Token, caller: &Caller, read_only: bool) -> Result<Opened, Refused> {
         let broker = self.broker()?;
         let introspector = broker.introspectors().by_cid(cid).ok_or_else(|| stranger(&broker, cid))?;
+        // It may take seconds, and the broker need not wait for it to end.
+        drop(broker);
         Ok(introspector.open(token, caller, read_only)?)
     }
 
@@ -47,15 +49,34 @@ impl Views for Introspectors {
 
 /// Why a VM has no views here.
 fn stranger(broker: &Broker, cid: u32) -> Refused {
-    let known = broker.registry().introspector(cid);
-    let words = match known {
+    let words = match broker.registry().introspector(cid) {
         Some(vm) => format!(
-            "{:?} has views by hypercall: its host's kvmmem vm offers them, and the module kvmmem asks for them",
+            "{:?} runs under kvmmem vm, whose views come by hypercall and not by this door: update the module kvmmem in \
+             it",
             vm.registration().name
         ),
         None => format!(
-            "the VM of context id {cid} is no introspector of this host: kvmmem introspector add there makes it one"
+            "the VM with context id {cid} is no introspector of this host; to make it one: kvmmem introspector add"
         ),
     };
     Refused::new(Refusal::Denied, words)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_stranger_is_told_how_to_become_an_introspector() {
+        let broker = Arc::new(Broker::default());
+        let door = Introspectors(Arc::downgrade(&broker));
+        let refused = door.may_ask(7).unwrap_err();
+        assert_eq!(refused.refusal, Refusal::Denied);
+        assert!(refused.message.contains("context id 7 ") && refused.message.contains("introspector add"));
+        let caller = Caller { pid: 1, uid: 0, comm: "x".into() };
+        let refused = door.open(7, &Token::new([1; 4]), &caller, true).unwrap_err();
+        assert_eq!(refused.refusal, Refusal::Denied);
+        drop(broker);
+        assert_eq!(door.may_ask(7).unwrap_err().refusal, Refusal::Busy);
+    }
 }

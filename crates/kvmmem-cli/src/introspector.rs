@@ -1,0 +1,233 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! Virtual machines under a stock QEMU that look at others: `introspector add`, `introspector remove`.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::{Context, Result};
+use clap::{Args, Subcommand, ValueEnum};
+use kvmmem_broker::admin::{self, IntrospectorAdded, TargetInfo};
+use serde::Serialize;
+
+use crate::broker::Broker;
+use crate::failure::escape;
+use crate::output::Output;
+use crate::target;
+
+#[derive(Args)]
+pub(crate) struct Introspector {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Subcommand)]
+enum Verb {
+    /// Let a running virtual machine under QEMU look at targets (root only).
+    ///
+    /// It must have been started with what `kvmmem qemu-args` prints: places for views, a vsock device, and a QMP socket
+    /// that nobody else uses. Its guest needs the module kvmmem.
+    Add(Add),
+    /// Let it look no more: its views end, and the virtual machine runs on (root only).
+    Remove(Remove),
+}
+
+#[derive(Args)]
+struct Add {
+    #[command(flatten)]
+    which: WhichOne,
+    /// Process id of its QEMU, alone or for a QMP socket that another process made; alone, its command line says where
+    /// the QMP socket is
+    #[arg(long, conflicts_with = "libvirt")]
+    pid: Option<u32>,
+    /// Its vsock context id, where its QEMU's command line does not say
+    #[arg(long, value_parser = clap::value_parser!(u32).range(3..0xffff_ffff))]
+    cid: Option<u32>,
+    /// What to call it [default: as its QEMU does]
+    #[arg(long)]
+    name: Option<String>,
+    /// What to do when memory is taken back and its guest does not let go of it
+    #[arg(long, value_name = "WHAT", value_enum, default_value_t)]
+    on_silence: OnSilence,
+    #[command(flatten)]
+    broker: Broker,
+}
+
+#[derive(Args)]
+#[group(required = false, multiple = false)]
+struct WhichOne {
+    /// QMP socket of its QEMU, for the broker alone
+    #[arg(long, value_name = "SOCKET")]
+    qmp: Option<PathBuf>,
+    /// Name by which libvirt's system daemon knows it; the QMP socket beside libvirt's is found
+    #[arg(long, value_name = "NAME")]
+    libvirt: Option<String>,
+}
+
+/// As [`admin::OnSilence`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+enum OnSilence {
+    /// Say so in the log and to whoever took it back, and go on trying
+    #[default]
+    Report,
+    /// Stop its processors, too (QMP stop; cont lets them go on)
+    Pause,
+    /// End its QEMU, too
+    Kill,
+}
+
+impl From<OnSilence> for admin::OnSilence {
+    fn from(what: OnSilence) -> Self {
+        match what {
+            OnSilence::Report => Self::Report,
+            OnSilence::Pause => Self::Pause,
+            OnSilence::Kill => Self::Kill,
+        }
+    }
+}
+
+#[derive(Args)]
+struct Remove {
+    /// Name or UUID of the introspector
+    introspector: String,
+    #[command(flatten)]
+    broker: Broker,
+}
+
+/// What was added, as JSON.
+#[derive(Serialize)]
+struct AddedLine<'a> {
+    introspector: &'a TargetInfo,
+    places: u32,
+    has_offset: bool,
+}
+
+/// What was removed, as JSON.
+#[derive(Serialize)]
+struct RemovedLine<'a> {
+    introspector: &'a str,
+    removed: bool,
+}
+
+impl Introspector {
+    pub(crate) fn run(&self, output: &mut Output) -> Result<ExitCode> {
+        match &self.verb {
+            Verb::Add(add) => add.run(output)?,
+            Verb::Remove(remove) => remove.run(output)?,
+        }
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
+impl Add {
+    fn run(&self, output: &mut Output) -> Result<()> {
+        let request = admin::AddIntrospector {
+            which: target::which(self.which.qmp.as_deref(), self.which.libvirt.as_deref(), self.pid)?,
+            cid: self.cid,
+            name: self.name.clone(),
+            on_silence: self.on_silence.into(),
+        };
+        let added =
+            self.broker.connect()?.add_introspector(&request).context("cannot add the introspector")?;
+        if output.is_json() {
+            let IntrospectorAdded { target, places, has_offset } = &added;
+            let line = AddedLine { introspector: target, places: *places, has_offset: *has_offset };
+            return Ok(output.object(&line)?);
+        }
+        for line in lines(&added) {
+            output.line(line)?;
+        }
+        Ok(())
+    }
+}
+
+/// What was added, and what it cannot do.
+fn lines(added: &IntrospectorAdded) -> Vec<String> {
+    let IntrospectorAdded { target, places, has_offset } = added;
+    let cid = target.cid.map_or_else(|| "-".to_owned(), |cid| cid.to_string());
+    let mut lines =
+        vec![format!("{} ({}) is an introspector; context id {cid}", escape(&target.name), target.uuid)];
+    lines.push(match places {
+        0 => "  it has no free place for views: kvmmem qemu-args prints what to start it with".to_owned(),
+        1 => "  it has place for 1 view at a time".to_owned(),
+        places => format!("  it has places for {places} views at a time"),
+    });
+    if !has_offset {
+        lines.push(
+            "  its QEMU shows whole files only: a grant must be for all RAM, and that a power of two in one file"
+                .to_owned(),
+        );
+    }
+    lines
+}
+
+impl Remove {
+    fn run(&self, output: &mut Output) -> Result<()> {
+        let name = &self.introspector;
+        self.broker
+            .connect()?
+            .remove_introspector(name)
+            .with_context(|| format!("cannot remove {name:?}"))?;
+        if output.is_json() {
+            output.object(&RemovedLine { introspector: name, removed: true })?;
+        } else {
+            output.line(format!("{} is no introspector any more", escape(name)))?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+    use uuid::Uuid;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Line {
+        #[command(flatten)]
+        introspector: Introspector,
+    }
+
+    #[test]
+    fn one_way_to_say_which_is_enough() {
+        let parse = |words: &str| Line::try_parse_from(["x", "add"].into_iter().chain(words.split(' ')));
+        for good in ["--qmp /a", "--pid 3", "--libvirt x", "--qmp /a --pid 3 --cid 5 --on-silence kill"] {
+            assert!(parse(good).is_ok(), "{good}");
+        }
+        for bad in
+            ["--qmp /a --libvirt x", "--libvirt x --pid 3", "--pid 3 --cid 2", "--pid 3 --on-silence no"]
+        {
+            assert!(parse(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn what_it_lacks_is_said() {
+        let target = TargetInfo {
+            id: 1,
+            name: "lion\x1b".to_owned(),
+            uuid: Uuid::nil(),
+            vcpus: 2,
+            start_time_ms: 0,
+            cid: Some(7),
+            introspectable: false,
+            introspector: true,
+            memory_bytes: 0,
+            pid: 77,
+            hooks: Vec::new(),
+        };
+        let mut added = IntrospectorAdded { target, places: 2, has_offset: true };
+        assert_eq!(
+            lines(&added),
+            [
+                "lion\\u{1b} (00000000-0000-0000-0000-000000000000) is an introspector; context id 7",
+                "  it has places for 2 views at a time",
+            ]
+        );
+        added.places = 0;
+        added.has_offset = false;
+        let lines = lines(&added).join("\n");
+        assert!(lines.contains("kvmmem qemu-args") && lines.contains("power of two"), "{lines}");
+    }
+}
