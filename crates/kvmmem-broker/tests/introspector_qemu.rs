@@ -1,0 +1,399 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! An introspector under the stock QEMU of this machine. It has no operating system: the test plays its driver, by the
+//! descriptor's file and by the I/O ports that a guest's ACPI writes to.
+
+mod common;
+
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use common::qemu::{Monitor, Qemu, wait_long};
+use common::{TestBroker, caller, request, wait_for};
+use kvmmem_abi::descriptor::{COMPLAINT_AT, COMPLAINT_NO_ADDRESS, GENERATION_AT, SEEN_AT};
+use kvmmem_abi::native::{STATE_GONE, STATE_OPEN, STATE_REVOKED};
+use kvmmem_broker::admin::{AddIntrospector, AdminError, GrantRequest, IntrospectorAdded, OnSilence, Rights};
+use kvmmem_broker::introspector::{Introspector, OpenError, Opened};
+use kvmmem_broker::link::{Region, VmmLink};
+use rustix::fs::{Mode, OFlags, SealFlags};
+use serde_json::{Value, json};
+
+/// The introspector's context id.
+const CID: u32 = 77;
+
+/// Where a guest of the machine `pc` chooses a PCI bus, reads which of its slots it shall let go of, and ejects slots.
+const BUS: u64 = 0xae10;
+const REMOVED: u64 = 0xae04;
+const EJECT: u64 = 0xae08;
+
+/// RAM of the target, bytes.
+const RAM: u64 = 1 << 20;
+
+/// An introspector and a target.
+struct Pair {
+    broker: TestBroker,
+    qemu: Qemu,
+    introspector: Arc<Introspector>,
+    target: Option<VmmLink>,
+    /// QEMU serves one client of a monitor at a time.
+    monitor: Arc<Mutex<Monitor>>,
+}
+
+impl Pair {
+    fn start(on_silence: OnSilence) -> Option<Self> {
+        let broker = TestBroker::start();
+        broker.state.introspectors().set_door(None);
+        let qemu = Qemu::start(&broker, "watcher", &["-machine", "pc", "-m", "64"])?;
+        let added = add(&broker, &qemu, on_silence).unwrap();
+        assert!(added.places > 20 && added.target.introspector && added.target.cid == Some(CID));
+        assert_eq!((added.target.name.as_str(), added.target.pid), ("watcher", qemu.process.id()));
+        let introspector = broker.state.introspectors().by_cid(CID).unwrap();
+        let target = Some(target(&broker));
+        let monitor = Arc::new(Mutex::new(qemu.monitor()));
+        Some(Self { broker, qemu, introspector, target, monitor })
+    }
+
+    fn open(&self, request: &GrantRequest) -> Result<Opened, OpenError> {
+        let token = self.broker.grant(request).token;
+        self.introspector.open(&token, &caller(), false)
+    }
+
+    fn driver(&self) -> Driver {
+        Driver::start(self.qemu.process.id(), &self.monitor)
+    }
+
+    fn command(&self, command: &str) -> Value {
+        self.monitor.lock().unwrap().execute(command, json!({}))
+    }
+
+    /// How many devices and backends of ours there are.
+    fn counts(&self) -> (usize, usize) {
+        let count = |path: &str| {
+            let items = self.monitor.lock().unwrap().execute("qom-list", json!({ "path": path }));
+            items.as_array().unwrap().iter().filter(|item| is_ours(&item["name"])).count()
+        };
+        (count("/machine/peripheral"), count("/objects"))
+    }
+}
+
+fn target(broker: &TestBroker) -> VmmLink {
+    let ram = common::memfd(RAM, SealFlags::SHRINK);
+    rustix::io::pwrite(&ram, b"tiger's memory", 0).unwrap();
+    let regions = vec![Region { gpa: 0, len: RAM, offset: 0, file: 0 }];
+    let registration = kvmmem_broker::link::Registration { regions, ..common::target("tiger") };
+    VmmLink::connect(&broker.path, registration, [ram]).unwrap()
+}
+
+fn add(broker: &TestBroker, qemu: &Qemu, on_silence: OnSilence) -> Result<IntrospectorAdded, AdminError> {
+    let which = qemu.socket();
+    broker.admin().add_introspector(&AddIntrospector { which, cid: Some(CID), name: None, on_silence })
+}
+
+/// The introspector's driver: takes up what is plugged in, and lets go of what has ended.
+struct Driver {
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Driver {
+    fn start(pid: u32, monitor: &Arc<Mutex<Monitor>>) -> Self {
+        let stop = Arc::new(AtomicBool::new(false));
+        let monitor = Arc::clone(monitor);
+        let stopped = Arc::clone(&stop);
+        let run = move || {
+            while !stopped.load(Ordering::Relaxed) {
+                for page in pages(pid) {
+                    let generation: u64 = number(&page, GENERATION_AT);
+                    if generation.is_multiple_of(2) && generation != number(&page, SEEN_AT) {
+                        write(&page, SEEN_AT, &generation.to_le_bytes());
+                    }
+                }
+                let mut monitor = monitor.lock().unwrap();
+                ports(&mut monitor, &format!("o /w {BUS:#x} 0"));
+                let asked = ports(&mut monitor, &format!("i /w {REMOVED:#x}"));
+                let asked =
+                    asked.trim().rsplit_once("0x").map(|(_, mask)| u32::from_str_radix(mask, 16).unwrap());
+                eject(&mut monitor, asked.unwrap());
+                drop(monitor);
+                std::thread::sleep(Duration::from_millis(2));
+            }
+        };
+        Self { stop, thread: Some(std::thread::spawn(run)) }
+    }
+}
+
+impl Drop for Driver {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        self.thread.take().unwrap().join().unwrap();
+    }
+}
+
+/// The descriptor pages that a QEMU has.
+fn pages(qemu: u32) -> Vec<OwnedFd> {
+    let Ok(links) = std::fs::read_dir(format!("/proc/{qemu}/fd")) else { return Vec::new() };
+    let mut paths: Vec<_> = links.filter_map(|link| Some(link.ok()?.path())).collect();
+    paths.retain(|path| {
+        std::fs::read_link(path).is_ok_and(|link| link.to_string_lossy().contains("kvmmem-descriptor"))
+    });
+    let open = |path| rustix::fs::open(path, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()).ok();
+    paths.into_iter().filter_map(open).collect()
+}
+
+fn number(page: &OwnedFd, at: usize) -> u64 {
+    let mut bytes = [0; 8];
+    rustix::io::pread(page, &mut bytes, at as u64).unwrap();
+    u64::from_le_bytes(bytes)
+}
+
+fn state(page: &OwnedFd) -> u32 {
+    u32::try_from(number(page, 24) & 0xffff_ffff).unwrap()
+}
+
+fn write(page: &OwnedFd, at: usize, bytes: &[u8]) {
+    rustix::io::pwrite(page, bytes, at as u64).unwrap();
+}
+
+/// Ejects slots, by a mask of their numbers.
+fn eject(monitor: &mut Monitor, slots: u32) {
+    if slots != 0 {
+        ports(monitor, &format!("o /w {BUS:#x} 0"));
+        ports(monitor, &format!("o /w {EJECT:#x} {slots:#x}"));
+    }
+}
+
+/// The slots that views are in.
+fn slots(monitor: &mut Monitor) -> u32 {
+    let devices = pci(monitor);
+    let ours = devices.iter().filter(|device| is_ours(&device["qdev_id"]));
+    ours.fold(0, |slots, device| slots | 1 << device["slot"].as_u64().unwrap())
+}
+
+/// Reads or writes an I/O port, as a guest does.
+fn ports(monitor: &mut Monitor, line: &str) -> String {
+    let answer = monitor.execute("human-monitor-command", json!({ "command-line": line }));
+    answer.as_str().unwrap().to_owned()
+}
+
+fn pci(monitor: &mut Monitor) -> Vec<Value> {
+    monitor.execute("query-pci", json!({}))[0]["devices"].as_array().unwrap().clone()
+}
+
+fn is_ours(id: &Value) -> bool {
+    id.as_str().is_some_and(|id| id.starts_with("kvmmem-view-"))
+}
+
+#[test]
+fn a_view_comes_and_goes_with_its_devices() {
+    let Some(pair) = Pair::start(OnSilence::Report) else { return };
+    let driver = pair.driver();
+    for _ in 0..3 {
+        let opened = pair.open(&request(Rights::ReadOnly)).unwrap();
+        assert!(!opened.ended());
+        assert_eq!(pair.counts(), (2, 2));
+        let [page] = &pages(pair.qemu.process.id())[..] else { panic!() };
+        assert_eq!((number(page, 0), state(page)), (kvmmem_abi::descriptor::MAGIC, STATE_OPEN));
+        let views: usize = pair.broker.grants().iter().map(|grant| grant.views.len()).sum();
+        assert_eq!(views, 1);
+        drop(opened);
+        assert_eq!(pair.counts(), (0, 0));
+        wait_for("QEMU to close what it was given", || pages(pair.qemu.process.id()).is_empty());
+        wait_for("the view to end", || pair.broker.grants().iter().all(|grant| grant.views.is_empty()));
+    }
+    drop(driver);
+}
+
+#[test]
+fn many_views_are_opened_at_once() {
+    let Some(pair) = Pair::start(OnSilence::Report) else { return };
+    let _driver = pair.driver();
+    std::thread::scope(|scope| {
+        let open = || {
+            let opened = pair.open(&request(Rights::ReadWrite)).unwrap();
+            assert!(!opened.ended());
+            opened
+        };
+        let threads: Vec<_> = (0..8).map(|_| scope.spawn(open)).collect();
+        let opened: Vec<Opened> = threads.into_iter().map(|thread| thread.join().unwrap()).collect();
+        assert_eq!(pair.counts(), (16, 16));
+        for opened in opened {
+            scope.spawn(move || drop(opened));
+        }
+    });
+    assert_eq!(pair.counts(), (0, 0));
+}
+
+#[test]
+fn revoking_a_grant_takes_the_devices_away_before_it_is_confirmed() {
+    let Some(pair) = Pair::start(OnSilence::Report) else { return };
+    let _driver = pair.driver();
+    let granted = pair.broker.grant(&GrantRequest { uses: 2, ..request(Rights::ReadOnly) });
+    let open = || pair.introspector.open(&granted.token, &caller(), false).unwrap();
+    let opened = [open(), open()];
+    let other = pair.open(&request(Rights::ReadOnly)).unwrap();
+    assert_eq!(pair.counts().0, 6);
+    let pages = pages(pair.qemu.process.id());
+    let revoked = pair.broker.admin().revoke(granted.grant).unwrap();
+    assert_eq!((revoked.views, revoked.unconfirmed), (2, 0));
+    assert_eq!(pair.counts().0, 2);
+    assert_eq!(pages.iter().filter(|page| state(page) == STATE_REVOKED).count(), 2);
+    assert!(opened.iter().all(Opened::ended) && !other.ended());
+}
+
+#[test]
+fn a_target_that_goes_takes_its_views_along() {
+    let Some(mut pair) = Pair::start(OnSilence::Report) else { return };
+    let _driver = pair.driver();
+    let opened = pair.open(&request(Rights::ReadOnly)).unwrap();
+    let [page] = &pages(pair.qemu.process.id())[..] else { panic!() };
+    drop(pair.target.take());
+    wait_for("the view to end", || opened.ended() && pair.counts() == (0, 0));
+    assert_eq!(state(page), STATE_GONE);
+}
+
+#[test]
+fn a_guest_that_keeps_its_devices_is_reported_and_tried_again() {
+    let Some(pair) = Pair::start(OnSilence::Report) else { return };
+    let driver = pair.driver();
+    let opened = pair.open(&request(Rights::ReadOnly)).unwrap();
+    drop(driver);
+    let grant = pair.broker.grants()[0].id;
+    let revoked = pair.broker.admin().revoke(grant).unwrap();
+    assert_eq!((revoked.views, revoked.unconfirmed), (1, 1));
+    assert!(opened.ended());
+    drop(opened);
+    assert_eq!(pair.counts().0, 2);
+    assert_eq!(pair.broker.grants()[0].views.len(), 1);
+    // It lets go in the end.
+    let _driver = pair.driver();
+    wait_long("the devices to go", || pair.counts() == (0, 0));
+    wait_for("the late confirmation", || pair.broker.grants().iter().all(|grant| grant.views.is_empty()));
+}
+
+#[test]
+fn a_silent_guest_is_paused_or_killed_where_the_operator_wants_it() {
+    let Some(pair) = Pair::start(OnSilence::Pause) else { return };
+    let driver = pair.driver();
+    let opened = pair.open(&request(Rights::ReadOnly)).unwrap();
+    drop(driver);
+    let grant = pair.broker.grants()[0].id;
+    assert_eq!(pair.broker.admin().revoke(grant).unwrap().unconfirmed, 1);
+    pair.monitor.lock().unwrap().wait_status("paused");
+    drop((opened, pair));
+
+    let Some(pair) = Pair::start(OnSilence::Kill) else { return };
+    let driver = pair.driver();
+    let opened = pair.open(&request(Rights::ReadOnly)).unwrap();
+    drop(driver);
+    let grant = pair.broker.grants()[0].id;
+    assert_eq!(pair.broker.admin().revoke(grant).unwrap().unconfirmed, 0);
+    wait_for("the introspector to go", || pair.broker.state.introspectors().by_cid(CID).is_none());
+    assert!(opened.ended());
+}
+
+#[test]
+fn a_reset_ends_all_views() {
+    let Some(pair) = Pair::start(OnSilence::Kill) else { return };
+    let driver = pair.driver();
+    let opened = pair.open(&request(Rights::ReadOnly)).unwrap();
+    drop(driver);
+    pair.command("system_reset");
+    wait_for("the view to end", || opened.ended());
+    // QEMU does at the next reset what the guest was asked for.
+    wait_long("the devices to go", || {
+        pair.command("system_reset");
+        pair.counts() == (0, 0)
+    });
+    drop(opened);
+    let _driver = pair.driver();
+    drop(pair.open(&request(Rights::ReadOnly)).unwrap());
+}
+
+#[test]
+fn a_guest_that_unplugs_by_itself_has_no_view() {
+    let Some(pair) = Pair::start(OnSilence::Report) else { return };
+    let driver = pair.driver();
+    let opened = pair.open(&request(Rights::ReadOnly)).unwrap();
+    drop(driver);
+    let mut monitor = pair.monitor.lock().unwrap();
+    let slots = slots(&mut monitor);
+    eject(&mut monitor, slots);
+    drop(monitor);
+    wait_for("the view to end", || opened.ended() && pair.counts() == (0, 0));
+}
+
+#[test]
+fn a_driver_that_complains_or_is_not_there_is_told_apart() {
+    let Some(pair) = Pair::start(OnSilence::Report) else { return };
+    std::thread::scope(|scope| {
+        let complain = || {
+            let pid = pair.qemu.process.id();
+            wait_long("the descriptor", || !pages(pid).is_empty());
+            write(&pages(pid)[0], COMPLAINT_AT, &COMPLAINT_NO_ADDRESS.to_le_bytes());
+        };
+        scope.spawn(complain);
+        let error = pair.open(&request(Rights::ReadOnly)).unwrap_err();
+        assert!(matches!(error, OpenError::Complaint(_)), "{error}");
+    });
+    let error = pair.open(&request(Rights::ReadOnly)).unwrap_err();
+    assert!(matches!(error, OpenError::Silent), "{error}");
+    let _driver = pair.driver();
+    wait_long("the devices to go", || pair.counts() == (0, 0));
+}
+
+#[test]
+fn a_new_broker_clears_away_what_an_old_one_left() {
+    let Some(mut pair) = Pair::start(OnSilence::Report) else { return };
+    let driver = pair.driver();
+    let opened = pair.open(&request(Rights::ReadOnly)).unwrap();
+    drop(driver);
+    // As if the broker had been killed: nobody tells QEMU.
+    pair.broker.admin().remove_introspector("watcher").unwrap();
+    drop(opened);
+    assert_eq!(pair.counts(), (2, 2));
+    assert!(pair.broker.state.introspectors().by_cid(CID).is_none());
+    wait_for("its name to be free", || add(&pair.broker, &pair.qemu, OnSilence::Report).is_ok());
+    let _driver = pair.driver();
+    wait_long("the devices to go", || pair.counts() == (0, 0));
+    pair.introspector = pair.broker.state.introspectors().by_cid(CID).unwrap();
+    drop(pair.open(&request(Rights::ReadOnly)).unwrap());
+}
+
+#[test]
+fn the_end_of_qemu_is_the_introspectors_end() {
+    let Some(mut pair) = Pair::start(OnSilence::Report) else { return };
+    let driver = pair.driver();
+    let opened = pair.open(&request(Rights::ReadOnly)).unwrap();
+    drop(driver);
+    pair.qemu.process.kill().unwrap();
+    wait_for("the introspector to go", || pair.broker.state.introspectors().by_cid(CID).is_none());
+    wait_for("its VM to go", || pair.broker.admin().targets().unwrap().len() == 1);
+    assert!(opened.ended());
+    wait_for("the view to end", || pair.broker.grants().iter().all(|grant| grant.views.is_empty()));
+}
+
+#[test]
+fn what_cannot_be_an_introspector_is_refused_with_a_remedy() {
+    let broker = TestBroker::start();
+    broker.state.introspectors().set_door(None);
+    let refusal = |qemu: &Qemu, cid| {
+        let which = qemu.socket();
+        let request = AddIntrospector { which, cid, name: None, on_silence: OnSilence::Report };
+        match broker.admin().add_introspector(&request) {
+            Err(AdminError::Refused { message, .. }) => message,
+            other => panic!("{other:?}"),
+        }
+    };
+    let Some(qemu) = Qemu::start(&broker, "portless", &["-machine", "q35", "-m", "64"]) else { return };
+    assert!(refusal(&qemu, Some(CID)).contains("root ports whose ids begin with kvmmem"));
+    assert!(refusal(&qemu, None).contains("vhost-vsock-pci,guest-cid=N"));
+    let port = "pcie-root-port,id=kvmmem0,slot=7,pref64-reserve=64M";
+    let Some(qemu) = Qemu::start(&broker, "ported", &["-machine", "q35", "-m", "64", "-device", port]) else {
+        return;
+    };
+    let added = add(&broker, &qemu, OnSilence::Report).unwrap();
+    assert_eq!(added.places, 1);
+    assert!(refusal(&qemu, Some(CID)).contains("answers") || refusal(&qemu, Some(CID)).contains("already"));
+}
