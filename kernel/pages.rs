@@ -19,7 +19,7 @@ const END: u64 = 1 << 52;
 
 /// A page that is shown, or for which the host is being asked.
 #[pin_data]
-struct Slot {
+struct Entry {
     /// Held while the host is asked: faults of other pages do not wait for it.
     #[pin]
     state: Mutex<State>,
@@ -28,14 +28,14 @@ struct Slot {
 enum State {
     New,
     Shown(Arc<OwnPage>),
-    /// For whoever waited meanwhile. The slot is in no table any more, so that the next one asks again.
+    /// For whoever waited meanwhile. The entry is in no table any more, so that the next one asks again.
     Refused(Error),
 }
 
-/// The slots by target address. One leaves only when the host has refused its page.
+/// The entries by target address. One leaves only when the host has refused its page.
 #[derive(Default)]
-struct Slots {
-    tree: Tree<Arc<Slot>>,
+struct Entries {
+    tree: Tree<Arc<Entry>>,
     count: u64,
 }
 
@@ -46,7 +46,7 @@ pub(crate) struct Pages {
     way: Way,
     limit: u64,
     #[pin]
-    slots: Mutex<Slots>,
+    entries: Mutex<Entries>,
 }
 
 impl Pages {
@@ -54,7 +54,7 @@ impl Pages {
     pub(crate) fn new(call: AttachCall) -> Result<Arc<Self>> {
         let (way, limit) = (hypercall::way()?, crate::max_pages_per_file());
         let pages =
-            pin_init!(Self { call, way, limit, slots <- new_mutex!(Slots::default(), "kvmmem_pages") });
+            pin_init!(Self { call, way, limit, entries <- new_mutex!(Entries::default(), "kvmmem_pages") });
         Arc::pin_init(pages, GFP_KERNEL_ACCOUNT)
     }
 
@@ -69,8 +69,8 @@ impl Pages {
             return Err(ENXIO);
         }
         let first = gpa - gpa % PAGE_SIZE;
-        let slot = self.slot(first)?;
-        let mut state = slot.state.lock();
+        let entry = self.entry(first)?;
+        let mut state = entry.state.lock();
         match &*state {
             State::Shown(_) => Ok(()),
             State::Refused(error) => Err(*error),
@@ -81,8 +81,8 @@ impl Pages {
                 }
                 Err(error) => {
                     *state = State::Refused(error);
-                    let mut slots = self.slots.lock();
-                    slots.count -= u64::from(slots.tree.remove(first).is_some());
+                    let mut entries = self.entries.lock();
+                    entries.count -= u64::from(entries.tree.remove(first).is_some());
                     Err(error)
                 }
             },
@@ -91,31 +91,31 @@ impl Pages {
 
     /// The page of `gpa`, and the offset in it: `ENXIO` where it is not shown.
     pub(crate) fn find(&self, gpa: u64) -> Result<(Arc<OwnPage>, u64)> {
-        let slot = self.slots.lock().tree.get(gpa - gpa % PAGE_SIZE).cloned().ok_or(ENXIO)?;
-        let state = slot.state.lock();
+        let entry = self.entries.lock().tree.get(gpa - gpa % PAGE_SIZE).cloned().ok_or(ENXIO)?;
+        let state = entry.state.lock();
         match &*state {
             State::Shown(page) => Ok((page.clone(), gpa % PAGE_SIZE)),
             _ => Err(ENXIO),
         }
     }
 
-    fn slot(&self, first: u64) -> Result<Arc<Slot>> {
-        if let Some(slot) = self.slots.lock().tree.get(first) {
-            return Ok(slot.clone());
+    fn entry(&self, first: u64) -> Result<Arc<Entry>> {
+        if let Some(entry) = self.entries.lock().tree.get(first) {
+            return Ok(entry.clone());
         }
         let node = tree::slot()?;
-        let slot = pin_init!(Slot { state <- new_mutex!(State::New, "kvmmem_page") });
-        let slot = Arc::pin_init(slot, GFP_KERNEL_ACCOUNT)?;
-        let mut slots = self.slots.lock();
-        if let Some(slot) = slots.tree.get(first) {
-            return Ok(slot.clone());
+        let entry = pin_init!(Entry { state <- new_mutex!(State::New, "kvmmem_page") });
+        let entry = Arc::pin_init(entry, GFP_KERNEL_ACCOUNT)?;
+        let mut entries = self.entries.lock();
+        if let Some(entry) = entries.tree.get(first) {
+            return Ok(entry.clone());
         }
-        if slots.count >= self.limit {
+        if entries.count >= self.limit {
             return Err(ENOMEM);
         }
-        slots.count += 1;
-        slots.tree.insert(node, first, slot.clone());
-        Ok(slot)
+        entries.count += 1;
+        entries.tree.insert(node, first, entry.clone());
+        Ok(entry)
     }
 
     fn ask(&self, gpa: u64) -> Result<Arc<OwnPage>> {

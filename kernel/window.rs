@@ -76,10 +76,7 @@ impl Window {
     /// The windows of a descriptor of `host`. `EIO` where they are RAM of this machine, leave what the CPU can address,
     /// or cannot be mapped write-back.
     pub(crate) fn map(host: &Attachment, snapshot: &Snapshot) -> Result<Arc<Self>> {
-        let lie = |error| {
-            if error == ENOMEM {
-                return ENOMEM;
-            }
+        let lie = |_| {
             stats::lie("the window is no memory that can be mapped");
             EIO
         };
@@ -87,7 +84,9 @@ impl Window {
         for range in snapshot.ranges() {
             let window = host.window(snapshot, range.window).ok_or(ESTALE)?;
             let place = window.start.checked_add(range.offset).ok_or(EIO)?;
-            if !Memory::is_possible(window.start, window.len) {
+            // A device may have been replaced since the snapshot was checked.
+            let fits = range.offset.checked_add(range.len).is_some_and(|end| end <= window.len);
+            if !fits || !Memory::is_possible(window.start, window.len) {
                 return Err(lie(EINVAL));
             }
             let range = native::Range { gpa: range.gpa, len: range.len };
