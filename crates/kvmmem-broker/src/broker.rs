@@ -90,7 +90,7 @@ impl Refused {
 
 impl Broker {
     /// The registered VMs.
-    pub(crate) fn registry(&self) -> MutexGuard<'_, Registry> {
+    pub fn registry(&self) -> MutexGuard<'_, Registry> {
         self.registry.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -212,7 +212,7 @@ impl Broker {
     }
 
     /// Does what the end of a VM demands: its tokens and views die, its sessions end, whoever knows it is told.
-    pub(crate) fn retire(&self, vm: &Vm) {
+    pub fn retire(&self, vm: &Vm) {
         vm.mark_gone();
         self.registry().remove(vm.id());
         let ended = self.grants().forget_target(vm.id());
@@ -228,12 +228,7 @@ impl Broker {
     ///
     /// # Errors
     /// Where the VM has no RAM to look at, or the regions are no memory map.
-    pub(crate) fn ram_changed(
-        &self,
-        vm: Option<&Vm>,
-        regions: Vec<Region>,
-        change: Change,
-    ) -> Result<(), Refused> {
+    pub fn ram_changed(&self, vm: Option<&Vm>, regions: Vec<Region>, change: Change) -> Result<(), Refused> {
         let ram = vm.and_then(|vm| Some((vm, vm.ram()?)));
         let (vm, ram) = ram.ok_or_else(|| {
             Refused::new(Refusal::Denied, "only the VMM of an introspectable VM may change its RAM")

@@ -10,6 +10,7 @@ use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 
 use crate::broker::{Broker, Refused};
+use crate::copies::Part;
 use crate::packet::{PacketError, Wait};
 use crate::peer::Peer;
 use crate::ram::Ram;
@@ -108,6 +109,9 @@ impl Connection<'_> {
             Call::Redeem { token } => broker.redeem(now, vm, &token)?,
             Call::Attach { token, caller, read_only } => {
                 return self.attach(&token, caller, read_only).map(Some);
+            }
+            Call::Copy { view, gpa, len, write } => {
+                broker.copy(peer, Part { view, gpa, len, write }, files)?
             }
             Call::Used { token } => return broker.used(now, vm, &token).map(|()| None),
             Call::Detached { view, counters } => return broker.detach(peer, view, counters).map(|()| None),

@@ -214,6 +214,7 @@ impl Grants {
             by: name.to_owned(),
             by_uuid: by.uuid,
             caller,
+            rights: opened.scope.rights,
             since: now,
             counters: ViewCounters::default(),
         };
@@ -221,6 +222,13 @@ impl Grants {
         self.views_of_peer.entry(by.peer).or_default().insert(view);
         self.settle(now, id);
         Ok((view, opened))
+    }
+
+    /// The target of a view and what the view allows, if it is this connection's and its grant was not taken back.
+    pub fn reach(&self, view: u64, by: u64) -> Option<(u64, Scope)> {
+        let view = self.views.get(&view).filter(|view| view.peer == by)?;
+        let grant = self.grants.get(&view.grant).filter(|grant| !grant.revoked)?;
+        Some((view.target, grant.terms.scope.at_most(view.rights)))
     }
 
     /// Takes a view out, if it is this connection's.

@@ -4,9 +4,15 @@
 //! The process is trusted. It gets the whole memfds, of which the scope names a part, and nobody can take a mapping from
 //! it: where the grant is taken back, the process is told, drops what it has mapped, and confirms
 //! ([`HostLink::confirm`]). To enforce it, end the process.
+//!
+//! Where the RAM is private to its VMM there is no memfd: the process has the broker copy what it reads and writes
+//! ([`Copier`]), and what it may is the broker's to enforce.
+
+mod copier;
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use kvmmem_kvmi::token::Token;
@@ -18,6 +24,8 @@ use crate::map::{MapError, MemoryMap, Region};
 use crate::packet::{PacketBuffer, PacketError, PacketSocket, Wait};
 use crate::scope::{Rights, Scope};
 use crate::wire::{Answer, Call, Caller, FromBroker, Refusal, Request, ViewCounters};
+use copier::Answers;
+pub use copier::{Copier, CopyError};
 
 /// How long the broker may take to answer.
 const LIMIT: Duration = Duration::from_secs(5);
@@ -25,8 +33,9 @@ const LIMIT: Duration = Duration::from_secs(5);
 /// A process's connection to the broker, as long as which its view lasts. Dropping it closes the view.
 #[derive(Debug)]
 pub struct HostLink {
-    socket: PacketSocket,
+    socket: Arc<PacketSocket>,
     buffer: PacketBuffer,
+    answers: Arc<Answers>,
     view: u64,
     grant: u64,
     target: u64,
@@ -56,8 +65,11 @@ pub struct HostView {
     pub rights: Rights,
     /// The RAM that the grant reaches, by ascending address.
     pub regions: Vec<Region>,
-    /// The target's memfds, by [`Region::file`]; opened read-only where the view is, sealed against shrinking.
+    /// The target's memfds, by [`Region::file`]; opened read-only where the view is, sealed against shrinking. None
+    /// where there is a [`HostView::copier`].
     pub files: Vec<OwnedFd>,
+    /// Copies memory that cannot be mapped; offsets of [`HostView::regions`] mean nothing then.
+    pub copier: Option<Copier>,
 }
 
 /// What has happened to a view.
@@ -148,19 +160,20 @@ impl HostLink {
                 None => return Err(sent.err().map_or(HostError::NoAnswer, HostError::Packet)),
             }
         };
-        let Answer::HostAttached { view, grant, target, scope, uuid, generation, regions, copied: _ } =
-            answer
+        let Answer::HostAttached { view, grant, target, scope, uuid, generation, regions, copied } = answer
         else {
             return Err(HostError::NoAnswer);
         };
         let map = MemoryMap::new(regions).map_err(HostError::Map)?;
         let (found, needed) = (files.len(), map.file_count());
-        if found < needed {
+        if found < needed && !copied {
             return Err(HostError::Files { found, needed });
         }
         let (rights, regions) = (scope.rights, scope.regions(&map));
-        let mut link = Self { socket, buffer, view, grant, target, scope, end: End::No };
-        let mut host_view = HostView { view, uuid, generation, rights, regions, files };
+        let (socket, answers) = (Arc::new(socket), Arc::<Answers>::default());
+        let copier = copied.then(|| Copier::new(Arc::clone(&socket), view, Arc::clone(&answers)));
+        let mut link = Self { socket, buffer, answers, view, grant, target, scope, end: End::No };
+        let mut host_view = HostView { view, uuid, generation, rights, regions, files, copier };
         for push in early {
             match link.event(push)? {
                 Some(HostEvent::Changed { generation, regions }) if generation > host_view.generation => {
@@ -191,7 +204,7 @@ impl HostLink {
                 Err(PacketError::Receive(Errno::AGAIN)) => continue,
                 // Whatever it is that failed, nobody can take the rights back any more: they end.
                 Ok(None) | Err(_) => {
-                    self.end = End::Gone;
+                    self.ended(End::Gone);
                     return Ok(Some(HostEvent::Gone));
                 }
             };
@@ -205,19 +218,35 @@ impl HostLink {
     fn event(&mut self, message: FromBroker) -> Result<Option<HostEvent>, HostError> {
         match message {
             FromBroker::Revoke { grant } if grant == self.grant => {
-                self.end = End::Revoked;
+                self.ended(End::Revoked);
                 Ok(Some(HostEvent::Revoked))
             }
             FromBroker::Gone { target } if target == self.target => {
-                self.end = End::Gone;
+                self.ended(End::Gone);
                 Ok(Some(HostEvent::Gone))
             }
             FromBroker::Changed { target, generation, regions } if target == self.target => {
                 let map = MemoryMap::new(regions).map_err(HostError::Map)?;
                 Ok(Some(HostEvent::Changed { generation, regions: self.scope.regions(&map) }))
             }
+            FromBroker::Answer { id, answer: Answer::Copied { len } } => {
+                self.answers.hand_in(id, Ok(len));
+                Ok(None)
+            }
+            FromBroker::Refused { id, refusal, message } => {
+                self.answers.hand_in(id, Err((refusal, message)));
+                Ok(None)
+            }
             _ => Ok(None),
         }
+    }
+
+    /// Takes note of the end; whoever waits for a copy hears of it at once, for the one who asks here next may wait for
+    /// them.
+    fn ended(&mut self, end: End) {
+        self.end = end;
+        let end = if end == End::Revoked { copier::End::Revoked } else { copier::End::Gone };
+        self.answers.end(end);
     }
 
     /// Confirms that nothing of this process reaches the target's memory any more, after [`HostEvent::Revoked`].
@@ -256,6 +285,7 @@ impl AsFd for HostLink {
 
 impl Drop for HostLink {
     fn drop(&mut self) {
+        self.answers.end(copier::End::Gone);
         match self.end {
             End::No => self.tell(Call::Detached { view: self.view, counters: ViewCounters::default() }),
             End::Revoked => self.confirm(),

@@ -211,47 +211,68 @@ impl Ram {
         Ok(identities(other)?.iter().any(|file| own.contains(file)))
     }
 
-    /// Copies guest-physical memory out; the range lies within one region.
+    /// Fills all of `buffer` with guest-physical memory.
     ///
     /// # Errors
     /// [`AccessError`].
-    pub fn read(&self, gpa: u64, mut buffer: &mut [u8]) -> Result<(), AccessError> {
-        let (file, mut offset) = self.place(gpa, buffer.len())?;
+    pub fn read(&self, mut gpa: u64, mut buffer: &mut [u8]) -> Result<(), AccessError> {
         while !buffer.is_empty() {
-            let count = self.backing.read(file, offset, buffer);
-            let count = count.map_err(|source| AccessError::System { gpa, source })?;
+            let count = self.read_some(gpa, buffer)?;
             buffer = buffer.get_mut(count..).unwrap_or_default();
-            offset += count as u64;
+            gpa += count as u64;
         }
         Ok(())
     }
 
-    /// Copies into guest-physical memory; the range lies within one region.
+    /// Writes all of `data` to guest-physical memory.
     ///
     /// # Errors
     /// [`AccessError`].
-    pub fn write(&self, gpa: u64, mut data: &[u8]) -> Result<(), AccessError> {
-        let (file, mut offset) = self.place(gpa, data.len())?;
+    pub fn write(&self, mut gpa: u64, mut data: &[u8]) -> Result<(), AccessError> {
         while !data.is_empty() {
-            let count = self.backing.write(file, offset, data);
-            let count = count.map_err(|source| AccessError::System { gpa, source })?;
+            let count = self.write_some(gpa, data)?;
             data = data.get(count..).unwrap_or_default();
-            offset += count as u64;
+            gpa += count as u64;
         }
         Ok(())
     }
 
-    /// The number of the file, and the offset in it, of `len` bytes from a guest-physical address on.
-    fn place(&self, gpa: u64, len: usize) -> Result<(u32, u64), AccessError> {
+    /// Copies as much guest-physical memory as is in one piece, at most `buffer`, and returns how many bytes: none only
+    /// where the buffer is empty.
+    ///
+    /// # Errors
+    /// [`AccessError`].
+    pub fn read_some(&self, gpa: u64, buffer: &mut [u8]) -> Result<usize, AccessError> {
+        if buffer.is_empty() {
+            return Ok(0);
+        }
+        let (file, offset, len) = self.place(gpa, buffer.len())?;
+        let part = buffer.get_mut(..len).unwrap_or_default();
+        self.backing.read(file, offset, part).map_err(|source| AccessError::System { gpa, source })
+    }
+
+    /// Copies as much of `data` as fits in one piece of guest-physical memory, and returns how many bytes: none only where
+    /// there is no data.
+    ///
+    /// # Errors
+    /// [`AccessError`].
+    pub fn write_some(&self, gpa: u64, data: &[u8]) -> Result<usize, AccessError> {
+        if data.is_empty() {
+            return Ok(0);
+        }
+        let (file, offset, len) = self.place(gpa, data.len())?;
+        let part = data.get(..len).unwrap_or_default();
+        self.backing.write(file, offset, part).map_err(|source| AccessError::System { gpa, source })
+    }
+
+    /// The number of the file and the offset in it of a guest-physical address, and how many bytes, at most `len`, are there
+    /// in one piece.
+    fn place(&self, gpa: u64, len: usize) -> Result<(u32, u64, usize), AccessError> {
         let layout = self.layout.read().unwrap_or_else(PoisonError::into_inner);
         let region = layout.map.region_of(gpa).ok_or(AccessError::Hole(gpa))?;
         let within = gpa - region.gpa;
-        let is_all = u64::try_from(len).is_ok_and(|len| len <= region.len - within);
-        if is_all {
-            Ok((region.file, region.offset + within))
-        } else {
-            Err(AccessError::Hole(region.gpa + region.len))
-        }
+        let left = usize::try_from(region.len - within).unwrap_or(usize::MAX);
+        Ok((region.file, region.offset + within, len.min(left)))
     }
 }
 

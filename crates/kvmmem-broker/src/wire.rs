@@ -4,7 +4,8 @@
 //! A peer sends [`Request`]s; each carries an id of the peer's choice, which the answer repeats. The broker also
 //! *pushes*: [`FromBroker::Target`] always precedes the first use of that target's id on a connection. File
 //! descriptors travel beside their packet: the RAM's memfds, in the order of [`Region::file`], with [`Call::Register`]
-//! of an introspectable VM, with [`FromBroker::Target`] and with [`Answer::HostAttached`], none with all else.
+//! of an introspectable VM, with [`FromBroker::Target`] and with [`Answer::HostAttached`], one with [`Call::Copy`], none
+//! with all else.
 //!
 //! The enums are tagged from outside, as in `{"id":1,"call":{"redeem":{"token":"..."}}}`: other forms make the parser
 //! keep copies of the text, and with it of tokens, that nobody wipes.
@@ -28,6 +29,9 @@ pub use vm::{HookInfo, OnSilence, Registration, TargetInfo};
 
 /// The largest packet, bytes.
 pub const MAX_PACKET: usize = 64 * 1024;
+
+/// The most that one [`Call::Copy`] copies, bytes.
+pub const MAX_COPY: usize = 1 << 20;
 
 /// A request and its id.
 #[derive(Debug, Serialize, Deserialize)]
@@ -65,6 +69,18 @@ pub enum Call {
         caller: Caller,
         /// Whether to open the view read-only, whatever the grant allows.
         read_only: bool,
+    },
+    /// Copies memory that a view of this connection reaches, where the target's RAM is private. A memfd of the peer's comes
+    /// with it, sealed against shrinking and allocated, from whose start on the bytes are. Answer: [`Answer::Copied`].
+    Copy {
+        /// Number of the view.
+        view: u64,
+        /// First guest-physical address.
+        gpa: u64,
+        /// How many bytes, at most [`MAX_COPY`].
+        len: u32,
+        /// Whether to copy into the target's memory; otherwise out of it.
+        write: bool,
     },
     /// Tells that a view of this connection was closed. One way: never answered.
     Detached {

@@ -9,7 +9,7 @@ use std::process::ExitCode;
 use anyhow::{Context, Result, anyhow};
 use clap::Args;
 use clap::builder::styling::Style;
-use kvmmem::view::{Access, Mapping, Range, State, View};
+use kvmmem::view::{Access, Mapping, Range, State, View, ViewError};
 use serde::Serialize;
 
 use crate::failure::escape;
@@ -82,12 +82,20 @@ impl Arguments {
         let view = self.source.attach(Access::ReadOnly)?;
         let parts = select(&wanted, &ranges(&view)?)?;
         let map = |part: &GpaRange| view.map(Range { gpa: part.start, len: part.end - part.start });
-        let mappings: Vec<Mapping> = parts.iter().map(map).collect::<Result<_, _>>()?;
+        let mappings: Option<Vec<Mapping>> = match parts.iter().map(map).collect::<Result<_, _>>() {
+            Ok(mappings) => Some(mappings),
+            // What nobody can map is copied.
+            Err(ViewError::Private { .. }) => None,
+            Err(error) => return Err(error.into()),
+        };
         let data: Vec<GpaRange> =
             parts.iter().flat_map(|part| data_within(&view, part)).collect::<Result<_>>()?;
 
         let bar = progress::bytes(total(&data), output);
-        let read = |gpa: u64, buffer: &mut [u8]| read(&view, &mappings, gpa, buffer);
+        let read = |gpa: u64, buffer: &mut [u8]| match &mappings {
+            Some(mappings) => read(&view, mappings, gpa, buffer),
+            None => view.read_at(gpa, buffer).context("the scan ended early"),
+        };
         let max = self.max.map_or(usize::MAX, |max| usize::try_from(max).unwrap_or(usize::MAX));
         let search = Search { patterns: &patterns, runs: &join(&parts), data: &data, max, threads };
         let count = search.run(read, |matches, bytes| {

@@ -197,7 +197,7 @@ impl View {
     /// between has no memory, is not granted, or was never written or given back by the target: then it reads as
     /// zeros, and reading it through a mapping may make the host allocate it.
     ///
-    /// Where the host cannot tell, all memory counts as data.
+    /// Where the host cannot tell, or the target's RAM is private to its VMM, all memory counts as data.
     ///
     /// # Errors
     /// [`ViewError::Revoked`], [`ViewError::Gone`].
@@ -213,7 +213,7 @@ impl View {
     ///
     /// # Errors
     /// [`ViewError::Pages`] for a range that is not made of pages; [`ViewError::Hole`], [`ViewError::Revoked`],
-    /// [`ViewError::Gone`].
+    /// [`ViewError::Gone`]; [`ViewError::Private`] where the target's RAM can only be copied.
     pub fn map(&self, range: Range) -> Result<Mapping, ViewError> {
         match &self.backend {
             Backend::Device(view) => view.map(range),

@@ -8,7 +8,7 @@ use kvmmem_kvmi::token::Token;
 use uuid::Uuid;
 
 use super::Opened;
-use crate::scope::Scope;
+use crate::scope::{Rights, Scope};
 use crate::wire::{Caller, GrantState, Origin, ViewCounters};
 
 /// Who may use a token.
@@ -146,6 +146,8 @@ pub struct View {
     pub by_uuid: Option<Uuid>,
     /// Process that attached it.
     pub caller: Caller,
+    /// Its rights, which may be less than the grant's.
+    pub rights: Rights,
     /// When it was opened.
     pub since: Instant,
     /// What has happened to it.

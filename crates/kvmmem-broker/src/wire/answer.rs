@@ -131,6 +131,11 @@ pub enum Answer {
         #[serde(default, skip_serializing_if = "std::ops::Not::not")]
         copied: bool,
     },
+    /// Memory is copied.
+    Copied {
+        /// How many bytes: fewer than were asked for where the view reaches no further, or the VMM has no memory there.
+        len: u32,
+    },
     /// The grant is made.
     Granted {
         /// Its number.

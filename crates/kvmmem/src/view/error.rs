@@ -5,7 +5,8 @@ use std::fmt;
 use std::io;
 use std::path::PathBuf;
 
-use kvmmem_broker::host::HostError;
+use kvmmem_broker::host::{CopyError, HostError};
+use kvmmem_broker::ram::SHARE_IT;
 use kvmmem_sys::device::OpenError;
 use rustix::io::Errno;
 
@@ -177,6 +178,25 @@ pub enum ViewError {
         /// What was to be done.
         operation: ViewOperation,
     },
+    /// The target's RAM is private to its VMM: it can be read and written, and not mapped.
+    #[error(
+        "{operation}: the target's RAM is private to its VMM, so it can be copied alone (read_at, write_at); {SHARE_IT}"
+    )]
+    Private {
+        /// What was to be done.
+        operation: ViewOperation,
+    },
+    /// The broker, which copies the memory of such a target, did not.
+    #[error("{operation}: gpa {gpa:#x} was not copied")]
+    Copy {
+        /// What was to be done.
+        operation: ViewOperation,
+        /// The first address that was not copied.
+        gpa: u64,
+        /// Why.
+        #[source]
+        source: Box<CopyError>,
+    },
     /// The system refused.
     #[error("{operation}: {}", explain::view(*source))]
     System {
@@ -189,7 +209,7 @@ pub enum ViewError {
 }
 
 impl ViewError {
-    /// The errno behind the error, where a system call failed.
+    /// The errno behind the error, where a system call failed or would have.
     pub fn errno(&self) -> Option<i32> {
         match self {
             Self::Open { source: OpenError::Open(error), .. } => error.raw_os_error(),
@@ -197,6 +217,8 @@ impl ViewError {
                 Some(source.raw_os_error())
             }
             Self::Watch(error) => error.raw_os_error(),
+            Self::Private { .. } => Some(Errno::OPNOTSUPP.raw_os_error()),
+            Self::Copy { .. } => Some(Errno::IO.raw_os_error()),
             Self::Door(error) => match &**error {
                 DoorError::Connect { source, .. } => source.raw_os_error(),
                 _ => None,

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! A view on the host: the memfds of the target's RAM, which the broker hands to this process.
+//! A view on the host: the memfds of the target's RAM, which the broker hands to this process, or else copies that the
+//! broker makes.
 //!
 //! A thread of its own keeps the connection to the broker, so that a grant that is taken back ends the view whatever
 //! the tool is doing: what is mapped is replaced by nothing, the files are closed, and then the broker is told.
@@ -17,7 +18,7 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::io::Errno;
 
 use super::mapping::{Keeps, Mapping};
-use super::memory::Memory;
+use super::memory::{Memory, Source};
 use super::range::Range;
 use super::{Access, Event, State, Status, ViewError, ViewOperation};
 use crate::explain;
@@ -45,7 +46,11 @@ impl HostView {
         let stop = eventfd(0, EventfdFlags::CLOEXEC).map(Arc::new);
         let stop = stop.map_err(|errno| ViewError::Watch(errno.into()))?;
         let (link, view) = HostLink::attach(socket, token, access == Access::ReadOnly).map_err(refused)?;
-        let memory = Arc::new(Memory::new(view.generation, view.regions, view.files));
+        let source = match view.copier {
+            Some(copier) => Source::Copies(Arc::new(copier)),
+            None => Source::Files(view.files.into()),
+        };
+        let memory = Arc::new(Memory::new(view.generation, view.regions, source));
         let watcher = std::thread::Builder::new()
             .name("kvmmem-view".into())
             .spawn({

@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! What a view on the host reaches: regions of the memfds of the target's RAM, and the mappings of them in this process.
+//! What a view on the host reaches: regions of the memfds of the target's RAM, and the mappings of them in this process;
+//! or regions of RAM that is private to its VMM, copied by the broker.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, Weak};
 use std::time::{Duration, Instant};
 
+use kvmmem_broker::host::{Copier, CopyError};
 use kvmmem_broker::map::Region;
 use kvmmem_sys::foreign::Foreign;
 use rustix::fs::{SeekFrom, seek};
@@ -41,8 +43,23 @@ pub(super) struct Reach {
     pub(super) state: State,
     /// Disjoint, in pages, ascending; none once the view has ended.
     regions: Vec<Region>,
-    /// By their numbers; none once the view has ended.
-    files: Vec<OwnedFd>,
+    source: Source,
+}
+
+/// Where the memory comes from.
+#[derive(Clone, Debug)]
+pub(super) enum Source {
+    /// From memfds, by their numbers; none once the view has ended.
+    Files(Arc<[OwnedFd]>),
+    /// From the broker.
+    Copies(Arc<Copier>),
+}
+
+/// What a copy takes from one place.
+enum Piece<'a> {
+    /// From an offset of a file.
+    File(&'a OwnedFd, u64),
+    Copy(Arc<Copier>),
 }
 
 /// A mapping in this process, as long as somebody uses it.
@@ -53,8 +70,8 @@ struct Mapped {
 }
 
 impl Memory {
-    pub(super) fn new(generation: u64, regions: Vec<Region>, files: Vec<OwnedFd>) -> Self {
-        let reach = Reach { generation, state: State::Open, regions, files };
+    pub(super) fn new(generation: u64, regions: Vec<Region>, source: Source) -> Self {
+        let reach = Reach { generation, state: State::Open, regions, source };
         Self {
             reach: RwLock::new(reach),
             mappings: Mutex::default(),
@@ -75,17 +92,32 @@ impl Memory {
         buf: &mut [u8],
     ) -> Result<usize, ViewError> {
         let reach = self.reach();
-        let (file, offset, len) = reach.piece(operation, gpa, buf.len())?;
+        let (piece, len) = reach.piece(operation, gpa, buf.len())?;
         let part = buf.get_mut(..len).unwrap_or_default();
-        retried(|| pread(file, &mut *part, offset)).map_err(|source| ViewError::System { operation, source })
+        match piece {
+            Piece::File(file, offset) => retried(|| pread(file, &mut *part, offset))
+                .map_err(|source| ViewError::System { operation, source }),
+            Piece::Copy(copier) => {
+                // The one who hears of the view's changes and end also hears the broker's answers.
+                drop(reach);
+                copier.read(gpa, part).map_err(|error| copy_failed(operation, gpa, error))
+            }
+        }
     }
 
     /// Copies as many of `bytes` as fit in one piece to `gpa` on, and returns how many.
     pub(super) fn write(&self, operation: ViewOperation, gpa: u64, bytes: &[u8]) -> Result<usize, ViewError> {
         let reach = self.reach();
-        let (file, offset, len) = reach.piece(operation, gpa, bytes.len())?;
+        let (piece, len) = reach.piece(operation, gpa, bytes.len())?;
         let part = bytes.get(..len).unwrap_or_default();
-        retried(|| pwrite(file, part, offset)).map_err(|source| ViewError::System { operation, source })
+        match piece {
+            Piece::File(file, offset) => retried(|| pwrite(file, part, offset))
+                .map_err(|source| ViewError::System { operation, source }),
+            Piece::Copy(copier) => {
+                drop(reach);
+                copier.write(gpa, part).map_err(|error| copy_failed(operation, gpa, error))
+            }
+        }
     }
 
     /// The next stretch with data at `gpa` or behind.
@@ -123,6 +155,9 @@ impl Memory {
         // Held until the mapping is in the list, so that no end of the view comes in between.
         let reach = self.reach();
         reach.check(operation)?;
+        if let Source::Copies(_) = reach.source {
+            return Err(ViewError::Private { operation });
+        }
         if let Some(gpa) = first_hole(&reach.ranges(), wanted) {
             return Err(ViewError::Hole { operation, gpa });
         }
@@ -160,7 +195,7 @@ impl Memory {
             reach.state = state;
         }
         reach.regions.clear();
-        reach.files.clear();
+        reach.source = Source::Files(Arc::new([]));
         let mappings = std::mem::take(&mut *self.mappings());
         let lost = mappings.iter().filter_map(|mapped| mapped.memory.upgrade());
         let left = lost.filter(|memory| !clear(memory)).count();
@@ -223,23 +258,27 @@ impl Reach {
 
     /// The file that a region lies in.
     fn file(&self, region: &Region) -> Option<&OwnedFd> {
-        self.files.get(usize::try_from(region.file).ok()?)
+        match &self.source {
+            Source::Files(files) => files.get(usize::try_from(region.file).ok()?),
+            Source::Copies(_) => None,
+        }
     }
 
-    /// The file, the offset in it of `gpa`, and how many bytes, at most `len`, can be copied there at once.
-    fn piece(
-        &self,
-        operation: ViewOperation,
-        gpa: u64,
-        len: usize,
-    ) -> Result<(&OwnedFd, u64, usize), ViewError> {
+    /// What `gpa` is copied from, and how many bytes, at most `len`, at once.
+    fn piece(&self, operation: ViewOperation, gpa: u64, len: usize) -> Result<(Piece<'_>, usize), ViewError> {
         self.check(operation)?;
         let region = self.regions.iter().find(|region| region.gpa <= gpa && gpa - region.gpa < region.len);
-        let place = region.and_then(|region| Some((region, self.file(region)?)));
-        let (region, file) = place.ok_or(ViewError::Hole { operation, gpa })?;
+        let region = region.ok_or(ViewError::Hole { operation, gpa })?;
         let within = gpa - region.gpa;
         let left = usize::try_from(region.len - within).unwrap_or(usize::MAX);
-        Ok((file, region.offset + within, len.min(left).min(COPY_LIMIT)))
+        let piece = match &self.source {
+            Source::Copies(copier) => Piece::Copy(Arc::clone(copier)),
+            Source::Files(_) => {
+                let file = self.file(region).ok_or(ViewError::Hole { operation, gpa })?;
+                Piece::File(file, region.offset + within)
+            }
+        };
+        Ok((piece, len.min(left).min(COPY_LIMIT)))
     }
 
     /// Makes `memory`, which stands for the addresses from `gpa` on, show what is there now; the rest of it is lost.
@@ -275,6 +314,16 @@ fn clear(memory: &Foreign) -> bool {
         std::thread::sleep(CLEAR_PAUSE);
     }
     false
+}
+
+fn copy_failed(operation: ViewOperation, gpa: u64, error: CopyError) -> ViewError {
+    match error {
+        CopyError::Revoked => ViewError::Revoked { operation },
+        CopyError::Gone => ViewError::Gone { operation },
+        CopyError::Hole => ViewError::Hole { operation, gpa },
+        CopyError::ReadOnly => ViewError::ReadOnly { operation },
+        source => ViewError::Copy { operation, gpa, source: Box::new(source) },
+    }
 }
 
 /// The number of bytes that were copied, which is positive.

@@ -28,7 +28,7 @@ fn region(gpa: u64, pages: u64, offset: u64) -> Region {
 }
 
 fn memory(regions: &[Region], file: &File) -> Memory {
-    Memory::new(4, regions.to_vec(), vec![file.try_clone().unwrap().into()])
+    Memory::new(4, regions.to_vec(), Source::Files(Arc::new([file.try_clone().unwrap().into()])))
 }
 
 fn pages(gpa: u64, pages: u64) -> Range {
@@ -60,7 +60,11 @@ fn a_mapping_spans_regions_in_several_files() {
     files[1].write_all_at(b"node one", 0).unwrap();
     let second = Region { file: 1, ..region(4, 4, 0) };
     let owned = files.iter().map(|file| file.try_clone().unwrap().into()).collect();
-    let memory = Memory::new(4, vec![region(0, 4, 0), second, Region { file: 2, ..region(8, 1, 0) }], owned);
+    let memory = Memory::new(
+        4,
+        vec![region(0, 4, 0), second, Region { file: 2, ..region(8, 1, 0) }],
+        Source::Files(owned),
+    );
     let mapping = memory.map(READ, pages(3, 2), true).unwrap();
     let mut bytes = [0; 16];
     mapping.read(PAGE - 8, &mut bytes).unwrap();

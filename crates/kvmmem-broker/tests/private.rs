@@ -1,0 +1,349 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! A target whose VMM keeps its RAM to itself: it is copied, and nobody maps it.
+
+mod common;
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use common::{TestBroker, Tool, caller, introspector, memfd, request, target, wait_for};
+use kvmmem_abi::errno::KvmError;
+use kvmmem_broker::admin::{AdminError, GrantRequest, Span};
+use kvmmem_broker::endpoint::Endpoint;
+use kvmmem_broker::host::{Copier, CopyError, HostEvent, HostLink, HostView};
+use kvmmem_broker::link::{RedeemError, Region, Registration, Rights, Token};
+use kvmmem_broker::packet::{PacketBuffer, PacketSocket, Wait};
+use kvmmem_broker::peer::{Credentials, Peer};
+use kvmmem_broker::ram::Ram;
+use kvmmem_broker::wire::{Answer, Call, Caller, FromBroker, MAX_COPY, Refusal, Request};
+use rustix::fs::{FallocateFlags, Mode, OFlags, SealFlags, fallocate};
+use rustix::io::{pread, pwrite};
+use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+
+const SOON: Duration = Duration::from_secs(5);
+
+/// Where the second region begins.
+const HIGH: u64 = 1 << 32;
+
+/// The RAM of a VM in the memory of this process: 3 MiB from 0, 64 KiB from 4 GiB.
+struct Private {
+    memory: Vec<u8>,
+    vm: u64,
+}
+
+impl Private {
+    const LOW_LEN: u64 = 3 << 20;
+    const HIGH_LEN: u64 = 64 << 10;
+
+    fn start(broker: &TestBroker, name: &str) -> Self {
+        let len = usize::try_from(Self::LOW_LEN + Self::HIGH_LEN).unwrap() + 0x1000;
+        let mut memory = vec![0; len];
+        let hva = (memory.as_ptr().addr() as u64).next_multiple_of(0x1000);
+        let start = usize::try_from(hva).unwrap() - memory.as_ptr().addr();
+        for (at, byte) in memory[start..].iter_mut().enumerate() {
+            *byte = pattern(at as u64);
+        }
+        let region = |gpa, len, offset| Region { gpa, len, offset, file: 0 };
+        let regions = vec![region(0, Self::LOW_LEN, hva), region(HIGH, Self::HIGH_LEN, hva + Self::LOW_LEN)];
+        let own = rustix::fs::open("/proc/self/mem", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()).unwrap();
+        let ram = Ram::of_process(own, regions).unwrap();
+        let registration = Registration { regions: Vec::new(), ..target(name) };
+        let (socket, _) =
+            socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
+        let credentials = Credentials { pid: std::process::id(), uid: 0 };
+        let peer = Peer::new(PacketSocket::accepted(socket, SOON).unwrap(), credentials);
+        let vm = broker.state.registry().insert(registration, Some(ram), Arc::new(peer)).unwrap();
+        Self { memory, vm: vm.id() }
+    }
+}
+
+/// What is at an offset of the memory at first.
+fn pattern(at: u64) -> u8 {
+    (at % 251) as u8
+}
+
+fn attach(broker: &TestBroker, token: &Token, read_only: bool) -> (HostLink, HostView, Copier) {
+    let (link, mut view) = HostLink::attach(&broker.path, token, read_only).unwrap();
+    let copier = view.copier.take().expect("there is nothing to copy by");
+    (link, view, copier)
+}
+
+/// Waits for events, as somebody must who copies; returns the first.
+fn pump(mut link: HostLink) -> std::thread::JoinHandle<(HostLink, HostEvent)> {
+    std::thread::spawn(move || {
+        let event = link.wait(SOON * 4).unwrap().expect("nothing has happened");
+        (link, event)
+    })
+}
+
+#[test]
+fn a_process_reads_and_writes_copies_as_far_as_its_grant_reaches() {
+    let broker = TestBroker::start();
+    let private = Private::start(&broker, "tiger");
+    let spans = Some(vec![Span { gpa: 0x1000, len: Private::LOW_LEN }, Span { gpa: HIGH, len: 0x2000 }]);
+    let granted = broker.grant(&GrantRequest { spans, uses: 2, ..request(Rights::ReadWrite) });
+    let (link, view, copier) = attach(&broker, &granted.token, false);
+    assert!(view.files.is_empty());
+    let told = |gpa, len| Region { gpa, len, offset: gpa, file: 0 };
+    // None of the VMM's addresses.
+    assert_eq!(view.regions, [told(0x1000, Private::LOW_LEN - 0x1000), told(HIGH, 0x2000)]);
+    let pump = pump(link);
+
+    let mut bytes = vec![0xee; MAX_COPY + 1];
+    assert_eq!(copier.read(0x1003, &mut bytes).unwrap(), MAX_COPY);
+    assert!(bytes[..MAX_COPY].iter().enumerate().all(|(at, byte)| *byte == pattern(0x1003 + at as u64)));
+    assert_eq!(bytes[MAX_COPY], 0xee);
+    assert_eq!(copier.write(HIGH + 0x1ffd, b"stripes").unwrap(), 3);
+    let mut few = [0; 8];
+    assert_eq!(copier.read(HIGH + 0x1ffc, &mut few).unwrap(), 4);
+    assert_eq!(&few, &[pattern(Private::LOW_LEN + 0x1ffc), b's', b't', b'r', 0, 0, 0, 0]);
+    assert_eq!(copier.read(Private::LOW_LEN - 5, &mut few).unwrap(), 5);
+    assert_eq!((copier.read(0x1000, &mut []).unwrap(), copier.write(0x1000, &[]).unwrap()), (0, 0));
+    for gpa in [0, 0xfff, Private::LOW_LEN, HIGH - 1, HIGH + 0x2000, u64::MAX] {
+        assert!(matches!(copier.read(gpa, &mut few), Err(CopyError::Hole)), "{gpa:#x}");
+        assert!(matches!(copier.write(gpa, b"x"), Err(CopyError::Hole)), "{gpa:#x}");
+    }
+
+    let (reading, _, reader) = attach(&broker, &granted.token, true);
+    let second = self::pump(reading);
+    assert!(matches!(reader.write(0x1000, b"x"), Err(CopyError::ReadOnly)));
+    reader.read(0x1000, &mut few).unwrap();
+
+    // Many at a time take turns.
+    std::thread::scope(|scope| {
+        for thread in 0..4u64 {
+            let copier = &copier;
+            scope.spawn(move || {
+                let mut bytes = [0; 5000];
+                for round in 0..20 {
+                    let gpa = 0x2000 + thread * 0x4_0000 + round * 777;
+                    assert_eq!(copier.read(gpa, &mut bytes).unwrap(), bytes.len());
+                    assert!(bytes.iter().enumerate().all(|(at, byte)| *byte == pattern(gpa + at as u64)));
+                }
+            });
+        }
+    });
+
+    // The grant ends, and with it both views, at once.
+    let revoked = std::thread::spawn({
+        let path = broker.path.clone();
+        move || kvmmem_broker::admin::Admin::connect(&path).unwrap().revoke(granted.grant).unwrap()
+    });
+    for pump in [pump, second] {
+        let (mut link, event) = pump.join().unwrap();
+        assert_eq!(event, HostEvent::Revoked);
+        link.confirm();
+    }
+    assert_eq!((revoked.join().unwrap().views, broker.grants()[0].views.len()), (2, 0));
+    assert!(matches!(copier.read(0x1000, &mut few), Err(CopyError::Revoked)));
+    assert!(matches!(copier.write(0x1000, b"x"), Err(CopyError::Revoked)));
+    drop(private.memory);
+}
+
+#[test]
+fn copies_end_with_the_target_and_with_the_broker() {
+    let broker = TestBroker::start();
+    let private = Private::start(&broker, "tiger");
+    let granted = broker.grant(&GrantRequest { uses: 2, ..request(Rights::ReadWrite) });
+    let (link, _, copier) = attach(&broker, &granted.token, false);
+    let pump_one = pump(link);
+    let mut bytes = vec![0; MAX_COPY];
+    copier.read(0, &mut bytes).unwrap();
+    let is_over = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let busy = scope.spawn(|| {
+            let mut bytes = vec![0; MAX_COPY];
+            loop {
+                if let Err(error) = copier.read(0, &mut bytes) {
+                    return error;
+                }
+                assert!(!is_over.load(Ordering::Relaxed));
+            }
+        });
+        let vm = broker.state.registry().get(private.vm).unwrap();
+        // What the end of a VMM does.
+        vm.mark_gone();
+        broker.state.registry().remove(private.vm);
+        let error = busy.join().unwrap();
+        assert!(matches!(error, CopyError::Gone), "{error:?}");
+        is_over.store(true, Ordering::Relaxed);
+    });
+    drop(broker);
+    assert_eq!(pump_one.join().unwrap().1, HostEvent::Gone);
+    assert!(matches!(copier.read(0, &mut bytes), Err(CopyError::Gone)));
+}
+
+#[test]
+fn kvmi_reads_and_writes_it_and_says_that_no_vm_can_map_it() {
+    let broker = TestBroker::start();
+    let _private = Private::start(&broker, "tiger");
+    let tool = Tool::listen(&broker, "tool.sock");
+    broker.admin().hook("tiger", &tool.endpoint).unwrap();
+    let mut session = tool.accept();
+    let token = session.token().unwrap();
+    let (_lion, vm) = (broker.introspector("lion", 7), broker.state.find("tiger").unwrap());
+    let minted = broker.state.mint(std::time::Instant::now(), &vm, &Endpoint::Vsock { cid: 7, port: 1 });
+    assert_eq!(minted.unwrap_err(), KvmError::OpNotSupp);
+    // A tool on the host can have copies.
+    let (link, _, copier) = attach(&broker, &token, false);
+    let pump = pump(link);
+    copier.write(HIGH, b"kvmi").unwrap();
+    let mut bytes = [0; 4];
+    vm.ram().unwrap().read(HIGH, &mut bytes).unwrap();
+    assert_eq!(&bytes, b"kvmi");
+    drop(vm);
+    drop(session);
+    drop(broker);
+    pump.join().unwrap();
+}
+
+#[test]
+fn a_vmm_is_refused_and_the_token_keeps_its_uses() {
+    let broker = TestBroker::start();
+    let _private = Private::start(&broker, "tiger");
+    let lion = broker.introspector("lion", 7);
+    let granted = broker.grant(&request(Rights::ReadWrite));
+    assert_eq!(lion.attach(&granted.token, &caller(), true).unwrap_err(), RedeemError::Private);
+    assert_eq!(lion.redeem(&granted.token).unwrap_err(), RedeemError::Private);
+    assert_eq!(broker.grants()[0].uses_left, 1);
+    assert!(RedeemError::Private.to_string().contains("memory-backend-memfd"));
+    let holder = Some(introspector("lion", 7).uuid);
+    match broker.admin().grant(&GrantRequest { holder, ..request(Rights::ReadOnly) }) {
+        Err(AdminError::Refused { refusal: Refusal::Invalid, message }) => {
+            assert!(message.contains("private") && message.contains("share=on"), "{message}");
+        }
+        other => panic!("{other:?}"),
+    }
+    let (_link, view, _) = attach(&broker, &granted.token, true);
+    assert_eq!(view.rights, Rights::ReadOnly);
+}
+
+/// A connection with a view that copies, by hand.
+struct Hand {
+    socket: PacketSocket,
+    buffer: PacketBuffer,
+    view: u64,
+}
+
+impl Hand {
+    fn attach(broker: &TestBroker, token: &Token) -> Self {
+        let socket = PacketSocket::connect(&broker.path, SOON).unwrap();
+        socket.limit_receive(Some(SOON)).unwrap();
+        let mut hand = Self { socket, buffer: PacketBuffer::default(), view: 0 };
+        let nobody = Caller { pid: 0, uid: 0, comm: String::new() };
+        let call = Call::Attach { token: token.clone(), caller: nobody, read_only: false };
+        match hand.ask(call, &[]) {
+            FromBroker::Answer { answer: Answer::HostAttached { view, copied: true, .. }, .. } => {
+                hand.view = view;
+            }
+            other => panic!("{other:?}"),
+        }
+        hand
+    }
+
+    fn ask(&mut self, call: Call, files: &[OwnedFd]) -> FromBroker {
+        let files: Vec<_> = files.iter().map(AsFd::as_fd).collect();
+        self.socket.send(&Request { id: 9, call }, &files, Wait::Limited).unwrap();
+        self.socket.receive(&mut self.buffer).unwrap().unwrap().0
+    }
+
+    fn copy(&mut self, view: u64, len: u32, files: &[OwnedFd]) -> Result<u32, Refusal> {
+        match self.ask(Call::Copy { view, gpa: 0, len, write: false }, files) {
+            FromBroker::Answer { answer: Answer::Copied { len }, .. } => Ok(len),
+            FromBroker::Refused { refusal, .. } => Err(refusal),
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+fn allocated(size: u64) -> OwnedFd {
+    let file = memfd(size, SealFlags::SHRINK);
+    fallocate(&file, FallocateFlags::empty(), 0, size).unwrap();
+    file
+}
+
+#[test]
+fn requests_that_make_no_sense_copy_nothing() {
+    let broker = TestBroker::start();
+    let _private = Private::start(&broker, "tiger");
+    let granted = broker.grant(&GrantRequest { uses: 2, ..request(Rights::ReadWrite) });
+    let mut hand = Hand::attach(&broker, &granted.token);
+    let mut other = Hand::attach(&broker, &granted.token);
+    let view = hand.view;
+    let file = |file: std::fs::File| vec![OwnedFd::from(file)];
+    let null = || std::fs::File::options().read(true).write(true).open("/dev/null").unwrap();
+    let (_reader, writer) = std::io::pipe().unwrap();
+    let cases: Vec<(u32, Vec<OwnedFd>)> = vec![
+        (0, vec![allocated(0x1000)]),
+        (u32::MAX, vec![allocated(0x1000)]),
+        (1 + (1 << 20), vec![allocated(2 << 20)]),
+        (8, vec![]),
+        (8, vec![allocated(0x1000), allocated(0x1000)]),
+        (8, file(null())),
+        (8, vec![writer.into()]),
+        (0x1001, vec![allocated(0x1000)]),
+        // What the broker would have to pay for.
+        (8, vec![memfd(0x1000, SealFlags::SHRINK)]),
+        (8, file(tempfile::tempfile().unwrap())),
+    ];
+    for (len, files) in cases {
+        let words = format!("{len:#x} {files:?}");
+        assert_eq!(hand.copy(view, len, &files), Err(Refusal::Invalid), "{words}");
+    }
+    let unsealed = rustix::fs::memfd_create("x", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+    pwrite(&unsealed, &[0; 0x1000], 0).unwrap();
+    assert_eq!(hand.copy(view, 8, &[unsealed]), Err(Refusal::Invalid));
+    let sealed = allocated(0x1000);
+    rustix::fs::fcntl_add_seals(&sealed, SealFlags::WRITE).unwrap();
+    assert_eq!(hand.copy(view, 8, &[sealed]), Err(Refusal::Invalid));
+    // Somebody else's view, and none at all.
+    for view in [other.view, 0, u64::MAX] {
+        assert_eq!(hand.copy(view, 8, &[allocated(0x1000)]), Err(Refusal::Unknown));
+    }
+    let good = allocated(0x1000);
+    assert_eq!(hand.copy(view, 0x1000, &[good.try_clone().unwrap()]), Ok(0x1000));
+    let mut byte = [0];
+    pread(&good, &mut byte, 0xfff).unwrap();
+    assert_eq!(byte[0], pattern(0xfff));
+
+    // One that never confirms has no more copies all the same.
+    let revoked = broker.admin().revoke(granted.grant).unwrap();
+    assert_eq!((revoked.views, revoked.unconfirmed), (2, 2));
+    for hand in [&mut hand, &mut other] {
+        let pushed = hand.socket.receive::<FromBroker>(&mut hand.buffer).unwrap().unwrap().0;
+        assert!(matches!(pushed, FromBroker::Revoke { .. }), "{pushed:?}");
+        let view = hand.view;
+        assert_eq!(hand.copy(view, 8, &[allocated(0x1000)]), Err(Refusal::Unknown));
+    }
+}
+
+#[test]
+fn copies_leave_no_descriptor_behind() {
+    let broker = TestBroker::start();
+    let _private = Private::start(&broker, "tiger");
+    let granted = broker.grant(&request(Rights::ReadWrite));
+    let mut hand = Hand::attach(&broker, &granted.token);
+    let view = hand.view;
+    // Of this kind the other tests of this program have none.
+    let copies = || {
+        let is_copy = |entry: std::io::Result<std::fs::DirEntry>| {
+            let link = std::fs::read_link(entry.ok()?.path()).ok()?;
+            link.to_string_lossy().contains("left-behind").then_some(())
+        };
+        std::fs::read_dir("/proc/self/fd").unwrap().filter_map(is_copy).count()
+    };
+    let flags = rustix::fs::MemfdFlags::CLOEXEC | rustix::fs::MemfdFlags::ALLOW_SEALING;
+    let file = rustix::fs::memfd_create("left-behind", flags).unwrap();
+    rustix::fs::ftruncate(&file, 0x1000).unwrap();
+    fallocate(&file, FallocateFlags::empty(), 0, 0x1000).unwrap();
+    rustix::fs::fcntl_add_seals(&file, SealFlags::SHRINK).unwrap();
+    let files = [file];
+    for _ in 0..50 {
+        assert_eq!(hand.copy(view, 0x1000, &files), Ok(0x1000));
+        assert_eq!(hand.copy(view, 0x1001, &files), Err(Refusal::Invalid));
+        assert_eq!(hand.copy(0, 8, &files), Err(Refusal::Unknown));
+    }
+    wait_for("the copies to be closed", || copies() == 1);
+}

@@ -1,0 +1,226 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! Views on the host of a target whose VMM keeps its RAM to itself: here, this process.
+
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use kvmmem::{Access, Event, Range, View, ViewError};
+use kvmmem_broker::admin::{Admin, GrantRequest, Granted, Rights, Span};
+use kvmmem_broker::broker::Broker;
+use kvmmem_broker::link::{Change, Region, Registration};
+use kvmmem_broker::packet::PacketSocket;
+use kvmmem_broker::peer::{Credentials, Peer};
+use kvmmem_broker::ram::Ram;
+use kvmmem_broker::server::Server;
+use proptest::prelude::*;
+use rustix::fs::{Mode, OFlags};
+use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+use uuid::Uuid;
+
+const PATIENCE: Duration = Duration::from_secs(10);
+const PAGE: u64 = 0x1000;
+/// The second region is adjacent to the first, and elsewhere in the VMM.
+const SECOND: u64 = 3 << 20;
+const SECOND_LEN: u64 = 64 << 10;
+
+struct Host {
+    socket: PathBuf,
+    broker: Arc<Broker>,
+    memory: Vec<u8>,
+    vm: u64,
+    stop: Option<UnixStream>,
+    server: Option<JoinHandle<()>>,
+    _directory: tempfile::TempDir,
+}
+
+impl Host {
+    fn start() -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let socket = directory.path().join("broker.sock");
+        let server = Server::bind(&socket, None).unwrap();
+        let broker = server.broker();
+        let (stop, stopped) = UnixStream::pair().unwrap();
+        let server = std::thread::spawn(move || server.run(stopped.as_fd()).unwrap());
+        let memory = vec![0; usize::try_from(SECOND + SECOND_LEN + PAGE).unwrap()];
+        let own = rustix::fs::open("/proc/self/mem", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()).unwrap();
+        let registration = Registration {
+            name: "target".into(),
+            uuid: Uuid::from_bytes([7; 16]),
+            vcpus: 1,
+            start_time_ms: 1_700_000_000_000,
+            cid: None,
+            introspectable: true,
+            introspector: false,
+            regions: Vec::new(),
+        };
+        let mut host = Self {
+            socket,
+            broker,
+            memory,
+            vm: 0,
+            stop: Some(stop),
+            server: Some(server),
+            _directory: directory,
+        };
+        let ram = Ram::of_process(own, host.regions()).unwrap();
+        let (end, _) =
+            socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
+        let credentials = Credentials { pid: std::process::id(), uid: 0 };
+        let peer = Peer::new(PacketSocket::accepted(end, PATIENCE).unwrap(), credentials);
+        let vm = host.broker.registry().insert(registration, Some(ram), Arc::new(peer)).unwrap();
+        host.vm = vm.id();
+        host
+    }
+
+    fn regions(&self) -> Vec<Region> {
+        let hva = (self.memory.as_ptr().addr() as u64).next_multiple_of(PAGE);
+        let region = |gpa, len, offset| Region { gpa, len, offset, file: 0 };
+        vec![region(0, SECOND, hva + SECOND_LEN), region(SECOND, SECOND_LEN, hva)]
+    }
+
+    fn grant(&self, rights: Rights, spans: Option<Vec<Span>>) -> Granted {
+        let (target, uses, ttl_ms) = ("target".into(), 1, 60_000);
+        let request = GrantRequest { target, spans, rights, ttl_ms, uses, holder: None, label: None };
+        Admin::connect(&self.socket).unwrap().grant(&request).unwrap()
+    }
+
+    fn view(&self, rights: Rights) -> (View, u64) {
+        let granted = self.grant(rights, None);
+        (View::attach_host(&self.socket, &granted.token, Access::Granted).unwrap(), granted.grant)
+    }
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        drop(self.stop.take());
+        if let Some(server) = self.server.take() {
+            server.join().unwrap();
+        }
+    }
+}
+
+#[test]
+fn what_is_written_is_read_and_nothing_is_mapped() {
+    let host = Host::start();
+    let (view, _) = host.view(Rights::ReadWrite);
+    let whole = [Range { gpa: 0, len: SECOND }, Range { gpa: SECOND, len: SECOND_LEN }];
+    assert_eq!(view.ranges().unwrap(), whole);
+    // More than one copy, and across the regions.
+    let bytes: Vec<u8> = (0..SECOND).map(|at| (at % 249) as u8).collect();
+    view.write_at(PAGE - 3, &bytes).unwrap();
+    let mut back = vec![0; bytes.len()];
+    view.read_at(PAGE - 3, &mut back).unwrap();
+    assert!(back == bytes);
+    for gpa in [0, 5, SECOND - 1, SECOND, SECOND + 7] {
+        let rest = whole.iter().find(|range| gpa < range.gpa + range.len).unwrap();
+        let expected = Range { gpa, len: rest.gpa + rest.len - gpa };
+        assert_eq!(view.data_from(gpa).unwrap(), Some(expected));
+    }
+    assert_eq!(view.data_from(SECOND + SECOND_LEN).unwrap(), None);
+    let error = view.map(Range { gpa: 0, len: PAGE }).unwrap_err();
+    assert!(matches!(error, ViewError::Private { .. }), "{error}");
+    assert_eq!(error.errno(), Some(95));
+    let words = error.to_string();
+    assert!(
+        words.contains("share=on") && words.contains("read_at") && words.contains("at gpa 0x0"),
+        "{words}"
+    );
+    let beyond = view.read_at(SECOND + SECOND_LEN - 1, &mut [0; 2]).unwrap_err();
+    assert!(matches!(beyond, ViewError::Hole { gpa, .. } if gpa == SECOND + SECOND_LEN), "{beyond}");
+
+    let granted = host.grant(Rights::ReadWrite, None);
+    let reader = View::attach_host(&host.socket, &granted.token, Access::ReadOnly).unwrap();
+    reader.read_at(PAGE, &mut [0; 2]).unwrap();
+    let written = reader.write_at(PAGE, &[0; 2]);
+    assert!(matches!(written, Err(ViewError::ReadOnly { .. })), "{written:?}");
+}
+
+#[test]
+fn a_view_follows_the_ram_and_hears_of_its_end_whatever_it_is_doing() {
+    for end in [Event::Revoked, Event::Gone] {
+        let host = Host::start();
+        let (view, grant) = host.view(Rights::ReadOnly);
+        let vm = host.broker.registry().get(host.vm).unwrap();
+        let read = AtomicU64::new(0);
+        std::thread::scope(|scope| {
+            let readers: Vec<_> = (0..3)
+                .map(|_| {
+                    scope.spawn(|| {
+                        let mut bytes = vec![0; 1 << 20];
+                        loop {
+                            match view.read_at(0, &mut bytes) {
+                                Ok(()) => read.fetch_add(1, Ordering::Relaxed),
+                                Err(error) => return error,
+                            };
+                        }
+                    })
+                })
+                .collect();
+            while read.load(Ordering::Relaxed) < 3 {
+                std::thread::yield_now();
+            }
+            // A change is heard of while copies are under way.
+            let fewer = vec![host.regions()[0]];
+            host.broker.ram_changed(Some(&vm), fewer, Change::Resized).unwrap();
+            assert_eq!(view.wait(PATIENCE).unwrap(), Some(Event::Changed));
+            assert_eq!(view.ranges().unwrap(), [Range { gpa: 0, len: SECOND }]);
+            assert!(matches!(view.read_at(SECOND, &mut [0]), Err(ViewError::Hole { gpa: SECOND, .. })));
+            let began = std::time::Instant::now();
+            if end == Event::Revoked {
+                let revoked = Admin::connect(&host.socket).unwrap().revoke(grant).unwrap();
+                assert_eq!((revoked.views, revoked.unconfirmed), (1, 0));
+            } else {
+                host.broker.retire(&vm);
+            }
+            assert_eq!(view.wait(PATIENCE).unwrap(), Some(end));
+            for reader in readers {
+                let error = reader.join().unwrap();
+                match end {
+                    Event::Revoked => assert!(matches!(error, ViewError::Revoked { .. }), "{error}"),
+                    _ => assert!(matches!(error, ViewError::Gone { .. }), "{error}"),
+                }
+            }
+            assert!(began.elapsed() < PATIENCE);
+        });
+        assert!(view.ranges().unwrap().is_empty());
+        assert!(view.read_at(0, &mut [0]).is_err() && view.data_from(0).is_err());
+        view.detach().unwrap();
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(16))]
+
+    /// Copies through the broker are those of a plain buffer.
+    #[test]
+    fn copies_are_those_of_a_buffer(
+        steps in proptest::collection::vec((0..SECOND + SECOND_LEN, 0usize..20_000, any::<u8>(), any::<bool>()), 1..20),
+    ) {
+        let host = Host::start();
+        let (view, _) = host.view(Rights::ReadWrite);
+        let mut model = vec![0u8; usize::try_from(SECOND + SECOND_LEN).unwrap()];
+        for (gpa, len, value, write) in steps {
+            let at = usize::try_from(gpa).unwrap();
+            let is_inside = at + len <= model.len();
+            if write {
+                let data = vec![value; len];
+                let written = view.write_at(gpa, &data);
+                prop_assert_eq!(written.is_ok(), is_inside);
+                // What there is before the end is written.
+                let end = (at + len).min(model.len());
+                model[at..end].fill(value);
+            } else {
+                let mut bytes = vec![0xee; len];
+                prop_assert_eq!(view.read_at(gpa, &mut bytes).is_ok(), is_inside);
+                if is_inside {
+                    prop_assert!(bytes == model[at..at + len]);
+                }
+            }
+        }
+    }
+}
