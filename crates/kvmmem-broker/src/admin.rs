@@ -44,6 +44,8 @@ pub struct Added {
     pub regions: Vec<Region>,
     /// How that became known.
     pub evidence: Evidence,
+    /// Where its memory can only be copied: why, and what helps.
+    pub copied: Option<String>,
 }
 
 /// A VM under a stock QEMU that shall be an introspector.
@@ -220,7 +222,9 @@ impl Admin {
     pub fn add_target(&mut self, which: &Which, name: Option<&str>) -> Result<Added, AdminError> {
         let call = Call::AddTarget { which: which.clone(), name: name.map(str::to_owned) };
         match self.ask(call)? {
-            Answer::Added { target, regions, evidence } => Ok(Added { target, regions, evidence }),
+            Answer::Added { target, regions, evidence, copied } => {
+                Ok(Added { target, regions, evidence, copied })
+            }
             _ => Err(AdminError::NoAnswer),
         }
     }

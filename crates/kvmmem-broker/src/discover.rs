@@ -11,7 +11,9 @@ mod adopt;
 pub mod attach;
 pub mod backing;
 pub mod command_line;
+mod confirm;
 mod follow;
+mod guest;
 pub mod layout;
 pub mod mapping;
 pub(crate) mod monitor;
@@ -53,7 +55,9 @@ pub struct Found {
     pub qmp: Option<PathBuf>,
     /// Whether the RAM can be opened; where it lies in the guest is found out when it is attached.
     pub attachable: bool,
-    /// Why not.
+    /// Whether its memory can only be copied, not mapped.
+    pub copied: bool,
+    /// Why not, or why only that.
     pub reason: Option<String>,
     /// What to start the VM with instead.
     pub remedy: Option<String>,
@@ -82,16 +86,24 @@ fn find(pid: u32) -> Option<Found> {
     };
     let vmm = Vmm::recognise(&program, &arguments)?;
     let line = vmm.command_line(&arguments);
-    let obstacle = supported(vmm).and_then(|()| openable(&process, &line)).err();
+    let (copied, obstacle) = match openable(&process, vmm, &line) {
+        Ok(copied) => (copied, None),
+        Err(obstacle) => (None, Some(obstacle)),
+    };
     if matches!(obstacle, Some(Obstacle::Process(ProcessError::Gone(_)))) || !process.is_alive() {
         return None;
     }
+    let in_the_way = copied.as_ref().or(obstacle.as_ref());
+    let reason = in_the_way.map(ToString::to_string);
     Some(Found {
         pid,
         vmm,
         attachable: obstacle.is_none(),
-        reason: obstacle.as_ref().map(ToString::to_string),
-        remedy: obstacle.as_ref().and_then(|obstacle| obstacle.remedy(&line)),
+        copied: copied.is_some(),
+        reason: reason.map(|reason| {
+            if copied.is_some() { format!("{reason}; it is copied, not mapped") } else { reason }
+        }),
+        remedy: in_the_way.and_then(|obstacle| obstacle.remedy(&line)),
         name: line.name,
         uuid: line.uuid,
         vcpus: line.vcpus,
@@ -101,6 +113,21 @@ fn find(pid: u32) -> Option<Found> {
     })
 }
 
-fn openable(process: &Process, line: &CommandLine) -> Result<(), Obstacle> {
-    backing::find(process, line, line.memory.unwrap_or(0)).map(|_| ())
+/// Whether the RAM can be opened, and why it can only be copied where that is so.
+fn openable(process: &Process, vmm: Vmm, line: &CommandLine) -> Result<Option<Obstacle>, Obstacle> {
+    supported(vmm)?;
+    backing::check(process, line)?;
+    let mappings = process.mappings()?;
+    for size in line.sizes().unwrap_or_default() {
+        let candidates = backing::candidates(&mappings, size);
+        if candidates.is_empty() {
+            return Err(Obstacle::NotFound(size));
+        }
+        let copied =
+            candidates.iter().map(|backing| backing.copied(process)).collect::<Result<Vec<_>, _>>()?;
+        if copied.iter().all(Option::is_some) {
+            return Ok(copied.into_iter().flatten().next());
+        }
+    }
+    Ok(None)
 }

@@ -27,7 +27,7 @@ pub use error::QmpError;
 use line::{LineError, Lines};
 use message::Message;
 pub use message::QmpEvent;
-pub use questions::{MemoryBackend, MemorySize};
+pub use questions::{MemoryBackend, MemoryDevice, MemoryDeviceData, MemorySize};
 
 /// How long a command may take, and a whole conversation.
 pub const LIMIT: Duration = Duration::from_secs(2);

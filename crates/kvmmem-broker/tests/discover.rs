@@ -6,7 +6,7 @@ mod common;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, ChildStdout, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use common::{TestBroker, Tool, ToolSession, request, wait_for};
@@ -18,10 +18,13 @@ use kvmmem_broker::link::RedeemError;
 use kvmmem_broker::wire::Refusal;
 use kvmmem_kvmi::request::Request;
 use rustix::fs::SealFlags;
+use rustix::mm::{MapFlags, ProtFlags};
 use serde_json::{Value, json};
+use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{FileOffset, MmapRegion};
 
-/// Says which memory a fake VMM maps: some of `sealed`, `unsealed`, `tables`, each memfd 32 MiB.
+/// Says which memory a fake VMM maps: some of `sealed`, `unsealed`, `private`, each of 32 MiB, with `tables` or without.
+/// It cuts `unsealed` files off as soon as it is told to.
 const SPEC: &str = "KVMMEM_FAKE_VMM";
 
 const READY: &str = "the fake VMM is ready";
@@ -36,22 +39,43 @@ const HONEST: &[&str] = &["-name", "guest=fake", "-m", "32", "-machine", "q35"];
 #[ignore = "a process that the other tests start"]
 fn fake_vmm() {
     let Ok(spec) = std::env::var(SPEC) else { return };
-    let mut mapped = Vec::new();
+    let len = usize::try_from(SIZE).unwrap();
+    let (mut mapped, mut files) = (Vec::new(), Vec::new());
     for word in spec.split(' ').filter(|word| word.ends_with("sealed")) {
         let seals = if word == "sealed" { SealFlags::SHRINK } else { SealFlags::GROW };
         let file = std::fs::File::from(common::memfd(SIZE, seals));
         if spec.contains("tables") {
-            write_tables(&file);
+            write_tables(&file, 0);
         }
-        let len = usize::try_from(SIZE).unwrap();
+        files.extend((word == "unsealed").then(|| file.try_clone().unwrap()));
         mapped.push(MmapRegion::<()>::from_file(FileOffset::new(file, 0), len).unwrap());
     }
+    for _ in spec.split(' ').filter(|word| *word == "private") {
+        // Anonymous memory could become one with what lies beside it.
+        let file = FileOffset::new(common::memfd(SIZE, SealFlags::SHRINK).into(), 0);
+        let private = MmapRegionBuilder::<()>::new(len).with_file_offset(file);
+        let (rights, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE);
+        let private =
+            private.with_mmap_prot(rights.bits().cast_signed()).with_mmap_flags(flags.bits().cast_signed());
+        let region = private.build().unwrap();
+        if spec.contains("tables") {
+            let memory = std::fs::OpenOptions::new().write(true).open("/proc/self/mem").unwrap();
+            write_tables(&memory, region.as_ptr().addr() as u64);
+        }
+        mapped.push(region);
+    }
     println!("\n{READY}");
-    let _ = std::io::stdin().read(&mut [0]);
+    if std::io::stdin().read(&mut [0]).is_ok_and(|count| count > 0) {
+        for file in files {
+            file.set_len(0).unwrap();
+        }
+        println!("{READY}");
+        let _ = std::io::stdin().read(&mut [0]);
+    }
 }
 
-/// ACPI tables as a firmware leaves them, just below the end of the memory.
-fn write_tables(file: &std::fs::File) {
+/// ACPI tables as a firmware leaves them, just below the end of the memory, which is at a place in a file.
+fn write_tables(file: &std::fs::File, place: u64) {
     use std::os::unix::fs::FileExt;
     let sealed = |mut bytes: Vec<u8>, at: usize| {
         bytes[at] = bytes.iter().fold(0, |sum: u8, byte| sum.wrapping_sub(*byte));
@@ -71,13 +95,14 @@ fn write_tables(file: &std::fs::File) {
     for (at, bytes) in
         [(0xe_0000, pointer), (base, table(b"DSDT", &[])), (base + 0x1000, fixed), (base + 0x2000, root)]
     {
-        file.write_all_at(&bytes, u64::from(at)).unwrap();
+        file.write_all_at(&bytes, place + u64::from(at)).unwrap();
     }
 }
 
 /// A process that looks like a QEMU, ended on drop.
 struct Fake {
     process: Child,
+    lines: std::io::Lines<BufReader<ChildStdout>>,
     _directory: tempfile::TempDir,
 }
 
@@ -100,10 +125,21 @@ impl Fake {
             .stdout(Stdio::piped())
             .spawn()
             .unwrap();
-        let stdout = process.stdout.take().unwrap();
-        let ready = BufReader::new(stdout).lines().any(|line| line.unwrap() == READY);
-        assert!(ready, "the fake VMM did not start");
-        Self { process, _directory: directory }
+        let lines = BufReader::new(process.stdout.take().unwrap()).lines();
+        let mut fake = Self { process, lines, _directory: directory };
+        fake.wait();
+        fake
+    }
+
+    fn wait(&mut self) {
+        let is_ready = self.lines.by_ref().any(|line| line.unwrap() == READY);
+        assert!(is_ready, "the fake VMM has ended");
+    }
+
+    /// Makes it cut its unsealed files off.
+    fn truncate(&mut self) {
+        self.process.stdin.as_mut().unwrap().write_all(b"x").unwrap();
+        self.wait();
     }
 
     fn pid(&self) -> u32 {
@@ -174,16 +210,12 @@ fn what_is_wrong_with_the_memory_is_said() {
     let broker = TestBroker::start();
     let with = |more: &[&'static str]| [HONEST, more].concat();
     let cases: Vec<(&str, Vec<&str>, &str)> = vec![
-        (
-            "",
-            with(&[]),
-            "its RAM is private: no file of 32M is mapped shared; start it with: -object memory-backend-memfd,id=mem,size=32M,share=on",
-        ),
-        ("", with(&["-object", "x,file=/var/lib/libvirt/k"]), "<source type='memfd'/>"),
-        ("unsealed tables", with(&[]), "is not sealed against shrinking"),
-        ("sealed sealed", with(&[]), "2 files of 32M are mapped shared"),
+        ("", with(&[]), "no memory of 32M that could be RAM"),
+        ("private", with(&[]), "not confirmed by the guest's memory"),
+        ("private private tables", with(&[]), "several mappings of 32M"),
+        ("sealed sealed tables", with(&[]), "several mappings of 32M"),
         ("sealed", with(&[]), "not confirmed by the guest's memory"),
-        ("sealed tables", with(&["-m", "64"]), "private: no file of 64M"),
+        ("sealed tables", with(&["-m", "64"]), "no memory of 64M"),
         ("sealed tables", with(&["-m", "32,maxmem=1G"]), "may have been plugged in"),
         ("sealed tables", with(&["-machine", "microvm"]), "machine type \"microvm\""),
         ("sealed tables", with(&["-object", "sev-snp-guest,id=s"]), "confidential (AMD SEV-SNP)"),
@@ -195,6 +227,66 @@ fn what_is_wrong_with_the_memory_is_said() {
         assert!(message.contains(words), "{spec} {arguments:?}: {message}");
     }
     assert!(broker.admin().targets().unwrap().is_empty());
+}
+
+#[test]
+fn what_cannot_be_mapped_is_copied() {
+    let broker = TestBroker::start();
+    let libvirts = [HONEST, &["-object", "x,file=/var/lib/libvirt/k"]].concat();
+    let memfd = "-object memory-backend-memfd,id=mem,size=32M,share=on -machine memory-backend=mem";
+    let cases = [
+        (
+            "private tables",
+            HONEST,
+            "private: no file of 32M is mapped shared; it is copied, not mapped",
+            memfd,
+        ),
+        ("private tables", &libvirts, "private", "<source type='memfd'/>"),
+        ("unsealed tables", HONEST, "not sealed against shrinking; it is copied", memfd),
+    ];
+    for (spec, arguments, reason, remedy) in cases {
+        let fake = Fake::start(spec, arguments);
+        let added = broker.admin().add_target(&Which::Pid(fake.pid()), None).unwrap();
+        let copied = added.copied.unwrap();
+        assert!(copied.contains(reason) && copied.contains(remedy), "{copied}");
+        // Where it lies in the VMM is nobody's business.
+        assert!(added.regions.iter().all(|region| region.offset == region.gpa));
+        let again = refusal(&broker, &Which::Pid(fake.pid()));
+        assert!(again.contains("registered already"), "{again}");
+        let tool = Tool::listen(&broker, "tool.sock");
+        broker.admin().hook("fake", &tool.endpoint).unwrap();
+        let mut session = tool.accept();
+        let read = Request::ReadPhysical { gpa: 0xe_0000, size: 8 };
+        assert_eq!(session.ask(read).unwrap(), b"RSD PTR ");
+        session.ask(Request::WritePhysical { gpa: 0x10_0000, data: b"stripes" }).unwrap();
+        assert_eq!(session.ask(Request::ReadPhysical { gpa: 0x10_0000, size: 7 }).unwrap(), b"stripes");
+        let found = discover().unwrap().into_iter().find(|found| found.pid == fake.pid()).unwrap();
+        assert!(found.attachable && found.copied && found.remedy.unwrap().contains(remedy));
+        drop(fake);
+        assert!(session.is_closed());
+        wait_for("the target to go", || broker.admin().targets().unwrap().is_empty());
+        std::fs::remove_file(broker.directory.path().join("tool.sock")).unwrap();
+    }
+}
+
+#[test]
+fn a_file_that_is_cut_off_harms_nobody() {
+    let broker = TestBroker::start();
+    let mut fake = Fake::start("unsealed tables", HONEST);
+    broker.admin().add_target(&Which::Pid(fake.pid()), None).unwrap();
+    let tool = Tool::listen(&broker, "tool.sock");
+    broker.admin().hook("fake", &tool.endpoint).unwrap();
+    let mut session = tool.accept();
+    let read = || Request::ReadPhysical { gpa: 0xe_0000, size: 8 };
+    session.ask(read()).unwrap();
+    fake.truncate();
+    assert!(session.ask(read()).is_err());
+    assert!(session.ask(Request::WritePhysical { gpa: 0xe_0000, data: b"x" }).is_err());
+    assert_eq!(broker.admin().targets().unwrap().len(), 1);
+    // What is gone before it is added cannot be added.
+    broker.admin().remove_target("fake").unwrap();
+    let message = refusal(&broker, &Which::Pid(fake.pid()));
+    assert!(message.contains("not confirmed"), "{message}");
 }
 
 #[test]
@@ -246,7 +338,10 @@ fn only_what_was_added_is_removed() {
 }
 
 /// Answers like QEMU over QMP, but for what `lie` changes.
-fn qmp(directory: &Path, lie: impl Fn(&str, Value) -> Value + Send + 'static) -> PathBuf {
+fn qmp(directory: &Path, fake: &Fake, lie: impl Fn(&str, Value) -> Value + Send + 'static) -> PathBuf {
+    let process = kvmmem_broker::discover::process::Process::open(fake.pid()).unwrap();
+    let mappings = process.mappings().unwrap();
+    let hva = mappings.iter().find(|mapping| mapping.len == SIZE).map_or(0, |mapping| mapping.hva);
     let path = directory.join("fake.qmp");
     let listener = UnixListener::bind(&path).unwrap();
     std::thread::spawn(move || {
@@ -260,7 +355,11 @@ fn qmp(directory: &Path, lie: impl Fn(&str, Value) -> Value + Send + 'static) ->
             let answer = match command {
                 "query-memdev" => json!([{ "id": "mem", "size": SIZE, "share": true }]),
                 "query-memory-size-summary" => json!({ "base-memory": SIZE, "plugged-memory": 0 }),
+                "query-memory-devices" => json!([]),
                 "query-cpus-fast" => json!([{}, {}]),
+                "human-monitor-command" if line.contains("gpa2hva") => {
+                    json!(format!("Host virtual address for 0x0 (mem) is {hva:#x}\r\n"))
+                }
                 "human-monitor-command" => json!(
                     "FlatView #0\n AS \"memory\", root: system\n  0000000000000000-0000000001ffffff (prio 0, ram): mem\n"
                 ),
@@ -284,7 +383,7 @@ fn lies_over_qmp_are_measured_by_the_kernel() {
             |command, answer| {
                 if command == "query-memdev" { json!([{ "id": "mem", "size": SIZE * 2 }]) } else { answer }
             },
-            "only one backend",
+            "of 0x2000000 bytes of RAM from the start 0x4000000 are in memory backends",
         ),
         (
             |command, answer| match command {
@@ -292,14 +391,37 @@ fn lies_over_qmp_are_measured_by_the_kernel() {
                 "query-memory-size-summary" => json!({ "base-memory": SIZE * 2 }),
                 _ => answer,
             },
-            "private: no file of 64M",
+            "no memory of 64M at 0x",
         ),
         (
             |command, answer| match command {
                 "human-monitor-command" => json!(answer.as_str().unwrap().replace("01ffffff", "ffffffff")),
                 _ => answer,
             },
-            "regions need 0x100000000",
+            "no memory of 4294180864 that could be RAM",
+        ),
+        (
+            |command, answer| match (command, answer.as_str()) {
+                ("human-monitor-command", Some(text)) if text.starts_with("Host") => {
+                    json!("Host virtual address for 0x0 (mem) is 0x1000")
+                }
+                _ => answer,
+            },
+            "no memory of 32M at 0x1000, where it says that RAM is",
+        ),
+        (
+            |command, answer| match (command, answer.as_str()) {
+                ("human-monitor-command", Some(text)) if text.starts_with("Host") => json!("No memory"),
+                _ => answer,
+            },
+            "is not the answer to",
+        ),
+        (
+            |command, answer| match command {
+                "query-memory-devices" => json!([{ "type": "virtio-mem", "data": {} }]),
+                _ => answer,
+            },
+            "of kind \"virtio-mem\"",
         ),
         (
             |command, answer| match command {
@@ -314,17 +436,17 @@ fn lies_over_qmp_are_measured_by_the_kernel() {
     ];
     for (lie, words) in cases {
         let directory = tempfile::tempdir().unwrap();
-        let socket = qmp(directory.path(), lie);
+        let socket = qmp(directory.path(), &fake, lie);
         let message = refusal(&broker, &Which::Qmp { socket, pid: Some(fake.pid()) });
         assert!(message.contains(words), "{message}");
     }
     let directory = tempfile::tempdir().unwrap();
-    let socket = qmp(directory.path(), |_, answer| answer);
+    let socket = qmp(directory.path(), &fake, |_, answer| answer);
     // This process listens, and is no VMM.
     let message = refusal(&broker, &Which::Qmp { socket, pid: None });
     assert!(message.contains("give QEMU's process id too"), "{message}");
     let directory = tempfile::tempdir().unwrap();
-    let socket = qmp(directory.path(), |_, answer| answer);
+    let socket = qmp(directory.path(), &fake, |_, answer| answer);
     let added = broker.admin().add_target(&Which::Qmp { socket, pid: Some(fake.pid()) }, None).unwrap();
     assert_eq!((added.target.vcpus, added.evidence), (2, Evidence::Qmp));
 }

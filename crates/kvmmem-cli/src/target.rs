@@ -71,6 +71,7 @@ struct AddedLine<'a> {
     target: &'a TargetInfo,
     regions: &'a [Region],
     evidence: Evidence,
+    copied: Option<&'a str>,
 }
 
 /// What was removed, as JSON.
@@ -94,9 +95,10 @@ impl Add {
     fn run(&self, output: &mut Output) -> Result<()> {
         let which = which(self.which.qmp.as_deref(), self.which.libvirt.as_deref(), self.pid)?;
         let added = self.broker.connect()?.add_target(&which, self.name.as_deref());
-        let Added { target, regions, evidence } = added.context("cannot add the target")?;
+        let Added { target, regions, evidence, copied } = added.context("cannot add the target")?;
         if output.is_json() {
-            output.object(&AddedLine { target: &target, regions: &regions, evidence })?;
+            let copied = copied.as_deref();
+            output.object(&AddedLine { target: &target, regions: &regions, evidence, copied })?;
             return Ok(());
         }
         let how = match evidence {
@@ -106,6 +108,9 @@ impl Add {
         output.line(format!("{} ({}) is a target; RAM {how}:", escape(&target.name), target.uuid))?;
         for region in regions {
             output.line(format!("  {:#x}..{:#x}", region.gpa, region.gpa.saturating_add(region.len)))?;
+        }
+        if let Some(copied) = copied {
+            output.line(escape(&copied))?;
         }
         Ok(())
     }
@@ -227,6 +232,7 @@ mod tests {
             machine: Some("q35".to_owned()),
             qmp: qmp.map(Into::into),
             attachable: reason.is_none(),
+            copied: false,
             reason: reason.map(str::to_owned),
             remedy: reason.map(|_| "share=on".to_owned()),
         };

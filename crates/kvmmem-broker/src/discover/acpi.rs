@@ -6,8 +6,6 @@
 //! offsets that a layout says, then its addresses are right up to there; and if they are near the end of the low RAM that
 //! the layout says, then that end is right as well, for those that a machine may have lie far apart.
 
-use std::os::fd::AsFd;
-
 /// How far below the end of low RAM the tables may be, bytes. OVMF puts some MiB of other things above them.
 const REACH: u64 = 64 << 20;
 
@@ -49,13 +47,13 @@ pub enum AcpiError {
     },
 }
 
-/// Confirms that guest-physical addresses 0 to `low_end` are the same offsets in `file`, and that low RAM ends there.
-/// Returns where the tables end.
+/// Confirms that guest-physical addresses 0 to `low_end` are what `read` copies out, and that low RAM ends there. Returns
+/// where the tables end. `read` gets zeroes to write over, and fails by `None`.
 ///
 /// # Errors
 /// [`AcpiError`].
-pub fn verify(file: &impl AsFd, low_end: u64) -> Result<u64, AcpiError> {
-    let memory = Memory { file, end: low_end };
+pub fn verify(read: impl Fn(u64, &mut [u8]) -> Option<()>, low_end: u64) -> Result<u64, AcpiError> {
+    let memory = Memory { read, end: low_end };
     let near = low_end.saturating_sub(REACH);
     let bios = memory.search(0xe0000, 0x10_0000);
     let extended = memory.read(0x40e, 2).map(|segment| u64::from(u16_at(&segment, 0)) << 4);
@@ -71,25 +69,17 @@ pub fn verify(file: &impl AsFd, low_end: u64) -> Result<u64, AcpiError> {
     }
 }
 
-/// Low RAM, where offsets and addresses are the same. It is copied, for the guest may change it at any time.
-struct Memory<'a, F> {
-    file: &'a F,
+/// Low RAM. It is copied, for the guest may change it at any time.
+struct Memory<R> {
+    read: R,
     end: u64,
 }
 
-impl<F: AsFd> Memory<'_, F> {
+impl<R: Fn(u64, &mut [u8]) -> Option<()>> Memory<R> {
     fn read(&self, gpa: u64, len: usize) -> Option<Vec<u8>> {
         gpa.checked_add(len as u64).filter(|end| *end <= self.end)?;
         let mut bytes = vec![0; len];
-        let mut done = 0;
-        while done < len {
-            match rustix::io::pread(self.file, bytes.get_mut(done..)?, gpa + done as u64) {
-                Ok(0) => return None,
-                Ok(count) => done += count,
-                Err(rustix::io::Errno::INTR) => {}
-                Err(_) => return None,
-            }
-        }
+        (self.read)(gpa, &mut bytes)?;
         Some(bytes)
     }
 
@@ -160,6 +150,8 @@ fn u64_at(bytes: &[u8], at: usize) -> u64 {
 
 #[cfg(test)]
 pub(super) mod tests {
+    use std::os::fd::AsFd;
+
     use super::*;
     use proptest::prelude::*;
     use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
@@ -195,6 +187,15 @@ pub(super) mod tests {
             pwrite(file, bytes, u64::from(at)).unwrap();
         }
         u64::from(gpa) + 0x2000 + root.len() as u64
+    }
+
+    /// Low RAM that is at the same places of a file.
+    fn verify(file: &std::os::fd::OwnedFd, low_end: u64) -> Result<u64, AcpiError> {
+        let read = |gpa, bytes: &mut [u8]| {
+            let len = bytes.len();
+            rustix::io::pread(file, bytes, gpa).ok().filter(|count| *count == len).map(|_| ())
+        };
+        super::verify(read, low_end)
     }
 
     fn memory(size: u64) -> std::os::fd::OwnedFd {

@@ -9,12 +9,13 @@ use std::time::Duration;
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 
 use super::attach::{self, Opened, Which};
+use super::backing::Source;
 use crate::broker::{Broker, Refused};
 use crate::packet::PacketSocket;
 use crate::peer::{Credentials, Peer};
 use crate::qmp::Qmp;
 use crate::ram::Ram;
-use crate::registry::Vm;
+use crate::registry::{RegisterError, Vm};
 use crate::wire::{Answer, Refusal};
 
 impl Broker {
@@ -31,12 +32,12 @@ impl Broker {
         may(peer)?;
         let mut opened =
             attach::open(which, name).map_err(|error| Refused::from_error(Refusal::Invalid, &error))?;
-        let evidence = opened.evidence;
+        let (evidence, copied) = (opened.evidence, opened.copied.take());
         let monitor = opened.qmp.take().map(|qmp| (qmp.path().to_owned(), Some(qmp)));
         let vm = self.adopt(opened, monitor)?;
         self.audit().added(&vm, peer);
         let regions = vm.ram().map(|ram| ram.layout().regions()).unwrap_or_default();
-        Ok(Answer::Added { target: vm.info(), regions, evidence })
+        Ok(Answer::Added { target: vm.info(), regions, evidence, copied })
     }
 
     /// Registers a VM whose RAM is open, waits for the end of its VMM, and listens to its monitor where there is one.
@@ -50,11 +51,19 @@ impl Broker {
         };
         let vmm = absent(opened.credentials).map_err(limit("cannot make a socket"))?;
         let mut registration = opened.registration;
-        let ram = Ram::registered(&mut registration, opened.files)
-            .map_err(|error| Refused::from_registering(&error))?;
+        let ram = match opened.source {
+            Source::Files(files) => Ram::registered(&mut registration, files),
+            Source::Process { memory, .. } => {
+                let ram = Ram::of_process(memory, std::mem::take(&mut registration.regions));
+                ram.map(Some).map_err(RegisterError::Ram)
+            }
+        };
+        let ram = ram.map_err(|error| Refused::from_registering(&error))?;
         let mut registry = self.registry();
         // The files tell, whoever has registered them: two targets with the same RAM would each have grants of it.
-        if let Some(vm) = registry.after(0).find(|vm| has_same(vm, ram.as_ref())) {
+        // Private RAM is that of its process.
+        let is_its = |vm: &Vm| vm.ram().is_some() && vm.peer().credentials().pid == opened.credentials.pid;
+        if let Some(vm) = registry.after(0).find(|vm| has_same(vm, ram.as_ref()) || is_its(vm)) {
             let message = format!("this VM is registered already, as {:?}", vm.registration().name);
             return Err(Refused::new(Refusal::Exists, message));
         }

@@ -7,13 +7,13 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use super::acpi::{self, AcpiError};
-use super::backing::{self, Backing, Obstacle};
+use super::acpi::AcpiError;
+use super::backing::{self, Held, Obstacle, Source};
 use super::command_line::{CommandLine, Vmm};
-use super::layout::{self, LayoutError};
+use super::confirm::{self, ConfirmError};
+use super::layout::{self, Layout, LayoutError};
 use super::mtree::{self, MtreeError};
 use super::process::{Process, ProcessError};
-use crate::map::Region;
 use crate::peer::Credentials;
 use crate::qmp::{Qmp, QmpError};
 use crate::wire::Registration;
@@ -53,8 +53,10 @@ pub enum Evidence {
 pub struct Opened {
     /// What it is registered as.
     pub registration: Registration,
-    /// The files of its RAM.
-    pub files: Vec<OwnedFd>,
+    /// Its RAM.
+    pub source: Source,
+    /// Why its memory can only be copied, and what helps, where that is so.
+    pub copied: Option<String>,
     /// Its VMM.
     pub credentials: Credentials,
     /// Becomes readable when the VMM ends.
@@ -67,8 +69,8 @@ pub struct Opened {
 
 /// What is known of a VM's RAM.
 pub(super) struct Seen {
-    pub(super) backing: Backing,
-    pub(super) regions: Vec<Region>,
+    pub(super) held: Held,
+    pub(super) copied: Option<String>,
     pub(super) evidence: Evidence,
 }
 
@@ -168,7 +170,7 @@ pub fn open(which: &Which, name: Option<String>) -> Result<Opened, AttachError> 
     {
         return Err(AttachError::WrongDomain { pid, name: domain.clone() });
     }
-    let Seen { backing, regions, evidence } = look(&process, &line, qmp.as_mut())?;
+    let Seen { held: Held { regions, source }, copied, evidence } = look(&process, &line, qmp.as_mut())?;
     let vcpus = match &mut qmp {
         Some(qmp) => qmp.vcpus()?,
         None => line.vcpus.unwrap_or(1),
@@ -188,8 +190,8 @@ pub fn open(which: &Which, name: Option<String>) -> Result<Opened, AttachError> 
     if !process.is_alive() {
         return Err(AttachError::Ended(pid));
     }
-    let (files, qmp) = (vec![backing.file], qmp.map(Qmp::endless));
-    Ok(Opened { registration, files, credentials, pidfd: process.into_pidfd(), evidence, qmp })
+    let (pidfd, qmp) = (process.into_pidfd(), qmp.map(Qmp::endless));
+    Ok(Opened { registration, source, copied, credentials, pidfd, evidence, qmp })
 }
 
 /// The command line of a VMM whose VMs can be attached.
@@ -207,18 +209,31 @@ pub(super) fn look(
     line: &CommandLine,
     qmp: Option<&mut Qmp>,
 ) -> Result<Seen, AttachError> {
-    let find = |size| backing::find(process, line, size).map_err(|obstacle| stopped(line, obstacle));
-    match qmp {
+    let stopped = |obstacle| stopped(line, obstacle);
+    backing::check(process, line).map_err(stopped)?;
+    let mappings = process.mappings()?;
+    let (layout, backings, evidence) = match qmp {
         Some(qmp) => {
-            let (regions, size) = ask(qmp, |obstacle| stopped(line, obstacle))?;
-            Ok(Seen { backing: find(size)?, regions, evidence: Evidence::Qmp })
+            let layout = ask(qmp, line)?;
+            let backings =
+                ask_places(qmp, &layout)?.into_iter().map(|(hva, size)| backing::at(&mappings, hva, size));
+            (layout, backings.collect::<Result<_, _>>().map_err(stopped)?, Evidence::Qmp)
         }
         None => {
-            let backing = find(line.memory.unwrap_or(0))?;
-            let regions = by_rules(line, &backing)?;
-            Ok(Seen { backing, regions, evidence: Evidence::RulesAndAcpi })
+            let layout = by_rules(line)?;
+            let backings = confirm::choose(process, &mappings, &layout).map_err(|error| match error {
+                ConfirmError::Obstacle(obstacle) => stopped(obstacle),
+                ConfirmError::Acpi(error) => AttachError::Unconfirmed(error),
+            })?;
+            (layout, backings, Evidence::RulesAndAcpi)
         }
-    }
+    };
+    let held = backing::hold(process, &layout.regions, &backings).map_err(stopped)?;
+    let copied = match &held.source {
+        Source::Files(_) => None,
+        Source::Process { reason, .. } => Some(reason.as_copied(line)),
+    };
+    Ok(Seen { held, copied, evidence })
 }
 
 fn stopped(line: &CommandLine, obstacle: Obstacle) -> AttachError {
@@ -234,27 +249,37 @@ pub(super) fn supported(vmm: Vmm) -> Result<(), Obstacle> {
     }
 }
 
-/// The regions that QEMU says, and the size of their file.
-fn ask(qmp: &mut Qmp, stopped: impl Fn(Obstacle) -> AttachError) -> Result<(Vec<Region>, u64), AttachError> {
-    let (backends, memory) = (qmp.memory_backends()?, qmp.memory_size()?);
+/// The layout that QEMU says.
+fn ask(qmp: &mut Qmp, line: &CommandLine) -> Result<Layout, AttachError> {
+    let (backends, devices, memory) = (qmp.memory_backends()?, qmp.memory_devices()?, qmp.memory_size()?);
     let view = mtree::parse(&qmp.memory_tree()?)?;
-    layout::from_qemu(&view, &backends, memory).map_err(|error| match error {
-        LayoutError::Private(_) => stopped(Obstacle::Private(memory.base_memory)),
-        error => error.into(),
-    })
+    Ok(layout::from_qemu(&view, &backends, &devices, memory, &line.nodes)?)
 }
 
-/// The regions by the machine type's rules, confirmed.
-fn by_rules(line: &CommandLine, backing: &Backing) -> Result<Vec<Region>, AttachError> {
+/// Where QEMU says that each backend is in its address space, and the backend's size.
+fn ask_places(qmp: &mut Qmp, layout: &Layout) -> Result<Vec<(u64, u64)>, AttachError> {
+    let mut places = Vec::new();
+    for (file, size) in (0..).zip(&layout.sizes) {
+        let region = layout.regions.iter().find(|region| region.file == file);
+        let region = region.ok_or(LayoutError::NoRegion(file))?;
+        // What is below the beginning of all addresses is found nowhere.
+        let hva = qmp.host_address(region.gpa)?.checked_sub(region.offset).unwrap_or(u64::MAX);
+        places.push((hva, *size));
+    }
+    Ok(places)
+}
+
+/// The layout by the machine type's rules.
+fn by_rules(line: &CommandLine) -> Result<Layout, AttachError> {
     let size = line.memory.unwrap_or(0);
     if line.is_growable {
         return Err(LayoutError::Growable.into());
     }
+    let sizes = line.sizes().ok_or(LayoutError::Nodes)?;
     // QEMU's default machine.
     let machine = line.machine.as_deref().unwrap_or("pc");
     let low_end = layout::low_end(machine, size, line.max_ram_below_4g)?;
-    acpi::verify(&backing.file, low_end).map_err(AttachError::Unconfirmed)?;
-    Ok(layout::regions(low_end, size))
+    Ok(layout::by_rules(low_end, sizes))
 }
 
 /// The QEMU that listens at its own QMP socket.

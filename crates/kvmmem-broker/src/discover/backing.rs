@@ -1,20 +1,24 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The file of a VM's RAM, as the kernel shows it: a shared mapping of the VMM that covers all of a file of the RAM's
-//! size.
+//! What holds a VM's RAM, as the kernel shows it: mappings of the VMM, and the files behind them.
+//!
+//! RAM that is shared and in files that cannot shrink can be mapped by others. All other RAM can only be copied, by way
+//! of the VMM's own address space: whoever maps a file that is then cut off gets SIGBUS where there was memory, and an
+//! introspector's VMM would die of its target's doing.
 
-use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 
 use rustix::fs::SealFlags;
 use rustix::io::Errno;
 
 use super::command_line::{CommandLine, Vmm, in_units};
+use super::mapping::{self, Mapping};
 use super::process::{FileId, Process, ProcessError};
+use crate::map::Region;
 
 /// What attaching costs a user of libvirt.
 const LIBVIRT_REMEDY: &str = "<memoryBacking><source type='memfd'/><access mode='shared'/></memoryBacking>";
 
-/// Why a VM cannot be attached as it runs.
+/// Why a VM cannot be attached as it runs, or why its memory can only be copied.
 #[derive(Debug, thiserror::Error)]
 pub enum Obstacle {
     /// `kvmmem vm` tells the broker by itself.
@@ -26,20 +30,23 @@ pub enum Obstacle {
     /// The host cannot read the guest's memory.
     #[error("the guest's memory is confidential ({0})")]
     Confidential(String),
+    /// No mapping of the VMM is the RAM.
+    #[error("its process has no memory of {} that could be RAM", in_units(*.0))]
+    NotFound(u64),
+    /// The VMM has nothing where it says that RAM is.
+    #[error("its process has no memory of {} at {hva:#x}, where it says that RAM is", in_units(*.size))]
+    NotThere {
+        /// The address in its process.
+        hva: u64,
+        /// How much should be there, bytes.
+        size: u64,
+    },
+    /// Two mappings could be the same part of the RAM.
+    #[error("which of several mappings of {} is which part of the RAM is not known; give QEMU's QMP socket", in_units(*.0))]
+    Ambiguous(u64),
     /// The RAM is nobody else's to map.
     #[error("its RAM is private: no file of {} is mapped shared", in_units(*.0))]
     Private(u64),
-    /// The RAM is in more files than one.
-    #[error("its RAM is in {0} files; only one is supported")]
-    Several(usize),
-    /// Two files could be the RAM.
-    #[error("{count} files of {} are mapped shared; which one is the RAM is not known", in_units(*.size))]
-    Ambiguous {
-        /// How many.
-        count: usize,
-        /// Their size, bytes.
-        size: u64,
-    },
     /// The RAM's file may be cut off under those who map it.
     #[error("its RAM's file {0} is not sealed against shrinking")]
     Unsealed(String),
@@ -54,72 +61,241 @@ pub enum Obstacle {
     Process(#[from] ProcessError),
 }
 
-/// The file of a VM's RAM.
-#[derive(Debug)]
+/// A part of the VMM's address space that is a part of the RAM: what QEMU calls a memory backend.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Backing {
-    /// The file, open for reading and writing.
-    pub file: OwnedFd,
+    /// First address, in the VMM's process.
+    pub hva: u64,
+    /// Length, bytes.
+    pub len: u64,
+    /// The file, where it is shared, and the place in it of the first byte.
+    pub shared: Option<(FileId, u64)>,
+    /// What the kernel calls the mapping.
+    pub path: String,
+}
+
+/// RAM that is open, and where it lies.
+#[derive(Debug)]
+pub struct Held {
+    /// Where guest-physical memory is: in the files by their numbers, or at which addresses of the process.
+    pub regions: Vec<Region>,
+    /// The RAM.
+    pub source: Source,
+}
+
+/// What RAM is read from.
+#[derive(Debug)]
+pub enum Source {
+    /// Files, open for reading and writing, that cannot shrink.
+    Files(Vec<OwnedFd>),
+    /// The VMM's memory, `/proc/PID/mem`.
+    Process {
+        /// The open file.
+        memory: OwnedFd,
+        /// Why there is no other way.
+        reason: Obstacle,
+    },
 }
 
 impl Obstacle {
     /// What to add to the VMM's command line, or to libvirt's XML, where that helps.
     pub fn remedy(&self, line: &CommandLine) -> Option<String> {
         match self {
-            Self::Private(_) | Self::Several(_) | Self::Unsealed(_) if line.is_libvirts => {
-                Some(LIBVIRT_REMEDY.to_owned())
-            }
-            Self::Private(size) => Some(qemu_remedy(*size)),
-            Self::Several(_) | Self::Unsealed(_) => Some(qemu_remedy(line.memory.unwrap_or(0))),
+            Self::Private(_) | Self::Unsealed(_) if line.is_libvirts => Some(LIBVIRT_REMEDY.to_owned()),
+            Self::Private(_) | Self::Unsealed(_) => Some(qemu_remedy(line)),
             Self::RegistersItself => Some("--introspectable".to_owned()),
             _ => None,
         }
     }
+
+    /// What it means where memory can be copied nevertheless.
+    pub fn as_copied(&self, line: &CommandLine) -> String {
+        let remedy = self.remedy(line).map(|remedy| format!("; to have it mapped, start it with: {remedy}"));
+        format!("{self}; it is copied, not mapped{}", remedy.unwrap_or_default())
+    }
+
+    /// Whether memory can be copied nevertheless.
+    fn is_of_mapping(&self) -> bool {
+        matches!(self, Self::Private(_) | Self::Unsealed(_) | Self::NotOpen(_))
+    }
 }
 
-fn qemu_remedy(size: u64) -> String {
-    let size = in_units(size);
-    format!("-object memory-backend-memfd,id=mem,size={size},share=on -machine memory-backend=mem")
+fn qemu_remedy(line: &CommandLine) -> String {
+    let backend =
+        |id: &str, size| format!("-object memory-backend-memfd,id={id},size={},share=on", in_units(size));
+    let of_node = |id: &String| Some(backend(id, line.backends.iter().find(|other| other.id == *id)?.size));
+    match line.nodes.iter().map(of_node).collect::<Option<Vec<_>>>() {
+        Some(nodes) if !nodes.is_empty() => nodes.join(" "),
+        _ => format!("{} -machine memory-backend=mem", backend("mem", line.memory.unwrap_or(0))),
+    }
 }
 
-/// Finds the RAM of `size` bytes and opens it.
+/// Whether the host can read the guest's memory at all.
 ///
 /// # Errors
-/// [`Obstacle`].
-pub fn find(process: &Process, line: &CommandLine, size: u64) -> Result<Backing, Obstacle> {
+/// [`Obstacle::Confidential`], [`Obstacle::Process`].
+pub fn check(process: &Process, line: &CommandLine) -> Result<(), Obstacle> {
     if let Some(technology) = &line.confidential {
         return Err(Obstacle::Confidential(technology.clone()));
     }
     let is_guest_memfd = |link: &str| link.contains("[kvm-gmem]") || link.contains("[guest_memfd]");
-    if process.find_link(is_guest_memfd)?.is_some() {
-        return Err(Obstacle::Confidential("guest_memfd".to_owned()));
+    match process.find_link(is_guest_memfd)? {
+        Some(_) => Err(Obstacle::Confidential("guest_memfd".to_owned())),
+        None => Ok(()),
     }
-    let mut files: BTreeMap<FileId, (u64, String)> = BTreeMap::new();
-    for mapping in process.mappings()? {
-        let Some((id, offset)) = mapping.shared_file() else { continue };
-        let file = files.entry(id).or_insert((0, mapping.path));
-        // Of a file that is mapped twice no more counts than is mapped at all.
-        if offset == file.0 {
-            file.0 = file.0.saturating_add(mapping.len);
+}
+
+/// The mappings that could be a part of the RAM with `size` bytes, each file once.
+pub fn candidates(mappings: &[Mapping], size: u64) -> Vec<Backing> {
+    let mut found: Vec<Backing> = Vec::new();
+    for mapping in mappings.iter().filter(|mapping| mapping.len == size) {
+        let backing = Backing::of(mapping, mapping.hva, size);
+        if backing.shared.is_none() || found.iter().all(|other| other.shared != backing.shared) {
+            found.push(backing);
         }
     }
-    let mut candidates = files.iter().filter(|(_, (mapped, _))| *mapped == size);
-    let Some((id, (_, path))) = candidates.next() else {
-        let parts =
-            files.values().filter(|(mapped, _)| *mapped < size && line.shared_backends.contains(mapped));
-        return Err(match parts.count() {
-            parts @ 2.. => Obstacle::Several(parts),
-            _ => Obstacle::Private(size),
-        });
+    found
+}
+
+/// What is at an address of the VMM's.
+///
+/// # Errors
+/// [`Obstacle::NotThere`].
+pub fn at(mappings: &[Mapping], hva: u64, size: u64) -> Result<Backing, Obstacle> {
+    let mapping = mapping::covering(mappings, hva, size).ok_or(Obstacle::NotThere { hva, size })?;
+    Ok(Backing::of(mapping, hva, size))
+}
+
+impl Backing {
+    /// `len` bytes at address `hva`, which is in a mapping.
+    fn of(mapping: &Mapping, hva: u64, len: u64) -> Self {
+        let shared =
+            mapping.shared_file().map(|(file, offset)| (file, offset.saturating_add(hva - mapping.hva)));
+        Self { hva, len, shared, path: mapping.path.clone() }
+    }
+
+    /// Why it can only be copied, if that is so.
+    ///
+    /// # Errors
+    /// Where it cannot even be copied.
+    pub fn copied(&self, process: &Process) -> Result<Option<Obstacle>, Obstacle> {
+        match self.open(process) {
+            Ok(_) => Ok(None),
+            Err(reason) if reason.is_of_mapping() => Ok(Some(reason)),
+            Err(obstacle) => Err(obstacle),
+        }
+    }
+
+    /// Opens the file for others to map.
+    fn open(&self, process: &Process) -> Result<OwnedFd, Obstacle> {
+        let (id, offset) = self.shared.ok_or(Obstacle::Private(self.len))?;
+        let file = process.open_file(id)?.ok_or_else(|| Obstacle::NotOpen(self.path.clone()))?;
+        let stat = rustix::fs::fstat(&file).map_err(Obstacle::Examine)?;
+        let seals = rustix::fs::fcntl_get_seals(&file).unwrap_or(SealFlags::empty());
+        let fits = u64::try_from(stat.st_size).is_ok_and(|size| offset.saturating_add(self.len) <= size);
+        if fits && seals.contains(SealFlags::SHRINK) {
+            return Ok(file);
+        }
+        Err(Obstacle::Unsealed(self.path.clone()))
+    }
+}
+
+/// Opens RAM whose regions are in these backings, by their numbers.
+///
+/// # Errors
+/// [`Obstacle`].
+pub fn hold(process: &Process, regions: &[Region], backings: &[Backing]) -> Result<Held, Obstacle> {
+    match files(process, regions, backings) {
+        Err(reason) if reason.is_of_mapping() => {
+            let move_to = |backing: &Backing, region: &Region| {
+                Some(Region { offset: backing.hva.checked_add(region.offset)?, file: 0, ..*region })
+            };
+            let regions = moved(regions, backings, move_to)?;
+            Ok(Held { regions, source: Source::Process { memory: process.memory()?, reason } })
+        }
+        held => held,
+    }
+}
+
+/// Opens RAM for others to map.
+fn files(process: &Process, regions: &[Region], backings: &[Backing]) -> Result<Held, Obstacle> {
+    let (mut ids, mut files): (Vec<FileId>, Vec<OwnedFd>) = Default::default();
+    for backing in backings {
+        let id = backing.shared.map(|(id, _)| id);
+        if !id.is_some_and(|id| ids.contains(&id)) {
+            files.push(backing.open(process)?);
+            ids.extend(id);
+        }
+    }
+    let move_to = |backing: &Backing, region: &Region| {
+        let (id, offset) = backing.shared?;
+        let number = ids.iter().position(|other| *other == id)?;
+        let offset = offset.checked_add(region.offset)?;
+        Some(Region { offset, file: u32::try_from(number).ok()?, ..*region })
     };
-    match candidates.count() {
-        0 => {}
-        others => return Err(Obstacle::Ambiguous { count: others + 1, size }),
+    Ok(Held { regions: moved(regions, backings, move_to)?, source: Source::Files(files) })
+}
+
+/// Regions in backings, by their numbers, as regions elsewhere.
+fn moved(
+    regions: &[Region],
+    backings: &[Backing],
+    move_to: impl Fn(&Backing, &Region) -> Option<Region>,
+) -> Result<Vec<Region>, Obstacle> {
+    let one = |region: &Region| {
+        let backing = usize::try_from(region.file).ok().and_then(|number| backings.get(number));
+        let fits =
+            |backing: &&Backing| region.offset.checked_add(region.len).is_some_and(|end| end <= backing.len);
+        let found = backing.filter(fits).and_then(|backing| move_to(backing, region));
+        found.ok_or(Obstacle::NotFound(region.len))
+    };
+    regions.iter().map(one).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const FILE: FileId = FileId { device: 1, inode: 7 };
+
+    fn mapping(hva: u64, len: u64, file: Option<(FileId, u64)>, is_shared: bool) -> Mapping {
+        Mapping { hva, len, is_shared, file, path: "/memfd:x".to_owned() }
     }
-    let file = process.open_file(*id)?.ok_or_else(|| Obstacle::NotOpen(path.clone()))?;
-    let stat = rustix::fs::fstat(&file).map_err(Obstacle::Examine)?;
-    let seals = rustix::fs::fcntl_get_seals(&file).unwrap_or(SealFlags::empty());
-    if !seals.contains(SealFlags::SHRINK) || u64::try_from(stat.st_size) != Ok(size) {
-        return Err(Obstacle::Unsealed(path.clone()));
+
+    fn region(gpa: u64, len: u64, offset: u64, file: u32) -> Region {
+        Region { gpa, len, offset, file }
     }
-    Ok(Backing { file })
+
+    #[test]
+    fn a_file_that_is_mapped_twice_is_one_candidate() {
+        let mappings = [
+            mapping(0x1_0000, 0x4000, Some((FILE, 0)), true),
+            mapping(0x2_0000, 0x4000, Some((FILE, 0)), true),
+            mapping(0x3_0000, 0x4000, Some((FILE, 0x4000)), true),
+            mapping(0x4_0000, 0x4000, None, false),
+            mapping(0x5_0000, 0x4000, Some((FILE, 0)), false),
+            mapping(0x6_0000, 0x5000, None, false),
+        ];
+        let places: Vec<u64> = candidates(&mappings, 0x4000).iter().map(|backing| backing.hva).collect();
+        assert_eq!(places, [0x1_0000, 0x3_0000, 0x4_0000, 0x5_0000]);
+        let inner = at(&mappings, 0x3_1000, 0x3000).unwrap();
+        assert_eq!(inner.shared, Some((FILE, 0x5000)));
+        for (hva, size) in [(0x3_1000, 0x4000), (0, 1), (u64::MAX, u64::MAX)] {
+            assert!(matches!(at(&mappings, hva, size), Err(Obstacle::NotThere { .. })));
+        }
+    }
+
+    #[test]
+    fn private_ram_is_at_addresses_of_the_process() {
+        let process = Process::open(std::process::id()).unwrap();
+        let backing = |hva, len| Backing { hva, len, shared: None, path: String::new() };
+        let backings = [backing(0x10_0000, 0x4000), backing(0x20_0000, 0x2000)];
+        let regions = [region(0, 0x4000, 0, 0), region(0x4000, 0x1000, 0x1000, 1)];
+        let held = hold(&process, &regions, &backings).unwrap();
+        assert!(matches!(held.source, Source::Process { reason: Obstacle::Private(0x4000), .. }));
+        assert_eq!(held.regions, [region(0, 0x4000, 0x10_0000, 0), region(0x4000, 0x1000, 0x20_1000, 0)]);
+        for beyond in [region(0, 0x5000, 0, 0), region(0, 0x1000, u64::MAX, 0), region(0, 0x1000, 0, 2)] {
+            assert!(matches!(hold(&process, &[beyond], &backings), Err(Obstacle::NotFound(_))));
+        }
+    }
 }

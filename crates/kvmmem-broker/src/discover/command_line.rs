@@ -2,12 +2,14 @@
 //! What a VMM's command line says of its VM. The VMM can change it at will: it tells what to look for, and nothing is
 //! taken for true because it stands there.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use serde::Serialize;
 use uuid::Uuid;
 
 use super::options::Options;
+use crate::map::MAX_FILES;
 
 /// The most characters that are kept of a name.
 const MAX_NAME: usize = 63;
@@ -58,8 +60,10 @@ pub struct CommandLine {
     pub machine: Option<String>,
     /// QEMU's limit of the RAM below 4 GiB, bytes.
     pub max_ram_below_4g: Option<u64>,
-    /// The sizes of shared memory backends, bytes.
-    pub shared_backends: Vec<u64>,
+    /// QEMU's memory backends.
+    pub backends: Vec<BackendOption>,
+    /// The ids of the backends of QEMU's NUMA nodes, by the nodes' numbers.
+    pub nodes: Vec<String>,
     /// Whether RAM may be plugged in later.
     pub is_growable: bool,
     /// Which technology keeps the guest's memory from the host.
@@ -68,6 +72,15 @@ pub struct CommandLine {
     pub qmp: Option<PathBuf>,
     /// Whether libvirt has started it.
     pub is_libvirts: bool,
+}
+
+/// A memory backend of QEMU's.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BackendOption {
+    /// What other options call it.
+    pub id: String,
+    /// Bytes.
+    pub size: u64,
 }
 
 impl Vmm {
@@ -98,22 +111,25 @@ impl Vmm {
     /// Reads the command line as this VMM does.
     pub fn command_line(self, arguments: &[String]) -> CommandLine {
         let mut line = CommandLine::default();
+        let mut nodes = BTreeMap::new();
         let words = arguments.get(1..).unwrap_or_default();
         for (number, word) in words.iter().enumerate() {
             let next = words.get(number + 1).map(String::as_str).unwrap_or_default();
             let Some(key) = word.strip_prefix("--").or_else(|| word.strip_prefix('-')) else { continue };
             let (key, value) = key.split_once('=').unwrap_or((key, next));
             match self {
+                Self::Qemu if key == "numa" => node(&mut nodes, &Options::parse(next, "type")),
                 Self::Qemu => line.qemu(key, next),
                 _ => line.other(key, value),
             }
         }
         line.is_libvirts = self == Self::Qemu && words.iter().any(|word| word.contains("/libvirt/"));
         if self == Self::Qemu {
-            line.memory = line.memory.or(match line.shared_backends.as_slice() {
-                [one] => Some(*one),
+            line.memory = line.memory.or(match line.backends.as_slice() {
+                [one] => Some(one.size),
                 _ => Some(QEMU_DEFAULT_RAM),
             });
+            line.nodes = std::mem::take(&mut nodes).into_values().collect();
             line.vcpus = line.vcpus.or(Some(1));
             line.qmp = line.qmp.take().filter(|path| !path.as_os_str().is_empty());
         }
@@ -122,6 +138,19 @@ impl Vmm {
 }
 
 impl CommandLine {
+    /// The sizes of the backends of RAM, in the order of its addresses; `None` where they do not make up the RAM.
+    pub fn sizes(&self) -> Option<Vec<u64>> {
+        let all = self.memory.unwrap_or(0);
+        if self.nodes.is_empty() {
+            return Some(vec![all]);
+        }
+        let size =
+            |id: &String| self.backends.iter().find(|backend| backend.id == *id).map(|backend| backend.size);
+        let sizes = self.nodes.iter().map(size).collect::<Option<Vec<_>>>()?;
+        let sum = sizes.iter().try_fold(0u64, |sum, size| sum.checked_add(*size));
+        (sum == Some(all) && sizes.len() <= MAX_FILES).then_some(sizes)
+    }
+
     fn qemu(&mut self, key: &str, value: &str) {
         match key {
             "name" => self.name = Options::parse(value, "guest").get("guest").map(shown),
@@ -166,11 +195,10 @@ impl CommandLine {
         if let Some((_, name)) = CONFIDENTIAL.iter().find(|(object, _)| *object == kind) {
             self.confidential = Some((*name).to_owned());
         }
-        let is_file = ["memory-backend-memfd", "memory-backend-file", "memory-backend-shm"].contains(&kind);
-        // The last of them is shared unless it is said otherwise.
-        let is_shared = options.is_on("share") || (kind == "memory-backend-shm" && !options.is_off("share"));
-        if is_file && is_shared && self.shared_backends.len() < MAX_BACKENDS {
-            self.shared_backends.extend(options.size("size", 1));
+        if kind.starts_with("memory-backend-") && self.backends.len() < MAX_BACKENDS {
+            let of = |id: &str, size| BackendOption { id: id.to_owned(), size };
+            self.backends
+                .extend(options.get("id").zip(options.size("size", 1)).map(|(id, size)| of(id, size)));
         }
     }
 
@@ -193,13 +221,17 @@ impl CommandLine {
                 let options = Options::parse(value, "size");
                 self.memory = options.size("size", 1 << 20);
                 self.is_growable = options.get("hotplug_size").is_some();
-                if options.is_on("shared") {
-                    self.shared_backends.extend(self.memory);
-                }
             }
             _ => {}
         }
     }
+}
+
+/// Takes note of a NUMA node that has a memory backend: all have, or none. Without a number it is counted.
+fn node(nodes: &mut BTreeMap<u32, String>, options: &Options) {
+    let Some(backend) = options.get("memdev").filter(|_| nodes.len() < MAX_BACKENDS) else { return };
+    let counted = u32::try_from(nodes.len()).unwrap_or(u32::MAX);
+    nodes.insert(options.number("nodeid").unwrap_or(counted), backend.to_owned());
 }
 
 /// Without what could drive a terminal, and not longer than names are.
@@ -247,7 +279,8 @@ mod tests {
         );
         assert_eq!(line.name.as_deref(), Some("web"));
         assert_eq!((line.vcpus, line.memory), (Some(6), Some(5 << 30)));
-        assert_eq!((line.machine.as_deref(), line.shared_backends.as_slice()), (Some("q35"), &[5 << 30][..]));
+        let backend = BackendOption { id: "mem".into(), size: 5 << 30 };
+        assert_eq!((line.machine.as_deref(), line.backends.as_slice()), (Some("q35"), &[backend][..]));
         assert_eq!(line.qmp, Some("/run/web.sock".into()));
         assert!(line.uuid.is_some() && line.confidential.is_none() && !line.is_growable && !line.is_libvirts);
     }
@@ -269,18 +302,25 @@ mod tests {
             (line.machine.as_deref(), line.confidential.as_deref()),
             (Some("pc-q35-9.2"), Some("AMD SEV-SNP"))
         );
-        assert_eq!(line.shared_backends, [4 << 30]);
+        assert_eq!(line.backends, [BackendOption { id: "pc.ram".into(), size: 4 << 30 }]);
         assert!(line.is_growable && line.is_libvirts);
     }
 
     #[test]
-    fn private_memory_is_not_taken_for_shared() {
+    fn memory_without_a_size_is_that_of_the_one_backend() {
+        let line = read(Vmm::Qemu, "qemu-system-x86_64 -object memory-backend-memfd,id=m,size=1G");
+        assert_eq!(line.memory, Some(1 << 30));
+        assert_eq!(read(Vmm::Qemu, "qemu-system-x86_64").memory, Some(128 << 20));
+    }
+
+    #[test]
+    fn nodes_are_in_the_order_of_their_numbers() {
         let line = read(
             Vmm::Qemu,
-            "qemu-system-x86_64 -object memory-backend-memfd,id=m,size=1G -object memory-backend-shm,id=s,size=2G",
+            "qemu-system-x86_64 -numa node,nodeid=1,cpus=1,memdev=b -numa node,nodeid=0,memdev=a -numa node,cpus=2 \
+             -numa node,memdev=c -numa dist,src=0,dst=1,val=20",
         );
-        assert_eq!((line.shared_backends.as_slice(), line.memory), (&[2 << 30][..], Some(2 << 30)));
-        assert_eq!(read(Vmm::Qemu, "qemu-system-x86_64").memory, Some(128 << 20));
+        assert_eq!(line.nodes, ["a", "b", "c"]);
     }
 
     #[test]
@@ -315,9 +355,9 @@ mod tests {
             words in proptest::collection::vec(
                 prop_oneof![
                     ".{0,40}",
-                    prop::sample::select(vec!["-m", "-smp", "-object", "-machine", "-name", "-qmp", "-uuid", "--memory", "--cpus"])
+                    prop::sample::select(vec!["-m", "-numa", "-smp", "-object", "-machine", "-name", "-qmp", "-uuid", "--memory", "--cpus"])
                         .prop_map(str::to_owned),
-                    "(size|share|cpus|cores|sockets|type|guest|qom-type)=[0-9a-z,]{0,30}",
+                    "(size|share|memdev|nodeid|cpus|cores|sockets|type|guest|qom-type)=[0-9a-z,]{0,30}",
                 ],
                 0..20,
             )

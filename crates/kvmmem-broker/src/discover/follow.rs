@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Weak};
 
 use super::attach::{self, AttachError, Opened, Seen};
+use super::backing::{Held, Source};
 use super::monitor::{Monitor, News, Next};
 use super::process::{FileId, Process};
 use super::successor;
@@ -94,12 +95,14 @@ impl Broker {
                 return self.give_up(vm);
             }
         };
-        if let Some(regions) = in_known_files(vm, &opened) {
-            let is_same = vm.ram().is_some_and(|ram| ram.layout().map.regions() == regions);
-            if !is_same && self.ram_changed(Some(vm), regions, Change::Resized).is_err() {
-                return self.give_up(vm);
-            }
+        if is_unchanged(vm, &opened) {
             return Next::Listen;
+        }
+        if let Some(regions) = in_known_files(vm, &opened) {
+            return match self.ram_changed(Some(vm), regions, Change::Resized) {
+                Ok(()) => Next::Listen,
+                Err(_) => self.give_up(vm),
+            };
         }
         // Whoever has a view has it of the files that there were: it ends, and the VM is a new target.
         if self.adopted().remove(vm.id()).is_some() {
@@ -128,10 +131,10 @@ fn open_again(vm: &Vm, qmp: &mut Qmp) -> Result<Opened, AttachError> {
     let credentials = vm.peer().credentials();
     let process = Process::open(credentials.pid)?;
     let line = attach::command_line(&process)?;
-    let Seen { backing, regions, evidence } = attach::look(&process, &line, Some(qmp))?;
+    let Seen { held: Held { regions, source }, copied, evidence } = attach::look(&process, &line, Some(qmp))?;
     let registration = Registration { regions, ..vm.registration().clone() };
-    let files = vec![backing.file];
-    Ok(Opened { registration, files, credentials, pidfd: process.into_pidfd(), evidence, qmp: None })
+    let pidfd = process.into_pidfd();
+    Ok(Opened { registration, source, copied, credentials, pidfd, evidence, qmp: None })
 }
 
 /// Connects to the monitor of a VM's QEMU: where it was, or where the process says that it is by now.
@@ -145,11 +148,29 @@ fn connect(broker: &Weak<Broker>, vm: u64, path: &Path) -> Option<Qmp> {
     paths.into_iter().flatten().find_map(|path| Qmp::connect(&path).ok().filter(is_its_own))
 }
 
-/// Where the RAM is now, in the files that it was in already; `None` where it is in another one.
+/// Whether the RAM is where it was. That of a process can still be read only if the process runs the same program.
+fn is_unchanged(vm: &Vm, opened: &Opened) -> bool {
+    let Some(ram) = vm.ram() else { return false };
+    let layout = ram.layout();
+    match (&opened.source, ram.is_private()) {
+        (Source::Files(_), false) => {
+            in_known_files(vm, opened).is_some_and(|regions| layout.map.regions() == regions)
+        }
+        (Source::Process { .. }, true) => {
+            let first = layout.map.regions().first();
+            layout.map.regions() == opened.registration.regions
+                && first.is_some_and(|region| ram.read(region.gpa, &mut [0]).is_ok())
+        }
+        _ => false,
+    }
+}
+
+/// Where the RAM is now, in the files that it was in already; `None` where it is in another one, or private.
 fn in_known_files(vm: &Vm, opened: &Opened) -> Option<Vec<Region>> {
+    let Source::Files(files) = &opened.source else { return None };
     let known: Vec<FileId> = vm.ram()?.files().iter().map(FileId::of_file).collect::<Option<_>>()?;
     let place = |region: &Region| {
-        let file = FileId::of_file(opened.files.get(usize::try_from(region.file).ok()?)?)?;
+        let file = FileId::of_file(files.get(usize::try_from(region.file).ok()?)?)?;
         let number = known.iter().position(|other| *other == file)?;
         Some(Region { file: u32::try_from(number).ok()?, ..*region })
     };

@@ -1,16 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Where the guest-physical memory of a QEMU PC lies in the file of its RAM.
+//! Where the guest-physical memory of a QEMU PC lies in its memory backends.
 //!
 //! Either QEMU says it, or the rules of the machine type do: RAM begins at 0, goes on at most to 4 GiB less a hole, and
-//! the rest of the file begins at 4 GiB. How much is below the hole is decided by `pc_init1` in QEMU's
-//! `hw/i386/pc_piix.c` and by `pc_q35_init` in `hw/i386/pc_q35.c`, the same in QEMU 2.4 to 11.1.
+//! the rest begins at 4 GiB; the backends of several NUMA nodes follow each other. How much is below the hole is decided
+//! by `pc_init1` in QEMU's `hw/i386/pc_piix.c` and by `pc_q35_init` in `hw/i386/pc_q35.c`, the same in QEMU 2.4 to 11.1.
 //!
 //! From 0xa0000 to 0xc0000 is the VGA's window, with SMRAM behind it: it is left out. From there to 1 MiB the chipset lays
 //! ROM over RAM and takes it away again, in pieces and at any time; what counts here is the RAM.
 
 use super::mtree::FlatRange;
-use crate::map::{PAGE_SIZE, Region};
-use crate::qmp::{MemoryBackend, MemorySize};
+use crate::map::{MAX_FILES, PAGE_SIZE, Region};
+use crate::qmp::{MemoryBackend, MemoryDevice, MemorySize};
 
 /// Where the RAM above the hole begins.
 const FOUR_GIB: u64 = 1 << 32;
@@ -32,23 +32,43 @@ pub enum LayoutError {
     /// RAM could have been plugged in since.
     #[error("RAM may have been plugged in since the start (maxmem, DIMMs); give QEMU's QMP socket")]
     Growable,
+    /// The command line does not say which NUMA node has what.
+    #[error("what RAM the NUMA nodes have is not on the command line; give QEMU's QMP socket")]
+    Nodes,
     /// It is too much for the rules.
     #[error("{0:#x} bytes of RAM are too many for the rules; give QEMU's QMP socket")]
     Large(u64),
-    /// No memory backend begins at address 0.
-    #[error("what is at gpa 0 ({0:?}) is no memory backend")]
+    /// What holds RAM is no memory backend, or there is none of that name.
+    #[error("QEMU has no memory backend {0:?} with RAM in it")]
     NoBackend(String),
-    /// The RAM's backend is not shared.
-    #[error("memory backend {0:?} is not shared")]
-    Private(String),
-    /// RAM is in more than one backend.
-    #[error("of {all:#x} bytes of RAM {first:#x} are in the first backend; only one backend is supported")]
-    Several {
-        /// RAM in all, bytes.
+    /// The backends do not make up the RAM.
+    #[error(
+        "of {all:#x} bytes of RAM from the start {found:#x} are in memory backends that are known; start QEMU with its NUMA nodes on the command line"
+    )]
+    Incomplete {
+        /// RAM from the start, bytes.
         all: u64,
-        /// In the backend that begins at address 0, bytes.
-        first: u64,
+        /// In known backends, bytes.
+        found: u64,
     },
+    /// Memory of a device comes and goes in parts, which nobody but the guest is told of.
+    #[error("RAM is in a device of kind {0:?}, whose parts come and go")]
+    Device(String),
+    /// A backend has nothing but what the VGA's window hides.
+    #[error("memory backend number {0} has no page of RAM")]
+    NoRegion(u32),
+    /// RAM is in too many backends.
+    #[error("RAM is in {0} memory backends, at most {MAX_FILES} are supported")]
+    TooMany(usize),
+}
+
+/// RAM as the machine has it. In each region `file` is the number of a backend, and `offset` the place in that.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Layout {
+    /// Where it lies.
+    pub regions: Vec<Region>,
+    /// The sizes of the backends, bytes.
+    pub sizes: Vec<u64>,
 }
 
 /// The end of low RAM by the rules of a machine type, for `size` bytes in all.
@@ -71,53 +91,95 @@ pub fn low_end(machine: &str, size: u64, max_below_4g: Option<u64>) -> Result<u6
     Ok(low.min(size))
 }
 
-/// The regions of `size` bytes of RAM of which the first `low` are below 4 GiB.
-pub fn regions(low: u64, size: u64) -> Vec<Region> {
-    let high = Region { gpa: FOUR_GIB, len: size.saturating_sub(low), offset: low, file: 0 };
-    outside_of_vga(vec![Region { gpa: 0, len: low, offset: 0, file: 0 }, high])
+/// The layout of RAM of which the first `low` bytes are below 4 GiB, in backends of these sizes.
+pub fn by_rules(low: u64, sizes: Vec<u64>) -> Layout {
+    let mut start = 0u64;
+    let mut regions = Vec::new();
+    for (file, size) in (0..).zip(&sizes) {
+        let end = start.saturating_add(*size);
+        let split = low.clamp(start, end);
+        regions.push(Region { gpa: start, len: split - start, offset: 0, file });
+        let gpa = FOUR_GIB.saturating_add(split.saturating_sub(low));
+        regions.push(Region { gpa, len: end - split, offset: split - start, file });
+        start = end;
+    }
+    regions.sort_by_key(|region| region.gpa);
+    Layout { regions: outside_of_vga(regions), sizes }
 }
 
-/// The regions that QEMU says, and the size that the one file of all RAM must have.
+/// The layout that QEMU says. `nodes` are the ids of the backends that the command line gives NUMA nodes; where there are
+/// none, all RAM from the start is in the backend at address 0.
+///
+/// Only what is RAM counts: other devices have memory backends too, whose memory may be other VMs'.
 ///
 /// # Errors
 /// [`LayoutError`].
 pub fn from_qemu(
     view: &[FlatRange],
     backends: &[MemoryBackend],
+    devices: &[MemoryDevice],
     memory: MemorySize,
-) -> Result<(Vec<Region>, u64), LayoutError> {
+    nodes: &[String],
+) -> Result<Layout, LayoutError> {
     let first = view.iter().find(|range| range.gpa == 0 && range.is_memory);
     let name = first.map(|range| range.name.clone()).unwrap_or_default();
-    let is_it = |backend: &&MemoryBackend| {
-        let id = backend.id.as_deref().filter(|id| !id.is_empty());
-        id.is_some_and(|id| name == id || name.strip_suffix(id).is_some_and(|path| path.ends_with('/')))
+    let single = [last_word(&name).to_owned()];
+    let base = if nodes.is_empty() { &single } else { nodes };
+    let size = |id: &str| {
+        let found = backends.iter().find(|backend| backend.id.as_deref() == Some(id));
+        found.map(|backend| backend.size).ok_or_else(|| LayoutError::NoBackend(id.to_owned()))
     };
-    let backend = backends.iter().find(is_it).ok_or_else(|| LayoutError::NoBackend(name.clone()))?;
-    if backend.share == Some(false) {
-        return Err(LayoutError::Private(name));
+    let found = base.iter().try_fold(0u64, |sum, id| size(id).map(|size| sum.saturating_add(size)))?;
+    if found != memory.base_memory {
+        return Err(LayoutError::Incomplete { all: memory.base_memory, found });
     }
-    let all = memory.base_memory.saturating_add(memory.plugged_memory);
-    if all != backend.size {
-        return Err(LayoutError::Several { all, first: backend.size });
+    let mut ids: Vec<&str> = base.iter().map(String::as_str).collect();
+    for device in devices {
+        match device.kind.as_str() {
+            "dimm" => ids.push(last_word(device.data.memdev.as_deref().unwrap_or_default())),
+            // Storage, and what the CPU encrypts.
+            "nvdimm" | "virtio-pmem" | "sgx-epc" => {}
+            other => return Err(LayoutError::Device(other.to_owned())),
+        }
     }
-    let of_ram = view.iter().filter(|range| range.is_memory && range.name == name);
-    let regions =
-        of_ram.map(|range| Region { gpa: range.gpa, len: range.len, offset: range.offset, file: 0 });
-    Ok((outside_of_vga(regions.collect()), backend.size))
+    if ids.len() > MAX_FILES {
+        return Err(LayoutError::TooMany(ids.len()));
+    }
+    let sizes = ids.iter().map(|id| size(id)).collect::<Result<_, _>>()?;
+    let region = |range: &FlatRange| {
+        let number = ids.iter().position(|id| *id == last_word(&range.name))?;
+        let file = u32::try_from(number).ok()?;
+        Some(Region { gpa: range.gpa, len: range.len, offset: range.offset, file })
+    };
+    let regions: Vec<Region> = view.iter().filter(|range| range.is_memory).filter_map(region).collect();
+    for (id, file) in ids.iter().zip(0..) {
+        if !regions.iter().any(|region| region.file == file) {
+            return Err(LayoutError::NoBackend((*id).to_owned()));
+        }
+    }
+    Ok(Layout { regions: outside_of_vga(regions), sizes })
+}
+
+/// A backend's id: its memory has that name, or a path that ends in it.
+fn last_word(name: &str) -> &str {
+    name.rsplit('/').next().unwrap_or_default()
 }
 
 /// Whole pages of the regions but for the VGA's window; RAM also where the chipset has laid ROM over it.
 fn outside_of_vga(regions: Vec<Region>) -> Vec<Region> {
-    let is_plain =
-        |gpa: u64| regions.iter().any(|r| r.gpa == r.offset && (r.gpa..r.gpa + r.len).contains(&gpa));
-    let covered = is_plain(VGA - 1) && is_plain(ROM_END);
+    let plain =
+        |gpa: u64| regions.iter().find(|r| r.gpa == r.offset && (r.gpa..r.gpa + r.len).contains(&gpa));
+    let covered = plain(VGA - 1).zip(plain(ROM_END)).filter(|(below, above)| below.file == above.file);
     let below = regions.iter().filter_map(|region| cut(region, 0, VGA));
-    let rom = covered.then_some(Region { gpa: ROM, len: ROM_END - ROM, offset: ROM, file: 0 });
+    let rom = covered.map(|(below, _)| Region { gpa: ROM, len: ROM_END - ROM, offset: ROM, ..*below });
     let above = regions.iter().filter_map(|region| cut(region, ROM_END, u64::MAX));
     let mut joined: Vec<Region> = Vec::new();
     for region in below.chain(rom).chain(above) {
         match joined.last_mut() {
-            Some(last) if last.gpa + last.len == region.gpa && last.offset + last.len == region.offset => {
+            Some(last)
+                if (last.gpa + last.len, last.offset + last.len, last.file)
+                    == (region.gpa, region.offset, region.file) =>
+            {
                 last.len += region.len;
             }
             _ => joined.push(region),
@@ -138,6 +200,7 @@ fn cut(region: &Region, start: u64, end: u64) -> Option<Region> {
 mod tests {
     use super::*;
     use crate::map::MemoryMap;
+    use crate::qmp::MemoryDeviceData;
     use proptest::prelude::*;
 
     const GIB: u64 = 1 << 30;
@@ -169,8 +232,17 @@ mod tests {
         FlatRange { gpa, len: end - gpa, is_memory: true, name: name.to_owned(), offset }
     }
 
-    fn backend(id: &str, size: u64, share: bool) -> MemoryBackend {
-        MemoryBackend { id: Some(id.to_owned()), size, share: Some(share) }
+    fn backend(id: &str, size: u64) -> MemoryBackend {
+        MemoryBackend { id: Some(id.to_owned()), size, share: Some(true) }
+    }
+
+    fn device(kind: &str, memdev: &str) -> MemoryDevice {
+        let data = MemoryDeviceData { memdev: Some(memdev.to_owned()) };
+        MemoryDevice { kind: kind.to_owned(), data }
+    }
+
+    fn memory(base_memory: u64, plugged_memory: u64) -> MemorySize {
+        MemorySize { base_memory, plugged_memory }
     }
 
     #[test]
@@ -184,26 +256,56 @@ mod tests {
                 range(0xfd00_0000, 0xfe00_0000, 0, "vga.vram"),
                 range(4 * GIB, 7 * GIB, 2 * GIB, name),
             ];
-            let memory = MemorySize { base_memory: 5 * GIB, plugged_memory: 0 };
-            let (said, size) = from_qemu(&view, &[backend("mem", 5 * GIB, true)], memory).unwrap();
-            assert_eq!(size, 5 * GIB);
-            assert_eq!(said, regions(2 * GIB, 5 * GIB));
-            assert_eq!(said.len(), 3);
-            assert_eq!(MemoryMap::new(said).unwrap().resolve(4 * GIB), Some((0, 2 * GIB)));
+            let said = from_qemu(&view, &[backend("mem", 5 * GIB)], &[], memory(5 * GIB, 0), &[]).unwrap();
+            assert_eq!(said, by_rules(2 * GIB, vec![5 * GIB]));
+            assert_eq!(said.regions.len(), 3);
+            assert_eq!(MemoryMap::new(said.regions).unwrap().resolve(4 * GIB), Some((0, 2 * GIB)));
         }
     }
 
     #[test]
-    fn what_is_not_one_shared_backend_is_refused() {
-        let view = [range(0, GIB, 0, "a"), range(GIB, 2 * GIB, 0, "b")];
-        let memory = |base_memory, plugged_memory| MemorySize { base_memory, plugged_memory };
-        let ask = |backends: &[MemoryBackend], memory| from_qemu(&view, backends, memory).unwrap_err();
-        let (a, private) = (backend("a", GIB, true), backend("a", GIB, false));
-        assert_eq!(ask(&[], memory(GIB, 0)), LayoutError::NoBackend("a".into()));
-        assert_eq!(ask(&[private], memory(GIB, 0)), LayoutError::Private("a".into()));
-        let several = |all| LayoutError::Several { all, first: GIB };
-        assert_eq!(ask(std::slice::from_ref(&a), memory(2 * GIB, 0)), several(2 * GIB));
-        assert_eq!(ask(&[a], memory(GIB, GIB)), several(2 * GIB));
+    fn nodes_follow_each_other_on_both_sides_of_the_hole() {
+        let view = [
+            range(0, 0xa_0000, 0, "b"),
+            range(0x10_0000, GIB, 0x10_0000, "b"),
+            range(GIB, 2 * GIB, 0, "a"),
+            range(4 * GIB, 5 * GIB, GIB, "a"),
+            range(5 * GIB, 8 * GIB, 0, "c"),
+        ];
+        let backends = [backend("a", 2 * GIB), backend("b", GIB), backend("c", 3 * GIB)];
+        let nodes = ["b", "a", "c"].map(str::to_owned);
+        let said = from_qemu(&view, &backends, &[], memory(6 * GIB, 0), &nodes).unwrap();
+        assert_eq!(said, by_rules(2 * GIB, vec![GIB, 2 * GIB, 3 * GIB]));
+        let map = MemoryMap::new(said.regions).unwrap();
+        let places = [0xf_0000, GIB, 4 * GIB, 5 * GIB].map(|gpa| map.resolve(gpa));
+        assert_eq!(places, [Some((0, 0xf_0000)), Some((1, 0)), Some((1, GIB)), Some((2, 0))]);
+        let refused =
+            |nodes: &[String]| from_qemu(&view, &backends, &[], memory(6 * GIB, 0), nodes).unwrap_err();
+        assert_eq!(refused(&[]), LayoutError::Incomplete { all: 6 * GIB, found: GIB });
+        assert_eq!(refused(&["x".to_owned()]), LayoutError::NoBackend("x".into()));
+    }
+
+    #[test]
+    fn of_devices_only_dimms_are_ram() {
+        let view = [
+            range(0, GIB, 0, "mem"),
+            // A window that shows another VM's memory.
+            range(GIB, 2 * GIB, 0, "window"),
+            range(4 * GIB, 5 * GIB, 0, "d"),
+            range(6 * GIB, 7 * GIB, 0, "n"),
+        ];
+        let backends = [backend("mem", GIB), backend("window", GIB), backend("d", GIB), backend("n", GIB)];
+        let ask = |devices: &[MemoryDevice]| from_qemu(&view, &backends, devices, memory(GIB, GIB), &[]);
+        let dimm = device("dimm", "/objects/d");
+        let layout = ask(&[dimm.clone(), device("nvdimm", "/objects/n")]).unwrap();
+        assert_eq!(layout.sizes, [GIB, GIB]);
+        assert_eq!(layout.regions.last().unwrap(), &Region { gpa: 4 * GIB, len: GIB, offset: 0, file: 1 });
+        assert!(layout.regions.iter().all(|region| region.gpa < GIB || region.file == 1));
+        let error = ask(&[device("virtio-mem", "/objects/d")]).unwrap_err();
+        assert_eq!(error, LayoutError::Device("virtio-mem".into()));
+        assert_eq!(ask(&[device("dimm", "/objects/x")]).unwrap_err(), LayoutError::NoBackend("x".into()));
+        let many = vec![dimm; MAX_FILES];
+        assert_eq!(ask(&many).unwrap_err(), LayoutError::TooMany(MAX_FILES + 1));
     }
 
     proptest! {
@@ -219,8 +321,7 @@ mod tests {
                 end = gpa + (len << 12);
                 view.push(range(gpa, end, (offset << 12) + odd, "m"));
             }
-            let memory = MemorySize { base_memory: 1 << 21, plugged_memory: 0 };
-            if let Ok((regions, _)) = from_qemu(&view, &[backend("m", 1 << 21, true)], memory) {
+            if let Ok(Layout { regions, .. }) = from_qemu(&view, &[backend("m", 1 << 21)], &[], memory(1 << 21, 0), &[]) {
                 prop_assert!(regions.iter().all(|r| r.gpa % 4096 == 0 && r.len % 4096 == 0 && r.len > 0));
                 prop_assert!(regions.iter().all(|r| r.gpa + r.len <= VGA || r.gpa >= ROM));
                 // The rest is the registry's to judge, which takes no map that breaks a rule.
@@ -229,12 +330,17 @@ mod tests {
         }
 
         #[test]
-        fn the_rules_make_maps(size in 512u64..0x40_0000, limit in proptest::option::of(0x1000u64..0x10_0000), q35: bool) {
-            let (size, limit) = (size << 12, limit.map(|limit| limit << 12));
+        fn the_rules_make_maps(
+            sizes in proptest::collection::vec(512u64..0x20_0000, 1..5),
+            limit in proptest::option::of(0x1000u64..0x10_0000),
+            q35: bool,
+        ) {
+            let (sizes, limit) = (sizes.iter().map(|size| size << 12).collect::<Vec<_>>(), limit.map(|limit| limit << 12));
+            let size = sizes.iter().sum();
             let low = low_end(if q35 { "q35" } else { "pc" }, size, limit).unwrap();
-            let map = MemoryMap::new(regions(low, size)).unwrap();
+            let map = MemoryMap::new(by_rules(low, sizes.clone()).regions).unwrap();
             prop_assert_eq!(map.memory_bytes(), size - (ROM - VGA));
-            prop_assert!(map.file_size(0) == size);
+            prop_assert!((0..).zip(&sizes).all(|(file, size)| map.file_size(file) == *size));
         }
     }
 }

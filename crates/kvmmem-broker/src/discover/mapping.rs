@@ -41,7 +41,12 @@ impl Mapping {
     }
 }
 
-/// The mappings that may be written, by ascending address. What is no line of the kernel's is left out.
+/// The mapping that addresses `hva` to `hva + len` are part of.
+pub fn covering(mappings: &[Mapping], hva: u64, len: u64) -> Option<&Mapping> {
+    mappings.iter().find(|mapping| mapping.covers(hva, len))
+}
+
+/// The mappings that may be written and hold no code, by ascending address. What is no line of the kernel's is left out.
 pub fn parse(text: &str) -> Vec<Mapping> {
     let mut mappings: Vec<Mapping> = Vec::new();
     for mapping in text.lines().filter_map(line) {
@@ -57,7 +62,7 @@ fn line(line: &str) -> Option<Mapping> {
     let hex = |text: &str| u64::from_str_radix(text, 16).ok();
     let mut words = line.splitn(6, ' ');
     let (start, end) = words.next()?.split_once('-')?;
-    let mode = words.next().filter(|mode| mode.starts_with("rw"))?;
+    let mode = words.next().filter(|mode| mode.starts_with("rw-"))?;
     let offset = hex(words.next()?)?;
     let (major, minor) = words.next()?.split_once(':')?;
     let device =

@@ -132,9 +132,14 @@ impl<F: Fn(&Path) -> Option<Qmp>, T: FnMut(&mut Qmp, News) -> Next> Listener<F, 
 
     /// Listens until told otherwise, or until the connection is lost.
     fn listen(&mut self, qmp: &mut Qmp) -> Result<Next, QmpError> {
-        let mut is_due = true;
+        let (mut is_due, mut memory) = (true, None);
         loop {
-            let heard = Heard::take(qmp)?;
+            let mut heard = Heard::take(qmp)?;
+            if is_due || heard.stop {
+                // That a DIMM was plugged in is no event.
+                let now = qmp.memory_size()?;
+                heard.memory |= memory.replace(now).is_some_and(|before| before != now);
+            }
             for news in heard.news() {
                 match (self.tell)(qmp, news) {
                     Next::Listen => {}
@@ -199,7 +204,7 @@ impl Heard {
     fn note(&mut self, event: &str) {
         match event {
             "RESET" => self.reset = true,
-            // The guest has taken a DIMM, or a device has left; that one was plugged in is no event.
+            // The guest has taken a DIMM, or a device has left.
             "ACPI_DEVICE_OST" | "DEVICE_DELETED" | "MEMORY_DEVICE_SIZE_CHANGE" => self.memory = true,
             "STOP" => self.stop = true,
             _ => {}

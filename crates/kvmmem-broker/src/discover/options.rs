@@ -48,11 +48,6 @@ impl Options {
         matches!(self.get(key), Some("on" | "yes" | "true" | "y"))
     }
 
-    /// Whether a switch is off.
-    pub(crate) fn is_off(&self, key: &str) -> bool {
-        matches!(self.get(key), Some("off" | "no" | "false" | "n"))
-    }
-
     /// A size in bytes; a number without a suffix counts `unit` bytes.
     pub(crate) fn size(&self, key: &str, unit: u64) -> Option<u64> {
         size(self.get(key)?, unit)
@@ -121,7 +116,7 @@ mod tests {
         assert_eq!(plain, json);
         assert_eq!(plain.get("qom-type"), Some("memory-backend-memfd"));
         assert_eq!(plain.size("size", 1), Some(1 << 32));
-        assert!(plain.is_on("share") && !plain.is_off("share"));
+        assert!(plain.is_on("share"));
         assert_eq!(Options::parse("guest=a=b,debug-threads=on", "guest").get("guest"), Some("a=b"));
         assert!(Options::parse("x,server", "backend").is_on("server"));
     }

@@ -166,6 +166,16 @@ impl Process {
         Ok(mapping::parse(&String::from_utf8_lossy(&text)))
     }
 
+    /// Its memory, by its own addresses, for reading and writing. It stays that of the program that runs now.
+    ///
+    /// # Errors
+    /// [`ProcessError`].
+    pub fn memory(&self) -> Result<OwnedFd, ProcessError> {
+        let flags = OFlags::RDWR | OFlags::CLOEXEC;
+        rustix::fs::openat(&self.directory, "mem", flags, Mode::empty())
+            .map_err(|error| failed(self.pid, "the memory", error.into()))
+    }
+
     /// What a file descriptor whose link the check accepts is linked to.
     ///
     /// # Errors

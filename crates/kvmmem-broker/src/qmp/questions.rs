@@ -28,6 +28,23 @@ pub struct MemorySize {
     pub plugged_memory: u64,
 }
 
+/// A device that brings memory, as `query-memory-devices` lists it.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+pub struct MemoryDevice {
+    /// `dimm`, `nvdimm`, `virtio-mem` and others.
+    #[serde(rename = "type")]
+    pub kind: String,
+    /// The rest of it.
+    pub data: MemoryDeviceData,
+}
+
+/// What is said of a device that brings memory.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+pub struct MemoryDeviceData {
+    /// The path of its backend, where it has one.
+    pub memdev: Option<String>,
+}
+
 impl Qmp {
     /// The memory backends.
     ///
@@ -60,5 +77,27 @@ impl Qmp {
     /// [`QmpError`].
     pub fn memory_tree(&mut self) -> Result<String, QmpError> {
         self.ask("human-monitor-command", json!({ "command-line": "info mtree -f" }))
+    }
+
+    /// The devices that bring memory.
+    ///
+    /// # Errors
+    /// [`QmpError`].
+    pub fn memory_devices(&mut self) -> Result<Vec<MemoryDevice>, QmpError> {
+        self.ask("query-memory-devices", json!({}))
+    }
+
+    /// Where the memory at a guest-physical address is in QEMU's own address space.
+    ///
+    /// # Errors
+    /// [`QmpError`].
+    pub fn host_address(&mut self, gpa: u64) -> Result<u64, QmpError> {
+        const COMMAND: &str = "human-monitor-command";
+        let line = format!("gpa2hva {gpa:#x}");
+        let answer: String = self.ask(COMMAND, json!({ "command-line": line }))?;
+        // "Host virtual address for 0x0 (pc.ram) is 0x7f427be00000"
+        let hva =
+            answer.trim_end().rsplit_once(" is 0x").and_then(|(_, hva)| u64::from_str_radix(hva, 16).ok());
+        hva.ok_or_else(|| self.garbage(COMMAND))
     }
 }

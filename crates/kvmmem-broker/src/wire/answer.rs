@@ -166,6 +166,9 @@ pub enum Answer {
         regions: Vec<Region>,
         /// How that became known.
         evidence: Evidence,
+        /// Where its memory can only be copied: why, and what helps.
+        #[serde(default)]
+        copied: Option<String>,
     },
     /// The VM is an introspector now.
     IntrospectorAdded {

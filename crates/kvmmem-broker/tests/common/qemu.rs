@@ -8,6 +8,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use kvmmem_broker::admin::{Added, AdminError, Which};
+use kvmmem_broker::discover::{Found, discover};
 use serde_json::{Value, json};
 
 use super::TestBroker;
@@ -68,6 +69,11 @@ impl Qemu {
     /// All arguments that it would be started with, besides these.
     pub(crate) fn arguments(&self, arguments: &[&str]) -> Vec<String> {
         all_arguments(&self.name, &self.monitor, &self.qmp, arguments)
+    }
+
+    /// What `targets --discover` says of it.
+    pub(crate) fn found(&self) -> Found {
+        discover().unwrap().into_iter().find(|found| found.pid == self.process.id()).unwrap()
     }
 
     pub(crate) fn pid(&self) -> Which {
@@ -193,7 +199,7 @@ pub(crate) fn add_confirmed(broker: &TestBroker, qemu: &Qemu) -> Added {
         match broker.admin().add_target(&qemu.pid(), None) {
             Err(AdminError::Refused { message, .. })
                 // Until its firmware has run, and before that its memory is mapped.
-                if ["not confirmed", "private"].iter().any(|words| message.contains(words))
+                if ["not confirmed", "could be RAM"].iter().any(|words| message.contains(words))
                     && began.elapsed() < FIRMWARE =>
             {
                 std::thread::sleep(Duration::from_millis(100));

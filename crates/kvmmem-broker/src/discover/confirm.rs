@@ -1,0 +1,140 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! Finds out which mapping of a VMM is which part of the RAM, where the VMM cannot be asked: by their sizes, and by what
+//! the guest's firmware has left in them. What can be told apart by neither is refused.
+
+use super::acpi::{self, AcpiError};
+use super::backing::{self, Backing, Obstacle};
+use super::guest::{Guest, Window};
+use super::layout::Layout;
+use super::mapping::Mapping;
+use super::process::Process;
+
+/// The most ways to choose mappings that are tried.
+const MAX_CHOICES: usize = 32;
+
+/// Where the RAM above the hole begins.
+const FOUR_GIB: u64 = 1 << 32;
+
+/// Why no choice of mappings is confirmed.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum ConfirmError {
+    /// There is none to choose, or too many are as good.
+    #[error(transparent)]
+    Obstacle(#[from] Obstacle),
+    /// The guest confirms none.
+    #[error(transparent)]
+    Acpi(AcpiError),
+}
+
+/// A mapping that may be taken for a backend.
+struct Candidate {
+    backing: Backing,
+    window: Window,
+}
+
+/// The mappings that are the layout's backends.
+pub(super) fn choose(
+    process: &Process,
+    mappings: &[Mapping],
+    layout: &Layout,
+) -> Result<Vec<Backing>, ConfirmError> {
+    let mut sizes = layout.sizes.clone();
+    sizes.sort_unstable();
+    sizes.dedup();
+    let mut candidates = Vec::new();
+    for size in sizes {
+        let found = backing::candidates(mappings, size);
+        let needed = layout.sizes.iter().filter(|other| **other == size).count();
+        if found.len() < needed {
+            return Err(Obstacle::NotFound(size).into());
+        }
+        // As many as may be chosen in too many ways are not even opened.
+        for backing in found.into_iter().take(MAX_CHOICES + 1) {
+            let window = Window::open(process, &backing)?;
+            candidates.push(Candidate { backing, window });
+        }
+    }
+    let low = layout.regions.iter().filter(|region| region.gpa < FOUR_GIB);
+    let low_end = low.map(|region| region.gpa + region.len).max().unwrap_or(0);
+    let verify = |choice: &[usize]| {
+        let chosen = choice.iter().filter_map(|number| candidates.get(*number));
+        let guest = Guest::new(layout, chosen.map(|candidate| candidate.window.clone()).collect());
+        acpi::verify(|gpa, bytes| guest.read(gpa, bytes), low_end)
+    };
+    let sizes: Vec<u64> = candidates.iter().map(|candidate| candidate.backing.len).collect();
+    let choice = only(&layout.sizes, &sizes, verify)?;
+    let chosen = choice.into_iter().filter_map(|number| Some(candidates.get(number)?.backing.clone()));
+    Ok(chosen.collect())
+}
+
+/// The one way to choose from candidates of these sizes that is confirmed.
+fn only(
+    needed: &[u64],
+    sizes: &[u64],
+    verify: impl Fn(&[usize]) -> Result<u64, AcpiError>,
+) -> Result<Vec<usize>, ConfirmError> {
+    let choices = choices(needed, sizes).ok_or_else(|| Obstacle::Ambiguous(*needed.first().unwrap_or(&0)))?;
+    let (mut confirmed, mut refused): (Option<Vec<usize>>, _) = (None, AcpiError::NotFound { low_end: 0 });
+    for choice in choices {
+        match verify(&choice) {
+            Err(error) => refused = error,
+            Ok(_) => {
+                if let Some(other) = confirmed.replace(choice.clone()) {
+                    let differs =
+                        choice.iter().zip(&other).zip(needed).find(|((one, other), _)| one != other);
+                    return Err(Obstacle::Ambiguous(differs.map_or(0, |(_, size)| *size)).into());
+                }
+            }
+        }
+    }
+    confirmed.ok_or(ConfirmError::Acpi(refused))
+}
+
+/// All ways to choose a candidate of the right size for each that is needed, none twice; `None` where there are too many.
+fn choices(needed: &[u64], sizes: &[u64]) -> Option<Vec<Vec<usize>>> {
+    let mut choices: Vec<Vec<usize>> = vec![Vec::new()];
+    for size in needed {
+        let fitting = |choice: &Vec<usize>| {
+            let free = |number: &usize| sizes.get(*number) == Some(size) && !choice.contains(number);
+            let extend = |number| choice.iter().copied().chain([number]).collect();
+            (0..sizes.len()).filter(free).map(extend).collect::<Vec<Vec<usize>>>()
+        };
+        choices = choices.iter().flat_map(fitting).collect();
+        if choices.len() > MAX_CHOICES {
+            return None;
+        }
+    }
+    Some(choices)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const FAILED: Result<u64, AcpiError> = Err(AcpiError::NotFound { low_end: 1 });
+
+    #[test]
+    fn the_confirmed_choice_is_taken() {
+        let verify = |choice: &[usize]| if choice == [1, 2, 0] { Ok(0) } else { FAILED };
+        assert_eq!(only(&[4, 2, 4], &[4, 4, 2, 8], verify).unwrap(), [1, 2, 0]);
+        let none = only(&[4, 2, 4], &[4, 4, 2, 8], |_| FAILED);
+        assert!(matches!(none, Err(ConfirmError::Acpi(AcpiError::NotFound { low_end: 1 }))));
+    }
+
+    #[test]
+    fn what_is_as_good_as_another_is_refused() {
+        // The first node is told by its content, the others are not.
+        let verify = |choice: &[usize]| if choice.first() == Some(&0) { Ok(0) } else { FAILED };
+        assert_eq!(only(&[4, 4], &[4, 4], verify).unwrap(), [0, 1]);
+        assert!(matches!(
+            only(&[4, 4, 4], &[4, 4, 4], verify),
+            Err(ConfirmError::Obstacle(Obstacle::Ambiguous(4)))
+        ));
+        assert!(matches!(
+            only(&[4, 4], &[4, 4, 4], verify),
+            Err(ConfirmError::Obstacle(Obstacle::Ambiguous(4)))
+        ));
+        assert!(matches!(only(&[4], &[4; 33], verify), Err(ConfirmError::Obstacle(Obstacle::Ambiguous(4)))));
+        assert_eq!(choices(&[4; 5], &[4; 5]), None);
+    }
+}
