@@ -25,6 +25,7 @@
 //!   `Entry::state`, or `Slot::state`, and the page tables' locks.
 //! - `Entry::state`, while the host is asked for its page; then `Pages::entries`. Faults wait for it before `View::now`.
 //! - a PCI device's lock (probe, unbind); then `SLOTS`, and then the `Slot::state` of one slot at a time.
+//! - `CACHING`, under any of them, while memory is mapped into the kernel.
 //! - each process's table of v1 has a mutex of its own.
 //!
 //! User memory is touched under none of them: it may be a mapping of this very device. The host opens views under
@@ -132,7 +133,7 @@ struct Kvmmem {
 
 impl kernel::InPlaceModule for Kvmmem {
     fn init(module: &'static ThisModule) -> impl PinInit<Self, Error> {
-        sys::init_slots();
+        sys::init_locks();
         let directory = Dir::new(c"kvmmem");
         try_pin_init!(Self {
             _: { hypercall::choose(forced_way(), module_parameters::force_window.value())? },

@@ -104,7 +104,7 @@ pub(crate) fn complain(why: u32) {
     if count.is_power_of_two() {
         let why = match why {
             COMPLAINT_NO_ADDRESS => "there is no room for a window's BAR 2 behind its bridge",
-            COMPLAINT_NOT_CACHED => "a window's BAR 2 cannot be cached, as MTRRs have it below 4 GiB",
+            COMPLAINT_NOT_CACHED => "a window's BAR 2 cannot be cached",
             _ => "the descriptor is not possible, or not with these windows",
         };
         pr_warn!("a view cannot be shown: {why} ({count} such slots)\n");

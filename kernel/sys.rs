@@ -425,12 +425,13 @@ pub(crate) fn seek(way: Way, descriptor_gpa: u64, gpa: &mut u64, what: u64) -> R
 ///
 /// # Invariants
 ///
-/// `address` is a write-back mapping of the `len` bytes at `gpa`, whole pages: a [`Remapped`]'s or an [`OwnPage`]'s,
-/// which keeps it.
+/// `address` is a mapping of the `len` bytes at `gpa`, whole pages: a [`Remapped`]'s or an [`OwnPage`]'s, which keeps it.
 pub(crate) struct Memory {
     address: NonNull<u8>,
     gpa: u64,
     len: usize,
+    /// Whether large pages can be inserted for it.
+    is_write_back: bool,
 }
 
 // SAFETY: the mapping belongs to no thread.
@@ -579,36 +580,68 @@ pub(crate) fn fault_in_source(from: &mut IovIterSource<'_>, len: usize) -> bool 
 pub(crate) struct Remapped(Memory);
 
 impl Remapped {
-    /// Maps memory write-back. `EINVAL` where there can be none, `EOPNOTSUPP` where another type of memory is
-    /// prescribed, `ENOMEM` where there is no room.
+    /// Maps memory so that it is cached: write-back, or write-through where MTRRs prescribe uncached memory. `EINVAL`
+    /// where there can be none, `EOPNOTSUPP` where it cannot be cached, `ENOMEM` where there is no room.
     pub(crate) fn map(gpa: u64, len: u64) -> Result<Self> {
-        let mapped = Self::map_any(gpa, len)?;
-        if mapped.is_write_back() { Ok(mapped) } else { Err(EOPNOTSUPP) }
+        // One at a time: whoever maps a range while it is uncached gets no other type.
+        let _one = CACHING.lock();
+        for flags in [bindings::MEMREMAP_WB, bindings::MEMREMAP_WT] {
+            let mut mapped = Self::map_as(gpa, len, flags as usize)?;
+            mapped.0.is_write_back = match mapped.caching() {
+                Caching::WriteBack => true,
+                Caching::WriteThrough => false,
+                Caching::Other => continue,
+            };
+            return Ok(mapped);
+        }
+        Err(EOPNOTSUPP)
     }
 
-    /// Maps memory of whichever type, write-back if possible. `EINVAL` where there can be none, `ENOMEM` where there is
-    /// no room.
+    /// Maps memory, cached or not. `EINVAL` where there can be none, `ENOMEM` where there is no room.
     pub(crate) fn map_any(gpa: u64, len: u64) -> Result<Self> {
+        Self::map_as(gpa, len, bindings::MEMREMAP_WB as usize)
+    }
+
+    fn map_as(gpa: u64, len: u64, flags: usize) -> Result<Self> {
         if !Memory::is_possible(gpa, len) {
             return Err(EINVAL);
         }
         let size = usize::try_from(len)?;
         // SAFETY: the range is whole pages that the CPU can address and is not RAM.
-        let address = unsafe { bindings::memremap(gpa, size, bindings::MEMREMAP_WB as usize) };
+        let address = unsafe { bindings::memremap(gpa, size, flags) };
+        let address = NonNull::new(address.cast()).ok_or(ENOMEM)?;
         // INVARIANT: just mapped, and checked to hold no RAM.
-        Ok(Self(Memory { address: NonNull::new(address.cast()).ok_or(ENOMEM)?, gpa, len: size }))
+        Ok(Self(Memory { address, gpa, len: size, is_write_back: false }))
     }
 
-    /// Whether the mapping is write-back: `memremap` yields an uncached one where MTRRs say so.
-    fn is_write_back(&self) -> bool {
-        const UNCACHED: usize = 1 << bindings::_PAGE_BIT_PWT | 1 << bindings::_PAGE_BIT_PCD;
+    /// The type of the mapping: `memremap` does not say whether it is the one that was asked for.
+    fn caching(&self) -> Caching {
         let mut level = 0;
         // SAFETY: by the invariant the address is mapped, and its tables stay while it is.
-        unsafe {
+        let bits = unsafe {
             let entry = bindings::lookup_address(self.0.address.as_ptr() as usize, &mut level);
-            !entry.is_null() && (*entry).pte & UNCACHED == 0
+            if entry.is_null() {
+                return Caching::Other;
+            }
+            (*entry).pte
+        };
+        let is_small = level == bindings::pg_level_PG_LEVEL_4K;
+        let pat = if is_small { bindings::_PAGE_BIT_PAT } else { bindings::_PAGE_BIT_PAT_LARGE };
+        let is_set = |bit: u32| bits >> bit & 1 != 0;
+        // As Linux programs the page attribute table.
+        match (is_set(pat), is_set(bindings::_PAGE_BIT_PCD), is_set(bindings::_PAGE_BIT_PWT)) {
+            (_, false, false) => Caching::WriteBack,
+            (true, true, true) => Caching::WriteThrough,
+            _ => Caching::Other,
         }
     }
+}
+
+/// How memory is cached.
+enum Caching {
+    WriteBack,
+    WriteThrough,
+    Other,
 }
 
 impl Deref for Remapped {
@@ -670,7 +703,7 @@ impl OwnPage {
         stats::MAPPED.add_one();
         // SAFETY: the page is allocated; x86-64 has all RAM mapped at addresses that are not null.
         let address = unsafe { NonNull::new_unchecked(kvmmem_page_address(page.as_ptr()).cast()) };
-        let memory = Memory { address, gpa, len: PAGE_SIZE as usize };
+        let memory = Memory { address, gpa, len: PAGE_SIZE as usize, is_write_back: true };
         Self { memory, page: ManuallyDrop::new(page), way }
     }
 }
@@ -913,6 +946,11 @@ impl Fault {
         if gpa % size != 0 || offset.checked_add(size).is_none_or(|end| end > memory.len()) {
             return Err(self.refusal());
         }
+        // The kernel gives large pages another type than small ones, as it leaves the attribute's bit where that of
+        // small pages is.
+        if self.order > 0 && !memory.is_write_back {
+            return Err(FaultError::Smaller);
+        }
         let pfn = (gpa / PAGE_SIZE) as usize;
         // SAFETY: the type's invariant. The area is VM_PFNMAP and not private, as these functions demand. The pages are
         // within `memory`: either no RAM of this machine, whatever the process does with them, or an `OwnPage`, which
@@ -1020,14 +1058,22 @@ where
 }
 
 kernel::sync::global_lock! {
-    // SAFETY: initialised by `init_slots`, which the module calls before anything that takes it.
+    // SAFETY: initialised by `init_locks`, which the module calls before anything that takes it.
     pub(crate) unsafe(uninit) static SLOTS: Mutex<Slots> = KVec::new();
 }
 
+kernel::sync::global_lock! {
+    // SAFETY: as above.
+    unsafe(uninit) static CACHING: Mutex<()> = ();
+}
+
 /// For the module's initialisation, before it registers anything.
-pub(crate) fn init_slots() {
+pub(crate) fn init_locks() {
     // SAFETY: a module is initialised once.
-    unsafe { SLOTS.init() };
+    unsafe {
+        SLOTS.init();
+        CACHING.init();
+    }
 }
 
 /// Whether this machine has a PCI bus.

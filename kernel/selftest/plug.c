@@ -265,10 +265,10 @@ int rebind_all(void)
 	return error;
 }
 
-int is_mapped(const char *function)
+int cached_how(const char *function)
 {
 	unsigned long start[8], end[8], from, to;
-	char path[96], line[256];
+	char path[96], line[256], type[32];
 	int count = 0, found = 0;
 	FILE *file;
 
@@ -281,9 +281,14 @@ int is_mapped(const char *function)
 	file = fopen("/sys/kernel/debug/x86/pat_memtype_list", "r");
 	CHECK(file && count == 3);
 	while (file && count == 3 && fgets(line, sizeof(line), file))
-		if (sscanf(line, "PAT: [mem %lx-%lx]", &from, &to) == 2 && from < end[2] && to > start[2])
-			found = 1;
+		if (sscanf(line, "PAT: [mem %lx-%lx] %31s", &from, &to, type) == 3 && from < end[2] && to > start[2])
+			found = !strcmp(type, "write-back") ? 'b' : !strcmp(type, "write-through") ? 't' : '-';
 	if (file)
 		fclose(file);
 	return found;
+}
+
+int is_mapped(const char *function)
+{
+	return cached_how(function);
 }

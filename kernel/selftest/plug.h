@@ -12,6 +12,7 @@
 #define WINDOW_1	(16 * MIB)
 #define WINDOW_2	(8 * MIB)
 #define WINDOW_8	(4 * MIB)
+#define WINDOW_COLD	(2 * MIB)
 #define SHARED_SIZE	(32 * MIB)
 
 /* The view's usual ranges: huge pages of window 1, the read-only window, the second slot's. */
@@ -66,7 +67,8 @@ void probe(const char *function);
 int rebind_all(void);
 int is_bound(const char *function);
 int is_there(const char *function);
-/* Whether the kernel has anything mapped of a function's BAR 2. */
+/* How the kernel has anything mapped of a function's BAR 2: 'b' write-back, 't' write-through, '-' uncached, 0 not. */
+int cached_how(const char *function);
 int is_mapped(const char *function);
 
 void test_plug(void);

@@ -63,6 +63,7 @@ static void mapped(int fd)
 	CHECK_EQUAL(number_at(p + SECOND - FIRST), shared_content(SECOND));
 	CHECK_EQUAL(number_at(p + THIRD - FIRST), shared_content(THIRD));
 	CHECK(stats_of(fd).faults_2m > 0);
+	CHECK_EQUAL(cached_how("A.1"), 'b');
 	CHECK_EQUAL(signal_of_read(p + FIRST_SIZE), SIGBUS);
 	/* What the target writes is seen, and it sees what is written. */
 	*shared(FIRST_AT + PAGE) = 42;

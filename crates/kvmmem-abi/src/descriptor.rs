@@ -70,7 +70,7 @@ pub const SLOT_WINDOWS: u32 = 7;
 /// The driver's complaint: a window's BAR got no address; its bridge has too little room.
 pub const COMPLAINT_NO_ADDRESS: u32 = 1;
 
-/// The driver's complaint: a window cannot be mapped write-back.
+/// The driver's complaint: a window cannot be mapped so that it is cached.
 pub const COMPLAINT_NOT_CACHED: u32 = 2;
 
 /// The driver's complaint: it does not understand the descriptor, or its windows are not those that are there.

@@ -160,7 +160,7 @@ struct kvmmem_window_range {
 
 /* Why the driver cannot show windows that are PCI devices. */
 #define KVMMEM_COMPLAINT_NO_ADDRESS	1	/* a BAR has no address: too little room behind the bridge */
-#define KVMMEM_COMPLAINT_NOT_CACHED	2	/* a BAR cannot be mapped write-back */
+#define KVMMEM_COMPLAINT_NOT_CACHED	2	/* a BAR cannot be cached */
 #define KVMMEM_COMPLAINT_INVALID	3	/* the descriptor cannot be, or not with these windows */
 
 struct kvmmem_descriptor {
