@@ -260,6 +260,18 @@ impl Admin {
         self.ask(Call::RemoveIntrospector { name: name.to_owned() }).map(|_| ())
     }
 
+    /// How many PCI slots an introspector that was added, given by name or UUID, has free for views, and how many there
+    /// are.
+    ///
+    /// # Errors
+    /// [`AdminError`]; [`Refusal::Denied`] for one that was not added.
+    pub fn room(&mut self, introspector: &str) -> Result<(u32, u32), AdminError> {
+        match self.ask(Call::Room { introspector: introspector.to_owned() })? {
+            Answer::Room { free, count } => Ok((free, count)),
+            _ => Err(AdminError::NoAnswer),
+        }
+    }
+
     fn ask(&mut self, call: Call) -> Result<Answer, AdminError> {
         self.last_request += 1;
         let asked = self.last_request;

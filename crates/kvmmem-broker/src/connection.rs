@@ -140,6 +140,7 @@ impl Connection<'_> {
                 broker.add_introspector(credentials, &which, cid, name, on_silence)?
             }
             Call::RemoveIntrospector { name } => self.operator()?.remove_introspector(credentials, &name)?,
+            Call::Room { introspector } => self.operator()?.room(&introspector)?,
             Call::Hook { target, endpoint } => broker.hook(credentials, &target, endpoint)?,
             Call::Unhook { target, endpoint } => broker.unhook(credentials, &target, &endpoint)?,
         };

@@ -23,6 +23,7 @@ mod pieces;
 mod places;
 mod plug;
 mod process;
+mod room;
 mod take_back;
 mod view;
 

@@ -161,6 +161,11 @@ pub enum Call {
         /// Its name or UUID.
         name: String,
     },
+    /// Tells how much room an introspector has for views that was added. Answer: [`Answer::Room`].
+    Room {
+        /// Its name or UUID.
+        introspector: String,
+    },
     /// Connects a target to a tool that listens for KVMI, and again whenever that connection ends.
     /// Answer: [`Answer::Done`].
     Hook {

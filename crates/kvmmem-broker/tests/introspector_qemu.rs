@@ -189,9 +189,13 @@ fn is_ours(id: &Value) -> bool {
 fn a_view_comes_and_goes_with_its_devices() {
     let Some(pair) = Pair::start(OnSilence::Report) else { return };
     let driver = pair.driver();
+    let room = || pair.broker.admin().room("watcher").unwrap();
+    let (free, count) = room();
+    assert!(free > 20 && free <= count);
     for _ in 0..3 {
         let opened = pair.open(&request(Rights::ReadOnly)).unwrap();
         assert!(!opened.ended());
+        assert_eq!(room(), (free - 1, count));
         assert_eq!(pair.counts(), (2, 2));
         let [page] = &pages(pair.qemu.process.id())[..] else { panic!() };
         assert_eq!((number(page, 0), state(page)), (kvmmem_abi::descriptor::MAGIC, STATE_OPEN));
@@ -201,7 +205,10 @@ fn a_view_comes_and_goes_with_its_devices() {
         assert_eq!(pair.counts(), (0, 0));
         wait_for("QEMU to close what it was given", || pages(pair.qemu.process.id()).is_empty());
         wait_for("the view to end", || pair.broker.grants().iter().all(|grant| grant.views.is_empty()));
+        assert_eq!(room(), (free, count));
     }
+    let of_target = pair.broker.admin().room("tiger").unwrap_err();
+    assert!(of_target.to_string().contains("not added as an introspector"), "{of_target}");
     drop(driver);
 }
 

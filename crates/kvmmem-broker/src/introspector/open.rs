@@ -183,7 +183,12 @@ impl Introspector {
     }
 
     /// The slots that nothing is in and nobody has reserved, where they are enough.
-    fn free(&self, views: &[Arc<View>], places: &Places, needed: usize) -> Result<Vec<Place>, OpenError> {
+    pub(super) fn free(
+        &self,
+        views: &[Arc<View>],
+        places: &Places,
+        needed: usize,
+    ) -> Result<Vec<Place>, OpenError> {
         let reserved: BTreeSet<Place> = views.iter().flat_map(|view| lock(&view.places).clone()).collect();
         let free: Vec<Place> = places.free.difference(&reserved).cloned().collect();
         if free.len() < needed {

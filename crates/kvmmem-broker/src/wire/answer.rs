@@ -180,6 +180,13 @@ pub enum Answer {
         /// all of a target's RAM or nothing.
         has_offset: bool,
     },
+    /// How much room an introspector has for views.
+    Room {
+        /// PCI slots that are free.
+        free: u32,
+        /// PCI slots that there are.
+        count: u32,
+    },
     /// The token was pushed to this connection ([`FromBroker::Granted`], earlier in the stream): the peer has it.
     Pushed,
     /// A page of VMs.

@@ -6,7 +6,8 @@ use std::io::ErrorKind;
 use std::path::Path;
 
 use kvm_ioctls::Kvm;
-use kvmmem_broker::admin::Admin;
+use kvmmem_broker::admin::{Admin, AdminError, TargetInfo};
+use kvmmem_broker::wire::Refusal;
 use kvmmem_sys::xen;
 
 use super::{Check, guest, limits};
@@ -26,12 +27,8 @@ pub(super) fn checks() -> Vec<Check> {
     if let Ok(kvm) = &kvm {
         checks.push(check_hypercalls(kvm));
     }
-    checks.extend([
-        check_vhost_vsock(),
-        limits::memlock_on_host(),
-        limits::max_map_count(),
-        check_broker(&default_socket()),
-    ]);
+    checks.extend([check_vhost_vsock(), limits::memlock_on_host(), limits::max_map_count()]);
+    checks.extend(check_broker(&default_socket()));
     checks
 }
 
@@ -124,20 +121,47 @@ fn check_vhost_vsock() -> Check {
 }
 
 /// Usable without: the broker is a program like any other, and can be started at any time.
-fn check_broker(socket: &Path) -> Check {
+fn check_broker(socket: &Path) -> Vec<Check> {
     const NAME: &str = "broker";
-    let answer = Admin::connect(socket).and_then(|mut admin| admin.targets());
-    match answer {
-        Ok(targets) => {
-            let count = targets.len();
-            Check::ok(NAME, format!("kvmmemd at {} knows {count} virtual machines", socket.display()))
+    let ask = || {
+        let mut admin = Admin::connect(socket)?;
+        let vms = admin.targets()?;
+        Ok::<_, AdminError>((admin, vms))
+    };
+    match ask() {
+        Ok((mut admin, vms)) => {
+            let detail = format!("kvmmemd at {} knows {} virtual machines", socket.display(), vms.len());
+            let introspectors = vms.iter().filter(|vm| vm.introspector);
+            let rooms = introspectors.filter_map(|vm| check_room(vm, admin.room(&vm.uuid.to_string())));
+            std::iter::once(Check::ok(NAME, detail)).chain(rooms).collect()
         }
-        Err(error) => Check::warn(
+        Err(error) => vec![Check::warn(
             NAME,
             format!("{:#}", anyhow::Error::new(error)),
             "start kvmmemd; its socket is open to root and to the group that its --group names",
-        ),
+        )],
     }
+}
+
+/// How many views an introspector under a stock QEMU can still have; nothing is to be said of others.
+fn check_room(vm: &TargetInfo, room: Result<(u32, u32), AdminError>) -> Option<Check> {
+    const NAME: &str = "introspector";
+    let cid = vm.cid.map_or_else(|| "none".to_owned(), |cid| cid.to_string());
+    let who = format!("{}, context id {cid}", vm.name);
+    Some(match room {
+        Ok((0, count)) => Check::warn(
+            NAME,
+            format!("{who}: all {count} places for views are taken"),
+            "close views, or start it with more places: kvmmem qemu-args --views",
+        ),
+        Ok((free, count)) => Check::ok(NAME, format!("{who}: {free} of {count} places for views are free")),
+        Err(AdminError::Refused { refusal: Refusal::Denied, .. }) => return None,
+        Err(error) => Check::warn(
+            NAME,
+            format!("{who}: {:#}", anyhow::Error::new(error)),
+            "is its QMP socket the broker's alone? kvmmem qemu-args prints one",
+        ),
+    })
 }
 
 #[cfg(test)]
@@ -156,6 +180,33 @@ mod tests {
         assert_eq!(check_hardware(none, true, true).status, Status::Warn);
         assert_eq!(check_hardware(none, false, false).status, Status::Fail);
         assert_eq!(check_hardware("", false, false).status, Status::Fail);
+    }
+
+    #[test]
+    fn introspectors_without_a_free_place_are_told() {
+        let vm = TargetInfo {
+            id: 1,
+            name: "lion".to_owned(),
+            uuid: uuid::Uuid::nil(),
+            vcpus: 2,
+            start_time_ms: 0,
+            cid: Some(7),
+            introspectable: false,
+            introspector: true,
+            memory_bytes: 0,
+            pid: 77,
+            hooks: Vec::new(),
+        };
+        let check = check_room(&vm, Ok((1, 2))).unwrap();
+        assert_eq!(
+            (check.status, check.detail.as_str()),
+            (Status::Ok, "lion, context id 7: 1 of 2 places for views are free")
+        );
+        assert!(check_room(&vm, Ok((0, 2))).unwrap().remedy.unwrap().contains("--views"));
+        let refused = |refusal| Err(AdminError::Refused { refusal, message: "no QEMU".to_owned() });
+        assert!(check_room(&vm, refused(Refusal::Denied)).is_none());
+        let silent = check_room(&vm, refused(Refusal::Busy)).unwrap();
+        assert!(silent.status == Status::Warn && silent.detail.contains("no QEMU"), "{silent:?}");
     }
 
     #[test]

@@ -1,0 +1,40 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! How much room an introspector has for views.
+
+use super::view::lock;
+use super::{Introspector, OpenError};
+use crate::broker::{Broker, Refused};
+use crate::wire::{Answer, Refusal};
+
+impl Introspector {
+    /// How many PCI slots are free for views, and how many there are.
+    ///
+    /// # Errors
+    /// [`OpenError::Ask`], where QEMU does not say.
+    pub fn room(&self) -> Result<(usize, usize), OpenError> {
+        let places = self.places()?;
+        let views = self.views();
+        let free = self.free(&views, &places, 0)?.len();
+        let taken: usize = views.iter().map(|view| lock(&view.places).len()).sum();
+        // Of a bus whose slots are anybody's, those that are taken do not count as places.
+        Ok((free, places.count.max(free + taken)))
+    }
+}
+
+impl Broker {
+    /// How much room an introspector has for views.
+    ///
+    /// # Errors
+    /// Where there is no such introspector under a stock QEMU, or its QEMU does not say.
+    pub(crate) fn room(&self, name: &str) -> Result<Answer, Refused> {
+        let vm = self.find(name)?;
+        let added = vm.registration().cid.and_then(|cid| self.introspectors().by_cid(cid));
+        let introspector = added.filter(|introspector| introspector.traits.vm == vm.id());
+        let introspector = introspector.ok_or_else(|| {
+            Refused::new(Refusal::Denied, format!("{name:?} was not added as an introspector"))
+        })?;
+        let (free, count) = introspector.room()?;
+        let number = |count| u32::try_from(count).unwrap_or(u32::MAX);
+        Ok(Answer::Room { free: number(free), count: number(count) })
+    }
+}
