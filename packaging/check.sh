@@ -175,10 +175,12 @@ attaches() {
 	wait_for grep -q memfd:ram "/proc/$vmm/maps"
 	kvmmem target add --pid "$vmm"
 	kvmmem targets | grep web1
+	grep '"name":"web1"' /var/lib/kvmmem/added.json
 	fails setpriv --reuid nobody --clear-groups kvmmem target remove web1
 	kill "$vmm"
 	trap 'kill "$pid"' EXIT
 	wait_for gone
+	fails grep web1 /var/lib/kvmmem/added.json
 }
 
 gone() {

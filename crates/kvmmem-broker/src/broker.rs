@@ -23,6 +23,7 @@ use crate::policy::Policies;
 use crate::registry::{RegisterError, Registry, Vm};
 use crate::revoke::Confirmations;
 use crate::session;
+use crate::state::State;
 use crate::wire::{Answer, Change, KvmiPolicy, Refusal};
 
 /// The most hooks of all targets: each has a thread.
@@ -48,6 +49,7 @@ pub struct Broker {
     adopted: Watch,
     buffers: Buffers,
     introspectors: Introspectors,
+    state: State,
     audit: Audit,
 }
 
@@ -108,6 +110,10 @@ impl Broker {
 
     pub(crate) fn adopted(&self) -> &Watch {
         &self.adopted
+    }
+
+    pub(crate) fn state(&self) -> &State {
+        &self.state
     }
 
     pub(crate) fn buffers(&self) -> &Buffers {
@@ -221,6 +227,7 @@ impl Broker {
             peer.gone(vm.id());
         }
         self.tell_ended(&ended, "the target is gone");
+        self.state.forget(vm.id());
         self.audit.gone(vm);
     }
 

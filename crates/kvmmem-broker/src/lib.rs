@@ -35,6 +35,7 @@ mod revoke;
 pub mod scope;
 pub mod server;
 mod session;
+mod state;
 mod tokens;
 mod views;
 pub mod wire;

@@ -44,6 +44,10 @@ pub struct Options {
     #[arg(long, value_name = "PATH")]
     audit: Option<PathBuf>,
 
+    /// Remember in this folder which VMs were added, and add those again that still run when the broker starts anew.
+    #[arg(long, value_name = "PATH")]
+    state: Option<PathBuf>,
+
     /// What tokens allow that KVMI makes, for targets that have no policy of their own [default: rw].
     #[arg(long, value_name = "RIGHTS", value_enum)]
     kvmi_tokens: Option<KvmiTokens>,
@@ -85,6 +89,8 @@ pub struct Settings {
     pub log: String,
     /// File of the audit log.
     pub audit: Option<PathBuf>,
+    /// Folder of what is remembered.
+    pub state: Option<PathBuf>,
     /// What tokens allow that KVMI makes.
     pub kvmi_tokens: KvmiTokens,
 }
@@ -121,6 +127,7 @@ struct Config {
     json: Option<bool>,
     log: Option<String>,
     audit: Option<PathBuf>,
+    state: Option<PathBuf>,
     kvmi_tokens: Option<KvmiTokens>,
 }
 
@@ -138,6 +145,7 @@ impl Options {
             json: self.json || config.json.unwrap_or(false),
             log: self.log.or(rust_log).or(config.log).unwrap_or_else(|| "info".to_owned()),
             audit: self.audit.or(config.audit),
+            state: self.state.or(config.state),
             kvmi_tokens: self.kvmi_tokens.or(config.kvmi_tokens).unwrap_or_default(),
         })
     }
@@ -166,7 +174,7 @@ mod tests {
 
     #[test]
     fn the_command_line_wins() {
-        let config = "socket = \"/a\"\ngroup = \"g\"\njson = true\nlog = \"warn\"\naudit = \"/b\"\nkvmi-tokens = \"ro\"\n";
+        let config = "socket = \"/a\"\ngroup = \"g\"\njson = true\nlog = \"warn\"\naudit = \"/b\"\nstate = \"/s\"\nkvmi-tokens = \"ro\"\n";
         let from_file = settings(config, &[], None).unwrap();
         let audit = Some("/b".into());
         let expected = Settings {
@@ -175,11 +183,24 @@ mod tests {
             json: true,
             log: "warn".into(),
             audit,
+            state: Some("/s".into()),
             kvmi_tokens: KvmiTokens::Ro,
         };
         assert_eq!(from_file, expected);
-        let words =
-            ["--socket", "/c", "--group", "h", "--log", "debug", "--audit", "/d", "--kvmi-tokens", "none"];
+        let words = [
+            "--socket",
+            "/c",
+            "--group",
+            "h",
+            "--log",
+            "debug",
+            "--audit",
+            "/d",
+            "--state",
+            "/t",
+            "--kvmi-tokens",
+            "none",
+        ];
         let from_line = settings(config, &words, Some("error")).unwrap();
         let audit = Some("/d".into());
         let expected = Settings {
@@ -188,6 +209,7 @@ mod tests {
             json: true,
             log: "debug".into(),
             audit,
+            state: Some("/t".into()),
             kvmi_tokens: KvmiTokens::None,
         };
         assert_eq!(from_line, expected);
@@ -198,7 +220,10 @@ mod tests {
     fn an_empty_file_leaves_the_defaults() {
         let settings = settings("# nothing\n", &[], None).unwrap();
         assert_eq!(settings.socket, Path::new(SOCKET));
-        assert_eq!((settings.group, settings.json, settings.audit), (None, false, None));
+        assert_eq!(
+            (settings.group, settings.json, settings.audit, settings.state),
+            (None, false, None, None)
+        );
         assert_eq!((settings.log.as_str(), settings.kvmi_tokens), ("info", KvmiTokens::Rw));
     }
 

@@ -222,6 +222,7 @@ impl Shared {
     /// Ends all connections, and with them the sessions, and waits for it.
     fn end(&self) {
         let deadline = Instant::now() + SHUTDOWN_LIMIT;
+        self.broker.state().close();
         self.broker.remove_introspectors();
         self.broker.remove_adopted();
         let connections = self.lock();

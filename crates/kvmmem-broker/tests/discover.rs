@@ -469,3 +469,79 @@ fn a_qmp_socket_that_hangs_holds_up_nobody_else() {
     });
     assert!(began.elapsed() < Duration::from_secs(30));
 }
+
+/// The next broker, on the same folder and with the same memory.
+fn next(broker: TestBroker) -> TestBroker {
+    let state = broker.directory.path().join("state");
+    let next = TestBroker::start_in(broker.stop());
+    next.state.remember_in(&state).unwrap();
+    next
+}
+
+fn names(broker: &TestBroker) -> Vec<String> {
+    broker.admin().targets().unwrap().into_iter().map(|target| target.name).collect()
+}
+
+fn remembered(broker: &TestBroker) -> Value {
+    let text = std::fs::read_to_string(broker.directory.path().join("state/added.json")).unwrap();
+    serde_json::from_str::<Value>(&text).unwrap()["vms"].take()
+}
+
+#[test]
+fn the_next_broker_knows_what_was_added_and_still_runs() {
+    let broker = TestBroker::start();
+    broker.state.remember_in(&broker.directory.path().join("state")).unwrap();
+    let [stays, mut ends, removed] = ["stays", "ends", "removed"].map(|name| {
+        let fake = Fake::start("sealed tables", HONEST);
+        broker.admin().add_target(&Which::Pid(fake.pid()), Some(name)).unwrap();
+        fake
+    });
+    // One that registers itself is its own business.
+    let own = broker.target("own");
+    broker.admin().remove_target("removed").unwrap();
+    let uuid = broker.admin().targets().unwrap().into_iter().find(|vm| vm.name == "stays").unwrap().uuid;
+    assert_eq!(remembered(&broker).as_array().unwrap().len(), 2);
+    drop(own);
+
+    // What ends is forgotten, also while nobody looks.
+    let broker = next(broker);
+    wait_for("two targets", || names(&broker).len() == 2);
+    assert_eq!(
+        broker.admin().targets().unwrap().into_iter().find(|vm| vm.name == "stays").unwrap().uuid,
+        uuid
+    );
+    let state = broker.directory.path().join("state");
+    let directory = broker.stop();
+    ends.end();
+    let broker = TestBroker::start_in(directory);
+    broker.state.remember_in(&state).unwrap();
+    wait_for("the one that still runs", || names(&broker) == ["stays"]);
+    wait_for("the other to be forgotten", || remembered(&broker).as_array().unwrap().len() == 1);
+    drop(stays);
+    wait_for("nothing to be left", || names(&broker).is_empty() && remembered(&broker) == json!([]));
+    drop(removed);
+}
+
+#[test]
+fn a_process_id_that_is_somebody_elses_now_is_not_taken_for_it() {
+    let broker = TestBroker::start();
+    broker.state.remember_in(&broker.directory.path().join("state")).unwrap();
+    let fake = Fake::start("sealed tables", HONEST);
+    broker.admin().add_target(&Which::Pid(fake.pid()), Some("was")).unwrap();
+    let path = broker.directory.path().join("state/added.json");
+    let directory = broker.stop();
+    let text = std::fs::read_to_string(&path).unwrap();
+    let mut content: Value = serde_json::from_str(&text).unwrap();
+    let vm = content["vms"][0].take();
+    let started = vm["started"].as_u64().unwrap() + 1;
+    let inode = vm["role"]["target"]["files"][0]["inode"].as_u64().unwrap() + 1;
+    let (mut other, mut files) = (vm.clone(), vm);
+    other["started"] = started.into();
+    files["role"]["target"]["files"][0]["inode"] = inode.into();
+    content["vms"] = json!([other, files]);
+    std::fs::write(&path, content.to_string()).unwrap();
+    let broker = TestBroker::start_in(directory);
+    broker.state.remember_in(path.parent().unwrap()).unwrap();
+    wait_for("both to be forgotten", || remembered(&broker) == json!([]));
+    assert_eq!(names(&broker), [""; 0]);
+}

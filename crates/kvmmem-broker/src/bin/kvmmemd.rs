@@ -56,6 +56,10 @@ fn run(options: Options) -> anyhow::Result<()> {
             .audit()
             .write_to(file.with_context(|| format!("cannot open the audit log {}", path.display()))?);
     }
+    if let Some(path) = &settings.state {
+        let remembered = broker.remember_in(path);
+        remembered.with_context(|| format!("cannot remember VMs in {}", path.display()))?;
+    }
     tracing::info!(socket = %server.path().display(), version = env!("CARGO_PKG_VERSION"), "listening");
     server.run(stop.as_fd())?;
     tracing::info!("stopped");

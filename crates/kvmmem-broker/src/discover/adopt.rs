@@ -16,6 +16,7 @@ use crate::peer::{Credentials, Peer};
 use crate::qmp::Qmp;
 use crate::ram::Ram;
 use crate::registry::{RegisterError, Vm};
+use crate::state::{Entry, Role};
 use crate::wire::{Answer, Refusal};
 
 impl Broker {
@@ -33,11 +34,24 @@ impl Broker {
         let mut opened =
             attach::open(which, name).map_err(|error| Refused::from_error(Refusal::Invalid, &error))?;
         let (evidence, copied) = (opened.evidence, opened.copied.take());
+        let vm = self.add_opened(peer, opened)?;
+        let regions = vm.ram().map(|ram| ram.layout().regions()).unwrap_or_default();
+        Ok(Answer::Added { target: vm.info(), regions, evidence, copied })
+    }
+
+    /// Registers a VM whose RAM is open, in somebody's name.
+    ///
+    /// # Errors
+    /// Where the registry does not take it.
+    pub(crate) fn add_opened(
+        self: &Arc<Self>,
+        peer: Credentials,
+        mut opened: Opened,
+    ) -> Result<Arc<Vm>, Refused> {
         let monitor = opened.qmp.take().map(|qmp| (qmp.path().to_owned(), Some(qmp)));
         let vm = self.adopt(opened, monitor)?;
         self.audit().added(&vm, peer);
-        let regions = vm.ram().map(|ram| ram.layout().regions()).unwrap_or_default();
-        Ok(Answer::Added { target: vm.info(), regions, evidence, copied })
+        Ok(vm)
     }
 
     /// Registers a VM whose RAM is open, waits for the end of its VMM, and listens to its monitor where there is one.
@@ -49,6 +63,7 @@ impl Broker {
         let limit = |what: &'static str| {
             move |error: Box<dyn std::error::Error>| Refused::new(Refusal::Limit, format!("{what}: {error}"))
         };
+        let qmp = monitor.as_ref().map(|(path, _)| path.clone());
         let vmm = absent(opened.credentials).map_err(limit("cannot make a socket"))?;
         let mut registration = opened.registration;
         let ram = match opened.source {
@@ -75,6 +90,7 @@ impl Broker {
             self.release(vm.id());
             return Err(limit("cannot watch the VMM")(error.into()));
         }
+        self.state().remember(&vm, Entry::of(&vm, qmp, Role::target(&vm)));
         Ok(vm)
     }
 

@@ -16,6 +16,7 @@ use crate::map::Region;
 use crate::peer::Credentials;
 use crate::qmp::{Qmp, QmpError};
 use crate::registry::Vm;
+use crate::state::{Entry, Role};
 use crate::wire::{Change, Registration};
 
 impl Broker {
@@ -55,10 +56,13 @@ impl Broker {
         let socket = ended.monitor.and_then(|_| attach::command_line(&successor).ok()?.qmp);
         vm.peer().replaced(credentials);
         self.audit().taken_over(&vm, former);
-        if let Err(error) = self.watch(ended.vm, successor.into_pidfd(), socket.map(|path| (path, None))) {
+        if let Err(error) =
+            self.watch(ended.vm, successor.into_pidfd(), socket.clone().map(|path| (path, None)))
+        {
             tracing::error!(%error, vm = ended.vm, "cannot watch the VMM that has taken over");
-            self.retire(&vm);
+            return self.retire(&vm);
         }
+        self.state().remember(&vm, Entry::of(&vm, socket, Role::target(&vm)));
     }
 
     /// Does what a QEMU's news demand.

@@ -10,6 +10,7 @@ use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::fs::{Dir, FileType, Mode, OFlags, Stat};
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags};
+use serde::{Deserialize, Serialize};
 
 use super::mapping::{self, Mapping};
 
@@ -32,7 +33,7 @@ pub struct Process {
 }
 
 /// Which file: its device and its inode.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct FileId {
     pub(super) device: u64,
     pub(super) inode: u64,
@@ -145,12 +146,18 @@ impl Process {
         Ok(bytes.split(|byte| *byte == 0).map(|word| String::from_utf8_lossy(word).into_owned()).collect())
     }
 
-    /// When it was started, milliseconds since the epoch; `None` where the kernel does not say.
-    pub fn start_time_ms(&self) -> Option<i64> {
+    /// When it was started, clock ticks since the host was; `None` where the kernel does not say. No two processes have
+    /// this and the number in common.
+    pub fn started(&self) -> Option<u64> {
         let stat = self.read("stat", "the state", 4096).ok()?;
         let stat = String::from_utf8_lossy(&stat).into_owned();
         // The name before the last parenthesis is the process's own choice; the start time is the 20th word behind it.
-        let ticks: i64 = stat.rsplit_once(')')?.1.split_whitespace().nth(19)?.parse().ok()?;
+        stat.rsplit_once(')')?.1.split_whitespace().nth(19)?.parse().ok()
+    }
+
+    /// When it was started, milliseconds since the epoch; `None` where the kernel does not say.
+    pub fn start_time_ms(&self) -> Option<i64> {
+        let ticks = i64::try_from(self.started()?).ok()?;
         let per_second = i64::try_from(rustix::param::clock_ticks_per_second()).ok()?;
         let boot = std::fs::read_to_string("/proc/stat").ok()?;
         let boot: i64 = boot.lines().find_map(|line| line.strip_prefix("btime "))?.trim().parse().ok()?;

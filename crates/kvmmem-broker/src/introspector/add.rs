@@ -22,6 +22,7 @@ use crate::discover::{self, attach::Which};
 use crate::link::{LinkError, Registration, ViewEvents, VmmLink};
 use crate::packet::{PacketError, PacketSocket};
 use crate::peer::{Credentials, Peer};
+use crate::state::{Entry, Role};
 use crate::wire::{Answer, OnSilence, Refusal};
 
 /// How long a packet within this process is waited for.
@@ -88,13 +89,25 @@ impl Broker {
         name: Option<String>,
         on_silence: OnSilence,
     ) -> Result<Answer, Refused> {
+        self.introspect(peer, which, (cid, name, None), on_silence)
+    }
+
+    /// As [`Self::add_introspector`]; a VM that had a UUID has it again.
+    pub(crate) fn introspect(
+        self: &Arc<Self>,
+        peer: Credentials,
+        which: &Which,
+        (cid, name, uuid): (Option<u32>, Option<String>, Option<Uuid>),
+        on_silence: OnSilence,
+    ) -> Result<Answer, Refused> {
         may(peer)?;
         if self.introspectors().is_full() {
             return Err(AddError::Full.into());
         }
         let Found { process, qmp } = find::find(which).map_err(AddError::from)?;
+        let socket = qmp.path().to_owned();
         let monitor = Monitor::start(qmp).map_err(AddError::Resources)?;
-        let added = self.add_found(process, &monitor, cid, name, on_silence);
+        let added = self.add_found(process, &monitor, (cid, name, uuid), on_silence);
         let (introspector, places) = added.inspect_err(|_| monitor.stop())?;
         let vm = introspector.vm().ok_or_else(|| Refused::new(Refusal::Unknown, "the VM has just ended"))?;
         self.audit().added_introspector(&vm, on_silence, peer);
@@ -110,7 +123,9 @@ impl Broker {
             introspector.close();
             return Err(AddError::Resources(error).into());
         }
-        let has_offset = introspector.traits.has_offset;
+        let Traits { cid, has_offset, .. } = introspector.traits;
+        let role = Role::Introspector { cid, on_silence };
+        self.state().remember(&vm, Entry::of(&vm, Some(socket), role));
         Ok(Answer::IntrospectorAdded { target: vm.info(), places, has_offset })
     }
 
@@ -118,8 +133,7 @@ impl Broker {
         self: &Arc<Self>,
         process: discover::process::Process,
         monitor: &Arc<Monitor>,
-        cid: Option<u32>,
-        name: Option<String>,
+        (cid, name, uuid): (Option<u32>, Option<String>, Option<Uuid>),
         on_silence: OnSilence,
     ) -> Result<(Arc<Introspector>, u32), AddError> {
         let machine = Machine::of(monitor)?;
@@ -133,7 +147,7 @@ impl Broker {
         let pid = process.pid();
         let registration = Registration {
             name: name.or(machine.name).unwrap_or_else(|| format!("qemu-{pid}")),
-            uuid: machine.uuid.map_or_else(random_uuid, Ok)?,
+            uuid: machine.uuid.or(uuid).map_or_else(random_uuid, Ok)?,
             vcpus: machine.vcpus,
             start_time_ms: process.start_time_ms().unwrap_or(0),
             cid: Some(cid),

@@ -1,0 +1,201 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! The file of what is remembered: one JSON object, replaced as a whole.
+
+use std::fs::{DirBuilder, File, OpenOptions};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use super::Entry;
+
+/// Its name.
+const NAME: &str = "added.json";
+
+/// What it is written as before it takes the place of the old one.
+const NEW: &str = "added.json.new";
+
+/// The version of its format. What has another one is not read.
+const VERSION: u32 = 1;
+
+/// The largest that is read, bytes: 2,048 VMs take less than 2 MiB.
+const MAX_SIZE: u64 = 16 << 20;
+
+/// Another number each time that the host starts.
+const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
+
+/// Where it is.
+#[derive(Debug)]
+pub(super) struct StateFile {
+    path: PathBuf,
+    new: PathBuf,
+    boot: String,
+    is_told: bool,
+}
+
+/// What comes first, in every version.
+#[derive(Deserialize)]
+struct Header {
+    version: u32,
+}
+
+#[derive(Serialize, Deserialize)]
+struct Content<V> {
+    version: u32,
+    /// Process ids and times mean nothing after the host has started again.
+    boot: String,
+    vms: V,
+}
+
+/// Why what is there is not read.
+#[derive(Debug, thiserror::Error)]
+enum ReadError {
+    #[error("it cannot be read")]
+    Io(#[from] io::Error),
+    #[error("it has more than {MAX_SIZE:#x} bytes")]
+    TooLong,
+    #[error("it is not what a broker writes")]
+    Malformed(#[from] serde_json::Error),
+    #[error("its version is {0}, expected {VERSION}")]
+    Version(u32),
+}
+
+impl StateFile {
+    /// The file in a folder, and what it says of VMs that may still run. Where it makes no sense, that is told in the
+    /// log, and it says nothing.
+    ///
+    /// # Errors
+    /// Where the folder cannot be made or written to.
+    pub(super) fn open(directory: &Path) -> io::Result<(Self, Vec<Entry>)> {
+        DirBuilder::new().recursive(true).mode(0o700).create(directory)?;
+        let boot = std::fs::read_to_string(BOOT_ID)?.trim().to_owned();
+        let (path, new) = (directory.join(NAME), directory.join(NEW));
+        let file = Self { path, new, boot, is_told: false };
+        let entries = match file.read() {
+            Ok(content) if content.boot == file.boot => content.vms,
+            Ok(content) if content.vms.is_empty() => Vec::new(),
+            Ok(content) => {
+                tracing::info!(
+                    vms = content.vms.len(),
+                    "the host was started anew; the VMs that were added are gone"
+                );
+                Vec::new()
+            }
+            Err(ReadError::Io(error)) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
+            Err(error) => {
+                let error = &error as &dyn std::error::Error;
+                tracing::warn!(path = %file.path.display(), error, "the VMs that were added are not known any more");
+                Vec::new()
+            }
+        };
+        file.replace(entries.iter())?;
+        Ok((file, entries))
+    }
+
+    /// Replaces what is there. A failure is told once: the broker does without.
+    pub(super) fn write<'e>(&mut self, entries: impl Iterator<Item = &'e Entry>) {
+        if let Err(error) = self.replace(entries)
+            && !std::mem::replace(&mut self.is_told, true)
+        {
+            tracing::error!(path = %self.path.display(), %error, "cannot remember the VMs that were added");
+        }
+    }
+
+    fn read(&self) -> Result<Content<Vec<Entry>>, ReadError> {
+        let mut bytes = Vec::new();
+        File::open(&self.path)?.take(MAX_SIZE + 1).read_to_end(&mut bytes)?;
+        if bytes.len() as u64 > MAX_SIZE {
+            return Err(ReadError::TooLong);
+        }
+        let Header { version } = serde_json::from_slice(&bytes)?;
+        if version != VERSION {
+            return Err(ReadError::Version(version));
+        }
+        Ok(serde_json::from_slice(&bytes)?)
+    }
+
+    /// Whoever reads finds the old file or the new one. It is not waited for the disk: a host that loses its power loses
+    /// the VMs too.
+    fn replace<'e>(&self, entries: impl Iterator<Item = &'e Entry>) -> io::Result<()> {
+        let vms: Vec<&Entry> = entries.collect();
+        let content = Content { version: VERSION, boot: self.boot.clone(), vms };
+        let mut options = OpenOptions::new();
+        let mut file = options.create(true).truncate(true).write(true).mode(0o600).open(&self.new)?;
+        file.write_all(&serde_json::to_vec(&content)?)?;
+        std::fs::rename(&self.new, &self.path)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use proptest::prelude::*;
+    use uuid::Uuid;
+
+    use super::super::Role;
+    use super::*;
+    use crate::wire::OnSilence;
+
+    fn entries() -> Vec<Entry> {
+        let target = Entry {
+            name: "web1".into(),
+            uuid: Uuid::from_u128(7),
+            pid: 4711,
+            started: 99,
+            qmp: Some("/run/web1.qmp".into()),
+            role: Role::Target { files: vec![] },
+        };
+        let role = Role::Introspector { cid: 7, on_silence: OnSilence::Kill };
+        vec![target.clone(), Entry { qmp: None, role, ..target }]
+    }
+
+    #[test]
+    fn what_is_written_is_read_again() {
+        let directory = tempfile::tempdir().unwrap();
+        let inner = directory.path().join("state");
+        let (mut file, none) = StateFile::open(&inner).unwrap();
+        assert_eq!(none, []);
+        file.write(entries().iter());
+        assert_eq!(StateFile::open(&inner).unwrap().1, entries());
+        let mode = std::fs::metadata(inner.join(NAME)).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600);
+        assert!(!inner.join(NEW).exists());
+    }
+
+    #[test]
+    fn what_an_earlier_boot_left_is_forgotten() {
+        let directory = tempfile::tempdir().unwrap();
+        let (file, _) = StateFile::open(directory.path()).unwrap();
+        StateFile { boot: "another".into(), ..file }.write(entries().iter());
+        assert_eq!(StateFile::open(directory.path()).unwrap().1, []);
+    }
+
+    #[test]
+    fn what_makes_no_sense_is_nothing_and_replaced() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join(NAME);
+        for garbage in ["", "{", "[]", "{\"version\":2,\"vms\":7}", "{\"version\":1,\"boot\":\"\"}", "\u{0}"]
+        {
+            std::fs::write(&path, garbage).unwrap();
+            let (mut file, none) = StateFile::open(directory.path()).unwrap();
+            assert_eq!(none, [], "{garbage:?}");
+            file.write(entries().iter());
+            assert_eq!(StateFile::open(directory.path()).unwrap().1, entries());
+        }
+        std::fs::remove_file(&path).unwrap();
+        std::fs::create_dir(&path).unwrap();
+        assert!(StateFile::open(directory.path()).is_err());
+        assert!(StateFile::open(Path::new("/proc/nowhere")).is_err());
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_are_read_without_harm(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
+            let directory = tempfile::tempdir().unwrap();
+            std::fs::write(directory.path().join(NAME), bytes).unwrap();
+            prop_assert_eq!(StateFile::open(directory.path()).unwrap().1, vec![]);
+        }
+    }
+}

@@ -1,0 +1,96 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! Adds VMs again that were added to a broker before.
+
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
+
+use super::{Entry, Role, State};
+use crate::broker::{Broker, Refused, in_words};
+use crate::discover::attach::{self, Which};
+use crate::discover::process::Process;
+use crate::peer::Credentials;
+
+/// Why a VM is not added again.
+#[derive(Debug, thiserror::Error)]
+enum Lost {
+    #[error("its VMM has ended")]
+    Ended,
+    #[error("its RAM is in other files now")]
+    OtherFiles,
+    /// It may work with the next broker.
+    #[error("{0}")]
+    Refused(String),
+}
+
+impl From<Refused> for Lost {
+    fn from(refused: Refused) -> Self {
+        Self::Refused(refused.message)
+    }
+}
+
+impl Broker {
+    /// Remembers in a folder, which is made, what VMs are added; and adds those again that are remembered there and still
+    /// run, on a thread of its own: QEMUs take their time to answer.
+    ///
+    /// # Errors
+    /// Where nothing can be written there, or there is no thread left.
+    pub fn remember_in(self: &Arc<Self>, directory: &Path) -> io::Result<()> {
+        let entries = self.state().open(directory)?;
+        if entries.is_empty() {
+            return Ok(());
+        }
+        let broker = Arc::clone(self);
+        let restore = move || entries.iter().for_each(|entry| broker.restore(entry));
+        std::thread::Builder::new().name("restore".into()).spawn(restore).map(|_| ())
+    }
+
+    fn restore(self: &Arc<Self>, entry: &Entry) {
+        let state: &State = self.state();
+        // An operator was faster, or the broker ends.
+        if !state.is_waiting(entry) {
+            return;
+        }
+        let (name, pid) = (&entry.name, entry.pid);
+        match self.add_again(entry) {
+            Ok(()) => tracing::info!(name, pid, "added again"),
+            Err(Lost::Refused(error)) => {
+                tracing::warn!(name, pid, error, "cannot be added again; the next start tries once more");
+            }
+            Err(error @ (Lost::Ended | Lost::OtherFiles)) => {
+                state.give_up(entry);
+                tracing::info!(name, pid, reason = in_words(&error), "not added again");
+            }
+        }
+    }
+
+    fn add_again(self: &Arc<Self>, entry: &Entry) -> Result<(), Lost> {
+        let process = Process::open(entry.pid).map_err(|_| Lost::Ended)?;
+        if process.started() != Some(entry.started) {
+            return Err(Lost::Ended);
+        }
+        let which = match entry.qmp.clone() {
+            Some(socket) => Which::Qmp { socket, pid: Some(entry.pid) },
+            None => Which::Pid(entry.pid),
+        };
+        let broker = Credentials { pid: std::process::id(), uid: rustix::process::geteuid().as_raw() };
+        let name = Some(entry.name.clone());
+        match &entry.role {
+            Role::Target { .. } => {
+                let opened = attach::open(&which, name);
+                let mut opened = opened.map_err(|error| Lost::Refused(in_words(&error)))?;
+                opened.registration.uuid = entry.uuid;
+                let vm = self.add_opened(broker, opened)?;
+                if Role::target(&vm) != entry.role {
+                    self.remove_target(broker, &vm.registration().name)?;
+                    return Err(Lost::OtherFiles);
+                }
+            }
+            Role::Introspector { cid, on_silence } => {
+                self.introspect(broker, &which, (Some(*cid), name, Some(entry.uuid)), *on_silence)?;
+            }
+        }
+        // What was asked and opened until now is that process's.
+        if process.is_alive() { Ok(()) } else { Err(Lost::Ended) }
+    }
+}

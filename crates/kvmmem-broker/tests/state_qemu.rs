@@ -1,0 +1,43 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! A target and an introspector under the stock QEMU of this machine, and two brokers, one after the other.
+
+mod common;
+
+use common::TestBroker;
+use common::qemu::{Qemu, wait_long};
+use kvmmem_broker::admin::{AddIntrospector, OnSilence};
+
+#[test]
+fn the_next_broker_has_the_vms_under_qemu_again() {
+    let broker = TestBroker::start();
+    let state = broker.directory.path().join("state");
+    broker.state.remember_in(&state).unwrap();
+    broker.state.introspectors().set_door(None);
+    let Some(target) = Qemu::shared(&broker, "tiger", "q35", "64M") else { return };
+    let Some(watcher) = Qemu::start(&broker, "watcher", &["-machine", "pc", "-m", "64"]) else { return };
+    let uuid = broker.admin().add_target(&target.socket(), None).unwrap().target.uuid;
+    let request = AddIntrospector {
+        which: watcher.socket(),
+        cid: Some(77),
+        name: Some("lion".into()),
+        on_silence: OnSilence::Pause,
+    };
+    let lion = broker.admin().add_introspector(&request).unwrap().target;
+
+    let broker = TestBroker::start_in(broker.stop());
+    broker.state.introspectors().set_door(None);
+    broker.state.remember_in(&state).unwrap();
+    wait_long("both to be there again", || broker.admin().targets().unwrap().len() == 2);
+    let mut targets = broker.admin().targets().unwrap();
+    targets.sort_by(|one, other| one.name.cmp(&other.name));
+    let seen: Vec<_> =
+        targets.iter().map(|vm| (vm.name.as_str(), vm.uuid, vm.introspector, vm.cid)).collect();
+    assert_eq!(seen, [("lion", lion.uuid, true, Some(77)), ("tiger", uuid, false, None)]);
+    assert!(broker.state.introspectors().by_cid(77).is_some());
+    // Both are watched again.
+    drop((target, watcher));
+    wait_long("both to go", || broker.admin().targets().unwrap().is_empty());
+    wait_long("both to be forgotten", || {
+        std::fs::read_to_string(state.join("added.json")).unwrap().contains("\"vms\":[]")
+    });
+}
