@@ -14,6 +14,7 @@ use rustix::mm::{MapFlags, ProtFlags};
 
 use crate::guarded;
 pub use crate::guarded::Word;
+use crate::huge::page_size;
 use crate::page::PAGE_SIZE;
 
 const HUGE_2M: u64 = 2 << 20;
@@ -62,10 +63,15 @@ pub enum ForeignError {
 /// mapped until it is dropped, each one shared from some file, readable, and writable if `is_writable`. (Of which file
 /// may change: [`Foreign::place`] and [`Foreign::clear`] replace one mapping by another in one step.) An access to a
 /// page that the file does not have raises SIGBUS. Only the guarded routines access them.
+///
+/// The same holds for `before` bytes before them and `behind` bytes behind them, which are the rest of the huge pages in
+/// which they lie, if any: nobody accesses those.
 #[derive(Debug)]
 pub struct Foreign {
     base: NonNull<u8>,
     len: usize,
+    before: usize,
+    behind: usize,
     is_writable: bool,
 }
 
@@ -80,22 +86,33 @@ unsafe impl Sync for Foreign {}
 impl Foreign {
     /// Reserves `len` bytes, a positive multiple of the page size, at an address that is congruent to `like` modulo
     /// 2 MiB, or 1 GiB if there is that much, so that large pages fit. Every access is lost until something is placed
-    /// there.
+    /// there. `page` is the length of the largest pages that files to be placed have ([`page_size`]): if it is more than
+    /// 4096, `like` is the offset in such a file.
     ///
     /// # Errors
     /// The system's; `EINVAL` for a bad length.
-    pub fn reserve(len: u64, like: u64, is_writable: bool) -> Result<Self, Errno> {
+    pub fn reserve(len: u64, like: u64, is_writable: bool, page: u64) -> Result<Self, Errno> {
         guarded::prepare()?;
+        let small = PAGE_SIZE as u64;
+        if !page.is_power_of_two() || page < small {
+            return Err(Errno::INVAL);
+        }
+        let like = like & !(small - 1);
         let alignment = match len {
             HUGE_1G.. => HUGE_1G,
             HUGE_2M.. => HUGE_2M,
-            _ => PAGE_SIZE as u64,
+            _ => small,
         };
-        if len == 0 || !len.is_multiple_of(PAGE_SIZE as u64) {
+        let alignment = alignment.max(page);
+        if len == 0 || !len.is_multiple_of(small) {
             return Err(Errno::INVAL);
         }
         let size = |bytes: u64| usize::try_from(bytes).map_err(|_| Errno::NOMEM);
-        let room = size(len.checked_add(alignment).ok_or(Errno::NOMEM)?)?;
+        // From the start of the first huge page to the end of the last one.
+        let before = like % page;
+        let whole =
+            before.checked_add(len).and_then(|len| len.checked_next_multiple_of(page)).ok_or(Errno::NOMEM)?;
+        let room = size(whole.checked_add(alignment).ok_or(Errno::NOMEM)?)?;
         // SAFETY: with a null hint and without MAP_FIXED the kernel picks a free range, so no existing mapping, and
         // with it no Rust object, is touched.
         let start = unsafe {
@@ -108,26 +125,28 @@ impl Foreign {
                 0,
             )
         }?;
-        let (base, len) = (start.cast::<u8>(), size(len)?);
-        let head = size(like.wrapping_sub(base.addr() as u64) & (alignment - 1) & !(PAGE_SIZE as u64 - 1))?;
-        let tail = base.wrapping_add(head + len);
-        for (part, bytes) in [(base, head), (tail, room - head - len)] {
+        let (start, whole) = (start.cast::<u8>(), size(whole)?);
+        let head = size((like - before).wrapping_sub(start.addr() as u64) & (alignment - 1))?;
+        let tail = start.wrapping_add(head + whole);
+        for (part, bytes) in [(start, head), (tail, room - head - whole)] {
             if bytes > 0 {
                 // SAFETY: a part of what was just mapped, whose address nobody else knows; the rest is kept. Should
                 // it fail, addresses are wasted, nothing else.
                 let _ = unsafe { rustix::mm::munmap(part.cast(), bytes) };
             }
         }
-        let base = NonNull::new(base.wrapping_add(head)).ok_or(Errno::NOMEM)?;
-        // INVARIANT: mapped just now, shared, from the empty file.
-        Ok(Self { base, len, is_writable })
+        let (before, len) = (size(before)?, size(len)?);
+        let base = NonNull::new(start.wrapping_add(head + before)).ok_or(Errno::NOMEM)?;
+        // INVARIANT: mapped just now, shared, from the empty file; `whole` is `before`, `len` and the rest.
+        Ok(Self { base, len, before, behind: whole - before - len, is_writable })
     }
 
     /// Maps `len` bytes of `file` from `file_offset` on at `offset`, in the place of what is there. All three are
-    /// multiples of the page size.
+    /// multiples of 4096. Where a file of huge pages begins or ends within one, it must be at the stretch's start or end.
     ///
     /// # Errors
-    /// The system's, `EINVAL` for what leaves the stretch; what was there is there still, as far as the system tells.
+    /// The system's, `EINVAL` for what leaves the stretch, `EOPNOTSUPP` where a file's huge pages do not fit; what was there
+    /// is there still, as far as the system tells.
     pub fn place(&self, offset: u64, len: u64, file: BorrowedFd<'_>, file_offset: u64) -> Result<(), Errno> {
         let page = PAGE_SIZE as u64;
         let end = offset.checked_add(len).filter(|end| *end <= self.len());
@@ -137,18 +156,38 @@ impl Foreign {
         if len == 0 || !offset.is_multiple_of(page) || !len.is_multiple_of(page) {
             return Err(Errno::INVAL);
         }
+        let huge = page_size(file)?;
+        let head = file_offset % huge;
+        let whole = head.checked_add(len).and_then(|len| len.checked_next_multiple_of(huge));
+        let tail = whole.map_or(u64::MAX, |whole| whole - head - len);
+        let (Ok(before), Ok(behind)) = (usize::try_from(head), usize::try_from(tail)) else {
+            return Err(Errno::OPNOTSUPP);
+        };
+        let fits_before = before == 0 || (at == 0 && before <= self.before);
+        let fits_behind = behind == 0 || (at + size == self.len && behind <= self.behind);
+        let address = self.pointer(at).wrapping_sub(before);
+        if !fits_before || !fits_behind || !(address.addr() as u64).is_multiple_of(huge) {
+            return Err(Errno::OPNOTSUPP);
+        }
+        self.replace(address, before + size + behind, file, file_offset - head)
+    }
+
+    /// Maps `len` bytes of `file` at `address`: a range of this object's, what is before and behind it included, in which
+    /// whole pages of that file fit.
+    fn replace(&self, address: *mut u8, len: usize, file: BorrowedFd<'_>, offset: u64) -> Result<(), Errno> {
         // SAFETY:
-        // 1. The range is page-aligned and lies within this object's own, as checked above, so MAP_FIXED replaces
-        //    nothing else; the new mapping is shared and has the same protection, which keeps the invariant.
+        // 1. The callers pass a range of pages that lies within this object's own, and whose length is a multiple of the
+        //    file's page size, so that the kernel does not round it up: MAP_FIXED replaces nothing else. The new mapping is
+        //    shared and has the same protection, which keeps the invariant.
         // 2. No reference to that memory exists, so no one relies on its contents staying the same.
         let mapped = unsafe {
             rustix::mm::mmap(
-                self.pointer(at).cast(),
-                size,
+                address.cast(),
+                len,
                 protection(self.is_writable),
                 MapFlags::SHARED | MapFlags::FIXED | MapFlags::NORESERVE,
                 file,
-                file_offset,
+                offset,
             )
         };
         mapped.map(drop)
@@ -157,9 +196,18 @@ impl Foreign {
     /// Takes back what was placed from `offset` on, `len` bytes: from the return on, every access there is lost.
     ///
     /// # Errors
-    /// As [`Foreign::place`].
+    /// As [`Foreign::place`]; `EINVAL` for a part of a huge page that is less than the stretch.
     pub fn clear(&self, offset: u64, len: u64) -> Result<(), Errno> {
+        if offset == 0 && len == self.len() {
+            let (address, whole) = self.whole();
+            return self.replace(address, whole, nothing()?, 0);
+        }
         self.place(offset, len, nothing()?, 0)
+    }
+
+    /// All that is mapped: the first address and the length.
+    fn whole(&self) -> (*mut u8, usize) {
+        (self.pointer(0).wrapping_sub(self.before), self.before + self.len + self.behind)
     }
 
     /// Length in bytes.
@@ -258,9 +306,10 @@ impl Foreign {
 
 impl Drop for Foreign {
     fn drop(&mut self) {
+        let (address, len) = self.whole();
         // SAFETY: the range is this object's own by its invariant, no reference into it exists, and the object is
         // gone after this.
-        let result = unsafe { rustix::mm::munmap(self.pointer(0).cast(), self.len) };
+        let result = unsafe { rustix::mm::munmap(address.cast(), len) };
         debug_assert_eq!(result, Ok(()));
     }
 }

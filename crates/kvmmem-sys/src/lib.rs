@@ -9,6 +9,7 @@ pub mod activation;
 pub mod device;
 pub mod foreign;
 mod guarded;
+pub mod huge;
 pub mod memslot;
 pub mod page;
 pub mod pio;

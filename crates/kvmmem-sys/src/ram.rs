@@ -19,6 +19,8 @@ use vm_memory::{
     FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
 };
 
+use crate::huge::page_size;
+
 /// Size of a page in bytes.
 pub const PAGE_SIZE: u64 = kvmmem_abi::ioctl::PAGE_SIZE;
 
@@ -73,6 +75,16 @@ pub enum RamError {
     NoPage {
         /// The GPA asked for.
         gpa: u64,
+    },
+    /// The file has huge pages alone, of which one would replace many of the guest's.
+    #[error(
+        "GPA {gpa:#x} cannot be a page of a file of huge pages ({page:#x} bytes each); attach a view instead"
+    )]
+    HugePages {
+        /// The page's GPA.
+        gpa: u64,
+        /// Length of the file's pages, bytes.
+        page: u64,
     },
     /// A page could not be replaced or restored.
     #[error("cannot replace the page at GPA {gpa:#x}")]
@@ -228,8 +240,12 @@ impl GuestRam {
     /// The file must not shrink while the page is mapped: a page beyond its end kills the VMM by SIGBUS.
     ///
     /// # Errors
-    /// [`RamError::NoPage`]; [`RamError::Replace`], and the page is as it was.
+    /// [`RamError::NoPage`]; [`RamError::HugePages`], [`RamError::Replace`], and the page is as it was.
     pub fn replace_page(&self, gpa: u64, fd: BorrowedFd<'_>, offset: u64) -> Result<(), RamError> {
+        let page = page_size(fd).map_err(|source| RamError::Replace { gpa, source: source.into() })?;
+        if page != PAGE_SIZE {
+            return Err(RamError::HugePages { gpa, page });
+        }
         let region = self.memory.find_region(GuestAddress(gpa)).ok_or(RamError::NoPage { gpa })?;
         if !gpa.is_multiple_of(PAGE_SIZE) {
             return Err(RamError::NoPage { gpa });
@@ -238,7 +254,8 @@ impl GuestRam {
         let address = region.as_ptr().wrapping_add(within);
         // SAFETY:
         // 1. `gpa` is page-aligned and lies in `region`, whose length is a multiple of the page size, so the page at
-        //    `address` lies within a live mapping that `region` owns: MAP_FIXED replaces nothing else.
+        //    `address` lies within a live mapping that `region` owns: MAP_FIXED replaces nothing else. The file's pages are
+        //    no larger, as checked above, so the kernel does not round the length up.
         // 2. No reference to that memory exists (see `attach`), so no one relies on its contents staying the same.
         let mapped = unsafe {
             rustix::mm::mmap(
@@ -347,5 +364,17 @@ mod tests {
         assert_eq!(ram.memory().read_obj::<u8>(GuestAddress(0x4567)).unwrap(), 7);
         ram.zero().unwrap();
         assert_eq!(ram.memory().read_obj::<u8>(GuestAddress(0x4567)).unwrap(), 0);
+    }
+
+    #[test]
+    fn a_huge_page_never_takes_a_page_s_place() {
+        use crate::huge::tests::huge_file;
+        let Some(file) = huge_file(1) else { return };
+        let ram = GuestRam::new(8 * MIB).unwrap();
+        // Where the kernel would round the page's length up and take 2 MiB of the guest's memory.
+        for gpa in (0..8 * MIB).step_by(4096) {
+            let replaced = ram.replace_page(gpa, file.as_fd(), 0);
+            assert!(matches!(replaced, Err(RamError::HugePages { page: 0x20_0000, .. })), "{replaced:?}");
+        }
     }
 }

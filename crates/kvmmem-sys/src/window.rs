@@ -10,6 +10,7 @@ use std::ptr::NonNull;
 use rustix::fs::{MemfdFlags, SealFlags};
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous, munmap};
 
+use crate::huge::page_size;
 use crate::ram::PAGE_SIZE;
 
 /// Length and alignment of a large page, bytes.
@@ -66,6 +67,12 @@ pub enum MappingError {
         /// Why.
         source: io::Error,
     },
+    /// It is not known what pages the file has.
+    #[error("cannot examine the file to map")]
+    Examine {
+        /// Why.
+        source: io::Error,
+    },
     /// The file could not be mapped.
     #[error("cannot map {len:#x} bytes at offset {offset:#x}")]
     Map {
@@ -91,10 +98,16 @@ pub enum MappingError {
 /// No reference to its contents is ever made: others write there at any time.
 #[derive(Debug)]
 pub struct GuestMapping {
-    /// Page-aligned.
-    address: NonNull<c_void>,
-    /// A multiple of the page size, not zero.
+    /// Aligned to `page`.
+    start: NonNull<c_void>,
+    /// A multiple of `page`, not zero.
+    mapped: usize,
+    /// What is for the guest begins so far behind `start`, a multiple of 4096,
+    head: usize,
+    /// and has this length, a multiple of 4096, not zero. It ends within what is mapped.
     len: usize,
+    /// Length of the pages that the kernel maps and unmaps: 4096, or that of a file's huge pages.
+    page: usize,
     access: Access,
 }
 
@@ -105,7 +118,8 @@ unsafe impl Send for GuestMapping {}
 unsafe impl Sync for GuestMapping {}
 
 impl GuestMapping {
-    /// Maps `len` bytes at `offset` of `fd`, shared, at an address congruent to `offset` modulo [`alignment`].
+    /// Maps `len` bytes at `offset` of `fd`, shared, at an address congruent to `offset` modulo [`alignment`]. Of a file of
+    /// huge pages it maps those that the range touches, and keeps what is before and behind it to itself.
     ///
     /// The file must not shrink while it is mapped: an access beyond its end kills a VMM by SIGBUS, or ends its `KVM_RUN`.
     ///
@@ -116,16 +130,18 @@ impl GuestMapping {
         if !offset.is_multiple_of(PAGE_SIZE) {
             return Err(range);
         }
-        let mapping = Self::reserve(len, offset, access)?;
-        // SAFETY: `mapping` owns these `len` bytes and nobody was told of them: MAP_FIXED replaces its reservation alone.
+        let page = page_size(fd).map_err(|source| MappingError::Examine { source: source.into() })?;
+        let mapping = Self::reserve(len, offset, access, page)?;
+        // SAFETY: `mapping` owns these `mapped` bytes and nobody was told of them: MAP_FIXED replaces its reservation alone,
+        // whose length is a multiple of the file's page size, so that the kernel does not round it up.
         unsafe {
             mmap(
-                mapping.address.as_ptr(),
-                mapping.len,
+                mapping.start.as_ptr(),
+                mapping.mapped,
                 access.protection(),
                 MapFlags::SHARED | MapFlags::FIXED | MapFlags::NORESERVE,
                 fd,
-                offset,
+                offset - offset % page,
             )
         }
         .map_err(|source| MappingError::Map { offset, len: mapping.len, source: source.into() })?;
@@ -140,7 +156,7 @@ impl GuestMapping {
     /// # Errors
     /// [`MappingError`].
     pub fn poison(len: u64, access: Access, file: &PoisonFile) -> Result<Self, MappingError> {
-        let mut mapping = Self::reserve(len, 0, access)?;
+        let mut mapping = Self::reserve(len, 0, access, PAGE_SIZE)?;
         mapping.poison_in_place(file)?;
         Ok(mapping)
     }
@@ -157,23 +173,24 @@ impl GuestMapping {
             // SAFETY: the range is this mapping's own, and no reference to its contents exists.
             unsafe {
                 mmap_anonymous(
-                    self.address.as_ptr(),
-                    self.len,
+                    self.start.as_ptr(),
+                    self.mapped,
                     ProtFlags::READ,
                     MapFlags::PRIVATE | MapFlags::FIXED | MapFlags::NORESERVE,
                 )
             }
-            .map_err(failed(self.len))?;
+            .map_err(failed(self.mapped))?;
             return Ok(());
         }
-        let chunk = file.chunk_for(self.len);
+        // A huge page is replaced as a whole or not at all.
+        let chunk = file.chunk_for(self.mapped).next_multiple_of(self.page);
         let mut done = 0;
-        while done < self.len {
-            let len = chunk.min(self.len - done);
-            // SAFETY: `done + len` is at most `self.len`, so the part lies within this mapping; as above.
+        while done < self.mapped {
+            let len = chunk.min(self.mapped - done);
+            // SAFETY: `done + len` is at most `self.mapped`, so the part lies within this mapping; as above.
             unsafe {
                 mmap(
-                    self.address.as_ptr().wrapping_byte_add(done),
+                    self.start.as_ptr().wrapping_byte_add(done),
                     len,
                     ProtFlags::READ | ProtFlags::WRITE,
                     MapFlags::SHARED | MapFlags::FIXED | MapFlags::NORESERVE,
@@ -194,8 +211,8 @@ impl GuestMapping {
         let (Some(at), Access::ReadWrite) = (at, self.access) else {
             return false;
         };
-        let word = self.address.as_ptr().wrapping_byte_add(at).cast::<u64>();
-        // SAFETY: the 8 bytes lie within this writable mapping and are aligned, since its start is page-aligned. The
+        let word = self.start.as_ptr().wrapping_byte_add(self.head + at).cast::<u64>();
+        // SAFETY: the 8 bytes lie within this writable mapping and are aligned, since its start and `head` are page-aligned. The
         // exclusive borrow keeps this process's other threads from storing there; other readers are outside of it.
         unsafe { word.write_volatile(value.to_le()) };
         true
@@ -218,19 +235,24 @@ impl GuestMapping {
 
     /// Its first address.
     pub fn address(&self) -> u64 {
-        self.address.as_ptr().addr() as u64
+        self.start.as_ptr().addr() as u64 + self.head as u64
     }
 
-    /// Address space of `len` bytes, inaccessible yet, congruent to `offset` modulo the alignment for that length.
-    fn reserve(len: u64, offset: u64, access: Access) -> Result<Self, MappingError> {
+    /// Address space of `len` bytes, inaccessible yet, congruent to `offset` modulo the alignment for that length and modulo
+    /// `page`, with the rest of the pages of that length that they touch.
+    fn reserve(len: u64, offset: u64, access: Access, page: u64) -> Result<Self, MappingError> {
         let range = MappingError::Range { offset, len };
         if len == 0 || !len.is_multiple_of(PAGE_SIZE) {
             return Err(range);
         }
-        let (Ok(bytes), Ok(alignment)) = (usize::try_from(len), usize::try_from(alignment(len))) else {
-            return Err(range);
-        };
-        let Some(total) = bytes.checked_add(alignment).filter(|total| isize::try_from(*total).is_ok()) else {
+        let head = offset % page;
+        let mapped = len.checked_add(head).and_then(|len| len.checked_next_multiple_of(page));
+        let Some(mapped) = mapped else { return Err(range) };
+        let size = |bytes: u64| usize::try_from(bytes).map_err(|_| MappingError::Range { offset, len });
+        let (bytes, mapped, head) = (size(len)?, size(mapped)?, size(head)?);
+        let (page, alignment) = (size(page)?, size(alignment(len).max(page))?);
+        let Some(total) = mapped.checked_add(alignment).filter(|total| isize::try_from(*total).is_ok())
+        else {
             return Err(range);
         };
         // SAFETY: without MAP_FIXED the kernel chooses addresses that nothing uses.
@@ -243,28 +265,27 @@ impl GuestMapping {
             )
         }
         .map_err(|source| MappingError::Reserve { len: total, source: source.into() })?;
-        // The alignment is a power of two no larger than 1 GiB, so the remainder is exact.
+        // The alignment is a power of two, so the remainder is exact.
         #[allow(clippy::cast_possible_truncation)]
-        let head = (offset as usize).wrapping_sub(start.addr()) & (alignment - 1);
-        let address = start.wrapping_byte_add(head);
-        // SAFETY: head and tail are the parts of the reservation before and behind the `bytes` that are kept: its start
-        // and the alignment's remainder are page-aligned, and head < alignment. Failing leaves address space unused.
+        let before = (offset as usize).wrapping_sub(head).wrapping_sub(start.addr()) & (alignment - 1);
+        let address = start.wrapping_byte_add(before);
+        // SAFETY: these are the parts of the reservation before and behind the `mapped` bytes that are kept: its start and
+        // the alignment's remainder are page-aligned, and before < alignment. Failing leaves address space unused.
         unsafe {
-            if head > 0 {
-                let _ = munmap(start, head);
+            if before > 0 {
+                let _ = munmap(start, before);
             }
-            let tail = alignment - head;
-            let _ = munmap(address.wrapping_byte_add(bytes), tail);
+            let _ = munmap(address.wrapping_byte_add(mapped), alignment - before);
         }
-        let address = NonNull::new(address).ok_or(MappingError::Range { offset, len })?;
-        Ok(Self { address, len: bytes, access })
+        let start = NonNull::new(address).ok_or(MappingError::Range { offset, len })?;
+        Ok(Self { start, mapped, head, len: bytes, page, access })
     }
 
     /// Asks for large pages, and for no copy of another VM's memory in core dumps or children. Refusals are no errors.
     fn advise(&self) {
         for advice in [Advice::LinuxHugepage, Advice::LinuxDontDump, Advice::LinuxDontFork] {
             // SAFETY: the range is this mapping's own, and none of these changes what the mapping holds.
-            let _ = unsafe { madvise(self.address.as_ptr(), self.len, advice) };
+            let _ = unsafe { madvise(self.start.as_ptr(), self.mapped, advice) };
         }
     }
 }
@@ -273,7 +294,7 @@ impl Drop for GuestMapping {
     fn drop(&mut self) {
         // SAFETY: the range is this mapping's own and no reference to its contents exists. A guest that could reach it
         // would have it inside of a `Memslot`, which lets it go only after KVM has.
-        let _ = unsafe { munmap(self.address.as_ptr(), self.len) };
+        let _ = unsafe { munmap(self.start.as_ptr(), self.mapped) };
     }
 }
 
@@ -345,6 +366,41 @@ mod tests {
             assert_eq!(mapping.address() % alignment, offset % alignment, "{offset:#x} {len:#x}");
             assert_eq!(mapping.len(), len);
         }
+    }
+
+    #[test]
+    fn huge_pages_are_mapped_whole_and_shown_in_part() {
+        use crate::huge::tests::{HUGE, huge_file};
+        let Some(file) = huge_file(3) else { return };
+        let poison = PoisonFile::new().unwrap();
+        let word = |offset| {
+            let mut bytes = [0; 8];
+            file.read_exact_at(&mut bytes, offset).unwrap();
+            u64::from_le_bytes(bytes)
+        };
+        for (offset, len) in
+            [(0x3000, 0x1000), (HUGE - 0x1000, 0x2000), (HUGE, HUGE), (0x1000, 3 * HUGE - 0x1000)]
+        {
+            let mut mapping = GuestMapping::of_file(file.as_fd(), offset, len, Access::ReadWrite).unwrap();
+            assert_eq!((mapping.address() % HUGE, mapping.len()), (offset % HUGE, len));
+            assert!(
+                mapping.store_word(0, offset + 7)
+                    && !mapping.store_word(usize::try_from(len / 8).unwrap(), 0)
+            );
+            assert_eq!(word(offset), offset + 7);
+            mapping.poison_in_place(&poison).unwrap();
+            assert!(mapping.store_word(0, 9));
+            assert_eq!(word(offset), offset + 7);
+            let mut read_only = GuestMapping::of_file(file.as_fd(), offset, len, Access::ReadOnly).unwrap();
+            read_only.poison_in_place(&poison).unwrap();
+        }
+        // Dropped mappings took nothing of their neighbours along: all of it can be had again and again.
+        let maps = || std::fs::read_to_string("/proc/self/maps").unwrap().matches("memfd:huge").count();
+        let before = maps();
+        for _ in 0..100 {
+            drop(GuestMapping::of_file(file.as_fd(), 0x3000, 0x1000, Access::ReadOnly).unwrap());
+        }
+        assert!(maps() <= before + 8);
     }
 
     #[test]

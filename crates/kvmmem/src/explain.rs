@@ -103,6 +103,9 @@ pub(crate) fn attach(errno: Errno) -> &'static str {
 pub(crate) fn view(errno: Errno) -> &'static str {
     match errno {
         Errno::NOTCONN => "ENOTCONN: the view is detached",
+        Errno::OPNOTSUPP => {
+            "EOPNOTSUPP: the range begins or ends within huge pages of which other memory is a part; map it in parts, or copy it"
+        }
         Errno::NOMEM => "ENOMEM: out of memory or of address space (vm.max_map_count, ulimit -v)",
         Errno::AGAIN => "EAGAIN: the view changes too quickly; try again",
         Errno::IO => "EIO: the host's answer makes no sense; do the module and the host fit together?",

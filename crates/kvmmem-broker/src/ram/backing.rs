@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What a VM's RAM lies in: memfds, or the address space of its VMM.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 
+use kvmmem_sys::huge::write_at;
 use rustix::fs::{FsWord, OFlags, SealFlags};
 use rustix::io::Errno;
 
@@ -81,7 +82,7 @@ impl Backing {
     /// Copies bytes in from one place on; returns how many, at least one.
     pub(super) fn write(&self, file: u32, offset: u64, data: &[u8]) -> Result<usize, Errno> {
         let (target, end) = self.file(file)?;
-        retried(end, || rustix::io::pwrite(target, data, offset))
+        retried(end, || write_at(target.as_fd(), offset, data))
     }
 
     /// A file, and what it means that nothing of it can be copied.

@@ -245,3 +245,22 @@ fn a_process_that_ends_or_executes_another_program_has_no_memory_left() {
         child.wait().unwrap();
     }
 }
+
+#[test]
+fn huge_pages_are_read_and_written() {
+    const HUGE: u64 = 2 << 20;
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING | MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB;
+    let made = memfd_create("huge", flags).and_then(|file| {
+        ftruncate(&file, HUGE)?;
+        rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, HUGE)?;
+        fcntl_add_seals(&file, SealFlags::SHRINK)?;
+        Ok(file)
+    });
+    let Ok(file) = made.inspect_err(|error| eprintln!("skipped: no huge page: {error}")) else { return };
+    let ram = Ram::new(vec![file], vec![Region { gpa: 0, len: HUGE, offset: 0, file: 0 }]).unwrap();
+    ram.write(0x12_3ffd, b"stripes").unwrap();
+    let mut bytes = [0; 7];
+    ram.read(0x12_3ffd, &mut bytes).unwrap();
+    assert_eq!(&bytes, b"stripes");
+    assert_eq!(ram.write(HUGE - 1, b"ab"), Err(AccessError::Hole(HUGE)));
+}

@@ -12,7 +12,7 @@ fn file(len: u64) -> File {
 }
 
 fn mapped(file: &File, len: u64) -> Foreign {
-    let memory = Foreign::reserve(len, 0, true).unwrap();
+    let memory = Foreign::reserve(len, 0, true, 0x1000).unwrap();
     memory.place(0, len, file.as_fd(), 0).unwrap();
     memory
 }
@@ -88,7 +88,7 @@ fn many_threads_lose_it_at_once() {
 
 #[test]
 fn a_thread_that_blocked_the_signal_is_served() {
-    let memory = Foreign::reserve(0x1000, 0, false).unwrap();
+    let memory = Foreign::reserve(0x1000, 0, false, 0x1000).unwrap();
     std::thread::scope(|scope| {
         scope.spawn(|| {
             // SAFETY: the set is filled in before it is used, and the mask is this thread's alone.
@@ -115,9 +115,9 @@ fn what_leaves_the_stretch_is_refused() {
         assert_eq!(memory.place(offset, len, file.as_fd(), 0), Err(Errno::INVAL), "{offset:#x} {len:#x}");
     }
     for len in [0, 1, 0x1001, u64::MAX, !0xfff] {
-        assert!(Foreign::reserve(len, 0, false).is_err(), "{len:#x}");
+        assert!(Foreign::reserve(len, 0, false, 0x1000).is_err(), "{len:#x}");
     }
-    let memory = Foreign::reserve(0x1000, 0, false).unwrap();
+    let memory = Foreign::reserve(0x1000, 0, false, 0x1000).unwrap();
     memory.place(0, 0x1000, file.as_fd(), 0).unwrap();
     assert_eq!(memory.write(0, &[1]), Err(ForeignError::ReadOnly));
     assert_eq!(memory.write_word(0, 1u64), Err(ForeignError::ReadOnly));
@@ -128,9 +128,68 @@ fn large_pages_fit() {
     for (len, like, alignment) in
         [(0x1000, 0x1234_5000, 0x1000), (2 << 20, 0x1234_5000, 2 << 20), (3 << 30, 0xabc0_1000, 1 << 30)]
     {
-        let memory = Foreign::reserve(len, like, true).unwrap();
+        let memory = Foreign::reserve(len, like, true, 0x1000).unwrap();
         assert_eq!(memory.address() as u64 % alignment, like % alignment);
         assert_eq!(memory.len(), len);
         assert_eq!(memory.read(len - 1, &mut [0]), Err(ForeignError::Lost { offset: len - 1 }));
     }
+}
+
+#[test]
+fn huge_pages_are_mapped_whole_and_shown_in_part() {
+    use crate::huge::tests::{HUGE, huge_file};
+    let Some(file) = huge_file(3) else { return };
+    let word = |memory: &Foreign, offset| memory.read_word::<u64>(offset).unwrap();
+    for (offset, len) in
+        [(0, HUGE), (0x3000, 0x1000), (HUGE - 0x1000, 0x2000), (HUGE + 0x1000, 2 * HUGE - 0x1000)]
+    {
+        let memory = Foreign::reserve(len, offset, true, HUGE).unwrap();
+        assert_eq!(memory.read(0, &mut [0]), Err(ForeignError::Lost { offset: 0 }));
+        memory.place(0, len, file.as_fd(), offset).unwrap();
+        assert_eq!(memory.len(), len);
+        assert_eq!((word(&memory, 0), word(&memory, len - 0x1000)), (offset, offset + len - 0x1000));
+        assert_eq!(memory.read(len, &mut [0]), Err(ForeignError::Outside { offset: len, len: 1, size: len }));
+        memory.write_word(8, offset + 1).unwrap();
+        // Not in part, but as a whole.
+        if len < HUGE && len > 0x1000 {
+            assert_eq!(memory.clear(0, 0x1000), Err(Errno::INVAL));
+        }
+        assert_eq!(word(&memory, 8), offset + 1);
+        memory.clear(0, len).unwrap();
+        assert_eq!(memory.read(8, &mut [0]), Err(ForeignError::Lost { offset: 8 }));
+        memory.place(0, len, file.as_fd(), offset).unwrap();
+        assert_eq!(word(&memory, 8), offset + 1);
+    }
+}
+
+#[test]
+fn huge_pages_never_reach_beyond_the_stretch() {
+    use crate::huge::tests::{HUGE, huge_file};
+    let Some(file) = huge_file(2) else { return };
+    // Neighbours, of which the kernel would take some if it rounded a length up.
+    let all = Foreign::reserve(2 * HUGE, 0, true, HUGE).unwrap();
+    let small = self::file(2 * HUGE);
+    all.place(0, 2 * HUGE, small.as_fd(), 0).unwrap();
+    all.write(0x1000, b"mine").unwrap();
+    for (offset, len, at) in
+        [(0, 0x1000, 0), (0, HUGE, 0x1000), (0x1000, 0x1000, 0x1000), (0, HUGE + 0x1000, 0)]
+    {
+        assert_eq!(
+            all.place(offset, len, file.as_fd(), at),
+            Err(Errno::OPNOTSUPP),
+            "{offset:#x} {len:#x} {at:#x}"
+        );
+    }
+    let mut bytes = [0; 4];
+    all.read(0x1000, &mut bytes).unwrap();
+    assert_eq!(&bytes, b"mine");
+    // One that was not reserved for huge pages.
+    let memory = Foreign::reserve(0x1000, 0, true, 0x1000).unwrap();
+    assert_eq!(memory.place(0, 0x1000, file.as_fd(), 0), Err(Errno::OPNOTSUPP));
+    // Beside each other, where they fit.
+    all.place(HUGE, HUGE, file.as_fd(), 0).unwrap();
+    assert_eq!(all.read_word::<u64>(HUGE + 0x1000), Ok(0x1000));
+    assert!(
+        Foreign::reserve(0x1000, 0, true, 0x1800).is_err() && Foreign::reserve(0x1000, 0, true, 0).is_err()
+    );
 }

@@ -93,6 +93,7 @@ impl MapError {
             Self::Limit { .. } => KvmError::NoMem,
             Self::Token(error) => *error,
             Self::TargetHole { .. } => KvmError::Fault,
+            Self::Host(RamError::HugePages { .. }) => KvmError::OpNotSupp,
             Self::Host(_) => KvmError::Again,
         }
     }

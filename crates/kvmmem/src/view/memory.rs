@@ -9,11 +9,15 @@ use std::time::{Duration, Instant};
 use kvmmem_broker::host::{Copier, CopyError};
 use kvmmem_broker::map::Region;
 use kvmmem_sys::foreign::Foreign;
+use kvmmem_sys::huge::{page_size, write_at};
 use rustix::fs::{SeekFrom, seek};
-use rustix::io::{Errno, pread, pwrite};
+use rustix::io::{Errno, pread};
 
 use super::range::{Range, first_hole, next_range};
 use super::{Event, State, ViewError, ViewOperation};
+
+/// Bytes of a page.
+const PAGE: u64 = kvmmem_broker::map::PAGE_SIZE;
 
 /// The most bytes that are copied before whoever wants to end the view gets a chance.
 const COPY_LIMIT: usize = 1 << 20;
@@ -111,7 +115,7 @@ impl Memory {
         let (piece, len) = reach.piece(operation, gpa, bytes.len())?;
         let part = bytes.get(..len).unwrap_or_default();
         match piece {
-            Piece::File(file, offset) => retried(|| pwrite(file, part, offset))
+            Piece::File(file, offset) => retried(|| write_at(file.as_fd(), offset, part))
                 .map_err(|source| ViewError::System { operation, source }),
             Piece::Copy(copier) => {
                 drop(reach);
@@ -161,8 +165,9 @@ impl Memory {
         if let Some(gpa) = first_hole(&reach.ranges(), wanted) {
             return Err(ViewError::Hole { operation, gpa });
         }
-        let memory = Foreign::reserve(wanted.len, wanted.gpa, is_writable).map(Arc::new);
-        let memory = memory.map_err(|source| ViewError::System { operation, source })?;
+        let refused = |source| ViewError::System { operation, source };
+        let (page, like) = reach.fit(wanted).map_err(refused)?;
+        let memory = Arc::new(Foreign::reserve(wanted.len, like, is_writable, page).map_err(refused)?);
         reach.place(wanted.gpa, &memory).map_err(|source| ViewError::System { operation, source })?;
         let mut mappings = self.mappings();
         mappings.retain(|mapped| mapped.memory.strong_count() > 0);
@@ -281,10 +286,29 @@ impl Reach {
         Ok((piece, len.min(left).min(COPY_LIMIT)))
     }
 
+    /// Length of the largest pages of the files that hold `wanted`, and what its address is to be congruent to: its place in
+    /// the file where that has huge pages, else its guest-physical address.
+    fn fit(&self, wanted: Range) -> Result<(u64, u64), Errno> {
+        let (mut largest, mut like) = (PAGE, wanted.gpa);
+        for region in &self.regions {
+            let Some(part) = next_range(&[range(region)], wanted.gpa) else { continue };
+            if part.gpa >= wanted.gpa.saturating_add(wanted.len) {
+                break;
+            }
+            let page = self.file(region).map_or(Ok(PAGE), |file| page_size(file.as_fd()))?;
+            if page > largest {
+                // Of pieces that lie otherwise, some do not fit; the others' pages would not have either.
+                let place = region.offset + (part.gpa - region.gpa);
+                (largest, like) = (page, place.wrapping_sub(part.gpa - wanted.gpa));
+            }
+        }
+        Ok((largest, like))
+    }
+
     /// Makes `memory`, which stands for the addresses from `gpa` on, show what is there now; the rest of it is lost.
     fn place(&self, gpa: u64, memory: &Foreign) -> Result<(), Errno> {
         let (mut at, end) = (gpa, gpa.saturating_add(memory.len()));
-        for region in &self.regions {
+        for region in &joined(&self.regions) {
             let Some(part) = next_range(&[range(region)], at).filter(|part| part.gpa < end) else { continue };
             if part.gpa > at {
                 memory.clear(at - gpa, part.gpa - at)?;
@@ -296,6 +320,24 @@ impl Reach {
         }
         if at < end { memory.clear(at - gpa, end - at) } else { Ok(()) }
     }
+}
+
+/// The regions, those that continue each other as one: a huge page must not be placed in two parts.
+fn joined(regions: &[Region]) -> Vec<Region> {
+    let mut joined: Vec<Region> = Vec::with_capacity(regions.len());
+    for region in regions {
+        match joined.last_mut() {
+            Some(last)
+                if last.file == region.file
+                    && last.gpa + last.len == region.gpa
+                    && last.offset + last.len == region.offset =>
+            {
+                last.len += region.len;
+            }
+            _ => joined.push(*region),
+        }
+    }
+    joined
 }
 
 fn range(region: &Region) -> Range {

@@ -34,7 +34,7 @@ fn outcome(case: &str) -> ExitStatus {
 fn half() -> Foreign {
     let file = rustix::fs::memfd_create("half", MemfdFlags::CLOEXEC).unwrap();
     rustix::fs::ftruncate(&file, 0x1000).unwrap();
-    let memory = Foreign::reserve(0x2000, 0, true).unwrap();
+    let memory = Foreign::reserve(0x2000, 0, true, 0x1000).unwrap();
     memory.place(0, 0x2000, file.as_fd(), 0).unwrap();
     memory
 }

@@ -103,6 +103,45 @@ fn mappings_follow_the_regions() {
 }
 
 #[test]
+fn huge_pages_are_mapped_in_part_and_written() {
+    const HUGE: u64 = 2 << 20;
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB;
+    let made = memfd_create("huge", flags).map(File::from).and_then(|file| {
+        rustix::fs::ftruncate(&file, 2 * HUGE)?;
+        rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, 2 * HUGE)?;
+        Ok(file)
+    });
+    let Ok(file) = made.inspect_err(|error| eprintln!("skipped: no 2 huge pages: {error}")) else { return };
+    // As a PC has it: a hole, and memory above 4 GiB that lies behind in the file. The first two are adjacent.
+    let cut = |gpa, end, offset| Region { gpa, len: end - gpa, offset, file: 0 };
+    let regions = [
+        cut(0, 0x5_0000, 0),
+        cut(0x5_0000, 0xa_0000, 0x5_0000),
+        cut(0xc_0000, HUGE, 0xc_0000),
+        cut(1 << 32, (1 << 32) + HUGE, HUGE),
+    ];
+    let memory = memory(&regions, &file);
+    for (gpa, len, offset) in
+        [(0, 0xa_0000, 0), (0x4_f000, 0x2000, 0x4_f000), (0xc_0000, 0x1000, 0xc_0000), (1 << 32, HUGE, HUGE)]
+    {
+        assert_eq!(memory.write(READ, gpa, b"written").unwrap(), 7);
+        let mapping = memory.map(READ, Range { gpa, len }, true).unwrap();
+        let mut bytes = [0; 7];
+        mapping.read(0, &mut bytes).unwrap();
+        assert_eq!(&bytes, b"written", "{gpa:#x}");
+        mapping.write(len - 5, b"mapped").unwrap_err();
+        mapping.write(len - 6, b"mapped").unwrap();
+        file.read_exact_at(&mut bytes[..6], offset + len - 6).unwrap();
+        assert_eq!(&bytes[..6], b"mapped");
+    }
+    let mapping = memory.map(READ, Range { gpa: 0, len: 0xa_0000 }, false).unwrap();
+    // What a huge page's rest would show is lost instead.
+    memory.change(6, vec![cut(0, 0x5_0000, 0)]);
+    assert_eq!(mapping.read(0, &mut [0]), Err(ForeignError::Lost { offset: 0 }));
+    assert!(memory.end(State::Revoked));
+}
+
+#[test]
 fn after_the_end_nothing_is_left() {
     for (state, event) in [(State::Revoked, Event::Revoked), (State::Gone, Event::Gone)] {
         let memory = memory(&[region(0, 4, 0)], &file(4));
