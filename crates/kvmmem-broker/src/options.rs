@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use clap::{Parser, ValueEnum};
 use serde::Deserialize;
 
+use crate::door::DOOR_PORT;
 use crate::wire::KvmiPolicy;
 
 /// Where VMMs and the command line connect unless it is said otherwise.
@@ -51,6 +52,11 @@ pub struct Options {
     /// What tokens allow that KVMI makes, for targets that have no policy of their own [default: rw].
     #[arg(long, value_name = "RIGHTS", value_enum)]
     kvmi_tokens: Option<KvmiTokens>,
+
+    /// The vsock port at which introspectors under a stock QEMU ask for views, from the first one that is added on
+    /// [default: 27510].
+    #[arg(long, value_name = "PORT", value_parser = clap::value_parser!(u32).range(1..0xffff_ffff))]
+    door: Option<u32>,
 }
 
 /// As [`KvmiPolicy`].
@@ -93,6 +99,8 @@ pub struct Settings {
     pub state: Option<PathBuf>,
     /// What tokens allow that KVMI makes.
     pub kvmi_tokens: KvmiTokens,
+    /// The vsock port of the door.
+    pub door: u32,
 }
 
 /// Why the configuration file is no good.
@@ -129,6 +137,7 @@ struct Config {
     audit: Option<PathBuf>,
     state: Option<PathBuf>,
     kvmi_tokens: Option<KvmiTokens>,
+    door: Option<u32>,
 }
 
 impl Options {
@@ -147,6 +156,7 @@ impl Options {
             audit: self.audit.or(config.audit),
             state: self.state.or(config.state),
             kvmi_tokens: self.kvmi_tokens.or(config.kvmi_tokens).unwrap_or_default(),
+            door: self.door.or(config.door).unwrap_or(DOOR_PORT),
         })
     }
 }
@@ -174,7 +184,7 @@ mod tests {
 
     #[test]
     fn the_command_line_wins() {
-        let config = "socket = \"/a\"\ngroup = \"g\"\njson = true\nlog = \"warn\"\naudit = \"/b\"\nstate = \"/s\"\nkvmi-tokens = \"ro\"\n";
+        let config = "socket = \"/a\"\ngroup = \"g\"\njson = true\nlog = \"warn\"\naudit = \"/b\"\nstate = \"/s\"\nkvmi-tokens = \"ro\"\ndoor = 5\n";
         let from_file = settings(config, &[], None).unwrap();
         let audit = Some("/b".into());
         let expected = Settings {
@@ -185,6 +195,7 @@ mod tests {
             audit,
             state: Some("/s".into()),
             kvmi_tokens: KvmiTokens::Ro,
+            door: 5,
         };
         assert_eq!(from_file, expected);
         let words = [
@@ -196,6 +207,8 @@ mod tests {
             "debug",
             "--audit",
             "/d",
+            "--door",
+            "6",
             "--state",
             "/t",
             "--kvmi-tokens",
@@ -211,6 +224,7 @@ mod tests {
             audit,
             state: Some("/t".into()),
             kvmi_tokens: KvmiTokens::None,
+            door: 6,
         };
         assert_eq!(from_line, expected);
         assert_eq!(settings(config, &[], Some("error")).unwrap().log, "error");
@@ -225,6 +239,7 @@ mod tests {
             (None, false, None, None)
         );
         assert_eq!((settings.log.as_str(), settings.kvmi_tokens), ("info", KvmiTokens::Rw));
+        assert_eq!(settings.door, 27510);
     }
 
     #[test]

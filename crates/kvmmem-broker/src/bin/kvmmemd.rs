@@ -50,6 +50,7 @@ fn run(options: Options) -> anyhow::Result<()> {
     let server = listen(&settings)?;
     let broker = server.broker();
     broker.set_kvmi_tokens(settings.kvmi_tokens.into());
+    broker.introspectors().set_door(Some(settings.door));
     if let Some(path) = &settings.audit {
         let file = AuditFile::open(path);
         broker
