@@ -171,6 +171,32 @@ static void ended(unsigned int state, int error)
 	close(fd);
 }
 
+/* libkvmi's regions work on whatever view there is. */
+static void as_regions(void)
+{
+	struct kvm_guest_mem_map region = { .gpa = FIRST + 5 * PAGE };
+	unsigned char uuid[16];
+	int fd = device();
+	char *p;
+
+	plug_shows_usual(HEAD_A);
+	CHECK_EQUAL(rebind_all(), 0);
+	CHECK(plug_is_seen(HEAD_A));
+	memset(uuid, 0x60, sizeof(uuid));
+	CHECK_EQUAL(ioctl(fd, KVM_GUEST_MEM_OPEN, uuid), 0);
+	CHECK_EQUAL(ioctl(fd, KVM_GUEST_MEM_MAP, &region), 0);
+	CHECK(region.gpa == FIRST && region.length == FIRST_SIZE);
+	p = mmap(NULL, FIRST_SIZE, PROT_READ, MAP_SHARED, fd, FIRST);
+	CHECK_EQUAL(number_at(p), shared_content(FIRST));
+	munmap(p, FIRST_SIZE);
+	/* A region more needs a token more, and so a slot more. */
+	region.gpa = SECOND;
+	CHECK_REFUSED(ioctl(fd, KVM_GUEST_MEM_MAP, &region), ENOENT);
+	CHECK_EQUAL(ioctl(fd, KVM_GUEST_MEM_UNMAP, FIRST), 0);
+	CHECK(!is_mapped("A.1"));
+	close(fd);
+}
+
 void test_plug(void)
 {
 	plug_writes(HEAD_A, 0, 0);
@@ -181,6 +207,7 @@ void test_plug(void)
 	changed();
 	ended(KVMMEM_STATE_REVOKED, EKEYREVOKED);
 	ended(KVMMEM_STATE_GONE, ESTALE);
+	as_regions();
 	unplug_view();
 	CHECK(!is_there("A.2"));
 }

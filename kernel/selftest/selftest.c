@@ -12,6 +12,7 @@
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
+#include <termios.h>
 #include <unistd.h>
 
 #include "../../crates/kvmmem-abi/include/uapi/kvmmem.h"
@@ -237,5 +238,7 @@ int main(int argc, char **argv)
 		in_child(with_views);
 	}
 	printf("selftest: %d of %d checks passed\n", checks - failures, checks);
+	/* Before the kernel's own last line. */
+	tcdrain(STDOUT_FILENO);
 	reboot(RB_POWER_OFF);
 }
