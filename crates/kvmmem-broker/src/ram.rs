@@ -214,7 +214,7 @@ impl Ram {
     /// Fills all of `buffer` with guest-physical memory.
     ///
     /// # Errors
-    /// [`AccessError`].
+    /// [`AccessError`] names the first address that was not read.
     pub fn read(&self, mut gpa: u64, mut buffer: &mut [u8]) -> Result<(), AccessError> {
         while !buffer.is_empty() {
             let count = self.read_some(gpa, buffer)?;
@@ -227,7 +227,7 @@ impl Ram {
     /// Writes all of `data` to guest-physical memory.
     ///
     /// # Errors
-    /// [`AccessError`].
+    /// [`AccessError`] names the first address that was not written; what is before it was.
     pub fn write(&self, mut gpa: u64, mut data: &[u8]) -> Result<(), AccessError> {
         while !data.is_empty() {
             let count = self.write_some(gpa, data)?;
