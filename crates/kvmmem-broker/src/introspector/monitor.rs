@@ -46,6 +46,8 @@ struct Board {
     /// Devices of ours, and whether they have been deleted.
     devices: HashMap<String, bool>,
     news: News,
+    /// Whether there is no connection.
+    is_down: bool,
     stopped: bool,
 }
 
@@ -139,14 +141,13 @@ impl Monitor {
     /// Waits until all of these devices are deleted; `false` where some are not in time, or the connection fails.
     pub(super) fn wait_deleted(&self, devices: &[String], deadline: Instant) -> bool {
         let mut board = self.board();
-        let losses = board.news.losses;
         loop {
             let gone = |device: &String| board.devices.get(device).copied().unwrap_or(true);
             if devices.iter().all(gone) {
                 return true;
             }
             let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() || board.news.losses != losses || board.stopped {
+            if left.is_zero() || board.is_down || board.stopped {
                 return false;
             }
             board = self.changed.wait_timeout(board, left).unwrap_or_else(PoisonError::into_inner).0;
@@ -223,7 +224,10 @@ impl Monitor {
         if let Some(qmp) = slot.take() {
             let _ = rustix::net::shutdown(qmp.as_fd(), rustix::net::Shutdown::Both);
         }
-        self.board().news.losses += 1;
+        let mut board = self.board();
+        board.news.losses += 1;
+        board.is_down = true;
+        drop(board);
         self.changed.notify_all();
     }
 
@@ -274,7 +278,10 @@ impl Monitor {
         match Qmp::connect(&self.path) {
             Ok(qmp) if qmp.listener() == self.listener => {
                 *self.slot() = Some(qmp);
-                self.board().news.returns += 1;
+                let mut board = self.board();
+                board.news.returns += 1;
+                board.is_down = false;
+                drop(board);
                 self.changed.notify_all();
                 tracing::info!(path = %self.path.display(), "QEMU answers again");
             }

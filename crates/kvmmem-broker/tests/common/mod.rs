@@ -2,6 +2,7 @@
 //! A broker in this process, VMs without guests, and a tool.
 #![allow(dead_code, reason = "each test program uses its own part")]
 
+pub(crate) mod fake_qmp;
 pub(crate) mod qemu;
 
 use std::io::{Read, Write};

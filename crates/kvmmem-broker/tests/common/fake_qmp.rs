@@ -1,0 +1,264 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! A QEMU that is none: it knows what an introspector's is asked, keeps what it is told to plug in, plays the guest's
+//! driver, and goes wrong at the command that a test chooses.
+
+use std::collections::{BTreeMap, HashMap};
+use std::io::{IoSliceMut, Write};
+use std::mem::MaybeUninit;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use kvmmem_abi::descriptor::SEEN_AT;
+use kvmmem_broker::admin::Which;
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
+use serde_json::{Value, json};
+
+/// What goes wrong.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Fault {
+    /// The command is refused.
+    Refuse,
+    /// It is not answered, and nothing after it.
+    Silence,
+    /// Something else than JSON is sent.
+    Garbage,
+    /// The connection ends instead.
+    Close,
+    /// It is carried out, and the connection ends before that is said.
+    CloseAfter,
+    /// Events come without end before it is answered.
+    Flood,
+    /// It is answered by something that no QEMU says.
+    Nonsense,
+}
+
+/// What the fake has.
+#[derive(Debug, Default)]
+pub(crate) struct Machine {
+    files: HashMap<u64, Arc<OwnedFd>>,
+    pub(crate) objects: BTreeMap<String, Arc<OwnedFd>>,
+    /// By id, with their addresses.
+    pub(crate) devices: BTreeMap<String, String>,
+    /// After how many commands what goes wrong.
+    pub(crate) fault: Option<(usize, Fault)>,
+    /// Whether the guest lets go of devices.
+    pub(crate) is_stubborn: bool,
+    last_file: u64,
+}
+
+/// A fake, ended on drop.
+pub(crate) struct FakeQemu {
+    pub(crate) machine: Arc<Mutex<Machine>>,
+    socket: PathBuf,
+    /// What looks like the process.
+    process: Child,
+    _directory: tempfile::TempDir,
+}
+
+impl FakeQemu {
+    pub(crate) fn start() -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let socket = directory.path().join("qmp");
+        let listener = UnixListener::bind(&socket).unwrap();
+        let program = directory.path().join("qemu-system-fake");
+        std::fs::copy("/bin/cat", &program).unwrap();
+        let process = Command::new(program).stdin(Stdio::piped()).stdout(Stdio::null()).spawn().unwrap();
+        let machine = Arc::<Mutex<Machine>>::default();
+        let served = Arc::clone(&machine);
+        // It ends with the test's process.
+        std::thread::spawn(move || {
+            for stream in listener.incoming() {
+                serve(&served, &stream.unwrap());
+            }
+        });
+        Self { machine, socket, process, _directory: directory }
+    }
+
+    pub(crate) fn which(&self) -> Which {
+        Which::Qmp { socket: self.socket.clone(), pid: Some(self.process.id()) }
+    }
+
+    pub(crate) fn machine(&self) -> MutexGuard<'_, Machine> {
+        self.machine.lock().unwrap()
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        let machine = self.machine();
+        machine.devices.is_empty() && machine.objects.is_empty()
+    }
+}
+
+impl Drop for FakeQemu {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+/// Serves a client until it goes or something goes wrong.
+fn serve(machine: &Mutex<Machine>, stream: &UnixStream) {
+    let send = |value: &Value| {
+        let mut stream = stream;
+        let _ = stream.write_all(format!("{value}\n").as_bytes());
+    };
+    send(&json!({ "QMP": { "version": {}, "capabilities": [] } }));
+    let mut buffer = Vec::new();
+    let mut received = Vec::new();
+    loop {
+        while let Some(end) = buffer.iter().position(|byte| *byte == b'\n') {
+            let line: Vec<u8> = buffer.drain(..=end).collect();
+            let request: Value = serde_json::from_slice(&line).unwrap();
+            let command = request["execute"].as_str().unwrap();
+            let mut machine = machine.lock().unwrap();
+            let fault = machine.take_fault();
+            match fault {
+                Some(Fault::Refuse) => {
+                    send(&json!({ "error": { "class": "GenericError", "desc": "no" } }));
+                    continue;
+                }
+                Some(Fault::Silence) => {
+                    drop(machine);
+                    while receive(stream, &mut buffer, &mut received) {}
+                    return;
+                }
+                Some(Fault::Garbage) => {
+                    let mut stream = stream;
+                    let _ = stream.write_all(b"\x00]]\n");
+                    return;
+                }
+                Some(Fault::Close) => return,
+                Some(Fault::Flood) => {
+                    for _ in 0..10_000 {
+                        send(&json!({ "event": "RTC_CHANGE", "data": { "offset": 1 } }));
+                    }
+                }
+                Some(Fault::Nonsense) => {
+                    send(&json!({ "return": [[], "?"], "event": 7 }));
+                    return;
+                }
+                Some(Fault::CloseAfter) | None => {}
+            }
+            let (answer, deleted) = machine.carry_out(command, &request["arguments"], &mut received);
+            drop(machine);
+            if fault == Some(Fault::CloseAfter) {
+                return;
+            }
+            for device in deleted {
+                send(&json!({ "event": "DEVICE_DELETED", "data": { "device": device, "path": "/x" } }));
+            }
+            send(&answer);
+        }
+        if !receive(stream, &mut buffer, &mut received) {
+            return;
+        }
+    }
+}
+
+fn receive(stream: &UnixStream, buffer: &mut Vec<u8>, files: &mut Vec<OwnedFd>) -> bool {
+    let mut chunk = [0; 4096];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let mut slices = [IoSliceMut::new(&mut chunk)];
+    let received = rustix::net::recvmsg(stream, &mut slices, &mut control, RecvFlags::CMSG_CLOEXEC);
+    for message in control.drain() {
+        if let RecvAncillaryMessage::ScmRights(rights) = message {
+            files.extend(rights);
+        }
+    }
+    let count = received.map_or(0, |received| received.bytes);
+    buffer.extend_from_slice(&chunk[..count]);
+    count > 0
+}
+
+impl Machine {
+    fn take_fault(&mut self) -> Option<Fault> {
+        let (left, fault) = self.fault?;
+        self.fault = left.checked_sub(1).map(|left| (left, fault));
+        (left == 0).then_some(fault)
+    }
+
+    /// The answer, and the devices that the guest lets go of.
+    fn carry_out(
+        &mut self,
+        command: &str,
+        arguments: &Value,
+        received: &mut Vec<OwnedFd>,
+    ) -> (Value, Vec<String>) {
+        let text = |key: &str| arguments[key].as_str().unwrap_or_default().to_owned();
+        let refuse = |words: String| json!({ "error": { "class": "GenericError", "desc": words } });
+        let mut deleted = Vec::new();
+        let answer = match command {
+            "device-list-properties" | "qmp_capabilities" | "remove-fd" | "stop" => json!({}),
+            "qom-list-properties" => json!([{ "name": "readonly" }, { "name": "offset" }]),
+            "query-name" => json!({ "name": "fake" }),
+            "query-uuid" => json!({ "UUID": "00000000-0000-0000-0000-000000000000" }),
+            "query-cpus-fast" => json!([{}]),
+            "qom-list" => match text("path").as_str() {
+                "/objects" => listed(self.objects.keys(), "child<memory-backend-file>"),
+                "/machine/peripheral" => listed(self.devices.keys(), "child<ivshmem-plain>"),
+                _ => json!([]),
+            },
+            "query-pci" => self.pci(),
+            "add-fd" => {
+                self.last_file += 1;
+                self.files.insert(self.last_file, Arc::new(received.pop().unwrap()));
+                json!({ "fdset-id": self.last_file, "fd": self.last_file })
+            }
+            "object-add" => {
+                let number = text("mem-path").rsplit('/').next().unwrap().parse().unwrap();
+                self.objects.insert(text("id"), Arc::clone(&self.files[&number]));
+                json!({})
+            }
+            "object-del" if self.devices.contains_key(&text("id")) => {
+                return (refuse("in use".into()), deleted);
+            }
+            "object-del" if self.objects.remove(&text("id")).is_none() => {
+                return (refuse(format!("object '{}' not found", text("id"))), deleted);
+            }
+            "object-del" => json!({}),
+            "device_add" => {
+                let page = &self.objects[&text("memdev")];
+                if text("addr").ends_with(".0") {
+                    // The guest's driver, which claims to have seen whatever comes.
+                    rustix::io::pwrite(page, &u64::MAX.to_le_bytes(), SEEN_AT as u64).unwrap();
+                }
+                self.devices.insert(text("id"), text("addr"));
+                json!({})
+            }
+            "device_del" => {
+                let Some(address) = self.devices.get(&text("id")) else {
+                    return (refuse(format!("Device '{}' not found", text("id"))), deleted);
+                };
+                let (slot, function) = address.split_once('.').unwrap();
+                let (slot, is_first) = (format!("{slot}."), function == "0");
+                let goes = |(id, address): (&String, &String)| {
+                    (*id == text("id") || (is_first && address.starts_with(&slot))).then(|| id.clone())
+                };
+                if !self.is_stubborn {
+                    deleted = self.devices.iter().filter_map(goes).collect();
+                    self.devices.retain(|id, _| !deleted.contains(id));
+                }
+                json!({})
+            }
+            other => return (refuse(format!("The command {other} has not been found")), deleted),
+        };
+        (json!({ "return": answer }), deleted)
+    }
+
+    fn pci(&self) -> Value {
+        let slot =
+            |address: &String| u64::from_str_radix(&address[2..address.find('.').unwrap()], 16).unwrap();
+        let plugged = self.devices.iter().map(|(id, address)| {
+            json!({ "slot": slot(address), "qdev_id": id, "id": { "vendor": 0x1af4, "device": 0x1110 } })
+        });
+        let bridge = json!({ "slot": 0, "qdev_id": "", "id": { "vendor": 0x8086, "device": 0x1237 } });
+        json!([{ "bus": 0, "devices": std::iter::once(bridge).chain(plugged).collect::<Vec<_>>() }])
+    }
+}
+
+fn listed<'a>(names: impl Iterator<Item = &'a String>, kind: &str) -> Value {
+    names.map(|name| json!({ "name": name, "type": kind })).collect()
+}
