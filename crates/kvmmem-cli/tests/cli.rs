@@ -40,6 +40,8 @@ fn help_names_the_verbs_and_the_exit_codes() {
     for word in [
         "vm",
         "targets",
+        "introspector",
+        "qemu-args",
         "hook",
         "unhook",
         "doctor",
@@ -58,6 +60,7 @@ fn help_names_the_verbs_and_the_exit_codes() {
         "Exit codes:",
         "KVMMEM_KVMI_PORT",
         "KVMMEM_TOKEN",
+        "KVMMEM_DOOR",
     ] {
         assert!(stdout.contains(word), "{word}: {stdout}");
     }

@@ -1,0 +1,128 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! The verbs for introspectors under a stock QEMU, with what is none; and with this machine's QEMU, where it has one.
+
+mod common;
+
+use std::io::Write;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use kvmmem_broker::link::Region;
+
+use crate::common::Host;
+
+fn host() -> Host {
+    Host::start(&[Region { gpa: 0, len: 4 << 20, offset: 0, file: 0 }])
+}
+
+#[test]
+fn what_cannot_be_added_or_removed_is_said() {
+    let host = host();
+    let this = std::process::id().to_string();
+    let socket = format!("{this}.qmp");
+    let cases: [(&[&str], i32, &str); 8] = [
+        (&["add", "--pid", &this], 1, "is no QEMU"),
+        (&["add", "--qmp", &socket], 1, &socket),
+        (&["add", "--libvirt", "nothing"], 1, "libvirt runs no VM named \"nothing\""),
+        (&["add"], 1, "--pid, --qmp or --libvirt"),
+        (&["add", "--pid", "1", "--cid", "2"], 2, "--cid"),
+        (&["add", "--pid", "1", "--on-silence", "shrug"], 2, "report, pause, kill"),
+        (&["remove", "victim"], 1, "was not added as an introspector"),
+        (&["remove", "nobody"], 1, "no VM is named \"nobody\""),
+    ];
+    for (arguments, code, words) in cases {
+        let output = host.command(&[&["introspector"], arguments].concat()).output().unwrap();
+        let text = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(code), "{arguments:?}: {text}");
+        assert!(text.contains(words), "{arguments:?}: {text}");
+    }
+}
+
+#[test]
+fn what_qemu_needs_is_printed_for_a_shell_and_as_json() {
+    let host = host();
+    let text = |arguments: &[&str]| {
+        let output = host.command(&[&["qemu-args"], arguments].concat()).output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let printed = text(&["--name", "lion", "--cid", "9", "--views", "1"]);
+    let json: serde_json::Value =
+        serde_json::from_str(&text(&["--json", "--name", "lion", "--cid", "9", "--views", "1"])).unwrap();
+    let words: Vec<&str> =
+        json["arguments"].as_array().unwrap().iter().filter_map(|word| word.as_str()).collect();
+    // As a shell splits what $(kvmmem qemu-args) gives.
+    assert_eq!(printed.split_whitespace().collect::<Vec<_>>(), words);
+    assert!(words.contains(&"vhost-vsock-pci,guest-cid=9"), "{words:?}");
+    assert!(words.contains(&"unix:/run/lion.qmp,server=on,wait=off"), "{words:?}");
+    let xml = text(&["--libvirt", "--name", "lion"]);
+    assert!(xml.contains("/var/lib/libvirt/qemu/lion.monitor") && xml.contains("ua-kvmmem1"), "{xml}");
+}
+
+/// A QEMU, ended on drop.
+struct Qemu(Child);
+
+impl Drop for Qemu {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// This machine's QEMU with what `qemu-args` prints but the vsock device, which needs a driver of the host.
+fn qemu(host: &Host, socket: &Path) -> Option<Qemu> {
+    let printed = host.command(&["qemu-args", "--qmp", socket.to_str().unwrap()]).output().unwrap().stdout;
+    let printed = String::from_utf8(printed).unwrap();
+    let lines = printed.lines().filter(|line| !line.contains("vhost-vsock"));
+    let started = Command::new("qemu-system-x86_64")
+        .args(["-nodefaults", "-display", "none", "-accel", "tcg", "-m", "64", "-S", "-machine", "q35"])
+        .args(["-name", "lion"])
+        .args(lines.flat_map(|line| line.split(' ')))
+        .stdin(Stdio::null())
+        .spawn();
+    match started {
+        Ok(process) => Some(Qemu(process)),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            // Past the test harness, which would keep it to itself.
+            std::io::stderr().write_all(b"SKIPPED: qemu-system-x86_64 is not installed\n").unwrap();
+            None
+        }
+        Err(error) => panic!("cannot start QEMU: {error}"),
+    }
+}
+
+#[test]
+fn a_qemu_becomes_an_introspector_and_is_none_again() {
+    let host = host();
+    // A path of a socket is short.
+    let folder = tempfile::tempdir().unwrap();
+    let socket = folder.path().join("qmp");
+    let Some(mut qemu) = qemu(&host, &socket) else { return };
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while !socket.exists() {
+        assert!(Instant::now() < deadline && qemu.0.try_wait().unwrap().is_none(), "QEMU does not listen");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let socket = socket.to_str().unwrap();
+    let run = |arguments: &[&str]| {
+        let output = host.command(arguments).output().unwrap();
+        let (out, err) = (output.stdout, output.stderr);
+        let text = [out, err].map(|text| String::from_utf8(text).unwrap()).concat();
+        (output.status.success(), text)
+    };
+    let (is_added, text) = run(&["introspector", "add", "--qmp", socket]);
+    assert!(!is_added && text.contains("vhost-vsock-pci"), "{text}");
+    let (is_added, text) = run(&["introspector", "add", "--qmp", socket, "--cid", "4711"]);
+    if text.contains("cannot listen at the vsock port") {
+        std::io::stderr().write_all(b"SKIPPED: this kernel has no vsock\n").unwrap();
+        return;
+    }
+    assert!(is_added && text.starts_with("lion (") && text.contains("context id 4711"), "{text}");
+    assert!(text.contains("places for 2 views"), "{text}");
+    let (_, text) = run(&["doctor", "--role", "host"]);
+    assert!(text.contains("lion, context id 4711: 2 of 2 places for views are free"), "{text}");
+    let (is_removed, text) = run(&["introspector", "remove", "lion", "--json"]);
+    assert!(is_removed && text == "{\"introspector\":\"lion\",\"removed\":true}\n", "{text}");
+    assert!(!run(&["introspector", "remove", "lion"]).0);
+}
