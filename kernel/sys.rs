@@ -2,9 +2,11 @@
 //! The module's only unsafe code, which is why it is long. First what v1 needs: pinned pages and their replacement, the
 //! MMU notifier that ties a [`Process`] to an `mm_struct`, RLIMIT_MEMLOCK, CPUID. Then what views need: a window's
 //! memory and pages of the kernel's own, their hypercalls, areas of user memory and their faults, the file operations
-//! that `MiscDevice` lacks, the cancelling of delayed work. The interface is safe.
+//! that `MiscDevice` lacks, the cancelling of delayed work. At last PCI slots: places, BARs, the static locks. The
+//! interface is safe.
 //!
-//! C headers: `include/linux/mm.h`, `include/linux/mmu_notifier.h`, `include/linux/io.h`, `include/linux/fs.h`.
+//! C headers: `include/linux/mm.h`, `include/linux/mmu_notifier.h`, `include/linux/io.h`, `include/linux/fs.h`,
+//! `include/linux/pci.h`, `include/crypto/sha2.h`.
 
 use core::arch::x86_64::__cpuid;
 use core::ffi::{c_int, c_long, c_ulong, c_void};
@@ -655,7 +657,8 @@ impl Deref for Remapped {
 impl Drop for Remapped {
     fn drop(&mut self) {
         // SAFETY: by the invariant `memremap` returned it, and nobody uses it afterwards. Page tables that still show
-        // the range lead to what is no RAM.
+        // the range lead to what is no RAM; and to no device that could have gone, as a view zaps its pages before it
+        // lets go of a window, and a device waits for that.
         unsafe { bindings::memunmap(self.0.address.as_ptr().cast()) };
     }
 }
