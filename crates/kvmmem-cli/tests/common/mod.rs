@@ -2,18 +2,26 @@
 //! A broker in this process with one registered virtual machine, and the command line.
 #![allow(dead_code, reason = "each test program uses its own part")]
 
+use std::fs::File;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use kvmmem_broker::broker::Broker;
 use kvmmem_broker::link::{Region, Registration, VmmLink};
+use kvmmem_broker::packet::PacketSocket;
+use kvmmem_broker::peer::{Credentials, Peer};
+use kvmmem_broker::ram::Ram;
 use kvmmem_broker::server::{Server, ServerError};
 use kvmmem_sys::ram::GuestRam;
+use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use rustix::process::{Pid, Signal, kill_process};
 use uuid::Uuid;
+use vm_memory::{GuestAddress, GuestMemoryBackend};
 
 pub(crate) const UUID: Uuid = Uuid::from_u128(0x0011_2233_4455_4677_8899_aabb_ccdd_eeff);
 
@@ -36,9 +44,19 @@ pub(crate) struct Ended {
 
 impl Host {
     pub(crate) fn start(regions: &[Region]) -> Self {
+        Self::with(regions, false)
+    }
+
+    /// One whose VMM, which is this process, keeps its RAM to itself.
+    pub(crate) fn start_private(regions: &[Region]) -> Self {
+        Self::with(regions, true)
+    }
+
+    fn with(regions: &[Region], is_private: bool) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let socket = directory.path().join("broker.sock");
         let server = Server::bind(&socket, None).unwrap();
+        let broker = server.broker();
         let (stop, stopped) = UnixStream::pair().unwrap();
         let server = std::thread::spawn(move || server.run(stopped.as_fd()));
 
@@ -54,10 +72,15 @@ impl Host {
             introspector: false,
             regions: regions.to_vec(),
         };
-        let fd = ram.fd().try_clone_to_owned().unwrap();
-        let vm = VmmLink::connect(&socket, registration, Some(fd)).unwrap();
+        let vm = if is_private {
+            register_private(&broker, registration, &ram);
+            None
+        } else {
+            let fd = ram.fd().try_clone_to_owned().unwrap();
+            Some(VmmLink::connect(&socket, registration, Some(fd)).unwrap())
+        };
         let (stop, server) = (Some(stop), Some(server));
-        Self { directory, vm: Some(vm), ram, regions: regions.to_vec(), stop, server }
+        Self { directory, vm, ram, regions: regions.to_vec(), stop, server }
     }
 
     pub(crate) fn path(&self, name: &str) -> PathBuf {
@@ -132,6 +155,20 @@ impl Host {
         let (_, token) = self.grant(grant);
         finish(self.view(&token, arguments).spawn().unwrap())
     }
+}
+
+/// Registers a VM whose RAM is where this process has mapped it.
+fn register_private(broker: &Broker, mut registration: Registration, ram: &GuestRam) {
+    let hva = ram.memory().get_host_address(GuestAddress(0)).unwrap().expose_provenance() as u64;
+    let place = |region: Region| Region { offset: hva + region.offset, ..region };
+    let regions = std::mem::take(&mut registration.regions).into_iter().map(place).collect();
+    let memory = File::options().read(true).write(true).open("/proc/self/mem").unwrap();
+    let ram = Ram::of_process(memory.into(), regions).unwrap();
+    let flags = SocketFlags::CLOEXEC;
+    let (socket, _) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).unwrap();
+    let socket = PacketSocket::accepted(socket, Duration::from_secs(1)).unwrap();
+    let peer = Peer::new(socket, Credentials { pid: std::process::id(), uid: 0 });
+    broker.registry().insert(registration, Some(ram), Arc::new(peer)).unwrap();
 }
 
 impl Drop for Host {

@@ -6,6 +6,7 @@ mod attach;
 mod common;
 mod dump;
 mod grant;
+mod private;
 mod scan;
 mod translate;
 mod watch;
