@@ -12,7 +12,7 @@
 #include "plug.h"
 
 #define TOOLS	4
-#define ROUNDS	60
+#define ROUNDS	20
 #define RO	KVMMEM_RIGHT_READ
 
 static struct { int stopping, views, failures; } *common;
