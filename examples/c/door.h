@@ -34,13 +34,15 @@ static int door_read(int fd, void *to, size_t length)
 
 /*
  * Asks for the view of `token` (64 hex digits). Returns a descriptor to keep
- * open as long as the view is wanted, or -1 with the reason on standard error.
+ * open as long as the view is wanted, and in `ticket` the token (64 hex digits
+ * and a 0) for KVMMEM_ATTACH; or -1 with the reason on standard error.
  */
-static int door_knock(const char *token, int read_only)
+static int door_knock(const char *token, int read_only, char ticket[65])
 {
 	struct sockaddr_vm host = { .svm_family = AF_VSOCK, .svm_cid = VMADDR_CID_HOST };
 	const char *port = getenv("KVMMEM_DOOR");
 	char frame[4 + KVMMEM_DOOR_MOST + 1];
+	const char *answer;
 	uint32_t length;
 	int fd = socket(AF_VSOCK, SOCK_STREAM | SOCK_CLOEXEC, 0);
 
@@ -62,7 +64,8 @@ static int door_knock(const char *token, int read_only)
 	if (length < 1 || length > KVMMEM_DOOR_MOST || door_read(fd, frame, length) < 0)
 		length = 0;
 	frame[length] = 0;
-	if (!strncmp(frame, "{\"opened\":", 10))
+	answer = strstr(frame, "\"ticket\":\"");
+	if (!strncmp(frame, "{\"opened\":", 10) && answer && sscanf(answer + 10, "%64[0-9a-f]", ticket) == 1)
 		return fd;
 	fprintf(stderr, "the host's door: %s\n", length ? frame : "no answer");
 failed:

@@ -102,6 +102,7 @@ int main(void)
 	struct kvmmem_ranges ranges = { .capacity = KVMMEM_MAX_RANGES, .ranges = (uintptr_t)room };
 	struct kvmmem_attach attach = { 0 };
 	struct kvmmem_info info;
+	char ticket[65];
 	size_t length = parse_hex(need("KVMMEM_MARKER_HEX"), marker, sizeof(marker));
 	long found = 0;
 	int fd;
@@ -117,8 +118,11 @@ int main(void)
 	if (ioctl(fd, KVMMEM_INFO, &info) < 0)
 		fail("info");
 	/* The connection is the view's: it stays open until this program ends. */
-	if (info.features & KVMMEM_FEAT_DEVICES && door_knock(getenv("KVMMEM_TOKEN"), 0) < 0)
-		return 1;
+	if (info.features & KVMMEM_FEAT_DEVICES) {
+		if (door_knock(getenv("KVMMEM_TOKEN"), 0, ticket) < 0)
+			return 1;
+		parse_hex(ticket, (unsigned char *)&attach.token, 32);
+	}
 	if (ioctl(fd, KVMMEM_ATTACH, &attach) < 0)
 		fail("attach");
 	if (ioctl(fd, KVMMEM_RANGES, &ranges) < 0)

@@ -14,7 +14,7 @@
 //! | 16 | 8 | generation |
 //! | 24 | 4 | state: [`crate::native::STATE_OPEN`], [`crate::native::STATE_REVOKED`], [`crate::native::STATE_GONE`] |
 //! | 28 | 4 | rights: [`crate::native::RIGHT_READ`], [`crate::native::RIGHT_WRITE`] |
-//! | 32 | 32 | SHA-256 of the token's 32 bytes |
+//! | 32 | 32 | SHA-256 of the 32 bytes of the token by which a file takes the view |
 //! | 64 | 16 | UUID of the target |
 //! | 80 | 8 | first GPA of window 0, a multiple of the page size; 0 where the windows are PCI devices |
 //! | 88 | 8 | length of window 0 |

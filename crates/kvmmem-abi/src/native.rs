@@ -46,8 +46,8 @@ pub const FEATURE_REGIONS: u32 = 1 << 4;
 /// changes, and poll never tells of any.
 pub const FEATURE_PAGES: u32 = 1 << 5;
 
-/// [`Info::features`]: the host shows views as PCI devices. A tool opens one at the broker's door (vsock) first; ATTACH
-/// with the same token then takes it.
+/// [`Info::features`]: the host shows views as PCI devices. A tool opens one at the broker's door (vsock) first, which
+/// answers with the token by which ATTACH then takes it.
 pub const FEATURE_DEVICES: u32 = 1 << 6;
 
 /// [`Attach::flags`]: read-only, whatever the grant allows.

@@ -272,7 +272,11 @@ pub(crate) fn busy() -> Refused {
 }
 
 /// 256 bits from the system's generator.
-fn random_token() -> Result<Token, KvmError> {
+/// A token that nobody knows.
+///
+/// # Errors
+/// ENOMEM where the system has no random bytes.
+pub(crate) fn random_token() -> Result<Token, KvmError> {
     let mut bytes = zeroize::Zeroizing::new([0; Token::SIZE]);
     getrandom::fill(&mut *bytes).map_err(|_| KvmError::NoMem)?;
     Ok(Token::from_bytes(&bytes))

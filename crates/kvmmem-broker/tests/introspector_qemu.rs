@@ -4,6 +4,7 @@
 
 mod common;
 
+use std::collections::BTreeSet;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -210,6 +211,21 @@ fn a_view_comes_and_goes_with_its_devices() {
     let of_target = pair.broker.admin().room("tiger").unwrap_err();
     assert!(of_target.to_string().contains("not added as an introspector"), "{of_target}");
     drop(driver);
+}
+
+/// The driver puts slots together, and gives them to files, by what their pages carry.
+#[test]
+fn views_by_one_token_are_told_apart() {
+    let Some(pair) = Pair::start(OnSilence::Report) else { return };
+    let _driver = pair.driver();
+    let granted = pair.broker.grant(&GrantRequest { uses: 2, ..request(Rights::ReadOnly) });
+    let open = || pair.introspector.open(&granted.token, &caller(), false).unwrap();
+    let opened = [open(), open()];
+    let pages = pages(pair.qemu.process.id());
+    let digests: BTreeSet<[u64; 4]> =
+        pages.iter().map(|page| [32, 40, 48, 56].map(|at| number(page, at))).collect();
+    assert_eq!((pages.len(), digests.len()), (2, 2));
+    assert!(opened[0].ticket() != opened[1].ticket() && *opened[0].ticket() != granted.token);
 }
 
 #[test]

@@ -4,7 +4,7 @@
 //!
 //! ```text
 //! {"open":{"token":"<64 hexadecimal digits>","read_only":true,"caller":{"pid":411,"uid":0,"comm":"scan"}}}
-//! {"opened":{"view":17}}
+//! {"opened":{"view":17,"ticket":"<64 hexadecimal digits>"}}
 //! {"refused":{"refusal":"unknown","message":"token is unknown, used or expired"}}
 //! ```
 
@@ -48,6 +48,9 @@ pub enum ToTool {
     Opened {
         /// The broker's number for the view.
         view: u64,
+        /// The token by which `KVMMEM_ATTACH` takes the view, and no other.
+        #[serde(with = "token_text")]
+        ticket: Token,
     },
     /// There is no view. The broker closes the connection.
     Refused {

@@ -42,6 +42,10 @@ impl Views for Introspectors {
         view.view()
     }
 
+    fn ticket(view: &Opened) -> Token {
+        view.ticket().clone()
+    }
+
     fn has_ended(view: &Opened) -> bool {
         view.ended()
     }

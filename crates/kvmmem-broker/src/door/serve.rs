@@ -42,6 +42,9 @@ pub(super) trait Views: Send + Sync + 'static {
     /// The broker's number for the view.
     fn number(view: &Self::View) -> u64;
 
+    /// The token by which the guest's driver gives the view to its tool.
+    fn ticket(view: &Self::View) -> Token;
+
     /// Whether the view has ended without its tool's doing: it was taken back, or its target is gone.
     fn has_ended(view: &Self::View) -> bool;
 }
@@ -54,7 +57,7 @@ pub(super) fn serve<V: Views>(views: &V, place: &Place) {
             let number = V::number(&view);
             let answered = frame::write(
                 &mut Timed::new(socket.as_fd(), Instant::now() + ANSWER_LIMIT),
-                &ToTool::Opened { view: number },
+                &ToTool::Opened { view: number, ticket: V::ticket(&view) },
             );
             let ended = match answered {
                 Ok(()) => keep::<V>(&view, socket),

@@ -23,6 +23,7 @@ use super::view::{Phase, View, lock};
 use super::{AskError, Introspector};
 use crate::broker::Refused;
 use crate::link::{Attached, Caller, RedeemError, Rights};
+use crate::tokens::random_token;
 use crate::wire::Refusal;
 
 /// How long the guest's driver may take to take up a view.
@@ -40,6 +41,7 @@ const UNDO_LIMIT: Duration = Duration::from_secs(1);
 pub struct Opened {
     introspector: Arc<Introspector>,
     view: Arc<View>,
+    ticket: Token,
 }
 
 /// Why there is no view.
@@ -72,6 +74,9 @@ pub enum OpenError {
     /// There is no memory for the descriptor.
     #[error("cannot make the view's descriptor")]
     Descriptor(#[source] Errno),
+    /// There are no random bytes for the view's ticket.
+    #[error("the system has no random bytes")]
+    Ticket,
     /// QEMU did not plug it in.
     #[error("cannot plug the view into the introspector")]
     Plug(#[from] MonitorError),
@@ -96,7 +101,7 @@ impl From<OpenError> for Refused {
             OpenError::Token(RedeemError::Denied | RedeemError::Private)
             | OpenError::Closed
             | OpenError::Pieces(_) => Refusal::Denied,
-            OpenError::NoPlace { .. } | OpenError::Descriptor(_) => Refusal::Limit,
+            OpenError::NoPlace { .. } | OpenError::Descriptor(_) | OpenError::Ticket => Refusal::Limit,
             OpenError::Token(RedeemError::Unavailable)
             | OpenError::Ask(_)
             | OpenError::Plug(_)
@@ -124,13 +129,13 @@ impl Introspector {
         let attached = self.link.attach(token, caller, read_only).map_err(OpenError::Token)?;
         let view = Arc::new(View::new(&attached));
         lock(&self.state).views.push(Arc::clone(&view));
-        let shown = self.show(&view, &attached, token, &places);
+        let shown = self.show(&view, &attached, &places);
         // Whatever has ended the view has left it to this thread.
         let error = match shown {
-            Ok(()) if view.opened() => {
-                return Ok(Opened { introspector: Arc::clone(self), view });
+            Ok(ticket) if view.opened() => {
+                return Ok(Opened { introspector: Arc::clone(self), view, ticket });
             }
-            Ok(()) => OpenError::Ended,
+            Ok(_) => OpenError::Ended,
             Err(error) => error,
         };
         view.announce(view.end().unwrap_or(STATE_GONE));
@@ -138,13 +143,7 @@ impl Introspector {
         Err(error)
     }
 
-    fn show(
-        &self,
-        view: &Arc<View>,
-        attached: &Attached,
-        token: &Token,
-        places: &Places,
-    ) -> Result<(), OpenError> {
+    fn show(&self, view: &Arc<View>, attached: &Attached, places: &Places) -> Result<Token, OpenError> {
         if lock(&self.state).is_closed {
             return Err(OpenError::Closed);
         }
@@ -158,10 +157,12 @@ impl Introspector {
         let slots = plug::slots_of(pieces.windows.len());
         let mine = self.reserve(view, places, slots)?;
         let is_read_only = scope.rights == Rights::ReadOnly;
+        // The driver tells views apart by this alone, and a grant's token may open several.
+        let ticket = random_token().map_err(|_| OpenError::Ticket)?;
         let descriptor = Descriptor {
             state: STATE_OPEN,
             rights: if is_read_only { RIGHT_READ } else { RIGHT_READ | RIGHT_WRITE },
-            token_digest: Sha256::digest(*Zeroizing::new(token.to_bytes())).into(),
+            token_digest: Sha256::digest(*Zeroizing::new(ticket.to_bytes())).into(),
             uuid: target.uuid().into_bytes(),
             ..Descriptor::default()
         };
@@ -179,7 +180,8 @@ impl Introspector {
             has_offset,
         };
         lock(&view.plug).plug(&self.monitor, &shown, || view.end().is_none())?;
-        wait_seen(view)
+        wait_seen(view)?;
+        Ok(ticket)
     }
 
     /// The slots that nothing is in and nobody has reserved, where they are enough.
@@ -210,6 +212,11 @@ impl Opened {
     /// The broker's number for the view.
     pub fn view(&self) -> u64 {
         self.view.number
+    }
+
+    /// The token by which the guest's driver gives the view to a process; good for this view alone.
+    pub fn ticket(&self) -> &Token {
+        &self.ticket
     }
 
     /// Whether the view has ended, or is about to: its grant was taken back, its target is gone, or its guest has been

@@ -70,6 +70,7 @@ impl DeviceView {
                 Some(Arc::new(door.map_err(|source| ViewError::Door(Box::new(source)))?))
             }
         };
+        let token = door.as_ref().map_or(token, |door| door.ticket());
         let token = MapMemToken { token: token.words() };
         file.attach(Attach { token, flags, reserved: 0 })
             .map_err(|source| ViewError::Attach { path: path.to_owned(), source })?;

@@ -77,6 +77,7 @@ fn remedy(error: &io::Error) -> &'static str {
 #[derive(Debug)]
 pub(super) struct Door {
     stream: VsockStream,
+    ticket: Token,
 }
 
 impl Door {
@@ -85,8 +86,13 @@ impl Door {
         let port = port()?;
         let stream = VsockStream::connect_with_cid_port(VMADDR_CID_HOST, port);
         let stream = stream.map_err(|source| DoorError::Connect { port, source })?;
-        ask(stream.as_fd(), port, token, read_only)?;
-        Ok(Self { stream })
+        let ticket = ask(stream.as_fd(), port, token, read_only)?;
+        Ok(Self { stream, ticket })
+    }
+
+    /// The token by which the device takes the view that was opened.
+    pub(super) fn ticket(&self) -> &Token {
+        &self.ticket
     }
 
     /// Whether the host has ended the connection, and with it the view.
@@ -135,15 +141,15 @@ fn port() -> Result<u32, DoorError> {
     }
 }
 
-/// Asks for a view and waits for the answer.
-fn ask(socket: BorrowedFd<'_>, port: u32, token: &Token, read_only: bool) -> Result<(), DoorError> {
+/// Asks for a view and waits for the answer, the view's ticket.
+fn ask(socket: BorrowedFd<'_>, port: u32, token: &Token, read_only: bool) -> Result<Token, DoorError> {
     let mut timed = Timed::new(socket, Instant::now() + LIMIT);
     let question = FromTool::Open { token: token.clone(), read_only, caller: this_process() };
     // Who is refused at once may be so before this is sent; the answer tells.
     let sent = frame::write(&mut timed, &question);
     let no_answer = |source| DoorError::Answer { port, source };
     match frame::read(&mut timed).map_err(|error| no_answer(Some(error)))? {
-        Some(ToTool::Opened { .. }) => Ok(()),
+        Some(ToTool::Opened { ticket, .. }) => Ok(ticket),
         Some(ToTool::Refused { refusal, message }) => Err(DoorError::Refused { refusal, message }),
         None => Err(no_answer(sent.err())),
     }
@@ -194,10 +200,10 @@ mod tests {
         let (ours, thread) = host(|stream, question| {
             let Some(FromTool::Open { token: asked, read_only, caller }) = question else { panic!() };
             assert!(asked == token() && read_only && caller.pid == std::process::id());
-            frame::write(stream, &ToTool::Opened { view: 3 }).unwrap();
+            frame::write(stream, &ToTool::Opened { view: 3, ticket: Token::new([9; 4]) }).unwrap();
             assert_eq!(frame::read::<FromTool>(stream).unwrap(), None);
         });
-        ask(ours.as_fd(), 1, &token(), true).unwrap();
+        assert_eq!(ask(ours.as_fd(), 1, &token(), true).unwrap(), Token::new([9; 4]));
         assert!(!is_shut(ours.as_fd()));
         ours.shutdown(std::net::Shutdown::Write).unwrap();
         thread.join().unwrap();

@@ -56,7 +56,7 @@ proptest! {
     #[test]
     fn a_frame_that_ends_early_is_none(cut in 1usize..17) {
         let mut bytes = Vec::new();
-        write(&mut bytes, &ToTool::Opened { view: 1 }).unwrap();
+        write(&mut bytes, &ToTool::Opened { view: 1, ticket: Token::new([1; 4]) }).unwrap();
         bytes.truncate(bytes.len() - cut);
         let error = read::<ToTool>(&mut &bytes[..]).unwrap_err();
         prop_assert!(matches!(error, FrameError::Read(_)), "{}", error);
@@ -74,8 +74,12 @@ fn a_frame_is_written_as_the_text_says() {
     assert_eq!(bytes[..4], u32::try_from(text.len()).unwrap().to_le_bytes());
     assert_eq!(str::from_utf8(&bytes[4..]).unwrap(), text);
     let mut bytes = Vec::new();
-    write(&mut bytes, &ToTool::Opened { view: 17 }).unwrap();
-    assert_eq!(bytes, b"\x16\0\0\0{\"opened\":{\"view\":17}}");
+    write(&mut bytes, &ToTool::Opened { view: 17, ticket: Token::new([0; 4]) }).unwrap();
+    let zeros = "0".repeat(64);
+    assert_eq!(
+        str::from_utf8(&bytes[4..]).unwrap(),
+        format!("{{\"opened\":{{\"view\":17,\"ticket\":\"{zeros}\"}}}}")
+    );
     let mut bytes = Vec::new();
     write(&mut bytes, &ToTool::refused(Refusal::Unknown, "no\n\"such\" token")).unwrap();
     assert_eq!(

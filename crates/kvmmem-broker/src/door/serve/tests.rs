@@ -63,6 +63,10 @@ impl Views for Fake {
         17
     }
 
+    fn ticket(_: &FakeView) -> Token {
+        Token::new([5, 6, 7, 8])
+    }
+
     fn has_ended(view: &FakeView) -> bool {
         view.0.revoked.load(Ordering::SeqCst)
     }
@@ -150,11 +154,11 @@ fn wait_for(what: &str, is_so: impl Fn() -> bool) {
 fn a_view_lasts_as_long_as_its_connection() {
     let door = TestDoor::start();
     let mut tool = door.connect(CID);
-    assert_eq!(ask(&mut tool, good_token()), ToTool::Opened { view: 17 });
+    assert_eq!(ask(&mut tool, good_token()), ToTool::Opened { view: 17, ticket: Token::new([5, 6, 7, 8]) });
     assert_eq!(door.open_views(), 1);
     assert_eq!(*door.state.asked.lock().unwrap(), [(CID, good_token(), caller(), true)]);
     let mut other = door.connect(CID);
-    assert_eq!(ask(&mut other, good_token()), ToTool::Opened { view: 17 });
+    assert_eq!(ask(&mut other, good_token()), ToTool::Opened { view: 17, ticket: Token::new([5, 6, 7, 8]) });
     drop(tool);
     wait_for("the view to close", || door.open_views() == 1);
     drop(other);
