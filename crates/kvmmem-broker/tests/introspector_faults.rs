@@ -7,9 +7,10 @@ use std::sync::Arc;
 
 use common::fake_qmp::{FakeQemu, Fault};
 use common::{TestBroker, caller, request, wait_for};
-use kvmmem_broker::admin::{AddIntrospector, AdminError, OnSilence, Rights};
+use kvmmem_broker::admin::{AddIntrospector, AdminError, GrantRequest, OnSilence, Rights, Span};
 use kvmmem_broker::introspector::{Introspector, OpenError, Opened};
-use kvmmem_broker::link::VmmLink;
+use kvmmem_broker::link::{Region, Registration, VmmLink};
+use rustix::fs::SealFlags;
 
 /// The introspector's context id.
 const CID: u32 = 78;
@@ -50,9 +51,8 @@ impl Pair {
     }
 
     fn open(&self) -> Result<Opened, OpenError> {
-        let span = kvmmem_broker::admin::Span { gpa: 0, len: 0x4000 };
-        let spans = Some(vec![span]);
-        let request = kvmmem_broker::admin::GrantRequest { spans, ..request(Rights::ReadOnly) };
+        let spans = Some(vec![Span { gpa: 0, len: 0x4000 }]);
+        let request = GrantRequest { spans, ..request(Rights::ReadOnly) };
         self.introspector.open(&self.broker.grant(&request).token, &caller(), false)
     }
 
@@ -147,6 +147,34 @@ fn a_guest_that_lets_go_of_nothing_keeps_its_slots_and_no_more() {
     assert_eq!(views, 2);
     pair.qemu.machine().is_stubborn = false;
     pair.recovers();
+}
+
+#[test]
+fn a_view_of_many_windows_takes_several_slots_or_none() {
+    let pair = Pair::start();
+    let ram = common::memfd(1 << 20, SealFlags::SHRINK);
+    let regions = vec![Region { gpa: 0, len: 1 << 20, offset: 0, file: 0 }];
+    let registration = Registration { regions, ..common::target("lion") };
+    let _lion = VmmLink::connect(&pair.broker.path, registration, [ram]).unwrap();
+    let spans = (0..16).map(|page| Span { gpa: page << 13, len: 0x1000 }).collect();
+    let request =
+        GrantRequest { target: "lion".into(), spans: Some(spans), uses: 100, ..request(Rights::ReadWrite) };
+    let token = pair.broker.grant(&request).token;
+    let open = || pair.introspector.open(&token, &caller(), true);
+    let opened = open().unwrap();
+    let addresses: Vec<String> = pair.qemu.machine().devices.values().cloned().collect();
+    assert_eq!(addresses.len(), 16 + 3);
+    let functions = |slot: &str| addresses.iter().filter(|address| address.starts_with(slot)).count();
+    assert_eq!(["0x1.", "0x2.", "0x3."].map(functions), [8, 8, 3]);
+    drop(opened);
+    assert!(pair.qemu.is_empty());
+    // Where the slots are; the file; each window and each descriptor, with its file.
+    for step in (0..1 + 1 + 2 * 16 + 3 * 3).step_by(4) {
+        pair.arm(step, Fault::Refuse);
+        assert!(open().is_err(), "step {step}");
+        assert!(pair.qemu.is_empty(), "step {step}");
+    }
+    drop(open().unwrap());
 }
 
 #[test]

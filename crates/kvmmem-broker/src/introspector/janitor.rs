@@ -70,7 +70,8 @@ impl Introspector {
         self.views().into_iter().filter(|view| view.phase() == Phase::Stuck).collect()
     }
 
-    fn try_again(&self) {
+    /// Tries to take back what could not be taken back.
+    pub(super) fn try_again(&self) {
         let stuck: Vec<Arc<View>> = self.stuck().into_iter().filter(|view| view.claim_stuck()).collect();
         if !stuck.is_empty() {
             self.unplug(&stuck, Instant::now() + TRY_LIMIT);

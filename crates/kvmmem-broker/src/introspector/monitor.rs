@@ -154,6 +154,13 @@ impl Monitor {
         }
     }
 
+    /// Waits until QEMU answers, for some time; whether it does.
+    pub(super) fn wait_up(&self, timeout: Duration) -> bool {
+        let is_down = |board: &mut Board| board.is_down && !board.stopped;
+        let waited = self.changed.wait_timeout_while(self.board(), timeout, is_down);
+        !waited.unwrap_or_else(PoisonError::into_inner).0.is_down
+    }
+
     /// Waits until something happens that is not in `known`, or for some time; `None` once the monitor is stopped.
     pub(super) fn wait_news(&self, known: News, timeout: Option<Duration>) -> Option<News> {
         let is_old = |board: &mut Board| !board.stopped && board.news == known;

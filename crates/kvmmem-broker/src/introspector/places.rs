@@ -106,3 +106,94 @@ fn add_ports(devices: &[Device], depth: u32, ports: &mut Places) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use serde_json::json;
+
+    use super::*;
+
+    fn device(slot: u32, id: &str) -> Value {
+        json!({ "bus": 0, "slot": slot, "function": 0, "qdev_id": id, "class_info": { "class": 2 },
+                "id": { "device": 4369, "vendor": 4660 }, "regions": [] })
+    }
+
+    fn port(slot: u32, id: &str, devices: &[Value]) -> Value {
+        let mut port = device(slot, id);
+        port["pci_bridge"] =
+            json!({ "bus": { "number": 0, "secondary": 1, "subordinate": 1 }, "devices": devices });
+        port
+    }
+
+    fn machine(bridge: u64, devices: &[Value]) -> Value {
+        let host =
+            json!({ "slot": 0, "function": 0, "qdev_id": "", "id": { "device": bridge, "vendor": 0x8086 } });
+        let devices: Vec<&Value> = std::iter::once(&host).chain(devices).collect();
+        json!([{ "bus": 0, "devices": devices }])
+    }
+
+    fn free(places: &Places) -> Vec<String> {
+        places.free.iter().map(ToString::to_string).collect()
+    }
+
+    #[test]
+    fn root_ports_for_views_are_free_while_nothing_is_in_them() {
+        let nested = port(9, "upstream", &[port(0, "kvmmem2", &[])]);
+        let places = find(machine(
+            0x29c0,
+            &[
+                port(1, "rp1", &[]),
+                port(2, "kvmmem0", &[device(0, "nic")]),
+                port(3, "kvmmem1", &[]),
+                port(4, "ua-kvmmem9", &[]),
+                port(5, "xkvmmem", &[]),
+                device(6, "kvmmem-view-1"),
+                nested,
+            ],
+        ))
+        .unwrap();
+        assert_eq!(
+            (free(&places), places.count),
+            (["kvmmem1 slot 0", "kvmmem2 slot 0", "ua-kvmmem9 slot 0"].map(String::from).to_vec(), 4)
+        );
+        assert_eq!(find(machine(0x29c0, &[port(1, "rp1", &[])])), Some(Places::default()));
+    }
+
+    #[test]
+    fn an_i440fx_takes_devices_in_any_free_slot() {
+        let used: Vec<Value> = (1..30).map(|slot| device(slot, "")).collect();
+        let places = find(machine(0x1237, &used)).unwrap();
+        assert_eq!(
+            (free(&places), places.count),
+            (["pci.0 slot 30", "pci.0 slot 31"].map(String::from).to_vec(), 2)
+        );
+        // Ports that are meant for views are preferred.
+        let places = find(machine(0x1237, &[port(3, "kvmmem0", &[])])).unwrap();
+        assert_eq!(free(&places), ["kvmmem0 slot 0"]);
+    }
+
+    #[test]
+    fn what_is_no_list_of_buses_is_none() {
+        for answer in
+            [json!({}), json!([]), json!([{ "devices": [{}] }]), json!(null), json!([7]), json!("x")]
+        {
+            assert_eq!(find(answer.clone()), None, "{answer}");
+        }
+        let mut deep = port(1, "a", &[]);
+        for _ in 0..20 {
+            deep = port(1, "a", &[deep]);
+        }
+        assert_eq!(find(machine(0x29c0, &[deep])), Some(Places::default()));
+    }
+
+    proptest! {
+        #[test]
+        fn no_slot_is_free_that_something_is_in(slots in proptest::collection::btree_set(1u32..32, 0..31)) {
+            let used: Vec<Value> = slots.iter().map(|slot| device(*slot, "")).collect();
+            let places = find(machine(0x1237, &used)).unwrap();
+            prop_assert_eq!(places.count + slots.len(), 31);
+            prop_assert!(places.free.iter().all(|place| !slots.contains(&place.slot)));
+        }
+    }
+}

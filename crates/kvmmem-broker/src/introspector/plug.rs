@@ -6,7 +6,6 @@
 //! [`Plug::remove_objects`] undo it from any point on.
 
 use std::os::fd::BorrowedFd;
-use std::time::{Duration, Instant};
 
 use kvmmem_abi::descriptor::SLOT_WINDOWS;
 use serde_json::{Value, json};
@@ -18,9 +17,6 @@ use crate::map::PAGE_SIZE;
 
 /// What QEMU says of what is not there.
 const NOT_FOUND: &str = "not found";
-
-/// How soon an object that is still in use is tried again: QEMU lets go of memory when all its threads have.
-const RETRY: Duration = Duration::from_millis(2);
 
 /// Ids of ours begin like this.
 pub(super) const PREFIX: &str = "kvmmem-view-";
@@ -213,26 +209,19 @@ impl Plug {
         functions.any(|function| function.has_device && monitor.is_deleted(&function.id))
     }
 
-    /// Removes the backends whose devices are gone, trying until the deadline; whether all are gone.
-    pub(super) fn remove_objects(&mut self, monitor: &Monitor, deadline: Instant) -> bool {
-        loop {
-            let (mut is_done, mut is_in_use) = (true, false);
-            for function in self.slots.iter_mut().flat_map(|slot| &mut slot.functions) {
-                if function.has_device {
-                    is_done = false;
-                } else if function.has_object {
-                    match monitor.execute("object-del", json!({ "id": function.id })) {
-                        Ok(_) => function.has_object = false,
-                        Err(error) if error.says(NOT_FOUND) => function.has_object = false,
-                        Err(_) => (is_done, is_in_use) = (false, true),
-                    }
+    /// Removes the backends whose devices are gone, as far as QEMU lets go of them now; whether nothing is left at all.
+    pub(super) fn remove_objects(&mut self, monitor: &Monitor) -> bool {
+        let mut is_done = true;
+        for function in self.slots.iter_mut().flat_map(|slot| &mut slot.functions) {
+            if function.has_object && !function.has_device {
+                match monitor.execute("object-del", json!({ "id": function.id })) {
+                    Err(error) if !error.says(NOT_FOUND) => {}
+                    Ok(_) | Err(_) => function.has_object = false,
                 }
             }
-            if !is_in_use || Instant::now() >= deadline {
-                return is_done;
-            }
-            std::thread::sleep(RETRY);
+            is_done &= !function.has_device && !function.has_object;
         }
+        is_done
     }
 }
 

@@ -21,8 +21,18 @@ const SEEN_LIMIT: Duration = Duration::from_secs(1);
 /// revocation to be confirmed.
 const UNPLUG_LIMIT: Duration = Duration::from_millis(700);
 
-/// How long QEMU is waited for to let go of the memory; what it has not by then is tried again later.
+/// How long QEMU is waited for to let go of the memory, which it does when all its threads have; what it has not by then
+/// is tried again later.
 const OBJECT_LIMIT: Duration = Duration::from_millis(100);
+
+/// How soon that is tried again.
+const OBJECT_RETRY: Duration = Duration::from_millis(2);
+
+/// How long a QEMU that does not answer any more may take to do so again, or to end.
+const FOUND_LIMIT: Duration = Duration::from_secs(2);
+
+/// How soon it is looked whether it has ended.
+const FOUND_LOOK: Duration = Duration::from_millis(10);
 
 /// How long a QEMU that was killed may take to end.
 const KILL_LIMIT: Duration = Duration::from_secs(1);
@@ -80,13 +90,22 @@ impl Introspector {
         for view in &others {
             view.wait_settled(deadline);
         }
-        let held: Vec<&Arc<View>> =
-            mine.iter().chain(&others).filter(|view| self.is_reachable(view)).collect();
-        if held.is_empty() {
+        let is_held = |view: &&Arc<View>| self.is_reachable(view);
+        if cause == Cause::Lost && mine.iter().any(|view| is_held(&view)) {
+            self.wait_found();
+            self.try_again();
+        }
+        let held: Vec<&Arc<View>> = mine.iter().chain(&others).filter(is_held).collect();
+        if held.is_empty() || !self.is_alive() {
             return true;
         }
-        let is_silent = cause.is_binding() && self.is_alive();
-        is_silent && self.punish(&held, cause)
+        cause.is_binding() && self.punish(&held, cause)
+    }
+
+    /// Waits until a QEMU that was lost answers again, or has ended: it closes its sockets first.
+    fn wait_found(&self) {
+        let deadline = Instant::now() + FOUND_LIMIT;
+        while Instant::now() < deadline && self.is_alive() && !self.monitor.wait_up(FOUND_LOOK) {}
     }
 
     /// Ends views that are the caller's to end.
@@ -116,17 +135,31 @@ impl Introspector {
             devices.extend(plug.devices(&self.monitor));
         }
         self.monitor.wait_deleted(&devices, deadline);
-        for view in views {
-            let mut plug = lock(&view.plug);
-            let is_free = plug.devices(&self.monitor).is_empty();
-            let is_done = is_free && plug.remove_objects(&self.monitor, Instant::now() + OBJECT_LIMIT);
-            drop(plug);
-            if is_done || !self.is_alive() {
-                self.forget(view);
-            } else {
-                view.settle(Phase::Stuck);
-                self.monitor.nudge();
+        let deadline = Instant::now() + OBJECT_LIMIT;
+        let mut left: Vec<&Arc<View>> = views.iter().collect();
+        loop {
+            let is_alive = self.is_alive();
+            left.retain(|view| {
+                let mut plug = lock(&view.plug);
+                plug.devices(&self.monitor);
+                let is_done = plug.remove_objects(&self.monitor) || !is_alive;
+                drop(plug);
+                if is_done {
+                    self.forget(view);
+                }
+                !is_done
+            });
+            let may_end = |view: &&Arc<View>| lock(&view.plug).devices(&self.monitor).is_empty();
+            if !left.iter().any(may_end) || Instant::now() >= deadline {
+                break;
             }
+            std::thread::sleep(OBJECT_RETRY);
+        }
+        for view in left {
+            view.settle(Phase::Stuck);
+            self.monitor.nudge();
+            // What the guest has let go of is out of its reach, whatever QEMU still has.
+            self.confirm_late(view.grant);
         }
     }
 
