@@ -21,7 +21,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{SeekFrom, seek};
 use rustix::io::{Errno, pread, pwrite};
 
-use super::door::Door;
+use super::door::{Door, DoorError};
 use super::mapping::{Keeps, Mapping};
 use super::range::{Range, first_hole, next_range};
 use super::{Access, Event, State, Status, ViewError, ViewOperation};
@@ -72,8 +72,10 @@ impl DeviceView {
         };
         let token = door.as_ref().map_or(token, |door| door.ticket());
         let token = MapMemToken { token: token.words() };
-        file.attach(Attach { token, flags, reserved: 0 })
-            .map_err(|source| ViewError::Attach { path: path.to_owned(), source })?;
+        file.attach(Attach { token, flags, reserved: 0 }).map_err(|source| match source {
+            Errno::NOENT if door.is_some() => ViewError::Door(Box::new(DoorError::Lost)),
+            source => ViewError::Attach { path: path.to_owned(), source },
+        })?;
         let mut view =
             Self { file, is_writable: false, told: AtomicU64::new(0), door, lost: OnceLock::new() };
         let status = view.status()?;

@@ -53,6 +53,12 @@ pub enum DoorError {
         /// The host's words.
         message: String,
     },
+    /// The host opened the view, and the driver has not got it.
+    #[error(
+        "the host opened the view, but this machine's driver does not have it any more: was it taken back at once? The \
+         kernel's log may say more (dmesg | grep kvmmem)"
+    )]
+    Lost,
 }
 
 /// What to do where the host cannot be reached.
