@@ -8,10 +8,12 @@
 
 pub mod acpi;
 mod adopt;
+mod api;
 pub mod attach;
 pub mod backing;
+pub mod boot_map;
 pub mod command_line;
-mod confirm;
+pub mod confirm;
 mod follow;
 mod guest;
 pub mod layout;
@@ -118,7 +120,12 @@ fn openable(process: &Process, vmm: Vmm, line: &CommandLine) -> Result<Option<Ob
     supported(vmm)?;
     backing::check(process, line)?;
     let mappings = process.mappings()?;
-    for size in line.sizes().unwrap_or_default() {
+    let sizes = match vmm {
+        Vmm::Qemu => line.sizes().unwrap_or_default(),
+        // One that does not stand on the command line is asked for when it is attached.
+        _ => line.memory.map(|size| layout::in_two(size).sizes).unwrap_or_default(),
+    };
+    for size in sizes {
         let candidates = backing::candidates(&mappings, size);
         if candidates.is_empty() {
             return Err(Obstacle::NotFound(size));

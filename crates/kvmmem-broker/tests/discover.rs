@@ -23,7 +23,7 @@ use serde_json::{Value, json};
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{FileOffset, MmapRegion};
 
-/// Says which memory a fake VMM maps: some of `sealed`, `unsealed`, `private`, each of 32 MiB, with `tables` or without.
+/// Says which memory a fake VMM maps: some of `sealed`, `unsealed`, `private`, each of 32 MiB, with `tables` or a `bootmap` or neither.
 /// It cuts `unsealed` files off as soon as it is told to.
 const SPEC: &str = "KVMMEM_FAKE_VMM";
 
@@ -46,6 +46,9 @@ fn fake_vmm() {
         let file = std::fs::File::from(common::memfd(SIZE, seals));
         if spec.contains("tables") {
             write_tables(&file, 0);
+        }
+        if spec.contains("bootmap") {
+            write_boot_map(&file);
         }
         files.extend((word == "unsealed").then(|| file.try_clone().unwrap()));
         mapped.push(MmapRegion::<()>::from_file(FileOffset::new(file, 0), len).unwrap());
@@ -97,6 +100,16 @@ fn write_tables(file: &std::fs::File, place: u64) {
     {
         file.write_all_at(&bytes, place + u64::from(at)).unwrap();
     }
+}
+
+/// The memory map that a VMM without a firmware starts a kernel with, by PVH.
+fn write_boot_map(file: &std::fs::File) {
+    use std::os::unix::fs::FileExt;
+    let entry = |gpa: u64, len: u64| [gpa, len, 1].map(u64::to_le_bytes).concat();
+    let start = [0x0000_0001_336e_c578u64, 0, 0, 0, 0, 0x7000, 2].map(u64::to_le_bytes).concat();
+    let entries = [entry(0, 0xa_0000), entry(0x10_0000, SIZE - 0x10_0000)].concat();
+    file.write_all_at(&start, 0x6000).unwrap();
+    file.write_all_at(&entries, 0x7000).unwrap();
 }
 
 /// A process that looks like a QEMU, ended on drop.
@@ -293,8 +306,7 @@ fn a_file_that_is_cut_off_harms_nobody() {
 fn other_vmms_are_found_and_refused_by_name() {
     let broker = TestBroker::start();
     for (program, arguments, name) in [
-        ("cloud-hypervisor", &["--memory", "size=32M,shared=on", "--cpus", "boot=2"][..], "Cloud Hypervisor"),
-        ("firecracker", &["--id", "vm", "--api-sock", "/x"][..], "Firecracker"),
+        ("crosvm", &["run", "--mem", "32"][..], "crosvm"),
         ("kvmmem", &["vm", "--name", "vm"][..], "registers its VM by itself"),
     ] {
         let fake = Fake::start_as(program, "sealed", arguments);
@@ -303,6 +315,93 @@ fn other_vmms_are_found_and_refused_by_name() {
         let found = discover().unwrap().into_iter().find(|found| found.pid == fake.pid()).unwrap();
         assert!(!found.attachable && found.reason.unwrap().contains(name));
     }
+}
+
+#[test]
+fn vmms_without_a_firmware_are_confirmed_by_the_map_that_they_leave() {
+    let broker = TestBroker::start();
+    // The answer of both APIs.
+    let directory = tempfile::tempdir().unwrap();
+    let api = directory.path().join("api.sock");
+    let listener = UnixListener::bind(&api).unwrap();
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            let mut stream = stream.unwrap();
+            let _ = stream.read(&mut [0; 1024]);
+            let body = json!({ "config": { "memory": { "size": SIZE, "zones": null } }, "mem_size_mib": 32 });
+            let body = body.to_string();
+            let answer = format!("HTTP/1.1 200 \r\nContent-Length: {}\r\n\r\n{body}", body.len());
+            let _ = stream.write_all(answer.as_bytes());
+        }
+    });
+    let by_api = format!("path={}", api.display());
+    // Cloud Hypervisor does not seal its memory, Firecracker does where it shares it.
+    let cases: [(&str, &str, &[&str], bool); 4] = [
+        ("cloud-hypervisor", "unsealed bootmap", &["--memory", "size=32M,shared=on"], true),
+        ("cloud-hypervisor", "unsealed bootmap", &["--api-socket", &by_api], true),
+        ("cloud-hypervisor", "sealed bootmap", &["--memory", "size=32M"], false),
+        ("firecracker", "sealed bootmap", &["--api-sock", &api.display().to_string()], false),
+    ];
+    for (program, spec, arguments, is_copied) in cases {
+        let fake = Fake::start_as(program, spec, arguments);
+        let which = Which::Pid(fake.pid());
+        let added = broker.admin().add_target(&which, Some("micro")).unwrap();
+        assert_eq!((added.evidence, added.copied.is_some()), (Evidence::RulesAndBootMap, is_copied));
+        assert_eq!(added.regions.iter().map(|region| region.len).sum::<u64>(), SIZE - 0x2_0000);
+        drop(fake);
+        wait_for("the target to go", || broker.admin().targets().unwrap().is_empty());
+    }
+    for (spec, arguments, words) in [
+        ("sealed", &["--memory", "size=32M,shared=on"][..], "that the guest was started with is not found"),
+        ("sealed bootmap", &["--memory", "size=64M"], "no memory of 64M"),
+        ("sealed bootmap", &["--memory", "size=32M,hotplug_size=1G"], "may have been plugged in"),
+        ("sealed bootmap", &["--memory", "size=32M", "--platform", "sev_snp=on"], "AMD SEV-SNP"),
+        ("sealed bootmap", &["--api-socket", "/nowhere"], "how much RAM there is"),
+    ] {
+        let fake = Fake::start_as("cloud-hypervisor", spec, arguments);
+        let message = refusal(&broker, &Which::Pid(fake.pid()));
+        assert!(message.contains(words), "{spec} {arguments:?}: {message}");
+    }
+}
+
+#[test]
+fn a_qemu_that_falls_silent_or_raves_keeps_its_target_and_holds_up_no_other() {
+    let broker = TestBroker::start();
+    let fake = Fake::start("sealed", HONEST);
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("raves.qmp");
+    let honest = qmp(directory.path(), &fake, |_, answer| answer);
+    let listener = UnixListener::bind(&path).unwrap();
+    // Between the broker and a QEMU: what comes back is passed on until it is added, and garbage from then on.
+    let (rave, raves) = std::sync::mpsc::channel::<&'static str>();
+    std::thread::spawn(move || {
+        let (mut client, _) = listener.accept().unwrap();
+        let mut server = std::os::unix::net::UnixStream::connect(honest).unwrap();
+        let (mut from_client, mut to_server) = (client.try_clone().unwrap(), server.try_clone().unwrap());
+        std::thread::spawn(move || std::io::copy(&mut from_client, &mut to_server));
+        let mut to_client = client.try_clone().unwrap();
+        std::thread::spawn(move || std::io::copy(&mut server, &mut to_client));
+        for garbage in raves {
+            for _ in 0..1000 {
+                if client.write_all(garbage.as_bytes()).is_err() {
+                    return;
+                }
+            }
+        }
+    });
+    let which = Which::Qmp { socket: path, pid: Some(fake.pid()) };
+    broker.admin().add_target(&which, None).unwrap();
+    rave.send("{\"event\":\"RESET\",\"data\":{}}\n").unwrap();
+    rave.send("{\"event\":\"ACPI_DEVICE_OST\"}\n").unwrap();
+    rave.send("garbage \0 {{{\n").unwrap();
+    let _other = broker.target("other");
+    for _ in 0..20 {
+        assert_eq!(broker.admin().targets().unwrap().len(), 2);
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let began = Instant::now();
+    broker.admin().remove_target("fake").unwrap();
+    assert!(began.elapsed() < Duration::from_secs(2));
 }
 
 #[test]

@@ -104,6 +104,9 @@ impl Add {
         let how = match evidence {
             Evidence::Qmp => "as QEMU says",
             Evidence::RulesAndAcpi => "by its machine type, and confirmed by the guest's ACPI tables",
+            Evidence::RulesAndBootMap => {
+                "by its VMM, and confirmed by the memory map that the guest was started with"
+            }
         };
         output.line(format!("{} ({}) is a target; RAM {how}:", escape(&target.name), target.uuid))?;
         for region in regions {

@@ -7,10 +7,10 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use super::acpi::AcpiError;
+use super::api;
 use super::backing::{self, Held, Obstacle, Source};
 use super::command_line::{CommandLine, Vmm};
-use super::confirm::{self, ConfirmError};
+use super::confirm::{self, By, ConfirmError, Unconfirmed};
 use super::layout::{self, Layout, LayoutError};
 use super::mtree::{self, MtreeError};
 use super::process::{Process, ProcessError};
@@ -19,7 +19,7 @@ use crate::qmp::{Qmp, QmpError};
 use crate::wire::Registration;
 
 /// Where libvirt's system daemon keeps the process ids of its VMs.
-pub(crate) const LIBVIRT: &str = "/run/libvirt/qemu";
+const LIBVIRT: &str = "/run/libvirt/qemu";
 
 /// Which VM to attach.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -46,6 +46,8 @@ pub enum Evidence {
     Qmp,
     /// By the rules of the machine type, and the ACPI tables in the guest's memory confirm it.
     RulesAndAcpi,
+    /// By the rules of the VMM, and the memory map that the guest was started with confirms it.
+    RulesAndBootMap,
 }
 
 /// A VM whose RAM is open.
@@ -139,9 +141,9 @@ pub enum AttachError {
     Layout(#[from] LayoutError),
     /// The guest's memory does not confirm where the RAM lies.
     #[error(
-        "the layout by the rules is not confirmed by the guest's memory; wait for the guest's firmware, or give QEMU's QMP socket"
+        "the layout by the rules is not confirmed by the guest's memory; wait until the guest has started, or give QEMU's QMP socket"
     )]
-    Unconfirmed(#[source] AcpiError),
+    Unconfirmed(#[source] Unconfirmed),
     /// There are no random numbers for a UUID.
     #[error("cannot make a UUID")]
     Random(#[source] getrandom::Error),
@@ -154,7 +156,7 @@ pub enum AttachError {
 pub fn open(which: &Which, name: Option<String>) -> Result<Opened, AttachError> {
     let (process, mut qmp) = match which {
         Which::Pid(pid) => (Process::open(*pid)?, None),
-        Which::Libvirt(domain) => (Process::open(libvirt_pid(Path::new(LIBVIRT), domain)?)?, None),
+        Which::Libvirt(domain) => (Process::open(libvirts(domain)?)?, None),
         Which::Qmp { socket, pid } => {
             let qmp = Qmp::converse(socket)?;
             let process = match pid {
@@ -176,7 +178,7 @@ pub fn open(which: &Which, name: Option<String>) -> Result<Opened, AttachError> 
         None => line.vcpus.unwrap_or(1),
     };
     let registration = Registration {
-        name: name.or_else(|| line.name.clone()).unwrap_or_else(|| format!("qemu-{pid}")),
+        name: name.or_else(|| line.name.clone()).unwrap_or_else(|| format!("vm-{pid}")),
         uuid: line.uuid.map_or_else(random_uuid, Ok)?,
         vcpus,
         start_time_ms: process.start_time_ms().unwrap_or(0),
@@ -220,12 +222,17 @@ pub(super) fn look(
             (layout, backings.collect::<Result<_, _>>().map_err(stopped)?, Evidence::Qmp)
         }
         None => {
-            let layout = by_rules(line)?;
-            let backings = confirm::choose(process, &mappings, &layout).map_err(|error| match error {
+            let (layout, by, evidence) = match line.vmm {
+                Some(Vmm::CloudHypervisor | Vmm::Firecracker) => {
+                    (in_two(process, line)?, By::BootMap, Evidence::RulesAndBootMap)
+                }
+                _ => (by_rules(line)?, By::Acpi, Evidence::RulesAndAcpi),
+            };
+            let backings = confirm::choose(process, &mappings, &layout, by).map_err(|error| match error {
                 ConfirmError::Obstacle(obstacle) => stopped(obstacle),
-                ConfirmError::Acpi(error) => AttachError::Unconfirmed(error),
+                ConfirmError::Unconfirmed(error) => AttachError::Unconfirmed(error),
             })?;
-            (layout, backings, Evidence::RulesAndAcpi)
+            (layout, backings, evidence)
         }
     };
     let held = backing::hold(process, &layout.regions, &backings).map_err(stopped)?;
@@ -243,9 +250,9 @@ fn stopped(line: &CommandLine, obstacle: Obstacle) -> AttachError {
 /// Whether VMs of a VMM can be attached at all.
 pub(super) fn supported(vmm: Vmm) -> Result<(), Obstacle> {
     match vmm {
-        Vmm::Qemu => Ok(()),
+        Vmm::Qemu | Vmm::CloudHypervisor | Vmm::Firecracker => Ok(()),
         Vmm::Kvmmem => Err(Obstacle::RegistersItself),
-        Vmm::CloudHypervisor | Vmm::Crosvm | Vmm::Firecracker => Err(Obstacle::Unsupported(vmm)),
+        Vmm::Crosvm => Err(Obstacle::Unsupported(vmm)),
     }
 }
 
@@ -282,6 +289,16 @@ fn by_rules(line: &CommandLine) -> Result<Layout, AttachError> {
     Ok(layout::by_rules(low_end, sizes))
 }
 
+/// The layout of a VMM without a chipset. How much RAM it has stands on the command line, or it is asked.
+fn in_two(process: &Process, line: &CommandLine) -> Result<Layout, AttachError> {
+    if line.is_growable {
+        return Err(LayoutError::Growable.into());
+    }
+    let asked = || api::memory(line.vmm?, &process.path_of(line.api.as_deref()?));
+    let size = line.memory.or_else(asked).ok_or(LayoutError::Size)?;
+    Ok(layout::in_two(size))
+}
+
 /// The QEMU that listens at its own QMP socket.
 pub(crate) fn listener(qmp: &Qmp) -> Result<Process, AttachError> {
     let process = Process::open(qmp.listener().ok_or(AttachError::NoListener)?)?;
@@ -292,8 +309,15 @@ pub(crate) fn listener(qmp: &Qmp) -> Result<Process, AttachError> {
     }
 }
 
-/// The process that runs a VM of libvirt's.
-pub(crate) fn libvirt_pid(directory: &Path, name: &str) -> Result<u32, AttachError> {
+/// The process that runs a VM of libvirt's, be it the system's or one of a session of the broker's own user.
+pub(crate) fn libvirts(name: &str) -> Result<u32, AttachError> {
+    let session = format!("/run/user/{}/libvirt/qemu/run", rustix::process::geteuid().as_raw());
+    let of_session = |error| libvirt_pid(Path::new(&session), name).map_err(|_| error);
+    libvirt_pid(Path::new(LIBVIRT), name).or_else(of_session)
+}
+
+/// The process whose number is in a directory of libvirt's.
+fn libvirt_pid(directory: &Path, name: &str) -> Result<u32, AttachError> {
     let path = directory.join(format!("{}.pid", name.replace('/', "_")));
     let text = std::fs::read_to_string(&path).ok();
     let pid = text.and_then(|text| text.trim().parse().ok());

@@ -18,6 +18,9 @@ use crate::map::Region;
 /// What attaching costs a user of libvirt.
 const LIBVIRT_REMEDY: &str = "<memoryBacking><source type='memfd'/><access mode='shared'/></memoryBacking>";
 
+/// Firecracker puts its guest's memory in a sealed memfd as soon as another process serves a drive.
+const FIRECRACKER_REMEDY: &str = "a drive of kind vhost-user-block (\"socket\" in the drive's configuration)";
+
 /// Why a VM cannot be attached as it runs, or why its memory can only be copied.
 #[derive(Debug, thiserror::Error)]
 pub enum Obstacle {
@@ -101,8 +104,13 @@ impl Obstacle {
     /// What to add to the VMM's command line, or to libvirt's XML, where that helps.
     pub fn remedy(&self, line: &CommandLine) -> Option<String> {
         match self {
-            Self::Private(_) | Self::Unsealed(_) if line.is_libvirts => Some(LIBVIRT_REMEDY.to_owned()),
-            Self::Private(_) | Self::Unsealed(_) => Some(qemu_remedy(line)),
+            Self::Private(_) | Self::Unsealed(_) => match line.vmm? {
+                Vmm::Qemu if line.is_libvirts => Some(LIBVIRT_REMEDY.to_owned()),
+                Vmm::Qemu => Some(qemu_remedy(line)),
+                Vmm::Firecracker => Some(FIRECRACKER_REMEDY.to_owned()),
+                // Cloud Hypervisor shares its memory where it is told to, and never seals it.
+                _ => None,
+            },
             Self::RegistersItself => Some("--introspectable".to_owned()),
             _ => None,
         }

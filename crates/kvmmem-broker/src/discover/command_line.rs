@@ -48,6 +48,8 @@ pub enum Vmm {
 /// What a command line says.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct CommandLine {
+    /// Whose it is.
+    pub vmm: Option<Vmm>,
     /// Name of the VM, with control characters replaced.
     pub name: Option<String>,
     /// Its UUID.
@@ -70,6 +72,8 @@ pub struct CommandLine {
     pub confidential: Option<String>,
     /// Where QMP is spoken.
     pub qmp: Option<PathBuf>,
+    /// Where Cloud Hypervisor and Firecracker answer over HTTP, as the process sees it.
+    pub api: Option<PathBuf>,
     /// Whether libvirt has started it.
     pub is_libvirts: bool,
 }
@@ -110,7 +114,7 @@ impl Vmm {
 
     /// Reads the command line as this VMM does.
     pub fn command_line(self, arguments: &[String]) -> CommandLine {
-        let mut line = CommandLine::default();
+        let mut line = CommandLine { vmm: Some(self), ..CommandLine::default() };
         let mut nodes = BTreeMap::new();
         let words = arguments.get(1..).unwrap_or_default();
         for (number, word) in words.iter().enumerate() {
@@ -217,10 +221,12 @@ impl CommandLine {
                 }
             }
             "cpus" => self.vcpus = Options::parse(value, "boot").number("boot"),
+            "api-socket" | "api-sock" => self.api = Options::parse(value, "path").get("path").map(Into::into),
+            "memory-zone" => self.is_growable = true,
             "memory" | "mem" | "m" => {
                 let options = Options::parse(value, "size");
                 self.memory = options.size("size", 1 << 20);
-                self.is_growable = options.get("hotplug_size").is_some();
+                self.is_growable |= options.get("hotplug_size").is_some();
             }
             _ => {}
         }
@@ -336,7 +342,12 @@ mod tests {
         let line = read(Vmm::Crosvm, "crosvm run --mem 512 --cpus 2 --name x\u{1b}y");
         assert_eq!((line.memory, line.vcpus, line.name.as_deref()), (Some(512 << 20), Some(2), Some("x?y")));
         let line = read(Vmm::Firecracker, "firecracker --id=abc --api-sock /run/x");
-        assert_eq!(line.name.as_deref(), Some("abc"));
+        assert_eq!((line.name.as_deref(), line.api), (Some("abc"), Some("/run/x".into())));
+        let line = read(
+            Vmm::CloudHypervisor,
+            "cloud-hypervisor --api-socket path=/run/y --memory-zone id=a,size=1G",
+        );
+        assert!(line.api == Some("/run/y".into()) && line.is_growable);
     }
 
     #[test]

@@ -4,10 +4,12 @@
 
 use super::acpi::{self, AcpiError};
 use super::backing::{self, Backing, Obstacle};
+use super::boot_map::{self, BootMapError};
 use super::guest::{Guest, Window};
 use super::layout::Layout;
 use super::mapping::Mapping;
 use super::process::Process;
+use crate::map::Region;
 
 /// The most ways to choose mappings that are tried.
 const MAX_CHOICES: usize = 32;
@@ -23,7 +25,27 @@ pub(super) enum ConfirmError {
     Obstacle(#[from] Obstacle),
     /// The guest confirms none.
     #[error(transparent)]
-    Acpi(AcpiError),
+    Unconfirmed(Unconfirmed),
+}
+
+/// Why the guest's memory does not confirm a layout.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Unconfirmed {
+    /// Its firmware's tables are not where they should be.
+    #[error(transparent)]
+    Acpi(#[from] AcpiError),
+    /// The memory map that it was started with is not found, or another one.
+    #[error(transparent)]
+    BootMap(#[from] BootMapError),
+}
+
+/// What a layout is confirmed by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum By {
+    /// The tables of a firmware.
+    Acpi,
+    /// The memory map of a VMM that starts kernels without a firmware.
+    BootMap,
 }
 
 /// A mapping that may be taken for a backend.
@@ -37,6 +59,7 @@ pub(super) fn choose(
     process: &Process,
     mappings: &[Mapping],
     layout: &Layout,
+    by: By,
 ) -> Result<Vec<Backing>, ConfirmError> {
     let mut sizes = layout.sizes.clone();
     sizes.sort_unstable();
@@ -54,12 +77,18 @@ pub(super) fn choose(
             candidates.push(Candidate { backing, window });
         }
     }
-    let low = layout.regions.iter().filter(|region| region.gpa < FOUR_GIB);
-    let low_end = low.map(|region| region.gpa + region.len).max().unwrap_or(0);
+    let (low, high): (Vec<&Region>, Vec<&Region>) =
+        layout.regions.iter().partition(|region| region.gpa < FOUR_GIB);
+    let low_end = low.iter().map(|region| region.gpa + region.len).max().unwrap_or(0);
+    let high = high.iter().map(|region| region.len).sum();
     let verify = |choice: &[usize]| {
         let chosen = choice.iter().filter_map(|number| candidates.get(*number));
         let guest = Guest::new(layout, chosen.map(|candidate| candidate.window.clone()).collect());
-        acpi::verify(|gpa, bytes| guest.read(gpa, bytes), low_end)
+        let read = |gpa, bytes: &mut [u8]| guest.read(gpa, bytes);
+        match by {
+            By::Acpi => acpi::verify(read, low_end).map(|_| ()).map_err(Unconfirmed::Acpi),
+            By::BootMap => boot_map::verify(read, low_end, high).map_err(Unconfirmed::BootMap),
+        }
     };
     let sizes: Vec<u64> = candidates.iter().map(|candidate| candidate.backing.len).collect();
     let choice = only(&layout.sizes, &sizes, verify)?;
@@ -71,14 +100,15 @@ pub(super) fn choose(
 fn only(
     needed: &[u64],
     sizes: &[u64],
-    verify: impl Fn(&[usize]) -> Result<u64, AcpiError>,
+    verify: impl Fn(&[usize]) -> Result<(), Unconfirmed>,
 ) -> Result<Vec<usize>, ConfirmError> {
     let choices = choices(needed, sizes).ok_or_else(|| Obstacle::Ambiguous(*needed.first().unwrap_or(&0)))?;
-    let (mut confirmed, mut refused): (Option<Vec<usize>>, _) = (None, AcpiError::NotFound { low_end: 0 });
+    let (mut confirmed, mut refused): (Option<Vec<usize>>, _) =
+        (None, Unconfirmed::BootMap(BootMapError::NotFound));
     for choice in choices {
         match verify(&choice) {
             Err(error) => refused = error,
-            Ok(_) => {
+            Ok(()) => {
                 if let Some(other) = confirmed.replace(choice.clone()) {
                     let differs =
                         choice.iter().zip(&other).zip(needed).find(|((one, other), _)| one != other);
@@ -87,7 +117,7 @@ fn only(
             }
         }
     }
-    confirmed.ok_or(ConfirmError::Acpi(refused))
+    confirmed.ok_or(ConfirmError::Unconfirmed(refused))
 }
 
 /// All ways to choose a candidate of the right size for each that is needed, none twice; `None` where there are too many.
@@ -111,20 +141,20 @@ fn choices(needed: &[u64], sizes: &[u64]) -> Option<Vec<Vec<usize>>> {
 mod tests {
     use super::*;
 
-    const FAILED: Result<u64, AcpiError> = Err(AcpiError::NotFound { low_end: 1 });
+    const FAILED: Result<(), Unconfirmed> = Err(Unconfirmed::Acpi(AcpiError::NotFound { low_end: 1 }));
 
     #[test]
     fn the_confirmed_choice_is_taken() {
-        let verify = |choice: &[usize]| if choice == [1, 2, 0] { Ok(0) } else { FAILED };
+        let verify = |choice: &[usize]| if choice == [1, 2, 0] { Ok(()) } else { FAILED };
         assert_eq!(only(&[4, 2, 4], &[4, 4, 2, 8], verify).unwrap(), [1, 2, 0]);
         let none = only(&[4, 2, 4], &[4, 4, 2, 8], |_| FAILED);
-        assert!(matches!(none, Err(ConfirmError::Acpi(AcpiError::NotFound { low_end: 1 }))));
+        assert!(matches!(none, Err(ConfirmError::Unconfirmed(error)) if Err(error) == FAILED));
     }
 
     #[test]
     fn what_is_as_good_as_another_is_refused() {
         // The first node is told by its content, the others are not.
-        let verify = |choice: &[usize]| if choice.first() == Some(&0) { Ok(0) } else { FAILED };
+        let verify = |choice: &[usize]| if choice.first() == Some(&0) { Ok(()) } else { FAILED };
         assert_eq!(only(&[4, 4], &[4, 4], verify).unwrap(), [0, 1]);
         assert!(matches!(
             only(&[4, 4, 4], &[4, 4, 4], verify),

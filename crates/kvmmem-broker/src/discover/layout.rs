@@ -15,6 +15,10 @@ use crate::qmp::{MemoryBackend, MemoryDevice, MemorySize};
 /// Where the RAM above the hole begins.
 const FOUR_GIB: u64 = 1 << 32;
 
+/// Where low RAM ends at most without a chipset's rules: `MEM_32BIT_RESERVED_START` in Cloud Hypervisor's
+/// `arch/src/x86_64/layout.rs`, `MMIO32_MEM_START` in Firecracker's `src/vmm/src/arch/x86_64/layout.rs`.
+const MICRO_LOW: u64 = 3 << 30;
+
 /// The window of the VGA, and the end of what the chipset covers with ROM.
 const VGA: u64 = 0xa_0000;
 const ROM: u64 = 0xc_0000;
@@ -35,6 +39,9 @@ pub enum LayoutError {
     /// The command line does not say which NUMA node has what.
     #[error("what RAM the NUMA nodes have is not on the command line; give QEMU's QMP socket")]
     Nodes,
+    /// It is not known how much RAM there is.
+    #[error("how much RAM there is stands neither on the command line nor does the VMM's API tell it")]
+    Size,
     /// It is too much for the rules.
     #[error("{0:#x} bytes of RAM are too many for the rules; give QEMU's QMP socket")]
     Large(u64),
@@ -105,6 +112,13 @@ pub fn by_rules(low: u64, sizes: Vec<u64>) -> Layout {
     }
     regions.sort_by_key(|region| region.gpa);
     Layout { regions: outside_of_vga(regions), sizes }
+}
+
+/// The layout of Cloud Hypervisor and of Firecracker, which have low RAM end at 3 GiB at most, and the rest in a mapping
+/// of its own.
+pub fn in_two(size: u64) -> Layout {
+    let low = size.min(MICRO_LOW);
+    by_rules(low, if size > low { vec![low, size - low] } else { vec![low] })
 }
 
 /// The layout that QEMU says. `nodes` are the ids of the backends that the command line gives NUMA nodes; where there are
@@ -261,6 +275,15 @@ mod tests {
             assert_eq!(said.regions.len(), 3);
             assert_eq!(MemoryMap::new(said.regions).unwrap().resolve(4 * GIB), Some((0, 2 * GIB)));
         }
+    }
+
+    #[test]
+    fn without_a_chipset_low_ram_ends_at_3_gib() {
+        assert_eq!(in_two(GIB).sizes, [GIB]);
+        let layout = in_two(5 * GIB);
+        assert_eq!(layout.sizes, [3 * GIB, 2 * GIB]);
+        let map = MemoryMap::new(layout.regions).unwrap();
+        assert_eq!((map.resolve(4 * GIB), map.resolve(3 * GIB)), (Some((1, 0)), None));
     }
 
     #[test]

@@ -3,7 +3,8 @@
 //! itself: the command line is the process's to change.
 
 use std::io::{self, Read};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec};
@@ -171,6 +172,12 @@ impl Process {
     pub fn mappings(&self) -> Result<Vec<Mapping>, ProcessError> {
         let text = self.read("maps", "the mappings", MAX_MAPS)?;
         Ok(mapping::parse(&String::from_utf8_lossy(&text)))
+    }
+
+    /// A path of a file that is absolute for it, whatever its root directory. As long as this lasts.
+    pub fn path_of(&self, path: &Path) -> PathBuf {
+        let root = format!("/proc/self/fd/{}/root", self.directory.as_raw_fd());
+        Path::new(&root).join(path.strip_prefix("/").unwrap_or(path))
     }
 
     /// Its memory, by its own addresses, for reading and writing. It stays that of the program that runs now.

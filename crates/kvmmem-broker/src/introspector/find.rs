@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Finds the QEMU that an operator means, and a QMP socket of it that answers.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use crate::discover::attach::{self, AttachError, Which};
 use crate::discover::command_line::Vmm;
@@ -55,7 +55,7 @@ pub enum FindError {
 pub(super) fn find(which: &Which) -> Result<Found, FindError> {
     let (process, qmp) = match which {
         Which::Pid(pid) => (open(*pid)?, None),
-        Which::Libvirt(name) => (open(attach::libvirt_pid(Path::new(attach::LIBVIRT), name)?)?, None),
+        Which::Libvirt(name) => (open(attach::libvirts(name)?)?, None),
         Which::Qmp { socket, pid } => {
             let qmp = Qmp::connect(socket).map_err(AttachError::from)?;
             let process = match pid {
