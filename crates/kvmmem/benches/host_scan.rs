@@ -3,25 +3,33 @@
 //! copies with process_vm_readv from the VMM's memory, as other tools do.
 //!
 //! The mapping is made anew for each search, as by a tool that is started for it, or kept, as by one that searches again
-//! and again. Prints a line for each; with `--json` an object.
+//! and again. A third search goes through RAM that the VMM keeps to itself, of which the broker makes copies. Prints a
+//! line for each; with `--json` an object.
 #![deny(unsafe_code)]
 
 use std::error::Error;
 use std::io::{IoSliceMut, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::process::{Command, Stdio};
-use std::time::Instant;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use kvmmem::{Access, Mapping, Range, View};
 use kvmmem_broker::admin::{Admin, GrantRequest};
+use kvmmem_broker::broker::Broker;
 use kvmmem_broker::link::{Region, Registration, VmmLink};
+use kvmmem_broker::packet::PacketSocket;
+use kvmmem_broker::peer::{Credentials, Peer};
+use kvmmem_broker::ram::Ram;
 use kvmmem_broker::scope::Rights;
 use kvmmem_broker::server::Server;
 use kvmmem_sys::ram::GuestRam;
 use memchr::memmem::Finder;
 use nix::sys::uio::{RemoteIoVec, process_vm_readv};
 use nix::unistd::Pid;
+use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use uuid::Uuid;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
@@ -57,24 +65,18 @@ fn main() -> Result<()> {
     let directory = tempfile::tempdir()?;
     let socket = directory.path().join("broker.sock");
     let server = Server::bind(&socket, None)?;
+    let state = server.broker();
     let (stop, stopped) = UnixStream::pair()?;
     let broker = std::thread::spawn(move || server.run(stopped.as_fd()));
-    let link = VmmLink::connect(&socket, registration(), Some(ram))?;
-    let granted = Admin::connect(&socket)?.grant(&GrantRequest {
-        target: "bench".into(),
-        spans: None,
-        rights: Rights::ReadOnly,
-        ttl_ms: 60_000,
-        uses: 1,
-        holder: None,
-        label: None,
-    })?;
-    let view = View::attach_host(&socket, &granted.token, Access::ReadOnly)?;
+    let link = VmmLink::connect(&socket, registration("shared", 1), Some(ram))?;
+    let view = attach(&socket, "shared")?;
+    register_private(&state, child.id(), address)?;
+    let copied = attach(&socket, "private")?;
     let pid = Pid::from_raw(i32::try_from(child.id())?);
 
     let whole = Range { gpa: 0, len: RAM };
     let kept = view.map(whole)?;
-    let (mut anew, mut again, mut theirs) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut anew, mut again, mut copies, mut theirs) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     for round in 0..=ROUNDS {
         let times = [
             timed(|| {
@@ -82,23 +84,52 @@ fn main() -> Result<()> {
                 search(|at, part| read_mapping(&mapping, at, part))
             })?,
             timed(|| search(|at, part| read_mapping(&kept, at, part)))?,
+            timed(|| search(|at, part| Ok(copied.read_at(at, part)?)))?,
             timed(|| search(|at, part| read_process(pid, address, at, part)))?,
         ];
         // The first round warms up.
         if round > 0 {
-            for (series, time) in [&mut anew, &mut again, &mut theirs].into_iter().zip(times) {
+            for (series, time) in [&mut anew, &mut again, &mut copies, &mut theirs].into_iter().zip(times) {
                 series.push(time);
             }
         }
     }
     report("scan of 1 GiB on the host, mapped anew, against process_vm_readv", &mut anew, &mut theirs);
     report("scan of 1 GiB on the host, mapping kept, against process_vm_readv", &mut again, &mut theirs);
+    report("scan of 1 GiB of private RAM on the host, against process_vm_readv", &mut copies, &mut theirs);
     drop(kept);
 
-    drop((view, link, stop));
+    drop((view, copied, link, state, stop));
     broker.join().map_err(|_| "the broker failed")??;
     drop(child.stdin.take());
     child.wait()?;
+    Ok(())
+}
+
+fn attach(socket: &Path, target: &str) -> Result<View> {
+    let granted = Admin::connect(socket)?.grant(&GrantRequest {
+        target: target.into(),
+        spans: None,
+        rights: Rights::ReadOnly,
+        ttl_ms: 60_000,
+        uses: 1,
+        holder: None,
+        label: None,
+    })?;
+    Ok(View::attach_host(socket, &granted.token, Access::ReadOnly)?)
+}
+
+/// Registers the same RAM as one that nobody can map.
+fn register_private(broker: &Broker, vmm: u32, address: usize) -> Result<()> {
+    let memory = std::fs::OpenOptions::new().read(true).write(true).open(format!("/proc/{vmm}/mem"))?;
+    let region = Region { gpa: 0, len: RAM, offset: address as u64, file: 0 };
+    let ram = Ram::of_process(memory.into(), vec![region])?;
+    let flags = SocketFlags::CLOEXEC;
+    let (socket, _) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?;
+    let socket = PacketSocket::accepted(socket, Duration::from_secs(1))?;
+    let peer = Peer::new(socket, Credentials { pid: vmm, uid: 0 });
+    let registration = Registration { regions: Vec::new(), ..registration("private", 2) };
+    broker.registry().insert(registration, Some(ram), Arc::new(peer))?;
     Ok(())
 }
 
@@ -171,10 +202,10 @@ fn report(name: &str, ours: &mut [u64], theirs: &mut [u64]) {
     }
 }
 
-fn registration() -> Registration {
+fn registration(name: &str, number: u8) -> Registration {
     Registration {
-        name: "bench".into(),
-        uuid: Uuid::from_bytes([1; 16]),
+        name: name.into(),
+        uuid: Uuid::from_bytes([number; 16]),
         vcpus: 1,
         start_time_ms: 0,
         cid: None,
