@@ -16,6 +16,7 @@ use common::{TestBroker, caller, request, wait_for};
 use kvmmem_abi::descriptor::{COMPLAINT_AT, COMPLAINT_NO_ADDRESS, GENERATION_AT, SEEN_AT};
 use kvmmem_abi::native::{STATE_GONE, STATE_OPEN, STATE_REVOKED};
 use kvmmem_broker::admin::{AddIntrospector, AdminError, GrantRequest, IntrospectorAdded, OnSilence, Rights};
+use kvmmem_broker::audit::AuditFile;
 use kvmmem_broker::introspector::{Introspector, OpenError, Opened};
 use kvmmem_broker::link::{Region, VmmLink};
 use rustix::fs::{Mode, OFlags, SealFlags};
@@ -279,6 +280,8 @@ fn a_target_that_goes_takes_its_views_along() {
 #[test]
 fn a_guest_that_keeps_its_devices_is_reported_and_tried_again() {
     let Some(pair) = Pair::start(OnSilence::Report) else { return };
+    let audit = pair.broker.directory.path().join("audit");
+    pair.broker.state.audit().write_to(AuditFile::open(&audit).unwrap());
     let driver = pair.driver();
     let opened = pair.open(&request(Rights::ReadOnly)).unwrap();
     drop(driver);
@@ -286,6 +289,11 @@ fn a_guest_that_keeps_its_devices_is_reported_and_tried_again() {
     let revoked = pair.broker.admin().revoke(grant).unwrap();
     assert_eq!((revoked.views, revoked.unconfirmed), (1, 1));
     assert!(opened.ended());
+    let audit = std::fs::read_to_string(audit).unwrap();
+    let silent = audit.lines().find(|line| line.contains("\"event\":\"silent\"")).unwrap();
+    for words in ["\"by\":\"watcher\"", "\"policy\":\"report\"", "the grant was revoked"] {
+        assert!(silent.contains(words), "{silent}");
+    }
     drop(opened);
     assert_eq!(pair.counts().0, 2);
     assert_eq!(pair.broker.grants()[0].views.len(), 1);

@@ -32,7 +32,7 @@ pub(super) struct Pages {
 pub enum Complaint {
     /// A BAR got no address.
     #[error(
-        "the guest has no room for the windows: give the PCI root port a larger pref64-reserve, or an i440FX a larger pci-hole64-size, as `kvmmem qemu-args` says"
+        "the guest has no room for the windows: give the PCI root port a larger pref64-reserve, or an i440FX a larger pci-hole64-size, and the CPU host-phys-bits=on, as `kvmmem qemu-args` says"
     )]
     NoAddress,
     /// A window cannot be mapped write-back.
