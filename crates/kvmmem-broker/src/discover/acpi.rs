@@ -9,7 +9,9 @@
 /// How far below the end of low RAM the tables may be, bytes. OVMF puts some MiB of other things above them.
 const REACH: u64 = 64 << 20;
 
-/// The largest table that is read, bytes.
+/// The largest table that is read, bytes: of those that list others or are one of a list, and of the one that they end at.
+/// A guest may well have many lists of many tables that are all but right.
+const MAX_LISTED: u32 = 4096;
 const MAX_TABLE: u32 = 1 << 20;
 
 /// The most tables that the root table may list.
@@ -108,22 +110,22 @@ impl<R: Fn(u64, &mut [u8]) -> Option<()>> Memory<R> {
         }
         let (signature, root, width): (&[u8], u64, usize) =
             if is_extended { (b"XSDT", extended, 8) } else { (b"RSDT", u64::from(u32_at(&pointer, 16)), 4) };
-        let (table, root_end) = self.table(root, signature)?;
+        let (table, root_end) = self.table(root, signature, MAX_LISTED)?;
         let entries = table.get(HEADER..)?.chunks_exact(width).take(MAX_TABLES);
         let address = |entry: &[u8]| if width == 8 { u64_at(entry, 0) } else { u64::from(u32_at(entry, 0)) };
-        let (fixed, fixed_end) = entries.map(address).find_map(|gpa| self.table(gpa, b"FACP"))?;
+        let (fixed, fixed_end) = entries.map(address).find_map(|gpa| self.table(gpa, b"FACP", MAX_LISTED))?;
         let (_, differentiated_end) = self
-            .table(u64::from(u32_at(&fixed, 40)), b"DSDT")
-            .or_else(|| self.table(u64_at(&fixed, 140), b"DSDT"))?;
+            .table(u64::from(u32_at(&fixed, 40)), b"DSDT", MAX_TABLE)
+            .or_else(|| self.table(u64_at(&fixed, 140), b"DSDT", MAX_TABLE))?;
         Some(root_end.max(fixed_end).max(differentiated_end))
     }
 
-    /// A table with a signature and a right checksum, and where it ends.
-    fn table(&self, gpa: u64, signature: &[u8]) -> Option<(Vec<u8>, u64)> {
+    /// A table of at most so many bytes with a signature and a right checksum, and where it ends.
+    fn table(&self, gpa: u64, signature: &[u8], max: u32) -> Option<(Vec<u8>, u64)> {
         let header = self.read(gpa, HEADER)?;
         header.starts_with(signature).then_some(())?;
         let len = u32_at(&header, 4);
-        let table = self.read(gpa, usize::try_from(len).ok().filter(|_| len <= MAX_TABLE)?)?;
+        let table = self.read(gpa, usize::try_from(len).ok().filter(|_| len <= max)?)?;
         (table.len() >= HEADER && sums_to_zero(&table)).then(|| (table, gpa + u64::from(len)))
     }
 }
