@@ -14,6 +14,7 @@ use rustix::io::Errno;
 use crate::broker::{Broker, Refused};
 use crate::map::Region;
 use crate::peer::Peer;
+use crate::ram::AccessError;
 use crate::registry::Vm;
 use crate::scope::Rights;
 use crate::wire::{Answer, MAX_COPY, Refusal};
@@ -65,7 +66,14 @@ impl Broker {
             } else {
                 ram.read_some(gpa, bytes)
             };
-            let Ok(count) = copied else { break };
+            let count = match copied {
+                Ok(count) => count,
+                // The VMM has ended: the target is as good as gone, and the news of it on its way.
+                Err(AccessError::System { source: Errno::SRCH, .. }) if done == 0 => {
+                    return Err(Refused::new(Refusal::Unknown, "the target's VMM has ended"));
+                }
+                Err(_) => break,
+            };
             if !part.write {
                 empty(&buffer, bytes.get(..count).unwrap_or_default(), done as u64)?;
             }

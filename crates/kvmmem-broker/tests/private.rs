@@ -49,13 +49,18 @@ impl Private {
         let regions = vec![region(0, Self::LOW_LEN, hva), region(HIGH, Self::HIGH_LEN, hva + Self::LOW_LEN)];
         let own = rustix::fs::open("/proc/self/mem", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()).unwrap();
         let ram = Ram::of_process(own, regions).unwrap();
+        let vm = Self::register(broker, name, ram);
+        Self { memory, vm }
+    }
+
+    /// Registers a VM with private RAM; returns its number.
+    fn register(broker: &TestBroker, name: &str, ram: Ram) -> u64 {
         let registration = Registration { regions: Vec::new(), ..target(name) };
         let (socket, _) =
             socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
         let credentials = Credentials { pid: std::process::id(), uid: 0 };
         let peer = Peer::new(PacketSocket::accepted(socket, SOON).unwrap(), credentials);
-        let vm = broker.state.registry().insert(registration, Some(ram), Arc::new(peer)).unwrap();
-        Self { memory, vm: vm.id() }
+        broker.state.registry().insert(registration, Some(ram), Arc::new(peer)).unwrap().id()
     }
 }
 
@@ -173,6 +178,34 @@ fn copies_end_with_the_target_and_with_the_broker() {
     drop(broker);
     assert_eq!(pump_one.join().unwrap().1, HostEvent::Gone);
     assert!(matches!(copier.read(0, &mut bytes), Err(CopyError::Gone)));
+}
+
+#[test]
+fn a_vmm_that_has_ended_is_not_one_without_memory() {
+    use std::process::{Command, Stdio};
+    let broker = TestBroker::start();
+    let mut vmm = Command::new("cat").stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    // Once it echoes, it is itself and no copy of this process any more.
+    std::io::Write::write_all(vmm.stdin.as_mut().unwrap(), b"x").unwrap();
+    std::io::Read::read_exact(vmm.stdout.as_mut().unwrap(), &mut [0]).unwrap();
+    let maps = std::fs::read_to_string(format!("/proc/{}/maps", vmm.id())).unwrap();
+    let stack = maps.lines().find(|line| line.ends_with("[stack]")).unwrap().split('-').next().unwrap();
+    let end = maps.lines().find(|line| line.ends_with("[stack]")).unwrap();
+    let end = end.split(['-', ' ']).nth(1).unwrap();
+    let [hva, end] = [stack, end].map(|digits| u64::from_str_radix(digits, 16).unwrap());
+    let memory = std::fs::File::options().read(true).write(true).open(format!("/proc/{}/mem", vmm.id()));
+    let regions = vec![Region { gpa: 0, len: end - hva, offset: hva, file: 0 }];
+    let ram = Ram::of_process(memory.unwrap().into(), regions).unwrap();
+    Private::register(&broker, "tiger", ram);
+    let granted = broker.grant(&request(Rights::ReadOnly));
+    let (link, _, copier) = attach(&broker, &granted.token, true);
+    let pump = pump(link);
+    copier.read(0, &mut [0; 8]).unwrap();
+    vmm.kill().unwrap();
+    vmm.wait().unwrap();
+    assert!(matches!(copier.read(0, &mut [0; 8]), Err(CopyError::Gone)));
+    drop(broker);
+    pump.join().unwrap();
 }
 
 #[test]
