@@ -25,11 +25,11 @@ const PROGRAMS: [(&str, &str); 5] = [
     ("kvmmem-e2e", "kvmmem-e2e"),
 ];
 
-/// The scenarios' tools in C, written only from the C header: source and program.
-const C_PROGRAMS: [(&str, &str); 3] = [
-    ("tests/e2e/guest/raw.c", "kvmmem-raw"),
-    ("tests/e2e/guest/view.c", "kvmmem-view"),
-    ("tests/e2e/guest/bench.c", "kvmmem-bench"),
+/// The scenarios' tools in C, written only from the C header: sources and program.
+const C_PROGRAMS: [(&[&str], &str); 3] = [
+    (&["tests/e2e/guest/raw.c"], "kvmmem-raw"),
+    (&["tests/e2e/guest/view.c", "tests/e2e/guest/devices.c"], "kvmmem-view"),
+    (&["tests/e2e/guest/bench.c"], "kvmmem-bench"),
 ];
 
 /// Where that header is.
@@ -73,12 +73,12 @@ impl Binaries {
                 .dir(project::root())
                 .run()?;
             if wanted == Wanted::All {
-                for (source, program) in C_PROGRAMS {
+                for (sources, program) in C_PROGRAMS {
                     names.push(program);
                     Tool::new("cc", &log)
                         .args(["-static", "-O2", "-Wall", "-Wextra", "-Werror", "-I", C_HEADERS, "-o"])
                         .arg(folder.join(program))
-                        .arg(source)
+                        .args(sources)
                         .dir(project::root())
                         .run()?;
                 }

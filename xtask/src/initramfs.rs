@@ -21,7 +21,7 @@ const HOST_MODULES: [&str; 3] = ["kvm_amd", "vhost_vsock", "virtio_blk"];
 const GUEST_MODULES: [&str; 3] = ["virtio_mmio", "virtio_blk", "vmw_vsock_virtio_transport"];
 
 /// Programs that guests have in `/bin`, where they have been built.
-const GUEST_PROGRAMS: [&str; 1] = ["kvmmem"];
+const GUEST_PROGRAMS: [&str; 4] = ["kvmmem", "kvmmem-probe", "kvmmem-raw", "kvmmem-view"];
 
 /// Writes the initramfs of a guest; an introspector gets our module, too.
 pub(crate) fn guest(path: &Path, kernel: &Kernel, binaries: &Binaries, module: Option<&Path>) -> Result<()> {

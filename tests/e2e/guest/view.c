@@ -31,6 +31,11 @@
  *   fdinfo SLOT NAME            -> ok VALUE
  *   poke GPA TARGET_GPA VALUE                     writes a view's window through /dev/mem, whatever its rights: GPA is
  *                                                 its descriptor's page
+ *   door PORT ro|rw TOKEN       -> ok SLOT TICKET has the host open a view; it lasts until the slot is closed
+ *   first PORT TOKEN GPA        -> ok MICROSECONDS    door, open, attach and 8 bytes of pread, and ends it all
+ *   bars                        -> ok COUNT BYTES     the windows that came as PCI devices
+ *   barwrite OFFSET VALUE       -> ok COUNT       takes each window from the driver and stores a u64 into it
+ *   write PATH TEXT             -> ok
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -48,6 +53,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "devices.h"
 #include "kvmmem.h"
 
 #define PAGE 4096UL
@@ -372,6 +378,24 @@ static void run(int argc, char **argv)
 		fdinfo(fd, argv[2]);
 	} else if (argc == 4 && !strcmp(verb, "poke")) {
 		poke(number(argv[1]), number(argv[2]), number(argv[3]));
+	} else if (argc == 4 && !strcmp(verb, "door")) {
+		const char *words;
+		char ticket[65] = "";
+		int door = knock(number(argv[1]), !strcmp(argv[2], "ro"), argv[3], ticket, &words);
+		long slot = door < 0 ? -1 : keep(door);
+
+		if (slot >= 0)
+			printf("ok 0x%lx %s\n", (unsigned long)slot, ticket);
+		else
+			printf("errno %s\n", words ? words : strerrorname_np(errno));
+	} else if (argc == 4 && !strcmp(verb, "first")) {
+		first(number(argv[1]), argv[2], number(argv[3]));
+	} else if (argc == 1 && !strcmp(verb, "bars")) {
+		bars(0, 0, 0);
+	} else if (argc == 3 && !strcmp(verb, "barwrite")) {
+		bars(1, number(argv[1]), number(argv[2]));
+	} else if (argc == 3 && !strcmp(verb, "write")) {
+		answer(put(argv[1], argv[2]));
 	} else {
 		printf("unknown command %s\n", verb);
 	}

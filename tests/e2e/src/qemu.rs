@@ -16,6 +16,9 @@ use crate::vm::{self, CMDLINE};
 /// The emulator, in a release's folder.
 const PROGRAM: &str = "/usr/bin/qemu-system-x86_64";
 
+/// Devices that nobody needs and whose every access leaves the guest, which is slow in an emulated host.
+const QUICK: &str = ",smm=off,hpet=off,vmport=off";
+
 /// Whose QEMU.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Release {
@@ -42,6 +45,10 @@ pub(crate) enum Ram {
     Memfd,
     /// The same in large pages.
     LargePages,
+    /// A shared memfd for each of two NUMA nodes.
+    TwoNodes,
+    /// What a QEMU takes that is told nothing.
+    Private,
 }
 
 impl Ram {
@@ -54,8 +61,20 @@ impl Ram {
         match self {
             Self::Memfd => arguments.extend(memfd("ram", mib, "")),
             Self::LargePages => arguments.extend(memfd("ram", mib, ",hugetlb=on,hugetlbsize=2M")),
+            Self::TwoNodes => {
+                for node in ["ram0", "ram1"] {
+                    arguments.extend(memfd(node, mib / 2, ""));
+                    arguments.extend(["-numa".to_owned(), format!("node,memdev={node}")]);
+                }
+            }
+            Self::Private => {}
         }
         arguments
+    }
+
+    /// What the machine is told of it.
+    fn machine(self) -> &'static str {
+        if matches!(self, Self::Memfd | Self::LargePages) { ",memory-backend=ram" } else { "" }
     }
 }
 
@@ -69,8 +88,8 @@ pub(crate) struct Spec {
     pub(crate) mib: u32,
     pub(crate) ram: Ram,
     pub(crate) cid: u32,
-    /// Further arguments.
-    pub(crate) more: &'static [&'static str],
+    /// RAM of the largest target that it is to look at, as `kvmmem qemu-args` reads it.
+    pub(crate) largest: &'static str,
 }
 
 /// A running VM, killed when dropped. Its guest has the module, so that it can look as well as be looked at.
@@ -93,17 +112,14 @@ impl Qemu {
         let mut command = Command::new(std::env::current_exe().context("no path of this program")?);
         command.arg("enter").arg(root).arg(PROGRAM);
         command.args(["-name", spec.name, "-accel", "kvm", "-cpu", "host", "-smp", "1"]);
-        command.args(["-machine", &format!("{},memory-backend=ram", spec.machine)]);
+        command.args(["-machine", &format!("{}{QUICK}{}", spec.machine, spec.ram.machine())]);
         command.args(spec.ram.arguments(spec.mib));
         command.args(["-nodefaults", "-no-user-config", "-display", "none"]);
         command.arg("-kernel").arg(bed.kernel()).arg("-initrd").arg(bed.introspector_initrd());
         command.args(["-append", CMDLINE, "-serial", &format!("file:{}", file("console").display())]);
-        command.args(["-device", &format!("vhost-vsock-pci,guest-cid={}", spec.cid)]);
-        // One client at a time: the first is the broker's, the second the scenarios' own.
-        for kind in ["qmp", "test.qmp"] {
-            command.args(["-qmp", &format!("unix:{},server=on,wait=off", file(kind).display())]);
-        }
-        command.args(spec.more);
+        command.args(introspector_arguments(bed, spec, &file("qmp"))?);
+        // A socket has one client at a time: this one is the scenarios' own.
+        command.args(["-qmp", &format!("unix:{},server=on,wait=off", file("test.qmp").display())]);
         let mut process = Process::start(spec.name, &mut command, &file("log"))?;
         let agent = vm::wait_for_agent(spec.name, spec.cid, &mut process, run)?;
         Ok(Self { spec, agent, process, run: run.to_owned() })
@@ -125,4 +141,19 @@ impl Qemu {
         let part = |name: &str| version["qemu"][name].as_u64().unwrap_or_default();
         Ok(format!("{}.{}.{}", part("major"), part("minor"), part("micro")))
     }
+}
+
+/// How many views at a time the introspectors have places for.
+pub(crate) const VIEWS: usize = 2;
+
+/// What `kvmmem qemu-args` says that an introspector needs: places for views, vsock, the broker's QMP socket.
+fn introspector_arguments(bed: &Bed, spec: Spec, socket: &Path) -> Result<Vec<String>> {
+    let output = Command::new(bed.bin("kvmmem"))
+        .args(["qemu-args", "--json", "--machine", spec.machine, "--memory", spec.largest])
+        .args(["--views", &VIEWS.to_string(), "--cid", &spec.cid.to_string(), "--qmp"])
+        .arg(socket)
+        .output()
+        .context("cannot run kvmmem")?;
+    let words: Value = serde_json::from_slice(&output.stdout).context("kvmmem qemu-args says nonsense")?;
+    serde_json::from_value(words["arguments"].clone()).context("kvmmem qemu-args says no arguments")
 }

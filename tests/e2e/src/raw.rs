@@ -4,6 +4,8 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+use kvmmem::Token;
+use kvmmem_broker::door::DOOR_PORT;
 use kvmmem_guest::{Agent, Child, Command};
 
 /// How long one command may take.
@@ -79,6 +81,18 @@ impl Raw {
     pub(crate) fn attach(&mut self, slot: &str, token: [u64; 4]) -> Result<Answer> {
         let [a, b, c, d] = token;
         self.ask(&format!("attach {slot} 0 {a:#x} {b:#x} {c:#x} {d:#x}"))
+    }
+
+    /// Has the host of a stock QEMU open a view read-only, and attaches it: the slots of the door, whose closing is the
+    /// view's end, and of the device. The host's words where it refuses.
+    pub(crate) fn knock(&mut self, token: &Token) -> Result<Result<(String, String), String>> {
+        let answer = match self.ask(&format!("door {DOOR_PORT} ro {}", token.to_hex().as_str()))? {
+            Ok(answer) => answer,
+            Err(words) => return Ok(Err(words)),
+        };
+        let (door, ticket) = answer.split_once(' ').context("the door gave no ticket")?;
+        let ticket: Token = ticket.parse().context("the door's ticket is none")?;
+        Ok(Ok((door.to_owned(), self.view(ticket.words())?)))
     }
 
     /// Maps `len` bytes of the target from `gpa` on, shared.

@@ -12,7 +12,7 @@ use crate::bed::Bed;
 use crate::process::Process;
 
 /// How long a guest may take to boot, under software emulation inside software emulation.
-const BOOT_LIMIT: Duration = Duration::from_secs(240);
+const BOOT_LIMIT: Duration = Duration::from_secs(480);
 
 /// The guests' kernel command line. What follows `panic` makes them quicker on an emulated host.
 pub(crate) const CMDLINE: &str = "console=ttyS0 quiet panic=-1 mitigations=off nokaslr cryptomgr.notests nowatchdog \

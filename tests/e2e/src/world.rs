@@ -26,11 +26,11 @@ pub(crate) const TARGET: &str = "target";
 /// The VM that looks.
 pub(crate) const INTROSPECTOR: &str = "introspector";
 /// Where the probe, the tools in C and the command line are inside the guests.
-pub(crate) const PROBE: &str = "/tmp/kvmmem-probe";
-pub(crate) const CLI: &str = "/tmp/kvmmem";
+pub(crate) const PROBE: &str = "/bin/kvmmem-probe";
+pub(crate) const CLI: &str = "/bin/kvmmem";
 pub(crate) const BENCH: &str = "/tmp/kvmmem-bench";
-const RAW: &str = "/tmp/kvmmem-raw";
-const VIEW: &str = "/tmp/kvmmem-view";
+const RAW: &str = "/bin/kvmmem-raw";
+const VIEW: &str = "/bin/kvmmem-view";
 
 const TARGET_SPEC: Spec = Spec { name: TARGET, role: Role::Target, cid: 3, vcpus: 1, way: Way::Auto };
 const INTROSPECTOR_SPEC: Spec =
@@ -122,14 +122,9 @@ impl World {
             eprintln!("  booted {} ({:.1} s)", vm.spec.name, start.elapsed().as_secs_f64());
         }
         for vm in booted {
-            self.put(&vm.agent, "kvmmem-probe", PROBE)?;
             match vm.spec.role {
                 Role::Target => self.target = Some(vm),
-                Role::Introspector => {
-                    self.put(&vm.agent, "kvmmem-raw", RAW)?;
-                    self.put(&vm.agent, "kvmmem-view", VIEW)?;
-                    self.introspector = Some(vm);
-                }
+                Role::Introspector => self.introspector = Some(vm),
             }
         }
         if self.marker.is_none() {
@@ -139,12 +134,6 @@ impl World {
             self.session = Some(self.open_session()?);
         }
         Ok(())
-    }
-
-    /// Copies one of the bed's programs into a VM.
-    fn put(&self, agent: &Agent, name: &str, path: &str) -> Result<()> {
-        let program = std::fs::read(self.bed.bin(name)).with_context(|| format!("no {name} in the bed"))?;
-        Ok(agent.put(path, 0o755, &program)?)
     }
 
     /// Ends the broker without warning and starts another one in its place.

@@ -8,7 +8,7 @@ use kvmmem_guest::Command;
 
 use crate::raw::errno;
 use crate::report::Report;
-use crate::world::{TARGET, World};
+use crate::world::{CLI, TARGET, World};
 
 pub(crate) fn flood(world: &mut World, report: &mut Report) -> Result<()> {
     let gpa = world.gpa()?;
@@ -42,11 +42,9 @@ pub(crate) fn cli(world: &mut World, report: &mut Report) -> Result<()> {
 
     let gpa = world.gpa()?;
     let marker = world.marker()?.hex.clone();
-    let binary = std::fs::read(world.bed.bin("kvmmem"))?;
-    world.agent()?.put("/tmp/kvmmem", 0o755, &binary)?;
     for verb in ["read", "map"] {
         let port = world.hook_port()?;
-        let mut command = Command::new("/tmp/kvmmem").as_member().memlock(1 << 20);
+        let mut command = Command::new(CLI).as_member().memlock(1 << 20);
         command = command.args([verb, &format!("{gpa:#x}"), "--listen", &format!("vsock:{port}"), "--json"]);
         if verb == "read" {
             command = command.arg("32");
@@ -59,13 +57,10 @@ pub(crate) fn cli(world: &mut World, report: &mut Report) -> Result<()> {
         );
         world.unhook_port(port)?;
     }
-    let doctor = world
-        .agent()?
-        .run(&Command::new("/tmp/kvmmem").as_member().arg("doctor"), Duration::from_secs(30))?;
+    let doctor = world.agent()?.run(&Command::new(CLI).as_member().arg("doctor"), Duration::from_secs(30))?;
     report.check("kvmmem doctor runs in the introspector", !doctor.stdout.is_empty(), doctor.status);
-    let wrong = world
-        .agent()?
-        .run(&Command::new("/tmp/kvmmem").args(["read", "zebra", "16"]), Duration::from_secs(30))?;
+    let wrong =
+        world.agent()?.run(&Command::new(CLI).args(["read", "zebra", "16"]), Duration::from_secs(30))?;
     report.check(
         "a number that is none is named",
         !wrong.status.success() && wrong.error_text().contains("zebra"),

@@ -1,12 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The VMs of a world that run under stock QEMUs.
 
+use std::path::PathBuf;
 use std::time::Instant;
 
 use anyhow::{Context, Result};
+use kvmmem_guest::Command as GuestCommand;
 
-use super::{CLI, PROBE, VIEW, World};
+use super::{RAW, VIEW, World};
 use crate::qemu::{Qemu, Spec};
+use crate::raw::Raw;
 
 impl World {
     /// The VM of this description, booted if it does not run.
@@ -18,12 +21,14 @@ impl World {
             let start = Instant::now();
             let qemu = Qemu::boot(&self.bed, *spec, self.run.path())?;
             eprintln!("  booted {} ({:.1} s)", spec.name, start.elapsed().as_secs_f64());
-            for (name, path) in [("kvmmem-probe", PROBE), ("kvmmem-view", VIEW), ("kvmmem", CLI)] {
-                self.put(&qemu.agent, name, path)?;
-            }
             self.qemus.push(qemu);
         }
         self.qemu_mut(spec)
+    }
+
+    /// Where the VMs' consoles and logs are.
+    pub(crate) fn run_folder(&self) -> PathBuf {
+        self.run.path().to_owned()
     }
 
     /// A VM that has been booted.
@@ -40,6 +45,21 @@ impl World {
     /// Ends a VM.
     pub(crate) fn end_qemu(&mut self, spec: &Spec) {
         self.qemus.retain(|qemu| qemu.spec != *spec);
+    }
+
+    /// The command-driven C tool for views in such a VM.
+    pub(crate) fn qemu_viewer(&self, spec: &Spec) -> Result<Raw> {
+        Raw::start(&self.qemu(spec)?.agent, &GuestCommand::new(VIEW).as_member())
+    }
+
+    /// The same as root.
+    pub(crate) fn qemu_root_viewer(&self, spec: &Spec) -> Result<Raw> {
+        Raw::start(&self.qemu(spec)?.agent, &GuestCommand::new(VIEW))
+    }
+
+    /// The command-driven C tool for the calls of 2019 in such a VM.
+    pub(crate) fn qemu_raw(&self, spec: &Spec) -> Result<Raw> {
+        Raw::start(&self.qemu(spec)?.agent, &GuestCommand::new(RAW).as_member().memlock(1 << 20))
     }
 
     /// The ends of their logs, for a failure.

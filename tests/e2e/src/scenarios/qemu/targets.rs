@@ -9,7 +9,9 @@ use anyhow::{Context, Result};
 use kvmmem_broker::admin::GrantRequest;
 use kvmmem_probe::COUNTER;
 
-use super::OLD_LARGE;
+use super::introspectors::glance;
+use super::looked_at::{self, LookedAt};
+use super::{NEW_PC, NEW_Q35, OLD_LARGE, number};
 use crate::qemu::Spec;
 use crate::raw::{Raw, errno};
 use crate::report::Report;
@@ -78,11 +80,33 @@ fn open(world: &mut World, report: &mut Report, spec: &Spec, by: By) -> Result<(
     report.equal("so does kvmmem vm's introspector", &tool.pread(&view, gpa, 32)?, &Ok(marker.hex.clone()));
     let page = tool.must(&format!("mmap {view} {gpa:#x} 0x1000 r shared"))?;
     report.equal("by plain loads as well", &tool.load(&page, 32)?, &Ok(marker.hex.clone()));
-    let counter = parse(&page)? + COUNTER as u64;
-    let changes = parse(&tool.must(&format!("spin {counter:#x} 1000"))?)?;
+    let counter = number(&page)? + COUNTER as u64;
+    let changes = number(&tool.must(&format!("spin {counter:#x} 1000"))?)?;
     report.check("the counter runs before its eyes", changes > 2, format!("{changes} changes"));
     report.equal("a store ends in SIGSEGV", &errno(tool.ask(&format!("store {page} 1"))?), &"SIGSEGV".into());
     Ok((marker, tool, view))
+}
+
+pub(crate) fn private(world: &mut World, report: &mut Report) -> Result<()> {
+    world.mend()?;
+    let version = world.boot_qemu(&NEW_PC)?.version()?;
+    report.check("QEMU runs the guest", true, format!("QEMU {version}, {}", NEW_PC.machine));
+    let found = world.kvmmem(&["targets", "--discover"])?;
+    report.check("targets --discover says what to add", found.contains("share=on"), "");
+    let target = LookedAt::stock(world, &NEW_PC)?;
+    report.check(
+        format!("the host's view copies the marker at {:#x}", target.gpa),
+        target.is_whole(world)?,
+        "",
+    );
+    let mut tool = world.viewer()?;
+    let slot = tool.open()?;
+    let refused = errno(tool.attach(&slot, target.grant(world, 1, None)?.token.words())?);
+    report.check("kvmmem vm's introspector is refused", refused != "0", refused);
+    glance(world, report, &NEW_PC)?;
+    world.kvmmem(&["target", "remove", NEW_PC.name])?;
+    world.end_qemu(&NEW_PC);
+    Ok(())
 }
 
 pub(crate) fn large_pages_and_death(world: &mut World, report: &mut Report) -> Result<()> {
@@ -94,14 +118,30 @@ pub(crate) fn large_pages_and_death(world: &mut World, report: &mut Report) -> R
 }
 
 fn death(world: &mut World, report: &mut Report) -> Result<()> {
-    let (_marker, mut tool, view) = open(world, report, &OLD_LARGE, By::Qmp)?;
+    let (marker, mut tool, view) = open(world, report, &OLD_LARGE, By::Pid)?;
     let taken = fs::read_to_string("/proc/meminfo").context("cannot read /proc/meminfo")?;
     let free = taken.lines().find(|line| line.starts_with("HugePages_Free")).unwrap_or_default();
     report.check("the RAM is in large pages", free.ends_with(" 0"), free);
+    looked_at::add(world, &NEW_Q35, "report")?;
+    let grant = world.grant_as(|usual| GrantRequest { target: OLD_LARGE.name.to_owned(), ..usual })?;
+    let mut other = world.qemu_viewer(&NEW_Q35)?;
+    let (_, other_view) = looked_at::open(&mut other, &grant)?;
+    let gpa = *marker.gpas.first().context("the marker has no page")?;
+    let seen = other.pread(&other_view, gpa, 32)?;
+    report.equal("a stock QEMU's guest looks at it, too", &seen, &Ok(marker.hex.clone()));
+    glance(world, report, &OLD_LARGE)?;
     world.qemu_mut(&OLD_LARGE)?.process.kill()?;
-    let polled = tool.must(&format!("poll {view} 20000"))?;
-    report.check("the target is killed: poll tells the tool", polled.contains("hup"), &polled);
-    report.equal("pread says that the target is gone", &errno(tool.pread(&view, 0, 8)?), &"ESTALE".into());
+    for (who, tool, view) in [("kvmmem vm's", &mut tool, &view), ("a stock QEMU's", &mut other, &other_view)]
+    {
+        let polled = tool.must(&format!("poll {view} 20000"))?;
+        report.check(
+            format!("the target is killed: poll tells {who} guest"),
+            polled.contains("hup"),
+            &polled,
+        );
+        let seen = errno(tool.pread(view, 0, 8)?);
+        report.equal("and pread says that the target is gone", &seen, &"ESTALE".into());
+    }
     let is_gone = (0..100).any(|_| {
         std::thread::sleep(Duration::from_millis(50));
         world.targets().is_ok_and(|all| all.iter().all(|target| target.name != OLD_LARGE.name))
@@ -111,9 +151,4 @@ fn death(world: &mut World, report: &mut Report) -> Result<()> {
     let left = grants.iter().filter(|grant| grant.target == OLD_LARGE.name).count();
     report.equal("its grants are gone", &left, &0);
     Ok(())
-}
-
-/// A number as the tools write it.
-fn parse(text: &str) -> Result<u64> {
-    u64::from_str_radix(text.trim_start_matches("0x"), 16).with_context(|| format!("{text:?} is no number"))
 }

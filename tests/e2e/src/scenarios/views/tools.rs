@@ -18,8 +18,6 @@ const LIMIT: Duration = Duration::from_secs(120);
 pub(crate) fn tools(world: &mut World, report: &mut Report) -> Result<()> {
     let gpa = world.gpa()?;
     let marker = world.marker()?.hex.clone();
-    let binary = std::fs::read(world.bed.bin("kvmmem"))?;
-    world.agent()?.put(CLI, 0o755, &binary)?;
     // The page, and some around it that were used as well.
     let from = gpa & !0xf_ffff;
     let span = Span { gpa: from, len: 0x10_0000 };

@@ -1,0 +1,83 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! What an introspector under a stock QEMU looks at, and how it comes to that.
+
+use anyhow::{Context, Result};
+use kvmmem_broker::admin::{GrantRequest, Granted};
+use kvmmem_broker::scope::Span;
+
+use crate::qemu::Spec;
+use crate::raw::Raw;
+use crate::world::{Marker, TARGET, World};
+
+/// A target with a marker in it.
+pub(super) struct LookedAt {
+    pub(super) name: &'static str,
+    /// The marker's first page.
+    pub(super) gpa: u64,
+    pub(super) hex: String,
+    _marker: Option<Marker>,
+}
+
+impl LookedAt {
+    /// `kvmmem vm`'s target, which has its 256 MiB in one file.
+    pub(super) fn ours(world: &mut World) -> Result<Self> {
+        world.mend()?;
+        let hex = world.marker()?.hex.clone();
+        Ok(Self { name: TARGET, gpa: world.gpa()?, hex, _marker: None })
+    }
+
+    /// A VM under a stock QEMU, which is made a target.
+    pub(super) fn stock(world: &mut World, spec: &Spec) -> Result<Self> {
+        let pid = world.boot_qemu(spec)?.process.id();
+        if !world.targets()?.iter().any(|target| target.introspectable && target.name == spec.name) {
+            world.kvmmem(&["target", "add", "--pid", &pid.to_string(), "--name", spec.name])?;
+        }
+        let marker = world.place_marker(&world.qemu(spec)?.agent, 4)?;
+        let gpa = *marker.gpas.first().context("the marker has no page")?;
+        Ok(Self { name: spec.name, gpa, hex: marker.hex.clone(), _marker: Some(marker) })
+    }
+
+    /// A read-only grant for ten minutes.
+    pub(super) fn grant(&self, world: &World, uses: u32, spans: Option<Vec<Span>>) -> Result<Granted> {
+        let target = self.name.to_owned();
+        world.grant_as(|usual| GrantRequest { target, uses, spans, ttl_ms: 600_000, ..usual })
+    }
+
+    /// Whether its marker is what the host sees.
+    pub(super) fn is_whole(&self, world: &World) -> Result<bool> {
+        let grant = self.grant(world, 1, None)?;
+        let output = std::process::Command::new(world.bed.bin("kvmmem"))
+            .args(["read", &format!("{:#x}", self.gpa), "32", "--json", "--broker"])
+            .arg(world.socket())
+            .env("KVMMEM_TOKEN", grant.token.to_hex().as_str())
+            .output()
+            .context("cannot run kvmmem")?;
+        Ok(String::from_utf8_lossy(&output.stdout).contains(&self.hex))
+    }
+}
+
+/// The name of a VM as an introspector: as a target it may have its own.
+pub(super) fn name_of(spec: &Spec) -> String {
+    format!("{}-looks", spec.name)
+}
+
+/// Boots the VM and makes it an introspector with this policy; returns what the broker says of it, as JSON.
+pub(super) fn add(world: &mut World, spec: &Spec, on_silence: &str) -> Result<serde_json::Value> {
+    let socket = world.boot_qemu(spec)?.socket().display().to_string();
+    let name = name_of(spec);
+    if world.targets()?.iter().any(|vm| vm.name == name) {
+        world.kvmmem(&["introspector", "remove", &name])?;
+    }
+    let words =
+        ["introspector", "add", "--qmp", &socket, "--name", &name, "--on-silence", on_silence, "--json"];
+    let added = world.kvmmem(&words)?;
+    serde_json::from_str(&added).with_context(|| format!("introspector add says {added:?}"))
+}
+
+/// Opens a view in the VM; the slots of its door and its device.
+pub(super) fn open(tool: &mut Raw, grant: &Granted) -> Result<(String, String)> {
+    match tool.knock(&grant.token)? {
+        Ok(slots) => Ok(slots),
+        Err(words) => anyhow::bail!("the door refuses: {words}"),
+    }
+}
