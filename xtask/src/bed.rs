@@ -72,6 +72,14 @@ impl Bed {
         line("image", &self.kernel.image().display());
         line("module", &self.module.display());
         line("programs", &self.binaries.folder().display());
+        if let Some(image) = &self.qemus {
+            line("QEMUs", &image.display());
+        }
+    }
+
+    /// Whether its host has stock QEMUs.
+    pub(crate) fn has_qemus(&self) -> bool {
+        self.qemus.is_some()
     }
 
     /// Runs the module's selftest: the stock kernel in QEMU, with a device that obeys every hypercall as the host.

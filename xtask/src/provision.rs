@@ -31,13 +31,18 @@ const BUILD: [Need; 2] = [
 ];
 
 /// For running what was built.
-const BED: [Need; 2] = [
+const BED: [Need; 3] = [
     Need {
         program: crate::l1::QEMU,
         package: "qemu-system-x86",
         why: "runs the module's selftest, and emulates the KVM host where there is no hardware virtualisation",
     },
     Need { program: "cpio", package: "cpio", why: "packs the selftest's initial RAM disk" },
+    Need {
+        program: crate::qemus::MKE2FS,
+        package: "e2fsprogs",
+        why: "makes the disk with the stock QEMUs of an emulated host",
+    },
 ];
 
 /// For packages.

@@ -31,6 +31,9 @@ const PACKAGE: &str = "qemu-system-x86";
 const SKELETON: &str = "cd \"$1\" && mkdir -p bed dev proc sys tmp run usr/bin usr/sbin usr/lib usr/lib64 && \
      for name in bin sbin lib lib64; do ln -s usr/$name $name; done";
 
+/// Makes the image's file system.
+pub(crate) const MKE2FS: &str = "/sbin/mke2fs";
+
 /// Size of the image: it is sparse, so only what is in it counts.
 const SIZE: &str = "2G";
 
@@ -83,7 +86,7 @@ fn pack(folder: &Path, image: &Path, log: &Path) -> Result<()> {
     let partial = image.with_extension("partial");
     // mke2fs would take what an interrupted run left for an image to ask about.
     root::remove(&partial, log)?;
-    Tool::as_root("/sbin/mke2fs", log)
+    Tool::as_root(MKE2FS, log)
         .args(["-q", "-t", "ext4", "-O", "^has_journal", "-m", "0", "-d"])
         .arg(folder)
         .arg(&partial)
