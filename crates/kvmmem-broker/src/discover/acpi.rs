@@ -23,6 +23,9 @@ const MAX_CANDIDATES: usize = 64;
 /// How much is searched at a time, bytes.
 const CHUNK: usize = 1 << 20;
 
+/// Bytes of a page.
+const PAGE: usize = 4096;
+
 /// Bytes of a table's header, and of the structure that all begins with, in its first version.
 const HEADER: usize = 36;
 const POINTER: usize = 20;
@@ -92,8 +95,12 @@ impl<R: Fn(u64, &mut [u8]) -> Option<()>> Memory<R> {
         while gpa < end && found.len() < MAX_CANDIDATES {
             let len = usize::try_from(end - gpa).unwrap_or(CHUNK).min(CHUNK);
             let Some(bytes) = self.read(gpa, len) else { break };
-            let hits = bytes.chunks(16).zip(0u64..).filter(|(chunk, _)| chunk.starts_with(SIGNATURE));
-            found.extend(hits.map(|(_, number)| gpa + number * 16).take(MAX_CANDIDATES));
+            // Most pages are left at the first look.
+            let pages =
+                bytes.chunks(PAGE).zip((gpa..).step_by(PAGE)).filter(|(page, _)| page.contains(&b'R'));
+            let places = pages.flat_map(|(page, gpa)| page.chunks(16).zip((gpa..).step_by(16)));
+            let hits = places.filter(|(chunk, _)| chunk.starts_with(SIGNATURE));
+            found.extend(hits.map(|(_, gpa)| gpa).take(MAX_CANDIDATES));
             gpa += len as u64;
         }
         found

@@ -103,21 +103,18 @@ fn only(
     verify: impl Fn(&[usize]) -> Result<(), Unconfirmed>,
 ) -> Result<Vec<usize>, ConfirmError> {
     let choices = choices(needed, sizes).ok_or_else(|| Obstacle::Ambiguous(*needed.first().unwrap_or(&0)))?;
-    let (mut confirmed, mut refused): (Option<Vec<usize>>, _) =
-        (None, Unconfirmed::BootMap(BootMapError::NotFound));
-    for choice in choices {
-        match verify(&choice) {
-            Err(error) => refused = error,
-            Ok(()) => {
-                if let Some(other) = confirmed.replace(choice.clone()) {
-                    let differs =
-                        choice.iter().zip(&other).zip(needed).find(|((one, other), _)| one != other);
-                    return Err(Obstacle::Ambiguous(differs.map_or(0, |(_, size)| *size)).into());
-                }
-            }
+    let mut refused = Unconfirmed::BootMap(BootMapError::NotFound);
+    let confirmed = choices.iter().find(|choice| verify(choice).map_err(|error| refused = error).is_ok());
+    let confirmed = confirmed.ok_or(ConfirmError::Unconfirmed(refused))?;
+    // Those before it as well: the guest may have left what confirms them only after they were tried.
+    match choices.iter().find(|choice| *choice != confirmed && verify(choice).is_ok()) {
+        None => Ok(confirmed.clone()),
+        Some(other) => {
+            let pairs = confirmed.iter().zip(other).zip(needed);
+            let size = pairs.filter(|((one, other), _)| one != other).map(|(_, size)| *size).next();
+            Err(Obstacle::Ambiguous(size.unwrap_or(0)).into())
         }
     }
-    confirmed.ok_or(ConfirmError::Unconfirmed(refused))
 }
 
 /// All ways to choose a candidate of the right size for each that is needed, none twice; `None` where there are too many.
@@ -149,6 +146,18 @@ mod tests {
         assert_eq!(only(&[4, 2, 4], &[4, 4, 2, 8], verify).unwrap(), [1, 2, 0]);
         let none = only(&[4, 2, 4], &[4, 4, 2, 8], |_| FAILED);
         assert!(matches!(none, Err(ConfirmError::Unconfirmed(error)) if Err(error) == FAILED));
+    }
+
+    #[test]
+    fn what_was_tried_too_early_is_tried_again() {
+        let tries = std::cell::Cell::new(0);
+        // The firmware runs while the last choice is looked at.
+        let verify = |_: &[usize]| {
+            tries.set(tries.get() + 1);
+            if tries.get() < 2 { FAILED } else { Ok(()) }
+        };
+        let ambiguous = only(&[4, 4], &[4, 4], verify);
+        assert!(matches!(ambiguous, Err(ConfirmError::Obstacle(Obstacle::Ambiguous(4)))));
     }
 
     #[test]

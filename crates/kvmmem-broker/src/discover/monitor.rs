@@ -133,8 +133,9 @@ impl<F: Fn(&Path) -> Option<Qmp>, T: FnMut(&mut Qmp, News) -> Next> Listener<F, 
     /// Listens until told otherwise, or until the connection is lost.
     fn listen(&mut self, qmp: &mut Qmp) -> Result<Next, QmpError> {
         let (mut is_due, mut memory) = (true, None);
+        let mut next = Heard::take(qmp)?;
         loop {
-            let mut heard = Heard::take(qmp)?;
+            let mut heard = next;
             if is_due || heard.stop {
                 // That a DIMM was plugged in is no event.
                 let now = qmp.memory_size()?;
@@ -157,7 +158,13 @@ impl<F: Fn(&Path) -> Option<Qmp>, T: FnMut(&mut Qmp, News) -> Next> Listener<F, 
             if self.is_stopped(if heard.is_any() { GATHER } else { Duration::ZERO }) {
                 return Ok(Next::Stop);
             }
-            is_due = !self.hears(qmp, if is_migrating { MIGRATING } else { IDLE }) || is_migrating;
+            // What came with an answer is not to be waited for.
+            next = Heard::take(qmp)?;
+            is_due = is_migrating;
+            if !next.is_any() {
+                is_due |= !self.hears(qmp, if is_migrating { MIGRATING } else { IDLE });
+                next = Heard::take(qmp)?;
+            }
         }
     }
 
