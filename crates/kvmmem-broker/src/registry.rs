@@ -58,7 +58,7 @@ pub enum RegisterError {
     #[error("RAM is not acceptable")]
     Ram(#[source] RamError),
     /// Another VM has the name.
-    #[error("a VM named {0:?} is registered already")]
+    #[error("a VM named {0:?} is registered already; give another name")]
     NameTaken(String),
     /// Another VM has the UUID.
     #[error("a VM with UUID {0} is registered already")]
@@ -166,11 +166,12 @@ impl Registry {
         if self.vms.len() >= MAX_VMS {
             return Err(RegisterError::Full);
         }
-        for other in self.vms.values().map(|vm| vm.registration()) {
+        for vm in self.vms.values() {
+            let other = vm.registration();
             if other.name == registration.name {
                 return Err(RegisterError::NameTaken(registration.name));
             }
-            if other.uuid == registration.uuid {
+            if other.uuid == registration.uuid && !is_other_role(vm, &registration, &peer) {
                 return Err(RegisterError::UuidTaken(registration.uuid));
             }
             if let Some(cid) = registration.cid.filter(|cid| other.cid == Some(*cid)) {
@@ -203,11 +204,12 @@ impl Registry {
         self.vms.get(&id).cloned()
     }
 
-    /// A VM by its name or its UUID.
+    /// A VM by its name or its UUID; where a UUID is that of a target and of an introspector, the target.
     pub fn find(&self, name_or_uuid: &str) -> Option<Arc<Vm>> {
         let uuid = Uuid::parse_str(name_or_uuid).ok();
         let named = self.vms.values().find(|vm| vm.registration.name == name_or_uuid);
-        named.or_else(|| self.vms.values().find(|vm| Some(vm.registration.uuid) == uuid)).cloned()
+        let with_uuid = || self.vms.values().filter(|vm| Some(vm.registration.uuid) == uuid);
+        named.or_else(|| with_uuid().max_by_key(|vm| vm.registration.introspectable)).cloned()
     }
 
     /// The introspector that has a vsock context id.
@@ -225,6 +227,18 @@ impl Registry {
     pub fn after(&self, after: u64) -> impl Iterator<Item = &Arc<Vm>> {
         self.vms.values().filter(move |vm| vm.id > after)
     }
+}
+
+/// Whether a VM and the one to be registered are one, which is looked at as the one and looks as the other: under a stock
+/// QEMU each is added by itself.
+fn is_other_role(vm: &Vm, registration: &Registration, peer: &Peer) -> bool {
+    let other = vm.registration();
+    let roles = |one: &Registration, two: &Registration| {
+        (one.introspectable, one.introspector, two.introspectable, two.introspector)
+            == (true, false, false, true)
+    };
+    vm.peer.credentials().pid == peer.credentials().pid
+        && (roles(other, registration) || roles(registration, other))
 }
 
 fn check(registration: &Registration) -> Result<(), RegisterError> {

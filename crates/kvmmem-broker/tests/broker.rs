@@ -9,7 +9,7 @@ use common::{TestBroker, Tool, introspector, ram, target, wait_for};
 use kvmmem_abi::errno::KvmError;
 use kvmmem_broker::admin::{Admin, AdminError};
 use kvmmem_broker::endpoint::Endpoint;
-use kvmmem_broker::link::{LinkError, RedeemError, Token, VmmLink};
+use kvmmem_broker::link::{LinkError, RedeemError, Registration, Token, VmmLink};
 use kvmmem_broker::wire::Refusal;
 use kvmmem_kvmi::request::Request;
 use rustix::io::{pread, pwrite};
@@ -44,6 +44,20 @@ fn a_second_vm_of_the_same_name_uuid_or_cid_is_refused_by_name() {
     twin.uuid = target("tiger").uuid;
     assert!(refused(twin.clone(), Some(ram())).contains(&twin.uuid.to_string()));
     assert!(refused(introspector("puma", 7), None).contains("context id 7"));
+}
+
+#[test]
+fn one_vm_may_be_a_target_and_an_introspector_by_two_names() {
+    let broker = TestBroker::start();
+    let uuid = target("tiger").uuid;
+    let _looks =
+        VmmLink::connect(&broker.path, Registration { uuid, ..introspector("tiger-looks", 7) }, None)
+            .unwrap();
+    let _tiger = broker.target("tiger");
+    // By its UUID it is the target: nobody has a grant of an introspector.
+    assert_eq!(broker.state.find(&uuid.to_string()).unwrap().registration().name, "tiger");
+    let third = VmmLink::connect(&broker.path, Registration { uuid, ..introspector("puma", 8) }, None);
+    assert!(matches!(third, Err(LinkError::Refused { refusal: Refusal::Exists, .. })), "{third:?}");
 }
 
 #[test]
