@@ -25,8 +25,8 @@ pub(crate) struct Target {
 enum Verb {
     /// Make a running virtual machine a target, without stopping or changing it (root only).
     ///
-    /// Its RAM must be shared and in one sealed file, as QEMU's memory-backend-memfd,share=on makes it:
-    /// `kvmmem targets --discover` says what to add where it is not.
+    /// RAM that is shared and in sealed files, as QEMU's memory-backend-memfd,share=on makes it, can be mapped; any other
+    /// is copied, for tools on the host alone: `kvmmem targets --discover` says what to add where it is not.
     Add(Add),
     /// Take a target out that was added; the virtual machine runs on (root only).
     Remove(Remove),
