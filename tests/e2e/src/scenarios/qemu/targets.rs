@@ -119,9 +119,14 @@ pub(crate) fn large_pages_and_death(world: &mut World, report: &mut Report) -> R
 
 fn death(world: &mut World, report: &mut Report) -> Result<()> {
     let (marker, mut tool, view) = open(world, report, &OLD_LARGE, By::Pid)?;
-    let taken = fs::read_to_string("/proc/meminfo").context("cannot read /proc/meminfo")?;
-    let free = taken.lines().find(|line| line.starts_with("HugePages_Free")).unwrap_or_default();
-    report.check("the RAM is in large pages", free.ends_with(" 0"), free);
+    let info = fs::read_to_string("/proc/meminfo").context("cannot read /proc/meminfo")?;
+    let line = info.lines().find_map(|line| line.strip_prefix("HugePages_Free:")).unwrap_or_default();
+    let free: u32 = line.trim().parse().context("no count of free large pages")?;
+    report.check(
+        "the RAM is in large pages",
+        free < LARGE_PAGES,
+        format!("{free} of {LARGE_PAGES} are free"),
+    );
     looked_at::add(world, &NEW_Q35, "report")?;
     let grant = world.grant_as(|usual| GrantRequest { target: OLD_LARGE.name.to_owned(), ..usual })?;
     let mut other = world.qemu_viewer(&NEW_Q35)?;
