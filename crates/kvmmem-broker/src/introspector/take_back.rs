@@ -17,9 +17,9 @@ use crate::wire::{OnSilence, ViewCounters};
 /// How long the driver may take to part its processes from the memory.
 const SEEN_LIMIT: Duration = Duration::from_secs(1);
 
-/// How long the guest may take then to let go of the devices: with what is before it, less than the broker waits for a
-/// revocation to be confirmed.
-const UNPLUG_LIMIT: Duration = Duration::from_millis(700);
+/// How long the guest may take in all until it has let go of the devices. The broker waits for 2 s for a revocation to be
+/// confirmed, and a QEMU that has to be killed needs its part of that.
+const END_LIMIT: Duration = Duration::from_millis(1300);
 
 /// How long QEMU is waited for to let go of the memory, which it does when all its threads have; what it has not by then
 /// is tried again later.
@@ -83,10 +83,10 @@ impl Cause {
 impl Introspector {
     /// Ends the views that `is_meant` picks; whether the guest reaches none of their memory any more.
     pub(super) fn end(&self, cause: Cause, is_meant: impl Fn(&View) -> bool) -> bool {
+        let deadline = Instant::now() + END_LIMIT;
         let meant: Vec<Arc<View>> = self.views().into_iter().filter(|view| is_meant(view)).collect();
         let (mine, others): (Vec<_>, Vec<_>) = meant.into_iter().partition(|view| view.claim(cause.state()));
         self.take_back(&mine, cause);
-        let deadline = Instant::now() + UNPLUG_LIMIT;
         for view in &others {
             view.wait_settled(deadline);
         }
@@ -113,17 +113,18 @@ impl Introspector {
         if views.is_empty() {
             return;
         }
+        let start = Instant::now();
         for view in views {
             view.announce(cause.state());
         }
         // After a reset there is no driver to look.
         if cause != Cause::Reset {
-            let deadline = Instant::now() + SEEN_LIMIT;
+            let deadline = start + SEEN_LIMIT;
             while !views.iter().all(|view| view.is_seen()) && Instant::now() < deadline && self.is_alive() {
                 std::thread::sleep(LOOK);
             }
         }
-        self.unplug(views, Instant::now() + UNPLUG_LIMIT);
+        self.unplug(views, start + END_LIMIT);
     }
 
     /// Unplugs views that are the caller's, as far as the guest and QEMU let it until the deadline.
