@@ -127,6 +127,8 @@ enum Bench {
     V1,
     /// Views
     Views,
+    /// Views in introspectors under stock QEMUs
+    Qemu,
     /// The broker with 1,000 targets and 10,000 grants; needs no VM
     Broker,
 }
@@ -162,6 +164,7 @@ fn run(verb: Verb) -> Result<i32> {
             print!("{}", verbs::bench_here("kvmmem", "host_scan", json)?);
             on_host(Wanted::All, &verbs::bench("views", json))
         }
+        Verb::Bench { what: Bench::Qemu, json } => on_host(Wanted::All, &verbs::bench("qemu", json)),
         Verb::Bench { what: Bench::Broker, json } => {
             print!("{}", verbs::bench_here("kvmmem-broker", "crowd", json)?);
             Ok(0)

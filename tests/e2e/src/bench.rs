@@ -2,6 +2,7 @@
 //! `cargo xtask bench`: ratios to a floor or a peer, both taken in one run on one host.
 
 mod floor;
+mod qemu;
 mod row;
 mod v1;
 mod views;
@@ -17,6 +18,8 @@ enum What {
     V1,
     /// Views.
     Views,
+    /// Views in introspectors under stock QEMUs.
+    Qemu,
 }
 
 #[derive(Args)]
@@ -32,6 +35,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
     let rows = match arguments.what {
         What::V1 => v1::rows()?,
         What::Views => views::rows()?,
+        What::Qemu => qemu::rows()?,
     };
     print(&rows, arguments.json)?;
     Ok(0)

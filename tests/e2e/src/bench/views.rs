@@ -4,9 +4,10 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use kvmmem::Token;
 use kvmmem_broker::admin::GrantRequest;
 use kvmmem_broker::link::{Region, Registration, VmmLink};
-use kvmmem_guest::Command;
+use kvmmem_guest::{Agent, Command};
 use kvmmem_probe::Samples;
 use kvmmem_sys::ram::GuestRam;
 use uuid::Uuid;
@@ -18,7 +19,7 @@ use crate::world::{BENCH, PROBE, World};
 /// Rounds of each series.
 const ROUNDS: usize = 30;
 /// Bytes of the target that are read, from [`FROM`] on: RAM that its kernel has used.
-const LENGTH: u64 = 32 << 20;
+pub(super) const LENGTH: u64 = 32 << 20;
 const FROM: u64 = 16 << 20;
 /// Pages that are read here and there.
 const SCATTERED: usize = 512;
@@ -32,35 +33,7 @@ pub(super) fn rows() -> Result<Vec<Row>> {
     marker.child.kill(9)?;
     marker.child.wait(LIMIT)?;
     let memory = in_guest(&mut world, "target", "memory", LENGTH)?;
-    let find_here = |name| find(&memory, name);
-    let mut rows = vec![
-        Row::faster(
-            "sequential read, against own memory",
-            0.95,
-            find_here("sequential, view")?,
-            find_here("sequential, own")?,
-        )?,
-        Row::faster(
-            "8-byte reads here and there, against own memory",
-            0.9,
-            find_here("scattered, view")?,
-            find_here("scattered, own")?,
-        )?,
-        Row::slower(
-            "first touch by 4 KiB, against a minor fault",
-            1.5,
-            find_here("first touch, 4 KiB")?,
-            1,
-            find_here("minor fault")?,
-        )?,
-        Row::slower(
-            "first touch by 2 MiB, per 4 KiB, against a minor fault",
-            0.01,
-            find_here("first touch, 2 MiB")?,
-            1,
-            find_here("minor fault")?,
-        )?,
-    ];
+    let mut rows = memory_rows(&memory)?;
     let small = Sparse::register(&world, "sparse-1g", 1 << 30)?;
     let large = Sparse::register(&world, "sparse-64g", 64 << 30)?;
     let (one, many) =
@@ -97,6 +70,39 @@ pub(super) fn rows() -> Result<Vec<Row>> {
     Ok(rows)
 }
 
+/// What a view costs once it is open, against the guest's own memory: of the series that the tool in C calls `memory`.
+pub(super) fn memory_rows(memory: &[Samples]) -> Result<Vec<Row>> {
+    let find = |name| find(memory, name);
+    Ok(vec![
+        Row::faster(
+            "sequential read, against own memory",
+            0.95,
+            find("sequential, view")?,
+            find("sequential, own")?,
+        )?,
+        Row::faster(
+            "8-byte reads here and there, against own memory",
+            0.9,
+            find("scattered, view")?,
+            find("scattered, own")?,
+        )?,
+        Row::slower(
+            "first touch by 4 KiB, against a minor fault",
+            1.5,
+            find("first touch, 4 KiB")?,
+            1,
+            find("minor fault")?,
+        )?,
+        Row::slower(
+            "first touch by 2 MiB, per 4 KiB, against a minor fault",
+            0.01,
+            find("first touch, 2 MiB")?,
+            1,
+            find("minor fault")?,
+        )?,
+    ])
+}
+
 /// What the tool in C times in the introspector.
 fn in_guest(world: &mut World, target: &str, what: &str, length: u64) -> Result<Vec<Samples>> {
     let grant = world.grant_as(|request| GrantRequest {
@@ -105,12 +111,17 @@ fn in_guest(world: &mut World, target: &str, what: &str, length: u64) -> Result<
         ttl_ms: 3_600_000,
         ..request
     })?;
-    let bench = std::fs::read(world.bed.bin("kvmmem-bench")).context("no bench in the bed")?;
-    world.agent()?.put(BENCH, 0o755, &bench)?;
+    time(&world.bed, world.agent()?, &grant.token, what, length)
+}
+
+/// What the tool in C times in a guest: `length` bytes from [`FROM`] on, by what it attaches with.
+pub(super) fn time(bed: &Bed, agent: &Agent, token: &Token, what: &str, length: u64) -> Result<Vec<Samples>> {
+    let bench = std::fs::read(bed.bin("kvmmem-bench")).context("no bench in the bed")?;
+    agent.put(BENCH, 0o755, &bench)?;
     let mut command = Command::new(BENCH).as_member().arg(what);
     command = command.args([FROM.to_string(), length.to_string(), ROUNDS.to_string()]);
-    command = command.args(grant.token.words().map(|word| format!("{word:#x}")));
-    let output = world.agent()?.run(&command, LIMIT)?;
+    command = command.args(token.words().map(|word| format!("{word:#x}")));
+    let output = agent.run(&command, LIMIT)?;
     ensure!(output.status.success(), "the bench failed: {} {}", output.status, output.error_text());
     output
         .text()

@@ -60,11 +60,6 @@ pub(crate) const ALL: &[Scenario] = &[
         run: grants::places,
     },
     Scenario {
-        name: "qemu_speed",
-        purpose: "from a token to the first bytes, twenty times",
-        run: grants::speed,
-    },
-    Scenario {
         name: "qemu_revoke",
         purpose: "a grant is taken back under a process that reads, and a tool is killed",
         run: ends::revoke,
@@ -130,18 +125,6 @@ const OLD_LARGE: Spec = Spec {
     cid: 13,
     largest: "512M",
 };
-
-/// Whether the broker's count of open views falls to `wanted` within twenty seconds.
-fn settles(world: &World, wanted: usize) -> Result<bool> {
-    for _ in 0..200 {
-        let open: usize = world.admin()?.grants()?.iter().map(|grant| grant.views.len()).sum();
-        if open <= wanted {
-            return Ok(true);
-        }
-        std::thread::sleep(Duration::from_millis(100));
-    }
-    Ok(false)
-}
 
 /// Whether QEMU soon has no window any more.
 fn is_empty(world: &World, spec: &Spec) -> Result<bool> {

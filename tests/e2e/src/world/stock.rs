@@ -2,7 +2,7 @@
 //! The VMs of a world that run under stock QEMUs.
 
 use std::path::PathBuf;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use kvmmem_guest::Command as GuestCommand;
@@ -72,5 +72,17 @@ impl World {
             }
         }
         text
+    }
+
+    /// Whether the broker's count of open views falls to `wanted` within twenty seconds.
+    pub(crate) fn settles(&self, wanted: usize) -> Result<bool> {
+        for _ in 0..200 {
+            let open: usize = self.admin()?.grants()?.iter().map(|grant| grant.views.len()).sum();
+            if open <= wanted {
+                return Ok(true);
+            }
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        Ok(false)
     }
 }

@@ -8,7 +8,7 @@ use kvmmem_probe::COUNTER;
 use serde_json::json;
 
 use super::looked_at::{LookedAt, add, name_of, open};
-use super::{NEW_Q35, OLD_PC, is_empty, number, settles};
+use super::{NEW_Q35, OLD_PC, is_empty, number};
 use crate::raw::errno;
 use crate::report::Report;
 use crate::vm;
@@ -47,7 +47,7 @@ pub(super) fn revoke(world: &mut World, report: &mut Report) -> Result<()> {
         let (_, view) = open(&mut tool, &grant)?;
         tool.pread(&view, target.gpa, 8)?.ok().context("no view")?;
         tool.child.kill(9)?;
-        report.check("SIGKILL of a tool closes its view", settles(world, 0)?, "");
+        report.check("SIGKILL of a tool closes its view", world.settles(0)?, "");
         report.check("and unplugs its devices", is_empty(world, spec)?, "");
     }
     Ok(())
@@ -60,7 +60,7 @@ pub(super) fn reset(world: &mut World, report: &mut Report) -> Result<()> {
     let mut tool = world.qemu_viewer(&OLD_PC)?;
     open(&mut tool, &grant)?;
     world.qemu(&OLD_PC)?.qmp("system_reset", &json!({}))?;
-    report.check("the introspector is reset: its view is closed", settles(world, 0)?, "");
+    report.check("the introspector is reset: its view is closed", world.settles(0)?, "");
     let run = world.run_folder();
     let qemu = world.qemu_mut(&OLD_PC)?;
     vm::wait_for_agent(OLD_PC.name, OLD_PC.cid, &mut qemu.process, &run)?;
@@ -70,7 +70,7 @@ pub(super) fn reset(world: &mut World, report: &mut Report) -> Result<()> {
     report.equal("booted again, it attaches again", &seen, &Ok(target.hex.clone()));
 
     world.qemu_mut(&OLD_PC)?.process.kill()?;
-    report.check("it is killed: its view is closed", settles(world, 0)?, "");
+    report.check("it is killed: its view is closed", world.settles(0)?, "");
     let name = name_of(&OLD_PC);
     let is_listed = || world.targets().map(|all| all.iter().any(|vm| vm.name == name));
     let mut is_gone = false;

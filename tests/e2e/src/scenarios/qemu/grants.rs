@@ -1,19 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! What an introspector under a stock QEMU may see, how much of it at once, and how soon.
+//! What an introspector under a stock QEMU may see, and how much of it at once.
 
 use anyhow::{Context, Result};
-use kvmmem_broker::door::DOOR_PORT;
 use kvmmem_broker::scope::Span;
 
 use super::looked_at::{LookedAt, add, open};
-use super::{NEW_Q35, OLD_PC, is_empty, number, settles};
+use super::{NEW_Q35, OLD_PC, is_empty};
 use crate::qemu::VIEWS;
 use crate::raw::errno;
 use crate::report::Report;
 use crate::world::World;
-
-/// Attaches that are timed.
-const ROUNDS: usize = 20;
 
 pub(super) fn parts(world: &mut World, report: &mut Report) -> Result<()> {
     let target = LookedAt::ours(world)?;
@@ -39,7 +35,7 @@ pub(super) fn parts(world: &mut World, report: &mut Report) -> Result<()> {
         mapped,
     );
     tool.must(&format!("close {door}"))?;
-    report.check("it is closed", settles(world, 0)? && is_empty(world, &NEW_Q35)?, "");
+    report.check("it is closed", world.settles(0)? && is_empty(world, &NEW_Q35)?, "");
 
     add(world, &OLD_PC, "report")?;
     let grant = target.grant(world, 1, Some(spans))?;
@@ -70,34 +66,10 @@ pub(super) fn places(world: &mut World, report: &mut Report) -> Result<()> {
     let (door, view) = doors.first().context("no place at all")?;
     report.equal("the others look on", &tool.pread(view, target.gpa, 32)?, &Ok(target.hex.clone()));
     tool.must(&format!("close {door}"))?;
-    report.check("one is closed", settles(world, VIEWS - 1)?, "");
+    report.check("one is closed", world.settles(VIEWS - 1)?, "");
     let (_, view) = open(&mut tool, &grant)?;
     report.equal("and its place is free again", &tool.pread(&view, target.gpa, 32)?, &Ok(target.hex.clone()));
     drop(tool);
-    report.check("the tool's end closes all", settles(world, 0)? && is_empty(world, &NEW_Q35)?, "");
-    Ok(())
-}
-
-pub(super) fn speed(world: &mut World, report: &mut Report) -> Result<()> {
-    let target = LookedAt::ours(world)?;
-    for spec in [&NEW_Q35, &OLD_PC] {
-        add(world, spec, "report")?;
-        let grant = target.grant(world, 100, None)?;
-        let mut tool = world.qemu_viewer(spec)?;
-        let token = grant.token.to_hex();
-        let mut micros = Vec::new();
-        for _ in 0..ROUNDS {
-            let answer = tool.must(&format!("first {DOOR_PORT} {} {:#x}", token.as_str(), target.gpa))?;
-            micros.push(number(&answer)?);
-            settles(world, 0)?;
-        }
-        micros.sort_unstable();
-        let at = |part: usize| micros.get(part).map_or(0.0, |micros| *micros as f64 / 1e3);
-        report.check(
-            format!("{}: {ROUNDS} attaches, from the token to the first bytes", spec.name),
-            true,
-            format!("p50 {:.1} ms, slowest {:.1} ms", at(ROUNDS / 2), at(ROUNDS - 1)),
-        );
-    }
+    report.check("the tool's end closes all", world.settles(0)? && is_empty(world, &NEW_Q35)?, "");
     Ok(())
 }

@@ -8,7 +8,7 @@ use kvmmem_guest::Command;
 use kvmmem_probe::COUNTER;
 
 use super::looked_at::{LookedAt, add, open};
-use super::{NEW_Q35, OLD_PC, is_empty, number, settles};
+use super::{NEW_Q35, OLD_PC, is_empty, number};
 use crate::qemu::{Release, Spec, VIEWS};
 use crate::raw::{Raw, errno};
 use crate::report::Report;
@@ -68,7 +68,7 @@ pub(super) fn look(world: &mut World, report: &mut Report, spec: &Spec) -> Resul
     let polled = tool.must(&format!("poll {view} 20000"))?;
     report.check("the view has ended with its devices", polled.contains("hup"), &polled);
     tool.must(&format!("close {door}"))?;
-    report.check("closing the door closes the view", settles(world, 0)?, "");
+    report.check("closing the door closes the view", world.settles(0)?, "");
     report.check("and QEMU has no window any more", is_empty(world, spec)?, "");
     let (door, view) = open(&mut tool, &grant)?;
     report.equal(
@@ -77,7 +77,7 @@ pub(super) fn look(world: &mut World, report: &mut Report, spec: &Spec) -> Resul
         &Ok(target.hex.clone()),
     );
     tool.must(&format!("close {door}"))?;
-    report.check("closed as well", settles(world, 0)? && is_empty(world, spec)?, "");
+    report.check("closed as well", world.settles(0)? && is_empty(world, spec)?, "");
     Ok(())
 }
 
@@ -125,7 +125,7 @@ fn command_line(
             is_right,
             error.trim(),
         );
-        report.check("leaves nothing", settles(world, 0)?, "");
+        report.check("leaves nothing", world.settles(0)?, "");
     }
     Ok(())
 }
@@ -176,6 +176,6 @@ pub(super) fn pair(world: &mut World, report: &mut Report) -> Result<()> {
     report.equal("while kvmmem vm's introspector looks at the new one", &seen, &Ok(target.hex.clone()));
     tool.must(&format!("close {door}"))?;
     introspector.must(&format!("close {other}"))?;
-    report.check("both views are closed", settles(world, 0)?, "");
+    report.check("both views are closed", world.settles(0)?, "");
     Ok(())
 }

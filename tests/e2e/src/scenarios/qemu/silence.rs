@@ -7,7 +7,7 @@ use anyhow::Result;
 use serde_json::json;
 
 use super::looked_at::{LookedAt, add, open};
-use super::{NEW_Q35, is_empty, settles};
+use super::{NEW_Q35, is_empty};
 use crate::report::Report;
 use crate::vm;
 use crate::world::World;
@@ -32,7 +32,7 @@ pub(super) fn report_and_pause(world: &mut World, report: &mut Report) -> Result
         format!("{revoked:?}"),
     );
     world.qemu(&NEW_Q35)?.qmp("cont", &json!({}))?;
-    report.check("once it runs again, it lets go", is_empty(world, &NEW_Q35)? && settles(world, 0)?, "");
+    report.check("once it runs again, it lets go", is_empty(world, &NEW_Q35)? && world.settles(0)?, "");
     drop(tool);
 
     add(world, &NEW_Q35, "pause")?;
@@ -51,7 +51,7 @@ pub(super) fn report_and_pause(world: &mut World, report: &mut Report) -> Result
     vm::wait_for_agent(NEW_Q35.name, NEW_Q35.cid, &mut qemu.process, &run)?;
     report.check(
         "a reset helps, and takes the windows away",
-        is_empty(world, &NEW_Q35)? && settles(world, 0)?,
+        is_empty(world, &NEW_Q35)? && world.settles(0)?,
         "",
     );
     Ok(())
