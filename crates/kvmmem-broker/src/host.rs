@@ -145,7 +145,8 @@ impl HostLink {
             Ok(socket)
         };
         let socket = connect().map_err(|source| HostError::Connect { path: socket.to_owned(), source })?;
-        let call = Call::Attach { token: token.clone(), caller: this_process(), read_only };
+        // Of the caller the broker takes the name; process and user it has from the socket.
+        let call = Call::Attach { token: token.clone(), caller: Caller::this_process(), read_only };
         let sent = socket.send(&Request { id: 1, call }, &[], Wait::Limited);
         let mut buffer = PacketBuffer::default();
         // What happens to the target and the grant while the answer is on its way.
@@ -291,15 +292,5 @@ impl Drop for HostLink {
             End::Revoked => self.confirm(),
             End::Confirmed | End::Gone => {}
         }
-    }
-}
-
-/// Who asks; the broker takes process and user from the socket, and only the name from here.
-fn this_process() -> Caller {
-    let comm = std::fs::read_to_string("/proc/self/comm").unwrap_or_default();
-    Caller {
-        pid: std::process::id(),
-        uid: rustix::process::getuid().as_raw(),
-        comm: comm.trim_end().to_owned(),
     }
 }

@@ -24,6 +24,14 @@ pub struct Credentials {
     pub uid: u32,
 }
 
+impl Credentials {
+    /// Whether it may add and remove VMs: root, and the broker's own user. A group's members may give out what VMMs have
+    /// registered, and no more: other VMs are not theirs.
+    pub fn may_add(self) -> bool {
+        self.uid == 0 || self.uid == rustix::process::geteuid().as_raw()
+    }
+}
+
 /// A connected peer.
 #[derive(Debug)]
 pub struct Peer {

@@ -57,6 +57,15 @@ fn start_incoming(broker: &TestBroker, arguments: &[&str], listens: &Path) -> Qe
     new
 }
 
+/// A QEMU whose firmware has run, and whose monitor the broker listens to.
+fn start_listened(broker: &TestBroker) -> Qemu {
+    let old = Qemu::start(broker, "old", MACHINE).unwrap();
+    add_confirmed(broker, &old);
+    broker.admin().remove_target("old").unwrap();
+    broker.admin().add_target(&old.socket(), None).unwrap();
+    old
+}
+
 fn attach(broker: &TestBroker) -> (HostLink, HostView) {
     let terms = GrantRequest { target: "old".into(), ..request(Rights::ReadOnly) };
     HostLink::attach(&broker.path, &broker.grant(&terms).token, true).unwrap()
@@ -99,10 +108,7 @@ fn a_monitor_tells_of_a_live_update_before_the_old_qemu_ends() {
         return;
     }
     let broker = TestBroker::start();
-    let old = Qemu::start(&broker, "old", MACHINE).unwrap();
-    add_confirmed(&broker, &old);
-    broker.admin().remove_target("old").unwrap();
-    broker.admin().add_target(&old.socket(), None).unwrap();
+    let old = start_listened(&broker);
     let (mut link, view) = attach(&broker);
     let new = migrate(&broker, &old, true);
     let pid = || broker.admin().targets().unwrap().first().map(|target| target.pid);
@@ -122,10 +128,7 @@ fn a_qemu_that_updates_itself_in_place_stays_the_target() {
         return;
     }
     let broker = TestBroker::start();
-    let old = Qemu::start(&broker, "old", MACHINE).unwrap();
-    add_confirmed(&broker, &old);
-    broker.admin().remove_target("old").unwrap();
-    broker.admin().add_target(&old.socket(), None).unwrap();
+    let old = start_listened(&broker);
     let (mut link, view) = attach(&broker);
     let state = format!("file:{}", broker.directory.path().join("state").display());
     let mut command = vec!["qemu-system-x86_64".to_owned()];

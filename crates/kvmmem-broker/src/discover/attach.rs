@@ -179,7 +179,7 @@ pub fn open(which: &Which, name: Option<String>) -> Result<Opened, AttachError> 
     };
     let registration = Registration {
         name: name.or_else(|| line.name.clone()).unwrap_or_else(|| format!("vm-{pid}")),
-        uuid: line.uuid.map_or_else(random_uuid, Ok)?,
+        uuid: line.uuid.map_or_else(random_uuid, Ok).map_err(AttachError::Random)?,
         vcpus,
         start_time_ms: process.start_time_ms().unwrap_or(0),
         cid: None,
@@ -324,9 +324,10 @@ fn libvirt_pid(directory: &Path, name: &str) -> Result<u32, AttachError> {
     pid.ok_or_else(|| AttachError::NoDomain { name: name.to_owned(), path })
 }
 
-fn random_uuid() -> Result<Uuid, AttachError> {
+/// For a VM whose command line has none.
+pub(crate) fn random_uuid() -> Result<Uuid, getrandom::Error> {
     let mut bytes = [0; 16];
-    getrandom::fill(&mut bytes).map_err(AttachError::Random)?;
+    getrandom::fill(&mut bytes)?;
     Ok(uuid::Builder::from_random_bytes(bytes).into_uuid())
 }
 

@@ -18,7 +18,8 @@ use super::view::View;
 use super::{Introspector, State, Traits, janitor};
 use crate::broker::{Broker, Refused};
 use crate::connection;
-use crate::discover::{self, attach::Which};
+use crate::discover::attach::{Which, random_uuid};
+use crate::discover::process;
 use crate::link::{LinkError, Registration, ViewEvents, VmmLink};
 use crate::packet::{PacketError, PacketSocket};
 use crate::peer::{Credentials, Peer};
@@ -131,7 +132,7 @@ impl Broker {
 
     fn add_found(
         self: &Arc<Self>,
-        process: discover::process::Process,
+        process: process::Process,
         monitor: &Arc<Monitor>,
         (cid, name, uuid): (Option<u32>, Option<String>, Option<Uuid>),
         on_silence: OnSilence,
@@ -147,7 +148,7 @@ impl Broker {
         let pid = process.pid();
         let registration = Registration {
             name: name.or(machine.name).unwrap_or_else(|| format!("qemu-{pid}")),
-            uuid: machine.uuid.or(uuid).map_or_else(random_uuid, Ok)?,
+            uuid: machine.uuid.or(uuid).map_or_else(random_uuid, Ok).map_err(AddError::Random)?,
             vcpus: machine.vcpus,
             start_time_ms: process.start_time_ms().unwrap_or(0),
             cid: Some(cid),
@@ -235,18 +236,9 @@ impl Broker {
     }
 }
 
-/// As with targets: what is done here is done to VMs of others.
 fn may(peer: Credentials) -> Result<(), Refused> {
-    if peer.uid == 0 || peer.uid == rustix::process::geteuid().as_raw() {
-        return Ok(());
-    }
-    Err(Refused::new(Refusal::Denied, "only root may add and remove introspectors"))
-}
-
-fn random_uuid() -> Result<Uuid, AddError> {
-    let mut bytes = [0; 16];
-    getrandom::fill(&mut bytes).map_err(AddError::Random)?;
-    Ok(uuid::Builder::from_random_bytes(bytes).into_uuid())
+    let denied = || Refused::new(Refusal::Denied, "only root may add and remove introspectors");
+    peer.may_add().then_some(()).ok_or_else(denied)
 }
 
 fn session() -> Result<String, AddError> {

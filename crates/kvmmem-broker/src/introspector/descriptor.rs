@@ -35,7 +35,7 @@ pub enum Complaint {
         "the guest has no room for the windows: give the PCI root port a larger pref64-reserve, or an i440FX a larger pci-hole64-size, and the CPU host-phys-bits=on, as `kvmmem qemu-args` says"
     )]
     NoAddress,
-    /// A window cannot be mapped write-back.
+    /// A window can be mapped neither write-back nor write-through.
     #[error("the guest cannot map the windows cached")]
     NotCached,
     /// The descriptor is not understood.

@@ -111,6 +111,18 @@ pub struct Caller {
     pub comm: String,
 }
 
+impl Caller {
+    /// This process.
+    pub fn this_process() -> Self {
+        let comm = std::fs::read_to_string("/proc/self/comm").unwrap_or_default();
+        Self {
+            pid: std::process::id(),
+            uid: rustix::process::getuid().as_raw(),
+            comm: comm.trim_end().to_owned(),
+        }
+    }
+}
+
 /// What has happened to a view.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ViewCounters {

@@ -150,7 +150,7 @@ fn port() -> Result<u32, DoorError> {
 /// Asks for a view and waits for the answer, the view's ticket.
 fn ask(socket: BorrowedFd<'_>, port: u32, token: &Token, read_only: bool) -> Result<Token, DoorError> {
     let mut timed = Timed::new(socket, Instant::now() + LIMIT);
-    let question = FromTool::Open { token: token.clone(), read_only, caller: this_process() };
+    let question = FromTool::Open { token: token.clone(), read_only, caller: Caller::this_process() };
     // Who is refused at once may be so before this is sent; the answer tells.
     let sent = frame::write(&mut timed, &question);
     let no_answer = |source| DoorError::Answer { port, source };
@@ -165,16 +165,6 @@ fn is_shut(socket: BorrowedFd<'_>) -> bool {
     let now = Timespec { tv_sec: 0, tv_nsec: 0 };
     let mut files = [PollFd::from_borrowed_fd(socket, PollFlags::IN | PollFlags::RDHUP)];
     matches!(poll(&mut files, Some(&now)), Ok(ready) if ready > 0)
-}
-
-/// Who asks, for the host's audit log.
-fn this_process() -> Caller {
-    let comm = std::fs::read_to_string("/proc/self/comm").unwrap_or_default();
-    Caller {
-        pid: std::process::id(),
-        uid: rustix::process::getuid().as_raw(),
-        comm: comm.trim_end().to_owned(),
-    }
 }
 
 #[cfg(test)]
