@@ -1,9 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What the server answers to each message, apart from any socket.
 //!
-//! The rules are those of the v6 kernel, with one exception: a bad request gets an error reply where that kernel would
-//! close the connection. Only these break the stream: a payload larger than the protocol allows, and a command that
-//! returns data while the tool has switched the replies off, for then the two sides no longer agree on what follows.
+//! The rules are those of the v6 kernel, with two exceptions. A bad request gets an error reply where that kernel would
+//! close the connection. And nothing is sent while the tool has switched the replies off: that kernel answers a command
+//! that it does not offer even then, but a tool in a batch waits for the reply to the batch's last message alone
+//! (libkvmi) and is out of step for good once another one comes first. The first refusal of the batch is the error of
+//! the message that switches the replies on again instead, so that the tool does not take silence for success.
+//!
+//! Only these break the stream: a payload larger than the protocol allows, and an offered command that returns data
+//! while the replies are off, for then the two sides no longer agree on what follows.
 
 use kvmmem_abi::errno::KvmError;
 use zerocopy::IntoBytes;
@@ -104,11 +109,13 @@ impl ReplyBuffer {
 #[derive(Debug)]
 pub struct Dispatcher {
     replies: bool,
+    /// The first refusal of a command that is not offered since the replies were switched off.
+    refused: Option<KvmError>,
 }
 
 impl Default for Dispatcher {
     fn default() -> Self {
-        Self { replies: true }
+        Self { replies: true, refused: None }
     }
 }
 
@@ -125,13 +132,17 @@ impl Dispatcher {
         buffer: &'b mut ReplyBuffer,
     ) -> Result<Option<&'b [u8]>, RepliesOff> {
         let id = header.id.get();
-        // What is not offered is answered even while replies are off: the tool must not take silence for success.
+        // Answers an event, and gets no answer itself. No event is sent that it could answer.
+        if id == command::EVENT_REPLY {
+            return Ok(None);
+        }
         if !command::is_offered(id) {
-            let error = match command::level(id) {
-                Level::Vcpu => VcpuHeader::check(payload, vm.vcpu_count()).err(),
-                Level::Vm | Level::Unknown => None,
-            };
-            return Ok(seal(buffer, header, Err(error.unwrap_or(KvmError::OpNotSupp)), 0));
+            let error = refusal(id, payload, vm.vcpu_count());
+            if !self.replies {
+                self.refused.get_or_insert(error);
+                return Ok(None);
+            }
+            return Ok(seal(buffer, header, Err(error), 0));
         }
         let request = Request::decode(id, payload);
         let mut replies = self.replies;
@@ -139,6 +150,9 @@ impl Dispatcher {
             self.replies = enable;
             if now {
                 replies = enable;
+            }
+            if enable && let Some(error) = self.refused.take() {
+                return Ok(if replies { seal(buffer, header, Err(error), 0) } else { None });
             }
         }
         if !replies && request.as_ref().is_ok_and(returns_data) {
@@ -150,6 +164,14 @@ impl Dispatcher {
         }
         let size = *outcome.as_ref().unwrap_or(&0);
         Ok(seal(buffer, header, outcome.map(|_| ()), size))
+    }
+}
+
+/// Why a command that is not offered is refused.
+fn refusal(id: u16, payload: &[u8], vcpu_count: u32) -> KvmError {
+    match command::level(id) {
+        Level::Vcpu => VcpuHeader::check(payload, vcpu_count).err().unwrap_or(KvmError::OpNotSupp),
+        Level::Vm | Level::Unknown => KvmError::OpNotSupp,
     }
 }
 

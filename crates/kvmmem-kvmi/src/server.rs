@@ -2,7 +2,7 @@
 //! The VM's side of a connection: handshake, then one reply for each request, until the tool closes.
 //!
 //! An idle tool is waited for without limit; to stop, shut the socket down from another thread. A tool that has begun
-//! a handshake or a message, or that does not read its replies, has [`STALL_LIMIT`] to go on.
+//! a handshake or a message, or that does not read its replies, has a limited time to continue ([`Limits`]).
 
 use std::io::{self, Read, Write};
 use std::os::fd::AsFd;
@@ -15,11 +15,20 @@ use crate::dispatch::{Dispatcher, Introspected, RepliesOff, ReplyBuffer};
 use crate::handshake::{HandshakeError, ToolHello, VmHello};
 use crate::message::{HEADER_SIZE, Header, MAX_PAYLOAD};
 
-/// How long the tool may take for its half of the handshake.
-pub const HANDSHAKE_LIMIT: Duration = Duration::from_secs(10);
+/// How long the server waits for a tool that is late.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// For the tool's half of the handshake.
+    pub handshake: Duration,
+    /// For a message from its first byte to its last, and for a write of a reply.
+    pub stall: Duration,
+}
 
-/// How long a message may take from its first byte to its last, and a write of a reply.
-pub const STALL_LIMIT: Duration = Duration::from_secs(15);
+impl Default for Limits {
+    fn default() -> Self {
+        Self { handshake: Duration::from_secs(10), stall: Duration::from_secs(15) }
+    }
+}
 
 /// A connected stream socket, blocking.
 pub trait Socket: Read + Write {
@@ -88,12 +97,25 @@ pub fn serve<S: Socket>(
     vm: &impl Introspected,
     connected: impl FnOnce(),
 ) -> Result<(), ServeError> {
-    stream.limit_writes(STALL_LIMIT).map_err(ServeError::Limit)?;
-    greet(stream, vm).map_err(ServeError::Handshake)?;
+    serve_within(Limits::default(), stream, vm, connected)
+}
+
+/// As [`serve`], with other limits than the protocol's usual ones.
+///
+/// # Errors
+/// Why the connection had to end before the tool closed it.
+pub fn serve_within<S: Socket>(
+    limits: Limits,
+    stream: &mut S,
+    vm: &impl Introspected,
+    connected: impl FnOnce(),
+) -> Result<(), ServeError> {
+    stream.limit_writes(limits.stall).map_err(ServeError::Limit)?;
+    greet(stream, vm, limits.handshake).map_err(ServeError::Handshake)?;
     stream.limit_reads(None).map_err(ServeError::Limit)?;
     connected();
 
-    let mut inbox = Inbox::default();
+    let mut inbox = Inbox::new(limits.stall);
     let mut dispatcher = Dispatcher::default();
     let mut reply = ReplyBuffer::default();
     while let Some((header, payload)) = inbox.next(stream)? {
@@ -108,11 +130,11 @@ pub fn serve<S: Socket>(
     Ok(())
 }
 
-fn greet<S: Socket>(stream: &mut S, vm: &impl Introspected) -> Result<(), HandshakeError> {
+fn greet<S: Socket>(stream: &mut S, vm: &impl Introspected, limit: Duration) -> Result<(), HandshakeError> {
     let hello = VmHello { uuid: vm.uuid(), start_time_ms: vm.start_time_ms(), name: vm.name().to_owned() };
     hello.send(stream)?;
     // No cookie is configured on this side, so any hash will do, as with QEMU.
-    ToolHello::receive(&mut Deadline { stream, end: Instant::now() + HANDSHAKE_LIMIT }).map(|_| ())
+    ToolHello::receive(&mut Deadline { stream, end: Instant::now() + limit }).map(|_| ())
 }
 
 /// Reads that together end at a point in time.
@@ -138,15 +160,15 @@ struct Inbox {
     bytes: Box<[u8; HEADER_SIZE + MAX_PAYLOAD]>,
     start: usize,
     end: usize,
-}
-
-impl Default for Inbox {
-    fn default() -> Self {
-        Self { bytes: Box::new([0; HEADER_SIZE + MAX_PAYLOAD]), start: 0, end: 0 }
-    }
+    /// How long a message may take from its first byte to its last.
+    stall: Duration,
 }
 
 impl Inbox {
+    fn new(stall: Duration) -> Self {
+        Self { bytes: Box::new([0; HEADER_SIZE + MAX_PAYLOAD]), start: 0, end: 0, stall }
+    }
+
     /// The next message; `None` when the tool has closed between two.
     fn next<S: Socket>(&mut self, stream: &mut S) -> Result<Option<(Header, &[u8])>, ServeError> {
         let mut begun = None;
@@ -163,7 +185,7 @@ impl Inbox {
             }
             let partial = !waiting.is_empty();
             if partial {
-                let end = *begun.get_or_insert_with(|| Instant::now() + STALL_LIMIT);
+                let end = *begun.get_or_insert_with(|| Instant::now() + self.stall);
                 if self.fill(&mut Deadline { stream, end })? == 0 {
                     return Err(ServeError::Truncated);
                 }
