@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Asking the broker, `kvmmemd`: `targets`, `hook`, `unhook`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
@@ -57,11 +57,15 @@ struct Hooked<'a> {
 impl Broker {
     /// Connects to the broker.
     pub(crate) fn connect(&self) -> Result<Admin> {
-        let socket = self.socket.clone().unwrap_or_else(default_socket);
-        Admin::connect(&socket).context(
-            "no broker: is kvmmemd running, and may this user open its socket (root, or the socket's group)?",
-        )
+        connect(&self.socket.clone().unwrap_or_else(default_socket))
     }
+}
+
+/// Connects to the broker at `socket`.
+pub(crate) fn connect(socket: &Path) -> Result<Admin> {
+    Admin::connect(socket).context(
+        "no broker: is kvmmemd running, and may this user open its socket (root, or the socket's group)?",
+    )
 }
 
 /// The broker's socket, where no option says which.

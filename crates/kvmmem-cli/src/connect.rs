@@ -8,6 +8,7 @@ use clap::Args;
 use kvmmem::{Endpoint, Listener, ListenerError, Session};
 
 use crate::failure::escape;
+use crate::number::parse_seconds;
 
 /// Environment variable with the vsock port to listen on.
 const PORT_VARIABLE: &str = "KVMMEM_KVMI_PORT";
@@ -18,15 +19,20 @@ pub(crate) struct Connect {
     #[arg(long, value_name = "ENDPOINT")]
     listen: Option<Endpoint>,
 
-    /// How long to wait for the host, in seconds
-    #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..=86400))]
-    timeout: u64,
+    /// How long to wait for the host, at most 1d; a number without a unit is in seconds
+    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = parse_timeout)]
+    timeout: Duration,
 }
 
 impl Connect {
     /// Whether the command line says where to listen.
     pub(crate) fn is_given(&self) -> bool {
         self.listen.is_some()
+    }
+
+    /// Whether there is a place to listen.
+    pub(crate) fn is_possible(&self) -> bool {
+        self.is_given() || std::env::var_os(PORT_VARIABLE).is_some()
     }
 
     /// Waits for a target. A connection that is no good is told and passed over.
@@ -38,7 +44,7 @@ impl Connect {
         let listener = Listener::bind(&endpoint)?;
         tracing::info!(%endpoint, "waiting for the host");
         let start = Instant::now();
-        let limit = Duration::from_secs(self.timeout);
+        let limit = self.timeout;
         loop {
             match listener.accept(limit.saturating_sub(start.elapsed())) {
                 Ok(session) => {
@@ -55,6 +61,11 @@ impl Connect {
             }
         }
     }
+}
+
+fn parse_timeout(text: &str) -> Result<Duration, String> {
+    let day = Duration::from_secs(24 * 60 * 60);
+    parse_seconds(text).and_then(|time| if time > day { Err("it is at most 1d".into()) } else { Ok(time) })
 }
 
 fn from_environment(port: Option<String>) -> Result<Endpoint> {

@@ -91,7 +91,7 @@ impl Arguments {
             }
             (Some(_), true, true) | (None, _, false) => {}
         }
-        let view = self.source.attach(Access::ReadOnly)?;
+        let view = self.source.attach(Access::ReadOnly, "dump")?;
         let interrupt = Interrupt::catch()?;
         let status = view.status()?;
         let reached = select(&wanted, &ranges(&view)?)?;

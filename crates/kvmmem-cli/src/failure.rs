@@ -2,15 +2,57 @@
 //! How an error is told: what failed, then the numbered chain of causes.
 
 use std::io::{self, Write};
+use std::process::ExitCode;
 
 use anyhow::Error;
 use clap::builder::styling::AnsiColor;
+use clap::error::ErrorKind;
 use serde::Serialize;
+
+/// Exit code of a command line that is wrong.
+pub(crate) const USAGE: u8 = 2;
+
+/// What is wrong with a command line that clap accepts.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+struct UsageError(String);
+
+/// An error with exit code [`USAGE`].
+pub(crate) fn usage(text: impl Into<String>) -> Error {
+    UsageError(text.into()).into()
+}
+
+/// Whether the error is one of [`usage`].
+pub(crate) fn is_usage(error: &Error) -> bool {
+    error.is::<UsageError>()
+}
 
 #[derive(Serialize)]
 struct Failure {
     error: String,
     causes: Vec<String>,
+}
+
+/// Prints what clap says about the command line: help and versions to standard output, errors to standard error.
+pub(crate) fn report_clap(error: &clap::Error, json: bool) -> ExitCode {
+    if !json || !error.use_stderr() {
+        error.exit();
+    }
+    report(&usage(clap_message(error)), json);
+    ExitCode::from(USAGE)
+}
+
+/// What is wrong, without usage and colours, in one line.
+fn clap_message(error: &clap::Error) -> String {
+    let missing = [ErrorKind::MissingSubcommand, ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand];
+    if missing.contains(&error.kind()) {
+        return "a verb is missing: see --help".to_owned();
+    }
+    let text = error.render().to_string();
+    let text = text.strip_prefix("error: ").unwrap_or(&text);
+    let end = ["\n\nUsage:", "\n\nFor more information"].iter().filter_map(|part| text.find(part)).min();
+    let words: Vec<&str> = text.get(..end.unwrap_or(text.len())).unwrap_or(text).split_whitespace().collect();
+    words.join(" ")
 }
 
 /// Prints the error to standard error.

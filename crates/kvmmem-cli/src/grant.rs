@@ -34,7 +34,7 @@ pub(crate) struct Grant {
     /// Allow writing too
     #[arg(long)]
     rw: bool,
-    /// How long the token can be used, for example 500ms, 60s, 5m or 2h; views that it opened stay open
+    /// How long the token can be used, for example 500ms, 60s, 5m, 2h or 30d; views that it opened stay open
     #[arg(long, value_name = "TIME", default_value = "60s", value_parser = parse_duration)]
     ttl: Duration,
     /// How often the token can be used
@@ -46,12 +46,17 @@ pub(crate) struct Grant {
     /// What the list of grants shows of it
     #[arg(long, value_name = "TEXT")]
     label: Option<String>,
+    /// Print the token alone
+    #[arg(long, short = 'q', conflicts_with = "json")]
+    print_token: bool,
     #[command(flatten)]
     broker: Broker,
 }
 
 const GRANT_HELP: &str = "\
-Prints the number of the grant and its token, which nothing shows again: whoever has it can look at the target.";
+Prints the number of the grant and its token, which is not shown again: a process that has it can look at the target.
+What is printed is a token file, as text and as JSON: kvmmem grant NAME | kvmmem read --token-file - 0 64.
+On the host, --target NAME of the verbs that need a token makes a grant for one use by itself.";
 
 #[derive(Args)]
 pub(crate) struct Grants {
@@ -173,6 +178,8 @@ impl Grant {
                 holder: request.holder,
                 label: request.label.as_deref(),
             })?;
+        } else if self.print_token {
+            output.line(token.as_str())?;
         } else {
             output.line(format!("grant {}", granted.grant))?;
             output.line(Zeroizing::new(format!("token {}", *token)).as_str())?;

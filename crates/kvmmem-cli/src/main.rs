@@ -48,7 +48,9 @@ struct Cli {
 }
 
 const EXIT_CODES: &str = "\
-Numbers are decimal, or hexadecimal after 0x.
+Addresses, lengths and sizes are decimal, or hexadecimal after 0x, with or without a unit: 4096, 0x1000, 4K, 4KiB (K, M,
+G and T are powers of 1024). Ranges are START..END, START.. or ..END; END is not part of the range. Times have a unit:
+500ms, 60s, 5m, 2h, 30d.
 
 Exit codes:
   0  done; doctor: usable
@@ -112,7 +114,10 @@ enum Verb {
 }
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return failure::report_clap(&error, wants_json()),
+    };
     let filter = EnvFilter::try_from_env("RUST_LOG").unwrap_or_else(|_| EnvFilter::new("warn"));
     tracing_subscriber::fmt()
         .with_env_filter(filter)
@@ -147,6 +152,11 @@ fn main() -> ExitCode {
     };
     result.unwrap_or_else(|error| {
         failure::report(&error, cli.json);
-        ExitCode::from(failed)
+        ExitCode::from(if failure::is_usage(&error) { failure::USAGE } else { failed })
     })
+}
+
+/// Whether a command line that cannot be parsed asks for JSON.
+fn wants_json() -> bool {
+    std::env::args_os().skip(1).take_while(|argument| argument != "--").any(|argument| argument == "--json")
 }

@@ -11,9 +11,10 @@ use kvmmem::{Device, MappedPage, PAGE_SIZE};
 use serde::Serialize;
 
 use crate::connect::Connect;
+use crate::failure::usage;
 use crate::hexdump::Hexdump;
 use crate::interrupt::Interrupt;
-use crate::number::{hex, parse};
+use crate::number::{hex, parse, parse_milliseconds};
 use crate::output::Output;
 
 #[derive(Args)]
@@ -24,10 +25,9 @@ pub(crate) struct Arguments {
     /// Print each change of the 64-bit word at GPA, until interrupted
     #[arg(long)]
     watch: bool,
-    /// How often --watch looks, in milliseconds
-    #[arg(long, value_name = "MS", default_value_t = 10, requires = "watch",
-        value_parser = clap::value_parser!(u64).range(1..=1000))]
-    interval: u64,
+    /// How long --watch waits between two reads, at most 1s; a number without a unit is in milliseconds
+    #[arg(long, value_name = "TIME", default_value = "10ms", requires = "watch", value_parser = parse_interval)]
+    interval: Duration,
     /// The device to map through [default: KVMMEM_DEVICE, or else /dev/kvmmem]
     #[arg(long, value_name = "PATH")]
     device: Option<PathBuf>,
@@ -44,15 +44,23 @@ enum Event {
     Unmapped { zero: bool },
 }
 
+fn parse_interval(text: &str) -> Result<Duration, String> {
+    match parse_milliseconds(text)? {
+        time if time > Duration::from_secs(1) => Err("it is at most 1s".into()),
+        time => Ok(time),
+    }
+}
+
 impl Arguments {
     pub(crate) fn run(&self, output: &mut Output) -> Result<ExitCode> {
         let offset = usize::try_from(self.gpa % PAGE_SIZE as u64)?;
         let page_gpa = self.gpa - offset as u64;
-        ensure!(
-            !self.watch || offset.is_multiple_of(8),
-            "GPA {:#x} is not a multiple of 8: --watch cannot read a word there",
-            self.gpa
-        );
+        if self.watch && !offset.is_multiple_of(8) {
+            return Err(usage(format!(
+                "GPA {:#x} is not a multiple of 8: --watch cannot read a word there",
+                self.gpa
+            )));
+        }
         // Before the host is waited for: a missing device is told at once.
         let device = Device::open(self.device.clone().unwrap_or_else(kvmmem::device::default_path))?;
         let mut session = self.connect.accept()?;
@@ -93,7 +101,7 @@ impl Arguments {
                 }
                 from = to;
             }
-            std::thread::sleep(Duration::from_millis(self.interval));
+            std::thread::sleep(self.interval);
         }
         Ok(())
     }

@@ -1,33 +1,53 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Numbers, times and bytes on the command line.
 
+use std::num::IntErrorKind;
 use std::time::Duration;
 
-/// An address or a count: decimal, or hexadecimal after `0x`.
+/// How numbers are written, for messages and help.
+const FORM: &str = "write it as 4096, 0x1000, 4K or 4KiB (K, M, G, T: powers of 1024)";
+
+/// Units of sizes and addresses: the letter, and the power of two.
+const UNITS: [(char, u32); 4] = [('k', 10), ('m', 20), ('g', 30), ('t', 40)];
+
+/// An address, a length or a size: decimal, or hexadecimal after `0x`, with an optional unit (`K` or `KiB`, up to `T`).
 pub(crate) fn parse(text: &str) -> Result<u64, String> {
-    let digits = text.strip_prefix("0x").or_else(|| text.strip_prefix("0X"));
-    let (digits, radix) = digits.map_or((text, 10), |digits| (digits, 16));
+    let lower = text.to_ascii_lowercase();
+    let ends_with_unit = |text: &&str| text.ends_with(UNITS.map(|(letter, _)| letter));
+    let body = lower.strip_suffix("ib").filter(ends_with_unit).unwrap_or(&lower);
+    let with_unit = UNITS.into_iter().find_map(|(letter, shift)| Some((body.strip_suffix(letter)?, shift)));
+    let (number, shift) = with_unit.unwrap_or((body, 0));
+    let (digits, radix) = number.strip_prefix("0x").map_or((number, 10), |digits| (digits, 16));
     // `from_str_radix` would take a sign.
     if digits.starts_with(['+', '-']) {
-        return Err("a number cannot have a sign".into());
+        return Err(format!("a number cannot have a sign; {FORM}"));
     }
-    u64::from_str_radix(digits, radix)
-        .map_err(|error| format!("{error}; write it as 4096 or 0x1000, at most 0x{:x}", u64::MAX))
+    let too_large = || format!("the number is too large; it is at most {:#x}", u64::MAX);
+    match u64::from_str_radix(digits, radix) {
+        Ok(number) => number.checked_mul(1 << shift).ok_or_else(too_large),
+        Err(error) if *error.kind() == IntErrorKind::PosOverflow => Err(too_large()),
+        Err(_) if radix == 10 && is_hex(digits) => {
+            Err(format!("hexadecimal numbers begin with 0x: write 0x{text}"))
+        }
+        Err(error) => Err(format!("{error}; {FORM}")),
+    }
 }
 
-/// A size in bytes: a number, with K, M, G or T behind it for powers of 1024.
-pub(crate) fn parse_size(text: &str) -> Result<u64, String> {
-    let shifts = [('K', 10), ('M', 20), ('G', 30), ('T', 40)];
-    let suffix = text.chars().last().map(|last| last.to_ascii_uppercase());
-    let shift = shifts.into_iter().find(|(letter, _)| suffix == Some(*letter)).map(|(_, shift)| shift);
-    let Some(shift) = shift else { return parse(text) };
-    let number = parse(text.get(..text.len() - 1).unwrap_or_default())?;
-    number.checked_mul(1 << shift).ok_or_else(|| "the size is too large".into())
+/// A length: as [`parse`], and at least one byte.
+pub(crate) fn parse_length(text: &str) -> Result<u64, String> {
+    match parse(text)? {
+        0 => Err("the length is 0; give at least 1 byte".into()),
+        length => Ok(length),
+    }
 }
 
-/// A time: a whole number of ms, s, m or h, for example `500ms`; not 0.
+fn is_hex(digits: &str) -> bool {
+    !digits.is_empty() && digits.bytes().all(|digit| digit.is_ascii_hexdigit())
+}
+
+/// A time: a whole number of ms, s, m, h or d, for example `500ms`; not 0.
 pub(crate) fn parse_duration(text: &str) -> Result<Duration, String> {
-    const FORM: &str = "write a time as 500ms, 60s, 5m or 2h";
+    const FORM: &str = "write a time as 500ms, 60s, 5m, 2h or 30d";
     let digits = text.find(|c: char| !c.is_ascii_digit()).ok_or(FORM)?;
     let (number, unit) = text.split_at(digits);
     let milliseconds = match unit {
@@ -35,6 +55,7 @@ pub(crate) fn parse_duration(text: &str) -> Result<Duration, String> {
         "s" => 1000,
         "m" => 60 * 1000,
         "h" => 60 * 60 * 1000,
+        "d" => 24 * 60 * 60 * 1000,
         _ => return Err(FORM.into()),
     };
     let number: u64 = number.parse().map_err(|_| FORM)?;
@@ -43,6 +64,21 @@ pub(crate) fn parse_duration(text: &str) -> Result<Duration, String> {
         Some(time) => Ok(Duration::from_millis(time)),
         None => Err("the time is too long".into()),
     }
+}
+
+/// As [`parse_duration`]; a number without a unit is in seconds.
+pub(crate) fn parse_seconds(text: &str) -> Result<Duration, String> {
+    parse_with_default(text, "s")
+}
+
+/// As [`parse_duration`]; a number without a unit is in milliseconds.
+pub(crate) fn parse_milliseconds(text: &str) -> Result<Duration, String> {
+    parse_with_default(text, "ms")
+}
+
+fn parse_with_default(text: &str, unit: &str) -> Result<Duration, String> {
+    let is_number = !text.is_empty() && text.bytes().all(|digit| digit.is_ascii_digit());
+    parse_duration(&if is_number { format!("{text}{unit}") } else { text.to_owned() })
 }
 
 /// A time in its two largest units, for example `1m 5s`.
@@ -102,13 +138,27 @@ mod tests {
     }
 
     #[test]
-    fn sizes_have_suffixes() {
-        assert_eq!(parse_size("512M"), Ok(512 << 20));
-        assert_eq!(parse_size("0x10k"), Ok(16 << 10));
-        assert_eq!(parse_size("4096"), Ok(4096));
-        for text in ["", "M", "-1M", "16777216T", "1.5G", "1Ä"] {
-            assert!(parse_size(text).is_err(), "{text}");
+    fn numbers_have_units() {
+        assert_eq!(parse("512M"), Ok(512 << 20));
+        assert_eq!(parse("0x10k"), Ok(16 << 10));
+        for (unit, shift) in [("K", 10), ("m", 20), ("GiB", 30), ("TIB", 40)] {
+            assert_eq!(parse(&format!("3{unit}")), Ok(3 << shift), "{unit}");
         }
+        // The last letter is a digit.
+        assert_eq!(parse("0x1B"), Ok(27));
+        for text in ["M", "iB", "1iB", "1MB", "1 M", "-1M", "16777216T", "1.5G", "1Ä"] {
+            assert!(parse(text).is_err(), "{text}");
+        }
+        assert!(parse_length("0").is_err() && parse_length("0K").is_err());
+        assert_eq!(parse_length("1K"), Ok(1024));
+    }
+
+    #[test]
+    fn a_hexadecimal_number_without_0x_is_recognised() {
+        let error = parse("ffffffff81000000").unwrap_err();
+        assert!(error.ends_with("write 0xffffffff81000000"), "{error}");
+        let error = parse("zebra").unwrap_err();
+        assert!(error.contains("0x1000"), "{error}");
     }
 
     #[test]
@@ -117,6 +167,11 @@ mod tests {
         assert_eq!(parse_duration("60s"), Ok(Duration::from_secs(60)));
         assert_eq!(parse_duration("5m"), Ok(Duration::from_secs(300)));
         assert_eq!(parse_duration("2h"), Ok(Duration::from_secs(7200)));
+        assert_eq!(parse_duration("30d"), Ok(Duration::from_secs(30 * 86400)));
+        assert_eq!(parse_seconds("30"), parse_duration("30s"));
+        assert_eq!(parse_milliseconds("30"), parse_duration("30ms"));
+        assert_eq!(parse_milliseconds("2m"), parse_duration("120s"));
+        assert!(parse_seconds("").is_err() && parse_seconds("0").is_err());
         for text in [
             "",
             "60",
@@ -127,7 +182,7 @@ mod tests {
             "1 s",
             "18446744073709551615h",
             "99999999999999999999s",
-            "1d",
+            "1w",
         ] {
             assert!(parse_duration(text).is_err(), "{text}");
         }

@@ -3,14 +3,15 @@
 
 use std::process::ExitCode;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use clap::Args;
 use kvmmem::paging::AddressSpace;
 use kvmmem::view::Access;
 use serde::Serialize;
 
+use crate::failure::usage;
 use crate::hexdump::Hexdump;
-use crate::number::{HexBytes, hex, parse, parse_hex, parse_size};
+use crate::number::{HexBytes, hex, parse, parse_hex, parse_length};
 use crate::output::Output;
 use crate::source::Source;
 use crate::translate::Depth;
@@ -24,8 +25,8 @@ pub(crate) struct Read {
     /// First guest-physical address in the target, or guest-virtual with --gva
     #[arg(value_parser = parse)]
     address: u64,
-    /// How many bytes; K, M and G are understood
-    #[arg(value_parser = parse_size)]
+    /// How many bytes
+    #[arg(value_parser = parse_length)]
     len: u64,
     /// Write the bytes themselves to standard output
     #[arg(long, conflicts_with = "json")]
@@ -57,7 +58,7 @@ pub(crate) struct Write {
 }
 
 const SOURCE_HELP: &str = "\
-The memory comes by KVMI (--listen, KVMMEM_KVMI_PORT), or by a view where a token, a device or a broker is given.";
+The memory comes by KVMI (--listen, KVMMEM_KVMI_PORT), or by a view where a target, a token, a device or a broker is given.";
 
 /// Bytes that were read, as JSON.
 #[derive(Serialize)]
@@ -83,16 +84,15 @@ struct Written {
 
 impl Read {
     pub(crate) fn run(&self, output: &mut Output) -> Result<ExitCode> {
-        ensure!(self.len > 0, "nothing to read: LEN is 0");
-        let kind = if self.gva { "GVA" } else { "GPA" };
-        ensure!(
-            self.address.checked_add(self.len - 1).is_some(),
-            "LEN {:#x} bytes from {kind} {:#x} on pass the end of the address space",
-            self.len,
-            self.address
-        );
+        if self.address.checked_add(self.len - 1).is_none() {
+            let kind = if self.gva { "GVA" } else { "GPA" };
+            return Err(usage(format!(
+                "{:#x} bytes from {kind} {:#x} on pass the end of the address space",
+                self.len, self.address
+            )));
+        }
         let space = self.cr3.map(|cr3| AddressSpace { cr3, levels: self.levels.into() });
-        let mut memory = self.source.memory(Access::ReadOnly)?;
+        let mut memory = self.source.memory(Access::ReadOnly, "read")?;
         let mut dump = Hexdump::default();
         let mut buffer = vec![0; usize::try_from(self.len.min(CHUNK))?];
         let mut done = 0;
@@ -128,7 +128,7 @@ impl Read {
 impl Write {
     pub(crate) fn run(&self, output: &mut Output) -> Result<ExitCode> {
         let bytes = &self.bytes.0;
-        self.source.memory(Access::Granted)?.write(self.gpa, bytes)?;
+        self.source.memory(Access::Granted, "write")?.write(self.gpa, bytes)?;
         if output.is_json() {
             output.object(&Written { gpa: self.gpa, bytes: bytes.len() })?;
         } else {

@@ -10,7 +10,7 @@ use anyhow::{Result, bail};
 use clap::{Args, ValueEnum};
 use serde::Serialize;
 
-use crate::number::{parse_size, size};
+use crate::number::{parse, size};
 use crate::output::Output;
 
 /// The chassis number of the first port; those that people and libvirt count from 1 stay below it.
@@ -157,7 +157,7 @@ fn qemu_size(bytes: u64) -> String {
 }
 
 fn parse_memory(text: &str) -> Result<u64, String> {
-    match parse_size(text)? {
+    match parse(text)? {
         0 => Err("a target has memory".into()),
         bytes if bytes > MAX_MEMORY => Err(format!("at most {}", size(MAX_MEMORY))),
         bytes => Ok(bytes),

@@ -3,27 +3,31 @@
 
 use std::ops::Range;
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Result, bail};
 use kvmmem::PAGE_SIZE;
 
-use crate::number::parse_size;
+use crate::failure::usage;
+use crate::number::parse;
 
 /// From the first address up to the one behind the last. Both are multiples of the page size.
 pub(crate) type GpaRange = Range<u64>;
 
-/// The end of guest-physical memory: x86-64 has at most 52 address bits.
-const GPA_END: u64 = 1 << 52;
+/// The end of guest-physical memory: x86-64 has at most 52 address bits. A range without an end, `1M..`, ends here.
+pub(crate) const GPA_END: u64 = 1 << 52;
 
 const PAGE: u64 = PAGE_SIZE as u64;
 
-/// Reads `A..B`, for example `0x100000..0x200000` or `1M..2M`.
+/// Reads `START..END`, for example `0x100000..0x200000` or `1M..2M`. Without START it begins at 0, without END it is all
+/// that follows.
 pub(crate) fn parse_range(text: &str) -> Result<GpaRange, String> {
-    let (start, end) =
-        text.split_once("..").ok_or("write a range as START..END, for example 1M..2M; END is behind it")?;
-    let (start, end) = (parse_size(start)?, parse_size(end)?);
+    let (start, end) = text
+        .split_once("..")
+        .ok_or("write a range as START..END, for example 1M..2M, 1M.. or ..2M; END is not part of it")?;
+    let bound = |text: &str, open| if text.is_empty() { Ok(open) } else { parse(text) };
+    let (start, end) = (bound(start, 0)?, bound(end, GPA_END)?);
     if start >= end {
         return Err(format!(
-            "{start:#x}..{end:#x} is empty: END is behind the range, so it must be above START"
+            "{start:#x}..{end:#x} is empty: END is not part of the range, so it must be above START"
         ));
     }
     if end > GPA_END {
@@ -41,10 +45,11 @@ pub(crate) fn in_order(ranges: &[GpaRange]) -> Result<Vec<GpaRange>> {
     let mut ranges = ranges.to_vec();
     ranges.sort_unstable_by_key(|range| range.start);
     for (before, after) in ranges.iter().zip(ranges.iter().skip(1)) {
-        ensure!(
-            before.end <= after.start,
-            "the ranges {before:#x?} and {after:#x?} overlap: give each address once"
-        );
+        if before.end > after.start {
+            return Err(usage(format!(
+                "the ranges {before:#x?} and {after:#x?} overlap: give each address once"
+            )));
+        }
     }
     Ok(ranges)
 }
@@ -81,9 +86,11 @@ mod tests {
         assert_eq!(parse_range("0x100000..0x200000"), Ok(0x10_0000..0x20_0000));
         assert_eq!(parse_range("1M..2M"), Ok(0x10_0000..0x20_0000));
         assert_eq!(parse_range("0..4096T"), Ok(0..GPA_END));
+        assert_eq!(parse_range("..1MiB"), Ok(0..0x10_0000));
+        assert_eq!(parse_range("1M.."), Ok(0x10_0000..GPA_END));
+        assert_eq!(parse_range(".."), Ok(0..GPA_END));
         let cases = [
             ("1M", "START..END"),
-            ("..", "4096"),
             ("2M..1M", "empty"),
             ("1M..1M", "empty"),
             ("0x1001..0x2fff", "0x1000..0x3000"),

@@ -1,16 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Where a verb gets a target's memory from: a view, by a token, or KVMI.
+//! Where a verb gets a target's memory from: a view, by a token or by the target's name, or KVMI.
 
 use std::fs::File;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use clap::Args;
 use kvmmem::view::{Access, View, ViewError};
 use kvmmem::{Session, SessionError, Token};
+use kvmmem_broker::admin::{GrantRequest, Rights};
+use serde::Deserialize;
 use zeroize::Zeroizing;
 
+use crate::broker::{self, default_socket};
 use crate::connect::Connect;
 use crate::range::GpaRange;
 
@@ -18,16 +22,29 @@ use crate::range::GpaRange;
 const TOKEN_VARIABLE: &str = "KVMMEM_TOKEN";
 
 /// More than this is no token's file, bytes.
-const MAX_TOKEN_FILE: u64 = 4096;
+const MAX_TOKEN_FILE: u64 = 16 * 1024;
+
+/// How long the token of a grant that a verb makes for itself can be used.
+const OWN_GRANT_TTL: Duration = Duration::from_secs(10);
+
+/// What to do where no token is given.
+const NO_TOKEN: &str = "no token: on the host, name the target (--target NAME); elsewhere, make a token on the host \
+     (kvmmem grant NAME) and give it here by --token-file or KVMMEM_TOKEN; for a hooked target, listen (--listen \
+     vsock:PORT or unix:PATH, KVMMEM_KVMI_PORT)";
 
 #[derive(Args)]
 pub(crate) struct Source {
+    /// On the host: the target, by name or UUID. Needs no token: a grant for one use is made for this command, by a user
+    /// who may make grants
+    #[arg(long, value_name = "NAME", conflicts_with_all = ["token", "token_file", "listen", "device"])]
+    target: Option<String>,
+
     /// The grant's token, 64 hexadecimal digits; other users of this machine can see it in the list of processes, so
     /// prefer --token-file or KVMMEM_TOKEN
     #[arg(long, value_name = "HEX", conflicts_with_all = ["token_file", "listen"])]
     token: Option<Token>,
 
-    /// File that holds the token; - is standard input [default: the token in KVMMEM_TOKEN, or else a KVMI session's]
+    /// File with the token, or with all that `kvmmem grant` printed; - is standard input [default: the token in KVMMEM_TOKEN, or else a KVMI session's]
     #[arg(long, value_name = "FILE", conflicts_with = "listen")]
     token_file: Option<PathBuf>,
 
@@ -44,10 +61,14 @@ pub(crate) struct Source {
 }
 
 impl Source {
-    /// Attaches a view. The token is used up.
-    pub(crate) fn attach(&self, access: Access) -> Result<View> {
+    /// Attaches a view for a verb. The token is used up.
+    pub(crate) fn attach(&self, access: Access, verb: &str) -> Result<View> {
+        if let Some(target) = &self.target {
+            return self.attach_by_name(target, access, verb);
+        }
         let token = match self.token()? {
             Some(token) => token,
+            None if !self.connect.is_possible() => bail!(NO_TOKEN),
             None => self
                 .connect
                 .accept()
@@ -61,20 +82,54 @@ impl Source {
         })
     }
 
+    /// Makes a grant for one use, which the audit log shows with the verb, and uses it at once. The grant is spent then; if
+    /// it cannot be used it is revoked.
+    fn attach_by_name(&self, target: &str, access: Access, verb: &str) -> Result<View> {
+        let socket = self.broker.clone().unwrap_or_else(default_socket);
+        let mut broker = broker::connect(&socket)?;
+        let request = GrantRequest {
+            target: target.to_owned(),
+            spans: None,
+            rights: match access {
+                Access::ReadOnly => Rights::ReadOnly,
+                Access::Granted => Rights::ReadWrite,
+            },
+            ttl_ms: u64::try_from(OWN_GRANT_TTL.as_millis())?,
+            uses: 1,
+            holder: None,
+            label: Some(format!("kvmmem {verb}")),
+        };
+        let granted = broker.grant(&request).with_context(|| format!("cannot grant access to {target:?}"))?;
+        View::attach_host(&socket, &granted.token, access).map_err(|error| {
+            // The view's error says what is wrong; the token expires in any case.
+            let _ = broker.revoke(granted.grant);
+            error.into()
+        })
+    }
+
+    /// Whether the target is named, so that this command makes its own grant.
+    pub(crate) fn is_by_name(&self) -> bool {
+        self.target.is_some()
+    }
+
     /// Whether [`Self::attach`] asks this host's broker, not a device.
     pub(crate) fn is_on_host(&self) -> bool {
-        self.device.is_none() && (self.broker.is_some() || !kvmmem::device::default_path().exists())
+        let is_named = self.target.is_some() || self.broker.is_some();
+        self.device.is_none() && (is_named || !kvmmem::device::default_path().exists())
     }
 
     /// Memory for a few accesses: over KVMI unless something of a view is given.
-    pub(crate) fn memory(&self, access: Access) -> Result<Memory> {
-        let wants_view = self.token.is_some()
+    pub(crate) fn memory(&self, access: Access, verb: &str) -> Result<Memory> {
+        let wants_view = self.target.is_some()
+            || self.token.is_some()
             || self.token_file.is_some()
             || self.device.is_some()
             || self.broker.is_some()
             || !self.connect.is_given() && std::env::var_os(TOKEN_VARIABLE).is_some();
         Ok(if wants_view {
-            Memory::View(self.attach(access)?)
+            Memory::View(self.attach(access, verb)?)
+        } else if !self.connect.is_possible() {
+            bail!(NO_TOKEN)
         } else {
             Memory::Session(self.connect.accept()?)
         })
@@ -92,7 +147,7 @@ impl Source {
             return Ok(None);
         }
         let text = std::env::var(TOKEN_VARIABLE).ok().map(Zeroizing::new);
-        let token = text.map(|text| text.parse()).transpose();
+        let token = text.map(|text| parse_token(&text)).transpose();
         token.with_context(|| format!("{TOKEN_VARIABLE} holds no token"))
     }
 }
@@ -167,7 +222,23 @@ fn read_token(path: &Path) -> Result<Token> {
     } else {
         File::open(path)?.take(MAX_TOKEN_FILE).read_to_string(&mut text)?;
     }
-    Ok(text.trim().parse()?)
+    parse_token(&text)
+}
+
+/// The token alone, or in what `kvmmem grant` prints: lines of text with one `token HEX`, or JSON.
+fn parse_token(text: &str) -> Result<Token> {
+    #[derive(Deserialize)]
+    struct Granted<'a> {
+        token: &'a str,
+    }
+    let text = text.trim();
+    if text.starts_with('{') {
+        let granted: Granted =
+            serde_json::from_str(text).context("this JSON is not what kvmmem grant prints")?;
+        return Ok(granted.token.parse()?);
+    }
+    let token = text.lines().find_map(|line| line.trim().strip_prefix("token ")).unwrap_or(text);
+    Ok(token.trim().parse()?)
 }
 
 #[cfg(test)]
@@ -180,6 +251,18 @@ mod tests {
         let path = directory.path().join("token");
         std::fs::write(&path, format!("  {}\n", "0f".repeat(32))).unwrap();
         assert_eq!(read_token(&path).unwrap().words(), [0x0f0f_0f0f_0f0f_0f0f; 4]);
+        let token = "0f".repeat(32);
+        for text in [
+            format!("grant 3\ntoken {token}\n"),
+            format!("{{\"grant\":3,\"token\":\"{token}\",\"spans\":null}}\n"),
+        ] {
+            std::fs::write(&path, text).unwrap();
+            assert_eq!(read_token(&path).unwrap().words(), [0x0f0f_0f0f_0f0f_0f0f; 4]);
+        }
+        for text in ["{}", "grant 3\n", "token\n", "token x\n", "{\"token\":3}"] {
+            std::fs::write(&path, text).unwrap();
+            assert!(read_token(&path).is_err(), "{text}");
+        }
         std::fs::write(&path, [0xff; 64]).unwrap();
         assert!(read_token(&path).is_err());
         assert!(read_token(&directory.path().join("none")).is_err());

@@ -12,7 +12,7 @@ use kvmmem_broker::discover::{Found, discover};
 use serde::Serialize;
 
 use crate::broker::Broker;
-use crate::failure::escape;
+use crate::failure::{escape, usage};
 use crate::output::{Output, columns};
 
 #[derive(Args)]
@@ -129,7 +129,7 @@ pub(crate) fn which(qmp: Option<&Path>, libvirt: Option<&str>, pid: Option<u32>)
         }
         (None, Some(name), _) => Which::Libvirt(name.to_owned()),
         (None, None, Some(pid)) => Which::Pid(pid),
-        (None, None, None) => anyhow::bail!("say which one: --pid, --qmp or --libvirt"),
+        (None, None, None) => return Err(usage("say which one: --pid, --qmp or --libvirt")),
     })
 }
 

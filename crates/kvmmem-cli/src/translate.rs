@@ -38,7 +38,7 @@ pub(crate) struct Arguments {
 
 const AFTER_HELP: &str = "\
 What is printed: GVA, GPA, size of the page, and what the tables allow (r, w, x; user or kernel).
-The memory comes by KVMI (--listen, KVMMEM_KVMI_PORT), or by a view where a token, a device or a broker is given.
+The memory comes by KVMI (--listen, KVMMEM_KVMI_PORT), or by a view where a target, a token, a device or a broker is given.
 
 Exit codes:
   0  every address is mapped
@@ -96,7 +96,7 @@ struct EntryInfo {
 impl Arguments {
     pub(crate) fn run(&self, output: &mut Output) -> Result<ExitCode> {
         let space = AddressSpace { cr3: self.cr3, levels: self.levels.into() };
-        let mut memory = self.source.memory(Access::ReadOnly)?;
+        let mut memory = self.source.memory(Access::ReadOnly, "translate")?;
         let mut all_mapped = true;
         for &gva in &self.gvas {
             let Walk { entries, end } = space.walk(gva, |gpa, buf| memory.read(gpa, buf));

@@ -14,7 +14,7 @@ use kvmmem_vmm::{
 use uuid::Uuid;
 
 use crate::failure::escape;
-use crate::number::parse_size;
+use crate::number::parse;
 use crate::output::Output;
 
 /// Exit code of a machine whose CPU shut down.
@@ -32,7 +32,7 @@ pub(crate) struct Arguments {
     /// Kernel command line
     #[arg(long, value_name = "TEXT", default_value = "console=ttyS0")]
     cmdline: String,
-    /// Size of RAM; K, M and G are understood
+    /// Size of RAM
     #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = parse_memory)]
     memory: u64,
     /// Number of virtual CPUs
@@ -198,7 +198,7 @@ fn random_uuid() -> Uuid {
 }
 
 fn parse_memory(text: &str) -> Result<u64, String> {
-    match parse_size(text)? {
+    match parse(text)? {
         0 => Err("a machine needs memory".into()),
         bytes if bytes % kvmmem::PAGE_SIZE as u64 != 0 => {
             Err("the size is not a multiple of 4096 bytes".into())

@@ -6,12 +6,13 @@ mod picture;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Result, bail};
 use clap::Args;
 use kvmmem::view::{Access, Event, View};
 
+use crate::failure::usage;
 use crate::interrupt::Interrupt;
-use crate::number::{parse, parse_duration, parse_size};
+use crate::number::{parse, parse_duration, parse_length};
 use crate::output::Output;
 use crate::source::Source;
 use picture::Picture;
@@ -28,8 +29,8 @@ pub(crate) struct Arguments {
     /// First guest-physical address in the target
     #[arg(value_parser = parse)]
     gpa: u64,
-    /// How many bytes, at most 1M; K and M are understood
-    #[arg(value_parser = parse_size)]
+    /// How many bytes, at most 1M
+    #[arg(value_parser = parse_watched)]
     len: u64,
     /// How long to wait between two looks, for example 200ms or 1s
     #[arg(long, value_name = "TIME", default_value = "200ms", value_parser = parse_duration)]
@@ -50,15 +51,23 @@ Exit codes:
   1  failed, or the view has ended; standard error says why
   2  the command line is wrong";
 
+/// A length that can be watched.
+fn parse_watched(text: &str) -> Result<u64, String> {
+    match parse_length(text)? {
+        len if len > MAX_LEN => Err(format!("{len:#x} bytes are too many; watch at most {MAX_LEN:#x}")),
+        len => Ok(len),
+    }
+}
+
 impl Arguments {
     pub(crate) fn run(&self, output: &mut Output) -> Result<ExitCode> {
         let Self { gpa, len, .. } = *self;
-        ensure!((1..=MAX_LEN).contains(&len), "LEN is {len:#x}: watch between 1 byte and {MAX_LEN:#x}");
-        ensure!(
-            gpa.checked_add(len - 1).is_some(),
-            "LEN {len:#x} bytes from GPA {gpa:#x} on pass the end of the address space"
-        );
-        let view = self.source.attach(Access::ReadOnly)?;
+        if gpa.checked_add(len - 1).is_none() {
+            return Err(usage(format!(
+                "{len:#x} bytes from GPA {gpa:#x} on pass the end of the address space"
+            )));
+        }
+        let view = self.source.attach(Access::ReadOnly, "watch")?;
         let interrupt = Interrupt::catch()?;
         let mut bytes = vec![0; usize::try_from(len)?];
         view.read_at(gpa, &mut bytes)?;

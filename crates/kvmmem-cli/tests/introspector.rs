@@ -25,7 +25,7 @@ fn what_cannot_be_added_or_removed_is_said() {
         (&["add", "--pid", &this], 1, "is no QEMU"),
         (&["add", "--qmp", &socket], 1, &socket),
         (&["add", "--libvirt", "nothing"], 1, "libvirt runs no VM named \"nothing\""),
-        (&["add"], 1, "--pid, --qmp or --libvirt"),
+        (&["add"], 2, "--pid, --qmp or --libvirt"),
         (&["add", "--pid", "1", "--cid", "2"], 2, "--cid"),
         (&["add", "--pid", "1", "--on-silence", "shrug"], 2, "report, pause, kill"),
         (&["remove", "victim"], 1, "was not added as an introspector"),

@@ -32,7 +32,7 @@ fn what_cannot_be_added_or_removed_is_said() {
         (&["add", "--pid", &this], 1, "which is no VMM that kvmmem knows"),
         (&["add", "--qmp", &socket], 1, &socket),
         (&["add", "--libvirt", "nothing"], 1, "libvirt runs no VM named \"nothing\""),
-        (&["add"], 1, "--pid, --qmp or --libvirt"),
+        (&["add"], 2, "--pid, --qmp or --libvirt"),
         (&["add", "--pid", "1", "--libvirt", "x"], 2, "cannot be used with"),
         (&["remove", "victim"], 1, "was registered by its own VMM"),
     ];

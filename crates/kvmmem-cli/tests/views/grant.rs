@@ -64,7 +64,7 @@ fn what_cannot_be_granted_is_named_with_the_remedy() {
         (&["victim", "--ttl", "0s"], 2, &["--ttl", "0"]),
         (&["victim", "--uses", "0"], 2, &["--uses"]),
         (&["victim", "--holder", "me"], 2, &["--holder"]),
-        (&["victim", "--range", "1M..3M", "--range", "2M..4M"], 1, &["0x100000..0x300000", "overlap"]),
+        (&["victim", "--range", "1M..3M", "--range", "2M..4M"], 2, &["0x100000..0x300000", "overlap"]),
         (&["victim", "--range", "8M..9M"], 1, &["0x800000..0x900000", "RAM"]),
         (&["victim", "--label", "a\nb"], 1, &["label"]),
         (&["victim", "--holder", &UUID.to_string()], 1, &["the target itself"]),

@@ -2,6 +2,7 @@
 //! The verbs of views on the host: a broker and a target without a guest, and the command line as a user runs it.
 
 mod attach;
+mod by_name;
 #[path = "../common/mod.rs"]
 mod common;
 mod dump;
