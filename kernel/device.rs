@@ -93,7 +93,7 @@ impl MiscDevice for OpenFile {
             let shown = view.shown();
             seq_print!(m, "kvmmem-view-state:\t{}\n", shown.state());
             seq_print!(m, "kvmmem-view-generation:\t{}\n", shown.generation);
-            if let Some(gpa) = view.host().and_then(|host| host.gpa()) {
+            if let Some(gpa) = view.host().gpa() {
                 seq_print!(m, "kvmmem-view-descriptor:\t{gpa:#x}\n");
             }
         }

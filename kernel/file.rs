@@ -13,11 +13,11 @@ use kernel::sync::{Arc, Mutex, new_mutex};
 
 use crate::abi::hypercall::{SEEK_DATA, SEEK_HOLE};
 use crate::attachment::AttachCall;
-use crate::provider::Provider;
 use crate::regions::Regions;
 use crate::sys::{self, AddressSpace, Fault, FaultError, Inserted, Memory};
 use crate::view::View;
 use crate::watch::WatchedView;
+use crate::window::Window;
 
 /// The most that is copied between two looks at the generation.
 const CHUNK: usize = 1 << 18;
@@ -96,13 +96,13 @@ impl ViewFile {
     /// The new position. `ENXIO` where there is no data or hole to be found.
     pub(crate) fn seek(&self, current: i64, offset: i64, whence: u32) -> Result<i64> {
         let view = self.view()?;
-        let provider = || -> Result<Provider> { Ok(view.look().provider?) };
+        let window = || -> Result<Arc<Window>> { Ok(view.look().window?) };
         let position = match whence {
             bindings::SEEK_SET => Some(offset),
             bindings::SEEK_CUR => current.checked_add(offset),
-            bindings::SEEK_END => i64::try_from(provider()?.end())?.checked_add(offset),
-            bindings::SEEK_DATA => Some(i64::try_from(seek_data(&view, &provider()?, offset)?)?),
-            bindings::SEEK_HOLE => Some(i64::try_from(seek_hole(&view, &provider()?, offset)?)?),
+            bindings::SEEK_END => i64::try_from(window()?.end())?.checked_add(offset),
+            bindings::SEEK_DATA => Some(i64::try_from(seek_data(&view, &*window()?, offset)?)?),
+            bindings::SEEK_HOLE => Some(i64::try_from(seek_hole(&view, &*window()?, offset)?)?),
             _ => None,
         };
         position.filter(|position| *position >= 0).ok_or(EINVAL)
@@ -126,11 +126,11 @@ impl ViewFile {
         }
         let view = self.view()?;
         let shown = view.look();
-        let provider = shown.provider.clone()?;
+        let window = shown.window.clone()?;
         let gpa = sys::area_gpa(area).ok_or(ENXIO)?;
         let len = (area.end() - area.start()) as u64;
         let end = gpa.checked_add(len).ok_or(ENXIO)?;
-        provider.first_from(gpa).filter(|first| *first < end).ok_or(ENXIO)?;
+        window.first_from(gpa).filter(|first| *first < end).ok_or(ENXIO)?;
         if !shown.is_writable() {
             // Neither now nor later by mprotect.
             area.try_clear_maywrite().map_err(|_| EACCES)?;
@@ -157,25 +157,15 @@ impl ViewFile {
     pub(crate) fn fault(&self, fault: &Fault) -> Result<Inserted, FaultError> {
         // An area may be older than the file's view.
         let view = self.view().ok().filter(|view| view.number() == fault.number()).ok_or(FaultError::Bus)?;
-        let result = prepare(&view, fault).and_then(|()| insert(&view, fault));
+        let result = insert(&view, fault);
         view.faults.count(fault.order(), &result);
         result
     }
 }
 
-/// Gets what the fault needs of the host, in pages of 4 KiB.
-fn prepare(view: &View, fault: &Fault) -> Result<(), FaultError> {
-    if fault.order() > 0 {
-        return Ok(());
-    }
-    let provider = view.shown().provider.map_err(|_| FaultError::Bus)?;
-    let (gpa, _) = fault.place().ok_or(FaultError::Bus)?;
-    provider.prepare(gpa).map_err(|_| FaultError::Bus)
-}
-
 fn insert(view: &View, fault: &Fault) -> Result<Inserted, FaultError> {
     view.with(|shown| {
-        let provider = shown.provider.as_ref().map_err(|_| FaultError::Bus)?;
+        let window = shown.window.as_ref().map_err(|_| FaultError::Bus)?;
         if fault.is_area_writable() && !shown.is_writable() {
             return Err(FaultError::Bus);
         }
@@ -183,8 +173,8 @@ fn insert(view: &View, fault: &Fault) -> Result<Inserted, FaultError> {
             return Err(FaultError::Smaller);
         }
         let (gpa, _) = fault.place().ok_or(FaultError::Smaller)?;
-        let (memory, offset) = provider.find(gpa).map_err(|_| fault.refusal())?;
-        fault.insert(&memory, offset)
+        let (memory, offset) = window.find(gpa).map_err(|_| fault.refusal())?;
+        fault.insert(memory, offset)
     })
 }
 
@@ -280,29 +270,28 @@ fn transfer(
 /// Copies up to [`CHUNK`] bytes, as long as the process's pages are there.
 fn step(view: &View, gpa: u64, len: usize, is_write: bool, buffer: &mut impl Buffer) -> Result<Step> {
     let shown = view.look();
-    let provider = shown.provider.clone()?;
+    let window = shown.window.clone()?;
     if is_write && !shown.is_writable() {
         return Err(EACCES);
     }
-    if gpa >= provider.end() && !is_write {
+    if gpa >= window.end() && !is_write {
         return Ok(Step::Copied(0, 0));
     }
-    provider.prepare(gpa)?;
-    let (memory, offset) = provider.find(gpa)?;
+    let (memory, offset) = window.find(gpa)?;
     let room = usize::try_from(memory.len().saturating_sub(offset))?;
     let wanted = len.min(CHUNK).min(room);
-    let copied = buffer.copy(&memory, offset, wanted, || view.is_current(&shown));
+    let copied = buffer.copy(memory, offset, wanted, || view.is_current(&shown));
     Ok(copied.map_or(Step::Changed, |count| Step::Copied(count, wanted)))
 }
 
 /// The next data: the host knows what of the ranges the target has never used or given back.
-fn seek_data(view: &View, provider: &Provider, offset: i64) -> Result<u64> {
+fn seek_data(view: &View, window: &Window, offset: i64) -> Result<u64> {
     let mut at = u64::try_from(offset).map_err(|_| ENXIO)?;
     loop {
-        at = provider.first_from(at).ok_or(ENXIO)?;
-        match view.seek(at, SEEK_DATA) {
+        at = window.first_from(at).ok_or(ENXIO)?;
+        match view.host().seek(at, SEEK_DATA) {
             Ok(None) => return Err(ENXIO),
-            Ok(Some(found)) if provider.contains(found) => return Ok(found),
+            Ok(Some(found)) if window.contains(found) => return Ok(found),
             // Between two ranges, of which there are few.
             Ok(Some(found)) => at = found,
             Err(error) if error == EOPNOTSUPP => return Ok(at),
@@ -312,13 +301,13 @@ fn seek_data(view: &View, provider: &Provider, offset: i64) -> Result<u64> {
 }
 
 /// The next hole: of the target's memory or between ranges, also the one behind the last range.
-fn seek_hole(view: &View, provider: &Provider, offset: i64) -> Result<u64> {
-    let at = u64::try_from(offset).ok().filter(|at| *at < provider.end()).ok_or(ENXIO)?;
-    let end = provider.first_hole_from(at);
+fn seek_hole(view: &View, window: &Window, offset: i64) -> Result<u64> {
+    let at = u64::try_from(offset).ok().filter(|at| *at < window.end()).ok_or(ENXIO)?;
+    let end = window.first_hole_from(at);
     if end == at {
         return Ok(at);
     }
-    match view.seek(at, SEEK_HOLE) {
+    match view.host().seek(at, SEEK_HOLE) {
         Ok(found) => Ok(found.map_or(end, |found| found.min(end))),
         Err(error) if error == EOPNOTSUPP => Ok(end),
         Err(error) => Err(error),

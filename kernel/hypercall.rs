@@ -38,10 +38,10 @@ static WAY: SetOnce<Way> = SetOnce::new();
 pub(crate) enum Showing {
     /// In a window that it opens when it is called.
     Windows,
-    /// In pages that it replaces one by one when it is called.
-    Pages,
     /// In PCI devices that it plugs in; it cannot be called.
     Devices,
+    /// Not at all: it serves v1's hypercalls only.
+    Nothing,
 }
 
 static SHOWING: SetOnce<Showing> = SetOnce::new();
@@ -69,9 +69,12 @@ pub(crate) fn choose(forced: Option<Way>, force_window: bool) -> Result {
         return Ok(());
     };
     let has_window = force_window || features & FEATURE_WINDOW != 0;
-    let (showing, what) =
-        if has_window { (Showing::Windows, "windows") } else { (Showing::Pages, "pages one by one") };
-    pr_info!("the host is called by {way} and shows {what}\n");
+    let (showing, what) = if has_window {
+        (Showing::Windows, "v1 and views")
+    } else {
+        (Showing::Nothing, "v1 only, no views")
+    };
+    pr_info!("the host is called by {way} and offers {what}\n");
     WAY.populate(way);
     SHOWING.populate(showing);
     Ok(())

@@ -4,8 +4,7 @@
 //!
 //! A view goes through the files in this order: [`device`] (the system call), [`native`] or [`regions`] (the two sets of
 //! ioctls), [`file`] (the open file's view), [`view`] (what it shows now), [`attachment`] (what the host says of it, by a
-//! [`snapshot`] of its descriptor), [`provider`] (the memory: a [`window`], or where the host opens none, [`pages`] of the
-//! module's own). Changes come back from [`watch`].
+//! [`snapshot`] of its descriptor), [`window`] (the memory). Changes come back from [`watch`].
 //!
 //! Where the host cannot be called, views come as PCI devices: [`devices`] (the driver), [`slot`] (a descriptor and its
 //! windows), [`slots`] (which of them belong together, and which of them a token gets).
@@ -21,9 +20,8 @@
 //! - `View::changing`, while a change of the host's is followed; then the device's `i_mmap_rwsem` (zapping), and
 //!   `View::now` by itself, or `SLOTS` and then `Slot::state`.
 //! - a process's `mmap_lock` or an area's lock (mmap, munmap, fault); then `ViewFile::view`, `ViewFile::regions`,
-//!   `View::changing` (mmap only) and `View::now`, and under `View::now` `Window::mapping`, or `Pages::entries` and
-//!   `Entry::state`, or `Slot::state`, and the page tables' locks.
-//! - `Entry::state`, while the host is asked for its page; then `Pages::entries`. Faults wait for it before `View::now`.
+//!   `View::changing` (mmap only) and `View::now`, and under `View::now` `Window::mapping`, or `Slot::state`, and the
+//!   page tables' locks.
 //! - a PCI device's lock (probe, unbind); then `SLOTS`, and then the `Slot::state` of one slot at a time.
 //! - `CACHING`, under any of them, while memory is mapped into the kernel.
 //! - each process's table of v1 has a mutex of its own.
@@ -63,9 +61,7 @@ mod file;
 mod hypercall;
 mod native;
 mod page;
-mod pages;
 mod process;
-mod provider;
 mod regions;
 mod released;
 mod slot;
@@ -151,7 +147,7 @@ impl kernel::InPlaceModule for Kvmmem {
 fn pci_driver(module: &'static ThisModule) -> Result<Option<PciDriver>> {
     match hypercall::showing() {
         Showing::Devices => KBox::pin_init(Registration::new(c"kvmmem", module), GFP_KERNEL).map(Some),
-        Showing::Windows | Showing::Pages => Ok(None),
+        Showing::Windows | Showing::Nothing => Ok(None),
     }
 }
 
@@ -165,7 +161,7 @@ fn forced_way() -> Option<Way> {
 
 /// Whether libkvmi's region ioctls are there.
 fn offers_regions() -> bool {
-    module_parameters::regions.value() && hypercall::showing() != Showing::Pages
+    module_parameters::regions.value() && hypercall::showing() != Showing::Nothing
 }
 
 /// The selftest's descriptor page, where one stands in for the host's: the request's first byte is its number.

@@ -7,8 +7,8 @@ use kernel::uaccess::{UserPtr, UserSlice};
 
 use crate::abi::descriptor::MAX_RANGES;
 use crate::abi::native::{
-    ATTACH_READ_ONLY, Attach, FEATURE_DEVICES, FEATURE_HUGE_1G, FEATURE_HUGE_2M, FEATURE_PAGES,
-    FEATURE_REGIONS, FEATURE_SEEK, FEATURE_VIEWS, Info, Range, Ranges, Stats, VERSION,
+    ATTACH_READ_ONLY, Attach, FEATURE_DEVICES, FEATURE_HUGE_1G, FEATURE_HUGE_2M, FEATURE_REGIONS,
+    FEATURE_SEEK, FEATURE_VIEWS, Info, Range, Ranges, Stats, VERSION,
 };
 use crate::attachment::AttachCall;
 use crate::file::ViewFile;
@@ -18,14 +18,12 @@ use crate::watch::EVENT_MS;
 
 /// INFO: what there is.
 pub(crate) fn info(to: UserPtr) -> Result {
-    let mut features = FEATURE_VIEWS;
-    let showing = hypercall::showing();
-    features |= match showing {
-        Showing::Windows => FEATURE_HUGE_2M | FEATURE_SEEK,
-        Showing::Devices => FEATURE_HUGE_2M | FEATURE_DEVICES,
-        Showing::Pages => FEATURE_PAGES,
+    let mut features = match hypercall::showing() {
+        Showing::Windows => FEATURE_VIEWS | FEATURE_HUGE_2M | FEATURE_SEEK,
+        Showing::Devices => FEATURE_VIEWS | FEATURE_HUGE_2M | FEATURE_DEVICES,
+        Showing::Nothing => 0,
     };
-    if showing != Showing::Pages && sys::has_1g_pages() {
+    if features & FEATURE_VIEWS != 0 && sys::has_1g_pages() {
         features |= FEATURE_HUGE_1G;
     }
     if crate::offers_regions() {
@@ -69,9 +67,9 @@ impl ViewFile {
         answer.rights = shown.rights;
         answer.uuid = shown.uuid;
         let mut ranges = KVec::new();
-        if let Ok(provider) = &shown.provider {
-            ranges.reserve(provider.count(), GFP_KERNEL)?;
-            for range in provider.ranges() {
+        if let Ok(window) = &shown.window {
+            ranges.reserve(window.ranges().len(), GFP_KERNEL)?;
+            for range in window.ranges() {
                 ranges.push(range, GFP_KERNEL)?;
             }
         }

@@ -151,11 +151,11 @@ impl ViewFile {
 
 /// The range of a view of `target` that holds `gpa`.
 fn region(shown: &Shown, target: &Uuid, gpa: u64) -> Result<Range> {
-    let provider = shown.provider.as_ref().map_err(|ended| Error::from(*ended))?;
+    let window = shown.window.as_ref().map_err(|ended| Error::from(*ended))?;
     if shown.uuid != *target {
         return Err(ENOENT);
     }
-    provider
+    window
         .ranges()
         .find(|range| gpa.checked_sub(range.gpa).is_some_and(|offset| offset < range.len))
         .ok_or(ENXIO)

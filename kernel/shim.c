@@ -33,11 +33,6 @@ u64 kvmmem_page_gpa(struct page *page)
 	return page_to_phys(page);
 }
 
-void *kvmmem_page_address(struct page *page)
-{
-	return page_address(page);
-}
-
 bool kvmmem_page_is_anonymous(struct page *page)
 {
 	struct folio *folio = page_folio(page);

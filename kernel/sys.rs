@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-only
 //! The module's only unsafe code, which is why it is long. First what v1 needs: pinned pages and their replacement, the
 //! MMU notifier that ties a [`Process`] to an `mm_struct`, RLIMIT_MEMLOCK, CPUID. Then what views need: a window's
-//! memory and pages of the kernel's own, their hypercalls, areas of user memory and their faults, the file operations
-//! that `MiscDevice` lacks, the cancelling of delayed work. At last PCI slots: places, BARs, the static locks. The
-//! interface is safe.
+//! memory, its hypercalls, areas of user memory and their faults, the file operations that `MiscDevice` lacks, the
+//! cancelling of delayed work. At last PCI slots: places, BARs, the static locks.
 //!
 //! C headers: `include/linux/mm.h`, `include/linux/mmu_notifier.h`, `include/linux/io.h`, `include/linux/fs.h`,
 //! `include/linux/pci.h`, `include/crypto/sha2.h`.
@@ -24,7 +23,6 @@ use kernel::iov::{IovIterDest, IovIterSource};
 use kernel::miscdevice::MiscDeviceOptions;
 use kernel::mm::virt::{VmaNew, VmaRef, flags};
 use kernel::mm::{Mm, MmWithUser};
-use kernel::page::Page;
 use kernel::pci;
 use kernel::prelude::*;
 use kernel::sync::Arc;
@@ -37,12 +35,10 @@ use kernel::workqueue::{HasDelayedWork, Work, WorkItem};
 use crate::abi::hypercall::{ATTACH, AttachRequest, AttachResult, DETACH, MEM_MAP, MEM_UNMAP, SEEK};
 use crate::abi::ioctl::PAGE_SIZE;
 use crate::abi::native;
-use crate::attachment::AttachCall;
 use crate::device::OpenFile;
 use crate::hypercall::{Request, Way};
 use crate::process::Process;
 use crate::slots::Slots;
-use crate::stats;
 
 // The kernel's structures are opaque here: only pointers pass.
 #[allow(improper_ctypes)]
@@ -50,7 +46,6 @@ extern "C" {
     fn kvmmem_vmcall(nr: c_ulong, a0: c_ulong, a1: c_ulong, a2: c_ulong) -> c_long;
     fn kvmmem_doorbell(port: u16, nr: c_ulong, a0: c_ulong, a1: c_ulong, a2: c_ulong) -> c_long;
     fn kvmmem_page_gpa(page: *mut bindings::page) -> u64;
-    fn kvmmem_page_address(page: *mut bindings::page) -> *mut c_void;
     fn kvmmem_page_is_anonymous(page: *mut bindings::page) -> bool;
     fn kvmmem_charge(mm: *mut bindings::mm_struct) -> c_int;
     fn kvmmem_uncharge(mm: *mut bindings::mm_struct);
@@ -427,7 +422,7 @@ pub(crate) fn seek(way: Way, descriptor_gpa: u64, gpa: &mut u64, what: u64) -> R
 ///
 /// # Invariants
 ///
-/// `address` is a mapping of the `len` bytes at `gpa`, whole pages: a [`Remapped`]'s or an [`OwnPage`]'s, which keeps it.
+/// `address` is a mapping of the `len` bytes at `gpa`, whole pages: a [`Remapped`]'s, which keeps it.
 pub(crate) struct Memory {
     address: NonNull<u8>,
     gpa: u64,
@@ -663,78 +658,6 @@ impl Drop for Remapped {
     }
 }
 
-/// A page of this kernel's own, of which nobody else knows.
-pub(crate) struct FreshPage(Page);
-
-impl FreshPage {
-    /// A page of zeros, charged to the process's memory cgroup.
-    pub(crate) fn new() -> Result<Self> {
-        Ok(Self(Page::alloc_page(GFP_KERNEL_ACCOUNT | __GFP_ZERO)?))
-    }
-
-    /// Has the host replace the page by the target's at `target_gpa`. The host's error frees it.
-    pub(crate) fn replace(self, call: &AttachCall, target_gpa: u64, way: Way) -> Result<OwnPage, i64> {
-        // SAFETY: the page is allocated.
-        let gpa = unsafe { kvmmem_page_gpa(self.0.as_ptr()) };
-        // SAFETY: the page is this value's alone and has no content; `call` keeps the token's 32 bytes in place
-        // during the call.
-        match unsafe { hypercall(way, MEM_MAP, call.bytes().as_ptr() as u64, target_gpa, gpa) } {
-            // INVARIANT: replaced as of now, and nobody has mapped it.
-            0 => Ok(OwnPage::new(self.0, gpa, way)),
-            error => Err(error),
-        }
-    }
-}
-
-/// A page of this kernel's own behind which the host has put another machine's memory. When dropped, the host puts the
-/// page's own memory back, as zeros, and the page is freed; it is kept for good where the host refuses.
-///
-/// # Invariants
-///
-/// `memory` is `page`, as the kernel maps all RAM. The host agreed to replace it and has not agreed to undo that. No
-/// area shows it when it is dropped: a view inserts only what it shows, holding `View::now`, and drops what it showed
-/// only after having zapped it; without DETACH it is dropped with its file, which areas keep.
-pub(crate) struct OwnPage {
-    memory: Memory,
-    page: ManuallyDrop<Page>,
-    way: Way,
-}
-
-impl OwnPage {
-    fn new(page: Page, gpa: u64, way: Way) -> Self {
-        stats::TOTAL.add_one();
-        stats::MAPPED.add_one();
-        // SAFETY: the page is allocated; x86-64 has all RAM mapped at addresses that are not null.
-        let address = unsafe { NonNull::new_unchecked(kvmmem_page_address(page.as_ptr()).cast()) };
-        let memory = Memory { address, gpa, len: PAGE_SIZE as usize, is_write_back: true };
-        Self { memory, page: ManuallyDrop::new(page), way }
-    }
-}
-
-impl Deref for OwnPage {
-    type Target = Memory;
-
-    fn deref(&self) -> &Memory {
-        &self.memory
-    }
-}
-
-impl Drop for OwnPage {
-    fn drop(&mut self) {
-        stats::MAPPED.subtract_one();
-        // SAFETY: the page is owned and replaced by the type's invariants.
-        match unsafe { hypercall(self.way, MEM_UNMAP, self.memory.gpa, 0, 0) } {
-            // SAFETY: dropped here only. What is behind the page is its own memory again, no area shows it by the
-            // type's invariants, and nobody else can have a reference.
-            0 => unsafe { ManuallyDrop::drop(&mut self.page) },
-            _ => {
-                stats::REFUSED.add_one();
-                stats::QUARANTINED.add_one();
-            }
-        }
-    }
-}
-
 /// The pages that user space has mapped of the device, by all of its open files.
 ///
 /// # Invariants
@@ -956,8 +879,7 @@ impl Fault {
         }
         let pfn = (gpa / PAGE_SIZE) as usize;
         // SAFETY: the type's invariant. The area is VM_PFNMAP and not private, as these functions demand. The pages are
-        // within `memory`: either no RAM of this machine, whatever the process does with them, or an `OwnPage`, which
-        // is zapped before it is dropped, and of which VM_PFNMAP lets nobody take a reference.
+        // within `memory`, which is no RAM of this machine, whatever the process does with them.
         let code = unsafe {
             let (fault, area) = (&(*self.vmf).__bindgen_anon_1, self.area());
             let is_write = (*self.vmf).flags & bindings::fault_flag_FAULT_FLAG_WRITE != 0;

@@ -7,11 +7,9 @@ use kernel::sync::poll::PollCondVarBox;
 use kernel::sync::{Arc, Mutex, new_mutex};
 use kernel::workqueue::{DelayedWork, new_delayed_work};
 
-use crate::abi::native::{ATTACH_READ_ONLY, RIGHT_READ, RIGHT_WRITE, STATE_GONE, STATE_OPEN, STATE_REVOKED};
+use crate::abi::native::{ATTACH_READ_ONLY, RIGHT_WRITE, STATE_GONE, STATE_OPEN, STATE_REVOKED};
 use crate::attachment::{AttachCall, Attachment};
 use crate::hypercall::{self, Showing};
-use crate::pages::Pages;
-use crate::provider::Provider;
 use crate::snapshot::Snapshot;
 use crate::stats::{self, Counter, Faults};
 use crate::sys::AddressSpace;
@@ -48,13 +46,13 @@ pub(crate) struct Shown {
     pub(crate) generation: u64,
     pub(crate) rights: u32,
     pub(crate) uuid: [u8; 16],
-    pub(crate) provider: Result<Provider, Ended>,
+    pub(crate) window: Result<Arc<Window>, Ended>,
 }
 
 impl Shown {
     /// `STATE_*` of the ABI; 0 for a view that was detached.
     pub(crate) fn state(&self) -> u32 {
-        match self.provider {
+        match self.window {
             Ok(_) => STATE_OPEN,
             Err(Ended::Revoked) => STATE_REVOKED,
             Err(Ended::Gone) => STATE_GONE,
@@ -77,8 +75,7 @@ struct Now {
 #[pin_data]
 pub(crate) struct View {
     // First, so that it is dropped first: the window is the host's no more when it is unmapped.
-    // None where the host opened no window, and knows of the pages only.
-    host: Option<Attachment>,
+    host: Attachment,
     number: usize,
     is_read_only: bool,
     pages: AddressSpace,
@@ -97,7 +94,8 @@ pub(crate) struct View {
 }
 
 impl View {
-    /// Opens the view that `call` asks for. `EIO` where the host's answer cannot be.
+    /// Opens the view that `call` asks for. `EIO` for an impossible answer of the host, `EOPNOTSUPP` where it offers
+    /// no views.
     pub(crate) fn open(
         mut call: AttachCall,
         flags: u32,
@@ -106,20 +104,15 @@ impl View {
     ) -> Result<Arc<Self>> {
         let is_read_only = flags & ATTACH_READ_ONLY != 0;
         let host = match hypercall::showing() {
-            Showing::Windows => Some(Attachment::open(&mut call, flags)?),
-            Showing::Devices => Some(Attachment::take(&call)?),
-            Showing::Pages => None,
+            Showing::Windows => Attachment::open(&mut call, flags)?,
+            Showing::Devices => Attachment::take(&call)?,
+            Showing::Nothing => return Err(EOPNOTSUPP),
         };
-        let shown = match &host {
-            Some(host) => show(host, &host.read()?, is_read_only)?,
-            None => show_pages(call, is_read_only)?,
-        };
-        if let Err(ended) = shown.provider {
+        let shown = show(&host, &host.read()?, is_read_only)?;
+        if let Err(ended) = shown.window {
             return Err(ended.into());
         }
-        if let Some(host) = &host {
-            host.followed(shown.generation);
-        }
+        host.followed(shown.generation);
         let view = try_pin_init!(Self {
             host,
             number: NEXT_NUMBER.fetch_add(1, Relaxed).unsigned_abs() as usize,
@@ -141,14 +134,9 @@ impl View {
         self.number
     }
 
-    /// The view as the host knows it, if it does.
-    pub(crate) fn host(&self) -> Option<&Attachment> {
-        self.host.as_ref()
-    }
-
-    /// Asks the host for the next data or hole: as [`Attachment::seek`].
-    pub(crate) fn seek(&self, gpa: u64, what: u64) -> Result<Option<u64>> {
-        self.host().ok_or(EOPNOTSUPP)?.seek(gpa, what)
+    /// The view as the host knows it.
+    pub(crate) fn host(&self) -> &Attachment {
+        &self.host
     }
 
     /// What it shows, as far as is known.
@@ -165,7 +153,7 @@ impl View {
     /// Whether what was read through this generation's window was the target's.
     pub(crate) fn is_current(&self, shown: &Shown) -> bool {
         // The host changes what is behind a window and the generation in one step, as its guest sees it.
-        self.host().is_none_or(|host| host.generation() == Some(shown.generation))
+        self.host.generation() == Some(shown.generation)
     }
 
     /// What it shows, to a tool that thereby knows of all changes.
@@ -179,7 +167,7 @@ impl View {
     /// Whether there is a change that the tool has not asked for, and whether the view has ended.
     pub(crate) fn events(&self) -> (bool, bool) {
         let now = self.now.lock();
-        (now.seen != now.shown.generation, now.shown.provider.is_err())
+        (now.seen != now.shown.generation, now.shown.window.is_err())
     }
 
     /// Calls `use_it` with what is shown, and lets nothing change meanwhile.
@@ -190,22 +178,21 @@ impl View {
     /// Looks whether the host has changed the view, and follows: afterwards no process has a page that is not shown
     /// any more, and then whoever waits is woken.
     pub(crate) fn refresh(&self) {
-        if self.with(|shown| shown.provider.is_err() || self.is_current(shown)) {
+        if self.with(|shown| shown.window.is_err() || self.is_current(shown)) {
             return;
         }
-        let Some(host) = self.host() else { return };
         let _one = self.changing.lock();
         let (is_followed, is_open, generation) =
-            self.with(|shown| (self.is_current(shown), shown.provider.is_ok(), shown.generation));
+            self.with(|shown| (self.is_current(shown), shown.window.is_ok(), shown.generation));
         if is_followed || !is_open {
             return;
         }
-        let next = match host.read().and_then(|snapshot| {
+        let next = match self.host.read().and_then(|snapshot| {
             if snapshot.descriptor.generation < generation {
                 stats::lie("the generation went back");
                 return Err(EIO);
             }
-            show(host, &snapshot, self.is_read_only)
+            show(&self.host, &snapshot, self.is_read_only)
         }) {
             Ok(next) => next,
             // Tried again at the next look; until then what was shown is known to be out of date.
@@ -228,46 +215,40 @@ impl View {
     }
 
     fn ended(&self, generation: u64, how: Ended) -> Shown {
-        self.with(|shown| Shown { generation, rights: shown.rights, uuid: shown.uuid, provider: Err(how) })
+        self.with(|shown| Shown { generation, rights: shown.rights, uuid: shown.uuid, window: Err(how) })
     }
 
     /// Shows `next`. On return nothing of what was shown before is used by anybody. The caller does not use it either.
     fn replace(&self, next: Shown) {
-        let (generation, has_ended) = (next.generation, next.provider.is_err());
+        let (generation, has_ended) = (next.generation, next.window.is_err());
         let before = {
             let mut now = self.now.lock();
             core::mem::replace(&mut now.shown, next)
         };
-        // Faults go by what is shown now; what came before that is taken away. Only then is the window unmapped,
-        // and the host gets its pages back.
-        if let Ok(provider) = before.provider {
-            for range in provider.ranges() {
+        // Faults go by what is shown now; what came before that is zapped. Only then is the window unmapped.
+        if let Ok(window) = before.window {
+            for range in window.ranges() {
                 self.pages.zap(range.gpa, range.len);
             }
-            provider.wait_until_unused();
+            let waiter = window.waiter();
+            drop(window);
+            waiter.wait();
         }
-        match self.host() {
-            Some(host) if has_ended => host.let_go(),
-            Some(host) => host.followed(generation),
-            None => {}
+        if has_ended {
+            self.host.let_go();
+        } else {
+            self.host.followed(generation);
         }
     }
 }
 
 fn show(host: &Attachment, snapshot: &Snapshot, is_read_only: bool) -> Result<Shown> {
     let descriptor = &snapshot.descriptor;
-    let provider = match descriptor.state {
-        STATE_OPEN => Ok(Provider::Window(Window::map(host, snapshot)?)),
+    let window = match descriptor.state {
+        STATE_OPEN => Ok(Window::map(host, snapshot)?),
         STATE_REVOKED => Err(Ended::Revoked),
         _ => Err(Ended::Gone),
     };
     let rights = if is_read_only { descriptor.rights & !RIGHT_WRITE } else { descriptor.rights };
-    Ok(Shown { generation: descriptor.generation, rights, uuid: descriptor.uuid, provider })
-}
-
-/// What is known of a target without asking: nothing. The host maps a page only where it may be written.
-fn show_pages(call: AttachCall, is_read_only: bool) -> Result<Shown> {
-    let rights = if is_read_only { RIGHT_READ } else { RIGHT_READ | RIGHT_WRITE };
-    let provider = Ok(Provider::Pages(Pages::new(call)?));
-    Ok(Shown { generation: 0, rights, uuid: [0; 16], provider })
+    Ok(Shown { generation: descriptor.generation, rights, uuid: descriptor.uuid, window })
 }

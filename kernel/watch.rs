@@ -28,7 +28,7 @@ impl WorkItem for View {
 
     fn run(this: Arc<Self>) {
         this.refresh();
-        if this.with(|shown| shown.provider.is_ok()) {
+        if this.with(|shown| shown.window.is_ok()) {
             // Only where it is queued already is it not queued.
             let _ = workqueue::system_highpri().enqueue_delayed(this, delay());
         }
@@ -41,10 +41,7 @@ pub(crate) struct WatchedView(Arc<View>);
 impl WatchedView {
     pub(crate) fn new(view: Arc<View>) -> Self {
         stats::VIEWS.add_one();
-        // A host that opened no window does not know of the view, and changes nothing.
-        if view.host().is_some() {
-            let _ = workqueue::system_highpri().enqueue_delayed(view.clone(), delay());
-        }
+        let _ = workqueue::system_highpri().enqueue_delayed(view.clone(), delay());
         Self(view)
     }
 }

@@ -131,6 +131,11 @@ impl Window {
         Some(gpa.max(self.piece_from(gpa)?.range.gpa))
     }
 
+    /// Whether `gpa` is in a range.
+    pub(crate) fn contains(&self, gpa: u64) -> bool {
+        self.first_from(gpa) == Some(gpa)
+    }
+
     /// The first address at or after `gpa` that is in no range.
     pub(crate) fn first_hole_from(&self, gpa: u64) -> u64 {
         let following = self.pieces.iter().skip(self.pieces.partition_point(|piece| piece.end() <= gpa));

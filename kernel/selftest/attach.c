@@ -127,6 +127,22 @@ static void host_keeps_view(void)
 	CHECK_EQUAL(counter("views-quarantined"), quarantined + 1);
 }
 
+/* A host that serves v1's hypercalls and opens no views. */
+void test_no_views(void)
+{
+	struct kvmmem_info info;
+	char uuid[16] = {}, byte;
+	int fd = device();
+
+	CHECK_EQUAL(ioctl(fd, KVMMEM_INFO, &info), 0);
+	CHECK_EQUAL(info.features, 0);
+	CHECK_REFUSED(attach(fd, 0, 0), EOPNOTSUPP);
+	CHECK_REFUSED(pread(fd, &byte, 1, 0), ENOTCONN);
+	CHECK_REFUSED(ioctl(fd, KVM_GUEST_MEM_UNMAP, 0), ENOTTY);
+	CHECK_REFUSED(ioctl(fd, KVM_GUEST_MEM_OPEN, uuid), ENOTTY);
+	close(fd);
+}
+
 void test_attach(void)
 {
 	host_shows_usual(0, KVMMEM_RIGHT_READ | KVMMEM_RIGHT_WRITE);

@@ -64,9 +64,7 @@ int polled(int fd, int milliseconds);
 int signal_of_read(const volatile char *p);
 int signal_of_write(volatile char *p);
 
-void test_own_pages(void);
-void test_few_own_pages(void);
-void test_own_races(void);
+void test_no_views(void);
 void test_attach(void);
 void test_memory(void);
 void test_positions(void);

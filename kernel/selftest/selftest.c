@@ -166,12 +166,6 @@ static void test_view_unload(void)
 	CHECK_EQUAL(unload_module(), 0);
 }
 
-static void without_a_window(void)
-{
-	test_own_pages();
-	test_own_races();
-}
-
 static void with_views(void)
 {
 	host_opens();
@@ -228,13 +222,10 @@ int main(int argc, char **argv)
 		test_limits();
 		test_races();
 		test_quarantine();
-		/* Not in process 1, whose signals the kernel logs. */
-		in_child(without_a_window);
+		test_no_views();
 		test_unload();
-		CHECK_EQUAL(load_module(LOAD " max_pages_per_file=3"), 0);
-		in_child(test_few_own_pages);
-		CHECK_EQUAL(unload_module(), 0);
 		CHECK_EQUAL(load_module(LOAD_VIEWS), 0);
+		/* Not in process 1, whose signals the kernel logs. */
 		in_child(with_views);
 	}
 	printf("selftest: %d of %d checks passed\n", checks - failures, checks);

@@ -41,10 +41,7 @@ pub const FEATURE_SEEK: u32 = 1 << 3;
 /// [`Info::features`]: libkvmi's region ioctls are offered ([`crate::region`]).
 pub const FEATURE_REGIONS: u32 = 1 << 4;
 
-/// [`Info::features`]: the host opens no windows. A view asks it for each page when that is first used, and with the
-/// token: its grant must allow writing, and as many uses. One range stands for all addresses; nothing is known of
-/// changes, and poll never tells of any.
-pub const FEATURE_PAGES: u32 = 1 << 5;
+// Bit 5 is reserved: drivers before version 0.2 set it.
 
 /// [`Info::features`]: the host shows views as PCI devices. A tool opens one at the broker's door (vsock) first, which
 /// answers with the token by which ATTACH then takes it.

@@ -136,7 +136,6 @@ fn numbers() -> BTreeMap<&'static str, u64> {
         ("KVMMEM_FEAT_HUGE_1G", u64::from(native::FEATURE_HUGE_1G)),
         ("KVMMEM_FEAT_SEEK", u64::from(native::FEATURE_SEEK)),
         ("KVMMEM_FEAT_REGIONS", u64::from(native::FEATURE_REGIONS)),
-        ("KVMMEM_FEAT_PAGES", u64::from(native::FEATURE_PAGES)),
         ("KVMMEM_FEAT_DEVICES", u64::from(native::FEATURE_DEVICES)),
         ("KVMMEM_ATTACH_READ_ONLY", u64::from(native::ATTACH_READ_ONLY)),
         ("KVMMEM_STATE_OPEN", u64::from(native::STATE_OPEN)),

@@ -65,7 +65,7 @@ pub(crate) struct Arguments {
     /// How an introspector's hypercalls reach the host
     #[arg(long, value_enum, default_value_t = Way::Auto, requires = "introspector")]
     hypercalls: Way,
-    /// Show the targets' memory page by page alone, without windows of guest-physical memory
+    /// Offer v1 (single pages) only: no views, and no windows of guest-physical memory
     #[arg(long, requires = "introspector")]
     no_window: bool,
     /// What a reset by the guest does

@@ -34,8 +34,6 @@ pub(crate) enum Way {
     Auto,
     /// The doorbell port.
     Port,
-    /// As the host can, and no window: the calls of 2019 alone.
-    NoWindow,
 }
 
 /// What to boot.
@@ -74,9 +72,6 @@ impl Vm {
             Role::Target => command.arg("--initrd").arg(bed.target_initrd()).arg("--introspectable"),
             Role::Introspector => {
                 command.arg("--initrd").arg(bed.introspector_initrd()).arg("--introspector");
-                if spec.way == Way::NoWindow {
-                    command.arg("--no-window");
-                }
                 command.args(["--hypercalls", if spec.way == Way::Port { "port" } else { "auto" }])
             }
         };

@@ -63,7 +63,7 @@ struct kvmmem_info {
 #define KVMMEM_FEAT_HUGE_1G	(1U << 2)	/* and of 1 GiB */
 #define KVMMEM_FEAT_SEEK	(1U << 3)	/* SEEK_DATA knows memory that the target gave back */
 #define KVMMEM_FEAT_REGIONS	(1U << 4)	/* KVM_GUEST_MEM_* are offered */
-#define KVMMEM_FEAT_PAGES	(1U << 5)	/* no window: each page is asked for with the token */
+/* Bit 5 is reserved: drivers before version 0.2 set it. */
 #define KVMMEM_FEAT_DEVICES	(1U << 6)	/* views are PCI devices, opened at the broker's door */
 
 struct kvmmem_attach {

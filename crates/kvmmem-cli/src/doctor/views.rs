@@ -4,8 +4,8 @@
 use kvmmem::device;
 use kvmmem_abi::cpuid::FEATURE_WINDOW;
 use kvmmem_abi::native::{
-    FEATURE_DEVICES, FEATURE_HUGE_1G, FEATURE_HUGE_2M, FEATURE_PAGES, FEATURE_REGIONS, FEATURE_SEEK,
-    FEATURE_VIEWS, Info, VERSION,
+    FEATURE_DEVICES, FEATURE_HUGE_1G, FEATURE_HUGE_2M, FEATURE_REGIONS, FEATURE_SEEK, FEATURE_VIEWS, Info,
+    VERSION,
 };
 use kvmmem_sys::view::ViewFile;
 use rustix::io::Errno;
@@ -48,7 +48,6 @@ fn judge(host: Option<u32>, info: Result<Info, Errno>) -> Check {
             (FEATURE_SEEK, "holes are known"),
             (FEATURE_REGIONS, "libkvmi's regions"),
             (FEATURE_DEVICES, "as PCI devices, by the host's door"),
-            (FEATURE_PAGES, "page by page: the host opens no window, and each page uses the token once"),
         ];
         let has = known.into_iter().filter(|(bit, _)| info.features & bit != 0).map(|(_, name)| name);
         let list: Vec<&str> = std::iter::once("can be attached").chain(has).collect();
@@ -63,8 +62,8 @@ fn judge(host: Option<u32>, info: Result<Info, Errno>) -> Check {
     } else {
         Check::warn(
             NAME,
-            "the host offers none: pages can be mapped one by one",
-            "update kvmmem on the host and start this virtual machine anew",
+            "the host offers none, only the page-by-page ioctls (v1)",
+            "start this virtual machine without --no-window, on a host whose KVM has read-only memory slots",
         )
     }
 }

@@ -5,7 +5,6 @@ pub(crate) mod act;
 mod ends;
 mod grants;
 mod hostile;
-mod pages;
 mod regions;
 mod tools;
 mod use_it;
@@ -82,11 +81,6 @@ pub(crate) const ALL: &[Scenario] = &[
         name: "views_target_death",
         purpose: "the target's VMM dies under a view",
         run: ends::target_death,
-    },
-    Scenario {
-        name: "views_without_window",
-        purpose: "the same file where the host has the calls of 2019 alone",
-        run: pages::pages,
     },
     Scenario {
         name: "views_broker_death",
