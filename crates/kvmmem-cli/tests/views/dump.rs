@@ -112,13 +112,13 @@ fn nothing_is_written_over() {
     fs::remove_file(path(&host)).unwrap();
     // Where nothing is begun, nothing has to be resumed.
     assert_eq!(dump(&host, &[], &["--resume"]).code, Some(0));
-    for (arguments, word) in [
-        (["--range", "1M..3M", "--range", "2M..4M"], "overlap"),
-        (["--range", "8M..9M", "--format", "raw"], "0x800000"),
+    for (arguments, code, word) in [
+        (["--range", "1M..3M", "--range", "2M..4M"], 2, "overlap"),
+        (["--range", "8M..9M", "--format", "raw"], 1, "0x800000"),
     ] {
         fs::remove_file(path(&host)).ok();
         let ended = dump(&host, &[], &arguments);
-        assert!(ended.code == Some(1) && ended.stderr.contains(word), "{}", ended.stderr);
+        assert!(ended.code == Some(code) && ended.stderr.contains(word), "{}", ended.stderr);
         assert!(!path(&host).exists());
     }
 }

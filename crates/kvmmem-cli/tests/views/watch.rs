@@ -51,11 +51,11 @@ fn so_many_looks_are_taken_as_wanted() {
     let ended = host.look(&[], &["watch", "0", "16", "--interval", "1ms", "--count", "3"]);
     assert_eq!((ended.code, ended.stdout.lines().count()), (Some(0), 1));
     let cases: [(&[&str], i32, &str); 5] = [
-        (&["0", "0"], 1, "LEN"),
-        (&["0", "2M"], 1, "LEN"),
-        (&["0xffffffffffffffff", "2"], 1, "end of the address space"),
+        (&["0", "0"], 2, "LEN"),
+        (&["0", "2M"], 2, "LEN"),
+        (&["0xffffffffffffffff", "2"], 2, "end of the address space"),
         (&["0", "16", "--interval", "5"], 2, "500ms"),
-        (&["8M", "16"], 2, "0x1000"),
+        (&["8M", "16"], 1, "gpa 0x800000"),
     ];
     for (arguments, code, word) in cases {
         let ended = host.look(&[], &[&["watch"], arguments].concat());
