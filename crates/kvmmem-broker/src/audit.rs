@@ -133,6 +133,12 @@ impl Audit {
         self.write(&self.strangers, record);
     }
 
+    /// A hook has ended by itself.
+    pub(crate) fn unhooked(&self, vm: &Vm, endpoint: &Endpoint, reason: &str) {
+        let record = Record { on: Some(false), reason: Some(reason), ..Record::new(Event::Hook) };
+        self.write(vm.peer().limits(), record.of(vm).at(endpoint));
+    }
+
     /// A tool was connected to a target.
     pub(crate) fn connected(&self, vm: &Vm, endpoint: &Endpoint) {
         self.write(vm.peer().limits(), Record::new(Event::Connected).of(vm).at(endpoint));

@@ -15,12 +15,12 @@ use crate::buffers::Buffers;
 use crate::discover::watch::Watch;
 use crate::endpoint::Endpoint;
 use crate::grants::{Grants, View};
-use crate::hook::HookError;
+use crate::hook::{HookError, Owner};
 use crate::introspector::Introspectors;
 use crate::map::Region;
 use crate::peer::{Credentials, Peer};
 use crate::policy::Policies;
-use crate::registry::{RegisterError, Registry, Vm};
+use crate::registry::{FIRST_CID, RegisterError, Registry, Vm};
 use crate::revoke::Confirmations;
 use crate::session;
 use crate::state::State;
@@ -76,6 +76,7 @@ impl Refused {
             }
             RegisterError::Full => Refusal::Limit,
             RegisterError::Name
+            | RegisterError::NameIsUuid(_)
             | RegisterError::Uuid
             | RegisterError::Vcpus(_)
             | RegisterError::Cid(_)
@@ -158,7 +159,7 @@ impl Broker {
     /// Connects a target to a tool, for as long as both last.
     ///
     /// # Errors
-    /// Where there is no such target, it has the hook already, or there are too many.
+    /// Where there is no such target or no such VM of a tool, the target has the hook already, or there are too many.
     pub fn hook(
         self: &Arc<Self>,
         peer: Credentials,
@@ -169,10 +170,18 @@ impl Broker {
         if vm.ram().is_none() {
             return Err(Refused::new(Refusal::Denied, format!("{target:?} is not introspectable")));
         }
+        let owner = self.owner_of(&endpoint, peer)?;
         let counted = Counted::new(self)
             .ok_or_else(|| Refused::new(Refusal::Limit, format!("there are {MAX_HOOKS} hooks already")))?;
-        let hook = vm.hooks().add(endpoint.clone()).map_err(refuse_hook)?;
+        let hook = vm.hooks().add(endpoint.clone(), owner).map_err(refuse_hook)?;
         self.audit.hooked(&vm, &endpoint, true, peer);
+        // The end of a VM is marked before the hooks to it are undone: one that was added since is undone here.
+        if let Owner::Vm(tool) = owner
+            && self.registry().get(tool).is_none_or(|tool| tool.is_gone())
+        {
+            self.end_hooks(&vm, tool);
+            return Err(Refused::new(Refusal::Unknown, "the tool's VM has just ended"));
+        }
         let started = std::thread::Builder::new().name("kvmi-session".into()).spawn({
             let vm = Arc::clone(&vm);
             move || hook.run(|hook, stream| session::serve(&counted.0, &vm, hook, stream))
@@ -183,6 +192,37 @@ impl Broker {
             return Err(Refused::new(Refusal::Limit, format!("cannot start a thread: {error}")));
         }
         Ok(Answer::Done)
+    }
+
+    /// Whose the tool at an endpoint is.
+    fn owner_of(&self, endpoint: &Endpoint, asker: Credentials) -> Result<Owner, Refused> {
+        match endpoint {
+            Endpoint::Unix(_) => Ok(Owner::Host(asker)),
+            Endpoint::Vsock { cid, .. } if *cid < FIRST_CID => {
+                let message = format!(
+                    "vsock context id {cid} is the host's; a tool on the host listens at a unix socket, unix:PATH"
+                );
+                Err(Refused::new(Refusal::Invalid, message))
+            }
+            Endpoint::Vsock { cid, .. } => {
+                let vm = self.registry().with_cid(*cid);
+                let unknown = || {
+                    let message = format!(
+                        "no VM with vsock context id {cid} is registered; start it, or add it with `kvmmem \
+                         introspector add`, and hook it then"
+                    );
+                    Refused::new(Refusal::Unknown, message)
+                };
+                vm.map(|vm| Owner::Vm(vm.id())).ok_or_else(unknown)
+            }
+        }
+    }
+
+    /// Undoes a target's hooks to tools in a VM that is gone.
+    fn end_hooks(&self, target: &Vm, tool: u64) {
+        for endpoint in target.hooks().end_with(tool) {
+            self.audit.unhooked(target, &endpoint, "the tool's VM is gone");
+        }
     }
 
     /// Undoes a hook.
@@ -223,6 +263,10 @@ impl Broker {
         self.registry().remove(vm.id());
         let ended = self.grants().forget_target(vm.id());
         vm.hooks().close();
+        if vm.registration().cid.is_some() {
+            let targets: Vec<Arc<Vm>> = self.registry().after(0).cloned().collect();
+            targets.iter().for_each(|target| self.end_hooks(target, vm.id()));
+        }
         for peer in self.all_peers() {
             peer.gone(vm.id());
         }
@@ -266,17 +310,28 @@ impl Broker {
         self.hooks.load(Ordering::Acquire)
     }
 
-    /// A VM by its name or its UUID.
+    /// A VM by its name or its UUID; the target, where an introspector has the same UUID.
     ///
     /// # Errors
     /// Where there is none.
     pub fn find(&self, target: &str) -> Result<Arc<Vm>, Refused> {
-        let found = self.registry().find(target);
-        found.ok_or_else(|| {
-            let target = target.get(..target.floor_char_boundary(MAX_SHOWN)).unwrap_or_default();
-            Refused::new(Refusal::Unknown, format!("no VM is named {target:?}"))
-        })
+        let found = self.registry().find(target, |registration| registration.introspectable);
+        found.ok_or_else(|| no_vm(target))
     }
+
+    /// A VM by its name or its UUID; the introspector, where a target has the same UUID.
+    ///
+    /// # Errors
+    /// Where there is none.
+    pub(crate) fn find_introspector(&self, name: &str) -> Result<Arc<Vm>, Refused> {
+        let found = self.registry().find(name, |registration| registration.introspector);
+        found.ok_or_else(|| no_vm(name))
+    }
+}
+
+fn no_vm(name: &str) -> Refused {
+    let name = name.get(..name.floor_char_boundary(MAX_SHOWN)).unwrap_or_default();
+    Refused::new(Refusal::Unknown, format!("no VM is named {name:?}; `kvmmem targets` lists them"))
 }
 
 /// A hook's share of [`MAX_HOOKS`], given back on drop.

@@ -1,15 +1,40 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Connects to a tool.
+//! Connects to tools, and to the unix sockets of VMMs.
 
 use std::io;
 use std::os::fd::OwnedFd;
 
+use kvmmem_sys::socket::peer_credentials;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use vsock::VsockStream;
 
 use crate::endpoint::Endpoint;
+use crate::hook::Owner;
+use crate::peer::Credentials;
 
-/// Connects a stream socket to a tool's endpoint.
+/// Connects to a tool. At a unix socket it must be the one of the user who asked for that, or of one who may have the
+/// broker do anything: the broker may reach sockets that the user cannot, and what it sends first is partly the target's
+/// VMM's to say.
+///
+/// # Errors
+/// Those of [`connect`]; `PermissionDenied` where another user listens.
+pub(crate) fn connect_to_tool(endpoint: &Endpoint, owner: Owner) -> io::Result<OwnedFd> {
+    let socket = connect(endpoint)?;
+    if let Owner::Host(asker) = owner {
+        let listener = peer_credentials(&socket)?;
+        let listener = Credentials { pid: listener.pid.unwrap_or(0), uid: listener.uid };
+        if listener.uid != asker.uid && !listener.is_administrator() {
+            let words = format!(
+                "user {} listens there, and user {} asked for the hook; let the tool listen as that user or as root",
+                listener.uid, asker.uid
+            );
+            return Err(io::Error::new(io::ErrorKind::PermissionDenied, words));
+        }
+    }
+    Ok(socket)
+}
+
+/// Connects a stream socket to an endpoint.
 ///
 /// Waits for no more than the 2 s that the kernel gives a vsock connection (`SO_VM_SOCKETS_CONNECT_TIMEOUT`), and not
 /// at all for a unix socket, whose queue is either full or not.
@@ -32,6 +57,10 @@ pub(crate) fn connect(endpoint: &Endpoint) -> io::Result<OwnedFd> {
 
 #[cfg(test)]
 mod tests {
+    use std::io::{BufRead, BufReader, Read};
+    use std::os::unix::fs::PermissionsExt;
+    use std::os::unix::process::CommandExt;
+    use std::process::{Command, Stdio};
     use std::time::{Duration, Instant};
 
     use super::*;
@@ -62,5 +91,58 @@ mod tests {
         };
         assert_eq!(full.kind(), io::ErrorKind::WouldBlock);
         assert!(!queued.is_empty());
+    }
+
+    /// Not a test of its own: the process of another user in the one below.
+    #[test]
+    fn listens_where_it_is_told_to() {
+        let Some(path) = std::env::var_os(LISTEN) else { return };
+        let _listener = std::os::unix::net::UnixListener::bind(path).unwrap();
+        println!("listening");
+        let _ = std::io::stdin().read(&mut [0]);
+    }
+
+    const LISTEN: &str = "KVMMEM_TEST_LISTEN";
+
+    #[test]
+    fn what_another_user_listens_at_is_not_written_to() {
+        const NOBODY: u32 = 65_534;
+        if !rustix::process::geteuid().is_root() {
+            eprintln!("skipped: only root can start a process of another user");
+            return;
+        }
+        let directory = tempfile::tempdir().unwrap();
+        std::fs::set_permissions(&directory, std::fs::Permissions::from_mode(0o777)).unwrap();
+        let path = directory.path().join("tool.sock");
+        let mut command = Command::new(std::env::current_exe().unwrap());
+        command.args(["--nocapture", "--exact", "connect::tests::listens_where_it_is_told_to"]);
+        command.env(LISTEN, &path).uid(NOBODY).gid(NOBODY).stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut listener = match command.spawn() {
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+                eprintln!("skipped: another user cannot run this program where it lies");
+                return;
+            }
+            spawned => spawned.unwrap(),
+        };
+        let mut lines = BufReader::new(listener.stdout.take().unwrap()).lines();
+        assert!(lines.any(|line| line.unwrap().contains("listening")), "it does not listen");
+        let endpoint = Endpoint::Unix(path);
+        let connect = |uid| connect_to_tool(&endpoint, Owner::Host(Credentials { pid: 1, uid }));
+        for asker in [0, 1, NOBODY + 1] {
+            let error = connect(asker).unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::PermissionDenied);
+            assert!(error.to_string().contains("user 65534 listens"), "{error}");
+        }
+        connect(NOBODY).unwrap();
+        drop(listener.stdin.take());
+        assert!(listener.wait().unwrap().success());
+    }
+
+    #[test]
+    fn the_broker_s_own_user_may_listen_for_all() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("tool.sock");
+        let _listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+        connect_to_tool(&Endpoint::Unix(path), Owner::Host(Credentials { pid: 1, uid: 65_534 })).unwrap();
     }
 }

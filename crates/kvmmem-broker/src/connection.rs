@@ -15,6 +15,7 @@ use crate::packet::{PacketError, Wait};
 use crate::peer::Peer;
 use crate::ram::Ram;
 use crate::registry::Vm;
+use crate::role::Role;
 use crate::wire::{Answer, Call, Caller, FromBroker, Refusal, Registration, Request};
 
 /// How long a peer that has not registered may be silent.
@@ -102,6 +103,7 @@ impl Connection<'_> {
     /// Carries out a call; `None` where it is not answered.
     fn carry_out(&mut self, call: Call, files: Vec<OwnedFd>) -> Result<Option<Outcome>, Refused> {
         let now = Instant::now();
+        self.role().check(&call)?;
         let (broker, peer, vm) = (self.broker, self.peer, self.vm.as_deref());
         let credentials = peer.credentials();
         let answer = match call {
@@ -125,35 +127,31 @@ impl Connection<'_> {
                 std::thread::sleep(CHANGE_PAUSE);
                 return Ok(None);
             }
-            Call::Grant(request) => self.operator()?.grant(now, credentials, &request)?,
-            Call::Grants { after } => self.operator()?.list_grants(now, after),
-            Call::Revoke { grant } => self.operator()?.revoke(credentials, grant)?,
-            Call::Policy { target, set } => self.operator()?.policy(credentials, &target, set)?,
+            Call::Grant(request) => broker.grant(now, credentials, &request)?,
+            Call::Grants { after } => broker.list_grants(now, after),
+            Call::Revoke { grant } => broker.revoke(credentials, grant)?,
+            Call::Policy { target, set } => broker.policy(credentials, &target, set)?,
             Call::Targets { after } => broker.list(after),
-            Call::AddTarget { which, name } => {
-                self.operator()?;
-                broker.add_target(credentials, &which, name)?
-            }
-            Call::RemoveTarget { target } => self.operator()?.remove_target(credentials, &target)?,
+            Call::AddTarget { which, name } => broker.add_target(credentials, &which, name)?,
+            Call::RemoveTarget { target } => broker.remove_target(&target)?,
             Call::AddIntrospector { which, cid, name, on_silence } => {
-                self.operator()?;
                 broker.add_introspector(credentials, &which, cid, name, on_silence)?
             }
-            Call::RemoveIntrospector { name } => self.operator()?.remove_introspector(credentials, &name)?,
-            Call::Room { introspector } => self.operator()?.room(&introspector)?,
+            Call::RemoveIntrospector { name } => broker.remove_introspector(&name)?,
+            Call::Room { introspector } => broker.room(&introspector)?,
             Call::Hook { target, endpoint } => broker.hook(credentials, &target, endpoint)?,
             Call::Unhook { target, endpoint } => broker.unhook(credentials, &target, &endpoint)?,
         };
         Ok(Some((answer, Vec::new())))
     }
 
-    /// The broker, for calls that are not a VMM's: whoever breaks out into one must not make tokens by its connection.
-    fn operator(&self) -> Result<&Broker, Refused> {
-        match self.vm {
-            None => Ok(self.broker),
-            Some(_) => {
-                Err(Refused::new(Refusal::Denied, "a connection that has registered a VM may not do that"))
-            }
+    /// What the connection is by now.
+    fn role(&self) -> Role {
+        match self.peer.credentials() {
+            _ if self.vm.is_some() => Role::Vmm,
+            _ if self.has_views => Role::Viewer,
+            credentials if credentials.is_administrator() => Role::Administrator,
+            _ => Role::Operator,
         }
     }
 
@@ -169,13 +167,6 @@ impl Connection<'_> {
     }
 
     fn register(&mut self, mut registration: Registration, files: Vec<OwnedFd>) -> Result<Answer, Refused> {
-        if self.vm.is_some() {
-            return Err(Refused::new(Refusal::Denied, "this connection has registered a VM already"));
-        }
-        // A VMM is introduced to targets in another way.
-        if self.has_views {
-            return Err(Refused::new(Refusal::Denied, "this connection has views as a process of the host"));
-        }
         let ram = Ram::registered(&mut registration, files);
         let vm = ram.and_then(|ram| self.broker.registry().insert(registration, ram, Arc::clone(self.peer)));
         let vm = vm.map_err(|error| Refused::from_registering(&error))?;

@@ -17,6 +17,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::time::{Duration, Instant};
 
 use kvmmem_kvmi::token::Token;
+use uuid::Uuid;
 
 use crate::scope::Scope;
 use crate::wire::{Caller, GrantState, Origin, ViewCounters};
@@ -243,13 +244,15 @@ impl Grants {
         view.map(|view| view.counters = counters).is_some()
     }
 
-    /// Lets anybody use a token that could not be pushed to its holder.
-    pub fn release(&mut self, id: u64) {
+    /// Records that a token could not be pushed to its holder: the introspector with this UUID has to ask for it.
+    pub fn not_pushed(&mut self, id: u64, holder: Uuid) {
         if let Some(grant) = self.grants.get_mut(&id)
-            && let Holder::Pushed(peer) = std::mem::replace(&mut grant.terms.holder, Holder::Anybody)
-            && !grant.users.contains(&peer)
+            && let Holder::Pushed(peer) = grant.terms.holder
         {
-            self.of_peer.remove(&(peer, id));
+            grant.terms.holder = Holder::Vm(holder);
+            if !grant.users.contains(&peer) {
+                self.of_peer.remove(&(peer, id));
+            }
         }
     }
 

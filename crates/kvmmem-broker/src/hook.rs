@@ -2,17 +2,22 @@
 //! Hooks: a target's standing connections to tools.
 //!
 //! Each hook has a thread that connects to the tool, serves it, and connects again, with growing pauses, until the
-//! hook is undone or the target goes.
+//! hook is undone or the target goes. A hook belongs to the tool's VM as it is registered, or at a unix socket to the
+//! user who asked for it, and not to a number or a path: it ends with that VM, and does not connect to what another user
+//! listens at.
 
 use std::fs::File;
+use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use rustix::net::Shutdown;
 
-use crate::connect::connect;
+use crate::connect::connect_to_tool;
 use crate::endpoint::Endpoint;
+use crate::limit::RateLimit;
+use crate::peer::Credentials;
 use crate::wire::HookInfo;
 
 /// The most hooks of one target.
@@ -20,6 +25,9 @@ pub const MAX_PER_TARGET: usize = 8;
 
 /// The pause before a tool is tried again: at first, and at most.
 const BACK_OFF: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(1));
+
+/// The owner of a path can cause these at will.
+static WARNINGS: RateLimit = RateLimit::new(2);
 
 /// A connected stream socket; reading and writing is all that is needed of it.
 pub(crate) type Stream = Arc<File>;
@@ -41,8 +49,18 @@ struct List {
 #[derive(Debug)]
 pub struct Hook {
     endpoint: Endpoint,
+    owner: Owner,
     state: Mutex<State>,
     stop: Condvar,
+}
+
+/// Whose the tool is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Owner {
+    /// It is in the VM with this number.
+    Vm(u64),
+    /// It is on the host, and this is who asked for the hook.
+    Host(Credentials),
 }
 
 #[derive(Debug, Default)]
@@ -74,7 +92,7 @@ impl Hooks {
     ///
     /// # Errors
     /// [`HookError`].
-    pub fn add(&self, endpoint: Endpoint) -> Result<Arc<Hook>, HookError> {
+    pub fn add(&self, endpoint: Endpoint, owner: Owner) -> Result<Arc<Hook>, HookError> {
         let mut list = self.lock();
         if list.closed {
             return Err(HookError::Gone);
@@ -85,7 +103,7 @@ impl Hooks {
         if list.hooks.len() >= MAX_PER_TARGET {
             return Err(HookError::Full);
         }
-        let hook = Arc::new(Hook { endpoint, state: Mutex::default(), stop: Condvar::new() });
+        let hook = Arc::new(Hook { endpoint, owner, state: Mutex::default(), stop: Condvar::new() });
         list.hooks.push(Arc::clone(&hook));
         Ok(hook)
     }
@@ -100,6 +118,16 @@ impl Hooks {
         let index = index.ok_or_else(|| HookError::Unknown(endpoint.clone()))?;
         list.hooks.swap_remove(index).stop();
         Ok(())
+    }
+
+    /// Undoes the hooks to tools in a VM that is gone; returns where those were.
+    pub fn end_with(&self, vm: u64) -> Vec<Endpoint> {
+        let mut list = self.lock();
+        let (ended, left): (Vec<_>, Vec<_>) =
+            std::mem::take(&mut list.hooks).into_iter().partition(|hook| hook.owner == Owner::Vm(vm));
+        list.hooks = left;
+        ended.iter().for_each(|hook| hook.stop());
+        ended.iter().map(|hook| hook.endpoint.clone()).collect()
     }
 
     /// Undoes all hooks, for good.
@@ -135,12 +163,17 @@ impl Hook {
         let mut pause = shortest;
         loop {
             let began = Instant::now();
-            match connect(&self.endpoint) {
+            match connect_to_tool(&self.endpoint, self.owner) {
                 Ok(socket) => {
                     if let Some(stream) = self.open(socket) {
                         serve(self, stream);
                     }
                     self.close();
+                }
+                Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+                    if WARNINGS.allow(Instant::now()).is_some() {
+                        tracing::warn!(endpoint = %self.endpoint, %error, "cannot connect to the tool");
+                    }
                 }
                 Err(error) => tracing::debug!(endpoint = %self.endpoint, %error, "no tool listens"),
             }
@@ -157,6 +190,11 @@ impl Hook {
             }
             pause = (pause * 2).min(longest);
         }
+    }
+
+    /// Whether the hook was undone.
+    pub(crate) fn is_stopped(&self) -> bool {
+        self.lock().stopped
     }
 
     /// Tells that the handshake is done.

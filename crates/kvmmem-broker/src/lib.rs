@@ -32,6 +32,7 @@ pub mod qmp;
 pub mod ram;
 pub mod registry;
 mod revoke;
+mod role;
 pub mod scope;
 pub mod server;
 mod session;

@@ -23,7 +23,7 @@ const MAX_NAME: usize = 63;
 const MAX_VCPUS: u32 = 4096;
 
 /// Context ids below this one, and the highest, are not a VM's.
-const FIRST_CID: u32 = 3;
+pub(crate) const FIRST_CID: u32 = 3;
 
 /// A registered VM.
 #[derive(Debug)]
@@ -42,6 +42,9 @@ pub enum RegisterError {
     /// The name is empty, too long or holds a control character.
     #[error("name must have 1 to {MAX_NAME} bytes and no control characters")]
     Name,
+    /// The name could be taken for a UUID, by which VMs are named as well.
+    #[error("name {0:?} reads as a UUID, which names the VM that has it; give another name with --name")]
+    NameIsUuid(String),
     /// The UUID is nil.
     #[error("UUID is nil")]
     Uuid,
@@ -204,18 +207,20 @@ impl Registry {
         self.vms.get(&id).cloned()
     }
 
-    /// A VM by its name or its UUID; where a UUID is that of a target and of an introspector, the target.
-    pub fn find(&self, name_or_uuid: &str) -> Option<Arc<Vm>> {
+    /// A VM by its name or its UUID, as which no name reads. A target and an introspector may be one VM with one UUID:
+    /// then the one that `is_meant`.
+    pub fn find(&self, name_or_uuid: &str, is_meant: impl Fn(&Registration) -> bool) -> Option<Arc<Vm>> {
         let uuid = Uuid::parse_str(name_or_uuid).ok();
-        let named = self.vms.values().find(|vm| vm.registration.name == name_or_uuid);
-        let with_uuid = || self.vms.values().filter(|vm| Some(vm.registration.uuid) == uuid);
-        named.or_else(|| with_uuid().max_by_key(|vm| vm.registration.introspectable)).cloned()
+        let is_it = |vm: &&Arc<Vm>| match uuid {
+            Some(uuid) => vm.registration.uuid == uuid,
+            None => vm.registration.name == name_or_uuid,
+        };
+        self.vms.values().filter(is_it).max_by_key(|vm| is_meant(&vm.registration)).cloned()
     }
 
-    /// The introspector that has a vsock context id.
-    pub fn introspector(&self, cid: u32) -> Option<Arc<Vm>> {
-        let has_cid = |vm: &&Arc<Vm>| vm.registration.introspector && vm.registration.cid == Some(cid);
-        self.vms.values().find(has_cid).cloned()
+    /// The VM that has a vsock context id.
+    pub fn with_cid(&self, cid: u32) -> Option<Arc<Vm>> {
+        self.vms.values().find(|vm| vm.registration.cid == Some(cid)).cloned()
     }
 
     /// The VM that a connection has registered.
@@ -245,6 +250,10 @@ fn check(registration: &Registration) -> Result<(), RegisterError> {
     let name = &registration.name;
     if name.is_empty() || name.len() > MAX_NAME || name.chars().any(char::is_control) {
         return Err(RegisterError::Name);
+    }
+    // In whatever form a UUID is read.
+    if Uuid::parse_str(name).is_ok() {
+        return Err(RegisterError::NameIsUuid(name.clone()));
     }
     if registration.uuid.is_nil() {
         return Err(RegisterError::Uuid);

@@ -10,7 +10,6 @@ use kvmmem_kvmi::server;
 use kvmmem_kvmi::token::Token;
 
 use crate::broker::{Broker, in_words};
-use crate::endpoint::Endpoint;
 use crate::hook::{Hook, Stream};
 use crate::map::PAGE_SIZE;
 use crate::ram::AccessError;
@@ -20,13 +19,13 @@ use crate::registry::Vm;
 struct Session<'a> {
     broker: &'a Broker,
     vm: &'a Vm,
-    endpoint: &'a Endpoint,
+    hook: &'a Hook,
 }
 
 /// Serves a connected tool until it closes, breaks the protocol or is cut off.
 pub(crate) fn serve(broker: &Broker, vm: &Vm, hook: &Hook, mut stream: Stream) {
     let endpoint = hook.endpoint();
-    let session = Session { broker, vm, endpoint };
+    let session = Session { broker, vm, hook };
     let ended = server::serve(&mut stream, &session, || {
         hook.mark_connected();
         broker.audit().connected(vm, endpoint);
@@ -77,7 +76,11 @@ impl Introspected for Session<'_> {
     }
 
     fn mint_token(&self) -> Result<Token, KvmError> {
-        self.broker.mint(Instant::now(), self.vm, self.endpoint)
+        // The tool's VM may be gone, and its context id another's.
+        if self.hook.is_stopped() {
+            return Err(KvmError::Perm);
+        }
+        self.broker.mint(Instant::now(), self.vm, self.hook.endpoint())
     }
 }
 

@@ -48,8 +48,8 @@ impl Broker {
     /// is pushed there before it is returned, and is good there only.
     ///
     /// # Errors
-    /// EAGAIN where too many are outstanding, EPERM where the tool is in the target itself or the target's policy
-    /// allows none, ENOMEM where the system has no random bytes, EOPNOTSUPP where the target is gone, or its RAM is private
+    /// EAGAIN where too many are outstanding, EPERM where the tool is in the target itself or its VM is gone, or the
+    /// target's policy allows none, ENOMEM where the system has no random bytes, EOPNOTSUPP where the target is gone, or its RAM is private
     /// and the tool in an introspector.
     pub fn mint(&self, now: Instant, target: &Vm, endpoint: &Endpoint) -> Result<Token, KvmError> {
         self.mint_for(now, target, endpoint)
@@ -58,10 +58,11 @@ impl Broker {
 
     fn mint_for(&self, now: Instant, target: &Vm, endpoint: &Endpoint) -> Result<Token, KvmError> {
         let scope = self.policies().of(target.registration().uuid).scope().ok_or(KvmError::Perm)?;
-        let holder = match endpoint {
-            Endpoint::Vsock { cid, .. } => self.registry().introspector(*cid),
+        let tool = match endpoint {
+            Endpoint::Vsock { cid, .. } => Some(self.registry().with_cid(*cid).ok_or(KvmError::Perm)?),
             Endpoint::Unix(_) => None,
         };
+        let holder = tool.filter(|vm| vm.registration().introspector);
         if holder.as_ref().is_some_and(|holder| holder.id() == target.id()) {
             return Err(KvmError::Perm);
         }
@@ -87,13 +88,12 @@ impl Broker {
             grants.mint(now, token.clone(), terms).map_err(|_| KvmError::Again)?
         };
         let opens = Opened { grant, target: target.id(), scope: scope.clone() };
-        let holder = holder.filter(|holder| {
-            let pushed = holder.peer().grant(target, &token, opens).is_ok();
-            if !pushed {
-                self.grants().release(grant);
-            }
-            pushed
-        });
+        // A VMM that does not read for a moment can still ask for the token; another one cannot.
+        if let Some(holder) = &holder
+            && holder.peer().grant(target, &token, opens).is_err()
+        {
+            self.grants().not_pushed(grant, holder.registration().uuid);
+        }
         self.audit().minted(target, endpoint, grant, &scope, holder.as_deref());
         Ok(token)
     }

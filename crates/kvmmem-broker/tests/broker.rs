@@ -193,8 +193,12 @@ fn a_token_for_a_vsock_tool_is_pushed_to_its_vm_and_good_there_only() {
         assert_eq!(lion.redeem(&token).unwrap_err(), RedeemError::Unknown);
     }
 
-    // Where no introspector has the context id, whoever brings the token may have it.
-    let token = broker.state.mint(Instant::now(), &vm, &Endpoint::Vsock { cid: 99, port: 1 }).unwrap();
+    // In a VM that is no introspector, whoever brings the token may have it; a VM that is gone gets none.
+    let endpoint = Endpoint::Vsock { cid: 99, port: 1 };
+    assert_eq!(broker.state.mint(Instant::now(), &vm, &endpoint).err(), Some(KvmError::Perm));
+    let plain = Registration { introspector: false, ..introspector("plain", 99) };
+    let _plain = VmmLink::connect(&broker.path, plain, None).unwrap();
+    let token = broker.state.mint(Instant::now(), &vm, &endpoint).unwrap();
     puma.redeem(&token).unwrap();
 }
 

@@ -14,6 +14,7 @@ pub mod memslot;
 pub mod page;
 pub mod pio;
 pub mod ram;
+pub mod socket;
 pub mod view;
 pub mod window;
 pub mod xen;

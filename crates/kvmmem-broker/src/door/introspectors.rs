@@ -53,7 +53,8 @@ impl Views for Introspectors {
 
 /// Why a VM has no views here.
 fn stranger(broker: &Broker, cid: u32) -> Refused {
-    let words = match broker.registry().introspector(cid) {
+    let introspector = broker.registry().with_cid(cid).filter(|vm| vm.registration().introspector);
+    let words = match introspector {
         Some(vm) => format!(
             "{:?} runs under kvmmem vm, whose views come by hypercall and not by this door: update the module kvmmem in \
              it",

@@ -18,7 +18,7 @@ enum Step {
     Attach { token: u64, by: u64, read_only: bool },
     Detach { view: u64, by: u64 },
     Count { view: u64, by: u64, seeks: u64 },
-    Release { grant: u64 },
+    NotPushed { grant: u64, holder: u64 },
     Revoke { grant: u64 },
     Confirm { grant: u64, by: u64 },
     ForgetTarget { target: u64 },
@@ -47,7 +47,7 @@ fn any_step() -> impl Strategy<Value = Step> {
             .prop_map(|(token, by, read_only)| Step::Attach { token, by, read_only }),
         2 => (id.clone(), peer.clone()).prop_map(|(view, by)| Step::Detach { view, by }),
         1 => (id.clone(), peer.clone(), any::<u64>()).prop_map(|(view, by, seeks)| Step::Count { view, by, seeks }),
-        1 => id.clone().prop_map(|grant| Step::Release { grant }),
+        1 => (id.clone(), peer.clone()).prop_map(|(grant, holder)| Step::NotPushed { grant, holder }),
         2 => id.clone().prop_map(|grant| Step::Revoke { grant }),
         2 => (id, peer.clone()).prop_map(|(grant, by)| Step::Confirm { grant, by }),
         1 => peer.clone().prop_map(|target| Step::ForgetTarget { target }),
@@ -235,10 +235,10 @@ proptest! {
                     let counters = ViewCounters { seeks, refused_writes: 0 };
                     prop_assert_eq!(grants.count(view, by, counters), model.views().get(&view) == Some(&by));
                 }
-                Step::Release { grant } => {
-                    grants.release(grant);
-                    if let Some(grant) = model.grant(grant) {
-                        grant.holder = Holder::Anybody;
+                Step::NotPushed { grant, holder } => {
+                    grants.not_pushed(grant, uuid(holder));
+                    if let Some(grant) = model.grant(grant).filter(|grant| matches!(grant.holder, Holder::Pushed(_))) {
+                        grant.holder = Holder::Vm(uuid(holder));
                     }
                 }
                 Step::Revoke { grant: id } => {

@@ -27,7 +27,7 @@ impl Broker {
     /// # Errors
     /// Where there is no such introspector under a stock QEMU, or its QEMU does not say.
     pub(crate) fn room(&self, name: &str) -> Result<Answer, Refused> {
-        let vm = self.find(name)?;
+        let vm = self.find_introspector(name)?;
         let added = vm.registration().cid.and_then(|cid| self.introspectors().by_cid(cid));
         let introspector = added.filter(|introspector| introspector.traits.vm == vm.id());
         let introspector = introspector.ok_or_else(|| {

@@ -82,7 +82,7 @@ impl Broker {
                 opened.registration.uuid = entry.uuid;
                 let vm = self.add_opened(broker, opened)?;
                 if Role::target(&vm) != entry.role {
-                    self.remove_target(broker, &vm.registration().name)?;
+                    self.remove_target(&vm.registration().name)?;
                     return Err(Lost::OtherFiles);
                 }
             }
