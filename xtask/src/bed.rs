@@ -12,7 +12,7 @@ use kvmmem_guest::Command;
 use crate::binaries::{Binaries, Wanted};
 use crate::cache::Cache;
 use crate::kernel::Kernel;
-use crate::l1::L1;
+use crate::nested::NestedHost;
 use crate::provision::Purpose;
 use crate::root::Root;
 use crate::tool::Tool;
@@ -140,14 +140,14 @@ impl Bed {
         initramfs::host(&path, &self.kernel, &self.binaries, folder, &program)?;
         let console = self.cache.log(&format!("console-{}", std::process::id()));
         let begin = Instant::now();
-        let l1 = L1 {
+        let host = NestedHost {
             kernel: &self.kernel.image(),
             initramfs: &path,
             disk: self.qemus.as_deref(),
             console: &console,
             limit: job.limit,
         };
-        let code = l1.run(out)?;
+        let code = host.run(out)?;
         // Kept where something went wrong.
         if code == 0 {
             let _ = fs::remove_file(&console);

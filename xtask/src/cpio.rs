@@ -89,7 +89,7 @@ mod tests {
     #[test]
     fn cpio_itself_reads_the_archive() {
         if !crate::tool::is_installed("cpio") {
-            eprintln!("skipped: cpio is not installed");
+            eprintln!("skipped: no cpio: install it (Debian: cpio)");
             return;
         }
         let mut archive = Archive::new(Vec::new());

@@ -13,19 +13,22 @@ mod direct;
 mod dist;
 mod elf;
 mod initramfs;
+mod interrupt;
 mod kernel;
-mod l1;
 mod libtest;
+mod load;
 mod mirror;
 mod module;
+mod nested;
 mod plot;
 mod project;
 mod provision;
 mod qemus;
 mod release;
-mod ring;
 mod root;
+mod scenarios;
 mod source_check;
+mod suite;
 mod test;
 mod tool;
 mod ui;
@@ -56,7 +59,7 @@ enum Verb {
     /// Boot a target and an introspector, and show what the project does
     Demo,
     /// Run every test there is
-    Test,
+    Test(test::Options),
     /// Run end-to-end scenarios: all of them, or those named
     E2e {
         /// List the scenarios
@@ -119,6 +122,12 @@ enum Verb {
     },
     /// Empty the cache
     Clean,
+    /// Keep a CPU busy until the process of this id ends
+    #[command(hide = true, name = load::VERB)]
+    Busy {
+        /// The process
+        parent: i32,
+    },
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -146,7 +155,8 @@ fn main() -> ExitCode {
 fn run(verb: Verb) -> Result<i32> {
     match verb {
         Verb::Demo => on_host(Wanted::All, &verbs::demo()),
-        Verb::Test => Ok(i32::from(!test::run()?)),
+        Verb::Test(options) => Ok(i32::from(!test::run(&options)?)),
+        Verb::Busy { parent } => load::busy(parent),
         Verb::E2e { list: true, .. } => {
             print!("{}", verbs::list()?);
             Ok(0)

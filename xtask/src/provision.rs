@@ -33,7 +33,7 @@ const BUILD: [Need; 2] = [
 /// For running what was built.
 const BED: [Need; 3] = [
     Need {
-        program: crate::l1::QEMU,
+        program: crate::nested::QEMU,
         package: "qemu-system-x86",
         why: "runs the module's selftest, and emulates the KVM host where there is no hardware virtualisation",
     },

@@ -1,83 +1,163 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `cargo xtask test`: every test there is, from the quickest to the slowest.
 
-use std::fs;
-use std::io::{self, Write};
+use std::cell::OnceCell;
+use std::path::Path;
+use std::{fs, io};
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, anyhow, bail};
+use clap::ValueEnum as _;
 
 use crate::bed::Bed;
 use crate::binaries::Wanted;
 use crate::cache::Cache;
-use crate::ring::{self, Count, Finished, Ring};
+use crate::load::Load;
+use crate::provision::{self, Purpose};
+use crate::suite::{self, Count, Finished, Name, Suite};
 use crate::tool::{Tool, is_installed};
-use crate::{dist, libtest, project, source_check, ui, verbs};
+use crate::{dist, interrupt, libtest, project, scenarios, source_check, ui};
 
-/// Runs them all; returns whether nothing failed.
-pub(crate) fn run() -> Result<bool> {
-    let cache = Cache::open()?;
-    let mut rings = vec![style(&cache)?, units(&cache)?, loom(&cache)?];
-    let bed = Bed::make(Wanted::All);
-    rings.push(dist::check::finish(&cache));
-    let mut ring = Ring::new("module");
-    match bed {
-        Ok(bed) => {
-            ring.check(bed.selftest());
-            rings.push(ring.finish());
-            rings.extend(end_to_end(&bed)?);
+/// Which tests, and how.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Options {
+    /// Run them this many times
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+    repeat: u32,
+    /// Keep this many processes busy beside them
+    #[arg(long, value_name = "M", default_value_t = 0)]
+    load: u32,
+    /// Run this suite alone; may be repeated
+    #[arg(long, value_name = "SUITE")]
+    only: Vec<Name>,
+}
+
+/// Runs the suites that are wanted; returns whether nothing failed.
+pub(crate) fn run(options: &Options) -> Result<bool> {
+    let is_wanted = |name: &Name| options.only.is_empty() || options.only.contains(name);
+    let wanted: Vec<_> = Name::value_variants().iter().copied().filter(is_wanted).collect();
+    let wants_bed = [Name::Module, Name::E2e, Name::Qemu].iter().any(|name| wanted.contains(name));
+    let runner = Runner { cache: Cache::open()?, wants_bed, bed: OnceCell::new() };
+    if options.load > 0 {
+        runner.prepare(&wanted)?;
+    }
+    let load = Load::start(options.load)?;
+    let mut suites = Vec::new();
+    'rounds: for round in 1..=options.repeat {
+        if options.repeat > 1 {
+            ui::say(&format!("\nround {round} of {}", options.repeat));
         }
-        Err(error) => {
-            ring.fail(&error);
-            rings.push(ring.finish());
+        for name in &wanted {
+            suite::merge(&mut suites, round, runner.suite(*name)?);
+            if interrupt::was_seen() {
+                break 'rounds;
+            }
         }
     }
-    Ok(ring::summary(&rings))
+    drop(load);
+    Ok(suite::summary(&suites) && !interrupt::was_seen())
+}
+
+/// What the suites run with.
+struct Runner {
+    cache: Cache,
+    wants_bed: bool,
+    /// Made when a suite first needs it.
+    bed: OnceCell<Result<Bed, String>>,
+}
+
+impl Runner {
+    /// Builds what the suites need, so that their rounds only run it.
+    fn prepare(&self, wanted: &[Name]) -> Result<()> {
+        for name in wanted {
+            match name {
+                Name::Unit => {
+                    let log = self.cache.fresh_log("unit")?;
+                    ui::step("cargo test --workspace --no-run", || unit(&log).arg("--no-run").run())?;
+                }
+                Name::Module | Name::E2e | Name::Qemu => {
+                    self.bed()?;
+                }
+                Name::Style | Name::Loom | Name::Packages => {}
+            }
+        }
+        Ok(())
+    }
+
+    fn bed(&self) -> Result<&Bed> {
+        let made = self.bed.get_or_init(|| {
+            let bed = Bed::make(Wanted::All).inspect(Bed::describe);
+            bed.map_err(|error| format!("{error:#}"))
+        });
+        made.as_ref().map_err(|error| anyhow!("no test bed: {error}"))
+    }
+
+    fn suite(&self, name: Name) -> Result<Finished> {
+        if name == Name::Packages && self.wants_bed {
+            // With it the module can be built from its package. If it cannot be made, those that need it say so.
+            let _ = self.bed();
+        }
+        let mut suite = Suite::new(name);
+        match name {
+            Name::Style => style(&self.cache, &mut suite)?,
+            Name::Unit => units(&self.cache, &mut suite)?,
+            Name::Loom => loom(&self.cache, &mut suite)?,
+            Name::Packages => dist::check::run(&self.cache, &mut suite),
+            Name::Module | Name::E2e | Name::Qemu => match self.bed() {
+                Ok(bed) if name == Name::Module => suite.check("kernel/selftest", bed.selftest()),
+                Ok(bed) => scenarios::run(bed, &mut suite, name)?,
+                Err(error) => suite.fail("the test bed is made", &error),
+            },
+        }
+        Ok(suite.finish())
+    }
 }
 
 /// Formatting, lints and rules.
-fn style(cache: &Cache) -> Result<Finished> {
-    let mut ring = Ring::new("style");
+fn style(cache: &Cache, suite: &mut Suite) -> Result<()> {
     let cargo = |name: &str, args: &[&str]| {
         let log = cache.fresh_log(name)?;
         ui::step(name, || Tool::new(project::cargo(), &log).args(args).dir(project::root()).run())
     };
-    ring.check(cargo("fmt", &["fmt", "--all", "--check"]));
-    ring.check(cargo(
-        "clippy",
-        &["clippy", "--workspace", "--all-targets", "--quiet", "--", "-D", "warnings"],
-    ));
-    ring.check(source_check::unsafe_code(project::root()).and_then(|found| {
+    suite.check("fmt", cargo("fmt", &["fmt", "--all", "--check"]));
+    let lints = ["clippy", "--workspace", "--all-targets", "--quiet", "--", "-D", "warnings"];
+    suite.check("clippy", cargo("clippy", &lints));
+    let unsafe_code = source_check::unsafe_code(project::root()).and_then(|found| {
         if found.is_empty() {
             Ok(())
         } else {
             bail!("unsafe code where there is to be none:\n  {}", found.join("\n  "))
         }
-    }));
+    });
+    suite.check("unsafe code is where it may be", unsafe_code);
     if is_installed("cargo-deny") {
-        ring.check(cargo("deny", &["deny", "--all-features", "check"]));
+        suite.check("deny", cargo("deny", &["deny", "--all-features", "check"]));
     } else {
-        ring.skip("cargo deny is not installed: licences and advisories are not checked");
+        suite.skip("cargo deny is not installed: licences and advisories are not checked");
     }
-    Ok(ring.finish())
+    Ok(())
 }
 
 /// Unit and property tests, and bare guests where there is a /dev/kvm.
-fn units(cache: &Cache) -> Result<Finished> {
-    let mut ring = Ring::new("unit");
+fn units(cache: &Cache, suite: &mut Suite) -> Result<()> {
+    // Some tests use the test bed's programs; where those cannot be installed, they are skipped and say so.
+    let lock = cache.lock()?;
+    if let Err(error) = provision::provision(cache, Purpose::Bed) {
+        ui::say(&format!("  {error:#}"));
+    }
+    drop(lock);
     let log = cache.fresh_log("unit")?;
     let result = ui::step("cargo test --workspace", || {
-        Tool::new(project::cargo(), &log)
-            .args(["test", "--workspace", "--no-fail-fast", "--", "--show-output"])
-            .dir(project::root())
-            .run()
+        unit(&log).args(["--no-fail-fast", "--", "--show-output"]).run()
     });
-    count(&mut ring, &log, result)?;
-    Ok(ring.finish())
+    count(suite, &log, result)
+}
+
+fn unit(log: &Path) -> Tool {
+    Tool::new(project::cargo(), log).args(["test", "--workspace"]).dir(project::root())
 }
 
 /// Every interleaving of the races, where a crate has such tests.
-fn loom(cache: &Cache) -> Result<Finished> {
-    let mut ring = Ring::new("loom");
+fn loom(cache: &Cache, suite: &mut Suite) -> Result<()> {
     let mut crates: Vec<_> = fs::read_dir(project::root().join("crates"))?.collect::<io::Result<_>>()?;
     crates.sort_by_key(fs::DirEntry::file_name);
     for entry in crates.iter().filter(|entry| entry.path().join("tests/loom.rs").exists()) {
@@ -93,116 +173,25 @@ fn loom(cache: &Cache) -> Result<Finished> {
                 .dir(project::root())
                 .run()
         });
-        count(&mut ring, &log, result)?;
-    }
-    Ok(ring.finish())
-}
-
-/// The scenarios, in two runs of the host: those of stock QEMUs boot many VMs.
-fn end_to_end(bed: &Bed) -> Result<Vec<Finished>> {
-    bed.describe();
-    let list = verbs::list()?;
-    let names = list.lines().filter_map(|line| line.split(' ').next()).map(str::to_owned);
-    let (stock, ours): (Vec<_>, Vec<_>) = names.partition(|name| name.starts_with("qemu_"));
-    let mut rings = vec![scenarios(bed, Ring::new("end to end"), &ours)];
-    let mut ring = Ring::new("stock QEMU");
-    if bed.has_qemus() {
-        rings.push(scenarios(bed, ring, &stock));
-    } else {
-        ring.skip("only an emulated host has the QEMUs of other releases: KVMMEM_BED_WAY=nested cargo xtask e2e qemu");
-        rings.push(ring.finish());
-    }
-    Ok(rings)
-}
-
-/// Some of them, in one run of the host.
-fn scenarios(bed: &Bed, mut ring: Ring, names: &[String]) -> Finished {
-    let mut tee = Tee::default();
-    match bed.run(&verbs::e2e(names, false), &mut tee).and_then(|code| Ok((code, last_count(&tee.last)?))) {
-        Ok((code, count)) => {
-            ring.add(count);
-            if code != 0 && count.failed == 0 {
-                ring.fail(&anyhow::anyhow!("the scenarios ended with status {code}"));
-            }
-        }
-        Err(error) => ring.fail(&error),
-    }
-    ring.finish()
-}
-
-/// Counts what a run of `cargo test` printed to its log.
-fn count(ring: &mut Ring, log: &std::path::Path, result: Result<()>) -> Result<()> {
-    let text = fs::read(log).with_context(|| log.display().to_string())?;
-    let text = String::from_utf8_lossy(&text);
-    let (count, reasons) = libtest::read(&text);
-    for reason in reasons {
-        ui::say(&format!("  skipped: {reason}"));
-    }
-    ring.add(count);
-    match result {
-        // It fails without a failed test where something does not compile or crashes.
-        Err(error) if count.failed == 0 => ring.fail(&error),
-        Err(error) => ui::say(&format!("  {error:#}")),
-        Ok(()) if count == Count::default() => ring.fail(&anyhow::anyhow!("no test ran")),
-        Ok(()) => {}
+        count(suite, &log, result)?;
     }
     Ok(())
 }
 
-/// Passes bytes on to stdout and keeps the last of them.
-#[derive(Default)]
-struct Tee {
-    last: Vec<u8>,
-}
-
-/// Bytes that a [`Tee`] keeps.
-const KEPT: usize = 4096;
-
-impl Write for Tee {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let length = io::stdout().write(bytes)?;
-        self.last.extend_from_slice(bytes.get(..length).unwrap_or_default());
-        let excess = self.last.len().saturating_sub(KEPT);
-        self.last.drain(..excess);
-        Ok(length)
+/// Counts what a run of `cargo test` printed to its log.
+fn count(suite: &mut Suite, log: &Path, result: Result<()>) -> Result<()> {
+    let text = fs::read(log).with_context(|| log.display().to_string())?;
+    let outcome = libtest::read(&String::from_utf8_lossy(&text));
+    for reason in &outcome.reasons {
+        ui::say(&format!("  skipped: {reason}"));
     }
-
-    fn flush(&mut self) -> io::Result<()> {
-        io::stdout().flush()
+    suite.add(outcome.count, outcome.failures);
+    match result {
+        // It fails without a failed test where something does not compile.
+        Err(error) if outcome.count.failed == 0 => suite.fail("cargo test", &error),
+        Err(error) => ui::say(&format!("  {error:#}")),
+        Ok(()) if outcome.count == Count::default() => suite.fail("cargo test", &anyhow!("no test ran")),
+        Ok(()) => {}
     }
-}
-
-/// The last line of the form `N passed, N failed[, N skipped]`.
-fn last_count(text: &[u8]) -> Result<Count> {
-    let text = String::from_utf8_lossy(text);
-    text.lines().rev().find_map(counts).context("the scenarios ended without their counts")
-}
-
-fn counts(line: &str) -> Option<Count> {
-    let mut count = Count::default();
-    for part in line.split(',') {
-        let (number, what) = part.trim().split_once(' ')?;
-        let number = number.parse().ok()?;
-        match what {
-            "passed" => count.passed = number,
-            "failed" => count.failed = number,
-            "skipped" => count.skipped = number,
-            _ => return None,
-        }
-    }
-    Some(count)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_last_counts_are_found() {
-        let text = b"1 passed, 2 failed\nnoise\n\n7 passed, 0 failed, 1 skipped\nmore noise, here\n";
-        assert_eq!(last_count(text).unwrap(), Count { passed: 7, failed: 0, skipped: 1 });
-        assert!(last_count(b"12 passed").is_ok());
-        assert!(last_count(b"nothing, at all").is_err());
-        assert!(last_count(b"").is_err());
-    }
+    Ok(())
 }

@@ -12,8 +12,8 @@ use crate::binaries::{Binaries, Wanted};
 use crate::cache::{Cache, Key};
 use crate::kernel::Kernel;
 use crate::provision::{self, Purpose};
-use crate::ring::{self, Finished, Ring};
 use crate::root::{self, Root};
+use crate::suite::{self, Name, Suite};
 use crate::tool::{Tool, is_installed, is_root};
 use crate::{mirror, project, ui};
 
@@ -35,24 +35,24 @@ const BUILD: &str = "mount -t tmpfs none \"$0/mnt\" && dpkg-deb -x \"$1\" \"$0/m
 /// Where the check is, inside the root.
 const FOLDER: &str = "/kvmmem-check";
 
-/// The ring of the packages alone; returns whether nothing failed.
+/// The suite of the packages alone; returns whether nothing failed.
 pub(crate) fn run_alone() -> Result<bool> {
-    Ok(ring::summary(&[finish(&Cache::open()?)]))
+    let mut suite = Suite::new(Name::Packages);
+    run(&Cache::open()?, &mut suite);
+    Ok(suite::summary(&[suite.finish()]))
 }
 
-/// The ring of the packages.
-pub(crate) fn finish(cache: &Cache) -> Finished {
-    let mut ring = Ring::new("packages");
-    if let Err(error) = run(cache, &mut ring) {
-        ring.fail(&error);
+/// The suite of the packages.
+pub(crate) fn run(cache: &Cache, suite: &mut Suite) {
+    if let Err(error) = make_and_try(cache, suite) {
+        suite.fail("the packages are made and tried", &error);
     }
-    ring.finish()
 }
 
 /// Makes the packages, twice to compare them, and tries them.
-fn run(cache: &Cache, ring: &mut Ring) -> Result<()> {
+fn make_and_try(cache: &Cache, suite: &mut Suite) -> Result<()> {
     if let Err(error) = super::provision(cache) {
-        ring.skip(&format!("packages cannot be made here: {error:#}"));
+        suite.skip(&format!("the packages are made on Debian only: {error:#}"));
         return Ok(());
     }
     let binaries = Binaries::make(cache, Wanted::Installed)?;
@@ -62,17 +62,21 @@ fn run(cache: &Cache, ring: &mut Ring) -> Result<()> {
         super::make(cache, &release, &binaries, &scratch.path().join(folder))
     };
     let one = make("one", 1)?;
-    ring.check(make("again", 1).and_then(|again| same(&one, &again)));
+    suite.check("two runs make the same packages", make("again", 1).and_then(|again| same(&one, &again)));
     make("two", 2)?;
-    module(cache, ring, &one)?;
+    module(cache, suite, &one)?;
     if !is_root() && !is_installed("sudo") {
-        ring.skip("only root can make the Debian system that the packages are tried in");
+        suite.skip(
+            "the packages are not tried in a Debian system, which root makes: run as root, or install sudo",
+        );
         return Ok(());
     }
     let clean = match clean(cache) {
         Ok(clean) => clean,
         Err(error) => {
-            ring.skip(&format!("no Debian system to try the packages in can be made here: {error:#}"));
+            suite.skip(&format!(
+                "the packages are tried where mmdebstrap can make a Debian system: {error:#}"
+            ));
             return Ok(());
         }
     };
@@ -82,7 +86,7 @@ fn run(cache: &Cache, ring: &mut Ring) -> Result<()> {
         try_in(&clean, &copy, scratch.path(), &log)
     });
     root::remove(&copy, &log)?;
-    count(ring, &tried?)
+    count(suite, &tried?)
 }
 
 /// Whether two runs gave the same bytes.
@@ -96,25 +100,28 @@ fn same(one: &[PathBuf], other: &[PathBuf]) -> Result<()> {
 }
 
 /// Builds the module from its package, where the test bed's build root is there to do it in.
-fn module(cache: &Cache, ring: &mut Ring, packages: &[PathBuf]) -> Result<()> {
+fn module(cache: &Cache, suite: &mut Suite, packages: &[PathBuf]) -> Result<()> {
     let is_module = |path: &&PathBuf| {
         path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b"kvmmem-dkms_"))
     };
     let package = packages.iter().find(is_module).context("there is no package kvmmem-dkms")?;
     let _lock = cache.lock()?;
     if !Kernel::is_prepared(cache) {
-        ring.skip("the module is not built from its package: `cargo xtask module` makes what that needs");
+        suite.skip("the module is not built from its package: run cargo xtask module first");
         return Ok(());
     }
     let kernel = Kernel::make(cache, Root::make(cache)?)?;
     let log = cache.fresh_log("package-module")?;
-    ring.check(ui::step("packages: the module built from its package", || {
-        let root = kernel.root().path("");
-        Tool::as_root("unshare", &log)
-            .args(["--mount", "sh", "-c", BUILD])
-            .args([root.as_path(), package, Path::new(kernel.source())])
-            .run()
-    }));
+    suite.check(
+        "the module built from its package",
+        ui::step("packages: the module built from its package", || {
+            let root = kernel.root().path("");
+            Tool::as_root("unshare", &log)
+                .args(["--mount", "sh", "-c", BUILD])
+                .args([root.as_path(), package, Path::new(kernel.source())])
+                .run()
+        }),
+    );
     Ok(())
 }
 
@@ -192,13 +199,16 @@ fn outcomes(lines: &str) -> impl Iterator<Item = Outcome<'_>> {
 }
 
 /// Counts them; there must be some.
-fn count(ring: &mut Ring, lines: &str) -> Result<()> {
+fn count(suite: &mut Suite, lines: &str) -> Result<()> {
     let mut any = false;
     for outcome in outcomes(lines) {
         match outcome {
-            Outcome::Passed => ring.check(Ok(())),
-            Outcome::Failed(name) => ring.fail(&anyhow::anyhow!("{name}")),
-            Outcome::Skipped(why) => ring.skip(why),
+            Outcome::Passed => suite.check("", Ok(())),
+            Outcome::Failed(line) => {
+                let (name, why) = line.split_once(": ").unwrap_or((line, "see the log of the packages"));
+                suite.fail(name, &anyhow::anyhow!("{why}"));
+            }
+            Outcome::Skipped(why) => suite.skip(why),
         }
         any = true;
     }
@@ -216,6 +226,6 @@ mod tests {
         let wanted =
             [Outcome::Passed, Outcome::Failed("two: why"), Outcome::Skipped("three: why"), Outcome::Passed];
         assert_eq!(seen, wanted);
-        assert!(count(&mut Ring::new("packages"), "").is_err());
+        assert!(count(&mut Suite::new(Name::Packages), "").is_err());
     }
 }

@@ -4,8 +4,6 @@
 use std::io::Write;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -13,9 +11,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail};
 use kvmmem_guest::frame::Decoder;
 use kvmmem_guest::report::{self, Report};
-use signal_hook::consts::{SIGINT, SIGTERM};
 
-use crate::tool;
+use crate::{interrupt, tool};
 
 /// The emulator.
 pub(crate) const QEMU: &str = "qemu-system-x86_64";
@@ -32,8 +29,8 @@ const TICK: Duration = Duration::from_millis(200);
 /// How long the VM may take to power off after its program has ended.
 const POWER_OFF: Duration = Duration::from_secs(20);
 
-/// An L1 host to boot.
-pub(crate) struct L1<'a> {
+/// A nested host to boot.
+pub(crate) struct NestedHost<'a> {
     pub(crate) kernel: &'a Path,
     pub(crate) initramfs: &'a Path,
     /// A file system that it mounts, read-only.
@@ -43,13 +40,10 @@ pub(crate) struct L1<'a> {
     pub(crate) limit: Duration,
 }
 
-impl L1<'_> {
+impl NestedHost<'_> {
     /// Boots it, passes on what its program prints (stdout to `out`), and returns the program's exit code.
     pub(crate) fn run(&self, out: &mut dyn Write) -> Result<i32> {
-        let stop = Arc::new(AtomicBool::new(false));
-        for signal in [SIGINT, SIGTERM] {
-            signal_hook::flag::register(signal, Arc::clone(&stop)).context("cannot watch for Ctrl-C")?;
-        }
+        let _watch = interrupt::watch()?;
         let mut qemu = Emulator(self.command().spawn().with_context(|| format!("cannot run {QEMU}"))?);
         let mut stream = qemu.0.stdout.take().context("no stdout of the emulator")?;
         let (sender, reports) = mpsc::sync_channel(16);
@@ -76,7 +70,7 @@ impl L1<'_> {
                 Ok(Err(error)) => return Err(error).context("the host VM's report cannot be read"),
                 Err(RecvTimeoutError::Timeout) => {}
             }
-            if stop.load(Ordering::Relaxed) {
+            if interrupt::was_seen() {
                 bail!("interrupted");
             }
             if Instant::now() >= deadline {

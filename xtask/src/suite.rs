@@ -1,0 +1,195 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! One suite of the tests: what passed, failed and was skipped in it, and the summary of several.
+
+use std::time::{Duration, Instant};
+
+use clap::ValueEnum;
+
+use crate::ui;
+
+/// The suites, in the order in which they run: from the quickest to the slowest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Name {
+    /// Formatting, lints, rules, licences
+    Style,
+    /// Unit and property tests
+    Unit,
+    /// Every interleaving of the races
+    Loom,
+    /// The Debian packages
+    Packages,
+    /// The module in a stock kernel
+    Module,
+    /// The end-to-end scenarios under kvmmem vm
+    E2e,
+    /// The end-to-end scenarios under stock QEMUs
+    Qemu,
+}
+
+impl std::fmt::Display for Name {
+    fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let value = self.to_possible_value();
+        out.pad(value.as_ref().map_or("", |value| value.get_name()))
+    }
+}
+
+/// A suite that runs.
+#[derive(Debug)]
+pub(crate) struct Suite {
+    name: Name,
+    begin: Instant,
+    count: Count,
+    failures: Vec<String>,
+}
+
+/// How many of its checks ended in which way.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Count {
+    pub(crate) passed: u64,
+    pub(crate) failed: u64,
+    pub(crate) skipped: u64,
+}
+
+impl std::ops::AddAssign for Count {
+    fn add_assign(&mut self, other: Self) {
+        self.passed += other.passed;
+        self.failed += other.failed;
+        self.skipped += other.skipped;
+    }
+}
+
+impl std::fmt::Display for Count {
+    fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(out, "{} passed, {} failed, {} skipped", self.passed, self.failed, self.skipped)
+    }
+}
+
+impl Suite {
+    pub(crate) fn new(name: Name) -> Self {
+        ui::say(&format!("\n{name}"));
+        Self { name, begin: Instant::now(), count: Count::default(), failures: Vec::new() }
+    }
+
+    /// Counts one check.
+    pub(crate) fn check(&mut self, name: &str, result: anyhow::Result<()>) {
+        match result {
+            Ok(()) => self.count.passed += 1,
+            Err(error) => self.fail(name, &error),
+        }
+    }
+
+    /// Counts tests that counted themselves; `failures` names those that failed.
+    pub(crate) fn add(&mut self, count: Count, failures: Vec<String>) {
+        self.count += count;
+        self.failures.extend(failures);
+    }
+
+    /// Counts a failure and says why.
+    pub(crate) fn fail(&mut self, name: &str, error: &anyhow::Error) {
+        ui::say(&format!("  failed: {name}: {error:#}"));
+        self.count.failed += 1;
+        self.failures.push(name.to_owned());
+    }
+
+    /// Counts something skipped and says why.
+    pub(crate) fn skip(&mut self, why: &str) {
+        ui::say(&format!("  skipped: {why}"));
+        self.count.skipped += 1;
+    }
+
+    /// Its part of the summary.
+    pub(crate) fn finish(self) -> Finished {
+        Finished {
+            name: self.name,
+            rounds: 1,
+            took: self.begin.elapsed(),
+            count: self.count,
+            failures: self.failures.into_iter().map(|name| (name, vec![1])).collect(),
+        }
+    }
+}
+
+/// A suite that has ended, once or several times.
+#[derive(Debug)]
+pub(crate) struct Finished {
+    name: Name,
+    rounds: u32,
+    took: Duration,
+    count: Count,
+    /// Checks that failed, each with the rounds in which it did.
+    failures: Vec<(String, Vec<u32>)>,
+}
+
+/// Adds what came of one round of a suite to what came of the earlier ones.
+pub(crate) fn merge(all: &mut Vec<Finished>, round: u32, one: Finished) {
+    let Some(suite) = all.iter_mut().find(|suite| suite.name == one.name) else {
+        let failures = one.failures.into_iter().map(|(name, _)| (name, vec![round])).collect();
+        all.push(Finished { failures, ..one });
+        return;
+    };
+    suite.rounds += 1;
+    suite.took += one.took;
+    suite.count += one.count;
+    for (name, _) in one.failures {
+        match suite.failures.iter_mut().find(|(known, _)| *known == name) {
+            Some((_, rounds)) => rounds.push(round),
+            None => suite.failures.push((name, vec![round])),
+        }
+    }
+}
+
+/// Prints the summary; returns whether nothing failed.
+pub(crate) fn summary(suites: &[Finished]) -> bool {
+    print!("\n{}", lines(suites));
+    suites.iter().all(|suite| suite.count.failed == 0)
+}
+
+fn lines(suites: &[Finished]) -> String {
+    let mut text = String::new();
+    let mut all = Count::default();
+    for suite in suites {
+        let rounds = if suite.rounds > 1 { format!(", {} rounds", suite.rounds) } else { String::new() };
+        text += &format!("{:<12} {} in {:.0} s{rounds}\n", suite.name, suite.count, suite.took.as_secs_f64());
+        all += suite.count;
+    }
+    for suite in suites {
+        for (name, rounds) in &suite.failures {
+            let rounds: Vec<_> = rounds.iter().map(u32::to_string).collect();
+            text += &format!("failed: {}: {name} (round {})\n", suite.name, rounds.join(", "));
+        }
+    }
+    text + &format!("{all}\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn round(name: Name, failures: &[&str]) -> Finished {
+        let failed = u64::try_from(failures.len()).unwrap();
+        Finished {
+            name,
+            rounds: 1,
+            took: Duration::from_secs(2),
+            count: Count { passed: 5, failed, skipped: 1 },
+            failures: failures.iter().map(|name| ((*name).to_owned(), vec![1])).collect(),
+        }
+    }
+
+    #[test]
+    fn the_summary_names_each_failed_check_with_its_rounds() {
+        let mut all = Vec::new();
+        merge(&mut all, 1, round(Name::Unit, &["a"]));
+        merge(&mut all, 1, round(Name::E2e, &[]));
+        merge(&mut all, 2, round(Name::Unit, &["b"]));
+        merge(&mut all, 3, round(Name::Unit, &["a"]));
+        assert_eq!(
+            lines(&all),
+            "unit         15 passed, 3 failed, 3 skipped in 6 s, 3 rounds\n\
+             e2e          5 passed, 0 failed, 1 skipped in 2 s\n\
+             failed: unit: a (round 1, 3)\n\
+             failed: unit: b (round 2)\n\
+             20 passed, 3 failed, 4 skipped\n"
+        );
+    }
+}
