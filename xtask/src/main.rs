@@ -8,6 +8,7 @@ mod binaries;
 mod cache;
 mod clean;
 mod cpio;
+mod deny;
 mod depends;
 mod direct;
 mod dist;

@@ -14,8 +14,8 @@ use crate::cache::Cache;
 use crate::load::Load;
 use crate::provision::{self, Purpose};
 use crate::suite::{self, Count, Finished, Name, Suite};
-use crate::tool::{Tool, is_installed};
-use crate::{dist, interrupt, libtest, project, scenarios, source_check, ui};
+use crate::tool::Tool;
+use crate::{deny, dist, interrupt, libtest, project, scenarios, source_check, ui};
 
 /// Which tests, and how.
 #[derive(Debug, clap::Args)]
@@ -129,12 +129,7 @@ fn style(cache: &Cache, suite: &mut Suite) -> Result<()> {
         }
     });
     suite.check("unsafe code is where it may be", unsafe_code);
-    if is_installed("cargo-deny") {
-        suite.check("deny", cargo("deny", &["deny", "--all-features", "check"]));
-    } else {
-        suite.skip("cargo deny is not installed: licences and advisories are not checked");
-    }
-    Ok(())
+    deny::check(cache, suite)
 }
 
 /// Unit and property tests, and bare guests where there is a /dev/kvm.
