@@ -207,7 +207,7 @@ fn c_and_rust_agree() {
         // Past the test harness, which would keep it to itself.
         writeln!(
             std::io::stderr(),
-            "SKIPPED c_and_rust_agree: no C compiler `cc`; install one (Debian: gcc and linux-libc-dev)"
+            "skipped: no C compiler `cc`: install one (Debian: gcc and linux-libc-dev)"
         )
         .unwrap();
         return;

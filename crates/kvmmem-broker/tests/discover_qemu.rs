@@ -244,7 +244,9 @@ fn huge_pages_are_no_obstacle() {
     let free = std::fs::read_to_string("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages");
     let free: u32 = free.ok().and_then(|text| text.trim().parse().ok()).unwrap_or(0);
     if free < 32 {
-        eprintln!("SKIPPED: needs 32 free huge pages of 2 MiB, there are {free}");
+        eprintln!(
+            "skipped: 32 huge pages are not free, {free} are: sysctl vm.nr_hugepages=64 sets some aside"
+        );
         return;
     }
     let broker = TestBroker::start();

@@ -85,7 +85,9 @@ fn qemu(host: &Host, socket: &Path) -> Option<Qemu> {
         Ok(process) => Some(Qemu(process)),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
             // Past the test harness, which would keep it to itself.
-            std::io::stderr().write_all(b"SKIPPED: qemu-system-x86_64 is not installed\n").unwrap();
+            std::io::stderr()
+                .write_all(b"skipped: no qemu-system-x86_64: install it (Debian: qemu-system-x86)\n")
+                .unwrap();
             None
         }
         Err(error) => panic!("cannot start QEMU: {error}"),
@@ -115,7 +117,7 @@ fn a_qemu_becomes_an_introspector_and_is_none_again() {
     assert!(!is_added && text.contains("vhost-vsock-pci"), "{text}");
     let (is_added, text) = run(&["introspector", "add", "--qmp", socket, "--cid", "4711"]);
     if text.contains("cannot listen at the vsock port") {
-        std::io::stderr().write_all(b"SKIPPED: this kernel has no vsock\n").unwrap();
+        std::io::stderr().write_all(b"skipped: this kernel has no vsock: modprobe vsock\n").unwrap();
         return;
     }
     assert!(is_added && text.starts_with("lion (") && text.contains("context id 4711"), "{text}");

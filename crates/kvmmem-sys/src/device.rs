@@ -110,7 +110,8 @@ mod tests {
     fn another_misc_device_refuses_the_ioctls() {
         let Ok(device) = Device::open(Path::new("/dev/kvm")) else {
             // Past the test harness, which would keep it to itself.
-            let note = "SKIPPED another_misc_device_refuses_the_ioctls: /dev/kvm cannot be opened here\n";
+            let note =
+                "skipped: /dev/kvm cannot be opened: run on a host with KVM, as a member of group kvm\n";
             std::io::stderr().write_all(note.as_bytes()).unwrap();
             return;
         };

@@ -75,7 +75,13 @@ pub(crate) mod tests {
             rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, pages * HUGE)?;
             Ok(File::from(file))
         });
-        let file = made.inspect_err(|error| eprintln!("skipped: no {pages} huge pages: {error}")).ok()?;
+        let file = made
+            .inspect_err(|error| {
+                eprintln!(
+                    "skipped: no {pages} huge pages ({error}): sysctl vm.nr_hugepages=16 sets some aside"
+                )
+            })
+            .ok()?;
         for offset in (0..pages * HUGE).step_by(0x1000) {
             assert_eq!(write_at(file.as_fd(), offset, &offset.to_le_bytes()), Ok(8));
         }

@@ -21,6 +21,9 @@ struct Vm {
 
 const START: usize = 0x1000;
 
+/// How long anything may take on a slow machine.
+const PATIENCE: Duration = Duration::from_secs(60);
+
 impl Vm {
     fn new() -> Self {
         Self { memory: Mutex::new(vec![0; 0x4000]), tokens: Mutex::new(0) }
@@ -89,7 +92,7 @@ fn with_session(test: impl FnOnce(&mut Session)) {
         let mut stream = UnixStream::connect(path).unwrap();
         serve(&mut stream, &Vm::new(), || {})
     });
-    let mut session = listener.accept(Duration::from_secs(5)).unwrap();
+    let mut session = listener.accept(PATIENCE).unwrap();
     test(&mut session);
     drop(session);
     server.join().unwrap().unwrap();

@@ -4,6 +4,7 @@
 mod host;
 
 use std::os::unix::fs::FileExt;
+use std::sync::Barrier;
 use std::time::{Duration, Instant};
 
 use host::{Host, PAGE, PATIENCE, REGIONS};
@@ -170,9 +171,16 @@ fn readers_in_the_middle_of_a_mapping_are_stopped() {
     let host = Host::start();
     let (view, grant) = host.view(Rights::ReadOnly);
     let mapping = view.map(Range { gpa: 0, len: 4 * PAGE }).unwrap();
+    // Each reader has read once before the revocation.
+    let reading = Barrier::new(4);
     let ends = std::thread::scope(|scope| {
         let read = || {
             let (mut buf, end) = (vec![0; 4 * 0x1000], Instant::now() + PATIENCE);
+            let first = mapping.read(0, &mut buf);
+            reading.wait();
+            if let Err(error) = first {
+                return Some(error);
+            }
             while Instant::now() < end {
                 if let Err(error) = mapping.read(0, &mut buf) {
                     return Some(error);
@@ -182,7 +190,7 @@ fn readers_in_the_middle_of_a_mapping_are_stopped() {
         };
         let readers: Vec<_> = (0..3).map(|_| scope.spawn(read)).collect();
         let waiter = scope.spawn(|| event(&view));
-        std::thread::sleep(Duration::from_millis(20));
+        reading.wait();
         assert_eq!(host.admin().revoke(grant).unwrap().unconfirmed, 0);
         assert_eq!(waiter.join().unwrap(), Event::Revoked);
         readers.into_iter().map(|reader| reader.join().unwrap()).collect::<Vec<_>>()

@@ -242,7 +242,7 @@ pub(crate) fn may_open(files: usize) -> bool {
     setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }).unwrap();
     let is_enough = maximum.is_none_or(|most| most >= files as u64);
     if !is_enough {
-        eprintln!("skipped: this process may open {maximum:?} files at most, not {files}");
+        eprintln!("skipped: {files} open files are needed, {maximum:?} are allowed: raise it with ulimit -n");
     }
     is_enough
 }

@@ -52,7 +52,7 @@ impl Qemu {
         match started {
             Ok(process) => Some(Self { process, name: name.to_owned(), qmp, monitor }),
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-                eprintln!("SKIPPED: qemu-system-x86_64 is not installed");
+                eprintln!("skipped: no qemu-system-x86_64: install it (Debian: qemu-system-x86)");
                 None
             }
             Err(error) => panic!("cannot start QEMU: {error}"),
@@ -171,7 +171,7 @@ pub(crate) fn has_qemu(major: u32) -> bool {
     let version = text.split("version ").nth(1).and_then(|rest| rest.split('.').next()?.parse::<u32>().ok());
     let is_new_enough = version.is_some_and(|version| version >= major);
     if !is_new_enough {
-        eprintln!("SKIPPED: needs qemu-system-x86_64 {major} or later, there is {version:?}");
+        eprintln!("skipped: qemu-system-x86_64 is {version:?}: install version {major} or later");
     }
     is_new_enough
 }

@@ -149,7 +149,7 @@ fn this_machines_qemu_takes_the_arguments() {
             .spawn();
         let Ok(process) = started else {
             // Past the test harness, which would keep it to itself.
-            let note = "SKIPPED this_machines_qemu_takes_the_arguments: there is no qemu-system-x86_64\n";
+            let note = "skipped: no qemu-system-x86_64: install it (Debian: qemu-system-x86)\n";
             std::io::stderr().write_all(note.as_bytes()).unwrap();
             return;
         };

@@ -194,10 +194,10 @@ pub(crate) fn signal(child: &Child, signal: Signal) {
     kill_process(Pid::from_child(child), signal).unwrap();
 }
 
-/// Waits until something holds, at most 10 s.
+/// Waits until something holds, at most a minute.
 #[track_caller]
 pub(crate) fn wait_for(what: &Path, holds: impl Fn(&Path) -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(10);
+    let deadline = Instant::now() + Duration::from_secs(60);
     while !holds(what) {
         assert!(Instant::now() < deadline, "still waiting for {}", what.display());
         std::thread::sleep(Duration::from_millis(1));

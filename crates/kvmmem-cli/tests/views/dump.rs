@@ -197,7 +197,7 @@ fn a_full_disk_stops_a_dump_that_goes_on_when_there_is_room() {
     let output = command.output().unwrap();
     if output.status.code() == Some(42) || output.stdout.is_empty() {
         eprintln!(
-            "skipped: this system lets nobody mount a tmpfs: {}",
+            "skipped: no tmpfs can be mounted in a user namespace, run where `unshare --user --mount` works: {}",
             String::from_utf8_lossy(&output.stderr)
         );
         return;

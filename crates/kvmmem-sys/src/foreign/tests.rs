@@ -73,13 +73,17 @@ fn a_page_that_vanishes_is_lost_to_the_byte() {
 fn many_threads_lose_it_at_once() {
     let file = file(0x40_0000);
     let memory = mapped(&file, 0x40_0000);
+    // Each reader has read once before the page goes.
+    let reading = std::sync::Barrier::new(5);
     let lost = std::thread::scope(|scope| {
         let reader = || {
             let mut buf = vec![0; 0x40_0000];
-            (0..100_000).find_map(|_| memory.read(0, &mut buf).err())
+            let first = memory.read(0, &mut buf);
+            reading.wait();
+            first.err().or_else(|| (0..100_000).find_map(|_| memory.read(0, &mut buf).err()))
         };
         let readers: Vec<_> = (0..4).map(|_| scope.spawn(reader)).collect();
-        std::thread::sleep(std::time::Duration::from_millis(20));
+        reading.wait();
         memory.clear(0x20_0000, 0x1000).unwrap();
         readers.into_iter().map(|reader| reader.join().unwrap()).collect::<Vec<_>>()
     });

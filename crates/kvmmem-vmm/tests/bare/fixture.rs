@@ -96,7 +96,9 @@ impl TargetMemory for Target {
 pub(crate) fn has_kvm() -> bool {
     let found = std::fs::OpenOptions::new().read(true).write(true).open("/dev/kvm");
     if let Err(error) = &found {
-        eprintln!("skipped: /dev/kvm cannot be opened: {error}");
+        eprintln!(
+            "skipped: /dev/kvm cannot be opened ({error}): run on a host with KVM, as a member of group kvm"
+        );
     }
     found.is_ok()
 }
@@ -108,7 +110,7 @@ pub(crate) fn has_windows() -> bool {
     }
     let has_windows = kvm_ioctls::Kvm::new().unwrap().check_extension(kvm_ioctls::Cap::ReadonlyMem);
     if !has_windows {
-        eprintln!("skipped: this host's KVM has no read-only memory slots (KVM_CAP_READONLY_MEM)");
+        eprintln!("skipped: KVM has no read-only memory slots (KVM_CAP_READONLY_MEM): run on an x86 host");
     }
     has_windows
 }
@@ -131,7 +133,9 @@ pub(crate) fn ways() -> Vec<Way> {
     if kvmmem_sys::xen::can_intercept(&kvm_ioctls::Kvm::new().unwrap()) {
         return vec![Way::Doorbell, Way::Vmmcall];
     }
-    eprintln!("skipped: this host's KVM cannot forward hypercalls; by the doorbell alone");
+    eprintln!(
+        "skipped: KVM cannot forward hypercalls (by the doorbell alone): run on a kernel with CONFIG_KVM_XEN"
+    );
     vec![Way::Doorbell]
 }
 

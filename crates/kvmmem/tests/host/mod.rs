@@ -18,7 +18,7 @@ use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
 use uuid::Uuid;
 
 pub(crate) const PAGE: u64 = 0x1000;
-pub(crate) const PATIENCE: Duration = Duration::from_secs(10);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Four pages from 0, two from 1 MiB that lie before them in the file.
 pub(crate) const REGIONS: [Region; 2] = [

@@ -111,7 +111,11 @@ fn huge_pages_are_mapped_in_part_and_written() {
         rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, 2 * HUGE)?;
         Ok(file)
     });
-    let Ok(file) = made.inspect_err(|error| eprintln!("skipped: no 2 huge pages: {error}")) else { return };
+    let Ok(file) = made.inspect_err(|error| {
+        eprintln!("skipped: no 2 huge pages ({error}): sysctl vm.nr_hugepages=16 sets some aside")
+    }) else {
+        return;
+    };
     // As a PC has it: a hole, and memory above 4 GiB that lies behind in the file. The first two are adjacent.
     let cut = |gpa, end, offset| Region { gpa, len: end - gpa, offset, file: 0 };
     let regions = [
@@ -175,9 +179,13 @@ fn after_the_end_nothing_is_left() {
 #[test]
 fn whoever_waits_is_woken() {
     let memory = memory(&[region(0, 1, 0)], &file(1));
+    let started = std::sync::Barrier::new(2);
     std::thread::scope(|scope| {
-        let waiter = scope.spawn(|| memory.wait(Duration::from_secs(60)));
-        std::thread::sleep(Duration::from_millis(20));
+        let waiter = scope.spawn(|| {
+            started.wait();
+            memory.wait(Duration::from_secs(60))
+        });
+        started.wait();
         memory.end(State::Revoked);
         assert_eq!(waiter.join().unwrap(), Some(Event::Revoked));
     });
