@@ -11,8 +11,9 @@ use serde::Serialize;
 use uuid::Uuid;
 
 use crate::interrupt::Interrupt;
-use crate::number::size;
+use crate::number::{Hex, size};
 use crate::output::Output;
+use crate::range::RangeLine;
 use crate::source::Source;
 
 /// Exit code where the grant was taken back.
@@ -62,18 +63,12 @@ struct Attached {
     state: &'static str,
     generation: u64,
     writable: bool,
-    ranges: Vec<Range>,
-}
-
-#[derive(Serialize)]
-struct Range {
-    gpa: u64,
-    len: u64,
+    ranges: Vec<RangeLine>,
 }
 
 impl From<Status> for Attached {
     fn from(status: Status) -> Self {
-        let ranges = status.ranges.iter().map(|range| Range { gpa: range.gpa, len: range.len }).collect();
+        let ranges = status.ranges.iter().map(|range| RangeLine::new(range.gpa, range.len)).collect();
         let target = Uuid::from_bytes(status.uuid);
         let state = match status.state {
             State::Open => "open",
@@ -139,7 +134,7 @@ fn tell_view(what: &str, view: &Attached, output: &mut Output) -> Result<()> {
     let Attached { target, state, generation, writable, ranges } = view;
     let rights = if *writable { "read-write" } else { "read-only" };
     output.line(format!("{what} {target}, {state}, {rights}, generation {generation}"))?;
-    for Range { gpa, len } in ranges {
+    for RangeLine { gpa: Hex(gpa), len } in ranges {
         output.line(format!("  {gpa:#014x}..{:#014x}  {}", gpa.saturating_add(*len), size(*len)))?;
     }
     Ok(())

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use clap::{Args, ValueEnum};
-use kvmmem_broker::admin::{GrantRequest, KvmiPolicy, Revoked, Rights, Span};
+use kvmmem_broker::admin::{GrantInfo, GrantRequest, KvmiPolicy, Revoked, Rights, Span};
 use serde::Serialize;
 use uuid::Uuid;
 use zeroize::Zeroizing;
@@ -17,7 +17,7 @@ use crate::broker::Broker;
 use crate::failure::escape;
 use crate::number::parse_duration;
 use crate::output::Output;
-use crate::range::{GpaRange, in_order, parse_range};
+use crate::range::{GpaRange, RangeLine, in_order, parse_range};
 
 /// Exit code of a revocation that somebody has not confirmed.
 const UNCONFIRMED: u8 = 3;
@@ -125,7 +125,7 @@ struct Granted<'a> {
     target: &'a str,
     rights: Rights,
     /// `null` for all RAM.
-    spans: Option<&'a [Span]>,
+    spans: Option<Vec<RangeLine>>,
     ttl_ms: u64,
     uses: u32,
     holder: Option<Uuid>,
@@ -172,7 +172,7 @@ impl Grant {
                 token: &token,
                 target: &request.target,
                 rights: request.rights,
-                spans: request.spans.as_deref(),
+                spans: request.spans.as_ref().map(|spans| spans.iter().map(range_line).collect()),
                 ttl_ms: request.ttl_ms,
                 uses: request.uses,
                 holder: request.holder,
@@ -193,7 +193,7 @@ impl Grants {
         let grants = self.broker.connect()?.grants().context("cannot list the grants")?;
         if output.is_json() {
             for grant in &grants {
-                output.object(grant)?;
+                output.object(&line(grant)?)?;
             }
         } else if grants.is_empty() {
             output.line("there are no grants")?;
@@ -204,6 +204,20 @@ impl Grants {
         }
         Ok(ExitCode::SUCCESS)
     }
+}
+
+fn range_line(span: &Span) -> RangeLine {
+    RangeLine::new(span.gpa, span.len)
+}
+
+/// A grant, as JSON: as the broker describes it, but for the form of addresses.
+fn line(grant: &GrantInfo) -> serde_json::Result<serde_json::Value> {
+    let spans = grant.scope.spans.as_ref().map(|spans| spans.iter().map(range_line).collect::<Vec<_>>());
+    let mut line = serde_json::to_value(grant)?;
+    if let Some(place) = line.pointer_mut("/scope/spans") {
+        *place = serde_json::to_value(spans)?;
+    }
+    Ok(line)
 }
 
 impl Revoke {

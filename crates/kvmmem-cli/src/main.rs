@@ -50,7 +50,8 @@ struct Cli {
 const EXIT_CODES: &str = "\
 Addresses, lengths and sizes are decimal, or hexadecimal after 0x, with or without a unit: 4096, 0x1000, 4K, 4KiB (K, M,
 G and T are powers of 1024). Ranges are START..END, START.. or ..END; END is not part of the range. Times have a unit:
-500ms, 60s, 5m, 2h, 30d.
+500ms, 60s, 5m, 2h, 30d. With --json, addresses, table entries and words of memory are strings, \"0x1000\", as JSON's numbers
+are exact up to 2^53 only; lengths, counts and times are numbers.
 
 Exit codes:
   0  done; doctor: usable

@@ -14,7 +14,7 @@ use crate::connect::Connect;
 use crate::failure::usage;
 use crate::hexdump::Hexdump;
 use crate::interrupt::Interrupt;
-use crate::number::{hex, parse, parse_milliseconds};
+use crate::number::{Hex, hex, parse, parse_milliseconds};
 use crate::output::Output;
 
 #[derive(Args)]
@@ -39,8 +39,8 @@ pub(crate) struct Arguments {
 #[derive(Serialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
 enum Event {
-    Mapped { gpa: u64, gva: usize, hex: String },
-    Changed { gpa: u64, from: u64, to: u64 },
+    Mapped { gpa: Hex, gva: Hex, hex: String },
+    Changed { gpa: Hex, from: Hex, to: Hex },
     Unmapped { zero: bool },
 }
 
@@ -69,7 +69,11 @@ impl Arguments {
         let mut bytes = vec![0; PAGE_SIZE];
         page.read(0, &mut bytes)?;
         if output.is_json() {
-            output.object(&Event::Mapped { gpa: page_gpa, gva: page.gva(), hex: hex(&bytes) })?;
+            output.object(&Event::Mapped {
+                gpa: Hex(page_gpa),
+                gva: Hex(page.gva() as u64),
+                hex: hex(&bytes),
+            })?;
         } else {
             for line in Hexdump::default().lines(page_gpa, &bytes) {
                 output.line(line)?;
@@ -95,7 +99,7 @@ impl Arguments {
             let to = page.read_u64(offset)?;
             if to != from {
                 if output.is_json() {
-                    output.object(&Event::Changed { gpa: self.gpa, from, to })?;
+                    output.object(&Event::Changed { gpa: Hex(self.gpa), from: Hex(from), to: Hex(to) })?;
                 } else {
                     output.line(format!("{:012x}  {from:#018x} -> {to:#018x}", self.gpa))?;
                 }

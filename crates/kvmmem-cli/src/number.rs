@@ -4,6 +4,8 @@
 use std::num::IntErrorKind;
 use std::time::Duration;
 
+use serde::{Serialize, Serializer};
+
 /// How numbers are written, for messages and help.
 const FORM: &str = "write it as 4096, 0x1000, 4K or 4KiB (K, M, G, T: powers of 1024)";
 
@@ -123,6 +125,17 @@ pub(crate) fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
+/// A 64-bit value that JSON shows as a string, `"0xffff888000001000"`: programs that read JSON's numbers as doubles
+/// would round it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Hex(pub(crate) u64);
+
+impl Serialize for Hex {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(&format_args!("{:#x}", self.0))
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -159,6 +172,11 @@ mod tests {
         assert!(error.ends_with("write 0xffffffff81000000"), "{error}");
         let error = parse("zebra").unwrap_err();
         assert!(error.contains("0x1000"), "{error}");
+    }
+
+    #[test]
+    fn json_shows_64_bit_values_as_strings() {
+        assert_eq!(serde_json::to_string(&Hex(u64::MAX)).unwrap(), "\"0xffffffffffffffff\"");
     }
 
     #[test]

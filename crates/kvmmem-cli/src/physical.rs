@@ -11,7 +11,7 @@ use serde::Serialize;
 
 use crate::failure::usage;
 use crate::hexdump::Hexdump;
-use crate::number::{HexBytes, hex, parse, parse_hex, parse_length};
+use crate::number::{Hex, HexBytes, hex, parse, parse_hex, parse_length};
 use crate::output::Output;
 use crate::source::Source;
 use crate::translate::Depth;
@@ -71,14 +71,14 @@ struct Part {
 #[derive(Serialize)]
 #[serde(rename_all = "snake_case")]
 enum Address {
-    Gpa(u64),
-    Gva(u64),
+    Gpa(Hex),
+    Gva(Hex),
 }
 
 /// What was written, as JSON.
 #[derive(Serialize)]
 struct Written {
-    gpa: u64,
+    gpa: Hex,
     bytes: usize,
 }
 
@@ -103,11 +103,11 @@ impl Read {
             let address = match &space {
                 Some(space) => {
                     space.read(at, part, |gpa, buf| memory.read(gpa, buf))?;
-                    Address::Gva(at)
+                    Address::Gva(Hex(at))
                 }
                 None => {
                     memory.read(at, part)?;
-                    Address::Gpa(at)
+                    Address::Gpa(Hex(at))
                 }
             };
             if self.raw {
@@ -130,7 +130,7 @@ impl Write {
         let bytes = &self.bytes.0;
         self.source.memory(Access::Granted, "write")?.write(self.gpa, bytes)?;
         if output.is_json() {
-            output.object(&Written { gpa: self.gpa, bytes: bytes.len() })?;
+            output.object(&Written { gpa: Hex(self.gpa), bytes: bytes.len() })?;
         } else {
             output.line(format!("wrote {} bytes at {:#x}", bytes.len(), self.gpa))?;
         }

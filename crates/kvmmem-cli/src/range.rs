@@ -5,9 +5,10 @@ use std::ops::Range;
 
 use anyhow::{Result, bail};
 use kvmmem::PAGE_SIZE;
+use serde::Serialize;
 
 use crate::failure::usage;
-use crate::number::parse;
+use crate::number::{Hex, parse};
 
 /// From the first address up to the one behind the last. Both are multiples of the page size.
 pub(crate) type GpaRange = Range<u64>;
@@ -70,6 +71,19 @@ pub(crate) fn select(wanted: &[GpaRange], reached: &[GpaRange]) -> Result<Vec<Gp
         }
     }
     Ok(selected)
+}
+
+/// A range, as JSON.
+#[derive(Serialize)]
+pub(crate) struct RangeLine {
+    pub(crate) gpa: Hex,
+    pub(crate) len: u64,
+}
+
+impl RangeLine {
+    pub(crate) fn new(gpa: u64, len: u64) -> Self {
+        Self { gpa: Hex(gpa), len }
+    }
 }
 
 /// Bytes of all the ranges together.

@@ -14,7 +14,7 @@ use serde::Serialize;
 
 use crate::failure::escape;
 use crate::hexdump;
-use crate::number::hex;
+use crate::number::{Hex, hex};
 use crate::output::Output;
 use crate::progress;
 use crate::range::{GpaRange, in_order, parse_range, select, total};
@@ -65,7 +65,7 @@ Exit codes:
 /// A match, as JSON.
 #[derive(Serialize)]
 struct Found<'a> {
-    gpa: u64,
+    gpa: Hex,
     pattern: &'a str,
     /// The bytes at its place.
     hex: String,
@@ -134,7 +134,7 @@ fn read(view: &View, mappings: &[Mapping], gpa: u64, buffer: &mut [u8]) -> Resul
 fn tell(found: &Match, patterns: &[Pattern], output: &mut Output) -> Result<()> {
     let pattern = patterns.get(found.pattern).ok_or_else(|| anyhow!("there is no such pattern"))?;
     if output.is_json() {
-        output.object(&Found { gpa: found.gpa, pattern: pattern.name(), hex: hex(&found.context) })?;
+        output.object(&Found { gpa: Hex(found.gpa), pattern: pattern.name(), hex: hex(&found.context) })?;
         return Ok(());
     }
     let bold = Style::new().bold();

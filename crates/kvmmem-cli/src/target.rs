@@ -13,6 +13,7 @@ use serde::Serialize;
 
 use crate::broker::Broker;
 use crate::failure::{escape, usage};
+use crate::number::Hex;
 use crate::output::{Output, columns};
 
 #[derive(Args)]
@@ -69,9 +70,25 @@ struct Remove {
 #[derive(Serialize)]
 struct AddedLine<'a> {
     target: &'a TargetInfo,
-    regions: &'a [Region],
+    regions: Vec<RegionLine>,
     evidence: Evidence,
     copied: Option<&'a str>,
+}
+
+/// A part of its RAM, as JSON.
+#[derive(Serialize)]
+struct RegionLine {
+    gpa: Hex,
+    len: u64,
+    offset: Hex,
+    file: u32,
+}
+
+impl From<&Region> for RegionLine {
+    fn from(region: &Region) -> Self {
+        let Region { gpa, len, offset, file } = *region;
+        Self { gpa: Hex(gpa), len, offset: Hex(offset), file }
+    }
 }
 
 /// What was removed, as JSON.
@@ -98,7 +115,8 @@ impl Add {
         let Added { target, regions, evidence, copied } = added.context("cannot add the target")?;
         if output.is_json() {
             let copied = copied.as_deref();
-            output.object(&AddedLine { target: &target, regions: &regions, evidence, copied })?;
+            let regions = regions.iter().map(Into::into).collect();
+            output.object(&AddedLine { target: &target, regions, evidence, copied })?;
             return Ok(());
         }
         let how = match evidence {

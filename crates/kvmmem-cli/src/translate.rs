@@ -10,7 +10,7 @@ use kvmmem::view::Access;
 use serde::Serialize;
 
 use crate::failure::escape;
-use crate::number::{parse, size};
+use crate::number::{Hex, parse, size};
 use crate::output::Output;
 use crate::source::{MemoryError, Source};
 
@@ -69,7 +69,7 @@ impl From<Depth> for Levels {
 /// An address, as JSON.
 #[derive(Serialize)]
 struct Translated {
-    gva: u64,
+    gva: Hex,
     #[serde(flatten)]
     page: Option<Page>,
     /// Why there is no page.
@@ -79,7 +79,7 @@ struct Translated {
 
 #[derive(Serialize)]
 struct Page {
-    gpa: u64,
+    gpa: Hex,
     page_size: u64,
     writable: bool,
     user: bool,
@@ -89,8 +89,8 @@ struct Page {
 #[derive(Serialize)]
 struct EntryInfo {
     level: u8,
-    gpa: u64,
-    value: u64,
+    gpa: Hex,
+    value: Hex,
 }
 
 impl Arguments {
@@ -145,15 +145,16 @@ fn text(gva: u64, entries: &[Entry], end: Result<Translation, String>) -> Vec<St
 
 impl Translated {
     fn new(gva: u64, entries: &[Entry], end: Result<Translation, String>) -> Self {
-        let entry = |entry: &Entry| EntryInfo { level: entry.level, gpa: entry.gpa, value: entry.value };
+        let entry =
+            |entry: &Entry| EntryInfo { level: entry.level, gpa: Hex(entry.gpa), value: Hex(entry.value) };
         let (page, error) = match end {
             Ok(Translation { gpa, page_size, permissions }) => {
                 let (writable, user) = (permissions.is_writable, permissions.is_user);
                 let executable = permissions.is_executable;
-                (Some(Page { gpa, page_size, writable, user, executable }), None)
+                (Some(Page { gpa: Hex(gpa), page_size, writable, user, executable }), None)
             }
             Err(error) => (None, Some(error)),
         };
-        Self { gva, page, error, entries: entries.iter().map(entry).collect() }
+        Self { gva: Hex(gva), page, error, entries: entries.iter().map(entry).collect() }
     }
 }

@@ -325,7 +325,7 @@ fn read_prints_a_dump_or_json() {
          000000000050  50 51 52 53                                       |PQRS|\n"
     );
     let ((code, stdout, _), _) = with_target(&["--json", "read", "64", "0x4"]);
-    assert_eq!((code, stdout.as_str()), (Some(0), "{\"gpa\":64,\"hex\":\"40414243\"}\n"));
+    assert_eq!((code, stdout.as_str()), (Some(0), "{\"gpa\":\"0x40\",\"hex\":\"40414243\"}\n"));
 }
 
 #[test]

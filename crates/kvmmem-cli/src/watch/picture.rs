@@ -11,7 +11,7 @@ use rustix::termios::tcgetwinsize;
 use serde::Serialize;
 
 use crate::hexdump::{self, WIDTH};
-use crate::number::hex;
+use crate::number::{Hex, hex};
 use crate::output::Output;
 
 /// How changed bytes look.
@@ -37,9 +37,9 @@ enum Form {
 #[derive(Serialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
 enum Seen {
-    Memory { gpa: u64, hex: String },
-    Changed { ms: u128, gpa: u64, from: String, to: String },
-    Reset { ms: u128 },
+    Memory { gpa: Hex, hex: String },
+    Changed { ms: u64, gpa: Hex, from: String, to: String },
+    Reset { ms: u64 },
 }
 
 impl Picture {
@@ -51,7 +51,7 @@ impl Picture {
             false => Form::Lines,
         };
         if form == Form::Json {
-            output.object(&Seen::Memory { gpa, hex: hex(bytes) })?;
+            output.object(&Seen::Memory { gpa: Hex(gpa), hex: hex(bytes) })?;
         } else {
             for (_, line) in lines(gpa, bytes, bytes) {
                 output.line(line)?;
@@ -77,9 +77,9 @@ impl Picture {
                 }
             }
             Form::Json => {
-                let ms = self.start.elapsed().as_millis();
+                let ms = self.elapsed_ms();
                 for change in changes(before, now) {
-                    let gpa = self.gpa + change.start as u64;
+                    let gpa = Hex(self.gpa + change.start as u64);
                     let part = |bytes: &[u8]| hex(bytes.get(change.clone()).unwrap_or_default());
                     output.object(&Seen::Changed { ms, gpa, from: part(before), to: part(now) })?;
                 }
@@ -88,10 +88,15 @@ impl Picture {
         Ok(())
     }
 
+    /// Milliseconds since the first look.
+    fn elapsed_ms(&self) -> u64 {
+        u64::try_from(self.start.elapsed().as_millis()).unwrap_or(u64::MAX)
+    }
+
     /// Tells that the target was reset or its memory resized.
     pub(super) fn tell_reset(&self, output: &mut Output) -> Result<()> {
         if self.form == Form::Json {
-            output.object(&Seen::Reset { ms: self.start.elapsed().as_millis() })?;
+            output.object(&Seen::Reset { ms: self.elapsed_ms() })?;
         } else {
             tracing::warn!("the target was reset, or its memory resized");
         }

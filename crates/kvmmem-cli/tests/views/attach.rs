@@ -67,6 +67,7 @@ fn a_view_is_shown_in_both_forms() {
     assert_eq!((&attached["event"], &attached["writable"]), (&"attached".into(), &true.into()));
     assert_eq!((&attached["target"], &attached["state"]), (&UUID.to_string().into(), &"open".into()));
     assert_eq!(attached["ranges"].as_array().unwrap().len(), REGIONS.len());
+    assert_eq!(attached["ranges"][2], serde_json::json!({ "gpa": "0x1000000", "len": 4 << 20 }));
     assert_eq!(view.object()["event"], "detached");
     assert_eq!(view.end(), (Some(0), String::new()));
 

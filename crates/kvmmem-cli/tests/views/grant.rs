@@ -32,10 +32,15 @@ fn a_grant_is_printed_listed_and_taken_back() {
     let (target, holder) = (UUID.to_string(), Uuid::from_u128(7).to_string());
     let granted = host.ask_json(&[&["grant", &target], &options[..], &["--holder", &holder]].concat());
     assert_eq!(granted["rights"], "read_write");
-    assert_eq!(granted["spans"][0]["gpa"], 1 << 20);
+    assert_eq!(granted["spans"][0]["gpa"], "0x100000");
     assert_eq!(granted["spans"][1]["len"], 1 << 20);
     assert_eq!((&granted["ttl_ms"], &granted["uses"]), (&300_000.into(), &3.into()));
     assert_eq!(granted["holder"], holder.as_str());
+
+    let lines = host.ask(&["grants", "--json"]);
+    let listed: serde_json::Value = serde_json::from_str(lines.lines().last().unwrap()).unwrap();
+    assert_eq!(listed["scope"]["spans"], granted["spans"]);
+    assert_eq!((&listed["scope"]["rights"], &listed["uses_left"]), (&"read_write".into(), &3.into()));
 
     let table = host.ask(&["grants"]);
     for word in ["victim", "all RAM", "0x100000..0x200000 and 1 more", "rw", "on call", "active", &holder] {

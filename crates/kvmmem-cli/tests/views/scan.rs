@@ -53,7 +53,7 @@ fn several_patterns_are_named_in_both_forms() {
     }
     let ended = host.look(&[], &[&patterns[..], &["--json"]].concat());
     let first: serde_json::Value = serde_json::from_str(ended.stdout.lines().next().unwrap()).unwrap();
-    assert_eq!((&first["gpa"], &first["pattern"]), (&0x1000.into(), &"47 72 ?? ?? c3".into()));
+    assert_eq!((&first["gpa"], &first["pattern"]), (&"0x1000".into(), &"47 72 ?? ?? c3".into()));
     assert!(first["hex"].as_str().unwrap().starts_with("4772c3bcc39f65"));
 }
 

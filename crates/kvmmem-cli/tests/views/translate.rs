@@ -46,8 +46,10 @@ fn pages_of_each_size_are_found() {
     let ended = host.look(&[], &["translate", "--json", "0x100000", "0xffffffff80001000", "0x1000"]);
     assert_eq!(ended.code, Some(3));
     let objects: Vec<Value> = ended.stdout.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
-    assert_eq!((&objects[0]["gpa"], &objects[0]["writable"]), (&0x30_0000.into(), &false.into()));
+    assert_eq!((&objects[0]["gpa"], &objects[0]["writable"]), (&"0x300000".into(), &false.into()));
     assert_eq!(objects[0]["entries"].as_array().unwrap().len(), 4);
+    assert_eq!(objects[0]["gva"], "0xffffffff80001000");
+    assert_eq!(objects[0]["entries"][3]["value"], "0x8000000000300001");
     assert!(objects[1]["gpa"].is_null() && objects[1]["error"].as_str().unwrap().contains("not present"));
 }
 

@@ -37,7 +37,7 @@ fn changes_are_told_as_objects_until_the_grant_is_taken_back() {
     assert_eq!((&memory["event"], &memory["hex"]), (&"memory".into(), &"00".repeat(64).into()));
     host.put(0x1010, b"\xaa");
     let changed = watch.object();
-    assert_eq!((&changed["event"], &changed["gpa"]), (&"changed".into(), &0x1010.into()));
+    assert_eq!((&changed["event"], &changed["gpa"]), (&"changed".into(), &"0x1010".into()));
     assert_eq!((&changed["from"], &changed["to"]), (&"00".into(), &"aa".into()));
     host.ask(&["revoke", &grant]);
     let (code, stderr) = watch.end();

@@ -113,7 +113,7 @@ fn command_line(
     let verbs: [(&[&str], &str); 4] = [
         (&["attach", "--json"], "ranges"),
         (&["read", &gpa, "32", "--json"], &target.hex),
-        (&["scan", &target.hex, "--range", &range, "--json"], &target.gpa.to_string()),
+        (&["scan", &target.hex, "--range", &range, "--json"], &gpa),
         (&["dump", "/tmp/dump.raw", "--range", &range], ""),
     ];
     for (arguments, wanted) in verbs {

@@ -37,7 +37,7 @@ pub(crate) fn tools(world: &mut World, report: &mut Report) -> Result<()> {
         said(&output),
     );
     let output = guest(world, &["scan", &marker, "--range", &range, "--json"])?;
-    let place = format!("{gpa}");
+    let place = format!("\"{gpa:#x}\"");
     report.check(
         "scan finds the marker",
         output.status.success() && output.text().contains(&place),
