@@ -5,7 +5,6 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 use clap::Args;
-use kvmmem::paging::AddressSpace;
 use kvmmem::view::Access;
 use serde::Serialize;
 
@@ -13,8 +12,8 @@ use crate::failure::usage;
 use crate::hexdump::Hexdump;
 use crate::number::{Hex, HexBytes, hex, parse, parse_hex, parse_length};
 use crate::output::Output;
-use crate::source::Source;
-use crate::translate::Depth;
+use crate::source::{Memory, Source};
+use crate::translate::{Depth, Tables};
 
 /// Bytes that are read before they are printed.
 const CHUNK: u64 = 64 * 1024;
@@ -37,9 +36,9 @@ pub(crate) struct Read {
     /// The vCPU's CR3, or the address of the outermost table
     #[arg(long, requires = "gva", value_parser = parse)]
     cr3: Option<u64>,
-    /// How many levels of page tables the target uses
-    #[arg(long, requires = "gva", value_enum, default_value_t = Depth::Four)]
-    levels: Depth,
+    /// How many levels of page tables the target uses [default: what the tables look like]
+    #[arg(long, requires = "gva", value_enum)]
+    levels: Option<Depth>,
     #[command(flatten)]
     source: Source,
 }
@@ -91,8 +90,8 @@ impl Read {
                 self.len, self.address
             )));
         }
-        let space = self.cr3.map(|cr3| AddressSpace { cr3, levels: self.levels.into() });
         let mut memory = self.source.memory(Access::ReadOnly, "read")?;
+        let tables = self.cr3.map(|cr3| Tables::new(cr3, self.levels, &[self.address], &mut memory));
         let mut dump = Hexdump::default();
         let mut buffer = vec![0; usize::try_from(self.len.min(CHUNK))?];
         let mut done = 0;
@@ -100,19 +99,14 @@ impl Read {
             let part = usize::try_from((self.len - done).min(CHUNK))?;
             let part = buffer.get_mut(..part).context("the buffer is too small")?;
             let at = self.address + done;
-            let address = match &space {
-                Some(space) => {
-                    space.read(at, part, |gpa, buf| memory.read(gpa, buf))?;
-                    Address::Gva(Hex(at))
-                }
-                None => {
-                    memory.read(at, part)?;
-                    Address::Gpa(Hex(at))
-                }
-            };
-            if self.raw {
+            let (count, error) = read(tables.as_ref(), &mut memory, at, part);
+            let part = part.get(..count).context("more was read than asked for")?;
+            if part.is_empty() {
+                // Nothing lies before the address that cannot be read.
+            } else if self.raw {
                 output.raw(part)?;
             } else if output.is_json() {
+                let address = if self.gva { Address::Gva(Hex(at)) } else { Address::Gpa(Hex(at)) };
                 output.object(&Part { address, hex: hex(part) })?;
             } else {
                 for line in dump.lines(at, part) {
@@ -120,8 +114,44 @@ impl Read {
                 }
             }
             done += part.len() as u64;
+            if let Some(error) = error {
+                return Err(match done {
+                    0 => error,
+                    _ => error
+                        .context(format!("the read ended early, after {done:#x} of {:#x} bytes", self.len)),
+                });
+            }
         }
         Ok(ExitCode::SUCCESS)
+    }
+}
+
+/// Reads as much as can be from an address on; returns how many bytes that is, and why there are not more.
+fn read(
+    tables: Option<&Tables>,
+    memory: &mut Memory,
+    address: u64,
+    buf: &mut [u8],
+) -> (usize, Option<anyhow::Error>) {
+    let Some(tables) = tables else {
+        let (count, error) = memory.read_prefix(address, buf);
+        return (count, error.map(Into::into));
+    };
+    match tables.space.read(address, buf, |gpa, buf| memory.read(gpa, buf)) {
+        Ok(()) => (buf.len(), None),
+        Err(error) => {
+            let count = usize::try_from(error.gva().wrapping_sub(address)).unwrap_or(0);
+            let remedy = tables.remedy(&error);
+            let (gva, error) = (error.gva(), anyhow::Error::new(error));
+            (
+                count,
+                Some(if remedy.is_empty() {
+                    error
+                } else {
+                    error.context(format!("cannot read gva {gva:#x}{remedy}"))
+                }),
+            )
+        }
     }
 }
 

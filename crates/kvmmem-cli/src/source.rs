@@ -9,8 +9,9 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use kvmmem::view::{Access, View, ViewError};
-use kvmmem::{Session, SessionError, Token};
+use kvmmem::{PAGE_SIZE, Session, SessionError, Token};
 use kvmmem_broker::admin::{GrantRequest, Rights};
+use kvmmem_broker::host::CopyError;
 use serde::Deserialize;
 use zeroize::Zeroizing;
 
@@ -167,7 +168,39 @@ pub(crate) enum MemoryError {
     Session(#[from] SessionError),
 }
 
+impl MemoryError {
+    /// Whether it is about the address alone, so that others may be read.
+    pub(crate) fn is_of_address(&self) -> bool {
+        match self {
+            Self::View(ViewError::Hole { .. }) | Self::Session(SessionError::Refused { .. }) => true,
+            Self::View(ViewError::Copy { source, .. }) => {
+                matches!(**source, CopyError::Hole | CopyError::NoMemory | CopyError::Refused(_))
+            }
+            _ => false,
+        }
+    }
+}
+
 impl Memory {
+    /// Reads as much as can be, page by page; returns how many bytes that is, and why there are not more.
+    pub(crate) fn read_prefix(&mut self, gpa: u64, buf: &mut [u8]) -> (usize, Option<MemoryError>) {
+        match self.read(gpa, buf) {
+            Err(error) if error.is_of_address() => {}
+            result => return (if result.is_ok() { buf.len() } else { 0 }, result.err()),
+        }
+        let mut done = 0;
+        while let Some(rest) = buf.get_mut(done..).filter(|rest| !rest.is_empty()) {
+            let at = gpa + done as u64;
+            let in_page = PAGE_SIZE - usize::try_from(at % PAGE_SIZE as u64).unwrap_or(0);
+            let len = in_page.min(rest.len());
+            if let Err(error) = rest.get_mut(..len).map_or(Ok(()), |part| self.read(at, part)) {
+                return (done, Some(error));
+            }
+            done += len;
+        }
+        (done, None)
+    }
+
     pub(crate) fn read(&mut self, gpa: u64, buf: &mut [u8]) -> Result<(), MemoryError> {
         match self {
             Self::View(view) => view.read_at(gpa, buf)?,

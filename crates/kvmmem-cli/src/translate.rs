@@ -5,14 +5,14 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::{Args, ValueEnum};
-use kvmmem::paging::{AddressSpace, Entry, Levels, Translation, Walk, WalkError};
+use kvmmem::paging::{Absent, AddressSpace, Entry, Levels, Translation, Walk, WalkError};
 use kvmmem::view::Access;
 use serde::Serialize;
 
 use crate::failure::escape;
 use crate::number::{Hex, parse, size};
 use crate::output::Output;
-use crate::source::{MemoryError, Source};
+use crate::source::{Memory, MemoryError, Source};
 
 /// Exit code where an address is not mapped.
 const NOT_MAPPED: u8 = 3;
@@ -26,9 +26,9 @@ pub(crate) struct Arguments {
     /// Guest-virtual addresses
     #[arg(value_name = "GVA", required = true, value_parser = parse)]
     gvas: Vec<u64>,
-    /// How many levels of page tables the target uses
-    #[arg(long, value_enum, default_value_t = Depth::Four)]
-    levels: Depth,
+    /// How many levels of page tables the target uses [default: what the tables look like]
+    #[arg(long, value_enum)]
+    levels: Option<Depth>,
     /// Print the entries of the page tables as well; JSON always has them
     #[arg(long, short)]
     verbose: bool,
@@ -37,6 +37,7 @@ pub(crate) struct Arguments {
 }
 
 const AFTER_HELP: &str = "\
+Of an entry that is not present, the line says what it may mean to Linux or Windows where the page is in memory.
 What is printed: GVA, GPA, size of the page, and what the tables allow (r, w, x; user or kernel).
 The memory comes by KVMI (--listen, KVMMEM_KVMI_PORT), or by a view where a target, a token, a device or a broker is given.
 
@@ -44,7 +45,7 @@ Exit codes:
   0  every address is mapped
   1  failed, standard error says why
   2  the command line is wrong
-  3  an address is not mapped";
+  3  an address is not mapped, or its tables are not in memory; each address has its line";
 
 /// Levels of page tables, on the command line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -70,11 +71,22 @@ impl From<Depth> for Levels {
 #[derive(Serialize)]
 struct Translated {
     gva: Hex,
+    /// How many levels the tables were read with.
+    levels: u8,
     #[serde(flatten)]
     page: Option<Page>,
     /// Why there is no page.
     error: Option<String>,
+    /// What the entry that is not present may mean to the operating system.
+    absent: Option<AbsentLine>,
     entries: Vec<EntryInfo>,
+}
+
+#[derive(Serialize)]
+#[serde(tag = "meaning", rename_all = "snake_case")]
+enum AbsentLine {
+    ProtNone { gpa: Hex },
+    Transition { gpa: Hex },
 }
 
 #[derive(Serialize)]
@@ -93,21 +105,71 @@ struct EntryInfo {
     value: Hex,
 }
 
+/// The address space that a verb looks up addresses in.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Tables {
+    pub(crate) space: AddressSpace,
+    /// Neither the command line nor the tables say how many levels there are.
+    is_guess: bool,
+}
+
+impl Tables {
+    /// Finds out how many levels the tables have, unless the command line says so.
+    pub(crate) fn new(cr3: u64, given: Option<Depth>, gvas: &[u64], memory: &mut Memory) -> Self {
+        let given = given.map(Levels::from);
+        let detected = Levels::detect(cr3, |gpa, buf| memory.read(gpa, buf));
+        if let (Some(given), Some(detected)) = (given, detected)
+            && given != detected
+        {
+            let (given, detected) = (given.count(), detected.count());
+            tracing::warn!(
+                "the page tables at {cr3:#x} look as if they had {detected} levels; they are read with --levels {given}"
+            );
+        }
+        let needs_five = |gva: &u64| !Levels::Four.is_canonical(*gva) && Levels::Five.is_canonical(*gva);
+        let by_address = gvas.iter().any(needs_five).then_some(Levels::Five);
+        let levels = given.or(detected).or(by_address);
+        let space = AddressSpace { cr3, levels: levels.unwrap_or(Levels::Four) };
+        Self { space, is_guess: levels.is_none() }
+    }
+
+    /// What helps where a walk ends early; empty where nothing is known.
+    pub(crate) fn remedy(&self, error: &WalkError<MemoryError>) -> &'static str {
+        match error {
+            WalkError::NotCanonical { gva, levels: Levels::Four } if Levels::Five.is_canonical(*gva) => {
+                "; if the target uses 5 levels, give --levels 5"
+            }
+            WalkError::NotPresent { .. } | WalkError::Reserved { .. } | WalkError::Table { .. }
+                if self.is_guess =>
+            {
+                "; the tables do not show how many levels they have, and 4 were assumed: try --levels 5"
+            }
+            _ => "",
+        }
+    }
+}
+
 impl Arguments {
     pub(crate) fn run(&self, output: &mut Output) -> Result<ExitCode> {
-        let space = AddressSpace { cr3: self.cr3, levels: self.levels.into() };
         let mut memory = self.source.memory(Access::ReadOnly, "translate")?;
+        let tables = Tables::new(self.cr3, self.levels, &self.gvas, &mut memory);
+        let levels = tables.space.levels.count();
         let mut all_mapped = true;
         for &gva in &self.gvas {
-            let Walk { entries, end } = space.walk(gva, |gpa, buf| memory.read(gpa, buf));
+            let Walk { entries, end } = tables.space.walk(gva, |gpa, buf| memory.read(gpa, buf));
             let end = match end {
                 Ok(translation) => Ok(translation),
-                Err(error @ (WalkError::Table { .. } | WalkError::Page { .. })) => return Err(error.into()),
-                Err(error) => Err(explain(&error)),
+                // No address can be looked up.
+                Err(WalkError::Table { level, ref source, .. })
+                    if level == levels || !source.is_of_address() =>
+                {
+                    return end.map(|_| ExitCode::SUCCESS).map_err(Into::into);
+                }
+                Err(error) => Err(Unmapped::new(gva, &error, &tables)),
             };
             all_mapped &= end.is_ok();
             if output.is_json() {
-                output.object(&Translated::new(gva, &entries, end))?;
+                output.object(&Translated::new(gva, levels, &entries, end))?;
             } else {
                 for line in text(gva, if self.verbose { &entries } else { &[] }, end) {
                     output.line(line)?;
@@ -118,18 +180,30 @@ impl Arguments {
     }
 }
 
-/// What a walk's end means, with the remedy where there is one.
-fn explain(error: &WalkError<MemoryError>) -> String {
-    let remedy = match error {
-        WalkError::NotCanonical { gva, levels: Levels::Four } if Levels::Five.is_canonical(*gva) => {
-            "; if the target uses five, give --levels 5"
-        }
-        _ => "",
-    };
-    format!("{error}{remedy}")
+/// Why an address has no page.
+struct Unmapped {
+    /// In words, with the remedy where there is one.
+    text: String,
+    absent: Option<Absent>,
 }
 
-fn text(gva: u64, entries: &[Entry], end: Result<Translation, String>) -> Vec<String> {
+impl Unmapped {
+    fn new(gva: u64, error: &WalkError<MemoryError>, tables: &Tables) -> Self {
+        let mut text = format!("{error}{}", tables.remedy(error));
+        let mut source = std::error::Error::source(error);
+        while let Some(cause) = source {
+            text += &format!(": {cause}");
+            source = cause.source();
+        }
+        let absent = match error {
+            WalkError::NotPresent { entry, .. } => entry.absent(gva),
+            _ => None,
+        };
+        Self { text, absent }
+    }
+}
+
+fn text(gva: u64, entries: &[Entry], end: Result<Translation, Unmapped>) -> Vec<String> {
     let mut lines: Vec<String> = entries.iter().map(|entry| format!("  {entry}")).collect();
     lines.push(match end {
         Ok(Translation { gpa, page_size, permissions }) => {
@@ -138,23 +212,38 @@ fn text(gva: u64, entries: &[Entry], end: Result<Translation, String>) -> Vec<St
             let mode = if permissions.is_user { "user" } else { "kernel" };
             format!("{gva:#018x}  {gpa:#014x}  {}  r{w}{x}  {mode}", size(page_size))
         }
-        Err(error) => format!("{gva:#018x}  {}", escape(&error)),
+        Err(Unmapped { text, .. }) => format!("{gva:#018x}  {}", escape(&text)),
     });
     lines
 }
 
 impl Translated {
-    fn new(gva: u64, entries: &[Entry], end: Result<Translation, String>) -> Self {
+    fn new(gva: u64, levels: u8, entries: &[Entry], end: Result<Translation, Unmapped>) -> Self {
         let entry =
             |entry: &Entry| EntryInfo { level: entry.level, gpa: Hex(entry.gpa), value: Hex(entry.value) };
-        let (page, error) = match end {
+        let entries = entries.iter().map(entry).collect();
+        let mut line = Self { gva: Hex(gva), levels, page: None, error: None, absent: None, entries };
+        match end {
             Ok(Translation { gpa, page_size, permissions }) => {
                 let (writable, user) = (permissions.is_writable, permissions.is_user);
                 let executable = permissions.is_executable;
-                (Some(Page { gpa: Hex(gpa), page_size, writable, user, executable }), None)
+                line.page = Some(Page { gpa: Hex(gpa), page_size, writable, user, executable });
             }
-            Err(error) => (None, Some(error)),
-        };
-        Self { gva: Hex(gva), page, error, entries: entries.iter().map(entry).collect() }
+            Err(Unmapped { text, absent }) => {
+                line.error = Some(text);
+                line.absent = absent.and_then(AbsentLine::new);
+            }
+        }
+        line
+    }
+}
+
+impl AbsentLine {
+    fn new(absent: Absent) -> Option<Self> {
+        match absent {
+            Absent::ProtNone { gpa } => Some(Self::ProtNone { gpa: Hex(gpa) }),
+            Absent::Transition { gpa } => Some(Self::Transition { gpa: Hex(gpa) }),
+            Absent::Unknown => None,
+        }
     }
 }

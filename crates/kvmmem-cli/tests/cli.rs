@@ -340,7 +340,7 @@ fn translate_reads_tables_over_kvmi_too() {
     let ((code, stdout, stderr), _) = with_target(&["translate", "0", "8"]);
     assert_eq!((code, stderr.as_str()), (Some(3), ""));
     let entry = "the PML4E 0x706050403020100 at gpa 0x0 is not present";
-    assert_eq!(stdout, format!("0x0000000000000008  gva 0x8 is not mapped: {entry}\n"));
+    assert!(stdout.starts_with(&format!("0x0000000000000008  gva 0x8 is not mapped: {entry};")), "{stdout}");
 }
 
 #[test]

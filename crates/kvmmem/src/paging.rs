@@ -21,8 +21,13 @@
 //! assert!(walk.end.is_err(), "an empty table maps nothing");
 //! ```
 
+mod absent;
+mod depth;
+
 use std::error::Error;
 use std::fmt;
+
+pub use absent::Absent;
 
 /// Bits 12 to 51 of an entry: where the next table or the page is.
 const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
@@ -30,6 +35,8 @@ const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
 const PRESENT: u64 = 1 << 0;
 const WRITABLE: u64 = 1 << 1;
 const USER: u64 = 1 << 2;
+/// Bytes of the smallest page.
+const SMALL: usize = 4096;
 /// Where a table might follow: this entry maps a large page instead.
 const LARGE: u64 = 1 << 7;
 const NO_EXECUTE: u64 = 1 << 63;
@@ -126,8 +133,8 @@ pub enum WalkError<E: Error + 'static> {
         /// How many levels.
         levels: Levels,
     },
-    /// An entry is not present: nothing is mapped, or it is paged out.
-    #[error("gva {gva:#x} is not mapped: the {entry} is not present")]
+    /// An entry is not present; [`Entry::absent`] says what it may mean.
+    #[error("gva {gva:#x} is not mapped: the {entry} is not present{}", entry.absent(*gva).unwrap_or(Absent::Unknown))]
     NotPresent {
         /// The address.
         gva: u64,
@@ -192,7 +199,7 @@ impl AddressSpace {
     /// Copies `buf.len()` bytes from `gva` on, page by page.
     ///
     /// # Errors
-    /// [`WalkError`]; what `buf` holds then is not specified.
+    /// [`WalkError`]. What lies before [`WalkError::gva`] was read, and is in `buf`; what the rest of it holds is not specified.
     pub fn read<E: Error>(
         &self,
         gva: u64,
@@ -207,7 +214,7 @@ impl AddressSpace {
             let in_page = page_size - gpa % page_size;
             let part = rest.len().min(usize::try_from(in_page).unwrap_or(usize::MAX));
             let (now, later) = rest.split_at_mut(part);
-            read(gpa, now).map_err(|source| WalkError::Page { gva: at, gpa, source })?;
+            read_page(at, gpa, now, &mut read)?;
             rest = later;
             if !rest.is_empty() {
                 at = at.checked_add(part as u64).ok_or(WalkError::End { gva, len })?;
@@ -229,13 +236,18 @@ impl AddressSpace {
         let mut permissions = Permissions { is_writable: true, is_user: true, is_executable: true };
         let mut level = self.levels.count();
         loop {
-            // Bytes that one entry of this level spans.
-            let span = 1 << (12 + 9 * (u32::from(level) - 1));
-            let gpa = table + gva / span % 512 * 8;
+            let mut entry = Entry { level, gpa: 0, value: 0 };
+            let span = entry.span();
+            entry.gpa = table + gva / span % 512 * 8;
             let mut bytes = [0; 8];
-            read(gpa, &mut bytes).map_err(|source| WalkError::Table { gva, level, gpa, source })?;
-            let value = u64::from_le_bytes(bytes);
-            let entry = Entry { level, gpa, value };
+            read(entry.gpa, &mut bytes).map_err(|source| WalkError::Table {
+                gva,
+                level,
+                gpa: entry.gpa,
+                source,
+            })?;
+            entry.value = u64::from_le_bytes(bytes);
+            let value = entry.value;
             entries.push(entry);
             if value & PRESENT == 0 {
                 return Err(WalkError::NotPresent { gva, entry });
@@ -257,6 +269,42 @@ impl AddressSpace {
     }
 }
 
+/// Reads a page or a part of one. A large page may lie in memory in part only.
+fn read_page<E: Error>(
+    mut gva: u64,
+    mut gpa: u64,
+    buf: &mut [u8],
+    read: &mut impl FnMut(u64, &mut [u8]) -> Result<(), E>,
+) -> Result<(), WalkError<E>> {
+    if read(gpa, buf).is_ok() {
+        return Ok(());
+    }
+    let mut rest = buf;
+    while !rest.is_empty() {
+        let in_page = SMALL - usize::try_from(gpa).unwrap_or(0) % SMALL;
+        let (now, later) = rest.split_at_mut(in_page.min(rest.len()));
+        read(gpa, now).map_err(|source| WalkError::Page { gva, gpa, source })?;
+        (gva, gpa) = (gva.wrapping_add(now.len() as u64), gpa.wrapping_add(now.len() as u64));
+        rest = later;
+    }
+    Ok(())
+}
+
+impl<E: Error> WalkError<E> {
+    /// The first address that cannot be read or translated.
+    pub fn gva(&self) -> u64 {
+        match self {
+            Self::NotCanonical { gva, .. }
+            | Self::NotPresent { gva, .. }
+            | Self::Reserved { gva, .. }
+            | Self::Table { gva, .. }
+            | Self::Page { gva, .. } => *gva,
+            // All up to the last address of the address space.
+            Self::End { .. } => 0,
+        }
+    }
+}
+
 impl Entry {
     /// The entry's name in the manuals.
     pub fn name(&self) -> &'static str {
@@ -272,6 +320,11 @@ impl Entry {
     /// Whether the entry maps a page, if it is present.
     pub fn is_leaf(&self) -> bool {
         self.level == 1 || self.value & LARGE != 0 && matches!(self.level, 2 | 3)
+    }
+
+    /// Bytes that the entry spans.
+    fn span(&self) -> u64 {
+        1 << (12 + 9 * (u32::from(self.level) - 1))
     }
 
     /// Bits that must be 0. Those above the vCPU's physical address width must be as well, but which these are is

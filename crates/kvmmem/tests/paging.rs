@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::io;
 
-use kvmmem::paging::{AddressSpace, Levels, Permissions, Translation, WalkError};
+use kvmmem::paging::{Absent, AddressSpace, Entry, Levels, Permissions, Translation, WalkError};
 use proptest::prelude::*;
 
 const PRESENT: u64 = 1;
@@ -176,16 +176,123 @@ proptest! {
         let result = builder.space().read(gva, &mut bytes, read);
         if start + len as u64 <= 0x2000 {
             prop_assert!(result.is_ok());
-            for (at, byte) in (gva..).zip(bytes).step_by(61) {
+            for (at, byte) in (gva..).zip(bytes.iter().copied()).step_by(61) {
                 let mut expected = [0];
                 read(builder.space().walk(at, read).end.unwrap().gpa, &mut expected).unwrap();
                 prop_assert_eq!(byte, expected[0]);
             }
         } else {
-            let not_present = matches!(result, Err(WalkError::NotPresent { gva: 0x40_2000, .. }));
+            let error = result.unwrap_err();
+            let not_present = matches!(error, WalkError::NotPresent { gva: 0x40_2000, .. });
             prop_assert!(not_present);
+            // What lies before is there.
+            let whole = usize::try_from(error.gva() - gva).unwrap();
+            let mut part = vec![0; whole];
+            builder.space().read(gva, &mut part, read).unwrap();
+            prop_assert_eq!(&part, &bytes[..whole]);
         }
     }
+}
+
+/// As a kernel and a process have them: large pages and small ones with data in both halves.
+fn usual(levels: Levels, data: impl Fn(u64) -> u64) -> Builder {
+    let mut builder = Builder::new(levels);
+    let top = canonical(1 << (levels.address_bits() - 1), levels);
+    let places = [(0x40_0000, 40), (0x7fff_0000_0000, 7), (top + (1 << 36), 9), (!0x1f_ffff, 12)];
+    for (number, (gva, pages)) in (0u64..).zip(places) {
+        for page in 0..pages {
+            let gpa = (1 + number * 64 + page) << 12;
+            builder.map(gva + (page << 12), gpa, 1, USER | WRITABLE);
+            for word in 0..512 {
+                builder.memory.set(gpa + word * 8, data(gpa + word * 8));
+            }
+        }
+    }
+    builder
+}
+
+#[test]
+fn the_depth_is_found_out_where_the_tables_show_it() {
+    let detect = |builder: &Builder| {
+        Levels::detect(builder.space().cr3, |gpa, buf| {
+            assert!(buf.len() <= 4096);
+            builder.memory.read(gpa, buf)
+        })
+    };
+    let text = |_| u64::from_le_bytes(*b"a string");
+    let pointers = |gpa: u64| 0xffff_8880_0000_0000 + gpa * 8;
+    let code = |gpa: u64| (gpa + 7).wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    for levels in [Levels::Four, Levels::Five] {
+        for data in [&text as &dyn Fn(u64) -> u64, &pointers, &code, &|_| 0] {
+            let builder = usual(levels, data);
+            let detected = detect(&builder);
+            // Tables of four levels with nothing but zeros behind them could be both.
+            let is_zero = levels == Levels::Four && data(0) == 0;
+            assert_eq!(detected, if is_zero { None } else { Some(levels) }, "{:#x}", data(0));
+        }
+        // Large pages alone.
+        let mut builder = Builder::new(levels);
+        builder.map(!0x7fff_ffff + 0x100_0000, 0x4020_0000, 2, WRITABLE);
+        assert_eq!(detect(&builder), Some(levels));
+        assert_eq!(detect(&Builder::new(levels)), None);
+        // An entry that leads back to its table.
+        let mut builder = usual(levels, text);
+        builder.memory.set(TABLES + 300 * 8, TABLES | PRESENT | WRITABLE);
+        assert_eq!(detect(&builder), Some(levels));
+    }
+    assert_eq!(Levels::detect(0, |_, _| Err(io::Error::other("nothing"))), None);
+}
+
+proptest! {
+    #[test]
+    fn any_tables_end_the_search_for_their_depth(cr3: u64, seed: u64) {
+        let mut reads = 0;
+        let _ = Levels::detect(cr3, |gpa, buf| {
+            reads += 1;
+            assert!(buf.len() <= 4096 && gpa < 1 << 52, "{gpa:#x}");
+            for (word, at) in buf.chunks_mut(8).zip(gpa..) {
+                let value = (at ^ seed).wrapping_mul(0x9e37_79b9_7f4a_7c15) & !LARGE | PRESENT;
+                word.copy_from_slice(&value.to_le_bytes()[..word.len()]);
+            }
+            Ok::<_, io::Error>(())
+        });
+        prop_assert!(reads < 1000, "{reads}");
+    }
+
+    #[test]
+    fn any_entry_that_is_not_present_has_a_place_below_the_end(level in 1u8..=5, value: u64, gva: u64) {
+        let entry = Entry { level, gpa: 0, value };
+        match entry.absent(gva) {
+            None => prop_assert_eq!(value & PRESENT, PRESENT),
+            Some(Absent::ProtNone { gpa } | Absent::Transition { gpa }) => prop_assert!(gpa < 1 << 52),
+            Some(Absent::Unknown) => {}
+        }
+    }
+}
+
+#[test]
+fn entries_that_are_not_present_mean_something_to_the_kernel() {
+    let absent = |level, value, gva| Entry { level, gpa: 0, value }.absent(gva);
+    let inverted = |gpa: u64| !gpa & ADDRESS;
+    let cases = [
+        (1, 0, Absent::Unknown),
+        (1, inverted(0x5000) | 0x100, Absent::ProtNone { gpa: 0x5123 }),
+        // Soft-dirty is the bit that Windows uses for pages in transition.
+        (1, inverted(0x5000) | 0x900, Absent::ProtNone { gpa: 0x5123 }),
+        (2, inverted(0x60_0000) | 0x180, Absent::ProtNone { gpa: 0x74_5123 }),
+        (2, inverted(0x60_0000) | 0x100, Absent::Unknown),
+        (4, inverted(0x60_0000) | 0x180, Absent::Unknown),
+        // A swap entry of Linux: the offset is inverted as well.
+        (1, !0x1ff & !(0x1f << 59) & !(0x1234 << 9), Absent::Unknown),
+        (1, 0x5000 | 0x880, Absent::Transition { gpa: 0x5123 }),
+        (1, 0x5000 | 0x980, Absent::Transition { gpa: 0x5123 }),
+        (2, 0x5000 | 0x880, Absent::Transition { gpa: 0x5000 }),
+        (1, 0x5000 | 0xc80, Absent::Unknown),
+    ];
+    for (level, value, expected) in cases {
+        assert_eq!(absent(level, value, 0x14_5123), Some(expected), "level {level} {value:#x}");
+    }
+    assert_eq!(absent(1, 0x5001, 0), None);
 }
 
 #[test]
