@@ -9,6 +9,9 @@
 //! A guest can refuse to let go of a device, and then its QEMU keeps the target's memory mapped. That cannot be helped
 //! from outside; so it is noticed, said, and answered as the operator wants ([`OnSilence`]). It costs that VM only: each
 //! has its own threads, and nothing that waits for it holds a lock that others need.
+//!
+//! A QEMU that the guest has broken into may answer late, never, or send events without end. Ending a view, removing an
+//! introspector and killing its QEMU have deadlines that none of this puts off ([`Introspector::end`]).
 
 mod add;
 mod ask;
@@ -49,6 +52,8 @@ use view::{View, lock};
 
 /// A VM under a stock QEMU that may look at others.
 pub struct Introspector {
+    /// For threads of its own.
+    me: Weak<Self>,
     broker: Weak<Broker>,
     link: VmmLink,
     monitor: Arc<Monitor>,
@@ -110,9 +115,13 @@ impl Introspector {
         self.process.is_alive()
     }
 
-    /// Ends all views and the registration.
+    /// Ends all views and the registration, in a few seconds at most.
     fn close(&self) {
         lock(&self.state).is_closed = true;
+        if !self.is_alive() {
+            // Whatever has its socket now, there is nothing to ask it.
+            self.monitor.stop();
+        }
         self.end(take_back::Cause::Gone, |_| true);
         self.monitor.stop();
         self.link.close();

@@ -79,6 +79,12 @@ pub struct Target {
 }
 
 impl Target {
+    /// One without files, for tests.
+    #[cfg(test)]
+    pub(crate) fn fake(id: u64, generation: u64, map: MemoryMap) -> Self {
+        Self { id, name: "fake".into(), uuid: Uuid::nil(), generation, map, files: Arc::new([]) }
+    }
+
     /// The broker's number for it, unique while the broker runs.
     pub fn id(&self) -> u64 {
         self.id

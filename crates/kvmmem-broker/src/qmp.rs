@@ -32,8 +32,11 @@ pub use questions::{MemoryBackend, MemoryDevice, MemoryDeviceData, MemorySize};
 /// How long a command may take, and a whole conversation.
 pub const LIMIT: Duration = Duration::from_secs(2);
 
-/// The most events that are kept until somebody takes them.
+/// The most events that are kept until they are taken, that come before an answer, and that are taken in one turn.
 const MAX_EVENTS: usize = 256;
+
+/// How long events are taken in one turn.
+const TURN: Duration = Duration::from_millis(50);
 
 /// The most characters that are kept of what QEMU says of a failure.
 const MAX_DESCRIPTION: usize = 200;
@@ -127,31 +130,38 @@ impl Qmp {
         self.read_answer("add-fd", answer)
     }
 
-    /// The next event; `None` where none comes in time. Those that come between a command and its answer are kept.
+    /// Takes the events that have come, those between commands and their answers first. Does not wait, and takes no
+    /// more than a turn's: returns whether more may be there. A QEMU that sends events faster than they are taken is thus
+    /// left in between.
     ///
     /// # Errors
     /// [`QmpError`], as [`Self::execute`].
-    pub fn next_event(&mut self, timeout: Duration) -> Result<Option<QmpEvent>, QmpError> {
+    pub fn take_events(&mut self, mut take: impl FnMut(QmpEvent)) -> Result<bool, QmpError> {
         const EVENTS: &str = "no command";
-        let deadline = Instant::now() + timeout;
+        let began = Instant::now();
         self.lines.begin();
-        loop {
+        for _ in 0..MAX_EVENTS {
             if let Some(event) = self.events.pop_front() {
-                return Ok(Some(event));
+                take(event);
+                continue;
             }
             self.check()?;
-            match self.lines.next(deadline) {
+            match self.lines.next(began) {
                 Ok(line) => {
                     let message = self.parse(EVENTS, &line)?;
                     if message.is_answer() {
                         return Err(self.garbage(EVENTS));
                     }
-                    self.keep(message)?;
+                    message.into_event().map(&mut take);
                 }
-                Err(LineError::Silent) => return Ok(None),
+                Err(LineError::Silent) => return Ok(false),
                 Err(error) => return Err(self.failed(error)),
             }
+            if began.elapsed() >= TURN {
+                break;
+            }
         }
+        Ok(true)
     }
 
     fn ask<T: DeserializeOwned>(&mut self, command: &'static str, arguments: Value) -> Result<T, QmpError> {
@@ -178,7 +188,9 @@ impl Qmp {
         let mut text = json!({ "execute": command, "arguments": arguments }).to_string();
         text.push('\n');
         self.lines.send(text.as_bytes(), fd, deadline).map_err(|error| self.failed(error))?;
-        loop {
+        // What comes before the answer does not put the deadline off, and what has come by then is not late: so it is
+        // counted, whatever it is.
+        for _ in 0..=MAX_EVENTS {
             let message = self.message(command, deadline)?;
             if let Some(failure) = message.error {
                 let description = failure.desc.chars().take(MAX_DESCRIPTION).collect();
@@ -189,6 +201,7 @@ impl Qmp {
             }
             self.keep(message)?;
         }
+        Err(self.failed(LineError::TooMuch))
     }
 
     fn message(&mut self, command: &'static str, deadline: Instant) -> Result<Message, QmpError> {

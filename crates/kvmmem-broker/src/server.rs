@@ -223,7 +223,7 @@ impl Shared {
     fn end(&self) {
         let deadline = Instant::now() + SHUTDOWN_LIMIT;
         self.broker.state().close();
-        self.broker.remove_introspectors();
+        self.broker.remove_introspectors(deadline);
         self.broker.remove_adopted();
         let connections = self.lock();
         for peer in connections.iter() {

@@ -128,7 +128,7 @@ impl Fake {
         let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
         let path = directory.path().join(program);
         let this = std::env::current_exe().unwrap();
-        std::fs::hard_link(&this, &path).or_else(|_| std::fs::copy(&this, &path).map(|_| ())).unwrap();
+        common::install(&this, &path);
         // What follows `--` is taken for names of further tests, which there are not.
         let mut process = Command::new(path)
             .args(["fake_vmm", "--exact", "--ignored", "--nocapture", "--"])

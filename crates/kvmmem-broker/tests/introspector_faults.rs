@@ -4,10 +4,11 @@
 mod common;
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use common::fake_qmp::{FakeQemu, Fault};
-use common::{TestBroker, caller, request, wait_for};
-use kvmmem_broker::admin::{AddIntrospector, AdminError, GrantRequest, OnSilence, Rights, Span};
+use common::{TestBroker, caller, request, returns, wait_for};
+use kvmmem_broker::admin::{AddIntrospector, Admin, AdminError, GrantRequest, OnSilence, Rights, Span};
 use kvmmem_broker::introspector::{Introspector, OpenError, Opened};
 use kvmmem_broker::link::{Region, Registration, VmmLink};
 use rustix::fs::SealFlags;
@@ -26,14 +27,31 @@ struct Pair {
     broker: TestBroker,
     qemu: FakeQemu,
     introspector: Arc<Introspector>,
-    _target: VmmLink,
+    target: Option<VmmLink>,
+}
+
+/// A view of one window.
+fn open(broker: &TestBroker, introspector: &Arc<Introspector>) -> Result<Opened, OpenError> {
+    let spans = Some(vec![Span { gpa: 0, len: 0x4000 }]);
+    let request = GrantRequest { spans, ..request(Rights::ReadOnly) };
+    introspector.open(&broker.grant(&request).token, &caller(), false)
 }
 
 fn add(broker: &TestBroker, qemu: &FakeQemu) -> Result<Arc<Introspector>, String> {
-    let on_silence = OnSilence::Report;
-    let request = AddIntrospector { which: qemu.which(), cid: Some(CID), name: None, on_silence };
+    add_as(broker, qemu, "fake", CID, OnSilence::Report)
+}
+
+fn add_as(
+    broker: &TestBroker,
+    qemu: &FakeQemu,
+    name: &str,
+    cid: u32,
+    on_silence: OnSilence,
+) -> Result<Arc<Introspector>, String> {
+    let request =
+        AddIntrospector { which: qemu.which(), cid: Some(cid), name: Some(name.into()), on_silence };
     match broker.admin().add_introspector(&request) {
-        Ok(_) => Ok(broker.state.introspectors().by_cid(CID).unwrap()),
+        Ok(_) => Ok(broker.state.introspectors().by_cid(cid).unwrap()),
         Err(AdminError::Refused { message, .. }) => Err(message),
         Err(error) => panic!("{error}"),
     }
@@ -41,19 +59,30 @@ fn add(broker: &TestBroker, qemu: &FakeQemu) -> Result<Arc<Introspector>, String
 
 impl Pair {
     fn start() -> Self {
+        Self::start_with(OnSilence::Report)
+    }
+
+    fn start_with(on_silence: OnSilence) -> Self {
         let broker = TestBroker::start();
         broker.state.introspectors().set_door(None);
         let qemu = FakeQemu::start();
-        let introspector = add(&broker, &qemu).unwrap();
+        let introspector = add_as(&broker, &qemu, "fake", CID, on_silence).unwrap();
         // Two regions, of which one is shown: one window.
-        let target = broker.target("tiger");
-        Self { broker, qemu, introspector, _target: target }
+        let target = Some(broker.target("tiger"));
+        Self { broker, qemu, introspector, target }
     }
 
     fn open(&self) -> Result<Opened, OpenError> {
-        let spans = Some(vec![Span { gpa: 0, len: 0x4000 }]);
-        let request = GrantRequest { spans, ..request(Rights::ReadOnly) };
-        self.introspector.open(&self.broker.grant(&request).token, &caller(), false)
+        open(&self.broker, &self.introspector)
+    }
+
+    /// Makes QEMU send events without end, from now on.
+    fn flood(&self) {
+        self.arm(0, Fault::FloodForEver);
+        let introspector = Arc::clone(&self.introspector);
+        // Any command will do, answered or not.
+        let _ = returns("a command before events without end", move || introspector.room().is_ok());
+        wait_for("events to be taken", || self.qemu.machine().floods > 0);
     }
 
     /// Lets the command after so many go wrong.
@@ -192,4 +221,103 @@ fn a_qemu_that_goes_wrong_while_it_is_added_is_not_added() {
     }
     qemu.machine().fault = None;
     add(&broker, &qemu).unwrap();
+}
+
+#[test]
+fn a_qemu_that_floods_is_killed_where_the_operator_wants_it() {
+    let mut pair = Pair::start_with(OnSilence::Kill);
+    pair.qemu.machine().is_stubborn = true;
+    let opened = pair.open().unwrap();
+    let grant = pair.broker.grants()[0].id;
+    pair.flood();
+    let path = pair.broker.path.clone();
+    // The grant may be forgotten by then: a QEMU that floods is lost, and that alone gets it killed.
+    let _ = returns("the revocation", move || Admin::connect(&path).unwrap().revoke(grant).is_ok());
+    wait_for("the QEMU to be killed", || pair.qemu.has_ended());
+    wait_for("the view to end", || opened.ended());
+    returns("the view's close", move || drop(opened));
+}
+
+#[test]
+fn a_qemu_that_answers_slowly_is_killed_in_time() {
+    let mut pair = Pair::start_with(OnSilence::Kill);
+    pair.qemu.machine().is_stubborn = true;
+    let opened: Vec<Opened> = (0..8).map(|_| pair.open().unwrap()).collect();
+    // Within what a command may take, and for all of them far beyond what a revocation may.
+    pair.qemu.machine().delay = Duration::from_millis(1500);
+    let began = Instant::now();
+    drop(pair.target.take());
+    wait_for("the QEMU to be killed", || pair.qemu.has_ended());
+    let took = began.elapsed();
+    assert!(took < Duration::from_secs(8), "{took:?}");
+    returns("the views' close", move || drop(opened));
+}
+
+#[test]
+fn a_qemu_that_floods_holds_up_no_other() {
+    let pair = Pair::start();
+    pair.qemu.machine().is_stubborn = true;
+    let opened = pair.open().unwrap();
+    let other = FakeQemu::start();
+    let second = add_as(&pair.broker, &other, "second", CID + 1, OnSilence::Report).unwrap();
+    let seen = open(&pair.broker, &second).unwrap();
+    pair.flood();
+    let grants: Vec<u64> = pair.broker.grants().iter().map(|grant| grant.id).collect();
+    for grant in grants {
+        let path = pair.broker.path.clone();
+        returns("a revocation", move || Admin::connect(&path).unwrap().revoke(grant).is_ok());
+    }
+    assert!(seen.ended() && other.is_empty());
+    let path = pair.broker.path.clone();
+    returns("the removal", move || Admin::connect(&path).unwrap().remove_introspector("fake")).unwrap();
+    assert!(pair.broker.state.introspectors().by_cid(CID).is_none());
+    returns("the view's close", move || drop(opened));
+}
+
+#[test]
+fn the_broker_ends_though_qemus_flood() {
+    let pair = Pair::start();
+    pair.qemu.machine().is_stubborn = true;
+    let opened = pair.open().unwrap();
+    let other = FakeQemu::start();
+    // Added later, and so ended later where one is ended after the other.
+    let second = add_as(&pair.broker, &other, "second", CID + 1, OnSilence::Report).unwrap();
+    let seen = open(&pair.broker, &second).unwrap();
+    pair.flood();
+    let Pair { broker, qemu: _qemu, introspector, target } = pair;
+    returns("the broker's end", move || drop((broker.stop(), introspector, target)));
+    assert!(seen.ended() && other.is_empty());
+    returns("the views' close", move || drop((opened, seen, second)));
+}
+
+#[test]
+fn another_qemu_at_the_same_socket_is_not_taken_for_it() {
+    let pair = Pair::start();
+    pair.qemu.machine().name = "other".into();
+    pair.arm(0, Fault::Close);
+    assert!(pair.open().is_err());
+    let asked = pair.qemu.machine().asked;
+    wait_for("it to be asked who it is", || pair.qemu.machine().asked > asked + 3);
+    assert!(pair.open().is_err());
+    pair.qemu.machine().name = String::new();
+    pair.recovers();
+}
+
+#[test]
+fn an_introspector_that_has_lost_its_registration_can_be_added_again() {
+    let pair = Pair::start();
+    let opened = pair.open().unwrap();
+    let vm = pair.broker.state.registry().with_cid(CID).unwrap();
+    vm.peer().socket().shut_down();
+    wait_for("the introspector to go", || pair.broker.state.introspectors().by_cid(CID).is_none());
+    assert!(opened.ended());
+    wait_for("its VM to go", || pair.broker.admin().targets().unwrap().len() == 1);
+    wait_for("its devices to go", || pair.qemu.is_empty());
+    // Its connection is closed at last, and a QEMU serves one.
+    wait_for("it to be added again", || add(&pair.broker, &pair.qemu).is_ok());
+    let successor = pair.broker.state.introspectors().by_cid(CID).unwrap();
+    assert!(!Arc::ptr_eq(&successor, &pair.introspector));
+    drop(open(&pair.broker, &successor).unwrap());
+    pair.broker.admin().remove_introspector("fake").unwrap();
+    assert!(pair.broker.state.introspectors().by_cid(CID).is_none());
 }

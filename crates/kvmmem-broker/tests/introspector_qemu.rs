@@ -332,7 +332,8 @@ fn a_reset_ends_all_views() {
     drop(driver);
     pair.command("system_reset");
     wait_for("the view to end", || opened.ended());
-    // QEMU does at the next reset what the guest was asked for.
+    // QEMU does at the next reset what the guest was asked for. It resets before it answers the next command, so all
+    // resets are over when this is; that the broker may hear of them later does no harm to what is opened by then.
     wait_long("the devices to go", || {
         pair.command("system_reset");
         pair.counts() == (0, 0)

@@ -4,14 +4,15 @@
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
 use serde_json::json;
 
+use crate::limit::RateLimit;
 use crate::qmp::{Qmp, QmpError};
 
-/// How often QEMU is asked how it is while it tells nothing.
+/// How often QEMU is asked how it is, whatever it sends meanwhile.
 const IDLE: Duration = Duration::from_secs(10);
 
 /// How often it is asked whether a migration is over.
@@ -20,15 +21,15 @@ const MIGRATING: Duration = Duration::from_millis(50);
 /// How long what it tells is gathered before more is listened to.
 const GATHER: Duration = Duration::from_millis(50);
 
-/// The most events that are gathered at a time.
-const MAX_GATHERED: usize = 256;
-
 /// How soon a lost connection is made anew, and the longest pause between two attempts.
 const AGAIN: Duration = Duration::from_millis(250);
 const AGAIN_AT_LAST: Duration = Duration::from_secs(60);
 
 /// Virtual memory of the thread's stack, bytes; next to none of it is ever touched.
 const STACK: usize = 256 * 1024;
+
+/// A QEMU can cause these at will.
+static WARNINGS: RateLimit = RateLimit::new(2);
 
 /// A monitor that is listened to, until this is dropped.
 #[derive(Debug)]
@@ -64,6 +65,8 @@ struct Heard {
     reset: bool,
     memory: bool,
     stop: bool,
+    /// It may have sent more already.
+    more: bool,
 }
 
 impl Monitor {
@@ -124,7 +127,11 @@ impl<F: Fn(&Path) -> Option<Qmp>, T: FnMut(&mut Qmp, News) -> Next> Listener<F, 
                     return;
                 }
                 Err(error) => {
-                    tracing::warn!(%error, "a QMP connection is lost; it is made anew where possible")
+                    if let Some(suppressed) = WARNINGS.allow(Instant::now()) {
+                        tracing::warn!(
+                            suppressed, %error, "a QMP connection is lost; it is made anew where possible"
+                        );
+                    }
                 }
             }
         }
@@ -133,10 +140,12 @@ impl<F: Fn(&Path) -> Option<Qmp>, T: FnMut(&mut Qmp, News) -> Next> Listener<F, 
     /// Listens until told otherwise, or until the connection is lost.
     fn listen(&mut self, qmp: &mut Qmp) -> Result<Next, QmpError> {
         let (mut is_due, mut memory) = (true, None);
+        let mut asked = Instant::now();
         let mut next = Heard::take(qmp)?;
         loop {
             let mut heard = next;
             if is_due || heard.stop {
+                asked = Instant::now();
                 // That a DIMM was plugged in is no event.
                 let now = qmp.memory_size()?;
                 heard.memory |= memory.replace(now).is_some_and(|before| before != now);
@@ -160,7 +169,7 @@ impl<F: Fn(&Path) -> Option<Qmp>, T: FnMut(&mut Qmp, News) -> Next> Listener<F, 
             }
             // What came with an answer is not to be waited for.
             next = Heard::take(qmp)?;
-            is_due = is_migrating;
+            is_due = is_migrating || asked.elapsed() >= IDLE;
             if !next.is_any() {
                 is_due |= !self.hears(qmp, if is_migrating { MIGRATING } else { IDLE });
                 next = Heard::take(qmp)?;
@@ -199,12 +208,7 @@ impl<F: Fn(&Path) -> Option<Qmp>, T: FnMut(&mut Qmp, News) -> Next> Listener<F, 
 impl Heard {
     fn take(qmp: &mut Qmp) -> Result<Self, QmpError> {
         let mut heard = Self::default();
-        for _ in 0..MAX_GATHERED {
-            match qmp.next_event(Duration::ZERO)? {
-                Some(event) => heard.note(&event.name),
-                None => break,
-            }
-        }
+        heard.more = qmp.take_events(|event| heard.note(&event.name))?;
         Ok(heard)
     }
 

@@ -2,8 +2,9 @@
 //! Makes an introspector of a QEMU that runs, and undoes that.
 
 use std::io;
+use std::sync::mpsc::{self, RecvTimeoutError};
 use std::sync::{Arc, Mutex, Weak};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
@@ -12,7 +13,7 @@ use uuid::Uuid;
 use super::ask::{self, AskError, Machine};
 use super::find::{self, FindError, Found};
 use super::list::MAX;
-use super::monitor::Monitor;
+use super::monitor::{self, Monitor};
 use super::process::Process;
 use super::view::View;
 use super::{Introspector, State, Traits, janitor};
@@ -104,9 +105,11 @@ impl Broker {
         if self.introspectors().is_full() {
             return Err(AddError::Full.into());
         }
-        let Found { process, qmp } = find::find(which).map_err(AddError::from)?;
+        let Found { process, mut qmp } = find::find(which).map_err(AddError::from)?;
         let socket = qmp.path().to_owned();
-        let monitor = Monitor::start(qmp).map_err(AddError::Resources)?;
+        let identity =
+            monitor::identity(&mut qmp).map_err(|error| AddError::Ask(AskError::Monitor(error.into())))?;
+        let monitor = Monitor::start(qmp, identity).map_err(AddError::Resources)?;
         let added = self.add_found(process, &monitor, (cid, name, uuid), on_silence);
         let (introspector, places) = added.inspect_err(|_| monitor.stop())?;
         let vm = introspector.vm().ok_or_else(|| Refused::new(Refusal::Unknown, "the VM has just ended"))?;
@@ -122,6 +125,11 @@ impl Broker {
         if let Err(error) = watched {
             introspector.close();
             return Err(AddError::Resources(error).into());
+        }
+        if !introspector.link.is_connected() {
+            // It was lost before it was on the list, where that is looked for.
+            self.close_introspector(vm.id());
+            return Err(AddError::Link(LinkError::NoAnswer).into());
         }
         let Traits { cid, has_offset, .. } = introspector.traits;
         let role = Role::Introspector { cid, on_silence };
@@ -160,7 +168,8 @@ impl Broker {
         let (link, vm) = self.link(registration, Credentials { pid, uid })?;
         let traits = Traits { vm, name, cid, on_silence, has_offset: machine.has_offset, session };
         let views = left_over.map(|plug| Arc::new(View::left_over(plug))).into_iter().collect();
-        let introspector = Arc::new(Introspector {
+        let introspector = Arc::new_cyclic(|me| Introspector {
+            me: Weak::clone(me),
             broker: Arc::downgrade(self),
             link,
             monitor: Arc::clone(monitor),
@@ -217,15 +226,29 @@ impl Broker {
         Ok(Answer::Done)
     }
 
-    /// Takes all introspectors out that were added.
-    pub(crate) fn remove_introspectors(&self) {
+    /// Takes all introspectors out that were added, all at the same time, and waits for it until the deadline.
+    pub(crate) fn remove_introspectors(&self, deadline: Instant) {
+        let (done, are_done) = mpsc::channel::<()>();
+        for introspector in self.introspectors().remove_all() {
+            let (closed, done) = (Arc::clone(&introspector), done.clone());
+            let close = move || {
+                closed.close();
+                drop(done);
+            };
+            if std::thread::Builder::new().name("introspector-end".into()).spawn(close).is_err() {
+                introspector.close();
+            }
+        }
+        drop(done);
         self.introspectors().shut_door();
-        for vm in self.introspectors().vms() {
-            self.close_introspector(vm);
+        // Nothing is sent: the channel closes when the last one is done.
+        let left = deadline.saturating_duration_since(Instant::now());
+        if are_done.recv_timeout(left) == Err(RecvTimeoutError::Timeout) {
+            tracing::warn!("not every introspector released its views in time");
         }
     }
 
-    fn close_introspector(&self, vm: u64) -> bool {
+    pub(super) fn close_introspector(&self, vm: u64) -> bool {
         let introspector = self.introspectors().remove(vm);
         if let Some(introspector) = &introspector {
             introspector.close();

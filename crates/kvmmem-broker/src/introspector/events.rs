@@ -22,16 +22,24 @@ impl ViewEvents for Introspector {
     }
 
     fn changed(&self, target: &Arc<Target>) {
-        let regions = |view: &super::View| view.scope.regions(target.map());
         for view in self.views().iter().filter(|view| view.target == target.id()) {
-            if regions(view) == view.regions {
+            if view.is_unmoved(target) {
                 view.refresh();
             }
         }
-        self.end(Cause::Gone, |view| view.target == target.id() && regions(view) != view.regions);
+        self.end(Cause::Gone, |view| view.target == target.id() && !view.is_unmoved(target));
     }
 
+    /// The broker knows the VM no more: it is no introspector, and can be made one again.
     fn lost(&self) {
-        self.end(Cause::Gone, |_| true);
+        tracing::error!(
+            introspector = self.name(),
+            "an introspector has lost its registration and is taken out; add it again: kvmmem introspector add"
+        );
+        match self.broker.upgrade() {
+            Some(broker) if broker.close_introspector(self.traits.vm) => {}
+            // It was not added yet, or is being taken out already.
+            _ => self.close(),
+        }
     }
 }

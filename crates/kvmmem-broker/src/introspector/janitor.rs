@@ -13,7 +13,7 @@ use super::view::{Phase, View, lock};
 const BACK_OFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
 
 /// How long each try waits for the guest.
-const TRY_LIMIT: Duration = Duration::from_millis(200);
+pub(super) const TRY_LIMIT: Duration = Duration::from_millis(200);
 
 /// Starts the thread; it ends with the introspector.
 pub(super) fn start(introspector: &Arc<Introspector>) -> std::io::Result<()> {
@@ -54,10 +54,10 @@ fn run(introspector: &Weak<Introspector>, monitor: &Monitor, mut known: News) {
 impl Introspector {
     fn act(&self, known: News, news: News) {
         if news.losses != known.losses {
-            self.end(Cause::Lost, is_whole);
+            self.end(Cause::Lost, |view| is_whole(view) && view.since.losses < news.losses);
         }
         if news.resets != known.resets {
-            self.end(Cause::Reset, is_whole);
+            self.end(Cause::Reset, |view| is_whole(view) && view.since.resets < news.resets);
         }
         if news.deletions != known.deletions {
             let is_damaged =

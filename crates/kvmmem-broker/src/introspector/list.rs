@@ -12,7 +12,7 @@ use crate::broker::Broker;
 use crate::discover::watch::{Watch, Watched};
 use crate::door::{DOOR_PORT, Door};
 
-/// The most introspectors: each has six threads.
+/// The most introspectors: each has five threads, and one more while views end.
 pub(super) const MAX: usize = 64;
 
 /// The introspectors, by the broker's numbers for their VMs.
@@ -38,9 +38,9 @@ impl Default for Doorway {
 }
 
 impl Introspectors {
-    /// The one with a vsock context id.
+    /// The one with a vsock context id: the last that was added, where one before is still being taken out.
     pub fn by_cid(&self, cid: u32) -> Option<Arc<Introspector>> {
-        lock(&self.list).values().find(|introspector| introspector.cid() == cid).cloned()
+        lock(&self.list).values().rev().find(|introspector| introspector.cid() == cid).cloned()
     }
 
     /// Says at which vsock port guests knock, `None` for no door at all. Counts for a door that is not open yet.
@@ -90,7 +90,15 @@ impl Introspectors {
         lock(&self.list).remove(&vm)
     }
 
-    pub(super) fn vms(&self) -> Vec<u64> {
-        lock(&self.list).keys().copied().collect()
+    /// Removes all.
+    pub(super) fn remove_all(&self) -> Vec<Arc<Introspector>> {
+        let removed = std::mem::take(&mut *lock(&self.list));
+        removed
+            .into_iter()
+            .map(|(vm, introspector)| {
+                self.watch.remove(vm);
+                introspector
+            })
+            .collect()
     }
 }

@@ -3,6 +3,11 @@
 //!
 //! Commands come from any thread, one at a time. A thread of its own takes the events that come in between, and connects
 //! again when the connection has failed: devices that were plugged over the old one are still there.
+//!
+//! The lock on the connection is held for one command, or for one turn of events, however much QEMU sends. Commands go
+//! before events, and [`Monitor::stop`] does not need the lock.
+
+mod thread;
 
 use std::collections::HashMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -10,14 +15,12 @@ use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use rustix::event::{EventfdFlags, PollFd, PollFlags};
+use rustix::event::EventfdFlags;
 use serde_json::Value;
 
 use crate::limit::RateLimit;
 use crate::qmp::{AddedFd, Qmp, QmpError, QmpEvent};
-
-/// How long to wait before QEMU is tried again: at first, and at most.
-const BACK_OFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
+pub(super) use thread::identity;
 
 /// How long a QEMU may take to plug something: it may be busy with its guest.
 const LIMIT: Duration = Duration::from_secs(2);
@@ -29,8 +32,9 @@ static WARNINGS: RateLimit = RateLimit::new(2);
 #[derive(Debug)]
 pub(super) struct Monitor {
     path: PathBuf,
-    /// The process that listens; another one is another QEMU.
+    /// The process that listens, be it QEMU or what has handed it the socket; another one is another QEMU.
     listener: Option<u32>,
+    identity: Vec<Value>,
     /// Taken before `board`.
     qmp: Mutex<Option<Qmp>>,
     board: Mutex<Board>,
@@ -43,6 +47,10 @@ pub(super) struct Monitor {
 /// What is known by events.
 #[derive(Debug, Default)]
 struct Board {
+    /// The connection, to shut it down without the lock.
+    socket: Option<Arc<OwnedFd>>,
+    /// How many commands have the connection or wait for it.
+    commands: usize,
     /// Devices of ours, and whether they have been deleted.
     devices: HashMap<String, bool>,
     news: News,
@@ -90,13 +98,15 @@ impl MonitorError {
 }
 
 impl Monitor {
-    /// Takes a connection over, and starts the thread.
-    pub(super) fn start(qmp: Qmp) -> std::io::Result<Arc<Self>> {
+    /// Takes a connection over, and starts the thread; `identity` is what [`identity`] has returned.
+    pub(super) fn start(qmp: Qmp, identity: Vec<Value>) -> std::io::Result<Arc<Self>> {
+        let board = Board { socket: Some(share(&qmp)?), ..Board::default() };
         let monitor = Arc::new(Self {
             path: qmp.path().to_owned(),
             listener: qmp.listener(),
+            identity,
             qmp: Mutex::new(Some(qmp)),
-            board: Mutex::default(),
+            board: Mutex::new(board),
             changed: Condvar::new(),
             stop: rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
         });
@@ -105,9 +115,16 @@ impl Monitor {
         Ok(monitor)
     }
 
-    /// Closes the connection and ends the thread.
+    /// Shuts the connection down and ends the thread; a command under way fails.
     pub(super) fn stop(&self) {
-        self.board().stopped = true;
+        let mut board = self.board();
+        board.stopped = true;
+        let socket = board.socket.take();
+        drop(board);
+        if let Some(socket) = socket {
+            // It fails only where QEMU was faster.
+            let _ = rustix::net::shutdown(socket, rustix::net::Shutdown::Both);
+        }
         // It fails only where the counter is full.
         let _ = rustix::io::write(&self.stop, &1u64.to_ne_bytes());
         self.changed.notify_all();
@@ -154,11 +171,11 @@ impl Monitor {
         }
     }
 
-    /// Waits until QEMU answers, for some time; whether it does.
+    /// Waits until QEMU answers or the monitor is stopped, for some time; whether there is nothing more to wait for.
     pub(super) fn wait_up(&self, timeout: Duration) -> bool {
         let is_down = |board: &mut Board| board.is_down && !board.stopped;
         let waited = self.changed.wait_timeout_while(self.board(), timeout, is_down);
-        !waited.unwrap_or_else(PoisonError::into_inner).0.is_down
+        !is_down(&mut waited.unwrap_or_else(PoisonError::into_inner).0)
     }
 
     /// Waits until something happens that is not in `known`, or for some time; `None` once the monitor is stopped.
@@ -181,28 +198,36 @@ impl Monitor {
         self.changed.notify_all();
     }
 
+    /// How often things have happened, as far as is known.
+    pub(super) fn news(&self) -> News {
+        self.board().news
+    }
+
     fn with<T>(&self, ask: impl FnOnce(&mut Qmp) -> Result<T, QmpError>) -> Result<T, MonitorError> {
+        let _command = Command::begin(self);
         let mut slot = self.slot();
-        let qmp = slot.as_mut().ok_or_else(|| MonitorError::Down(self.path.clone()))?;
+        let qmp = slot.as_mut().filter(|_| !self.board().stopped);
+        let qmp = qmp.ok_or_else(|| MonitorError::Down(self.path.clone()))?;
         let answer = ask(qmp);
         let failed = answer.as_ref().is_err_and(|error| !error.is_refusal());
-        if failed || !self.take_events(qmp) {
+        if failed {
             self.lose(&mut slot);
+        } else {
+            self.take_events(&mut slot);
         }
         drop(slot);
         Ok(answer?)
     }
 
-    /// Takes what events there are; whether the connection is still good.
-    fn take_events(&self, qmp: &mut Qmp) -> bool {
-        loop {
-            match qmp.next_event(Duration::ZERO) {
-                Ok(Some(event)) => self.take(&event),
-                Ok(None) => return true,
-                Err(error) => {
-                    self.warn(&error);
-                    return false;
-                }
+    /// Takes one turn of the events that there are; whether there may be more.
+    fn take_events(&self, slot: &mut Option<Qmp>) -> bool {
+        let Some(qmp) = slot else { return false };
+        match qmp.take_events(|event| self.take(&event)) {
+            Ok(more) => more,
+            Err(error) => {
+                self.warn(&error);
+                self.lose(slot);
+                false
             }
         }
     }
@@ -211,9 +236,9 @@ impl Monitor {
         let mut board = self.board();
         match event.name.as_str() {
             "DEVICE_DELETED" => {
-                let device = event.data.get("device").and_then(Value::as_str);
                 // Parts of devices have no id, and other people's are not of interest.
-                let Some(is_deleted) = device.and_then(|device| board.devices.get_mut(device)) else {
+                let Some(is_deleted) = event.device.as_ref().and_then(|device| board.devices.get_mut(device))
+                else {
                     return;
                 };
                 *is_deleted = true;
@@ -232,74 +257,16 @@ impl Monitor {
             let _ = rustix::net::shutdown(qmp.as_fd(), rustix::net::Shutdown::Both);
         }
         let mut board = self.board();
+        board.socket = None;
         board.news.losses += 1;
         board.is_down = true;
         drop(board);
         self.changed.notify_all();
     }
 
-    fn run(&self) {
-        let (mut pause, most) = BACK_OFF;
-        loop {
-            let socket = self.slot().as_ref().and_then(|qmp| rustix::io::fcntl_dupfd_cloexec(qmp, 0).ok());
-            match socket {
-                Some(socket) => {
-                    pause = BACK_OFF.0;
-                    self.wait_readable(&socket);
-                    let mut slot = self.slot();
-                    if let Some(qmp) = slot.as_mut()
-                        && !self.take_events(qmp)
-                    {
-                        self.lose(&mut slot);
-                    }
-                }
-                None => {
-                    let is_going = |board: &mut Board| !board.stopped;
-                    let waited = self.changed.wait_timeout_while(self.board(), pause, is_going);
-                    drop(waited.unwrap_or_else(PoisonError::into_inner));
-                    pause = (pause * 2).min(most);
-                    self.connect_again();
-                }
-            }
-            if self.board().stopped {
-                *self.slot() = None;
-                return;
-            }
-        }
-    }
-
-    fn wait_readable(&self, socket: &OwnedFd) {
-        let mut fds = [PollFd::new(socket, PollFlags::IN), PollFd::new(&self.stop, PollFlags::IN)];
-        // Interrupted or not, events are looked for next.
-        if let Err(error) = rustix::event::poll(&mut fds, None)
-            && error != rustix::io::Errno::INTR
-        {
-            std::thread::sleep(LIMIT);
-        }
-    }
-
-    fn connect_again(&self) {
-        if self.board().stopped {
-            return;
-        }
-        match Qmp::connect(&self.path) {
-            Ok(qmp) if qmp.listener() == self.listener => {
-                *self.slot() = Some(qmp);
-                let mut board = self.board();
-                board.news.returns += 1;
-                board.is_down = false;
-                drop(board);
-                self.changed.notify_all();
-                tracing::info!(path = %self.path.display(), "QEMU answers again");
-            }
-            // Another QEMU; the one that was there has ended, or ends now.
-            Ok(_) => {}
-            Err(error) => self.warn(&error),
-        }
-    }
-
     fn warn(&self, error: &QmpError) {
-        if let Some(suppressed) = WARNINGS.allow(Instant::now()) {
+        let is_wanted = !self.board().stopped;
+        if let Some(suppressed) = WARNINGS.allow(Instant::now()).filter(|_| is_wanted) {
             let error: &dyn std::error::Error = error;
             tracing::warn!(path = %self.path.display(), suppressed, error, "an introspector's QEMU does not answer");
         }
@@ -312,4 +279,31 @@ impl Monitor {
     fn board(&self) -> MutexGuard<'_, Board> {
         self.board.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// A command that has the connection or waits for it, until this is dropped.
+struct Command<'a>(&'a Monitor);
+
+impl<'a> Command<'a> {
+    fn begin(monitor: &'a Monitor) -> Self {
+        monitor.board().commands += 1;
+        Self(monitor)
+    }
+}
+
+impl Drop for Command<'_> {
+    fn drop(&mut self) {
+        let mut board = self.0.board();
+        board.commands -= 1;
+        let is_last = board.commands == 0;
+        drop(board);
+        if is_last {
+            self.0.changed.notify_all();
+        }
+    }
+}
+
+/// The socket of a connection, for others.
+fn share(qmp: &Qmp) -> std::io::Result<Arc<OwnedFd>> {
+    Ok(Arc::new(rustix::io::fcntl_dupfd_cloexec(qmp, 0)?))
 }

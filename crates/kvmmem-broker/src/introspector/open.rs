@@ -126,8 +126,10 @@ impl Introspector {
         // Before the token is used: there is at least one slot.
         let places = self.places()?;
         self.free(&lock(&self.state).views, &places, 1)?;
+        // What QEMU has told by now concerns views that were there before.
+        let since = self.monitor.news();
         let attached = self.link.attach(token, caller, read_only).map_err(OpenError::Token)?;
-        let view = Arc::new(View::new(&attached));
+        let view = Arc::new(View::new(&attached, since));
         lock(&self.state).views.push(Arc::clone(&view));
         let shown = self.show(&view, &attached, &places);
         // Whatever has ended the view has left it to this thread.
@@ -148,8 +150,8 @@ impl Introspector {
             return Err(OpenError::Closed);
         }
         // An event that came before the view was listed has found nothing.
-        self.link.current(view.number).ok_or(OpenError::Ended)?;
-        let Attached { target, scope, .. } = attached;
+        let target = view.show(|| self.link.current(view.number)).ok_or(OpenError::Ended)?;
+        let scope = &attached.scope;
         let has_offset = self.traits.has_offset;
         let regions = scope.regions(target.map());
         let pieces =

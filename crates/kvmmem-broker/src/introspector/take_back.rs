@@ -4,12 +4,13 @@
 //! The driver is asked first, so that its processes learn why. That the guest reaches nothing any more is not its word,
 //! though, but QEMU's: the devices are deleted.
 
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 use kvmmem_abi::native::{STATE_GONE, STATE_REVOKED};
 
 use super::Introspector;
+use super::janitor::TRY_LIMIT;
 use super::view::{Phase, View, lock};
 use crate::limit::RateLimit;
 use crate::wire::{OnSilence, ViewCounters};
@@ -20,6 +21,12 @@ const SEEN_LIMIT: Duration = Duration::from_secs(1);
 /// How long the guest may take in all until it has let go of the devices. The broker waits for 2 s for a revocation to be
 /// confirmed, and a QEMU that has to be killed needs its part of that.
 const END_LIMIT: Duration = Duration::from_millis(1300);
+
+/// How long views may take in all until it is looked at what is left of them, whether QEMU answers or not.
+const WORK_LIMIT: Duration = Duration::from_millis(1500);
+
+/// How long a QEMU may take to pause.
+const PAUSE_LIMIT: Duration = Duration::from_millis(300);
 
 /// How long QEMU is waited for to let go of the memory, which it does when all its threads have; what it has not by then
 /// is tried again later.
@@ -82,18 +89,33 @@ impl Cause {
 
 impl Introspector {
     /// Ends the views that `is_meant` picks; whether the guest reaches none of their memory any more.
+    ///
+    /// Returns in time, and punishes in time, whatever QEMU does: commands are sent by other threads, which continue where
+    /// it is slow.
     pub(super) fn end(&self, cause: Cause, is_meant: impl Fn(&View) -> bool) -> bool {
-        let deadline = Instant::now() + END_LIMIT;
+        let start = Instant::now();
         let meant: Vec<Arc<View>> = self.views().into_iter().filter(|view| is_meant(view)).collect();
         let (mine, others): (Vec<_>, Vec<_>) = meant.into_iter().partition(|view| view.claim(cause.state()));
-        self.take_back(&mine, cause);
+        for view in &mine {
+            view.announce(cause.state());
+        }
+        if !mine.is_empty() {
+            let views = mine.clone();
+            let is_begun =
+                self.within(start + WORK_LIMIT, move |it| it.take_back(&views, cause, start + END_LIMIT));
+            if !is_begun {
+                // No thread works on them: they are tried again later.
+                mine.iter().for_each(|view| view.settle_stuck(true));
+                self.monitor.nudge();
+            }
+        }
         for view in &others {
-            view.wait_settled(deadline);
+            view.wait_settled(start + END_LIMIT);
         }
         let is_held = |view: &&Arc<View>| self.is_reachable(view);
         if cause == Cause::Lost && mine.iter().any(|view| is_held(&view)) {
             self.wait_found();
-            self.try_again();
+            self.within(Instant::now() + TRY_LIMIT + 2 * OBJECT_LIMIT, Self::try_again);
         }
         let held: Vec<&Arc<View>> = mine.iter().chain(&others).filter(is_held).collect();
         if held.is_empty() || !self.is_alive() {
@@ -109,22 +131,15 @@ impl Introspector {
     }
 
     /// Ends views that are the caller's to end.
-    pub(super) fn take_back(&self, views: &[Arc<View>], cause: Cause) {
-        if views.is_empty() {
-            return;
-        }
-        let start = Instant::now();
-        for view in views {
-            view.announce(cause.state());
-        }
+    fn take_back(&self, views: &[Arc<View>], cause: Cause, end: Instant) {
         // After a reset there is no driver to look.
         if cause != Cause::Reset {
-            let deadline = start + SEEN_LIMIT;
+            let deadline = Instant::now() + SEEN_LIMIT;
             while !views.iter().all(|view| view.is_seen()) && Instant::now() < deadline && self.is_alive() {
                 std::thread::sleep(LOOK);
             }
         }
-        self.unplug(views, start + END_LIMIT);
+        self.unplug(views, end);
     }
 
     /// Unplugs views that are the caller's, as far as the guest and QEMU let it until the deadline.
@@ -157,7 +172,7 @@ impl Introspector {
             std::thread::sleep(OBJECT_RETRY);
         }
         for view in left {
-            view.settle(Phase::Stuck);
+            view.settle_stuck(!lock(&view.plug).devices(&self.monitor).is_empty());
             self.monitor.nudge();
             // What the guest has let go of is out of its reach, whatever QEMU still has.
             self.confirm_late(view.grant);
@@ -165,13 +180,22 @@ impl Introspector {
     }
 
     /// Whether the guest may still reach a view's memory.
-    pub(super) fn is_reachable(&self, view: &View) -> bool {
-        match view.phase() {
-            Phase::Closed => false,
-            // Somebody is at work on it, and holds the lock perhaps.
-            Phase::Opening | Phase::Ending | Phase::Open => true,
-            Phase::Stuck => self.is_alive() && !lock(&view.plug).devices(&self.monitor).is_empty(),
-        }
+    fn is_reachable(&self, view: &View) -> bool {
+        view.is_reachable() && self.is_alive()
+    }
+
+    /// Does what sends commands on a thread of its own, and waits for it until the deadline; `false` where no thread can
+    /// be started.
+    fn within(&self, deadline: Instant, work: impl FnOnce(&Self) + Send + 'static) -> bool {
+        let Some(me) = self.me.upgrade() else { return false };
+        let (done, is_done) = mpsc::channel::<()>();
+        let started = std::thread::Builder::new().name("qmp-commands".into()).spawn(move || {
+            work(&me);
+            drop(done);
+        });
+        // Nothing is sent: the channel closes when the work is done.
+        let _ = is_done.recv_timeout(deadline.saturating_duration_since(Instant::now()));
+        started.is_ok()
     }
 
     /// Nothing is left of a view.
@@ -210,10 +234,16 @@ impl Introspector {
         match policy {
             OnSilence::Report => false,
             OnSilence::Pause => {
-                if let Err(error) = self.monitor.execute("stop", serde_json::json!({})) {
-                    let error: &dyn std::error::Error = &error;
-                    tracing::error!(introspector = self.name(), error, "cannot pause a silent introspector");
-                }
+                self.within(Instant::now() + PAUSE_LIMIT, |it| {
+                    if let Err(error) = it.monitor.execute("stop", serde_json::json!({})) {
+                        let error: &dyn std::error::Error = &error;
+                        tracing::error!(
+                            introspector = it.name(),
+                            error,
+                            "cannot pause a silent introspector"
+                        );
+                    }
+                });
                 // Whoever lets it go on gives it the memory back.
                 false
             }

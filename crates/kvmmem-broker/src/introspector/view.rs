@@ -2,15 +2,16 @@
 //! One view of an introspector's, and who is at work on it.
 
 use std::collections::BTreeSet;
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use kvmmem_abi::native::STATE_OPEN;
 
 use super::descriptor::Pages;
+use super::monitor::News;
 use super::places::Place;
 use super::plug::Plug;
-use crate::link::{Attached, Region, Rights, Scope};
+use crate::link::{Attached, Region, Rights, Scope, Target};
 
 /// A view from the moment in which its token was used until nothing of it is left in QEMU.
 #[derive(Debug)]
@@ -20,8 +21,10 @@ pub(super) struct View {
     pub(super) grant: u64,
     pub(super) target: u64,
     pub(super) scope: Scope,
-    /// What it shows of the target.
-    pub(super) regions: Vec<Region>,
+    /// What it shows of the target; `None` before that is known.
+    regions: Mutex<Option<Vec<Region>>>,
+    /// What had happened in QEMU before it was opened, and does not end it.
+    pub(super) since: News,
     /// `None` where an earlier broker had them.
     pub(super) pages: Mutex<Option<Pages>>,
     pub(super) plug: Mutex<Plug>,
@@ -36,6 +39,8 @@ struct Life {
     phase: Phase,
     /// What ended it, `STATE_*` of the ABI.
     end: Option<u32>,
+    /// Whether the guest can still reach devices of it, where it is stuck.
+    has_devices: bool,
 }
 
 /// Where a view is between being opened and being gone. One thread at a time is at work on it: in the first of these
@@ -51,30 +56,32 @@ pub(super) enum Phase {
 }
 
 impl View {
-    pub(super) fn new(attached: &Attached) -> Self {
+    /// One that was attached when `since` had happened in QEMU. What it shows is said by [`Self::show`].
+    pub(super) fn new(attached: &Attached, since: News) -> Self {
         let Attached { view, grant, target, scope } = attached;
-        Self::with(*view, *grant, target.id(), scope.clone(), scope.regions(target.map()))
+        Self::with(*view, *grant, target.id(), scope.clone(), since)
     }
 
     /// What is left of an earlier broker's views.
     pub(super) fn left_over(plug: Plug) -> Self {
-        let view = Self::with(0, 0, 0, Scope::whole(Rights::ReadOnly), Vec::new());
+        let view = Self::with(0, 0, 0, Scope::whole(Rights::ReadOnly), News::default());
         *lock(&view.plug) = plug;
-        view.settle(Phase::Stuck);
+        view.settle_stuck(true);
         view
     }
 
-    fn with(number: u64, grant: u64, target: u64, scope: Scope, regions: Vec<Region>) -> Self {
+    fn with(number: u64, grant: u64, target: u64, scope: Scope, since: News) -> Self {
         Self {
             number,
             grant,
             target,
             scope,
-            regions,
+            regions: Mutex::default(),
+            since,
             pages: Mutex::default(),
             plug: Mutex::default(),
             places: Mutex::default(),
-            life: Mutex::new(Life { phase: Phase::Opening, end: None }),
+            life: Mutex::new(Life { phase: Phase::Opening, end: None, has_devices: false }),
             changed: Condvar::new(),
         }
     }
@@ -126,6 +133,43 @@ impl View {
         self.changed.notify_all();
     }
 
+    /// Ends the caller's work, which has come to no end; whether the guest can still reach devices.
+    pub(super) fn settle_stuck(&self, has_devices: bool) {
+        let mut life = lock(&self.life);
+        (life.phase, life.has_devices) = (Phase::Stuck, has_devices);
+        self.changed.notify_all();
+    }
+
+    /// Whether the guest may still reach its memory, as long as QEMU runs. Waits for nothing that asks QEMU.
+    pub(super) fn is_reachable(&self) -> bool {
+        let life = lock(&self.life);
+        match life.phase {
+            Phase::Closed => false,
+            Phase::Opening | Phase::Ending | Phase::Open => true,
+            Phase::Stuck => life.has_devices,
+        }
+    }
+
+    /// The target as it is now, whose memory the view shows from now on: `now` says that, and a change that it does not
+    /// say yet is told to the view later. `None` where the view has ended.
+    pub(super) fn show(&self, now: impl Fn() -> Option<Arc<Target>>) -> Option<Arc<Target>> {
+        let mut target = now()?;
+        loop {
+            *lock(&self.regions) = Some(self.scope.regions(target.map()));
+            // A change that was told in between has found what was there before.
+            let later = now()?;
+            if later.generation() == target.generation() {
+                return Some(target);
+            }
+            target = later;
+        }
+    }
+
+    /// Whether the memory that the view shows is where `target` says.
+    pub(super) fn is_unmoved(&self, target: &Target) -> bool {
+        lock(&self.regions).as_ref().is_none_or(|regions| *regions == self.scope.regions(target.map()))
+    }
+
     /// Waits until nobody is at work on it; returns its phase then, or when time is up.
     pub(super) fn wait_settled(&self, deadline: Instant) -> Phase {
         let left = deadline.saturating_duration_since(Instant::now());
@@ -161,4 +205,41 @@ impl View {
 /// Nothing here panics while it holds a lock; were something to, what it left is as good as before.
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::RefCell;
+
+    use super::*;
+    use crate::map::MemoryMap;
+
+    /// A target whose memory is at an offset in its file.
+    fn target(generation: u64, offset: u64) -> Arc<Target> {
+        let regions = vec![Region { gpa: 0, len: 0x1000, offset, file: 0 }];
+        Arc::new(Target::fake(1, generation, MemoryMap::new(regions).unwrap()))
+    }
+
+    fn view() -> View {
+        View::with(7, 1, 1, Scope::whole(Rights::ReadOnly), News::default())
+    }
+
+    #[test]
+    fn a_change_while_a_view_is_opened_is_never_missed() {
+        let view = view();
+        let [old, new] = [target(1, 0), target(2, 0x5000)];
+        // Told before it is known what the view shows: it is going to be asked.
+        assert!(view.is_unmoved(&new));
+        // The change comes between the first look and the second.
+        let looks = RefCell::new(vec![Arc::clone(&new), Arc::clone(&new), Arc::clone(&old)]);
+        let shown = view.show(|| looks.borrow_mut().pop()).unwrap();
+        assert_eq!(shown.generation(), 2);
+        assert!(view.is_unmoved(&new) && !view.is_unmoved(&old));
+        // It comes after the second look: the view shows what was, and ends when it is told.
+        let view = self::view();
+        view.show(|| Some(Arc::clone(&old))).unwrap();
+        assert!(!view.is_unmoved(&new));
+        // The view has ended.
+        assert!(view.show(|| None).is_none());
+    }
 }

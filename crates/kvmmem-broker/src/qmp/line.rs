@@ -14,11 +14,16 @@ use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 /// The most that is read for one command, bytes. A memory tree of some 100 devices has 200 KiB.
 pub(super) const MAX_RECEIVED: usize = 8 * 1024 * 1024;
 
-/// A connected stream, and what was received behind the last line.
+/// How much is read at a time, and kept of the buffer between lines, bytes.
+const CHUNK: usize = 16 * 1024;
+
+/// A connected stream, and what was received after the last line.
 #[derive(Debug)]
 pub(super) struct Lines {
     stream: UnixStream,
     buffer: Vec<u8>,
+    /// Where in the buffer the next line begins.
+    start: usize,
     received: usize,
 }
 
@@ -35,7 +40,7 @@ pub(super) enum LineError {
 
 impl Lines {
     pub(super) fn new(stream: UnixStream) -> Self {
-        Self { stream, buffer: Vec::new(), received: 0 }
+        Self { stream, buffer: Vec::new(), start: 0, received: 0 }
     }
 
     pub(super) fn stream(&self) -> &UnixStream {
@@ -44,7 +49,7 @@ impl Lines {
 
     /// Lets [`MAX_RECEIVED`] bytes come from now on.
     pub(super) fn begin(&mut self) {
-        self.received = self.buffer.len();
+        self.received = self.buffer.len() - self.start;
     }
 
     /// Sends a text, with a file descriptor beside it.
@@ -78,13 +83,21 @@ impl Lines {
 
     /// The next line; the newline is part of it. What has come of it until the deadline is kept.
     pub(super) fn next(&mut self, deadline: Instant) -> Result<Vec<u8>, LineError> {
-        let mut searched = 0;
+        let mut searched = self.start;
         let mut has_looked = false;
         loop {
             let unsearched = self.buffer.get(searched..).unwrap_or_default();
             if let Some(end) = unsearched.iter().position(|byte| *byte == b'\n') {
-                let rest = self.buffer.split_off(searched + end + 1);
-                return Ok(std::mem::replace(&mut self.buffer, rest));
+                let end = searched + end + 1;
+                let line = self.buffer.get(self.start..end).unwrap_or_default().to_vec();
+                self.start = end;
+                return Ok(line);
+            }
+            // No more than the beginning of a line is left.
+            if self.start > 0 {
+                self.buffer.drain(..self.start);
+                self.buffer.shrink_to(CHUNK);
+                self.start = 0;
             }
             searched = self.buffer.len();
             // Once in any case: what has come already is not late.
@@ -93,7 +106,7 @@ impl Lines {
             }
             has_looked = true;
             self.wait(PollFlags::IN, deadline)?;
-            let mut chunk = [0; 16 * 1024];
+            let mut chunk = [0; CHUNK];
             let count = match self.stream.read(&mut chunk) {
                 Ok(0) => return Err(LineError::Io(io::ErrorKind::UnexpectedEof.into())),
                 Ok(count) => count,

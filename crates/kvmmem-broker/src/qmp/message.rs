@@ -4,13 +4,16 @@
 use serde::Deserialize;
 use serde_json::Value;
 
+/// The longest name of an event, and of its device, bytes: what is longer is not one of QEMU's, and is not kept.
+const MAX_NAME: usize = 256;
+
 /// Something that happened in QEMU.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct QmpEvent {
     /// Its name, as `DEVICE_DELETED`.
     pub name: String,
-    /// What belongs to it; null where nothing does.
-    pub data: Value,
+    /// The id of the device that it is about, where it has one.
+    pub device: Option<String>,
 }
 
 /// One line.
@@ -23,7 +26,13 @@ pub(super) struct Message {
     pub(super) error: Option<Failure>,
     event: Option<String>,
     #[serde(default)]
-    data: Value,
+    data: EventData,
+}
+
+/// What is read of an event's data; the rest is not kept.
+#[derive(Default, Deserialize)]
+struct EventData {
+    device: Option<String>,
 }
 
 /// Why a command was refused.
@@ -39,6 +48,8 @@ impl Message {
 
     /// The event that it is; `None` for what a later QEMU may say besides.
     pub(super) fn into_event(self) -> Option<QmpEvent> {
-        Some(QmpEvent { name: self.event?, data: self.data })
+        let (name, device) = (self.event?, self.data.device);
+        let is_short = |text: &String| text.len() <= MAX_NAME;
+        (is_short(&name) && device.as_ref().is_none_or(is_short)).then_some(QmpEvent { name, device })
     }
 }

@@ -65,6 +65,51 @@ fn garbage_is_refused() {
     assert!(matches!(backends(&[GREETING, ready, refusal]), Err(QmpError::Refused { .. })));
 }
 
+/// A connection to what sends `line` without end after two answers.
+fn flooded(line: &str) -> (tempfile::TempDir, Qmp) {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("qmp.sock");
+    let listener = UnixListener::bind(&path).unwrap();
+    let block = line.repeat(10_000);
+    std::thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        stream.write_all(format!("{GREETING}{{\"return\":{{}}}}\n").as_bytes()).unwrap();
+        while stream.write_all(block.as_bytes()).is_ok() {}
+    });
+    (directory, Qmp::connect(&path).unwrap())
+}
+
+#[test]
+fn events_without_end_are_taken_in_turns() {
+    let (_directory, mut qmp) = flooded("{\"event\":\"RESET\",\"data\":{\"device\":\"d\"}}\n");
+    let expected = QmpEvent { name: "RESET".into(), device: Some("d".into()) };
+    let mut turns = 0;
+    while turns < 10 {
+        let mut count = 0;
+        let take = |event| {
+            assert_eq!(event, expected);
+            count += 1;
+        };
+        turns += usize::from(qmp.take_events(take).unwrap());
+        assert!(count <= MAX_EVENTS, "{count}");
+    }
+    // No command gets its answer, and none is waited for longer than others.
+    assert!(matches!(qmp.execute("stop", json!({})), Err(QmpError::TooMuch(_))));
+    assert!(qmp.take_events(|_| {}).is_ok());
+    assert!(matches!(qmp.take_events(|_| {}), Err(QmpError::Connection { .. })));
+}
+
+#[test]
+fn lines_without_meaning_are_counted_as_events_are() {
+    let (_directory, mut qmp) = flooded("{}\n");
+    while !qmp.take_events(|_| panic!("no event")).unwrap() {}
+    assert!(matches!(qmp.execute("stop", json!({})), Err(QmpError::TooMuch(_))));
+    // What is no name of an event is not kept.
+    let long = "x".repeat(1000);
+    let (_directory, mut qmp) = flooded(&format!("{{\"event\":\"{long}\"}}\n"));
+    while !qmp.take_events(|_| panic!("no event")).unwrap() {}
+}
+
 #[test]
 fn what_hangs_or_never_ends_is_left() {
     assert!(matches!(backends(&[]), Err(QmpError::Silent(_))));

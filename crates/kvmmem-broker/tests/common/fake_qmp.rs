@@ -5,11 +5,13 @@
 use std::collections::{BTreeMap, HashMap};
 use std::io::{IoSliceMut, Write};
 use std::mem::MaybeUninit;
+use std::net::Shutdown;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
 
 use kvmmem_abi::descriptor::SEEN_AT;
 use kvmmem_broker::admin::Which;
@@ -29,8 +31,10 @@ pub(crate) enum Fault {
     Close,
     /// It is carried out, and the connection ends before that is said.
     CloseAfter,
-    /// Events come without end before it is answered.
+    /// More events come before it is answered than a command may have.
     Flood,
+    /// Events that never end follow the answer, and the first answer over each later connection.
+    FloodForEver,
     /// It is answered by something that no QEMU says.
     Nonsense,
 }
@@ -46,7 +50,17 @@ pub(crate) struct Machine {
     pub(crate) fault: Option<(usize, Fault)>,
     /// Whether the guest lets go of devices.
     pub(crate) is_stubborn: bool,
+    /// Whether events come without end.
+    is_flooding: bool,
+    /// How many times more events were taken than a socket holds.
+    pub(crate) floods: usize,
+    /// The VM's name, as QEMU says it.
+    pub(crate) name: String,
+    /// How long each answer takes.
+    pub(crate) delay: Duration,
     last_file: u64,
+    /// How many commands have been carried out.
+    pub(crate) asked: usize,
 }
 
 /// A fake, ended on drop.
@@ -64,14 +78,16 @@ impl FakeQemu {
         let socket = directory.path().join("qmp");
         let listener = UnixListener::bind(&socket).unwrap();
         let program = directory.path().join("qemu-system-fake");
-        std::fs::copy("/bin/cat", &program).unwrap();
+        super::install(Path::new("/bin/cat"), &program);
         let process = Command::new(program).stdin(Stdio::piped()).stdout(Stdio::null()).spawn().unwrap();
         let machine = Arc::<Mutex<Machine>>::default();
         let served = Arc::clone(&machine);
         // It ends with the test's process.
         std::thread::spawn(move || {
             for stream in listener.incoming() {
-                serve(&served, &stream.unwrap());
+                let stream = stream.unwrap();
+                serve(&served, &stream);
+                let _ = stream.shutdown(Shutdown::Both);
             }
         });
         Self { machine, socket, process, _directory: directory }
@@ -83,6 +99,11 @@ impl FakeQemu {
 
     pub(crate) fn machine(&self) -> MutexGuard<'_, Machine> {
         self.machine.lock().unwrap()
+    }
+
+    /// Whether the process has ended.
+    pub(crate) fn has_ended(&mut self) -> bool {
+        self.process.try_wait().unwrap().is_some()
     }
 
     pub(crate) fn is_empty(&self) -> bool {
@@ -98,13 +119,26 @@ impl Drop for FakeQemu {
     }
 }
 
+/// Sends the same event until the client goes; answers get in between.
+fn flood(stream: &Arc<Mutex<UnixStream>>, machine: &Arc<Mutex<Machine>>) {
+    let (stream, machine) = (Arc::clone(stream), Arc::clone(machine));
+    std::thread::spawn(move || {
+        // Short ones: what the socket holds takes far longer to be read than to be written.
+        let events = "{\"event\":\"X\"}\n".repeat(50_000);
+        while stream.lock().unwrap().write_all(events.as_bytes()).is_ok() {
+            machine.lock().unwrap().floods += 1;
+        }
+    });
+}
+
 /// Serves a client until it goes or something goes wrong.
-fn serve(machine: &Mutex<Machine>, stream: &UnixStream) {
+fn serve(shared: &Arc<Mutex<Machine>>, stream: &UnixStream) {
+    let writer = Arc::new(Mutex::new(stream.try_clone().unwrap()));
     let send = |value: &Value| {
-        let mut stream = stream;
-        let _ = stream.write_all(format!("{value}\n").as_bytes());
+        let _ = writer.lock().unwrap().write_all(format!("{value}\n").as_bytes());
     };
     send(&json!({ "QMP": { "version": {}, "capabilities": [] } }));
+    let mut floods = false;
     let mut buffer = Vec::new();
     let mut received = Vec::new();
     loop {
@@ -112,7 +146,7 @@ fn serve(machine: &Mutex<Machine>, stream: &UnixStream) {
             let line: Vec<u8> = buffer.drain(..=end).collect();
             let request: Value = serde_json::from_slice(&line).unwrap();
             let command = request["execute"].as_str().unwrap();
-            let mut machine = machine.lock().unwrap();
+            let mut machine = shared.lock().unwrap();
             let fault = machine.take_fault();
             match fault {
                 Some(Fault::Refuse) => {
@@ -135,14 +169,17 @@ fn serve(machine: &Mutex<Machine>, stream: &UnixStream) {
                         send(&json!({ "event": "RTC_CHANGE", "data": { "offset": 1 } }));
                     }
                 }
+                Some(Fault::FloodForEver) => machine.is_flooding = true,
                 Some(Fault::Nonsense) => {
                     send(&json!({ "return": [[], "?"], "event": 7 }));
                     return;
                 }
                 Some(Fault::CloseAfter) | None => {}
             }
+            let (delay, is_flooding) = (machine.delay, machine.is_flooding);
             let (answer, deleted) = machine.carry_out(command, &request["arguments"], &mut received);
             drop(machine);
+            std::thread::sleep(delay);
             if fault == Some(Fault::CloseAfter) {
                 return;
             }
@@ -150,6 +187,10 @@ fn serve(machine: &Mutex<Machine>, stream: &UnixStream) {
                 send(&json!({ "event": "DEVICE_DELETED", "data": { "device": device, "path": "/x" } }));
             }
             send(&answer);
+            if is_flooding && !floods {
+                floods = true;
+                flood(&writer, shared);
+            }
         }
         if !receive(stream, &mut buffer, &mut received) {
             return;
@@ -187,13 +228,14 @@ impl Machine {
         arguments: &Value,
         received: &mut Vec<OwnedFd>,
     ) -> (Value, Vec<String>) {
+        self.asked += 1;
         let text = |key: &str| arguments[key].as_str().unwrap_or_default().to_owned();
         let refuse = |words: String| json!({ "error": { "class": "GenericError", "desc": words } });
         let mut deleted = Vec::new();
         let answer = match command {
             "device-list-properties" | "qmp_capabilities" | "remove-fd" | "stop" => json!({}),
             "qom-list-properties" => json!([{ "name": "readonly" }, { "name": "offset" }]),
-            "query-name" => json!({ "name": "fake" }),
+            "query-name" => json!({ "name": self.name }),
             "query-uuid" => json!({ "UUID": "00000000-0000-0000-0000-000000000000" }),
             "query-cpus-fast" => json!([{}]),
             "qom-list" => match text("path").as_str() {

@@ -8,7 +8,7 @@ pub(crate) mod qemu;
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -247,10 +247,37 @@ pub(crate) fn may_open(files: usize) -> bool {
     is_enough
 }
 
-/// Waits until something holds, at most 5 s.
+/// How long a test waits for what has to come: far longer than that takes on a machine with much else to do.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Makes a program of a test's own by a name that it may not have elsewhere. Never by writing it here: a thread that
+/// forks while a program is open for writing keeps it busy, and it cannot be executed.
+pub(crate) fn install(program: &Path, to: &Path) {
+    if std::fs::hard_link(program, to).is_err() {
+        let copied = std::process::Command::new("cp").arg(program).arg(to).status().unwrap();
+        assert!(copied.success(), "cannot copy {}", program.display());
+    }
+}
+
+/// Runs something on a thread of its own, and returns what it returns; fails where it does not return.
 #[track_caller]
-pub(crate) fn wait_for(what: &str, holds: impl Fn() -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(5);
+pub(crate) fn returns<T: Send + 'static>(what: &str, run: impl FnOnce() -> T + Send + 'static) -> T {
+    let (sender, receiver) = std::sync::mpsc::channel();
+    let thread = std::thread::spawn(move || sender.send(run()).unwrap());
+    match receiver.recv_timeout(PATIENCE) {
+        Ok(value) => {
+            thread.join().unwrap();
+            value
+        }
+        Err(_) if thread.is_finished() => panic!("{what} failed"),
+        Err(_) => panic!("still waiting: {what} does not return"),
+    }
+}
+
+/// Waits until something holds.
+#[track_caller]
+pub(crate) fn wait_for(what: &str, mut holds: impl FnMut() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
     while !holds() {
         assert!(Instant::now() < deadline, "still waiting: {what}");
         std::thread::sleep(Duration::from_millis(2));
@@ -271,7 +298,7 @@ impl Tool {
 
     pub(crate) fn accept(&self) -> ToolSession {
         let (mut stream, _) = self.listener.accept().unwrap();
-        stream.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
         let hello = VmHello::receive(&mut stream).unwrap();
         ToolHello::default().send(&mut stream).unwrap();
         ToolSession { stream, hello }
