@@ -212,6 +212,8 @@ struct State {
     cache: Cache,
     views: Views,
     events: Queue,
+    /// Connections that have ended.
+    lost: u64,
     last_request: u64,
     /// Requests under way, and their answers once they have come.
     waiting: HashMap<u64, Option<Result<Answer, Refusal>>>,
@@ -273,6 +275,7 @@ impl VmmLink {
             cache: Cache::default(),
             views: Views::default(),
             events: Queue::default(),
+            lost: 0,
             last_request: 0,
             waiting: HashMap::new(),
             stopped: false,
@@ -353,6 +356,18 @@ impl VmmLink {
             }
             _ => Err(RedeemError::Unavailable),
         }
+    }
+
+    /// As [`Self::redeem`], for a token that was pushed to this VM.
+    pub fn claim(&self, token: &Token) -> Option<Redeemed> {
+        let redeemed = self.shared.lock().cache.claim(Instant::now(), token)?;
+        self.shared.outbox.push(Call::Used { token: token.clone() });
+        Some(redeemed)
+    }
+
+    /// How many connections were lost: the numbers of grants, views and targets start anew with each.
+    pub fn connection(&self) -> u64 {
+        self.shared.lock().lost
     }
 
     /// Tells that this VM's RAM was reset, or that it is elsewhere in its files now. Whoever has a view of it is told.

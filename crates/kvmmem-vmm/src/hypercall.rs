@@ -2,6 +2,9 @@
 //! The introspector's hypercalls: decoded ([`codec`]), their arguments fetched ([`memory`]), carried out by the mapping
 //! engine and the windows ([`view`]). [`xen`] and [`port`] are the two ways in and out (`kvmmem_abi::hypercall`).
 //!
+//! A call that waits for the broker is executed again until the answer is there ([`deferred`], [`again`]): the guest sees
+//! one call that takes long, during which it serves interrupts.
+//!
 //! | result | when |
 //! |---|---|
 //! | 0 | done |
@@ -18,13 +21,16 @@
 //! Checks come in an order in which a token is not used up where the call cannot work: only the two that need the
 //! target, its holes and its identity, come behind it.
 
+mod again;
 mod codec;
+mod deferred;
 mod memory;
 mod port;
 mod view;
 mod xen;
 
 use std::sync::Arc;
+use std::task::Poll;
 
 use kvm_ioctls::VcpuFd;
 use kvmmem_abi::errno::KvmError;
@@ -35,9 +41,11 @@ pub(crate) use port::on_doorbell;
 pub(crate) use xen::on_xen_exit;
 
 use crate::limit::warn_limited;
-use crate::mapping::{MapError, MappingEngine, TokenSource};
+use crate::mapping::{Attached, MapError, MappingEngine, Redeemed, Token, TokenSource};
 use crate::window::Windows;
+use deferred::Deferred;
 use memory::VirtualMemory;
+use view::Opening;
 
 /// What an introspector's vCPUs share to serve hypercalls.
 pub(crate) struct Hypercalls {
@@ -45,6 +53,16 @@ pub(crate) struct Hypercalls {
     tokens: Option<Arc<dyn TokenSource>>,
     windows: Option<Arc<Windows>>,
     memory: GuestMemoryMmap,
+    redeemed: Deferred<Redeeming, Redeemed>,
+    attached: Deferred<Opening, Attached>,
+}
+
+/// What names a MAP that waits for the broker.
+#[derive(PartialEq)]
+struct Redeeming {
+    call: Hypercall,
+    token: Token,
+    connection: u64,
 }
 
 impl Hypercalls {
@@ -54,7 +72,8 @@ impl Hypercalls {
         windows: Option<Arc<Windows>>,
         memory: GuestMemoryMmap,
     ) -> Self {
-        Self { engine, tokens, windows, memory }
+        let (redeemed, attached) = (Deferred::new(), Deferred::new());
+        Self { engine, tokens, windows, memory, redeemed, attached }
     }
 
     /// Takes note that a guest wrote at `gpa`, where no memory takes writes; false when that is no business of windows.
@@ -62,41 +81,50 @@ impl Hypercalls {
         self.windows.as_ref().is_some_and(|windows| windows.refuse_write(gpa))
     }
 
-    /// Carries out a hypercall of `vcpu`, made at privilege level `cpl`; the result is 0 or a negative `KVM_Exxx`.
-    fn serve(&self, vcpu: &VcpuFd, cpl: u8, call: Hypercall) -> i64 {
-        let done = if cpl == 0 { self.dispatch(vcpu, call) } else { Err(KvmError::Perm) };
-        match done {
+    /// Carries out a hypercall of `vcpu`, made at privilege level `cpl`; the result is 0 or a negative `KVM_Exxx`. One
+    /// that is pending is to be made again.
+    fn serve(&self, vcpu: &VcpuFd, cpl: u8, call: Hypercall) -> Poll<i64> {
+        let done = if cpl == 0 { self.dispatch(vcpu, call) } else { Poll::Ready(Err(KvmError::Perm)) };
+        done.map(|done| match done {
             Ok(()) => 0,
             Err(error) => -i64::from(error.number()),
-        }
+        })
     }
 
-    fn dispatch(&self, vcpu: &VcpuFd, call: Hypercall) -> Result<(), KvmError> {
+    fn dispatch(&self, vcpu: &VcpuFd, call: Hypercall) -> Poll<Result<(), KvmError>> {
         let memory = VirtualMemory { translate: |gva| translate(vcpu, gva), memory: &self.memory };
         let done = match call {
             Hypercall::MemMap { token_gva, target_gpa, own_gpa } => {
                 let tokens = self.tokens.as_ref();
-                self.engine.map(
-                    own_gpa,
-                    target_gpa,
-                    || tokens.ok_or(KvmError::OpNotSupp)?.redeem(&memory.token(token_gva)?),
-                    |grant| tokens.is_none_or(|tokens| tokens.is_revoked(grant)),
-                )
+                let redeem = || {
+                    let tokens = tokens.ok_or(MapError::Token(KvmError::OpNotSupp))?;
+                    self.redeem(tokens, call, memory.token(token_gva).map_err(MapError::Token)?)
+                };
+                let is_revoked = |grant| tokens.is_none_or(|tokens| tokens.is_revoked(grant));
+                self.engine.map(own_gpa, target_gpa, redeem, is_revoked)
             }
             Hypercall::MemUnmap { own_gpa } => self.engine.unmap(own_gpa),
             Hypercall::Attach { request_gva, result_gva } => {
-                return view::attach(self.windows()?, &memory, request_gva, result_gva);
+                let (windows, tokens) = (self.windows()?, self.tokens.as_ref().ok_or(KvmError::OpNotSupp)?);
+                return view::attach(windows, &memory, (request_gva, result_gva), |opening| {
+                    view::open(&self.attached, tokens, opening)
+                });
             }
-            Hypercall::Detach { descriptor_gpa } => return view::detach(self.windows()?, descriptor_gpa),
+            Hypercall::Detach { descriptor_gpa } => {
+                return Poll::Ready(view::detach(self.windows()?, descriptor_gpa));
+            }
             Hypercall::Seek { descriptor_gpa, position_gva, what } => {
-                return view::seek(self.windows()?, &memory, descriptor_gpa, position_gva, what);
+                return Poll::Ready(view::seek(self.windows()?, &memory, descriptor_gpa, position_gva, what));
             }
             Hypercall::Unknown { number } => {
                 warn_limited!(number = format_args!("{number:#x}"), "unknown hypercall refused");
-                return Err(KvmError::NoSys);
+                return Poll::Ready(Err(KvmError::NoSys));
             }
         };
-        done.map_err(|error| {
+        if matches!(done, Err(MapError::Pending)) {
+            return Poll::Pending;
+        }
+        Poll::Ready(done.map_err(|error| {
             let number = error.number();
             match error {
                 MapError::Host(source) => warn_limited!(
@@ -106,7 +134,26 @@ impl Hypercalls {
                 error => warn_limited!(%error, "hypercall refused"),
             }
             number
-        })
+        }))
+    }
+
+    /// Uses a token up for the page that `call` names.
+    fn redeem(
+        &self,
+        tokens: &Arc<dyn TokenSource>,
+        call: Hypercall,
+        token: Token,
+    ) -> Result<Redeemed, MapError> {
+        if let Some(redeemed) = tokens.claim(&token) {
+            return Ok(redeemed);
+        }
+        let (tokens, connection) = (tokens.clone(), tokens.connection());
+        let key = Redeeming { call, token: token.clone(), connection };
+        // What was redeemed for nothing holds nothing at the broker.
+        match self.redeemed.fetch(key, move || tokens.redeem(&token), drop) {
+            Poll::Ready(redeemed) => redeemed.map_err(MapError::Token),
+            Poll::Pending => Err(MapError::Pending),
+        }
     }
 
     fn windows(&self) -> Result<&Windows, KvmError> {

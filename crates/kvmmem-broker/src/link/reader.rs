@@ -81,6 +81,7 @@ pub(super) fn run(shared: &Shared, mut connection: Connection) {
         state.cache.clear();
         state.views = Views::default();
         state.waiting.clear();
+        state.lost += 1;
         state.events.lost();
         drop(state);
         shared.changed.notify_all();

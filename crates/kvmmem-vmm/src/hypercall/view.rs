@@ -1,36 +1,80 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The hypercalls on views.
 
+use std::sync::Arc;
+use std::task::Poll;
+
 use kvmmem_abi::errno::KvmError;
 use kvmmem_abi::hypercall::{AttachRequest, AttachResult, SEEK_DATA, SEEK_HOLE};
 use kvmmem_abi::native::ATTACH_READ_ONLY;
-use kvmmem_broker::link::{Caller, Token};
+use kvmmem_broker::link::{Caller, Token, ViewCounters};
 use zeroize::Zeroizing;
 
+use super::deferred::Deferred;
 use super::memory::VirtualMemory;
 use crate::limit::warn_limited;
+use crate::mapping::{Attached, TokenSource};
 use crate::window::{Seek, WindowError, Windows};
 
 /// Length in bytes of the process's name in a request.
 const COMM_LEN: usize = 16;
 
+/// What names an ATTACH that waits for the broker.
+#[derive(Clone, PartialEq)]
+pub(super) struct Opening {
+    token: Token,
+    caller: Caller,
+    read_only: bool,
+    /// Where the caller wants the request and the result: those of two callers at once lie apart.
+    places: (u64, u64),
+    connection: u64,
+}
+
+/// Has the broker open a view; [`WindowError::Pending`] until it has answered.
+pub(super) fn open(
+    attached: &Deferred<Opening, Attached>,
+    tokens: &Arc<dyn TokenSource>,
+    mut opening: Opening,
+) -> Result<Attached, WindowError> {
+    opening.connection = tokens.connection();
+    let (key, connection) = (opening.clone(), opening.connection);
+    let (source, releasing) = (tokens.clone(), tokens.clone());
+    let work = move || source.attach(&opening.token, &opening.caller, opening.read_only);
+    let release = move |attached: Attached| {
+        // Another connection has other views by the same numbers, and has ended this one.
+        if releasing.connection() == connection {
+            releasing.detached(attached.view, ViewCounters::default());
+        }
+    };
+    match attached.fetch(key, work, release) {
+        Poll::Ready(attached) => attached.map_err(WindowError::Token),
+        Poll::Pending => Err(WindowError::Pending),
+    }
+}
+
 /// `KVM_HC_VIEW_ATTACH`. All of the guest's addresses are checked before the token is used.
 pub(super) fn attach<T: Fn(u64) -> Option<u64>>(
     windows: &Windows,
     memory: &VirtualMemory<'_, T>,
-    request_gva: u64,
-    result_gva: u64,
-) -> Result<(), KvmError> {
+    places: (u64, u64),
+    open: impl FnOnce(Opening) -> Result<Attached, WindowError>,
+) -> Poll<Result<(), KvmError>> {
+    let (request_gva, result_gva) = places;
     let mut bytes = Zeroizing::new([0; AttachRequest::SIZE]);
     memory.read(request_gva, bytes.as_mut_slice())?;
     memory.check(result_gva, AttachResult::SIZE)?;
     let (token, caller, flags) = decode(&bytes).ok_or(KvmError::Inval)?;
-    let result =
-        windows.attach(&token, &caller, flags & ATTACH_READ_ONLY != 0).map_err(|error| refuse(&error))?;
-    memory.write(result_gva, &encode(&result)).inspect_err(|_| {
+    let read_only = flags & ATTACH_READ_ONLY != 0;
+    let opening = Opening { token: token.clone(), caller, read_only, places, connection: 0 };
+    let result = match windows.attach(&token, read_only, || open(opening)) {
+        Ok(result) => result,
+        Err(WindowError::Pending) => return Poll::Pending,
+        Err(error) => return Poll::Ready(Err(refuse(&error))),
+    };
+    Poll::Ready(memory.write(result_gva, &encode(&result)).inspect_err(|_| {
         // The page tables have changed since: nobody would know of the view.
         let _ = windows.detach(result.descriptor_gpa);
-    })
+    }))
 }
 
 /// `KVM_HC_VIEW_DETACH`.

@@ -55,6 +55,15 @@ impl TokenSource for VmmLink {
         Ok(Redeemed { grant: redeemed.grant, target: redeemed.target, scope: redeemed.scope })
     }
 
+    fn claim(&self, token: &Token) -> Option<Redeemed> {
+        let redeemed = VmmLink::claim(self, token)?;
+        Some(Redeemed { grant: redeemed.grant, target: redeemed.target, scope: redeemed.scope })
+    }
+
+    fn connection(&self) -> u64 {
+        VmmLink::connection(self)
+    }
+
     fn is_revoked(&self, grant: u64) -> bool {
         VmmLink::is_revoked(self, grant)
     }

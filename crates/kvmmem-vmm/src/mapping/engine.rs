@@ -53,6 +53,9 @@ pub enum MapError {
         /// The limit.
         limit: usize,
     },
+    /// The answer on the token has not come yet: the call is to be made again.
+    #[error("the token is being redeemed")]
+    Pending,
     /// The token does not open a target.
     #[error("the token was refused ({})", .0.number())]
     Token(KvmError),
@@ -94,7 +97,7 @@ impl MapError {
             Self::Token(error) => *error,
             Self::TargetHole { .. } => KvmError::Fault,
             Self::Host(RamError::HugePages { .. }) => KvmError::OpNotSupp,
-            Self::Host(_) => KvmError::Again,
+            Self::Pending | Self::Host(_) => KvmError::Again,
         }
     }
 }
@@ -142,7 +145,7 @@ impl MappingEngine {
     /// Maps the target's page at `target_gpa` in the place of the machine's page at `own_gpa`, and gives the memory of
     /// the latter back to the host.
     ///
-    /// `redeem` is called once, and only after everything was checked that can be without it: a token is not used up
+    /// `redeem` is called at most once, and only after everything was checked that can be without it: a token is not used up
     /// by a call that could not have worked. `is_revoked` says whether a grant was taken back since: a revocation that it
     /// does not know of yet comes to [`MappingEngine::revoke`].
     ///
@@ -152,7 +155,7 @@ impl MappingEngine {
         &self,
         own_gpa: u64,
         target_gpa: u64,
-        redeem: impl FnOnce() -> Result<Redeemed, KvmError>,
+        redeem: impl FnOnce() -> Result<Redeemed, MapError>,
         is_revoked: impl FnOnce(u64) -> bool,
     ) -> Result<(), MapError> {
         if !self.ram.is_page(own_gpa) {
@@ -245,10 +248,10 @@ impl MappingEngine {
         &self,
         own_gpa: u64,
         target_gpa: u64,
-        redeem: impl FnOnce() -> Result<Redeemed, KvmError>,
+        redeem: impl FnOnce() -> Result<Redeemed, MapError>,
         is_revoked: impl FnOnce(u64) -> bool,
     ) -> Result<(), MapError> {
-        let Redeemed { grant, target, scope } = redeem().map_err(MapError::Token)?;
+        let Redeemed { grant, target, scope } = redeem()?;
         if scope.rights != Rights::ReadWrite {
             return Err(MapError::ReadOnly { grant });
         }

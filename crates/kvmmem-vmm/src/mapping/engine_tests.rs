@@ -105,7 +105,7 @@ fn a_page_that_waits_for_its_token_is_nobody_elses() {
 fn refusals_leave_the_page_free_and_as_it_was() {
     let (engine, target) = (engine(1), FakeTarget::new());
     write(&engine, 0x3000, 0xaa);
-    let unknown = engine.map(0x3000, 0x5000, || Err(KvmError::NoEnt), |_| false);
+    let unknown = engine.map(0x3000, 0x5000, || Err(MapError::Token(KvmError::NoEnt)), |_| false);
     assert!(matches!(unknown, Err(MapError::Token(KvmError::NoEnt))));
     let hole = engine.map(0x3000, HOLE, || Ok(redeemed(target.clone())), |_| false);
     assert!(matches!(hole, Err(MapError::TargetHole { gpa: HOLE })));
@@ -256,7 +256,7 @@ proptest! {
                 Step::Map { own: gpa, target: there, is_token_good } => {
                     let redeem = || match is_token_good {
                         true => Ok(redeemed(fake.clone())),
-                        false => Err(KvmError::NoEnt),
+                        false => Err(MapError::Token(KvmError::NoEnt)),
                     };
                     let done = engine.map(gpa, there, redeem, |_| false);
                     let good = is_page(gpa) && is_page(there) && there != HOLE && is_token_good

@@ -63,6 +63,16 @@ pub trait TokenSource: Send + Sync {
     /// [`KvmError::Perm`] when this machine may not use it, [`KvmError::OpNotSupp`] when nobody can map the target's RAM.
     fn redeem(&self, token: &Token) -> Result<Redeemed, KvmError>;
 
+    /// As [`TokenSource::redeem`], for a token that costs no wait; `None` where it would.
+    fn claim(&self, _token: &Token) -> Option<Redeemed> {
+        None
+    }
+
+    /// Which connection's numbers of grants and views count now.
+    fn connection(&self) -> u64 {
+        0
+    }
+
     /// Whether a grant was taken back since a token of it was redeemed.
     fn is_revoked(&self, grant: u64) -> bool;
 

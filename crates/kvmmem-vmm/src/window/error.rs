@@ -40,6 +40,9 @@ pub(crate) enum WindowError {
     /// All seats are taken.
     #[error("{MAX_VIEWS} views are open already, the most of one machine")]
     NoSeat,
+    /// The answer on the token has not come yet: the call is to be made again.
+    #[error("the view is being opened")]
+    Pending,
     /// The token does not open a view.
     #[error("the token was refused ({})", .0.number())]
     Token(KvmError),
@@ -92,7 +95,7 @@ impl WindowError {
             Self::Ended { .. } | Self::NoView { .. } | Self::NotFound { .. } => KvmError::NoEnt,
             Self::Closed { .. } => KvmError::Perm,
             Self::OwnMemory | Self::NotAView { .. } => KvmError::Inval,
-            Self::Examine(_) | Self::Show(_) | Self::Search(_) => KvmError::Again,
+            Self::Pending | Self::Examine(_) | Self::Show(_) | Self::Search(_) => KvmError::Again,
         }
     }
 }

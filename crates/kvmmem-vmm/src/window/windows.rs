@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvm_ioctls::{Cap, VmFd};
 use kvmmem_abi::hypercall::AttachResult;
-use kvmmem_broker::link::{Caller, Region, Rights, Token, ViewCounters};
+use kvmmem_broker::link::{Region, Rights, Token, ViewCounters};
 use kvmmem_sys::memslot::Memslot;
 use kvmmem_sys::window::{LARGE_PAGE, PoisonFile};
 use sha2::{Digest, Sha256};
@@ -79,29 +79,27 @@ impl Windows {
         Ok(Self { host, poison, worker, table, _pages: pages, start })
     }
 
-    /// Trades a token for a view and shows it.
+    /// Shows the view that `trade` gets for a token. `trade` is not called where no view could be shown.
     ///
     /// # Errors
     /// [`WindowError`]; no view is left open.
     pub(crate) fn attach(
         &self,
         token: &Token,
-        caller: &Caller,
         read_only: bool,
+        trade: impl FnOnce() -> Result<Attached, WindowError>,
     ) -> Result<AttachResult, WindowError> {
         let index = self.lock().take_seat().ok_or(WindowError::NoSeat)?;
-        let opened = self.host.source.attach(token, caller, read_only).map_err(WindowError::Token).and_then(
-            |mut attached| {
-                if read_only {
-                    attached.scope = attached.scope.at_most(Rights::ReadOnly);
-                }
-                let view = attached.view;
-                let mut table = self.lock();
-                self.open(&mut table, index, attached, digest(token)).inspect_err(|_| {
-                    self.host.source.detached(view, ViewCounters::default());
-                })
-            },
-        );
+        let opened = trade().and_then(|mut attached| {
+            if read_only {
+                attached.scope = attached.scope.at_most(Rights::ReadOnly);
+            }
+            let view = attached.view;
+            let mut table = self.lock();
+            self.open(&mut table, index, attached, digest(token)).inspect_err(|_| {
+                self.host.source.detached(view, ViewCounters::default());
+            })
+        });
         if opened.is_err() {
             self.lock().leave_seat(index);
         }

@@ -2,7 +2,7 @@
 //! What happens to bare guests' views without their doing.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use kvmmem_abi::errno::KvmError;
 use kvmmem_abi::hypercall::{ATTACH, DETACH, MEM_MAP, MEM_UNMAP, SEEK, SEEK_DATA};
@@ -12,18 +12,17 @@ use kvmmem_broker::link::{Rights, Scope};
 use kvmmem_vmm::mapping::{TargetMemory, Views};
 use kvmmem_vmm::{ResetPolicy, VmExit};
 
-use crate::fixture::{TOKEN, Target, has_windows, refused, run_with_broker, run_with_tokens, ways};
+use crate::fixture::{
+    TOKEN, Target, has_windows, refused, run_with_broker, run_with_tokens, wait_until, ways,
+};
 use crate::guest::Guest;
 use crate::tokens::OneToken;
 use crate::views::{Calls, DESCRIPTOR, FIRST, POSITION, REQUEST, RESULT, THERE, guest};
 
 /// Calls `event` on the machine's views once the guest has searched one.
 fn when_searched(tokens: &OneToken, event: impl FnOnce(&Views)) {
-    while tokens.state().told.is_empty() {
-        std::thread::sleep(Duration::from_millis(1));
-    }
-    // Long enough for the guest to be in the midst of its loop; if not, the loop ends at once.
-    std::thread::sleep(Duration::from_millis(20));
+    // The loop that the event ends is right behind the search.
+    wait_until(|| !tokens.state().told.is_empty());
     event(&tokens.views());
 }
 
@@ -254,7 +253,9 @@ fn what_the_broker_takes_back_ends_at_once_pages_included() {
                 let views = &grants.iter().find(|info| info.id == grant).unwrap().views;
                 views.iter().map(|view| view.counters.seeks).sum::<u64>()
             };
+            let deadline = Instant::now() + Duration::from_secs(60);
             while seeks(admin) == 0 {
+                assert!(Instant::now() < deadline, "the guest searches nothing");
                 std::thread::sleep(Duration::from_millis(1));
             }
             let revoked = admin.revoke(grant).unwrap();

@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use kvmmem_abi::errno::KvmError;
 use kvmmem_broker::admin::{Admin, GrantRequest, Granted};
@@ -238,15 +238,25 @@ pub(crate) fn values(serial: &Path) -> Vec<u64> {
     output.as_chunks::<8>().0.iter().map(|bytes| u64::from_le_bytes(*bytes)).collect()
 }
 
-/// Runs `guest` on two CPUs until it is stopped from outside, after `time`.
-pub(crate) fn run_stopped(guest: &Guest, time: Duration) -> VmExit {
+/// Waits until `is_so`; for so long that a machine that gets there does.
+pub(crate) fn wait_until(is_so: impl Fn() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while !is_so() {
+        assert!(Instant::now() < deadline, "waited for too long");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// Runs `guest` on two CPUs until it has reported something, and is stopped from outside.
+pub(crate) fn run_stopped(guest: &Guest) -> VmExit {
     let directory = tempfile::tempdir().unwrap();
+    let serial = directory.path().join("serial");
     let mut config = config(guest, directory.path());
     config.vcpus = 2;
     let control = Control::new();
     let stop = control.stop_handle();
     let stopper = std::thread::spawn(move || {
-        std::thread::sleep(time);
+        wait_until(|| !values(&serial).is_empty());
         stop.stop();
     });
     let exit = kvmmem_vmm::run(config, control).unwrap();

@@ -78,7 +78,12 @@ impl Guest {
 
     /// Makes a hypercall and reports the result, sign-extended.
     pub(crate) fn call(self, number: u64, arguments: [u64; 3]) -> Self {
-        let guest = self.ring(number, arguments);
+        self.call_and(number, arguments, |guest| guest)
+    }
+
+    /// As [`Guest::call`], with `body` between the call and the report, which leaves rax alone.
+    pub(crate) fn call_and(self, number: u64, arguments: [u64; 3], body: impl FnOnce(Self) -> Self) -> Self {
+        let guest = body(self.ring(number, arguments));
         match guest.way {
             // cdqe
             Way::Doorbell => guest.bytes(&[0x48, 0x98]).report_rax(),
@@ -217,6 +222,52 @@ impl Guest {
         // To all but this one: INIT, then the address to start at.
         let vector = u32::try_from(TRAMPOLINE >> 12).unwrap();
         guest.write_dword(LAPIC_COMMAND, 0xc4500).write_dword(LAPIC_COMMAND, 0xc4600 | vector)
+    }
+
+    /// Has a timer interrupt this CPU about every millisecond, at which it sends a byte to the serial port. Uses a page
+    /// at `scratch`.
+    pub(crate) fn start_timer(self, scratch: u64) -> Self {
+        const LAPIC: u64 = 0xfee0_0000;
+        const VECTOR: u32 = 0x40;
+        const PERIODIC: u32 = 1 << 17;
+        const CODE_SELECTOR: u64 = 0x10;
+        const INTERRUPT_GATE: u64 = 0x8e << 40;
+        let acknowledge = u32::try_from(LAPIC + 0xb0).unwrap();
+        // push rax, rdx, rbx; out dx, al; mov [acknowledge], edx
+        let mut handler = vec![0x50, 0x52, 0x53, 0xba];
+        handler.extend(SERIAL_PORT.to_le_bytes());
+        handler.extend([0xee, 0xbb]);
+        handler.extend(acknowledge.to_le_bytes());
+        // pop rbx, rdx, rax; iretq
+        handler.extend([0x89, 0x13, 0x5b, 0x5a, 0x58, 0x48, 0xcf]);
+        // jmp behind the handler
+        let guest = self.bytes(&[0xeb, u8::try_from(handler.len()).unwrap()]);
+        let entry = LOAD_ADDRESS + guest.code.len() as u64;
+        let gate = entry & 0xffff | CODE_SELECTOR << 16 | INTERRUPT_GATE | (entry >> 16 & 0xffff) << 48;
+        let at = scratch + 16 * u64::from(VECTOR);
+        guest
+            .bytes(&handler)
+            .write(at, gate)
+            .write(at + 8, 0)
+            // The descriptor for lidt: a limit of 16 bits, a base of 64.
+            .write(scratch + 0x800, scratch << 16 | 0x7ff)
+            .write(scratch + 0x808, scratch >> 48)
+            .load_rax(scratch + 0x800)
+            // lidt [rax]
+            .bytes(&[0x0f, 0x01, 0x18])
+            .write_dword(LAPIC + 0xf0, 0x1ff)
+            .write_dword(LAPIC + 0x3e0, 0xb)
+            .write_dword(LAPIC + 0x320, PERIODIC | VECTOR)
+            // KVM's timer counts nanoseconds.
+            .write_dword(LAPIC + 0x380, 1_000_000)
+            // sti
+            .bytes(&[0xfb])
+    }
+
+    /// Ends what [`Guest::start_timer`] began.
+    pub(crate) fn mask_interrupts(self) -> Self {
+        // cli
+        self.bytes(&[0xfa])
     }
 
     /// `mov eax, value; mov [gpa], eax`

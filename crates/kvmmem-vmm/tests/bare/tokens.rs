@@ -2,7 +2,7 @@
 //! A broker made of one token.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, MutexGuard, Weak};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, Weak};
 
 use kvmmem_abi::errno::KvmError;
 use kvmmem_broker::link::{Caller, Rights, Scope, ViewCounters};
@@ -14,6 +14,7 @@ use crate::fixture::{TOKEN, Target};
 pub(crate) struct OneToken {
     scope: Scope,
     state: Mutex<State>,
+    answers: Condvar,
 }
 
 #[derive(Default)]
@@ -27,12 +28,14 @@ pub(crate) struct State {
     pub(crate) told: Vec<(u64, ViewCounters, bool)>,
     /// What happens between the answer to ATTACH and its arrival in the table of views.
     pub(crate) ends_at_once: bool,
+    /// Whether the broker is asked in vain.
+    is_silent: bool,
 }
 
 impl OneToken {
     pub(crate) fn new(target: Arc<Target>, scope: Scope) -> Arc<Self> {
         let state = State { target: Some(target), ..State::default() };
-        Arc::new(Self { scope, state: Mutex::new(state) })
+        Arc::new(Self { scope, state: Mutex::new(state), answers: Condvar::new() })
     }
 
     pub(crate) fn state(&self) -> MutexGuard<'_, State> {
@@ -49,13 +52,26 @@ impl OneToken {
         self.state().views.upgrade().unwrap()
     }
 
+    /// Answers nothing until [`OneToken::speak`].
+    pub(crate) fn be_silent(&self) {
+        self.state().is_silent = true;
+    }
+
+    /// Answers what was asked.
+    pub(crate) fn speak(&self) {
+        self.state().is_silent = false;
+        self.answers.notify_all();
+    }
+
     fn use_token(&self, token: &Token) -> Result<(u64, Arc<Target>), KvmError> {
         let mut state = self.state();
         state.asked += 1;
+        let number = state.asked as u64;
+        state = self.answers.wait_while(state, |state| state.is_silent).unwrap();
         if token.to_bytes().as_slice() != TOKEN.map(u64::to_le_bytes).as_flattened() {
             return Err(KvmError::NoEnt);
         }
-        Ok((state.asked as u64, state.target.clone().unwrap()))
+        Ok((number, state.target.clone().unwrap()))
     }
 }
 
