@@ -6,6 +6,7 @@
 compile_error!("kvmmem is for x86-64 Linux alone");
 
 pub mod activation;
+pub mod cachestat;
 pub mod device;
 pub mod foreign;
 mod guarded;

@@ -114,7 +114,7 @@ impl Hypercalls {
                 return Poll::Ready(view::detach(self.windows()?, descriptor_gpa));
             }
             Hypercall::Seek { descriptor_gpa, position_gva, what } => {
-                return Poll::Ready(view::seek(self.windows()?, &memory, descriptor_gpa, position_gva, what));
+                return view::seek(self.windows()?, &memory, descriptor_gpa, position_gva, what);
             }
             Hypercall::Unknown { number } => {
                 warn_limited!(number = format_args!("{number:#x}"), "unknown hypercall refused");

@@ -22,5 +22,5 @@ pub use view::TakeError;
 
 pub(crate) use descriptors::MAX_VIEWS;
 pub(crate) use error::WindowError;
-pub(crate) use seek::Seek;
+pub(crate) use seek::{Progress, Seek};
 pub(crate) use windows::{Host, MAX_SLOTS_PER_VIEW, Windows};

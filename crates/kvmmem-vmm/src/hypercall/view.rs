@@ -14,7 +14,7 @@ use super::deferred::Deferred;
 use super::memory::VirtualMemory;
 use crate::limit::warn_limited;
 use crate::mapping::{Attached, TokenSource};
-use crate::window::{Seek, WindowError, Windows};
+use crate::window::{Progress, Seek, WindowError, Windows};
 
 /// Length in bytes of the process's name in a request.
 const COMM_LEN: usize = 16;
@@ -82,28 +82,35 @@ pub(super) fn detach(windows: &Windows, descriptor_gpa: u64) -> Result<(), KvmEr
     windows.detach(descriptor_gpa).map_err(|error| refuse(&error))
 }
 
-/// `KVM_HC_VIEW_SEEK`.
+/// `KVM_HC_VIEW_SEEK`. A long search is made in several calls, between which the vCPU serves interrupts.
 pub(super) fn seek<T: Fn(u64) -> Option<u64>>(
     windows: &Windows,
     memory: &VirtualMemory<'_, T>,
     descriptor_gpa: u64,
     position_gva: u64,
     what: u64,
-) -> Result<(), KvmError> {
+) -> Poll<Result<(), KvmError>> {
     let what = match what {
         SEEK_DATA => Seek::Data,
         SEEK_HOLE => Seek::Hole,
-        _ => return Err(KvmError::Inval),
+        _ => return Poll::Ready(Err(KvmError::Inval)),
     };
     let mut position = [0; 8];
     memory.read(position_gva, &mut position)?;
-    let found = match windows.seek(descriptor_gpa, u64::from_le_bytes(position), what) {
-        Ok(found) => found,
+    let progress = match windows.seek(descriptor_gpa, u64::from_le_bytes(position), what) {
+        Ok(progress) => progress,
         // How each search ends.
-        Err(error @ WindowError::NotFound { .. }) => return Err(error.number()),
-        Err(error) => return Err(refuse(&error)),
+        Err(error @ WindowError::NotFound { .. }) => return Poll::Ready(Err(error.number())),
+        Err(error) => return Poll::Ready(Err(refuse(&error))),
     };
-    memory.write(position_gva, &found.to_le_bytes())
+    match progress {
+        Progress::Found(gpa) => Poll::Ready(memory.write(position_gva, &gpa.to_le_bytes())),
+        // The call that is executed again starts there.
+        Progress::Until(gpa) => {
+            memory.write(position_gva, &gpa.to_le_bytes())?;
+            Poll::Pending
+        }
+    }
 }
 
 fn refuse(error: &WindowError) -> KvmError {
