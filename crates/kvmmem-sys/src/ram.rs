@@ -175,18 +175,12 @@ impl GuestRam {
         }
         let memory = GuestMemoryMmap::from_regions(mapped).map_err(|_| RamError::Layout)?;
         let ram = Self { file, memory, kept: OnceLock::new() };
-        ram.ask_for_large_pages();
-        Ok(ram)
-    }
-
-    /// Asks for transparent huge pages, which spare most of the guest's second-level faults and shorten the walks. Whether
-    /// there are any is the host's choice (`transparent_hugepage/shmem_enabled`), so a refusal is no error.
-    fn ask_for_large_pages(&self) {
-        for region in self.memory.iter() {
-            let Ok(len) = usize::try_from(region.len()) else { continue };
-            // SAFETY: the range is one that `region` owns, and this advice changes neither contents nor mappings.
-            let _ = unsafe { madvise(region.as_ptr().cast(), len, Advice::LinuxHugepage) };
+        for region in ram.memory.iter() {
+            if let Ok(len) = usize::try_from(region.len()) {
+                advise(region.as_ptr(), len);
+            }
         }
+        Ok(ram)
     }
 
     /// The mapped regions, for copying and volatile access.
@@ -267,7 +261,10 @@ impl GuestRam {
                 offset,
             )
         };
-        mapped.map(drop).map_err(|source| RamError::Replace { gpa, source: source.into() })
+        mapped.map_err(|source| RamError::Replace { gpa, source: source.into() })?;
+        // Also where the page is the machine's own again: mappings that are alike become one.
+        advise(address, PAGE_BYTES);
+        Ok(())
     }
 
     /// Maps the machine's own page at `gpa` back.
@@ -300,6 +297,19 @@ impl GuestRam {
     fn punch(&self, gpa: u64, bytes: u64) -> Result<(), RamError> {
         rustix::fs::fallocate(&self.file, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, gpa, bytes)
             .map_err(|source| RamError::Punch { gpa, bytes, source: source.into() })
+    }
+}
+
+/// Asks for transparent huge pages, which spare most of the guest's second-level faults and shorten the walks, and for no
+/// copy of a guest's memory in this process's core dump. The former are the host's choice
+/// (`transparent_hugepage/shmem_enabled`), and a machine without the latter runs as well, so refusals are no errors.
+///
+/// `start` and `len` are of a mapping of guest RAM: a whole region, or one page of it.
+fn advise(start: *mut u8, len: usize) {
+    for advice in [Advice::LinuxHugepage, Advice::LinuxDontDump] {
+        // SAFETY: neither advice changes what memory holds or which addresses are mapped, whatever the range is, so
+        // nothing that relies on either is affected.
+        let _ = unsafe { madvise(start.cast(), len, advice) };
     }
 }
 
@@ -352,6 +362,36 @@ mod tests {
         assert!(matches!(ram.replace_page(0x3001, other.fd(), 0), Err(RamError::NoPage { .. })));
         assert!(matches!(ram.replace_page(MIB, other.fd(), 0), Err(RamError::NoPage { .. })));
         assert!(matches!(ram.replace_page(0x3000, other.fd(), 1), Err(RamError::Replace { .. })));
+    }
+
+    /// The flags of the mapping that holds an address (`VmFlags` of proc(5)'s smaps).
+    fn flags(address: usize) -> String {
+        let maps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+        let mut is_it = false;
+        for line in maps.lines() {
+            let range = line.split(' ').next().and_then(|range| range.split_once('-'));
+            if let Some((start, end)) = range
+                && let (Ok(start), Ok(end)) =
+                    (usize::from_str_radix(start, 16), usize::from_str_radix(end, 16))
+            {
+                is_it = (start..end).contains(&address);
+            } else if let Some(flags) = line.strip_prefix("VmFlags:").filter(|_| is_it) {
+                return flags.to_owned();
+            }
+        }
+        panic!("{address:#x} is not mapped");
+    }
+
+    #[test]
+    fn no_guest_s_memory_gets_into_a_core_dump() {
+        let (ram, other) = (GuestRam::new(MIB).unwrap(), GuestRam::new(MIB).unwrap());
+        let start = ram.memory().iter().next().unwrap().as_ptr().addr();
+        let is_left_out = || flags(start + 0x3000).split(' ').any(|flag| flag == "dd");
+        assert!(is_left_out(), "own");
+        ram.replace_page(0x3000, other.fd(), 0x5000).unwrap();
+        assert!(is_left_out(), "replaced");
+        ram.restore_page(0x3000).unwrap();
+        assert!(is_left_out(), "restored");
     }
 
     #[test]
