@@ -181,13 +181,13 @@ impl Windows {
             let Some(mut view) = table.lift(index) else { continue };
             let regions = view.scope.regions(target.map());
             view.target = Some(target.clone());
-            let (behind, paused) = match view.retire(&regions) {
-                [] => (Vec::new(), None),
-                retired => {
-                    let paused = self.pause();
-                    (self.poison(retired.iter_mut(), paused.is_some()), paused)
-                }
-            };
+            let retired = view.retire(&regions);
+            let paused = if retired.is_empty() { None } else { self.pause() };
+            if paused.is_none() && !retired.is_empty() {
+                // Who copies out of a range that is about to be poison must find a new generation behind the copy.
+                table.describe_lifted(index, &view);
+            }
+            let behind = self.poison(view.poisoned.iter_mut().skip(retired.start), paused.is_some());
             self.show_more(&mut table, &mut view, &**target, &regions);
             table.open(index, view);
             drop(paused);

@@ -55,6 +55,12 @@ impl Table {
         }
     }
 
+    /// Writes the descriptor page of a view that is off its seat, under the next generation.
+    pub(super) fn describe_lifted(&mut self, index: usize, view: &View) {
+        let (content, ranges) = view.describe();
+        self.descriptors.write(index, &content, &ranges);
+    }
+
     /// Takes a view off its seat for a change; [`Table::open`] puts it back.
     pub(super) fn lift(&mut self, index: usize) -> Option<View> {
         let seat = self.seats.get_mut(index).filter(|seat| matches!(seat, Seat::Open(_)))?;

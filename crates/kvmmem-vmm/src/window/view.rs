@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! One view: its ranges, the memory slots that show them, and what becomes of these when its right ends.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use kvm_ioctls::VmFd;
@@ -169,8 +170,9 @@ impl View {
         self.shown.iter().any(|shown| shown.region == *region)
     }
 
-    /// Takes the ranges that are none of `regions` off the list, and returns their slots, which need poison.
-    pub(super) fn retire(&mut self, regions: &[Region]) -> &mut [Memslot] {
+    /// Takes the ranges that are none of `regions` off the list, and returns which of the poisoned slots are theirs: they
+    /// need poison.
+    pub(super) fn retire(&mut self, regions: &[Region]) -> Range<usize> {
         let first = self.poisoned.len();
         for shown in std::mem::take(&mut self.shown) {
             match regions.contains(&shown.region) {
@@ -178,7 +180,7 @@ impl View {
                 false => self.poisoned.push(shown.slot),
             }
         }
-        self.poisoned.get_mut(first..).unwrap_or_default()
+        first..self.poisoned.len()
     }
 }
 
