@@ -244,8 +244,9 @@ impl Foreign {
     /// As [`Foreign::read`].
     pub fn write(&self, offset: u64, bytes: &[u8]) -> Result<(), ForeignError> {
         let at = self.check_write(offset, bytes.len())?;
-        // SAFETY: as in `read`; the mapping is writable, as checked above, and no reference into it exists that a
-        // write could break.
+        // SAFETY: the range lies within this object's mapping, which is writable, both as checked above, and stays until this
+        // object is dropped; no reference into it exists that a write could break. `bytes` is valid for reads, and `check`
+        // has prepared the thread.
         let left = unsafe { guarded::store(self.pointer(at), bytes.as_ptr(), bytes.len()) };
         copied(offset, bytes.len(), left)
     }
@@ -256,7 +257,8 @@ impl Foreign {
     /// [`ForeignError`].
     pub fn read_word<W: Word>(&self, offset: u64) -> Result<W, ForeignError> {
         let at = self.check_word::<W>(offset, self.check(offset, W::SIZE)?)?;
-        // SAFETY: as in `read`, and the word is aligned: its offset by the line above, the mapping to pages.
+        // SAFETY: the word lies within this object's mapping and is aligned, as checked above and because the mapping is
+        // aligned to pages; it is readable and stays until this object is dropped. `check` has prepared the thread.
         unsafe { guarded::load_word(self.pointer(at)) }.ok_or(ForeignError::Lost { offset })
     }
 
@@ -266,7 +268,9 @@ impl Foreign {
     /// [`ForeignError`].
     pub fn write_word<W: Word>(&self, offset: u64, word: W) -> Result<(), ForeignError> {
         let at = self.check_word::<W>(offset, self.check_write(offset, W::SIZE)?)?;
-        // SAFETY: as in `read_word` and `write`.
+        // SAFETY: the word lies within this object's mapping and is aligned, as checked above and because the mapping is
+        // aligned to pages; it is writable, as checked above, and stays until this object is dropped. No reference into it
+        // exists that a write could break. `check` has prepared the thread.
         unsafe { guarded::store_word(self.pointer(at), word) }.ok_or(ForeignError::Lost { offset })
     }
 

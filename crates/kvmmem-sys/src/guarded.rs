@@ -62,7 +62,8 @@ unsafe extern "sysv64" {
 /// `from` to `from + len` lies within a mapping that stays in place during the call (what it maps may change) and that
 /// may be read or raises SIGBUS; `to` to `to + len` is valid for writes. [`prepare`] has returned on this thread.
 pub(crate) unsafe fn load(to: *mut u8, from: *const u8, len: usize) -> usize {
-    // SAFETY: as the caller's, which says the same of both routines.
+    // SAFETY: both routines load from `from` and write to `to` and nothing else; the caller has said that both may be, up
+    // to `len`, and that the thread is prepared for SIGBUS.
     unsafe { copy(kvmmem_guarded_load_blocks, kvmmem_guarded_load_bytes, to, from, len) }
 }
 
@@ -71,7 +72,8 @@ pub(crate) unsafe fn load(to: *mut u8, from: *const u8, len: usize) -> usize {
 /// # Safety
 /// As [`load`], with `to` and `from` the other way round; the mapping may be written or raises SIGBUS.
 pub(crate) unsafe fn store(to: *mut u8, from: *const u8, len: usize) -> usize {
-    // SAFETY: as the caller's, which says the same of both routines.
+    // SAFETY: both routines read from `from` and store to `to` and nothing else; the caller has said that both may be, up
+    // to `len`, and that the thread is prepared for SIGBUS.
     unsafe { copy(kvmmem_guarded_store_blocks, kvmmem_guarded_store_bytes, to, from, len) }
 }
 
@@ -86,7 +88,7 @@ unsafe fn copy(blocks: Copy, bytes: Copy, to: *mut u8, from: *const u8, len: usi
         return 0;
     }
     // What follows a block that stopped is copied byte by byte, up to the very byte that is missing.
-    // SAFETY: as before, with what is left of the same stretch.
+    // SAFETY: by this function's contract for the stretch from `from`: `done` is at most `len`, so the rest is a part of it.
     unsafe { bytes(to.wrapping_add(done), from.wrapping_add(done), len - done) }
 }
 

@@ -193,20 +193,24 @@ impl Page {
 
     fn store_byte(&self, offset: usize, value: u8) {
         assert!(offset < PAGE_SIZE);
-        // SAFETY: as in `load_byte`; the page is writable, and no reference into it exists that a write could break.
+        // SAFETY: in the page by the line above, and the page is mapped and writable by the invariant. `Page` is not
+        // `Sync`, so no other thread of this process accesses it, and no reference into it exists that a write could break.
         unsafe { self.pointer(offset).write_volatile(value) }
     }
 
     fn load_word(&self, offset: usize) -> u64 {
         assert!(offset <= PAGE_SIZE - 8 && offset.is_multiple_of(8));
-        // SAFETY: as in `load_byte`; the word lies in the page as a whole, and is aligned, by the line above and
-        // because the page is.
+        // SAFETY: the word lies in the page as a whole, and is aligned, by the line above and because the page is, which is
+        // mapped and readable by the invariant. Bytes of any value are a u64. `Page` is not `Sync`, so no other thread of
+        // this process accesses it; writers in the other virtual machine are outside of the program.
         unsafe { self.pointer(offset).cast::<u64>().read_volatile() }
     }
 
     fn store_word(&self, offset: usize, value: u64) {
         assert!(offset <= PAGE_SIZE - 8 && offset.is_multiple_of(8));
-        // SAFETY: as in `load_word` and `store_byte`.
+        // SAFETY: the word lies in the page as a whole, and is aligned, by the line above and because the page is, which is
+        // mapped and writable by the invariant. `Page` is not `Sync`, so no other thread of this process accesses it, and
+        // no reference into it exists that a write could break.
         unsafe { self.pointer(offset).cast::<u64>().write_volatile(value) }
     }
 }

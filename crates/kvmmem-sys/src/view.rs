@@ -98,7 +98,8 @@ impl ViewFile {
     /// # Errors
     /// The driver's errno (docs/abi.md).
     pub fn stats(&self) -> Result<Stats, Errno> {
-        // SAFETY: as in `info`, with 64 bytes.
+        // SAFETY: the number says that 64 bytes are written to the pointer, and `Getter` passes one to a structure of that
+        // size, for which any bytes are valid.
         unsafe { ioctl(&self.file, Getter::<{ STATS }, Stats>::new()) }
     }
 }

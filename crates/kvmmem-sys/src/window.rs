@@ -114,7 +114,8 @@ pub struct GuestMapping {
 // SAFETY: the mapping belongs to the process, not to a thread, and the only methods that touch its contents or replace
 // it take `&mut self`.
 unsafe impl Send for GuestMapping {}
-// SAFETY: as above; `&self` gives out numbers alone.
+// SAFETY: the methods that take `&self` return its numbers or advise on its range, which is the process's and whose
+// contents they do not touch: they may be called from any threads at once.
 unsafe impl Sync for GuestMapping {}
 
 impl GuestMapping {
@@ -187,7 +188,8 @@ impl GuestMapping {
         let mut done = 0;
         while done < self.mapped {
             let len = chunk.min(self.mapped - done);
-            // SAFETY: `done + len` is at most `self.mapped`, so the part lies within this mapping; as above.
+            // SAFETY: `done + len` is at most `self.mapped`, so the part lies within this mapping, and MAP_FIXED replaces
+            // nothing else; no reference to its contents exists.
             unsafe {
                 mmap(
                     self.start.as_ptr().wrapping_byte_add(done),

@@ -66,7 +66,8 @@ pub fn hypercall(vcpu: &mut VcpuFd) -> Option<XenHypercall> {
     if xen.type_ != KVM_EXIT_XEN_HCALL {
         return None;
     }
-    // SAFETY: as above; the union has this member alone.
+    // SAFETY: this union has one member, plain integers that are valid for any bytes; type and exit reason say that KVM
+    // filled it.
     let call = unsafe { xen.u.hcall };
     Some(XenHypercall { cpl: call.cpl, long_mode: call.longmode != 0 })
 }

@@ -10,6 +10,7 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use kvmmem_abi::cpuid::DOORBELL_PORT;
+use kvmmem_sys::pio::PortData;
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
 use crate::boot::{STACK_TOP, boot_sregs};
@@ -45,6 +46,14 @@ pub enum VcpuError {
     /// The thread could not be started.
     #[error("cannot start the thread of vCPU {id}")]
     Thread {
+        /// The vCPU.
+        id: u8,
+        /// Why.
+        source: io::Error,
+    },
+    /// What it reads from ports could not be mapped.
+    #[error("cannot map the port data of vCPU {id}")]
+    PortData {
         /// The vCPU.
         id: u8,
         /// Why.
@@ -208,23 +217,24 @@ pub(crate) fn install_kick_handler() -> io::Result<()> {
 
 /// Runs the guest until the generation ends.
 fn run(id: u8, vcpu: &mut VcpuFd, shared: &Shared) -> Result<(), VcpuError> {
+    let data = PortData::map(vcpu).map_err(|source| VcpuError::PortData { id, source })?;
     while !shared.stop.is_ending() {
-        run_once(id, vcpu, shared)?;
+        run_once(id, vcpu, &data, shared)?;
     }
     Ok(())
 }
 
 /// One entry into the guest and the exit from it.
-fn run_once(id: u8, vcpu: &mut VcpuFd, shared: &Shared) -> Result<(), VcpuError> {
+fn run_once(id: u8, vcpu: &mut VcpuFd, data: &PortData, shared: &Shared) -> Result<(), VcpuError> {
     let registers = |source| VcpuError::Registers { id, source };
     let inside = shared.gate.enter(id);
     let exit = vcpu.run();
     drop(inside);
     match exit {
-        Ok(VcpuExit::IoIn(DOORBELL_PORT, data)) => {
-            data.fill(0xff);
-            if let (4, Some((ActiveWay::Port, hypercalls))) = (data.len(), &shared.hypercalls) {
-                on_doorbell(vcpu, hypercalls).map_err(registers)?;
+        Ok(VcpuExit::IoIn(DOORBELL_PORT, answer)) => {
+            answer.fill(0xff);
+            if let (4, Some((ActiveWay::Port, hypercalls))) = (answer.len(), &shared.hypercalls) {
+                on_doorbell(vcpu, data, hypercalls).map_err(registers)?;
             }
         }
         Ok(VcpuExit::IoIn(port, data)) => shared.ports.read(port.into(), data),

@@ -5,6 +5,8 @@ use std::task::Poll;
 
 use kvm_ioctls::VcpuFd;
 
+use kvmmem_sys::pio::PortData;
+
 use super::again::execute_again;
 use super::{Hypercalls, Registers, Width};
 
@@ -13,7 +15,11 @@ use super::{Hypercalls, Registers, Width};
 ///
 /// # Errors
 /// What KVM reports when the registers cannot be read or set.
-pub(crate) fn on_doorbell(vcpu: &mut VcpuFd, hypercalls: &Hypercalls) -> Result<bool, kvm_ioctls::Error> {
+pub(crate) fn on_doorbell(
+    vcpu: &mut VcpuFd,
+    data: &PortData,
+    hypercalls: &Hypercalls,
+) -> Result<bool, kvm_ioctls::Error> {
     let regs = vcpu.get_regs()?;
     let sregs = vcpu.get_sregs()?;
     let width = if sregs.cs.l != 0 { Width::Long } else { Width::Legacy };
@@ -25,5 +31,5 @@ pub(crate) fn on_doorbell(vcpu: &mut VcpuFd, hypercalls: &Hypercalls) -> Result<
     };
     // Results lie within -1000 to 0: the low half carries all of them.
     let eax = u32::try_from(result.cast_unsigned() & 0xffff_ffff).unwrap_or(u32::MAX);
-    Ok(kvmmem_sys::pio::answer_dword(vcpu, eax))
+    Ok(data.answer_dword(vcpu, eax))
 }

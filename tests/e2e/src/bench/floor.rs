@@ -8,7 +8,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd};
 use kvmmem_sys::ram::GuestRam;
-use kvmmem_sys::{pio, xen};
+use kvmmem_sys::xen;
 
 /// Where the guest's code is.
 const CODE: u64 = 0x1000;
@@ -65,9 +65,7 @@ pub(crate) fn cycles(times: usize) -> Result<Vec<u64>> {
 fn next_call(vcpu: &mut VcpuFd, by_hypercall: bool) -> Result<()> {
     match vcpu.run().context("cannot run the bare guest")? {
         VcpuExit::Unsupported(xen::EXIT_REASON) if by_hypercall => xen::set_result(vcpu, 0),
-        VcpuExit::IoIn(PORT, _) if !by_hypercall => {
-            pio::answer_dword(vcpu, 0);
-        }
+        VcpuExit::IoIn(PORT, answer) if !by_hypercall => answer.fill(0),
         exit => bail!("the bare guest stopped at {exit:?}"),
     }
     Ok(())
