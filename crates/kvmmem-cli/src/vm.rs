@@ -68,6 +68,9 @@ pub(crate) struct Arguments {
     /// Offer v1 (single pages) only: no views, and no windows of guest-physical memory
     #[arg(long, requires = "introspector")]
     no_window: bool,
+    /// Keep rights that the machine does not need: for debugging, or where the sandbox is in the way
+    #[arg(long)]
+    no_sandbox: bool,
     /// What a reset by the guest does
     #[arg(long, value_enum, default_value_t = Reset::Restart)]
     reset: Reset,
@@ -158,6 +161,7 @@ impl Arguments {
                 Reset::Restart => ResetPolicy::Restart,
                 Reset::Exit => ResetPolicy::Exit,
             },
+            sandbox: !self.no_sandbox,
         })
     }
 }

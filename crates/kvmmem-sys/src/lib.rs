@@ -16,6 +16,7 @@ pub mod page;
 pub mod pio;
 pub mod ram;
 pub mod socket;
+pub mod trap;
 pub mod view;
 pub mod window;
 pub mod xen;

@@ -39,6 +39,9 @@ pub struct VmConfig {
     pub window: bool,
     /// What a reset by the guest does.
     pub reset: ResetPolicy,
+    /// Whether the process gives up all rights that the machine does not need, for good: the calling thread, all threads
+    /// that it starts, and, as to system calls, all threads there are.
+    pub sandbox: bool,
 }
 
 /// The most vCPUs a machine can have: APIC ids stay below 255 and one byte wide.

@@ -4,7 +4,8 @@
 //!
 //! [`run`] takes a [`VmConfig`] through its life: RAM ([`kvmmem_sys::ram`]), kernel and firmware tables (`boot`),
 //! devices (`devices`), one thread per vCPU (`vcpu`), hypercalls (`hypercall`), the pages they map ([`mapping`]) and the
-//! windows they open (`window`).
+//! windows they open (`window`). A VMM holds the memory of whole targets, so it gives up what it does not need
+//! (`sandbox`).
 #![deny(unsafe_code)]
 
 mod boot;
@@ -19,6 +20,7 @@ mod hypercall;
 mod limit;
 pub mod mapping;
 mod platform;
+mod sandbox;
 mod signals;
 mod status;
 mod vcpu;

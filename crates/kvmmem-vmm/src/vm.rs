@@ -24,6 +24,7 @@ use crate::gate::Gate;
 use crate::hypercall::Hypercalls;
 use crate::mapping::{MappingEngine, TokenSource, identity, mapping_limit, regions, register};
 use crate::platform::{Devices, can_window, create_vm, zap_single_slots};
+use crate::sandbox;
 use crate::signals::Signals;
 use crate::status::{ActiveWay, VmStatus, uuid_text};
 use crate::vcpu::{self, BootState, Shared, VcpuThread};
@@ -118,6 +119,11 @@ impl Machine {
         let kvm = Kvm::new().map_err(VmmError::OpenKvm)?;
         let ram = Arc::new(GuestRam::new(config.memory_bytes)?);
         let output = ConsoleOutput::open(&config.serial, control.stop_handle()).map_err(VmmError::Serial)?;
+        let limit = mapping_limit();
+        // Before any thread is started: Landlock binds those that are started later.
+        if config.sandbox {
+            sandbox::enter(&config);
+        }
         let link = match &config.broker {
             None => None,
             Some(path) => {
@@ -134,7 +140,7 @@ impl Machine {
         let introspection = match config.introspector {
             false => None,
             true => {
-                let engine = MappingEngine::new(ram.clone(), mapping_limit())
+                let engine = MappingEngine::new(ram.clone(), limit)
                     .map_err(|source| VmmError::Host { what: "the mapping engine", source })?;
                 let engine = Arc::new(engine);
                 let views = Arc::new(Views::new(engine.clone(), control.stop_handle()));

@@ -9,6 +9,8 @@ mod events;
 mod fixture;
 #[path = "bare/guest.rs"]
 mod guest;
+#[path = "bare/sandbox.rs"]
+mod sandbox;
 #[path = "bare/tokens.rs"]
 mod tokens;
 #[path = "bare/views.rs"]

@@ -35,6 +35,7 @@ fn config(kernel: &Path, initrd: Option<&Path>, cmdline: &str) -> VmConfig {
         window: true,
         hypercalls: HypercallWay::Auto,
         reset: ResetPolicy::Exit,
+        sandbox: false,
     }
 }
 

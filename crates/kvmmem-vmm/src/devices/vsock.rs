@@ -14,6 +14,9 @@ use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 use super::virtio::{ActivateError, Activation, F_VERSION_1, VirtioDevice};
 use crate::limit::warn_limited;
 
+/// What the backend opens.
+pub(crate) const DEVICE: &str = "/dev/vhost-vsock";
+
 type Backend = VhostVsockBackend<Arc<GuestMemoryMmap>>;
 
 const QUEUE_SIZE: u16 = 256;

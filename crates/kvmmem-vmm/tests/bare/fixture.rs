@@ -3,7 +3,7 @@
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -188,6 +188,19 @@ pub(crate) fn run_with_broker(
     make: impl FnOnce([u64; 4]) -> Guest,
     meanwhile: impl FnOnce(&mut Admin, u64) + Send,
 ) -> Outcome {
+    let run = |config| kvmmem_vmm::run(config, Control::new()).unwrap();
+    let (exit, values) = launch_with_broker(target, uses, make, meanwhile, run);
+    Outcome { exit, values, events: Vec::new(), asked: 1 }
+}
+
+/// As [`run_with_broker`], with a machine that `launch` runs; returns what that returns, and what the guest reported.
+pub(crate) fn launch_with_broker<T>(
+    target: &Target,
+    uses: u32,
+    make: impl FnOnce([u64; 4]) -> Guest,
+    meanwhile: impl FnOnce(&mut Admin, u64) + Send,
+    launch: impl FnOnce(VmConfig) -> T,
+) -> (T, Vec<u64>) {
     const NAME: &str = "target";
     let directory = tempfile::tempdir().unwrap();
     let socket = directory.path().join("broker");
@@ -223,13 +236,13 @@ pub(crate) fn run_with_broker(
     let mut config = config(&make(token.words()), directory.path());
     config.broker = Some(socket);
     let serial = directory.path().join("serial");
-    let exit = std::thread::scope(|scope| {
+    let launched = std::thread::scope(|scope| {
         scope.spawn(|| meanwhile(&mut admin, grant));
-        kvmmem_vmm::run(config, Control::new()).unwrap()
+        launch(config)
     });
     drop((admin, link, stop));
     serving.join().unwrap().unwrap();
-    Outcome { exit, values: values(&serial), events: Vec::new(), asked: 1 }
+    (launched, values(&serial))
 }
 
 /// What the guest reported.
@@ -268,6 +281,11 @@ pub(crate) fn run_stopped(guest: &Guest) -> VmExit {
 pub(crate) fn config(guest: &Guest, directory: &Path) -> VmConfig {
     let kernel = directory.join("guest.elf");
     guest.write_elf(&kernel);
+    config_of(kernel, guest.way(), directory)
+}
+
+/// An introspector that runs `kernel`.
+pub(crate) fn config_of(kernel: PathBuf, way: Way, directory: &Path) -> VmConfig {
     VmConfig {
         kernel,
         initrd: None,
@@ -282,11 +300,13 @@ pub(crate) fn config(guest: &Guest, directory: &Path) -> VmConfig {
         broker: None,
         introspectable: false,
         introspector: true,
-        hypercalls: match guest.way() {
+        hypercalls: match way {
             Way::Doorbell => HypercallWay::Port,
             Way::Vmmcall => HypercallWay::Xen,
         },
         window: true,
         reset: ResetPolicy::Exit,
+        // It would bind the other tests of this process.
+        sandbox: false,
     }
 }

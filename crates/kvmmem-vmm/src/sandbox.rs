@@ -1,0 +1,84 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! What the process of a machine gives up before it runs the guest. It maps the memory of whole targets: whoever breaks
+//! out of the guest into it should reach nothing else.
+//!
+//! - no_new_privs: no program that it executes gains rights.
+//! - Landlock: of the file system it opens what a reset opens again, and no TCP port.
+//! - seccomp: system calls that no machine needs end the process ([`filter`]), with the call's number on standard error.
+//!
+//! What this host's kernel does not have is left out, with a warning: a machine that runs with less is better than none.
+
+mod filter;
+
+use std::fs;
+use std::os::unix::fs::FileTypeExt;
+use std::path::{Path, PathBuf};
+
+use landlock::{
+    ABI, Access, AccessFs, AccessNet, BitFlags, Ruleset, RulesetAttr, RulesetCreatedAttr, RulesetError,
+    RulesetStatus, path_beneath_rules,
+};
+
+use crate::config::VmConfig;
+use crate::devices::vsock;
+
+/// What of Landlock is used, where the kernel has it. Later ones restrict connections to unix sockets, such as the
+/// broker's.
+const LANDLOCK: ABI = ABI::V6;
+
+/// Gives up what a machine of this configuration does not need. For this thread and those that it starts; the filter of
+/// system calls is for the whole process.
+pub(crate) fn enter(config: &VmConfig) {
+    match restrict_files(config) {
+        Ok(RulesetStatus::NotEnforced) => {
+            tracing::warn!("this host's kernel has no Landlock: the sandbox does not restrict files");
+        }
+        Ok(_) => {}
+        Err(error) => {
+            tracing::warn!(
+                error = &error as &dyn std::error::Error,
+                "Landlock failed: the sandbox does not restrict files"
+            );
+        }
+    }
+    // Also sets no_new_privs, where Landlock has not.
+    if let Err(error) = filter::install() {
+        tracing::warn!(
+            error = &error as &dyn std::error::Error,
+            "seccomp failed: the sandbox does not restrict system calls"
+        );
+    }
+}
+
+fn restrict_files(config: &VmConfig) -> Result<RulesetStatus, RulesetError> {
+    let mut rules = Ruleset::default()
+        .handle_access(AccessFs::from_all(LANDLOCK))?
+        .handle_access(AccessNet::from_all(LANDLOCK))?
+        .create()?;
+    for (place, access) in places(config) {
+        rules = rules.add_rules(path_beneath_rules([place], access))?;
+    }
+    Ok(rules.restrict_self()?.ruleset)
+}
+
+/// What a reset opens again, and how.
+fn places(config: &VmConfig) -> Vec<(PathBuf, BitFlags<AccessFs>)> {
+    let read: BitFlags<AccessFs> = AccessFs::ReadFile.into();
+    let write = read | AccessFs::WriteFile | AccessFs::IoctlDev;
+    let images = std::iter::once(&config.kernel).chain(&config.initrd).map(|path| (place(path), read));
+    let disks =
+        config.disks.iter().map(|disk| (place(&disk.path), if disk.read_only { read } else { write }));
+    let vsock = config.cid.map(|_| (PathBuf::from(vsock::DEVICE), write));
+    images.chain(disks).chain(vsock).collect()
+}
+
+/// Where a file can be opened again: its folder, for an update may put another file in its place; a device is itself.
+fn place(path: &Path) -> PathBuf {
+    let path = fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
+    let is_device = fs::metadata(&path)
+        .is_ok_and(|file| file.file_type().is_block_device() || file.file_type().is_char_device());
+    match path.parent() {
+        Some(folder) if !is_device => folder.to_owned(),
+        _ => path,
+    }
+}

@@ -1,0 +1,128 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! A machine whose process has given up what it does not need. It runs in a process of its own: this very program, which
+//! is told by its environment to be that.
+
+use std::fs::File;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use std::time::{Duration, Instant};
+
+use kvmmem_abi::hypercall::{MEM_MAP, MEM_UNMAP, SEEK, SEEK_DATA};
+use kvmmem_abi::native::{RIGHT_READ, RIGHT_WRITE, STATE_OPEN, STATE_REVOKED};
+use kvmmem_broker::admin::Admin;
+use kvmmem_vmm::{Control, ResetPolicy, VmExit};
+use landlock::{AccessFs, CompatLevel, Compatible, Ruleset, RulesetAttr};
+
+use crate::fixture::{Target, config_of, has_windows, launch_with_broker, ways};
+use crate::guest::{Guest, Way};
+use crate::views::{Calls, DESCRIPTOR, FIRST, POSITION, REQUEST, THERE, guest};
+
+/// Where the machine's files are, for the process that runs it; and by which way its guest calls.
+const DIRECTORY: &str = "KVMMEM_TEST_SANDBOX_DIRECTORY";
+const WAY: &str = "KVMMEM_TEST_SANDBOX_WAY";
+
+/// What that process does last.
+const LAST: &str = "KVMMEM_TEST_SANDBOX_LAST";
+
+/// Not a test, but the process that [`launch`] starts.
+#[test]
+fn child() {
+    let Some(directory) = std::env::var_os(DIRECTORY).map(PathBuf::from) else { return };
+    let way = if std::env::var_os(WAY).is_some() { Way::Vmmcall } else { Way::Doorbell };
+    let mut config = config_of(directory.join("guest.elf"), way, &directory);
+    config.broker = Some(directory.join("broker"));
+    config.vcpus = 2;
+    config.reset = ResetPolicy::Restart;
+    config.sandbox = true;
+    let own = std::env::current_exe().unwrap();
+    assert_eq!(kvmmem_vmm::run(config, Control::new()).unwrap(), VmExit::PowerOff);
+    match std::env::var(LAST).as_deref() {
+        // Of this process's own files, only those of the machine can be opened.
+        Ok("open") => {
+            assert!(File::open(directory.join("guest.elf")).is_ok());
+            println!("opened {}", File::open(own).is_ok());
+        }
+        _ => drop(Command::new("/bin/true").exec()),
+    }
+    std::process::exit(0);
+}
+
+fn launch(directory: &Path, way: Way, last: &str) -> Output {
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command.args(["sandbox::child", "--exact", "--nocapture", "--test-threads", "1"]);
+    command.env(DIRECTORY, directory).env(LAST, last);
+    if way == Way::Vmmcall {
+        command.env(WAY, "1");
+    }
+    command.output().unwrap()
+}
+
+/// A guest that maps, attaches, searches, loses its grant, and resets itself once.
+fn program(way: Way, token: [u64; 4]) -> Guest {
+    const OWN: u64 = 0x60_0000;
+    let open = u64::from(STATE_OPEN) | u64::from(RIGHT_READ | RIGHT_WRITE) << 32;
+    guest(way)
+        .write_token(REQUEST, token)
+        .attach()
+        .call(MEM_MAP, [REQUEST, THERE, OWN])
+        .report_memory(OWN)
+        // The target's memory is where the guest keeps, over the reset, how far it got.
+        .skip_if_zero(FIRST + 0x1000, |guest| {
+            guest
+                .call(MEM_UNMAP, [OWN, 0, 0])
+                .ring(SEEK, [DESCRIPTOR, POSITION, SEEK_DATA])
+                .touch_while(DESCRIPTOR + 24, open, FIRST + THERE, false)
+                .report_memory(DESCRIPTOR + 24)
+                .power_off()
+        })
+        .write(FIRST + 0x1000, 1)
+        .reset()
+}
+
+fn revoke_when_searched(admin: &mut Admin, grant: u64) {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    let is_searched = |admin: &mut Admin| {
+        let grants = admin.grants().unwrap();
+        let views = grants.iter().filter(|info| info.id == grant).flat_map(|info| &info.views);
+        views.map(|view| view.counters.seeks).sum::<u64>() > 0
+    };
+    while !is_searched(admin) {
+        assert!(Instant::now() < deadline, "the guest searches nothing");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    admin.revoke(grant).unwrap();
+}
+
+#[test]
+fn a_machine_runs_in_its_sandbox_and_nothing_else_does() {
+    if !has_windows() {
+        return;
+    }
+    for way in ways() {
+        for last in ["open", "execute"] {
+            let target = Target::new();
+            target.write(THERE, 0x5ec2e7);
+            let make = |token| program(way, token);
+            let (output, values) = launch_with_broker(&target, 4, make, revoke_when_searched, |config| {
+                launch(config.kernel.parent().unwrap(), way, last)
+            });
+            let stderr = String::from_utf8_lossy(&output.stderr);
+            let stdout = String::from_utf8_lossy(&output.stdout);
+            let revoked = u64::from(STATE_REVOKED) | u64::from(RIGHT_READ | RIGHT_WRITE) << 32;
+            assert_eq!(values, [0, 0, 0x5ec2e7, 0, 0, 0x5ec2e7, 0, revoked], "{stdout}\n{stderr}");
+            if last == "open" {
+                assert!(output.status.success(), "{stdout}\n{stderr}");
+                assert!(stdout.contains("opened false") || !has_landlock(), "{stdout}\n{stderr}");
+            } else {
+                assert_eq!(output.status.signal(), Some(libc::SIGSYS), "{stdout}\n{stderr}");
+                assert!(stderr.contains("made system call"), "{stdout}\n{stderr}");
+            }
+        }
+    }
+}
+
+fn has_landlock() -> bool {
+    let rules = Ruleset::default().set_compatibility(CompatLevel::HardRequirement);
+    rules.handle_access(AccessFs::Execute).and_then(Ruleset::create).is_ok()
+}
