@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The audit log: who got, used and lost what, as `tracing` events of target [`TARGET`] and as lines of a file.
 //!
-//! What a guest or a tool can cause at will is limited to so many lines a second for each kind of event and each VM;
-//! the field `suppressed` of the next line tells how many were left out. Tokens are never written.
+//! What a guest, a tool or a user can cause at will is limited to so many lines a second for each kind of event and each
+//! party ([`limits`]); the field `suppressed` of the next line tells how many were left out. Tokens are never written.
 
 mod file;
+mod limits;
 mod movable;
 mod record;
 
@@ -13,12 +14,13 @@ use std::time::Instant;
 
 use crate::endpoint::Endpoint;
 use crate::grants::View;
-use crate::limit::RateLimit;
 use crate::peer::{Credentials, Peer};
 use crate::registry::Vm;
 use crate::scope::Scope;
 use crate::wire::{Caller, Change, KvmiPolicy, OnSilence, Revoked};
 use file::Lines;
+pub(crate) use limits::Limits;
+use limits::{Parties, Party};
 pub use movable::AuditFile;
 pub(crate) use record::Event;
 use record::Record;
@@ -26,39 +28,11 @@ use record::Record;
 /// The `target` of every event of the audit log.
 pub const TARGET: &str = "audit";
 
-/// Lines a second for each kind of event that can be caused at will.
-const PER_SECOND: u32 = 50;
-
-/// The same for what operators do.
-const OPERATORS_PER_SECOND: u32 = 1000;
-
-/// How many lines somebody has caused.
-#[derive(Debug)]
-pub(crate) struct Limits([RateLimit; Event::COUNT]);
-
-impl Default for Limits {
-    fn default() -> Self {
-        let by_operators = [
-            Event::Added,
-            Event::AddedIntrospector,
-            Event::Hook,
-            Event::Granted,
-            Event::Revoked,
-            Event::Policy,
-        ];
-        Self(std::array::from_fn(|event| {
-            let is_operator = by_operators.iter().any(|other| *other as usize == event);
-            RateLimit::new(if is_operator { OPERATORS_PER_SECOND } else { PER_SECOND })
-        }))
-    }
-}
-
 /// The audit log.
 #[derive(Debug, Default)]
 pub struct Audit {
     file: Mutex<Option<Lines>>,
-    /// For those who have no VM: they come and go as they like.
-    strangers: Limits,
+    parties: Parties,
 }
 
 impl Audit {
@@ -77,12 +51,12 @@ impl Audit {
             introspector: Some(registration.introspector),
             ..Record::new(Event::Registered).of(vm).on_host(vm.peer().credentials())
         };
-        self.write(&self.strangers, record);
+        self.write(Party::Vm(vm.peer()), record);
     }
 
     /// An operator had the broker attach a VM that runs.
     pub(crate) fn added(&self, vm: &Vm, peer: Credentials) {
-        self.write(&self.strangers, Record::new(Event::Added).of(vm).on_host(peer));
+        self.write(Party::User(peer.uid), Record::new(Event::Added).of(vm).on_host(peer));
         self.registered(vm);
     }
 
@@ -90,7 +64,7 @@ impl Audit {
     pub(crate) fn added_introspector(&self, vm: &Vm, on_silence: OnSilence, peer: Credentials) {
         let policy = Some(on_silence.to_string());
         let record = Record { policy, ..Record::new(Event::AddedIntrospector).of(vm).on_host(peer) };
-        self.write(&self.strangers, record);
+        self.write(Party::User(peer.uid), record);
     }
 
     /// An introspector's guest did not let go of a view's memory in time.
@@ -102,19 +76,19 @@ impl Audit {
             reason: Some(reason),
             ..Record::new(Event::Silent).by(vm)
         };
-        self.write(vm.peer().limits(), record);
+        self.write(Party::Vm(vm.peer()), record);
     }
 
     /// A VM's VMM went away.
     pub(crate) fn gone(&self, vm: &Vm) {
-        self.write(&self.strangers, Record::new(Event::Gone).of(vm));
+        self.write(Party::Vm(vm.peer()), Record::new(Event::Gone).of(vm));
     }
 
     /// A VM goes on in another process than `former`.
     pub(crate) fn taken_over(&self, vm: &Vm, former: Credentials) {
         let reason = format!("live update: it was process {}", former.pid);
         let record = Record::new(Event::TakenOver).of(vm).on_host(vm.peer().credentials());
-        self.write(&self.strangers, Record { reason: Some(&reason), ..record });
+        self.write(Party::Vm(vm.peer()), Record { reason: Some(&reason), ..record });
     }
 
     /// A request was refused.
@@ -122,32 +96,32 @@ impl Audit {
         let record =
             Record { reason: Some(reason), ..Record::new(Event::Refused).on_host(peer.credentials()) };
         match by {
-            Some(by) => self.write(peer.limits(), record.by(by)),
-            None => self.write(&self.strangers, record),
+            Some(by) => self.write(Party::Vm(peer), record.by(by)),
+            None => self.write(Party::User(peer.credentials().uid), record),
         }
     }
 
     /// A hook was made or undone.
     pub(crate) fn hooked(&self, vm: &Vm, endpoint: &Endpoint, on: bool, peer: Credentials) {
         let record = Record { on: Some(on), ..Record::new(Event::Hook).of(vm).at(endpoint).on_host(peer) };
-        self.write(&self.strangers, record);
+        self.write(Party::User(peer.uid), record);
     }
 
     /// A hook has ended by itself.
     pub(crate) fn unhooked(&self, vm: &Vm, endpoint: &Endpoint, reason: &str) {
         let record = Record { on: Some(false), reason: Some(reason), ..Record::new(Event::Hook) };
-        self.write(vm.peer().limits(), record.of(vm).at(endpoint));
+        self.write(Party::Vm(vm.peer()), record.of(vm).at(endpoint));
     }
 
     /// A tool was connected to a target.
     pub(crate) fn connected(&self, vm: &Vm, endpoint: &Endpoint) {
-        self.write(vm.peer().limits(), Record::new(Event::Connected).of(vm).at(endpoint));
+        self.write(Party::Vm(vm.peer()), Record::new(Event::Connected).of(vm).at(endpoint));
     }
 
     /// A tool's connection ended.
     pub(crate) fn disconnected(&self, vm: &Vm, endpoint: &Endpoint, reason: &str) {
         let record = Record { reason: Some(reason), ..Record::new(Event::Disconnected).of(vm).at(endpoint) };
-        self.write(vm.peer().limits(), record);
+        self.write(Party::Vm(vm.peer()), record);
     }
 
     /// A tool got a token, which only `holder` may use, or anybody where there is none.
@@ -164,13 +138,13 @@ impl Audit {
             holder: holder.map(|holder| holder.registration().uuid),
             ..Record::new(Event::Minted).of(vm).at(endpoint).allowing(scope)
         };
-        self.write(vm.peer().limits(), record);
+        self.write(Party::Vm(vm.peer()), record);
     }
 
     /// A tool got no token.
     pub(crate) fn not_minted(&self, vm: &Vm, endpoint: &Endpoint, reason: &str) {
         let record = Record { reason: Some(reason), ..Record::new(Event::NotMinted).of(vm).at(endpoint) };
-        self.write(vm.peer().limits(), record);
+        self.write(Party::Vm(vm.peer()), record);
     }
 
     /// An operator got a token.
@@ -190,13 +164,13 @@ impl Audit {
             label: terms.label.as_deref(),
             ..Record::new(Event::Granted).of(vm).allowing(scope).on_host(peer)
         };
-        self.write(&self.strangers, record);
+        self.write(Party::User(peer.uid), record);
     }
 
     /// A VM used a token for a page.
     pub(crate) fn used(&self, grant: u64, target: &Vm, by: &Vm) {
         let record = Record { grant: Some(grant), ..Record::new(Event::Used).of(target).by(by) };
-        self.write(by.peer().limits(), record);
+        self.write(Party::Vm(by.peer()), record);
     }
 
     /// A token was used for a view.
@@ -219,13 +193,16 @@ impl Audit {
                 .asked_by(caller)
         };
         match vm {
-            Some(vm) => self.write(peer.limits(), record.by(vm)),
-            None => self.write(&self.strangers, record.by_host()),
+            Some(vm) => self.write(Party::Vm(peer), record.by(vm)),
+            None => {
+                let (uid, grant) = (peer.credentials().uid, opened.0);
+                self.write(Party::Holder { uid, grant }, record.by_host());
+            }
         }
     }
 
     /// A view has ended.
-    pub(crate) fn detached(&self, view: &View, limits: Option<&Limits>, reason: &str) {
+    pub(crate) fn detached(&self, view: &View, peer: Option<&Peer>, reason: &str) {
         let record = Record {
             vm: Some(view.target),
             grant: Some(view.grant),
@@ -237,7 +214,13 @@ impl Audit {
             reason: Some(reason),
             ..Record::new(Event::Detached).asked_by(&view.caller)
         };
-        self.write(limits.unwrap_or(&self.strangers), record);
+        let party = match peer.filter(|_| view.by_uuid.is_some()) {
+            Some(peer) => Party::Vm(peer),
+            // What a guest says of its processes must not choose whose limit it is.
+            None if view.by_uuid.is_some() => Party::Holder { uid: u32::MAX, grant: view.grant },
+            None => Party::Holder { uid: view.caller.uid, grant: view.grant },
+        };
+        self.write(party, record);
     }
 
     /// A grant was taken back.
@@ -250,14 +233,14 @@ impl Audit {
             micros: Some(outcome.micros),
             ..Record::new(Event::Revoked).on_host(peer)
         };
-        self.write(&self.strangers, record);
+        self.write(Party::User(peer.uid), record);
     }
 
     /// What KVMI's tokens allow was set for a target.
     pub(crate) fn policy(&self, uuid: uuid::Uuid, policy: KvmiPolicy, peer: Credentials) {
         let policy = Some(policy.to_string());
         let record = Record { uuid: Some(uuid), policy, ..Record::new(Event::Policy).on_host(peer) };
-        self.write(&self.strangers, record);
+        self.write(Party::User(peer.uid), record);
     }
 
     /// A VM was reset, or its RAM is elsewhere.
@@ -267,12 +250,11 @@ impl Audit {
             Change::Resized => "resized",
         };
         let record = Record { reason: Some(reason), ..Record::new(Event::RamChanged).of(vm) };
-        self.write(vm.peer().limits(), record);
+        self.write(Party::Vm(vm.peer()), record);
     }
 
-    fn write(&self, limits: &Limits, mut record: Record<'_>) {
-        let limit = limits.0.get(record.event as usize);
-        let Some(suppressed) = limit.and_then(|limit| limit.allow(Instant::now())) else { return };
+    fn write(&self, party: Party<'_>, mut record: Record<'_>) {
+        let Some(suppressed) = self.parties.allow(party, record.event, Instant::now()) else { return };
         record.suppressed = suppressed;
         record.trace();
         if let Some(file) = &mut *self.file.lock().unwrap_or_else(PoisonError::into_inner) {

@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What all connections and sessions share, and what the broker does for them.
 //!
-//! No two of the locks here, of a peer and of a hook are ever held together, but for one pair: a target's list of
-//! hooks, then one of them.
+//! Lock order: `adding`, the registry, a peer's credentials; and a target's list of hooks, one of them. No other two of
+//! the locks here, of a peer and of a hook are held together, and none over a system call that may take long.
 
 use std::collections::HashMap;
 use std::error::Error;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crate::audit::Audit;
 use crate::buffers::Buffers;
@@ -20,14 +20,12 @@ use crate::introspector::Introspectors;
 use crate::map::Region;
 use crate::peer::{Credentials, Peer};
 use crate::policy::Policies;
+use crate::quota::{Limits, Quota};
 use crate::registry::{FIRST_CID, RegisterError, Registry, Vm};
 use crate::revoke::Confirmations;
 use crate::session;
 use crate::state::State;
 use crate::wire::{Answer, Change, KvmiPolicy, Refusal};
-
-/// The most hooks of all targets: each has a thread.
-const MAX_HOOKS: usize = 128;
 
 /// The most VMs in one answer to a list request; keeps it within a packet.
 const PAGE: usize = 16;
@@ -36,17 +34,22 @@ const PAGE: usize = 16;
 const MAX_SHOWN: usize = 64;
 
 /// The broker's state.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Broker {
+    limits: Limits,
+    /// How far its clock is ahead of the system's, nanoseconds: tests let time pass.
+    ahead: AtomicU64,
     registry: Mutex<Registry>,
     grants: Mutex<Grants>,
     policies: Mutex<Policies>,
     /// All connections, by number.
     peers: Mutex<HashMap<u64, Arc<Peer>>>,
     confirmations: Confirmations,
-    hooks: AtomicUsize,
+    hooks: Mutex<Quota>,
     /// The VMMs of the VMs that the broker has attached by itself.
     adopted: Watch,
+    /// Held while a VM is added whose RAM must be no other target's.
+    adding: Mutex<()>,
     buffers: Buffers,
     introspectors: Introspectors,
     state: State,
@@ -74,7 +77,7 @@ impl Refused {
             RegisterError::NameTaken(_) | RegisterError::UuidTaken(_) | RegisterError::CidTaken(_) => {
                 Refusal::Exists
             }
-            RegisterError::Full => Refusal::Limit,
+            RegisterError::Full(_) => Refusal::Limit,
             RegisterError::Name
             | RegisterError::NameIsUuid(_)
             | RegisterError::Uuid
@@ -91,7 +94,49 @@ impl Refused {
     }
 }
 
+impl Default for Broker {
+    fn default() -> Self {
+        Self::new(Limits::default())
+    }
+}
+
 impl Broker {
+    /// A broker that knows no VM.
+    pub fn new(limits: Limits) -> Self {
+        Self {
+            limits,
+            ahead: AtomicU64::new(0),
+            registry: Mutex::new(Registry::new(limits.vms)),
+            grants: Mutex::new(Grants::new(limits.grants)),
+            policies: Mutex::new(Policies::new(limits.policies)),
+            peers: Mutex::default(),
+            confirmations: Confirmations::default(),
+            hooks: Mutex::new(Quota::new(limits.hooks)),
+            adopted: Watch::default(),
+            adding: Mutex::default(),
+            buffers: Buffers::default(),
+            introspectors: Introspectors::default(),
+            state: State::default(),
+            audit: Audit::default(),
+        }
+    }
+
+    /// How many of what there may be.
+    pub(crate) fn limits(&self) -> &Limits {
+        &self.limits
+    }
+
+    /// The time by which tokens expire.
+    pub fn now(&self) -> Instant {
+        Instant::now() + Duration::from_nanos(self.ahead.load(Ordering::Relaxed))
+    }
+
+    /// Lets time pass for tokens and grants, for tests.
+    pub fn pass_time(&self, time: Duration) {
+        let nanos = u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
+        self.ahead.fetch_add(nanos, Ordering::Relaxed);
+    }
+
     /// The registered VMs.
     pub fn registry(&self) -> MutexGuard<'_, Registry> {
         self.registry.lock().unwrap_or_else(PoisonError::into_inner)
@@ -101,12 +146,20 @@ impl Broker {
         self.grants.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn hooks(&self) -> MutexGuard<'_, Quota> {
+        self.hooks.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     pub(crate) fn policies(&self) -> MutexGuard<'_, Policies> {
         self.policies.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn peers(&self) -> MutexGuard<'_, HashMap<u64, Arc<Peer>>> {
         self.peers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn adding(&self) -> MutexGuard<'_, ()> {
+        self.adding.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(crate) fn adopted(&self) -> &Watch {
@@ -171,8 +224,7 @@ impl Broker {
             return Err(Refused::new(Refusal::Denied, format!("{target:?} is not introspectable")));
         }
         let owner = self.owner_of(&endpoint, peer)?;
-        let counted = Counted::new(self)
-            .ok_or_else(|| Refused::new(Refusal::Limit, format!("there are {MAX_HOOKS} hooks already")))?;
+        let counted = Counted::new(self, peer)?;
         let hook = vm.hooks().add(endpoint.clone(), owner).map_err(refuse_hook)?;
         self.audit.hooked(&vm, &endpoint, true, peer);
         // The end of a VM is marked before the hooks to it are undone: one that was added since is undone here.
@@ -184,7 +236,7 @@ impl Broker {
         }
         let started = std::thread::Builder::new().name("kvmi-session".into()).spawn({
             let vm = Arc::clone(&vm);
-            move || hook.run(|hook, stream| session::serve(&counted.0, &vm, hook, stream))
+            move || hook.run(|hook, stream| session::serve(&counted.broker, &vm, hook, stream))
         });
         if let Err(error) = started {
             // It was there a moment ago; a racing unhook is as good.
@@ -251,7 +303,7 @@ impl Broker {
         if let Some(vm) = vm {
             self.retire(vm);
         }
-        let ended = self.grants().forget_peer(Instant::now(), peer.number());
+        let ended = self.grants().forget_peer(self.now(), peer.number());
         self.tell_ended(&ended, "the connection ended");
         self.peers().remove(&peer.number());
         self.confirmations.forget_peer(peer.number());
@@ -260,7 +312,8 @@ impl Broker {
     /// Does what the end of a VM demands: its tokens and views die, its sessions end, whoever knows it is told.
     pub fn retire(&self, vm: &Vm) {
         vm.mark_gone();
-        self.registry().remove(vm.id());
+        let removed = self.registry().remove(vm.id());
+        drop(removed);
         let ended = self.grants().forget_target(vm.id());
         vm.hooks().close();
         if vm.registration().cid.is_some() {
@@ -297,7 +350,7 @@ impl Broker {
     pub(crate) fn tell_ended(&self, views: &[View], reason: &str) {
         for view in views {
             let peer = self.peer(view.peer);
-            self.audit.detached(view, peer.as_ref().map(|peer| peer.limits()), reason);
+            self.audit.detached(view, peer.as_deref(), reason);
         }
     }
 
@@ -307,7 +360,7 @@ impl Broker {
 
     /// How many hooks have a thread.
     pub fn hook_threads(&self) -> usize {
-        self.hooks.load(Ordering::Acquire)
+        self.hooks().count()
     }
 
     /// A VM by its name or its UUID; the target, where an introspector has the same UUID.
@@ -334,20 +387,22 @@ fn no_vm(name: &str) -> Refused {
     Refused::new(Refusal::Unknown, format!("no VM is named {name:?}; `kvmmem targets` lists them"))
 }
 
-/// A hook's share of [`MAX_HOOKS`], given back on drop.
-struct Counted(Arc<Broker>);
+/// A hook among those that there may be, given back on drop.
+struct Counted {
+    broker: Arc<Broker>,
+    uid: u32,
+}
 
 impl Counted {
-    fn new(broker: &Arc<Broker>) -> Option<Self> {
-        let more = |count: usize| (count < MAX_HOOKS).then_some(count + 1);
-        broker.hooks.fetch_update(Ordering::AcqRel, Ordering::Acquire, more).ok()?;
-        Some(Self(Arc::clone(broker)))
+    fn new(broker: &Arc<Broker>, who: Credentials) -> Result<Self, Refused> {
+        broker.hooks().take(who).map_err(|error| Refused::new(Refusal::Limit, format!("hooks: {error}")))?;
+        Ok(Self { broker: Arc::clone(broker), uid: who.uid })
     }
 }
 
 impl Drop for Counted {
     fn drop(&mut self) {
-        self.0.hooks.fetch_sub(1, Ordering::AcqRel);
+        self.broker.hooks().give_back(self.uid);
     }
 }
 

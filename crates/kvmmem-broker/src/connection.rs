@@ -3,7 +3,7 @@
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use kvmmem_kvmi::token::Token;
 use rustix::event::{PollFd, PollFlags, Timespec};
@@ -14,12 +14,9 @@ use crate::copies::Part;
 use crate::packet::{PacketError, Wait};
 use crate::peer::Peer;
 use crate::ram::Ram;
-use crate::registry::Vm;
+use crate::registry::{RegisterError, Vm};
 use crate::role::Role;
 use crate::wire::{Answer, Call, Caller, FromBroker, Refusal, Registration, Request};
-
-/// How long a peer that has not registered may be silent.
-const IDLE_LIMIT: Duration = Duration::from_secs(10);
 
 /// How long a wrong token, or a call that makes no sense, delays the next request of that connection: a guest that
 /// tries tokens waits itself, and costs the broker next to nothing.
@@ -45,7 +42,8 @@ struct Connection<'a> {
 /// Serves a peer until it closes, is silent too long, does not read its answers or sends what is no request.
 pub(crate) fn serve(broker: &Arc<Broker>, peer: &Arc<Peer>) {
     broker.join(peer);
-    let mut connection = Connection { broker, peer, vm: None, has_views: false, silence: Some(IDLE_LIMIT) };
+    let silence = Some(broker.limits().silence);
+    let mut connection = Connection { broker, peer, vm: None, has_views: false, silence };
     if let Err(error) = connection.run() {
         if matches!(error, PacketError::TooLong | PacketError::TooManyFds | PacketError::Malformed(_)) {
             refuse(peer, 0, &Refused::from_error(Refusal::Malformed, &error));
@@ -68,6 +66,9 @@ impl Connection<'_> {
             match self.carry_out(call, files) {
                 Ok(None) => {}
                 Ok(Some((answer, files))) => {
+                    if !files.is_empty() {
+                        self.peer.wait_until_read()?;
+                    }
                     let files: Vec<BorrowedFd<'_>> = files.iter().map(AsFd::as_fd).collect();
                     socket.send(&FromBroker::Answer { id, answer }, &files, Wait::Limited)?;
                 }
@@ -102,7 +103,7 @@ impl Connection<'_> {
 
     /// Carries out a call; `None` where it is not answered.
     fn carry_out(&mut self, call: Call, files: Vec<OwnedFd>) -> Result<Option<Outcome>, Refused> {
-        let now = Instant::now();
+        let now = self.broker.now();
         self.role().check(&call)?;
         let (broker, peer, vm) = (self.broker, self.peer, self.vm.as_deref());
         let credentials = peer.credentials();
@@ -157,7 +158,7 @@ impl Connection<'_> {
 
     fn attach(&mut self, token: &Token, caller: Caller, read_only: bool) -> Result<Outcome, Refused> {
         let vm = self.vm.as_deref();
-        let outcome = self.broker.attach(Instant::now(), self.peer, vm, token, (caller, read_only))?;
+        let outcome = self.broker.attach(self.broker.now(), self.peer, vm, token, (caller, read_only))?;
         if vm.is_none() {
             self.has_views = true;
             // For months, like a VM.
@@ -167,9 +168,11 @@ impl Connection<'_> {
     }
 
     fn register(&mut self, mut registration: Registration, files: Vec<OwnedFd>) -> Result<Answer, Refused> {
-        let ram = Ram::registered(&mut registration, files);
-        let vm = ram.and_then(|ram| self.broker.registry().insert(registration, ram, Arc::clone(self.peer)));
-        let vm = vm.map_err(|error| Refused::from_registering(&error))?;
+        let refused = |error: RegisterError| Refused::from_registering(&error);
+        let mut ram = Ram::registered(&mut registration, files).map_err(refused)?;
+        let (peer, by) = (Arc::clone(self.peer), self.peer.credentials());
+        let inserted = self.broker.registry().insert(registration, &mut ram, peer, by);
+        let vm = inserted.map_err(refused)?;
         self.broker.audit().registered(&vm);
         let number = vm.id();
         self.vm = Some(vm);

@@ -19,6 +19,7 @@ use std::time::{Duration, Instant};
 use kvmmem_kvmi::token::Token;
 use uuid::Uuid;
 
+use crate::quota::{Bound, Exceeded, Quota};
 use crate::scope::Scope;
 use crate::wire::{Caller, GrantState, Origin, ViewCounters};
 pub use end::Affected;
@@ -46,7 +47,7 @@ pub const KEPT: Duration = Duration::from_secs(60);
 pub const MAX_LEAVING: usize = 1024;
 
 /// The grants of all targets.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Grants {
     grants: BTreeMap<u64, Grant>,
     views: BTreeMap<u64, View>,
@@ -58,7 +59,7 @@ pub struct Grants {
     /// Usable tokens of KVMI's for each target.
     outstanding: HashMap<u64, usize>,
     /// Grants of operators that are not leaving.
-    operator: usize,
+    operator: Quota,
     /// Targets and their grants.
     of_target: BTreeSet<(u64, u64)>,
     /// Connections and the grants whose tokens they hold or have used for pages.
@@ -74,9 +75,9 @@ pub enum MintError {
     /// The target has [`MAX_KVMI_PER_TARGET`] tokens of KVMI's outstanding.
     #[error("target {0} has {MAX_KVMI_PER_TARGET} tokens outstanding; they expire within 3 s")]
     Outstanding(u64),
-    /// There are [`MAX_OPERATOR`] grants.
-    #[error("there are {MAX_OPERATOR} grants already; revoke some that are not needed")]
-    Full,
+    /// There are too many grants.
+    #[error("grants")]
+    Full(#[source] Exceeded),
 }
 
 /// Why a token opened nothing.
@@ -113,7 +114,31 @@ pub enum Redeemed {
     Held,
 }
 
+impl Default for Grants {
+    fn default() -> Self {
+        Self::new(Bound::of(MAX_OPERATOR))
+    }
+}
+
 impl Grants {
+    /// An empty table for so many grants of operators.
+    pub fn new(operator: Bound) -> Self {
+        Self {
+            grants: BTreeMap::new(),
+            views: BTreeMap::new(),
+            tokens: TokenIndex::default(),
+            expiring: BTreeSet::new(),
+            leaving: BTreeSet::new(),
+            outstanding: HashMap::new(),
+            operator: Quota::new(operator),
+            of_target: BTreeSet::new(),
+            of_peer: BTreeSet::new(),
+            views_of_peer: HashMap::new(),
+            last_grant: 0,
+            last_view: 0,
+        }
+    }
+
     /// Makes `token` valid from `now` on; returns the grant's number.
     ///
     /// # Errors
@@ -124,9 +149,8 @@ impl Grants {
             Origin::Kvmi if self.outstanding(terms.target) >= MAX_KVMI_PER_TARGET => {
                 return Err(MintError::Outstanding(terms.target));
             }
-            Origin::Operator if self.operator >= MAX_OPERATOR => return Err(MintError::Full),
             Origin::Kvmi => *self.outstanding.entry(terms.target).or_default() += 1,
-            Origin::Operator => self.operator += 1,
+            Origin::Operator => self.operator.take(terms.by).map_err(MintError::Full)?,
         }
         self.last_grant += 1;
         let id = self.last_grant;

@@ -29,6 +29,7 @@ pub mod packet;
 pub mod peer;
 pub mod policy;
 pub mod qmp;
+pub mod quota;
 pub mod ram;
 pub mod registry;
 mod revoke;
@@ -37,6 +38,8 @@ pub mod scope;
 pub mod server;
 mod session;
 mod state;
+#[cfg(test)]
+mod test_peer;
 mod tokens;
 mod views;
 pub mod wire;

@@ -4,8 +4,10 @@
 use std::collections::HashSet;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use kvmmem_kvmi::token::Token;
+use kvmmem_sys::socket::unread;
 use rustix::io::Errno;
 
 use crate::audit::Limits;
@@ -14,6 +16,12 @@ use crate::packet::{PacketError, PacketSocket, Wait};
 use crate::ram::{Layout, Ram};
 use crate::registry::Vm;
 use crate::wire::FromBroker;
+
+/// How long a peer may take to read what was sent to it before it gets more descriptors.
+const READ_LIMIT: Duration = Duration::from_secs(2);
+
+/// How often it is looked at meanwhile.
+const READ_PAUSE: Duration = Duration::from_millis(1);
 
 /// Who is at the other end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -77,12 +85,44 @@ impl Peer {
         &self.limits
     }
 
-    /// Makes sure that the peer has been told of a target.
+    /// Makes sure that the peer has been told of a target. Waits a while for a peer that has not read what was sent before:
+    /// to be called on the peer's own thread.
     ///
     /// # Errors
     /// Where the peer does not read, or the target is gone.
     pub fn introduce(&self, target: &Vm) -> Result<(), PacketError> {
-        self.introduce_once(&mut self.known(), target)
+        let deadline = Instant::now() + READ_LIMIT;
+        loop {
+            match self.introduce_once(&mut self.known(), target) {
+                Err(PacketError::Send(Errno::AGAIN)) if Instant::now() < deadline => {
+                    std::thread::sleep(READ_PAUSE);
+                }
+                done => return done,
+            }
+        }
+    }
+
+    /// Waits until the peer has read all that was sent to it. At most one packet with descriptors is under way to a peer:
+    /// the kernel counts them all as open files of the broker's user, and sends none beyond its limit.
+    ///
+    /// # Errors
+    /// Where it does not read.
+    pub(crate) fn wait_until_read(&self) -> Result<(), PacketError> {
+        let deadline = Instant::now() + READ_LIMIT;
+        while !self.has_read()? {
+            if Instant::now() >= deadline {
+                return Err(PacketError::Send(Errno::AGAIN));
+            }
+            std::thread::sleep(READ_PAUSE);
+        }
+        Ok(())
+    }
+
+    fn has_read(&self) -> Result<bool, PacketError> {
+        let unread = unread(&self.socket);
+        let unread =
+            unread.map_err(|error| PacketError::Send(Errno::from_io_error(&error).unwrap_or(Errno::IO)))?;
+        Ok(unread == 0)
     }
 
     /// Makes sure that the peer is told of what happens to a target whose RAM it gets otherwise; returns where that is
@@ -151,6 +191,9 @@ impl Peer {
         // Whoever is introduced maps what comes with it.
         if ram.is_private() {
             return Err(PacketError::Send(Errno::OPNOTSUPP));
+        }
+        if !self.has_read()? {
+            return Err(PacketError::Send(Errno::AGAIN));
         }
         let (registration, layout) = (target.registration(), ram.layout());
         let introduction = FromBroker::Target {

@@ -17,6 +17,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use kvmmem_sys::socket::peer_credentials;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
@@ -108,8 +109,7 @@ impl Qmp {
 
     /// The process that listens: QEMU itself, or whoever handed it the socket.
     pub fn listener(&self) -> Option<u32> {
-        let credentials = rustix::net::sockopt::socket_peercred(self.lines.stream()).ok()?;
-        u32::try_from(credentials.pid.as_raw_nonzero().get()).ok()
+        peer_credentials(self.lines.stream()).ok()?.pid
     }
 
     /// Carries out a command; `arguments` is an object.

@@ -9,7 +9,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use uuid::Uuid;
 
 use crate::hook::Hooks;
-use crate::peer::Peer;
+use crate::peer::{Credentials, Peer};
+use crate::quota::{Bound, Exceeded, Quota};
 use crate::ram::{Ram, RamError};
 use crate::wire::{Registration, TargetInfo};
 
@@ -32,6 +33,8 @@ pub struct Vm {
     registration: Registration,
     ram: Option<Ram>,
     peer: Arc<Peer>,
+    /// The user who registered or added it.
+    owner: u32,
     hooks: Hooks,
     gone: AtomicBool,
 }
@@ -69,9 +72,9 @@ pub enum RegisterError {
     /// Another VM has the context id.
     #[error("a VM with vsock context id {0} is registered already")]
     CidTaken(u32),
-    /// There are [`MAX_VMS`].
-    #[error("{MAX_VMS} VMs are registered already")]
-    Full,
+    /// There are too many.
+    #[error("registered VMs")]
+    Full(#[source] Exceeded),
 }
 
 impl Vm {
@@ -148,27 +151,32 @@ impl Ram {
 }
 
 /// The registered VMs, by number. Numbers are never used again.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Registry {
     vms: BTreeMap<u64, Arc<Vm>>,
+    quota: Quota,
     last_id: u64,
 }
 
 impl Registry {
-    /// Registers a VM.
+    /// A registry of so many VMs.
+    pub fn new(bound: Bound) -> Self {
+        Self { vms: BTreeMap::new(), quota: Quota::new(bound), last_id: 0 }
+    }
+
+    /// Registers a VM for a user. Takes `ram` only then: what is not taken is freed by the caller, without a lock on the
+    /// registry.
     ///
     /// # Errors
-    /// [`RegisterError`]; `ram` is then closed.
+    /// [`RegisterError`].
     pub fn insert(
         &mut self,
         registration: Registration,
-        ram: Option<Ram>,
+        ram: &mut Option<Ram>,
         peer: Arc<Peer>,
+        by: Credentials,
     ) -> Result<Arc<Vm>, RegisterError> {
         check(&registration)?;
-        if self.vms.len() >= MAX_VMS {
-            return Err(RegisterError::Full);
-        }
         for vm in self.vms.values() {
             let other = vm.registration();
             if other.name == registration.name {
@@ -184,12 +192,14 @@ impl Registry {
         if registration.introspectable != ram.is_some() {
             return Err(RegisterError::NoRam);
         }
+        self.quota.take(by).map_err(RegisterError::Full)?;
         self.last_id += 1;
         let vm = Arc::new(Vm {
             id: self.last_id,
             registration,
-            ram,
+            ram: ram.take(),
             peer,
+            owner: by.uid,
             hooks: Hooks::default(),
             gone: AtomicBool::new(false),
         });
@@ -197,9 +207,11 @@ impl Registry {
         Ok(vm)
     }
 
-    /// Takes a VM out.
-    pub fn remove(&mut self, id: u64) {
-        self.vms.remove(&id);
+    /// Takes a VM out. The caller drops it, without a lock on the registry: that may free its memory.
+    pub fn remove(&mut self, id: u64) -> Option<Arc<Vm>> {
+        let vm = self.vms.remove(&id)?;
+        self.quota.give_back(vm.owner);
+        Some(vm)
     }
 
     /// A VM by its number.
@@ -242,8 +254,9 @@ fn is_other_role(vm: &Vm, registration: &Registration, peer: &Peer) -> bool {
         (one.introspectable, one.introspector, two.introspectable, two.introspector)
             == (true, false, false, true)
     };
-    vm.peer.credentials().pid == peer.credentials().pid
-        && (roles(other, registration) || roles(registration, other))
+    let (pid, its) = (peer.credentials().pid, vm.peer.credentials().pid);
+    // A process outside of this pid namespace has no number here, and may be any.
+    pid == its && pid != 0 && (roles(other, registration) || roles(registration, other))
 }
 
 fn check(registration: &Registration) -> Result<(), RegisterError> {

@@ -88,7 +88,7 @@ impl Broker {
     /// Where there is no such grant.
     pub(crate) fn revoke(&self, by: Credentials, grant: u64) -> Result<Answer, Refused> {
         let began = Instant::now();
-        let affected = self.grants().revoke(began, grant);
+        let affected = self.grants().revoke(self.now(), grant);
         let affected = affected.ok_or_else(|| {
             Refused::new(Refusal::Unknown, format!("there is no grant {grant}; it may have ended long ago"))
         })?;
@@ -115,7 +115,7 @@ impl Broker {
 
     /// Takes note that a connection no longer uses a grant that was taken back.
     pub(crate) fn revoked_done(&self, peer: &Peer, grant: u64) {
-        let ended = self.grants().confirm(Instant::now(), grant, peer.number());
+        let ended = self.grants().confirm(self.now(), grant, peer.number());
         self.confirmations().confirm(grant, peer.number());
         self.tell_ended(&ended, "revoked");
     }

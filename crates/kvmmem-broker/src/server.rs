@@ -2,6 +2,8 @@
 //! The broker's socket: takes it, accepts peers, gives it back.
 
 mod adopt;
+#[cfg(test)]
+mod tests;
 
 use std::fs::{File, OpenOptions, Permissions};
 use std::io;
@@ -11,6 +13,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use kvmmem_sys::socket::peer_credentials;
 use rustix::event::{PollFd, PollFlags};
 use rustix::fs::FlockOperation;
 use rustix::io::Errno;
@@ -21,6 +24,7 @@ use crate::connection;
 use crate::limit::RateLimit;
 use crate::packet::PacketSocket;
 use crate::peer::{Credentials, Peer};
+use crate::quota::{Exceeded, Limits, Quota};
 use crate::wire::Refusal;
 
 /// The most connections at a time: each has a thread.
@@ -90,11 +94,17 @@ pub struct Server {
     shared: Arc<Shared>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Shared {
     broker: Arc<Broker>,
-    connections: Mutex<Vec<Arc<Peer>>>,
+    connections: Mutex<Connections>,
     ended: Condvar,
+}
+
+#[derive(Debug)]
+struct Connections {
+    peers: Vec<Arc<Peer>>,
+    quota: Quota,
 }
 
 impl Server {
@@ -103,6 +113,14 @@ impl Server {
     /// # Errors
     /// [`ServerError`]. A socket that a broker left behind which did not end in order is replaced.
     pub fn bind(path: &Path, group: Option<u32>) -> Result<Self, ServerError> {
+        Self::bind_with(path, group, Limits::default())
+    }
+
+    /// The same with other limits than the usual ones.
+    ///
+    /// # Errors
+    /// As [`Self::bind`].
+    pub fn bind_with(path: &Path, group: Option<u32>, limits: Limits) -> Result<Self, ServerError> {
         let lock = lock(path)?;
         let listen = |source: io::Error| ServerError::Listen { path: path.to_owned(), source };
         match std::fs::symlink_metadata(path) {
@@ -121,7 +139,7 @@ impl Server {
             _lock: lock,
             group,
             is_adopted: false,
-            shared: Arc::default(),
+            shared: Arc::new(Shared::new(limits)),
         })
     }
 
@@ -185,27 +203,34 @@ impl Server {
         }
     }
 
-    /// Checks who has connected, and starts a thread for it.
+    /// Asks the kernel who has connected.
     fn admit(&self, fd: OwnedFd) -> io::Result<()> {
-        let credentials = rustix::net::sockopt::socket_peercred(&fd)?;
-        let uid = credentials.uid.as_raw();
-        let pid = u32::try_from(credentials.pid.as_raw_nonzero().get()).unwrap_or(0);
-        let credentials = Credentials { pid, uid };
+        let peer = peer_credentials(&fd)?;
+        // A process outside of this pid namespace has no number here.
+        self.admit_as(fd, Credentials { pid: peer.pid.unwrap_or(0), uid: peer.uid })
+    }
+
+    /// Checks who has connected, and starts a thread for it.
+    fn admit_as(&self, fd: OwnedFd, credentials: Credentials) -> io::Result<()> {
+        let uid = credentials.uid;
         let socket = PacketSocket::accepted(fd, SEND_LIMIT).map_err(io::Error::other)?;
         let peer = Arc::new(Peer::new(socket, credentials));
         // The socket's mode lets its owner in, and the group where there is one. Without a group this is checked
         // again here, in case somebody has changed the mode.
-        if uid != 0 && uid != rustix::process::geteuid().as_raw() && !self.group {
+        if !credentials.is_administrator() && !self.group {
             let refused = Refused { refusal: Refusal::Denied, message: format!("user {uid} may not") };
             connection::refuse(&peer, 0, &refused);
             self.shared.broker.audit().refused(&peer, None, &refused.message);
             return Ok(());
         }
-        let Some(place) = Place::take(&self.shared, &peer) else {
-            let message = format!("there are {MAX_CONNECTIONS} connections already");
-            connection::refuse(&peer, 0, &Refused { refusal: Refusal::Limit, message: message.clone() });
-            self.shared.broker.audit().refused(&peer, None, &message);
-            return Ok(());
+        let place = match Place::take(&self.shared, &peer) {
+            Ok(place) => place,
+            Err(error) => {
+                let refused = Refused::new(Refusal::Limit, format!("connections: {error}"));
+                connection::refuse(&peer, 0, &refused);
+                self.shared.broker.audit().refused(&peer, None, &refused.message);
+                return Ok(());
+            }
         };
         std::thread::Builder::new().name("peer".into()).stack_size(STACK).spawn(move || {
             connection::serve(&place.shared.broker, &place.peer);
@@ -215,7 +240,16 @@ impl Server {
 }
 
 impl Shared {
-    fn lock(&self) -> MutexGuard<'_, Vec<Arc<Peer>>> {
+    fn new(limits: Limits) -> Self {
+        let connections = Connections { peers: Vec::new(), quota: Quota::new(limits.connections) };
+        Self {
+            broker: Arc::new(Broker::new(limits)),
+            connections: Mutex::new(connections),
+            ended: Condvar::new(),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Connections> {
         self.connections.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -226,14 +260,14 @@ impl Shared {
         self.broker.remove_introspectors(deadline);
         self.broker.remove_adopted();
         let connections = self.lock();
-        for peer in connections.iter() {
+        for peer in &connections.peers {
             peer.socket().shut_down();
         }
         let (connections, _) = self
             .ended
-            .wait_timeout_while(connections, SHUTDOWN_LIMIT, |connections| !connections.is_empty())
+            .wait_timeout_while(connections, SHUTDOWN_LIMIT, |connections| !connections.peers.is_empty())
             .unwrap_or_else(PoisonError::into_inner);
-        let left = connections.len();
+        let left = connections.peers.len();
         drop(connections);
         while self.broker.hook_threads() > 0 && Instant::now() < deadline {
             std::thread::sleep(Duration::from_millis(5));
@@ -245,26 +279,27 @@ impl Shared {
     }
 }
 
-/// A connection's place among [`MAX_CONNECTIONS`], given back on drop.
+/// A connection's place among those that there may be, given back on drop.
 struct Place {
     shared: Arc<Shared>,
     peer: Arc<Peer>,
 }
 
 impl Place {
-    fn take(shared: &Arc<Shared>, peer: &Arc<Peer>) -> Option<Self> {
+    fn take(shared: &Arc<Shared>, peer: &Arc<Peer>) -> Result<Self, Exceeded> {
         let mut connections = shared.lock();
-        if connections.len() >= MAX_CONNECTIONS {
-            return None;
-        }
-        connections.push(Arc::clone(peer));
-        Some(Self { shared: Arc::clone(shared), peer: Arc::clone(peer) })
+        connections.quota.take(peer.credentials())?;
+        connections.peers.push(Arc::clone(peer));
+        Ok(Self { shared: Arc::clone(shared), peer: Arc::clone(peer) })
     }
 }
 
 impl Drop for Place {
     fn drop(&mut self) {
-        self.shared.lock().retain(|peer| !Arc::ptr_eq(peer, &self.peer));
+        let mut connections = self.shared.lock();
+        connections.peers.retain(|peer| !Arc::ptr_eq(peer, &self.peer));
+        connections.quota.give_back(self.peer.credentials().uid);
+        drop(connections);
         self.shared.ended.notify_all();
     }
 }

@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! One tool's KVMI connection to one target.
 
-use std::time::Instant;
-
 use kvmmem_abi::errno::KvmError;
 use kvmmem_kvmi::dispatch::Introspected;
 use kvmmem_kvmi::reply::PhysicalSlot;
@@ -80,7 +78,7 @@ impl Introspected for Session<'_> {
         if self.hook.is_stopped() {
             return Err(KvmError::Perm);
         }
-        self.broker.mint(Instant::now(), self.vm, self.hook.endpoint())
+        self.broker.mint(self.broker.now(), self.vm, self.hook.endpoint())
     }
 }
 

@@ -78,6 +78,7 @@ impl Broker {
             holder: holder.as_ref().map_or(Holder::Anybody, |holder| Holder::Pushed(holder.peer().number())),
             label: None,
             origin: Origin::Kvmi,
+            by: target.peer().credentials(),
         };
         let grant = {
             let mut grants = self.grants();
@@ -104,7 +105,8 @@ impl Broker {
     /// Where there is no such target, the request breaks a rule, or there are too many grants.
     pub fn grant(&self, now: Instant, peer: Credentials, request: &GrantRequest) -> Result<Answer, Refused> {
         let vm = self.find(&request.target)?;
-        let terms = terms(&vm, request).map_err(|error| Refused::from_error(Refusal::Invalid, &error))?;
+        let terms =
+            terms(&vm, request, peer).map_err(|error| Refused::from_error(Refusal::Invalid, &error))?;
         let scope = terms.scope.clone();
         let token = random_token()
             .map_err(|_| Refused::new(Refusal::Limit, "the system has no random bytes for a token"))?;
@@ -202,7 +204,7 @@ impl Broker {
             })?,
         };
         if let Some(policy) = set {
-            let done = self.policies().set(uuid, policy);
+            let done = self.policies().set(uuid, policy, peer);
             done.map_err(|error| Refused::from_error(Refusal::Limit, &error))?;
             self.audit().policy(uuid, policy, peer);
         }
@@ -211,7 +213,7 @@ impl Broker {
 }
 
 /// Checks an operator's request.
-fn terms(vm: &Vm, request: &GrantRequest) -> Result<Terms, RequestError> {
+fn terms(vm: &Vm, request: &GrantRequest, by: Credentials) -> Result<Terms, RequestError> {
     let registration = vm.registration();
     let ram = vm.ram().ok_or_else(|| RequestError::NotIntrospectable(registration.name.clone()))?;
     let lifetime = Duration::from_millis(request.ttl_ms);
@@ -244,6 +246,7 @@ fn terms(vm: &Vm, request: &GrantRequest) -> Result<Terms, RequestError> {
         holder: request.holder.map_or(Holder::Anybody, Holder::Vm),
         label: request.label.clone(),
         origin: Origin::Operator,
+        by,
     })
 }
 

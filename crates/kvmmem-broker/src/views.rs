@@ -49,7 +49,7 @@ impl Broker {
         let (view, opened) = attached.map_err(refuse_use)?;
         let shown = self.show(peer, by, view, &opened);
         let Ok((target, answer)) = shown else {
-            self.grants().detach(Instant::now(), view, peer.number());
+            self.grants().detach(self.now(), view, peer.number());
             return shown.map(|(_, answer)| answer);
         };
         self.audit().attached(view, (opened.grant, &opened.scope), &target, (peer, by), &caller);
@@ -120,7 +120,7 @@ impl Broker {
         let (closed, is_last) = {
             let mut grants = self.grants();
             grants.count(view, peer.number(), counters);
-            let closed = grants.detach(Instant::now(), view, peer.number()).ok_or_else(|| no_view(view))?;
+            let closed = grants.detach(self.now(), view, peer.number()).ok_or_else(|| no_view(view))?;
             let is_last = !grants.peers_of(closed.grant).contains(&peer.number());
             (closed, is_last)
         };

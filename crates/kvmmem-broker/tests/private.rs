@@ -60,7 +60,8 @@ impl Private {
             socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
         let credentials = Credentials { pid: std::process::id(), uid: 0 };
         let peer = Peer::new(PacketSocket::accepted(socket, SOON).unwrap(), credentials);
-        broker.state.registry().insert(registration, Some(ram), Arc::new(peer)).unwrap().id()
+        let by = peer.credentials();
+        broker.state.registry().insert(registration, &mut Some(ram), Arc::new(peer), by).unwrap().id()
     }
 }
 

@@ -3,11 +3,13 @@
 
 mod common;
 
+use std::collections::BTreeSet;
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
-use common::{TestBroker, Tool, introspector, ram, request, target, wait_for};
+use common::{TestBroker, Tool, introspector, may_open, ram, request, target, wait_for};
 use kvmmem_broker::admin::{AdminError, KvmiPolicy};
+use kvmmem_broker::audit::AuditFile;
 use kvmmem_broker::endpoint::Endpoint;
 use kvmmem_broker::link::{LinkError, RedeemError, Registration, Rights, VmmLink};
 use kvmmem_broker::packet::{PacketBuffer, PacketSocket, Wait};
@@ -135,6 +137,35 @@ fn a_hook_ends_with_the_vm_that_it_was_made_for() {
     let _puma = broker.introspector("puma", 7);
     assert!(broker.admin().targets().unwrap().iter().all(|vm| vm.hooks.is_empty()));
     broker.admin().hook("bank", &endpoint).unwrap();
+}
+
+#[test]
+fn every_vm_that_registers_is_in_the_audit_log() {
+    const COUNT: usize = 300;
+    if !may_open(4 * COUNT) {
+        return;
+    }
+    let broker = TestBroker::start();
+    let log = broker.directory.path().join("audit.log");
+    broker.state.audit().write_to(AuditFile::open(&log).unwrap());
+    // As after a start of the broker, when all VMMs connect at once.
+    let vmms: Vec<Vmm> = (0..COUNT)
+        .map(|number| {
+            let named = Registration { name: format!("vm-{number}"), ..target(&format!("{number}")) };
+            Vmm::register(&broker, named, Some(ram()))
+        })
+        .collect();
+    drop(vmms);
+    let lines = |event: &str| {
+        let text = std::fs::read_to_string(&log).unwrap();
+        let lines = text.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
+        lines
+            .filter(|line| line["event"] == event)
+            .map(|line| line["name"].to_string())
+            .collect::<BTreeSet<_>>()
+    };
+    assert_eq!(lines("registered").len(), COUNT);
+    wait_for("all to be gone", || lines("gone").len() == COUNT);
 }
 
 #[test]

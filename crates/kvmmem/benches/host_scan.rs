@@ -141,7 +141,8 @@ fn register_private(broker: &Broker, vmm: u32, address: usize) -> Result<()> {
     let socket = PacketSocket::accepted(socket, Duration::from_secs(1))?;
     let peer = Peer::new(socket, Credentials { pid: vmm, uid: 0 });
     let registration = Registration { regions: Vec::new(), ..registration("private", 2) };
-    broker.registry().insert(registration, Some(ram), Arc::new(peer))?;
+    let by = peer.credentials();
+    broker.registry().insert(registration, &mut Some(ram), Arc::new(peer), by)?;
     Ok(())
 }
 

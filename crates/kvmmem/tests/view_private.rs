@@ -72,7 +72,8 @@ impl Host {
             socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
         let credentials = Credentials { pid: std::process::id(), uid: 0 };
         let peer = Peer::new(PacketSocket::accepted(end, PATIENCE).unwrap(), credentials);
-        let vm = host.broker.registry().insert(registration, Some(ram), Arc::new(peer)).unwrap();
+        let by = peer.credentials();
+        let vm = host.broker.registry().insert(registration, &mut Some(ram), Arc::new(peer), by).unwrap();
         host.vm = vm.id();
         host
     }

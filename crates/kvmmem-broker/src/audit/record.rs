@@ -12,7 +12,7 @@ use crate::scope::Scope;
 use crate::wire::Caller;
 
 /// What has happened.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Event {
     Registered,
     Added,

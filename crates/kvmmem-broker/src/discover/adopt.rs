@@ -63,6 +63,8 @@ impl Broker {
             move |error: Box<dyn std::error::Error>| Refused::new(Refusal::Limit, format!("{what}: {error}"))
         };
         let qmp = monitor.as_ref().map(|(path, _)| path.clone());
+        // Only administrators add VMs, and what is added for them counts for none of the others.
+        let administrator = Credentials { pid: std::process::id(), uid: rustix::process::geteuid().as_raw() };
         let vmm = absent(opened.credentials).map_err(limit("cannot make a socket"))?;
         let mut registration = opened.registration;
         let ram = match opened.source {
@@ -73,18 +75,20 @@ impl Broker {
             }
         };
         let ram = ram.map_err(|error| Refused::from_registering(&error))?;
-        let mut registry = self.registry();
+        let mut ram = ram;
+        // One at a time: what is compared here stays as it is until the VM is in the registry.
+        let _adding = self.adding();
+        let vms: Vec<Arc<Vm>> = self.registry().after(0).cloned().collect();
         // The files tell, whoever has registered them: two targets with the same RAM would each have grants of it.
         // Private RAM is that of its process.
         let is_its = |vm: &Vm| vm.ram().is_some() && vm.peer().credentials().pid == opened.credentials.pid;
-        if let Some(vm) = registry.after(0).find(|vm| has_same(vm, ram.as_ref()) || is_its(vm)) {
+        if let Some(vm) = vms.iter().find(|vm| has_same(vm, ram.as_ref()) || is_its(vm)) {
             let message = format!("this VM is registered already, as {:?}", vm.registration().name);
             return Err(Refused::new(Refusal::Exists, message));
         }
-        let vm = registry
-            .insert(registration, ram, Arc::new(vmm))
-            .map_err(|error| Refused::from_registering(&error))?;
-        drop(registry);
+        drop(vms);
+        let inserted = self.registry().insert(registration, &mut ram, Arc::new(vmm), administrator);
+        let vm = inserted.map_err(|error| Refused::from_registering(&error))?;
         if let Err(error) = self.watch(vm.id(), opened.pidfd, monitor) {
             self.release(vm.id());
             return Err(limit("cannot watch the VMM")(error.into()));

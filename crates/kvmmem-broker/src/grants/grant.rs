@@ -8,6 +8,7 @@ use kvmmem_kvmi::token::Token;
 use uuid::Uuid;
 
 use super::Opened;
+use crate::peer::Credentials;
 use crate::scope::{Rights, Scope};
 use crate::wire::{Caller, GrantState, Origin, ViewCounters};
 
@@ -61,6 +62,8 @@ pub struct Terms {
     pub label: Option<String>,
     /// Who asked for it.
     pub origin: Origin,
+    /// In whose name: of an operator's grant, the user who has it among those that there may be.
+    pub by: Credentials,
 }
 
 /// A grant in the table.

@@ -2,12 +2,17 @@
 //! The table against a model that keeps everything and searches it from end to end.
 
 use super::*;
+use crate::peer::Credentials;
 use crate::scope::Rights;
 use crate::wire::Cursor;
 use proptest::prelude::*;
 use uuid::Uuid;
 
 const TOKENS: u64 = 6;
+
+/// Root.
+const BY: Credentials = Credentials { pid: 1, uid: 0 };
+
 const PEERS: u64 = 4;
 
 #[derive(Clone, Debug)]
@@ -161,6 +166,7 @@ proptest! {
                         holder,
                         label: None,
                         origin,
+                        by: BY,
                     };
                     let id = grants.mint(now, token(name), terms).unwrap();
                     model.grants.push(Known {
@@ -320,7 +326,7 @@ fn check(grants: &Grants, now: Instant) -> Result<(), TestCaseError> {
     prop_assert!(grants.outstanding.values().all(|count| *count > 0));
     let staying = |grant: &&Grant| active(grant) || grant.is_in_use();
     let operator = grants.grants.values().filter(|grant| of(grant, Origin::Operator)).filter(staying).count();
-    prop_assert_eq!(grants.operator, operator);
+    prop_assert_eq!(grants.operator.count(), operator);
     prop_assert_eq!(grants.expiring.len(), grants.grants.values().filter(active).count());
     prop_assert_eq!(grants.leaving.len(), grants.grants.values().filter(|grant| !staying(grant)).count());
     for (id, grant) in &grants.grants {
@@ -349,6 +355,7 @@ fn terms(target: u64, origin: Origin, uses: u32) -> Terms {
         holder: Holder::Anybody,
         label: None,
         origin,
+        by: BY,
     }
 }
 
@@ -383,13 +390,13 @@ fn operators_grants_are_bounded_and_make_room_when_they_end() {
         grants.mint(now, token(n), terms(1, Origin::Operator, 1)).unwrap();
     }
     let more = |grants: &mut Grants, n| grants.mint(now, token(n), terms(1, Origin::Operator, 1));
-    assert_eq!(more(&mut grants, 1 << 32), Err(MintError::Full));
+    assert_eq!(more(&mut grants, 1 << 32), Err(MintError::Full(Exceeded::Total(MAX_OPERATOR))));
     // One with an open view keeps its place, one that was taken back does not.
     grants.attach(now, &token(7), user(2), ("by", caller()), false).unwrap();
-    assert_eq!(more(&mut grants, 1 << 32), Err(MintError::Full));
+    assert_eq!(more(&mut grants, 1 << 32), Err(MintError::Full(Exceeded::Total(MAX_OPERATOR))));
     grants.revoke(now, 9).unwrap();
     more(&mut grants, 1 << 32).unwrap();
-    assert_eq!(more(&mut grants, 2 << 32), Err(MintError::Full));
+    assert_eq!(more(&mut grants, 2 << 32), Err(MintError::Full(Exceeded::Total(MAX_OPERATOR))));
 }
 
 #[test]

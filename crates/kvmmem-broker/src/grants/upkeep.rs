@@ -107,7 +107,7 @@ impl Grants {
     fn uncount(&mut self, grant: &mut Grant) {
         self.uncount_kvmi(grant);
         if grant.terms.origin == Origin::Operator && std::mem::take(&mut grant.is_counted) {
-            self.operator -= 1;
+            self.operator.give_back(grant.terms.by.uid);
         }
     }
 }

@@ -1,31 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Every call, sent on every kind of connection.
 
-use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
-use std::thread::JoinHandle;
-use std::time::Duration;
 
 use kvmmem_kvmi::token::Token;
-use rustix::net::{AddressFamily, SocketFlags, SocketType};
-use uuid::Uuid;
 
 use super::Role;
 use crate::broker::Broker;
-use crate::connection;
 use crate::discover::attach::Which;
 use crate::endpoint::Endpoint;
-use crate::map::Region;
-use crate::packet::{PacketBuffer, PacketSocket, Wait};
-use crate::peer::{Credentials, Peer};
-use crate::scope::Rights;
-use crate::wire::{
-    Answer, Call, Caller, Change, Cursor, FromBroker, GrantRequest, OnSilence, Refusal, Registration,
-    Request, ViewCounters,
-};
-
-/// No user of the machine that tests run on.
-const USER: u32 = 4_000_000_001;
+use crate::test_peer::{Connection, USER, grant_request, registration};
+use crate::wire::{Answer, Call, Caller, Change, Cursor, OnSilence, Refusal, Registration, ViewCounters};
 
 const ROLES: [Role; 4] = [Role::Administrator, Role::Operator, Role::Viewer, Role::Vmm];
 
@@ -37,15 +22,7 @@ fn calls() -> Vec<(Call, &'static str)> {
     let counters = ViewCounters::default();
     let unix = Endpoint::Unix("/nowhere/at/all".into());
     let vsock = Endpoint::Vsock { cid: 99, port: 1 };
-    let grant = GrantRequest {
-        target: none(),
-        spans: None,
-        rights: Rights::ReadOnly,
-        ttl_ms: 1,
-        uses: 1,
-        holder: None,
-        label: None,
-    };
+    let grant = grant_request("nowhere");
     let caller = Caller { pid: 1, uid: 1, comm: none() };
     let nobody = Registration { name: String::new(), ..registration("nobody") };
     vec![
@@ -113,99 +90,24 @@ fn number(call: &Call) -> usize {
 
 const COUNT: usize = 21;
 
-/// A connection to a broker in this process, in the name of any user.
-struct Connection {
-    socket: Option<PacketSocket>,
-    buffer: PacketBuffer,
-    thread: Option<JoinHandle<()>>,
-}
-
-impl Connection {
-    fn new(broker: &Arc<Broker>, uid: u32) -> Self {
-        let flags = SocketFlags::CLOEXEC;
-        let pair = rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).unwrap();
-        let packets = |socket| PacketSocket::accepted(socket, Duration::from_secs(30)).unwrap();
-        let (socket, peer) = (packets(pair.0), packets(pair.1));
-        socket.limit_receive(Some(Duration::from_secs(30))).unwrap();
-        let peer = Arc::new(Peer::new(peer, Credentials { pid: std::process::id(), uid }));
-        let broker = Arc::clone(broker);
-        let thread = std::thread::spawn(move || connection::serve(&broker, &peer));
-        Self { socket: Some(socket), buffer: PacketBuffer::default(), thread: Some(thread) }
-    }
-
-    /// One that is what `role` says.
-    fn of(broker: &Arc<Broker>, role: Role) -> Self {
-        let mut connection = Self::new(broker, if role == Role::Administrator { 0 } else { USER });
-        match role {
-            Role::Administrator | Role::Operator => {}
-            Role::Viewer => {
-                let request = GrantRequest { target: "tiger".into(), ttl_ms: 60_000, ..grant_request() };
-                let Ok(Answer::Granted { token, .. }) = connection.ask(Call::Grant(request), None) else {
-                    panic!("no grant")
-                };
-                let caller = Caller { pid: 1, uid: 1, comm: "tool".into() };
-                let attached = connection.ask(Call::Attach { token, caller, read_only: true }, None);
-                assert!(matches!(attached, Ok(Answer::HostAttached { .. })), "{attached:?}");
-            }
-            Role::Vmm => {
-                let lion = Registration { cid: Some(7), introspector: true, ..registration("lion") };
-                connection.ask(Call::Register(lion), None).unwrap();
-            }
+/// A connection that is what `role` says.
+fn connection(broker: &Arc<Broker>, role: Role) -> Connection {
+    let mut connection = Connection::new(broker, if role == Role::Administrator { 0 } else { USER });
+    match role {
+        Role::Administrator | Role::Operator => {}
+        Role::Viewer => {
+            let granted = connection.ask(Call::Grant(grant_request("tiger")), None);
+            let Ok(Answer::Granted { token, .. }) = granted else { panic!("{granted:?}") };
+            let caller = Caller { pid: 1, uid: 1, comm: "tool".into() };
+            let attached = connection.ask(Call::Attach { token, caller, read_only: true }, None);
+            assert!(matches!(attached, Ok(Answer::HostAttached { .. })), "{attached:?}");
         }
-        connection
-    }
-
-    fn send(&self, call: Call, file: Option<OwnedFd>) {
-        let files = file.as_ref().map(AsFd::as_fd);
-        let socket = self.socket.as_ref().unwrap();
-        socket.send(&Request { id: 1, call }, files.as_slice(), Wait::Limited).unwrap();
-    }
-
-    fn ask(&mut self, call: Call, file: Option<OwnedFd>) -> Result<Answer, (Refusal, String)> {
-        self.send(call, file);
-        loop {
-            match self.socket.as_ref().unwrap().receive(&mut self.buffer).unwrap().expect("it was closed").0 {
-                FromBroker::Answer { answer, .. } => return Ok(answer),
-                FromBroker::Refused { refusal, message, .. } => return Err((refusal, message)),
-                _ => {}
-            }
+        Role::Vmm => {
+            let lion = Registration { cid: Some(7), introspector: true, ..registration("lion") };
+            connection.ask(Call::Register(lion), None).unwrap();
         }
     }
-}
-
-impl Drop for Connection {
-    fn drop(&mut self) {
-        drop(self.socket.take());
-        if let Some(thread) = self.thread.take() {
-            thread.join().unwrap();
-        }
-    }
-}
-
-fn grant_request() -> GrantRequest {
-    let (Call::Grant(request), _) = calls().swap_remove(9) else { panic!("not a grant") };
-    request
-}
-
-fn registration(name: &str) -> Registration {
-    Registration {
-        name: name.into(),
-        uuid: Uuid::from_u128(name.bytes().fold(1, |sum, byte| sum << 8 | u128::from(byte))),
-        vcpus: 1,
-        start_time_ms: 0,
-        cid: None,
-        introspectable: false,
-        introspector: false,
-        regions: vec![],
-    }
-}
-
-fn ram() -> OwnedFd {
-    use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
-    let file = memfd_create("ram", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap();
-    ftruncate(&file, 0x1000).unwrap();
-    fcntl_add_seals(&file, SealFlags::SHRINK).unwrap();
-    file
+    connection
 }
 
 #[test]
@@ -219,11 +121,9 @@ fn every_call_is_tried() {
 fn every_call_is_denied_to_all_roles_but_its_own() {
     let broker = Arc::new(Broker::default());
     let mut tiger = Connection::new(&broker, USER);
-    let regions = vec![Region { gpa: 0, len: 0x1000, offset: 0, file: 0 }];
-    let registered = Registration { introspectable: true, regions, ..registration("tiger") };
-    tiger.ask(Call::Register(registered), Some(ram())).unwrap();
+    tiger.register_target("tiger").unwrap();
     for (role, letter) in ROLES.into_iter().zip(['a', 'o', 'h', 'v']) {
-        let mut connection = Connection::of(&broker, role);
+        let mut connection = connection(&broker, role);
         for (call, allowed) in calls() {
             let (words, allowed) = (format!("{role:?}: {call:?}"), allowed.contains(letter));
             assert_eq!(role.check(&call).is_ok(), allowed, "{words}");

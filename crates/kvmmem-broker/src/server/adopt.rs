@@ -9,7 +9,8 @@ use std::sync::Arc;
 
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketType, sockopt};
 
-use super::{Server, ServerError, lock};
+use super::{Server, ServerError, Shared, lock};
+use crate::quota::Limits;
 
 /// Permission bits of everybody but the owner.
 const OTHERS: u32 = 0o077;
@@ -25,7 +26,14 @@ impl Server {
         let (path, mode) = inspect(&listener).map_err(ServerError::Adopt)?;
         let lock = lock(&path)?;
         let group = mode & OTHERS != 0;
-        Ok(Self { path, listener, _lock: lock, group, is_adopted: true, shared: Arc::default() })
+        Ok(Self {
+            path,
+            listener,
+            _lock: lock,
+            group,
+            is_adopted: true,
+            shared: Arc::new(Shared::new(Limits::default())),
+        })
     }
 
     /// Where it listens.

@@ -20,6 +20,7 @@ use kvmmem_broker::endpoint::Endpoint;
 use kvmmem_broker::link::{
     Attached, Caller, RedeemError, Region, Registration, Rights, Target, ViewEvents, VmmLink,
 };
+use kvmmem_broker::quota::Limits;
 use kvmmem_broker::server::Server;
 use kvmmem_kvmi::handshake::{ToolHello, VmHello};
 use kvmmem_kvmi::message::{HEADER_SIZE, Header};
@@ -44,9 +45,18 @@ impl TestBroker {
         Self::start_in(tempfile::tempdir().unwrap())
     }
 
+    /// One with other limits than the usual ones.
+    pub(crate) fn start_with(limits: Limits) -> Self {
+        Self::start_so(tempfile::tempdir().unwrap(), limits)
+    }
+
     pub(crate) fn start_in(directory: tempfile::TempDir) -> Self {
+        Self::start_so(directory, Limits::default())
+    }
+
+    fn start_so(directory: tempfile::TempDir, limits: Limits) -> Self {
         let path = directory.path().join("broker.sock");
-        let server = Server::bind(&path, None).unwrap();
+        let server = Server::bind_with(&path, None, limits).unwrap();
         let state = server.broker();
         let (stop, stopped) = UnixStream::pair().unwrap();
         let thread = std::thread::spawn(move || server.run(stopped.as_fd()).unwrap());

@@ -168,7 +168,8 @@ fn register_private(broker: &Broker, mut registration: Registration, ram: &Guest
     let (socket, _) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).unwrap();
     let socket = PacketSocket::accepted(socket, Duration::from_secs(1)).unwrap();
     let peer = Peer::new(socket, Credentials { pid: std::process::id(), uid: 0 });
-    broker.registry().insert(registration, Some(ram), Arc::new(peer)).unwrap();
+    let by = peer.credentials();
+    broker.registry().insert(registration, &mut Some(ram), Arc::new(peer), by).unwrap();
 }
 
 impl Drop for Host {

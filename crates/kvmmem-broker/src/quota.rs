@@ -1,0 +1,196 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! How many connections, VMs, hooks, grants and policies there may be: in all, and of one user.
+//!
+//! A user who takes all that it can get must neither keep others out nor those who would put an end to it. So each user
+//! but root and the broker's own has a share, and the last few of everything are root's and the broker's own.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use crate::grants::MAX_OPERATOR;
+use crate::peer::Credentials;
+use crate::policy::MAX_POLICIES;
+use crate::registry::MAX_VMS;
+use crate::server::MAX_CONNECTIONS;
+
+/// The most hooks of all targets: each has a thread.
+pub const MAX_HOOKS: usize = 128;
+
+/// How many of something there may be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Bound {
+    /// In all.
+    pub total: usize,
+    /// Of one user that is not an administrator.
+    pub per_user: usize,
+    /// How many of the total only administrators may take.
+    pub reserve: usize,
+}
+
+impl Bound {
+    /// The usual shares of a total: three quarters for one user, and a sixteenth in reserve.
+    pub const fn of(total: usize) -> Self {
+        Self { total, per_user: total / 4 * 3, reserve: total / 16 }
+    }
+}
+
+/// What the broker bounds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Connections.
+    pub connections: Bound,
+    /// Registered VMs.
+    pub vms: Bound,
+    /// Hooks of all targets.
+    pub hooks: Bound,
+    /// Operators' grants that can be used or are in use.
+    pub grants: Bound,
+    /// Targets that have a policy of their own.
+    pub policies: Bound,
+    /// How long a connection may be silent that has neither registered a VM nor opened a view.
+    pub silence: Duration,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            connections: Bound::of(MAX_CONNECTIONS),
+            vms: Bound::of(MAX_VMS),
+            hooks: Bound::of(MAX_HOOKS),
+            grants: Bound::of(MAX_OPERATOR),
+            policies: Bound::of(MAX_POLICIES),
+            silence: Duration::from_secs(10),
+        }
+    }
+}
+
+/// Why there may not be one more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Exceeded {
+    /// The user has its share.
+    #[error("user {uid} has {count} already, the most that one user may have; end some of them")]
+    Share {
+        /// The user.
+        uid: u32,
+        /// Its share.
+        count: usize,
+    },
+    /// Only the reserve is left.
+    #[error("there are {count} already, and the last {reserve} are for root and the broker's own user")]
+    Reserve {
+        /// How many others may take.
+        count: usize,
+        /// How many are kept.
+        reserve: usize,
+    },
+    /// None is left.
+    #[error("there are {0} already; end some of them")]
+    Total(usize),
+}
+
+/// How many of something there are, and whose they are.
+#[derive(Debug)]
+pub(crate) struct Quota {
+    bound: Bound,
+    total: usize,
+    /// Of each user that has any.
+    of: HashMap<u32, usize>,
+}
+
+impl Quota {
+    pub(crate) fn new(bound: Bound) -> Self {
+        Self { bound, total: 0, of: HashMap::new() }
+    }
+
+    /// Takes one for a user.
+    ///
+    /// # Errors
+    /// [`Exceeded`].
+    pub(crate) fn take(&mut self, who: Credentials) -> Result<(), Exceeded> {
+        let Bound { total, per_user, reserve } = self.bound;
+        if self.total >= total {
+            return Err(Exceeded::Total(total));
+        }
+        let has = self.of.get(&who.uid).copied().unwrap_or(0);
+        let others = total.saturating_sub(reserve);
+        if !who.is_administrator() && has >= per_user {
+            return Err(Exceeded::Share { uid: who.uid, count: per_user });
+        }
+        if !who.is_administrator() && self.total >= others {
+            return Err(Exceeded::Reserve { count: others, reserve });
+        }
+        self.of.insert(who.uid, has + 1);
+        self.total += 1;
+        Ok(())
+    }
+
+    /// Gives back what a user has taken.
+    pub(crate) fn give_back(&mut self, uid: u32) {
+        if let Some(has) = self.of.get_mut(&uid) {
+            *has -= 1;
+            self.total -= 1;
+            if *has == 0 {
+                self.of.remove(&uid);
+            }
+        }
+    }
+
+    /// How many there are.
+    pub(crate) fn count(&self) -> usize {
+        self.total
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn user(uid: u32) -> Credentials {
+        Credentials { pid: 1, uid }
+    }
+
+    /// No user of the machine that tests run on, and root.
+    const ONE: u32 = 4_000_000_001;
+    const OTHER: u32 = 4_000_000_002;
+    const ROOT: u32 = 0;
+
+    #[test]
+    fn a_user_has_a_share_and_root_the_rest() {
+        let mut quota = Quota::new(Bound { total: 10, per_user: 5, reserve: 2 });
+        for _ in 0..5 {
+            quota.take(user(ONE)).unwrap();
+        }
+        assert_eq!(quota.take(user(ONE)), Err(Exceeded::Share { uid: ONE, count: 5 }));
+        for _ in 0..3 {
+            quota.take(user(OTHER)).unwrap();
+        }
+        let reserved = Err(Exceeded::Reserve { count: 8, reserve: 2 });
+        assert_eq!(quota.take(user(OTHER)), reserved);
+        assert_eq!(quota.take(user(OTHER + 1)), reserved);
+        quota.take(user(ROOT)).unwrap();
+        quota.take(user(ROOT)).unwrap();
+        assert_eq!(quota.take(user(ROOT)), Err(Exceeded::Total(10)));
+        quota.give_back(ONE);
+        quota.take(user(ROOT)).unwrap();
+        assert_eq!(quota.count(), 10);
+    }
+
+    #[test]
+    fn what_is_given_back_leaves_no_trace() {
+        let mut quota = Quota::new(Bound { total: 3, per_user: 3, reserve: 0 });
+        for uid in 1..1000 {
+            quota.take(user(uid)).unwrap();
+            quota.give_back(uid);
+            quota.give_back(uid);
+        }
+        assert_eq!((quota.count(), quota.of.len()), (0, 0));
+    }
+
+    #[test]
+    fn the_usual_shares_leave_others_and_root_some() {
+        for total in [MAX_CONNECTIONS, MAX_VMS, MAX_HOOKS, MAX_OPERATOR, MAX_POLICIES] {
+            let Bound { per_user, reserve, .. } = Bound::of(total);
+            assert!(reserve >= 8 && per_user + reserve < total);
+        }
+    }
+}

@@ -1,0 +1,122 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! Connections to a broker in this process, in the name of any user, for tests.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
+use rustix::net::{AddressFamily, SocketFlags, SocketType};
+use uuid::Uuid;
+
+use crate::broker::Broker;
+use crate::connection;
+use crate::map::Region;
+use crate::packet::{PacketBuffer, PacketSocket, Wait};
+use crate::peer::{Credentials, Peer};
+use crate::scope::Rights;
+use crate::wire::{Answer, Call, FromBroker, GrantRequest, Refusal, Registration, Request};
+
+/// No user of the machine that tests run on.
+pub(crate) const USER: u32 = 4_000_000_001;
+
+/// A connection to a broker in this process, in the name of any user.
+pub(crate) struct Connection {
+    socket: Option<PacketSocket>,
+    buffer: PacketBuffer,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Connection {
+    /// One that a thread of its own serves.
+    pub(crate) fn new(broker: &Arc<Broker>, uid: u32) -> Self {
+        let (mut connection, theirs) = Self::pair();
+        let peer = PacketSocket::accepted(theirs, Duration::from_secs(30)).unwrap();
+        let peer = Arc::new(Peer::new(peer, Credentials { pid: std::process::id(), uid }));
+        let broker = Arc::clone(broker);
+        connection.thread = Some(std::thread::spawn(move || connection::serve(&broker, &peer)));
+        connection
+    }
+
+    /// One that nobody serves yet, and its other end.
+    pub(crate) fn pair() -> (Self, OwnedFd) {
+        let flags = SocketFlags::CLOEXEC;
+        let pair = rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).unwrap();
+        let socket = PacketSocket::accepted(pair.0, Duration::from_secs(30)).unwrap();
+        socket.limit_receive(Some(Duration::from_secs(30))).unwrap();
+        (Self { socket: Some(socket), buffer: PacketBuffer::default(), thread: None }, pair.1)
+    }
+
+    pub(crate) fn send(&self, call: Call, file: Option<OwnedFd>) {
+        let files = file.as_ref().map(AsFd::as_fd);
+        let socket = self.socket.as_ref().unwrap();
+        // A broker that is full says so and closes, perhaps before this is sent.
+        let _ = socket.send(&Request { id: 1, call }, files.as_slice(), Wait::Limited);
+    }
+
+    /// The next message and its files; `None` where the broker has closed.
+    pub(crate) fn next(&mut self) -> Option<(FromBroker, Vec<OwnedFd>)> {
+        self.socket.as_ref().unwrap().receive(&mut self.buffer).unwrap()
+    }
+
+    pub(crate) fn ask(&mut self, call: Call, file: Option<OwnedFd>) -> Result<Answer, (Refusal, String)> {
+        self.send(call, file);
+        loop {
+            match self.next().expect("it was closed").0 {
+                FromBroker::Answer { answer, .. } => return Ok(answer),
+                FromBroker::Refused { refusal, message, .. } => return Err((refusal, message)),
+                _ => {}
+            }
+        }
+    }
+
+    /// Registers a target with one page of RAM.
+    pub(crate) fn register_target(&mut self, name: &str) -> Result<Answer, (Refusal, String)> {
+        let regions = vec![Region { gpa: 0, len: 0x1000, offset: 0, file: 0 }];
+        let registered = Registration { introspectable: true, regions, ..registration(name) };
+        self.ask(Call::Register(registered), Some(ram()))
+    }
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        drop(self.socket.take());
+        if let Some(thread) = self.thread.take() {
+            thread.join().unwrap();
+        }
+    }
+}
+
+/// A grant of all of a target's RAM, for a minute.
+pub(crate) fn grant_request(target: &str) -> GrantRequest {
+    GrantRequest {
+        target: target.into(),
+        spans: None,
+        rights: Rights::ReadOnly,
+        ttl_ms: 60_000,
+        uses: 1,
+        holder: None,
+        label: None,
+    }
+}
+
+pub(crate) fn registration(name: &str) -> Registration {
+    Registration {
+        name: name.into(),
+        uuid: Uuid::from_u128(name.bytes().fold(1, |sum, byte| sum << 8 | u128::from(byte))),
+        vcpus: 1,
+        start_time_ms: 0,
+        cid: None,
+        introspectable: false,
+        introspector: false,
+        regions: vec![],
+    }
+}
+
+pub(crate) fn ram() -> OwnedFd {
+    let file = memfd_create("ram", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap();
+    ftruncate(&file, 0x1000).unwrap();
+    fcntl_add_seals(&file, SealFlags::SHRINK).unwrap();
+    file
+}
