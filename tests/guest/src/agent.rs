@@ -18,7 +18,10 @@ use crate::request::{Command, ExitStatus, Failure, Reply, Request};
 pub const MAX_OUTPUT: usize = 16 << 20;
 
 /// Limit of the small requests.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// How long dropping a [`Child`] waits for the agent, which is silent where its VM stands still.
+const ENDING: Duration = Duration::from_secs(30);
 
 /// Why something asked of an agent failed.
 #[derive(Debug, thiserror::Error)]
@@ -290,7 +293,8 @@ impl Stream {
     }
 }
 
-/// A process in a VM. Dropping it kills the process and what it started.
+/// A process in a VM. Dropping it kills the process and what it started, also where the process itself has ended, and
+/// waits until their files and memory are released; only what made a session of its own is left.
 #[derive(Debug)]
 pub struct Child {
     channel: Channel,
@@ -411,6 +415,6 @@ impl Child {
 
 impl Drop for Child {
     fn drop(&mut self) {
-        self.channel.shutdown();
+        self.channel.finish(Instant::now() + ENDING);
     }
 }

@@ -57,6 +57,14 @@ impl Channel {
         frame::read(&mut Waiting { file: &self.file, deadline }, &mut self.decoder).map_err(timed_out)
     }
 
+    /// Ends what this side sends, and passes over what still comes until the peer has closed, at most until `deadline`.
+    pub fn finish(&mut self, deadline: Instant) {
+        // It fails only if the peer has closed already.
+        let _ = rustix::net::shutdown(&self.file, rustix::net::Shutdown::Write);
+        while let Ok(Some(_)) = self.receive(Some(deadline)) {}
+        self.shutdown();
+    }
+
     /// Closes both directions, for all handles of this socket.
     pub fn shutdown(&self) {
         // It fails only if the peer has closed already.

@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A running program whose output goes out as frames.
+//!
+//! A program is launched in a process group of its own. It is reaped last, when its client has gone: until then its id,
+//! which is the group's, cannot be another's, so that what it started can be killed after it has ended.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{self, Read, Write};
-use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, ChildStdin, Stdio};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender, SyncSender};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -23,10 +25,13 @@ const LINGER: Duration = Duration::from_millis(500);
 /// Frames of stdin that may wait for the program to read them.
 const STDIN_QUEUE: usize = 64;
 
+/// How long killed processes may take to end.
+const KILLED: Duration = Duration::from_secs(30);
+
 /// A program started by [`start`].
 #[derive(Debug)]
 pub struct Running {
-    child: Child,
+    pid: Pid,
     handle: Handle,
     pumps: Receiver<()>,
     pump_count: usize,
@@ -36,7 +41,7 @@ pub struct Running {
 #[derive(Clone, Debug)]
 pub struct Handle {
     // `None` as soon as the program has been reaped, so that no signal can hit a later process of the same id.
-    pid: Arc<Mutex<Option<Pid>>>,
+    child: Arc<Mutex<Option<(Pid, Child)>>>,
     stdin: SyncSender<Vec<u8>>,
 }
 
@@ -64,9 +69,9 @@ pub fn start(command: &Command, sink: &Arc<Mutex<File>>) -> io::Result<Running> 
         pump_count += 1;
         pump(pipe, Kind::Stderr, sink, &done);
     }
-    let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw);
-    let handle = Handle { pid: Arc::new(Mutex::new(pid)), stdin };
-    Ok(Running { child, handle, pumps, pump_count })
+    let pid = Pid::from_child(&child);
+    let handle = Handle { child: Arc::new(Mutex::new(Some((pid, child)))), stdin };
+    Ok(Running { pid, handle, pumps, pump_count })
 }
 
 impl Running {
@@ -76,26 +81,17 @@ impl Running {
         self.handle.clone()
     }
 
-    /// Waits until it has ended and its output has been sent.
+    /// Waits until it has ended and its output has been sent. It is not reaped: see [`Handle::reap`].
     ///
     /// # Errors
     /// When the system cannot say how it ended.
-    pub fn wait(mut self) -> io::Result<ExitStatus> {
-        let pid = *self.handle.lock();
-        if let Some(pid) = pid {
-            // Not reaped yet: the id stays ours until the handle has forgotten it.
-            while let Err(error) =
-                waitid(WaitId::Pid(pid), WaitIdOptions::EXITED | WaitIdOptions::NOWAIT).map(drop)
-            {
-                if error != rustix::io::Errno::INTR {
-                    return Err(error.into());
-                }
+    pub fn wait(self) -> io::Result<ExitStatus> {
+        let status = loop {
+            match waitid(WaitId::Pid(self.pid), WaitIdOptions::EXITED | WaitIdOptions::NOWAIT) {
+                Ok(Some(status)) => break status,
+                Ok(None) | Err(rustix::io::Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
             }
-        }
-        let status = {
-            let mut pid = self.handle.lock();
-            *pid = None;
-            self.child.wait()?
         };
         let deadline = Instant::now() + LINGER;
         for _ in 0..self.pump_count {
@@ -104,7 +100,8 @@ impl Running {
                 break;
             }
         }
-        Ok(status.signal().map_or_else(|| ExitStatus::Code(status.code().unwrap_or(-1)), ExitStatus::Signal))
+        let signal = status.terminating_signal().map(ExitStatus::Signal);
+        Ok(signal.unwrap_or_else(|| ExitStatus::Code(status.exit_status().unwrap_or(-1))))
     }
 }
 
@@ -115,19 +112,40 @@ impl Handle {
     /// When there is no such signal.
     pub fn signal(&self, number: i32) -> io::Result<()> {
         let signal = Signal::from_named_raw(number).ok_or(io::ErrorKind::InvalidInput)?;
-        match *self.lock() {
-            Some(pid) => Ok(kill_process(pid, signal)?),
+        match &*self.lock() {
+            Some((pid, _)) => Ok(kill_process(*pid, signal)?),
             None => Ok(()),
         }
     }
 
-    /// Kills the program and what it started, unless it has ended.
-    pub fn kill_all(&self) {
-        if let Some(pid) = *self.lock() {
-            // The launcher may not have made its session yet, so the process itself is killed as well.
-            let _ = kill_process_group(pid, Signal::KILL);
+    /// Kills the program and what it started, and waits until none of them holds a file or memory any more.
+    ///
+    /// # Errors
+    /// When some of them do not end.
+    pub fn kill_all(&self) -> io::Result<()> {
+        let Some(pid) = self.lock().as_ref().map(|(pid, _)| *pid) else { return Ok(()) };
+        let deadline = Instant::now() + KILLED;
+        loop {
+            // Each time anew: the launcher may not have made its session yet, and one of them may have forked.
             let _ = kill_process(pid, Signal::KILL);
+            let _ = kill_process_group(pid, Signal::KILL);
+            if !is_alive(pid)? {
+                return Ok(());
+            }
+            if Instant::now() >= deadline {
+                return Err(io::Error::new(io::ErrorKind::TimedOut, "killed processes do not end"));
+            }
+            thread::sleep(Duration::from_millis(5));
         }
+    }
+
+    /// Reaps the program, which has ended. Its id may be another's from now on.
+    ///
+    /// # Errors
+    /// As `waitpid(2)`'s.
+    pub fn reap(&self) -> io::Result<()> {
+        let child = self.lock().take();
+        child.map_or(Ok(()), |(_, mut child)| child.wait().map(drop))
     }
 
     /// Queues bytes for its stdin; none close it.
@@ -144,9 +162,26 @@ impl Handle {
         }
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, Option<Pid>> {
-        self.pid.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> std::sync::MutexGuard<'_, Option<(Pid, Child)>> {
+        self.child.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Whether the process or one of its group is more than a zombie, which holds nothing any more.
+fn is_alive(leader: Pid) -> io::Result<bool> {
+    let id = leader.to_string();
+    for entry in fs::read_dir("/proc")? {
+        let entry = entry?;
+        let Ok(stat) = fs::read_to_string(entry.path().join("stat")) else { continue };
+        // proc_pid_stat(5): the name is in parentheses and may hold anything; then state, parent, group.
+        let mut fields = stat.rsplit_once(')').map_or("", |(_, rest)| rest).split_ascii_whitespace();
+        let (state, _, group) = (fields.next(), fields.next(), fields.next());
+        let is_of_it = group == Some(id.as_str()) || entry.file_name().to_str() == Some(id.as_str());
+        if is_of_it && !matches!(state, Some("Z" | "X")) {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 fn feed(mut pipe: ChildStdin, input: &Receiver<Vec<u8>>) {

@@ -95,7 +95,7 @@ fn reply(channel: &mut Channel, result: io::Result<()>) -> io::Result<()> {
     channel.send(Kind::Reply, &serde_json::to_vec(&reply)?)
 }
 
-/// Runs a program until it ends or the client goes away.
+/// Runs a program, and ends it and what it started when the client goes away.
 fn exec(mut channel: Channel, command: &Command) -> io::Result<()> {
     let sink = Arc::new(Mutex::new(channel.writer()?));
     let running = match process::start(command, &sink) {
@@ -105,12 +105,9 @@ fn exec(mut channel: Channel, command: &Command) -> io::Result<()> {
     let handle = running.handle();
     let waiter = thread::spawn(move || -> io::Result<()> {
         let status = running.wait()?;
-        let sent = send(&sink, Kind::Exit, &serde_json::to_vec(&status)?);
-        // Wakes the thread that waits for the client's frames.
-        let sink = sink.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        let _ = rustix::net::shutdown(&*sink, rustix::net::Shutdown::Both);
-        sent
+        send(&sink, Kind::Exit, &serde_json::to_vec(&status)?)
     });
+    // Its children may outlive it, so the client says when they are to end: by closing.
     let served = loop {
         match channel.receive(None) {
             Ok(None) => break Ok(()),
@@ -127,9 +124,12 @@ fn exec(mut channel: Channel, command: &Command) -> io::Result<()> {
             Err(error) => break Err(error),
         }
     };
-    handle.kill_all();
-    // Whatever went wrong on the way, the process has been seen to its end; a client that left is no error.
+    handle.kill_all()?;
+    // It has ended; a client that left cannot be told, and that is no error.
     drop(waiter.join());
+    handle.reap()?;
+    // The client waits for this: what its program held is released.
+    channel.shutdown();
     match served {
         Err(error) if error.kind() != io::ErrorKind::ConnectionReset => Err(error),
         _ => Ok(()),

@@ -63,7 +63,7 @@ fn reply(channel: &mut Channel) -> Reply {
 fn is_root() -> bool {
     let root = rustix::process::geteuid().is_root();
     if !root {
-        println!("skipped: the agent runs programs as root only");
+        println!("skipped: the agent runs programs as root only: run the tests as root");
     }
     root
 }
@@ -136,6 +136,20 @@ fn dropping_the_connection_kills_the_program() {
             assert!(Instant::now() < end, "{process} lives on");
             std::thread::sleep(Duration::from_millis(20));
         }
+    }
+}
+
+#[test]
+fn what_a_program_left_behind_ends_with_its_client() {
+    if is_root() {
+        let mut channel = exec(&["/bin/sh", "-c", "sleep 1000 >&- 2>&- & echo $!"]);
+        let (stdout, _, status) = finish(&mut channel);
+        assert_eq!(status, ExitStatus::Code(0));
+        let process = format!("/proc/{}/stat", stdout.trim());
+        let is_alive = || std::fs::read_to_string(&process).is_ok_and(|stat| !stat.contains(") Z "));
+        assert!(is_alive(), "it ends with the program");
+        channel.finish(Instant::now() + LIMIT);
+        assert!(!is_alive(), "{process} lives on");
     }
 }
 
