@@ -13,7 +13,6 @@
 
 #define RO	KVMMEM_RIGHT_READ
 #define RW	(KVMMEM_RIGHT_READ | KVMMEM_RIGHT_WRITE)
-#define LONG	10000
 #define PLACES	4
 #define SWAPS	60
 

@@ -12,7 +12,6 @@
 #include "host.h"
 
 #define RW	(KVMMEM_RIGHT_READ | KVMMEM_RIGHT_WRITE)
-#define LONG	10000
 #define RAM	0x1000000UL
 
 #define FIELD(name)	offsetof(struct kvmmem_descriptor, name), sizeof(((struct kvmmem_descriptor *)0)->name)

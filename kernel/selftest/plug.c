@@ -134,16 +134,6 @@ void plug_sets_state(int head, unsigned int state)
 	plug_ends(head);
 }
 
-/* Within five seconds, as the emulated machine may be slow. */
-#define WITHIN(condition)						\
-	({								\
-		int tries_ = 0;						\
-									\
-		while (!(condition) && ++tries_ < 5000)			\
-			usleep(1000);					\
-		!!(condition);						\
-	})
-
 /* Each view gets slots of its own, as the host frees them some time after they were emptied. */
 static int slot_a;
 

@@ -10,7 +10,6 @@
 
 #include "plug.h"
 
-#define LONG	10000
 #define RAM	0x1000000UL
 
 #define FIELD(name)	offsetof(struct kvmmem_descriptor, name), sizeof(((struct kvmmem_descriptor *)0)->name)

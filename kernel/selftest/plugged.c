@@ -12,7 +12,6 @@
 
 #define RO	KVMMEM_RIGHT_READ
 #define RW	(KVMMEM_RIGHT_READ | KVMMEM_RIGHT_WRITE)
-#define LONG	10000
 #define SPAN	(THIRD + THIRD_SIZE - FIRST)
 
 static unsigned long number_at(const char *p)

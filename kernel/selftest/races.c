@@ -111,7 +111,8 @@ void test_races(void)
 	for (int i = 0; i < KILLS; i++)
 		race_and_kill();
 	CHECK(counter("total") > 0);
-	CHECK_EQUAL(counter("mapped"), 0);
+	/* What they had forked last may outlive them a little. */
+	CHECK(WITHIN(!counter("mapped")));
 	/* Every page is back, but for those that the host refused to a dying process. */
-	CHECK_EQUAL(pinned(), counter("quarantined"));
+	CHECK(WITHIN(pinned() == counter("quarantined")));
 }

@@ -10,6 +10,7 @@
 
 #include <errno.h>
 #include <stdio.h>
+#include <unistd.h>
 
 #define PAGE		4096UL
 #define HOST_PORT	0xe0
@@ -45,6 +46,19 @@ extern int checks, failures;
 		CHECK((call) == -1);						\
 		CHECK_EQUAL(errno, error);					\
 	} while (0)
+
+/* Whether it comes to hold, in a minute at most: the emulated machine may be slow. */
+#define WITHIN(condition)						\
+	({								\
+		int tries_ = 0;						\
+									\
+		while (!(condition) && ++tries_ < 60000)		\
+			usleep(1000);					\
+		!!(condition);						\
+	})
+
+/* How long what must come is polled for, milliseconds. */
+#define LONG		60000
 
 /* What the host answers from now on. */
 void host_answers(int answer);

@@ -152,7 +152,8 @@ static void storm_and_kill(void)
 	kill(child, SIGKILL);
 	waitpid(child, NULL, 0);
 	host_answers(0);
-	CHECK_EQUAL(counter("views"), 0);
+	/* What it had forked last may outlive it a little. */
+	CHECK(WITHIN(!counter("views")));
 }
 
 void test_storm(void)

@@ -13,7 +13,6 @@
 
 #include "plug.h"
 
-#define LONG	10000
 #define SPAN	(THIRD + THIRD_SIZE - FIRST)
 
 /* A file with the view, whose pages of all windows are mapped at `p`. */
