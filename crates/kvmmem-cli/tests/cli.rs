@@ -68,7 +68,7 @@ fn help_names_the_verbs_and_the_exit_codes() {
 
 #[test]
 fn a_wrong_command_line_names_what_is_wrong() {
-    let cases: [(&[&str], &[&str]); 19] = [
+    let cases: [(&[&str], &[&str]); 20] = [
         (&["read", "0", "0"], &["LEN", "at least 1 byte"]),
         (&["watch", "0", "0"], &["LEN", "at least 1 byte"]),
         (&["watch", "0", "2M"], &["LEN", "0x100000"]),
@@ -76,6 +76,7 @@ fn a_wrong_command_line_names_what_is_wrong() {
         (&["watch", "0xffffffffffffffff", "2"], &["0x2 bytes", "pass the end"]),
         (&["map", "0x1001", "--watch"], &["0x1001", "multiple of 8"]),
         (&["target", "add"], &["--pid", "--qmp", "--libvirt"]),
+        (&["scan", "MZ"], &["MZ", "--text"]),
         (&["introspector", "add"], &["--pid", "--qmp", "--libvirt"]),
         (&["dump", "x", "--range", "1M..3M", "--range", "2M..4M"], &["overlap"]),
         (&["translate", "0x1000", "ffffffff81000000"], &["write 0xffffffff81000000"]),
@@ -247,7 +248,8 @@ fn the_doctor_agrees_with_its_exit_code_in_both_roles_and_forms() {
         assert_eq!(stderr, "");
         let diagnosis: serde_json::Value = serde_json::from_str(&stdout).unwrap();
         let checks = diagnosis["checks"].as_array().unwrap();
-        let failed = checks.iter().any(|check| check["status"] == "fail");
+        let uses = diagnosis["uses"].as_array().unwrap();
+        let failed = uses.iter().all(|verdict| verdict["status"] == "fail");
         assert_eq!(diagnosis["usable"].as_bool(), Some(!failed));
         assert_eq!(code, Some(i32::from(failed)));
         for check in checks {
@@ -260,7 +262,21 @@ fn the_doctor_agrees_with_its_exit_code_in_both_roles_and_forms() {
         for check in checks {
             assert!(stdout.contains(check["name"].as_str().unwrap()), "{stdout}");
         }
+        for verdict in uses {
+            let what = verdict["use"].as_str().unwrap().replace('_', "-");
+            let (code, _, _) = run(&["doctor", "--for", &what]);
+            assert_eq!(code, Some(i32::from(verdict["status"] == "fail")), "{what}");
+            for name in verdict["see"].as_array().unwrap() {
+                assert!(
+                    checks.iter().any(|check| check["name"] == *name && check["status"] != "ok"),
+                    "{name}"
+                );
+            }
+        }
     }
+    // Looking at a host's machines takes nothing that a host may lack; the broker can be started.
+    assert_eq!(run(&["doctor", "--for", "look"]).0, Some(0));
+    assert_eq!(run(&["doctor", "--for", "look", "--role", "guest"]).0, Some(2));
 }
 
 /// Plays a VM's side with one page of memory at 0, until the tool hangs up; returns the page.

@@ -21,8 +21,7 @@ pub(super) struct Pattern {
 impl Pattern {
     /// Reads pairs of hexadecimal digits, with `??` for any byte; blanks may stand between them.
     pub(super) fn from_hex(text: &str) -> Result<Self, String> {
-        const FORM: &str =
-            "write bytes as pairs of hexadecimal digits, ?? for any byte, for example 4889e5??c3";
+        const FORM: &str = "write bytes as pairs of hexadecimal digits, ?? for any byte, for example 4889e5??c3; for text, give --text";
         let digits: Vec<u8> = text.bytes().filter(|byte| *byte != b' ').collect();
         let (pairs, rest) = digits.as_chunks::<2>();
         if !rest.is_empty() {
