@@ -7,6 +7,8 @@ mod attach;
 mod broker;
 mod connect;
 mod doctor;
+#[cfg(test)]
+mod documented;
 mod dump;
 mod failure;
 mod generate;
@@ -22,6 +24,7 @@ mod progress;
 mod qemu_args;
 mod range;
 mod scan;
+mod shell;
 mod source;
 mod target;
 mod translate;
@@ -54,8 +57,8 @@ G and T are powers of 1024). Ranges are START..END, START.. or ..END; END is not
 are exact up to 2^53 only; lengths, counts and times are numbers.
 
 Exit codes:
-  0  done; doctor: usable
-  1  failed, standard error says why; doctor: not usable; scan: nothing was found
+  0  done; doctor: the machine can be used
+  1  failed, standard error says why; doctor: it cannot be used; scan: nothing was found
   2  the command line is wrong; scan: failed
 attach, revoke, translate and vm have further ones: see their --help.
 
@@ -83,7 +86,7 @@ enum Verb {
     Hook(broker::Hook),
     /// Undo a hook.
     Unhook(broker::Hook),
-    /// Say whether this machine can run kvmmem, and what to do if not.
+    /// Say what this machine can be used for, and what to do where it cannot.
     Doctor(doctor::Arguments),
     /// Allow somebody to look at a target: prints a token.
     Grant(grant::Grant),

@@ -15,6 +15,7 @@ use crate::broker::Broker;
 use crate::failure::{escape, usage};
 use crate::number::Hex;
 use crate::output::{Output, columns};
+use crate::shell::quote;
 
 #[derive(Args)]
 pub(crate) struct Target {
@@ -221,7 +222,7 @@ fn table(all: &[Found], is_known: impl Fn(&Found) -> bool) -> Vec<String> {
             continue;
         }
         if let Some(qmp) = found.qmp.as_ref().filter(|_| found.attachable) {
-            table.push(format!("  kvmmem target add --qmp {}", escape(&qmp.to_string_lossy())));
+            table.push(format!("  kvmmem target add --qmp {}", quote(qmp)));
         } else if found.attachable {
             table.push(format!("  kvmmem target add --pid {}", found.pid));
         }
@@ -259,7 +260,7 @@ mod tests {
         };
         let all = [
             found(7, None, None),
-            found(8, Some("/run/q.sock"), None),
+            found(8, Some("/run/q s;.sock"), None),
             found(9, None, Some("its RAM is private")),
             found(10, None, None),
         ];
@@ -271,7 +272,7 @@ mod tests {
                 "7    QEMU  a\\u{1b}b  2      512 MiB  q35      can be added",
                 "  kvmmem target add --pid 7",
                 "8    QEMU  a\\u{1b}b  2      512 MiB  q35      can be added",
-                "  kvmmem target add --qmp /run/q.sock",
+                "  kvmmem target add --qmp '/run/q s;.sock'",
                 "9    QEMU  a\\u{1b}b  2      512 MiB  q35      no",
                 "  its RAM is private",
                 "  add: share=on",

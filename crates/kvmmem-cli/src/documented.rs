@@ -1,0 +1,136 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! Every command line in the documentation and in the help is one that this binary takes.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use clap::error::{ContextKind, ErrorKind};
+use clap::{CommandFactory, Parser};
+
+use crate::Cli;
+
+/// README.md and the pages in docs/.
+fn pages() -> Vec<PathBuf> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
+    let docs = fs::read_dir(root.join("docs")).unwrap().map(|entry| entry.unwrap().path());
+    let pages = docs.filter(|path| path.extension().is_some_and(|extension| extension == "md"));
+    pages.chain([root.join("README.md")]).collect()
+}
+
+/// The lines of the fenced blocks of shell commands, those that go on joined.
+fn fenced(text: &str) -> Vec<String> {
+    let mut lines: Vec<String> = Vec::new();
+    let (mut is_within, mut goes_on) = (false, false);
+    for line in text.lines() {
+        if let Some(language) = line.strip_prefix("```") {
+            is_within = language == "sh";
+        } else if is_within {
+            match lines.last_mut().filter(|_| goes_on) {
+                Some(last) => *last += line.trim_start(),
+                None => lines.push(line.to_owned()),
+            }
+            goes_on = line.ends_with('\\');
+            if goes_on {
+                lines.last_mut().unwrap().pop();
+            }
+        }
+    }
+    lines
+}
+
+/// The code spans outside of blocks.
+fn inline(text: &str) -> Vec<String> {
+    let mut is_within = false;
+    let outside = text.lines().filter(|line| {
+        let is_fence = line.starts_with("```");
+        is_within ^= is_fence;
+        !is_within && !is_fence
+    });
+    let text = outside.collect::<Vec<_>>().join("\n");
+    text.split("\n\n").flat_map(|part| part.split('`').skip(1).step_by(2)).map(str::to_owned).collect()
+}
+
+/// The commands of a line that run `program`, as words.
+fn commands(line: &str, program: &str) -> Vec<Vec<String>> {
+    let parts = line.split(['|', ';', '(', ')']).flat_map(|part| part.split("&&"));
+    let words = parts.filter_map(shlex::split);
+    let is_setting = |word: &String| word.contains('=') && !word.starts_with('-');
+    let words = words.map(|words| words.into_iter().skip_while(is_setting).collect::<Vec<_>>());
+    words.filter(|words| words.first().is_some_and(|first| first == program)).collect()
+}
+
+/// Whether words are missing from a command line, and none is wrong.
+fn is_incomplete(error: &clap::Error) -> bool {
+    let value = error.get(ContextKind::InvalidValue).map(ToString::to_string);
+    match error.kind() {
+        ErrorKind::InvalidValue => value.is_some_and(|value| value.is_empty()),
+        kind => matches!(
+            kind,
+            ErrorKind::MissingRequiredArgument
+                | ErrorKind::MissingSubcommand
+                | ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand
+                | ErrorKind::DisplayHelp
+                | ErrorKind::DisplayVersion
+        ),
+    }
+}
+
+#[test]
+fn every_command_in_the_documentation_is_taken() {
+    let mut count = 0;
+    for page in pages() {
+        let text = fs::read_to_string(&page).unwrap();
+        for line in fenced(&text) {
+            for words in commands(&line, "kvmmem") {
+                count += 1;
+                if let Err(error) = Cli::try_parse_from(&words) {
+                    panic!("{}: {line}\n{error}", page.display());
+                }
+            }
+            for words in commands(&line, "kvmmemd") {
+                if let Err(error) = kvmmem_broker::options::Options::try_parse_from(&words) {
+                    panic!("{}: {line}\n{error}", page.display());
+                }
+            }
+        }
+        // In running text a command may be named without what it needs, or with `...` in its place, and an option without its
+        // value.
+        for span in inline(&text) {
+            for mut words in commands(&span, "kvmmem") {
+                words.retain(|word| word != "...");
+                if let Err(error) = Cli::try_parse_from(&words) {
+                    assert!(is_incomplete(&error), "{}: `{span}`: {error}", page.display());
+                }
+            }
+        }
+    }
+    assert!(count > 30, "only {count} commands were found");
+}
+
+#[test]
+fn every_command_in_the_help_is_taken() {
+    let mut cli = Cli::command();
+    cli.build();
+    let verbs: Vec<String> = cli.get_subcommands().map(|verb| verb.get_name().to_owned()).collect();
+    for verb in verbs {
+        let help = cli.find_subcommand_mut(&verb).unwrap().render_long_help().to_string();
+        for line in help.lines().filter(|line| line.contains(": kvmmem ") && !line.starts_with("Usage")) {
+            let (_, example) = line.split_once(": ").unwrap();
+            for words in commands(example.trim_end_matches('.'), "kvmmem") {
+                assert!(Cli::try_parse_from(&words).is_ok(), "{verb}: {line}");
+            }
+        }
+    }
+}
+
+#[test]
+fn the_commands_of_a_page_are_found() {
+    let page = "`a b`\n\n```sh\nX=1 kvmmem grant web1 \\\n    --rw   # a token\nqemu $(kvmmem qemu-args) x\nkvmmemd\n```\n\
+                ```rust\nkvmmem no\n```\n";
+    let lines = fenced(page);
+    assert_eq!(lines.len(), 3, "{lines:?}");
+    let found: Vec<String> =
+        lines.iter().flat_map(|line| commands(line, "kvmmem")).map(|words| words.join(" ")).collect();
+    assert_eq!(found, ["kvmmem grant web1 --rw", "kvmmem qemu-args"]);
+    assert_eq!(inline("`a b` c `d`"), ["a b", "d"]);
+}
