@@ -27,7 +27,7 @@ const MEMORY: &str = "5G";
 const TICK: Duration = Duration::from_millis(200);
 
 /// How long the VM may take to power off after its program has ended.
-const POWER_OFF: Duration = Duration::from_secs(20);
+const POWER_OFF: Duration = Duration::from_secs(60);
 
 /// A nested host to boot.
 pub(crate) struct NestedHost<'a> {

@@ -24,7 +24,8 @@ pub(crate) fn e2e(names: &[String], json: bool) -> Job {
     let mut args = vec!["run".to_owned()];
     args.extend(json.then(|| "--json".to_owned()));
     args.extend_from_slice(names);
-    job(args, 40)
+    // Some minutes; more of them beside other work.
+    job(args, 120)
 }
 
 /// The scenarios, a line for each that begins with its name. Asking for them needs no host.

@@ -21,7 +21,7 @@
 int knock(unsigned port, int read_only, const char *token, char ticket[65], const char **words)
 {
 	struct sockaddr_vm host = { .svm_family = AF_VSOCK, .svm_cid = VMADDR_CID_HOST, .svm_port = port };
-	struct timeval limit = { .tv_sec = 25 };
+	struct timeval limit = { .tv_sec = 60 };
 	static char text[4096];
 	uint32_t length;
 	int fd = socket(AF_VSOCK, SOCK_STREAM | SOCK_CLOEXEC, 0);

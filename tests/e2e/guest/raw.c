@@ -18,7 +18,7 @@
  *   read ADDRESS               -> ok HEX           the first 48 bytes, one volatile byte at a time
  *   write ADDRESS VALUE                            one volatile u64
  *   child SLOT ADDRESS         -> ok ERRNO HEX     in a forked child: UNMAP's errno, then the bytes it sees
- *   orphan SLOT SECONDS                            forks a child that holds the file open that long
+ *   orphan SLOT                                    forks a child that holds the file open until it is killed
  *   exec                                           starts this program anew in place, files kept open
  *   adopt FD                   -> ok SLOT          takes an inherited descriptor as a slot
  *   fd SLOT                    -> ok FD
@@ -218,15 +218,15 @@ static void run(int argc, char **argv)
 		answer(0);
 	} else if (argc == 3 && !strcmp(verb, "child")) {
 		child(slot_fd(argv[1]), number(argv[2]));
-	} else if (argc == 3 && !strcmp(verb, "orphan")) {
+	} else if (argc == 2 && !strcmp(verb, "orphan")) {
 		fflush(stdout);
 		if (fork() == 0) {
 			/* Only the device stays open: the driver's pipes must not. */
 			close(0);
 			close(1);
 			close(2);
-			sleep(number(argv[2]));
-			_exit(0);
+			for (;;)
+				pause();
 		}
 		answer(0);
 	} else if (argc == 2 && !strcmp(verb, "adopt")) {

@@ -20,12 +20,14 @@
  *   load ADDRESS COUNT          -> ok HEX         volatile bytes
  *   touch ADDRESS LEN STEP      -> ok BYTES       one load each STEP bytes
  *   store ADDRESS VALUE                           one volatile u64
- *   spin ADDRESS MS             -> ok CHANGES     loads a u64 over and over
+ *   spin ADDRESS MS [MOST]      -> ok CHANGES     loads a u64 over and over, until it has changed so often
  *   pread SLOT GPA COUNT        -> ok HEX
  *   pwrite SLOT GPA HEX         -> ok COUNT
  *   seek SLOT OFFSET set|end|data|hole             -> ok OFFSET
  *   poll SLOT MS                -> ok EVENTS MICROSECONDS
  *   fork COMMAND...             -> what a forked child answers
+ *   announce COMMAND...         -> ok, then what the command answers
+ *   hold                                          forks a child that holds what it has until it is killed
  *   exec                                          starts this program anew in place, files kept open
  *   region SLOT open UUID | map GPA T0 T1 T2 T3 -> ok GPA LEN | unmap GPA        libkvmi's calls
  *   fdinfo SLOT NAME            -> ok VALUE
@@ -163,7 +165,7 @@ static void ranges(int fd)
 	printf("\n");
 }
 
-static void memory(char **argv)
+static void memory(int argc, char **argv)
 {
 	volatile unsigned char *at = (volatile unsigned char *)number(argv[1]);
 	uint64_t argument = number(argv[2]);
@@ -182,10 +184,10 @@ static void memory(char **argv)
 		*(volatile uint64_t *)at = argument;
 		answer(0);
 	} else {
-		uint64_t last = *(volatile uint64_t *)at, changes = 0;
+		uint64_t last = *(volatile uint64_t *)at, changes = 0, most = argc == 4 ? number(argv[3]) : UINT64_MAX;
 		long end = micros() + argument * 1000;
 
-		while (micros() < end) {
+		while (micros() < end && changes < most) {
 			uint64_t seen = *(volatile uint64_t *)at;
 
 			changes += seen != last;
@@ -334,13 +336,13 @@ static void run(int argc, char **argv)
 	} else if (argc == 4 && !strcmp(verb, "mprotect")) {
 		answer(mprotect((void *)number(argv[1]), number(argv[2]), protection(argv[3])));
 	} else if ((argc == 3 && (!strcmp(verb, "load") || !strcmp(verb, "store") || !strcmp(verb, "spin"))) ||
-		   (argc == 4 && !strcmp(verb, "touch"))) {
+		   (argc == 4 && (!strcmp(verb, "touch") || !strcmp(verb, "spin")))) {
 		int signal = sigsetjmp(landing, 1);
 
 		if (signal)
 			printf("signal SIG%s\n", sigabbrev_np(signal));
 		else
-			memory(argv);
+			memory(argc, argv);
 	} else if (argc == 4 && !strcmp(verb, "pread")) {
 		uint64_t count = number(argv[3]);
 
@@ -372,6 +374,20 @@ static void run(int argc, char **argv)
 			_exit(0);
 		}
 		wait(NULL);
+	} else if (argc == 1 && !strcmp(verb, "hold")) {
+		fflush(stdout);
+		if (fork() == 0) {
+			/* Only what is tested stays open: the driver's pipes must not. */
+			for (int fd = 0; fd < 3; fd++)
+				close(fd);
+			for (;;)
+				pause();
+		}
+		answer(0);
+	} else if (argc >= 2 && !strcmp(verb, "announce")) {
+		answer(0);
+		fflush(stdout);
+		run(argc - 1, argv + 1);
 	} else if (argc >= 4 && !strcmp(verb, "region")) {
 		region(argc, argv);
 	} else if (argc == 3 && !strcmp(verb, "fdinfo")) {

@@ -15,6 +15,7 @@ mod report;
 mod scenarios;
 mod try_program;
 mod vm;
+mod wait;
 mod world;
 
 use std::ffi::OsString;
@@ -28,6 +29,7 @@ use clap::Parser;
 use crate::bed::Bed;
 use crate::report::{Report, Style};
 use crate::scenarios::{all, is_named};
+use crate::vm::Way;
 use crate::world::World;
 
 #[derive(Parser)]
@@ -106,6 +108,7 @@ fn run(style: Style, names: &[String]) -> Result<u8> {
     {
         report.begin(scenario.name, scenario.purpose);
         let before = report.failed();
+        world.use_way(Way::Auto);
         // Those of stock QEMUs boot what they need themselves.
         let mended = if is_named(scenario, "qemu") { Ok(()) } else { world.mend() };
         let outcome = mended.and_then(|()| (scenario.run)(&mut world, &mut report));
@@ -114,7 +117,8 @@ fn run(style: Style, names: &[String]) -> Result<u8> {
         }
         if report.failed() > before {
             report.say(&world.logs());
-            world.clear();
+            // What failed here must not fail the scenarios after it.
+            world.renew()?;
         }
     }
     for check in report.checks().iter().filter(|check| !check.ok) {

@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The command-driven C tools in the introspector, as the scenarios talk to them.
 
-use std::time::Duration;
-
 use anyhow::{Context, Result, bail};
 use kvmmem::Token;
 use kvmmem_broker::door::DOOR_PORT;
 use kvmmem_guest::{Agent, Child, Command};
 
-/// How long one command may take.
-const PATIENCE: Duration = Duration::from_secs(30);
+use crate::wait::PATIENCE;
+
+/// How long a tool loads or polls for what must come.
+pub(crate) const SPIN_MS: u32 = 60_000;
 
 /// The value of a command, or the name of the errno or of the signal that it ended in.
 pub(crate) type Answer = Result<String, String>;
@@ -28,6 +28,17 @@ impl Raw {
     pub(crate) fn ask(&mut self, command: &str) -> Result<Answer> {
         self.child.write_stdin(format!("{command}\n").as_bytes())?;
         self.answer(command)
+    }
+
+    /// Sends a command that takes its time, and waits until the tool is at it. [`Self::answer`] waits for its answer.
+    pub(crate) fn begin(&mut self, command: &str) -> Result<()> {
+        self.must(&format!("announce {command}")).map(drop)
+    }
+
+    /// Loads the `u64` at `address` until it has changed three times; how often it did before the tool gave up.
+    pub(crate) fn changes(&mut self, address: u64) -> Result<u64> {
+        let changes = self.must(&format!("spin {address:#x} {SPIN_MS} 3"))?;
+        u64::from_str_radix(changes.trim_start_matches("0x"), 16).with_context(|| changes)
     }
 
     /// Waits for the answer to a command that was sent.

@@ -44,6 +44,8 @@ pub(crate) struct Spec {
     pub(crate) cid: u32,
     pub(crate) vcpus: u8,
     pub(crate) way: Way,
+    /// Kept when it is booted again, as management tools do.
+    pub(crate) uuid: &'static str,
 }
 
 /// A running VM, killed when dropped.
@@ -64,7 +66,9 @@ impl Vm {
         let mut command = Command::new(bed.bin("kvmmem"));
         command.arg("vm").arg("--kernel").arg(bed.kernel());
         command.args(["--cmdline", CMDLINE]);
-        command.args(["--name", spec.name, "--memory", "256M", "--reset", "exit", "--json"]);
+        command.args([
+            "--name", spec.name, "--uuid", spec.uuid, "--memory", "256M", "--reset", "exit", "--json",
+        ]);
         command.args(["--cpus", &spec.vcpus.to_string(), "--cid", &spec.cid.to_string()]);
         command.arg("--serial").arg(format!("file:{}", console.display()));
         command.arg("--broker").arg(socket);

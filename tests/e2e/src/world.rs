@@ -5,7 +5,7 @@ mod stock;
 
 use std::path::PathBuf;
 use std::process::{Command, Output};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 use kvmmem::{Endpoint, Listener, Session};
@@ -20,6 +20,7 @@ use crate::process::Process;
 use crate::qemu::Qemu;
 use crate::raw::Raw;
 use crate::vm::{Role, Spec, Vm, Way};
+use crate::wait::{self, PATIENCE};
 
 /// The name of the target in the broker.
 pub(crate) const TARGET: &str = "target";
@@ -32,9 +33,22 @@ pub(crate) const BENCH: &str = "/tmp/kvmmem-bench";
 const RAW: &str = "/bin/kvmmem-raw";
 const VIEW: &str = "/bin/kvmmem-view";
 
-const TARGET_SPEC: Spec = Spec { name: TARGET, role: Role::Target, cid: 3, vcpus: 1, way: Way::Auto };
-const INTROSPECTOR_SPEC: Spec =
-    Spec { name: INTROSPECTOR, role: Role::Introspector, cid: 4, vcpus: 1, way: Way::Auto };
+const TARGET_SPEC: Spec = Spec {
+    name: TARGET,
+    role: Role::Target,
+    cid: 3,
+    vcpus: 1,
+    way: Way::Auto,
+    uuid: "7a4e6f1c-0000-4000-8000-000000000003",
+};
+const INTROSPECTOR_SPEC: Spec = Spec {
+    name: INTROSPECTOR,
+    role: Role::Introspector,
+    cid: 4,
+    vcpus: 1,
+    way: Way::Auto,
+    uuid: "7a4e6f1c-0000-4000-8000-000000000004",
+};
 
 /// The marker program that runs in the target.
 pub(crate) struct Marker {
@@ -89,12 +103,9 @@ impl World {
         command.arg("--socket").arg(&socket).env("RUST_LOG", "info,audit=off");
         let log = run.path().join("kvmmemd.log");
         let mut broker = Process::start("kvmmemd", &mut command, &log)?;
-        let end = Instant::now() + Duration::from_secs(20);
-        while !socket.exists() {
-            if !broker.is_running() || Instant::now() > end {
-                bail!("kvmmemd does not come up:\n{}", crate::vm::tail(&log));
-            }
-            std::thread::sleep(Duration::from_millis(20));
+        wait::until(|| Ok(socket.exists() || !broker.is_running()))?;
+        if !socket.exists() {
+            bail!("kvmmemd does not come up:\n{}", crate::vm::tail(&log));
         }
         Ok(broker)
     }
@@ -138,22 +149,18 @@ impl World {
 
     /// Ends the broker without warning and starts another one in its place.
     pub(crate) fn restart_broker(&mut self) -> Result<()> {
-        self.broker.kill()?;
+        if self.broker.is_running() {
+            self.broker.kill()?;
+        }
         let _ = std::fs::remove_file(self.socket());
         self.session = None;
         self.broker = Self::start_broker(&self.bed, &self.run)?;
         Ok(())
     }
 
-    /// Whether the broker knows `count` VMs within twenty seconds.
+    /// Whether the broker soon knows `count` VMs.
     pub(crate) fn wait_for_vms(&self, count: usize) -> Result<bool> {
-        for _ in 0..200 {
-            if self.targets()?.len() == count {
-                return Ok(true);
-            }
-            std::thread::sleep(Duration::from_millis(100));
-        }
-        Ok(false)
+        wait::until(|| Ok(self.targets()?.len() == count))
     }
 
     /// The VMs that the broker knows.
@@ -161,10 +168,14 @@ impl World {
         self.admin()?.targets().context("the broker lists nothing")
     }
 
-    /// Ends all VMs, for a scenario that left them in an unknown state; [`World::mend`] boots new ones.
-    pub(crate) fn clear(&mut self) {
-        (self.marker, self.session, self.target, self.introspector) = (None, None, None, None);
+    /// Ends all VMs and starts another broker, after a scenario that left them in an unknown state; [`World::mend`] boots
+    /// new VMs.
+    pub(crate) fn renew(&mut self) -> Result<()> {
+        // The VMs first: their ends are then all that tools in them wait for.
+        (self.target, self.introspector) = (None, None);
         self.qemus.clear();
+        self.marker = None;
+        self.restart_broker()
     }
 
     /// Ends the introspector where its hypercalls go another way; [`World::mend`] boots one for which they go this way.
@@ -179,7 +190,7 @@ impl World {
     pub(crate) fn place_marker(&self, agent: &Agent, pages: usize) -> Result<Marker> {
         let command = GuestCommand::new(PROBE).args(["marker", "--pages", &pages.to_string()]);
         let mut child = agent.spawn(&command)?;
-        let line = match child.read_line(Duration::from_secs(30)) {
+        let line = match child.read_line(PATIENCE) {
             Ok(line) => line,
             Err(error) => bail!("the marker is silent ({error}): {}\n{}", child.take_stderr(), self.logs()),
         };
@@ -198,7 +209,7 @@ impl World {
         let _ = std::fs::remove_file(&path);
         let listener = Listener::bind(&Endpoint::Unix(path.clone()))?;
         self.kvmmem(&["hook", TARGET, &format!("unix:{}", path.display())])?;
-        listener.accept(Duration::from_secs(20)).context("the broker did not call the scenario's tool")
+        listener.accept(PATIENCE).context("the broker did not call the scenario's tool")
     }
 
     /// Runs the CLI against this world's broker and wants it to succeed.
@@ -255,7 +266,7 @@ impl World {
         Admin::connect(&self.socket()).context("cannot reach the broker")
     }
 
-    /// A grant on the target: one use, one minute, for whoever brings the token.
+    /// A grant on the target: one use, ten minutes, for every bearer of the token.
     pub(crate) fn grant(&self, rights: Rights, spans: Option<Vec<Span>>) -> Result<Granted> {
         self.grant_as(|request| GrantRequest { rights, spans, ..request })
     }
@@ -266,7 +277,7 @@ impl World {
             target: TARGET.to_owned(),
             spans: None,
             rights: Rights::ReadOnly,
-            ttl_ms: 60_000,
+            ttl_ms: 600_000,
             uses: 1,
             holder: None,
             label: None,
@@ -279,9 +290,26 @@ impl World {
         self.admin()?.revoke(grant).context("the broker revokes nothing")
     }
 
-    /// A fresh token without a holder, as four words.
-    pub(crate) fn token(&mut self) -> Result<[u64; 4]> {
-        Ok(self.session.as_mut().context("no session")?.map_token()?.words())
+    /// A fresh token that maps any page once, as four words.
+    pub(crate) fn token(&self) -> Result<[u64; 4]> {
+        Ok(self.grant(Rights::ReadWrite, None)?.token.words())
+    }
+
+    /// The same by KVMI. It expires after three seconds, which a slow machine may need to bring it to its use.
+    pub(crate) fn kvmi_token(&mut self) -> Result<[u64; 4]> {
+        Ok(self.session()?.map_token()?.words())
+    }
+
+    /// Whether the target's program finds `value` in its inbox next. What was reported of it before is passed over.
+    pub(crate) fn inbox(&mut self, value: u64) -> Result<bool> {
+        let end = Instant::now() + PATIENCE;
+        let child = &mut self.marker()?.child;
+        while let Some(line) = child.read_line(end.saturating_duration_since(Instant::now()))? {
+            if serde_json::from_str(&line).ok() == Some(Placed::Inbox { value }) {
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 
     pub(crate) fn session(&mut self) -> Result<&mut Session> {

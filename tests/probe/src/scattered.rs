@@ -32,7 +32,7 @@ pub(crate) struct Arguments {
 pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     let Arguments { port, from, len, pages } = *arguments;
     let listener = Listener::bind(&Endpoint::Vsock(port))?;
-    let mut session = listener.accept(Duration::from_secs(60))?;
+    let mut session = listener.accept(Duration::from_secs(120))?;
     let view = View::attach(&spy::token()?, Access::ReadOnly)?;
     let mapping = view.map(Range { gpa: from, len })?;
     // A multiplier without a common divisor spreads them over the range, in no order.

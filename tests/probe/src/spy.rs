@@ -11,7 +11,7 @@ use kvmmem_probe::{COUNTER, MARKER_LEN, Ready, hex};
 use crate::{say, step};
 
 /// How long to wait for what the target or the owner does.
-const PATIENCE: Duration = Duration::from_secs(30);
+const PATIENCE: Duration = Duration::from_secs(120);
 
 /// How much is copied and searched at a time.
 const PIECE: usize = 1 << 20;

@@ -26,7 +26,7 @@ impl Tokens {
         Ok(match port {
             Some(port) => {
                 let listener = Listener::bind(&Endpoint::Vsock(port))?;
-                Self::Session(listener.accept(Duration::from_secs(60))?)
+                Self::Session(listener.accept(Duration::from_secs(120))?)
             }
             None => Self::Stdin(VecDeque::new()),
         })

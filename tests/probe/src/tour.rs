@@ -11,7 +11,7 @@ use kvmmem_probe::{COUNTER, INBOX, MARKER, MARKER_LEN, hex};
 use crate::step;
 
 /// How long to wait for the host to call, and for the counter to move.
-const PATIENCE: Duration = Duration::from_secs(30);
+const PATIENCE: Duration = Duration::from_secs(120);
 
 #[derive(Args)]
 pub(crate) struct Arguments {

@@ -86,7 +86,7 @@ mod tests {
     #[test]
     fn the_bare_guest_goes_round() {
         if !std::path::Path::new("/dev/kvm").exists() {
-            eprintln!("skipped: this machine has no /dev/kvm");
+            eprintln!("skipped: /dev/kvm cannot be opened: run on a host with KVM");
             return;
         }
         assert_eq!(super::cycles(3).unwrap().len(), 3);

@@ -1,12 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A VMM dies while pages are mapped.
 
-use std::time::{Duration, Instant};
-
 use anyhow::{Context, Result};
 
 use crate::raw::errno;
 use crate::report::Report;
+use crate::wait;
 use crate::world::{INTROSPECTOR, TARGET, World};
 
 pub(crate) fn target_death(world: &mut World, report: &mut Report) -> Result<()> {
@@ -20,7 +19,7 @@ pub(crate) fn target_death(world: &mut World, report: &mut Report) -> Result<()>
     let waiting = world.token()?;
 
     world.target_mut()?.process.kill()?;
-    report.check("the target's VMM is killed", !listed(world, TARGET, Duration::from_secs(5))?, "");
+    report.check("the target's VMM is killed", is_gone(world, TARGET)?, "");
     report.check("the page stays readable, as it was", tool.read(&page)?.starts_with(&marker), "");
     report.equal(
         "a token of the dead target is worth nothing",
@@ -54,18 +53,17 @@ pub(crate) fn introspector_death(world: &mut World, report: &mut Report) -> Resu
         tool.map(&device, &page, gpa, token)?.ok().context("not mapped")?;
     }
     world.introspector_mut()?.process.kill()?;
-    report.check(
-        "the introspector's VMM is killed",
-        !listed(world, INTROSPECTOR, Duration::from_secs(5))?,
-        "",
-    );
+    report.check("the introspector's VMM is killed", is_gone(world, INTROSPECTOR)?, "");
     report.check("the target goes on", world.target_mut()?.process.is_running(), "");
     let mut seen = [0; 8];
     world.session()?.read_physical(gpa + 32, &mut seen)?;
     let before = u64::from_le_bytes(seen);
-    std::thread::sleep(Duration::from_millis(500));
-    world.session()?.read_physical(gpa + 32, &mut seen)?;
-    report.check("its program counts on", u64::from_le_bytes(seen) > before, format!("from {before}"));
+    let session = world.session()?;
+    let counts = wait::until(|| {
+        session.read_physical(gpa + 32, &mut seen)?;
+        Ok(u64::from_le_bytes(seen) > before)
+    })?;
+    report.check("its program counts on", counts, format!("from {before}"));
     world.mend()?;
     let mut tool = world.raw()?;
     let device = tool.open()?;
@@ -75,16 +73,10 @@ pub(crate) fn introspector_death(world: &mut World, report: &mut Report) -> Resu
     Ok(())
 }
 
-/// Whether the broker still knows the VM after at most `limit`.
-fn listed(world: &World, name: &str, limit: Duration) -> Result<bool> {
-    let end = Instant::now() + limit;
-    loop {
-        let listed = world.kvmmem(&["targets", "--json"])?.contains(&format!("\"name\":\"{name}\""));
-        if !listed || Instant::now() > end {
-            return Ok(listed);
-        }
-        std::thread::sleep(Duration::from_millis(50));
-    }
+/// Whether the broker soon does not list the VM any more.
+fn is_gone(world: &World, name: &str) -> Result<bool> {
+    let name = format!("\"name\":\"{name}\"");
+    wait::until(|| Ok(!world.kvmmem(&["targets", "--json"])?.contains(&name)))
 }
 
 /// How many guests' RAM a process holds by descriptor.

@@ -18,7 +18,5 @@ pub(crate) fn doorbell(world: &mut World, report: &mut Report) -> Result<()> {
     );
     let port = world.hook_port()?;
     tour(world, report, port)?;
-    world.unhook_port(port)?;
-    world.use_way(Way::Auto);
-    Ok(())
+    world.unhook_port(port)
 }

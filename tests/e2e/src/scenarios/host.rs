@@ -1,13 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The host's side under load, and its command line.
 
-use std::time::Duration;
-
 use anyhow::Result;
 use kvmmem_guest::Command;
 
 use crate::raw::errno;
 use crate::report::Report;
+use crate::wait::PATIENCE;
 use crate::world::{CLI, TARGET, World};
 
 pub(crate) fn flood(world: &mut World, report: &mut Report) -> Result<()> {
@@ -49,7 +48,7 @@ pub(crate) fn cli(world: &mut World, report: &mut Report) -> Result<()> {
         if verb == "read" {
             command = command.arg("32");
         }
-        let output = world.agent()?.run(&command, Duration::from_secs(60))?;
+        let output = world.agent()?.run(&command, PATIENCE)?;
         report.check(
             format!("kvmmem {verb} in the introspector shows the marker"),
             output.status.success() && output.text().contains(&marker),
@@ -57,10 +56,9 @@ pub(crate) fn cli(world: &mut World, report: &mut Report) -> Result<()> {
         );
         world.unhook_port(port)?;
     }
-    let doctor = world.agent()?.run(&Command::new(CLI).as_member().arg("doctor"), Duration::from_secs(30))?;
+    let doctor = world.agent()?.run(&Command::new(CLI).as_member().arg("doctor"), PATIENCE)?;
     report.check("kvmmem doctor runs in the introspector", !doctor.stdout.is_empty(), doctor.status);
-    let wrong =
-        world.agent()?.run(&Command::new(CLI).args(["read", "zebra", "16"]), Duration::from_secs(30))?;
+    let wrong = world.agent()?.run(&Command::new(CLI).args(["read", "zebra", "16"]), PATIENCE)?;
     report.check(
         "a number that is none is named",
         !wrong.status.success() && wrong.error_text().contains("zebra"),

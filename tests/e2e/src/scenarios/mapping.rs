@@ -4,14 +4,14 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+use kvmmem_broker::admin::GrantRequest;
+use kvmmem_broker::scope::Rights;
 use kvmmem_guest::{Child, Command};
-use kvmmem_probe::{More, Placed, Step};
+use kvmmem_probe::{More, Step};
 
 use crate::report::Report;
+use crate::wait::PATIENCE;
 use crate::world::{PROBE, World};
-
-/// How long a probe may take for one step.
-const PATIENCE: Duration = Duration::from_secs(120);
 
 /// What the tour writes into the target's inbox.
 const MESSAGE: u64 = 0x6b76_6d6d_656d_2021;
@@ -39,17 +39,10 @@ pub(crate) fn tour(world: &mut World, report: &mut Report, port: u32) -> Result<
     ]);
     let child = world.agent()?.spawn(&command)?;
     relay(world, child, report)?;
-    let line = world.marker()?.child.read_line(Duration::from_secs(20))?;
-    let seen = line.as_deref().map(serde_json::from_str).transpose().context("the marker says nonsense")?;
-    report.check(
-        "the program in the target saw what the tool stored",
-        seen == Some(Placed::Inbox { value: MESSAGE }),
-        format!("{seen:?}"),
-    );
+    report.check("the program in the target saw what the tool stored", world.inbox(MESSAGE)?, "");
     // So that the next tour's message is a change again.
     world.session()?.write_physical(gpa + kvmmem_probe::INBOX as u64, &0u64.to_le_bytes())?;
-    world.marker()?.child.read_line(Duration::from_secs(20))?;
-    Ok(())
+    world.inbox(0).map(drop)
 }
 
 /// Passes a probe's steps on to the report, and tokens to the probe where it asks for them.
@@ -70,12 +63,10 @@ pub(crate) fn next_line(world: &mut World, child: &mut Child) -> Result<Option<S
     loop {
         let Some(line) = child.read_line(PATIENCE)? else { return Ok(None) };
         let Ok(More { more }) = serde_json::from_str(&line) else { return Ok(Some(line)) };
-        let mut tokens = String::new();
-        for _ in 0..more {
-            let [a, b, c, d] = world.token()?;
-            tokens += &format!("{a:x} {b:x} {c:x} {d:x}\n");
-        }
-        child.write_stdin(tokens.as_bytes())?;
+        let uses = u32::try_from(more)?;
+        let grant = world.grant_as(|usual| GrantRequest { rights: Rights::ReadWrite, uses, ..usual })?;
+        let [a, b, c, d] = grant.token.words();
+        child.write_stdin(format!("{a:x} {b:x} {c:x} {d:x}\n").repeat(more).as_bytes())?;
     }
 }
 

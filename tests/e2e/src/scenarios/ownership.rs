@@ -1,12 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Whose a mapping is, and what becomes of it when its owner closes, forks, execs or dies.
 
-use std::time::{Duration, Instant};
-
 use anyhow::{Context, Result};
 
 use crate::raw::errno;
 use crate::report::Report;
+use crate::wait::{self, PATIENCE};
 use crate::world::World;
 
 /// Counters of the module, from its debugfs file.
@@ -27,12 +26,11 @@ pub(crate) fn counter(world: &World, name: &str) -> Result<u64> {
 
 /// Waits until the module has no mapping, as it soon must.
 fn settles(world: &World, report: &mut Report, what: &str) -> Result<()> {
-    let end = Instant::now() + Duration::from_secs(10);
-    let mut left = mapped(world)?;
-    while left != 0 && Instant::now() < end {
-        std::thread::sleep(Duration::from_millis(50));
+    let mut left = 0;
+    wait::until(|| {
         left = mapped(world)?;
-    }
+        Ok(left == 0)
+    })?;
     report.check(what, left == 0, format!("{left} mapped"));
     Ok(())
 }
@@ -126,10 +124,6 @@ pub(crate) fn fork_exec(world: &mut World, report: &mut Report) -> Result<()> {
     let mut seen = [0; 8];
     world.session()?.read_physical(gpa + 40, &mut seen)?;
     report.equal("and its stores still reach the target", &u64::from_le_bytes(seen), &0x77);
-    tool.must(&format!("write {inbox} 0"))?;
-    for _ in 0..2 {
-        world.marker()?.child.read_line(Duration::from_secs(20))?;
-    }
 
     let fd = tool.must(&format!("fd {device}"))?;
     tool.child.write_stdin(b"exec\n")?;
@@ -159,10 +153,10 @@ pub(crate) fn sigkill_tool(world: &mut World, report: &mut Report) -> Result<()>
         }
         report.equal("ten pages are mapped", &mapped(world)?, &10);
         if orphan {
-            tool.must(&format!("orphan {device} 30"))?;
+            tool.must(&format!("orphan {device}"))?;
         }
         tool.child.kill(9)?;
-        tool.child.wait(Duration::from_secs(10))?;
+        tool.child.wait(PATIENCE)?;
         let what =
             if orphan { "the same while a child holds the file open" } else { "SIGKILL undoes them all" };
         settles(world, report, what)?;

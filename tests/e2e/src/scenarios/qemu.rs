@@ -8,13 +8,12 @@ mod looked_at;
 mod silence;
 mod targets;
 
-use std::time::Duration;
-
 use anyhow::Result;
 use serde_json::json;
 
 use crate::qemu::{Ram, Release, Spec};
 use crate::scenarios::Scenario;
+use crate::wait;
 use crate::world::World;
 
 /// The scenarios of this folder, in the order in which they run: those that end a VM that others need come last.
@@ -128,14 +127,9 @@ const OLD_LARGE: Spec = Spec {
 
 /// Whether QEMU soon has no window any more.
 fn is_empty(world: &World, spec: &Spec) -> Result<bool> {
-    for _ in 0..200 {
-        // 0x1110 is ivshmem's PCI device id.
-        if !world.qemu(spec)?.qmp("query-pci", &json!({}))?.to_string().contains("\"device\":4368,") {
-            return Ok(true);
-        }
-        std::thread::sleep(Duration::from_millis(100));
-    }
-    Ok(false)
+    // 0x1110 is ivshmem's PCI device id.
+    let is_window = "\"device\":4368,";
+    wait::until(|| Ok(!world.qemu(spec)?.qmp("query-pci", &json!({}))?.to_string().contains(is_window)))
 }
 
 /// A number as the tools write it.

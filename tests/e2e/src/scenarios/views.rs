@@ -13,7 +13,6 @@ use anyhow::{Context, Result};
 
 use crate::raw::Raw;
 use crate::scenarios::Scenario;
-use crate::world::World;
 
 /// The scenarios of this folder, in the order in which they run.
 pub(crate) const ALL: &[Scenario] = &[
@@ -88,11 +87,6 @@ pub(crate) const ALL: &[Scenario] = &[
         run: ends::broker_death,
     },
 ];
-
-/// How many views the introspector's VMM serves, as the broker knows it.
-fn open_views(world: &World) -> Result<usize> {
-    Ok(world.admin()?.grants()?.iter().map(|grant| grant.views.len()).sum())
-}
 
 /// One field of a counted answer, `stats` or `ranges`.
 fn field(tool: &mut Raw, command: &str, index: usize) -> Result<String> {

@@ -2,7 +2,7 @@
 //! The VMs of a world that run under stock QEMUs.
 
 use std::path::PathBuf;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Context, Result};
 use kvmmem_guest::Command as GuestCommand;
@@ -10,6 +10,7 @@ use kvmmem_guest::Command as GuestCommand;
 use super::{RAW, VIEW, World};
 use crate::qemu::{Qemu, Spec};
 use crate::raw::Raw;
+use crate::wait;
 
 impl World {
     /// The VM of this description, booted if it does not run.
@@ -74,15 +75,13 @@ impl World {
         text
     }
 
-    /// Whether the broker's count of open views falls to `wanted` within twenty seconds.
+    /// How many views are open, as the broker knows it.
+    pub(crate) fn open_views(&self) -> Result<usize> {
+        Ok(self.admin()?.grants()?.iter().map(|grant| grant.views.len()).sum())
+    }
+
+    /// Whether the broker's count of open views soon falls to `wanted`.
     pub(crate) fn settles(&self, wanted: usize) -> Result<bool> {
-        for _ in 0..200 {
-            let open: usize = self.admin()?.grants()?.iter().map(|grant| grant.views.len()).sum();
-            if open <= wanted {
-                return Ok(true);
-            }
-            std::thread::sleep(Duration::from_millis(100));
-        }
-        Ok(false)
+        wait::until(|| Ok(self.open_views()? <= wanted))
     }
 }

@@ -9,9 +9,10 @@ use serde_json::json;
 
 use super::looked_at::{LookedAt, add, name_of, open};
 use super::{NEW_Q35, OLD_PC, is_empty, number};
-use crate::raw::errno;
+use crate::raw::{SPIN_MS, errno};
 use crate::report::Report;
 use crate::vm;
+use crate::wait;
 use crate::world::World;
 
 pub(super) fn revoke(world: &mut World, report: &mut Report) -> Result<()> {
@@ -23,8 +24,7 @@ pub(super) fn revoke(world: &mut World, report: &mut Report) -> Result<()> {
         let (door, view) = open(&mut tool, &grant)?;
         let page = tool.must(&format!("mmap {view} {:#x} 0x1000 r shared", target.gpa))?;
         let counter = number(&page)? + COUNTER as u64;
-        tool.child.write_stdin(format!("spin {counter:#x} 20000\n").as_bytes())?;
-        std::thread::sleep(std::time::Duration::from_millis(300));
+        tool.begin(&format!("spin {counter:#x} {SPIN_MS}"))?;
         let start = Instant::now();
         let revoked = world.revoke(grant.grant)?;
         let took = start.elapsed().as_secs_f64() * 1e3;
@@ -72,15 +72,7 @@ pub(super) fn reset(world: &mut World, report: &mut Report) -> Result<()> {
     world.qemu_mut(&OLD_PC)?.process.kill()?;
     report.check("it is killed: its view is closed", world.settles(0)?, "");
     let name = name_of(&OLD_PC);
-    let is_listed = || world.targets().map(|all| all.iter().any(|vm| vm.name == name));
-    let mut is_gone = false;
-    for _ in 0..100 {
-        is_gone = !is_listed()?;
-        if is_gone {
-            break;
-        }
-        std::thread::sleep(std::time::Duration::from_millis(100));
-    }
+    let is_gone = wait::until(|| Ok(world.targets()?.iter().all(|vm| vm.name != name)))?;
     report.check("the broker lists it no more", is_gone, "");
     report.check("the target is as it was", target.is_whole(world)?, "");
     Ok(())

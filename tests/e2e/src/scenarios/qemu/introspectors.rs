@@ -10,7 +10,7 @@ use kvmmem_probe::COUNTER;
 use super::looked_at::{LookedAt, add, open};
 use super::{NEW_Q35, OLD_PC, is_empty, number};
 use crate::qemu::{Release, Spec, VIEWS};
-use crate::raw::{Raw, errno};
+use crate::raw::{Raw, SPIN_MS, errno};
 use crate::report::Report;
 use crate::world::{CLI, World};
 
@@ -65,7 +65,7 @@ pub(super) fn look(world: &mut World, report: &mut Report, spec: &Spec) -> Resul
         &"EACCES".into(),
     );
     hostile(world, report, spec, &target)?;
-    let polled = tool.must(&format!("poll {view} 20000"))?;
+    let polled = tool.must(&format!("poll {view} {SPIN_MS}"))?;
     report.check("the view has ended with its devices", polled.contains("hup"), &polled);
     tool.must(&format!("close {door}"))?;
     report.check("closing the door closes the view", world.settles(0)?, "");
@@ -137,8 +137,7 @@ pub(super) fn examine(report: &mut Report, tool: &mut Raw, view: &str, target: &
     report.equal(what, &tool.pread(view, target.gpa, 32)?, &Ok(target.hex.clone()));
     let page = tool.must(&format!("mmap {view} {:#x} 0x1000 r shared", target.gpa))?;
     report.equal("a mapping shows it, by plain loads", &tool.load(&page, 32)?, &Ok(target.hex.clone()));
-    let counter = number(&page)? + COUNTER as u64;
-    let changes = number(&tool.must(&format!("spin {counter:#x} 1000"))?)?;
+    let changes = tool.changes(number(&page)? + COUNTER as u64)?;
     report.check("the target's counter runs before its eyes", changes > 2, format!("{changes} changes"));
     report.equal("a store ends in SIGSEGV", &errno(tool.ask(&format!("store {page} 1"))?), &"SIGSEGV".into());
     let windows = tool.must("bars")?;

@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Guests that do not let go of what was taken back.
 
-use std::time::Duration;
-
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use serde_json::json;
 
 use super::looked_at::{LookedAt, add, open};
 use super::{NEW_Q35, is_empty};
+use crate::raw::Raw;
 use crate::report::Report;
 use crate::vm;
+use crate::wait::{self, PATIENCE};
 use crate::world::World;
 
 /// A VM's state, as its QEMU says.
@@ -39,10 +39,11 @@ pub(super) fn report_and_pause(world: &mut World, report: &mut Report) -> Result
     let grant = target.grant(world, 1, None)?;
     let mut tool = world.qemu_viewer(&NEW_Q35)?;
     open(&mut tool, &grant)?;
-    crash(world)?;
+    let _root = crash(world)?;
     let revoked = world.revoke(grant.grant)?;
     report.check("a crashed guest lets go of nothing", revoked.unconfirmed == 1, format!("{revoked:?}"));
-    report.equal("so its VM is paused, as the operator said", &state(world)?, &"paused".into());
+    let is_paused = wait::until(|| Ok(state(world)? == "paused"))?;
+    report.check("so its VM is paused, as the operator said", is_paused, state(world)?);
 
     world.qemu(&NEW_Q35)?.qmp("system_reset", &json!({}))?;
     world.qemu(&NEW_Q35)?.qmp("cont", &json!({}))?;
@@ -57,13 +58,15 @@ pub(super) fn report_and_pause(world: &mut World, report: &mut Report) -> Result
     Ok(())
 }
 
-/// Crashes the guest's kernel, which stands still then.
-fn crash(world: &World) -> Result<()> {
+/// Crashes the guest's kernel, which stands still then. The tool that did it cannot be ended before the VM runs again.
+fn crash(world: &World) -> Result<Raw> {
     let mut root = world.qemu_root_viewer(&NEW_Q35)?;
     root.must("write /proc/sys/kernel/panic 0")?;
     root.child.write_stdin(b"write /proc/sysrq-trigger c\n")?;
-    std::thread::sleep(Duration::from_secs(2));
-    Ok(())
+    let console = world.run_folder().join(format!("{}.console", NEW_Q35.name));
+    let is_crashed = || Ok(String::from_utf8_lossy(&std::fs::read(&console)?).contains("end Kernel panic"));
+    ensure!(wait::until(is_crashed)?, "the guest's kernel does not crash");
+    Ok(root)
 }
 
 pub(super) fn kill(world: &mut World, report: &mut Report) -> Result<()> {
@@ -75,7 +78,7 @@ pub(super) fn kill(world: &mut World, report: &mut Report) -> Result<()> {
     world.qemu(&NEW_Q35)?.qmp("stop", &json!({}))?;
     let revoked = world.revoke(grant.grant)?;
     report.check("the grant of a silent guest is taken back", revoked.views == 1, format!("{revoked:?}"));
-    let status = world.qemu_mut(&NEW_Q35)?.process.wait(Duration::from_secs(20));
+    let status = world.qemu_mut(&NEW_Q35)?.process.wait(PATIENCE);
     report.check("its VM is killed, as the operator said", status.is_ok(), format!("{status:?}"));
     report.check("the target is as it was", target.is_whole(world)?, "");
     Ok(())

@@ -3,7 +3,6 @@
 
 use std::fs;
 use std::process::Command;
-use std::time::Duration;
 
 use anyhow::{Context, Result};
 use kvmmem_broker::admin::GrantRequest;
@@ -13,8 +12,9 @@ use super::introspectors::glance;
 use super::looked_at::{self, LookedAt};
 use super::{NEW_PC, NEW_Q35, OLD_LARGE, number};
 use crate::qemu::Spec;
-use crate::raw::{Raw, errno};
+use crate::raw::{Raw, SPIN_MS, errno};
 use crate::report::Report;
+use crate::wait;
 use crate::world::{Marker, World};
 
 /// Pages of 2 MiB that the host sets aside for [`OLD_LARGE`].
@@ -36,7 +36,7 @@ pub(crate) enum By {
 pub(crate) fn look(world: &mut World, report: &mut Report, spec: &Spec, by: By) -> Result<()> {
     let (_marker, mut tool, view) = open(world, report, spec, by)?;
     world.kvmmem(&["target", "remove", spec.name])?;
-    let polled = tool.must(&format!("poll {view} 20000"))?;
+    let polled = tool.must(&format!("poll {view} {SPIN_MS}"))?;
     report.check("target remove ends the view", polled.contains("hup"), &polled);
     report.check("and the VM runs on", world.qemu_mut(spec)?.process.is_running(), "");
     Ok(())
@@ -80,8 +80,7 @@ fn open(world: &mut World, report: &mut Report, spec: &Spec, by: By) -> Result<(
     report.equal("so does kvmmem vm's introspector", &tool.pread(&view, gpa, 32)?, &Ok(marker.hex.clone()));
     let page = tool.must(&format!("mmap {view} {gpa:#x} 0x1000 r shared"))?;
     report.equal("by plain loads as well", &tool.load(&page, 32)?, &Ok(marker.hex.clone()));
-    let counter = number(&page)? + COUNTER as u64;
-    let changes = number(&tool.must(&format!("spin {counter:#x} 1000"))?)?;
+    let changes = tool.changes(number(&page)? + COUNTER as u64)?;
     report.check("the counter runs before its eyes", changes > 2, format!("{changes} changes"));
     report.equal("a store ends in SIGSEGV", &errno(tool.ask(&format!("store {page} 1"))?), &"SIGSEGV".into());
     Ok((marker, tool, view))
@@ -138,7 +137,7 @@ fn death(world: &mut World, report: &mut Report) -> Result<()> {
     world.qemu_mut(&OLD_LARGE)?.process.kill()?;
     for (who, tool, view) in [("kvmmem vm's", &mut tool, &view), ("a stock QEMU's", &mut other, &other_view)]
     {
-        let polled = tool.must(&format!("poll {view} 20000"))?;
+        let polled = tool.must(&format!("poll {view} {SPIN_MS}"))?;
         report.check(
             format!("the target is killed: poll tells {who} guest"),
             polled.contains("hup"),
@@ -147,10 +146,7 @@ fn death(world: &mut World, report: &mut Report) -> Result<()> {
         let seen = errno(tool.pread(view, 0, 8)?);
         report.equal("and pread says that the target is gone", &seen, &"ESTALE".into());
     }
-    let is_gone = (0..100).any(|_| {
-        std::thread::sleep(Duration::from_millis(50));
-        world.targets().is_ok_and(|all| all.iter().all(|target| target.name != OLD_LARGE.name))
-    });
+    let is_gone = wait::until(|| Ok(world.targets()?.iter().all(|target| target.name != OLD_LARGE.name)))?;
     report.check("the broker lists it no more", is_gone, "");
     let grants = world.admin()?.grants()?;
     let left = grants.iter().filter(|grant| grant.target == OLD_LARGE.name).count();

@@ -8,10 +8,8 @@ use kvmmem_guest::Command;
 use kvmmem_probe::{Ready, Step};
 
 use crate::report::Report;
+use crate::wait::PATIENCE;
 use crate::world::{PROBE, World};
-
-/// How long one step may take.
-const PATIENCE: Duration = Duration::from_secs(120);
 
 pub(crate) fn act(world: &mut World, report: &mut Report) -> Result<()> {
     let gpa = world.gpa()?;

@@ -7,10 +7,9 @@ use anyhow::{Context, Result};
 use kvmmem_broker::scope::Rights;
 use kvmmem_probe::COUNTER;
 
-use super::hostile::wait_for_views;
+use super::state;
 use super::use_it::hex;
-use super::{open_views, state};
-use crate::raw::{Raw, errno};
+use crate::raw::{Raw, SPIN_MS, errno};
 use crate::report::Report;
 use crate::world::World;
 
@@ -52,9 +51,8 @@ pub(crate) fn revoke(world: &mut World, report: &mut Report) -> Result<()> {
 
     // One process loads without end while another sleeps in poll.
     let counter = hex(&page)? + COUNTER as u64;
-    tool.child.write_stdin(format!("spin {counter:#x} 20000\n").as_bytes())?;
-    waiter.child.write_stdin(format!("poll {waiting} 20000\n").as_bytes())?;
-    std::thread::sleep(std::time::Duration::from_millis(300));
+    tool.begin(&format!("spin {counter:#x} {SPIN_MS}"))?;
+    waiter.begin(&format!("poll {waiting} {SPIN_MS}"))?;
     let start = Instant::now();
     let revoked = world.revoke(grant.grant)?;
     let told = start.elapsed();
@@ -102,14 +100,14 @@ pub(crate) fn revoke(world: &mut World, report: &mut Report) -> Result<()> {
 
 pub(crate) fn process_death(world: &mut World, report: &mut Report) -> Result<()> {
     let gpa = world.gpa()?;
-    report.check("no view is left of the scenarios before", wait_for_views(world, 0)?, "");
+    report.check("no view is left of the scenarios before", world.settles(0)?, "");
     let mut tool = world.viewer()?;
     let device = tool.view(world.grant(Rights::ReadOnly, None)?.token.words())?;
     let page = tool.must(&format!("mmap {device} {gpa:#x} 0x1000 r shared"))?;
     tool.load(&page, 8)?.ok().context("no page")?;
-    report.equal("a view is open", &open_views(world)?, &1);
+    report.equal("a view is open", &world.open_views()?, &1);
     tool.child.kill(9)?;
-    report.check("SIGKILL closes it", wait_for_views(world, 0)?, "");
+    report.check("SIGKILL closes it", world.settles(0)?, "");
     let counters = world.agent()?.get("/sys/kernel/debug/kvmmem/counters")?;
     let counters = String::from_utf8_lossy(&counters).into_owned();
     let open = counters.lines().find(|line| line.starts_with("views ")).map(str::to_owned);
@@ -124,7 +122,7 @@ pub(crate) fn target_death(world: &mut World, report: &mut Report) -> Result<()>
     let page = tool.must(&format!("mmap {device} {gpa:#x} 0x1000 r shared"))?;
     tool.load(&page, 8)?.ok().context("no page")?;
     world.target_mut()?.process.kill()?;
-    let polled = tool.must(&format!("poll {device} 20000"))?;
+    let polled = tool.must(&format!("poll {device} {SPIN_MS}"))?;
     report.check("poll tells of the end", polled.contains("hup"), &polled);
     let left = Left::of(&mut tool, &device, &page, gpa)?;
     report.equal("a load ends in SIGBUS", &left.load, &"SIGBUS".into());
@@ -154,7 +152,7 @@ pub(crate) fn broker_death(world: &mut World, report: &mut Report) -> Result<()>
     let page = tool.must(&format!("mmap {device} {gpa:#x} 0x1000 r shared"))?;
     tool.load(&page, 8)?.ok().context("no page")?;
     world.restart_broker()?;
-    let polled = tool.must(&format!("poll {device} 20000"))?;
+    let polled = tool.must(&format!("poll {device} {SPIN_MS}"))?;
     report.check("poll tells of the end", polled.contains("hup"), &polled);
     let left = Left::of(&mut tool, &device, &page, gpa)?;
     report.equal("a load ends in SIGBUS", &left.load, &"SIGBUS".into());

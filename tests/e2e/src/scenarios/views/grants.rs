@@ -1,15 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What a grant allows, and to whom.
 
-use std::time::Duration;
-
 use anyhow::{Context, Result};
-use kvmmem_broker::admin::{GrantRequest, KvmiPolicy};
+use kvmmem_broker::admin::{GrantInfo, GrantRequest, GrantState, KvmiPolicy};
 use kvmmem_broker::scope::{Rights, Span};
 use uuid::Uuid;
 
 use crate::raw::errno;
 use crate::report::Report;
+use crate::wait;
 use crate::world::{INTROSPECTOR, TARGET, World};
 
 pub(crate) fn scope(world: &mut World, report: &mut Report) -> Result<()> {
@@ -71,9 +70,11 @@ pub(crate) fn rules(world: &mut World, report: &mut Report) -> Result<()> {
     let twice = world.grant_as(|request| GrantRequest { uses: 2, ..request })?.token.words();
     let seen = [attach(&mut tool, twice)?, attach(&mut tool, twice)?, attach(&mut tool, twice)?];
     report.equal("two uses are two", &seen, &["0", "0", "ENOENT"].map(str::to_owned));
-    let brief = world.grant_as(|request| GrantRequest { ttl_ms: 300, ..request })?.token.words();
-    std::thread::sleep(Duration::from_millis(500));
-    report.equal("an expired token is refused", &attach(&mut tool, brief)?, &"ENOENT".into());
+    let brief = world.grant_as(|request| GrantRequest { ttl_ms: 300, ..request })?;
+    let is_active = |grant: &GrantInfo| grant.id == brief.grant && grant.state == GrantState::Active;
+    let expired = wait::until(|| Ok(!world.admin()?.grants()?.iter().any(is_active)))?;
+    report.check("a grant expires", expired, "");
+    report.equal("an expired token is refused", &attach(&mut tool, brief.token.words())?, &"ENOENT".into());
     let withdrawn = world.grant(Rights::ReadOnly, None)?;
     world.revoke(withdrawn.grant)?;
     report.equal(
@@ -82,18 +83,18 @@ pub(crate) fn rules(world: &mut World, report: &mut Report) -> Result<()> {
         &"ENOENT".into(),
     );
 
-    let token = world.token()?;
+    let token = world.kvmi_token()?;
     report.equal("a token by KVMI attaches too", &attach(&mut tool, token)?, &"0".into());
     world.admin()?.policy(TARGET, Some(KvmiPolicy::ReadOnly))?;
-    let token = world.token()?;
+    let token = world.kvmi_token()?;
     let device = tool.open()?;
     tool.attach(&device, token)?.ok().context("not attached")?;
     let gpa = world.gpa()?;
     report.equal("by policy read-only", &errno(tool.mmap(&device, gpa, 0x1000, "rw")?), &"EACCES".into());
     world.admin()?.policy(TARGET, Some(KvmiPolicy::None))?;
-    let refused = world.token().err().map(|error| format!("{error:#}"));
+    let refused = world.kvmi_token().err().map(|error| format!("{error:#}"));
     report.check("by policy not at all", refused.is_some(), refused.unwrap_or_default());
     world.admin()?.policy(TARGET, Some(KvmiPolicy::ReadWrite))?;
-    report.check("and again", world.token().is_ok(), "");
+    report.check("and again", world.kvmi_token().is_ok(), "");
     Ok(())
 }

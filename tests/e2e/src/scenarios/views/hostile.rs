@@ -4,9 +4,10 @@
 use anyhow::{Context, Result};
 use kvmmem_broker::scope::Rights;
 
-use super::{field, open_views};
+use super::field;
 use crate::raw::errno;
 use crate::report::Report;
+use crate::wait;
 use crate::world::World;
 
 /// The most views of a VM.
@@ -41,7 +42,7 @@ pub(crate) fn hostile(world: &mut World, report: &mut Report) -> Result<()> {
 
     let crowd =
         world.grant_as(|request| kvmmem_broker::admin::GrantRequest { uses: 1000, ..request })?.token.words();
-    let before = open_views(world)?;
+    let before = world.open_views()?;
     let mut opened = 0;
     let refused = loop {
         let slot = flooder.open()?;
@@ -55,10 +56,10 @@ pub(crate) fn hostile(world: &mut World, report: &mut Report) -> Result<()> {
         }
     };
     report.check("a process has many views", opened >= 50, format!("{opened}, then {refused}"));
-    report.equal("the broker lists each", &(open_views(world)? - before), &opened);
+    report.equal("the broker lists each", &(world.open_views()? - before), &opened);
     report.equal("the first tool is not disturbed", &tool.pread(&device, gpa, 32)?, &Ok(marker.clone()));
     drop(flooder);
-    report.check("the flooder's end closes its views", wait_for_views(world, before)?, "");
+    report.check("the flooder's end closes its views", world.settles(before)?, "");
 
     let page = tool.must(&format!("mmap {device} {gpa:#x} 0x1000 r shared"))?;
     tool.load(&page, 8)?.ok().context("no page")?;
@@ -73,27 +74,13 @@ pub(crate) fn hostile(world: &mut World, report: &mut Report) -> Result<()> {
     Ok(())
 }
 
-/// Whether the broker's count of views falls to `wanted` within ten seconds.
-pub(super) fn wait_for_views(world: &World, wanted: usize) -> Result<bool> {
-    for _ in 0..100 {
-        if open_views(world)? <= wanted {
-            return Ok(true);
-        }
-        std::thread::sleep(std::time::Duration::from_millis(100));
-    }
-    Ok(false)
-}
-
 /// Writes to read-only windows that the VMM refused, as the broker lists them; the VMM reports at most once a second.
 fn counted_writes(world: &World) -> Result<u64> {
-    for _ in 0..30 {
+    let mut count = 0;
+    wait::until(|| {
         let grants = world.admin()?.grants()?;
-        let count =
-            grants.iter().flat_map(|grant| &grant.views).map(|view| view.counters.refused_writes).sum();
-        if count > 0 {
-            return Ok(count);
-        }
-        std::thread::sleep(std::time::Duration::from_millis(100));
-    }
-    Ok(0)
+        count = grants.iter().flat_map(|grant| &grant.views).map(|view| view.counters.refused_writes).sum();
+        Ok(count > 0)
+    })?;
+    Ok(count)
 }

@@ -1,11 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What a tool does with a view all day.
 
-use std::time::Duration;
-
 use anyhow::{Context, Result};
 use kvmmem_broker::scope::Rights;
-use kvmmem_probe::{COUNTER, INBOX, Placed};
+use kvmmem_probe::{COUNTER, INBOX};
 
 use super::field;
 use crate::raw::errno;
@@ -37,8 +35,7 @@ pub(crate) fn look(world: &mut World, report: &mut Report) -> Result<()> {
     report.equal("pread shows the marker", &tool.pread(&device, gpa, 32)?, &Ok(marker.clone()));
     let page = tool.must(&format!("mmap {device} {gpa:#x} 0x1000 r shared"))?;
     report.equal("a mapping shows it, by plain loads", &tool.load(&page, 32)?, &Ok(marker.clone()));
-    let counter = format!("{:#x}", hex(&page)? + COUNTER as u64);
-    let changes = hex(&tool.must(&format!("spin {counter} 500"))?)?;
+    let changes = tool.changes(hex(&page)? + COUNTER as u64)?;
     report.check("the target's counter runs before its eyes", changes > 2, format!("{changes} changes"));
 
     report.equal("a store ends in SIGSEGV", &errno(tool.ask(&format!("store {page} 1"))?), &"SIGSEGV".into());
@@ -96,14 +93,14 @@ pub(crate) fn write(world: &mut World, report: &mut Report) -> Result<()> {
     let device = tool.view(token)?;
     let page = tool.must(&format!("mmap {device} {gpa:#x} 0x1000 rw shared"))?;
     tool.must(&format!("store {:#x} {STORED}", hex(&page)? + INBOX as u64))?;
-    report.equal("the target sees a store", &next_message(world)?, &Some(STORED));
+    report.check("the target sees a store", world.inbox(STORED)?, "");
     let bytes: String = (STORED + 1).to_le_bytes().iter().map(|byte| format!("{byte:02x}")).collect();
     report.equal(
         "pwrite says how much it wrote",
         &tool.must(&format!("pwrite {device} {inbox:#x} {bytes}"))?,
         &"0x8".into(),
     );
-    report.equal("the target sees that", &next_message(world)?, &Some(STORED + 1));
+    report.check("the target sees that", world.inbox(STORED + 1)?, "");
 
     let token = world.grant(Rights::ReadWrite, None)?.token.words();
     let [a, b, c, d] = token;
@@ -115,15 +112,6 @@ pub(crate) fn write(world: &mut World, report: &mut Report) -> Result<()> {
         &"EACCES".into(),
     );
     Ok(())
-}
-
-/// What the marker's program next finds in its inbox.
-fn next_message(world: &mut World) -> Result<Option<u64>> {
-    let line = world.marker()?.child.read_line(Duration::from_secs(20))?;
-    match line.as_deref().map(serde_json::from_str).transpose().context("the marker says nonsense")? {
-        Some(Placed::Inbox { value }) => Ok(Some(value)),
-        _ => Ok(None),
-    }
 }
 
 pub(crate) fn large_pages(world: &mut World, report: &mut Report) -> Result<()> {
