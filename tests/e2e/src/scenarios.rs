@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The end-to-end scenarios, by name. Each starts from a whole world and may break it; the runner mends it.
 
+mod cases;
 pub(crate) mod death;
 mod doorbell;
 mod host;
@@ -27,7 +28,7 @@ pub(crate) struct Scenario {
 /// All scenarios, in the order in which they run: of the seed's interface, then of views, then of VMs under stock QEMUs;
 /// those that end a VM come last in each part.
 pub(crate) fn all() -> impl Iterator<Item = &'static Scenario> {
-    SEED.iter().chain(views::ALL).chain(qemu::ALL)
+    SEED.iter().chain(cases::ALL).chain(views::ALL).chain(qemu::ALL)
 }
 
 /// Whether `name` is this scenario's, or that of its part: `views` for all that begin with `views_`.

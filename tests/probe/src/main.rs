@@ -2,6 +2,7 @@
 //! What the end-to-end scenarios run inside the guests.
 #![deny(unsafe_code)]
 
+mod batch;
 mod crowd;
 mod marker;
 mod pagemap;
@@ -26,6 +27,8 @@ enum Verb {
     },
     /// In the introspector: token, map, read, watch, write, unmap, once around.
     Tour(tour::Arguments),
+    /// In the introspector: send batches as libkvmi does.
+    Batch(batch::Arguments),
     /// In the introspector: map many pages at once, check each, undo half by UNMAP and half by closing the file.
     Crowd(crowd::Arguments),
     /// In the introspector: attach a view, scan, watch, and lose it.
@@ -40,6 +43,7 @@ fn main() -> Result<()> {
     match Verb::parse() {
         Verb::Marker { pages } => marker::run(pages),
         Verb::Tour(arguments) => tour::run(&arguments),
+        Verb::Batch(arguments) => batch::run(&arguments),
         Verb::Crowd(arguments) => crowd::run(&arguments),
         Verb::Spy(arguments) => spy::run(&arguments),
         Verb::Scattered(arguments) => scattered::run(&arguments),
