@@ -16,7 +16,7 @@ use crate::output::Output;
 use crate::range::RangeLine;
 use crate::source::Source;
 
-/// Exit code where the grant was taken back.
+/// Exit code where the grant was revoked.
 const REVOKED: u8 = 3;
 
 /// Exit code where the target went away.
@@ -43,8 +43,8 @@ Exit codes:
   0  attached, and detached again; with --hold, when interrupted
   1  failed, standard error says why
   2  the command line is wrong
-  3  the grant was taken back
-  4  the target, or the host's service, is gone";
+  3  the grant was revoked
+  4  the target or the broker has exited";
 
 /// What happens to the view, as JSON.
 #[derive(Serialize)]

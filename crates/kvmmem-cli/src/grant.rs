@@ -19,7 +19,7 @@ use crate::number::parse_duration;
 use crate::output::Output;
 use crate::range::{GpaRange, RangeLine, in_order, parse_range};
 
-/// Exit code of a revocation that somebody has not confirmed.
+/// Exit code of a revocation that a VMM or a process has not confirmed.
 const UNCONFIRMED: u8 = 3;
 
 #[derive(Args)]
@@ -75,11 +75,11 @@ pub(crate) struct Revoke {
 
 const REVOKE_HELP: &str = "\
 Exit codes:
-  0  taken back, nobody sees the target by this grant any more
+  0  revoked; every view opened with the grant is closed
   1  failed, standard error says why
   2  the command line is wrong
-  3  taken back, but a virtual machine's VMM, or a process of this host, has not confirmed that its views have ended:
-     it may be stopped or hang; run this again, or end it";
+  3  revoked, but the VMM of an introspector, or a process of this host, has not confirmed that its views are closed: it
+     may be stopped or hang; run this again, or end it";
 
 #[derive(Args)]
 #[command(after_help = POLICY_HELP)]

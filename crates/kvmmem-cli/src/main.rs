@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! `kvmmem`, the command line: runs virtual machines and asks the broker on the host, reads and maps a target's memory
-//! in an introspector, and says on either what is missing.
+//! `kvmmem`, the command line. On the host: runs virtual machines, asks the broker, reads and dumps targets. In an
+//! introspector: reads and maps targets. On both: `doctor`.
 #![deny(unsafe_code)]
 
 mod attach;
@@ -76,9 +76,9 @@ enum Verb {
     Vm(Box<vm::Arguments>),
     /// List the virtual machines that the broker knows.
     Targets(broker::Targets),
-    /// Make running virtual machines targets, or no targets any more.
+    /// Add running virtual machines as targets, or remove them.
     Target(target::Target),
-    /// Let running virtual machines under a stock QEMU look at targets, or look no more.
+    /// Add running virtual machines under a stock QEMU as introspectors, or remove them.
     Introspector(introspector::Introspector),
     /// Print what a stock QEMU, or libvirt, needs to run an introspector.
     QemuArgs(qemu_args::Arguments),
@@ -88,15 +88,15 @@ enum Verb {
     Unhook(broker::Hook),
     /// Say what this machine can be used for, and what to do where it cannot.
     Doctor(doctor::Arguments),
-    /// Allow somebody to look at a target: prints a token.
+    /// Grant access to a target's memory: prints a token.
     Grant(grant::Grant),
-    /// List the grants and who looks by them.
+    /// List the grants and the views opened with them.
     Grants(grant::Grants),
-    /// Take a grant back; whoever looks by it sees the target no more.
+    /// Revoke a grant and close every view opened with it.
     Revoke(grant::Revoke),
-    /// Print or set what the tokens allow that tools get over KVMI.
+    /// Show or set the access policy for tokens issued over KVMI.
     Policy(grant::Policy),
-    /// Attach a view by a token, and print what it reaches and what happens to it.
+    /// Attach a view, and print its ranges and its events.
     Attach(attach::Arguments),
     /// Write a target's memory to a file.
     Dump(dump::Arguments),

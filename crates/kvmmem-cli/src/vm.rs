@@ -5,7 +5,7 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use clap::{Args, ValueEnum};
 use kvmmem_vmm::{
     Control, DiskConfig, HypercallWay, MAX_DISKS, MAX_VCPUS, ResetPolicy, SerialConfig, VmConfig, VmExit,
@@ -13,7 +13,7 @@ use kvmmem_vmm::{
 };
 use uuid::Uuid;
 
-use crate::failure::escape;
+use crate::failure::{escape, usage};
 use crate::number::parse;
 use crate::output::Output;
 
@@ -119,14 +119,17 @@ impl Arguments {
     fn into_config(self, is_json: bool) -> Result<VmConfig> {
         let serial = match self.serial {
             Some(SerialConfig::Stdio) if is_json => {
-                bail!("--serial stdio and --json both want standard output: use --serial file:PATH or none")
+                return Err(usage(
+                    "--serial stdio and --json both want standard output: use --serial file:PATH or none",
+                ));
             }
             Some(serial) => serial,
             None if is_json => SerialConfig::None,
             None => SerialConfig::Stdio,
         };
         if self.disks.len() > MAX_DISKS {
-            bail!("{} disks are too many: a machine has at most {MAX_DISKS}", self.disks.len());
+            let count = self.disks.len();
+            return Err(usage(format!("{count} disks are too many: a machine has at most {MAX_DISKS}")));
         }
         for (option, path) in [("--kernel", Some(&self.kernel)), ("--initrd", self.initrd.as_ref())] {
             if let Some(path) = path {

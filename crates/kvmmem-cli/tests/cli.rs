@@ -166,7 +166,7 @@ fn a_machine_is_refused_by_the_option_that_is_wrong() {
     let cases: [(&[&str], i32, &[&str]); 8] = [
         (&["--kernel", "/nonexistent/bzImage"], 1, &["--kernel", "/nonexistent/bzImage", "No such file"]),
         (&["--kernel", "/dev/null", "--initrd", "/nonexistent/i"], 1, &["--initrd", "/nonexistent/i"]),
-        (&["--kernel", "/dev/null", "--serial", "stdio", "--json"], 1, &["--json", "file:PATH"]),
+        (&["--kernel", "/dev/null", "--serial", "stdio", "--json"], 2, &["--json", "file:PATH"]),
         (&["--kernel", "/dev/null", "--memory", "4097"], 2, &["--memory", "4096"]),
         (&["--kernel", "/dev/null", "--cpus", "0"], 2, &["--cpus", "0"]),
         (&["--kernel", "/dev/null", "--cid", "2"], 2, &["--cid", "2"]),
