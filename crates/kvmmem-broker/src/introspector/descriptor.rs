@@ -19,6 +19,9 @@ use crate::map::PAGE_SIZE;
 /// The generation of a view that was never changed.
 const FIRST_GENERATION: u64 = 2;
 
+/// Where the state ends, which follows the generation.
+const STATE_END: usize = GENERATION_AT + 8 + 4;
+
 /// The pages of one view.
 #[derive(Debug)]
 pub(super) struct Pages {
@@ -94,16 +97,10 @@ impl Pages {
         self.descriptor.generation = old + 2;
         let mut bytes = [0; SIZE];
         self.descriptor.write(&self.ranges, &mut bytes);
-        // A byte is written at once, more perhaps not: the lowest one alone makes the number odd and even again.
-        write(file, &[u8_of(old) | 1], GENERATION_AT)?;
-        let low = bytes.get(GENERATION_AT).copied().unwrap_or_default();
-        let parts =
-            [0..GENERATION_AT, GENERATION_AT + 1..SEEN_AT, SEEN_AT + 8..COMPLAINT_AT, COMPLAINT_AT + 4..SIZE];
-        for part in parts {
-            let at = part.start;
-            write(file, bytes.get(part).unwrap_or_default(), at)?;
+        for (at, bytes) in changes(&bytes, u8_of(old)) {
+            write(file, &bytes, at)?;
         }
-        write(file, &[low], GENERATION_AT)
+        Ok(())
     }
 
     /// Whether the guest's driver has acted upon the last change.
@@ -123,6 +120,26 @@ impl Pages {
         let Some(file) = self.files.first() else { return false };
         rustix::io::pread(file, &mut *bytes, at as u64) == Ok(bytes.len())
     }
+}
+
+/// The writes that make a page say something else, in order, each with its place.
+///
+/// Only the generation and the state change, and by one write while the generation is odd: the guest can use nothing of
+/// the view meanwhile, and this process may be stopped between any two writes. What the guest may have written over the
+/// rest is put right before that. A byte is written at once, more perhaps not: the lowest one alone makes the generation
+/// odd and even again.
+fn changes(page: &[u8; SIZE], old: u8) -> [(usize, Vec<u8>); 7] {
+    let part =
+        |part: std::ops::Range<usize>| (part.start, page.get(part).map(<[u8]>::to_vec).unwrap_or_default());
+    [
+        part(0..GENERATION_AT),
+        part(STATE_END..SEEN_AT),
+        part(SEEN_AT + 8..COMPLAINT_AT),
+        part(COMPLAINT_AT + 4..SIZE),
+        (GENERATION_AT, vec![old | 1]),
+        part(GENERATION_AT + 1..STATE_END),
+        part(GENERATION_AT..GENERATION_AT + 1),
+    ]
 }
 
 /// A page that cannot change its size.
@@ -229,6 +246,28 @@ mod tests {
         put(&mut expected, 32, &[0xd1; 32]);
         put(&mut expected, SLOT_AT, &2u32.to_le_bytes());
         assert!(page == expected);
+    }
+
+    #[test]
+    fn a_reader_finds_the_old_state_or_the_new_one_or_a_single_moment_of_change() {
+        let old =
+            Descriptor { generation: 254, state: STATE_OPEN, rights: RIGHT_READ, ..Descriptor::default() };
+        let new = Descriptor { generation: 256, state: STATE_REVOKED, ..old };
+        let range = [WindowRange { gpa: 0x1000, len: 0x2000, offset: 0, window: 1 }];
+        let [mut page, mut target] = [[0; SIZE]; 2];
+        old.write(&range, &mut page);
+        new.write(&range, &mut target);
+        let mut seen = Vec::new();
+        for (at, bytes) in changes(&target, 254) {
+            put(&mut page, at, &bytes);
+            let read = Descriptor::read(&page, &mut [WindowRange::default(); MAX_RANGES], |_| Some(0x2000));
+            seen.push(read.map(|read| (read.generation, read.state)));
+        }
+        let [old, new] = [Ok((254, STATE_OPEN)), Ok((256, STATE_REVOKED))];
+        // One write while it changes, between the one that begins and the one that ends that.
+        let changing = Err(DescriptorError::Changing);
+        assert_eq!(seen, [old, old, old, old, changing, changing, new]);
+        assert_eq!(page, target);
     }
 
     #[test]
