@@ -4,16 +4,20 @@
 mod common;
 
 use std::io::{BufRead, BufReader, Read, Write};
-use std::os::unix::net::UnixListener;
+use std::net::Shutdown;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use common::{TestBroker, Tool, ToolSession, request, wait_for};
 use kvmmem_abi::errno::KvmError;
-use kvmmem_broker::admin::{AdminError, Evidence, Rights, Which};
+use kvmmem_broker::admin::{Admin, AdminError, Evidence, GrantRequest, Rights, Which};
 use kvmmem_broker::discover::discover;
-use kvmmem_broker::host::HostLink;
+use kvmmem_broker::host::{HostEvent, HostLink};
 use kvmmem_broker::link::RedeemError;
 use kvmmem_broker::wire::Refusal;
 use kvmmem_kvmi::request::Request;
@@ -185,7 +189,7 @@ fn a_vmm_that_lies_shows_no_more_than_its_own_file() {
     let added = broker.admin().add_target(&Which::Pid(fake.pid()), None).unwrap();
     assert_eq!((added.target.name.as_str(), added.evidence), ("fake", Evidence::RulesAndAcpi));
     assert_eq!(added.regions.iter().map(|region| region.len).sum::<u64>(), SIZE - 0x2_0000);
-    let terms = kvmmem_broker::admin::GrantRequest { target: "fake".into(), ..request(Rights::ReadOnly) };
+    let terms = GrantRequest { target: "fake".into(), ..request(Rights::ReadOnly) };
     let (link, view) = HostLink::attach(&broker.path, &broker.grant(&terms).token, true).unwrap();
     let mut bytes = [0; 8];
     rustix::io::pread(&view.files[0], &mut bytes, 0xe_0000).unwrap();
@@ -373,10 +377,11 @@ fn a_qemu_that_falls_silent_or_raves_keeps_its_target_and_holds_up_no_other() {
     let honest = qmp(directory.path(), &fake, |_, answer| answer);
     let listener = UnixListener::bind(&path).unwrap();
     // Between the broker and a QEMU: what comes back is passed on until it is added, and garbage from then on.
-    let (rave, raves) = std::sync::mpsc::channel::<&'static str>();
+    let (rave, raves) = channel::<&'static str>();
+    let (left, is_left) = channel::<()>();
     std::thread::spawn(move || {
         let (mut client, _) = listener.accept().unwrap();
-        let mut server = std::os::unix::net::UnixStream::connect(honest).unwrap();
+        let mut server = UnixStream::connect(honest).unwrap();
         let (mut from_client, mut to_server) = (client.try_clone().unwrap(), server.try_clone().unwrap());
         std::thread::spawn(move || std::io::copy(&mut from_client, &mut to_server));
         let mut to_client = client.try_clone().unwrap();
@@ -388,20 +393,20 @@ fn a_qemu_that_falls_silent_or_raves_keeps_its_target_and_holds_up_no_other() {
                 }
             }
         }
+        // Until the broker has had enough.
+        while client.write_all(b"garbage \0 {{{\n").is_ok() {}
+        drop(left);
     });
     let which = Which::Qmp { socket: path, pid: Some(fake.pid()) };
     broker.admin().add_target(&which, None).unwrap();
     rave.send("{\"event\":\"RESET\",\"data\":{}}\n").unwrap();
     rave.send("{\"event\":\"ACPI_DEVICE_OST\"}\n").unwrap();
-    rave.send("garbage \0 {{{\n").unwrap();
+    drop(rave);
     let _other = broker.target("other");
-    for _ in 0..20 {
-        assert_eq!(broker.admin().targets().unwrap().len(), 2);
-        std::thread::sleep(Duration::from_millis(20));
-    }
-    let began = Instant::now();
-    broker.admin().remove_target("fake").unwrap();
-    assert!(began.elapsed() < Duration::from_secs(2));
+    assert_eq!(is_left.recv_timeout(common::PATIENCE), Err(RecvTimeoutError::Disconnected));
+    assert_eq!(broker.admin().targets().unwrap().len(), 2);
+    let path = broker.path.clone();
+    common::returns("the removal", move || Admin::connect(&path).unwrap().remove_target("fake")).unwrap();
 }
 
 #[test]
@@ -438,16 +443,31 @@ fn only_what_was_added_is_removed() {
 
 /// Answers like QEMU over QMP, but for what `lie` changes.
 fn qmp(directory: &Path, fake: &Fake, lie: impl Fn(&str, Value) -> Value + Send + 'static) -> PathBuf {
+    qmp_again(directory, fake, lie, &Arc::default())
+}
+
+/// The same to one client after the other; their connections are also the test's.
+fn qmp_again(
+    directory: &Path,
+    fake: &Fake,
+    lie: impl Fn(&str, Value) -> Value + Send + 'static,
+    clients: &Arc<Mutex<Vec<UnixStream>>>,
+) -> PathBuf {
     let process = kvmmem_broker::discover::process::Process::open(fake.pid()).unwrap();
     let mappings = process.mappings().unwrap();
     let hva = mappings.iter().find(|mapping| mapping.len == SIZE).map_or(0, |mapping| mapping.hva);
     let path = directory.join("fake.qmp");
     let listener = UnixListener::bind(&path).unwrap();
-    std::thread::spawn(move || {
-        let (mut stream, _) = listener.accept().unwrap();
-        let requests = BufReader::new(stream.try_clone().unwrap());
-        writeln!(stream, "{}", json!({ "QMP": {} })).unwrap();
-        for line in requests.lines() {
+    let clients = Arc::clone(clients);
+    let serve = move |stream: &UnixStream| {
+        let mut writer = stream;
+        // At once: the test may send something, too.
+        let mut send = |value: Value| writer.write_all(format!("{value}\n").as_bytes());
+        clients.lock().unwrap().push(stream.try_clone().unwrap());
+        if send(json!({ "QMP": {} })).is_err() {
+            return;
+        }
+        for line in BufReader::new(stream).lines() {
             let Ok(line) = line else { return };
             let request: Value = serde_json::from_str(&line).unwrap();
             let command = request["execute"].as_str().unwrap();
@@ -464,12 +484,47 @@ fn qmp(directory: &Path, fake: &Fake, lie: impl Fn(&str, Value) -> Value + Send 
                 ),
                 _ => json!({}),
             };
-            if writeln!(stream, "{}", json!({ "return": lie(command, answer) })).is_err() {
+            if send(json!({ "return": lie(command, answer) })).is_err() {
                 return;
             }
         }
-    });
+    };
+    std::thread::spawn(move || listener.incoming().for_each(|stream| serve(&stream.unwrap())));
     path
+}
+
+/// A wrapper has made the socket and handed it to QEMU: the process that listens is another one.
+#[test]
+fn a_handed_socket_is_listened_to_again_where_the_same_qemu_answers() {
+    let broker = TestBroker::start();
+    let fake = Fake::start("sealed", HONEST);
+    let clients = Arc::new(Mutex::new(Vec::new()));
+    let count = {
+        let clients = Arc::clone(&clients);
+        move || clients.lock().unwrap().len()
+    };
+    let (count_here, listens) = (count.clone(), Arc::new(AtomicBool::new(false)));
+    let listens_here = Arc::clone(&listens);
+    // The second to answer is another QEMU, to which the wrapper has handed a socket as well.
+    let lie = move |command: &str, answer: Value| match answer.as_str() {
+        _ if command == "query-status" => {
+            listens_here.store(count_here() == 3, Ordering::SeqCst);
+            answer
+        }
+        Some(text) if command == "human-monitor-command" && text.starts_with("Host") && count_here() == 2 => {
+            json!("Host virtual address for 0x0 (mem) is 0x7f0000000000\r\n")
+        }
+        _ => answer,
+    };
+    let directory = tempfile::tempdir().unwrap();
+    let socket = qmp_again(directory.path(), &fake, lie, &clients);
+    broker.admin().add_target(&Which::Qmp { socket, pid: Some(fake.pid()) }, None).unwrap();
+    let request = GrantRequest { target: "fake".into(), ..request(Rights::ReadOnly) };
+    let (mut link, _view) = HostLink::attach(&broker.path, &broker.grant(&request).token, true).unwrap();
+    clients.lock().unwrap()[0].shutdown(Shutdown::Both).unwrap();
+    wait_for("the same QEMU to be listened to again", || listens.load(Ordering::SeqCst));
+    clients.lock().unwrap()[2].write_all(b"{\"event\":\"RESET\",\"data\":{}}\n").unwrap();
+    assert!(matches!(link.wait(common::PATIENCE).unwrap(), Some(HostEvent::Changed { .. })));
 }
 
 #[test]

@@ -2,7 +2,6 @@
 //! VMs that the broker has attached by itself: there is no connection whose end would be theirs, so their VMMs'
 //! processes are watched.
 
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -10,10 +9,10 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType};
 
 use super::attach::{self, Opened, Which};
 use super::backing::Source;
+use super::monitor::Socket;
 use crate::broker::{Broker, Refused};
 use crate::packet::PacketSocket;
 use crate::peer::{Credentials, Peer};
-use crate::qmp::Qmp;
 use crate::ram::Ram;
 use crate::registry::{RegisterError, Vm};
 use crate::state::{Entry, Role};
@@ -47,7 +46,7 @@ impl Broker {
         peer: Credentials,
         mut opened: Opened,
     ) -> Result<Arc<Vm>, Refused> {
-        let monitor = opened.qmp.take().map(|qmp| (qmp.path().to_owned(), Some(qmp)));
+        let monitor = opened.qmp.take().map(Socket::from);
         let vm = self.adopt(opened, monitor)?;
         self.audit().added(&vm, peer);
         Ok(vm)
@@ -57,12 +56,12 @@ impl Broker {
     pub(super) fn adopt(
         self: &Arc<Self>,
         opened: Opened,
-        monitor: Option<(PathBuf, Option<Qmp>)>,
+        monitor: Option<Socket>,
     ) -> Result<Arc<Vm>, Refused> {
         let limit = |what: &'static str| {
             move |error: Box<dyn std::error::Error>| Refused::new(Refusal::Limit, format!("{what}: {error}"))
         };
-        let qmp = monitor.as_ref().map(|(path, _)| path.clone());
+        let qmp = monitor.as_ref().map(|socket| socket.path.clone());
         // Only administrators add VMs, and what is added for them counts for none of the others.
         let administrator = Credentials { pid: std::process::id(), uid: rustix::process::geteuid().as_raw() };
         let vmm = absent(opened.credentials).map_err(limit("cannot make a socket"))?;

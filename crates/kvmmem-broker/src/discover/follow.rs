@@ -2,12 +2,13 @@
 //! What happens to VMs that the broker has attached by itself, and to their VMMs.
 
 use std::os::fd::OwnedFd;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Arc, Weak};
 
 use super::attach::{self, AttachError, Opened, Seen};
 use super::backing::{Held, Source};
-use super::monitor::{Monitor, News, Next};
+use super::mapping;
+use super::monitor::{Monitor, News, Next, Socket};
 use super::process::{FileId, Process};
 use super::successor;
 use super::watch::Watched;
@@ -20,49 +21,59 @@ use crate::state::{Entry, Role};
 use crate::wire::{Change, Registration};
 
 impl Broker {
-    /// Waits for the end of a VM's VMM, and listens to its monitor where there is one: at a path, and already connected
-    /// or not.
+    /// Waits for the end of a VM's VMM, and listens to its monitor where there is one.
     pub(super) fn watch(
         self: &Arc<Self>,
         vm: u64,
         pidfd: OwnedFd,
-        monitor: Option<(PathBuf, Option<Qmp>)>,
+        monitor: Option<Socket>,
     ) -> std::io::Result<()> {
-        let monitor = monitor.map(|(path, qmp)| {
+        let monitor = monitor.map(|Socket { path, listener, qmp }| {
             let (finder, teller) = (Arc::downgrade(self), Arc::downgrade(self));
             let tell =
                 move |qmp: &mut Qmp, news| teller.upgrade().map_or(Next::Stop, |it| it.hear(vm, qmp, news));
-            Monitor::start(path, qmp, move |path| connect(&finder, vm, path), tell)
+            Monitor::start(qmp, move || connect(&finder, vm, &path, listener), tell)
         });
         let broker = Arc::downgrade(self);
-        let ended = move |watched: Watched| {
+        let ended = move |watched: Vec<Watched>| {
             if let Some(broker) = broker.upgrade() {
-                broker.vmm_ended(watched);
+                broker.vmms_ended(watched);
             }
         };
         self.adopted().add(Watched { vm, pidfd: Arc::new(pidfd), monitor: monitor.transpose()? }, ended)
     }
 
-    /// Does what the end of a VMM demands that is watched no more: its VM goes on with the QEMU that has taken over, or
-    /// goes too.
-    fn vmm_ended(self: &Arc<Self>, ended: Watched) {
+    /// Does what the end of VMMs demands that are watched no more: each VM continues with the QEMU that has taken over, or
+    /// goes too. However many end at a time, the processes of the host are looked through once.
+    fn vmms_ended(self: &Arc<Self>, ended: Vec<Watched>) {
         let registry = self.registry();
-        let Some(vm) = registry.get(ended.vm) else { return };
-        let others: Vec<u32> = registry.after(0).map(|vm| vm.peer().credentials().pid).collect();
+        let vms: Vec<(Arc<Vm>, Watched)> =
+            ended.into_iter().filter_map(|ended| Some((registry.get(ended.vm)?, ended))).collect();
+        let others = registry.after(0).map(|vm| vm.peer().credentials().pid).collect();
         drop(registry);
-        let Some(successor) = successor::find(&ram(&vm), &others) else { return self.retire(&vm) };
+        let rams: Vec<_> = vms.iter().map(|(vm, _)| ram(vm)).collect();
+        let successors = successor::find(&rams, &others);
+        for ((vm, ended), successor) in vms.into_iter().zip(successors) {
+            match successor {
+                Some(successor) => self.taken_over(&vm, ended, successor),
+                None => self.retire(&vm),
+            }
+        }
+    }
+
+    /// Follows a VM to the process that has taken it over.
+    fn taken_over(self: &Arc<Self>, vm: &Arc<Vm>, ended: Watched, successor: Process) {
         let former = vm.peer().credentials();
         let credentials = Credentials { pid: successor.pid(), uid: successor.uid().unwrap_or(former.uid) };
         let socket = ended.monitor.and_then(|_| attach::command_line(&successor).ok()?.qmp);
         vm.peer().replaced(credentials);
-        self.audit().taken_over(&vm, former);
-        if let Err(error) =
-            self.watch(ended.vm, successor.into_pidfd(), socket.clone().map(|path| (path, None)))
-        {
+        self.audit().taken_over(vm, former);
+        let monitor = socket.clone().map(|path| Socket { path, listener: None, qmp: None });
+        if let Err(error) = self.watch(ended.vm, successor.into_pidfd(), monitor) {
             tracing::error!(%error, vm = ended.vm, "cannot watch the VMM that has taken over");
-            return self.retire(&vm);
+            return self.retire(vm);
         }
-        self.state().remember(&vm, Entry::of(&vm, socket, Role::target(&vm)));
+        self.state().remember(vm, Entry::of(vm, socket, Role::target(vm)));
     }
 
     /// Does what a QEMU's news demand.
@@ -80,7 +91,7 @@ impl Broker {
             News::Memory => self.look_again(vm, qmp),
             News::Left => {
                 if let Some(watched) = self.adopted().remove(vm.id()) {
-                    self.vmm_ended(watched);
+                    self.vmms_ended(vec![watched]);
                 }
                 Next::Stop
             }
@@ -111,7 +122,7 @@ impl Broker {
         // Whoever has a view has it of the files that there were: it ends, and the VM is a new target.
         if self.adopted().remove(vm.id()).is_some() {
             self.retire(vm);
-            match self.adopt(opened, Some((qmp.path().to_owned(), None))) {
+            match self.adopt(opened, Some(Socket::of(qmp))) {
                 Ok(vm) => self.audit().registered(&vm),
                 Err(refused) => {
                     tracing::warn!(reason = refused.message, "a VM with other RAM is not added again")
@@ -142,14 +153,43 @@ fn open_again(vm: &Vm, qmp: &mut Qmp) -> Result<Opened, AttachError> {
 }
 
 /// Connects to the monitor of a VM's QEMU: where it was, or where the process says that it is by now.
-fn connect(broker: &Weak<Broker>, vm: u64, path: &Path) -> Option<Qmp> {
+///
+/// It is the process's own where that listens. Where the socket was handed to it, the same process has to listen as when
+/// the VM was added; and that may have handed others to other QEMUs, so this one has to say where the VM's memory is.
+fn connect(broker: &Weak<Broker>, vm: u64, path: &Path, listener: Option<u32>) -> Option<Qmp> {
     let vm = broker.upgrade()?.registry().get(vm)?;
-    let pid = vm.peer().credentials().pid;
-    let line = attach::command_line(&Process::open(pid).ok()?).ok()?;
-    let is_its_own = |qmp: &Qmp| qmp.listener() == Some(pid);
+    let process = Process::open(vm.peer().credentials().pid).ok()?;
+    let line = attach::command_line(&process).ok()?;
+    let its_own = |mut qmp: Qmp| {
+        let found = qmp.listener();
+        let is_its_own = found == Some(process.pid());
+        let is_its =
+            is_its_own || (found.is_some() && found == listener && knows_ram(&vm, &process, &mut qmp));
+        is_its.then_some(qmp)
+    };
     let elsewhere = line.qmp.filter(|other| other != path && other.is_absolute());
     let paths = [Some(path.to_owned()), elsewhere];
-    paths.into_iter().flatten().find_map(|path| Qmp::connect(&path).ok().filter(is_its_own))
+    paths.into_iter().flatten().find_map(|path| Qmp::connect(&path).ok().and_then(its_own))
+}
+
+/// Whether a QEMU says where a process has the beginning of a VM's RAM. No other QEMU has it at that address.
+fn knows_ram(vm: &Vm, process: &Process, qmp: &mut Qmp) -> bool {
+    let mut known = || {
+        let ram = vm.ram()?;
+        let layout = ram.layout();
+        let region = layout.map.regions().first()?;
+        let hva = qmp.host_address(region.gpa).ok()?;
+        if ram.is_private() {
+            return (hva == region.offset).then_some(());
+        }
+        let file = FileId::of_file(ram.files().get(usize::try_from(region.file).ok()?)?)?;
+        let mappings = process.mappings().ok()?;
+        let mapping = mapping::covering(&mappings, hva, region.len)?;
+        let (id, start) = mapping.shared_file()?;
+        let offset = start.checked_add(hva.checked_sub(mapping.hva)?)?;
+        (id == file && offset == region.offset).then_some(())
+    };
+    known().is_some()
 }
 
 /// Whether the RAM is where it was. That of a process can still be read only if the process runs the same program.

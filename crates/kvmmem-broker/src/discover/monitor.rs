@@ -2,7 +2,7 @@
 //! Listens to a QEMU's monitor, on a thread of its own: one that hangs, floods or lies holds up nobody else.
 
 use std::os::fd::OwnedFd;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -35,6 +35,32 @@ static WARNINGS: RateLimit = RateLimit::new(2);
 #[derive(Debug)]
 pub(crate) struct Monitor {
     stop: Arc<OwnedFd>,
+}
+
+/// A monitor's socket.
+#[derive(Debug)]
+pub(crate) struct Socket {
+    /// Where it is.
+    pub(crate) path: PathBuf,
+    /// The process that listened when the VM was added: the VMM, or what has handed it the socket. `None` where it is not
+    /// known.
+    pub(crate) listener: Option<u32>,
+    /// The connection, where there is one.
+    pub(crate) qmp: Option<Qmp>,
+}
+
+impl Socket {
+    /// The one of a connection, without it.
+    pub(crate) fn of(qmp: &Qmp) -> Self {
+        Self { path: qmp.path().to_owned(), listener: qmp.listener(), qmp: None }
+    }
+}
+
+impl From<Qmp> for Socket {
+    fn from(qmp: Qmp) -> Self {
+        let socket = Self::of(&qmp);
+        Self { qmp: Some(qmp), ..socket }
+    }
 }
 
 /// What a monitor has told.
@@ -70,20 +96,18 @@ struct Heard {
 }
 
 impl Monitor {
-    /// Listens to the monitor at `path`. `tell` gets all news; `find` is asked for a connection where `qmp` is none, or
-    /// is lost.
+    /// Listens to a monitor. `tell` gets all news; `find` is asked for a connection where there is none, or it is lost.
     ///
     /// # Errors
     /// Where there are no file descriptors or threads left.
     pub(crate) fn start(
-        path: PathBuf,
         qmp: Option<Qmp>,
-        find: impl Fn(&Path) -> Option<Qmp> + Send + 'static,
+        find: impl Fn() -> Option<Qmp> + Send + 'static,
         tell: impl FnMut(&mut Qmp, News) -> Next + Send + 'static,
     ) -> std::io::Result<Self> {
         let stop = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         let stop = Arc::new(stop);
-        let mut listener = Listener { path, stop: Arc::clone(&stop), find, tell };
+        let mut listener = Listener { stop: Arc::clone(&stop), find, tell };
         let thread = std::thread::Builder::new().name("qmp-monitor".into()).stack_size(STACK);
         thread.spawn(move || listener.run(qmp))?;
         Ok(Self { stop })
@@ -98,13 +122,12 @@ impl Drop for Monitor {
 }
 
 struct Listener<F, T> {
-    path: PathBuf,
     stop: Arc<OwnedFd>,
     find: F,
     tell: T,
 }
 
-impl<F: Fn(&Path) -> Option<Qmp>, T: FnMut(&mut Qmp, News) -> Next> Listener<F, T> {
+impl<F: Fn() -> Option<Qmp>, T: FnMut(&mut Qmp, News) -> Next> Listener<F, T> {
     fn run(&mut self, mut connection: Option<Qmp>) {
         loop {
             let mut qmp = match connection.take() {
@@ -184,7 +207,7 @@ impl<F: Fn(&Path) -> Option<Qmp>, T: FnMut(&mut Qmp, News) -> Next> Listener<F, 
             if self.is_stopped(pause) {
                 return None;
             }
-            if let Some(qmp) = (self.find)(&self.path) {
+            if let Some(qmp) = (self.find)() {
                 return Some(qmp);
             }
             pause = (pause * 2).min(AGAIN_AT_LAST);

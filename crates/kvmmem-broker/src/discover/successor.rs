@@ -2,34 +2,68 @@
 //! The QEMU that goes on with a VM when another one stops: QEMU's live update (CPR) hands the RAM's very files to a new
 //! process on the same host, which was started with `-incoming`. A VM that moves elsewhere leaves its files to nobody.
 
+use std::collections::HashSet;
+
 use super::command_line::Vmm;
 use super::mapping::Mapping;
 use super::process::{FileId, Process};
 use crate::map::Region;
 
-/// Finds the QEMU that has all these parts of files mapped as RAM of its own; none of the processes `others`, which have
-/// other VMs or look at this one.
+/// Finds for each VM the QEMU that has all these parts of files mapped as RAM of its own; none of the processes `others`,
+/// which have other VMs or look at these. No QEMU is found twice, and none for a VM without such parts.
 ///
 /// A process that has no right to be taken for it gains nothing: whoever has mapped the files has the VM's memory.
-pub(super) fn find(ram: &[(FileId, Region)], others: &[u32]) -> Option<Process> {
-    let entries = std::fs::read_dir("/proc").ok()?;
-    let pids = entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
-    pids.filter(|pid| !others.contains(pid)).find_map(|pid| open(pid, ram))
+pub(super) fn find(vms: &[Vec<(FileId, Region)>], others: &HashSet<u32>) -> Vec<Option<Process>> {
+    let pids = || {
+        let entries = std::fs::read_dir("/proc").into_iter().flatten();
+        entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
+    };
+    find_among(vms, others, pids)
 }
 
-fn open(pid: u32, ram: &[(FileId, Region)]) -> Option<Process> {
+/// Looks at each process once, for all VMs, and at none where no VM can have a successor.
+fn find_among<P: Iterator<Item = u32>>(
+    vms: &[Vec<(FileId, Region)>],
+    others: &HashSet<u32>,
+    pids: impl FnOnce() -> P,
+) -> Vec<Option<Process>> {
+    let mut found: Vec<Option<Process>> = vms.iter().map(|_| None).collect();
+    let mut left = vms.iter().filter(|ram| !ram.is_empty()).count();
+    if left == 0 {
+        return found;
+    }
+    for pid in pids().filter(|pid| !others.contains(pid)) {
+        let Some((process, mappings)) = candidate(pid) else { continue };
+        let has =
+            |(file, region): &(FileId, Region)| mappings.iter().any(|mapping| holds(mapping, *file, region));
+        let is_its = |(ram, found): (&Vec<_>, &Option<Process>)| {
+            found.is_none() && !ram.is_empty() && ram.iter().all(has)
+        };
+        let Some(place) = vms.iter().zip(&found).position(is_its) else { continue };
+        // What ended meanwhile is no successor; its number may be somebody else's by now.
+        if process.is_alive()
+            && let Some(place) = found.get_mut(place)
+        {
+            *place = Some(process);
+            left -= 1;
+            if left == 0 {
+                break;
+            }
+        }
+    }
+    found
+}
+
+/// A QEMU that was started to have a VM come, and what it has mapped.
+fn candidate(pid: u32) -> Option<(Process, Vec<Mapping>)> {
     let process = Process::open(pid).ok()?;
-    let program = process.program().ok()?;
     let arguments = process.arguments().ok()?;
     let is_incoming = arguments.iter().any(|word| word == "-incoming" || word == "--incoming");
-    if Vmm::recognise(&program, &arguments) != Some(Vmm::Qemu) || !is_incoming {
+    if !is_incoming || Vmm::recognise(&process.program().ok()?, &arguments) != Some(Vmm::Qemu) {
         return None;
     }
     let mappings = process.mappings().ok()?;
-    let has =
-        |(file, region): &(FileId, Region)| mappings.iter().any(|mapping| holds(mapping, *file, region));
-    // What ended meanwhile is no successor; its number may be somebody else's by now.
-    (!ram.is_empty() && ram.iter().all(has) && process.is_alive()).then_some(process)
+    Some((process, mappings))
 }
 
 fn holds(mapping: &Mapping, file: FileId, region: &Region) -> bool {
@@ -63,8 +97,21 @@ mod tests {
     }
 
     #[test]
-    fn this_process_takes_over_from_nobody() {
-        assert!(open(std::process::id(), &[]).is_none());
-        assert!(find(&[], &[]).is_none());
+    fn the_processes_are_looked_through_once_for_all_vms_or_not_at_all() {
+        use std::cell::Cell;
+        let others = HashSet::new();
+        let walks = Cell::new(0);
+        let pids = || {
+            walks.set(walks.get() + 1);
+            [std::process::id()].into_iter()
+        };
+        // Private RAM is in no file that another process could have.
+        assert!(find_among(&vec![Vec::new(); 100], &others, pids).iter().all(Option::is_none));
+        assert_eq!(walks.get(), 0);
+        let ram = vec![(FileId { device: 1, inode: 7 }, Region { gpa: 0, len: 0x1000, offset: 0, file: 0 })];
+        let found = find_among(&vec![ram; 100], &others, pids);
+        // This process has not been started to have a VM come.
+        assert!(found.len() == 100 && found.iter().all(Option::is_none));
+        assert_eq!(walks.get(), 1);
     }
 }

@@ -40,15 +40,15 @@ pub(crate) struct Watched {
 }
 
 impl Watch {
-    /// Waits for a VMM too. `gone` is called, on the thread, with each whose VMM has ended, once; only that of the first
-    /// call counts.
+    /// Waits for a VMM too. `gone` is called, on the thread, with those whose VMMs have ended, with each once and with all
+    /// at a time that have ended since the last call; only that of the first call counts.
     ///
     /// # Errors
     /// Where there are no file descriptors or threads left.
     pub(crate) fn add(
         &self,
         watched: Watched,
-        gone: impl Fn(Watched) + Send + 'static,
+        gone: impl Fn(Vec<Watched>) + Send + 'static,
     ) -> std::io::Result<()> {
         let mut thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner);
         let shared = match &*thread {
@@ -102,7 +102,7 @@ impl List {
 }
 
 impl Shared {
-    fn run(&self, gone: impl Fn(Watched)) {
+    fn run(&self, gone: impl Fn(Vec<Watched>)) {
         loop {
             let list = self.lock();
             if list.ended {
@@ -124,13 +124,13 @@ impl Shared {
             // Whether there was anything to read does not matter.
             let _ = rustix::io::read(&self.wake, &mut [0; 8]);
             let ready = fds.iter().skip(1).zip(&watched).filter(|(fd, _)| !fd.revents().is_empty());
-            for (_, (vm, pidfd)) in ready {
-                // The VM may have another VMM by now.
-                let ended =
-                    self.lock().take(|watched| watched.vm == *vm && Arc::ptr_eq(&watched.pidfd, pidfd));
-                if let Some(ended) = ended {
-                    gone(ended);
-                }
+            // A VM may have another VMM by now.
+            let take = |(_, (vm, pidfd)): (_, &(u64, Arc<OwnedFd>))| {
+                self.lock().take(|watched| watched.vm == *vm && Arc::ptr_eq(&watched.pidfd, pidfd))
+            };
+            let ended: Vec<Watched> = ready.filter_map(take).collect();
+            if !ended.is_empty() {
+                gone(ended);
             }
         }
     }
@@ -171,7 +171,8 @@ mod tests {
             let (child, pidfd) = sleeper();
             let told = told.clone();
             let watched = Watched { vm, pidfd: Arc::new(pidfd), monitor: None };
-            watch.add(watched, move |ended| told.send(ended.vm).unwrap()).unwrap();
+            let tell = move |ended: Vec<Watched>| ended.iter().for_each(|ended| told.send(ended.vm).unwrap());
+            watch.add(watched, tell).unwrap();
             children.push(child);
         }
         drop(told);
@@ -181,7 +182,7 @@ mod tests {
             child.kill().unwrap();
             child.wait().unwrap();
         }
-        let limit = Duration::from_secs(10);
+        let limit = Duration::from_secs(60);
         let mut seen = [tellings.recv_timeout(limit).unwrap(), tellings.recv_timeout(limit).unwrap()];
         seen.sort_unstable();
         assert_eq!(seen, [1, 3]);
@@ -189,5 +190,38 @@ mod tests {
         drop(watch);
         // The thread ends, and with it the last sender.
         assert_eq!(tellings.recv_timeout(limit), Err(mpsc::RecvTimeoutError::Disconnected));
+    }
+
+    #[test]
+    fn all_that_end_meanwhile_are_told_at_once() {
+        let (told, tellings) = mpsc::channel();
+        let (free, is_free) = mpsc::channel::<()>();
+        let watch = Watch::default();
+        let tell = move |ended: Vec<Watched>| {
+            told.send(ended.len()).unwrap();
+            // Until the others have ended.
+            let _ = is_free.recv();
+        };
+        let mut tell = Some(tell);
+        let mut children: Vec<Child> = Vec::new();
+        for vm in 0..20 {
+            let (child, pidfd) = sleeper();
+            let watched = Watched { vm, pidfd: Arc::new(pidfd), monitor: None };
+            match tell.take() {
+                Some(tell) => watch.add(watched, tell).unwrap(),
+                None => watch.add(watched, |_| {}).unwrap(),
+            }
+            children.push(child);
+        }
+        let limit = Duration::from_secs(60);
+        let mut end = |child: &mut Child| {
+            child.kill().unwrap();
+            child.wait().unwrap();
+        };
+        end(&mut children[0]);
+        assert_eq!(tellings.recv_timeout(limit), Ok(1));
+        children[1..].iter_mut().for_each(&mut end);
+        drop(free);
+        assert_eq!(tellings.recv_timeout(limit), Ok(19));
     }
 }

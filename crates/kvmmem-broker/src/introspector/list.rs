@@ -80,7 +80,8 @@ impl Introspectors {
         let vm = introspector.traits.vm;
         lock(&self.list).insert(vm, Arc::clone(introspector));
         let watched = Watched { vm, pidfd: Arc::new(pidfd), monitor: None };
-        self.watch.add(watched, move |watched| ended(watched.vm)).inspect_err(|_| {
+        let ended = move |watched: Vec<Watched>| watched.iter().for_each(|watched| ended(watched.vm));
+        self.watch.add(watched, ended).inspect_err(|_| {
             lock(&self.list).remove(&vm);
         })
     }
