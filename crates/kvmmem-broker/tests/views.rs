@@ -333,7 +333,8 @@ fn a_broker_that_goes_ends_all_views() {
     let granted = broker.grant(&request(Rights::ReadOnly));
     let view = views.open(&lion, &granted.token).unwrap();
     let directory = broker.stop();
-    wait_for("the loss to be told", || views.log() == ["lost"]);
+    // Its target's connection may end first.
+    wait_for("the loss to be told", || views.log().last().is_some_and(|last| last == "lost"));
     assert!(views.count() == 0 && lion.current(view.view).is_none());
     assert_eq!(lion.attach(&granted.token, &caller(), true).unwrap_err(), RedeemError::Unavailable);
 
