@@ -29,6 +29,17 @@ pub const DETACH: u64 = 41;
 /// it through the window makes the host allocate it.
 pub const SEEK: u64 = 42;
 
+/// `KVM_HC_MEM_UNMAP_ALL`: a0 = [`UNMAP_ALL_ZERO`] or [`UNMAP_ALL_KEEP`]. All pages of this machine that [`MEM_MAP`] has
+/// replaced become its own again, as if each had been given to [`MEM_UNMAP`]; by whom they were mapped does not matter. A
+/// kernel that starts another one by kexec calls this before, and a driver when it is loaded. Views stay.
+pub const UNMAP_ALL: u64 = 43;
+
+/// a0 of [`UNMAP_ALL`]: the pages read as zeros.
+pub const UNMAP_ALL_ZERO: u64 = 0;
+
+/// a0 of [`UNMAP_ALL`]: the pages keep what they show now. For a kernel that may have used them as RAM unawares.
+pub const UNMAP_ALL_KEEP: u64 = 1;
+
 /// a2 of [`SEEK`]: look for data.
 pub const SEEK_DATA: u64 = 0;
 

@@ -8,6 +8,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::FileExt;
 use std::sync::OnceLock;
 
 use kvm_bindings::kvm_userspace_memory_region;
@@ -16,7 +17,7 @@ use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags};
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise};
 use vm_memory::mmap::MmapRegionError;
 use vm_memory::{
-    FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
+    Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
 };
 
 use crate::huge::page_size;
@@ -89,6 +90,14 @@ pub enum RamError {
     /// A page could not be replaced or restored.
     #[error("cannot replace the page at GPA {gpa:#x}")]
     Replace {
+        /// The page's GPA.
+        gpa: u64,
+        /// Why.
+        source: io::Error,
+    },
+    /// What a replaced page holds could not be written into the machine's own page.
+    #[error("cannot keep what the page at GPA {gpa:#x} shows")]
+    Keep {
         /// The page's GPA.
         gpa: u64,
         /// Why.
@@ -273,6 +282,20 @@ impl GuestRam {
     /// As [`GuestRam::replace_page`].
     pub fn restore_page(&self, gpa: u64) -> Result<(), RamError> {
         self.replace_page(gpa, self.fd(), gpa)
+    }
+
+    /// As [`GuestRam::restore_page`], with what the replaced page holds now. What is written into it meanwhile is lost.
+    ///
+    /// # Errors
+    /// As [`GuestRam::replace_page`], and [`RamError::Keep`]; the page stays replaced.
+    pub fn keep_page(&self, gpa: u64) -> Result<(), RamError> {
+        let mut content = [0; PAGE_BYTES];
+        if !self.is_page(gpa) {
+            return Err(RamError::NoPage { gpa });
+        }
+        self.memory.read_slice(&mut content, GuestAddress(gpa)).map_err(|_| RamError::NoPage { gpa })?;
+        self.file.write_all_at(&content, gpa).map_err(|source| RamError::Keep { gpa, source })?;
+        self.restore_page(gpa)
     }
 
     /// Gives the memory of the machine's own page at `gpa` back to the host; it reads as zero from then on.

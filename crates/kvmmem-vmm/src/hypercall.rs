@@ -34,6 +34,7 @@ use std::task::Poll;
 
 use kvm_ioctls::VcpuFd;
 use kvmmem_abi::errno::KvmError;
+use kvmmem_abi::hypercall::{UNMAP_ALL_KEEP, UNMAP_ALL_ZERO};
 use vm_memory::GuestMemoryMmap;
 
 pub(crate) use codec::{Hypercall, Registers, Width};
@@ -104,6 +105,13 @@ impl Hypercalls {
                 self.engine.map(own_gpa, target_gpa, redeem, is_revoked)
             }
             Hypercall::MemUnmap { own_gpa } => self.engine.unmap(own_gpa),
+            Hypercall::UnmapAll { content: UNMAP_ALL_ZERO } => self.engine.unmap_all(),
+            Hypercall::UnmapAll { content: UNMAP_ALL_KEEP } => {
+                // What another vCPU writes meanwhile would be lost.
+                let _paused = self.windows.as_ref().and_then(|windows| windows.pause());
+                self.engine.unmap_all_keeping()
+            }
+            Hypercall::UnmapAll { .. } => return Poll::Ready(Err(KvmError::Inval)),
             Hypercall::Attach { request_gva, result_gva } => {
                 let (windows, tokens) = (self.windows()?, self.tokens.as_ref().ok_or(KvmError::OpNotSupp)?);
                 return view::attach(windows, &memory, (request_gva, result_gva), |opening| {

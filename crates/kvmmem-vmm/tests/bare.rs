@@ -22,7 +22,7 @@ use kvmmem_abi::cpuid::{
     DOORBELL_PORT, FEATURE_DOORBELL, FEATURE_WINDOW, LEAF_FEATURES, LEAF_SIGNATURE, SIGNATURE_REGISTERS,
 };
 use kvmmem_abi::errno::KvmError;
-use kvmmem_abi::hypercall::{MEM_MAP, MEM_UNMAP};
+use kvmmem_abi::hypercall::{MEM_MAP, MEM_UNMAP, UNMAP_ALL, UNMAP_ALL_KEEP, UNMAP_ALL_ZERO};
 use kvmmem_vmm::{DiskConfig, HypercallWay, ResetPolicy, VmConfig, VmExit, VmStatus, VmmError};
 
 use fixture::{
@@ -109,6 +109,32 @@ fn a_page_is_mapped_read_written_and_unmapped() {
         assert_eq!(outcome.values, [0, 0x5ec2e7, 0, 0, 0, 1]);
         assert_eq!(target.read(THERE + 16), 0xbeef);
         assert_eq!(outcome.asked, 1);
+    }
+}
+
+#[test]
+fn all_pages_come_back_at_once() {
+    for way in ways() {
+        for (content, left) in [(UNMAP_ALL_ZERO, 0), (UNMAP_ALL_KEEP, 0x5ec2e7)] {
+            let target = Target::new();
+            target.write(THERE + 8, 0x5ec2e7);
+            let outcome = run(
+                &guest(way)
+                    .map(TOKEN_AT, THERE, OWN)
+                    .call(UNMAP_ALL, [content, 0, 0])
+                    .report_memory(OWN + 8)
+                    .write(OWN + 8, 7)
+                    .report_memory(OWN + 8)
+                    .unmap(OWN)
+                    .call(UNMAP_ALL, [content, 0, 0])
+                    .call(UNMAP_ALL, [2, 0, 0])
+                    .power_off(),
+                &target,
+            );
+            let (gone, invalid) = (refused(KvmError::NoEnt), refused(KvmError::Inval));
+            assert_eq!(outcome.values, [0, 0, left, 7, gone, 0, invalid]);
+            assert_eq!(target.read(THERE + 8), 0x5ec2e7);
+        }
     }
 }
 

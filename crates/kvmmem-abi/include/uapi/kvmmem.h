@@ -122,6 +122,7 @@ struct kvmmem_stats {
 #define KVM_HC_VIEW_ATTACH	40
 #define KVM_HC_VIEW_DETACH	41
 #define KVM_HC_VIEW_SEEK	42
+#define KVM_HC_MEM_UNMAP_ALL	43
 
 /* KVM_HC_VIEW_ATTACH: a0 points to the request, a1 to the result. */
 struct kvmmem_attach_request {
@@ -143,6 +144,10 @@ struct kvmmem_attach_result {
 /* KVM_HC_VIEW_SEEK: a0 = descriptor_gpa, a1 points to a __u64 gpa, in and out, a2 = what to look for. */
 #define KVMMEM_SEEK_DATA	0
 #define KVMMEM_SEEK_HOLE	1
+
+/* KVM_HC_MEM_UNMAP_ALL: a0 = what becomes of the replaced pages' content. */
+#define KVMMEM_UNMAP_ALL_ZERO	0
+#define KVMMEM_UNMAP_ALL_KEEP	1
 
 /* The descriptor page of a view, little-endian. The host makes generation odd while it changes the page. */
 struct kvmmem_window_range {

@@ -2,7 +2,7 @@
 //! A hypercall from the registers that carry it.
 
 use kvm_bindings::kvm_regs;
-use kvmmem_abi::hypercall::{ATTACH, DETACH, MEM_MAP, MEM_UNMAP, SEEK};
+use kvmmem_abi::hypercall::{ATTACH, DETACH, MEM_MAP, MEM_UNMAP, SEEK, UNMAP_ALL};
 
 /// A decoded hypercall. Addresses are as the guest gave them: nothing is checked yet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,6 +41,11 @@ pub(crate) enum Hypercall {
         position_gva: u64,
         /// What to look for.
         what: u64,
+    },
+    /// `KVM_HC_MEM_UNMAP_ALL`.
+    UnmapAll {
+        /// What becomes of the pages' content.
+        content: u64,
     },
     /// Any other number.
     Unknown {
@@ -89,6 +94,7 @@ impl Registers {
             ATTACH => Hypercall::Attach { request_gva: a0, result_gva: a1 },
             DETACH => Hypercall::Detach { descriptor_gpa: a0 },
             SEEK => Hypercall::Seek { descriptor_gpa: a0, position_gva: a1, what: a2 },
+            UNMAP_ALL => Hypercall::UnmapAll { content: a0 },
             number => Hypercall::Unknown { number },
         }
     }
@@ -124,6 +130,7 @@ mod tests {
                     40 => Hypercall::Attach { request_gva: regs.rbx, result_gva: regs.rcx },
                     41 => Hypercall::Detach { descriptor_gpa: regs.rbx },
                     42 => Hypercall::Seek { descriptor_gpa: regs.rbx, position_gva: regs.rcx, what: a2 },
+                    43 => Hypercall::UnmapAll { content: regs.rbx },
                     number => Hypercall::Unknown { number },
                 };
                 prop_assert_eq!(call.decode(Width::Long), expected);

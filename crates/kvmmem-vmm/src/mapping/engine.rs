@@ -106,9 +106,9 @@ impl MapError {
 enum Page {
     /// A token is being redeemed for this page; it still is the machine's own.
     Reserved,
-    /// A page of this target is mapped here, by this grant (`None` once nobody can take it back any more). The target's
-    /// file is kept open: what it holds stays readable after the target's death.
-    Mapped { _target: Arc<dyn TargetMemory>, grant: Option<u64> },
+    /// A page of this target is mapped here, by this grant. The target's file is kept open: what it holds stays readable
+    /// after the target's death.
+    Mapped { _target: Arc<dyn TargetMemory>, grant: u64 },
     /// A page was mapped here until its grant was taken back: now it is the machine's own again.
     Revoked,
 }
@@ -119,7 +119,14 @@ pub struct MappingEngine {
     /// Device and inode of the machine's own memfd.
     own_file: (u64, u64),
     limit: usize,
-    pages: Mutex<HashMap<u64, Page>>,
+    table: Mutex<Table>,
+}
+
+#[derive(Default)]
+struct Table {
+    pages: HashMap<u64, Page>,
+    /// How often all grants have ended at once. What was redeemed before is void.
+    ends: u64,
 }
 
 impl MappingEngine {
@@ -129,12 +136,12 @@ impl MappingEngine {
     /// What the host reports when the RAM's file cannot be examined.
     pub fn new(ram: Arc<GuestRam>, limit: usize) -> std::io::Result<Self> {
         let own_file = identity(ram.fd())?;
-        Ok(Self { ram, own_file, limit, pages: Mutex::default() })
+        Ok(Self { ram, own_file, limit, table: Mutex::default() })
     }
 
     /// Number of pages mapped or reserved now.
     pub fn len(&self) -> usize {
-        self.lock().len()
+        self.lock().pages.len()
     }
 
     /// Whether no page is mapped or reserved.
@@ -164,10 +171,10 @@ impl MappingEngine {
         if !target_gpa.is_multiple_of(PAGE_SIZE) {
             return Err(MapError::TargetAlignment { gpa: target_gpa });
         }
-        self.reserve(own_gpa)?;
-        let replaced = self.replace(own_gpa, target_gpa, redeem, is_revoked);
+        let ends = self.reserve(own_gpa)?;
+        let replaced = self.replace(own_gpa, target_gpa, ends, redeem, is_revoked);
         if replaced.is_err() {
-            self.lock().remove(&own_gpa);
+            self.lock().pages.remove(&own_gpa);
         }
         replaced
     }
@@ -180,7 +187,7 @@ impl MappingEngine {
         if !self.ram.is_page(own_gpa) {
             return Err(MapError::OwnPage { gpa: own_gpa });
         }
-        let mut pages = self.lock();
+        let pages = &mut self.lock().pages;
         match pages.get(&own_gpa) {
             Some(Page::Mapped { .. } | Page::Revoked) => {}
             Some(Page::Reserved) | None => return Err(MapError::NotMapped { gpa: own_gpa }),
@@ -190,29 +197,65 @@ impl MappingEngine {
         Ok(())
     }
 
-    /// Undoes all mappings, as a reset of the machine does. No vCPU may run meanwhile.
+    /// Undoes all mappings: the pages are the machine's own again, zeroed. Pages that another vCPU is mapping at this
+    /// moment are left to it.
     ///
     /// # Errors
     /// The first failure; what could not be undone stays in the table.
     pub fn unmap_all(&self) -> Result<(), MapError> {
-        let mut pages = self.lock();
-        let gpas: Vec<u64> = pages.keys().copied().collect();
-        for gpa in gpas {
-            self.restore(gpa).map_err(MapError::Host)?;
-            pages.remove(&gpa);
-        }
-        Ok(())
+        self.undo_all(|gpa, _| self.restore(gpa))
     }
 
-    /// Takes back what a grant allowed: the pages mapped by it become the machine's own again, zeroed. They still have to
+    /// As [`MappingEngine::unmap_all`], but the pages keep what they show. No vCPU should run meanwhile: what it writes
+    /// into a page that is being copied is lost.
+    ///
+    /// # Errors
+    /// As [`MappingEngine::unmap_all`].
+    pub fn unmap_all_keeping(&self) -> Result<(), MapError> {
+        self.undo_all(|gpa, page| match page {
+            Page::Mapped { .. } => self.ram.keep_page(gpa),
+            Page::Reserved | Page::Revoked => Ok(()),
+        })
+    }
+
+    fn undo_all(&self, undo: impl Fn(u64, &Page) -> Result<(), RamError>) -> Result<(), MapError> {
+        let mut done = Ok(());
+        self.lock().pages.retain(|&gpa, page| {
+            if matches!(page, Page::Reserved) {
+                return true;
+            }
+            let undone = undo(gpa, page).map_err(MapError::Host);
+            let failed = undone.is_err();
+            done = std::mem::replace(&mut done, Ok(())).and(undone);
+            failed
+        });
+        done
+    }
+
+    /// Revokes what a grant allowed: the pages mapped by it become the machine's own again, zeroed. They still have to
     /// be unmapped to be mapped anew. Safe while vCPUs run.
     ///
     /// # Errors
     /// The first failure; the others are done nevertheless.
     pub fn revoke(&self, grant: u64) -> Result<(), MapError> {
+        self.revoke_pages(&mut self.lock(), |its| its == grant)
+    }
+
+    /// Revokes what all grants allowed, as [`MappingEngine::revoke`] does for one. Tokens that were redeemed before and
+    /// whose pages are not mapped yet are void.
+    ///
+    /// # Errors
+    /// As [`MappingEngine::revoke`].
+    pub fn revoke_all(&self) -> Result<(), MapError> {
+        let mut table = self.lock();
+        table.ends += 1;
+        self.revoke_pages(&mut table, |_| true)
+    }
+
+    fn revoke_pages(&self, table: &mut Table, is_meant: impl Fn(u64) -> bool) -> Result<(), MapError> {
         let mut done = Ok(());
-        for (&gpa, page) in self.lock().iter_mut() {
-            if matches!(page, Page::Mapped { grant: Some(its), .. } if *its == grant) {
+        for (&gpa, page) in &mut table.pages {
+            if matches!(page, Page::Mapped { grant, .. } if is_meant(*grant)) {
                 match self.restore(gpa) {
                     Ok(()) => *page = Page::Revoked,
                     Err(error) => done = done.and(Err(MapError::Host(error))),
@@ -222,24 +265,16 @@ impl MappingEngine {
         done
     }
 
-    /// Forgets by which grants pages are mapped: another broker gives the same numbers to others.
-    pub fn forget_grants(&self) {
-        for page in self.lock().values_mut() {
-            if let Page::Mapped { grant, .. } = page {
-                *grant = None;
-            }
-        }
-    }
-
-    fn reserve(&self, own_gpa: u64) -> Result<(), MapError> {
-        let mut pages = self.lock();
-        let full = pages.len() >= self.limit;
-        match pages.entry(own_gpa) {
+    /// Reserves a page; returns how often all grants had ended by then.
+    fn reserve(&self, own_gpa: u64) -> Result<u64, MapError> {
+        let table = &mut *self.lock();
+        let full = table.pages.len() >= self.limit;
+        match table.pages.entry(own_gpa) {
             Entry::Occupied(_) => Err(MapError::InUse { gpa: own_gpa }),
             Entry::Vacant(_) if full => Err(MapError::Limit { limit: self.limit }),
             Entry::Vacant(entry) => {
                 entry.insert(Page::Reserved);
-                Ok(())
+                Ok(table.ends)
             }
         }
     }
@@ -248,6 +283,7 @@ impl MappingEngine {
         &self,
         own_gpa: u64,
         target_gpa: u64,
+        ends: u64,
         redeem: impl FnOnce() -> Result<Redeemed, MapError>,
         is_revoked: impl FnOnce(u64) -> bool,
     ) -> Result<(), MapError> {
@@ -266,8 +302,8 @@ impl MappingEngine {
             Ok(false) => {}
             Err(_) => return Err(hole),
         }
-        let mut pages = self.lock();
-        if is_revoked(grant) {
+        let mut table = self.lock();
+        if table.ends != ends || is_revoked(grant) {
             return Err(MapError::Revoked { grant });
         }
         self.ram.replace_page(own_gpa, file, offset).map_err(MapError::Host)?;
@@ -281,7 +317,7 @@ impl MappingEngine {
                 ),
             }
         }
-        pages.insert(own_gpa, Page::Mapped { _target: target, grant: Some(grant) });
+        table.pages.insert(own_gpa, Page::Mapped { _target: target, grant });
         Ok(())
     }
 
@@ -291,8 +327,8 @@ impl MappingEngine {
         self.ram.restore_page(gpa)
     }
 
-    fn lock(&self) -> MutexGuard<'_, HashMap<u64, Page>> {
-        self.pages.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, Table> {
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

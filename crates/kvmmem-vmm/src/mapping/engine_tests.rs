@@ -187,11 +187,61 @@ fn a_revoked_grants_pages_are_own_again_and_wait_for_their_unmapping() {
     write(&engine, 0x1000, 8);
     assert!(matches!(map(0x1000, 3, true), Err(MapError::Revoked { grant: 3 })));
     assert_eq!(read(&engine, 0x1000), 8);
-    // Another broker's grant 2 is another one.
-    engine.forget_grants();
-    engine.revoke(2).unwrap();
-    assert_eq!((read(&engine, 0x2000), engine.len()), (0x5001, 2));
     engine.unmap_all().unwrap();
+}
+
+#[test]
+fn all_grants_end_at_once_and_with_them_what_was_redeemed() {
+    let (engine, target) = (engine(10), FakeTarget::new());
+    for (own, grant) in [(0x1000, 1), (0x2000, 2)] {
+        let redeemed = Redeemed { grant, ..redeemed(target.clone()) };
+        engine.map(own, 0x5000, || Ok(redeemed), |_| false).unwrap();
+    }
+    engine.revoke_all().unwrap();
+    assert_eq!([0x1000, 0x2000].map(|gpa| read(&engine, gpa)), [0, 0]);
+    write(&engine, 0x1000, 9);
+    assert_eq!(target.0[0].memory().read_obj::<u64>(GuestAddress(0x5000)).unwrap(), 0x5001);
+    // Revoked pages wait for their unmapping.
+    engine.unmap(0x1000).unwrap();
+    // The token was redeemed before the end, the page would be mapped after it.
+    let late = || {
+        engine.revoke_all().unwrap();
+        Ok(redeemed(target.clone()))
+    };
+    let mapped = engine.map(0x3000, 0x5000, late, |_| false);
+    assert!(matches!(mapped, Err(MapError::Revoked { grant: GRANT })));
+    engine.map(0x3000, 0x5000, || Ok(redeemed(target.clone())), |_| false).unwrap();
+    assert_eq!(read(&engine, 0x3000), 0x5001);
+}
+
+#[test]
+fn all_pages_are_unmapped_at_once_zeroed_or_as_they_are() {
+    let (engine, target) = (engine(10), FakeTarget::new());
+    let map = |own| engine.map(own, 0x5000, || Ok(redeemed(target.clone())), |_| false).unwrap();
+    map(0x1000);
+    map(0x2000);
+    engine.revoke(GRANT).unwrap();
+    write(&engine, 0x1000, 7);
+    map(0x3000);
+    engine.unmap_all_keeping().unwrap();
+    assert!(engine.is_empty());
+    assert_eq!([0x1000, 0x2000, 0x3000].map(|gpa| read(&engine, gpa)), [7, 0, 0x5001]);
+    // It is a copy.
+    write(&engine, 0x3000, 8);
+    assert_eq!(target.0[0].memory().read_obj::<u64>(GuestAddress(0x5000)).unwrap(), 0x5001);
+
+    map(0x1000);
+    map(0x3000);
+    engine.unmap_all().unwrap();
+    assert_eq!(([0x1000, 0x3000].map(|gpa| read(&engine, gpa)), engine.len()), ([0, 0], 0));
+    // Not a page whose token is being redeemed by another vCPU.
+    let meanwhile = || {
+        engine.unmap_all().unwrap();
+        Ok(redeemed(target.clone()))
+    };
+    write(&engine, 0x4000, 3);
+    engine.map(0x4000, 0x5000, meanwhile, |_| false).unwrap();
+    assert_eq!(read(&engine, 0x4000), 0x5001);
 }
 
 #[test]
@@ -217,7 +267,7 @@ fn racing_callers_share_out_the_pages() {
     });
     assert_eq!(engine.len(), mapped.into_inner() - unmapped.into_inner());
     for gpa in (0..8).map(|page| page * 4096) {
-        let is_mapped = engine.lock().contains_key(&gpa);
+        let is_mapped = engine.lock().pages.contains_key(&gpa);
         assert_eq!(read(&engine, gpa), if is_mapped { gpa + 1 } else { 0 });
     }
 }

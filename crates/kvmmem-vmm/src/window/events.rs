@@ -19,7 +19,7 @@ use crate::control::{Ended, StopHandle};
 use crate::error::VmmError;
 use crate::gate::Paused;
 use crate::limit::warn_limited;
-use crate::mapping::{MappingEngine, TargetMemory};
+use crate::mapping::{MapError, MappingEngine, TargetMemory};
 
 /// A machine's pages and views, as whoever keeps the grants sees them.
 pub struct Views {
@@ -52,10 +52,7 @@ impl Views {
         if let Some(windows) = &*self.windows() {
             windows.end(State::Revoked, |view| view.grant == grant);
         }
-        if let Err(error) = self.engine.revoke(grant) {
-            // The last that can be done for a target whose memory cannot be taken from the guest.
-            self.stop.end(Ended::Failed(VmmError::Unmap(error)));
-        }
+        self.settle(self.engine.revoke(grant));
     }
 
     /// Ends the views of a target that is gone.
@@ -72,12 +69,20 @@ impl Views {
         }
     }
 
-    /// Ends all views: nobody is left who could take them back.
+    /// The connection to the broker is lost, and with it all ways to revoke: ends all views, and gives the machine its
+    /// own pages back.
     pub fn lost(&self) {
         if let Some(windows) = &*self.windows() {
             windows.end(State::Gone, |_| true);
         }
-        self.engine.forget_grants();
+        self.settle(self.engine.revoke_all());
+    }
+
+    /// Ends the machine where a target's pages cannot be taken from its guest.
+    fn settle(&self, revoked: Result<(), MapError>) {
+        if let Err(error) = revoked {
+            self.stop.end(Ended::Failed(VmmError::Unmap(error)));
+        }
     }
 }
 
@@ -143,7 +148,7 @@ impl Windows {
     }
 
     /// Calls the vCPUs out of the guest until the result is dropped; `None` if they do not come.
-    fn pause(&self) -> Option<Paused> {
+    pub(crate) fn pause(&self) -> Option<Paused> {
         self.host
             .gate
             .close()
