@@ -5,23 +5,18 @@
 use core::mem::offset_of;
 
 use kernel::prelude::*;
-use kernel::time::Delta;
-use kernel::time::delay::fsleep;
 use kernel::uaccess::UserSliceReader;
 
 use crate::abi::descriptor::{COMPLAINT_INVALID, GENERATION_AT};
 use crate::abi::hypercall::{AttachRequest, AttachResult};
 use crate::abi::ioctl::PAGE_SIZE;
 use crate::hypercall::{self, Way};
+use crate::knobs;
 use crate::slots::{self, Claim};
 use crate::snapshot::{CheckError, PageCopy, Snapshot};
 use crate::stats;
 use crate::sys::{self, Remapped};
 use crate::window::Extent;
-
-/// How often the page is looked at, and how long it is waited between two times, while the host is changing it.
-const TRIES: u32 = 1000;
-const PAUSE: Delta = Delta::from_millis(1);
 
 /// A request to attach, in memory that the host reads it from. Erased when dropped: it holds the token.
 pub(crate) struct AttachCall(KBox<[u8; AttachRequest::SIZE]>);
@@ -49,14 +44,13 @@ impl AttachCall {
             stats::REFUSED.add_one();
             hypercall::error(answer)
         })?;
-        let gpa = crate::test_descriptor(&*self.0).unwrap_or(result.descriptor_gpa);
+        let gpa = knobs::descriptor(&*self.0).unwrap_or(result.descriptor_gpa);
         match Remapped::map(gpa, PAGE_SIZE) {
             Ok(page) => Ok(Opened { way, page }),
             Err(error) => {
-                stats::lie("the descriptor's page is no memory of a window");
                 // Names the view all the same, if the host believes itself.
                 let _ = sys::detach(way, gpa);
-                Err(if error == ENOMEM { ENOMEM } else { EIO })
+                Err(stats::lie_unless_memory(error, "the descriptor's page is no memory of a window"))
             }
         }
     }
@@ -127,35 +121,25 @@ impl Attachment {
         }
     }
 
-    /// What the page says. `EIO` where that cannot be, or where the host does not finish changing it; `ESTALE` where it
-    /// was unplugged.
+    /// What the page says. `EAGAIN` while the host is changing it, however long that takes: a host may be stopped in the
+    /// midst of it. `EIO` where it says what cannot be, `ESTALE` where it was unplugged. Does not wait.
     pub(crate) fn read(&self) -> Result<Snapshot> {
-        for _ in 0..TRIES {
-            let copy = match self {
-                Self::Opened(opened) => PageCopy::of(&opened.page)?,
-                Self::Plugged(claim) => claim.with_page(PageCopy::of).ok_or(ESTALE)??,
-            };
-            if let Some(copy) = copy {
-                let checked = match self {
-                    Self::Opened(_) => Snapshot::check_opened(&copy),
-                    Self::Plugged(claim) => {
-                        Snapshot::check_plugged(&copy, |number| Some(claim.window(number)?.len))
-                    }
-                };
-                match checked.map_err(CheckError::lie) {
-                    Ok(Some(snapshot)) => return Ok(snapshot),
-                    Ok(None) => {}
-                    Err(error) => {
-                        self.complain(error);
-                        return Err(error);
-                    }
-                }
+        let copy = match self {
+            Self::Opened(opened) => PageCopy::of(&opened.page)?,
+            Self::Plugged(claim) => claim.with_page(PageCopy::of).ok_or(ESTALE)??,
+        };
+        let copy = copy.ok_or(EAGAIN)?;
+        let checked = match self {
+            Self::Opened(_) => Snapshot::check_opened(&copy),
+            Self::Plugged(claim) => Snapshot::check_plugged(&copy, |number| Some(claim.window(number)?.len)),
+        };
+        match checked.map_err(CheckError::lie) {
+            Ok(snapshot) => snapshot.ok_or(EAGAIN),
+            Err(error) => {
+                self.complain(error);
+                Err(error)
             }
-            fsleep(PAUSE);
         }
-        stats::lie("the descriptor does not stop changing");
-        self.complain(EIO);
-        Err(EIO)
     }
 
     /// Where a window of `snapshot` is, if there is such a one.
@@ -183,6 +167,14 @@ impl Attachment {
     pub(crate) fn let_go(&self) {
         if let Self::Plugged(claim) = self {
             claim.let_go();
+        }
+    }
+
+    /// A view that was not opened for want of memory, or because the host was changing it: ATTACH may be tried again
+    /// with the same token, where the host does not count its use.
+    pub(crate) fn put_back(self) {
+        if let Self::Plugged(claim) = self {
+            claim.put_back();
         }
     }
 

@@ -4,32 +4,23 @@
 use kernel::fs::{File, Kiocb};
 use kernel::iov::{IovIterDest, IovIterSource};
 use kernel::miscdevice::{MiscDevice, MiscDeviceRegistration};
-use kernel::mm::MmWithUser;
 use kernel::mm::virt::{VmaNew, VmaRef};
 use kernel::prelude::*;
 use kernel::seq_file::{SeqFile, seq_print};
-use kernel::sync::atomic::{Atomic, Relaxed};
 use kernel::sync::poll::PollTable;
 use kernel::uaccess::UserPtr;
 
-use crate::abi::ioctl::{MEM_MAP, MEM_UNMAP, PAGE_SIZE};
+use crate::abi::ioctl::{MEM_MAP, MEM_UNMAP};
 use crate::abi::{native as view, region};
 use crate::file::ViewFile;
-use crate::hypercall::{self, Request};
+use crate::knobs;
 use crate::native;
-use crate::page::ForeignPage;
-use crate::sys::{self, Fault, FaultError, Inserted, ProcessRef};
-use crate::table::ops::{self, Shared};
-use crate::table::record::{ReserveError, UnmapError};
-use crate::tree;
-
-/// The number of the file that is opened next; 64 bits do not run out.
-static NEXT_OWNER: Atomic<i64> = Atomic::new(0);
+use crate::page_file::PageFile;
+use crate::sys::{self, Fault, FaultError, Inserted};
 
 /// One open file of the device. Its pages of v1 are bound to the process that opened it; its view is not.
 pub(crate) struct OpenFile {
-    process: ProcessRef,
-    owner: u64,
+    pages: Pin<KBox<PageFile>>,
     view: Pin<KBox<ViewFile>>,
 }
 
@@ -38,22 +29,17 @@ impl MiscDevice for OpenFile {
     type Ptr = KBox<Self>;
 
     fn open(file: &File, _device: &MiscDeviceRegistration<Self>) -> Result<KBox<Self>> {
-        let slot = tree::slot()?;
-        let view = ViewFile::new()?;
-        let process = ProcessRef::of_current()?;
-        let owner = NEXT_OWNER.fetch_add(1, Relaxed).unsigned_abs();
-        process.with(|table| table.open(slot, owner, crate::max_pages_per_file()));
-        // From here on dropping the file closes its account.
-        let opened = KBox::new(Self { process, owner, view }, GFP_KERNEL_ACCOUNT)?;
-        sys::complete_operations(file);
+        let opened = Self { pages: PageFile::new()?, view: ViewFile::new()? };
+        let opened = KBox::new(opened, GFP_KERNEL_ACCOUNT)?;
+        sys::complete_operations(file)?;
         Ok(opened)
     }
 
     fn ioctl(this: &Self, file: &File, cmd: u32, arg: usize) -> Result<isize> {
         let at = UserPtr::from_addr(arg);
         match cmd {
-            MEM_MAP => this.map(arg)?,
-            MEM_UNMAP => this.unmap(arg)?,
+            MEM_MAP => this.pages.map(arg)?,
+            MEM_UNMAP => this.pages.unmap(arg)?,
             view::INFO => native::info(at)?,
             view::ATTACH => this.view.attach(file, at)?,
             view::RANGES => this.view.ranges(at)?,
@@ -62,7 +48,7 @@ impl MiscDevice for OpenFile {
             region::MEM_OPEN if crate::offers_regions() => this.view.region_open(at)?,
             region::MEM_MAP if crate::offers_regions() => this.view.region_map(file, at)?,
             region::MEM_UNMAP if crate::offers_regions() => this.view.region_unmap(arg as u64)?,
-            _ => return Err(ENOTTY),
+            _ => knobs::ioctl(cmd, arg)?,
         }
         Ok(0)
     }
@@ -84,11 +70,10 @@ impl MiscDevice for OpenFile {
     }
 
     fn show_fdinfo(this: &Self, m: &SeqFile, _file: &File) {
-        if let Some(usage) = this.process.with(|table| table.usage(this.owner)) {
-            seq_print!(m, "kvmmem-mapped:\t{}\n", usage.mapped);
-            seq_print!(m, "kvmmem-quarantined:\t{}\n", usage.quarantined);
-            seq_print!(m, "kvmmem-limit:\t{}\n", usage.limit);
-        }
+        let usage = this.pages.usage();
+        seq_print!(m, "kvmmem-mapped:\t{}\n", usage.mapped);
+        seq_print!(m, "kvmmem-quarantined:\t{}\n", usage.quarantined);
+        seq_print!(m, "kvmmem-limit:\t{}\n", usage.limit);
         if let Ok(view) = this.view.view() {
             let shown = view.shown();
             seq_print!(m, "kvmmem-view-state:\t{}\n", shown.state());
@@ -119,58 +104,5 @@ impl OpenFile {
 
     pub(crate) fn area_closed(&self, area: &VmaRef) {
         self.view.area_closed(area);
-    }
-
-    fn map(&self, arg: usize) -> Result {
-        hypercall::way()?;
-        let task = current!();
-        let mm = self.opener(task.mm())?;
-        let request = Request::read(UserPtr::from_addr(arg))?;
-        let (gpa, gva) = request.addresses();
-        if gpa % PAGE_SIZE != 0 || gva % PAGE_SIZE != 0 {
-            return Err(EINVAL);
-        }
-        let slot = tree::slot()?;
-        ops::map(&*self.process, slot, gva, self.owner, || ForeignPage::new(mm, gva as usize, &request))
-    }
-
-    fn unmap(&self, gva: usize) -> Result {
-        let task = current!();
-        self.opener(task.mm())?;
-        if gva as u64 % PAGE_SIZE != 0 {
-            return Err(EINVAL);
-        }
-        Ok(ops::unmap(&*self.process, gva as u64)?)
-    }
-
-    /// The caller's memory, if the caller is the process that opened the file and still runs the same program.
-    fn opener<'a>(&self, caller: Option<&'a MmWithUser>) -> Result<&'a MmWithUser> {
-        caller.filter(|mm| self.process.is(mm)).ok_or(EINVAL)
-    }
-}
-
-impl Drop for OpenFile {
-    fn drop(&mut self) {
-        ops::close(&*self.process, self.owner);
-    }
-}
-
-impl From<ReserveError> for Error {
-    fn from(error: ReserveError) -> Self {
-        match error {
-            ReserveError::InUse => EALREADY,
-            ReserveError::OverLimit => ENOMEM,
-            ReserveError::Closed => EINVAL,
-        }
-    }
-}
-
-impl From<UnmapError> for Error {
-    fn from(error: UnmapError) -> Self {
-        match error {
-            UnmapError::NotMapped => ENOENT,
-            UnmapError::Busy => EALREADY,
-            UnmapError::Refused => EIO,
-        }
     }
 }

@@ -11,7 +11,7 @@ use crate::abi::ioctl::PAGE_SIZE;
 use crate::released::Released;
 use crate::slot::{Bar, Head, Slot, Window};
 use crate::slots;
-use crate::sys::{self, BarRegion, Remapped};
+use crate::sys::{self, BarRegion, Enabled, Remapped};
 use crate::window::PART;
 
 const IVSHMEM: u32 = 0x1110;
@@ -26,13 +26,13 @@ pub(crate) struct Driver;
 
 /// A function of a slot, bound to the driver.
 pub(crate) struct Function<'bound> {
-    device: &'bound pci::Device,
     slot: Arc<Slot>,
     number: u32,
     /// Of a window.
     released: Option<Released>,
-    /// Given back when nobody uses it any more; none where it has no address.
-    region: Option<BarRegion<'bound>>,
+    // Released once `drop` has waited for the users; none where it has no address. Before the enabling.
+    _region: Option<BarRegion<'bound>>,
+    _enabled: Option<Enabled<'bound>>,
 }
 
 impl pci::Driver for Driver {
@@ -57,11 +57,10 @@ impl<'bound> Function<'bound> {
         if device.resource_len(MEMORY)? != PAGE_SIZE {
             return Err(ENODEV);
         }
-        device.enable_device_mem()?;
+        let enabled = Enabled::new(device)?;
         let region = BarRegion::request(device, MEMORY)?;
         let page = Remapped::map_any(region.start(), PAGE_SIZE)?;
         if page.read_u64(0) != MAGIC {
-            // It stays enabled, so that the other functions know that it was looked at.
             return Err(ENODEV);
         }
         let mut digest = [0; 32];
@@ -70,7 +69,7 @@ impl<'bound> Function<'bound> {
         }
         let number = page.read_u64(SLOT_AT) as u32;
         let slot = slots::add_head(place, Head { page, digest, number })?;
-        Ok(Self { device, slot, number: 0, released: None, region: Some(region) })
+        Ok(Self { slot, number: 0, released: None, _region: Some(region), _enabled: Some(enabled) })
     }
 
     /// Another function: a window, if function 0 of its slot is ours.
@@ -80,12 +79,13 @@ impl<'bound> Function<'bound> {
             return Err(if sys::is_head_pending(device) { EPROBE_DEFER } else { ENODEV });
         }
         // An unassigned BAR may not keep the device from being enabled.
-        let has_address = device.enable_device_mem().is_ok() && device.resource_start(MEMORY)? != 0;
+        let enabled = Enabled::new(device).ok();
+        let has_address = enabled.is_some() && device.resource_start(MEMORY)? != 0;
         let region = if has_address { Some(BarRegion::request(device, MEMORY)?) } else { None };
         let window = region.as_ref().map_or(Ok(Err(COMPLAINT_NO_ADDRESS)), bar)?;
         let released = window.as_ref().ok().map(|bar| bar.waiter());
         let slot = slots::add_window(place, number, window).ok_or(ENODEV)?;
-        Ok(Self { device, slot, number, released, region })
+        Ok(Self { slot, number, released, _region: region, _enabled: enabled })
     }
 }
 
@@ -107,9 +107,6 @@ impl Drop for Function<'_> {
         // processes and then gives up its mappings. Nobody sleeps for long while having one.
         if let Some(released) = self.released.take() {
             released.wait();
-        }
-        if self.region.take().is_some() {
-            sys::disable(self.device);
         }
     }
 }

@@ -10,12 +10,13 @@ use kernel::mm::virt::{VmaNew, VmaRef, flags};
 use kernel::prelude::*;
 use kernel::sync::poll::{PollCondVarBox, PollTable};
 use kernel::sync::{Arc, Mutex, new_mutex};
+use kernel::time::delay::fsleep;
 
 use crate::abi::hypercall::{SEEK_DATA, SEEK_HOLE};
 use crate::attachment::AttachCall;
 use crate::regions::Regions;
 use crate::sys::{self, AddressSpace, Fault, FaultError, Inserted, Memory};
-use crate::view::View;
+use crate::view::{PAUSE, TRIES, View};
 use crate::watch::WatchedView;
 use crate::window::Window;
 
@@ -113,19 +114,22 @@ impl ViewFile {
     pub(crate) fn poll(&self, file: &File, table: &PollTable<'_>) -> u32 {
         table.register_wait(file, &self.waiters);
         let Ok(view) = self.view() else { return bindings::POLLERR };
-        view.refresh();
+        // A change that cannot be followed yet wakes the waiters when it is.
+        let _ = view.refresh();
         let (is_changed, has_ended) = view.events();
         let change = if is_changed { bindings::POLLPRI } else { 0 };
         change | if has_ended { bindings::POLLHUP } else { bindings::POLLIN | bindings::POLLRDNORM }
     }
 
-    /// Maps the target's memory, of which some must be in the view: `ENXIO`. The rest raises SIGBUS.
+    /// Maps the target's memory, of which some must be in the view: `ENXIO`. The rest raises SIGBUS. `EAGAIN` while the
+    /// host is changing the view: it is not waited for, as the process's memory is locked for writing.
     pub(crate) fn mmap(&self, area: &VmaNew) -> Result {
         if area.flags() & flags::MAYSHARE == 0 {
             return Err(EINVAL);
         }
         let view = self.view()?;
-        let shown = view.look();
+        view.refresh()?;
+        let shown = view.shown();
         let window = shown.window.clone()?;
         let gpa = sys::area_gpa(area).ok_or(ENXIO)?;
         let len = (area.end() - area.start()) as u64;
@@ -135,8 +139,15 @@ impl ViewFile {
             // Neither now nor later by mprotect.
             area.try_clear_maywrite().map_err(|_| EACCES)?;
         }
-        self.regions.lock().add_area(gpa, len)?;
-        sys::fill_by_faults(area, view.number())
+        // The target's memory is data.
+        area.try_clear_mayexec().map_err(|_| EACCES)?;
+        sys::fill_by_faults(area, view.number())?;
+        let mut regions = self.regions.lock();
+        if regions.is_open() {
+            // As in the driver that defined these calls: a child's copy would keep the region from being unmapped.
+            area.set_dontcopy();
+        }
+        regions.add_area(gpa, len)
     }
 
     pub(crate) fn area_opened(&self, area: &VmaRef) {
@@ -173,7 +184,10 @@ fn insert(view: &View, fault: &Fault) -> Result<Inserted, FaultError> {
             return Err(FaultError::Smaller);
         }
         let (gpa, _) = fault.place().ok_or(FaultError::Smaller)?;
-        let (memory, offset) = window.find(gpa).map_err(|_| fault.refusal())?;
+        let (memory, offset) = window.find(gpa).map_err(|error| match error {
+            ENOMEM => FaultError::Memory,
+            _ => fault.refusal(),
+        })?;
         fault.insert(memory, offset)
     })
 }
@@ -231,6 +245,8 @@ enum Step {
     Copied(usize, usize),
     /// The view changed meanwhile.
     Changed,
+    /// The host is changing the view.
+    Busy,
 }
 
 /// Copies between the target's memory from `position` on and a process's: as many bytes as lie in ranges that follow
@@ -243,7 +259,7 @@ fn transfer(
     buffer: &mut impl Buffer,
 ) -> Result<usize> {
     let start = u64::try_from(position).map_err(|_| EINVAL)?;
-    let (mut done, mut changes) = (0, 0);
+    let (mut done, mut changes, mut pauses) = (0, 0, 0);
     while done < len {
         match step(view, start.checked_add(done as u64).ok_or(EINVAL)?, len - done, is_write, buffer) {
             Ok(Step::Copied(count, wanted)) => {
@@ -259,9 +275,13 @@ fn transfer(
                 }
             }
             Ok(Step::Changed) if changes < CHANGES => changes += 1,
-            Ok(Step::Changed) if done == 0 => return Err(EAGAIN),
+            Ok(Step::Busy) if done == 0 && pauses < TRIES && !sys::is_killed() => {
+                pauses += 1;
+                fsleep(PAUSE);
+            }
+            Ok(Step::Changed | Step::Busy) if done == 0 => return Err(EAGAIN),
             Err(error) if done == 0 => return Err(error),
-            Ok(Step::Changed) | Err(_) => break,
+            Ok(Step::Changed | Step::Busy) | Err(_) => break,
         }
     }
     Ok(done)
@@ -269,7 +289,11 @@ fn transfer(
 
 /// Copies up to [`CHUNK`] bytes, as long as the process's pages are there.
 fn step(view: &View, gpa: u64, len: usize, is_write: bool, buffer: &mut impl Buffer) -> Result<Step> {
-    let shown = view.look();
+    match view.refresh() {
+        Err(EAGAIN) => return Ok(Step::Busy),
+        result => result?,
+    }
+    let shown = view.shown();
     let window = shown.window.clone()?;
     if is_write && !shown.is_writable() {
         return Err(EACCES);

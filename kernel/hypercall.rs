@@ -4,14 +4,18 @@
 use kernel::fmt;
 use kernel::prelude::*;
 use kernel::sync::SetOnce;
+use kernel::sync::atomic::{Acquire, Atomic, Full, Relaxed, Release};
+use kernel::time::Delta;
+use kernel::time::delay::fsleep;
 use kernel::uaccess::{UserPtr, UserSlice};
 
 use crate::abi::cpuid::{
     FEATURE_DOORBELL, FEATURE_VMCALL, FEATURE_WINDOW, LEAF_FEATURES, LEAF_SIGNATURE, SIGNATURE_REGISTERS,
 };
 use crate::abi::errno::KvmError;
+use crate::abi::hypercall::{UNMAP_ALL_KEEP, UNMAP_ALL_ZERO};
 use crate::abi::ioctl::MemMap;
-use crate::sys;
+use crate::{knobs, stats, sys};
 
 /// How a hypercall leaves the virtual machine.
 #[derive(Clone, Copy)]
@@ -56,10 +60,10 @@ pub(crate) fn showing() -> Showing {
     SHOWING.copy().unwrap_or(Showing::Devices)
 }
 
-/// Chooses the way: the `forced` one, else what CPUID offers, `vmcall` first. There are windows where CPUID offers them
-/// or `force_window` says so. Where the host cannot be called there may be devices: `ENODEV` without a PCI bus.
-pub(crate) fn choose(forced: Option<Way>, force_window: bool) -> Result {
-    let offered = match forced {
+/// Chooses the way that CPUID offers, `vmcall` first. Where the host cannot be called there may be devices: `ENODEV`
+/// without a PCI bus.
+pub(crate) fn choose() -> Result {
+    let offered = match knobs::way() {
         Some(way) => Some((way, 0)),
         None => offered()?,
     };
@@ -68,7 +72,7 @@ pub(crate) fn choose(forced: Option<Way>, force_window: bool) -> Result {
         pr_info!("this host serves no hypercalls (v1); it may show views as PCI devices\n");
         return Ok(());
     };
-    let has_window = force_window || features & FEATURE_WINDOW != 0;
+    let has_window = knobs::has_windows() || features & FEATURE_WINDOW != 0;
     let (showing, what) = if has_window {
         (Showing::Windows, "v1 and views")
     } else {
@@ -77,7 +81,62 @@ pub(crate) fn choose(forced: Option<Way>, force_window: bool) -> Result {
     pr_info!("the host is called by {way} and offers {what}\n");
     WAY.populate(way);
     SHOWING.populate(showing);
+    // A kernel before this one may have left pages replaced: started by kexec, this one takes them for ordinary RAM.
+    if let Err(answer) = sys::unmap_all(way, UNMAP_ALL_KEEP).map_err(error) {
+        // A host of version 0.1.0 does not know the call.
+        if answer != EOPNOTSUPP {
+            pr_warn!("the host did not give back pages that were replaced before: {}\n", answer.to_errno());
+        }
+    }
     Ok(())
+}
+
+/// Whether the machine is going down: no page is replaced any more.
+static IS_CLOSED: Atomic<bool> = Atomic::new(false);
+
+/// How many calls are replacing a page.
+static REPLACING: Atomic<i64> = Atomic::new(0);
+
+/// Lets a page be replaced as long as this lives.
+pub(crate) struct Replacing(());
+
+impl Replacing {
+    /// `EAGAIN` once the machine is going down.
+    pub(crate) fn begin() -> Result<Self> {
+        // Either this call sees that the pages are closed, or the one who closes them sees this call.
+        REPLACING.fetch_add(1, Full);
+        let this = Self(());
+        if IS_CLOSED.load(Relaxed) { Err(EAGAIN) } else { Ok(this) }
+    }
+}
+
+impl Drop for Replacing {
+    fn drop(&mut self) {
+        REPLACING.fetch_add(-1, Release);
+    }
+}
+
+/// The machine is going down, or another kernel is about to be started in it, which would take replaced pages for
+/// ordinary RAM and write into the target: has the host give back all of them, also those whose undo it refused before.
+pub(crate) fn close_pages() {
+    const TRIES: u32 = 5000;
+    let Ok(way) = way() else { return };
+    IS_CLOSED.xchg(true, Full);
+    // A call that waits for the host's broker takes up to 2 s.
+    for _ in 0..TRIES {
+        if REPLACING.load(Acquire) == 0 {
+            break;
+        }
+        fsleep(Delta::from_millis(1));
+    }
+    let count = stats::MAPPED.value() + stats::QUARANTINED.value();
+    match sys::unmap_all(way, UNMAP_ALL_ZERO).map_err(error) {
+        Ok(()) if count > 0 => pr_notice!("the host gave {count} pages back before the reboot\n"),
+        Err(error) if count > 0 => {
+            pr_err!("{count} pages show targets' memory across the reboot: {}\n", error.to_errno());
+        }
+        _ => {}
+    }
 }
 
 /// The way, and the feature bits. `None` where there is a PCI bus only.

@@ -9,9 +9,9 @@
 //! Where the host cannot be called, views come as PCI devices: [`devices`] (the driver), [`slot`] (a descriptor and its
 //! windows), [`slots`] (which of them belong together, and which of them a token gets).
 //!
-//! A MAP of v1 goes so: [`device`] (the ioctl), [`process`] and [`table`] (who owns which GVA), [`page`] (the tool's page,
-//! checked, charged and pinned), [`hypercall`] (the host's answer). UNMAP, closing the file and the end of the process
-//! go back the same way.
+//! A MAP of v1 goes so: [`device`] (the ioctl), [`page_file`] (the open file), [`process`] and [`table`] (who owns which
+//! GVA), [`page`] (the tool's page, checked, charged and pinned), [`hypercall`] (the host's answer). UNMAP, closing the
+//! file and the end of the process go back the same way.
 //!
 //! Locks, outermost first; what is not in one line is never held together:
 //!
@@ -24,7 +24,10 @@
 //!   page tables' locks.
 //! - a PCI device's lock (probe, unbind); then `SLOTS`, and then the `Slot::state` of one slot at a time.
 //! - `CACHING`, under any of them, while memory is mapped into the kernel.
+//! - `PageFile::joining`, while the process's MMU notifier is registered; then the process's `mmap_lock`.
 //! - each process's table of v1 has a mutex of its own.
+//!
+//! The reboot notifier takes none of them: it waits until no MAP is under way, and no more is begun.
 //!
 //! User memory is touched under none of them: it may be a mapping of this very device. The host opens views under
 //! `attaching`; it looks for data (SEEK) under no lock; it closes a view for whoever lets go of it last, which may be a
@@ -47,9 +50,9 @@ use kernel::prelude::*;
 
 use crate::device::OpenFile;
 use crate::devices::Driver;
-use crate::hypercall::{Showing, Way};
+use crate::hypercall::Showing;
 use crate::stats::Report;
-use crate::sys::Processes;
+use crate::sys::{Processes, RebootHook};
 
 // The crates' sources are public there, and whole: the module uses a part.
 #[allow(unreachable_pub, dead_code)]
@@ -59,8 +62,10 @@ mod device;
 mod devices;
 mod file;
 mod hypercall;
+mod knobs;
 mod native;
 mod page;
+mod page_file;
 mod process;
 mod regions;
 mod released;
@@ -77,6 +82,7 @@ mod view;
 mod watch;
 mod window;
 
+#[cfg(not(kvmmem_selftest))]
 module! {
     type: Kvmmem,
     name: "kvmmem",
@@ -88,6 +94,30 @@ module! {
             default: 65536,
             description: "Most pages that one open file may have mapped",
         },
+        regions: bool {
+            default: true,
+            description: "Offer libkvmi's region ioctls (v2) where the host opens views; without them it uses v1",
+        },
+    },
+}
+
+// The same, and what the selftest forces upon it: see `knobs`.
+#[cfg(kvmmem_selftest)]
+module! {
+    type: Kvmmem,
+    name: "kvmmem",
+    authors: ["The kvmmem developers"],
+    description: "Map the memory of other virtual machines (selftest)",
+    license: "GPL v2",
+    params: {
+        max_pages_per_file: u64 {
+            default: 65536,
+            description: "Most pages that one open file may have mapped",
+        },
+        regions: bool {
+            default: true,
+            description: "Offer libkvmi's region ioctls (v2) where the host opens views; without them it uses v1",
+        },
         force_vmcall: bool {
             default: false,
             description: "Use vmcall without asking CPUID whether the host serves it",
@@ -98,15 +128,11 @@ module! {
         },
         force_window: bool {
             default: false,
-            description: "Take it that the host opens views, where the way to it is forced",
-        },
-        regions: bool {
-            default: true,
-            description: "Offer libkvmi's region ioctls (v2) where the host opens views; without them it uses v1",
+            description: "With force_port: the host opens views",
         },
         test_descriptor: u64 {
             default: 0,
-            description: "For the selftest, with force_port: GPA of the first of the descriptor pages that stand in for the host's answer",
+            description: "With force_port: GPA of the first of the descriptor pages that stand in for the host's answers",
         },
     },
 }
@@ -124,6 +150,7 @@ struct Kvmmem {
     #[pin]
     counters: File<Report>,
     directory: Dir,
+    reboot: RebootHook,
     processes: Processes,
 }
 
@@ -132,9 +159,10 @@ impl kernel::InPlaceModule for Kvmmem {
         sys::init_locks();
         let directory = Dir::new(c"kvmmem");
         try_pin_init!(Self {
-            _: { hypercall::choose(forced_way(), module_parameters::force_window.value())? },
+            _: { hypercall::choose()? },
             counters <- directory.read_only_file(c"counters", Report),
             directory,
+            reboot: RebootHook::register()?,
             processes: Processes,
             driver: pci_driver(module)?,
             // Last, because a file may be opened from here on.
@@ -151,24 +179,9 @@ fn pci_driver(module: &'static ThisModule) -> Result<Option<PciDriver>> {
     }
 }
 
-/// The way to the host that the module's parameters demand.
-fn forced_way() -> Option<Way> {
-    match *module_parameters::force_port.value_ref() {
-        0 => module_parameters::force_vmcall.value().then_some(Way::Vmcall),
-        port => Some(Way::Doorbell(port)),
-    }
-}
-
 /// Whether libkvmi's region ioctls are there.
 fn offers_regions() -> bool {
     module_parameters::regions.value() && hypercall::showing() != Showing::Nothing
-}
-
-/// The selftest's descriptor page, where one stands in for the host's: the request's first byte is its number.
-fn test_descriptor(request: &[u8]) -> Option<u64> {
-    let first = module_parameters::test_descriptor.value();
-    let is_test = first != 0 && *module_parameters::force_port.value_ref() != 0;
-    is_test.then_some(first + u64::from(*request.first()?) * abi::ioctl::PAGE_SIZE)
 }
 
 /// Most pages that one open file may have mapped.

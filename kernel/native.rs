@@ -14,7 +14,7 @@ use crate::attachment::AttachCall;
 use crate::file::ViewFile;
 use crate::hypercall::{self, Showing};
 use crate::sys;
-use crate::watch::EVENT_MS;
+use crate::watch;
 
 /// INFO: what there is.
 pub(crate) fn info(to: UserPtr) -> Result {
@@ -33,7 +33,7 @@ pub(crate) fn info(to: UserPtr) -> Result {
         version: VERSION,
         features,
         max_ranges: MAX_RANGES as u32,
-        event_ms: EVENT_MS,
+        event_ms: watch::event_ms(),
         reserved: [0; 4],
     };
     UserSlice::new(to, size_of::<Info>()).writer().write(&info)

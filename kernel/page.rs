@@ -5,7 +5,7 @@ use kernel::mm::MmWithUser;
 use kernel::mm::virt::{VmaRef, flags};
 use kernel::prelude::*;
 
-use crate::hypercall::{self, Request};
+use crate::hypercall::{self, Replacing, Request};
 use crate::stats;
 use crate::sys::{self, MemlockCharge, PinnedPage, ReplacedPage};
 use crate::table::ops::Page;
@@ -27,6 +27,7 @@ impl ForeignPage {
         if !page.is_anonymous() {
             return Err(EINVAL);
         }
+        let _replacing = Replacing::begin()?;
         let page = page.replace(request, hypercall::way()?).map_err(|answer| {
             stats::REFUSED.add_one();
             hypercall::error(answer)

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0-only
 //! What the open files of one process share: its mapping table.
 //!
-//! There is one [`Process`] for each `mm_struct` that has the device open, found and counted by the kernel's MMU
-//! notifiers (see [`crate::sys::ProcessRef`]). They hold the `mm_struct` but not its memory (mmgrab), and tell when the
-//! process ends or executes another program, whoever else may still have its files open.
+//! There is one [`Process`] for each `mm_struct` that has used v1 through an open file, found and counted by the kernel's
+//! MMU notifiers (see [`crate::sys::ProcessRef`]). They hold the `mm_struct` but not its memory (mmgrab), and tell when
+//! the process ends or executes another program, also where another process still has its files open.
 
 use kernel::prelude::*;
 use kernel::sync::{Mutex, new_mutex};

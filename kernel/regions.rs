@@ -103,7 +103,10 @@ impl ViewFile {
         let gpa = reader.read::<u64>()?;
         let range = self.add_region(file, call, gpa)?;
         let result = UserPtr::wrapping_byte_add(at, offset_of!(Region, gpa));
-        UserSlice::new(result, size_of::<Range>()).writer().write(&range)
+        UserSlice::new(result, size_of::<Range>()).writer().write(&range).inspect_err(|_| {
+            // The tool does not know that it has the region. Another thread that mapped it meanwhile keeps it.
+            let _ = self.region_unmap(range.gpa);
+        })
     }
 
     fn add_region(&self, file: &File, call: AttachCall, gpa: u64) -> Result<Range> {

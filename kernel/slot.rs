@@ -2,10 +2,11 @@
 //! A PCI slot by which the host shows a view, or a part of one: the descriptor's page and up to seven windows.
 //!
 //! The host sends no interrupt, so a work looks at the page of a view's first slot: until all windows are there, and
-//! then at changes, as long as no view does.
+//! then at changes, as long as no view does. It looks more and more rarely while nothing changes.
 
 use kernel::prelude::*;
 use kernel::sync::{Arc, Mutex, new_mutex};
+use kernel::time::Jiffies;
 use kernel::workqueue::{self, DelayedWork, WorkItem, impl_has_delayed_work, new_delayed_work};
 
 use crate::abi::descriptor::{COMPLAINT_AT, GENERATION_AT, SEEN_AT, SLOT_WINDOWS};
@@ -75,6 +76,8 @@ struct State {
     head: Option<Head>,
     windows: [Option<Window>; SLOT_WINDOWS as usize],
     phase: Phase,
+    /// Between two looks: longer and longer while nothing changes.
+    pause: Jiffies,
 }
 
 /// A slot, as long as one of its functions is bound or a file has it.
@@ -98,34 +101,43 @@ impl WorkItem for Slot {
         if this.phase() == Phase::Incomplete {
             slots::check(&this);
         }
-        if this.state.lock().tick() {
-            // Only where it is queued already is it not queued.
-            let _ = workqueue::system_highpri().enqueue_delayed(this, watch::delay());
+        let pause = this.state.lock().tick();
+        if let Some(pause) = pause {
+            this.look_in(pause);
         }
     }
 }
 
 impl State {
-    /// Acts upon a change where no view does. Whether to look again.
-    fn tick(&mut self) -> bool {
-        let Some(head) = self.head.as_ref().filter(|head| head.number == 0) else { return false };
-        match self.phase {
+    /// Acts upon a change where no view does. When to look again, if at all.
+    fn tick(&mut self) -> Option<Jiffies> {
+        let head = self.head.as_ref().filter(|head| head.number == 0)?;
+        let is_quiet = match self.phase {
+            // What is missing is looked for when it is plugged in. The host may also finish changing the page.
             Phase::Incomplete => true,
-            Phase::Refused | Phase::Claimed | Phase::Lost => false,
+            Phase::Refused | Phase::Claimed | Phase::Lost => return None,
             Phase::Ready | Phase::Used => {
                 let generation = head.page.read_u64(GENERATION_AT);
-                if generation % 2 == 0 && generation != head.page.read_u64(SEEN_AT) {
+                let is_seen = generation == head.page.read_u64(SEEN_AT);
+                if generation % 2 == 0 && !is_seen {
                     head.page.write_u64(SEEN_AT, generation);
                 }
-                true
+                is_seen
             }
-        }
+        };
+        self.pause = if is_quiet { self.pause.saturating_mul(2).min(watch::longest_pause()) } else { watch::delay() };
+        Some(self.pause)
     }
 }
 
 impl Slot {
     pub(crate) fn new(place: u32) -> Result<Arc<Self>> {
-        let state = State { head: None, windows: [const { None }; 7], phase: Phase::Incomplete };
+        let state = State {
+            head: None,
+            windows: [const { None }; 7],
+            phase: Phase::Incomplete,
+            pause: watch::delay(),
+        };
         let slot = pin_init!(Self {
             place,
             state <- new_mutex!(state, "kvmmem_slot"),
@@ -188,7 +200,8 @@ impl Slot {
             state.phase = Phase::Incomplete;
         }
         if state.phase == Phase::Incomplete && state.head.is_some() {
-            let _ = workqueue::system_highpri().enqueue_delayed(self.clone(), 0);
+            state.pause = watch::delay();
+            self.look_in(0);
         }
     }
 
@@ -257,6 +270,15 @@ impl Slot {
         self.with_page(|page| page.write_u64(SEEN_AT, generation));
     }
 
+    /// The file that has it did not come to use it: another one may take it.
+    pub(crate) fn put_back(self: &Arc<Self>) {
+        let mut state = self.state.lock();
+        if state.phase == Phase::Claimed && state.head.is_some() {
+            state.phase = Phase::Ready;
+            self.look_in(0);
+        }
+    }
+
     /// The file that has it uses nothing of it any more.
     pub(crate) fn let_go(self: &Arc<Self>) {
         let mut state = self.state.lock();
@@ -264,8 +286,14 @@ impl Slot {
             state.phase = Phase::Used;
             // Not after function 0 was unbound: it has waited for the work.
             if state.head.is_some() {
-                let _ = workqueue::system_highpri().enqueue_delayed(self.clone(), 0);
+                self.look_in(0);
             }
         }
+    }
+
+    /// Has the work look, unless it is about to.
+    fn look_in(self: &Arc<Self>, delay: Jiffies) {
+        // An error says that it is queued already.
+        let _ = workqueue::system().enqueue_delayed(self.clone(), delay);
     }
 }

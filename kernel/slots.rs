@@ -10,7 +10,7 @@ use kernel::sync::Arc;
 use crate::abi::descriptor::{COMPLAINT_INVALID, SLOT_WINDOWS};
 use crate::slot::{Head, Slot, Window};
 use crate::snapshot::{CheckError, PageCopy, Snapshot};
-use crate::sys::{self, SLOTS};
+use crate::sys;
 use crate::window::Extent;
 
 /// All slots of which at least one function is bound.
@@ -18,7 +18,7 @@ pub(crate) type Slots = KVec<Arc<Slot>>;
 
 /// Binds function 0 of the slot at `place`.
 pub(crate) fn add_head(place: u32, head: Head) -> Result<Arc<Slot>> {
-    let mut slots = SLOTS.lock();
+    let mut slots = sys::slots();
     let slot = match find(&slots, place) {
         Some(slot) => slot,
         None => {
@@ -34,7 +34,7 @@ pub(crate) fn add_head(place: u32, head: Head) -> Result<Arc<Slot>> {
 
 /// Binds a further function of the slot at `place`: `None` where function 0 is not bound.
 pub(crate) fn add_window(place: u32, number: u32, window: Window) -> Option<Arc<Slot>> {
-    let slots = SLOTS.lock();
+    let slots = sys::slots();
     let slot = find(&slots, place).filter(|slot| slot.has_head())?;
     slot.set_window(number, Some(window));
     look_again(&slots, &slot);
@@ -43,12 +43,12 @@ pub(crate) fn add_window(place: u32, number: u32, window: Window) -> Option<Arc<
 
 /// Whether function 0 of the slot at `place` is bound.
 pub(crate) fn has_head(place: u32) -> bool {
-    find(&SLOTS.lock(), place).is_some_and(|slot| slot.has_head())
+    find(&sys::slots(), place).is_some_and(|slot| slot.has_head())
 }
 
 /// Takes a function away: whatever view shows the slot ends.
 pub(crate) fn remove(slot: &Arc<Slot>, function: u32) {
-    let mut slots = SLOTS.lock();
+    let mut slots = sys::slots();
     let digest = slot.digest();
     match function {
         0 => slot.take_head(),
@@ -93,7 +93,7 @@ fn window(slots: &Slots, digest: &[u8; 32], number: u32) -> Option<Window> {
 
 /// Looks whether a view's first slot, and with it the view, is complete, and tells the host. Called by the slot's work.
 pub(crate) fn check(slot: &Slot) {
-    let slots = SLOTS.lock();
+    let slots = sys::slots();
     // Only allocating can fail: then it is tried again.
     let Some((digest, Ok(Some(copy)))) = slot.copy() else { return };
     match look(&slots, &digest, &copy) {
@@ -136,7 +136,7 @@ pub(crate) struct Claim(Arc<Slot>);
 
 /// Takes the slot whose token has this digest: `ENOENT` where none has, or it was taken before.
 pub(crate) fn claim(digest: &[u8; 32]) -> Result<Claim> {
-    SLOTS.lock().iter().find(|slot| slot.claim(digest)).map(|slot| Claim(slot.clone())).ok_or(ENOENT)
+    sys::slots().iter().find(|slot| slot.claim(digest)).map(|slot| Claim(slot.clone())).ok_or(ENOENT)
 }
 
 impl Claim {
@@ -145,10 +145,15 @@ impl Claim {
         self.0.let_go();
     }
 
+    /// The file did not come to use it: another one may take it.
+    pub(crate) fn put_back(&self) {
+        self.0.put_back();
+    }
+
     /// Where window `number` is.
     pub(crate) fn window(&self, number: u32) -> Option<Extent> {
         let digest = self.digest()?;
-        let bar = window(&SLOTS.lock(), &digest, number)?.ok()?;
+        let bar = window(&sys::slots(), &digest, number)?.ok()?;
         Some(Extent { start: bar.start(), len: bar.len(), bar: Some(bar) })
     }
 }

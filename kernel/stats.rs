@@ -83,7 +83,7 @@ impl Faults {
         }
     }
 
-    /// Counts a fault of a view, here and for the whole module. One that is tried again with a smaller page is none.
+    /// Counts a fault of a view, here and for the whole module. One that is tried again is not counted.
     pub(crate) fn count(&self, order: u32, result: &Result<Inserted, FaultError>) {
         for faults in [self, &FAULTS] {
             match (result, order) {
@@ -91,7 +91,7 @@ impl Faults {
                 (Ok(_), 9) => faults.huge_2m.add_one(),
                 (Ok(_), _) => faults.huge_1g.add_one(),
                 (Err(FaultError::Bus), _) => faults.refused.add_one(),
-                (Err(FaultError::Smaller), _) => {}
+                (Err(FaultError::Smaller | FaultError::Memory), _) => {}
             }
         }
     }
@@ -119,6 +119,15 @@ pub(crate) fn lie(what: &str) {
     if count.is_power_of_two() {
         pr_warn!("the host is not believed: {what} ({count} such answers)\n");
     }
+}
+
+/// `ENOMEM` for itself, which the host has nothing to do with; for any other error counts a [`lie`]: `EIO`.
+pub(crate) fn lie_unless_memory(error: Error, what: &str) -> Error {
+    if error == ENOMEM {
+        return ENOMEM;
+    }
+    lie(what);
+    EIO
 }
 
 /// The counters as text, one `name value` a line.

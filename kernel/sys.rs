@@ -11,7 +11,7 @@ use core::arch::x86_64::__cpuid;
 use core::ffi::{c_int, c_long, c_ulong, c_void};
 use core::marker::PhantomData;
 use core::mem::ManuallyDrop;
-use core::ops::Deref;
+use core::ops::{Deref, DerefMut};
 use core::ptr::NonNull;
 use core::sync::atomic::{Ordering, compiler_fence};
 
@@ -27,16 +27,18 @@ use kernel::pci;
 use kernel::prelude::*;
 use kernel::sync::Arc;
 use kernel::sync::aref::ARef;
+use kernel::sync::atomic::{Acquire, Atomic, Relaxed, Release};
 use kernel::sync::poll::PollTable;
 use kernel::transmute::{AsBytes, FromBytes};
 use kernel::types::{ForeignOwnable, Opaque};
 use kernel::workqueue::{HasDelayedWork, Work, WorkItem};
 
-use crate::abi::hypercall::{ATTACH, AttachRequest, AttachResult, DETACH, MEM_MAP, MEM_UNMAP, SEEK};
+use crate::abi::hypercall::{ATTACH, AttachRequest, AttachResult, DETACH, MEM_MAP, MEM_UNMAP, SEEK, UNMAP_ALL};
 use crate::abi::ioctl::PAGE_SIZE;
 use crate::abi::native;
 use crate::device::OpenFile;
 use crate::hypercall::{Request, Way};
+use crate::knobs;
 use crate::process::Process;
 use crate::slots::Slots;
 
@@ -56,6 +58,8 @@ extern "C" {
     ) -> *mut bindings::mmu_notifier;
     fn kvmmem_pci_domain(device: *mut bindings::pci_dev) -> c_int;
     // The kernel's own, which `bindings` lacks.
+    fn register_reboot_notifier(block: *mut bindings::notifier_block) -> c_int;
+    fn unregister_reboot_notifier(block: *mut bindings::notifier_block) -> c_int;
     fn __crypto_memneq(a: *const c_void, b: *const c_void, len: usize) -> c_ulong;
 }
 
@@ -91,6 +95,14 @@ pub(crate) fn is_equal(a: &[u8; 32], b: &[u8; 32]) -> bool {
     unsafe { __crypto_memneq(a.as_ptr().cast(), b.as_ptr().cast(), 32) == 0 }
 }
 
+/// Whether a page at `gva` would be in the half of the address space that processes have.
+pub(crate) fn is_user_page(mm: &MmWithUser, gva: u64) -> bool {
+    // SAFETY: the reference keeps the `mm_struct` valid; the size was set when its program was loaded, by the process
+    // itself.
+    let size = unsafe { (*mm.as_raw()).__bindgen_anon_1.task_size };
+    gva.checked_add(PAGE_SIZE).is_some_and(|end| end <= size as u64)
+}
+
 /// Whether the area is anonymous memory: `vma_is_anonymous()`.
 pub(crate) fn is_anonymous(vma: &VmaRef) -> bool {
     // SAFETY: a `VmaRef` exists only while the area is locked at least for reading, so its operations do not change.
@@ -101,8 +113,9 @@ pub(crate) fn is_anonymous(vma: &VmaRef) -> bool {
 ///
 /// # Safety
 ///
-/// MEM_MAP and MEM_UNMAP change what is behind a physical page of this machine: the caller must own that page or hold
-/// it pinned, and it must be one whose content no kernel code relies on. MEM_MAP's first argument must be the address
+/// MEM_MAP and MEM_UNMAP change what is behind a physical page of this machine: the caller must hold that page pinned, and
+/// it must be one whose content no kernel code relies on. UNMAP_ALL does so for all pages that MEM_MAP has replaced, and
+/// changes their content unless told to keep it. MEM_MAP's first argument must be the address
 /// of 32 readable bytes. ATTACH's arguments must be the addresses of an [`AttachRequest`] and of an [`AttachResult`]
 /// that nobody else uses; SEEK's second one that of a `u64` that nobody else uses. DETACH ends what is behind a window.
 unsafe fn hypercall(way: Way, nr: u64, a0: u64, a1: u64, a2: u64) -> i64 {
@@ -236,6 +249,45 @@ impl Drop for MemlockCharge {
     }
 }
 
+/// Has [`hypercall::close_pages`] called when the machine goes down or starts another kernel. Not any more once dropped.
+///
+/// # Invariants
+///
+/// The notifier is registered, and nobody else has its address.
+///
+/// [`hypercall::close_pages`]: crate::hypercall::close_pages
+pub(crate) struct RebootHook(KBox<Opaque<bindings::notifier_block>>);
+
+// SAFETY: the notifier is reached by the kernel's chain only, under the chain's lock.
+unsafe impl Send for RebootHook {}
+// SAFETY: a shared reference gives no access to the notifier.
+unsafe impl Sync for RebootHook {}
+
+impl RebootHook {
+    pub(crate) fn register() -> Result<Self> {
+        let block = bindings::notifier_block { notifier_call: Some(on_reboot), ..pin_init::zeroed() };
+        let block = KBox::new(Opaque::new(block), GFP_KERNEL)?;
+        // SAFETY: the block is on the heap and stays there until `drop` has taken it off the chain.
+        to_result(unsafe { register_reboot_notifier(block.get()) })?;
+        // INVARIANT: just registered.
+        Ok(Self(block))
+    }
+}
+
+impl Drop for RebootHook {
+    fn drop(&mut self) {
+        // SAFETY: registered by the invariant. On return the chain does not call it, and no call is under way: the
+        // chain's lock is held for writing while the block is taken off.
+        unsafe { unregister_reboot_notifier(self.0.get()) };
+    }
+}
+
+extern "C" fn on_reboot(_block: *mut bindings::notifier_block, _action: usize, _data: *mut c_void) -> c_int {
+    crate::hypercall::close_pages();
+    // NOTIFY_DONE.
+    0
+}
+
 /// A [`Process`] as the MMU notifiers know it. They allocate one per `mm_struct`, count its users, and free it after
 /// the last `mmu_notifier_put` and a grace period.
 #[repr(C)]
@@ -301,23 +353,17 @@ unsafe impl Send for ProcessRef {}
 unsafe impl Sync for ProcessRef {}
 
 impl ProcessRef {
-    /// The calling process's; its first open file creates it. `EINVAL` for a kernel thread.
+    /// The calling process's; the first call creates it. `EINVAL` for a kernel thread; with a signal pending, an error
+    /// that has the system call restarted, as the locks cannot be taken then.
     pub(crate) fn of_current() -> Result<Self> {
         let task = current!();
         let mm = task.mm().ok_or(EINVAL)?;
         // SAFETY: `mm` is the caller's, so it has users during the call; the operations are of this module, which the
         // file being opened keeps loaded, and no lock of the `mm_struct` is held.
-        let notifier = from_err_ptr(unsafe { kvmmem_notifier_get(&NOTIFIER_OPS, mm.as_raw()) })?;
+        let notifier = from_err_ptr(unsafe { kvmmem_notifier_get(&NOTIFIER_OPS, mm.as_raw()) })
+            .map_err(|error| if error == EINTR { ERESTARTNOINTR } else { error })?;
         // INVARIANT: `mmu_notifier_get` counted us; `notifier_alloc` returned the node, which is not null.
         Ok(Self { node: NonNull::new(notifier.cast()).ok_or(ENOMEM)? })
-    }
-
-    /// Whether `mm` is the process's memory. While the reference lasts no other `mm_struct` can have its address.
-    pub(crate) fn is(&self, mm: &Mm) -> bool {
-        // SAFETY: by the invariant the node is alive; its `mm` was written before `mmu_notifier_get` returned and does
-        // not change.
-        let owner = unsafe { (*self.node.as_ref().notifier.get()).mm };
-        core::ptr::eq(owner, mm.as_raw())
     }
 }
 
@@ -358,6 +404,9 @@ unsafe impl AsBytes for native::Range {}
 unsafe impl AsBytes for native::Stats {}
 // SAFETY: fixed-width integers, for which every bit pattern is valid.
 unsafe impl FromBytes for native::Ranges {}
+
+/// Timer ticks a second: how fine delays are.
+pub(crate) const TICKS_PER_SECOND: u32 = bindings::CONFIG_HZ;
 
 /// Who calls: the process's number in the initial namespace, its user, its name.
 pub(crate) fn caller() -> (u32, u32, [u8; 16]) {
@@ -403,6 +452,17 @@ pub(crate) fn detach(way: Way, descriptor_gpa: u64) -> Result<(), i64> {
     // SAFETY: what is behind the window changes for the host's own views only, to which no reference exists: all
     // access is by raw pointer.
     match unsafe { hypercall(way, DETACH, descriptor_gpa, 0, 0) } {
+        0 => Ok(()),
+        error => Err(error),
+    }
+}
+
+/// Has the host give all replaced pages of this machine back; `content` says what they hold then.
+pub(crate) fn unmap_all(way: Way, content: u64) -> Result<(), i64> {
+    // SAFETY: changes what is behind pages that MEM_MAP has replaced. Those of this module are user memory, pinned or
+    // quarantined, on whose content no kernel code relies; those of a kernel before this one keep their content, which is
+    // all that this kernel can rely on (`content` is `UNMAP_ALL_KEEP` when the module is loaded).
+    match unsafe { hypercall(way, UNMAP_ALL, content, 0, 0) } {
         0 => Ok(()),
         error => Err(error),
     }
@@ -581,7 +641,7 @@ impl Remapped {
     /// where there can be none, `EOPNOTSUPP` where it cannot be cached, `ENOMEM` where there is no room.
     pub(crate) fn map(gpa: u64, len: u64) -> Result<Self> {
         // One at a time: whoever maps a range while it is uncached gets no other type.
-        let _one = CACHING.lock();
+        let _one = caching();
         for flags in [bindings::MEMREMAP_WB, bindings::MEMREMAP_WT] {
             let mut mapped = Self::map_as(gpa, len, flags as usize)?;
             mapped.0.is_write_back = match mapped.caching() {
@@ -603,6 +663,7 @@ impl Remapped {
         if !Memory::is_possible(gpa, len) {
             return Err(EINVAL);
         }
+        knobs::map_memory()?;
         let size = usize::try_from(len)?;
         // SAFETY: the range is whole pages that the CPU can address and is not RAM.
         let address = unsafe { bindings::memremap(gpa, size, flags) };
@@ -707,15 +768,21 @@ impl Drop for AddressSpace {
     }
 }
 
-/// Lets the pages of a shared area come by faults; `number` comes back with each of them. `EINVAL` for a private one.
-/// For an area of this device only.
+/// Lets the pages of a shared area come by faults; `number` comes back with each of them. `EINVAL` for a private one, and
+/// for one of another device.
 pub(crate) fn fill_by_faults(area: &VmaNew, number: usize) -> Result {
     let vma = area.as_ptr();
-    if area.flags() & flags::MAYSHARE == 0 {
+    // SAFETY: the area is valid, and so is its file, if it has one, which does not change while the area is set up.
+    let is_ours = unsafe {
+        let file = (*vma).vm_file;
+        !file.is_null() && core::ptr::eq((*file).f_op, &FILE_OPERATIONS.0)
+    };
+    if !is_ours || area.flags() & flags::MAYSHARE == 0 {
         return Err(EINVAL);
     }
-    // SAFETY: the area is being set up, so that nobody else uses it. VM_PFNMAP is valid for it: it is not private, and
-    // gets its pages from `vmf_insert_pfn` only.
+    // SAFETY: the area is being set up, so that nobody else uses it. Its file has this device's operations, so the
+    // functions of `AREA_OPERATIONS` find an `OpenFile` there. VM_PFNMAP is valid for it: it is not private, and gets its
+    // pages from `vmf_insert_pfn` only.
     unsafe {
         (*vma).__bindgen_anon_2.vm_flags |= flags::PFNMAP | flags::DONTEXPAND | flags::DONTDUMP;
         (*vma).vm_ops = &AREA_OPERATIONS.0;
@@ -787,6 +854,7 @@ unsafe extern "C" fn area_huge_fault(vmf: *mut bindings::vm_fault, order: u32) -
         Ok(Inserted(code)) => code,
         Err(FaultError::Bus) => bindings::vm_fault_reason_VM_FAULT_SIGBUS as bindings::vm_fault_t,
         Err(FaultError::Smaller) => bindings::vm_fault_reason_VM_FAULT_FALLBACK as bindings::vm_fault_t,
+        Err(FaultError::Memory) => bindings::vm_fault_reason_VM_FAULT_OOM as bindings::vm_fault_t,
     }
 }
 
@@ -816,6 +884,8 @@ pub(crate) enum FaultError {
     Bus,
     /// Not with a page of this size.
     Smaller,
+    /// This machine has no memory for it now: the access is tried again.
+    Memory,
 }
 
 impl Fault {
@@ -903,11 +973,19 @@ static FILE_OPERATIONS: Operations<bindings::file_operations> = Operations(bindi
     ..unsafe { *MiscDeviceOptions { name: c"kvmmem" }.into_raw::<OpenFile>().fops }
 });
 
-/// Gives a file the operations that `MiscDevice` lacks. For `MiscDevice::open` only.
-pub(crate) fn complete_operations(file: &File) {
-    // SAFETY: the file is being opened, so nobody else uses it. It keeps the reference to the module, which is the
-    // owner of both sets of operations.
-    unsafe { (*file.as_ptr()).f_op = &FILE_OPERATIONS.0 };
+/// Gives a file the operations that `MiscDevice` lacks. `EINVAL` where it has not those of `MiscDevice` for this device.
+pub(crate) fn complete_operations(file: &File) -> Result {
+    let address = |ioctl: Option<unsafe extern "C" fn(_, _, _) -> _>| ioctl.map(|ioctl| ioctl as usize);
+    // SAFETY: an open file has operations, which are constants of a module that the file keeps loaded.
+    let operations = unsafe { &*(*file.as_ptr()).f_op };
+    if address(operations.unlocked_ioctl) != address(FILE_OPERATIONS.0.unlocked_ioctl) {
+        return Err(EINVAL);
+    }
+    // SAFETY: by the check the file is one of this device, with the private data that both sets of operations expect,
+    // and keeps a reference to their owner, this module. A pointer is written whole: a concurrent reader calls one set
+    // or the other.
+    unsafe { core::ptr::addr_of_mut!((*file.as_ptr()).f_op).write_volatile(&FILE_OPERATIONS.0) };
+    Ok(())
 }
 
 /// # Safety
@@ -949,10 +1027,11 @@ unsafe extern "C" fn file_get_unmapped_area(
 ) -> usize {
     const MAX_ERRNO: usize = 4095;
     const SIZES: [usize; 2] = [1 << 30, 2 << 20];
+    const MAP_FIXED: usize = 0x10;
     // SAFETY: the function's contract.
     let find = |hint, len| unsafe { bindings::mm_get_unmapped_area(file, hint, len, pgoff, mmap_flags) };
-    // A wish is left as it is.
-    if hint == 0 {
+    // A wish is left as it is, also the one for address 0.
+    if hint == 0 && mmap_flags & MAP_FIXED == 0 {
         for size in SIZES.into_iter().filter(|size| len >= *size) {
             let Some(padded) = len.checked_add(size) else { continue };
             let found = find(0, padded);
@@ -983,22 +1062,49 @@ where
 }
 
 kernel::sync::global_lock! {
-    // SAFETY: initialised by `init_locks`, which the module calls before anything that takes it.
-    pub(crate) unsafe(uninit) static SLOTS: Mutex<Slots> = KVec::new();
+    // SAFETY: `init_locks` initialises it, and only `slots` takes it, which checks that.
+    unsafe(uninit) static SLOTS: Mutex<Slots> = KVec::new();
 }
 
 kernel::sync::global_lock! {
-    // SAFETY: as above.
+    // SAFETY: `init_locks` initialises it, and only `caching` takes it, which checks that.
     unsafe(uninit) static CACHING: Mutex<()> = ();
 }
 
-/// For the module's initialisation, before it registers anything.
+const LOCKS_NEW: i32 = 0;
+const LOCKS_BEGUN: i32 = 1;
+const LOCKS_READY: i32 = 2;
+
+/// How far the static locks are.
+static LOCKS: Atomic<i32> = Atomic::new(LOCKS_NEW);
+
+/// Initialises the static locks: for the module's initialisation, before it registers anything. Again, it does nothing.
 pub(crate) fn init_locks() {
-    // SAFETY: a module is initialised once.
-    unsafe {
-        SLOTS.init();
-        CACHING.init();
+    if LOCKS.cmpxchg(LOCKS_NEW, LOCKS_BEGUN, Relaxed).is_ok() {
+        // SAFETY: the exchange succeeds once, so each lock is initialised once, and before it can be taken.
+        unsafe {
+            SLOTS.init();
+            CACHING.init();
+        }
+        LOCKS.store(LOCKS_READY, Release);
     }
+}
+
+/// A lock that is not initialised would be undefined behaviour, so its user is stopped.
+fn check_locks() {
+    assert!(LOCKS.load(Acquire) == LOCKS_READY, "kvmmem: a lock is used before the module is initialised");
+}
+
+/// The slots that are plugged in, locked.
+pub(crate) fn slots() -> impl DerefMut<Target = Slots> {
+    check_locks();
+    SLOTS.lock()
+}
+
+/// Held while memory is mapped into the kernel.
+fn caching() -> impl Deref<Target = ()> {
+    check_locks();
+    CACHING.lock()
 }
 
 /// Whether this machine has a PCI bus.
@@ -1020,12 +1126,11 @@ pub(crate) fn place(device: &pci::Device<Core<'_>>) -> (u32, u32) {
     (domain << 16 | id & !7, id & 7)
 }
 
-/// Whether function 0 of the device's slot may be a descriptor's page, and no driver has looked at it yet: nobody has
-/// enabled it.
+/// Whether function 0 of the device's slot may be a descriptor's page, and no driver has it: it may come to be ours.
 pub(crate) fn is_head_pending(device: &pci::Device<Core<'_>>) -> bool {
     let own = raw(device);
     // SAFETY: both devices are valid, the other one as long as it is counted; what is read of it does not change, but
-    // for the count, which is a hint.
+    // for the driver, which is compared with null only and is a hint.
     unsafe {
         let head = bindings::pci_get_slot((*own).bus, (*own).devfn & !7);
         if head.is_null() {
@@ -1033,19 +1138,37 @@ pub(crate) fn is_head_pending(device: &pci::Device<Core<'_>>) -> bool {
         }
         let is_same_kind = (*head).vendor == (*own).vendor && (*head).device == (*own).device;
         let is_page = bindings::pci_resource_len(head, 2) == PAGE_SIZE;
-        let count = core::ptr::addr_of!((*head).enable_cnt.counter).read_volatile();
+        let is_free = core::ptr::addr_of!((*head).dev.driver).read_volatile().is_null();
         bindings::pci_dev_put(head);
-        is_same_kind && is_page && count == 0
+        is_same_kind && is_page && is_free
     }
 }
 
-/// Undoes `pci::Device::enable_device_mem`. Whoever else has enabled the device is not disturbed.
-pub(crate) fn disable(device: &pci::Device) {
-    // SAFETY: the device is valid.
-    unsafe { bindings::pci_disable_device(raw(device)) };
+/// A device whose memory is enabled for this driver. That is undone when dropped; another driver's use of the device, which
+/// is counted apart, goes on.
+///
+/// # Invariants
+///
+/// The device's count of enablers has one for this value.
+pub(crate) struct Enabled<'bound>(&'bound pci::Device);
+
+impl<'bound> Enabled<'bound> {
+    pub(crate) fn new(device: &'bound pci::Device<Core<'_>>) -> Result<Self> {
+        device.enable_device_mem()?;
+        // INVARIANT: just enabled.
+        Ok(Self(device))
+    }
 }
 
-/// A BAR that no other driver uses, nor user space by sysfs. Given back when dropped.
+impl Drop for Enabled<'_> {
+    fn drop(&mut self) {
+        // SAFETY: the device is valid as long as the reference, and gives up the enabling of the type's invariant.
+        unsafe { bindings::pci_disable_device(raw(self.0)) };
+    }
+}
+
+/// A BAR that no other driver claims. User space that is root may still map it through sysfs, unless the kernel has
+/// CONFIG_IO_STRICT_DEVMEM. Released when dropped.
 pub(crate) struct BarRegion<'bound> {
     device: &'bound pci::Device,
     bar: c_int,

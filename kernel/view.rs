@@ -5,6 +5,8 @@ use kernel::prelude::*;
 use kernel::sync::atomic::{Atomic, Relaxed};
 use kernel::sync::poll::PollCondVarBox;
 use kernel::sync::{Arc, Mutex, new_mutex};
+use kernel::time::Delta;
+use kernel::time::delay::fsleep;
 use kernel::workqueue::{DelayedWork, new_delayed_work};
 
 use crate::abi::native::{ATTACH_READ_ONLY, RIGHT_WRITE, STATE_GONE, STATE_OPEN, STATE_REVOKED};
@@ -12,12 +14,16 @@ use crate::attachment::{AttachCall, Attachment};
 use crate::hypercall::{self, Showing};
 use crate::snapshot::Snapshot;
 use crate::stats::{self, Counter, Faults};
-use crate::sys::AddressSpace;
+use crate::sys::{self, AddressSpace};
 use crate::window::Window;
 
 /// The number of the view that is opened next. Areas of memory carry it, so that those of an earlier view of the same
 /// file are told apart.
 static NEXT_NUMBER: Atomic<i64> = Atomic::new(1);
+
+/// How often, and how far apart, a system call looks that cannot go on while the host is changing the view.
+pub(crate) const TRIES: u32 = 1000;
+pub(crate) const PAUSE: Delta = Delta::from_millis(1);
 
 /// Why there is nothing to see.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -108,7 +114,15 @@ impl View {
             Showing::Devices => Attachment::take(&call)?,
             Showing::Nothing => return Err(EOPNOTSUPP),
         };
-        let shown = show(&host, &host.read()?, is_read_only)?;
+        let shown = match settled(&host).and_then(|snapshot| show(&host, &snapshot, is_read_only)) {
+            Ok(shown) => shown,
+            Err(error) => {
+                if matches!(error, EAGAIN | ENOMEM) {
+                    host.put_back();
+                }
+                return Err(error);
+            }
+        };
         if let Err(ended) = shown.window {
             return Err(ended.into());
         }
@@ -144,9 +158,10 @@ impl View {
         self.now.lock().shown.clone()
     }
 
-    /// What it shows at this moment: looks whether the host has changed it.
+    /// What it shows at this moment: looks whether the host has changed it. What was shown before, where that cannot be
+    /// followed now.
     pub(crate) fn look(&self) -> Shown {
-        self.refresh();
+        let _ = self.refresh();
         self.shown()
     }
 
@@ -158,7 +173,7 @@ impl View {
 
     /// What it shows, to a tool that thereby knows of all changes.
     pub(crate) fn take_event(&self) -> Shown {
-        self.refresh();
+        let _ = self.refresh();
         let mut now = self.now.lock();
         now.seen = now.shown.generation;
         now.shown.clone()
@@ -176,16 +191,18 @@ impl View {
     }
 
     /// Looks whether the host has changed the view, and follows: afterwards no process has a page that is not shown
-    /// any more, and then whoever waits is woken.
-    pub(crate) fn refresh(&self) {
+    /// any more, and then those who wait are woken. `EAGAIN` while the host is changing it, `ENOMEM` where this machine
+    /// has no memory to follow: what was shown is out of date then, and the next look tries again. Does not wait for the
+    /// host.
+    pub(crate) fn refresh(&self) -> Result {
         if self.with(|shown| shown.window.is_err() || self.is_current(shown)) {
-            return;
+            return Ok(());
         }
         let _one = self.changing.lock();
         let (is_followed, is_open, generation) =
             self.with(|shown| (self.is_current(shown), shown.window.is_ok(), shown.generation));
         if is_followed || !is_open {
-            return;
+            return Ok(());
         }
         let next = match self.host.read().and_then(|snapshot| {
             if snapshot.descriptor.generation < generation {
@@ -195,15 +212,15 @@ impl View {
             show(&self.host, &snapshot, self.is_read_only)
         }) {
             Ok(next) => next,
-            // Tried again at the next look; until then what was shown is known to be out of date.
-            Err(error) if error == ENOMEM => return,
-            // A host that cannot be understood is no host, and one that takes its devices away neither.
+            Err(error) if matches!(error, EAGAIN | ENOMEM) => return Err(error),
+            // The host said what cannot be, or unplugged its devices.
             Err(_) => self.ended(generation.saturating_add(1), Ended::Gone),
         };
         self.events.add_one();
         stats::EVENTS.add_one();
         self.replace(next);
         self.waiters.notify_all();
+        Ok(())
     }
 
     /// The tool wants no more of it. Its pages go from every process.
@@ -240,6 +257,17 @@ impl View {
             self.host.followed(generation);
         }
     }
+}
+
+/// What the host says of a view that is being opened. `EAGAIN` where it is still changing that after a second.
+fn settled(host: &Attachment) -> Result<Snapshot> {
+    for _ in 0..TRIES {
+        match host.read() {
+            Err(EAGAIN) if !sys::is_killed() => fsleep(PAUSE),
+            result => return result,
+        }
+    }
+    Err(EAGAIN)
 }
 
 fn show(host: &Attachment, snapshot: &Snapshot, is_read_only: bool) -> Result<Shown> {

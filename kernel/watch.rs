@@ -11,12 +11,26 @@ use crate::stats;
 use crate::sys;
 use crate::view::View;
 
-/// The longest time in milliseconds from a change to the event: a delay of one tick of 4 ms may last for two.
-pub(crate) const EVENT_MS: u32 = 10;
+/// Between two looks at a view, in milliseconds; a whole number of ticks, so 10 where there are 100 ticks a second.
+const DELAY_MS: u32 = 4;
 
-/// Between two looks.
+/// Between two looks at a slot at which nothing happens.
+const LONGEST_PAUSE_MS: u32 = 64;
+
+/// The longest time in milliseconds from a change to the event, on a machine that is not overloaded: a delay may last a
+/// tick longer than asked for, and looking takes its time.
+pub(crate) fn event_ms() -> u32 {
+    2 + ((delay() as u32 + 1) * 1000).div_ceil(sys::TICKS_PER_SECOND)
+}
+
+/// Between two looks at a view.
 pub(crate) fn delay() -> Jiffies {
-    msecs_to_jiffies(4)
+    msecs_to_jiffies(DELAY_MS)
+}
+
+/// The most between two looks at a slot.
+pub(crate) fn longest_pause() -> Jiffies {
+    msecs_to_jiffies(LONGEST_PAUSE_MS)
 }
 
 impl_has_delayed_work! {
@@ -27,10 +41,11 @@ impl WorkItem for View {
     type Pointer = Arc<Self>;
 
     fn run(this: Arc<Self>) {
-        this.refresh();
+        // What cannot be followed now is tried again at the next look.
+        let _ = this.refresh();
         if this.with(|shown| shown.window.is_ok()) {
-            // Only where it is queued already is it not queued.
-            let _ = workqueue::system_highpri().enqueue_delayed(this, delay());
+            // An error says that it is queued already.
+            let _ = workqueue::system().enqueue_delayed(this, delay());
         }
     }
 }
@@ -41,7 +56,7 @@ pub(crate) struct WatchedView(Arc<View>);
 impl WatchedView {
     pub(crate) fn new(view: Arc<View>) -> Self {
         stats::VIEWS.add_one();
-        let _ = workqueue::system_highpri().enqueue_delayed(view.clone(), delay());
+        let _ = workqueue::system().enqueue_delayed(view.clone(), delay());
         Self(view)
     }
 }

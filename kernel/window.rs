@@ -74,12 +74,9 @@ pub(crate) struct Window {
 
 impl Window {
     /// The windows of a descriptor of `host`. `EIO` where they are RAM of this machine, leave what the CPU can address,
-    /// or cannot be mapped write-back.
+    /// or cannot be cached; `ENOMEM` where this machine has no memory for it now.
     pub(crate) fn map(host: &Attachment, snapshot: &Snapshot) -> Result<Arc<Self>> {
-        let lie = |_| {
-            stats::lie("the window is no memory that can be mapped");
-            EIO
-        };
+        let lie = |error| stats::lie_unless_memory(error, "the window is no memory that can be mapped");
         let mut pieces = KVec::with_capacity(snapshot.ranges().len(), GFP_KERNEL_ACCOUNT)?;
         for range in snapshot.ranges() {
             let window = host.window(snapshot, range.window).ok_or(ESTALE)?;

@@ -11,6 +11,7 @@
 
 #define HUGE_PAGE	(2UL << 20)
 #define KERNEL_TEXT	((void *)0xffffffff81000000)
+#define USER_END	((char *)0x7ffffffff000)
 #define MAP_IOCTL	0x40306901U
 
 static void host_errors(void)
@@ -44,8 +45,11 @@ static void bad_numbers(int fd, char *page)
 	CHECK_REFUSED(map_gpa(fd, page, 8), EINVAL);
 	CHECK_REFUSED(unmap(fd, page + 8), EINVAL);
 	CHECK_REFUSED(map(fd, NULL), EFAULT);
-	CHECK_REFUSED(map(fd, KERNEL_TEXT), EFAULT);
-	CHECK_REFUSED(map(fd, (void *)-PAGE), EFAULT);
+	CHECK_REFUSED(map(fd, USER_END - PAGE), EFAULT);
+	/* As the patch of 2019: access_ok(). */
+	CHECK_REFUSED(map(fd, USER_END), EINVAL);
+	CHECK_REFUSED(map(fd, KERNEL_TEXT), EINVAL);
+	CHECK_REFUSED(map(fd, (void *)-PAGE), EINVAL);
 	CHECK_REFUSED(unmap(fd, KERNEL_TEXT), ENOENT);
 	CHECK_REFUSED(ioctl(fd, MAP_IOCTL, 16), EFAULT);
 	CHECK_REFUSED(ioctl(fd, MAP_IOCTL, KERNEL_TEXT), EFAULT);

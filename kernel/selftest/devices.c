@@ -31,8 +31,11 @@ static void bound(const char *function, int error)
 /* Others' ivshmem: the function 0 is no descriptor, or none of its size. */
 static void left_alone(void)
 {
+	/* Its function 0 could become ours. Neither stays enabled. */
 	bound("10.0", ENODEV);
-	bound("10.1", ENODEV);
+	bound("10.1", EAGAIN);
+	CHECK_EQUAL(enablers("10.0"), 0);
+	CHECK_EQUAL(enablers("10.1"), 0);
 	bound("18.0", ENODEV);
 	bound("1b.0", ENODEV);
 }
@@ -47,9 +50,12 @@ static void below_4g(void)
 
 	plug_writes(HEAD_COLD, 2, 0);
 	plug_shows(HEAD_COLD, KVMMEM_RIGHT_READ | KVMMEM_RIGHT_WRITE, &range, 1);
-	bound("10.1", ENODEV);
+	bound("10.1", EAGAIN);
 	bound("10.0", 0);
-	bound("10.1", 0);
+	/* Has waited for function 0 since the module was loaded. */
+	CHECK(is_bound("10.1"));
+	CHECK_EQUAL(enablers("10.0"), 1);
+	CHECK_EQUAL(enablers("10.1"), 1);
 	CHECK(plug_is_seen(HEAD_COLD));
 	fd = attached(2, 0);
 	CHECK_EQUAL(cached_how("10.1"), 't');
@@ -69,6 +75,8 @@ static void below_4g(void)
 	close(fd);
 	CHECK_EQUAL(unbind("10.1"), 0);
 	CHECK_EQUAL(unbind("10.0"), 0);
+	CHECK_EQUAL(enablers("10.0"), 0);
+	CHECK_EQUAL(enablers("10.1"), 0);
 	CHECK(!is_mapped("10.1"));
 }
 

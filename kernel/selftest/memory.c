@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /* Mapping a view: which pages, of which size and type, with which rights. */
 #define _GNU_SOURCE
+#include <fcntl.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -191,6 +192,34 @@ static void refused_mappings(int fd)
 	refuse(fd, PROT_READ, MAP_SHARED, HUGE + 1, PAGE, EINVAL);
 }
 
+/* The target's memory is data. */
+static void not_executable(void)
+{
+	int fd = attached(0, 0);
+	char *p = map_view(fd, PROT_READ, HUGE, PAGE);
+
+	refuse(fd, PROT_READ | PROT_EXEC, MAP_SHARED, HUGE, PAGE, EACCES);
+	CHECK_REFUSED(mprotect(p, PAGE, PROT_READ | PROT_EXEC), EACCES);
+	munmap(p, PAGE);
+	close(fd);
+}
+
+/* Address 0 is where it is asked for, and nowhere else. */
+static void at_zero(void)
+{
+	int fd = attached(0, 0), limit = open("/proc/sys/vm/mmap_min_addr", O_WRONLY);
+	void *p;
+
+	CHECK_EQUAL(write(limit, "0", 1), 1);
+	/* Below this program, which begins at 4 MiB. */
+	p = mmap(NULL, 2 * MIB, PROT_READ, MAP_SHARED | MAP_FIXED, fd, HUGE + PAGE);
+	CHECK(!p);
+	munmap(p, 2 * MIB);
+	CHECK_EQUAL(write(limit, "65536", 5), 5);
+	close(limit);
+	close(fd);
+}
+
 static void read_only(int fd)
 {
 	long before = pinned();
@@ -246,5 +275,7 @@ void test_memory(void)
 	host_shows_usual(0, RO);
 	read_only(attached(0, 0));
 	host_shows_usual(0, RW);
+	not_executable();
+	at_zero();
 	detached();
 }

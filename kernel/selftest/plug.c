@@ -282,3 +282,17 @@ int is_mapped(const char *function)
 {
 	return cached_how(function);
 }
+
+int enablers(const char *function)
+{
+	char path[96];
+	int count = -1;
+	FILE *file;
+
+	snprintf(path, sizeof(path), DEVICES "%s/enable", place(function));
+	file = fopen(path, "r");
+	CHECK(file && fscanf(file, "%d", &count) == 1);
+	if (file)
+		fclose(file);
+	return count;
+}

@@ -70,6 +70,8 @@ int is_there(const char *function);
 /* How the kernel has anything mapped of a function's BAR 2: 'b' write-back, 't' write-through, '-' uncached, 0 not. */
 int cached_how(const char *function);
 int is_mapped(const char *function);
+/* How many drivers and users have a function enabled. */
+int enablers(const char *function);
 
 void test_plug(void);
 void test_unplug(void);

@@ -5,6 +5,7 @@
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include "host.h"
@@ -129,6 +130,53 @@ static void revoked_region(void)
 	close(fd);
 }
 
+/* A process without the device's memory is in nobody's way. */
+static void forked_child(void)
+{
+	int fd = device(), go[2], status;
+	pid_t child;
+	char *p;
+
+	CHECK_EQUAL(ioctl(fd, KVM_GUEST_MEM_OPEN, uuid_of(ZERO)), 0);
+	CHECK_EQUAL(map_region(fd, ZERO, 0), 0);
+	p = mmap(NULL, LOW_SIZE, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+	CHECK_EQUAL(*(unsigned long *)(p + PAGE), LOW_AT + PAGE);
+	CHECK_EQUAL(pipe(go), 0);
+	child = fork();
+	if (!child) {
+		char byte;
+
+		close(go[1]);
+		(void)!read(go[0], &byte, 1);
+		_exit(signal_of_read(p));
+	}
+	munmap(p, LOW_SIZE);
+	CHECK_EQUAL(unmap_region(fd, 0), 0);
+	CHECK_EQUAL(map_region(fd, ZERO, 0), 0);
+	CHECK_EQUAL(unmap_region(fd, 0), 0);
+	close(go[0]);
+	close(go[1]);
+	waitpid(child, &status, 0);
+	CHECK_EQUAL(WEXITSTATUS(status), SIGSEGV);
+	close(fd);
+}
+
+/* A MAP whose answer does not reach the tool leaves nothing mapped. */
+static void answer_lost(void)
+{
+	struct kvm_guest_mem_map *argument = (void *)pages(1);
+	int fd = device();
+
+	CHECK_EQUAL(ioctl(fd, KVM_GUEST_MEM_OPEN, uuid_of(ZERO)), 0);
+	argument->token.token[0] = ZERO;
+	CHECK_EQUAL(mprotect(argument, PAGE, PROT_READ), 0);
+	CHECK_REFUSED(ioctl(fd, KVM_GUEST_MEM_MAP, argument), EFAULT);
+	CHECK_EQUAL(counter("views"), 0);
+	CHECK_EQUAL(map_region(fd, ZERO, 0), 0);
+	munmap(argument, PAGE);
+	close(fd);
+}
+
 /* v1 goes on beside v2. */
 static void first_version(void)
 {
@@ -155,6 +203,8 @@ void test_regions(void)
 	probe();
 	as_libkvmi_does();
 	wrong_tokens();
+	forked_child();
+	answer_lost();
 	revoked_region();
 	first_version();
 }

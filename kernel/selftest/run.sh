@@ -1,6 +1,7 @@
 #!/bin/sh
 # SPDX-License-Identifier: GPL-2.0-only
 # Runs the selftest in a virtual machine under QEMU's software emulation: run.sh KERNEL MODULE [FURTHER QEMU OPTIONS]
+# The module is one that was built with KVMMEM_SELFTEST=y.
 # Succeeds if all checks passed and the kernel complained about nothing. Needs qemu-system-x86, cpio and a C compiler.
 set -eu
 kernel=$(readlink -f "$1")
@@ -48,6 +49,10 @@ timeout 1200 qemu-system-x86_64 -accel tcg,thread=single -cpu qemu64,+pdpe1gb -s
 complaint='BUG:|WARNING:|Oops|Call Trace|general protection|kernel panic'
 if grep -qE "$complaint" log; then
 	echo "selftest: the kernel complained (see above)" >&2
+	exit 1
+fi
+if ! grep -q 'kvmmem: the host gave 2 pages back before the reboot' log; then
+	echo "selftest: the pages that were mapped at last were not given back" >&2
 	exit 1
 fi
 grep -qE '^selftest: ([0-9]+) of \1 checks passed$' log

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
 /*
  * Tests of kvmmem.ko against a host that does as it is told: the module is
- * loaded with force_port, and behind that port is QEMU's pc-testdev, whose
+ * built with KVMMEM_SELFTEST=y and loaded with force_port, and behind that port is QEMU's pc-testdev, whose
  * register reads back what was written. The host "agrees" when it holds 0 and
  * refuses when it holds -KVM_Exxx; no memory is replaced.
  */
@@ -90,6 +90,7 @@ long charged(void);
 void in_child(void (*run)(void));
 
 void test_arguments(void);
+void test_opening(void);
 void test_ownership(const char *self);
 void test_exec(int inherited);
 void test_limits(void);

@@ -12,6 +12,7 @@ use kvmmem_guest::Command;
 use crate::binaries::{Binaries, Wanted};
 use crate::cache::Cache;
 use crate::kernel::Kernel;
+use crate::module::Variant;
 use crate::nested::NestedHost;
 use crate::provision::Purpose;
 use crate::root::Root;
@@ -30,6 +31,7 @@ pub(crate) struct Bed {
     kernel: Kernel,
     binaries: Binaries,
     module: PathBuf,
+    selftest_module: PathBuf,
     /// The stock QEMUs, for an emulated host.
     qemus: Option<PathBuf>,
 }
@@ -55,12 +57,13 @@ impl Bed {
         let lock = cache.lock()?;
         provision::provision(&cache, Purpose::Bed)?;
         let kernel = prepared_kernel(&cache)?;
-        let module = module::make(&cache, &kernel)?;
+        let module = module::make(&cache, &kernel, Variant::Shipped)?;
+        let selftest_module = module::make(&cache, &kernel, Variant::Selftest)?;
         let qemus = (way == Way::Nested).then(|| qemus::make(&cache)).transpose()?;
         // Cargo has a lock of its own.
         drop(lock);
         let binaries = Binaries::make(&cache, wanted)?;
-        Ok(Self { cache, way, kernel, binaries, module, qemus })
+        Ok(Self { cache, way, kernel, binaries, module, selftest_module, qemus })
     }
 
     /// Says what is there and where.
@@ -88,7 +91,7 @@ impl Bed {
         ui::step("kernel/selftest", || {
             Tool::new(project::root().join("kernel/selftest/run.sh"), &log)
                 .arg(self.kernel.image())
-                .arg(&self.module)
+                .arg(&self.selftest_module)
                 .run()
         })
     }
@@ -169,7 +172,7 @@ pub(crate) fn make_module() -> Result<PathBuf> {
     let cache = Cache::open()?;
     let _lock = cache.lock()?;
     provision::provision(&cache, Purpose::Build)?;
-    module::make(&cache, &prepared_kernel(&cache)?)
+    module::make(&cache, &prepared_kernel(&cache)?, Variant::Shipped)
 }
 
 fn describe(way: Way) -> &'static str {

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! kvmmem.ko, built against the stock kernel's source in the build root.
+//! kvmmem.ko, built against the stock kernel's source in the build root: as it is shipped, and for the selftest.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
 
 use crate::cache::{Cache, Key};
 use crate::kernel::Kernel;
@@ -20,10 +20,30 @@ const FOLDER: &str = "/kvmmem/module";
 /// Endings of what a build by hand leaves in the checkout.
 const LEFTOVERS: [&str; 8] = ["o", "ko", "a", "mod", "order", "symvers", "rmeta", "cmd"];
 
+/// Which module.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Variant {
+    /// As it is shipped.
+    Shipped,
+    /// With what the selftest forces upon it.
+    Selftest,
+}
+
+impl Variant {
+    /// The value of the make variable KVMMEM_SELFTEST.
+    fn switch(self) -> &'static str {
+        match self {
+            Self::Shipped => "n",
+            Self::Selftest => "y",
+        }
+    }
+}
+
 /// The module for this kernel, built if its sources have changed. The cache must be locked.
-pub(crate) fn make(cache: &Cache, kernel: &Kernel) -> Result<PathBuf> {
+pub(crate) fn make(cache: &Cache, kernel: &Kernel, variant: Variant) -> Result<PathBuf> {
     let files = sources()?;
     let mut key = Key::default();
+    key.add(variant.switch());
     key.add(kernel.version());
     for file in &files {
         key.add(file.as_os_str().as_encoded_bytes());
@@ -34,7 +54,11 @@ pub(crate) fn make(cache: &Cache, kernel: &Kernel) -> Result<PathBuf> {
         return Ok(module);
     }
     let log = cache.fresh_log("module")?;
-    ui::step(&format!("module: kvmmem.ko for {}", kernel.release()), || {
+    let what = match variant {
+        Variant::Shipped => "kvmmem.ko",
+        Variant::Selftest => "the selftest's kvmmem.ko",
+    };
+    ui::step(&format!("module: {what} for {}", kernel.release()), || {
         let root = kernel.root();
         root::remove(&root.path(FOLDER), &log)?;
         let copy = cache.scratch()?;
@@ -45,13 +69,33 @@ pub(crate) fn make(cache: &Cache, kernel: &Kernel) -> Result<PathBuf> {
         }
         Tool::as_root("cp", &log).arg("-r").arg(copy.path()).arg(root.path(FOLDER)).run()?;
         root.tool("make", &log)
-            .args(["-C", kernel.source(), &format!("M={FOLDER}/kernel"), "modules"])
+            .args(["-C", kernel.source(), &format!("M={FOLDER}/kernel")])
+            .args([&format!("KVMMEM_SELFTEST={}", variant.switch()), "modules"])
             .run()?;
         let built = root.path(&format!("{FOLDER}/kernel/kvmmem.ko"));
         let bytes = fs::read(&built).with_context(|| format!("the build made no {}", built.display()))?;
+        let forced = forced_parameters(&bytes);
+        if variant == Variant::Shipped && !forced.is_empty() {
+            bail!("the module as shipped has the selftest's parameters: {}", forced.join(", "));
+        }
+        if variant == Variant::Selftest && forced.is_empty() {
+            bail!(
+                "the selftest's module lacks its parameters: is KVMMEM_SELFTEST still known to kernel/Kbuild?"
+            );
+        }
         cache.write(&module, &bytes)
     })?;
     Ok(module)
+}
+
+/// The parameters of a module by which a test forces something upon it, as its `.modinfo` names them.
+fn forced_parameters(module: &[u8]) -> Vec<String> {
+    module
+        .split(|byte| *byte == 0)
+        .filter_map(|text| std::str::from_utf8(text).ok()?.strip_prefix("parmtype="))
+        .filter(|parameter| parameter.starts_with("force_") || parameter.starts_with("test_"))
+        .map(|parameter| parameter.split(':').next().unwrap_or(parameter).to_owned())
+        .collect()
 }
 
 /// All source files, relative to the checkout, sorted.
@@ -81,4 +125,16 @@ fn collect(folder: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn forced_parameters_are_found() {
+        let module = b"\x7fELF\0\xff\xfe\0parmtype=regions:bool\0parmtype=test_descriptor:u64\0parm=force_port:x\0parmtype=force_port:u16\0";
+        assert_eq!(forced_parameters(module), ["test_descriptor", "force_port"]);
+        assert!(forced_parameters(b"parmtype=max_pages_per_file:u64\0").is_empty());
+    }
 }

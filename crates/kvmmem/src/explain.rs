@@ -107,7 +107,7 @@ pub(crate) fn view(errno: Errno) -> &'static str {
             "EOPNOTSUPP: the range begins or ends within huge pages of which other memory is a part; map it in parts, or copy it"
         }
         Errno::NOMEM => "ENOMEM: out of memory or of address space (vm.max_map_count, ulimit -v)",
-        Errno::AGAIN => "EAGAIN: the view changes too quickly; try again",
+        Errno::AGAIN => "EAGAIN: the host is changing the view; try again",
         Errno::IO => "EIO: the host's answer makes no sense; do the module and the host fit together?",
         Errno::MFILE | Errno::NFILE => "too many open files (ulimit -n)",
         _ => "unexpected",

@@ -31,6 +31,10 @@ use crate::explain;
 /// which `poll` would wake this one.
 const SLEEP_LIMIT: Duration = Duration::from_millis(100);
 
+/// How long the host may take to change a view, and how often that is looked at.
+const BUSY_LIMIT: Duration = Duration::from_secs(5);
+const BUSY_PAUSE: Duration = Duration::from_millis(2);
+
 #[derive(Debug)]
 pub(super) struct DeviceView {
     file: ViewFile,
@@ -72,7 +76,12 @@ impl DeviceView {
         };
         let token = door.as_ref().map_or(token, |door| door.ticket());
         let token = MapMemToken { token: token.words() };
-        file.attach(Attach { token, flags, reserved: 0 }).map_err(|source| match source {
+        let attached = match &door {
+            // A ticket stays good while the host is changing the view.
+            Some(_) => until_settled(|| file.attach(Attach { token, flags, reserved: 0 })),
+            None => file.attach(Attach { token, flags, reserved: 0 }),
+        };
+        attached.map_err(|source| match source {
             Errno::NOENT if door.is_some() => ViewError::Door(Box::new(DoorError::Lost)),
             source => ViewError::Attach { path: path.to_owned(), source },
         })?;
@@ -207,8 +216,7 @@ impl DeviceView {
         let memory = Foreign::reserve(range.len, range.gpa, self.is_writable, kvmmem_broker::map::PAGE_SIZE)
             .map_err(|source| ViewError::System { operation, source })?;
         // The mapping keeps the file open.
-        memory
-            .place(0, range.len, self.file.as_fd(), range.gpa)
+        until_settled(|| memory.place(0, range.len, self.file.as_fd(), range.gpa))
             .map_err(|source| self.error(operation, range.gpa, source))?;
         let keeps = self.door.as_ref().map(|door| Keeps::Door(Arc::clone(door)));
         Ok(Mapping::new(range.gpa, Arc::new(memory), keeps))
@@ -252,6 +260,17 @@ impl DeviceView {
 
     pub(super) fn detach(self) -> Result<(), ViewError> {
         self.file.detach().map_err(|source| ViewError::System { operation: ViewOperation::Detach, source })
+    }
+}
+
+/// Tries again for a while what the driver refuses with EAGAIN because the host is changing the view at this moment.
+fn until_settled<T>(mut call: impl FnMut() -> Result<T, Errno>) -> Result<T, Errno> {
+    let deadline = Instant::now() + BUSY_LIMIT;
+    loop {
+        match call() {
+            Err(Errno::AGAIN) if Instant::now() < deadline => std::thread::sleep(BUSY_PAUSE),
+            result => return result,
+        }
     }
 }
 

@@ -1,0 +1,92 @@
+// SPDX-License-Identifier: GPL-2.0-only
+//! What the selftest forces upon the module: a way to a host that CPUID does not show, descriptor pages that stand in for
+//! its answers, memory that runs out. Root could have the module map any physical memory by these, so they exist only in
+//! a build with KVMMEM_SELFTEST=y, never in the module that is shipped.
+
+#[cfg(kvmmem_selftest)]
+pub(crate) use forced::*;
+
+#[cfg(kvmmem_selftest)]
+mod forced {
+    use kernel::prelude::*;
+    use kernel::sync::atomic::{Atomic, Relaxed};
+
+    use crate::abi::ioctl::PAGE_SIZE;
+    use crate::hypercall::Way;
+    use crate::module_parameters as parameters;
+
+    /// `_IO('i', 0xf0)`: mappings of foreign memory into the kernel fail for want of memory, as many as the argument's low
+    /// 16 bits say, after as many as the next ones say.
+    const FAIL_MAPPINGS: u32 = 0x69f0;
+
+    static SUCCESSES: Atomic<i64> = Atomic::new(0);
+    static FAILURES: Atomic<i64> = Atomic::new(0);
+
+    pub(crate) fn way() -> Option<Way> {
+        match *parameters::force_port.value_ref() {
+            0 => parameters::force_vmcall.value().then_some(Way::Vmcall),
+            port => Some(Way::Doorbell(port)),
+        }
+    }
+
+    pub(crate) fn has_windows() -> bool {
+        parameters::force_window.value()
+    }
+
+    /// The page that stands in for the host's answer: the request's first byte is its number.
+    pub(crate) fn descriptor(request: &[u8]) -> Option<u64> {
+        let first = parameters::test_descriptor.value();
+        let number = u64::from(*request.first()?);
+        (first != 0).then_some(first + number * PAGE_SIZE)
+    }
+
+    pub(crate) fn ioctl(cmd: u32, arg: usize) -> Result {
+        if cmd != FAIL_MAPPINGS {
+            return Err(ENOTTY);
+        }
+        SUCCESSES.store(arg as i64 >> 16, Relaxed);
+        FAILURES.store(arg as i64 & 0xffff, Relaxed);
+        Ok(())
+    }
+
+    /// `ENOMEM`, as often as was asked for.
+    pub(crate) fn map_memory() -> Result {
+        if SUCCESSES.load(Relaxed) > 0 && SUCCESSES.fetch_add(-1, Relaxed) > 0 {
+            return Ok(());
+        }
+        if FAILURES.load(Relaxed) > 0 && FAILURES.fetch_add(-1, Relaxed) > 0 {
+            return Err(ENOMEM);
+        }
+        Ok(())
+    }
+}
+
+#[cfg(not(kvmmem_selftest))]
+pub(crate) use nothing::*;
+
+#[cfg(not(kvmmem_selftest))]
+mod nothing {
+    use kernel::prelude::*;
+
+    use crate::hypercall::Way;
+
+    pub(crate) fn way() -> Option<Way> {
+        None
+    }
+
+    pub(crate) fn has_windows() -> bool {
+        false
+    }
+
+    pub(crate) fn descriptor(_request: &[u8]) -> Option<u64> {
+        None
+    }
+
+    pub(crate) fn ioctl(_cmd: u32, _arg: usize) -> Result {
+        Err(ENOTTY)
+    }
+
+    pub(crate) fn map_memory() -> Result {
+        Ok(())
+    }
+}
