@@ -73,11 +73,8 @@ pub(crate) fn choose() -> Result {
         return Ok(());
     };
     let has_window = knobs::has_windows() || features & FEATURE_WINDOW != 0;
-    let (showing, what) = if has_window {
-        (Showing::Windows, "v1 and views")
-    } else {
-        (Showing::Nothing, "v1 only, no views")
-    };
+    let (showing, what) =
+        if has_window { (Showing::Windows, "v1 and views") } else { (Showing::Nothing, "v1 only, no views") };
     pr_info!("the host is called by {way} and offers {what}\n");
     WAY.populate(way);
     SHOWING.populate(showing);

@@ -125,7 +125,8 @@ impl State {
                 is_seen
             }
         };
-        self.pause = if is_quiet { self.pause.saturating_mul(2).min(watch::longest_pause()) } else { watch::delay() };
+        self.pause =
+            if is_quiet { self.pause.saturating_mul(2).min(watch::longest_pause()) } else { watch::delay() };
         Some(self.pause)
     }
 }

@@ -33,7 +33,9 @@ use kernel::transmute::{AsBytes, FromBytes};
 use kernel::types::{ForeignOwnable, Opaque};
 use kernel::workqueue::{HasDelayedWork, Work, WorkItem};
 
-use crate::abi::hypercall::{ATTACH, AttachRequest, AttachResult, DETACH, MEM_MAP, MEM_UNMAP, SEEK, UNMAP_ALL};
+use crate::abi::hypercall::{
+    ATTACH, AttachRequest, AttachResult, DETACH, MEM_MAP, MEM_UNMAP, SEEK, UNMAP_ALL,
+};
 use crate::abi::ioctl::PAGE_SIZE;
 use crate::abi::native;
 use crate::device::OpenFile;
@@ -123,7 +125,8 @@ unsafe fn hypercall(way: Way, nr: u64, a0: u64, a1: u64, a2: u64) -> i64 {
         // SAFETY: the shim follows the ABI of `crate::abi::hypercall`, which changes no memory but what the caller
         // vouches for. The module does not load where nobody answers, unless root forces it to.
         Way::Vmcall => unsafe { kvmmem_vmcall(nr, a0, a1, a2) },
-        // SAFETY: as above; reading a port that nobody serves yields -1.
+        // SAFETY: the shim follows the same ABI, whose conditions the caller vouches for. Reading a port that no device
+        // serves yields -1.
         Way::Doorbell(port) => unsafe { kvmmem_doorbell(port, nr, a0, a1, a2) },
     }
 }
@@ -396,11 +399,11 @@ impl Drop for Processes {
 
 // SAFETY: fixed-width integers without padding, so every byte is initialised.
 unsafe impl AsBytes for native::Info {}
-// SAFETY: as above.
+// SAFETY: fixed-width integers without padding, so every byte is initialised.
 unsafe impl AsBytes for native::Ranges {}
-// SAFETY: as above.
+// SAFETY: fixed-width integers without padding, so every byte is initialised.
 unsafe impl AsBytes for native::Range {}
-// SAFETY: as above.
+// SAFETY: fixed-width integers without padding, so every byte is initialised.
 unsafe impl AsBytes for native::Stats {}
 // SAFETY: fixed-width integers, for which every bit pattern is valid.
 unsafe impl FromBytes for native::Ranges {}
@@ -531,7 +534,8 @@ impl Memory {
     /// Writes the number at `offset`, a multiple of 8; nothing outside of the memory.
     pub(crate) fn write_u64(&self, offset: usize, value: u64) {
         if offset % 8 == 0 && offset < self.len {
-            // SAFETY: as above.
+            // SAFETY: within the mapping by the type's invariant, whose length is whole pages, and aligned as it is. No
+            // reference to the bytes exists.
             unsafe { self.address.as_ptr().add(offset).cast::<u64>().write_volatile(value.to_le()) };
         }
     }
@@ -539,13 +543,15 @@ impl Memory {
     /// Writes the number at `offset`, a multiple of 4; nothing outside of the memory.
     pub(crate) fn write_u32(&self, offset: usize, value: u32) {
         if offset % 4 == 0 && offset < self.len {
-            // SAFETY: as above.
+            // SAFETY: within the mapping by the type's invariant, whose length is whole pages, and aligned as it is. No
+            // reference to the bytes exists.
             unsafe { self.address.as_ptr().add(offset).cast::<u32>().write_volatile(value.to_le()) };
         }
     }
 
     /// Copies from `offset` on; short where the memory ends or the reader's buffer cannot be written without a page
-    /// fault. `None`, and nothing copied, where `is_valid` says afterwards that these were not the right bytes.
+    /// fault. `None` where `is_valid` says afterwards that these were not the right bytes: the iterator is where it was, and
+    /// what the buffer holds there does not count.
     pub(crate) fn copy_to(
         &self,
         offset: u64,
@@ -611,7 +617,8 @@ impl NoPageFaults {
 impl Drop for NoPageFaults {
     fn drop(&mut self) {
         compiler_fence(Ordering::SeqCst);
-        // SAFETY: as above; still the same thread's, as this value is not `Send`.
+        // SAFETY: the current task's own counter, which no other task changes. The task is the one that raised it, as
+        // this value is not `Send`.
         unsafe { (*bindings::get_current()).pagefault_disabled -= 1 };
     }
 }
@@ -624,7 +631,7 @@ pub(crate) fn fault_in_destination(to: &mut IovIterDest<'_>, len: usize) -> bool
 
 /// Gets the pages that the next `len` bytes of `from` need. Whether at least one byte can be read now.
 pub(crate) fn fault_in_source(from: &mut IovIterSource<'_>, len: usize) -> bool {
-    // SAFETY: as above.
+    // SAFETY: the iterator is valid, and the caller may sleep.
     unsafe { bindings::fault_in_iov_iter_readable(from.as_raw(), len) < len }
 }
 
@@ -821,7 +828,7 @@ unsafe fn file_of_area<'a>(vma: *mut bindings::vm_area_struct) -> &'a OpenFile {
 ///
 /// As [`file_of_area`].
 unsafe extern "C" fn area_open(vma: *mut bindings::vm_area_struct) {
-    // SAFETY: the function's contract.
+    // SAFETY: by the function's contract the area is one of this device's, valid and locked.
     let (file, area) = unsafe { (file_of_area(vma), VmaRef::from_raw(vma)) };
     file.area_opened(area);
 }
@@ -830,7 +837,7 @@ unsafe extern "C" fn area_open(vma: *mut bindings::vm_area_struct) {
 ///
 /// As [`file_of_area`].
 unsafe extern "C" fn area_close(vma: *mut bindings::vm_area_struct) {
-    // SAFETY: the function's contract.
+    // SAFETY: by the function's contract the area is one of this device's, valid and locked.
     let (file, area) = unsafe { (file_of_area(vma), VmaRef::from_raw(vma)) };
     file.area_closed(area);
 }
@@ -839,7 +846,7 @@ unsafe extern "C" fn area_close(vma: *mut bindings::vm_area_struct) {
 ///
 /// As [`file_of_area`], for the area of the fault.
 unsafe extern "C" fn area_fault(vmf: *mut bindings::vm_fault) -> bindings::vm_fault_t {
-    // SAFETY: the function's contract.
+    // SAFETY: by the function's contract `vmf` is a fault of one of this device's areas; order 0 is a small page.
     unsafe { area_huge_fault(vmf, 0) }
 }
 
@@ -847,7 +854,7 @@ unsafe extern "C" fn area_fault(vmf: *mut bindings::vm_fault) -> bindings::vm_fa
 ///
 /// As [`file_of_area`], for the area of the fault.
 unsafe extern "C" fn area_huge_fault(vmf: *mut bindings::vm_fault, order: u32) -> bindings::vm_fault_t {
-    // SAFETY: the function's contract.
+    // SAFETY: by the function's contract the fault's area is one of this device's, and locked.
     let file = unsafe { file_of_area((*vmf).__bindgen_anon_1.vma) };
     // INVARIANT: the kernel's, for the time of this call.
     match file.fault(&Fault { vmf, order }) {
@@ -890,7 +897,7 @@ pub(crate) enum FaultError {
 
 impl Fault {
     fn area(&self) -> *mut bindings::vm_area_struct {
-        // SAFETY: the type's invariant.
+        // SAFETY: by the type's invariant `vmf` is valid.
         unsafe { (*self.vmf).__bindgen_anon_1.vma }
     }
 
@@ -912,7 +919,7 @@ impl Fault {
 
     /// Whether the area lets the process write.
     pub(crate) fn is_area_writable(&self) -> bool {
-        // SAFETY: as above.
+        // SAFETY: by the type's invariant the fault has an area, which is locked for reading.
         unsafe { (*self.area()).__bindgen_anon_2.vm_flags & flags::WRITE != 0 }
     }
 
@@ -920,7 +927,7 @@ impl Fault {
     /// the area.
     pub(crate) fn place(&self) -> Option<(u64, u64)> {
         let size = (PAGE_SIZE as usize) << self.order;
-        // SAFETY: as above.
+        // SAFETY: by the type's invariant the fault has an area, which is locked for reading.
         let (address, pgoff, start, end) = unsafe {
             let (fault, area) = (&(*self.vmf).__bindgen_anon_1, &*self.area());
             let place = &area.__bindgen_anon_1.__bindgen_anon_1;
@@ -1005,7 +1012,8 @@ unsafe extern "C" fn file_llseek(file: *mut bindings::file, offset: i64, whence:
 ///
 /// `file` is an open file of this device, `table` null or valid.
 unsafe extern "C" fn file_poll(file: *mut bindings::file, table: *mut bindings::poll_table_struct) -> u32 {
-    // SAFETY: the function's contract; polling uses no file position.
+    // SAFETY: by the function's contract the file is one of this device's and the table null or valid. Polling uses no
+    // file position.
     let (this, file, table) = unsafe {
         let this = KBox::<OpenFile>::borrow((*file).private_data);
         (this, File::from_raw_file(file), PollTable::from_raw(table))
@@ -1028,7 +1036,7 @@ unsafe extern "C" fn file_get_unmapped_area(
     const MAX_ERRNO: usize = 4095;
     const SIZES: [usize; 2] = [1 << 30, 2 << 20];
     const MAP_FIXED: usize = 0x10;
-    // SAFETY: the function's contract.
+    // SAFETY: by the function's contract the file is open; any hint and length may be asked for.
     let find = |hint, len| unsafe { bindings::mm_get_unmapped_area(file, hint, len, pgoff, mmap_flags) };
     // A wish is left as it is, also the one for address 0.
     if hint == 0 && mmap_flags & MAP_FIXED == 0 {
