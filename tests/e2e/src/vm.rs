@@ -97,6 +97,25 @@ impl Vm {
             .collect()
     }
 
+    /// Whether the kernel restricts the VMM's threads as its sandbox asks for; and what it says of each.
+    pub(crate) fn sandbox(&self) -> Result<(bool, String)> {
+        let mut is_so = !self.has_said("the sandbox does not restrict")?;
+        let mut detail = String::new();
+        let tasks = std::fs::read_dir(format!("/proc/{}/task", self.process.id()));
+        for task in tasks.context("cannot list the VMM's threads")?.flatten() {
+            // One may have ended meanwhile.
+            let Ok(status) = std::fs::read_to_string(task.path().join("status")) else { continue };
+            let field = |name: &str| {
+                let line = status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+                line.map(str::trim).unwrap_or_default().to_owned()
+            };
+            // A worker of the kernel's, such as vhost's, makes no system calls, but has inherited the filter as well.
+            is_so &= field("Seccomp") == "2" && field("NoNewPrivs") == "1";
+            detail += &format!("{} {} {}, ", field("Name"), field("Seccomp"), field("NoNewPrivs"));
+        }
+        Ok((is_so, detail))
+    }
+
     /// Whether the VMM said `text`.
     pub(crate) fn has_said(&self, text: &str) -> Result<bool> {
         let bytes = std::fs::read(&self.log).context("cannot read the VMM's log")?;
