@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Any packet to the broker, and any packet from it; what is taken is written and read again. What a grant cuts out of a
-//! memory map lies in it.
+//! Any packet to the broker, and any packet from it, also those of a channel for copies; what is taken is written and read
+//! again. What a grant cuts out of a memory map lies in it.
 #![no_main]
 
+use kvmmem_broker::copies::message::{BUFFER, CopyAnswer, CopyRequest, SLOT};
 use kvmmem_broker::endpoint::Endpoint;
 use kvmmem_broker::map::{MemoryMap, Region};
 use kvmmem_broker::scope::{MAX_SPANS, Scope};
@@ -18,6 +19,14 @@ fuzz_target!(|bytes: &[u8]| {
         && let Ok(endpoint) = text.parse::<Endpoint>()
     {
         assert_eq!(endpoint.to_string().parse(), Ok(endpoint));
+    }
+    if let Some(request) = CopyRequest::decode(bytes) {
+        assert_eq!(request.encode(), bytes);
+        let sum: u64 = request.pieces.iter().map(|piece| u64::from(piece.len)).sum();
+        assert!(sum > 0 && sum <= SLOT as u64 && u64::from(request.at) + sum <= BUFFER as u64);
+    }
+    if let Some(answer) = CopyAnswer::decode(bytes) {
+        assert_eq!(answer.encode(), bytes);
     }
     if let Ok(request) = from_slice::<Request>(bytes) {
         let written = to_vec(&request).expect("a request that was read");

@@ -172,6 +172,7 @@ fn run(verb: Verb) -> Result<i32> {
             on_host(Wanted::All, &verbs::bench("v1", json))
         }
         Verb::Bench { what: Bench::Views, json } => {
+            print!("{}", verbs::bench_here("kvmmem", "host_read", json)?);
             print!("{}", verbs::bench_here("kvmmem", "host_scan", json)?);
             on_host(Wanted::All, &verbs::bench("views", json))
         }

@@ -51,6 +51,8 @@ pub struct Broker {
     /// Held while a VM is added whose RAM must be no other target's.
     adding: Mutex<()>,
     buffers: Buffers,
+    /// Of channels for copies.
+    channels: Mutex<Quota>,
     introspectors: Introspectors,
     state: State,
     audit: Audit,
@@ -115,6 +117,7 @@ impl Broker {
             adopted: Watch::default(),
             adding: Mutex::default(),
             buffers: Buffers::default(),
+            channels: Mutex::new(Quota::new(limits.channels)),
             introspectors: Introspectors::default(),
             state: State::default(),
             audit: Audit::default(),
@@ -172,6 +175,11 @@ impl Broker {
 
     pub(crate) fn buffers(&self) -> &Buffers {
         &self.buffers
+    }
+
+    /// How many channels for copies there are.
+    pub(crate) fn channels(&self) -> MutexGuard<'_, Quota> {
+        self.channels.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The introspectors under stock QEMUs.
@@ -303,6 +311,7 @@ impl Broker {
         if let Some(vm) = vm {
             self.retire(vm);
         }
+        peer.end_channels();
         let ended = self.grants().forget_peer(self.now(), peer.number());
         self.tell_ended(&ended, "the connection ended");
         self.peers().remove(&peer.number());

@@ -10,7 +10,6 @@ use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 
 use crate::broker::{Broker, Refused};
-use crate::copies::Part;
 use crate::packet::{PacketError, Wait};
 use crate::peer::Peer;
 use crate::ram::Ram;
@@ -59,7 +58,7 @@ pub(crate) fn serve(broker: &Arc<Broker>, peer: &Arc<Peer>) {
 impl Connection<'_> {
     fn run(&mut self) -> Result<(), PacketError> {
         let socket = self.peer.socket();
-        // Descriptors that come with anything else than a registration are closed by going out of scope.
+        // Descriptors that come with a call that takes none are closed by going out of scope.
         while let Some((request, files)) = self.receive()? {
             let Request { id, call } = request;
             let is_answered = !call.is_one_way();
@@ -113,9 +112,7 @@ impl Connection<'_> {
             Call::Attach { token, caller, read_only } => {
                 return self.attach(&token, caller, read_only).map(Some);
             }
-            Call::Copy { view, gpa, len, write } => {
-                broker.copy(peer, Part { view, gpa, len, write }, files)?
-            }
+            Call::OpenCopies { view } => return broker.open_copies(peer, view, files).map(Some),
             Call::Used { token } => return broker.used(now, vm, &token).map(|()| None),
             Call::Detached { view, counters } => return broker.detach(peer, view, counters).map(|()| None),
             Call::Counters { view, counters } => return broker.count(peer, view, counters).map(|()| None),

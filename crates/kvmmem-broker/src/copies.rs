@@ -1,15 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Copies of a target's memory, for views of RAM that nobody can map.
+//! Copies of a target's memory, for views of RAM that only its VMM can map.
 //!
-//! They go by way of a memfd of the peer's: the broker only ever writes to it and reads from it, and needs no more of
-//! its own than a chunk. What a peer may copy is looked up for each chunk, so a grant that was taken back ends a copy
-//! that is under way.
+//! A tool opens a few *channels* for its view: a socket for requests and a memfd for the bytes, with a thread of the broker
+//! each ([`message`] has the packets). What the view may copy is looked up again after every [`CHUNK`], so a revocation
+//! ends a copy that is under way. The channels end with the connection that opened them.
 
-use std::os::fd::OwnedFd;
+pub mod message;
+
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
+use std::time::Duration;
 
-use rustix::fs::SealFlags;
+use kvmmem_sys::copy_buffer::CopyBuffer;
 use rustix::io::Errno;
+use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, socketpair};
 
 use crate::broker::{Broker, Refused};
 use crate::map::Region;
@@ -17,140 +21,218 @@ use crate::peer::Peer;
 use crate::ram::AccessError;
 use crate::registry::Vm;
 use crate::scope::Rights;
-use crate::wire::{Answer, MAX_COPY, Refusal};
+use crate::wire::{Answer, Refusal};
+use message::{BUFFER, CopyAnswer, CopyRequest, MAX_REQUEST, Status};
 
 /// How much is copied before it is looked up again whether that is still allowed, bytes.
 const CHUNK: usize = 64 * 1024;
 
-/// Bytes of a block of `st_blocks`.
-const BLOCK: u64 = 512;
+/// The most channels of one connection.
+pub(crate) const MAX_OF_PEER: usize = 4;
 
-/// What is to be copied.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Part {
-    /// Number of the view.
-    pub(crate) view: u64,
-    /// First guest-physical address.
-    pub(crate) gpa: u64,
-    /// How many bytes.
-    pub(crate) len: u32,
-    /// Whether into the target's memory, not out of it.
-    pub(crate) write: bool,
+/// A channel's stack, bytes.
+const STACK: usize = 256 << 10;
+
+/// How long a request that is refused delays the next one of its channel.
+const PAUSE: Duration = Duration::from_millis(1);
+
+/// A channel: its end of the socket, and what it serves.
+struct Channel {
+    broker: Arc<Broker>,
+    peer: Arc<Peer>,
+    view: u64,
+    socket: Arc<OwnedFd>,
+    buffer: CopyBuffer,
 }
 
+/// What a view reaches, for the next so many bytes.
+struct Reach {
+    vm: Arc<Vm>,
+    regions: Vec<Region>,
+    left: usize,
+}
+
+/// How far a piece was copied, and why no further.
+type Stop = (usize, Status, String);
+
 impl Broker {
-    /// Copies between a target's memory and the memfd that came with the request. Ends early where the view reaches no
-    /// further, or the VMM has no memory.
+    /// Opens a channel for copies from a view of this connection's, by way of the memfd that came with the request. The
+    /// peer's end of the socket goes with the answer.
     ///
     /// # Errors
-    /// Where the connection has no such view, its right has ended or does not reach the first byte, or the memfd is
-    /// none.
-    pub(crate) fn copy(&self, peer: &Peer, part: Part, files: Vec<OwnedFd>) -> Result<Answer, Refused> {
-        let len = usize::try_from(part.len).unwrap_or(usize::MAX);
-        let buffer = buffer(files, len)?;
-        let mut chunk = vec![0; len.min(CHUNK)];
+    /// Where the connection has no such view or too many channels, the target's RAM can be mapped, or the file is not such
+    /// a memfd.
+    pub(crate) fn open_copies(
+        self: &Arc<Self>,
+        peer: &Arc<Peer>,
+        view: u64,
+        mut files: Vec<OwnedFd>,
+    ) -> Result<(Answer, Vec<OwnedFd>), Refused> {
+        let invalid = |what: &str| Refused::new(Refusal::Invalid, what);
+        let (vm, ..) = self.reached(peer, view)?;
+        if !vm.ram().is_some_and(crate::ram::Ram::is_private) {
+            return Err(invalid("the target's RAM is mapped, not copied"));
+        }
+        let (Some(file), true) = (files.pop(), files.is_empty()) else {
+            return Err(invalid("a channel for copies comes with one memfd"));
+        };
+        let buffer = CopyBuffer::map(file.as_fd(), BUFFER).map_err(|error| {
+            invalid(&format!(
+                "a channel's memfd must have {BUFFER:#x} bytes, allocated, sealed with F_SEAL_SHRINK: {error}"
+            ))
+        })?;
+        let system = |error: Errno| Refused::new(Refusal::Limit, format!("cannot open a channel: {error}"));
+        let (ours, theirs) =
+            socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
+                .map_err(system)?;
+        let place = Place::take(self, peer, Arc::new(ours))?;
+        let (socket, (broker, peer)) = (Arc::clone(&place.socket), (Arc::clone(self), Arc::clone(peer)));
+        let thread = std::thread::Builder::new().name("copies".into()).stack_size(STACK);
+        let started = thread.spawn(move || {
+            let _place = place;
+            Channel { broker, peer, view, socket, buffer }.serve();
+        });
+        match started {
+            Ok(_) => Ok((Answer::CopiesOpened, vec![theirs])),
+            Err(error) => Err(Refused::new(Refusal::Limit, format!("cannot start a thread: {error}"))),
+        }
+    }
+
+    /// The target of a view of this connection's, where its memory is that the view reaches, and the view's rights.
+    fn reached(&self, peer: &Peer, view: u64) -> Result<(Arc<Vm>, Vec<Region>, Rights), Refused> {
+        let ended = || Refused::new(Refusal::Unknown, format!("view {view} is not open on this connection"));
+        let (target, scope) = self.grants().reach(view, peer.number()).ok_or_else(ended)?;
+        let vm = self.registry().get(target).filter(|vm| !vm.is_gone()).ok_or_else(ended)?;
+        let regions = vm.ram().map(|ram| scope.regions(&ram.layout().map)).unwrap_or_default();
+        Ok((vm, regions, scope.rights))
+    }
+}
+
+impl Channel {
+    /// Serves until the peer closes, breaks the protocol or does not read its answers, or the connection ends.
+    fn serve(&self) {
+        let mut packet = vec![0; MAX_REQUEST + 1];
+        loop {
+            let count = match rustix::net::recv(&self.socket, packet.as_mut_slice(), RecvFlags::empty()) {
+                Ok((0, _)) => return,
+                Ok((_, count)) => count,
+                Err(Errno::INTR) => continue,
+                Err(_) => return,
+            };
+            let Some(request) = packet.get(..count).and_then(CopyRequest::decode) else {
+                self.broker.audit().refused(&self.peer, None, "malformed request for copies");
+                return;
+            };
+            let answer = self.copy(&request).encode();
+            let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+            if rustix::net::send(&self.socket, &answer, flags).is_err() {
+                return;
+            }
+        }
+    }
+
+    fn copy(&self, request: &CopyRequest) -> CopyAnswer {
+        let (mut reach, mut at) = (None, usize::try_from(request.at).unwrap_or(usize::MAX));
+        let (mut pieces, mut bytes, mut status) = (0, 0, Status::Done);
+        for piece in &request.pieces {
+            let len = usize::try_from(piece.len).unwrap_or(usize::MAX);
+            if let Err((done, why, message)) = self.copy_piece(&mut reach, request.write, piece.gpa, at, len)
+            {
+                (bytes, status) = (u32::try_from(done).unwrap_or(0), why);
+                self.broker.audit().refused(&self.peer, None, &message);
+                if status == Status::Ended {
+                    std::thread::sleep(PAUSE);
+                }
+                break;
+            }
+            at = at.saturating_add(len);
+            pieces += 1;
+        }
+        CopyAnswer { id: request.id, status, pieces, bytes }
+    }
+
+    /// Copies `len` bytes between a guest-physical address and a place in the buffer.
+    fn copy_piece(
+        &self,
+        reach: &mut Option<Reach>,
+        write: bool,
+        gpa: u64,
+        at: usize,
+        len: usize,
+    ) -> Result<(), Stop> {
         let mut done = 0;
         while done < len {
-            let gpa = part.gpa.saturating_add(done as u64);
-            let (vm, reach) = match self.reach(peer, part, gpa) {
-                Err(refused) if done == 0 => return Err(refused),
-                Err(_) => break,
-                Ok(reached) => reached,
+            let gpa = gpa.saturating_add(done as u64);
+            if reach.as_ref().is_none_or(|reach| reach.left == 0) {
+                *reach = Some(self.reach(write).map_err(|(status, message)| (done, status, message))?);
+            }
+            let Some(reach) = reach.as_mut() else { continue };
+            let left =
+                |region: &Region| region.len.checked_sub(gpa.checked_sub(region.gpa)?).filter(|len| *len > 0);
+            let hole = || {
+                let message = format!("view {} reaches no RAM at gpa {gpa:#x}", self.view);
+                (done, Status::Hole, message)
             };
-            let wanted = usize::try_from(reach).unwrap_or(usize::MAX).min(len - done);
-            let bytes = chunk.get_mut(..wanted.min(CHUNK)).unwrap_or_default();
-            let Some(ram) = vm.ram() else { break };
-            let copied = if part.write {
-                fill(&buffer, bytes, done as u64)?;
-                ram.write_some(gpa, bytes)
+            let in_region = reach.regions.iter().find_map(left).ok_or_else(hole)?;
+            let ram = reach.vm.ram().ok_or_else(hole)?;
+            let most = usize::try_from(in_region).unwrap_or(usize::MAX).min(reach.left).min(len - done);
+            let copied = if write {
+                ram.drain_some(gpa, &self.buffer, at + done, most)
             } else {
-                ram.read_some(gpa, bytes)
+                ram.fill_some(gpa, &self.buffer, at + done, most)
             };
             let count = match copied {
                 Ok(count) => count,
                 // The VMM has ended: the target is as good as gone, and the news of it on its way.
-                Err(AccessError::System { source: Errno::SRCH, .. }) if done == 0 => {
-                    return Err(Refused::new(Refusal::Unknown, "the target's VMM has ended"));
+                Err(error @ AccessError::System { source: Errno::SRCH, .. }) => {
+                    return Err((done, Status::Ended, error.to_string()));
                 }
-                Err(_) => break,
+                Err(error) => return Err((done, Status::NoMemory, error.to_string())),
             };
-            if !part.write {
-                empty(&buffer, bytes.get(..count).unwrap_or_default(), done as u64)?;
-            }
+            reach.left -= count;
             done += count;
         }
-        Ok(Answer::Copied { len: u32::try_from(done).unwrap_or(u32::MAX) })
+        Ok(())
     }
 
-    /// The target of a view of a connection's, and how many bytes it reaches from an address on.
-    fn reach(&self, peer: &Peer, part: Part, gpa: u64) -> Result<(Arc<Vm>, u64), Refused> {
-        let view = part.view;
-        let ended = || Refused::new(Refusal::Unknown, format!("view {view} is not open on this connection"));
-        let (target, scope) = self.grants().reach(view, peer.number()).ok_or_else(ended)?;
-        if part.write && scope.rights != Rights::ReadWrite {
-            return Err(Refused::new(Refusal::Denied, format!("view {view} is read-only")));
+    /// What the view reaches now.
+    fn reach(&self, write: bool) -> Result<Reach, (Status, String)> {
+        let (vm, regions, rights) =
+            self.broker.reached(&self.peer, self.view).map_err(|refused| (Status::Ended, refused.message))?;
+        if write && rights != Rights::ReadWrite {
+            return Err((Status::ReadOnly, format!("view {} is read-only", self.view)));
         }
-        let vm = self.registry().get(target).filter(|vm| !vm.is_gone()).ok_or_else(ended)?;
-        let regions = vm.ram().map(|ram| scope.regions(&ram.layout().map)).unwrap_or_default();
-        let left =
-            |region: &Region| region.len.checked_sub(gpa.checked_sub(region.gpa)?).filter(|len| *len > 0);
-        match regions.iter().find_map(left) {
-            Some(len) => Ok((vm, len)),
-            None => {
-                Err(Refused::new(Refusal::Invalid, format!("view {view} reaches no RAM at gpa {gpa:#x}")))
-            }
+        Ok(Reach { vm, regions, left: CHUNK })
+    }
+}
+
+/// A channel's place among all channels and its connection's, given back on drop.
+struct Place {
+    broker: Arc<Broker>,
+    peer: Arc<Peer>,
+    uid: u32,
+    socket: Arc<OwnedFd>,
+}
+
+impl Place {
+    fn take(broker: &Arc<Broker>, peer: &Arc<Peer>, socket: Arc<OwnedFd>) -> Result<Self, Refused> {
+        let full =
+            |why: String| Refused::new(Refusal::Limit, format!("cannot open a channel for copies: {why}"));
+        let who = peer.credentials();
+        broker.channels().take(who).map_err(|exceeded| full(exceeded.to_string()))?;
+        if !peer.add_channel(&socket) {
+            broker.channels().give_back(who.uid);
+            return Err(full(format!("this connection has {MAX_OF_PEER} already")));
         }
+        Ok(Self { broker: Arc::clone(broker), peer: Arc::clone(peer), uid: who.uid, socket })
     }
 }
 
-/// The memfd of a request, if it is one that can be written and read without harm: never a file whose access blocks. It
-/// must have its memory already, so that it is the peer who pays for it.
-fn buffer(mut files: Vec<OwnedFd>, len: usize) -> Result<OwnedFd, Refused> {
-    let invalid = |what: &str| Refused::new(Refusal::Invalid, what);
-    if len == 0 || len > MAX_COPY {
-        return Err(invalid("a copy has 1 byte to 1 MiB"));
-    }
-    let (Some(file), true) = (files.pop(), files.is_empty()) else {
-        return Err(invalid("a copy comes with one memfd"));
-    };
-    let seals = rustix::fs::fcntl_get_seals(&file).map_err(|_| invalid("a copy's file is no memfd"))?;
-    let stat = rustix::fs::fstat(&file).map_err(|_| invalid("a copy's memfd cannot be examined"))?;
-    let size = u64::try_from(stat.st_size).unwrap_or(0);
-    let allocated = u64::try_from(stat.st_blocks).unwrap_or(0).saturating_mul(BLOCK);
-    if !seals.contains(SealFlags::SHRINK) || size.min(allocated) < len as u64 {
-        return Err(invalid("a copy's memfd is too small, not allocated or lacks F_SEAL_SHRINK"));
-    }
-    Ok(file)
-}
-
-/// Reads all of `bytes` from the peer's memfd.
-fn fill(buffer: &OwnedFd, mut bytes: &mut [u8], mut at: u64) -> Result<(), Refused> {
-    while !bytes.is_empty() {
-        let count = moved(rustix::io::pread(buffer, &mut *bytes, at))?;
-        bytes = bytes.get_mut(count..).unwrap_or_default();
-        at += count as u64;
-    }
-    Ok(())
-}
-
-/// Writes all of `bytes` to the peer's memfd.
-fn empty(buffer: &OwnedFd, mut bytes: &[u8], mut at: u64) -> Result<(), Refused> {
-    while !bytes.is_empty() {
-        let count = moved(rustix::io::pwrite(buffer, bytes, at))?;
-        bytes = bytes.get(count..).unwrap_or_default();
-        at += count as u64;
-    }
-    Ok(())
-}
-
-/// How many bytes have got through; none at all is a failure too, unless a signal came.
-fn moved(result: Result<usize, Errno>) -> Result<usize, Refused> {
-    match result {
-        Err(Errno::INTR) => Ok(0),
-        Ok(0) => Err(Refused::new(Refusal::Invalid, "a copy's memfd ends early")),
-        Ok(count) => Ok(count),
-        Err(error) => {
-            Err(Refused::new(Refusal::Invalid, format!("a copy's memfd cannot be accessed: {error}")))
-        }
+impl Drop for Place {
+    fn drop(&mut self) {
+        // The peer's next request fails, also where its thread has ended first.
+        let _ = rustix::net::shutdown(&self.socket, rustix::net::Shutdown::Both);
+        self.peer.remove_channel(&self.socket);
+        self.broker.channels().give_back(self.uid);
     }
 }

@@ -8,6 +8,7 @@
 //! Where the RAM is private to its VMM there is no memfd: the process has the broker copy what it reads and writes
 //! ([`Copier`]), and what it may is the broker's to enforce.
 
+mod channel;
 mod copier;
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -24,8 +25,9 @@ use crate::map::{MapError, MemoryMap, Region};
 use crate::packet::{PacketBuffer, PacketError, PacketSocket, Wait};
 use crate::scope::{Rights, Scope};
 use crate::wire::{Answer, Call, Caller, FromBroker, Refusal, Request, ViewCounters};
-use copier::Answers;
-pub use copier::{Copier, CopyError};
+use channel::Channel;
+use copier::{CHANNELS, Ended};
+pub use copier::{Copier, CopyError, Stopped};
 
 /// How long the broker may take to answer.
 const LIMIT: Duration = Duration::from_secs(5);
@@ -33,9 +35,9 @@ const LIMIT: Duration = Duration::from_secs(5);
 /// A process's connection to the broker, as long as which its view lasts. Dropping it closes the view.
 #[derive(Debug)]
 pub struct HostLink {
-    socket: Arc<PacketSocket>,
+    socket: PacketSocket,
     buffer: PacketBuffer,
-    answers: Arc<Answers>,
+    ended: Arc<Ended>,
     view: u64,
     grant: u64,
     target: u64,
@@ -125,6 +127,9 @@ pub enum HostError {
         /// How many there must be.
         needed: usize,
     },
+    /// A channel for copies cannot be made.
+    #[error("cannot make a channel for copies")]
+    Channel(#[source] Errno),
     /// Waiting for the broker failed.
     #[error("cannot wait for the broker")]
     Wait(#[source] Errno),
@@ -171,9 +176,14 @@ impl HostLink {
             return Err(HostError::Files { found, needed });
         }
         let (rights, regions) = (scope.rights, scope.regions(&map));
-        let (socket, answers) = (Arc::new(socket), Arc::<Answers>::default());
-        let copier = copied.then(|| Copier::new(Arc::clone(&socket), view, Arc::clone(&answers)));
-        let mut link = Self { socket, buffer, answers, view, grant, target, scope, end: End::No };
+        let ended = Arc::<Ended>::default();
+        let copier = if copied {
+            let channels = open_channels(&socket, &mut buffer, view, &mut early)?;
+            Some(Copier::new(channels, Arc::clone(&ended)))
+        } else {
+            None
+        };
+        let mut link = Self { socket, buffer, ended, view, grant, target, scope, end: End::No };
         let mut host_view = HostView { view, uuid, generation, rights, regions, files, copier };
         for push in early {
             match link.event(push)? {
@@ -230,24 +240,15 @@ impl HostLink {
                 let map = MemoryMap::new(regions).map_err(HostError::Map)?;
                 Ok(Some(HostEvent::Changed { generation, regions: self.scope.regions(&map) }))
             }
-            FromBroker::Answer { id, answer: Answer::Copied { len } } => {
-                self.answers.hand_in(id, Ok(len));
-                Ok(None)
-            }
-            FromBroker::Refused { id, refusal, message } => {
-                self.answers.hand_in(id, Err((refusal, message)));
-                Ok(None)
-            }
             _ => Ok(None),
         }
     }
 
-    /// Takes note of the end; whoever waits for a copy hears of it at once, for the one who asks here next may wait for
-    /// them.
+    /// Records the end. Threads that wait for a copy return at once, for the caller may wait for them next.
     fn ended(&mut self, end: End) {
         self.end = end;
         let end = if end == End::Revoked { copier::End::Revoked } else { copier::End::Gone };
-        self.answers.end(end);
+        self.ended.set(end);
     }
 
     /// Confirms that nothing of this process reaches the target's memory any more, after [`HostEvent::Revoked`].
@@ -277,6 +278,42 @@ impl HostLink {
     }
 }
 
+/// Opens channels for the copies of a view, at least one. `early` gets what the broker pushes meanwhile.
+fn open_channels(
+    socket: &PacketSocket,
+    buffer: &mut PacketBuffer,
+    view: u64,
+    early: &mut Vec<FromBroker>,
+) -> Result<Vec<Channel>, HostError> {
+    let mut channels = Vec::new();
+    while channels.len() < CHANNELS {
+        let (bytes, file) = Channel::buffer().map_err(HostError::Channel)?;
+        // The attach was request 1.
+        let id = 2 + channels.len() as u64;
+        let request = Request { id, call: Call::OpenCopies { view } };
+        socket.send(&request, &[file.as_fd()], Wait::Limited).map_err(HostError::Packet)?;
+        loop {
+            match socket.receive(buffer).map_err(HostError::Packet)? {
+                Some((FromBroker::Answer { id: answered, .. }, mut files)) if answered == id => {
+                    let file = files.pop().ok_or(HostError::NoAnswer)?;
+                    channels.push(Channel::new(file, bytes).map_err(HostError::Channel)?);
+                    break;
+                }
+                // One is enough.
+                Some((FromBroker::Refused { refusal: Refusal::Limit, .. }, _)) if !channels.is_empty() => {
+                    return Ok(channels);
+                }
+                Some((FromBroker::Refused { refusal, message, .. }, _)) => {
+                    return Err(HostError::Refused { refusal, message });
+                }
+                Some((push, _)) => early.push(push),
+                None => return Err(HostError::NoAnswer),
+            }
+        }
+    }
+    Ok(channels)
+}
+
 impl AsFd for HostLink {
     /// Becomes readable when [`HostLink::wait`] has something to tell.
     fn as_fd(&self) -> BorrowedFd<'_> {
@@ -286,7 +323,7 @@ impl AsFd for HostLink {
 
 impl Drop for HostLink {
     fn drop(&mut self) {
-        self.answers.end(copier::End::Gone);
+        self.ended.set(copier::End::Gone);
         match self.end {
             End::No => self.tell(Call::Detached { view: self.view, counters: ViewCounters::default() }),
             End::Revoked => self.confirm(),

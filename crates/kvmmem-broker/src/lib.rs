@@ -13,7 +13,7 @@ pub mod broker;
 mod buffers;
 mod connect;
 mod connection;
-mod copies;
+pub mod copies;
 pub mod discover;
 pub mod door;
 pub mod endpoint;

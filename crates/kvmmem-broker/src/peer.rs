@@ -2,6 +2,7 @@
 //! The broker's end of a connection: what it pushes, and to whom.
 
 use std::collections::HashSet;
+use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -11,6 +12,7 @@ use kvmmem_sys::socket::unread;
 use rustix::io::Errno;
 
 use crate::audit::Limits;
+use crate::copies;
 use crate::grants::{KVMI_LIFETIME, Opened};
 use crate::packet::{PacketError, PacketSocket, Wait};
 use crate::ram::{Layout, Ram};
@@ -48,6 +50,8 @@ pub struct Peer {
     credentials: Mutex<Credentials>,
     /// The targets that it hears of. Held while pushing, so that the order of pushes is that of the changes.
     known: Mutex<HashSet<u64>>,
+    /// The sockets of its channels for copies. No other lock is taken with it.
+    channels: Mutex<Vec<Arc<OwnedFd>>>,
     limits: Limits,
 }
 
@@ -57,7 +61,8 @@ impl Peer {
         static LAST: AtomicU64 = AtomicU64::new(0);
         let number = LAST.fetch_add(1, Ordering::Relaxed) + 1;
         let credentials = Mutex::new(credentials);
-        Self { number, socket, credentials, known: Mutex::default(), limits: Limits::default() }
+        let (known, channels) = (Mutex::default(), Mutex::default());
+        Self { number, socket, credentials, known, channels, limits: Limits::default() }
     }
 
     /// Its number, never used again in this process.
@@ -83,6 +88,31 @@ impl Peer {
     /// How many lines of the audit log its VM has caused.
     pub(crate) fn limits(&self) -> &Limits {
         &self.limits
+    }
+
+    /// Adds a channel for copies, unless there are [`copies::MAX_OF_PEER`].
+    pub(crate) fn add_channel(&self, socket: &Arc<OwnedFd>) -> bool {
+        let mut channels = self.channels();
+        let fits = channels.len() < copies::MAX_OF_PEER;
+        channels.extend(fits.then(|| Arc::clone(socket)));
+        fits
+    }
+
+    /// Removes a channel for copies.
+    pub(crate) fn remove_channel(&self, socket: &Arc<OwnedFd>) {
+        self.channels().retain(|other| !Arc::ptr_eq(other, socket));
+    }
+
+    /// Ends all channels for copies: their threads return.
+    pub(crate) fn end_channels(&self) {
+        for socket in self.channels().iter() {
+            // It fails only where the peer has closed.
+            let _ = rustix::net::shutdown(socket, rustix::net::Shutdown::Both);
+        }
+    }
+
+    fn channels(&self) -> MutexGuard<'_, Vec<Arc<OwnedFd>>> {
+        self.channels.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Makes sure that the peer has been told of a target. Waits a while for a peer that has not read what was sent before:

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! How many connections, VMs, hooks, grants and policies there may be: in all, and of one user.
+//! How many connections, VMs, hooks, channels, grants and policies there may be: in all, and of one user.
 //!
 //! A user who takes all that it can get must neither keep others out nor those who would put an end to it. So each user
 //! but root and the broker's own has a share, and the last few of everything are root's and the broker's own.
@@ -15,6 +15,9 @@ use crate::server::MAX_CONNECTIONS;
 
 /// The most hooks of all targets: each has a thread.
 pub const MAX_HOOKS: usize = 128;
+
+/// The most channels for copies of all views: each has a thread.
+pub const MAX_CHANNELS: usize = 256;
 
 /// How many of something there may be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,6 +46,8 @@ pub struct Limits {
     pub vms: Bound,
     /// Hooks of all targets.
     pub hooks: Bound,
+    /// Channels for copies, of all views.
+    pub channels: Bound,
     /// Operators' grants that can be used or are in use.
     pub grants: Bound,
     /// Targets that have a policy of their own.
@@ -57,6 +62,7 @@ impl Default for Limits {
             connections: Bound::of(MAX_CONNECTIONS),
             vms: Bound::of(MAX_VMS),
             hooks: Bound::of(MAX_HOOKS),
+            channels: Bound::of(MAX_CHANNELS),
             grants: Bound::of(MAX_OPERATOR),
             policies: Bound::of(MAX_POLICIES),
             silence: Duration::from_secs(10),

@@ -11,6 +11,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use kvmmem_sys::copy_buffer::CopyBuffer;
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 
@@ -263,6 +264,38 @@ impl Ram {
         let (file, offset, len) = self.place(gpa, data.len())?;
         let part = data.get(..len).unwrap_or_default();
         self.backing.write(file, offset, part).map_err(|source| AccessError::System { gpa, source })
+    }
+
+    /// As [`Self::read_some`], for `len` bytes to a place in a buffer that a peer has mapped too.
+    ///
+    /// # Errors
+    /// [`AccessError`].
+    pub(crate) fn fill_some(
+        &self,
+        gpa: u64,
+        buffer: &CopyBuffer,
+        at: usize,
+        len: usize,
+    ) -> Result<usize, AccessError> {
+        let (file, offset, len) = self.place(gpa, len)?;
+        let copy = |file: BorrowedFd<'_>| buffer.fill(at, len, file, offset);
+        self.backing.copy(file, copy).map_err(|source| AccessError::System { gpa, source })
+    }
+
+    /// As [`Self::write_some`], for `len` bytes at a place in a buffer that a peer has mapped too.
+    ///
+    /// # Errors
+    /// [`AccessError`].
+    pub(crate) fn drain_some(
+        &self,
+        gpa: u64,
+        buffer: &CopyBuffer,
+        at: usize,
+        len: usize,
+    ) -> Result<usize, AccessError> {
+        let (file, offset, len) = self.place(gpa, len)?;
+        let copy = |file: BorrowedFd<'_>| buffer.drain(at, len, file, offset);
+        self.backing.copy(file, copy).map_err(|source| AccessError::System { gpa, source })
     }
 
     /// The number of the file and the offset in it of a guest-physical address, and how many bytes, at most `len`, are there

@@ -34,7 +34,7 @@ impl Call {
             Self::Redeem { .. } => &[Vmm],
             Self::Used { .. } => &[Vmm],
             Self::Attach { .. } => &[Administrator, Operator, Viewer, Vmm],
-            Self::Copy { .. } => &[Viewer],
+            Self::OpenCopies { .. } => &[Viewer],
             Self::Detached { .. } => &[Viewer, Vmm],
             Self::Counters { .. } => &[Viewer, Vmm],
             Self::RevokedDone { .. } => &[Viewer, Vmm],

@@ -4,8 +4,8 @@
 //! A peer sends [`Request`]s; each carries an id of the peer's choice, which the answer repeats. The broker also
 //! *pushes*: [`FromBroker::Target`] always precedes the first use of that target's id on a connection. File
 //! descriptors travel beside their packet: the RAM's memfds, in the order of [`Region::file`], with [`Call::Register`]
-//! of an introspectable VM, with [`FromBroker::Target`] and with [`Answer::HostAttached`], one with [`Call::Copy`], none
-//! with all else.
+//! of an introspectable VM, with [`FromBroker::Target`] and with [`Answer::HostAttached`], one with
+//! [`Call::OpenCopies`] and one with its answer, none with all else.
 //!
 //! The enums are tagged from outside, as in `{"id":1,"call":{"redeem":{"token":"..."}}}`: other forms make the parser
 //! keep copies of the text, and with it of tokens, that nobody wipes.
@@ -29,9 +29,6 @@ pub use vm::{HookInfo, OnSilence, Registration, TargetInfo};
 
 /// The largest packet, bytes.
 pub const MAX_PACKET: usize = 64 * 1024;
-
-/// The most that one [`Call::Copy`] copies, bytes.
-pub const MAX_COPY: usize = 1 << 20;
 
 /// A request and its id.
 #[derive(Debug, Serialize, Deserialize)]
@@ -70,17 +67,12 @@ pub enum Call {
         /// Whether to open the view read-only, whatever the grant allows.
         read_only: bool,
     },
-    /// Copies memory that a view of this connection reaches, where the target's RAM is private. A memfd of the peer's comes
-    /// with it, sealed against shrinking and allocated, from whose start on the bytes are. Answer: [`Answer::Copied`].
-    Copy {
+    /// Opens a channel for copies from a view of this connection's, where the target's RAM is private. A memfd comes with it,
+    /// which the channel's bytes go through; what then travels is in [`crate::copies::message`]. Answer:
+    /// [`Answer::CopiesOpened`].
+    OpenCopies {
         /// Number of the view.
         view: u64,
-        /// First guest-physical address.
-        gpa: u64,
-        /// How many bytes, at most [`MAX_COPY`].
-        len: u32,
-        /// Whether to copy into the target's memory; otherwise out of it.
-        write: bool,
     },
     /// Tells that a view of this connection was closed. One way: never answered.
     Detached {

@@ -11,18 +11,22 @@ use std::time::Duration;
 use common::{TestBroker, Tool, caller, introspector, memfd, request, target, wait_for};
 use kvmmem_abi::errno::KvmError;
 use kvmmem_broker::admin::{AdminError, GrantRequest, Span};
+use kvmmem_broker::copies::message::{BUFFER, CopyAnswer, CopyRequest, Piece, Status};
 use kvmmem_broker::endpoint::Endpoint;
 use kvmmem_broker::host::{Copier, CopyError, HostEvent, HostLink, HostView};
 use kvmmem_broker::link::{RedeemError, Region, Registration, Rights, Token};
 use kvmmem_broker::packet::{PacketBuffer, PacketSocket, Wait};
 use kvmmem_broker::peer::{Credentials, Peer};
 use kvmmem_broker::ram::Ram;
-use kvmmem_broker::wire::{Answer, Call, Caller, FromBroker, MAX_COPY, Refusal, Request};
+use kvmmem_broker::wire::{Answer, Call, Caller, FromBroker, Refusal, Request};
 use rustix::fs::{FallocateFlags, Mode, OFlags, SealFlags, fallocate};
 use rustix::io::{pread, pwrite};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 
 const SOON: Duration = Duration::from_secs(5);
+
+/// More bytes than the channels of a view hold.
+const MANY: usize = 1 << 20;
 
 /// Where the second region begins.
 const HIGH: u64 = 1 << 32;
@@ -97,10 +101,11 @@ fn a_process_reads_and_writes_copies_as_far_as_its_grant_reaches() {
     assert_eq!(view.regions, [told(0x1000, Private::LOW_LEN - 0x1000), told(HIGH, 0x2000)]);
     let pump = pump(link);
 
-    let mut bytes = vec![0xee; MAX_COPY + 1];
-    assert_eq!(copier.read(0x1003, &mut bytes).unwrap(), MAX_COPY);
-    assert!(bytes[..MAX_COPY].iter().enumerate().all(|(at, byte)| *byte == pattern(0x1003 + at as u64)));
-    assert_eq!(bytes[MAX_COPY], 0xee);
+    // More than the channels hold at a time.
+    let mut bytes = vec![0xee; MANY + 1];
+    assert_eq!(copier.read(0x1003, &mut bytes[..MANY]).unwrap(), MANY);
+    assert!(bytes[..MANY].iter().enumerate().all(|(at, byte)| *byte == pattern(0x1003 + at as u64)));
+    assert_eq!(bytes[MANY], 0xee);
     assert_eq!(copier.write(HIGH + 0x1ffd, b"stripes").unwrap(), 3);
     let mut few = [0; 8];
     assert_eq!(copier.read(HIGH + 0x1ffc, &mut few).unwrap(), 4);
@@ -155,12 +160,12 @@ fn copies_end_with_the_target_and_with_the_broker() {
     let granted = broker.grant(&GrantRequest { uses: 2, ..request(Rights::ReadWrite) });
     let (link, _, copier) = attach(&broker, &granted.token, false);
     let pump_one = pump(link);
-    let mut bytes = vec![0; MAX_COPY];
+    let mut bytes = vec![0; MANY];
     copier.read(0, &mut bytes).unwrap();
     let is_over = AtomicBool::new(false);
     std::thread::scope(|scope| {
         let busy = scope.spawn(|| {
-            let mut bytes = vec![0; MAX_COPY];
+            let mut bytes = vec![0; MANY];
             loop {
                 if let Err(error) = copier.read(0, &mut bytes) {
                     return error;
@@ -283,13 +288,36 @@ impl Hand {
         self.socket.receive(&mut self.buffer).unwrap().unwrap().0
     }
 
-    fn copy(&mut self, view: u64, len: u32, files: &[OwnedFd]) -> Result<u32, Refusal> {
-        match self.ask(Call::Copy { view, gpa: 0, len, write: false }, files) {
-            FromBroker::Answer { answer: Answer::Copied { len }, .. } => Ok(len),
-            FromBroker::Refused { refusal, .. } => Err(refusal),
+    /// Opens a channel; returns its socket.
+    fn open(&mut self, view: u64, files: &[OwnedFd]) -> Result<OwnedFd, Refusal> {
+        let borrowed: Vec<_> = files.iter().map(AsFd::as_fd).collect();
+        let request = Request { id: 9, call: Call::OpenCopies { view } };
+        self.socket.send(&request, &borrowed, Wait::Limited).unwrap();
+        match self.socket.receive(&mut self.buffer).unwrap().unwrap() {
+            (FromBroker::Answer { answer: Answer::CopiesOpened, .. }, mut files) => Ok(files.pop().unwrap()),
+            (FromBroker::Refused { refusal, .. }, _) => Err(refusal),
             other => panic!("{other:?}"),
         }
     }
+}
+
+/// What a channel answers to a packet; `None` where it is closed.
+fn send(channel: &OwnedFd, packet: &[u8]) -> Option<CopyAnswer> {
+    rustix::net::sockopt::set_socket_timeout(channel, rustix::net::sockopt::Timeout::Recv, Some(SOON))
+        .unwrap();
+    if rustix::net::send(channel, packet, rustix::net::SendFlags::NOSIGNAL).is_err() {
+        return None;
+    }
+    let mut answer = [0; 64];
+    let (_, count) = rustix::net::recv(channel, &mut answer, rustix::net::RecvFlags::empty()).ok()?;
+    CopyAnswer::decode(&answer[..count])
+}
+
+fn read(channel: &OwnedFd, pieces: &[(u64, u32)]) -> Option<(Status, u32, u32)> {
+    let pieces = pieces.iter().map(|(gpa, len)| Piece { gpa: *gpa, len: *len }).collect();
+    let answer = send(channel, &CopyRequest { id: 77, write: false, at: 0, pieces }.encode())?;
+    assert_eq!(answer.id, 77);
+    Some((answer.status, answer.pieces, answer.bytes))
 }
 
 fn allocated(size: u64) -> OwnedFd {
@@ -299,85 +327,183 @@ fn allocated(size: u64) -> OwnedFd {
 }
 
 #[test]
+fn channels_that_make_no_sense_are_not_opened() {
+    let broker = TestBroker::start();
+    let _private = Private::start(&broker, "tiger");
+    let _shared = broker.target("lion");
+    let granted = broker.grant(&GrantRequest { uses: 2, ..request(Rights::ReadWrite) });
+    let mut hand = Hand::attach(&broker, &granted.token);
+    let other = Hand::attach(&broker, &granted.token);
+    let view = hand.view;
+    let good = || allocated(BUFFER as u64);
+    let file = |file: std::fs::File| vec![OwnedFd::from(file)];
+    let null = || std::fs::File::options().read(true).write(true).open("/dev/null").unwrap();
+    let (_reader, writer) = std::io::pipe().unwrap();
+    let unsealed = rustix::fs::memfd_create("x", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+    pwrite(&unsealed, &[0; BUFFER], 0).unwrap();
+    let sealed = good();
+    rustix::fs::fcntl_add_seals(&sealed, SealFlags::WRITE).unwrap();
+    let cases: Vec<Vec<OwnedFd>> = vec![
+        vec![],
+        vec![good(), good()],
+        file(null()),
+        vec![writer.into()],
+        vec![allocated(BUFFER as u64 - 0x1000)],
+        // What the broker would have to pay for.
+        vec![memfd(BUFFER as u64, SealFlags::SHRINK)],
+        file(tempfile::tempfile().unwrap()),
+        vec![unsealed],
+        vec![sealed],
+    ];
+    for files in cases {
+        assert_eq!(hand.open(view, &files).unwrap_err(), Refusal::Invalid, "{files:?}");
+    }
+    // Another connection's view, and none at all.
+    for view in [other.view, 0, u64::MAX] {
+        assert_eq!(hand.open(view, &[good()]).unwrap_err(), Refusal::Unknown);
+    }
+    // Each has a thread: a connection has few.
+    let channels: Vec<OwnedFd> = (0..4).map(|_| hand.open(view, &[good()]).unwrap()).collect();
+    assert_eq!(hand.open(view, &[good()]).unwrap_err(), Refusal::Limit);
+    drop(channels);
+    wait_for("the channels to end", || hand.open(view, &[good()]).is_ok());
+}
+
+#[test]
 fn requests_that_make_no_sense_copy_nothing() {
     let broker = TestBroker::start();
     let _private = Private::start(&broker, "tiger");
     let granted = broker.grant(&GrantRequest { uses: 2, ..request(Rights::ReadWrite) });
     let mut hand = Hand::attach(&broker, &granted.token);
-    let mut other = Hand::attach(&broker, &granted.token);
     let view = hand.view;
-    let file = |file: std::fs::File| vec![OwnedFd::from(file)];
-    let null = || std::fs::File::options().read(true).write(true).open("/dev/null").unwrap();
-    let (_reader, writer) = std::io::pipe().unwrap();
-    let cases: Vec<(u32, Vec<OwnedFd>)> = vec![
-        (0, vec![allocated(0x1000)]),
-        (u32::MAX, vec![allocated(0x1000)]),
-        (1 + (1 << 20), vec![allocated(2 << 20)]),
-        (8, vec![]),
-        (8, vec![allocated(0x1000), allocated(0x1000)]),
-        (8, file(null())),
-        (8, vec![writer.into()]),
-        (0x1001, vec![allocated(0x1000)]),
-        // What the broker would have to pay for.
-        (8, vec![memfd(0x1000, SealFlags::SHRINK)]),
-        (8, file(tempfile::tempfile().unwrap())),
-    ];
-    for (len, files) in cases {
-        let words = format!("{len:#x} {files:?}");
-        assert_eq!(hand.copy(view, len, &files), Err(Refusal::Invalid), "{words}");
+    let file = allocated(BUFFER as u64);
+    for packet in [&[][..], &[0; 15], &[0xff; 32], &[0; 1 << 16]] {
+        let channel = hand.open(view, &[file.try_clone().unwrap()]).unwrap();
+        assert_eq!(send(&channel, packet), None, "{} bytes", packet.len());
     }
-    let unsealed = rustix::fs::memfd_create("x", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
-    pwrite(&unsealed, &[0; 0x1000], 0).unwrap();
-    assert_eq!(hand.copy(view, 8, &[unsealed]), Err(Refusal::Invalid));
-    let sealed = allocated(0x1000);
-    rustix::fs::fcntl_add_seals(&sealed, SealFlags::WRITE).unwrap();
-    assert_eq!(hand.copy(view, 8, &[sealed]), Err(Refusal::Invalid));
-    // Somebody else's view, and none at all.
-    for view in [other.view, 0, u64::MAX] {
-        assert_eq!(hand.copy(view, 8, &[allocated(0x1000)]), Err(Refusal::Unknown));
-    }
-    let good = allocated(0x1000);
-    assert_eq!(hand.copy(view, 0x1000, &[good.try_clone().unwrap()]), Ok(0x1000));
-    let mut byte = [0];
-    pread(&good, &mut byte, 0xfff).unwrap();
-    assert_eq!(byte[0], pattern(0xfff));
+    let first = Private::LOW_LEN - 0x1000;
+    let mut channel = None;
+    wait_for("the channels to end", || {
+        channel = hand.open(view, &[file.try_clone().unwrap()]).ok();
+        channel.is_some()
+    });
+    let channel = channel.unwrap();
+    // A hole ends it, at the very byte; what comes before is there.
+    assert_eq!(read(&channel, &[(first, 0x1000), (HIGH, 3)]), Some((Status::Done, 2, 0)));
+    assert_eq!(read(&channel, &[(first, 0x1001), (HIGH, 3)]), Some((Status::Hole, 0, 0x1000)));
+    assert_eq!(read(&channel, &[(HIGH, 3), (HIGH - 1, 3)]), Some((Status::Hole, 1, 0)));
+    let mut bytes = [0; 3];
+    pread(&file, &mut bytes, 0).unwrap();
+    assert_eq!(bytes, [0, 1, 2].map(|at| pattern(Private::LOW_LEN + at)));
+    // Its memory can be taken away while it is used.
+    let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+    fallocate(&file, hole, 0, BUFFER as u64).unwrap();
+    assert_eq!(read(&channel, &[(0, 0x1000)]), Some((Status::Done, 1, 0)));
 
-    // One that never confirms has no more copies all the same.
+    // One that never confirms has no more copies all the same, by old channels or new ones.
     let revoked = broker.admin().revoke(granted.grant).unwrap();
-    assert_eq!((revoked.views, revoked.unconfirmed), (2, 2));
-    for hand in [&mut hand, &mut other] {
-        let pushed = hand.socket.receive::<FromBroker>(&mut hand.buffer).unwrap().unwrap().0;
-        assert!(matches!(pushed, FromBroker::Revoke { .. }), "{pushed:?}");
-        let view = hand.view;
-        assert_eq!(hand.copy(view, 8, &[allocated(0x1000)]), Err(Refusal::Unknown));
-    }
+    assert_eq!((revoked.views, revoked.unconfirmed), (1, 1));
+    let pushed = hand.socket.receive::<FromBroker>(&mut hand.buffer).unwrap().unwrap().0;
+    assert!(matches!(pushed, FromBroker::Revoke { .. }), "{pushed:?}");
+    assert_eq!(read(&channel, &[(0, 8)]), Some((Status::Ended, 0, 0)));
+    assert_eq!(hand.open(view, &[allocated(BUFFER as u64)]).unwrap_err(), Refusal::Unknown);
 }
 
 #[test]
-fn copies_leave_no_descriptor_behind() {
+fn channels_end_with_their_connection() {
+    let broker = TestBroker::start();
+    let _private = Private::start(&broker, "tiger");
+    let granted = broker.grant(&request(Rights::ReadWrite));
+    let mut hand = Hand::attach(&broker, &granted.token);
+    let view = hand.view;
+    let channel = hand.open(view, &[allocated(BUFFER as u64)]).unwrap();
+    assert_eq!(read(&channel, &[(0, 8)]), Some((Status::Done, 1, 0)));
+    drop(hand);
+    wait_for("the channel to end", || read(&channel, &[(0, 8)]).is_none());
+    // And with the broker.
+    let granted = broker.grant(&request(Rights::ReadWrite));
+    let mut hand = Hand::attach(&broker, &granted.token);
+    let view = hand.view;
+    let channel = hand.open(view, &[allocated(BUFFER as u64)]).unwrap();
+    broker.stop();
+    wait_for("the channel to end", || read(&channel, &[(0, 8)]).is_none());
+}
+
+#[test]
+fn channels_leave_no_descriptor_behind() {
     let broker = TestBroker::start();
     let _private = Private::start(&broker, "tiger");
     let granted = broker.grant(&request(Rights::ReadWrite));
     let mut hand = Hand::attach(&broker, &granted.token);
     let view = hand.view;
     // Of this kind the other tests of this program have none.
-    let copies = || {
-        let is_copy = |entry: std::io::Result<std::fs::DirEntry>| {
-            let link = std::fs::read_link(entry.ok()?.path()).ok()?;
-            link.to_string_lossy().contains("left-behind").then_some(())
+    let left = || {
+        let is_copy = |path: std::io::Result<std::path::PathBuf>| {
+            path.is_ok_and(|path| path.to_string_lossy().contains("left-behind"))
         };
-        std::fs::read_dir("/proc/self/fd").unwrap().filter_map(is_copy).count()
+        let files = std::fs::read_dir("/proc/self/fd").unwrap();
+        let files = files.filter(|entry| is_copy(std::fs::read_link(entry.as_ref().unwrap().path()))).count();
+        let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+        (files, maps.matches("left-behind").count())
     };
     let flags = rustix::fs::MemfdFlags::CLOEXEC | rustix::fs::MemfdFlags::ALLOW_SEALING;
     let file = rustix::fs::memfd_create("left-behind", flags).unwrap();
-    rustix::fs::ftruncate(&file, 0x1000).unwrap();
-    fallocate(&file, FallocateFlags::empty(), 0, 0x1000).unwrap();
+    rustix::fs::ftruncate(&file, BUFFER as u64).unwrap();
+    fallocate(&file, FallocateFlags::empty(), 0, BUFFER as u64).unwrap();
     rustix::fs::fcntl_add_seals(&file, SealFlags::SHRINK).unwrap();
     let files = [file];
-    for _ in 0..50 {
-        assert_eq!(hand.copy(view, 0x1000, &files), Ok(0x1000));
-        assert_eq!(hand.copy(view, 0x1001, &files), Err(Refusal::Invalid));
-        assert_eq!(hand.copy(0, 8, &files), Err(Refusal::Unknown));
+    for _ in 0..20 {
+        let mut channel = None;
+        wait_for("a channel", || {
+            channel = hand.open(view, &files).ok();
+            channel.is_some()
+        });
+        assert_eq!(read(&channel.unwrap(), &[(0, 0x1000)]), Some((Status::Done, 1, 0)));
+        assert!(hand.open(0, &files).is_err());
     }
-    wait_for("the copies to be closed", || copies() == 1);
+    wait_for("the channels to be closed", || left() == (1, 0));
+}
+
+#[test]
+fn a_batch_is_copied_piece_by_piece_up_to_the_first_that_cannot_be() {
+    let broker = TestBroker::start();
+    let _private = Private::start(&broker, "tiger");
+    let granted = broker.grant(&request(Rights::ReadOnly));
+    let (link, _, copier) = attach(&broker, &granted.token, true);
+    let pump = pump(link);
+    let batch = |places: &[(u64, usize)]| {
+        let mut buffers: Vec<Vec<u8>> = places.iter().map(|(_, len)| vec![0xee; *len]).collect();
+        let mut pieces: Vec<(u64, &mut [u8])> =
+            places.iter().zip(&mut buffers).map(|((gpa, _), bytes)| (*gpa, bytes.as_mut_slice())).collect();
+        let result = copier.read_pieces(&mut pieces);
+        (result, buffers)
+    };
+    let is_right = |gpa: u64, bytes: &[u8]| {
+        let at = if gpa < HIGH { gpa } else { gpa - HIGH + Private::LOW_LEN };
+        bytes.iter().zip(at..).all(|(byte, at)| *byte == pattern(at))
+    };
+    // Thousands of small ones, some large, some empty.
+    let mut places: Vec<(u64, usize)> =
+        (0..3000).map(|n| (n * 977, usize::try_from(n % 40).unwrap())).collect();
+    places.extend([(5, 700_000), (HIGH + 1, 0x8000), (77, 0), (0x1000, 1 << 20), (HIGH, 1)]);
+    let (result, buffers) = batch(&places);
+    result.unwrap();
+    assert!(places.iter().zip(&buffers).all(|((gpa, _), bytes)| is_right(*gpa, bytes)));
+    let (result, _) = batch(&[]);
+    result.unwrap();
+    for before in [0usize, 1, 40, 300, 2000] {
+        let mut places: Vec<(u64, usize)> = (0..before).map(|n| (n as u64 * 1024, 1024)).collect();
+        places.push((HIGH + Private::HIGH_LEN - 7, 9));
+        places.extend((0..100).map(|n| (n * 4096, 4096)));
+        let (result, buffers) = batch(&places);
+        let stopped = result.unwrap_err();
+        assert_eq!((stopped.piece, stopped.bytes), (before, 7));
+        assert!(matches!(stopped.error, CopyError::Hole), "{stopped:?}");
+        assert!(places.iter().zip(&buffers).take(before).all(|((gpa, _), bytes)| is_right(*gpa, bytes)));
+        assert!(is_right(places[before].0, &buffers[before][..7]) && buffers[before][7..] == [0xee; 2]);
+        // The next batch is not disturbed by what was left of this one.
+        batch(&places[..before]).0.unwrap();
+    }
+    drop(broker);
+    pump.join().unwrap();
 }

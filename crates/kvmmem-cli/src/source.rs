@@ -174,7 +174,7 @@ impl MemoryError {
         match self {
             Self::View(ViewError::Hole { .. }) | Self::Session(SessionError::Refused { .. }) => true,
             Self::View(ViewError::Copy { source, .. }) => {
-                matches!(**source, CopyError::Hole | CopyError::NoMemory | CopyError::Refused(_))
+                matches!(**source, CopyError::Hole | CopyError::NoMemory)
             }
             _ => false,
         }

@@ -4,6 +4,7 @@
 //! That memory changes at any moment, and may be taken back at any moment: so no reference into it ever exists, and it
 //! is copied by the guarded routines alone.
 
+use core::arch::x86_64::_MM_HINT_T0;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::OnceLock;
@@ -249,6 +250,31 @@ impl Foreign {
         // has prepared the thread.
         let left = unsafe { guarded::store(self.pointer(at), bytes.as_ptr(), bytes.len()) };
         copied(offset, bytes.len(), left)
+    }
+
+    /// Says which pages of a stretch are in memory, where reading them allocates none: one entry of `pages` for each, the
+    /// lowest bit set if so. `offset` is a multiple of the page size.
+    ///
+    /// # Errors
+    /// The system's; `EINVAL` for what leaves this one.
+    pub fn resident(&self, offset: u64, pages: &mut [u8]) -> Result<(), Errno> {
+        let len = pages.len().checked_mul(PAGE_SIZE).ok_or(Errno::INVAL)?;
+        let at = usize::try_from(offset).map_err(|_| Errno::INVAL)?;
+        at.checked_add(len).filter(|end| *end <= self.len).ok_or(Errno::INVAL)?;
+        // SAFETY: the kernel writes one byte a page to `pages`, which has that many; of the memory it only asks for its
+        // state.
+        match unsafe { libc::mincore(self.pointer(at).cast(), len, pages.as_mut_ptr()) } {
+            0 => Ok(()),
+            _ => Err(Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::IO)),
+        }
+    }
+
+    /// Begins to load what is at `offset` into the processor's cache.
+    #[inline]
+    pub fn prefetch(&self, offset: u64) {
+        let Ok(at) = usize::try_from(offset) else { return };
+        // SAFETY: the instruction is a hint, which no address makes fault or changes anything by.
+        unsafe { core::arch::x86_64::_mm_prefetch::<_MM_HINT_T0>(self.pointer(at).cast_const().cast()) };
     }
 
     /// Reads the word at `offset`, a multiple of its size, in one access.

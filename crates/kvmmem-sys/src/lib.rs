@@ -7,6 +7,7 @@ compile_error!("kvmmem is for x86-64 Linux alone");
 
 pub mod activation;
 pub mod cachestat;
+pub mod copy_buffer;
 pub mod device;
 pub mod foreign;
 mod guarded;

@@ -18,6 +18,10 @@
 //! let mut bytes = [0; 64];
 //! view.read_at(0x10_0000, &mut bytes)?;
 //!
+//! // Many pieces in one call: the fast way where there are many, and for private RAM the only fast one.
+//! let (mut table, mut task) = ([0; 4096], [0; 512]);
+//! view.read_vectored(&mut [(0x20_0000, &mut table[..]), (0x41_3000, &mut task[..])])?;
+//!
 //! // A mapping is the target's memory itself: no call for each access.
 //! let mapping = view.map(Range { gpa: 0x20_0000, len: 0x20_0000 })?;
 //! println!("{:#x}", mapping.read_u64(0)?);
@@ -71,4 +75,4 @@ pub use kvmmem_kvmi::token::Token;
 pub use kvmmem_sys::page::{PAGE_SIZE, Page, PageError};
 pub use listener::{Endpoint, Listener, ListenerError};
 pub use session::{Session, SessionError};
-pub use view::{Access, Event, Mapping, MappingError, Range, State, Status, View, ViewError};
+pub use view::{Access, Event, Mapping, MappingError, Range, State, Status, VectoredError, View, ViewError};

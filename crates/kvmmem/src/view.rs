@@ -17,7 +17,7 @@
 //! # Signals
 //!
 //! A page that goes away raises SIGBUS in whoever reads it through a mapping. [`Mapping`]'s methods make an error of it:
-//! the first mapping installs a handler of SIGBUS for the process, which knows these methods' accesses and passes every other
+//! the first mapping, or the first [`View::read_vectored`] on the host, installs a handler of SIGBUS for the process, which knows these methods' accesses and passes every other
 //! SIGBUS on to the handler that was there before, or to the default action. So install other handlers before, or let
 //! them pass on what they do not know; and do not block SIGBUS in a thread that uses mappings (its first use unblocks it).
 //!
@@ -33,6 +33,7 @@ mod host;
 mod mapping;
 mod memory;
 mod range;
+mod vectored;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -48,6 +49,7 @@ use host::HostView;
 pub use kvmmem_abi::native::Stats;
 pub use mapping::{Mapping, MappingError};
 pub use range::Range;
+pub use vectored::VectoredError;
 
 /// Environment variable with the path of the broker's socket.
 pub const SOCKET_VARIABLE: &str = "KVMMEM_BROKER";
@@ -179,6 +181,31 @@ impl View {
         match &self.backend {
             Backend::Device(view) => view.read_at(gpa, buf),
             Backend::Host(view) => view.read_at(gpa, buf),
+        }
+    }
+
+    /// Fills each piece's bytes from its guest-physical address on, in order, as [`View::read_at`] does for one. Pieces
+    /// may have any length and may overlap in the target.
+    ///
+    /// On the host this is the fast way to read many small pieces. Pages that are read again and again are read without
+    /// system calls, through a mapping that the first call makes (see [`crate::view`] on signals). Where the target's RAM is
+    /// private, the broker copies many pieces at a time. In a virtual machine it is a `pread` for each piece.
+    ///
+    /// ```no_run
+    /// # fn read(view: &kvmmem::View) -> Result<(), kvmmem::VectoredError> {
+    /// let (mut tables, mut tasks) = ([0; 4096], [0; 512]);
+    /// view.read_vectored(&mut [(0x20_0000, &mut tables[..]), (0x41_3000, &mut tasks[..])])?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    /// [`VectoredError`] with the first piece that could not be filled, all before it are, and why, as for
+    /// [`View::read_at`]. Pieces after it may have been filled or not.
+    pub fn read_vectored(&self, pieces: &mut [(u64, &mut [u8])]) -> Result<(), VectoredError> {
+        match &self.backend {
+            Backend::Device(view) => view.read_vectored(pieces),
+            Backend::Host(view) => view.read_vectored(pieces),
         }
     }
 

@@ -134,6 +134,31 @@ fn what_is_written_is_read_and_nothing_is_mapped() {
     let beyond = view.read_at(SECOND + SECOND_LEN - 1, &mut [0; 2]).unwrap_err();
     assert!(matches!(beyond, ViewError::Hole { gpa, .. } if gpa == SECOND + SECOND_LEN), "{beyond}");
 
+    // Many pieces in one call.
+    let page = |n: u64| n * 7919 % (SECOND + SECOND_LEN - PAGE);
+    let mut buffers = vec![[0; 0x1000]; 700];
+    let mut pieces: Vec<(u64, &mut [u8])> =
+        (0..).map(page).zip(buffers.iter_mut().map(|buffer| &mut buffer[..])).collect();
+    view.read_vectored(&mut pieces).unwrap();
+    let right = |at: u64| {
+        if (PAGE - 3..PAGE - 3 + SECOND).contains(&at) { ((at - (PAGE - 3)) % 249) as u8 } else { 0 }
+    };
+    assert!(
+        (0..)
+            .map(page)
+            .zip(&buffers)
+            .all(|(gpa, buffer)| (gpa..).zip(buffer).all(|(at, byte)| *byte == right(at)))
+    );
+    let (mut one, mut two) = ([0; 8], [0; 8]);
+    let error =
+        view.read_vectored(&mut [(PAGE, &mut one[..]), (SECOND + SECOND_LEN - 3, &mut two[..])]).unwrap_err();
+    let hole = SECOND + SECOND_LEN;
+    assert!(
+        error.piece == 1 && matches!(error.source, ViewError::Hole { gpa, .. } if gpa == hole),
+        "{error:?}"
+    );
+    assert_eq!(one, std::array::from_fn(|n| right(PAGE + n as u64)));
+
     let granted = host.grant(Rights::ReadWrite, None);
     let reader = View::attach_host(&host.socket, &granted.token, Access::ReadOnly).unwrap();
     reader.read_at(PAGE, &mut [0; 2]).unwrap();
@@ -154,10 +179,15 @@ fn a_view_follows_the_ram_and_hears_of_its_end_whatever_it_is_doing() {
                     scope.spawn(|| {
                         let mut bytes = vec![0; 1 << 20];
                         loop {
-                            match view.read_at(0, &mut bytes) {
-                                Ok(()) => read.fetch_add(1, Ordering::Relaxed),
-                                Err(error) => return error,
-                            };
+                            if let Err(error) = view.read_at(0, &mut bytes) {
+                                return error;
+                            }
+                            let mut pieces: Vec<_> =
+                                (0..).step_by(5000).zip(bytes.chunks_mut(4096)).collect();
+                            if let Err(error) = view.read_vectored(&mut pieces) {
+                                return error.source;
+                            }
+                            read.fetch_add(1, Ordering::Relaxed);
                         }
                     })
                 })

@@ -1,16 +1,26 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Copies of memory that nobody but its VMM can map, asked of the broker.
+//! Copies of memory that only its VMM can map, made by the broker.
+//!
+//! A view has up to [`CHANNELS`] channels. A batch of pieces is cut into parcels that go out over all channels which no
+//! other thread uses at that moment: while the broker fills some, this process empties others.
 
-use std::os::fd::{AsFd, OwnedFd};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::collections::VecDeque;
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, TryLockError};
+use std::time::Duration;
 
-use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags};
 use rustix::io::Errno;
 
-use super::LIMIT;
-use crate::packet::{PacketError, PacketSocket, Wait};
-use crate::wire::{Call, MAX_COPY, Refusal, Request};
+use super::channel::{Channel, ChannelError};
+use crate::copies::message::{CopyAnswer, MAX_PIECES, Piece, SLOT, Status};
+
+/// How many channels a view opens, if the broker has room for them.
+pub(super) const CHANNELS: usize = 2;
+
+/// The most bytes that one request asks for. Small enough that the first answer of a batch comes soon.
+const PARCEL: usize = 64 << 10;
+const _: () = assert!(PARCEL <= SLOT);
 
 /// How long the news of a view's end may take after the broker has refused a copy because of it.
 const NEWS_LIMIT: Duration = Duration::from_secs(1);
@@ -18,11 +28,11 @@ const NEWS_LIMIT: Duration = Duration::from_secs(1);
 /// Why nothing was copied.
 #[derive(Debug, thiserror::Error)]
 pub enum CopyError {
-    /// The grant was taken back.
-    #[error("the grant was taken back")]
+    /// The grant was revoked.
+    #[error("the grant was revoked")]
     Revoked,
-    /// The target is gone, or the broker.
-    #[error("the target, or the broker, is gone")]
+    /// The target has exited, or the broker.
+    #[error("the target, or the broker, has exited")]
     Gone,
     /// The view does not reach the address, or not any more.
     #[error("the view does not reach the address")]
@@ -33,47 +43,43 @@ pub enum CopyError {
     /// The VMM has no memory there.
     #[error("the VMM has no memory there")]
     NoMemory,
-    /// The broker gave another reason.
-    #[error("the broker refused to copy: {0}")]
-    Refused(String),
     /// The broker did not answer in time.
-    #[error("the broker gave no answer")]
+    #[error("the broker did not answer in time")]
     NoAnswer,
-    /// The request could not be sent.
-    #[error("cannot ask the broker for a copy")]
-    Packet(#[source] PacketError),
-    /// There is no memory to copy by way of.
-    #[error("cannot make or use the memory that is copied by way of")]
-    Buffer(#[source] Errno),
+    /// The system refused.
+    #[error("cannot use the channel to the broker")]
+    Channel(#[source] Errno),
 }
 
-/// Copies a view's memory by asking the broker; one copy at a time, whichever threads call.
+/// Where copying pieces of memory has ended early.
+#[derive(Debug)]
+pub struct Stopped {
+    /// The first piece that was not copied whole.
+    pub piece: usize,
+    /// How many of its bytes were.
+    pub bytes: usize,
+    /// Why.
+    pub error: CopyError,
+}
+
+/// Copies a view's memory by asking the broker. All methods may be called by many threads at once.
 ///
-/// The answers come to [`super::HostLink::wait`]: a thread must be waiting there.
+/// The news of the view's end comes to [`super::HostLink::wait`]: a thread must be waiting there.
 #[derive(Debug)]
 pub struct Copier {
-    socket: Arc<PacketSocket>,
-    view: u64,
-    answers: Arc<Answers>,
-    /// What is copied by way of. Taken while a copy is under way, and lost with one that was not answered: the broker may
-    /// still use it.
-    buffer: Mutex<Option<OwnedFd>>,
+    /// At least one.
+    channels: Vec<Mutex<Channel>>,
+    /// Which channel is tried first.
+    turn: AtomicUsize,
+    ended: Arc<Ended>,
 }
 
-/// Where the one who takes packets leaves the answer for the one who waits.
+/// How a view has ended, and the sockets that are closed by that.
 #[derive(Debug, Default)]
-pub(super) struct Answers {
-    state: Mutex<State>,
+pub(super) struct Ended {
+    end: Mutex<Option<End>>,
     changed: Condvar,
-}
-
-#[derive(Debug, Default)]
-struct State {
-    /// The request that waits.
-    waiting: Option<u64>,
-    answer: Option<Result<u32, (Refusal, String)>>,
-    last: u64,
-    end: Option<End>,
+    sockets: Mutex<Vec<Arc<OwnedFd>>>,
 }
 
 /// How the view has ended.
@@ -83,66 +89,37 @@ pub(super) enum End {
     Gone,
 }
 
-impl Answers {
-    /// Hands in an answer; one that nobody waits for is dropped.
-    pub(super) fn hand_in(&self, id: u64, answer: Result<u32, (Refusal, String)>) {
-        let mut state = self.lock();
-        if state.waiting == Some(id) {
-            state.answer = Some(answer);
-            self.changed.notify_all();
-        }
-    }
+/// A part of a piece, in a request.
+struct Part {
+    piece: usize,
+    offset: usize,
+    len: usize,
+}
 
-    /// Ends the copy that waits, and all to come.
-    pub(super) fn end(&self, end: End) {
-        self.lock().end.get_or_insert(end);
+/// A request that was sent: its channel's number, its place in the buffer, its parts.
+struct Parcel {
+    channel: usize,
+    at: usize,
+    parts: Vec<Part>,
+}
+
+impl Ended {
+    /// Ends the copies that wait, and all to come.
+    pub(super) fn set(&self, end: End) {
+        self.end.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(end);
         self.changed.notify_all();
-    }
-
-    fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Announces a request; returns its id.
-    fn begin(&self) -> Result<u64, CopyError> {
-        let mut state = self.lock();
-        if let Some(end) = state.end {
-            return Err(end.into());
-        }
-        // The first one was the attach.
-        state.last = state.last.max(1) + 1;
-        state.waiting = Some(state.last);
-        state.answer = None;
-        Ok(state.last)
-    }
-
-    fn wait(&self) -> Result<u32, CopyError> {
-        let deadline = Instant::now() + LIMIT;
-        let mut state = self.until(deadline, |state| state.answer.is_some());
-        state.waiting = None;
-        if let Some(end) = state.end {
-            return Err(end.into());
-        }
-        match state.answer.take() {
-            Some(Ok(len)) => Ok(len),
-            Some(Err((Refusal::Unknown, _))) => {
-                drop(state);
-                let state = self.until(Instant::now() + NEWS_LIMIT, |_| false);
-                Err(state.end.unwrap_or(End::Gone).into())
-            }
-            Some(Err((Refusal::Invalid, _))) => Err(CopyError::Hole),
-            Some(Err((Refusal::Denied, _))) => Err(CopyError::ReadOnly),
-            Some(Err((_, message))) => Err(CopyError::Refused(message)),
-            None => Err(CopyError::NoAnswer),
+        for socket in self.sockets.lock().unwrap_or_else(PoisonError::into_inner).iter() {
+            // It fails only where the broker has closed.
+            let _ = rustix::net::shutdown(socket, rustix::net::Shutdown::Both);
         }
     }
 
-    /// Waits for something, or the view's end.
-    fn until(&self, deadline: Instant, is_there: impl Fn(&State) -> bool) -> MutexGuard<'_, State> {
-        let left = deadline.saturating_duration_since(Instant::now());
-        let waits = |state: &mut State| state.end.is_none() && !is_there(state);
-        let waited = self.changed.wait_timeout_while(self.lock(), left, waits);
-        waited.unwrap_or_else(PoisonError::into_inner).0
+    /// How the view has ended, of which the broker's refusal or silence has told first.
+    fn wait(&self) -> CopyError {
+        let end = self.end.lock().unwrap_or_else(PoisonError::into_inner);
+        let waited = self.changed.wait_timeout_while(end, NEWS_LIMIT, |end| end.is_none());
+        let end = *waited.unwrap_or_else(PoisonError::into_inner).0;
+        end.unwrap_or(End::Gone).into()
     }
 }
 
@@ -156,104 +133,194 @@ impl From<End> for CopyError {
 }
 
 impl Copier {
-    pub(super) fn new(socket: Arc<PacketSocket>, view: u64, answers: Arc<Answers>) -> Self {
-        Self { socket, view, answers, buffer: Mutex::default() }
+    /// Copies by way of these channels, at least one.
+    pub(super) fn new(channels: Vec<Channel>, ended: Arc<Ended>) -> Self {
+        let sockets = channels.iter().map(Channel::socket).collect();
+        *ended.sockets.lock().unwrap_or_else(PoisonError::into_inner) = sockets;
+        let channels = channels.into_iter().map(Mutex::new).collect();
+        Self { channels, turn: AtomicUsize::new(0), ended }
     }
 
-    /// Copies memory from guest-physical address `gpa` on to `bytes`, at most 1 MiB and what is in one piece; returns how
-    /// many bytes, none only where `bytes` is empty.
+    /// Copies memory from guest-physical address `gpa` on to `bytes`, as far as there is any; returns how many bytes, none
+    /// only where `bytes` is empty.
     ///
     /// # Errors
     /// [`CopyError`].
     pub fn read(&self, gpa: u64, bytes: &mut [u8]) -> Result<usize, CopyError> {
-        let most = bytes.len().min(MAX_COPY);
-        let Some(part) = bytes.get_mut(..most).filter(|part| !part.is_empty()) else { return Ok(0) };
-        self.copy(
-            gpa,
-            most,
-            false,
-            |_| Ok(()),
-            |buffer, len| {
-                let mut rest = part.get_mut(..len).unwrap_or_default();
-                let mut at = 0;
-                while !rest.is_empty() {
-                    let count = moved(rustix::io::pread(buffer, &mut *rest, at))?;
-                    rest = rest.get_mut(count..).unwrap_or_default();
-                    at += count as u64;
-                }
-                Ok(())
-            },
-        )
+        let len = bytes.len();
+        as_far(len, self.read_pieces(&mut [(gpa, bytes)]))
     }
 
-    /// Copies `bytes`, at most 1 MiB and what fits in one piece, to guest-physical address `gpa` on; returns how many
-    /// bytes, none only where `bytes` is empty.
+    /// Fills each piece's bytes from its guest-physical address on, in order. Pieces after the one that [`Stopped`] names may
+    /// have been filled or not.
+    ///
+    /// # Errors
+    /// [`Stopped`], with the first piece that was not filled.
+    pub fn read_pieces(&self, pieces: &mut [(u64, &mut [u8])]) -> Result<(), Stopped> {
+        let places: Vec<(u64, usize)> = pieces.iter().map(|(gpa, bytes)| (*gpa, bytes.len())).collect();
+        self.copy(&places, false, |channel, at, part, len| {
+            let bytes = pieces.get_mut(part.piece).map(|(_, bytes)| &mut **bytes).unwrap_or_default();
+            let bytes = bytes.get_mut(part.offset..part.offset + len).unwrap_or_default();
+            channel.load(at, bytes)
+        })
+    }
+
+    /// Copies `bytes` to guest-physical address `gpa` on, as far as there is memory; returns how many bytes, none only where
+    /// `bytes` is empty.
     ///
     /// # Errors
     /// [`CopyError`].
     pub fn write(&self, gpa: u64, bytes: &[u8]) -> Result<usize, CopyError> {
-        let most = bytes.len().min(MAX_COPY);
-        let Some(part) = bytes.get(..most).filter(|part| !part.is_empty()) else { return Ok(0) };
-        let fill = |buffer: &OwnedFd| {
-            let (mut rest, mut at) = (part, 0);
-            while !rest.is_empty() {
-                let count = moved(rustix::io::pwrite(buffer, rest, at))?;
-                rest = rest.get(count..).unwrap_or_default();
-                at += count as u64;
-            }
-            Ok(())
-        };
-        self.copy(gpa, most, true, fill, |_, _| Ok(()))
+        let copied = self.copy(&[(gpa, bytes.len())], true, |channel, at, part, len| {
+            channel.store(at, bytes.get(part.offset..part.offset + len).unwrap_or_default())
+        });
+        as_far(bytes.len(), copied)
     }
 
+    /// Copies pieces; `local` copies a part's first bytes between the buffer and where they come from or go to.
     fn copy(
         &self,
-        gpa: u64,
-        len: usize,
+        pieces: &[(u64, usize)],
         write: bool,
-        before: impl FnOnce(&OwnedFd) -> Result<(), Errno>,
-        after: impl FnOnce(&OwnedFd, usize) -> Result<(), Errno>,
-    ) -> Result<usize, CopyError> {
-        let mut kept = self.buffer.lock().unwrap_or_else(PoisonError::into_inner);
-        let buffer = kept.take().map_or_else(memory, Ok).map_err(CopyError::Buffer)?;
-        allocate(&buffer, len).and_then(|()| before(&buffer)).map_err(CopyError::Buffer)?;
-        let id = self.answers.begin()?;
-        let call = Call::Copy { view: self.view, gpa, len: u32::try_from(len).unwrap_or(0), write };
-        let sent = self.socket.send(&Request { id, call }, &[buffer.as_fd()], Wait::Limited);
-        sent.map_err(CopyError::Packet)?;
-        let copied = self.answers.wait();
-        // Whatever it says, the broker is done with the buffer.
-        if !matches!(copied, Err(CopyError::NoAnswer | CopyError::Revoked | CopyError::Gone)) {
-            let buffer = kept.insert(buffer);
-            let count = usize::try_from(copied?).unwrap_or(0).min(len);
-            after(buffer, count).map_err(CopyError::Buffer)?;
-            return if count == 0 { Err(CopyError::NoMemory) } else { Ok(count) };
+        mut local: impl FnMut(&Channel, usize, &Part, usize) -> Result<(), ChannelError>,
+    ) -> Result<(), Stopped> {
+        let sum = pieces.iter().fold(0usize, |sum, (_, len)| sum.saturating_add(*len));
+        let stopped = |piece, bytes, error| Stopped { piece, bytes, error: self.error(error) };
+        let mut channels = self.lock(sum).map_err(|error| stopped(0, 0, error))?;
+        let count = channels.len();
+        let (mut sent, mut cursor) = (VecDeque::new(), Cursor::default());
+        let mut number = 0;
+        loop {
+            // Writes are sent one by one: those behind a hole must not be carried out.
+            while !write || sent.is_empty() {
+                let Some(channel) = channels.get_mut(number % count) else { break };
+                let Some(at) = channel.free_slot() else { break };
+                let parts = cursor.parcel(pieces);
+                let Some(first) = parts.first() else { break };
+                let (piece, offset) = (first.piece, first.offset);
+                let mut place = at;
+                for part in parts.iter().filter(|_| write) {
+                    local(channel, place, part, part.len).map_err(|error| stopped(piece, offset, error))?;
+                    place += part.len;
+                }
+                let named = parts.iter().filter_map(|part| {
+                    let (gpa, _) = pieces.get(part.piece)?;
+                    let gpa = gpa.saturating_add(part.offset as u64);
+                    Some(Piece { gpa, len: u32::try_from(part.len).ok()? })
+                });
+                channel.send(write, named.collect()).map_err(|error| stopped(piece, offset, error))?;
+                sent.push_back(Parcel { channel: number % count, at, parts });
+                number += 1;
+            }
+            let Some(Parcel { channel, at, parts }) = sent.pop_front() else { return Ok(()) };
+            let (piece, offset) = parts.first().map_or((0, 0), |part| (part.piece, part.offset));
+            let Some(channel) = channels.get_mut(channel) else { return Ok(()) };
+            let answer = channel.receive().map_err(|error| stopped(piece, offset, error))?;
+            let mut place = at;
+            for (number, part) in parts.iter().enumerate() {
+                let len = copied(&answer, number, part);
+                if !write && len > 0 {
+                    local(channel, place, part, len)
+                        .map_err(|error| stopped(part.piece, part.offset, error))?;
+                }
+                if len < part.len {
+                    let error = self.refused(answer.status);
+                    return Err(Stopped { piece: part.piece, bytes: part.offset + len, error });
+                }
+                place += part.len;
+            }
         }
-        Err(copied.err().unwrap_or(CopyError::NoAnswer))
+    }
+
+    /// A channel that is free, or the first one that gets so; for more than a parcel all others that are free as well.
+    fn lock(&self, sum: usize) -> Result<Vec<MutexGuard<'_, Channel>>, ChannelError> {
+        let turn = self.turn.fetch_add(1, Ordering::Relaxed);
+        let in_turn =
+            || self.channels.iter().cycle().skip(turn % self.channels.len()).take(self.channels.len());
+        let most = if sum > PARCEL { self.channels.len() } else { 1 };
+        let mut locked: Vec<MutexGuard<'_, Channel>> = in_turn()
+            .filter_map(|channel| match channel.try_lock() {
+                Ok(channel) => Some(channel),
+                Err(TryLockError::Poisoned(channel)) => Some(channel.into_inner()),
+                Err(TryLockError::WouldBlock) => None,
+            })
+            .take(most)
+            .collect();
+        if locked.is_empty() {
+            let first =
+                in_turn().next().map(|channel| channel.lock().unwrap_or_else(PoisonError::into_inner));
+            locked.extend(first);
+        }
+        if locked.is_empty() {
+            return Err(ChannelError::Closed);
+        }
+        locked.iter_mut().try_for_each(|channel| channel.settle())?;
+        Ok(locked)
+    }
+
+    fn error(&self, error: ChannelError) -> CopyError {
+        match error {
+            ChannelError::Closed => self.ended.wait(),
+            ChannelError::NoAnswer => CopyError::NoAnswer,
+            ChannelError::System(errno) => CopyError::Channel(errno),
+        }
+    }
+
+    fn refused(&self, status: Status) -> CopyError {
+        match status {
+            // An answer that says that all is done, and names less.
+            Status::Done | Status::Ended => self.ended.wait(),
+            Status::Hole => CopyError::Hole,
+            Status::ReadOnly => CopyError::ReadOnly,
+            Status::NoMemory => CopyError::NoMemory,
+        }
     }
 }
 
-fn memory() -> Result<OwnedFd, Errno> {
-    let file = rustix::fs::memfd_create("kvmmem-copy", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
-    rustix::fs::ftruncate(&file, MAX_COPY as u64)?;
-    rustix::fs::fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
-    Ok(file)
+/// Where the next parcel of a batch begins.
+#[derive(Default)]
+struct Cursor {
+    piece: usize,
+    offset: usize,
 }
 
-/// The broker writes to no memory that it would have to pay for.
-fn allocate(buffer: &OwnedFd, len: usize) -> Result<(), Errno> {
-    loop {
-        match rustix::fs::fallocate(buffer, FallocateFlags::KEEP_SIZE, 0, len as u64) {
-            Err(Errno::INTR) => {}
-            done => return done,
+impl Cursor {
+    /// The parts of the next parcel; none at the end.
+    fn parcel(&mut self, pieces: &[(u64, usize)]) -> Vec<Part> {
+        let (mut parts, mut left) = (Vec::new(), PARCEL);
+        while let Some((_, whole)) = pieces.get(self.piece)
+            && left > 0
+            && parts.len() < MAX_PIECES
+        {
+            let len = (whole - self.offset).min(left);
+            if len > 0 {
+                parts.push(Part { piece: self.piece, offset: self.offset, len });
+            }
+            left -= len;
+            self.offset += len;
+            if self.offset == *whole {
+                (self.piece, self.offset) = (self.piece + 1, 0);
+            }
         }
+        parts
     }
 }
 
-fn moved(result: Result<usize, Errno>) -> Result<usize, Errno> {
-    match result {
-        Ok(0) => Err(Errno::IO),
-        Err(Errno::INTR) => Ok(0),
-        result => result,
+/// How many bytes of a request's part an answer says are copied.
+fn copied(answer: &CopyAnswer, number: usize, part: &Part) -> usize {
+    let word = |word: u32| usize::try_from(word).unwrap_or(0);
+    match word(answer.pieces).cmp(&number) {
+        std::cmp::Ordering::Greater => part.len,
+        std::cmp::Ordering::Equal => word(answer.bytes).min(part.len),
+        std::cmp::Ordering::Less => 0,
+    }
+}
+
+/// How many of `len` bytes were copied, at least one.
+fn as_far(len: usize, copied: Result<(), Stopped>) -> Result<usize, CopyError> {
+    match copied {
+        Ok(()) => Ok(len),
+        Err(Stopped { bytes, .. }) if bytes > 0 => Ok(bytes),
+        Err(Stopped { error, .. }) => Err(error),
     }
 }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What a VM's RAM lies in: memfds, or the address space of its VMM.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use kvmmem_sys::huge::write_at;
 use rustix::fs::{FsWord, OFlags, SealFlags};
@@ -83,6 +83,16 @@ impl Backing {
     pub(super) fn write(&self, file: u32, offset: u64, data: &[u8]) -> Result<usize, Errno> {
         let (target, end) = self.file(file)?;
         retried(end, || write_at(target.as_fd(), offset, data))
+    }
+
+    /// Copies by means of the caller's between a file and elsewhere; returns how many bytes, at least one.
+    pub(super) fn copy(
+        &self,
+        file: u32,
+        copy: impl Fn(BorrowedFd<'_>) -> Result<usize, Errno>,
+    ) -> Result<usize, Errno> {
+        let (file, end) = self.file(file)?;
+        retried(end, || copy(file.as_fd()))
     }
 
     /// A file, and what it means that nothing of it can be copied.

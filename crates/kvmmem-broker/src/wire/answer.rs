@@ -127,15 +127,13 @@ pub enum Answer {
         generation: u64,
         /// Where the target's RAM is, all of it.
         regions: Vec<Region>,
-        /// Whether it is private to the VMM: then no memfd comes, and memory is copied by [`super::Call::Copy`].
+        /// Whether it is private to the VMM: then no memfd comes, and memory is copied through channels
+        /// ([`super::Call::OpenCopies`]).
         #[serde(default, skip_serializing_if = "std::ops::Not::not")]
         copied: bool,
     },
-    /// Memory is copied.
-    Copied {
-        /// How many bytes: fewer than were asked for where the view reaches no further, or the VMM has no memory there.
-        len: u32,
-    },
+    /// The channel for copies is open: this end of its socket comes with it.
+    CopiesOpened,
     /// The grant is made.
     Granted {
         /// Its number.

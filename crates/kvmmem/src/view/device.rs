@@ -24,6 +24,7 @@ use rustix::io::{Errno, pread, pwrite};
 use super::door::{Door, DoorError};
 use super::mapping::{Keeps, Mapping};
 use super::range::{Range, first_hole, next_range};
+use super::vectored::VectoredError;
 use super::{Access, Event, State, Status, ViewError, ViewOperation};
 use crate::explain;
 
@@ -152,6 +153,13 @@ impl DeviceView {
                 Err(Errno::INTR) => {}
                 Err(source) => return Err(self.error(operation, gpa, source)),
             }
+        }
+        Ok(())
+    }
+
+    pub(super) fn read_vectored(&self, pieces: &mut [(u64, &mut [u8])]) -> Result<(), VectoredError> {
+        for (piece, (gpa, bytes)) in pieces.iter_mut().enumerate() {
+            self.read_at(*gpa, bytes).map_err(|source| VectoredError { piece, source })?;
         }
         Ok(())
     }

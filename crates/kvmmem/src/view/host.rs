@@ -20,6 +20,7 @@ use rustix::io::Errno;
 use super::mapping::{Keeps, Mapping};
 use super::memory::{Memory, Source};
 use super::range::Range;
+use super::vectored::VectoredError;
 use super::{Access, Event, State, Status, ViewError, ViewOperation};
 use crate::explain;
 
@@ -80,14 +81,11 @@ impl HostView {
     }
 
     pub(super) fn read_at(&self, gpa: u64, buf: &mut [u8]) -> Result<(), ViewError> {
-        let operation = ViewOperation::Read { gpa, len: buf.len() };
-        let (mut gpa, mut rest) = (gpa, buf);
-        while !rest.is_empty() {
-            let count = self.memory.read(operation, gpa, rest)?;
-            gpa = gpa.saturating_add(count as u64);
-            rest = rest.get_mut(count..).unwrap_or_default();
-        }
-        Ok(())
+        self.memory.read_all(ViewOperation::Read { gpa, len: buf.len() }, gpa, buf)
+    }
+
+    pub(super) fn read_vectored(&self, pieces: &mut [(u64, &mut [u8])]) -> Result<(), VectoredError> {
+        self.memory.read_vectored(pieces)
     }
 
     pub(super) fn write_at(&self, gpa: u64, bytes: &[u8]) -> Result<(), ViewError> {

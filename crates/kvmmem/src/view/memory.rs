@@ -2,11 +2,13 @@
 //! What a view on the host reaches: regions of the memfds of the target's RAM, and the mappings of them in this process;
 //! or regions of RAM that is private to its VMM, copied by the broker.
 
+mod kept;
+
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, Weak};
 use std::time::{Duration, Instant};
 
-use kvmmem_broker::host::{Copier, CopyError};
+use kvmmem_broker::host::{Copier, CopyError, Stopped};
 use kvmmem_broker::map::Region;
 use kvmmem_sys::foreign::Foreign;
 use kvmmem_sys::huge::{page_size, write_at};
@@ -14,13 +16,18 @@ use rustix::fs::{SeekFrom, seek};
 use rustix::io::{Errno, pread};
 
 use super::range::{Range, first_hole, next_range};
+use super::vectored::{VectoredError, batch};
 use super::{Event, State, ViewError, ViewOperation};
+use kept::Kept;
 
 /// Bytes of a page.
 const PAGE: u64 = kvmmem_broker::map::PAGE_SIZE;
 
-/// The most bytes that are copied before whoever wants to end the view gets a chance.
+/// The most bytes that are copied before a thread that ends the view gets a chance.
 const COPY_LIMIT: usize = 1 << 20;
+
+/// The most bytes of a batch that the broker copies before another thread gets its channels.
+const BATCH_LIMIT: usize = 8 << 20;
 
 /// How often it is tried to undo a mapping, and how long to wait in between.
 const CLEAR_ATTEMPTS: u32 = 100;
@@ -34,6 +41,9 @@ pub(super) struct Memory {
     reach: RwLock<Reach>,
     /// Locked after `reach`.
     mappings: Mutex<Vec<Mapped>>,
+    /// What vectored reads go through, since the first one; of the present generation. Locked after `reach`, and used
+    /// with `reach` held alone.
+    kept: Mutex<Option<Arc<Kept>>>,
     /// The generation of which [`Memory::wait`] told last. Locked before `reach`.
     told: Mutex<u64>,
     /// Signalled when `reach` has changed.
@@ -79,6 +89,7 @@ impl Memory {
         Self {
             reach: RwLock::new(reach),
             mappings: Mutex::default(),
+            kept: Mutex::default(),
             told: Mutex::new(generation),
             changed: Condvar::new(),
         }
@@ -102,11 +113,85 @@ impl Memory {
             Piece::File(file, offset) => retried(|| pread(file, &mut *part, offset))
                 .map_err(|source| ViewError::System { operation, source }),
             Piece::Copy(copier) => {
-                // The one who hears of the view's changes and end also hears the broker's answers.
+                // A copy takes the broker's time, and no end of the view is to wait for it.
                 drop(reach);
                 copier.read(gpa, part).map_err(|error| copy_failed(operation, gpa, error))
             }
         }
+    }
+
+    /// Fills all of `buf` from `gpa` on.
+    pub(super) fn read_all(
+        &self,
+        operation: ViewOperation,
+        mut gpa: u64,
+        mut buf: &mut [u8],
+    ) -> Result<(), ViewError> {
+        while !buf.is_empty() {
+            let count = self.read(operation, gpa, buf)?;
+            gpa = gpa.saturating_add(count as u64);
+            buf = buf.get_mut(count..).unwrap_or_default();
+        }
+        Ok(())
+    }
+
+    /// Fills pieces in order.
+    pub(super) fn read_vectored(&self, mut pieces: &mut [(u64, &mut [u8])]) -> Result<(), VectoredError> {
+        let mut done = 0;
+        while !pieces.is_empty() {
+            let limit = match self.reach().source {
+                Source::Files(_) => COPY_LIMIT,
+                Source::Copies(_) => BATCH_LIMIT,
+            };
+            let part = batch(pieces, limit);
+            let count = part.len();
+            self.read_batch(part).map_err(|error| VectoredError { piece: done + error.piece, ..error })?;
+            done += count;
+            pieces = pieces.get_mut(count..).unwrap_or_default();
+        }
+        Ok(())
+    }
+
+    fn read_batch(&self, pieces: &mut [(u64, &mut [u8])]) -> Result<(), VectoredError> {
+        let operation = |gpa, bytes: &[u8]| ViewOperation::Read { gpa, len: bytes.len() };
+        let reach = self.reach();
+        if let Source::Copies(copier) = &reach.source {
+            let copier = Arc::clone(copier);
+            // A copy takes the broker's time, and no end of the view is to wait for it.
+            drop(reach);
+            return copier.read_pieces(pieces).map_err(|Stopped { piece, bytes, error }| {
+                let (gpa, operation) = match pieces.get(piece) {
+                    Some((gpa, buf)) => (gpa.saturating_add(bytes as u64), operation(*gpa, buf)),
+                    None => (0, ViewOperation::Read { gpa: 0, len: 0 }),
+                };
+                VectoredError { piece, source: copy_failed(operation, gpa, error) }
+            });
+        }
+        let kept = self.kept(&reach);
+        let period = kept.period();
+        for number in 0..pieces.len() {
+            if let Some((gpa, _)) = pieces.get(number + 1) {
+                kept.prefetch(*gpa);
+            }
+            let Some((gpa, buf)) = pieces.get_mut(number) else { break };
+            if buf.is_empty() || kept.read(period, *gpa, buf) {
+                continue;
+            }
+            let operation = operation(*gpa, buf);
+            reach.read_all(operation, *gpa, buf).map_err(|source| VectoredError { piece: number, source })?;
+        }
+        Ok(())
+    }
+
+    /// The mappings for vectored reads.
+    fn kept(&self, reach: &Reach) -> Arc<Kept> {
+        let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+        Arc::clone(kept.get_or_insert_with(|| Arc::new(Kept::new(reach))))
+    }
+
+    /// Unmaps what vectored reads went through. With `reach` held for writing no read uses it.
+    fn forget_kept(&self) {
+        *self.kept.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 
     /// Copies as many of `bytes` as fit in one piece to `gpa` on, and returns how many.
@@ -181,6 +266,7 @@ impl Memory {
         let is_elsewhere = reach.regions != regions;
         reach.generation = generation.max(reach.generation.saturating_add(1));
         reach.regions = regions;
+        self.forget_kept();
         for mapped in self.mappings().iter().filter(|_| is_elsewhere) {
             let Some(memory) = mapped.memory.upgrade() else { continue };
             if let Err(error) = reach.place(mapped.gpa, &memory) {
@@ -201,6 +287,7 @@ impl Memory {
         }
         reach.regions.clear();
         reach.source = Source::Files(Arc::new([]));
+        self.forget_kept();
         let mappings = std::mem::take(&mut *self.mappings());
         let lost = mappings.iter().filter_map(|mapped| mapped.memory.upgrade());
         let left = lost.filter(|memory| !clear(memory)).count();
@@ -284,6 +371,20 @@ impl Reach {
             }
         };
         Ok((piece, len.min(left).min(COPY_LIMIT)))
+    }
+
+    /// Copies all of `buf` out of files.
+    fn read_all(&self, operation: ViewOperation, mut gpa: u64, mut buf: &mut [u8]) -> Result<(), ViewError> {
+        while !buf.is_empty() {
+            let (piece, len) = self.piece(operation, gpa, buf.len())?;
+            let Piece::File(file, offset) = piece else { return Err(ViewError::Hole { operation, gpa }) };
+            let part = buf.get_mut(..len).unwrap_or_default();
+            let count = retried(|| pread(file, &mut *part, offset))
+                .map_err(|source| ViewError::System { operation, source })?;
+            gpa = gpa.saturating_add(count as u64);
+            buf = buf.get_mut(count..).unwrap_or_default();
+        }
+        Ok(())
     }
 
     /// Length of the largest pages of the files that hold `wanted`, and what its address is to be congruent to: its place in

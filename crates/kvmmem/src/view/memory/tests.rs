@@ -280,3 +280,108 @@ proptest! {
         prop_assert_eq!(&after, &bytes[..reachable]);
     }
 }
+
+/// The pieces, and how far they were filled.
+type Outcome = (Vec<Vec<u8>>, Result<(), VectoredError>);
+
+/// Reads pieces three times: from the file, with a look at what is in memory, and through the mapping.
+fn read_vectored(memory: &Memory, places: &[(u64, usize)]) -> Vec<Outcome> {
+    let read = |_| {
+        let mut buffers: Vec<Vec<u8>> = places.iter().map(|(_, len)| vec![0xee; *len]).collect();
+        let pairs = places.iter().zip(&mut buffers);
+        let mut pieces: Vec<(u64, &mut [u8])> =
+            pairs.map(|((gpa, _), bytes)| (*gpa, bytes.as_mut_slice())).collect();
+        let result = memory.read_vectored(&mut pieces);
+        (buffers, result)
+    };
+    (0..3).map(read).collect()
+}
+
+#[test]
+fn a_vectored_read_names_the_first_piece_that_it_cannot_fill() {
+    let file = file(8);
+    let memory = memory(&[region(0, 2, 5), region(2, 1, 0), region(4, 1, 2)], &file);
+    let places = [(0x10, 8), (2 * PAGE - 8, 16), (0, 0), (3 * PAGE - 8, 9), (4 * PAGE, 8)];
+    for (buffers, result) in read_vectored(&memory, &places) {
+        let error = result.unwrap_err();
+        assert_eq!(error.piece, 3);
+        assert!(matches!(error.source, ViewError::Hole { gpa, .. } if gpa == 3 * PAGE), "{}", error.source);
+        assert_eq!(buffers[0], (5 * PAGE + 0x10).to_le_bytes());
+        assert_eq!(buffers[1], [7 * PAGE - 8, 0].map(u64::to_le_bytes).concat());
+    }
+    // More than is read at a time; the piece is counted from the first.
+    let mut places = vec![(0, 0x2000); 200];
+    places.push((u64::MAX, 1));
+    let error = read_vectored(&memory, &places).remove(0).1.unwrap_err();
+    assert_eq!(error.piece, 200);
+    memory.end(State::Revoked);
+    for (_, result) in read_vectored(&memory, &places) {
+        assert!(matches!(result, Err(VectoredError { piece: 0, source: ViewError::Revoked { .. } })));
+    }
+}
+
+#[test]
+fn a_vectored_read_follows_the_memory() {
+    let file = file(8);
+    let memory = memory(&[region(0, 2, 0)], &file);
+    let first = |memory: &Memory| {
+        read_vectored(memory, &[(0, 8)])
+            .into_iter()
+            .map(|(buffers, _)| buffers[0].clone())
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(first(&memory), [0u64.to_le_bytes(); 3]);
+    file.write_all_at(b"changed!", 0).unwrap();
+    assert_eq!(first(&memory), [*b"changed!"; 3]);
+    memory.change(5, vec![region(0, 2, 4)]);
+    assert_eq!(first(&memory), [(4 * PAGE).to_le_bytes(); 3]);
+}
+
+#[test]
+fn a_vectored_read_allocates_none_of_the_memory_that_the_target_never_touched() {
+    let file = File::from(memfd_create("sparse", MemfdFlags::CLOEXEC).unwrap());
+    file.set_len(8 * PAGE).unwrap();
+    file.write_all_at(b"touched", 3 * PAGE).unwrap();
+    let memory = memory(&[region(0, 8, 0)], &file);
+    let places: Vec<(u64, usize)> = (0..8).map(|page| (page * PAGE, 7)).collect();
+    for (buffers, result) in read_vectored(&memory, &places) {
+        result.unwrap();
+        assert!(
+            buffers
+                .iter()
+                .enumerate()
+                .all(|(page, bytes)| bytes == if page == 3 { b"touched" } else { &[0; 7] })
+        );
+    }
+    let blocks = rustix::fs::fstat(&file).unwrap().st_blocks;
+    assert_eq!(blocks, 8);
+}
+
+proptest! {
+    #[test]
+    fn vectored_reads_are_those_of_a_buffer(
+        places in proptest::collection::vec((0u64..7 * PAGE, 0usize..0x3000), 0..20),
+    ) {
+        let file = file(8);
+        let memory = memory(&[region(0, 2, 5), region(2, 3, 0), region(6, 1, 3)], &file);
+        let mut model = vec![None; 7 * 0x1000];
+        for (gpa, pages, offset) in [(0, 2, 5), (2, 3, 0), (6, 1, 3)] {
+            for at in (0..pages * PAGE).step_by(8) {
+                let place = usize::try_from(gpa * PAGE + at).unwrap();
+                let word = (offset * PAGE + at).to_le_bytes();
+                model[place..place + 8].copy_from_slice(&word.map(Some));
+            }
+        }
+        let expected = |(gpa, len): &(u64, usize)| -> Option<Vec<u8>> {
+            let gpa = usize::try_from(*gpa).unwrap();
+            (gpa..gpa + len).map(|at| model.get(at).copied().flatten()).collect()
+        };
+        for (buffers, result) in read_vectored(&memory, &places) {
+            let failed = places.iter().position(|place| expected(place).is_none());
+            prop_assert_eq!(result.err().map(|error| error.piece), failed);
+            for (place, bytes) in places.iter().zip(buffers).take(failed.unwrap_or(usize::MAX)) {
+                prop_assert_eq!(expected(place), Some(bytes));
+            }
+        }
+    }
+}
