@@ -22,6 +22,7 @@ pub(crate) mod monitor;
 pub mod mtree;
 pub(crate) mod options;
 pub mod process;
+pub(crate) mod recognise;
 mod successor;
 pub(crate) mod watch;
 
@@ -34,6 +35,7 @@ use uuid::Uuid;
 use attach::supported;
 use backing::Obstacle;
 use command_line::{CommandLine, Vmm};
+use mapping::Mapping;
 use process::{Process, ProcessError};
 
 /// A VMM that runs on this host.
@@ -86,7 +88,7 @@ fn find(pid: u32) -> Option<Found> {
         Err(ProcessError::Denied(_)) => arguments.first()?.rsplit('/').next()?.to_owned(),
         program => program.ok()?,
     };
-    let vmm = Vmm::recognise(&program, &arguments)?;
+    let vmm = recognise::recognise(&process, &program, &arguments).ok()??;
     let line = vmm.command_line(&arguments);
     let (copied, obstacle) = match openable(&process, vmm, &line) {
         Ok(copied) => (copied, None),
@@ -120,21 +122,40 @@ fn openable(process: &Process, vmm: Vmm, line: &CommandLine) -> Result<Option<Ob
     supported(vmm)?;
     backing::check(process, line)?;
     let mappings = process.mappings()?;
-    let sizes = match vmm {
-        Vmm::Qemu => line.sizes().unwrap_or_default(),
-        // One that does not stand on the command line is asked for when it is attached.
-        _ => line.memory.map(|size| layout::in_two(size).sizes).unwrap_or_default(),
+    let layouts: Vec<Vec<u64>> = match vmm {
+        Vmm::Qemu => line.sizes().into_iter().collect(),
+        // A size that is not on the command line is asked for when the VM is attached.
+        _ => line
+            .memory
+            .map(|size| layout::of_micro(vmm, size))
+            .unwrap_or_default()
+            .into_iter()
+            .map(|layout| layout.sizes)
+            .collect(),
     };
+    let mut missing = None;
+    for sizes in &layouts {
+        match held(process, &mappings, sizes) {
+            Err(obstacle @ Obstacle::NotFound(_)) => missing = missing.or(Some(obstacle)),
+            found => return found,
+        }
+    }
+    missing.map_or(Ok(None), Err)
+}
+
+/// Whether there is memory of all these sizes, and why it can only be copied where that is so.
+fn held(process: &Process, mappings: &[Mapping], sizes: &[u64]) -> Result<Option<Obstacle>, Obstacle> {
+    let mut reason = None;
     for size in sizes {
-        let candidates = backing::candidates(&mappings, size);
+        let candidates = backing::candidates(mappings, *size, sizes);
         if candidates.is_empty() {
-            return Err(Obstacle::NotFound(size));
+            return Err(Obstacle::NotFound(*size));
         }
         let copied =
             candidates.iter().map(|backing| backing.copied(process)).collect::<Result<Vec<_>, _>>()?;
         if copied.iter().all(Option::is_some) {
-            return Ok(copied.into_iter().flatten().next());
+            reason = reason.or_else(|| copied.into_iter().flatten().next());
         }
     }
-    Ok(None)
+    Ok(reason)
 }

@@ -27,7 +27,8 @@ use serde_json::{Value, json};
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{FileOffset, MmapRegion};
 
-/// Says which memory a fake VMM maps: some of `sealed`, `unsealed`, `private`, each of 32 MiB, with `tables` or a `bootmap` or neither.
+/// Says which memory a fake VMM maps: some of `sealed`, `backend` (sealed too), `unsealed`,
+/// `private`, each of 32 MiB, with `tables` or a `bootmap` or neither; or `parts` ([`map_parts`]).
 /// It cuts `unsealed` files off as soon as it is told to.
 const SPEC: &str = "KVMMEM_FAKE_VMM";
 
@@ -45,31 +46,29 @@ fn fake_vmm() {
     let Ok(spec) = std::env::var(SPEC) else { return };
     let len = usize::try_from(SIZE).unwrap();
     let (mut mapped, mut files) = (Vec::new(), Vec::new());
-    for word in spec.split(' ').filter(|word| word.ends_with("sealed")) {
-        let seals = if word == "sealed" { SealFlags::SHRINK } else { SealFlags::GROW };
-        let file = std::fs::File::from(common::memfd(SIZE, seals));
+    for word in spec.split(' ').filter(|word| word.ends_with("sealed") || *word == "backend") {
+        let seals = if word == "unsealed" { SealFlags::GROW } else { SealFlags::SHRINK };
+        let file =
+            std::fs::File::from(if word == "backend" { backend() } else { common::memfd(SIZE, seals) });
         if spec.contains("tables") {
             write_tables(&file, 0);
         }
         if spec.contains("bootmap") {
-            write_boot_map(&file);
+            write_boot_map(&file, 0, SIZE, 0);
         }
         files.extend((word == "unsealed").then(|| file.try_clone().unwrap()));
         mapped.push(MmapRegion::<()>::from_file(FileOffset::new(file, 0), len).unwrap());
     }
+    let memory = std::fs::OpenOptions::new().write(true).open("/proc/self/mem").unwrap();
     for _ in spec.split(' ').filter(|word| *word == "private") {
-        // Anonymous memory could become one with what lies beside it.
-        let file = FileOffset::new(common::memfd(SIZE, SealFlags::SHRINK).into(), 0);
-        let private = MmapRegionBuilder::<()>::new(len).with_file_offset(file);
-        let (rights, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE);
-        let private =
-            private.with_mmap_prot(rights.bits().cast_signed()).with_mmap_flags(flags.bits().cast_signed());
-        let region = private.build().unwrap();
+        let region = private(SIZE);
         if spec.contains("tables") {
-            let memory = std::fs::OpenOptions::new().write(true).open("/proc/self/mem").unwrap();
             write_tables(&memory, region.as_ptr().addr() as u64);
         }
         mapped.push(region);
+    }
+    if let Some(parts) = spec.strip_prefix("parts ") {
+        mapped.extend(map_parts(parts, &memory));
     }
     println!("\n{READY}");
     if std::io::stdin().read(&mut [0]).is_ok_and(|count| count > 0) {
@@ -79,6 +78,51 @@ fn fake_vmm() {
         println!("{READY}");
         let _ = std::io::stdin().read(&mut [0]);
     }
+}
+
+/// A sealed file of the name that QEMU gives those of its memory backends.
+fn backend() -> std::os::fd::OwnedFd {
+    let flags = rustix::fs::MemfdFlags::CLOEXEC | rustix::fs::MemfdFlags::ALLOW_SEALING;
+    let file = rustix::fs::memfd_create("memory-backend-memfd", flags).unwrap();
+    rustix::fs::ftruncate(&file, SIZE).unwrap();
+    rustix::fs::fcntl_add_seals(&file, SealFlags::SHRINK).unwrap();
+    file
+}
+
+/// Private memory. It has a file, for anonymous memory could become one with what lies beside it.
+fn private(size: u64) -> MmapRegion {
+    let file = FileOffset::new(common::memfd(size, SealFlags::SHRINK).into(), 0);
+    let private = MmapRegionBuilder::<()>::new(usize::try_from(size).unwrap()).with_file_offset(file);
+    let (rights, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE);
+    let private =
+        private.with_mmap_prot(rights.bits().cast_signed()).with_mmap_flags(flags.bits().cast_signed());
+    private.build().unwrap()
+}
+
+/// RAM in two parts with a boot map in it, and a word in each: `KIND LOW HIGH`, sizes in MiB, as sealed files (`apart`) or as
+/// one private mapping, the high part last (`merged`) or first (`reversed`).
+fn map_parts(parts: &str, memory: &std::fs::File) -> Vec<MmapRegion> {
+    use std::os::unix::fs::FileExt;
+    let words: Vec<&str> = parts.split(' ').collect();
+    let [low, high] = [words[1], words[2]].map(|word| word.parse::<u64>().unwrap() << 20);
+    let fill = |low_file: &std::fs::File, low_at: u64, high_file: &std::fs::File, high_at: u64| {
+        write_boot_map(low_file, low_at, low, high);
+        low_file.write_all_at(b"low", low_at + low - 3).unwrap();
+        high_file.write_all_at(b"high", high_at + 0x5000).unwrap();
+    };
+    if words[0] == "apart" {
+        let files = [low, high].map(|size| std::fs::File::from(common::memfd(size, SealFlags::SHRINK)));
+        fill(&files[0], 0, &files[1], 0);
+        let map = |(file, size)| {
+            MmapRegion::from_file(FileOffset::new(file, 0), usize::try_from(size).unwrap()).unwrap()
+        };
+        return files.into_iter().zip([low, high]).map(map).collect();
+    }
+    let region = private(low + high);
+    let hva = region.as_ptr().addr() as u64;
+    let (low_at, high_at) = if words[0] == "merged" { (0, low) } else { (high, 0) };
+    fill(memory, hva + low_at, memory, hva + high_at);
+    vec![region]
 }
 
 /// ACPI tables as a firmware leaves them, just below the end of the memory, which is at a place in a file.
@@ -107,13 +151,15 @@ fn write_tables(file: &std::fs::File, place: u64) {
 }
 
 /// The memory map that a VMM without a firmware starts a kernel with, by PVH.
-fn write_boot_map(file: &std::fs::File) {
+fn write_boot_map(file: &std::fs::File, place: u64, low_end: u64, high: u64) {
     use std::os::unix::fs::FileExt;
     let entry = |gpa: u64, len: u64| [gpa, len, 1].map(u64::to_le_bytes).concat();
-    let start = [0x0000_0001_336e_c578u64, 0, 0, 0, 0, 0x7000, 2].map(u64::to_le_bytes).concat();
-    let entries = [entry(0, 0xa_0000), entry(0x10_0000, SIZE - 0x10_0000)].concat();
-    file.write_all_at(&start, 0x6000).unwrap();
-    file.write_all_at(&entries, 0x7000).unwrap();
+    let mut entries = vec![entry(0, 0xa_0000), entry(0x10_0000, low_end - 0x10_0000)];
+    entries.extend((high > 0).then(|| entry(1 << 32, high)));
+    let count = entries.len() as u64;
+    let start = [0x0000_0001_336e_c578u64, 0, 0, 0, 0, 0x7000, count].map(u64::to_le_bytes).concat();
+    file.write_all_at(&start, place + 0x6000).unwrap();
+    file.write_all_at(&entries.concat(), place + 0x7000).unwrap();
 }
 
 /// A process that looks like a QEMU, ended on drop.
@@ -366,6 +412,73 @@ fn vmms_without_a_firmware_are_confirmed_by_the_map_that_they_leave() {
         let message = refusal(&broker, &Which::Pid(fake.pid()));
         assert!(message.contains(words), "{spec} {arguments:?}: {message}");
     }
+}
+
+#[test]
+fn ram_in_two_parts_is_found_wherever_it_lies() {
+    let broker = TestBroker::start();
+    let cases = [
+        // Firecracker up to 1.12 has another hole than later ones.
+        ("firecracker", "parts apart 3328 768", 3328u64, 768u64, false),
+        ("firecracker", "parts apart 3072 1024", 3072, 1024, false),
+        ("cloud-hypervisor", "parts apart 3072 1024", 3072, 1024, false),
+        ("firecracker", "parts merged 3328 768", 3328, 768, true),
+        ("firecracker", "parts reversed 3328 768", 3328, 768, true),
+        ("cloud-hypervisor", "parts merged 3072 1024", 3072, 1024, true),
+        ("cloud-hypervisor", "parts reversed 3072 1024", 3072, 1024, true),
+    ];
+    for (program, spec, low, high, is_copied) in cases {
+        let (low, high) = (low << 20, high << 20);
+        let option = if program == "firecracker" { "--mem" } else { "--memory" };
+        let fake = Fake::start_as(program, spec, &[option, "4G"]);
+        let found = discover().unwrap().into_iter().find(|found| found.pid == fake.pid()).unwrap();
+        assert!(found.attachable && found.copied == is_copied, "{spec}: {found:?}");
+        let added = broker.admin().add_target(&Which::Pid(fake.pid()), Some("parts")).unwrap();
+        assert_eq!(
+            (added.evidence, added.copied.is_some()),
+            (Evidence::RulesAndBootMap, is_copied),
+            "{spec}"
+        );
+        let ends: Vec<u64> = added.regions.iter().map(|region| region.gpa + region.len).collect();
+        assert_eq!(ends, [0xa_0000, low, (1 << 32) + high], "{program} {spec}");
+        let tool = Tool::listen(&broker, "tool.sock");
+        broker.admin().hook("parts", &tool.endpoint).unwrap();
+        let mut session = tool.accept();
+        let mut read = |gpa, size| session.ask(Request::ReadPhysical { gpa, size }).unwrap();
+        assert_eq!(read(low - 3, 3), b"low", "{program} {spec}");
+        assert_eq!(read((1 << 32) + 0x5000, 4), b"high", "{program} {spec}");
+        drop(fake);
+        wait_for("the target to go", || broker.admin().targets().unwrap().is_empty());
+        std::fs::remove_file(broker.directory.path().join("tool.sock")).unwrap();
+    }
+    // What the guest was started with is something else.
+    let fake = Fake::start_as("cloud-hypervisor", "parts apart 3328 768", &["--memory", "4G"]);
+    let message = refusal(&broker, &Which::Pid(fake.pid()));
+    assert!(message.contains("no memory of 1G"), "{message}");
+}
+
+#[test]
+fn a_qemu_under_another_name_is_found() {
+    let broker = TestBroker::start();
+    for program in [".qemu-system-x86_64-wrapped", "qemu_patched"] {
+        let fake = Fake::start_as(program, "sealed tables", HONEST);
+        let found = discover().unwrap().into_iter().find(|found| found.pid == fake.pid()).unwrap();
+        assert!(found.attachable && found.name.as_deref() == Some("fake"), "{found:?}");
+        let added = broker.admin().add_target(&Which::Pid(fake.pid()), None).unwrap();
+        assert_eq!((added.target.name.as_str(), added.evidence), ("fake", Evidence::RulesAndAcpi));
+        drop(fake);
+        wait_for("the target to go", || broker.admin().targets().unwrap().is_empty());
+    }
+    // Neither its name nor its memory is QEMU's.
+    let fake = Fake::start_as("vmm", "sealed tables", HONEST);
+    let message = refusal(&broker, &Which::Pid(fake.pid()));
+    assert!(message.contains("\"vmm\", which is no VMM that kvmmem knows"), "{message}");
+    assert!(discover().unwrap().iter().all(|found| found.pid != fake.pid()));
+    drop(fake);
+    // Its memory is.
+    let fake = Fake::start_as("vmm", "backend tables", HONEST);
+    broker.admin().add_target(&Which::Pid(fake.pid()), None).unwrap();
+    assert!(discover().unwrap().iter().any(|found| found.pid == fake.pid()));
 }
 
 #[test]

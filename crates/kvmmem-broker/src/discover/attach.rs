@@ -14,6 +14,7 @@ use super::confirm::{self, By, ConfirmError, Unconfirmed};
 use super::layout::{self, Layout, LayoutError};
 use super::mtree::{self, MtreeError};
 use super::process::{Process, ProcessError};
+use super::recognise::recognise;
 use crate::peer::Credentials;
 use crate::qmp::{Qmp, QmpError};
 use crate::wire::Registration;
@@ -96,7 +97,9 @@ pub enum AttachError {
         name: String,
     },
     /// The process is none that runs VMs.
-    #[error("process {pid} runs {program:?}, which is no VMM that kvmmem knows")]
+    #[error(
+        "process {pid} runs {program:?}, which is no VMM that kvmmem knows, by its name, its options and its memory; see kvmmem targets --discover"
+    )]
     NoVmm {
         /// The process.
         pid: u32,
@@ -199,7 +202,7 @@ pub fn open(which: &Which, name: Option<String>) -> Result<Opened, AttachError> 
 /// The command line of a VMM whose VMs can be attached.
 pub(super) fn command_line(process: &Process) -> Result<CommandLine, AttachError> {
     let (pid, arguments, program) = (process.pid(), process.arguments()?, process.program()?);
-    let vmm = Vmm::recognise(&program, &arguments).ok_or(AttachError::NoVmm { pid, program })?;
+    let vmm = recognise(process, &program, &arguments)?.ok_or(AttachError::NoVmm { pid, program })?;
     let line = vmm.command_line(&arguments);
     supported(vmm).map_err(|obstacle| stopped(&line, obstacle))?;
     Ok(line)
@@ -222,16 +225,17 @@ pub(super) fn look(
             (layout, backings.collect::<Result<_, _>>().map_err(stopped)?, Evidence::Qmp)
         }
         None => {
-            let (layout, by, evidence) = match line.vmm {
-                Some(Vmm::CloudHypervisor | Vmm::Firecracker) => {
-                    (in_two(process, line)?, By::BootMap, Evidence::RulesAndBootMap)
+            let (layouts, by, evidence) = match line.vmm {
+                Some(vmm @ (Vmm::CloudHypervisor | Vmm::Firecracker)) => {
+                    (of_micro(vmm, process, line)?, By::BootMap, Evidence::RulesAndBootMap)
                 }
-                _ => (by_rules(line)?, By::Acpi, Evidence::RulesAndAcpi),
+                _ => (vec![by_rules(line)?], By::Acpi, Evidence::RulesAndAcpi),
             };
-            let backings = confirm::choose(process, &mappings, &layout, by).map_err(|error| match error {
-                ConfirmError::Obstacle(obstacle) => stopped(obstacle),
-                ConfirmError::Unconfirmed(error) => AttachError::Unconfirmed(error),
-            })?;
+            let (layout, backings) =
+                confirm::choose_layout(process, &mappings, layouts, by).map_err(|error| match error {
+                    ConfirmError::Obstacle(obstacle) => stopped(obstacle),
+                    ConfirmError::Unconfirmed(error) => AttachError::Unconfirmed(error),
+                })?;
             (layout, backings, evidence)
         }
     };
@@ -289,21 +293,21 @@ fn by_rules(line: &CommandLine) -> Result<Layout, AttachError> {
     Ok(layout::by_rules(low_end, sizes))
 }
 
-/// The layout of a VMM without a chipset. How much RAM it has stands on the command line, or it is asked.
-fn in_two(process: &Process, line: &CommandLine) -> Result<Layout, AttachError> {
+/// The layouts that a VMM without a chipset may have. How much RAM there is stands on the command line, or it is asked.
+fn of_micro(vmm: Vmm, process: &Process, line: &CommandLine) -> Result<Vec<Layout>, AttachError> {
     if line.is_growable {
         return Err(LayoutError::Growable.into());
     }
-    let asked = || api::memory(line.vmm?, &process.path_of(line.api.as_deref()?));
+    let asked = || api::memory(vmm, &process.path_of(line.api.as_deref()?));
     let size = line.memory.or_else(asked).ok_or(LayoutError::Size)?;
-    Ok(layout::in_two(size))
+    Ok(layout::of_micro(vmm, size))
 }
 
 /// The QEMU that listens at its own QMP socket.
 pub(crate) fn listener(qmp: &Qmp) -> Result<Process, AttachError> {
     let process = Process::open(qmp.listener().ok_or(AttachError::NoListener)?)?;
     let (pid, program) = (process.pid(), process.program()?);
-    match Vmm::recognise(&program, &process.arguments()?) {
+    match recognise(&process, &program, &process.arguments()?)? {
         Some(_) => Ok(process),
         None => Err(AttachError::HandedSocket { pid, program }),
     }

@@ -153,16 +153,40 @@ pub fn check(process: &Process, line: &CommandLine) -> Result<(), Obstacle> {
     }
 }
 
-/// The mappings that could be a part of the RAM with `size` bytes, each file once.
-pub fn candidates(mappings: &[Mapping], size: u64) -> Vec<Backing> {
+/// What could be a part of the RAM with `size` bytes, each file once: mappings of that length, and where parts of these
+/// `sizes` that follow each other fill a mapping, those. (The kernel merges private mappings that happen to be neighbours,
+/// and those of one file, be it in the order of the parts or, as it places the next mapping below the last, the other way
+/// round.)
+pub fn candidates(mappings: &[Mapping], size: u64, sizes: &[u64]) -> Vec<Backing> {
+    let whole = mappings.iter().filter(|mapping| mapping.len == size);
+    let whole = whole.map(|mapping| Backing::of(mapping, mapping.hva, size));
+    let sum = sizes.iter().try_fold(0u64, |sum, size| sum.checked_add(*size));
+    let merged = mappings.iter().filter(|mapping| sizes.len() > 1 && sum == Some(mapping.len));
+    let parts = merged.flat_map(|mapping| {
+        let parts = [parts(mapping, sizes.iter()), parts(mapping, sizes.iter().rev())];
+        parts.into_iter().flatten().filter(|part| part.len == size)
+    });
     let mut found: Vec<Backing> = Vec::new();
-    for mapping in mappings.iter().filter(|mapping| mapping.len == size) {
-        let backing = Backing::of(mapping, mapping.hva, size);
-        if backing.shared.is_none() || found.iter().all(|other| other.shared != backing.shared) {
+    for backing in whole.chain(parts) {
+        let is_same = |other: &Backing| {
+            if backing.shared.is_some() { other.shared == backing.shared } else { other.hva == backing.hva }
+        };
+        if !found.iter().any(is_same) {
             found.push(backing);
         }
     }
     found
+}
+
+/// The parts of a mapping with these sizes, which make it up.
+fn parts<'a>(mapping: &Mapping, sizes: impl Iterator<Item = &'a u64>) -> Vec<Backing> {
+    let mut hva = mapping.hva;
+    let part = |size: &u64| {
+        let part = Backing::of(mapping, hva, *size);
+        hva = hva.saturating_add(*size);
+        part
+    };
+    sizes.map(part).collect()
 }
 
 /// What is at an address of the VMM's.
@@ -175,6 +199,12 @@ pub fn at(mappings: &[Mapping], hva: u64, size: u64) -> Result<Backing, Obstacle
 }
 
 impl Backing {
+    /// Whether it has an address in common with another one, which is another part of the RAM.
+    pub(super) fn overlaps(&self, other: &Self) -> bool {
+        let end = |backing: &Self| backing.hva.saturating_add(backing.len);
+        self.hva < end(other) && other.hva < end(self)
+    }
+
     /// `len` bytes at address `hva`, which is in a mapping.
     fn of(mapping: &Mapping, hva: u64, len: u64) -> Self {
         let shared =
@@ -284,13 +314,50 @@ mod tests {
             mapping(0x5_0000, 0x4000, Some((FILE, 0)), false),
             mapping(0x6_0000, 0x5000, None, false),
         ];
-        let places: Vec<u64> = candidates(&mappings, 0x4000).iter().map(|backing| backing.hva).collect();
+        let candidates = candidates(&mappings, 0x4000, &[0x4000]);
+        let places: Vec<u64> = candidates.iter().map(|backing| backing.hva).collect();
         assert_eq!(places, [0x1_0000, 0x3_0000, 0x4_0000, 0x5_0000]);
         let inner = at(&mappings, 0x3_1000, 0x3000).unwrap();
         assert_eq!(inner.shared, Some((FILE, 0x5000)));
         for (hva, size) in [(0x3_1000, 0x4000), (0, 1), (u64::MAX, u64::MAX)] {
             assert!(matches!(at(&mappings, hva, size), Err(Obstacle::NotThere { .. })));
         }
+    }
+
+    #[test]
+    fn parts_that_are_one_mapping_are_found_in_either_order() {
+        let mappings = [
+            mapping(0x10_0000, 0x6000, None, false),
+            mapping(0x20_0000, 0x6000, Some((FILE, 0x1000)), true),
+            mapping(0x30_0000, 0x7000, None, false),
+            mapping(0x40_0000, 0x2000, None, false),
+        ];
+        let places = |size| {
+            let found = candidates(&mappings, size, &[0x4000, 0x2000]);
+            assert!(found.iter().all(|backing| backing.len == size));
+            found.into_iter().map(|backing| (backing.hva, backing.shared)).collect::<Vec<_>>()
+        };
+        let shared = |offset| Some((FILE, offset));
+        assert_eq!(
+            places(0x4000),
+            [(0x10_0000, None), (0x10_2000, None), (0x20_0000, shared(0x1000)), (0x20_2000, shared(0x3000))]
+        );
+        assert_eq!(
+            places(0x2000),
+            [
+                (0x40_0000, None),
+                (0x10_4000, None),
+                (0x10_0000, None),
+                (0x20_4000, shared(0x5000)),
+                (0x20_0000, shared(0x1000))
+            ]
+        );
+        // Two halves are the same in both orders.
+        assert_eq!(candidates(&mappings, 0x3000, &[0x3000, 0x3000]).len(), 4);
+        assert_eq!(candidates(&mappings, u64::MAX, &[u64::MAX, 2]), []);
+        let [low, high] = [0x10_0000, 0x10_4000].map(|hva| at(&mappings, hva, 0x2000).unwrap());
+        assert!(low.overlaps(&low) && !low.overlaps(&high));
+        assert!(low.overlaps(&at(&mappings, 0x10_1000, 0x1000).unwrap()));
     }
 
     #[test]

@@ -78,6 +78,38 @@ pub struct CommandLine {
     pub is_libvirts: bool,
 }
 
+/// Options of QEMU. Its tools (`qemu-img`, `qemu-nbd`, `qemu-storage-daemon`) and its user emulators have one of them at
+/// most.
+const QEMUS_OPTIONS: [&str; 17] = [
+    "M",
+    "accel",
+    "boot",
+    "cpu",
+    "device",
+    "display",
+    "drive",
+    "enable-kvm",
+    "kernel",
+    "machine",
+    "name",
+    "netdev",
+    "nodefaults",
+    "nographic",
+    "qmp",
+    "smp",
+    "uuid",
+];
+
+/// Whether a command line is one that starts a VM under QEMU, by two options or more that QEMU has.
+pub(super) fn has_qemus_options(arguments: &[String]) -> bool {
+    let option = |word: &String| {
+        let key = word.strip_prefix("--").or_else(|| word.strip_prefix('-'))?;
+        QEMUS_OPTIONS.iter().find(|option| **option == key).copied()
+    };
+    let found: std::collections::BTreeSet<&str> = arguments.iter().skip(1).filter_map(option).collect();
+    found.len() >= 2
+}
+
 /// A memory backend of QEMU's.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BackendOption {
@@ -88,11 +120,14 @@ pub struct BackendOption {
 }
 
 impl Vmm {
-    /// Which VMM a process is, by its program's file name and its arguments.
+    /// Which VMM a process is, by its program's file name and its arguments. A QEMU under another name, as a wrapper's
+    /// or a patched one, is told by the name in its arguments or by its options.
     pub fn recognise(program: &str, arguments: &[String]) -> Option<Self> {
+        let called = arguments.first().and_then(|word| word.rsplit('/').next()).unwrap_or_default();
         match program {
             "qemu-kvm" | "qemu-system" | "kvm" => Some(Self::Qemu),
-            _ if program.starts_with("qemu-system-") => Some(Self::Qemu),
+            _ if program.contains("qemu-system-") || called.starts_with("qemu-system-") => Some(Self::Qemu),
+            _ if program.contains("qemu") && has_qemus_options(arguments) => Some(Self::Qemu),
             _ if program.starts_with("cloud-hypervisor") => Some(Self::CloudHypervisor),
             _ if program.starts_with("firecracker") => Some(Self::Firecracker),
             "crosvm" if arguments.iter().any(|word| word == "run") => Some(Self::Crosvm),
@@ -358,6 +393,31 @@ mod tests {
         assert_eq!(Vmm::recognise("kvmmem", &words("kvmmem --json vm")), Some(Vmm::Kvmmem));
         assert_eq!(Vmm::recognise("kvmmem", &words("kvmmem targets")), None);
         assert_eq!(Vmm::recognise("qemu-img", &[]), None);
+    }
+
+    #[test]
+    fn a_qemu_is_recognised_under_another_name() {
+        let words = |text: &str| text.split(' ').map(str::to_owned).collect::<Vec<_>>();
+        let qemu = "-name guest=web,debug-threads=on -m 32 -machine q35";
+        for (program, called) in [
+            (".qemu-system-x86_64-wrapped", "x"),
+            ("wrapper", "/nix/store/x/bin/qemu-system-x86_64"),
+            ("qemu_patched", "./qemu_patched"),
+            ("my-qemu", "my-qemu"),
+        ] {
+            let arguments = words(&format!("{called} {qemu}"));
+            assert_eq!(Vmm::recognise(program, &arguments), Some(Vmm::Qemu), "{program}");
+        }
+        for (program, line) in [
+            ("qemu-img", "qemu-img convert -m 8 -S 4k -O qcow2 -p a b"),
+            ("qemu-nbd", "qemu-nbd --connect=/dev/nbd0 --object secret,id=s --persistent x.qcow2"),
+            ("qemu-storage-daemon", "qemu-storage-daemon --blockdev file --export x --chardev y --monitor z"),
+            ("qemu-x86_64", "qemu-x86_64 -cpu max -L /usr/arm ./program x"),
+            ("vmm", &format!("vmm {qemu}")),
+            ("bash", "bash -c qemu-system-x86_64"),
+        ] {
+            assert_eq!(Vmm::recognise(program, &words(line)), None, "{program}");
+        }
     }
 
     proptest! {

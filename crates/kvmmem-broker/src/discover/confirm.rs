@@ -54,8 +54,29 @@ struct Candidate {
     window: Window,
 }
 
+/// The one of the layouts that the guest confirms, and the mappings that are its backends.
+pub(super) fn choose_layout(
+    process: &Process,
+    mappings: &[Mapping],
+    layouts: Vec<Layout>,
+    by: By,
+) -> Result<(Layout, Vec<Backing>), ConfirmError> {
+    let mut refused = None;
+    for layout in layouts {
+        match choose(process, mappings, &layout, by) {
+            Ok(backings) => return Ok((layout, backings)),
+            // That memory of a layout is there says more than that memory of another one is not.
+            Err(error) => match (&refused, &error) {
+                (Some(_), ConfirmError::Obstacle(Obstacle::NotFound(_))) => {}
+                _ => refused = Some(error),
+            },
+        }
+    }
+    Err(refused.unwrap_or(ConfirmError::Unconfirmed(Unconfirmed::BootMap(BootMapError::NotFound))))
+}
+
 /// The mappings that are the layout's backends.
-pub(super) fn choose(
+fn choose(
     process: &Process,
     mappings: &[Mapping],
     layout: &Layout,
@@ -66,7 +87,7 @@ pub(super) fn choose(
     sizes.dedup();
     let mut candidates = Vec::new();
     for size in sizes {
-        let found = backing::candidates(mappings, size);
+        let found = backing::candidates(mappings, size, &layout.sizes);
         let needed = layout.sizes.iter().filter(|other| **other == size).count();
         if found.len() < needed {
             return Err(Obstacle::NotFound(size).into());
@@ -91,18 +112,24 @@ pub(super) fn choose(
         }
     };
     let sizes: Vec<u64> = candidates.iter().map(|candidate| candidate.backing.len).collect();
-    let choice = only(&layout.sizes, &sizes, verify)?;
+    let overlap = |one: usize, other: usize| match (candidates.get(one), candidates.get(other)) {
+        (Some(one), Some(other)) => one.backing.overlaps(&other.backing),
+        _ => true,
+    };
+    let choice = only(&layout.sizes, &sizes, overlap, verify)?;
     let chosen = choice.into_iter().filter_map(|number| Some(candidates.get(number)?.backing.clone()));
     Ok(chosen.collect())
 }
 
-/// The one way to choose from candidates of these sizes that is confirmed.
+/// The one way to choose from candidates of these sizes that is confirmed; no two of it may `overlap`.
 fn only(
     needed: &[u64],
     sizes: &[u64],
+    overlap: impl Fn(usize, usize) -> bool,
     verify: impl Fn(&[usize]) -> Result<(), Unconfirmed>,
 ) -> Result<Vec<usize>, ConfirmError> {
-    let choices = choices(needed, sizes).ok_or_else(|| Obstacle::Ambiguous(*needed.first().unwrap_or(&0)))?;
+    let choices =
+        choices(needed, sizes, overlap).ok_or_else(|| Obstacle::Ambiguous(*needed.first().unwrap_or(&0)))?;
     let mut refused = Unconfirmed::BootMap(BootMapError::NotFound);
     let confirmed = choices.iter().find(|choice| verify(choice).map_err(|error| refused = error).is_ok());
     let confirmed = confirmed.ok_or(ConfirmError::Unconfirmed(refused))?;
@@ -117,12 +144,15 @@ fn only(
     }
 }
 
-/// All ways to choose a candidate of the right size for each that is needed, none twice; `None` where there are too many.
-fn choices(needed: &[u64], sizes: &[u64]) -> Option<Vec<Vec<usize>>> {
+/// All ways to choose a candidate of the right size for each that is needed, none twice and none that overlap; `None` where
+/// there are too many.
+fn choices(needed: &[u64], sizes: &[u64], overlap: impl Fn(usize, usize) -> bool) -> Option<Vec<Vec<usize>>> {
     let mut choices: Vec<Vec<usize>> = vec![Vec::new()];
     for size in needed {
         let fitting = |choice: &Vec<usize>| {
-            let free = |number: &usize| sizes.get(*number) == Some(size) && !choice.contains(number);
+            let is_taken =
+                |number: usize| choice.iter().any(|other| *other == number || overlap(*other, number));
+            let free = |number: &usize| sizes.get(*number) == Some(size) && !is_taken(*number);
             let extend = |number| choice.iter().copied().chain([number]).collect();
             (0..sizes.len()).filter(free).map(extend).collect::<Vec<Vec<usize>>>()
         };
@@ -138,13 +168,14 @@ fn choices(needed: &[u64], sizes: &[u64]) -> Option<Vec<Vec<usize>>> {
 mod tests {
     use super::*;
 
+    const APART: fn(usize, usize) -> bool = |_, _| false;
     const FAILED: Result<(), Unconfirmed> = Err(Unconfirmed::Acpi(AcpiError::NotFound { low_end: 1 }));
 
     #[test]
     fn the_confirmed_choice_is_taken() {
         let verify = |choice: &[usize]| if choice == [1, 2, 0] { Ok(()) } else { FAILED };
-        assert_eq!(only(&[4, 2, 4], &[4, 4, 2, 8], verify).unwrap(), [1, 2, 0]);
-        let none = only(&[4, 2, 4], &[4, 4, 2, 8], |_| FAILED);
+        assert_eq!(only(&[4, 2, 4], &[4, 4, 2, 8], APART, verify).unwrap(), [1, 2, 0]);
+        let none = only(&[4, 2, 4], &[4, 4, 2, 8], APART, |_| FAILED);
         assert!(matches!(none, Err(ConfirmError::Unconfirmed(error)) if Err(error) == FAILED));
     }
 
@@ -156,7 +187,7 @@ mod tests {
             tries.set(tries.get() + 1);
             if tries.get() < 2 { FAILED } else { Ok(()) }
         };
-        let ambiguous = only(&[4, 4], &[4, 4], verify);
+        let ambiguous = only(&[4, 4], &[4, 4], APART, verify);
         assert!(matches!(ambiguous, Err(ConfirmError::Obstacle(Obstacle::Ambiguous(4)))));
     }
 
@@ -164,16 +195,22 @@ mod tests {
     fn what_is_as_good_as_another_is_refused() {
         // The first node is told by its content, the others are not.
         let verify = |choice: &[usize]| if choice.first() == Some(&0) { Ok(()) } else { FAILED };
-        assert_eq!(only(&[4, 4], &[4, 4], verify).unwrap(), [0, 1]);
+        assert_eq!(only(&[4, 4], &[4, 4], APART, verify).unwrap(), [0, 1]);
         assert!(matches!(
-            only(&[4, 4, 4], &[4, 4, 4], verify),
+            only(&[4, 4, 4], &[4, 4, 4], APART, verify),
             Err(ConfirmError::Obstacle(Obstacle::Ambiguous(4)))
         ));
         assert!(matches!(
-            only(&[4, 4], &[4, 4, 4], verify),
+            only(&[4, 4], &[4, 4, 4], APART, verify),
             Err(ConfirmError::Obstacle(Obstacle::Ambiguous(4)))
         ));
-        assert!(matches!(only(&[4], &[4; 33], verify), Err(ConfirmError::Obstacle(Obstacle::Ambiguous(4)))));
-        assert_eq!(choices(&[4; 5], &[4; 5]), None);
+        assert!(matches!(
+            only(&[4], &[4; 33], APART, verify),
+            Err(ConfirmError::Obstacle(Obstacle::Ambiguous(4)))
+        ));
+        assert_eq!(choices(&[4; 5], &[4; 5], APART), None);
+        // Of parts of one mapping in two orders, those of the same order go together.
+        let overlap = |one, other| [(0, 2), (2, 0), (1, 3), (3, 1), (0, 1), (2, 3)].contains(&(one, other));
+        assert_eq!(choices(&[4, 2], &[4, 4, 2, 2], overlap), Some(vec![vec![0, 3], vec![1, 2]]));
     }
 }

@@ -8,6 +8,7 @@
 //! From 0xa0000 to 0xc0000 is the VGA's window, with SMRAM behind it: it is left out. From there to 1 MiB the chipset lays
 //! ROM over RAM and takes it away again, in pieces and at any time; what counts here is the RAM.
 
+use super::command_line::Vmm;
 use super::mtree::FlatRange;
 use crate::map::{MAX_FILES, PAGE_SIZE, Region};
 use crate::qmp::{MemoryBackend, MemoryDevice, MemorySize};
@@ -18,6 +19,9 @@ const FOUR_GIB: u64 = 1 << 32;
 /// Where low RAM ends at most without a chipset's rules: `MEM_32BIT_RESERVED_START` in Cloud Hypervisor's
 /// `arch/src/x86_64/layout.rs`, `MMIO32_MEM_START` in Firecracker's `src/vmm/src/arch/x86_64/layout.rs`.
 const MICRO_LOW: u64 = 3 << 30;
+
+/// The same in Firecracker up to 1.12, whose `MMIO_MEM_START` leaves a hole of 768 MiB.
+const FIRECRACKER_LOW: u64 = 3328 << 20;
 
 /// The window of the VGA, and the end of what the chipset covers with ROM.
 const VGA: u64 = 0xa_0000;
@@ -114,11 +118,18 @@ pub fn by_rules(low: u64, sizes: Vec<u64>) -> Layout {
     Layout { regions: outside_of_vga(regions), sizes }
 }
 
-/// The layout of Cloud Hypervisor and of Firecracker, which have low RAM end at 3 GiB at most, and the rest in a mapping
-/// of its own.
-pub fn in_two(size: u64) -> Layout {
-    let low = size.min(MICRO_LOW);
-    by_rules(low, if size > low { vec![low, size - low] } else { vec![low] })
+/// The layouts that `size` bytes of RAM have under a VMM without a chipset, by its versions. Low RAM ends at a hole, the rest
+/// is a part of its own.
+pub fn of_micro(vmm: Vmm, size: u64) -> Vec<Layout> {
+    let in_two = |hole: u64| {
+        let low = size.min(hole);
+        by_rules(low, if size > low { vec![low, size - low] } else { vec![low] })
+    };
+    let mut layouts = vec![in_two(MICRO_LOW)];
+    if vmm == Vmm::Firecracker && size > MICRO_LOW {
+        layouts.push(in_two(FIRECRACKER_LOW));
+    }
+    layouts
 }
 
 /// The layout that QEMU says. `nodes` are the ids of the backends that the command line gives NUMA nodes; where there are
@@ -278,10 +289,17 @@ mod tests {
     }
 
     #[test]
-    fn without_a_chipset_low_ram_ends_at_3_gib() {
-        assert_eq!(in_two(GIB).sizes, [GIB]);
-        let layout = in_two(5 * GIB);
-        assert_eq!(layout.sizes, [3 * GIB, 2 * GIB]);
+    fn without_a_chipset_low_ram_ends_at_a_hole() {
+        let sizes = |vmm, size| {
+            let sizes = of_micro(vmm, size).into_iter().map(|layout| layout.sizes);
+            sizes.collect::<Vec<_>>()
+        };
+        assert_eq!(sizes(Vmm::CloudHypervisor, GIB), [[GIB]]);
+        assert_eq!(sizes(Vmm::Firecracker, 3 * GIB), [[3 * GIB]]);
+        assert_eq!(sizes(Vmm::CloudHypervisor, 4 * GIB), [[3 * GIB, GIB]]);
+        assert_eq!(sizes(Vmm::Firecracker, 4 * GIB), [[3 * GIB, GIB], [3328 << 20, 768 << 20]]);
+        assert_eq!(sizes(Vmm::Firecracker, 3100 << 20), [vec![3 * GIB, 28 << 20], vec![3100 << 20]]);
+        let [layout] = of_micro(Vmm::CloudHypervisor, 5 * GIB).try_into().unwrap();
         let map = MemoryMap::new(layout.regions).unwrap();
         assert_eq!((map.resolve(4 * GIB), map.resolve(3 * GIB)), (Some((1, 0)), None));
     }

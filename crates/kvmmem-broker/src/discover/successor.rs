@@ -7,6 +7,7 @@ use std::collections::HashSet;
 use super::command_line::Vmm;
 use super::mapping::Mapping;
 use super::process::{FileId, Process};
+use super::recognise::recognise;
 use crate::map::Region;
 
 /// Finds for each VM the QEMU that has all these parts of files mapped as RAM of its own; none of the processes `others`,
@@ -59,7 +60,7 @@ fn candidate(pid: u32) -> Option<(Process, Vec<Mapping>)> {
     let process = Process::open(pid).ok()?;
     let arguments = process.arguments().ok()?;
     let is_incoming = arguments.iter().any(|word| word == "-incoming" || word == "--incoming");
-    if !is_incoming || Vmm::recognise(&process.program().ok()?, &arguments) != Some(Vmm::Qemu) {
+    if !is_incoming || recognise(&process, &process.program().ok()?, &arguments).ok()? != Some(Vmm::Qemu) {
         return None;
     }
     let mappings = process.mappings().ok()?;

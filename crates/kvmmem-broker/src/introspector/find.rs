@@ -7,6 +7,7 @@ use crate::discover::attach::{self, AttachError, Which};
 use crate::discover::command_line::Vmm;
 use crate::discover::options::Options;
 use crate::discover::process::{Process, ProcessError};
+use crate::discover::recognise::recognise;
 use crate::qmp::{Qmp, QmpError};
 
 /// The most sockets of one QEMU that are tried.
@@ -67,7 +68,7 @@ pub(super) fn find(which: &Which) -> Result<Found, FindError> {
     };
     let (pid, arguments) = (process.pid(), process.arguments().map_err(AttachError::from)?);
     let program = process.program().map_err(AttachError::from)?;
-    if Vmm::recognise(&program, &arguments) != Some(Vmm::Qemu) {
+    if recognise(&process, &program, &arguments).map_err(AttachError::from)? != Some(Vmm::Qemu) {
         return Err(FindError::NoQemu { pid, program });
     }
     if let Which::Libvirt(name) = which

@@ -27,22 +27,22 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use uuid::Uuid;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
-pub const RAM: u64 = 1 << 30;
-pub const PIECE: usize = 256 << 10;
+pub(crate) const RAM: u64 = 1 << 30;
+pub(crate) const PIECE: usize = 256 << 10;
 /// The RAM's last bytes, and there alone, so that a search goes through everything.
-pub const NEEDLE: &[u8; 24] = b"kvmmem looks for exactly";
+pub(crate) const NEEDLE: &[u8; 24] = b"kvmmem looks for exactly";
 
-pub type Result<T> = std::result::Result<T, Box<dyn Error + Send + Sync>>;
+pub(crate) type Result<T> = std::result::Result<T, Box<dyn Error + Send + Sync>>;
 
 /// The processes and the views.
-pub struct Host {
+pub(crate) struct Host {
     /// View of RAM that is mapped.
-    pub shared: View,
+    pub(crate) shared: View,
     /// View of the same RAM by copies.
-    pub private: View,
-    pub pid: Pid,
+    pub(crate) private: View,
+    pub(crate) pid: Pid,
     /// Where the RAM is in the VMM.
-    pub address: usize,
+    pub(crate) address: usize,
     _link: VmmLink,
     broker: Child,
     vmm: Child,
@@ -51,7 +51,7 @@ pub struct Host {
 
 impl Host {
     /// Starts everything; `None` in the VMM and in the broker when they have done their part.
-    pub fn start() -> Result<Option<Self>> {
+    pub(crate) fn start() -> Result<Option<Self>> {
         let words: Vec<String> = std::env::args().collect();
         let part = words.iter().position(|word| word == "--vmm" || word == "--broker");
         match part.map(|at| words.get(at..).unwrap_or_default()) {
@@ -90,7 +90,7 @@ impl Host {
     }
 
     /// Reads as other tools do, from the VMM's memory.
-    pub fn read_process(&self, at: u64, part: &mut [u8]) -> Result<()> {
+    pub(crate) fn read_process(&self, at: u64, part: &mut [u8]) -> Result<()> {
         let remote = RemoteIoVec { base: self.address + usize::try_from(at)?, len: part.len() };
         let expected = part.len();
         let count = process_vm_readv(self.pid, &mut [IoSliceMut::new(part)], &[remote])?;
@@ -176,14 +176,14 @@ fn vmm() -> Result<()> {
     Ok(())
 }
 
-pub fn timed(act: impl FnOnce() -> Result<()>) -> Result<u64> {
+pub(crate) fn timed(act: impl FnOnce() -> Result<()>) -> Result<u64> {
     let began = Instant::now();
     act()?;
     Ok(u64::try_from(began.elapsed().as_nanos())?)
 }
 
 /// Prints how many times as fast `ours` is as `theirs`.
-pub fn report(name: &str, goal: f64, ours: &mut [u64], theirs: &mut [u64]) {
+pub(crate) fn report(name: &str, goal: f64, ours: &mut [u64], theirs: &mut [u64]) {
     let percentile = |times: &mut [u64], percent: usize| {
         times.sort_unstable();
         times.get(times.len() * percent / 100).copied().unwrap_or(0)
