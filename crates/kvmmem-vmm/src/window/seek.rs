@@ -161,9 +161,9 @@ mod tests {
             ];
             let target = Target(ram, MemoryMap::new(regions.clone()).unwrap());
             for seek in [Seek::Data, Seek::Hole] {
-                let is_it = |gpa: u64| match gpa / PAGE_SIZE {
-                    page @ 0..16 => touched[page as usize] == (seek == Seek::Data),
-                    page @ 20..68 => touched[page as usize - 4] == (seek == Seek::Data),
+                let is_it = |gpa: u64| match usize::try_from(gpa / PAGE_SIZE).unwrap() {
+                    page @ 0..16 => touched[page] == (seek == Seek::Data),
+                    page @ 20..68 => touched[page - 4] == (seek == Seek::Data),
                     _ => false,
                 };
                 let pages = (from / PAGE_SIZE + 1..68).map(|page| page * PAGE_SIZE);
