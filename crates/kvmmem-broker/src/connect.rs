@@ -108,7 +108,7 @@ mod tests {
     fn what_another_user_listens_at_is_not_written_to() {
         const NOBODY: u32 = 65_534;
         if !rustix::process::geteuid().is_root() {
-            eprintln!("skipped: only root can start a process of another user");
+            eprintln!("skipped: only root can start a process of another user: run the tests as root");
             return;
         }
         let directory = tempfile::tempdir().unwrap();
@@ -119,7 +119,9 @@ mod tests {
         command.env(LISTEN, &path).uid(NOBODY).gid(NOBODY).stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut listener = match command.spawn() {
             Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
-                eprintln!("skipped: another user cannot run this program where it lies");
+                eprintln!(
+                    "skipped: another user cannot run this program: have the target folder where others may go"
+                );
                 return;
             }
             spawned => spawned.unwrap(),
