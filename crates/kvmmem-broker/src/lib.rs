@@ -24,6 +24,7 @@ pub mod introspector;
 mod limit;
 pub mod link;
 pub mod map;
+pub mod name;
 pub mod options;
 pub mod packet;
 pub mod peer;

@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use uuid::Uuid;
 
 use crate::hook::Hooks;
+use crate::name::{MAX_NAME, is_name};
 use crate::peer::{Credentials, Peer};
 use crate::quota::{Bound, Exceeded, Quota};
 use crate::ram::{Ram, RamError};
@@ -16,9 +17,6 @@ use crate::wire::{Registration, TargetInfo};
 
 /// The most VMs that are registered at a time.
 pub const MAX_VMS: usize = 2048;
-
-/// The longest name, bytes: what KVMI's handshake carries.
-const MAX_NAME: usize = 63;
 
 /// The most vCPUs.
 const MAX_VCPUS: u32 = 4096;
@@ -42,8 +40,8 @@ pub struct Vm {
 /// Why a VM is not registered.
 #[derive(Debug, thiserror::Error)]
 pub enum RegisterError {
-    /// The name is empty, too long or holds a control character.
-    #[error("name must have 1 to {MAX_NAME} bytes and no control characters")]
+    /// The name is empty, too long or not for a terminal.
+    #[error("a VM's name has 1 to {MAX_NAME} bytes, all of them to be shown; give another name with --name")]
     Name,
     /// The name could be taken for a UUID, by which VMs are named as well.
     #[error("name {0:?} reads as a UUID, which names the VM that has it; give another name with --name")]
@@ -261,7 +259,7 @@ fn is_other_role(vm: &Vm, registration: &Registration, peer: &Peer) -> bool {
 
 fn check(registration: &Registration) -> Result<(), RegisterError> {
     let name = &registration.name;
-    if name.is_empty() || name.len() > MAX_NAME || name.chars().any(char::is_control) {
+    if !is_name(name) {
         return Err(RegisterError::Name);
     }
     // In whatever form a UUID is read.

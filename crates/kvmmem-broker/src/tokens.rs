@@ -10,6 +10,7 @@ use uuid::Uuid;
 use crate::broker::{Broker, Refused};
 use crate::endpoint::Endpoint;
 use crate::grants::{Holder, KVMI_LIFETIME, Listed, Opened, Redeemed, Terms, UseError, User};
+use crate::name::is_unprintable;
 use crate::peer::{Credentials, Peer};
 use crate::ram::{Ram, SHARE_IT};
 use crate::registry::Vm;
@@ -226,7 +227,7 @@ fn terms(vm: &Vm, request: &GrantRequest, by: Credentials) -> Result<Terms, Requ
     if request
         .label
         .as_ref()
-        .is_some_and(|label| label.len() > MAX_LABEL || label.chars().any(char::is_control))
+        .is_some_and(|label| label.len() > MAX_LABEL || label.chars().any(is_unprintable))
     {
         return Err(RequestError::Label);
     }

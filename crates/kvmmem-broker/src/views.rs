@@ -9,6 +9,7 @@ use kvmmem_kvmi::token::Token;
 
 use crate::broker::{Broker, Refused};
 use crate::grants::{Opened, UseError, User};
+use crate::name::is_unprintable;
 use crate::peer::Peer;
 use crate::ram::SHARE_IT;
 use crate::registry::Vm;
@@ -149,7 +150,7 @@ fn no_view(view: u64) -> Refused {
 /// Who asks, as far as it is known: of a process of the host the socket tells, of one in a VM the VM's kernel.
 fn known_caller(caller: Caller, peer: &Peer, vm: Option<&Vm>) -> Caller {
     let comm = caller.comm.chars().take(MAX_COMM);
-    let comm = comm.map(|c| if c.is_control() { char::REPLACEMENT_CHARACTER } else { c }).collect();
+    let comm = comm.map(|c| if is_unprintable(c) { char::REPLACEMENT_CHARACTER } else { c }).collect();
     let credentials = peer.credentials();
     match vm {
         Some(_) => Caller { comm, ..caller },

@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 use common::{TestBroker, Tool, ToolSession, request, wait_for};
 use kvmmem_abi::errno::KvmError;
 use kvmmem_broker::admin::{Admin, AdminError, Evidence, GrantRequest, Rights, Which};
+use kvmmem_broker::audit::AuditFile;
 use kvmmem_broker::discover::discover;
 use kvmmem_broker::host::{HostEvent, HostLink};
 use kvmmem_broker::link::RedeemError;
@@ -808,7 +809,51 @@ fn a_process_id_that_is_somebody_elses_now_is_not_taken_for_it() {
     content["vms"] = json!([other, files]);
     std::fs::write(&path, content.to_string()).unwrap();
     let broker = TestBroker::start_in(directory);
+    let log = broker.directory.path().join("audit.log");
+    broker.state.audit().write_to(AuditFile::open(&log).unwrap());
     broker.state.remember_in(path.parent().unwrap()).unwrap();
     wait_for("both to be forgotten", || remembered(&broker) == json!([]));
     assert_eq!(names(&broker), [""; 0]);
+    // Not even for a moment.
+    assert_eq!(std::fs::read_to_string(log).unwrap(), "");
+}
+
+/// What a QEMU is called on its command line.
+fn called(name: &str) -> Fake {
+    let name = format!("guest={name}");
+    Fake::start("sealed tables", &["-name", &name, "-m", "32", "-machine", "q35"])
+}
+
+#[test]
+fn vms_whose_names_are_too_long_are_added_under_different_ones() {
+    let broker = TestBroker::start();
+    let start = "n".repeat(63);
+    let long = [format!("{start}-one"), format!("{start}-two"), "虚拟".repeat(15)];
+    let fakes = long.clone().map(|name| called(&name));
+    let added = fakes
+        .each_ref()
+        .map(|fake| broker.admin().add_target(&Which::Pid(fake.pid()), None).unwrap().target.name);
+    assert!(added.iter().all(|name| name.len() <= 63 && name.contains('~')), "{added:?}");
+    assert!(added[0] != added[1] && added[2].starts_with("虚拟虚拟"), "{added:?}");
+    // Each is found by that name, and has it again the next time.
+    for (name, fake) in added.iter().zip(&fakes) {
+        broker.admin().remove_target(name).unwrap();
+        let again = broker.admin().add_target(&Which::Pid(fake.pid()), None).unwrap();
+        assert_eq!(again.target.name, *name);
+    }
+}
+
+#[test]
+fn a_vm_that_is_called_as_another_s_uuid_needs_another_name() {
+    let broker = TestBroker::start();
+    let bank = broker.target("bank");
+    let uuid = common::target("bank").uuid;
+    for name in [uuid.to_string(), uuid.simple().to_string(), uuid.braced().to_string()] {
+        let fake = called(&name);
+        let message = refusal(&broker, &Which::Pid(fake.pid()));
+        assert!(message.contains("UUID") && message.contains("--name"), "{message}");
+        broker.admin().add_target(&Which::Pid(fake.pid()), Some("other")).unwrap();
+        broker.admin().remove_target("other").unwrap();
+    }
+    drop(bank);
 }

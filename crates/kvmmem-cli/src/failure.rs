@@ -7,6 +7,7 @@ use std::process::ExitCode;
 use anyhow::Error;
 use clap::builder::styling::AnsiColor;
 use clap::error::ErrorKind;
+use kvmmem_broker::name::is_unprintable;
 use serde::Serialize;
 
 /// Exit code of a command line that is wrong.
@@ -83,12 +84,12 @@ fn write_json(to: &mut impl Write, error: &Error) -> io::Result<()> {
     writeln!(to, "{}", serde_json::to_string(&failure)?)
 }
 
-/// The text without control characters: some of it comes from peers, and must not drive the terminal.
+/// The text without what a terminal would not just show: some of it comes from peers, and must not drive the terminal.
 pub(crate) fn escape(text: &str) -> String {
     text.chars()
         .flat_map(|c| {
             let (plain, escaped) =
-                if c.is_control() { (None, Some(c.escape_default())) } else { (Some(c), None) };
+                if is_unprintable(c) { (None, Some(c.escape_default())) } else { (Some(c), None) };
             plain.into_iter().chain(escaped.into_iter().flatten())
         })
         .collect()

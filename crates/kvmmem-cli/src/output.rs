@@ -5,6 +5,7 @@ use std::io::{self, Stdout, Write};
 
 use anstream::AutoStream;
 use serde::Serialize;
+use unicode_width::UnicodeWidthStr;
 
 /// Where results go.
 pub(crate) struct Output {
@@ -43,18 +44,31 @@ impl Output {
     }
 }
 
-/// The rows as lines whose cells begin below each other.
+/// The rows as lines whose cells begin below each other, in the columns that a terminal has for them.
 pub(crate) fn columns<const N: usize>(rows: &[[String; N]]) -> Vec<String> {
     let mut widths = [0; N];
     for row in rows {
         for (width, cell) in widths.iter_mut().zip(row) {
-            *width = cell.chars().count().max(*width);
+            *width = cell.width().max(*width);
         }
     }
     let line = |row: &[String; N]| {
-        let cells: Vec<String> =
-            row.iter().zip(widths).map(|(cell, width)| format!("{cell:width$}")).collect();
+        let padded = |(cell, width): (&String, usize)| {
+            cell.to_owned() + &" ".repeat(width.saturating_sub(cell.width()))
+        };
+        let cells: Vec<String> = row.iter().zip(widths).map(padded).collect();
         cells.join("  ").trim_end().to_owned()
     };
     rows.iter().map(line).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn wide_characters_take_two_columns_and_combining_ones_none() {
+        let rows = [["虚拟", "1"], ["e\u{301}", "2"], ["abcd", "3"]].map(|row| row.map(str::to_owned));
+        assert_eq!(columns(&rows), ["虚拟  1", "e\u{301}     2", "abcd  3"]);
+    }
 }

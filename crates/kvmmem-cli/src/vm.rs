@@ -7,6 +7,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 use clap::{Args, ValueEnum};
+use kvmmem_broker::name::is_name;
 use kvmmem_vmm::{
     Control, DiskConfig, HypercallWay, MAX_DISKS, MAX_VCPUS, ResetPolicy, SerialConfig, VmConfig, VmExit,
     VmStatus,
@@ -235,8 +236,8 @@ fn parse_serial(text: &str) -> Result<SerialConfig, String> {
 }
 
 fn parse_name(text: &str) -> Result<String, String> {
-    if text.is_empty() || text.len() > 63 || text.chars().any(char::is_control) {
-        return Err("a name has 1 to 63 bytes and no control characters".into());
+    if !is_name(text) {
+        return Err("a name has 1 to 63 bytes, all of them to be shown".into());
     }
     Ok(text.to_owned())
 }

@@ -7,6 +7,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use kvmmem_sys::socket::peer_credentials;
 use serde_json::Value;
 
 use super::command_line::Vmm;
@@ -20,17 +21,20 @@ const LIMIT: Duration = Duration::from_secs(2);
 const MAX_ANSWER: usize = 1 << 20;
 
 /// RAM from the start, bytes, as a VMM's interface says; `None` where it says nothing, or that there may be more by now.
-pub(super) fn memory(vmm: Vmm, socket: &Path) -> Option<u64> {
+///
+/// The socket is one that the VMM's command line names, and the broker may connect where the VMM may not: nothing is sent
+/// unless the VMM's user listens there.
+pub(super) fn memory(vmm: Vmm, socket: &Path, user: u32) -> Option<u64> {
     match vmm {
         Vmm::CloudHypervisor => {
-            let info = ask(socket, "/api/v1/vm.info")?;
+            let info = ask(socket, user, "/api/v1/vm.info")?;
             let memory = info.get("config")?.get("memory")?;
             let has = |key: &str| memory.get(key).is_some_and(|value| !matches!(value, Value::Null));
             let is_plain = !has("hotplug_size") && !has("zones");
             memory.get("size")?.as_u64().filter(|_| is_plain)
         }
         Vmm::Firecracker => {
-            let config = ask(socket, "/machine-config")?;
+            let config = ask(socket, user, "/machine-config")?;
             config.get("mem_size_mib")?.as_u64()?.checked_mul(1 << 20)
         }
         Vmm::Qemu | Vmm::Crosvm | Vmm::Kvmmem => None,
@@ -38,9 +42,10 @@ pub(super) fn memory(vmm: Vmm, socket: &Path) -> Option<u64> {
 }
 
 /// The body of an answer.
-fn ask(socket: &Path, path: &str) -> Option<Value> {
+fn ask(socket: &Path, user: u32, path: &str) -> Option<Value> {
     let end = Instant::now() + LIMIT;
     let mut stream = UnixStream::from(connect(&Endpoint::Unix(socket.to_owned())).ok()?);
+    peer_credentials(&stream).ok().filter(|listener| listener.uid == user)?;
     let left = || Some(end.saturating_duration_since(Instant::now())).filter(|left| !left.is_zero());
     stream.set_write_timeout(Some(left()?)).ok()?;
     let request = format!("GET {path} HTTP/1.1\r\nHost: localhost\r\nAccept: application/json\r\n\r\n");
@@ -79,6 +84,10 @@ mod tests {
 
     use super::*;
 
+    fn own_user() -> u32 {
+        rustix::process::geteuid().as_raw()
+    }
+
     /// What is heard of a VMM that answers so.
     fn heard(vmm: Vmm, answer: &str) -> Option<u64> {
         let directory = tempfile::tempdir().unwrap();
@@ -90,7 +99,7 @@ mod tests {
             let _ = stream.read(&mut [0; 1024]);
             let _ = stream.write_all(answer.as_bytes());
         });
-        let heard = memory(vmm, &path);
+        let heard = memory(vmm, &path, own_user());
         thread.join().unwrap();
         heard
     }
@@ -117,6 +126,17 @@ mod tests {
         ] {
             assert_eq!(heard(Vmm::CloudHypervisor, &answer), None);
         }
-        assert_eq!(memory(Vmm::Firecracker, Path::new("/nowhere/api.sock")), None);
+        assert_eq!(memory(Vmm::Firecracker, Path::new("/nowhere/api.sock"), own_user()), None);
+    }
+
+    #[test]
+    fn nothing_is_sent_to_another_user() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("api.sock");
+        let listener = UnixListener::bind(&path).unwrap();
+        assert_eq!(memory(Vmm::Firecracker, &path, own_user() + 1), None);
+        let mut sent = Vec::new();
+        listener.accept().unwrap().0.read_to_end(&mut sent).unwrap();
+        assert_eq!(sent, b"");
     }
 }

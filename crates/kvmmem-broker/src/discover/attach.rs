@@ -15,6 +15,7 @@ use super::layout::{self, Layout, LayoutError};
 use super::mtree::{self, MtreeError};
 use super::process::{Process, ProcessError};
 use super::recognise::recognise;
+use crate::name;
 use crate::peer::Credentials;
 use crate::qmp::{Qmp, QmpError};
 use crate::wire::Registration;
@@ -152,11 +153,11 @@ pub enum AttachError {
     Random(#[source] getrandom::Error),
 }
 
-/// Opens the RAM of a VM; `name` is what it shall be called.
+/// Opens the RAM of a VM; `called` is what it shall be called.
 ///
 /// # Errors
 /// [`AttachError`].
-pub fn open(which: &Which, name: Option<String>) -> Result<Opened, AttachError> {
+pub fn open(which: &Which, called: Option<String>) -> Result<Opened, AttachError> {
     let (process, mut qmp) = match which {
         Which::Pid(pid) => (Process::open(*pid)?, None),
         Which::Libvirt(domain) => (Process::open(libvirts(domain)?)?, None),
@@ -171,7 +172,7 @@ pub fn open(which: &Which, name: Option<String>) -> Result<Opened, AttachError> 
     };
     let (pid, line) = (process.pid(), command_line(&process)?);
     if let Which::Libvirt(domain) = which
-        && line.name.as_ref() != Some(domain)
+        && line.name != name::fit(domain)
     {
         return Err(AttachError::WrongDomain { pid, name: domain.clone() });
     }
@@ -181,7 +182,7 @@ pub fn open(which: &Which, name: Option<String>) -> Result<Opened, AttachError> 
         None => line.vcpus.unwrap_or(1),
     };
     let registration = Registration {
-        name: name.or_else(|| line.name.clone()).unwrap_or_else(|| format!("vm-{pid}")),
+        name: called.or_else(|| line.name.clone()).unwrap_or_else(|| format!("vm-{pid}")),
         uuid: line.uuid.map_or_else(random_uuid, Ok).map_err(AttachError::Random)?,
         vcpus,
         start_time_ms: process.start_time_ms().unwrap_or(0),
@@ -298,7 +299,7 @@ fn of_micro(vmm: Vmm, process: &Process, line: &CommandLine) -> Result<Vec<Layou
     if line.is_growable {
         return Err(LayoutError::Growable.into());
     }
-    let asked = || api::memory(vmm, &process.path_of(line.api.as_deref()?));
+    let asked = || api::memory(vmm, &process.path_of(line.api.as_deref()?), process.uid().ok()?);
     let size = line.memory.or_else(asked).ok_or(LayoutError::Size)?;
     Ok(layout::of_micro(vmm, size))
 }

@@ -100,6 +100,16 @@ pub enum Source {
     },
 }
 
+impl Source {
+    /// Which files the RAM is in; none where it is private.
+    pub(crate) fn file_ids(&self) -> Vec<FileId> {
+        match self {
+            Self::Files(files) => files.iter().filter_map(FileId::of_file).collect(),
+            Self::Process { .. } => Vec::new(),
+        }
+    }
+}
+
 impl Obstacle {
     /// What to add to the VMM's command line, or to libvirt's XML, where that helps.
     pub fn remedy(&self, line: &CommandLine) -> Option<String> {

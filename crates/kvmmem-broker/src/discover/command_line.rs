@@ -10,9 +10,7 @@ use uuid::Uuid;
 
 use super::options::Options;
 use crate::map::MAX_FILES;
-
-/// The most characters that are kept of a name.
-const MAX_NAME: usize = 63;
+use crate::name;
 
 /// The most memory backends that are looked at.
 const MAX_BACKENDS: usize = 256;
@@ -192,7 +190,7 @@ impl CommandLine {
 
     fn qemu(&mut self, key: &str, value: &str) {
         match key {
-            "name" => self.name = Options::parse(value, "guest").get("guest").map(shown),
+            "name" => self.name = Options::parse(value, "guest").get("guest").and_then(name::fit),
             "uuid" => self.uuid = uuid(value),
             "smbios" => self.uuid = self.uuid.or_else(|| uuid(Options::parse(value, "type").get("uuid")?)),
             "smp" => self.vcpus = vcpus(&Options::parse(value, "cpus")),
@@ -221,7 +219,7 @@ impl CommandLine {
 
     fn machine(&mut self, options: &Options) {
         if let Some(machine) = options.get("type") {
-            self.machine = Some(shown(machine));
+            self.machine = name::fit(machine);
         }
         self.max_ram_below_4g = options.size("max-ram-below-4g", 1).or(self.max_ram_below_4g);
         if options.get("confidential-guest-support").is_some() || options.get("memory-encryption").is_some() {
@@ -244,7 +242,7 @@ impl CommandLine {
     /// Cloud Hypervisor, crosvm, Firecracker and `kvmmem vm`: options that mean the same have the same few names.
     fn other(&mut self, key: &str, value: &str) {
         match key {
-            "name" | "id" => self.name = Some(shown(value)),
+            "name" | "id" => self.name = name::fit(value),
             "uuid" => self.uuid = uuid(value),
             "platform" => {
                 let options = Options::parse(value, "");
@@ -273,11 +271,6 @@ fn node(nodes: &mut BTreeMap<u32, String>, options: &Options) {
     let Some(backend) = options.get("memdev").filter(|_| nodes.len() < MAX_BACKENDS) else { return };
     let counted = u32::try_from(nodes.len()).unwrap_or(u32::MAX);
     nodes.insert(options.number("nodeid").unwrap_or(counted), backend.to_owned());
-}
-
-/// Without what could drive a terminal, and not longer than names are.
-fn shown(text: &str) -> String {
-    text.chars().map(|c| if c.is_control() { '?' } else { c }).take(MAX_NAME).collect()
 }
 
 fn uuid(text: &str) -> Option<Uuid> {
@@ -435,7 +428,7 @@ mod tests {
         ) {
             for vmm in [Vmm::Qemu, Vmm::CloudHypervisor, Vmm::Crosvm, Vmm::Firecracker, Vmm::Kvmmem] {
                 let line = vmm.command_line(&words);
-                prop_assert!(line.name.is_none_or(|name| name.chars().count() <= MAX_NAME && !name.chars().any(char::is_control)));
+                prop_assert!(line.name.is_none_or(|name| name::is_name(&name)));
             }
         }
     }

@@ -10,6 +10,7 @@ use super::Introspector;
 use super::monitor::{Monitor, MonitorError};
 use super::places::{self, Places};
 use super::plug::{PREFIX, Plug};
+use crate::name;
 
 /// Where devices are in QEMU's tree of objects: those with an id, and the others.
 const DEVICES: [&str; 2] = ["/machine/peripheral", "/machine/peripheral-anon"];
@@ -77,7 +78,7 @@ impl Machine {
         let uuid = uuid.get("UUID").and_then(Value::as_str).and_then(|uuid| Uuid::parse_str(uuid).ok());
         let vcpus: Vec<Value> = ask(monitor, "query-cpus-fast", json!({}))?;
         Ok(Self {
-            name: name.get("name").and_then(Value::as_str).map(shown).filter(|name| !name.is_empty()),
+            name: name.get("name").and_then(Value::as_str).and_then(name::fit),
             uuid: uuid.filter(|uuid| !uuid.is_nil()),
             vcpus: u32::try_from(vcpus.len()).map_err(|_| AskError::Answer("query-cpus-fast"))?,
             cid: cid(monitor)?,
@@ -145,9 +146,4 @@ fn ask<T: DeserializeOwned>(
 ) -> Result<T, AskError> {
     let answer = monitor.execute(command, arguments)?;
     serde_json::from_value(answer).map_err(|_| AskError::Answer(command))
-}
-
-/// Without what could drive a terminal, and not longer than names are.
-fn shown(text: &str) -> String {
-    text.chars().map(|c| if c.is_control() { '?' } else { c }).take(63).collect()
 }

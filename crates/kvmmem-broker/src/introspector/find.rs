@@ -8,6 +8,7 @@ use crate::discover::command_line::Vmm;
 use crate::discover::options::Options;
 use crate::discover::process::{Process, ProcessError};
 use crate::discover::recognise::recognise;
+use crate::name;
 use crate::qmp::{Qmp, QmpError};
 
 /// The most sockets of one QEMU that are tried.
@@ -72,7 +73,7 @@ pub(super) fn find(which: &Which) -> Result<Found, FindError> {
         return Err(FindError::NoQemu { pid, program });
     }
     if let Which::Libvirt(name) = which
-        && Vmm::Qemu.command_line(&arguments).name.as_ref() != Some(name)
+        && Vmm::Qemu.command_line(&arguments).name != name::fit(name)
     {
         return Err(AttachError::WrongDomain { pid, name: name.clone() }.into());
     }

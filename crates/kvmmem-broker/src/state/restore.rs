@@ -76,21 +76,31 @@ impl Broker {
         let broker = Credentials { pid: std::process::id(), uid: rustix::process::geteuid().as_raw() };
         let name = Some(entry.name.clone());
         match &entry.role {
-            Role::Target { .. } => {
+            Role::Target { files } => {
                 let opened = attach::open(&which, name);
                 let mut opened = opened.map_err(|error| Lost::Refused(in_words(&error)))?;
                 opened.registration.uuid = entry.uuid;
-                let vm = self.add_opened(broker, opened)?;
-                if Role::target(&vm) != entry.role {
-                    self.remove_target(&vm.registration().name)?;
+                if opened.source.file_ids() != *files {
                     return Err(Lost::OtherFiles);
                 }
+                // What was asked and opened until now is that process's.
+                if !process.is_alive() {
+                    return Err(Lost::Ended);
+                }
+                self.add_opened(broker, opened)?;
             }
             Role::Introspector { cid, on_silence } => {
+                if !process.is_alive() {
+                    return Err(Lost::Ended);
+                }
                 self.introspect(broker, &which, (Some(*cid), name, Some(entry.uuid)), *on_silence)?;
+                // It was opened by its number once more. If this one has not ended, the two are one.
+                if !process.is_alive() {
+                    self.remove_introspector(&entry.name)?;
+                    return Err(Lost::Ended);
+                }
             }
         }
-        // What was asked and opened until now is that process's.
-        if process.is_alive() { Ok(()) } else { Err(Lost::Ended) }
+        Ok(())
     }
 }

@@ -12,7 +12,7 @@ use crate::endpoint::Endpoint;
 /// What a VMM says of its VM.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Registration {
-    /// Name, unique on the host: 1 to 63 bytes, no control characters.
+    /// Name, unique on the host: 1 to 63 bytes that a terminal shows, and not the text of a UUID.
     pub name: String,
     /// UUID, unique on the host.
     pub uuid: Uuid,
