@@ -7,7 +7,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use common::qemu::{Qemu, add_confirmed, has_qemu};
-use common::{TestBroker, request, wait_for};
+use common::{PATIENCE, TestBroker, request, wait_for};
 use kvmmem_broker::admin::{GrantRequest, Rights};
 use kvmmem_broker::host::{HostEvent, HostLink, HostView};
 use serde_json::{Value, json};
@@ -53,7 +53,7 @@ fn migrate(broker: &TestBroker, old: &Qemu, is_update: bool) -> Qemu {
 /// A QEMU that waits for a VM to come has monitors only then.
 fn start_incoming(broker: &TestBroker, arguments: &[&str], listens: &Path) -> Qemu {
     let new = Qemu::spawn(broker, "new", arguments).unwrap();
-    common::qemu::wait_long("the new QEMU to listen", || listens.exists());
+    common::qemu::wait_long("the new QEMU to listen", || common::qemu::listens(listens));
     new
 }
 
@@ -98,7 +98,7 @@ fn views_and_grants_survive_a_live_update() {
     let (_link, later) = HostLink::attach(&broker.path, &unused.token, true).unwrap();
     assert!(shows_the_guest(&later));
     drop((old, new));
-    assert_eq!(link.wait(Duration::from_secs(10)).unwrap(), Some(HostEvent::Gone));
+    assert_eq!(link.wait(PATIENCE).unwrap(), Some(HostEvent::Gone));
     wait_for("the target to go", || broker.admin().targets().unwrap().is_empty());
 }
 
@@ -119,7 +119,7 @@ fn a_monitor_tells_of_a_live_update_before_the_old_qemu_ends() {
     // The new QEMU is listened to.
     reset(&new, &mut link);
     drop(new);
-    assert_eq!(link.wait(Duration::from_secs(10)).unwrap(), Some(HostEvent::Gone));
+    assert_eq!(link.wait(PATIENCE).unwrap(), Some(HostEvent::Gone));
 }
 
 #[test]
@@ -170,7 +170,7 @@ fn a_monitor_tells_that_the_vm_has_moved() {
     broker.admin().add_target(&old.socket(), None).unwrap();
     let (mut link, _view) = attach(&broker);
     let _new = migrate(&broker, &old, false);
-    assert_eq!(link.wait(Duration::from_secs(10)).unwrap(), Some(HostEvent::Gone));
+    assert_eq!(link.wait(PATIENCE).unwrap(), Some(HostEvent::Gone));
     wait_for("the target to go", || broker.admin().targets().unwrap().is_empty());
 }
 
@@ -185,7 +185,7 @@ fn views_end_where_the_vm_moves_to_other_memory() {
     let (mut link, _view) = attach(&broker);
     let new = migrate(&broker, &old, false);
     old.monitor().quit();
-    assert_eq!(link.wait(Duration::from_secs(10)).unwrap(), Some(HostEvent::Gone));
+    assert_eq!(link.wait(PATIENCE).unwrap(), Some(HostEvent::Gone));
     wait_for("the target to go", || broker.admin().targets().unwrap().is_empty());
     // It is another target now.
     assert_eq!(add_confirmed(&broker, &new).target.name, "new");

@@ -3,10 +3,8 @@
 
 mod common;
 
-use std::time::Duration;
-
 use common::qemu::{Qemu, add_confirmed, refusal, wait_long};
-use common::{TestBroker, Tool, request, wait_for};
+use common::{PATIENCE, TestBroker, Tool, request, wait_for};
 use kvmmem_broker::admin::{Added, Evidence, Region, Rights};
 use kvmmem_broker::host::{HostEvent, HostLink, HostView};
 use kvmmem_kvmi::request::Request;
@@ -63,7 +61,7 @@ fn a_view_shows_the_firmwares_tables_until_qemu_ends() {
     assert!(bios.chunks(16).any(|chunk| chunk.starts_with(b"RSD PTR ")));
     assert!(rustix::io::pwrite(&view.files[0], b"x", 0).is_err());
     drop(qemu);
-    assert_eq!(link.wait(Duration::from_secs(10)).unwrap(), Some(HostEvent::Gone));
+    assert_eq!(link.wait(PATIENCE).unwrap(), Some(HostEvent::Gone));
     wait_for("the target to go", || broker.admin().targets().unwrap().is_empty());
 }
 
@@ -78,11 +76,11 @@ fn a_reset_is_told_to_views() {
         monitor.execute("system_reset", json!({}));
         let expected =
             HostEvent::Changed { generation: view.generation + later, regions: view.regions.clone() };
-        assert_eq!(link.wait(Duration::from_secs(10)).unwrap(), Some(expected));
+        assert_eq!(link.wait(PATIENCE).unwrap(), Some(expected));
     }
     // The broker's connection ends with the target: another client is heard then.
     broker.admin().remove_target("seen").unwrap();
-    assert_eq!(link.wait(Duration::from_secs(10)).unwrap(), Some(HostEvent::Gone));
+    assert_eq!(link.wait(PATIENCE).unwrap(), Some(HostEvent::Gone));
     kvmmem_broker::qmp::Qmp::connect(&qemu.qmp).unwrap();
 }
 
@@ -177,7 +175,7 @@ fn memory_that_is_plugged_in_makes_the_vm_another_target() {
     monitor.execute("device_add", json!({ "driver": "pc-dimm", "memdev": "e", "id": "dimm1" }));
     // No system in the guest takes it, so nothing is told; but this is.
     monitor.execute("stop", json!({}));
-    assert_eq!(link.wait(Duration::from_secs(10)).unwrap(), Some(HostEvent::Gone));
+    assert_eq!(link.wait(PATIENCE).unwrap(), Some(HostEvent::Gone));
     let grown = || broker.admin().targets().unwrap().first().map(|target| (target.uuid, target.memory_bytes));
     let expected = (added.target.uuid, added.target.memory_bytes + (128 << 20));
     wait_for("the VM to be a target again", || grown() == Some(expected));

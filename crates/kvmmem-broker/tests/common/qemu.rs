@@ -37,7 +37,7 @@ impl Qemu {
     /// Starts a VM; `None` where this machine has no QEMU.
     pub(crate) fn start(broker: &TestBroker, name: &str, arguments: &[&str]) -> Option<Self> {
         let qemu = Self::spawn(broker, name, arguments)?;
-        wait_long("QEMU to listen", || qemu.qmp.exists() && qemu.monitor.exists());
+        wait_long("QEMU to listen", || listens(&qemu.qmp) && listens(&qemu.monitor));
         Some(qemu)
     }
 
@@ -95,6 +95,17 @@ impl Qemu {
             std::thread::sleep(Duration::from_millis(20));
         }
     }
+}
+
+/// Whether a socket is listened at: it is there a moment before that.
+pub(crate) fn listens(path: &Path) -> bool {
+    let sockets = std::fs::read_to_string("/proc/net/unix").unwrap();
+    // Number, references, protocol, flags (of which this one says that it listens), type, state, inode, path.
+    let is_it = |line: &str| {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        words.get(3) == Some(&"00010000") && words.get(7).is_some_and(|found| Path::new(found) == path)
+    };
+    sockets.lines().any(is_it)
 }
 
 fn all_arguments(name: &str, monitor: &Path, qmp: &Path, arguments: &[&str]) -> Vec<String> {
@@ -171,7 +182,9 @@ pub(crate) fn has_qemu(major: u32) -> bool {
     let version = text.split("version ").nth(1).and_then(|rest| rest.split('.').next()?.parse::<u32>().ok());
     let is_new_enough = version.is_some_and(|version| version >= major);
     if !is_new_enough {
-        eprintln!("skipped: qemu-system-x86_64 is {version:?}: install version {major} or later");
+        eprintln!(
+            "skipped: qemu-system-x86_64 is {version:?}: install version {major} or later (Debian 13 has 10), first in PATH"
+        );
     }
     is_new_enough
 }
