@@ -104,7 +104,7 @@ impl ViewFile {
             read_bytes: view.read_bytes.value(),
             written_bytes: view.written_bytes.value(),
             events: view.events.value(),
-            reserved: 0,
+            instance: view.shown().instance,
         };
         UserSlice::new(to, size_of::<Stats>()).writer().write(&stats)
     }

@@ -9,6 +9,7 @@ use kernel::time::Delta;
 use kernel::time::delay::fsleep;
 use kernel::workqueue::{DelayedWork, new_delayed_work};
 
+use crate::abi::descriptor::Descriptor;
 use crate::abi::native::{ATTACH_READ_ONLY, RIGHT_WRITE, STATE_GONE, STATE_OPEN, STATE_REVOKED};
 use crate::attachment::{AttachCall, Attachment};
 use crate::hypercall::{self, Showing};
@@ -52,6 +53,8 @@ pub(crate) struct Shown {
     pub(crate) generation: u64,
     pub(crate) rights: u32,
     pub(crate) uuid: [u8; 16],
+    /// The target's instance, 0 where it is not known.
+    pub(crate) instance: u64,
     pub(crate) window: Result<Arc<Window>, Ended>,
 }
 
@@ -232,7 +235,13 @@ impl View {
     }
 
     fn ended(&self, generation: u64, how: Ended) -> Shown {
-        self.with(|shown| Shown { generation, rights: shown.rights, uuid: shown.uuid, window: Err(how) })
+        self.with(|shown| Shown {
+            generation,
+            rights: shown.rights,
+            uuid: shown.uuid,
+            instance: shown.instance,
+            window: Err(how),
+        })
     }
 
     /// Shows `next`. On return nothing of what was shown before is used by anybody. The caller does not use it either.
@@ -278,5 +287,6 @@ fn show(host: &Attachment, snapshot: &Snapshot, is_read_only: bool) -> Result<Sh
         _ => Err(Ended::Gone),
     };
     let rights = if is_read_only { descriptor.rights & !RIGHT_WRITE } else { descriptor.rights };
-    Ok(Shown { generation: descriptor.generation, rights, uuid: descriptor.uuid, window })
+    let Descriptor { generation, uuid, instance, .. } = *descriptor;
+    Ok(Shown { generation, rights, uuid, instance, window })
 }

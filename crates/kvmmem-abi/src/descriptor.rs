@@ -23,7 +23,7 @@
 //! | 104 | 8 | written by the driver, where the windows are PCI devices: the highest generation that it has acted upon |
 //! | 112 | 4 | number of the slot: 0 but where a view has more windows than one slot holds |
 //! | 116 | 4 | written by the driver as well: 0, or `COMPLAINT_*` |
-//! | 120 | 8 | 0 |
+//! | 120 | 8 | the target's instance: see [`Descriptor::instance`] |
 //! | 128 | 32 each | ranges: target GPA (8), length (8), offset in its window (8), number of its window (4), 0 (4) |
 //!
 //! # Windows that are PCI devices
@@ -76,6 +76,7 @@ pub const COMPLAINT_NOT_CACHED: u32 = 2;
 /// The driver's complaint: it does not understand the descriptor, or its windows are not those that are there.
 pub const COMPLAINT_INVALID: u32 = 3;
 
+const INSTANCE_AT: usize = 120;
 const RANGES_AT: usize = 128;
 const RANGE_SIZE: usize = 32;
 
@@ -114,6 +115,9 @@ pub struct Descriptor {
     pub window_len: u64,
     /// Number of ranges.
     pub range_count: usize,
+    /// Identifies one run of the target: the number is the same for every view, here and on the host, until the target
+    /// is reset, its RAM changes or its VMM ends. 0 where the host does not say.
+    pub instance: u64,
 }
 
 /// What is wrong with a descriptor page.
@@ -208,7 +212,17 @@ impl Descriptor {
             token_digest.copy_from_slice(digest);
             uuid.copy_from_slice(id);
         }
-        Ok(Self { generation, state, rights, token_digest, uuid, window_gpa, window_len, range_count })
+        Ok(Self {
+            generation,
+            state,
+            rights,
+            token_digest,
+            uuid,
+            window_gpa,
+            window_len,
+            range_count,
+            instance: u64_at(page, INSTANCE_AT),
+        })
     }
 
     /// The page's bytes; of `ranges` the first [`MAX_RANGES`] count, and `range_count` is taken from them.
@@ -228,6 +242,7 @@ impl Descriptor {
         // At most 64.
         #[allow(clippy::cast_possible_truncation)]
         put(page, 96, &(count as u32).to_le_bytes());
+        put(page, INSTANCE_AT, &self.instance.to_le_bytes());
         for (index, range) in ranges.iter().enumerate().take(count) {
             let at = RANGES_AT + index * RANGE_SIZE;
             put(page, at, &range.gpa.to_le_bytes());

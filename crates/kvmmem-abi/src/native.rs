@@ -141,8 +141,9 @@ pub struct Stats {
     pub written_bytes: u64,
     /// Changes of the view that the host made.
     pub events: u64,
-    /// 0.
-    pub reserved: u64,
+    /// Not a counter: the target's instance, as [`crate::descriptor::Descriptor::instance`] has it; 0 where it is not
+    /// known.
+    pub instance: u64,
 }
 
 const _: () = {

@@ -15,6 +15,7 @@ fn descriptor() -> Descriptor {
         window_gpa: 0x40_0000_0000,
         window_len: 0x10_0000,
         range_count: 2,
+        instance: 0x1234_5678_9abc_def0,
     }
 }
 

@@ -61,7 +61,7 @@ fn expected() -> BTreeMap<&'static str, u64> {
         "kvmmem_range" = Range { gpa, len }
         "kvmmem_ranges" = Ranges { generation, state, rights, uuid, capacity, count, ranges }
         "kvmmem_stats" = Stats {
-            faults_4k, faults_2m, faults_1g, faults_refused, read_bytes, written_bytes, events, reserved
+            faults_4k, faults_2m, faults_1g, faults_refused, read_bytes, written_bytes, events, instance
         }
         "kvmmem_attach_request" = AttachRequest { token, pid, uid, comm, flags, reserved }
         "kvmmem_attach_result" = AttachResult { descriptor_gpa, window_gpa, window_len, reserved }
@@ -83,6 +83,7 @@ fn descriptor_fields() -> Vec<(&'static str, u64)> {
         window_gpa: 0xaaaa,
         window_len: 0xbbbb,
         range_count: 0,
+        instance: 0xcccc,
     };
     let mut page = [0; descriptor::SIZE];
     written.write(&[range; 5], &mut page);
@@ -108,6 +109,7 @@ fn descriptor_fields() -> Vec<(&'static str, u64)> {
         ("offsetof(struct kvmmem_descriptor, seen_generation)", descriptor::SEEN_AT as u64),
         ("offsetof(struct kvmmem_descriptor, slot)", descriptor::SLOT_AT as u64),
         ("offsetof(struct kvmmem_descriptor, complaint)", descriptor::COMPLAINT_AT as u64),
+        ("offsetof(struct kvmmem_descriptor, instance)", at(&0xccccu64.to_le_bytes())),
         ("offsetof(struct kvmmem_descriptor, ranges)", first),
         ("offsetof(struct kvmmem_window_range, gpa)", 0),
         ("offsetof(struct kvmmem_window_range, len)", at(&0x2222u64.to_le_bytes()) - first),

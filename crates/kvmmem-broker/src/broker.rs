@@ -352,6 +352,24 @@ impl Broker {
             peer.changed(vm.id(), &layout);
         }
         self.audit.ram_changed(vm, change);
+        self.state().changed(vm);
+        Ok(())
+    }
+
+    /// Takes the generation that a VM's RAM had in its registration before.
+    ///
+    /// # Errors
+    /// Where the connection has registered no introspectable VM.
+    pub(crate) fn ram_continued(&self, vm: Option<&Vm>, generation: u64) -> Result<(), Refused> {
+        let ram = vm.and_then(|vm| Some((vm, vm.ram()?)));
+        let (vm, ram) = ram.ok_or_else(|| {
+            Refused::new(Refusal::Denied, "only the VMM of an introspectable VM may say its generation")
+        })?;
+        ram.continue_from(generation);
+        let layout = ram.layout();
+        for peer in self.all_peers() {
+            peer.changed(vm.id(), &layout);
+        }
         Ok(())
     }
 

@@ -125,6 +125,11 @@ impl Connection<'_> {
                 std::thread::sleep(CHANGE_PAUSE);
                 return Ok(None);
             }
+            Call::Continued { generation } => {
+                broker.ram_continued(vm, generation)?;
+                std::thread::sleep(CHANGE_PAUSE);
+                return Ok(None);
+            }
             Call::Grant(request) => broker.grant(now, credentials, &request)?,
             Call::Grants { after } => broker.list_grants(now, after),
             Call::Revoke { grant } => broker.revoke(credentials, grant)?,
@@ -171,10 +176,10 @@ impl Connection<'_> {
         let inserted = self.broker.registry().insert(registration, &mut ram, peer, by);
         let vm = inserted.map_err(refused)?;
         self.broker.audit().registered(&vm);
-        let number = vm.id();
+        let (number, generation) = (vm.id(), vm.ram().map_or(0, |ram| ram.layout().generation));
         self.vm = Some(vm);
         self.silence = None;
-        Ok(Answer::Registered { vm: number })
+        Ok(Answer::Registered { vm: number, generation })
     }
 }
 

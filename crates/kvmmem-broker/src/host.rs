@@ -61,6 +61,8 @@ pub struct HostView {
     pub view: u64,
     /// UUID of the target.
     pub uuid: Uuid,
+    /// Name of the target.
+    pub name: String,
     /// Grows with each change of the target's RAM.
     pub generation: u64,
     /// Whether memory may be written.
@@ -166,7 +168,8 @@ impl HostLink {
                 None => return Err(sent.err().map_or(HostError::NoAnswer, HostError::Packet)),
             }
         };
-        let Answer::HostAttached { view, grant, target, scope, uuid, generation, regions, copied } = answer
+        let Answer::HostAttached { view, grant, target, scope, uuid, name, generation, regions, copied } =
+            answer
         else {
             return Err(HostError::NoAnswer);
         };
@@ -184,7 +187,7 @@ impl HostLink {
             None
         };
         let mut link = Self { socket, buffer, ended, view, grant, target, scope, end: End::No };
-        let mut host_view = HostView { view, uuid, generation, rights, regions, files, copier };
+        let mut host_view = HostView { view, uuid, name, generation, rights, regions, files, copier };
         for push in early {
             match link.event(push)? {
                 Some(HostEvent::Changed { generation, regions }) if generation > host_view.generation => {

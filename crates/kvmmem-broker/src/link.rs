@@ -207,6 +207,10 @@ struct Shared {
 struct State {
     /// Said again to each broker.
     registration: Registration,
+    /// The generation with which the VM was registered first; each of `changes` counts one more.
+    first_generation: Option<u64>,
+    /// How often its RAM has changed.
+    changes: u64,
     /// `None` while there is no registered connection.
     socket: Option<Arc<PacketSocket>>,
     cache: Cache,
@@ -271,6 +275,8 @@ impl VmmLink {
     ) -> Result<Self, LinkError> {
         let state = State {
             registration,
+            first_generation: None,
+            changes: 0,
             socket: None,
             cache: Cache::default(),
             views: Views::default(),
@@ -372,7 +378,10 @@ impl VmmLink {
 
     /// Tells that this VM's RAM was reset, or that it is elsewhere in its files now. Whoever has a view of it is told.
     pub fn ram_changed(&self, regions: Vec<Region>, change: Change) {
-        self.shared.lock().registration.regions.clone_from(&regions);
+        let mut state = self.shared.lock();
+        state.registration.regions.clone_from(&regions);
+        state.changes += 1;
+        drop(state);
         self.shared.outbox.push(Call::RamChanged { regions, change });
         self.shared.flush();
     }

@@ -32,8 +32,9 @@ pub struct Ram {
 /// Where the RAM is, for some time.
 #[derive(Debug)]
 pub struct Layout {
-    /// Grows with each change, also where the map stays as it is, and from one registration of a VM to its next: so that
-    /// whoever keeps a number can tell whether it is still the same memory.
+    /// Grows with each change, also where the map stays as it is. A VM keeps its number from one registration to the
+    /// next ([`Ram::continue_from`]) as long as its process lives and nothing has changed, and no other VM has it: so a
+    /// tool that keeps the number can tell whether it is still the same memory. Views call it the *instance*.
     pub generation: u64,
     /// The memory map. Offsets in private RAM are addresses of the VMM's process.
     pub map: MemoryMap,
@@ -153,9 +154,17 @@ impl Ram {
         let map = MemoryMap::new(regions)?;
         self.backing.check(&map)?;
         let mut layout = self.layout.write().unwrap_or_else(PoisonError::into_inner);
-        let (generation, is_private) = (layout.generation + 1, layout.is_private);
+        let (generation, is_private) = (layout.generation.saturating_add(1), layout.is_private);
         *layout = Arc::new(Layout { generation, map, is_private });
         Ok(())
+    }
+
+    /// Takes the generation that the same RAM of the same VM had in a registration before. It counts for what this
+    /// registration tells from now on.
+    pub fn continue_from(&self, generation: u64) {
+        let mut layout = self.layout.write().unwrap_or_else(PoisonError::into_inner);
+        let (map, is_private) = (layout.map.clone(), layout.is_private);
+        *layout = Arc::new(Layout { generation, map, is_private });
     }
 
     /// Where the RAM is now.

@@ -39,6 +39,7 @@ impl Call {
             Self::Counters { .. } => &[Viewer, Vmm],
             Self::RevokedDone { .. } => &[Viewer, Vmm],
             Self::RamChanged { .. } => &[Vmm],
+            Self::Continued { .. } => &[Vmm],
             Self::Grant(_) => &[Administrator, Operator],
             Self::Grants { .. } => &[Administrator, Operator],
             Self::Revoke { .. } => &[Administrator, Operator],

@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use crate::discover::process::{FileId, Process};
-use crate::registry::Vm;
+use crate::registry::{MAX_VMS, Vm};
 use crate::wire::OnSilence;
 use file::StateFile;
 
@@ -29,6 +29,9 @@ pub(crate) struct Entry {
     pub(crate) started: u64,
     /// The monitor by which it was added.
     pub(crate) qmp: Option<PathBuf>,
+    /// The generation of its RAM; 0 where it is not known.
+    #[serde(default)]
+    pub(crate) generation: u64,
     pub(crate) role: Role,
 }
 
@@ -48,7 +51,16 @@ impl Entry {
         let pid = vm.peer().credentials().pid;
         let started = Process::open(pid).ok()?.started()?;
         let registration = vm.registration();
-        Some(Self { name: registration.name.clone(), uuid: registration.uuid, pid, started, qmp, role })
+        let generation = vm.ram().map_or(0, |ram| ram.layout().generation);
+        Some(Self {
+            name: registration.name.clone(),
+            uuid: registration.uuid,
+            pid,
+            started,
+            qmp,
+            generation,
+            role,
+        })
     }
 
     /// Whether both are of one VM in one role.
@@ -66,9 +78,13 @@ impl Role {
     }
 }
 
-/// The VMs that were added. Remembers nothing before it has a file.
+/// The VMs that were added. Remembers none of them before it has a file.
 #[derive(Debug, Default)]
-pub(crate) struct State(Mutex<Option<Memory>>);
+pub(crate) struct State {
+    memory: Mutex<Option<Memory>>,
+    /// Locked after `memory`.
+    generations: Mutex<Generations>,
+}
 
 #[derive(Debug)]
 struct Memory {
@@ -86,6 +102,11 @@ impl State {
     /// Where nothing can be written there. What is no memory of a broker is told and counts for nothing.
     fn open(&self, directory: &Path) -> io::Result<Vec<Entry>> {
         let (file, waiting) = StateFile::open(directory)?;
+        let mut generations = self.generations();
+        for entry in waiting.iter().filter(|entry| entry.generation > 0) {
+            generations.note((entry.pid, entry.started), entry.generation);
+        }
+        drop(generations);
         *self.lock() = Some(Memory { file, live: BTreeMap::new(), waiting: waiting.clone() });
         Ok(waiting)
     }
@@ -93,6 +114,9 @@ impl State {
     /// Remembers a VM that was added, or what has changed of it.
     pub(crate) fn remember(&self, vm: &Vm, entry: Option<Entry>) {
         let mut state = self.lock();
+        if let Some(entry) = entry.as_ref().filter(|entry| entry.generation > 0) {
+            self.generations().note((entry.pid, entry.started), entry.generation);
+        }
         let (Some(memory), Some(entry)) = (&mut *state, entry) else { return };
         memory.waiting.retain(|other| !other.is_same(&entry));
         memory.live.insert(vm.id(), entry);
@@ -101,6 +125,28 @@ impl State {
             memory.live.remove(&vm.id());
         }
         memory.write();
+    }
+
+    /// Remembers that the RAM of a VM has changed.
+    pub(crate) fn changed(&self, vm: &Vm) {
+        let Some(generation) = vm.ram().map(|ram| ram.layout().generation) else { return };
+        let mut state = self.lock();
+        let pid = vm.peer().credentials().pid;
+        if let Some(started) = Process::open(pid).ok().and_then(|process| process.started()) {
+            self.generations().note((pid, started), generation);
+        }
+        if let Some(memory) = &mut *state
+            && let Some(entry) = memory.live.get_mut(&vm.id())
+        {
+            entry.generation = generation;
+            memory.write();
+        }
+    }
+
+    /// The generation that the RAM of a process's VM had when it was a target last.
+    pub(crate) fn generation(&self, pid: u32) -> Option<u64> {
+        let started = Process::open(pid).ok()?.started()?;
+        self.generations().0.get(&(pid, started)).copied()
     }
 
     /// Forgets a VM, if it was added.
@@ -131,7 +177,29 @@ impl State {
     }
 
     fn lock(&self) -> MutexGuard<'_, Option<Memory>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.memory.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn generations(&self) -> MutexGuard<'_, Generations> {
+        self.generations.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The generations of RAM by process, which outlast the targets: one that is removed and added again has its generation.
+#[derive(Debug, Default)]
+struct Generations(BTreeMap<(u32, u64), u64>);
+
+impl Generations {
+    fn note(&mut self, process: (u32, u64), generation: u64) {
+        if self.0.len() >= 2 * MAX_VMS {
+            let lives = |(pid, started): &(u32, u64)| {
+                Process::open(*pid).is_ok_and(|process| process.started() == Some(*started))
+            };
+            self.0.retain(|process, _| lives(process));
+        }
+        if self.0.len() < 2 * MAX_VMS || self.0.contains_key(&process) {
+            self.0.insert(process, generation);
+        }
     }
 }
 

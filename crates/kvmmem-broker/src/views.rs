@@ -106,6 +106,7 @@ impl Broker {
             target,
             scope,
             uuid: vm.registration().uuid,
+            name: vm.registration().name.clone(),
             generation: layout.generation,
             regions: layout.regions(),
             copied: layout.is_private,

@@ -100,6 +100,12 @@ pub enum Call {
         /// What happened.
         change: Change,
     },
+    /// Tells that this connection's VM, whose RAM has not changed since, had this generation when it was registered with
+    /// an earlier broker ([`Answer::Registered`], and one more for each [`Call::RamChanged`]). One way: never answered.
+    Continued {
+        /// The generation.
+        generation: u64,
+    },
     /// Makes a token. Answer: [`Answer::Granted`].
     Grant(GrantRequest),
     /// Lists the grants from a cursor on. Answer: [`Answer::Grants`].
@@ -185,6 +191,7 @@ impl Call {
                 | Self::Counters { .. }
                 | Self::RevokedDone { .. }
                 | Self::RamChanged { .. }
+                | Self::Continued { .. }
         )
     }
 }

@@ -889,3 +889,35 @@ fn a_vm_that_is_called_as_another_s_uuid_needs_another_name() {
     }
     drop(bank);
 }
+
+#[test]
+fn memory_keeps_its_generation_over_removal_and_the_next_broker() {
+    let broker = TestBroker::start();
+    broker.state.remember_in(&broker.directory.path().join("state")).unwrap();
+    let fake = Fake::start("sealed tables", HONEST);
+    let add = |broker: &TestBroker| {
+        broker.admin().add_target(&Which::Pid(fake.pid()), Some("tiger")).unwrap();
+        generation(broker)
+    };
+    let first = add(&broker);
+    let vm = broker.state.find("tiger").unwrap();
+    let regions = vm.ram().unwrap().layout().map.regions().to_vec();
+    broker.state.ram_changed(Some(&vm), regions, kvmmem_broker::link::Change::Reset).unwrap();
+    assert_eq!(generation(&broker), first + 1);
+    broker.admin().remove_target("tiger").unwrap();
+    assert_eq!(add(&broker), first + 1);
+    let broker = next(broker);
+    wait_for("the target", || names(&broker) == ["tiger"]);
+    assert_eq!(generation(&broker), first + 1);
+    // Another process with the same name is another target.
+    broker.admin().remove_target("tiger").unwrap();
+    let other = Fake::start("sealed tables", HONEST);
+    broker.admin().add_target(&Which::Pid(other.pid()), Some("tiger")).unwrap();
+    assert!(![first, first + 1].contains(&generation(&broker)));
+}
+
+/// The generation of `tiger`'s RAM, as a view tells it.
+fn generation(broker: &TestBroker) -> u64 {
+    let granted = broker.grant(&request(Rights::ReadOnly));
+    HostLink::attach(&broker.path, &granted.token, true).unwrap().1.generation
+}

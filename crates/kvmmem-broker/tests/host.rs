@@ -166,3 +166,37 @@ fn a_race_of_attaching_and_revoking_leaves_no_view() {
     }
     wait_for("every view to end", || broker.state.grant_count().1 == 0);
 }
+
+/// The generation of `tiger`'s RAM, as a view tells it.
+fn generation(broker: &TestBroker) -> u64 {
+    let granted = broker.grant(&request(Rights::ReadOnly));
+    attach(broker, &granted.token).1.generation
+}
+
+#[test]
+fn the_same_memory_has_the_same_generation_by_the_next_broker() {
+    let broker = TestBroker::start();
+    let tiger = broker.target("tiger");
+    let first = generation(&broker);
+    assert_eq!(generation(&broker), first);
+    let next = |broker: TestBroker| {
+        let directory = broker.stop();
+        wait_for("the link to notice", || !tiger.is_connected());
+        TestBroker::start_in(directory)
+    };
+    let broker = next(broker);
+    wait_for("the generation of before", || tiger.is_connected() && generation(&broker) == first);
+    tiger.ram_changed(regions(), Change::Reset);
+    wait_for("the reset", || generation(&broker) == first + 1);
+    let directory = broker.stop();
+    wait_for("the link to notice", || !tiger.is_connected());
+    // This one nobody hears of.
+    tiger.ram_changed(regions(), Change::Reset);
+    let broker = TestBroker::start_in(directory);
+    wait_for("both resets to count", || tiger.is_connected() && generation(&broker) == first + 2);
+    // Started again, it is another one.
+    drop(tiger);
+    wait_for("it to be gone", || broker.admin().targets().unwrap().is_empty());
+    let _tiger = broker.target("tiger");
+    assert!(![first, first + 1, first + 2].contains(&generation(&broker)));
+}

@@ -164,6 +164,27 @@ impl View {
         }
     }
 
+    /// The target's name. A virtual machine does not know it.
+    pub fn name(&self) -> Option<&str> {
+        match &self.backend {
+            Backend::Device(_) => None,
+            Backend::Host(view) => Some(view.name()).filter(|name| !name.is_empty()),
+        }
+    }
+
+    /// Identifies one run of the target: the number is the same for all views of it, in guests and on the host, until the
+    /// target is reset, its RAM changes or its VMM ends; no other target has it. `None` where the host or the driver does
+    /// not say.
+    ///
+    /// # Errors
+    /// [`ViewError::System`].
+    pub fn instance(&self) -> Result<Option<u64>, ViewError> {
+        match &self.backend {
+            Backend::Device(view) => view.instance(),
+            Backend::Host(view) => Ok(Some(view.instance())),
+        }
+    }
+
     /// The memory that can be reached: disjoint, in pages, ascending. A view that has ended has none.
     ///
     /// # Errors

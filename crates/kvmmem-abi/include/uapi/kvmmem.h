@@ -105,7 +105,7 @@ struct kvmmem_stats {
 	__u64 read_bytes;
 	__u64 written_bytes;
 	__u64 events;		/* changes that the host made */
-	__u64 reserved;
+	__u64 instance;		/* one run of the target: not reset, its RAM not changed; 0: not known */
 };
 
 #define KVMMEM_INFO		_IOR('i', 0x40, struct kvmmem_info)
@@ -184,7 +184,7 @@ struct kvmmem_descriptor {
 	__u64 seen_generation;	/* the driver's: the highest that it has acted upon */
 	__u32 slot;		/* of the view's slots, from 0 on */
 	__u32 complaint;	/* the driver's: 0, or KVMMEM_COMPLAINT_* */
-	__u64 reserved2;
+	__u64 instance;		/* one run of the target; 0: not known */
 	struct kvmmem_window_range ranges[KVMMEM_MAX_RANGES];
 };
 

@@ -74,6 +74,10 @@ impl Broker {
             }
         };
         let ram = ram.map_err(|error| Refused::from_registering(&error))?;
+        // Of a target that was removed, or that an earlier broker had.
+        if let (Some(ram), Some(generation)) = (&ram, self.state().generation(opened.credentials.pid)) {
+            ram.continue_from(generation);
+        }
         let mut ram = ram;
         // One at a time: what is compared here stays as it is until the VM is in the registry.
         let _adding = self.adding();

@@ -122,6 +122,11 @@ impl Broker {
         // Whoever has a view has it of the files that there were: it ends, and the VM is a new target.
         if self.adopted().remove(vm.id()).is_some() {
             self.retire(vm);
+            // It is other memory.
+            if let Some(ram) = vm.ram() {
+                ram.continue_from(ram.layout().generation.saturating_add(1));
+                self.state().changed(vm);
+            }
             match self.adopt(opened, Some(Socket::of(qmp))) {
                 Ok(vm) => self.audit().registered(&vm),
                 Err(refused) => {

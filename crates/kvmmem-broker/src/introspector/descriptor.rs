@@ -89,6 +89,11 @@ impl Pages {
         &self.files
     }
 
+    /// The target's instance from the next [`Pages::set_state`] on.
+    pub(super) fn set_instance(&mut self, instance: u64) {
+        self.descriptor.instance = instance;
+    }
+
     /// Says the view's state from now on, `STATE_*` of the ABI, with a new generation.
     pub(super) fn set_state(&mut self, state: u32) -> Result<(), Errno> {
         let Some(file) = self.files.first() else { return Ok(()) };
@@ -206,6 +211,7 @@ mod tests {
             rights: RIGHT_READ,
             token_digest: [0xd1; 32],
             uuid: [0x1d; 16],
+            instance: 5,
             ..Descriptor::default()
         };
         let range = WindowRange { gpa: 0x1000, len: 0x2000, offset: 0, window: 1 };
@@ -228,8 +234,11 @@ mod tests {
         assert!(!pages.is_seen());
         let first = read(&pages).unwrap();
         assert_eq!((first.generation, first.state, first.range_count), (2, STATE_OPEN, 1));
+        assert_eq!(first.instance, 5);
+        pages.set_instance(6);
         pages.set_state(STATE_REVOKED).unwrap();
         let second = read(&pages).unwrap();
+        assert_eq!(second.instance, 6);
         assert_eq!((second.generation, second.state, second.token_digest), (4, STATE_REVOKED, [0xd1; 32]));
         assert_eq!(rustix::fs::fstat(&pages.files()[1]).unwrap().st_size, 4096);
         assert_eq!(pages.files().len(), 2);

@@ -24,7 +24,7 @@ impl ViewEvents for Introspector {
     fn changed(&self, target: &Arc<Target>) {
         for view in self.views().iter().filter(|view| view.target == target.id()) {
             if view.is_unmoved(target) {
-                view.refresh();
+                view.refresh(target.generation());
             }
         }
         self.end(Cause::Gone, |view| view.target == target.id() && !view.is_unmoved(target));

@@ -166,6 +166,7 @@ impl Introspector {
             rights: if is_read_only { RIGHT_READ } else { RIGHT_READ | RIGHT_WRITE },
             token_digest: Sha256::digest(*Zeroizing::new(ticket.to_bytes())).into(),
             uuid: target.uuid().into_bytes(),
+            instance: target.generation(),
             ..Descriptor::default()
         };
         let pages = Pages::new(descriptor, pieces.ranges, slots).map_err(OpenError::Descriptor)?;

@@ -179,9 +179,12 @@ impl View {
     }
 
     /// Tells the guest's driver that the target's memory is where it was and holds something else, unless the view ends.
-    pub(super) fn refresh(&self) {
+    pub(super) fn refresh(&self, instance: u64) {
         let life = lock(&self.life);
         if life.phase == Phase::Open && life.end.is_none() {
+            if let Some(pages) = &mut *lock(&self.pages) {
+                pages.set_instance(instance);
+            }
             self.announce(STATE_OPEN);
         }
     }

@@ -31,7 +31,9 @@ pub(super) struct Connection {
 
 /// Registers over a connection, which is the link's from then on.
 pub(super) fn register(shared: &Shared, socket: PacketSocket) -> Result<Connection, LinkError> {
-    let registration = shared.lock().registration.clone();
+    let state = shared.lock();
+    let (registration, changes) = (state.registration.clone(), state.changes);
+    drop(state);
     let regions = registration.regions.clone();
     let call = Call::Register(registration);
     let files: Vec<BorrowedFd<'_>> = shared.files.iter().map(AsFd::as_fd).collect();
@@ -39,16 +41,18 @@ pub(super) fn register(shared: &Shared, socket: PacketSocket) -> Result<Connecti
     let sent = socket.send(&Request { id: 0, call }, &files, Wait::Limited);
     socket.limit_receive(Some(REGISTER_LIMIT)).map_err(LinkError::Packet)?;
     let mut buffer = PacketBuffer::default();
-    loop {
+    let began = loop {
         match socket.receive(&mut buffer).map_err(LinkError::Packet)? {
-            Some((FromBroker::Answer { .. }, _)) => break,
+            Some((FromBroker::Answer { answer: Answer::Registered { generation, .. }, .. }, _)) => {
+                break generation;
+            }
             Some((FromBroker::Refused { refusal, message, .. }, _)) => {
                 return Err(LinkError::Refused { refusal, message });
             }
             Some(_) => {}
             None => return Err(sent.err().map_or(LinkError::NoAnswer, LinkError::Packet)),
         }
-    }
+    };
     socket.limit_receive(None).map_err(LinkError::Packet)?;
     let socket = Arc::new(socket);
     let mut state = shared.lock();
@@ -58,9 +62,20 @@ pub(super) fn register(shared: &Shared, socket: PacketSocket) -> Result<Connecti
     }
     // The broker's numbers start anew, and what was to be told to the one before means nothing to this one.
     shared.outbox.clear();
+    match state.first_generation {
+        // A broker that does not say has no such call either.
+        _ if began == 0 => {}
+        None => state.first_generation = Some(began.saturating_sub(changes)),
+        Some(first) => {
+            let generation = first.saturating_add(state.changes);
+            shared.outbox.push(Call::Continued { generation });
+        }
+    }
     if state.registration.regions != regions {
         let regions = state.registration.regions.clone();
         shared.outbox.push(Call::RamChanged { regions, change: Change::Resized });
+        // As the broker does.
+        state.changes += 1;
     }
     state.socket = Some(Arc::clone(&socket));
     drop(state);

@@ -57,6 +57,7 @@ fn calls() -> Vec<(Call, &'static str)> {
         (Call::Hook { target: none(), endpoint: vsock.clone() }, "ao--"),
         (Call::Unhook { target: none(), endpoint: unix }, "ao--"),
         (Call::Unhook { target: none(), endpoint: vsock }, "ao--"),
+        (Call::Continued { generation: 1 }, "---v"),
     ]
 }
 
@@ -84,11 +85,12 @@ fn number(call: &Call) -> usize {
         Call::RemoveIntrospector { .. } => 17,
         Call::Room { .. } => 18,
         Call::Hook { .. } => 19,
-        Call::Unhook { .. } => COUNT - 1,
+        Call::Unhook { .. } => 20,
+        Call::Continued { .. } => COUNT - 1,
     }
 }
 
-const COUNT: usize = 21;
+const COUNT: usize = 22;
 
 /// A connection that is what `role` says.
 fn connection(broker: &Arc<Broker>, role: Role) -> Connection {

@@ -145,6 +145,7 @@ mod tests {
             pid: 4711,
             started: 99,
             qmp: Some("/run/web1.qmp".into()),
+            generation: 8,
             role: Role::Target { files: vec![] },
         };
         let role = Role::Introspector { cid: 7, on_silence: OnSilence::Kill };

@@ -90,6 +90,9 @@ pub enum Answer {
     Registered {
         /// Its number.
         vm: u64,
+        /// The generation of its RAM; 0 where it has none that others may look at.
+        #[serde(default)]
+        generation: u64,
     },
     /// The token was good, and is used up now.
     Redeemed {
@@ -123,6 +126,9 @@ pub enum Answer {
         scope: Scope,
         /// UUID of the target.
         uuid: Uuid,
+        /// Name of the target.
+        #[serde(default)]
+        name: String,
         /// Grows with each change of the target's RAM.
         generation: u64,
         /// Where the target's RAM is, all of it.

@@ -109,6 +109,10 @@ impl TargetMemory for Target {
         Target::uuid(self).into_bytes()
     }
 
+    fn generation(&self) -> u64 {
+        Target::generation(self)
+    }
+
     fn file(&self, index: u32) -> Option<BorrowedFd<'_>> {
         Target::file(self, index)
     }

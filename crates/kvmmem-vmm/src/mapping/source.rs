@@ -18,6 +18,12 @@ pub trait TargetMemory: Send + Sync {
     /// The target's UUID, in the order in which it is printed.
     fn uuid(&self) -> [u8; 16];
 
+    /// Identifies one run of the target: another number once it was reset, its RAM has changed or it was started again.
+    /// 0 where that is not known.
+    fn generation(&self) -> u64 {
+        0
+    }
+
     /// A file that holds some of the target's RAM, by the number that regions have for it; `None` behind the last. It
     /// must be sealed against shrinking: a page beyond its end would kill the VMM by SIGBUS.
     fn file(&self, index: u32) -> Option<BorrowedFd<'_>>;

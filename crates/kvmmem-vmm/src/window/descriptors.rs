@@ -149,6 +149,7 @@ mod tests {
             window_gpa: number << 12,
             window_len: (number + 1) << 12,
             range_count: count,
+            instance: number,
         };
         (content, ranges)
     }

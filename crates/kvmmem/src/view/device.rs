@@ -262,6 +262,12 @@ impl DeviceView {
         })
     }
 
+    pub(super) fn instance(&self) -> Result<Option<u64>, ViewError> {
+        let operation = ViewOperation::Status;
+        let stats = self.file.stats().map_err(|source| ViewError::System { operation, source })?;
+        Ok((stats.instance != 0).then_some(stats.instance))
+    }
+
     pub(super) fn stats(&self) -> Result<Stats, ViewError> {
         self.file.stats().map_err(|source| ViewError::System { operation: ViewOperation::Stats, source })
     }

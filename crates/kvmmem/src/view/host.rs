@@ -7,6 +7,7 @@
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -29,6 +30,9 @@ use crate::explain;
 pub(super) struct HostView {
     memory: Arc<Memory>,
     uuid: [u8; 16],
+    name: String,
+    /// The generation of the target's RAM as the broker has it.
+    instance: Arc<AtomicU64>,
     is_writable: bool,
     /// Written to, it ends the watcher.
     stop: Arc<OwnedFd>,
@@ -51,17 +55,21 @@ impl HostView {
             Some(copier) => Source::Copies(Arc::new(copier)),
             None => Source::Files(view.files.into()),
         };
+        let instance = Arc::new(AtomicU64::new(view.generation));
         let memory = Arc::new(Memory::new(view.generation, view.regions, source));
         let watcher = std::thread::Builder::new()
             .name("kvmmem-view".into())
             .spawn({
-                let (memory, stop) = (Arc::clone(&memory), Arc::clone(&stop));
-                move || watch(&memory, link, &stop)
+                let (memory, instance, stop) =
+                    (Arc::clone(&memory), Arc::clone(&instance), Arc::clone(&stop));
+                move || watch(&memory, &instance, link, &stop)
             })
             .map_err(ViewError::Watch)?;
         Ok(Arc::new(Self {
             memory,
             uuid: view.uuid.into_bytes(),
+            name: view.name,
+            instance,
             is_writable: view.rights == Rights::ReadWrite,
             stop,
             watcher: Mutex::new(Some(watcher)),
@@ -78,6 +86,14 @@ impl HostView {
             uuid: self.uuid,
             ranges: reach.ranges(),
         }
+    }
+
+    pub(super) fn name(&self) -> &str {
+        &self.name
+    }
+
+    pub(super) fn instance(&self) -> u64 {
+        self.instance.load(Ordering::Acquire)
     }
 
     pub(super) fn read_at(&self, gpa: u64, buf: &mut [u8]) -> Result<(), ViewError> {
@@ -140,7 +156,7 @@ impl Drop for HostView {
 }
 
 /// Does what the broker says until the view ends.
-fn watch(memory: &Memory, mut link: HostLink, stop: &OwnedFd) {
+fn watch(memory: &Memory, instance: &AtomicU64, mut link: HostLink, stop: &OwnedFd) {
     let state = loop {
         let link_fd = link.as_fd();
         let mut files = [PollFd::new(&link_fd, PollFlags::IN), PollFd::new(stop, PollFlags::IN)];
@@ -153,7 +169,11 @@ fn watch(memory: &Memory, mut link: HostLink, stop: &OwnedFd) {
         }
         match link.wait(Duration::ZERO) {
             Ok(None) => {}
-            Ok(Some(HostEvent::Changed { generation, regions })) => memory.change(generation, regions),
+            Ok(Some(HostEvent::Changed { generation, regions })) => {
+                // First: a tool that does not see the change yet may see the new number, but not the other way around.
+                instance.store(generation, Ordering::Release);
+                memory.change(generation, regions);
+            }
             Ok(Some(HostEvent::Revoked)) => break State::Revoked,
             Ok(Some(HostEvent::Gone)) | Err(_) => break State::Gone,
         }
