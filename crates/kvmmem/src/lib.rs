@@ -69,6 +69,7 @@ pub mod paging;
 pub mod session;
 mod stream;
 pub mod view;
+pub mod vmcoreinfo;
 
 pub use device::{Device, DeviceError, MappedPage};
 pub use kvmmem_kvmi::token::Token;

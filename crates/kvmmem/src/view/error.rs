@@ -227,6 +227,19 @@ impl ViewError {
         }
     }
 
+    /// Whether it is the memory at that address that cannot be read or written, while the view goes on: the VMM has
+    /// none there (any more), or the hardware has found it damaged.
+    pub fn is_unreadable(&self) -> bool {
+        match self {
+            Self::Hole { .. } => true,
+            Self::Copy { source, .. } => matches!(**source, CopyError::NoMemory),
+            Self::System { source, .. } => {
+                matches!(*source, Errno::IO | Errno::FAULT | Errno::NXIO | Errno::HWPOISON)
+            }
+            _ => false,
+        }
+    }
+
     /// What an errno of the driver means for something done at `gpa`.
     pub(super) fn of(operation: ViewOperation, gpa: u64, source: Errno) -> Self {
         match source {

@@ -1,0 +1,255 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! The VMCOREINFO note that a Linux guest keeps in its RAM: symbols, offsets and numbers by which a tool finds its way
+//! around the kernel's memory (Documentation/admin-guide/kdump/vmcoreinfo.rst).
+//!
+//! `kvmmem dump` searches for it and copies it into the ELF core. Everything in it is the guest's word. The guest can forge
+//! a note, and a reset that keeps RAM leaves the note of the kernel before. [`Note::check`] says whether a note fits the page
+//! tables and the kernel's name that are in memory; a stale note may fit as well, so that a caller that finds several that
+//! do must not choose by chance.
+
+use std::error::Error;
+
+use crate::PAGE_SIZE;
+use crate::paging::{AddressSpace, Levels, WalkError};
+
+/// `Elf64_Nhdr` with n_namesz 11 and n_type 0, and the name, padded to 12; n_descsz is at 4.
+const NAME_SIZE: u32 = 11;
+const NAME: &[u8; 12] = b"VMCOREINFO\0\0";
+
+/// Bytes before the text.
+const HEADER: usize = 24;
+
+/// The longest text: the kernel has a page for it.
+const MAX_TEXT: u32 = 4096;
+
+/// Where the kernel's image is mapped before it is moved (`__START_KERNEL_map`).
+const KERNEL_MAP: u64 = 0xffff_ffff_8000_0000;
+
+/// Where the release is in `struct new_utsname`, and how long its field is.
+const RELEASE_AT: u64 = 2 * UTS_LEN as u64;
+const UTS_LEN: usize = 65;
+
+/// Where a kernel that does not say has the names in `struct uts_namespace`: behind a reference counter.
+const UTS_NAME_AT: u64 = 4;
+
+/// A note as it lies in memory.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Note {
+    /// Where its header is.
+    pub gpa: u64,
+    text: String,
+}
+
+/// Why a note does not describe the kernel in memory.
+#[derive(Debug, thiserror::Error)]
+pub enum NoteError<E: Error + 'static> {
+    /// It lacks a line, or the line holds no number.
+    #[error("the note has no {0} that makes sense")]
+    Missing(&'static str),
+    /// The addresses that it gives lead nowhere.
+    #[error("the note's page tables do not lead to the kernel's name")]
+    Walk(#[source] WalkError<E>),
+    /// Another name is there.
+    #[error("the note is of kernel {0:?}, and another name is where that should be")]
+    Release(String),
+}
+
+/// Offsets in `chunk`, which begins at a page, at which a note's header is.
+pub fn headers(chunk: &[u8]) -> impl Iterator<Item = usize> {
+    let pages = chunk.chunks(PAGE_SIZE).zip((0..).step_by(PAGE_SIZE));
+    pages.filter(|(page, _)| text_len(page).is_some()).map(|(_, offset)| offset)
+}
+
+/// Length of the text of the note that begins with `page`, if one does.
+fn text_len(page: &[u8]) -> Option<usize> {
+    let word = |at: usize| Some(u32::from_le_bytes(*page.get(at..)?.first_chunk::<4>()?));
+    let fits = word(0)? == NAME_SIZE && word(8)? == 0 && page.get(12..HEADER)? == NAME;
+    let len = word(4)?;
+    (fits && (1..=MAX_TEXT).contains(&len)).then(|| usize::try_from(len).ok())?
+}
+
+impl Note {
+    /// Reads the note at `gpa`; `None` where there is no note, or not of text.
+    pub fn read<E>(gpa: u64, mut read: impl FnMut(u64, &mut [u8]) -> Result<(), E>) -> Option<Self> {
+        let mut header = [0; HEADER];
+        read(gpa, &mut header).ok()?;
+        let mut text = vec![0; text_len(&header)?];
+        read(gpa.checked_add(HEADER as u64)?, &mut text).ok()?;
+        let text = String::from_utf8(text).ok()?;
+        // What is printed must not drive a terminal.
+        let is_text = text.chars().all(|c| c == '\n' || c == '\t' || !c.is_control());
+        is_text.then_some(Self { gpa, text })
+    }
+
+    /// A note of which the text is known, for example from a file.
+    pub fn of_text(gpa: u64, text: String) -> Self {
+        Self { gpa, text }
+    }
+
+    /// The lines, each `KEY=VALUE`.
+    pub fn text(&self) -> &str {
+        &self.text
+    }
+
+    /// The value of the first line with this key.
+    pub fn value(&self, key: &str) -> Option<&str> {
+        self.text.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix('='))
+    }
+
+    /// The kernel's release, as `uname -r` prints it.
+    pub fn release(&self) -> Option<&str> {
+        self.value("OSRELEASE")
+    }
+
+    /// The kernel's own address space.
+    pub fn address_space(&self) -> Option<AddressSpace> {
+        let swapper = self.symbol("SYMBOL(swapper_pg_dir)")?;
+        let phys_base: i64 = self.value("NUMBER(phys_base)")?.parse().ok()?;
+        let cr3 = swapper.wrapping_sub(KERNEL_MAP).wrapping_add_signed(phys_base);
+        // A kernel that cannot have five levels does not say.
+        let has_five = self.value("NUMBER(pgtable_l5_enabled)").is_some_and(|value| value != "0");
+        Some(AddressSpace { cr3, levels: if has_five { Levels::Five } else { Levels::Four } })
+    }
+
+    /// Whether the note fits what is in memory: its page tables must lead to the kernel's name, and that must be the
+    /// note's. `read` fills a buffer from guest-physical memory.
+    ///
+    /// # Errors
+    /// [`NoteError`]: what does not fit.
+    pub fn check<E: Error>(
+        &self,
+        read: impl FnMut(u64, &mut [u8]) -> Result<(), E>,
+    ) -> Result<(), NoteError<E>> {
+        let release = self.release().filter(|release| (1..UTS_LEN).contains(&release.len()));
+        let release = release.ok_or(NoteError::Missing("OSRELEASE"))?;
+        let space = self.address_space();
+        let space = space.ok_or(NoteError::Missing("SYMBOL(swapper_pg_dir) and NUMBER(phys_base)"))?;
+        let namespace =
+            self.symbol("SYMBOL(init_uts_ns)").ok_or(NoteError::Missing("SYMBOL(init_uts_ns)"))?;
+        let offset = match self.value("OFFSET(uts_namespace.name)") {
+            Some(value) => value.parse().map_err(|_| NoteError::Missing("OFFSET(uts_namespace.name)"))?,
+            None => UTS_NAME_AT,
+        };
+        let gva = namespace.wrapping_add(offset).wrapping_add(RELEASE_AT);
+        let mut found = vec![0; release.len() + 1];
+        space.read(gva, &mut found, read).map_err(NoteError::Walk)?;
+        match found.split_last() {
+            Some((0, name)) if name == release.as_bytes() => Ok(()),
+            _ => Err(NoteError::Release(release.to_owned())),
+        }
+    }
+
+    /// An address; the kernel writes them without 0x.
+    fn symbol(&self, key: &str) -> Option<u64> {
+        u64::from_str_radix(self.value(key)?, 16).ok()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{self, ErrorKind};
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const RELEASE: &str = "6.12.1-test";
+
+    /// Memory in which a kernel moved by 2 MiB has its tables at 0x301000, and its name, of a page of 2 MiB, at 0x205104.
+    fn memory(five: bool) -> Vec<u8> {
+        let mut memory = vec![0; 8 << 20];
+        let mut put = |at: usize, word: u64| memory[at..at + 8].copy_from_slice(&word.to_le_bytes());
+        let mut table = 0x30_1000;
+        if five {
+            put(table + 511 * 8, 0x30_2000 | 1);
+            table = 0x30_2000;
+        }
+        put(table + 511 * 8, 0x30_3000 | 1);
+        put(0x30_3000 + 510 * 8, 0x30_4000 | 1);
+        // The image's first 2 MiB at ffffffff80000000 are at 0x200000.
+        put(0x30_4000, 0x20_0000 | 1 << 7 | 1);
+        let at = 0x20_5000 + 4 + 130;
+        memory[at..at + RELEASE.len()].copy_from_slice(RELEASE.as_bytes());
+        memory
+    }
+
+    fn text(five: bool) -> String {
+        format!(
+            "OSRELEASE={RELEASE}\nPAGESIZE=4096\nSYMBOL(init_uts_ns)=ffffffff80005000\nOFFSET(uts_namespace.name)=4\n\
+             SYMBOL(swapper_pg_dir)=ffffffff80101000\nNUMBER(phys_base)=2097152\nNUMBER(pgtable_l5_enabled)={}\n",
+            u8::from(five)
+        )
+    }
+
+    fn note(text: &str) -> Vec<u8> {
+        let len = u32::try_from(text.len()).unwrap();
+        [&[11, len, 0].map(u32::to_le_bytes).concat(), &NAME[..], text.as_bytes()].concat()
+    }
+
+    fn reader(memory: &[u8]) -> impl Fn(u64, &mut [u8]) -> io::Result<()> {
+        |gpa, buf| {
+            let start = usize::try_from(gpa).unwrap_or(usize::MAX);
+            let place = memory.get(start..).and_then(|rest| rest.get(..buf.len()));
+            buf.copy_from_slice(place.ok_or(ErrorKind::UnexpectedEof)?);
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_note_is_found_at_the_begin_of_a_page_and_fits() {
+        for five in [false, true] {
+            let mut memory = memory(five);
+            let bytes = note(&text(five));
+            memory[0x40_0000..0x40_0000 + bytes.len()].copy_from_slice(&bytes);
+            // Not where a page begins.
+            memory[0x50_0800..0x50_0800 + bytes.len()].copy_from_slice(&bytes);
+            assert_eq!(headers(&memory).collect::<Vec<_>>(), [0x40_0000]);
+            let note = Note::read(0x40_0000, reader(&memory)).unwrap();
+            assert_eq!((note.release(), note.text()), (Some(RELEASE), text(five).as_str()));
+            note.check(reader(&memory)).unwrap();
+        }
+    }
+
+    #[test]
+    fn what_does_not_fit_is_refused() {
+        let good = text(false);
+        let check = |text: String| Note::of_text(0, text).check(reader(&memory(false)));
+        check(good.clone()).unwrap();
+        // A kernel of before the offset was told.
+        check(good.replace("OFFSET(uts_namespace.name)=4\n", "")).unwrap();
+        assert!(matches!(check(good.replace("-test", "-tost")), Err(NoteError::Release(_))));
+        assert!(matches!(check(good.replace("6.12.1-test", "6.12.1")), Err(NoteError::Release(_))));
+        assert!(matches!(check(good.replace("enabled)=0", "enabled)=1")), Err(NoteError::Walk(_))));
+        assert!(matches!(check(good.replace("=2097152", "=-2097152")), Err(NoteError::Walk(_))));
+        for key in ["OSRELEASE", "SYMBOL(init_uts_ns)", "SYMBOL(swapper_pg_dir)", "NUMBER(phys_base)"] {
+            assert!(matches!(check(good.replace(key, "X")), Err(NoteError::Missing(_))), "{key}");
+        }
+        assert!(matches!(check(good.replace("6.12.1-test", &"6".repeat(65))), Err(NoteError::Missing(_))));
+    }
+
+    #[test]
+    fn what_is_no_note_is_none() {
+        let bytes = note("OSRELEASE=1\n");
+        for (at, byte) in [(0, 12), (4, 0), (5, 0x11), (8, 1), (12, b'W'), (22, 1), (24, 0x1b), (24, 0xff)] {
+            let mut bad = bytes.clone();
+            bad[at] = byte;
+            bad.resize(0x3000, 0);
+            if at == 4 {
+                bad[4..8].fill(0);
+            }
+            assert_eq!(Note::read(0, reader(&bad)), None, "{at}");
+        }
+        // It ends with the memory.
+        assert_eq!(Note::read(0, reader(&bytes[..30])), None);
+        assert_eq!(Note::read(u64::MAX - 10, reader(&bytes)), None);
+    }
+
+    proptest! {
+        #[test]
+        fn no_note_does_harm(lines in proptest::collection::vec(("[A-Z]{1,4}|SYMBOL\\(init_uts_ns\\)|SYMBOL\\(swapper_pg_dir\\)|NUMBER\\(phys_base\\)|OSRELEASE|OFFSET\\(uts_namespace.name\\)", "[-0-9a-f]{0,24}"), 0..8)) {
+            let text: String = lines.iter().map(|(key, value)| format!("{key}={value}\n")).collect();
+            let memory = memory(true);
+            let _ = Note::of_text(0, text).check(reader(&memory));
+        }
+    }
+}
