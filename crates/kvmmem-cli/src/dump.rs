@@ -1,36 +1,44 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! `kvmmem dump`: a target's memory as a file.
+//! `kvmmem dump`: a target's memory as a file or a stream.
+//!
+//! Whatever can be wrong with the command line and the paths is found before the token is used. While a dump is under way
+//! FILE.part says how far it is ([`checkpoint`]); a record beside a complete one says what it is ([`record`]).
 
 mod checkpoint;
+mod digest;
+mod kernel_note;
 mod layout;
+mod record;
+mod sink;
 mod transfer;
 
-use std::fs::OpenOptions;
-use std::io;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
-use kvmmem::view::{Access, Status};
-use rustix::fs::{FlockOperation, flock};
-use serde::Serialize;
+use kvmmem::view::{Access, Status, View};
 use uuid::Uuid;
 
 use crate::interrupt::Interrupt;
 use crate::output::Output;
 use crate::progress;
-use crate::range::{GpaRange, in_order, parse_range, select};
+use crate::range::{GPA_END, GpaRange, gaps, in_order, missing, parse_range, select, total};
 use crate::source::{Source, ranges};
 use checkpoint::Checkpoint;
+use digest::Digest;
 use layout::{Format, Layout};
+use record::Record;
+use sink::{Kind, Sink};
 use transfer::Transfer;
+
+/// Exit code of a dump in which some memory could not be read.
+const UNREADABLE: u8 = 3;
 
 #[derive(Args)]
 #[command(after_help = AFTER_HELP)]
 pub(crate) struct Arguments {
-    /// The file to write; only its owner may read it
+    /// The file to write, which only its owner may read; a FIFO, or - for standard output
     file: PathBuf,
     /// The kind of file
     #[arg(long, value_enum, default_value_t = Format::Raw)]
@@ -41,42 +49,125 @@ pub(crate) struct Arguments {
     /// Go on with a dump that was not finished; the same target's, by a new token
     #[arg(long)]
     resume: bool,
+    /// Where to write the record of the dump [default: FILE.json; none for standard output or a FIFO]
+    #[arg(long, value_name = "PATH")]
+    record: Option<PathBuf>,
+    /// Leave the SHA-256 of the file out of the record: of a large target that uses little of its memory, it takes most
+    /// of the time
+    #[arg(long)]
+    no_hash: bool,
     #[command(flatten)]
     source: Source,
 }
 
 const AFTER_HELP: &str = "\
-The file is sparse: what the target never used takes no space, here or there. The target runs on meanwhile; pause it
-for a picture of one moment. Until the dump is complete, FILE.part tells how far it is. A target that was reset since
-then is not resumed; in a guest this can be told only while the view is open.
+The file is sparse: what the target's host has not allocated takes no space, here or there. The target runs on meanwhile;
+pause it for a picture of one moment. Until the dump is complete, FILE.part tells how far it is. A dump of a target that
+was reset, resized or started again since then is not resumed.
+
+Beside the file, FILE.json says of which target it is, when it was made, what is in it, what could not be read or was left
+out, and its SHA-256. On a pipe all holes are zeros, and what is said goes to standard error.
+
+--format elf has the VMCOREINFO note of a Linux target, so that crash, drgn and makedumpfile open the file as it is.
 
 Exit codes:
   0  the file is complete
   1  failed, or interrupted; where standard error says so, --resume goes on
-  2  the command line is wrong";
+  2  the command line is wrong
+  3  the file is complete, but for memory that could not be read: zeros are in its place";
 
 /// What to do where a dump cannot be resumed.
 const REMEDY: &str = "remove it and its .part, and begin again";
 
-/// A complete dump, as JSON.
-#[derive(Serialize)]
-struct Summary<'a> {
-    file: &'a str,
-    format: Format,
-    target: Uuid,
-    /// Length of the file.
-    bytes: u64,
-    /// How many of these were read from the target.
-    data_bytes: u64,
-    resumed: bool,
+/// A file that was made before the token was used, and is removed again where nothing comes of it.
+struct Fresh<'a>(Option<&'a Path>);
+
+impl Drop for Fresh<'_> {
+    fn drop(&mut self) {
+        if let Some(path) = self.0 {
+            // There is nothing in it.
+            let _ = std::fs::remove_file(path);
+        }
+    }
 }
 
 impl Arguments {
     pub(crate) fn run(&self, output: &mut Output) -> Result<ExitCode> {
         let wanted = in_order(&self.ranges)?;
-        // Whatever is wrong with the files is told before a token is used.
-        let earlier = Checkpoint::load(&self.file)?;
+        let (earlier, mut sink, mut fresh) = self.open()?;
+        if matches!(sink, Sink::Stream { .. }) {
+            output.use_stderr();
+        }
+        let view = self.source.attach(Access::ReadOnly, "dump")?;
+        let interrupt = Interrupt::catch()?;
+        // In this order: a reset in between makes the dump stale.
+        let status = view.status()?;
+        let instance = view.instance()?;
+        let all = ranges(&view)?;
+        let reached = select(&wanted, &all)?;
+        ensure!(reached.len() < usize::from(u16::MAX) - 2, "too many ranges: {}", reached.len());
+        let left_out = if wanted.is_empty() { gaps(&all) } else { missing(&closed(&wanted, &all), &reached) };
+        if !wanted.is_empty() && !left_out.is_empty() {
+            let shown = shown(&left_out);
+            tracing::warn!(
+                "the view does not reach all of --range: {shown} is left out (no RAM is there, or it is not granted)"
+            );
+        }
+
+        let resumed = earlier.is_some();
+        let mut checkpoint = match earlier {
+            Some(earlier) => self.check(earlier, &status, instance, &reached)?,
+            None => {
+                let uuid = Uuid::from_bytes(status.uuid);
+                Checkpoint::new(uuid, instance, self.format, reached)
+            }
+        };
+        if self.format == Format::Elf && !resumed {
+            checkpoint.vmcoreinfo = kernel_note(&view, &checkpoint.ranges, &interrupt)?;
+        }
+        let note = checkpoint.vmcoreinfo.as_ref().map(|(_, text)| text.as_str());
+        let layout = Layout::new(self.format, &checkpoint.ranges, note);
+        let digest = self.begin(&mut sink, &layout, &checkpoint, resumed)?;
+        if matches!(sink, Sink::File(_)) {
+            checkpoint.save(&self.file)?;
+        }
+        fresh.0 = None;
+
+        let bar = progress::bytes(0, output);
+        let sha256 = Transfer {
+            view: &view,
+            path: &self.file,
+            sink: &mut sink,
+            digest,
+            layout: &layout,
+            checkpoint: &mut checkpoint,
+            generation: status.generation,
+            interrupt: &interrupt,
+            bar: &bar,
+        }
+        .run()?;
+        let file = self.file.to_string_lossy();
+        let record = Record::new(&file, view.name(), (&checkpoint, layout.len, resumed), sha256, &left_out);
+        if let Some(path) = self.record_path() {
+            record.save(&path)?;
+        }
+        if matches!(sink, Sink::File(_)) {
+            Checkpoint::remove(&self.file)?;
+        }
+        self.tell(&record, &checkpoint, layout.len, output)
+    }
+
+    /// Opens what is written to, and what is there of an earlier dump.
+    fn open(&self) -> Result<(Option<Checkpoint>, Sink, Fresh<'_>)> {
         let file = self.file.display();
+        if sink::kind(&self.file)? == Kind::Stream {
+            ensure!(!self.resume, "{file} is a stream: what it has got cannot be resumed");
+            if let Some(record) = &self.record {
+                sink::check_new(record)?;
+            }
+            return Ok((None, Sink::stream(&self.file)?, Fresh(None)));
+        }
+        let earlier = Checkpoint::load(&self.file)?;
         let exists = self.file.try_exists().with_context(|| format!("cannot look for {file}"))?;
         match (&earlier, self.resume, exists) {
             (Some(_), false, _) => {
@@ -91,74 +182,85 @@ impl Arguments {
             }
             (Some(_), true, true) | (None, _, false) => {}
         }
-        let view = self.source.attach(Access::ReadOnly, "dump")?;
-        let interrupt = Interrupt::catch()?;
-        let status = view.status()?;
-        let reached = select(&wanted, &ranges(&view)?)?;
-        ensure!(reached.len() < usize::from(u16::MAX), "too many ranges: {}", reached.len());
-
-        let resumed = earlier.is_some();
-        let mut checkpoint = match earlier {
-            Some(earlier) => self.check(earlier, &status, &reached)?,
-            None => {
-                let (uuid, generation) = (Uuid::from_bytes(status.uuid), self.generation(&status));
-                Checkpoint::new(uuid, generation, self.format, reached)
-            }
-        };
-        let layout = Layout::new(self.format, &checkpoint.ranges);
-        let open = || {
-            let file = OpenOptions::new().write(true).create_new(!resumed).mode(0o600).open(&self.file)?;
-            flock(&file, FlockOperation::NonBlockingLockExclusive)?;
-            // Of what was written after the checkpoint, parts may be older than others.
-            let keep = if resumed { layout.offset(checkpoint.next) } else { 0 };
-            file.set_len(keep.max(layout.head.len() as u64))?;
-            file.write_all_at(&layout.head, 0)?;
-            Ok::<_, io::Error>(file)
-        };
-        let opened = open().with_context(|| format!("cannot write {file}"))?;
-        checkpoint.save(&self.file)?;
-
-        let bar = progress::bytes(0, output);
-        Transfer {
-            view: &view,
-            path: &self.file,
-            file: &opened,
-            layout: &layout,
-            checkpoint: &mut checkpoint,
-            generation: status.generation,
-            interrupt: &interrupt,
-            bar: &bar,
+        let record = self.record_path().unwrap_or_default();
+        ensure!(record != self.file, "--record names the file of the dump itself");
+        if earlier.is_none() {
+            sink::check_new(&self.file)?;
         }
-        .run()?;
-        let Checkpoint { uuid, data_bytes, .. } = checkpoint;
-        if output.is_json() {
-            let file = &self.file.to_string_lossy();
-            let bytes = layout.len;
-            output.object(&Summary {
-                file,
-                format: self.format,
-                target: uuid,
-                bytes,
-                data_bytes,
-                resumed,
-            })?;
-        } else {
-            output.line(format!(
-                "{}: {} bytes, of which the target had used {data_bytes}",
-                crate::failure::escape(&self.file.to_string_lossy()),
-                layout.len
-            ))?;
-        }
-        Ok(ExitCode::SUCCESS)
+        sink::check_new(&record)?;
+        let sink = Sink::file(&self.file, exists)?;
+        let fresh = Fresh(earlier.is_none().then_some(&self.file));
+        Ok((earlier, sink, fresh))
     }
 
-    /// The target's generation, where the view has it.
-    fn generation(&self, status: &Status) -> Option<u64> {
-        self.source.is_on_host().then_some(status.generation)
+    /// Where the record goes.
+    fn record_path(&self) -> Option<PathBuf> {
+        let beside = || {
+            let mut path = self.file.as_os_str().to_owned();
+            path.push(".json");
+            (sink::kind(&self.file).ok()? == Kind::File).then(|| path.into())
+        };
+        self.record.clone().or_else(beside)
+    }
+
+    /// Writes the head, unless it is there, and takes what is there into the digest.
+    fn begin(
+        &self,
+        sink: &mut Sink,
+        layout: &Layout,
+        checkpoint: &Checkpoint,
+        resumed: bool,
+    ) -> Result<Option<Digest>> {
+        let mut digest = if self.no_hash { None } else { Some(Digest::start()?) };
+        // Of what was written after the checkpoint, parts may be older than others.
+        let keep = if resumed { layout.offset(checkpoint.next) } else { 0 };
+        let keep = keep.max(layout.head.len() as u64);
+        sink.set_len(keep).with_context(|| format!("cannot write {}", self.file.display()))?;
+        sink.put(0, &layout.head)?;
+        if let (Some(digest), Sink::File(file)) = (&mut digest, &*sink) {
+            digest.put_file(file, keep)?;
+        } else if let Some(digest) = &mut digest {
+            digest.put(0, &layout.head)?;
+        }
+        Ok(digest)
+    }
+
+    /// Says what there is, and gives the exit code.
+    fn tell(
+        &self,
+        record: &Record<'_>,
+        checkpoint: &Checkpoint,
+        bytes: u64,
+        output: &mut Output,
+    ) -> Result<ExitCode> {
+        let file = crate::failure::escape(&self.file.to_string_lossy());
+        if output.is_json() {
+            output.object(record)?;
+        } else {
+            let data = checkpoint.data_bytes;
+            output.line(format!("{file}: {bytes} bytes, of which {data} were allocated in the target"))?;
+        }
+        if checkpoint.unreadable.is_empty() {
+            return Ok(ExitCode::SUCCESS);
+        }
+        if !output.is_json() {
+            output.line(format!(
+                "{} bytes of these could not be read and are zeros in the file: {}",
+                total(&checkpoint.unreadable),
+                shown(&checkpoint.unreadable)
+            ))?;
+        }
+        Ok(ExitCode::from(UNREADABLE))
     }
 
     /// The earlier dump's checkpoint, if this one can go on there.
-    fn check(&self, earlier: Checkpoint, status: &Status, reached: &[GpaRange]) -> Result<Checkpoint> {
+    fn check(
+        &self,
+        earlier: Checkpoint,
+        status: &Status,
+        instance: Option<u64>,
+        reached: &[GpaRange],
+    ) -> Result<Checkpoint> {
         let file = self.file.display();
         let uuid = Uuid::from_bytes(status.uuid);
         ensure!(
@@ -167,8 +269,13 @@ impl Arguments {
             earlier.uuid
         );
         ensure!(
-            !earlier.is_stale && earlier.generation == self.generation(status),
-            "the target's memory was reset or resized since {file} was begun: {REMEDY}"
+            earlier.instance.is_some() && instance.is_some(),
+            "this machine's driver or its host is older than {file}.part and does not say whether the target was \
+             started again since: {REMEDY}"
+        );
+        ensure!(
+            !earlier.is_stale && earlier.instance == instance,
+            "the target was reset, resized or started again since {file} was begun: {REMEDY}"
         );
         ensure!(
             earlier.format == self.format,
@@ -177,8 +284,38 @@ impl Arguments {
         ensure!(
             earlier.ranges == reached,
             "{file} was begun with other ranges, {}: give the same ones by a token that reaches them, or {REMEDY}",
-            earlier.ranges.iter().map(|range| format!("{range:#x?}")).collect::<Vec<_>>().join(", ")
+            shown(&earlier.ranges)
         );
         Ok(earlier)
     }
+}
+
+/// The kernel's note, and where it is.
+fn kernel_note(view: &View, ranges: &[GpaRange], interrupt: &Interrupt) -> Result<Option<(u64, String)>> {
+    Ok(match kernel_note::find(view, ranges, interrupt)?.choose() {
+        Ok(note) => note.map(|note| (note.gpa, note.text().to_owned())),
+        Err(why) => {
+            tracing::warn!("{why}");
+            None
+        }
+    })
+}
+
+/// The ranges, those without an end up to the last one of `all`: nobody expects memory up to the end of all addresses.
+fn closed(wanted: &[GpaRange], all: &[GpaRange]) -> Vec<GpaRange> {
+    let last = all.last().map_or(0, |range| range.end);
+    let closed = wanted.iter().map(|range| match range.end {
+        GPA_END => range.start..last.max(range.start),
+        end => range.start..end,
+    });
+    closed.collect()
+}
+
+/// The ranges in words, of many the first ones.
+fn shown(ranges: &[GpaRange]) -> String {
+    const MOST: usize = 8;
+    let first: Vec<String> = ranges.iter().take(MOST).map(|range| format!("{range:#x?}")).collect();
+    let more = ranges.len().saturating_sub(MOST);
+    let rest = if more > 0 { format!(" and {more} more") } else { String::new() };
+    first.join(", ") + &rest
 }

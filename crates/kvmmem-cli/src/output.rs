@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Standard output: text, in colour on a terminal alone, or one JSON object a line.
 
-use std::io::{self, Stdout, Write};
+use std::io::{self, Write};
 
 use anstream::AutoStream;
 use serde::Serialize;
@@ -9,13 +9,39 @@ use unicode_width::UnicodeWidthStr;
 
 /// Where results go.
 pub(crate) struct Output {
-    stream: AutoStream<Stdout>,
+    stream: Stream,
     json: bool,
+}
+
+enum Stream {
+    Stdout(AutoStream<io::Stdout>),
+    Stderr(AutoStream<io::Stderr>),
+}
+
+impl Write for Stream {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        match self {
+            Self::Stdout(stream) => stream.write(bytes),
+            Self::Stderr(stream) => stream.write(bytes),
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        match self {
+            Self::Stdout(stream) => stream.flush(),
+            Self::Stderr(stream) => stream.flush(),
+        }
+    }
 }
 
 impl Output {
     pub(crate) fn new(json: bool) -> Self {
-        Self { stream: anstream::stdout(), json }
+        Self { stream: Stream::Stdout(anstream::stdout()), json }
+    }
+
+    /// Prints to standard error from now on: standard output has something else.
+    pub(crate) fn use_stderr(&mut self) {
+        self.stream = Stream::Stderr(anstream::stderr());
     }
 
     /// Whether the caller wants JSON.
@@ -37,8 +63,7 @@ impl Output {
 
     /// Writes bytes as they are.
     pub(crate) fn raw(&mut self, bytes: &[u8]) -> io::Result<()> {
-        let stdout = self.stream.as_inner();
-        let mut stdout = stdout.lock();
+        let mut stdout = io::stdout().lock();
         stdout.write_all(bytes)?;
         stdout.flush()
     }

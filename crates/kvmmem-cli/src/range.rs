@@ -86,6 +86,27 @@ impl RangeLine {
     }
 }
 
+/// What lies between the ranges, which ascend, from address 0 on.
+pub(crate) fn gaps(ranges: &[GpaRange]) -> Vec<GpaRange> {
+    let end = ranges.last().map_or(0, |range| range.end);
+    if end == 0 { Vec::new() } else { missing(std::slice::from_ref(&(0..end)), ranges) }
+}
+
+/// What of `wanted` is not in `there`. Both ascend.
+pub(crate) fn missing(wanted: &[GpaRange], there: &[GpaRange]) -> Vec<GpaRange> {
+    let mut missing = Vec::new();
+    for range in wanted {
+        let mut at = range.start;
+        for part in there.iter().filter(|part| part.end > range.start && part.start < range.end) {
+            missing.push(at..part.start.max(at));
+            at = part.end;
+        }
+        missing.push(at..range.end.max(at));
+    }
+    missing.retain(|range| !range.is_empty());
+    missing
+}
+
 /// Bytes of all the ranges together.
 pub(crate) fn total(ranges: &[GpaRange]) -> u64 {
     ranges.iter().map(|range| range.end - range.start).sum()
@@ -124,6 +145,18 @@ mod tests {
         assert_eq!(in_order(&[0x2000..0x3000, 0..0x2000]).unwrap(), [0..0x2000, 0x2000..0x3000]);
         let error = in_order(&[0x2000..0x3000, 0..0x2001]).unwrap_err().to_string();
         assert_eq!(error, "the ranges 0x0..0x2001 and 0x2000..0x3000 overlap: give each address once");
+    }
+
+    #[test]
+    fn what_is_missing_is_told() {
+        assert_eq!(gaps(&[0..0xa0, 0x100..0x200, 0x200..0x300, 0x500..0x600]), [0xa0..0x100, 0x300..0x500]);
+        assert_eq!(gaps(&[0x10..0x20, 0x30..0x40]), [0..0x10, 0x20..0x30]);
+        assert_eq!(gaps(&[]), []);
+        let there = [0x1000..0x3000, 0x4000..0x5000];
+        let rest = [0..0x1000, 0x3000..0x4000, 0x5000..0x9000];
+        assert_eq!(missing(std::slice::from_ref(&(0..0x9000)), &there), rest);
+        assert_eq!(missing(&[0x2000..0x4800, 0x6000..0x7000], &there), [0x3000..0x4000, 0x6000..0x7000]);
+        assert_eq!(missing(&there, &there), []);
     }
 
     #[test]

@@ -113,12 +113,6 @@ impl Source {
         self.target.is_some()
     }
 
-    /// Whether [`Self::attach`] asks this host's broker, not a device.
-    pub(crate) fn is_on_host(&self) -> bool {
-        let is_named = self.target.is_some() || self.broker.is_some();
-        self.device.is_none() && (is_named || !kvmmem::device::default_path().exists())
-    }
-
     /// Memory for a few accesses: over KVMI unless something of a view is given.
     pub(crate) fn memory(&self, access: Access, verb: &str) -> Result<Memory> {
         let wants_view = self.target.is_some()

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The file beside an unfinished dump that says how far it is.
 
-use std::fs::{self, File};
+use std::fs::{self, OpenOptions};
 use std::io::{self, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
@@ -10,9 +11,10 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use super::layout::Format;
+use super::record;
 use crate::range::GpaRange;
 
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
 /// How far a dump is.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -20,9 +22,8 @@ pub(super) struct Checkpoint {
     version: u32,
     /// The target.
     pub(super) uuid: Uuid,
-    /// Its generation, where the view tells that: another one has other memory, or has been reset. In a guest a
-    /// view's generation counts what happens to that view alone.
-    pub(super) generation: Option<u64>,
+    /// Which run of it ([`kvmmem::View::instance`]), where that is known: another one has other memory.
+    pub(super) instance: Option<u64>,
     pub(super) format: Format,
     /// What is dumped, ascending.
     pub(super) ranges: Vec<GpaRange>,
@@ -30,13 +31,31 @@ pub(super) struct Checkpoint {
     pub(super) next: u64,
     /// Bytes of data that are in the file.
     pub(super) data_bytes: u64,
+    /// What could not be read, ascending.
+    pub(super) unreadable: Vec<GpaRange>,
+    /// When the dump began, milliseconds since the epoch.
+    pub(super) started_ms: u64,
+    /// The kernel's note in the file, and where it was.
+    pub(super) vmcoreinfo: Option<(u64, String)>,
     /// The target was reset or resized in the middle.
     pub(super) is_stale: bool,
 }
 
 impl Checkpoint {
-    pub(super) fn new(uuid: Uuid, generation: Option<u64>, format: Format, ranges: Vec<GpaRange>) -> Self {
-        Self { version: VERSION, uuid, generation, format, ranges, next: 0, data_bytes: 0, is_stale: false }
+    pub(super) fn new(uuid: Uuid, instance: Option<u64>, format: Format, ranges: Vec<GpaRange>) -> Self {
+        Self {
+            version: VERSION,
+            uuid,
+            instance,
+            format,
+            ranges,
+            next: 0,
+            data_bytes: 0,
+            unreadable: Vec::new(),
+            started_ms: record::now_ms(),
+            vmcoreinfo: None,
+            is_stale: false,
+        }
     }
 
     /// What of the ranges is not in the file yet.
@@ -71,22 +90,7 @@ impl Checkpoint {
 
     /// Writes the file beside `dump`: after this returns, that or, where it fails, the state before is on disk.
     pub(super) fn save(&self, dump: &Path) -> Result<()> {
-        let path = path(dump);
-        let mut new = path.clone().into_os_string();
-        new.push(".new");
-        let new = PathBuf::from(new);
-        let write = || {
-            let mut file = File::create(&new)?;
-            file.write_all(&serde_json::to_vec(self)?)?;
-            file.sync_all()?;
-            fs::rename(&new, &path)
-        };
-        write()
-            .inspect_err(|_| {
-                // Where the disk is full, it need not be kept full.
-                let _ = fs::remove_file(&new);
-            })
-            .with_context(|| format!("cannot write {}", path.display()))
+        replace(&path(dump), &serde_json::to_vec(self)?)
     }
 
     /// Removes the file beside `dump`, which is complete.
@@ -94,6 +98,25 @@ impl Checkpoint {
         let path = path(dump);
         fs::remove_file(&path).with_context(|| format!("cannot remove {}", path.display()))
     }
+}
+
+/// Puts a file with these bytes at `path`: after this returns, that or, where it fails, what was there before is on disk.
+pub(super) fn replace(path: &Path, bytes: &[u8]) -> Result<()> {
+    let mut new = path.as_os_str().to_owned();
+    new.push(".new");
+    let new = PathBuf::from(new);
+    let write = || {
+        let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&new)?;
+        file.write_all(bytes)?;
+        file.sync_all()?;
+        fs::rename(&new, path)
+    };
+    write()
+        .inspect_err(|_| {
+            // Where the disk is full, it need not be kept full.
+            let _ = fs::remove_file(&new);
+        })
+        .with_context(|| format!("cannot write {}", path.display()))
 }
 
 /// Where the state of `dump` is kept.
@@ -130,7 +153,7 @@ mod tests {
         let bad = [
             String::new(),
             "{}".to_owned(),
-            serde_json::to_string(&Checkpoint { version: 2, ..good.clone() }).unwrap(),
+            serde_json::to_string(&Checkpoint { version: 1, ..good.clone() }).unwrap(),
             serde_json::to_string(&Checkpoint { ranges: vec![0..0x1000, 0x1000..0x1000], ..good.clone() })
                 .unwrap(),
             serde_json::to_string(&Checkpoint { ranges: vec![0x1000..0x2000, 0..0x1000], ..good }).unwrap(),

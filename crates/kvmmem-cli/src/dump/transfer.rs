@@ -1,19 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The way from the view to the file.
 
-use std::fs::File;
-use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Error, Result, ensure};
 use indicatif::ProgressBar;
-use kvmmem::PAGE_SIZE;
 use kvmmem::view::{State, View};
 
 use super::REMEDY;
 use super::checkpoint::Checkpoint;
+use super::digest::Digest;
+use super::kernel_note::{add, read};
 use super::layout::Layout;
+use super::sink::Sink;
 use crate::interrupt::Interrupt;
 use crate::range::{GpaRange, total};
 use crate::source::data_within;
@@ -28,7 +28,8 @@ const SAVE_INTERVAL: Duration = Duration::from_secs(2);
 pub(super) struct Transfer<'a> {
     pub(super) view: &'a View,
     pub(super) path: &'a Path,
-    pub(super) file: &'a File,
+    pub(super) sink: &'a mut Sink,
+    pub(super) digest: Option<Digest>,
     pub(super) layout: &'a Layout,
     pub(super) checkpoint: &'a mut Checkpoint,
     /// The view's, when the dump began.
@@ -38,8 +39,8 @@ pub(super) struct Transfer<'a> {
 }
 
 impl Transfer<'_> {
-    /// Dumps to the end; where that fails, says how to go on.
-    pub(super) fn run(mut self) -> Result<()> {
+    /// Dumps to the end, and returns the digest; where that fails, says how to go on.
+    pub(super) fn run(mut self) -> Result<Option<String>> {
         let result = self.copy().and_then(|()| self.finish());
         self.bar.finish_and_clear();
         result.map_err(|error| self.explain(error))
@@ -52,14 +53,18 @@ impl Transfer<'_> {
         if let Err(error) = self.save() {
             tracing::warn!("{error:#}");
         }
-        let file = self.path.display();
-        error.context(if is_stale {
-            format!("the target's memory was reset or resized in the middle of the dump; {file}: {REMEDY}")
-        } else {
-            format!(
-                "the dump stopped at gpa {:#x}; {file} holds what lies below: go on with --resume, by a new token",
-                self.checkpoint.next
-            )
+        let (file, next) = (self.path.display(), self.checkpoint.next);
+        error.context(match (&*self.sink, is_stale) {
+            (Sink::Stream { .. }, true) => {
+                "the target's memory was reset or resized in the middle of the dump: begin again".to_owned()
+            }
+            (Sink::Stream { .. }, false) => format!("the dump stopped at gpa {next:#x}: begin again"),
+            (Sink::File(_), true) => format!(
+                "the target's memory was reset or resized in the middle of the dump; {file}: {REMEDY}"
+            ),
+            (Sink::File(_), false) => format!(
+                "the dump stopped at gpa {next:#x}; {file} holds what lies below: go on with --resume, by a new token"
+            ),
         })
     }
 
@@ -67,7 +72,8 @@ impl Transfer<'_> {
         let left = self.checkpoint.left();
         let data: Vec<GpaRange> =
             left.iter().flat_map(|range| data_within(self.view, range)).collect::<Result<_>>()?;
-        self.bar.set_length(total(&data) + self.checkpoint.data_bytes);
+        self.bar.set_length(total(&data));
+        self.bar.reset_elapsed();
         let mut buffer = vec![0; usize::try_from(CHUNK)?];
         let mut saved = Instant::now();
         for range in left {
@@ -94,28 +100,27 @@ impl Transfer<'_> {
         ensure!(!self.interrupt.has_come(), "interrupted");
         let len = chunk.end - chunk.start;
         let buffer = buffer.get_mut(..usize::try_from(len)?).context("the buffer is too small")?;
-        self.view.read_at(chunk.start, buffer)?;
-        let mut offset = self.layout.offset(chunk.start);
-        for (is_zero, bytes) in runs(buffer) {
-            // Where pages are zero the file keeps its hole.
-            if !is_zero {
-                self.file.write_all_at(bytes, offset).context("cannot write the dump")?;
-            }
-            offset += bytes.len() as u64;
+        let unreadable = read(self.view, chunk.start, buffer)?;
+        // Memory that has moved cannot be read where it was, but that is another matter.
+        ensure!(unreadable.is_empty() || !self.is_stale()?, "the target's generation has changed");
+        let offset = self.layout.offset(chunk.start);
+        self.sink.put(offset, buffer)?;
+        if let Some(digest) = &mut self.digest {
+            digest.put(offset, buffer)?;
         }
         self.checkpoint.next = chunk.end;
-        self.checkpoint.data_bytes += len;
-        self.bar.set_position(self.checkpoint.data_bytes);
+        self.checkpoint.data_bytes += len - total(&unreadable);
+        for range in unreadable {
+            add(&mut self.checkpoint.unreadable, range);
+        }
+        self.bar.inc(len);
         Ok(())
     }
 
-    fn finish(&mut self) -> Result<()> {
+    fn finish(&mut self) -> Result<Option<String>> {
         ensure!(!self.is_stale()?, "the target's generation has changed");
-        self.file
-            .set_len(self.layout.len)
-            .and_then(|()| self.file.sync_all())
-            .context("cannot write the dump")?;
-        Checkpoint::remove(self.path)
+        self.sink.finish(self.layout.len)?;
+        self.digest.take().map(|digest| digest.finish(self.layout.len)).transpose()
     }
 
     /// Whether the target is not the one any more with which the dump began. The end of the view is another matter.
@@ -127,37 +132,8 @@ impl Transfer<'_> {
 
     /// Writes down how far the dump is, once that is on disk.
     fn save(&self) -> Result<()> {
-        self.file.sync_data().context("cannot write the dump")?;
+        let Sink::File(file) = &*self.sink else { return Ok(()) };
+        file.sync_data().context("cannot write the dump")?;
         self.checkpoint.save(self.path)
-    }
-}
-
-/// The bytes in parts of whole pages, as long as can be, that are all zero or have no page that is.
-fn runs(mut bytes: &[u8]) -> impl Iterator<Item = (bool, &[u8])> {
-    const ZEROS: [u8; PAGE_SIZE] = [0; PAGE_SIZE];
-    let is_zero = |page: &[u8]| ZEROS.starts_with(page);
-    std::iter::from_fn(move || {
-        let mut pages = bytes.chunks(PAGE_SIZE);
-        let first = is_zero(pages.next()?);
-        let more: usize = pages.take_while(|page| is_zero(page) == first).map(<[u8]>::len).sum();
-        let (run, rest) = bytes.split_at(bytes.len().min(PAGE_SIZE) + more);
-        bytes = rest;
-        Some((first, run))
-    })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn runs_are_whole_pages_of_one_kind() {
-        let mut bytes = vec![0; 5 * PAGE_SIZE + 7];
-        bytes[PAGE_SIZE] = 1;
-        bytes[3 * PAGE_SIZE - 1] = 1;
-        let lengths: Vec<(bool, usize)> = runs(&bytes).map(|(is_zero, run)| (is_zero, run.len())).collect();
-        assert_eq!(lengths, [(true, PAGE_SIZE), (false, 2 * PAGE_SIZE), (true, 2 * PAGE_SIZE + 7)]);
-        assert_eq!(runs(&bytes).flat_map(|(_, run)| run).copied().collect::<Vec<u8>>(), bytes);
-        assert_eq!(runs(&[]).count(), 0);
     }
 }

@@ -21,7 +21,7 @@ use kvmmem_sys::ram::GuestRam;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use rustix::process::{Pid, Signal, kill_process};
 use uuid::Uuid;
-use vm_memory::{GuestAddress, GuestMemoryBackend};
+use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend, MmapRegion};
 
 pub(crate) const UUID: Uuid = Uuid::from_u128(0x0011_2233_4455_4677_8899_aabb_ccdd_eeff);
 
@@ -33,6 +33,8 @@ pub(crate) struct Host {
     regions: Vec<Region>,
     stop: Option<UnixStream>,
     server: Option<JoinHandle<Result<(), ServerError>>>,
+    /// What a VMM that keeps its RAM to itself has mapped.
+    _mapping: Option<MmapRegion>,
 }
 
 /// What a verb printed, and how it ended.
@@ -44,43 +46,61 @@ pub(crate) struct Ended {
 
 impl Host {
     pub(crate) fn start(regions: &[Region]) -> Self {
-        Self::with(regions, false)
+        Self::with(regions, Kind::Shared)
     }
 
     /// One whose VMM, which is this process, keeps its RAM to itself.
     pub(crate) fn start_private(regions: &[Region]) -> Self {
-        Self::with(regions, true)
+        Self::with(regions, Kind::Private)
     }
 
-    fn with(regions: &[Region], is_private: bool) -> Self {
+    /// One of this file, which its VMM has mapped and keeps to itself. Where the file gets shorter, memory is missing.
+    pub(crate) fn start_file(regions: &[Region], file: &File) -> Self {
+        Self::with(regions, Kind::File(file.try_clone().unwrap()))
+    }
+
+    fn with(regions: &[Region], kind: Kind) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let socket = directory.path().join("broker.sock");
-        let server = Server::bind(&socket, None).unwrap();
-        let broker = server.broker();
-        let (stop, stopped) = UnixStream::pair().unwrap();
-        let server = std::thread::spawn(move || server.run(stopped.as_fd()));
+        let (broker, stop, server) = serve(&socket);
 
         let size = regions.iter().map(|region| region.offset + region.len).max().unwrap();
         let ram = GuestRam::new(size).unwrap();
-        let registration = Registration {
-            name: "victim".to_owned(),
-            uuid: UUID,
-            vcpus: 2,
-            start_time_ms: 0,
-            cid: None,
-            introspectable: true,
-            introspector: false,
-            regions: regions.to_vec(),
-        };
-        let vm = if is_private {
-            register_private(&broker, registration, &ram);
-            None
-        } else {
-            let fd = ram.fd().try_clone_to_owned().unwrap();
-            Some(VmmLink::connect(&socket, registration, Some(fd)).unwrap())
-        };
+        let (mut vm, mut mapping) = (None, None);
+        match kind {
+            Kind::Shared => vm = Some(register(&socket, regions, &ram)),
+            Kind::Private => {
+                let hva = ram.memory().get_host_address(GuestAddress(0)).unwrap().expose_provenance();
+                register_private(&broker, registration(regions), hva as u64);
+            }
+            Kind::File(file) => {
+                let len = usize::try_from(size).unwrap();
+                let region = MmapRegion::from_file(FileOffset::new(file, 0), len).unwrap();
+                register_private(&broker, registration(regions), region.as_ptr().expose_provenance() as u64);
+                mapping = Some(region);
+            }
+        }
         let (stop, server) = (Some(stop), Some(server));
-        Self { directory, vm, ram, regions: regions.to_vec(), stop, server }
+        Self { directory, vm, ram, regions: regions.to_vec(), stop, server, _mapping: mapping }
+    }
+
+    /// Ends the broker and starts another one in its place; returns once the target is registered there.
+    pub(crate) fn next_broker(&mut self) {
+        drop(self.stop.take());
+        self.server.take().unwrap().join().unwrap().unwrap();
+        let (broker, stop, server) = serve(&self.path("broker.sock"));
+        (self.stop, self.server) = (Some(stop), Some(server));
+        let generation =
+            |_: &Path| self.vm.as_ref().is_none_or(VmmLink::is_connected) && broker.find("victim").is_ok();
+        wait_for(Path::new("the target"), generation);
+    }
+
+    /// Starts the target again: another registration with the same UUID and RAM.
+    pub(crate) fn restart_target(&mut self) {
+        drop(self.vm.take());
+        let gone = |_: &Path| self.run(&["targets"]).stdout.lines().all(|line| !line.contains("victim"));
+        wait_for(Path::new("the target to go"), gone);
+        self.vm = Some(register(&self.path("broker.sock"), &self.regions, &self.ram));
     }
 
     pub(crate) fn path(&self, name: &str) -> PathBuf {
@@ -157,9 +177,43 @@ impl Host {
     }
 }
 
-/// Registers a VM whose RAM is where this process has mapped it.
-fn register_private(broker: &Broker, mut registration: Registration, ram: &GuestRam) {
-    let hva = ram.memory().get_host_address(GuestAddress(0)).unwrap().expose_provenance() as u64;
+/// How the target has its RAM.
+enum Kind {
+    Shared,
+    Private,
+    File(File),
+}
+
+type Serving = (Arc<Broker>, UnixStream, JoinHandle<Result<(), ServerError>>);
+
+/// Starts a broker.
+fn serve(socket: &Path) -> Serving {
+    let server = Server::bind(socket, None).unwrap();
+    let broker = server.broker();
+    let (stop, stopped) = UnixStream::pair().unwrap();
+    (broker, stop, std::thread::spawn(move || server.run(stopped.as_fd())))
+}
+
+fn registration(regions: &[Region]) -> Registration {
+    Registration {
+        name: "victim".to_owned(),
+        uuid: UUID,
+        vcpus: 2,
+        start_time_ms: 0,
+        cid: None,
+        introspectable: true,
+        introspector: false,
+        regions: regions.to_vec(),
+    }
+}
+
+fn register(socket: &Path, regions: &[Region], ram: &GuestRam) -> VmmLink {
+    let fd = ram.fd().try_clone_to_owned().unwrap();
+    VmmLink::connect(socket, registration(regions), Some(fd)).unwrap()
+}
+
+/// Registers a VM whose RAM this process has mapped at an address.
+fn register_private(broker: &Broker, mut registration: Registration, hva: u64) {
     let place = |region: Region| Region { offset: hva + region.offset, ..region };
     let regions = std::mem::take(&mut registration.regions).into_iter().map(place).collect();
     let memory = File::options().read(true).write(true).open("/proc/self/mem").unwrap();

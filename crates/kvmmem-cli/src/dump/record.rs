@@ -1,0 +1,100 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! The record of a complete dump: what it is of, what is in it and what is not. A JSON object in a file beside it, and
+//! what `--json` prints.
+
+use std::path::Path;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use anyhow::Result;
+use serde::Serialize;
+use uuid::Uuid;
+
+use super::checkpoint::{Checkpoint, replace};
+use super::layout::Format;
+use crate::number::Hex;
+use crate::range::{GpaRange, RangeLine};
+
+#[derive(Serialize)]
+pub(super) struct Record<'a> {
+    /// Version of the program that wrote the dump.
+    kvmmem: &'static str,
+    /// The path that was given; - is standard output.
+    file: &'a str,
+    format: Format,
+    /// UUID of the target.
+    target: Uuid,
+    /// Its name, where that is known: on the host.
+    name: Option<&'a str>,
+    /// Which run of it: another number after each reset, change of its RAM or start.
+    instance: Option<u64>,
+    started_ms: u64,
+    ended_ms: u64,
+    /// Length of the file.
+    bytes: u64,
+    /// How many of these were read from the target. The rest was not allocated by its host, and is zeros.
+    data_bytes: u64,
+    /// Of the whole file; none with --no-hash.
+    sha256: Option<String>,
+    /// Whether it was interrupted and went on.
+    resumed: bool,
+    ranges: Vec<RangeLine>,
+    /// What could not be read: zeros are in its place.
+    unreadable: Vec<RangeLine>,
+    /// What was asked for, or lies between the ranges, and is not in the file: no RAM is there, or it was not granted.
+    left_out: Vec<RangeLine>,
+    /// The kernel's note that is in the file.
+    vmcoreinfo: Option<KernelNote<'a>>,
+}
+
+#[derive(Serialize)]
+struct KernelNote<'a> {
+    gpa: Hex,
+    release: Option<&'a str>,
+}
+
+impl<'a> Record<'a> {
+    pub(super) fn new(
+        file: &'a str,
+        name: Option<&'a str>,
+        (checkpoint, bytes, resumed): (&'a Checkpoint, u64, bool),
+        sha256: Option<String>,
+        left_out: &[GpaRange],
+    ) -> Self {
+        let list = |ranges: &[GpaRange]| {
+            ranges.iter().map(|range| RangeLine::new(range.start, range.end - range.start)).collect()
+        };
+        let release = |text: &'a str| text.lines().find_map(|line| line.strip_prefix("OSRELEASE="));
+        let vmcoreinfo = checkpoint.vmcoreinfo.as_ref();
+        Self {
+            kvmmem: env!("CARGO_PKG_VERSION"),
+            file,
+            format: checkpoint.format,
+            target: checkpoint.uuid,
+            name,
+            instance: checkpoint.instance,
+            started_ms: checkpoint.started_ms,
+            ended_ms: now_ms(),
+            bytes,
+            data_bytes: checkpoint.data_bytes,
+            sha256,
+            resumed,
+            ranges: list(&checkpoint.ranges),
+            unreadable: list(&checkpoint.unreadable),
+            left_out: list(left_out),
+            vmcoreinfo: vmcoreinfo.map(|(gpa, text)| KernelNote { gpa: Hex(*gpa), release: release(text) }),
+        }
+    }
+
+    /// Writes it to a file, which is there as a whole or not at all.
+    pub(super) fn save(&self, path: &Path) -> Result<()> {
+        let mut text = serde_json::to_vec_pretty(self)?;
+        text.push(b'\n');
+        replace(path, &text)
+    }
+}
+
+/// Milliseconds since the epoch.
+pub(super) fn now_ms() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+}
