@@ -80,6 +80,16 @@ impl Bed {
         }
     }
 
+    /// The stock kernel.
+    pub(crate) fn kernel(&self) -> &Kernel {
+        &self.kernel
+    }
+
+    /// One of the project's programs.
+    pub(crate) fn program(&self, name: &str) -> PathBuf {
+        self.binaries.path(name)
+    }
+
     /// Whether its host has stock QEMUs.
     pub(crate) fn has_qemus(&self) -> bool {
         self.qemus.is_some()

@@ -32,6 +32,7 @@ mod source_check;
 mod suite;
 mod test;
 mod tool;
+mod tools;
 mod ui;
 mod verbs;
 mod way;

@@ -20,6 +20,8 @@ pub(crate) enum Name {
     Packages,
     /// The module in a stock kernel
     Module,
+    /// Other projects' tools, with a guest's core
+    Tools,
     /// The end-to-end scenarios under kvmmem vm
     E2e,
     /// The end-to-end scenarios under stock QEMUs
