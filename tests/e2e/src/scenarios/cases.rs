@@ -1,14 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What other people's tools send and have met: inputs that went wrong once, each with its right outcome.
 
-use anyhow::{Context, Result};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+use kvmmem_broker::scope::Rights;
 use kvmmem_guest::Command;
 
 use crate::raw::errno;
 use crate::report::Report;
 use crate::scenarios::Scenario;
 use crate::scenarios::mapping::relay;
-use crate::world::{PROBE, TARGET, World};
+use crate::wait::{self, PATIENCE};
+use crate::world::{CLI, PROBE, TARGET, World};
 
 /// The scenarios of this file, in the order in which they run.
 pub(crate) const ALL: &[Scenario] = &[
@@ -26,6 +30,11 @@ pub(crate) const ALL: &[Scenario] = &[
         name: "cases_fork_unmap",
         purpose: "libkvmi unmaps a region while a child that it forked is alive",
         run: fork_unmap,
+    },
+    Scenario {
+        name: "cases_resume",
+        purpose: "a dump of a target that was restarted with its UUID is not resumed",
+        run: resume,
     },
 ];
 
@@ -72,4 +81,53 @@ fn fork_unmap(world: &mut World, report: &mut Report) -> Result<()> {
         report.equal("UNMAP works while children are alive", &seen, &"0".into());
     }
     Ok(())
+}
+
+/// How long the end of a dump is waited for between looks at its file.
+const TICK: Duration = Duration::from_millis(10);
+
+/// SIGINT.
+const INTERRUPT: i32 = 2;
+
+fn resume(world: &mut World, report: &mut Report) -> Result<()> {
+    let file = interrupted_dump(world)?;
+    let before = world.targets()?.into_iter().find(|vm| vm.name == TARGET).context("no target")?.uuid;
+    world.target_mut()?.process.kill()?;
+    let is_gone = wait::until(|| Ok(world.targets()?.iter().all(|vm| vm.name != TARGET)))?;
+    ensure!(is_gone, "the broker still lists the target");
+    world.mend()?;
+    let after = world.targets()?.into_iter().find(|vm| vm.name == TARGET).context("no target")?.uuid;
+    report.equal("the target is restarted with its UUID", &after, &before);
+
+    let resumed = dump(world, &[&file, "--resume"])?;
+    let output = world.agent()?.run(&resumed, PATIENCE)?;
+    report.check("a dump of what ran before is not resumed", !output.status.success(), output.status);
+    let text = output.error_text();
+    report.check("and the message says what to do", text.contains("begin again"), text.trim());
+    Ok(())
+}
+
+/// The verb, with a token of its own.
+fn dump(world: &World, arguments: &[&str]) -> Result<Command> {
+    let token = world.grant(Rights::ReadOnly, None)?.token.to_hex();
+    let command = Command::new(CLI).as_member().env("KVMMEM_TOKEN", token.as_str());
+    Ok(command.arg("dump").args(arguments.iter().copied()))
+}
+
+/// Leaves an unfinished dump in the introspector; its file.
+fn interrupted_dump(world: &World) -> Result<String> {
+    let agent = world.agent()?;
+    // A quick machine may have finished one before it can be interrupted.
+    for number in 0..20 {
+        let file = format!("/tmp/cases-{number}.raw");
+        let mut child = agent.spawn(&dump(world, &[&file])?)?;
+        let part = format!("{file}.part");
+        let is_begun = wait::until(|| Ok(agent.get(&part).is_ok() || child.wait(TICK).is_ok()))?;
+        ensure!(is_begun, "the dump does not begin: {}", child.take_stderr());
+        child.kill(INTERRUPT)?;
+        if !child.wait(PATIENCE)?.success() {
+            return Ok(file);
+        }
+    }
+    bail!("the dump cannot be interrupted: it is too quick")
 }
