@@ -102,7 +102,12 @@ fn a_qemu_becomes_an_introspector_and_is_none_again() {
     let socket = folder.path().join("qmp");
     let Some(mut qemu) = qemu(&host, &socket) else { return };
     let deadline = Instant::now() + Duration::from_secs(60);
-    while !socket.exists() {
+    // It is there a moment before it is listened at (flag 0x10000).
+    let listens = || {
+        let sockets = std::fs::read_to_string("/proc/net/unix").unwrap();
+        sockets.lines().any(|line| line.contains(" 00010000 ") && line.ends_with(socket.to_str().unwrap()))
+    };
+    while !listens() {
         assert!(Instant::now() < deadline && qemu.0.try_wait().unwrap().is_none(), "QEMU does not listen");
         std::thread::sleep(Duration::from_millis(20));
     }
