@@ -13,6 +13,7 @@ mod depends;
 mod direct;
 mod dist;
 mod elf;
+mod huge_pages;
 mod initramfs;
 mod interrupt;
 mod kernel;

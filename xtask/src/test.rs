@@ -11,6 +11,7 @@ use clap::ValueEnum as _;
 use crate::bed::Bed;
 use crate::binaries::Wanted;
 use crate::cache::Cache;
+use crate::huge_pages::HugePages;
 use crate::load::Load;
 use crate::provision::{self, Purpose};
 use crate::suite::{self, Count, Finished, Name, Suite};
@@ -143,6 +144,9 @@ fn units(cache: &Cache, suite: &mut Suite) -> Result<()> {
     }
     drop(lock);
     let log = cache.fresh_log("unit")?;
+    // Without them some tests are skipped.
+    let _huge_pages =
+        HugePages::reserve(&log).inspect_err(|error| ui::say(&format!("  no huge pages: {error:#}"))).ok();
     let result = ui::step("cargo test --workspace", || {
         unit(&log).args(["--no-fail-fast", "--", "--show-output"]).run()
     });
