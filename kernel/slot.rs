@@ -295,6 +295,6 @@ impl Slot {
     /// Has the work look, unless it is about to.
     fn look_in(self: &Arc<Self>, delay: Jiffies) {
         // An error says that it is queued already.
-        let _ = workqueue::system().enqueue_delayed(self.clone(), delay);
+        let _ = workqueue::system_power_efficient().enqueue_delayed(self.clone(), delay);
     }
 }

@@ -45,7 +45,7 @@ impl WorkItem for View {
         let _ = this.refresh();
         if this.with(|shown| shown.window.is_ok()) {
             // An error says that it is queued already.
-            let _ = workqueue::system().enqueue_delayed(this, delay());
+            let _ = workqueue::system_power_efficient().enqueue_delayed(this, delay());
         }
     }
 }
@@ -56,7 +56,7 @@ pub(crate) struct WatchedView(Arc<View>);
 impl WatchedView {
     pub(crate) fn new(view: Arc<View>) -> Self {
         stats::VIEWS.add_one();
-        let _ = workqueue::system().enqueue_delayed(view.clone(), delay());
+        let _ = workqueue::system_power_efficient().enqueue_delayed(view.clone(), delay());
         Self(view)
     }
 }

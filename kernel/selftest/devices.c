@@ -52,10 +52,10 @@ static void below_4g(void)
 	plug_shows(HEAD_COLD, KVMMEM_RIGHT_READ | KVMMEM_RIGHT_WRITE, &range, 1);
 	bound("10.1", EAGAIN);
 	bound("10.0", 0);
-	/* Has waited for function 0 since the module was loaded. */
+	/* Has waited for function 0 since the module was loaded. The kernel names its driver before it is probed. */
 	CHECK(is_bound("10.1"));
 	CHECK_EQUAL(enablers("10.0"), 1);
-	CHECK_EQUAL(enablers("10.1"), 1);
+	CHECK(WITHIN(enablers("10.1") == 1));
 	CHECK(plug_is_seen(HEAD_COLD));
 	fd = attached(2, 0);
 	CHECK_EQUAL(cached_how("10.1"), 't');

@@ -46,7 +46,7 @@ timeout 1200 qemu-system-x86_64 -accel tcg,thread=single -cpu qemu64,+pdpe1gb -s
 	-chardev pipe,id=monitor,path=monitor -mon monitor \
 	-append 'console=ttyS0 quiet loglevel=6 panic=-1 memmap=256M$0x20000000' "$@" | obey | tee log
 
-complaint='BUG:|WARNING:|Oops|Call Trace|general protection|kernel panic'
+complaint='BUG:|WARNING:|deprecated|Oops|Call Trace|general protection|kernel panic'
 if grep -qE "$complaint" log; then
 	echo "selftest: the kernel complained (see above)" >&2
 	exit 1

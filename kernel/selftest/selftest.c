@@ -241,6 +241,8 @@ int main(int argc, char **argv)
 		CHECK_EQUAL(load_module(LOAD_VIEWS), 0);
 		/* Not in process 1, whose signals the kernel logs. */
 		in_child(with_views);
+	} else {
+		CHECK_EQUAL(unload_module(), 0);
 	}
 	leave_pages();
 	printf("selftest: %d of %d checks passed\n", checks - failures, checks);

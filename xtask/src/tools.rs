@@ -7,7 +7,6 @@
 //! What needs the kernel's debug information (most of crash) is not tried: Debian's package of that has about 1 GB.
 
 use std::fs;
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -90,8 +89,8 @@ fn dump(bed: &Bed, folder: &Path, core: &Path, log: &Path) -> Result<()> {
     })?;
     let mut broker = Command::new(bed.program("kvmmemd"));
     let mut broker = start(broker.args(["--socket", &socket]), log)?;
-    wait("the broker to listen", &mut broker, || UnixStream::connect(&socket).is_ok())?;
     let kvmmem = || Tool::new(bed.program("kvmmem"), log).env("KVMMEM_BROKER", &socket);
+    wait("the broker to listen", &mut broker, || kvmmem().arg("targets").run().is_ok())?;
     kvmmem().args(["target", "add", "--qmp", &qmp]).run()?;
     let record = kvmmem()
         .env("KVMMEM_DEVICE", "/nonexistent")
