@@ -256,7 +256,7 @@ impl Drop for MemlockCharge {
 ///
 /// # Invariants
 ///
-/// The notifier is registered, and nobody else has its address.
+/// The notifier is registered, and no other code has its address.
 ///
 /// [`hypercall::close_pages`]: crate::hypercall::close_pages
 pub(crate) struct RebootHook(KBox<Opaque<bindings::notifier_block>>);
@@ -787,7 +787,7 @@ pub(crate) fn fill_by_faults(area: &VmaNew, number: usize) -> Result {
     if !is_ours || area.flags() & flags::MAYSHARE == 0 {
         return Err(EINVAL);
     }
-    // SAFETY: the area is being set up, so that nobody else uses it. Its file has this device's operations, so the
+    // SAFETY: the area is being set up, so that no other thread uses it. Its file has this device's operations, so the
     // functions of `AREA_OPERATIONS` find an `OpenFile` there. VM_PFNMAP is valid for it: it is not private, and gets its
     // pages from `vmf_insert_pfn` only.
     unsafe {

@@ -130,7 +130,7 @@ static void revoked_region(void)
 	close(fd);
 }
 
-/* A process without the device's memory is in nobody's way. */
+/* A process without the device's memory does not hinder others. */
 static void forked_child(void)
 {
 	int fd = device(), go[2], status;

@@ -11,7 +11,7 @@ use crate::suite::Suite;
 use crate::tool::{Tool, is_installed};
 use crate::{project, ui};
 
-/// The program, and the version that is installed where there is none.
+/// The program, and the version that is installed where it is missing.
 const PROGRAM: &str = "cargo-deny";
 const VERSION: &str = "0.20.2";
 

@@ -88,7 +88,7 @@ pub(crate) fn make(cache: &Cache, kernel: &Kernel, variant: Variant) -> Result<P
     Ok(module)
 }
 
-/// The parameters of a module by which a test forces something upon it, as its `.modinfo` names them.
+/// The parameters for tests that a module has, by its `.modinfo`.
 fn forced_parameters(module: &[u8]) -> Vec<String> {
     module
         .split(|byte| *byte == 0)

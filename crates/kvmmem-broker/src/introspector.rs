@@ -119,7 +119,7 @@ impl Introspector {
     fn close(&self) {
         lock(&self.state).is_closed = true;
         if !self.is_alive() {
-            // Whatever has its socket now, there is nothing to ask it.
+            // Another process may have its socket now: send nothing there.
             self.monitor.stop();
         }
         self.end(take_back::Cause::Gone, |_| true);

@@ -105,7 +105,7 @@ mod tests {
         }
         let refused = set(share, KvmiPolicy::None, USER).unwrap_err();
         assert!(matches!(refused.source, Exceeded::Share { uid: USER, .. }), "{refused:?}");
-        // What is there can be changed, and removed by whoever is asked to.
+        // A policy that exists can always be changed or removed.
         set(7, KvmiPolicy::ReadOnly, USER).unwrap();
         set(share, KvmiPolicy::None, 0).unwrap();
         set(7, KvmiPolicy::ReadWrite, 0).unwrap();

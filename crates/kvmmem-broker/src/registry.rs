@@ -262,7 +262,7 @@ fn check(registration: &Registration) -> Result<(), RegisterError> {
     if !is_name(name) {
         return Err(RegisterError::Name);
     }
-    // In whatever form a UUID is read.
+    // In each form in which a UUID is read.
     if Uuid::parse_str(name).is_ok() {
         return Err(RegisterError::NameIsUuid(name.clone()));
     }

@@ -39,7 +39,7 @@ impl Connection {
         connection
     }
 
-    /// One that nobody serves yet, and its other end.
+    /// A connection that is not served yet, and its other end.
     pub(crate) fn pair() -> (Self, OwnedFd) {
         let flags = SocketFlags::CLOEXEC;
         let pair = rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).unwrap();

@@ -190,7 +190,7 @@ fn the_same_memory_has_the_same_generation_by_the_next_broker() {
     wait_for("the reset", || generation(&broker) == first + 1);
     let directory = broker.stop();
     wait_for("the link to notice", || !tiger.is_connected());
-    // This one nobody hears of.
+    // This change is not reported.
     tiger.ram_changed(regions(), Change::Reset);
     let broker = TestBroker::start_in(directory);
     wait_for("both resets to count", || tiger.is_connected() && generation(&broker) == first + 2);

@@ -120,7 +120,7 @@ fn a_hook_ends_with_the_vm_that_it_was_made_for() {
         Err(AdminError::Refused { refusal, message }) => (refusal, message),
         other => panic!("{other:?}"),
     };
-    // Before the VM is there, nobody knows whose the context id will be.
+    // Before the VM is registered, the context id belongs to no VM.
     let (refusal, message) = refused(broker.admin().hook("bank", &endpoint));
     assert!(refusal == Refusal::Unknown && message.contains("context id 7"), "{message}");
     for cid in [0, 1, 2] {

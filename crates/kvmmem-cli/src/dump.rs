@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `kvmmem dump`: a target's memory as a file or a stream.
 //!
-//! Whatever can be wrong with the command line and the paths is found before the token is used. While a dump is under way
+//! Mistakes in the command line and the paths are found before the token is used. While a dump is under way
 //! FILE.part says how far it is ([`checkpoint`]); a record beside a complete one says what it is ([`record`]).
 
 mod checkpoint;
@@ -301,7 +301,7 @@ fn kernel_note(view: &View, ranges: &[GpaRange], interrupt: &Interrupt) -> Resul
     })
 }
 
-/// The ranges, those without an end up to the last one of `all`: nobody expects memory up to the end of all addresses.
+/// The ranges, those without an end up to the last one of `all`: an open end is not a mistake.
 fn closed(wanted: &[GpaRange], all: &[GpaRange]) -> Vec<GpaRange> {
     let last = all.last().map_or(0, |range| range.end);
     let closed = wanted.iter().map(|range| match range.end {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! What the process of a machine gives up before it runs the guest. It maps the memory of whole targets: whoever breaks
-//! out of the guest into it should reach nothing else.
+//! What the process of a machine gives up before it runs the guest. It maps the memory of whole targets: a guest that breaks
+//! out into it should reach nothing else.
 //!
 //! - no_new_privs: no program that it executes gains rights.
 //! - Landlock: of the file system it opens what a reset opens again, and no TCP port.

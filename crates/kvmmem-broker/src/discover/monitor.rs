@@ -12,7 +12,7 @@ use serde_json::json;
 use crate::limit::RateLimit;
 use crate::qmp::{Qmp, QmpError};
 
-/// How often QEMU is asked how it is, whatever it sends meanwhile.
+/// How often QEMU is asked for its status and memory size, also while it floods events.
 const IDLE: Duration = Duration::from_secs(10);
 
 /// How often it is asked whether a migration is over.
@@ -96,7 +96,7 @@ struct Heard {
 }
 
 impl Monitor {
-    /// Listens to a monitor. `tell` gets all news; `find` is asked for a connection where there is none, or it is lost.
+    /// Receives the events of a monitor. `tell` gets each change; `find` connects at first, and again after a lost connection.
     ///
     /// # Errors
     /// Where there are no file descriptors or threads left.

@@ -41,7 +41,7 @@ fn find_among<P: Iterator<Item = u32>>(
             found.is_none() && !ram.is_empty() && ram.iter().all(has)
         };
         let Some(place) = vms.iter().zip(&found).position(is_its) else { continue };
-        // What ended meanwhile is no successor; its number may be somebody else's by now.
+        // A process that has ended is not a successor: its number may be another process's by now.
         if process.is_alive()
             && let Some(place) = found.get_mut(place)
         {

@@ -99,7 +99,7 @@ impl Channel {
         if expected == Some(answer.id) { Ok(answer) } else { Err(ChannelError::Closed) }
     }
 
-    /// Waits for the answers to requests that nobody wants any more: until then the broker may use the buffer.
+    /// Waits for the answers to abandoned requests: until then the broker may write to the buffer.
     pub(super) fn settle(&mut self) -> Result<(), ChannelError> {
         while !self.awaited.is_empty() {
             self.receive()?;

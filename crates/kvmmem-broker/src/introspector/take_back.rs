@@ -90,8 +90,8 @@ impl Cause {
 impl Introspector {
     /// Ends the views that `is_meant` picks; whether the guest reaches none of their memory any more.
     ///
-    /// Returns in time, and punishes in time, whatever QEMU does: commands are sent by other threads, which continue where
-    /// it is slow.
+    /// Returns in time, and applies the policy in time, also where QEMU floods events or does not answer: commands are sent
+    /// by other threads, which continue where it is slow.
     pub(super) fn end(&self, cause: Cause, is_meant: impl Fn(&View) -> bool) -> bool {
         let start = Instant::now();
         let meant: Vec<Arc<View>> = self.views().into_iter().filter(|view| is_meant(view)).collect();

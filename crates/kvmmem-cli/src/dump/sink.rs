@@ -138,7 +138,7 @@ impl Sink {
 
 fn send(file: &mut File, bytes: &[u8]) -> Result<()> {
     file.write_all(bytes).map_err(|error| match error.kind() {
-        // Not as an error of the system: whoever closes standard output has had enough, but a dump was cut short.
+        // Not as EPIPE: elsewhere a closed standard output ends the command in silence, but this dump is not complete.
         ErrorKind::BrokenPipe => anyhow!("the reader has closed the pipe: the dump is not complete"),
         _ => anyhow::Error::new(error).context("cannot write the dump"),
     })

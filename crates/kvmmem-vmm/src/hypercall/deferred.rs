@@ -69,8 +69,8 @@ impl<K: PartialEq + Send + 'static, T: Send + 'static> Deferred<K, T> {
         Self { shared: Arc::new(Shared { state: Mutex::new(state), changed: Condvar::new() }), kept }
     }
 
-    /// The outcome of the request that `key` names, which `work` makes unless it is under way already. What nobody
-    /// fetches is given to `release`.
+    /// The outcome of the request that `key` names, which `work` makes unless it is under way already. An outcome
+    /// that is not fetched is given to `release`.
     pub(super) fn fetch(
         &self,
         key: K,

@@ -102,7 +102,7 @@ impl Monitor {
     }
 }
 
-/// Which QEMU it is, in its own words: whoever has handed it its socket may have handed others to other QEMUs.
+/// Which QEMU it is, by its own answer: the wrapper that made its socket may have made others for other QEMUs.
 pub(in super::super) fn identity(qmp: &mut Qmp) -> Result<Vec<Value>, QmpError> {
     IDENTITY.iter().map(|command| qmp.execute(command, json!({}))).collect()
 }
