@@ -96,7 +96,6 @@ const ALLOWED: &[i64] = &[
     libc::SYS_mincore,
     libc::SYS_membarrier,
     // Threads, signals, the process's end.
-    libc::SYS_clone3,
     libc::SYS_set_robust_list,
     libc::SYS_rseq,
     libc::SYS_prctl,
@@ -192,7 +191,7 @@ fn compile() -> Result<BpfProgram, BackendError> {
     rules.insert(libc::SYS_clone, vec![masked(0, thread, thread)?]);
 
     let filter = SeccompFilter::new(rules, SeccompAction::Trap, SeccompAction::Allow, TargetArch::x86_64)?;
-    let mut program = refuse_younger();
+    let mut program = refuse_as_unknown();
     program.extend(BpfProgram::try_from(filter)?);
     Ok(program)
 }
@@ -207,14 +206,17 @@ fn flag(flag: libc::c_int) -> u64 {
     u64::from(flag.unsigned_abs())
 }
 
-/// Answers ENOSYS to calls from [`YOUNGER`] on; others come to what follows. (seccompiler has one answer to all calls that
-/// match no rule.)
-fn refuse_younger() -> BpfProgram {
-    let instruction = |code: u32, jf, k| sock_filter { code: u16::try_from(code).unwrap_or(0), jt: 0, jf, k };
+/// Answers ENOSYS to calls from [`YOUNGER`] on, and to clone3, whose flags are in memory, where no filter sees them: the C
+/// library does with clone. Others come to what follows. (seccompiler has one answer to all calls that match no rule.)
+fn refuse_as_unknown() -> BpfProgram {
+    let instruction =
+        |code: u32, jt, jf, k| sock_filter { code: u16::try_from(code).unwrap_or(0), jt, jf, k };
+    let clone3 = u32::try_from(libc::SYS_clone3).unwrap_or(u32::MAX);
     vec![
         // The first word of struct seccomp_data is the call's number.
-        instruction(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0),
-        instruction(libc::BPF_JMP | libc::BPF_JGE | libc::BPF_K, 1, YOUNGER),
-        instruction(libc::BPF_RET | libc::BPF_K, 0, libc::SECCOMP_RET_ERRNO | libc::ENOSYS.unsigned_abs()),
+        instruction(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, 0),
+        instruction(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 1, 0, clone3),
+        instruction(libc::BPF_JMP | libc::BPF_JGE | libc::BPF_K, 0, 1, YOUNGER),
+        instruction(libc::BPF_RET | libc::BPF_K, 0, 0, libc::SECCOMP_RET_ERRNO | libc::ENOSYS.unsigned_abs()),
     ]
 }

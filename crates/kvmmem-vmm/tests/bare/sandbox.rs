@@ -43,6 +43,7 @@ fn child() {
             assert!(File::open(directory.join("guest.elf")).is_ok());
             println!("opened {}", File::open(own).is_ok());
         }
+        Ok("spawn") => drop(Command::new("/bin/true").spawn()),
         _ => drop(Command::new("/bin/true").exec()),
     }
     std::process::exit(0);
@@ -100,7 +101,7 @@ fn a_machine_runs_in_its_sandbox_and_nothing_else_does() {
         return;
     }
     for way in ways() {
-        for last in ["open", "execute"] {
+        for last in ["open", "spawn", "execute"] {
             let target = Target::new();
             target.write(THERE, 0x5ec2e7);
             let make = |token| program(way, token);
@@ -116,7 +117,8 @@ fn a_machine_runs_in_its_sandbox_and_nothing_else_does() {
                 assert!(stdout.contains("opened false") || !has_landlock(), "{stdout}\n{stderr}");
             } else {
                 assert_eq!(output.status.signal(), Some(libc::SIGSYS), "{stdout}\n{stderr}");
-                assert!(stderr.contains("made system call"), "{stdout}\n{stderr}");
+                // The C library blocks all signals, also that of the filter, while it makes a process.
+                assert!(last == "spawn" || stderr.contains("made system call"), "{stdout}\n{stderr}");
             }
         }
     }
