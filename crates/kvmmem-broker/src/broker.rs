@@ -2,7 +2,8 @@
 //! What all connections and sessions share, and what the broker does for them.
 //!
 //! Lock order: `adding`, the registry, a peer's credentials; and a target's list of hooks, one of them. No other two of
-//! the locks here, of a peer and of a hook are held together, and none over a system call that may take long.
+//! the locks here, of a peer and of a hook are held together, and none over a system call that may take long; but a peer's
+//! `copying` is held over a chunk's copy, and taken first.
 
 use std::collections::HashMap;
 use std::error::Error;

@@ -3,12 +3,13 @@
 //!
 //! A tool opens a few *channels* for its view: a socket for requests and a memfd for the bytes, with a thread of the broker
 //! each ([`message`] has the packets). What the view may copy is looked up again after every [`CHUNK`], so a revocation
-//! ends a copy that is under way. The channels end with the connection that opened them.
+//! ends a copy that is under way, and is confirmed only when the chunk has ended. The channels end with the connection that
+//! opened them.
 
 pub mod message;
 
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::Arc;
+use std::sync::{Arc, RwLockReadGuard};
 use std::time::Duration;
 
 use kvmmem_sys::copy_buffer::CopyBuffer;
@@ -45,8 +46,9 @@ struct Channel {
     buffer: CopyBuffer,
 }
 
-/// What a view reaches, for the next so many bytes.
-struct Reach {
+/// What a view reaches, for the next so many bytes; no revocation is confirmed meanwhile.
+struct Reach<'a> {
+    _copying: RwLockReadGuard<'a, ()>,
     vm: Arc<Vm>,
     regions: Vec<Region>,
     left: usize,
@@ -152,9 +154,9 @@ impl Channel {
     }
 
     /// Copies `len` bytes between a guest-physical address and a place in the buffer.
-    fn copy_piece(
-        &self,
-        reach: &mut Option<Reach>,
+    fn copy_piece<'a>(
+        &'a self,
+        reach: &mut Option<Reach<'a>>,
         write: bool,
         gpa: u64,
         at: usize,
@@ -164,6 +166,8 @@ impl Channel {
         while done < len {
             let gpa = gpa.saturating_add(done as u64);
             if reach.as_ref().is_none_or(|reach| reach.left == 0) {
+                // A confirmation that waits goes first.
+                *reach = None;
                 *reach = Some(self.reach(write).map_err(|(status, message)| (done, status, message))?);
             }
             let Some(reach) = reach.as_mut() else { continue };
@@ -196,13 +200,14 @@ impl Channel {
     }
 
     /// What the view reaches now.
-    fn reach(&self, write: bool) -> Result<Reach, (Status, String)> {
+    fn reach(&self, write: bool) -> Result<Reach<'_>, (Status, String)> {
+        let copying = self.peer.copying();
         let (vm, regions, rights) =
             self.broker.reached(&self.peer, self.view).map_err(|refused| (Status::Ended, refused.message))?;
         if write && rights != Rights::ReadWrite {
             return Err((Status::ReadOnly, format!("view {} is read-only", self.view)));
         }
-        Ok(Reach { vm, regions, left: CHUNK })
+        Ok(Reach { _copying: copying, vm, regions, left: CHUNK })
     }
 }
 

@@ -4,7 +4,7 @@
 use std::collections::HashSet;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
 use std::time::{Duration, Instant};
 
 use kvmmem_kvmi::token::Token;
@@ -52,6 +52,8 @@ pub struct Peer {
     known: Mutex<HashSet<u64>>,
     /// The sockets of its channels for copies. No other lock is taken with it.
     channels: Mutex<Vec<Arc<OwnedFd>>>,
+    /// Held for reading while a channel copies what it has just looked up that it may.
+    copying: RwLock<()>,
     limits: Limits,
 }
 
@@ -61,8 +63,8 @@ impl Peer {
         static LAST: AtomicU64 = AtomicU64::new(0);
         let number = LAST.fetch_add(1, Ordering::Relaxed) + 1;
         let credentials = Mutex::new(credentials);
-        let (known, channels) = (Mutex::default(), Mutex::default());
-        Self { number, socket, credentials, known, channels, limits: Limits::default() }
+        let (known, channels, copying) = (Mutex::default(), Mutex::default(), RwLock::default());
+        Self { number, socket, credentials, known, channels, copying, limits: Limits::default() }
     }
 
     /// Its number, never used again in this process.
@@ -101,6 +103,16 @@ impl Peer {
     /// Removes a channel for copies.
     pub(crate) fn remove_channel(&self, socket: &Arc<OwnedFd>) {
         self.channels().retain(|other| !Arc::ptr_eq(other, socket));
+    }
+
+    /// A copy begins; it has ended when this is dropped. To be called before it is looked up whether it is allowed.
+    pub(crate) fn copying(&self) -> RwLockReadGuard<'_, ()> {
+        self.copying.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits until no copy is under way that was looked up before now.
+    pub(crate) fn wait_for_copies(&self) {
+        drop(self.copying.write().unwrap_or_else(PoisonError::into_inner));
     }
 
     /// Ends all channels for copies: their threads return.

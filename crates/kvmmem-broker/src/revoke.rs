@@ -115,8 +115,38 @@ impl Broker {
 
     /// Takes note that a connection no longer uses a grant that was taken back.
     pub(crate) fn revoked_done(&self, peer: &Peer, grant: u64) {
+        // Those that were looked up before the grant was revoked; the peer's channels are no part of what it confirms.
+        peer.wait_for_copies();
         let ended = self.grants().confirm(self.now(), grant, peer.number());
         self.confirmations().confirm(grant, peer.number());
         self.tell_ended(&ended, "revoked");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{Arc, mpsc};
+
+    use super::*;
+    use crate::packet::PacketSocket;
+
+    #[test]
+    fn a_revocation_is_confirmed_after_the_copies_that_were_allowed_before() {
+        let (socket, _other) = std::os::unix::net::UnixStream::pair().unwrap();
+        let socket = PacketSocket::accepted(socket.into(), Duration::from_secs(1)).unwrap();
+        let peer = Arc::new(Peer::new(socket, Credentials { pid: 1, uid: 0 }));
+        let broker = Broker::default();
+        let copying = peer.copying();
+        let (done, is_done) = mpsc::channel();
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                broker.revoked_done(&peer, 1);
+                done.send(()).unwrap();
+            });
+            let early = is_done.recv_timeout(Duration::from_millis(50));
+            drop(copying);
+            assert_eq!(early, Err(mpsc::RecvTimeoutError::Timeout));
+            is_done.recv_timeout(Duration::from_secs(60)).unwrap();
+        });
     }
 }

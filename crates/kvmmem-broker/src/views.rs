@@ -128,6 +128,7 @@ impl Broker {
         };
         // Whoever has nothing left to take back need not be waited for.
         if is_last {
+            peer.wait_for_copies();
             self.confirmations().confirm(closed.grant, peer.number());
         }
         self.tell_ended(&[closed], "closed");
