@@ -241,6 +241,10 @@ pub(super) fn look(
         }
     };
     let held = backing::hold(process, &layout.regions, &backings).map_err(stopped)?;
+    // What was opened must not be the memory of another program that the process executes meanwhile.
+    if command_line(process)? != *line {
+        return Err(AttachError::Ended(process.pid()));
+    }
     let copied = match &held.source {
         Source::Files(_) => None,
         Source::Process { reason, .. } => Some(reason.as_copied(line)),

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec};
-use rustix::fs::{Dir, FileType, Mode, OFlags, Stat};
+use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, Stat};
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags};
 use serde::{Deserialize, Serialize};
@@ -137,6 +137,16 @@ impl Process {
         Ok(path.rsplit('/').next().unwrap_or_default().to_owned())
     }
 
+    /// Whether its program runs with other rights than the user has who started it (set-user-ID, set-group-ID).
+    ///
+    /// # Errors
+    /// [`ProcessError`].
+    pub fn is_set_id(&self) -> Result<bool, ProcessError> {
+        let stat = rustix::fs::statat(&self.directory, "exe", AtFlags::empty());
+        let stat = stat.map_err(|error| failed(self.pid, "the program", error.into()))?;
+        Ok(Mode::from_raw_mode(stat.st_mode).intersects(Mode::SUID | Mode::SGID))
+    }
+
     /// The arguments, the program's name first. Bytes that are no UTF-8 are replaced.
     ///
     /// # Errors
@@ -211,7 +221,7 @@ impl Process {
             let is_it = |stat: &Stat| {
                 FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile && FileId::of(stat) == id
             };
-            rustix::fs::statat(directory, name, rustix::fs::AtFlags::empty()).ok().filter(is_it)?;
+            rustix::fs::statat(directory, name, AtFlags::empty()).ok().filter(is_it)?;
             // It may be another file by now, even a pipe that would be waited for.
             let flags = OFlags::RDWR | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
             let file = rustix::fs::openat(directory, name, flags, Mode::empty()).ok()?;

@@ -8,7 +8,7 @@ use super::process::{Process, ProcessError};
 const KVM_VM: &str = "anon_inode:kvm-vm";
 const BACKEND: &str = "/memfd:memory-backend-memfd";
 
-/// Which VMM a process is. One that is not called like any must have QEMU's options, and a VM of KVM's or QEMU's memory.
+/// Which VMM a process is; a set-user-ID program is none. One that is not called like any must have QEMU's options, and a VM of KVM's or QEMU's memory.
 ///
 /// # Errors
 /// [`ProcessError`].
@@ -17,6 +17,14 @@ pub(crate) fn recognise(
     program: &str,
     arguments: &[String],
 ) -> Result<Option<Vmm>, ProcessError> {
+    // Its arguments and files are those of a user who may not have its memory.
+    match process.is_set_id() {
+        Ok(false) => {}
+        Ok(true) => return Ok(None),
+        // Who may not know what it runs gets no memory of it either.
+        Err(ProcessError::Denied(_)) => {}
+        Err(error) => return Err(error),
+    }
     let by_name = Vmm::recognise(program, arguments);
     if by_name.is_some() || !has_qemus_options(arguments) {
         return Ok(by_name);
@@ -24,4 +32,32 @@ pub(crate) fn recognise(
     let has_vm = process.find_link(|link| link == KVM_VM)?.is_some();
     let has_backend = || Ok(process.mappings()?.iter().any(|mapping| mapping.path.starts_with(BACKEND)));
     Ok((has_vm || has_backend()?).then_some(Vmm::Qemu))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::process::CommandExt;
+    use std::process::{Command, Stdio};
+
+    use super::*;
+
+    #[test]
+    fn a_program_with_other_rights_is_no_vmm_whatever_it_is_called() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("program");
+        // By another process: no thread of this one has the copy open for writing while it is executed.
+        assert!(Command::new("cp").arg("/bin/cat").arg(&path).status().unwrap().success());
+        for (mode, expected) in [("0755", Some(Vmm::Qemu)), ("4755", None), ("2755", None)] {
+            assert!(Command::new("chmod").arg(mode).arg(&path).status().unwrap().success());
+            let mut command = Command::new(&path);
+            command.arg0("qemu-system-x86_64").stdin(Stdio::piped()).stdout(Stdio::null());
+            let mut child = command.spawn().unwrap();
+            let process = Process::open(child.id()).unwrap();
+            let (program, arguments) = (process.program().unwrap(), process.arguments().unwrap());
+            let found = recognise(&process, &program, &arguments).unwrap();
+            drop(child.stdin.take());
+            assert!(child.wait().unwrap().success());
+            assert_eq!(found, expected, "mode {mode}");
+        }
+    }
 }
