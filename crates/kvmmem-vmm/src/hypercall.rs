@@ -41,6 +41,7 @@ pub(crate) use codec::{Hypercall, Registers, Width};
 pub(crate) use port::on_doorbell;
 pub(crate) use xen::on_xen_exit;
 
+use crate::gate::Gate;
 use crate::limit::warn_limited;
 use crate::mapping::{Attached, MapError, MappingEngine, Redeemed, Token, TokenSource};
 use crate::window::Windows;
@@ -54,6 +55,7 @@ pub(crate) struct Hypercalls {
     tokens: Option<Arc<dyn TokenSource>>,
     windows: Option<Arc<Windows>>,
     memory: GuestMemoryMmap,
+    gate: Arc<Gate>,
     redeemed: Deferred<Redeeming, Redeemed>,
     attached: Deferred<Opening, Attached>,
 }
@@ -72,9 +74,10 @@ impl Hypercalls {
         tokens: Option<Arc<dyn TokenSource>>,
         windows: Option<Arc<Windows>>,
         memory: GuestMemoryMmap,
+        gate: Arc<Gate>,
     ) -> Self {
         let (redeemed, attached) = (Deferred::new(), Deferred::new());
-        Self { engine, tokens, windows, memory, redeemed, attached }
+        Self { engine, tokens, windows, memory, gate, redeemed, attached }
     }
 
     /// Takes note that a guest wrote at `gpa`, where no memory takes writes; false when that is no business of windows.
@@ -108,7 +111,10 @@ impl Hypercalls {
             Hypercall::UnmapAll { content: UNMAP_ALL_ZERO } => self.engine.unmap_all(),
             Hypercall::UnmapAll { content: UNMAP_ALL_KEEP } => {
                 // What another vCPU writes meanwhile would be lost.
-                let _paused = self.windows.as_ref().and_then(|windows| windows.pause());
+                let paused = self.gate.close();
+                if let Err(error) = &paused {
+                    warn_limited!(%error, "pages are given back while the guest runs");
+                }
                 self.engine.unmap_all_keeping()
             }
             Hypercall::UnmapAll { .. } => return Poll::Ready(Err(KvmError::Inval)),

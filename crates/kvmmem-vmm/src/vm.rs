@@ -260,7 +260,9 @@ impl Machine {
                 let windows = self.windows(introspection, &vm, &gate, stop, cpuid.address_bits())?;
                 let Introspection { way, engine, tokens, .. } = introspection;
                 let memory = self.ram.memory().clone();
-                Some((*way, Hypercalls::new(engine.clone(), tokens.clone(), windows, memory)))
+                let hypercalls =
+                    Hypercalls::new(engine.clone(), tokens.clone(), windows, memory, gate.clone());
+                Some((*way, hypercalls))
             }
         };
         let shared = Arc::new(Shared { ports, mmio, hypercalls, gate, stop: stop.clone() });

@@ -148,7 +148,7 @@ impl Windows {
     }
 
     /// Calls the vCPUs out of the guest until the result is dropped; `None` if they do not come.
-    pub(crate) fn pause(&self) -> Option<Paused> {
+    fn pause(&self) -> Option<Paused> {
         self.host
             .gate
             .close()
