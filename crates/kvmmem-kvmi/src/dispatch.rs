@@ -5,7 +5,8 @@
 //! close the connection. And nothing is sent while the tool has switched the replies off: that kernel answers a command
 //! that it does not offer even then, but a tool in a batch waits for the reply to the batch's last message alone
 //! (libkvmi) and is out of step for good once another one comes first. The first refusal of the batch is the error of
-//! the message that switches the replies on again instead, so that the tool does not take silence for success.
+//! the message that switches the replies on again instead, so that the tool does not take silence for success. (libkvmi
+//! always has that message answered; where it is not, the refusal is lost.)
 //!
 //! Only these break the stream: a payload larger than the protocol allows, and an offered command that returns data
 //! while the replies are off, for then the two sides no longer agree on what follows.
