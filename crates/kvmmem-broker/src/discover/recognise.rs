@@ -8,7 +8,8 @@ use super::process::{Process, ProcessError};
 const KVM_VM: &str = "anon_inode:kvm-vm";
 const BACKEND: &str = "/memfd:memory-backend-memfd";
 
-/// Which VMM a process is; a set-user-ID program is none. One that is not called like any must have QEMU's options, and a VM of KVM's or QEMU's memory.
+/// Which VMM a process is; a set-user-ID program is none. One that is not called like any must have QEMU's options, and a VM
+/// of KVM's or QEMU's memory.
 ///
 /// # Errors
 /// [`ProcessError`].
@@ -21,7 +22,7 @@ pub(crate) fn recognise(
     match process.is_set_id() {
         Ok(false) => {}
         Ok(true) => return Ok(None),
-        // Who may not know what it runs gets no memory of it either.
+        // A broker that may not read what it runs gets no memory of it either.
         Err(ProcessError::Denied(_)) => {}
         Err(error) => return Err(error),
     }
