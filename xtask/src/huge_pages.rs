@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, ensure};
 
+use crate::interrupt::{self, Watch};
 use crate::tool::{Tool, is_installed, is_root};
 
 /// How many pages of 2 MiB this machine sets aside (Documentation/admin-guide/mm/hugetlbpage.rst).
@@ -18,6 +19,8 @@ const NEEDED: u64 = 96;
 pub(crate) struct HugePages {
     before: u64,
     log: PathBuf,
+    /// Ctrl-C ends the tests, and this process once the pages are given back.
+    _watch: Watch,
 }
 
 impl HugePages {
@@ -27,7 +30,7 @@ impl HugePages {
     /// Where this machine has no such pool, or only root could change it.
     pub(crate) fn reserve(log: &Path) -> Result<Self> {
         let before = size()?;
-        let pages = Self { before, log: log.to_owned() };
+        let pages = Self { before, log: log.to_owned(), _watch: interrupt::watch()? };
         if before < NEEDED {
             ensure!(is_root() || is_installed("sudo"), "only root sets huge pages aside");
             pages.set(NEEDED)?;

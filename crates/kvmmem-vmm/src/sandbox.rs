@@ -66,19 +66,26 @@ fn places(config: &VmConfig) -> Vec<(PathBuf, BitFlags<AccessFs>)> {
     let read: BitFlags<AccessFs> = AccessFs::ReadFile.into();
     let write = read | AccessFs::WriteFile | AccessFs::IoctlDev;
     let images = std::iter::once(&config.kernel).chain(&config.initrd).map(|path| (place(path), read));
-    let disks =
-        config.disks.iter().map(|disk| (place(&disk.path), if disk.read_only { read } else { write }));
+    let disks = config.disks.iter().map(|disk| match disk.read_only {
+        true => (place(&disk.path), read),
+        // Its folder may hold files that the guest must not change, and no update puts another one in its place.
+        false => (real(&disk.path), write),
+    });
     let vsock = config.cid.map(|_| (PathBuf::from(vsock::DEVICE), write));
     images.chain(disks).chain(vsock).collect()
 }
 
 /// Where a file can be opened again: its folder, for an update may put another file in its place; a device is itself.
 fn place(path: &Path) -> PathBuf {
-    let path = fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
+    let path = real(path);
     let is_device = fs::metadata(&path)
         .is_ok_and(|file| file.file_type().is_block_device() || file.file_type().is_char_device());
     match path.parent() {
         Some(folder) if !is_device => folder.to_owned(),
         _ => path,
     }
+}
+
+fn real(path: &Path) -> PathBuf {
+    fs::canonicalize(path).unwrap_or_else(|_| path.to_owned())
 }
