@@ -3,6 +3,7 @@
 
 use std::cell::OnceCell;
 use std::path::Path;
+use std::time::SystemTime;
 use std::{fs, io};
 
 use anyhow::{Context as _, Result, anyhow, bail};
@@ -187,6 +188,13 @@ fn count(suite: &mut Suite, log: &Path, result: Result<()>) -> Result<()> {
         ui::say(&format!("  skipped: {reason}"));
     }
     suite.add(outcome.count, outcome.failures);
+    if result.is_err() {
+        // The next round overwrites the log.
+        let time = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
+        let kept = log.with_extension(format!("failed-{time}.log"));
+        fs::copy(log, &kept).with_context(|| kept.display().to_string())?;
+        ui::say(&format!("  kept: {}", kept.display()));
+    }
     match result {
         // It fails without a failed test where something does not compile.
         Err(error) if outcome.count.failed == 0 => suite.fail("cargo test", &error),

@@ -192,7 +192,7 @@ impl World {
         let mut child = agent.spawn(&command)?;
         let line = match child.read_line(PATIENCE) {
             Ok(line) => line,
-            Err(error) => bail!("the marker is silent ({error}): {}\n{}", child.take_stderr(), self.logs()),
+            Err(error) => bail!("the marker is silent ({error}): {}", child.take_stderr()),
         };
         let Some(Placed::Marker { gpas, marker }) =
             line.as_deref().map(serde_json::from_str).transpose().context("the marker says nonsense")?
@@ -358,12 +358,18 @@ impl World {
         self.run.path().join("kvmmemd.sock")
     }
 
-    /// The ends of all logs, for a failure.
-    pub(crate) fn logs(&self) -> String {
+    /// The ends of all logs, for a failure. A VMM that has only the first of its threads left is ending, and says why at
+    /// last: it is waited for.
+    pub(crate) fn logs(&mut self) -> String {
         let broker = crate::vm::tail(&self.run.path().join("kvmmemd.log"));
         let mut text = format!("--- kvmmemd\n{broker}\n--- threads of kvmmemd\n{}", self.broker.threads());
-        for vm in [&self.target, &self.introspector].into_iter().flatten() {
-            text += &format!("--- threads of {}\n{}", vm.spec.name, vm.process.threads());
+        for vm in [&mut self.target, &mut self.introspector].into_iter().flatten() {
+            let threads = vm.process.threads();
+            text += &format!("--- threads of {}\n{threads}", vm.spec.name);
+            if !threads.contains("vcpu") {
+                let ended = vm.process.wait(PATIENCE);
+                text += &format!("--- end of {}: {ended:?}\n", vm.spec.name);
+            }
         }
         for name in [TARGET, INTROSPECTOR] {
             for kind in ["log", "console"] {
