@@ -45,7 +45,7 @@ impl AttachCall {
             hypercall::error(answer)
         })?;
         let gpa = knobs::descriptor(&*self.0).unwrap_or(result.descriptor_gpa);
-        match Remapped::map(gpa, PAGE_SIZE) {
+        match knobs::map_memory().and_then(|()| Remapped::map(gpa, PAGE_SIZE)) {
             Ok(page) => Ok(Opened { way, page }),
             Err(error) => {
                 // Names the view all the same, if the host believes itself.

@@ -15,8 +15,8 @@ mod forced {
     use crate::hypercall::Way;
     use crate::module_parameters as parameters;
 
-    /// `_IO('i', 0xf0)`: mappings of foreign memory into the kernel fail for want of memory, as many as the argument's low
-    /// 16 bits say, after as many as the next ones say.
+    /// `_IO('i', 0xf0)`: mappings of a view's memory into the kernel fail for want of memory, as many as the argument's low
+    /// 16 bits say, after as many as the next ones say. Those of PCI devices, which are probed at any time, do not count.
     const FAIL_MAPPINGS: u32 = 0x69f0;
 
     static SUCCESSES: Atomic<i64> = Atomic::new(0);

@@ -40,7 +40,6 @@ use crate::abi::ioctl::PAGE_SIZE;
 use crate::abi::native;
 use crate::device::OpenFile;
 use crate::hypercall::{Request, Way};
-use crate::knobs;
 use crate::process::Process;
 use crate::slots::Slots;
 
@@ -670,7 +669,6 @@ impl Remapped {
         if !Memory::is_possible(gpa, len) {
             return Err(EINVAL);
         }
-        knobs::map_memory()?;
         let size = usize::try_from(len)?;
         // SAFETY: the range is whole pages that the CPU can address and is not RAM.
         let address = unsafe { bindings::memremap(gpa, size, flags) };

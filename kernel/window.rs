@@ -9,6 +9,7 @@ use kernel::sync::{Arc, Mutex, SetOnce, new_mutex};
 
 use crate::abi::native;
 use crate::attachment::Attachment;
+use crate::knobs;
 use crate::released::{Release, Released};
 use crate::slot::Bar;
 use crate::snapshot::Snapshot;
@@ -116,6 +117,7 @@ impl Window {
         if part.as_ref().is_none() {
             let _one = self.mapping.lock();
             if part.as_ref().is_none() {
+                knobs::map_memory()?;
                 part.populate(Remapped::map(start, len)?);
             }
         }

@@ -37,6 +37,7 @@ pub(crate) fn recognise(
 
 #[cfg(test)]
 mod tests {
+    use std::io::{Read, Write};
     use std::os::unix::process::CommandExt;
     use std::process::{Command, Stdio};
 
@@ -51,8 +52,11 @@ mod tests {
         for (mode, expected) in [("0755", Some(Vmm::Qemu)), ("4755", None), ("2755", None)] {
             assert!(Command::new("chmod").arg(mode).arg(&path).status().unwrap().success());
             let mut command = Command::new(&path);
-            command.arg0("qemu-system-x86_64").stdin(Stdio::piped()).stdout(Stdio::null());
+            command.arg0("qemu-system-x86_64").stdin(Stdio::piped()).stdout(Stdio::piped());
             let mut child = command.spawn().unwrap();
+            // The kernel lets this process go on before the other one has its arguments.
+            child.stdin.as_mut().unwrap().write_all(b"x").unwrap();
+            child.stdout.as_mut().unwrap().read_exact(&mut [0]).unwrap();
             let process = Process::open(child.id()).unwrap();
             let (program, arguments) = (process.program().unwrap(), process.arguments().unwrap());
             let found = recognise(&process, &program, &arguments).unwrap();

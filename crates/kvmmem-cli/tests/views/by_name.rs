@@ -3,6 +3,7 @@
 
 use std::io::Write;
 use std::process::Stdio;
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
@@ -58,7 +59,13 @@ fn a_target_is_named_instead_of_a_token() {
         assert_eq!(ended.code, Some(code), "{arguments:?}: {}", ended.stderr);
         assert!(ended.stdout.contains(word), "{arguments:?}: {}", ended.stdout);
 
-        let grants = grants(&host);
+        // The broker closes the view a moment after the command has ended.
+        let is_closed =
+            |grants: &[Value]| grants.iter().all(|grant| grant["views"].as_array().unwrap().is_empty());
+        let deadline = Instant::now() + Duration::from_secs(60);
+        let grants = std::iter::repeat_with(|| grants(&host))
+            .find(|grants| is_closed(grants) || Instant::now() > deadline)
+            .unwrap();
         assert_eq!(grants.len(), number, "one grant for each command");
         let grant = grants.last().unwrap();
         assert_eq!(grant["label"], format!("kvmmem {}", arguments[0]));
