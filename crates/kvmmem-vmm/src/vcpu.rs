@@ -215,21 +215,35 @@ pub(crate) fn install_kick_handler() -> io::Result<()> {
     register_signal_handler(kick_signal(), ignore).map_err(io::Error::from)
 }
 
+/// How many internal errors of KVM may follow each other before the machine fails. One is seen now and then in a nested
+/// host, where the guest stores to a read-only window while KVM believes that an event is being delivered.
+const MOST_INTERNAL_ERRORS: u8 = 16;
+
 /// Runs the guest until the generation ends.
 fn run(id: u8, vcpu: &mut VcpuFd, shared: &Shared) -> Result<(), VcpuError> {
     let data = PortData::map(vcpu).map_err(|source| VcpuError::PortData { id, source })?;
+    let mut internal_errors = 0;
     while !shared.stop.is_ending() {
-        run_once(id, vcpu, &data, shared)?;
+        run_once(id, vcpu, &data, shared, &mut internal_errors)?;
     }
     Ok(())
 }
 
-/// One entry into the guest and the exit from it.
-fn run_once(id: u8, vcpu: &mut VcpuFd, data: &PortData, shared: &Shared) -> Result<(), VcpuError> {
+/// One entry into the guest and the exit from it. `internal_errors` counts those that followed each other.
+fn run_once(
+    id: u8,
+    vcpu: &mut VcpuFd,
+    data: &PortData,
+    shared: &Shared,
+    internal_errors: &mut u8,
+) -> Result<(), VcpuError> {
     let registers = |source| VcpuError::Registers { id, source };
     let inside = shared.gate.enter(id);
     let exit = vcpu.run();
     drop(inside);
+    if !matches!(exit, Ok(VcpuExit::InternalError)) {
+        *internal_errors = 0;
+    }
     match exit {
         Ok(VcpuExit::IoIn(DOORBELL_PORT, answer)) => {
             answer.fill(0xff);
@@ -257,6 +271,11 @@ fn run_once(id: u8, vcpu: &mut VcpuFd, data: &PortData, shared: &Shared) -> Resu
         Ok(VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_RESET, _)) => shared.stop.end(Ended::Reset),
         Ok(VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_CRASH, _)) => shared.stop.end(Ended::TripleFault),
         Ok(VcpuExit::Intr | VcpuExit::IrqWindowOpen) => {}
+        // The guest is where it was, and executes the instruction again.
+        Ok(VcpuExit::InternalError) if *internal_errors < MOST_INTERNAL_ERRORS => {
+            *internal_errors += 1;
+            warn_limited!(id, "KVM reports an internal error: the instruction is executed again");
+        }
         Ok(exit) => return Err(VcpuError::Exit { id, exit: format!("{exit:?}") }),
         // A signal, or a vCPU that waits for its SIPI: look whether the generation ends.
         Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {}
