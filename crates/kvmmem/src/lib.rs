@@ -65,15 +65,14 @@ mod explain;
 mod inbox;
 pub mod listener;
 mod operation;
-pub mod paging;
 pub mod session;
 mod stream;
 pub mod view;
-pub mod vmcoreinfo;
 
 pub use device::{Device, DeviceError, MappedPage};
 pub use kvmmem_kvmi::token::Token;
+pub use kvmmem_memory::{Memory, Range, paging};
 pub use kvmmem_sys::page::{PAGE_SIZE, Page, PageError};
 pub use listener::{Endpoint, Listener, ListenerError};
 pub use session::{Session, SessionError};
-pub use view::{Access, Event, Mapping, MappingError, Range, State, Status, VectoredError, View, ViewError};
+pub use view::{Access, Event, Mapping, MappingError, State, Status, VectoredError, View, ViewError};

@@ -32,7 +32,7 @@ mod error;
 mod host;
 mod mapping;
 mod memory;
-mod range;
+mod reader;
 mod vectored;
 
 use std::path::{Path, PathBuf};
@@ -47,8 +47,8 @@ pub use door::{DOOR_VARIABLE, DoorError, knock};
 pub use error::{ViewError, ViewOperation};
 use host::HostView;
 pub use kvmmem_abi::native::Stats;
+pub use kvmmem_memory::Range;
 pub use mapping::{Mapping, MappingError};
-pub use range::Range;
 pub use vectored::VectoredError;
 
 /// Environment variable with the path of the broker's socket.

@@ -15,6 +15,7 @@ use kvmmem_broker::admin::{GrantState, Rights, Span};
 use kvmmem_broker::host::HostError;
 use kvmmem_broker::link::{Change, Region};
 use kvmmem_broker::wire::Refusal;
+use kvmmem_memory::{Memory, MemoryError};
 use uuid::Uuid;
 
 fn word(view: &View, gpa: u64) -> u64 {
@@ -137,6 +138,17 @@ fn a_scope_is_all_that_is_seen() {
     assert_eq!(view.data_from(0).unwrap(), Some(ranges[0]));
     assert_eq!(view.data_from(0x2000).unwrap(), Some(ranges[1]));
     assert_eq!(view.data_from(0x10_2000).unwrap(), None);
+
+    // The same by the trait.
+    let memory: &dyn Memory = &view;
+    assert_eq!(
+        (memory.ranges().unwrap(), memory.data_from(0x2000).unwrap()),
+        (ranges.to_vec(), Some(ranges[1]))
+    );
+    let (mut word, mut hole) = ([0; 8], [0; 2]);
+    let error = memory.read_vectored(&mut [(0x1008, &mut word[..]), (0x1fff, &mut hole[..])]).unwrap_err();
+    assert_eq!((u64::from_le_bytes(word), error.piece), (0x1008, 1));
+    assert!(matches!(error.source, MemoryError::Hole { gpa: 0x2000 }), "{error:?}");
 }
 
 #[test]

@@ -5,7 +5,7 @@
 use anyhow::{Result, ensure};
 use kvmmem::PAGE_SIZE;
 use kvmmem::view::{View, ViewError};
-use kvmmem::vmcoreinfo::{Note, headers};
+use kvmmem_linux::vmcoreinfo::{Note, headers};
 
 use crate::interrupt::Interrupt;
 use crate::range::GpaRange;

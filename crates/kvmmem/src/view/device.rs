@@ -23,10 +23,10 @@ use rustix::io::{Errno, pread, pwrite};
 
 use super::door::{Door, DoorError};
 use super::mapping::{Keeps, Mapping};
-use super::range::{Range, first_hole, next_range};
 use super::vectored::VectoredError;
 use super::{Access, Event, State, Status, ViewError, ViewOperation};
 use crate::explain;
+use kvmmem_memory::range::{Range, first_hole, next_range};
 
 /// The longest that [`DeviceView::wait`] sleeps at once: `status`, called by another thread, takes the event away for
 /// which `poll` would wake this one.

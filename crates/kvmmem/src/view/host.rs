@@ -20,10 +20,10 @@ use rustix::io::Errno;
 
 use super::mapping::{Keeps, Mapping};
 use super::memory::{Memory, Source};
-use super::range::Range;
 use super::vectored::VectoredError;
 use super::{Access, Event, State, Status, ViewError, ViewOperation};
 use crate::explain;
+use kvmmem_memory::Range;
 
 /// A view of which the [`View`](super::View) and the mappings share the ownership.
 #[derive(Debug)]

@@ -15,10 +15,10 @@ use kvmmem_sys::huge::{page_size, write_at};
 use rustix::fs::{SeekFrom, seek};
 use rustix::io::{Errno, pread};
 
-use super::range::{Range, first_hole, next_range};
 use super::vectored::{VectoredError, batch};
 use super::{Event, State, ViewError, ViewOperation};
 use kept::Kept;
+use kvmmem_memory::range::{Range, first_hole, next_range};
 
 /// Bytes of a page.
 const PAGE: u64 = kvmmem_broker::map::PAGE_SIZE;

@@ -6,7 +6,7 @@
 //! between two reads.
 //!
 //! ```
-//! use kvmmem::paging::{AddressSpace, Levels};
+//! use kvmmem_memory::paging::{AddressSpace, Levels};
 //!
 //! # let memory = vec![0u8; 0x5000];
 //! // Reads the target's memory, for example by `View::read_at` or `Session::read_physical`.

@@ -3,9 +3,9 @@
 
 use std::fmt;
 
-use kvmmem_abi::ioctl::PAGE_SIZE;
+use crate::PAGE_SIZE;
 
-/// Guest-physical memory of the target.
+/// A stretch of guest-physical addresses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Range {
     /// First guest-physical address.
@@ -15,16 +15,16 @@ pub struct Range {
 }
 
 impl Range {
-    /// The address behind the last one, as far as there is one.
+    /// The address after the last one; the highest address there is, where that does not exist.
     pub fn end(&self) -> u64 {
         self.gpa.saturating_add(self.len)
     }
 
     /// Whether it is a positive number of whole pages.
-    pub(super) fn is_pages(&self) -> bool {
+    pub fn is_pages(&self) -> bool {
         self.len > 0
-            && self.gpa.is_multiple_of(PAGE_SIZE)
-            && self.len.is_multiple_of(PAGE_SIZE)
+            && self.gpa.is_multiple_of(PAGE_SIZE as u64)
+            && self.len.is_multiple_of(PAGE_SIZE as u64)
             && self.gpa.checked_add(self.len).is_some()
     }
 }
@@ -36,7 +36,7 @@ impl fmt::Display for Range {
 }
 
 /// The first address of `range` that none of `ranges` has; they are disjoint and ascend.
-pub(super) fn first_hole(ranges: &[Range], range: Range) -> Option<u64> {
+pub fn first_hole(ranges: &[Range], range: Range) -> Option<u64> {
     let mut at = range.gpa;
     for known in ranges.iter().filter(|known| known.end() > range.gpa) {
         if at >= range.end() || known.gpa > at {
@@ -47,8 +47,8 @@ pub(super) fn first_hole(ranges: &[Range], range: Range) -> Option<u64> {
     (at < range.end()).then_some(at)
 }
 
-/// The part of the first of `ranges` at or behind `gpa`; they are disjoint and ascend.
-pub(super) fn next_range(ranges: &[Range], gpa: u64) -> Option<Range> {
+/// The part of the first of `ranges` at or after `gpa`; they are disjoint and ascend.
+pub fn next_range(ranges: &[Range], gpa: u64) -> Option<Range> {
     let range = ranges.iter().find(|range| range.end() > gpa)?;
     let start = range.gpa.max(gpa);
     Some(Range { gpa: start, len: range.end() - start })

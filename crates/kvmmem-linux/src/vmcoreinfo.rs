@@ -9,8 +9,8 @@
 
 use std::error::Error;
 
-use crate::PAGE_SIZE;
-use crate::paging::{AddressSpace, Levels, WalkError};
+use kvmmem_memory::PAGE_SIZE;
+use kvmmem_memory::paging::{AddressSpace, Levels, WalkError};
 
 /// `Elf64_Nhdr` with n_namesz 11 and n_type 0, and the name, padded to 12; n_descsz is at 4.
 const NAME_SIZE: u32 = 11;

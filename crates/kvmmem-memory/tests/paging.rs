@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::io;
 
-use kvmmem::paging::{Absent, AddressSpace, Entry, Levels, Permissions, Translation, WalkError};
+use kvmmem_memory::paging::{Absent, AddressSpace, Entry, Levels, Permissions, Translation, WalkError};
 use proptest::prelude::*;
 
 const PRESENT: u64 = 1;

@@ -1,0 +1,231 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! Dump files: the memory of a virtual machine as it was.
+//!
+//! | format | where a byte lies | known by |
+//! |---|---|---|
+//! | raw | at the offset that is its address; with a record of `kvmmem dump` beside it, only the record's ranges are RAM | nothing else |
+//! | ELF core | in PT_LOAD segments, at p_paddr | `\x7fELF` |
+//! | LiME | in ranges with a header of 32 bytes each | `EMiL` |
+//!
+//! A file is read by `pread`, never mapped: it may be larger than memory, and may shrink while it is read. All that it says
+//! of itself is checked against its length.
+
+mod elf;
+mod error;
+mod lime;
+mod record;
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{SeekFrom, seek};
+use rustix::io::Errno;
+
+use crate::range::next_range;
+use crate::{Memory, MemoryError, Range};
+pub use error::DumpError;
+
+/// The most stretches that a file may have.
+const MAX_SEGMENTS: usize = 1 << 16;
+
+/// A stretch of memory in a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Segment {
+    /// The guest-physical addresses.
+    pub range: Range,
+    /// Where the first byte lies in the file.
+    pub offset: u64,
+}
+
+/// How a file holds memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Format {
+    /// The file's bytes are the memory's.
+    Raw,
+    /// An ELF core of x86-64.
+    Elf,
+    /// What the Linux Memory Extractor writes.
+    Lime,
+}
+
+/// The memory in a dump file.
+#[derive(Debug)]
+pub struct DumpFile {
+    path: PathBuf,
+    file: File,
+    format: Format,
+    /// Ascending, disjoint.
+    segments: Vec<Segment>,
+}
+
+impl DumpFile {
+    /// Opens a dump of any format that [this module](self) lists.
+    ///
+    /// # Errors
+    /// [`DumpError`]: what is wrong with the file, a file that was cut short among it.
+    pub fn open(path: &Path) -> Result<Self, DumpError> {
+        let (file, len) = open(path)?;
+        let mut magic = [0; 8];
+        let known = read_some(&file, 0, &mut magic).map_err(|source| DumpError::read(path, 0, source))?;
+        let magic = magic.get(..known).unwrap_or_default();
+        if let Some(error) = DumpError::foreign(path, magic) {
+            return Err(error);
+        }
+        let (format, segments) = if magic.starts_with(&object::elf::ELFMAG) {
+            (Format::Elf, elf::segments(path, &file, len)?)
+        } else if magic.starts_with(&lime::MAGIC) {
+            (Format::Lime, lime::segments(path, &file, len)?)
+        } else {
+            let whole = Segment { range: Range { gpa: 0, len }, offset: 0 };
+            (Format::Raw, record::segments(path)?.unwrap_or_else(|| vec![whole]))
+        };
+        Self::new(path, file, len, format, segments)
+    }
+
+    /// Opens a file of raw memory whose layout is known, for example the file of a VMM's RAM: of QEMU's, what follows the
+    /// PCI hole lies directly after what precedes it.
+    ///
+    /// # Errors
+    /// As [`DumpFile::open`].
+    pub fn open_raw(path: &Path, segments: &[Segment]) -> Result<Self, DumpError> {
+        let (file, len) = open(path)?;
+        Self::new(path, file, len, Format::Raw, segments.to_vec())
+    }
+
+    /// How the file holds memory.
+    pub fn format(&self) -> Format {
+        self.format
+    }
+
+    /// Where the memory lies in the file: ascending, disjoint.
+    pub fn segments(&self) -> &[Segment] {
+        &self.segments
+    }
+
+    fn new(
+        path: &Path,
+        file: File,
+        len: u64,
+        format: Format,
+        mut segments: Vec<Segment>,
+    ) -> Result<Self, DumpError> {
+        for Segment { range, offset } in &segments {
+            let ends = range.gpa.checked_add(range.len).and_then(|_| offset.checked_add(range.len));
+            let needs = ends.ok_or_else(|| DumpError::malformed(path, "a range passes the last address"))?;
+            if needs > len {
+                return Err(DumpError::Truncated { path: path.to_owned(), range: *range, needs, len });
+            }
+        }
+        segments.sort_by_key(|segment| segment.range.gpa);
+        // Cores of kdump have the kernel's image twice: by itself, and in the RAM that it lies in.
+        let mut end = 0u64;
+        for Segment { range, offset } in &mut segments {
+            let skip = end.saturating_sub(range.gpa).min(range.len);
+            *range = Range { gpa: range.gpa + skip, len: range.len - skip };
+            *offset += skip;
+            end = range.end().max(end);
+        }
+        segments.retain(|segment| segment.range.len > 0);
+        if segments.is_empty() {
+            return Err(DumpError::Empty { path: path.to_owned() });
+        }
+        Ok(Self { path: path.to_owned(), file, format, segments })
+    }
+
+    /// The segment that has `gpa`, or the first after it.
+    fn segment(&self, gpa: u64) -> Option<&Segment> {
+        self.segments.get(self.segments.partition_point(|segment| segment.range.end() <= gpa))
+    }
+
+    /// The next range of the file that was written, at or after `offset`.
+    fn data_in_file(&self, offset: u64) -> Result<Option<(u64, u64)>, MemoryError> {
+        let start = match seek(&self.file, SeekFrom::Data(offset)) {
+            Ok(start) => start,
+            Err(Errno::NXIO) => return Ok(None),
+            // The file system does not tell.
+            Err(_) => return Ok(Some((offset, u64::MAX))),
+        };
+        let end = seek(&self.file, SeekFrom::Hole(start)).map_err(|error| self.ended(start, error.into()))?;
+        Ok(Some((start, end)))
+    }
+
+    fn ended(&self, offset: u64, source: io::Error) -> MemoryError {
+        MemoryError::Ended(Box::new(DumpError::read(&self.path, offset, source)))
+    }
+}
+
+impl Memory for DumpFile {
+    fn read_at(&self, gpa: u64, buf: &mut [u8]) -> Result<(), MemoryError> {
+        let (mut gpa, mut rest) = (gpa, buf);
+        while !rest.is_empty() {
+            let segment = self.segment(gpa).filter(|segment| segment.range.gpa <= gpa);
+            let Segment { range, offset } = segment.ok_or(MemoryError::Hole { gpa })?;
+            let there = usize::try_from(range.end() - gpa).unwrap_or(usize::MAX);
+            let (now, later) = rest.split_at_mut(rest.len().min(there));
+            let at = offset + (gpa - range.gpa);
+            self.file.read_exact_at(now, at).map_err(|source| MemoryError::Unreadable {
+                gpa,
+                source: Box::new(DumpError::read(&self.path, at, source)),
+            })?;
+            gpa = gpa.saturating_add(now.len() as u64);
+            rest = later;
+        }
+        Ok(())
+    }
+
+    fn ranges(&self) -> Result<Vec<Range>, MemoryError> {
+        let mut ranges: Vec<Range> = Vec::new();
+        for Segment { range, .. } in &self.segments {
+            match ranges.last_mut() {
+                Some(last) if last.end() == range.gpa => last.len += range.len,
+                _ => ranges.push(*range),
+            }
+        }
+        Ok(ranges)
+    }
+
+    fn data_from(&self, gpa: u64) -> Result<Option<Range>, MemoryError> {
+        let first = self.segments.partition_point(|segment| segment.range.end() <= gpa);
+        for Segment { range, offset } in self.segments.iter().skip(first) {
+            let Some(Range { gpa: start, .. }) = next_range(std::slice::from_ref(range), gpa) else {
+                continue;
+            };
+            let from = offset + (start - range.gpa);
+            let end = offset + range.len;
+            if let Some((data, hole)) = self.data_in_file(from)?
+                && data < end
+            {
+                let gpa = range.gpa + (data.max(from) - offset);
+                return Ok(Some(Range { gpa, len: range.gpa + (hole.min(end) - offset) - gpa }));
+            }
+        }
+        Ok(None)
+    }
+}
+
+fn open(path: &Path) -> Result<(File, u64), DumpError> {
+    let open = || {
+        let file = File::open(path)?;
+        let metadata = file.metadata()?;
+        // Of a block device too.
+        let len = if metadata.is_dir() { 0 } else { seek(&file, SeekFrom::End(0))? };
+        Ok::<_, io::Error>((file, len))
+    };
+    open().map_err(|source| DumpError::Open { path: path.to_owned(), source })
+}
+
+/// Fills the buffer as far as the file goes, and says how far that is.
+fn read_some(file: &File, offset: u64, buf: &mut [u8]) -> io::Result<usize> {
+    let mut done = 0;
+    while let Some(rest) = buf.get_mut(done..).filter(|rest| !rest.is_empty()) {
+        match file.read_at(rest, offset + done as u64) {
+            Ok(0) => break,
+            Ok(count) => done += count,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(done)
+}

@@ -1,0 +1,63 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! The record that `kvmmem dump` writes beside a dump, `FILE.json`: of a raw file it says where there is RAM. While the
+//! dump is not finished, `FILE.part` is there instead.
+
+use std::fs::File;
+use std::io::{self, ErrorKind, Read};
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+
+use super::{DumpError, MAX_SEGMENTS, Segment};
+use crate::Range;
+
+/// The longest record, bytes.
+const MAX_LEN: u64 = 16 << 20;
+
+#[derive(Deserialize)]
+struct Record {
+    format: String,
+    ranges: Vec<Line>,
+}
+
+#[derive(Deserialize)]
+struct Line {
+    /// In hex, with 0x.
+    gpa: String,
+    len: u64,
+}
+
+/// The memory of the raw dump at `path`, if there is a record beside it.
+pub(super) fn segments(path: &Path) -> Result<Option<Vec<Segment>>, DumpError> {
+    let (part, record) = (beside(path, ".part"), beside(path, ".json"));
+    if part.exists() {
+        return Err(DumpError::Unfinished { path: path.to_owned(), part });
+    }
+    let read = || {
+        let mut text = String::new();
+        File::open(&record)?.take(MAX_LEN).read_to_string(&mut text)?;
+        Ok::<_, io::Error>(text)
+    };
+    let text = match read() {
+        Ok(text) => text,
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+        Err(source) => return Err(DumpError::read(&record, 0, source)),
+    };
+    let malformed = || DumpError::malformed(&record, "it is not the record of a dump; move it elsewhere");
+    let record: Record = serde_json::from_str(&text).map_err(|_| malformed())?;
+    if record.format != "raw" || record.ranges.len() > MAX_SEGMENTS {
+        return Err(malformed());
+    }
+    let segment = |line: &Line| {
+        let gpa = u64::from_str_radix(line.gpa.strip_prefix("0x")?, 16).ok()?;
+        Some(Segment { range: Range { gpa, len: line.len }, offset: gpa })
+    };
+    let segments: Option<Vec<Segment>> = record.ranges.iter().map(segment).collect();
+    segments.map(Some).ok_or_else(malformed)
+}
+
+fn beside(path: &Path, ending: &str) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(ending);
+    name.into()
+}
