@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Asking the broker, `kvmmemd`: `targets`, `hook`, `unhook`.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
@@ -19,6 +19,10 @@ const SOCKET_VARIABLE: &str = "KVMMEM_BROKER";
 
 /// Where kvmmemd listens unless it is told otherwise.
 const DEFAULT_SOCKET: &str = "/run/kvmmem/kvmmemd.sock";
+
+/// What to look at where the broker cannot be reached.
+pub(crate) const NO_BROKER: &str =
+    "no broker: is kvmmemd running, and may this user open its socket (root, or the socket's group)?";
 
 #[derive(Args)]
 pub(crate) struct Broker {
@@ -57,15 +61,8 @@ struct Hooked<'a> {
 impl Broker {
     /// Connects to the broker.
     pub(crate) fn connect(&self) -> Result<Admin> {
-        connect(&self.socket.clone().unwrap_or_else(default_socket))
+        Admin::connect(&self.socket.clone().unwrap_or_else(default_socket)).context(NO_BROKER)
     }
-}
-
-/// Connects to the broker at `socket`.
-pub(crate) fn connect(socket: &Path) -> Result<Admin> {
-    Admin::connect(socket).context(
-        "no broker: is kvmmemd running, and may this user open its socket (root, or the socket's group)?",
-    )
 }
 
 /// The broker's socket, where no option says which.

@@ -10,6 +10,7 @@ mod doctor;
 #[cfg(test)]
 mod documented;
 mod dump;
+mod embedded;
 mod failure;
 mod generate;
 mod grant;
@@ -27,6 +28,7 @@ mod scan;
 mod shell;
 mod source;
 mod target;
+mod target_name;
 mod translate;
 mod vm;
 mod watch;
@@ -34,7 +36,11 @@ mod watch;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use tracing_subscriber::EnvFilter;
+use kvmmem_broker::audit;
+use tracing_subscriber::filter::{LevelFilter, Targets};
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
+use tracing_subscriber::{EnvFilter, Layer};
 
 use crate::output::Output;
 
@@ -122,12 +128,7 @@ fn main() -> ExitCode {
         Ok(cli) => cli,
         Err(error) => return failure::report_clap(&error, wants_json()),
     };
-    let filter = EnvFilter::try_from_env("RUST_LOG").unwrap_or_else(|_| EnvFilter::new("warn"));
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
-        .init();
+    log();
 
     let failed = if matches!(cli.verb, Verb::Scan(_)) { scan::FAILED } else { 1 };
     let mut output = Output::new(cli.json);
@@ -158,6 +159,20 @@ fn main() -> ExitCode {
         failure::report(&error, cli.json);
         ExitCode::from(if failure::is_usage(&error) { failure::USAGE } else { failed })
     })
+}
+
+/// Logs on standard error what RUST_LOG says, and the audit lines of a command that is its own broker in the journal; where
+/// there is no journal, on standard error as well.
+fn log() {
+    let journal = tracing_journald::layer().ok();
+    let usual = if journal.is_some() { "warn" } else { "warn,audit=info" };
+    let filter = EnvFilter::try_from_env("RUST_LOG").unwrap_or_else(|_| EnvFilter::new(usual));
+    let errors = tracing_subscriber::fmt::layer()
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
+        .with_filter(filter);
+    let audit = Targets::new().with_target(audit::TARGET, LevelFilter::INFO);
+    tracing_subscriber::registry().with(errors).with(journal.map(|layer| layer.with_filter(audit))).init();
 }
 
 /// Whether a command line that cannot be parsed asks for JSON.

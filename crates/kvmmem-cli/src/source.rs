@@ -10,14 +10,17 @@ use anyhow::{Context, Result, bail};
 use clap::Args;
 use kvmmem::view::{Access, View, ViewError};
 use kvmmem::{PAGE_SIZE, Session, SessionError, Token};
-use kvmmem_broker::admin::{GrantRequest, Rights};
+use kvmmem_broker::admin::{Admin, GrantRequest, Rights};
 use kvmmem_broker::host::CopyError;
 use serde::Deserialize;
 use zeroize::Zeroizing;
 
-use crate::broker::{self, default_socket};
+use crate::broker::{NO_BROKER, default_socket};
 use crate::connect::Connect;
+use crate::embedded::{Embedded, is_absent};
 use crate::range::GpaRange;
+use crate::shell::quote;
+use crate::target_name::TargetName;
 
 /// Environment variable with the token.
 const TOKEN_VARIABLE: &str = "KVMMEM_TOKEN";
@@ -35,10 +38,11 @@ const NO_TOKEN: &str = "no token: on the host, name the target (--target NAME); 
 
 #[derive(Args)]
 pub(crate) struct Source {
-    /// On the host: the target, by name or UUID. Needs no token: a grant for one use is made for this command, by a user
-    /// who may make grants
-    #[arg(long, value_name = "NAME", conflicts_with_all = ["token", "token_file", "listen", "device"])]
-    target: Option<String>,
+    /// On the host: the target, by name or UUID, or as pid:N, qmp:SOCKET or libvirt:NAME. Needs no token: a grant for one
+    /// use is made for this command. Where no broker runs, root needs none: this command adds the virtual machine for as
+    /// long as it lasts
+    #[arg(long, value_name = "TARGET", conflicts_with_all = ["token", "token_file", "listen", "device"])]
+    target: Option<TargetName>,
 
     /// The grant's token, 64 hexadecimal digits; other users of this machine can see it in the list of processes, so
     /// prefer --token-file or KVMMEM_TOKEN
@@ -83,29 +87,35 @@ impl Source {
         })
     }
 
-    /// Makes a grant for one use, which the audit log shows with the verb, and uses it at once. The grant is spent then; if
-    /// it cannot be used it is revoked.
-    fn attach_by_name(&self, target: &str, access: Access, verb: &str) -> Result<View> {
+    /// Attaches a view of a target of this host's broker, or, where no broker runs, of any virtual machine.
+    fn attach_by_name(&self, target: &TargetName, access: Access, verb: &str) -> Result<View> {
         let socket = self.broker.clone().unwrap_or_else(default_socket);
-        let mut broker = broker::connect(&socket)?;
-        let request = GrantRequest {
-            target: target.to_owned(),
-            spans: None,
-            rights: match access {
-                Access::ReadOnly => Rights::ReadOnly,
-                Access::Granted => Rights::ReadWrite,
-            },
-            ttl_ms: u64::try_from(OWN_GRANT_TTL.as_millis())?,
-            uses: 1,
-            holder: None,
-            label: Some(format!("kvmmem {verb}")),
+        let mut admin = match Admin::connect(&socket) {
+            // A broker that is named is the one that is meant.
+            Err(error) if self.broker.is_none() && is_absent(&error) => {
+                let mut own = Embedded::start(&socket, target)?;
+                return grant_and_attach(&mut own.admin, &own.socket, &own.target.to_string(), access, verb);
+            }
+            admin => admin.context(NO_BROKER)?,
         };
-        let granted = broker.grant(&request).with_context(|| format!("cannot grant access to {target:?}"))?;
-        View::attach_host(&socket, &granted.token, access).map_err(|error| {
-            // The view's error says what is wrong; the token expires in any case.
-            let _ = broker.revoke(granted.grant);
-            error.into()
-        })
+        let name = match target {
+            TargetName::Name(name) => name.clone(),
+            TargetName::Pid(pid) => {
+                let targets = admin.targets().context("cannot list the virtual machines")?;
+                let found = targets.iter().find(|vm| vm.introspectable && vm.pid == *pid);
+                let add = || format!("{target} is no target of the broker: kvmmem target add --pid {pid}");
+                found.with_context(add)?.uuid.to_string()
+            }
+            TargetName::Qmp(socket) => bail!(
+                "{target}: a broker runs here: kvmmem target add --qmp {}, and give the name that this prints",
+                quote(socket)
+            ),
+            TargetName::Libvirt(name) => bail!(
+                "{target}: a broker runs here: kvmmem target add --libvirt {}, and give the name that this prints",
+                quote(name)
+            ),
+        };
+        grant_and_attach(&mut admin, &socket, &name, access, verb)
     }
 
     /// Whether the target is named, so that this command makes its own grant.
@@ -145,6 +155,35 @@ impl Source {
         let token = text.map(|text| parse_token(&text)).transpose();
         token.with_context(|| format!("{TOKEN_VARIABLE} holds no token"))
     }
+}
+
+/// Makes a grant for one use, which the audit log shows with the verb, and uses it at once. The grant is spent then; if it
+/// cannot be used it is revoked.
+fn grant_and_attach(
+    admin: &mut Admin,
+    socket: &Path,
+    target: &str,
+    access: Access,
+    verb: &str,
+) -> Result<View> {
+    let request = GrantRequest {
+        target: target.to_owned(),
+        spans: None,
+        rights: match access {
+            Access::ReadOnly => Rights::ReadOnly,
+            Access::Granted => Rights::ReadWrite,
+        },
+        ttl_ms: u64::try_from(OWN_GRANT_TTL.as_millis())?,
+        uses: 1,
+        holder: None,
+        label: Some(format!("kvmmem {verb}")),
+    };
+    let granted = admin.grant(&request).with_context(|| format!("cannot grant access to {target:?}"))?;
+    View::attach_host(socket, &granted.token, access).map_err(|error| {
+        // The view's error says what is wrong; the token expires in any case.
+        let _ = admin.revoke(granted.grant);
+        error.into()
+    })
 }
 
 /// Memory of a target, read and written by copy.

@@ -3,6 +3,9 @@
 
 mod common;
 
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
 use kvmmem_broker::link::Region;
 
 use crate::common::Host;
@@ -42,4 +45,92 @@ fn what_cannot_be_added_or_removed_is_said() {
         assert_eq!(output.status.code(), Some(code), "{arguments:?}: {text}");
         assert!(text.contains(words), "{arguments:?}: {text}");
     }
+}
+
+/// A QEMU whose firmware is its guest; killed on drop.
+struct Qemu(Child);
+
+impl Drop for Qemu {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn root_needs_no_broker() {
+    if !rustix::process::geteuid().is_root() {
+        return eprintln!("skipped: needs root");
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let (name, qmp) = (format!("alone-{}", std::process::id()), directory.path().join("qmp"));
+    let started = Command::new("qemu-system-x86_64")
+        .args(["-accel", "tcg", "-nodefaults", "-display", "none", "-m", "64", "-name", &name])
+        .args([
+            "-object",
+            "memory-backend-memfd,id=ram0,size=64M,share=on",
+            "-machine",
+            "pc,memory-backend=ram0",
+        ])
+        .arg("-qmp")
+        .arg(format!("unix:{},server=on,wait=off", qmp.display()))
+        .stdin(Stdio::null())
+        .spawn();
+    let qemu = match started {
+        Ok(process) => Qemu(process),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            return eprintln!("skipped: no qemu-system-x86_64: install it (Debian: qemu-system-x86)");
+        }
+        Err(error) => panic!("cannot start QEMU: {error}"),
+    };
+    let left = tempfile::tempdir().unwrap();
+    let run = |target: &str| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_kvmmem"));
+        command.args(["--json", "attach", "--target", target]).stdin(Stdio::null());
+        command.env_remove("RUST_LOG").env("TMPDIR", left.path());
+        let output = command.env("KVMMEM_BROKER", directory.path().join("none")).output().unwrap();
+        let text = |bytes| String::from_utf8(bytes).unwrap();
+        (output.status.code(), text(output.stdout), text(output.stderr))
+    };
+    let ways = [name.clone(), format!("pid:{}", qemu.0.id()), format!("qmp:{}", qmp.display())];
+    // The firmware needs a while to leave the tables that confirm where the RAM is, and QEMU to listen.
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while ways.iter().any(|way| run(way).0 != Some(0)) {
+        assert!(Instant::now() < deadline, "{:?}", ways.each_ref().map(|way| run(way)));
+    }
+    for way in &ways {
+        let (code, stdout, stderr) = run(way);
+        assert_eq!(code, Some(0), "{way}: {stderr}");
+        let attached: serde_json::Value = serde_json::from_str(stdout.lines().next().unwrap()).unwrap();
+        assert_eq!((&attached["event"], &attached["writable"]), (&"attached".into(), &false.into()));
+        assert!(
+            std::path::Path::new("/run/systemd/journal/socket").exists()
+                || stderr.contains("granted") && stderr.contains("label=\"kvmmem attach\""),
+            "{way}: {stderr}"
+        );
+    }
+    let (code, _, stderr) = run("no-such-vm");
+    assert_eq!(code, Some(1));
+    assert!(stderr.contains("targets --discover"), "{stderr}");
+    assert_eq!(std::fs::read_dir(left.path()).unwrap().count(), 0, "something is left");
+}
+
+#[test]
+fn a_broker_that_is_named_is_meant_and_one_that_runs_is_asked() {
+    let host = host();
+    let none = host.path("none");
+    let this = format!("pid:{}", std::process::id());
+    let cases: [(&[&str], &str); 4] = [
+        (&["attach", "--target", "victim", "--broker", none.to_str().unwrap()], "is kvmmemd running"),
+        (&["attach", "--target", "pid:1"], "kvmmem target add --pid 1"),
+        (&["attach", "--target", "qmp:/run/a b"], "kvmmem target add --qmp '/run/a b'"),
+        (&["attach", "--target", "libvirt:web"], "kvmmem target add --libvirt web"),
+    ];
+    for (arguments, words) in cases {
+        let ended = host.run(arguments);
+        assert_eq!(ended.code, Some(1), "{arguments:?}");
+        assert!(ended.stderr.contains(words), "{arguments:?}: {}", ended.stderr);
+    }
+    // The VMM of the target is this process.
+    assert!(host.ask(&["attach", "--target", &this]).contains("read-only"));
 }
