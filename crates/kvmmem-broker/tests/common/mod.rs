@@ -313,6 +313,13 @@ impl Tool {
         ToolHello::default().send(&mut stream).unwrap();
         ToolSession { stream, hello }
     }
+
+    /// Closes the connections that wait to be accepted.
+    pub(crate) fn close_waiting(&self) {
+        self.listener.set_nonblocking(true).unwrap();
+        while self.listener.accept().is_ok() {}
+        self.listener.set_nonblocking(false).unwrap();
+    }
 }
 
 /// A tool's connection to a target.
