@@ -1,5 +1,41 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! A Linux guest read from its memory alone, without symbol files.
+//! A Linux guest read from its memory alone, without symbol files: what its kernel keeps about itself is enough.
+//!
+//! | what | where it comes from | module |
+//! |---|---|---|
+//! | release, page tables, places of the rest | the VMCOREINFO note | [`search`], [`vmcoreinfo`] |
+//! | addresses of functions and variables | kallsyms | [`symbols`] |
+//! | members of structures | BTF | [`btf`] |
+//! | structures, lists, texts | all of these | [`kernel`] |
+//!
+//! ```no_run
+//! use kvmmem_linux::{Kernel, search::Notes};
+//! use kvmmem_memory::DumpFile;
+//!
+//! let dump = DumpFile::open("guest.raw".as_ref())?;
+//! let note = Notes::find(&dump, |_| true)?.fitting.pop().ok_or("no Linux kernel")?;
+//! let kernel = Kernel::of_note(&dump, note)?;
+//! let tasks = kernel.symbol("init_task")? + kernel.offset("task_struct", "tasks")?;
+//! for task in kernel.list_of(tasks, "task_struct", "tasks")? {
+//!     let task = kernel.object("task_struct", task?)?;
+//!     println!("{} {}", task.get("pid")?, String::from_utf8_lossy(task.text("comm")?));
+//! }
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! The guest is not trusted. It can say anything in each structure, and it changes them while they are read: every walk is
+//! limited, no allocation has a size that only the guest has named, and numbers that make no sense are errors. A guest that
+//! lies well shows a kernel of its own invention.
+//!
+//! The library knows no transport: it reads [`kvmmem_memory::Memory`], of a running virtual machine or of a dump file.
 #![deny(unsafe_code)]
 
+pub mod btf;
+pub mod kernel;
+pub mod search;
+pub mod space;
+pub mod symbols;
 pub mod vmcoreinfo;
+
+pub use kernel::{Kernel, KernelError, Object};
+pub use space::{Space, SpaceError};

@@ -23,7 +23,7 @@ const HEADER: usize = 24;
 const MAX_TEXT: u32 = 4096;
 
 /// Where the kernel's image is mapped before it is moved (`__START_KERNEL_map`).
-const KERNEL_MAP: u64 = 0xffff_ffff_8000_0000;
+pub const KERNEL_MAP: u64 = 0xffff_ffff_8000_0000;
 
 /// Where the release is in `struct new_utsname`, and how long its field is.
 const RELEASE_AT: u64 = 2 * UTS_LEN as u64;
@@ -103,7 +103,7 @@ impl Note {
 
     /// The kernel's own address space.
     pub fn address_space(&self) -> Option<AddressSpace> {
-        let swapper = self.symbol("SYMBOL(swapper_pg_dir)")?;
+        let swapper = self.symbol("swapper_pg_dir")?;
         let phys_base: i64 = self.value("NUMBER(phys_base)")?.parse().ok()?;
         let cr3 = swapper.wrapping_sub(KERNEL_MAP).wrapping_add_signed(phys_base);
         // A kernel that cannot have five levels does not say.
@@ -124,8 +124,7 @@ impl Note {
         let release = release.ok_or(NoteError::Missing("OSRELEASE"))?;
         let space = self.address_space();
         let space = space.ok_or(NoteError::Missing("SYMBOL(swapper_pg_dir) and NUMBER(phys_base)"))?;
-        let namespace =
-            self.symbol("SYMBOL(init_uts_ns)").ok_or(NoteError::Missing("SYMBOL(init_uts_ns)"))?;
+        let namespace = self.symbol("init_uts_ns").ok_or(NoteError::Missing("SYMBOL(init_uts_ns)"))?;
         let offset = match self.value("OFFSET(uts_namespace.name)") {
             Some(value) => value.parse().map_err(|_| NoteError::Missing("OFFSET(uts_namespace.name)"))?,
             None => UTS_NAME_AT,
@@ -139,9 +138,27 @@ impl Note {
         }
     }
 
-    /// An address; the kernel writes them without 0x.
-    fn symbol(&self, key: &str) -> Option<u64> {
-        u64::from_str_radix(self.value(key)?, 16).ok()
+    /// The address of a symbol.
+    pub fn symbol(&self, name: &str) -> Option<u64> {
+        self.symbols().find(|(other, _)| *other == name).map(|(_, address)| address)
+    }
+
+    /// All symbols and their addresses. Of a few, which are arrays, the note has the value instead.
+    pub fn symbols(&self) -> impl Iterator<Item = (&str, u64)> {
+        self.text.lines().filter_map(|line| {
+            let (name, value) = line.strip_prefix("SYMBOL(")?.split_once(")=")?;
+            // The kernel writes them without 0x.
+            Some((name, u64::from_str_radix(value, 16).ok()?))
+        })
+    }
+
+    /// What the note says of a structure: `SIZE(name)`, `OFFSET(name.member)`, `LENGTH(name)`; or a `NUMBER(name)`.
+    pub fn number(&self, key: &str) -> Option<i64> {
+        let value = self.value(key)?;
+        match value.strip_prefix("0x") {
+            Some(hex) => u64::from_str_radix(hex, 16).ok().map(u64::cast_signed),
+            None => value.parse().ok(),
+        }
     }
 }
 

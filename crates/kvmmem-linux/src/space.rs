@@ -1,0 +1,190 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! A virtual address space of the guest, the kernel's or a process's, with page tables that are read once.
+//!
+//! Page tables are kept: each is read whole, the first time an address leads through it. The guest changes them while it
+//! runs, so what they do not map is looked up again in memory, and [`Space::forget`] drops them all.
+
+use std::collections::HashMap;
+use std::sync::{Mutex, PoisonError};
+
+use kvmmem_memory::paging::{Absent, AddressSpace, Levels, Permissions, Translation, WalkError};
+use kvmmem_memory::{Memory, MemoryError, PAGE_SIZE, VectoredError};
+
+/// Why an address of the guest could not be read.
+pub type SpaceError = WalkError<MemoryError>;
+
+/// The most page tables that are kept, 4 KiB each.
+const MAX_TABLES: usize = 256;
+
+/// Bytes of an entry of a page table.
+const ENTRY: usize = 8;
+
+/// Neighbours in both spaces.
+#[derive(Clone, Copy, Default)]
+struct Run {
+    gva: u64,
+    gpa: u64,
+    len: usize,
+}
+
+/// A virtual address space of the guest. Many threads may use one.
+pub struct Space<'m> {
+    memory: &'m dyn Memory,
+    root: AddressSpace,
+    encryption: u64,
+    tables: Mutex<HashMap<u64, Box<[u8; PAGE_SIZE]>>>,
+}
+
+impl<'m> Space<'m> {
+    /// The space whose outermost table `root` names. `encryption` has the bits of an entry that mark a page as encrypted
+    /// (AMD SME's C bit), and that are no part of its address.
+    pub fn new(memory: &'m dyn Memory, root: AddressSpace, encryption: u64) -> Self {
+        Self { memory, root, encryption, tables: Mutex::default() }
+    }
+
+    /// Another space of the same guest.
+    pub fn with_root(&self, cr3: u64) -> Self {
+        Self::new(self.memory, AddressSpace { cr3, levels: self.root.levels }, self.encryption)
+    }
+
+    /// The outermost table, as CR3 has it, and how deep the tables are.
+    pub fn root(&self) -> AddressSpace {
+        self.root
+    }
+
+    /// How deep the tables are.
+    pub fn levels(&self) -> Levels {
+        self.root.levels
+    }
+
+    /// The guest-physical memory in which the space lies.
+    pub fn memory(&self) -> &'m dyn Memory {
+        self.memory
+    }
+
+    /// Drops all tables that were read: the next look-up reads them again.
+    pub fn forget(&self) {
+        self.tables.lock().unwrap_or_else(PoisonError::into_inner).clear();
+    }
+
+    /// Where `gva` leads. Pages that are in memory and may not be accessed (PROT_NONE, NUMA balancing) lead somewhere as
+    /// well, with no permissions.
+    ///
+    /// # Errors
+    /// [`SpaceError`].
+    pub fn translate(&self, gva: u64) -> Result<Translation, SpaceError> {
+        match self.walk(gva, |gpa, entry| self.read_kept(gpa, entry)) {
+            Ok(translation) => Ok(translation),
+            Err(error @ WalkError::NotCanonical { .. }) => Err(error),
+            // The guest may have mapped it since its tables were read.
+            Err(_) => {
+                let translation = self.walk(gva, |gpa, entry| self.memory.read_at(gpa, entry))?;
+                self.forget();
+                Ok(translation)
+            }
+        }
+    }
+
+    /// Fills `buf` from `gva` on.
+    ///
+    /// # Errors
+    /// [`SpaceError`], with the first address that cannot be read. Some of `buf` may have been filled then.
+    pub fn read(&self, gva: u64, buf: &mut [u8]) -> Result<(), SpaceError> {
+        let mut runs: Vec<Run> = Vec::new();
+        let (mut done, mut end) = (0, Ok(()));
+        while done < buf.len() {
+            let found = match gva.checked_add(done as u64) {
+                Some(at) => self.translate(at).map(|found| (at, found)),
+                None => Err(WalkError::End { gva, len: buf.len() }),
+            };
+            let (at, Translation { gpa, page_size, .. }) = match found {
+                Ok(found) => found,
+                Err(error) => {
+                    end = Err(error);
+                    break;
+                }
+            };
+            let in_page = usize::try_from(page_size - gpa % page_size).unwrap_or(usize::MAX);
+            let len = in_page.min(buf.len() - done);
+            match runs.last_mut() {
+                Some(run) if run.gpa.checked_add(run.len as u64) == Some(gpa) => run.len += len,
+                _ => runs.push(Run { gva: at, gpa, len }),
+            }
+            done += len;
+        }
+        self.fill(buf, &runs)?;
+        end
+    }
+
+    fn fill(&self, buf: &mut [u8], runs: &[Run]) -> Result<(), SpaceError> {
+        let (mut pieces, mut rest) = (Vec::with_capacity(runs.len()), buf);
+        for Run { gpa, len, .. } in runs {
+            let (piece, later) = rest.split_at_mut(rest.len().min(*len));
+            pieces.push((*gpa, piece));
+            rest = later;
+        }
+        let result = match &mut pieces[..] {
+            [(gpa, bytes)] => {
+                self.memory.read_at(*gpa, bytes).map_err(|source| VectoredError { piece: 0, source })
+            }
+            pieces => self.memory.read_vectored(pieces),
+        };
+        result.map_err(|VectoredError { piece, source }| {
+            let Run { gva, gpa, .. } = runs.get(piece).copied().unwrap_or_default();
+            WalkError::Page { gva, gpa, source }
+        })
+    }
+
+    fn walk(
+        &self,
+        gva: u64,
+        read: impl Fn(u64, &mut [u8]) -> Result<(), MemoryError>,
+    ) -> Result<Translation, SpaceError> {
+        let walk = self.root.walk(gva, |gpa, entry| {
+            read(gpa, entry)?;
+            for (byte, mask) in entry.iter_mut().zip(self.encryption.to_le_bytes()) {
+                *byte &= !mask;
+            }
+            Ok(())
+        });
+        match walk.end {
+            Err(WalkError::NotPresent { gva, entry }) => match entry.absent(gva) {
+                Some(Absent::ProtNone { gpa }) => Ok(Translation {
+                    gpa,
+                    page_size: 1 << (12 + 9 * u32::from(entry.level - 1)),
+                    permissions: Permissions { is_writable: false, is_user: false, is_executable: false },
+                }),
+                _ => Err(WalkError::NotPresent { gva, entry }),
+            },
+            end => end,
+        }
+    }
+
+    /// Reads an entry from the tables that are kept.
+    fn read_kept(&self, gpa: u64, entry: &mut [u8]) -> Result<(), MemoryError> {
+        let offset = usize::try_from(gpa).unwrap_or(0) % PAGE_SIZE;
+        let table = gpa - offset as u64;
+        let mut tables = self.tables.lock().unwrap_or_else(PoisonError::into_inner);
+        if !tables.contains_key(&table) {
+            let mut bytes = Box::new([0; PAGE_SIZE]);
+            self.memory.read_at(table, &mut bytes[..])?;
+            if tables.len() >= MAX_TABLES {
+                tables.clear();
+            }
+            tables.insert(table, bytes);
+        }
+        let words = tables.get(&table).and_then(|table| table.get(offset..offset + ENTRY));
+        if let Some(word) = words
+            && word.len() == entry.len()
+        {
+            entry.copy_from_slice(word);
+        }
+        Ok(())
+    }
+}
+
+impl std::fmt::Debug for Space<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Space").field("root", &self.root).finish_non_exhaustive()
+    }
+}
