@@ -6,7 +6,7 @@
 use kvmmem_broker::copies::message::{BUFFER, CopyAnswer, CopyRequest, SLOT};
 use kvmmem_broker::endpoint::Endpoint;
 use kvmmem_broker::map::{MemoryMap, Region};
-use kvmmem_broker::scope::{MAX_SPANS, Scope};
+use kvmmem_broker::scope::{MAX_SPANS, Rights, Scope, Span};
 use kvmmem_broker::wire::{Answer, Call, FromBroker, MAX_PACKET, Request};
 use libfuzzer_sys::fuzz_target;
 use serde_json::{from_slice, to_vec};
@@ -35,6 +35,7 @@ fuzz_target!(|bytes: &[u8]| {
         match request.call {
             Call::Register(registration) => check_map(registration.regions),
             Call::RamChanged { regions, .. } => check_map(regions),
+            Call::Attach { reaching, .. } => check_reaching(&reaching),
             Call::Grant(asked) => check_scope(&Scope { rights: asked.rights, spans: asked.spans }),
             _ => {}
         }
@@ -59,6 +60,20 @@ fn check_map(regions: Vec<Region>) {
         assert_eq!(map.region_of(region.gpa + region.len - 1), Some(region));
     }
     assert_eq!(map.resolve(map.end_gfn() * 4096), None);
+}
+
+fn check_reaching(spans: &[Span]) {
+    let region = |gpa: u64, len: u64| Region { gpa, len, offset: gpa, file: 0 };
+    let map = MemoryMap::new(vec![region(0, 0x8000), region(0x10_0000, 1 << 32)]).expect("our own map");
+    if Scope::whole(Rights::ReadOnly).check_reaches(spans, &map).is_ok() {
+        assert!(spans.len() <= MAX_SPANS);
+        for span in spans {
+            let is_in = |region: &Region| {
+                span.gpa.max(region.gpa) < (span.gpa + span.len).min(region.gpa + region.len)
+            };
+            assert!(map.regions().iter().any(is_in));
+        }
+    }
 }
 
 fn check_scope(scope: &Scope) {

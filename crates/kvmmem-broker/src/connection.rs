@@ -15,6 +15,7 @@ use crate::peer::Peer;
 use crate::ram::Ram;
 use crate::registry::{RegisterError, Vm};
 use crate::role::Role;
+use crate::scope::Span;
 use crate::wire::{Answer, Call, Caller, FromBroker, Refusal, Registration, Request};
 
 /// How long a wrong token, or a call that makes no sense, delays the next request of that connection: a guest that
@@ -109,8 +110,8 @@ impl Connection<'_> {
         let answer = match call {
             Call::Register(registration) => self.register(registration, files)?,
             Call::Redeem { token } => broker.redeem(now, vm, &token)?,
-            Call::Attach { token, caller, read_only } => {
-                return self.attach(&token, caller, read_only).map(Some);
+            Call::Attach { token, caller, read_only, reaching } => {
+                return self.attach(&token, (caller, read_only, &reaching)).map(Some);
             }
             Call::OpenCopies { view } => return broker.open_copies(peer, view, files).map(Some),
             Call::Used { token } => return broker.used(now, vm, &token).map(|()| None),
@@ -158,9 +159,9 @@ impl Connection<'_> {
         }
     }
 
-    fn attach(&mut self, token: &Token, caller: Caller, read_only: bool) -> Result<Outcome, Refused> {
+    fn attach(&mut self, token: &Token, view: (Caller, bool, &[Span])) -> Result<Outcome, Refused> {
         let vm = self.vm.as_deref();
-        let outcome = self.broker.attach(self.broker.now(), self.peer, vm, token, (caller, read_only))?;
+        let outcome = self.broker.attach(self.broker.now(), self.peer, vm, token, view)?;
         if vm.is_none() {
             self.has_views = true;
             // For months, like a VM.

@@ -165,12 +165,12 @@ impl Grants {
         Ok(id)
     }
 
-    /// The target of a token that this user may use now.
+    /// The target of a token that this user may use now, and what the token allows. No use is taken.
     ///
     /// # Errors
     /// [`UseError`].
-    pub fn target(&mut self, now: Instant, token: &Token, by: User) -> Result<u64, UseError> {
-        self.usable(now, token, by).map(|(_, grant)| grant.terms.target)
+    pub fn target(&mut self, now: Instant, token: &Token, by: User) -> Result<(u64, Scope), UseError> {
+        self.usable(now, token, by).map(|(_, grant)| (grant.terms.target, grant.terms.scope.clone()))
     }
 
     /// Uses a token for one page.

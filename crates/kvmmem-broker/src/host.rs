@@ -23,7 +23,7 @@ use uuid::Uuid;
 
 use crate::map::{MapError, MemoryMap, Region};
 use crate::packet::{PacketBuffer, PacketError, PacketSocket, Wait};
-use crate::scope::{Rights, Scope};
+use crate::scope::{MAX_SPANS, Rights, Scope, Span};
 use crate::wire::{Answer, Call, Caller, FromBroker, Refusal, Request, ViewCounters};
 use channel::Channel;
 use copier::{CHANNELS, Ended};
@@ -146,6 +146,20 @@ impl HostLink {
     /// # Errors
     /// Where the broker cannot be reached, or the token is not good.
     pub fn attach(socket: &Path, token: &Token, read_only: bool) -> Result<(Self, HostView), HostError> {
+        Self::attach_reaching(socket, token, read_only, &[])
+    }
+
+    /// As [`HostLink::attach`]; the token is not used where the view would have no memory at one of the first
+    /// [`MAX_SPANS`] of `reaching`. A broker that is older than this check opens the view.
+    ///
+    /// # Errors
+    /// As [`HostLink::attach`], and [`Refusal::Invalid`] with the span and where there is memory.
+    pub fn attach_reaching(
+        socket: &Path,
+        token: &Token,
+        read_only: bool,
+        reaching: &[Span],
+    ) -> Result<(Self, HostView), HostError> {
         let connect = || {
             let socket = PacketSocket::connect(socket, LIMIT)?;
             socket.limit_receive(Some(LIMIT))?;
@@ -153,7 +167,9 @@ impl HostLink {
         };
         let socket = connect().map_err(|source| HostError::Connect { path: socket.to_owned(), source })?;
         // Of the caller the broker takes the name; process and user it has from the socket.
-        let call = Call::Attach { token: token.clone(), caller: Caller::this_process(), read_only };
+        let caller = Caller::this_process();
+        let reaching = reaching.iter().take(MAX_SPANS).copied().collect();
+        let call = Call::Attach { token: token.clone(), caller, read_only, reaching };
         let sent = socket.send(&Request { id: 1, call }, &[], Wait::Limited);
         let mut buffer = PacketBuffer::default();
         // What happens to the target and the grant while the answer is on its way.

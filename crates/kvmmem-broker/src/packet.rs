@@ -19,7 +19,11 @@ use serde::de::DeserializeOwned;
 use zeroize::{Zeroize, Zeroizing};
 
 use crate::map::MAX_FILES;
+use crate::scope::MAX_SPANS;
 use crate::wire::MAX_PACKET;
+
+/// Room for each packet that holds a token, bytes.
+const TOKEN_PACKET: usize = 512 + MAX_SPANS * 64;
 
 /// Why a packet did not get through.
 #[derive(Debug, thiserror::Error)]
@@ -125,8 +129,9 @@ impl PacketSocket {
         fds: &[BorrowedFd<'_>],
         wait: Wait,
     ) -> Result<(), PacketError> {
-        // A message with a token fits in at once, so that no copy of it stays behind in a smaller buffer.
-        let mut bytes = Zeroizing::new(Vec::with_capacity(512));
+        // A message with a token fits in at once, so that no copy of it stays behind in a smaller buffer. The longest is
+        // an attach with all the spans that it may name.
+        let mut bytes = Zeroizing::new(Vec::with_capacity(TOKEN_PACKET));
         serde_json::to_writer(&mut *bytes, message).map_err(PacketError::Encode)?;
         if bytes.len() > MAX_PACKET {
             return Err(PacketError::TooLong);
@@ -205,5 +210,22 @@ impl PacketSocket {
 impl AsFd for PacketSocket {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::scope::Span;
+    use crate::wire::{Call, Caller, Request};
+    use kvmmem_kvmi::token::Token;
+
+    #[test]
+    fn the_longest_attach_is_written_without_a_second_buffer() {
+        let caller = Caller { pid: u32::MAX, uid: u32::MAX, comm: "\u{1}".repeat(16) };
+        let reaching = vec![Span { gpa: u64::MAX, len: u64::MAX }; MAX_SPANS];
+        let call = Call::Attach { token: Token::new([0; 4]), caller, read_only: false, reaching };
+        let text = serde_json::to_vec(&Request { id: u64::MAX, call }).unwrap();
+        assert!(text.len() <= TOKEN_PACKET, "{}", text.len());
     }
 }

@@ -84,7 +84,7 @@ pub enum ScopeError {
     )]
     Order(Span),
     /// A span holds none of the target's RAM.
-    #[error("range {span} holds none of the target's RAM, which is at {ram}")]
+    #[error("range {span} holds none of the target's RAM, which is {ram}")]
     NoRam {
         /// The span.
         span: Span,
@@ -96,6 +96,17 @@ pub enum ScopeError {
         "the ranges cut the target's RAM into {0} pieces, at most {MAX_SPANS} are taken; grant fewer ranges at a time"
     )]
     Pieces(usize),
+    /// More than [`MAX_SPANS`] spans are to be reached.
+    #[error("{0} ranges are to be reached, at most {MAX_SPANS} are checked; name fewer")]
+    TooManyToReach(usize),
+    /// A span that is to be reached holds no memory that the scope allows.
+    #[error("range {span} holds no memory that the token opens, which is {ram}; the token was not used")]
+    NotReached {
+        /// The span.
+        span: Span,
+        /// Where there is memory.
+        ram: String,
+    },
 }
 
 impl Scope {
@@ -134,12 +145,28 @@ impl Scope {
             }
             end = span_end;
             if !map.regions().iter().any(|region| common(*span, region).is_some()) {
-                return Err(ScopeError::NoRam { span: *span, ram: places(map) });
+                return Err(ScopeError::NoRam { span: *span, ram: places(map.regions()) });
             }
         }
         match self.regions(map).len() {
             pieces if pieces > MAX_SPANS => Err(ScopeError::Pieces(pieces)),
             _ => Ok(()),
+        }
+    }
+
+    /// Checks that each of `spans`, which are in any order, holds some of the target's memory that the scope reaches.
+    ///
+    /// # Errors
+    /// [`ScopeError::NotReached`] names the span, [`ScopeError::TooManyToReach`].
+    pub fn check_reaches(&self, spans: &[Span], map: &MemoryMap) -> Result<(), ScopeError> {
+        if spans.len() > MAX_SPANS {
+            return Err(ScopeError::TooManyToReach(spans.len()));
+        }
+        let regions = self.regions(map);
+        let is_reached = |span: &Span| regions.iter().any(|region| common(*span, region).is_some());
+        match spans.iter().find(|span| !is_reached(span)) {
+            Some(span) => Err(ScopeError::NotReached { span: *span, ram: places(&regions) }),
+            None => Ok(()),
         }
     }
 
@@ -169,16 +196,18 @@ fn common(span: Span, region: &Region) -> Option<Region> {
     Some(Region { gpa: start, len, offset: region.offset + (start - region.gpa), ..*region })
 }
 
-/// Where a target's RAM is, in words.
-fn places(map: &MemoryMap) -> String {
+/// Where memory is, in words.
+fn places(regions: &[Region]) -> String {
     const SHOWN: usize = 4;
-    let regions = map.regions();
+    if regions.is_empty() {
+        return "nowhere".to_owned();
+    }
     let mut words: Vec<String> =
         regions.iter().take(SHOWN).map(|r| Span { gpa: r.gpa, len: r.len }.to_string()).collect();
     if regions.len() > SHOWN {
         words.push(format!("{} more", regions.len() - SHOWN));
     }
-    words.join(", ")
+    format!("at {}", words.join(", "))
 }
 
 const _: () = assert!(MAX_REGIONS <= MAX_SPANS);
@@ -222,6 +251,31 @@ mod tests {
         assert_eq!(rights(Rights::ReadWrite, Rights::ReadOnly), Rights::ReadOnly);
         assert_eq!(rights(Rights::ReadOnly, Rights::ReadWrite), Rights::ReadOnly);
         assert_eq!(rights(Rights::ReadWrite, Rights::ReadWrite), Rights::ReadWrite);
+    }
+
+    #[test]
+    fn what_is_to_be_reached_is_checked_against_scope_and_memory() {
+        let span = |gpa, len| Span { gpa, len };
+        let scope = scope(&[(0x1000, 0x1000), (0x10_0000, 0x1000)]);
+        let reaches = |spans: &[Span]| scope.check_reaches(spans, &map()).map_err(|error| error.to_string());
+        assert_eq!(reaches(&[]), Ok(()));
+        assert_eq!(reaches(&[span(0x8000, 0x10_0000), span(0, u64::MAX), span(0x1fff, 1)]), Ok(()));
+        let refused = |gpa, len, range: &str| {
+            let words =
+                "holds no memory that the token opens, which is at 0x1000..0x2000, 0x100000..0x101000";
+            let error = format!("range {range} {words}; the token was not used");
+            assert_eq!(reaches(&[span(0x1000, 1), span(gpa, len)]), Err(error));
+        };
+        refused(0, 0x1000, "0x0..0x1000");
+        refused(0x2000, 0x1000, "0x2000..0x3000");
+        refused(0x1000, 0, "0x1000..0x1000");
+        refused(0x1000, u64::MAX, "0x1000 (length 0xffffffffffffffff)");
+        let most = vec![span(0x1000, 1); MAX_SPANS];
+        assert_eq!(reaches(&most), Ok(()));
+        assert!(reaches(&[&most[..], &most[..1]].concat()).unwrap_err().contains("65 ranges"));
+        let elsewhere = Scope { spans: Some(vec![span(0x8000, 0x1000)]), ..scope };
+        let error = elsewhere.check_reaches(&most, &map()).unwrap_err().to_string();
+        assert!(error.contains("which is nowhere"), "{error}");
     }
 
     #[test]
@@ -289,6 +343,7 @@ mod tests {
             let _ = scope.check(&map());
             let _ = scope.contains(gpa);
             let _ = scope.regions(&map());
+            let _ = scope.check_reaches(scope.spans.as_deref().unwrap_or_default(), &map());
         }
     }
 }

@@ -11,9 +11,9 @@ use crate::broker::{Broker, Refused};
 use crate::grants::{Opened, UseError, User};
 use crate::name::is_unprintable;
 use crate::peer::Peer;
-use crate::ram::SHARE_IT;
+use crate::ram::{Ram, SHARE_IT};
 use crate::registry::Vm;
-use crate::scope::Rights;
+use crate::scope::{Rights, Span};
 use crate::tokens::{busy, introspector, refuse_use, user};
 use crate::wire::{Answer, Caller, Refusal, ViewCounters};
 
@@ -28,14 +28,15 @@ impl Broker {
     /// files as well.
     ///
     /// # Errors
-    /// Where the connection's VM is no introspector, or the token is not good.
+    /// Where the connection's VM is no introspector, the token is not good, or a view by it would have no memory at one of
+    /// the spans that are to be reached.
     pub(crate) fn attach(
         &self,
         now: Instant,
         peer: &Peer,
         vm: Option<&Vm>,
         token: &Token,
-        (caller, read_only): (Caller, bool),
+        (caller, read_only, reaching): (Caller, bool, &[Span]),
     ) -> Result<(Answer, Vec<OwnedFd>), Refused> {
         let by = match vm {
             Some(_) => Some(introspector(vm)?),
@@ -46,6 +47,7 @@ impl Broker {
         if by.is_some() {
             self.refuse_private(now, token, user(peer, by))?;
         }
+        self.check_reaches(now, token, user(peer, by), reaching)?;
         let attached = self.grants().attach(now, token, user(peer, by), (name, caller.clone()), read_only);
         let (view, opened) = attached.map_err(refuse_use)?;
         let shown = self.show(peer, by, view, &opened);
@@ -62,7 +64,7 @@ impl Broker {
     /// # Errors
     /// [`Refusal::Unsupported`] with the remedy, or where the token is not good.
     pub(crate) fn refuse_private(&self, now: Instant, token: &Token, by: User) -> Result<(), Refused> {
-        let target = self.grants().target(now, token, by).map_err(refuse_use)?;
+        let (target, _) = self.grants().target(now, token, by).map_err(refuse_use)?;
         let vm = self.registry().get(target);
         match vm.as_ref().and_then(|vm| Some((vm, vm.ram()?))) {
             Some((vm, ram)) if ram.is_private() => {
@@ -73,6 +75,29 @@ impl Broker {
             }
             _ => Ok(()),
         }
+    }
+
+    /// Refuses a token by which a view would not reach one of `spans`, and leaves the token its uses.
+    ///
+    /// # Errors
+    /// [`Refusal::Invalid`] with the span, or where the token is not good.
+    pub(crate) fn check_reaches(
+        &self,
+        now: Instant,
+        token: &Token,
+        by: User,
+        spans: &[Span],
+    ) -> Result<(), Refused> {
+        if spans.is_empty() {
+            return Ok(());
+        }
+        let (target, scope) = self.grants().target(now, token, by).map_err(refuse_use)?;
+        // The map may change before the token is used, as it may after.
+        let vm = self.registry().get(target);
+        let layout = vm.as_ref().and_then(|vm| vm.ram()).map(Ram::layout);
+        let layout = layout.ok_or_else(|| refuse_use(UseError::Unknown))?;
+        let reached = scope.check_reaches(spans, &layout.map);
+        reached.map_err(|error| Refused::from_error(Refusal::Invalid, &error))
     }
 
     /// What the one who has opened a view is told and given.

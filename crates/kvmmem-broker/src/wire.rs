@@ -21,6 +21,7 @@ use serde::{Deserialize, Serialize};
 use crate::discover::attach::Which;
 use crate::endpoint::Endpoint;
 pub use crate::map::Region;
+use crate::scope::Span;
 pub use answer::{Answer, FromBroker, Refusal};
 pub use grant::{
     Caller, Cursor, GrantInfo, GrantRequest, GrantState, KvmiPolicy, Origin, Revoked, ViewCounters, ViewInfo,
@@ -66,6 +67,11 @@ pub enum Call {
         caller: Caller,
         /// Whether to open the view read-only, whatever the grant allows.
         read_only: bool,
+        /// Addresses that the process wants to reach, at most [`MAX_SPANS`](crate::scope::MAX_SPANS), in any order. Where the
+        /// view would have no memory at one of them the call is refused and takes no use of the token. A broker that does
+        /// not know this field ignores it.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        reaching: Vec<Span>,
     },
     /// Opens a channel for copies from a view of this connection's, where the target's RAM is private. A memfd comes with it,
     /// which the channel's bytes go through; what then travels is in [`crate::copies::message`]. Answer:
@@ -219,6 +225,30 @@ mod tests {
         assert_eq!(text, format!("{{\"id\":1,\"call\":{{\"redeem\":{{\"token\":\"{digits}\"}}}}}}"));
         let read: Request = serde_json::from_str(&text.replace('f', "F")).unwrap();
         assert!(matches!(read.call, Call::Redeem { token: read } if read == token));
+    }
+
+    #[test]
+    fn an_attach_may_leave_out_what_it_wants_to_reach() {
+        let token = Token::from_bytes(&[0x11; 32]);
+        let caller = Caller { pid: 1, uid: 2, comm: "tool".into() };
+        let attach = |reaching| {
+            let (token, caller) = (token.clone(), caller.clone());
+            Request { id: 1, call: Call::Attach { token, caller, read_only: true, reaching } }
+        };
+        let text = serde_json::to_string(&attach(Vec::new())).unwrap();
+        let digits = "11".repeat(32);
+        let caller = r#""caller":{"pid":1,"uid":2,"comm":"tool"}"#;
+        assert_eq!(
+            text,
+            format!(r#"{{"id":1,"call":{{"attach":{{"token":"{digits}",{caller},"read_only":true}}}}}}"#)
+        );
+        let span = Span { gpa: 0x1000, len: 0x2000 };
+        let with = serde_json::to_string(&attach(vec![span])).unwrap();
+        assert_eq!(with, text.replace("true}", r#"true,"reaching":[{"gpa":4096,"len":8192}]}"#));
+        for (text, spans) in [(text, vec![]), (with, vec![span])] {
+            let read: Request = serde_json::from_str(&text).unwrap();
+            assert!(matches!(read.call, Call::Attach { reaching, .. } if reaching == spans));
+        }
     }
 
     #[test]

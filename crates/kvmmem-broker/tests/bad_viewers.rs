@@ -74,7 +74,7 @@ impl Peer {
 }
 
 fn attach(token: &Token) -> Call {
-    Call::Attach { token: token.clone(), caller: caller(), read_only: true }
+    Call::Attach { token: token.clone(), caller: caller(), read_only: true, reaching: vec![] }
 }
 
 const COUNTERS: ViewCounters = ViewCounters { seeks: u64::MAX, refused_writes: u64::MAX };

@@ -70,6 +70,30 @@ fn a_token_that_is_not_a_process_s_is_refused() {
 }
 
 #[test]
+fn a_view_that_would_not_reach_what_the_process_wants_uses_no_token() {
+    let broker = TestBroker::start();
+    let _tiger = broker.target("tiger");
+    let spans = Some(vec![Span { gpa: 0x10_1000, len: 0x10_0000 }]);
+    let granted = broker.grant(&GrantRequest { spans, ..request(Rights::ReadOnly) });
+    let attach = |reaching: &[Span]| HostLink::attach_reaching(&broker.path, &granted.token, true, reaching);
+    let (wanted, missed) = (Span { gpa: 0x10_1800, len: 1 }, Span { gpa: 0x10_0000, len: 0x1000 });
+    for reaching in [vec![missed], vec![wanted, missed], vec![missed; 100]] {
+        let error = attach(&reaching).map(drop).unwrap_err();
+        assert!(matches!(error, HostError::Refused { refusal: Refusal::Invalid, .. }), "{error:?}");
+        let words =
+            "range 0x100000..0x101000 holds no memory that the token opens, which is at 0x101000..0x102000";
+        assert!(error.to_string().contains(words), "{error}");
+    }
+    let listed = &broker.grants()[0];
+    assert_eq!((listed.uses_left, listed.views.len()), (1, 0));
+    // What is after the first 64 is the process's to find out.
+    let mut reaching = vec![wanted; 64];
+    reaching.push(missed);
+    attach(&reaching).unwrap();
+    assert_eq!(broker.grants()[0].uses_left, 0);
+}
+
+#[test]
 fn a_revoked_process_is_waited_for_until_it_confirms() {
     let broker = TestBroker::start();
     let _tiger = broker.target("tiger");

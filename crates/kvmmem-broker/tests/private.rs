@@ -272,7 +272,7 @@ impl Hand {
         socket.limit_receive(Some(SOON)).unwrap();
         let mut hand = Self { socket, buffer: PacketBuffer::default(), view: 0 };
         let nobody = Caller { pid: 0, uid: 0, comm: String::new() };
-        let call = Call::Attach { token: token.clone(), caller: nobody, read_only: false };
+        let call = Call::Attach { token: token.clone(), caller: nobody, read_only: false, reaching: vec![] };
         match hand.ask(call, &[]) {
             FromBroker::Answer { answer: Answer::HostAttached { view, copied: true, .. }, .. } => {
                 hand.view = view;

@@ -83,7 +83,7 @@ impl Arguments {
     pub(crate) fn run(&self, output: &mut Output) -> Result<ExitCode> {
         let is_read_only = self.read_only || self.source.is_by_name();
         let access = if is_read_only { Access::ReadOnly } else { Access::Granted };
-        let view = self.source.attach(access, "attach")?;
+        let view = self.source.attach(access, "attach", &[])?;
         let interrupt = Interrupt::catch()?;
         tell(Told::Attached(view.status()?.into()), output)?;
         if self.hold {

@@ -98,7 +98,7 @@ impl Arguments {
         if matches!(sink, Sink::Stream { .. }) {
             output.use_stderr();
         }
-        let view = self.source.attach(Access::ReadOnly, "dump")?;
+        let view = self.source.attach(Access::ReadOnly, "dump", &wanted)?;
         let interrupt = Interrupt::catch()?;
         // In this order: a reset in between makes the dump stale.
         let status = view.status()?;

@@ -12,6 +12,7 @@ use crate::failure::usage;
 use crate::hexdump::Hexdump;
 use crate::number::{Hex, HexBytes, hex, parse, parse_hex, parse_length};
 use crate::output::Output;
+use crate::range::pages;
 use crate::source::{Memory, Source};
 use crate::translate::{Depth, Tables};
 
@@ -90,7 +91,9 @@ impl Read {
                 self.len, self.address
             )));
         }
-        let mut memory = self.source.memory(Access::ReadOnly, "read")?;
+        // Where a guest-virtual address leads is not known yet.
+        let wanted = if self.gva { Vec::new() } else { vec![pages(self.address, self.len)] };
+        let mut memory = self.source.memory(Access::ReadOnly, "read", &wanted)?;
         let tables = self.cr3.map(|cr3| Tables::new(cr3, self.levels, &[self.address], &mut memory));
         let mut dump = Hexdump::default();
         let mut buffer = vec![0; usize::try_from(self.len.min(CHUNK))?];
@@ -158,7 +161,8 @@ fn read(
 impl Write {
     pub(crate) fn run(&self, output: &mut Output) -> Result<ExitCode> {
         let bytes = &self.bytes.0;
-        self.source.memory(Access::Granted, "write")?.write(self.gpa, bytes)?;
+        let wanted = [pages(self.gpa, bytes.len() as u64)];
+        self.source.memory(Access::Granted, "write", &wanted)?.write(self.gpa, bytes)?;
         if output.is_json() {
             output.object(&Written { gpa: Hex(self.gpa), bytes: bytes.len() })?;
         } else {

@@ -18,6 +18,12 @@ pub(crate) const GPA_END: u64 = 1 << 52;
 
 const PAGE: u64 = PAGE_SIZE as u64;
 
+/// The pages of `len` bytes from an address on, which do not pass the end of the address space.
+pub(crate) fn pages(gpa: u64, len: u64) -> GpaRange {
+    let end = gpa.saturating_add(len);
+    gpa / PAGE * PAGE..end.checked_next_multiple_of(PAGE).unwrap_or(end)
+}
+
 /// Reads `START..END`, for example `0x100000..0x200000` or `1M..2M`. Without START it begins at 0, without END it is all
 /// that follows.
 pub(crate) fn parse_range(text: &str) -> Result<GpaRange, String> {

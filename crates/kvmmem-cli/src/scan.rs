@@ -79,7 +79,7 @@ impl Arguments {
             Some(threads) => threads.into(),
             None => std::thread::available_parallelism().context("cannot count the CPUs")?.get(),
         };
-        let view = self.source.attach(Access::ReadOnly, "scan")?;
+        let view = self.source.attach(Access::ReadOnly, "scan", &wanted)?;
         let parts = select(&wanted, &ranges(&view)?)?;
         let map = |part: &GpaRange| view.map(Range { gpa: part.start, len: part.end - part.start });
         let mappings: Option<Vec<Mapping>> = match parts.iter().map(map).collect::<Result<_, _>>() {

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
-use kvmmem::view::{Access, View, ViewError};
+use kvmmem::view::{Access, Range, View, ViewError};
 use kvmmem::{PAGE_SIZE, Session, SessionError, Token};
 use kvmmem_broker::admin::{Admin, GrantRequest, Rights};
 use kvmmem_broker::host::CopyError;
@@ -66,10 +66,12 @@ pub(crate) struct Source {
 }
 
 impl Source {
-    /// Attaches a view for a verb. The token is used up.
-    pub(crate) fn attach(&self, access: Access, verb: &str) -> Result<View> {
+    /// Attaches a view for a verb that needs memory in each of `wanted`. The token is used up; on the host it is not where
+    /// there is no memory in one of them.
+    pub(crate) fn attach(&self, access: Access, verb: &str, wanted: &[GpaRange]) -> Result<View> {
+        let wanted: Vec<Range> = wanted.iter().map(from_range).collect();
         if let Some(target) = &self.target {
-            return self.attach_by_name(target, access, verb);
+            return self.attach_by_name(target, access, verb, &wanted);
         }
         let token = match self.token()? {
             Some(token) => token,
@@ -82,19 +84,26 @@ impl Source {
         };
         Ok(match (&self.device, &self.broker) {
             (Some(device), _) => View::attach_device(device, &token, access)?,
-            (None, Some(broker)) => View::attach_host(broker, &token, access)?,
-            (None, None) => View::attach(&token, access)?,
+            (None, Some(broker)) => View::attach_host_reaching(broker, &token, access, &wanted)?,
+            (None, None) => View::attach_reaching(&token, access, &wanted)?,
         })
     }
 
     /// Attaches a view of a target of this host's broker, or, where no broker runs, of any virtual machine.
-    fn attach_by_name(&self, target: &TargetName, access: Access, verb: &str) -> Result<View> {
+    fn attach_by_name(
+        &self,
+        target: &TargetName,
+        access: Access,
+        verb: &str,
+        wanted: &[Range],
+    ) -> Result<View> {
         let socket = self.broker.clone().unwrap_or_else(default_socket);
         let mut admin = match Admin::connect(&socket) {
             // A broker that is named is the one that is meant.
             Err(error) if self.broker.is_none() && is_absent(&error) => {
                 let mut own = Embedded::start(&socket, target)?;
-                return grant_and_attach(&mut own.admin, &own.socket, &own.target.to_string(), access, verb);
+                let name = own.target.to_string();
+                return grant_and_attach(&mut own.admin, &own.socket, &name, access, verb, wanted);
             }
             admin => admin.context(NO_BROKER)?,
         };
@@ -115,7 +124,7 @@ impl Source {
                 quote(name)
             ),
         };
-        grant_and_attach(&mut admin, &socket, &name, access, verb)
+        grant_and_attach(&mut admin, &socket, &name, access, verb, wanted)
     }
 
     /// Whether the target is named, so that this command makes its own grant.
@@ -123,8 +132,8 @@ impl Source {
         self.target.is_some()
     }
 
-    /// Memory for a few accesses: over KVMI unless something of a view is given.
-    pub(crate) fn memory(&self, access: Access, verb: &str) -> Result<Memory> {
+    /// Memory for a few accesses, some of them in each of `wanted`: over KVMI unless something of a view is given.
+    pub(crate) fn memory(&self, access: Access, verb: &str, wanted: &[GpaRange]) -> Result<Memory> {
         let wants_view = self.target.is_some()
             || self.token.is_some()
             || self.token_file.is_some()
@@ -132,7 +141,7 @@ impl Source {
             || self.broker.is_some()
             || !self.connect.is_given() && std::env::var_os(TOKEN_VARIABLE).is_some();
         Ok(if wants_view {
-            Memory::View(self.attach(access, verb)?)
+            Memory::View(self.attach(access, verb, wanted)?)
         } else if !self.connect.is_possible() {
             bail!(NO_TOKEN)
         } else {
@@ -165,6 +174,7 @@ fn grant_and_attach(
     target: &str,
     access: Access,
     verb: &str,
+    wanted: &[Range],
 ) -> Result<View> {
     let request = GrantRequest {
         target: target.to_owned(),
@@ -179,7 +189,7 @@ fn grant_and_attach(
         label: Some(format!("kvmmem {verb}")),
     };
     let granted = admin.grant(&request).with_context(|| format!("cannot grant access to {target:?}"))?;
-    View::attach_host(socket, &granted.token, access).map_err(|error| {
+    View::attach_host_reaching(socket, &granted.token, access, wanted).map_err(|error| {
         // The view's error says what is wrong; the token expires in any case.
         let _ = admin.revoke(granted.grant);
         error.into()
@@ -277,8 +287,12 @@ pub(crate) fn data_within(view: &View, range: &GpaRange) -> impl Iterator<Item =
     })
 }
 
-fn to_range(range: kvmmem::view::Range) -> GpaRange {
-    range.gpa..range.gpa.saturating_add(range.len)
+fn to_range(range: Range) -> GpaRange {
+    range.gpa..range.end()
+}
+
+fn from_range(range: &GpaRange) -> Range {
+    Range { gpa: range.start, len: range.end - range.start }
 }
 
 fn read_token(path: &Path) -> Result<Token> {

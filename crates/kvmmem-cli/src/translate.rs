@@ -151,7 +151,7 @@ impl Tables {
 
 impl Arguments {
     pub(crate) fn run(&self, output: &mut Output) -> Result<ExitCode> {
-        let mut memory = self.source.memory(Access::ReadOnly, "translate")?;
+        let mut memory = self.source.memory(Access::ReadOnly, "translate", &[])?;
         let tables = Tables::new(self.cr3, self.levels, &self.gvas, &mut memory);
         let levels = tables.space.levels.count();
         let mut all_mapped = true;

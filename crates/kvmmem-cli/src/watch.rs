@@ -14,6 +14,7 @@ use crate::failure::usage;
 use crate::interrupt::Interrupt;
 use crate::number::{parse, parse_duration, parse_length};
 use crate::output::Output;
+use crate::range::pages;
 use crate::source::Source;
 use picture::Picture;
 
@@ -67,7 +68,7 @@ impl Arguments {
                 "{len:#x} bytes from GPA {gpa:#x} on pass the end of the address space"
             )));
         }
-        let view = self.source.attach(Access::ReadOnly, "watch")?;
+        let view = self.source.attach(Access::ReadOnly, "watch", &[pages(gpa, len)])?;
         let interrupt = Interrupt::catch()?;
         let mut bytes = vec![0; usize::try_from(len)?];
         view.read_at(gpa, &mut bytes)?;

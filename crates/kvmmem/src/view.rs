@@ -126,11 +126,21 @@ impl View {
     /// # Errors
     /// [`ViewError`], with what to do about it.
     pub fn attach(token: &Token, access: Access) -> Result<Self, ViewError> {
+        Self::attach_reaching(token, access, &[])
+    }
+
+    /// As [`View::attach`], for a tool that wants to reach `ranges`. On the host the broker refuses a view that would have
+    /// no memory in one of the first 64 of them, and the token is not used. In a virtual machine the driver cannot ask
+    /// before it uses the token: there `ranges` are not looked at. So look at [`View::ranges`] in any case.
+    ///
+    /// # Errors
+    /// [`ViewError`], with what to do about it.
+    pub fn attach_reaching(token: &Token, access: Access, ranges: &[Range]) -> Result<Self, ViewError> {
         let (device, socket) = (default_path(), default_socket());
         if device.exists() {
             Self::attach_device(&device, token, access)
         } else if socket.exists() {
-            Self::attach_host(&socket, token, access)
+            Self::attach_host_reaching(&socket, token, access, ranges)
         } else {
             Err(ViewError::Nowhere { device, socket })
         }
@@ -150,7 +160,20 @@ impl View {
     /// # Errors
     /// [`ViewError`], with what to do about it.
     pub fn attach_host(socket: &Path, token: &Token, access: Access) -> Result<Self, ViewError> {
-        Ok(Self { backend: Backend::Host(HostView::attach(socket, token, access)?) })
+        Self::attach_host_reaching(socket, token, access, &[])
+    }
+
+    /// As [`View::attach_reaching`] on the host, by the broker that listens at `socket`.
+    ///
+    /// # Errors
+    /// [`ViewError`], with what to do about it.
+    pub fn attach_host_reaching(
+        socket: &Path,
+        token: &Token,
+        access: Access,
+        ranges: &[Range],
+    ) -> Result<Self, ViewError> {
+        Ok(Self { backend: Backend::Host(HostView::attach(socket, token, access, ranges)?) })
     }
 
     /// The view's state and ranges; works as well when it has ended.

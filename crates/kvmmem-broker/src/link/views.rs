@@ -96,7 +96,8 @@ impl VmmLink {
         drop(state);
 
         // What was used before is told before.
-        let call = Call::Attach { token: token.clone(), caller: caller.clone(), read_only };
+        let call =
+            Call::Attach { token: token.clone(), caller: caller.clone(), read_only, reaching: Vec::new() };
         let sent = self.shared.outbox.flush(&socket, Some(&Request { id, call }));
         let (mut state, answer) = self.answer(id, sent);
         if !sent {

@@ -29,7 +29,7 @@ fn calls() -> Vec<(Call, &'static str)> {
         (Call::Register(nobody), "ao--"),
         (Call::Redeem { token: token() }, "---v"),
         (Call::Used { token: token() }, "---v"),
-        (Call::Attach { token: token(), caller, read_only: true }, "aohv"),
+        (Call::Attach { token: token(), caller, read_only: true, reaching: vec![] }, "aohv"),
         (Call::OpenCopies { view: 0 }, "--h-"),
         (Call::Detached { view: 0, counters }, "--hv"),
         (Call::Counters { view: 0, counters }, "--hv"),
@@ -101,7 +101,8 @@ fn connection(broker: &Arc<Broker>, role: Role) -> Connection {
             let granted = connection.ask(Call::Grant(grant_request("tiger")), None);
             let Ok(Answer::Granted { token, .. }) = granted else { panic!("{granted:?}") };
             let caller = Caller { pid: 1, uid: 1, comm: "tool".into() };
-            let attached = connection.ask(Call::Attach { token, caller, read_only: true }, None);
+            let attached =
+                connection.ask(Call::Attach { token, caller, read_only: true, reaching: vec![] }, None);
             assert!(matches!(attached, Ok(Answer::HostAttached { .. })), "{attached:?}");
         }
         Role::Vmm => {

@@ -193,7 +193,7 @@ fn a_peer_that_reads_nothing_holds_few_descriptors() {
     };
     for _ in 0..64 {
         let caller = Caller { pid: 1, uid: 1, comm: "tool".into() };
-        viewer.send(Call::Attach { token: token.clone(), caller, read_only: false }, None);
+        viewer.send(Call::Attach { token: token.clone(), caller, read_only: false, reaching: vec![] }, None);
     }
     // It is cut off, and only the descriptors of the first answer have been sent to it.
     let deadline = Instant::now() + Duration::from_secs(60);

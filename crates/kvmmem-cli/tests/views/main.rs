@@ -8,6 +8,7 @@ mod common;
 mod dump;
 mod grant;
 mod private;
+mod reaching;
 mod scan;
 mod translate;
 mod watch;

@@ -55,7 +55,7 @@ fn so_many_looks_are_taken_as_wanted() {
         (&["0", "2M"], 2, "LEN"),
         (&["0xffffffffffffffff", "2"], 2, "end of the address space"),
         (&["0", "16", "--interval", "5"], 2, "500ms"),
-        (&["8M", "16"], 1, "gpa 0x800000"),
+        (&["8M", "16"], 1, "0x800000..0x801000"),
     ];
     for (arguments, code, word) in cases {
         let ended = host.look(&[], &[&["watch"], arguments].concat());

@@ -13,7 +13,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use kvmmem_broker::host::{HostError, HostEvent, HostLink};
-use kvmmem_broker::scope::Rights;
+use kvmmem_broker::scope::{Rights, Span};
 use kvmmem_kvmi::token::Token;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::io::Errno;
@@ -42,7 +42,12 @@ pub(super) struct HostView {
 }
 
 impl HostView {
-    pub(super) fn attach(socket: &Path, token: &Token, access: Access) -> Result<Arc<Self>, ViewError> {
+    pub(super) fn attach(
+        socket: &Path,
+        token: &Token,
+        access: Access,
+        ranges: &[Range],
+    ) -> Result<Arc<Self>, ViewError> {
         let refused = |source: HostError| ViewError::AttachHost {
             socket: socket.to_owned(),
             remedy: explain::host(&source),
@@ -50,7 +55,10 @@ impl HostView {
         };
         let stop = eventfd(0, EventfdFlags::CLOEXEC).map(Arc::new);
         let stop = stop.map_err(|errno| ViewError::Watch(errno.into()))?;
-        let (link, view) = HostLink::attach(socket, token, access == Access::ReadOnly).map_err(refused)?;
+        let reaching: Vec<Span> =
+            ranges.iter().map(|range| Span { gpa: range.gpa, len: range.len }).collect();
+        let attached = HostLink::attach_reaching(socket, token, access == Access::ReadOnly, &reaching);
+        let (link, view) = attached.map_err(refused)?;
         let source = match view.copier {
             Some(copier) => Source::Copies(Arc::new(copier)),
             None => Source::Files(view.files.into()),
