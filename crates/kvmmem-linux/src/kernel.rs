@@ -3,6 +3,7 @@
 //! its structures needs.
 
 mod error;
+mod find;
 mod list;
 mod object;
 mod read;
@@ -16,6 +17,7 @@ use crate::space::Space;
 use crate::symbols::{Symbols, TableError};
 use crate::vmcoreinfo::Note;
 pub use error::KernelError;
+pub use find::{Find, FindError};
 pub use list::{List, MAX_NODES};
 pub use object::Object;
 
@@ -110,7 +112,7 @@ impl<'m> Kernel<'m> {
     /// # Errors
     /// [`KernelError::NoType`], or as [`Kernel::types`].
     pub fn size_of(&self, name: &str) -> Result<u64, KernelError> {
-        let (types, id) = self.find(name)?;
+        let (types, id) = self.type_named(name)?;
         types.size(id).ok_or_else(|| KernelError::NoType { name: name.to_owned() })
     }
 
@@ -122,7 +124,7 @@ impl<'m> Kernel<'m> {
         self.types()?.enumerator(name).ok_or_else(|| KernelError::NoType { name: name.to_owned() })
     }
 
-    fn find(&self, name: &str) -> Result<(&Types, TypeId), KernelError> {
+    fn type_named(&self, name: &str) -> Result<(&Types, TypeId), KernelError> {
         let types = self.types()?;
         let id = types.find(name).ok_or_else(|| KernelError::NoType { name: name.to_owned() })?;
         Ok((types, id))

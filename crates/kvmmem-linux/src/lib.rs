@@ -9,12 +9,11 @@
 //! | structures, lists, texts | all of these | [`kernel`] |
 //!
 //! ```no_run
-//! use kvmmem_linux::{Kernel, search::Notes};
+//! use kvmmem_linux::{Find, Kernel};
 //! use kvmmem_memory::DumpFile;
 //!
 //! let dump = DumpFile::open("guest.raw".as_ref())?;
-//! let note = Notes::find(&dump, |_| true)?.fitting.pop().ok_or("no Linux kernel")?;
-//! let kernel = Kernel::of_note(&dump, note)?;
+//! let kernel = Kernel::find(&dump, Find::default())?;
 //! let tasks = kernel.symbol("init_task")? + kernel.offset("task_struct", "tasks")?;
 //! for task in kernel.list_of(tasks, "task_struct", "tasks")? {
 //!     let task = kernel.object("task_struct", task?)?;
@@ -37,5 +36,5 @@ pub mod space;
 pub mod symbols;
 pub mod vmcoreinfo;
 
-pub use kernel::{Kernel, KernelError, Object};
+pub use kernel::{Find, FindError, Kernel, KernelError, Object};
 pub use space::{Space, SpaceError};

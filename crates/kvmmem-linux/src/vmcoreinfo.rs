@@ -17,7 +17,7 @@ const NAME_SIZE: u32 = 11;
 const NAME: &[u8; 12] = b"VMCOREINFO\0\0";
 
 /// Bytes before the text.
-const HEADER: usize = 24;
+pub(crate) const HEADER: usize = 24;
 
 /// The longest text: the kernel has a page for it.
 const MAX_TEXT: u32 = 4096;
@@ -58,6 +58,11 @@ pub enum NoteError<E: Error + 'static> {
 pub fn headers(chunk: &[u8]) -> impl Iterator<Item = usize> {
     let pages = chunk.chunks(PAGE_SIZE).zip((0..).step_by(PAGE_SIZE));
     pages.filter(|(page, _)| text_len(page).is_some()).map(|(_, offset)| offset)
+}
+
+/// Whether a note begins with these bytes.
+pub(crate) fn is_header(bytes: &[u8]) -> bool {
+    text_len(bytes).is_some()
 }
 
 /// Length of the text of the note that begins with `page`, if one does.

@@ -22,7 +22,7 @@ impl Kernel<'_> {
     /// # Errors
     /// [`KernelError::NoType`], [`KernelError::Read`], or as [`Kernel::types`].
     pub fn object(&self, name: &str, gva: u64) -> Result<Object<'_>, KernelError> {
-        let (types, id) = self.find(name)?;
+        let (types, id) = self.type_named(name)?;
         let size = types.size(id).filter(|size| *size <= MAX_SIZE);
         let size = size.and_then(|size| usize::try_from(size).ok());
         let mut bytes = vec![0; size.ok_or_else(|| KernelError::NoType { name: name.to_owned() })?];

@@ -50,10 +50,12 @@ impl Tables {
         let names = Names::read(self.count, self.tokens(space)?, |done| {
             read_some(space, self.names.checked_add(done as u64)?, CHUNK)
         })?;
-        self.resolve(space, note, Symbols::new(names))
+        let mut symbols = Symbols::new(names);
+        symbols.addresses = self.addresses(space, note, &symbols)?;
+        Ok(symbols)
     }
 
-    fn tokens(&self, space: &Space<'_>) -> Result<Tokens, TableError> {
+    pub(super) fn tokens(&self, space: &Space<'_>) -> Result<Tokens, TableError> {
         let index = read(space, self.token_index, INDEX_BYTES)?;
         let (index, _) = index.as_chunks::<2>();
         let index: Vec<u16> = index.iter().map(|entry| u16::from_le_bytes(*entry)).collect();
@@ -61,13 +63,13 @@ impl Tables {
         table.and_then(|table| Tokens::new(table, &index)).ok_or(TableError::Read { gva: self.token_table })
     }
 
-    /// Adds the addresses, by the scheme that fits the note.
-    pub(super) fn resolve(
+    /// The address of each symbol, by the scheme that fits the note.
+    pub(super) fn addresses(
         &self,
         space: &Space<'_>,
         note: &Note,
-        mut symbols: Symbols,
-    ) -> Result<Symbols, TableError> {
+        symbols: &Symbols,
+    ) -> Result<Vec<u64>, TableError> {
         let bytes = read(space, self.offsets, symbols.len() * 4)?;
         let (offsets, _) = bytes.as_chunks::<4>();
         let offsets: Vec<i32> = offsets.iter().map(|offset| i32::from_le_bytes(*offset)).collect();
@@ -92,9 +94,7 @@ impl Tables {
             known.len() >= MIN_RIGHT && known.iter().all(is_right)
         };
         let scheme = Scheme::ALL.into_iter().find(fits).ok_or(TableError::Addresses)?;
-        let all = (0..symbols.len()).map(|index| address(scheme, index).unwrap_or(0));
-        symbols.addresses = all.collect();
-        Ok(symbols)
+        Ok((0..symbols.len()).map(|index| address(scheme, index).unwrap_or(0)).collect())
     }
 }
 
