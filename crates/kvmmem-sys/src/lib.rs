@@ -12,6 +12,7 @@ pub mod device;
 pub mod foreign;
 mod guarded;
 pub mod huge;
+pub mod internal_error;
 pub mod memslot;
 pub mod page;
 pub mod pio;

@@ -35,6 +35,6 @@ pub use devices::vsock::VsockError;
 pub use error::VmmError;
 pub use exit::VmExit;
 pub use status::{ActiveWay, VmStatus};
-pub use vcpu::VcpuError;
+pub use vcpu::{KvmFault, VcpuError};
 pub use vm::run;
 pub use window::{DescriptorsError, SetUpError, TakeError};

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! One vCPU: its state at start, and the thread that runs it and decodes its exits.
 
+mod internal_error;
+
 use std::io;
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -21,6 +23,8 @@ use crate::gate::Gate;
 use crate::hypercall::{Hypercalls, on_doorbell, on_xen_exit};
 use crate::limit::warn_limited;
 use crate::status::ActiveWay;
+use internal_error::FalseDeliveries;
+pub use internal_error::KvmFault;
 
 /// Why a vCPU could not start or go on.
 #[derive(Debug, thiserror::Error)]
@@ -67,13 +71,23 @@ pub enum VcpuError {
         /// Why.
         source: kvm_ioctls::Error,
     },
-    /// The vCPU's registers could not be read for a hypercall.
+    /// The vCPU's registers could not be read.
     #[error("cannot read the registers of vCPU {id}")]
     Registers {
         /// The vCPU.
         id: u8,
         /// Why.
         source: kvm_ioctls::Error,
+    },
+    /// KVM could not run the guest any further.
+    #[error(
+        "KVM stopped vCPU {id} with an internal error: {fault}; restart the VM, and see the host's kernel log"
+    )]
+    InternalError {
+        /// The vCPU.
+        id: u8,
+        /// What KVM reported.
+        fault: KvmFault,
     },
     /// KVM cannot go on, or gave a reason that a machine of this kind never causes.
     #[error("vCPU {id} stopped: {exit}")]
@@ -215,34 +229,30 @@ pub(crate) fn install_kick_handler() -> io::Result<()> {
     register_signal_handler(kick_signal(), ignore).map_err(io::Error::from)
 }
 
-/// How many internal errors of KVM may follow each other before the machine fails. One is seen now and then in a nested
-/// host, where the guest stores to a read-only window while KVM believes that an event is being delivered.
-const MOST_INTERNAL_ERRORS: u8 = 16;
-
 /// Runs the guest until the generation ends.
 fn run(id: u8, vcpu: &mut VcpuFd, shared: &Shared) -> Result<(), VcpuError> {
     let data = PortData::map(vcpu).map_err(|source| VcpuError::PortData { id, source })?;
-    let mut internal_errors = 0;
+    let mut row = FalseDeliveries::default();
     while !shared.stop.is_ending() {
-        run_once(id, vcpu, &data, shared, &mut internal_errors)?;
+        run_once(id, vcpu, &data, shared, &mut row)?;
     }
     Ok(())
 }
 
-/// One entry into the guest and the exit from it. `internal_errors` counts those that followed each other.
+/// One entry into the guest and the exit from it.
 fn run_once(
     id: u8,
     vcpu: &mut VcpuFd,
     data: &PortData,
     shared: &Shared,
-    internal_errors: &mut u8,
+    row: &mut FalseDeliveries,
 ) -> Result<(), VcpuError> {
     let registers = |source| VcpuError::Registers { id, source };
     let inside = shared.gate.enter(id);
     let exit = vcpu.run();
     drop(inside);
-    if !matches!(exit, Ok(VcpuExit::InternalError)) {
-        *internal_errors = 0;
+    if !matches!(exit, Ok(VcpuExit::InternalError | VcpuExit::Intr) | Err(_)) {
+        row.reset();
     }
     match exit {
         Ok(VcpuExit::IoIn(DOORBELL_PORT, answer)) => {
@@ -271,10 +281,12 @@ fn run_once(
         Ok(VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_RESET, _)) => shared.stop.end(Ended::Reset),
         Ok(VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_CRASH, _)) => shared.stop.end(Ended::TripleFault),
         Ok(VcpuExit::Intr | VcpuExit::IrqWindowOpen) => {}
-        // The guest is where it was, and executes the instruction again.
-        Ok(VcpuExit::InternalError) if *internal_errors < MOST_INTERNAL_ERRORS => {
-            *internal_errors += 1;
-            warn_limited!(id, "KVM reports an internal error: the instruction is executed again");
+        Ok(VcpuExit::InternalError) => {
+            let fault = read_fault(vcpu).map_err(registers)?;
+            if !row.allow(&fault) {
+                return Err(VcpuError::InternalError { id, fault });
+            }
+            warn_limited!(id, %fault, "KVM saw the delivery of an event and there is none: executing the instruction again");
         }
         Ok(exit) => return Err(VcpuError::Exit { id, exit: format!("{exit:?}") }),
         // A signal, or a vCPU that waits for its SIPI: look whether the generation ends.
@@ -285,4 +297,10 @@ fn run_once(
         }
     }
     Ok(())
+}
+
+/// The internal error of KVM that the last exit of `vcpu` was.
+fn read_fault(vcpu: &mut VcpuFd) -> Result<KvmFault, kvm_ioctls::Error> {
+    let error = kvmmem_sys::internal_error::last(vcpu).ok_or_else(|| kvm_ioctls::Error::new(libc::EIO))?;
+    Ok(KvmFault::new(error, vcpu.get_regs()?.rip, &vcpu.get_vcpu_events()?))
 }

@@ -9,6 +9,8 @@ mod events;
 mod fixture;
 #[path = "bare/guest.rs"]
 mod guest;
+#[path = "bare/internal_errors.rs"]
+mod internal_errors;
 #[path = "bare/sandbox.rs"]
 mod sandbox;
 #[path = "bare/tokens.rs"]

@@ -249,12 +249,7 @@ impl Guest {
             .bytes(&handler)
             .write(at, gate)
             .write(at + 8, 0)
-            // The descriptor for lidt: a limit of 16 bits, a base of 64.
-            .write(scratch + 0x800, scratch << 16 | 0x7ff)
-            .write(scratch + 0x808, scratch >> 48)
-            .load_rax(scratch + 0x800)
-            // lidt [rax]
-            .bytes(&[0x0f, 0x01, 0x18])
+            .load_interrupt_table(scratch, scratch + 0x800)
             .write_dword(LAPIC + 0xf0, 0x1ff)
             .write_dword(LAPIC + 0x3e0, 0xb)
             .write_dword(LAPIC + 0x320, PERIODIC | VECTOR)
@@ -262,6 +257,19 @@ impl Guest {
             .write_dword(LAPIC + 0x380, 1_000_000)
             // sti
             .bytes(&[0xfb])
+    }
+
+    /// Has the interrupt table for vectors below 128 at `table`. Uses 16 bytes at `scratch`.
+    pub(crate) fn load_interrupt_table(self, table: u64, scratch: u64) -> Self {
+        // The descriptor for lidt: a limit of 16 bits, a base of 64.
+        let guest = self.write(scratch, table << 16 | 0x7ff).write(scratch + 8, table >> 48);
+        // lidt [rax]
+        guest.load_rax(scratch).bytes(&[0x0f, 0x01, 0x18])
+    }
+
+    /// `int3`
+    pub(crate) fn breakpoint(self) -> Self {
+        self.bytes(&[0xcc])
     }
 
     /// Ends what [`Guest::start_timer`] began.
@@ -289,8 +297,12 @@ impl Guest {
     /// Jumps to the reset vector. A kernel does so in real mode; the code there means the same in 64-bit mode.
     pub(crate) fn jump_to_reset_vector(self) -> Self {
         const RESET_VECTOR: u64 = 0xf_fff0;
-        // jmp rax
-        self.load_rax(RESET_VECTOR).bytes(&[0xff, 0xe0])
+        self.jump(RESET_VECTOR)
+    }
+
+    /// `jmp rax`
+    pub(crate) fn jump(self, to: u64) -> Self {
+        self.load_rax(to).bytes(&[0xff, 0xe0])
     }
 
     /// An exception without a handler.
