@@ -12,12 +12,10 @@ use kvmmem_broker::link::{Rights, Scope};
 use kvmmem_vmm::mapping::{TargetMemory, Views};
 use kvmmem_vmm::{ResetPolicy, VmExit};
 
-use crate::fixture::{
-    TOKEN, Target, has_windows, refused, run_with_broker, run_with_tokens, wait_until, ways,
-};
+use crate::fixture::{TOKEN, Target, refused, run_with_broker, run_with_tokens, wait_until, window_ways};
 use crate::guest::Guest;
 use crate::tokens::OneToken;
-use crate::views::{Calls, DESCRIPTOR, FIRST, POSITION, REQUEST, RESULT, THERE, guest};
+use crate::views::{Calls, DESCRIPTOR, FIRST, POSITION, REQUEST, RESULT, THERE, guest, secret};
 
 /// Calls `event` on the machine's views once the guest has searched one.
 fn when_searched(tokens: &OneToken, event: impl FnOnce(&Views)) {
@@ -30,9 +28,6 @@ type Event = fn(&Views);
 
 #[test]
 fn what_is_taken_back_turns_into_poison_while_the_guest_uses_it() {
-    if !has_windows() {
-        return;
-    }
     const PAGE: u64 = 0x60_0000;
     let cases: [(&str, Event, u32); 3] = [
         ("revoked", |views| views.revoke(1), STATE_REVOKED),
@@ -40,12 +35,10 @@ fn what_is_taken_back_turns_into_poison_while_the_guest_uses_it() {
         ("lost", |views| views.lost(), STATE_GONE),
     ];
     for (way, rights) in
-        ways().into_iter().flat_map(|way| [(way, Rights::ReadOnly), (way, Rights::ReadWrite)])
+        window_ways().into_iter().flat_map(|way| [(way, Rights::ReadOnly), (way, Rights::ReadWrite)])
     {
         for (name, event, state) in cases {
-            let target = Target::new();
-            target.write(THERE, 0x5ec2e7);
-            let tokens = OneToken::new(target.clone(), Scope::whole(rights));
+            let (target, tokens) = secret(rights);
             let bits = if rights == Rights::ReadOnly { RIGHT_READ } else { RIGHT_READ | RIGHT_WRITE };
             let words = |state: u32| u64::from(state) | u64::from(bits) << 32;
             let program = guest(way)
@@ -90,15 +83,10 @@ const STARTED: u64 = SIGN + 8;
 
 #[test]
 fn two_cpus_open_and_close_views_at_once_and_one_of_them_loses_one() {
-    if !has_windows() {
-        return;
-    }
     const OTHER_REQUEST: u64 = 0x51_0200;
     const OTHER_RESULT: u64 = 0x51_0300;
-    for way in ways() {
-        let target = Target::new();
-        target.write(THERE, 0x5ec2e7);
-        let tokens = OneToken::new(target.clone(), Scope::whole(Rights::ReadOnly));
+    for way in window_ways() {
+        let (_, tokens) = secret(Rights::ReadOnly);
         let open = u64::from(STATE_OPEN) | u64::from(RIGHT_READ) << 32;
         let program = guest(way)
             .write_token(OTHER_REQUEST, TOKEN)
@@ -141,13 +129,8 @@ fn two_cpus_open_and_close_views_at_once_and_one_of_them_loses_one() {
 #[test]
 fn a_reset_closes_all_views() {
     const STAGE: u64 = 0x61_0000;
-    if !has_windows() {
-        return;
-    }
-    for way in ways() {
-        let target = Target::new();
-        target.write(THERE, 0x5ec2e7);
-        let tokens = OneToken::new(target.clone(), Scope::whole(Rights::ReadWrite));
+    for way in window_ways() {
+        let (_, tokens) = secret(Rights::ReadWrite);
         // The target's memory is where the guest keeps, over the reset, how far it got.
         let program = guest(way)
             .write(STAGE, 0)
@@ -169,11 +152,8 @@ fn a_reset_closes_all_views() {
 
 #[test]
 fn a_view_follows_its_target() {
-    if !has_windows() {
-        return;
-    }
     const MIB: u64 = 1 << 20;
-    for way in ways() {
+    for way in window_ways() {
         let target = Target::with_ranges(8 * MIB, &[(0, MIB), (2 * MIB, 3 * MIB)]);
         let [low, high, new] = [0x3000, 2 * MIB, 6 * MIB - 0x1000];
         for gpa in [low, high] {
@@ -217,12 +197,9 @@ fn a_view_follows_its_target() {
 
 #[test]
 fn what_the_broker_takes_back_ends_at_once_pages_included() {
-    if !has_windows() {
-        return;
-    }
     const OWN: u64 = 0x60_0000;
     const PAGE_TOKEN: u64 = 0x50_0a00;
-    for way in ways() {
+    for way in window_ways() {
         let target = Target::new();
         target.write(THERE, 0x5ec2e7);
         let open = u64::from(STATE_OPEN) | u64::from(RIGHT_READ | RIGHT_WRITE) << 32;

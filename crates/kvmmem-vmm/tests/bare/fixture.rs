@@ -139,6 +139,11 @@ pub(crate) fn ways() -> Vec<Way> {
     vec![Way::Doorbell]
 }
 
+/// As [`ways`], where KVM has the read-only memory slots that windows need.
+pub(crate) fn window_ways() -> Vec<Way> {
+    if has_windows() { ways() } else { Vec::new() }
+}
+
 /// Runs `guest` as an introspector in front of `target`.
 pub(crate) fn run(guest: &Guest, target: &Arc<Target>) -> Outcome {
     run_with(guest, target, |_| {}).unwrap()

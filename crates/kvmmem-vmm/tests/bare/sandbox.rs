@@ -14,7 +14,7 @@ use kvmmem_broker::admin::Admin;
 use kvmmem_vmm::{Control, ResetPolicy, VmExit};
 use landlock::{AccessFs, CompatLevel, Compatible, Ruleset, RulesetAttr};
 
-use crate::fixture::{Target, config_of, has_windows, launch_with_broker, ways};
+use crate::fixture::{Target, config_of, launch_with_broker, window_ways};
 use crate::guest::{Guest, Way};
 use crate::views::{Calls, DESCRIPTOR, FIRST, POSITION, REQUEST, THERE, guest};
 
@@ -97,10 +97,7 @@ fn revoke_when_searched(admin: &mut Admin, grant: u64) {
 
 #[test]
 fn a_machine_runs_in_its_sandbox_and_nothing_else_does() {
-    if !has_windows() {
-        return;
-    }
-    for way in ways() {
+    for way in window_ways() {
         for last in ["open", "spawn", "execute"] {
             let target = Target::new();
             target.write(THERE, 0x5ec2e7);

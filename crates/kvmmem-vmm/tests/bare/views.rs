@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Bare guests that open views.
 
+use std::sync::Arc;
+
 use kvmmem_abi::descriptor::MAGIC;
 use kvmmem_abi::errno::KvmError;
 use kvmmem_abi::hypercall::{ATTACH, DETACH, SEEK, SEEK_DATA, SEEK_HOLE};
@@ -8,7 +10,7 @@ use kvmmem_abi::native::{ATTACH_READ_ONLY, RIGHT_READ, STATE_OPEN};
 use kvmmem_broker::link::{Rights, Scope, ViewCounters};
 use kvmmem_vmm::VmExit;
 
-use crate::fixture::{TARGET_HOLE, TOKEN, Target, has_windows, refused, run_with_tokens, ways};
+use crate::fixture::{TARGET_HOLE, TOKEN, Target, refused, run_with_tokens, window_ways};
 use crate::guest::{Guest, WINDOW, Way};
 use crate::tokens::OneToken;
 
@@ -29,6 +31,13 @@ pub(crate) fn guest(way: Way) -> Guest {
         .write_token(REQUEST, TOKEN)
         .write(REQUEST + 32, 1000 << 32 | 42)
         .write(REQUEST + 40, u64::from_le_bytes(*b"tool\0\0\0\0"))
+}
+
+/// A target that has a secret at [`THERE`], and its token.
+pub(crate) fn secret(rights: Rights) -> (Arc<Target>, Arc<OneToken>) {
+    let target = Target::new();
+    target.write(THERE, 0x5ec2e7);
+    (target.clone(), OneToken::new(target, Scope::whole(rights)))
 }
 
 pub(crate) trait Calls {
@@ -52,14 +61,9 @@ impl Calls for Guest {
 
 #[test]
 fn a_view_is_attached_read_and_detached() {
-    if !has_windows() {
-        return;
-    }
-    for way in ways() {
-        let target = Target::new();
-        target.write(THERE, 0x5ec2e7);
+    for way in window_ways() {
+        let (target, tokens) = secret(Rights::ReadOnly);
         target.write(0x8_1000, 0xb0b);
-        let tokens = OneToken::new(target.clone(), Scope::whole(Rights::ReadOnly));
         let program = guest(way)
             .attach()
             .report_memory(RESULT)
@@ -108,14 +112,9 @@ fn a_view_is_attached_read_and_detached() {
 
 #[test]
 fn writing_to_a_read_only_view_changes_nothing_and_is_counted() {
-    if !has_windows() {
-        return;
-    }
-    for way in ways() {
-        let target = Target::new();
-        target.write(THERE, 0x5ec2e7);
+    for way in window_ways() {
         // The grant would allow more than the guest asks for.
-        let tokens = OneToken::new(target.clone(), Scope::whole(Rights::ReadWrite));
+        let (target, tokens) = secret(Rights::ReadWrite);
         let program = guest(way)
             .write(REQUEST + 56, ATTACH_READ_ONLY.into())
             .attach()
@@ -137,10 +136,7 @@ fn writing_to_a_read_only_view_changes_nothing_and_is_counted() {
 
 #[test]
 fn a_writable_view_is_written() {
-    if !has_windows() {
-        return;
-    }
-    for way in ways() {
+    for way in window_ways() {
         let target = Target::new();
         let tokens = OneToken::new(target.clone(), Scope::whole(Rights::ReadWrite));
         let program = guest(way).attach().write(FIRST + THERE, 0xbeef).detach(DESCRIPTOR).power_off();
@@ -152,10 +148,7 @@ fn a_writable_view_is_written() {
 
 #[test]
 fn data_and_holes_are_found_without_touching_either() {
-    if !has_windows() {
-        return;
-    }
-    for way in ways() {
+    for way in window_ways() {
         let target = Target::new();
         for page in [0x4000, 0x5000, 0x8_1000, 0xf_f000] {
             target.write(page, 1);
@@ -202,10 +195,7 @@ fn data_and_holes_are_found_without_touching_either() {
 
 #[test]
 fn bad_requests_are_refused_and_spare_the_token() {
-    if !has_windows() {
-        return;
-    }
-    for way in ways() {
+    for way in window_ways() {
         const UNMAPPED: u64 = 1 << 40;
         const NO_RAM: u64 = 0xd000_0000;
         let target = Target::new();
@@ -242,10 +232,7 @@ fn bad_requests_are_refused_and_spare_the_token() {
 
 #[test]
 fn as_many_views_as_there_are_seats_and_all_of_them_again() {
-    if !has_windows() {
-        return;
-    }
-    for way in ways() {
+    for way in window_ways() {
         let target = Target::new();
         target.write(THERE, 7);
         let tokens = OneToken::new(target.clone(), Scope::whole(Rights::ReadOnly));
@@ -270,10 +257,7 @@ fn as_many_views_as_there_are_seats_and_all_of_them_again() {
 
 #[test]
 fn a_view_whose_right_ends_at_once_is_never_shown() {
-    if !has_windows() {
-        return;
-    }
-    for way in ways() {
+    for way in window_ways() {
         let target = Target::new();
         target.write(THERE, 7);
         let tokens = OneToken::new(target.clone(), Scope::whole(Rights::ReadOnly));

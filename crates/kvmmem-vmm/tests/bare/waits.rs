@@ -5,13 +5,13 @@ use std::sync::Arc;
 
 use kvmmem_abi::errno::KvmError;
 use kvmmem_abi::hypercall::{ATTACH, MEM_MAP};
-use kvmmem_broker::link::{Rights, Scope};
+use kvmmem_broker::link::Rights;
 use kvmmem_vmm::VmExit;
 
-use crate::fixture::{Target, has_windows, refused, run_with_tokens, wait_until, ways};
+use crate::fixture::{refused, run_with_tokens, wait_until, window_ways};
 use crate::guest::Guest;
 use crate::tokens::OneToken;
-use crate::views::{FIRST, REQUEST, RESULT, THERE, guest};
+use crate::views::{FIRST, REQUEST, RESULT, THERE, guest, secret};
 
 /// A page for the guest's interrupt table.
 const TABLE: u64 = 0x53_0000;
@@ -57,13 +57,8 @@ fn run_past_silence(program: Guest, tokens: &Arc<OneToken>, reported: usize) -> 
 
 #[test]
 fn a_vcpu_whose_call_waits_for_the_broker_serves_interrupts() {
-    if !has_windows() {
-        return;
-    }
-    for way in ways() {
-        let target = Target::new();
-        target.write(THERE, 0x5ec2e7);
-        let tokens = OneToken::new(target.clone(), Scope::whole(Rights::ReadWrite));
+    for way in window_ways() {
+        let (_, tokens) = secret(Rights::ReadWrite);
         let attach = guest(way)
             .start_timer(TABLE)
             .call_and(ATTACH, [REQUEST, RESULT, 0], Guest::mask_interrupts)
@@ -72,7 +67,7 @@ fn a_vcpu_whose_call_waits_for_the_broker_serves_interrupts() {
         assert_eq!(run_past_silence(attach, &tokens, 2), [0, 0x5ec2e7]);
         assert_eq!(tokens.asked(), 1);
 
-        let tokens = OneToken::new(target, Scope::whole(Rights::ReadWrite));
+        let (_, tokens) = secret(Rights::ReadWrite);
         let map = guest(way)
             .start_timer(TABLE)
             .call_and(MEM_MAP, [REQUEST, THERE, OWN], Guest::mask_interrupts)
