@@ -176,7 +176,9 @@ mod tests {
             key,
             move || wait.recv_timeout(LONG).unwrap(),
             // The test may have ended.
-            move |value| drop(release.send(value)),
+            move |value| {
+                let _ = release.send(value);
+            },
         );
         (Asked { answer, released }, progress)
     }
