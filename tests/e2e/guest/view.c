@@ -31,8 +31,8 @@
  *   exec                                          starts this program anew in place, files kept open
  *   region SLOT open UUID | map GPA T0 T1 T2 T3 -> ok GPA LEN | unmap GPA        libkvmi's calls
  *   fdinfo SLOT NAME            -> ok VALUE
- *   poke GPA TARGET_GPA VALUE                     writes a view's window through /dev/mem, whatever its rights: GPA is
- *                                                 its descriptor's page
+ *   poke GPA TARGET_GPA VALUE COUNT               writes a view's window through /dev/mem COUNT times, each right after
+ *                                                 a page fault, whatever its rights: GPA is its descriptor's page
  *   door PORT ro|rw TOKEN       -> ok SLOT TICKET has the host open a view; it lasts until the slot is closed
  *   first PORT TOKEN GPA        -> ok MICROSECONDS    door, open, attach and 8 bytes of pread, and ends it all
  *   bars                        -> ok COUNT BYTES     the windows that came as PCI devices
@@ -247,9 +247,10 @@ static volatile void *physical(int fd, uint64_t gpa, int prot)
 	return mmap(NULL, PAGE, prot, MAP_SHARED, fd, gpa & ~(PAGE - 1));
 }
 
-static void poke(uint64_t page, uint64_t target, uint64_t value)
+static void poke(uint64_t page, uint64_t target, uint64_t value, unsigned long count)
 {
 	int fd = open("/dev/mem", O_RDWR);
+	volatile unsigned char *own = mmap(NULL, PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	volatile struct kvmmem_descriptor *descriptor = MAP_FAILED;
 	volatile uint64_t *at = MAP_FAILED;
 
@@ -263,11 +264,17 @@ static void poke(uint64_t page, uint64_t target, uint64_t value)
 			at = physical(fd, descriptor->window_gpa + range->offset + (target - range->gpa),
 				      PROT_READ | PROT_WRITE);
 	}
-	if (at == MAP_FAILED) {
+	if (at == MAP_FAILED || own == MAP_FAILED) {
 		answer(-1);
 		return;
 	}
-	at[target % PAGE / 8] = value;
+	for (unsigned long i = 0; i < count; i++) {
+		/* The kernel takes the page that it has just freed: the fault needs nothing of the host. */
+		*own = 1;
+		at[target % PAGE / 8] = value;
+		madvise((void *)own, PAGE, MADV_DONTNEED);
+	}
+	munmap((void *)own, PAGE);
 	munmap((void *)at, PAGE);
 	munmap((void *)descriptor, PAGE);
 	close(fd);
@@ -392,8 +399,8 @@ static void run(int argc, char **argv)
 		region(argc, argv);
 	} else if (argc == 3 && !strcmp(verb, "fdinfo")) {
 		fdinfo(fd, argv[2]);
-	} else if (argc == 4 && !strcmp(verb, "poke")) {
-		poke(number(argv[1]), number(argv[2]), number(argv[3]));
+	} else if (argc == 5 && !strcmp(verb, "poke")) {
+		poke(number(argv[1]), number(argv[2]), number(argv[3]), number(argv[4]));
 	} else if (argc == 4 && !strcmp(verb, "door")) {
 		const char *words;
 		char ticket[65] = "";

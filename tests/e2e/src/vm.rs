@@ -118,8 +118,14 @@ impl Vm {
 
     /// Whether the VMM said `text`.
     pub(crate) fn has_said(&self, text: &str) -> Result<bool> {
+        Ok(self.last_said(text)?.is_some())
+    }
+
+    /// The last line of the VMM's log that has `text`.
+    pub(crate) fn last_said(&self, text: &str) -> Result<Option<String>> {
         let bytes = std::fs::read(&self.log).context("cannot read the VMM's log")?;
-        Ok(String::from_utf8_lossy(&bytes).contains(text))
+        let log = String::from_utf8_lossy(&bytes);
+        Ok(log.lines().rfind(|line| line.contains(text)).map(str::to_owned))
     }
 }
 
