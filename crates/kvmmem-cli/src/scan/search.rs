@@ -6,7 +6,7 @@ use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use anyhow::Result;
 
 use super::pattern::Pattern;
-use crate::range::GpaRange;
+use super::places::{Piece, Places};
 
 /// Bytes in which a worker looks for beginnings of matches at a time: a buffer that stays in a CPU's own cache.
 const PIECE: u64 = 256 * 1024;
@@ -20,10 +20,7 @@ const CONTEXT: usize = 16;
 /// What to search.
 pub(super) struct Search<'a> {
     pub(super) patterns: &'a [Pattern],
-    /// Memory in which a match may lie: ascending, each apart from the next.
-    pub(super) runs: &'a [GpaRange],
-    /// The parts of it that hold data, ascending. The rest reads as zeros; a match must touch data.
-    pub(super) data: &'a [GpaRange],
+    pub(super) places: Places<'a>,
     /// At most this many matches.
     pub(super) max: usize,
     pub(super) threads: usize,
@@ -38,16 +35,6 @@ pub(super) struct Match {
     pub(super) pattern: usize,
     /// The bytes at its beginning; fewer than 16 where the memory ends.
     pub(super) context: Box<[u8]>,
-}
-
-/// Memory in which a worker looks for beginnings of matches.
-#[derive(Clone, Debug)]
-struct Piece {
-    starts: GpaRange,
-    /// Where the data begins: not before the first start but in it, or behind.
-    data: u64,
-    /// The end of the run.
-    limit: u64,
 }
 
 /// The matches of a piece and how many bytes of data it had.
@@ -97,7 +84,7 @@ impl Search<'_> {
         sender: &SyncSender<Result<Found>>,
     ) {
         let mut buffer = Vec::new();
-        for piece in self.pieces().skip(number).step_by(self.threads) {
+        for piece in self.places.pieces(self.reach(), PIECE).skip(number).step_by(self.threads) {
             let found = self.search(&piece, read, &mut buffer);
             let is_over = found.is_err();
             if sender.send(found).is_err() || is_over {
@@ -115,7 +102,7 @@ impl Search<'_> {
         let Piece { starts, data, limit } = piece;
         let end = starts.end.saturating_add(self.reach().max(CONTEXT as u64)).min(*limit);
         buffer.resize(usize::try_from(end - starts.start)?, 0);
-        self.fill(starts.start, buffer, read)?;
+        self.places.fill(starts.start, buffer, read)?;
         let mut matches = Vec::new();
         for (number, pattern) in self.patterns.iter().enumerate() {
             let places = pattern
@@ -132,44 +119,9 @@ impl Search<'_> {
         Ok(Found { matches, bytes: starts.end - starts.start.max(*data) })
     }
 
-    /// Fills `buffer` from `gpa` on, with zeros where there is no data.
-    fn fill(&self, gpa: u64, buffer: &mut [u8], read: impl Fn(u64, &mut [u8]) -> Result<()>) -> Result<()> {
-        let end = gpa + buffer.len() as u64;
-        let first = self.data.partition_point(|part| part.end <= gpa);
-        let (mut at, mut rest) = (gpa, buffer);
-        for part in self.data.iter().skip(first).take_while(|part| part.start < end) {
-            let (start, end) = (part.start.max(at), part.end.min(end));
-            let (hole, data) = rest.split_at_mut(usize::try_from(start - at)?);
-            let (data, more) = data.split_at_mut(usize::try_from(end - start)?);
-            hole.fill(0);
-            read(start, data)?;
-            (at, rest) = (end, more);
-        }
-        rest.fill(0);
-        Ok(())
-    }
-
     /// How far the longest pattern reaches beyond its first byte.
     fn reach(&self) -> u64 {
         self.patterns.iter().map(|pattern| pattern.len() as u64 - 1).max().unwrap_or(0)
-    }
-
-    /// The places where matches may begin: those in data, and as many before it as a match may take in.
-    fn pieces(&self) -> impl Iterator<Item = Piece> + '_ {
-        let reach = self.reach();
-        let mut before = 0;
-        self.data.iter().flat_map(move |part| {
-            let run = self.runs.partition_point(|run| run.end <= part.start);
-            let run = self.runs.get(run).unwrap_or(part);
-            let mut start = part.start.saturating_sub(reach).max(run.start).max(before);
-            before = part.end;
-            let (data, end, limit) = (part.start, part.end, run.end);
-            std::iter::from_fn(move || {
-                let starts = start..end.min(start.saturating_add(PIECE));
-                start = starts.end;
-                (!starts.is_empty()).then_some(Piece { starts, data, limit })
-            })
-        })
     }
 }
 
@@ -181,13 +133,14 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::range::GpaRange;
 
     /// Searches memory that `at` tells byte by byte.
     fn search(search: &Search<'_>, at: impl Fn(u64) -> u8 + Sync) -> Vec<(u64, usize)> {
         let read = |gpa: u64, buffer: &mut [u8]| {
             let end = gpa + buffer.len() as u64;
             assert!(
-                search.data.iter().any(|part| part.start <= gpa && end <= part.end),
+                search.places.data.iter().any(|part| part.start <= gpa && end <= part.end),
                 "{gpa:#x} is no data"
             );
             buffer.iter_mut().zip(gpa..).for_each(|(byte, gpa)| *byte = at(gpa));
@@ -203,7 +156,7 @@ mod tests {
             .unwrap();
         assert_eq!(count, all.len());
         if count < search.max {
-            assert_eq!(bytes, crate::range::total(search.data));
+            assert_eq!(bytes, crate::range::total(search.places.data));
         }
         all
     }
@@ -225,8 +178,15 @@ mod tests {
                 let data = [0..cut, cut..size];
                 let data = &data[usize::from(cut == 0)..];
                 let run = 0..size;
-                let found =
-                    search(&Search { patterns: &patterns, runs: from_ref(&run), data, max: 99, threads }, at);
+                let found = search(
+                    &Search {
+                        patterns: &patterns,
+                        places: Places { runs: from_ref(&run), data },
+                        max: 99,
+                        threads,
+                    },
+                    at,
+                );
                 assert_eq!(found, expected);
             }
         }
@@ -240,8 +200,7 @@ mod tests {
         let mut told = Vec::new();
         let search = Search {
             patterns: &patterns,
-            runs: from_ref(&range),
-            data: from_ref(&range),
+            places: Places { runs: from_ref(&range), data: from_ref(&range) },
             max: 10,
             threads: 2,
         };
@@ -265,8 +224,7 @@ mod tests {
         let range = 0..1 << 40;
         let search = Search {
             patterns: &patterns,
-            runs: from_ref(&range),
-            data: from_ref(&range),
+            places: Places { runs: from_ref(&range), data: from_ref(&range) },
             max: usize::MAX,
             threads: 3,
         };
@@ -315,7 +273,12 @@ mod tests {
                     }
                 }
             }
-            let given = Search { patterns: &patterns, runs: &runs, data: &data, max: usize::MAX, threads };
+            let given = Search {
+                patterns: &patterns,
+                places: Places { runs: &runs, data: &data },
+                max: usize::MAX,
+                threads,
+            };
             prop_assert_eq!(search(&given, |gpa| memory[usize::try_from(gpa).unwrap()].0), plain);
         }
     }

@@ -2,6 +2,7 @@
 //! `scan`.
 
 use crate::attach::Running;
+use crate::common::finish;
 use crate::{host, large};
 
 /// The addresses in the output.
@@ -93,4 +94,43 @@ fn a_scan_ends_with_the_grant() {
     let (code, stderr) = scan.end();
     assert_eq!(code, Some(2), "{stderr}");
     assert!(stderr.contains("the scan ended early") && stderr.contains("taken back"), "{stderr}");
+}
+
+#[test]
+fn rules_match_in_both_forms() {
+    let host = host();
+    // Over two pieces of the search, and in the last region.
+    let places = [0x1000, (20 << 20) - 6];
+    places.iter().for_each(|place| host.put(*place, b"needle"));
+    let file = host.path("rules.yar");
+    std::fs::write(
+        &file,
+        "rule hay : tag { meta: author = \"me\" n = 3 strings: $a = \"needle\" $b = { 6c 65 00 } condition: #a == 2 and $b }
+         rule always { condition: true }
+         rule never { strings: $a = \"haystack\" condition: $a }",
+    )
+    .unwrap();
+    let file = file.to_str().unwrap();
+    let ended = host.look(&[], &["scan", "--yara", file]);
+    let lines: Vec<&str> = ended.stdout.lines().collect();
+    assert_eq!((ended.code, ended.stderr.as_str(), lines.len()), (Some(0), "", 4), "{lines:?}");
+    assert!(lines[0].starts_with("000000001000  6e 65 65") && lines[0].ends_with("hay $a"), "{lines:?}");
+    assert!(lines[1].starts_with("000000001004  6c 65 00") && lines[1].ends_with("hay $b"), "{lines:?}");
+    assert_eq!(lines[3], "always");
+
+    let ended = host.look(&[], &["scan", "--yara", file, "--json"]);
+    let first: serde_json::Value = serde_json::from_str(ended.stdout.lines().next().unwrap()).unwrap();
+    assert_eq!(first["matches"][2]["gpa"], format!("{:#x}", places[1]));
+    assert_eq!(first["matches"][2]["bytes"], "6e6565646c65");
+    assert_eq!((&first["meta"]["n"], &first["tags"][0]), (&3.into(), &"tag".into()));
+
+    std::fs::write(file, "rule never { strings: $a = \"haystack\" condition: $a }").unwrap();
+    assert_eq!(host.look(&[], &["scan", "--yara", file]).code, Some(1));
+    // Rules that do not compile cost no token.
+    std::fs::write(file, "rule bad { condition: $a }").unwrap();
+    let token = host.ask(&["grant", "victim"]);
+    let ended = finish(host.view(&token, &["scan", "--yara", file]).spawn().unwrap());
+    assert_eq!(ended.code, Some(2));
+    assert!(ended.stderr.contains("rules.yar:1:"), "{}", ended.stderr);
+    assert_eq!(finish(host.view(&token, &["scan", "--text", "needle"]).spawn().unwrap()).code, Some(0));
 }
