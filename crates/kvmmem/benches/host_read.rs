@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Reads of 4 KiB here and there in 1 GiB of a target on the host, one at a time and 512 in a call, against
 //! process_vm_readv from the VMM's memory, as other tools do. Prints a line for each; with `--json` an object.
+//!
+//! Most lines read the same 512 pages again and again, which stay in the CPU's caches. The lines of other pages read through
+//! all of the RAM, as a tool does that looks at each page once.
 #![deny(unsafe_code)]
 
 mod host;
@@ -18,9 +21,11 @@ const ROUNDS: usize = 400;
 const WARM_UP: usize = 20;
 
 /// What is measured, and how many times as fast as the peer it should be.
-const LINES: [(&str, f64); 5] = [
+const LINES: [(&str, f64); 7] = [
     ("4 KiB of private RAM, read_at, against process_vm_readv", 0.5),
     ("512 x 4 KiB of private RAM, read_vectored, against one process_vm_readv", 0.8),
+    ("4 KiB of private RAM, other pages, read_at, against process_vm_readv", 0.5),
+    ("512 x 4 KiB of private RAM, other pages, read_vectored, against one process_vm_readv", 0.8),
     ("4 KiB of shared RAM, read_at, against process_vm_readv", 1.0),
     ("512 x 4 KiB of shared RAM, read_at, against one process_vm_readv", 0.9),
     ("512 x 4 KiB of shared RAM, read_vectored, against one process_vm_readv", 1.5),
@@ -28,9 +33,14 @@ const LINES: [(&str, f64); 5] = [
 
 fn main() -> Result<()> {
     let Some(host) = Host::start()? else { return Ok(()) };
-    let places: Vec<u64> = (0..BATCH as u64).map(|n| n * 2_654_435_761 % (RAM / 4096) * 4096).collect();
+    // Of the pages in an order in which neighbours are far apart, the batch with a number.
+    let batch = |number: usize| -> Vec<u64> {
+        let first = (number * BATCH) as u64;
+        (first..first + BATCH as u64).map(|n| n * 2_654_435_761 % (RAM / 4096) * 4096).collect()
+    };
+    let places = batch(0);
     let mut buffers = vec![0u8; BATCH * PAGE];
-    let mut series: [Vec<u64>; 7] = Default::default();
+    let mut series: [Vec<u64>; 11] = Default::default();
     let mut add = |number: usize, time: u64, round: usize| {
         // The first rounds warm up.
         if let Some(series) = series.get_mut(number).filter(|_| round >= WARM_UP) {
@@ -59,11 +69,36 @@ fn main() -> Result<()> {
         add(4, each?, round);
         add(5, timed(|| vectored(&host.shared, &places, &mut buffers))?, round);
         add(6, timed(|| process(&host, &places, &mut buffers))?, round);
+        let others = [0, 1, 2].map(|way| batch(round * 3 + way));
+        let [singles, ours, theirs] = &others;
+        let page = buffers.get_mut(..PAGE).ok_or("no page")?;
+        for place in singles.iter().take(ROW) {
+            add(7, timed(|| Ok(host.private.read_at(*place, page)?))?, round);
+        }
+        for place in singles.iter().skip(ROW).take(ROW) {
+            add(8, timed(|| host.read_process(*place, page))?, round);
+        }
+        add(9, timed(|| vectored(&host.private, ours, &mut buffers))?, round);
+        add(10, timed(|| process(&host, theirs, &mut buffers))?, round);
     }
-    let [private, shared, process, private_batch, shared_each, shared_batch, process_batch] = &mut series;
+    let [
+        private,
+        shared,
+        process,
+        private_batch,
+        shared_each,
+        shared_batch,
+        process_batch,
+        private_other,
+        process_other,
+        private_others,
+        process_others,
+    ] = &mut series;
     let pairs = [
         (private, &mut process.clone()),
         (private_batch, &mut process_batch.clone()),
+        (private_other, process_other),
+        (private_others, process_others),
         (shared, process),
         (shared_each, &mut process_batch.clone()),
         (shared_batch, process_batch),
