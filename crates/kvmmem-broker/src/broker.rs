@@ -357,15 +357,21 @@ impl Broker {
         Ok(())
     }
 
-    /// Takes the generation that a VM's RAM had in its registration before.
+    /// Continues the generation that a VM's RAM had in its registration before.
     ///
     /// # Errors
-    /// Where the connection has registered no introspectable VM.
+    /// Where the connection has registered no introspectable VM, or the generation is not an earlier one.
     pub(crate) fn ram_continued(&self, vm: Option<&Vm>, generation: u64) -> Result<(), Refused> {
         let ram = vm.and_then(|vm| Some((vm, vm.ram()?)));
         let (vm, ram) = ram.ok_or_else(|| {
             Refused::new(Refusal::Denied, "only the VMM of an introspectable VM may say its generation")
         })?;
+        let first = ram.layout().generation;
+        if generation >= first {
+            let message =
+                format!("generation {generation} is of no earlier registration: this one began with {first}");
+            return Err(Refused::new(Refusal::Invalid, message));
+        }
         ram.continue_from(generation);
         let layout = ram.layout();
         for peer in self.all_peers() {

@@ -33,6 +33,8 @@ struct Connection<'a> {
     broker: &'a Arc<Broker>,
     peer: &'a Arc<Peer>,
     vm: Option<Arc<Vm>>,
+    /// Whether the call before this one registered the VM: only then may its generation be continued.
+    has_just_registered: bool,
     /// Whether it has opened a view as a process of the host.
     has_views: bool,
     /// How long it may be silent; `None` for ever.
@@ -43,7 +45,8 @@ struct Connection<'a> {
 pub(crate) fn serve(broker: &Arc<Broker>, peer: &Arc<Peer>) {
     broker.join(peer);
     let silence = Some(broker.limits().silence);
-    let mut connection = Connection { broker, peer, vm: None, has_views: false, silence };
+    let mut connection =
+        Connection { broker, peer, vm: None, has_just_registered: false, has_views: false, silence };
     if let Err(error) = connection.run() {
         if matches!(error, PacketError::TooLong | PacketError::TooManyFds | PacketError::Malformed(_)) {
             refuse(peer, 0, &Refused::from_error(Refusal::Malformed, &error));
@@ -104,6 +107,7 @@ impl Connection<'_> {
     /// Carries out a call; `None` where it is not answered.
     fn carry_out(&mut self, call: Call, files: Vec<OwnedFd>) -> Result<Option<Outcome>, Refused> {
         let now = self.broker.now();
+        let has_just_registered = std::mem::take(&mut self.has_just_registered);
         self.role().check(&call)?;
         let (broker, peer, vm) = (self.broker, self.peer, self.vm.as_deref());
         let credentials = peer.credentials();
@@ -127,6 +131,10 @@ impl Connection<'_> {
                 return Ok(None);
             }
             Call::Continued { generation } => {
+                if !has_just_registered {
+                    let message = "only the first call after the registration may continue a generation";
+                    return Err(Refused::new(Refusal::Denied, message));
+                }
                 broker.ram_continued(vm, generation)?;
                 std::thread::sleep(CHANGE_PAUSE);
                 return Ok(None);
@@ -179,6 +187,7 @@ impl Connection<'_> {
         self.broker.audit().registered(&vm);
         let (number, generation) = (vm.id(), vm.ram().map_or(0, |ram| ram.layout().generation));
         self.vm = Some(vm);
+        self.has_just_registered = true;
         self.silence = None;
         Ok(Answer::Registered { vm: number, generation })
     }

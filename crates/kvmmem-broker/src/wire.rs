@@ -107,7 +107,8 @@ pub enum Call {
         change: Change,
     },
     /// Tells that this connection's VM, whose RAM has not changed since, had this generation when it was registered with
-    /// an earlier broker ([`Answer::Registered`], and one more for each [`Call::RamChanged`]). One way: never answered.
+    /// an earlier broker ([`Answer::Registered`], and one more for each [`Call::RamChanged`]). Only the first call after
+    /// [`Call::Register`] may be this one, with a lower generation than the answer's. One way: never answered.
     Continued {
         /// The generation.
         generation: u64,

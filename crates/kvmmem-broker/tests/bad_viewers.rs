@@ -243,6 +243,37 @@ fn bad_changes_of_ram_change_nothing() {
     assert_eq!((layout.generation, layout.map.regions()), (before, &regions()[..]));
 }
 
+#[test]
+fn a_generation_is_continued_once_by_the_first_call_and_only_to_an_earlier_one() {
+    let broker = TestBroker::start();
+    let generation = |name| broker.state.find(name).unwrap().ram().unwrap().layout().generation;
+    let tiger = Peer::register(&broker, target("tiger"), Some(ram()));
+    let first = generation("tiger");
+    let continued = |peer: &Peer, generation| peer.tell(Call::Continued { generation });
+    let mut tiger = tiger;
+    continued(&tiger, first - 7);
+    tiger.ask(Call::Targets { after: 0 });
+    assert_eq!(generation("tiger"), first - 7);
+    for again in [first - 9, first, 0] {
+        continued(&tiger, again);
+        tiger.ask(Call::Targets { after: 0 });
+        assert_eq!(generation("tiger"), first - 7);
+    }
+    let mut late = Peer::register(&broker, target("late"), Some(ram()));
+    let first = generation("late");
+    late.ask(Call::Targets { after: 0 });
+    continued(&late, first - 1);
+    late.ask(Call::Targets { after: 0 });
+    assert_eq!(generation("late"), first);
+    for (name, more) in [("same", 0), ("later", 1), ("last", u64::MAX)] {
+        let mut peer = Peer::register(&broker, target(name), Some(ram()));
+        let first = generation(name);
+        continued(&peer, first.saturating_add(more));
+        peer.ask(Call::Targets { after: 0 });
+        assert_eq!(generation(name), first, "{name}");
+    }
+}
+
 /// Ends the floods when it is dropped.
 struct EndsFloods<'a>(&'a AtomicBool);
 

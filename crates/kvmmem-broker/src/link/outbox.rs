@@ -39,8 +39,11 @@ impl Outbox {
         self.calls().is_empty()
     }
 
-    pub(super) fn clear(&self) {
-        self.calls().clear();
+    /// Drops what was meant for the broker before; the next one is sent `first` before all else.
+    pub(super) fn restart(&self, first: Option<Call>) {
+        // A call that is being sent is put back where that fails.
+        let _sending = self.sending.lock().unwrap_or_else(PoisonError::into_inner);
+        *self.calls() = first.into_iter().collect();
     }
 
     /// Sends what waits, and then `last`, all in order. A broker that does not read is not waited for: the rest stays,

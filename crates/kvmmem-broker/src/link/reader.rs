@@ -60,17 +60,18 @@ pub(super) fn register(shared: &Shared, socket: PacketSocket) -> Result<Connecti
     if state.stopped {
         return Err(LinkError::NoAnswer);
     }
-    // The broker's numbers start anew, and what was to be told to the one before means nothing to this one.
-    shared.outbox.clear();
-    match state.first_generation {
+    let continued = match state.first_generation {
         // A broker that does not say has no such call either.
-        _ if began == 0 => {}
-        None => state.first_generation = Some(began.saturating_sub(changes)),
-        Some(first) => {
-            let generation = first.saturating_add(state.changes);
-            shared.outbox.push(Call::Continued { generation });
+        _ if began == 0 => None,
+        None => {
+            state.first_generation = Some(began.saturating_sub(changes));
+            None
         }
-    }
+        Some(first) => Some(Call::Continued { generation: first.saturating_add(state.changes) }),
+    };
+    // The broker's numbers start anew, and what was to be told to the one before means nothing to this one. It takes a
+    // generation from before by the first call alone.
+    shared.outbox.restart(continued);
     if state.registration.regions != regions {
         let regions = state.registration.regions.clone();
         shared.outbox.push(Call::RamChanged { regions, change: Change::Resized });
