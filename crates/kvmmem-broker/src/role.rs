@@ -50,10 +50,11 @@ impl Call {
             Self::AddIntrospector { .. } => &[Administrator],
             Self::RemoveIntrospector { .. } => &[Administrator],
             Self::Room { .. } => &[Administrator, Operator],
-            // The broker may connect where an operator may not.
+            // The broker may connect where an operator may not; who may not make such a hook may not remove it either.
             Self::Hook { endpoint: Endpoint::Unix(_), .. } => &[Administrator],
+            Self::Unhook { endpoint: Endpoint::Unix(_), .. } => &[Administrator],
             Self::Hook { endpoint: Endpoint::Vsock { .. }, .. } => &[Administrator, Operator],
-            Self::Unhook { .. } => &[Administrator, Operator],
+            Self::Unhook { endpoint: Endpoint::Vsock { .. }, .. } => &[Administrator, Operator],
         }
     }
 }
@@ -72,8 +73,8 @@ impl Role {
             Self::Vmm => "a connection that has registered a VM may not do that; use another connection",
             Self::Viewer => "a connection that has opened a view may not do that; use another connection",
             Self::Operator if roles.contains(&Self::Administrator) => {
-                "only root and the broker's own user may add and remove VMs, and hook targets to a unix socket; \
-                 try again as root"
+                "only root and the broker's own user may add and remove VMs, and hooks to a unix socket; try again \
+                 as root"
             }
             Self::Administrator | Self::Operator if roles.contains(&Self::Viewer) => {
                 "a connection may do that only once it has registered a VM or opened a view"

@@ -55,7 +55,7 @@ fn calls() -> Vec<(Call, &'static str)> {
         (Call::Room { introspector: none() }, "ao--"),
         (Call::Hook { target: none(), endpoint: unix.clone() }, "a---"),
         (Call::Hook { target: none(), endpoint: vsock.clone() }, "ao--"),
-        (Call::Unhook { target: none(), endpoint: unix }, "ao--"),
+        (Call::Unhook { target: none(), endpoint: unix }, "a---"),
         (Call::Unhook { target: none(), endpoint: vsock }, "ao--"),
         (Call::Continued { generation: 1 }, "---v"),
     ]
