@@ -157,6 +157,11 @@ impl Hook {
         &self.endpoint
     }
 
+    /// Whose the tool is.
+    pub fn owner(&self) -> Owner {
+        self.owner
+    }
+
     /// Connects and lets `serve` talk, again and again, until the hook is undone.
     pub(crate) fn run(&self, serve: impl Fn(&Self, Stream)) {
         let (shortest, longest) = BACK_OFF;

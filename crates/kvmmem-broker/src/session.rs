@@ -74,11 +74,10 @@ impl Introspected for Session<'_> {
     }
 
     fn mint_token(&self) -> Result<Token, KvmError> {
-        // The tool's VM may be gone, and its context id another's.
         if self.hook.is_stopped() {
             return Err(KvmError::Perm);
         }
-        self.broker.mint(self.broker.now(), self.vm, self.hook.endpoint())
+        self.broker.mint(self.broker.now(), self.vm, self.hook.endpoint(), self.hook.owner())
     }
 }
 

@@ -10,6 +10,7 @@ use uuid::Uuid;
 use crate::broker::{Broker, Refused};
 use crate::endpoint::Endpoint;
 use crate::grants::{Holder, KVMI_LIFETIME, Listed, Opened, Redeemed, Terms, UseError, User};
+use crate::hook::Owner;
 use crate::name::is_unprintable;
 use crate::peer::{Credentials, Peer};
 use crate::ram::{Ram, SHARE_IT};
@@ -45,23 +46,36 @@ enum RequestError {
 }
 
 impl Broker {
-    /// Makes a token for a target whose tool is at `endpoint`. Where that is in a registered introspector, the token
-    /// is pushed there before it is returned, and is good there only.
+    /// Makes a token for a target whose tool is `owner`'s and at `endpoint`. Where the owner is a registered introspector,
+    /// the token is pushed there before it is returned, and is good there only.
     ///
     /// # Errors
     /// EAGAIN where too many are outstanding, EPERM where the tool is in the target itself or its VM is gone, or the
     /// target's policy allows none, ENOMEM where the system has no random bytes, EOPNOTSUPP where the target is gone, or its RAM is private
     /// and the tool in an introspector.
-    pub fn mint(&self, now: Instant, target: &Vm, endpoint: &Endpoint) -> Result<Token, KvmError> {
-        self.mint_for(now, target, endpoint)
+    pub fn mint(
+        &self,
+        now: Instant,
+        target: &Vm,
+        endpoint: &Endpoint,
+        owner: Owner,
+    ) -> Result<Token, KvmError> {
+        self.mint_for(now, target, endpoint, owner)
             .inspect_err(|error| self.audit().not_minted(target, endpoint, &format!("{error:?}")))
     }
 
-    fn mint_for(&self, now: Instant, target: &Vm, endpoint: &Endpoint) -> Result<Token, KvmError> {
+    fn mint_for(
+        &self,
+        now: Instant,
+        target: &Vm,
+        endpoint: &Endpoint,
+        owner: Owner,
+    ) -> Result<Token, KvmError> {
         let scope = self.policies().of(target.registration().uuid).scope().ok_or(KvmError::Perm)?;
-        let tool = match endpoint {
-            Endpoint::Vsock { cid, .. } => Some(self.registry().with_cid(*cid).ok_or(KvmError::Perm)?),
-            Endpoint::Unix(_) => None,
+        let tool = match owner {
+            // Not by the context id, which may be another VM's by now.
+            Owner::Vm(vm) => Some(self.registry().get(vm).ok_or(KvmError::Perm)?),
+            Owner::Host(_) => None,
         };
         let holder = tool.filter(|vm| vm.registration().introspector);
         if holder.as_ref().is_some_and(|holder| holder.id() == target.id()) {

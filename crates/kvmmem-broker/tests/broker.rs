@@ -3,7 +3,7 @@
 
 mod common;
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use common::{TestBroker, Tool, introspector, ram, target, wait_for};
 use kvmmem_abi::errno::KvmError;
@@ -181,8 +181,7 @@ fn a_token_for_a_vsock_tool_is_pushed_to_its_vm_and_good_there_only() {
     let lion = broker.introspector("lion", 7);
     let puma = broker.introspector("puma", 8);
     let vm = broker.state.find("tiger").unwrap();
-    let endpoint = Endpoint::Vsock { cid: 7, port: 1 };
-    let mint = || broker.state.mint(Instant::now(), &vm, &endpoint).unwrap();
+    let mint = || broker.mint(&vm, 7).unwrap();
 
     // Pushed before `mint` returns, but perhaps not read yet: then the broker is asked, and points back to the push.
     for _ in 0..200 {
@@ -193,11 +192,10 @@ fn a_token_for_a_vsock_tool_is_pushed_to_its_vm_and_good_there_only() {
     }
 
     // In a VM that is no introspector, whoever brings the token may have it; a VM that is gone gets none.
-    let endpoint = Endpoint::Vsock { cid: 99, port: 1 };
-    assert_eq!(broker.state.mint(Instant::now(), &vm, &endpoint).err(), Some(KvmError::Perm));
+    assert_eq!(broker.mint(&vm, 99).err(), Some(KvmError::Perm));
     let plain = Registration { introspector: false, ..introspector("plain", 99) };
     let _plain = VmmLink::connect(&broker.path, plain, None).unwrap();
-    let token = broker.state.mint(Instant::now(), &vm, &endpoint).unwrap();
+    let token = broker.mint(&vm, 99).unwrap();
     puma.redeem(&token).unwrap();
 }
 
@@ -208,7 +206,7 @@ fn a_pushed_token_is_claimed_once_by_many_threads() {
     let lion = broker.introspector("lion", 7);
     let vm = broker.state.find("tiger").unwrap();
     for _ in 0..50 {
-        let token = broker.state.mint(Instant::now(), &vm, &Endpoint::Vsock { cid: 7, port: 1 }).unwrap();
+        let token = broker.mint(&vm, 7).unwrap();
         let won = std::thread::scope(|scope| {
             let tries: Vec<_> = (0..4).map(|_| scope.spawn(|| lion.redeem(&token).is_ok())).collect();
             tries.into_iter().map(|each| each.join().unwrap()).filter(|won| *won).count()
@@ -225,9 +223,9 @@ fn a_vm_gets_no_token_for_itself() {
     both.introspector = true;
     let link = VmmLink::connect(&broker.path, both, Some(ram())).unwrap();
     let vm = broker.state.find("both").unwrap();
-    let minted = broker.state.mint(Instant::now(), &vm, &Endpoint::Vsock { cid: 7, port: 1 });
+    let minted = broker.mint(&vm, 7);
     assert_eq!(minted.err(), Some(KvmError::Perm));
-    let bearer = broker.state.mint(Instant::now(), &vm, &Endpoint::Unix("/t".into())).unwrap();
+    let bearer = broker.mint_bearer(&vm).unwrap();
     assert_eq!(link.redeem(&bearer).unwrap_err(), RedeemError::Denied);
 }
 
@@ -237,11 +235,10 @@ fn the_end_of_a_target_voids_its_tokens_and_keeps_what_is_mapped() {
     let tiger = broker.target("tiger");
     let lion = broker.introspector("lion", 7);
     let vm = broker.state.find("tiger").unwrap();
-    let endpoint = Endpoint::Vsock { cid: 7, port: 1 };
-    let mint = || broker.state.mint(Instant::now(), &vm, &endpoint);
+    let mint = || broker.mint(&vm, 7);
     let held = lion.redeem(&mint().unwrap()).unwrap().target;
     let late = mint().unwrap();
-    let bearer = broker.state.mint(Instant::now(), &vm, &Endpoint::Unix("/t".into())).unwrap();
+    let bearer = broker.mint_bearer(&vm).unwrap();
     drop(tiger);
     wait_for("the target to go", || broker.state.find("tiger").is_err());
     assert_eq!(mint().err(), Some(KvmError::OpNotSupp));
@@ -258,16 +255,14 @@ fn the_end_of_an_introspector_voids_its_tokens() {
     let _tiger = broker.target("tiger");
     let lion = broker.introspector("lion", 7);
     let vm = broker.state.find("tiger").unwrap();
-    let endpoint = Endpoint::Vsock { cid: 7, port: 1 };
-    let tokens: Vec<Token> =
-        (0..64).map(|_| broker.state.mint(Instant::now(), &vm, &endpoint).unwrap()).collect();
-    assert_eq!(broker.state.mint(Instant::now(), &vm, &endpoint).err(), Some(KvmError::Again));
+    let tokens: Vec<Token> = (0..64).map(|_| broker.mint(&vm, 7).unwrap()).collect();
+    assert_eq!(broker.mint(&vm, 7).err(), Some(KvmError::Again));
     drop(lion);
     wait_for("the introspector to go", || broker.state.find("lion").is_err());
     let lion = broker.introspector("lion", 7);
     assert_eq!(lion.redeem(&tokens[0]).unwrap_err(), RedeemError::Unknown);
     // Its tokens no longer count.
-    let token = broker.state.mint(Instant::now(), &vm, &endpoint).unwrap();
+    let token = broker.mint(&vm, 7).unwrap();
     lion.redeem(&token).unwrap();
 }
 
@@ -282,6 +277,6 @@ fn vms_register_again_with_a_new_broker() {
     let broker = TestBroker::start_in(directory);
     wait_for("the links to be back", || tiger.is_connected() && lion.is_connected());
     let vm = broker.state.find("tiger").unwrap();
-    let token = broker.state.mint(Instant::now(), &vm, &Endpoint::Vsock { cid: 7, port: 1 }).unwrap();
+    let token = broker.mint(&vm, 7).unwrap();
     assert_eq!(lion.redeem(&token).unwrap().target.name(), "tiger");
 }

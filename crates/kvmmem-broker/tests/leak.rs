@@ -3,8 +3,6 @@
 
 mod common;
 
-use std::time::Instant;
-
 use common::{TestBroker, Tool, wait_for};
 use kvmmem_broker::admin::Admin;
 use kvmmem_broker::endpoint::Endpoint;
@@ -30,7 +28,7 @@ fn two_hundred_rounds_leave_no_descriptor_and_no_thread() {
         let mut session = tool.accept();
         let bearer = session.token().unwrap();
         let vm = broker.state.find("tiger").unwrap();
-        let pushed = broker.state.mint(Instant::now(), &vm, &Endpoint::Vsock { cid: 7, port: 1 }).unwrap();
+        let pushed = broker.mint(&vm, 7).unwrap();
         drop(vm);
         let held = (round % 2 == 0).then(|| (lion.redeem(&bearer).unwrap(), lion.redeem(&pushed).unwrap()));
         match round % 4 {

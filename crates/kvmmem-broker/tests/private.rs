@@ -12,7 +12,6 @@ use common::{TestBroker, Tool, caller, introspector, memfd, request, target, wai
 use kvmmem_abi::errno::KvmError;
 use kvmmem_broker::admin::{AdminError, GrantRequest, Span};
 use kvmmem_broker::copies::message::{BUFFER, CopyAnswer, CopyRequest, Piece, Status};
-use kvmmem_broker::endpoint::Endpoint;
 use kvmmem_broker::host::{Copier, CopyError, HostEvent, HostLink, HostView};
 use kvmmem_broker::link::{RedeemError, Region, Registration, Rights, Token};
 use kvmmem_broker::packet::{PacketBuffer, PacketSocket, Wait};
@@ -223,7 +222,7 @@ fn kvmi_reads_and_writes_it_and_says_that_no_vm_can_map_it() {
     let mut session = tool.accept();
     let token = session.token().unwrap();
     let (_lion, vm) = (broker.introspector("lion", 7), broker.state.find("tiger").unwrap());
-    let minted = broker.state.mint(std::time::Instant::now(), &vm, &Endpoint::Vsock { cid: 7, port: 1 });
+    let minted = broker.mint(&vm, 7);
     assert_eq!(minted.unwrap_err(), KvmError::OpNotSupp);
     // A tool on the host can have copies.
     let (link, _, copier) = attach(&broker, &token, false);

@@ -8,9 +8,11 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use common::{TestBroker, Tool, introspector, may_open, ram, request, target, wait_for};
+use kvmmem_abi::errno::KvmError;
 use kvmmem_broker::admin::{AdminError, KvmiPolicy};
 use kvmmem_broker::audit::AuditFile;
 use kvmmem_broker::endpoint::Endpoint;
+use kvmmem_broker::hook::Owner;
 use kvmmem_broker::link::{LinkError, RedeemError, Registration, Rights, VmmLink};
 use kvmmem_broker::packet::{PacketBuffer, PacketSocket, Wait};
 use kvmmem_broker::wire::{Answer, Call, FromBroker, Refusal, Request};
@@ -95,13 +97,12 @@ fn a_token_that_cannot_be_pushed_stays_its_holder_s() {
     let deaf = Vmm::register(&broker, introspector("deaf", 7), None);
     let puma = broker.introspector("puma", 8);
     let uuid = introspector("deaf", 7).uuid;
-    let endpoint = Endpoint::Vsock { cid: 7, port: 1 };
     // More packets than a socket queues.
     let targets: Vec<VmmLink> = (0..16).map(|number| broker.target(&format!("target-{number}"))).collect();
     let mut tokens = Vec::new();
     for number in 0..targets.len() {
         let vm = broker.state.find(&format!("target-{number}")).unwrap();
-        tokens.extend((0..64).map(|_| broker.state.mint(Instant::now(), &vm, &endpoint).unwrap()));
+        tokens.extend((0..64).map(|_| broker.mint(&vm, 7).unwrap()));
     }
     let holders: Vec<_> = broker.grants().iter().map(|grant| grant.holder).collect();
     assert!(!holders.is_empty() && holders.iter().all(|holder| *holder == Some(uuid)), "{holders:?}");
@@ -137,6 +138,24 @@ fn a_hook_ends_with_the_vm_that_it_was_made_for() {
     let _puma = broker.introspector("puma", 7);
     assert!(broker.admin().targets().unwrap().iter().all(|vm| vm.hooks.is_empty()));
     broker.admin().hook("bank", &endpoint).unwrap();
+}
+
+#[test]
+fn a_hook_makes_no_token_for_another_vm_with_its_context_id() {
+    let broker = TestBroker::start();
+    let _bank = broker.target("bank");
+    let vm = broker.state.find("bank").unwrap();
+    let endpoint = Endpoint::Vsock { cid: 7, port: 1234 };
+    let mint = |owner| broker.state.mint(Instant::now(), &vm, &endpoint, owner);
+    let number = |name| broker.state.find(name).unwrap().id();
+    let lion = broker.introspector("lion", 7);
+    let owner = Owner::Vm(number("lion"));
+    lion.redeem(&mint(owner).unwrap()).unwrap();
+    drop(lion);
+    wait_for("the introspector to go", || broker.state.find("lion").is_err());
+    let puma = broker.introspector("puma", 7);
+    assert_eq!(mint(owner).err(), Some(KvmError::Perm));
+    puma.redeem(&mint(Owner::Vm(number("puma"))).unwrap()).unwrap();
 }
 
 #[test]

@@ -9,7 +9,6 @@ use std::time::{Duration, Instant};
 use common::{TestBroker, caller, introspector, ram, regions, request, target, wait_for};
 use kvmmem_abi::errno::KvmError;
 use kvmmem_broker::admin::{AdminError, GrantRequest, GrantState, KvmiPolicy, Origin, Span};
-use kvmmem_broker::endpoint::Endpoint;
 use kvmmem_broker::link::{Change, RedeemError, Region, Rights, Token, ViewCounters, VmmLink};
 use kvmmem_broker::wire::Refusal;
 
@@ -221,7 +220,7 @@ fn a_pushed_token_is_used_once_by_pages_and_views_together() {
     let lion = broker.introspector("lion", 7);
     let vm = broker.state.find("tiger").unwrap();
     for round in 0..100 {
-        let token = broker.state.mint(Instant::now(), &vm, &Endpoint::Vsock { cid: 7, port: 1 }).unwrap();
+        let token = broker.mint(&vm, 7).unwrap();
         if round % 2 == 0 {
             // Give the push time to come, or none.
             std::thread::sleep(Duration::from_millis(2));
@@ -257,7 +256,7 @@ fn revoking_a_pushed_token_voids_it_where_it_was_pushed() {
     let _tiger = broker.target("tiger");
     let (lion, _views) = broker.viewer("lion", 7, NO_PAUSE);
     let vm = broker.state.find("tiger").unwrap();
-    let token = broker.state.mint(Instant::now(), &vm, &Endpoint::Vsock { cid: 7, port: 1 }).unwrap();
+    let token = broker.mint(&vm, 7).unwrap();
     let listed = &broker.grants()[0];
     assert_eq!((listed.origin, listed.holder), (Origin::Kvmi, Some(introspector("lion", 7).uuid)));
     assert_eq!(broker.admin().revoke(listed.id).unwrap().unconfirmed, 0);
@@ -277,7 +276,7 @@ fn kvmi_makes_what_the_policy_says() {
     let tiger = broker.target("tiger");
     let lion = broker.introspector("lion", 7);
     let vm = broker.state.find("tiger").unwrap();
-    let mint = || broker.state.mint(Instant::now(), &vm, &Endpoint::Unix("/t".into()));
+    let mint = || broker.mint_bearer(&vm);
     assert_eq!(mint().err(), Some(KvmError::Perm));
     admin.policy("tiger", Some(KvmiPolicy::ReadOnly)).unwrap();
     assert_eq!(lion.redeem(&mint().unwrap()).unwrap().scope.rights, Rights::ReadOnly);

@@ -17,10 +17,13 @@ use kvmmem_abi::errno::KvmError;
 use kvmmem_broker::admin::{Admin, GrantInfo, GrantRequest, Granted};
 use kvmmem_broker::broker::Broker;
 use kvmmem_broker::endpoint::Endpoint;
+use kvmmem_broker::hook::Owner;
 use kvmmem_broker::link::{
     Attached, Caller, RedeemError, Region, Registration, Rights, Target, ViewEvents, VmmLink,
 };
+use kvmmem_broker::peer::Credentials;
 use kvmmem_broker::quota::Limits;
+use kvmmem_broker::registry::Vm;
 use kvmmem_broker::server::Server;
 use kvmmem_kvmi::handshake::{ToolHello, VmHello};
 use kvmmem_kvmi::message::{HEADER_SIZE, Header};
@@ -99,6 +102,19 @@ impl TestBroker {
 
     pub(crate) fn grant(&self, request: &GrantRequest) -> Granted {
         self.admin().grant(request).unwrap()
+    }
+
+    /// Makes a token as a hook to a tool in the VM with this context id does; 0 is the number of no VM.
+    pub(crate) fn mint(&self, target: &Vm, cid: u32) -> Result<Token, KvmError> {
+        let tool = self.state.registry().with_cid(cid).map_or(0, |vm| vm.id());
+        let endpoint = Endpoint::Vsock { cid, port: 1 };
+        self.state.mint(Instant::now(), target, &endpoint, Owner::Vm(tool))
+    }
+
+    /// Makes a token as a hook to a tool on the host does.
+    pub(crate) fn mint_bearer(&self, target: &Vm) -> Result<Token, KvmError> {
+        let owner = Owner::Host(Credentials { pid: std::process::id(), uid: 0 });
+        self.state.mint(Instant::now(), target, &Endpoint::Unix("/t".into()), owner)
     }
 
     pub(crate) fn grants(&self) -> Vec<GrantInfo> {
