@@ -224,6 +224,18 @@ fn a_qemu_that_goes_wrong_while_it_is_added_is_not_added() {
 }
 
 #[test]
+fn a_process_that_executes_another_program_while_its_qemu_is_asked_is_not_added() {
+    let broker = TestBroker::start();
+    broker.state.introspectors().set_door(None);
+    let qemu = FakeQemu::start();
+    // The first command is how a connection begins; the next ones ask which VM it is.
+    qemu.machine().fault = Some((1, Fault::Exec));
+    let message = add(&broker, &qemu).map(|_| ()).unwrap_err();
+    assert!(message.contains("no QEMU"), "{message}");
+    assert!(broker.admin().targets().unwrap().is_empty());
+}
+
+#[test]
 fn a_qemu_that_floods_is_killed_where_the_operator_wants_it() {
     let mut pair = Pair::start_with(OnSilence::Kill);
     pair.qemu.machine().is_stubborn = true;

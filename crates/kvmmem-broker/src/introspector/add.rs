@@ -13,7 +13,7 @@ use uuid::Uuid;
 use super::ask::{self, AskError, Machine};
 use super::find::{self, FindError, Found};
 use super::list::MAX;
-use super::monitor::{self, Monitor};
+use super::monitor::Monitor;
 use super::process::Process;
 use super::view::View;
 use super::{Introspector, State, Traits, janitor};
@@ -105,10 +105,8 @@ impl Broker {
         if self.introspectors().is_full() {
             return Err(AddError::Full.into());
         }
-        let Found { process, mut qmp } = find::find(which).map_err(AddError::from)?;
+        let Found { process, qmp, identity } = find::find(which).map_err(AddError::from)?;
         let socket = qmp.path().to_owned();
-        let identity =
-            monitor::identity(&mut qmp).map_err(|error| AddError::Ask(AskError::Monitor(error.into())))?;
         let monitor = Monitor::start(qmp, identity).map_err(AddError::Resources)?;
         let added = self.add_found(process, &monitor, (cid, name, uuid), on_silence);
         let (introspector, places) = added.inspect_err(|_| monitor.stop())?;

@@ -3,6 +3,9 @@
 
 use std::path::PathBuf;
 
+use serde_json::Value;
+
+use super::monitor;
 use crate::discover::attach::{self, AttachError, Which};
 use crate::discover::command_line::Vmm;
 use crate::discover::options::Options;
@@ -19,6 +22,8 @@ const MAX_SOCKETS: usize = 8;
 pub(super) struct Found {
     pub(super) process: Process,
     pub(super) qmp: Qmp,
+    /// Which VM it is by its own answer.
+    pub(super) identity: Vec<Value>,
 }
 
 /// Why there is none.
@@ -42,6 +47,9 @@ pub enum FindError {
         "process {0} has no QMP socket of its own that is known; start it with -qmp unix:PATH,server=on,wait=off, or give the socket"
     )]
     NoSocket(u32),
+    /// It does not say which VM it is.
+    #[error("QEMU does not say which VM it runs")]
+    Identity(#[source] QmpError),
     /// None of its sockets answers.
     #[error("no QMP socket of process {pid} answers; give QEMU one more, for the broker alone")]
     Silent {
@@ -67,25 +75,34 @@ pub(super) fn find(which: &Which) -> Result<Found, FindError> {
             (process, Some(qmp))
         }
     };
-    let (pid, arguments) = (process.pid(), process.arguments().map_err(AttachError::from)?);
-    let program = process.program().map_err(AttachError::from)?;
-    if recognise(&process, &program, &arguments).map_err(AttachError::from)? != Some(Vmm::Qemu) {
-        return Err(FindError::NoQemu { pid, program });
-    }
+    let (pid, arguments) = (process.pid(), check(&process)?);
     if let Which::Libvirt(name) = which
         && Vmm::Qemu.command_line(&arguments).name != name::fit(name)
     {
         return Err(AttachError::WrongDomain { pid, name: name.clone() }.into());
     }
-    let qmp = match qmp {
+    let mut qmp = match qmp {
         Some(qmp) => qmp,
         None => first(pid, &sockets(&arguments))?,
     };
+    let identity = monitor::identity(&mut qmp).map_err(FindError::Identity)?;
+    // QEMU may have taken its time to answer, and the process may be another program's or another one's by now.
+    check(&process)?;
     // What was read of the process until now was its own.
     if !process.is_alive() {
         return Err(AttachError::Ended(pid).into());
     }
-    Ok(Found { process, qmp })
+    Ok(Found { process, qmp, identity })
+}
+
+/// Whether a process runs QEMU; returns its arguments.
+fn check(process: &Process) -> Result<Vec<String>, FindError> {
+    let arguments = process.arguments().map_err(AttachError::from)?;
+    let (pid, program) = (process.pid(), process.program().map_err(AttachError::from)?);
+    match recognise(process, &program, &arguments).map_err(AttachError::from)? {
+        Some(Vmm::Qemu) => Ok(arguments),
+        _ => Err(FindError::NoQemu { pid, program }),
+    }
 }
 
 fn open(pid: u32) -> Result<Process, AttachError> {

@@ -9,7 +9,7 @@ use std::net::Shutdown;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
@@ -37,6 +37,8 @@ pub(crate) enum Fault {
     FloodForEver,
     /// It is answered by something that no QEMU says.
     Nonsense,
+    /// The process executes another program before it is answered.
+    Exec,
 }
 
 /// What the fake has.
@@ -58,6 +60,8 @@ pub(crate) struct Machine {
     pub(crate) name: String,
     /// How long each answer takes.
     pub(crate) delay: Duration,
+    /// Its process executes another program when it reads a line.
+    process: Option<(u32, ChildStdin)>,
     last_file: u64,
     /// How many commands have been carried out.
     pub(crate) asked: usize,
@@ -78,9 +82,15 @@ impl FakeQemu {
         let socket = directory.path().join("qmp");
         let listener = UnixListener::bind(&socket).unwrap();
         let program = directory.path().join("qemu-system-fake");
-        super::install(Path::new("/bin/cat"), &program);
-        let process = Command::new(program).stdin(Stdio::piped()).stdout(Stdio::null()).spawn().unwrap();
-        let machine = Arc::<Mutex<Machine>>::default();
+        super::install(&Path::new("/bin/sh").canonicalize().unwrap(), &program);
+        let mut process = Command::new(program)
+            .args(["-c", "read line; exec cat"])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .spawn()
+            .unwrap();
+        let input = process.stdin.take().map(|stdin| (process.id(), stdin));
+        let machine = Arc::new(Mutex::new(Machine { process: input, ..Machine::default() }));
         let served = Arc::clone(&machine);
         // It ends with the test's process.
         std::thread::spawn(move || {
@@ -174,6 +184,7 @@ fn serve(shared: &Arc<Mutex<Machine>>, stream: &UnixStream) {
                     send(&json!({ "return": [[], "?"], "event": 7 }));
                     return;
                 }
+                Some(Fault::Exec) => machine.execute_another_program(),
                 Some(Fault::CloseAfter) | None => {}
             }
             let (delay, is_flooding) = (machine.delay, machine.is_flooding);
@@ -219,6 +230,15 @@ impl Machine {
         let (left, fault) = self.fault?;
         self.fault = left.checked_sub(1).map(|left| (left, fault));
         (left == 0).then_some(fault)
+    }
+
+    fn execute_another_program(&mut self) {
+        let (pid, input) = self.process.as_mut().unwrap();
+        input.write_all(b"\n").unwrap();
+        let program = format!("/proc/{pid}/exe");
+        super::wait_for("another program", || {
+            !std::fs::read_link(&program).unwrap().ends_with("qemu-system-fake")
+        });
     }
 
     /// The answer, and the devices that the guest lets go of.
