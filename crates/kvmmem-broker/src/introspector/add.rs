@@ -102,9 +102,7 @@ impl Broker {
         (cid, name, uuid): (Option<u32>, Option<String>, Option<Uuid>),
         on_silence: OnSilence,
     ) -> Result<Answer, Refused> {
-        if self.introspectors().is_full() {
-            return Err(AddError::Full.into());
-        }
+        let slot = self.introspectors().reserve().ok_or(AddError::Full)?;
         let Found { process, qmp, identity } = find::find(which).map_err(AddError::from)?;
         let socket = qmp.path().to_owned();
         let monitor = Monitor::start(qmp, identity).map_err(AddError::Resources)?;
@@ -119,7 +117,7 @@ impl Broker {
             }
         };
         let pidfd = introspector.process.pidfd().try_clone_to_owned();
-        let watched = pidfd.and_then(|pidfd| self.introspectors().insert(&introspector, pidfd, ended));
+        let watched = pidfd.and_then(|pidfd| self.introspectors().insert(&introspector, slot, pidfd, ended));
         if let Err(error) = watched {
             introspector.close();
             return Err(AddError::Resources(error).into());

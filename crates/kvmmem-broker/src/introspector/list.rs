@@ -18,11 +18,17 @@ pub(super) const MAX: usize = 64;
 /// The introspectors, by the broker's numbers for their VMs.
 #[derive(Debug, Default)]
 pub struct Introspectors {
-    list: Mutex<BTreeMap<u64, Arc<Introspector>>>,
+    list: Mutex<BTreeMap<u64, (Arc<Introspector>, Slot)>>,
+    /// Of each slot that is taken there is a clone.
+    slots: Mutex<Arc<()>>,
     /// Their QEMUs.
     watch: Watch,
     door: Mutex<Doorway>,
 }
+
+/// One of the [`MAX`] introspectors that there may be: taken before a QEMU is asked anything, and kept with its entry.
+#[derive(Debug)]
+pub(super) struct Slot(#[allow(dead_code, reason = "counted by its clones")] Arc<()>);
 
 #[derive(Debug)]
 enum Doorway {
@@ -40,7 +46,8 @@ impl Default for Doorway {
 impl Introspectors {
     /// The one with a vsock context id: the last that was added, where one before is still being taken out.
     pub fn by_cid(&self, cid: u32) -> Option<Arc<Introspector>> {
-        lock(&self.list).values().rev().find(|introspector| introspector.cid() == cid).cloned()
+        let list = lock(&self.list);
+        list.values().rev().map(|(introspector, _)| introspector).find(|it| it.cid() == cid).cloned()
     }
 
     /// Says at which vsock port guests knock, `None` for no door at all. Counts for a door that is not open yet.
@@ -66,19 +73,22 @@ impl Introspectors {
         drop(door);
     }
 
-    pub(super) fn is_full(&self) -> bool {
-        lock(&self.list).len() >= MAX
+    /// Takes a slot, which is free again when it is dropped; `None` where all are taken.
+    pub(super) fn reserve(&self) -> Option<Slot> {
+        let slots = lock(&self.slots);
+        (Arc::strong_count(&slots) <= MAX).then(|| Slot(Arc::clone(&slots)))
     }
 
     /// Adds one; `ended` is called when a QEMU has ended, once, with the VM's number.
     pub(super) fn insert(
         &self,
         introspector: &Arc<Introspector>,
+        slot: Slot,
         pidfd: OwnedFd,
         ended: impl Fn(u64) + Send + 'static,
     ) -> io::Result<()> {
         let vm = introspector.traits.vm;
-        lock(&self.list).insert(vm, Arc::clone(introspector));
+        lock(&self.list).insert(vm, (Arc::clone(introspector), slot));
         let watched = Watched { vm, pidfd: Arc::new(pidfd), monitor: None };
         let ended = move |watched: Vec<Watched>| watched.iter().for_each(|watched| ended(watched.vm));
         self.watch.add(watched, ended).inspect_err(|_| {
@@ -88,7 +98,7 @@ impl Introspectors {
 
     pub(super) fn remove(&self, vm: u64) -> Option<Arc<Introspector>> {
         self.watch.remove(vm);
-        lock(&self.list).remove(&vm)
+        lock(&self.list).remove(&vm).map(|(introspector, _)| introspector)
     }
 
     /// Removes all.
@@ -96,10 +106,33 @@ impl Introspectors {
         let removed = std::mem::take(&mut *lock(&self.list));
         removed
             .into_iter()
-            .map(|(vm, introspector)| {
+            .map(|(vm, (introspector, _))| {
                 self.watch.remove(vm);
                 introspector
             })
             .collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::discover::attach::Which;
+    use crate::peer::Credentials;
+    use crate::wire::{OnSilence, Refusal};
+
+    #[test]
+    fn those_that_are_being_added_count() {
+        let broker = Arc::new(Broker::default());
+        let add = || {
+            let peer = Credentials { pid: 1, uid: 0 };
+            broker.add_introspector(peer, &Which::Pid(0), None, None, OnSilence::Report).unwrap_err()
+        };
+        let mut slots: Vec<Slot> = (0..MAX).map(|_| broker.introspectors().reserve().unwrap()).collect();
+        let refused = add();
+        assert_eq!(refused.refusal, Refusal::Limit, "{}", refused.message);
+        slots.pop();
+        let refused = add();
+        assert_eq!(refused.refusal, Refusal::Invalid, "{}", refused.message);
     }
 }
