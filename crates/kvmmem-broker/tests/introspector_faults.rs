@@ -236,6 +236,29 @@ fn a_process_that_executes_another_program_while_its_qemu_is_asked_is_not_added(
 }
 
 #[test]
+fn a_reset_ends_the_views_before_it_and_no_later_one() {
+    let pair = Pair::start();
+    // The guest releases nothing, so that the first view's end keeps the thread that ends views busy.
+    pair.qemu.machine().is_stubborn = true;
+    let earlier = pair.open().unwrap();
+    pair.arm(0, Fault::Reset);
+    pair.introspector.room().unwrap();
+    wait_for("the view before the reset to end", || earlier.ended());
+    // The VM is reset once more, and a view opened, before that thread looks for what ends by this reset.
+    pair.arm(0, Fault::Reset);
+    let later = pair.open().unwrap();
+    // That thread tries again to unplug the first view, and has looked for that then.
+    pair.qemu.machine().is_stubborn = false;
+    wait_for("the earlier view's devices to go", || pair.qemu.machine().devices.len() == 2);
+    assert!(!later.ended());
+    pair.arm(0, Fault::Reset);
+    pair.introspector.room().unwrap();
+    wait_for("the view before the last reset to end", || later.ended());
+    drop((earlier, later));
+    pair.recovers();
+}
+
+#[test]
 fn a_qemu_that_floods_is_killed_where_the_operator_wants_it() {
     let mut pair = Pair::start_with(OnSilence::Kill);
     pair.qemu.machine().is_stubborn = true;

@@ -37,6 +37,8 @@ pub(crate) enum Fault {
     FloodForEver,
     /// It is answered by something that no QEMU says.
     Nonsense,
+    /// The VM is reset before it is answered.
+    Reset,
     /// The process executes another program before it is answered.
     Exec,
 }
@@ -184,6 +186,7 @@ fn serve(shared: &Arc<Mutex<Machine>>, stream: &UnixStream) {
                     send(&json!({ "return": [[], "?"], "event": 7 }));
                     return;
                 }
+                Some(Fault::Reset) => send(&json!({ "event": "RESET", "data": { "guest": true } })),
                 Some(Fault::Exec) => machine.execute_another_program(),
                 Some(Fault::CloseAfter) | None => {}
             }
