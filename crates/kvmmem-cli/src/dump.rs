@@ -12,12 +12,13 @@ mod record;
 mod sink;
 mod transfer;
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
 use kvmmem::view::{Access, Status, View};
+use serde::Serialize;
 use uuid::Uuid;
 
 use crate::interrupt::Interrupt;
@@ -28,7 +29,7 @@ use crate::source::{Source, ranges};
 use checkpoint::Checkpoint;
 use digest::Digest;
 use layout::{Format, Layout};
-use record::Record;
+use record::{Record, Saved};
 use sink::{Kind, Sink};
 use transfer::Transfer;
 
@@ -79,25 +80,32 @@ Exit codes:
 /// What to do where a dump cannot be resumed.
 const REMEDY: &str = "remove it and its .part, and begin again";
 
-/// A file that was made before the token was used, and is removed again where nothing comes of it.
-struct Fresh<'a>(Option<&'a Path>);
-
-impl Drop for Fresh<'_> {
-    fn drop(&mut self) {
-        if let Some(path) = self.0 {
-            // There is nothing in it.
-            let _ = std::fs::remove_file(path);
-        }
-    }
+/// What is there of a dump before its token is used.
+enum Start {
+    /// Nothing: the file is made once there is something to write.
+    New,
+    Stream(Sink),
+    /// A dump to continue.
+    Unfinished(Checkpoint, Sink),
+    /// A dump that is complete, record and all; only its checkpoint is left to be removed.
+    Complete(Saved),
 }
 
 impl Arguments {
     pub(crate) fn run(&self, output: &mut Output) -> Result<ExitCode> {
         let wanted = in_order(&self.ranges)?;
-        let (earlier, mut sink, mut fresh) = self.open()?;
-        if matches!(sink, Sink::Stream { .. }) {
-            output.use_stderr();
-        }
+        let (earlier, sink) = match self.open()? {
+            Start::New => (None, None),
+            Start::Stream(sink) => {
+                output.use_stderr();
+                (None, Some(sink))
+            }
+            Start::Unfinished(checkpoint, sink) => (Some(checkpoint), Some(sink)),
+            Start::Complete(record) => {
+                Checkpoint::remove(&self.file)?;
+                return self.tell(&record.record, record.sizes(), output);
+            }
+        };
         let view = self.source.attach(Access::ReadOnly, "dump", &wanted)?;
         let interrupt = Interrupt::catch()?;
         // In this order: a reset in between makes the dump stale.
@@ -127,11 +135,14 @@ impl Arguments {
         }
         let note = checkpoint.vmcoreinfo.as_ref().map(|(_, text)| text.as_str());
         let layout = Layout::new(self.format, &checkpoint.ranges, note);
-        let digest = self.begin(&mut sink, &layout, &checkpoint, resumed)?;
-        if matches!(sink, Sink::File(_)) {
-            checkpoint.save(&self.file)?;
+        let is_new = sink.is_none();
+        let mut sink = sink.map_or_else(|| Sink::file(&self.file, false), Ok)?;
+        let begun = self.begin(&mut sink, &layout, &checkpoint, resumed);
+        if is_new && begun.is_err() {
+            // There is nothing in it to continue.
+            let _ = std::fs::remove_file(&self.file);
         }
-        fresh.0 = None;
+        let digest = begun?;
 
         let bar = progress::bytes(0, output);
         let sha256 = Transfer {
@@ -154,18 +165,18 @@ impl Arguments {
         if matches!(sink, Sink::File(_)) {
             Checkpoint::remove(&self.file)?;
         }
-        self.tell(&record, &checkpoint, layout.len, output)
+        self.tell(&record, (layout.len, checkpoint.data_bytes, &checkpoint.unreadable), output)
     }
 
-    /// Opens what is written to, and what is there of an earlier dump.
-    fn open(&self) -> Result<(Option<Checkpoint>, Sink, Fresh<'_>)> {
+    /// Opens a stream or what is there of an earlier dump; checks that there can be a new file.
+    fn open(&self) -> Result<Start> {
         let file = self.file.display();
         if sink::kind(&self.file)? == Kind::Stream {
             ensure!(!self.resume, "{file} is a stream: what it has got cannot be resumed");
             if let Some(record) = &self.record {
                 sink::check_new(record)?;
             }
-            return Ok((None, Sink::stream(&self.file)?, Fresh(None)));
+            return Ok(Start::Stream(Sink::stream(&self.file)?));
         }
         let earlier = Checkpoint::load(&self.file)?;
         let exists = self.file.try_exists().with_context(|| format!("cannot look for {file}"))?;
@@ -184,13 +195,18 @@ impl Arguments {
         }
         let record = self.record_path().unwrap_or_default();
         ensure!(record != self.file, "--record names the file of the dump itself");
-        if earlier.is_none() {
+        let Some(checkpoint) = earlier else {
             sink::check_new(&self.file)?;
+            sink::check_new(&record)?;
+            return Ok(Start::New);
+        };
+        let sink = Sink::file(&self.file, true)?;
+        let len = self.file.metadata().with_context(|| format!("cannot look at {file}"))?.len();
+        if let Some(saved) = Saved::load(&record, &checkpoint, len) {
+            return Ok(Start::Complete(saved));
         }
         sink::check_new(&record)?;
-        let sink = Sink::file(&self.file, exists)?;
-        let fresh = Fresh(earlier.is_none().then_some(&self.file));
-        Ok((earlier, sink, fresh))
+        Ok(Start::Unfinished(checkpoint, sink))
     }
 
     /// Where the record goes.
@@ -203,7 +219,7 @@ impl Arguments {
         self.record.clone().or_else(beside)
     }
 
-    /// Writes the head, unless it is there, and takes what is there into the digest.
+    /// Writes the head, unless it is there, takes what is there into the digest, and saves the first checkpoint.
     fn begin(
         &self,
         sink: &mut Sink,
@@ -222,32 +238,34 @@ impl Arguments {
         } else if let Some(digest) = &mut digest {
             digest.put(0, &layout.head)?;
         }
+        if matches!(sink, Sink::File(_)) {
+            checkpoint.save(&self.file)?;
+        }
         Ok(digest)
     }
 
     /// Says what there is, and gives the exit code.
     fn tell(
         &self,
-        record: &Record<'_>,
-        checkpoint: &Checkpoint,
-        bytes: u64,
+        record: &impl Serialize,
+        (bytes, data_bytes, unreadable): (u64, u64, &[GpaRange]),
         output: &mut Output,
     ) -> Result<ExitCode> {
         let file = crate::failure::escape(&self.file.to_string_lossy());
         if output.is_json() {
             output.object(record)?;
         } else {
-            let data = checkpoint.data_bytes;
-            output.line(format!("{file}: {bytes} bytes, of which {data} were allocated in the target"))?;
+            output
+                .line(format!("{file}: {bytes} bytes, of which {data_bytes} were allocated in the target"))?;
         }
-        if checkpoint.unreadable.is_empty() {
+        if unreadable.is_empty() {
             return Ok(ExitCode::SUCCESS);
         }
         if !output.is_json() {
             output.line(format!(
                 "{} bytes of these could not be read and are zeros in the file: {}",
-                total(&checkpoint.unreadable),
-                shown(&checkpoint.unreadable)
+                total(unreadable),
+                shown(unreadable)
             ))?;
         }
         Ok(ExitCode::from(UNREADABLE))

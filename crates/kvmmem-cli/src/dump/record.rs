@@ -2,16 +2,18 @@
 //! The record of a complete dump: what it is of, what is in it and what is not. A JSON object in a file beside it, and
 //! what `--json` prints.
 
+use std::fs;
 use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::Result;
 use serde::Serialize;
+use serde_json::Value;
 use uuid::Uuid;
 
 use super::checkpoint::{Checkpoint, replace};
 use super::layout::Format;
-use crate::number::Hex;
+use crate::number::{self, Hex};
 use crate::range::{GpaRange, RangeLine};
 
 #[derive(Serialize)]
@@ -90,6 +92,41 @@ impl<'a> Record<'a> {
         let mut text = serde_json::to_vec_pretty(self)?;
         text.push(b'\n');
         replace(path, &text)
+    }
+}
+
+/// The record of a dump whose checkpoint was not removed.
+pub(super) struct Saved {
+    /// As it was written.
+    pub(super) record: Value,
+    bytes: u64,
+    data_bytes: u64,
+    unreadable: Vec<GpaRange>,
+}
+
+impl Saved {
+    /// The record at `path`, if it is of the dump with this checkpoint and this length: it is written last of all.
+    pub(super) fn load(path: &Path, checkpoint: &Checkpoint, len: u64) -> Option<Self> {
+        if !path.metadata().ok()?.is_file() {
+            return None;
+        }
+        let record: Value = serde_json::from_slice(&fs::read(path).ok()?).ok()?;
+        let range = |line: &Value| {
+            let start = number::parse(line.get("gpa")?.as_str()?).ok()?;
+            Some(start..start.checked_add(line.get("len")?.as_u64()?)?)
+        };
+        let number = |name| record.get(name).and_then(Value::as_u64);
+        let is_its = record.get("target")?.as_str()? == checkpoint.uuid.to_string()
+            && number("started_ms") == Some(checkpoint.started_ms)
+            && number("bytes") == Some(len);
+        let unreadable = record.get("unreadable")?.as_array()?.iter().map(range).collect::<Option<_>>()?;
+        let data_bytes = number("data_bytes")?;
+        is_its.then_some(Self { record, bytes: len, data_bytes, unreadable })
+    }
+
+    /// The file's length, how many bytes were read from the target, and what could not be read.
+    pub(super) fn sizes(&self) -> (u64, u64, &[GpaRange]) {
+        (self.bytes, self.data_bytes, &self.unreadable)
     }
 }
 

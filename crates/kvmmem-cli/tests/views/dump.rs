@@ -254,6 +254,51 @@ fn a_record_lies_beside_the_file() {
 }
 
 #[test]
+fn a_complete_dump_whose_checkpoint_is_left_is_finished_without_a_token() {
+    let host = large();
+    let child = begin(&host, &host.grant(&[]).1);
+    signal(&child, Signal::INT);
+    assert_eq!(finish(child).code, Some(1));
+    let checkpoint = fs::read(part(&host)).unwrap();
+    let ended = dump(&host, &[], &["--resume", "--json"]);
+    assert_eq!(ended.code, Some(0), "{}", ended.stderr);
+    // As if the command had been killed after it wrote the record.
+    fs::write(part(&host), &checkpoint).unwrap();
+    let again = |more: &[&str]| {
+        let path = path(&host);
+        host.run(&[&["dump", path.to_str().unwrap(), "--resume", "--json"], more].concat())
+    };
+    let elsewhere = host.path("elsewhere");
+    fs::write(&elsewhere, "mine").unwrap();
+    let refused = again(&["--record", elsewhere.to_str().unwrap()]);
+    assert!(refused.code == Some(1) && refused.stderr.contains("elsewhere exists"), "{}", refused.stderr);
+    let finished = again(&[]);
+    assert_eq!((finished.code, finished.stderr.as_str()), (Some(0), ""));
+    let [said, before] = [&finished, &ended].map(|it| serde_json::from_str::<Value>(&it.stdout).unwrap());
+    assert_eq!(said, before);
+    assert!(!part(&host).exists());
+    is_whole(&host, &path(&host));
+    // The record of another dump does not make this one complete.
+    let begun = String::from_utf8(checkpoint).unwrap();
+    let other = begun.replace("\"started_ms\":1", "\"started_ms\":2");
+    assert_ne!(begun, other);
+    fs::write(part(&host), other).unwrap();
+    let refused = again(&[]);
+    assert!(refused.code == Some(1) && refused.stderr.contains("dump.json exists"), "{}", refused.stderr);
+}
+
+#[test]
+fn an_interrupt_before_there_is_a_view_leaves_no_file() {
+    let host = host();
+    let (path, listen) = (path(&host), host.endpoint());
+    let child = host.command(&["dump", path.to_str().unwrap(), "--listen", &listen]).spawn().unwrap();
+    wait_for(&host.path("tool.sock"), Path::exists);
+    signal(&child, Signal::INT);
+    assert_ne!(finish(child).code, Some(0));
+    assert!(!path.exists() && !part(&host).exists());
+}
+
+#[test]
 fn the_digest_of_a_dump_that_went_on_is_of_the_whole_file() {
     let host = large();
     let child = begin(&host, &host.grant(&[]).1);
