@@ -125,6 +125,11 @@ fn style(cache: &Cache, suite: &mut Suite) -> Result<()> {
     suite.check("fmt", cargo("fmt", &["fmt", "--all", "--check"]));
     let lints = ["clippy", "--workspace", "--all-targets", "--quiet", "--", "-D", "warnings"];
     suite.check("clippy", cargo("clippy", &lints));
+    // A workspace of its own, which only cargo-fuzz builds otherwise.
+    let fuzz = ["--manifest-path", "fuzz/Cargo.toml"];
+    suite.check("fmt of fuzz", cargo("fmt-fuzz", &[&["fmt"], &fuzz[..], &["--check"]].concat()));
+    let lints = ["--no-default-features", "--target-dir", "target", "--quiet", "--", "-D", "warnings"];
+    suite.check("clippy of fuzz", cargo("clippy-fuzz", &[&["clippy"], &fuzz[..], &lints].concat()));
     let unsafe_code = source_check::unsafe_code(project::root()).and_then(|found| {
         if found.is_empty() {
             Ok(())
