@@ -38,6 +38,7 @@
  *   bars                        -> ok COUNT BYTES     the windows that came as PCI devices
  *   barwrite OFFSET VALUE       -> ok COUNT       takes each window from the driver and stores a u64 into it
  *   write PATH TEXT             -> ok
+ *   reboot                                        restarts the machine, as root
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -51,6 +52,7 @@
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/reboot.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
@@ -419,6 +421,8 @@ static void run(int argc, char **argv)
 		bars(1, number(argv[1]), number(argv[2]));
 	} else if (argc == 3 && !strcmp(verb, "write")) {
 		answer(put(argv[1], argv[2]));
+	} else if (argc == 1 && !strcmp(verb, "reboot")) {
+		answer(reboot(RB_AUTOBOOT));
 	} else {
 		printf("unknown command %s\n", verb);
 	}

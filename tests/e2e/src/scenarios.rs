@@ -106,6 +106,11 @@ const SEED: &[Scenario] = &[
         run: death::introspector_death,
     },
     Scenario {
+        name: "introspector_reboot",
+        purpose: "the introspector restarts while mapped: the host gives its pages back first",
+        run: death::introspector_reboot,
+    },
+    Scenario {
         name: "doorbell",
         purpose: "the same by port I/O, for hosts without Xen's interception",
         run: doorbell::doorbell,

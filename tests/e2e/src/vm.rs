@@ -54,6 +54,7 @@ pub(crate) struct Vm {
     pub(crate) agent: Agent,
     pub(crate) process: Process,
     log: PathBuf,
+    console: PathBuf,
 }
 
 impl Vm {
@@ -92,7 +93,8 @@ impl Vm {
             .into_iter()
             .map(|(spec, mut process)| {
                 let agent = wait_for_agent(spec.name, spec.cid, &mut process, run)?;
-                Ok(Self { spec, agent, process, log: run.join(format!("{}.log", spec.name)) })
+                let file = |kind| run.join(format!("{}.{kind}", spec.name));
+                Ok(Self { spec, agent, process, log: file("log"), console: file("console") })
             })
             .collect()
     }
@@ -126,6 +128,12 @@ impl Vm {
         let bytes = std::fs::read(&self.log).context("cannot read the VMM's log")?;
         let log = String::from_utf8_lossy(&bytes);
         Ok(log.lines().rfind(|line| line.contains(text)).map(str::to_owned))
+    }
+
+    /// Whether the guest printed `text` on its console.
+    pub(crate) fn has_printed(&self, text: &str) -> Result<bool> {
+        let bytes = std::fs::read(&self.console).context("cannot read the guest's console")?;
+        Ok(String::from_utf8_lossy(&bytes).contains(text))
     }
 }
 

@@ -73,6 +73,33 @@ pub(crate) fn introspector_death(world: &mut World, report: &mut Report) -> Resu
     Ok(())
 }
 
+pub(crate) fn introspector_reboot(world: &mut World, report: &mut Report) -> Result<()> {
+    let gpa = world.gpa()?;
+    let mut tool = world.raw()?;
+    let device = tool.open()?;
+    for _ in 0..2 {
+        let page = tool.page()?;
+        let token = world.token()?;
+        tool.map(&device, &page, gpa, token)?.ok().context("not mapped")?;
+    }
+    let mut before = [0; 32];
+    world.session()?.read_physical(gpa, &mut before)?;
+
+    let mut root = world.root_viewer()?;
+    // The module's message is a notice.
+    root.must("write /proc/sys/kernel/printk 7")?;
+    root.begin("reboot")?;
+    let introspector = world.introspector_mut()?;
+    let ends = wait::until(|| Ok(!introspector.process.is_running()))?;
+    report.check("the guest restarts, which ends its VMM", ends, "");
+    let printed = introspector.has_printed("the host gave 2 pages back before the reboot")?;
+    report.check("the host has given its pages back before that", printed, "");
+    let mut after = [0; 32];
+    world.session()?.read_physical(gpa, &mut after)?;
+    report.equal("nothing was written to the target", &after, &before);
+    world.mend()
+}
+
 /// Whether the broker soon does not list the VM any more.
 fn is_gone(world: &World, name: &str) -> Result<bool> {
     let name = format!("\"name\":\"{name}\"");
