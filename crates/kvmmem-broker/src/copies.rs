@@ -180,11 +180,10 @@ impl Channel {
             let in_region = reach.regions.iter().find_map(left).ok_or_else(hole)?;
             let ram = reach.vm.ram().ok_or_else(hole)?;
             let most = usize::try_from(in_region).unwrap_or(usize::MAX).min(reach.left).min(len - done);
-            let copied = if write {
-                ram.drain_some(gpa, &self.buffer, at + done, most)
-            } else {
-                ram.fill_some(gpa, &self.buffer, at + done, most)
-            };
+            let copied = ram.copy_some(gpa, most, |file, offset, len| match write {
+                true => self.buffer.drain(at + done, len, file, offset),
+                false => self.buffer.fill(at + done, len, file, offset),
+            });
             let count = match copied {
                 Ok(count) => count,
                 // The VMM has ended: the target is as good as gone, and the news of it on its way.

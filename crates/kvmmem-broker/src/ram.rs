@@ -11,7 +11,6 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use kvmmem_sys::copy_buffer::CopyBuffer;
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 
@@ -275,36 +274,20 @@ impl Ram {
         self.backing.write(file, offset, part).map_err(|source| AccessError::System { gpa, source })
     }
 
-    /// As [`Self::read_some`], for `len` bytes to a place in a buffer that a peer has mapped too.
+    /// Copies at most `len` bytes that are in one piece, by means of the caller's: `copy` gets the file, the offset in it and
+    /// how many bytes. For a buffer that a peer has mapped too.
     ///
     /// # Errors
     /// [`AccessError`].
-    pub(crate) fn fill_some(
+    pub(crate) fn copy_some(
         &self,
         gpa: u64,
-        buffer: &CopyBuffer,
-        at: usize,
         len: usize,
+        copy: impl Fn(BorrowedFd<'_>, u64, usize) -> Result<usize, Errno>,
     ) -> Result<usize, AccessError> {
         let (file, offset, len) = self.place(gpa, len)?;
-        let copy = |file: BorrowedFd<'_>| buffer.fill(at, len, file, offset);
-        self.backing.copy(file, copy).map_err(|source| AccessError::System { gpa, source })
-    }
-
-    /// As [`Self::write_some`], for `len` bytes at a place in a buffer that a peer has mapped too.
-    ///
-    /// # Errors
-    /// [`AccessError`].
-    pub(crate) fn drain_some(
-        &self,
-        gpa: u64,
-        buffer: &CopyBuffer,
-        at: usize,
-        len: usize,
-    ) -> Result<usize, AccessError> {
-        let (file, offset, len) = self.place(gpa, len)?;
-        let copy = |file: BorrowedFd<'_>| buffer.drain(at, len, file, offset);
-        self.backing.copy(file, copy).map_err(|source| AccessError::System { gpa, source })
+        let copied = self.backing.copy(file, |file| copy(file, offset, len));
+        copied.map_err(|source| AccessError::System { gpa, source })
     }
 
     /// The number of the file and the offset in it of a guest-physical address, and how many bytes, at most `len`, are there

@@ -288,8 +288,9 @@ fn a_qemu_that_answers_slowly_is_killed_in_time() {
     returns("the views' close", move || drop(opened));
 }
 
-#[test]
-fn a_qemu_that_floods_holds_up_no_other() {
+/// A QEMU that floods and whose guest keeps its view, and another one with its view. That one is added later, and so ended
+/// later where one is ended after the other.
+fn flooding_beside_another() -> (Pair, Opened, FakeQemu, Arc<Introspector>, Opened) {
     let pair = Pair::start();
     pair.qemu.machine().is_stubborn = true;
     let opened = pair.open().unwrap();
@@ -297,6 +298,12 @@ fn a_qemu_that_floods_holds_up_no_other() {
     let second = add_as(&pair.broker, &other, "second", CID + 1, OnSilence::Report).unwrap();
     let seen = open(&pair.broker, &second).unwrap();
     pair.flood();
+    (pair, opened, other, second, seen)
+}
+
+#[test]
+fn a_qemu_that_floods_holds_up_no_other() {
+    let (pair, opened, other, _second, seen) = flooding_beside_another();
     let grants: Vec<u64> = pair.broker.grants().iter().map(|grant| grant.id).collect();
     for grant in grants {
         let path = pair.broker.path.clone();
@@ -311,14 +318,7 @@ fn a_qemu_that_floods_holds_up_no_other() {
 
 #[test]
 fn the_broker_ends_though_qemus_flood() {
-    let pair = Pair::start();
-    pair.qemu.machine().is_stubborn = true;
-    let opened = pair.open().unwrap();
-    let other = FakeQemu::start();
-    // Added later, and so ended later where one is ended after the other.
-    let second = add_as(&pair.broker, &other, "second", CID + 1, OnSilence::Report).unwrap();
-    let seen = open(&pair.broker, &second).unwrap();
-    pair.flood();
+    let (pair, opened, other, second, seen) = flooding_beside_another();
     let Pair { broker, qemu: _qemu, introspector, target } = pair;
     returns("the broker's end", move || drop((broker.stop(), introspector, target)));
     assert!(seen.ended() && other.is_empty());
