@@ -1,0 +1,136 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! Kernels that lie: bytes of the note, the tables, the types and the lists are anything.
+
+mod common;
+
+use std::time::{Duration, Instant};
+
+use common::{BTF, Guest, KALLSYMS, Layout, PAGE_TABLES, Place, TASKS};
+use kvmmem_linux::btf::Types;
+use kvmmem_linux::{Find, Kernel, KernelError};
+use proptest::prelude::*;
+
+/// All that a tool does with a kernel.
+fn read(guest: &Guest, note: u64) {
+    let Ok(kernel) = Kernel::find(guest, Find { is_live: false, note: Some(note) }) else { return };
+    if let Ok(symbols) = kernel.symbols() {
+        assert!(symbols.iter().count() <= symbols.len());
+        for address in [0, Place::FIRST.gva + TASKS, u64::MAX] {
+            let _ = symbols.nearest(address);
+        }
+    }
+    let _ = walk(&kernel);
+}
+
+fn walk(kernel: &Kernel<'_>) -> Result<(), KernelError> {
+    let head = kernel.symbol("init_task")?;
+    let _ = kernel.enumerator("PIDTYPE_TGID");
+    for path in ["tasks.next", "pid", "flags.odd", "comm", "comm.x", "tail.tail"] {
+        let _ = kernel.member("task_struct", path);
+    }
+    let _ = kernel.size_of("wide");
+    for task in kernel.list_of(head, "task_struct", "tasks")?.take(1000) {
+        let task = kernel.object("task_struct", task?)?;
+        let _ = (task.get("pid"), task.get_signed("flags.high"), task.text("comm").map(<[u8]>::len));
+        let _ = kernel.read_cstr(task.gva(), 64);
+    }
+    Ok(())
+}
+
+fn layouts() -> impl Strategy<Value = Layout> {
+    prop_oneof![
+        Just(Layout::BeforeNames),
+        Just(Layout::AfterIndex),
+        Just(Layout::Unsigned),
+        Just(Layout::FromPlace)
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(96))]
+
+    #[test]
+    fn no_byte_does_harm(
+        layout in layouts(),
+        five_levels: bool,
+        changes in proptest::collection::vec(
+            (0usize..6, 0u64..0x2000, prop_oneof![Just(0u64), Just(u64::MAX), any::<u64>(), 0u64..0x4000], 1usize..9),
+            1..12,
+        ),
+    ) {
+        let place = Place { layout, five_levels, ..Place::FIRST };
+        let guest = Guest::with(&[place]);
+        for (part, offset, value, len) in changes {
+            let at = match part {
+                0 => place.note + offset % 0x400,
+                1 => place.gpa + PAGE_TABLES + offset * 2,
+                2 => place.gpa + KALLSYMS + offset * 10,
+                3 => place.gpa + KALLSYMS + offset % 64,
+                4 => place.gpa + BTF + offset % 0x400,
+                _ => place.gpa + TASKS + offset % 0x100,
+            };
+            guest.put(at, &value.to_le_bytes()[..len]);
+        }
+        read(&guest, place.note);
+    }
+
+    #[test]
+    fn no_types_do_harm(
+        changes in proptest::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..16),
+        cut: prop::sample::Index,
+        is_cut: bool,
+    ) {
+        let mut blob = common::btf::kernel();
+        for (at, byte) in changes {
+            let at = at.index(blob.len());
+            blob[at] = byte;
+        }
+        if is_cut {
+            blob.truncate(cut.index(blob.len()));
+        }
+        if let Ok(types) = Types::parse(blob) {
+            for name in ["task_struct", "wide", "list_head", "pid_t"] {
+                if let Some(id) = types.find(name) {
+                    let _ = (types.size(id), types.name(id).len());
+                }
+                for path in ["pid", "task.tasks.next.prev", "matrix", "low", "tasks.tasks"] {
+                    let _ = types.member(name, path);
+                }
+            }
+            let _ = types.enumerator("PIDTYPE_PID");
+        }
+    }
+}
+
+/// A structure whose members without a name are itself, many times.
+#[test]
+fn structures_within_themselves_end_a_search() {
+    let mut btf = common::btf::Builder::default();
+    let members: Vec<common::btf::Member<'_>> = (0..200).map(|_| ("", 1, 0, 0)).collect();
+    btf.structure(4, "nest", 8, &members);
+    let chain = btf.add("a", 8 << 24, 3, &[]);
+    btf.add("b", 8 << 24, chain, &[]);
+    let array = btf.array(4, u32::MAX);
+    assert_eq!(array, 4);
+    let types = Types::parse(btf.build()).unwrap();
+    let start = Instant::now();
+    assert!(types.member("nest", "x").is_err());
+    assert_eq!((types.size(2), types.size(array)), (None, None));
+    // Not in a million years, but in a moment.
+    assert!(start.elapsed() < Duration::from_secs(60));
+}
+
+/// RAM full of notes, of which each would be checked.
+#[test]
+fn memory_full_of_notes_is_searched_in_part() {
+    let guest = Guest::with(&[Place::FIRST]);
+    let note = guest.bytes(Place::FIRST.note, 0x1000);
+    for page in (0..common::RAM as u64).step_by(0x1000).filter(|page| !(0x40_0000..0x80_0000).contains(page))
+    {
+        guest.put(page, &note);
+    }
+    let notes = kvmmem_linux::search::Notes::find(&guest, |_| true).unwrap();
+    // The same text, over and over.
+    assert_eq!(notes.fitting.len(), 1);
+    assert!(notes.count > 1000, "{}", notes.count);
+}

@@ -1,0 +1,190 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! Kernels that a builder wrote into memory, read back.
+
+mod common;
+
+use common::{BTF, Guest, JIFFIES, KALLSYMS, Layout, NAMES, PAGE_TABLES, Place, RELEASE, TASKS};
+use kvmmem_linux::symbols::{Symbol, TableError};
+use kvmmem_linux::{Find, FindError, Kernel, KernelError};
+use kvmmem_memory::Memory;
+
+const LIVE: Find = Find { is_live: true, note: None };
+
+fn kernel(guest: &Guest) -> Kernel<'_> {
+    Kernel::find(guest, Find::default()).unwrap()
+}
+
+fn tasks(kernel: &Kernel<'_>) -> Result<Vec<(u64, String)>, KernelError> {
+    let head = kernel.symbol("init_task")? + kernel.offset("task_struct", "tasks")?;
+    let task = |gva: Result<u64, KernelError>| {
+        let task = kernel.object("task_struct", gva?)?;
+        Ok((task.get("pid")?, String::from_utf8_lossy(task.text("comm")?).into_owned()))
+    };
+    kernel.list_of(head, "task_struct", "tasks")?.map(task).collect()
+}
+
+#[test]
+fn every_layout_of_the_symbol_table_is_read() {
+    let layouts = [Layout::BeforeNames, Layout::AfterIndex, Layout::Unsigned, Layout::FromPlace];
+    for (layout, five_levels) in layouts.into_iter().zip([false, true, false, true]) {
+        let place = Place { layout, five_levels, ..Place::FIRST };
+        let guest = Guest::with(&[place]);
+        let kernel = kernel(&guest);
+        assert_eq!(kernel.note().release(), Some(RELEASE), "{layout:?}");
+        let symbols = kernel.symbols().unwrap();
+        assert_eq!(symbols.len(), 2609);
+        assert_eq!(symbols.get("_stext"), Some(place.gva), "{layout:?}");
+        assert_eq!(symbols.get("filler_1234"), Some(place.gva + 0x1000 + 16 * 1234));
+        assert_eq!(symbols.get("filler_"), None);
+        for symbol in symbols.iter() {
+            assert_eq!(symbols.all(&symbol.name).collect::<Vec<u64>>(), [symbol.address], "{layout:?}");
+        }
+        let name = String::from("init_task");
+        let symbol = Symbol { name, kind: 'D', address: place.gva + TASKS };
+        assert_eq!(symbols.nearest(place.gva + TASKS), Some(symbol.clone()));
+        assert_eq!(symbols.nearest(place.gva + TASKS + 9), Some(symbol));
+        let names: Vec<(u64, String)> =
+            NAMES[1..].iter().map(|(pid, name)| (u64::from(*pid), (*name).to_owned())).collect();
+        assert_eq!(tasks(&kernel).unwrap(), names);
+    }
+}
+
+#[test]
+fn a_table_that_does_not_fit_the_note_is_refused() {
+    // An address, and a name without which too few are left that the note has as well.
+    for (old, new) in [
+        (&b"SYMBOL(prb)=f"[..], &b"SYMBOL(prb)=e"[..]),
+        (b"SYMBOL(prb)=ffffffff8", b"SYMBOL(prb)=ffffffff9"),
+        (b"SYMBOL(prb)", b"SYMBOL(brp)"),
+    ] {
+        let guest = Guest::with(&[Place::FIRST]);
+        let note = guest.bytes(Place::FIRST.note, 0x1000);
+        let at = note.windows(old.len()).position(|part| part == old).unwrap();
+        guest.put(Place::FIRST.note + at as u64, new);
+        let error = kernel(&guest).symbols().unwrap_err();
+        assert!(
+            matches!(&error, KernelError::Symbols(error) if matches!(**error, TableError::Addresses)),
+            "{error:?}"
+        );
+    }
+}
+
+#[test]
+fn members_are_found_by_their_paths() {
+    let guest = Guest::with(&[Place::FIRST]);
+    let kernel = kernel(&guest);
+    let place = |structure: &str, path: &str| {
+        kernel.member(structure, path).map(|member| (member.offset, member.size))
+    };
+    assert_eq!(place("task_struct", "tasks.prev").unwrap(), (8, 8));
+    assert_eq!(place("task_struct", "pid").unwrap(), (24, 4), "through two structures without a name");
+    assert_eq!(place("task_struct", "none").unwrap(), (16, 0), "of type void");
+    assert_eq!(place("wide", "matrix").unwrap(), (0, 48));
+    assert_eq!(place("wide", "task.flags.high").unwrap(), (28, 1));
+    assert_eq!((kernel.size_of("task_struct").unwrap(), kernel.size_of("pid_t").unwrap()), (64, 4));
+    assert_eq!(kernel.enumerator("PIDTYPE_TGID").unwrap(), 1);
+    assert_eq!(kernel.enumerator("PIDTYPE_NONE").unwrap(), -1);
+    for (structure, path, text) in [
+        ("task_struct", "pids", "this kernel's task_struct has no member pids"),
+        ("task_struct", "", "has no member"),
+        ("task_struct", "pid.x", "has no member pid.x"),
+        ("task_struct", "flags.odd.x", "has no member"),
+        ("mm_struct", "pgd", "this kernel has no type mm_struct"),
+    ] {
+        let error = place(structure, path).unwrap_err().to_string();
+        assert!(error.contains(text), "{error}");
+    }
+    let task = kernel.object("task_struct", Place::FIRST.gva + TASKS).unwrap();
+    // 0b101_101_00
+    let bits = ["flags.low", "flags.odd", "flags.high"].map(|path| task.get(path).unwrap());
+    assert_eq!((bits, task.get_signed("flags.high").unwrap()), ([0, 5, 5], -3));
+    assert!(matches!(task.get("comm"), Err(KernelError::Malformed { .. })));
+    assert!(task.has("tail") && !task.has("head"));
+}
+
+#[test]
+fn of_several_kernels_the_one_whose_clock_ticks_is_right() {
+    let mut guest = Guest::with(&[Place::FIRST, Place::SECOND]);
+    for find in [Find::default(), LIVE] {
+        let error = Kernel::find(&guest, find).unwrap_err();
+        let text = error.to_string();
+        let FindError::Ambiguous { candidates } = error else { panic!("{text}") };
+        assert_eq!(candidates.iter().map(|note| note.gpa).collect::<Vec<_>>(), [0xe0_0000, 0xf0_0000]);
+        assert!(text.contains("gpa 0xe00000 (release 6.12.1-test, build ffffffff9a4"), "{text}");
+    }
+    for place in [Place::FIRST, Place::SECOND] {
+        guest.clocks = vec![place.gpa + JIFFIES];
+        let found = Kernel::find(&guest, LIVE).unwrap();
+        assert_eq!(found.symbol("_stext").unwrap(), place.gva);
+        // The caller's choice.
+        let found = Kernel::find(&guest, Find { is_live: false, note: Some(place.note) }).unwrap();
+        assert_eq!(found.symbol("_stext").unwrap(), place.gva);
+    }
+    let error = Kernel::find(&guest, Find { is_live: true, note: Some(0x1000) }).unwrap_err();
+    assert!(matches!(error, FindError::NotThere { gpa: 0x1000 }), "{error}");
+}
+
+#[test]
+fn what_is_no_linux_is_said_to_be_none() {
+    let guest = Guest::default();
+    for find in [Find::default(), LIVE] {
+        assert!(matches!(Kernel::find(&guest, find), Err(FindError::NoNote)));
+    }
+    guest.boot(&Place::FIRST);
+    guest.put(Place::FIRST.gpa + PAGE_TABLES, &[0; 0x1000]);
+    assert!(matches!(Kernel::find(&guest, LIVE), Err(FindError::NoneFits { count: 1 })));
+}
+
+#[test]
+fn a_kernel_without_types_or_symbols_says_so() {
+    let guest = Guest::with(&[Place::FIRST]);
+    guest.put(Place::FIRST.gpa + BTF, &[0; 64]);
+    let with_symbols = kernel(&guest);
+    with_symbols.symbols().unwrap();
+    assert!(matches!(with_symbols.types(), Err(KernelError::Types(_))));
+    assert!(matches!(with_symbols.symbol("no"), Err(KernelError::NoSymbol { .. })));
+    guest.put(Place::FIRST.gpa + KALLSYMS, &[0; 0x4_0000]);
+    assert!(matches!(kernel(&guest).types(), Err(KernelError::Symbols(_))));
+}
+
+#[test]
+fn a_list_that_does_not_end_is_an_error() {
+    let guest = Guest::with(&[Place::FIRST]);
+    let kernel = kernel(&guest);
+    let Place { gpa, gva, .. } = Place::FIRST;
+    // The last task's next one is the second.
+    guest.put_word(gpa + TASKS + 3 * 64, gva + TASKS + 64);
+    let nodes: Vec<_> = kernel.list(gva + TASKS).take(1000).collect();
+    assert!(nodes.len() < 20, "{}", nodes.len());
+    assert!(matches!(nodes.last(), Some(Err(KernelError::Endless { .. }))));
+    // Itself.
+    guest.put_word(gpa + TASKS + 64, gva + TASKS + 64);
+    assert!(matches!(kernel.list(gva + TASKS).last(), Some(Err(KernelError::Endless { .. }))));
+    // Nowhere.
+    guest.put_word(gpa + TASKS + 64, 0x1234_5678);
+    assert!(matches!(kernel.list(gva + TASKS).last(), Some(Err(KernelError::Read { gva: 0x1234_5678, .. }))));
+    // The ends of hlist and hlist_nulls.
+    for end in [0, 0x35] {
+        guest.put_word(gpa + TASKS + 64, end);
+        assert_eq!(kernel.list(gva + TASKS).map(Result::unwrap).collect::<Vec<_>>(), [gva + TASKS + 64]);
+    }
+}
+
+#[test]
+fn texts_end_at_their_end() {
+    let guest = Guest::with(&[Place::FIRST]);
+    let kernel = kernel(&guest);
+    let Place { gpa, gva, .. } = Place::FIRST;
+    let end = common::IMAGE - 5;
+    guest.put(gpa + end, b"last\0");
+    assert_eq!(kernel.read_cstr(gva + end, 4096).unwrap(), b"last");
+    assert_eq!(kernel.read_cstr(gva + end, 3).unwrap(), b"las");
+    guest.put(gpa + end, b"last!");
+    let error = kernel.read_cstr(gva + end, 4096).unwrap_err();
+    assert!(matches!(&error, KernelError::Read { gva: at, .. } if *at == gva + common::IMAGE), "{error}");
+    assert!(!error.is_final());
+    let long = vec![b'x'; 3000];
+    guest.put(gpa + 0x30_0001, &long);
+    assert_eq!(kernel.read_cstr(gva + 0x30_0001, 4096).unwrap(), long);
+    assert_eq!(guest.ranges().unwrap().len(), 1);
+}
