@@ -19,6 +19,9 @@ const MAX_TABLES: usize = 256;
 /// Bytes of an entry of a page table.
 const ENTRY: usize = 8;
 
+/// Where the last entry of a table is, which is that of the highest addresses.
+const LAST_ENTRY: u64 = 511 * ENTRY as u64;
+
 /// Neighbours in both spaces.
 #[derive(Clone, Copy, Default)]
 struct Run {
@@ -83,6 +86,21 @@ impl<'m> Space<'m> {
                 Ok(translation)
             }
         }
+    }
+
+    /// Whether the outermost table at `cr3` has the same entry for the kernel's image as this space. Every process's table
+    /// has; of the two that page table isolation gives it, 4 KiB apart, the one that the kernel itself uses.
+    pub(crate) fn shares_kernel(&self, cr3: u64) -> bool {
+        let table = |cr3: u64| cr3 & !(PAGE_SIZE as u64 - 1) & !(1 << 63);
+        let entry = |table: u64| {
+            let mut entry = [0; ENTRY];
+            self.memory.read_at(table + LAST_ENTRY, &mut entry).ok()?;
+            // The vCPU sets accessed and dirty bits.
+            Some(u64::from_le_bytes(entry) & !0xfff & !(1 << 63)).filter(|entry| *entry != 0)
+        };
+        let own = entry(table(self.root.cr3));
+        let user = table(cr3);
+        own.is_some() && [user, user & !(PAGE_SIZE as u64)].into_iter().any(|table| entry(table) == own)
     }
 
     /// Fills `buf` from `gva` on.

@@ -12,7 +12,7 @@ use proptest::prelude::*;
 
 /// All that a tool does with a kernel.
 fn read(guest: &Guest, note: u64) {
-    let Ok(kernel) = Kernel::find(guest, Find { is_live: false, note: Some(note) }) else { return };
+    let Ok(kernel) = Kernel::find(guest, Find { note: Some(note), ..Find::default() }) else { return };
     if let Ok(symbols) = kernel.symbols() {
         assert!(symbols.iter().count() <= symbols.len());
         for address in [0, Place::FIRST.gva + TASKS, u64::MAX] {

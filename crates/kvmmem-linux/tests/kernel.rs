@@ -8,7 +8,7 @@ use kvmmem_linux::symbols::{Symbol, TableError};
 use kvmmem_linux::{Find, FindError, Kernel, KernelError};
 use kvmmem_memory::Memory;
 
-const LIVE: Find = Find { is_live: true, note: None };
+const LIVE: Find = Find { is_live: true, note: None, cr3: None };
 
 fn kernel(guest: &Guest) -> Kernel<'_> {
     Kernel::find(guest, Find::default()).unwrap()
@@ -117,11 +117,30 @@ fn of_several_kernels_the_one_whose_clock_ticks_is_right() {
         let found = Kernel::find(&guest, LIVE).unwrap();
         assert_eq!(found.symbol("_stext").unwrap(), place.gva);
         // The caller's choice.
-        let found = Kernel::find(&guest, Find { is_live: false, note: Some(place.note) }).unwrap();
+        let found = Kernel::find(&guest, Find { note: Some(place.note), ..Find::default() }).unwrap();
         assert_eq!(found.symbol("_stext").unwrap(), place.gva);
     }
-    let error = Kernel::find(&guest, Find { is_live: true, note: Some(0x1000) }).unwrap_err();
+    let error = Kernel::find(&guest, Find { note: Some(0x1000), ..LIVE }).unwrap_err();
     assert!(matches!(error, FindError::NotThere { gpa: 0x1000 }), "{error}");
+}
+
+#[test]
+fn of_several_kernels_the_one_in_the_address_space_of_a_vcpu_is_right() {
+    let guest = Guest::with(&[Place::FIRST, Place::SECOND]);
+    for place in [Place::FIRST, Place::SECOND] {
+        // A process's table, with the entry accessed; the table of user mode after it.
+        let kernel =
+            u64::from_le_bytes(guest.bytes(place.gpa + PAGE_TABLES + 511 * 8, 8).try_into().unwrap());
+        guest.put_word(0xa0_0000 + 511 * 8, kernel | 0x20);
+        for cr3 in [place.gpa + PAGE_TABLES, 0xa0_0000, 0xa0_1005] {
+            let found = Kernel::find(&guest, Find { cr3: Some(cr3), ..Find::default() }).unwrap();
+            assert_eq!(found.symbol("_stext").unwrap(), place.gva);
+        }
+    }
+    for cr3 in [0, 0xb0_0000, u64::MAX] {
+        let found = Kernel::find(&guest, Find { cr3: Some(cr3), ..Find::default() });
+        assert!(matches!(found, Err(FindError::Ambiguous { .. })));
+    }
 }
 
 #[test]

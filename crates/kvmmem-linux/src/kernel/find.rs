@@ -3,7 +3,7 @@
 //!
 //! A reset that keeps RAM leaves the note of the kernel before, with its page tables, symbols and all that they lead to: such
 //! a note fits as well as the right one. Of a running guest the right one is that whose clock ticks. Of a dump, or of a paused
-//! guest, nothing in memory tells, and the caller must choose.
+//! guest, nothing in memory tells: a vCPU's CR3 does, or the caller must choose.
 
 use std::thread;
 use std::time::{Duration, Instant};
@@ -31,6 +31,8 @@ pub struct Find {
     pub is_live: bool,
     /// The guest-physical address of the right kernel's note, where the caller knows it.
     pub note: Option<u64>,
+    /// CR3 of a vCPU, where the caller has its registers: the right kernel is in that address space.
+    pub cr3: Option<u64>,
 }
 
 /// There is no kernel, or no telling which.
@@ -99,7 +101,16 @@ impl<'m> Kernel<'m> {
             }
             running.is_none()
         });
-        let notes = notes.map_err(FindError::Memory)?;
+        let mut notes = notes.map_err(FindError::Memory)?;
+        if let Some(cr3) = find.cr3.filter(|_| notes.fitting.len() > 1) {
+            let has_cr3 = |note: &Note| {
+                Self::of_note(memory, note.clone()).is_ok_and(|kernel| kernel.space.shares_kernel(cr3))
+            };
+            // A CR3 of no kernel, as of firmware, says nothing.
+            if notes.fitting.iter().any(has_cr3) {
+                notes.fitting.retain(has_cr3);
+            }
+        }
         if find.is_live && notes.fitting.len() > 1 {
             watch(&mut clocks, memory, &notes.fitting);
             let start = Instant::now();
