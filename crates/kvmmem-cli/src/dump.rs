@@ -6,11 +6,11 @@
 
 mod checkpoint;
 mod digest;
-mod kernel_note;
 mod layout;
 mod record;
 mod sink;
 mod transfer;
+mod unreadable;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -18,6 +18,7 @@ use std::process::ExitCode;
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
 use kvmmem::view::{Access, Status, View};
+use kvmmem_linux::{Find, FindError, Kernel};
 use serde::Serialize;
 use uuid::Uuid;
 
@@ -131,7 +132,7 @@ impl Arguments {
             }
         };
         if self.format == Format::Elf && !resumed {
-            checkpoint.vmcoreinfo = kernel_note(&view, &checkpoint.ranges, &interrupt)?;
+            checkpoint.vmcoreinfo = kernel_note(&view)?;
         }
         let note = checkpoint.vmcoreinfo.as_ref().map(|(_, text)| text.as_str());
         let layout = Layout::new(self.format, &checkpoint.ranges, note);
@@ -308,15 +309,17 @@ impl Arguments {
     }
 }
 
-/// The kernel's note, and where it is.
-fn kernel_note(view: &View, ranges: &[GpaRange], interrupt: &Interrupt) -> Result<Option<(u64, String)>> {
-    Ok(match kernel_note::find(view, ranges, interrupt)?.choose() {
-        Ok(note) => note.map(|note| (note.gpa, note.text().to_owned())),
-        Err(why) => {
-            tracing::warn!("{why}");
-            None
+/// The note of the kernel that runs in the target, and where it is.
+fn kernel_note(view: &View) -> Result<Option<(u64, String)>> {
+    match Kernel::find(view, Find { is_live: true, ..Find::default() }) {
+        Ok(kernel) => Ok(Some((kernel.note().gpa, kernel.note().text().to_owned()))),
+        Err(FindError::Memory(error)) => Err(error.into()),
+        Err(FindError::NoNote) => Ok(None),
+        Err(error) => {
+            tracing::warn!("{error}; the file has no VMCOREINFO note");
+            Ok(None)
         }
-    })
+    }
 }
 
 /// The ranges, those without an end up to the last one of `all`: an open end is not a mistake.

@@ -4,6 +4,7 @@
 mod common;
 
 use common::{BTF, Guest, JIFFIES, KALLSYMS, Layout, NAMES, PAGE_TABLES, Place, RELEASE, TASKS};
+use kvmmem_linux::btf::Member;
 use kvmmem_linux::symbols::{Symbol, TableError};
 use kvmmem_linux::{Find, FindError, Kernel, KernelError};
 use kvmmem_memory::Memory;
@@ -98,6 +99,9 @@ fn members_are_found_by_their_paths() {
     // 0b101_101_00
     let bits = ["flags.low", "flags.odd", "flags.high"].map(|path| task.get(path).unwrap());
     assert_eq!((bits, task.get_signed("flags.high").unwrap()), ([0, 5, 5], -3));
+    assert_eq!(task.value(&kernel.member("task_struct", "flags.odd").unwrap()).unwrap(), 5);
+    let beyond = Member { offset: 62, ..kernel.member("task_struct", "pid").unwrap() };
+    assert!(matches!(task.value(&beyond), Err(KernelError::Malformed { .. })));
     assert!(matches!(task.get("comm"), Err(KernelError::Malformed { .. })));
     assert!(task.has("tail") && !task.has("head"));
 }
@@ -141,6 +145,15 @@ fn of_several_kernels_the_one_in_the_address_space_of_a_vcpu_is_right() {
         let found = Kernel::find(&guest, Find { cr3: Some(cr3), ..Find::default() });
         assert!(matches!(found, Err(FindError::Ambiguous { .. })));
     }
+}
+
+#[test]
+fn a_note_begins_at_a_page() {
+    let guest = Guest::with(&[Place::FIRST]);
+    let note = guest.bytes(Place::FIRST.note, 0x800);
+    guest.put(Place::FIRST.note, &[0; 0x800]);
+    guest.put(Place::FIRST.note + 0x800, &note);
+    assert!(matches!(Kernel::find(&guest, LIVE), Err(FindError::NoNote)));
 }
 
 #[test]

@@ -531,7 +531,7 @@ fn an_elf_core_has_the_kernels_note_if_it_is_known_which() {
     assert_eq!(elf("").1["release"], "6.12.1-one");
     // The kernel of before a reset, and that after it.
     host.put((1 << 21) + 0x5000 + 4 + 130, b"6");
-    let (note, told) = elf("several VMCOREINFO notes");
+    let (note, told) = elf("several Linux kernels");
     assert_eq!((note.len(), told), (0, Value::Null), "{forged}");
     // One that does not fit, alone.
     host.put((1 << 21) + 0x8000, b"x");

@@ -114,7 +114,8 @@ impl<'m> Kernel<'m> {
         if find.is_live && notes.fitting.len() > 1 {
             watch(&mut clocks, memory, &notes.fitting);
             let start = Instant::now();
-            while running.is_none() && start.elapsed() < PATIENCE {
+            let any = clocks.iter().any(|clock| clock.first.is_some());
+            while any && running.is_none() && start.elapsed() < PATIENCE {
                 thread::sleep(PAUSE);
                 running = clocks.iter().position(Clock::ticks);
             }

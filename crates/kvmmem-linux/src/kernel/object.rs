@@ -64,15 +64,25 @@ impl Object<'_> {
     /// # Errors
     /// [`KernelError::Member`]; [`KernelError::Malformed`] for what is larger.
     pub fn get(&self, path: &str) -> Result<u64, KernelError> {
-        self.number(path).map(|(value, _)| value)
+        let number = self.number(&self.member(path)?);
+        number.map(|(value, _)| value).ok_or_else(|| self.malformed(path))
     }
 
-    /// The same of a signed number.
+    /// The same of a member that [`Kernel::member`] has found in this type: quicker, for one that is read of many structures.
+    ///
+    /// # Errors
+    /// [`KernelError::Malformed`].
+    pub fn value(&self, member: &Member) -> Result<u64, KernelError> {
+        self.number(member).map(|(value, _)| value).ok_or_else(|| self.malformed("of that place"))
+    }
+
+    /// The same as [`Object::get`] of a signed number.
     ///
     /// # Errors
     /// As [`Object::get`].
     pub fn get_signed(&self, path: &str) -> Result<i64, KernelError> {
-        let (value, bits) = self.number(path)?;
+        let number = self.number(&self.member(path)?);
+        let (value, bits) = number.ok_or_else(|| self.malformed(path))?;
         let unused = 64 - bits.clamp(1, 64);
         Ok((value << unused).cast_signed() >> unused)
     }
@@ -87,18 +97,16 @@ impl Object<'_> {
     }
 
     /// A number, and how many bits it has.
-    fn number(&self, path: &str) -> Result<(u64, u32), KernelError> {
-        let member = self.member(path)?;
+    fn number(&self, member: &Member) -> Option<(u64, u32)> {
+        let bytes = self.slice(member.offset, member.size).filter(|bytes| (1..=9).contains(&bytes.len()))?;
         let mut word = [0; 16];
-        let bytes = self.slice(member.offset, member.size).filter(|bytes| (1..=9).contains(&bytes.len()));
-        let bytes = bytes.ok_or_else(|| self.malformed(path))?;
         word.iter_mut().zip(bytes).for_each(|(to, from)| *to = *from);
         let value = u128::from_le_bytes(word);
         let low = |value: u128| u64::try_from(value & u128::from(u64::MAX)).unwrap_or(0);
         match member.bits {
-            Some(bits) => Ok((low(value >> bits.shift) & mask(bits.count), bits.count)),
-            None if member.size <= 8 => Ok((low(value), u32::try_from(member.size * 8).unwrap_or(64))),
-            None => Err(self.malformed(path)),
+            Some(bits) => Some((low(value.checked_shr(bits.shift)?) & mask(bits.count), bits.count)),
+            None if member.size <= 8 => Some((low(value), u32::try_from(member.size * 8).ok()?)),
+            None => None,
         }
     }
 
