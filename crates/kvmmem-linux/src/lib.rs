@@ -7,6 +7,10 @@
 //! | addresses of functions and variables | kallsyms | [`symbols`] |
 //! | members of structures | BTF | [`btf`] |
 //! | structures, lists, texts | all of these | [`kernel`] |
+//! | release, command line, boot time | these, or the note | [`identity`] |
+//! | log | the note alone | [`log`] |
+//! | processes and threads | structures | [`tasks`] |
+//! | modules | structures | [`modules`] |
 //!
 //! ```no_run
 //! use kvmmem_linux::{Find, Kernel};
@@ -30,10 +34,15 @@
 #![deny(unsafe_code)]
 
 pub mod btf;
+mod bytes;
+pub mod identity;
 pub mod kernel;
+pub mod log;
+pub mod modules;
 pub mod search;
 pub mod space;
 pub mod symbols;
+pub mod tasks;
 pub mod vmcoreinfo;
 
 pub use kernel::{Find, FindError, Kernel, KernelError, Object};

@@ -1,0 +1,302 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! The kernel's log: the ring buffer of 5.10 and later (kernel/printk/printk_ringbuffer.c), as `dmesg` shows it.
+//!
+//! All of its layout is in the VMCOREINFO note, so that neither symbols nor types are needed. A descriptor's state holds an
+//! id; the writer of a record takes the descriptor `id % count`, so that a record is read between two looks at its state. One
+//! that was overwritten meanwhile is left out, as the kernel itself does.
+
+use std::time::Duration;
+
+use crate::bytes::Bytes;
+use crate::kernel::{Kernel, KernelError};
+
+/// The most descriptors and bytes of text: those of a log of 4 GiB, more than a kernel can be told to have.
+const MAX_COUNT_BITS: u32 = 26;
+const MAX_SIZE_BITS: u32 = 32;
+
+/// Descriptors that are read at once.
+const BATCH: u64 = 256;
+
+/// Reads of a record that changes, before it is left out.
+const TRIES: u32 = 3;
+
+/// `DESC_SV_BITS`: the two highest bits of a descriptor's state variable are its state, the others its id.
+const STATE_SHIFT: u32 = 62;
+const ID_MASK: u64 = (1 << STATE_SHIFT) - 1;
+
+/// States of a descriptor whose record can be read.
+const COMMITTED: u64 = 1;
+const FINALIZED: u64 = 2;
+
+/// A place with this bit set holds no text.
+const NO_TEXT: u64 = 1;
+
+/// A caller with this bit set is a CPU.
+const CALLER_CPU: u32 = 1 << 31;
+
+/// A block of text begins with the id of its descriptor.
+const BLOCK_HEADER: u64 = 8;
+
+/// Why the log cannot be read.
+#[derive(Debug, thiserror::Error)]
+pub enum LogError {
+    /// The note lacks a line, or the line holds nothing that makes sense.
+    #[error("the kernel's note has no {0} that makes sense: its log is not that of Linux 5.10 or later")]
+    Note(&'static str),
+    /// What describes the ring buffer makes no sense, or memory of it cannot be read.
+    #[error(transparent)]
+    Kernel(#[from] KernelError),
+}
+
+/// A record of the log.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Record {
+    /// Its number, from 0 on. Numbers are missing where records were lost.
+    pub seq: u64,
+    /// Since boot.
+    pub time: Duration,
+    /// From 0, emergency, to 7, debug.
+    pub level: u8,
+    /// 0 is the kernel; others are as syslog(3) lists them.
+    pub facility: u8,
+    /// Who wrote it.
+    pub caller: Caller,
+    /// Subsystem of the device that it is about, or nothing.
+    pub subsystem: String,
+    /// The device.
+    pub device: String,
+    /// One line or several. What is not UTF-8 is replaced; control characters may be there.
+    pub text: String,
+}
+
+/// The context in which a record was written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Caller {
+    /// A thread, by its id.
+    Thread(u32),
+    /// A CPU in an interrupt, or before there were threads.
+    Cpu(u32),
+}
+
+/// Where everything is in the ring buffer.
+#[derive(Debug)]
+struct Layout {
+    descs: u64,
+    infos: u64,
+    count: u64,
+    text: u64,
+    size: u64,
+    desc_size: u64,
+    state_at: u64,
+    begin_at: u64,
+    next_at: u64,
+    info_size: u64,
+    seq_at: u64,
+    time_at: u64,
+    /// Behind it, `facility`, and `flags` with the level in its highest three bits.
+    text_len_at: u64,
+    caller_at: u64,
+    subsystem_at: u64,
+    subsystem_len: u64,
+    device_at: u64,
+    device_len: u64,
+}
+
+/// The records of the log, from the oldest to the newest. It ends after an error.
+#[derive(Debug)]
+pub struct Records<'a> {
+    kernel: &'a Kernel<'a>,
+    layout: Layout,
+    /// Ids that are left: the next one, and how many.
+    id: u64,
+    left: u64,
+    /// Descriptors that were read before their turn: the index of the first, and their bytes.
+    batch: (u64, Bytes),
+    /// Records that were overwritten while they were read.
+    lost: u64,
+    /// Bytes of text that can be left: no two records share any.
+    text_left: u64,
+}
+
+/// The log of a kernel.
+///
+/// # Errors
+/// [`LogError`].
+pub fn records<'a>(kernel: &'a Kernel<'a>) -> Result<Records<'a>, LogError> {
+    let note = kernel.note();
+    let number = |key: &'static str| {
+        let value = note.number(key).and_then(|value| u64::try_from(value).ok());
+        // Offsets into structures: what is larger is no offset.
+        value.filter(|value| *value < 4096).ok_or(LogError::Note(key))
+    };
+    let prb = note.symbol("prb").ok_or(LogError::Note("SYMBOL(prb)"))?;
+    let ring = kernel.read_u64(prb)?;
+    let counter = number("OFFSET(atomic_long_t.counter)")?;
+    let desc_ring = ring.wrapping_add(number("OFFSET(printk_ringbuffer.desc_ring)")?);
+    let text_ring = ring.wrapping_add(number("OFFSET(printk_ringbuffer.text_data_ring)")?);
+    let wrong = |what: &str| KernelError::Malformed { what: what.to_owned(), gva: ring };
+    let power = |bits: u32, most: u32| {
+        (bits <= most).then(|| 1_u64 << bits).ok_or_else(|| wrong("the size of the log's ring buffer"))
+    };
+    let count_bits = kernel.read_u32(desc_ring.wrapping_add(number("OFFSET(prb_desc_ring.count_bits)")?))?;
+    let size_bits = kernel.read_u32(text_ring.wrapping_add(number("OFFSET(prb_data_ring.size_bits)")?))?;
+    let lpos_at = number("OFFSET(prb_desc.text_blk_lpos)")?;
+    let dev_at = number("OFFSET(printk_info.dev_info)")?;
+    let layout = Layout {
+        descs: kernel.read_u64(desc_ring.wrapping_add(number("OFFSET(prb_desc_ring.descs)")?))?,
+        infos: kernel.read_u64(desc_ring.wrapping_add(number("OFFSET(prb_desc_ring.infos)")?))?,
+        count: power(count_bits, MAX_COUNT_BITS)?,
+        text: kernel.read_u64(text_ring.wrapping_add(number("OFFSET(prb_data_ring.data)")?))?,
+        size: power(size_bits, MAX_SIZE_BITS)?,
+        desc_size: number("SIZE(prb_desc)")?,
+        state_at: number("OFFSET(prb_desc.state_var)")? + counter,
+        begin_at: lpos_at + number("OFFSET(prb_data_blk_lpos.begin)")?,
+        next_at: lpos_at + number("OFFSET(prb_data_blk_lpos.next)")?,
+        info_size: number("SIZE(printk_info)")?,
+        seq_at: number("OFFSET(printk_info.seq)")?,
+        time_at: number("OFFSET(printk_info.ts_nsec)")?,
+        text_len_at: number("OFFSET(printk_info.text_len)")?,
+        caller_at: number("OFFSET(printk_info.caller_id)")?,
+        subsystem_at: dev_at + number("OFFSET(dev_printk_info.subsystem)")?,
+        subsystem_len: number("LENGTH(printk_info_subsystem)")?,
+        device_at: dev_at + number("OFFSET(dev_printk_info.device)")?,
+        device_len: number("LENGTH(printk_info_device)")?,
+    };
+    let id = |key| Ok::<_, LogError>(desc_ring.wrapping_add(number(key)?).wrapping_add(counter));
+    let (tail, head) = (id("OFFSET(prb_desc_ring.tail_id)")?, id("OFFSET(prb_desc_ring.head_id)")?);
+    let text_left = layout.size;
+    // They are read one after the other, while the kernel may write.
+    for _ in 0..TRIES {
+        let (tail, head) = (kernel.read_u64(tail)? & ID_MASK, kernel.read_u64(head)? & ID_MASK);
+        let left = (head.wrapping_sub(tail) & ID_MASK) + 1;
+        if left <= layout.count {
+            return Ok(Records {
+                kernel,
+                layout,
+                id: tail,
+                left,
+                batch: (0, Bytes::default()),
+                lost: 0,
+                text_left,
+            });
+        }
+    }
+    Err(wrong("the distance of the log's first and last record").into())
+}
+
+impl Records<'_> {
+    /// Records that were overwritten while they were read, up to now.
+    pub fn lost(&self) -> u64 {
+        self.lost
+    }
+
+    /// The descriptor of `id`, from the batch.
+    fn descriptor(&mut self, id: u64) -> Result<Bytes, LogError> {
+        let Layout { descs, count, desc_size, .. } = self.layout;
+        let index = id % count;
+        let ahead = index.wrapping_sub(self.batch.0);
+        if let Some(descriptor) = ahead.checked_mul(desc_size).and_then(|at| self.batch.1.part(at, desc_size))
+        {
+            return Ok(descriptor);
+        }
+        let mut bytes = Bytes::zeroed(BATCH.min(count - index).min(self.left) * desc_size);
+        self.kernel.read(descs.wrapping_add(index * desc_size), bytes.as_mut())?;
+        let descriptor = bytes.part(0, desc_size).ok_or(LogError::Note("SIZE(prb_desc)"))?;
+        self.batch = (index, bytes);
+        Ok(descriptor)
+    }
+
+    /// The record of `id`: `None` where there is none (any more).
+    fn record(&mut self, id: u64) -> Result<Option<Record>, LogError> {
+        let mut descriptor = self.descriptor(id)?;
+        let gva = self.layout.descs.wrapping_add(id % self.layout.count * self.layout.desc_size);
+        for _ in 0..TRIES {
+            if !is_of(descriptor.u64(self.layout.state_at), id) {
+                return Ok(None);
+            }
+            let record = self.read_record(id, &descriptor)?;
+            let state = self.kernel.read_u64(gva.wrapping_add(self.layout.state_at))?;
+            match record {
+                Some((record, len)) if is_of(state, id) => {
+                    let what = || "the length of the log's texts".to_owned();
+                    let left = self.text_left.checked_sub(len);
+                    self.text_left = left.ok_or_else(|| KernelError::Malformed { what: what(), gva })?;
+                    return Ok(Some(record));
+                }
+                _ => self.kernel.read(gva, descriptor.as_mut())?,
+            }
+        }
+        self.lost += 1;
+        Ok(None)
+    }
+
+    /// What a descriptor leads to, and the bytes of its text; `None` where it does not fit.
+    fn read_record(&self, id: u64, descriptor: &Bytes) -> Result<Option<(Record, u64)>, LogError> {
+        let layout = &self.layout;
+        let mut info = Bytes::zeroed(layout.info_size);
+        self.kernel.read(layout.infos.wrapping_add(id % layout.count * layout.info_size), info.as_mut())?;
+        let (begin, next) = (descriptor.u64(layout.begin_at), descriptor.u64(layout.next_at));
+        let len = info.u16(layout.text_len_at);
+        let Some(text) = self.text(id, begin, next, len.into())? else { return Ok(None) };
+        let caller = info.u32(layout.caller_at);
+        let record = Record {
+            seq: info.u64(layout.seq_at),
+            time: Duration::from_nanos(info.u64(layout.time_at)),
+            level: info.u8(layout.text_len_at + 3) >> 5,
+            facility: info.u8(layout.text_len_at + 2),
+            caller: match caller & !CALLER_CPU {
+                cpu if caller & CALLER_CPU != 0 => Caller::Cpu(cpu),
+                thread => Caller::Thread(thread),
+            },
+            subsystem: info.string(layout.subsystem_at, layout.subsystem_len),
+            device: info.string(layout.device_at, layout.device_len),
+            text: String::from_utf8_lossy(&text).into_owned(),
+        };
+        Ok(Some((record, text.len() as u64)))
+    }
+
+    /// The text between two logical positions (get_data() of the kernel).
+    fn text(&self, id: u64, begin: u64, next: u64, len: u64) -> Result<Option<Vec<u8>>, LogError> {
+        if begin & next & NO_TEXT != 0 {
+            return Ok(Some(Vec::new()));
+        }
+        let (text, size) = (self.layout.text, self.layout.size);
+        // A block that does not fit before the ring's end is at its start.
+        let is_wrapped = begin / size != next.wrapping_sub(1) / size;
+        let (start, end) = if is_wrapped {
+            (0, next % size)
+        } else {
+            (begin % size, (begin % size).wrapping_add(next.wrapping_sub(begin)))
+        };
+        let Some(room) = end.checked_sub(start + BLOCK_HEADER).filter(|_| end <= size) else {
+            return Ok(None);
+        };
+        if self.kernel.read_u64(text.wrapping_add(start))? & ID_MASK != id {
+            return Ok(None);
+        }
+        let mut bytes = vec![0; usize::try_from(len.min(room)).unwrap_or(0)];
+        self.kernel.read(text.wrapping_add(start + BLOCK_HEADER), &mut bytes)?;
+        Ok(Some(bytes))
+    }
+}
+
+impl Iterator for Records<'_> {
+    type Item = Result<Record, LogError>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        while self.left > 0 {
+            let found = self.record(self.id).transpose();
+            self.id = (self.id + 1) & ID_MASK;
+            self.left = if matches!(found, Some(Err(_))) { 0 } else { self.left - 1 };
+            if found.is_some() {
+                return found;
+            }
+        }
+        None
+    }
+}
+
+/// Whether a state variable says that the record of `id` can be read.
+fn is_of(state: u64, id: u64) -> bool {
+    matches!(state >> STATE_SHIFT, COMMITTED | FINALIZED) && state & ID_MASK == id
+}

@@ -1,0 +1,235 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! Loaded modules, as /proc/modules shows them.
+
+use crate::bytes::Bytes;
+use crate::kernel::{Kernel, KernelError, List};
+
+/// Bytes of a module's name (`MODULE_NAME_LEN`).
+const NAME_LEN: u64 = 56;
+
+/// Kinds of memory that a module can have (`MOD_MEM_NUM_TYPES`), and which of them has its text.
+const MEMORY_KINDS: u64 = 7;
+
+/// What a module that is used by nobody has as its count of references (`MODULE_REF_BASE`).
+const REF_BASE: u32 = 1;
+
+/// The most modules that one module is used by.
+const MAX_USERS: usize = 4096;
+
+/// The most bytes of a module that are read.
+const MAX_LEN: u64 = 64 << 10;
+
+/// Reads of a module that changes.
+const TRIES: u32 = 3;
+
+/// What a module is doing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum State {
+    /// It has been loaded.
+    Live,
+    /// It is being loaded.
+    Loading,
+    /// It is being removed.
+    Unloading,
+}
+
+/// A module.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Module {
+    /// Where its `struct module` is.
+    pub gva: u64,
+    /// Its name. What is not UTF-8 is replaced; control characters may be there.
+    pub name: String,
+    /// Bytes of all its memory.
+    pub size: u64,
+    /// Where its code is.
+    pub base: u64,
+    /// How often it is used.
+    pub references: u32,
+    /// The modules that use it.
+    pub used_by: Vec<String>,
+    /// What it is doing.
+    pub state: State,
+    /// Whether it changed whenever it was read, so that its values may not belong together.
+    pub is_torn: bool,
+}
+
+/// Where everything is.
+#[derive(Debug)]
+struct Layout {
+    len: u64,
+    list: u64,
+    name: u64,
+    state: u64,
+    refcnt: u64,
+    source_list: u64,
+    /// In a use of the module: its place in the list, and the user.
+    use_list: u64,
+    use_source: u64,
+    memory: Memory,
+}
+
+/// Where a module says which memory it has.
+#[derive(Debug)]
+enum Memory {
+    /// Of before 6.4: what is kept, and what is freed after loading.
+    Two { core: u64, init: u64, base: u64, size: u64 },
+    /// An array, of which the first has the text.
+    Array { first: u64, each: u64, base: u64, size: u64 },
+}
+
+/// The modules, the newest first. It ends after an error.
+#[derive(Debug)]
+pub struct Modules<'a> {
+    kernel: &'a Kernel<'a>,
+    layout: Layout,
+    list: List<'a>,
+    has_ended: bool,
+}
+
+impl<'a> Modules<'a> {
+    /// The modules of a kernel.
+    ///
+    /// # Errors
+    /// [`KernelError`].
+    pub fn new(kernel: &'a Kernel<'a>) -> Result<Self, KernelError> {
+        let layout = Layout::new(kernel)?;
+        let list = kernel.list(kernel.symbol("modules")?);
+        Ok(Self { kernel, layout, list, has_ended: false })
+    }
+
+    fn step(&mut self) -> Result<Option<Module>, KernelError> {
+        while let Some(node) = self.list.next().transpose()? {
+            if let Some(module) = self.module(node.wrapping_sub(self.layout.list))? {
+                return Ok(Some(module));
+            }
+        }
+        Ok(None)
+    }
+
+    /// The module at an address; `None` where it is not complete yet.
+    fn module(&self, gva: u64) -> Result<Option<Module>, KernelError> {
+        let (mut module, mut is_torn) = (None, false);
+        for _ in 0..TRIES {
+            let bytes = self.bytes(gva)?;
+            module = self.describe(gva, &bytes)?;
+            let again = self.bytes(gva)?;
+            is_torn = self.describe(gva, &again)? != module;
+            if !is_torn {
+                break;
+            }
+        }
+        Ok(module.map(|module| Module { is_torn, ..module }))
+    }
+
+    fn bytes(&self, gva: u64) -> Result<Bytes, KernelError> {
+        let mut bytes = Bytes::zeroed(self.layout.len);
+        self.kernel.read(gva, bytes.as_mut())?;
+        Ok(bytes)
+    }
+
+    fn describe(&self, gva: u64, bytes: &Bytes) -> Result<Option<Module>, KernelError> {
+        let layout = &self.layout;
+        let state = match bytes.u32(layout.state) {
+            0 => State::Live,
+            1 => State::Loading,
+            2 => State::Unloading,
+            // Not formed yet; /proc leaves it out.
+            _ => return Ok(None),
+        };
+        let (base, size) = layout.memory.of(bytes);
+        Ok(Some(Module {
+            gva,
+            name: bytes.string(layout.name, NAME_LEN),
+            size,
+            base,
+            references: bytes.u32(layout.refcnt).saturating_sub(REF_BASE),
+            used_by: self.users(gva)?,
+            state,
+            is_torn: false,
+        }))
+    }
+
+    fn users(&self, gva: u64) -> Result<Vec<String>, KernelError> {
+        let uses = self.kernel.list(gva.wrapping_add(self.layout.source_list)).take(MAX_USERS);
+        let mut users = Vec::new();
+        for node in uses {
+            let at = node?.wrapping_sub(self.layout.use_list).wrapping_add(self.layout.use_source);
+            let user = self.kernel.read_u64(at)?;
+            let mut name = Bytes::zeroed(NAME_LEN);
+            self.kernel.read(user.wrapping_add(self.layout.name), name.as_mut())?;
+            users.push(name.string(0, NAME_LEN));
+        }
+        Ok(users)
+    }
+}
+
+impl Iterator for Modules<'_> {
+    type Item = Result<Module, KernelError>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        if self.has_ended {
+            return None;
+        }
+        let step = self.step().transpose();
+        self.has_ended = !matches!(step, Some(Ok(_)));
+        step
+    }
+}
+
+impl Layout {
+    fn new(kernel: &Kernel<'_>) -> Result<Self, KernelError> {
+        let module = |member| kernel.offset("module", member);
+        let used = |member| kernel.offset("module_use", member);
+        let memory = Memory::new(kernel)?;
+        let mut layout = Self {
+            len: 0,
+            list: module("list")?,
+            name: module("name")?,
+            state: module("state")?,
+            refcnt: module("refcnt")?,
+            source_list: module("source_list")?,
+            use_list: used("source_list")?,
+            use_source: used("source")?,
+            memory,
+        };
+        let ends = [layout.name + NAME_LEN, layout.state + 4, layout.refcnt + 4, layout.memory.end()];
+        layout.len = ends.into_iter().max().unwrap_or(0).min(MAX_LEN);
+        Ok(layout)
+    }
+}
+
+impl Memory {
+    fn new(kernel: &Kernel<'_>) -> Result<Self, KernelError> {
+        let module = |member| kernel.offset("module", member);
+        if let Ok(first) = module("mem") {
+            let memory = |member| kernel.offset("module_memory", member);
+            let (base, size) = (memory("base")?, memory("size")?);
+            return Ok(Self::Array { first, each: kernel.size_of("module_memory")?, base, size });
+        }
+        let layout = |member| kernel.offset("module_layout", member);
+        let (core, init) = (module("core_layout")?, module("init_layout")?);
+        Ok(Self::Two { core, init, base: layout("base")?, size: layout("size")? })
+    }
+
+    /// Where the text is, and bytes of all memory.
+    fn of(&self, module: &Bytes) -> (u64, u64) {
+        match *self {
+            Self::Two { core, init, base, size } => {
+                let sizes = [core, init].map(|at| u64::from(module.u32(at + size)));
+                (module.u64(core + base), sizes.iter().sum())
+            }
+            Self::Array { first, each, base, size } => {
+                let sizes = (0..MEMORY_KINDS).map(|kind| u64::from(module.u32(first + kind * each + size)));
+                (module.u64(first + base), sizes.sum())
+            }
+        }
+    }
+
+    fn end(&self) -> u64 {
+        match *self {
+            Self::Two { core, init, base, size } => core.max(init) + base.max(size) + 8,
+            Self::Array { first, each, .. } => first + MEMORY_KINDS * each,
+        }
+    }
+}

@@ -1,0 +1,438 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! Processes and threads, as /proc shows them.
+//!
+//! `init_task.tasks` lists the leaders of processes; the threads of one are in its `signal->thread_head`. A task that begins
+//! or ends meanwhile is read again, then marked as torn.
+
+use std::time::Duration;
+
+use kvmmem_memory::PAGE_SIZE;
+
+use crate::bytes::{Bytes, text};
+use crate::kernel::{Kernel, KernelError, List};
+use crate::space::Space;
+
+/// The highest process id that Linux gives (`PID_MAX_LIMIT`).
+const MAX_PID: u32 = 4 << 20;
+
+/// The longest command line that is read, and all of them together, bytes.
+const MAX_ARGS: u64 = 128 << 10;
+const MAX_ALL_ARGS: u64 = 64 << 20;
+
+/// The most bytes of a task that are read.
+const MAX_LEN: u64 = 64 << 10;
+
+/// Reads of a task that changes.
+const TRIES: u32 = 3;
+
+/// Bytes of a task's and of a worker's name.
+const COMM_LEN: u64 = 16;
+const DESC_LEN: u64 = 32;
+/// The longest name of a kernel thread that is read.
+const FULL_NAME_LEN: usize = 256;
+
+/// Flags of a task.
+const PF_WQ_WORKER: u32 = 0x20;
+const PF_KTHREAD: u32 = 0x20_0000;
+
+/// States of a task: `TASK_IDLE`, and what /proc reports of the others, each a letter for a bit.
+const IDLE: u32 = 0x402;
+const REPORTED: u32 = 0x7f;
+const LETTERS: [char; 8] = ['R', 'S', 'D', 'T', 't', 'X', 'Z', 'P'];
+/// Sleeps that count as uninterruptible: waiting for a lock of PREEMPT_RT, and frozen.
+const LIKE_D: u32 = 0x1000 | 0x8000;
+
+/// A process, or one of its threads.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Task {
+    /// Where its `struct task_struct` is.
+    pub gva: u64,
+    /// Its own id, in the first namespace.
+    pub tid: u32,
+    /// The process's.
+    pub pid: u32,
+    /// That of the process that it belongs to.
+    pub ppid: u32,
+    /// Real and effective user, and real group, in the first namespace.
+    pub uid: u32,
+    /// The user whose rights it has.
+    pub euid: u32,
+    /// Its group.
+    pub gid: u32,
+    /// As /proc/PID/stat shows it: R, S, D, T, t, X, Z, P or I.
+    pub state: char,
+    /// When it began, since boot.
+    pub start: Duration,
+    /// Its name. What is not UTF-8 is replaced; control characters may be there.
+    pub comm: String,
+    /// Whether it is one of the kernel's own.
+    pub is_kernel: bool,
+    /// The command line.
+    pub args: Args,
+    /// Whether it changed whenever it was read, so that its values may not belong together.
+    pub is_torn: bool,
+}
+
+/// The command line of a process.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Args {
+    /// Its words, as far as they could be read.
+    pub words: Vec<String>,
+    /// Whether more was not in memory, or is too long.
+    pub is_cut: bool,
+}
+
+/// Which tasks are listed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Which {
+    /// One a process: its leader.
+    Processes,
+    /// All threads, each after its leader.
+    Threads,
+}
+
+/// Where everything is.
+#[derive(Debug)]
+struct Layout {
+    /// Bytes of a task that are read.
+    len: u64,
+    tasks: u64,
+    thread_node: u64,
+    signal: u64,
+    thread_head: u64,
+    pid: u64,
+    tgid: u64,
+    real_parent: u64,
+    comm: u64,
+    flags: u64,
+    state: u64,
+    exit_state: u64,
+    cred: u64,
+    uid: u64,
+    euid: u64,
+    gid: u64,
+    start: u64,
+    mm: u64,
+    pgd: u64,
+    arg_start: u64,
+    arg_end: u64,
+    env_end: u64,
+    kthread: Option<Kthread>,
+}
+
+/// Names of kernel threads that are longer than a task's.
+#[derive(Debug)]
+struct Kthread {
+    /// In the task: its `struct kthread`.
+    worker_private: u64,
+    full_name: u64,
+    data: u64,
+    /// In the worker of a work queue.
+    desc: u64,
+    pool: u64,
+    current_work: u64,
+}
+
+/// The tasks. It ends after an error.
+#[derive(Debug)]
+pub struct Tasks<'a> {
+    kernel: &'a Kernel<'a>,
+    layout: Layout,
+    which: Which,
+    leaders: List<'a>,
+    /// Those of the last leader that are left.
+    threads: Option<List<'a>>,
+    args_left: u64,
+    has_ended: bool,
+}
+
+impl<'a> Tasks<'a> {
+    /// The tasks of a kernel.
+    ///
+    /// # Errors
+    /// [`KernelError`].
+    pub fn new(kernel: &'a Kernel<'a>, which: Which) -> Result<Self, KernelError> {
+        let layout = Layout::new(kernel)?;
+        let leaders = kernel.list(kernel.symbol("init_task")?.wrapping_add(layout.tasks));
+        let args_left = MAX_ALL_ARGS;
+        Ok(Self { kernel, layout, which, leaders, threads: None, args_left, has_ended: false })
+    }
+
+    fn step(&mut self) -> Result<Option<Task>, KernelError> {
+        while let Some(threads) = &mut self.threads {
+            let Some(node) = threads.next().transpose()? else {
+                self.threads = None;
+                break;
+            };
+            let task = self.task(node.wrapping_sub(self.layout.thread_node))?;
+            // The leader came first.
+            if task.tid != task.pid {
+                return Ok(Some(task));
+            }
+        }
+        let Some(node) = self.leaders.next().transpose()? else { return Ok(None) };
+        let gva = node.wrapping_sub(self.layout.tasks);
+        let task = self.task(gva)?;
+        if self.which == Which::Threads {
+            let signal = self.kernel.read_u64(gva.wrapping_add(self.layout.signal))?;
+            self.threads = Some(self.kernel.list(signal.wrapping_add(self.layout.thread_head)));
+        }
+        Ok(Some(task))
+    }
+
+    fn task(&mut self, gva: u64) -> Result<Task, KernelError> {
+        let (mut last, mut is_torn) = (None, false);
+        for _ in 0..TRIES {
+            let bytes = self.bytes(gva)?;
+            let task = self.describe(gva, &bytes);
+            // What it was made of must still be there.
+            let again = self.bytes(gva)?;
+            let key = |bytes: &Bytes| {
+                let Layout { pid, tgid, real_parent, cred, mm, .. } = self.layout;
+                (bytes.u32(pid), bytes.u32(tgid), [real_parent, cred, mm].map(|at| bytes.u64(at)))
+            };
+            is_torn = key(&bytes) != key(&again);
+            last = Some(task);
+            if !is_torn && matches!(last, Some(Ok(_))) {
+                break;
+            }
+        }
+        let mut task = last.unwrap_or_else(|| Err(malformed(gva)))?;
+        task.is_torn = is_torn;
+        let used = task.args.words.iter().fold(0, |sum, word| sum + word.len() as u64 + 1);
+        self.args_left = self.args_left.saturating_sub(used);
+        Ok(task)
+    }
+
+    fn bytes(&self, gva: u64) -> Result<Bytes, KernelError> {
+        let mut bytes = Bytes::zeroed(self.layout.len);
+        self.kernel.read(gva, bytes.as_mut())?;
+        Ok(bytes)
+    }
+
+    fn describe(&self, gva: u64, bytes: &Bytes) -> Result<Task, KernelError> {
+        let layout = &self.layout;
+        let (tid, pid) = (bytes.u32(layout.pid), bytes.u32(layout.tgid));
+        if !(1..=MAX_PID).contains(&tid) || !(1..=MAX_PID).contains(&pid) {
+            return Err(malformed(gva));
+        }
+        let parent = bytes.u64(layout.real_parent);
+        let cred = bytes.u64(layout.cred);
+        let user = |at: u64| self.kernel.read_u32(cred.wrapping_add(at));
+        let flags = bytes.u32(layout.flags);
+        let mut comm = bytes.string(layout.comm, COMM_LEN);
+        let is_kernel = flags & PF_KTHREAD != 0;
+        if let Some(kthread) = layout.kthread.as_ref().filter(|_| is_kernel) {
+            // The names of a thread that is ending are freed before it is.
+            comm = self.kernel_name(bytes, kthread, flags, comm.clone()).unwrap_or(comm);
+        }
+        let mm = bytes.u64(layout.mm);
+        let args = if mm == 0 || is_kernel || tid != pid { Args::default() } else { self.args(mm)? };
+        Ok(Task {
+            gva,
+            tid,
+            pid,
+            ppid: self.kernel.read_u32(parent.wrapping_add(layout.tgid))?,
+            uid: user(layout.uid)?,
+            euid: user(layout.euid)?,
+            gid: user(layout.gid)?,
+            state: state(bytes.u32(layout.state), bytes.u32(layout.exit_state)),
+            start: Duration::from_nanos(bytes.u64(layout.start)),
+            comm,
+            is_kernel,
+            args,
+            is_torn: false,
+        })
+    }
+
+    /// The full name of a kernel thread; that of a worker has what it works on (wq_worker_comm() of the kernel).
+    fn kernel_name(
+        &self,
+        task: &Bytes,
+        at: &Kthread,
+        flags: u32,
+        comm: String,
+    ) -> Result<String, KernelError> {
+        let kthread = task.u64(at.worker_private);
+        if kthread == 0 {
+            return Ok(comm);
+        }
+        let mut name = comm;
+        if at.full_name != 0 {
+            let full = self.kernel.read_u64(kthread.wrapping_add(at.full_name))?;
+            if full != 0 {
+                name = text(&self.kernel.read_cstr(full, FULL_NAME_LEN)?);
+            }
+        }
+        if flags & PF_WQ_WORKER != 0 {
+            let worker = self.kernel.read_u64(kthread.wrapping_add(at.data))?;
+            let pool = self.kernel.read_u64(worker.wrapping_add(at.pool))?;
+            let mut desc = Bytes::zeroed(DESC_LEN);
+            self.kernel.read(worker.wrapping_add(at.desc), desc.as_mut())?;
+            let desc = desc.string(0, DESC_LEN);
+            if pool != 0 && !desc.is_empty() {
+                let is_working = self.kernel.read_u64(worker.wrapping_add(at.current_work))? != 0;
+                name.push(if is_working { '+' } else { '-' });
+                name.push_str(&desc);
+            }
+        }
+        Ok(name)
+    }
+
+    /// The command line, as far as it is in memory (get_mm_cmdline() of the kernel).
+    fn args(&self, mm: u64) -> Result<Args, KernelError> {
+        let word = |at: u64| self.kernel.read_u64(mm.wrapping_add(at));
+        let (start, end) = (word(self.layout.arg_start)?, word(self.layout.arg_end)?);
+        let env_end = word(self.layout.env_end)?;
+        let space = self.kernel.process_space(word(self.layout.pgd)?)?;
+        let len = end.saturating_sub(start);
+        let most = len.min(MAX_ARGS).min(self.args_left);
+        let mut bytes = read_some(&space, start, most);
+        let is_cut = (bytes.len() as u64) < len;
+        // A program may have written one string over all of its words, and over its environment as well.
+        if !is_cut && bytes.last().is_some_and(|last| *last != 0) {
+            let more = read_some(&space, end, env_end.saturating_sub(end).min(PAGE_SIZE as u64));
+            bytes.extend_from_slice(&more);
+            bytes.truncate(bytes.iter().position(|byte| *byte == 0).unwrap_or(bytes.len()));
+            bytes.push(0);
+        }
+        let words = bytes.strip_suffix(&[0]).unwrap_or(&bytes);
+        let words = words.split(|byte| *byte == 0).map(|word| String::from_utf8_lossy(word).into_owned());
+        Ok(Args { words: if bytes.is_empty() { Vec::new() } else { words.collect() }, is_cut })
+    }
+}
+
+impl Iterator for Tasks<'_> {
+    type Item = Result<Task, KernelError>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        if self.has_ended {
+            return None;
+        }
+        let step = self.step().transpose();
+        self.has_ended = !matches!(step, Some(Ok(_)));
+        step
+    }
+}
+
+impl Layout {
+    fn new(kernel: &Kernel<'_>) -> Result<Self, KernelError> {
+        let task = |member| kernel.offset("task_struct", member);
+        let cred = |member| kernel.offset("cred", member);
+        let mm = |member| kernel.offset("mm_struct", member);
+        let mut layout = Self {
+            len: 0,
+            tasks: task("tasks")?,
+            thread_node: task("thread_node")?,
+            signal: task("signal")?,
+            thread_head: kernel.offset("signal_struct", "thread_head")?,
+            pid: task("pid")?,
+            tgid: task("tgid")?,
+            real_parent: task("real_parent")?,
+            comm: task("comm")?,
+            flags: task("flags")?,
+            // Its type changed with its name, in 5.14.
+            state: task("__state").or_else(|_| task("state"))?,
+            exit_state: task("exit_state")?,
+            cred: task("cred")?,
+            uid: cred("uid")?,
+            euid: cred("euid")?,
+            gid: cred("gid")?,
+            start: task("start_boottime")?,
+            mm: task("mm")?,
+            pgd: mm("pgd")?,
+            arg_start: mm("arg_start")?,
+            arg_end: mm("arg_end")?,
+            env_end: mm("env_end")?,
+            kthread: Kthread::new(kernel).ok(),
+        };
+        let ends = [
+            layout.pid,
+            layout.tgid,
+            layout.real_parent,
+            layout.comm + 8,
+            layout.flags,
+            layout.state,
+            layout.exit_state,
+            layout.cred,
+            layout.start,
+            layout.mm,
+            layout.kthread.as_ref().map_or(0, |kthread| kthread.worker_private),
+        ];
+        layout.len = (ends.into_iter().max().unwrap_or(0) + 8).min(MAX_LEN);
+        Ok(layout)
+    }
+}
+
+impl Kthread {
+    fn new(kernel: &Kernel<'_>) -> Result<Self, KernelError> {
+        let task = |member| kernel.offset("task_struct", member);
+        let kthread = |member| kernel.offset("kthread", member);
+        let worker = |member| kernel.offset("worker", member);
+        Ok(Self {
+            // Kernel threads of before 5.17 keep it where processes keep something else.
+            worker_private: task("worker_private").or_else(|_| task("set_child_tid"))?,
+            full_name: kthread("full_name").unwrap_or(0),
+            data: kthread("data")?,
+            desc: worker("desc")?,
+            pool: worker("pool")?,
+            current_work: worker("current_work")?,
+        })
+    }
+}
+
+fn malformed(gva: u64) -> KernelError {
+    KernelError::Malformed { what: "the task".to_owned(), gva }
+}
+
+/// The bytes from `gva` on, at most `most`, up to a page that is not in memory.
+fn read_some(space: &Space<'_>, gva: u64, most: u64) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    while (bytes.len() as u64) < most {
+        let done = bytes.len();
+        let at = gva.wrapping_add(done as u64);
+        let in_page = PAGE_SIZE as u64 - at % PAGE_SIZE as u64;
+        let step = usize::try_from(in_page.min(most - done as u64)).unwrap_or(1);
+        bytes.resize(done + step, 0);
+        if space.read(at, bytes.get_mut(done..).unwrap_or_default()).is_err() {
+            bytes.truncate(done);
+            break;
+        }
+    }
+    bytes
+}
+
+/// The letter of a state (task_state_index() of the kernel).
+fn state(state: u32, exit_state: u32) -> char {
+    if state & IDLE == IDLE {
+        return 'I';
+    }
+    let bits = if state & LIKE_D != 0 { 2 } else { (state | exit_state) & REPORTED };
+    let index = usize::try_from(u32::BITS - bits.leading_zeros()).unwrap_or(0);
+    LETTERS.get(index).copied().unwrap_or('?')
+}
+
+#[cfg(test)]
+mod tests {
+    use super::state;
+
+    #[test]
+    fn states_have_the_letters_of_proc() {
+        let cases = [
+            (0, 0, 'R'),
+            (1, 0, 'S'),
+            (2, 0, 'D'),
+            (4, 0, 'T'),
+            (8, 0, 't'),
+            (0, 0x20, 'Z'),
+            (0x80, 0x10, 'X'),
+        ];
+        for (bits, exit, letter) in cases {
+            assert_eq!(state(bits, exit), letter);
+        }
+        assert_eq!(state(0x402, 0), 'I');
+        assert_eq!(state(0x40, 0), 'P');
+        assert_eq!(state(0x8000, 0), 'D');
+        assert_eq!(state(0x102, 0), 'D');
+    }
+}
