@@ -6,6 +6,7 @@
 mod attach;
 mod broker;
 mod connect;
+mod dmesg;
 mod doctor;
 #[cfg(test)]
 mod documented;
@@ -15,13 +16,17 @@ mod failure;
 mod generate;
 mod grant;
 mod hexdump;
+mod info;
 mod interrupt;
 mod introspector;
+mod linux;
 mod map;
+mod modules;
 mod number;
 mod output;
 mod physical;
 mod progress;
+mod ps;
 mod qemu_args;
 mod range;
 mod scan;
@@ -104,6 +109,14 @@ enum Verb {
     Policy(grant::Policy),
     /// Attach a view, and print its ranges and its events.
     Attach(attach::Arguments),
+    /// List the processes of a Linux guest.
+    Ps(ps::Arguments),
+    /// Print the kernel log of a Linux guest.
+    Dmesg(dmesg::Arguments),
+    /// List the modules of a Linux guest's kernel.
+    Modules(modules::Arguments),
+    /// Say which kernel a Linux guest runs.
+    Info(info::Arguments),
     /// Write a target's memory to a file.
     Dump(dump::Arguments),
     /// Find bytes in a target's memory.
@@ -146,6 +159,10 @@ fn main() -> ExitCode {
         Verb::Revoke(arguments) => arguments.run(&mut output),
         Verb::Policy(arguments) => arguments.run(&mut output),
         Verb::Attach(arguments) => arguments.run(&mut output),
+        Verb::Ps(arguments) => arguments.run(&mut output),
+        Verb::Dmesg(arguments) => arguments.run(&mut output),
+        Verb::Modules(arguments) => arguments.run(&mut output),
+        Verb::Info(arguments) => arguments.run(&mut output),
         Verb::Dump(arguments) => arguments.run(&mut output),
         Verb::Scan(arguments) => arguments.run(&mut output),
         Verb::Watch(arguments) => arguments.run(&mut output),

@@ -50,6 +50,10 @@ fn help_names_the_verbs_and_the_exit_codes() {
         "revoke",
         "policy",
         "attach",
+        "ps",
+        "dmesg",
+        "modules",
+        "info",
         "dump",
         "scan",
         "watch",
@@ -364,4 +368,24 @@ fn write_reaches_the_target() {
     let ((code, stdout, _), memory) = with_target(&["write", "0x10", "c0ffee"]);
     assert_eq!((code, stdout.as_str()), (Some(0), "wrote 3 bytes at 0x10\n"));
     assert_eq!(memory[0x0f..0x14], [0x0f, 0xc0, 0xff, 0xee, 0x13]);
+}
+
+#[test]
+fn a_dump_without_a_kernel_is_an_error_and_no_empty_table() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("dump");
+    std::fs::write(&path, [0x55; 0x3000]).unwrap();
+    let file = path.to_str().unwrap();
+    for verb in ["ps", "dmesg", "modules", "info"] {
+        let (code, stdout, stderr) = run(&[verb, "--file", file]);
+        assert_eq!((code, stdout.as_str()), (Some(1), ""), "{verb}");
+        assert!(stderr.starts_with("error: no Linux kernel was found"), "{verb}: {stderr}");
+        let (code, _, stderr) = run(&[verb, "--file", file, "--note", "0x1000"]);
+        assert_eq!(code, Some(1));
+        assert!(stderr.contains("0x1000"), "{verb}: {stderr}");
+        let (code, _, stderr) = run(&[verb, "--file", file, "--target", "web-1"]);
+        assert_eq!(code, Some(2), "{verb}: {stderr}");
+        let (code, _, stderr) = run(&[verb]);
+        assert_eq!(code, Some(1), "{verb}: {stderr}");
+    }
 }

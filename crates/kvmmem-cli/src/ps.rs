@@ -1,0 +1,140 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! `kvmmem ps`: the processes of a Linux guest.
+
+mod tree;
+
+use std::process::ExitCode;
+
+use anyhow::{Context, Result};
+use clap::Args;
+use kvmmem_linux::tasks::{Task, Tasks, Which};
+use serde::Serialize;
+
+use crate::failure::escape;
+use crate::linux::{Guest, collect};
+use crate::number::Hex;
+use crate::output::{Output, columns};
+
+#[derive(Args)]
+#[command(after_help = AFTER_HELP)]
+pub(crate) struct Arguments {
+    /// Print each process below the one that it belongs to
+    #[arg(long)]
+    tree: bool,
+    /// Print the threads of each process as well
+    #[arg(long, conflicts_with = "tree")]
+    threads: bool,
+    #[command(flatten)]
+    guest: Guest,
+}
+
+const AFTER_HELP: &str = "\
+Nothing is installed in the guest, and no symbol file is needed. Users are numbers, those of the first user namespace; START
+is in seconds since boot, as dmesg has it; the states are those of ps(1). Names in brackets are the kernel's own threads.
+A ! after a state says that the process changed whenever it was read, so that its values may not belong together.
+
+Exit codes:
+  0  done
+  1  failed, standard error says why: no kernel was found, or one without symbols or types, or its lists are damaged
+  2  the command line is wrong";
+
+/// A task, as JSON.
+#[derive(Serialize)]
+struct TaskLine<'a> {
+    pid: u32,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    tid: Option<u32>,
+    ppid: u32,
+    uid: u32,
+    euid: u32,
+    gid: u32,
+    state: char,
+    start_ms: u64,
+    comm: &'a str,
+    args: &'a [String],
+    /// Whether the command line is longer than what could be read.
+    args_cut: bool,
+    kernel: bool,
+    /// Where its `struct task_struct` is.
+    task: Hex,
+    torn: bool,
+}
+
+impl Arguments {
+    pub(crate) fn run(&self, output: &mut Output) -> Result<ExitCode> {
+        let which = if self.threads { Which::Threads } else { Which::Processes };
+        let tasks = self.guest.with_kernel("ps", |kernel| {
+            collect(|| Tasks::new(kernel, which)).context("cannot list the processes")
+        })?;
+        let order =
+            if self.tree { tree::order(&tasks) } else { (0..tasks.len()).map(|index| (index, 0)).collect() };
+        let tasks: Vec<_> =
+            order.iter().filter_map(|(index, depth)| Some((tasks.get(*index)?, *depth))).collect();
+        if output.is_json() {
+            for (task, _) in tasks {
+                output.object(&TaskLine::new(task, self.threads))?;
+            }
+            return Ok(ExitCode::SUCCESS);
+        }
+        let header = ["PID", "TID", "PPID", "UID", "STATE", "START", "COMMAND"].map(str::to_owned);
+        let rows: Vec<_> =
+            std::iter::once(header).chain(tasks.iter().map(|(task, depth)| row(task, *depth))).collect();
+        let lines = if self.threads {
+            columns(&rows)
+        } else {
+            columns(&rows.into_iter().map(without_thread).collect::<Vec<_>>())
+        };
+        for line in lines {
+            output.line(line)?;
+        }
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
+fn row(task: &Task, depth: usize) -> [String; 7] {
+    [
+        task.pid.to_string(),
+        task.tid.to_string(),
+        task.ppid.to_string(),
+        task.euid.to_string(),
+        format!("{}{}", task.state, if task.is_torn { "!" } else { "" }),
+        format!("{}.{:02}", task.start.as_secs(), task.start.subsec_millis() / 10),
+        "  ".repeat(depth) + &command(task),
+    ]
+}
+
+fn without_thread([pid, _, ppid, uid, state, start, command]: [String; 7]) -> [String; 6] {
+    [pid, ppid, uid, state, start, command]
+}
+
+/// The command line, or the name where there is none.
+fn command(task: &Task) -> String {
+    if task.is_kernel {
+        return format!("[{}]", escape(&task.comm));
+    }
+    if task.args.words.is_empty() || task.tid != task.pid {
+        return escape(&task.comm);
+    }
+    escape(&task.args.words.join(" ")) + if task.args.is_cut { " ..." } else { "" }
+}
+
+impl<'a> TaskLine<'a> {
+    fn new(task: &'a Task, has_thread: bool) -> Self {
+        Self {
+            pid: task.pid,
+            tid: has_thread.then_some(task.tid),
+            ppid: task.ppid,
+            uid: task.uid,
+            euid: task.euid,
+            gid: task.gid,
+            state: task.state,
+            start_ms: u64::try_from(task.start.as_millis()).unwrap_or(u64::MAX),
+            comm: &task.comm,
+            args: &task.args.words,
+            args_cut: task.args.is_cut,
+            kernel: task.is_kernel,
+            task: Hex(task.gva),
+            torn: task.is_torn,
+        }
+    }
+}

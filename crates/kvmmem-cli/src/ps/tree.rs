@@ -1,0 +1,78 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! The order in which processes follow the one that they belong to.
+
+use std::collections::HashMap;
+
+use kvmmem_linux::tasks::Task;
+
+/// Indices of the processes, each followed by its children, with their depths. All processes are there once, whatever they
+/// say about their parents.
+pub(super) fn order(tasks: &[Task]) -> Vec<(usize, usize)> {
+    let by_pid: HashMap<u32, usize> =
+        tasks.iter().enumerate().map(|(index, task)| (task.pid, index)).collect();
+    let mut children: HashMap<usize, Vec<usize>> = HashMap::new();
+    let mut roots = Vec::new();
+    for (index, task) in tasks.iter().enumerate() {
+        match by_pid.get(&task.ppid).filter(|parent| **parent != index) {
+            Some(parent) => children.entry(*parent).or_default().push(index),
+            None => roots.push(index),
+        }
+    }
+    let mut order = Vec::with_capacity(tasks.len());
+    let mut is_there = vec![false; tasks.len()];
+    // Those in a ring have no root.
+    for root in roots.into_iter().chain(0..tasks.len()) {
+        let mut next = vec![(root, 0)];
+        while let Some((index, depth)) = next.pop() {
+            if is_there.get_mut(index).is_none_or(|is_there| std::mem::replace(is_there, true)) {
+                continue;
+            }
+            order.push((index, depth));
+            let below = children.get(&index).into_iter().flatten().rev();
+            next.extend(below.map(|child| (*child, depth + 1)));
+        }
+    }
+    order
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    fn task(pid: u32, ppid: u32) -> Task {
+        Task {
+            gva: 0,
+            tid: pid,
+            pid,
+            ppid,
+            uid: 0,
+            euid: 0,
+            gid: 0,
+            state: 'S',
+            start: Duration::ZERO,
+            comm: String::new(),
+            is_kernel: false,
+            args: Default::default(),
+            is_torn: false,
+        }
+    }
+
+    #[test]
+    fn children_follow_their_parents_and_a_ring_is_there_once() {
+        let tasks = [
+            task(1, 0),
+            task(2, 0),
+            task(5, 1),
+            task(6, 5),
+            task(7, 1),
+            task(8, 9),
+            task(9, 8),
+            task(3, 3),
+            task(1, 0),
+        ];
+        let pids: Vec<_> = order(&tasks).iter().map(|(index, depth)| (tasks[*index].pid, *depth)).collect();
+        assert_eq!(pids, [(1, 0), (2, 0), (3, 0), (1, 0), (5, 1), (6, 2), (7, 1), (8, 0), (9, 1)]);
+    }
+}
