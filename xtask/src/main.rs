@@ -18,6 +18,7 @@ mod initramfs;
 mod interrupt;
 mod kernel;
 mod libtest;
+mod linux;
 mod load;
 mod mirror;
 mod module;
@@ -28,6 +29,7 @@ mod provision;
 mod qemus;
 mod release;
 mod root;
+mod running;
 mod scenarios;
 mod source_check;
 mod suite;
@@ -161,8 +163,11 @@ fn run(verb: Verb) -> Result<i32> {
         Verb::Test(options) => Ok(i32::from(!test::run(&options)?)),
         Verb::Busy { parent } => load::busy(parent),
         Verb::E2e { list: true, .. } => {
-            print!("{}", verbs::list()?);
+            print!("{}{}", verbs::list()?, linux::LISTED);
             Ok(0)
+        }
+        Verb::E2e { list: false, json: _, names } if names == [linux::SCENARIO] => {
+            Ok(i32::from(!linux::run_alone()?))
         }
         Verb::E2e { list: false, json, names } => {
             verbs::check(&names)?;

@@ -22,6 +22,8 @@ pub(crate) enum Name {
     Module,
     /// Other projects' tools, with a guest's core
     Tools,
+    /// What the command says about Linux guests, and what these say themselves
+    Linux,
     /// The end-to-end scenarios under kvmmem vm
     E2e,
     /// The end-to-end scenarios under stock QEMUs

@@ -17,7 +17,7 @@ use crate::load::Load;
 use crate::provision::{self, Purpose};
 use crate::suite::{self, Count, Finished, Name, Suite};
 use crate::tool::Tool;
-use crate::{deny, dist, interrupt, libtest, project, scenarios, source_check, tools, ui};
+use crate::{deny, dist, interrupt, libtest, linux, project, scenarios, source_check, tools, ui};
 
 /// Which tests, and how.
 #[derive(Debug, clap::Args)]
@@ -37,8 +37,9 @@ pub(crate) struct Options {
 pub(crate) fn run(options: &Options) -> Result<bool> {
     let is_wanted = |name: &Name| options.only.is_empty() || options.only.contains(name);
     let wanted: Vec<_> = Name::value_variants().iter().copied().filter(is_wanted).collect();
-    let wants_bed =
-        [Name::Module, Name::Tools, Name::E2e, Name::Qemu].iter().any(|name| wanted.contains(name));
+    let wants_bed = [Name::Module, Name::Tools, Name::Linux, Name::E2e, Name::Qemu]
+        .iter()
+        .any(|name| wanted.contains(name));
     let runner = Runner { cache: Cache::open()?, wants_bed, bed: OnceCell::new() };
     if options.load > 0 {
         runner.prepare(&wanted)?;
@@ -77,7 +78,7 @@ impl Runner {
                     let log = self.cache.fresh_log("unit")?;
                     ui::step("cargo test --workspace --no-run", || unit(&log).arg("--no-run").run())?;
                 }
-                Name::Module | Name::Tools | Name::E2e | Name::Qemu => {
+                Name::Module | Name::Tools | Name::Linux | Name::E2e | Name::Qemu => {
                     self.bed()?;
                 }
                 Name::Style | Name::Loom | Name::Packages => {}
@@ -105,8 +106,9 @@ impl Runner {
             Name::Unit => units(&self.cache, &mut suite)?,
             Name::Loom => loom(&self.cache, &mut suite)?,
             Name::Packages => dist::check::run(&self.cache, &mut suite),
-            Name::Module | Name::Tools | Name::E2e | Name::Qemu => match self.bed() {
+            Name::Module | Name::Tools | Name::Linux | Name::E2e | Name::Qemu => match self.bed() {
                 Ok(bed) if name == Name::Tools => tools::run(&self.cache, bed, &mut suite)?,
+                Ok(bed) if name == Name::Linux => linux::run(&self.cache, bed, &mut suite)?,
                 Ok(bed) if name == Name::Module => suite.check("kernel/selftest", bed.selftest()),
                 Ok(bed) => scenarios::run(bed, &mut suite, name)?,
                 Err(error) => suite.fail("the test bed is made", &error),

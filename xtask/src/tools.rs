@@ -8,14 +8,14 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::process::Command;
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, ensure};
 
 use crate::bed::Bed;
 use crate::cache::{Cache, Key};
 use crate::root::{self, Root};
+use crate::running::Running;
 use crate::suite::Suite;
 use crate::tool::{Tool, is_installed, is_root};
 use crate::{mirror, nested, ui};
@@ -27,9 +27,6 @@ const DEBIAN: [&str; 2] = ["crash", "makedumpfile"];
 /// The Python packages.
 const PYTHON: [&str; 2] = ["drgn==0.3.0", "volatility3==2.28.2"];
 
-/// How long the guest's kernel may take to panic, and the broker to listen.
-const BOOT: Duration = Duration::from_secs(600);
-
 /// What drgn runs: prints the release of the note, and that at the virtual address that the note gives.
 const DRGN: &str = r#"
 import re
@@ -38,17 +35,6 @@ number = lambda key, base: int(re.search(re.escape(key) + "=(.*)", note)[1], bas
 name = number("SYMBOL(init_uts_ns)", 16) + number("OFFSET(uts_namespace.name)", 10) + 130
 print(prog["UTS_RELEASE"].string_().decode(), prog.read(name, 65).split(b"\0")[0].decode())
 "#;
-
-/// Ends with it.
-struct Running(Child);
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        // It may have ended already.
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
 
 /// The suite.
 pub(crate) fn run(cache: &Cache, bed: &Bed, suite: &mut Suite) -> Result<()> {
@@ -83,14 +69,14 @@ fn dump(bed: &Bed, folder: &Path, core: &Path, log: &Path) -> Result<()> {
         .args(["-serial", &format!("file:{serial}"), "-qmp", &format!("unix:{qmp},server=on,wait=off")])
         .arg("-kernel")
         .arg(bed.kernel().image());
-    let mut qemu = start(&mut qemu, log)?;
-    wait("the guest's kernel to stop", &mut qemu, || {
+    let mut qemu = Running::start(&mut qemu, log)?;
+    qemu.wait("the guest's kernel to stop", || {
         fs::read(&serial).is_ok_and(|text| text.windows(20).any(|part| part == b"end Kernel panic - n"))
     })?;
     let mut broker = Command::new(bed.program("kvmmemd"));
-    let mut broker = start(broker.args(["--socket", &socket]), log)?;
+    let mut broker = Running::start(broker.args(["--socket", &socket]), log)?;
     let kvmmem = || Tool::new(bed.program("kvmmem"), log).env("KVMMEM_BROKER", &socket);
-    wait("the broker to listen", &mut broker, || kvmmem().arg("targets").run().is_ok())?;
+    broker.wait("the broker to listen", || kvmmem().arg("targets").run().is_ok())?;
     kvmmem().args(["target", "add", "--qmp", &qmp]).run()?;
     let record = kvmmem()
         .env("KVMMEM_DEVICE", "/nonexistent")
@@ -100,24 +86,6 @@ fn dump(bed: &Bed, folder: &Path, core: &Path, log: &Path) -> Result<()> {
     let record: serde_json::Value = serde_json::from_str(&record).context("dump printed no record")?;
     let (found, release) = (&record["vmcoreinfo"]["release"], bed.kernel().release());
     ensure!(found == release, "the record tells of kernel {found}, and the guest has {release}");
-    Ok(())
-}
-
-fn start(command: &mut Command, log: &Path) -> Result<Running> {
-    let log = fs::OpenOptions::new().create(true).append(true).open(log)?;
-    let child = command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log).spawn();
-    child.map(Running).with_context(|| format!("cannot run {}", command.get_program().display()))
-}
-
-fn wait(what: &str, process: &mut Running, is_there: impl Fn() -> bool) -> Result<()> {
-    let deadline = Instant::now() + BOOT;
-    while !is_there() {
-        if let Some(status) = process.0.try_wait()? {
-            bail!("it ended while waiting for {what}: {status}");
-        }
-        ensure!(Instant::now() < deadline, "still waiting for {what}");
-        std::thread::sleep(Duration::from_millis(100));
-    }
     Ok(())
 }
 

@@ -1,0 +1,256 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! Linux guests of several kernels, booted by this machine's QEMU: what `kvmmem` finds in their memory is compared with what
+//! the guests' own /proc shows.
+
+mod compare;
+mod guest;
+mod kernels;
+mod truth;
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Mutex;
+use std::{fs, thread};
+
+use anyhow::{Context as _, Result, anyhow};
+use serde_json::Value;
+
+use crate::bed::Bed;
+use crate::binaries::Wanted;
+use crate::cache::Cache;
+use crate::linux::guest::{Guest, Variant};
+use crate::linux::kernels::Stock;
+use crate::linux::truth::Truth;
+use crate::running::Running;
+use crate::suite::{self, Name, Suite};
+use crate::tool::Tool;
+use crate::{interrupt, project, ui};
+
+/// The name of the suite among the scenarios, and its line in their list.
+pub(crate) const SCENARIO: &str = "linux";
+pub(crate) const LISTED: &str =
+    "linux                  what the command says about Linux guests; by itself\n";
+
+/// The program that the guests run.
+const SCENE: &str = "tests/linux/scene.c";
+
+/// Guests that are booted at once: each keeps a CPU busy until its scene is there.
+const AT_ONCE: usize = 2;
+
+/// A kernel of each kind, with different options.
+const VARIANTS: [Variant; 3] = [
+    Variant {
+        name: "bookworm",
+        kernel: "bookworm",
+        memory: 512,
+        machine: "pc",
+        cpu: "max,-la57",
+        options: "pti=on",
+    },
+    Variant {
+        name: "trixie-la57",
+        kernel: "trixie",
+        memory: 1024,
+        machine: "q35",
+        cpu: "max",
+        options: "pti=on",
+    },
+    Variant { name: "bed", kernel: "bed", memory: 1024, machine: "q35", cpu: "max,-la57", options: "" },
+];
+
+/// Those that only a run of this suite by its name has.
+const MORE: [Variant; 6] = [
+    Variant {
+        name: "bullseye",
+        kernel: "bullseye",
+        memory: 512,
+        machine: "pc",
+        cpu: "max,-la57",
+        options: "pti=on",
+    },
+    Variant {
+        name: "bookworm-5g",
+        kernel: "bookworm",
+        memory: 5120,
+        machine: "pc",
+        cpu: "max,-la57",
+        options: "",
+    },
+    Variant {
+        name: "trixie-wrap",
+        kernel: "trixie",
+        memory: 512,
+        machine: "q35",
+        cpu: "max,-la57",
+        options: "scene=wrap",
+    },
+    Variant {
+        name: "trixie-nokaslr",
+        kernel: "trixie",
+        memory: 512,
+        machine: "pc",
+        cpu: "max,-la57",
+        options: "nokaslr",
+    },
+    Variant {
+        name: "bed-5g-la57",
+        kernel: "bed",
+        memory: 5120,
+        machine: "q35",
+        cpu: "max",
+        options: "nokaslr",
+    },
+    Variant {
+        name: "bed-wrap",
+        kernel: "bed",
+        memory: 512,
+        machine: "q35",
+        cpu: "max",
+        options: "scene=wrap",
+    },
+];
+
+/// A verb with its options, and what compares its rows with what the guest shows.
+type Verb = (&'static [&'static str], fn(&Truth, &[Value]) -> Result<()>);
+
+const VERBS: [Verb; 5] = [
+    (&["ps"], compare::processes),
+    (&["ps", "--threads"], compare::threads),
+    (&["dmesg"], compare::log),
+    (&["modules"], compare::modules),
+    (&["info"], compare::kernel),
+];
+
+/// The release that need not be there.
+const OLDEST: &str = "bullseye";
+
+/// Runs the suite with all of its guests; returns whether nothing failed.
+pub(crate) fn run_alone() -> Result<bool> {
+    let cache = Cache::open()?;
+    let bed = Bed::make(Wanted::All)?;
+    let mut suite = Suite::new(Name::Linux);
+    run_with(&cache, &bed, &mut suite, VARIANTS.iter().chain(&MORE))?;
+    Ok(suite::summary(&[suite.finish()]))
+}
+
+/// The suite.
+pub(crate) fn run(cache: &Cache, bed: &Bed, suite: &mut Suite) -> Result<()> {
+    run_with(cache, bed, suite, VARIANTS.iter())
+}
+
+fn run_with<'a>(
+    cache: &Cache,
+    bed: &Bed,
+    suite: &mut Suite,
+    variants: impl Iterator<Item = &'a Variant>,
+) -> Result<()> {
+    let scratch = cache.scratch()?;
+    let log = cache.fresh_log("linux")?;
+    let _watch = interrupt::watch()?;
+    let scene = scratch.path().join("scene");
+    Tool::new("cc", &log)
+        .args(["-static", "-O2", "-Wall", "-Wextra", "-Werror", "-o"])
+        .arg(&scene)
+        .arg(SCENE)
+        .dir(project::root())
+        .run()?;
+    let mut guests = Vec::new();
+    for variant in variants {
+        match Stock::make(cache, bed, variant.kernel, &log) {
+            Ok(stock) => guests.push((variant, stock)),
+            // It is old: a mirror may have it no more.
+            Err(error) if variant.kernel == OLDEST => {
+                suite.skip(&format!("no guest {}: {error:#}", variant.name))
+            }
+            Err(error) => suite.fail(&format!("{}: its kernel", variant.name), &error),
+        }
+    }
+    let host = Host { bed, socket: scratch.path().join("broker"), log };
+    let mut broker = Command::new(bed.program("kvmmemd"));
+    let mut broker = Running::start(broker.arg("--socket").arg(&host.socket), &host.log)?;
+    broker.wait("the broker to listen", || host.kvmmem().arg("targets").run().is_ok())?;
+    let queue = Mutex::new(guests.iter());
+    let work = || {
+        let mut checks = Vec::new();
+        let next = || queue.lock().ok()?.next();
+        while let Some((variant, stock)) = next() {
+            ui::say(&format!("  {}: {}", variant.name, stock.release));
+            let folder = scratch.path().join(variant.name);
+            host.examine((variant, stock), &scene, &folder, &mut checks);
+            // Its dump is there.
+            let _ = fs::remove_dir_all(&folder);
+        }
+        checks
+    };
+    let checks: Vec<_> = thread::scope(|scope| {
+        let workers: Vec<_> = (0..AT_ONCE).map(|_| scope.spawn(work)).collect();
+        workers.into_iter().map(|worker| worker.join().map_err(|_| anyhow!("a worker panicked"))).collect()
+    });
+    for checks in checks {
+        for (name, result) in checks? {
+            suite.check(&name, result);
+        }
+    }
+    Ok(())
+}
+
+/// What a verb prints with --json.
+fn rows(text: &str) -> Result<Vec<Value>> {
+    text.lines()
+        .map(|line| serde_json::from_str(line).with_context(|| format!("{line:?} is no JSON")))
+        .collect()
+}
+
+/// What came of one check.
+type Check = (String, Result<()>);
+
+/// The command, with a broker for this machine's guests.
+struct Host<'a> {
+    bed: &'a Bed,
+    socket: PathBuf,
+    log: PathBuf,
+}
+
+impl Host<'_> {
+    /// Boots a guest, and compares.
+    fn examine(&self, guest: (&Variant, &Stock), scene: &Path, folder: &Path, checks: &mut Vec<Check>) {
+        let (variant, stock) = guest;
+        let mut check = |what: &str, result: Result<()>| {
+            let is_fine = result.is_ok();
+            checks.push((format!("{}: {what}", variant.name), result));
+            is_fine
+        };
+        let booted = Guest::start(variant, stock, scene, folder, &self.log).and_then(|mut guest| {
+            let truth = guest.truth()?;
+            self.kvmmem().args(["target", "add", "--qmp"]).arg(guest.qmp()).run()?;
+            Ok((guest, truth))
+        });
+        let (_guest, truth) = match booted {
+            Ok(booted) => booted,
+            Err(error) => {
+                check("it plays its scene", Err(error));
+                return;
+            }
+        };
+        let dump = folder.join("dump");
+        let target = ["--target".into(), variant.name.into()];
+        let dumped = self.kvmmem().arg("dump").args(&target).arg(&dump).run();
+        let is_dumped = check("it is dumped", dumped);
+        let file = ["--file".into(), dump.into_os_string()];
+        let sources = [("running", target, true), ("from its dump", file, is_dumped)];
+        for (how, source, _) in sources.iter().filter(|(_, _, is_there)| *is_there) {
+            for (verb, compare) in VERBS {
+                let rows =
+                    self.kvmmem().args(verb).arg("--json").args(source).output().and_then(|text| rows(&text));
+                check(&format!("{} {how}", verb.join(" ")), rows.and_then(|rows| compare(&truth, &rows)));
+            }
+        }
+    }
+
+    fn kvmmem(&self) -> Tool {
+        Tool::new(self.bed.program("kvmmem"), &self.log)
+            .env("KVMMEM_BROKER", &self.socket)
+            // This machine may be an introspector itself.
+            .env("KVMMEM_DEVICE", "/nonexistent")
+    }
+}

@@ -1,0 +1,279 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! Compares the rows of a verb with what the guest's own /proc shows.
+//!
+//! The guest keeps still, but its kernel does not quite: workers of its queues come, go and are renamed, and its threads wake
+//! up. What can change in that way is not compared.
+
+use std::collections::BTreeMap;
+
+use anyhow::{Context as _, Result, bail, ensure};
+use serde_json::Value;
+
+use super::truth::Truth;
+
+/// /proc counts times in hundredths of a second.
+const TICK_MS: u64 = 10;
+
+/// Records that the kernel may log after the guest has read its log, and so may overwrite others.
+const MORE_RECORDS: u64 = 100;
+
+/// What a worker of a queue is called.
+const WORKER: &str = "kworker/";
+
+/// A process as /proc shows it.
+#[derive(Debug)]
+struct Process {
+    comm: String,
+    state: String,
+    ppid: u64,
+    start: u64,
+    uids: Vec<u64>,
+    args: Vec<String>,
+    is_kernel: bool,
+}
+
+/// `ps`.
+pub(super) fn processes(truth: &Truth, rows: &[Value]) -> Result<()> {
+    let mut found = BTreeMap::new();
+    for row in rows {
+        let pid = number(row, "pid")?;
+        ensure!(found.insert(pid, row).is_none(), "process {pid} is there twice");
+    }
+    let expected =
+        process_ids(truth).map(|pid| Ok((pid, process(truth, pid)?))).collect::<Result<BTreeMap<_, _>>>()?;
+    ensure!(expected.len() > 30, "the guest shows {} processes only", expected.len());
+    for (pid, process) in &expected {
+        let is_worker = process.comm.starts_with(WORKER);
+        match found.remove(pid) {
+            Some(row) => same_process(*pid, process, row).with_context(|| format!("process {pid}: {row}"))?,
+            None if is_worker => {}
+            None => bail!("process {pid} is missing: {process:?}"),
+        }
+    }
+    match found.values().find(|row| !text(row, "comm").is_ok_and(|comm| comm.starts_with(WORKER))) {
+        Some(row) => bail!("the guest has no such process: {row}"),
+        None => Ok(()),
+    }
+}
+
+fn same_process(pid: u64, process: &Process, row: &Value) -> Result<()> {
+    let comm = text(row, "comm")?;
+    let state = text(row, "state")?;
+    if process.comm.starts_with(WORKER) {
+        ensure!(comm.starts_with(WORKER), "its name should be {:?}", process.comm);
+    } else if process.is_kernel {
+        // Older kernels cut it off.
+        ensure!(comm.starts_with(&process.comm), "its name should be {:?}", process.comm);
+    } else {
+        ensure!(comm == process.comm, "its name should be {:?}", process.comm);
+        // The first one wrote the truth, and then rests.
+        ensure!(state == process.state || pid == 1, "its state should be {}", process.state);
+    }
+    ensure!("RSDTtXZPI".contains(state), "there is no state {state:?}");
+    ensure!(number(row, "ppid")? == process.ppid, "its parent should be {}", process.ppid);
+    ensure!(number(row, "start_ms")? / TICK_MS == process.start, "its start should be {}", process.start);
+    let uids = [number(row, "uid")?, number(row, "euid")?];
+    ensure!(process.uids.starts_with(&uids), "its users should be {:?}", process.uids);
+    ensure!(row["kernel"] == process.is_kernel, "is it the kernel's own?");
+    ensure!(row["torn"] == false, "it is torn");
+    let args = row["args"].as_array().context("it has no args")?;
+    let args: Vec<_> = args.iter().filter_map(Value::as_str).collect();
+    ensure!(args == process.args, "its command line should be {:?}", process.args);
+    Ok(())
+}
+
+/// `ps --threads`: the threads of all processes but the kernel's, which has one in each.
+pub(super) fn threads(truth: &Truth, rows: &[Value]) -> Result<()> {
+    let mut expected = BTreeMap::new();
+    for pid in process_ids(truth) {
+        if process(truth, pid)?.is_kernel {
+            continue;
+        }
+        let prefix = format!("/proc/{pid}/task/");
+        for (path, comm) in truth.below(&prefix) {
+            let tid = path.strip_prefix(&prefix).and_then(|rest| rest.strip_suffix("/comm"));
+            if let Some(tid) = tid {
+                expected.insert((pid, tid.parse()?), line(comm));
+            }
+        }
+    }
+    ensure!(expected.len() > 10, "the guest shows {} threads only", expected.len());
+    let rows = rows.iter().filter(|row| row["kernel"] == false);
+    let found =
+        rows.map(|row| Ok(((number(row, "pid")?, number(row, "tid")?), text(row, "comm")?.to_owned())));
+    let found = found.collect::<Result<BTreeMap<_, _>>>()?;
+    ensure!(found == expected, "the threads are {found:?}, and should be {expected:?}");
+    Ok(())
+}
+
+/// `dmesg`.
+pub(super) fn log(truth: &Truth, rows: &[Value]) -> Result<()> {
+    let mut found = BTreeMap::new();
+    for row in rows {
+        found.insert(number(row, "seq")?, row);
+    }
+    let records = kernel_log(truth)?;
+    let (oldest, first) = (records.keys().next(), found.keys().next());
+    let (oldest, first) = (*oldest.context("the guest has no log")?, *first.context("no record was found")?);
+    ensure!(
+        (oldest..oldest + MORE_RECORDS).contains(&first),
+        "its first record is {first}, and should be {oldest}"
+    );
+    for (seq, expected) in records.range(first..) {
+        let row = found.get(seq).with_context(|| format!("record {seq} is missing: {expected:?}"))?;
+        let record = Record {
+            priority: number(row, "facility")? << 3 | number(row, "level")?,
+            time: number(row, "time_us")?,
+            text: text(row, "text")?.to_owned(),
+            subsystem: text(row, "subsystem")?.to_owned(),
+            device: text(row, "device")?.to_owned(),
+        };
+        ensure!(record == *expected, "record {seq} is {record:?}, and should be {expected:?}");
+    }
+    Ok(())
+}
+
+/// `modules`.
+pub(super) fn modules(truth: &Truth, rows: &[Value]) -> Result<()> {
+    let expected = truth.text("/proc/modules")?;
+    let found = rows.iter().map(|row| {
+        let users = row["used_by"].as_array().context("it has no used_by")?;
+        let users: String = users.iter().filter_map(Value::as_str).map(|user| format!("{user},")).collect();
+        let users = if users.is_empty() { "-" } else { &users };
+        let state = match text(row, "state")? {
+            "live" => "Live",
+            "loading" => "Loading",
+            "unloading" => "Unloading",
+            other => bail!("there is no state {other:?}"),
+        };
+        let (name, size, references) = (text(row, "name")?, number(row, "size")?, number(row, "references")?);
+        Ok(format!("{name} {size} {references} {users} {state} {}\n", text(row, "base")?))
+    });
+    let found: String = found.collect::<Result<_>>()?;
+    ensure!(found == expected, "the modules are\n{found}and should be\n{expected}");
+    ensure!(found.contains("dummy "), "the guest has loaded no module");
+    Ok(())
+}
+
+/// `info`.
+pub(super) fn kernel(truth: &Truth, rows: &[Value]) -> Result<()> {
+    let [row] = rows else { bail!("there are {} rows", rows.len()) };
+    for (key, path) in [
+        ("release", "/proc/sys/kernel/osrelease"),
+        ("version", "/proc/sys/kernel/version"),
+        ("host_name", "/proc/sys/kernel/hostname"),
+        ("command_line", "/proc/cmdline"),
+    ] {
+        let (found, expected) = (text(row, key)?, truth.text(path)?);
+        ensure!(found == expected.trim(), "its {key} is {found:?}, and should be {expected:?}");
+    }
+    let stat = truth.text("/proc/stat")?;
+    let booted = stat.lines().find_map(|line| line.strip_prefix("btime ")).context("no btime")?;
+    ensure!(number(row, "booted")? == booted.parse::<u64>()?, "it was booted at {booted}: {row}");
+    let uptime: f64 = truth.text("/proc/uptime")?.split(' ').next().context("no uptime")?.parse()?;
+    let found = row["uptime_ms"].as_f64().context("no uptime_ms")? / 1000.0;
+    // The kernel looks at its clock when it has something to do.
+    ensure!(found > uptime - 5.0, "it has run for {found} s, and had for {uptime} s before");
+    let start = u64::from_str_radix(truth.text("_text")?.split(' ').next().unwrap_or_default(), 16)?;
+    let offset = format!("{:#x}", start.wrapping_sub(0xffff_ffff_8100_0000));
+    ensure!(text(row, "kaslr_offset")? == offset, "it was moved by {offset}: {row}");
+    let notes = truth.bytes("/sys/kernel/notes")?;
+    let id = text(row, "build_id")?;
+    let hex: String = notes.iter().map(|byte| format!("{byte:02x}")).collect();
+    ensure!(id.len() == 40 && hex.contains(id), "no note of the guest has build id {id}");
+    Ok(())
+}
+
+/// A record of the log.
+#[derive(Debug, PartialEq)]
+struct Record {
+    priority: u64,
+    time: u64,
+    text: String,
+    subsystem: String,
+    device: String,
+}
+
+/// What /dev/kmsg gave: `PRIORITY,SEQ,MICROSECONDS,FLAGS;TEXT`, and lines ` KEY=VALUE`.
+fn kernel_log(truth: &Truth) -> Result<BTreeMap<u64, Record>> {
+    let mut records = BTreeMap::new();
+    let mut last = None;
+    for line in truth.text("/dev/kmsg")?.lines() {
+        if let Some(entry) = line.strip_prefix(' ') {
+            let record = last.and_then(|seq| records.get_mut(&seq));
+            let record: &mut Record = record.context("the log begins with an entry of no record")?;
+            match entry.split_once('=') {
+                Some(("SUBSYSTEM", value)) => record.subsystem = unescape(value),
+                Some(("DEVICE", value)) => record.device = unescape(value),
+                _ => {}
+            }
+            continue;
+        }
+        let (fields, text) = line.split_once(';').with_context(|| format!("{line:?} is no record"))?;
+        let mut fields = fields.split(',');
+        let mut number = || Ok::<u64, anyhow::Error>(fields.next().context("a field is missing")?.parse()?);
+        let (priority, seq, time) = (number()?, number()?, number()?);
+        let (subsystem, device) = Default::default();
+        records.insert(seq, Record { priority, time, text: unescape(text), subsystem, device });
+        last = Some(seq);
+    }
+    Ok(records)
+}
+
+/// Turns `\xHH` into bytes; what is not UTF-8 then is replaced.
+fn unescape(text: &str) -> String {
+    let mut bytes = Vec::new();
+    let mut parts = text.split("\\x");
+    bytes.extend_from_slice(parts.next().unwrap_or_default().as_bytes());
+    for part in parts {
+        let (digits, rest) = part.split_at_checked(2).unwrap_or((part, ""));
+        bytes.extend(u8::from_str_radix(digits, 16).ok());
+        bytes.extend_from_slice(rest.as_bytes());
+    }
+    String::from_utf8_lossy(&bytes).into_owned()
+}
+
+fn process_ids(truth: &Truth) -> impl Iterator<Item = u64> {
+    truth
+        .below("/proc/")
+        .filter_map(|(path, _)| path.strip_prefix("/proc/")?.strip_suffix("/stat")?.parse().ok())
+}
+
+fn process(truth: &Truth, pid: u64) -> Result<Process> {
+    let file = |name: &str| truth.bytes(&format!("/proc/{pid}/{name}"));
+    // The name may hold anything, also `)`.
+    let stat = String::from_utf8_lossy(file("stat")?).into_owned();
+    let (_, fields) = stat.rsplit_once(") ").context("no stat")?;
+    let fields: Vec<_> = fields.split(' ').collect();
+    let field = |number: usize| fields.get(number - 3).copied().context("a field of stat is missing");
+    let status = String::from_utf8_lossy(file("status")?).into_owned();
+    let uids = status.lines().find_map(|line| line.strip_prefix("Uid:")).context("no Uid")?;
+    let uids = uids.split_ascii_whitespace().map(|uid| Ok(uid.parse()?)).collect::<Result<Vec<_>>>()?;
+    let args = file("cmdline")?;
+    let args = args.strip_suffix(&[0]).unwrap_or(args);
+    let words = args.split(|byte| *byte == 0).map(|word| String::from_utf8_lossy(word).into_owned());
+    let flags: u64 = field(9)?.parse()?;
+    Ok(Process {
+        comm: line(file("comm")?),
+        state: field(3)?.to_owned(),
+        ppid: field(4)?.parse()?,
+        start: field(22)?.parse()?,
+        uids,
+        args: if args.is_empty() { Vec::new() } else { words.collect() },
+        // PF_KTHREAD
+        is_kernel: flags & 0x20_0000 != 0,
+    })
+}
+
+/// Text without the line's end.
+fn line(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes.strip_suffix(b"\n").unwrap_or(bytes)).into_owned()
+}
+
+fn number(row: &Value, key: &str) -> Result<u64> {
+    row[key].as_u64().with_context(|| format!("no number {key} in {row}"))
+}
+
+fn text<'a>(row: &'a Value, key: &str) -> Result<&'a str> {
+    row[key].as_str().with_context(|| format!("no text {key} in {row}"))
+}

@@ -1,0 +1,118 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! Debian's kernels for the guests of suite `linux`: their images and modules as packaged, in the build root.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, Result};
+
+use crate::bed::Bed;
+use crate::cache::Cache;
+use crate::tool::Tool;
+use crate::{depends, mirror, root, ui};
+
+/// Where they are inside the root.
+const FOLDER: &str = "/kvmmem/linux";
+
+/// Modules of a guest: for the disk that it writes to, and one that nothing needs.
+const MODULES: [&str; 3] = ["virtio_pci", "virtio_blk", "dummy"];
+
+/// A Debian release, and the newest kernel of its own. The sources are the mirror's parts and suites.
+struct Release {
+    name: &'static str,
+    sources: &'static [(&'static str, &'static str)],
+}
+
+/// Old releases have their updates only among those for security.
+const RELEASES: [Release; 3] = [
+    Release { name: "bullseye", sources: &[("", "bullseye"), ("-security", "bullseye-security")] },
+    Release { name: "bookworm", sources: &[("", "bookworm")] },
+    Release { name: "trixie", sources: &[("", "trixie")] },
+];
+
+/// The package that depends on a release's newest kernel.
+const NEWEST: &str = "linux-image-cloud-amd64";
+
+/// Downloads the kernel into `$1` from the sources `$2`, the one that package `$3` depends on. Nothing is installed. Modules are stored plain, in
+/// `usr/lib/modules` of every release.
+const DOWNLOAD: &str = r#"
+set -e
+mkdir -p "$1/state/lists/partial" "$1/cache/archives/partial" "$1/image/usr/lib"
+cd "$1"
+printf '%s' "$2" > sources.list
+touch status
+apt() { program="$1"; shift; "$program" -q -o Dir::Etc::sourcelist="$PWD/sources.list" \
+    -o Dir::Etc::sourceparts=/nonexistent -o Dir::State="$PWD/state" -o Dir::Cache="$PWD/cache" \
+    -o Dir::State::status="$PWD/status" -o APT::Sandbox::User=root "$@"; }
+apt apt-get update
+package=$(apt apt-cache depends "$3" | sed -n 's/^ *Depends: \(linux-image-[0-9].*\)/\1/p' | head -n 1)
+apt apt-get download "$package"
+dpkg-deb -x ./*.deb image
+[ ! -d image/lib/modules ] || mv image/lib/modules image/usr/lib/
+release=$(ls image/usr/lib/modules)
+find image -name '*.ko.xz' -exec unxz {} +
+depmod -b "$PWD/image/usr" "$release"
+cp "image/boot/vmlinuz-$release" "image/usr/lib/modules/$release/vmlinuz"
+rm -r state cache sources.list status ./*.deb image/boot
+"#;
+
+/// A kernel to boot.
+#[derive(Debug)]
+pub(crate) struct Stock {
+    /// As `uname -r` gives it.
+    pub(crate) release: String,
+    /// `lib/modules/RELEASE`, with the image as `vmlinuz`.
+    folder: PathBuf,
+}
+
+impl Stock {
+    /// The newest kernel of a Debian release, downloaded if it is not there, or the test bed's own by the name of "bed".
+    pub(crate) fn make(cache: &Cache, bed: &Bed, name: &str, log: &Path) -> Result<Self> {
+        if name == "bed" {
+            let kernel = bed.kernel();
+            return Ok(Self { release: kernel.release().to_owned(), folder: kernel.modules() });
+        }
+        let release = RELEASES.iter().find(|release| release.name == name);
+        let release = release.with_context(|| format!("no Debian release is named {name}"))?;
+        let root = bed.kernel().root();
+        let folder = root.path(&format!("{FOLDER}/{name}"));
+        let _lock = cache.lock()?;
+        if !folder.exists() {
+            let partial = format!("{FOLDER}/partial");
+            root::remove(&root.path(&partial), log)?;
+            let sources = release.sources()?;
+            ui::step(&format!("linux: kernel of Debian {name}"), || {
+                root.tool("sh", log).args(["-c", DOWNLOAD, "sh", &partial, &sources, NEWEST]).run()
+            })?;
+            Tool::as_root("mv", log).arg(root.path(&partial)).arg(&folder).run()?;
+        }
+        let modules = folder.join("image/usr/lib/modules");
+        let mut releases = fs::read_dir(&modules).with_context(|| modules.display().to_string())?;
+        let entry = releases.next().with_context(|| format!("{} is empty", modules.display()))??;
+        Ok(Self { release: entry.file_name().to_string_lossy().into_owned(), folder: entry.path() })
+    }
+
+    /// The image.
+    pub(crate) fn image(&self) -> PathBuf {
+        self.folder.join("vmlinuz")
+    }
+
+    /// The modules that a guest loads, in loading order.
+    pub(crate) fn modules(&self) -> Result<Vec<PathBuf>> {
+        let path = self.folder.join("modules.dep");
+        let dependencies = fs::read_to_string(&path).with_context(|| path.display().to_string())?;
+        // Those that are not there are built in.
+        let is_module = |name: &&str| dependencies.contains(&format!("/{name}.ko:"));
+        let wanted: Vec<_> = MODULES.into_iter().filter(is_module).collect();
+        let files = depends::order(&dependencies, &wanted)?;
+        Ok(files.iter().map(|file| self.folder.join(file)).collect())
+    }
+}
+
+impl Release {
+    /// Lines of a sources.list.
+    fn sources(&self) -> Result<String> {
+        let mirror = mirror::find()?;
+        Ok(self.sources.iter().map(|(part, suite)| format!("deb {mirror}{part} {suite} main\n")).collect())
+    }
+}
