@@ -113,9 +113,10 @@ const MORE: [Variant; 6] = [
 /// A verb with its options, and what compares its rows with what the guest shows.
 type Verb = (&'static [&'static str], fn(&Truth, &[Value]) -> Result<()>);
 
-const VERBS: [Verb; 5] = [
+const VERBS: [Verb; 6] = [
     (&["ps"], compare::processes),
     (&["ps", "--threads"], compare::threads),
+    (&["files"], compare::files),
     (&["dmesg"], compare::log),
     (&["modules"], compare::modules),
     (&["info"], compare::kernel),

@@ -13,6 +13,7 @@ mod documented;
 mod dump;
 mod embedded;
 mod failure;
+mod files;
 mod generate;
 mod grant;
 mod hexdump;
@@ -111,6 +112,8 @@ enum Verb {
     Attach(attach::Arguments),
     /// List the processes of a Linux guest.
     Ps(ps::Arguments),
+    /// List the files that processes of a Linux guest have open.
+    Files(files::Arguments),
     /// Print the kernel log of a Linux guest.
     Dmesg(dmesg::Arguments),
     /// List the modules of a Linux guest's kernel.
@@ -160,6 +163,7 @@ fn main() -> ExitCode {
         Verb::Policy(arguments) => arguments.run(&mut output),
         Verb::Attach(arguments) => arguments.run(&mut output),
         Verb::Ps(arguments) => arguments.run(&mut output),
+        Verb::Files(arguments) => arguments.run(&mut output),
         Verb::Dmesg(arguments) => arguments.run(&mut output),
         Verb::Modules(arguments) => arguments.run(&mut output),
         Verb::Info(arguments) => arguments.run(&mut output),

@@ -11,6 +11,7 @@
 //! | log | the note alone | [`log`] |
 //! | processes and threads | structures | [`tasks`] |
 //! | modules | structures | [`modules`] |
+//! | open files | structures | [`files`] |
 //!
 //! ```no_run
 //! use kvmmem_linux::{Find, Kernel};
@@ -35,10 +36,12 @@
 
 pub mod btf;
 mod bytes;
+pub mod files;
 pub mod identity;
 pub mod kernel;
 pub mod log;
 pub mod modules;
+mod paths;
 pub mod search;
 pub mod space;
 pub mod symbols;
@@ -46,4 +49,5 @@ pub mod tasks;
 pub mod vmcoreinfo;
 
 pub use kernel::{Find, FindError, Kernel, KernelError, Object};
+pub use paths::FilePath;
 pub use space::{Space, SpaceError};

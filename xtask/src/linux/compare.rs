@@ -106,6 +106,29 @@ pub(super) fn threads(truth: &Truth, rows: &[Value]) -> Result<()> {
     Ok(())
 }
 
+/// `files`: those of all processes but the first one, which was writing the truth.
+pub(super) fn files(truth: &Truth, rows: &[Value]) -> Result<()> {
+    let mut expected = BTreeMap::new();
+    for (path, target) in truth.below("->/proc/") {
+        let place = path.strip_prefix("->/proc/").and_then(|path| path.split_once("/fd/"));
+        if let Some((pid, fd)) = place.filter(|(pid, _)| *pid != "1") {
+            expected.insert((pid.parse()?, fd.parse()?), String::from_utf8_lossy(target).into_owned());
+        }
+    }
+    ensure!(expected.len() > 20, "the guest shows {} open files only", expected.len());
+    let mut found = BTreeMap::new();
+    for row in rows.iter().filter(|row| row["pid"] != 1) {
+        let deleted = if row["deleted"] == true { " (deleted)" } else { "" };
+        let place = (number(row, "pid")?, number(row, "fd")?);
+        ensure!(
+            found.insert(place, text(row, "path")?.to_owned() + deleted).is_none(),
+            "{row} is there twice"
+        );
+    }
+    ensure!(found == expected, "the files are {found:?}, and should be {expected:?}");
+    Ok(())
+}
+
 /// `dmesg`.
 pub(super) fn log(truth: &Truth, rows: &[Value]) -> Result<()> {
     let mut found = BTreeMap::new();
@@ -305,6 +328,7 @@ mod tests {
             file("comm", "a) b\n".to_owned());
             file("cmdline", "a\0\0b c\0".to_owned());
             file(&format!("task/{pid}/comm"), "a) b\n".to_owned());
+            sections.push((format!("->/proc/{pid}/fd/3"), "/tmp/a (deleted)".to_owned()));
         }
         let text = |(path, text): (String, String)| format!("@{path} {}\n{text}\n", text.len());
         let text: String = sections.into_iter().map(text).collect();
@@ -368,5 +392,12 @@ mod tests {
         ];
         let keys = ["seq", "facility", "level", "time_us", "text", "subsystem", "device"];
         each_difference_is_an_error(&rows, &keys, |rows| log(&truth, rows));
+    }
+    #[test]
+    fn files_that_differ_are_found() {
+        let row = |pid: u64| json!({"pid": pid, "fd": 3, "path": "/tmp/a", "deleted": true});
+        let rows: Vec<_> = (10..41).map(row).collect();
+        let truth = truth();
+        each_difference_is_an_error(&rows, &["pid", "fd", "path", "deleted"], |rows| files(&truth, rows));
     }
 }
