@@ -56,6 +56,14 @@ pub enum KernelError {
         /// Where it is.
         gva: u64,
     },
+    /// A list does not come back to its head.
+    #[error("the list at gva {head:#x} is damaged: a node of it points to {next:#x}")]
+    Broken {
+        /// Its head.
+        head: u64,
+        /// The pointer that is none.
+        next: u64,
+    },
     /// A list goes on for ever, or longer than any list of a kernel.
     #[error("the list at gva {head:#x} does not end: its nodes form a loop, or are more than {limit}")]
     Endless {

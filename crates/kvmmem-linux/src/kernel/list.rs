@@ -1,16 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Linked lists of the kernel (`include/linux/list.h`): walked one node after the other, and ended where they form a loop.
 //!
-//! A list is the guest's, and changes while it is read. A walk stops at the head (`list_head`), at a null pointer
-//! (`hlist_head`), at an odd one (`hlist_nulls_head`), and with an error once it has come back to a node or has seen
-//! more nodes than a kernel has.
+//! A list is the guest's, and changes while it is read. A walk stops at the head, and with an error at a pointer that is
+//! none, once it has come back to a node, or once it has seen more nodes than a kernel has. So a damaged list is never
+//! taken for a short one.
 
 use super::{Kernel, KernelError};
 
 /// The most nodes of a list. Linux has at most 4 million tasks (PID_MAX_LIMIT).
 pub const MAX_NODES: usize = 1 << 22;
 
-/// The nodes of a list: addresses of `list_head`, `hlist_node` or `hlist_nulls_node`. It ends after an error.
+/// The nodes of a list: addresses of `list_head`. It ends after an error.
 #[derive(Debug)]
 pub struct List<'k> {
     kernel: &'k Kernel<'k>,
@@ -27,8 +27,7 @@ pub struct List<'k> {
 }
 
 impl<'m> Kernel<'m> {
-    /// The nodes of the list whose head is at `head`, the head itself left out. Of all three kinds the pointer to the next
-    /// node, or to the first one, comes first.
+    /// The nodes of the circular list whose head is at `head`, the head itself left out.
     pub fn list(&self, head: u64) -> List<'_> {
         List { kernel: self, head, link: Some(head), offset: 0, mark: 0, steps: 0, until: 1, count: 0 }
     }
@@ -59,8 +58,11 @@ impl Iterator for List<'_> {
             Ok(node) => node,
             Err(error) => return Some(Err(error)),
         };
-        if node == self.head || node & 1 != 0 || node == 0 {
+        if node == self.head {
             return None;
+        }
+        if node == 0 || node & 1 != 0 {
+            return Some(Err(KernelError::Broken { head: self.head, next: node }));
         }
         if node == self.mark || self.count >= MAX_NODES {
             return Some(Err(KernelError::Endless { head: self.head, limit: self.count }));
