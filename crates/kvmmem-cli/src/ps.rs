@@ -28,6 +28,9 @@ pub(crate) struct Arguments {
     guest: Guest,
 }
 
+/// The deepest process that `--tree` indents: the guest may nest any number.
+const MAX_DEPTH: usize = 32;
+
 const AFTER_HELP: &str = "\
 Nothing is installed in the guest, and no symbol file is needed. Users are numbers, those of the first user namespace; START
 is in seconds since boot, as dmesg has it; the states are those of ps(1). Names in brackets are the kernel's own threads.
@@ -99,7 +102,7 @@ fn row(task: &Task, depth: usize) -> [String; 7] {
         task.euid.to_string(),
         format!("{}{}", task.state, if task.is_torn { "!" } else { "" }),
         format!("{}.{:02}", task.start.as_secs(), task.start.subsec_millis() / 10),
-        "  ".repeat(depth) + &command(task),
+        "  ".repeat(depth.min(MAX_DEPTH)) + &command(task),
     ]
 }
 

@@ -1,12 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Open files, as /proc/PID/fd shows them.
 
+use std::cell::Cell;
+
 use crate::kernel::{Kernel, KernelError};
 use crate::paths::{FilePath, Paths};
 use crate::tasks::Task;
 
 /// The most descriptors of a process (`sysctl_nr_open_max` is this on 64 bits, less what a process can do).
 const MAX_FDS: u32 = 1 << 20;
+
+/// The most bytes of paths of all files together. Descriptors may share a file, so that a few megabytes of the guest's could
+/// name any number of long paths.
+const MAX_ALL_PATHS: usize = 64 << 20;
 
 /// Pointers that are read at once.
 const BATCH: usize = 512;
@@ -39,6 +45,7 @@ pub struct Files<'a> {
     f_dentry: u64,
     f_flags: u64,
     f_pos: u64,
+    paths_left: Cell<usize>,
 }
 
 impl<'a> Files<'a> {
@@ -60,13 +67,15 @@ impl<'a> Files<'a> {
             f_dentry: file("f_path.dentry")?,
             f_flags: file("f_flags")?,
             f_pos: file("f_pos")?,
+            paths_left: Cell::new(MAX_ALL_PATHS),
         })
     }
 
     /// The files of a task, by ascending descriptor; none of one that has ended, or that is the kernel's.
     ///
     /// # Errors
-    /// [`KernelError`]. Files that are closed meanwhile are left out.
+    /// [`KernelError`], also where the paths of all tasks so far are more than 64 MiB. Files that are closed meanwhile are left
+    /// out.
     pub fn of(&self, task: &Task) -> Result<Vec<OpenFile>, KernelError> {
         let word = |base: u64, at: u64| self.kernel.read_u64(base.wrapping_add(at));
         let files = word(task.gva, self.files)?;
@@ -109,6 +118,10 @@ impl<'a> Files<'a> {
     fn file(&self, fd: u32, gva: u64) -> Result<OpenFile, KernelError> {
         let word = |at: u64| self.kernel.read_u64(gva.wrapping_add(at));
         let path = self.paths.of(word(self.f_mnt)?, word(self.f_dentry)?)?;
+        let left = self.paths_left.get().checked_sub(path.text.len() + 1);
+        let too_many =
+            || KernelError::Malformed { what: "more than 64 MiB of open files' paths".to_owned(), gva };
+        self.paths_left.set(left.ok_or_else(too_many)?);
         let flags = self.kernel.read_u32(gva.wrapping_add(self.f_flags))?;
         Ok(OpenFile { fd, gva, path, flags, position: word(self.f_pos)? })
     }

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Loaded modules, as /proc/modules shows them.
 
+use std::cell::Cell;
+
 use crate::bytes::Bytes;
 use crate::kernel::{Kernel, KernelError, List};
 
@@ -15,6 +17,9 @@ const REF_BASE: u32 = 1;
 
 /// The most modules that one module is used by.
 const MAX_USERS: usize = 4096;
+
+/// The most of all modules together, each read a few times. Modules may share a list in a guest that lies.
+const MAX_ALL_USERS: usize = 1 << 16;
 
 /// The most bytes of a module that are read.
 const MAX_LEN: u64 = 64 << 10;
@@ -84,6 +89,7 @@ pub struct Modules<'a> {
     kernel: &'a Kernel<'a>,
     layout: Layout,
     list: List<'a>,
+    users_left: Cell<usize>,
     has_ended: bool,
 }
 
@@ -95,7 +101,7 @@ impl<'a> Modules<'a> {
     pub fn new(kernel: &'a Kernel<'a>) -> Result<Self, KernelError> {
         let layout = Layout::new(kernel)?;
         let list = kernel.list(kernel.symbol("modules")?);
-        Ok(Self { kernel, layout, list, has_ended: false })
+        Ok(Self { kernel, layout, list, users_left: Cell::new(MAX_ALL_USERS), has_ended: false })
     }
 
     fn step(&mut self) -> Result<Option<Module>, KernelError> {
@@ -151,9 +157,12 @@ impl<'a> Modules<'a> {
     }
 
     fn users(&self, gva: u64) -> Result<Vec<String>, KernelError> {
+        let too_many =
+            || KernelError::Malformed { what: "more than 65,536 users of modules".to_owned(), gva };
         let uses = self.kernel.list(gva.wrapping_add(self.layout.source_list)).take(MAX_USERS);
         let mut users = Vec::new();
         for node in uses {
+            self.users_left.set(self.users_left.get().checked_sub(1).ok_or_else(too_many)?);
             let at = node?.wrapping_sub(self.layout.use_list).wrapping_add(self.layout.use_source);
             let user = self.kernel.read_u64(at)?;
             let mut name = Bytes::zeroed(NAME_LEN);
