@@ -77,7 +77,7 @@ impl Broker {
         }
     }
 
-    /// Refuses a token by which a view would not reach one of `spans`, and leaves the token its uses.
+    /// Refuses a token whose view would not reach one of `spans`. The refusal costs no use of the token.
     ///
     /// # Errors
     /// [`Refusal::Invalid`] with the span, or where the token is not good.

@@ -110,7 +110,7 @@ fn without_thread([pid, _, ppid, uid, state, start, command]: [String; 7]) -> [S
     [pid, ppid, uid, state, start, command]
 }
 
-/// The command line, or the name where there is none.
+/// The command line, or the name of a process without one.
 fn command(task: &Task) -> String {
     if task.is_kernel {
         return format!("[{}]", escape(&task.comm));

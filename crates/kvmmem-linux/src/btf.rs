@@ -7,7 +7,7 @@
 //! structure is, how large a type is, what an enumerator's value is. The blob stays as it is, with an index of where each
 //! type begins and one by hash of the name; nothing else is decoded before it is asked for.
 //!
-//! All of it is the guest's: each look-up ends after a limited number of steps, whatever refers to what.
+//! All of it is the guest's: each look-up ends after a limited number of steps, also where types refer to each other.
 
 mod layout;
 mod member;
@@ -103,7 +103,7 @@ impl Types {
         self.starts.len()
     }
 
-    /// Whether there are none.
+    /// Whether there is no type.
     pub fn is_empty(&self) -> bool {
         self.starts.is_empty()
     }
@@ -150,7 +150,7 @@ impl Types {
         None
     }
 
-    /// The value of the enumerator with this name, of whatever enumeration; the first of several.
+    /// The value of the first enumerator with this name in any enumeration.
     pub fn enumerator(&self, name: &str) -> Option<i64> {
         let readers = self.starts.iter().filter_map(|start| self.at(*start as usize));
         readers.filter(|reader| matches!(reader.kind(), Kind::Enum | Kind::Enum64)).find_map(|reader| {

@@ -104,7 +104,7 @@ impl<'a> Files<'a> {
         let mut found = Vec::with_capacity(open.len());
         for (fd, gva, array) in open {
             let file = self.file(fd, gva);
-            // One that was closed, and whose memory has something else, is none.
+            // A file that was closed meanwhile is left out: its memory may hold something else.
             let is_there = word(array, u64::from(fd) * 8).is_ok_and(|now| now == gva);
             match file {
                 Ok(file) if is_there => found.push(file),

@@ -206,7 +206,7 @@ impl Records<'_> {
         Ok(descriptor)
     }
 
-    /// The record of `id`: `None` where there is none (any more).
+    /// The record of `id`: `None` if the ring does not hold it any more.
     fn record(&mut self, id: u64) -> Result<Option<Record>, LogError> {
         let mut descriptor = self.descriptor(id)?;
         let gva = self.layout.descs.wrapping_add(id % self.layout.count * self.layout.desc_size);

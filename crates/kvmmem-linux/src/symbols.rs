@@ -100,7 +100,7 @@ impl Symbols {
         self.names.len()
     }
 
-    /// Whether there are none.
+    /// Whether there is no symbol.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }

@@ -61,7 +61,7 @@ pub enum KernelError {
     Broken {
         /// Its head.
         head: u64,
-        /// The pointer that is none.
+        /// The invalid pointer.
         next: u64,
     },
     /// A list goes on for ever, or longer than any list of a kernel.
