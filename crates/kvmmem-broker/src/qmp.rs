@@ -257,4 +257,4 @@ impl AsFd for Qmp {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -130,18 +130,7 @@ struct Listener<F, T> {
 impl<F: Fn() -> Option<Qmp>, T: FnMut(&mut Qmp, News) -> Next> Listener<F, T> {
     fn run(&mut self, mut connection: Option<Qmp>) {
         loop {
-            let mut qmp = match connection.take() {
-                Some(qmp) => qmp,
-                None => {
-                    let Some(mut qmp) = self.connect() else { return };
-                    // What was told meanwhile is not known.
-                    match (self.tell)(&mut qmp, News::Memory) {
-                        Next::Listen => qmp,
-                        Next::Reconnect => continue,
-                        Next::Stop => return,
-                    }
-                }
-            };
+            let Some(mut qmp) = connection.take().or_else(|| self.connect()) else { return };
             match self.listen(&mut qmp) {
                 Ok(Next::Stop) => return,
                 Ok(_) => {}
@@ -162,8 +151,13 @@ impl<F: Fn() -> Option<Qmp>, T: FnMut(&mut Qmp, News) -> Next> Listener<F, T> {
 
     /// Listens until told otherwise, or until the connection is lost.
     fn listen(&mut self, qmp: &mut Qmp) -> Result<Next, QmpError> {
-        let (mut is_due, mut memory) = (true, None);
-        let mut asked = Instant::now();
+        // The size is asked for before the layout, so that memory which is plugged in between is noticed below.
+        let mut memory = qmp.memory_size()?;
+        match (self.tell)(qmp, News::Memory) {
+            Next::Listen => {}
+            next => return Ok(next),
+        }
+        let (mut is_due, mut asked) = (true, Instant::now());
         let mut next = Heard::take(qmp)?;
         loop {
             let mut heard = next;
@@ -171,7 +165,7 @@ impl<F: Fn() -> Option<Qmp>, T: FnMut(&mut Qmp, News) -> Next> Listener<F, T> {
                 asked = Instant::now();
                 // That a DIMM was plugged in is no event.
                 let now = qmp.memory_size()?;
-                heard.memory |= memory.replace(now).is_some_and(|before| before != now);
+                heard.memory |= std::mem::replace(&mut memory, now) != now;
             }
             for news in heard.news() {
                 match (self.tell)(qmp, news) {
@@ -264,4 +258,26 @@ fn poll(fds: &mut [PollFd<'_>], pause: Duration) {
     let pause = Timespec::try_from(pause).ok();
     // An interrupted wait is a short one. No other failure is possible but for want of memory.
     let _ = rustix::event::poll(fds, pause.as_ref());
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+
+    use super::*;
+    use crate::qmp::tests::{GREETING, serve};
+
+    #[test]
+    fn memory_that_is_plugged_in_before_the_first_question_or_after_it_is_noticed() {
+        let size = |plugged| format!("{{\"return\":{{\"base-memory\":1,\"plugged-memory\":{plugged}}}}}\n");
+        let (_directory, path, _qemu) =
+            serve(vec![GREETING.into(), "{\"return\":{}}\n".into(), size(0), size(1)]);
+        let qmp = Qmp::connect(&path).unwrap();
+        let (told, news) = mpsc::channel();
+        let tell = move |_: &mut Qmp, news| told.send(news).map_or(Next::Stop, |()| Next::Listen);
+        let _monitor = Monitor::start(Some(qmp), || None, tell).unwrap();
+        for _ in 0..2 {
+            assert_eq!(news.recv_timeout(Duration::from_secs(60)), Ok(News::Memory));
+        }
+    }
 }

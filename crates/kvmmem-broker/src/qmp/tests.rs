@@ -8,11 +8,11 @@ use std::thread::JoinHandle;
 use super::line::MAX_RECEIVED;
 use super::*;
 
-const GREETING: &str = "{\"QMP\":{\"version\":{},\"capabilities\":[]}}\n";
+pub(crate) const GREETING: &str = "{\"QMP\":{\"version\":{},\"capabilities\":[]}}\n";
 
 /// Listens, and sends `lines` to the first that connects, one for the connection and one for each line it gets;
 /// then stays silent until the client goes.
-fn serve(lines: Vec<String>) -> (tempfile::TempDir, PathBuf, JoinHandle<()>) {
+pub(crate) fn serve(lines: Vec<String>) -> (tempfile::TempDir, PathBuf, JoinHandle<()>) {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("qmp.sock");
     let listener = UnixListener::bind(&path).unwrap();
