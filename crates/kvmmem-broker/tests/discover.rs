@@ -752,6 +752,21 @@ fn lies_over_qmp_are_measured_by_the_kernel() {
 }
 
 #[test]
+fn memory_that_is_plugged_in_between_two_questions_is_no_lie() {
+    let broker = TestBroker::start();
+    let fake = Fake::start("sealed", HONEST);
+    let directory = tempfile::tempdir().unwrap();
+    let is_asked = AtomicBool::new(false);
+    // As if the backend were there only after the first question.
+    let socket = qmp(directory.path(), &fake, move |command, answer| {
+        let is_first = command == "query-memdev" && !is_asked.swap(true, Ordering::Relaxed);
+        if is_first { json!([]) } else { answer }
+    });
+    let added = broker.admin().add_target(&Which::Qmp { socket, pid: Some(fake.pid()) }, None).unwrap();
+    assert_eq!((added.copied, added.evidence), (None, Evidence::Qmp));
+}
+
+#[test]
 fn a_qmp_socket_that_hangs_holds_up_nobody_else() {
     let broker = TestBroker::start();
     let directory = tempfile::tempdir().unwrap();

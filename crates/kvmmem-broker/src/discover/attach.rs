@@ -153,6 +153,10 @@ pub enum AttachError {
     Random(#[source] getrandom::Error),
 }
 
+/// Looks at a QEMU's memory, before its answers are taken for wrong: they contradict each other where memory is plugged in
+/// or out between two questions.
+const LOOKS: u32 = 4;
+
 /// Opens the RAM of a VM; `called` is what it shall be called.
 ///
 /// # Errors
@@ -213,8 +217,19 @@ pub(super) fn command_line(process: &Process) -> Result<CommandLine, AttachError
 pub(super) fn look(
     process: &Process,
     line: &CommandLine,
-    qmp: Option<&mut Qmp>,
+    mut qmp: Option<&mut Qmp>,
 ) -> Result<Seen, AttachError> {
+    for _ in 1..LOOKS {
+        match look_once(process, line, qmp.as_deref_mut()) {
+            Err(AttachError::Mtree(_) | AttachError::Layout(_) | AttachError::Obstacle { .. })
+                if qmp.is_some() => {}
+            result => return result,
+        }
+    }
+    look_once(process, line, qmp)
+}
+
+fn look_once(process: &Process, line: &CommandLine, qmp: Option<&mut Qmp>) -> Result<Seen, AttachError> {
     let stopped = |obstacle| stopped(line, obstacle);
     backing::check(process, line).map_err(stopped)?;
     let mappings = process.mappings()?;
