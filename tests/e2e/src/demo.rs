@@ -44,5 +44,7 @@ fn acts(world: &mut World, report: &mut Report) -> Result<()> {
     report.begin("refusals", "each bad request gets its errno");
     refusals::refusals(world, report)?;
     report.begin("views", "a view: attach, scan, watch, and its owner takes it back");
-    views::act::act(world, report)
+    views::act::act(world, report)?;
+    report.begin("answers", "the target's processes, modules, log and a YARA match, without symbols");
+    views::answers::answers(world, report)
 }

@@ -2,6 +2,7 @@
 //! Views: a file attached once, then the Unix calls on it.
 
 pub(crate) mod act;
+pub(crate) mod answers;
 mod ends;
 mod grants;
 mod hostile;
@@ -65,6 +66,11 @@ pub(crate) const ALL: &[Scenario] = &[
         name: "views_tools",
         purpose: "attach, dump, scan, translate by the command line, in the guest and on the host",
         run: tools::tools,
+    },
+    Scenario {
+        name: "views_answers",
+        purpose: "processes, modules, log of a Linux target: the same rows in the guest and on the host",
+        run: answers::answers,
     },
     Scenario {
         name: "views_revoke",
