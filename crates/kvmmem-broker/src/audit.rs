@@ -9,7 +9,7 @@ mod limits;
 mod movable;
 mod record;
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::{PoisonError, RwLock};
 use std::time::Instant;
 
 use crate::endpoint::Endpoint;
@@ -31,15 +31,20 @@ pub const TARGET: &str = "audit";
 /// The audit log.
 #[derive(Debug, Default)]
 pub struct Audit {
-    file: Mutex<Option<Lines>>,
+    file: RwLock<Option<Lines>>,
     parties: Parties,
 }
 
 impl Audit {
     /// Also writes lines to `file` from now on: one JSON object each, with `time` in UTC by RFC 3339, `event` and what
     /// belongs to it. If that fails, it is said once in the log, and the lines go on being tried.
-    pub fn write_to(&self, file: AuditFile) {
-        *self.file.lock().unwrap_or_else(PoisonError::into_inner) = Some(Lines::new(file));
+    ///
+    /// # Errors
+    /// Where there is no thread left to write them.
+    pub fn write_to(&self, file: AuditFile) -> std::io::Result<()> {
+        let lines = Lines::new(file)?;
+        *self.file.write().unwrap_or_else(PoisonError::into_inner) = Some(lines);
+        Ok(())
     }
 
     /// A VM was registered.
@@ -257,7 +262,7 @@ impl Audit {
         let Some(suppressed) = self.parties.allow(party, record.event, Instant::now()) else { return };
         record.suppressed = suppressed;
         record.trace();
-        if let Some(file) = &mut *self.file.lock().unwrap_or_else(PoisonError::into_inner) {
+        if let Some(file) = &*self.file.read().unwrap_or_else(PoisonError::into_inner) {
             file.write(&record);
         }
     }

@@ -3,11 +3,13 @@
 //!
 //! Nothing runs when nobody asks: time passes at the next operation. Times come from the caller, who takes them from a
 //! monotonic clock. A grant that can no longer be used stays as long as something is open by it, and then for
-//! [`KEPT`], so that a list shows it; the oldest leave earlier where there are more than [`MAX_LEAVING`].
+//! [`KEPT`], so that a list shows it; where there are more than [`MAX_LEAVING`] the oldest of the user or target that has the
+//! most leave earlier.
 
 mod end;
 mod grant;
 mod index;
+mod leaving;
 mod list;
 #[cfg(test)]
 mod tests;
@@ -26,6 +28,7 @@ pub use end::Affected;
 use grant::Grant;
 pub use grant::{Holder, Terms, User, View};
 use index::TokenIndex;
+use leaving::Leaving;
 pub use list::Listed;
 
 /// How long a token lives that KVMI makes.
@@ -55,7 +58,7 @@ pub struct Grants {
     /// When usable grants expire.
     expiring: BTreeSet<(Instant, u64)>,
     /// When grants that are of no use any more leave the table.
-    leaving: BTreeSet<(Instant, u64)>,
+    leaving: Leaving,
     /// Usable tokens of KVMI's for each target.
     outstanding: HashMap<u64, usize>,
     /// Grants of operators that are not leaving.
@@ -128,7 +131,7 @@ impl Grants {
             views: BTreeMap::new(),
             tokens: TokenIndex::default(),
             expiring: BTreeSet::new(),
-            leaving: BTreeSet::new(),
+            leaving: Leaving::default(),
             outstanding: HashMap::new(),
             operator: Quota::new(operator),
             of_target: BTreeSet::new(),

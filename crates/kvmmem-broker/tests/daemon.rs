@@ -144,9 +144,7 @@ fn the_audit_log_tells_who_got_used_and_lost_what() {
     let (host, _) = HostLink::attach(&socket, &granted.token, false).unwrap();
     drop(host);
     lion.attach(&granted.token, &common::caller(), false).unwrap_err();
-    while !admin.grants().unwrap()[0].views.is_empty() {
-        std::thread::sleep(Duration::from_millis(2));
-    }
+    common::wait_for("the view to end", || admin.grants().unwrap()[0].views.is_empty());
     admin.revoke(granted.grant).unwrap();
     drop((tiger, lion));
     assert_eq!(daemon.signal(Signal::TERM).code(), Some(0));

@@ -857,7 +857,7 @@ fn a_process_id_that_is_somebody_elses_now_is_not_taken_for_it() {
     std::fs::write(&path, content.to_string()).unwrap();
     let broker = TestBroker::start_in(directory);
     let log = broker.directory.path().join("audit.log");
-    broker.state.audit().write_to(AuditFile::open(&log).unwrap());
+    broker.state.audit().write_to(AuditFile::open(&log).unwrap()).unwrap();
     broker.state.remember_in(path.parent().unwrap()).unwrap();
     wait_for("both to be forgotten", || remembered(&broker) == json!([]));
     assert_eq!(names(&broker), [""; 0]);

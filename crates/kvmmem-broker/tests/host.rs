@@ -10,11 +10,12 @@ use common::{TestBroker, introspector, ram, regions, request, target, wait_for};
 use kvmmem_broker::admin::{GrantRequest, Span};
 use kvmmem_broker::host::{HostError, HostEvent, HostLink};
 use kvmmem_broker::link::{Change, Region, Rights, Token, VmmLink};
+use kvmmem_broker::quota::Limits;
 use kvmmem_broker::wire::Refusal;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::{Errno, pread, pwrite};
 
-const SOON: Duration = Duration::from_secs(5);
+const SOON: Duration = common::PATIENCE;
 
 fn attach(broker: &TestBroker, token: &Token) -> (HostLink, kvmmem_broker::host::HostView) {
     HostLink::attach(&broker.path, token, false).unwrap()
@@ -154,7 +155,8 @@ fn a_process_hears_of_changes_and_of_the_end() {
 
 #[test]
 fn waiting_ends_in_time_and_a_silent_process_keeps_its_view() {
-    let broker = TestBroker::start();
+    let silence = Duration::from_secs(2);
+    let broker = TestBroker::start_with(Limits { silence, ..Limits::default() });
     let _tiger = broker.target("tiger");
     let granted = broker.grant(&request(Rights::ReadOnly));
     let (mut link, _view) = attach(&broker, &granted.token);
@@ -162,7 +164,7 @@ fn waiting_ends_in_time_and_a_silent_process_keeps_its_view() {
     assert_eq!(link.wait(Duration::from_millis(50)).unwrap(), None);
     assert!(began.elapsed() >= Duration::from_millis(50));
     // Longer than a connection without a view may be silent.
-    assert_eq!(link.wait(Duration::from_millis(10_500)).unwrap(), None);
+    assert_eq!(link.wait(silence + silence / 2).unwrap(), None);
     assert_eq!(broker.grants()[0].views.len(), 1);
     let _ = link.as_fd();
 }

@@ -281,7 +281,7 @@ fn a_target_that_goes_takes_its_views_along() {
 fn a_guest_that_keeps_its_devices_is_reported_and_tried_again() {
     let Some(pair) = Pair::start(OnSilence::Report) else { return };
     let audit = pair.broker.directory.path().join("audit");
-    pair.broker.state.audit().write_to(AuditFile::open(&audit).unwrap());
+    pair.broker.state.audit().write_to(AuditFile::open(&audit).unwrap()).unwrap();
     let driver = pair.driver();
     let opened = pair.open(&request(Rights::ReadOnly)).unwrap();
     drop(driver);

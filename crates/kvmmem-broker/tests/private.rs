@@ -22,7 +22,7 @@ use rustix::fs::{FallocateFlags, Mode, OFlags, SealFlags, fallocate};
 use rustix::io::{pread, pwrite};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 
-const SOON: Duration = Duration::from_secs(5);
+const SOON: Duration = Duration::from_secs(30);
 
 /// More bytes than the channels of a view hold.
 const MANY: usize = 1 << 20;
@@ -82,7 +82,7 @@ fn attach(broker: &TestBroker, token: &Token, read_only: bool) -> (HostLink, Hos
 /// Waits for events, as somebody must who copies; returns the first.
 fn pump(mut link: HostLink) -> std::thread::JoinHandle<(HostLink, HostEvent)> {
     std::thread::spawn(move || {
-        let event = link.wait(SOON * 4).unwrap().expect("nothing has happened");
+        let event = link.wait(SOON).unwrap().expect("nothing has happened");
         (link, event)
     })
 }

@@ -166,7 +166,7 @@ fn every_vm_that_registers_is_in_the_audit_log() {
     }
     let broker = TestBroker::start();
     let log = broker.directory.path().join("audit.log");
-    broker.state.audit().write_to(AuditFile::open(&log).unwrap());
+    broker.state.audit().write_to(AuditFile::open(&log).unwrap()).unwrap();
     // As after a start of the broker, when all VMMs connect at once.
     let vmms: Vec<Vmm> = (0..COUNT)
         .map(|number| {

@@ -72,7 +72,7 @@ Exit codes:
   0  done; doctor: the machine can be used
   1  failed, standard error says why; doctor: it cannot be used; scan: nothing was found
   2  the command line is wrong; scan: failed
-attach, revoke, translate and vm have further ones: see their --help.
+attach, dump, revoke, translate and vm have further ones: see their --help.
 
 Environment:
   KVMMEM_KVMI_PORT  vsock port to listen on, unless --listen says where

@@ -60,7 +60,7 @@ impl Drop for Qemu {
 #[test]
 fn root_needs_no_broker() {
     if !rustix::process::geteuid().is_root() {
-        return eprintln!("skipped: needs root");
+        return eprintln!("skipped: a broker of the command's own needs root: run the tests as root");
     }
     let directory = tempfile::tempdir().unwrap();
     let (name, qmp) = (format!("alone-{}", std::process::id()), directory.path().join("qmp"));

@@ -1,7 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The audit log's file.
 
-use std::io::Write;
+use std::io::{self, Write as _};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, channel, sync_channel};
+use std::time::Duration;
 
 use serde::Serialize;
 use tracing_subscriber::fmt::format::Writer;
@@ -10,13 +14,27 @@ use tracing_subscriber::fmt::time::{FormatTime, SystemTime};
 use super::movable::AuditFile;
 use super::record::Record;
 
-/// A file of JSON objects, one a line.
+/// The most lines that wait to be written.
+const MAX_WAITING: usize = 4096;
+
+/// How long the one who causes a line waits until it is written.
+const LIMIT: Duration = Duration::from_secs(1);
+
+/// A file of JSON objects, one a line. A thread writes them, so that a disk which stalls holds up nobody for longer than
+/// [`LIMIT`], and after that nobody until it works again.
 #[derive(Debug)]
 pub(super) struct Lines {
-    file: AuditFile,
-    /// Whether the last line may have been written in part.
-    is_broken: bool,
-    is_told: bool,
+    waiting: SyncSender<Waiting>,
+    is_stalled: Arc<AtomicBool>,
+    /// How many lines were left out since the last that was not.
+    lost: AtomicU64,
+}
+
+/// A line that is to be written, and who waits for that.
+#[derive(Debug)]
+struct Waiting {
+    line: Vec<u8>,
+    written: Sender<()>,
 }
 
 #[derive(Serialize)]
@@ -27,19 +45,66 @@ struct Line<'a> {
 }
 
 impl Lines {
-    pub(super) fn new(file: AuditFile) -> Self {
-        Self { file, is_broken: false, is_told: false }
+    /// # Errors
+    /// Where there is no thread left.
+    pub(super) fn new(file: AuditFile) -> io::Result<Self> {
+        let (waiting, lines) = sync_channel(MAX_WAITING);
+        let is_stalled = Arc::new(AtomicBool::new(false));
+        let appender =
+            Appender { file, is_broken: false, is_told: false, is_stalled: Arc::clone(&is_stalled) };
+        std::thread::Builder::new().name("audit".into()).spawn(move || appender.run(&lines))?;
+        Ok(Self { waiting, is_stalled, lost: AtomicU64::new(0) })
+    }
+
+    /// Appends a line, which is in the file when this returns, unless the file stalls or cannot be written to.
+    pub(super) fn write(&self, record: &Record<'_>) {
+        let mut line = Vec::new();
+        // A record is made of strings and numbers, and a vector takes all that is written to it.
+        let _ = serde_json::to_writer(&mut line, &Line { time: now(), record });
+        line.push(b'\n');
+        let (written, is_written) = channel();
+        if self.waiting.try_send(Waiting { line, written }).is_err() {
+            if self.lost.fetch_add(1, Ordering::Relaxed) == 0 {
+                tracing::error!("the audit log's file stalls; lines are left out there");
+            }
+            return;
+        }
+        let lost = self.lost.swap(0, Ordering::Relaxed);
+        if lost > 0 {
+            tracing::error!(lost, "lines were left out in the audit log's file while it stalled");
+        }
+        if !self.is_stalled.load(Ordering::Relaxed)
+            && is_written.recv_timeout(LIMIT) == Err(RecvTimeoutError::Timeout)
+            && !self.is_stalled.swap(true, Ordering::Relaxed)
+        {
+            tracing::warn!("the audit log's file stalls; its lines are written once it works again");
+        }
+    }
+}
+
+/// What the thread has.
+struct Appender {
+    file: AuditFile,
+    /// Whether the last line may have been written in part.
+    is_broken: bool,
+    is_told: bool,
+    is_stalled: Arc<AtomicBool>,
+}
+
+impl Appender {
+    fn run(mut self, lines: &Receiver<Waiting>) {
+        for Waiting { line, written } in lines {
+            self.write(&line);
+            self.is_stalled.store(false, Ordering::Relaxed);
+            // Whoever caused it may not wait any more.
+            let _ = written.send(());
+        }
     }
 
     /// Appends a line. A failure is told once: it must neither stop the service nor fill its log.
-    pub(super) fn write(&mut self, record: &Record<'_>) {
-        let mut bytes = if self.is_broken { vec![b'\n'] } else { Vec::new() };
-        let written = serde_json::to_writer(&mut bytes, &Line { time: now(), record })
-            .map_err(std::io::Error::from)
-            .and_then(|()| {
-                bytes.push(b'\n');
-                self.file.write_all(&bytes)
-            });
+    fn write(&mut self, line: &[u8]) {
+        let begun = if self.is_broken { self.file.write_all(b"\n") } else { Ok(()) };
+        let written = begun.and_then(|()| self.file.write_all(line));
         self.is_broken = written.is_err();
         if let Err(error) = written
             && !std::mem::replace(&mut self.is_told, true)
@@ -59,6 +124,7 @@ fn now() -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Read;
     use std::path::Path;
 
     use super::super::record::Event;
@@ -67,7 +133,7 @@ mod tests {
     #[test]
     fn a_line_is_one_object() {
         let file = tempfile::NamedTempFile::new().unwrap();
-        let mut lines = Lines::new(AuditFile::open(file.path()).unwrap());
+        let lines = Lines::new(AuditFile::open(file.path()).unwrap()).unwrap();
         let record =
             Record { label: Some("two\nlines \"quoted\""), grant: Some(7), ..Record::new(Event::Granted) };
         lines.write(&record);
@@ -86,11 +152,40 @@ mod tests {
 
     #[test]
     fn a_full_disk_is_survived() {
-        let full = AuditFile::open(Path::new("/dev/full")).unwrap();
-        let mut lines = Lines::new(full);
+        let lines = Lines::new(AuditFile::open(Path::new("/dev/full")).unwrap()).unwrap();
         for _ in 0..3 {
             lines.write(&Record::new(Event::Gone));
         }
-        assert!(lines.is_told && lines.is_broken);
+        assert!(!lines.is_stalled.load(Ordering::Relaxed));
+    }
+
+    #[test]
+    fn a_file_that_stalls_holds_up_nobody() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("fifo");
+        rustix::fs::mkfifoat(rustix::fs::CWD, &path, rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR)
+            .unwrap();
+        // Both ends, so that opening it waits for nobody; nothing is read at first.
+        let mut reader = std::fs::File::options().read(true).write(true).open(&path).unwrap();
+        let lines = Lines::new(AuditFile::open(&path).unwrap()).unwrap();
+        let label = "x".repeat(1000);
+        let record = Record { label: Some(&label), ..Record::new(Event::Gone) };
+        // More than the pipe and the queue hold together; without the thread the first hundred would never end.
+        for _ in 0..MAX_WAITING + 200 {
+            lines.write(&record);
+        }
+        assert!(lines.is_stalled.load(Ordering::Relaxed) && lines.lost.load(Ordering::Relaxed) > 0);
+        let drain = std::thread::spawn(move || {
+            let mut bytes = [0; 4096];
+            while !bytes.contains(&b'!') {
+                bytes.fill(0);
+                let _ = reader.read(&mut bytes).unwrap();
+            }
+        });
+        let last = Record { label: Some("!"), ..Record::new(Event::Gone) };
+        while !drain.is_finished() {
+            lines.write(&last);
+        }
+        drain.join().unwrap();
     }
 }

@@ -52,10 +52,9 @@ fn run(options: Options) -> anyhow::Result<()> {
     broker.set_kvmi_tokens(settings.kvmi_tokens.into());
     broker.introspectors().set_door(Some(settings.door));
     if let Some(path) = &settings.audit {
-        let file = AuditFile::open(path);
-        broker
-            .audit()
-            .write_to(file.with_context(|| format!("cannot open the audit log {}", path.display()))?);
+        AuditFile::open(path)
+            .and_then(|file| broker.audit().write_to(file))
+            .with_context(|| format!("cannot open the audit log {}", path.display()))?;
     }
     if let Some(path) = &settings.state {
         let remembered = broker.remember_in(path);

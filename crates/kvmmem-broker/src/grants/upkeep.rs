@@ -4,7 +4,7 @@
 use std::time::Instant;
 
 use super::grant::{Grant, View};
-use super::{Grants, KEPT, MAX_LEAVING};
+use super::{Grants, KEPT};
 use crate::wire::{GrantState, Origin};
 
 impl Grants {
@@ -29,7 +29,7 @@ impl Grants {
         let Some(mut grant) = self.grants.remove(&id) else { return Vec::new() };
         self.expiring.remove(&(grant.expires, id));
         if let Some(until) = grant.leaves {
-            self.leaving.remove(&(until, id));
+            self.leaving.remove(&grant.terms, until, id);
         }
         if let Some(token) = grant.token.take() {
             self.tokens.remove(&token, id);
@@ -57,11 +57,7 @@ impl Grants {
             self.expiring.remove(&(at, id));
             self.settle(at, id);
         }
-        while let Some((at, id)) = self.leaving.first().copied() {
-            if at > now && self.leaving.len() <= MAX_LEAVING {
-                break;
-            }
-            self.leaving.remove(&(at, id));
+        while let Some(id) = self.leaving.due(now) {
             self.remove(id);
         }
     }
@@ -84,7 +80,7 @@ impl Grants {
             self.uncount(&mut grant);
             if let Some(until) = now.checked_add(KEPT) {
                 grant.leaves = Some(until);
-                self.leaving.insert((until, id));
+                self.leaving.insert(&grant.terms, until, id);
             }
         }
         self.grants.insert(id, grant);
