@@ -13,8 +13,8 @@ use crate::abi::cpuid::{
     FEATURE_DOORBELL, FEATURE_VMCALL, FEATURE_WINDOW, LEAF_FEATURES, LEAF_SIGNATURE, SIGNATURE_REGISTERS,
 };
 use crate::abi::errno::KvmError;
-use crate::abi::hypercall::{UNMAP_ALL_KEEP, UNMAP_ALL_ZERO};
 use crate::abi::ioctl::MemMap;
+use crate::sys::GivenBack;
 use crate::{knobs, stats, sys};
 
 /// How a hypercall leaves the virtual machine.
@@ -36,6 +36,9 @@ impl fmt::Display for Way {
 }
 
 static WAY: SetOnce<Way> = SetOnce::new();
+
+/// There where the host has given back what a kernel before this one had replaced.
+static GIVEN_BACK: SetOnce<GivenBack> = SetOnce::new();
 
 /// How the host shows a target's memory to views.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -79,9 +82,13 @@ pub(crate) fn choose() -> Result {
     WAY.populate(way);
     SHOWING.populate(showing);
     // A kernel before this one may have left pages replaced: started by kexec, this one takes them for ordinary RAM.
-    if let Err(answer) = sys::unmap_all(way, UNMAP_ALL_KEEP).map_err(error) {
+    match GivenBack::keep_all(way).map_err(error) {
+        Ok(given_back) => {
+            GIVEN_BACK.populate(given_back);
+        }
         // A host of version 0.1.0 does not know the call.
-        if answer != EOPNOTSUPP {
+        Err(EOPNOTSUPP) => {}
+        Err(answer) => {
             pr_warn!("the host did not give back pages that were replaced before: {}\n", answer.to_errno());
         }
     }
@@ -127,7 +134,11 @@ pub(crate) fn close_pages() {
         fsleep(Delta::from_millis(1));
     }
     let count = stats::MAPPED.value() + stats::QUARANTINED.value();
-    match sys::unmap_all(way, UNMAP_ALL_ZERO).map_err(error) {
+    let answer = match GIVEN_BACK.as_ref() {
+        Some(given_back) => given_back.zero_all(),
+        None => GivenBack::keep_all(way).map(drop),
+    };
+    match answer.map_err(error) {
         Ok(()) if count > 0 => pr_notice!("the host gave {count} pages back before the reboot\n"),
         Err(error) if count > 0 => {
             pr_err!("{count} pages show targets' memory across the reboot: {}\n", error.to_errno());

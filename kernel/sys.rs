@@ -34,7 +34,8 @@ use kernel::types::{ForeignOwnable, Opaque};
 use kernel::workqueue::{HasDelayedWork, Work, WorkItem};
 
 use crate::abi::hypercall::{
-    ATTACH, AttachRequest, AttachResult, DETACH, MEM_MAP, MEM_UNMAP, SEEK, UNMAP_ALL,
+    ATTACH, AttachRequest, AttachResult, DETACH, MEM_MAP, MEM_UNMAP, SEEK, UNMAP_ALL, UNMAP_ALL_KEEP,
+    UNMAP_ALL_ZERO,
 };
 use crate::abi::ioctl::PAGE_SIZE;
 use crate::abi::native;
@@ -459,14 +460,28 @@ pub(crate) fn detach(way: Way, descriptor_gpa: u64) -> Result<(), i64> {
     }
 }
 
-/// Has the host give all replaced pages of this machine back; `content` says what they hold then.
-pub(crate) fn unmap_all(way: Way, content: u64) -> Result<(), i64> {
-    // SAFETY: changes what is behind pages that MEM_MAP has replaced. Those of this module are user memory, pinned or
-    // quarantined, on whose content no kernel code relies; those of a kernel before this one keep their content, which is
-    // all that this kernel can rely on (`content` is `UNMAP_ALL_KEEP` when the module is loaded).
-    match unsafe { hypercall(way, UNMAP_ALL, content, 0, 0) } {
-        0 => Ok(()),
-        error => Err(error),
+/// Says that pages which a kernel before this one had replaced were given back: those that are replaced now are this module's.
+pub(crate) struct GivenBack(Way);
+
+impl GivenBack {
+    /// Has the host give back the pages that a kernel before this one replaced; they keep their content.
+    pub(crate) fn keep_all(way: Way) -> Result<Self, i64> {
+        // SAFETY: changes what is behind pages that MEM_MAP has replaced. They keep their content, which is all that a kernel
+        // can rely on of RAM that it takes for its own.
+        match unsafe { hypercall(way, UNMAP_ALL, UNMAP_ALL_KEEP, 0, 0) } {
+            0 => Ok(Self(way)),
+            error => Err(error),
+        }
+    }
+
+    /// Has the host give all replaced pages back, which hold zeros then.
+    pub(crate) fn zero_all(&self) -> Result<(), i64> {
+        // SAFETY: the pages that are replaced now are this module's, by what this type says. They are user memory, pinned or
+        // quarantined, on whose content no kernel code relies.
+        match unsafe { hypercall(self.0, UNMAP_ALL, UNMAP_ALL_ZERO, 0, 0) } {
+            0 => Ok(()),
+            error => Err(error),
+        }
     }
 }
 

@@ -4,7 +4,7 @@
 use kernel::prelude::*;
 use kernel::sync::atomic::{Atomic, Relaxed};
 use kernel::sync::poll::PollCondVarBox;
-use kernel::sync::{Arc, Mutex, new_mutex};
+use kernel::sync::{Arc, Mutex, UniqueArc, new_mutex};
 use kernel::time::Delta;
 use kernel::time::delay::fsleep;
 use kernel::workqueue::{DelayedWork, new_delayed_work};
@@ -112,6 +112,8 @@ impl View {
         waiters: Arc<PollCondVarBox>,
     ) -> Result<Arc<Self>> {
         let is_read_only = flags & ATTACH_READ_ONLY != 0;
+        // Before the token is used: without memory it stays good.
+        let room = UniqueArc::new_uninit(GFP_KERNEL_ACCOUNT)?;
         let host = match hypercall::showing() {
             Showing::Windows => Attachment::open(&mut call, flags)?,
             Showing::Devices => Attachment::take(&call)?,
@@ -144,7 +146,7 @@ impl View {
             now <- new_mutex!(Now { seen: shown.generation, shown }, "kvmmem_view"),
             work <- new_delayed_work!("kvmmem_watch"),
         });
-        Arc::pin_init(view, GFP_KERNEL_ACCOUNT)
+        Ok(room.pin_init_with(view)?.into())
     }
 
     pub(crate) fn number(&self) -> usize {

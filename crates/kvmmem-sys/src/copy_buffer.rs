@@ -101,7 +101,8 @@ impl CopyBuffer {
     pub fn drain(&self, at: usize, len: usize, file: BorrowedFd<'_>, offset: u64) -> Result<usize, Errno> {
         let from = self.pointer(at, len)?;
         let offset = libc::off_t::try_from(offset).map_err(|_| Errno::INVAL)?;
-        // SAFETY: as in `fill`; the kernel only reads there.
+        // SAFETY: `from` lies within this object's mapping for `len` bytes, as checked above, and the kernel only reads
+        // there; no reference points into the mapping.
         let count = unsafe { libc::pwrite(raw(file), from.cast(), len, offset) };
         counted(count)
     }
@@ -125,7 +126,8 @@ impl CopyBuffer {
     /// `EINVAL` for what leaves the buffer.
     pub fn store(&self, at: usize, from: &[u8]) -> Result<(), Errno> {
         let to = self.pointer(at, from.len())?;
-        // SAFETY: as in `load`, the other way round.
+        // SAFETY: `to` lies within this object's mapping for that length, as checked above, and `from` is valid for reads
+        // and does not overlap it, for no reference points into the mapping.
         unsafe { copy(to, from.as_ptr(), from.len()) };
         Ok(())
     }
