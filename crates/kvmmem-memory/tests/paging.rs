@@ -296,6 +296,24 @@ fn entries_that_are_not_present_mean_something_to_the_kernel() {
 }
 
 #[test]
+fn a_page_table_whose_pages_cannot_be_read_does_not_tell_the_levels() {
+    let mut memory = Memory::default();
+    let entries =
+        [(0x20_0000, 0x20_1000), (0x20_1000, 0x20_2000), (0x20_2010, 0x20_3000), (0x20_3010, 0x20_4000)];
+    for (place, table) in entries {
+        memory.set(place, table | PRESENT | WRITABLE | USER);
+    }
+    for (frame, expected) in [(0xd000_0000, None), (0x6c6c_6548_2000, Some(Levels::Four))] {
+        memory.set(0x20_4000, frame | PRESENT | WRITABLE | USER);
+        let read = |gpa: u64, buf: &mut [u8]| match gpa {
+            0x20_0000..0x20_5000 => memory.read(gpa, buf),
+            _ => Err(io::Error::other("a hole")),
+        };
+        assert_eq!(Levels::detect(0x20_0000, read), expected, "{frame:#x}");
+    }
+}
+
+#[test]
 fn a_table_that_points_at_itself_ends_a_walk() {
     // The recursive mapping that some kernels use: every level reads the same entry.
     let mut memory = Memory::default();

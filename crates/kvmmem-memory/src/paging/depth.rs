@@ -21,6 +21,10 @@ const MAX_BRANCHES: usize = 6;
 /// The most entries of a possible page table whose pages are looked for.
 const MAX_PROBES: usize = 8;
 
+/// Frames below this may be a machine's memory or devices even where nothing can be read there; words of data that happen
+/// to have the lowest bit set are mostly not below it.
+const NEAR: u64 = 1 << 40;
+
 impl Levels {
     /// Finds out how many levels the tables at `cr3` have. `None` if the tables do not show it, for example because they map
     /// nothing. `read` fills a buffer, at most a page, from the target's memory at a GPA.
@@ -83,16 +87,18 @@ impl<E: Error, R: FnMut(u64, &mut [u8]) -> Result<(), E>> Survey<R> {
             return;
         }
         let frames = from_both_ends(present).map(|entry| entry.value & ADDRESS).filter(|frame| *frame != 0);
-        let (mut probes, mut hits) = (0, 0);
+        let (mut probes, mut hits, mut is_near) = (0, 0, true);
         for frame in frames.take(MAX_PROBES) {
             probes += 1;
             hits += usize::from((self.read)(frame, &mut [0; 8]).is_ok());
+            is_near &= frame < NEAR;
         }
         if hits > 0 && hits * 4 >= probes * 3 {
             self.for_five += 1;
-        } else {
+        } else if hits > 0 || probes == 0 || !is_near {
             self.for_four += 1;
         }
+        // Else all entries may be of a page table whose pages are a device's, or are not granted: that tells nothing.
     }
 
     fn table(&mut self, gpa: u64) -> Option<Vec<u64>> {
