@@ -12,6 +12,7 @@
 //! | processes and threads | structures | [`tasks`] |
 //! | modules | structures | [`modules`] |
 //! | open files | structures | [`files`] |
+//! | memory of processes | structures, page tables | [`maps`], [`process`] |
 //!
 //! ```no_run
 //! use kvmmem_linux::{Find, Kernel};
@@ -40,8 +41,10 @@ pub mod files;
 pub mod identity;
 pub mod kernel;
 pub mod log;
+pub mod maps;
 pub mod modules;
 mod paths;
+pub mod process;
 pub mod search;
 pub mod space;
 pub mod symbols;

@@ -7,7 +7,7 @@
 use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
 
-use kvmmem_memory::paging::{Absent, AddressSpace, Levels, Permissions, Translation, WalkError};
+use kvmmem_memory::paging::{Absent, AddressSpace, Levels, Permissions, Translation, Walk, WalkError};
 use kvmmem_memory::{Memory, MemoryError, PAGE_SIZE, VectoredError};
 
 /// Why an address of the guest could not be read.
@@ -21,6 +21,9 @@ const ENTRY: usize = 8;
 
 /// Where the last entry of a table is, which is that of the highest addresses.
 const LAST_ENTRY: u64 = 511 * ENTRY as u64;
+
+/// Of an entry: instructions may not be fetched.
+const NO_EXECUTE: u64 = 1 << 63;
 
 /// Neighbours in both spaces.
 #[derive(Clone, Copy, Default)]
@@ -76,22 +79,27 @@ impl<'m> Space<'m> {
     /// # Errors
     /// [`SpaceError`].
     pub fn translate(&self, gva: u64) -> Result<Translation, SpaceError> {
-        match self.walk(gva, |gpa, entry| self.read_kept(gpa, entry)) {
+        match self.resolve(gva, |gpa, entry| self.read_kept(gpa, entry)) {
             Ok(translation) => Ok(translation),
             Err(error @ WalkError::NotCanonical { .. }) => Err(error),
             // The guest may have mapped it since its tables were read.
             Err(_) => {
-                let translation = self.walk(gva, |gpa, entry| self.memory.read_at(gpa, entry))?;
+                let translation = self.resolve(gva, |gpa, entry| self.memory.read_at(gpa, entry))?;
                 self.forget();
                 Ok(translation)
             }
         }
     }
 
+    /// Where `gva` leads, with the entries of all tables on the way; tables that were read before are read again. A page that is in
+    /// memory and may not be accessed is not present here.
+    pub fn walk(&self, gva: u64) -> Walk<MemoryError> {
+        self.walk_by(gva, |gpa, entry| self.memory.read_at(gpa, entry))
+    }
+
     /// Whether the outermost table at `cr3` has the same entry for the kernel's image as this space. Every process's table
     /// has; of the two that page table isolation gives it, 4 KiB apart, the one that the kernel itself uses.
     pub(crate) fn shares_kernel(&self, cr3: u64) -> bool {
-        let table = |cr3: u64| cr3 & !(PAGE_SIZE as u64 - 1) & !(1 << 63);
         let entry = |table: u64| {
             let mut entry = [0; ENTRY];
             self.memory.read_at(table + LAST_ENTRY, &mut entry).ok()?;
@@ -153,19 +161,12 @@ impl<'m> Space<'m> {
         })
     }
 
-    fn walk(
+    fn resolve(
         &self,
         gva: u64,
         read: impl Fn(u64, &mut [u8]) -> Result<(), MemoryError>,
     ) -> Result<Translation, SpaceError> {
-        let walk = self.root.walk(gva, |gpa, entry| {
-            read(gpa, entry)?;
-            for (byte, mask) in entry.iter_mut().zip(self.encryption.to_le_bytes()) {
-                *byte &= !mask;
-            }
-            Ok(())
-        });
-        match walk.end {
+        match self.walk_by(gva, read).end {
             Err(WalkError::NotPresent { gva, entry }) => match entry.absent(gva) {
                 Some(Absent::ProtNone { gpa }) => Ok(Translation {
                     gpa,
@@ -176,6 +177,25 @@ impl<'m> Space<'m> {
             },
             end => end,
         }
+    }
+
+    fn walk_by(
+        &self,
+        gva: u64,
+        read: impl Fn(u64, &mut [u8]) -> Result<(), MemoryError>,
+    ) -> Walk<MemoryError> {
+        self.root.walk(gva, |gpa, entry| {
+            read(gpa, entry)?;
+            // With page table isolation the table that the kernel uses forbids to execute all that is the process's; the
+            // one that the process itself uses, and which is the same otherwise, does not.
+            let offset = gpa % PAGE_SIZE as u64;
+            let is_process = gpa - offset == table(self.root.cr3) && offset < PAGE_SIZE as u64 / 2;
+            let mask = self.encryption | if is_process { NO_EXECUTE } else { 0 };
+            for (byte, mask) in entry.iter_mut().zip(mask.to_le_bytes()) {
+                *byte &= !mask;
+            }
+            Ok(())
+        })
     }
 
     /// Reads an entry from the tables that are kept.
@@ -199,6 +219,11 @@ impl<'m> Space<'m> {
         }
         Ok(())
     }
+}
+
+/// Address of the outermost table.
+fn table(cr3: u64) -> u64 {
+    cr3 & !(PAGE_SIZE as u64 - 1) & !(1 << 63)
 }
 
 impl std::fmt::Debug for Space<'_> {

@@ -10,7 +10,6 @@ use kvmmem_memory::PAGE_SIZE;
 
 use crate::bytes::{Bytes, text};
 use crate::kernel::{Kernel, KernelError, List};
-use crate::space::Space;
 
 /// The highest process id that Linux gives (`PID_MAX_LIMIT`).
 const MAX_PID: u32 = 4 << 20;
@@ -73,13 +72,22 @@ pub struct Task {
     pub is_torn: bool,
 }
 
-/// The command line of a process.
+/// The command line of a process, or its environment.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Args {
     /// Its words, as far as they could be read.
     pub words: Vec<String>,
     /// Whether more was not in memory, or is too long.
     pub is_cut: bool,
+}
+
+impl Args {
+    /// Of strings that end with a zero each.
+    pub(crate) fn new(bytes: &[u8], is_cut: bool) -> Self {
+        let words = bytes.strip_suffix(&[0]).unwrap_or(bytes);
+        let words = words.split(|byte| *byte == 0).map(|word| String::from_utf8_lossy(word).into_owned());
+        Self { words: if bytes.is_empty() { Vec::new() } else { words.collect() }, is_cut }
+    }
 }
 
 /// Which tasks are listed.
@@ -287,18 +295,16 @@ impl<'a> Tasks<'a> {
         let space = self.kernel.process_space(word(self.layout.pgd)?)?;
         let len = end.saturating_sub(start);
         let most = len.min(MAX_ARGS).min(self.args_left);
-        let mut bytes = read_some(&space, start, most);
+        let mut bytes = space.read_some(start, most);
         let is_cut = (bytes.len() as u64) < len;
         // A program may have written one string over all of its words, and over its environment as well.
         if !is_cut && bytes.last().is_some_and(|last| *last != 0) {
-            let more = read_some(&space, end, env_end.saturating_sub(end).min(PAGE_SIZE as u64));
+            let more = space.read_some(end, env_end.saturating_sub(end).min(PAGE_SIZE as u64));
             bytes.extend_from_slice(&more);
             bytes.truncate(bytes.iter().position(|byte| *byte == 0).unwrap_or(bytes.len()));
             bytes.push(0);
         }
-        let words = bytes.strip_suffix(&[0]).unwrap_or(&bytes);
-        let words = words.split(|byte| *byte == 0).map(|word| String::from_utf8_lossy(word).into_owned());
-        Ok(Args { words: if bytes.is_empty() { Vec::new() } else { words.collect() }, is_cut })
+        Ok(Args::new(&bytes, is_cut))
     }
 }
 
@@ -383,23 +389,6 @@ impl Kthread {
 
 fn malformed(gva: u64) -> KernelError {
     KernelError::Malformed { what: "the task".to_owned(), gva }
-}
-
-/// The bytes from `gva` on, at most `most`, up to a page that is not in memory.
-fn read_some(space: &Space<'_>, gva: u64, most: u64) -> Vec<u8> {
-    let mut bytes = Vec::new();
-    while (bytes.len() as u64) < most {
-        let done = bytes.len();
-        let at = gva.wrapping_add(done as u64);
-        let in_page = PAGE_SIZE as u64 - at % PAGE_SIZE as u64;
-        let step = usize::try_from(in_page.min(most - done as u64)).unwrap_or(1);
-        bytes.resize(done + step, 0);
-        if space.read(at, bytes.get_mut(done..).unwrap_or_default()).is_err() {
-            bytes.truncate(done);
-            break;
-        }
-    }
-    bytes
 }
 
 /// The letter of a state (task_state_index() of the kernel).

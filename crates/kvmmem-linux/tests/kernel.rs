@@ -90,7 +90,7 @@ fn members_are_found_by_their_paths() {
         ("task_struct", "", "has no member"),
         ("task_struct", "pid.x", "has no member pid.x"),
         ("task_struct", "flags.odd.x", "has no member"),
-        ("mm_struct", "pgd", "this kernel has no type mm_struct"),
+        ("net_device", "name", "this kernel has no type net_device"),
     ] {
         let error = place(structure, path).unwrap_err().to_string();
         assert!(error.contains(text), "{error}");

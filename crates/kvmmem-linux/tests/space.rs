@@ -100,3 +100,19 @@ fn more_tables_than_are_kept_are_read_all_the_same() {
     }
     assert_eq!(Place::FIRST.gpa + PAGE_TABLES, 0x50_0000);
 }
+
+/// Page table isolation, as Linux sets it up: the kernel's own table forbids to execute what is the process's.
+#[test]
+fn the_kernels_table_does_not_say_that_a_process_cannot_execute() {
+    const NO_EXECUTE: u64 = 1 << 63;
+    let guest = guest(0);
+    guest.put_word(PTE, 0x20_0000 | 7);
+    guest.put_word(PTE + 8, 0x20_1000 | 7 | NO_EXECUTE);
+    // The first half of the outermost table is the process's, the second the kernel's.
+    guest.put_word(TABLES, (TABLES + 0x1000) | 7 | NO_EXECUTE);
+    guest.put_word(TABLES + 256 * 8, (TABLES + 0x1000) | 7 | NO_EXECUTE);
+    let space = space(&guest, 0);
+    let is_executable = |gva| space.translate(gva).unwrap().permissions.is_executable;
+    assert_eq!([0, 0x1000, 0xffff_8000_0000_0000].map(is_executable), [true, false, false]);
+    assert!(space.walk(0).end.unwrap().permissions.is_executable);
+}

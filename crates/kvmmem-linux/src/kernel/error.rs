@@ -56,6 +56,24 @@ pub enum KernelError {
         /// Where it is.
         gva: u64,
     },
+    /// What the guest names is more than is read.
+    #[error("the guest names more than {what}: its structures are damaged")]
+    TooMuch {
+        /// How much.
+        what: &'static str,
+    },
+    /// There is no such process.
+    #[error("the guest has no process {pid}")]
+    NoProcess {
+        /// Its id.
+        pid: u32,
+    },
+    /// A process without memory of its own.
+    #[error("process {pid} has no memory: it is a thread of the kernel, or has ended")]
+    NoMemory {
+        /// Its id.
+        pid: u32,
+    },
     /// A list does not come back to its head.
     #[error("the list at gva {head:#x} is damaged: a node of it points to {next:#x}")]
     Broken {

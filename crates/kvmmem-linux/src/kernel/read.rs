@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Reads from the kernel's address space: bytes, numbers, texts.
 
+use kvmmem_memory::PAGE_SIZE;
+
 use super::{Kernel, KernelError};
 use crate::space::Space;
 
@@ -88,5 +90,22 @@ impl Space<'_> {
             }
         }
         Ok(text)
+    }
+
+    /// The bytes from `gva` on, at most `most`, up to the first page that is not in memory.
+    pub fn read_some(&self, gva: u64, most: u64) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        while (bytes.len() as u64) < most {
+            let done = bytes.len();
+            let Some(at) = gva.checked_add(done as u64) else { break };
+            let in_page = PAGE_SIZE as u64 - at % PAGE_SIZE as u64;
+            let step = usize::try_from(in_page.min(most - done as u64)).unwrap_or(1);
+            bytes.resize(done + step, 0);
+            if self.read(at, bytes.get_mut(done..).unwrap_or_default()).is_err() {
+                bytes.truncate(done);
+                break;
+            }
+        }
+        bytes
     }
 }

@@ -2,6 +2,7 @@
 //! A guest's RAM in which a builder wrote a kernel, or several: page tables, note, kallsyms, BTF and a few tasks.
 #![allow(dead_code, reason = "each test uses its part")]
 
+pub(crate) mod areas;
 pub(crate) mod btf;
 pub(crate) mod kallsyms;
 

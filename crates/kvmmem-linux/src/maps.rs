@@ -1,0 +1,225 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! Memory maps of processes, as /proc/PID/maps shows them (`show_map_vma()` of the kernel).
+//!
+//! A process's areas (`struct vm_area_struct`) form a list, `mm_struct.mmap`, before Linux 6.1, and a maple tree,
+//! `mm_struct.mm_mt`, from then on. In both they ascend: one that does not is an error, so that a loop ends a walk.
+
+mod area;
+mod tree;
+
+use std::cell::Cell;
+
+use crate::kernel::{Kernel, KernelError};
+use crate::paths::FilePath;
+use crate::tasks::Task;
+use area::Areas;
+use tree::{Entry, Tree};
+
+/// The most areas of a process. Linux allows 65,530 unless `vm.max_map_count` says otherwise.
+const MAX_AREAS: usize = 1 << 20;
+
+/// The most bytes of paths of all processes together: areas may share a file, so that a few megabytes of the guest's could
+/// name any number of long paths.
+const MAX_ALL_PATHS: usize = 64 << 20;
+
+/// Walks of a map that changes.
+const TRIES: u32 = 3;
+
+/// Bits of `vm_area_struct.vm_flags`.
+const VM_READ: u64 = 1;
+const VM_WRITE: u64 = 2;
+const VM_EXEC: u64 = 4;
+const VM_MAYSHARE: u64 = 0x80;
+
+/// Neighbouring addresses of a process that have the same backing and the same permissions.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Mapping {
+    /// First address.
+    pub start: u64,
+    /// The address after the last.
+    pub end: u64,
+    /// `vm_area_struct.vm_flags`.
+    pub flags: u64,
+    /// Where `start` lies in the file; 0 where there is no file.
+    pub offset: u64,
+    /// The file that is mapped.
+    pub file: Option<MappedFile>,
+    /// What the kernel calls memory that is no file's: `[heap]`, `[stack]`, `[vdso]`, `[anon:NAME]` and the like. Control
+    /// characters may be there.
+    pub label: Option<String>,
+}
+
+/// The file of a mapping.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct MappedFile {
+    /// Device of the file's file system.
+    pub major: u32,
+    /// The same.
+    pub minor: u32,
+    /// Inode number.
+    pub inode: u64,
+    /// Its path.
+    pub path: FilePath,
+}
+
+/// The mappings of a process, by ascending address.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct MemoryMap {
+    /// The mappings.
+    pub mappings: Vec<Mapping>,
+    /// Whether they changed whenever they were read, so that some may be missing or may not belong together.
+    pub is_torn: bool,
+}
+
+impl Mapping {
+    /// Whether loads are allowed.
+    pub fn is_readable(&self) -> bool {
+        self.flags & VM_READ != 0
+    }
+
+    /// Whether stores are allowed.
+    pub fn is_writable(&self) -> bool {
+        self.flags & VM_WRITE != 0
+    }
+
+    /// Whether instructions may be fetched.
+    pub fn is_executable(&self) -> bool {
+        self.flags & VM_EXEC != 0
+    }
+
+    /// Whether stores reach the file, or other processes.
+    pub fn is_shared(&self) -> bool {
+        self.flags & VM_MAYSHARE != 0
+    }
+
+    /// As /proc shows them: `rw-p`.
+    pub fn permissions(&self) -> String {
+        let flag = |is_set, letter| if is_set { letter } else { '-' };
+        let shared = if self.is_shared() { 's' } else { 'p' };
+        let all = [(self.is_readable(), 'r'), (self.is_writable(), 'w'), (self.is_executable(), 'x')];
+        all.into_iter().map(|(is_set, letter)| flag(is_set, letter)).chain([shared]).collect()
+    }
+}
+
+impl MemoryMap {
+    /// The mapping that `gva` lies in.
+    pub fn find(&self, gva: u64) -> Option<&Mapping> {
+        let after = self.mappings.partition_point(|mapping| mapping.end <= gva);
+        self.mappings.get(after).filter(|mapping| mapping.start <= gva)
+    }
+}
+
+/// Where everything is, for the maps of all processes.
+#[derive(Debug)]
+pub struct Maps<'a> {
+    kernel: &'a Kernel<'a>,
+    areas: Areas<'a>,
+    mm: u64,
+    place: Place,
+    map_count: u64,
+    paths_left: Cell<usize>,
+}
+
+/// Where a process has its areas.
+#[derive(Debug)]
+enum Place {
+    /// In a list: offsets of `mm_struct.mmap` and `vm_area_struct.vm_next`.
+    List { mmap: u64, next: u64 },
+    /// In a maple tree: offset of `mm_struct.mm_mt.ma_root`.
+    Tree { root: u64, tree: Tree },
+}
+
+impl<'a> Maps<'a> {
+    /// Looks up where a kernel keeps maps.
+    ///
+    /// # Errors
+    /// [`KernelError`]: its types lack something.
+    pub fn new(kernel: &'a Kernel<'a>) -> Result<Self, KernelError> {
+        let mm = |member| kernel.offset("mm_struct", member);
+        let place = match mm("mm_mt.ma_root") {
+            Ok(root) => Place::Tree { root, tree: Tree::new(kernel)? },
+            Err(_) => Place::List { mmap: mm("mmap")?, next: kernel.offset("vm_area_struct", "vm_next")? },
+        };
+        Ok(Self {
+            kernel,
+            areas: Areas::new(kernel)?,
+            mm: kernel.offset("task_struct", "mm")?,
+            place,
+            map_count: mm("map_count")?,
+            paths_left: Cell::new(MAX_ALL_PATHS),
+        })
+    }
+
+    /// The map of a process; empty for one that has ended, and for the kernel's own.
+    ///
+    /// # Errors
+    /// [`KernelError`]; [`KernelError::TooMuch`] where the paths of all processes so far are more than 64 MiB.
+    pub fn of(&self, task: &Task) -> Result<MemoryMap, KernelError> {
+        let mut result = self.read(task);
+        for _ in 1..TRIES {
+            match &result {
+                Ok(map) if !map.is_torn => break,
+                Err(error) if error.is_final() => break,
+                _ => result = self.read(task),
+            }
+        }
+        result
+    }
+
+    fn read(&self, task: &Task) -> Result<MemoryMap, KernelError> {
+        let mm = self.kernel.read_u64(task.gva.wrapping_add(self.mm))?;
+        if mm == 0 || task.is_kernel {
+            return Ok(MemoryMap::default());
+        }
+        let count = self.kernel.read_u32(mm.wrapping_add(self.map_count))?;
+        let names = self.areas.names(mm)?;
+        let mut mappings: Vec<Mapping> = Vec::new();
+        let mut bytes = 0;
+        for (gva, place) in self.places(mm)? {
+            let mapping = self.areas.read(gva, mm, &names)?;
+            let lowest = mappings.last().map_or(0, |last| last.end);
+            if mapping.start < lowest || place != (mapping.start, mapping.end - 1) {
+                return Err(KernelError::Malformed { what: "the memory area".to_owned(), gva });
+            }
+            bytes += mapping.file.as_ref().map_or(0, |file| file.path.text.len())
+                + mapping.label.as_ref().map_or(0, String::len);
+            if bytes > self.paths_left.get() {
+                return Err(KernelError::TooMuch { what: "64 MiB of mapped files' paths" });
+            }
+            mappings.push(mapping);
+        }
+        self.paths_left.set(self.paths_left.get() - bytes);
+        let is_torn = u32::try_from(mappings.len()).ok() != Some(count)
+            || self.kernel.read_u32(mm.wrapping_add(self.map_count))? != count
+            || self.kernel.read_u64(task.gva.wrapping_add(self.mm))? != mm;
+        // What belongs to no process, and is there in each: the highest addresses.
+        mappings.extend(self.areas.gate()?);
+        Ok(MemoryMap { mappings, is_torn })
+    }
+
+    /// A process's areas, each with its first and last address as the list or tree has it.
+    fn places(&self, mm: u64) -> Result<Vec<Entry>, KernelError> {
+        match &self.place {
+            Place::Tree { root, tree } => {
+                tree.entries(self.kernel, self.kernel.read_u64(mm.wrapping_add(*root))?)
+            }
+            Place::List { mmap, next } => self.list(mm, *mmap, *next),
+        }
+    }
+
+    /// The list's areas. What does not ascend ends it here already: the list of a guest that lies has no end.
+    fn list(&self, mm: u64, mmap: u64, next: u64) -> Result<Vec<Entry>, KernelError> {
+        let mut places = Vec::new();
+        let mut gva = self.kernel.read_u64(mm.wrapping_add(mmap))?;
+        let mut lowest = 0;
+        while gva != 0 {
+            let (start, end) = self.areas.range(gva)?;
+            if start < lowest || places.len() >= MAX_AREAS {
+                return Err(KernelError::Malformed { what: "the list of memory areas".to_owned(), gva });
+            }
+            places.push((gva, (start, end - 1)));
+            (lowest, gva) = (end, self.kernel.read_u64(gva.wrapping_add(next))?);
+        }
+        Ok(places)
+    }
+}
