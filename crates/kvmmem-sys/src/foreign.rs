@@ -11,7 +11,7 @@ use std::sync::OnceLock;
 
 use rustix::fs::{MemfdFlags, SealFlags};
 use rustix::io::Errno;
-use rustix::mm::{MapFlags, ProtFlags};
+use rustix::mm::{Advice, MapFlags, ProtFlags};
 
 use crate::guarded;
 pub use crate::guarded::Word;
@@ -269,6 +269,20 @@ impl Foreign {
         }
     }
 
+    /// Makes the system map what `len` bytes from `offset` on hold, both multiples of the page size, so that the accesses that
+    /// follow fault less. Pages that the file does not have yet are allocated, as by reading.
+    ///
+    /// # Errors
+    /// The system's; `EINVAL` for what leaves this one. Nothing depends on its success.
+    pub fn populate(&self, offset: u64, len: u64) -> Result<(), Errno> {
+        let (at, len) = (usize::try_from(offset), usize::try_from(len));
+        let (Ok(at), Ok(len)) = (at, len) else { return Err(Errno::INVAL) };
+        at.checked_add(len).filter(|end| *end <= self.len).ok_or(Errno::INVAL)?;
+        // SAFETY: the range lies within this object's own mapping. This advice fills in page tables as reads would; it changes
+        // neither what is mapped nor what that holds.
+        unsafe { rustix::mm::madvise(self.pointer(at).cast(), len, Advice::LinuxPopulateRead) }
+    }
+
     /// Begins to load what is at `offset` into the processor's cache.
     #[inline]
     pub fn prefetch(&self, offset: u64) {
@@ -370,6 +384,8 @@ fn nothing() -> Result<BorrowedFd<'static>, Errno> {
         Err(errno) => Err(*errno),
     }
 }
+
+mod find;
 
 #[cfg(test)]
 mod tests;

@@ -18,7 +18,7 @@ use std::arch::{global_asm, is_x86_feature_detected};
 pub(crate) use signal::prepare;
 
 /// Bytes that one turn of the block routines moves.
-const BLOCK: usize = 64;
+pub(crate) const BLOCK: usize = 64;
 
 /// From this length on, string instructions are faster than the block routines, where the processor has them fast.
 const STRING_MIN: usize = 512;
@@ -28,6 +28,7 @@ global_asm!(include_str!("guarded/copies.s"), options(raw));
 type Copy = unsafe extern "sysv64" fn(*mut u8, *const u8, usize) -> usize;
 type Load = unsafe extern "sysv64" fn(*const u8) -> Loaded;
 type Store = unsafe extern "sysv64" fn(*mut u8, u64) -> usize;
+type Find = unsafe extern "sysv64" fn(*const Vectors, *const u8, usize, usize) -> Loaded;
 
 /// A result in rax and rdx.
 #[doc(hidden)]
@@ -46,6 +47,11 @@ unsafe extern "sysv64" {
     fn kvmmem_guarded_load_2(from: *const u8) -> Loaded;
     fn kvmmem_guarded_load_4(from: *const u8) -> Loaded;
     fn kvmmem_guarded_load_8(from: *const u8) -> Loaded;
+    fn kvmmem_guarded_find_avx2(pair: *const Vectors, from: *const u8, len: usize, distance: usize)
+    -> Loaded;
+    fn kvmmem_guarded_find_sse2(pair: *const Vectors, from: *const u8, len: usize, distance: usize)
+    -> Loaded;
+    fn kvmmem_guarded_sweep_avx2(from: *const u8, len: usize) -> Loaded;
     fn kvmmem_guarded_stores();
     fn kvmmem_guarded_store_blocks(to: *mut u8, from: *const u8, len: usize) -> usize;
     fn kvmmem_guarded_store_bytes(to: *mut u8, from: *const u8, len: usize) -> usize;
@@ -90,6 +96,58 @@ unsafe fn copy(blocks: Copy, bytes: Copy, to: *mut u8, from: *const u8, len: usi
     // What follows a block that stopped is copied byte by byte, up to the very byte that is missing.
     // SAFETY: by this function's contract for the stretch from `from`: `done` is at most `len`, so the rest is a part of it.
     unsafe { bytes(to.wrapping_add(done), from.wrapping_add(done), len - done) }
+}
+
+/// What the find routines compare with: a byte and the mask under which it counts, and the same for the second byte, each
+/// repeated for a vector.
+#[derive(Clone, Copy, Debug)]
+#[repr(C, align(32))]
+pub(crate) struct Vectors {
+    pub(crate) first: [u8; 32],
+    pub(crate) first_mask: [u8; 32],
+    pub(crate) second: [u8; 32],
+    pub(crate) second_mask: [u8; 32],
+}
+
+/// Looks at `places`, a multiple of [`BLOCK`], in blocks, up to the first block in which one matches: at which the first byte
+/// is found, and the second one `distance` behind it. Returns how many places were left then, those of this block among
+/// them, and which of the block's match. Where none is left, none matches; where some are left and none matches, the memory at
+/// the first of these blocks has vanished.
+///
+/// # Safety
+/// As [`load`], for `places + distance` bytes from `from` on.
+pub(crate) unsafe fn find(pair: &Vectors, from: *const u8, places: usize, distance: usize) -> (usize, u64) {
+    let find: Find =
+        if is_x86_feature_detected!("avx2") { kvmmem_guarded_find_avx2 } else { kvmmem_guarded_find_sse2 };
+    // SAFETY: both routines load the 128 bytes of `pair` and, block by block, 64 bytes at the block and `distance` behind it,
+    // all within what the caller has said may be loaded. They write nothing, and the first one needs AVX2, which there is.
+    let Loaded { left, word } = unsafe { find(pair, from, places + distance, distance) };
+    (left - distance, word)
+}
+
+/// What each of the routines that the processor can run returns for [`find`].
+#[cfg(test)]
+pub(crate) fn find_both(pair: &Vectors, memory: &[u8], distance: usize) -> Vec<(usize, u64)> {
+    let mut routines: Vec<Find> = vec![kvmmem_guarded_find_sse2];
+    if is_x86_feature_detected!("avx2") {
+        routines.push(kvmmem_guarded_find_avx2);
+    }
+    let run = |find: &Find| {
+        // SAFETY: as in `find`, the memory being this program's own.
+        let Loaded { left, word } = unsafe { find(pair, memory.as_ptr(), memory.len(), distance) };
+        (left - distance, word)
+    };
+    routines.iter().map(run).collect()
+}
+
+/// Loads `len` bytes, a multiple of 128, and forgets them; returns how many at the end were not loaded because they have
+/// vanished, `None` on a processor without AVX2.
+///
+/// # Safety
+/// As [`load`].
+pub(crate) unsafe fn sweep(from: *const u8, len: usize) -> Option<usize> {
+    // SAFETY: the routine loads from `from` on, up to `len`, and does nothing else; the processor has AVX2.
+    is_x86_feature_detected!("avx2").then(|| unsafe { kvmmem_guarded_sweep_avx2(from, len) }.left)
 }
 
 mod sealed {

@@ -17,6 +17,7 @@ pub mod memslot;
 pub mod page;
 pub mod pio;
 pub mod ram;
+pub mod search;
 pub mod socket;
 pub mod trap;
 pub mod view;

@@ -65,6 +65,10 @@ mod explain;
 mod inbox;
 pub mod listener;
 mod operation;
+/// Looking for patterns in a mapping, in place: [`Mapping::find`].
+pub mod search {
+    pub use kvmmem_sys::search::{Candidates, Masked, PLACES, Pair};
+}
 pub mod session;
 mod stream;
 pub mod view;

@@ -41,6 +41,100 @@
     jmp kvmmem_guarded_end
 .endm
 
+# The first block of 64 places from rsi on where one has the byte of xmm0 under the mask xmm1, and the byte of xmm2 under the
+# mask xmm3 rcx bytes behind it: which ones, into rdx, and 0 where there is none. rdx is the number of places, a multiple of
+# 64, and rcx. rdi points to the four vectors, of 32 bytes each.
+.macro find_begin move, v0, v1, v2, v3
+    mov r8, rcx
+    mov rcx, rdx
+    xor edx, edx
+    \move \v0, [rdi]
+    \move \v1, [rdi + 32]
+    \move \v2, [rdi + 64]
+    \move \v3, [rdi + 96]
+.endm
+
+.macro find_avx2
+    find_begin vmovdqu, ymm0, ymm1, ymm2, ymm3
+2:  cmp rcx, r8
+    jbe 4f
+    vpand ymm4, ymm1, [rsi]
+    vpand ymm5, ymm1, [rsi + 32]
+    vpand ymm6, ymm3, [rsi + r8]
+    vpand ymm7, ymm3, [rsi + r8 + 32]
+    vpcmpeqb ymm4, ymm4, ymm0
+    vpcmpeqb ymm5, ymm5, ymm0
+    vpcmpeqb ymm6, ymm6, ymm2
+    vpcmpeqb ymm7, ymm7, ymm2
+    vpand ymm4, ymm4, ymm6
+    vpand ymm5, ymm5, ymm7
+    vpor ymm6, ymm4, ymm5
+    vptest ymm6, ymm6
+    jnz 3f
+    add rsi, 64
+    sub rcx, 64
+    jmp 2b
+3:  vpmovmskb eax, ymm4
+    vpmovmskb edx, ymm5
+    shl rdx, 32
+    or rdx, rax
+4:  vzeroupper
+    jmp kvmmem_guarded_end
+.endm
+
+# Which of 16 places at rsi + \at, as the low bits of eax.
+.macro find_16 at
+    movdqu xmm4, [rsi + \at]
+    movdqu xmm5, [rsi + r8 + \at]
+    pand xmm4, xmm1
+    pand xmm5, xmm3
+    pcmpeqb xmm4, xmm0
+    pcmpeqb xmm5, xmm2
+    pand xmm4, xmm5
+    pmovmskb eax, xmm4
+.endm
+
+.macro find_sse2
+    find_begin movdqu, xmm0, xmm1, xmm2, xmm3
+2:  cmp rcx, r8
+    jbe kvmmem_guarded_end
+    find_16 48
+    mov r9d, eax
+    find_16 32
+    shl r9, 16
+    or r9, rax
+    find_16 16
+    shl r9, 16
+    or r9, rax
+    find_16 0
+    shl r9, 16
+    or r9, rax
+    jnz 3f
+    add rsi, 64
+    sub rcx, 64
+    jmp 2b
+3:  mov rdx, r9
+    jmp kvmmem_guarded_end
+.endm
+
+# Loads rsi bytes from rdi on, a multiple of 128.
+.macro sweep_avx2
+    mov rcx, rsi
+    mov rsi, rdi
+    xor edx, edx
+2:  test rcx, rcx
+    jz 4f
+    vpor ymm0, ymm0, [rsi]
+    vpor ymm1, ymm1, [rsi + 32]
+    vpor ymm2, ymm2, [rsi + 64]
+    vpor ymm3, ymm3, [rsi + 96]
+    add rsi, 128
+    sub rcx, 128
+    jmp 2b
+4:  vzeroupper
+    jmp kvmmem_guarded_end
+.endm
+
 # A word at rdi, into rdx.
 .macro load_word size, instruction:vararg
     mov rsi, rdi
@@ -73,6 +167,12 @@ routine kvmmem_guarded_load_4
     load_word 4, mov edx, [rsi]
 routine kvmmem_guarded_load_8
     load_word 8, mov rdx, [rsi]
+routine kvmmem_guarded_find_avx2
+    find_avx2
+routine kvmmem_guarded_find_sse2
+    find_sse2
+routine kvmmem_guarded_sweep_avx2
+    sweep_avx2
 
 routine kvmmem_guarded_stores
 routine kvmmem_guarded_store_blocks
@@ -97,5 +197,10 @@ routine kvmmem_guarded_end
 .purgem routine
 .purgem copy_blocks
 .purgem copy_bytes
+.purgem find_begin
+.purgem find_avx2
+.purgem find_16
+.purgem find_sse2
+.purgem sweep_avx2
 .purgem load_word
 .purgem store_word

@@ -4,6 +4,7 @@
 use std::sync::Arc;
 
 use kvmmem_sys::foreign::{Foreign, ForeignError};
+use kvmmem_sys::search::{Candidates, Pair};
 use rustix::io::Errno;
 
 use super::door::Door;
@@ -98,6 +99,31 @@ impl Mapping {
     /// [`MappingError`]; the bytes before a lost one have been copied.
     pub fn read(&self, offset: u64, buf: &mut [u8]) -> Result<(), MappingError> {
         self.memory.read(offset, buf).map_err(|error| self.error(error))
+    }
+
+    /// Looks in place for bytes of a pattern: the first block of [`PLACES`](crate::search::PLACES) from `offset` on, among
+    /// `places` of them, at which `pair` is found. Only a copy can tell whether the pattern is there, as the target may change
+    /// it at any moment. The pair's [distance](Pair::distance) behind the last place must lie in the mapping too.
+    ///
+    /// # Errors
+    /// [`MappingError`].
+    pub fn find(&self, pair: &Pair, offset: u64, places: u64) -> Result<Option<Candidates>, MappingError> {
+        self.memory.find(pair, offset, places).map_err(|error| self.error(error))
+    }
+
+    /// Loads every byte of `len` from `offset` on, a multiple of 128, and forgets it: what searches are measured against.
+    /// `None` on a processor without AVX2.
+    ///
+    /// # Errors
+    /// [`MappingError`].
+    pub fn sweep(&self, offset: u64, len: usize) -> Result<Option<()>, MappingError> {
+        self.memory.sweep(offset, len).map_err(|error| self.error(error))
+    }
+
+    /// Maps the pages of `len` bytes from `offset` on, both multiples of the page size, all at once, so that accesses that
+    /// follow fault less. Pages that the target never used are allocated, as by reading. Nothing depends on its success.
+    pub fn populate(&self, offset: u64, len: u64) {
+        let _ = self.memory.populate(offset, len);
     }
 
     /// Copies `bytes` to `offset` on; the target sees them at once.
