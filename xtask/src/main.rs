@@ -145,6 +145,8 @@ enum Bench {
     Qemu,
     /// The broker with 1,000 targets and 10,000 grants; needs no VM
     Broker,
+    /// Searches of a target's memory; needs no VM
+    Scan,
 }
 
 fn main() -> ExitCode {
@@ -186,6 +188,10 @@ fn run(verb: Verb) -> Result<i32> {
         Verb::Bench { what: Bench::Qemu, json } => on_host(Wanted::All, &verbs::bench("qemu", json)),
         Verb::Bench { what: Bench::Broker, json } => {
             print!("{}", verbs::bench_here("kvmmem-broker", "crowd", json)?);
+            Ok(0)
+        }
+        Verb::Bench { what: Bench::Scan, json } => {
+            print!("{}", verbs::bench_here("kvmmem-cli", "scan", json)?);
             Ok(0)
         }
         Verb::Plot { file } => plot::run(&file).map(|()| 0),

@@ -127,7 +127,7 @@ pub(crate) fn hex(bytes: &[u8]) -> String {
 
 /// A 64-bit value that JSON shows as a string, `"0xffff888000001000"`: programs that read JSON's numbers as doubles
 /// would round it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Hex(pub(crate) u64);
 
 impl Serialize for Hex {

@@ -3,32 +3,38 @@
 
 mod pattern;
 mod places;
+mod report;
 #[cfg(feature = "yara")]
 mod rules;
 mod search;
+mod source;
 
-#[cfg(feature = "yara")]
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result};
 use clap::Args;
+#[cfg(feature = "yara")]
 use clap::builder::styling::Style;
-use kvmmem::view::{Access, Mapping, Range, State, View, ViewError};
-use serde::Serialize;
+use indicatif::ProgressBar;
 
+#[cfg(feature = "yara")]
 use crate::failure::escape;
+use crate::failure::usage;
+#[cfg(feature = "yara")]
 use crate::hexdump;
-use crate::number::{Hex, hex};
+use crate::input::{Input, data_within, reached};
+use crate::number::parse;
 use crate::output::Output;
 use crate::progress;
 use crate::range::{GpaRange, in_order, parse_range, select, total};
-use crate::source::{Source, data_within, ranges};
-use pattern::Pattern;
-use places::Places;
+use pattern::{Form, Pattern};
+pub(crate) use places::{Piece, Places};
+use report::Report;
 #[cfg(feature = "yara")]
 use rules::{Matched, Rules};
-use search::{Match, Search};
+use search::{Around, MAX_AROUND, Search};
+use source::{Copied, Mapped};
 
 /// Exit code of a scan that found nothing, as grep's.
 const NOTHING: u8 = 1;
@@ -37,28 +43,47 @@ const NOTHING: u8 = 1;
 pub(crate) const FAILED: u8 = 2;
 
 /// What makes a pattern unnecessary.
-const REQUIRED: &[&str] =
-    if cfg!(feature = "yara") { &["text", "utf16", "yara"] } else { &["text", "utf16"] };
+const REQUIRED: &[&str] = if cfg!(feature = "yara") {
+    &["text", "utf16", "regex", "list", "yara"]
+} else {
+    &["text", "utf16", "regex", "list"]
+};
 
 #[derive(Args)]
 #[command(after_help = AFTER_HELP)]
 pub(crate) struct Arguments {
-    /// Bytes as pairs of hexadecimal digits, ?? for any byte, for example 4889e5??c3
-    #[arg(value_name = "PATTERN", value_parser = Pattern::from_hex, required_unless_present_any = REQUIRED)]
-    patterns: Vec<Pattern>,
+    /// Bytes as pairs of hexadecimal digits, ? for any digit, for example 4889e5??c3 or 4?8b
+    #[arg(value_name = "PATTERN", required_unless_present_any = REQUIRED)]
+    patterns: Vec<String>,
     /// Text in UTF-8; may be given again
-    #[arg(long, value_name = "TEXT", value_parser = Pattern::from_text)]
-    text: Vec<Pattern>,
+    #[arg(long, value_name = "TEXT")]
+    text: Vec<String>,
     /// Text in UTF-16, little-endian; may be given again
-    #[arg(long, value_name = "TEXT", value_parser = Pattern::from_utf16)]
-    utf16: Vec<Pattern>,
+    #[arg(long, value_name = "TEXT")]
+    utf16: Vec<String>,
+    /// Regular expression over bytes, in the syntax of Rust's regex crate without Unicode, for example '[a-z]+@example\.com';
+    /// \x00 is a byte. A match has at most 4096 bytes, and the next one begins behind it; may be given again
+    #[arg(long, value_name = "REGEX")]
+    regex: Vec<String>,
+    /// File of patterns: NAME hex|text|utf16|regex PATTERN a line, # before a comment; may be given again
+    #[arg(id = "list", long = "patterns", value_name = "FILE")]
+    lists: Vec<PathBuf>,
+    /// Take text and regular expressions in any case
+    #[arg(long, short)]
+    ignore_case: bool,
     /// File of YARA rules; may be given again. All the memory is one object, and guest-physical addresses are its offsets
     #[cfg(feature = "yara")]
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["patterns", "text", "utf16", "threads"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["patterns", "text", "utf16", "regex", "list", "ignore_case", "before", "after"])]
     yara: Vec<PathBuf>,
     /// Look only at these guest-physical addresses, for example 1M..2M; END is behind the range; may be given again
     #[arg(long = "range", value_name = "START..END", value_parser = parse_range)]
     ranges: Vec<GpaRange>,
+    /// Show this many bytes before each match, at most 4096
+    #[arg(long, value_name = "BYTES", value_parser = parse_around, default_value = "0", hide_default_value = true)]
+    before: u64,
+    /// Show this many bytes after each match, at most 4096
+    #[arg(long, value_name = "BYTES", value_parser = parse_around, default_value = "0", hide_default_value = true)]
+    after: u64,
     /// End after this many matches; with --yara, keep this many of each string [default with --yara: 1000]
     #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u64).range(1..))]
     max: Option<u64>,
@@ -66,7 +91,7 @@ pub(crate) struct Arguments {
     #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
     #[command(flatten)]
-    source: Source,
+    input: Input,
 }
 
 const AFTER_HELP: &str = "\
@@ -79,108 +104,105 @@ Exit codes:
   1  nothing was found
   2  failed, standard error says why; or the command line is wrong";
 
-/// A match, as JSON.
-#[derive(Serialize)]
-struct Found<'a> {
-    gpa: Hex,
-    pattern: &'a str,
-    /// The bytes at its place.
-    hex: String,
+fn parse_around(text: &str) -> Result<u64, String> {
+    match parse(text)? {
+        bytes if bytes <= MAX_AROUND => Ok(bytes),
+        _ => Err(format!("at most {MAX_AROUND} bytes are shown around a match")),
+    }
+}
+
+/// What is looked for.
+enum Wanted {
+    Patterns(Vec<Pattern>),
+    #[cfg(feature = "yara")]
+    Rules(Rules),
 }
 
 impl Arguments {
     pub(crate) fn run(&self, output: &mut Output) -> Result<ExitCode> {
-        let wanted = in_order(&self.ranges)?;
+        let ranges = in_order(&self.ranges)?;
         // Before the token is used.
-        #[cfg(feature = "yara")]
-        let rules = if self.yara.is_empty() { None } else { Some(Rules::compile(&self.yara, self.max)?) };
-        let view = self.source.attach(Access::ReadOnly, "scan", &wanted)?;
-        let parts = select(&wanted, &ranges(&view)?)?;
-        let map = |part: &GpaRange| view.map(Range { gpa: part.start, len: part.end - part.start });
-        let mappings: Option<Vec<Mapping>> = match parts.iter().map(map).collect::<Result<_, _>>() {
-            Ok(mappings) => Some(mappings),
-            // Private RAM cannot be mapped, only copied.
-            Err(ViewError::Private { .. }) => None,
-            Err(error) => return Err(error.into()),
-        };
-        let data: Vec<GpaRange> =
-            parts.iter().flat_map(|part| data_within(&view, part)).collect::<Result<_>>()?;
-
-        let bar = progress::bytes(total(&data), output);
-        let read = |gpa: u64, buffer: &mut [u8]| match &mappings {
-            Some(mappings) => read(&view, mappings, gpa, buffer),
-            None => view.read_at(gpa, buffer).context("the scan ended early"),
-        };
+        let wanted = self.wanted()?;
+        let opened = self.input.open("scan", &ranges)?;
+        let memory = opened.memory();
+        let parts = select(&ranges, &reached(memory)?)?;
+        let mapped = opened.view().map(|view| Mapped::new(view, &parts)).transpose()?.flatten();
+        let data = data_within(memory, &parts)?;
         let runs = join(&parts);
         let places = Places { runs: &runs, data: &data };
+        let bar = progress::bytes(total(&data), output);
+        let found = match mapped {
+            Some(mapped) => self.search(&wanted, places, &mapped, &bar, output)?,
+            None => self.search(&wanted, places, &Copied(memory), &bar, output)?,
+        };
+        bar.finish_and_clear();
+        Ok(if found { ExitCode::SUCCESS } else { ExitCode::from(NOTHING) })
+    }
+
+    fn wanted(&self) -> Result<Wanted> {
         #[cfg(feature = "yara")]
-        if let Some(rules) = rules {
-            let matched = rules.run(places, read, |bytes| bar.inc(bytes))?;
-            bar.finish_and_clear();
-            matched.iter().try_for_each(|rule| tell_rule(rule, output))?;
-            return Ok(exit_code(!matched.is_empty()));
+        if !self.yara.is_empty() {
+            return Ok(Wanted::Rules(Rules::compile(&self.yara, self.max)?));
         }
-        let patterns = [&self.patterns[..], &self.text, &self.utf16].concat();
+        let forms = [
+            (Form::Hex, &self.patterns),
+            (Form::Text, &self.text),
+            (Form::Utf16, &self.utf16),
+            (Form::Regex, &self.regex),
+        ];
+        let mut patterns = Vec::new();
+        for (form, texts) in forms {
+            patterns.extend(Pattern::all(form, texts, self.ignore_case)?);
+        }
+        for list in &self.lists {
+            patterns.extend(Pattern::file(list, self.ignore_case)?);
+        }
+        if self.ignore_case && !self.patterns.is_empty() && patterns.len() == self.patterns.len() {
+            return Err(usage("bytes have no case: --ignore-case is for text and regular expressions"));
+        }
+        Ok(Wanted::Patterns(patterns))
+    }
+
+    /// Prints what is found; whether it is something.
+    fn search(
+        &self,
+        wanted: &Wanted,
+        places: Places<'_>,
+        source: &impl source::Source,
+        bar: &ProgressBar,
+        output: &mut Output,
+    ) -> Result<bool> {
         let threads = match self.threads {
             Some(threads) => threads.into(),
             None => std::thread::available_parallelism().context("cannot count the CPUs")?.get(),
         };
+        let patterns = match wanted {
+            Wanted::Patterns(patterns) => patterns,
+            #[cfg(feature = "yara")]
+            Wanted::Rules(rules) => {
+                let read = |gpa: u64, buffer: &mut [u8]| source.read(gpa, buffer);
+                let matched = rules.run(places, threads, read, |bytes| bar.inc(bytes))?;
+                matched.iter().try_for_each(|rule| bar.suspend(|| print_rule(rule, output)))?;
+                return Ok(!matched.is_empty());
+            }
+        };
+        let around = Around { before: self.before, after: self.after };
         let max = self.max.map_or(usize::MAX, |max| usize::try_from(max).unwrap_or(usize::MAX));
-        let search = Search { patterns: &patterns, places, max, threads };
-        let count = search.run(read, |matches, bytes| {
+        let report = Report { patterns, around };
+        let search = Search { patterns, places, around, max, threads };
+        let count = search.run(source, |matches, bytes| {
             if !matches.is_empty() {
-                bar.suspend(|| matches.iter().try_for_each(|found| tell(found, &patterns, output)))?;
+                bar.suspend(|| matches.iter().try_for_each(|found| report.print(found, output)))?;
             }
             bar.inc(bytes);
             Ok(())
         })?;
-        bar.finish_and_clear();
-        Ok(exit_code(count > 0))
+        Ok(count > 0)
     }
-}
-
-fn exit_code(found: bool) -> ExitCode {
-    if found { ExitCode::SUCCESS } else { ExitCode::from(NOTHING) }
-}
-
-/// Reads memory that lies in one of the mappings, which ascend.
-fn read(view: &View, mappings: &[Mapping], gpa: u64, buffer: &mut [u8]) -> Result<()> {
-    let after = mappings.partition_point(|mapping| mapping.gpa() <= gpa);
-    let mapping = after.checked_sub(1).and_then(|at| mappings.get(at)).context("memory is not mapped")?;
-    mapping.read(gpa - mapping.gpa(), buffer).map_err(|error| {
-        let error = anyhow::Error::new(error);
-        match view.status().map(|status| status.state) {
-            Ok(State::Revoked) => {
-                error.context("the scan ended early: the grant was taken back; get a new token")
-            }
-            Ok(State::Gone) => {
-                error.context("the scan ended early: the target, or the host's service, is gone")
-            }
-            Ok(State::Open) => {
-                error.context("the scan ended early: the target's memory was resized; scan again")
-            }
-            Err(_) => error,
-        }
-    })
-}
-
-fn tell(found: &Match, patterns: &[Pattern], output: &mut Output) -> Result<()> {
-    let pattern = patterns.get(found.pattern).ok_or_else(|| anyhow!("there is no such pattern"))?;
-    if output.is_json() {
-        output.object(&Found { gpa: Hex(found.gpa), pattern: pattern.name(), hex: hex(&found.context) })?;
-        return Ok(());
-    }
-    let bold = Style::new().bold();
-    let line = hexdump::line(found.gpa, &found.context, |at| (at < pattern.len()).then_some(bold));
-    match patterns {
-        [_] => output.line(line)?,
-        _ => output.line(format!("{line}  {}", escape(pattern.name())))?,
-    }
-    Ok(())
 }
 
 #[cfg(feature = "yara")]
-fn tell_rule(rule: &Matched, output: &mut Output) -> Result<()> {
+fn print_rule(rule: &Matched, output: &mut Output) -> Result<()> {
     if output.is_json() {
         return Ok(output.object(rule)?);
     }
@@ -190,14 +212,14 @@ fn tell_rule(rule: &Matched, output: &mut Output) -> Result<()> {
     }
     for found in &rule.matches {
         let shown = found.bytes.get(..16).unwrap_or(&found.bytes);
-        let line = hexdump::line(found.gpa.0, shown, |_| None);
+        let line = hexdump::line(found.gpa.0, shown, |_| None::<Style>);
         output.line(format!("{line}  {name} {}", escape(&found.string)))?;
     }
     Ok(())
 }
 
 /// The ranges, adjacent ones as one.
-fn join(ranges: &[GpaRange]) -> Vec<GpaRange> {
+pub(crate) fn join(ranges: &[GpaRange]) -> Vec<GpaRange> {
     let mut joined: Vec<GpaRange> = Vec::new();
     for range in ranges {
         match joined.last_mut() {

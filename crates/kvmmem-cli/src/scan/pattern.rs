@@ -1,148 +1,164 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! What is searched for: bytes, some of which may be anything.
+//! What is searched for: bytes, some bits of which may be anything, or a regular expression.
 
-use memchr::memmem::Finder;
+mod bytes;
+mod list;
+mod regular;
 
-/// The longest pattern in bytes.
+use std::ops::Range;
+use std::path::Path;
+
+use anyhow::Result;
+use kvmmem::search::Pair;
+
+use crate::failure::usage;
+use bytes::Bytes;
+use regular::Regular;
+
+/// The longest pattern in bytes, and the longest match of a regular expression.
 pub(super) const MAX_LEN: usize = 4096;
+
+/// How a pattern is written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Form {
+    /// Hexadecimal digits; `?` is any digit.
+    Hex,
+    /// Text in UTF-8.
+    Text,
+    /// Text in UTF-16, little-endian.
+    Utf16,
+    /// A regular expression over bytes.
+    Regex,
+}
 
 /// A pattern, ready to be searched for.
 #[derive(Clone, Debug)]
 pub(super) struct Pattern {
-    /// As the user wrote it.
     name: String,
-    /// `None` matches any byte.
-    bytes: Vec<Option<u8>>,
-    /// Place of the longest part without wildcards, and the search for it.
-    anchor: usize,
-    finder: Finder<'static>,
+    kind: Kind,
+}
+
+#[derive(Clone, Debug)]
+enum Kind {
+    Bytes(Bytes),
+    Regular(Regular),
 }
 
 impl Pattern {
-    /// Reads pairs of hexadecimal digits, with `??` for any byte; blanks may stand between them.
-    pub(super) fn from_hex(text: &str) -> Result<Self, String> {
-        const FORM: &str = "write bytes as pairs of hexadecimal digits, ?? for any byte, for example 4889e5??c3; for text, give --text";
-        let digits: Vec<u8> = text.bytes().filter(|byte| *byte != b' ').collect();
-        let (pairs, rest) = digits.as_chunks::<2>();
-        if !rest.is_empty() {
-            return Err(FORM.into());
-        }
-        let digit = |character: u8| char::from(character).to_digit(16);
-        let byte = |pair: &[u8; 2]| match pair {
-            b"??" => Some(None),
-            [high, low] => Some(Some(u8::try_from(digit(*high)? << 4 | digit(*low)?).ok()?)),
-        };
-        let bytes: Option<Vec<Option<u8>>> = pairs.iter().map(byte).collect();
-        Self::new(text, bytes.ok_or(FORM)?)
-    }
-
-    /// The text's bytes in UTF-8.
-    pub(super) fn from_text(text: &str) -> Result<Self, String> {
-        Self::new(text, text.bytes().map(Some).collect())
-    }
-
-    /// The text in UTF-16, little-endian, as Windows holds it.
-    pub(super) fn from_utf16(text: &str) -> Result<Self, String> {
-        Self::new(text, text.encode_utf16().flat_map(u16::to_le_bytes).map(Some).collect())
-    }
-
-    fn new(name: &str, bytes: Vec<Option<u8>>) -> Result<Self, String> {
-        if bytes.len() > MAX_LEN {
-            return Err(format!("the pattern has {} bytes, at most {MAX_LEN} are taken", bytes.len()));
-        }
-        let mut anchor = (0, 0);
-        let mut start = 0;
-        for part in bytes.split(Option::is_none) {
-            if part.len() > anchor.1 {
-                anchor = (start, part.len());
+    /// Reads a pattern, whose name is as the user wrote it.
+    pub(super) fn new(form: Form, text: &str, ignores_case: bool) -> Result<Self, String> {
+        let is_folded = ignores_case && !text.is_ascii();
+        let kind = match form {
+            Form::Hex => Kind::Bytes(Bytes::from_hex(text)?),
+            // Letters whose cases differ in more than a bit.
+            Form::Text if is_folded => Kind::Regular(Regular::folded(text, char_utf8)?),
+            Form::Utf16 if is_folded => Kind::Regular(Regular::folded(text, char_utf16)?),
+            Form::Text => Kind::Bytes(Bytes::from_text(text.bytes(), ignores_case)?),
+            Form::Utf16 => {
+                let bytes = text.encode_utf16().flat_map(u16::to_le_bytes);
+                Kind::Bytes(Bytes::from_text(bytes, ignores_case)?)
             }
-            start += part.len() + 1;
-        }
-        let literal: Vec<u8> = bytes.iter().skip(anchor.0).take(anchor.1).copied().flatten().collect();
-        if literal.is_empty() {
-            return Err("the pattern is empty or matches anything: give at least one byte".into());
-        }
-        Ok(Self {
-            name: name.to_owned(),
-            bytes,
-            anchor: anchor.0,
-            finder: Finder::new(&literal).into_owned(),
-        })
+            Form::Regex => Kind::Regular(Regular::new(text, ignores_case)?),
+        };
+        Ok(Self { name: text.to_owned(), kind })
     }
 
-    /// The pattern as the user wrote it.
+    /// Reads the patterns of the command line.
+    pub(super) fn all(form: Form, texts: &[String], ignores_case: bool) -> Result<Vec<Self>> {
+        let read = |text: &String| {
+            Self::new(form, text, ignores_case)
+                .map_err(|error| usage(format!("invalid pattern {text:?}: {error}")))
+        };
+        texts.iter().map(read).collect()
+    }
+
+    /// Reads a file of patterns.
+    pub(super) fn file(path: &Path, ignores_case: bool) -> Result<Vec<Self>> {
+        list::read(path, ignores_case)
+    }
+
+    /// The pattern as the user wrote it, or its name in a file.
     pub(super) fn name(&self) -> &str {
         &self.name
     }
 
-    /// Length in bytes, at least 1.
+    /// Length of the longest match in bytes, at least 1.
     pub(super) fn len(&self) -> usize {
-        self.bytes.len()
+        match &self.kind {
+            Kind::Bytes(bytes) => bytes.len(),
+            Kind::Regular(_) => MAX_LEN,
+        }
     }
 
-    /// The places in `memory` where the pattern begins and fits, ascending; they may overlap.
-    pub(super) fn find<'a>(&'a self, memory: &'a [u8]) -> impl Iterator<Item = usize> + 'a {
-        // Of the bytes before the anchor, a match needs as many before the anchor's place.
-        let mut from = self.anchor;
-        std::iter::from_fn(move || {
-            loop {
-                let found = from + self.finder.find(memory.get(from..)?)?;
-                from = found + 1;
-                let start = found - self.anchor;
-                if memory.get(start..start + self.bytes.len()).is_some_and(|part| self.matches(part)) {
-                    return Some(start);
-                }
-            }
-        })
+    /// Bytes before the first place that must be looked at, so that places do not depend on where a search began.
+    pub(super) fn lookback(&self) -> usize {
+        match &self.kind {
+            Kind::Bytes(_) => 0,
+            Kind::Regular(_) => MAX_LEN,
+        }
     }
 
-    fn matches(&self, memory: &[u8]) -> bool {
-        self.bytes.iter().zip(memory).all(|(wanted, byte)| wanted.is_none_or(|wanted| wanted == *byte))
+    /// Two bytes by which places can be found without a copy, and the first one's place in the pattern.
+    pub(super) fn pair(&self) -> Option<(&Pair, usize)> {
+        match &self.kind {
+            Kind::Bytes(bytes) => Some(bytes.pair()),
+            Kind::Regular(_) => None,
+        }
     }
+
+    /// The matches that begin at one of the `starts` in `memory`, ascending, with their ends.
+    pub(super) fn find<'a>(
+        &'a self,
+        memory: &'a [u8],
+        starts: Range<usize>,
+    ) -> Box<dyn Iterator<Item = Range<usize>> + 'a> {
+        match &self.kind {
+            Kind::Bytes(bytes) => Box::new(bytes.find(memory, starts)),
+            Kind::Regular(regular) => Box::new(regular.find(memory, starts)),
+        }
+    }
+}
+
+fn char_utf8(letter: char) -> Vec<u8> {
+    letter.to_string().into_bytes()
+}
+
+fn char_utf16(letter: char) -> Vec<u8> {
+    letter.encode_utf16(&mut [0; 2]).iter().flat_map(|unit| unit.to_le_bytes()).collect()
 }
 
 #[cfg(test)]
 mod tests {
-    use proptest::prelude::*;
-
     use super::*;
 
-    #[test]
-    fn patterns_are_read() {
-        let find = |pattern: Pattern, memory: &[u8]| pattern.find(memory).collect::<Vec<_>>();
-        assert_eq!(
-            find(Pattern::from_hex("48 89 ?? c3").unwrap(), b"\x48\x89\xe5\xc3\x48\x89\xc3\xc3\xff"),
-            [0, 4]
-        );
-        assert_eq!(find(Pattern::from_hex("??aa").unwrap(), b"\xaa\xaa\xaa"), [0, 1]);
-        assert_eq!(find(Pattern::from_hex("AA????").unwrap(), b"\xaa\xaa\xaa\xaa"), [0, 1]);
-        assert_eq!(find(Pattern::from_text("aa").unwrap(), b"aaaa"), [0, 1, 2]);
-        assert_eq!(find(Pattern::from_utf16("hé").unwrap(), b"xh\0\xe9\0"), [1]);
-        for text in ["", "4", "4?", "??", "????", "zz", "+1", "ä", "0x12"] {
-            assert!(Pattern::from_hex(text).is_err(), "{text}");
-        }
-        assert!(Pattern::from_text("").is_err());
-        assert!(Pattern::from_text(&"a".repeat(MAX_LEN + 1)).unwrap_err().contains("4097"));
+    fn find(pattern: &Pattern, memory: &[u8]) -> Vec<Range<usize>> {
+        pattern.find(memory, 0..memory.len()).collect()
     }
 
-    proptest! {
-        #[test]
-        fn the_places_are_those_of_a_plain_search(
-            // Few letters, so that there are matches, and matches that overlap.
-            bytes in proptest::collection::vec(proptest::option::weighted(0.7, 0u8..2), 1..6),
-            memory in proptest::collection::vec(0u8..2, 0..64),
-        ) {
-            if let Ok(pattern) = Pattern::new("", bytes.clone()) {
-                let plain: Vec<usize> = memory
-                    .windows(bytes.len())
-                    .enumerate()
-                    .filter(|(_, part)| bytes.iter().zip(*part).all(|(b, p)| b.is_none() || *b == Some(*p)))
-                    .map(|(at, _)| at)
-                    .collect();
-                prop_assert_eq!(pattern.find(&memory).collect::<Vec<_>>(), plain);
-            } else {
-                prop_assert!(bytes.iter().all(Option::is_none));
-            }
-        }
+    fn ignoring_case(form: Form, text: &str, memory: &[u8]) -> Vec<Range<usize>> {
+        find(&Pattern::new(form, text, true).unwrap(), memory)
+    }
+
+    #[test]
+    fn case_is_ignored() {
+        assert_eq!(
+            ignoring_case(Form::Text, "PassWord1[", b"xpAssword1[ PASSWORD1{ password1["),
+            [1..11, 23..33]
+        );
+        assert_eq!(ignoring_case(Form::Text, "grüße", "GRÜßE gruße".as_bytes()), [0..7]);
+        let text = |text: &str| text.encode_utf16().flat_map(u16::to_le_bytes).collect::<Vec<u8>>();
+        assert_eq!(ignoring_case(Form::Utf16, "Key", &text("a kEY")), [4..10]);
+        assert_eq!(ignoring_case(Form::Utf16, "ключ", &text("a КЛЮч")), [4..12]);
+        assert_eq!(ignoring_case(Form::Regex, "a[b-c]+", b"xABCa"), [1..4]);
+        // Digits that a folded letter would be: 0x13 and '3', '@' and '`'.
+        assert_eq!(ignoring_case(Form::Text, "3@", b"\x13@3`3@"), [4..6]);
+    }
+
+    #[test]
+    fn names_are_as_written() {
+        let patterns = Pattern::all(Form::Hex, &["4? ?f".into(), "00".into()], false).unwrap();
+        assert_eq!(patterns.iter().map(Pattern::name).collect::<Vec<_>>(), ["4? ?f", "00"]);
+        let error = Pattern::all(Form::Hex, &["zz".into()], false).unwrap_err();
+        assert!(crate::failure::is_usage(&error) && error.to_string().contains("\"zz\""), "{error}");
     }
 }

@@ -7,44 +7,65 @@ use crate::range::GpaRange;
 
 /// Memory that is searched.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Places<'a> {
+pub(crate) struct Places<'a> {
     /// Memory in which a match may lie: ascending, each apart from the next.
-    pub(super) runs: &'a [GpaRange],
+    pub(crate) runs: &'a [GpaRange],
     /// The parts of it that hold data, ascending. The rest reads as zeros; a match must touch data.
-    pub(super) data: &'a [GpaRange],
+    pub(crate) data: &'a [GpaRange],
 }
 
 /// Memory in which beginnings of matches are looked for at a time.
 #[derive(Clone, Debug)]
-pub(super) struct Piece {
-    pub(super) starts: GpaRange,
-    /// Where the data begins: not before the first start but in it, or after.
-    pub(super) data: u64,
-    /// The end of the run.
-    pub(super) limit: u64,
+pub(crate) struct Piece {
+    pub(crate) starts: GpaRange,
+    /// The part of the data for which it is: it begins not before the first start.
+    pub(crate) data: GpaRange,
+    /// The memory around it.
+    pub(crate) run: GpaRange,
+}
+
+impl Piece {
+    /// Bytes of data that it stands for.
+    pub(crate) fn len(&self) -> u64 {
+        self.starts.end - self.starts.start.max(self.data.start)
+    }
 }
 
 impl<'a> Places<'a> {
     /// The places where matches may begin, at most `size` bytes at a time: those in data, and `reach` bytes before it, as
     /// many as a match may take in.
-    pub(super) fn pieces(self, reach: u64, size: u64) -> impl Iterator<Item = Piece> + 'a {
+    pub(crate) fn pieces(self, reach: u64, size: u64) -> impl Iterator<Item = Piece> + 'a {
         let mut before = 0;
         self.data.iter().flat_map(move |part| {
             let run = self.runs.partition_point(|run| run.end <= part.start);
             let run = self.runs.get(run).unwrap_or(part);
             let mut start = part.start.saturating_sub(reach).max(run.start).max(before);
             before = part.end;
-            let (data, end, limit) = (part.start, part.end, run.end);
             std::iter::from_fn(move || {
-                let starts = start..end.min(start.saturating_add(size));
+                let starts = start..part.end.min(start.saturating_add(size));
                 start = starts.end;
-                (!starts.is_empty()).then_some(Piece { starts, data, limit })
+                (!starts.is_empty()).then(|| Piece { starts, data: part.clone(), run: run.clone() })
             })
         })
     }
 
+    /// The same pieces, as many together as it takes for `batch` bytes.
+    pub(crate) fn batches(self, reach: u64, size: u64, batch: u64) -> impl Iterator<Item = Vec<Piece>> + 'a {
+        let mut pieces = self.pieces(reach, size);
+        std::iter::from_fn(move || {
+            let mut together = Vec::new();
+            let mut bytes = 0;
+            while bytes < batch {
+                let Some(piece) = pieces.next() else { break };
+                bytes += piece.starts.end - piece.starts.start;
+                together.push(piece);
+            }
+            (!together.is_empty()).then_some(together)
+        })
+    }
+
     /// Fills `buffer` from `gpa` on, with zeros where there is no data.
-    pub(super) fn fill(
+    pub(crate) fn fill(
         self,
         gpa: u64,
         buffer: &mut [u8],

@@ -4,26 +4,30 @@
 //!
 //! The engine is `boreal`: rules mean what they mean to YARA, it scans memory in pieces, and it builds in seconds without
 //! a code generator. Modules that parse a file format need a whole file and are not compiled in.
+//!
+//! The engine uses one thread. So many threads find first where strings match at all ([`strings`]), without evaluating a
+//! condition; the rules are then evaluated over the memory around these places alone. The conditions still see all memory.
+
+mod compile;
+mod memory;
+mod strings;
 
 use std::collections::BTreeMap;
-use std::fmt;
 use std::path::PathBuf;
-use std::sync::{Mutex, PoisonError};
 
-use anyhow::{Error, Result, anyhow, bail};
-use boreal::compiler::Compiler;
-use boreal::memory::{FragmentedMemory, MemoryParams, Region, RegionDescription};
+use anyhow::{Result, anyhow, bail};
 use boreal::scanner::{CallbackEvents, EvaluatedRule, ScanCallbackResult, ScanEvent, ScanParams};
 use boreal::{MetadataValue, Scanner};
 use serde::Serialize;
 
 use super::places::{Piece, Places};
-use crate::failure::escape;
 use crate::number::{Hex, hex};
 use crate::range::GpaRange;
+use compile::{Compiled, GATE, compile};
+use memory::Pieces;
 
 /// Bytes in which beginnings of matches are looked for at a time.
-const PIECE: u64 = 4 << 20;
+const PIECE: u64 = 1 << 20;
 
 /// How far a match may reach beyond its piece.
 const REACH: u64 = 4096;
@@ -35,7 +39,13 @@ const KEPT: usize = 64;
 const MATCHES: u32 = 1000;
 
 /// Compiled rules.
-pub(super) struct Rules(Scanner);
+pub(super) struct Rules {
+    scanner: Scanner,
+    /// Whether the engine may keep matches to itself.
+    has_private: bool,
+    /// Matches of one string that are kept.
+    max: u32,
+}
 
 /// A rule that matched.
 #[derive(Serialize)]
@@ -73,33 +83,24 @@ fn as_hex<S: serde::Serializer>(bytes: &[u8], serializer: S) -> Result<S::Ok, S:
 }
 
 impl Rules {
-    /// Compiles files of rules. Each file is a namespace by its name. Warnings are logged.
+    /// Compiles files of rules, of each string of which `max` matches are kept. Warnings are logged.
     pub(super) fn compile(files: &[PathBuf], max: Option<u64>) -> Result<Self> {
-        let mut compiler = Compiler::new();
-        for file in files {
-            let namespace = file.file_stem().unwrap_or_default().to_string_lossy();
-            match compiler.add_rules_file_in_namespace(file, &namespace) {
-                Ok(status) => status.warnings().for_each(|warning| tracing::warn!("{}", lines(warning))),
-                Err(error) => bail!(explain(&error)),
-            }
+        let Compiled { mut scanner, has_private } = compile(files)?;
+        if scanner.rules().all(|rule| rule.name == GATE) {
+            let files: Vec<String> = files.iter().map(|file| file.display().to_string()).collect();
+            bail!("there is no rule in {}", files.join(", "));
         }
-        let mut scanner = compiler.finalize();
-        if scanner.rules().next().is_none() {
-            bail!(
-                "there is no rule in {}",
-                files.iter().map(|file| file.display().to_string()).collect::<Vec<_>>().join(", ")
-            );
-        }
-        let limit = max.map_or(MATCHES, |max| u32::try_from(max).unwrap_or(u32::MAX));
+        let max = max.map_or(MATCHES, |max| u32::try_from(max).unwrap_or(u32::MAX));
         scanner.set_scan_params(
             ScanParams::default()
                 .compute_full_matches(true)
                 .match_max_length(KEPT)
-                .string_max_nb_matches(limit)
+                // One more, which tells that there are more.
+                .string_max_nb_matches(max.saturating_add(1))
                 .process_memory(true)
-                .callback_events(CallbackEvents::RULE_MATCH | CallbackEvents::STRING_REACHED_MATCH_LIMIT),
+                .callback_events(CallbackEvents::RULE_MATCH),
         );
-        Ok(Self(scanner))
+        Ok(Self { scanner, has_private, max })
     }
 
     /// Evaluates the rules; `read` fills a buffer with data, `done` gets how many bytes of data a piece had, for each
@@ -107,49 +108,52 @@ impl Rules {
     pub(super) fn run(
         &self,
         places: Places<'_>,
+        threads: usize,
         read: impl Fn(u64, &mut [u8]) -> Result<()> + Sync,
         done: impl Fn(u64) + Sync,
     ) -> Result<Vec<Matched>> {
-        let pieces: Vec<Piece> = places.pieces(REACH, PIECE).collect();
-        let failed = Mutex::new(None);
-        let memory = Pieces {
-            fill: &|piece: &Piece, buffer: &mut Vec<u8>| {
-                buffer.resize(usize::try_from(end(piece) - piece.starts.start)?, 0);
-                places.fill(piece.starts.start, buffer, &read)
-            },
-            done: &done,
-            failed: &failed,
-            pieces: &pieces,
-            next: 0,
-            read: 0,
-            buffer: Vec::new(),
+        let all: Vec<Piece> = places.pieces(REACH, PIECE).collect();
+        let fill = |piece: &Piece, buffer: &mut Vec<u8>| {
+            buffer.resize(usize::try_from(end(piece) - piece.starts.start)?, 0);
+            places.fill(piece.starts.start, buffer, &read)
         };
-        let mut matched = Vec::new();
-        let scan = self.0.scan_fragmented_with_callback(memory, |event| {
-            match event {
-                ScanEvent::RuleMatch(rule) => matched.push(self.matched(&rule, places.data)),
-                ScanEvent::StringReachedMatchLimit(string) => tracing::warn!(
-                    "more matches of {} in rule {} than are kept: give --max",
-                    string.string_name,
-                    string.rule_name
-                ),
-                _ => {}
-            }
-            ScanCallbackResult::Continue
-        });
-        if let Some(error) = failed.into_inner().unwrap_or_else(PoisonError::into_inner) {
-            return Err(error);
+        if threads == 1 || self.has_private {
+            return self.evaluate(places, &all, &all, &fill, &|piece| done(piece.len()));
         }
-        scan.map_err(|error| anyhow!("the rules cannot be evaluated: {error}"))?;
+        let windows = strings::find(&self.scanner, places, threads, &fill, done)?;
+        let around = Places { runs: places.runs, data: &windows };
+        let some: Vec<Piece> = around.pieces(0, PIECE).collect();
+        self.evaluate(places, &some, &all, &fill, &|_| {})
+    }
+
+    /// Looks for strings in `some` pieces, and evaluates the conditions, which see `all` of them.
+    fn evaluate(
+        &self,
+        places: Places<'_>,
+        some: &[Piece],
+        all: &[Piece],
+        fill: memory::Fill<'_>,
+        done: memory::Done<'_>,
+    ) -> Result<Vec<Matched>> {
+        let mut matched = Vec::new();
+        memory::scan(Pieces::new(some, all, fill, done), |memory| {
+            let scan = self.scanner.scan_fragmented_with_callback(memory, |event| {
+                if let ScanEvent::RuleMatch(rule) = event {
+                    matched.push(self.matched(&rule, places.data));
+                }
+                ScanCallbackResult::Continue
+            });
+            scan.map_err(|error| anyhow!("the rules cannot be evaluated: {error}"))
+        })?;
         Ok(matched)
     }
 
     fn matched(&self, rule: &EvaluatedRule<'_>, data: &[GpaRange]) -> Matched {
-        let text = |symbol| self.0.get_string_symbol(symbol).to_owned();
+        let text = |symbol| self.scanner.get_string_symbol(symbol).to_owned();
         let meta = rule.metadatas.iter().map(|meta| {
             let value = match meta.value {
                 MetadataValue::Bytes(symbol) => {
-                    Meta::Text(String::from_utf8_lossy(self.0.get_bytes_symbol(symbol)).into_owned())
+                    Meta::Text(String::from_utf8_lossy(self.scanner.get_bytes_symbol(symbol)).into_owned())
                 }
                 MetadataValue::Integer(number) => Meta::Integer(number),
                 MetadataValue::Boolean(is) => Meta::Boolean(is),
@@ -166,12 +170,25 @@ impl Rules {
                 bytes: found.data.clone(),
             })
         };
-        let strings = rule.matches.iter();
-        let mut matches: Vec<StringMatch> = strings
-            .flat_map(|string| string.matches.iter().filter_map(|place| found(string.name, place)))
-            .collect();
+        let mut matches = Vec::new();
+        for string in &rule.matches {
+            let mut of_string: Vec<StringMatch> =
+                string.matches.iter().filter_map(|place| found(string.name, place)).collect();
+            of_string.sort_by_key(|found| found.gpa.0);
+            // Pieces overlap.
+            of_string.dedup_by_key(|found| found.gpa.0);
+            let max = usize::try_from(self.max).unwrap_or(usize::MAX);
+            if of_string.len() > max {
+                tracing::warn!(
+                    "more matches of ${} in rule {} than are kept: give --max",
+                    string.name,
+                    rule.name
+                );
+                of_string.truncate(max);
+            }
+            matches.append(&mut of_string);
+        }
         matches.sort_by_key(|found| found.gpa.0);
-        matches.dedup_by(|one, other| one.gpa == other.gpa && one.string == other.string);
         Matched {
             rule: rule.name.to_owned(),
             namespace: rule.namespace.to_owned(),
@@ -182,78 +199,9 @@ impl Rules {
     }
 }
 
-/// Why rules do not compile, and what to do where a module is missing.
-fn explain(error: &boreal::compiler::AddRuleError) -> String {
-    let text = lines(error);
-    let is_format = |name: &&str| text.ends_with(&format!("unknown import {name}"));
-    match ["pe", "elf", "macho", "dotnet", "dex", "magic", "cuckoo"].into_iter().find(is_format) {
-        Some(name) => format!(
-            "{text}; module {name} parses a whole file, which memory does not hold: use rules without it"
-        ),
-        None => text,
-    }
-}
-
-/// The message, each line without what a terminal would not show.
-fn lines(message: &impl fmt::Display) -> String {
-    message.to_string().lines().map(escape).collect::<Vec<_>>().join("\n")
-}
-
 /// One after the last byte at which the piece is read.
 fn end(piece: &Piece) -> u64 {
-    piece.starts.end.saturating_add(REACH).min(piece.limit)
-}
-
-/// The memory, a piece at a time.
-struct Pieces<'a> {
-    fill: &'a (dyn Fn(&Piece, &mut Vec<u8>) -> Result<()> + Sync),
-    done: &'a (dyn Fn(u64) + Sync),
-    failed: &'a Mutex<Option<Error>>,
-    pieces: &'a [Piece],
-    /// Number of the piece that is listed next.
-    next: usize,
-    /// How many pieces have been read so far.
-    read: usize,
-    buffer: Vec<u8>,
-}
-
-impl fmt::Debug for Pieces<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Pieces")
-            .field("count", &self.pieces.len())
-            .field("next", &self.next)
-            .finish_non_exhaustive()
-    }
-}
-
-impl FragmentedMemory for Pieces<'_> {
-    fn next(&mut self, _: &MemoryParams) -> Option<RegionDescription> {
-        // What cannot be read once ends the scan.
-        if self.failed.lock().unwrap_or_else(PoisonError::into_inner).is_some() {
-            return None;
-        }
-        let piece = self.pieces.get(self.next)?;
-        self.next += 1;
-        let start = usize::try_from(piece.starts.start).ok()?;
-        Some(RegionDescription { start, length: usize::try_from(end(piece) - piece.starts.start).ok()? })
-    }
-
-    fn fetch(&mut self, _: &MemoryParams) -> Option<Region<'_>> {
-        let piece = self.pieces.get(self.next.checked_sub(1)?)?;
-        if let Err(error) = (self.fill)(piece, &mut self.buffer) {
-            *self.failed.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
-            return None;
-        }
-        if self.next > self.read {
-            self.read = self.next;
-            (self.done)(piece.starts.end - piece.starts.start.max(piece.data));
-        }
-        Some(Region { start: usize::try_from(piece.starts.start).ok()?, mem: &self.buffer })
-    }
-
-    fn reset(&mut self) {
-        self.next = 0;
-    }
+    piece.starts.end.saturating_add(REACH).min(piece.run.end)
 }
 
 #[cfg(test)]
@@ -288,12 +236,17 @@ mod tests {
         let done = |more| {
             bytes.fetch_add(more, Ordering::Relaxed);
         };
-        let found = rules.run(Places { runs, data: runs }, read, done).unwrap();
-        assert_eq!(bytes.into_inner(), crate::range::total(runs));
-        let all = found
-            .into_iter()
-            .flat_map(|rule| rule.matches.into_iter().map(move |found| (rule.rule.clone(), found.gpa.0)));
-        all.collect()
+        let run = |threads| {
+            bytes.store(0, Ordering::Relaxed);
+            let found = rules.run(Places { runs, data: runs }, threads, read, done).unwrap();
+            assert_eq!(bytes.load(Ordering::Relaxed), crate::range::total(runs));
+            let name =
+                |rule: Matched| rule.matches.into_iter().map(move |found| (rule.rule.clone(), found.gpa.0));
+            found.into_iter().flat_map(name).collect::<Vec<_>>()
+        };
+        let all = run(1);
+        assert_eq!(run(3), all);
+        all
     }
 
     #[test]
@@ -306,6 +259,30 @@ mod tests {
         // Not across a hole.
         let runs = [0..0x1000, 0x2000..0x3000];
         assert_eq!(places(&rules, &runs, &[0xffd, 0x1ffd]), []);
+    }
+
+    #[test]
+    fn rules_mean_the_same_with_many_threads() {
+        let rules = rules(
+            "import \"math\"
+             global rule every { condition: true }
+             private rule hidden { strings: $a = \"nee\" condition: $a }
+             rule uses_hidden { strings: $a = \"needle\" private condition: hidden and $a }
+             rule word { strings: $a = \"needle\" fullword $b = \"dle\" condition: any of them }
+             rule long { strings: $a = /needle.{2,300}needle/s condition: $a }
+             rule exact { strings: $a = \"needle\" condition: #a == 7 and @a[7] == 0x300000 }
+             rule reads { strings: $a = \"xxxx\" condition: not $a and uint32(0x300000) == 0x6465656e and math.min(1, 2) == 1 }",
+        );
+        let rules = rules.unwrap();
+        assert!(rules.has_private);
+        let run = 0..4 * PIECE;
+        let needles = [0, 6, 0x1000, 0x1100, PIECE - 3, 2 * PIECE, 3 * PIECE];
+        let with_private = places(&rules, from_ref(&run), &needles);
+        assert_eq!(with_private.iter().filter(|(rule, _)| rule == "exact").count(), 7);
+        assert!(with_private.iter().any(|(rule, _)| rule == "long"));
+        // The same by the way that looks for strings first.
+        let rules = Rules { has_private: false, ..rules };
+        assert_eq!(places(&rules, from_ref(&run), &needles), with_private);
     }
 
     #[test]
@@ -322,18 +299,22 @@ mod tests {
     }
 
     #[test]
-    fn what_does_not_compile_is_said_with_its_place() {
-        for (text, words) in [
-            ("rule a { condition: $b }", "rules.yar:1:"),
-            ("", "there is no rule in"),
-            ("import \"pe\"\nrule a { condition: pe.is_pe }", "module pe parses a whole file"),
-            ("import \"nothing\"\nrule a { condition: true }", "unknown import nothing"),
-            ("rule \u{1b}[2J { condition: true }", "rules.yar:1:"),
-        ] {
-            let error = rules(text).err().unwrap().to_string();
-            assert!(error.contains(words) && !error.contains('\u{1b}'), "{error}");
+    fn no_more_matches_are_kept_than_wanted() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("rules.yar");
+        let text = "rule a { strings: $any = /.*/ $text = \"needle\" condition: any of them }";
+        std::fs::write(&file, text).unwrap();
+        assert!(Rules::compile(from_ref(&file), None).is_ok());
+        let run = 0..3 * PIECE;
+        for max in [1, 2, 5] {
+            let rules = Rules::compile(from_ref(&file), Some(max)).unwrap();
+            let found = places(&rules, from_ref(&run), &[0x10, PIECE, 2 * PIECE]);
+            let expected = max + max.min(3);
+            assert_eq!(found.len() as u64, expected, "{found:?}");
         }
-        assert!(Rules::compile(&["/nonexistent.yar".into()], None).is_err());
+        std::fs::write(&file, "").unwrap();
+        let error = Rules::compile(from_ref(&file), None).err().unwrap().to_string();
+        assert!(error.starts_with("there is no rule in"), "{error}");
     }
 
     #[test]
@@ -344,7 +325,10 @@ mod tests {
             anyhow::ensure!(gpa < 2 * PIECE, "lost");
             Ok(())
         };
-        let error = rules.run(Places { runs: from_ref(&run), data: from_ref(&run) }, read, |_| {});
-        assert_eq!(error.err().unwrap().to_string(), "lost");
+        for threads in [1, 2] {
+            let error =
+                rules.run(Places { runs: from_ref(&run), data: from_ref(&run) }, threads, read, |_| {});
+            assert_eq!(error.err().unwrap().to_string(), "lost");
+        }
     }
 }

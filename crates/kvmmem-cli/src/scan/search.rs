@@ -1,40 +1,84 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The search itself: workers take pieces of memory in turn, and what they find comes out in the order of addresses.
+//! The search itself. Memory that is mapped is looked at in place, and only what may be a match is copied and compared; other
+//! memory is copied piece by piece. A target changes its memory meanwhile: a match is what a copy held.
 
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::cmp::Ordering;
+use std::ops::{ControlFlow, Range};
+use std::sync::Arc;
 
 use anyhow::Result;
+use kvmmem::search::PLACES;
 
 use super::pattern::Pattern;
 use super::places::{Piece, Places};
+use super::source::Source;
+use crate::parallel::{Sink, in_order};
+use crate::range::GpaRange;
 
-/// Bytes in which a worker looks for beginnings of matches at a time: a buffer that stays in a CPU's own cache.
+/// Bytes in which beginnings of matches are looked for at a time: a buffer that stays in a CPU's own cache.
 const PIECE: u64 = 256 * 1024;
 
-/// Pieces that a worker may be ahead of the output.
-const AHEAD: usize = 2;
+/// Bytes that a thread takes at a time.
+const BATCH: u64 = 4 << 20;
+
+/// Blocks of candidates in a piece from which on it is better copied as a whole.
+const MANY: u32 = 128;
+
+/// Matches that are passed on together.
+const TOGETHER: usize = 1024;
 
 /// Bytes that are shown of a match's place.
-const CONTEXT: usize = 16;
+const SHOWN: u64 = 16;
+
+/// The most bytes that can be shown before and after a match.
+pub(super) const MAX_AROUND: u64 = 4096;
 
 /// What to search.
 pub(super) struct Search<'a> {
     pub(super) patterns: &'a [Pattern],
     pub(super) places: Places<'a>,
+    pub(super) around: Around,
     /// At most this many matches.
     pub(super) max: usize,
     pub(super) threads: usize,
 }
 
+/// Bytes that are shown around a match.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Around {
+    pub(super) before: u64,
+    pub(super) after: u64,
+}
+
 /// A match.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Debug)]
 pub(super) struct Match {
     /// Where it begins.
     pub(super) gpa: u64,
+    pub(super) len: usize,
     /// Which of the patterns.
     pub(super) pattern: usize,
-    /// The bytes at its beginning; fewer than 16 where the memory ends.
-    pub(super) context: Box<[u8]>,
+    copy: Arc<[u8]>,
+    /// Where it begins in the copy.
+    at: usize,
+    /// What is shown, in the copy.
+    shown: Range<usize>,
+}
+
+impl Match {
+    /// What is shown before it.
+    pub(super) fn before(&self) -> &[u8] {
+        self.copy.get(self.shown.start..self.at).unwrap_or_default()
+    }
+
+    /// What is shown from its beginning on.
+    pub(super) fn bytes(&self) -> &[u8] {
+        self.copy.get(self.at..self.shown.end).unwrap_or_default()
+    }
+
+    fn order(&self, other: &Self) -> Ordering {
+        (self.gpa, self.pattern).cmp(&(other.gpa, other.pattern))
+    }
 }
 
 /// The matches of a piece and how many bytes of data it had.
@@ -43,83 +87,155 @@ struct Found {
     bytes: u64,
 }
 
+/// A copy of memory.
+#[derive(Default)]
+struct Copy {
+    start: u64,
+    bytes: Vec<u8>,
+}
+
 impl Search<'_> {
-    /// Searches; `read` fills a buffer with data of one of the parts. `tell` gets each piece's matches, in the order
-    /// of addresses, and how many bytes of data that piece had. Returns how many matches there were.
+    /// Searches. `tell` gets the matches in the order of addresses, and how many bytes of data were searched since it was
+    /// called last. Returns how many matches there were.
     pub(super) fn run(
         &self,
-        read: impl Fn(u64, &mut [u8]) -> Result<()> + Sync,
+        source: &impl Source,
         mut tell: impl FnMut(&[Match], u64) -> Result<()>,
     ) -> Result<usize> {
-        std::thread::scope(|scope| {
-            let workers: Vec<Receiver<Result<Found>>> = (0..self.threads)
-                .map(|number| {
-                    let (sender, receiver) = sync_channel(AHEAD);
-                    let read = &read;
-                    scope.spawn(move || self.work(number, read, &sender));
-                    receiver
-                })
-                .collect();
-            let mut count = 0;
-            // The first worker without a further piece ends the turns: the others have none either. Those that are
-            // still at work when this returns see that nobody listens.
-            for found in workers.iter().cycle().map_while(|worker| worker.recv().ok()) {
-                let Found { matches, bytes } = found?;
-                let matches = matches.get(..self.max - count).unwrap_or(&matches);
-                count += matches.len();
-                tell(matches, bytes)?;
-                if count == self.max {
-                    break;
-                }
-            }
-            drop(workers);
-            Ok(count)
-        })
+        let mut count = 0;
+        let batches = self.places.batches(self.reach(), PIECE, BATCH);
+        let work = |pieces: Vec<Piece>, sink: &Sink<Found>| self.work(&pieces, source, sink);
+        in_order(self.threads, batches, work, |Found { matches, bytes }| {
+            let matches = matches.get(..self.max - count).unwrap_or(&matches);
+            count += matches.len();
+            tell(matches, bytes)?;
+            Ok(if count == self.max { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
+        })?;
+        Ok(count)
     }
 
-    fn work(
+    fn work(&self, pieces: &[Piece], source: &impl Source, sink: &Sink<Found>) -> Result<()> {
+        let mut copy = Copy::default();
+        let mut quiet = 0;
+        for piece in pieces {
+            let matches = self.search(piece, source, &mut copy)?;
+            quiet += piece.len();
+            // Few at a time: many items' results wait for their turn.
+            for matches in matches.chunks(TOGETHER) {
+                sink.send(Found { matches: matches.to_vec(), bytes: std::mem::take(&mut quiet) })?;
+            }
+        }
+        sink.send(Found { matches: Vec::new(), bytes: quiet })
+    }
+
+    fn search(&self, piece: &Piece, source: &impl Source, copy: &mut Copy) -> Result<Vec<Match>> {
+        let mut matches = Vec::new();
+        // What was copied for another piece is old.
+        copy.bytes.clear();
+        for number in 0..self.patterns.len() {
+            let from = matches.len();
+            self.search_for(number, piece, source, copy, &mut matches)?;
+            matches.truncate(from.saturating_add(self.max));
+        }
+        matches.sort_unstable_by(Match::order);
+        Ok(matches)
+    }
+
+    /// Looks for one of the patterns.
+    fn search_for(
         &self,
         number: usize,
-        read: &impl Fn(u64, &mut [u8]) -> Result<()>,
-        sender: &SyncSender<Result<Found>>,
-    ) {
-        let mut buffer = Vec::new();
-        for piece in self.places.pieces(self.reach(), PIECE).skip(number).step_by(self.threads) {
-            let found = self.search(&piece, read, &mut buffer);
-            let is_over = found.is_err();
-            if sender.send(found).is_err() || is_over {
-                return;
+        piece: &Piece,
+        source: &impl Source,
+        copy: &mut Copy,
+        matches: &mut Vec<Match>,
+    ) -> Result<()> {
+        let Piece { starts, data, .. } = piece;
+        let Some(pattern) = self.patterns.get(number) else { return Ok(()) };
+        // Where the pattern lies in data as a whole.
+        let inner =
+            starts.start.max(data.start)..starts.end.min((data.end + 1).saturating_sub(pattern.len() as u64));
+        let mut at = starts.start;
+        if let Some((pair, anchor)) = pattern.pair().filter(|_| !inner.is_empty()) {
+            let anchor = anchor as u64;
+            let mut copied = 0;
+            // As long as there are few candidates; what is left is copied.
+            while copied < MANY && at < inner.end {
+                let from = at.max(inner.start);
+                let Some(found) = source.find(pair, from + anchor, inner.end - from) else { break };
+                if from > at {
+                    self.copied(number, at..from, piece, source, copy, matches)?;
+                }
+                at = found.map_or(inner.end, |found| found.at - anchor);
+                if found.is_some() {
+                    let block = at..inner.end.min(at + PLACES as u64);
+                    at = block.end;
+                    self.copied(number, block, piece, source, copy, matches)?;
+                    copied += 1;
+                }
             }
         }
+        self.copied(number, at..starts.end, piece, source, copy, matches)
     }
 
-    fn search(
+    /// Looks for a pattern at `starts` in a copy.
+    fn copied(
         &self,
+        number: usize,
+        starts: GpaRange,
         piece: &Piece,
-        read: impl Fn(u64, &mut [u8]) -> Result<()>,
-        buffer: &mut Vec<u8>,
-    ) -> Result<Found> {
-        let Piece { starts, data, limit } = piece;
-        let end = starts.end.saturating_add(self.reach().max(CONTEXT as u64)).min(*limit);
-        buffer.resize(usize::try_from(end - starts.start)?, 0);
-        self.places.fill(starts.start, buffer, read)?;
-        let mut matches = Vec::new();
-        for (number, pattern) in self.patterns.iter().enumerate() {
-            let places = pattern
-                .find(buffer)
-                .map(|place| (place, starts.start + place as u64))
-                .take_while(|(_, gpa)| *gpa < starts.end)
-                .filter(|(_, gpa)| gpa + pattern.len() as u64 > *data);
-            matches.extend(places.take(self.max).map(|(place, gpa)| {
-                let context = buffer.iter().skip(place).take(CONTEXT).copied().collect();
-                Match { gpa, pattern: number, context }
-            }));
+        source: &impl Source,
+        copy: &mut Copy,
+        matches: &mut Vec<Match>,
+    ) -> Result<()> {
+        let Some(pattern) = self.patterns.get(number).filter(|_| !starts.is_empty()) else { return Ok(()) };
+        let Around { before, after } = self.around;
+        let back = before.max(pattern.lookback() as u64);
+        let ahead = (self.reach() + 1 + after).max(SHOWN);
+        let wanted = starts.start.saturating_sub(back).max(piece.run.start)
+            ..piece.run.end.min(starts.end.saturating_add(ahead));
+        let end = copy.start + copy.bytes.len() as u64;
+        if copy.bytes.is_empty() || wanted.start < copy.start || wanted.end > end {
+            copy.start = wanted.start;
+            copy.bytes.resize(usize::try_from(wanted.end - wanted.start)?, 0);
+            self.places.fill(wanted.start, &mut copy.bytes, |gpa, buffer| source.read(gpa, buffer))?;
         }
-        matches.sort_unstable();
-        Ok(Found { matches, bytes: starts.end - starts.start.max(*data) })
+        let places = usize::try_from(starts.start - copy.start)?..usize::try_from(starts.end - copy.start)?;
+        let found = pattern.find(&copy.bytes, places);
+        // It must touch data.
+        let found: Vec<Range<usize>> =
+            found.filter(|found| copy.start + found.end as u64 > piece.data.start).take(self.max).collect();
+        let shown = |found: &Range<usize>| {
+            let end = if before == 0 && after == 0 {
+                found.start + usize::try_from(SHOWN).unwrap_or(0)
+            } else {
+                found.end.saturating_add(usize::try_from(after).unwrap_or(usize::MAX))
+            };
+            found.start.saturating_sub(usize::try_from(before).unwrap_or(usize::MAX))
+                ..end.min(copy.bytes.len())
+        };
+        let (Some(first), Some(last)) = (found.first(), found.iter().map(|found| shown(found).end).max())
+        else {
+            return Ok(());
+        };
+        // All of them share one copy.
+        let first = shown(first).start;
+        let kept: Arc<[u8]> = copy.bytes.get(first..last).unwrap_or_default().into();
+        matches.extend(found.into_iter().map(|found| {
+            let Range { start, end } = shown(&found);
+            Match {
+                gpa: copy.start + found.start as u64,
+                len: found.len(),
+                pattern: number,
+                copy: Arc::clone(&kept),
+                at: found.start - first,
+                shown: start - first..end - first,
+            }
+        }));
+        Ok(())
     }
 
-    /// How far the longest pattern reaches beyond its first byte.
+    /// How far the longest match reaches beyond its first byte.
     fn reach(&self) -> u64 {
         self.patterns.iter().map(|pattern| pattern.len() as u64 - 1).max().unwrap_or(0)
     }
@@ -130,12 +246,34 @@ mod tests {
     use std::slice::from_ref;
     use std::sync::atomic::{AtomicU64, Ordering};
 
+    use kvmmem::search::{Candidates, Pair};
+
     use proptest::prelude::*;
 
+    use super::super::pattern::Form;
     use super::*;
     use crate::range::GpaRange;
 
-    /// Searches memory that `at` tells byte by byte.
+    fn pattern(form: Form, text: &str) -> Pattern {
+        Pattern::new(form, text, false).unwrap()
+    }
+
+    /// Memory that is looked at in place, which is never asked for what is no data.
+    struct InPlace<R>(R);
+
+    impl<R: Fn(u64, &mut [u8]) -> Result<()> + Sync> Source for InPlace<R> {
+        fn read(&self, gpa: u64, buffer: &mut [u8]) -> Result<()> {
+            (self.0)(gpa, buffer)
+        }
+
+        fn find(&self, pair: &Pair, gpa: u64, places: u64) -> Option<Option<Candidates>> {
+            let mut copy = vec![0; usize::try_from(places).unwrap() + pair.distance()];
+            (self.0)(gpa, &mut copy).unwrap();
+            Some(pair.find(&copy, 0).map(|found| Candidates { at: found.at + gpa, ..found }))
+        }
+    }
+
+    /// Searches memory that `at` tells byte by byte, by copies and in place.
     fn search(search: &Search<'_>, at: impl Fn(u64) -> u8 + Sync) -> Vec<(u64, usize)> {
         let read = |gpa: u64, buffer: &mut [u8]| {
             let end = gpa + buffer.len() as u64;
@@ -146,9 +284,16 @@ mod tests {
             buffer.iter_mut().zip(gpa..).for_each(|(byte, gpa)| *byte = at(gpa));
             Ok(())
         };
+        let one = run(search, &read);
+        let other = run(search, &InPlace(read));
+        assert_eq!(one, other);
+        one
+    }
+
+    fn run(search: &Search<'_>, source: &impl Source) -> Vec<(u64, usize)> {
         let (mut all, mut bytes) = (Vec::new(), 0);
         let count = search
-            .run(read, |matches, more| {
+            .run(source, |matches, more| {
                 all.extend(matches.iter().map(|found| (found.gpa, found.pattern)));
                 bytes += more;
                 Ok(())
@@ -163,7 +308,7 @@ mod tests {
 
     #[test]
     fn matches_across_pieces_and_parts_are_found_once() {
-        let patterns = [Pattern::from_text("needle").unwrap(), Pattern::from_hex("6565").unwrap()];
+        let patterns = [pattern(Form::Text, "needle"), pattern(Form::Hex, "6565")];
         let size = 3 * PIECE;
         let places = [0, PIECE - 3, 2 * PIECE - 1, size - 6];
         let at = |gpa: u64| {
@@ -183,6 +328,7 @@ mod tests {
                         patterns: &patterns,
                         places: Places { runs: from_ref(&run), data },
                         max: 99,
+                        around: Around::default(),
                         threads,
                     },
                     at,
@@ -194,7 +340,7 @@ mod tests {
 
     #[test]
     fn the_first_ones_are_kept_and_the_rest_not_read() {
-        let patterns = [Pattern::from_hex("00").unwrap()];
+        let patterns = [pattern(Form::Hex, "00")];
         let range = 0..1 << 40;
         let asked = AtomicU64::new(0);
         let mut told = Vec::new();
@@ -202,6 +348,7 @@ mod tests {
             patterns: &patterns,
             places: Places { runs: from_ref(&range), data: from_ref(&range) },
             max: 10,
+            around: Around::default(),
             threads: 2,
         };
         let read = |gpa: u64, _: &mut [u8]| {
@@ -209,32 +356,97 @@ mod tests {
             Ok(())
         };
         search
-            .run(read, |matches, _| {
+            .run(&read, |matches, _| {
                 told.extend(matches.iter().map(|found| found.gpa));
                 Ok(())
             })
             .unwrap();
         assert_eq!(told, (0..10).collect::<Vec<u64>>());
-        assert!(asked.into_inner() < 64 * PIECE);
+        assert!(asked.into_inner() < 64 * BATCH);
     }
 
     #[test]
     fn an_error_ends_the_search() {
-        let patterns = [Pattern::from_hex("01").unwrap()];
+        let patterns = [pattern(Form::Hex, "01")];
         let range = 0..1 << 40;
         let search = Search {
             patterns: &patterns,
             places: Places { runs: from_ref(&range), data: from_ref(&range) },
             max: usize::MAX,
+            around: Around::default(),
             threads: 3,
         };
         let read = |gpa: u64, _: &mut [u8]| {
             anyhow::ensure!(gpa < 5 * PIECE, "lost");
             Ok(())
         };
-        assert_eq!(search.run(read, |_, _| Ok(())).unwrap_err().to_string(), "lost");
-        let error = search.run(|_, _| Ok(()), |_, _| anyhow::bail!("no room")).unwrap_err();
+        assert_eq!(search.run(&read, |_, _| Ok(())).unwrap_err().to_string(), "lost");
+        let error = search.run(&|_: u64, _: &mut [u8]| Ok(()), |_, _| anyhow::bail!("no room")).unwrap_err();
         assert_eq!(error.to_string(), "no room");
+    }
+
+    #[test]
+    fn what_is_around_a_match_is_shown() {
+        let patterns = [pattern(Form::Text, "needle"), pattern(Form::Regex, "[n]e+dl")];
+        let run = 0x1000..0x3000;
+        let at = |gpa: u64| {
+            let within = |place: u64| b"needle".get(usize::try_from(gpa.checked_sub(place)?).ok()?).copied();
+            within(0x1002).or(within(0x2ff8)).unwrap_or(b'.')
+        };
+        let read = |gpa: u64, buffer: &mut [u8]| {
+            buffer.iter_mut().zip(gpa..).for_each(|(byte, gpa)| *byte = at(gpa));
+            Ok(())
+        };
+        let shown = |before, after| {
+            let search = Search {
+                patterns: &patterns,
+                places: Places { runs: from_ref(&run), data: from_ref(&run) },
+                around: Around { before, after },
+                max: 99,
+                threads: 1,
+            };
+            let mut all = Vec::new();
+            let tell = |matches: &[Match], _| {
+                all.extend(matches.iter().map(|found| {
+                    let text = |bytes: &[u8]| String::from_utf8(bytes.to_vec()).unwrap();
+                    (found.gpa, found.len, text(found.before()), text(found.bytes()))
+                }));
+                Ok(())
+            };
+            search.run(&InPlace(read), tell).unwrap();
+            all.into_iter()
+                .map(|(gpa, len, before, bytes)| format!("{gpa:x} {len} {before}|{bytes}"))
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(
+            shown(0, 0),
+            ["1002 6 |needle..........", "1002 5 |needle..........", "2ff8 6 |needle..", "2ff8 5 |needle..",]
+        );
+        assert_eq!(
+            shown(3, 1),
+            ["1002 6 ..|needle.", "1002 5 ..|needle", "2ff8 6 ...|needle.", "2ff8 5 ...|needle"]
+        );
+    }
+
+    #[test]
+    fn candidates_in_place_need_not_be_matches() {
+        // Each place is a candidate, by far more than are copied one by one.
+        let patterns = [pattern(Form::Hex, "aa bb aa bb cc"), pattern(Form::Hex, "aa bb aa bb dd")];
+        let run = 0..2 * PIECE;
+        let at = |gpa: u64| match gpa {
+            gpa if gpa == PIECE + 4 => 0xcc,
+            gpa if gpa == 3 * PIECE / 2 + 4 => 0xdd,
+            gpa if gpa.is_multiple_of(2) => 0xaa,
+            _ => 0xbb,
+        };
+        let given = Search {
+            patterns: &patterns,
+            places: Places { runs: from_ref(&run), data: from_ref(&run) },
+            around: Around::default(),
+            max: 99,
+            threads: 1,
+        };
+        assert_eq!(search(&given, at), [(PIECE, 0), (3 * PIECE / 2, 1)]);
     }
 
     proptest! {
@@ -245,7 +457,7 @@ mod tests {
             texts in proptest::collection::vec("(00|01|\\?\\?){1,5}", 1..4),
             threads in 1usize..4,
         ) {
-            let patterns: Vec<Pattern> = texts.iter().filter_map(|text| Pattern::from_hex(text).ok()).collect();
+            let patterns: Vec<Pattern> = texts.iter().filter_map(|text| Pattern::new(Form::Hex, text, false).ok()).collect();
             let ranges = |holds: &dyn Fn(usize) -> bool| {
                 let mut ranges: Vec<GpaRange> = Vec::new();
                 for at in (0..memory.len()).filter(|at| holds(*at)) {
@@ -267,7 +479,7 @@ mod tests {
                     let is_memory = place.end <= memory.len() && place.clone().all(|at| memory[at].2);
                     if is_memory && place.clone().any(is_data) {
                         let bytes: Vec<u8> = place.map(byte).collect();
-                        if pattern.find(&bytes).next().is_some() {
+                        if pattern.find(&bytes, 0..1).next().is_some() {
                             plain.push((start as u64, number));
                         }
                     }
@@ -277,6 +489,7 @@ mod tests {
                 patterns: &patterns,
                 places: Places { runs: &runs, data: &data },
                 max: usize::MAX,
+                around: Around::default(),
                 threads,
             };
             prop_assert_eq!(search(&given, |gpa| memory[usize::try_from(gpa).unwrap()].0), plain);

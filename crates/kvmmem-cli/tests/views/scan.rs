@@ -63,10 +63,15 @@ fn exit_codes_are_those_of_grep() {
     let host = host();
     let ended = host.look(&[], &["scan", "--text", "needle"]);
     assert_eq!((ended.code, ended.stdout.as_str(), ended.stderr.as_str()), (Some(1), "", ""));
-    let cases: [(&[&str], &[&str]); 6] = [
+    let cases: [(&[&str], &[&str]); 11] = [
         (&["scan"], &["PATTERN"]),
         (&["scan", "????"], &["at least one byte"]),
         (&["scan", "abc"], &["pairs"]),
+        (&["scan", "ab", "--ignore-case"], &["bytes have no case"]),
+        (&["scan", "--regex", "a*"], &["everywhere"]),
+        (&["scan", "ab", "--before", "8K"], &["at most 4096"]),
+        (&["scan", "--patterns", "/nonexistent/list"], &["/nonexistent/list", "No such file"]),
+        (&["scan", "--yara", "/nonexistent.yar"], &["error: cannot read the rules in /nonexistent.yar\n"]),
         (&["scan", "ab", "--range", "0x10..0x20"], &["0x0..0x1000"]),
         (&["scan", "ab", "--range", "1M..3M", "--range", "2M..4M"], &["overlap"]),
         (&["scan", "ab", "--range", "8M..9M"], &["0x800000..0x900000", "0x1000000..0x1400000"]),
@@ -133,4 +138,86 @@ fn rules_match_in_both_forms() {
     assert_eq!(ended.code, Some(2));
     assert!(ended.stderr.contains("rules.yar:1:"), "{}", ended.stderr);
     assert_eq!(finish(host.view(&token, &["scan", "--text", "needle"]).spawn().unwrap()).code, Some(0));
+}
+
+#[test]
+fn expressions_and_lists_of_patterns_are_found() {
+    let host = host();
+    host.put(0x1000, b"mail: Me@Example.com");
+    host.put((8 << 20) - 6, b"\x4a\x8bword");
+    let list = host.path("list");
+    std::fs::write(&list, "# mine\naddress regex [a-z]+@[a-z]+\\.com\ncode hex 4? 8b ?7\nword text WORD\n")
+        .unwrap();
+    let arguments = ["scan", "-i", "--patterns", list.to_str().unwrap()];
+    let ended = host.look(&[], &arguments);
+    assert_eq!((ended.code, ended.stderr.as_str()), (Some(0), ""));
+    let names: Vec<&str> = ended.stdout.lines().map(|line| line.rsplit(' ').next().unwrap()).collect();
+    assert_eq!(names, ["address", "code", "word"]);
+    assert_eq!(places(&ended.stdout), [0x1006, (8 << 20) - 6, (8 << 20) - 4]);
+    let ended =
+        host.look(&[], &["scan", "--regex", "[A-Z][a-z]@", "--before", "6", "--after", "20", "--json"]);
+    let found: serde_json::Value = serde_json::from_str(&ended.stdout).unwrap();
+    assert_eq!((&found["gpa"], &found["len"]), (&"0x1006".into(), &3.into()));
+    assert_eq!(
+        (&found["before"], &found["hex"]),
+        (&"6d61696c3a20".into(), &"4d65404578616d706c652e636f6d000000000000000000".into())
+    );
+    let ended = host.look(&[], &["scan", "--text", "Example", "--before", "9", "--after", "7"]);
+    let lines: Vec<&str> = ended.stdout.lines().collect();
+    assert_eq!(lines[0], "0x1009, 7 bytes");
+    assert!(
+        lines[1].starts_with("000000001000  6d 61 69 6c") && lines[1].ends_with("|mail: Me@Example|"),
+        "{lines:?}"
+    );
+    assert!(lines[2].starts_with("000000001010  2e 63 6f 6d"), "{lines:?}");
+}
+
+#[test]
+fn a_dump_file_is_searched_as_its_target() {
+    let host = host();
+    for place in [0x1000, (4 << 20) - 3, (20 << 20) - 6] {
+        host.put(place, b"needle");
+    }
+    let dump = host.path("dump.raw");
+    let dump = dump.to_str().unwrap();
+    assert_eq!(host.look(&[], &["dump", dump]).code, Some(0));
+    let rules = host.path("rules.yar");
+    std::fs::write(&rules, "rule hay { strings: $a = \"needle\" condition: #a == 3 }").unwrap();
+    let searches: [&[&str]; 4] = [
+        &["scan", "--text", "needle"],
+        &["scan", "--regex", "ne+dle", "--range", "1M.."],
+        &["scan", "--yara", rules.to_str().unwrap()],
+        &["scan", "--text", "haystack"],
+    ];
+    for search in searches {
+        let live = host.look(&[], search);
+        let dead = host.run(&[search, &["--file", dump]].concat());
+        assert_eq!(
+            (dead.code, &dead.stdout, dead.stderr.as_str()),
+            (live.code, &live.stdout, ""),
+            "{search:?}"
+        );
+    }
+    let ended = host.run(&["scan", "00", "--file", dump, "--target", "victim"]);
+    assert_eq!(ended.code, Some(2));
+}
+
+#[test]
+fn rules_that_nest_without_end_are_refused_in_one_line() {
+    let host = host();
+    host.put(0x1000, &[b'x'; 0x3000]);
+    let file = host.path("rules.yar");
+    let rules = file.to_str().unwrap();
+    let nested = format!("rule a {{ condition: {} true }}", "not ".repeat(100_000));
+    for (text, words) in [("include \"rules.yar\"", "includes itself"), (nested.as_str(), "max depth")] {
+        std::fs::write(&file, text).unwrap();
+        let ended = host.run(&["scan", "--yara", rules, "--target", "victim"]);
+        assert_eq!(ended.code, Some(2), "{}", ended.stderr);
+        assert!(ended.stderr.contains(words) && ended.stderr.lines().count() == 1, "{}", ended.stderr);
+    }
+    // More matches than are wanted are said to be there.
+    std::fs::write(&file, "rule any { strings: $a = /.*/ condition: $a }").unwrap();
+    let ended = host.look(&[], &["scan", "--yara", rules, "--max", "1"]);
+    assert_eq!((ended.code, ended.stdout.lines().count()), (Some(0), 1), "{}", ended.stdout);
+    assert!(ended.stderr.contains("more matches of $a in rule any than are kept"), "{}", ended.stderr);
 }

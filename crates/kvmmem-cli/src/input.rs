@@ -1,0 +1,78 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! The memory that a verb goes through as a whole: a target's, or that in a dump file.
+
+use std::path::PathBuf;
+
+use anyhow::Result;
+use clap::Args;
+use kvmmem::view::{Access, View};
+use kvmmem_memory::{DumpFile, Memory};
+
+use crate::range::GpaRange;
+use crate::source::Source;
+
+#[derive(Args)]
+pub(crate) struct Input {
+    /// A dump file instead of a target: raw memory, with the record of kvmmem dump beside it if there is one, an ELF core
+    /// or LiME
+    #[arg(long, value_name = "DUMP", conflicts_with_all = ["target", "token", "token_file", "listen", "device", "broker"])]
+    file: Option<PathBuf>,
+    #[command(flatten)]
+    source: Source,
+}
+
+/// Memory that can be read.
+pub(crate) enum Opened {
+    View(View),
+    File(DumpFile),
+}
+
+impl Input {
+    /// Opens the file, or attaches a view that reaches into each of `wanted`. `verb` is for the audit log.
+    pub(crate) fn open(&self, verb: &str, wanted: &[GpaRange]) -> Result<Opened> {
+        Ok(match &self.file {
+            Some(path) => Opened::File(DumpFile::open(path)?),
+            None => Opened::View(self.source.attach(Access::ReadOnly, verb, wanted)?),
+        })
+    }
+}
+
+impl Opened {
+    pub(crate) fn memory(&self) -> &dyn Memory {
+        match self {
+            Self::View(view) => view,
+            Self::File(file) => file,
+        }
+    }
+
+    pub(crate) fn view(&self) -> Option<&View> {
+        match self {
+            Self::View(view) => Some(view),
+            Self::File(_) => None,
+        }
+    }
+}
+
+/// The ranges that can be read, ascending.
+pub(crate) fn reached(memory: &dyn Memory) -> Result<Vec<GpaRange>> {
+    Ok(memory.ranges()?.into_iter().map(|range| range.gpa..range.end()).collect())
+}
+
+/// The parts of `parts`, which ascend, that hold data. Only these are worth reading, and reading others could make the
+/// target's host provide memory for them.
+pub(crate) fn data_within(memory: &dyn Memory, parts: &[GpaRange]) -> Result<Vec<GpaRange>> {
+    let mut data = Vec::new();
+    for part in parts {
+        let mut at = part.start;
+        while at < part.end {
+            let Some(range) = memory.data_from(at)? else { break };
+            let range = range.gpa.max(at)..range.end().min(part.end);
+            // A backend that goes back would be asked for ever.
+            at = range.end.max(at + 1);
+            if !range.is_empty() {
+                data.push(range);
+            }
+        }
+    }
+    Ok(data)
+}

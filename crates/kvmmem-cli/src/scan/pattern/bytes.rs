@@ -1,0 +1,194 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! Bytes, some bits of which may be anything.
+
+use std::ops::Range;
+
+use kvmmem::search::{Masked, PLACES, Pair};
+
+use super::MAX_LEN;
+
+/// How much rarer a byte of the pair must be to be worth it: see [`commonness`].
+const ANY: u32 = u32::MAX;
+
+/// Bits that differ between an ASCII letter's cases.
+const CASE: u8 = 0x20;
+
+#[derive(Clone, Debug)]
+pub(super) struct Bytes {
+    bytes: Vec<Masked>,
+    /// The rarest two bytes, by which candidates are found.
+    pair: Pair,
+    /// Place of the first one.
+    anchor: usize,
+}
+
+impl Bytes {
+    /// Reads pairs of hexadecimal digits, with `?` for any digit; blanks may stand between them.
+    pub(super) fn from_hex(text: &str) -> Result<Self, String> {
+        const FORM: &str = "write bytes as pairs of hexadecimal digits, ? for any digit, for example 4889e5??c3 or 4?8b; for text, give --text";
+        let digits: Vec<u8> = text.bytes().filter(|byte| *byte != b' ').collect();
+        let (pairs, rest) = digits.as_chunks::<2>();
+        if !rest.is_empty() {
+            return Err(FORM.into());
+        }
+        let digit = |character: u8| match character {
+            b'?' => Some((0, 0)),
+            digit => Some((u8::try_from(char::from(digit).to_digit(16)?).ok()?, 0xf)),
+        };
+        let byte = |[high, low]: &[u8; 2]| {
+            let ((high, high_mask), (low, low_mask)) = (digit(*high)?, digit(*low)?);
+            Some(Masked { value: high << 4 | low, mask: high_mask << 4 | low_mask })
+        };
+        let bytes: Option<Vec<Masked>> = pairs.iter().map(byte).collect();
+        Self::new(bytes.ok_or(FORM)?)
+    }
+
+    /// The bytes of a text; ASCII letters in both cases if `ignores_case`.
+    pub(super) fn from_text(bytes: impl Iterator<Item = u8>, ignores_case: bool) -> Result<Self, String> {
+        let mask = |byte: u8| if ignores_case && byte.is_ascii_alphabetic() { !CASE } else { 0xff };
+        Self::new(bytes.map(|byte| Masked { value: byte & mask(byte), mask: mask(byte) }).collect())
+    }
+
+    fn new(bytes: Vec<Masked>) -> Result<Self, String> {
+        if bytes.len() > MAX_LEN {
+            return Err(format!("the pattern has {} bytes, at most {MAX_LEN} are taken", bytes.len()));
+        }
+        let (anchor, pair) = rarest(&bytes)
+            .ok_or("the pattern is empty or matches anything: give at least one byte or digit")?;
+        Ok(Self { bytes, pair, anchor })
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.bytes.len()
+    }
+
+    pub(super) fn pair(&self) -> (&Pair, usize) {
+        (&self.pair, self.anchor)
+    }
+
+    /// The places among `starts` where the pattern begins and fits; they may overlap.
+    pub(super) fn find<'a>(
+        &'a self,
+        memory: &'a [u8],
+        starts: Range<usize>,
+    ) -> impl Iterator<Item = Range<usize>> + 'a {
+        let end = starts.end.min((memory.len() + 1).saturating_sub(self.len()));
+        // What the pair may take in when the pattern begins before the end.
+        let within =
+            memory.get(..(end + self.anchor + self.pair.distance()).min(memory.len())).unwrap_or_default();
+        let mut from = starts.start + self.anchor;
+        let blocks = std::iter::from_fn(move || {
+            let block = self.pair.find(within, from)?;
+            from = usize::try_from(block.at).ok()? + PLACES;
+            Some(block)
+        });
+        blocks.flat_map(|block| block.iter()).filter_map(move |place| {
+            let start = usize::try_from(place).ok()?.checked_sub(self.anchor).filter(|start| *start < end)?;
+            let found = start..start + self.len();
+            self.matches(memory.get(found.clone())?).then_some(found)
+        })
+    }
+
+    fn matches(&self, memory: &[u8]) -> bool {
+        self.bytes.iter().zip(memory).all(|(wanted, byte)| byte & wanted.mask == wanted.value & wanted.mask)
+    }
+}
+
+/// The two bytes that memory holds least, and the first one's place. They are the same one where there is no other.
+fn rarest(bytes: &[Masked]) -> Option<(usize, Pair)> {
+    let (first, one) = bytes.iter().enumerate().min_by_key(|(_, byte)| commonness(**byte))?;
+    if one.mask == 0 {
+        return None;
+    }
+    let range = usize::from(u8::MAX);
+    let others = bytes.iter().enumerate().skip(first.saturating_sub(range)).take(2 * range);
+    let others =
+        others.filter(|(place, byte)| *place != first && place.abs_diff(first) <= range && byte.mask != 0);
+    let (second, other) = others.min_by_key(|(_, byte)| commonness(**byte)).unwrap_or((first, one));
+    let distance = u8::try_from(first.abs_diff(second)).ok()?;
+    let pair =
+        if first <= second { Pair::new(*one, *other, distance) } else { Pair::new(*other, *one, distance) };
+    Some((first.min(second), pair))
+}
+
+/// How often memory holds such bytes, roughly: zeros most of all, then text and what is frequent in code.
+fn commonness(byte: Masked) -> u32 {
+    if byte.mask == 0 {
+        return ANY;
+    }
+    let often = match byte.value {
+        0x00 => 40,
+        0xff => 16,
+        b' ' | b'_' | b'e' | 0x48 | 0x8b | 0x89 => 8,
+        b'a'..=b'z' | 0x01..=0x10 | 0xe8 | 0x24 => 4,
+        b'A'..=b'Z' | b'0'..=b'9' | 0x20..=0x2f => 3,
+        _ => 1,
+    };
+    // Each bit that does not count doubles it.
+    often << byte.mask.count_zeros()
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn find(pattern: Result<Bytes, String>, memory: &[u8]) -> Vec<usize> {
+        pattern.unwrap().find(memory, 0..memory.len()).map(|found| found.start).collect()
+    }
+
+    #[test]
+    fn patterns_are_read() {
+        assert_eq!(find(Bytes::from_hex("48 89 ?? c3"), b"\x48\x89\xe5\xc3\x48\x89\xc3\xc3\xff"), [0, 4]);
+        assert_eq!(find(Bytes::from_hex("??aa"), b"\xaa\xaa\xaa"), [0, 1]);
+        assert_eq!(find(Bytes::from_hex("AA????"), b"\xaa\xaa\xaa\xaa"), [0, 1]);
+        assert_eq!(find(Bytes::from_hex("4? ?f"), b"\x4f\x4f\x0f\x1f\x40\x3f\x4f\x40"), [0, 1, 4]);
+        assert_eq!(find(Bytes::from_hex("4?"), b"\x3f\x40\x4f\x50"), [1, 2]);
+        assert_eq!(find(Bytes::from_text(b"aa".iter().copied(), false), b"aaaa"), [0, 1, 2]);
+        for text in ["", "4", "??", "????", "zz", "+1", "ä", "0x12"] {
+            assert!(Bytes::from_hex(text).is_err(), "{text}");
+        }
+        assert!(Bytes::from_text(std::iter::empty(), false).is_err());
+        let long = std::iter::repeat_n(b'a', MAX_LEN + 1);
+        assert!(Bytes::from_text(long, false).unwrap_err().contains("4097"));
+    }
+
+    #[test]
+    fn the_pair_is_within_reach_in_long_patterns() {
+        for rare in [0, 100, 300, 599] {
+            let mut text = vec![b'e'; 600];
+            text[rare] = 0x9e;
+            let pattern = Bytes::from_text(text.iter().copied(), false);
+            let memory = [&[b'e'; 700][..], &text, &[0; 10]].concat();
+            assert_eq!(find(pattern, &memory), [700], "{rare}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn the_places_are_those_of_a_plain_search(
+            // Few letters, so that there are matches, and matches that overlap.
+            bytes in proptest::collection::vec((0u8..2, proptest::sample::select(vec![0u8, 1, 0xff, 0xfe])), 1..6),
+            memory in proptest::collection::vec(0u8..2, 0..200),
+            from in 0usize..80,
+            count in 0usize..200,
+        ) {
+            let bytes: Vec<Masked> = bytes.iter().map(|(value, mask)| Masked { value: *value, mask: *mask }).collect();
+            let starts = from..from + count;
+            if let Ok(pattern) = Bytes::new(bytes.clone()) {
+                let plain: Vec<usize> = memory
+                    .windows(bytes.len())
+                    .enumerate()
+                    .filter(|(_, part)| bytes.iter().zip(*part).all(|(b, p)| (b.value ^ p) & b.mask == 0))
+                    .map(|(at, _)| at)
+                    .filter(|at| starts.contains(at))
+                    .collect();
+                let found: Vec<usize> = pattern.find(&memory, starts).map(|found| found.start).collect();
+                prop_assert_eq!(found, plain);
+            } else {
+                prop_assert!(bytes.iter().all(|byte| byte.mask == 0));
+            }
+        }
+    }
+}

@@ -1,0 +1,82 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! A file of patterns: a line for each, with its name, its form and the pattern.
+
+use std::fs::File;
+use std::io::Read;
+use std::path::Path;
+
+use anyhow::{Context, Result, anyhow, bail, ensure};
+
+use super::{Form, Pattern};
+
+/// Bytes that a file may have.
+const MAX_LEN: u64 = 1 << 20;
+
+const FORM: &str = "write NAME hex|text|utf16|regex PATTERN";
+
+/// Reads a file of patterns.
+pub(super) fn read(path: &Path, ignores_case: bool) -> Result<Vec<Pattern>> {
+    let read = || {
+        let mut text = String::new();
+        File::open(path)?.take(MAX_LEN + 1).read_to_string(&mut text)?;
+        ensure!(text.len() as u64 <= MAX_LEN, "the file has more than {MAX_LEN} bytes");
+        parse(&text, ignores_case)
+    };
+    read().with_context(|| format!("cannot take the patterns in {}", path.display()))
+}
+
+fn parse(text: &str, ignores_case: bool) -> Result<Vec<Pattern>> {
+    let lines = text.lines().enumerate().map(|(number, line)| (number + 1, line.trim()));
+    let lines = lines.filter(|(_, line)| !line.is_empty() && !line.starts_with('#'));
+    let patterns: Vec<Pattern> = lines
+        .map(|(number, line)| pattern(line, ignores_case).with_context(|| format!("line {number}")))
+        .collect::<Result<_>>()?;
+    ensure!(!patterns.is_empty(), "there is no pattern: {FORM}, one a line");
+    Ok(patterns)
+}
+
+fn pattern(line: &str, ignores_case: bool) -> Result<Pattern> {
+    let (name, rest) = line.split_once(char::is_whitespace).context(FORM)?;
+    let (form, text) = rest.trim_start().split_once(char::is_whitespace).context(FORM)?;
+    let form = match form {
+        "hex" => Form::Hex,
+        "text" => Form::Text,
+        "utf16" => Form::Utf16,
+        "regex" => Form::Regex,
+        other => bail!("{other:?} is no form of a pattern: {FORM}"),
+    };
+    let pattern = Pattern::new(form, text.trim_start(), ignores_case).map_err(|error| anyhow!(error))?;
+    Ok(Pattern { name: name.to_owned(), ..pattern })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn patterns_have_names_and_forms() {
+        let text =
+            "# keys\n\nmz  hex 4d 5a\r\npassword text pass word \n\tkey utf16 k\nmail regex [a-z]+@example\n";
+        let patterns = parse(text, false).unwrap();
+        let names: Vec<&str> = patterns.iter().map(Pattern::name).collect();
+        assert_eq!(names, ["mz", "password", "key", "mail"]);
+        let memory = b"MZ pass word k\0 me@example";
+        let found: Vec<_> =
+            patterns.iter().map(|pattern| pattern.find(memory, 0..memory.len()).next().unwrap()).collect();
+        assert_eq!(found, [0..2, 3..12, 13..15, 16..26]);
+    }
+
+    #[test]
+    fn mistakes_are_told_with_their_line() {
+        for (text, words) in [
+            ("", "there is no pattern"),
+            ("a text x\nb", "line 2: write NAME"),
+            ("a text", "line 1: write NAME"),
+            ("a word x", "\"word\" is no form"),
+            ("a hex zz", "line 1: write bytes as"),
+        ] {
+            let error = format!("{:#}", parse(text, false).unwrap_err());
+            assert!(error.contains(words), "{text}: {error}");
+        }
+    }
+}

@@ -1,0 +1,338 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! From files of rules to a scanner. The files come from anywhere: what would make the compiler recurse without a bound is
+//! refused before it sees it.
+//!
+//! | may be nested | bound |
+//! |---|---|
+//! | includes | 16 deep, as YARA has it, and 1,000 in all |
+//! | operators of a condition | the compiler takes 40; it parses and drops any number, which takes stack for each |
+//! | parentheses, regular expressions, hex strings | by the compiler |
+
+use std::collections::HashSet;
+use std::fmt;
+use std::fs::{File, OpenOptions};
+use std::io::Read;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use boreal::Scanner;
+use boreal::compiler::{AddRuleError, Compiler};
+use boreal_parser::file::YaraFileComponent;
+use rustix::fs::OFlags;
+
+use crate::failure::{escape, usage};
+
+/// Includes within includes.
+const MAX_DEPTH: usize = 16;
+
+/// Includes of one file and all that it includes.
+const MAX_INCLUDES: usize = 1000;
+
+/// Bytes of one file.
+const MAX_LEN: u64 = 64 << 20;
+
+/// What may be an operator, in one file.
+const MAX_OPERATORS: usize = 1 << 20;
+
+/// Stack of the compiler, bytes: in all, and for each operator.
+const STACK: usize = 8 << 20;
+const STACK_OF_OPERATOR: usize = 512;
+
+/// A rule that each namespace has. While its symbol is false, no condition of the namespace is evaluated.
+pub(super) const GATE: &str = "kvmmem_evaluates_conditions";
+
+/// The gate's symbol.
+pub(super) const GATE_SYMBOL: &str = "kvmmem_conditions";
+
+/// Compiled rules.
+pub(super) struct Compiled {
+    pub(super) scanner: Scanner,
+    /// Whether some rules or strings may be private.
+    pub(super) has_private: bool,
+}
+
+/// Compiles files of rules. Each file is a namespace, and has [`GATE`] besides. Warnings are logged.
+pub(super) fn compile(files: &[PathBuf]) -> Result<Compiled> {
+    let namespaces = namespaces(files)?;
+    let mut seen = Walk::default();
+    for file in files {
+        seen = Walk { chain: Vec::new(), includes: 0, ..seen };
+        seen.visit(file.clone())?;
+    }
+    let Walk { operators, has_private, .. } = seen;
+    let scanner = with_stack(operators, || {
+        let mut compiler = Compiler::new();
+        compiler.define_symbol(GATE_SYMBOL, true);
+        let gate = format!("private global rule {GATE} {{ condition: {GATE_SYMBOL} }}");
+        for (file, namespace) in files.iter().zip(&namespaces) {
+            compiler.add_rules_str_in_namespace(&gate, namespace)?;
+            match compiler.add_rules_file_in_namespace(file, namespace) {
+                Ok(status) => status.warnings().for_each(|warning| tracing::warn!("{}", lines(warning))),
+                Err(error) => bail!(explain(&error)),
+            }
+        }
+        Ok(compiler.finalize())
+    })??;
+    Ok(Compiled { scanner, has_private })
+}
+
+/// The files' namespaces: their names without the extension, or their paths where these are not different.
+fn namespaces(files: &[PathBuf]) -> Result<Vec<String>> {
+    let stem = |file: &PathBuf| file.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+    let stems: Vec<String> = files.iter().map(stem).collect();
+    let mut seen = HashSet::new();
+    for file in files {
+        // One that does not exist is told later.
+        if !seen.insert(file.canonicalize().unwrap_or_else(|_| file.clone())) {
+            return Err(usage(format!("{} is given twice", file.display())));
+        }
+    }
+    let is_single = |stem: &String| stems.iter().filter(|other| *other == stem).count() == 1;
+    let name = |(stem, file): (&String, &PathBuf)| {
+        if is_single(stem) { stem.clone() } else { file.display().to_string() }
+    };
+    Ok(stems.iter().zip(files).map(name).collect())
+}
+
+/// A walk through a file of rules and what it includes.
+#[derive(Default)]
+struct Walk {
+    /// The files from the first one to the present one.
+    chain: Vec<PathBuf>,
+    includes: usize,
+    /// What may be an operator in the file that has the most.
+    operators: usize,
+    /// Whether the word is in one of them.
+    has_private: bool,
+}
+
+impl Walk {
+    /// Checks a file and all that it includes.
+    fn visit(&mut self, file: PathBuf) -> Result<()> {
+        let text = read(&file).with_context(|| format!("cannot read the rules in {}", file.display()))?;
+        let operators = operators(&text);
+        ensure!(
+            operators <= MAX_OPERATORS,
+            "{} has {operators} operators, at most {MAX_OPERATORS} are taken: split the file",
+            file.display()
+        );
+        self.operators = self.operators.max(operators);
+        self.has_private |= text.contains("private");
+        if !text.contains("include") {
+            return Ok(());
+        }
+        let included = with_stack(operators, || {
+            // What does not parse is told by the compiler.
+            let components = boreal_parser::parse(&text).map(|file| file.components).unwrap_or_default();
+            let paths = components.into_iter().filter_map(|component| match component {
+                YaraFileComponent::Include(include) => Some(include.path),
+                _ => None,
+            });
+            paths.collect::<Vec<String>>()
+        })?;
+        let directory = file.parent().unwrap_or(Path::new("")).to_owned();
+        self.chain.push(file);
+        for path in included {
+            // The compiler tells of one that does not exist, with its place.
+            let Ok(path) = directory.join(path).canonicalize() else { continue };
+            self.includes += 1;
+            let first = self.chain.first().map(|file| file.display().to_string()).unwrap_or_default();
+            if self.chain.iter().any(|file| file.canonicalize().is_ok_and(|file| file == path)) {
+                bail!("{} includes itself, by way of {first}", path.display());
+            }
+            ensure!(
+                self.chain.len() <= MAX_DEPTH,
+                "{first} has more than {MAX_DEPTH} includes within includes: {} is one too many",
+                path.display()
+            );
+            ensure!(self.includes <= MAX_INCLUDES, "{first} has more than {MAX_INCLUDES} includes");
+            self.visit(path)?;
+        }
+        self.chain.pop();
+        Ok(())
+    }
+}
+
+/// The text of a file.
+fn read(path: &Path) -> Result<String> {
+    // The compiler reads it again; a pipe would not have it twice, and would wait for a writer.
+    let nonblocking = i32::try_from(OFlags::NONBLOCK.bits())?;
+    let file = OpenOptions::new().read(true).custom_flags(nonblocking).open(path)?;
+    let metadata = file.metadata()?;
+    ensure!(metadata.is_file(), "it is no regular file: write the rules to one");
+    ensure!(metadata.len() <= MAX_LEN, "it has {} bytes, at most {MAX_LEN} are taken", metadata.len());
+    read_text(&file)
+}
+
+fn read_text(file: &File) -> Result<String> {
+    let mut text = String::new();
+    file.take(MAX_LEN).read_to_string(&mut text)?;
+    Ok(text)
+}
+
+/// At least as many as a condition in the text has operators that nest: those in comments and strings count too.
+fn operators(text: &str) -> usize {
+    const SIGNS: &[u8] = b"~-+*\\%&|^<>=!";
+    const WORDS: [&str; 7] = ["not", "defined", "contains", "startswith", "endswith", "iequals", "matches"];
+    let signs = text.bytes().filter(|byte| SIGNS.contains(byte)).count();
+    signs + WORDS.map(|word| text.matches(word).count()).iter().sum::<usize>()
+}
+
+/// Runs `act` with a stack for that many nested operators.
+fn with_stack<T: Send>(operators: usize, act: impl FnOnce() -> T + Send) -> Result<T> {
+    let stack = STACK + operators * STACK_OF_OPERATOR;
+    std::thread::scope(|scope| {
+        let thread = std::thread::Builder::new().name("kvmmem-rules".into()).stack_size(stack);
+        let thread = thread.spawn_scoped(scope, act);
+        let thread = thread.with_context(|| format!("no memory for a stack of {stack} bytes"))?;
+        thread.join().map_err(|_| anyhow!("the rules cannot be compiled"))
+    })
+}
+
+/// Why rules do not compile, and what to do where a module is missing.
+fn explain(error: &AddRuleError) -> String {
+    let text = lines(error);
+    let is_format = |name: &&str| text.ends_with(&format!("unknown import {name}"));
+    match ["pe", "elf", "macho", "dotnet", "dex", "magic", "cuckoo"].into_iter().find(is_format) {
+        Some(name) => format!(
+            "{text}; module {name} parses a whole file, which memory does not hold: use rules without it"
+        ),
+        None => text,
+    }
+}
+
+/// The message, each line without what a terminal would not show.
+fn lines(message: &impl fmt::Display) -> String {
+    message.to_string().lines().map(escape).collect::<Vec<_>>().join("\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fmt::Write;
+    use std::slice::from_ref;
+
+    use super::*;
+
+    /// Compiles the first of files that are written to one directory. The names of its rules, or the error's whole chain.
+    fn compiled(files: &[(&str, &str)]) -> Result<Vec<String>, String> {
+        let directory = tempfile::tempdir().unwrap();
+        for (name, text) in files {
+            std::fs::write(directory.path().join(name), text).unwrap();
+        }
+        let compiled = compile(from_ref(&directory.path().join(files[0].0)));
+        compiled.map(|compiled| names(&compiled)).map_err(|error| format!("{error:#}"))
+    }
+
+    fn names(compiled: &Compiled) -> Vec<String> {
+        let rules = compiled.scanner.rules().filter(|rule| rule.name != GATE);
+        rules.map(|rule| format!("{}:{}", rule.namespace, rule.name)).collect()
+    }
+
+    #[test]
+    fn rules_that_include_themselves_are_refused() {
+        let own = compiled(&[("a.yar", "include \"a.yar\"")]).unwrap_err();
+        assert!(own.contains("a.yar includes itself"), "{own}");
+        let circle = compiled(&[
+            ("a.yar", "include \"b.yar\""),
+            ("b.yar", "rule b { condition: true } include \"./a.yar\""),
+        ]);
+        let circle = circle.unwrap_err();
+        assert!(circle.contains("a.yar includes itself, by way of"), "{circle}");
+        // Neither in a comment nor in a string.
+        let rule = "// include \"a.yar\"\nrule a { strings: $a = \"include \\\"a.yar\\\"\" condition: $a }";
+        assert_eq!(compiled(&[("a.yar", rule)]).unwrap(), ["a:a"]);
+    }
+
+    #[test]
+    fn includes_have_a_bound() {
+        let names: Vec<String> = (0..3000).map(|number| format!("{number}.yar")).collect();
+        let chain = |count: usize| -> Vec<(String, String)> {
+            let include = |number: usize| format!("include \"{}\"", names[number + 1]);
+            let mut files: Vec<_> =
+                (0..count).map(|number| (names[number].clone(), include(number))).collect();
+            files.push((names[count].clone(), "rule a { condition: true }".into()));
+            files
+        };
+        let compiled = |files: Vec<(String, String)>| {
+            let files: Vec<(&str, &str)> = files.iter().map(|(name, text)| (&**name, &**text)).collect();
+            compiled(&files)
+        };
+        assert_eq!(compiled(chain(16)).unwrap(), ["0:a"]);
+        for count in [17, 2999] {
+            let error = compiled(chain(count)).unwrap_err();
+            assert!(error.contains("more than 16 includes within includes"), "{error}");
+        }
+        let many = "include \"b.yar\"\n".repeat(1001);
+        let error = compiled(vec![("a.yar".into(), many), ("b.yar".into(), String::new())]).unwrap_err();
+        assert!(error.contains("more than 1000 includes"), "{error}");
+        let error = compiled(vec![("a.yar".into(), "include \"none.yar\"".into())]).unwrap_err();
+        assert!(error.contains("a.yar:1:") && error.contains("none.yar"), "{error}");
+    }
+
+    #[test]
+    fn conditions_that_are_nested_deeply_are_refused() {
+        for (count, before, end, words) in [
+            (100_000, "not ", "true", "max depth"),
+            (MAX_OPERATORS - 10, "~", "1 == 1", "max depth"),
+            (MAX_OPERATORS + 1, "~", "1 == 1", "split the file"),
+        ] {
+            let rule = format!("rule a {{ condition: {}{end} }}", before.repeat(count));
+            let error = compiled(&[("a.yar", &rule)]).unwrap_err();
+            assert!(error.contains(words), "{count} {before}: {error}");
+        }
+        let mut sum = "rule a { condition: 1".to_owned();
+        (0..100_000).for_each(|_| sum.write_str("+1").unwrap());
+        let error = compiled(&[("a.yar", &format!("{sum} == 1 }}"))]).unwrap_err();
+        assert!(error.contains("max depth"), "{error}");
+    }
+
+    #[test]
+    fn what_is_no_file_of_rules_is_named() {
+        let directory = tempfile::tempdir().unwrap();
+        let fifo = directory.path().join("fifo");
+        rustix::fs::mkfifoat(rustix::fs::CWD, &fifo, rustix::fs::Mode::RUSR).unwrap();
+        let binary = directory.path().join("binary");
+        std::fs::write(&binary, [0xff, 0xfe]).unwrap();
+        for (path, words) in [
+            (directory.path().join("none.yar"), "No such file"),
+            (directory.path().to_owned(), "no regular file"),
+            (fifo, "no regular file"),
+            (binary, "UTF-8"),
+        ] {
+            let error = format!("{:#}", compile(from_ref(&path)).err().unwrap());
+            let expected = format!("cannot read the rules in {}", path.display());
+            assert!(error.starts_with(&expected) && error.contains(words), "{error}");
+        }
+    }
+
+    #[test]
+    fn each_file_has_a_namespace_of_its_own() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = |name: &str| {
+            let path = directory.path().join(name);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(&path, "rule same { condition: true }").unwrap();
+            path
+        };
+        let files = [file("a/rules.yar"), file("b/rules.yar"), file("other.yar")];
+        let compiled = compile(&files).unwrap();
+        let path = |file: &Path| format!("{}:same", file.display());
+        assert_eq!(names(&compiled), [path(&files[0]), path(&files[1]), "other:same".into()]);
+        let error = compile(&[files[0].clone(), directory.path().join("a/../a/rules.yar")]).err().unwrap();
+        assert!(error.to_string().ends_with("is given twice"), "{error}");
+    }
+
+    #[test]
+    fn what_does_not_compile_is_told_with_its_place() {
+        for (text, words) in [
+            ("rule a { condition: $b }", "rules.yar:1:"),
+            ("import \"pe\"\nrule a { condition: pe.is_pe }", "module pe parses a whole file"),
+            ("import \"nothing\"\nrule a { condition: true }", "unknown import nothing"),
+            ("rule \u{1b}[2J { condition: true }", "rules.yar:1:"),
+        ] {
+            let error = compiled(&[("rules.yar", text)]).unwrap_err();
+            assert!(error.contains(words) && !error.contains('\u{1b}'), "{error}");
+        }
+    }
+}

@@ -1,0 +1,97 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! Where strings of rules match at all, found by many threads: the engine scans each batch of memory by itself, with all
+//! conditions off.
+
+use std::ops::ControlFlow;
+
+use anyhow::{Result, anyhow};
+use boreal::Scanner;
+use boreal::scanner::{CallbackEvents, FragmentedScanMode, ScanCallbackResult, ScanEvent};
+
+use super::compile::GATE_SYMBOL;
+use super::memory::{self, Fill, Pieces};
+use super::{PIECE, Piece, Places, REACH};
+use crate::parallel::{Sink, in_order};
+use crate::range::GpaRange;
+
+/// Bytes that a thread takes at a time.
+const BATCH: u64 = 8 << 20;
+
+/// What a batch had.
+struct Found {
+    windows: Vec<GpaRange>,
+    bytes: u64,
+}
+
+/// The memory around each match of a string: ascending, and so far apart that no match is seen from two of them. Of a string
+/// that matches more often in a batch than is kept of all its matches, the first ones are enough.
+pub(super) fn find(
+    scanner: &Scanner,
+    places: Places<'_>,
+    threads: usize,
+    fill: Fill<'_>,
+    done: impl Fn(u64),
+) -> Result<Vec<GpaRange>> {
+    let mut scanner = scanner.clone();
+    scanner
+        .define_symbol(GATE_SYMBOL, false)
+        .map_err(|error| anyhow!("the rules lack their symbol: {error:?}"))?;
+    let params = scanner.scan_params().clone();
+    scanner.set_scan_params(
+        params
+            .match_max_length(0)
+            .include_not_matched_rules(true)
+            .fragmented_scan_mode(FragmentedScanMode::fast())
+            .callback_events(CallbackEvents::RULE_NO_MATCH),
+    );
+    let mut windows: Vec<GpaRange> = Vec::new();
+    let work = |batch: Vec<Piece>, sink: &Sink<Found>| {
+        let windows = in_batch(&scanner, &batch, fill)?;
+        sink.send(Found { windows, bytes: batch.iter().map(Piece::len).sum() })
+    };
+    in_order(threads, places.batches(REACH, PIECE, BATCH), work, |found| {
+        found.windows.into_iter().for_each(|window| add(&mut windows, window));
+        done(found.bytes);
+        Ok(ControlFlow::Continue(()))
+    })?;
+    Ok(windows)
+}
+
+/// The memory around each match in a batch.
+fn in_batch(scanner: &Scanner, batch: &[Piece], fill: Fill<'_>) -> Result<Vec<GpaRange>> {
+    let mut places: Vec<GpaRange> = Vec::new();
+    memory::scan(Pieces::new(batch, batch, fill, &|_| {}), |memory| {
+        let scan = scanner.scan_fragmented_with_callback(memory, |event| {
+            if let ScanEvent::RuleNoMatch(rule) = event {
+                let matches = rule.matches.iter().flat_map(|string| &string.matches);
+                places.extend(matches.map(|found| {
+                    let start = (found.base + found.offset) as u64;
+                    start..start + found.length as u64
+                }));
+            }
+            ScanCallbackResult::Continue
+        });
+        scan.map_err(|error| anyhow!("the rules' strings cannot be looked for: {error}"))
+    })?;
+    places.sort_unstable_by_key(|place| place.start);
+    let mut windows = Vec::new();
+    for place in places {
+        let run = batch.iter().map(|piece| &piece.run).find(|run| run.contains(&place.start));
+        let run = run.cloned().unwrap_or(0..u64::MAX);
+        let start = place.start.saturating_sub(REACH).max(run.start);
+        add(&mut windows, start..place.end.saturating_add(REACH).min(run.end));
+    }
+    Ok(windows)
+}
+
+/// Adds a window that does not begin before the last one, by more than their overlap.
+fn add(windows: &mut Vec<GpaRange>, window: GpaRange) {
+    match windows.last_mut() {
+        // A piece of the last one reaches that far. Runs are further apart.
+        Some(last) if window.start < last.end.saturating_add(REACH) => {
+            last.start = last.start.min(window.start);
+            last.end = last.end.max(window.end);
+        }
+        _ => windows.push(window),
+    }
+}
