@@ -35,6 +35,7 @@ mod range;
 mod scan;
 mod shell;
 mod source;
+mod strings;
 mod target;
 mod target_name;
 mod translate;
@@ -126,6 +127,8 @@ enum Verb {
     Dump(dump::Arguments),
     /// Find bytes in a target's memory.
     Scan(scan::Arguments),
+    /// Print the text in a target's memory.
+    Strings(strings::Arguments),
     /// Show how a target's memory changes.
     Watch(watch::Arguments),
     /// Look up a target's virtual addresses in its page tables.
@@ -171,6 +174,7 @@ fn main() -> ExitCode {
         Verb::Info(arguments) => arguments.run(&mut output),
         Verb::Dump(arguments) => arguments.run(&mut output),
         Verb::Scan(arguments) => arguments.run(&mut output),
+        Verb::Strings(arguments) => arguments.run(&mut output),
         Verb::Watch(arguments) => arguments.run(&mut output),
         Verb::Translate(arguments) => arguments.run(&mut output),
         Verb::Read(arguments) => arguments.run(&mut output),

@@ -56,6 +56,7 @@ fn help_names_the_verbs_and_the_exit_codes() {
         "info",
         "dump",
         "scan",
+        "strings",
         "watch",
         "translate",
         "read",
@@ -147,10 +148,11 @@ fn numbers_are_written_the_same_way_in_every_place() {
 
 #[test]
 fn a_verb_without_a_token_names_the_ways_to_get_one() {
-    let verbs: [&[&str]; 7] = [
+    let verbs: [&[&str]; 8] = [
         &["attach"],
         &["dump", "-"],
         &["scan", "00"],
+        &["strings"],
         &["watch", "0", "1"],
         &["read", "0", "1"],
         &["write", "0", "00"],

@@ -10,6 +10,7 @@ mod grant;
 mod private;
 mod reaching;
 mod scan;
+mod strings;
 mod translate;
 mod watch;
 

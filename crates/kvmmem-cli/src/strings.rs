@@ -1,0 +1,130 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! `kvmmem strings`: the text in a target's memory.
+
+mod collect;
+mod extract;
+
+use std::ops::ControlFlow;
+use std::process::ExitCode;
+
+use anyhow::{Context, Result};
+use clap::{Args, ValueEnum};
+use serde::Serialize;
+
+use crate::input::{Input, data_within, reached};
+use crate::number::Hex;
+use crate::output::Output;
+use crate::parallel::{Sink, in_order};
+use crate::progress;
+use crate::range::{GpaRange, in_order as ranges_in_order, parse_range, select, total};
+use crate::scan::{Piece, Places, join};
+use collect::Collector;
+use extract::{Fragment, MAX_LEN, extract};
+
+/// Bytes that are copied at a time, and that a thread takes at a time.
+const PIECE: u64 = 256 * 1024;
+const BATCH: u64 = 4 << 20;
+
+#[derive(Args)]
+#[command(after_help = AFTER_HELP)]
+pub(crate) struct Arguments {
+    /// Leave out strings of fewer characters
+    #[arg(long, short = 'n', value_name = "COUNT", default_value_t = 4, value_parser = clap::value_parser!(u16).range(1..=MAX_LEN))]
+    min: u16,
+    /// Look for this alone
+    #[arg(long, short, value_enum)]
+    encoding: Option<Encoding>,
+    /// Look only at these guest-physical addresses, for example 1M..2M; END is behind the range; may be given again
+    #[arg(long = "range", value_name = "START..END", value_parser = parse_range)]
+    ranges: Vec<GpaRange>,
+    /// How many threads search [default: one for each CPU]
+    #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    threads: Option<u16>,
+    #[command(flatten)]
+    input: Input,
+}
+
+const AFTER_HELP: &str = "\
+A line for each string: its guest-physical address, its encoding, and the printable ASCII characters and tabs that follow
+each other there, as one byte each or in UTF-16, little-endian, at any address. A string of more than 4096 characters is
+printed in parts. Strings come in the order of addresses. Memory that the target never used is not read.";
+
+/// How characters are written in memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum, Serialize)]
+#[serde(rename_all = "lowercase")]
+enum Encoding {
+    /// A byte each.
+    Ascii,
+    /// Two bytes each, the lower one first.
+    Utf16,
+}
+
+/// A string.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+struct Text {
+    gpa: Hex,
+    encoding: Encoding,
+    text: String,
+}
+
+/// The text of a piece.
+struct Found {
+    piece: GpaRange,
+    fragments: Vec<Fragment>,
+}
+
+impl Arguments {
+    pub(crate) fn run(&self, output: &mut Output) -> Result<ExitCode> {
+        let wanted = ranges_in_order(&self.ranges)?;
+        let opened = self.input.open("strings", &wanted)?;
+        let memory = opened.memory();
+        let parts = select(&wanted, &reached(memory)?)?;
+        let data = data_within(memory, &parts)?;
+        let threads = match self.threads {
+            Some(threads) => threads.into(),
+            None => std::thread::available_parallelism().context("cannot count the CPUs")?.get(),
+        };
+        let runs = join(&parts);
+        let places = Places { runs: &runs, data: &data };
+        let bar = progress::bytes(total(&data), output);
+        let min = usize::from(self.min);
+        let work = |batch: Vec<Piece>, sink: &Sink<Found>| {
+            let mut buffer = Vec::new();
+            batch.into_iter().try_for_each(|Piece { starts, run, .. }| {
+                // With the second byte of a character that begins in the last one.
+                let end = run.end.min(starts.end + 1);
+                buffer.resize(usize::try_from(end - starts.start)?, 0);
+                let read = |gpa: u64, buffer: &mut [u8]| {
+                    memory.read_at(gpa, buffer).context("the search ended early")
+                };
+                places.fill(starts.start, &mut buffer, read)?;
+                let len = usize::try_from(starts.end - starts.start)?;
+                let mut fragments = extract(starts.start, &buffer, len, min);
+                fragments.retain(|fragment| self.encoding.is_none_or(|wanted| wanted == fragment.encoding()));
+                sink.send(Found { piece: starts, fragments })
+            })
+        };
+        let mut collector = Collector::new(min);
+        in_order(threads, places.batches(0, PIECE, BATCH), work, |found| {
+            let bytes = found.piece.end - found.piece.start;
+            let texts = collector.add(found.piece, found.fragments);
+            if !texts.is_empty() {
+                bar.suspend(|| texts.iter().try_for_each(|text| print(text, output)))?;
+            }
+            bar.inc(bytes);
+            Ok(ControlFlow::Continue(()))
+        })?;
+        bar.finish_and_clear();
+        collector.end().iter().try_for_each(|text| print(text, output))?;
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
+fn print(found: &Text, output: &mut Output) -> Result<()> {
+    if output.is_json() {
+        return Ok(output.object(found)?);
+    }
+    let Text { gpa, encoding, text } = found;
+    let encoding = if *encoding == Encoding::Ascii { "ascii" } else { "utf16" };
+    Ok(output.line(format!("{:012x}  {encoding}  {text}", gpa.0))?)
+}
