@@ -28,6 +28,7 @@ mod number;
 mod output;
 mod parallel;
 mod physical;
+mod process;
 mod progress;
 mod ps;
 mod qemu_args;

@@ -136,6 +136,23 @@ impl Serialize for Hex {
     }
 }
 
+/// Where something lies, as JSON: `"gpa": ...` or `"gva": ...` of an object that it is flattened into.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Address {
+    Gpa(Hex),
+    Gva(Hex),
+}
+
+impl Address {
+    /// The address itself.
+    pub(crate) fn get(self) -> u64 {
+        match self {
+            Self::Gpa(Hex(address)) | Self::Gva(Hex(address)) => address,
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

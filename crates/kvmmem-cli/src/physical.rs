@@ -10,7 +10,7 @@ use serde::Serialize;
 
 use crate::failure::usage;
 use crate::hexdump::Hexdump;
-use crate::number::{Hex, HexBytes, hex, parse, parse_hex, parse_length};
+use crate::number::{Address, Hex, HexBytes, hex, parse, parse_hex, parse_length};
 use crate::output::Output;
 use crate::range::pages;
 use crate::source::{Memory, Source};
@@ -66,13 +66,6 @@ struct Part {
     #[serde(flatten)]
     address: Address,
     hex: String,
-}
-
-#[derive(Serialize)]
-#[serde(rename_all = "snake_case")]
-enum Address {
-    Gpa(Hex),
-    Gva(Hex),
 }
 
 /// What was written, as JSON.

@@ -26,6 +26,7 @@ use crate::hexdump;
 use crate::input::{Input, data_within, reached};
 use crate::number::parse;
 use crate::output::Output;
+use crate::process::Process;
 use crate::progress;
 use crate::range::{GpaRange, in_order, parse_range, select, total};
 use pattern::{Form, Pattern};
@@ -75,7 +76,8 @@ pub(crate) struct Arguments {
     #[cfg(feature = "yara")]
     #[arg(long, value_name = "FILE", conflicts_with_all = ["patterns", "text", "utf16", "regex", "list", "ignore_case", "before", "after"])]
     yara: Vec<PathBuf>,
-    /// Look only at these guest-physical addresses, for example 1M..2M; END is behind the range; may be given again
+    /// Look only at these guest-physical addresses (with --pid, virtual ones), for example 1M..2M; END is behind the range;
+    /// may be given again
     #[arg(long = "range", value_name = "START..END", value_parser = parse_range)]
     ranges: Vec<GpaRange>,
     /// Show this many bytes before each match, at most 4096
@@ -90,6 +92,8 @@ pub(crate) struct Arguments {
     /// How many threads search [default: one for each CPU]
     #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
+    #[command(flatten)]
+    process: Process,
     #[command(flatten)]
     input: Input,
 }
@@ -123,19 +127,24 @@ impl Arguments {
         let ranges = in_order(&self.ranges)?;
         // Before the token is used.
         let wanted = self.wanted()?;
-        let opened = self.input.open("scan", &ranges)?;
-        let memory = opened.memory();
-        let parts = select(&ranges, &reached(memory)?)?;
-        let mapped = opened.view().map(|view| Mapped::new(view, &parts)).transpose()?.flatten();
-        let data = data_within(memory, &parts)?;
-        let runs = join(&parts);
-        let places = Places { runs: &runs, data: &data };
-        let bar = progress::bytes(total(&data), output);
-        let found = match mapped {
-            Some(mapped) => self.search(&wanted, places, &mapped, &bar, output)?,
-            None => self.search(&wanted, places, &Copied(memory), &bar, output)?,
-        };
-        bar.finish_and_clear();
+        let reaching: &[GpaRange] = if self.process.is_given() { &[] } else { &ranges };
+        let opened = self.input.open("scan", reaching)?;
+        let is_live = opened.view().is_some();
+        let found = self.process.with_memory(opened.memory(), is_live, |memory| {
+            let parts = select(&ranges, &reached(memory)?)?;
+            let view = opened.view().filter(|_| !self.process.is_given());
+            let mapped = view.map(|view| Mapped::new(view, &parts)).transpose()?.flatten();
+            let data = data_within(memory, &parts)?;
+            let runs = join(&parts);
+            let places = Places { runs: &runs, data: &data };
+            let bar = progress::bytes(total(&data), output);
+            let found = match mapped {
+                Some(mapped) => self.search(&wanted, places, &mapped, &bar, output)?,
+                None => self.search(&wanted, places, &Copied(memory), &bar, output)?,
+            };
+            bar.finish_and_clear();
+            Ok(found)
+        })?;
         Ok(if found { ExitCode::SUCCESS } else { ExitCode::from(NOTHING) })
     }
 
@@ -181,14 +190,20 @@ impl Arguments {
             #[cfg(feature = "yara")]
             Wanted::Rules(rules) => {
                 let read = |gpa: u64, buffer: &mut [u8]| source.read(gpa, buffer);
-                let matched = rules.run(places, threads, read, |bytes| bar.inc(bytes))?;
+                let matched = rules.run(
+                    places,
+                    threads,
+                    read,
+                    |bytes| bar.inc(bytes),
+                    |at| self.process.address(at),
+                )?;
                 matched.iter().try_for_each(|rule| bar.suspend(|| print_rule(rule, output)))?;
                 return Ok(!matched.is_empty());
             }
         };
         let around = Around { before: self.before, after: self.after };
         let max = self.max.map_or(usize::MAX, |max| usize::try_from(max).unwrap_or(usize::MAX));
-        let report = Report { patterns, around };
+        let report = Report { patterns, around, address: &|at| self.process.address(at) };
         let search = Search { patterns, places, around, max, threads };
         let count = search.run(source, |matches, bytes| {
             if !matches.is_empty() {
@@ -212,7 +227,7 @@ fn print_rule(rule: &Matched, output: &mut Output) -> Result<()> {
     }
     for found in &rule.matches {
         let shown = found.bytes.get(..16).unwrap_or(&found.bytes);
-        let line = hexdump::line(found.gpa.0, shown, |_| None::<Style>);
+        let line = hexdump::line(found.address.get(), shown, |_| None::<Style>);
         output.line(format!("{line}  {name} {}", escape(&found.string)))?;
     }
     Ok(())

@@ -9,12 +9,14 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 use clap::{Args, ValueEnum};
+use kvmmem_memory::Memory;
 use serde::Serialize;
 
 use crate::input::{Input, data_within, reached};
-use crate::number::Hex;
+use crate::number::Address;
 use crate::output::Output;
 use crate::parallel::{Sink, in_order};
+use crate::process::Process;
 use crate::progress;
 use crate::range::{GpaRange, in_order as ranges_in_order, parse_range, select, total};
 use crate::scan::{Piece, Places, join};
@@ -34,18 +36,21 @@ pub(crate) struct Arguments {
     /// Look for this alone
     #[arg(long, short, value_enum)]
     encoding: Option<Encoding>,
-    /// Look only at these guest-physical addresses, for example 1M..2M; END is behind the range; may be given again
+    /// Look only at these guest-physical addresses (with --pid, virtual ones), for example 1M..2M; END is behind the range;
+    /// may be given again
     #[arg(long = "range", value_name = "START..END", value_parser = parse_range)]
     ranges: Vec<GpaRange>,
     /// How many threads search [default: one for each CPU]
     #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
     #[command(flatten)]
+    process: Process,
+    #[command(flatten)]
     input: Input,
 }
 
 const AFTER_HELP: &str = "\
-A line for each string: its guest-physical address, its encoding, and the printable ASCII characters and tabs that follow
+A line for each string: its guest-physical address (with --pid, its virtual one), its encoding, and the printable ASCII characters and tabs that follow
 each other there, as one byte each or in UTF-16, little-endian, at any address. A string of more than 4096 characters is
 printed in parts. Strings come in the order of addresses. Memory that the target never used is not read.";
 
@@ -60,11 +65,20 @@ enum Encoding {
 }
 
 /// A string.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Text {
-    gpa: Hex,
+    at: u64,
     encoding: Encoding,
     text: String,
+}
+
+/// A string, as JSON.
+#[derive(Serialize)]
+struct TextLine<'a> {
+    #[serde(flatten)]
+    address: Address,
+    encoding: Encoding,
+    text: &'a str,
 }
 
 /// The text of a piece.
@@ -76,9 +90,14 @@ struct Found {
 impl Arguments {
     pub(crate) fn run(&self, output: &mut Output) -> Result<ExitCode> {
         let wanted = ranges_in_order(&self.ranges)?;
-        let opened = self.input.open("strings", &wanted)?;
-        let memory = opened.memory();
-        let parts = select(&wanted, &reached(memory)?)?;
+        let reaching: &[GpaRange] = if self.process.is_given() { &[] } else { &wanted };
+        let opened = self.input.open("strings", reaching)?;
+        let is_live = opened.view().is_some();
+        self.process.with_memory(opened.memory(), is_live, |memory| self.search(memory, &wanted, output))
+    }
+
+    fn search(&self, memory: &dyn Memory, wanted: &[GpaRange], output: &mut Output) -> Result<ExitCode> {
+        let parts = select(wanted, &reached(memory)?)?;
         let data = data_within(memory, &parts)?;
         let threads = match self.threads {
             Some(threads) => threads.into(),
@@ -109,22 +128,23 @@ impl Arguments {
             let bytes = found.piece.end - found.piece.start;
             let texts = collector.add(found.piece, found.fragments);
             if !texts.is_empty() {
-                bar.suspend(|| texts.iter().try_for_each(|text| print(text, output)))?;
+                bar.suspend(|| texts.iter().try_for_each(|text| self.print(text, output)))?;
             }
             bar.inc(bytes);
             Ok(ControlFlow::Continue(()))
         })?;
         bar.finish_and_clear();
-        collector.end().iter().try_for_each(|text| print(text, output))?;
+        collector.end().iter().try_for_each(|text| self.print(text, output))?;
         Ok(ExitCode::SUCCESS)
     }
-}
 
-fn print(found: &Text, output: &mut Output) -> Result<()> {
-    if output.is_json() {
-        return Ok(output.object(found)?);
+    fn print(&self, found: &Text, output: &mut Output) -> Result<()> {
+        let Text { at, encoding, text } = found;
+        if output.is_json() {
+            let line = TextLine { address: self.process.address(*at), encoding: *encoding, text };
+            return Ok(output.object(&line)?);
+        }
+        let encoding = if *encoding == Encoding::Ascii { "ascii" } else { "utf16" };
+        Ok(output.line(format!("{at:012x}  {encoding}  {text}"))?)
     }
-    let Text { gpa, encoding, text } = found;
-    let encoding = if *encoding == Encoding::Ascii { "ascii" } else { "utf16" };
-    Ok(output.line(format!("{:012x}  {encoding}  {text}", gpa.0))?)
 }

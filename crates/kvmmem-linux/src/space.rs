@@ -4,11 +4,15 @@
 //! Page tables are kept: each is read whole, the first time an address leads through it. The guest changes them while it
 //! runs, so what they do not map is looked up again in memory, and [`Space::forget`] drops them all.
 
+mod mapped;
+
 use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
 
 use kvmmem_memory::paging::{Absent, AddressSpace, Levels, Permissions, Translation, Walk, WalkError};
 use kvmmem_memory::{Memory, MemoryError, PAGE_SIZE, VectoredError};
+
+pub use mapped::{Extent, MappedError};
 
 /// Why an address of the guest could not be read.
 pub type SpaceError = WalkError<MemoryError>;

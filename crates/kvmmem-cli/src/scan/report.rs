@@ -9,13 +9,14 @@ use super::pattern::Pattern;
 use super::search::{Around, Match};
 use crate::failure::escape;
 use crate::hexdump::{self, WIDTH};
-use crate::number::{Hex, hex};
+use crate::number::{Address, hex};
 use crate::output::Output;
 
 /// A match, as JSON.
 #[derive(Serialize)]
 struct Found<'a> {
-    gpa: Hex,
+    #[serde(flatten)]
+    address: Address,
     pattern: &'a str,
     len: usize,
     /// The bytes from its place on: 16, or what it matched and what was wanted behind.
@@ -28,6 +29,8 @@ struct Found<'a> {
 pub(super) struct Report<'a> {
     pub(super) patterns: &'a [Pattern],
     pub(super) around: Around,
+    /// What an address is.
+    pub(super) address: &'a dyn Fn(u64) -> Address,
 }
 
 impl Report<'_> {
@@ -37,7 +40,7 @@ impl Report<'_> {
         let is_wide = self.around.before > 0 || self.around.after > 0;
         if output.is_json() {
             let found = Found {
-                gpa: Hex(found.gpa),
+                address: (self.address)(found.gpa),
                 pattern: pattern.name(),
                 len: found.len,
                 hex: hex(found.bytes()),

@@ -21,7 +21,7 @@ use boreal::{MetadataValue, Scanner};
 use serde::Serialize;
 
 use super::places::{Piece, Places};
-use crate::number::{Hex, hex};
+use crate::number::{Address, hex};
 use crate::range::GpaRange;
 use compile::{Compiled, GATE, compile};
 use memory::Pieces;
@@ -70,7 +70,8 @@ enum Meta {
 /// Where a string of a rule matched.
 #[derive(Serialize)]
 pub(super) struct StringMatch {
-    pub(super) gpa: Hex,
+    #[serde(flatten)]
+    pub(super) address: Address,
     pub(super) string: String,
     len: usize,
     /// The first 64 bytes at most.
@@ -104,13 +105,14 @@ impl Rules {
     }
 
     /// Evaluates the rules; `read` fills a buffer with data, `done` gets how many bytes of data a piece had, for each
-    /// piece once. Returns the rules that matched, in their order.
+    /// piece once; `address` says what an address is. Returns the rules that matched, in their order.
     pub(super) fn run(
         &self,
         places: Places<'_>,
         threads: usize,
         read: impl Fn(u64, &mut [u8]) -> Result<()> + Sync,
         done: impl Fn(u64) + Sync,
+        address: impl Fn(u64) -> Address + Sync,
     ) -> Result<Vec<Matched>> {
         let all: Vec<Piece> = places.pieces(REACH, PIECE).collect();
         let fill = |piece: &Piece, buffer: &mut Vec<u8>| {
@@ -118,12 +120,12 @@ impl Rules {
             places.fill(piece.starts.start, buffer, &read)
         };
         if threads == 1 || self.has_private {
-            return self.evaluate(places, &all, &all, &fill, &|piece| done(piece.len()));
+            return self.evaluate(places, &all, &all, &fill, &|piece| done(piece.len()), &address);
         }
         let windows = strings::find(&self.scanner, places, threads, &fill, done)?;
         let around = Places { runs: places.runs, data: &windows };
         let some: Vec<Piece> = around.pieces(0, PIECE).collect();
-        self.evaluate(places, &some, &all, &fill, &|_| {})
+        self.evaluate(places, &some, &all, &fill, &|_| {}, &address)
     }
 
     /// Looks for strings in `some` pieces, and evaluates the conditions, which see `all` of them.
@@ -134,12 +136,13 @@ impl Rules {
         all: &[Piece],
         fill: memory::Fill<'_>,
         done: memory::Done<'_>,
+        address: &(dyn Fn(u64) -> Address + Sync),
     ) -> Result<Vec<Matched>> {
         let mut matched = Vec::new();
         memory::scan(Pieces::new(some, all, fill, done), |memory| {
             let scan = self.scanner.scan_fragmented_with_callback(memory, |event| {
                 if let ScanEvent::RuleMatch(rule) = event {
-                    matched.push(self.matched(&rule, places.data));
+                    matched.push(self.matched(&rule, places.data, address));
                 }
                 ScanCallbackResult::Continue
             });
@@ -148,7 +151,12 @@ impl Rules {
         Ok(matched)
     }
 
-    fn matched(&self, rule: &EvaluatedRule<'_>, data: &[GpaRange]) -> Matched {
+    fn matched(
+        &self,
+        rule: &EvaluatedRule<'_>,
+        data: &[GpaRange],
+        address: impl Fn(u64) -> Address,
+    ) -> Matched {
         let text = |symbol| self.scanner.get_string_symbol(symbol).to_owned();
         let meta = rule.metadatas.iter().map(|meta| {
             let value = match meta.value {
@@ -164,7 +172,7 @@ impl Rules {
             let (gpa, len) = ((found.base + found.offset) as u64, found.length as u64);
             let part = data.get(data.partition_point(|part| part.end <= gpa));
             part.is_some_and(|part| part.start < gpa + len).then(|| StringMatch {
-                gpa: Hex(gpa),
+                address: address(gpa),
                 string: format!("${name}"),
                 len: found.length,
                 bytes: found.data.clone(),
@@ -174,9 +182,9 @@ impl Rules {
         for string in &rule.matches {
             let mut of_string: Vec<StringMatch> =
                 string.matches.iter().filter_map(|place| found(string.name, place)).collect();
-            of_string.sort_by_key(|found| found.gpa.0);
+            of_string.sort_by_key(|found| found.address);
             // Pieces overlap.
-            of_string.dedup_by_key(|found| found.gpa.0);
+            of_string.dedup_by_key(|found| found.address);
             let max = usize::try_from(self.max).unwrap_or(usize::MAX);
             if of_string.len() > max {
                 tracing::warn!(
@@ -188,7 +196,7 @@ impl Rules {
             }
             matches.append(&mut of_string);
         }
-        matches.sort_by_key(|found| found.gpa.0);
+        matches.sort_by_key(|found| found.address);
         Matched {
             rule: rule.name.to_owned(),
             namespace: rule.namespace.to_owned(),
@@ -210,6 +218,7 @@ mod tests {
     use std::sync::atomic::{AtomicU64, Ordering};
 
     use super::*;
+    use crate::number::Hex;
 
     fn rules(text: &str) -> Result<Rules> {
         let directory = tempfile::tempdir()?;
@@ -238,10 +247,13 @@ mod tests {
         };
         let run = |threads| {
             bytes.store(0, Ordering::Relaxed);
-            let found = rules.run(Places { runs, data: runs }, threads, read, done).unwrap();
+            let found = rules
+                .run(Places { runs, data: runs }, threads, read, done, |at| Address::Gpa(Hex(at)))
+                .unwrap();
             assert_eq!(bytes.load(Ordering::Relaxed), crate::range::total(runs));
-            let name =
-                |rule: Matched| rule.matches.into_iter().map(move |found| (rule.rule.clone(), found.gpa.0));
+            let name = |rule: Matched| {
+                rule.matches.into_iter().map(move |found| (rule.rule.clone(), found.address.get()))
+            };
             found.into_iter().flat_map(name).collect::<Vec<_>>()
         };
         let all = run(1);
@@ -326,8 +338,13 @@ mod tests {
             Ok(())
         };
         for threads in [1, 2] {
-            let error =
-                rules.run(Places { runs: from_ref(&run), data: from_ref(&run) }, threads, read, |_| {});
+            let error = rules.run(
+                Places { runs: from_ref(&run), data: from_ref(&run) },
+                threads,
+                read,
+                |_| {},
+                |at| Address::Gpa(Hex(at)),
+            );
             assert_eq!(error.err().unwrap().to_string(), "lost");
         }
     }

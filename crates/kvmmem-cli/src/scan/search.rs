@@ -391,7 +391,7 @@ mod tests {
         let run = 0x1000..0x3000;
         let at = |gpa: u64| {
             let within = |place: u64| b"needle".get(usize::try_from(gpa.checked_sub(place)?).ok()?).copied();
-            within(0x1002).or(within(0x2ff8)).unwrap_or(b'.')
+            within(0x1002).or_else(|| within(0x2ff8)).unwrap_or(b'.')
         };
         let read = |gpa: u64, buffer: &mut [u8]| {
             buffer.iter_mut().zip(gpa..).for_each(|(byte, gpa)| *byte = at(gpa));

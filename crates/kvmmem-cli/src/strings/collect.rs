@@ -3,7 +3,6 @@
 
 use super::Text;
 use super::extract::{Fragment, MAX_LEN, Stream};
-use crate::number::Hex;
 use crate::range::GpaRange;
 
 /// Puts strings together.
@@ -83,7 +82,7 @@ impl Collector {
     /// The strings that begin before `limit`.
     fn ready(&mut self, limit: u64) -> Vec<Text> {
         self.waiting.sort_unstable();
-        let count = self.waiting.partition_point(|text| text.gpa.0 < limit);
+        let count = self.waiting.partition_point(|text| text.at < limit);
         self.waiting.drain(..count).collect()
     }
 
@@ -101,7 +100,7 @@ impl Collector {
     fn finish(&mut self, string: Open, stream: Stream) {
         if string.text.len() >= self.min || string.is_rest {
             let text = String::from_utf8_lossy(&string.text).into_owned();
-            self.waiting.push(Text { gpa: Hex(string.start), encoding: stream.encoding(), text });
+            self.waiting.push(Text { at: string.start, encoding: stream.encoding(), text });
         }
     }
 }
@@ -140,7 +139,7 @@ mod tests {
     fn long_strings_come_in_parts() {
         let memory = [&[b'a'; 5000][..], b"\0b\0c\0d\0"].concat();
         let found = strings(&memory, &[3000, 4500], 3);
-        let found: Vec<_> = found.iter().map(|text| (text.gpa.0, text.encoding, text.text.len())).collect();
+        let found: Vec<_> = found.iter().map(|text| (text.at, text.encoding, text.text.len())).collect();
         // The last of the letters is a character of two bytes as well.
         let wide = (0x1000 + 4999, Encoding::Utf16, 4);
         assert_eq!(found, [(0x1000, Encoding::Ascii, 4096), (0x2000, Encoding::Ascii, 904), wide]);

@@ -82,15 +82,16 @@ impl Regular {
 mod tests {
     use super::*;
 
-    fn find(text: &str, memory: &[u8], starts: Range<usize>) -> Vec<Range<usize>> {
-        Regular::new(text, false).unwrap().find(memory, starts).collect()
+    fn find(text: &str, memory: &[u8], starts: Range<usize>) -> Vec<(usize, usize)> {
+        let regular = Regular::new(text, false).unwrap();
+        regular.find(memory, starts).map(|found| (found.start, found.end)).collect()
     }
 
     #[test]
     fn expressions_are_about_bytes() {
-        assert_eq!(find(r"a.c", b"a\xffc abc", 0..7), [0..3, 4..7]);
-        assert_eq!(find(r"\xff\x00+", b"\xff\0\0\xff", 0..4), [0..3]);
-        assert_eq!(find("ü", "aü".as_bytes(), 0..3), [1..3]);
+        assert_eq!(find(r"a.c", b"a\xffc abc", 0..7), [(0, 3), (4, 7)]);
+        assert_eq!(find(r"\xff\x00+", b"\xff\0\0\xff", 0..4), [(0, 3)]);
+        assert_eq!(find("ü", "aü".as_bytes(), 0..3), [(1, 3)]);
         assert!(find(r"\b", b"ab cd", 0..5).is_empty());
         for (text, words) in [
             ("a*", "everywhere"),
@@ -114,6 +115,6 @@ mod tests {
             assert_eq!(parts, whole, "{cut}");
         }
         // Longer ones are cut.
-        assert_eq!(find("a+", &[b'a'; 5000], 0..5000), [0..4096, 4096..5000]);
+        assert_eq!(find("a+", &[b'a'; 5000], 0..5000), [(0, 4096), (4096, 5000)]);
     }
 }

@@ -131,7 +131,7 @@ impl Walk {
             });
             paths.collect::<Vec<String>>()
         })?;
-        let directory = file.parent().unwrap_or(Path::new("")).to_owned();
+        let directory = file.parent().unwrap_or_else(|| Path::new("")).to_owned();
         self.chain.push(file);
         for path in included {
             // The compiler tells of one that does not exist, with its place.

@@ -1,0 +1,188 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! The memory of one process of a Linux guest, by its virtual addresses: the same as the guest's for whatever goes through it.
+
+use anyhow::{Context, Result, bail, ensure};
+use clap::Args;
+use kvmmem_linux::space::{Extent, MappedError};
+use kvmmem_linux::tasks::{Tasks, Which};
+use kvmmem_linux::{Find, FindError, Kernel, Space};
+use kvmmem_memory::{Memory, MemoryError, Range, VectoredError};
+
+use crate::linux::collect;
+use crate::number::{Address, Hex, parse};
+
+/// Looks at tables that change, before their error counts.
+const TRIES: u32 = 3;
+
+#[derive(Args)]
+pub(crate) struct Process {
+    /// Of a Linux guest: the memory of this process alone, by its virtual addresses, as far as it is in memory
+    #[arg(long, value_name = "PID")]
+    pid: Option<u32>,
+    /// Of several kernels, the one whose VMCOREINFO note is at this guest-physical address
+    #[arg(long, value_name = "GPA", value_parser = parse, requires = "pid")]
+    note: Option<u64>,
+}
+
+impl Process {
+    /// Whether the memory is a process's.
+    pub(crate) fn is_given(&self) -> bool {
+        self.pid.is_some()
+    }
+
+    /// An address of that memory.
+    pub(crate) fn address(&self, at: u64) -> Address {
+        if self.is_given() { Address::Gva(Hex(at)) } else { Address::Gpa(Hex(at)) }
+    }
+
+    /// Hands `act` the memory of the process if one was named, else the guest's.
+    pub(crate) fn with_memory<R>(
+        &self,
+        memory: &dyn Memory,
+        is_live: bool,
+        act: impl FnOnce(&dyn Memory) -> Result<R>,
+    ) -> Result<R> {
+        let Some(pid) = self.pid else { return act(memory) };
+        let kernel = Kernel::find(memory, Find { is_live, note: self.note, ..Find::default() });
+        let kernel = kernel.map_err(|error| match error {
+            FindError::Ambiguous { .. } => anyhow::Error::new(error).context("say which kernel: --note GPA"),
+            error => error.into(),
+        })?;
+        let tasks = collect(|| Tasks::new(&kernel, Which::Processes)).context("cannot list the processes")?;
+        let task = tasks.into_iter().find(|task| task.pid == pid);
+        let task = task.with_context(|| format!("the guest has no process {pid}"))?;
+        let task = kernel.object("task_struct", task.gva)?;
+        let mm = task.get("mm")?;
+        ensure!(mm != 0, "process {pid} has no memory of its own: it is one of the kernel's, or has exited");
+        let space = kernel.process_space(kernel.object("mm_struct", mm)?.get("pgd")?)?;
+        let extents =
+            mapped(&space).with_context(|| format!("cannot tell what process {pid} has in memory"))?;
+        if extents.is_empty() {
+            bail!("process {pid} has nothing in memory");
+        }
+        act(&ProcessMemory { memory, extents })
+    }
+}
+
+fn mapped(space: &Space<'_>) -> Result<Vec<Extent>, MappedError> {
+    let mut result = space.mapped();
+    for _ in 1..TRIES {
+        if result.is_ok() {
+            break;
+        }
+        result = space.mapped();
+    }
+    result
+}
+
+/// Memory whose addresses are a process's.
+struct ProcessMemory<'m> {
+    memory: &'m dyn Memory,
+    /// Ascending by virtual address, disjoint.
+    extents: Vec<Extent>,
+}
+
+impl ProcessMemory<'_> {
+    /// The extents from the one that has `gva` on, or the first behind it.
+    fn from(&self, gva: u64) -> &[Extent] {
+        let first = self.extents.partition_point(|extent| extent.gva + extent.len <= gva);
+        self.extents.get(first..).unwrap_or_default()
+    }
+
+    /// The next stretch without a hole at or after `gva`.
+    fn next(&self, gva: u64) -> Option<Range> {
+        let extents = self.from(gva);
+        let first = extents.first()?;
+        let start = first.gva.max(gva);
+        let mut end = first.gva;
+        for extent in extents {
+            if extent.gva != end {
+                break;
+            }
+            end += extent.len;
+        }
+        Some(Range { gpa: start, len: end - start })
+    }
+}
+
+impl Memory for ProcessMemory<'_> {
+    fn read_at(&self, gva: u64, buf: &mut [u8]) -> Result<(), MemoryError> {
+        let (mut at, mut rest) = (gva, buf);
+        let mut pieces = Vec::new();
+        for extent in self.from(gva) {
+            if rest.is_empty() {
+                break;
+            }
+            let inside = at.checked_sub(extent.gva).ok_or(MemoryError::Hole { gpa: at })?;
+            let len = usize::try_from(extent.len - inside).unwrap_or(usize::MAX).min(rest.len());
+            let (now, later) = rest.split_at_mut(len);
+            pieces.push((extent.gpa + inside, now));
+            at += len as u64;
+            rest = later;
+        }
+        if !rest.is_empty() {
+            return Err(MemoryError::Hole { gpa: at });
+        }
+        self.memory.read_vectored(&mut pieces).map_err(|VectoredError { source, .. }| source)
+    }
+
+    fn ranges(&self) -> Result<Vec<Range>, MemoryError> {
+        let mut ranges: Vec<Range> = Vec::new();
+        for extent in &self.extents {
+            match ranges.last_mut() {
+                Some(last) if last.end() == extent.gva => last.len += extent.len,
+                _ => ranges.push(Range { gpa: extent.gva, len: extent.len }),
+            }
+        }
+        Ok(ranges)
+    }
+
+    fn data_from(&self, gva: u64) -> Result<Option<Range>, MemoryError> {
+        Ok(self.next(gva))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// RAM in which each byte is its page's number.
+    struct Ram;
+
+    impl Memory for Ram {
+        fn read_at(&self, gpa: u64, buf: &mut [u8]) -> Result<(), MemoryError> {
+            buf.iter_mut().zip(gpa..).for_each(|(byte, gpa)| *byte = u8::try_from(gpa / 0x1000).unwrap());
+            Ok(())
+        }
+
+        fn ranges(&self) -> Result<Vec<Range>, MemoryError> {
+            Ok(vec![Range { gpa: 0, len: 0x10_0000 }])
+        }
+    }
+
+    #[test]
+    fn pages_that_lie_apart_are_neighbours() {
+        let extent = |gva, gpa, len| Extent { gva, gpa, len };
+        let extents = vec![
+            extent(0x40_0000, 0x5000, 0x2000),
+            extent(0x40_2000, 0x3000, 0x1000),
+            extent(0x50_0000, 0x1000, 0x1000),
+        ];
+        let memory = ProcessMemory { memory: &Ram, extents };
+        let ranges = [Range { gpa: 0x40_0000, len: 0x3000 }, Range { gpa: 0x50_0000, len: 0x1000 }];
+        assert_eq!(memory.ranges().unwrap(), ranges);
+        assert_eq!(memory.data_from(0).unwrap(), Some(ranges[0]));
+        assert_eq!(memory.data_from(0x40_2800).unwrap(), Some(Range { gpa: 0x40_2800, len: 0x800 }));
+        assert_eq!(memory.data_from(0x40_3000).unwrap(), Some(ranges[1]));
+        assert_eq!(memory.data_from(0x50_1000).unwrap(), None);
+        let mut buffer = [0; 0x1002];
+        memory.read_at(0x40_1fff, &mut buffer[..3]).unwrap();
+        assert_eq!(buffer[..3], [6, 3, 3]);
+        memory.read_at(0x40_0fff, &mut buffer).unwrap();
+        assert_eq!((buffer[0], buffer[1], buffer[0x1001]), (5, 6, 3));
+        for (gva, hole) in [(0x40_2fff, 0x40_3000), (0x40_3000, 0x40_3000), (0x50_0fff, 0x50_1000), (0, 0)] {
+            let error = memory.read_at(gva, &mut buffer[..2]).unwrap_err();
+            assert!(matches!(error, MemoryError::Hole { gpa } if gpa == hole), "{gva:#x}: {error}");
+        }
+    }
+}
