@@ -176,10 +176,26 @@ static void all_inside(const char *folder, const char *name, void (*each)(const 
 	free(path);
 }
 
+/* Copies what the network namespace of a process shows, if that is not the first one. */
+static void net(const char *folder)
+{
+	static const char *const files[] = { "net/tcp", "net/tcp6", "net/udp", "net/udp6", "net/raw", "net/raw6", "net/unix" };
+	char own[64] = "", first[64] = "";
+	char *path = join(folder, "ns/net");
+	size_t i;
+
+	if (readlink(path, own, sizeof(own) - 1) > 0 && readlink("/proc/1/ns/net", first, sizeof(first) - 1) > 0 &&
+	    strcmp(own, first))
+		for (i = 0; i < sizeof(files) / sizeof(*files); i++)
+			inside(folder, files[i], copy);
+	free(path);
+}
+
 static void process(const char *folder, const char *name)
 {
 	if (name[0] < '0' || name[0] > '9')
 		return;
+	net(folder);
 	task(folder, name);
 	inside(folder, "cmdline", copy);
 	inside(folder, "environ", copy);
@@ -222,7 +238,7 @@ static void write_truth(void)
 		"/proc/uptime", "/proc/version", "/proc/cmdline", "/proc/stat", "/proc/modules", "/proc/iomem",
 		"/proc/sys/kernel/osrelease", "/proc/sys/kernel/version", "/proc/sys/kernel/hostname",
 		"/proc/net/tcp", "/proc/net/tcp6", "/proc/net/udp", "/proc/net/udp6", "/proc/net/unix",
-		"/proc/net/raw", "/proc/net/netlink", "/proc/net/packet", "/sys/kernel/notes", "/sys/kernel/vmcoreinfo",
+		"/proc/net/raw", "/proc/net/raw6", "/proc/net/netlink", "/proc/net/packet", "/sys/kernel/notes", "/sys/kernel/vmcoreinfo",
 	};
 	int fd = open("/dev/vda", O_WRONLY | O_CLOEXEC);
 	size_t i;
@@ -323,7 +339,8 @@ static void sockets(void)
 				       .sin_addr = { htonl(INADDR_LOOPBACK) } };
 	struct sockaddr_in6 address6 = { .sin6_family = AF_INET6, .sin6_port = htons(4322), .sin6_addr = in6addr_loopback };
 	struct sockaddr_un path = { .sun_family = AF_UNIX, .sun_path = "/tmp/socket" };
-	struct sockaddr_un abstract = { .sun_family = AF_UNIX, .sun_path = "\0abstract" };
+	struct sockaddr_un abstract = { .sun_family = AF_UNIX, .sun_path = "\0ab\0stract" };
+	struct sockaddr_un evil = { .sun_family = AF_UNIX, .sun_path = "/tmp/\33[31m\n" };
 	int listener, client, fds[2];
 
 	listener = socket(AF_INET, SOCK_STREAM, 0);
@@ -331,8 +348,14 @@ static void sockets(void)
 	client = socket(AF_INET, SOCK_STREAM, 0);
 	must(connect(client, (void *)&address, sizeof(address)) == 0, "connect");
 	must(accept(listener, NULL, NULL) >= 0, "accept");
+	/* One that is not accepted. */
+	client = socket(AF_INET, SOCK_STREAM, 0);
+	must(connect(client, (void *)&address, sizeof(address)) == 0, "connect");
 	listener = socket(AF_INET6, SOCK_STREAM, 0);
 	must(bind(listener, (void *)&address6, sizeof(address6)) == 0 && listen(listener, 5) == 0, "listen6");
+	client = socket(AF_INET6, SOCK_STREAM, 0);
+	must(connect(client, (void *)&address6, sizeof(address6)) == 0, "connect6");
+	must(accept(listener, NULL, NULL) >= 0, "accept6");
 	address.sin_port = htons(5353);
 	must(bind(socket(AF_INET, SOCK_DGRAM, 0), (void *)&address, sizeof(address)) == 0, "udp");
 	address6.sin6_port = htons(5354);
@@ -341,8 +364,24 @@ static void sockets(void)
 	must(bind(listener, (void *)&path, sizeof(path)) == 0 && listen(listener, 5) == 0, "unix");
 	client = socket(AF_UNIX, SOCK_STREAM, 0);
 	must(connect(client, (void *)&path, sizeof(path)) == 0, "unix connect");
-	must(bind(socket(AF_UNIX, SOCK_DGRAM, 0), (void *)&abstract, sizeof(sa_family_t) + 9) == 0, "abstract");
+	must(bind(socket(AF_UNIX, SOCK_DGRAM, 0), (void *)&abstract, sizeof(sa_family_t) + 10) == 0, "abstract");
+	must(bind(socket(AF_UNIX, SOCK_STREAM, 0), (void *)&evil, sizeof(evil)) == 0, "unix with a line break");
+	must(socket(AF_INET, SOCK_RAW, 253) >= 0 && socket(AF_INET6, SOCK_RAW, 254) >= 0, "raw");
+	address.sin_port = htons(4321);
+	must(connect(socket(AF_INET, SOCK_DGRAM, 0), (void *)&address, sizeof(address)) == 0, "connected udp");
 	must(socketpair(AF_UNIX, SOCK_SEQPACKET, 0, fds) == 0, "socketpair");
+}
+
+/* Sockets of a network namespace without an interface that is up, so that they are bound to all addresses. */
+static void sockets_inside(void)
+{
+	struct sockaddr_in any = { .sin_family = AF_INET, .sin_port = htons(4321) };
+	struct sockaddr_un abstract = { .sun_family = AF_UNIX, .sun_path = "\0inside" };
+	int listener = socket(AF_INET, SOCK_STREAM, 0);
+
+	must(bind(listener, (void *)&any, sizeof(any)) == 0 && listen(listener, 5) == 0, "listen inside");
+	must(bind(socket(AF_INET, SOCK_DGRAM, 0), (void *)&any, sizeof(any)) == 0, "udp inside");
+	must(bind(socket(AF_UNIX, SOCK_DGRAM, 0), (void *)&abstract, sizeof(sa_family_t) + 7) == 0, "abstract inside");
 }
 
 /* Plays the actor `name`; does not return. */
@@ -357,6 +396,9 @@ static void play(const char *name)
 		sockets();
 	} else if (!strcmp(name, "user")) {
 		must(setresgid(1000, 1001, 1002) == 0 && setresuid(1000, 1001, 1002) == 0, "setresuid");
+		must(socket(AF_UNIX, SOCK_DGRAM, 0) >= 0 && socket(AF_INET, SOCK_DGRAM, 0) >= 0, "sockets of a user");
+		struct sockaddr_in any = { .sin_family = AF_INET, .sin_port = htons(5355) };
+		must(bind(socket(AF_INET, SOCK_DGRAM, 0), (void *)&any, sizeof(any)) == 0, "udp of a user");
 	} else if (!strcmp(name, "zombies")) {
 		pid_t child = fork();
 
@@ -376,6 +418,7 @@ static void play(const char *name)
 		must(mount("none", "/", NULL, MS_REC | MS_PRIVATE, NULL) == 0, "private mounts");
 		must(mount("inside", "/tmp/folder", "tmpfs", 0, NULL) == 0, "mount inside");
 		must(sethostname("inside", 6) == 0, "sethostname");
+		sockets_inside();
 		if (fork() == 0) {
 			prctl(PR_SET_NAME, "contained child");
 			must(chroot("/tmp/folder") == 0 && chdir("/") == 0, "chroot");

@@ -4,6 +4,7 @@
 
 mod compare;
 mod guest;
+mod hooks;
 mod kernels;
 mod truth;
 
@@ -113,14 +114,19 @@ const MORE: [Variant; 6] = [
 /// A verb with its options, and what compares its rows with what the guest shows.
 type Verb = (&'static [&'static str], fn(&Truth, &[Value]) -> Result<()>);
 
-const VERBS: [Verb; 6] = [
+const VERBS: [Verb; 8] = [
     (&["ps"], compare::processes),
     (&["ps", "--threads"], compare::threads),
     (&["files"], compare::files),
+    (&["sockets"], compare::sockets),
+    (&["check"], compare::untouched),
     (&["dmesg"], compare::log),
     (&["modules"], compare::modules),
     (&["info"], compare::kernel),
 ];
+
+/// Exit code of `check` where it found something.
+const CHECK_FOUND: i32 = 3;
 
 /// The release that need not be there.
 const OLDEST: &str = "bullseye";
@@ -237,7 +243,7 @@ impl Host<'_> {
         let target = ["--target".into(), variant.name.into()];
         let dumped = self.kvmmem().arg("dump").args(&target).arg(&dump).run();
         let is_dumped = check("it is dumped", dumped);
-        let file = ["--file".into(), dump.into_os_string()];
+        let file = ["--file".into(), dump.clone().into_os_string()];
         let sources = [("running", target, true), ("from its dump", file, is_dumped)];
         for (how, source, _) in sources.iter().filter(|(_, _, is_there)| *is_there) {
             for (verb, compare) in VERBS {
@@ -246,6 +252,17 @@ impl Host<'_> {
                 check(&format!("{} {how}", verb.join(" ")), rows.and_then(|rows| compare(&truth, &rows)));
             }
         }
+        if is_dumped {
+            check("check after tampering", self.tamper(&dump));
+        }
+    }
+
+    /// Hides a process and a module in a dump and hooks a system call; `check` finds these.
+    fn tamper(&self, dump: &Path) -> Result<()> {
+        let expected = hooks::write(dump)?;
+        let arguments = ["check", "--json", "--file"];
+        let text = self.kvmmem().args(arguments).arg(dump).exits_with(CHECK_FOUND)?;
+        hooks::compare(&expected, &rows(&text)?)
     }
 
     fn kvmmem(&self) -> Tool {

@@ -7,7 +7,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, anyhow};
 
 /// Lines of a log that a failure shows.
 const TAIL: usize = 20;
@@ -68,12 +68,19 @@ impl Tool {
     }
 
     /// Runs it and returns its stdout; stderr to the log.
-    pub(crate) fn output(mut self) -> Result<String> {
+    pub(crate) fn output(self) -> Result<String> {
+        self.exits_with(0)
+    }
+
+    /// The same of one that must exit with `code`.
+    pub(crate) fn exits_with(mut self, code: i32) -> Result<String> {
         let log = self.open_log()?;
         self.command.stdout(Stdio::piped()).stderr(log);
         let output = self.command.spawn().and_then(std::process::Child::wait_with_output);
         let output = output.with_context(|| self.missing())?;
-        self.check(output.status)?;
+        if output.status.code() != Some(code) {
+            return Err(self.failed(output.status));
+        }
         String::from_utf8(output.stdout).with_context(|| format!("{} printed no UTF-8", self.line()))
     }
 
@@ -96,10 +103,11 @@ impl Tool {
     }
 
     fn check(&self, status: ExitStatus) -> Result<()> {
-        if status.success() {
-            return Ok(());
-        }
-        bail!("{}: {status}\n{}", self.line(), tail(&self.log));
+        if status.success() { Ok(()) } else { Err(self.failed(status)) }
+    }
+
+    fn failed(&self, status: ExitStatus) -> anyhow::Error {
+        anyhow!("{}: {status}\n{}", self.line(), tail(&self.log))
     }
 }
 

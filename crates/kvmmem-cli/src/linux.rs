@@ -31,6 +31,11 @@ pub(crate) struct Guest {
 }
 
 impl Guest {
+    /// Whether the guest may run.
+    pub(crate) fn is_live(&self) -> bool {
+        self.file.is_none()
+    }
+
     /// Hands `read` the kernel. `verb` is for the audit log.
     pub(crate) fn with_kernel<R>(
         &self,
@@ -41,7 +46,7 @@ impl Guest {
             Some(path) => Box::new(DumpFile::open(path)?),
             None => Box::new(self.source.attach(Access::ReadOnly, verb, &[])?),
         };
-        let find = Find { is_live: self.file.is_none(), note: self.note, ..Find::default() };
+        let find = Find { is_live: self.is_live(), note: self.note, ..Find::default() };
         let kernel = Kernel::find(memory.as_ref(), find).map_err(|error| match error {
             FindError::Ambiguous { .. } => anyhow::Error::new(error).context("say which kernel: --note GPA"),
             error => error.into(),

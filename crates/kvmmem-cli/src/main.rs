@@ -5,6 +5,7 @@
 
 mod attach;
 mod broker;
+mod check;
 mod connect;
 mod dmesg;
 mod doctor;
@@ -35,6 +36,7 @@ mod qemu_args;
 mod range;
 mod scan;
 mod shell;
+mod sockets;
 mod source;
 mod strings;
 mod target;
@@ -76,7 +78,7 @@ Exit codes:
   0  done; doctor: the machine can be used
   1  failed, standard error says why; doctor: it cannot be used; scan: nothing was found
   2  the command line is wrong; scan: failed
-attach, dump, revoke, translate and vm have further ones: see their --help.
+attach, check, dump, revoke, translate and vm have further ones: see their --help.
 
 Environment:
   KVMMEM_KVMI_PORT  vsock port to listen on, unless --listen says where
@@ -118,6 +120,10 @@ enum Verb {
     Ps(ps::Arguments),
     /// List the files that processes of a Linux guest have open.
     Files(files::Arguments),
+    /// List the sockets of a Linux guest, and the processes that hold them.
+    Sockets(sockets::Arguments),
+    /// Look for signs that a Linux guest's kernel was tampered with.
+    Check(check::Arguments),
     /// Print the kernel log of a Linux guest.
     Dmesg(dmesg::Arguments),
     /// List the modules of a Linux guest's kernel.
@@ -170,6 +176,8 @@ fn main() -> ExitCode {
         Verb::Attach(arguments) => arguments.run(&mut output),
         Verb::Ps(arguments) => arguments.run(&mut output),
         Verb::Files(arguments) => arguments.run(&mut output),
+        Verb::Sockets(arguments) => arguments.run(&mut output),
+        Verb::Check(arguments) => arguments.run(&mut output),
         Verb::Dmesg(arguments) => arguments.run(&mut output),
         Verb::Modules(arguments) => arguments.run(&mut output),
         Verb::Info(arguments) => arguments.run(&mut output),

@@ -51,6 +51,8 @@ fn help_names_the_verbs_and_the_exit_codes() {
         "policy",
         "attach",
         "ps",
+        "sockets",
+        "check",
         "dmesg",
         "modules",
         "info",
@@ -378,7 +380,7 @@ fn a_dump_without_a_kernel_is_an_error_and_no_empty_table() {
     let path = folder.path().join("dump");
     std::fs::write(&path, [0x55; 0x3000]).unwrap();
     let file = path.to_str().unwrap();
-    for verb in ["ps", "files", "dmesg", "modules", "info"] {
+    for verb in ["ps", "files", "sockets", "check", "dmesg", "modules", "info"] {
         let (code, stdout, stderr) = run(&[verb, "--file", file]);
         assert_eq!((code, stdout.as_str()), (Some(1), ""), "{verb}");
         assert!(stderr.starts_with("error: no Linux kernel was found"), "{verb}: {stderr}");

@@ -13,6 +13,14 @@ impl Bytes {
         Self(vec![0; usize::try_from(len).unwrap_or(0)])
     }
 
+    pub(crate) fn len(&self) -> u64 {
+        self.0.len() as u64
+    }
+
+    pub(crate) fn as_ref(&self) -> &[u8] {
+        &self.0
+    }
+
     pub(crate) fn as_mut(&mut self) -> &mut [u8] {
         &mut self.0
     }

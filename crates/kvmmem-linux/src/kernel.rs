@@ -2,6 +2,7 @@
 //! A Linux kernel in a guest's memory: its symbols, its types and its own address space, which is all that a reader of
 //! its structures needs.
 
+mod chain;
 mod error;
 mod find;
 mod list;
@@ -16,6 +17,7 @@ use crate::btf::{BtfError, Member, TypeId, Types};
 use crate::space::Space;
 use crate::symbols::{Symbols, TableError};
 use crate::vmcoreinfo::Note;
+pub use chain::Chain;
 pub use error::KernelError;
 pub use find::{Find, FindError};
 pub use list::{List, MAX_NODES};

@@ -13,6 +13,8 @@
 //! | modules | structures | [`modules`] |
 //! | open files | structures | [`files`] |
 //! | memory of processes | structures, page tables | [`maps`], [`process`] |
+//! | sockets | structures | [`sockets`] |
+//! | whether it was tampered with | structures, text | [`integrity`] |
 //!
 //! ```no_run
 //! use kvmmem_linux::{Find, Kernel};
@@ -39,6 +41,7 @@ pub mod btf;
 mod bytes;
 pub mod files;
 pub mod identity;
+pub mod integrity;
 pub mod kernel;
 pub mod log;
 pub mod maps;
@@ -46,6 +49,7 @@ pub mod modules;
 mod paths;
 pub mod process;
 pub mod search;
+pub mod sockets;
 pub mod space;
 pub mod symbols;
 pub mod tasks;

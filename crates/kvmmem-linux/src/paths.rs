@@ -44,6 +44,14 @@ pub struct FilePath {
     pub is_deleted: bool,
 }
 
+impl FilePath {
+    /// The inode of a socket.
+    pub fn socket(&self) -> Option<u64> {
+        // What has a path begins with a slash.
+        self.text.strip_prefix("socket:[")?.strip_suffix(']')?.parse().ok()
+    }
+}
+
 impl<'a> Paths<'a> {
     pub(crate) fn new(kernel: &'a Kernel<'a>) -> Result<Self, KernelError> {
         let dentry = |member| kernel.offset("dentry", member);

@@ -117,17 +117,31 @@ impl Symbols {
 
     /// The symbol at `address`, or the nearest below it.
     pub fn nearest(&self, address: u64) -> Option<Symbol> {
-        let at = |index: u32| self.addresses.get(index as usize).copied().unwrap_or(u64::MAX);
-        let order = self.by_address.get_or_init(|| {
-            let mut order: Vec<u32> = (0..).take(self.addresses.len()).collect();
-            order.sort_by_key(|index| at(*index));
-            order
-        });
-        let above = order.partition_point(|index| at(*index) <= address);
-        let nearest = order.get(..above)?.last().map(|index| at(*index))?;
+        let order = self.by_address();
+        let above = order.partition_point(|index| self.at(*index) <= address);
+        let nearest = order.get(..above)?.last().map(|index| self.at(*index))?;
         // Of several at that address the first.
-        let first = order.partition_point(|index| at(*index) < nearest);
+        let first = order.partition_point(|index| self.at(*index) < nearest);
         self.symbol(*order.get(first)? as usize)
+    }
+
+    /// The lowest address of a symbol above `address`.
+    pub fn above(&self, address: u64) -> Option<u64> {
+        let order = self.by_address();
+        let above = order.partition_point(|index| self.at(*index) <= address);
+        order.get(above).map(|index| self.at(*index))
+    }
+
+    fn by_address(&self) -> &[u32] {
+        self.by_address.get_or_init(|| {
+            let mut order: Vec<u32> = (0..).take(self.addresses.len()).collect();
+            order.sort_by_key(|index| self.at(*index));
+            order
+        })
+    }
+
+    fn at(&self, index: u32) -> u64 {
+        self.addresses.get(index as usize).copied().unwrap_or(u64::MAX)
     }
 
     /// All symbols, in the kernel's order.

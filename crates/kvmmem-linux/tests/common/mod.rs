@@ -5,6 +5,7 @@
 pub(crate) mod areas;
 pub(crate) mod btf;
 pub(crate) mod kallsyms;
+pub(crate) mod objects;
 
 use std::sync::RwLock;
 
@@ -111,13 +112,17 @@ impl Guest {
 
     /// Writes a kernel.
     pub(crate) fn boot(&self, place: &Place) {
+        self.boot_with(place, &btf::kernel(), Vec::new());
+    }
+
+    /// Writes a kernel with these types, and with more symbols, or others in place of its own.
+    pub(crate) fn boot_with(&self, place: &Place, blob: &[u8], more: Vec<kallsyms::Entry>) {
         let Place { gpa, gva, layout, .. } = *place;
         self.map(place);
         self.put(gpa + UTS + 130, RELEASE.as_bytes());
         self.put_word(gpa + JIFFIES, 4_294_892_296);
         self.tasks(place);
-        let blob = btf::kernel();
-        self.put(gpa + BTF, &blob);
+        self.put(gpa + BTF, blob);
         let mut symbols = vec![
             ('T', "_stext".to_owned(), gva),
             ('D', "swapper_pg_dir".to_owned(), gva + PAGE_TABLES),
@@ -129,6 +134,8 @@ impl Guest {
             ('R', "__stop_BTF".to_owned(), gva + BTF + blob.len() as u64),
         ];
         symbols.extend((0..2600).map(|n| ('t', format!("filler_{n}"), gva + 0x1000 + 16 * n)));
+        symbols.retain(|(_, name, _)| more.iter().all(|(_, other, _)| other != name));
+        symbols.extend(more);
         symbols.sort_by_key(|(.., address)| *address);
         symbols.insert(
             0,

@@ -1,0 +1,216 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! `kvmmem check`: signs that a Linux guest's kernel was tampered with.
+
+use std::process::ExitCode;
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use clap::Args;
+use kvmmem_linux::integrity::{self, Check, Finding, Place, Report};
+use kvmmem_linux::{Kernel, KernelError};
+use serde::Serialize;
+
+use crate::failure::escape;
+use crate::linux::{Guest, collect};
+use crate::number::{Hex, parse};
+use crate::output::{Output, columns};
+
+/// Exit code where something was found.
+const FOUND: u8 = 3;
+
+/// How often a guest that runs is compared where something is found, and how long to wait in between: it adds and removes
+/// modules and tasks.
+const ROUNDS: u32 = 3;
+const PAUSE: Duration = Duration::from_millis(50);
+
+/// The check of a register, which a kernel does not have.
+const LSTAR: &str = "lstar";
+
+#[derive(Args)]
+#[command(after_help = AFTER_HELP)]
+pub(crate) struct Arguments {
+    /// MSR_LSTAR of a vCPU, where you have its registers: compared with the kernel's entry of system calls
+    #[arg(long, value_name = "ADDRESS", value_parser = parse)]
+    lstar: Option<u64>,
+    #[command(flatten)]
+    guest: Guest,
+}
+
+const AFTER_HELP: &str = "\
+Compared are where the table of system calls, the function that calls their handlers and the gates of interrupts lead, the list
+of modules with /sys/module, and the lists of processes and threads with the table of pids. What a guest that runs does not
+have each time is left out. Nothing found does not mean that nothing is there: all that is compared is the guest's own word.
+
+Exit codes:
+  0  nothing was found
+  1  failed, standard error says why: no kernel was found, or one without symbols or types, or its structures are damaged
+  2  the command line is wrong
+  3  something was found";
+
+/// What a check has looked at, as JSON.
+#[derive(Serialize)]
+struct CheckLine {
+    check: &'static str,
+    /// `None` where the kernel has no such thing.
+    examined: Option<usize>,
+    found: usize,
+}
+
+/// What was found, as JSON.
+#[derive(Serialize)]
+#[serde(tag = "finding", rename_all = "snake_case")]
+enum FindingLine<'a> {
+    Hook { check: &'static str, entry: &'a str, at: Hex, target: Hex, place: String },
+    Hidden { check: &'static str, name: &'a str, structure: Hex, found_in: &'a str, missing_from: &'a str },
+}
+
+/// A check's name, and what came of it.
+type Outcome = (&'static str, Option<Report>);
+
+impl Arguments {
+    pub(crate) fn run(&self, output: &mut Output) -> Result<ExitCode> {
+        let outcomes = self.guest.with_kernel("check", |kernel| {
+            let mut outcomes = check(kernel)?;
+            for _ in 1..ROUNDS {
+                if !self.guest.is_live() || outcomes.iter().all(|(_, report)| is_sound(report.as_ref())) {
+                    break;
+                }
+                thread::sleep(PAUSE);
+                retain(&mut outcomes, check(kernel)?);
+            }
+            if let Some(lstar) = self.lstar {
+                outcomes.push((LSTAR, Some(integrity::check_lstar(kernel, lstar)?)));
+            }
+            Ok(outcomes)
+        })?;
+        let findings = || {
+            let reports = outcomes.iter().filter_map(|(check, report)| Some((*check, report.as_ref()?)));
+            reports.flat_map(|(check, report)| report.findings.iter().map(move |finding| (check, finding)))
+        };
+        let lines = outcomes.iter().map(|(check, report)| CheckLine {
+            check,
+            examined: report.as_ref().map(|report| report.examined),
+            found: report.as_ref().map_or(0, |report| report.findings.len()),
+        });
+        if output.is_json() {
+            for line in lines {
+                output.object(&line)?;
+            }
+            for (check, finding) in findings() {
+                output.object(&FindingLine::new(check, finding))?;
+            }
+        } else {
+            let header = ["CHECK", "EXAMINED", "FOUND"].map(str::to_owned);
+            for line in columns(&std::iter::once(header).chain(lines.map(row)).collect::<Vec<_>>()) {
+                output.line(line)?;
+            }
+            for (_, finding) in findings() {
+                output.line(sentence(finding))?;
+            }
+        }
+        Ok(if findings().next().is_some() { FOUND.into() } else { ExitCode::SUCCESS })
+    }
+}
+
+/// All checks that the kernel has something for.
+fn check(kernel: &Kernel<'_>) -> Result<Vec<Outcome>> {
+    let run = |check: Check| {
+        if !check.applies(kernel) {
+            return Ok((check.name(), None));
+        }
+        let mut reports = collect(|| Ok::<_, KernelError>(std::iter::once(check.run(kernel))))
+            .with_context(|| format!("cannot check {}", check.name()))?;
+        Ok((check.name(), reports.pop()))
+    };
+    Check::ALL.into_iter().map(run).collect()
+}
+
+fn is_sound(report: Option<&Report>) -> bool {
+    report.is_none_or(|report| report.findings.is_empty())
+}
+
+/// Keeps what was found now as well.
+fn retain(outcomes: &mut [Outcome], now: Vec<Outcome>) {
+    for ((_, before), (_, now)) in outcomes.iter_mut().zip(now) {
+        if let (Some(before), Some(now)) = (before, now) {
+            before.findings.retain(|finding| now.findings.contains(finding));
+        }
+    }
+}
+
+fn row(line: CheckLine) -> [String; 3] {
+    let examined = line.examined.map_or_else(|| "-".to_owned(), |count| count.to_string());
+    [line.check.to_owned(), examined, line.found.to_string()]
+}
+
+fn sentence(finding: &Finding) -> String {
+    match finding {
+        Finding::Hook { entry, gva, target, place } => {
+            format!("{entry}, at {gva:#x}, leads to {target:#x}: {}", escape(&self::place(place)))
+        }
+        Finding::Hidden { name, gva, found, missing } => {
+            format!("{}, at {gva:#x}, is in {found} and not in {missing}", escape(name))
+        }
+    }
+}
+
+fn place(place: &Place) -> String {
+    match place {
+        Place::Text { symbol, offset: 0 } => symbol.clone(),
+        Place::Text { symbol, offset } => format!("{symbol}+{offset:#x}"),
+        Place::Module(name) => format!("module {name}"),
+        Place::Elsewhere => "outside of the kernel's text and of its modules".to_owned(),
+    }
+}
+
+impl<'a> FindingLine<'a> {
+    fn new(check: &'static str, finding: &'a Finding) -> Self {
+        match finding {
+            Finding::Hook { entry, gva, target, place } => {
+                Self::Hook { check, entry, at: Hex(*gva), target: Hex(*target), place: self::place(place) }
+            }
+            Finding::Hidden { name, gva, found, missing } => {
+                Self::Hidden { check, name, structure: Hex(*gva), found_in: found, missing_from: missing }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn hidden(name: &str) -> Finding {
+        let (found, missing) = ("the table of pids", "the lists of tasks");
+        Finding::Hidden { name: name.to_owned(), gva: 0x1000, found, missing }
+    }
+
+    #[test]
+    fn what_is_not_found_each_time_is_left_out() {
+        let outcome =
+            |findings| vec![("tasks", Some(Report { examined: 3, findings })), ("dispatcher", None)];
+        let mut outcomes = outcome(vec![hidden("process 1 (a)"), hidden("process 2 (b)")]);
+        retain(&mut outcomes, outcome(vec![hidden("process 3 (c)"), hidden("process 2 (b)")]));
+        assert_eq!(outcomes, outcome(vec![hidden("process 2 (b)")]));
+        assert!(!is_sound(outcomes[0].1.as_ref()) && is_sound(outcomes[1].1.as_ref()));
+        retain(&mut outcomes, outcome(Vec::new()));
+        assert!(is_sound(outcomes[0].1.as_ref()));
+    }
+
+    #[test]
+    fn a_finding_is_a_sentence_that_cannot_drive_the_terminal() {
+        let text = sentence(&hidden("process 7 (\x1b[2J)"));
+        assert_eq!(
+            text,
+            "process 7 (\\u{1b}[2J), at 0x1000, is in the table of pids and not in the lists of tasks"
+        );
+        let finding = Finding::Hook {
+            entry: "system call 62".to_owned(),
+            gva: 0x1000,
+            target: 0x2008,
+            place: Place::Text { symbol: "kill".to_owned(), offset: 8 },
+        };
+        assert_eq!(sentence(&finding), "system call 62, at 0x1000, leads to 0x2008: kill+0x8");
+    }
+}

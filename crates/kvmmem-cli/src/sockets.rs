@@ -1,0 +1,166 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! `kvmmem sockets`: the sockets of a Linux guest, and the processes that hold them.
+
+use std::collections::HashMap;
+use std::process::ExitCode;
+
+use anyhow::{Context, Result};
+use clap::Args;
+use kvmmem_linux::files::Files;
+use kvmmem_linux::sockets::{Ends, Kind, Socket, Sockets};
+use kvmmem_linux::tasks::{Tasks, Which};
+use kvmmem_linux::{Kernel, KernelError};
+use serde::Serialize;
+
+use crate::failure::escape;
+use crate::linux::{Guest, collect};
+use crate::number::Hex;
+use crate::output::{Output, columns};
+
+#[derive(Args)]
+#[command(after_help = AFTER_HELP)]
+pub(crate) struct Arguments {
+    #[command(flatten)]
+    guest: Guest,
+}
+
+const AFTER_HELP: &str = "\
+TCP, UDP and raw sockets of IPv4 and IPv6 and unix sockets, of all network namespaces. NETNS is the inode of the namespace, as in
+/proc/PID/ns/net. A name that begins with @ is in the abstract namespace; the PEER of a unix socket is the inode of the socket
+that it is connected to. The port of a raw socket is its protocol's number. A connection that was not accepted yet, or that
+its process has closed, has inode 0 and no process. A ! after a state says that the socket changed whenever it was read.
+
+Exit codes:
+  0  done
+  1  failed, standard error says why: no kernel was found, or one without symbols or types, or its tables are damaged
+  2  the command line is wrong";
+
+/// A socket, as JSON.
+#[derive(Serialize)]
+struct SocketLine<'a> {
+    protocol: &'static str,
+    #[serde(rename = "type", skip_serializing_if = "Option::is_none")]
+    kind: Option<&'static str>,
+    state: &'static str,
+    local: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    peer: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    peer_inode: Option<u64>,
+    uid: Option<u32>,
+    inode: u64,
+    netns: u32,
+    processes: &'a [Holder],
+    /// Where its `struct sock` is.
+    sock: Hex,
+    torn: bool,
+}
+
+/// A process that holds a socket.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+struct Holder {
+    pid: u32,
+    fd: u32,
+    comm: String,
+}
+
+/// Those that hold a socket, by its inode.
+type Holders = HashMap<u64, Vec<Holder>>;
+
+impl Arguments {
+    pub(crate) fn run(&self, output: &mut Output) -> Result<ExitCode> {
+        let (sockets, holders) = self.guest.with_kernel("sockets", |kernel| {
+            let mut sockets = collect(|| Sockets::new(kernel)).context("cannot list the sockets")?;
+            sockets.sort_by_key(|socket| (socket.protocol_name(), socket.netns, socket.inode, socket.gva));
+            Ok((sockets, holders(kernel)?))
+        })?;
+        let held = |socket: &Socket| holders.get(&socket.inode).map_or(&[][..], Vec::as_slice);
+        if output.is_json() {
+            for socket in &sockets {
+                output.object(&SocketLine::new(socket, held(socket)))?;
+            }
+            return Ok(ExitCode::SUCCESS);
+        }
+        let header =
+            ["PROTOCOL", "STATE", "LOCAL", "PEER", "UID", "INODE", "NETNS", "PROCESSES"].map(str::to_owned);
+        let rows = sockets.iter().map(|socket| row(socket, held(socket)));
+        for line in columns(&std::iter::once(header).chain(rows).collect::<Vec<_>>()) {
+            output.line(line)?;
+        }
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
+/// The processes with open sockets.
+fn holders(kernel: &Kernel<'_>) -> Result<Holders> {
+    let tasks = collect(|| Tasks::new(kernel, Which::Processes)).context("cannot list the processes")?;
+    let files = Files::new(kernel)?;
+    let mut holders = Holders::new();
+    for task in tasks {
+        let open = collect(|| Ok::<_, KernelError>(files.of(&task)?.into_iter().map(Ok)));
+        let open = open.with_context(|| format!("cannot list the files of process {}", task.pid))?;
+        for file in open {
+            if let Some(inode) = file.path.socket() {
+                let holder = Holder { pid: task.pid, fd: file.fd, comm: task.comm.clone() };
+                holders.entry(inode).or_default().push(holder);
+            }
+        }
+    }
+    Ok(holders)
+}
+
+fn row(socket: &Socket, holders: &[Holder]) -> [String; 8] {
+    let or_none = |text: Option<String>| text.unwrap_or_else(|| "-".to_owned());
+    let (local, peer) = match &socket.ends {
+        Ends::Inet { local, peer } => (local.to_string(), peer.to_string()),
+        Ends::Unix { path, peer, .. } => {
+            (or_none(path.as_deref().map(escape)), or_none(peer.map(|inode| inode.to_string())))
+        }
+    };
+    let protocol = socket.protocol_name();
+    let holders = holders.iter().map(|holder| format!("{}/{}", holder.pid, escape(&holder.comm)));
+    [
+        kind(socket).map_or(protocol.to_owned(), |kind| format!("{protocol}-{kind}")),
+        format!("{}{}", socket.state.name(), if socket.is_torn { "!" } else { "" }),
+        local,
+        peer,
+        or_none(socket.uid.map(|uid| uid.to_string())),
+        socket.inode.to_string(),
+        socket.netns.to_string(),
+        or_none(Some(holders.collect::<Vec<_>>().join(",")).filter(|text| !text.is_empty())),
+    ]
+}
+
+fn kind(socket: &Socket) -> Option<&'static str> {
+    match socket.ends {
+        Ends::Inet { .. } => None,
+        Ends::Unix { kind, .. } => Some(match kind {
+            Kind::Stream => "stream",
+            Kind::Datagram => "dgram",
+            Kind::SeqPacket => "seqpacket",
+        }),
+    }
+}
+
+impl<'a> SocketLine<'a> {
+    fn new(socket: &Socket, processes: &'a [Holder]) -> Self {
+        let (local, peer, peer_inode) = match &socket.ends {
+            Ends::Inet { local, peer } => (Some(local.to_string()), Some(peer.to_string()), None),
+            Ends::Unix { path, peer, .. } => (path.clone(), None, *peer),
+        };
+        Self {
+            protocol: socket.protocol_name(),
+            kind: kind(socket),
+            state: socket.state.name(),
+            local,
+            peer,
+            peer_inode,
+            uid: socket.uid,
+            inode: socket.inode,
+            netns: socket.netns,
+            processes,
+            sock: Hex(socket.gva),
+            torn: socket.is_torn,
+        }
+    }
+}

@@ -1,0 +1,137 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! Sockets of a kernel that a builder wrote, and of one that lies.
+
+mod common;
+
+use common::objects::{self, EHASH, HASHINFO, NETNS, NETS, UDP, at, sock};
+use common::{Guest, Place};
+use kvmmem_linux::sockets::{Ends, Kind, Socket, Sockets, State};
+use kvmmem_linux::{Find, Kernel, KernelError};
+use proptest::prelude::*;
+
+const PLACE: Place = Place::FIRST;
+
+fn sockets(guest: &Guest) -> Result<Vec<Socket>, KernelError> {
+    let kernel = Kernel::find(guest, Find { note: Some(PLACE.note), ..Find::default() }).unwrap();
+    Sockets::new(&kernel)?.collect()
+}
+
+fn gva(object: u64) -> u64 {
+    PLACE.gva + objects::OBJECTS + object
+}
+
+#[test]
+fn each_protocol_is_found_in_its_tables() {
+    let guest = objects::guest(&PLACE);
+    let found = sockets(&guest).unwrap();
+    let lines: Vec<_> = found
+        .iter()
+        .map(|socket| {
+            assert_eq!((socket.netns, socket.is_torn), (NETNS, false));
+            let ends = match &socket.ends {
+                Ends::Inet { local, peer } => format!("{local} {peer}"),
+                Ends::Unix { kind, path, peer } => {
+                    assert_eq!(*kind, Kind::Stream);
+                    format!("{path:?} {peer:?}")
+                }
+            };
+            (socket.protocol_name(), socket.state.name(), ends, socket.inode, socket.uid)
+        })
+        .collect();
+    let expected = [
+        ("tcp", "time-wait", "127.0.0.1:4321 127.0.0.2:51441", 0, None),
+        ("tcp", "established", "127.0.0.1:4321 127.0.0.2:51440", 300, Some(1000)),
+        ("tcp", "established", "127.0.0.1:51440 127.0.0.2:4321", 301, Some(1001)),
+        ("tcp6", "listen", "[::1]:4322 [::]:0", 303, Some(1003)),
+        ("udp", "unconnected", "127.0.0.1:5353 127.0.0.2:0", 304, Some(1004)),
+        ("raw", "unconnected", "127.0.0.1:253 127.0.0.2:0", 305, Some(1005)),
+        ("unix", "established", "Some(\"/tmp/s\") Some(307)", 0, Some(1008)),
+        ("unix", "established", "None Some(0)", 307, Some(1007)),
+        ("unix", "listen", "Some(\"/tmp/s\") None", 306, Some(1006)),
+    ];
+    let expected =
+        expected.map(|(protocol, state, ends, inode, uid)| (protocol, state, ends.to_owned(), inode, uid));
+    assert_eq!(lines, expected);
+    assert_eq!(found[1].state, State::Established);
+}
+
+/// The link of a socket leads where another chain ends, to itself, or to nowhere.
+#[test]
+fn a_damaged_chain_is_an_error() {
+    let link = at(&PLACE, sock(0));
+    let cases: [(u64, fn(&KernelError) -> bool); 5] = [
+        // The marker of bucket 5, in bucket 2.
+        (5 << 1 | 1, |error| matches!(error, KernelError::Malformed { .. })),
+        (0, |error| matches!(error, KernelError::Malformed { .. })),
+        (gva(sock(0)), |error| matches!(error, KernelError::Endless { .. })),
+        (gva(sock(2)), |error| matches!(error, KernelError::Endless { .. })),
+        (0x1234_5678, |error| matches!(error, KernelError::Read { gva: 0x1234_5678, .. })),
+    ];
+    for (next, is_it) in cases {
+        let guest = objects::guest(&PLACE);
+        guest.put_word(link, next);
+        let error = sockets(&guest).unwrap_err();
+        assert!(is_it(&error), "{next:#x}: {error:?}");
+    }
+}
+
+#[test]
+fn what_is_no_socket_is_an_error() {
+    // Family, state, type of a unix socket, length of its name.
+    for (object, byte) in
+        [(sock(1) + 16, 3), (sock(1) + 18, 13), (sock(1) + 18, 0), (sock(7) + 0x8c, 4), (0x6800, 113)]
+    {
+        let guest = objects::guest(&PLACE);
+        guest.put(at(&PLACE, object), &[byte]);
+        let error = sockets(&guest).unwrap_err();
+        assert!(matches!(error, KernelError::Malformed { .. }), "{object:#x}: {error:?}");
+    }
+}
+
+/// Tables that say they have more buckets than there is memory for, or a number that is no power of two.
+#[test]
+fn the_size_of_a_table_is_limited() {
+    for mask in [u32::MAX, 6, (1 << 25) - 1] {
+        for table in [HASHINFO, HASHINFO + 16, UDP] {
+            let guest = objects::guest(&PLACE);
+            guest.put(at(&PLACE, table + 8), &mask.to_le_bytes());
+            let error = sockets(&guest).unwrap_err();
+            assert!(matches!(error, KernelError::Malformed { .. }), "{mask:#x}: {error:?}");
+        }
+    }
+}
+
+/// A socket that two chains share is listed once: the kernel reuses the memory of one that was closed.
+#[test]
+fn a_socket_is_listed_once() {
+    let guest = objects::guest(&PLACE);
+    let before = sockets(&guest).unwrap().len();
+    guest.put_word(at(&PLACE, 0x2408), 0);
+    guest.put_word(at(&PLACE, 0x2400), gva(sock(4)));
+    assert_eq!(sockets(&guest).unwrap().len(), before);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(96))]
+
+    #[test]
+    fn no_byte_does_harm(
+        changes in proptest::collection::vec(
+            (
+                prop_oneof![HASHINFO..HASHINFO + 0x40, EHASH..EHASH + 0x40, UDP..UDP + 0x200, NETS - 0x100..NETS + 0x10,
+                    sock(0)..sock(9), 0x6000u64..0x6810, 0x4000u64..0x5000],
+                prop_oneof![Just(0u64), Just(u64::MAX), any::<u64>(), 0u64..0x4000, (0u64..0xc000).prop_map(gva)],
+                1usize..9,
+            ),
+            1..12,
+        ),
+    ) {
+        let guest = objects::guest(&PLACE);
+        for (object, value, len) in changes {
+            guest.put(at(&PLACE, object), &value.to_le_bytes()[..len]);
+        }
+        if let Ok(found) = sockets(&guest) {
+            prop_assert!(found.len() < 100);
+        }
+    }
+}
