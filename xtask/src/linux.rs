@@ -252,6 +252,15 @@ impl Host<'_> {
                 check(&format!("{} {how}", verb.join(" ")), rows.and_then(|rows| compare(&truth, &rows)));
             }
         }
+        let watch =
+            ["ps", "--watch", "--count", "3", "--interval", "100ms", "--json", "--target", variant.name];
+        let rows_of = |tool: Tool| tool.output().and_then(|text| rows(&text));
+        check(
+            "ps --watch running",
+            rows_of(self.kvmmem().args(watch)).and_then(|rows| compare::changes(&rows)),
+        );
+        let all = rows_of(self.kvmmem().args(["info", "--all", "--json"]));
+        check("info --all", all.and_then(|rows| compare::machine(&truth, variant.name, &rows)));
         if is_dumped {
             check("check after tampering", self.tamper(&dump));
         }

@@ -24,7 +24,7 @@ const DEFAULT_SOCKET: &str = "/run/kvmmem/kvmmemd.sock";
 pub(crate) const NO_BROKER: &str =
     "no broker: is kvmmemd running, and may this user open its socket (root, or the socket's group)?";
 
-#[derive(Args)]
+#[derive(Args, Default)]
 pub(crate) struct Broker {
     /// Socket of the broker [default: KVMMEM_BROKER, or else /run/kvmmem/kvmmemd.sock]
     #[arg(long = "broker", value_name = "PATH")]

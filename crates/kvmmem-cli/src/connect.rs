@@ -13,7 +13,7 @@ use crate::number::parse_seconds;
 /// Environment variable with the vsock port to listen on.
 const PORT_VARIABLE: &str = "KVMMEM_KVMI_PORT";
 
-#[derive(Args)]
+#[derive(Args, Default)]
 pub(crate) struct Connect {
     /// Where to listen for the host: vsock:PORT or unix:PATH [default: the vsock port KVMMEM_KVMI_PORT]
     #[arg(long, value_name = "ENDPOINT")]

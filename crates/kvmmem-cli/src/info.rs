@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `kvmmem info`: which kernel a Linux guest runs.
 
+mod all;
+
 use std::process::ExitCode;
 
 use anyhow::Result;
@@ -16,6 +18,10 @@ use crate::output::{Output, columns};
 #[derive(Args)]
 #[command(after_help = AFTER_HELP)]
 pub(crate) struct Arguments {
+    /// On the host: a row for each virtual machine that runs here, with its kernel, host name, uptime and number of processes, or
+    /// with the reason why it cannot be read
+    #[arg(long, conflicts_with_all = ["target", "token", "token_file", "listen", "device", "broker", "file", "note"])]
+    all: bool,
     #[command(flatten)]
     guest: Guest,
 }
@@ -25,7 +31,7 @@ The boot time is in seconds since 1970. The uptime is that of the kernel's last 
 to do may put off for some seconds.
 
 Exit codes:
-  0  done; what could not be found out is a - or null
+  0  done; what could not be found out is a - or null, with --all also a machine that cannot be read
   1  failed, standard error says why: no kernel was found
   2  the command line is wrong";
 
@@ -48,6 +54,9 @@ struct KernelLine<'a> {
 
 impl Arguments {
     pub(crate) fn run(&self, output: &mut Output) -> Result<ExitCode> {
+        if self.all {
+            return all::run(output);
+        }
         self.guest.with_kernel("info", |kernel| {
             let identity = Identity::of(kernel)?;
             let root = kernel.space().root();

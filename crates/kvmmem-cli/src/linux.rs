@@ -11,6 +11,7 @@ use kvmmem_memory::{DumpFile, Memory};
 
 use crate::number::parse;
 use crate::source::Source;
+use crate::target_name::TargetName;
 
 /// Walks of a list that changes, before its error counts.
 const TRIES: u32 = 3;
@@ -31,6 +32,11 @@ pub(crate) struct Guest {
 }
 
 impl Guest {
+    /// That of a target of this host.
+    pub(crate) fn of_target(target: TargetName) -> Self {
+        Self { file: None, note: None, source: Source::of_target(target) }
+    }
+
     /// Whether the guest may run.
     pub(crate) fn is_live(&self) -> bool {
         self.file.is_none()

@@ -1,9 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `kvmmem ps`: the processes of a Linux guest.
 
+mod changes;
+mod live;
 mod tree;
 
 use std::process::ExitCode;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use clap::Args;
@@ -12,7 +15,7 @@ use serde::Serialize;
 
 use crate::failure::escape;
 use crate::linux::{Guest, collect};
-use crate::number::Hex;
+use crate::number::{Hex, parse_duration};
 use crate::output::{Output, columns};
 
 #[derive(Args)]
@@ -24,6 +27,15 @@ pub(crate) struct Arguments {
     /// Print the threads of each process as well
     #[arg(long, conflicts_with = "tree")]
     threads: bool,
+    /// Show what starts and ends, until interrupted: on a terminal a table that stays in place, else a line for each
+    #[arg(long, conflicts_with_all = ["tree", "file"])]
+    watch: bool,
+    /// With --watch: how long to wait between two looks, for example 200ms or 1s
+    #[arg(long, value_name = "TIME", default_value = "1s", value_parser = parse_duration, requires = "watch", conflicts_with = "file")]
+    interval: Duration,
+    /// With --watch: look this many times, then end [default: until interrupted]
+    #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u64).range(1..), requires = "watch", conflicts_with = "file")]
+    count: Option<u64>,
     #[command(flatten)]
     guest: Guest,
 }
@@ -35,6 +47,9 @@ const AFTER_HELP: &str = "\
 Nothing is installed in the guest, and no symbol file is needed. Users are numbers, those of the first user namespace; START
 is in seconds since boot, as dmesg has it; the states are those of ps(1). Names in brackets are the kernel's own threads.
 A ! after a state says that the process changed whenever it was read, so that its values may not belong together.
+
+With --watch, what starts and ends between two looks is not seen. Each line has the seconds since the first look; with --json the
+event is \"started\" or \"ended\", with the milliseconds and the values of the process.
 
 Exit codes:
   0  done
@@ -66,6 +81,13 @@ struct TaskLine<'a> {
 impl Arguments {
     pub(crate) fn run(&self, output: &mut Output) -> Result<ExitCode> {
         let which = if self.threads { Which::Threads } else { Which::Processes };
+        if self.watch {
+            self.guest.with_kernel("ps", |kernel| {
+                let list = || collect(|| Tasks::new(kernel, which));
+                live::watch(kernel, self.threads, (self.interval, self.count), list, output)
+            })?;
+            return Ok(ExitCode::SUCCESS);
+        }
         let tasks = self.guest.with_kernel("ps", |kernel| {
             collect(|| Tasks::new(kernel, which)).context("cannot list the processes")
         })?;

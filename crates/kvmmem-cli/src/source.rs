@@ -36,7 +36,7 @@ const NO_TOKEN: &str = "no token: on the host, name the target (--target NAME); 
      (kvmmem grant NAME) and give it here by --token-file or KVMMEM_TOKEN; for a hooked target, listen (--listen \
      vsock:PORT or unix:PATH, KVMMEM_KVMI_PORT)";
 
-#[derive(Args)]
+#[derive(Args, Default)]
 pub(crate) struct Source {
     /// On the host: the target, by name or UUID, or as pid:N, qmp:SOCKET or libvirt:NAME. Needs no token: a grant for one
     /// use is made for this command. Where no broker runs, root needs none: this command adds the virtual machine for as
@@ -66,6 +66,11 @@ pub(crate) struct Source {
 }
 
 impl Source {
+    /// A target of this host.
+    pub(crate) fn of_target(target: TargetName) -> Self {
+        Self { target: Some(target), ..Self::default() }
+    }
+
     /// Attaches a view for a verb that needs memory in each of `wanted`. The token is used up; on the host it is not where
     /// there is no memory in one of them.
     pub(crate) fn attach(&self, access: Access, verb: &str, wanted: &[GpaRange]) -> Result<View> {

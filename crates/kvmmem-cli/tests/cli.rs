@@ -75,7 +75,11 @@ fn help_names_the_verbs_and_the_exit_codes() {
 
 #[test]
 fn a_wrong_command_line_names_what_is_wrong() {
-    let cases: [(&[&str], &[&str]); 20] = [
+    let cases: [(&[&str], &[&str]); 24] = [
+        (&["ps", "--watch", "--file", "x"], &["--watch", "--file"]),
+        (&["ps", "--count", "3", "--file", "x"], &["--count", "--file"]),
+        (&["ps", "--count", "3", "--target", "x"], &["--watch"]),
+        (&["info", "--all", "--target", "x"], &["--all", "--target"]),
         (&["read", "0", "0"], &["LEN", "at least 1 byte"]),
         (&["watch", "0", "0"], &["LEN", "at least 1 byte"]),
         (&["watch", "0", "2M"], &["LEN", "0x100000"]),

@@ -109,6 +109,16 @@ fn root_needs_no_broker() {
             "{way}: {stderr}"
         );
     }
+    // Its firmware is no Linux: a row with the reason.
+    let mut command = Command::new(env!("CARGO_BIN_EXE_kvmmem"));
+    command.args(["--json", "info", "--all"]).stdin(Stdio::null()).env_remove("RUST_LOG");
+    command.env("TMPDIR", left.path()).env("KVMMEM_BROKER", directory.path().join("none"));
+    let output = command.output().unwrap();
+    let rows = String::from_utf8(output.stdout).unwrap();
+    let rows: Vec<serde_json::Value> = rows.lines().map(|row| serde_json::from_str(row).unwrap()).collect();
+    let row = rows.iter().find(|row| row["name"] == name.as_str()).unwrap();
+    assert_eq!((output.status.code(), row["pid"].as_u64()), (Some(0), Some(qemu.0.id().into())));
+    assert!(row["error"].as_str().unwrap().contains("no Linux kernel was found"), "{row}");
     let (code, _, stderr) = run("no-such-vm");
     assert_eq!(code, Some(1));
     assert!(stderr.contains("targets --discover"), "{stderr}");

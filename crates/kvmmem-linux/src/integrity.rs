@@ -18,7 +18,10 @@ mod modules;
 mod tasks;
 
 use crate::kernel::{Kernel, KernelError};
-use crate::modules::Modules;
+use crate::modules::{Module, Modules};
+
+/// The most modules that are looked at for the name of one.
+const MAX_MODULES: usize = 4096;
 
 /// A check.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -134,15 +137,15 @@ impl Check {
 pub fn check_lstar(kernel: &Kernel<'_>, lstar: u64) -> Result<Report, KernelError> {
     let mut report = Report { examined: 1, findings: Vec::new() };
     if lstar != kernel.symbol("entry_SYSCALL_64")? {
-        let place = Place::of(kernel, lstar);
+        let place = Place::of(kernel, &modules_of(kernel), lstar);
         report.findings.push(Finding::Hook { entry: "MSR_LSTAR".to_owned(), gva: 0, target: lstar, place });
     }
     Ok(report)
 }
 
 impl Place {
-    /// What is at an address of a kernel, as far as that can be found out.
-    fn of(kernel: &Kernel<'_>, gva: u64) -> Self {
+    /// What is at an address of a kernel that has these modules.
+    fn of(kernel: &Kernel<'_>, modules: &[Module], gva: u64) -> Self {
         let text = || {
             let symbols = kernel.symbols().ok()?;
             (symbols.get("_stext")?..symbols.get("_etext")?).contains(&gva).then(|| symbols.nearest(gva))?
@@ -151,9 +154,13 @@ impl Place {
             return Self::Text { offset: gva - symbol.address, symbol: symbol.name };
         }
         // A module's parts may lie apart, so that its size alone does not tell: the nearest one it is.
-        let modules = Modules::new(kernel).into_iter().flatten().filter_map(Result::ok);
-        let near = modules.filter(|module| gva.wrapping_sub(module.base) < module.size);
+        let near = modules.iter().filter(|module| gva.wrapping_sub(module.base) < module.size);
         let nearest = near.max_by_key(|module| module.base);
-        nearest.map_or(Self::Elsewhere, |module| Self::Module(module.name))
+        nearest.map_or(Self::Elsewhere, |module| Self::Module(module.name.clone()))
     }
+}
+
+/// The modules, as far as they can be read: they are for names alone.
+fn modules_of(kernel: &Kernel<'_>) -> Vec<Module> {
+    Modules::new(kernel).into_iter().flatten().filter_map(Result::ok).take(MAX_MODULES).collect()
 }

@@ -122,3 +122,15 @@ impl<'a> Paths<'a> {
         Ok(text(&self.kernel.read_cstr(name, usize::try_from(len).unwrap_or(0))?))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_that_is_named_like_a_socket_is_none() {
+        let socket = |text: &str| FilePath { text: text.to_owned(), is_deleted: false }.socket();
+        assert_eq!(socket("socket:[370]"), Some(370));
+        assert_eq!(["/socket:[370]", "pipe:[370]", "socket:[x]", "socket:[3"].map(socket), [None; 4]);
+    }
+}

@@ -36,12 +36,12 @@ pub(super) fn order(tasks: &[Task]) -> Vec<(usize, usize)> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use std::time::Duration;
 
     use super::*;
 
-    fn task(pid: u32, ppid: u32) -> Task {
+    pub(in super::super) fn task(pid: u32, ppid: u32) -> Task {
         Task {
             gva: 0,
             tid: pid,

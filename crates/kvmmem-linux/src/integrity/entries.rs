@@ -2,11 +2,14 @@
 //! Entries of system calls and interrupts: each must lead into the kernel's text, and those of system calls and exceptions to
 //! the begin of a function.
 
+use std::cell::OnceCell;
+
 use iced_x86::{Decoder, DecoderOptions, OpKind};
 
-use super::{Finding, Place, Report};
+use super::{Finding, Place, Report, modules_of};
 use crate::bytes::Bytes;
 use crate::kernel::{Kernel, KernelError};
+use crate::modules::Module;
 
 /// The function that calls the handlers of system calls.
 pub(super) const DISPATCHER: &str = "x64_sys_call";
@@ -34,11 +37,18 @@ struct Text<'a> {
     kernel: &'a Kernel<'a>,
     start: u64,
     end: u64,
+    /// Those that entries may lead into, read when the first one leads out of the text.
+    modules: OnceCell<Vec<Module>>,
 }
 
 impl<'a> Text<'a> {
     fn new(kernel: &'a Kernel<'a>) -> Result<Self, KernelError> {
-        Ok(Self { kernel, start: kernel.symbol("_stext")?, end: kernel.symbol("_etext")? })
+        Ok(Self {
+            kernel,
+            start: kernel.symbol("_stext")?,
+            end: kernel.symbol("_etext")?,
+            modules: OnceCell::new(),
+        })
     }
 
     fn has(&self, gva: u64) -> bool {
@@ -52,7 +62,8 @@ impl<'a> Text<'a> {
     }
 
     fn hook(&self, entry: String, gva: u64, target: u64) -> Finding {
-        Finding::Hook { entry, gva, target, place: Place::of(self.kernel, target) }
+        let modules = self.modules.get_or_init(|| modules_of(self.kernel));
+        Finding::Hook { entry, gva, target, place: Place::of(self.kernel, modules, target) }
     }
 }
 

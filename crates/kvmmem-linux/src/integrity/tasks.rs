@@ -2,8 +2,6 @@
 //! The tasks of two places: the lists of processes and of their threads, which /proc and ps show, and the pids (`init_pid_ns.idr`),
 //! by which kill and the scheduler's system calls find them.
 
-use std::collections::BTreeMap;
-
 use super::{Finding, Report};
 use crate::bytes::Bytes;
 use crate::kernel::{Kernel, KernelError};
@@ -27,59 +25,74 @@ const MAX_RESERVED: u64 = 4096;
 const SLOTS: u64 = 64;
 const SLOT_BITS: u8 = 6;
 
-/// What tasks are called, by their addresses.
-type Found = BTreeMap<u64, String>;
+/// The most tasks that are found in one place alone: with more, the two do not belong together.
+const MAX_HIDDEN: usize = 1000;
 
 pub(super) fn check(kernel: &Kernel<'_>) -> Result<Report, KernelError> {
     let (listed, with_pids) = (listed(kernel)?, with_pids(kernel)?);
     let mut report = Report { examined: listed.len().max(with_pids.len()), findings: Vec::new() };
-    report.findings.extend(missing(&with_pids, &listed, IN_PIDS, IN_LISTS));
-    report.findings.extend(missing(&listed, &with_pids, IN_LISTS, IN_PIDS));
+    report.findings.extend(missing(kernel, &with_pids, &listed, (IN_PIDS, IN_LISTS))?);
+    report.findings.extend(missing(kernel, &listed, &with_pids, (IN_LISTS, IN_PIDS))?);
     Ok(report)
 }
 
-/// Those of one place that the other has not.
-fn missing(one: &Found, other: &Found, found: &'static str, missing: &'static str) -> Vec<Finding> {
-    let only = one.iter().filter(|(gva, _)| !other.contains_key(gva));
-    only.map(|(gva, name)| Finding::Hidden { name: name.clone(), gva: *gva, found, missing }).collect()
+/// Those of one place that the other has not; both are ascending.
+fn missing(
+    kernel: &Kernel<'_>,
+    one: &[u64],
+    other: &[u64],
+    (found, missing): (&'static str, &'static str),
+) -> Result<Vec<Finding>, KernelError> {
+    let names = Names::new(kernel)?;
+    let mut findings = Vec::new();
+    for gva in one.iter().copied().filter(|gva| other.binary_search(gva).is_err()) {
+        if findings.len() >= MAX_HIDDEN {
+            let what = format!("more than {MAX_HIDDEN} tasks that are in {found} and not in {missing}");
+            return Err(KernelError::Malformed { what, gva });
+        }
+        findings.push(Finding::Hidden { name: names.of(kernel, gva)?, gva, found, missing });
+    }
+    Ok(findings)
 }
 
-/// The tasks of the lists.
-fn listed(kernel: &Kernel<'_>) -> Result<Found, KernelError> {
-    let names = Names::new(kernel)?;
+/// The tasks of the lists, ascending.
+fn listed(kernel: &Kernel<'_>) -> Result<Vec<u64>, KernelError> {
     let signal = kernel.offset("task_struct", "signal")?;
     let threads = kernel.offset("signal_struct", "thread_head")?;
     let leaders = kernel.symbol("init_task")?.wrapping_add(kernel.offset("task_struct", "tasks")?);
-    let (mut found, mut left) = (Found::new(), MAX_TASKS);
+    let mut found = Vec::new();
     for leader in kernel.list_of(leaders, "task_struct", "tasks")? {
         let leader = leader?;
-        found.insert(leader, names.of(kernel, leader)?);
+        found.push(leader);
         let head = kernel.read_u64(leader.wrapping_add(signal))?.wrapping_add(threads);
         for thread in kernel.list_of(head, "task_struct", "thread_node")? {
-            left = left.checked_sub(1).ok_or_else(|| too_many(head))?;
-            let thread = thread?;
-            found.insert(thread, names.of(kernel, thread)?);
+            found.push(thread?);
+            if found.len() > 2 * MAX_TASKS {
+                return Err(too_many(head));
+            }
         }
     }
+    found.sort_unstable();
+    // A leader is one of its threads.
+    found.dedup();
     Ok(found)
 }
 
-/// The tasks of the pids.
-fn with_pids(kernel: &Kernel<'_>) -> Result<Found, KernelError> {
-    let names = Names::new(kernel)?;
-    let root =
-        kernel.symbol("init_pid_ns")?.wrapping_add(kernel.offset("pid_namespace", "idr.idr_rt.xa_head")?);
+/// The tasks of the pids, ascending.
+fn with_pids(kernel: &Kernel<'_>) -> Result<Vec<u64>, KernelError> {
+    let root = kernel.offset("pid_namespace", "idr.idr_rt.xa_head")?;
     // The first of several kinds: of the process or thread itself.
     let (tasks, links) = (kernel.offset("pid", "tasks")?, kernel.offset("task_struct", "pid_links")?);
-    let mut found = Found::new();
-    for pid in entries(kernel, root)? {
+    let mut found = Vec::new();
+    for pid in entries(kernel, kernel.symbol("init_pid_ns")?.wrapping_add(root))? {
         let first = kernel.read_u64(pid.wrapping_add(tasks))?;
         // Its task has ended, or is not there yet.
         if first != 0 {
-            let task = first.wrapping_sub(links);
-            found.insert(task, names.of(kernel, task)?);
+            found.push(first.wrapping_sub(links));
         }
     }
+    found.sort_unstable();
+    found.dedup();
     Ok(found)
 }
 

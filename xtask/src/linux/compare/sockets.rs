@@ -46,7 +46,7 @@ pub(in crate::linux) fn sockets(truth: &Truth, rows: &[Value]) -> Result<()> {
     let mut expected = Vec::new();
     let mut namespaces = BTreeMap::from([(namespace(truth, 1)?, "/proc/net".to_owned())]);
     for pid in process_ids(truth).filter(|pid| truth.bytes(&format!("/proc/{pid}/net/tcp")).is_ok()) {
-        namespaces.entry(namespace(truth, pid)?).or_insert(format!("/proc/{pid}/net"));
+        namespaces.entry(namespace(truth, pid)?).or_insert_with(|| format!("/proc/{pid}/net"));
     }
     ensure!(namespaces.len() == 2, "the guest shows network namespaces {namespaces:?}");
     for (netns, folder) in namespaces {
@@ -128,8 +128,8 @@ fn unix(text: &str, netns: u64) -> Result<Vec<Socket>> {
         let fields: Vec<_> = line.split_ascii_whitespace().collect();
         let field = |number: usize| fields.get(number).copied().context("a field is missing");
         let inode = field(6)?;
-        // What follows the inode, which is as wide as it needs to be.
-        let path = line.split_once(&format!(" {inode}")).map_or("", |(_, path)| path);
+        // The inode is as wide as it needs to be, and a path may begin with spaces.
+        let path = (0..7).fold(line, |rest, _| rest.trim_start().trim_start_matches(|c| c != ' '));
         let state = match (field(3)?, field(5)?) {
             ("00010000", _) => "listen",
             (_, "02" | "03") => "established",
@@ -215,11 +215,15 @@ mod tests {
         let socket = inet("tcp6", TCP6, 7).unwrap();
         assert_eq!((&*socket.local, &*socket.peer, &*socket.state), ("[::1]:4322", "[::]:0", "established"));
         assert!(inet("tcp", &TCP[..60], 7).is_err());
-        let text = "Num RefCount\n0058fed154: 02 00 00010000 0001 01   370 /tmp/a\nb\n0025c64185: 03 00 00000000 0005 03  3\n";
+        let text = "Num RefCount\n0058fed154: 02 00 00010000 0001 01   370 /tmp/a\nb\n0025c64185: 03 00 00000000 0005 03  3\n0025c64186: 03 00 00000000 0001 02     0  /tmp/a\n";
         let sockets = unix(text, 7).unwrap();
         let values =
             |socket: &Socket| (socket.kind.clone(), socket.state.clone(), socket.local.clone(), socket.inode);
-        let expected = [("stream", "listen", "/tmp/a\nb", 370), ("seqpacket", "established", "", 3)];
+        let expected = [
+            ("stream", "listen", "/tmp/a\nb", 370),
+            ("seqpacket", "established", "", 3),
+            ("stream", "established", " /tmp/a", 0),
+        ];
         let expected = expected.map(|(a, b, c, inode)| (a.to_owned(), b.to_owned(), c.to_owned(), inode));
         assert_eq!(sockets.iter().map(values).collect::<Vec<_>>(), expected);
     }
@@ -249,8 +253,9 @@ mod tests {
             .into();
         for (folder, lines) in ["/proc/net", "/proc/9/net"].iter().zip(tcp) {
             for protocol in INET {
-                let lines = if protocol == "tcp" { lines.join("\n") } else { String::new() };
-                sections.push((format!("{folder}/{protocol}"), format!("sl\n{lines}\n")));
+                let lines = if protocol == "tcp" { &lines[..] } else { &[] };
+                let lines: String = lines.iter().map(|line| format!("{line}\n")).collect();
+                sections.push((format!("{folder}/{protocol}"), format!("sl\n{lines}")));
             }
             sections.push((format!("{folder}/unix"), "Num\n".to_owned()));
         }

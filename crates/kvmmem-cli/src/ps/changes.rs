@@ -1,0 +1,99 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! What starts and ends between two looks at the tasks of a guest.
+
+use std::collections::HashMap;
+
+use kvmmem_linux::tasks::Task;
+
+/// Whether a task started or ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Change {
+    Started,
+    Ended,
+}
+
+/// The tasks at the last look.
+#[derive(Debug)]
+pub(super) struct Seen(HashMap<u32, Task>);
+
+impl Seen {
+    pub(super) fn new(tasks: Vec<Task>) -> Self {
+        Self(tasks.into_iter().map(|task| (task.tid, task)).collect())
+    }
+
+    /// How many there are.
+    pub(super) fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Takes the tasks of a later look; returns what ended, then what started, each by ascending id. An id with another start
+    /// time is another task.
+    pub(super) fn look(&mut self, tasks: Vec<Task>) -> Vec<(Change, Task)> {
+        let mut before = std::mem::take(&mut self.0);
+        let mut changes = Vec::new();
+        for task in tasks {
+            let known = before.remove(&task.tid);
+            match known {
+                // The values of one that is torn may be those of another.
+                Some(known) if task.is_torn || is_same(&known, &task) => {
+                    self.0.insert(task.tid, known);
+                }
+                known => {
+                    changes.extend(known.map(|known| (Change::Ended, known)));
+                    changes.push((Change::Started, task.clone()));
+                    self.0.insert(task.tid, task);
+                }
+            }
+        }
+        changes.extend(before.into_values().map(|task| (Change::Ended, task)));
+        changes.sort_by_key(|(change, task)| (*change == Change::Started, task.tid));
+        changes
+    }
+}
+
+fn is_same(one: &Task, other: &Task) -> bool {
+    (one.start, one.pid) == (other.start, other.pid)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::super::tree::tests::task;
+    use super::*;
+
+    fn started(tid: u32, start: u64) -> Task {
+        Task { start: Duration::from_secs(start), ..task(tid, 1) }
+    }
+
+    fn ids(changes: &[(Change, Task)]) -> Vec<(Change, u32, u64)> {
+        changes.iter().map(|(change, task)| (*change, task.tid, task.start.as_secs())).collect()
+    }
+
+    #[test]
+    fn what_starts_and_ends_is_told_once() {
+        let mut seen = Seen::new(vec![started(1, 1), started(2, 1), started(3, 1)]);
+        assert_eq!(seen.look(vec![started(3, 1), started(1, 1), started(2, 1)]), []);
+        let changes = seen.look(vec![started(1, 1), started(9, 5), started(3, 1), started(7, 5)]);
+        let expected = [(Change::Ended, 2, 1), (Change::Started, 7, 5), (Change::Started, 9, 5)];
+        assert_eq!(ids(&changes), expected);
+        assert_eq!(seen.len(), 4);
+        assert_eq!(seen.look(vec![started(1, 1), started(9, 5), started(3, 1), started(7, 5)]), []);
+    }
+
+    #[test]
+    fn an_id_that_is_used_again_is_another_task() {
+        let mut seen = Seen::new(vec![started(1, 1), started(2, 1)]);
+        let changes = seen.look(vec![started(1, 1), started(2, 8)]);
+        assert_eq!(ids(&changes), [(Change::Ended, 2, 1), (Change::Started, 2, 8)]);
+    }
+
+    #[test]
+    fn one_that_is_torn_has_not_changed() {
+        let mut seen = Seen::new(vec![started(1, 1), started(2, 1)]);
+        let torn = Task { is_torn: true, ..started(2, 8) };
+        assert_eq!(seen.look(vec![started(1, 1), torn]), []);
+        assert_eq!(seen.look(vec![started(1, 1), started(2, 1)]), []);
+        assert_eq!(ids(&seen.look(vec![started(2, 1)])), [(Change::Ended, 1, 1)]);
+    }
+}
