@@ -120,7 +120,7 @@ fn row(socket: &Socket, holders: &[Holder]) -> [String; 8] {
     let protocol = socket.protocol_name();
     let holders = holders.iter().map(|holder| format!("{}/{}", holder.pid, escape(&holder.comm)));
     [
-        kind(socket).map_or(protocol.to_owned(), |kind| format!("{protocol}-{kind}")),
+        kind(socket).map_or_else(|| protocol.to_owned(), |kind| format!("{protocol}-{kind}")),
         format!("{}{}", socket.state.name(), if socket.is_torn { "!" } else { "" }),
         local,
         peer,

@@ -55,11 +55,14 @@ fn each_protocol_is_found_in_its_tables() {
     assert_eq!(found[1].state, State::Established);
 }
 
+/// Whether an error is the one that is expected.
+type IsIt = fn(&KernelError) -> bool;
+
 /// The link of a socket leads where another chain ends, to itself, or to nowhere.
 #[test]
 fn a_damaged_chain_is_an_error() {
     let link = at(&PLACE, sock(0));
-    let cases: [(u64, fn(&KernelError) -> bool); 5] = [
+    let cases: [(u64, IsIt); 5] = [
         // The marker of bucket 5, in bucket 2.
         (5 << 1 | 1, |error| matches!(error, KernelError::Malformed { .. })),
         (0, |error| matches!(error, KernelError::Malformed { .. })),

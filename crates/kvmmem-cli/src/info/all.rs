@@ -70,7 +70,7 @@ fn machines() -> Result<BTreeMap<u32, Option<String>>> {
 }
 
 fn look(pid: u32, name: Option<String>) -> MachineLine {
-    let found = Guest::of_target(TargetName::Pid(pid)).with_kernel("info", |kernel| KernelLine::new(kernel));
+    let found = Guest::of_target(TargetName::Pid(pid)).with_kernel("info", KernelLine::new);
     let (kernel, error) = match found {
         Ok(kernel) => (Some(kernel), None),
         Err(error) => (None, Some(format!("{error:#}"))),

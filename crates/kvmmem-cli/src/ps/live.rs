@@ -185,13 +185,13 @@ mod tests {
             let task = Task { comm: "虚拟\x1b[2J".to_owned(), ..task(pid, 1) };
             live.lines.push_back(line(Duration::from_millis(1500), Change::Started, &task));
         }
-        let size = Some(Winsize { ws_row: 5, ws_col: 45, ws_xpixel: 0, ws_ypixel: 0 });
-        let picture = live.picture(7, size);
+        let size = Winsize { ws_row: 5, ws_col: 45, ws_xpixel: 0, ws_ypixel: 0 };
+        let picture = live.picture(7, Some(size));
         let lines: Vec<&str> = picture.lines().collect();
         assert_eq!(lines[0], "7 tasks; what has started and ended:");
         assert_eq!(lines.len(), 4);
         assert_eq!(lines[3], "     1.500  started  9        1        0     ");
-        let again = live.picture(7, Some(Winsize { ws_col: 80, ..size.unwrap() }));
+        let again = live.picture(7, Some(Winsize { ws_col: 80, ..size }));
         assert!(again.starts_with("\x1b[4A\x1b[J7 tasks"), "{again:?}");
         assert!(again.ends_with("虚拟\\u{1b}[2J\n"), "{again:?}");
     }
