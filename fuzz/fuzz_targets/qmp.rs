@@ -50,7 +50,7 @@ fn ask(mut qmp: Qmp) {
     {
         let _ = MemoryMap::new(layout.regions);
     }
-    let _ = (qmp.vcpus(), qmp.host_address(0));
+    let _ = (qmp.vcpus(), qmp.host_address(0), qmp.registers(0, 2), qmp.status());
     let null = std::fs::File::open("/dev/null").expect("/dev/null");
     let _ = qmp.add_fd(null.as_fd(), None);
     events(&mut qmp);

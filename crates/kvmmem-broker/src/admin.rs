@@ -11,13 +11,16 @@ use crate::packet::{PacketBuffer, PacketError, PacketSocket, Wait};
 pub use crate::scope::{Rights, Scope, Span};
 use crate::wire::{Answer, Call, Cursor, FromBroker, Refusal, Request};
 pub use crate::wire::{
-    GrantInfo, GrantRequest, GrantState, HookInfo, KvmiPolicy, OnSilence, Origin, Revoked, TargetInfo,
-    ViewCounters, ViewInfo,
+    GrantInfo, GrantRequest, GrantState, HookInfo, KvmiPolicy, OnSilence, Origin, Revoked, SegmentRegister,
+    TargetInfo, VcpuRegisters, ViewCounters, ViewInfo,
 };
 pub use kvmmem_kvmi::token::Token;
 
 /// How long the broker may take to answer.
 const LIMIT: Duration = Duration::from_secs(5);
+
+/// No VM has more vCPUs.
+const MAX_VCPUS: usize = 4096;
 
 /// A connection to the broker that registers nothing. The broker closes it after 10 s of silence.
 pub struct Admin {
@@ -270,6 +273,48 @@ impl Admin {
             Answer::Room { free, count } => Ok((free, count)),
             _ => Err(AdminError::NoAnswer),
         }
+    }
+
+    /// The registers of a target's vCPUs, in the order of their numbers. Of a VM that runs, each is of another moment.
+    ///
+    /// # Errors
+    /// [`AdminError`]; [`Refusal::Unsupported`] where the VMM cannot be asked.
+    pub fn registers(&mut self, target: &str) -> Result<Vec<VcpuRegisters>, AdminError> {
+        let mut all: Vec<VcpuRegisters> = Vec::new();
+        loop {
+            let first = u32::try_from(all.len()).map_err(|_| AdminError::NoAnswer)?;
+            let Answer::Registers { vcpus, more } =
+                self.ask(Call::Registers { target: target.to_owned(), first })?
+            else {
+                return Err(AdminError::NoAnswer);
+            };
+            let is_empty = vcpus.is_empty();
+            all.extend(vcpus);
+            if !more || is_empty || all.len() >= MAX_VCPUS {
+                return Ok(all);
+            }
+        }
+    }
+
+    /// Stops a target's vCPUs, and returns whether they ran. They run again after [`Admin::resume`], and when this connection
+    /// ends or sends nothing for 10 s: so this is to be called again before that. It then fails if they have run meanwhile. A
+    /// target that did not run stays as it is.
+    ///
+    /// # Errors
+    /// [`AdminError`]; [`Refusal::Unsupported`] where the VMM cannot be asked.
+    pub fn pause(&mut self, target: &str) -> Result<bool, AdminError> {
+        match self.ask(Call::Pause { target: target.to_owned() })? {
+            Answer::Paused { was_running } => Ok(was_running),
+            _ => Err(AdminError::NoAnswer),
+        }
+    }
+
+    /// Ends this connection's pause of a target.
+    ///
+    /// # Errors
+    /// [`AdminError`], where it had ended before as well.
+    pub fn resume(&mut self, target: &str) -> Result<(), AdminError> {
+        self.ask(Call::Resume { target: target.to_owned() }).map(|_| ())
     }
 
     fn ask(&mut self, call: Call) -> Result<Answer, AdminError> {

@@ -248,6 +248,24 @@ impl Audit {
         self.write(Party::User(peer.uid), record);
     }
 
+    /// An operator got the registers of a target's vCPUs.
+    pub(crate) fn registers(&self, vm: &Vm, peer: Credentials) {
+        self.write(Party::User(peer.uid), Record::new(Event::Registers).of(vm).on_host(peer));
+    }
+
+    /// An operator had a target stopped.
+    pub(crate) fn paused(&self, vm: &Vm, was_running: bool, peer: Credentials) {
+        let reason = (!was_running).then_some("it did not run before");
+        let record = Record { reason, ..Record::new(Event::Paused).of(vm).on_host(peer) };
+        self.write(Party::User(peer.uid), record);
+    }
+
+    /// An operator's pause of a target has ended.
+    pub(crate) fn resumed(&self, vm: &Vm, reason: &str, peer: Credentials) {
+        let record = Record { reason: Some(reason), ..Record::new(Event::Resumed).of(vm).on_host(peer) };
+        self.write(Party::User(peer.uid), record);
+    }
+
     /// A VM was reset, or its RAM is elsewhere.
     pub(crate) fn ram_changed(&self, vm: &Vm, change: Change) {
         let reason = match change {

@@ -10,6 +10,7 @@ use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 
 use crate::broker::{Broker, Refused};
+use crate::discover::vcpus::Held;
 use crate::packet::{PacketError, Wait};
 use crate::peer::Peer;
 use crate::ram::Ram;
@@ -37,6 +38,8 @@ struct Connection<'a> {
     has_just_registered: bool,
     /// Whether it has opened a view as a process of the host.
     has_views: bool,
+    /// The pause that it holds; it ends with the connection.
+    pause: Option<Held>,
     /// How long it may be silent; `None` for ever.
     silence: Option<Duration>,
 }
@@ -45,8 +48,15 @@ struct Connection<'a> {
 pub(crate) fn serve(broker: &Arc<Broker>, peer: &Arc<Peer>) {
     broker.join(peer);
     let silence = Some(broker.limits().silence);
-    let mut connection =
-        Connection { broker, peer, vm: None, has_just_registered: false, has_views: false, silence };
+    let mut connection = Connection {
+        broker,
+        peer,
+        vm: None,
+        has_just_registered: false,
+        has_views: false,
+        pause: None,
+        silence,
+    };
     if let Err(error) = connection.run() {
         if matches!(error, PacketError::TooLong | PacketError::TooManyFds | PacketError::Malformed(_)) {
             refuse(peer, 0, &Refused::from_error(Refusal::Malformed, &error));
@@ -54,6 +64,7 @@ pub(crate) fn serve(broker: &Arc<Broker>, peer: &Arc<Peer>) {
         // Without what is behind it: that may repeat parts of the packet.
         broker.audit().refused(peer, connection.vm.as_deref(), &error.to_string());
     }
+    broker.resume_left(peer.credentials(), connection.pause.take());
     broker.leave(peer, connection.vm.as_deref());
     // Others may still hold on to the peer for a moment; the connection ends now.
     peer.socket().shut_down();
@@ -151,6 +162,9 @@ impl Connection<'_> {
             }
             Call::RemoveIntrospector { name } => broker.remove_introspector(&name)?,
             Call::Room { introspector } => broker.room(&introspector)?,
+            Call::Registers { target, first } => broker.registers(credentials, &target, first)?,
+            Call::Pause { target } => broker.pause(credentials, &target, &mut self.pause)?,
+            Call::Resume { target } => broker.resume(credentials, &target, self.pause.take())?,
             Call::Hook { target, endpoint } => broker.hook(credentials, &target, endpoint)?,
             Call::Unhook { target, endpoint } => broker.unhook(credentials, &target, &endpoint)?,
         };

@@ -21,9 +21,12 @@ pub mod mapping;
 pub(crate) mod monitor;
 pub mod mtree;
 pub(crate) mod options;
+mod pause;
 pub mod process;
+mod questions;
 pub(crate) mod recognise;
 mod successor;
+pub(crate) mod vcpus;
 pub(crate) mod watch;
 
 use std::io;

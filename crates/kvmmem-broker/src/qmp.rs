@@ -9,6 +9,7 @@ mod error;
 mod line;
 mod message;
 mod questions;
+mod registers;
 
 use std::collections::VecDeque;
 use std::io;
@@ -105,6 +106,20 @@ impl Qmp {
     /// Where it is connected to.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Whether nothing can be asked any more.
+    pub(crate) fn is_broken(&self) -> bool {
+        self.is_broken
+    }
+
+    /// The state that the VM is in, such as `running` or `paused`.
+    ///
+    /// # Errors
+    /// [`QmpError`].
+    pub fn status(&mut self) -> Result<String, QmpError> {
+        let answer = self.execute("query-status", json!({}))?;
+        Ok(answer.get("status").and_then(Value::as_str).unwrap_or_default().to_owned())
     }
 
     /// The process that listens: QEMU itself, or whoever handed it the socket.

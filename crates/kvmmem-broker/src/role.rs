@@ -50,6 +50,11 @@ impl Call {
             Self::AddIntrospector { .. } => &[Administrator],
             Self::RemoveIntrospector { .. } => &[Administrator],
             Self::Room { .. } => &[Administrator, Operator],
+            // Each of them may grant itself all of the target's memory, for writing as well: neither registers nor a pause
+            // are more than that. A view may be of less.
+            Self::Registers { .. } => &[Administrator, Operator],
+            Self::Pause { .. } => &[Administrator, Operator],
+            Self::Resume { .. } => &[Administrator, Operator],
             // The broker may connect where an operator may not; who may not make such a hook may not remove it either.
             Self::Hook { endpoint: Endpoint::Unix(_), .. } => &[Administrator],
             Self::Unhook { endpoint: Endpoint::Unix(_), .. } => &[Administrator],

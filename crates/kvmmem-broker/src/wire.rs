@@ -12,6 +12,7 @@
 
 mod answer;
 mod grant;
+mod registers;
 pub(crate) mod token_text;
 mod vm;
 
@@ -26,6 +27,7 @@ pub use answer::{Answer, FromBroker, Refusal};
 pub use grant::{
     Caller, Cursor, GrantInfo, GrantRequest, GrantState, KvmiPolicy, Origin, Revoked, ViewCounters, ViewInfo,
 };
+pub use registers::{SegmentRegister, VcpuRegisters};
 pub use vm::{HookInfo, OnSilence, Registration, TargetInfo};
 
 /// The largest packet, bytes.
@@ -170,6 +172,25 @@ pub enum Call {
     Room {
         /// Its name or UUID.
         introspector: String,
+    },
+    /// Asks for the registers of a target's vCPUs. Answer: [`Answer::Registers`].
+    Registers {
+        /// Name or UUID of the target.
+        target: String,
+        /// How many vCPUs the pages before had.
+        first: u32,
+    },
+    /// Stops a target's vCPUs. They run again with [`Call::Resume`], when this connection ends, and after 10 s in which it
+    /// sent nothing: the call is to be repeated until then. A target that did not run stays as it is. Answer:
+    /// [`Answer::Paused`].
+    Pause {
+        /// Name or UUID of the target.
+        target: String,
+    },
+    /// Ends this connection's pause. Answer: [`Answer::Done`].
+    Resume {
+        /// Name or UUID of the target.
+        target: String,
     },
     /// Connects a target to a tool that listens for KVMI, and again whenever that connection ends.
     /// Answer: [`Answer::Done`].

@@ -32,6 +32,9 @@ pub(crate) enum Event {
     Revoked,
     Policy,
     RamChanged,
+    Registers,
+    Paused,
+    Resumed,
     Silent,
 }
 
@@ -59,6 +62,9 @@ impl Event {
             Self::Revoked => "revoked",
             Self::Policy => "policy",
             Self::RamChanged => "ram_changed",
+            Self::Registers => "registers",
+            Self::Paused => "paused",
+            Self::Resumed => "resumed",
             Self::Silent => "silent",
         }
     }

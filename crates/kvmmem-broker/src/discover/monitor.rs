@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Listens to a QEMU's monitor, on a thread of its own: one that hangs, floods or lies holds up nobody else.
+//! Listens to a QEMU's monitor, on a thread of its own: one that hangs, floods or lies holds up nobody else. The thread
+//! also passes on [`Questions`] of the broker's clients.
 
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
@@ -7,8 +8,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
-use serde_json::json;
 
+use super::pause::Stopped;
+use super::questions::{Question, Questions};
 use crate::limit::RateLimit;
 use crate::qmp::{Qmp, QmpError};
 
@@ -35,6 +37,7 @@ static WARNINGS: RateLimit = RateLimit::new(2);
 #[derive(Debug)]
 pub(crate) struct Monitor {
     stop: Arc<OwnedFd>,
+    questions: Questions,
 }
 
 /// A monitor's socket.
@@ -107,10 +110,22 @@ impl Monitor {
     ) -> std::io::Result<Self> {
         let stop = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         let stop = Arc::new(stop);
-        let mut listener = Listener { stop: Arc::clone(&stop), find, tell };
+        let questions = Questions::new()?;
+        let mut listener = Listener {
+            stop: Arc::clone(&stop),
+            questions: questions.clone(),
+            stopped: Stopped::default(),
+            find,
+            tell,
+        };
         let thread = std::thread::Builder::new().name("qmp-monitor".into()).stack_size(STACK);
         thread.spawn(move || listener.run(qmp))?;
-        Ok(Self { stop })
+        Ok(Self { stop, questions })
+    }
+
+    /// What the monitor can be asked.
+    pub(crate) fn questions(&self) -> &Questions {
+        &self.questions
     }
 }
 
@@ -123,15 +138,27 @@ impl Drop for Monitor {
 
 struct Listener<F, T> {
     stop: Arc<OwnedFd>,
+    questions: Questions,
+    /// The pause of the VM, where there is one.
+    stopped: Stopped,
     find: F,
     tell: T,
 }
 
 impl<F: Fn() -> Option<Qmp>, T: FnMut(&mut Qmp, News) -> Next> Listener<F, T> {
-    fn run(&mut self, mut connection: Option<Qmp>) {
+    fn run(&mut self, connection: Option<Qmp>) {
+        self.listen_on(connection);
+        // Nobody waits for an answer in vain.
+        self.questions.close();
+    }
+
+    fn listen_on(&mut self, mut connection: Option<Qmp>) {
         loop {
             let Some(mut qmp) = connection.take().or_else(|| self.connect()) else { return };
-            match self.listen(&mut qmp) {
+            self.stopped.reconnected(&mut qmp);
+            let listened = self.listen(&mut qmp);
+            self.stopped.end(&mut qmp);
+            match listened {
                 Ok(Next::Stop) => return,
                 Ok(_) => {}
                 Err(error) if self.is_stopped(GATHER) => {
@@ -176,13 +203,19 @@ impl<F: Fn() -> Option<Qmp>, T: FnMut(&mut Qmp, News) -> Next> Listener<F, T> {
             // That a migration is over is no event, unless a manager has asked for one.
             let mut is_migrating = false;
             if is_due || heard.stop {
-                match status(qmp)?.as_str() {
+                match qmp.status()?.as_str() {
                     "postmigrate" => return Ok((self.tell)(qmp, News::Left)),
                     status => is_migrating = status == "finish-migrate",
                 }
             }
             if self.is_stopped(if heard.is_any() { GATHER } else { Duration::ZERO }) {
                 return Ok(Next::Stop);
+            }
+            for question in self.questions.take() {
+                self.answer(qmp, question);
+            }
+            if qmp.is_broken() {
+                return Ok(Next::Reconnect);
             }
             // What came with an answer is not to be waited for.
             next = Heard::take(qmp)?;
@@ -194,6 +227,21 @@ impl<F: Fn() -> Option<Qmp>, T: FnMut(&mut Qmp, News) -> Next> Listener<F, T> {
         }
     }
 
+    fn answer(&mut self, qmp: &mut Qmp, question: Question) {
+        // Who has given up waiting needs no answer.
+        match question {
+            Question::Registers { first, count, reply } => {
+                let _ = reply.send(qmp.registers(first, count).map_err(Into::into));
+            }
+            Question::Pause { holder, is_new, reply } => {
+                let _ = reply.send(self.stopped.hold(qmp, holder, is_new));
+            }
+            Question::Resume { holder, reply } => {
+                let _ = reply.send(self.stopped.release(qmp, holder));
+            }
+        }
+    }
+
     /// A connection, as soon as there is one; `None` where nobody listens any more.
     fn connect(&self) -> Option<Qmp> {
         let mut pause = AGAIN;
@@ -201,6 +249,8 @@ impl<F: Fn() -> Option<Qmp>, T: FnMut(&mut Qmp, News) -> Next> Listener<F, T> {
             if self.is_stopped(pause) {
                 return None;
             }
+            // They are not answered, which their askers see at once.
+            drop(self.questions.take());
             if let Some(qmp) = (self.find)() {
                 return Some(qmp);
             }
@@ -208,11 +258,15 @@ impl<F: Fn() -> Option<Qmp>, T: FnMut(&mut Qmp, News) -> Next> Listener<F, T> {
         }
     }
 
-    /// Whether the monitor tells something within `pause`.
+    /// Whether the monitor tells something, or is asked or stopped, within `pause`.
     fn hears(&self, qmp: &Qmp, pause: Duration) -> bool {
-        let mut fds = [PollFd::new(qmp, PollFlags::IN), PollFd::new(&*self.stop, PollFlags::IN)];
+        let mut fds = [
+            PollFd::new(qmp, PollFlags::IN),
+            PollFd::new(&*self.stop, PollFlags::IN),
+            PollFd::new(&self.questions, PollFlags::IN),
+        ];
         poll(&mut fds, pause);
-        fds.first().is_some_and(|fd| !fd.revents().is_empty())
+        fds.iter().any(|fd| !fd.revents().is_empty())
     }
 
     fn is_stopped(&self, pause: Duration) -> bool {
@@ -249,11 +303,6 @@ impl Heard {
     }
 }
 
-fn status(qmp: &mut Qmp) -> Result<String, QmpError> {
-    let answer = qmp.execute("query-status", json!({}))?;
-    Ok(answer.get("status").and_then(|status| status.as_str()).unwrap_or_default().to_owned())
-}
-
 fn poll(fds: &mut [PollFd<'_>], pause: Duration) {
     let pause = Timespec::try_from(pause).ok();
     // An interrupted wait is a short one. No other failure is possible but for want of memory.
@@ -261,23 +310,4 @@ fn poll(fds: &mut [PollFd<'_>], pause: Duration) {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::sync::mpsc;
-
-    use super::*;
-    use crate::qmp::tests::{GREETING, serve};
-
-    #[test]
-    fn memory_that_is_plugged_in_before_the_first_question_or_after_it_is_noticed() {
-        let size = |plugged| format!("{{\"return\":{{\"base-memory\":1,\"plugged-memory\":{plugged}}}}}\n");
-        let (_directory, path, _qemu) =
-            serve(vec![GREETING.into(), "{\"return\":{}}\n".into(), size(0), size(1)]);
-        let qmp = Qmp::connect(&path).unwrap();
-        let (told, news) = mpsc::channel();
-        let tell = move |_: &mut Qmp, news| told.send(news).map_or(Next::Stop, |()| Next::Listen);
-        let _monitor = Monitor::start(Some(qmp), || None, tell).unwrap();
-        for _ in 0..2 {
-            assert_eq!(news.recv_timeout(Duration::from_secs(60)), Ok(News::Memory));
-        }
-    }
-}
+mod tests;

@@ -8,6 +8,7 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags};
 use rustix::io::Errno;
 
 use super::monitor::Monitor;
+use super::questions::Questions;
 
 /// The VMMs that are waited for. The thread ends with it.
 #[derive(Debug, Default)]
@@ -73,6 +74,14 @@ impl Watch {
         let removed = shared.lock().take(|watched| watched.vm == vm);
         shared.wake();
         removed
+    }
+
+    /// What the monitor of a VM's VMM can be asked; `None` where there is no monitor.
+    pub(crate) fn questions(&self, vm: u64) -> Option<Questions> {
+        let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner);
+        let list = thread.as_ref()?.lock();
+        let watched = list.watched.iter().find(|watched| watched.vm == vm)?;
+        Some(watched.monitor.as_ref()?.questions().clone())
     }
 
     /// All VMs whose VMMs are waited for.

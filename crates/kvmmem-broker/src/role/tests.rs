@@ -57,6 +57,9 @@ fn calls() -> Vec<(Call, &'static str)> {
         (Call::Hook { target: none(), endpoint: vsock.clone() }, "ao--"),
         (Call::Unhook { target: none(), endpoint: unix }, "a---"),
         (Call::Unhook { target: none(), endpoint: vsock }, "ao--"),
+        (Call::Registers { target: none(), first: 0 }, "ao--"),
+        (Call::Pause { target: none() }, "ao--"),
+        (Call::Resume { target: none() }, "ao--"),
         (Call::Continued { generation: 1 }, "---v"),
     ]
 }
@@ -86,11 +89,14 @@ fn number(call: &Call) -> usize {
         Call::Room { .. } => 18,
         Call::Hook { .. } => 19,
         Call::Unhook { .. } => 20,
+        Call::Registers { .. } => 21,
+        Call::Pause { .. } => 22,
+        Call::Resume { .. } => 23,
         Call::Continued { .. } => COUNT - 1,
     }
 }
 
-const COUNT: usize = 22;
+const COUNT: usize = 25;
 
 /// A connection that is what `role` says.
 fn connection(broker: &Arc<Broker>, role: Role) -> Connection {

@@ -7,7 +7,7 @@ use kvmmem_kvmi::token::Token;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use super::{Cursor, GrantInfo, KvmiPolicy, Region, Revoked, TargetInfo, token_text};
+use super::{Cursor, GrantInfo, KvmiPolicy, Region, Revoked, TargetInfo, VcpuRegisters, token_text};
 use crate::discover::attach::Evidence;
 use crate::scope::Scope;
 
@@ -191,6 +191,18 @@ pub enum Answer {
         /// PCI slots that there are.
         count: u32,
     },
+    /// A page of a target's vCPUs.
+    Registers {
+        /// Their registers, in the order of the vCPUs' numbers.
+        vcpus: Vec<VcpuRegisters>,
+        /// Whether there are more.
+        more: bool,
+    },
+    /// The target's vCPUs are stopped.
+    Paused {
+        /// Whether they ran before this connection's first call, and run again after the pause.
+        was_running: bool,
+    },
     /// The token was pushed to this connection ([`FromBroker::Granted`], earlier in the stream): the peer has it.
     Pushed,
     /// A page of VMs.
@@ -220,7 +232,7 @@ pub enum Refusal {
     Limit,
     /// The peer does not read what the broker sends.
     Busy,
-    /// The target's RAM is private to its VMM, and cannot be mapped.
+    /// It is not possible with this target: its RAM is private to its VMM and cannot be mapped, or its VMM cannot be asked.
     Unsupported,
 }
 

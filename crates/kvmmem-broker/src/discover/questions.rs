@@ -1,0 +1,179 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! What the broker's clients ask of a QEMU. The thread that listens to its monitor asks them one at a time, so that answers
+//! and events keep their order; clients wait for a limited time.
+
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use rustix::event::EventfdFlags;
+
+use crate::qmp::QmpError;
+use crate::wire::VcpuRegisters;
+
+/// How long a client waits for its answer: less than it waits for the broker's. Tests run on machines of any speed.
+const LIMIT: Duration = Duration::from_secs(if cfg!(test) { 60 } else { 4 });
+
+/// The most questions that wait, besides those that end a pause.
+const MAX_WAITING: usize = 64;
+
+/// A page of registers, and whether there are more.
+pub(crate) type Page = (Vec<VcpuRegisters>, bool);
+
+/// The questions that wait for a monitor's thread.
+#[derive(Clone, Debug)]
+pub(crate) struct Questions(Arc<Shared>);
+
+#[derive(Debug)]
+struct Shared {
+    /// Readable while questions wait.
+    wake: OwnedFd,
+    /// `None` once no thread is there to answer.
+    waiting: Mutex<Option<VecDeque<Question>>>,
+}
+
+/// A question, and where its answer goes.
+#[derive(Debug)]
+pub(super) enum Question {
+    /// The registers of `count` vCPUs, from the `first` one on.
+    Registers { first: usize, count: usize, reply: Sender<Result<Page, AskError>> },
+    /// Stop the VM for `holder`, who holds it stopped already unless `is_new`.
+    Pause { holder: u64, is_new: bool, reply: Sender<Result<bool, AskError>> },
+    /// `holder` needs it stopped no more.
+    Resume { holder: u64, reply: Sender<Result<(), AskError>> },
+}
+
+/// Why there is no answer.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum AskError {
+    /// The connection is lost, or the target is gone.
+    #[error("the broker's QMP connection to it is lost; try again, and see the broker's log")]
+    NoConnection,
+    /// It takes too long.
+    #[error("its QEMU has not answered for {LIMIT:?}")]
+    Silent,
+    /// Too many questions wait.
+    #[error("{MAX_WAITING} questions wait for its QEMU already")]
+    Busy,
+    /// QEMU's answer is no good.
+    #[error(transparent)]
+    Qmp(#[from] QmpError),
+    /// What resumes the VM if the broker is killed cannot be started.
+    #[error("cannot start /bin/sh, which resumes the VM if the broker is killed; the VM was not paused")]
+    Watcher(#[source] io::Error),
+    /// The pause has ended before.
+    #[error(
+        "the VM runs again: another client of its QEMU has resumed it, or the connection to QEMU was lost"
+    )]
+    Resumed,
+}
+
+impl Questions {
+    pub(super) fn new() -> io::Result<Self> {
+        let wake = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        Ok(Self(Arc::new(Shared { wake, waiting: Mutex::new(Some(VecDeque::new())) })))
+    }
+
+    /// The registers of at most `count` vCPUs from the `first` one on.
+    pub(super) fn registers(&self, first: usize, count: usize) -> Result<Page, AskError> {
+        self.ask(|reply| Question::Registers { first, count, reply })
+    }
+
+    /// Stops the VM until the pause is dropped. Also returns whether it ran.
+    pub(super) fn pause(&self) -> Result<(Pause, bool), AskError> {
+        static LAST: AtomicU64 = AtomicU64::new(0);
+        let holder = LAST.fetch_add(1, Ordering::Relaxed);
+        // Made first: where the answer comes too late, its drop undoes what is done by then.
+        let pause = Pause { questions: self.clone(), holder };
+        let was_running = self.ask(|reply| Question::Pause { holder, is_new: true, reply })?;
+        Ok((pause, was_running))
+    }
+
+    /// The questions that wait.
+    pub(super) fn take(&self) -> VecDeque<Question> {
+        let mut waiting = self.lock();
+        // Whether there was anything to read does not matter.
+        let _ = rustix::io::read(&self.0.wake, &mut [0; 8]);
+        waiting.as_mut().map(std::mem::take).unwrap_or_default()
+    }
+
+    /// Ends all questions that wait, and those that come later.
+    pub(super) fn close(&self) {
+        *self.lock() = None;
+    }
+
+    fn ask<T>(&self, question: impl FnOnce(Sender<Result<T, AskError>>) -> Question) -> Result<T, AskError> {
+        let (reply, answer) = mpsc::channel();
+        self.put(question(reply))?;
+        wait(&answer)
+    }
+
+    fn put(&self, question: Question) -> Result<(), AskError> {
+        let mut waiting = self.lock();
+        let list = waiting.as_mut().ok_or(AskError::NoConnection)?;
+        if list.len() >= MAX_WAITING && !matches!(question, Question::Resume { .. }) {
+            return Err(AskError::Busy);
+        }
+        list.push_back(question);
+        // It fails only where the counter is at its end, and then the thread wakes as well.
+        let _ = rustix::io::write(&self.0.wake, &1u64.to_ne_bytes());
+        Ok(())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<VecDeque<Question>>> {
+        self.0.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl AsFd for Questions {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.wake.as_fd()
+    }
+}
+
+/// One client's pause of a VM. Dropping it lets the VM run again, unless another one holds it stopped.
+#[derive(Debug)]
+pub(crate) struct Pause {
+    questions: Questions,
+    holder: u64,
+}
+
+impl Pause {
+    /// Whether the VM ran before the pause.
+    ///
+    /// # Errors
+    /// [`AskError::Resumed`] where it has run since.
+    pub(crate) fn check(&self) -> Result<bool, AskError> {
+        let holder = self.holder;
+        self.questions.ask(|reply| Question::Pause { holder, is_new: false, reply })
+    }
+
+    /// Ends the pause, and waits until it has ended.
+    ///
+    /// # Errors
+    /// [`AskError`]; [`AskError::Resumed`] where it had ended before.
+    pub(crate) fn end(self) -> Result<(), AskError> {
+        let holder = self.holder;
+        self.questions.ask(|reply| Question::Resume { holder, reply })
+    }
+}
+
+impl Drop for Pause {
+    fn drop(&mut self) {
+        // Where no thread is there to answer, the VM runs already. After an end this is the second one, and does nothing.
+        let _ = self.questions.put(Question::Resume { holder: self.holder, reply: mpsc::channel().0 });
+    }
+}
+
+fn wait<T>(answer: &Receiver<Result<T, AskError>>) -> Result<T, AskError> {
+    answer.recv_timeout(LIMIT).unwrap_or_else(|error| {
+        Err(match error {
+            RecvTimeoutError::Timeout => AskError::Silent,
+            RecvTimeoutError::Disconnected => AskError::NoConnection,
+        })
+    })
+}

@@ -1,0 +1,115 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! Registers and pauses of VMs whose monitor the broker listens to.
+
+use std::sync::Arc;
+
+use super::questions::{AskError, Pause, Questions};
+use crate::broker::{Broker, Refused};
+use crate::peer::Credentials;
+use crate::registry::Vm;
+use crate::wire::{Answer, Refusal};
+
+/// The vCPUs in one answer: keeps it within a packet.
+const PAGE: u32 = 16;
+
+/// A client's pause of a VM.
+pub(crate) struct Held {
+    vm: Arc<Vm>,
+    pause: Pause,
+}
+
+impl Broker {
+    /// The registers of a target's vCPUs, a page of them.
+    ///
+    /// # Errors
+    /// Where there is no such target, or its VMM cannot be asked.
+    pub(crate) fn registers(&self, peer: Credentials, target: &str, first: u32) -> Result<Answer, Refused> {
+        let (vm, questions) = self.asked(target)?;
+        let page = |number| usize::try_from(number).unwrap_or(usize::MAX);
+        let (vcpus, more) = questions.registers(page(first), page(PAGE)).map_err(refuse)?;
+        if first == 0 {
+            self.audit().registers(&vm, peer);
+        }
+        Ok(Answer::Registers { vcpus, more })
+    }
+
+    /// Stops a target for a connection that holds `held`, or checks that it is still stopped.
+    ///
+    /// # Errors
+    /// Where there is no such target, its VMM cannot be asked, or the pause has ended; then nothing is held.
+    pub(crate) fn pause(
+        &self,
+        peer: Credentials,
+        target: &str,
+        held: &mut Option<Held>,
+    ) -> Result<Answer, Refused> {
+        if let Some(Held { vm, pause }) = held {
+            if self.find(target)?.id() != vm.id() {
+                let message = "this connection has paused another VM: resume that one first";
+                return Err(Refused::new(Refusal::Limit, message));
+            }
+            let checked = pause.check().map_err(refuse);
+            if checked.is_err() {
+                *held = None;
+            }
+            return checked.map(|was_running| Answer::Paused { was_running });
+        }
+        let (vm, questions) = self.asked(target)?;
+        let (pause, was_running) = questions.pause().map_err(refuse)?;
+        self.audit().paused(&vm, was_running, peer);
+        *held = Some(Held { vm, pause });
+        Ok(Answer::Paused { was_running })
+    }
+
+    /// Ends a connection's pause.
+    ///
+    /// # Errors
+    /// Where it has ended before.
+    pub(crate) fn resume(
+        &self,
+        peer: Credentials,
+        target: &str,
+        held: Option<Held>,
+    ) -> Result<Answer, Refused> {
+        let vm = self.find(target)?;
+        let held = held.filter(|held| held.vm.id() == vm.id());
+        let Held { pause, .. } =
+            held.ok_or_else(|| Refused::new(Refusal::Unknown, "this connection has not paused that VM"))?;
+        self.audit().resumed(&vm, "asked for", peer);
+        pause.end().map_err(refuse)?;
+        Ok(Answer::Done)
+    }
+
+    /// Ends the pause of a connection that has ended.
+    pub(crate) fn resume_left(&self, peer: Credentials, held: Option<Held>) {
+        if let Some(Held { vm, .. }) = held {
+            self.audit().resumed(&vm, "the connection ended", peer);
+        }
+    }
+
+    /// A target, and what its VMM can be asked.
+    fn asked(&self, target: &str) -> Result<(Arc<Vm>, Questions), Refused> {
+        let vm = self.find(target)?;
+        let without = || {
+            let message = format!(
+                "the broker has no QMP connection to {:?}, which registers and pauses need: a VM under QEMU has one \
+                 if it was added with `kvmmem target add --qmp SOCKET`",
+                vm.registration().name
+            );
+            Refused::new(Refusal::Unsupported, message)
+        };
+        let questions = self.adopted().questions(vm.id()).ok_or_else(without)?;
+        Ok((vm, questions))
+    }
+}
+
+fn refuse(error: AskError) -> Refused {
+    let refusal = match error {
+        AskError::Busy => Refusal::Busy,
+        AskError::Resumed => Refusal::Unknown,
+        AskError::NoConnection | AskError::Silent | AskError::Qmp(_) | AskError::Watcher(_) => {
+            Refusal::Unsupported
+        }
+    };
+    Refused::from_error(refusal, &error)
+}
