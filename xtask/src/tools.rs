@@ -4,7 +4,8 @@
 //! The guest is Debian's kernel, of the test bed, in this machine's QEMU without hardware virtualisation. It has no root file
 //! system, so it panics and stands still: its page tables and its VMCOREINFO note are there by then. The tools come from
 //! Debian, in a folder of the cache, and from the Python package index, in another; those that cannot be had are skipped.
-//! What needs the kernel's debug information (most of crash) is not tried: Debian's package of that has about 1 GB.
+//! What needs the kernel's debug information (most of crash, and drgn's stacks) is not tried: Debian's package of that has
+//! about 1 GB.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -27,6 +28,10 @@ const DEBIAN: [&str; 2] = ["crash", "makedumpfile"];
 /// The Python packages.
 const PYTHON: [&str; 2] = ["drgn==0.3.0", "volatility3==2.28.2"];
 
+/// Why stacks are not shown.
+const NO_DEBUG_INFORMATION: &str =
+    "it needs the kernel's debug information, which has 1 GB and is not installed here";
+
 /// What drgn runs: prints the release of the note, and that at the virtual address that the note gives.
 const DRGN: &str = r#"
 import re
@@ -48,6 +53,7 @@ pub(crate) fn run(cache: &Cache, bed: &Bed, suite: &mut Suite) -> Result<()> {
         return Ok(());
     }
     let release = bed.kernel().release();
+    gdb(suite, &core, &log);
     debian(cache, suite, &core, release, &log);
     python(cache, suite, &core, release, &log);
     Ok(())
@@ -58,7 +64,7 @@ fn dump(bed: &Bed, folder: &Path, core: &Path, log: &Path) -> Result<()> {
     let path = |name: &str| folder.join(name).to_string_lossy().into_owned();
     let (serial, qmp, socket) = (path("serial"), path("qmp"), path("broker"));
     let mut qemu = Command::new(nested::QEMU);
-    qemu.args(["-accel", "tcg", "-cpu", "max", "-nodefaults", "-display", "none", "-m", "512M"])
+    qemu.args(["-accel", "tcg", "-cpu", "max", "-smp", "2", "-nodefaults", "-display", "none", "-m", "512M"])
         .args([
             "-object",
             "memory-backend-memfd,id=ram,size=512M,share=on",
@@ -80,13 +86,34 @@ fn dump(bed: &Bed, folder: &Path, core: &Path, log: &Path) -> Result<()> {
     kvmmem().args(["target", "add", "--qmp", &qmp]).run()?;
     let record = kvmmem()
         .env("KVMMEM_DEVICE", "/nonexistent")
-        .args(["dump", "--target", "tools", "--format", "elf", "--json"])
+        .args(["dump", "--target", "tools", "--format", "elf", "--pause", "--json"])
         .arg(core)
         .output()?;
     let record: serde_json::Value = serde_json::from_str(&record).context("dump printed no record")?;
     let (found, release) = (&record["vmcoreinfo"]["release"], bed.kernel().release());
     ensure!(found == release, "the record tells of kernel {found}, and the guest has {release}");
+    let vcpus = &record["registers"]["vcpus"];
+    ensure!(vcpus == 2, "the record tells of {vcpus} vCPUs, and the guest has 2");
     Ok(())
+}
+
+/// gdb, of this machine: it shows a thread for each vCPU, in the kernel, and reads memory by the direct map.
+fn gdb(suite: &mut Suite, core: &Path, log: &Path) {
+    const CHECK: &str = "gdb shows a core's vCPUs";
+    if !is_installed("gdb") {
+        return suite.skip(&format!("{CHECK}: install gdb"));
+    }
+    let commands = ["info threads", "thread apply all info registers rip"];
+    let words = commands.iter().flat_map(|command| ["-ex", command]);
+    let found = Tool::new("gdb", log).args(["-q", "-nx", "-batch"]).args(words).arg("-c").arg(core).output();
+    let shown = found.and_then(|found| {
+        tells(&found, "LWP 2")?;
+        let inside =
+            found.lines().filter(|line| line.starts_with("rip ") && line.contains("0xffffffff")).count();
+        ensure!(inside == 2, "not both vCPUs are in the kernel: {found:?}");
+        Ok(())
+    });
+    suite.check(CHECK, shown);
 }
 
 /// crash and makedumpfile.
@@ -115,6 +142,7 @@ fn debian(cache: &Cache, suite: &mut Suite, core: &Path, release: &str, log: &Pa
         suite.check("makedumpfile leaves out a core's zero pages", smaller.run());
         let found = root.tool("crash", log).args(["--osrelease", &core]).output();
         suite.check("crash tells a core's kernel", found.and_then(|found| tells(&found, release)));
+        suite.skip(&format!("crash does not show stacks (bt -a): {NO_DEBUG_INFORMATION}"));
     });
     if let Err(error) = tried {
         suite.fail("Debian's tools get the core", &error);
@@ -166,6 +194,7 @@ fn python(cache: &Cache, suite: &mut Suite, core: &Path, release: &str, log: &Pa
         "drgn reads a core by its kernel's page tables",
         drgn.output().and_then(|found| tells(&found, &format!("{release} {release}"))),
     );
+    suite.skip(&format!("drgn does not show stacks of running tasks: {NO_DEBUG_INFORMATION}"));
     let volatility =
         Tool::new(folder.join("bin/vol"), log).args(["-q", "-f"]).arg(core).arg("banners.Banners");
     suite.check(

@@ -6,7 +6,9 @@
 
 mod checkpoint;
 mod digest;
+mod elf;
 mod layout;
+mod pause;
 mod record;
 mod sink;
 mod transfer;
@@ -14,10 +16,12 @@ mod unreadable;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
 use kvmmem::view::{Access, Status, View};
+use kvmmem_broker::admin::VcpuRegisters;
 use kvmmem_linux::{Find, FindError, Kernel};
 use serde::Serialize;
 use uuid::Uuid;
@@ -26,13 +30,14 @@ use crate::interrupt::Interrupt;
 use crate::output::Output;
 use crate::progress;
 use crate::range::{GPA_END, GpaRange, gaps, in_order, missing, parse_range, select, total};
-use crate::source::{Source, ranges};
+use crate::source::{Operator, Source, ranges};
 use checkpoint::Checkpoint;
 use digest::Digest;
 use layout::{Format, Layout};
-use record::{Record, Saved};
-use sink::{Kind, Sink};
-use transfer::Transfer;
+use pause::{Pause, Paused};
+use record::{Outcome, Record, Saved};
+use sink::{Compression, Kind, Sink};
+use transfer::{Transfer, Transferred};
 
 /// Exit code of a dump in which some memory could not be read.
 const UNREADABLE: u8 = 3;
@@ -58,19 +63,30 @@ pub(crate) struct Arguments {
     /// of the time
     #[arg(long)]
     no_hash: bool,
+    /// Pause the target while its memory is read, so that the dump shows one moment. It runs again right after, and also if
+    /// this command is killed; one that is not running stays as it is. With --target, where the broker has a QMP connection
+    /// to the target's QEMU
+    #[arg(long, requires = "target", conflicts_with = "resume")]
+    pause: bool,
+    /// Compress the file or stream; a dump that was not finished cannot be resumed then
+    #[arg(long, value_enum, value_name = "METHOD", conflicts_with = "resume")]
+    compress: Option<Compression>,
     #[command(flatten)]
     source: Source,
 }
 
 const AFTER_HELP: &str = "\
 The file is sparse: what the target's host has not allocated takes no space, here or there. The target runs on meanwhile;
-pause it for a picture of one moment. Until the dump is complete, FILE.part tells how far it is. A dump of a target that
+for a picture of one moment, --pause. Until the dump is complete, FILE.part tells how far it is. A dump of a target that
 was reset, resized or started again since then is not resumed.
 
 Beside the file, FILE.json says of which target it is, when it was made, what is in it, what could not be read or was left
-out, and its SHA-256. On a pipe all holes are zeros, and what is said goes to standard error.
+out, and its SHA-256. On a pipe all holes are zeros, and what is said goes to standard error. With --compress, the SHA-256
+and all sizes and offsets are those of what the file unpacks to.
 
---format elf has the VMCOREINFO note of a Linux target, so that crash, drgn and makedumpfile open the file as it is.
+--format elf has the VMCOREINFO note of a Linux target, so that crash, drgn and makedumpfile open the file as it is; and with
+--target, where the broker has a QMP connection to its QEMU, the vCPUs' registers. Without --pause each vCPU's are of another
+moment.
 
 Exit codes:
   0  the file is complete
@@ -87,10 +103,13 @@ enum Start {
     New,
     Stream(Sink),
     /// A dump to continue.
-    Unfinished(Checkpoint, Sink),
+    Unfinished(Box<Checkpoint>, Sink),
     /// A dump that is complete, record and all; only its checkpoint is left to be removed.
     Complete(Saved),
 }
+
+/// The vCPUs' registers, or why there are none.
+type Vcpus = Result<Vec<VcpuRegisters>, String>;
 
 impl Arguments {
     pub(crate) fn run(&self, output: &mut Output) -> Result<ExitCode> {
@@ -101,13 +120,15 @@ impl Arguments {
                 output.use_stderr();
                 (None, Some(sink))
             }
-            Start::Unfinished(checkpoint, sink) => (Some(checkpoint), Some(sink)),
+            Start::Unfinished(checkpoint, sink) => (Some(*checkpoint), Some(sink)),
             Start::Complete(record) => {
                 Checkpoint::remove(&self.file)?;
-                return self.tell(&record.record, record.sizes(), output);
+                self.tell(&record.record, record.sizes(), output)?;
+                return Ok(exit_code(record.sizes().2));
             }
         };
-        let view = self.source.attach(Access::ReadOnly, "dump", &wanted)?;
+        let asks_vmm = self.pause || self.format == Format::Elf;
+        let (view, operator) = self.source.attach_asking(Access::ReadOnly, "dump", &wanted, asks_vmm)?;
         let interrupt = Interrupt::catch()?;
         // In this order: a reset in between makes the dump stale.
         let status = view.status()?;
@@ -131,13 +152,29 @@ impl Arguments {
                 Checkpoint::new(uuid, instance, self.format, reached)
             }
         };
-        if self.format == Format::Elf && !resumed {
-            checkpoint.vmcoreinfo = kernel_note(&view)?;
-        }
-        let note = checkpoint.vmcoreinfo.as_ref().map(|(_, text)| text.as_str());
-        let layout = Layout::new(self.format, &checkpoint.ranges, note);
+        let pause = match resumed {
+            true => None,
+            false => {
+                let (pause, vcpus) = self.hold(operator, self.format == Format::Elf)?;
+                match vcpus {
+                    Ok(vcpus) => checkpoint.vcpus = vcpus,
+                    Err(reason) => checkpoint.no_vcpus = Some(reason),
+                }
+                if self.format == Format::Elf {
+                    checkpoint.put_kernel(&view, pause.is_none())?;
+                }
+                pause
+            }
+        };
+        let layout = Layout::new(self.format, &checkpoint.ranges, &checkpoint.notes());
         let is_new = sink.is_none();
-        let mut sink = sink.map_or_else(|| Sink::file(&self.file, false), Ok)?;
+        let mut sink = match sink {
+            Some(sink) => sink,
+            None => Sink::file(&self.file, false)?,
+        };
+        if !resumed {
+            sink = sink.compressed(self.compress)?;
+        }
         let begun = self.begin(&mut sink, &layout, &checkpoint, resumed);
         if is_new && begun.is_err() {
             // There is nothing in it to continue.
@@ -146,7 +183,7 @@ impl Arguments {
         let digest = begun?;
 
         let bar = progress::bytes(0, output);
-        let sha256 = Transfer {
+        let transferred = Transfer {
             view: &view,
             path: &self.file,
             sink: &mut sink,
@@ -156,17 +193,57 @@ impl Arguments {
             generation: status.generation,
             interrupt: &interrupt,
             bar: &bar,
+            pause,
         }
-        .run()?;
+        .run();
+        if is_new && transferred.is_err() && matches!(sink, Sink::Stream { .. }) {
+            // A compressed file cannot be continued.
+            let _ = std::fs::remove_file(&self.file);
+        }
+        let Transferred { sha256, compressed_bytes, pause } = transferred?;
         let file = self.file.to_string_lossy();
-        let record = Record::new(&file, view.name(), (&checkpoint, layout.len, resumed), sha256, &left_out);
+        let outcome = Outcome {
+            bytes: layout.len,
+            compression: self.compress,
+            compressed_bytes,
+            resumed,
+            sha256,
+            pause,
+        };
+        let record = Record::new(&file, view.name(), &checkpoint, &outcome, &left_out);
         if let Some(path) = self.record_path() {
             record.save(&path)?;
         }
         if matches!(sink, Sink::File(_)) {
             Checkpoint::remove(&self.file)?;
         }
-        self.tell(&record, (layout.len, checkpoint.data_bytes, &checkpoint.unreadable), output)
+        self.tell(&record, (layout.len, checkpoint.data_bytes, &checkpoint.unreadable), output)?;
+        if !output.is_json() {
+            self.tell_vcpus(&checkpoint, pause, output)?;
+        }
+        Ok(exit_code(&checkpoint.unreadable))
+    }
+
+    /// Pauses the target where that is wanted, and asks for the vCPUs' registers, or says why there are none.
+    fn hold(&self, operator: Option<Operator>, wants_vcpus: bool) -> Result<(Option<Pause>, Vcpus)> {
+        let Some(mut operator) = operator else {
+            let reason = "a token opens memory alone: on the host, name the target (--target)";
+            return Ok((None, Err(reason.into())));
+        };
+        let began = Instant::now();
+        let target = operator.target.clone();
+        let paused = match self.pause {
+            true => Some(operator.admin.pause(&target).context("cannot pause the target")?),
+            false => None,
+        };
+        let vcpus = match wants_vcpus {
+            true => {
+                operator.admin.registers(&target).map_err(|error| format!("{:#}", anyhow::Error::new(error)))
+            }
+            false => Ok(Vec::new()),
+        };
+        let pause = paused.map(|was_running| Pause::keep(operator, was_running, began)).transpose()?;
+        Ok((pause, vcpus))
     }
 
     /// Opens a stream or what is there of an earlier dump; checks that there can be a new file.
@@ -207,7 +284,7 @@ impl Arguments {
             return Ok(Start::Complete(saved));
         }
         sink::check_new(&record)?;
-        Ok(Start::Unfinished(checkpoint, sink))
+        Ok(Start::Unfinished(Box::new(checkpoint), sink))
     }
 
     /// Where the record goes.
@@ -230,7 +307,7 @@ impl Arguments {
     ) -> Result<Option<Digest>> {
         let mut digest = if self.no_hash { None } else { Some(Digest::start()?) };
         // Of what was written after the checkpoint, parts may be older than others.
-        let keep = if resumed { layout.offset(checkpoint.next) } else { 0 };
+        let keep = if resumed { layout.len_below(checkpoint.next) } else { 0 };
         let keep = keep.max(layout.head.len() as u64);
         sink.set_len(keep).with_context(|| format!("cannot write {}", self.file.display()))?;
         sink.put(0, &layout.head)?;
@@ -245,13 +322,13 @@ impl Arguments {
         Ok(digest)
     }
 
-    /// Says what there is, and gives the exit code.
+    /// Says what there is.
     fn tell(
         &self,
         record: &impl Serialize,
         (bytes, data_bytes, unreadable): (u64, u64, &[GpaRange]),
         output: &mut Output,
-    ) -> Result<ExitCode> {
+    ) -> Result<()> {
         let file = crate::failure::escape(&self.file.to_string_lossy());
         if output.is_json() {
             output.object(record)?;
@@ -259,17 +336,28 @@ impl Arguments {
             output
                 .line(format!("{file}: {bytes} bytes, of which {data_bytes} were allocated in the target"))?;
         }
-        if unreadable.is_empty() {
-            return Ok(ExitCode::SUCCESS);
-        }
-        if !output.is_json() {
+        if !unreadable.is_empty() && !output.is_json() {
             output.line(format!(
                 "{} bytes of these could not be read and are zeros in the file: {}",
                 total(unreadable),
                 shown(unreadable)
             ))?;
         }
-        Ok(ExitCode::from(UNREADABLE))
+        Ok(())
+    }
+
+    /// Says what there is of the vCPUs.
+    fn tell_vcpus(&self, checkpoint: &Checkpoint, pause: Option<Paused>, output: &mut Output) -> Result<()> {
+        if let Some(pause) = pause {
+            output.line(pause.to_string())?;
+        }
+        if self.format == Format::Elf {
+            output.line(match &checkpoint.no_vcpus {
+                Some(reason) => format!("no registers are in it: {}", crate::failure::escape(reason)),
+                None => format!("the registers of {} vCPUs are in it", checkpoint.vcpus.len()),
+            })?;
+        }
+        Ok(())
     }
 
     /// The earlier dump's checkpoint, if this one can go on there.
@@ -309,17 +397,26 @@ impl Arguments {
     }
 }
 
-/// The note of the kernel that runs in the target, and where it is.
-fn kernel_note(view: &View) -> Result<Option<(u64, String)>> {
-    match Kernel::find(view, Find { is_live: true, ..Find::default() }) {
-        Ok(kernel) => Ok(Some((kernel.note().gpa, kernel.note().text().to_owned()))),
-        Err(FindError::Memory(error)) => Err(error.into()),
-        Err(FindError::NoNote) => Ok(None),
-        Err(error) => {
-            tracing::warn!("{error}; the file has no VMCOREINFO note");
-            Ok(None)
+impl Checkpoint {
+    /// Puts in what is known of the kernel that runs in the target.
+    fn put_kernel(&mut self, view: &View, is_live: bool) -> Result<()> {
+        let cr3 = self.vcpus.first().map(|vcpu| vcpu.cr3);
+        match Kernel::find(view, Find { is_live, cr3, ..Find::default() }) {
+            Ok(kernel) => {
+                self.vmcoreinfo = Some((kernel.note().gpa, kernel.note().text().to_owned()));
+                self.direct_map = kernel.direct_map();
+            }
+            Err(FindError::Memory(error)) => return Err(error.into()),
+            Err(FindError::NoNote) => {}
+            Err(error) => tracing::warn!("{error}; the file has no VMCOREINFO note"),
         }
+        Ok(())
     }
+}
+
+/// What the command ends with, once the file is there.
+fn exit_code(unreadable: &[GpaRange]) -> ExitCode {
+    if unreadable.is_empty() { ExitCode::SUCCESS } else { ExitCode::from(UNREADABLE) }
 }
 
 /// The ranges, those without an end up to the last one of `all`: an open end is not a mistake.

@@ -39,15 +39,19 @@ pub(crate) struct Embedded {
 }
 
 impl Embedded {
-    /// Adds a virtual machine of this host to a broker of its own, because none listens at `absent`.
-    pub(crate) fn start(absent: &Path, target: &TargetName) -> Result<Self> {
+    /// Adds a virtual machine of this host to a broker of its own, because none listens at `absent`. Where `asks_vmm`, by its
+    /// monitor if that can be had.
+    pub(crate) fn start(absent: &Path, target: &TargetName, asks_vmm: bool) -> Result<Self> {
         if !rustix::process::geteuid().is_root() {
             bail!(
                 "no broker listens at {}, and only root can do without one: start kvmmemd, or run this command as root",
                 absent.display()
             );
         }
-        let which = which(target)?;
+        let mut ways = vec![which(target)?];
+        if asks_vmm {
+            ways.extend(by_monitor(&ways));
+        }
         let directory = tempfile::Builder::new().prefix("kvmmem-").tempdir();
         let directory = directory.context("cannot make a directory for the broker's socket")?;
         let socket = directory.path().join("broker.sock");
@@ -58,9 +62,29 @@ impl Embedded {
             server.run(stop.as_fd()).map_err(io::Error::other)
         })?;
         let mut admin = Admin::connect(&socket)?;
-        let added = admin.add_target(&which, None).with_context(|| format!("cannot look at {target}"))?;
+        // The last way is the best one.
+        let mut added = None;
+        for which in ways.iter().rev() {
+            added = Some(admin.add_target(which, None));
+            match (which, &added) {
+                (Which::Qmp { socket, pid: Some(_) }, Some(Err(error))) => {
+                    tracing::warn!("{}: {error}; what QEMU's monitor tells cannot be had", socket.display());
+                }
+                _ => break,
+            }
+        }
+        let added =
+            added.context("no way to look at it")?.with_context(|| format!("cannot look at {target}"))?;
         Ok(Self { admin, target: added.target.uuid, socket, _directory: directory })
     }
+}
+
+/// The same virtual machine by its monitor, if its command line names one.
+fn by_monitor(ways: &[Which]) -> Option<Which> {
+    let [Which::Pid(pid)] = ways else { return None };
+    let vm = discover().ok()?.into_iter().find(|vm| vm.pid == *pid)?;
+    let socket = vm.qmp.filter(|socket| socket.is_absolute())?;
+    Some(Which::Qmp { socket, pid: Some(*pid) })
 }
 
 /// How to attach to the virtual machine.

@@ -74,10 +74,27 @@ impl Source {
     /// Attaches a view for a verb that needs memory in each of `wanted`. The token is used up; on the host it is not where
     /// there is no memory in one of them.
     pub(crate) fn attach(&self, access: Access, verb: &str, wanted: &[GpaRange]) -> Result<View> {
+        Ok(self.attach_asking(access, verb, wanted, false)?.0)
+    }
+
+    /// As [`Source::attach`]. Where the target is named, its broker can be asked more; `asks_vmm` is whether that is wanted
+    /// which the broker has from the VMM.
+    pub(crate) fn attach_asking(
+        &self,
+        access: Access,
+        verb: &str,
+        wanted: &[GpaRange],
+        asks_vmm: bool,
+    ) -> Result<(View, Option<Operator>)> {
         let wanted: Vec<Range> = wanted.iter().map(from_range).collect();
         if let Some(target) = &self.target {
-            return self.attach_by_name(target, access, verb, &wanted);
+            let (view, operator) = self.attach_by_name(target, access, verb, &wanted, asks_vmm)?;
+            return Ok((view, Some(operator)));
         }
+        Ok((self.attach_by_token(access, &wanted)?, None))
+    }
+
+    fn attach_by_token(&self, access: Access, wanted: &[Range]) -> Result<View> {
         let token = match self.token()? {
             Some(token) => token,
             None if !self.connect.is_possible() => bail!(NO_TOKEN),
@@ -89,8 +106,8 @@ impl Source {
         };
         Ok(match (&self.device, &self.broker) {
             (Some(device), _) => View::attach_device(device, &token, access)?,
-            (None, Some(broker)) => View::attach_host_reaching(broker, &token, access, &wanted)?,
-            (None, None) => View::attach_reaching(&token, access, &wanted)?,
+            (None, Some(broker)) => View::attach_host_reaching(broker, &token, access, wanted)?,
+            (None, None) => View::attach_reaching(&token, access, wanted)?,
         })
     }
 
@@ -101,14 +118,16 @@ impl Source {
         access: Access,
         verb: &str,
         wanted: &[Range],
-    ) -> Result<View> {
+        asks_vmm: bool,
+    ) -> Result<(View, Operator)> {
         let socket = self.broker.clone().unwrap_or_else(default_socket);
         let mut admin = match Admin::connect(&socket) {
             // A broker that is named is the one that is meant.
             Err(error) if self.broker.is_none() && is_absent(&error) => {
-                let mut own = Embedded::start(&socket, target)?;
+                let mut own = Embedded::start(&socket, target, asks_vmm)?;
                 let name = own.target.to_string();
-                return grant_and_attach(&mut own.admin, &own.socket, &name, access, verb, wanted);
+                let view = grant_and_attach(&mut own.admin, &own.socket, &name, access, verb, wanted)?;
+                return Ok((view, Operator { admin: own.admin, target: name }));
             }
             admin => admin.context(NO_BROKER)?,
         };
@@ -129,7 +148,8 @@ impl Source {
                 quote(name)
             ),
         };
-        grant_and_attach(&mut admin, &socket, &name, access, verb, wanted)
+        let view = grant_and_attach(&mut admin, &socket, &name, access, verb, wanted)?;
+        Ok((view, Operator { admin, target: name }))
     }
 
     /// Whether the target is named, so that this command makes its own grant.
@@ -199,6 +219,12 @@ fn grant_and_attach(
         let _ = admin.revoke(granted.grant);
         error.into()
     })
+}
+
+/// The connection by which a view's grant was made, and the target's name there. The broker closes it after 10 s of silence.
+pub(crate) struct Operator {
+    pub(crate) admin: Admin,
+    pub(crate) target: String,
 }
 
 /// Memory of a target, read and written by copy.

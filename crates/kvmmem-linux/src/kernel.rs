@@ -3,6 +3,7 @@
 //! its structures needs.
 
 mod chain;
+mod direct_map;
 mod error;
 mod find;
 mod list;

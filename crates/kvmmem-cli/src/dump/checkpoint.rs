@@ -7,9 +7,11 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
+use kvmmem_broker::admin::VcpuRegisters;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+use super::elf::Notes;
 use super::layout::Format;
 use super::record;
 use crate::range::GpaRange;
@@ -37,6 +39,15 @@ pub(super) struct Checkpoint {
     pub(super) started_ms: u64,
     /// The kernel's note in the file, and where it was.
     pub(super) vmcoreinfo: Option<(u64, String)>,
+    /// The vCPUs' registers in the file.
+    #[serde(default)]
+    pub(super) vcpus: Vec<VcpuRegisters>,
+    /// Why there are none, where that is so.
+    #[serde(default)]
+    pub(super) no_vcpus: Option<String>,
+    /// Where the kernel has all physical memory.
+    #[serde(default)]
+    pub(super) direct_map: Option<u64>,
     /// The target was reset or resized in the middle.
     pub(super) is_stale: bool,
 }
@@ -54,8 +65,17 @@ impl Checkpoint {
             unreadable: Vec::new(),
             started_ms: record::now_ms(),
             vmcoreinfo: None,
+            vcpus: Vec::new(),
+            no_vcpus: None,
+            direct_map: None,
             is_stale: false,
         }
+    }
+
+    /// What an ELF core has besides memory.
+    pub(super) fn notes(&self) -> Notes<'_> {
+        let vmcoreinfo = self.vmcoreinfo.as_ref().map(|(_, text)| text.as_str());
+        Notes { vcpus: &self.vcpus, vmcoreinfo, direct_map: self.direct_map }
     }
 
     /// What of the ranges is not in the file yet.

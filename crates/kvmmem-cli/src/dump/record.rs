@@ -13,6 +13,8 @@ use uuid::Uuid;
 
 use super::checkpoint::{Checkpoint, replace};
 use super::layout::Format;
+use super::pause::Paused;
+use super::sink::Compression;
 use crate::number::{self, Hex};
 use crate::range::{GpaRange, RangeLine};
 
@@ -23,6 +25,8 @@ pub(super) struct Record<'a> {
     /// The path that was given; - is standard output.
     file: &'a str,
     format: Format,
+    /// How the file is compressed; all sizes, offsets and the digest are of what it unpacks to.
+    compression: Option<Compression>,
     /// UUID of the target.
     target: Uuid,
     /// Its name, where that is known: on the host.
@@ -33,6 +37,8 @@ pub(super) struct Record<'a> {
     ended_ms: u64,
     /// Length of the file.
     bytes: u64,
+    /// The same of one that is compressed.
+    compressed_bytes: Option<u64>,
     /// How many of these were read from the target. The rest was not allocated by its host, and is zeros.
     data_bytes: u64,
     /// Of the whole file; none with --no-hash.
@@ -46,6 +52,33 @@ pub(super) struct Record<'a> {
     left_out: Vec<RangeLine>,
     /// The kernel's note that is in the file.
     vmcoreinfo: Option<KernelNote<'a>>,
+    /// The vCPUs' registers that are in an ELF core.
+    registers: Option<Registers<'a>>,
+    /// Where the kernel has all physical memory, as the addresses in an ELF core say.
+    direct_map: Option<Hex>,
+    /// The target's pause, if there was one.
+    pause: Option<Paused>,
+}
+
+#[derive(Serialize)]
+struct Registers<'a> {
+    /// Of how many vCPUs.
+    vcpus: usize,
+    /// Where they come from: QEMU's monitor.
+    source: Option<&'static str>,
+    /// Why there are none.
+    reason: Option<&'a str>,
+}
+
+/// What a dump is once it is complete, besides its checkpoint.
+pub(super) struct Outcome {
+    /// Length of the file, of one that is compressed what it unpacks to.
+    pub(super) bytes: u64,
+    pub(super) compression: Option<Compression>,
+    pub(super) compressed_bytes: Option<u64>,
+    pub(super) resumed: bool,
+    pub(super) sha256: Option<String>,
+    pub(super) pause: Option<Paused>,
 }
 
 #[derive(Serialize)]
@@ -58,8 +91,8 @@ impl<'a> Record<'a> {
     pub(super) fn new(
         file: &'a str,
         name: Option<&'a str>,
-        (checkpoint, bytes, resumed): (&'a Checkpoint, u64, bool),
-        sha256: Option<String>,
+        checkpoint: &'a Checkpoint,
+        outcome: &Outcome,
         left_out: &[GpaRange],
     ) -> Self {
         let list = |ranges: &[GpaRange]| {
@@ -71,19 +104,28 @@ impl<'a> Record<'a> {
             kvmmem: env!("CARGO_PKG_VERSION"),
             file,
             format: checkpoint.format,
+            compression: outcome.compression,
             target: checkpoint.uuid,
             name,
             instance: checkpoint.instance,
             started_ms: checkpoint.started_ms,
             ended_ms: now_ms(),
-            bytes,
+            bytes: outcome.bytes,
+            compressed_bytes: outcome.compressed_bytes,
             data_bytes: checkpoint.data_bytes,
-            sha256,
-            resumed,
+            sha256: outcome.sha256.clone(),
+            resumed: outcome.resumed,
             ranges: list(&checkpoint.ranges),
             unreadable: list(&checkpoint.unreadable),
             left_out: list(left_out),
             vmcoreinfo: vmcoreinfo.map(|(gpa, text)| KernelNote { gpa: Hex(*gpa), release: release(text) }),
+            registers: (checkpoint.format == Format::Elf).then_some(Registers {
+                vcpus: checkpoint.vcpus.len(),
+                source: (!checkpoint.vcpus.is_empty()).then_some("qmp"),
+                reason: checkpoint.no_vcpus.as_deref(),
+            }),
+            direct_map: checkpoint.direct_map.map(Hex),
+            pause: outcome.pause,
         }
     }
 

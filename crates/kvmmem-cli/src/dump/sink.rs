@@ -9,11 +9,17 @@ use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
+use clap::ValueEnum;
 use kvmmem::PAGE_SIZE;
 use rustix::fs::{FlockOperation, flock};
+use serde::Serialize;
+use zstd::stream::write::Encoder;
 
 /// Zeros that are written to a stream at a time.
 static ZEROS: [u8; 1 << 16] = [0; 1 << 16];
+
+/// The most threads that compress.
+const MAX_THREADS: u32 = 4;
 
 /// What a path is good for.
 #[derive(Debug, PartialEq, Eq)]
@@ -24,14 +30,44 @@ pub(super) enum Kind {
 }
 
 /// Where the bytes go.
-#[derive(Debug)]
 pub(super) enum Sink {
     File(File),
+    /// A stream, or a file that is written as one.
     Stream {
-        file: File,
+        to: Stream,
         /// How many bytes have gone.
         at: u64,
     },
+}
+
+/// How the bytes of a stream are written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum Compression {
+    /// One frame of Zstandard, with a checksum; `zstd -d` unpacks it
+    Zstd,
+}
+
+/// What a stream is written to.
+pub(super) enum Stream {
+    Plain(File),
+    Zstd(Encoder<'static, File>),
+}
+
+impl Write for Stream {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        match self {
+            Self::Plain(file) => file.write(bytes),
+            Self::Zstd(encoder) => encoder.write(bytes),
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        match self {
+            Self::Plain(file) => file.flush(),
+            Self::Zstd(encoder) => encoder.flush(),
+        }
+    }
 }
 
 /// Whether a path names this process's standard output.
@@ -73,9 +109,32 @@ impl Sink {
             false => OpenOptions::new().write(true).open(path),
         };
         let file = open().with_context(|| format!("cannot write {shown}"))?;
-        let remedy = "name a file, or pass standard output on, as in: kvmmem dump - | zstd > FILE";
+        let remedy = "name a file, or pass standard output on, as in: kvmmem dump - --compress zstd > FILE";
         ensure!(!file.is_terminal(), "{shown} is a terminal, and a dump is not to be read there: {remedy}");
-        Ok(Self::Stream { file, at: 0 })
+        Ok(Self::Stream { to: Stream::Plain(file), at: 0 })
+    }
+
+    /// Compresses what comes from now on: a file is written as a stream then.
+    pub(super) fn compressed(self, by: Option<Compression>) -> Result<Self> {
+        let file = match (by, self) {
+            (None, sink) => return Ok(sink),
+            (Some(Compression::Zstd), Self::File(file) | Self::Stream { to: Stream::Plain(file), .. }) => {
+                file
+            }
+            (Some(Compression::Zstd), sink) => return Ok(sink),
+        };
+        let start = || {
+            // Level 1 keeps up with a disk, and with hashing.
+            let mut encoder = Encoder::new(file, 1)?;
+            encoder.include_checksum(true)?;
+            encoder.multithread(
+                std::thread::available_parallelism()
+                    .map_or(1, |count| u32::try_from(count.get()).unwrap_or(1).min(MAX_THREADS)),
+            )?;
+            Ok::<_, io::Error>(encoder)
+        };
+        let encoder = start().context("cannot start to compress")?;
+        Ok(Self::Stream { to: Stream::Zstd(encoder), at: 0 })
     }
 
     /// Opens a file: one that is not there yet, or one to go on with.
@@ -112,36 +171,49 @@ impl Sink {
                 }
                 Ok(())
             }
-            Self::Stream { file, at } => {
+            Self::Stream { to, at } => {
                 while *at < offset {
                     let part = usize::try_from(offset - *at).unwrap_or(ZEROS.len()).min(ZEROS.len());
-                    send(file, ZEROS.get(..part).unwrap_or_default())?;
+                    send(to, ZEROS.get(..part).unwrap_or_default())?;
                     *at += part as u64;
                 }
-                send(file, bytes)?;
+                send(to, bytes)?;
                 *at += bytes.len() as u64;
                 Ok(())
             }
         }
     }
 
-    /// Makes it `len` bytes long and sees to it that they are on disk.
-    pub(super) fn finish(&mut self, len: u64) -> Result<()> {
-        match self {
-            Self::File(file) => {
-                file.set_len(len).and_then(|()| file.sync_all()).context("cannot write the dump")
-            }
-            Self::Stream { .. } => self.put(len, &[]),
+    /// Makes it `len` bytes long and sees to it that they are on disk. Returns how many bytes were written of what was
+    /// compressed to a file.
+    pub(super) fn finish(&mut self, len: u64) -> Result<Option<u64>> {
+        if let Self::File(file) = self {
+            file.set_len(len).and_then(|()| file.sync_all()).context("cannot write the dump")?;
+            return Ok(None);
         }
+        self.put(len, &[])?;
+        let Self::Stream { to: Stream::Zstd(encoder), .. } = self else { return Ok(None) };
+        encoder.do_finish().map_err(failed)?;
+        let file = encoder.get_ref();
+        let metadata = file.metadata().context("cannot write the dump")?;
+        if !metadata.is_file() {
+            return Ok(None);
+        }
+        file.sync_all().context("cannot write the dump")?;
+        Ok(Some(metadata.len()))
     }
 }
 
-fn send(file: &mut File, bytes: &[u8]) -> Result<()> {
-    file.write_all(bytes).map_err(|error| match error.kind() {
+fn send(to: &mut Stream, bytes: &[u8]) -> Result<()> {
+    to.write_all(bytes).map_err(failed)
+}
+
+fn failed(error: io::Error) -> anyhow::Error {
+    match error.kind() {
         // Not as EPIPE: elsewhere a closed standard output ends the command in silence, but this dump is not complete.
         ErrorKind::BrokenPipe => anyhow!("the reader has closed the pipe: the dump is not complete"),
         _ => anyhow::Error::new(error).context("cannot write the dump"),
-    })
+    }
 }
 
 /// Says what is wrong with a path at which a file is to be made.

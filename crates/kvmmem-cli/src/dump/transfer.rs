@@ -12,6 +12,7 @@ use super::REMEDY;
 use super::checkpoint::Checkpoint;
 use super::digest::Digest;
 use super::layout::Layout;
+use super::pause::{Pause, Paused};
 use super::sink::Sink;
 use super::unreadable::{add, read};
 use crate::interrupt::Interrupt;
@@ -36,13 +37,24 @@ pub(super) struct Transfer<'a> {
     pub(super) generation: u64,
     pub(super) interrupt: &'a Interrupt,
     pub(super) bar: &'a ProgressBar,
+    /// Ended as soon as all memory is read.
+    pub(super) pause: Option<Pause>,
+}
+
+/// What came of it.
+pub(super) struct Transferred {
+    pub(super) sha256: Option<String>,
+    pub(super) compressed_bytes: Option<u64>,
+    pub(super) pause: Option<Paused>,
 }
 
 impl Transfer<'_> {
-    /// Dumps to the end, and returns the digest; where that fails, says how to go on.
-    pub(super) fn run(mut self) -> Result<Option<String>> {
+    /// Dumps to the end; where that fails, says how to go on.
+    pub(super) fn run(mut self) -> Result<Transferred> {
         let result = self.copy().and_then(|()| self.finish());
         self.bar.finish_and_clear();
+        // Whatever is to be said, the target runs by then.
+        drop(self.pause.take());
         result.map_err(|error| self.explain(error))
     }
 
@@ -77,6 +89,9 @@ impl Transfer<'_> {
         let mut buffer = vec![0; usize::try_from(CHUNK)?];
         let mut saved = Instant::now();
         for range in left {
+            if let Some((offset, header)) = self.layout.header(range.start) {
+                self.put(offset, header)?;
+            }
             for data in data_within(self.view, &range) {
                 let data = data?;
                 let mut at = data.start;
@@ -98,16 +113,16 @@ impl Transfer<'_> {
 
     fn copy_chunk(&mut self, chunk: GpaRange, buffer: &mut [u8]) -> Result<()> {
         ensure!(!self.interrupt.has_come(), "interrupted");
+        ensure!(
+            !self.pause.as_ref().is_some_and(Pause::has_ended),
+            "the target runs again before its memory is dumped"
+        );
         let len = chunk.end - chunk.start;
         let buffer = buffer.get_mut(..usize::try_from(len)?).context("the buffer is too small")?;
         let unreadable = read(self.view, chunk.start, buffer)?;
         // Memory that has moved cannot be read where it was, but that is another matter.
         ensure!(unreadable.is_empty() || !self.is_stale()?, "the target's generation has changed");
-        let offset = self.layout.offset(chunk.start);
-        self.sink.put(offset, buffer)?;
-        if let Some(digest) = &mut self.digest {
-            digest.put(offset, buffer)?;
-        }
+        self.put(self.layout.offset(chunk.start), buffer)?;
         self.checkpoint.next = chunk.end;
         self.checkpoint.data_bytes += len - total(&unreadable);
         for range in unreadable {
@@ -117,10 +132,17 @@ impl Transfer<'_> {
         Ok(())
     }
 
-    fn finish(&mut self) -> Result<Option<String>> {
+    fn put(&mut self, offset: u64, bytes: &[u8]) -> Result<()> {
+        self.sink.put(offset, bytes)?;
+        self.digest.as_mut().map_or(Ok(()), |digest| digest.put(offset, bytes))
+    }
+
+    fn finish(&mut self) -> Result<Transferred> {
         ensure!(!self.is_stale()?, "the target's generation has changed");
-        self.sink.finish(self.layout.len)?;
-        self.digest.take().map(|digest| digest.finish(self.layout.len)).transpose()
+        let pause = self.pause.take().map(Pause::end).transpose()?;
+        let compressed_bytes = self.sink.finish(self.layout.len)?;
+        let sha256 = self.digest.take().map(|digest| digest.finish(self.layout.len)).transpose()?;
+        Ok(Transferred { sha256, compressed_bytes, pause })
     }
 
     /// Whether the target is not the one any more with which the dump began. The end of the view is another matter.

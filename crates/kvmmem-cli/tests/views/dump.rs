@@ -16,6 +16,10 @@ use sha2::{Digest, Sha256};
 use crate::common::{Ended, Host, UUID, finish, signal, wait_for};
 use crate::{LARGE, host, large};
 
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
 fn path(host: &Host) -> PathBuf {
     host.path("dump")
 }
@@ -239,8 +243,7 @@ fn a_record_lies_beside_the_file() {
     assert!(
         record["instance"].as_u64() > Some(0) && record["started_ms"].as_u64() <= record["ended_ms"].as_u64()
     );
-    let digest: String =
-        Sha256::digest(fs::read(path(&host)).unwrap()).iter().map(|byte| format!("{byte:02x}")).collect();
+    let digest: String = hex(&Sha256::digest(fs::read(path(&host)).unwrap()));
     assert_eq!(record["sha256"], digest.as_str());
 
     fs::remove_file(path(&host)).unwrap();
@@ -307,8 +310,7 @@ fn the_digest_of_a_dump_that_went_on_is_of_the_whole_file() {
     assert!(!host.path("dump.json").exists());
     let ended = dump(&host, &[], &["--resume", "--json"]);
     let record: Value = serde_json::from_str(&ended.stdout).unwrap();
-    let digest: String =
-        Sha256::digest(fs::read(path(&host)).unwrap()).iter().map(|byte| format!("{byte:02x}")).collect();
+    let digest: String = hex(&Sha256::digest(fs::read(path(&host)).unwrap()));
     assert_eq!((&record["sha256"], &record["resumed"]), (&digest.as_str().into(), &true.into()));
 }
 
@@ -568,4 +570,137 @@ fn a_full_disk_stops_a_dump_that_goes_on_when_there_is_room() {
         assert!(stderr.contains(words), "{words}: {stderr}");
     }
     is_whole(&host, &host.path("disk.dump"));
+}
+
+#[test]
+fn a_lime_file_is_read_as_it_was_written() {
+    let host = host();
+    host.put((4 << 20) - 2, b"data");
+    host.put((16 << 20) + 0x5000, b"more");
+    let ended = dump(&host, &[], &["--format", "lime", "--json"]);
+    assert_eq!((ended.code, ended.stderr.as_str()), (Some(0), ""));
+    let record: Value = serde_json::from_str(&ended.stdout).unwrap();
+    let bytes = fs::read(path(&host)).unwrap();
+    assert_eq!(record["sha256"], hex(&Sha256::digest(&bytes)));
+    // Three ranges, each with its header.
+    assert_eq!(bytes.len(), (12 << 20) + 3 * 32);
+    let file = kvmmem_memory::DumpFile::open(&path(&host)).unwrap();
+    let read = |gpa| {
+        let mut bytes = [0; 4];
+        kvmmem_memory::Memory::read_at(&file, gpa, &mut bytes).unwrap();
+        bytes
+    };
+    assert_eq!((&read((4 << 20) - 2), &read((16 << 20) + 0x5000)), (b"data", b"more"));
+    assert_eq!(read(0), [0; 4]);
+}
+
+#[test]
+fn a_lime_file_that_was_interrupted_goes_on() {
+    let host = Host::start(&[
+        Region { gpa: 0, len: 96 << 20, offset: 0, file: 0 },
+        Region { gpa: 128 << 20, len: 96 << 20, offset: 96 << 20, file: 0 },
+    ]);
+    let mut ram = File::from(host.ram.fd().try_clone_to_owned().unwrap());
+    (1..=(192u64 << 20) / 0x1000).for_each(|number| {
+        std::io::Write::write_all(&mut ram, &number.to_le_bytes().repeat(512)).unwrap();
+    });
+    let path = path(&host);
+    let token = host.grant(&[]).1;
+    let child = host.view(&token, &["dump", path.to_str().unwrap(), "--format", "lime"]).spawn().unwrap();
+    wait_for(&path, |path| fs::metadata(path).is_ok_and(|file| file.len() > 1 << 20));
+    signal(&child, Signal::INT);
+    let ended = finish(child);
+    if ended.code == Some(0) {
+        return eprintln!("skipped: the dump was over before it was interrupted; run it on a slower machine");
+    }
+    let ended = dump(&host, &[], &["--resume", "--format", "lime", "--json"]);
+    assert_eq!(ended.code, Some(0), "{}", ended.stderr);
+    let record: Value = serde_json::from_str(&ended.stdout).unwrap();
+    let bytes = fs::read(&path).unwrap();
+    assert_eq!((&record["resumed"], &record["sha256"]), (&json!(true), &json!(hex(&Sha256::digest(&bytes)))));
+    assert_eq!(bytes.len(), (192 << 20) + 2 * 32);
+    let second = (96 << 20) + 32;
+    assert_eq!(&bytes[second..second + 8], b"EMiL\x01\0\0\0");
+    for (at, number) in [(32, 1u64), (second - 8, 96 << 8), (second + 32, (96 << 8) + 1)] {
+        assert_eq!(bytes[at..at + 8], number.to_le_bytes(), "{at:#x}");
+    }
+}
+
+#[test]
+fn what_is_compressed_unpacks_to_the_same_dump() {
+    let host = host();
+    for place in [0, (4 << 20) - 2, (16 << 20) + 0x5000] {
+        host.put(place, b"data");
+    }
+    let unpack = |bytes: &[u8]| zstd::decode_all(bytes).unwrap();
+    for format in ["raw", "elf", "lime"] {
+        assert_eq!(dump(&host, &[], &["--format", format]).code, Some(0));
+        let wanted = fs::read(path(&host)).unwrap();
+        fs::remove_file(path(&host)).unwrap();
+        fs::remove_file(host.path("dump.json")).unwrap();
+        let ended = dump(&host, &[], &["--format", format, "--compress", "zstd", "--json"]);
+        assert_eq!((ended.code, ended.stderr.as_str()), (Some(0), ""));
+        let record: Value = serde_json::from_str(&ended.stdout).unwrap();
+        let file = fs::read(path(&host)).unwrap();
+        assert!(unpack(&file) == wanted, "{format}");
+        assert_eq!(record["compression"], "zstd");
+        assert_eq!(record["compressed_bytes"], file.len());
+        assert_eq!(
+            (&record["bytes"], &record["sha256"]),
+            (&json!(wanted.len()), &json!(hex(&Sha256::digest(&wanted))))
+        );
+        assert!(!part(&host).exists());
+        fs::remove_file(path(&host)).unwrap();
+        fs::remove_file(host.path("dump.json")).unwrap();
+        let output =
+            host.view(&host.grant(&[]).1, &["dump", "-", "--format", format, "--compress", "zstd"]).output();
+        assert!(unpack(&output.unwrap().stdout) == wanted, "{format}");
+    }
+}
+
+#[test]
+fn what_is_compressed_is_not_resumed() {
+    let host = large();
+    assert_eq!(dump(&host, &[], &["--compress", "zstd", "--resume"]).code, Some(2));
+    let path = path(&host);
+    let token = host.grant(&[]).1;
+    let child = host.view(&token, &["dump", path.to_str().unwrap(), "--compress", "zstd"]).spawn().unwrap();
+    wait_for(&path, |path| fs::metadata(path).is_ok_and(|file| file.len() > 0));
+    signal(&child, Signal::INT);
+    let ended = finish(child);
+    if ended.code == Some(0) {
+        return eprintln!("skipped: the dump was over before it was interrupted; run it on a slower machine");
+    }
+    assert!(ended.stderr.contains("begin again"), "{}", ended.stderr);
+    assert!(!path.exists() && !part(&host).exists());
+}
+
+#[test]
+fn a_target_without_a_monitor_is_neither_paused_nor_are_its_registers_known() {
+    let host = host();
+    let file = path(&host);
+    let file = file.to_str().unwrap();
+    // By a token there is no pause.
+    assert_eq!(dump(&host, &[], &["--pause"]).code, Some(2));
+    let ended = host.run(&["dump", file, "--target", "victim", "--pause"]);
+    assert_eq!(ended.code, Some(1));
+    assert!(
+        ended.stderr.contains("cannot pause the target") && ended.stderr.contains("QMP"),
+        "{}",
+        ended.stderr
+    );
+    assert!(!path(&host).exists());
+    for (arguments, words) in
+        [(&["--target", "victim"][..], "no QMP connection"), (&[], "a token opens memory alone")]
+    {
+        let arguments = [&["dump", file, "--format", "elf", "--json"], arguments].concat();
+        let ended =
+            if arguments.contains(&"--target") { host.run(&arguments) } else { host.look(&[], &arguments) };
+        assert_eq!(ended.code, Some(0), "{}", ended.stderr);
+        let record: Value = serde_json::from_str(&ended.stdout).unwrap();
+        assert_eq!((&record["registers"]["vcpus"], &record["pause"]), (&json!(0), &Value::Null));
+        assert!(record["registers"]["reason"].as_str().unwrap().contains(words), "{record}");
+        fs::remove_file(path(&host)).unwrap();
+        fs::remove_file(host.path("dump.json")).unwrap();
+    }
 }
