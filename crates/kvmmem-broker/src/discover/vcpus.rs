@@ -93,7 +93,8 @@ impl Broker {
         let without = || {
             let message = format!(
                 "the broker has no QMP connection to {:?}, which registers and pauses need: a VM under QEMU has one \
-                 if it was added with `kvmmem target add --qmp SOCKET`",
+                 if it was added with `kvmmem target add --qmp SOCKET`, or is named `--target qmp:SOCKET` where no broker \
+                 runs",
                 vm.registration().name
             );
             Refused::new(Refusal::Unsupported, message)

@@ -5,7 +5,7 @@ use clap::ValueEnum;
 use kvmmem::PAGE_SIZE;
 use serde::{Deserialize, Serialize};
 
-use super::elf::{self, Notes};
+use super::elf::{self, Load, Notes};
 use crate::range::GpaRange;
 
 /// The kind of file.
@@ -43,10 +43,11 @@ struct Segment {
 }
 
 impl Layout {
-    /// The layout for these ranges, which ascend. There are fewer than 2^16 - 2. `notes` are an ELF core's.
+    /// The layout for these ranges, which ascend. `notes` are an ELF core's.
     pub(super) fn new(format: Format, ranges: &[GpaRange], notes: &Notes<'_>) -> Self {
+        let notes_bytes = if format == Format::Elf { notes.bytes() } else { Vec::new() };
         let mut end = match format {
-            Format::Elf => elf::head_len(ranges.len(), notes).next_multiple_of(PAGE_SIZE as u64),
+            Format::Elf => elf::head_len(ranges.len(), &notes_bytes).next_multiple_of(PAGE_SIZE as u64),
             Format::Raw | Format::Lime => 0,
         };
         let mut segments = Vec::with_capacity(ranges.len());
@@ -58,9 +59,9 @@ impl Layout {
         }
         let head = match format {
             Format::Elf => {
-                let places: Vec<elf::Segment<'_>> =
-                    segments.iter().map(|segment| (&segment.range, segment.offset)).collect();
-                elf::head(&places, notes)
+                let load =
+                    |segment: &Segment| Load::physical(&segment.range, segment.offset, notes.direct_map);
+                elf::head(&segments.iter().map(load).collect::<Vec<_>>(), &notes_bytes)
             }
             Format::Raw | Format::Lime => Vec::new(),
         };

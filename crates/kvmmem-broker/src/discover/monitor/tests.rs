@@ -166,7 +166,8 @@ fn a_vm_that_did_not_run_stays_as_it_is() {
         let (pause, was_running) = retry(|| monitor.questions().pause()).unwrap();
         assert!(!was_running && !pause.check().unwrap());
         pause.end().unwrap();
-        assert_eq!((fake.machine().status, fake.machine().commands.len()), (status, 0));
+        let machine = fake.machine();
+        assert_eq!((machine.status, machine.commands.len()), (status, 0));
     }
 }
 
