@@ -1,13 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The memory that a verb goes through as a whole: a target's, or that in a dump file.
 
+use std::ops::ControlFlow;
 use std::path::PathBuf;
 
 use anyhow::Result;
 use clap::Args;
-use kvmmem::view::{Access, View};
+use kvmmem::view::{Access, Range, View};
 use kvmmem_memory::{DumpFile, Memory};
 
+use crate::parallel::{Sink, in_order};
 use crate::range::GpaRange;
 use crate::source::Source;
 
@@ -56,6 +58,41 @@ impl Opened {
 /// The ranges that can be read, ascending.
 pub(crate) fn reached(memory: &dyn Memory) -> Result<Vec<GpaRange>> {
     Ok(memory.ranges()?.into_iter().map(|range| range.gpa..range.end()).collect())
+}
+
+/// Bytes of which one thread finds out at a time what holds data.
+const CHUNK: usize = 64 << 20;
+
+/// As [`data_within`], for a view: by many threads, where the system tells for a part of the memory.
+pub(crate) fn data_of_view(view: &View, parts: &[GpaRange], threads: usize) -> Result<Vec<GpaRange>> {
+    let chunks = parts.iter().flat_map(|part| {
+        (part.start..part.end).step_by(CHUNK).map(|start| start..part.end.min(start + CHUNK as u64))
+    });
+    let mut data: Option<Vec<GpaRange>> = Some(Vec::new());
+    let work = |chunk: GpaRange, sink: &Sink<_>| {
+        sink.send((chunk.start, view.data_in(Range { gpa: chunk.start, len: chunk.end - chunk.start })?))
+    };
+    in_order(threads, chunks, work, |(start, found)| {
+        let Some((data, found)) = data.as_mut().zip(found) else {
+            data = None;
+            return Ok(ControlFlow::Break(()));
+        };
+        for range in found {
+            match data.last_mut() {
+                // Over the end of a chunk, but not of a part.
+                Some(last) if last.end == range.gpa && range.gpa == start && !is_start(parts, start) => {
+                    last.end = range.end();
+                }
+                _ => data.push(range.gpa..range.end()),
+            }
+        }
+        Ok(ControlFlow::Continue(()))
+    })?;
+    data.map_or_else(|| data_within(view, parts), Ok)
+}
+
+fn is_start(parts: &[GpaRange], gpa: u64) -> bool {
+    parts.binary_search_by_key(&gpa, |part| part.start).is_ok()
 }
 
 /// The parts of `parts`, which ascend, that hold data. Only these are worth reading, and reading others could make the

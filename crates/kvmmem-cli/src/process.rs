@@ -1,14 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The memory of one process of a Linux guest, by its virtual addresses: the same as the guest's for whatever goes through it.
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, bail};
 use clap::Args;
 use kvmmem_linux::space::{Extent, MappedError};
-use kvmmem_linux::tasks::{Tasks, Which};
 use kvmmem_linux::{Find, FindError, Kernel, Space};
 use kvmmem_memory::{Memory, MemoryError, Range, VectoredError};
 
-use crate::linux::collect;
 use crate::number::{Address, Hex, parse};
 
 /// Looks at tables that change, before their error counts.
@@ -48,13 +46,7 @@ impl Process {
             FindError::Ambiguous { .. } => anyhow::Error::new(error).context("say which kernel: --note GPA"),
             error => error.into(),
         })?;
-        let tasks = collect(|| Tasks::new(&kernel, Which::Processes)).context("cannot list the processes")?;
-        let task = tasks.into_iter().find(|task| task.pid == pid);
-        let task = task.with_context(|| format!("the guest has no process {pid}"))?;
-        let task = kernel.object("task_struct", task.gva)?;
-        let mm = task.get("mm")?;
-        ensure!(mm != 0, "process {pid} has no memory of its own: it is one of the kernel's, or has exited");
-        let space = kernel.process_space(kernel.object("mm_struct", mm)?.get("pgd")?)?;
+        let space = kernel.space_of(&kernel.task(pid)?)?;
         let extents =
             mapped(&space).with_context(|| format!("cannot tell what process {pid} has in memory"))?;
         if extents.is_empty() {

@@ -23,7 +23,7 @@ use crate::failure::escape;
 use crate::failure::usage;
 #[cfg(feature = "yara")]
 use crate::hexdump;
-use crate::input::{Input, data_within, reached};
+use crate::input::{Input, data_of_view, data_within, reached};
 use crate::number::parse;
 use crate::output::Output;
 use crate::process::Process;
@@ -127,6 +127,10 @@ impl Arguments {
         let ranges = in_order(&self.ranges)?;
         // Before the token is used.
         let wanted = self.wanted()?;
+        let threads = match self.threads {
+            Some(threads) => threads.into(),
+            None => std::thread::available_parallelism().context("cannot count the CPUs")?.get(),
+        };
         let reaching: &[GpaRange] = if self.process.is_given() { &[] } else { &ranges };
         let opened = self.input.open("scan", reaching)?;
         let is_live = opened.view().is_some();
@@ -134,13 +138,16 @@ impl Arguments {
             let parts = select(&ranges, &reached(memory)?)?;
             let view = opened.view().filter(|_| !self.process.is_given());
             let mapped = view.map(|view| Mapped::new(view, &parts)).transpose()?.flatten();
-            let data = data_within(memory, &parts)?;
+            let data = match view {
+                Some(view) => data_of_view(view, &parts, threads)?,
+                None => data_within(memory, &parts)?,
+            };
             let runs = join(&parts);
             let places = Places { runs: &runs, data: &data };
             let bar = progress::bytes(total(&data), output);
             let found = match mapped {
-                Some(mapped) => self.search(&wanted, places, &mapped, &bar, output)?,
-                None => self.search(&wanted, places, &Copied(memory), &bar, output)?,
+                Some(mapped) => self.search(&wanted, places, threads, &mapped, &bar, output)?,
+                None => self.search(&wanted, places, threads, &Copied(memory), &bar, output)?,
             };
             bar.finish_and_clear();
             Ok(found)
@@ -177,14 +184,11 @@ impl Arguments {
         &self,
         wanted: &Wanted,
         places: Places<'_>,
+        threads: usize,
         source: &impl source::Source,
         bar: &ProgressBar,
         output: &mut Output,
     ) -> Result<bool> {
-        let threads = match self.threads {
-            Some(threads) => threads.into(),
-            None => std::thread::available_parallelism().context("cannot count the CPUs")?.get(),
-        };
         let patterns = match wanted {
             Wanted::Patterns(patterns) => patterns,
             #[cfg(feature = "yara")]

@@ -275,12 +275,32 @@ impl Foreign {
     /// # Errors
     /// The system's; `EINVAL` for what leaves this one. Nothing depends on its success.
     pub fn populate(&self, offset: u64, len: u64) -> Result<(), Errno> {
-        let (at, len) = (usize::try_from(offset), usize::try_from(len));
-        let (Ok(at), Ok(len)) = (at, len) else { return Err(Errno::INVAL) };
-        at.checked_add(len).filter(|end| *end <= self.len).ok_or(Errno::INVAL)?;
+        let at = self.pages(offset, len)?;
         // SAFETY: the range lies within this object's own mapping. This advice fills in page tables as reads would; it changes
         // neither what is mapped nor what that holds.
-        unsafe { rustix::mm::madvise(self.pointer(at).cast(), len, Advice::LinuxPopulateRead) }
+        unsafe {
+            rustix::mm::madvise(at.cast(), usize::try_from(len).unwrap_or(0), Advice::LinuxPopulateRead)
+        }
+    }
+
+    /// Takes what `len` bytes from `offset` on hold, both multiples of the page size, out of this process's page tables. The
+    /// memory itself stays as it is, and the next access maps it again. Memory that is gone through once is undone like this
+    /// by the thread that did so, while its page tables are in the caches, and not at the end by one alone.
+    ///
+    /// # Errors
+    /// As [`Foreign::populate`].
+    pub fn release(&self, offset: u64, len: u64) -> Result<(), Errno> {
+        let at = self.pages(offset, len)?;
+        // SAFETY: the range lies within this object's own mapping, which is shared by the invariant, so that the advice drops page
+        // table entries and no contents: what is mapped stays the same. No reference into it exists.
+        unsafe { rustix::mm::madvise(at.cast(), usize::try_from(len).unwrap_or(0), Advice::LinuxDontNeed) }
+    }
+
+    /// The address of a part of this one.
+    fn pages(&self, offset: u64, len: u64) -> Result<*mut u8, Errno> {
+        let is_within = offset.checked_add(len).is_some_and(|end| end <= self.len());
+        let at = usize::try_from(offset).ok().filter(|_| is_within).ok_or(Errno::INVAL)?;
+        Ok(self.pointer(at))
     }
 
     /// Begins to load what is at `offset` into the processor's cache.

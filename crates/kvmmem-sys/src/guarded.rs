@@ -28,7 +28,7 @@ global_asm!(include_str!("guarded/copies.s"), options(raw));
 type Copy = unsafe extern "sysv64" fn(*mut u8, *const u8, usize) -> usize;
 type Load = unsafe extern "sysv64" fn(*const u8) -> Loaded;
 type Store = unsafe extern "sysv64" fn(*mut u8, u64) -> usize;
-type Find = unsafe extern "sysv64" fn(*const Vectors, *const u8, usize, usize) -> Loaded;
+type Find = unsafe extern "sysv64" fn(*const Vectors, *const u8, usize, usize, usize) -> Loaded;
 
 /// A result in rax and rdx.
 #[doc(hidden)]
@@ -47,10 +47,20 @@ unsafe extern "sysv64" {
     fn kvmmem_guarded_load_2(from: *const u8) -> Loaded;
     fn kvmmem_guarded_load_4(from: *const u8) -> Loaded;
     fn kvmmem_guarded_load_8(from: *const u8) -> Loaded;
-    fn kvmmem_guarded_find_avx2(pair: *const Vectors, from: *const u8, len: usize, distance: usize)
-    -> Loaded;
-    fn kvmmem_guarded_find_sse2(pair: *const Vectors, from: *const u8, len: usize, distance: usize)
-    -> Loaded;
+    fn kvmmem_guarded_find_avx2(
+        vectors: *const Vectors,
+        from: *const u8,
+        len: usize,
+        second: usize,
+        third: usize,
+    ) -> Loaded;
+    fn kvmmem_guarded_find_sse2(
+        vectors: *const Vectors,
+        from: *const u8,
+        len: usize,
+        second: usize,
+        third: usize,
+    ) -> Loaded;
     fn kvmmem_guarded_sweep_avx2(from: *const u8, len: usize) -> Loaded;
     fn kvmmem_guarded_stores();
     fn kvmmem_guarded_store_blocks(to: *mut u8, from: *const u8, len: usize) -> usize;
@@ -98,44 +108,76 @@ unsafe fn copy(blocks: Copy, bytes: Copy, to: *mut u8, from: *const u8, len: usi
     unsafe { bytes(to.wrapping_add(done), from.wrapping_add(done), len - done) }
 }
 
-/// What the find routines compare with: a byte and the mask under which it counts, and the same for the second byte, each
-/// repeated for a vector.
+/// What the find routines compare with: three bytes.
 #[derive(Clone, Copy, Debug)]
-#[repr(C, align(32))]
-pub(crate) struct Vectors {
-    pub(crate) first: [u8; 32],
-    pub(crate) first_mask: [u8; 32],
-    pub(crate) second: [u8; 32],
-    pub(crate) second_mask: [u8; 32],
+#[repr(C)]
+pub(crate) struct Vectors(pub(crate) [Vector; 3]);
+
+/// A byte and the mask under which it counts, each as often as a vector has bytes.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub(crate) struct Vector {
+    pub(crate) value: [u8; 32],
+    pub(crate) mask: [u8; 32],
+}
+
+/// How far the second and the third byte are behind the first one; the third is not nearer than the second.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Distances {
+    second: u8,
+    third: u8,
+}
+
+impl Distances {
+    /// `None` where the third one is nearer.
+    pub(crate) fn new(second: u8, third: u8) -> Option<Self> {
+        (second <= third).then_some(Self { second, third })
+    }
+
+    pub(crate) fn second(self) -> usize {
+        self.second.into()
+    }
+
+    pub(crate) fn third(self) -> usize {
+        self.third.into()
+    }
 }
 
 /// Looks at `places`, a multiple of [`BLOCK`], in blocks, up to the first block in which one matches: at which the first byte
-/// is found, and the second one `distance` behind it. Returns how many places were left then, those of this block among
+/// is found, and the others at their distances. Returns how many places were left then, those of this block among
 /// them, and which of the block's match. Where none is left, none matches; where some are left and none matches, the memory at
 /// the first of these blocks has vanished.
 ///
 /// # Safety
-/// As [`load`], for `places + distance` bytes from `from` on.
-pub(crate) unsafe fn find(pair: &Vectors, from: *const u8, places: usize, distance: usize) -> (usize, u64) {
+/// As [`load`], for `places` and the third byte's distance from `from` on.
+pub(crate) unsafe fn find(
+    vectors: &Vectors,
+    distances: Distances,
+    from: *const u8,
+    places: usize,
+) -> (usize, u64) {
     let find: Find =
         if is_x86_feature_detected!("avx2") { kvmmem_guarded_find_avx2 } else { kvmmem_guarded_find_sse2 };
-    // SAFETY: both routines load the 128 bytes of `pair` and, block by block, 64 bytes at the block and `distance` behind it,
-    // all within what the caller has said may be loaded. They write nothing, and the first one needs AVX2, which there is.
-    let Loaded { left, word } = unsafe { find(pair, from, places + distance, distance) };
-    (left - distance, word)
+    let (second, third) = (distances.second(), distances.third());
+    // SAFETY: both routines load the 192 bytes of `vectors` and, block by block, 64 bytes at the block and at both distances
+    // behind it, of which the third is the larger: all within what the caller has said may be loaded. They write nothing, and
+    // the first one needs AVX2, which there is.
+    let Loaded { left, word } = unsafe { find(vectors, from, places + third, second, third) };
+    (left - third, word)
 }
 
 /// What each of the routines that the processor can run returns for [`find`].
 #[cfg(test)]
-pub(crate) fn find_both(pair: &Vectors, memory: &[u8], distance: usize) -> Vec<(usize, u64)> {
+pub(crate) fn find_both(vectors: &Vectors, distances: Distances, memory: &[u8]) -> Vec<(usize, u64)> {
     let mut routines: Vec<Find> = vec![kvmmem_guarded_find_sse2];
     if is_x86_feature_detected!("avx2") {
         routines.push(kvmmem_guarded_find_avx2);
     }
     let run = |find: &Find| {
+        let (second, third) = (distances.second(), distances.third());
         // SAFETY: as in `find`, the memory being this program's own.
-        let Loaded { left, word } = unsafe { find(pair, memory.as_ptr(), memory.len(), distance) };
-        (left - distance, word)
+        let Loaded { left, word } = unsafe { find(vectors, memory.as_ptr(), memory.len(), second, third) };
+        (left - third, word)
     };
     routines.iter().map(run).collect()
 }

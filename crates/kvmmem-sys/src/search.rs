@@ -1,17 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Where memory may hold a pattern: two of its bytes are compared at many places at a time. The search of a target's memory
+//! Where memory may hold a pattern: three of its bytes are compared at many places at a time. The search of a target's memory
 //! looks at that memory in place ([`Foreign::find`](crate::foreign::Foreign::find)), and copies only where this finds a candidate.
 
-use crate::guarded::{self, BLOCK, Vectors};
+use crate::guarded::{self, BLOCK, Distances, Vector, Vectors};
 
 /// Places that are looked at together.
 pub const PLACES: usize = BLOCK;
 
-/// Two bytes of a pattern and how far they are apart.
+/// Three bytes of a pattern and how far they are apart.
 #[derive(Clone, Debug)]
-pub struct Pair {
+pub struct Probe {
     vectors: Vectors,
-    distance: u8,
+    distances: Distances,
 }
 
 /// A byte of which only the bits of a mask count.
@@ -39,36 +39,33 @@ impl Candidates {
     }
 }
 
-impl Pair {
-    /// `second` follows `first` at `distance`, which may be 0 where there is one byte alone.
-    pub fn new(first: Masked, second: Masked, distance: u8) -> Self {
-        let vectors = Vectors {
-            first: [first.value & first.mask; 32],
-            first_mask: [first.mask; 32],
-            second: [second.value & second.mask; 32],
-            second_mask: [second.mask; 32],
-        };
-        Self { vectors, distance }
+impl Probe {
+    /// `second` and `third` follow `first` at these distances, of which the third is not the smaller one (`None`). Where there
+    /// are fewer bytes, some are given again.
+    pub fn new(
+        first: Masked,
+        (second, second_at): (Masked, u8),
+        (third, third_at): (Masked, u8),
+    ) -> Option<Self> {
+        let vector = |byte: Masked| Vector { value: [byte.value & byte.mask; 32], mask: [byte.mask; 32] };
+        let vectors = [first, second, third].map(vector);
+        Some(Self { vectors: Vectors(vectors), distances: Distances::new(second_at, third_at)? })
     }
 
-    /// How far the second byte is behind the first one.
-    pub fn distance(&self) -> usize {
-        self.distance.into()
-    }
-
-    pub(crate) fn vectors(&self) -> &Vectors {
-        &self.vectors
+    /// How far the last byte is behind the first one.
+    pub fn reach(&self) -> usize {
+        self.distances.third()
     }
 
     /// The first block of candidates in `memory`, from place `from` on.
     pub fn find(&self, memory: &[u8], from: usize) -> Option<Candidates> {
-        let end = memory.len().saturating_sub(self.distance());
+        let end = memory.len().saturating_sub(self.reach());
         let places = end.checked_sub(from)?;
         let blocks = places - places % BLOCK;
         let rest = memory.get(from..)?;
-        // SAFETY: `rest` has `places` and the distance, so that many bytes may be loaded. They are this program's own and do not
-        // vanish, so that it does not matter whether the thread is prepared for SIGBUS.
-        let (left, found) = unsafe { guarded::find(&self.vectors, rest.as_ptr(), blocks, self.distance()) };
+        // SAFETY: `rest` has `places` and what the probe reaches, so that many bytes may be loaded. They are this program's own
+        // and do not vanish, so that it does not matter whether the thread is prepared for SIGBUS.
+        let (left, found) = unsafe { self.find_blocks(rest.as_ptr(), blocks) };
         if found != 0 {
             return Some(Candidates { at: (from + blocks - left) as u64, places: found });
         }
@@ -76,13 +73,24 @@ impl Pair {
         (found != 0).then_some(Candidates { at: (from + blocks) as u64, places: found })
     }
 
+    /// [`guarded::find`].
+    ///
+    /// # Safety
+    /// As there; what the probe reaches is the third byte's distance.
+    pub(crate) unsafe fn find_blocks(&self, from: *const u8, places: usize) -> (usize, u64) {
+        // SAFETY: the caller's.
+        unsafe { guarded::find(&self.vectors, self.distances, from, places) }
+    }
+
     /// Which of the first `places`, at most [`PLACES`], match.
     pub(crate) fn find_some(&self, memory: &[u8], places: usize) -> u64 {
-        let Vectors { first, first_mask, second, second_mask } = &self.vectors;
-        let is = |value: &[u8; 32], mask: &[u8; 32], byte: &u8| byte & mask[0] == value[0];
-        let bytes = memory.iter().zip(memory.iter().skip(self.distance())).take(places);
-        let found = |(one, other): (&u8, &u8)| is(first, first_mask, one) && is(second, second_mask, other);
-        bytes.map(found).enumerate().fold(0, |all, (bit, found)| all | u64::from(found) << bit)
+        let distances = [0, self.distances.second(), self.distances.third()];
+        let is_match = |place: &usize| {
+            self.vectors.0.iter().zip(distances).all(|(Vector { value, mask }, distance)| {
+                memory.get(place + distance).is_some_and(|byte| byte & mask[0] == value[0])
+            })
+        };
+        (0..places).filter(is_match).fold(0, |all, place| all | 1 << place)
     }
 }
 
@@ -91,9 +99,9 @@ mod tests {
     use super::*;
 
     /// All candidates, block by block.
-    fn all(pair: &Pair, memory: &[u8], mut from: usize) -> Vec<u64> {
+    fn all(probe: &Probe, memory: &[u8], mut from: usize) -> Vec<u64> {
         let mut all = Vec::new();
-        while let Some(found) = pair.find(memory, from) {
+        while let Some(found) = probe.find(memory, from) {
             all.extend(found.iter());
             from = usize::try_from(found.at).unwrap() + PLACES;
         }
@@ -110,17 +118,23 @@ mod tests {
         };
         for len in [0usize, 1, 63, 64, 65, 128, 200, 1000] {
             let memory: Vec<u8> = (0..len).map(|_| next() & 0x8f).collect();
-            for distance in [0u8, 1, 5, 63, 64, 255] {
+            for (second, third) in [(0u8, 0u8), (0, 1), (1, 5), (5, 5), (63, 64), (7, 255), (255, 255)] {
                 for mask in [0xff, 0x0f, 0xf0] {
-                    let (one, other) = (Masked { value: 0x83, mask }, Masked { value: 0x07, mask: 0x07 });
-                    let pair = Pair::new(one, other, distance);
+                    let byte = |value, mask| Masked { value, mask };
+                    let others = ((byte(0x07, 0x03), second), (byte(0x01, 0x01), third));
+                    let probe = Probe::new(byte(0x83, mask), others.0, others.1).unwrap();
                     for from in [0, 1, 64, 70] {
-                        let plain: Vec<u64> = (from..len.saturating_sub(distance.into()))
+                        let plain: Vec<u64> = (from..len.saturating_sub(third.into()))
                             .filter(|at| memory[*at] & mask == 0x83 & mask)
-                            .filter(|at| memory[at + usize::from(distance)] & 0x07 == 0x07)
+                            .filter(|at| memory[at + usize::from(second)] & 0x03 == 0x03)
+                            .filter(|at| memory[at + usize::from(third)] & 0x01 == 0x01)
                             .map(|at| at as u64)
                             .collect();
-                        assert_eq!(all(&pair, &memory, from), plain, "{len} {distance} {mask:#x} {from}");
+                        assert_eq!(
+                            all(&probe, &memory, from),
+                            plain,
+                            "{len} {second} {third} {mask:#x} {from}"
+                        );
                     }
                 }
             }
@@ -130,10 +144,14 @@ mod tests {
     #[test]
     fn both_routines_find_the_same() {
         let mut memory = vec![0u8; 300];
-        memory[130] = 1;
-        memory[133] = 2;
-        let pair = Pair::new(Masked { value: 1, mask: 0xff }, Masked { value: 2, mask: 0xff }, 3);
-        let found = guarded::find_both(pair.vectors(), &memory[..256 + 3], 3);
-        assert!(found.iter().all(|found| *found == (128, 1 << 2)), "{found:?}");
+        // The first has two of the bytes alone.
+        for (place, byte) in [(10, 1), (13, 2), (130, 1), (133, 2), (137, 3), (150, 1), (153, 2), (157, 3)] {
+            memory[place] = byte;
+        }
+        let [first, second, third] = [1, 2, 3].map(|value| Masked { value, mask: 0xff });
+        let probe = Probe::new(first, (second, 3), (third, 7)).unwrap();
+        let found = guarded::find_both(&probe.vectors, probe.distances, &memory[..256 + 7]);
+        assert!(found.iter().all(|found| *found == (128, 1 << 2 | 1 << 22)), "{found:?}");
+        assert!(Probe::new(first, (second, 7), (third, 3)).is_none());
     }
 }

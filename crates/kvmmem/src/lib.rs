@@ -67,7 +67,7 @@ pub mod listener;
 mod operation;
 /// Looking for patterns in a mapping, in place: [`Mapping::find`].
 pub mod search {
-    pub use kvmmem_sys::search::{Candidates, Masked, PLACES, Pair};
+    pub use kvmmem_sys::search::{Candidates, Masked, PLACES, Probe};
 }
 pub mod session;
 mod stream;

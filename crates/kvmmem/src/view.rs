@@ -279,6 +279,18 @@ impl View {
         }
     }
 
+    /// The parts of `range`, in pages, that hold data, where this can be told without looking beyond it, so that many threads
+    /// can share the work; `None` where it cannot: use [`View::data_from`].
+    ///
+    /// # Errors
+    /// [`ViewError::Revoked`], [`ViewError::Gone`].
+    pub fn data_in(&self, range: Range) -> Result<Option<Vec<Range>>, ViewError> {
+        match &self.backend {
+            Backend::Device(_) => Ok(None),
+            Backend::Host(view) => view.data_in(range),
+        }
+    }
+
     /// Maps `range`, which is made of pages, into this process. Nothing is copied; the target's pages appear as they
     /// are accessed, and the target's writes with them.
     ///

@@ -9,7 +9,7 @@ use std::ops::Range;
 use std::path::Path;
 
 use anyhow::Result;
-use kvmmem::search::Pair;
+use kvmmem::search::Probe;
 
 use crate::failure::usage;
 use bytes::Bytes;
@@ -98,10 +98,10 @@ impl Pattern {
         }
     }
 
-    /// Two bytes by which places can be found without a copy, and the first one's place in the pattern.
-    pub(super) fn pair(&self) -> Option<(&Pair, usize)> {
+    /// A probe by which places can be found without a copy, and its place in the pattern.
+    pub(super) fn probe(&self) -> Option<(&Probe, usize)> {
         match &self.kind {
-            Kind::Bytes(bytes) => Some(bytes.pair()),
+            Kind::Bytes(bytes) => Some(bytes.probe()),
             Kind::Regular(_) => None,
         }
     }

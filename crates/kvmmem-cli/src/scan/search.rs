@@ -3,7 +3,7 @@
 //! memory is copied piece by piece. A target changes its memory meanwhile: a match is what a copy held.
 
 use std::cmp::Ordering;
-use std::ops::{ControlFlow, Range};
+use std::ops::{ControlFlow, Range, RangeInclusive};
 use std::sync::Arc;
 
 use anyhow::Result;
@@ -13,16 +13,16 @@ use super::pattern::Pattern;
 use super::places::{Piece, Places};
 use super::source::Source;
 use crate::parallel::{Sink, in_order};
-use crate::range::GpaRange;
+use crate::range::{GpaRange, total};
 
-/// Bytes in which beginnings of matches are looked for at a time: a buffer that stays in a CPU's own cache.
-const PIECE: u64 = 256 * 1024;
+/// Bytes that a thread takes at a time: so many that threads seldom meet, and so few that all end together.
+const BATCH: RangeInclusive<u64> = 1 << 20..=32 << 20;
 
-/// Bytes that a thread takes at a time.
-const BATCH: u64 = 4 << 20;
+/// Batches for each thread.
+const BATCHES: u64 = 16;
 
-/// Blocks of candidates in a piece from which on it is better copied as a whole.
-const MANY: u32 = 128;
+/// Bytes for which a block of candidates is as good as a copy of them all: where there are more, the rest is copied.
+const DENSE: u64 = 1024;
 
 /// Matches that are passed on together.
 const TOGETHER: usize = 1024;
@@ -97,13 +97,15 @@ struct Copy {
 impl Search<'_> {
     /// Searches. `tell` gets the matches in the order of addresses, and how many bytes of data were searched since it was
     /// called last. Returns how many matches there were.
-    pub(super) fn run(
+    pub(super) fn run<S: Source>(
         &self,
-        source: &impl Source,
+        source: &S,
         mut tell: impl FnMut(&[Match], u64) -> Result<()>,
     ) -> Result<usize> {
         let mut count = 0;
-        let batches = self.places.batches(self.reach(), PIECE, BATCH);
+        let share = total(self.places.data) / (self.threads as u64 * BATCHES);
+        let batch = share.clamp(*BATCH.start(), *BATCH.end());
+        let batches = self.places.batches(self.reach(), S::PIECE, batch);
         let work = |pieces: Vec<Piece>, sink: &Sink<Found>| self.work(&pieces, source, sink);
         in_order(self.threads, batches, work, |Found { matches, bytes }| {
             let matches = matches.get(..self.max - count).unwrap_or(&matches);
@@ -132,11 +134,14 @@ impl Search<'_> {
         let mut matches = Vec::new();
         // What was copied for another piece is old.
         copy.bytes.clear();
+        let data = piece.starts.start.max(piece.data.start)..piece.starts.end;
+        source.begin(&data);
         for number in 0..self.patterns.len() {
             let from = matches.len();
             self.search_for(number, piece, source, copy, &mut matches)?;
             matches.truncate(from.saturating_add(self.max));
         }
+        source.end(&data);
         matches.sort_unstable_by(Match::order);
         Ok(matches)
     }
@@ -156,13 +161,14 @@ impl Search<'_> {
         let inner =
             starts.start.max(data.start)..starts.end.min((data.end + 1).saturating_sub(pattern.len() as u64));
         let mut at = starts.start;
-        if let Some((pair, anchor)) = pattern.pair().filter(|_| !inner.is_empty()) {
+        if let Some((probe, anchor)) = pattern.probe().filter(|_| !inner.is_empty()) {
             let anchor = anchor as u64;
+            let many = (inner.end - inner.start) / DENSE + 16;
             let mut copied = 0;
             // As long as there are few candidates; what is left is copied.
-            while copied < MANY && at < inner.end {
+            while copied < many && at < inner.end {
                 let from = at.max(inner.start);
-                let Some(found) = source.find(pair, from + anchor, inner.end - from) else { break };
+                let Some(found) = source.find(probe, from + anchor, inner.end - from) else { break };
                 if from > at {
                     self.copied(number, at..from, piece, source, copy, matches)?;
                 }
@@ -246,12 +252,15 @@ mod tests {
     use std::slice::from_ref;
     use std::sync::atomic::{AtomicU64, Ordering};
 
-    use kvmmem::search::{Candidates, Pair};
+    use kvmmem::search::{Candidates, Probe};
 
     use proptest::prelude::*;
 
     use super::super::pattern::Form;
     use super::*;
+
+    /// Of memory that is not mapped; a multiple of it is not.
+    const PIECE: u64 = 256 << 10;
     use crate::range::GpaRange;
 
     fn pattern(form: Form, text: &str) -> Pattern {
@@ -266,10 +275,10 @@ mod tests {
             (self.0)(gpa, buffer)
         }
 
-        fn find(&self, pair: &Pair, gpa: u64, places: u64) -> Option<Option<Candidates>> {
-            let mut copy = vec![0; usize::try_from(places).unwrap() + pair.distance()];
+        fn find(&self, probe: &Probe, gpa: u64, places: u64) -> Option<Option<Candidates>> {
+            let mut copy = vec![0; usize::try_from(places).unwrap() + probe.reach()];
             (self.0)(gpa, &mut copy).unwrap();
-            Some(pair.find(&copy, 0).map(|found| Candidates { at: found.at + gpa, ..found }))
+            Some(probe.find(&copy, 0).map(|found| Candidates { at: found.at + gpa, ..found }))
         }
     }
 
@@ -362,7 +371,7 @@ mod tests {
             })
             .unwrap();
         assert_eq!(told, (0..10).collect::<Vec<u64>>());
-        assert!(asked.into_inner() < 64 * BATCH);
+        assert!(asked.into_inner() < 64 * BATCH.end());
     }
 
     #[test]

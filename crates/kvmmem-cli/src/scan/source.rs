@@ -2,7 +2,8 @@
 //! How a scan gets at memory: in place where it is mapped, else by copies.
 
 use anyhow::{Context, Result};
-use kvmmem::search::{Candidates, Pair};
+use kvmmem::PAGE_SIZE;
+use kvmmem::search::{Candidates, Probe};
 use kvmmem::view::{Mapping, Range, State, View, ViewError};
 use kvmmem_memory::Memory;
 
@@ -10,14 +11,21 @@ use crate::range::GpaRange;
 
 /// Memory that is searched.
 pub(super) trait Source: Sync {
+    /// Bytes in which beginnings of matches are looked for at a time: a buffer that stays in a CPU's own cache.
+    const PIECE: u64 = 256 << 10;
+
     /// Fills `buffer` with data.
     fn read(&self, gpa: u64, buffer: &mut [u8]) -> Result<()>;
 
-    /// Looks for `pair` in place, among `places` from `gpa` on, which are data with the pair's distance behind them. `None`
+    /// Looks for `probe` in place, among `places` from `gpa` on, which are data with what it reaches behind them. `None`
     /// where memory is not mapped, or not any more: a copy tells why.
-    fn find(&self, _pair: &Pair, _gpa: u64, _places: u64) -> Option<Option<Candidates>> {
+    fn find(&self, _probe: &Probe, _gpa: u64, _places: u64) -> Option<Option<Candidates>> {
         None
     }
+
+    /// Called before and after memory, which is data, is gone through in place.
+    fn begin(&self, _data: &GpaRange) {}
+    fn end(&self, _data: &GpaRange) {}
 }
 
 impl<F: Fn(u64, &mut [u8]) -> Result<()> + Sync> Source for F {
@@ -53,6 +61,15 @@ impl<'a> Mapped<'a> {
         }
     }
 
+    /// The whole pages of `data`: their mapping, and where they are in it. What is left may be memory without data, which
+    /// must not be touched.
+    fn pages(&self, data: &GpaRange) -> Option<(&Mapping, u64, u64)> {
+        let page = PAGE_SIZE as u64;
+        let (start, end) = (data.start.next_multiple_of(page), data.end / page * page);
+        let mapping = self.at(start).filter(|_| start < end)?;
+        Some((mapping, start - mapping.gpa(), end - start))
+    }
+
     /// The mapping that has `gpa`.
     fn at(&self, gpa: u64) -> Option<&Mapping> {
         let after = self.mappings.partition_point(|mapping| mapping.gpa() <= gpa);
@@ -61,6 +78,9 @@ impl<'a> Mapped<'a> {
 }
 
 impl Source for Mapped<'_> {
+    /// Large enough for calls that map and unmap it, and small enough for what these touch to stay in the caches.
+    const PIECE: u64 = 1 << 20;
+
     fn read(&self, gpa: u64, buffer: &mut [u8]) -> Result<()> {
         let mapping = self.at(gpa).context("memory is not mapped")?;
         mapping.read(gpa - mapping.gpa(), buffer).map_err(|error| {
@@ -80,9 +100,21 @@ impl Source for Mapped<'_> {
         })
     }
 
-    fn find(&self, pair: &Pair, gpa: u64, places: u64) -> Option<Option<Candidates>> {
+    fn find(&self, probe: &Probe, gpa: u64, places: u64) -> Option<Option<Candidates>> {
         let mapping = self.at(gpa)?;
-        let found = mapping.find(pair, gpa - mapping.gpa(), places).ok()?;
+        let found = mapping.find(probe, gpa - mapping.gpa(), places).ok()?;
         Some(found.map(|found| Candidates { at: found.at + mapping.gpa(), ..found }))
+    }
+
+    fn begin(&self, data: &GpaRange) {
+        if let Some((mapping, offset, len)) = self.pages(data) {
+            mapping.populate(offset, len);
+        }
+    }
+
+    fn end(&self, data: &GpaRange) {
+        if let Some((mapping, offset, len)) = self.pages(data) {
+            mapping.release(offset, len);
+        }
     }
 }

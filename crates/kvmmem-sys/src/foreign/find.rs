@@ -3,25 +3,25 @@
 
 use super::{Foreign, ForeignError, copied};
 use crate::guarded;
-use crate::search::{Candidates, PLACES, Pair};
+use crate::search::{Candidates, PLACES, Probe};
 
 impl Foreign {
-    /// The first block of [`PLACES`] from `offset` on, among `places` of them, at which `pair` may be. All of them must have
-    /// the pair's [distance](Pair::distance) behind them. The other machine may change what was found at any moment, and what
+    /// The first block of [`PLACES`] from `offset` on, among `places` of them, at which `probe` is found. All of them must have
+    /// what the probe [reaches](Probe::reach) behind them. The other machine may change what was found at any moment, and what
     /// was not: only a copy can tell what is there.
     ///
     /// # Errors
     /// [`ForeignError`].
-    pub fn find(&self, pair: &Pair, offset: u64, places: u64) -> Result<Option<Candidates>, ForeignError> {
+    pub fn find(&self, probe: &Probe, offset: u64, places: u64) -> Result<Option<Candidates>, ForeignError> {
         let outside = ForeignError::Outside { offset, len: usize::MAX, size: self.len() };
-        let distance = pair.distance();
+        let distance = probe.reach();
         let mut left = usize::try_from(places).map_err(|_| outside)?;
         let mut at = self.check(offset, left.checked_add(distance).ok_or(outside)?)?;
         while left > 0 {
             let blocks = left - left % PLACES;
-            // SAFETY: the places and the distance behind them lie within this object's mapping, as checked above, which is readable
+            // SAFETY: the places and what the probe reaches behind them lie within this object's mapping, as checked above, which is readable
             // and stays until this object is dropped. `check` has prepared the thread.
-            let (rest, found) = unsafe { guarded::find(pair.vectors(), self.pointer(at), blocks, distance) };
+            let (rest, found) = unsafe { probe.find_blocks(self.pointer(at), blocks) };
             at += blocks - rest;
             left -= blocks - rest;
             if found != 0 {
@@ -32,7 +32,7 @@ impl Foreign {
             let mut copy = [0; PLACES + u8::MAX as usize];
             let copy = copy.get_mut(..places + distance).unwrap_or_default();
             self.read(at as u64, copy)?;
-            let found = pair.find_some(copy, places);
+            let found = probe.find_some(copy, places);
             if found != 0 {
                 return Ok(Some(Candidates { at: at as u64, places: found }));
             }
@@ -77,9 +77,9 @@ mod tests {
         (file, memory)
     }
 
-    fn pair(distance: u8) -> Pair {
+    fn pair(distance: u8) -> Probe {
         let [first, second] = [b'a', b'b'].map(|value| Masked { value, mask: 0xff });
-        Pair::new(first, second, distance)
+        Probe::new(first, (second, distance), (second, distance)).unwrap()
     }
 
     #[test]
@@ -103,10 +103,27 @@ mod tests {
     }
 
     #[test]
+    fn what_is_released_is_there_still() {
+        let (file, memory) = memory();
+        memory.write(0x1ff0, b"ab").unwrap();
+        memory.populate(0, SIZE).unwrap();
+        memory.release(0, 0x2000).unwrap();
+        memory.release(0x1000, SIZE - 0x1000).unwrap();
+        let found = memory.find(&pair(1), 0, SIZE - 1).unwrap().unwrap();
+        assert_eq!(found.iter().collect::<Vec<_>>(), [0x1ff0]);
+        for act in [Foreign::populate, Foreign::release] {
+            assert_eq!(act(&memory, 0x1000, SIZE), Err(rustix::io::Errno::INVAL));
+            assert_eq!(act(&memory, u64::MAX, 2), Err(rustix::io::Errno::INVAL));
+            assert!(act(&memory, 0x10, 0x1000).is_err());
+        }
+        // What is gone is an error, no signal.
+        file.set_len(0x1000).unwrap();
+        assert!(memory.populate(0, SIZE).is_err());
+    }
+
+    #[test]
     fn memory_that_vanishes_is_lost_to_the_byte() {
         let (file, memory) = memory();
-        memory.populate(0, SIZE).unwrap();
-        assert_eq!(memory.populate(0x1000, SIZE), Err(rustix::io::Errno::INVAL));
         memory.write(0x1ff0, b"a").unwrap();
         file.set_len(0x2000).unwrap();
         for distance in [0, 1, 20, 255] {

@@ -41,27 +41,31 @@
     jmp kvmmem_guarded_end
 .endm
 
-# The first block of 64 places from rsi on where one has the byte of xmm0 under the mask xmm1, and the byte of xmm2 under the
-# mask xmm3 rcx bytes behind it: which ones, into rdx, and 0 where there is none. rdx is the number of places, a multiple of
-# 64, and rcx. rdi points to the four vectors, of 32 bytes each.
-.macro find_begin move, v0, v1, v2, v3
-    mov r8, rcx
+# The first block of 64 places from rsi on where one has a byte, another one rcx bytes behind it, and a third one r8 bytes
+# behind it, which is not nearer: which ones, into rdx, and 0 where there is none. rdx is the number of places, a multiple of
+# 64, and r8. rdi points to six vectors of 32 bytes each: for each byte, its value and the mask under which it counts.
+.macro find_begin
+    mov r9, rcx
     mov rcx, rdx
     xor edx, edx
-    \move \v0, [rdi]
-    \move \v1, [rdi + 32]
-    \move \v2, [rdi + 64]
-    \move \v3, [rdi + 96]
 .endm
 
 .macro find_avx2
-    find_begin vmovdqu, ymm0, ymm1, ymm2, ymm3
+    find_begin
+    vmovdqu ymm0, [rdi]
+    vmovdqu ymm1, [rdi + 32]
+    vmovdqu ymm2, [rdi + 64]
+    vmovdqu ymm3, [rdi + 96]
+    vmovdqu ymm8, [rdi + 128]
+    vmovdqu ymm9, [rdi + 160]
 2:  cmp rcx, r8
-    jbe 4f
+    jbe 5f
+    # A hint, which does not fault.
+    prefetcht0 [rsi + 2048]
     vpand ymm4, ymm1, [rsi]
     vpand ymm5, ymm1, [rsi + 32]
-    vpand ymm6, ymm3, [rsi + r8]
-    vpand ymm7, ymm3, [rsi + r8 + 32]
+    vpand ymm6, ymm3, [rsi + r9]
+    vpand ymm7, ymm3, [rsi + r9 + 32]
     vpcmpeqb ymm4, ymm4, ymm0
     vpcmpeqb ymm5, ymm5, ymm0
     vpcmpeqb ymm6, ymm6, ymm2
@@ -70,50 +74,68 @@
     vpand ymm5, ymm5, ymm7
     vpor ymm6, ymm4, ymm5
     vptest ymm6, ymm6
-    jnz 3f
-    add rsi, 64
+    jnz 4f
+3:  add rsi, 64
     sub rcx, 64
     jmp 2b
-3:  vpmovmskb eax, ymm4
+    # Few places have the first two bytes.
+4:  vpand ymm6, ymm9, [rsi + r8]
+    vpand ymm7, ymm9, [rsi + r8 + 32]
+    vpcmpeqb ymm6, ymm6, ymm8
+    vpcmpeqb ymm7, ymm7, ymm8
+    vpand ymm4, ymm4, ymm6
+    vpand ymm5, ymm5, ymm7
+    vpmovmskb eax, ymm4
     vpmovmskb edx, ymm5
     shl rdx, 32
     or rdx, rax
-4:  vzeroupper
+    jz 3b
+5:  vzeroupper
     jmp kvmmem_guarded_end
 .endm
 
 # Which of 16 places at rsi + \at, as the low bits of eax.
 .macro find_16 at
     movdqu xmm4, [rsi + \at]
-    movdqu xmm5, [rsi + r8 + \at]
+    movdqu xmm5, [rsi + r9 + \at]
+    movdqu xmm6, [rsi + r8 + \at]
     pand xmm4, xmm1
     pand xmm5, xmm3
+    pand xmm6, xmm9
     pcmpeqb xmm4, xmm0
     pcmpeqb xmm5, xmm2
+    pcmpeqb xmm6, xmm8
     pand xmm4, xmm5
+    pand xmm4, xmm6
     pmovmskb eax, xmm4
 .endm
 
 .macro find_sse2
-    find_begin movdqu, xmm0, xmm1, xmm2, xmm3
+    find_begin
+    movdqu xmm0, [rdi]
+    movdqu xmm1, [rdi + 32]
+    movdqu xmm2, [rdi + 64]
+    movdqu xmm3, [rdi + 96]
+    movdqu xmm8, [rdi + 128]
+    movdqu xmm9, [rdi + 160]
 2:  cmp rcx, r8
     jbe kvmmem_guarded_end
     find_16 48
-    mov r9d, eax
+    mov r10d, eax
     find_16 32
-    shl r9, 16
-    or r9, rax
+    shl r10, 16
+    or r10, rax
     find_16 16
-    shl r9, 16
-    or r9, rax
+    shl r10, 16
+    or r10, rax
     find_16 0
-    shl r9, 16
-    or r9, rax
+    shl r10, 16
+    or r10, rax
     jnz 3f
     add rsi, 64
     sub rcx, 64
     jmp 2b
-3:  mov rdx, r9
+3:  mov rdx, r10
     jmp kvmmem_guarded_end
 .endm
 

@@ -130,6 +130,10 @@ impl HostView {
         self.memory.data_from(ViewOperation::Seek { gpa }, gpa)
     }
 
+    pub(super) fn data_in(&self, range: Range) -> Result<Option<Vec<Range>>, ViewError> {
+        self.memory.data_in(ViewOperation::Seek { gpa: range.gpa }, range)
+    }
+
     pub(super) fn map(self: &Arc<Self>, range: Range) -> Result<Mapping, ViewError> {
         let operation = ViewOperation::Map { gpa: range.gpa, len: range.len };
         if !range.is_pages() {

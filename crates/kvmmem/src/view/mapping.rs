@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use kvmmem_sys::foreign::{Foreign, ForeignError};
-use kvmmem_sys::search::{Candidates, Pair};
+use kvmmem_sys::search::{Candidates, Probe};
 use rustix::io::Errno;
 
 use super::door::Door;
@@ -102,13 +102,13 @@ impl Mapping {
     }
 
     /// Looks in place for bytes of a pattern: the first block of [`PLACES`](crate::search::PLACES) from `offset` on, among
-    /// `places` of them, at which `pair` is found. Only a copy can tell whether the pattern is there, as the target may change
-    /// it at any moment. The pair's [distance](Pair::distance) behind the last place must lie in the mapping too.
+    /// `places` of them, at which `probe` is found. Only a copy can tell whether the pattern is there, as the target may change
+    /// it at any moment. What the probe [reaches](Probe::reach) behind the last place must lie in the mapping too.
     ///
     /// # Errors
     /// [`MappingError`].
-    pub fn find(&self, pair: &Pair, offset: u64, places: u64) -> Result<Option<Candidates>, MappingError> {
-        self.memory.find(pair, offset, places).map_err(|error| self.error(error))
+    pub fn find(&self, probe: &Probe, offset: u64, places: u64) -> Result<Option<Candidates>, MappingError> {
+        self.memory.find(probe, offset, places).map_err(|error| self.error(error))
     }
 
     /// Loads every byte of `len` from `offset` on, a multiple of 128, and forgets it: what searches are measured against.
@@ -124,6 +124,13 @@ impl Mapping {
     /// follow fault less. Pages that the target never used are allocated, as by reading. Nothing depends on its success.
     pub fn populate(&self, offset: u64, len: u64) {
         let _ = self.memory.populate(offset, len);
+    }
+
+    /// Takes the pages of `len` bytes from `offset` on out of this process's page tables, both multiples of the page size. The
+    /// target's memory stays as it is, and the next access maps it again: for memory that is gone through once, so that it
+    /// need not be done at the end by one thread alone. Nothing depends on its success.
+    pub fn release(&self, offset: u64, len: u64) {
+        let _ = self.memory.release(offset, len);
     }
 
     /// Copies `bytes` to `offset` on; the target sees them at once.

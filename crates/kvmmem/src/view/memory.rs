@@ -2,6 +2,7 @@
 //! What a view on the host reaches: regions of the memfds of the target's RAM, and the mappings of them in this process;
 //! or regions of RAM that is private to its VMM, copied by the broker.
 
+mod data;
 mod kept;
 
 use std::os::fd::{AsFd, OwnedFd};

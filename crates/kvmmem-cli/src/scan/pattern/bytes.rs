@@ -3,11 +3,11 @@
 
 use std::ops::Range;
 
-use kvmmem::search::{Masked, PLACES, Pair};
+use kvmmem::search::{Masked, PLACES, Probe};
 
 use super::MAX_LEN;
 
-/// How much rarer a byte of the pair must be to be worth it: see [`commonness`].
+/// The [`commonness`] of a byte that matches anything.
 const ANY: u32 = u32::MAX;
 
 /// Bits that differ between an ASCII letter's cases.
@@ -16,8 +16,8 @@ const CASE: u8 = 0x20;
 #[derive(Clone, Debug)]
 pub(super) struct Bytes {
     bytes: Vec<Masked>,
-    /// The rarest two bytes, by which candidates are found.
-    pair: Pair,
+    /// The rarest three bytes, by which candidates are found.
+    probe: Probe,
     /// Place of the first one.
     anchor: usize,
 }
@@ -53,17 +53,17 @@ impl Bytes {
         if bytes.len() > MAX_LEN {
             return Err(format!("the pattern has {} bytes, at most {MAX_LEN} are taken", bytes.len()));
         }
-        let (anchor, pair) = rarest(&bytes)
+        let (anchor, probe) = rarest(&bytes)
             .ok_or("the pattern is empty or matches anything: give at least one byte or digit")?;
-        Ok(Self { bytes, pair, anchor })
+        Ok(Self { bytes, probe, anchor })
     }
 
     pub(super) fn len(&self) -> usize {
         self.bytes.len()
     }
 
-    pub(super) fn pair(&self) -> (&Pair, usize) {
-        (&self.pair, self.anchor)
+    pub(super) fn probe(&self) -> (&Probe, usize) {
+        (&self.probe, self.anchor)
     }
 
     /// The places among `starts` where the pattern begins and fits; they may overlap.
@@ -73,12 +73,12 @@ impl Bytes {
         starts: Range<usize>,
     ) -> impl Iterator<Item = Range<usize>> + 'a {
         let end = starts.end.min((memory.len() + 1).saturating_sub(self.len()));
-        // What the pair may take in when the pattern begins before the end.
+        // What the probe may take in when the pattern begins before the end.
         let within =
-            memory.get(..(end + self.anchor + self.pair.distance()).min(memory.len())).unwrap_or_default();
+            memory.get(..(end + self.anchor + self.probe.reach()).min(memory.len())).unwrap_or_default();
         let mut from = starts.start + self.anchor;
         let blocks = std::iter::from_fn(move || {
-            let block = self.pair.find(within, from)?;
+            let block = self.probe.find(within, from)?;
             from = usize::try_from(block.at).ok()? + PLACES;
             Some(block)
         });
@@ -94,21 +94,25 @@ impl Bytes {
     }
 }
 
-/// The two bytes that memory holds least, and the first one's place. They are the same one where there is no other.
-fn rarest(bytes: &[Masked]) -> Option<(usize, Pair)> {
-    let (first, one) = bytes.iter().enumerate().min_by_key(|(_, byte)| commonness(**byte))?;
-    if one.mask == 0 {
-        return None;
-    }
-    let range = usize::from(u8::MAX);
-    let others = bytes.iter().enumerate().skip(first.saturating_sub(range)).take(2 * range);
-    let others =
-        others.filter(|(place, byte)| *place != first && place.abs_diff(first) <= range && byte.mask != 0);
-    let (second, other) = others.min_by_key(|(_, byte)| commonness(**byte)).unwrap_or((first, one));
-    let distance = u8::try_from(first.abs_diff(second)).ok()?;
-    let pair =
-        if first <= second { Pair::new(*one, *other, distance) } else { Pair::new(*other, *one, distance) };
-    Some((first.min(second), pair))
+/// The three bytes that memory holds least, and the first one's place. Where there are fewer, some are there again.
+fn rarest(bytes: &[Masked]) -> Option<(usize, Probe)> {
+    let rank = |(place, byte): &(usize, &Masked)| (commonness(**byte), *place);
+    let (first, _) = bytes.iter().enumerate().min_by_key(rank).filter(|(_, byte)| byte.mask != 0)?;
+    // All three lie within what a distance can say.
+    let from = first.saturating_sub(usize::from(u8::MAX) / 2);
+    let near = bytes.iter().enumerate().skip(from).take(usize::from(u8::MAX));
+    let mut near: Vec<(usize, &Masked)> = near.filter(|(_, byte)| byte.mask != 0).collect();
+    near.sort_unstable_by_key(rank);
+    near.truncate(3);
+    near.sort_unstable_by_key(|(place, _)| *place);
+    let [first, .., last] = near[..] else { return single(near.first()?) };
+    let middle = near.get(near.len() / 2)?;
+    let at = |(place, byte): (usize, &Masked)| Some((*byte, u8::try_from(place - first.0).ok()?));
+    Some((first.0, Probe::new(*first.1, at(*middle)?, at(last)?)?))
+}
+
+fn single((place, byte): &(usize, &Masked)) -> Option<(usize, Probe)> {
+    Some((*place, Probe::new(**byte, (**byte, 0), (**byte, 0))?))
 }
 
 /// How often memory holds such bytes, roughly: zeros most of all, then text and what is frequent in code.
@@ -155,7 +159,7 @@ mod tests {
     }
 
     #[test]
-    fn the_pair_is_within_reach_in_long_patterns() {
+    fn the_probe_is_within_reach_in_long_patterns() {
         for rare in [0, 100, 300, 599] {
             let mut text = vec![b'e'; 600];
             text[rare] = 0x9e;
