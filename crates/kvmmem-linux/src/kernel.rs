@@ -8,6 +8,7 @@ mod error;
 mod find;
 mod list;
 mod object;
+mod rb_tree;
 mod read;
 
 use std::sync::{Arc, OnceLock};

@@ -12,6 +12,7 @@
 //! | processes and threads | structures | [`tasks`] |
 //! | modules | structures | [`modules`] |
 //! | open files | structures | [`files`] |
+//! | mounts of processes | structures | [`mounts`] |
 //! | memory of processes | structures, page tables | [`maps`], [`process`] |
 //! | sockets | structures | [`sockets`] |
 //! | whether it was tampered with | structures, text | [`integrity`] |
@@ -46,6 +47,7 @@ pub mod kernel;
 pub mod log;
 pub mod maps;
 pub mod modules;
+pub mod mounts;
 mod paths;
 pub mod process;
 pub mod search;

@@ -52,6 +52,43 @@ impl FilePath {
     }
 }
 
+/// Where a path ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum End {
+    /// At the root that was asked for.
+    Root,
+    /// At the root of all mounts.
+    Top,
+    /// At the root of a file system that is not mounted there.
+    Detached,
+}
+
+/// The names of a path, the last one first.
+#[derive(Default)]
+struct Names {
+    names: Vec<String>,
+    len: usize,
+}
+
+impl Names {
+    /// `None` where the path is too long.
+    fn push(&mut self, name: String) -> Option<()> {
+        self.len += name.len() + 1;
+        self.names.push(name);
+        (self.len <= MAX_PATH + usize::try_from(MAX_NAME).ok()? && self.names.len() <= MAX_STEPS)
+            .then_some(())
+    }
+
+    fn path(&self) -> String {
+        let names: Vec<&str> = self.names.iter().rev().map(String::as_str).collect();
+        format!("/{}", names.join("/"))
+    }
+}
+
+fn endless(dentry: u64) -> KernelError {
+    KernelError::Malformed { what: "the path of the entry".to_owned(), gva: dentry }
+}
+
 impl<'a> Paths<'a> {
     pub(crate) fn new(kernel: &'a Kernel<'a>) -> Result<Self, KernelError> {
         let dentry = |member| kernel.offset("dentry", member);
@@ -87,33 +124,66 @@ impl<'a> Paths<'a> {
             _ => {}
         }
         let is_deleted = !is_root && word(dentry, self.d_pprev)? == 0;
+        let (text, end) = self.climb(vfsmount, dentry, None)?;
+        // What a file system has for itself, such as a memfd, has no name either.
+        Ok(FilePath { text, is_deleted: is_deleted || end == End::Detached })
+    }
+
+    /// The path from `root`, a `vfsmount` and a `dentry`; `None` for what lies elsewhere.
+    pub(crate) fn below(
+        &self,
+        vfsmount: u64,
+        dentry: u64,
+        root: (u64, u64),
+    ) -> Result<Option<String>, KernelError> {
+        let (text, end) = self.climb(vfsmount, dentry, Some(root))?;
+        Ok((end == End::Root).then_some(text))
+    }
+
+    /// The path of an entry in its own file system.
+    pub(crate) fn within(&self, dentry: u64) -> Result<String, KernelError> {
+        let mut names = Names::default();
+        let mut at = dentry;
+        loop {
+            let parent = self.kernel.read_u64(at.wrapping_add(self.d_parent))?;
+            if parent == at {
+                return Ok(names.path());
+            }
+            names.push(self.name(at)?).ok_or_else(|| endless(dentry))?;
+            at = parent;
+        }
+    }
+
+    /// The names up to `root`, or to the root of all mounts.
+    fn climb(
+        &self,
+        vfsmount: u64,
+        dentry: u64,
+        root: Option<(u64, u64)>,
+    ) -> Result<(String, End), KernelError> {
+        let word = |base: u64, at: u64| self.kernel.read_u64(base.wrapping_add(at));
         let mut mount = vfsmount.wrapping_sub(self.mnt);
-        let (mut at, mut names, mut len) = (dentry, Vec::new(), 0);
+        let (mut at, mut names) = (dentry, Names::default());
         for _ in 0..MAX_STEPS {
+            if root == Some((mount.wrapping_add(self.mnt), at)) {
+                return Ok((names.path(), End::Root));
+            }
             if at == word(mount, self.mnt_root)? {
                 let parent = word(mount, self.mnt_parent)?;
                 if parent == mount {
-                    names.reverse();
-                    return Ok(FilePath { text: format!("/{}", names.join("/")), is_deleted });
+                    return Ok((names.path(), End::Top));
                 }
                 (at, mount) = (word(mount, self.mnt_mountpoint)?, parent);
                 continue;
             }
-            let name = self.name(at)?;
-            len += name.len() + 1;
-            names.push(name);
+            names.push(self.name(at)?).ok_or_else(|| endless(dentry))?;
             let parent = word(at, self.d_parent)?;
             if parent == at {
-                // What a file system has for itself, such as a memfd.
-                names.reverse();
-                return Ok(FilePath { text: format!("/{}", names.join("/")), is_deleted: true });
-            }
-            if len > MAX_PATH {
-                break;
+                return Ok((names.path(), End::Detached));
             }
             at = parent;
         }
-        Err(KernelError::Malformed { what: "the path of the entry".to_owned(), gva: dentry })
+        Err(endless(dentry))
     }
 
     fn name(&self, dentry: u64) -> Result<String, KernelError> {

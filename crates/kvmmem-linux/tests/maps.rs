@@ -85,25 +85,28 @@ fn a_map_with_another_number_of_areas_than_the_process_counts_is_torn() {
     }
 }
 
+/// What it is, and what writes it.
+type Damage = (&'static str, fn(&Guest));
+
 /// What ends a walk of the tree. Each is an error, not a map that is too short.
 #[test]
 fn trees_that_lead_back_or_nowhere_are_refused() {
-    let damages: &[(&str, fn(&Guest))] = &[
+    let damages: &[Damage] = &[
         ("a root that is its own child", |guest| {
-            let root = PLACE.gva + NODES | 3 << 3 | 2;
+            let root = (PLACE.gva + NODES) | 3 << 3 | 2;
             guest.node(PLACE.gpa + NODES, 3, &[(root | 4, u64::MAX)]);
             guest.put_word(PLACE.gpa + MM + 8, root);
         }),
         ("the same leaf twice", |guest| {
-            let (leaf, root) = (PLACE.gva + NODES | 1 << 3 | 6, NODES + 40 * NODE);
+            let (leaf, root) = ((PLACE.gva + NODES) | 1 << 3 | 6, NODES + 40 * NODE);
             guest.node(PLACE.gpa + NODES, 1, &[(area(&PLACE, 0), 0x10_0fff), (0, 0x20_0000)]);
             guest.node(PLACE.gpa + root, 3, &[(leaf, 0x20_0000), (leaf, u64::MAX)]);
-            guest.put_word(PLACE.gpa + MM + 8, PLACE.gva + root | 3 << 3 | 2);
+            guest.put_word(PLACE.gpa + MM + 8, (PLACE.gva + root) | 3 << 3 | 2);
         }),
         ("pivots that descend", |guest| guest.put_word(PLACE.gpa + NODES + 8 + 16, 1)),
         ("a root that is an area", |guest| guest.put_word(PLACE.gpa + MM + 8, area(&PLACE, 0))),
         ("a node of no known kind", |guest| {
-            guest.put_word(PLACE.gpa + MM + 8, PLACE.gva + NODES | 9 << 3 | 2)
+            guest.put_word(PLACE.gpa + MM + 8, (PLACE.gva + NODES) | 9 << 3 | 2)
         }),
         ("a node of the null page", |guest| guest.put_word(PLACE.gpa + MM + 8, 0x1000 | 1 << 3 | 2)),
         ("more slots than there are", |guest| {
@@ -163,7 +166,7 @@ proptest! {
                 Just(u64::MAX),
                 any::<u64>(),
                 // A pointer to a node of some kind, or to an area.
-                (0u64..64, 0u64..16).prop_map(|(node, kind)| PLACE.gva + NODES + NODE * node | kind << 3 | 6),
+                (0u64..64, 0u64..16).prop_map(|(node, kind)| (PLACE.gva + NODES + NODE * node) | kind << 3 | 6),
                 (0u64..64).prop_map(|index| PLACE.gva + AREAS + AREA * index),
             ], 1usize..9),
             1..8,

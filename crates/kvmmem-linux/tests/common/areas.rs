@@ -16,6 +16,7 @@ pub(crate) const NODES: u64 = 0x30_0000;
 /// Bytes of an area, and of a node.
 pub(crate) const AREA: u64 = 72;
 pub(crate) const NODE: u64 = 256;
+const EMPTY: [u8; 256] = [0; 256];
 
 /// Slots of the nodes with and without areas.
 const LEAF: usize = 16;
@@ -91,7 +92,7 @@ impl Guest {
                     nodes += 1;
                     // A pointer to a node has its kind, and one to the root another bit.
                     let bits = kind << 3 | if is_root { 2 } else { 6 };
-                    (place.gva + at | bits, slots.last().unwrap().1)
+                    ((place.gva + at) | bits, slots.last().unwrap().1)
                 })
                 .collect();
             if is_root {
@@ -104,7 +105,7 @@ impl Guest {
     /// A node, as the kernel leaves it: pivots after the last one in use are 0, and then its number is in the metadata.
     pub(crate) fn node(&self, gpa: u64, kind: u64, slots: &[(u64, u64)]) {
         let (room, slots_at, end_at) = if kind == 3 { (INNER, 80, 240) } else { (LEAF, 128, 248) };
-        self.put(gpa, &[0; NODE as usize]);
+        self.put(gpa, &EMPTY);
         for (index, (slot, last)) in slots.iter().enumerate() {
             let index = index as u64;
             if index + 1 < room as u64 {
