@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The memory that a verb goes through as a whole: a target's, or that in a dump file.
+//! The memory that a verb reads: a target's, or that in a dump file.
 
 use std::ops::ControlFlow;
 use std::path::PathBuf;
@@ -11,7 +11,8 @@ use kvmmem_memory::{DumpFile, Memory};
 
 use crate::parallel::{Sink, in_order};
 use crate::range::GpaRange;
-use crate::source::Source;
+use crate::source::{self, Source};
+use crate::target_name::TargetName;
 
 #[derive(Args)]
 pub(crate) struct Input {
@@ -30,12 +31,30 @@ pub(crate) enum Opened {
 }
 
 impl Input {
+    /// A target of this host.
+    pub(crate) fn of_target(target: TargetName) -> Self {
+        Self { file: None, source: Source::of_target(target) }
+    }
+
+    /// Whether the memory is a target's, which may run.
+    pub(crate) fn is_live(&self) -> bool {
+        self.file.is_none()
+    }
+
     /// Opens the file, or attaches a view that reaches into each of `wanted`. `verb` is for the audit log.
     pub(crate) fn open(&self, verb: &str, wanted: &[GpaRange]) -> Result<Opened> {
         Ok(match &self.file {
             Some(path) => Opened::File(DumpFile::open(path)?),
             None => Opened::View(self.source.attach(Access::ReadOnly, verb, wanted)?),
         })
+    }
+
+    /// Memory for a few accesses: that in the file, or as [`Source::memory`] has it.
+    pub(crate) fn memory(&self, verb: &str, wanted: &[GpaRange]) -> Result<source::Memory> {
+        match &self.file {
+            Some(path) => Ok(source::Memory::File(DumpFile::open(path)?)),
+            None => self.source.memory(Access::ReadOnly, verb, wanted),
+        }
     }
 }
 

@@ -1,16 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The Linux guest that a verb is about: a target's memory, or that in a dump file, and the kernel in it.
 
-use std::path::PathBuf;
-
 use anyhow::Result;
 use clap::Args;
-use kvmmem::view::Access;
 use kvmmem_linux::{Find, FindError, Kernel};
-use kvmmem_memory::{DumpFile, Memory};
+use kvmmem_memory::Memory;
 
+use crate::input::Input;
 use crate::number::parse;
-use crate::source::Source;
 use crate::target_name::TargetName;
 
 /// Walks of a list that changes, before its error counts.
@@ -18,28 +15,23 @@ const TRIES: u32 = 3;
 
 #[derive(Args)]
 pub(crate) struct Guest {
-    /// A dump file instead of a target: raw memory, with the record of kvmmem dump beside it if there is one, an ELF core
-    /// or LiME
-    #[arg(long, value_name = "DUMP", conflicts_with_all = ["target", "token", "token_file", "listen", "device", "broker"])]
-    file: Option<PathBuf>,
-
     /// Of several kernels, the one whose VMCOREINFO note is at this guest-physical address
     #[arg(long, value_name = "GPA", value_parser = parse)]
     note: Option<u64>,
 
     #[command(flatten)]
-    source: Source,
+    input: Input,
 }
 
 impl Guest {
     /// That of a target of this host.
     pub(crate) fn of_target(target: TargetName) -> Self {
-        Self { file: None, note: None, source: Source::of_target(target) }
+        Self { note: None, input: Input::of_target(target) }
     }
 
     /// Whether the guest may run.
     pub(crate) fn is_live(&self) -> bool {
-        self.file.is_none()
+        self.input.is_live()
     }
 
     /// Hands `read` the kernel. `verb` is for the audit log.
@@ -48,17 +40,17 @@ impl Guest {
         verb: &str,
         read: impl FnOnce(&Kernel<'_>) -> Result<R>,
     ) -> Result<R> {
-        let memory: Box<dyn Memory> = match &self.file {
-            Some(path) => Box::new(DumpFile::open(path)?),
-            None => Box::new(self.source.attach(Access::ReadOnly, verb, &[])?),
-        };
-        let find = Find { is_live: self.is_live(), note: self.note, ..Find::default() };
-        let kernel = Kernel::find(memory.as_ref(), find).map_err(|error| match error {
-            FindError::Ambiguous { .. } => anyhow::Error::new(error).context("say which kernel: --note GPA"),
-            error => error.into(),
-        })?;
-        read(&kernel)
+        let opened = self.input.open(verb, &[])?;
+        read(&find(opened.memory(), self.is_live(), self.note)?)
     }
+}
+
+/// Finds the kernel in memory, which is a running target's or not; `note` is where the user says its VMCOREINFO note is.
+pub(crate) fn find(memory: &dyn Memory, is_live: bool, note: Option<u64>) -> Result<Kernel<'_>> {
+    Kernel::find(memory, Find { is_live, note, ..Find::default() }).map_err(|error| match error {
+        FindError::Ambiguous { .. } => anyhow::Error::new(error).context("say which kernel: --note GPA"),
+        error => error.into(),
+    })
 }
 
 /// Walks a list to its end, again where it changes under way.

@@ -3,6 +3,7 @@
 //! introspector: reads and maps targets. On both: `doctor`.
 #![deny(unsafe_code)]
 
+mod address_space;
 mod attach;
 mod broker;
 mod check;
@@ -24,7 +25,9 @@ mod interrupt;
 mod introspector;
 mod linux;
 mod map;
+mod maps;
 mod modules;
+mod mounts;
 mod number;
 mod output;
 mod parallel;
@@ -124,6 +127,10 @@ enum Verb {
     Sockets(sockets::Arguments),
     /// Look for signs that a Linux guest's kernel was tampered with.
     Check(check::Arguments),
+    /// List the memory mappings of processes of a Linux guest.
+    Maps(maps::Arguments),
+    /// List the mounts that a process of a Linux guest sees.
+    Mounts(mounts::Arguments),
     /// Print the kernel log of a Linux guest.
     Dmesg(dmesg::Arguments),
     /// List the modules of a Linux guest's kernel.
@@ -178,6 +185,8 @@ fn main() -> ExitCode {
         Verb::Files(arguments) => arguments.run(&mut output),
         Verb::Sockets(arguments) => arguments.run(&mut output),
         Verb::Check(arguments) => arguments.run(&mut output),
+        Verb::Maps(arguments) => arguments.run(&mut output),
+        Verb::Mounts(arguments) => arguments.run(&mut output),
         Verb::Dmesg(arguments) => arguments.run(&mut output),
         Verb::Modules(arguments) => arguments.run(&mut output),
         Verb::Info(arguments) => arguments.run(&mut output),

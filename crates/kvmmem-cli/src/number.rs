@@ -151,6 +151,14 @@ impl Address {
             Self::Gpa(Hex(address)) | Self::Gva(Hex(address)) => address,
         }
     }
+
+    /// The address that many bytes later.
+    pub(crate) fn plus(self, bytes: u64) -> Self {
+        match self {
+            Self::Gpa(Hex(at)) => Self::Gpa(Hex(at.wrapping_add(bytes))),
+            Self::Gva(Hex(at)) => Self::Gva(Hex(at.wrapping_add(bytes))),
+        }
+    }
 }
 
 #[cfg(test)]

@@ -70,18 +70,20 @@ impl Output {
 }
 
 /// The rows as lines whose cells begin below each other, in the columns that a terminal has for them.
-pub(crate) fn columns<const N: usize>(rows: &[[String; N]]) -> Vec<String> {
-    let mut widths = [0; N];
+pub(crate) fn columns(rows: &[impl AsRef<[String]>]) -> Vec<String> {
+    let mut widths = Vec::new();
     for row in rows {
+        let row = row.as_ref();
+        widths.resize(row.len().max(widths.len()), 0);
         for (width, cell) in widths.iter_mut().zip(row) {
             *width = cell.width().max(*width);
         }
     }
-    let line = |row: &[String; N]| {
-        let padded = |(cell, width): (&String, usize)| {
+    let line = |row: &_| {
+        let padded = |(cell, width): (&String, &usize)| {
             cell.to_owned() + &" ".repeat(width.saturating_sub(cell.width()))
         };
-        let cells: Vec<String> = row.iter().zip(widths).map(padded).collect();
+        let cells: Vec<String> = AsRef::<[String]>::as_ref(row).iter().zip(&widths).map(padded).collect();
         cells.join("  ").trim_end().to_owned()
     };
     rows.iter().map(line).collect()

@@ -8,8 +8,10 @@ use clap::Args;
 use kvmmem::view::Access;
 use serde::Serialize;
 
+use crate::address_space::{LinuxSpace, Virtual};
 use crate::failure::usage;
 use crate::hexdump::Hexdump;
+use crate::input::Input;
 use crate::number::{Address, Hex, HexBytes, hex, parse, parse_hex, parse_length};
 use crate::output::Output;
 use crate::range::pages;
@@ -20,9 +22,9 @@ use crate::translate::{Depth, Tables};
 const CHUNK: u64 = 64 * 1024;
 
 #[derive(Args)]
-#[command(after_help = SOURCE_HELP)]
+#[command(after_help = READ_HELP)]
 pub(crate) struct Read {
-    /// First guest-physical address in the target, or guest-virtual with --gva
+    /// First guest-physical address in the target, or guest-virtual with --pid or --cr3
     #[arg(value_parser = parse)]
     address: u64,
     /// How many bytes
@@ -31,17 +33,16 @@ pub(crate) struct Read {
     /// Write the bytes themselves to standard output
     #[arg(long, conflicts_with = "json")]
     raw: bool,
-    /// ADDRESS is guest-virtual: it is looked up in the page tables of --cr3
+    /// ADDRESS is guest-virtual, as it is with --cr3 in any case
     #[arg(long, requires = "cr3")]
     gva: bool,
-    /// The vCPU's CR3, or the address of the outermost table
-    #[arg(long, requires = "gva", value_parser = parse)]
-    cr3: Option<u64>,
     /// How many levels of page tables the target uses [default: what the tables look like]
-    #[arg(long, requires = "gva", value_enum)]
+    #[arg(long, requires = "cr3", conflicts_with = "pid", value_enum)]
     levels: Option<Depth>,
     #[command(flatten)]
-    source: Source,
+    space: Virtual,
+    #[command(flatten)]
+    input: Input,
 }
 
 #[derive(Args)]
@@ -56,6 +57,13 @@ pub(crate) struct Write {
     #[command(flatten)]
     source: Source,
 }
+
+const READ_HELP: &str = "\
+With --pid, memory that the process may not access (PROT_NONE) is read as well. A page that is not in memory, because it was
+never used, was swapped out or is still in its file, ends the read.
+
+The memory comes by KVMI (--listen, KVMMEM_KVMI_PORT), or by a view where a target, a token, a device or a broker is given, or
+from a dump file.";
 
 const SOURCE_HELP: &str = "\
 The memory comes by KVMI (--listen, KVMMEM_KVMI_PORT), or by a view where a target, a token, a device or a broker is given.";
@@ -77,17 +85,34 @@ struct Written {
 
 impl Read {
     pub(crate) fn run(&self, output: &mut Output) -> Result<ExitCode> {
+        let is_virtual = self.space.is_given();
         if self.address.checked_add(self.len - 1).is_none() {
-            let kind = if self.gva { "GVA" } else { "GPA" };
+            let kind = if is_virtual { "GVA" } else { "GPA" };
             return Err(usage(format!(
                 "{:#x} bytes from {kind} {:#x} on pass the end of the address space",
                 self.len, self.address
             )));
         }
+        if let Some(linux) = self.space.linux()? {
+            let opened = self.input.open("read", &[])?;
+            let kernel = linux.kernel(&opened)?;
+            let space = LinuxSpace::new(&kernel, &linux)?;
+            return self.print(output, |at, buf| space.read(at, buf));
+        }
         // Where a guest-virtual address leads is not known yet.
-        let wanted = if self.gva { Vec::new() } else { vec![pages(self.address, self.len)] };
-        let mut memory = self.source.memory(Access::ReadOnly, "read", &wanted)?;
-        let tables = self.cr3.map(|cr3| Tables::new(cr3, self.levels, &[self.address], &mut memory));
+        let wanted = if is_virtual { Vec::new() } else { vec![pages(self.address, self.len)] };
+        let mut memory = self.input.memory("read", &wanted)?;
+        let cr3 = self.space.cr3();
+        let tables = cr3.map(|cr3| Tables::new(cr3, self.levels, &[self.address], &mut memory));
+        self.print(output, |at, buf| read(tables.as_ref(), &mut memory, at, buf))
+    }
+
+    /// Prints what `read` reads: it returns how many bytes could be read, and why there are not more.
+    fn print(
+        &self,
+        output: &mut Output,
+        mut read: impl FnMut(u64, &mut [u8]) -> (usize, Option<anyhow::Error>),
+    ) -> Result<ExitCode> {
         let mut dump = Hexdump::default();
         let mut buffer = vec![0; usize::try_from(self.len.min(CHUNK))?];
         let mut done = 0;
@@ -95,15 +120,14 @@ impl Read {
             let part = usize::try_from((self.len - done).min(CHUNK))?;
             let part = buffer.get_mut(..part).context("the buffer is too small")?;
             let at = self.address + done;
-            let (count, error) = read(tables.as_ref(), &mut memory, at, part);
+            let (count, error) = read(at, part);
             let part = part.get(..count).context("more was read than asked for")?;
             if part.is_empty() {
                 // Nothing lies before the address that cannot be read.
             } else if self.raw {
                 output.raw(part)?;
             } else if output.is_json() {
-                let address = if self.gva { Address::Gva(Hex(at)) } else { Address::Gpa(Hex(at)) };
-                output.object(&Part { address, hex: hex(part) })?;
+                output.object(&Part { address: self.space.address(at), hex: hex(part) })?;
             } else {
                 for line in dump.lines(at, part) {
                     output.line(line)?;
@@ -138,17 +162,19 @@ fn read(
         Err(error) => {
             let count = usize::try_from(error.gva().wrapping_sub(address)).unwrap_or(0);
             let remedy = tables.remedy(&error);
-            let (gva, error) = (error.gva(), anyhow::Error::new(error));
-            (
-                count,
-                Some(if remedy.is_empty() {
-                    error
-                } else {
-                    error.context(format!("cannot read gva {gva:#x}{remedy}"))
-                }),
-            )
+            (count, Some(with_remedy(error.gva(), error, remedy)))
         }
     }
+}
+
+/// An error at a guest-virtual address, with what helps.
+pub(crate) fn with_remedy(
+    gva: u64,
+    error: impl std::error::Error + Send + Sync + 'static,
+    remedy: &str,
+) -> anyhow::Error {
+    let error = anyhow::Error::new(error);
+    if remedy.is_empty() { error } else { error.context(format!("cannot read gva {gva:#x}{remedy}")) }
 }
 
 impl Write {

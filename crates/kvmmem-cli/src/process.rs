@@ -3,10 +3,11 @@
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
+use kvmmem_linux::Space;
 use kvmmem_linux::space::{Extent, MappedError};
-use kvmmem_linux::{Find, FindError, Kernel, Space};
 use kvmmem_memory::{Memory, MemoryError, Range, VectoredError};
 
+use crate::linux::find;
 use crate::number::{Address, Hex, parse};
 
 /// Looks at tables that change, before their error counts.
@@ -41,11 +42,7 @@ impl Process {
         act: impl FnOnce(&dyn Memory) -> Result<R>,
     ) -> Result<R> {
         let Some(pid) = self.pid else { return act(memory) };
-        let kernel = Kernel::find(memory, Find { is_live, note: self.note, ..Find::default() });
-        let kernel = kernel.map_err(|error| match error {
-            FindError::Ambiguous { .. } => anyhow::Error::new(error).context("say which kernel: --note GPA"),
-            error => error.into(),
-        })?;
+        let kernel = find(memory, is_live, self.note)?;
         let space = kernel.space_of(&kernel.task(pid)?)?;
         let extents =
             mapped(&space).with_context(|| format!("cannot tell what process {pid} has in memory"))?;

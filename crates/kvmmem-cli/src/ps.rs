@@ -9,8 +9,9 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use clap::Args;
-use kvmmem_linux::tasks::{Task, Tasks, Which};
+use kvmmem_linux::process::{Details, Namespaces};
+use kvmmem_linux::tasks::{Args, Task, Tasks, Which};
+use kvmmem_linux::{FilePath, KernelError};
 use serde::Serialize;
 
 use crate::failure::escape;
@@ -18,7 +19,7 @@ use crate::linux::{Guest, collect};
 use crate::number::{Hex, parse_duration};
 use crate::output::{Output, columns};
 
-#[derive(Args)]
+#[derive(clap::Args)]
 #[command(after_help = AFTER_HELP)]
 pub(crate) struct Arguments {
     /// Print each process below the one that it belongs to
@@ -36,6 +37,15 @@ pub(crate) struct Arguments {
     /// With --watch: look this many times, then end [default: until interrupted]
     #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u64).range(1..), requires = "watch", conflicts_with = "file")]
     count: Option<u64>,
+    /// Print the program that each process runs; JSON has it in any case
+    #[arg(long, conflicts_with = "watch")]
+    exe: bool,
+    /// Print the environment of each process after its command line; in JSON as well
+    #[arg(long, conflicts_with = "watch")]
+    env: bool,
+    /// Print the namespaces of each process; JSON has them in any case
+    #[arg(long, conflicts_with = "watch")]
+    namespaces: bool,
     #[command(flatten)]
     guest: Guest,
 }
@@ -47,6 +57,8 @@ const AFTER_HELP: &str = "\
 Nothing is installed in the guest, and no symbol file is needed. Users are numbers, those of the first user namespace; START
 is in seconds since boot, as dmesg has it; the states are those of ps(1). Names in brackets are the kernel's own threads.
 A ! after a state says that the process changed whenever it was read, so that its values may not belong together.
+Namespaces are the inode numbers that /proc/PID/ns shows. The environment is that which the process was started with, as far as it
+is in memory and was not written over.
 
 With --watch, what starts and ends between two looks is not seen. Each line has the seconds since the first look; with --json the
 event is \"started\" or \"ended\", with the milliseconds and the values of the process.
@@ -76,6 +88,42 @@ struct TaskLine<'a> {
     /// Where its `struct task_struct` is.
     task: Hex,
     torn: bool,
+    #[serde(flatten)]
+    more: Option<MoreLine<'a>>,
+}
+
+/// What `ps` looks up besides, as JSON.
+#[derive(Serialize)]
+struct MoreLine<'a> {
+    /// The program; `None` for the kernel's threads, and for processes that have ended.
+    exe: Option<&'a str>,
+    exe_deleted: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    env: Option<&'a [String]>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    env_cut: Option<bool>,
+    namespaces: NamespaceNumbers,
+}
+
+/// Inode numbers of namespaces, as JSON; what a process has no more is `None`.
+#[derive(Serialize)]
+struct NamespaceNumbers {
+    cgroup: Option<u32>,
+    ipc: Option<u32>,
+    mnt: Option<u32>,
+    net: Option<u32>,
+    pid: Option<u32>,
+    time: Option<u32>,
+    user: Option<u32>,
+    uts: Option<u32>,
+}
+
+/// What is looked up for a process besides.
+#[derive(Default)]
+struct More {
+    exe: Option<FilePath>,
+    env: Option<Args>,
+    namespaces: Namespaces,
 }
 
 impl Arguments {
@@ -88,49 +136,89 @@ impl Arguments {
             })?;
             return Ok(ExitCode::SUCCESS);
         }
-        let tasks = self.guest.with_kernel("ps", |kernel| {
-            collect(|| Tasks::new(kernel, which)).context("cannot list the processes")
+        let wants_more = output.is_json() || self.exe || self.namespaces || self.env;
+        let (tasks, more) = self.guest.with_kernel("ps", |kernel| {
+            let mut tasks = collect(|| Tasks::new(kernel, which)).context("cannot list the processes")?;
+            if !wants_more {
+                return Ok((tasks, Vec::new()));
+            }
+            let details = Details::new(kernel)?;
+            let more =
+                tasks.iter_mut().map(|task| self.more(task, &details)).collect::<Result<Vec<_>, _>>()?;
+            Ok((tasks, more))
         })?;
         let order =
             if self.tree { tree::order(&tasks) } else { (0..tasks.len()).map(|index| (index, 0)).collect() };
-        let tasks: Vec<_> =
-            order.iter().filter_map(|(index, depth)| Some((tasks.get(*index)?, *depth))).collect();
+        let tasks =
+            order.iter().filter_map(|(index, depth)| Some((tasks.get(*index)?, more.get(*index), *depth)));
         if output.is_json() {
-            for (task, _) in tasks {
-                output.object(&TaskLine::new(task, self.threads))?;
+            for (task, more, _) in tasks {
+                output.object(&TaskLine {
+                    more: more.map(MoreLine::new),
+                    ..TaskLine::new(task, self.threads)
+                })?;
             }
             return Ok(ExitCode::SUCCESS);
         }
-        let header = ["PID", "TID", "PPID", "UID", "STATE", "START", "COMMAND"].map(str::to_owned);
-        let rows: Vec<_> =
-            std::iter::once(header).chain(tasks.iter().map(|(task, depth)| row(task, *depth))).collect();
-        let lines = if self.threads {
-            columns(&rows)
-        } else {
-            columns(&rows.into_iter().map(without_thread).collect::<Vec<_>>())
-        };
-        for line in lines {
+        let nothing = More::default();
+        let rows = tasks.map(|(task, more, depth)| self.row(task, more.unwrap_or(&nothing), depth));
+        let rows: Vec<_> = std::iter::once(self.header()).chain(rows).collect();
+        for line in columns(&rows) {
             output.line(line)?;
         }
         Ok(ExitCode::SUCCESS)
     }
+
+    /// Looks up what `ps` shows besides. A process that ends meanwhile is torn, and has less.
+    fn more(&self, task: &mut Task, details: &Details<'_>) -> Result<More, KernelError> {
+        let look_up = |task: &Task| {
+            let env = if self.env { Some(details.environment(task)?) } else { None };
+            Ok(More { exe: details.executable(task)?, env, namespaces: details.namespaces(task)? })
+        };
+        look_up(task).or_else(|error: KernelError| {
+            task.is_torn = true;
+            if error.is_final() { Err(error) } else { Ok(More::default()) }
+        })
+    }
+
+    fn header(&self) -> Vec<String> {
+        let of = |is_wanted: bool, name| is_wanted.then_some(name);
+        let fixed = ["PID", "TID", "PPID", "UID", "STATE", "START"];
+        let fixed = fixed.into_iter().filter(|name| self.threads || *name != "TID");
+        let namespaces = NAMESPACES.into_iter().filter(|_| self.namespaces);
+        let last = of(self.exe, "EXE").into_iter().chain(["COMMAND"]);
+        fixed.chain(namespaces).chain(last).map(str::to_owned).collect()
+    }
+
+    fn row(&self, task: &Task, more: &More, depth: usize) -> Vec<String> {
+        let More { exe, env, namespaces } = more;
+        let mut row = vec![task.pid.to_string()];
+        row.extend(self.threads.then(|| task.tid.to_string()));
+        row.extend([
+            task.ppid.to_string(),
+            task.euid.to_string(),
+            format!("{}{}", task.state, if task.is_torn { "!" } else { "" }),
+            format!("{}.{:02}", task.start.as_secs(), task.start.subsec_millis() / 10),
+        ]);
+        if self.namespaces {
+            let Namespaces { cgroup, ipc, mnt, net, pid, time, user, uts } = *namespaces;
+            let number =
+                |number: Option<u32>| number.map_or_else(|| "-".to_owned(), |number| number.to_string());
+            row.extend([cgroup, ipc, mnt, net, pid, time, user, uts].map(number));
+        }
+        if self.exe {
+            let path = |exe: &FilePath| escape(&exe.text) + if exe.is_deleted { " (deleted)" } else { "" };
+            row.push(exe.as_ref().map_or_else(|| "-".to_owned(), path));
+        }
+        let words = env.iter().flat_map(|env| &env.words);
+        let env: String = words.map(|word| format!(" {}", escape(word))).collect();
+        row.push("  ".repeat(depth.min(MAX_DEPTH)) + &command(task) + &env);
+        row
+    }
 }
 
-fn row(task: &Task, depth: usize) -> [String; 7] {
-    [
-        task.pid.to_string(),
-        task.tid.to_string(),
-        task.ppid.to_string(),
-        task.euid.to_string(),
-        format!("{}{}", task.state, if task.is_torn { "!" } else { "" }),
-        format!("{}.{:02}", task.start.as_secs(), task.start.subsec_millis() / 10),
-        "  ".repeat(depth.min(MAX_DEPTH)) + &command(task),
-    ]
-}
-
-fn without_thread([pid, _, ppid, uid, state, start, command]: [String; 7]) -> [String; 6] {
-    [pid, ppid, uid, state, start, command]
-}
+/// Headings of namespaces.
+const NAMESPACES: [&str; 8] = ["CGROUP", "IPC", "MNT", "NET", "PIDNS", "TIME", "USER", "UTS"];
 
 /// The command line, or the name of a process without one.
 fn command(task: &Task) -> String {
@@ -160,6 +248,21 @@ impl<'a> TaskLine<'a> {
             kernel: task.is_kernel,
             task: Hex(task.gva),
             torn: task.is_torn,
+            more: None,
+        }
+    }
+}
+
+impl<'a> MoreLine<'a> {
+    fn new(more: &'a More) -> Self {
+        let More { exe, env, namespaces } = more;
+        let Namespaces { cgroup, ipc, mnt, net, pid, time, user, uts } = *namespaces;
+        Self {
+            exe: exe.as_ref().map(|exe| exe.text.as_str()),
+            exe_deleted: exe.as_ref().is_some_and(|exe| exe.is_deleted),
+            env: env.as_ref().map(|env| env.words.as_slice()),
+            env_cut: env.as_ref().map(|env| env.is_cut),
+            namespaces: NamespaceNumbers { cgroup, ipc, mnt, net, pid, time, user, uts },
         }
     }
 }

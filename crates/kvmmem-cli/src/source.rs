@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Where a verb gets a target's memory from: a view, by a token or by the target's name, or KVMI.
+//! Where a verb gets a target's memory from: a view, by a token or by the target's name, or KVMI. Verbs that only read have
+//! it from [`crate::input`].
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -12,6 +13,7 @@ use kvmmem::view::{Access, Range, View, ViewError};
 use kvmmem::{PAGE_SIZE, Session, SessionError, Token};
 use kvmmem_broker::admin::{Admin, GrantRequest, Rights};
 use kvmmem_broker::host::CopyError;
+use kvmmem_memory::DumpFile;
 use serde::Deserialize;
 use zeroize::Zeroizing;
 
@@ -227,10 +229,11 @@ pub(crate) struct Operator {
     pub(crate) target: String,
 }
 
-/// Memory of a target, read and written by copy.
+/// Memory of a target, read and written by copy, or that in a dump file, which is only read.
 pub(crate) enum Memory {
     View(View),
     Session(Session),
+    File(DumpFile),
 }
 
 /// Why memory cannot be read or written.
@@ -240,6 +243,10 @@ pub(crate) enum MemoryError {
     View(#[from] ViewError),
     #[error(transparent)]
     Session(#[from] SessionError),
+    #[error(transparent)]
+    File(#[from] kvmmem_memory::MemoryError),
+    #[error("a dump file is not written to")]
+    IsFile,
 }
 
 impl MemoryError {
@@ -250,6 +257,7 @@ impl MemoryError {
             Self::View(ViewError::Copy { source, .. }) => {
                 matches!(**source, CopyError::Hole | CopyError::NoMemory)
             }
+            Self::File(error) => error.is_local(),
             _ => false,
         }
     }
@@ -279,6 +287,7 @@ impl Memory {
         match self {
             Self::View(view) => view.read_at(gpa, buf)?,
             Self::Session(session) => session.read_physical(gpa, buf)?,
+            Self::File(file) => kvmmem_memory::Memory::read_at(file, gpa, buf)?,
         }
         Ok(())
     }
@@ -287,6 +296,7 @@ impl Memory {
         match self {
             Self::View(view) => view.write_at(gpa, bytes)?,
             Self::Session(session) => session.write_physical(gpa, bytes)?,
+            Self::File(_) => return Err(MemoryError::IsFile),
         }
         Ok(())
     }

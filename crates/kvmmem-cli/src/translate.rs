@@ -3,16 +3,17 @@
 
 use std::process::ExitCode;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use clap::{Args, ValueEnum};
 use kvmmem::paging::{Absent, AddressSpace, Entry, Levels, Translation, Walk, WalkError};
-use kvmmem::view::Access;
 use serde::Serialize;
 
-use crate::failure::escape;
+use crate::address_space::{LinuxSpace, Root, Virtual, parse_root};
+use crate::failure::{escape, usage};
+use crate::input::Input;
 use crate::number::{Hex, parse, size};
 use crate::output::Output;
-use crate::source::{Memory, MemoryError, Source};
+use crate::source::{Memory, MemoryError};
 
 /// Exit code where an address is not mapped.
 const NOT_MAPPED: u8 = 3;
@@ -20,26 +21,30 @@ const NOT_MAPPED: u8 = 3;
 #[derive(Args)]
 #[command(after_help = AFTER_HELP)]
 pub(crate) struct Arguments {
-    /// The vCPU's CR3, or the address of the outermost table
-    #[arg(value_parser = parse)]
-    cr3: u64,
+    /// The vCPU's CR3, the address of the outermost table, or kernel: that of the Linux kernel that is found; with --pid or --cr3
+    /// not given, and the first GVA is in its place
+    #[arg(value_name = "CR3", value_parser = parse_root)]
+    first: Root,
     /// Guest-virtual addresses
-    #[arg(value_name = "GVA", required = true, value_parser = parse)]
+    #[arg(value_name = "GVA", required_unless_present_any = ["pid", "cr3"], value_parser = parse)]
     gvas: Vec<u64>,
     /// How many levels of page tables the target uses [default: what the tables look like]
-    #[arg(long, value_enum)]
+    #[arg(long, conflicts_with = "pid", value_enum)]
     levels: Option<Depth>,
     /// Print the entries of the page tables as well; JSON always has them
     #[arg(long, short)]
     verbose: bool,
     #[command(flatten)]
-    source: Source,
+    space: Virtual,
+    #[command(flatten)]
+    input: Input,
 }
 
 const AFTER_HELP: &str = "\
 Of an entry that is not present, the line says what it may mean to Linux or Windows where the page is in memory.
 What is printed: GVA, GPA, size of the page, and what the tables allow (r, w, x; user or kernel).
-The memory comes by KVMI (--listen, KVMMEM_KVMI_PORT), or by a view where a target, a token, a device or a broker is given.
+The memory comes by KVMI (--listen, KVMMEM_KVMI_PORT), or by a view where a target, a token, a device or a broker is given, or
+from a dump file.
 
 Exit codes:
   0  every address is mapped
@@ -151,21 +156,57 @@ impl Tables {
 
 impl Arguments {
     pub(crate) fn run(&self, output: &mut Output) -> Result<ExitCode> {
-        let mut memory = self.source.memory(Access::ReadOnly, "translate", &[])?;
-        let tables = Tables::new(self.cr3, self.levels, &self.gvas, &mut memory);
-        let levels = tables.space.levels.count();
+        let (space, gvas) = self.places()?;
+        if let Some(linux) = space.linux()? {
+            let opened = self.input.open("translate", &[])?;
+            let kernel = linux.kernel(&opened)?;
+            let space = LinuxSpace::new(&kernel, &linux)?;
+            let walk = |gva| space.space.walk(gva);
+            let is_local = kvmmem_memory::MemoryError::is_local;
+            return self
+                .print(output, &gvas, space.space.levels(), walk, is_local, |error| space.remedy(error));
+        }
+        let mut memory = self.input.memory("translate", &[])?;
+        let cr3 = space.cr3().context("no CR3 is given")?;
+        let tables = Tables::new(cr3, self.levels, &gvas, &mut memory);
+        let walk = |gva| tables.space.walk(gva, |gpa, buf| memory.read(gpa, buf));
+        let remedy = |error: &_| tables.remedy(error).to_owned();
+        self.print(output, &gvas, tables.space.levels, walk, MemoryError::is_of_address, remedy)
+    }
+
+    /// Which tables, and the addresses.
+    fn places(&self) -> Result<(Virtual, Vec<u64>)> {
+        if !self.space.is_given() {
+            return Ok((Virtual { cr3: Some(self.first), ..self.space }, self.gvas.clone()));
+        }
+        match self.first {
+            Root::At(gva) => Ok((self.space, [&[gva], &self.gvas[..]].concat())),
+            Root::Kernel => {
+                Err(usage("\"kernel\" is no guest-virtual address, and --pid or --cr3 says whose tables"))
+            }
+        }
+    }
+
+    fn print<E: std::error::Error + Send + Sync + 'static>(
+        &self,
+        output: &mut Output,
+        gvas: &[u64],
+        levels: Levels,
+        mut walk: impl FnMut(u64) -> Walk<E>,
+        is_local: impl Fn(&E) -> bool,
+        remedy: impl Fn(&WalkError<E>) -> String,
+    ) -> Result<ExitCode> {
+        let levels = levels.count();
         let mut all_mapped = true;
-        for &gva in &self.gvas {
-            let Walk { entries, end } = tables.space.walk(gva, |gpa, buf| memory.read(gpa, buf));
+        for &gva in gvas {
+            let Walk { entries, end } = walk(gva);
             let end = match end {
                 Ok(translation) => Ok(translation),
                 // No address can be looked up.
-                Err(WalkError::Table { level, ref source, .. })
-                    if level == levels || !source.is_of_address() =>
-                {
+                Err(WalkError::Table { level, ref source, .. }) if level == levels || !is_local(source) => {
                     return end.map(|_| ExitCode::SUCCESS).map_err(Into::into);
                 }
-                Err(error) => Err(Unmapped::new(gva, &error, &tables)),
+                Err(error) => Err(Unmapped::new(gva, &error, &remedy(&error))),
             };
             all_mapped &= end.is_ok();
             if output.is_json() {
@@ -188,8 +229,8 @@ struct Unmapped {
 }
 
 impl Unmapped {
-    fn new(gva: u64, error: &WalkError<MemoryError>, tables: &Tables) -> Self {
-        let mut text = format!("{error}{}", tables.remedy(error));
+    fn new<E: std::error::Error>(gva: u64, error: &WalkError<E>, remedy: &str) -> Self {
+        let mut text = format!("{error}{remedy}");
         let mut source = std::error::Error::source(error);
         while let Some(cause) = source {
             text += &format!(": {cause}");

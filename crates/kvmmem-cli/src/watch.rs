@@ -8,14 +8,16 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
 use clap::Args;
-use kvmmem::view::{Access, Event, View};
+use kvmmem::view::Event;
+use kvmmem_memory::Memory;
 
+use crate::address_space::{LinuxSpace, Virtual};
 use crate::failure::usage;
+use crate::input::{Input, Opened};
 use crate::interrupt::Interrupt;
 use crate::number::{parse, parse_duration, parse_length};
 use crate::output::Output;
 use crate::range::pages;
-use crate::source::Source;
 use picture::Picture;
 
 /// More than this is nothing to look at.
@@ -27,9 +29,9 @@ const SIGNAL_INTERVAL: Duration = Duration::from_millis(100);
 #[derive(Args)]
 #[command(after_help = AFTER_HELP)]
 pub(crate) struct Arguments {
-    /// First guest-physical address in the target
+    /// First guest-physical address in the target, or guest-virtual with --pid or --cr3 kernel
     #[arg(value_parser = parse)]
-    gpa: u64,
+    address: u64,
     /// How many bytes, at most 1M
     #[arg(value_parser = parse_watched)]
     len: u64,
@@ -40,12 +42,15 @@ pub(crate) struct Arguments {
     #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u64).range(1..))]
     count: Option<u64>,
     #[command(flatten)]
-    source: Source,
+    space: Virtual,
+    #[command(flatten)]
+    input: Input,
 }
 
 const AFTER_HELP: &str = "\
 On a terminal with room for it the picture stays in place, and what changed since the last look is red. Else each
-changed line is printed, with the seconds since the beginning before it.
+changed line is printed, with the seconds since the beginning before it. With --pid the addresses are looked up again each
+time, and a page that is not in memory ends the command. A dump file does not change.
 
 Exit codes:
   0  interrupted, or COUNT looks taken
@@ -62,23 +67,53 @@ fn parse_watched(text: &str) -> Result<u64, String> {
 
 impl Arguments {
     pub(crate) fn run(&self, output: &mut Output) -> Result<ExitCode> {
-        let Self { gpa, len, .. } = *self;
-        if gpa.checked_add(len - 1).is_none() {
+        let Self { address, len, space, .. } = *self;
+        if address.checked_add(len - 1).is_none() {
+            let kind = if space.is_given() { "GVA" } else { "GPA" };
             return Err(usage(format!(
-                "{len:#x} bytes from GPA {gpa:#x} on pass the end of the address space"
+                "{len:#x} bytes from {kind} {address:#x} on pass the end of the address space"
             )));
         }
-        let view = self.source.attach(Access::ReadOnly, "watch", &[pages(gpa, len)])?;
+        let linux = space.linux()?;
+        if let Some(cr3) = space.cr3() {
+            return Err(usage(format!("watch looks by --pid PID or --cr3 kernel, not by --cr3 {cr3:#x}")));
+        }
+        let wanted = if linux.is_some() { Vec::new() } else { vec![pages(address, len)] };
+        let opened = self.input.open("watch", &wanted)?;
+        let Some(linux) = linux else {
+            return self.watch(&opened, output, |bytes| match &opened {
+                Opened::View(view) => Ok(view.read_at(address, bytes)?),
+                Opened::File(file) => Ok(file.read_at(address, bytes)?),
+            });
+        };
+        let kernel = linux.kernel(&opened)?;
+        let first = LinuxSpace::new(&kernel, &linux)?.task.map(|task| (task.gva, task.start));
+        self.watch(&opened, output, |bytes| {
+            // The guest changes its page tables, and gives its numbers of processes to others.
+            let now = LinuxSpace::new(&kernel, &linux)?;
+            if now.task.as_ref().map(|task| (task.gva, task.start)) != first {
+                bail!("the process has ended, and its number belongs to another one");
+            }
+            now.read(address, bytes).1.map_or(Ok(()), Err)
+        })
+    }
+
+    fn watch(
+        &self,
+        opened: &Opened,
+        output: &mut Output,
+        read: impl Fn(&mut [u8]) -> Result<()>,
+    ) -> Result<ExitCode> {
         let interrupt = Interrupt::catch()?;
-        let mut bytes = vec![0; usize::try_from(len)?];
-        view.read_at(gpa, &mut bytes)?;
-        let picture = Picture::begin(gpa, &bytes, output)?;
+        let mut bytes = vec![0; usize::try_from(self.len)?];
+        read(&mut bytes)?;
+        let picture = Picture::begin(self.space.address(self.address), &bytes, output)?;
         let mut looks = 1;
         while self.count.is_none_or(|count| looks < count)
-            && self.sleep(&view, &interrupt, &picture, output)?
+            && self.sleep(opened, &interrupt, &picture, output)?
         {
             let mut now = vec![0; bytes.len()];
-            view.read_at(gpa, &mut now)?;
+            read(&mut now)?;
             picture.go_on(&bytes, &now, output)?;
             bytes = now;
             looks += 1;
@@ -89,7 +124,7 @@ impl Arguments {
     /// Waits for the next look; `false` if none is wanted.
     fn sleep(
         &self,
-        view: &View,
+        opened: &Opened,
         interrupt: &Interrupt,
         picture: &Picture,
         output: &mut Output,
@@ -103,7 +138,12 @@ impl Arguments {
             if left.is_zero() {
                 return Ok(true);
             }
-            match view.wait(left.min(SIGNAL_INTERVAL))? {
+            let step = left.min(SIGNAL_INTERVAL);
+            let Opened::View(view) = opened else {
+                std::thread::sleep(step);
+                continue;
+            };
+            match view.wait(step)? {
                 None => {}
                 Some(Event::Changed) => picture.tell_reset(output)?,
                 Some(Event::Revoked) => bail!("the view has ended: the grant was taken back"),

@@ -53,6 +53,8 @@ fn help_names_the_verbs_and_the_exit_codes() {
         "ps",
         "sockets",
         "check",
+        "maps",
+        "mounts",
         "dmesg",
         "modules",
         "info",
@@ -363,6 +365,70 @@ fn read_of_a_hole_is_an_error_with_the_address() {
     assert!(stderr.contains("gpa 0x7000") && stderr.contains("EINVAL"), "{stderr}");
 }
 
+/// A raw dump with tables of four levels at 0x1000, which map one page.
+fn dump_with_tables(directory: &Path) -> String {
+    let mut memory = vec![0; 0x8000];
+    for (at, value) in [(0x1000, 0x2007_u64), (0x2000, 0x3007), (0x3000, 0x4007), (0x4008, 0x5007)] {
+        memory[at..at + 8].copy_from_slice(&value.to_le_bytes());
+    }
+    memory[0x5ff0..0x6000].copy_from_slice(b"end of the page!");
+    let path = directory.join("dump");
+    std::fs::write(&path, memory).unwrap();
+    path.to_str().unwrap().to_owned()
+}
+
+#[test]
+fn a_dump_file_is_read_translated_and_watched() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = dump_with_tables(directory.path());
+    let run = |arguments: &[&str]| run(&[arguments, &["--file", &file]].concat());
+    let (code, stdout, stderr) = run(&["read", "0x5ff0", "16", "--raw"]);
+    assert_eq!((code, stdout.as_str(), stderr.as_str()), (Some(0), "end of the page!", ""));
+    let (code, stdout, _) = run(&["read", "--cr3", "0x1000", "0x1ff0", "16", "--raw"]);
+    assert_eq!((code, stdout.as_str()), (Some(0), "end of the page!"));
+    let (code, stdout, _) = run(&["read", "--cr3", "0x1000", "0x1ff0", "16", "--json"]);
+    assert_eq!((code, stdout.contains("\"gva\":\"0x1ff0\"")), (Some(0), true), "{stdout}");
+    // Where the file ends, and where the tables map nothing, the read ends.
+    let (code, stdout, stderr) = run(&["read", "0x7ff0", "32"]);
+    assert_eq!((code, stdout.lines().count()), (Some(1), 1), "{stderr}");
+    assert!(stderr.contains("after 0x10 of 0x20 bytes"), "{stderr}");
+    let (code, _, stderr) = run(&["read", "--cr3", "0x1000", "0x1ff8", "16"]);
+    assert_eq!((code, stderr.contains("after 0x8 of 0x10 bytes")), (Some(1), true), "{stderr}");
+    let translated = "0x0000000000001ff0  0x000000005ff0  4 KiB  rwx  user\n";
+    for arguments in [&["translate", "0x1000", "0x1ff0"][..], &["translate", "--cr3", "0x1000", "0x1ff0"]] {
+        let (code, stdout, stderr) = run(arguments);
+        assert_eq!((code, stdout.as_str()), (Some(0), translated), "{stderr}");
+    }
+    assert_eq!(run(&["translate", "0x1000", "0x1ff0", "0x2000"]).0, Some(3));
+    let (code, stdout, stderr) = run(&["watch", "0x5ff0", "16", "--count", "2", "--interval", "1ms"]);
+    assert_eq!((code, stdout.lines().count()), (Some(0), 1), "{stderr}");
+    // What is no Linux has no processes and no kernel.
+    for space in [&["--pid", "1"][..], &["--cr3", "kernel"]] {
+        for verb in [&["read", "0", "1"][..], &["watch", "0", "1"], &["translate", "0"]] {
+            let (code, _, stderr) = run(&[verb, space].concat());
+            assert_eq!(
+                (code, stderr.contains("no Linux kernel was found")),
+                (Some(1), true),
+                "{verb:?}: {stderr}"
+            );
+        }
+    }
+    let wrong: [(&[&str], &str); 8] = [
+        (&["read", "0", "1", "--pid", "1", "--cr3", "0"], "--cr3"),
+        (&["read", "0", "1", "--pid", "1", "--levels", "4"], "--levels"),
+        (&["read", "0", "1", "--note", "0"], "--pid PID and --cr3 kernel"),
+        (&["watch", "0", "1", "--cr3", "0x1000"], "not by --cr3 0x1000"),
+        (&["translate", "--pid", "1", "kernel"], "no guest-virtual address"),
+        (&["translate", "0x1000"], "GVA"),
+        (&["translate", "--pid", "1", "--levels", "4", "0"], "--levels"),
+        (&["write", "0", "00"], "--file"),
+    ];
+    for (arguments, words) in wrong {
+        let (code, _, stderr) = run(arguments);
+        assert_eq!((code, stderr.contains(words)), (Some(2), true), "{arguments:?}: {stderr}");
+    }
+}
+
 #[test]
 fn translate_reads_tables_over_kvmi_too() {
     let ((code, stdout, stderr), _) = with_target(&["translate", "0", "8"]);
@@ -384,7 +450,7 @@ fn a_dump_without_a_kernel_is_an_error_and_no_empty_table() {
     let path = folder.path().join("dump");
     std::fs::write(&path, [0x55; 0x3000]).unwrap();
     let file = path.to_str().unwrap();
-    for verb in ["ps", "files", "sockets", "check", "dmesg", "modules", "info"] {
+    for verb in ["ps", "maps", "mounts", "files", "sockets", "check", "dmesg", "modules", "info"] {
         let (code, stdout, stderr) = run(&[verb, "--file", file]);
         assert_eq!((code, stdout.as_str()), (Some(1), ""), "{verb}");
         assert!(stderr.starts_with("error: no Linux kernel was found"), "{verb}: {stderr}");

@@ -11,7 +11,7 @@ use rustix::termios::tcgetwinsize;
 use serde::Serialize;
 
 use crate::hexdump::{self, WIDTH};
-use crate::number::{Hex, hex};
+use crate::number::{Address, hex};
 use crate::output::Output;
 
 /// How changed bytes look.
@@ -19,7 +19,7 @@ const CHANGED: Style = AnsiColor::Red.on_default().bold();
 
 /// The memory that is shown, and how.
 pub(super) struct Picture {
-    gpa: u64,
+    address: Address,
     form: Form,
     start: Instant,
 }
@@ -37,27 +37,39 @@ enum Form {
 #[derive(Serialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
 enum Seen {
-    Memory { gpa: Hex, hex: String },
-    Changed { ms: u64, gpa: Hex, from: String, to: String },
-    Reset { ms: u64 },
+    Memory {
+        #[serde(flatten)]
+        address: Address,
+        hex: String,
+    },
+    Changed {
+        ms: u64,
+        #[serde(flatten)]
+        address: Address,
+        from: String,
+        to: String,
+    },
+    Reset {
+        ms: u64,
+    },
 }
 
 impl Picture {
-    /// Shows what lies at `gpa` at first.
-    pub(super) fn begin(gpa: u64, bytes: &[u8], output: &mut Output) -> Result<Self> {
+    /// Shows what lies at `address` at first.
+    pub(super) fn begin(address: Address, bytes: &[u8], output: &mut Output) -> Result<Self> {
         let form = match output.is_json() {
             true => Form::Json,
             false if has_room(bytes.len().div_ceil(WIDTH)) => Form::InPlace,
             false => Form::Lines,
         };
         if form == Form::Json {
-            output.object(&Seen::Memory { gpa: Hex(gpa), hex: hex(bytes) })?;
+            output.object(&Seen::Memory { address, hex: hex(bytes) })?;
         } else {
-            for (_, line) in lines(gpa, bytes, bytes) {
+            for (_, line) in lines(address.get(), bytes, bytes) {
                 output.line(line)?;
             }
         }
-        Ok(Self { gpa, form, start: Instant::now() })
+        Ok(Self { address, form, start: Instant::now() })
     }
 
     /// Shows what has changed.
@@ -66,22 +78,24 @@ impl Picture {
             Form::InPlace => {
                 // Where colours are switched off, the cursor must move all the same.
                 output.raw(format!("\x1b[{}A", now.len().div_ceil(WIDTH)).as_bytes())?;
-                for (_, line) in lines(self.gpa, before, now) {
+                for (_, line) in lines(self.address.get(), before, now) {
                     output.line(line)?;
                 }
             }
             Form::Lines => {
                 let time = self.start.elapsed().as_secs_f64();
-                for (_, line) in lines(self.gpa, before, now).filter(|(has_changed, _)| *has_changed) {
+                for (_, line) in
+                    lines(self.address.get(), before, now).filter(|(has_changed, _)| *has_changed)
+                {
                     output.line(format!("{time:10.3}  {line}"))?;
                 }
             }
             Form::Json => {
                 let ms = self.elapsed_ms();
                 for change in changes(before, now) {
-                    let gpa = Hex(self.gpa + change.start as u64);
+                    let address = self.address.plus(change.start as u64);
                     let part = |bytes: &[u8]| hex(bytes.get(change.clone()).unwrap_or_default());
-                    output.object(&Seen::Changed { ms, gpa, from: part(before), to: part(now) })?;
+                    output.object(&Seen::Changed { ms, address, from: part(before), to: part(now) })?;
                 }
             }
         }
