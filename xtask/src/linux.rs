@@ -8,12 +8,13 @@ mod hooks;
 mod kernels;
 mod truth;
 
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Mutex;
 use std::{fs, thread};
 
-use anyhow::{Context as _, Result, anyhow};
+use anyhow::{Context as _, Result, anyhow, ensure};
 use serde_json::Value;
 
 use crate::bed::Bed;
@@ -252,6 +253,9 @@ impl Host<'_> {
                 check(&format!("{} {how}", verb.join(" ")), rows.and_then(|rows| compare(&truth, &rows)));
             }
         }
+        for (how, source, _) in sources.iter().filter(|(_, _, is_there)| *is_there) {
+            check(&format!("scan --pid {how}"), self.scan_process(&truth, source));
+        }
         let watch =
             ["ps", "--watch", "--count", "3", "--interval", "100ms", "--json", "--target", variant.name];
         let rows_of = |tool: Tool| tool.output().and_then(|text| rows(&text));
@@ -264,6 +268,20 @@ impl Host<'_> {
         if is_dumped {
             check("check after tampering", self.tamper(&dump));
         }
+    }
+
+    /// Looks for a long command line in the memory of its process, where it takes more than a page.
+    fn scan_process(&self, truth: &Truth, source: &[OsString; 2]) -> Result<()> {
+        let (pid, line) = compare::long_command_line(truth)?;
+        let pattern: String = line.iter().map(|byte| format!("{byte:02x}")).collect();
+        let text = self.kvmmem().args(["scan", "--json", "--pid", &pid, &pattern]).args(source).output()?;
+        let found = rows(&text)?;
+        let is_whole = |row: &Value| row["len"] == line.len() && row["gva"].is_string();
+        ensure!(
+            !found.is_empty() && found.iter().all(is_whole),
+            "the command line of {pid} is found as {text}"
+        );
+        Ok(())
     }
 
     /// Hides a process and a module in a dump and hooks a system call; `check` finds these.

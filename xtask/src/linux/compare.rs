@@ -22,6 +22,9 @@ const TICK_MS: u64 = 10;
 /// Records that the kernel may log after the guest has read its log, and so may overwrite others.
 const MORE_RECORDS: u64 = 100;
 
+/// The longest pattern that `scan` takes, which is more than fits in a page with what is before it.
+const PATTERN: usize = 4096;
+
 /// What a worker of a queue is called.
 const WORKER: &str = "kworker/";
 
@@ -109,6 +112,15 @@ pub(super) fn threads(truth: &Truth, rows: &[Value]) -> Result<()> {
     let found = found.collect::<Result<BTreeMap<_, _>>>()?;
     ensure!(found == expected, "the threads are {found:?}, and should be {expected:?}");
     Ok(())
+}
+
+/// A process whose command line is longer than a page, and as much of it as a pattern may have.
+pub(super) fn long_command_line(truth: &Truth) -> Result<(String, &[u8])> {
+    let mut lines = truth.below("/proc/").filter_map(|(path, line)| {
+        let pid = path.strip_prefix("/proc/")?.strip_suffix("/cmdline")?;
+        Some((pid.to_owned(), line.get(..PATTERN)?))
+    });
+    lines.next().context("no process of the guest has a long command line")
 }
 
 /// `files`: those of all processes but the first one, which was writing the truth.
