@@ -127,24 +127,30 @@ impl Arguments {
         in_order(threads, places.batches(0, PIECE, BATCH), work, |found| {
             let bytes = found.piece.end - found.piece.start;
             let texts = collector.add(found.piece, found.fragments);
-            if !texts.is_empty() {
-                bar.suspend(|| texts.iter().try_for_each(|text| self.print(text, output)))?;
-            }
+            bar.suspend(|| self.print(&texts, output))?;
             bar.inc(bytes);
             Ok(ControlFlow::Continue(()))
         })?;
         bar.finish_and_clear();
-        collector.end().iter().try_for_each(|text| self.print(text, output))?;
+        self.print(&collector.end(), output)?;
         Ok(ExitCode::SUCCESS)
     }
 
-    fn print(&self, found: &Text, output: &mut Output) -> Result<()> {
-        let Text { at, encoding, text } = found;
-        if output.is_json() {
-            let line = TextLine { address: self.process.address(*at), encoding: *encoding, text };
-            return Ok(output.object(&line)?);
+    /// Prints strings, all at once: there may be millions.
+    fn print(&self, texts: &[Text], output: &mut Output) -> Result<()> {
+        if texts.is_empty() {
+            return Ok(());
         }
-        let encoding = if *encoding == Encoding::Ascii { "ascii" } else { "utf16" };
-        Ok(output.line(format!("{at:012x}  {encoding}  {text}"))?)
+        let is_json = output.is_json();
+        let line = |Text { at, encoding, text }: &Text| {
+            if is_json {
+                let line = TextLine { address: self.process.address(*at), encoding: *encoding, text };
+                return serde_json::to_string(&line);
+            }
+            let encoding = if *encoding == Encoding::Ascii { "ascii" } else { "utf16" };
+            Ok(format!("{at:012x}  {encoding}  {text}"))
+        };
+        let lines = texts.iter().map(line).collect::<Result<Vec<String>, _>>()?;
+        Ok(output.line(lines.join("\n"))?)
     }
 }

@@ -64,16 +64,18 @@ pub(super) fn extract(start: u64, memory: &[u8], len: usize, min: usize) -> Vec<
             Stream::Even => usize::from(!start.is_multiple_of(2)),
             Stream::Odd => usize::from(start.is_multiple_of(2)),
         };
-        let character = |at: usize| {
-            let byte = memory.get(at).copied().filter(|byte| is_text(*byte))?;
-            (step == 1 || memory.get(at + 1) == Some(&0)).then_some(byte)
+        let is_character = |at: usize| {
+            memory.get(at).is_some_and(|byte| is_text(*byte)) && (step == 1 || memory.get(at + 1) == Some(&0))
         };
         let mut at = first;
         while at < len {
-            let text: Vec<u8> = (at..len).step_by(step).map_while(character).collect();
-            let end = at + text.len() * step;
+            let mut end = at;
+            while end < len && is_character(end) {
+                end += step;
+            }
             let (is_begun, goes_on) = (at == first, end >= len);
-            if !text.is_empty() && (text.len() >= min || is_begun || goes_on) {
+            if end > at && ((end - at) / step >= min || is_begun || goes_on) {
+                let text = memory.iter().skip(at).take(end - at).step_by(step).copied().collect();
                 fragments.push(Fragment { start: start + at as u64, stream, text, is_begun, goes_on });
             }
             // What is at the end is no text.
