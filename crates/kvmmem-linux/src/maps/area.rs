@@ -18,8 +18,8 @@ const PAGE_SHIFT: u32 = 12;
 /// Bits of a device's number (`MINORBITS`).
 const MINOR_BITS: u32 = 20;
 
-/// `file.f_mode` of a file whose path is another one's, that of the overlay above it (since 6.5).
-const FMODE_BACKING: u32 = 1 << 25;
+/// `super_block.s_magic` of overlayfs.
+const OVERLAYFS: u64 = 0x794c_7630;
 
 /// Values of `vsyscall_mode`: `EMULATE`, `XONLY`.
 const EMULATE: u32 = 0;
@@ -47,10 +47,12 @@ pub(super) struct Areas<'a> {
     sb: u64,
     dev: u64,
     ino: u64,
-    /// Of a file that overlayfs opened: where its mode is, and from the file to the path that the process knows.
-    backing: Option<(u64, u64, u64)>,
+    /// Of a file that overlayfs opened: from the file to the path that the process knows.
+    user_path: Option<(u64, u64)>,
     path: (u64, u64),
     d_inode: u64,
+    d_sb: u64,
+    s_magic: u64,
     start_brk: u64,
     brk: u64,
     start_stack: u64,
@@ -70,9 +72,7 @@ impl<'a> Areas<'a> {
         let file = |member| kernel.offset("file", member);
         let backing = |member| kernel.offset("backing_file", member);
         let anon_name = || Some((area("anon_name").ok()?, kernel.offset("anon_vma_name", "name").ok()?));
-        let backing = || {
-            Some((file("f_mode").ok()?, backing("user_path.mnt").ok()?, backing("user_path.dentry").ok()?))
-        };
+        let user_path = || Some((backing("user_path.mnt").ok()?, backing("user_path.dentry").ok()?));
         Ok(Self {
             kernel,
             paths: Paths::new(kernel)?,
@@ -92,9 +92,11 @@ impl<'a> Areas<'a> {
             sb: kernel.offset("inode", "i_sb")?,
             dev: kernel.offset("super_block", "s_dev")?,
             ino: kernel.offset("inode", "i_ino")?,
-            backing: backing(),
+            user_path: user_path(),
             path: (file("f_path.mnt")?, file("f_path.dentry")?),
             d_inode: kernel.offset("dentry", "d_inode")?,
+            d_sb: kernel.offset("dentry", "d_sb")?,
+            s_magic: kernel.offset("super_block", "s_magic")?,
             start_brk: mm("start_brk")?,
             brk: mm("brk")?,
             start_stack: mm("start_stack")?,
@@ -145,21 +147,27 @@ impl<'a> Areas<'a> {
 
     fn mapped(&self, file: u64) -> Result<MappedFile, KernelError> {
         let word = |base: u64, at: u64| self.kernel.read_u64(base.wrapping_add(at));
-        let (mut mnt, mut dentry) = self.path;
-        let mut inode = word(file, self.inode)?;
-        if let Some((mode, user_mnt, user_dentry)) = self.backing
-            && self.kernel.read_u32(file.wrapping_add(mode))? & FMODE_BACKING != 0
-        {
-            (mnt, dentry) = (user_mnt, user_dentry);
-            inode = word(word(file, dentry)?, self.d_inode)?;
-        }
+        let (mnt, dentry, inode) = match self.overlaid(file) {
+            Some((mnt, dentry)) => (mnt, dentry, word(dentry, self.d_inode)?),
+            None => (word(file, self.path.0)?, word(file, self.path.1)?, word(file, self.inode)?),
+        };
         let dev = self.kernel.read_u32(word(inode, self.sb)?.wrapping_add(self.dev))?;
         Ok(MappedFile {
             major: dev >> MINOR_BITS,
             minor: dev & ((1 << MINOR_BITS) - 1),
             inode: word(inode, self.ino)?,
-            path: self.paths.of(word(file, mnt)?, word(file, dentry)?)?,
+            path: self.paths.of(mnt, dentry)?,
         })
+    }
+
+    /// The path in an overlay that the file of another file system is mapped for (`struct backing_file`, since 6.5). The flag that
+    /// says so is another bit in each kernel, and no type has it: that the path is one of overlayfs is the sign.
+    fn overlaid(&self, file: u64) -> Option<(u64, u64)> {
+        let word = |base: u64, at: u64| self.kernel.read_u64(base.wrapping_add(at)).ok();
+        let (mnt, dentry) = self.user_path?;
+        let (mnt, dentry) = (word(file, mnt)?, word(file, dentry)?);
+        let is_overlay = word(word(dentry, self.d_sb)?, self.s_magic)? == OVERLAYFS;
+        is_overlay.then_some((mnt, dentry))
     }
 
     /// What the kernel calls an area that is no file's.
