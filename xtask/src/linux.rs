@@ -6,6 +6,7 @@ mod compare;
 mod guest;
 mod hooks;
 mod kernels;
+mod process_core;
 mod truth;
 
 use std::ffi::OsString;
@@ -256,6 +257,7 @@ impl Host<'_> {
         for (how, source, _) in sources.iter().filter(|(_, _, is_there)| *is_there) {
             check(&format!("scan --pid {how}"), self.scan_process(&truth, source));
         }
+        check("dump --pid running", self.core(variant, &truth, &folder.join("core")));
         let watch =
             ["ps", "--watch", "--count", "3", "--interval", "100ms", "--json", "--target", variant.name];
         let rows_of = |tool: Tool| tool.output().and_then(|text| rows(&text));
@@ -282,6 +284,14 @@ impl Host<'_> {
             "the command line of {pid} is found as {text}"
         );
         Ok(())
+    }
+
+    /// Writes the core of one of the guest's processes, and compares.
+    fn core(&self, variant: &Variant, truth: &Truth, core: &Path) -> Result<()> {
+        let pid = process_core::quiet(truth)?;
+        let arguments = ["dump", "--pid", &pid.to_string(), "--pause", "--target", variant.name];
+        self.kvmmem().args(arguments).arg(core).run()?;
+        process_core::compare(truth, pid, &fs::read(core)?)
     }
 
     /// Hides a process and a module in a dump and hooks a system call; `check` finds these.

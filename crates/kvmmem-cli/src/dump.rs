@@ -9,6 +9,9 @@ mod digest;
 mod elf;
 mod layout;
 mod pause;
+mod process;
+mod process_core;
+mod process_notes;
 mod record;
 mod sink;
 mod transfer;
@@ -27,6 +30,7 @@ use serde::Serialize;
 use uuid::Uuid;
 
 use crate::interrupt::Interrupt;
+use crate::number::parse;
 use crate::output::Output;
 use crate::progress;
 use crate::range::{GPA_END, GpaRange, gaps, in_order, missing, parse_range, select, total};
@@ -71,6 +75,13 @@ pub(crate) struct Arguments {
     /// Compress the file or stream; a dump that was not finished cannot be resumed then
     #[arg(long, value_enum, value_name = "METHOD", conflicts_with = "resume")]
     compress: Option<Compression>,
+    /// Of a Linux target: dump this process alone, as an ELF core that gdb opens with the process's program. What is not in
+    /// memory is not in it
+    #[arg(long, value_name = "PID", conflicts_with_all = ["format", "ranges", "resume"])]
+    pid: Option<u32>,
+    /// Of several kernels, the one whose VMCOREINFO note is at this guest-physical address
+    #[arg(long, value_name = "GPA", value_parser = parse, requires = "pid")]
+    note: Option<u64>,
     #[command(flatten)]
     source: Source,
 }
@@ -87,6 +98,10 @@ and all sizes and offsets are those of what the file unpacks to.
 --format elf has the VMCOREINFO note of a Linux target, so that crash, drgn and makedumpfile open the file as it is; and with
 --target, where the broker has a QMP connection to its QEMU, the vCPUs' registers. Without --pause each vCPU's are of another
 moment.
+
+--pid writes a core as the kernel does (core(5)): threads, mappings, mapped files, auxiliary vector. The registers are those
+with which a thread entered the kernel; those of a thread that runs are zeros, and are listed. Each thread's floating point
+registers are left out.
 
 Exit codes:
   0  the file is complete
@@ -113,6 +128,9 @@ type Vcpus = Result<Vec<VcpuRegisters>, String>;
 
 impl Arguments {
     pub(crate) fn run(&self, output: &mut Output) -> Result<ExitCode> {
+        if let Some(pid) = self.pid {
+            return self.run_process(pid, output);
+        }
         let wanted = in_order(&self.ranges)?;
         let (earlier, sink) = match self.open()? {
             Start::New => (None, None),

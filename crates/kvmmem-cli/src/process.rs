@@ -53,7 +53,8 @@ impl Process {
     }
 }
 
-fn mapped(space: &Space<'_>) -> Result<Vec<Extent>, MappedError> {
+/// What a process has in memory, looked up again where that changes meanwhile.
+pub(crate) fn mapped(space: &Space<'_>) -> Result<Vec<Extent>, MappedError> {
     let mut result = space.mapped();
     for _ in 1..TRIES {
         if result.is_ok() {

@@ -55,8 +55,10 @@ pub mod sockets;
 pub mod space;
 pub mod symbols;
 pub mod tasks;
+mod user_registers;
 pub mod vmcoreinfo;
 
 pub use kernel::{Find, FindError, Kernel, KernelError, Object};
 pub use paths::FilePath;
 pub use space::{Space, SpaceError};
+pub use user_registers::UserRegisters;

@@ -704,3 +704,16 @@ fn a_target_without_a_monitor_is_neither_paused_nor_are_its_registers_known() {
         fs::remove_file(host.path("dump.json")).unwrap();
     }
 }
+
+#[test]
+fn a_process_is_dumped_of_a_linux_target_alone() {
+    let host = host();
+    for option in [["--format", "elf"], ["--range", "0..1M"]] {
+        assert_eq!(dump(&host, &[], &[&["--pid", "1"], &option[..]].concat()).code, Some(2));
+    }
+    assert_eq!(dump(&host, &[], &["--pid", "1", "--resume"]).code, Some(2));
+    let ended = dump(&host, &[], &["--pid", "1"]);
+    assert_eq!(ended.code, Some(1));
+    assert!(ended.stderr.contains("no Linux kernel was found"), "{}", ended.stderr);
+    assert!(!path(&host).exists() && !host.path("dump.json").exists());
+}

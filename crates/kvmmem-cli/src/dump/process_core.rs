@@ -1,0 +1,269 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! `kvmmem dump --pid`: one process of a Linux target as an ELF core, as the kernel would write it (core(5)): gdb opens it with
+//! the process's program and libraries.
+
+use std::path::Path;
+use std::process::ExitCode;
+
+use anyhow::{Context, Result, ensure};
+use kvmmem::view::Access;
+use kvmmem_linux::maps::Maps;
+use kvmmem_linux::tasks::{Tasks, Which};
+use kvmmem_linux::{Find, Kernel, Space};
+use kvmmem_memory::PAGE_SIZE;
+use serde::Serialize;
+
+use super::checkpoint::{Checkpoint, replace};
+use super::digest::Digest;
+use super::elf::{self, Load};
+use super::pause::{Pause, Paused};
+use super::process::{self, Segment};
+use super::process_notes::{Thread, notes};
+use super::sink::{self, Compression, Kind, Sink};
+use super::{Arguments, UNREADABLE};
+use crate::failure::escape;
+use crate::interrupt::Interrupt;
+use crate::linux::collect;
+use crate::output::Output;
+use crate::process::mapped;
+use crate::progress;
+
+/// Bytes that are read at a time.
+const CHUNK: u64 = 1 << 20;
+
+/// What is said of a core once it is complete.
+#[derive(Serialize)]
+struct Record<'a> {
+    /// Version of the program that wrote the core.
+    kvmmem: &'static str,
+    /// The path that was given; - is standard output.
+    file: &'a str,
+    compression: Option<Compression>,
+    /// UUID and name of the target.
+    target: uuid::Uuid,
+    name: Option<&'a str>,
+    /// The process.
+    pid: u32,
+    comm: &'a str,
+    /// Length of the file, of one that is compressed what it unpacks to; and the length of that one.
+    bytes: u64,
+    compressed_bytes: Option<u64>,
+    /// How many bytes the process has mapped, and how many of these are in the file: the rest was not in memory.
+    mapped_bytes: u64,
+    memory_bytes: u64,
+    /// How many of these could not be read: they are zeros.
+    unreadable_bytes: u64,
+    /// How many threads there are, and those without registers, which are zeros: they run.
+    threads: usize,
+    without_registers: Vec<u32>,
+    /// Whether the process changed its mappings whenever they were read.
+    torn: bool,
+    sha256: Option<String>,
+    pause: Option<Paused>,
+}
+
+/// A process that is being written.
+struct Writer<'a> {
+    space: &'a Space<'a>,
+    sink: &'a mut Sink,
+    digest: Option<Digest>,
+    interrupt: &'a Interrupt,
+    pause: Option<Pause>,
+    unreadable: u64,
+}
+
+impl Arguments {
+    /// Writes the core of a process.
+    pub(super) fn run_process(&self, pid: u32, output: &mut Output) -> Result<ExitCode> {
+        let file = self.file.display();
+        let stream = match sink::kind(&self.file)? {
+            Kind::Stream => {
+                output.use_stderr();
+                Some(Sink::stream(&self.file)?)
+            }
+            Kind::File => {
+                ensure!(
+                    Checkpoint::load(&self.file)?.is_none(),
+                    "{file} is an unfinished dump of a target: remove it and {file}.part, or choose another name"
+                );
+                sink::check_new(&self.file)?;
+                None
+            }
+        };
+        let record_path = self.record_path();
+        if let Some(path) = &record_path {
+            ensure!(*path != self.file, "--record names the file of the dump itself");
+            sink::check_new(path)?;
+        }
+        let (view, operator) = self.source.attach_asking(Access::ReadOnly, "dump", &[], self.pause)?;
+        let interrupt = Interrupt::catch()?;
+        let (pause, _) = self.hold(operator, false)?;
+        let find = Find { is_live: pause.is_none(), note: self.note, ..Find::default() };
+        let kernel = Kernel::find(&view, find)?;
+        let threads = threads(&kernel, pid)?;
+        let (leader, _) =
+            threads.first().with_context(|| format!("there is no process {pid}: see kvmmem ps"))?;
+        let space = kernel.space_of(leader)?;
+        let map = Maps::new(&kernel)?.of(leader)?;
+        let auxv = kernel.auxiliary_vector(leader)?;
+        let extents =
+            mapped(&space).with_context(|| format!("cannot tell what process {pid} has in memory"))?;
+        let segments = process::segments(&map, &extents)?;
+        let notes = notes(&threads, &auxv, &map);
+        let (loads, len) = place(&segments, &notes);
+
+        let is_new = stream.is_none();
+        let mut sink = match stream {
+            Some(sink) => sink,
+            None => Sink::file(&self.file, false)?,
+        }
+        .compressed(self.compress)?;
+        let digest = if self.no_hash { None } else { Some(Digest::start()?) };
+        let mut writer =
+            Writer { space: &space, sink: &mut sink, digest, interrupt: &interrupt, pause, unreadable: 0 };
+        let bar = progress::bytes(loads.iter().map(|load| load.file_len).sum(), output);
+        let written = writer.write(&elf::head(&loads, &notes), &loads, len, |count| bar.inc(count));
+        bar.finish_and_clear();
+        drop(writer.pause.take());
+        let unreadable = writer.unreadable;
+        if is_new && written.is_err() {
+            // It cannot be continued: the process has gone on.
+            let _ = std::fs::remove_file(&self.file);
+        }
+        let (sha256, compressed_bytes, pause) = written.context("the core is not complete: begin again")?;
+        let sum = |is_counted: fn(&Load) -> u64| loads.iter().map(is_counted).sum();
+        let status = view.status()?;
+        let record = Record {
+            kvmmem: env!("CARGO_PKG_VERSION"),
+            file: &self.file.to_string_lossy(),
+            compression: self.compress,
+            target: uuid::Uuid::from_bytes(status.uuid),
+            name: view.name(),
+            pid,
+            comm: &leader.comm,
+            bytes: len,
+            compressed_bytes,
+            mapped_bytes: sum(|load| load.len),
+            memory_bytes: sum(|load| load.file_len),
+            unreadable_bytes: unreadable,
+            threads: threads.len(),
+            without_registers: threads
+                .iter()
+                .filter_map(|(task, registers)| registers.is_none().then_some(task.tid))
+                .collect(),
+            torn: map.is_torn,
+            sha256,
+            pause,
+        };
+        if let Some(path) = record_path {
+            record.save(&path)?;
+        }
+        record.tell(output)?;
+        Ok(if unreadable == 0 { ExitCode::SUCCESS } else { ExitCode::from(UNREADABLE) })
+    }
+}
+
+impl Record<'_> {
+    fn save(&self, path: &Path) -> Result<()> {
+        let mut text = serde_json::to_vec_pretty(self)?;
+        text.push(b'\n');
+        replace(path, &text)
+    }
+
+    fn tell(&self, output: &mut Output) -> Result<()> {
+        if output.is_json() {
+            return Ok(output.object(self)?);
+        }
+        output.line(format!(
+            "{}: process {} ({}), {} bytes of the {} that it has mapped were in memory",
+            escape(self.file),
+            self.pid,
+            escape(self.comm),
+            self.memory_bytes,
+            self.mapped_bytes
+        ))?;
+        if self.unreadable_bytes > 0 {
+            output
+                .line(format!("{} bytes of these could not be read and are zeros", self.unreadable_bytes))?;
+        }
+        if !self.without_registers.is_empty() {
+            let (without, all) = (self.without_registers.len(), self.threads);
+            output.line(format!("registers of {without} of {all} threads are zeros, as these run"))?;
+        }
+        if self.torn {
+            output.line("the process changed its mappings meanwhile: some may be missing; --pause helps")?;
+        }
+        if let Some(pause) = self.pause {
+            output.line(pause.to_string())?;
+        }
+        Ok(())
+    }
+}
+
+/// The threads of a process, its leader first, with their registers.
+fn threads(kernel: &Kernel<'_>, pid: u32) -> Result<Vec<Thread>> {
+    let mut threads = Vec::new();
+    for task in collect(|| Tasks::new(kernel, Which::Threads))?.into_iter().filter(|task| task.pid == pid) {
+        ensure!(!task.is_kernel, "process {pid} is one of the kernel's own: it has no memory of its own");
+        let registers = kernel.user_registers(&task)?;
+        threads.push((task, registers));
+    }
+    Ok(threads)
+}
+
+/// The program headers of the segments, and the length of the file.
+fn place(segments: &[Segment], notes: &[u8]) -> (Vec<Load>, u64) {
+    let page = PAGE_SIZE as u64;
+    let mut end = elf::head_len(segments.len(), notes).next_multiple_of(page);
+    let mut loads = Vec::with_capacity(segments.len());
+    for Segment { addresses, flags, is_present } in segments {
+        let len = addresses.end - addresses.start;
+        let file_len = if *is_present { len } else { 0 };
+        loads.push(Load {
+            flags: *flags,
+            offset: end,
+            file_len,
+            virtual_address: addresses.start,
+            physical_address: 0,
+            len,
+            align: page,
+        });
+        end += file_len;
+    }
+    (loads, end)
+}
+
+/// Digest, length of what was compressed, and the pause.
+type Written = (Option<String>, Option<u64>, Option<Paused>);
+
+impl Writer<'_> {
+    fn write(&mut self, head: &[u8], loads: &[Load], len: u64, progress: impl Fn(u64)) -> Result<Written> {
+        self.put(0, head)?;
+        let mut buffer = vec![0; usize::try_from(CHUNK)?];
+        for load in loads {
+            let mut done = 0;
+            while done < load.file_len {
+                ensure!(!self.interrupt.has_come(), "interrupted");
+                ensure!(
+                    !self.pause.as_ref().is_some_and(Pause::has_ended),
+                    "the target runs again before the process is dumped"
+                );
+                let step = CHUNK.min(load.file_len - done);
+                let part = buffer.get_mut(..usize::try_from(step)?).context("the buffer is too small")?;
+                self.unreadable += process::read(self.space, load.virtual_address + done, part);
+                self.put(load.offset + done, part)?;
+                done += step;
+                progress(step);
+            }
+        }
+        let pause = self.pause.take().map(Pause::end).transpose()?;
+        let compressed_bytes = self.sink.finish(len)?;
+        let sha256 = self.digest.take().map(|digest| digest.finish(len)).transpose()?;
+        Ok((sha256, compressed_bytes, pause))
+    }
+
+    fn put(&mut self, offset: u64, bytes: &[u8]) -> Result<()> {
+        self.sink.put(offset, bytes)?;
+        self.digest.as_mut().map_or(Ok(()), |digest| digest.put(offset, bytes))
+    }
+}
