@@ -15,12 +15,12 @@ mod error;
 mod lime;
 mod record;
 
-use std::fs::File;
+use std::fs::{self, File, FileType, Metadata};
 use std::io;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, FileTypeExt};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{SeekFrom, seek};
+use rustix::fs::{Mode, OFlags, SeekFrom, seek};
 use rustix::io::Errno;
 
 use crate::range::next_range;
@@ -58,6 +58,7 @@ pub struct DumpFile {
     format: Format,
     /// Ascending, disjoint.
     segments: Vec<Segment>,
+    is_bare: bool,
 }
 
 impl DumpFile {
@@ -73,15 +74,18 @@ impl DumpFile {
         if let Some(error) = DumpError::foreign(path, magic) {
             return Err(error);
         }
+        let mut is_bare = false;
         let (format, segments) = if magic.starts_with(&object::elf::ELFMAG) {
             (Format::Elf, elf::segments(path, &file, len)?)
         } else if magic.starts_with(&lime::MAGIC) {
             (Format::Lime, lime::segments(path, &file, len)?)
         } else {
+            let recorded = record::segments(path)?;
+            is_bare = recorded.is_none();
             let whole = Segment { range: Range { gpa: 0, len }, offset: 0 };
-            (Format::Raw, record::segments(path)?.unwrap_or_else(|| vec![whole]))
+            (Format::Raw, recorded.unwrap_or_else(|| vec![whole]))
         };
-        Self::new(path, file, len, format, segments)
+        Ok(Self { is_bare, ..Self::new(path, file, len, format, segments)? })
     }
 
     /// Opens a file of raw memory whose layout is known, for example the file of a VMM's RAM: of QEMU's, what follows the
@@ -97,6 +101,12 @@ impl DumpFile {
     /// How the file holds memory.
     pub fn format(&self) -> Format {
         self.format
+    }
+
+    /// The record that would say where the RAM of a raw file lies, where there is none: each byte of the file is taken for
+    /// that at its address, which is wrong for a copy of RAM that has a PCI hole.
+    pub fn missing_record(&self) -> Option<PathBuf> {
+        self.is_bare.then(|| record::path(&self.path))
     }
 
     /// Where the memory lies in the file: ascending, disjoint.
@@ -131,7 +141,7 @@ impl DumpFile {
         if segments.is_empty() {
             return Err(DumpError::Empty { path: path.to_owned() });
         }
-        Ok(Self { path: path.to_owned(), file, format, segments })
+        Ok(Self { path: path.to_owned(), file, format, segments, is_bare: false })
     }
 
     /// The segment that has `gpa`, or the first after it.
@@ -205,15 +215,39 @@ impl Memory for DumpFile {
     }
 }
 
+/// Opens a file that can be read at any offset, and says how long it is. Anything else is refused at once: a FIFO would be
+/// waited for.
 fn open(path: &Path) -> Result<(File, u64), DumpError> {
-    let open = || {
-        let file = File::open(path)?;
-        let metadata = file.metadata()?;
-        // Of a block device too.
-        let len = if metadata.is_dir() { 0 } else { seek(&file, SeekFrom::End(0))? };
-        Ok::<_, io::Error>((file, len))
+    let fail = |source: io::Error| DumpError::Open { path: path.to_owned(), source };
+    let check = |metadata: Metadata| {
+        let foreign = |(what, remedy)| DumpError::Foreign { path: path.to_owned(), what, remedy };
+        unseekable(metadata.file_type()).map_or(Ok(()), |what| Err(foreign(what)))
     };
-    open().map_err(|source| DumpError::Open { path: path.to_owned(), source })
+    check(fs::metadata(path).map_err(fail)?)?;
+    // It may be another one by now.
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
+    let file = rustix::fs::open(path, flags, Mode::empty()).map_err(|error| fail(error.into()))?;
+    let file = File::from(file);
+    check(file.metadata().map_err(fail)?)?;
+    // Of a block device too.
+    let len = seek(&file, SeekFrom::End(0)).map_err(|error| fail(error.into()))?;
+    seek(&file, SeekFrom::Start(0)).map_err(|error| fail(error.into()))?;
+    Ok((file, len))
+}
+
+/// What a file is that cannot be read at any offset, and what to do instead.
+fn unseekable(kind: FileType) -> Option<(&'static str, &'static str)> {
+    if kind.is_fifo() {
+        Some(("a pipe", "write what comes through it to a file first"))
+    } else if kind.is_dir() {
+        Some(("a directory", "name the dump in it"))
+    } else if kind.is_socket() {
+        Some(("a socket", "name a dump file"))
+    } else if kind.is_char_device() {
+        Some(("a character device", "name a dump file"))
+    } else {
+        None
+    }
 }
 
 /// Fills the buffer as far as the file goes, and says how far that is.

@@ -3,11 +3,13 @@
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
 use kvmmem_memory::dump::{Format, Segment};
 use kvmmem_memory::{DumpError, DumpFile, Memory, MemoryError, Range};
 use proptest::prelude::*;
+use rustix::fs::{FileType, Mode};
 use tempfile::TempDir;
 
 const MIB: u64 = 1 << 20;
@@ -128,6 +130,7 @@ fn the_record_beside_a_raw_dump_says_where_there_is_memory() {
     fs::write(&record, r#"{"format": "raw", "ranges": [{"gpa": "0x1000", "len": 4096}, {"gpa": "0x4000", "len": 4096}], "more": 1}"#).unwrap();
     let dump = DumpFile::open(&path).unwrap();
     assert_eq!(dump.ranges().unwrap(), [range(0x1000, 0x1000), range(0x4000, 0x1000)]);
+    assert_eq!(dump.missing_record(), None);
     for text in [
         "{}",
         "[",
@@ -181,10 +184,35 @@ fn other_formats_are_named() {
     }
     let mut program = elf(&[(0, &[0; 16], 0)], false);
     program[16] = 2;
-    let (directory, path) = file(&program);
+    let (_directory, path) = file(&program);
     assert!(DumpFile::open(&path).unwrap_err().to_string().contains("not a core"));
     assert!(matches!(DumpFile::open(Path::new("/nonexistent")), Err(DumpError::Open { .. })));
-    assert!(DumpFile::open(directory.path()).is_err());
+}
+
+#[test]
+fn what_has_no_offsets_is_refused_at_once() {
+    let directory = tempfile::tempdir().unwrap();
+    let (fifo, socket) = (directory.path().join("fifo"), directory.path().join("socket"));
+    // Nobody writes to it: opening it for reading would wait.
+    rustix::fs::mknodat(rustix::fs::CWD, &fifo, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
+    let _listener = UnixListener::bind(&socket).unwrap();
+    for (path, words) in [
+        (fifo.as_path(), "is a pipe: write what comes through it to a file first"),
+        (directory.path(), "is a directory: name the dump in it"),
+        (&socket, "is a socket"),
+        (Path::new("/dev/zero"), "is a character device"),
+    ] {
+        let error = DumpFile::open(path).unwrap_err();
+        assert!(matches!(error, DumpError::Foreign { .. }), "{error:?}");
+        assert!(error.to_string().contains(words), "{error}");
+        assert!(DumpFile::open_raw(path, &[]).is_err());
+    }
+    // The record beside a dump.
+    let dump = directory.path().join("dump");
+    fs::write(&dump, [1; 0x1000]).unwrap();
+    assert_eq!(DumpFile::open(&dump).unwrap().missing_record().unwrap(), directory.path().join("dump.json"));
+    fs::rename(&fifo, directory.path().join("dump.json")).unwrap();
+    assert!(matches!(DumpFile::open(&dump), Err(DumpError::Foreign { what: "a pipe", .. })));
 }
 
 proptest! {

@@ -52,12 +52,12 @@ pub enum DumpError {
         /// What makes no sense.
         what: &'static str,
     },
-    /// It has another format, which cannot be read in place.
+    /// It is no file, or has another format, and cannot be read in place.
     #[error("{} is {what}: {remedy}", path.display())]
     Foreign {
         /// The file.
         path: PathBuf,
-        /// Its format.
+        /// What it is.
         what: &'static str,
         /// How to get a file that can be read.
         remedy: &'static str,
@@ -71,7 +71,7 @@ pub enum DumpError {
         part: PathBuf,
     },
     /// There is no memory in it.
-    #[error("{} holds no memory", path.display())]
+    #[error("{} is empty, or no memory is in it: copy or dump it again", path.display())]
     Empty {
         /// The file.
         path: PathBuf,

@@ -2,8 +2,7 @@
 //! The record that `kvmmem dump` writes beside a dump, `FILE.json`: of a raw file it says where there is RAM. While the
 //! dump is not finished, `FILE.part` is there instead.
 
-use std::fs::File;
-use std::io::{self, ErrorKind, Read};
+use std::io::{ErrorKind, Read};
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
@@ -29,20 +28,18 @@ struct Line {
 
 /// The memory of the raw dump at `path`, if there is a record beside it.
 pub(super) fn segments(path: &Path) -> Result<Option<Vec<Segment>>, DumpError> {
-    let (part, record) = (beside(path, ".part"), beside(path, ".json"));
+    let (part, record) = (beside(path, ".part"), self::path(path));
     if part.exists() {
         return Err(DumpError::Unfinished { path: path.to_owned(), part });
     }
-    let read = || {
-        let mut text = String::new();
-        File::open(&record)?.take(MAX_LEN).read_to_string(&mut text)?;
-        Ok::<_, io::Error>(text)
+    let file = match super::open(&record) {
+        Ok((file, _)) => file,
+        Err(DumpError::Open { source, .. }) if source.kind() == ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(error),
     };
-    let text = match read() {
-        Ok(text) => text,
-        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
-        Err(source) => return Err(DumpError::read(&record, 0, source)),
-    };
+    let mut text = String::new();
+    let read = file.take(MAX_LEN).read_to_string(&mut text);
+    read.map_err(|source| DumpError::read(&record, 0, source))?;
     let malformed = || DumpError::malformed(&record, "it is not the record of a dump; move it elsewhere");
     let record: Record = serde_json::from_str(&text).map_err(|_| malformed())?;
     if record.format != "raw" || record.ranges.len() > MAX_SEGMENTS {
@@ -54,6 +51,11 @@ pub(super) fn segments(path: &Path) -> Result<Option<Vec<Segment>>, DumpError> {
     };
     let segments: Option<Vec<Segment>> = record.ranges.iter().map(segment).collect();
     segments.map(Some).ok_or_else(malformed)
+}
+
+/// Where the record of the dump at `path` would be.
+pub(super) fn path(path: &Path) -> PathBuf {
+    beside(path, ".json")
 }
 
 fn beside(path: &Path, ending: &str) -> PathBuf {
