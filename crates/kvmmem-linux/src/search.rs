@@ -1,18 +1,25 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Finds VMCOREINFO notes in guest-physical memory.
+//!
+//! Each note is checked as it is found, and only those that fit are kept: any number of decoys hides none of them. A page
+//! holds at most one note of 4 KiB, so that all checks together read at most as much as the guest has memory, and a walk
+//! of page tables for each page.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread::{self, available_parallelism};
 
 use kvmmem_memory::{Memory, MemoryError, PAGE_SIZE, Range, VectoredError};
 
-use crate::vmcoreinfo::{HEADER, Note, is_header};
+use crate::vmcoreinfo::{HEADER, Note, NoteError, is_header};
 
 /// Pages whose first bytes are read in one call.
 const PAGES: usize = 1024;
 
-/// The most notes that are looked at: a guest can have its memory full of them.
-const MAX_NOTES: usize = 1024;
+/// The most notes that fit and are kept: one for each kernel since RAM was last cleared, and those that a guest forges.
+pub const MAX_FITTING: usize = 64;
+
+/// The most notes that do not fit and are logged.
+const MAX_LOGGED: usize = 16;
 
 /// The most threads that search: from there on memory is no faster.
 const MAX_THREADS: usize = 4;
@@ -24,11 +31,14 @@ pub struct Notes {
     pub fitting: Vec<Note>,
     /// How many there are in all.
     pub count: usize,
+    /// Whether more than [`MAX_FITTING`] fit, so that some are not here.
+    pub is_cut: bool,
 }
 
 impl Notes {
     /// Searches the parts of memory that hold data, with several threads: a note begins at a page, so that the first bytes of
-    /// each page are enough. `proceed` is asked after every 4 MiB; the search ends where it says no.
+    /// each page are enough. `proceed` is asked after every 4 MiB; the search ends where it says no, or once more notes fit
+    /// than are kept.
     ///
     /// # Errors
     /// [`MemoryError::Ended`]. Memory that cannot be read is passed over.
@@ -45,14 +55,15 @@ impl Notes {
                 let found = part.and_then(|part| {
                     let pages = (part.gpa..part.end()).step_by(PAGE_SIZE);
                     read_headers(memory, pages.clone(), &mut headers)?;
-                    Ok(pages.zip(&headers).filter(|(_, header)| is_header(&header[..])).map(|(gpa, _)| gpa))
+                    let found = pages.zip(&headers).filter(|(_, header)| is_header(&header[..]));
+                    Ok(found.filter_map(|(gpa, _)| check(memory, gpa)).collect::<Vec<_>>())
                 });
                 let (notes, proceed, end) = &mut *lock(&search);
                 match found {
-                    Ok(found) => found.for_each(|gpa| notes.add(memory, gpa)),
+                    Ok(found) => found.into_iter().for_each(|note| notes.add(note)),
                     Err(error) => *end = Some(Err(error)),
                 }
-                if end.is_none() && (notes.count >= MAX_NOTES || !proceed(notes)) {
+                if end.is_none() && (notes.is_cut || !proceed(notes)) {
                     *end = Some(Ok(()));
                 }
                 if end.is_some() {
@@ -72,22 +83,32 @@ impl Notes {
         Ok(notes)
     }
 
-    fn add(&mut self, memory: &dyn Memory, gpa: u64) {
-        let read = |gpa: u64, buf: &mut [u8]| memory.read_at(gpa, buf);
-        let Some(note) = Note::read(gpa, read) else { return };
+    fn add(&mut self, note: Result<Note, Unfit>) {
         self.count += 1;
-        if self.count > MAX_NOTES {
-            return;
-        }
-        match note.check(read) {
-            Ok(()) if self.fitting.iter().all(|other| other.text() != note.text()) => self.fitting.push(note),
-            Ok(()) => {}
-            Err(error) => {
+        match note {
+            Ok(note) if self.fitting.iter().any(|other| other.text() == note.text()) => {}
+            Ok(note) if self.fitting.len() < MAX_FITTING => self.fitting.push(note),
+            Ok(_) => self.is_cut = true,
+            Err((gpa, error)) if self.count - self.fitting.len() <= MAX_LOGGED => {
                 let error: &dyn std::error::Error = &error;
                 tracing::info!(gpa = format_args!("{gpa:#x}"), error, "a VMCOREINFO note does not fit");
             }
+            Err(_) => {}
         }
     }
+}
+
+/// Where a note is, and why it does not fit.
+type Unfit = (u64, NoteError<MemoryError>);
+
+/// The note at `gpa`, if there is one, and if it fits.
+fn check(memory: &dyn Memory, gpa: u64) -> Option<Result<Note, Unfit>> {
+    let read = |gpa: u64, buf: &mut [u8]| memory.read_at(gpa, buf);
+    let note = Note::read(gpa, read)?;
+    Some(match note.check(read) {
+        Ok(()) => Ok(note),
+        Err(error) => Err((gpa, error)),
+    })
 }
 
 /// The range in parts that begin at a page.

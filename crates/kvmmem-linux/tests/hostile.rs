@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 
 use common::{BTF, Guest, KALLSYMS, Layout, PAGE_TABLES, Place, TASKS};
 use kvmmem_linux::btf::Types;
-use kvmmem_linux::{Find, Kernel, KernelError};
+use kvmmem_linux::search::Notes;
+use kvmmem_linux::{Find, FindError, Kernel, KernelError};
 use proptest::prelude::*;
 
 /// All that a tool does with a kernel.
@@ -120,17 +121,56 @@ fn structures_within_themselves_end_a_search() {
     assert!(start.elapsed() < Duration::from_secs(60));
 }
 
-/// RAM full of notes, of which each would be checked.
+/// RAM full of notes: each is checked, and hides none of the others.
 #[test]
-fn memory_full_of_notes_is_searched_in_part() {
+fn decoys_hide_no_kernel() {
     let guest = Guest::with(&[Place::FIRST]);
     let note = guest.bytes(Place::FIRST.note, 0x1000);
-    for page in (0..common::RAM as u64).step_by(0x1000).filter(|page| !(0x40_0000..0x80_0000).contains(page))
-    {
-        guest.put(page, &note);
+    let mut decoy = note.clone();
+    // A kernel of another name.
+    let at = note.windows(6).position(|part| part == b"6.12.1").unwrap();
+    decoy[at] = b'7';
+    let pages = |range: std::ops::Range<u64>| {
+        range
+            .step_by(0x1000)
+            .filter(|page| !(0x40_0000..0x80_0000).contains(page) && *page != Place::FIRST.note)
+    };
+    // 2,815 before the right one, and 255 after it.
+    let ram = common::RAM as u64;
+    pages(0..ram).for_each(|page| guest.put(page, &decoy));
+    assert!(pages(0..Place::FIRST.note).count() > 1100 && pages(Place::FIRST.note..ram).count() > 200);
+    for find in [Find::default(), Find { is_live: true, ..Find::default() }] {
+        let kernel = Kernel::find(&guest, find).unwrap();
+        assert_eq!(kernel.note().gpa, Place::FIRST.note);
     }
-    let notes = kvmmem_linux::search::Notes::find(&guest, |_| true).unwrap();
-    // The same text, over and over.
-    assert_eq!(notes.fitting.len(), 1);
-    assert!(notes.count > 1000, "{}", notes.count);
+    let notes = Notes::find(&guest, |_| true).unwrap();
+    assert_eq!((notes.fitting.len(), notes.count, notes.is_cut), (1, pages(0..ram).count() + 1, false));
+    // The same text, over and over, is one note.
+    pages(0..ram).for_each(|page| guest.put(page, &note));
+    let notes = Notes::find(&guest, |_| true).unwrap();
+    assert_eq!((notes.fitting.len(), notes.is_cut), (1, false));
+}
+
+/// Notes that fit, and differ in a line that says nothing.
+#[test]
+fn forged_notes_are_told_by_their_symbols_or_reported() {
+    let guest = Guest::with(&[Place::FIRST]);
+    let note = guest.bytes(Place::FIRST.note, 0x1000);
+    let mut forged = note.clone();
+    let symbols = note.windows(11).position(|part| part == b"SYMBOL(prb)").unwrap();
+    let build = note.windows(9).position(|part| part == b"BUILD-ID=").unwrap() + 9;
+    // Its symbols are not those of the kernel.
+    forged[symbols + 12] = b'e';
+    let mut forge = |number: u8| {
+        forged[build..build + 2].copy_from_slice(&[b'a' + number / 16, b'a' + number % 16]);
+        guest.put(0x10_0000 + 0x1000 * u64::from(number), &forged);
+    };
+    (0..60).for_each(&mut forge);
+    assert_eq!(Kernel::find(&guest, Find::default()).unwrap().note().gpa, Place::FIRST.note);
+    // More than a guest can have: which one is right is not guessed.
+    (60..70).for_each(&mut forge);
+    let error = Kernel::find(&guest, Find::default()).unwrap_err();
+    assert!(matches!(error, FindError::TooMany), "{error}");
+    let find = Find { note: Some(Place::FIRST.note), ..Find::default() };
+    assert_eq!(Kernel::find(&guest, find).unwrap().note().gpa, Place::FIRST.note);
 }

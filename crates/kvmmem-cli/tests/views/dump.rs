@@ -538,7 +538,7 @@ fn an_elf_core_has_the_kernels_note_if_it_is_known_which() {
     // One that does not fit, alone.
     host.put((1 << 21) + 0x8000, b"x");
     host.put((2 << 21) + 0x5000 + 4 + 130, b"7");
-    assert_eq!(elf("none fits").0.len(), 0);
+    assert_eq!(elf("does not fit its page tables").0.len(), 0);
 }
 
 #[test]

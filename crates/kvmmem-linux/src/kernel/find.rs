@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use kvmmem_memory::{Memory, MemoryError};
 
 use super::Kernel;
-use crate::search::Notes;
+use crate::search::{MAX_FITTING, Notes};
 use crate::vmcoreinfo::Note;
 
 /// How long the clocks of several kernels are watched. A guest that is idle stops its clock for some time, at most 4 s.
@@ -47,13 +47,16 @@ pub enum FindError {
     )]
     NoNote,
     /// There are notes, of kernels that are no more.
-    #[error(
-        "no Linux kernel was found: {count} VMCOREINFO notes are in the guest's memory, and none fits its page tables"
-    )]
+    #[error("no Linux kernel was found: {}", none_of(*count))]
     NoneFits {
         /// How many notes there are.
         count: usize,
     },
+    /// More notes fit than a guest can have by itself.
+    #[error(
+        "more than {MAX_FITTING} VMCOREINFO notes fit the page tables in the guest's memory, forged ones or those of earlier boots, and nothing tells which one is right: choose one by its address"
+    )]
+    TooMany,
     /// Where the caller says there is no note that fits.
     #[error("there is no VMCOREINFO note at gpa {gpa:#x} that fits the page tables in memory")]
     NotThere {
@@ -69,6 +72,17 @@ pub enum FindError {
         /// Their notes.
         candidates: Vec<Note>,
     },
+}
+
+fn none_of(count: usize) -> String {
+    match count {
+        1 => "the VMCOREINFO note in the guest's memory does not fit its page tables".to_owned(),
+        count => {
+            format!(
+                "{count} VMCOREINFO notes are in the guest's memory, and none of them fits its page tables"
+            )
+        }
+    }
 }
 
 fn list(candidates: &[Note]) -> String {
@@ -123,7 +137,20 @@ impl<'m> Kernel<'m> {
         if let Some(running) = running.filter(|running| *running < clocks.len()) {
             return Ok(clocks.swap_remove(running).kernel);
         }
-        let Notes { mut fitting, count } = notes;
+        if notes.is_cut {
+            return Err(FindError::TooMany);
+        }
+        if notes.fitting.len() > 1 {
+            // A forged note has no symbols that fit it.
+            let has_symbols = |note: &Note| {
+                Self::of_note(memory, note.clone()).is_ok_and(|kernel| kernel.symbols().is_ok())
+            };
+            let real: Vec<Note> = notes.fitting.iter().filter(|note| has_symbols(note)).cloned().collect();
+            if !real.is_empty() {
+                notes.fitting = real;
+            }
+        }
+        let Notes { mut fitting, count, .. } = notes;
         match (fitting.len(), count, fitting.pop()) {
             (1, _, Some(note)) => Self::of_note(memory, note).map_err(|_| FindError::NoneFits { count }),
             (0, 0, _) => Err(FindError::NoNote),
