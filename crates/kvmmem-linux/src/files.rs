@@ -14,6 +14,9 @@ const MAX_FDS: u32 = 1 << 20;
 /// name any number of long paths.
 const MAX_ALL_PATHS: usize = 64 << 20;
 
+/// Reads of a file that changes.
+const TRIES: u32 = 3;
+
 /// Pointers that are read at once.
 const BATCH: usize = 512;
 
@@ -30,6 +33,8 @@ pub struct OpenFile {
     pub flags: u32,
     /// Where the next read or write begins.
     pub position: u64,
+    /// Whether it changed whenever it was read, so that its values may not belong together.
+    pub is_torn: bool,
 }
 
 /// Where everything is, for the files of all processes.
@@ -86,7 +91,7 @@ impl<'a> Files<'a> {
         let array = word(table, self.fd)?;
         let count = self.kernel.read_u32(table.wrapping_add(self.max_fds))?;
         if count > MAX_FDS {
-            return Err(KernelError::Malformed { what: "the number of open files".to_owned(), gva: table });
+            return Err(KernelError::TooMuch { what: "1,048,576 file descriptors of a process" });
         }
         let mut open = Vec::new();
         let mut bytes = [0; BATCH * 8];
@@ -116,13 +121,24 @@ impl<'a> Files<'a> {
     }
 
     fn file(&self, fd: u32, gva: u64) -> Result<OpenFile, KernelError> {
+        let mut file = self.look(fd, gva)?;
+        for _ in 0..TRIES {
+            let again = self.look(fd, gva)?;
+            let is_torn = (&file.path, file.flags) != (&again.path, again.flags);
+            file = OpenFile { is_torn, ..again };
+            if !is_torn {
+                break;
+            }
+        }
+        let left = self.paths_left.get().checked_sub(file.path.text.len() + 1);
+        self.paths_left.set(left.ok_or(KernelError::TooMuch { what: "64 MiB of open files' paths" })?);
+        Ok(file)
+    }
+
+    fn look(&self, fd: u32, gva: u64) -> Result<OpenFile, KernelError> {
         let word = |at: u64| self.kernel.read_u64(gva.wrapping_add(at));
         let path = self.paths.of(word(self.f_mnt)?, word(self.f_dentry)?)?;
-        let left = self.paths_left.get().checked_sub(path.text.len() + 1);
-        let too_many =
-            || KernelError::Malformed { what: "more than 64 MiB of open files' paths".to_owned(), gva };
-        self.paths_left.set(left.ok_or_else(too_many)?);
         let flags = self.kernel.read_u32(gva.wrapping_add(self.f_flags))?;
-        Ok(OpenFile { fd, gva, path, flags, position: word(self.f_pos)? })
+        Ok(OpenFile { fd, gva, path, flags, position: word(self.f_pos)?, is_torn: false })
     }
 }

@@ -10,10 +10,11 @@ mod list;
 mod object;
 mod rb_tree;
 mod read;
+mod walk;
 
 use std::sync::{Arc, OnceLock};
 
-use kvmmem_memory::Memory;
+use kvmmem_memory::{Memory, MemoryError};
 
 use crate::btf::{BtfError, Member, TypeId, Types};
 use crate::space::Space;
@@ -24,6 +25,7 @@ pub use error::KernelError;
 pub use find::{Find, FindError};
 pub use list::{List, MAX_NODES};
 pub use object::Object;
+pub use walk::{Step, Walk};
 
 /// A kernel that runs, or ran, in a guest.
 ///
@@ -51,6 +53,23 @@ impl<'m> Kernel<'m> {
     /// The note: the kernel's release, build id and more.
     pub fn note(&self) -> &Note {
         &self.note
+    }
+
+    /// Whether the kernel is still in memory: its note, and page tables that lead to its name. Once the guest was restarted
+    /// and another kernel has taken that memory, nothing that was read of this one is to be trusted.
+    ///
+    /// # Errors
+    /// [`MemoryError::Ended`]: nothing can be read any more.
+    pub fn is_in_memory(&self) -> Result<bool, MemoryError> {
+        let memory = self.space.memory();
+        let read = |gpa: u64, buf: &mut [u8]| memory.read_at(gpa, buf);
+        if Note::read(self.note.gpa, read).is_some_and(|note| note == self.note && note.check(read).is_ok()) {
+            return Ok(true);
+        }
+        match memory.read_at(self.note.gpa, &mut [0]) {
+            Err(error) if !error.is_local() => Err(error),
+            _ => Ok(false),
+        }
     }
 
     /// The kernel's own address space.

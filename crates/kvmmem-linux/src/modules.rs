@@ -4,7 +4,7 @@
 use std::cell::Cell;
 
 use crate::bytes::Bytes;
-use crate::kernel::{Kernel, KernelError, List};
+use crate::kernel::{Kernel, KernelError, List, Step, Walk};
 
 /// Bytes of a module's name (`MODULE_NAME_LEN`).
 const NAME_LEN: u64 = 56;
@@ -63,7 +63,6 @@ pub struct Module {
 #[derive(Debug)]
 struct Layout {
     len: u64,
-    list: u64,
     name: u64,
     state: u64,
     refcnt: u64,
@@ -84,13 +83,21 @@ enum Memory {
 }
 
 /// The modules, the newest first. It ends after an error.
+pub type Modules<'a> = Walk<ModuleSteps<'a>>;
+
+/// The steps of [`Modules`].
 #[derive(Debug)]
-pub struct Modules<'a> {
+pub struct ModuleSteps<'a> {
+    list: List<'a>,
+    reader: Reader<'a>,
+}
+
+/// Reads modules.
+#[derive(Debug)]
+struct Reader<'a> {
     kernel: &'a Kernel<'a>,
     layout: Layout,
-    list: List<'a>,
     users_left: Cell<usize>,
-    has_ended: bool,
 }
 
 impl<'a> Modules<'a> {
@@ -100,19 +107,26 @@ impl<'a> Modules<'a> {
     /// [`KernelError`].
     pub fn new(kernel: &'a Kernel<'a>) -> Result<Self, KernelError> {
         let layout = Layout::new(kernel)?;
-        let list = kernel.list(kernel.symbol("modules")?);
-        Ok(Self { kernel, layout, list, users_left: Cell::new(MAX_ALL_USERS), has_ended: false })
+        let list = kernel.list_of(kernel.symbol("modules")?, "module", "list")?;
+        let reader = Reader { kernel, layout, users_left: Cell::new(MAX_ALL_USERS) };
+        Ok(Self::of(ModuleSteps { list, reader }))
     }
+}
+
+impl Step for ModuleSteps<'_> {
+    type Item = Module;
 
     fn step(&mut self) -> Result<Option<Module>, KernelError> {
-        while let Some(node) = self.list.next().transpose()? {
-            if let Some(module) = self.module(node.wrapping_sub(self.layout.list))? {
-                return Ok(Some(module));
+        while let Some((module, is_torn)) = self.list.next_with(|gva| self.reader.module(gva))? {
+            if let Some(module) = module {
+                return Ok(Some(Module { is_torn: module.is_torn || is_torn, ..module }));
             }
         }
         Ok(None)
     }
+}
 
+impl Reader<'_> {
     /// The module at an address; `None` where it is not complete yet.
     fn module(&self, gva: u64) -> Result<Option<Module>, KernelError> {
         let (mut module, mut is_torn) = (None, false);
@@ -157,12 +171,13 @@ impl<'a> Modules<'a> {
     }
 
     fn users(&self, gva: u64) -> Result<Vec<String>, KernelError> {
-        let too_many =
-            || KernelError::Malformed { what: "more than 65,536 users of modules".to_owned(), gva };
-        let uses = self.kernel.list(gva.wrapping_add(self.layout.source_list)).take(MAX_USERS);
         let mut users = Vec::new();
-        for node in uses {
-            self.users_left.set(self.users_left.get().checked_sub(1).ok_or_else(too_many)?);
+        for node in self.kernel.list(gva.wrapping_add(self.layout.source_list)) {
+            if users.len() >= MAX_USERS {
+                return Err(KernelError::TooMuch { what: "4,096 users of a module" });
+            }
+            let left = self.users_left.get().checked_sub(1);
+            self.users_left.set(left.ok_or(KernelError::TooMuch { what: "65,536 users of modules" })?);
             let at = node?.wrapping_sub(self.layout.use_list).wrapping_add(self.layout.use_source);
             let user = self.kernel.read_u64(at)?;
             let mut name = Bytes::zeroed(NAME_LEN);
@@ -173,19 +188,6 @@ impl<'a> Modules<'a> {
     }
 }
 
-impl Iterator for Modules<'_> {
-    type Item = Result<Module, KernelError>;
-
-    fn next(&mut self) -> Option<Self::Item> {
-        if self.has_ended {
-            return None;
-        }
-        let step = self.step().transpose();
-        self.has_ended = !matches!(step, Some(Ok(_)));
-        step
-    }
-}
-
 impl Layout {
     fn new(kernel: &Kernel<'_>) -> Result<Self, KernelError> {
         let module = |member| kernel.offset("module", member);
@@ -193,7 +195,6 @@ impl Layout {
         let memory = Memory::new(kernel)?;
         let mut layout = Self {
             len: 0,
-            list: module("list")?,
             name: module("name")?,
             state: module("state")?,
             refcnt: module("refcnt")?,

@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Processes and threads, as /proc shows them.
 //!
-//! `init_task.tasks` lists the leaders of processes; the threads of one are in its `signal->thread_head`. A task that begins
-//! or ends meanwhile is read again, then marked as torn.
+//! `init_task.tasks` lists the leaders of processes; the threads of one are in its `signal->thread_head`. A task that changes
+//! while it is read is read again, then marked as torn; one that ends meanwhile is left out.
 
 use std::time::Duration;
 
 use kvmmem_memory::PAGE_SIZE;
 
 use crate::bytes::{Bytes, text};
-use crate::kernel::{Kernel, KernelError, List};
+use crate::kernel::{Kernel, KernelError, List, Step, Walk};
 
 /// The highest process id that Linux gives (`PID_MAX_LIMIT`).
 const MAX_PID: u32 = 4 << 20;
@@ -105,7 +105,6 @@ struct Layout {
     /// Bytes of a task that are read.
     len: u64,
     tasks: u64,
-    thread_node: u64,
     signal: u64,
     thread_head: u64,
     pid: u64,
@@ -142,16 +141,24 @@ struct Kthread {
 }
 
 /// The tasks. It ends after an error.
+pub type Tasks<'a> = Walk<TaskSteps<'a>>;
+
+/// The steps of [`Tasks`].
 #[derive(Debug)]
-pub struct Tasks<'a> {
-    kernel: &'a Kernel<'a>,
-    layout: Layout,
+pub struct TaskSteps<'a> {
     which: Which,
     leaders: List<'a>,
     /// Those of the last leader that are left.
     threads: Option<List<'a>>,
+    reader: Reader<'a>,
+}
+
+/// Reads tasks.
+#[derive(Debug)]
+struct Reader<'a> {
+    kernel: &'a Kernel<'a>,
+    layout: Layout,
     args_left: u64,
-    has_ended: bool,
 }
 
 impl<'a> Tasks<'a> {
@@ -161,31 +168,43 @@ impl<'a> Tasks<'a> {
     /// [`KernelError`].
     pub fn new(kernel: &'a Kernel<'a>, which: Which) -> Result<Self, KernelError> {
         let layout = Layout::new(kernel)?;
-        let leaders = kernel.list(kernel.symbol("init_task")?.wrapping_add(layout.tasks));
-        let args_left = MAX_ALL_ARGS;
-        Ok(Self { kernel, layout, which, leaders, threads: None, args_left, has_ended: false })
+        let head = kernel.symbol("init_task")?.wrapping_add(layout.tasks);
+        let leaders = kernel.list_of(head, "task_struct", "tasks")?;
+        let reader = Reader { kernel, layout, args_left: MAX_ALL_ARGS };
+        Ok(Self::of(TaskSteps { which, leaders, threads: None, reader }))
     }
+}
+
+impl Step for TaskSteps<'_> {
+    type Item = Task;
 
     fn step(&mut self) -> Result<Option<Task>, KernelError> {
+        let torn = |(task, is_torn): (Task, bool)| Task { is_torn: task.is_torn || is_torn, ..task };
         while let Some(threads) = &mut self.threads {
-            let Some(node) = threads.next().transpose()? else {
+            let Some(found) = threads.next_with(|gva| self.reader.task(gva))? else {
                 self.threads = None;
                 break;
             };
-            let task = self.task(node.wrapping_sub(self.layout.thread_node))?;
+            let task = torn(found);
             // The leader came first.
             if task.tid != task.pid {
                 return Ok(Some(task));
             }
         }
-        let Some(node) = self.leaders.next().transpose()? else { return Ok(None) };
-        let gva = node.wrapping_sub(self.layout.tasks);
-        let task = self.task(gva)?;
+        let Some(found) = self.leaders.next_with(|gva| self.reader.task(gva))? else { return Ok(None) };
+        let task = torn(found);
         if self.which == Which::Threads {
-            let signal = self.kernel.read_u64(gva.wrapping_add(self.layout.signal))?;
-            self.threads = Some(self.kernel.list(signal.wrapping_add(self.layout.thread_head)));
+            self.threads = Some(self.reader.threads(task.gva)?);
         }
         Ok(Some(task))
+    }
+}
+
+impl<'a> Reader<'a> {
+    /// The threads of a process, by its leader.
+    fn threads(&self, leader: u64) -> Result<List<'a>, KernelError> {
+        let signal = self.kernel.read_u64(leader.wrapping_add(self.layout.signal))?;
+        self.kernel.list_of(signal.wrapping_add(self.layout.thread_head), "task_struct", "thread_node")
     }
 
     fn task(&mut self, gva: u64) -> Result<Task, KernelError> {
@@ -196,8 +215,9 @@ impl<'a> Tasks<'a> {
             // What it was made of must still be there.
             let again = self.bytes(gva)?;
             let key = |bytes: &Bytes| {
-                let Layout { pid, tgid, real_parent, cred, mm, .. } = self.layout;
-                (bytes.u32(pid), bytes.u32(tgid), [real_parent, cred, mm].map(|at| bytes.u64(at)))
+                let Layout { pid, tgid, real_parent, cred, mm, start, comm, .. } = self.layout;
+                let words = [real_parent, cred, mm, start].map(|at| bytes.u64(at));
+                (bytes.u32(pid), bytes.u32(tgid), words, bytes.part(comm, COMM_LEN))
             };
             is_torn = key(&bytes) != key(&again);
             last = Some(task);
@@ -308,19 +328,6 @@ impl<'a> Tasks<'a> {
     }
 }
 
-impl Iterator for Tasks<'_> {
-    type Item = Result<Task, KernelError>;
-
-    fn next(&mut self) -> Option<Self::Item> {
-        if self.has_ended {
-            return None;
-        }
-        let step = self.step().transpose();
-        self.has_ended = !matches!(step, Some(Ok(_)));
-        step
-    }
-}
-
 impl Layout {
     fn new(kernel: &Kernel<'_>) -> Result<Self, KernelError> {
         let task = |member| kernel.offset("task_struct", member);
@@ -329,7 +336,6 @@ impl Layout {
         let mut layout = Self {
             len: 0,
             tasks: task("tasks")?,
-            thread_node: task("thread_node")?,
             signal: task("signal")?,
             thread_head: kernel.offset("signal_struct", "thread_head")?,
             pid: task("pid")?,

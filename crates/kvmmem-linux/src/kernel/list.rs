@@ -10,15 +10,29 @@ use super::{Kernel, KernelError};
 /// The most nodes of a list. Linux has at most 4 million tasks (PID_MAX_LIMIT).
 pub const MAX_NODES: usize = 1 << 22;
 
+/// How often a node is looked for that is taken out of its list while it is read.
+const TRIES: u32 = 3;
+
+/// Where a `list_head` has the pointer to the node before.
+const PREV: u64 = 8;
+
 /// The nodes of a list: addresses of `list_head`. It ends after an error.
 #[derive(Debug)]
 pub struct List<'k> {
     kernel: &'k Kernel<'k>,
     head: u64,
-    /// The place of the pointer to the next node.
-    link: Option<u64>,
     /// Subtracted from a node's address.
     offset: u64,
+    place: Place,
+    /// Where it was before the last node.
+    before: Place,
+}
+
+/// Where a walk is.
+#[derive(Clone, Copy, Debug)]
+struct Place {
+    /// The place of the pointer to the next node.
+    link: Option<u64>,
     /// Brent's algorithm: a node that was seen, and after how many more the present one takes its place.
     mark: u64,
     steps: usize,
@@ -29,7 +43,8 @@ pub struct List<'k> {
 impl<'m> Kernel<'m> {
     /// The nodes of the circular list whose head is at `head`, the head itself left out.
     pub fn list(&self, head: u64) -> List<'_> {
-        List { kernel: self, head, link: Some(head), offset: 0, mark: 0, steps: 0, until: 1, count: 0 }
+        let place = Place { link: Some(head), mark: 0, steps: 0, until: 1, count: 0 };
+        List { kernel: self, head, offset: 0, place, before: place }
     }
 
     /// The structures in which the nodes of a list are the member `path`, for example `task_struct` by `tasks`.
@@ -50,11 +65,44 @@ impl<'m> Kernel<'m> {
     }
 }
 
+impl List<'_> {
+    /// What `read` makes of the next structure, and whether it is torn; `None` at the end. A structure that is taken out of the
+    /// list while it is read is left out: its memory may hold something else by then. One that is not in order however often
+    /// it is read is torn.
+    ///
+    /// # Errors
+    /// As the iterator's, and `read`'s.
+    pub fn next_with<T>(
+        &mut self,
+        mut read: impl FnMut(u64) -> Result<T, KernelError>,
+    ) -> Result<Option<(T, bool)>, KernelError> {
+        let mut tries = 1;
+        loop {
+            let Some(gva) = self.next().transpose()? else { return Ok(None) };
+            let item = read(gva);
+            let is_linked = self.is_linked(gva.wrapping_add(self.offset));
+            if is_linked || tries == TRIES {
+                return item.map(|item| Some((item, !is_linked)));
+            }
+            tries += 1;
+            self.place = self.before;
+        }
+    }
+
+    /// Whether the node before this one leads to it. What cannot be read leads nowhere.
+    fn is_linked(&self, node: u64) -> bool {
+        let before = self.kernel.read_u64(node.wrapping_add(PREV));
+        before.and_then(|before| self.kernel.read_u64(before)).is_ok_and(|next| next == node)
+    }
+}
+
 impl Iterator for List<'_> {
     type Item = Result<u64, KernelError>;
 
     fn next(&mut self) -> Option<Self::Item> {
-        let node = match self.kernel.read_u64(self.link.take()?) {
+        self.before = self.place;
+        let place = &mut self.place;
+        let node = match self.kernel.read_u64(place.link.take()?) {
             Ok(node) => node,
             Err(error) => return Some(Err(error)),
         };
@@ -64,15 +112,15 @@ impl Iterator for List<'_> {
         if node == 0 || node & 1 != 0 {
             return Some(Err(KernelError::Broken { head: self.head, next: node }));
         }
-        if node == self.mark || self.count >= MAX_NODES {
-            return Some(Err(KernelError::Endless { head: self.head, limit: self.count }));
+        if node == place.mark || place.count >= MAX_NODES {
+            return Some(Err(KernelError::Endless { head: self.head, limit: place.count }));
         }
-        self.count += 1;
-        self.steps += 1;
-        if self.steps == self.until {
-            (self.mark, self.steps, self.until) = (node, 0, self.until * 2);
+        place.count += 1;
+        place.steps += 1;
+        if place.steps == place.until {
+            (place.mark, place.steps, place.until) = (node, 0, place.until * 2);
         }
-        self.link = Some(node);
+        place.link = Some(node);
         Some(Ok(node.wrapping_sub(self.offset)))
     }
 }

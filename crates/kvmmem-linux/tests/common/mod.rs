@@ -6,6 +6,7 @@ pub(crate) mod areas;
 pub(crate) mod btf;
 pub(crate) mod kallsyms;
 pub(crate) mod objects;
+pub(crate) mod processes;
 
 use std::sync::RwLock;
 
