@@ -119,14 +119,14 @@ fn print(diagnosis: &Diagnosis, output: &mut Output) -> Result<()> {
     let width = diagnosis.checks.iter().map(|check| check.name.len()).max().unwrap_or(0);
     for Check { name, status, detail, remedy } in &diagnosis.checks {
         let (style, word) = shown(*status);
-        output.line(format!("{style}{word}{style:#}  {name:width$}  {}", escape(detail)))?;
+        output.styled(format!("{style}{word}{style:#}  {name:width$}  {}", escape(detail)))?;
         if let Some(remedy) = remedy {
             let indent = " ".repeat(width + 8);
-            output.line(format!("{indent}-> {}", escape(remedy)))?;
+            output.styled(format!("{indent}-> {}", escape(remedy)))?;
         }
     }
     let bold = Style::new().bold();
-    output.line(format!(
+    output.styled(format!(
         "{bold}this {}{bold:#}",
         if diagnosis.role == Role::Guest { "guest" } else { "host" }
     ))?;
@@ -134,7 +134,7 @@ fn print(diagnosis: &Diagnosis, output: &mut Output) -> Result<()> {
         let (style, word) = shown(*status);
         let verb = if *status == Status::Fail { "cannot" } else { "can" };
         let see = if see.is_empty() { String::new() } else { format!(": see {}", see.join(", ")) };
-        output.line(format!("{style}{word}{style:#}  {verb} {}{see}", what.text()))?;
+        output.styled(format!("{style}{word}{style:#}  {verb} {}{see}", what.text()))?;
     }
     Ok(())
 }

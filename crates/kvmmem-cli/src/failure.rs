@@ -10,22 +10,32 @@ use clap::error::ErrorKind;
 use kvmmem_broker::name::is_unprintable;
 use serde::Serialize;
 
+use crate::output::json;
+
 /// Exit code of a command line that is wrong.
 pub(crate) const USAGE: u8 = 2;
 
-/// What is wrong with a command line that clap accepts.
+/// An error with an exit code of its own.
 #[derive(Debug, thiserror::Error)]
-#[error("{0}")]
-struct UsageError(String);
-
-/// An error with exit code [`USAGE`].
-pub(crate) fn usage(text: impl Into<String>) -> Error {
-    UsageError(text.into()).into()
+#[error("{text}")]
+struct ExitError {
+    code: u8,
+    text: String,
 }
 
-/// Whether the error is one of [`usage`].
-pub(crate) fn is_usage(error: &Error) -> bool {
-    error.is::<UsageError>()
+/// An error with this exit code.
+pub(crate) fn exit(code: u8, text: impl Into<String>) -> Error {
+    ExitError { code, text: text.into() }.into()
+}
+
+/// What is wrong with a command line that clap accepts: an error with exit code [`USAGE`].
+pub(crate) fn usage(text: impl Into<String>) -> Error {
+    exit(USAGE, text)
+}
+
+/// The exit code that the error brings, if it is one of [`exit`].
+pub(crate) fn exit_code(error: &Error) -> Option<u8> {
+    error.downcast_ref().map(|ExitError { code, .. }| *code)
 }
 
 #[derive(Serialize)]
@@ -81,7 +91,7 @@ fn write_json(to: &mut impl Write, error: &Error) -> io::Result<()> {
         error: error.to_string(),
         causes: error.chain().skip(1).map(ToString::to_string).collect(),
     };
-    writeln!(to, "{}", serde_json::to_string(&failure)?)
+    writeln!(to, "{}", json(&failure)?)
 }
 
 /// The text without what a terminal would not just show: some of it comes from peers, and must not drive the terminal.

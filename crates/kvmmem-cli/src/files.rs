@@ -10,10 +10,10 @@ use kvmmem_linux::tasks::{Task, Tasks, Which};
 use kvmmem_linux::{Kernel, KernelError};
 use serde::Serialize;
 
-use crate::failure::escape;
 use crate::linux::{Guest, collect};
 use crate::number::Hex;
-use crate::output::{Output, columns};
+use crate::output::Output;
+use crate::table::Table;
 
 #[derive(Args)]
 #[command(after_help = AFTER_HELP)]
@@ -22,18 +22,22 @@ pub(crate) struct Arguments {
     #[arg(long, value_name = "PID")]
     pid: Vec<u32>,
     #[command(flatten)]
+    table: Table,
+    #[command(flatten)]
     guest: Guest,
 }
 
 const AFTER_HELP: &str = "\
 A path begins at the root of the mounts that its process has. What has no path is shown as /proc/PID/fd shows it: pipe:[N],
-socket:[N], anon_inode:[NAME]. FLAGS are those of open(2), octal; POSITION is where the next read or write begins.
+socket:[N], anon_inode:[NAME]. FLAGS are those of open(2), octal; POSITION is where the next read or write begins. A ! after a descriptor says that the
+file changed whenever it was read.
 
 Exit codes:
   0  done
   1  failed, standard error says why: no kernel was found, or one without symbols or types, there is no such process, or its
      files are damaged
-  2  the command line is wrong";
+  2  the command line is wrong
+  4  the guest was restarted while it was read";
 
 /// A file, as JSON.
 #[derive(Serialize)]
@@ -44,26 +48,18 @@ struct FileLine<'a> {
     path: &'a str,
     deleted: bool,
     flags: Hex,
-    position: u64,
+    position: Hex,
     /// Where its `struct file` is.
     file: Hex,
+    torn: bool,
 }
 
 impl Arguments {
     pub(crate) fn run(&self, output: &mut Output) -> Result<ExitCode> {
         let found = self.guest.with_kernel("files", |kernel| self.find(kernel))?;
         let files = found.iter().flat_map(|(task, files)| files.iter().map(move |file| (task, file)));
-        if output.is_json() {
-            for (task, file) in files {
-                output.object(&FileLine::new(task, file))?;
-            }
-            return Ok(ExitCode::SUCCESS);
-        }
-        let header = ["PID", "NAME", "FD", "FLAGS", "POSITION", "PATH"].map(str::to_owned);
-        let rows: Vec<_> = std::iter::once(header).chain(files.map(|(task, file)| row(task, file))).collect();
-        for line in columns(&rows) {
-            output.line(line)?;
-        }
+        let header = ["PID", "NAME", "FD", "FLAGS", "POSITION", "PATH"];
+        self.table.print(output, files, FileLine::new, header, row)?;
         Ok(ExitCode::SUCCESS)
     }
 
@@ -84,19 +80,19 @@ impl Arguments {
     }
 }
 
-fn row(task: &Task, file: &OpenFile) -> [String; 6] {
+fn row((task, file): (&Task, &OpenFile)) -> [String; 6] {
     [
         task.pid.to_string(),
-        escape(&task.comm),
-        file.fd.to_string(),
+        task.comm.clone(),
+        format!("{}{}", file.fd, if file.is_torn { "!" } else { "" }),
         format!("{:o}", file.flags),
         file.position.to_string(),
-        escape(&file.path.text) + if file.path.is_deleted { " (deleted)" } else { "" },
+        file.path.text.clone() + if file.path.is_deleted { " (deleted)" } else { "" },
     ]
 }
 
 impl<'a> FileLine<'a> {
-    fn new(task: &'a Task, file: &'a OpenFile) -> Self {
+    fn new((task, file): (&'a Task, &'a OpenFile)) -> Self {
         Self {
             pid: task.pid,
             comm: &task.comm,
@@ -104,8 +100,9 @@ impl<'a> FileLine<'a> {
             path: &file.path.text,
             deleted: file.path.is_deleted,
             flags: Hex(file.flags.into()),
-            position: file.position,
+            position: Hex(file.position),
             file: Hex(file.gva),
+            torn: file.is_torn,
         }
     }
 }

@@ -24,6 +24,7 @@ mod input;
 mod interrupt;
 mod introspector;
 mod linux;
+mod log;
 mod map;
 mod maps;
 mod modules;
@@ -42,6 +43,7 @@ mod shell;
 mod sockets;
 mod source;
 mod strings;
+mod table;
 mod target;
 mod target_name;
 mod translate;
@@ -51,11 +53,6 @@ mod watch;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use kvmmem_broker::audit;
-use tracing_subscriber::filter::{LevelFilter, Targets};
-use tracing_subscriber::layer::SubscriberExt;
-use tracing_subscriber::util::SubscriberInitExt;
-use tracing_subscriber::{EnvFilter, Layer};
 
 use crate::output::Output;
 
@@ -63,7 +60,8 @@ use crate::output::Output;
 #[derive(Parser)]
 #[command(name = "kvmmem", version, propagate_version = true, after_help = EXIT_CODES)]
 struct Cli {
-    /// Print one JSON object a line instead of text; errors too, on standard error.
+    /// Print one JSON object a line instead of text; on standard error too: errors have the key `error`, log and audit lines
+    /// the key `level`.
     #[arg(long, global = true)]
     json: bool,
 
@@ -163,7 +161,7 @@ fn main() -> ExitCode {
         Ok(cli) => cli,
         Err(error) => return failure::report_clap(&error, wants_json()),
     };
-    log();
+    log::start(cli.json);
 
     let failed = if matches!(cli.verb, Verb::Scan(_)) { scan::FAILED } else { 1 };
     let mut output = Output::new(cli.json);
@@ -202,22 +200,8 @@ fn main() -> ExitCode {
     };
     result.unwrap_or_else(|error| {
         failure::report(&error, cli.json);
-        ExitCode::from(if failure::is_usage(&error) { failure::USAGE } else { failed })
+        ExitCode::from(failure::exit_code(&error).unwrap_or(failed))
     })
-}
-
-/// Logs on standard error what RUST_LOG says, and the audit lines of a command that is its own broker in the journal; where
-/// there is no journal, on standard error as well.
-fn log() {
-    let journal = tracing_journald::layer().ok();
-    let usual = if journal.is_some() { "warn" } else { "warn,audit=info" };
-    let filter = EnvFilter::try_from_env("RUST_LOG").unwrap_or_else(|_| EnvFilter::new(usual));
-    let errors = tracing_subscriber::fmt::layer()
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
-        .with_filter(filter);
-    let audit = Targets::new().with_target(audit::TARGET, LevelFilter::INFO);
-    tracing_subscriber::registry().with(errors).with(journal.map(|layer| layer.with_filter(audit))).init();
 }
 
 /// Whether a command line that cannot be parsed asks for JSON.

@@ -8,14 +8,16 @@ use clap::Args;
 use kvmmem_linux::modules::{Module, Modules, State};
 use serde::Serialize;
 
-use crate::failure::escape;
 use crate::linux::{Guest, collect};
 use crate::number::Hex;
-use crate::output::{Output, columns};
+use crate::output::Output;
+use crate::table::Table;
 
 #[derive(Args)]
 #[command(after_help = AFTER_HELP)]
 pub(crate) struct Arguments {
+    #[command(flatten)]
+    table: Table,
     #[command(flatten)]
     guest: Guest,
 }
@@ -27,7 +29,8 @@ module changed whenever it was read.
 Exit codes:
   0  done
   1  failed, standard error says why: no kernel was found, or one without symbols or types, or its list is damaged
-  2  the command line is wrong";
+  2  the command line is wrong
+  4  the guest was restarted while it was read";
 
 /// A module, as JSON.
 #[derive(Serialize)]
@@ -48,29 +51,20 @@ impl Arguments {
         let modules = self.guest.with_kernel("modules", |kernel| {
             collect(|| Modules::new(kernel)).context("cannot list the modules")
         })?;
-        if output.is_json() {
-            for module in &modules {
-                output.object(&ModuleLine::new(module))?;
-            }
-            return Ok(ExitCode::SUCCESS);
-        }
-        let header = ["MODULE", "SIZE", "USES", "STATE", "BASE", "USED BY"].map(str::to_owned);
-        let rows: Vec<_> = std::iter::once(header).chain(modules.iter().map(row)).collect();
-        for line in columns(&rows) {
-            output.line(line)?;
-        }
+        let header = ["MODULE", "SIZE", "USES", "STATE", "BASE", "USED BY"];
+        self.table.print(output, &modules, ModuleLine::new, header, row)?;
         Ok(ExitCode::SUCCESS)
     }
 }
 
 fn row(module: &Module) -> [String; 6] {
     [
-        escape(&module.name),
+        module.name.clone(),
         module.size.to_string(),
         module.references.to_string(),
         format!("{}{}", state(module.state), if module.is_torn { "!" } else { "" }),
         format!("{:#x}", module.base),
-        escape(&module.used_by.join(",")),
+        module.used_by.join(","),
     ]
 }
 

@@ -1,11 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Standard output: text, in colour on a terminal alone, or one JSON object a line.
+//!
+//! Guests, VMMs and other peers name much of what is printed. No character of theirs reaches a terminal that does more
+//! than to show it: [`Output::line`] and [`columns`] escape text, [`json`] escapes it with its value kept.
 
-use std::io::{self, Write};
+use std::fmt::Write as _;
+use std::io::{self, IsTerminal, Write};
 
 use anstream::AutoStream;
+use kvmmem_broker::name::is_unprintable;
+use rustix::termios::tcgetwinsize;
 use serde::Serialize;
-use unicode_width::UnicodeWidthStr;
+use unicode_width::{UnicodeWidthChar, UnicodeWidthStr};
+
+use crate::failure::escape;
 
 /// Where results go.
 pub(crate) struct Output {
@@ -49,16 +57,29 @@ impl Output {
         self.json
     }
 
-    /// Writes a line of text and flushes, so that a reader behind a pipe sees it at once.
+    /// Writes a line of text, escaped, and flushes, so that a reader behind a pipe sees it at once.
     pub(crate) fn line(&mut self, text: impl AsRef<str>) -> io::Result<()> {
+        self.styled(escape(text.as_ref()))
+    }
+
+    /// Writes text that has styles or line breaks of this program's. What a peer has named in it must be escaped.
+    pub(crate) fn styled(&mut self, text: impl AsRef<str>) -> io::Result<()> {
         writeln!(self.stream, "{}", text.as_ref())?;
         self.stream.flush()
     }
 
     /// Writes an object as a line of JSON.
     pub(crate) fn object(&mut self, object: &impl Serialize) -> io::Result<()> {
-        let text = serde_json::to_string(object)?;
-        self.line(text)
+        self.styled(json(object)?)
+    }
+
+    /// Columns of the terminal that shows the output; `None` where no terminal does.
+    pub(crate) fn width(&self) -> Option<usize> {
+        let stdout = io::stdout();
+        let is_shown = matches!(self.stream, Stream::Stdout(_)) && stdout.is_terminal();
+        let size = tcgetwinsize(&stdout).ok().filter(|_| is_shown)?;
+        // A terminal without a size, as of a serial line, reports 0.
+        Some(usize::from(size.ws_col)).filter(|width| *width > 0)
     }
 
     /// Writes bytes as they are.
@@ -69,11 +90,48 @@ impl Output {
     }
 }
 
-/// The rows as lines whose cells begin below each other, in the columns that a terminal has for them.
+/// The object as a line of JSON in which every character that a terminal does not just show is an escape.
+pub(crate) fn json(object: &impl Serialize) -> io::Result<String> {
+    Ok(escape_json(&serde_json::to_string(object)?))
+}
+
+/// JSON with escapes for what serde_json writes as it is and a terminal does not just show: U+007F to U+009F, marks that
+/// change the direction of text, and the like. They stand in strings alone.
+pub(crate) fn escape_json(text: &str) -> String {
+    let mut escaped = String::with_capacity(text.len());
+    for c in text.chars() {
+        if c == '\n' || !is_unprintable(c) {
+            escaped.push(c);
+            continue;
+        }
+        for unit in c.encode_utf16(&mut [0; 2]) {
+            // A string takes all that is written to it.
+            let _ = write!(escaped, "\\u{unit:04x}");
+        }
+    }
+    escaped
+}
+
+/// The part of a line that fits in `width` columns, with `…` in place of what does not.
+pub(crate) fn cut(line: &str, width: usize) -> String {
+    if line.width() <= width {
+        return line.to_owned();
+    }
+    let mut left = width.saturating_sub(1);
+    let fits = |c: &char| {
+        let fits = left.checked_sub(c.width().unwrap_or(0));
+        left = fits.unwrap_or(0);
+        fits.is_some()
+    };
+    line.chars().take_while(fits).collect::<String>() + "…"
+}
+
+/// The rows, escaped, as lines whose cells begin below each other, in the columns that a terminal has for them.
 pub(crate) fn columns(rows: &[impl AsRef<[String]>]) -> Vec<String> {
+    let rows = rows.iter().map(|row| row.as_ref().iter().map(|cell| escape(cell)).collect());
+    let rows: Vec<Vec<String>> = rows.collect();
     let mut widths = Vec::new();
-    for row in rows {
-        let row = row.as_ref();
+    for row in &rows {
         widths.resize(row.len().max(widths.len()), 0);
         for (width, cell) in widths.iter_mut().zip(row) {
             *width = cell.width().max(*width);
@@ -97,5 +155,49 @@ mod tests {
     fn wide_characters_take_two_columns_and_combining_ones_none() {
         let rows = [["虚拟", "1"], ["e\u{301}", "2"], ["abcd", "3"]].map(|row| row.map(str::to_owned));
         assert_eq!(columns(&rows), ["虚拟  1", "e\u{301}     2", "abcd  3"]);
+    }
+
+    /// All kinds of characters that do more than to be shown, and some that do not.
+    const HOSTILE: &str =
+        "a\u{1b}[2J\u{7f}\u{80}\u{9b}31m\u{9f}\u{202e}\u{2066}\u{feff}\u{e0041}\n\t\"\\ü虚\u{10ffff}";
+
+    #[test]
+    fn json_has_exact_values_and_nothing_that_drives_a_terminal() {
+        let text = json(&[HOSTILE]).unwrap();
+        assert!(!text.chars().any(is_unprintable), "{text:?}");
+        let back: Vec<String> = serde_json::from_str(&text).unwrap();
+        assert_eq!(back, [HOSTILE]);
+        // As it reaches a pipe: AutoStream takes out what it takes for a terminal's.
+        let mut piped = Vec::new();
+        anstream::StripStream::new(&mut piped).write_all(text.as_bytes()).unwrap();
+        assert_eq!(piped, text.as_bytes());
+        assert!(
+            text.contains("\\u009b31m\\u009f\\u202e")
+                && text.contains("ü虚")
+                && text.contains("\\udb40\\udc41")
+        );
+    }
+
+    #[test]
+    fn cells_cannot_drive_the_terminal_and_are_aligned_as_they_are_shown() {
+        let lines = columns(&[["\u{9b}2J".to_owned(), "1".to_owned()], ["abc".to_owned(), "2".to_owned()]]);
+        assert_eq!(lines, ["\\u{9b}2J  1", "abc       2"]);
+    }
+
+    #[test]
+    fn a_line_is_cut_where_the_terminal_ends() {
+        for (line, width, shown) in [
+            ("abcd", 4, "abcd"),
+            ("abcde", 4, "abc…"),
+            ("虚拟机", 6, "虚拟机"),
+            ("虚拟机", 5, "虚拟…"),
+            ("虚拟机", 4, "虚…"),
+            ("e\u{301}e\u{301}e", 2, "e\u{301}…"),
+            ("abc", 1, "…"),
+            ("", 1, ""),
+        ] {
+            assert_eq!(cut(line, width), shown, "{line} {width}");
+            assert!(cut(line, width).width() <= width);
+        }
     }
 }

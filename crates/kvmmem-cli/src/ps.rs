@@ -14,10 +14,10 @@ use kvmmem_linux::tasks::{Args, Task, Tasks, Which};
 use kvmmem_linux::{FilePath, KernelError};
 use serde::Serialize;
 
-use crate::failure::escape;
 use crate::linux::{Guest, collect};
 use crate::number::{Hex, parse_duration};
-use crate::output::{Output, columns};
+use crate::output::Output;
+use crate::table::Table;
 
 #[derive(clap::Args)]
 #[command(after_help = AFTER_HELP)]
@@ -47,6 +47,8 @@ pub(crate) struct Arguments {
     #[arg(long, conflicts_with = "watch")]
     namespaces: bool,
     #[command(flatten)]
+    table: Table,
+    #[command(flatten)]
     guest: Guest,
 }
 
@@ -66,7 +68,8 @@ event is \"started\" or \"ended\", with the milliseconds and the values of the p
 Exit codes:
   0  done
   1  failed, standard error says why: no kernel was found, or one without symbols or types, or its lists are damaged
-  2  the command line is wrong";
+  2  the command line is wrong
+  4  the guest was restarted while it was read";
 
 /// A task, as JSON.
 #[derive(Serialize)]
@@ -151,21 +154,14 @@ impl Arguments {
             if self.tree { tree::order(&tasks) } else { (0..tasks.len()).map(|index| (index, 0)).collect() };
         let tasks =
             order.iter().filter_map(|(index, depth)| Some((tasks.get(*index)?, more.get(*index), *depth)));
-        if output.is_json() {
-            for (task, more, _) in tasks {
-                output.object(&TaskLine {
-                    more: more.map(MoreLine::new),
-                    ..TaskLine::new(task, self.threads)
-                })?;
-            }
-            return Ok(ExitCode::SUCCESS);
-        }
         let nothing = More::default();
-        let rows = tasks.map(|(task, more, depth)| self.row(task, more.unwrap_or(&nothing), depth));
-        let rows: Vec<_> = std::iter::once(self.header()).chain(rows).collect();
-        for line in columns(&rows) {
-            output.line(line)?;
-        }
+        self.table.print(
+            output,
+            tasks,
+            |(task, more, _)| TaskLine { more: more.map(MoreLine::new), ..TaskLine::new(task, self.threads) },
+            self.header(),
+            |(task, more, depth)| self.row(task, more.unwrap_or(&nothing), depth),
+        )?;
         Ok(ExitCode::SUCCESS)
     }
 
@@ -207,11 +203,11 @@ impl Arguments {
             row.extend([cgroup, ipc, mnt, net, pid, time, user, uts].map(number));
         }
         if self.exe {
-            let path = |exe: &FilePath| escape(&exe.text) + if exe.is_deleted { " (deleted)" } else { "" };
+            let path = |exe: &FilePath| exe.text.clone() + if exe.is_deleted { " (deleted)" } else { "" };
             row.push(exe.as_ref().map_or_else(|| "-".to_owned(), path));
         }
         let words = env.iter().flat_map(|env| &env.words);
-        let env: String = words.map(|word| format!(" {}", escape(word))).collect();
+        let env: String = words.map(|word| format!(" {word}")).collect();
         row.push("  ".repeat(depth.min(MAX_DEPTH)) + &command(task) + &env);
         row
     }
@@ -223,12 +219,12 @@ const NAMESPACES: [&str; 8] = ["CGROUP", "IPC", "MNT", "NET", "PIDNS", "TIME", "
 /// The command line, or the name of a process without one.
 fn command(task: &Task) -> String {
     if task.is_kernel {
-        return format!("[{}]", escape(&task.comm));
+        return format!("[{}]", task.comm);
     }
     if task.args.words.is_empty() || task.tid != task.pid {
-        return escape(&task.comm);
+        return task.comm.clone();
     }
-    escape(&task.args.words.join(" ")) + if task.args.is_cut { " ..." } else { "" }
+    task.args.words.join(" ") + if task.args.is_cut { " ..." } else { "" }
 }
 
 impl<'a> TaskLine<'a> {

@@ -99,7 +99,7 @@ impl Arguments {
         }
         match (self.libvirt, output.is_json()) {
             (true, true) => output.object(&XmlLine { xml: &parts.xml() })?,
-            (true, false) => output.line(parts.xml())?,
+            (true, false) => output.styled(parts.xml())?,
             (false, true) => output.object(&ArgumentsLine { arguments: &parts.arguments() })?,
             (false, false) => {
                 for pair in parts.arguments().chunks(2) {

@@ -85,8 +85,9 @@ impl Names {
     }
 }
 
-fn endless(dentry: u64) -> KernelError {
-    KernelError::Malformed { what: "the path of the entry".to_owned(), gva: dentry }
+/// Of a path that has no end, or a longer one than any file has.
+fn endless() -> KernelError {
+    KernelError::TooMuch { what: "4,096 directories and mounts, or 64 KiB, of a path" }
 }
 
 impl<'a> Paths<'a> {
@@ -149,7 +150,7 @@ impl<'a> Paths<'a> {
             if parent == at {
                 return Ok(names.path());
             }
-            names.push(self.name(at)?).ok_or_else(|| endless(dentry))?;
+            names.push(self.name(at)?).ok_or_else(endless)?;
             at = parent;
         }
     }
@@ -176,14 +177,14 @@ impl<'a> Paths<'a> {
                 (at, mount) = (word(mount, self.mnt_mountpoint)?, parent);
                 continue;
             }
-            names.push(self.name(at)?).ok_or_else(|| endless(dentry))?;
+            names.push(self.name(at)?).ok_or_else(endless)?;
             let parent = word(at, self.d_parent)?;
             if parent == at {
                 return Ok((names.path(), End::Detached));
             }
             at = parent;
         }
-        Err(endless(dentry))
+        Err(endless())
     }
 
     fn name(&self, dentry: u64) -> Result<String, KernelError> {

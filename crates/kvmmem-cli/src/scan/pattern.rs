@@ -156,6 +156,10 @@ mod tests {
         let patterns = Pattern::all(Form::Hex, &["4? ?f".into(), "00".into()], false).unwrap();
         assert_eq!(patterns.iter().map(Pattern::name).collect::<Vec<_>>(), ["4? ?f", "00"]);
         let error = Pattern::all(Form::Hex, &["zz".into()], false).unwrap_err();
-        assert!(crate::failure::is_usage(&error) && error.to_string().contains("\"zz\""), "{error}");
+        assert!(
+            crate::failure::exit_code(&error) == Some(crate::failure::USAGE)
+                && error.to_string().contains("\"zz\""),
+            "{error}"
+        );
     }
 }

@@ -54,7 +54,7 @@ impl Report<'_> {
         };
         if !is_wide {
             let line = hexdump::line(found.gpa, found.bytes(), |at| bold(at < found.len));
-            return Ok(output.line(line + &name)?);
+            return Ok(output.styled(line + &name)?);
         }
         // As a hexdump of its surroundings, which says once what it is.
         output.line(format!("{:#x}, {} bytes{name}", found.gpa, found.len))?;
@@ -67,7 +67,7 @@ impl Report<'_> {
             let line = hexdump::line(start.wrapping_add(first as u64), line, |at| {
                 bold(is_match.contains(&(first + at)))
             });
-            output.line(line)?;
+            output.styled(line)?;
         }
         Ok(output.line("")?)
     }

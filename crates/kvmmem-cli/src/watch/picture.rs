@@ -66,7 +66,7 @@ impl Picture {
             output.object(&Seen::Memory { address, hex: hex(bytes) })?;
         } else {
             for (_, line) in lines(address.get(), bytes, bytes) {
-                output.line(line)?;
+                output.styled(line)?;
             }
         }
         Ok(Self { address, form, start: Instant::now() })
@@ -79,7 +79,7 @@ impl Picture {
                 // Where colours are switched off, the cursor must move all the same.
                 output.raw(format!("\x1b[{}A", now.len().div_ceil(WIDTH)).as_bytes())?;
                 for (_, line) in lines(self.address.get(), before, now) {
-                    output.line(line)?;
+                    output.styled(line)?;
                 }
             }
             Form::Lines => {
@@ -87,7 +87,7 @@ impl Picture {
                 for (_, line) in
                     lines(self.address.get(), before, now).filter(|(has_changed, _)| *has_changed)
                 {
-                    output.line(format!("{time:10.3}  {line}"))?;
+                    output.styled(format!("{time:10.3}  {line}"))?;
                 }
             }
             Form::Json => {

@@ -1,0 +1,77 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! The log: what RUST_LOG says on standard error, and the audit lines of a command that is its own broker in the journal;
+//! where there is no journal, on standard error as well.
+//!
+//! With `--json` each line on standard error is an object. Those of the log have the key `level`, errors the key `error`.
+
+use std::io::{self, IsTerminal, Write};
+
+use kvmmem_broker::audit;
+use kvmmem_broker::name::is_unprintable;
+use tracing_subscriber::filter::{LevelFilter, Targets};
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
+use tracing_subscriber::{EnvFilter, Layer};
+
+use crate::output::escape_json;
+
+/// Starts it.
+pub(crate) fn start(json: bool) {
+    let journal = tracing_journald::layer().ok();
+    let usual = if journal.is_some() { "warn" } else { "warn,audit=info" };
+    let filter = EnvFilter::try_from_env("RUST_LOG").unwrap_or_else(|_| EnvFilter::new(usual));
+    let lines = tracing_subscriber::fmt::layer();
+    let lines = if json {
+        let stderr = || Escaped { to: io::stderr(), escape: escape_json };
+        lines.json().with_current_span(false).with_span_list(false).with_writer(stderr).boxed()
+    } else {
+        let stderr = || Escaped { to: io::stderr(), escape: escape_text };
+        lines.with_ansi(io::stderr().is_terminal()).with_writer(stderr).boxed()
+    };
+    let audit = Targets::new().with_target(audit::TARGET, LevelFilter::INFO);
+    let journal = journal.map(|layer| layer.with_filter(audit));
+    tracing_subscriber::registry().with(lines.with_filter(filter)).with(journal).init();
+}
+
+/// A line of the log without what a terminal would not just show. Its colours stay: the values in it have no escape
+/// character, as tracing-subscriber has replaced it.
+fn escape_text(line: &str) -> String {
+    let keeps = |c: char| matches!(c, '\n' | '\x1b') || !is_unprintable(c);
+    let mut escaped = String::with_capacity(line.len());
+    for c in line.chars() {
+        if keeps(c) { escaped.push(c) } else { escaped.extend(c.escape_default()) }
+    }
+    escaped
+}
+
+/// Writes lines after an escape.
+struct Escaped<W> {
+    to: W,
+    escape: fn(&str) -> String,
+}
+
+impl<W: Write> Write for Escaped<W> {
+    /// tracing-subscriber writes a line at a time.
+    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        self.to.write_all((self.escape)(&String::from_utf8_lossy(line)).as_bytes())?;
+        Ok(line.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.to.flush()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn values_in_lines_cannot_drive_the_terminal() {
+        let mut to = Vec::new();
+        let line = "\x1b[2mWARN\x1b[0m the release is \u{202e}x\u{9b}2J\n";
+        Escaped { to: &mut to, escape: escape_text }.write_all(line.as_bytes()).unwrap();
+        let text = String::from_utf8(to).unwrap();
+        assert_eq!(text, "\x1b[2mWARN\x1b[0m the release is \\u{202e}x\\u{9b}2J\n");
+    }
+}
