@@ -46,7 +46,8 @@ Exit codes:
   0  nothing was found
   1  failed, standard error says why: no kernel was found, or one without symbols or types, or its structures are damaged
   2  the command line is wrong
-  3  something was found";
+  3  something was found
+  4  the guest was restarted while it was read";
 
 /// What a check has looked at, as JSON.
 #[derive(Serialize)]

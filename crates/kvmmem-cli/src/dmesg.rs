@@ -8,8 +8,8 @@ use clap::Args;
 use kvmmem_linux::log::{self, Caller, Record};
 use serde::Serialize;
 
-use crate::failure::escape;
-use crate::linux::Guest;
+use crate::failure;
+use crate::linux::{Guest, INCOMPLETE};
 use crate::output::Output;
 
 #[derive(Args)]
@@ -25,7 +25,9 @@ Kernels of 5.10 and later, also those built without symbols and types. Times are
 Exit codes:
   0  done
   1  failed, standard error says why; what was printed before is not all
-  2  the command line is wrong";
+  2  the command line is wrong
+  3  records are missing, standard error says how many: memory of the log is damaged
+  4  the guest was restarted while it was read; what was printed is not to be trusted";
 
 /// A record, as JSON.
 #[derive(Serialize)]
@@ -52,13 +54,23 @@ impl Arguments {
                 if output.is_json() {
                     output.object(&RecordLine::new(&record))?;
                 } else {
-                    for line in lines(&record) {
-                        output.line(line)?;
-                    }
+                    lines(&record).try_for_each(|line| output.line(line))?;
                 }
             }
-            if records.lost() > 0 {
-                tracing::warn!("{} records were overwritten while they were read", records.lost());
+            let count = |count| if count == 1 { "1 record".to_owned() } else { format!("{count} records") };
+            if records.overwritten() > 0 {
+                tracing::warn!(
+                    "the guest overwrote {} of its log while it was read",
+                    count(records.overwritten())
+                );
+            }
+            if records.damaged() > 0 {
+                let why = match self.guest.is_live() {
+                    true => "the guest's memory is damaged",
+                    false => "the dump is damaged, or the guest wrote to its log while it was made",
+                };
+                let lost = count(records.damaged());
+                return Err(failure::exit(INCOMPLETE, format!("{lost} of the log not printed: {why}")));
             }
             Ok(ExitCode::SUCCESS)
         })
@@ -68,7 +80,7 @@ impl Arguments {
 /// A record as dmesg(1) prints it: each of its lines with the time.
 fn lines(record: &Record) -> impl Iterator<Item = String> {
     let time = format!("[{:5}.{:06}] ", record.time.as_secs(), record.time.subsec_micros());
-    record.text.split('\n').map(move |line| time.clone() + &escape(line))
+    record.text.split('\n').map(move |line| time.clone() + line)
 }
 
 impl<'a> RecordLine<'a> {

@@ -3,15 +3,17 @@
 
 mod all;
 
+use std::fmt::Write;
 use std::process::ExitCode;
+use std::time::{Duration, UNIX_EPOCH};
 
-use anyhow::Result;
+use anyhow::{Error, Result};
 use clap::Args;
-use kvmmem_linux::identity::Identity;
+use kvmmem_linux::identity::{Identity, Missing};
 use serde::Serialize;
 
-use crate::failure::escape;
-use crate::linux::Guest;
+use crate::failure;
+use crate::linux::{Guest, INCOMPLETE};
 use crate::number::Hex;
 use crate::output::{Output, columns};
 
@@ -27,13 +29,15 @@ pub(crate) struct Arguments {
 }
 
 const AFTER_HELP: &str = "\
-The boot time is in seconds since 1970. The uptime is that of the kernel's last look at its clock, which one that has nothing
+The boot time is in UTC; with --json it is in seconds since 1970. The uptime is that of the kernel's last look at its clock, which one that has nothing
 to do may put off for some seconds.
 
 Exit codes:
-  0  done; what could not be found out is a - or null, with --all also a machine that cannot be read
+  0  done; with --all a machine that cannot be read is a row with -, and the reason
   1  failed, standard error says why: no kernel was found
-  2  the command line is wrong";
+  2  the command line is wrong
+  3  something was not found: it is a - or null, and standard error says why
+  4  the guest was restarted while it was read";
 
 /// The kernel, as JSON.
 #[derive(Serialize)]
@@ -80,9 +84,19 @@ impl Arguments {
                     output.line(line)?;
                 }
             }
-            Ok(ExitCode::SUCCESS)
+            match missing(&identity.missing) {
+                Some(error) => Err(error),
+                None => Ok(ExitCode::SUCCESS),
+            }
         })
     }
+}
+
+/// What was not found, and why.
+fn missing(missing: &[Missing]) -> Option<Error> {
+    let line = |Missing { what, why }: &Missing| format!("{what} ({why})");
+    let all: Vec<_> = missing.iter().map(line).collect();
+    (!all.is_empty()).then(|| failure::exit(INCOMPLETE, format!("not found: {}", all.join("; "))))
 }
 
 impl KernelLine<'_> {
@@ -90,12 +104,12 @@ impl KernelLine<'_> {
         let or_none = |text: Option<String>| text.unwrap_or_else(|| "-".to_owned());
         let seconds = |ms: u64| format!("{}.{:02} s", ms / 1000, ms % 1000 / 10);
         [
-            ("release", escape(self.release)),
-            ("version", escape(self.version)),
-            ("host name", escape(self.host_name)),
-            ("build id", or_none(self.build_id.map(escape))),
-            ("command line", or_none(self.command_line.map(escape))),
-            ("booted", or_none(self.booted.map(|time| time.to_string()))),
+            ("release", self.release.to_owned()),
+            ("version", self.version.to_owned()),
+            ("host name", self.host_name.to_owned()),
+            ("build id", or_none(self.build_id.map(str::to_owned))),
+            ("command line", or_none(self.command_line.map(str::to_owned))),
+            ("booted", or_none(self.booted.map(utc))),
             ("uptime", or_none(self.uptime_ms.map(seconds))),
             ("KASLR offset", format!("{:#x}", self.kaslr_offset.0)),
             ("CR3", format!("{:#x}", self.cr3.0)),
@@ -105,5 +119,35 @@ impl KernelLine<'_> {
         .into_iter()
         .map(|(name, value)| [name.to_owned(), value])
         .collect()
+    }
+}
+
+/// Seconds since 1970 as RFC 3339 has them.
+fn utc(seconds: u64) -> String {
+    let time = UNIX_EPOCH.checked_add(Duration::from_secs(seconds));
+    let mut text = String::new();
+    // What has no four digits for its year has no such form.
+    match time.map(|time| write!(text, "{}", humantime::format_rfc3339_seconds(time))) {
+        Some(Ok(())) => text,
+        _ => format!("{seconds} s after 1970"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::utc;
+
+    #[test]
+    fn times_are_in_utc() {
+        for (seconds, text) in [
+            (0, "1970-01-01T00:00:00Z"),
+            (951_782_400, "2000-02-29T00:00:00Z"),
+            (1_795_699_872, "2026-11-26T13:31:12Z"),
+            (253_402_300_799, "9999-12-31T23:59:59Z"),
+            (253_402_300_800, "253402300800 s after 1970"),
+            (u64::MAX, "18446744073709551615 s after 1970"),
+        ] {
+            assert_eq!(utc(seconds), text);
+        }
     }
 }

@@ -4,14 +4,14 @@
 use std::ops::ControlFlow;
 use std::path::PathBuf;
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use clap::Args;
 use kvmmem::view::{Access, Range, View};
 use kvmmem_memory::{DumpFile, Memory};
 
 use crate::parallel::{Sink, in_order};
 use crate::range::GpaRange;
-use crate::source::{self, Source};
+use crate::source::{self, NO_TOKEN, Source};
 use crate::target_name::TargetName;
 
 #[derive(Args)]
@@ -45,7 +45,7 @@ impl Input {
     pub(crate) fn open(&self, verb: &str, wanted: &[GpaRange]) -> Result<Opened> {
         Ok(match &self.file {
             Some(path) => Opened::File(DumpFile::open(path)?),
-            None => Opened::View(self.source.attach(Access::ReadOnly, verb, wanted)?),
+            None => Opened::View(self.source()?.attach(Access::ReadOnly, verb, wanted)?),
         })
     }
 
@@ -53,8 +53,15 @@ impl Input {
     pub(crate) fn memory(&self, verb: &str, wanted: &[GpaRange]) -> Result<source::Memory> {
         match &self.file {
             Some(path) => Ok(source::Memory::File(DumpFile::open(path)?)),
-            None => self.source.memory(Access::ReadOnly, verb, wanted),
+            None => self.source()?.memory(Access::ReadOnly, verb, wanted),
         }
+    }
+
+    /// Where memory comes from that is in no file.
+    fn source(&self) -> Result<&Source> {
+        let is_given = self.source.is_given();
+        ensure!(is_given, "no memory is named: give a dump (--file DUMP), or a running target; {NO_TOKEN}");
+        Ok(&self.source)
     }
 }
 

@@ -1,14 +1,24 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The Linux guest that a verb is about: a target's memory, or that in a dump file, and the kernel in it.
 
-use anyhow::Result;
+use anyhow::{Error, Result};
 use clap::Args;
 use kvmmem_linux::{Find, FindError, Kernel};
-use kvmmem_memory::Memory;
+use kvmmem_memory::{DumpFile, Memory};
 
-use crate::input::Input;
+use crate::failure;
+use crate::input::{Input, Opened};
 use crate::number::parse;
 use crate::target_name::TargetName;
+
+/// Exit code where some of what was asked for was not found, or is damaged, and the rest was printed.
+pub(crate) const INCOMPLETE: u8 = 3;
+
+/// Exit code where the guest was restarted while it was read.
+const RESTARTED: u8 = 4;
+
+/// The lowest address at which QEMU ends RAM before the PCI hole (q35, with 2.75 GiB and more).
+const PCI_HOLE: u64 = 0x8000_0000;
 
 /// Walks of a list that changes, before its error counts.
 const TRIES: u32 = 3;
@@ -41,14 +51,50 @@ impl Guest {
         read: impl FnOnce(&Kernel<'_>) -> Result<R>,
     ) -> Result<R> {
         let opened = self.input.open(verb, &[])?;
-        read(&find(opened.memory(), self.is_live(), self.note)?)
+        let result = with_kernel(opened.memory(), self.is_live(), self.note, read);
+        match &opened {
+            Opened::File(dump) => result.map_err(|error| explain(error, dump)),
+            Opened::View(_) => result,
+        }
+    }
+}
+
+/// Hands `read` the kernel that is in a guest's memory.
+fn with_kernel<R>(
+    memory: &dyn Memory,
+    is_live: bool,
+    note: Option<u64>,
+    read: impl FnOnce(&Kernel<'_>) -> Result<R>,
+) -> Result<R> {
+    let kernel = find(memory, is_live, note)?;
+    let result = read(&kernel);
+    // Whatever was read of a kernel that is no more, also what made sense, may be made up of two.
+    if is_live && matches!(kernel.is_in_memory(), Ok(false)) {
+        let restarted = "the guest was restarted while it was read: run the command again";
+        return Err(failure::exit(RESTARTED, restarted));
+    }
+    result
+}
+
+/// Adds to the error what may be wrong with a raw dump whose record is missing.
+fn explain(error: Error, dump: &DumpFile) -> Error {
+    let has_hole = dump.segments().iter().any(|segment| segment.range.end() > PCI_HOLE);
+    match dump.missing_record().filter(|_| has_hole) {
+        Some(record) => error.context(format!(
+            "there is no {}, the record of this raw dump, so that each byte was taken for that at its address; a copy of \
+             the RAM of a guest with a PCI hole is not like that: put the record there, or dump the guest with kvmmem dump",
+            record.display()
+        )),
+        None => error,
     }
 }
 
 /// Finds the kernel in memory, which is a running target's or not; `note` is where the user says its VMCOREINFO note is.
 pub(crate) fn find(memory: &dyn Memory, is_live: bool, note: Option<u64>) -> Result<Kernel<'_>> {
     Kernel::find(memory, Find { is_live, note, ..Find::default() }).map_err(|error| match error {
-        FindError::Ambiguous { .. } => anyhow::Error::new(error).context("say which kernel: --note GPA"),
+        FindError::Ambiguous { .. } | FindError::TooMany => {
+            Error::new(error).context("say which kernel: --note GPA")
+        }
         error => error.into(),
     })
 }
@@ -67,4 +113,46 @@ where
         result = walk();
     }
     result
+}
+
+/// Guests in which a builder wrote a kernel.
+#[cfg(test)]
+#[path = "../../kvmmem-linux/tests/common/mod.rs"]
+mod common;
+
+#[cfg(test)]
+mod tests {
+    use anyhow::bail;
+
+    use super::common::{Guest, PAGE_TABLES, Place};
+    use super::*;
+
+    #[test]
+    fn a_guest_that_is_restarted_while_it_is_read_is_one_clear_line() {
+        let Place { gpa, .. } = Place::FIRST;
+        let guest = Guest::with(&[Place::FIRST]);
+        let restart = || {
+            guest.put(gpa + PAGE_TABLES, &[0; 0x1000]);
+            guest.boot(&Place::SECOND);
+        };
+        for fails in [true, false] {
+            guest.put(0, &vec![0; common::RAM]);
+            guest.boot(&Place::FIRST);
+            let error = with_kernel(&guest, true, None, |_| {
+                restart();
+                if fails {
+                    bail!("garbage")
+                }
+                Ok(())
+            });
+            let error = error.unwrap_err();
+            assert_eq!(failure::exit_code(&error), Some(RESTARTED));
+            let chain: Vec<String> = error.chain().map(ToString::to_string).collect();
+            assert_eq!(chain, ["the guest was restarted while it was read: run the command again"]);
+        }
+        // Other errors stay what they are.
+        let other = |_: &Kernel<'_>| -> Result<()> { bail!("garbage") };
+        let error = with_kernel(&guest, true, Some(Place::SECOND.note), other).unwrap_err();
+        assert_eq!(error.to_string(), "garbage");
+    }
 }

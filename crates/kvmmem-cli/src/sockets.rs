@@ -12,14 +12,16 @@ use kvmmem_linux::tasks::{Tasks, Which};
 use kvmmem_linux::{Kernel, KernelError};
 use serde::Serialize;
 
-use crate::failure::escape;
 use crate::linux::{Guest, collect};
 use crate::number::Hex;
-use crate::output::{Output, columns};
+use crate::output::Output;
+use crate::table::Table;
 
 #[derive(Args)]
 #[command(after_help = AFTER_HELP)]
 pub(crate) struct Arguments {
+    #[command(flatten)]
+    table: Table,
     #[command(flatten)]
     guest: Guest,
 }
@@ -33,7 +35,8 @@ its process has closed, has inode 0 and no process. A ! after a state says that 
 Exit codes:
   0  done
   1  failed, standard error says why: no kernel was found, or one without symbols or types, or its tables are damaged
-  2  the command line is wrong";
+  2  the command line is wrong
+  4  the guest was restarted while it was read";
 
 /// A socket, as JSON.
 #[derive(Serialize)]
@@ -75,18 +78,9 @@ impl Arguments {
             Ok((sockets, holders(kernel)?))
         })?;
         let held = |socket: &Socket| holders.get(&socket.inode).map_or(&[][..], Vec::as_slice);
-        if output.is_json() {
-            for socket in &sockets {
-                output.object(&SocketLine::new(socket, held(socket)))?;
-            }
-            return Ok(ExitCode::SUCCESS);
-        }
-        let header =
-            ["PROTOCOL", "STATE", "LOCAL", "PEER", "UID", "INODE", "NETNS", "PROCESSES"].map(str::to_owned);
-        let rows = sockets.iter().map(|socket| row(socket, held(socket)));
-        for line in columns(&std::iter::once(header).chain(rows).collect::<Vec<_>>()) {
-            output.line(line)?;
-        }
+        let header = ["PROTOCOL", "STATE", "LOCAL", "PEER", "UID", "INODE", "NETNS", "PROCESSES"];
+        let line = |socket| SocketLine::new(socket, held(socket));
+        self.table.print(output, &sockets, line, header, |socket| row(socket, held(socket)))?;
         Ok(ExitCode::SUCCESS)
     }
 }
@@ -114,11 +108,11 @@ fn row(socket: &Socket, holders: &[Holder]) -> [String; 8] {
     let (local, peer) = match &socket.ends {
         Ends::Inet { local, peer } => (local.to_string(), peer.to_string()),
         Ends::Unix { path, peer, .. } => {
-            (or_none(path.as_deref().map(escape)), or_none(peer.map(|inode| inode.to_string())))
+            (or_none(path.clone()), or_none(peer.map(|inode| inode.to_string())))
         }
     };
     let protocol = socket.protocol_name();
-    let holders = holders.iter().map(|holder| format!("{}/{}", holder.pid, escape(&holder.comm)));
+    let holders = holders.iter().map(|holder| format!("{}/{}", holder.pid, holder.comm));
     [
         kind(socket).map_or_else(|| protocol.to_owned(), |kind| format!("{protocol}-{kind}")),
         format!("{}{}", socket.state.name(), if socket.is_torn { "!" } else { "" }),

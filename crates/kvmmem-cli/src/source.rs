@@ -34,7 +34,7 @@ const MAX_TOKEN_FILE: u64 = 16 * 1024;
 const OWN_GRANT_TTL: Duration = Duration::from_secs(10);
 
 /// What to do where no token is given.
-const NO_TOKEN: &str = "no token: on the host, name the target (--target NAME); elsewhere, make a token on the host \
+pub(crate) const NO_TOKEN: &str = "no token: on the host, name the target (--target NAME); elsewhere, make a token on the host \
      (kvmmem grant NAME) and give it here by --token-file or KVMMEM_TOKEN; for a hooked target, listen (--listen \
      vsock:PORT or unix:PATH, KVMMEM_KVMI_PORT)";
 
@@ -152,6 +152,21 @@ impl Source {
         };
         let view = grant_and_attach(&mut admin, &socket, &name, access, verb, wanted)?;
         Ok((view, Operator { admin, target: name }))
+    }
+
+    /// Whether anything says where a view comes from.
+    pub(crate) fn is_given(&self) -> bool {
+        self.target.is_some()
+            || self.token.is_some()
+            || self.token_file.is_some()
+            || self.connect.is_possible()
+            || std::env::var_os(TOKEN_VARIABLE).is_some()
+    }
+
+    /// Whether the target is named and no broker runs, so that this command is its own broker.
+    pub(crate) fn has_no_broker(&self) -> bool {
+        let is_absent = || Admin::connect(&default_socket()).is_err_and(|error| is_absent(&error));
+        self.target.is_some() && self.broker.is_none() && is_absent()
     }
 
     /// Whether the target is named, so that this command makes its own grant.

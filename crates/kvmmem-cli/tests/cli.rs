@@ -450,7 +450,7 @@ fn a_dump_without_a_kernel_is_an_error_and_no_empty_table() {
     let path = folder.path().join("dump");
     std::fs::write(&path, [0x55; 0x3000]).unwrap();
     let file = path.to_str().unwrap();
-    for verb in ["ps", "maps", "mounts", "files", "sockets", "check", "dmesg", "modules", "info"] {
+    for verb in GUEST_VERBS {
         let (code, stdout, stderr) = run(&[verb, "--file", file]);
         assert_eq!((code, stdout.as_str()), (Some(1), ""), "{verb}");
         assert!(stderr.starts_with("error: no Linux kernel was found"), "{verb}: {stderr}");
@@ -461,5 +461,66 @@ fn a_dump_without_a_kernel_is_an_error_and_no_empty_table() {
         assert_eq!(code, Some(2), "{verb}: {stderr}");
         let (code, _, stderr) = run(&[verb]);
         assert_eq!(code, Some(1), "{verb}: {stderr}");
+    }
+}
+
+/// The verbs about Linux guests.
+const GUEST_VERBS: [&str; 9] =
+    ["ps", "maps", "mounts", "files", "sockets", "check", "dmesg", "modules", "info"];
+
+#[test]
+fn a_guest_verb_without_a_source_names_all_of_them() {
+    for verb in GUEST_VERBS {
+        let (code, stdout, stderr) = run(&[verb]);
+        assert_eq!((code, stdout.as_str()), (Some(1), ""), "{verb}");
+        for option in ["--file DUMP", "--target NAME", "--token-file", "--listen"] {
+            assert!(stderr.contains(option), "{verb} {option}: {stderr}");
+        }
+    }
+}
+
+#[test]
+fn a_dump_that_is_no_file_is_refused_at_once() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = |name: &str| directory.path().join(name).display().to_string();
+    let mode = rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR;
+    rustix::fs::mknodat(rustix::fs::CWD, path("fifo"), rustix::fs::FileType::Fifo, mode, 0).unwrap();
+    std::fs::write(path("empty"), "").unwrap();
+    for (name, words) in [
+        (path("fifo"), "is a pipe: write what comes through it to a file first"),
+        (path(""), "is a directory"),
+        ("/dev/null".to_owned(), "is a character device"),
+        (path("empty"), "is empty"),
+        (path("none"), "cannot open"),
+    ] {
+        for verb in GUEST_VERBS {
+            // A FIFO without a writer would be waited for: the deadline ends the process.
+            let mut child = kvmmem(&[verb, "--file", &name]).spawn().unwrap();
+            let deadline = Instant::now() + Duration::from_secs(60);
+            while child.try_wait().unwrap().is_none() {
+                if Instant::now() > deadline {
+                    child.kill().unwrap();
+                }
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            let (code, stdout, stderr) = texts(child.wait_with_output().unwrap());
+            assert_eq!((code, stdout.as_str()), (Some(1), ""), "{verb} {name}: {stderr}");
+            assert!(stderr.contains(words) && stderr.contains(&name), "{verb} {name}: {stderr}");
+        }
+    }
+}
+
+#[test]
+fn a_large_raw_dump_without_its_record_is_told_from_one_without_linux() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("big.raw");
+    let file = std::fs::File::create(&path).unwrap();
+    let info = |name: &Path| run(&["info", "--file", name.to_str().unwrap()]);
+    for (len, hints) in [(1 << 30, false), (5 << 30, true)] {
+        file.set_len(len).unwrap();
+        let (code, stdout, stderr) = info(&path);
+        assert_eq!((code, stdout.as_str()), (Some(1), ""));
+        assert_eq!(stderr.contains("big.raw.json") && stderr.contains("kvmmem dump"), hints, "{stderr}");
+        assert!(stderr.contains("there is no VMCOREINFO note"), "{stderr}");
     }
 }

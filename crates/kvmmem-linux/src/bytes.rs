@@ -25,6 +25,11 @@ impl Bytes {
         &mut self.0
     }
 
+    /// Whether nothing was written here.
+    pub(crate) fn is_zero(&self) -> bool {
+        self.0.iter().all(|byte| *byte == 0)
+    }
+
     /// A part, if all of it is there.
     pub(crate) fn part(&self, at: u64, len: u64) -> Option<Self> {
         let part = self.get(at, len);

@@ -24,7 +24,7 @@ const MAX_LEN: u64 = 4096;
 /// Reads of the time while the kernel writes it.
 const TRIES: u32 = 8;
 
-/// A kernel. What could not be found out is `None`.
+/// A kernel. What could not be found out is `None`, and [`Identity::missing`] says why.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Identity {
     /// As `uname -r` prints it.
@@ -43,6 +43,29 @@ pub struct Identity {
     pub booted: Option<Duration>,
     /// How long it had run when it last looked at its clock.
     pub uptime: Option<Duration>,
+    /// What could not be found out.
+    pub missing: Vec<Missing>,
+}
+
+/// Something of a kernel that could not be found out.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Missing {
+    /// What it is.
+    pub what: &'static str,
+    /// Why.
+    pub why: String,
+}
+
+impl Missing {
+    fn new(what: &'static str, error: &KernelError) -> Self {
+        let mut why = error.to_string();
+        let mut cause = std::error::Error::source(error);
+        while let Some(error) = cause {
+            why += &format!(": {error}");
+            cause = error.source();
+        }
+        Self { what, why }
+    }
 }
 
 impl Identity {
@@ -56,16 +79,26 @@ impl Identity {
         let name = |number| names.string(number * UTS_LEN, UTS_LEN);
         let note = kernel.note();
         let offset = note.value("KERNELOFFSET").and_then(|value| u64::from_str_radix(value, 16).ok());
-        let clock = clock(kernel).ok().flatten();
+        let mut missing = Vec::new();
+        let build_id = note.value("BUILD-ID").map(str::to_owned);
+        if build_id.is_none() {
+            missing
+                .push(Missing { what: "the build id", why: "the kernel's note has no BUILD-ID".to_owned() });
+        }
+        let command_line = command_line(kernel);
+        let command_line =
+            command_line.map_err(|error| missing.push(Missing::new("the command line", &error)));
+        let clock = clock(kernel).map_err(|error| missing.push(Missing::new("the boot time", &error))).ok();
         Ok(Self {
             host_name: name(1),
             release: name(2),
             version: name(3),
-            build_id: note.value("BUILD-ID").map(str::to_owned),
-            command_line: command_line(kernel),
+            build_id,
+            command_line: command_line.ok(),
             kaslr_offset: offset.unwrap_or(0),
             booted: clock.map(|clock| clock.booted),
             uptime: clock.map(|clock| clock.uptime),
+            missing,
         })
     }
 }
@@ -77,10 +110,10 @@ fn names_at(kernel: &Kernel<'_>) -> Result<u64, KernelError> {
     Ok(namespace.wrapping_add_signed(offset))
 }
 
-fn command_line(kernel: &Kernel<'_>) -> Option<String> {
-    let line = kernel.read_u64(kernel.symbol("saved_command_line").ok()?).ok()?;
-    let line = text(&kernel.read_cstr(line, COMMAND_LINE).ok()?);
-    Some(line.trim().to_owned())
+fn command_line(kernel: &Kernel<'_>) -> Result<String, KernelError> {
+    let line = kernel.read_u64(kernel.symbol("saved_command_line")?)?;
+    let line = text(&kernel.read_cstr(line, COMMAND_LINE)?);
+    Ok(line.trim().to_owned())
 }
 
 /// What the kernel's clock says.
@@ -90,8 +123,8 @@ struct Clock {
     uptime: Duration,
 }
 
-/// The kernel's `struct timekeeper`; `None` where it changes whenever it is read.
-fn clock(kernel: &Kernel<'_>) -> Result<Option<Clock>, KernelError> {
+/// The kernel's `struct timekeeper`.
+fn clock(kernel: &Kernel<'_>) -> Result<Clock, KernelError> {
     let place = kernel.symbol("timekeeper_data").or_else(|_| kernel.symbol("tk_core"))?;
     let at = kernel.offset("tk_data", "timekeeper").unwrap_or(TIMEKEEPER_AT);
     let keeper = |member| kernel.offset("timekeeper", member);
@@ -101,21 +134,25 @@ fn clock(kernel: &Kernel<'_>) -> Result<Option<Clock>, KernelError> {
     let (ns, shift) = (mono + base("xtime_nsec")?, mono + base("shift")?);
     let mono = mono + base("base")?;
     let len = MAX_LEN.min(ns.max(shift).max(real).max(boot).max(mono) + 8);
+    let gva = place.wrapping_add(at);
     let read = || {
         let mut bytes = Bytes::zeroed(len);
-        kernel.read(place.wrapping_add(at), bytes.as_mut()).ok()?;
-        Some(bytes)
+        kernel.read(gva, bytes.as_mut())?;
+        Ok::<_, KernelError>(bytes)
     };
     for _ in 0..TRIES {
-        let (Some(one), Some(two)) = (read(), read()) else { return Ok(None) };
+        let (one, two) = (read()?, read()?);
         if one == two {
             let nanoseconds = one.u64(ns) >> one.u32(shift).min(63);
             let boot = one.u64(boot);
-            return Ok(Some(Clock {
+            return Ok(Clock {
                 booted: Duration::from_nanos(one.u64(real).wrapping_sub(boot)),
                 uptime: Duration::from_nanos(one.u64(mono).wrapping_add(nanoseconds).wrapping_add(boot)),
-            }));
+            });
         }
     }
-    Ok(None)
+    Err(KernelError::Malformed {
+        what: "the kernel's clock, which changed whenever it was read,".to_owned(),
+        gva,
+    })
 }

@@ -3,7 +3,8 @@
 //!
 //! All of its layout is in the VMCOREINFO note, so that neither symbols nor types are needed. A descriptor's state holds an
 //! id; the writer of a record takes the descriptor `id % count`, so that a record is read between two looks at its state. One
-//! that was overwritten meanwhile is left out, as the kernel itself does.
+//! that was overwritten meanwhile is left out, as the kernel itself does, and counted. So is one that does not fit what
+//! leads to it, while it should be there: memory of the log is damaged.
 
 use std::time::Duration;
 
@@ -19,6 +20,9 @@ const BATCH: u64 = 256;
 
 /// Reads of a record that changes, before it is left out.
 const TRIES: u32 = 3;
+
+/// The most damaged records that are passed over.
+const MAX_DAMAGED: u64 = 1 << 16;
 
 /// `DESC_SV_BITS`: the two highest bits of a descriptor's state variable are its state, the others its id.
 const STATE_SHIFT: u32 = 62;
@@ -43,9 +47,23 @@ pub enum LogError {
     /// The note lacks a line, or the line holds nothing that makes sense.
     #[error("the kernel's note has no {0} that makes sense: its log is not that of Linux 5.10 or later")]
     Note(&'static str),
+    /// Very many records do not fit what leads to them.
+    #[error("more than {MAX_DAMAGED} records of the log are damaged")]
+    Damaged,
     /// What describes the ring buffer makes no sense, or memory of it cannot be read.
     #[error(transparent)]
     Kernel(#[from] KernelError),
+}
+
+impl LogError {
+    /// Whether other records can be read.
+    fn is_local(&self) -> bool {
+        match self {
+            Self::Damaged => true,
+            Self::Kernel(error) => matches!(error, KernelError::Read { .. }) && !error.is_final(),
+            Self::Note(_) => false,
+        }
+    }
 }
 
 /// A record of the log.
@@ -112,8 +130,11 @@ pub struct Records<'a> {
     left: u64,
     /// Descriptors that were read before their turn: the index of the first, and their bytes.
     batch: (u64, Bytes),
-    /// Records that were overwritten while they were read.
-    lost: u64,
+    /// Where the id of the oldest record is.
+    tail: u64,
+    /// Records that were overwritten while they were read, and that are damaged.
+    overwritten: u64,
+    damaged: u64,
     /// Bytes of text that can be left: no two records share any.
     text_left: u64,
 }
@@ -167,16 +188,18 @@ pub fn records<'a>(kernel: &'a Kernel<'a>) -> Result<Records<'a>, LogError> {
     let text_left = layout.size;
     // They are read one after the other, while the kernel may write.
     for _ in 0..TRIES {
-        let (tail, head) = (kernel.read_u64(tail)? & ID_MASK, kernel.read_u64(head)? & ID_MASK);
-        let left = (head.wrapping_sub(tail) & ID_MASK) + 1;
+        let (oldest, newest) = (kernel.read_u64(tail)? & ID_MASK, kernel.read_u64(head)? & ID_MASK);
+        let left = (newest.wrapping_sub(oldest) & ID_MASK) + 1;
         if left <= layout.count {
             return Ok(Records {
                 kernel,
                 layout,
-                id: tail,
+                id: oldest,
                 left,
                 batch: (0, Bytes::default()),
-                lost: 0,
+                tail,
+                overwritten: 0,
+                damaged: 0,
                 text_left,
             });
         }
@@ -186,8 +209,13 @@ pub fn records<'a>(kernel: &'a Kernel<'a>) -> Result<Records<'a>, LogError> {
 
 impl Records<'_> {
     /// Records that were overwritten while they were read, up to now.
-    pub fn lost(&self) -> u64 {
-        self.lost
+    pub fn overwritten(&self) -> u64 {
+        self.overwritten
+    }
+
+    /// Records that should be there and are not whole, up to now.
+    pub fn damaged(&self) -> u64 {
+        self.damaged
     }
 
     /// The descriptor of `id`, from the batch.
@@ -199,20 +227,30 @@ impl Records<'_> {
         {
             return Ok(descriptor);
         }
+        let at = descs.wrapping_add(index * desc_size);
         let mut bytes = Bytes::zeroed(BATCH.min(count - index).min(self.left) * desc_size);
-        self.kernel.read(descs.wrapping_add(index * desc_size), bytes.as_mut())?;
+        if self.kernel.read(at, bytes.as_mut()).is_err() {
+            // Of some of them, memory may be missing.
+            bytes = Bytes::zeroed(desc_size);
+            self.kernel.read(at, bytes.as_mut())?;
+        }
         let descriptor = bytes.part(0, desc_size).ok_or(LogError::Note("SIZE(prb_desc)"))?;
         self.batch = (index, bytes);
         Ok(descriptor)
     }
 
-    /// The record of `id`: `None` if the ring does not hold it any more.
+    /// The record of `id`; `None` if the ring does not hold it.
     fn record(&mut self, id: u64) -> Result<Option<Record>, LogError> {
         let mut descriptor = self.descriptor(id)?;
         let gva = self.layout.descs.wrapping_add(id % self.layout.count * self.layout.desc_size);
-        for _ in 0..TRIES {
-            if !is_of(descriptor.u64(self.layout.state_at), id) {
+        for tries in 0..TRIES {
+            let state = descriptor.u64(self.layout.state_at);
+            // Not finished yet, or its text was overwritten before this walk came to it.
+            if state & ID_MASK == id && !is_of(state, id) && tries == 0 {
                 return Ok(None);
+            }
+            if !is_of(state, id) {
+                break;
             }
             let record = self.read_record(id, &descriptor)?;
             let state = self.kernel.read_u64(gva.wrapping_add(self.layout.state_at))?;
@@ -226,8 +264,15 @@ impl Records<'_> {
                 _ => self.kernel.read(gva, descriptor.as_mut())?,
             }
         }
-        self.lost += 1;
-        Ok(None)
+        // What is older than the oldest one was overwritten, and so was what has another state by now.
+        let oldest = self.kernel.read_u64(self.tail)? & ID_MASK;
+        let is_older = id.wrapping_sub(oldest) & ID_MASK >= self.layout.count;
+        let state = self.kernel.read_u64(gva.wrapping_add(self.layout.state_at))?;
+        if is_older || state & ID_MASK == id && !is_of(state, id) {
+            self.overwritten += 1;
+            return Ok(None);
+        }
+        Err(LogError::Damaged)
     }
 
     /// What a descriptor leads to, and the bytes of its text; `None` where it does not fit.
@@ -235,12 +280,17 @@ impl Records<'_> {
         let layout = &self.layout;
         let mut info = Bytes::zeroed(layout.info_size);
         self.kernel.read(layout.infos.wrapping_add(id % layout.count * layout.info_size), info.as_mut())?;
+        let seq = info.u64(layout.seq_at);
+        // Numbers of records and ids both count up from one that is the index of a descriptor. Each record has its writer.
+        if seq % layout.count != id % layout.count || info.is_zero() {
+            return Ok(None);
+        }
         let (begin, next) = (descriptor.u64(layout.begin_at), descriptor.u64(layout.next_at));
         let len = info.u16(layout.text_len_at);
         let Some(text) = self.text(id, begin, next, len.into())? else { return Ok(None) };
         let caller = info.u32(layout.caller_at);
         let record = Record {
-            seq: info.u64(layout.seq_at),
+            seq,
             time: Duration::from_nanos(info.u64(layout.time_at)),
             level: info.u8(layout.text_len_at + 3) >> 5,
             facility: info.u8(layout.text_len_at + 2),
@@ -276,7 +326,8 @@ impl Records<'_> {
         }
         let mut bytes = vec![0; usize::try_from(len.min(room)).unwrap_or(0)];
         self.kernel.read(text.wrapping_add(start + BLOCK_HEADER), &mut bytes)?;
-        Ok(Some(bytes))
+        // The kernel formats texts as strings of C.
+        Ok(Some(bytes).filter(|bytes| !bytes.contains(&0)))
     }
 }
 
@@ -285,7 +336,13 @@ impl Iterator for Records<'_> {
 
     fn next(&mut self) -> Option<Self::Item> {
         while self.left > 0 {
-            let found = self.record(self.id).transpose();
+            let found = match self.record(self.id) {
+                Err(error) if error.is_local() && self.damaged < MAX_DAMAGED => {
+                    self.damaged += 1;
+                    None
+                }
+                found => found.transpose(),
+            };
             self.id = (self.id + 1) & ID_MASK;
             self.left = if matches!(found, Some(Err(_))) { 0 } else { self.left - 1 };
             if found.is_some() {

@@ -3,8 +3,9 @@
 
 mod common;
 
-use common::{BTF, Guest, JIFFIES, KALLSYMS, Layout, NAMES, PAGE_TABLES, Place, RELEASE, TASKS};
+use common::{BTF, Guest, JIFFIES, KALLSYMS, Layout, NAMES, PAGE_TABLES, Place, RELEASE, TASKS, UTS};
 use kvmmem_linux::btf::Member;
+use kvmmem_linux::identity::Identity;
 use kvmmem_linux::symbols::{Symbol, TableError};
 use kvmmem_linux::{Find, FindError, Kernel, KernelError};
 use kvmmem_memory::Memory;
@@ -164,7 +165,43 @@ fn what_is_no_linux_is_said_to_be_none() {
     }
     guest.boot(&Place::FIRST);
     guest.put(Place::FIRST.gpa + PAGE_TABLES, &[0; 0x1000]);
-    assert!(matches!(Kernel::find(&guest, LIVE), Err(FindError::NoneFits { count: 1 })));
+    let error = Kernel::find(&guest, LIVE).unwrap_err();
+    assert!(matches!(error, FindError::NoneFits { count: 1 }));
+    assert!(
+        error.to_string().ends_with("the VMCOREINFO note in the guest's memory does not fit its page tables")
+    );
+}
+
+#[test]
+fn what_is_not_found_of_a_kernel_is_named() {
+    let guest = Guest::with(&[Place::FIRST]);
+    let identity = Identity::of(&kernel(&guest)).unwrap();
+    assert_eq!((identity.release.as_str(), identity.command_line, identity.booted), (RELEASE, None, None));
+    let missing: Vec<_> = identity.missing.iter().map(|missing| missing.what).collect();
+    assert_eq!(missing, ["the command line", "the boot time"]);
+    assert!(identity.missing[0].why.contains("no symbol saved_command_line"), "{:?}", identity.missing);
+}
+
+#[test]
+fn a_kernel_whose_memory_another_one_has_taken_is_no_more() {
+    let guest = Guest::with(&[Place::FIRST]);
+    let kernel = kernel(&guest);
+    kernel.symbols().unwrap();
+    assert!(kernel.is_in_memory().unwrap());
+    // Another one beside it takes nothing from it.
+    guest.boot(&Place::SECOND);
+    assert!(kernel.is_in_memory().unwrap());
+    let whole = guest.bytes(0, common::RAM);
+    for (gpa, len) in [
+        (Place::FIRST.note, 0x1000),
+        (Place::FIRST.gpa + PAGE_TABLES, 0x1000),
+        (Place::FIRST.gpa + UTS, 0x1000),
+    ] {
+        guest.put(gpa, &vec![0; len]);
+        assert!(!kernel.is_in_memory().unwrap(), "{gpa:#x}");
+        guest.put(0, &whole);
+        assert!(kernel.is_in_memory().unwrap());
+    }
 }
 
 #[test]

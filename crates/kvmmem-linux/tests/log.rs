@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The log of a kernel in memory that is made here, as kernel/printk/printk_ringbuffer.c would make it.
 
+use std::sync::Mutex;
 use std::time::Duration;
 
 use kvmmem_linux::Kernel;
@@ -112,25 +113,26 @@ fn records_are_read_in_order_with_all_they_have() {
     let last = (1 << 62) - 1;
     let mut guest = Guest::new();
     guest.ids(last, 2);
-    guest.record(last, 2, 10, 0, 24, b"first\nof two");
+    guest.record(last, 2, 11, 0, 24, b"first\nof two");
     // An empty line.
-    guest.record(0, 1, 11, 3, 3, b"");
+    guest.record(0, 1, 12, 3, 3, b"");
     // Not before the ring's end, so at its begin.
-    guest.record(1, 2, 12, 24 + 16, 64 + 24, b"wrapped \xff");
+    guest.record(1, 2, 13, 24 + 16, 64 + 24, b"wrapped \xff");
     // Being written.
-    guest.record(2, 0, 13, 1, 1, b"");
+    guest.record(2, 0, 14, 1, 1, b"");
     // The wrapped one has overwritten the first one's text.
-    assert_eq!(guest.texts(), [(11, String::new()), (12, "wrapped \u{fffd}".to_owned())]);
-    guest.record(last, 2, 10, 24, 24 + 24, b"first\nof two");
+    assert_eq!(guest.texts(), [(12, String::new()), (13, "wrapped \u{fffd}".to_owned())]);
+    guest.record(last, 2, 11, 24, 24 + 24, b"first\nof two");
     let note = Note::of_text(0, NOTE.to_owned());
     let kernel = Kernel::of_note(&guest, note).unwrap();
     let mut all = records(&kernel).unwrap();
     let first = all.next().unwrap().unwrap();
-    assert_eq!((first.seq, first.text.as_str()), (10, "first\nof two"));
+    assert_eq!((first.seq, first.text.as_str()), (11, "first\nof two"));
     assert_eq!((first.level, first.facility, first.caller), (3, 1, Caller::Cpu(7)));
     assert_eq!((first.subsystem.as_str(), first.device.as_str()), ("pci", "+x"));
-    assert_eq!(first.time, Duration::from_nanos(1_500_000_010));
-    assert_eq!(all.count(), 2);
+    assert_eq!(first.time, Duration::from_nanos(1_500_000_011));
+    assert_eq!((&mut all).count(), 2);
+    assert_eq!((all.overwritten(), all.damaged()), (0, 0));
 }
 
 #[test]
@@ -142,20 +144,85 @@ fn a_block_that_ends_with_the_ring_is_not_wrapped() {
 }
 
 #[test]
-fn what_another_record_has_taken_is_left_out() {
+fn what_does_not_fit_while_it_should_be_there_is_damaged() {
+    let three = || {
+        let mut guest = Guest::new();
+        guest.ids(4, 6);
+        guest.record(4, 2, 4, 0, 16, b"one");
+        guest.record(5, 2, 5, 16, 32, b"two");
+        guest.record(6, 2, 6, 32, 48, b"three");
+        guest
+    };
+    let read = |guest: &Guest| {
+        let kernel = Kernel::of_note(guest, Note::of_text(0, NOTE.to_owned())).unwrap();
+        let mut all = records(&kernel).unwrap();
+        let seqs: Vec<u64> = (&mut all).map(|record| record.unwrap().seq).collect();
+        (seqs, all.overwritten(), all.damaged())
+    };
+    assert_eq!(read(&three()), (vec![4, 5, 6], 0, 0));
+    // Descriptors, texts or the rest of all are zeros, as in a dump with a page that could not be read.
+    for place in [DESCS, INFOS, TEXT] {
+        let mut guest = three();
+        guest.0[place..place + 0x200].fill(0);
+        assert_eq!(read(&guest), (vec![], 0, 3), "{place:#x}");
+    }
+    let mut guest = three();
+    // The descriptor of 4 is that of 8, the text of 5 another's, and zeros are in that of 6.
+    guest.record(8, 0, 8, 0, 16, b"one");
+    guest.put(TEXT + 16, 77);
+    guest.0[TEXT + 42] = 0;
+    assert_eq!(read(&guest), (vec![], 0, 3));
+    // One whose text was given away before, and one that is not finished.
+    let mut guest = three();
+    guest.record(4, 3, 4, 0, 16, b"one");
+    guest.record(6, 0, 6, 32, 48, b"three");
+    assert_eq!(read(&guest), (vec![5], 0, 0));
+    // Memory that is missing.
+    let mut guest = three();
+    guest.put(RING + 16, BASE + 0x40_0000);
+    assert_eq!(read(&guest), (vec![], 0, 3));
+}
+
+/// A guest that writes to its log when a byte of its memory is read.
+struct Running {
+    guest: Mutex<Guest>,
+    at: u64,
+    write: fn(&mut Guest),
+}
+
+impl Memory for Running {
+    fn read_at(&self, gpa: u64, buf: &mut [u8]) -> Result<(), MemoryError> {
+        let mut guest = self.guest.lock().unwrap();
+        guest.read_at(gpa, buf)?;
+        if (gpa..gpa + buf.len() as u64).contains(&self.at) {
+            (self.write)(&mut guest);
+        }
+        Ok(())
+    }
+
+    fn ranges(&self) -> Result<Vec<Range>, MemoryError> {
+        self.guest.lock().unwrap().ranges()
+    }
+}
+
+#[test]
+fn what_the_guest_overwrites_meanwhile_is_not_damaged() {
     let mut guest = Guest::new();
     guest.ids(4, 6);
-    guest.record(4, 2, 1, 0, 16, b"one");
-    guest.record(5, 2, 2, 16, 32, b"two");
-    guest.record(6, 2, 3, 32, 48, b"three");
-    // The descriptor of 4 is taken by 8, and the text of 5 by another.
-    guest.record(8, 0, 1, 0, 16, b"one");
-    guest.put(TEXT + 16, 77);
-    assert_eq!(guest.texts(), [(3, "three".to_owned())]);
+    guest.record(4, 2, 4, 0, 16, b"one");
+    guest.record(5, 2, 5, 16, 32, b"two");
+    guest.record(6, 2, 6, 32, 48, b"three");
+    // While the first text is read, its descriptor goes to another record, and the second one's text too.
+    let write = |guest: &mut Guest| {
+        guest.ids(5, 8);
+        guest.record(8, 0, 8, 0, 16, b"one");
+        guest.record(5, 3, 5, 16, 32, b"two");
+    };
+    let guest = Running { guest: Mutex::new(guest), at: TEXT as u64 + 8, write };
     let kernel = Kernel::of_note(&guest, Note::of_text(0, NOTE.to_owned())).unwrap();
     let mut all = records(&kernel).unwrap();
-    assert_eq!((&mut all).count(), 1);
-    assert_eq!(all.lost(), 1);
+    let texts: Vec<String> = (&mut all).map(|record| record.unwrap().text).collect();
+    assert_eq!((texts, all.overwritten(), all.damaged()), (vec!["three".to_owned()], 2, 0));
 }
 
 #[test]

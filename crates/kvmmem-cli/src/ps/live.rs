@@ -12,12 +12,12 @@ use kvmmem_linux::tasks::Task;
 use kvmmem_linux::{Kernel, KernelError};
 use rustix::termios::{Winsize, tcgetwinsize};
 use serde::Serialize;
-use unicode_width::UnicodeWidthChar;
 
 use super::changes::{Change, Seen};
 use super::{TaskLine, command};
+use crate::failure::escape;
 use crate::interrupt::Interrupt;
-use crate::output::Output;
+use crate::output::{Output, cut};
 
 /// Looks in a row that may fail, as the guest changes its lists meanwhile.
 const FAILURES: u32 = 10;
@@ -152,19 +152,8 @@ fn line(elapsed: Duration, change: Change, task: &Task) -> String {
         task.tid,
         task.ppid,
         task.euid,
-        command(task)
+        escape(&command(task))
     )
-}
-
-/// What fits in a line of a terminal.
-fn cut(line: &str, width: usize) -> String {
-    let mut left = width;
-    let fits = |c: &char| {
-        let is_there = left.checked_sub(c.width().unwrap_or(0));
-        left = is_there.unwrap_or(0);
-        is_there.is_some()
-    };
-    line.chars().take_while(fits).collect()
 }
 
 #[cfg(test)]
@@ -190,7 +179,7 @@ mod tests {
         let lines: Vec<&str> = picture.lines().collect();
         assert_eq!(lines[0], "7 tasks; what has started and ended:");
         assert_eq!(lines.len(), 4);
-        assert_eq!(lines[3], "     1.500  started  9        1        0     ");
+        assert_eq!(lines[3], "     1.500  started  9        1        0    …");
         let again = live.picture(7, Some(Winsize { ws_col: 80, ..size }));
         assert!(again.starts_with("\x1b[4A\x1b[J7 tasks"), "{again:?}");
         assert!(again.ends_with("虚拟\\u{1b}[2J\n"), "{again:?}");
