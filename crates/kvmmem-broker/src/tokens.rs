@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Tokens: made for tools and for operators, used for pages.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use kvmmem_abi::errno::KvmError;
@@ -23,6 +24,9 @@ const MAX_TTL: Duration = Duration::from_secs(30 * 24 * 60 * 60);
 
 /// The longest label, bytes.
 const MAX_LABEL: usize = 64;
+
+/// A token, the number and the scope of its grant, and the introspector that it was pushed to.
+type Minted = (Token, u64, Scope, Option<Arc<Vm>>);
 
 /// What is wrong with an operator's request.
 #[derive(Debug, thiserror::Error)]
@@ -60,17 +64,14 @@ impl Broker {
         endpoint: &Endpoint,
         owner: Owner,
     ) -> Result<Token, KvmError> {
-        self.mint_for(now, target, endpoint, owner)
-            .inspect_err(|error| self.audit().not_minted(target, endpoint, &format!("{error:?}")))
+        let minted = self.mint_for(now, target, owner);
+        let (token, grant, scope, holder) =
+            minted.inspect_err(|error| self.audit().not_minted(target, endpoint, &format!("{error:?}")))?;
+        self.audit().minted(target, endpoint, grant, &scope, holder.as_deref());
+        Ok(token)
     }
 
-    fn mint_for(
-        &self,
-        now: Instant,
-        target: &Vm,
-        endpoint: &Endpoint,
-        owner: Owner,
-    ) -> Result<Token, KvmError> {
+    fn mint_for(&self, now: Instant, target: &Vm, owner: Owner) -> Result<Minted, KvmError> {
         let scope = self.policies().of(target.registration().uuid).scope().ok_or(KvmError::Perm)?;
         let tool = match owner {
             // Not by the context id, which may be another VM's by now.
@@ -110,8 +111,7 @@ impl Broker {
         {
             self.grants().not_pushed(grant, holder.registration().uuid);
         }
-        self.audit().minted(target, endpoint, grant, &scope, holder.as_deref());
-        Ok(token)
+        Ok((token, grant, scope, holder))
     }
 
     /// Makes a token as an operator asks for it.
@@ -289,8 +289,7 @@ pub(crate) fn busy() -> Refused {
     Refused::new(Refusal::Busy, "the target is gone, or the VMM does not read")
 }
 
-/// 256 bits from the system's generator.
-/// A token that nobody knows.
+/// A new token: 256 bits from the system's generator.
 ///
 /// # Errors
 /// ENOMEM where the system has no random bytes.
