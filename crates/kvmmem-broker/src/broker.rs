@@ -174,6 +174,12 @@ impl Broker {
         &self.state
     }
 
+    /// Tells the broker that it lasts as long as one command: what it says of a VM to tell its runs apart is then by the VMM's
+    /// process alone, so that the next command's broker says the same.
+    pub fn set_brief(&self) {
+        self.state.set_brief();
+    }
+
     pub(crate) fn buffers(&self) -> &Buffers {
         &self.buffers
     }

@@ -8,6 +8,7 @@ mod restore;
 use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use serde::{Deserialize, Serialize};
@@ -84,6 +85,7 @@ pub(crate) struct State {
     memory: Mutex<Option<Memory>>,
     /// Locked after `memory`.
     generations: Mutex<Generations>,
+    is_brief: AtomicBool,
 }
 
 #[derive(Debug)]
@@ -145,8 +147,14 @@ impl State {
 
     /// The generation that the RAM of a process's VM had when it was a target last.
     pub(crate) fn generation(&self, pid: u32) -> Option<u64> {
-        let started = Process::open(pid).ok()?.started()?;
-        self.generations().0.get(&(pid, started)).copied()
+        let process = Process::open(pid).ok()?;
+        let known = self.generations().0.get(&(pid, process.started()?)).copied();
+        known.or_else(|| self.is_brief.load(Ordering::Relaxed).then(|| derived_generation(&process))?)
+    }
+
+    /// Gives the RAM of a process the same generation in each broker, as no broker lasts from one command to the next.
+    pub(crate) fn set_brief(&self) {
+        self.is_brief.store(true, Ordering::Relaxed);
     }
 
     /// Forgets a VM, if it was added.
@@ -183,6 +191,13 @@ impl State {
     fn generations(&self) -> MutexGuard<'_, Generations> {
         self.generations.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// A number that only this process has, exact in JSON.
+fn derived_generation(process: &Process) -> Option<u64> {
+    let identity = process.identity()?;
+    let word = identity.last_chunk().copied().map(u64::from_le_bytes)?;
+    Some(word >> 12 | 1)
 }
 
 /// The generations of RAM by process, which outlast the targets: one that is removed and added again has its generation.

@@ -89,7 +89,7 @@ pub(crate) struct Arguments {
 const AFTER_HELP: &str = "\
 The file is sparse: what the target's host has not allocated takes no space, here or there. The target runs on meanwhile;
 for a picture of one moment, --pause. Until the dump is complete, FILE.part tells how far it is. A dump of a target that
-was reset, resized or started again since then is not resumed.
+was reset, resized or started again since then is not resumed; without a broker, resets go unnoticed.
 
 Beside the file, FILE.json says of which target it is, when it was made, what is in it, what could not be read or was left
 out, and its SHA-256. On a pipe all holes are zeros, and what is said goes to standard error. With --compress, the SHA-256
@@ -162,6 +162,11 @@ impl Arguments {
         }
 
         let resumed = earlier.is_some();
+        if resumed && self.source.has_no_broker() {
+            tracing::warn!(
+                "no broker has watched the target: whether it was reset since the dump was begun is not known"
+            );
+        }
         let mut checkpoint = match earlier {
             Some(earlier) => self.check(earlier, &status, instance, &reached)?,
             None => {

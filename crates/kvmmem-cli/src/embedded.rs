@@ -2,7 +2,8 @@
 //! The broker's core inside one command of root's, where no broker runs: `--target` needs no daemon then.
 //!
 //! The virtual machine is added, granted and attached by the same code and the same checks as in `kvmmemd`, and the audit
-//! lines are printed on standard error. The socket is unlinked once the view is attached, so that only this process
+//! lines go to the journal, or to standard error. A target without a UUID of its own, and its RAM, have numbers by the VMM's
+//! process, so that the next command's broker gives them the same and `dump --resume` goes on. The socket is unlinked once the view is attached, so that only this process
 //! is served and nothing is left behind if it is killed.
 
 use std::io;
@@ -56,6 +57,7 @@ impl Embedded {
         let directory = directory.context("cannot make a directory for the broker's socket")?;
         let socket = directory.path().join("broker.sock");
         let server = Server::bind(&socket, None)?;
+        server.broker().set_brief();
         std::thread::Builder::new().name("broker".into()).spawn(move || {
             // Nothing is written to the other end, and it stays open.
             let (stop, _other_end) = UnixStream::pair()?;

@@ -60,6 +60,14 @@ impl Drop for Qemu {
     }
 }
 
+/// With `--json` each line on standard error is an object: an error, or a line of the log.
+fn objects(stderr: &str) {
+    for line in stderr.lines() {
+        let object: serde_json::Value = serde_json::from_str(line).unwrap_or_else(|_| panic!("{stderr}"));
+        assert!(object["level"].is_string() != object["error"].is_string(), "{line}");
+    }
+}
+
 #[test]
 fn root_needs_no_broker() {
     if !rustix::process::geteuid().is_root() {
@@ -108,9 +116,10 @@ fn root_needs_no_broker() {
         assert_eq!((&attached["event"], &attached["writable"]), (&"attached".into(), &false.into()));
         assert!(
             std::path::Path::new("/run/systemd/journal/socket").exists()
-                || stderr.contains("granted") && stderr.contains("label=\"kvmmem attach\""),
+                || stderr.contains("\"event\":\"granted\"") && stderr.contains("\"label\":\"kvmmem attach\""),
             "{way}: {stderr}"
         );
+        objects(&stderr);
     }
     // Its firmware is no Linux: a row with the reason.
     let mut command = Command::new(env!("CARGO_BIN_EXE_kvmmem"));
@@ -122,8 +131,42 @@ fn root_needs_no_broker() {
     let row = rows.iter().find(|row| row["name"] == name.as_str()).unwrap();
     assert_eq!((output.status.code(), row["pid"].as_u64()), (Some(0), Some(qemu.0.id().into())));
     assert!(row["error"].as_str().unwrap().contains("no Linux kernel was found"), "{row}");
+    // Without a UUID of its own the target is told by its process, so that a dump goes on that another command began.
+    let attached = |way: &str| -> serde_json::Value {
+        serde_json::from_str(run(way).1.lines().next().unwrap()).unwrap()
+    };
+    let (one, other) = (attached(&ways[0]), attached(&ways[1]));
+    assert_eq!((&one["target"], &one["generation"]), (&other["target"], &other["generation"]));
+    let file = directory.path().join("dump");
+    let dump = |more: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_kvmmem"));
+        command.args(["--json", "dump", file.to_str().unwrap(), "--target", &name]).args(more);
+        command.env_remove("RUST_LOG").env("TMPDIR", left.path()).stdin(Stdio::null());
+        let output = command.env("KVMMEM_BROKER", directory.path().join("none")).output().unwrap();
+        assert!(output.status.success(), "{more:?}: {}", String::from_utf8_lossy(&output.stderr));
+        serde_json::from_slice::<serde_json::Value>(&output.stdout).unwrap()
+    };
+    let whole = dump(&[]);
+    // As a command leaves it that was interrupted at 1 MiB.
+    let hex = |text: &serde_json::Value| u64::from_str_radix(&text.as_str().unwrap()[2..], 16).unwrap();
+    let range = |line: &serde_json::Value| {
+        let start = hex(&line["gpa"]);
+        serde_json::json!({"start": start, "end": start + line["len"].as_u64().unwrap()})
+    };
+    let ranges: Vec<_> = whole["ranges"].as_array().unwrap().iter().map(range).collect();
+    let checkpoint = serde_json::json!({
+        "version": 2, "uuid": whole["target"], "instance": whole["instance"], "format": "raw", "ranges": ranges,
+        "next": 1 << 20, "data_bytes": 0, "unreadable": [], "started_ms": whole["started_ms"], "vmcoreinfo": null,
+        "is_stale": false,
+    });
+    std::fs::remove_file(directory.path().join("dump.json")).unwrap();
+    std::fs::write(directory.path().join("dump.part"), checkpoint.to_string()).unwrap();
+    let resumed = dump(&["--resume"]);
+    assert_eq!((&resumed["resumed"], &resumed["target"]), (&true.into(), &whole["target"]));
+    assert_eq!(resumed["bytes"], whole["bytes"]);
     let (code, _, stderr) = run("no-such-vm");
     assert_eq!(code, Some(1));
+    objects(&stderr);
     assert!(stderr.contains("targets --discover"), "{stderr}");
     assert_eq!(std::fs::read_dir(left.path()).unwrap().count(), 0, "something is left");
 }

@@ -187,7 +187,11 @@ pub fn open(which: &Which, called: Option<String>) -> Result<Opened, AttachError
     };
     let registration = Registration {
         name: called.or_else(|| line.name.clone()).unwrap_or_else(|| format!("vm-{pid}")),
-        uuid: line.uuid.map_or_else(random_uuid, Ok).map_err(AttachError::Random)?,
+        uuid: line
+            .uuid
+            .or_else(|| derived_uuid(&process))
+            .map_or_else(random_uuid, Ok)
+            .map_err(AttachError::Random)?,
         vcpus,
         start_time_ms: process.start_time_ms().unwrap_or(0),
         cid: None,
@@ -348,7 +352,13 @@ fn libvirt_pid(directory: &Path, name: &str) -> Result<u32, AttachError> {
     pid.ok_or_else(|| AttachError::NoDomain { name: name.to_owned(), path })
 }
 
-/// For a VM whose command line has none.
+/// For a VM whose command line has none: the same one whenever this process is added.
+fn derived_uuid(process: &Process) -> Option<Uuid> {
+    let identity = process.identity()?;
+    Some(uuid::Builder::from_custom_bytes(*identity.first_chunk()?).into_uuid())
+}
+
+/// For a VM of which nothing is known that stays.
 pub(crate) fn random_uuid() -> Result<Uuid, getrandom::Error> {
     let mut bytes = [0; 16];
     getrandom::fill(&mut bytes)?;

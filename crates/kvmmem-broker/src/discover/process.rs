@@ -12,6 +12,7 @@ use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, Stat};
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags};
 use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
 
 use super::mapping::{self, Mapping};
 
@@ -166,6 +167,14 @@ impl Process {
         stat.rsplit_once(')')?.1.split_whitespace().nth(19)?.parse().ok()
     }
 
+    /// What sets this process apart from all others of this host, also of other boots: a digest of the boot's id, its number
+    /// and its start. `None` where the kernel does not say.
+    pub fn identity(&self) -> Option<[u8; 32]> {
+        let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
+        let identity = format!("kvmmem process {} {} {}", boot.trim(), self.pid, self.started()?);
+        Some(Sha256::digest(identity).into())
+    }
+
     /// When it was started, milliseconds since the epoch; `None` where the kernel does not say.
     pub fn start_time_ms(&self) -> Option<i64> {
         let ticks = i64::try_from(self.started()?).ok()?;
@@ -284,6 +293,14 @@ mod tests {
         let age = i64::try_from(now.as_millis()).unwrap() - process.start_time_ms().unwrap();
         assert!((-2000..86_400_000).contains(&age), "{age}");
         assert!(!process.mappings().unwrap().is_empty());
+    }
+
+    #[test]
+    fn an_identity_is_one_process_s() {
+        let of = |pid| Process::open(pid).unwrap().identity().unwrap();
+        let this = of(std::process::id());
+        assert_eq!(this, of(std::process::id()));
+        assert_ne!(this, of(1));
     }
 
     #[test]
