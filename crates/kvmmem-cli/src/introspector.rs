@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Virtual machines under a stock QEMU that look at others: `introspector add`, `introspector remove`.
 
-use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
@@ -12,7 +11,7 @@ use serde::Serialize;
 use crate::broker::Broker;
 use crate::failure::escape;
 use crate::output::Output;
-use crate::target;
+use crate::target::Running;
 
 #[derive(Args)]
 pub(crate) struct Introspector {
@@ -25,7 +24,8 @@ enum Verb {
     /// Let a running virtual machine under QEMU look at targets (root only).
     ///
     /// It must have been started with what `kvmmem qemu-args` prints: places for views, a vsock device, and a QMP socket
-    /// that nobody else uses. Its guest needs the module kvmmem.
+    /// that nobody else uses. Its guest needs the module kvmmem. With --pid alone its command line says where the QMP
+    /// socket is; with --libvirt the socket beside libvirt's is found.
     Add(Add),
     /// Let it look no more: its views end, and the virtual machine runs on (root only).
     Remove(Remove),
@@ -34,33 +34,15 @@ enum Verb {
 #[derive(Args)]
 struct Add {
     #[command(flatten)]
-    which: WhichOne,
-    /// Process id of its QEMU, alone or for a QMP socket that another process made; alone, its command line says where
-    /// the QMP socket is
-    #[arg(long, conflicts_with = "libvirt")]
-    pid: Option<u32>,
+    running: Running,
     /// Its vsock context id, where its QEMU's command line does not say
     #[arg(long, value_parser = clap::value_parser!(u32).range(3..0xffff_ffff))]
     cid: Option<u32>,
-    /// What to call it [default: as its QEMU does]
-    #[arg(long)]
-    name: Option<String>,
     /// What to do when memory is taken back and its guest does not let go of it
     #[arg(long, value_name = "WHAT", value_enum, default_value_t)]
     on_silence: OnSilence,
     #[command(flatten)]
     broker: Broker,
-}
-
-#[derive(Args)]
-#[group(required = false, multiple = false)]
-struct WhichOne {
-    /// QMP socket of its QEMU, for the broker alone
-    #[arg(long, value_name = "SOCKET")]
-    qmp: Option<PathBuf>,
-    /// Name by which libvirt's system daemon knows it; the QMP socket beside libvirt's is found
-    #[arg(long, value_name = "NAME")]
-    libvirt: Option<String>,
 }
 
 /// As [`admin::OnSilence`].
@@ -121,9 +103,9 @@ impl Introspector {
 impl Add {
     fn run(&self, output: &mut Output) -> Result<()> {
         let request = admin::AddIntrospector {
-            which: target::which(self.which.qmp.as_deref(), self.which.libvirt.as_deref(), self.pid)?,
+            which: self.running.which()?,
             cid: self.cid,
-            name: self.name.clone(),
+            name: self.running.name.clone(),
             on_silence: self.on_silence.into(),
         };
         let added =

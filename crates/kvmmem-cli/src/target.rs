@@ -2,7 +2,7 @@
 //! Virtual machines that run already, under VMMs that do not register them: `targets --discover`, `target add`,
 //! `target remove`.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
@@ -28,7 +28,8 @@ enum Verb {
     /// Make a running virtual machine a target, without stopping or changing it (root only).
     ///
     /// RAM that is shared and in sealed files, as QEMU's memory-backend-memfd,share=on makes it, can be mapped; any other
-    /// is copied, for tools on the host alone: `kvmmem targets --discover` says what to add where it is not.
+    /// is copied, for tools on the host alone: `kvmmem targets --discover` says what to add where it is not. With --qmp
+    /// QEMU says where the RAM lies; without it the machine type's rules do.
     Add(Add),
     /// Take a target out that was added; the virtual machine runs on (root only).
     Remove(Remove),
@@ -37,26 +38,49 @@ enum Verb {
 #[derive(Args)]
 struct Add {
     #[command(flatten)]
-    which: WhichOne,
+    running: Running,
+    #[command(flatten)]
+    broker: Broker,
+}
+
+/// A running virtual machine that is to be added.
+#[derive(Args)]
+pub(crate) struct Running {
+    #[command(flatten)]
+    by: By,
     /// Process id of its QEMU, alone or for a QMP socket that another process made
     #[arg(long, conflicts_with = "libvirt")]
     pid: Option<u32>,
     /// What to call it [default: as its QEMU does]
     #[arg(long)]
-    name: Option<String>,
-    #[command(flatten)]
-    broker: Broker,
+    pub(crate) name: Option<String>,
 }
 
 #[derive(Args)]
 #[group(required = false, multiple = false)]
-struct WhichOne {
-    /// QMP socket of its QEMU, which then says where the RAM lies; without it the machine type's rules do
+struct By {
+    /// QMP socket of its QEMU, for the broker alone
     #[arg(long, value_name = "SOCKET")]
     qmp: Option<PathBuf>,
     /// Name by which libvirt's system daemon knows it
     #[arg(long, value_name = "NAME")]
     libvirt: Option<String>,
+}
+
+impl Running {
+    /// Which one it is.
+    pub(crate) fn which(&self) -> Result<Which> {
+        Ok(match (&self.by.qmp, &self.by.libvirt, self.pid) {
+            (Some(socket), _, pid) => {
+                // The broker has another working directory.
+                let socket = std::path::absolute(socket).context("cannot find the working directory")?;
+                Which::Qmp { socket, pid }
+            }
+            (None, Some(name), _) => Which::Libvirt(name.clone()),
+            (None, None, Some(pid)) => Which::Pid(pid),
+            (None, None, None) => return Err(usage("say which one: --pid, --qmp or --libvirt")),
+        })
+    }
 }
 
 #[derive(Args)]
@@ -111,8 +135,8 @@ impl Target {
 
 impl Add {
     fn run(&self, output: &mut Output) -> Result<()> {
-        let which = which(self.which.qmp.as_deref(), self.which.libvirt.as_deref(), self.pid)?;
-        let added = self.broker.connect()?.add_target(&which, self.name.as_deref());
+        let which = self.running.which()?;
+        let added = self.broker.connect()?.add_target(&which, self.running.name.as_deref());
         let Added { target, regions, evidence, copied } = added.context("cannot add the target")?;
         if output.is_json() {
             let copied = copied.as_deref();
@@ -136,20 +160,6 @@ impl Add {
         }
         Ok(())
     }
-}
-
-/// Which virtual machine the command line names.
-pub(crate) fn which(qmp: Option<&Path>, libvirt: Option<&str>, pid: Option<u32>) -> Result<Which> {
-    Ok(match (qmp, libvirt, pid) {
-        (Some(socket), _, pid) => {
-            // The broker has another working directory.
-            let socket = std::path::absolute(socket).context("cannot find the working directory")?;
-            Which::Qmp { socket, pid }
-        }
-        (None, Some(name), _) => Which::Libvirt(name.to_owned()),
-        (None, None, Some(pid)) => Which::Pid(pid),
-        (None, None, None) => return Err(usage("say which one: --pid, --qmp or --libvirt")),
-    })
 }
 
 impl Remove {
