@@ -139,8 +139,13 @@ fn a_dump_is_stopped_by_revocation_and_goes_on_by_a_new_grant() {
     let host = large();
     let (grant, token) = host.grant(&[]);
     let child = begin(&host, &token);
-    // A process that does not run cannot confirm that its view has ended.
+    // A process that does not run cannot confirm that its view has ended. It runs for a moment after the signal was sent.
     signal(&child, Signal::STOP);
+    let is_stopped = |thread: &Path| fs::read_to_string(thread.join("stat")).unwrap().contains(") T ");
+    let threads = PathBuf::from(format!("/proc/{}/task", child.id()));
+    wait_for(&threads, |threads| {
+        fs::read_dir(threads).unwrap().all(|thread| is_stopped(&thread.unwrap().path()))
+    });
     let revoked = host.run(&["revoke", &grant]);
     assert_eq!(revoked.code, Some(3), "{}", revoked.stderr);
     assert!(revoked.stdout.contains("(1 missing)"), "{}", revoked.stdout);
