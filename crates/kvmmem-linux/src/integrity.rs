@@ -18,7 +18,7 @@ mod modules;
 mod tasks;
 
 use crate::kernel::{Kernel, KernelError};
-use crate::modules::{Module, Modules};
+use crate::modules::{Module, Modules, Reader};
 
 /// The most modules that are looked at for the name of one.
 const MAX_MODULES: usize = 4096;
@@ -153,14 +153,19 @@ impl Place {
         if let Some(symbol) = text() {
             return Self::Text { offset: gva - symbol.address, symbol: symbol.name };
         }
-        // A module's parts may lie apart, so that its size alone does not tell: the nearest one it is.
-        let near = modules.iter().filter(|module| gva.wrapping_sub(module.base) < module.size);
-        let nearest = near.max_by_key(|module| module.base);
-        nearest.map_or(Self::Elsewhere, |module| Self::Module(module.name.clone()))
+        let has = |module: &&Module| module.parts.iter().any(|(base, size)| gva.wrapping_sub(*base) < *size);
+        modules.iter().find(has).map_or(Self::Elsewhere, |module| Self::Module(module.name.clone()))
     }
 }
 
-/// The modules, as far as they can be read: they are for names alone.
+/// The modules, those among them that only /sys/module has, as far as they can be read: they are for names alone.
 fn modules_of(kernel: &Kernel<'_>) -> Vec<Module> {
-    Modules::new(kernel).into_iter().flatten().filter_map(Result::ok).take(MAX_MODULES).collect()
+    let Ok(listed) = Modules::new(kernel) else { return Vec::new() };
+    let mut modules: Vec<_> = listed.filter_map(Result::ok).take(MAX_MODULES).collect();
+    if let (Ok(reader), Ok(in_sysfs)) = (Reader::new(kernel), modules::in_sysfs(kernel)) {
+        let more = in_sysfs.into_keys().filter(|gva| modules.iter().all(|module| module.gva != *gva));
+        let more: Vec<_> = more.take(MAX_MODULES).filter_map(|gva| reader.module(gva).ok()?).collect();
+        modules.extend(more);
+    }
+    modules
 }

@@ -49,6 +49,8 @@ pub struct Module {
     pub size: u64,
     /// Where its code is.
     pub base: u64,
+    /// Address and bytes of each part of its memory.
+    pub parts: Vec<(u64, u64)>,
     /// How often it is used.
     pub references: u32,
     /// The modules that use it.
@@ -92,9 +94,9 @@ pub struct ModuleSteps<'a> {
     reader: Reader<'a>,
 }
 
-/// Reads modules.
+/// Reads modules by their addresses.
 #[derive(Debug)]
-struct Reader<'a> {
+pub(crate) struct Reader<'a> {
     kernel: &'a Kernel<'a>,
     layout: Layout,
     users_left: Cell<usize>,
@@ -106,10 +108,8 @@ impl<'a> Modules<'a> {
     /// # Errors
     /// [`KernelError`].
     pub fn new(kernel: &'a Kernel<'a>) -> Result<Self, KernelError> {
-        let layout = Layout::new(kernel)?;
         let list = kernel.list_of(kernel.symbol("modules")?, "module", "list")?;
-        let reader = Reader { kernel, layout, users_left: Cell::new(MAX_ALL_USERS) };
-        Ok(Self::of(ModuleSteps { list, reader }))
+        Ok(Self::of(ModuleSteps { list, reader: Reader::new(kernel)? }))
     }
 }
 
@@ -126,9 +126,13 @@ impl Step for ModuleSteps<'_> {
     }
 }
 
-impl Reader<'_> {
+impl<'a> Reader<'a> {
+    pub(crate) fn new(kernel: &'a Kernel<'a>) -> Result<Self, KernelError> {
+        Ok(Self { kernel, layout: Layout::new(kernel)?, users_left: Cell::new(MAX_ALL_USERS) })
+    }
+
     /// The module at an address; `None` where it is not complete yet.
-    fn module(&self, gva: u64) -> Result<Option<Module>, KernelError> {
+    pub(crate) fn module(&self, gva: u64) -> Result<Option<Module>, KernelError> {
         let (mut module, mut is_torn) = (None, false);
         for _ in 0..TRIES {
             let bytes = self.bytes(gva)?;
@@ -157,12 +161,15 @@ impl Reader<'_> {
             // Not formed yet; /proc leaves it out.
             _ => return Ok(None),
         };
-        let (base, size) = layout.memory.of(bytes);
+        let parts = layout.memory.of(bytes);
+        let base = parts.first().map_or(0, |(base, _)| *base);
+        let size = parts.iter().map(|(_, size)| size).sum();
         Ok(Some(Module {
             gva,
             name: bytes.string(layout.name, NAME_LEN),
             size,
             base,
+            parts,
             references: bytes.u32(layout.refcnt).saturating_sub(REF_BASE),
             used_by: self.users(gva)?,
             state,
@@ -222,16 +229,13 @@ impl Memory {
         Ok(Self::Two { core, init, base: layout("base")?, size: layout("size")? })
     }
 
-    /// Where the text is, and bytes of all memory.
-    fn of(&self, module: &Bytes) -> (u64, u64) {
+    /// Address and bytes of each part, of the text first.
+    fn of(&self, module: &Bytes) -> Vec<(u64, u64)> {
+        let part = |at: u64, base: u64, size: u64| (module.u64(at + base), u64::from(module.u32(at + size)));
         match *self {
-            Self::Two { core, init, base, size } => {
-                let sizes = [core, init].map(|at| u64::from(module.u32(at + size)));
-                (module.u64(core + base), sizes.iter().sum())
-            }
+            Self::Two { core, init, base, size } => [core, init].map(|at| part(at, base, size)).into(),
             Self::Array { first, each, base, size } => {
-                let sizes = (0..MEMORY_KINDS).map(|kind| u64::from(module.u32(first + kind * each + size)));
-                (module.u64(first + base), sizes.sum())
+                (0..MEMORY_KINDS).map(|kind| part(first + kind * each, base, size)).collect()
             }
         }
     }

@@ -65,6 +65,12 @@ fn entries_that_lead_out_of_the_text_are_hooks() {
     guest.put_word(at(&PLACE, CALLS + 8 * 2), MODULE);
     assert_eq!(findings(&guest), [hook("system call 2", gva(CALLS + 16), MODULE, in_module())]);
 
+    // Of a module that hides as well, another part of whose neighbour lies after it.
+    unlink(&guest, module(1) + LIST);
+    guest.put_word(at(&PLACE, module(0) + 0xb0), 0xffff_ffff_c000_8000);
+    guest.put(at(&PLACE, module(0) + 0xb8), &0x8000u32.to_le_bytes());
+    assert_eq!(findings(&guest)[0], hook("system call 2", gva(CALLS + 16), MODULE, in_module()));
+
     // Within a function is no better.
     let guest = objects::guest(&PLACE);
     guest.put_word(at(&PLACE, CALLS), PLACE.gva + 0x1008);

@@ -58,9 +58,12 @@ pub(super) fn write(dump: &Path) -> Result<Vec<String>> {
 pub(super) fn compare(expected: &[String], rows: &[Value]) -> Result<()> {
     let mut found = Vec::new();
     for row in rows.iter().filter(|row| !row["finding"].is_null()) {
-        let name = text(row, if row["finding"] == "hook" { "entry" } else { "name" })?;
-        let place = if row["finding"] == "hook" { text(row, "place")? } else { text(row, "missing_from")? };
-        ensure!(!place.is_empty(), "{row} has no place");
+        let (key, place, expected) = match text(row, "finding")? {
+            "hook" => ("entry", "place", format!("module {MODULE}")),
+            _ => ("name", "missing_from", "list".to_owned()),
+        };
+        ensure!(text(row, place)?.contains(&expected), "{row} should have {place} {expected:?}");
+        let name = text(row, key)?;
         found.push(name.to_owned());
     }
     let is_same = |(found, expected): (&String, &String)| found.contains(expected.as_str());
@@ -83,7 +86,7 @@ mod tests {
         let expected = ["system call 62", "module dummy"].map(str::to_owned);
         let rows = [
             json!({"check": "modules", "examined": 2, "found": 1}),
-            json!({"finding": "hidden", "name": "module dummy", "missing_from": "x"}),
+            json!({"finding": "hidden", "name": "module dummy", "missing_from": "the list of modules"}),
             json!({"finding": "hook", "entry": "system call 62", "place": "module dummy"}),
         ];
         compare(&expected, &rows).unwrap();
@@ -91,6 +94,9 @@ mod tests {
         assert!(compare(&expected[..1], &rows).is_err());
         let mut wrong = rows.clone();
         wrong[2]["entry"] = json!("system call 63");
+        assert!(compare(&expected, &wrong).is_err());
+        let mut wrong = rows;
+        wrong[2]["place"] = json!("module virtio_blk");
         assert!(compare(&expected, &wrong).is_err());
     }
 }

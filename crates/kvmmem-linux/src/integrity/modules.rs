@@ -33,6 +33,15 @@ pub(super) fn check(kernel: &Kernel<'_>) -> Result<Report, KernelError> {
             add(kernel, &mut listed, module)?;
         }
     }
+    let in_sysfs = in_sysfs(kernel)?;
+    let mut report = Report { examined: listed.len().max(in_sysfs.len()), findings: Vec::new() };
+    report.findings.extend(missing(&in_sysfs, &listed, IN_SYSFS, IN_LIST));
+    report.findings.extend(missing(&listed, &in_sysfs, IN_LIST, IN_SYSFS));
+    Ok(report)
+}
+
+/// Names of the modules of /sys/module by their addresses.
+pub(super) fn in_sysfs(kernel: &Kernel<'_>) -> Result<BTreeMap<u64, String>, KernelError> {
     let (kobject, owner) =
         (kernel.offset("module_kobject", "kobj")?, kernel.offset("module_kobject", "mod")?);
     let kset = kernel.read_u64(kernel.symbol("module_kset")?)?;
@@ -48,10 +57,7 @@ pub(super) fn check(kernel: &Kernel<'_>) -> Result<Report, KernelError> {
             return Err(too_many(head));
         }
     }
-    let mut report = Report { examined: listed.len().max(in_sysfs.len()), findings: Vec::new() };
-    report.findings.extend(missing(&in_sysfs, &listed, IN_SYSFS, IN_LIST));
-    report.findings.extend(missing(&listed, &in_sysfs, IN_LIST, IN_SYSFS));
-    Ok(report)
+    Ok(in_sysfs)
 }
 
 fn add(kernel: &Kernel<'_>, modules: &mut BTreeMap<u64, String>, module: u64) -> Result<(), KernelError> {

@@ -58,7 +58,7 @@ pub(crate) fn task(number: u64) -> u64 {
 
 /// Of the module with a number.
 pub(crate) fn module(number: u64) -> u64 {
-    MODULES + number * 0x100
+    MODULES + number * 0x200
 }
 
 /// Of the socket with a number.
@@ -249,8 +249,8 @@ fn modules(writer: &Writer<'_>) {
     for (number, name) in ["one", "two", "three"].iter().enumerate() {
         let number = number as u64;
         writer.bytes(module(number) + 0x20, name.as_bytes());
-        writer.word(module(number) + 0x60, 0xffff_ffff_c000_0000 + number * 0x1000);
-        writer.half(module(number) + 0x68, 0x1000);
+        writer.word(module(number) + 0xa0, 0xffff_ffff_c000_0000 + number * 0x1000);
+        writer.half(module(number) + 0xa8, 0x1000);
         writer.ring(&[module(number) + 0x88]);
         writer.pointer(KOBJECTS + 0x40 * number + 16, module(number));
     }
@@ -348,11 +348,11 @@ fn types() -> Vec<u8> {
         ("state", long, 0),
         ("list", list, LIST),
         ("name", long, 0x20),
-        ("mem", long, 0x60),
+        ("mem", long, 0xa0),
         ("refcnt", long, 0x80),
         ("source_list", list, 0x88),
     ];
-    structure(&mut btf, "module", 0xa0, &module);
+    structure(&mut btf, "module", 0x110, &module);
     let task = [
         ("tasks", list, TASK_LIST),
         ("pid", long, 24),
