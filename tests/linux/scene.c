@@ -29,6 +29,7 @@
 #include <sys/mount.h>
 #include <sys/prctl.h>
 #include <sys/resource.h>
+#include <sys/shm.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
@@ -36,6 +37,12 @@
 #include <sys/un.h>
 #include <sys/wait.h>
 #include <unistd.h>
+
+/* linux/prctl.h, from 5.17 on. */
+#ifndef PR_SET_VMA
+#define PR_SET_VMA 0x53564d41
+#define PR_SET_VMA_ANON_NAME 0
+#endif
 
 static void must(int fine, const char *what)
 {
@@ -333,6 +340,77 @@ static void files(void)
 	must(chdir("/mnt/inner") == 0, "chdir");
 }
 
+/* Places of actor "memory", which xtask/src/linux/compare.rs reads. */
+#define MANY ((char *)0x10000000)
+#define TEXT ((char *)0x20000000)
+#define HIDDEN ((char *)0x30000000)
+#define PAGES 1200
+
+/* A page of a file that is not there, at a place of the kernel's choice. */
+static void map_file(int fd, int prot, int flags)
+{
+	must(fd >= 0 && ftruncate(fd, 4096) == 0, "file to map");
+	must(mmap(NULL, 4096, prot, flags, fd, 0) != MAP_FAILED, "map file");
+	close(fd);
+}
+
+static char *map_at(char *place, size_t length, int prot)
+{
+	char *mapped = mmap(place, length, prot, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
+
+	must(mapped == place, "map at a place");
+	return mapped;
+}
+
+static void memory(void)
+{
+	static const char text[] = "scene: text over two pages", hidden[] = "scene: no access";
+	char *large;
+	int i, id;
+
+	/* Every second page differs, so that none are joined. */
+	map_at(MANY, PAGES * 4096, PROT_READ);
+	for (i = 0; i < PAGES; i += 2)
+		must(mprotect(MANY + i * 4096, 4096, PROT_READ | PROT_WRITE) == 0, "mprotect");
+	/* The second page first, so that its frame is not the one after that of the first. The third has none. */
+	map_at(TEXT, 3 * 4096, PROT_READ | PROT_WRITE);
+	TEXT[4096] = 0;
+	TEXT[0] = 0;
+	memcpy(TEXT + 4096 - 10, text, sizeof(text));
+	map_at(HIDDEN, 4096, PROT_READ | PROT_WRITE);
+	memcpy(HIDDEN, hidden, sizeof(hidden));
+	must(mprotect(HIDDEN, 4096, PROT_NONE) == 0, "mprotect");
+	/* A name of the program's own; most of Debian's kernels have none. */
+	prctl(PR_SET_VMA, PR_SET_VMA_ANON_NAME, HIDDEN, 4096, "scene's own");
+	large = mmap(NULL, 8 << 20, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	must(large != MAP_FAILED, "map");
+	madvise(large, 8 << 20, MADV_HUGEPAGE);
+	memset(large, 1, 8 << 20);
+	map_file(open("/tmp/mapped and deleted", O_RDWR | O_CREAT | O_EXCL, 0600), PROT_READ, MAP_PRIVATE);
+	must(unlink("/tmp/mapped and deleted") == 0, "unlink");
+	map_file(open("/tmp/mapped\nlines", O_RDWR | O_CREAT, 0600), PROT_READ | PROT_EXEC, MAP_SHARED);
+	map_file(open("/mnt/overlay/new", O_RDWR | O_CREAT, 0600), PROT_READ | PROT_WRITE, MAP_SHARED);
+	map_file(memfd_create("scene", 0), PROT_READ | PROT_WRITE, MAP_SHARED);
+	id = shmget(IPC_PRIVATE, 4096, IPC_CREAT | 0600);
+	must(id >= 0 && shmat(id, NULL, 0) != (void *)-1, "shmat");
+	must(mmap(NULL, 4096, PROT_READ, MAP_SHARED | MAP_ANONYMOUS, -1, 0) != MAP_FAILED, "map shared");
+}
+
+/* Runs this program from a file that the next actor removes. */
+static void run_copy(void)
+{
+	char bytes[65536];
+	int from = open("/proc/self/exe", O_RDONLY | O_CLOEXEC), to = open("/tmp/program", O_WRONLY | O_CREAT | O_EXCL, 0700);
+	ssize_t got;
+
+	must(from >= 0 && to >= 0, "copy");
+	while ((got = read(from, bytes, sizeof(bytes))) > 0)
+		must(write(to, bytes, got) == got, "copy");
+	close(to);
+	execve("/tmp/program", (char *[]){ "copy", "removed", NULL }, (char *[]){ "SCENE=\n\303\274", "", "EMPTY=", NULL });
+	must(0, "execve");
+}
+
 static void sockets(void)
 {
 	struct sockaddr_in address = { .sin_family = AF_INET, .sin_port = htons(4321),
@@ -394,6 +472,12 @@ static void play(const char *name)
 		files();
 	} else if (!strcmp(name, "sockets")) {
 		sockets();
+	} else if (!strcmp(name, "memory")) {
+		memory();
+	} else if (!strcmp(name, "copy")) {
+		run_copy();
+	} else if (!strcmp(name, "removed")) {
+		must(unlink("/tmp/program") == 0, "unlink");
 	} else if (!strcmp(name, "user")) {
 		must(setresgid(1000, 1001, 1002) == 0 && setresuid(1000, 1001, 1002) == 0, "setresuid");
 		must(socket(AF_UNIX, SOCK_DGRAM, 0) >= 0 && socket(AF_INET, SOCK_DGRAM, 0) >= 0, "sockets of a user");
@@ -472,6 +556,9 @@ static void system_up(void)
 	must(mount("outer", "/mnt", "tmpfs", 0, NULL) == 0, "/mnt");
 	mkdir("/mnt/inner", 0755);
 	mkdir("/tmp/folder", 0755);
+	mkdir("/tmp/upper", 0755);
+	mkdir("/tmp/work", 0755);
+	mkdir("/mnt/overlay", 0755);
 	must(mount("in ner", "/mnt/inner", "tmpfs", MS_NODEV | MS_NOATIME, NULL) == 0, "/mnt/inner");
 	fd = open("/proc/sys/kernel/kptr_restrict", O_WRONLY | O_CLOEXEC);
 	must(fd >= 0 && write(fd, "0", 1) == 1, "kptr_restrict");
@@ -550,6 +637,8 @@ int main(int count, char *arguments[])
 	fd = open("/dev/console", O_RDWR | O_CLOEXEC);
 	must(fd >= 0 && dup2(fd, 0) == 0 && dup2(fd, 1) == 1 && dup2(fd, 2) == 2, "/dev/console");
 	modules();
+	/* Its module was loaded, or is built in. */
+	must(mount("overlay", "/mnt/overlay", "overlay", 0, "lowerdir=/bin,upperdir=/tmp/upper,workdir=/tmp/work") == 0, "overlay");
 	say("<5>scene: a\ttab, \33[1mescape and \303\274");
 	say("<3>scene: two\nlines");
 	if (wants("wrap"))
@@ -563,6 +652,8 @@ int main(int count, char *arguments[])
 	act("threads", (char *[]){ "/usr/sbin/daemon", "threads", NULL });
 	act("files", (char *[]){ "files", "files", "--an argument", "", "last", NULL });
 	act("sockets", (char *[]){ "sockets", "sockets", NULL });
+	act("memory", (char *[]){ "memory", "memory", NULL });
+	act("copy", (char *[]){ "copy", "copy", NULL });
 	act("user", (char *[]){ "user", "user", "\303\274\33[2J", NULL });
 	act("zombies", (char *[]){ "zombies", "zombies", NULL });
 	act("parent", (char *[]){ "parent", "parent", NULL });

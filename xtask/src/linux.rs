@@ -6,6 +6,8 @@ mod compare;
 mod guest;
 mod hooks;
 mod kernels;
+mod memory;
+mod mounts;
 mod process_core;
 mod truth;
 
@@ -58,7 +60,14 @@ const VARIANTS: [Variant; 3] = [
         cpu: "max",
         options: "pti=on",
     },
-    Variant { name: "bed", kernel: "bed", memory: 1024, machine: "q35", cpu: "max,-la57", options: "" },
+    Variant {
+        name: "bed",
+        kernel: "bed",
+        memory: 1024,
+        machine: "q35",
+        cpu: "max,-la57",
+        options: "vsyscall=xonly",
+    },
 ];
 
 /// Those that only a run of this suite by its name has.
@@ -93,7 +102,7 @@ const MORE: [Variant; 6] = [
         memory: 512,
         machine: "pc",
         cpu: "max,-la57",
-        options: "nokaslr",
+        options: "nokaslr vsyscall=emulate",
     },
     Variant {
         name: "bed-5g-la57",
@@ -116,9 +125,11 @@ const MORE: [Variant; 6] = [
 /// A verb with its options, and what compares its rows with what the guest shows.
 type Verb = (&'static [&'static str], fn(&Truth, &[Value]) -> Result<()>);
 
-const VERBS: [Verb; 8] = [
+const VERBS: [Verb; 10] = [
     (&["ps"], compare::processes),
     (&["ps", "--threads"], compare::threads),
+    (&["ps", "--env"], compare::environments),
+    (&["maps"], memory::maps),
     (&["files"], compare::files),
     (&["sockets"], compare::sockets),
     (&["check"], compare::untouched),
@@ -248,10 +259,18 @@ impl Host<'_> {
         let file = ["--file".into(), dump.clone().into_os_string()];
         let sources = [("running", target, true), ("from its dump", file, is_dumped)];
         for (how, source, _) in sources.iter().filter(|(_, _, is_there)| *is_there) {
+            let print = |verb: Tool| verb.arg("--json").args(source).output().and_then(|text| rows(&text));
             for (verb, compare) in VERBS {
-                let rows =
-                    self.kvmmem().args(verb).arg("--json").args(source).output().and_then(|text| rows(&text));
+                let rows = print(self.kvmmem().args(verb));
                 check(&format!("{} {how}", verb.join(" ")), rows.and_then(|rows| compare(&truth, &rows)));
+            }
+            let of_process = memory::verbs(&truth).and_then(|verbs| Ok((verbs, mounts::verbs(&truth)?)));
+            match of_process {
+                Ok((memory, mounts)) => memory.iter().chain(&mounts).for_each(|(verb, compare)| {
+                    let rows = print(self.kvmmem().args(verb));
+                    check(&format!("{} {how}", verb.join(" ")), rows.and_then(|rows| compare(&rows)));
+                }),
+                Err(error) => drop(check("it has the scene's processes", Err(error))),
             }
         }
         for (how, source, _) in sources.iter().filter(|(_, _, is_there)| *is_there) {

@@ -38,6 +38,9 @@ struct Process {
     uids: Vec<u64>,
     args: Vec<String>,
     is_kernel: bool,
+    exe: Option<String>,
+    /// Inode numbers; of a process that ends, most are `None`.
+    namespaces: [(&'static str, Option<u64>); 8],
 }
 
 /// `ps`.
@@ -87,7 +90,32 @@ fn same_process(pid: u64, process: &Process, row: &Value) -> Result<()> {
     let args = row["args"].as_array().context("it has no args")?;
     let args: Vec<_> = args.iter().filter_map(Value::as_str).collect();
     ensure!(args == process.args, "its command line should be {:?}", process.args);
+    let deleted = if row["exe_deleted"] == true { " (deleted)" } else { "" };
+    let exe = row["exe"].as_str().map(|exe| exe.to_owned() + deleted);
+    ensure!(exe == process.exe, "its program should be {:?}", process.exe);
+    for (kind, expected) in &process.namespaces {
+        ensure!(row["namespaces"][kind].as_u64() == *expected, "its namespace {kind} should be {expected:?}");
+    }
     Ok(())
+}
+
+/// `ps --env`: the environments of all processes.
+pub(super) fn environments(truth: &Truth, rows: &[Value]) -> Result<()> {
+    let mut count = 0;
+    for row in rows {
+        let pid = number(row, "pid")?;
+        let Ok(expected) = truth.bytes(&format!("/proc/{pid}/environ")) else { continue };
+        let expected = words(expected);
+        let found = row["env"].as_array().context("it has no env")?;
+        let found: Vec<_> = found.iter().filter_map(Value::as_str).collect();
+        ensure!(
+            found == expected,
+            "the environment of process {pid} is {found:?}, and should be {expected:?}"
+        );
+        count += usize::from(!found.is_empty());
+    }
+    ensure!(count > 10, "the guest shows {count} environments only");
+    processes(truth, rows)
 }
 
 /// `ps --threads`: the threads of all processes but the kernel's, which has one in each.
@@ -273,7 +301,7 @@ fn unescape(text: &str) -> String {
     String::from_utf8_lossy(&bytes).into_owned()
 }
 
-fn process_ids(truth: &Truth) -> impl Iterator<Item = u64> {
+pub(super) fn process_ids(truth: &Truth) -> impl Iterator<Item = u64> {
     truth
         .below("/proc/")
         .filter_map(|(path, _)| path.strip_prefix("/proc/")?.strip_suffix("/stat")?.parse().ok())
@@ -289,9 +317,8 @@ fn process(truth: &Truth, pid: u64) -> Result<Process> {
     let status = String::from_utf8_lossy(file("status")?).into_owned();
     let uids = status.lines().find_map(|line| line.strip_prefix("Uid:")).context("no Uid")?;
     let uids = uids.split_ascii_whitespace().map(|uid| Ok(uid.parse()?)).collect::<Result<Vec<_>>>()?;
-    let args = file("cmdline")?;
-    let args = args.strip_suffix(&[0]).unwrap_or(args);
-    let words = args.split(|byte| *byte == 0).map(|word| String::from_utf8_lossy(word).into_owned());
+    let link = |name: &str| truth.text(&format!("->/proc/{pid}/{name}")).ok();
+    let namespace = |kind| (kind, link(&format!("ns/{kind}")).and_then(|link| inode(&link)));
     let flags: u64 = field(9)?.parse()?;
     Ok(Process {
         comm: line(file("comm")?),
@@ -299,10 +326,24 @@ fn process(truth: &Truth, pid: u64) -> Result<Process> {
         ppid: field(4)?.parse()?,
         start: field(22)?.parse()?,
         uids,
-        args: if args.is_empty() { Vec::new() } else { words.collect() },
+        args: words(file("cmdline")?),
         // PF_KTHREAD
         is_kernel: flags & 0x20_0000 != 0,
+        exe: link("exe"),
+        namespaces: ["cgroup", "ipc", "mnt", "net", "pid", "time", "user", "uts"].map(namespace),
     })
+}
+
+/// The number in a link such as `net:[4026531833]`.
+fn inode(link: &str) -> Option<u64> {
+    link.split_once('[')?.1.strip_suffix(']')?.parse().ok()
+}
+
+/// Strings that end with a zero each.
+fn words(bytes: &[u8]) -> Vec<String> {
+    let words = bytes.strip_suffix(&[0]).unwrap_or(bytes).split(|byte| *byte == 0);
+    let words = words.map(|word| String::from_utf8_lossy(word).into_owned());
+    if bytes.is_empty() { Vec::new() } else { words.collect() }
 }
 
 /// Text without the line's end.
@@ -310,7 +351,7 @@ fn line(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes.strip_suffix(b"\n").unwrap_or(bytes)).into_owned()
 }
 
-fn number(row: &Value, key: &str) -> Result<u64> {
+pub(super) fn number(row: &Value, key: &str) -> Result<u64> {
     row[key].as_u64().with_context(|| format!("no number {key} in {row}"))
 }
 
@@ -345,7 +386,10 @@ mod tests {
             file("comm", "a) b\n".to_owned());
             file("cmdline", "a\0\0b c\0".to_owned());
             file(&format!("task/{pid}/comm"), "a) b\n".to_owned());
+            file("environ", "A=1\0\0B=\0".to_owned());
             sections.push((format!("->/proc/{pid}/fd/3"), "/tmp/a (deleted)".to_owned()));
+            sections.push((format!("->/proc/{pid}/exe"), "/bin/a (deleted)".to_owned()));
+            sections.push((format!("->/proc/{pid}/ns/net"), "net:[4026531833]".to_owned()));
         }
         let text = |(path, text): (String, String)| format!("@{path} {}\n{text}\n", text.len());
         let text: String = sections.into_iter().map(text).collect();
@@ -355,7 +399,8 @@ mod tests {
     fn rows() -> Vec<Value> {
         let row = |pid: u64| {
             json!({"pid": pid, "tid": pid, "ppid": 1, "uid": 1000, "euid": 1001, "state": "S", "start_ms": (6400 + pid) * 10 + 3,
-                "comm": "a) b", "args": ["a", "", "b c"], "kernel": false, "torn": false})
+                "comm": "a) b", "args": ["a", "", "b c"], "kernel": false, "torn": false, "exe": "/bin/a", "exe_deleted": true,
+                "namespaces": {"net": 4_026_531_833_u64, "user": null}, "env": ["A=1", "", "B="]})
         };
         (10..41).map(row).collect()
     }
@@ -381,8 +426,23 @@ mod tests {
     fn processes_that_differ_are_found() {
         let mut rows = rows();
         let truth = truth();
-        let keys = ["pid", "ppid", "uid", "euid", "state", "start_ms", "comm", "args", "kernel", "torn"];
+        let keys = [
+            "pid",
+            "ppid",
+            "uid",
+            "euid",
+            "state",
+            "start_ms",
+            "comm",
+            "args",
+            "kernel",
+            "torn",
+            "exe",
+            "exe_deleted",
+            "namespaces",
+        ];
         each_difference_is_an_error(&rows, &keys, |rows| processes(&truth, rows));
+        each_difference_is_an_error(&rows, &["env", "exe"], |rows| environments(&truth, rows));
         each_difference_is_an_error(&rows, &["pid", "tid", "comm", "kernel"], |rows| threads(&truth, rows));
         rows.push(json!({"pid": 99, "comm": "hidden"}));
         assert!(processes(&truth, &rows).is_err());

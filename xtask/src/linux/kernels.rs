@@ -15,7 +15,7 @@ use crate::{depends, mirror, root, ui};
 const FOLDER: &str = "/kvmmem/linux";
 
 /// Modules of a guest: for the disk that it writes to, and one that nothing needs.
-const MODULES: [&str; 3] = ["virtio_pci", "virtio_blk", "dummy"];
+const MODULES: [&str; 4] = ["virtio_pci", "virtio_blk", "dummy", "overlay"];
 
 /// A Debian release, and the newest kernel of its own. The sources are the mirror's parts and suites.
 struct Release {
