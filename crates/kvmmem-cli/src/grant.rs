@@ -179,10 +179,10 @@ impl Grant {
                 label: request.label.as_deref(),
             })?;
         } else if self.print_token {
-            output.line(token.as_str())?;
+            output.styled(token.as_str())?;
         } else {
             output.line(format!("grant {}", granted.grant))?;
-            output.line(Zeroizing::new(format!("token {}", *token)).as_str())?;
+            output.styled(Zeroizing::new(format!("token {}", *token)).as_str())?;
         }
         Ok(ExitCode::SUCCESS)
     }

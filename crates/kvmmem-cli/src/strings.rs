@@ -12,9 +12,10 @@ use clap::{Args, ValueEnum};
 use kvmmem_memory::Memory;
 use serde::Serialize;
 
+use crate::failure::escape;
 use crate::input::{Input, data_within, reached};
 use crate::number::Address;
-use crate::output::Output;
+use crate::output::{Output, json};
 use crate::parallel::{Sink, in_order};
 use crate::process::Process;
 use crate::progress;
@@ -145,12 +146,12 @@ impl Arguments {
         let line = |Text { at, encoding, text }: &Text| {
             if is_json {
                 let line = TextLine { address: self.process.address(*at), encoding: *encoding, text };
-                return serde_json::to_string(&line);
+                return json(&line);
             }
             let encoding = if *encoding == Encoding::Ascii { "ascii" } else { "utf16" };
-            Ok(format!("{at:012x}  {encoding}  {text}"))
+            Ok(escape(&format!("{at:012x}  {encoding}  {text}")))
         };
         let lines = texts.iter().map(line).collect::<Result<Vec<String>, _>>()?;
-        Ok(output.line(lines.join("\n"))?)
+        Ok(output.styled(lines.join("\n"))?)
     }
 }
