@@ -53,16 +53,14 @@ impl Kernel<'_> {
     /// # Errors
     /// [`KernelError`].
     pub fn user_registers(&self, task: &Task) -> Result<Option<UserRegisters>, KernelError> {
-        let word = |at: u64| self.read_u64(task.gva.wrapping_add(at));
-        // A kernel for one processor has no such member, and runs nothing else while it is read.
-        let on_cpu = self.offset("task_struct", "on_cpu").ok();
-        let runs = on_cpu.map(|at| self.read_u32(task.gva.wrapping_add(at))).transpose()?.unwrap_or(0) != 0;
+        let object = self.object("task_struct", task.gva)?;
+        // A kernel for one processor has no such member, and runs nothing else while it is read. In 7.3 it is a byte.
+        let runs = object.has("on_cpu") && object.get("on_cpu")? != 0;
         if task.is_kernel || runs {
             return Ok(None);
         }
-        let stack = word(self.offset("task_struct", "stack")?)?;
-        let base = |member| word(self.offset("task_struct", member)?);
-        let (fs_base, gs_base) = (base("thread.fsbase")?, base("thread.gsbase")?);
+        let (stack, fs_base, gs_base) =
+            (object.get("stack")?, object.get("thread.fsbase")?, object.get("thread.gsbase")?);
         for (size, padding) in STACKS.into_iter().flat_map(|size| PADDINGS.map(|padding| (size, padding))) {
             let mut bytes = Bytes::zeroed(PT_REGS);
             let at = stack.wrapping_add(size - padding - PT_REGS);
