@@ -33,7 +33,7 @@ use crate::interrupt::Interrupt;
 use crate::number::parse;
 use crate::output::Output;
 use crate::progress;
-use crate::range::{GPA_END, GpaRange, gaps, in_order, missing, parse_range, select, total};
+use crate::range::{GpaRange, gaps, in_order, left_out, parse_range, select, shown, total};
 use crate::source::{Operator, Source, ranges};
 use checkpoint::Checkpoint;
 use digest::Digest;
@@ -153,13 +153,7 @@ impl Arguments {
         let instance = view.instance()?;
         let all = ranges(&view)?;
         let reached = select(&wanted, &all)?;
-        let left_out = if wanted.is_empty() { gaps(&all) } else { missing(&closed(&wanted, &all), &reached) };
-        if !wanted.is_empty() && !left_out.is_empty() {
-            let shown = shown(&left_out);
-            tracing::warn!(
-                "the view does not reach all of --range: {shown} is left out (no RAM is there, or it is not granted)"
-            );
-        }
+        let left_out = if wanted.is_empty() { gaps(&all) } else { left_out(&wanted, &all) };
 
         let resumed = earlier.is_some();
         if resumed && self.source.has_no_broker() {
@@ -439,23 +433,4 @@ impl Checkpoint {
 /// What the command ends with, once the file is there.
 fn exit_code(unreadable: &[GpaRange]) -> ExitCode {
     if unreadable.is_empty() { ExitCode::SUCCESS } else { ExitCode::from(UNREADABLE) }
-}
-
-/// The ranges, those without an end up to the last one of `all`: an open end is not a mistake.
-fn closed(wanted: &[GpaRange], all: &[GpaRange]) -> Vec<GpaRange> {
-    let last = all.last().map_or(0, |range| range.end);
-    let closed = wanted.iter().map(|range| match range.end {
-        GPA_END => range.start..last.max(range.start),
-        end => range.start..end,
-    });
-    closed.collect()
-}
-
-/// The ranges in words, of many the first ones.
-fn shown(ranges: &[GpaRange]) -> String {
-    const MOST: usize = 8;
-    let first: Vec<String> = ranges.iter().take(MOST).map(|range| format!("{range:#x?}")).collect();
-    let more = ranges.len().saturating_sub(MOST);
-    let rest = if more > 0 { format!(" and {more} more") } else { String::new() };
-    first.join(", ") + &rest
 }

@@ -113,6 +113,37 @@ pub(crate) fn missing(wanted: &[GpaRange], there: &[GpaRange]) -> Vec<GpaRange> 
     missing
 }
 
+/// What of `wanted` is not in `all`, both ascending, after a warning that names it. A range without END ends where `all` does.
+pub(crate) fn left_out(wanted: &[GpaRange], all: &[GpaRange]) -> Vec<GpaRange> {
+    let left_out = missing(&closed(wanted, all), all);
+    if !left_out.is_empty() {
+        let shown = shown(&left_out);
+        tracing::warn!(
+            "the view does not reach all of --range: {shown} is left out (no RAM is there, or it is not granted)"
+        );
+    }
+    left_out
+}
+
+/// The ranges, those without an end up to the last one of `all`: an open end is not a mistake.
+fn closed(wanted: &[GpaRange], all: &[GpaRange]) -> Vec<GpaRange> {
+    let last = all.last().map_or(0, |range| range.end);
+    let closed = wanted.iter().map(|range| match range.end {
+        GPA_END => range.start..last.max(range.start),
+        end => range.start..end,
+    });
+    closed.collect()
+}
+
+/// The ranges in words, of many the first ones.
+pub(crate) fn shown(ranges: &[GpaRange]) -> String {
+    const MOST: usize = 8;
+    let first: Vec<String> = ranges.iter().take(MOST).map(|range| format!("{range:#x?}")).collect();
+    let more = ranges.len().saturating_sub(MOST);
+    let rest = if more > 0 { format!(" and {more} more") } else { String::new() };
+    first.join(", ") + &rest
+}
+
 /// Bytes of all the ranges together.
 pub(crate) fn total(ranges: &[GpaRange]) -> u64 {
     ranges.iter().map(|range| range.end - range.start).sum()

@@ -28,7 +28,7 @@ use crate::number::parse;
 use crate::output::Output;
 use crate::process::Process;
 use crate::progress;
-use crate::range::{GpaRange, in_order, parse_range, select, total};
+use crate::range::{GpaRange, in_order, left_out, parse_range, select, total};
 use pattern::{Form, Pattern};
 pub(crate) use places::{Piece, Places};
 use report::Report;
@@ -135,7 +135,11 @@ impl Arguments {
         let opened = self.input.open("scan", reaching)?;
         let is_live = opened.view().is_some();
         let found = self.process.with_memory(opened.memory(), is_live, |memory| {
-            let parts = select(&ranges, &reached(memory)?)?;
+            let all = reached(memory)?;
+            let parts = select(&ranges, &all)?;
+            if !self.process.is_given() {
+                left_out(&ranges, &all);
+            }
             let view = opened.view().filter(|_| !self.process.is_given());
             let mapped = view.map(|view| Mapped::new(view, &parts)).transpose()?.flatten();
             let data = match view {

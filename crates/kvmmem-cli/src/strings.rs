@@ -19,7 +19,7 @@ use crate::output::{Output, json};
 use crate::parallel::{Sink, in_order};
 use crate::process::Process;
 use crate::progress;
-use crate::range::{GpaRange, in_order as ranges_in_order, parse_range, select, total};
+use crate::range::{GpaRange, in_order as ranges_in_order, left_out, parse_range, select, total};
 use crate::scan::{Piece, Places, join};
 use collect::Collector;
 use extract::{Fragment, MAX_LEN, extract};
@@ -98,7 +98,11 @@ impl Arguments {
     }
 
     fn search(&self, memory: &dyn Memory, wanted: &[GpaRange], output: &mut Output) -> Result<ExitCode> {
-        let parts = select(wanted, &reached(memory)?)?;
+        let all = reached(memory)?;
+        let parts = select(wanted, &all)?;
+        if !self.process.is_given() {
+            left_out(wanted, &all);
+        }
         let data = data_within(memory, &parts)?;
         let threads = match self.threads {
             Some(threads) => threads.into(),

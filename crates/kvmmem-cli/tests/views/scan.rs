@@ -36,6 +36,10 @@ fn matches_are_found_wherever_they_lie_and_sorted() {
     let ended =
         host.look(&[], &["scan", "--text", "needle", "--range", "0x40000..16M", "--range", "17M..20M"]);
     assert_eq!(places(&ended.stdout), [expected[2], expected[4]]);
+    for verb in [["scan", "--text=needle"], ["strings", "--min=6"]] {
+        let ended = host.look(&[], &[&verb[..], &["--range", "7M..12M"]].concat());
+        assert!(ended.stderr.contains("0x800000..0xc00000 is left out"), "{}", ended.stderr);
+    }
     let ended = host.look(&["--range", "4M..17M"], &["scan", "--text", "needle"]);
     assert_eq!(places(&ended.stdout), [expected[3]]);
 }
@@ -185,7 +189,7 @@ fn a_dump_file_is_searched_as_its_target() {
     std::fs::write(&rules, "rule hay { strings: $a = \"needle\" condition: #a == 3 }").unwrap();
     let searches: [&[&str]; 4] = [
         &["scan", "--text", "needle"],
-        &["scan", "--regex", "ne+dle", "--range", "1M.."],
+        &["scan", "--regex", "ne+dle", "--range", "1M..8M"],
         &["scan", "--yara", rules.to_str().unwrap()],
         &["scan", "--text", "haystack"],
     ];
