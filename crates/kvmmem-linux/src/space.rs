@@ -194,9 +194,12 @@ impl<'m> Space<'m> {
             // one that the process itself uses, and which is the same otherwise, does not.
             let offset = gpa % PAGE_SIZE as u64;
             let is_process = gpa - offset == table(self.root.cr3) && offset < PAGE_SIZE as u64 / 2;
-            let mask = self.encryption | if is_process { NO_EXECUTE } else { 0 };
-            for (byte, mask) in entry.iter_mut().zip(mask.to_le_bytes()) {
-                *byte &= !mask;
+            // The frame of a page without access is inverted: there the bits of encryption count where they are not set.
+            let is_present = entry.first().is_some_and(|byte| byte & 1 != 0);
+            let (clear, set) = if is_present { (self.encryption, 0) } else { (0, self.encryption) };
+            let clear = clear | if is_process { NO_EXECUTE } else { 0 };
+            for ((byte, clear), set) in entry.iter_mut().zip(clear.to_le_bytes()).zip(set.to_le_bytes()) {
+                *byte = *byte & !clear | set;
             }
             Ok(())
         })

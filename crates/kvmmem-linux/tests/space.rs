@@ -116,3 +116,16 @@ fn the_kernels_table_does_not_say_that_a_process_cannot_execute() {
     assert_eq!([0, 0x1000, 0xffff_8000_0000_0000].map(is_executable), [true, false, false]);
     assert!(space.walk(0).end.unwrap().permissions.is_executable);
 }
+
+#[test]
+fn a_page_without_access_is_found_where_memory_is_encrypted() {
+    const ENCRYPTION: u64 = 1 << 47;
+    const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
+    let guest = guest(ENCRYPTION);
+    // PROT_NONE as pgtable-invert.h stores it, with the bit of encryption as the kernel leaves it: set or not.
+    for (page, entry) in [!0x30_0000 & ADDRESS, !0x30_0000 & ADDRESS & !ENCRYPTION].into_iter().enumerate() {
+        guest.put_word(PTE + 8 * page as u64, entry | 0x100 | 1 << 63);
+        let found = space(&guest, ENCRYPTION).translate(page as u64 * 0x1000 + 0x12);
+        assert_eq!(found.unwrap().gpa, 0x30_0012, "{entry:#x}");
+    }
+}
