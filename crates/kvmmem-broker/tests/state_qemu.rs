@@ -33,7 +33,8 @@ fn the_next_broker_has_the_vms_under_qemu_again() {
     let seen: Vec<_> =
         targets.iter().map(|vm| (vm.name.as_str(), vm.uuid, vm.introspector, vm.cid)).collect();
     assert_eq!(seen, [("lion", lion.uuid, true, Some(77)), ("tiger", uuid, false, None)]);
-    assert!(broker.state.introspectors().by_cid(77).is_some());
+    // It is registered first.
+    wait_long("the introspector", || broker.state.introspectors().by_cid(77).is_some());
     // Both are watched again.
     drop((target, watcher));
     wait_long("both to go", || broker.admin().targets().unwrap().is_empty());

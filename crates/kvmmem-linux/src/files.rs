@@ -93,6 +93,10 @@ impl<'a> Files<'a> {
         if count > MAX_FDS {
             return Err(KernelError::TooMuch { what: "1,048,576 file descriptors of a process" });
         }
+        // The smallest table has a word of them.
+        if count == 0 {
+            return Err(KernelError::Malformed { what: "the table of open files".to_owned(), gva: table });
+        }
         let mut open = Vec::new();
         let mut bytes = [0; BATCH * 8];
         for first in (0..count).step_by(BATCH) {

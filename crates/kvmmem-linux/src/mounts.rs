@@ -171,6 +171,10 @@ impl<'a> Mounts<'a> {
                 nodes.map(|at| Ok(at?.wrapping_sub(node))).collect::<Result<Vec<_>, KernelError>>()?
             }
         };
+        // There is a root, as long as somebody uses the namespace.
+        if nodes.is_empty() {
+            return Err(KernelError::Malformed { what: "the list of mounts".to_owned(), gva: namespace });
+        }
         let mut mounts = Vec::new();
         let mut bytes = 0;
         for gva in nodes {
