@@ -345,7 +345,7 @@ fn an_introspector_that_has_lost_its_registration_can_be_added_again() {
     let vm = pair.broker.state.registry().with_cid(CID).unwrap();
     vm.peer().socket().shut_down();
     wait_for("the introspector to go", || pair.broker.state.introspectors().by_cid(CID).is_none());
-    assert!(opened.ended());
+    wait_for("its view to end", || opened.ended());
     wait_for("its VM to go", || pair.broker.admin().targets().unwrap().len() == 1);
     wait_for("its devices to go", || pair.qemu.is_empty());
     // Its connection is closed at last, and a QEMU serves one.
