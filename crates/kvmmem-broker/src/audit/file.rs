@@ -5,7 +5,7 @@ use std::io::{self, Write as _};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, channel, sync_channel};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde::Serialize;
 use tracing_subscriber::fmt::format::Writer;
@@ -13,15 +13,19 @@ use tracing_subscriber::fmt::time::{FormatTime, SystemTime};
 
 use super::movable::AuditFile;
 use super::record::Record;
+use crate::limit::RateLimit;
+
+/// Peers cause the lines, and a slow disk stalls again and again.
+static WARNINGS: RateLimit = RateLimit::new(2);
 
 /// The most lines that wait to be written.
 const MAX_WAITING: usize = 4096;
 
-/// How long the one who causes a line waits until it is written.
+/// How long the caller waits until its line is written.
 const LIMIT: Duration = Duration::from_secs(1);
 
-/// A file of JSON objects, one a line. A thread writes them, so that a disk which stalls holds up nobody for longer than
-/// [`LIMIT`], and after that nobody until it works again.
+/// A file of JSON objects, one a line. One thread writes them, so that a stalled disk blocks the caller for at most [`LIMIT`],
+/// and the callers after it not at all until the disk works again.
 #[derive(Debug)]
 pub(super) struct Lines {
     waiting: SyncSender<Waiting>,
@@ -30,7 +34,7 @@ pub(super) struct Lines {
     lost: AtomicU64,
 }
 
-/// A line that is to be written, and who waits for that.
+/// A line that is to be written, and the channel to the caller that waits for it.
 #[derive(Debug)]
 struct Waiting {
     line: Vec<u8>,
@@ -64,20 +68,28 @@ impl Lines {
         line.push(b'\n');
         let (written, is_written) = channel();
         if self.waiting.try_send(Waiting { line, written }).is_err() {
-            if self.lost.fetch_add(1, Ordering::Relaxed) == 0 {
-                tracing::error!("the audit log's file stalls; lines are left out there");
+            if self.lost.fetch_add(1, Ordering::Relaxed) == 0
+                && let Some(suppressed) = WARNINGS.allow(Instant::now())
+            {
+                tracing::error!(suppressed, "the audit log's file stalls; lines are left out there");
             }
             return;
         }
         let lost = self.lost.swap(0, Ordering::Relaxed);
-        if lost > 0 {
-            tracing::error!(lost, "lines were left out in the audit log's file while it stalled");
+        if lost > 0
+            && let Some(suppressed) = WARNINGS.allow(Instant::now())
+        {
+            tracing::error!(suppressed, lost, "lines were left out in the audit log's file while it stalled");
         }
         if !self.is_stalled.load(Ordering::Relaxed)
             && is_written.recv_timeout(LIMIT) == Err(RecvTimeoutError::Timeout)
             && !self.is_stalled.swap(true, Ordering::Relaxed)
+            && let Some(suppressed) = WARNINGS.allow(Instant::now())
         {
-            tracing::warn!("the audit log's file stalls; its lines are written once it works again");
+            tracing::warn!(
+                suppressed,
+                "the audit log's file stalls; its lines are written once it works again"
+            );
         }
     }
 }
@@ -96,7 +108,7 @@ impl Appender {
         for Waiting { line, written } in lines {
             self.write(&line);
             self.is_stalled.store(false, Ordering::Relaxed);
-            // Whoever caused it may not wait any more.
+            // The caller may have stopped waiting.
             let _ = written.send(());
         }
     }
@@ -165,7 +177,7 @@ mod tests {
         let path = directory.path().join("fifo");
         rustix::fs::mkfifoat(rustix::fs::CWD, &path, rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR)
             .unwrap();
-        // Both ends, so that opening it waits for nobody; nothing is read at first.
+        // Opened for both, so that the open does not block; nothing is read at first.
         let mut reader = std::fs::File::options().read(true).write(true).open(&path).unwrap();
         let lines = Lines::new(AuditFile::open(&path).unwrap()).unwrap();
         let label = "x".repeat(1000);
