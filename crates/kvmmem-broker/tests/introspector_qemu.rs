@@ -321,7 +321,7 @@ fn a_silent_guest_is_paused_or_killed_where_the_operator_wants_it() {
     let grant = pair.broker.grants()[0].id;
     assert_eq!(pair.broker.admin().revoke(grant).unwrap().unconfirmed, 0);
     wait_for("the introspector to go", || pair.broker.state.introspectors().by_cid(CID).is_none());
-    assert!(opened.ended());
+    wait_for("the view to end", || opened.ended());
 }
 
 #[test]
@@ -406,8 +406,10 @@ fn the_end_of_qemu_is_the_introspectors_end() {
     pair.qemu.process.kill().unwrap();
     wait_for("the introspector to go", || pair.broker.state.introspectors().by_cid(CID).is_none());
     wait_for("its VM to go", || pair.broker.admin().targets().unwrap().len() == 1);
-    assert!(opened.ended());
-    wait_for("the view to end", || pair.broker.grants().iter().all(|grant| grant.views.is_empty()));
+    wait_for("the view to end", || opened.ended());
+    wait_for("the grants to have no view", || {
+        pair.broker.grants().iter().all(|grant| grant.views.is_empty())
+    });
 }
 
 #[test]
