@@ -207,14 +207,15 @@ impl Qmp {
         // counted, whatever it is.
         for _ in 0..=MAX_EVENTS {
             let message = self.message(command, deadline)?;
+            if !message.is_answer() {
+                self.keep(message)?;
+                continue;
+            }
             if let Some(failure) = message.error {
                 let description = failure.desc.chars().take(MAX_DESCRIPTION).collect();
                 return Err(QmpError::Refused { command, description });
             }
-            if let Some(answer) = message.answer {
-                return Ok(answer);
-            }
-            self.keep(message)?;
+            return Ok(message.answer.unwrap_or_default());
         }
         Err(self.failed(LineError::TooMuch))
     }

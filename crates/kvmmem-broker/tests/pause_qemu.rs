@@ -9,6 +9,7 @@ use std::time::Duration;
 use common::qemu::{FIRMWARE, Qemu, wait_long};
 use common::{TestBroker, wait_for};
 use kvmmem_broker::admin::{Admin, AdminError, Which};
+use kvmmem_broker::qmp::Qmp;
 use kvmmem_broker::quota::Limits;
 use serde_json::json;
 
@@ -149,4 +150,6 @@ fn a_vm_runs_again_after_its_broker_was_killed() {
     daemon.0.kill().unwrap();
     daemon.0.wait().unwrap();
     monitor.wait_status("running");
+    // Nothing of the broker's keeps others from QEMU's monitor.
+    wait_long("QEMU to answer others", || Qmp::connect(&qemu.qmp).is_ok());
 }

@@ -28,11 +28,12 @@ impl Broker {
         pidfd: OwnedFd,
         monitor: Option<Socket>,
     ) -> std::io::Result<()> {
+        let silence = self.limits().silence;
         let monitor = monitor.map(|Socket { path, listener, qmp }| {
             let (finder, teller) = (Arc::downgrade(self), Arc::downgrade(self));
             let tell =
                 move |qmp: &mut Qmp, news| teller.upgrade().map_or(Next::Stop, |it| it.hear(vm, qmp, news));
-            Monitor::start(qmp, move || connect(&finder, vm, &path, listener), tell)
+            Monitor::start(qmp, move || connect(&finder, vm, &path, listener), tell, silence)
         });
         let broker = Arc::downgrade(self);
         let ended = move |watched: Vec<Watched>| {

@@ -100,6 +100,7 @@ struct Heard {
 
 impl Monitor {
     /// Receives the events of a monitor. `tell` gets each change; `find` connects at first, and again after a lost connection.
+    /// A pause that no client has asked for again for `silence` ends.
     ///
     /// # Errors
     /// Where there are no file descriptors or threads left.
@@ -107,6 +108,7 @@ impl Monitor {
         qmp: Option<Qmp>,
         find: impl Fn() -> Option<Qmp> + Send + 'static,
         tell: impl FnMut(&mut Qmp, News) -> Next + Send + 'static,
+        silence: Duration,
     ) -> std::io::Result<Self> {
         let stop = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         let stop = Arc::new(stop);
@@ -114,7 +116,7 @@ impl Monitor {
         let mut listener = Listener {
             stop: Arc::clone(&stop),
             questions: questions.clone(),
-            stopped: Stopped::default(),
+            stopped: Stopped::new(silence),
             find,
             tell,
         };

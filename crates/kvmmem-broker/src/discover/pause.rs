@@ -1,29 +1,51 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A VM that the broker's clients hold stopped.
 //!
-//! It runs again when the last of them needs it no more, when the connection to its QEMU is lost and made anew, and when the
-//! broker ends, however it ends: while the VM is stopped a shell waits for that, at the end of a pipe, with a copy of the
-//! connection. A VM that did not run before stays as it is.
+//! It runs again when the last of them releases it, when the connection to its QEMU is lost and made anew, and when the
+//! broker ends or hangs: while the VM is stopped a shell, with a copy of the connection, waits for the end of a pipe, and
+//! for silence there. A VM that did not run before stays as it is.
 
 use std::collections::BTreeSet;
-use std::io;
-use std::os::fd::AsFd;
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::process::CommandExt;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::Duration;
 
+use rustix::io::ioctl_fionbio;
 use serde_json::json;
 
 use super::questions::AskError;
 use crate::qmp::{Qmp, QmpError};
 
-/// Waits for a line or the end of standard input; at the end, resumes the VM. QEMU forgets commands of a connection that has
-/// ended, so the connection is kept for a while.
-const WATCH: &str =
-    r#"trap '' HUP INT TERM; read -r line || { echo '{"execute":"cont"}'; exec 0<&- sleep 10; }"#;
+/// The shell. Standard input is the pipe, standard output the connection; `$1` is the silence that ends a pause, seconds.
+///
+/// Where the pipe ends (dd's empty output, status 0) the broker has ended: QEMU forgets commands of a connection that has
+/// ended, so the shell keeps it until `cont` is answered, or QEMU has not answered for a minute. Where the pipe is silent
+/// (the status of a process that timeout has killed, 137) the broker may read the answer itself. Where anything else goes
+/// wrong, which would leave the VM without a shell, the VM runs as well.
+const WATCH: &str = r#"
+trap '' HUP INT TERM
+command -v timeout >&2 && command -v dd >&2 || exit
+exec 2>/dev/null
+cont() { echo '{"execute":"cont","id":"resume"}'; }
+trap cont EXIT
+while :; do
+    beat=$(timeout -s KILL "$1" dd bs=4096 count=1); status=$?
+    [ "$beat" ] || break
+done
+[ $status -ne 137 ] || exit 0
+[ $status -eq 0 ] || exit 1
+trap - EXIT
+cont
+timeout -s KILL 60 sh -c 'while read -r line; do case $line in *\"resume\"*) exit;; esac; done' <&1
+"#;
 
 /// Who holds the VM stopped.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Stopped {
+    /// How long no holder may ask.
+    silence: Duration,
     holders: BTreeSet<u64>,
     /// Present while the VM is stopped that ran before.
     watcher: Option<Watcher>,
@@ -32,19 +54,25 @@ pub(super) struct Stopped {
 }
 
 impl Stopped {
+    /// A VM that runs again when no holder has asked for `silence`.
+    pub(super) fn new(silence: Duration) -> Self {
+        Self { silence, holders: BTreeSet::new(), watcher: None, owes: false }
+    }
+
     /// Stops the VM for one more, or checks that it is still stopped. Returns whether it ran before all of them.
     pub(super) fn hold(&mut self, qmp: &mut Qmp, holder: u64, is_new: bool) -> Result<bool, AskError> {
+        self.notice_the_watcher(qmp);
         if !is_new && !self.holders.contains(&holder) {
             return Err(AskError::Resumed);
         }
         let is_running = qmp.status()? == "running";
         if is_running && !self.holders.is_empty() {
-            // Somebody else has resumed it: none of them can rely on it.
-            *self = Self::default();
+            // Another client of QEMU has resumed it: no holder can rely on it.
+            self.forget();
             return Err(AskError::Resumed);
         }
         if is_running {
-            let watcher = Watcher::start(qmp).map_err(AskError::Watcher)?;
+            let watcher = Watcher::start(qmp.as_fd(), self.silence).map_err(AskError::Watcher)?;
             if let Err(error) = qmp.execute("stop", json!({})) {
                 // It may have been carried out.
                 self.owes = !error.is_refusal();
@@ -53,15 +81,18 @@ impl Stopped {
             self.watcher = Some(watcher);
         }
         self.holders.insert(holder);
+        self.watcher.iter_mut().for_each(Watcher::beat);
         Ok(self.watcher.is_some())
     }
 
-    /// One holder less.
+    /// One holder less. Fails where the VM ran before that.
     pub(super) fn release(&mut self, qmp: &mut Qmp, holder: u64) -> Result<(), AskError> {
+        self.notice_the_watcher(qmp);
         if !self.holders.remove(&holder) {
             return Err(AskError::Resumed);
         }
-        if self.holders.is_empty() { Ok(self.resume(qmp)?) } else { Ok(()) }
+        let was_stopped = !self.holders.is_empty() || self.resume(qmp)?;
+        was_stopped.then_some(()).ok_or(AskError::Resumed)
     }
 
     /// Ends the pause for all; where QEMU cannot be asked, once it can be.
@@ -78,17 +109,32 @@ impl Stopped {
         }
     }
 
-    fn resume(&mut self, qmp: &mut Qmp) -> Result<(), QmpError> {
+    /// Ends the pause for all where the shell has ended it, or has been killed.
+    fn notice_the_watcher(&mut self, qmp: &mut Qmp) {
+        match self.watcher.as_mut().and_then(Watcher::ended) {
+            None => {}
+            // What has become of the VM since is another client's doing.
+            Some(status) if status.success() => self.forget(),
+            Some(_) => self.end(qmp),
+        }
+    }
+
+    fn forget(&mut self) {
+        *self = Self::new(self.silence);
+    }
+
+    /// Lets the VM run that ran before. Returns whether it was still stopped.
+    fn resume(&mut self, qmp: &mut Qmp) -> Result<bool, QmpError> {
         // Until then it is there in case that this process is killed. It must not hold the connection longer than this.
-        let Some(_watcher) = self.watcher.take() else { return Ok(()) };
+        let Some(_watcher) = self.watcher.take() else { return Ok(true) };
         self.cont(qmp)
     }
 
-    fn cont(&mut self, qmp: &mut Qmp) -> Result<(), QmpError> {
+    fn cont(&mut self, qmp: &mut Qmp) -> Result<bool, QmpError> {
         // What has become of it meanwhile, as the source of a migration, must not run.
         let result = qmp.status().and_then(|status| match status.as_str() {
-            "paused" => qmp.execute("cont", json!({})).map(drop),
-            _ => Ok(()),
+            "paused" => qmp.execute("cont", json!({})).map(|_| true),
+            status => Ok(status != "running"),
         });
         if let Err(error) = &result {
             self.owes = !error.is_refusal();
@@ -98,17 +144,47 @@ impl Stopped {
     }
 }
 
-/// What resumes a VM if this process ends: a shell, which is there even after SIGKILL. Dropping it ends the shell.
+/// What resumes a VM if this process ends or hangs: a shell, which is there even after SIGKILL. Dropping it ends the shell.
 #[derive(Debug)]
 struct Watcher(Child);
 
 impl Watcher {
-    fn start(qmp: &Qmp) -> io::Result<Self> {
-        let connection = qmp.as_fd().try_clone_to_owned()?;
+    fn start(connection: BorrowedFd<'_>, silence: Duration) -> io::Result<Self> {
+        // A client that is silent for so long is disconnected before.
+        let limit = (silence.as_secs_f64() * 1.5).ceil().max(1.0).to_string();
         let mut shell = Command::new("/bin/sh");
+        shell.args(["-c", WATCH, "sh", &limit]).env_clear().env("PATH", "/usr/bin:/bin").current_dir("/");
         // Not in a group with this process, which signals of a terminal go to.
-        shell.args(["-c", WATCH]).env_clear().env("PATH", "/usr/bin:/bin").current_dir("/").process_group(0);
-        shell.stdin(Stdio::piped()).stdout(connection).stderr(Stdio::null()).spawn().map(Self)
+        shell.process_group(0).stdin(Stdio::piped()).stdout(connection.try_clone_to_owned()?);
+        let mut watcher = Self(shell.stderr(Stdio::piped()).spawn()?);
+        if let Some(pipe) = &watcher.0.stdin {
+            // Of a shell that is stopped no beat must wait.
+            ioctl_fionbio(pipe, true)?;
+        }
+        let mut ready = String::new();
+        if let Some(errors) = &mut watcher.0.stderr {
+            errors.read_to_string(&mut ready)?;
+        }
+        match ready.lines().count() {
+            2 => Ok(watcher),
+            _ => Err(io::Error::new(
+                io::ErrorKind::NotFound,
+                "timeout and dd are not both in /usr/bin or /bin",
+            )),
+        }
+    }
+
+    /// Puts the end by silence off.
+    fn beat(&mut self) {
+        if let Some(pipe) = &mut self.0.stdin {
+            // A full pipe is not silent, and that the shell has ended is noticed elsewhere.
+            let _ = pipe.write(b".");
+        }
+    }
+
+    /// How the shell has ended, if it has.
+    fn ended(&mut self) -> Option<ExitStatus> {
+        self.0.try_wait().ok()?
     }
 }
 
@@ -117,5 +193,48 @@ impl Drop for Watcher {
         // It has not been waited for, so it is there, if only as a zombie.
         let _ = self.0.kill();
         let _ = self.0.wait();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+
+    #[test]
+    fn the_shell_keeps_the_connection_until_cont_is_answered() {
+        let (mut ours, theirs) = UnixStream::pair().unwrap();
+        let mut watcher = Watcher::start(theirs.as_fd(), Duration::from_secs(3600)).unwrap();
+        drop(theirs);
+        watcher.beat();
+        // The shell has read it, and waits for more.
+        while rustix::io::ioctl_fionread(watcher.0.stdin.as_ref().unwrap()).unwrap() > 0 {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        assert!(watcher.ended().is_none());
+        drop(watcher.0.stdin.take());
+        let mut line = [0; 64];
+        let count = ours.read(&mut line).unwrap();
+        let command: serde_json::Value = serde_json::from_slice(&line[..count]).unwrap();
+        assert_eq!(command, json!({ "execute": "cont", "id": "resume" }));
+        for answer in ["{\"return\": {}}", "{\"event\": \"RESUME\"}", "{\"return\": {}, \"id\": \"resume\"}"]
+        {
+            assert!(watcher.ended().is_none(), "{answer}");
+            ours.write_all(format!("{answer}\r\n").as_bytes()).unwrap();
+        }
+        // A connection that is closed with something unread in it is reset.
+        assert_eq!(ours.read(&mut line).unwrap(), 0);
+        assert!(watcher.0.wait().unwrap().success());
+    }
+
+    #[test]
+    fn a_shell_that_is_killed_is_noticed() {
+        let (_ours, theirs) = UnixStream::pair().unwrap();
+        let mut watcher = Watcher::start(theirs.as_fd(), Duration::from_secs(3600)).unwrap();
+        watcher.0.kill().unwrap();
+        watcher.0.wait().unwrap();
+        assert!(watcher.ended().is_some_and(|status| !status.success()));
+        watcher.beat();
     }
 }

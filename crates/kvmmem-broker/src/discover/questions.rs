@@ -63,11 +63,12 @@ pub(crate) enum AskError {
     #[error(transparent)]
     Qmp(#[from] QmpError),
     /// What resumes the VM if the broker is killed cannot be started.
-    #[error("cannot start /bin/sh, which resumes the VM if the broker is killed; the VM was not paused")]
+    #[error("cannot start the shell that resumes the VM if the broker is killed; the VM was not paused")]
     Watcher(#[source] io::Error),
     /// The pause has ended before.
     #[error(
-        "the VM runs again: another client of its QEMU has resumed it, or the connection to QEMU was lost"
+        "the VM runs again: another client of its QEMU has resumed it, the connection to QEMU was lost, or the pause was \
+         not asked for again in time"
     )]
     Resumed,
 }

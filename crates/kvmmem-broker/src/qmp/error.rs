@@ -17,7 +17,9 @@ pub enum QmpError {
         source: io::Error,
     },
     /// There was no answer in time.
-    #[error("nothing answers at the QMP socket {0} in time; is another client connected to it?")]
+    #[error(
+        "nothing answers at the QMP socket {0} in time; is another client connected to it? QEMU serves one at a time"
+    )]
     Silent(PathBuf),
     /// The connection failed.
     #[error("the connection to the QMP socket {path} failed")]

@@ -24,6 +24,8 @@ pub(super) struct Message {
     #[serde(rename = "return")]
     pub(super) answer: Option<Value>,
     pub(super) error: Option<Failure>,
+    /// That of the command that it answers.
+    id: Option<Value>,
     event: Option<String>,
     #[serde(default)]
     data: EventData,
@@ -42,8 +44,10 @@ pub(super) struct Failure {
 }
 
 impl Message {
+    /// Whether it answers a command of this process: these have no id, unlike those of another one with a copy of the
+    /// connection (`discover::pause`).
     pub(super) fn is_answer(&self) -> bool {
-        self.answer.is_some() || self.error.is_some()
+        self.id.is_none() && (self.answer.is_some() || self.error.is_some())
     }
 
     /// The event that it is; `None` for what a later QEMU may say besides.

@@ -71,8 +71,13 @@ impl Fake {
     }
 
     fn listen(&self) -> Monitor {
+        self.listen_for(PATIENCE)
+    }
+
+    /// A pause ends after `silence`.
+    fn listen_for(&self, silence: Duration) -> Monitor {
         let path = self.path.clone();
-        Monitor::start(None, move || Qmp::connect(&path).ok(), |_, _| Next::Listen).unwrap()
+        Monitor::start(None, move || Qmp::connect(&path).ok(), |_, _| Next::Listen, silence).unwrap()
     }
 
     #[track_caller]
@@ -123,7 +128,10 @@ fn serve(machine: &Mutex<Machine>, stream: &UnixStream) -> std::io::Result<()> {
         if fault == Some(Fault::CloseAfter) {
             break;
         }
-        send(json!({ "return": answer }))?;
+        match request.get("id") {
+            Some(id) => send(json!({ "return": answer, "id": id }))?,
+            None => send(json!({ "return": answer }))?,
+        }
     }
     stream.shutdown(std::net::Shutdown::Both)
 }
@@ -169,6 +177,30 @@ fn a_vm_that_did_not_run_stays_as_it_is() {
         let machine = fake.machine();
         assert_eq!((machine.status, machine.commands.len()), (status, 0));
     }
+}
+
+#[test]
+fn a_pause_that_is_not_asked_for_again_ends() {
+    let fake = Fake::start("running");
+    let monitor = fake.listen_for(Duration::from_secs(1));
+    let questions = monitor.questions();
+    let (pause, _) = retry(|| questions.pause()).unwrap();
+    // As if this process were stopped.
+    fake.wait("running");
+    assert!(matches!(pause.check(), Err(AskError::Resumed)));
+    assert!(matches!(pause.end(), Err(AskError::Resumed)));
+    // The connection is still of use.
+    assert!(questions.pause().unwrap().1);
+    fake.wait("running");
+}
+
+#[test]
+fn a_pause_that_has_ended_unnoticed_does_not_end_well() {
+    let fake = Fake::start("running");
+    let monitor = fake.listen();
+    let (pause, _) = retry(|| monitor.questions().pause()).unwrap();
+    fake.machine().status = "running";
+    assert!(matches!(pause.end(), Err(AskError::Resumed)));
 }
 
 #[test]
@@ -262,7 +294,7 @@ fn memory_that_is_plugged_in_before_the_first_question_or_after_it_is_noticed() 
     let qmp = Qmp::connect(&path).unwrap();
     let (told, news) = mpsc::channel();
     let tell = move |_: &mut Qmp, news| told.send(news).map_or(Next::Stop, |()| Next::Listen);
-    let _monitor = Monitor::start(Some(qmp), || None, tell).unwrap();
+    let _monitor = Monitor::start(Some(qmp), || None, tell, PATIENCE).unwrap();
     for _ in 0..2 {
         assert_eq!(news.recv_timeout(Duration::from_secs(60)), Ok(News::Memory));
     }
