@@ -9,6 +9,7 @@ mod digest;
 mod elf;
 mod layout;
 mod pause;
+mod pipe;
 mod process;
 mod process_core;
 mod process_notes;
@@ -17,6 +18,7 @@ mod sink;
 mod transfer;
 mod unreadable;
 
+use std::fs::File;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
@@ -68,8 +70,8 @@ pub(crate) struct Arguments {
     #[arg(long)]
     no_hash: bool,
     /// Pause the target while its memory is read, so that the dump shows one moment. It runs again right after, and also if
-    /// this command is killed; one that is not running stays as it is. With --target, where the broker has a QMP connection
-    /// to the target's QEMU
+    /// this command is killed, stopped or hangs; one that is not running stays as it is. With --target, where the broker has
+    /// a QMP connection to the target's QEMU
     #[arg(long, requires = "target", conflicts_with = "resume")]
     pause: bool,
     /// Compress the file or stream; a dump that was not finished cannot be resumed then
@@ -116,9 +118,9 @@ const REMEDY: &str = "remove it and its .part, and begin again";
 enum Start {
     /// Nothing: the file is made once there is something to write.
     New,
-    Stream(Sink),
+    Stream(File),
     /// A dump to continue.
-    Unfinished(Box<Checkpoint>, Sink),
+    Unfinished(Box<Checkpoint>, File),
     /// A dump that is complete, record and all; only its checkpoint is left to be removed.
     Complete(Saved),
 }
@@ -132,13 +134,13 @@ impl Arguments {
             return self.run_process(pid, output);
         }
         let wanted = in_order(&self.ranges)?;
-        let (earlier, sink) = match self.open()? {
-            Start::New => (None, None),
-            Start::Stream(sink) => {
+        let (earlier, file, kind) = match self.open()? {
+            Start::New => (None, None, Kind::File),
+            Start::Stream(file) => {
                 output.use_stderr();
-                (None, Some(sink))
+                (None, Some(file), Kind::Stream)
             }
-            Start::Unfinished(checkpoint, sink) => (Some(*checkpoint), Some(sink)),
+            Start::Unfinished(checkpoint, file) => (Some(*checkpoint), Some(file), Kind::File),
             Start::Complete(record) => {
                 Checkpoint::remove(&self.file)?;
                 self.tell(&record.record, record.sizes(), output)?;
@@ -183,14 +185,9 @@ impl Arguments {
             }
         };
         let layout = Layout::new(self.format, &checkpoint.ranges, &checkpoint.notes());
-        let is_new = sink.is_none();
-        let mut sink = match sink {
-            Some(sink) => sink,
-            None => Sink::file(&self.file, false)?,
-        };
-        if !resumed {
-            sink = sink.compressed(self.compress)?;
-        }
+        let is_new = file.is_none();
+        let file = file.map_or_else(|| sink::open_file(&self.file, false), Ok)?;
+        let mut sink = Sink::new((file, kind), self.compress, &interrupt, pause.is_some())?;
         let begun = self.begin(&mut sink, &layout, &checkpoint, resumed);
         if is_new && begun.is_err() {
             // There is nothing in it to continue.
@@ -249,12 +246,15 @@ impl Arguments {
         let began = Instant::now();
         let target = operator.target.clone();
         let paused = match self.pause {
-            true => Some(operator.admin.pause(&target).context("cannot pause the target")?),
+            true => match operator.admin.pause(&target) {
+                Ok(was_running) => Some(was_running),
+                Err(error) => return Err(operator.explain(error).context("cannot pause the target")),
+            },
             false => None,
         };
         let vcpus = match wants_vcpus {
             true => {
-                operator.admin.registers(&target).map_err(|error| format!("{:#}", anyhow::Error::new(error)))
+                operator.admin.registers(&target).map_err(|error| format!("{:#}", operator.explain(error)))
             }
             false => Ok(Vec::new()),
         };
@@ -270,7 +270,7 @@ impl Arguments {
             if let Some(record) = &self.record {
                 sink::check_new(record)?;
             }
-            return Ok(Start::Stream(Sink::stream(&self.file)?));
+            return Ok(Start::Stream(sink::open_stream(&self.file)?));
         }
         let earlier = Checkpoint::load(&self.file)?;
         let exists = self.file.try_exists().with_context(|| format!("cannot look for {file}"))?;
@@ -294,13 +294,13 @@ impl Arguments {
             sink::check_new(&record)?;
             return Ok(Start::New);
         };
-        let sink = Sink::file(&self.file, true)?;
+        let opened = sink::open_file(&self.file, true)?;
         let len = self.file.metadata().with_context(|| format!("cannot look at {file}"))?.len();
         if let Some(saved) = Saved::load(&record, &checkpoint, len) {
             return Ok(Start::Complete(saved));
         }
         sink::check_new(&record)?;
-        Ok(Start::Unfinished(Box::new(checkpoint), sink))
+        Ok(Start::Unfinished(Box::new(checkpoint), opened))
     }
 
     /// Where the record goes.

@@ -36,6 +36,8 @@ pub(crate) struct Embedded {
     pub(crate) target: Uuid,
     /// Where it listens.
     pub(crate) socket: PathBuf,
+    /// Why it has no connection to the target's monitor though one was wanted.
+    pub(crate) no_monitor: Option<AdminError>,
     _directory: TempDir,
 }
 
@@ -65,19 +67,19 @@ impl Embedded {
         })?;
         let mut admin = Admin::connect(&socket)?;
         // The last way is the best one.
-        let mut added = None;
+        let (mut added, mut no_monitor) = (None, None);
         for which in ways.iter().rev() {
-            added = Some(admin.add_target(which, None));
-            match (which, &added) {
-                (Which::Qmp { socket, pid: Some(_) }, Some(Err(error))) => {
-                    tracing::warn!("{}: {error}; what QEMU's monitor tells cannot be had", socket.display());
+            match (which, admin.add_target(which, None)) {
+                (Which::Qmp { pid: Some(_), .. }, Err(error)) => no_monitor = Some(error),
+                (_, result) => {
+                    added = Some(result);
+                    break;
                 }
-                _ => break,
             }
         }
         let added =
             added.context("no way to look at it")?.with_context(|| format!("cannot look at {target}"))?;
-        Ok(Self { admin, target: added.target.uuid, socket, _directory: directory })
+        Ok(Self { admin, target: added.target.uuid, socket, no_monitor, _directory: directory })
     }
 }
 

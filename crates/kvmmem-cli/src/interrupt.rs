@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Signals that ask a verb to come to its end.
 
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -9,22 +11,44 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
 /// Whether SIGINT, SIGTERM or SIGHUP has come. The second one of them ends the process at once.
 #[derive(Clone)]
-pub(crate) struct Interrupt(Arc<AtomicBool>);
+pub(crate) struct Interrupt {
+    flag: Arc<AtomicBool>,
+    /// Readable from then on.
+    wake: Arc<UnixStream>,
+}
 
 impl Interrupt {
     /// From now on the signals are caught.
     pub(crate) fn catch() -> Result<Self> {
         let flag = Arc::new(AtomicBool::new(false));
+        let (wake, waker) = UnixStream::pair().context("cannot handle signals")?;
         for signal in [SIGINT, SIGTERM, SIGHUP] {
             // Registered first, it sees the flag of the signal before.
             signal_hook::flag::register_conditional_default(signal, Arc::clone(&flag))
                 .and_then(|_| signal_hook::flag::register(signal, Arc::clone(&flag)))
+                .and_then(|_| signal_hook::low_level::pipe::register(signal, waker.try_clone()?))
                 .context("cannot handle signals")?;
         }
-        Ok(Self(flag))
+        Ok(Self { flag, wake: Arc::new(wake) })
+    }
+
+    /// What no signal ends.
+    #[cfg(test)]
+    pub(crate) fn never() -> Self {
+        let (wake, other) = UnixStream::pair().unwrap();
+        // Closed, it would make this one readable.
+        std::mem::forget(other);
+        Self { flag: Arc::default(), wake: Arc::new(wake) }
     }
 
     pub(crate) fn has_come(&self) -> bool {
-        self.0.load(Ordering::Relaxed)
+        self.flag.load(Ordering::Relaxed)
+    }
+}
+
+/// For `poll`: readable once a signal has come.
+impl AsFd for Interrupt {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.wake.as_fd()
     }
 }

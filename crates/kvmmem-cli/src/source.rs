@@ -11,7 +11,7 @@ use anyhow::{Context, Result, bail};
 use clap::Args;
 use kvmmem::view::{Access, Range, View, ViewError};
 use kvmmem::{PAGE_SIZE, Session, SessionError, Token};
-use kvmmem_broker::admin::{Admin, GrantRequest, Rights};
+use kvmmem_broker::admin::{Admin, AdminError, GrantRequest, Rights};
 use kvmmem_broker::host::CopyError;
 use kvmmem_memory::DumpFile;
 use serde::Deserialize;
@@ -129,7 +129,7 @@ impl Source {
                 let mut own = Embedded::start(&socket, target, asks_vmm)?;
                 let name = own.target.to_string();
                 let view = grant_and_attach(&mut own.admin, &own.socket, &name, access, verb, wanted)?;
-                return Ok((view, Operator { admin: own.admin, target: name }));
+                return Ok((view, Operator { admin: own.admin, target: name, no_monitor: own.no_monitor }));
             }
             admin => admin.context(NO_BROKER)?,
         };
@@ -151,7 +151,7 @@ impl Source {
             ),
         };
         let view = grant_and_attach(&mut admin, &socket, &name, access, verb, wanted)?;
-        Ok((view, Operator { admin, target: name }))
+        Ok((view, Operator { admin, target: name, no_monitor: None }))
     }
 
     /// Whether anything says where a view comes from.
@@ -242,6 +242,15 @@ fn grant_and_attach(
 pub(crate) struct Operator {
     pub(crate) admin: Admin,
     pub(crate) target: String,
+    /// Why this command, where no broker runs, has no connection to the target's monitor though one was wanted.
+    pub(crate) no_monitor: Option<AdminError>,
+}
+
+impl Operator {
+    /// Why the target's VMM does not answer, where that is what `error` is about.
+    pub(crate) fn explain(&mut self, error: AdminError) -> anyhow::Error {
+        self.no_monitor.take().unwrap_or(error).into()
+    }
 }
 
 /// Memory of a target, read and written by copy, or that in a dump file, which is only read.

@@ -3,15 +3,13 @@
 
 mod common;
 
-use std::io::{BufRead, BufReader, Read, Write};
-use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use kvmmem_broker::link::Region;
 
 use crate::common::Host;
+use crate::common::qemu::Qemu;
 
 fn host() -> Host {
     Host::start(&[Region { gpa: 0, len: 4 << 20, offset: 0, file: 0 }])
@@ -50,16 +48,6 @@ fn what_cannot_be_added_or_removed_is_said() {
     }
 }
 
-/// A QEMU whose firmware is its guest; killed on drop.
-struct Qemu(Child);
-
-impl Drop for Qemu {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
 /// With `--json` each line on standard error is an object: an error, or a line of the log.
 fn objects(stderr: &str) {
     for line in stderr.lines() {
@@ -75,25 +63,8 @@ fn root_needs_no_broker() {
     }
     let directory = tempfile::tempdir().unwrap();
     let (name, qmp) = (format!("alone-{}", std::process::id()), directory.path().join("qmp"));
-    let started = Command::new("qemu-system-x86_64")
-        .args(["-accel", "tcg", "-nodefaults", "-display", "none", "-m", "64", "-name", &name])
-        .args([
-            "-object",
-            "memory-backend-memfd,id=ram0,size=64M,share=on",
-            "-machine",
-            "pc,memory-backend=ram0",
-        ])
-        .arg("-qmp")
-        .arg(format!("unix:{},server=on,wait=off", qmp.display()))
-        .stdin(Stdio::null())
-        .spawn();
-    let qemu = match started {
-        Ok(process) => Qemu(process),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-            return eprintln!("skipped: no qemu-system-x86_64: install it (Debian: qemu-system-x86)");
-        }
-        Err(error) => panic!("cannot start QEMU: {error}"),
-    };
+    let more = ["-m", "64", "-qmp", &format!("unix:{},server=on,wait=off", qmp.display())];
+    let Some(qemu) = Qemu::start(&name, &more) else { return };
     let left = tempfile::tempdir().unwrap();
     let run = |target: &str| {
         let mut command = Command::new(env!("CARGO_BIN_EXE_kvmmem"));
@@ -169,92 +140,6 @@ fn root_needs_no_broker() {
     objects(&stderr);
     assert!(stderr.contains("targets --discover"), "{stderr}");
     assert_eq!(std::fs::read_dir(left.path()).unwrap().count(), 0, "something is left");
-}
-
-/// The state that a QEMU is in, by a monitor of the test's own.
-fn status(monitor: &Path) -> Option<String> {
-    let mut stream = UnixStream::connect(monitor).ok()?;
-    stream.set_read_timeout(Some(Duration::from_secs(60))).ok()?;
-    stream.write_all(b"{\"execute\":\"qmp_capabilities\"}\n{\"execute\":\"query-status\"}\n").ok()?;
-    let lines = BufReader::new(stream).lines().map_while(Result::ok);
-    let mut answers = lines.filter_map(|line| serde_json::from_str::<serde_json::Value>(&line).ok());
-    answers.find_map(|answer| Some(answer["return"]["status"].as_str()?.to_owned()))
-}
-
-fn wait_status(monitor: &Path, wanted: &str) {
-    let deadline = Instant::now() + Duration::from_secs(60);
-    while status(monitor).as_deref() != Some(wanted) {
-        assert!(Instant::now() < deadline, "still waiting for {wanted}: {:?}", status(monitor));
-        std::thread::sleep(Duration::from_millis(20));
-    }
-}
-
-#[test]
-fn a_dump_pauses_its_target_which_runs_again_even_if_the_command_is_killed() {
-    if !rustix::process::geteuid().is_root() {
-        return eprintln!("skipped: needs root");
-    }
-    let directory = tempfile::tempdir().unwrap();
-    let path = |name: &str| directory.path().join(name);
-    let (name, monitor, fifo) = (format!("paused-{}", std::process::id()), path("monitor"), path("fifo"));
-    let socket = |path: PathBuf| format!("unix:{},server=on,wait=off", path.display());
-    let started = Command::new("qemu-system-x86_64")
-        .args(["-accel", "tcg", "-nodefaults", "-display", "none", "-m", "64", "-smp", "2", "-name", &name])
-        .args([
-            "-object",
-            "memory-backend-memfd,id=ram0,size=64M,share=on",
-            "-machine",
-            "pc,memory-backend=ram0",
-        ])
-        // The command takes the last one.
-        .args(["-qmp", &socket(monitor.clone()), "-qmp", &socket(path("qmp"))])
-        .stdin(Stdio::null())
-        .spawn();
-    let _qemu = match started {
-        Ok(process) => Qemu(process),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-            return eprintln!("skipped: no qemu-system-x86_64: install it (Debian: qemu-system-x86)");
-        }
-        Err(error) => panic!("cannot start QEMU: {error}"),
-    };
-    wait_status(&monitor, "running");
-    let dump = |file: &Path| {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_kvmmem"));
-        command.args(["--json", "dump", "--target", &name, "--pause", "--format", "elf"]).arg(file);
-        command.stdin(Stdio::null()).env("KVMMEM_BROKER", path("none")).env_remove("RUST_LOG");
-        command
-    };
-    // Nobody reads more than a byte, so the dump does not end.
-    let mode = rustix::fs::Mode::from_raw_mode(0o600);
-    rustix::fs::mknodat(rustix::fs::CWD, &fifo, rustix::fs::FileType::Fifo, mode, 0).unwrap();
-    let mut killed = dump(&fifo).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
-    let mut reader = std::fs::File::open(&fifo).unwrap();
-    reader.read_exact(&mut [0]).unwrap();
-    assert_eq!(status(&monitor).as_deref(), Some("paused"));
-    killed.kill().unwrap();
-    killed.wait().unwrap();
-    wait_status(&monitor, "running");
-    drop(reader);
-
-    // The shell that has resumed it keeps QEMU's only connection for a while.
-    let deadline = Instant::now() + Duration::from_secs(60);
-    let output = loop {
-        let output = dump(&path("core")).output().unwrap();
-        if output.status.success() {
-            break output;
-        }
-        assert!(Instant::now() < deadline, "{}", String::from_utf8_lossy(&output.stderr));
-        assert_eq!(status(&monitor).as_deref(), Some("running"));
-    };
-    assert_eq!(status(&monitor).as_deref(), Some("running"));
-    let record: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
-    assert_eq!(record["registers"], serde_json::json!({"vcpus": 2, "source": "qmp", "reason": null}));
-    assert_eq!(record["pause"]["was_running"], true);
-    assert!(record["pause"]["ms"].is_u64(), "{record}");
-    let core = std::fs::read(path("core")).unwrap();
-    // Headers of 4 segments or more lie before the first vCPU's note.
-    let at = usize::try_from(u64::from_le_bytes(core[72..80].try_into().unwrap())).unwrap();
-    assert_eq!((&core[at + 12..at + 16], core[at]), (&b"CORE"[..], 5));
 }
 
 #[test]

@@ -45,7 +45,7 @@ impl Pause {
         let (end, ended) = channel();
         let has_ended = Arc::new(AtomicBool::new(false));
         let flag = Arc::clone(&has_ended);
-        let Operator { mut admin, target } = operator;
+        let Operator { mut admin, target, .. } = operator;
         let keep = move || {
             while ended.recv_timeout(INTERVAL) == Err(RecvTimeoutError::Timeout) {
                 if let Err(error) = admin.pause(&target) {

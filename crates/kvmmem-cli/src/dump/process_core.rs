@@ -76,10 +76,11 @@ impl Arguments {
     /// Writes the core of a process.
     pub(super) fn run_process(&self, pid: u32, output: &mut Output) -> Result<ExitCode> {
         let file = self.file.display();
-        let stream = match sink::kind(&self.file)? {
+        let kind = sink::kind(&self.file)?;
+        let stream = match kind {
             Kind::Stream => {
                 output.use_stderr();
-                Some(Sink::stream(&self.file)?)
+                Some(sink::open_stream(&self.file)?)
             }
             Kind::File => {
                 ensure!(
@@ -113,11 +114,8 @@ impl Arguments {
         let (loads, len) = place(&segments, &notes);
 
         let is_new = stream.is_none();
-        let mut sink = match stream {
-            Some(sink) => sink,
-            None => Sink::file(&self.file, false)?,
-        }
-        .compressed(self.compress)?;
+        let opened = stream.map_or_else(|| sink::open_file(&self.file, false), Ok)?;
+        let mut sink = Sink::new((opened, kind), self.compress, &interrupt, pause.is_some())?;
         let digest = if self.no_hash { None } else { Some(Digest::start()?) };
         let mut writer =
             Writer { space: &space, sink: &mut sink, digest, interrupt: &interrupt, pause, unreadable: 0 };

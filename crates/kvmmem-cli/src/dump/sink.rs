@@ -7,6 +7,7 @@ use std::io::{self, ErrorKind, IsTerminal, Write};
 use std::os::fd::AsFd;
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use clap::ValueEnum;
@@ -15,8 +16,14 @@ use rustix::fs::{FlockOperation, flock};
 use serde::Serialize;
 use zstd::stream::write::Encoder;
 
+use super::pipe::Pipe;
+use crate::interrupt::Interrupt;
+
 /// Zeros that are written to a stream at a time.
 static ZEROS: [u8; 1 << 16] = [0; 1 << 16];
+
+/// How long a pipe may be full while the target is paused.
+const STALL: Duration = Duration::from_secs(30);
 
 /// The most threads that compress.
 const MAX_THREADS: u32 = 4;
@@ -50,21 +57,21 @@ pub(super) enum Compression {
 
 /// What a stream is written to.
 pub(super) enum Stream {
-    Plain(File),
-    Zstd(Encoder<'static, File>),
+    Plain(Pipe),
+    Zstd(Encoder<'static, Pipe>),
 }
 
 impl Write for Stream {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         match self {
-            Self::Plain(file) => file.write(bytes),
+            Self::Plain(pipe) => pipe.write(bytes),
             Self::Zstd(encoder) => encoder.write(bytes),
         }
     }
 
     fn flush(&mut self) -> io::Result<()> {
         match self {
-            Self::Plain(file) => file.flush(),
+            Self::Plain(pipe) => pipe.flush(),
             Self::Zstd(encoder) => encoder.flush(),
         }
     }
@@ -100,53 +107,48 @@ pub(super) fn kind(path: &Path) -> Result<Kind> {
     bail!("{shown} is {what}: name a file in a folder, a FIFO, or - for standard output")
 }
 
+/// Opens a stream; a FIFO once it has a reader.
+pub(super) fn open_stream(path: &Path) -> Result<File> {
+    let shown = path.display();
+    let open = || match is_stdout(path) {
+        true => io::stdout().as_fd().try_clone_to_owned().map(File::from),
+        false => OpenOptions::new().write(true).open(path),
+    };
+    let file = open().with_context(|| format!("cannot write {shown}"))?;
+    let remedy = "name a file, or pass standard output on, as in: kvmmem dump - --compress zstd > FILE";
+    ensure!(!file.is_terminal(), "{shown} is a terminal, and a dump is not to be read there: {remedy}");
+    Ok(file)
+}
+
+/// Opens a file: one that is not there yet, or one to go on with.
+pub(super) fn open_file(path: &Path, is_there: bool) -> Result<File> {
+    let open = || {
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).create_new(!is_there).mode(0o600);
+        let file = options.open(path)?;
+        flock(&file, FlockOperation::NonBlockingLockExclusive)?;
+        Ok::<_, io::Error>(file)
+    };
+    open().with_context(|| format!("cannot write {}", path.display()))
+}
+
 impl Sink {
-    /// Opens a stream; a FIFO once it has a reader.
-    pub(super) fn stream(path: &Path) -> Result<Self> {
-        let shown = path.display();
-        let open = || match is_stdout(path) {
-            true => io::stdout().as_fd().try_clone_to_owned().map(File::from),
-            false => OpenOptions::new().write(true).open(path),
+    /// What writes to a file of a kind until a signal comes; what is compressed is written as a stream.
+    pub(super) fn new(
+        (file, kind): (File, Kind),
+        by: Option<Compression>,
+        interrupt: &Interrupt,
+        is_paused: bool,
+    ) -> Result<Self> {
+        if kind == Kind::File && by.is_none() {
+            return Ok(Self::File(file));
+        }
+        let pipe = Pipe::new(file, interrupt, is_paused.then_some(STALL)).context("cannot write the dump")?;
+        let to = match by {
+            None => Stream::Plain(pipe),
+            Some(Compression::Zstd) => Stream::Zstd(encoder(pipe).context("cannot start to compress")?),
         };
-        let file = open().with_context(|| format!("cannot write {shown}"))?;
-        let remedy = "name a file, or pass standard output on, as in: kvmmem dump - --compress zstd > FILE";
-        ensure!(!file.is_terminal(), "{shown} is a terminal, and a dump is not to be read there: {remedy}");
-        Ok(Self::Stream { to: Stream::Plain(file), at: 0 })
-    }
-
-    /// Compresses what comes from now on: a file is written as a stream then.
-    pub(super) fn compressed(self, by: Option<Compression>) -> Result<Self> {
-        let file = match (by, self) {
-            (None, sink) => return Ok(sink),
-            (Some(Compression::Zstd), Self::File(file) | Self::Stream { to: Stream::Plain(file), .. }) => {
-                file
-            }
-            (Some(Compression::Zstd), sink) => return Ok(sink),
-        };
-        let start = || {
-            // Level 1 keeps up with a disk, and with hashing.
-            let mut encoder = Encoder::new(file, 1)?;
-            encoder.include_checksum(true)?;
-            encoder.multithread(
-                std::thread::available_parallelism()
-                    .map_or(1, |count| u32::try_from(count.get()).unwrap_or(1).min(MAX_THREADS)),
-            )?;
-            Ok::<_, io::Error>(encoder)
-        };
-        let encoder = start().context("cannot start to compress")?;
-        Ok(Self::Stream { to: Stream::Zstd(encoder), at: 0 })
-    }
-
-    /// Opens a file: one that is not there yet, or one to go on with.
-    pub(super) fn file(path: &Path, is_there: bool) -> Result<Self> {
-        let open = || {
-            let mut options = OpenOptions::new();
-            options.read(true).write(true).create_new(!is_there).mode(0o600);
-            let file = options.open(path)?;
-            flock(&file, FlockOperation::NonBlockingLockExclusive)?;
-            Ok::<_, io::Error>(file)
-        };
-        open().map(Self::File).with_context(|| format!("cannot write {}", path.display()))
+        Ok(Self::Stream { to, at: 0 })
     }
 
     /// Shortens a file to `keep` bytes, or makes it so long; what a stream has cannot be undone.
@@ -194,7 +196,7 @@ impl Sink {
         self.put(len, &[])?;
         let Self::Stream { to: Stream::Zstd(encoder), .. } = self else { return Ok(None) };
         encoder.do_finish().map_err(failed)?;
-        let file = encoder.get_ref();
+        let file = encoder.get_ref().file();
         let metadata = file.metadata().context("cannot write the dump")?;
         if !metadata.is_file() {
             return Ok(None);
@@ -202,6 +204,17 @@ impl Sink {
         file.sync_all().context("cannot write the dump")?;
         Ok(Some(metadata.len()))
     }
+}
+
+fn encoder(pipe: Pipe) -> io::Result<Encoder<'static, Pipe>> {
+    // Level 1 keeps up with a disk, and with hashing.
+    let mut encoder = Encoder::new(pipe, 1)?;
+    encoder.include_checksum(true)?;
+    encoder.multithread(
+        std::thread::available_parallelism()
+            .map_or(1, |count| u32::try_from(count.get()).unwrap_or(1).min(MAX_THREADS)),
+    )?;
+    Ok(encoder)
 }
 
 fn send(to: &mut Stream, bytes: &[u8]) -> Result<()> {

@@ -2,6 +2,8 @@
 //! A broker in this process with one registered virtual machine, and the command line.
 #![allow(dead_code, reason = "each test program uses its own part")]
 
+pub(crate) mod qemu;
+
 use std::fs::File;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;

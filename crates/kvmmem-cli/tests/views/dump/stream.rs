@@ -4,12 +4,15 @@
 use std::fs::{self, File};
 use std::path::Path;
 use std::process::Command;
+use std::time::{Duration, Instant};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::Signal;
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use serde_json::Value;
 
 use super::{dump, part, path};
-use crate::common::{Host, finish};
+use crate::common::{Host, finish, signal, wait_for};
 use crate::{host, large};
 
 /// A dump to standard output, and what it says.
@@ -116,4 +119,33 @@ fn a_reader_that_leaves_ends_the_dump_with_a_reason() {
     let ended = finish(child);
     assert_eq!(ended.code, Some(1));
     assert!(ended.stderr.contains("closed the pipe"), "{}", ended.stderr);
+}
+
+#[test]
+fn the_first_signal_ends_a_dump_to_a_pipe_that_is_not_read() {
+    let host = large();
+    let cases = [Signal::INT, Signal::TERM, Signal::HUP];
+    for (number, how) in (0..).zip(cases.iter().chain(&cases)) {
+        let compress: &[&str] = if number < cases.len() { &[] } else { &["--compress", "zstd"] };
+        let (_reader, writer) = std::io::pipe().unwrap();
+        let mut command = host.view(&host.grant(&[]).1, &[&["dump", "-"], compress].concat());
+        let mut child = command.stdout(writer.try_clone().unwrap()).spawn().unwrap();
+        drop(command);
+        wait_for(Path::new("the pipe to be full"), |_| {
+            poll(&mut [PollFd::new(&writer, PollFlags::OUT)], Some(&Timespec::default())).unwrap() == 0
+        });
+        signal(&child, *how);
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while child.try_wait().unwrap().is_none() {
+            if Instant::now() > deadline {
+                child.kill().unwrap();
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        let ended = finish(child);
+        assert_eq!(ended.code, Some(1), "{how:?} {compress:?}: {}", ended.stderr);
+        for words in ["the dump stopped at gpa 0x", "interrupted"] {
+            assert!(ended.stderr.contains(words), "{words}: {}", ended.stderr);
+        }
+    }
 }
