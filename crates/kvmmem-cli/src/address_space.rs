@@ -89,7 +89,7 @@ impl Virtual {
 impl Linux {
     /// Finds the kernel.
     pub(crate) fn kernel<'m>(&self, opened: &'m Opened) -> Result<Kernel<'m>> {
-        find(opened.memory(), opened.view().is_some(), self.note)
+        find(opened, self.note)
     }
 }
 

@@ -26,7 +26,8 @@ pub(crate) struct Input {
 
 /// Memory that can be read.
 pub(crate) enum Opened {
-    View(View),
+    /// That of a target, and how errors name it.
+    View(View, String),
     File(DumpFile),
 }
 
@@ -45,7 +46,10 @@ impl Input {
     pub(crate) fn open(&self, verb: &str, wanted: &[GpaRange]) -> Result<Opened> {
         Ok(match &self.file {
             Some(path) => Opened::File(DumpFile::open(path)?),
-            None => Opened::View(self.source()?.attach(Access::ReadOnly, verb, wanted)?),
+            None => {
+                let source = self.source()?;
+                Opened::View(source.attach(Access::ReadOnly, verb, wanted)?, source.name())
+            }
         })
     }
 
@@ -68,14 +72,22 @@ impl Input {
 impl Opened {
     pub(crate) fn memory(&self) -> &dyn Memory {
         match self {
-            Self::View(view) => view,
+            Self::View(view, _) => view,
             Self::File(file) => file,
+        }
+    }
+
+    /// How errors name the memory: by its target or its file.
+    pub(crate) fn name(&self) -> String {
+        match self {
+            Self::View(_, name) => name.clone(),
+            Self::File(file) => file.path().display().to_string(),
         }
     }
 
     pub(crate) fn view(&self) -> Option<&View> {
         match self {
-            Self::View(view) => Some(view),
+            Self::View(view, _) => Some(view),
             Self::File(_) => None,
         }
     }

@@ -1,24 +1,24 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The Linux guest that a verb is about: a target's memory, or that in a dump file, and the kernel in it.
 
-use anyhow::{Error, Result};
+mod explain;
+
+use anyhow::Result;
 use clap::Args;
-use kvmmem_linux::{Find, FindError, Kernel};
-use kvmmem_memory::{DumpFile, Memory};
+use kvmmem_linux::{Find, Kernel};
+use kvmmem_memory::Memory;
 
 use crate::failure;
 use crate::input::{Input, Opened};
 use crate::number::parse;
 use crate::target_name::TargetName;
+use explain::explain;
 
 /// Exit code where some of what was asked for was not found, or is damaged, and the rest was printed.
 pub(crate) const INCOMPLETE: u8 = 3;
 
 /// Exit code where the guest was restarted while it was read.
 const RESTARTED: u8 = 4;
-
-/// The lowest address at which QEMU ends RAM before the PCI hole (q35, with 2.75 GiB and more).
-const PCI_HOLE: u64 = 0x8000_0000;
 
 /// Walks of a list that changes, before its error counts.
 const TRIES: u32 = 3;
@@ -51,52 +51,37 @@ impl Guest {
         read: impl FnOnce(&Kernel<'_>) -> Result<R>,
     ) -> Result<R> {
         let opened = self.input.open(verb, &[])?;
-        let result = with_kernel(opened.memory(), self.is_live(), self.note, read);
-        match &opened {
-            Opened::File(dump) => result.map_err(|error| explain(error, dump)),
-            Opened::View(_) => result,
-        }
+        let result = with_kernel(&opened.name(), opened.memory(), self.is_live(), self.note, read);
+        result.map_err(|error| explain(error, &opened))
     }
 }
 
-/// Hands `read` the kernel that is in a guest's memory.
+/// Hands `read` the kernel that is in the memory of the guest with this name.
 fn with_kernel<R>(
+    name: &str,
     memory: &dyn Memory,
     is_live: bool,
     note: Option<u64>,
     read: impl FnOnce(&Kernel<'_>) -> Result<R>,
 ) -> Result<R> {
-    let kernel = find(memory, is_live, note)?;
+    let kernel = find_in(memory, is_live, note)?;
     let result = read(&kernel);
     // Whatever was read of a kernel that is no more, also what made sense, may be made up of two.
     if is_live && matches!(kernel.is_in_memory(), Ok(false)) {
         let restarted = "the guest was restarted while it was read: run the command again";
-        return Err(failure::exit(RESTARTED, restarted));
+        return Err(failure::exit(RESTARTED, format!("{name}: {restarted}")));
     }
     result
 }
 
-/// Adds to the error what may be wrong with a raw dump whose record is missing.
-fn explain(error: Error, dump: &DumpFile) -> Error {
-    let has_hole = dump.segments().iter().any(|segment| segment.range.end() > PCI_HOLE);
-    match dump.missing_record().filter(|_| has_hole) {
-        Some(record) => error.context(format!(
-            "there is no {}, the record of this raw dump, so that each byte was taken for that at its address; a copy of \
-             the RAM of a guest with a PCI hole is not like that: put the record there, or dump the guest with kvmmem dump",
-            record.display()
-        )),
-        None => error,
-    }
+/// Finds the kernel in the memory of a target, which may run, or of a dump; `note` is where the user says its VMCOREINFO note is.
+pub(crate) fn find(opened: &Opened, note: Option<u64>) -> Result<Kernel<'_>> {
+    let found = find_in(opened.memory(), opened.view().is_some(), note);
+    found.map_err(|error| explain(error, opened))
 }
 
-/// Finds the kernel in memory, which is a running target's or not; `note` is where the user says its VMCOREINFO note is.
-pub(crate) fn find(memory: &dyn Memory, is_live: bool, note: Option<u64>) -> Result<Kernel<'_>> {
-    Kernel::find(memory, Find { is_live, note, ..Find::default() }).map_err(|error| match error {
-        FindError::Ambiguous { .. } | FindError::TooMany => {
-            Error::new(error).context("say which kernel: --note GPA")
-        }
-        error => error.into(),
-    })
+fn find_in(memory: &dyn Memory, is_live: bool, note: Option<u64>) -> Result<Kernel<'_>> {
+    Ok(Kernel::find(memory, Find { is_live, note, ..Find::default() })?)
 }
 
 /// Walks a list to its end, again where it changes under way.
@@ -138,7 +123,7 @@ mod tests {
         for fails in [true, false] {
             guest.put(0, &vec![0; common::RAM]);
             guest.boot(&Place::FIRST);
-            let error = with_kernel(&guest, true, None, |_| {
+            let error = with_kernel("web-1", &guest, true, None, |_| {
                 restart();
                 if fails {
                     bail!("garbage")
@@ -148,11 +133,11 @@ mod tests {
             let error = error.unwrap_err();
             assert_eq!(failure::exit_code(&error), Some(RESTARTED));
             let chain: Vec<String> = error.chain().map(ToString::to_string).collect();
-            assert_eq!(chain, ["the guest was restarted while it was read: run the command again"]);
+            assert_eq!(chain, ["web-1: the guest was restarted while it was read: run the command again"]);
         }
         // Other errors stay what they are.
         let other = |_: &Kernel<'_>| -> Result<()> { bail!("garbage") };
-        let error = with_kernel(&guest, true, Some(Place::SECOND.note), other).unwrap_err();
+        let error = with_kernel("web-1", &guest, true, Some(Place::SECOND.note), other).unwrap_err();
         assert_eq!(error.to_string(), "garbage");
     }
 }

@@ -7,6 +7,7 @@ use kvmmem_linux::Space;
 use kvmmem_linux::space::{Extent, MappedError};
 use kvmmem_memory::{Memory, MemoryError, Range, VectoredError};
 
+use crate::input::Opened;
 use crate::linux::find;
 use crate::number::{Address, Hex, parse};
 
@@ -37,12 +38,12 @@ impl Process {
     /// Hands `act` the memory of the process if one was named, else the guest's.
     pub(crate) fn with_memory<R>(
         &self,
-        memory: &dyn Memory,
-        is_live: bool,
+        opened: &Opened,
         act: impl FnOnce(&dyn Memory) -> Result<R>,
     ) -> Result<R> {
+        let memory = opened.memory();
         let Some(pid) = self.pid else { return act(memory) };
-        let kernel = find(memory, is_live, self.note)?;
+        let kernel = find(opened, self.note)?;
         let space = kernel.space_of(&kernel.task(pid)?)?;
         let extents =
             mapped(&space).with_context(|| format!("cannot tell what process {pid} has in memory"))?;

@@ -133,8 +133,7 @@ impl Arguments {
         };
         let reaching: &[GpaRange] = if self.process.is_given() { &[] } else { &ranges };
         let opened = self.input.open("scan", reaching)?;
-        let is_live = opened.view().is_some();
-        let found = self.process.with_memory(opened.memory(), is_live, |memory| {
+        let found = self.process.with_memory(&opened, |memory| {
             let all = reached(memory)?;
             let parts = select(&ranges, &all)?;
             if !self.process.is_given() {

@@ -154,6 +154,11 @@ impl Source {
         Ok((view, Operator { admin, target: name, no_monitor: None }))
     }
 
+    /// How errors name the target: a token names none.
+    pub(crate) fn name(&self) -> String {
+        self.target.as_ref().map_or_else(|| "the target".to_owned(), ToString::to_string)
+    }
+
     /// Whether anything says where a view comes from.
     pub(crate) fn is_given(&self) -> bool {
         self.target.is_some()

@@ -93,8 +93,7 @@ impl Arguments {
         let wanted = ranges_in_order(&self.ranges)?;
         let reaching: &[GpaRange] = if self.process.is_given() { &[] } else { &wanted };
         let opened = self.input.open("strings", reaching)?;
-        let is_live = opened.view().is_some();
-        self.process.with_memory(opened.memory(), is_live, |memory| self.search(memory, &wanted, output))
+        self.process.with_memory(&opened, |memory| self.search(memory, &wanted, output))
     }
 
     fn search(&self, memory: &dyn Memory, wanted: &[GpaRange], output: &mut Output) -> Result<ExitCode> {

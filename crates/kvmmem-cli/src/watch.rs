@@ -82,7 +82,7 @@ impl Arguments {
         let opened = self.input.open("watch", &wanted)?;
         let Some(linux) = linux else {
             return self.watch(&opened, output, |bytes| match &opened {
-                Opened::View(view) => Ok(view.read_at(address, bytes)?),
+                Opened::View(view, _) => Ok(view.read_at(address, bytes)?),
                 Opened::File(file) => Ok(file.read_at(address, bytes)?),
             });
         };
@@ -139,7 +139,7 @@ impl Arguments {
                 return Ok(true);
             }
             let step = left.min(SIGNAL_INTERVAL);
-            let Opened::View(view) = opened else {
+            let Opened::View(view, _) = opened else {
                 std::thread::sleep(step);
                 continue;
             };

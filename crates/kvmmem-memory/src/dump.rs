@@ -98,6 +98,11 @@ impl DumpFile {
         Self::new(path, file, len, Format::Raw, segments.to_vec())
     }
 
+    /// The file.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// How the file holds memory.
     pub fn format(&self) -> Format {
         self.format

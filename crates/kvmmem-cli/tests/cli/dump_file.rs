@@ -79,7 +79,7 @@ fn a_dump_without_a_kernel_is_an_error_and_no_empty_table() {
     for verb in GUEST_VERBS {
         let (code, stdout, stderr) = run(&[verb, "--file", file]);
         assert_eq!((code, stdout.as_str()), (Some(1), ""), "{verb}");
-        assert!(stderr.starts_with("error: no Linux kernel was found"), "{verb}: {stderr}");
+        assert!(stderr.starts_with(&format!("error: {file}: no Linux kernel was found")), "{verb}: {stderr}");
         let (code, _, stderr) = run(&[verb, "--file", file, "--note", "0x1000"]);
         assert_eq!(code, Some(1));
         assert!(stderr.contains("0x1000"), "{verb}: {stderr}");

@@ -253,7 +253,7 @@ pub(crate) fn signal(child: &Child, signal: Signal) {
 
 /// Waits until something holds, at most a minute.
 #[track_caller]
-pub(crate) fn wait_for(what: &Path, holds: impl Fn(&Path) -> bool) {
+pub(crate) fn wait_for(what: &Path, mut holds: impl FnMut(&Path) -> bool) {
     let deadline = Instant::now() + Duration::from_secs(60);
     while !holds(what) {
         assert!(Instant::now() < deadline, "still waiting for {}", what.display());

@@ -19,7 +19,7 @@ const TGID: u64 = 44;
 const PARENT: u64 = 48;
 const STATE: u64 = 76;
 const CRED_AT: u64 = 88;
-const START: u64 = 96;
+pub(crate) const START: u64 = 96;
 
 /// What `list_del_rcu()` of the kernel leaves in the pointer to the node before.
 const LIST_POISON2: u64 = 0xdead_0000_0000_0122;

@@ -1,0 +1,83 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! Why a Linux guest cannot be read, in one line: which guest, what is missing, and what to do next.
+
+use anyhow::{Error, anyhow};
+use kvmmem_linux::symbols::TableError;
+use kvmmem_linux::{FindError, KernelError};
+use kvmmem_memory::DumpFile;
+
+use crate::failure;
+use crate::input::Opened;
+
+/// The lowest address at which QEMU ends RAM before the PCI hole (q35, with 2.75 GiB and more).
+const PCI_HOLE: u64 = 0x8000_0000;
+
+/// The error with the guest's name.
+pub(super) fn explain(error: Error, opened: &Opened) -> Error {
+    let (guest, dump) = match opened {
+        Opened::File(dump) => (opened.name(), Some(dump)),
+        Opened::View(..) => (opened.name(), None),
+    };
+    if failure::exit_code(&error).is_some() {
+        return error;
+    }
+    let cause = error.chain().find_map(|cause| line(cause, dump.is_some()));
+    let error = match cause {
+        Some(line) => anyhow!("{guest}: {line}"),
+        None if dump.is_some() && error.chain().any(is_damage) => error.context(format!(
+            "{guest} is damaged, or was cut short: dump the guest again, with --pause if it runs"
+        )),
+        None => error,
+    };
+    match dump.and_then(missing_record) {
+        Some(text) => error.context(text),
+        None => error,
+    }
+}
+
+/// Whether what the kernel's structures lead to is not there.
+fn is_damage(cause: &(dyn std::error::Error + 'static)) -> bool {
+    use KernelError::{Broken, Endless, Malformed, Read, TooMuch};
+    let cause = cause.downcast_ref();
+    matches!(cause, Some(Read { .. } | Malformed { .. } | Broken { .. } | Endless { .. } | TooMuch { .. }))
+}
+
+/// What is known of one cause.
+fn line(cause: &(dyn std::error::Error + 'static), is_file: bool) -> Option<String> {
+    match cause.downcast_ref() {
+        Some(FindError::NoNote | FindError::NoneFits { .. }) if is_file => Some(format!(
+            "{cause}, or the dump was cut short; kvmmem read, scan and strings work with any system"
+        )),
+        Some(FindError::NoNote | FindError::NoneFits { .. }) => Some(format!(
+            "{cause}: run the command again once it has booted; kvmmem read, scan and strings work with any system"
+        )),
+        Some(FindError::Ambiguous { .. } | FindError::TooMany) => Some(format!("{cause}: --note GPA")),
+        Some(FindError::NotThere { .. }) => {
+            Some(format!("{cause}: leave --note out, and the error lists those that do"))
+        }
+        _ => match cause.downcast_ref()? {
+            KernelError::NoTypes => Some(format!("{cause}: kvmmem dmesg prints it")),
+            KernelError::Symbols(table) => match **table {
+                TableError::NotFound => Some(format!("{table}; kvmmem dmesg needs no symbols")),
+                _ => Some(format!("{cause}: {table}; kvmmem dmesg needs no symbols")),
+            },
+            KernelError::Types(types) => Some(format!("{cause}: {types}; kvmmem dmesg needs no types")),
+            KernelError::NoSymbol { .. } | KernelError::NoType { .. } | KernelError::Member(_) => {
+                Some(cause.to_string())
+            }
+            _ => None,
+        },
+    }
+}
+
+/// What may be wrong with a raw dump whose record is missing.
+fn missing_record(dump: &DumpFile) -> Option<String> {
+    let has_hole = dump.segments().iter().any(|segment| segment.range.end() > PCI_HOLE);
+    dump.missing_record().filter(|_| has_hole).map(|record| {
+        format!(
+            "there is no {}, the record of this raw dump, so that each byte was taken for that at its address; a copy of \
+             the RAM of a guest with a PCI hole is not like that: put the record there, or dump the guest with kvmmem dump",
+            record.display()
+        )
+    })
+}

@@ -1,0 +1,147 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! Linux guests in dump files and in a target's memory, in which a builder wrote a kernel, and the command line as a user
+//! runs it: what it prints of them, and what it says of those that cannot be read.
+
+mod common;
+#[path = "../../kvmmem-linux/tests/common/mod.rs"]
+mod guest;
+
+use std::fs::File;
+use std::io::{BufRead, BufReader};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use common::{Ended, Host, finish, wait_for};
+use guest::{BTF, Guest, KALLSYMS, Place, RAM, processes};
+use kvmmem_broker::link::Region;
+
+fn kvmmem(arguments: &[&str]) -> Ended {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_kvmmem"));
+    command.args(arguments).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    for variable in ["KVMMEM_KVMI_PORT", "KVMMEM_TOKEN", "KVMMEM_BROKER", "RUST_LOG", "CLICOLOR_FORCE"] {
+        command.env_remove(variable);
+    }
+    finish(command.spawn().unwrap())
+}
+
+/// Writes a guest's memory, or its first `len` bytes, to a raw dump.
+fn dump(folder: &Path, guest: &Guest, len: usize) -> String {
+    let path = folder.join("web-1.raw");
+    std::fs::write(&path, guest.bytes(0, len)).unwrap();
+    path.to_str().unwrap().to_owned()
+}
+
+/// What a verb says of a dump that cannot be read: nothing on standard output, one line on standard error.
+#[track_caller]
+fn refused(verb: &str, file: &str) -> String {
+    let ended = kvmmem(&[verb, "--file", file]);
+    assert_eq!((ended.code, ended.stdout.as_str()), (Some(1), ""), "{verb}: {}", ended.stderr);
+    assert!(ended.stderr.starts_with(&format!("error: {file}")), "{verb}: {}", ended.stderr);
+    assert_eq!(ended.stderr.lines().count(), 1, "{verb}: {}", ended.stderr);
+    ended.stderr
+}
+
+#[test]
+fn a_guest_that_is_not_linux_is_named_with_what_reads_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = dump(folder.path(), &Guest::default(), RAM);
+    for verb in ["ps", "modules", "dmesg", "info"] {
+        let error = refused(verb, &file);
+        assert!(error.contains("no Linux kernel was found") && error.contains("kvmmem read"), "{error}");
+    }
+    // Of a search, 1 says that it found nothing.
+    for (arguments, code) in [(&["read", "0", "1"][..], 1), (&["strings"], 1), (&["scan", "00"], 2)] {
+        let ended = kvmmem(&[arguments, &["--pid", "1", "--file", &file]].concat());
+        assert_eq!(ended.code, Some(code), "{arguments:?}");
+        assert!(ended.stderr.starts_with(&format!("error: {file}: no Linux")), "{}", ended.stderr);
+    }
+}
+
+#[test]
+fn a_kernel_without_types_is_named_with_what_reads_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let guest = Guest::with(&[Place::FIRST]);
+    // Another name.
+    let symbols = guest.bytes(Place::FIRST.gpa + KALLSYMS, 0x4_0000);
+    let at = symbols.windows(11).position(|name| name == b"__start_BTF").unwrap();
+    guest.put(Place::FIRST.gpa + KALLSYMS + at as u64, b"__start_XTF");
+    let file = dump(folder.path(), &guest, RAM);
+    for verb in ["ps", "files", "mounts"] {
+        let error = refused(verb, &file);
+        assert!(error.contains("CONFIG_DEBUG_INFO_BTF") && error.contains("kvmmem dmesg"), "{error}");
+    }
+    let error = refused("modules", &file);
+    assert!(error.contains("no symbol modules; data symbols need CONFIG_KALLSYMS_ALL"), "{error}");
+    // They are there, and make no sense.
+    let guest = Guest::with(&[Place::FIRST]);
+    guest.put(Place::FIRST.gpa + BTF, &[0; 64]);
+    let error = refused("ps", &dump(folder.path(), &guest, RAM));
+    assert!(error.contains("the kernel's types cannot be read: "), "{error}");
+}
+
+#[test]
+fn a_kernel_without_symbols_is_named_with_what_reads_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let guest = Guest::with(&[Place { layout: guest::Layout::BeforeNames, ..Place::FIRST }]);
+    guest.put(Place::FIRST.gpa + KALLSYMS, &[0; 0x4_0000]);
+    let file = dump(folder.path(), &guest, RAM);
+    for verb in ["ps", "modules", "sockets"] {
+        let error = refused(verb, &file);
+        assert!(error.contains("CONFIG_KALLSYMS") && error.contains("kvmmem dmesg"), "{error}");
+    }
+}
+
+#[test]
+fn a_dump_that_was_cut_short_is_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let guest = processes::guest();
+    let file = dump(folder.path(), &guest, RAM);
+    let whole = kvmmem(&["ps", "--file", &file]);
+    assert_eq!((whole.code, whole.stdout.lines().count()), (Some(0), 4), "{}", whole.stderr);
+    // The note is there, and the processes are not.
+    let note = guest.bytes(Place::FIRST.note, 0x1000);
+    guest.put(0x1000, &note);
+    let file = dump(folder.path(), &guest, usize::try_from(Place::FIRST.gpa).unwrap() + 0x20_0000);
+    let ended = kvmmem(&["ps", "--file", &file]);
+    assert_eq!((ended.code, ended.stdout.as_str()), (Some(1), ""), "{}", ended.stderr);
+    let first = ended.stderr.lines().next().unwrap();
+    assert!(first.starts_with(&format!("error: {file} is damaged, or was cut short")), "{}", ended.stderr);
+    // A record beside it says how much there should be.
+    let record = r#"{"format":"raw","ranges":[{"gpa":"0x0","len":16777216}]}"#;
+    std::fs::write(folder.path().join("web-1.raw.json"), record).unwrap();
+    let error = refused("ps", &file);
+    assert!(error.contains("cut short") && error.contains("0x1000000"), "{error}");
+}
+
+#[test]
+fn a_guest_that_is_restarted_under_ps_ends_it_with_its_name() {
+    let host = Host::start(&[Region { gpa: 0, len: RAM as u64, offset: 0, file: 0 }]);
+    let ram = File::from(host.ram.fd().try_clone_to_owned().unwrap());
+    ram.write_all_at(&processes::guest().bytes(0, RAM), 0).unwrap();
+    let arguments = ["ps", "--target", "victim", "--watch", "--interval", "1ms"];
+    let mut child = host.command(&arguments).spawn().unwrap();
+    let mut lines = BufReader::new(child.stdout.take().unwrap());
+    let first = std::thread::spawn(move || {
+        let mut line = String::new();
+        lines.read_line(&mut line).unwrap();
+        (line, lines)
+    });
+    // It has looked once it tells what has changed since.
+    let start = Place::FIRST.gpa + processes::task(3) + processes::START;
+    let mut times = 1_000_000_u64..;
+    wait_for(Path::new("a change to be seen"), |_| {
+        ram.write_all_at(&times.next().unwrap().to_le_bytes(), start).unwrap();
+        first.is_finished()
+    });
+    let (line, lines) = first.join().unwrap();
+    assert!(line.contains("ended") || line.contains("started"), "{line}");
+    let next = Guest::with(&[Place::SECOND]);
+    ram.write_all_at(&next.bytes(0, RAM), 0).unwrap();
+    // What it prints meanwhile.
+    lines.lines().for_each(drop);
+    let ended = finish(child);
+    assert_eq!(ended.code, Some(4), "{}", ended.stderr);
+    let line = "error: victim: the guest was restarted while it was read: run the command again\n";
+    assert_eq!(ended.stderr, line);
+}
