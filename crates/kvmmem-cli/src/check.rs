@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use clap::Args;
+use kvmmem_linux::Kernel;
 use kvmmem_linux::integrity::{self, Check, Finding, Place, Report};
-use kvmmem_linux::{Kernel, KernelError};
 use serde::Serialize;
 
 use crate::failure::escape;
@@ -120,9 +120,9 @@ fn check(kernel: &Kernel<'_>) -> Result<Vec<Outcome>> {
         if !check.applies(kernel) {
             return Ok((check.name(), None));
         }
-        let mut reports = collect(|| Ok::<_, KernelError>(std::iter::once(check.run(kernel))))
+        let mut reports = collect(|| Ok(std::iter::once(check.run(kernel))))
             .with_context(|| format!("cannot check {}", check.name()))?;
-        Ok((check.name(), reports.pop()))
+        Ok((check.name(), reports.rows.pop()))
     };
     Check::ALL.into_iter().map(run).collect()
 }

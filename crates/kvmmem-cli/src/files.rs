@@ -5,15 +5,15 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result, ensure};
 use clap::Args;
+use kvmmem_linux::Kernel;
 use kvmmem_linux::files::{Files, OpenFile};
 use kvmmem_linux::tasks::{Task, Tasks, Which};
-use kvmmem_linux::{Kernel, KernelError};
 use serde::Serialize;
 
-use crate::linux::{Guest, collect};
+use crate::linux::{Damage, Guest, Listed, collect};
 use crate::number::Hex;
 use crate::output::Output;
-use crate::table::Table;
+use crate::table::{Table, mark, or_unknown};
 
 #[derive(Args)]
 #[command(after_help = AFTER_HELP)]
@@ -29,14 +29,15 @@ pub(crate) struct Arguments {
 
 const AFTER_HELP: &str = "\
 A path begins at the root of the mounts that its process has. What has no path is shown as /proc/PID/fd shows it: pipe:[N],
-socket:[N], anon_inode:[NAME]. FLAGS are those of open(2), octal; POSITION is where the next read or write begins. A ! after a descriptor says that the
-file changed whenever it was read.
+socket:[N], anon_inode:[NAME]. FLAGS are those of open(2), octal; POSITION is where the next read or write begins. A ! after a
+descriptor says that the file changed whenever it was read; a ?, that some of it could not be read (\"damaged\" in JSON).
 
 Exit codes:
   0  done
   1  failed, standard error says why: no kernel was found, or one without symbols or types, there is no such process, or its
-     files are damaged
+     table of files is damaged
   2  the command line is wrong
+  3  some of it could not be read, standard error says how much; the rest was printed
   4  the guest was restarted while it was read";
 
 /// A file, as JSON.
@@ -45,38 +46,58 @@ struct FileLine<'a> {
     pid: u32,
     comm: &'a str,
     fd: u32,
-    path: &'a str,
+    path: Option<&'a str>,
     deleted: bool,
-    flags: Hex,
-    position: Hex,
+    flags: Option<Hex>,
+    position: Option<Hex>,
     /// Where its `struct file` is.
     file: Hex,
     torn: bool,
+    damaged: bool,
 }
 
 impl Arguments {
     pub(crate) fn run(&self, output: &mut Output) -> Result<ExitCode> {
-        let found = self.guest.with_kernel("files", |kernel| self.find(kernel))?;
+        let (found, damage) = self.guest.with_kernel("files", |kernel| self.find(kernel))?;
         let files = found.iter().flat_map(|(task, files)| files.iter().map(move |file| (task, file)));
         let header = ["PID", "NAME", "FD", "FLAGS", "POSITION", "PATH"];
         self.table.print(output, files, FileLine::new, header, row)?;
-        Ok(ExitCode::SUCCESS)
+        self.guest.end(damage)
     }
 
-    fn find(&self, kernel: &Kernel<'_>) -> Result<Vec<(Task, Vec<OpenFile>)>> {
-        let mut tasks =
+    fn find(&self, kernel: &Kernel<'_>) -> Result<(Vec<(Task, Vec<OpenFile>)>, Damage)> {
+        let Listed { rows: mut tasks, lost } =
             collect(|| Tasks::new(kernel, Which::Processes)).context("cannot list the processes")?;
         for pid in &self.pid {
-            ensure!(tasks.iter().any(|task| task.pid == *pid), "the guest has no process {pid}");
+            let is_there = tasks.iter().any(|task| task.pid == *pid);
+            ensure!(is_there || lost == 0, "process {pid} cannot be read, or there is none: {lost} cannot");
+            ensure!(is_there, "the guest has no process {pid}");
+        }
+        let mut damage = Damage::default();
+        if self.pid.is_empty() {
+            damage.missing(lost, "process", "processes");
         }
         tasks.retain(|task| self.pid.is_empty() || self.pid.contains(&task.pid));
         let files = Files::new(kernel)?;
-        let of = |task: Task| {
-            let open = collect(|| Ok::<_, KernelError>(files.of(&task)?.into_iter().map(Ok)));
-            let open = open.with_context(|| format!("cannot list the files of process {}", task.pid))?;
-            Ok((task, open))
-        };
-        tasks.into_iter().map(of).collect()
+        let (mut found, mut cut) = (Vec::new(), 0);
+        for task in tasks {
+            match collect(|| Ok(std::iter::once(files.of(&task)))) {
+                Ok(open) => {
+                    let open: Vec<_> = open.rows;
+                    cut += open.iter().filter(|open| open.is_cut).count();
+                    let open: Vec<_> = open.into_iter().flat_map(|open| open.files).collect();
+                    damage.marked(open.iter().map(|file| file.is_damaged));
+                    found.push((task, open));
+                }
+                Err(error) if error.is_local() && self.pid.len() != 1 => cut += 1,
+                Err(error) => {
+                    return Err(error)
+                        .with_context(|| format!("cannot list the files of process {}", task.pid));
+                }
+            }
+        }
+        damage.missing(cut, "process's table of files", "processes' tables of files");
+        Ok((found, damage))
     }
 }
 
@@ -84,11 +105,16 @@ fn row((task, file): (&Task, &OpenFile)) -> [String; 6] {
     [
         task.pid.to_string(),
         task.comm.clone(),
-        format!("{}{}", file.fd, if file.is_torn { "!" } else { "" }),
-        format!("{:o}", file.flags),
-        file.position.to_string(),
-        file.path.text.clone() + if file.path.is_deleted { " (deleted)" } else { "" },
+        format!("{}{}", file.fd, mark(file.is_torn, file.is_damaged)),
+        or_unknown(file.flags.map(|flags| format!("{flags:o}"))),
+        or_unknown(file.position),
+        or_unknown(known(&file.path.text)) + if file.path.is_deleted { " (deleted)" } else { "" },
     ]
+}
+
+/// A text that could be read.
+fn known(text: &str) -> Option<&str> {
+    Some(text).filter(|text| !text.is_empty())
 }
 
 impl<'a> FileLine<'a> {
@@ -97,12 +123,13 @@ impl<'a> FileLine<'a> {
             pid: task.pid,
             comm: &task.comm,
             fd: file.fd,
-            path: &file.path.text,
+            path: known(&file.path.text),
             deleted: file.path.is_deleted,
-            flags: Hex(file.flags.into()),
-            position: Hex(file.position),
+            flags: file.flags.map(|flags| Hex(flags.into())),
+            position: file.position.map(Hex),
             file: Hex(file.gva),
             torn: file.is_torn,
+            damaged: file.is_damaged,
         }
     }
 }

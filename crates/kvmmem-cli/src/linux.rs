@@ -3,9 +3,11 @@
 
 mod explain;
 
+use std::process::ExitCode;
+
 use anyhow::Result;
 use clap::Args;
-use kvmmem_linux::{Find, Kernel};
+use kvmmem_linux::{Find, Kernel, KernelError};
 use kvmmem_memory::Memory;
 
 use crate::failure;
@@ -42,6 +44,23 @@ impl Guest {
     /// Whether the guest may run.
     pub(crate) fn is_live(&self) -> bool {
         self.input.is_live()
+    }
+
+    /// How a verb ends that has printed all but what is damaged.
+    pub(crate) fn end(&self, damage: Damage) -> Result<ExitCode> {
+        let Damage { mut missing, marked } = damage;
+        if marked > 0 {
+            let rows = if marked == 1 { "row" } else { "rows" };
+            missing.push(format!("{marked} {rows} in part, marked with ?"));
+        }
+        if missing.is_empty() {
+            return Ok(ExitCode::SUCCESS);
+        }
+        let why = match self.is_live() {
+            true => "the guest's memory is damaged, or changed whenever it was read",
+            false => "the dump is damaged, or the guest ran while it was made",
+        };
+        Err(failure::exit(INCOMPLETE, format!("could not be read: {}: {why}", missing.join("; "))))
     }
 
     /// Hands `read` the kernel. `verb` is for the audit log.
@@ -84,18 +103,65 @@ fn find_in(memory: &dyn Memory, is_live: bool, note: Option<u64>) -> Result<Kern
     Ok(Kernel::find(memory, Find { is_live, note, ..Find::default() })?)
 }
 
-/// Walks a list to its end, again where it changes under way.
-pub(crate) fn collect<T, E, I>(walk: impl Fn() -> Result<I, E>) -> Result<Vec<T>, E>
+/// The items of a walk that can be read.
+pub(crate) struct Listed<T> {
+    pub(crate) rows: Vec<T>,
+    /// How many cannot: at least this many.
+    pub(crate) lost: usize,
+}
+
+/// What a verb could not print.
+#[derive(Default)]
+pub(crate) struct Damage {
+    missing: Vec<String>,
+    marked: usize,
+}
+
+impl Damage {
+    /// Adds things that are missing.
+    pub(crate) fn missing(&mut self, count: usize, one: &str, many: &str) {
+        if count > 0 {
+            self.missing.push(format!("{count} {}", if count == 1 { one } else { many }));
+        }
+    }
+
+    /// Adds rows that are marked.
+    pub(crate) fn marked(&mut self, rows: impl IntoIterator<Item = bool>) {
+        self.marked += rows.into_iter().filter(|is_damaged| *is_damaged).count();
+    }
+}
+
+/// Collects what a walk finds, again where something of it cannot be read: the guest may have changed it meanwhile.
+///
+/// # Errors
+/// The walk's, where it finds nothing.
+pub(crate) fn collect<T, I>(walk: impl Fn() -> Result<I, KernelError>) -> Result<Listed<T>, KernelError>
 where
-    I: Iterator<Item = Result<T, E>>,
+    I: Iterator<Item = Result<T, KernelError>>,
 {
-    let walk = || walk().and_then(Iterator::collect);
-    let mut result = walk();
+    let once = || {
+        let (mut listed, mut first) = (Listed { rows: Vec::new(), lost: 0 }, None);
+        for item in walk()? {
+            match item {
+                Ok(row) => listed.rows.push(row),
+                Err(error) if error.is_local() => {
+                    listed.lost += 1;
+                    first = first.or(Some(error));
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        match first {
+            Some(error) if listed.rows.is_empty() => Err(error),
+            _ => Ok(listed),
+        }
+    };
+    let mut result = once();
     for _ in 1..TRIES {
-        if result.is_ok() {
+        if result.as_ref().is_ok_and(|listed| listed.lost == 0) {
             break;
         }
-        result = walk();
+        result = once();
     }
     result
 }
@@ -107,10 +173,49 @@ mod common;
 
 #[cfg(test)]
 mod tests {
+    use std::cell::Cell;
+
     use anyhow::bail;
 
     use super::common::{Guest, PAGE_TABLES, Place};
     use super::*;
+
+    #[test]
+    fn what_cannot_be_read_is_counted_after_it_was_tried_again() {
+        let damage = |gva| KernelError::Malformed { what: "the task".to_owned(), gva };
+        let walks = Cell::new(0);
+        let walk = |lost: fn(u32) -> bool| {
+            walks.set(0);
+            collect(|| {
+                walks.set(walks.get() + 1);
+                let is_lost = lost(walks.get());
+                Ok([Ok(1), Err(damage(2)), Ok(3)].into_iter().filter(move |item| item.is_ok() || is_lost))
+            })
+        };
+        let listed = walk(|_| true).unwrap();
+        assert_eq!((listed.rows, listed.lost, walks.get()), (vec![1, 3], 1, TRIES));
+        let listed = walk(|walk| walk == 1).unwrap();
+        assert_eq!((listed.rows, listed.lost, walks.get()), (vec![1, 3], 0, 2));
+        let nothing = collect(|| Ok([Err::<u32, _>(damage(2)), Err(damage(3))].into_iter()));
+        assert!(matches!(nothing.err(), Some(KernelError::Malformed { gva: 2, .. })));
+    }
+
+    #[test]
+    fn what_is_missing_has_an_exit_code_of_its_own() {
+        let guest = super::Guest::of_target(TargetName::Pid(1));
+        assert_eq!(guest.end(Damage::default()).unwrap(), ExitCode::SUCCESS);
+        let mut damage = Damage::default();
+        damage.missing(0, "module", "modules");
+        damage.missing(2, "process", "processes");
+        damage.marked([true, false]);
+        let error = guest.end(damage).unwrap_err();
+        assert_eq!(failure::exit_code(&error), Some(INCOMPLETE));
+        assert_eq!(
+            error.to_string(),
+            "could not be read: 2 processes; 1 row in part, marked with ?: the guest's memory is damaged, or changed \
+             whenever it was read"
+        );
+    }
 
     #[test]
     fn a_guest_that_is_restarted_while_it_is_read_is_one_clear_line() {

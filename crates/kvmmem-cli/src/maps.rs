@@ -11,7 +11,7 @@ use kvmmem_linux::tasks::{Task, Tasks, Which};
 use serde::Serialize;
 
 use crate::failure::escape;
-use crate::linux::{Guest, collect};
+use crate::linux::{Damage, Guest, collect};
 use crate::number::Hex;
 use crate::output::Output;
 
@@ -29,12 +29,13 @@ const AFTER_HELP: &str = "\
 The columns are those of /proc/PID/maps: START-END, what is allowed (r, w, x; p private or s shared), OFFSET in the file, DEVICE
 and INODE of the file, and its path or what the kernel calls the memory. Paths begin at the root of their mounts. A thread of
 the kernel, and a process that has ended, has no mappings. Where there are several processes, a line with its number and name comes
-before the mappings of each.
+before the mappings of each. A ? in place of a path says that it could not be read (\"damaged\" in JSON).
 
 Exit codes:
   0  done
   1  failed, standard error says why: there is no such process, or its mappings are damaged or changed while they were read
-  2  the command line is wrong";
+  2  the command line is wrong
+  3  some of it could not be read, standard error says how much; the rest was printed";
 
 /// A mapping, as JSON.
 #[derive(Serialize)]
@@ -54,11 +55,13 @@ struct MappingLine<'a> {
     label: Option<&'a str>,
     /// Whether the process's mappings changed whenever they were read.
     torn: bool,
+    /// Whether the file or the name could not be read, or nothing but the addresses.
+    damaged: bool,
 }
 
 impl Arguments {
     pub(crate) fn run(&self, output: &mut Output) -> Result<ExitCode> {
-        let found = self.guest.with_kernel("maps", |kernel| self.find(kernel))?;
+        let (found, damage) = self.guest.with_kernel("maps", |kernel| self.find(kernel))?;
         let is_torn = found.iter().any(|(_, map)| map.is_torn);
         for (task, map) in &found {
             if map.is_torn {
@@ -79,34 +82,52 @@ impl Arguments {
                 }
             }
         }
-        Ok(if is_torn { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+        let end = self.guest.end(damage)?;
+        Ok(if is_torn { ExitCode::FAILURE } else { end })
     }
 
-    fn find(&self, kernel: &Kernel<'_>) -> Result<Vec<(Task, MemoryMap)>> {
+    fn find(&self, kernel: &Kernel<'_>) -> Result<(Vec<(Task, MemoryMap)>, Damage)> {
+        let mut damage = Damage::default();
         let tasks = match &self.pids[..] {
-            [] => collect(|| Tasks::new(kernel, Which::Processes)).context("cannot list the processes")?,
+            [] => {
+                let tasks =
+                    collect(|| Tasks::new(kernel, Which::Processes)).context("cannot list the processes")?;
+                damage.missing(tasks.lost, "process", "processes");
+                tasks.rows
+            }
             pids => pids.iter().map(|pid| kernel.task(*pid)).collect::<Result<_, _>>()?,
         };
         let maps = Maps::new(kernel)?;
-        let of = |task: Task| {
-            let map = maps
-                .of(&task)
-                .with_context(|| format!("cannot list the mappings of process {}", task.pid))?;
-            Ok((task, map))
-        };
-        // Of all processes, those without mappings are left out.
-        let found = tasks.into_iter().map(of).collect::<Result<Vec<_>>>()?;
-        Ok(found.into_iter().filter(|(_, map)| !self.pids.is_empty() || !map.mappings.is_empty()).collect())
+        let (mut found, mut cut) = (Vec::new(), 0);
+        for task in tasks {
+            match maps.of(&task) {
+                // Of all processes, those without mappings are left out.
+                Ok(map) if self.pids.is_empty() && map.mappings.is_empty() => {}
+                Ok(map) => {
+                    cut += usize::from(map.is_cut);
+                    damage.marked(map.mappings.iter().map(|mapping| mapping.is_damaged));
+                    found.push((task, map));
+                }
+                Err(error) if error.is_local() && self.pids.len() != 1 => cut += 1,
+                Err(error) => {
+                    return Err(error)
+                        .with_context(|| format!("cannot list the mappings of process {}", task.pid));
+                }
+            }
+        }
+        damage.missing(cut, "process's list of mappings", "processes' lists of mappings");
+        Ok((found, damage))
     }
 }
 
 /// A line of /proc/PID/maps.
 fn text(mapping: &Mapping, line: &MappingLine<'_>) -> String {
     let Mapping { start, end, offset, .. } = mapping;
-    let MappingLine { permissions, major, minor, inode, path, deleted, label, .. } = line;
+    let MappingLine { permissions, major, minor, inode, path, deleted, label, damaged, .. } = line;
     let place = format!("{start:08x}-{end:08x} {permissions} {offset:08x} {major:02x}:{minor:02x} {inode}");
     let deleted = if *deleted { " (deleted)" } else { "" };
-    let line = format!("{place:72} {}{deleted}", escape(path.or(*label).unwrap_or_default()));
+    let line =
+        format!("{place:72} {}{deleted}", escape(path.or(*label).unwrap_or(if *damaged { "?" } else { "" })));
     line.trim_end().to_owned()
 }
 
@@ -126,6 +147,7 @@ impl<'a> MappingLine<'a> {
             deleted: file.is_some_and(|file| file.path.is_deleted),
             label: mapping.label.as_deref(),
             torn,
+            damaged: mapping.is_damaged,
         }
     }
 }

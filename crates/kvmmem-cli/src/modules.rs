@@ -8,10 +8,10 @@ use clap::Args;
 use kvmmem_linux::modules::{Module, Modules, State};
 use serde::Serialize;
 
-use crate::linux::{Guest, collect};
+use crate::linux::{Damage, Guest, collect};
 use crate::number::Hex;
 use crate::output::Output;
-use crate::table::Table;
+use crate::table::{Table, mark};
 
 #[derive(Args)]
 #[command(after_help = AFTER_HELP)]
@@ -24,12 +24,13 @@ pub(crate) struct Arguments {
 
 const AFTER_HELP: &str = "\
 SIZE is that of all its memory, bytes; USES is how often it is used, BASE where its code is. A ! after a state says that the
-module changed whenever it was read.
+module changed whenever it was read; a ?, that some of it could not be read (\"damaged\" in JSON).
 
 Exit codes:
   0  done
   1  failed, standard error says why: no kernel was found, or one without symbols or types, or its list is damaged
   2  the command line is wrong
+  3  some of it could not be read, standard error says how much; the rest was printed
   4  the guest was restarted while it was read";
 
 /// A module, as JSON.
@@ -44,6 +45,7 @@ struct ModuleLine<'a> {
     /// Where its `struct module` is.
     module: Hex,
     torn: bool,
+    damaged: bool,
 }
 
 impl Arguments {
@@ -52,8 +54,11 @@ impl Arguments {
             collect(|| Modules::new(kernel)).context("cannot list the modules")
         })?;
         let header = ["MODULE", "SIZE", "USES", "STATE", "BASE", "USED BY"];
-        self.table.print(output, &modules, ModuleLine::new, header, row)?;
-        Ok(ExitCode::SUCCESS)
+        self.table.print(output, &modules.rows, ModuleLine::new, header, row)?;
+        let mut damage = Damage::default();
+        damage.missing(modules.lost, "module", "modules");
+        damage.marked(modules.rows.iter().map(|module| module.is_damaged));
+        self.guest.end(damage)
     }
 }
 
@@ -62,7 +67,7 @@ fn row(module: &Module) -> [String; 6] {
         module.name.clone(),
         module.size.to_string(),
         module.references.to_string(),
-        format!("{}{}", state(module.state), if module.is_torn { "!" } else { "" }),
+        format!("{}{}", state(module.state), mark(module.is_torn, module.is_damaged)),
         format!("{:#x}", module.base),
         module.used_by.join(","),
     ]
@@ -87,6 +92,7 @@ impl<'a> ModuleLine<'a> {
             base: Hex(module.base),
             module: Hex(module.gva),
             torn: module.is_torn,
+            damaged: module.is_damaged,
         }
     }
 }

@@ -9,7 +9,7 @@ use kvmmem_linux::mounts::{Mount, Mounts};
 use serde::Serialize;
 
 use crate::failure::escape;
-use crate::linux::Guest;
+use crate::linux::{Damage, Guest};
 use crate::output::{Output, columns};
 
 #[derive(Args)]
@@ -30,7 +30,8 @@ own, and groups of mounts that share, are not shown. A process that has ended se
 Exit codes:
   0  done
   1  failed, standard error says why: there is no such process, or its mounts are damaged or changed while they were read
-  2  the command line is wrong";
+  2  the command line is wrong
+  3  some of it could not be read, standard error says how much; the rest was printed";
 
 /// A mount, as JSON.
 #[derive(Serialize)]
@@ -52,23 +53,24 @@ struct MountLine<'a> {
 
 impl Arguments {
     pub(crate) fn run(&self, output: &mut Output) -> Result<ExitCode> {
-        let mounts = self.guest.with_kernel("mounts", |kernel| {
+        let table = self.guest.with_kernel("mounts", |kernel| {
             let task = kernel.task(self.pid)?;
             let mounts = Mounts::new(kernel)?.of(&task);
             mounts.with_context(|| format!("cannot list the mounts of process {}", self.pid))
         })?;
+        let mut damage = Damage::default();
+        damage.missing(table.lost, "mount", "mounts");
         if output.is_json() {
-            for mount in &mounts {
-                output.object(&MountLine::new(mount))?;
-            }
-            return Ok(ExitCode::SUCCESS);
+            table.mounts.iter().try_for_each(|mount| output.object(&MountLine::new(mount)))?;
+            return self.guest.end(damage);
         }
         let header = ["ID", "PARENT", "DEVICE", "ROOT", "POINT", "OPTIONS", "TYPE", "SOURCE", "SUPER"];
-        let rows: Vec<_> = std::iter::once(header.map(str::to_owned)).chain(mounts.iter().map(row)).collect();
+        let rows: Vec<_> =
+            std::iter::once(header.map(str::to_owned)).chain(table.mounts.iter().map(row)).collect();
         for line in columns(&rows) {
             output.line(line)?;
         }
-        Ok(ExitCode::SUCCESS)
+        self.guest.end(damage)
     }
 }
 

@@ -14,10 +14,10 @@ use kvmmem_linux::tasks::{Args, Task, Tasks, Which};
 use kvmmem_linux::{FilePath, KernelError};
 use serde::Serialize;
 
-use crate::linux::{Guest, collect};
+use crate::linux::{Damage, Guest, Listed, collect};
 use crate::number::{Hex, parse_duration};
 use crate::output::Output;
-use crate::table::Table;
+use crate::table::{Table, mark, or_unknown};
 
 #[derive(clap::Args)]
 #[command(after_help = AFTER_HELP)]
@@ -58,7 +58,8 @@ const MAX_DEPTH: usize = 32;
 const AFTER_HELP: &str = "\
 Nothing is installed in the guest, and no symbol file is needed. Users are numbers, those of the first user namespace; START
 is in seconds since boot, as dmesg has it; the states are those of ps(1). Names in brackets are the kernel's own threads.
-A ! after a state says that the process changed whenever it was read, so that its values may not belong together.
+A ! after a state says that the process changed whenever it was read, so that its values may not belong together; a ?, that some
+of them could not be read (\"damaged\" in JSON): these are ? or, in JSON, null.
 Namespaces are the inode numbers that /proc/PID/ns shows. The environment is that which the process was started with, as far as it
 is in memory and was not written over.
 
@@ -69,6 +70,7 @@ Exit codes:
   0  done
   1  failed, standard error says why: no kernel was found, or one without symbols or types, or its lists are damaged
   2  the command line is wrong
+  3  some of it could not be read, standard error says how much; the rest was printed
   4  the guest was restarted while it was read";
 
 /// A task, as JSON.
@@ -77,13 +79,13 @@ struct TaskLine<'a> {
     pid: u32,
     #[serde(skip_serializing_if = "Option::is_none")]
     tid: Option<u32>,
-    ppid: u32,
-    uid: u32,
-    euid: u32,
-    gid: u32,
+    ppid: Option<u32>,
+    uid: Option<u32>,
+    euid: Option<u32>,
+    gid: Option<u32>,
     state: char,
-    start_ms: u64,
-    comm: &'a str,
+    start_ms: Option<u64>,
+    comm: Option<&'a str>,
     args: &'a [String],
     /// Whether the command line is longer than what could be read.
     args_cut: bool,
@@ -91,6 +93,7 @@ struct TaskLine<'a> {
     /// Where its `struct task_struct` is.
     task: Hex,
     torn: bool,
+    damaged: bool,
     #[serde(flatten)]
     more: Option<MoreLine<'a>>,
 }
@@ -134,22 +137,26 @@ impl Arguments {
         let which = if self.threads { Which::Threads } else { Which::Processes };
         if self.watch {
             self.guest.with_kernel("ps", |kernel| {
-                let list = || collect(|| Tasks::new(kernel, which));
+                let list = || Ok(collect(|| Tasks::new(kernel, which))?.rows);
                 live::watch(kernel, self.threads, (self.interval, self.count), list, output)
             })?;
             return Ok(ExitCode::SUCCESS);
         }
         let wants_more = output.is_json() || self.exe || self.namespaces || self.env;
-        let (tasks, more) = self.guest.with_kernel("ps", |kernel| {
+        let (Listed { rows: tasks, lost }, more) = self.guest.with_kernel("ps", |kernel| {
             let mut tasks = collect(|| Tasks::new(kernel, which)).context("cannot list the processes")?;
             if !wants_more {
                 return Ok((tasks, Vec::new()));
             }
             let details = Details::new(kernel)?;
             let more =
-                tasks.iter_mut().map(|task| self.more(task, &details)).collect::<Result<Vec<_>, _>>()?;
+                tasks.rows.iter_mut().map(|task| self.more(task, &details)).collect::<Result<Vec<_>, _>>()?;
             Ok((tasks, more))
         })?;
+        let mut damage = Damage::default();
+        let names = if self.threads { ("thread", "threads") } else { ("process", "processes") };
+        damage.missing(lost, names.0, names.1);
+        damage.marked(tasks.iter().map(|task| task.is_damaged));
         let order =
             if self.tree { tree::order(&tasks) } else { (0..tasks.len()).map(|index| (index, 0)).collect() };
         let tasks =
@@ -162,18 +169,17 @@ impl Arguments {
             self.header(),
             |(task, more, depth)| self.row(task, more.unwrap_or(&nothing), depth),
         )?;
-        Ok(ExitCode::SUCCESS)
+        self.guest.end(damage)
     }
 
-    /// Looks up what `ps` shows besides. A process that ends meanwhile is torn, and has less.
+    /// Looks up what `ps` shows besides. A process of which some of it cannot be read is damaged, and has less.
     fn more(&self, task: &mut Task, details: &Details<'_>) -> Result<More, KernelError> {
-        let look_up = |task: &Task| {
-            let env = if self.env { Some(details.environment(task)?) } else { None };
-            Ok(More { exe: details.executable(task)?, env, namespaces: details.namespaces(task)? })
-        };
-        look_up(task).or_else(|error: KernelError| {
-            task.is_torn = true;
-            if error.is_final() { Err(error) } else { Ok(More::default()) }
+        let env = if self.env { Some(details.environment(task)) } else { None };
+        let (exe, namespaces) = (details.executable(task), details.namespaces(task));
+        Ok(More {
+            exe: or_damaged(task, exe)?,
+            env: env.map(|env| or_damaged(task, env)).transpose()?,
+            namespaces: or_damaged(task, namespaces)?,
         })
     }
 
@@ -191,10 +197,12 @@ impl Arguments {
         let mut row = vec![task.pid.to_string()];
         row.extend(self.threads.then(|| task.tid.to_string()));
         row.extend([
-            task.ppid.to_string(),
-            task.euid.to_string(),
-            format!("{}{}", task.state, if task.is_torn { "!" } else { "" }),
-            format!("{}.{:02}", task.start.as_secs(), task.start.subsec_millis() / 10),
+            or_unknown(task.ppid),
+            or_unknown(task.euid),
+            format!("{}{}", task.state, mark(task.is_torn, task.is_damaged)),
+            or_unknown(
+                task.start.map(|start| format!("{}.{:02}", start.as_secs(), start.subsec_millis() / 10)),
+            ),
         ]);
         if self.namespaces {
             let Namespaces { cgroup, ipc, mnt, net, pid, time, user, uts } = *namespaces;
@@ -216,13 +224,22 @@ impl Arguments {
 /// Headings of namespaces.
 const NAMESPACES: [&str; 8] = ["CGROUP", "IPC", "MNT", "NET", "PIDNS", "TIME", "USER", "UTS"];
 
+/// The value, or nothing where it cannot be read.
+fn or_damaged<T: Default>(task: &mut Task, value: Result<T, KernelError>) -> Result<T, KernelError> {
+    value.or_else(|error| {
+        task.is_damaged = true;
+        if error.is_final() { Err(error) } else { Ok(T::default()) }
+    })
+}
+
 /// The command line, or the name of a process without one.
 fn command(task: &Task) -> String {
+    let name = if task.comm.is_empty() { "?" } else { &task.comm };
     if task.is_kernel {
-        return format!("[{}]", task.comm);
+        return format!("[{name}]");
     }
     if task.args.words.is_empty() || task.tid != task.pid {
-        return task.comm.clone();
+        return name.to_owned();
     }
     task.args.words.join(" ") + if task.args.is_cut { " ..." } else { "" }
 }
@@ -237,13 +254,14 @@ impl<'a> TaskLine<'a> {
             euid: task.euid,
             gid: task.gid,
             state: task.state,
-            start_ms: u64::try_from(task.start.as_millis()).unwrap_or(u64::MAX),
-            comm: &task.comm,
+            start_ms: task.start.map(|start| u64::try_from(start.as_millis()).unwrap_or(u64::MAX)),
+            comm: Some(task.comm.as_str()).filter(|name| !name.is_empty()),
             args: &task.args.words,
             args_cut: task.args.is_cut,
             kernel: task.is_kernel,
             task: Hex(task.gva),
             torn: task.is_torn,
+            damaged: task.is_damaged,
             more: None,
         }
     }

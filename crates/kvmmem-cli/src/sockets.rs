@@ -6,16 +6,16 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 use clap::Args;
+use kvmmem_linux::Kernel;
 use kvmmem_linux::files::Files;
 use kvmmem_linux::sockets::{Ends, Kind, Socket, Sockets};
 use kvmmem_linux::tasks::{Tasks, Which};
-use kvmmem_linux::{Kernel, KernelError};
 use serde::Serialize;
 
-use crate::linux::{Guest, collect};
+use crate::linux::{Damage, Guest, collect};
 use crate::number::Hex;
 use crate::output::Output;
-use crate::table::Table;
+use crate::table::{Table, mark, or_unknown};
 
 #[derive(Args)]
 #[command(after_help = AFTER_HELP)]
@@ -30,12 +30,14 @@ const AFTER_HELP: &str = "\
 TCP, UDP and raw sockets of IPv4 and IPv6 and unix sockets, of all network namespaces. NETNS is the inode of the namespace, as in
 /proc/PID/ns/net. A name that begins with @ is in the abstract namespace; the PEER of a unix socket is the inode of the socket
 that it is connected to. The port of a raw socket is its protocol's number. A connection that was not accepted yet, or that
-its process has closed, has inode 0 and no process. A ! after a state says that the socket changed whenever it was read.
+its process has closed, has inode 0 and no process. A ! after a state says that the socket changed whenever it was read; a ?, that some
+of it could not be read (\"damaged\" in JSON).
 
 Exit codes:
   0  done
   1  failed, standard error says why: no kernel was found, or one without symbols or types, or its tables are damaged
   2  the command line is wrong
+  3  some of it could not be read, standard error says how much; the rest was printed
   4  the guest was restarted while it was read";
 
 /// A socket, as JSON.
@@ -52,11 +54,12 @@ struct SocketLine<'a> {
     peer_inode: Option<u64>,
     uid: Option<u32>,
     inode: u64,
-    netns: u32,
+    netns: Option<u32>,
     processes: &'a [Holder],
     /// Where its `struct sock` is.
     sock: Hex,
     torn: bool,
+    damaged: bool,
 }
 
 /// A process that holds a socket.
@@ -72,34 +75,57 @@ type Holders = HashMap<u64, Vec<Holder>>;
 
 impl Arguments {
     pub(crate) fn run(&self, output: &mut Output) -> Result<ExitCode> {
-        let (sockets, holders) = self.guest.with_kernel("sockets", |kernel| {
-            let mut sockets = collect(|| Sockets::new(kernel)).context("cannot list the sockets")?;
+        let (sockets, holders, damage) = self.guest.with_kernel("sockets", |kernel| {
+            let mut damage = Damage::default();
+            let listed = collect(|| Sockets::new(kernel)).context("cannot list the sockets")?;
+            damage.missing(listed.lost, "socket or part of their tables", "sockets or parts of their tables");
+            damage.marked(listed.rows.iter().map(|socket| socket.is_damaged));
+            let mut sockets = listed.rows;
             sockets.sort_by_key(|socket| (socket.protocol_name(), socket.netns, socket.inode, socket.gva));
-            Ok((sockets, holders(kernel)?))
+            Ok((sockets, holders(kernel, &mut damage)?, damage))
         })?;
         let held = |socket: &Socket| holders.get(&socket.inode).map_or(&[][..], Vec::as_slice);
         let header = ["PROTOCOL", "STATE", "LOCAL", "PEER", "UID", "INODE", "NETNS", "PROCESSES"];
         let line = |socket| SocketLine::new(socket, held(socket));
         self.table.print(output, &sockets, line, header, |socket| row(socket, held(socket)))?;
-        Ok(ExitCode::SUCCESS)
+        self.guest.end(damage)
     }
 }
 
 /// The processes with open sockets.
-fn holders(kernel: &Kernel<'_>) -> Result<Holders> {
-    let tasks = collect(|| Tasks::new(kernel, Which::Processes)).context("cannot list the processes")?;
+fn holders(kernel: &Kernel<'_>, damage: &mut Damage) -> Result<Holders> {
+    let tasks = match collect(|| Tasks::new(kernel, Which::Processes)) {
+        // The sockets are known without the processes.
+        Err(error) if error.is_local() => {
+            damage.missing(1, "list of processes", "lists of processes");
+            return Ok(Holders::new());
+        }
+        tasks => tasks.context("cannot list the processes")?,
+    };
+    damage.missing(tasks.lost, "process", "processes");
     let files = Files::new(kernel)?;
-    let mut holders = Holders::new();
-    for task in tasks {
-        let open = collect(|| Ok::<_, KernelError>(files.of(&task)?.into_iter().map(Ok)));
-        let open = open.with_context(|| format!("cannot list the files of process {}", task.pid))?;
-        for file in open {
+    let (mut holders, mut cut) = (Holders::new(), 0);
+    for task in tasks.rows {
+        let open = match collect(|| Ok(std::iter::once(files.of(&task)))) {
+            Ok(open) => open.rows,
+            Err(error) if error.is_local() => {
+                cut += 1;
+                continue;
+            }
+            Err(error) => {
+                return Err(error).with_context(|| format!("cannot list the files of process {}", task.pid));
+            }
+        };
+        cut +=
+            open.iter().filter(|open| open.is_cut || open.files.iter().any(|file| file.is_damaged)).count();
+        for file in open.into_iter().flat_map(|open| open.files) {
             if let Some(inode) = file.path.socket() {
                 let holder = Holder { pid: task.pid, fd: file.fd, comm: task.comm.clone() };
                 holders.entry(inode).or_default().push(holder);
             }
         }
     }
+    damage.missing(cut, "process's open files", "processes' open files");
     Ok(holders)
 }
 
@@ -115,12 +141,12 @@ fn row(socket: &Socket, holders: &[Holder]) -> [String; 8] {
     let holders = holders.iter().map(|holder| format!("{}/{}", holder.pid, holder.comm));
     [
         kind(socket).map_or_else(|| protocol.to_owned(), |kind| format!("{protocol}-{kind}")),
-        format!("{}{}", socket.state.name(), if socket.is_torn { "!" } else { "" }),
+        format!("{}{}", socket.state.name(), mark(socket.is_torn, socket.is_damaged)),
         local,
         peer,
         or_none(socket.uid.map(|uid| uid.to_string())),
         socket.inode.to_string(),
-        socket.netns.to_string(),
+        or_unknown(socket.netns),
         or_none(Some(holders.collect::<Vec<_>>().join(",")).filter(|text| !text.is_empty())),
     ]
 }
@@ -155,6 +181,7 @@ impl<'a> SocketLine<'a> {
             processes,
             sock: Hex(socket.gva),
             torn: socket.is_torn,
+            damaged: socket.is_damaged,
         }
     }
 }

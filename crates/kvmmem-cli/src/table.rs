@@ -15,6 +15,20 @@ pub(crate) struct Table {
     wide: bool,
 }
 
+/// What follows a value of a row that changed whenever it was read, or of which some could not be read.
+pub(crate) fn mark(is_torn: bool, is_damaged: bool) -> &'static str {
+    match (is_torn, is_damaged) {
+        (_, true) => "?",
+        (true, _) => "!",
+        _ => "",
+    }
+}
+
+/// The value, or a question mark where it could not be read.
+pub(crate) fn or_unknown(value: Option<impl ToString>) -> String {
+    value.map_or_else(|| "?".to_owned(), |value| value.to_string())
+}
+
 impl Table {
     /// Prints the items: each as `line` makes JSON of it, or as `row` makes the cells of a table below `header`.
     pub(crate) fn print<T: Copy, L: Serialize, R: AsRef<[String]>>(

@@ -12,7 +12,7 @@ use std::cell::Cell;
 use crate::kernel::{Kernel, KernelError};
 use crate::paths::FilePath;
 use crate::tasks::Task;
-use area::Areas;
+use area::{Areas, is_page};
 use tree::{Entry, Tree};
 
 /// The most areas of a process. Linux allows 65,530 unless `vm.max_map_count` says otherwise.
@@ -47,6 +47,8 @@ pub struct Mapping {
     /// What the kernel calls memory that is no file's: `[heap]`, `[stack]`, `[vdso]`, `[anon:NAME]` and the like. Control
     /// characters may be there.
     pub label: Option<String>,
+    /// Whether the file or the name cannot be read, or nothing but the addresses.
+    pub is_damaged: bool,
 }
 
 /// The file of a mapping.
@@ -69,6 +71,8 @@ pub struct MemoryMap {
     pub mappings: Vec<Mapping>,
     /// Whether they changed whenever they were read, so that some may be missing or may not belong together.
     pub is_torn: bool,
+    /// Whether the list of them is damaged, so that some are missing.
+    pub is_cut: bool,
 }
 
 impl Mapping {
@@ -102,6 +106,11 @@ impl Mapping {
 }
 
 impl MemoryMap {
+    /// Whether some mappings are missing, or cannot be read whole.
+    pub fn is_damaged(&self) -> bool {
+        self.is_cut || self.mappings.iter().any(|mapping| mapping.is_damaged)
+    }
+
     /// The mapping that `gva` lies in.
     pub fn find(&self, gva: u64) -> Option<&Mapping> {
         let after = self.mappings.partition_point(|mapping| mapping.end <= gva);
@@ -158,7 +167,7 @@ impl<'a> Maps<'a> {
         let mut result = self.read(task);
         for _ in 1..TRIES {
             match &result {
-                Ok(map) if !map.is_torn => break,
+                Ok(map) if !map.is_torn && !map.is_damaged() => break,
                 Err(error) if error.is_final() => break,
                 _ => result = self.read(task),
             }
@@ -175,12 +184,25 @@ impl<'a> Maps<'a> {
         let names = self.areas.names(mm)?;
         let mut mappings: Vec<Mapping> = Vec::new();
         let mut bytes = 0;
-        for (gva, place) in self.places(mm)? {
-            let mapping = self.areas.read(gva, mm, &names)?;
+        let (places, mut lost) = self.places(mm)?;
+        for (gva, place) in places {
             let lowest = mappings.last().map_or(0, |last| last.end);
-            if mapping.start < lowest || place != (mapping.start, mapping.end - 1) {
-                return Err(KernelError::Malformed { what: "the memory area".to_owned(), gva });
-            }
+            let mapping = match self.areas.read(gva, mm, &names) {
+                Ok(mapping) if mapping.start >= lowest && place == (mapping.start, mapping.end - 1) => {
+                    mapping
+                }
+                Err(error) if !error.is_local() => return Err(error),
+                // The place is known by what leads there.
+                found => {
+                    let (start, end) = (place.0, place.1.saturating_add(1));
+                    if start < lowest || !is_page(start) || !is_page(end) {
+                        let malformed = || KernelError::Malformed { what: "the memory area".to_owned(), gva };
+                        lost = lost.or_else(|| Some(found.err().unwrap_or_else(malformed)));
+                        continue;
+                    }
+                    Mapping { start, end, is_damaged: true, ..Mapping::default() }
+                }
+            };
             bytes += mapping.file.as_ref().map_or(0, |file| file.path.text.len())
                 + mapping.label.as_ref().map_or(0, String::len);
             if bytes > self.paths_left.get() {
@@ -193,25 +215,32 @@ impl<'a> Maps<'a> {
             || self.kernel.read_u32(mm.wrapping_add(self.map_count))? != count
             || self.kernel.read_u64(task.gva.wrapping_add(self.mm))? != mm;
         // What belongs to no process, and is there in each: the highest addresses.
-        mappings.extend(self.areas.gate()?);
-        Ok(MemoryMap { mappings, is_torn })
+        let gate = self.areas.gate();
+        mappings.extend(gate.as_ref().ok().cloned().flatten());
+        match lost.or(gate.err()) {
+            Some(error) if mappings.is_empty() || !error.is_local() => Err(error),
+            lost => Ok(MemoryMap { mappings, is_torn: is_torn && lost.is_none(), is_cut: lost.is_some() }),
+        }
     }
 
-    /// A process's areas, each with its first and last address as the list or tree has it.
-    fn places(&self, mm: u64) -> Result<Vec<Entry>, KernelError> {
+    /// A process's areas, each with its first and last address as the list or tree has it, and why there are not more.
+    fn places(&self, mm: u64) -> Result<(Vec<Entry>, Option<KernelError>), KernelError> {
         match &self.place {
             Place::Tree { root, tree } => {
-                tree.entries(self.kernel, self.kernel.read_u64(mm.wrapping_add(*root))?)
+                Ok(tree.entries(self.kernel, self.kernel.read_u64(mm.wrapping_add(*root))?))
             }
-            Place::List { mmap, next } => self.list(mm, *mmap, *next),
+            Place::List { mmap, next } => {
+                let mut places = Vec::new();
+                let first = self.kernel.read_u64(mm.wrapping_add(*mmap))?;
+                let lost = self.list(first, *next, &mut places).err();
+                Ok((places, lost))
+            }
         }
     }
 
     /// The list's areas. What does not ascend ends it here already: the list of a guest that lies has no end.
-    fn list(&self, mm: u64, mmap: u64, next: u64) -> Result<Vec<Entry>, KernelError> {
-        let mut places = Vec::new();
-        let mut gva = self.kernel.read_u64(mm.wrapping_add(mmap))?;
-        let mut lowest = 0;
+    fn list(&self, first: u64, next: u64, places: &mut Vec<Entry>) -> Result<(), KernelError> {
+        let (mut gva, mut lowest) = (first, 0);
         while gva != 0 {
             let (start, end) = self.areas.range(gva)?;
             if start < lowest || places.len() >= MAX_AREAS {
@@ -220,6 +249,6 @@ impl<'a> Maps<'a> {
             places.push((gva, (start, end - 1)));
             (lowest, gva) = (end, self.kernel.read_u64(gva.wrapping_add(next))?);
         }
-        Ok(places)
+        Ok(())
     }
 }

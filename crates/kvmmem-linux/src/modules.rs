@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Loaded modules, as /proc/modules shows them.
+//! Loaded modules, as /proc/modules shows them. One whose memory is damaged in part is listed without what cannot be read, and
+//! marked as damaged.
 
 use std::cell::Cell;
 
@@ -53,12 +54,14 @@ pub struct Module {
     pub parts: Vec<(u64, u64)>,
     /// How often it is used.
     pub references: u32,
-    /// The modules that use it.
+    /// The modules that use it, as far as they can be read.
     pub used_by: Vec<String>,
     /// What it is doing.
     pub state: State,
     /// Whether it changed whenever it was read, so that its values may not belong together.
     pub is_torn: bool,
+    /// Whether some of it cannot be read.
+    pub is_damaged: bool,
 }
 
 /// Where everything is.
@@ -147,9 +150,7 @@ impl<'a> Reader<'a> {
     }
 
     fn bytes(&self, gva: u64) -> Result<Bytes, KernelError> {
-        let mut bytes = Bytes::zeroed(self.layout.len);
-        self.kernel.read(gva, bytes.as_mut())?;
-        Ok(bytes)
+        Bytes::read(self.kernel, gva, self.layout.len)
     }
 
     fn describe(&self, gva: u64, bytes: &Bytes) -> Result<Option<Module>, KernelError> {
@@ -161,23 +162,31 @@ impl<'a> Reader<'a> {
             // Not formed yet; /proc leaves it out.
             _ => return Ok(None),
         };
+        let name = bytes.string(layout.name, NAME_LEN);
+        // Without a state and a name it is nothing that can be listed.
+        if name.is_empty() || !bytes.has(layout.state, 4) {
+            return Err(KernelError::Malformed { what: "the module".to_owned(), gva });
+        }
+        let (used_by, users_end) = self.users(gva)?;
         let parts = layout.memory.of(bytes);
         let base = parts.first().map_or(0, |(base, _)| *base);
         let size = parts.iter().map(|(_, size)| size).sum();
         Ok(Some(Module {
             gva,
-            name: bytes.string(layout.name, NAME_LEN),
+            name,
             size,
             base,
             parts,
             references: bytes.u32(layout.refcnt).saturating_sub(REF_BASE),
-            used_by: self.users(gva)?,
+            used_by,
             state,
             is_torn: false,
+            is_damaged: !bytes.is_whole() || users_end.is_some() || base == 0,
         }))
     }
 
-    fn users(&self, gva: u64) -> Result<Vec<String>, KernelError> {
+    /// The modules that use one, and why there are not more if its list is damaged.
+    fn users(&self, gva: u64) -> Result<(Vec<String>, Option<KernelError>), KernelError> {
         let mut users = Vec::new();
         for node in self.kernel.list(gva.wrapping_add(self.layout.source_list)) {
             if users.len() >= MAX_USERS {
@@ -185,13 +194,27 @@ impl<'a> Reader<'a> {
             }
             let left = self.users_left.get().checked_sub(1);
             self.users_left.set(left.ok_or(KernelError::TooMuch { what: "65,536 users of modules" })?);
-            let at = node?.wrapping_sub(self.layout.use_list).wrapping_add(self.layout.use_source);
-            let user = self.kernel.read_u64(at)?;
-            let mut name = Bytes::zeroed(NAME_LEN);
-            self.kernel.read(user.wrapping_add(self.layout.name), name.as_mut())?;
-            users.push(name.string(0, NAME_LEN));
+            match node.and_then(|node| self.user(node)) {
+                Ok(user) => users.push(user),
+                Err(error) if error.is_local() => return Ok((users, Some(error))),
+                Err(error) => return Err(error),
+            }
         }
-        Ok(users)
+        Ok((users, None))
+    }
+
+    /// The name of a user, by its node.
+    fn user(&self, node: u64) -> Result<String, KernelError> {
+        let at = node.wrapping_sub(self.layout.use_list).wrapping_add(self.layout.use_source);
+        let user = self.kernel.read_u64(at)?;
+        let mut name = Bytes::zeroed(NAME_LEN);
+        self.kernel.read(user.wrapping_add(self.layout.name), name.as_mut())?;
+        match name.string(0, NAME_LEN) {
+            name if name.is_empty() => {
+                Err(KernelError::Malformed { what: "the module".to_owned(), gva: user })
+            }
+            name => Ok(name),
+        }
     }
 }
 

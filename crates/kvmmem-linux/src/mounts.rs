@@ -68,6 +68,15 @@ pub struct Mount {
     pub is_super_read_only: bool,
 }
 
+/// The mounts that a process sees, in the kernel's order.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct MountTable {
+    /// The mounts.
+    pub mounts: Vec<Mount>,
+    /// How many cannot be read, as far as the kernel counts them.
+    pub lost: usize,
+}
+
 /// Where everything is.
 #[derive(Debug)]
 pub struct Mounts<'a> {
@@ -78,6 +87,8 @@ pub struct Mounts<'a> {
     fs: u64,
     fs_root: (u64, u64),
     place: Place,
+    /// How many mounts a namespace has, by its own count.
+    count: Option<u64>,
     id: u64,
     parent: u64,
     devname: u64,
@@ -122,6 +133,7 @@ impl<'a> Mounts<'a> {
             fs: task("fs")?,
             fs_root: (root("root.mnt")?, root("root.dentry")?),
             place,
+            count: namespace("nr_mounts").or_else(|_| namespace("mounts")).ok(),
             id: mount("mnt_id")?,
             parent: mount("mnt_parent")?,
             devname: mount("mnt_devname")?,
@@ -137,15 +149,16 @@ impl<'a> Mounts<'a> {
         })
     }
 
-    /// The mounts that a process sees, in the kernel's order; none of one that has ended.
+    /// The mounts that a process sees; none of one that has ended.
     ///
     /// # Errors
-    /// [`KernelError`].
-    pub fn of(&self, task: &Task) -> Result<Vec<Mount>, KernelError> {
+    /// [`KernelError`]: the list of mounts cannot be found, or no mount of it can be read.
+    pub fn of(&self, task: &Task) -> Result<MountTable, KernelError> {
         let mut result = self.read(task);
         for _ in 1..TRIES {
             match &result {
-                Ok(_) => break,
+                Ok(table) if table.lost == 0 => break,
+                Ok(_) => result = self.read(task),
                 Err(error) if error.is_final() => break,
                 Err(_) => result = self.read(task),
             }
@@ -153,45 +166,79 @@ impl<'a> Mounts<'a> {
         result
     }
 
-    fn read(&self, task: &Task) -> Result<Vec<Mount>, KernelError> {
+    fn read(&self, task: &Task) -> Result<MountTable, KernelError> {
         let (proxy, fs) = (self.word(task.gva, self.nsproxy)?, self.word(task.gva, self.fs)?);
         if proxy == 0 || fs == 0 {
-            return Ok(Vec::new());
+            return Ok(MountTable::default());
         }
         let namespace = self.word(proxy, self.mnt_ns)?;
         let (mnt, dentry) = self.fs_root;
         let root = (self.word(fs, mnt)?, self.word(fs, dentry)?);
-        let nodes = match self.place {
-            Place::Tree { root, node } => {
-                let nodes = self.kernel.rb_tree(namespace.wrapping_add(root), MAX_MOUNTS)?;
-                nodes.into_iter().map(|at| at.wrapping_sub(node)).collect()
-            }
-            Place::List { head, node } => {
-                let nodes = self.kernel.list(namespace.wrapping_add(head)).take(MAX_MOUNTS);
-                nodes.map(|at| Ok(at?.wrapping_sub(node))).collect::<Result<Vec<_>, KernelError>>()?
-            }
-        };
-        // There is a root, as long as somebody uses the namespace.
+        let (nodes, mut error) = self.nodes(namespace)?;
+        // A namespace that is in use has a root.
         if nodes.is_empty() {
-            return Err(KernelError::Malformed { what: "the list of mounts".to_owned(), gva: namespace });
+            let malformed =
+                || KernelError::Malformed { what: "the list of mounts".to_owned(), gva: namespace };
+            return Err(error.unwrap_or_else(malformed));
         }
-        let mut mounts = Vec::new();
+        let count = self.count.and_then(|at| self.kernel.read_u32(namespace.wrapping_add(at)).ok());
+        let missing = usize::try_from(count.unwrap_or(0)).unwrap_or(0).saturating_sub(nodes.len());
+        let mut table = MountTable { mounts: Vec::new(), lost: missing.max(error.is_some().into()) };
         let mut bytes = 0;
         for gva in nodes {
-            let Some(mount) = self.mount(gva, root)? else { continue };
+            let mount = match self.mount(gva, root) {
+                Ok(Some(mount)) => mount,
+                Ok(None) => continue,
+                Err(local) if local.is_local() => {
+                    table.lost += 1;
+                    error = error.or(Some(local));
+                    continue;
+                }
+                Err(error) => return Err(error),
+            };
             bytes += mount.root.len() + mount.point.len() + mount.source.len() + mount.kind.len();
             if bytes > MAX_PATHS {
                 return Err(KernelError::TooMuch { what: "64 MiB of mounts' paths" });
             }
-            mounts.push(mount);
+            table.mounts.push(mount);
         }
-        Ok(mounts)
+        match error {
+            Some(error) if table.mounts.is_empty() => Err(error),
+            _ => Ok(table),
+        }
+    }
+
+    /// The mounts of a namespace, and why there are not more if some cannot be found.
+    fn nodes(&self, namespace: u64) -> Result<(Vec<u64>, Option<KernelError>), KernelError> {
+        match self.place {
+            Place::Tree { root, node } => {
+                let (nodes, error) = self.kernel.rb_tree(namespace.wrapping_add(root), MAX_MOUNTS)?;
+                Ok((nodes.into_iter().map(|at| at.wrapping_sub(node)).collect(), error))
+            }
+            Place::List { head, node } => {
+                let mut list = self.kernel.list(namespace.wrapping_add(head));
+                let (mut nodes, mut lost) = (Vec::new(), None);
+                while nodes.len() < MAX_MOUNTS {
+                    match list.next_with(Ok) {
+                        Ok(Some((at, _))) => nodes.push(at.wrapping_sub(node)),
+                        Ok(None) => break,
+                        Err(error) if error.is_local() => lost = lost.or(Some(error)),
+                        Err(error) => return Err(error),
+                    }
+                }
+                Ok((nodes, lost))
+            }
+        }
     }
 
     /// The mount at `gva`, unless it does not lie below `root`.
     fn mount(&self, gva: u64, root: (u64, u64)) -> Result<Option<Mount>, KernelError> {
         let number = |base: u64, at: u64| self.kernel.read_u32(base.wrapping_add(at));
-        let name = |gva| Ok::<_, KernelError>(text(&self.kernel.read_cstr(gva, MAX_NAME)?));
+        let malformed = |gva| KernelError::Malformed { what: "the mount".to_owned(), gva };
+        let name = |gva| match text(&self.kernel.read_cstr(gva, MAX_NAME)?) {
+            name if name.is_empty() => Err(malformed(gva)),
+            name => Ok(name),
+        };
         let flags = number(gva, self.flags)?;
         if flags & MNT_CURSOR != 0 {
             return Ok(None);

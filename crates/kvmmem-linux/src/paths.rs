@@ -117,7 +117,10 @@ impl<'a> Paths<'a> {
         let is_root = word(dentry, self.d_parent)? == dentry;
         let magic = word(word(dentry, self.d_sb)?, self.s_magic)?;
         let plain = |text: String| Ok(FilePath { text, is_deleted: false });
-        let inode = || word(word(dentry, self.d_inode)?, self.i_ino);
+        let inode = || match word(word(dentry, self.d_inode)?, self.i_ino)? {
+            0 => Err(KernelError::Malformed { what: "the inode of a file".to_owned(), gva: dentry }),
+            inode => Ok(inode),
+        };
         match magic {
             PIPES => return plain(format!("pipe:[{}]", inode()?)),
             SOCKETS => return plain(format!("socket:[{}]", inode()?)),
@@ -169,7 +172,11 @@ impl<'a> Paths<'a> {
             if root == Some((mount.wrapping_add(self.mnt), at)) {
                 return Ok((names.path(), End::Root));
             }
-            if at == word(mount, self.mnt_root)? {
+            let top = word(mount, self.mnt_root)?;
+            if top == 0 {
+                return Err(KernelError::Malformed { what: "the mount of a file".to_owned(), gva: mount });
+            }
+            if at == top {
                 let parent = word(mount, self.mnt_parent)?;
                 if parent == mount {
                     return Ok((names.path(), End::Top));
@@ -188,9 +195,14 @@ impl<'a> Paths<'a> {
     }
 
     fn name(&self, dentry: u64) -> Result<String, KernelError> {
-        let len = self.kernel.read_u32(dentry.wrapping_add(self.d_name_len))?.min(MAX_NAME);
+        let len = self.kernel.read_u32(dentry.wrapping_add(self.d_name_len))?;
         let name = self.kernel.read_u64(dentry.wrapping_add(self.d_name))?;
-        Ok(text(&self.kernel.read_cstr(name, usize::try_from(len).unwrap_or(0))?))
+        let bytes = self.kernel.read_cstr(name, usize::try_from(len.min(MAX_NAME)).unwrap_or(0))?;
+        // A name has as many bytes as the entry says, and one at least but where it is not shown.
+        if u32::try_from(bytes.len()).ok() != Some(len) {
+            return Err(KernelError::Malformed { what: "the name of a file".to_owned(), gva: dentry });
+        }
+        Ok(text(&bytes))
     }
 }
 

@@ -12,6 +12,9 @@ const MAX_ENVIRONMENT: u64 = 128 << 10;
 /// Walks of the list of processes while it changes.
 const TRIES: u32 = 3;
 
+/// The lowest number of a namespace: below those of the first ones (`PROC_DYNAMIC_FIRST`, include/linux/proc_ns.h).
+pub(crate) const FIRST_NAMESPACE: u32 = 0xefff_ff00;
+
 /// The deepest namespace of process ids (`MAX_PID_NS_LEVEL`).
 const MAX_LEVEL: u32 = 32;
 
@@ -22,13 +25,16 @@ impl<'m> Kernel<'m> {
     /// [`KernelError::NoProcess`], or as [`Tasks`].
     pub fn task(&self, pid: u32) -> Result<Task, KernelError> {
         let find = || {
+            let mut lost = None;
             for task in Tasks::new(self, Which::Processes)? {
-                let task = task?;
-                if task.pid == pid {
-                    return Ok(task);
+                match task {
+                    Ok(task) if task.pid == pid => return Ok(task),
+                    Ok(_) => {}
+                    // It may be the one.
+                    Err(error) => lost = lost.or(Some(error)),
                 }
             }
-            Err(KernelError::NoProcess { pid })
+            Err(lost.unwrap_or(KernelError::NoProcess { pid }))
         };
         let mut found = find();
         for _ in 1..TRIES {
@@ -88,6 +94,8 @@ pub struct Details<'a> {
     f_path: (u64, u64),
     environment: (u64, u64),
     nsproxy: u64,
+    /// References to the proxy, which has one as long as it is used.
+    count: Option<u64>,
     /// In the proxy, and the number in the namespace: of cgroup, ipc, mnt, net, time, uts.
     proxied: [Option<(u64, u64)>; 6],
     cred: u64,
@@ -132,6 +140,7 @@ impl<'a> Details<'a> {
             f_path: (kernel.offset("file", "f_path.mnt")?, kernel.offset("file", "f_path.dentry")?),
             environment: (mm("env_start")?, mm("env_end")?),
             nsproxy: kernel.offset("task_struct", "nsproxy")?,
+            count: at("nsproxy", "count"),
             proxied: [
                 proxied("cgroup_ns", "cgroup_namespace"),
                 proxied("ipc_ns", "ipc_namespace"),
@@ -180,6 +189,14 @@ impl<'a> Details<'a> {
     /// [`KernelError`].
     pub fn namespaces(&self, task: &Task) -> Result<Namespaces, KernelError> {
         let proxy = self.word(task.gva, self.nsproxy)?;
+        if let Some(count) = self.count.filter(|_| proxy != 0)
+            && self.kernel.read_u32(proxy.wrapping_add(count))? == 0
+        {
+            return Err(KernelError::Malformed {
+                what: "the namespaces of a process".to_owned(),
+                gva: proxy,
+            });
+        }
         let number = |base: u64, place: Option<(u64, u64)>| {
             let Some((at, inum)) = place.filter(|_| base != 0) else { return Ok(None) };
             self.inum(self.word(base, at)?, inum)
@@ -215,7 +232,10 @@ impl<'a> Details<'a> {
         if namespace == 0 {
             return Ok(None);
         }
-        self.kernel.read_u32(namespace.wrapping_add(at)).map(Some)
+        let number = self.kernel.read_u32(namespace.wrapping_add(at))?;
+        let malformed =
+            || KernelError::Malformed { what: "the number of a namespace".to_owned(), gva: namespace };
+        Some(number).filter(|number| *number >= FIRST_NAMESPACE).map(Some).ok_or_else(malformed)
     }
 
     fn word(&self, base: u64, at: u64) -> Result<u64, KernelError> {

@@ -3,7 +3,8 @@
 //!
 //! Each protocol has hash tables of its own ([`tables`]); a socket is in one chain of one table. The guest adds and removes
 //! sockets while they are read, and the kernel reuses their memory at once: a chain that ends in another bucket is walked
-//! again, and a socket that changes while it is read is marked as torn.
+//! again, and a socket that changes while it is read is marked as torn. What is damaged is an error in its place; the rest of
+//! the tables is read.
 
 mod layout;
 mod tables;
@@ -111,10 +112,12 @@ pub struct Socket {
     pub inode: u64,
     /// The user who made it; none of a connection that has no more than its addresses (`TimeWait`, `SynReceived`).
     pub uid: Option<u32>,
-    /// The inode of its network namespace, as in /proc/PID/ns/net.
-    pub netns: u32,
+    /// The inode of its network namespace, as in /proc/PID/ns/net; `None` where it cannot be read.
+    pub netns: Option<u32>,
     /// Whether it changed whenever it was read, so that its values may not belong together.
     pub is_torn: bool,
+    /// Whether some of it cannot be read: what it is bound to, its inode and user, or its namespace.
+    pub is_damaged: bool,
 }
 
 impl Socket {
@@ -173,14 +176,14 @@ impl State {
     }
 }
 
-/// The sockets, table by table. It ends after an error.
+/// The sockets, table by table. An error stands for those that cannot be read: a walk without one is complete.
 #[derive(Debug)]
 pub struct Sockets<'a> {
     kernel: &'a Kernel<'a>,
     layout: Layout,
     buckets: Buckets<'a>,
     /// Those of the last bucket that are left.
-    found: VecDeque<Socket>,
+    found: VecDeque<Result<Socket, KernelError>>,
     /// The kernel may reuse a socket's memory for one in a later chain.
     seen: HashSet<u64>,
     /// Nodes of chains that may still be walked.
@@ -195,45 +198,59 @@ impl<'a> Sockets<'a> {
     /// [`KernelError`].
     pub fn new(kernel: &'a Kernel<'a>) -> Result<Self, KernelError> {
         let layout = Layout::new(kernel)?;
-        let buckets = Buckets::new(kernel, tables::all(kernel, &layout)?);
-        let (found, seen, left) = (VecDeque::new(), HashSet::new(), MAX_SOCKETS);
+        let (tables, lost) = tables::all(kernel, &layout)?;
+        let buckets = Buckets::new(kernel, tables);
+        let found = lost.into_iter().map(Err).collect();
+        let (seen, left) = (HashSet::new(), MAX_SOCKETS);
         Ok(Self { kernel, layout, buckets, found, seen, left, has_ended: false })
     }
 
     fn step(&mut self) -> Result<Option<Socket>, KernelError> {
         loop {
             if let Some(socket) = self.found.pop_front() {
-                return Ok(Some(socket));
+                return socket.map(Some);
             }
             let Some(bucket) = self.buckets.next().transpose()? else { return Ok(None) };
             self.found = self.bucket(&bucket)?.into();
         }
     }
 
-    fn bucket(&mut self, bucket: &Bucket) -> Result<Vec<Socket>, KernelError> {
-        let mut first = bucket.first;
-        for _ in 0..TRIES {
-            if let Some(nodes) = self.nodes(bucket, first)? {
-                let new = nodes.into_iter().filter(|gva| self.seen.insert(*gva)).collect::<Vec<_>>();
-                let protocol = bucket.protocol;
-                return new.into_iter().map(|gva| self.layout.socket(self.kernel, gva, protocol)).collect();
+    /// The sockets of a bucket, as far as its chain can be followed.
+    fn bucket(&mut self, bucket: &Bucket) -> Result<Vec<Result<Socket, KernelError>>, KernelError> {
+        let (mut nodes, mut end) = self.nodes(bucket, bucket.first)?;
+        for _ in 1..TRIES {
+            if end.is_none() {
+                break;
             }
-            first = self.kernel.read_u64(bucket.head)?;
+            (nodes, end) = self.nodes(bucket, self.kernel.read_u64(bucket.head)?)?;
         }
-        Err(KernelError::Malformed { what: "the end of the chain of sockets".to_owned(), gva: bucket.head })
+        let mut found = Vec::new();
+        for gva in nodes {
+            if self.seen.insert(gva) {
+                found.push(self.layout.socket(self.kernel, gva, bucket.protocol));
+            }
+        }
+        // A socket that cannot be read ends its chain.
+        found.extend(end.filter(|_| !matches!(found.last(), Some(Err(_)))).map(Err));
+        Ok(found)
     }
 
-    /// The sockets of a chain; `None` if it ends in another bucket.
-    fn nodes(&mut self, bucket: &Bucket, first: u64) -> Result<Option<Vec<u64>>, KernelError> {
-        let too_many =
-            || KernelError::Malformed { what: "more than a million sockets".to_owned(), gva: bucket.head };
+    /// The sockets of a chain, and why there are not more if it does not end in its bucket.
+    fn nodes(&mut self, bucket: &Bucket, first: u64) -> Result<(Vec<u64>, Option<KernelError>), KernelError> {
         let mut chain = self.kernel.chain(bucket.head, first);
         let mut nodes = Vec::new();
         for node in &mut chain {
-            self.left = self.left.checked_sub(1).ok_or_else(too_many)?;
-            nodes.push(node?.wrapping_sub(bucket.node));
+            let left = self.left.checked_sub(1);
+            self.left = left.ok_or(KernelError::TooMuch { what: "a million sockets" })?;
+            match node {
+                Ok(node) => nodes.push(node.wrapping_sub(bucket.node)),
+                Err(error) => return Ok((nodes, Some(error))),
+            }
         }
-        Ok((bucket.nulls.is_none() || chain.nulls() == bucket.nulls).then_some(nodes))
+        let is_end = chain.nulls().is_some() == bucket.is_marked
+            && (bucket.nulls.is_none() || chain.nulls() == bucket.nulls);
+        let what = || "the end of the chain of sockets".to_owned();
+        Ok((nodes, (!is_end).then(|| KernelError::Malformed { what: what(), gva: bucket.head })))
     }
 }
 
@@ -245,7 +262,7 @@ impl Iterator for Sockets<'_> {
             return None;
         }
         let step = self.step().transpose();
-        self.has_ended = !matches!(step, Some(Ok(_)));
+        self.has_ended = step.as_ref().is_none_or(|step| step.as_ref().is_err_and(|error| !error.is_local()));
         step
     }
 }

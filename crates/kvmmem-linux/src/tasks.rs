@@ -2,7 +2,8 @@
 //! Processes and threads, as /proc shows them.
 //!
 //! `init_task.tasks` lists the leaders of processes; the threads of one are in its `signal->thread_head`. A task that changes
-//! while it is read is read again, then marked as torn; one that ends meanwhile is left out.
+//! while it is read is read again, then marked as torn; one that ends meanwhile is left out. A task whose memory is damaged in
+//! part is listed without the values that cannot be read, and marked as damaged.
 
 use std::time::Duration;
 
@@ -31,6 +32,7 @@ const DESC_LEN: u64 = 32;
 const FULL_NAME_LEN: usize = 256;
 
 /// Flags of a task.
+const PF_EXITING: u32 = 0x4;
 const PF_WQ_WORKER: u32 = 0x20;
 const PF_KTHREAD: u32 = 0x20_0000;
 
@@ -50,19 +52,19 @@ pub struct Task {
     pub tid: u32,
     /// The process's.
     pub pid: u32,
-    /// That of the process that it belongs to.
-    pub ppid: u32,
+    /// That of the process that it belongs to; `None` where it cannot be read, as for the values after it.
+    pub ppid: Option<u32>,
     /// Real and effective user, and real group, in the first namespace.
-    pub uid: u32,
+    pub uid: Option<u32>,
     /// The user whose rights it has.
-    pub euid: u32,
+    pub euid: Option<u32>,
     /// Its group.
-    pub gid: u32,
-    /// As /proc/PID/stat shows it: R, S, D, T, t, X, Z, P or I.
+    pub gid: Option<u32>,
+    /// As /proc/PID/stat shows it: R, S, D, T, t, X, Z, P or I; `?` where it cannot be read.
     pub state: char,
     /// When it began, since boot.
-    pub start: Duration,
-    /// Its name. What is not UTF-8 is replaced; control characters may be there.
+    pub start: Option<Duration>,
+    /// Its name; empty where it cannot be read. What is not UTF-8 is replaced; control characters may be there.
     pub comm: String,
     /// Whether it is one of the kernel's own.
     pub is_kernel: bool,
@@ -70,6 +72,8 @@ pub struct Task {
     pub args: Args,
     /// Whether it changed whenever it was read, so that its values may not belong together.
     pub is_torn: bool,
+    /// Whether some of its values cannot be read.
+    pub is_damaged: bool,
 }
 
 /// The command line of a process, or its environment.
@@ -113,11 +117,15 @@ struct Layout {
     comm: u64,
     flags: u64,
     state: u64,
+    /// References to the task, which has one as long as it is listed.
+    usage: Option<u64>,
     exit_state: u64,
     cred: u64,
     uid: u64,
     euid: u64,
     gid: u64,
+    /// The `struct user_struct` of the real user, and the user's id there.
+    user: Option<(u64, u64)>,
     start: u64,
     mm: u64,
     pgd: u64,
@@ -134,13 +142,16 @@ struct Kthread {
     worker_private: u64,
     full_name: u64,
     data: u64,
+    /// A pointer that each has.
+    parked: Option<u64>,
     /// In the worker of a work queue.
+    task: Option<u64>,
     desc: u64,
     pool: u64,
     current_work: u64,
 }
 
-/// The tasks. It ends after an error.
+/// The tasks; an error stands for those that cannot be read.
 pub type Tasks<'a> = Walk<TaskSteps<'a>>;
 
 /// The steps of [`Tasks`].
@@ -150,6 +161,8 @@ pub struct TaskSteps<'a> {
     leaders: List<'a>,
     /// Those of the last leader that are left.
     threads: Option<List<'a>>,
+    /// Why those of the last leader cannot be read.
+    error: Option<KernelError>,
     reader: Reader<'a>,
 }
 
@@ -171,7 +184,7 @@ impl<'a> Tasks<'a> {
         let head = kernel.symbol("init_task")?.wrapping_add(layout.tasks);
         let leaders = kernel.list_of(head, "task_struct", "tasks")?;
         let reader = Reader { kernel, layout, args_left: MAX_ALL_ARGS };
-        Ok(Self::of(TaskSteps { which, leaders, threads: None, reader }))
+        Ok(Self::of(TaskSteps { which, leaders, threads: None, error: None, reader }))
     }
 }
 
@@ -179,6 +192,9 @@ impl Step for TaskSteps<'_> {
     type Item = Task;
 
     fn step(&mut self) -> Result<Option<Task>, KernelError> {
+        if let Some(error) = self.error.take() {
+            return Err(error);
+        }
         let torn = |(task, is_torn): (Task, bool)| Task { is_torn: task.is_torn || is_torn, ..task };
         while let Some(threads) = &mut self.threads {
             let Some(found) = threads.next_with(|gva| self.reader.task(gva))? else {
@@ -194,7 +210,10 @@ impl Step for TaskSteps<'_> {
         let Some(found) = self.leaders.next_with(|gva| self.reader.task(gva))? else { return Ok(None) };
         let task = torn(found);
         if self.which == Which::Threads {
-            self.threads = Some(self.reader.threads(task.gva)?);
+            match self.reader.threads(task.gva) {
+                Ok(threads) => self.threads = Some(threads),
+                Err(error) => self.error = Some(error),
+            }
         }
         Ok(Some(task))
     }
@@ -233,9 +252,7 @@ impl<'a> Reader<'a> {
     }
 
     fn bytes(&self, gva: u64) -> Result<Bytes, KernelError> {
-        let mut bytes = Bytes::zeroed(self.layout.len);
-        self.kernel.read(gva, bytes.as_mut())?;
-        Ok(bytes)
+        Bytes::read(self.kernel, gva, self.layout.len)
     }
 
     fn describe(&self, gva: u64, bytes: &Bytes) -> Result<Task, KernelError> {
@@ -244,38 +261,85 @@ impl<'a> Reader<'a> {
         if !(1..=MAX_PID).contains(&tid) || !(1..=MAX_PID).contains(&pid) {
             return Err(malformed(gva));
         }
-        let parent = bytes.u64(layout.real_parent);
-        let cred = bytes.u64(layout.cred);
-        let user = |at: u64| self.kernel.read_u32(cred.wrapping_add(at));
         let flags = bytes.u32(layout.flags);
-        let mut comm = bytes.string(layout.comm, COMM_LEN);
         let is_kernel = flags & PF_KTHREAD != 0;
+        let exit_state = bytes.u32(layout.exit_state);
+        let has_usage = layout.usage.is_none_or(|usage| bytes.u32(usage) != 0);
+        let mut is_damaged = !bytes.is_whole() || !has_usage;
+        let mut comm = bytes.string(layout.comm, COMM_LEN);
         if let Some(kthread) = layout.kthread.as_ref().filter(|_| is_kernel) {
-            // The names of a thread that is ending are freed before it is.
-            comm = self.kernel_name(bytes, kthread, flags, comm.clone()).unwrap_or(comm);
+            match self.kernel_name(gva, bytes, kthread, flags, comm.clone()) {
+                Ok(name) => comm = name,
+                // The names of a thread that is ending are freed before it is.
+                Err(_) if exit_state != 0 => {}
+                Err(_) => is_damaged = true,
+            }
         }
         let mm = bytes.u64(layout.mm);
-        let args = if mm == 0 || is_kernel || tid != pid { Args::default() } else { self.args(mm)? };
+        let mut args = Args::default();
+        // A process has memory until it ends.
+        is_damaged |= mm == 0 && !is_kernel && exit_state == 0 && flags & PF_EXITING == 0;
+        if mm != 0 && !is_kernel && tid == pid {
+            match self.args(mm) {
+                Ok(found) => args = found,
+                Err(_) => {
+                    args.is_cut = true;
+                    is_damaged = true;
+                }
+            }
+        }
+        let ids = self.ids(bytes.u64(layout.cred)).ok();
+        let ppid = self.parent(bytes.u64(layout.real_parent)).ok();
+        let has_state = bytes.has(layout.state, 4) && bytes.has(layout.exit_state, 4) && has_usage;
+        // Only the idle task began at 0.
+        let start = Some(bytes.u64(layout.start)).filter(|start| *start != 0).map(Duration::from_nanos);
         Ok(Task {
             gva,
             tid,
             pid,
-            ppid: self.kernel.read_u32(parent.wrapping_add(layout.tgid))?,
-            uid: user(layout.uid)?,
-            euid: user(layout.euid)?,
-            gid: user(layout.gid)?,
-            state: state(bytes.u32(layout.state), bytes.u32(layout.exit_state)),
-            start: Duration::from_nanos(bytes.u64(layout.start)),
-            comm,
+            ppid,
+            uid: ids.map(|[uid, ..]| uid),
+            euid: ids.map(|[_, euid, _]| euid),
+            gid: ids.map(|[.., gid]| gid),
+            state: if has_state { state(bytes.u32(layout.state), exit_state) } else { '?' },
+            start,
             is_kernel,
             args,
             is_torn: false,
+            // Each has a name.
+            is_damaged: is_damaged || ids.is_none() || ppid.is_none() || start.is_none() || comm.is_empty(),
+            comm,
         })
+    }
+
+    /// Real and effective user, and real group, of a `struct cred`.
+    fn ids(&self, cred: u64) -> Result<[u32; 3], KernelError> {
+        let number = |at: u64| self.kernel.read_u32(cred.wrapping_add(at));
+        let ids = [number(self.layout.uid)?, number(self.layout.euid)?, number(self.layout.gid)?];
+        if let Some((user, uid)) = self.layout.user {
+            let user = self.kernel.read_u64(cred.wrapping_add(user))?;
+            // Both say whose it is.
+            if self.kernel.read_u32(user.wrapping_add(uid))? != ids[0] {
+                return Err(KernelError::Malformed { what: "the user of a task".to_owned(), gva: cred });
+            }
+        }
+        Ok(ids)
+    }
+
+    /// The id of the process that a task belongs to; `parent` is that task.
+    fn parent(&self, parent: u64) -> Result<u32, KernelError> {
+        let pid = self.kernel.read_u32(parent.wrapping_add(self.layout.tgid))?;
+        // 0 is that of the idle task alone.
+        if pid > MAX_PID || pid == 0 && parent != self.kernel.symbol("init_task")? {
+            return Err(malformed(parent));
+        }
+        Ok(pid)
     }
 
     /// The full name of a kernel thread; that of a worker has what it works on (wq_worker_comm() of the kernel).
     fn kernel_name(
         &self,
+        gva: u64,
         task: &Bytes,
         at: &Kthread,
         flags: u32,
@@ -285,15 +349,29 @@ impl<'a> Reader<'a> {
         if kthread == 0 {
             return Ok(comm);
         }
+        let malformed =
+            || KernelError::Malformed { what: "the name of a thread of the kernel".to_owned(), gva: kthread };
+        if let Some(parked) = at.parked
+            && self.kernel.read_u64(kthread.wrapping_add(parked))? == 0
+        {
+            return Err(malformed());
+        }
         let mut name = comm;
         if at.full_name != 0 {
             let full = self.kernel.read_u64(kthread.wrapping_add(at.full_name))?;
             if full != 0 {
-                name = text(&self.kernel.read_cstr(full, FULL_NAME_LEN)?);
+                // A task's own name is the first part of it.
+                let full = text(&self.kernel.read_cstr(full, FULL_NAME_LEN)?);
+                name = if full.starts_with(&name) { full } else { return Err(malformed()) };
             }
         }
         if flags & PF_WQ_WORKER != 0 {
             let worker = self.kernel.read_u64(kthread.wrapping_add(at.data))?;
+            if let Some(task) = at.task
+                && self.kernel.read_u64(worker.wrapping_add(task))? != gva
+            {
+                return Err(malformed());
+            }
             let pool = self.kernel.read_u64(worker.wrapping_add(at.pool))?;
             let mut desc = Bytes::zeroed(DESC_LEN);
             self.kernel.read(worker.wrapping_add(at.desc), desc.as_mut())?;
@@ -312,6 +390,10 @@ impl<'a> Reader<'a> {
         let word = |at: u64| self.kernel.read_u64(mm.wrapping_add(at));
         let (start, end) = (word(self.layout.arg_start)?, word(self.layout.arg_end)?);
         let env_end = word(self.layout.env_end)?;
+        // A program begins with both.
+        if start == 0 || end < start {
+            return Err(KernelError::Malformed { what: "the memory of a process".to_owned(), gva: mm });
+        }
         let space = self.kernel.process_space(word(self.layout.pgd)?)?;
         let len = end.saturating_sub(start);
         let most = len.min(MAX_ARGS).min(self.args_left);
@@ -345,11 +427,13 @@ impl Layout {
             flags: task("flags")?,
             // Its type changed with its name, in 5.14.
             state: task("__state").or_else(|_| task("state"))?,
+            usage: task("usage").ok(),
             exit_state: task("exit_state")?,
             cred: task("cred")?,
             uid: cred("uid")?,
             euid: cred("euid")?,
             gid: cred("gid")?,
+            user: cred("user").ok().zip(kernel.offset("user_struct", "uid").ok()),
             start: task("start_boottime")?,
             mm: task("mm")?,
             pgd: mm("pgd")?,
@@ -366,6 +450,7 @@ impl Layout {
             layout.flags,
             layout.state,
             layout.exit_state,
+            layout.usage.unwrap_or(0),
             layout.cred,
             layout.start,
             layout.mm,
@@ -386,6 +471,8 @@ impl Kthread {
             worker_private: task("worker_private").or_else(|_| task("set_child_tid"))?,
             full_name: kthread("full_name").unwrap_or(0),
             data: kthread("data")?,
+            parked: kthread("parked.wait.task_list.next").ok(),
+            task: worker("task").ok(),
             desc: worker("desc")?,
             pool: worker("pool")?,
             current_work: worker("current_work")?,

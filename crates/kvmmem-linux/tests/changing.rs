@@ -31,7 +31,7 @@ fn what_keeps_still_is_not_torn() {
     let tasks = read(&guest(), &|_, _| {});
     assert_eq!(rows(&tasks), NAMES[1..].iter().map(|(pid, name)| (*pid, *name, false)).collect::<Vec<_>>());
     let Task { ppid, uid, euid, gid, state, .. } = tasks[0];
-    assert_eq!((ppid, uid, euid, gid, state), (0, 1000, 1001, 1002, 'S'));
+    assert_eq!((ppid, uid, euid, gid, state), (Some(0), Some(1000), Some(1001), Some(1002), 'S'));
 }
 
 #[test]

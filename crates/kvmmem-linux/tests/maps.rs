@@ -88,7 +88,15 @@ fn a_map_with_another_number_of_areas_than_the_process_counts_is_torn() {
 /// What it is, and what writes it.
 type Damage = (&'static str, fn(&Guest));
 
-/// What ends a walk of the tree. Each is an error, not a map that is too short.
+/// The map is an error or marked, and what is in it ascends.
+fn is_refused(guest: &Guest) -> bool {
+    read(guest).map_or(true, |map| {
+        assert!(bounds(&map).is_sorted_by(|one, two| one.1 <= two.0), "{map:?}");
+        map.is_damaged()
+    })
+}
+
+/// What ends a walk of the tree. Each is an error or marked, not a map that is too short.
 #[test]
 fn trees_that_lead_back_or_nowhere_are_refused() {
     let damages: &[Damage] = &[
@@ -120,7 +128,7 @@ fn trees_that_lead_back_or_nowhere_are_refused() {
     for (what, damage) in damages {
         let [guest, _] = guests(&areas(40), 16);
         damage(&guest);
-        assert!(read(&guest).is_err(), "{what}");
+        assert!(is_refused(&guest), "{what}");
     }
 }
 
@@ -129,8 +137,32 @@ fn lists_that_lead_back_or_do_not_ascend_are_refused() {
     for (index, next) in [(39, 0), (39, 39), (20, 3), (5, 4)] {
         let [_, guest] = guests(&areas(40), 16);
         guest.put_word(PLACE.gpa + AREAS + AREA * index + 64, area(&PLACE, next));
-        assert!(read(&guest).is_err(), "{index}");
+        assert!(is_refused(&guest), "{index}");
     }
+}
+
+/// One area, and the leaf or the link that leads to others, is damaged: the others are listed.
+#[test]
+fn what_is_not_damaged_of_a_map_is_listed() {
+    let [tree, list] = guests(&areas(40), 16);
+    for guest in [&tree, &list] {
+        // The place of an area is known by the tree; the list ends there.
+        guest.put(PLACE.gpa + AREAS + AREA * 7, &[0; 64]);
+    }
+    let map = read(&tree).unwrap();
+    assert_eq!(bounds(&map), areas(40));
+    let damaged: Vec<_> = map.mappings.iter().map(|mapping| mapping.is_damaged).collect();
+    assert_eq!(damaged, (0..40).map(|index| index == 7).collect::<Vec<_>>());
+    assert!(map.is_damaged() && !map.is_cut);
+    let map = read(&list).unwrap();
+    assert_eq!(bounds(&map), areas(40)[..7]);
+    assert!(map.is_cut);
+    // A leaf of zeros has no areas, and is no empty one.
+    let [guest, _] = guests(&areas(40), 16);
+    guest.put(PLACE.gpa + NODES, &[0; 256]);
+    let map = read(&guest).unwrap();
+    assert!(map.is_cut && (1..40).contains(&map.mappings.len()), "{map:?}");
+    assert!(bounds(&map).iter().all(|bounds| areas(40).contains(bounds)));
 }
 
 proptest! {

@@ -94,7 +94,7 @@ mod tests {
             (0x1000_0000_0000, 0x2000_0000_0000, 3),
             (0xffff_ffff_ff60_0000, 0xffff_ffff_ff60_1000, 4),
         ];
-        let map = MemoryMap { mappings: mappings.map(mapping).into(), is_torn: false };
+        let map = MemoryMap { mappings: mappings.map(mapping).into(), is_torn: false, is_cut: false };
         let extent = |gva, gpa, len| Extent { gva, gpa, len };
         // Pages that lie apart; one over the border of two mappings; one in none.
         let extents = [

@@ -106,6 +106,11 @@ impl Arguments {
             threads.first().with_context(|| format!("there is no process {pid}: see kvmmem ps"))?;
         let space = kernel.space_of(leader)?;
         let map = Maps::new(&kernel)?.of(leader)?;
+        if map.is_damaged() {
+            tracing::warn!(
+                "mappings of process {pid} cannot be read: the core lacks them, or their files' names"
+            );
+        }
         let auxv = kernel.auxiliary_vector(leader)?;
         let extents =
             mapped(&space).with_context(|| format!("cannot tell what process {pid} has in memory"))?;
@@ -201,7 +206,14 @@ impl Record<'_> {
 /// The threads of a process, its leader first, with their registers.
 fn threads(kernel: &Kernel<'_>, pid: u32) -> Result<Vec<Thread>> {
     let mut threads = Vec::new();
-    for task in collect(|| Tasks::new(kernel, Which::Threads))?.into_iter().filter(|task| task.pid == pid) {
+    let tasks = collect(|| Tasks::new(kernel, Which::Threads))?;
+    if tasks.lost > 0 {
+        tracing::warn!(
+            "{} threads of the guest cannot be read: some of process {pid} may be missing",
+            tasks.lost
+        );
+    }
+    for task in tasks.rows.into_iter().filter(|task| task.pid == pid) {
         ensure!(!task.is_kernel, "process {pid} is one of the kernel's own: it has no memory of its own");
         let registers = kernel.user_registers(&task)?;
         threads.push((task, registers));

@@ -34,7 +34,7 @@ pub(super) fn notes(threads: &[Thread], auxv: &[u64], map: &MemoryMap) -> Vec<u8
 fn prstatus(task: &Task, registers: &UserRegisters) -> Vec<u8> {
     // Signals; ids; times.
     let mut status = vec![0; 32];
-    status.extend([task.tid, task.ppid, 0, 0].iter().flat_map(|id| id.to_le_bytes()));
+    status.extend([task.tid, task.ppid.unwrap_or(0), 0, 0].iter().flat_map(|id| id.to_le_bytes()));
     status.extend([0; 64]);
     status.extend(words(&registers.general));
     let UserRegisters { orig_rax, rip, cs, rflags, rsp, ss, fs_base, gs_base, .. } = *registers;
@@ -54,7 +54,11 @@ fn prpsinfo(task: &Task) -> Vec<u8> {
     let mut info = vec![number.unwrap_or(0), letter, u8::from(letter == b'Z'), 0, 0, 0, 0, 0];
     // Flags; user, group; ids.
     info.extend([0; 8]);
-    info.extend([task.uid, task.gid, task.pid, task.ppid, 0, 0].iter().flat_map(|id| id.to_le_bytes()));
+    info.extend(
+        [task.uid.unwrap_or(0), task.gid.unwrap_or(0), task.pid, task.ppid.unwrap_or(0), 0, 0]
+            .iter()
+            .flat_map(|id| id.to_le_bytes()),
+    );
     let mut text = |text: &str, len: usize| {
         // The last byte is a zero.
         let bytes = text.bytes().take(len - 1).chain(std::iter::repeat(0)).take(len);
@@ -97,16 +101,17 @@ mod tests {
             gva: 0,
             tid: 8,
             pid: 7,
-            ppid: 1,
-            uid: 1000,
-            euid: 1000,
-            gid: 100,
+            ppid: Some(1),
+            uid: Some(1000),
+            euid: Some(1000),
+            gid: Some(100),
             state: 'S',
-            start: Duration::ZERO,
+            start: Some(Duration::ZERO),
             comm: "a name that is long".to_owned(),
             is_kernel: false,
             args: Args { words: vec!["one".into(), "two".into()], is_cut: false },
             is_torn: false,
+            is_damaged: false,
         }
     }
 
@@ -138,7 +143,7 @@ mod tests {
             },
             Mapping { start: 0x4000, end: 0x5000, ..Mapping::default() },
         ];
-        let files = files(&MemoryMap { mappings, is_torn: false });
+        let files = files(&MemoryMap { mappings, is_torn: false, is_cut: false });
         assert_eq!(files, [words(&[1, 0x1000, 0x1000, 0x3000, 5]), b"/bin/a\0".to_vec()].concat());
         let notes =
             notes(&[(task(), None), (task(), Some(registers))], &[6, 4096, 0, 0], &MemoryMap::default());

@@ -87,7 +87,7 @@ impl KernelLine {
             release: identity.release,
             host_name: identity.host_name,
             uptime_ms: identity.uptime.map(|time| u64::try_from(time.as_millis()).unwrap_or(u64::MAX)),
-            processes: processes.len(),
+            processes: processes.rows.len() + processes.lost,
         })
     }
 }

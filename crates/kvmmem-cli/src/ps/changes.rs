@@ -63,11 +63,11 @@ mod tests {
     use super::*;
 
     fn started(tid: u32, start: u64) -> Task {
-        Task { start: Duration::from_secs(start), ..task(tid, 1) }
+        Task { start: Some(Duration::from_secs(start)), ..task(tid, 1) }
     }
 
     fn ids(changes: &[(Change, Task)]) -> Vec<(Change, u32, u64)> {
-        changes.iter().map(|(change, task)| (*change, task.tid, task.start.as_secs())).collect()
+        changes.iter().map(|(change, task)| (*change, task.tid, task.start.unwrap().as_secs())).collect()
     }
 
     #[test]

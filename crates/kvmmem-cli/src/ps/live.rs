@@ -18,6 +18,7 @@ use super::{TaskLine, command};
 use crate::failure::escape;
 use crate::interrupt::Interrupt;
 use crate::output::{Output, cut};
+use crate::table::or_unknown;
 
 /// Looks in a row that may fail, as the guest changes its lists meanwhile.
 const FAILURES: u32 = 10;
@@ -150,8 +151,8 @@ fn line(elapsed: Duration, change: Change, task: &Task) -> String {
     format!(
         "{seconds:10.3}  {name:7}  {:<7}  {:<7}  {:<5}  {}",
         task.tid,
-        task.ppid,
-        task.euid,
+        or_unknown(task.ppid),
+        or_unknown(task.euid),
         escape(&command(task))
     )
 }

@@ -13,7 +13,7 @@ pub(super) fn order(tasks: &[Task]) -> Vec<(usize, usize)> {
     let mut children: HashMap<usize, Vec<usize>> = HashMap::new();
     let mut roots = Vec::new();
     for (index, task) in tasks.iter().enumerate() {
-        match by_pid.get(&task.ppid).filter(|parent| **parent != index) {
+        match task.ppid.and_then(|ppid| by_pid.get(&ppid)).filter(|parent| **parent != index) {
             Some(parent) => children.entry(*parent).or_default().push(index),
             None => roots.push(index),
         }
@@ -46,16 +46,17 @@ pub(super) mod tests {
             gva: 0,
             tid: pid,
             pid,
-            ppid,
-            uid: 0,
-            euid: 0,
-            gid: 0,
+            ppid: Some(ppid),
+            uid: Some(0),
+            euid: Some(0),
+            gid: Some(0),
             state: 'S',
-            start: Duration::ZERO,
+            start: Some(Duration::ZERO),
             comm: String::new(),
             is_kernel: false,
             args: Default::default(),
             is_torn: false,
+            is_damaged: false,
         }
     }
 

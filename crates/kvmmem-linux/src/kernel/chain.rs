@@ -2,7 +2,8 @@
 //! Chains of hash tables (`struct hlist_head` and `struct hlist_nulls_head`, `include/linux/list_nulls.h`).
 //!
 //! Unlike a [`super::List`], a chain has an end: a null pointer, or an odd number (a nulls marker) that names the bucket. A walk
-//! ends with an error once it has come back to a node, or once it has seen more nodes than a kernel has.
+//! ends with an error after a node that cannot be read, once it has come back to a node, or once it has seen more nodes than
+//! a kernel has.
 
 use super::{Kernel, KernelError, MAX_NODES};
 
@@ -18,12 +19,14 @@ pub struct Chain<'k> {
     steps: usize,
     until: usize,
     count: usize,
+    /// Why what follows the last node cannot be read.
+    error: Option<KernelError>,
 }
 
 impl<'m> Kernel<'m> {
     /// The nodes of the chain whose head, at `head`, holds the pointer `first`.
     pub fn chain(&self, head: u64, first: u64) -> Chain<'_> {
-        Chain { kernel: self, head, next: first, mark: 0, steps: 0, until: 1, count: 0 }
+        Chain { kernel: self, head, next: first, mark: 0, steps: 0, until: 1, count: 0, error: None }
     }
 }
 
@@ -38,6 +41,9 @@ impl Iterator for Chain<'_> {
     type Item = Result<u64, KernelError>;
 
     fn next(&mut self) -> Option<Self::Item> {
+        if let Some(error) = self.error.take() {
+            return Some(Err(error));
+        }
         let node = self.next;
         if node == 0 || node & 1 != 0 {
             return None;
@@ -55,7 +61,7 @@ impl Iterator for Chain<'_> {
             Ok(next) => self.next = next,
             Err(error) => {
                 self.next = 0;
-                return Some(Err(error));
+                self.error = Some(error);
             }
         }
         Some(Ok(node))

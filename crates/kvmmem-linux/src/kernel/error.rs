@@ -97,6 +97,15 @@ impl KernelError {
         Self::Read { gva, source: Box::new(source) }
     }
 
+    /// Whether it is about one structure, so that others may be read.
+    pub fn is_local(&self) -> bool {
+        let is_damage = matches!(
+            self,
+            Self::Read { .. } | Self::Malformed { .. } | Self::Broken { .. } | Self::Endless { .. }
+        );
+        is_damage && !self.is_final()
+    }
+
     /// Whether nothing of the guest can be read any more, so that there is no use in going on.
     pub fn is_final(&self) -> bool {
         use kvmmem_memory::paging::WalkError::{Page, Table};

@@ -11,11 +11,12 @@ pub trait Step {
     /// Goes on to the next item; `None` at the end.
     ///
     /// # Errors
-    /// [`KernelError`]: the walk cannot go on.
+    /// [`KernelError`]: one or several items cannot be read. The next call reads those after them.
     fn step(&mut self) -> Result<Option<Self::Item>, KernelError>;
 }
 
-/// The items of a walk. It ends after an error.
+/// The items of a walk. An error stands for what cannot be read, and the walk continues after it where it can: a walk without
+/// an error is complete.
 #[derive(Debug)]
 pub struct Walk<S>(Option<S>);
 
@@ -31,7 +32,7 @@ impl<S: Step> Iterator for Walk<S> {
 
     fn next(&mut self) -> Option<Self::Item> {
         let item = self.0.as_mut()?.step().transpose();
-        if !matches!(item, Some(Ok(_))) {
+        if item.as_ref().is_none_or(|item| item.as_ref().is_err_and(|error| !error.is_local())) {
             self.0 = None;
         }
         item

@@ -117,7 +117,6 @@ impl<'a> Areas<'a> {
     pub(super) fn range(&self, gva: u64) -> Result<(u64, u64), KernelError> {
         let word = |at: u64| self.kernel.read_u64(gva.wrapping_add(at));
         let (start, end) = (word(self.start)?, word(self.end)?);
-        let is_page = |at: u64| at.trailing_zeros() >= PAGE_SHIFT;
         if start >= end || !is_page(start) || !is_page(end) {
             return Err(malformed(gva));
         }
@@ -129,17 +128,23 @@ impl<'a> Areas<'a> {
         let mut bytes = Bytes::zeroed(self.len);
         self.kernel.read(gva, bytes.as_mut())?;
         let (start, end) = (bytes.u64(self.start), bytes.u64(self.end));
-        let is_page = |at: u64| at.trailing_zeros() >= PAGE_SHIFT;
         // The memory of an area that was freed may hold anything.
         if start >= end || !is_page(start) || !is_page(end) || bytes.u64(self.mm) != mm {
             return Err(malformed(gva));
         }
         let mut mapping = Mapping { start, end, flags: bytes.u64(self.flags), ..Mapping::default() };
+        let damaged = |error: KernelError| if error.is_local() { Ok(true) } else { Err(error) };
         match bytes.u64(self.file) {
-            0 => mapping.label = self.label(&bytes, &mapping, names)?,
+            0 => match self.label(&bytes, &mapping, names) {
+                Ok(label) => mapping.label = label,
+                Err(error) => mapping.is_damaged = damaged(error)?,
+            },
             file => {
                 mapping.offset = bytes.u64(self.pgoff) << PAGE_SHIFT;
-                mapping.file = Some(self.mapped(file)?);
+                match self.mapped(file) {
+                    Ok(file) => mapping.file = Some(file),
+                    Err(error) => mapping.is_damaged = damaged(error)?,
+                }
             }
         }
         Ok(mapping)
@@ -172,7 +177,10 @@ impl<'a> Areas<'a> {
 
     /// What the kernel calls an area that is no file's.
     fn label(&self, area: &Bytes, mapping: &Mapping, names: &Names) -> Result<Option<String>, KernelError> {
-        let name = |gva| Ok::<_, KernelError>(text(&self.kernel.read_cstr(gva, MAX_NAME)?));
+        let name = |gva| match text(&self.kernel.read_cstr(gva, MAX_NAME)?) {
+            name if name.is_empty() => Err(malformed(gva)),
+            name => Ok(name),
+        };
         if self.special.contains(&area.u64(self.ops)) {
             let place = area.u64(self.private).wrapping_add(self.special_name);
             return name(self.kernel.read_u64(place)?).map(Some);
@@ -202,6 +210,11 @@ impl<'a> Areas<'a> {
         let flags = self.kernel.read_u64(gate.wrapping_add(self.flags))?;
         Ok(Some(Mapping { start, end, flags, label: Some("[vsyscall]".to_owned()), ..Mapping::default() }))
     }
+}
+
+/// Whether an address is the first of a page.
+pub(super) fn is_page(at: u64) -> bool {
+    at.trailing_zeros() >= PAGE_SHIFT
 }
 
 fn malformed(gva: u64) -> KernelError {

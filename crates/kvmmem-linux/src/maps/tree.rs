@@ -84,46 +84,64 @@ impl Tree {
         })
     }
 
-    /// The entries of the tree whose root is `root` (`maple_tree.ma_root`), by ascending numbers.
-    pub(super) fn entries(&self, kernel: &Kernel<'_>, root: u64) -> Result<Vec<Entry>, KernelError> {
+    /// The entries of the tree whose root is `root` (`maple_tree.ma_root`), by ascending numbers, and why there are not more
+    /// where nodes are damaged: their entries are left out.
+    pub(super) fn entries(&self, kernel: &Kernel<'_>, root: u64) -> (Vec<Entry>, Option<KernelError>) {
+        let (mut entries, mut lost) = (Vec::new(), None);
         if root == 0 {
-            return Ok(Vec::new());
+            return (entries, lost);
         }
-        let malformed = |gva| KernelError::Malformed { what: "the node of a maple tree".to_owned(), gva };
         // A tree that is one entry has it for the number 0 alone, where no process has memory.
         if root & INTERNAL_MASK != INTERNAL || root < MIN_NODE {
-            return Err(malformed(root));
+            return (entries, Some(malformed(root)));
         }
-        let mut entries = Vec::new();
         let mut nodes = 0;
         // Nodes whose entries come next, the last one first.
         let mut next = vec![(root, (0, u64::MAX), 1)];
-        while let Some((pointer, (first, last), depth)) = next.pop() {
-            let (gva, kind) = (pointer & !NODE_BITS, pointer >> TYPE_SHIFT & TYPE_MASK);
-            let is_leaf = kind == self.leaf;
-            let node = match kind {
-                _ if is_leaf || kind == self.range => &self.range_64,
-                _ if kind == self.arange => &self.arange_64,
-                _ => return Err(malformed(gva)),
-            };
+        while let Some((pointer, range, depth)) = next.pop() {
             nodes += 1;
-            if gva == 0 || depth > MAX_DEPTH || nodes > MAX_NODES {
-                return Err(malformed(gva));
+            if nodes > MAX_NODES || entries.len() > MAX_AREAS {
+                return (entries, Some(malformed(root)));
             }
-            let mut bytes = Bytes::zeroed(node.len);
-            kernel.read(gva, bytes.as_mut())?;
-            let slots = node.slots(&bytes, first, last).ok_or_else(|| malformed(gva))?;
-            if !is_leaf {
-                next.extend(slots.into_iter().rev().map(|(slot, range)| (slot, range, depth + 1)));
-                continue;
-            }
-            entries.extend(slots.into_iter().filter(|(entry, _)| *entry != 0));
-            if entries.len() > MAX_AREAS {
-                return Err(malformed(gva));
+            match self.slots(kernel, pointer, range, depth) {
+                Ok((slots, true)) => entries.extend(slots.into_iter().filter(|(entry, _)| *entry != 0)),
+                Ok((slots, false)) => {
+                    next.extend(slots.into_iter().rev().map(|(slot, range)| (slot, range, depth + 1)));
+                }
+                Err(error) => lost = lost.or(Some(error)),
             }
         }
-        Ok(entries)
+        (entries, lost)
     }
+
+    /// The slots of a node, and whether it is a leaf.
+    fn slots(
+        &self,
+        kernel: &Kernel<'_>,
+        pointer: u64,
+        (first, last): (u64, u64),
+        depth: usize,
+    ) -> Result<(Vec<Entry>, bool), KernelError> {
+        let (gva, kind) = (pointer & !NODE_BITS, pointer >> TYPE_SHIFT & TYPE_MASK);
+        let is_leaf = kind == self.leaf;
+        let node = match kind {
+            _ if is_leaf || kind == self.range => &self.range_64,
+            _ if kind == self.arange => &self.arange_64,
+            _ => return Err(malformed(gva)),
+        };
+        if gva == 0 || depth > MAX_DEPTH {
+            return Err(malformed(gva));
+        }
+        let mut bytes = Bytes::zeroed(node.len);
+        kernel.read(gva, bytes.as_mut())?;
+        let slots = node.slots(&bytes, first, last).ok_or_else(|| malformed(gva))?;
+        // A node of zeros is none: its first slot would have all its numbers.
+        if bytes.is_zero() { Err(malformed(gva)) } else { Ok((slots, is_leaf)) }
+    }
+}
+
+fn malformed(gva: u64) -> KernelError {
+    KernelError::Malformed { what: "the node of a maple tree".to_owned(), gva }
 }
 
 impl Node {

@@ -6,6 +6,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use super::{Ends, Kind, Protocol, Socket, State, TRIES};
 use crate::bytes::{Bytes, text};
 use crate::kernel::{Kernel, KernelError};
+use crate::process::FIRST_NAMESPACE;
 
 /// Families of addresses.
 const AF_UNIX: u16 = 1;
@@ -61,7 +62,7 @@ struct Unix {
 }
 
 /// What can be compared to find out whether a socket changed.
-type Key = (Bytes, Option<(u64, u32)>);
+type Key = (Bytes, Option<(Option<u64>, Option<u32>)>);
 
 impl Layout {
     pub(super) fn new(kernel: &Kernel<'_>) -> Result<Self, KernelError> {
@@ -132,18 +133,24 @@ impl Layout {
         let mut common = Bytes::zeroed(self.common_len);
         kernel.read(gva, common.as_mut())?;
         let state = State::of(common.u8(self.state)).ok_or_else(|| malformed(gva))?;
-        let netns = kernel.read_u32(common.u64(self.net).wrapping_add(self.ns_inum))?;
+        let netns = kernel.read_u32(common.u64(self.net).wrapping_add(self.ns_inum)).ok();
+        let netns = netns.filter(|number| *number >= FIRST_NAMESPACE);
+        let mut is_damaged = netns.is_none();
         // Of these the kernel keeps less than a whole socket.
         let is_whole = ![TIME_WAIT, NEW_SYN_RECV].contains(&common.u8(self.state));
         let mut sock = Bytes::default();
         let mut file = None;
         if is_whole {
-            sock = Bytes::zeroed(self.sock_len);
-            kernel.read(gva, sock.as_mut())?;
-            file = Some((self.inode(kernel, sock.u64(self.socket))?, sock.u32(self.uid)));
+            sock = Bytes::read(kernel, gva, self.sock_len)?;
+            let inode = match sock.has(self.socket, 8) {
+                true => self.inode(kernel, sock.u64(self.socket)).ok(),
+                false => None,
+            };
+            file = Some((inode, Some(sock.u32(self.uid)).filter(|_| sock.has(self.uid, 4))));
+            is_damaged |= !sock.is_whole() || inode.is_none();
         }
         let ends = match (protocol, common.u16(self.family)) {
-            (Protocol::Unix, AF_UNIX) => self.unix_ends(kernel, gva, &sock)?,
+            (Protocol::Unix, AF_UNIX) => self.unix_ends(kernel, gva, &sock, &mut is_damaged)?,
             (Protocol::Unix, _) => return Err(malformed(gva)),
             (_, AF_INET) => {
                 let address = |at| IpAddr::V4(Ipv4Addr::from_bits(u32::from_be(common.u32(at))));
@@ -161,8 +168,9 @@ impl Layout {
             }
             _ => return Err(malformed(gva)),
         };
-        let (inode, uid) = (file.map_or(0, |(inode, _)| inode), file.map(|(_, uid)| uid));
-        let socket = Socket { gva, protocol, state, ends, inode, uid, netns, is_torn: false };
+        let inode = file.and_then(|(inode, _)| inode).unwrap_or(0);
+        let uid = file.and_then(|(_, uid)| uid);
+        let socket = Socket { gva, protocol, state, ends, inode, uid, netns, is_torn: false, is_damaged };
         Ok((socket, (self.stable(&common), file)))
     }
 
@@ -174,7 +182,12 @@ impl Layout {
 
     /// The inode of a `struct socket`, 0 without one.
     fn inode(&self, kernel: &Kernel<'_>, socket: u64) -> Result<u64, KernelError> {
-        if socket == 0 { Ok(0) } else { kernel.read_u64(socket.wrapping_add(self.i_ino)) }
+        if socket == 0 {
+            return Ok(0);
+        }
+        let inode = kernel.read_u64(socket.wrapping_add(self.i_ino))?;
+        // The file system of sockets numbers them from 1 on.
+        if inode == 0 { Err(malformed(socket)) } else { Ok(inode) }
     }
 
     fn inet_ends(&self, common: &Bytes, local: IpAddr, peer: IpAddr) -> Ends {
@@ -184,7 +197,13 @@ impl Layout {
         }
     }
 
-    fn unix_ends(&self, kernel: &Kernel<'_>, gva: u64, sock: &Bytes) -> Result<Ends, KernelError> {
+    fn unix_ends(
+        &self,
+        kernel: &Kernel<'_>,
+        gva: u64,
+        sock: &Bytes,
+        is_damaged: &mut bool,
+    ) -> Result<Ends, KernelError> {
         let kind = match sock.u16(self.kind) {
             1 => Kind::Stream,
             2 => Kind::Datagram,
@@ -193,11 +212,18 @@ impl Layout {
         };
         let path = match sock.u64(self.unix.addr) {
             0 => None,
-            address => Some(self.path(kernel, address)?),
+            address => self.path(kernel, address).ok().or_else(|| {
+                *is_damaged = true;
+                None
+            }),
         };
+        let inode_of = |peer: u64| self.inode(kernel, kernel.read_u64(peer.wrapping_add(self.socket))?);
         let peer = match sock.u64(self.unix.peer) {
             0 => None,
-            peer => Some(self.inode(kernel, kernel.read_u64(peer.wrapping_add(self.socket))?)?),
+            peer => inode_of(peer).ok().or_else(|| {
+                *is_damaged = true;
+                None
+            }),
         };
         Ok(Ends::Unix { kind, path, peer })
     }
@@ -206,7 +232,9 @@ impl Layout {
     fn path(&self, kernel: &Kernel<'_>, address: u64) -> Result<String, KernelError> {
         let len = kernel.read_u32(address.wrapping_add(self.unix.len))?;
         let malformed = || KernelError::Malformed { what: "the unix address".to_owned(), gva: address };
-        let len = len.checked_sub(FAMILY_LEN).filter(|len| *len <= SUN_LEN).ok_or_else(malformed)?;
+        // One that is bound has a name.
+        let len =
+            len.checked_sub(FAMILY_LEN).filter(|len| (1..=SUN_LEN).contains(len)).ok_or_else(malformed)?;
         let mut name = vec![0; usize::try_from(len).unwrap_or(0)];
         kernel.read(address.wrapping_add(self.unix.name + u64::from(FAMILY_LEN)), &mut name)?;
         if name.first() == Some(&0) {

@@ -7,6 +7,7 @@ use std::collections::BTreeSet;
 
 use super::Protocol;
 use super::layout::Layout;
+use crate::bytes::Bytes;
 use crate::kernel::{Kernel, KernelError};
 
 /// The most network namespaces.
@@ -35,7 +36,8 @@ pub(super) struct Table {
     count: u64,
     /// From a socket to its link.
     node: u64,
-    /// Whether the marker at a chain's end is its bucket's number.
+    /// Whether a marker is at a chain's end, and whether it is the bucket's number.
+    is_marked: bool,
     is_numbered: bool,
 }
 
@@ -48,13 +50,17 @@ pub(super) struct Bucket {
     pub(super) first: u64,
     /// From a socket to its link.
     pub(super) node: u64,
-    /// What marks its end.
+    /// Whether its end is marked, and by which number if that is known.
+    pub(super) is_marked: bool,
     pub(super) nulls: Option<u64>,
 }
 
-/// All tables of a kernel.
-pub(super) fn all(kernel: &Kernel<'_>, layout: &Layout) -> Result<Vec<Table>, KernelError> {
-    let nets = nets(kernel)?;
+/// All tables of a kernel, and why some cannot be found.
+pub(super) fn all(
+    kernel: &Kernel<'_>,
+    layout: &Layout,
+) -> Result<(Vec<Table>, Vec<KernelError>), KernelError> {
+    let (nets, mut lost) = nets(kernel)?;
     let mut tables = Vec::new();
     let hashed = |protocol, first, each, count| Table {
         protocol,
@@ -62,14 +68,18 @@ pub(super) fn all(kernel: &Kernel<'_>, layout: &Layout) -> Result<Vec<Table>, Ke
         each,
         count,
         node: layout.node,
+        is_marked: false,
         is_numbered: false,
     };
-    tcp(kernel, layout, &nets, &mut tables)?;
-    for (protocol, table) in udp(kernel, &nets)? {
+    lost.extend(tcp(kernel, layout, &nets, &mut tables)?);
+    for (protocol, table) in udp(kernel, &nets, &mut lost)? {
         let member = |member| kernel.offset("udp_table", member).map(|at| table.wrapping_add(at));
-        let first = kernel.read_u64(member("hash")?)?.wrapping_add(kernel.offset("udp_hslot", "head")?);
-        let count = count(kernel, member("mask")?)?;
-        tables.push(hashed(protocol, first, kernel.size_of("udp_hslot")?, count));
+        let (hash, mask, head) = (member("hash")?, member("mask")?, kernel.offset("udp_hslot", "head")?);
+        let each = kernel.size_of("udp_hslot")?;
+        match kernel.read_u64(hash).and_then(|first| Ok((first, count(kernel, mask)?))) {
+            Ok((first, count)) => tables.push(hashed(protocol, first.wrapping_add(head), each, count)),
+            Err(error) => lost.push(error),
+        }
     }
     // A kernel without IPv6 has no second one.
     for symbol in ["raw_v4_hashinfo", "raw_v6_hashinfo"] {
@@ -80,29 +90,45 @@ pub(super) fn all(kernel: &Kernel<'_>, layout: &Layout) -> Result<Vec<Table>, Ke
     }
     if let Ok(buckets) = kernel.offset("net", "unx.table.buckets") {
         for net in nets {
-            let first = kernel.read_u64(net.wrapping_add(buckets))?;
-            tables.push(hashed(Protocol::Unix, first, POINTER, UNIX_BUCKETS));
+            match kernel.read_u64(net.wrapping_add(buckets)) {
+                Ok(first) => tables.push(hashed(Protocol::Unix, first, POINTER, UNIX_BUCKETS)),
+                Err(error) => lost.push(error),
+            }
         }
     } else {
         let first = kernel.symbol("unix_socket_table")?;
         tables.push(hashed(Protocol::Unix, first, POINTER, UNIX_BUCKETS));
     }
-    Ok(tables)
+    // Without any table there is no list.
+    if tables.is_empty() && !lost.is_empty() {
+        return Err(lost.swap_remove(0));
+    }
+    Ok((tables, lost))
 }
 
-/// All network namespaces.
-fn nets(kernel: &Kernel<'_>) -> Result<Vec<u64>, KernelError> {
+/// All network namespaces, and why some cannot be found.
+fn nets(kernel: &Kernel<'_>) -> Result<(Vec<u64>, Vec<KernelError>), KernelError> {
     let head = kernel.symbol("net_namespace_list")?;
-    let too_many =
-        || KernelError::Malformed { what: "more than 65,536 network namespaces".to_owned(), gva: head };
-    let mut nets = Vec::new();
-    for net in kernel.list_of(head, "net", "list")? {
-        nets.push(net?);
+    let (mut nets, mut lost) = (Vec::new(), Vec::new());
+    let mut list = kernel.list_of(head, "net", "list")?;
+    loop {
+        match list.next_with(Ok) {
+            Ok(Some((net, _))) => nets.push(net),
+            Ok(None) => break,
+            Err(error) if error.is_local() => lost.push(error),
+            Err(error) => return Err(error),
+        }
         if nets.len() > MAX_NETS {
-            return Err(too_many());
+            return Err(KernelError::TooMuch { what: "65,536 network namespaces" });
         }
     }
-    Ok(nets)
+    // There is one at least.
+    if nets.is_empty() {
+        let malformed =
+            || KernelError::Malformed { what: "the list of network namespaces".to_owned(), gva: head };
+        return Err(lost.pop().unwrap_or_else(malformed));
+    }
+    Ok((nets, lost))
 }
 
 /// TCP's tables, each two: of connections and of listeners.
@@ -111,15 +137,20 @@ fn tcp(
     layout: &Layout,
     nets: &[u64],
     tables: &mut Vec<Table>,
-) -> Result<(), KernelError> {
+) -> Result<Vec<KernelError>, KernelError> {
+    let mut lost = Vec::new();
     let mut all = BTreeSet::from([kernel.symbol("tcp_hashinfo")?]);
     let row = kernel.member("net", "ipv4.tcp_death_row")?;
     let hashinfo = kernel.offset("inet_timewait_death_row", "hashinfo")?;
     for net in nets {
         let at = net.wrapping_add(row.offset);
         // 6.0 alone has a pointer there.
-        let row = if row.size == POINTER { kernel.read_u64(at)? } else { at };
-        all.insert(kernel.read_u64(row.wrapping_add(hashinfo))?);
+        let row = if row.size == POINTER { kernel.read_u64(at) } else { Ok(at) };
+        match row.and_then(|row| kernel.read_u64(row.wrapping_add(hashinfo))) {
+            // A namespace that is not complete yet has none.
+            Ok(hashinfo) => all.extend(Some(hashinfo).filter(|hashinfo| *hashinfo != 0)),
+            Err(error) => lost.push(error),
+        }
     }
     let table = |first, each, count, is_numbered| Table {
         protocol: Protocol::Tcp,
@@ -127,32 +158,47 @@ fn tcp(
         each,
         count,
         node: layout.nulls_node,
+        is_marked: true,
         is_numbered,
     };
     for hashinfo in all {
         let member = |member| kernel.offset("inet_hashinfo", member).map(|at| hashinfo.wrapping_add(at));
-        let first = kernel.read_u64(member("ehash")?)?;
+        let place =
+            |first: u64, mask: u64| Ok::<_, KernelError>((kernel.read_u64(first)?, count(kernel, mask)?));
         let each = kernel.size_of("inet_ehash_bucket")?;
-        tables.push(table(first, each, count(kernel, member("ehash_mask")?)?, true));
+        match place(member("ehash")?, member("ehash_mask")?) {
+            Ok((first, count)) => tables.push(table(first, each, count, true)),
+            Err(error) => lost.push(error),
+        }
         let each = kernel.size_of("inet_listen_hashbucket")?;
         let head = kernel.offset("inet_listen_hashbucket", "nulls_head")?;
         // Before 5.19 listeners are in an array of a fixed size.
-        let (first, count) = match kernel.member("inet_hashinfo", "listening_hash") {
-            Ok(array) => (hashinfo.wrapping_add(array.offset), array.size / each.max(1)),
-            Err(_) => (kernel.read_u64(member("lhash2")?)?, count(kernel, member("lhash2_mask")?)?),
+        let listeners = match kernel.member("inet_hashinfo", "listening_hash") {
+            Ok(array) => Ok((hashinfo.wrapping_add(array.offset), array.size / each.max(1))),
+            Err(_) => place(member("lhash2")?, member("lhash2_mask")?),
         };
-        tables.push(table(first.wrapping_add(head), each, count, false));
+        match listeners {
+            Ok((first, count)) => tables.push(table(first.wrapping_add(head), each, count, false)),
+            Err(error) => lost.push(error),
+        }
     }
-    Ok(())
+    Ok(lost)
 }
 
 /// UDP's tables.
-fn udp(kernel: &Kernel<'_>, nets: &[u64]) -> Result<BTreeSet<(Protocol, u64)>, KernelError> {
+fn udp(
+    kernel: &Kernel<'_>,
+    nets: &[u64],
+    lost: &mut Vec<KernelError>,
+) -> Result<BTreeSet<(Protocol, u64)>, KernelError> {
     let mut all = BTreeSet::from([(Protocol::Udp, kernel.symbol("udp_table")?)]);
     all.extend(kernel.symbol("udplite_table").ok().map(|table| (Protocol::UdpLite, table)));
     if let Ok(at) = kernel.offset("net", "ipv4.udp_table") {
         for net in nets {
-            all.insert((Protocol::Udp, kernel.read_u64(net.wrapping_add(at))?));
+            match kernel.read_u64(net.wrapping_add(at)) {
+                Ok(table) => all.extend(Some((Protocol::Udp, table)).filter(|_| table != 0)),
+                Err(error) => lost.push(error),
+            }
         }
     }
     Ok(all)
@@ -167,14 +213,14 @@ fn count(kernel: &Kernel<'_>, gva: u64) -> Result<u64, KernelError> {
     Err(KernelError::Malformed { what: "the size of the table of sockets".to_owned(), gva })
 }
 
-/// The buckets of several tables that hold a socket. It ends after an error.
+/// The buckets of several tables that hold a socket. An error stands for those that cannot be read.
 #[derive(Debug)]
 pub(super) struct Buckets<'a> {
     kernel: &'a Kernel<'a>,
     tables: std::vec::IntoIter<Table>,
     /// The present table, and the number of its next bucket.
     now: Option<(Table, u64)>,
-    found: std::vec::IntoIter<Bucket>,
+    found: std::vec::IntoIter<Result<Bucket, KernelError>>,
     left: u64,
 }
 
@@ -187,19 +233,17 @@ impl<'a> Buckets<'a> {
     fn step(&mut self) -> Result<Option<Bucket>, KernelError> {
         loop {
             if let Some(bucket) = self.found.next() {
-                return Ok(Some(bucket));
+                return bucket.map(Some);
             }
             let Some((table, next)) = self.now.or_else(|| Some((self.tables.next()?, 0))) else {
                 return Ok(None);
             };
             let batch = (table.count - next).min(BATCH);
-            self.found = table.batch(self.kernel, next, batch)?.into_iter();
-            let too_many = || KernelError::Malformed {
-                what: "more than 16 million buckets of tables of sockets".to_owned(),
-                gva: table.first,
-            };
-            self.left = self.left.checked_sub(batch).ok_or_else(too_many)?;
+            let left = self.left.checked_sub(batch);
+            self.left =
+                left.ok_or(KernelError::TooMuch { what: "16 million buckets of tables of sockets" })?;
             self.now = Some((table, next + batch)).filter(|(table, next)| *next < table.count);
+            self.found = table.batch(self.kernel, next, batch)?.into_iter();
         }
     }
 }
@@ -213,32 +257,40 @@ impl Iterator for Buckets<'_> {
 }
 
 impl Table {
-    /// Those of `count` buckets from `first` on that hold a socket.
-    fn batch(&self, kernel: &Kernel<'_>, first: u64, count: u64) -> Result<Vec<Bucket>, KernelError> {
+    /// Those of `count` buckets from `first` on that hold a socket, and an error for those that cannot be read.
+    fn batch(
+        &self,
+        kernel: &Kernel<'_>,
+        first: u64,
+        count: u64,
+    ) -> Result<Vec<Result<Bucket, KernelError>>, KernelError> {
         let malformed =
             || KernelError::Malformed { what: "the table of sockets".to_owned(), gva: self.first };
         // The last bucket's pointer is the last that is read.
         let len = (count.max(1) - 1).checked_mul(self.each).and_then(|len| len.checked_add(POINTER));
-        let len = len.and_then(|len| usize::try_from(len).ok()).filter(|len| *len <= 1 << 20);
-        let mut bytes = vec![0; len.ok_or_else(malformed)?];
-        let start = self.first.wrapping_add(first.wrapping_mul(self.each));
-        kernel.read(start, &mut bytes)?;
+        let len = len.filter(|len| *len <= 1 << 20).ok_or_else(malformed)?;
+        let bytes = Bytes::read(kernel, self.first.wrapping_add(first.wrapping_mul(self.each)), len)?;
+        let mut is_damaged = false;
         let mut buckets = Vec::new();
         for (number, at) in
-            (first..first + count).zip((0..).step_by(usize::try_from(self.each).unwrap_or(1).max(1)))
+            (first..first + count).zip((0..).step_by(usize::try_from(self.each.max(1)).unwrap_or(1)))
         {
-            let pointer = bytes.get(at..).and_then(|rest| rest.first_chunk().copied());
-            let first = u64::from_le_bytes(pointer.unwrap_or_default());
-            if first != 0 && first & 1 == 0 {
-                buckets.push(Bucket {
+            let pointer = bytes.u64(at);
+            // The chain of a bucket without sockets is its marker alone.
+            if !bytes.has(at, POINTER) || pointer == 0 && self.is_marked {
+                is_damaged = true;
+            } else if pointer != 0 && pointer & 1 == 0 {
+                buckets.push(Ok(Bucket {
                     protocol: self.protocol,
                     head: self.first.wrapping_add(number.wrapping_mul(self.each)),
-                    first,
+                    first: pointer,
                     node: self.node,
+                    is_marked: self.is_marked,
                     nulls: self.is_numbered.then_some(number),
-                });
+                }));
             }
         }
+        buckets.extend(is_damaged.then(|| Err(malformed())));
         Ok(buckets)
     }
 }

@@ -31,16 +31,17 @@ pub(crate) fn task(place: &Place) -> Task {
         gva: place.gva + PROCESS,
         tid: 7,
         pid: 7,
-        ppid: 1,
-        uid: 0,
-        euid: 0,
-        gid: 0,
+        ppid: Some(1),
+        uid: Some(0),
+        euid: Some(0),
+        gid: Some(0),
         state: 'S',
-        start: Duration::ZERO,
+        start: Some(Duration::ZERO),
         comm: "areas".to_owned(),
         is_kernel: false,
         args: Default::default(),
         is_torn: false,
+        is_damaged: false,
     }
 }
 

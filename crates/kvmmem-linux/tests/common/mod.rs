@@ -4,6 +4,7 @@
 
 pub(crate) mod areas;
 pub(crate) mod btf;
+pub(crate) mod fs;
 pub(crate) mod kallsyms;
 pub(crate) mod objects;
 pub(crate) mod processes;

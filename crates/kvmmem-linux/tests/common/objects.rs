@@ -372,7 +372,7 @@ fn types() -> Vec<u8> {
     btf.build()
 }
 
-fn structure(btf: &mut Builder, name: &str, size: u32, members: &[(&str, u32, u64)]) -> u32 {
+pub(crate) fn structure(btf: &mut Builder, name: &str, size: u32, members: &[(&str, u32, u64)]) -> u32 {
     let place = |bytes: u64| u32::try_from(bytes * 8).unwrap();
     let members: Vec<_> = members.iter().map(|(name, id, at)| (*name, *id, place(*at), 0)).collect();
     btf.structure(4, name, size, &members)

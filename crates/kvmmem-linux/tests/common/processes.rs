@@ -10,14 +10,21 @@ use super::{BTF, Guest, NAMES, Place, TASKS};
 
 /// Places in the image: tasks but the first, and what all have in common.
 const OTHERS: u64 = 0x20_0000;
-const CRED: u64 = 0x21_0000;
+pub(crate) const CRED: u64 = 0x21_0000;
+
+const USER: u64 = 0x21_1000;
+
+/// The flag of the kernel's own tasks.
+const PF_KTHREAD: u32 = 0x20_0000;
 
 /// Members of `struct task_struct`.
 pub(crate) const PID: u64 = 40;
 pub(crate) const COMM: u64 = 56;
 const TGID: u64 = 44;
 const PARENT: u64 = 48;
+const FLAGS: u64 = 72;
 const STATE: u64 = 76;
+pub(crate) const USAGE: u64 = 84;
 const CRED_AT: u64 = 88;
 pub(crate) const START: u64 = 96;
 
@@ -30,6 +37,8 @@ pub(crate) fn guest() -> Guest {
     let Place { gpa, gva, .. } = Place::FIRST;
     guest.put(gpa + BTF, &types());
     guest.put(gpa + CRED, &[1000_u32, 1001, 1002].map(u32::to_le_bytes).concat());
+    guest.put_word(gpa + CRED + 16, gva + USER);
+    guest.put(gpa + USER, &1000_u32.to_le_bytes());
     for (n, (pid, name)) in NAMES.iter().enumerate() {
         let task = gpa + task(n);
         guest.put(task, &[0; 0x100]);
@@ -39,7 +48,9 @@ pub(crate) fn guest() -> Guest {
         guest.put(task + TGID, &pid.to_le_bytes());
         guest.put_word(task + PARENT, gva + self::task(0));
         guest.put(task + COMM, name.as_bytes());
+        guest.put(task + FLAGS, &PF_KTHREAD.to_le_bytes());
         guest.put(task + STATE, &1_u32.to_le_bytes());
+        guest.put(task + USAGE, &1_u32.to_le_bytes());
         guest.put_word(task + CRED_AT, gva + CRED);
         guest.put_word(task + START, 1_000_000_000 + u64::from(*pid));
     }
@@ -50,7 +61,7 @@ pub(crate) fn guest() -> Guest {
 pub(crate) fn task(n: usize) -> u64 {
     match n % NAMES.len() {
         0 => TASKS,
-        n => OTHERS + 0x100 * n as u64,
+        n => OTHERS + 0x1000 * n as u64,
     }
 }
 
@@ -82,16 +93,19 @@ fn types() -> Vec<u8> {
             ("tgid", int, place(TGID), 0),
             ("real_parent", word, place(PARENT), 0),
             ("comm", text, place(COMM), 0),
-            ("flags", int, place(72), 0),
+            ("flags", int, place(FLAGS), 0),
             ("__state", int, place(STATE), 0),
             ("exit_state", int, place(80), 0),
+            ("usage", int, place(USAGE), 0),
             ("cred", word, place(CRED_AT), 0),
             ("start_boottime", word, place(START), 0),
             ("mm", word, place(104), 0),
         ],
     );
     btf.structure(4, "signal_struct", 16, &[("thread_head", list, 0, 0)]);
-    btf.structure(4, "cred", 12, &[("uid", int, 0, 0), ("euid", int, 32, 0), ("gid", int, 64, 0)]);
+    let cred = [("uid", int, 0, 0), ("euid", int, 32, 0), ("gid", int, 64, 0), ("user", word, 128, 0)];
+    btf.structure(4, "cred", 24, &cred);
+    btf.structure(4, "user_struct", 4, &[("uid", int, 0, 0)]);
     let words = ["pgd", "arg_start", "arg_end", "env_end"];
     let members: Vec<_> = (0..).zip(words).map(|(n, name)| (name, word, 64 * n, 0)).collect();
     btf.structure(4, "mm_struct", 32, &members);
