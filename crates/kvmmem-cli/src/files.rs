@@ -56,6 +56,9 @@ struct FileLine<'a> {
     damaged: bool,
 }
 
+/// Processes with their files.
+type Found = Vec<(Task, Vec<OpenFile>)>;
+
 impl Arguments {
     pub(crate) fn run(&self, output: &mut Output) -> Result<ExitCode> {
         let (found, damage) = self.guest.with_kernel("files", |kernel| self.find(kernel))?;
@@ -65,7 +68,7 @@ impl Arguments {
         self.guest.end(damage)
     }
 
-    fn find(&self, kernel: &Kernel<'_>) -> Result<(Vec<(Task, Vec<OpenFile>)>, Damage)> {
+    fn find(&self, kernel: &Kernel<'_>) -> Result<(Found, Damage)> {
         let Listed { rows: mut tasks, lost } =
             collect(|| Tasks::new(kernel, Which::Processes)).context("cannot list the processes")?;
         for pid in &self.pid {
@@ -79,7 +82,7 @@ impl Arguments {
         }
         tasks.retain(|task| self.pid.is_empty() || self.pid.contains(&task.pid));
         let files = Files::new(kernel)?;
-        let (mut found, mut cut) = (Vec::new(), 0);
+        let (mut found, mut cut) = (Found::new(), 0);
         for task in tasks {
             match collect(|| Ok(std::iter::once(files.of(&task)))) {
                 Ok(open) => {

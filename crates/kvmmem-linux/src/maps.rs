@@ -126,6 +126,8 @@ pub struct Maps<'a> {
     mm: u64,
     place: Place,
     map_count: u64,
+    /// References to the memory of a process, which has one as long as the process has it.
+    mm_count: Option<u64>,
     paths_left: Cell<usize>,
 }
 
@@ -155,6 +157,7 @@ impl<'a> Maps<'a> {
             mm: kernel.offset("task_struct", "mm")?,
             place,
             map_count: mm("map_count")?,
+            mm_count: mm("mm_count").ok(),
             paths_left: Cell::new(MAX_ALL_PATHS),
         })
     }
@@ -179,6 +182,11 @@ impl<'a> Maps<'a> {
         let mm = self.kernel.read_u64(task.gva.wrapping_add(self.mm))?;
         if mm == 0 || task.is_kernel {
             return Ok(MemoryMap::default());
+        }
+        if let Some(count) = self.mm_count
+            && self.kernel.read_u32(mm.wrapping_add(count))? == 0
+        {
+            return Err(KernelError::Malformed { what: "the memory of a process".to_owned(), gva: mm });
         }
         let count = self.kernel.read_u32(mm.wrapping_add(self.map_count))?;
         let names = self.areas.names(mm)?;
@@ -217,7 +225,7 @@ impl<'a> Maps<'a> {
         // What belongs to no process, and is there in each: the highest addresses.
         let gate = self.areas.gate();
         mappings.extend(gate.as_ref().ok().cloned().flatten());
-        match lost.or(gate.err()) {
+        match lost.or_else(|| gate.err()) {
             Some(error) if mappings.is_empty() || !error.is_local() => Err(error),
             lost => Ok(MemoryMap { mappings, is_torn: is_torn && lost.is_none(), is_cut: lost.is_some() }),
         }

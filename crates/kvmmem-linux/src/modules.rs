@@ -160,7 +160,8 @@ impl<'a> Reader<'a> {
             1 => State::Loading,
             2 => State::Unloading,
             // Not formed yet; /proc leaves it out.
-            _ => return Ok(None),
+            3 => return Ok(None),
+            _ => return Err(KernelError::Malformed { what: "the module".to_owned(), gva }),
         };
         let name = bytes.string(layout.name, NAME_LEN);
         // Without a state and a name it is nothing that can be listed.

@@ -256,6 +256,9 @@ impl<'a> Mounts<'a> {
                 kind = format!("{kind}.{}", name(subtype)?);
             }
         }
+        if !kind.bytes().all(|byte| byte.is_ascii_graphic()) {
+            return Err(malformed(sb));
+        }
         let source = self.word(gva, self.devname)?;
         Ok(Some(Mount {
             id: number(gva, self.id)?,
