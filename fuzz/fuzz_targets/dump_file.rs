@@ -30,6 +30,8 @@ fuzz_target!(|bytes: &[u8]| {
         }
         assert!(dump.read_at(range.end(), &mut [0]).is_err());
     }
+    // Notes that make no sense are an error.
+    let _ = dump.vcpus();
     let memory: &dyn Memory = &dump;
     assert!(memory.data().all(|data| data.is_ok()));
 });

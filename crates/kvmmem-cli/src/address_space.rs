@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Whose page tables guest-virtual addresses are looked up in: those that a CR3 names, or those of a Linux guest's kernel or of
-//! one of its processes, which are found.
+//! Whose page tables guest-virtual addresses are looked up in: those that a CR3 names, those that a vCPU uses, or those of a
+//! Linux guest's kernel or of one of its processes, which are found.
 
 use anyhow::{Context, Result};
 use clap::Args;
@@ -26,6 +26,11 @@ pub(crate) struct Virtual {
     /// of the Linux kernel that is found
     #[arg(long, value_name = "CR3", value_parser = parse_root)]
     pub(crate) cr3: Option<Root>,
+
+    /// Addresses are guest-virtual, by the page tables that this vCPU uses: the first one is 0. Its registers come with
+    /// --target, or from an ELF dump
+    #[arg(long, value_name = "N", conflicts_with_all = ["pid", "cr3"])]
+    pub(crate) vcpu: Option<u32>,
 
     /// With --pid or kernel: of several kernels, the one whose VMCOREINFO note is at this guest-physical address
     #[arg(long, value_name = "GPA", value_parser = parse)]
@@ -62,7 +67,7 @@ impl Virtual {
 
     /// Whether addresses are guest-virtual.
     pub(crate) fn is_given(&self) -> bool {
-        self.pid.is_some() || self.cr3.is_some()
+        self.pid.is_some() || self.cr3.is_some() || self.vcpu.is_some()
     }
 
     /// CR3, where the command line has it.
@@ -75,7 +80,7 @@ impl Virtual {
 
     /// The address space of a Linux guest; `None` for others.
     pub(crate) fn linux(&self) -> Result<Option<Linux>> {
-        let Self { pid, cr3, note } = *self;
+        let Self { pid, cr3, note, .. } = *self;
         match (pid, cr3) {
             (None, None | Some(Root::At(_))) if note.is_some() => {
                 Err(usage("--note chooses the kernel for --pid PID and --cr3 kernel: give one of them"))

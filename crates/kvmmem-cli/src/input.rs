@@ -4,15 +4,17 @@
 use std::ops::ControlFlow;
 use std::path::PathBuf;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use clap::Args;
 use kvmmem::view::{Access, Range, View};
+use kvmmem_memory::paging::AddressSpace;
 use kvmmem_memory::{DumpFile, Memory};
 
 use crate::parallel::{Sink, in_order};
 use crate::range::GpaRange;
 use crate::source::{self, NO_TOKEN, Source};
 use crate::target_name::TargetName;
+use crate::vcpu;
 
 #[derive(Args)]
 pub(crate) struct Input {
@@ -53,6 +55,24 @@ impl Input {
         })
     }
 
+    /// As [`Input::open`], with the address space that a vCPU uses at this moment, or did when it was dumped.
+    pub(crate) fn open_at_vcpu(&self, verb: &str, number: u32) -> Result<(Opened, AddressSpace)> {
+        if let Some(path) = &self.file {
+            let file = DumpFile::open(path)?;
+            let vcpus = file.vcpus()?;
+            ensure!(!vcpus.is_empty(), vcpu::none_in(path));
+            return Ok((Opened::File(file), vcpu::space(&vcpus, number)?));
+        }
+        let source = self.source()?;
+        ensure!(source.is_by_name(), vcpu::NO_REGISTERS);
+        let (view, operator) = source.attach_asking(Access::ReadOnly, verb, &[], true)?;
+        let mut operator = operator.context(vcpu::NO_REGISTERS)?;
+        let registers = operator.admin.registers(&operator.target);
+        let registers = registers.with_context(|| format!("cannot get the registers of vCPU {number}"))?;
+        let vcpus: Vec<_> = registers.iter().map(vcpu::control).collect();
+        Ok((Opened::View(view, source.name()), vcpu::space(&vcpus, number)?))
+    }
+
     /// Memory for a few accesses: that in the file, or as [`Source::memory`] has it.
     pub(crate) fn memory(&self, verb: &str, wanted: &[GpaRange]) -> Result<source::Memory> {
         match &self.file {
@@ -66,6 +86,15 @@ impl Input {
         let is_given = self.source.is_given();
         ensure!(is_given, "no memory is named: give a dump (--file DUMP), or a running target; {NO_TOKEN}");
         Ok(&self.source)
+    }
+}
+
+impl From<Opened> for source::Memory {
+    fn from(opened: Opened) -> Self {
+        match opened {
+            Opened::View(view, _) => Self::View(view),
+            Opened::File(file) => Self::File(file),
+        }
     }
 }
 

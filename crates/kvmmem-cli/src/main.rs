@@ -47,6 +47,7 @@ mod table;
 mod target;
 mod target_name;
 mod translate;
+mod vcpu;
 mod vm;
 mod watch;
 

@@ -24,7 +24,7 @@ const CHUNK: u64 = 64 * 1024;
 #[derive(Args)]
 #[command(after_help = READ_HELP)]
 pub(crate) struct Read {
-    /// First guest-physical address in the target, or guest-virtual with --pid or --cr3
+    /// First guest-physical address in the target, or guest-virtual with --pid, --cr3 or --vcpu
     #[arg(value_parser = parse)]
     address: u64,
     /// How many bytes
@@ -98,6 +98,11 @@ impl Read {
             let kernel = linux.kernel(&opened)?;
             let space = LinuxSpace::new(&kernel, &linux)?;
             return self.print(output, |at, buf| space.read(at, buf));
+        }
+        if let Some(vcpu) = self.space.vcpu {
+            let (opened, space) = self.input.open_at_vcpu("read", vcpu)?;
+            let (mut memory, tables) = (opened.into(), Tables::of_vcpu(space));
+            return self.print(output, |at, buf| read(Some(&tables), &mut memory, at, buf));
         }
         // Where a guest-virtual address leads is not known yet.
         let wanted = if is_virtual { Vec::new() } else { vec![pages(self.address, self.len)] };

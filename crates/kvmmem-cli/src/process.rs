@@ -1,15 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The memory of one process of a Linux guest, by its virtual addresses: the same as the guest's for whatever goes through it.
+//! The memory of one process, by its virtual addresses: the same as the guest's for what goes through it. It is a process of a
+//! Linux guest, by its number, or the one that runs on a vCPU, of any guest.
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use kvmmem_linux::Space;
 use kvmmem_linux::space::{Extent, MappedError};
+use kvmmem_memory::paging::AddressSpace;
 use kvmmem_memory::{Memory, MemoryError, Range, VectoredError};
 
-use crate::input::Opened;
+use crate::input::{Input, Opened};
 use crate::linux::find;
 use crate::number::{Address, Hex, parse};
+use crate::range::GpaRange;
 
 /// Looks at tables that change, before their error counts.
 const TRIES: u32 = 3;
@@ -19,6 +22,10 @@ pub(crate) struct Process {
     /// Of a Linux guest: the memory of this process alone, by its virtual addresses, as far as it is in memory
     #[arg(long, value_name = "PID")]
     pid: Option<u32>,
+    /// The memory of the process that runs on this vCPU, by its virtual addresses: the lower half of the vCPU's address space, as
+    /// far as it is in memory. The first vCPU is 0; its registers come with --target, or from an ELF dump
+    #[arg(long, value_name = "N", conflicts_with = "pid")]
+    vcpu: Option<u32>,
     /// Of several kernels, the one whose VMCOREINFO note is at this guest-physical address
     #[arg(long, value_name = "GPA", value_parser = parse, requires = "pid")]
     note: Option<u64>,
@@ -27,7 +34,21 @@ pub(crate) struct Process {
 impl Process {
     /// Whether the memory is a process's.
     pub(crate) fn is_given(&self) -> bool {
-        self.pid.is_some()
+        self.pid.is_some() || self.vcpu.is_some()
+    }
+
+    /// Opens the memory in which the process is; a whole guest's reaches into each of `wanted`.
+    pub(crate) fn open(
+        &self,
+        input: &Input,
+        verb: &str,
+        wanted: &[GpaRange],
+    ) -> Result<(Opened, Option<AddressSpace>)> {
+        match self.vcpu {
+            Some(vcpu) => input.open_at_vcpu(verb, vcpu).map(|(opened, space)| (opened, Some(space))),
+            // Where a process lies is not known yet.
+            None => Ok((input.open(verb, if self.is_given() { &[] } else { wanted })?, None)),
+        }
     }
 
     /// An address of that memory.
@@ -35,23 +56,37 @@ impl Process {
         if self.is_given() { Address::Gva(Hex(at)) } else { Address::Gpa(Hex(at)) }
     }
 
-    /// Hands `act` the memory of the process if one was named, else the guest's.
+    /// Hands `act` the memory of the process if one was named, else the guest's. `space` is what [`Process::open`] says.
     pub(crate) fn with_memory<R>(
         &self,
         opened: &Opened,
+        space: Option<AddressSpace>,
         act: impl FnOnce(&dyn Memory) -> Result<R>,
     ) -> Result<R> {
         let memory = opened.memory();
-        let Some(pid) = self.pid else { return act(memory) };
-        let kernel = find(opened, self.note)?;
-        let space = kernel.space_of(&kernel.task(pid)?)?;
-        let extents =
-            mapped(&space).with_context(|| format!("cannot tell what process {pid} has in memory"))?;
-        if extents.is_empty() {
-            bail!("process {pid} has nothing in memory");
-        }
+        let extents = match (self.pid, space, self.vcpu) {
+            (Some(pid), ..) => {
+                let kernel = find(opened, self.note)?;
+                let space = kernel.space_of(&kernel.task(pid)?)?;
+                in_memory(&space, &format!("process {pid}"))?
+            }
+            (None, Some(space), Some(vcpu)) => {
+                let on = format!("the process on vCPU {vcpu} (CR3 {:#x})", space.cr3);
+                in_memory(&Space::new(memory, space, 0), &on)?
+            }
+            _ => return act(memory),
+        };
         act(&ProcessMemory { memory, extents })
     }
+}
+
+/// What the process called `whose` has in memory, which is something.
+fn in_memory(space: &Space<'_>, whose: &str) -> Result<Vec<Extent>> {
+    let extents = mapped(space).with_context(|| format!("cannot tell what {whose} has in memory"))?;
+    if extents.is_empty() {
+        bail!("{whose} has nothing in memory");
+    }
+    Ok(extents)
 }
 
 /// What a process has in memory, looked up again where that changes meanwhile.

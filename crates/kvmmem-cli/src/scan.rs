@@ -76,7 +76,7 @@ pub(crate) struct Arguments {
     #[cfg(feature = "yara")]
     #[arg(long, value_name = "FILE", conflicts_with_all = ["patterns", "text", "utf16", "regex", "list", "ignore_case", "before", "after"])]
     yara: Vec<PathBuf>,
-    /// Look only at these guest-physical addresses (with --pid, virtual ones), for example 1M..2M; END is behind the range;
+    /// Look only at these guest-physical addresses (with --pid or --vcpu, virtual ones), for example 1M..2M; END is behind the range;
     /// may be given again
     #[arg(long = "range", value_name = "START..END", value_parser = parse_range)]
     ranges: Vec<GpaRange>,
@@ -131,9 +131,8 @@ impl Arguments {
             Some(threads) => threads.into(),
             None => std::thread::available_parallelism().context("cannot count the CPUs")?.get(),
         };
-        let reaching: &[GpaRange] = if self.process.is_given() { &[] } else { &ranges };
-        let opened = self.input.open("scan", reaching)?;
-        let found = self.process.with_memory(&opened, |memory| {
+        let (opened, space) = self.process.open(&self.input, "scan", &ranges)?;
+        let found = self.process.with_memory(&opened, space, |memory| {
             let all = reached(memory)?;
             let parts = select(&ranges, &all)?;
             if !self.process.is_given() {

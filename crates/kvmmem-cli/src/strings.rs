@@ -37,7 +37,7 @@ pub(crate) struct Arguments {
     /// Look for this alone
     #[arg(long, short, value_enum)]
     encoding: Option<Encoding>,
-    /// Look only at these guest-physical addresses (with --pid, virtual ones), for example 1M..2M; END is behind the range;
+    /// Look only at these guest-physical addresses (with --pid or --vcpu, virtual ones), for example 1M..2M; END is behind the range;
     /// may be given again
     #[arg(long = "range", value_name = "START..END", value_parser = parse_range)]
     ranges: Vec<GpaRange>,
@@ -51,7 +51,7 @@ pub(crate) struct Arguments {
 }
 
 const AFTER_HELP: &str = "\
-A line for each string: its guest-physical address (with --pid, its virtual one), its encoding, and the printable ASCII characters and tabs that follow
+A line for each string: its guest-physical address (with --pid or --vcpu, its virtual one), its encoding, and the printable ASCII characters and tabs that follow
 each other there, as one byte each or in UTF-16, little-endian, at any address. A string of more than 4096 characters is
 printed in parts. Strings come in the order of addresses. Memory that the target never used is not read.";
 
@@ -91,9 +91,8 @@ struct Found {
 impl Arguments {
     pub(crate) fn run(&self, output: &mut Output) -> Result<ExitCode> {
         let wanted = ranges_in_order(&self.ranges)?;
-        let reaching: &[GpaRange] = if self.process.is_given() { &[] } else { &wanted };
-        let opened = self.input.open("strings", reaching)?;
-        self.process.with_memory(&opened, |memory| self.search(memory, &wanted, output))
+        let (opened, space) = self.process.open(&self.input, "strings", &wanted)?;
+        self.process.with_memory(&opened, space, |memory| self.search(memory, &wanted, output))
     }
 
     fn search(&self, memory: &dyn Memory, wanted: &[GpaRange], output: &mut Output) -> Result<ExitCode> {

@@ -21,15 +21,15 @@ const NOT_MAPPED: u8 = 3;
 #[derive(Args)]
 #[command(after_help = AFTER_HELP)]
 pub(crate) struct Arguments {
-    /// The vCPU's CR3, the address of the outermost table, or kernel: that of the Linux kernel that is found; with --pid or --cr3
-    /// not given, and the first GVA is in its place
+    /// The vCPU's CR3, the address of the outermost table, or kernel: that of the Linux kernel that is found; with --pid, --cr3
+    /// or --vcpu not given, and the first GVA is in its place
     #[arg(value_name = "CR3", value_parser = parse_root)]
     first: Root,
     /// Guest-virtual addresses
-    #[arg(value_name = "GVA", required_unless_present_any = ["pid", "cr3"], value_parser = parse)]
+    #[arg(value_name = "GVA", required_unless_present_any = ["pid", "cr3", "vcpu"], value_parser = parse)]
     gvas: Vec<u64>,
     /// How many levels of page tables the target uses [default: what the tables look like]
-    #[arg(long, conflicts_with = "pid", value_enum)]
+    #[arg(long, conflicts_with_all = ["pid", "vcpu"], value_enum)]
     levels: Option<Depth>,
     /// Print the entries of the page tables as well; JSON always has them
     #[arg(long, short)]
@@ -138,6 +138,11 @@ impl Tables {
         Self { space, is_guess: levels.is_none() }
     }
 
+    /// Those that a vCPU uses, whose CR4 says how many levels there are.
+    pub(crate) fn of_vcpu(space: AddressSpace) -> Self {
+        Self { space, is_guess: false }
+    }
+
     /// What helps where a walk ends early; empty where nothing is known.
     pub(crate) fn remedy(&self, error: &WalkError<MemoryError>) -> &'static str {
         match error {
@@ -166,9 +171,15 @@ impl Arguments {
             return self
                 .print(output, &gvas, space.space.levels(), walk, is_local, |error| space.remedy(error));
         }
-        let mut memory = self.input.memory("translate", &[])?;
-        let cr3 = space.cr3().context("no CR3 is given")?;
-        let tables = Tables::new(cr3, self.levels, &gvas, &mut memory);
+        let (mut memory, tables) = if let Some(vcpu) = space.vcpu {
+            let (opened, space) = self.input.open_at_vcpu("translate", vcpu)?;
+            (opened.into(), Tables::of_vcpu(space))
+        } else {
+            let mut memory = self.input.memory("translate", &[])?;
+            let cr3 = space.cr3().context("no CR3 is given")?;
+            let tables = Tables::new(cr3, self.levels, &gvas, &mut memory);
+            (memory, tables)
+        };
         let walk = |gva| tables.space.walk(gva, |gpa, buf| memory.read(gpa, buf));
         let remedy = |error: &_| tables.remedy(error).to_owned();
         self.print(output, &gvas, tables.space.levels, walk, MemoryError::is_of_address, remedy)
@@ -181,9 +192,9 @@ impl Arguments {
         }
         match self.first {
             Root::At(gva) => Ok((self.space, [&[gva], &self.gvas[..]].concat())),
-            Root::Kernel => {
-                Err(usage("\"kernel\" is no guest-virtual address, and --pid or --cr3 says whose tables"))
-            }
+            Root::Kernel => Err(usage(
+                "\"kernel\" is no guest-virtual address, and --pid, --cr3 or --vcpu says whose tables",
+            )),
         }
     }
 

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, bail};
 use clap::Args;
 use kvmmem::view::Event;
+use kvmmem_linux::Space;
 use kvmmem_memory::Memory;
 
 use crate::address_space::{LinuxSpace, Virtual};
@@ -29,7 +30,7 @@ const SIGNAL_INTERVAL: Duration = Duration::from_millis(100);
 #[derive(Args)]
 #[command(after_help = AFTER_HELP)]
 pub(crate) struct Arguments {
-    /// First guest-physical address in the target, or guest-virtual with --pid or --cr3 kernel
+    /// First guest-physical address in the target, or guest-virtual with --pid, --vcpu or --cr3 kernel
     #[arg(value_parser = parse)]
     address: u64,
     /// How many bytes, at most 1M
@@ -49,8 +50,9 @@ pub(crate) struct Arguments {
 
 const AFTER_HELP: &str = "\
 On a terminal with room for it the picture stays in place, and what changed since the last look is red. Else each
-changed line is printed, with the seconds since the beginning before it. With --pid the addresses are looked up again each
-time, and a page that is not in memory ends the command. A dump file does not change.
+changed line is printed, with the seconds since the beginning before it. With --pid and --vcpu the addresses are looked up
+again each time, and a page that is not in memory ends the command. With --vcpu that is in the page tables that the vCPU uses when
+the command begins. A dump file does not change.
 
 Exit codes:
   0  interrupted, or COUNT looks taken
@@ -76,7 +78,18 @@ impl Arguments {
         }
         let linux = space.linux()?;
         if let Some(cr3) = space.cr3() {
-            return Err(usage(format!("watch looks by --pid PID or --cr3 kernel, not by --cr3 {cr3:#x}")));
+            return Err(usage(format!(
+                "watch looks by --pid PID, --vcpu N or --cr3 kernel, not by --cr3 {cr3:#x}"
+            )));
+        }
+        if let Some(vcpu) = space.vcpu {
+            let (opened, space) = self.input.open_at_vcpu("watch", vcpu)?;
+            let space = Space::new(opened.memory(), space, 0);
+            return self.watch(&opened, output, |bytes| {
+                // The guest changes its page tables.
+                space.forget();
+                Ok(space.read(address, bytes)?)
+            });
         }
         let wanted = if linux.is_some() { Vec::new() } else { vec![pages(address, len)] };
         let opened = self.input.open("watch", &wanted)?;

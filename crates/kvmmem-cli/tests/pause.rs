@@ -151,3 +151,25 @@ fn a_monitor_that_another_client_uses_is_told() {
         assert!(Instant::now() < deadline, "{}", ended.stderr);
     }
 }
+
+#[test]
+fn a_vcpu_without_page_tables_or_that_is_not_there_is_named() {
+    let Some(target) = Target::start("vcpu") else { return };
+    // Firmware does without page tables.
+    for (number, words) in [("1", "paging is off"), ("2", "there is no vCPU 2: the last one is 1")] {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_kvmmem"));
+        command.args(["read", "--target", &target.name, "--vcpu", number, "0", "16"]).env_remove("RUST_LOG");
+        command.env("KVMMEM_BROKER", target.path("none"));
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        // Until the firmware has left what tells where the RAM is.
+        let deadline = Instant::now() + Duration::from_secs(60);
+        loop {
+            let ended = finish(command.spawn().unwrap());
+            assert_eq!(ended.code, Some(1), "{}", ended.stderr);
+            if ended.stderr.contains(words) {
+                break;
+            }
+            assert!(Instant::now() < deadline, "{}", ended.stderr);
+        }
+    }
+}

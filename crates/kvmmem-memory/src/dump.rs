@@ -13,6 +13,7 @@
 mod elf;
 mod error;
 mod lime;
+mod notes;
 mod record;
 
 use std::fs::{self, File, FileType, Metadata};
@@ -23,6 +24,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{Mode, OFlags, SeekFrom, seek};
 use rustix::io::Errno;
 
+use crate::paging::ControlRegisters;
 use crate::range::next_range;
 use crate::{Memory, MemoryError, Range};
 pub use error::DumpError;
@@ -117,6 +119,20 @@ impl DumpFile {
     /// Where the memory lies in the file: ascending, disjoint.
     pub fn segments(&self) -> &[Segment] {
         &self.segments
+    }
+
+    /// The control registers of the vCPUs, in the order of their numbers. Only ELF cores have them, and not all: empty
+    /// for others.
+    ///
+    /// # Errors
+    /// [`DumpError`], where its notes are damaged.
+    pub fn vcpus(&self) -> Result<Vec<ControlRegisters>, DumpError> {
+        if self.format != Format::Elf {
+            return Ok(Vec::new());
+        }
+        let fail = |source: io::Error| DumpError::Open { path: self.path.clone(), source };
+        let len = seek(&self.file, SeekFrom::End(0)).map_err(|error| fail(error.into()))?;
+        elf::vcpus(&self.path, &self.file, len)
     }
 
     fn new(

@@ -23,11 +23,13 @@
 
 mod absent;
 mod depth;
+mod vcpu;
 
 use std::error::Error;
 use std::fmt;
 
 pub use absent::Absent;
+pub use vcpu::{ControlRegisters, PagingError};
 
 /// Bits 12 to 51 of an entry: where the next table or the page is.
 const ADDRESS: u64 = 0x000f_ffff_ffff_f000;

@@ -7,6 +7,7 @@ use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
 use kvmmem_memory::dump::{Format, Segment};
+use kvmmem_memory::paging::ControlRegisters;
 use kvmmem_memory::{DumpError, DumpFile, Memory, MemoryError, Range};
 use proptest::prelude::*;
 use rustix::fs::{FileType, Mode};
@@ -56,6 +57,54 @@ fn elf(segments: &[(u64, &[u8], u64)], by_section: bool) -> Vec<u8> {
     assert_eq!(head.len(), headers);
     segments.iter().for_each(|(_, bytes, _)| head.extend(*bytes));
     head
+}
+
+/// A QEMU note, as of version 1 of the structure or of another.
+fn qemu_note(registers: ControlRegisters, version: u32) -> Vec<u8> {
+    let mut state = vec![0; 440];
+    state[..4].copy_from_slice(&version.to_le_bytes());
+    state[4..8].copy_from_slice(&440u32.to_le_bytes());
+    let ControlRegisters { cr0, cr3, cr4, .. } = registers;
+    for (at, value) in [(392, cr0), (416, cr3), (424, cr4)] {
+        state[at..at + 8].copy_from_slice(&value.to_le_bytes());
+    }
+    note(b"QEMU\0\0\0\0", 5, &state)
+}
+
+/// A note with a name that is padded already.
+fn note(name: &[u8], name_len: u32, content: &[u8]) -> Vec<u8> {
+    let len = u32::try_from(content.len()).unwrap();
+    let head = [name_len, len, 0].into_iter().flat_map(u32::to_le_bytes);
+    head.chain(name.iter().copied()).chain(content.iter().copied()).collect()
+}
+
+/// A core whose first segment is these notes.
+fn elf_with_notes(notes: &[u8]) -> Vec<u8> {
+    let mut bytes = elf(&[(0, notes, 0), (0x1000, &[1; 0x1000], 0)], false);
+    bytes[64..68].copy_from_slice(&4u32.to_le_bytes());
+    bytes
+}
+
+#[test]
+fn the_control_registers_are_those_in_the_qemu_notes() {
+    let vcpu = |cr3| ControlRegisters { cr0: 0x8005_0033, cr3, cr4: 0x75_0eb0, efer: None };
+    let core = note(b"CORE\0\0\0\0", 5, &[0; 336]);
+    let notes = [core.clone(), qemu_note(vcpu(0x1000), 1), qemu_note(vcpu(0x2000), 1)].concat();
+    let vcpus = |bytes: &[u8]| {
+        let (_directory, path) = file(bytes);
+        DumpFile::open(&path).unwrap().vcpus()
+    };
+    assert_eq!(vcpus(&elf_with_notes(&notes)).unwrap(), [vcpu(0x1000), vcpu(0x2000)]);
+    // Those of kdump have none, nor has what is no core.
+    assert_eq!(vcpus(&elf_with_notes(&core)).unwrap(), []);
+    assert_eq!(vcpus(&elf(&[(0, &[1; 0x1000], 0)], false)).unwrap(), []);
+    assert_eq!(vcpus(&lime(&[(0, &[1; 0x1000])])).unwrap(), []);
+    assert_eq!(vcpus(&[0; 0x1000]).unwrap(), []);
+    let damaged = [&notes[..notes.len() - 8], &qemu_note(vcpu(0), 2)[..], &[0xff; 12]];
+    for notes in damaged {
+        let error = vcpus(&elf_with_notes(notes)).unwrap_err();
+        assert!(matches!(error, DumpError::Malformed { what: "its notes make no sense", .. }), "{error}");
+    }
 }
 
 fn lime(ranges: &[(u64, &[u8])]) -> Vec<u8> {
@@ -218,18 +267,22 @@ fn what_has_no_offsets_is_refused_at_once() {
 proptest! {
     #[test]
     fn no_headers_do_harm(
+        has_notes: bool,
         is_elf: bool,
         changes in proptest::collection::vec((0usize..400, any::<u8>()), 0..8),
         gpa: u64,
     ) {
         let (one, two) = ([1; 0x100], [2; 0x80]);
-        let mut bytes = if is_elf { elf(&[(0x1000, &one, 0x10), (0x2000, &two, 0)], true) } else { lime(&[(0x1000, &one), (0x2000, &two)]) };
+        let mut bytes = if has_notes {
+            elf_with_notes(&[qemu_note(ControlRegisters::default(), 1), note(b"X\0\0\0", 2, &one)].concat())
+        } else if is_elf { elf(&[(0x1000, &one, 0x10), (0x2000, &two, 0)], true) } else { lime(&[(0x1000, &one), (0x2000, &two)]) };
         for (at, byte) in changes {
             let len = bytes.len();
             bytes[at % len] = byte;
         }
         let (_directory, path) = file(&bytes);
         if let Ok(dump) = DumpFile::open(&path) {
+            let _ = dump.vcpus();
             let ranges = dump.ranges().unwrap();
             prop_assert!(ranges.iter().zip(ranges.iter().skip(1)).all(|(a, b)| a.end() < b.gpa || a.end() == b.gpa));
             for gpa in [gpa, 0x1000, 0x10f0, 0x2000, u64::MAX] {

@@ -96,6 +96,7 @@ fn parse(text: &str) -> Option<VcpuRegisters> {
         cr2: number("CR2")?,
         cr3: number("CR3")?,
         cr4: number("CR4")?,
+        efer: number("EFER"),
     })
 }
 
@@ -169,8 +170,10 @@ CR0=60000010 CR2=00000000 CR3=00000000 CR4=00000000
         assert_eq!(long.segments[7], segment(0x40, 0xffff_fe00_0000_3000, 0x4087, 0x8900));
         assert_eq!((long.gdt, long.idt), ((0xffff_fe00_0000_1000, 0x7f), (0xffff_fe00_0000_0000, 0xfff)));
         assert_eq!((long.cr0, long.cr2, long.cr3, long.cr4), (0x8005_0033, 0x4b_f04c, 0xdc0_a000, 0x75_0eb0));
+        assert_eq!(long.efer, Some(0xd01));
         let real = parse(REAL).unwrap();
         assert_eq!(real.general, [1, 2, 3, 4, 5, 6, 7, 8, 0, 0, 0, 0, 0, 0, 0, 0]);
+        assert_eq!(real.efer, None);
         assert_eq!((real.rip, real.segments[1]), (0xfff0, segment(0xf000, 0xffff_0000, 0xffff, 0x9b00)));
     }
 

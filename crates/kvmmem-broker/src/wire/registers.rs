@@ -26,6 +26,9 @@ pub struct VcpuRegisters {
     pub cr3: u64,
     /// CR4.
     pub cr4: u64,
+    /// EFER, where the VMM shows it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub efer: Option<u64>,
 }
 
 /// A segment register with its hidden part.

@@ -238,6 +238,7 @@ mod tests {
             cr2: 2,
             cr3: 3,
             cr4: 4,
+            ..VcpuRegisters::default()
         }
     }
 

@@ -150,3 +150,78 @@ fn a_large_raw_dump_without_its_record_is_told_from_one_without_linux() {
         assert!(stderr.contains("there is no VMCOREINFO note"), "{stderr}");
     }
 }
+
+/// An ELF core of the memory of a raw dump, with the registers of two vCPUs: the first one's paging is off.
+fn core_with_registers(raw: &str) -> String {
+    let memory = std::fs::read(raw).unwrap();
+    let mut notes = Vec::new();
+    for (cr0, cr3, cr4) in [(0x6000_0010_u64, 0_u64, 0_u64), (0x8005_0033, 0x1000, 0x75_0eb0)] {
+        notes.extend([5u32, 440, 0].into_iter().flat_map(u32::to_le_bytes));
+        notes.extend(b"QEMU\0\0\0\0");
+        let mut state = vec![0; 440];
+        for (at, value) in [(0, 440 << 32 | 1), (392, cr0), (416, cr3), (424, cr4)] {
+            state[at..at + 8].copy_from_slice(&value.to_le_bytes());
+        }
+        notes.extend(state);
+    }
+    let mut core = b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0\x04\0\x3e\0\x01\0\0\0".to_vec();
+    core.extend([0u64, 64, 0].into_iter().flat_map(u64::to_le_bytes));
+    core.extend([0u16, 0, 64, 56, 2, 0, 0, 0].into_iter().flat_map(u16::to_le_bytes));
+    let (at, notes_len, len) = (64 + 2 * 56, notes.len() as u64, memory.len() as u64);
+    for (kind, words) in [(4u32, [at, 0, 0, notes_len, 0, 0]), (1, [at + notes_len, 0, 0, len, len, 0])] {
+        core.extend([kind, 7].into_iter().flat_map(u32::to_le_bytes));
+        core.extend(words.into_iter().flat_map(u64::to_le_bytes));
+    }
+    let path = format!("{raw}.core");
+    std::fs::write(&path, [core, notes, memory].concat()).unwrap();
+    path
+}
+
+#[test]
+fn addresses_are_looked_up_in_the_tables_of_a_vcpu() {
+    let directory = tempfile::tempdir().unwrap();
+    let raw = dump_with_tables(directory.path());
+    let core = core_with_registers(&raw);
+    let of = |file: &str, arguments: &[&str]| run(&[arguments, &["--file", file]].concat());
+    for (verb, expected) in [
+        (&["read", "0x1ff0", "16", "--raw"][..], "end of the page!".to_owned()),
+        (&["translate", "0x1ff0"], "0x0000000000001ff0  0x000000005ff0  4 KiB  rwx  user\n".to_owned()),
+        (&["strings"], "000000001ff0  ascii  end of the page!\n".to_owned()),
+    ] {
+        let (code, stdout, stderr) = of(&core, &[verb, &["--vcpu", "1"]].concat());
+        assert_eq!((code, stdout, stderr.as_str()), (Some(0), expected, ""), "{verb:?}");
+    }
+    let found = of(&core, &["scan", "--text", "of the page", "--vcpu", "1", "--json"]);
+    assert_eq!((found.0, found.1.contains("\"gva\":\"0x1ff4\"")), (Some(0), true), "{found:?}");
+    let watched = of(&core, &["watch", "0x1ff0", "16", "--vcpu", "1", "--count", "2", "--interval", "1ms"]);
+    assert_eq!((watched.0, watched.1.contains("end of the page!")), (Some(0), true), "{watched:?}");
+    // What is not in the tables is as with --cr3.
+    assert_eq!(of(&core, &["translate", "--vcpu", "1", "0x2000"]).0, Some(3));
+    let wrong: [(&str, &str, &[&str]); 4] = [
+        (&core, "2", &["there is no vCPU 2: the last one is 1"]),
+        (&core, "0", &["vCPU 0", "paging is off (CR0 0x60000010)"]),
+        (&raw, "0", &["has no registers", "kvmmem dump --format elf", "--cr3 kernel"]),
+        (&raw, "x", &["--vcpu"]),
+    ];
+    for (file, number, words) in wrong {
+        for verb in [
+            &["read", "0", "1"][..],
+            &["watch", "0", "1", "--count", "1"],
+            &["translate", "0"],
+            &["scan", "00"],
+            &["strings"],
+        ] {
+            let (code, stdout, stderr) = of(file, &[verb, &["--vcpu", number]].concat());
+            let expected = if number == "x" || verb[0] == "scan" { 2 } else { 1 };
+            assert_eq!((code, stdout.as_str()), (Some(expected), ""), "{verb:?}: {stderr}");
+            assert!(words.iter().all(|word| stderr.contains(word)), "{verb:?}: {stderr}");
+        }
+    }
+    for other in [&["--pid", "1"][..], &["--cr3", "0x1000"], &["--cr3", "kernel"], &["--levels", "4"]] {
+        let arguments = [&["translate", "--vcpu", "1", "0x1ff0"], other].concat();
+        assert_eq!(of(&core, &arguments).0, Some(2), "{other:?}");
+    }
+    // Over KVMI there are none, and none is waited for.
+    let (code, _, stderr) = run(&["read", "--vcpu", "0", "0", "1", "--listen", "unix:/nonexistent/x"]);
+    assert_eq!((code, stderr.contains("--target NAME")), (Some(1), true), "{stderr}");
+}

@@ -7,19 +7,43 @@ use std::path::Path;
 
 use object::LittleEndian as Le;
 use object::elf::{
-    ELFCLASS64, ELFDATA2LSB, EM_X86_64, ET_CORE, FileHeader64, PN_XNUM, PT_LOAD, ProgramHeader64,
+    ELFCLASS64, ELFDATA2LSB, EM_X86_64, ET_CORE, FileHeader64, PN_XNUM, PT_LOAD, PT_NOTE, ProgramHeader64,
     SectionHeader64,
 };
 use object::pod::{Pod, from_bytes};
 
-use super::{DumpError, MAX_SEGMENTS, Segment, read_some};
+use super::{DumpError, MAX_SEGMENTS, Segment, notes, read_some};
 use crate::Range;
+use crate::paging::ControlRegisters;
 
 /// Bytes of a program header.
 const PHDR: u64 = size_of::<ProgramHeader64<Le>>() as u64;
 
 /// The segments of the core in a file of `len` bytes.
 pub(super) fn segments(path: &Path, file: &File, len: u64) -> Result<Vec<Segment>, DumpError> {
+    let mut segments = Vec::new();
+    for program in programs(path, file, len)? {
+        // What memory has beyond the file's bytes was left out of the dump.
+        let size = program.p_filesz.get(Le).min(program.p_memsz.get(Le));
+        if program.p_type.get(Le) == PT_LOAD && size > 0 {
+            let range = Range { gpa: program.p_paddr.get(Le), len: size };
+            segments.push(Segment { range, offset: program.p_offset.get(Le) });
+        }
+    }
+    Ok(segments)
+}
+
+/// The control registers of the vCPUs, in their order; empty where the core has none.
+pub(super) fn vcpus(path: &Path, file: &File, len: u64) -> Result<Vec<ControlRegisters>, DumpError> {
+    let programs = programs(path, file, len)?;
+    match programs.iter().find(|program| program.p_type.get(Le) == PT_NOTE) {
+        Some(program) => notes::vcpus(path, file, program.p_offset.get(Le), program.p_filesz.get(Le)),
+        None => Ok(Vec::new()),
+    }
+}
+
+/// The program headers of the core in a file of `len` bytes.
+fn programs(path: &Path, file: &File, len: u64) -> Result<Vec<ProgramHeader64<Le>>, DumpError> {
     let malformed = |what| DumpError::malformed(path, what);
     let header: FileHeader64<Le> = read(path, file, 0)?;
     if (header.e_ident.class, header.e_ident.data) != (ELFCLASS64, ELFDATA2LSB) {
@@ -32,19 +56,13 @@ pub(super) fn segments(path: &Path, file: &File, len: u64) -> Result<Vec<Segment
         return Err(malformed("its program headers have another size than those of ELF64"));
     }
     let count = count(path, file, &header)?;
-    let mut segments = Vec::new();
+    let mut programs = Vec::new();
     for index in 0..count {
         let at = header.e_phoff.get(Le).checked_add(index * PHDR).filter(|at| *at < len);
         let at = at.ok_or_else(|| malformed("its program headers lie outside the file"))?;
-        let program: ProgramHeader64<Le> = read(path, file, at)?;
-        // What memory has beyond the file's bytes was left out of the dump.
-        let size = program.p_filesz.get(Le).min(program.p_memsz.get(Le));
-        if program.p_type.get(Le) == PT_LOAD && size > 0 {
-            let range = Range { gpa: program.p_paddr.get(Le), len: size };
-            segments.push(Segment { range, offset: program.p_offset.get(Le) });
-        }
+        programs.push(read(path, file, at)?);
     }
-    Ok(segments)
+    Ok(programs)
 }
 
 /// How many program headers there are: where the header has no room for the number, the first section says it.
