@@ -31,6 +31,7 @@ use kvmmem_linux::{Find, FindError, Kernel};
 use serde::Serialize;
 use uuid::Uuid;
 
+use crate::failure::usage;
 use crate::interrupt::Interrupt;
 use crate::number::parse;
 use crate::output::Output;
@@ -72,7 +73,7 @@ pub(crate) struct Arguments {
     /// Pause the target while its memory is read, so that the dump shows one moment. It runs again right after, and also if
     /// this command is killed, stopped or hangs; one that is not running stays as it is. With --target, where the broker has
     /// a QMP connection to the target's QEMU
-    #[arg(long, requires = "target", conflicts_with = "resume")]
+    #[arg(long, conflicts_with = "resume")]
     pause: bool,
     /// Compress the file or stream; a dump that was not finished cannot be resumed then
     #[arg(long, value_enum, value_name = "METHOD", conflicts_with = "resume")]
@@ -130,6 +131,10 @@ type Vcpus = Result<Vec<VcpuRegisters>, String>;
 
 impl Arguments {
     pub(crate) fn run(&self, output: &mut Output) -> Result<ExitCode> {
+        if self.pause && !self.source.is_by_name() {
+            let words = "--pause needs --target, on the target's host: a token opens memory alone, in an introspector too";
+            return Err(usage(words));
+        }
         if let Some(pid) = self.pid {
             return self.run_process(pid, output);
         }

@@ -119,6 +119,9 @@ fn named<'a>(name: &str, found: &'a [Found]) -> Result<&'a Found> {
             one.pid,
             other.pid
         ),
+        (None, _) if Path::new(kvmmem::device::DEFAULT_PATH).exists() => bail!(
+            "no virtual machine of this machine is called {name:?}: in an introspector, attach by a token (--token-file)"
+        ),
         (None, _) => {
             bail!("no virtual machine of this host is called {name:?}: see kvmmem targets --discover")
         }

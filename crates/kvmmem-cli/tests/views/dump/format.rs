@@ -100,7 +100,13 @@ fn a_target_without_a_monitor_is_neither_paused_nor_are_its_registers_known() {
     let file = path(&host);
     let file = file.to_str().unwrap();
     // By a token there is no pause.
-    assert_eq!(dump(&host, &[], &["--pause"]).code, Some(2));
+    let ended = dump(&host, &[], &["--pause"]);
+    assert_eq!(
+        (ended.code, ended.stderr.contains("a token opens memory alone")),
+        (Some(2), true),
+        "{}",
+        ended.stderr
+    );
     let ended = host.run(&["dump", file, "--target", "victim", "--pause"]);
     assert_eq!(ended.code, Some(1));
     assert!(
