@@ -7,7 +7,7 @@
  * with the section "end". "SCENE READY" on the console says that it is on the disk.
  *
  * Words in the environment variable "scene" (of the kernel's command line) change the scene: "wrap" overflows the
- * kernel's log, "symbols" adds /proc/kallsyms and the kernel's BTF to the truth.
+ * kernel's log, "symbols" adds /proc/kallsyms and the kernel's BTF to the truth, "crowd" starts CROWD more processes.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -596,6 +596,20 @@ static void wrap_log(void)
 	close(fd);
 }
 
+#define CROWD 150
+
+/* Starts many processes, as a machine at work has. */
+static void crowd(void)
+{
+	char name[32];
+	int i;
+
+	for (i = 0; i < CROWD; i++) {
+		snprintf(name, sizeof(name), "member-%d", i);
+		act(name, (char *[]){ "/usr/sbin/member", name, NULL });
+	}
+}
+
 /* Waits until an actor that cannot say so itself has the state that it is to have. */
 static void wait_for_states(void)
 {
@@ -660,6 +674,8 @@ int main(int count, char *arguments[])
 	act("contained", (char *[]){ "contained", "contained", NULL });
 	act("stopped", (char *[]){ "stopped", "stopped", NULL });
 	act("evil", (char *[]){ "evil", "evil", padding, "behind", NULL });
+	if (wants("crowd"))
+		crowd();
 	wait_for_states();
 	write_truth();
 	printf("SCENE READY\n");

@@ -3,9 +3,9 @@
 //! the guests' own /proc shows.
 
 mod compare;
-mod guest;
+pub(crate) mod guest;
 mod hooks;
-mod kernels;
+pub(crate) mod kernels;
 mod memory;
 mod mounts;
 mod process_core;
@@ -158,6 +158,18 @@ pub(crate) fn run(cache: &Cache, bed: &Bed, suite: &mut Suite) -> Result<()> {
     run_with(cache, bed, suite, VARIANTS.iter())
 }
 
+/// Builds the program that the guests run.
+pub(crate) fn scene(folder: &Path, log: &Path) -> Result<PathBuf> {
+    let scene = folder.join("scene");
+    Tool::new("cc", log)
+        .args(["-static", "-O2", "-Wall", "-Wextra", "-Werror", "-o"])
+        .arg(&scene)
+        .arg(SCENE)
+        .dir(project::root())
+        .run()?;
+    Ok(scene)
+}
+
 fn run_with<'a>(
     cache: &Cache,
     bed: &Bed,
@@ -167,13 +179,7 @@ fn run_with<'a>(
     let scratch = cache.scratch()?;
     let log = cache.fresh_log("linux")?;
     let _watch = interrupt::watch()?;
-    let scene = scratch.path().join("scene");
-    Tool::new("cc", &log)
-        .args(["-static", "-O2", "-Wall", "-Wextra", "-Werror", "-o"])
-        .arg(&scene)
-        .arg(SCENE)
-        .dir(project::root())
-        .run()?;
+    let scene = scene(scratch.path(), &log)?;
     let mut guests = Vec::new();
     for variant in variants {
         match Stock::make(cache, bed, variant.kernel, &log) {
@@ -240,7 +246,7 @@ impl Host<'_> {
             checks.push((format!("{}: {what}", variant.name), result));
             is_fine
         };
-        let booted = Guest::start(variant, stock, scene, folder, &self.log).and_then(|mut guest| {
+        let booted = Guest::start(variant, stock, scene, folder, &[], &self.log).and_then(|mut guest| {
             let truth = guest.truth()?;
             self.kvmmem().args(["target", "add", "--qmp"]).arg(guest.qmp()).run()?;
             Ok((guest, truth))

@@ -3,6 +3,7 @@
 
 #![deny(unsafe_code)]
 
+mod answers;
 mod bed;
 mod binaries;
 mod cache;
@@ -92,6 +93,8 @@ enum Verb {
         /// Print one JSON object a line
         #[arg(long)]
         json: bool,
+        #[command(flatten)]
+        answers: answers::Options,
     },
     /// Draw what `bench --json` printed, read from standard input, as an SVG
     Plot {
@@ -147,6 +150,8 @@ enum Bench {
     Broker,
     /// Searches of a target's memory; needs no VM
     Scan,
+    /// What the command says about a Linux guest, against drgn, volatility3 and QEMU's own dump
+    Answers,
 }
 
 fn main() -> ExitCode {
@@ -176,21 +181,25 @@ fn run(verb: Verb) -> Result<i32> {
             on_host(Wanted::All, &verbs::e2e(&names, json))
         }
         Verb::Try { files, command } => on_host(Wanted::All, &verbs::try_program(files, command)?),
-        Verb::Bench { what: Bench::V1, json } => {
+        Verb::Bench { what, answers, .. } if !matches!(what, Bench::Answers) && answers.is_given() => {
+            anyhow::bail!("--file, --rounds and --debug-information are options of bench answers")
+        }
+        Verb::Bench { what: Bench::Answers, json, answers } => answers::run(&answers, json).map(|()| 0),
+        Verb::Bench { what: Bench::V1, json, .. } => {
             print!("{}", verbs::bench_here("kvmmem-broker", "kvmi_read", json)?);
             on_host(Wanted::All, &verbs::bench("v1", json))
         }
-        Verb::Bench { what: Bench::Views, json } => {
+        Verb::Bench { what: Bench::Views, json, .. } => {
             print!("{}", verbs::bench_here("kvmmem", "host_read", json)?);
             print!("{}", verbs::bench_here("kvmmem", "host_scan", json)?);
             on_host(Wanted::All, &verbs::bench("views", json))
         }
-        Verb::Bench { what: Bench::Qemu, json } => on_host(Wanted::All, &verbs::bench("qemu", json)),
-        Verb::Bench { what: Bench::Broker, json } => {
+        Verb::Bench { what: Bench::Qemu, json, .. } => on_host(Wanted::All, &verbs::bench("qemu", json)),
+        Verb::Bench { what: Bench::Broker, json, .. } => {
             print!("{}", verbs::bench_here("kvmmem-broker", "crowd", json)?);
             Ok(0)
         }
-        Verb::Bench { what: Bench::Scan, json } => {
+        Verb::Bench { what: Bench::Scan, json, .. } => {
             print!("{}", verbs::bench_here("kvmmem-cli", "scan", json)?);
             Ok(0)
         }

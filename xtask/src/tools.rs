@@ -204,7 +204,7 @@ fn python(cache: &Cache, suite: &mut Suite, core: &Path, release: &str, log: &Pa
 }
 
 /// A Python environment with its tools, made if it is not in the cache.
-fn environment(cache: &Cache, log: &Path) -> Result<PathBuf> {
+pub(crate) fn environment(cache: &Cache, log: &Path) -> Result<PathBuf> {
     let mut key = Key::default();
     PYTHON.iter().for_each(|word| key.add(word));
     let folder = cache.folder().join(format!("python-{}", key.finish()));

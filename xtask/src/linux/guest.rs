@@ -50,12 +50,13 @@ pub(crate) struct Guest {
 }
 
 impl Guest {
-    /// Starts QEMU; `folder` is the guest's own, `scene` the program.
+    /// Starts QEMU; `folder` is the guest's own, `scene` the program, `more` are further options of QEMU.
     pub(crate) fn start(
         variant: &Variant,
         stock: &Stock,
         scene: &Path,
         folder: &Path,
+        more: &[String],
         log: &Path,
     ) -> Result<Self> {
         fs::create_dir_all(folder)?;
@@ -72,7 +73,8 @@ impl Guest {
             .arg(stock.image())
             .args(["-serial", &format!("file:{}", file("console"))])
             .args(["-qmp", &format!("unix:{},server=on,wait=off", file("qmp"))])
-            .args(["-drive", &format!("if=virtio,format=raw,file={}", file("truth"))]);
+            .args(["-drive", &format!("if=virtio,format=raw,file={}", file("truth"))])
+            .args(more);
         Ok(Self { qemu: Running::start(&mut qemu, log)?, folder: folder.to_owned() })
     }
 

@@ -8,8 +8,9 @@ use anyhow::{Context as _, Result};
 
 use crate::bed::Bed;
 use crate::cache::Cache;
+use crate::root::{self, Root};
 use crate::tool::Tool;
-use crate::{depends, mirror, root, ui};
+use crate::{depends, mirror, ui};
 
 /// Where they are inside the root.
 const FOLDER: &str = "/kvmmem/linux";
@@ -33,9 +34,11 @@ const RELEASES: [Release; 3] = [
 /// The package that depends on a release's newest kernel.
 const NEWEST: &str = "linux-image-cloud-amd64";
 
-/// Downloads the kernel into `$1` from the sources `$2`, the one that package `$3` depends on. Nothing is installed. Modules are stored plain, in
-/// `usr/lib/modules` of every release.
-const DOWNLOAD: &str = r#"
+/// Where their debug information is inside the root.
+const DEBUG_FOLDER: &str = "/kvmmem/linux-debug";
+
+/// Reads the package lists of the sources `$2`, in `$1`.
+const LISTS: &str = r#"
 set -e
 mkdir -p "$1/state/lists/partial" "$1/cache/archives/partial" "$1/image/usr/lib"
 cd "$1"
@@ -45,6 +48,11 @@ apt() { program="$1"; shift; "$program" -q -o Dir::Etc::sourcelist="$PWD/sources
     -o Dir::Etc::sourceparts=/nonexistent -o Dir::State="$PWD/state" -o Dir::Cache="$PWD/cache" \
     -o Dir::State::status="$PWD/status" -o APT::Sandbox::User=root "$@"; }
 apt apt-get update
+"#;
+
+/// Downloads the kernel that package `$3` depends on. Nothing is installed. Modules are stored plain, in `usr/lib/modules` of
+/// every release.
+const KERNEL: &str = r#"
 package=$(apt apt-cache depends "$3" | sed -n 's/^ *Depends: \(linux-image-[0-9].*\)/\1/p' | head -n 1)
 apt apt-get download "$package"
 dpkg-deb -x ./*.deb image
@@ -54,6 +62,14 @@ find image -name '*.ko.xz' -exec unxz {} +
 depmod -b "$PWD/image/usr" "$release"
 cp "image/boot/vmlinuz-$release" "image/usr/lib/modules/$release/vmlinuz"
 rm -r state cache sources.list status ./*.deb image/boot
+"#;
+
+/// Downloads the debug information of the kernel `$3`, and keeps that of the kernel without its modules. tar stops reading there.
+const DEBUG: &str = r#"
+apt apt-get download "linux-image-$3-dbg"
+dpkg-deb --fsys-tarfile ./*.deb | tar -xf - --occurrence=1 --strip-components=5 "./usr/lib/debug/boot/vmlinux-$3"
+mv "vmlinux-$3" vmlinux
+rm -r state cache sources.list status ./*.deb
 "#;
 
 /// A kernel to boot.
@@ -82,7 +98,7 @@ impl Stock {
             root::remove(&root.path(&partial), log)?;
             let sources = release.sources()?;
             ui::step(&format!("linux: kernel of Debian {name}"), || {
-                root.tool("sh", log).args(["-c", DOWNLOAD, "sh", &partial, &sources, NEWEST]).run()
+                download(root, KERNEL, [&partial, &sources, NEWEST], log)
             })?;
             Tool::as_root("mv", log).arg(root.path(&partial)).arg(&folder).run()?;
         }
@@ -97,6 +113,34 @@ impl Stock {
         self.folder.join("vmlinuz")
     }
 
+    /// The debug information of a Debian release's kernel (DWARF, some 350 MB); `None` where it is not there and is not to be
+    /// downloaded.
+    pub(crate) fn debug_information(
+        &self,
+        cache: &Cache,
+        bed: &Bed,
+        name: &str,
+        downloads: bool,
+        log: &Path,
+    ) -> Result<Option<PathBuf>> {
+        let release = RELEASES.iter().find(|release| release.name == name);
+        let release = release.with_context(|| format!("no Debian release is named {name}"))?;
+        let root = bed.kernel().root();
+        let folder = root.path(&format!("{DEBUG_FOLDER}/{}", self.release));
+        let _lock = cache.lock()?;
+        if !folder.exists() && downloads {
+            let partial = format!("{DEBUG_FOLDER}/partial");
+            root::remove(&root.path(&partial), log)?;
+            let sources = release.sources()?;
+            ui::step(&format!("linux: debug information of {}", self.release), || {
+                download(root, DEBUG, [&partial, &sources, &self.release], log)
+            })?;
+            Tool::as_root("mv", log).arg(root.path(&partial)).arg(&folder).run()?;
+        }
+        let file = folder.join("vmlinux");
+        Ok(file.exists().then_some(file))
+    }
+
     /// The modules that a guest loads, in loading order.
     pub(crate) fn modules(&self) -> Result<Vec<PathBuf>> {
         let path = self.folder.join("modules.dep");
@@ -107,6 +151,11 @@ impl Stock {
         let files = depends::order(&dependencies, &wanted)?;
         Ok(files.iter().map(|file| self.folder.join(file)).collect())
     }
+}
+
+/// Runs [`LISTS`] and what follows it in the root.
+fn download(root: &Root, script: &str, arguments: [&str; 3], log: &Path) -> Result<()> {
+    root.tool("sh", log).args(["-c", &format!("{LISTS}{script}"), "sh"]).args(arguments).run()
 }
 
 impl Release {
