@@ -170,6 +170,7 @@ impl Memory {
         }
         let kept = self.kept(&reach);
         let period = kept.period();
+        kept.look_up(period, pieces);
         for number in 0..pieces.len() {
             if let Some((gpa, _)) = pieces.get(number + 1) {
                 kept.prefetch(*gpa);

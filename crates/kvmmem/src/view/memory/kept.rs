@@ -3,7 +3,7 @@
 //!
 //! A page that the target has never touched has no memory, and reading it through a mapping would allocate some, on the
 //! target's account. So a page is read from the file at first. Only one that is read again is looked up, once a second at
-//! most, and read through the mapping where it is in memory.
+//! most, and read through the mapping where it is in memory. Many pages in a row, as a search reads them, are looked up together.
 
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU8, Ordering};
@@ -41,6 +41,9 @@ struct Part {
 type States = [AtomicU8; BLOCK];
 const BLOCK: usize = 512;
 
+/// Pieces in a block from which on all of its pages are looked up together: it costs as much as to read a few from the file.
+const MANY: usize = 32;
+
 impl Kept {
     /// Maps what is reached, as far as it can be mapped.
     pub(super) fn new(reach: &Reach) -> Self {
@@ -67,6 +70,17 @@ impl Kept {
         let periods = self.started.elapsed().as_millis() / FRESH.as_millis();
         let periods = periods % u128::from(u8::MAX - FIRST_PERIOD);
         FIRST_PERIOD + u8::try_from(periods).unwrap_or(0)
+    }
+
+    /// Looks up the blocks in which many of the pieces lie in a row.
+    pub(super) fn look_up(&self, period: u8, pieces: &[(u64, &mut [u8])]) {
+        let block = |gpa: u64| gpa / (PAGE * BLOCK as u64);
+        for run in pieces.chunk_by(|(gpa, _), (next, _)| block(*gpa) == block(*next)) {
+            let first = run.first().filter(|_| run.len() >= MANY);
+            if let Some((part, offset)) = first.and_then(|(gpa, _)| self.part(*gpa)) {
+                part.look_up(period, offset / PAGE);
+            }
+        }
     }
 
     /// Copies memory out; whether it did. If not, it is to be read from the file.
@@ -112,6 +126,29 @@ impl Part {
             }
         }
         all
+    }
+
+    /// Looks up all pages of the block in which `page` is, and maps them at once where all are in memory.
+    fn look_up(&self, period: u8, page: u64) {
+        if self.state(page).is_none_or(|state| state.load(Ordering::Relaxed) == period) {
+            return;
+        }
+        let first = page - page % BLOCK as u64;
+        let count = usize::try_from(self.range.len / PAGE - first).unwrap_or(BLOCK).min(BLOCK);
+        let mut resident = [0; BLOCK];
+        let resident = resident.get_mut(..count).unwrap_or_default();
+        if self.memory.resident(first * PAGE, resident).is_err() {
+            return;
+        }
+        for (page, _) in (first..).zip(&*resident).filter(|(_, resident)| **resident == 1) {
+            if let Some(state) = self.state(page) {
+                state.store(period, Ordering::Relaxed);
+            }
+        }
+        if resident.iter().all(|resident| *resident == 1) {
+            // Where it fails, each access maps a few pages.
+            let _ = self.memory.populate(first * PAGE, count as u64 * PAGE);
+        }
     }
 
     fn state(&self, page: u64) -> Option<&AtomicU8> {

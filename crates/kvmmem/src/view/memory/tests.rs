@@ -357,6 +357,28 @@ fn a_vectored_read_allocates_none_of_the_memory_that_the_target_never_touched() 
     assert_eq!(blocks, 8);
 }
 
+#[test]
+fn pages_in_a_row_are_read_without_being_allocated() {
+    // A block that is whole, one with every other page, one that the target never touched, and the begin of a fourth.
+    const PAGES: u64 = 3 * 512 + 40;
+    let is_touched = |page: u64| page < 512 || page < 1024 && page.is_multiple_of(2) || page >= 1536;
+    let file = File::from(memfd_create("rows", MemfdFlags::CLOEXEC).unwrap());
+    file.set_len(PAGES * PAGE).unwrap();
+    for page in (0..PAGES).filter(|page| is_touched(*page)) {
+        file.write_all_at(&page.to_le_bytes(), page * PAGE + 8).unwrap();
+    }
+    let before = rustix::fs::fstat(&file).unwrap().st_blocks;
+    let memory = memory(&[region(0, PAGES, 0)], &file);
+    let places: Vec<(u64, usize)> = (0..PAGES).map(|page| (page * PAGE + 8, 8)).collect();
+    for (buffers, result) in read_vectored(&memory, &places) {
+        result.unwrap();
+        for (page, bytes) in (0..).zip(buffers) {
+            assert_eq!(bytes, if is_touched(page) { page } else { 0 }.to_le_bytes(), "page {page}");
+        }
+    }
+    assert_eq!(rustix::fs::fstat(&file).unwrap().st_blocks, before);
+}
+
 proptest! {
     #[test]
     fn vectored_reads_are_those_of_a_buffer(
