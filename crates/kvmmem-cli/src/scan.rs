@@ -89,7 +89,7 @@ pub(crate) struct Arguments {
     /// End after this many matches; with --yara, keep this many of each string [default with --yara: 1000]
     #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u64).range(1..))]
     max: Option<u64>,
-    /// How many threads search [default: one for each CPU]
+    /// How many threads search [default: one for each CPU]. Memory that is mapped is searched by one for each CPU at most
     #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
     #[command(flatten)]
@@ -127,10 +127,10 @@ impl Arguments {
         let ranges = in_order(&self.ranges)?;
         // Before the token is used.
         let wanted = self.wanted()?;
-        let threads = match self.threads {
-            Some(threads) => threads.into(),
-            None => std::thread::available_parallelism().context("cannot count the CPUs")?.get(),
-        };
+        let cpus = std::thread::available_parallelism().context("cannot count the CPUs")?.get();
+        let threads = self.threads.map_or(cpus, usize::from);
+        // Threads that wait for nothing have no use for more.
+        let busy = threads.min(cpus);
         let (opened, space) = self.process.open(&self.input, "scan", &ranges)?;
         let found = self.process.with_memory(&opened, space, |memory| {
             let all = reached(memory)?;
@@ -141,14 +141,14 @@ impl Arguments {
             let view = opened.view().filter(|_| !self.process.is_given());
             let mapped = view.map(|view| Mapped::new(view, &parts)).transpose()?.flatten();
             let data = match view {
-                Some(view) => data_of_view(view, &parts, threads)?,
+                Some(view) => data_of_view(view, &parts, busy)?,
                 None => data_within(memory, &parts)?,
             };
             let runs = join(&parts);
             let places = Places { runs: &runs, data: &data };
             let bar = progress::bytes(total(&data), output);
             let found = match mapped {
-                Some(mapped) => self.search(&wanted, places, threads, &mapped, &bar, output)?,
+                Some(mapped) => self.search(&wanted, places, busy, &mapped, &bar, output)?,
                 None => self.search(&wanted, places, threads, &Copied(memory), &bar, output)?,
             };
             bar.finish_and_clear();
