@@ -9,7 +9,8 @@ mod common;
 use std::sync::OnceLock;
 
 use common::{BTF, Guest, KALLSYMS, Layout, PAGE_TABLES, Place, TASKS};
-use kvmmem_linux::{Find, Kernel, KernelError};
+use kvmmem_linux::identity::Identity;
+use kvmmem_linux::{Find, Kernel, KernelError, log};
 use libfuzzer_sys::fuzz_target;
 
 const LAYOUTS: [Layout; 4] = [Layout::BeforeNames, Layout::AfterIndex, Layout::Unsigned, Layout::FromPlace];
@@ -33,8 +34,14 @@ fuzz_target!(|bytes: &[u8]| {
         old.push((at, guest.bytes(at, piece.len())));
         guest.put(at, piece);
     }
-    if let Ok(kernel) = Kernel::find(guest, Find { note: Some(place.note), ..Find::default() }) {
-        let _ = walk(&kernel);
+    // By its note, and by its page tables.
+    let by_note = Find { note: Some(place.note), ..Find::default() };
+    let by_tables = Find { kernel: Some(place.gpa + PAGE_TABLES), ..Find::default() };
+    for find in [by_note, by_tables] {
+        if let Ok(kernel) = Kernel::find(guest, find) {
+            let _ = (walk(&kernel), Identity::of(&kernel));
+            let _ = log::records(&kernel).map(|records| records.take(1000).count());
+        }
     }
     // The next run begins with the same kernel.
     old.iter().rev().for_each(|(at, bytes)| guest.put(*at, bytes));

@@ -10,8 +10,8 @@ use kvmmem_linux::{Kernel, Space, SpaceError};
 use kvmmem_memory::paging::{Absent, WalkError};
 
 use crate::failure::usage;
-use crate::input::Opened;
-use crate::linux::find;
+use crate::input::{Input, Opened};
+use crate::linux::{Choice, find};
 use crate::number::{Address, Hex, parse};
 use crate::physical::with_remedy;
 
@@ -33,8 +33,13 @@ pub(crate) struct Virtual {
     pub(crate) vcpu: Option<u32>,
 
     /// With --pid or kernel: of several kernels, the one whose VMCOREINFO note is at this guest-physical address
-    #[arg(long, value_name = "GPA", value_parser = parse)]
+    #[arg(long, value_name = "GPA", value_parser = parse, conflicts_with = "kernel")]
     pub(crate) note: Option<u64>,
+
+    /// With --pid or --cr3 kernel: of several kernels, the one in the address space of this CR3, its own or that of one of its
+    /// processes
+    #[arg(long, value_name = "CR3", value_parser = parse)]
+    pub(crate) kernel: Option<u64>,
 }
 
 /// The outermost page table.
@@ -56,7 +61,7 @@ pub(crate) fn parse_root(text: &str) -> Result<Root, String> {
 pub(crate) struct Linux {
     /// The process, or else the kernel.
     pub(crate) pid: Option<u32>,
-    note: Option<u64>,
+    choice: Choice,
 }
 
 impl Virtual {
@@ -80,21 +85,25 @@ impl Virtual {
 
     /// The address space of a Linux guest; `None` for others.
     pub(crate) fn linux(&self) -> Result<Option<Linux>> {
-        let Self { pid, cr3, note, .. } = *self;
+        let Self { pid, cr3, note, kernel, .. } = *self;
+        let choice = Choice { note, kernel };
         match (pid, cr3) {
-            (None, None | Some(Root::At(_))) if note.is_some() => {
-                Err(usage("--note chooses the kernel for --pid PID and --cr3 kernel: give one of them"))
+            (None, None | Some(Root::At(_))) if choice.is_given() => {
+                let option = if note.is_some() { "--note" } else { "--kernel" };
+                Err(usage(format!(
+                    "{option} chooses the kernel for --pid PID and --cr3 kernel: give one of them"
+                )))
             }
             (None, None | Some(Root::At(_))) => Ok(None),
-            _ => Ok(Some(Linux { pid, note })),
+            _ => Ok(Some(Linux { pid, choice })),
         }
     }
 }
 
 impl Linux {
     /// Finds the kernel.
-    pub(crate) fn kernel<'m>(&self, opened: &'m Opened) -> Result<Kernel<'m>> {
-        find(opened, self.note)
+    pub(crate) fn kernel<'m>(&self, input: &Input, opened: &'m Opened) -> Result<Kernel<'m>> {
+        find(input, opened, self.choice)
     }
 }
 

@@ -424,11 +424,12 @@ impl Checkpoint {
         let cr3 = self.vcpus.first().map(|vcpu| vcpu.cr3);
         match Kernel::find(view, Find { is_live, cr3, ..Find::default() }) {
             Ok(kernel) => {
-                self.vmcoreinfo = Some((kernel.note().gpa, kernel.note().text().to_owned()));
+                let note = kernel.note();
+                self.vmcoreinfo = note.gpa.map(|gpa| (gpa, note.text().to_owned()));
                 self.direct_map = kernel.direct_map();
             }
             Err(FindError::Memory(error)) => return Err(error.into()),
-            Err(FindError::NoNote) => {}
+            Err(FindError::NoKernel) => {}
             Err(error) => tracing::warn!("{error}; the file has no VMCOREINFO note"),
         }
         Ok(())

@@ -22,7 +22,7 @@ use crate::output::{Output, columns};
 pub(crate) struct Arguments {
     /// On the host: a row for each virtual machine that runs here, with its kernel, host name, uptime and number of processes, or
     /// with the reason why it cannot be read
-    #[arg(long, conflicts_with_all = ["target", "token", "token_file", "listen", "device", "broker", "file", "note"])]
+    #[arg(long, conflicts_with_all = ["target", "token", "token_file", "listen", "device", "broker", "file", "note", "kernel"])]
     all: bool,
     #[command(flatten)]
     guest: Guest,
@@ -52,8 +52,8 @@ struct KernelLine<'a> {
     kaslr_offset: Hex,
     cr3: Hex,
     levels: u8,
-    /// Where its VMCOREINFO note is.
-    note: Hex,
+    /// Where its VMCOREINFO note is, if it has one that is whole.
+    note: Option<Hex>,
 }
 
 impl Arguments {
@@ -75,7 +75,7 @@ impl Arguments {
                 kaslr_offset: Hex(identity.kaslr_offset),
                 cr3: Hex(root.cr3),
                 levels: root.levels.count(),
-                note: Hex(kernel.note().gpa),
+                note: kernel.note().gpa.map(Hex),
             };
             if output.is_json() {
                 output.object(&line)?;
@@ -114,7 +114,7 @@ impl KernelLine<'_> {
             ("KASLR offset", format!("{:#x}", self.kaslr_offset.0)),
             ("CR3", format!("{:#x}", self.cr3.0)),
             ("levels", self.levels.to_string()),
-            ("note", format!("{:#x}", self.note.0)),
+            ("note", or_none(self.note.as_ref().map(|note| format!("{:#x}", note.0)))),
         ]
         .into_iter()
         .map(|(name, value)| [name.to_owned(), value])

@@ -81,6 +81,18 @@ impl Input {
         }
     }
 
+    /// CR3 of the first vCPU, where the file has it or the VMM can be asked. A monitor of QEMU's serves one client at a time:
+    /// this is for where memory does not tell.
+    pub(crate) fn cr3(&self) -> Option<u64> {
+        match self.open_at_vcpu("info", 0) {
+            Ok((_, space)) => Some(space.cr3),
+            Err(error) => {
+                tracing::info!("no vCPU tells which kernel runs: {error:#}");
+                None
+            }
+        }
+    }
+
     /// Where memory comes from that is in no file.
     fn source(&self) -> Result<&Source> {
         let is_given = self.source.is_given();
@@ -111,6 +123,14 @@ impl Opened {
         match self {
             Self::View(_, name) => name.clone(),
             Self::File(file) => file.path().display().to_string(),
+        }
+    }
+
+    /// CR3 of the first vCPU, where that is in the file.
+    pub(crate) fn cr3(&self) -> Option<u64> {
+        match self {
+            Self::View(..) => None,
+            Self::File(file) => file.vcpus().ok()?.first().map(|vcpu| vcpu.cr3),
         }
     }
 

@@ -1,19 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The Linux guest that a verb is about: a target's memory, or that in a dump file, and the kernel in it.
 
+mod choice;
 mod explain;
 
 use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::Args;
-use kvmmem_linux::{Find, Kernel, KernelError};
+use kvmmem_linux::{Find, FindError, Kernel, KernelError};
 use kvmmem_memory::Memory;
 
 use crate::failure;
 use crate::input::{Input, Opened};
 use crate::number::parse;
 use crate::target_name::TargetName;
+pub(crate) use choice::Choice;
 use explain::explain;
 
 /// Exit code where some of what was asked for was not found, or is damaged, and the rest was printed.
@@ -28,8 +30,12 @@ const TRIES: u32 = 3;
 #[derive(Args)]
 pub(crate) struct Guest {
     /// Of several kernels, the one whose VMCOREINFO note is at this guest-physical address
-    #[arg(long, value_name = "GPA", value_parser = parse)]
+    #[arg(long, value_name = "GPA", value_parser = parse, conflicts_with = "kernel")]
     note: Option<u64>,
+
+    /// Of several kernels, the one in the address space of this CR3, its own or that of one of its processes; it needs no note
+    #[arg(long, value_name = "CR3", value_parser = parse)]
+    kernel: Option<u64>,
 
     #[command(flatten)]
     input: Input,
@@ -38,7 +44,7 @@ pub(crate) struct Guest {
 impl Guest {
     /// That of a target of this host.
     pub(crate) fn of_target(target: TargetName) -> Self {
-        Self { note: None, input: Input::of_target(target) }
+        Self { note: None, kernel: None, input: Input::of_target(target) }
     }
 
     /// Whether the guest may run.
@@ -70,20 +76,22 @@ impl Guest {
         read: impl FnOnce(&Kernel<'_>) -> Result<R>,
     ) -> Result<R> {
         let opened = self.input.open(verb, &[])?;
-        let result = with_kernel(&opened.name(), opened.memory(), self.is_live(), self.note, read);
+        let choice = Choice { note: self.note, kernel: self.kernel };
+        let find = |_: &dyn Memory| find_in(&self.input, &opened, choice);
+        let result = with_kernel(&opened.name(), opened.memory(), self.is_live(), find, read);
         result.map_err(|error| explain(error, &opened))
     }
 }
 
-/// Hands `read` the kernel that is in the memory of the guest with this name.
-fn with_kernel<R>(
+/// Hands `read` the kernel that `find` finds in the memory of the guest with this name.
+fn with_kernel<'m, R>(
     name: &str,
-    memory: &dyn Memory,
+    memory: &'m dyn Memory,
     is_live: bool,
-    note: Option<u64>,
+    find: impl FnOnce(&'m dyn Memory) -> Result<Kernel<'m>, FindError>,
     read: impl FnOnce(&Kernel<'_>) -> Result<R>,
 ) -> Result<R> {
-    let kernel = find_in(memory, is_live, note)?;
+    let kernel = find(memory)?;
     let result = read(&kernel);
     // Whatever was read of a kernel that is no more, also what made sense, may be made up of two.
     if is_live && matches!(kernel.is_in_memory(), Ok(false)) {
@@ -93,14 +101,21 @@ fn with_kernel<R>(
     result
 }
 
-/// Finds the kernel in the memory of a target, which may run, or of a dump; `note` is where the user says its VMCOREINFO note is.
-pub(crate) fn find(opened: &Opened, note: Option<u64>) -> Result<Kernel<'_>> {
-    let found = find_in(opened.memory(), opened.view().is_some(), note);
-    found.map_err(|error| explain(error, opened))
+/// Finds the kernel in the memory that `input` has opened: that of a target, which may run, or of a dump.
+pub(crate) fn find<'m>(input: &Input, opened: &'m Opened, choice: Choice) -> Result<Kernel<'m>> {
+    find_in(input, opened, choice).map_err(|error| explain(error.into(), opened))
 }
 
-fn find_in(memory: &dyn Memory, is_live: bool, note: Option<u64>) -> Result<Kernel<'_>> {
-    Ok(Kernel::find(memory, Find { is_live, note, ..Find::default() })?)
+fn find_in<'m>(input: &Input, opened: &'m Opened, choice: Choice) -> Result<Kernel<'m>, FindError> {
+    let find = Find { cr3: opened.cr3(), ..choice.find(opened.view().is_some()) };
+    match Kernel::find(opened.memory(), find) {
+        // Where memory does not tell, a vCPU does.
+        Err(error @ (FindError::Ambiguous { .. } | FindError::TooMany)) => match input.cr3() {
+            Some(cr3) => Kernel::find(opened.memory(), Find { cr3: Some(cr3), is_live: false, ..find }),
+            None => Err(error),
+        },
+        found => found,
+    }
 }
 
 /// The items of a walk that can be read.
@@ -228,7 +243,8 @@ mod tests {
         for fails in [true, false] {
             guest.put(0, &vec![0; common::RAM]);
             guest.boot(&Place::FIRST);
-            let error = with_kernel("web-1", &guest, true, None, |_| {
+            let find = |memory| Kernel::find(memory, Find::default());
+            let error = with_kernel("web-1", &guest, true, find, |_| {
                 restart();
                 if fails {
                     bail!("garbage")
@@ -242,7 +258,9 @@ mod tests {
         }
         // Other errors stay what they are.
         let other = |_: &Kernel<'_>| -> Result<()> { bail!("garbage") };
-        let error = with_kernel("web-1", &guest, true, Some(Place::SECOND.note), other).unwrap_err();
+        let second = Find { note: Some(Place::SECOND.note), ..Find::default() };
+        let error =
+            with_kernel("web-1", &guest, true, |memory| Kernel::find(memory, second), other).unwrap_err();
         assert_eq!(error.to_string(), "garbage");
     }
 }

@@ -95,7 +95,7 @@ impl Read {
         }
         if let Some(linux) = self.space.linux()? {
             let opened = self.input.open("read", &[])?;
-            let kernel = linux.kernel(&opened)?;
+            let kernel = linux.kernel(&self.input, &opened)?;
             let space = LinuxSpace::new(&kernel, &linux)?;
             return self.print(output, |at, buf| space.read(at, buf));
         }

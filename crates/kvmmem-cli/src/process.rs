@@ -10,7 +10,7 @@ use kvmmem_memory::paging::AddressSpace;
 use kvmmem_memory::{Memory, MemoryError, Range, VectoredError};
 
 use crate::input::{Input, Opened};
-use crate::linux::find;
+use crate::linux::{Choice, find};
 use crate::number::{Address, Hex, parse};
 use crate::range::GpaRange;
 
@@ -27,8 +27,11 @@ pub(crate) struct Process {
     #[arg(long, value_name = "N", conflicts_with = "pid")]
     vcpu: Option<u32>,
     /// Of several kernels, the one whose VMCOREINFO note is at this guest-physical address
-    #[arg(long, value_name = "GPA", value_parser = parse, requires = "pid")]
+    #[arg(long, value_name = "GPA", value_parser = parse, requires = "pid", conflicts_with = "kernel")]
     note: Option<u64>,
+    /// Of several kernels, the one in the address space of this CR3, its own or that of one of its processes
+    #[arg(long, value_name = "CR3", value_parser = parse, requires = "pid")]
+    kernel: Option<u64>,
 }
 
 impl Process {
@@ -59,6 +62,7 @@ impl Process {
     /// Hands `act` the memory of the process if one was named, else the guest's. `space` is what [`Process::open`] says.
     pub(crate) fn with_memory<R>(
         &self,
+        input: &Input,
         opened: &Opened,
         space: Option<AddressSpace>,
         act: impl FnOnce(&dyn Memory) -> Result<R>,
@@ -66,7 +70,7 @@ impl Process {
         let memory = opened.memory();
         let extents = match (self.pid, space, self.vcpu) {
             (Some(pid), ..) => {
-                let kernel = find(opened, self.note)?;
+                let kernel = find(input, opened, Choice { note: self.note, kernel: self.kernel })?;
                 let space = kernel.space_of(&kernel.task(pid)?)?;
                 in_memory(&space, &format!("process {pid}"))?
             }

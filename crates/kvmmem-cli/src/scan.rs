@@ -132,7 +132,7 @@ impl Arguments {
         // Threads that wait for nothing have no use for more.
         let busy = threads.min(cpus);
         let (opened, space) = self.process.open(&self.input, "scan", &ranges)?;
-        let found = self.process.with_memory(&opened, space, |memory| {
+        let found = self.process.with_memory(&self.input, &opened, space, |memory| {
             let all = reached(memory)?;
             let parts = select(&ranges, &all)?;
             if !self.process.is_given() {

@@ -92,7 +92,7 @@ impl Arguments {
     pub(crate) fn run(&self, output: &mut Output) -> Result<ExitCode> {
         let wanted = ranges_in_order(&self.ranges)?;
         let (opened, space) = self.process.open(&self.input, "strings", &wanted)?;
-        self.process.with_memory(&opened, space, |memory| self.search(memory, &wanted, output))
+        self.process.with_memory(&self.input, &opened, space, |memory| self.search(memory, &wanted, output))
     }
 
     fn search(&self, memory: &dyn Memory, wanted: &[GpaRange], output: &mut Output) -> Result<ExitCode> {

@@ -164,7 +164,7 @@ impl Arguments {
         let (space, gvas) = self.places()?;
         if let Some(linux) = space.linux()? {
             let opened = self.input.open("translate", &[])?;
-            let kernel = linux.kernel(&opened)?;
+            let kernel = linux.kernel(&self.input, &opened)?;
             let space = LinuxSpace::new(&kernel, &linux)?;
             let walk = |gva| space.space.walk(gva);
             let is_local = kvmmem_memory::MemoryError::is_local;

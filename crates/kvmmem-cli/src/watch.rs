@@ -99,7 +99,7 @@ impl Arguments {
                 Opened::File(file) => Ok(file.read_at(address, bytes)?),
             });
         };
-        let kernel = linux.kernel(&opened)?;
+        let kernel = linux.kernel(&self.input, &opened)?;
         let first = LinuxSpace::new(&kernel, &linux)?.task.map(|task| (task.gva, task.start));
         self.watch(&opened, output, |bytes| {
             // The guest changes its page tables, and gives its numbers of processes to others.

@@ -13,7 +13,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 use common::{Ended, Host, finish, wait_for};
-use guest::{BTF, Guest, KALLSYMS, Place, RAM, processes};
+use guest::{BTF, Guest, KALLSYMS, PAGE_TABLES, Place, RAM, processes};
 use kvmmem_broker::link::Region;
 
 fn kvmmem(arguments: &[&str]) -> Ended {
@@ -144,4 +144,87 @@ fn a_guest_that_is_restarted_under_ps_ends_it_with_its_name() {
     assert_eq!(ended.code, Some(4), "{}", ended.stderr);
     let line = "error: victim: the guest was restarted while it was read: run the command again\n";
     assert_eq!(ended.stderr, line);
+}
+
+#[test]
+fn a_kernel_without_a_note_has_the_same_rows() {
+    let folder = tempfile::tempdir().unwrap();
+    let guest = processes::guest();
+    let file = dump(folder.path(), &guest, RAM);
+    let with_note = kvmmem(&["ps", "--file", &file]);
+    guest.put(Place::FIRST.note, &[0xff; 0x1000]);
+    let file = dump(folder.path(), &guest, RAM);
+    let table = format!("{:#x}", Place::FIRST.gpa + PAGE_TABLES);
+    for more in [&[][..], &["--kernel", &table]] {
+        let ended = kvmmem(&[&["ps", "--file", &file], more].concat());
+        assert_eq!((ended.code, ended.stderr.as_str()), (Some(0), ""));
+        assert_eq!(ended.stdout, with_note.stdout);
+    }
+    let ended = kvmmem(&["info", "--file", &file, "--json"]);
+    let info: serde_json::Value = serde_json::from_str(&ended.stdout).unwrap();
+    assert_eq!((&info["note"], &info["cr3"]), (&serde_json::Value::Null, &table.into()), "{}", ended.stderr);
+    let ended = kvmmem(&["ps", "--file", &file, "--kernel", "0x3000"]);
+    assert_eq!(ended.code, Some(1));
+    assert!(ended.stderr.contains("the address space of CR3 0x3000: leave --kernel out"), "{}", ended.stderr);
+}
+
+#[test]
+fn of_several_kernels_each_is_named_with_the_command_that_chooses_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let (first, second) = (Place::FIRST, Place::SECOND);
+    let guest = Guest::with(&[first, second]);
+    let build = |file: &str, more: &[&str]| {
+        let ended = kvmmem(&[&["info", "--file", file, "--json"], more].concat());
+        let info: serde_json::Value = serde_json::from_str(&ended.stdout).unwrap_or_default();
+        (info["cr3"].as_str().map(str::to_owned), ended.stderr)
+    };
+    let table = |place: Place| format!("{:#x}", place.gpa + PAGE_TABLES);
+    let notes = [first, second].map(|place| (place, format!("--note {:#x}", place.note)));
+    let tables = [first, second].map(|place| (place, format!("--kernel {}", table(place))));
+    for options in [notes, tables] {
+        let file = dump(folder.path(), &guest, RAM);
+        let (none, error) = build(&file, &[]);
+        assert_eq!(none, None, "{error}");
+        assert!(error.contains(&format!("{file}: several Linux kernels were found")), "{error}");
+        for (place, option) in &options {
+            assert!(error.contains(&format!("kvmmem info --file {file} --json {option}")), "{error}");
+            let option: Vec<&str> = option.split(' ').collect();
+            assert_eq!(build(&file, &option).0, Some(table(*place)));
+            // A core has the vCPU's CR3, which tells.
+            let core = core(folder.path(), &guest, place.gpa + PAGE_TABLES);
+            assert_eq!(build(&core, &[]).0, Some(table(*place)));
+        }
+        [first, second].iter().for_each(|place| guest.put(place.note, &[0; 0x1000]));
+    }
+    let ended = kvmmem(&["info", "--file", "x", "--note", "0", "--kernel", "0"]);
+    assert_eq!(ended.code, Some(2), "{}", ended.stderr);
+}
+
+/// Writes a guest's memory to an ELF core as QEMU does, with the registers of one vCPU.
+fn core(folder: &Path, guest: &Guest, cr3: u64) -> String {
+    let words = |words: &[u64]| words.iter().flat_map(|word| word.to_le_bytes()).collect::<Vec<u8>>();
+    let halves = |halves: &[u32]| halves.iter().flat_map(|half| half.to_le_bytes()).collect::<Vec<u8>>();
+    let mut state = [halves(&[1, 440]), vec![0; 432]].concat();
+    state[416..424].copy_from_slice(&cr3.to_le_bytes());
+    // A note of another kind comes first.
+    let notes = [
+        halves(&[5, 3, 1]),
+        b"CORE\0\0\0\0abc\0".to_vec(),
+        halves(&[5, 440, 0]),
+        b"QEMU\0\0\0\0".to_vec(),
+        state,
+    ]
+    .concat();
+    let (headers, len) = (64 + 2 * 56, notes.len() as u64);
+    let mut file = b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0\x04\0\x3e\0\x01\0\0\0".to_vec();
+    file.extend(words(&[0, 64, 0]));
+    file.extend(b"\0\0\0\0\x40\0\x38\0\x02\0\0\0\0\0\0\0");
+    file.extend([halves(&[4, 0]), words(&[headers, 0, 0, len, len, 0])].concat());
+    let ram = RAM as u64;
+    file.extend([halves(&[1, 7]), words(&[headers + len, 0, 0, ram, ram, 0])].concat());
+    file.extend(notes);
+    file.extend(guest.bytes(0, RAM));
+    let path = folder.join("web-1.elf");
+    std::fs::write(&path, file).unwrap();
+    path.to_str().unwrap().to_owned()
 }

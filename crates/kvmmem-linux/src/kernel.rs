@@ -3,9 +3,11 @@
 //! its structures needs.
 
 mod chain;
+mod describe;
 mod direct_map;
 mod error;
 mod find;
+mod image;
 mod list;
 mod object;
 mod rb_tree;
@@ -22,7 +24,7 @@ use crate::symbols::{Symbols, TableError};
 use crate::vmcoreinfo::Note;
 pub use chain::Chain;
 pub use error::KernelError;
-pub use find::{Find, FindError};
+pub use find::{Candidate, Find, FindError};
 pub use list::{List, MAX_NODES};
 pub use object::Object;
 pub use walk::{Step, Walk};
@@ -50,7 +52,13 @@ impl<'m> Kernel<'m> {
         Ok(Self { note, space, symbols: OnceLock::new(), types: OnceLock::new() })
     }
 
-    /// The note: the kernel's release, build id and more.
+    /// The kernel that this is known of.
+    fn with_symbols(note: Note, space: Space<'m>, symbols: Symbols) -> Self {
+        Self { note, space, symbols: OnceLock::from(Ok(symbols)), types: OnceLock::new() }
+    }
+
+    /// The note: the kernel's release, build id and more. Of a kernel without one, what its symbols and its image tell; that has no
+    /// address.
     pub fn note(&self) -> &Note {
         &self.note
     }
@@ -63,10 +71,14 @@ impl<'m> Kernel<'m> {
     pub fn is_in_memory(&self) -> Result<bool, MemoryError> {
         let memory = self.space.memory();
         let read = |gpa: u64, buf: &mut [u8]| memory.read_at(gpa, buf);
-        if Note::read(self.note.gpa, read).is_some_and(|note| note == self.note && note.check(read).is_ok()) {
+        let is_there = match self.note.gpa {
+            Some(gpa) => Note::read(gpa, read).is_some_and(|note| note == self.note),
+            None => true,
+        };
+        if is_there && self.note.check(read).is_ok() {
             return Ok(true);
         }
-        match memory.read_at(self.note.gpa, &mut [0]) {
+        match memory.read_at(self.note.gpa.unwrap_or(0), &mut [0]) {
             Err(error) if !error.is_local() => Err(error),
             _ => Ok(false),
         }
@@ -137,6 +149,18 @@ impl<'m> Kernel<'m> {
     pub fn size_of(&self, name: &str) -> Result<u64, KernelError> {
         let (types, id) = self.type_named(name)?;
         types.size(id).ok_or_else(|| KernelError::NoType { name: name.to_owned() })
+    }
+
+    /// What a note says of a structure under this key, `OFFSET(structure.member)` or `SIZE(structure)`, by the types.
+    ///
+    /// # Errors
+    /// As [`Kernel::member`] and [`Kernel::size_of`].
+    pub(crate) fn of_key(&self, key: &str) -> Result<u64, KernelError> {
+        let inner = |kind| key.strip_prefix(kind).and_then(|rest| rest.strip_suffix(')'));
+        if let Some((structure, member)) = inner("OFFSET(").and_then(|path| path.split_once('.')) {
+            return self.offset(structure, member);
+        }
+        self.size_of(inner("SIZE(").unwrap_or(key))
     }
 
     /// The value of an enumerator.

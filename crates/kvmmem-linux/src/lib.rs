@@ -4,11 +4,12 @@
 //! | what | where it comes from | module |
 //! |---|---|---|
 //! | release, page tables, places of the rest | the VMCOREINFO note | [`search`], [`vmcoreinfo`] |
+//! | the same of a kernel without a note | page tables, symbols | [`kernel`] |
 //! | addresses of functions and variables | kallsyms | [`symbols`] |
 //! | members of structures | BTF | [`btf`] |
 //! | structures, lists, texts | all of these | [`kernel`] |
 //! | release, command line, boot time | these, or the note | [`identity`] |
-//! | log | the note alone | [`log`] |
+//! | log | the note alone, or structures | [`log`] |
 //! | processes and threads | structures | [`tasks`] |
 //! | modules | structures | [`modules`] |
 //! | open files | structures | [`files`] |

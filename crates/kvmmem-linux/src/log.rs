@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The kernel's log: the ring buffer of 5.10 and later (kernel/printk/printk_ringbuffer.c), as `dmesg` shows it.
 //!
-//! All of its layout is in the VMCOREINFO note, so that neither symbols nor types are needed. A descriptor's state holds an
+//! All of its layout is in the VMCOREINFO note, so that neither symbols nor types are needed; of a kernel without a note it is
+//! in the types. A descriptor's state holds an
 //! id; the writer of a record takes the descriptor `id % count`, so that a record is read between two looks at its state. One
 //! that was overwritten meanwhile is left out, as the kernel itself does, and counted. So is one that does not fit what
 //! leads to it, while it should be there: memory of the log is damaged.
@@ -146,7 +147,10 @@ pub struct Records<'a> {
 pub fn records<'a>(kernel: &'a Kernel<'a>) -> Result<Records<'a>, LogError> {
     let note = kernel.note();
     let number = |key: &'static str| {
-        let value = note.number(key).and_then(|value| u64::try_from(value).ok());
+        let value = match note.number(key) {
+            None if note.gpa.is_none() => Some(of_types(kernel, key)?),
+            value => value.and_then(|value| u64::try_from(value).ok()),
+        };
         // Offsets into structures: what is larger is no offset.
         value.filter(|value| *value < 4096).ok_or(LogError::Note(key))
     };
@@ -205,6 +209,15 @@ pub fn records<'a>(kernel: &'a Kernel<'a>) -> Result<Records<'a>, LogError> {
         }
     }
     Err(wrong("the distance of the log's first and last record").into())
+}
+
+/// What the note of a kernel would say, by its types.
+fn of_types(kernel: &Kernel<'_>, key: &str) -> Result<u64, KernelError> {
+    match key {
+        "LENGTH(printk_info_subsystem)" => Ok(kernel.member("dev_printk_info", "subsystem")?.size),
+        "LENGTH(printk_info_device)" => Ok(kernel.member("dev_printk_info", "device")?.size),
+        key => kernel.of_key(key),
+    }
 }
 
 impl Records<'_> {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Finds VMCOREINFO notes in guest-physical memory.
+//! Finds VMCOREINFO notes in guest-physical memory, and whatever else begins or ends a page.
 //!
 //! Each note is checked as it is found, and only those that fit are kept: any number of decoys hides none of them. A page
 //! holds at most one note of 4 KiB, so that all checks together read at most as much as the guest has memory, and a walk
@@ -42,43 +42,18 @@ impl Notes {
     ///
     /// # Errors
     /// [`MemoryError::Ended`]. Memory that cannot be read is passed over.
-    pub fn find(memory: &dyn Memory, proceed: impl FnMut(&Self) -> bool + Send) -> Result<Self, MemoryError> {
-        let parts = memory.data().flat_map(|data| match data {
-            Ok(data) => parts(data).map(Ok).collect(),
-            Err(error) => vec![Err(error)],
-        });
-        // Locked by one thread at a time, and never both.
-        let (parts, search) = (Mutex::new(parts), Mutex::new((Self::default(), proceed, None)));
-        let work = || {
-            let mut headers = vec![[0; HEADER]; PAGES];
-            while let Some(part) = lock(&parts).next() {
-                let found = part.and_then(|part| {
-                    let pages = (part.gpa..part.end()).step_by(PAGE_SIZE);
-                    read_headers(memory, pages.clone(), &mut headers)?;
-                    let found = pages.zip(&headers).filter(|(_, header)| is_header(&header[..]));
-                    Ok(found.filter_map(|(gpa, _)| check(memory, gpa)).collect::<Vec<_>>())
-                });
-                let (notes, proceed, end) = &mut *lock(&search);
-                match found {
-                    Ok(found) => found.into_iter().for_each(|note| notes.add(note)),
-                    Err(error) => *end = Some(Err(error)),
-                }
-                if end.is_none() && (notes.is_cut || !proceed(notes)) {
-                    *end = Some(Ok(()));
-                }
-                if end.is_some() {
-                    return;
-                }
-            }
+    pub fn find(
+        memory: &dyn Memory,
+        mut proceed: impl FnMut(&Self) -> bool + Send,
+    ) -> Result<Self, MemoryError> {
+        let mut notes = Self::default();
+        let pick = |gpa: u64, header: &[u8; HEADER]| {
+            if is_header(header) { check(memory, gpa) } else { None }
         };
-        let threads = available_parallelism().map_or(1, usize::from).min(MAX_THREADS);
-        thread::scope(|scope| {
-            // Without a thread, the others have more to do.
-            (1..threads).for_each(|_| drop(thread::Builder::new().spawn_scoped(scope, work)));
-            work();
-        });
-        let (mut notes, _, end) = search.into_inner().unwrap_or_else(PoisonError::into_inner);
-        end.unwrap_or(Ok(()))?;
+        pages(memory, 0, pick, |found| {
+            found.into_iter().for_each(|note| notes.add(note));
+            !notes.is_cut && proceed(&notes)
+        })?;
         notes.fitting.sort_by_key(|note| note.gpa);
         Ok(notes)
     }
@@ -96,6 +71,52 @@ impl Notes {
             Err(_) => {}
         }
     }
+}
+
+/// Looks at `N` bytes of each page that holds data, those from `offset` on, with several threads. `pick` says what of them is
+/// kept; after every 4 MiB `take` gets that, and says whether to go on.
+pub(crate) fn pages<const N: usize, T: Send>(
+    memory: &dyn Memory,
+    offset: u64,
+    pick: impl Fn(u64, &[u8; N]) -> Option<T> + Sync,
+    take: impl FnMut(Vec<T>) -> bool + Send,
+) -> Result<(), MemoryError> {
+    let parts = memory.data().flat_map(|data| match data {
+        Ok(data) => parts(data).map(Ok).collect(),
+        Err(error) => vec![Err(error)],
+    });
+    // Locked by one thread at a time, and never both.
+    let (parts, search) = (Mutex::new(parts), Mutex::new((take, None)));
+    let work = || {
+        let mut bytes = vec![[0; N]; PAGES];
+        while let Some(part) = lock(&parts).next() {
+            let found = part.and_then(|part| {
+                let pages = (part.gpa..part.end()).step_by(PAGE_SIZE);
+                read_pages(memory, pages.clone().map(|gpa| gpa + offset), &mut bytes)?;
+                Ok(pages.zip(&bytes).filter_map(|(gpa, bytes)| pick(gpa, bytes)).collect())
+            });
+            let (take, end) = &mut *lock(&search);
+            match found {
+                Ok(found) => {
+                    if end.is_none() && !take(found) {
+                        *end = Some(Ok(()));
+                    }
+                }
+                Err(error) => *end = Some(Err(error)),
+            }
+            if end.is_some() {
+                return;
+            }
+        }
+    };
+    let threads = available_parallelism().map_or(1, usize::from).min(MAX_THREADS);
+    thread::scope(|scope| {
+        // Without a thread, the others have more to do.
+        (1..threads).for_each(|_| drop(thread::Builder::new().spawn_scoped(scope, work)));
+        work();
+    });
+    let (_, end) = search.into_inner().unwrap_or_else(PoisonError::into_inner);
+    end.unwrap_or(Ok(()))
 }
 
 /// Where a note is, and why it does not fit.
@@ -118,14 +139,14 @@ fn parts(range: Range) -> impl Iterator<Item = Range> {
     (start..end).step_by(step).map(move |gpa| Range { gpa, len: (end - gpa).min(step as u64) })
 }
 
-/// Reads the first bytes of these pages; of pages that cannot be read they are zeros.
-fn read_headers(
+/// Reads `N` bytes from each of these addresses on; where they cannot be read they are zeros.
+fn read_pages<const N: usize>(
     memory: &dyn Memory,
-    pages: impl Iterator<Item = u64>,
-    headers: &mut [[u8; HEADER]],
+    places: impl Iterator<Item = u64>,
+    bytes: &mut [[u8; N]],
 ) -> Result<(), MemoryError> {
     let mut pieces: Vec<(u64, &mut [u8])> =
-        pages.zip(headers).map(|(gpa, header)| (gpa, &mut header[..])).collect();
+        places.zip(bytes).map(|(gpa, bytes)| (gpa, &mut bytes[..])).collect();
     let mut rest = &mut pieces[..];
     while let Err(VectoredError { piece, source }) = memory.read_vectored(rest) {
         if !source.is_local() {
@@ -133,8 +154,8 @@ fn read_headers(
         }
         // From the page after that one on.
         rest = rest.get_mut(piece..).unwrap_or_default();
-        let Some(((_, header), later)) = rest.split_first_mut() else { break };
-        header.fill(0);
+        let Some(((_, bytes), later)) = rest.split_first_mut() else { break };
+        bytes.fill(0);
         rest = later;
     }
     Ok(())

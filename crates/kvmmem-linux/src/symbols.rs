@@ -3,7 +3,7 @@
 //!
 //! Names stay compressed, as they lie in the guest; one pass over them makes an index by hash. A kernel of 200,000 symbols
 //! takes 8 MB and some 20 ms. All tables are the guest's: each is limited, and what is read from it must fit the addresses
-//! that the VMCOREINFO note has for the same names.
+//! that the VMCOREINFO note has for the same names, or what is found in the image.
 
 mod addresses;
 mod names;
@@ -13,7 +13,7 @@ mod tables;
 use std::sync::OnceLock;
 
 use crate::space::Space;
-use crate::vmcoreinfo::Note;
+use crate::vmcoreinfo::{KERNEL_MAP, Note};
 use names::Names;
 
 /// Why there are no symbols.
@@ -60,6 +60,9 @@ pub struct Symbol {
     pub address: u64,
 }
 
+/// The addresses of all symbols with a name.
+pub(crate) type Addresses<'a> = dyn Fn(&str) -> Vec<u64> + 'a;
+
 /// All symbols of the kernel, without those of modules.
 #[derive(Debug)]
 pub struct Symbols {
@@ -77,10 +80,23 @@ impl Symbols {
     /// # Errors
     /// [`TableError`].
     pub fn read(space: &Space<'_>, note: &Note) -> Result<Self, TableError> {
+        let fits = |addresses: &Addresses<'_>| tables::fit_note(note, addresses);
         match tables::of_note(space, note) {
-            Some(tables) => tables.read(space, note),
-            None => pattern::read(space, note),
+            Some(tables) => tables.read(space, &fits),
+            None => pattern::read(space, note.symbol("_stext").ok_or(TableError::NotFound)?, &fits),
         }
+    }
+
+    /// Finds the tables of a kernel without a note by their looks, in the image that is mapped in this space. `fits` says
+    /// whether what they say is true of it.
+    ///
+    /// # Errors
+    /// [`TableError`].
+    pub(crate) fn search(
+        space: &Space<'_>,
+        fits: &dyn Fn(&Addresses<'_>) -> bool,
+    ) -> Result<Self, TableError> {
+        pattern::read(space, KERNEL_MAP, fits)
     }
 
     fn new(names: Names) -> Self {

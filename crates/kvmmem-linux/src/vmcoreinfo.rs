@@ -31,12 +31,12 @@ const UTS_LEN: usize = 65;
 /// Where a kernel that does not say has the names in `struct uts_namespace`: behind a reference counter.
 const UTS_NAME_AT: u64 = 4;
 
-/// A note as it lies in memory.
+/// A note as it lies in memory, or the same lines about a kernel that has none.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Note {
-    /// Where its header is.
-    pub gpa: u64,
-    text: String,
+    /// Where its header is; `None` for what [`crate::kernel`] tells of a kernel without a note.
+    pub gpa: Option<u64>,
+    pub(crate) text: String,
 }
 
 /// Why a note does not describe the kernel in memory.
@@ -76,12 +76,12 @@ impl Note {
         let text = String::from_utf8(text).ok()?;
         // What is printed must not drive a terminal.
         let is_text = text.chars().all(|c| c == '\n' || c == '\t' || !c.is_control());
-        is_text.then_some(Self { gpa, text })
+        is_text.then_some(Self { gpa: Some(gpa), text })
     }
 
     /// A note of which the text is known, for example from a file.
     pub fn of_text(gpa: u64, text: String) -> Self {
-        Self { gpa, text }
+        Self { gpa: Some(gpa), text }
     }
 
     /// The lines, each `KEY=VALUE`.

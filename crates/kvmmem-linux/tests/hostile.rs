@@ -7,20 +7,33 @@ use std::time::{Duration, Instant};
 
 use common::{BTF, Guest, KALLSYMS, Layout, PAGE_TABLES, Place, TASKS};
 use kvmmem_linux::btf::Types;
+use kvmmem_linux::identity::Identity;
+use kvmmem_linux::log;
 use kvmmem_linux::search::Notes;
 use kvmmem_linux::{Find, FindError, Kernel, KernelError};
 use proptest::prelude::*;
 
-/// All that a tool does with a kernel.
-fn read(guest: &Guest, note: u64) {
-    let Ok(kernel) = Kernel::find(guest, Find { note: Some(note), ..Find::default() }) else { return };
+/// All that a tool does with a kernel, which it finds by its note or by its page tables.
+fn read(guest: &Guest, place: &Place, by_note: bool) {
+    let (note, kernel) = (place.note, place.gpa + PAGE_TABLES);
+    let find = match by_note {
+        true => Find { note: Some(note), ..Find::default() },
+        false => Find { kernel: Some(kernel), ..Find::default() },
+    };
+    if let Ok(kernel) = Kernel::find(guest, find) {
+        read_all(&kernel);
+    }
+}
+
+fn read_all(kernel: &Kernel<'_>) {
     if let Ok(symbols) = kernel.symbols() {
         assert!(symbols.iter().count() <= symbols.len());
         for address in [0, Place::FIRST.gva + TASKS, u64::MAX] {
             let _ = symbols.nearest(address);
         }
     }
-    let _ = walk(&kernel);
+    let _ = walk(kernel);
+    let _ = (Identity::of(kernel), log::records(kernel).map(|records| records.take(1000).count()));
 }
 
 fn walk(kernel: &Kernel<'_>) -> Result<(), KernelError> {
@@ -54,6 +67,7 @@ proptest! {
     fn no_byte_does_harm(
         layout in layouts(),
         five_levels: bool,
+        by_note: bool,
         changes in proptest::collection::vec(
             (0usize..6, 0u64..0x2000, prop_oneof![Just(0u64), Just(u64::MAX), any::<u64>(), 0u64..0x4000], 1usize..9),
             1..12,
@@ -72,7 +86,7 @@ proptest! {
             };
             guest.put(at, &value.to_le_bytes()[..len]);
         }
-        read(&guest, place.note);
+        read(&guest, &place, by_note);
     }
 
     #[test]
@@ -141,7 +155,7 @@ fn decoys_hide_no_kernel() {
     assert!(pages(0..Place::FIRST.note).count() > 1100 && pages(Place::FIRST.note..ram).count() > 200);
     for find in [Find::default(), Find { is_live: true, ..Find::default() }] {
         let kernel = Kernel::find(&guest, find).unwrap();
-        assert_eq!(kernel.note().gpa, Place::FIRST.note);
+        assert_eq!(kernel.note().gpa, Some(Place::FIRST.note));
     }
     let notes = Notes::find(&guest, |_| true).unwrap();
     assert_eq!((notes.fitting.len(), notes.count, notes.is_cut), (1, pages(0..ram).count() + 1, false));
@@ -166,11 +180,11 @@ fn forged_notes_are_told_by_their_symbols_or_reported() {
         guest.put(0x10_0000 + 0x1000 * u64::from(number), &forged);
     };
     (0..60).for_each(&mut forge);
-    assert_eq!(Kernel::find(&guest, Find::default()).unwrap().note().gpa, Place::FIRST.note);
+    assert_eq!(Kernel::find(&guest, Find::default()).unwrap().note().gpa, Some(Place::FIRST.note));
     // More than a guest can have: which one is right is not guessed.
     (60..70).for_each(&mut forge);
     let error = Kernel::find(&guest, Find::default()).unwrap_err();
     assert!(matches!(error, FindError::TooMany), "{error}");
     let find = Find { note: Some(Place::FIRST.note), ..Find::default() };
-    assert_eq!(Kernel::find(&guest, find).unwrap().note().gpa, Place::FIRST.note);
+    assert_eq!(Kernel::find(&guest, find).unwrap().note().gpa, Some(Place::FIRST.note));
 }

@@ -10,7 +10,7 @@ use kvmmem_linux::symbols::{Symbol, TableError};
 use kvmmem_linux::{Find, FindError, Kernel, KernelError};
 use kvmmem_memory::Memory;
 
-const LIVE: Find = Find { is_live: true, note: None, cr3: None };
+const LIVE: Find = Find { is_live: true, note: None, cr3: None, lstar: None, kernel: None };
 
 fn kernel(guest: &Guest) -> Kernel<'_> {
     Kernel::find(guest, Find::default()).unwrap()
@@ -34,7 +34,7 @@ fn every_layout_of_the_symbol_table_is_read() {
         let kernel = kernel(&guest);
         assert_eq!(kernel.note().release(), Some(RELEASE), "{layout:?}");
         let symbols = kernel.symbols().unwrap();
-        assert_eq!(symbols.len(), 2609);
+        assert_eq!(symbols.len(), 2610);
         assert_eq!(symbols.get("_stext"), Some(place.gva), "{layout:?}");
         assert_eq!(symbols.get("filler_1234"), Some(place.gva + 0x1000 + 16 * 1234));
         assert_eq!(symbols.get("filler_"), None);
@@ -114,8 +114,11 @@ fn of_several_kernels_the_one_whose_clock_ticks_is_right() {
         let error = Kernel::find(&guest, find).unwrap_err();
         let text = error.to_string();
         let FindError::Ambiguous { candidates } = error else { panic!("{text}") };
-        assert_eq!(candidates.iter().map(|note| note.gpa).collect::<Vec<_>>(), [0xe0_0000, 0xf0_0000]);
-        assert!(text.contains("gpa 0xe00000 (release 6.12.1-test, build ffffffff9a4"), "{text}");
+        assert_eq!(
+            candidates.iter().filter_map(|found| found.note.gpa).collect::<Vec<_>>(),
+            [0xe0_0000, 0xf0_0000]
+        );
+        assert!(text.contains("note at gpa 0xe00000 (release 6.12.1-test, build ffffffff9a4"), "{text}");
     }
     for place in [Place::FIRST, Place::SECOND] {
         guest.clocks = vec![place.gpa + JIFFIES];
@@ -149,26 +152,114 @@ fn of_several_kernels_the_one_in_the_address_space_of_a_vcpu_is_right() {
 }
 
 #[test]
+fn a_kernel_without_a_note_is_found() {
+    let layouts = [Layout::BeforeNames, Layout::AfterIndex, Layout::Unsigned, Layout::FromPlace];
+    for (layout, five_levels) in layouts.into_iter().flat_map(|layout| [(layout, false), (layout, true)]) {
+        let place = Place { layout, five_levels, ..Place::SECOND };
+        let guest = Guest::with(&[place]);
+        let with_note = kernel(&guest);
+        let expected = tasks(&with_note).unwrap();
+        let root = with_note.space().root();
+        guest.put(place.note, &[0; 0x1000]);
+        // A process's table, and that of user mode after it, which has nothing of the kernel.
+        guest.put_word(0xa0_0000 + 511 * 8, word(&guest, place.gpa + PAGE_TABLES + 511 * 8) | 0x20);
+        let own = place.gpa + PAGE_TABLES;
+        let by_cr3 = [own, 0xa0_0000, 0xa0_1005].map(|cr3| Find { cr3: Some(cr3), ..Find::default() });
+        let named = Find { kernel: Some(own), ..LIVE };
+        for find in [Find::default(), LIVE, named].into_iter().chain(by_cr3) {
+            let kernel = Kernel::find(&guest, find).unwrap();
+            assert_eq!((kernel.note().gpa, kernel.space().root()), (None, root), "{layout:?} {find:?}");
+            assert_eq!(tasks(&kernel).unwrap(), expected, "{layout:?}");
+            let identity = Identity::of(&kernel).unwrap();
+            assert_eq!(identity.release, RELEASE);
+            assert!(kernel.is_in_memory().unwrap());
+        }
+        // Its own name is no longer there.
+        let kernel = Kernel::find(&guest, LIVE).unwrap();
+        guest.put(place.gpa + UTS + 130, b"7");
+        assert!(!kernel.is_in_memory().unwrap());
+    }
+}
+
+fn word(guest: &Guest, gpa: u64) -> u64 {
+    u64::from_le_bytes(guest.bytes(gpa, 8).try_into().unwrap())
+}
+
+/// A kernel that has no note runs where another one, before a reset, has left its own.
+#[test]
+fn the_note_of_another_kernel_is_not_taken_for_that_in_the_address_space_of_a_vcpu() {
+    let guest = Guest::with(&[Place::FIRST, Place::SECOND]);
+    guest.put(Place::SECOND.note, &[0; 0x1000]);
+    let find = |cr3| Kernel::find(&guest, Find { cr3, ..Find::default() }).unwrap().symbol("_stext").unwrap();
+    assert_eq!(find(Some(Place::SECOND.gpa + PAGE_TABLES)), Place::SECOND.gva);
+    // Of firmware.
+    for cr3 in [None, Some(0xb0_0000), Some(Place::FIRST.gpa + PAGE_TABLES)] {
+        assert_eq!(find(cr3), Place::FIRST.gva);
+    }
+}
+
+#[test]
+fn of_several_kernels_without_notes_the_right_one_is_told_or_all_are_reported() {
+    let mut guest = Guest::with(&[Place::FIRST, Place::SECOND]);
+    for place in [Place::FIRST, Place::SECOND] {
+        guest.put(place.note, &[0; 0x1000]);
+    }
+    let FindError::Ambiguous { candidates } = Kernel::find(&guest, Find::default()).unwrap_err() else {
+        panic!("one was taken")
+    };
+    let found: Vec<_> = candidates.iter().map(|found| (found.note.gpa, found.cr3)).collect();
+    let tables = [Place::FIRST, Place::SECOND].map(|place| (None, place.gpa + PAGE_TABLES));
+    assert_eq!(found, tables);
+    for place in [Place::FIRST, Place::SECOND] {
+        let cr3 = place.gpa + PAGE_TABLES;
+        guest.clocks = vec![place.gpa + JIFFIES];
+        let (by_cr3, named) = (Find { cr3: Some(cr3), ..LIVE }, Find { kernel: Some(cr3), ..LIVE });
+        for find in [LIVE, by_cr3, named] {
+            assert_eq!(Kernel::find(&guest, find).unwrap().symbol("_stext").unwrap(), place.gva);
+        }
+    }
+    let error = Kernel::find(&guest, Find { kernel: Some(0xb0_0000), ..LIVE }).unwrap_err();
+    assert!(matches!(error, FindError::NotInSpace { cr3: 0xb0_0000 }), "{error}");
+}
+
+#[test]
+fn of_several_kernels_the_one_whose_system_calls_begin_at_lstar_is_right() {
+    let guest = Guest::default();
+    for place in [Place::FIRST, Place::SECOND] {
+        let entry = ('T', "entry_SYSCALL_64".to_owned(), place.gva + 0x80);
+        guest.boot_with(&place, &common::btf::kernel(), vec![entry]);
+    }
+    for place in [Place::FIRST, Place::SECOND] {
+        let find = Find { lstar: Some(place.gva + 0x80), ..Find::default() };
+        assert_eq!(Kernel::find(&guest, find).unwrap().symbol("_stext").unwrap(), place.gva);
+    }
+    let found = Kernel::find(&guest, Find { lstar: Some(0x80), ..Find::default() });
+    assert!(matches!(found, Err(FindError::Ambiguous { .. })));
+}
+
+#[test]
 fn a_note_begins_at_a_page() {
     let guest = Guest::with(&[Place::FIRST]);
     let note = guest.bytes(Place::FIRST.note, 0x800);
     guest.put(Place::FIRST.note, &[0; 0x800]);
     guest.put(Place::FIRST.note + 0x800, &note);
-    assert!(matches!(Kernel::find(&guest, LIVE), Err(FindError::NoNote)));
+    assert_eq!(Kernel::find(&guest, LIVE).unwrap().note().gpa, None);
 }
 
 #[test]
 fn what_is_no_linux_is_said_to_be_none() {
     let guest = Guest::default();
     for find in [Find::default(), LIVE] {
-        assert!(matches!(Kernel::find(&guest, find), Err(FindError::NoNote)));
+        assert!(matches!(Kernel::find(&guest, find), Err(FindError::NoKernel)));
     }
     guest.boot(&Place::FIRST);
     guest.put(Place::FIRST.gpa + PAGE_TABLES, &[0; 0x1000]);
     let error = Kernel::find(&guest, LIVE).unwrap_err();
     assert!(matches!(error, FindError::NoneFits { count: 1 }));
     assert!(
-        error.to_string().ends_with("the VMCOREINFO note in the guest's memory does not fit its page tables")
+        error
+            .to_string()
+            .contains("the VMCOREINFO note in the guest's memory does not fit its page tables, nor do")
     );
 }
 

@@ -6,6 +6,7 @@ use kvmmem_linux::symbols::TableError;
 use kvmmem_linux::{FindError, KernelError};
 use kvmmem_memory::DumpFile;
 
+use super::choice::command;
 use crate::failure;
 use crate::input::Opened;
 
@@ -45,13 +46,20 @@ fn is_damage(cause: &(dyn std::error::Error + 'static)) -> bool {
 /// What is known of one cause.
 fn line(cause: &(dyn std::error::Error + 'static), is_file: bool) -> Option<String> {
     match cause.downcast_ref() {
-        Some(FindError::NoNote | FindError::NoneFits { .. }) if is_file => Some(format!(
+        Some(FindError::NoKernel | FindError::NoneFits { .. }) if is_file => Some(format!(
             "{cause}, or the dump was cut short; kvmmem read, scan and strings work with any system"
         )),
-        Some(FindError::NoNote | FindError::NoneFits { .. }) => Some(format!(
+        Some(FindError::NoKernel | FindError::NoneFits { .. }) => Some(format!(
             "{cause}: run the command again once it has booted; kvmmem read, scan and strings work with any system"
         )),
-        Some(FindError::Ambiguous { .. } | FindError::TooMany) => Some(format!("{cause}: --note GPA")),
+        Some(FindError::Ambiguous { candidates }) => {
+            let commands: Vec<String> = candidates.iter().map(command).collect();
+            Some(format!("{cause}; choose one: {}", commands.join(" or ")))
+        }
+        Some(FindError::TooMany) => Some(format!("{cause}: --note GPA, or --kernel CR3 of a vCPU")),
+        Some(FindError::NotInSpace { .. }) => {
+            Some(format!("{cause}: leave --kernel out, and the error lists those that there are"))
+        }
         Some(FindError::NotThere { .. }) => {
             Some(format!("{cause}: leave --note out, and the error lists those that do"))
         }

@@ -14,8 +14,8 @@ impl Kernel<'_> {
     pub fn direct_map(&self) -> Option<u64> {
         let default = if self.space.levels() == Levels::Four { FOUR_LEVELS } else { FIVE_LEVELS };
         let chosen = self.symbol("page_offset_base").and_then(|gva| self.read_u64(gva)).ok();
-        // The page of the note is RAM, and the kernel has no reason to leave it out.
-        let page = self.note.gpa;
+        // The page of the note is RAM, and the kernel has no reason to leave it out; nor that of its outermost table.
+        let page = self.note.gpa.unwrap_or_else(|| self.space.root().cr3);
         let is_it = |base: &u64| {
             let gva = base.checked_add(page);
             gva.and_then(|gva| self.space.translate(gva).ok()).is_some_and(|found| found.gpa == page)

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Finds the kernel that runs in a guest, among the notes that kernels have left in its memory.
+//! Finds the kernel that runs in a guest, among those that have left something in its memory: a VMCOREINFO note, or, where
+//! there is none or it is damaged, page tables and symbols.
 //!
-//! A reset that keeps RAM leaves the note of the kernel before, with its page tables, symbols and all that they lead to: such
-//! a note fits as well as the right one. Of a running guest the right one is that whose clock ticks. Of a dump, or of a paused
-//! guest, nothing in memory tells: a vCPU's CR3 does, or the caller must choose.
+//! A reset that keeps RAM leaves the kernel before, with its note, page tables, symbols and all that they lead to: it fits as
+//! well as the right one. Of a running guest the right one is that whose clock ticks. Of a dump, or of a paused guest, nothing
+//! in memory tells: a vCPU's CR3 or LSTAR does, or the caller must choose.
 
 use std::thread;
 use std::time::{Duration, Instant};
@@ -11,8 +12,12 @@ use std::time::{Duration, Instant};
 use kvmmem_memory::{Memory, MemoryError};
 
 use super::Kernel;
+use super::image::{Images, MAX_IMAGES};
 use crate::search::{MAX_FITTING, Notes};
 use crate::vmcoreinfo::Note;
+
+/// Where system calls enter the kernel: LSTAR of each vCPU.
+const SYSTEM_CALLS: &str = "entry_SYSCALL_64";
 
 /// How long the clocks of several kernels are watched. A guest that is idle stops its clock for some time, at most 4 s.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -31,8 +36,13 @@ pub struct Find {
     pub is_live: bool,
     /// The guest-physical address of the right kernel's note, where the caller knows it.
     pub note: Option<u64>,
-    /// CR3 of a vCPU, where the caller has its registers: the right kernel is in that address space.
+    /// CR3 of a vCPU, where the caller has its registers: the right kernel is in that address space. One of firmware tells
+    /// nothing.
     pub cr3: Option<u64>,
+    /// LSTAR of a vCPU: the right kernel's system calls begin there.
+    pub lstar: Option<u64>,
+    /// CR3 of the right kernel, or of one of its processes, where the caller knows it.
+    pub kernel: Option<u64>,
 }
 
 /// There is no kernel, or no telling which.
@@ -41,20 +51,20 @@ pub enum FindError {
     /// The memory cannot be read.
     #[error("cannot search the guest's memory")]
     Memory(#[source] MemoryError),
-    /// There is no note.
+    /// There is nothing of a kernel.
     #[error(
-        "no Linux kernel was found: there is no VMCOREINFO note in the guest's memory; another system, a kernel without CONFIG_VMCORE_INFO, or one that is still booting"
+        "no Linux kernel was found: neither a VMCOREINFO note nor page tables that lead to a kernel's symbols; another system, a kernel without CONFIG_KALLSYMS_ALL, or one that is still booting"
     )]
-    NoNote,
+    NoKernel,
     /// There are notes, of kernels that are no more.
-    #[error("no Linux kernel was found: {}", none_of(*count))]
+    #[error("no Linux kernel was found: {}, nor do page tables lead to a kernel's symbols", none_of(*count))]
     NoneFits {
         /// How many notes there are.
         count: usize,
     },
     /// More notes fit than a guest can have by itself.
     #[error(
-        "more than {MAX_FITTING} VMCOREINFO notes fit the page tables in the guest's memory, forged ones or those of earlier boots, and nothing tells which one is right: choose one by its address"
+        "more than {MAX_FITTING} VMCOREINFO notes or {MAX_IMAGES} kernel images fit the page tables in the guest's memory, forged ones or those of earlier boots, and nothing tells which one is right: choose one by its address"
     )]
     TooMany,
     /// Where the caller says there is no note that fits.
@@ -63,15 +73,30 @@ pub enum FindError {
         /// Where.
         gpa: u64,
     },
-    /// Several notes fit.
+    /// In the address space that the caller names there is no kernel.
+    #[error("no Linux kernel was found in the address space of CR3 {cr3:#x}")]
+    NotInSpace {
+        /// Which.
+        cr3: u64,
+    },
+    /// Several kernels fit.
     #[error(
-        "several Linux kernels were found, as after a reset that kept the guest's RAM, and nothing tells which one runs: {}; choose one by its note's address",
+        "several Linux kernels were found, as after a reset that kept the guest's RAM, and nothing tells which one runs: {}",
         list(candidates)
     )]
     Ambiguous {
-        /// Their notes.
-        candidates: Vec<Note>,
+        /// Which.
+        candidates: Vec<Candidate>,
     },
+}
+
+/// A kernel that may be the one that runs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Candidate {
+    /// Its note, or what is known of it.
+    pub note: Note,
+    /// Its own CR3.
+    pub cr3: u64,
 }
 
 fn none_of(count: usize) -> String {
@@ -85,10 +110,14 @@ fn none_of(count: usize) -> String {
     }
 }
 
-fn list(candidates: &[Note]) -> String {
-    let line = |note: &Note| {
+fn list(candidates: &[Candidate]) -> String {
+    let line = |Candidate { note, cr3 }: &Candidate| {
         let build = note.value("BUILD-ID").and_then(|id| id.get(..12)).unwrap_or("unknown");
-        format!("gpa {:#x} (release {}, build {build})", note.gpa, note.release().unwrap_or("unknown"))
+        let place = match note.gpa {
+            Some(gpa) => format!("note at gpa {gpa:#x}"),
+            None => format!("CR3 {cr3:#x}"),
+        };
+        format!("{place} (release {}, build {build})", note.release().unwrap_or("unknown"))
     };
     candidates.iter().map(line).collect::<Vec<_>>().join(", ")
 }
@@ -106,67 +135,120 @@ impl<'m> Kernel<'m> {
             let note = Note::read(gpa, read).filter(|note| note.check(read).is_ok());
             return note.and_then(|note| Self::of_note(memory, note).ok()).ok_or(FindError::NotThere { gpa });
         }
-        let mut clocks: Vec<Clock<'m>> = Vec::new();
+        if let Some(cr3) = find.kernel {
+            return Self::of_cr3(memory, cr3).ok_or(FindError::NotInSpace { cr3 });
+        }
+        let mut clocks = Clocks::default();
         let mut running = None;
         let notes = Notes::find(memory, |notes| {
-            if find.is_live {
-                watch(&mut clocks, memory, &notes.fitting);
-                running = running.or_else(|| clocks.iter().position(Clock::ticks));
+            if find.is_live && notes.fitting.len() > clocks.0.len() {
+                clocks
+                    .watch(notes.fitting.iter().filter_map(|note| Self::of_note(memory, note.clone()).ok()));
             }
+            running = running.or_else(|| clocks.running());
             running.is_none()
         });
-        let mut notes = notes.map_err(FindError::Memory)?;
-        if let Some(cr3) = find.cr3.filter(|_| notes.fitting.len() > 1) {
-            let has_cr3 = |note: &Note| {
-                Self::of_note(memory, note.clone()).is_ok_and(|kernel| kernel.space.shares_kernel(cr3))
-            };
-            // A CR3 of no kernel, as of firmware, says nothing.
-            if notes.fitting.iter().any(has_cr3) {
-                notes.fitting.retain(has_cr3);
+        let Notes { fitting, count, mut is_cut } = notes.map_err(FindError::Memory)?;
+        if let Some(running) = running {
+            return Ok(clocks.take(running));
+        }
+        let kernel = |note: Note| clocks.remove(&note).or_else(|| Self::of_note(memory, note).ok());
+        let mut kernels: Vec<Self> = fitting.into_iter().filter_map(kernel).collect();
+        if let Some(cr3) =
+            find.cr3.filter(|cr3| !kernels.iter().any(|kernel| kernel.space.shares_kernel(*cr3)))
+            && let Some(kernel) = Self::of_cr3(memory, cr3)
+        {
+            return Ok(kernel);
+        }
+        if kernels.is_empty() {
+            let images = Images::find(memory).map_err(FindError::Memory)?;
+            is_cut = images.is_cut;
+            kernels = images.kernels(memory);
+        }
+        retain(&mut kernels, |kernel| find.cr3.is_some_and(|cr3| kernel.space.shares_kernel(cr3)));
+        retain(&mut kernels, |kernel| find.lstar.is_some_and(|lstar| kernel.enters_at(lstar)));
+        if find.is_live && kernels.len() > 1 {
+            let mut clocks = Clocks::default();
+            clocks.watch(kernels.into_iter());
+            if let Some(running) = clocks.wait() {
+                return Ok(clocks.take(running));
             }
+            kernels = clocks.kernels();
         }
-        if find.is_live && notes.fitting.len() > 1 {
-            watch(&mut clocks, memory, &notes.fitting);
-            let start = Instant::now();
-            let any = clocks.iter().any(|clock| clock.first.is_some());
-            while any && running.is_none() && start.elapsed() < PATIENCE {
-                thread::sleep(PAUSE);
-                running = clocks.iter().position(Clock::ticks);
-            }
-        }
-        if let Some(running) = running.filter(|running| *running < clocks.len()) {
-            return Ok(clocks.swap_remove(running).kernel);
-        }
-        if notes.is_cut {
+        if is_cut {
             return Err(FindError::TooMany);
         }
-        if notes.fitting.len() > 1 {
+        if kernels.len() > 1 {
             // A forged note has no symbols that fit it.
-            let has_symbols = |note: &Note| {
-                Self::of_note(memory, note.clone()).is_ok_and(|kernel| kernel.symbols().is_ok())
-            };
-            let real: Vec<Note> = notes.fitting.iter().filter(|note| has_symbols(note)).cloned().collect();
-            if !real.is_empty() {
-                notes.fitting = real;
+            retain(&mut kernels, |kernel| kernel.symbols().is_ok());
+        }
+        if kernels.len() > 1 {
+            let candidate =
+                |kernel: &Self| Candidate { note: kernel.note.clone(), cr3: kernel.space.root().cr3 };
+            return Err(FindError::Ambiguous { candidates: kernels.iter().map(candidate).collect() });
+        }
+        let none = if count == 0 { FindError::NoKernel } else { FindError::NoneFits { count } };
+        kernels.pop().ok_or(none)
+    }
+
+    /// Whether system calls enter the kernel there.
+    fn enters_at(&self, lstar: u64) -> bool {
+        self.symbols().is_ok_and(|symbols| symbols.all(SYSTEM_CALLS).any(|gva| gva == lstar))
+    }
+}
+
+/// Keeps the kernels of which something is true, if there are several and it is true of any.
+fn retain<'m>(kernels: &mut Vec<Kernel<'m>>, is_right: impl Fn(&Kernel<'m>) -> bool) {
+    if kernels.len() > 1 && kernels.iter().any(&is_right) {
+        kernels.retain(is_right);
+    }
+}
+
+/// The clocks of kernels that were found.
+#[derive(Default)]
+struct Clocks<'m>(Vec<Clock<'m>>);
+
+impl<'m> Clocks<'m> {
+    /// Adds the clocks of the kernels that are not watched yet.
+    fn watch(&mut self, kernels: impl Iterator<Item = Kernel<'m>>) {
+        for kernel in kernels {
+            if self.0.iter().all(|clock| clock.kernel.note != kernel.note) {
+                self.0.push(Clock::new(kernel));
             }
         }
-        let Notes { mut fitting, count, .. } = notes;
-        match (fitting.len(), count, fitting.pop()) {
-            (1, _, Some(note)) => match clocks.into_iter().find(|clock| *clock.kernel.note() == note) {
-                // Its symbols have been read. What was read of page tables may have changed.
-                Some(Clock { kernel, .. }) => {
-                    kernel.space.forget();
-                    Ok(kernel)
-                }
-                None => Self::of_note(memory, note).map_err(|_| FindError::NoneFits { count }),
-            },
-            (0, 0, _) => Err(FindError::NoNote),
-            (0, ..) => Err(FindError::NoneFits { count }),
-            (_, _, last) => {
-                fitting.extend(last);
-                Err(FindError::Ambiguous { candidates: fitting })
+    }
+
+    /// The number of a kernel whose clock has ticked.
+    fn running(&self) -> Option<usize> {
+        self.0.iter().position(Clock::ticks)
+    }
+
+    /// The same; waits for it.
+    fn wait(&self) -> Option<usize> {
+        let start = Instant::now();
+        while self.0.iter().any(|clock| clock.first.is_some()) && start.elapsed() < PATIENCE {
+            thread::sleep(PAUSE);
+            if let Some(running) = self.running() {
+                return Some(running);
             }
         }
+        None
+    }
+
+    /// The kernel of a note, whose symbols have been read. What was read of its page tables may have changed.
+    fn remove(&mut self, note: &Note) -> Option<Kernel<'m>> {
+        let number = self.0.iter().position(|clock| clock.kernel.note == *note)?;
+        let kernel = self.0.swap_remove(number).kernel;
+        kernel.space.forget();
+        Some(kernel)
+    }
+
+    fn take(mut self, number: usize) -> Kernel<'m> {
+        self.0.swap_remove(number).kernel
+    }
+
+    fn kernels(self) -> Vec<Kernel<'m>> {
+        self.0.into_iter().map(|clock| clock.kernel).collect()
     }
 }
 
@@ -177,26 +259,18 @@ struct Clock<'m> {
     first: Option<(u64, u64)>,
 }
 
-impl Clock<'_> {
+impl<'m> Clock<'m> {
+    fn new(kernel: Kernel<'m>) -> Self {
+        let gva = kernel.symbol("jiffies_64").ok();
+        let first = gva.and_then(|gva| Some((gva, kernel.read_u64(gva).ok()?)));
+        Self { kernel, first }
+    }
+
     /// Whether it has ticked since it was first seen.
     fn ticks(&self) -> bool {
         self.first.is_some_and(|(gva, first)| {
             let now = self.kernel.read_u64(gva).unwrap_or(first);
             (1..MAX_TICKS).contains(&now.wrapping_sub(first))
         })
-    }
-}
-
-/// Adds the clocks of the kernels that were not watched yet.
-fn watch<'m>(clocks: &mut Vec<Clock<'m>>, memory: &'m dyn Memory, notes: &[Note]) {
-    for note in notes {
-        if clocks.iter().any(|clock| clock.kernel.note().gpa == note.gpa) {
-            continue;
-        }
-        if let Ok(kernel) = Kernel::of_note(memory, note.clone()) {
-            let gva = kernel.symbol("jiffies_64").ok();
-            let first = gva.and_then(|gva| Some((gva, kernel.read_u64(gva).ok()?)));
-            clocks.push(Clock { kernel, first });
-        }
     }
 }

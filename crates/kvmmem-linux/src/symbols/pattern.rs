@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Finds the tables of kallsyms by their looks, for kernels before 6.0, whose note does not say where they are.
+//! Finds the tables of kallsyms by their looks, for kernels before 6.0, whose note does not say where they are, and for those
+//! without a note.
 //!
 //! The tokens of the ten digits follow each other in kallsyms_token_table, as each digit stands for itself. From there on
 //! all else has its place (`write_src` in `scripts/kallsyms.c`): tokens, their index, and before them markers, names and
@@ -7,9 +8,8 @@
 
 use super::names::{MAX_TOKEN_BYTES, Names, next_name};
 use super::tables::{INDEX_BYTES, Tables, read_some};
-use super::{Symbols, TableError};
+use super::{Addresses, Symbols, TableError};
 use crate::space::Space;
-use crate::vmcoreinfo::Note;
 use kvmmem_memory::PAGE_SIZE;
 use kvmmem_memory::paging::WalkError;
 
@@ -45,14 +45,17 @@ const MAX_PLACES: usize = 64;
 const MAX_MARKERS: usize = 64;
 const MAX_PARSED: usize = 1 << 25;
 
-/// Reads the tables that look like some.
-pub(super) fn read(space: &Space<'_>, note: &Note) -> Result<Symbols, TableError> {
-    let start = note.symbol("_stext").ok_or(TableError::NotFound)?;
+/// Reads the tables that look like some, in an image that begins at or after `start`, and whose addresses fit.
+pub(super) fn read(
+    space: &Space<'_>,
+    start: u64,
+    fits: &dyn Fn(&Addresses<'_>) -> bool,
+) -> Result<Symbols, TableError> {
     let mut budget = Budget { markers: MAX_MARKERS, names: MAX_PARSED };
     let mut result = Err(TableError::NotFound);
     for digits in places(space, start - start % STEP) {
         let Some(tokens) = tokens(space, digits) else { continue };
-        match names(space, note, tokens, &mut budget) {
+        match names(space, fits, tokens, &mut budget) {
             Ok(Some(symbols)) => return Ok(symbols),
             Ok(None) => {}
             Err(error) => result = Err(error),
@@ -112,7 +115,7 @@ fn tokens(space: &Space<'_>, digits: u64) -> Option<(u64, u64)> {
 /// The symbols whose names lie before the tokens.
 fn names(
     space: &Space<'_>,
-    note: &Note,
+    fits: &dyn Fn(&Addresses<'_>) -> bool,
     (token_table, token_index): (u64, u64),
     budget: &mut Budget,
 ) -> Result<Option<Symbols>, TableError> {
@@ -132,7 +135,7 @@ fn names(
         let names = Names::read(count, tables.tokens(space)?, |_| rest.take())?;
         let mut symbols = Symbols::new(names);
         for tables in tables.with_offsets(first + number as u64) {
-            if let Ok(addresses) = tables.addresses(space, note, &symbols) {
+            if let Ok(addresses) = tables.addresses(space, fits, &symbols) {
                 symbols.addresses = addresses;
                 return Ok(Some(symbols));
             }

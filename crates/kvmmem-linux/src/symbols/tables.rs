@@ -3,7 +3,7 @@
 
 use super::addresses::Scheme;
 use super::names::{MAX_TOKEN_BYTES, Names, Tokens};
-use super::{Symbols, TableError};
+use super::{Addresses, Symbols, TableError};
 use crate::space::Space;
 use crate::vmcoreinfo::{KERNEL_MAP, Note};
 
@@ -44,14 +44,32 @@ pub(super) fn of_note(space: &Space<'_>, note: &Note) -> Option<Tables> {
     })
 }
 
+/// Whether addresses are those that the note has of the same names.
+pub(super) fn fit_note(note: &Note, addresses: &Addresses<'_>) -> bool {
+    // Symbols of the image: the note's other addresses are values of pointers.
+    let known = note.symbols().filter(|(_, address)| *address >= KERNEL_MAP);
+    let mut right = 0;
+    for (found, address) in known.map(|(name, address)| (addresses(name), address)) {
+        if !found.is_empty() && !found.contains(&address) {
+            return false;
+        }
+        right += usize::from(!found.is_empty());
+    }
+    right >= MIN_RIGHT
+}
+
 impl Tables {
     /// Reads the tables.
-    pub(super) fn read(&self, space: &Space<'_>, note: &Note) -> Result<Symbols, TableError> {
+    pub(super) fn read(
+        &self,
+        space: &Space<'_>,
+        fits: &dyn Fn(&Addresses<'_>) -> bool,
+    ) -> Result<Symbols, TableError> {
         let names = Names::read(self.count, self.tokens(space)?, |done| {
             read_some(space, self.names.checked_add(done as u64)?, CHUNK)
         })?;
         let mut symbols = Symbols::new(names);
-        symbols.addresses = self.addresses(space, note, &symbols)?;
+        symbols.addresses = self.addresses(space, fits, &symbols)?;
         Ok(symbols)
     }
 
@@ -63,11 +81,11 @@ impl Tables {
         table.and_then(|table| Tokens::new(table, &index)).ok_or(TableError::Read { gva: self.token_table })
     }
 
-    /// The address of each symbol, by the scheme that fits the note.
+    /// The address of each symbol, by the scheme that fits.
     pub(super) fn addresses(
         &self,
         space: &Space<'_>,
-        note: &Note,
+        fits: &dyn Fn(&Addresses<'_>) -> bool,
         symbols: &Symbols,
     ) -> Result<Vec<u64>, TableError> {
         let bytes = read(space, self.offsets, symbols.len() * 4)?;
@@ -77,21 +95,11 @@ impl Tables {
             Some(gva) => read(space, gva, 8)?.first_chunk().map(|base| u64::from_le_bytes(*base)),
             None => None,
         };
-        // Symbols of the image: the note's other addresses are values of pointers.
-        let known: Vec<(Vec<usize>, u64)> = note
-            .symbols()
-            .filter(|(_, address)| *address >= KERNEL_MAP)
-            .map(|(name, address)| (symbols.numbers(name).collect(), address))
-            .filter(|(numbers, _): &(Vec<usize>, u64)| !numbers.is_empty())
-            .collect();
         let address = |scheme: Scheme, index: usize| {
             scheme.address(*offsets.get(index)?, self.offsets.wrapping_add(4 * index as u64), base)
         };
         let fits = |scheme: &Scheme| {
-            let is_right = |(numbers, gva): &(Vec<usize>, u64)| {
-                numbers.iter().any(|index| address(*scheme, *index) == Some(*gva))
-            };
-            known.len() >= MIN_RIGHT && known.iter().all(is_right)
+            fits(&|name| symbols.numbers(name).filter_map(|index| address(*scheme, index)).collect())
         };
         let scheme = Scheme::ALL.into_iter().find(fits).ok_or(TableError::Addresses)?;
         Ok((0..symbols.len()).map(|index| address(scheme, index).unwrap_or(0)).collect())

@@ -23,6 +23,7 @@ pub(crate) const RAM: usize = 16 << 20;
 /// What a kernel's image has, in bytes from its begin.
 pub(crate) const PAGE_TABLES: u64 = 0x10_0000;
 pub(crate) const UTS: u64 = 0x11_0000;
+pub(crate) const BANNER: u64 = 0x11_0800;
 pub(crate) const JIFFIES: u64 = 0x11_1000;
 pub(crate) const TASKS: u64 = 0x11_2000;
 pub(crate) const KALLSYMS: u64 = 0x12_0000;
@@ -121,7 +122,9 @@ impl Guest {
     pub(crate) fn boot_with(&self, place: &Place, blob: &[u8], more: Vec<kallsyms::Entry>) {
         let Place { gpa, gva, layout, .. } = *place;
         self.map(place);
+        self.put(gpa + UTS, b"Linux");
         self.put(gpa + UTS + 130, RELEASE.as_bytes());
+        self.put(gpa + BANNER, format!("Linux version {RELEASE} (build@test)\n").as_bytes());
         self.put_word(gpa + JIFFIES, 4_294_892_296);
         self.tasks(place);
         self.put(gpa + BTF, blob);
@@ -129,6 +132,7 @@ impl Guest {
             ('T', "_stext".to_owned(), gva),
             ('D', "swapper_pg_dir".to_owned(), gva + PAGE_TABLES),
             ('D', "init_uts_ns".to_owned(), gva + UTS),
+            ('D', "linux_banner".to_owned(), gva + BANNER),
             ('D', "jiffies_64".to_owned(), gva + JIFFIES),
             ('D', "init_task".to_owned(), gva + TASKS),
             ('d', "prb".to_owned(), gva + JIFFIES + 8),
@@ -164,6 +168,8 @@ impl Guest {
     fn map(&self, Place { gpa, gva, five_levels, .. }: &Place) {
         let mut table = gpa + PAGE_TABLES;
         let levels = if *five_levels { 5 } else { 4 };
+        // The last GiB, for fixed addresses (level2_fixmap_pgt).
+        self.put_word(table + (levels - 3) * 0x1000 + 511 * 8, (gpa + PAGE_TABLES + 0x8000) | 3);
         for level in (3..=levels).rev() {
             self.put_word(table + (gva >> (12 + 9 * (level - 1)) & 511) * 8, (table + 0x1000) | 3);
             table += 0x1000;
