@@ -2,6 +2,8 @@
 //! Loaded modules, as /proc/modules shows them. One whose memory is damaged in part is listed without what cannot be read, and
 //! marked as damaged.
 
+mod symbols;
+
 use std::cell::Cell;
 
 use crate::bytes::Bytes;

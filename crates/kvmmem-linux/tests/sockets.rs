@@ -3,9 +3,9 @@
 
 mod common;
 
-use common::objects::{self, EHASH, HASHINFO, NETNS, NETS, UDP, at, sock};
-use common::{Guest, Place};
-use kvmmem_linux::sockets::{Ends, Kind, Socket, Sockets, State};
+use common::objects::{self, CALLS, EHASH, HASHINFO, NETNS, NETS, RAW, UDP, at, sock};
+use common::{Guest, KALLSYMS, Place};
+use kvmmem_linux::sockets::{Ends, Kind, Protocol, Socket, Sockets, State};
 use kvmmem_linux::{Find, Kernel, KernelError};
 use proptest::prelude::*;
 
@@ -135,4 +135,32 @@ proptest! {
             prop_assert!(found.len() < 100);
         }
     }
+}
+
+/// Debian has IPv6 in its kernel, others have it as a module.
+#[test]
+fn the_table_of_a_module_is_found_by_its_own_symbols() {
+    let guest = objects::guest(&PLACE);
+    let symbols = guest.bytes(PLACE.gpa + KALLSYMS, 0x8_0000);
+    let name = symbols.windows(15).position(|name| name == b"raw_v6_hashinfo").unwrap();
+    guest.put(PLACE.gpa + KALLSYMS + name as u64, b"raw_v6_hashinf0");
+    // The raw socket is in the second table alone.
+    let [v4, v6] = RAW.map(|table| at(&PLACE, table + 8 * 200));
+    let sock = guest.bytes(v4, 8);
+    guest.put(v4, &[0; 8]);
+    guest.put(v6, &sock);
+    let raw = |guest: &Guest| {
+        let sockets = sockets(guest).unwrap();
+        sockets.iter().filter(|socket| socket.protocol == Protocol::Raw).count()
+    };
+    assert_eq!(raw(&guest), 0);
+    let module = [("raw_v6_hash", CALLS), ("raw_v6_hashinfo", RAW[1]), ("raw_v6_hashinfo_", CALLS)];
+    objects::name_module(&guest, &PLACE, 1, "ipv6", &module);
+    assert_eq!(raw(&guest), 1);
+    objects::name_module(&guest, &PLACE, 1, "ipv6_", &module);
+    assert_eq!(raw(&guest), 0);
+    // A table without an end is an error, and not a kernel without IPv6.
+    objects::name_module(&guest, &PLACE, 1, "ipv6", &module);
+    guest.put(at(&PLACE, objects::module(1) + 0x98), &[0; 8]);
+    assert!(sockets(&guest).is_err());
 }

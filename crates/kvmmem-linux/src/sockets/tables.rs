@@ -81,11 +81,16 @@ pub(super) fn all(
             Err(error) => lost.push(error),
         }
     }
-    // A kernel without IPv6 has no second one.
-    for symbol in ["raw_v4_hashinfo", "raw_v6_hashinfo"] {
-        if let Ok(table) = kernel.symbol(symbol) {
-            let first = table.wrapping_add(kernel.offset("raw_hashinfo", "ht")?);
-            tables.push(hashed(Protocol::Raw, first, POINTER, RAW_BUCKETS));
+    // A kernel without IPv6 has no second one; one with IPv6 as a module has it there.
+    for (symbol, module) in [("raw_v4_hashinfo", "ipv4"), ("raw_v6_hashinfo", "ipv6")] {
+        match kernel.symbol_or_of_module(symbol, module) {
+            Ok(Some(table)) => {
+                let first = table.wrapping_add(kernel.offset("raw_hashinfo", "ht")?);
+                tables.push(hashed(Protocol::Raw, first, POINTER, RAW_BUCKETS));
+            }
+            Ok(None) => {}
+            Err(error) if error.is_final() => return Err(error),
+            Err(error) => lost.push(error),
         }
     }
     if let Ok(buckets) = kernel.offset("net", "unx.table.buckets") {
@@ -96,7 +101,9 @@ pub(super) fn all(
             }
         }
     } else {
-        let first = kernel.symbol("unix_socket_table")?;
+        let symbol = "unix_socket_table";
+        let first = kernel.symbol_or_of_module(symbol, "unix")?;
+        let first = first.ok_or_else(|| KernelError::NoSymbol { name: symbol.to_owned() })?;
         tables.push(hashed(Protocol::Unix, first, POINTER, UNIX_BUCKETS));
     }
     // Without any table there is no list.

@@ -16,7 +16,7 @@ pub(crate) const EHASH: u64 = 0x2100;
 const LHASH: u64 = 0x2200;
 pub(crate) const UDP: u64 = 0x2300;
 const UDP_HASH: u64 = 0x2400;
-const RAW: [u64; 2] = [0x2800, 0x3000];
+pub(crate) const RAW: [u64; 2] = [0x2800, 0x3000];
 const NET: u64 = 0x3800;
 pub(crate) const NETS: u64 = 0x3900;
 const UNIX: u64 = 0x4000;
@@ -33,6 +33,7 @@ pub(crate) const NODES: u64 = 0xa000;
 const PID_NAMESPACE: u64 = 0xb000;
 const MODULE_LIST: u64 = 0xb100;
 const MODULE_KSET: u64 = 0xb200;
+const MODULE_SYMBOLS: u64 = 0xb300;
 
 /// Where the dispatcher is in the image, and its handlers.
 pub(crate) const DISPATCHER: u64 = 0xd000;
@@ -59,6 +60,27 @@ pub(crate) fn task(number: u64) -> u64 {
 /// Of the module with a number.
 pub(crate) fn module(number: u64) -> u64 {
     MODULES + number * 0x200
+}
+
+/// Gives the module with a number a name, and symbols of its own, each of an object.
+pub(crate) fn name_module(guest: &Guest, place: &Place, number: u64, name: &str, symbols: &[(&str, u64)]) {
+    let writer = Writer { guest, place: *place };
+    let at = module(number);
+    writer.bytes(at + 0x20, &[0; 56]);
+    writer.bytes(at + 0x20, name.as_bytes());
+    writer.pointer(at + 0x98, MODULE_SYMBOLS);
+    let (table, names) = (MODULE_SYMBOLS + 0x100, MODULE_SYMBOLS + 0x400);
+    writer.pointer(MODULE_SYMBOLS, table);
+    writer.half(MODULE_SYMBOLS + 8, 1 + u32::try_from(symbols.len()).unwrap());
+    writer.pointer(MODULE_SYMBOLS + 16, names);
+    // The first symbol is empty, as in each ELF file.
+    let mut end = 1;
+    for ((name, object), symbol) in symbols.iter().zip((table + 24..).step_by(24)) {
+        writer.half(symbol, end);
+        writer.pointer(symbol + 8, *object);
+        writer.bytes(names + u64::from(end), name.as_bytes());
+        end += u32::try_from(name.len()).unwrap() + 1;
+    }
 }
 
 /// Of the socket with a number.
@@ -351,8 +373,15 @@ fn types() -> Vec<u8> {
         ("mem", long, 0xa0),
         ("refcnt", long, 0x80),
         ("source_list", list, 0x88),
+        ("kallsyms", long, 0x98),
     ];
     structure(&mut btf, "module", 0x110, &module);
+    structure(
+        &mut btf,
+        "mod_kallsyms",
+        24,
+        &[("symtab", long, 0), ("num_symtab", long, 8), ("strtab", long, 16)],
+    );
     let task = [
         ("tasks", list, TASK_LIST),
         ("pid", long, 24),
