@@ -98,7 +98,7 @@ fn rows_are_cut_at_the_edge_of_a_terminal_alone() {
         String::from_utf8(text).unwrap().replace('\r', "")
     };
     let (_, whole, _) = run(&["ps"], &path);
-    let last = "77   0     1001  S      1.00   exactly15chars!";
+    let last = "77   0     1001  S      1.00   [exactly15chars!]";
     assert_eq!(whole.lines().last(), Some(last));
     let cut = on_terminal(&["ps"]);
     let line: String = last.chars().take(43).chain(['…']).collect();
