@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Whether a kernel was tampered with in the ways that rootkits use: entries that lead out of the kernel's text, and modules and
-//! processes that were taken out of one of the two structures that have them.
+//! Whether a kernel was tampered with in the ways that rootkits use: entries that lead out of the kernel's text or to a function
+//! of another purpose, and modules and processes that were taken out of one of the two structures that have them.
 //!
 //! | check | what is compared | module |
 //! |---|---|---|
-//! | system calls | `sys_call_table` with the kernel's text and symbols | [`entries`] |
+//! | system calls | `sys_call_table` with the names of system calls' handlers | [`entries`] |
 //! | dispatcher | branches of `x64_sys_call` with the kernel's text | [`entries`] |
-//! | interrupts | gates of `idt_table` with the kernel's text | [`entries`] |
+//! | interrupts | gates of `idt_table` with the names of interrupts' handlers | [`entries`] |
 //! | modules | the list of modules with `/sys/module` | [`modules`] |
 //! | tasks | the lists of processes and threads with the pids | [`tasks`] |
 //!

@@ -141,6 +141,14 @@ impl Symbols {
         self.symbol(*order.get(first)? as usize)
     }
 
+    /// The symbols at `address`: a function can have several names.
+    pub fn at_address(&self, address: u64) -> impl Iterator<Item = Symbol> {
+        let order = self.by_address();
+        let first = order.partition_point(|index| self.at(*index) < address);
+        let same = order.iter().skip(first).take_while(move |index| self.at(**index) == address);
+        same.filter_map(|index| self.symbol(*index as usize))
+    }
+
     /// The lowest address of a symbol above `address`.
     pub fn above(&self, address: u64) -> Option<u64> {
         let order = self.by_address();

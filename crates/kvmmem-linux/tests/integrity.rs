@@ -97,6 +97,49 @@ fn entries_that_lead_out_of_the_text_are_hooks() {
     assert_eq!(findings(&guest), [hook("branch of x64_sys_call at +0xc", call, MODULE, in_module())]);
 }
 
+/// The begin of another function of the kernel is not the handler of a system call or of an interrupt, nor is one that another
+/// entry has.
+#[test]
+fn entries_that_lead_to_another_function_are_hooks() {
+    let function = |name: &str| At::Text { symbol: name.to_owned(), offset: 0 };
+    let other = PLACE.gva + 0x1000 + 16 * 100;
+    let guest = objects::guest(&PLACE);
+    guest.put_word(at(&PLACE, CALLS + 8), other);
+    assert_eq!(findings(&guest), [hook("system call 1", gva(CALLS + 8), other, function("filler_100"))]);
+    // The handler of call 1.
+    let guest = objects::guest(&PLACE);
+    guest.put_word(at(&PLACE, CALLS + 8 * 3), PLACE.gva + 0x1010);
+    let expected =
+        hook("system call 3 as well as 1", gva(CALLS + 24), PLACE.gva + 0x1010, function("filler_1"));
+    assert_eq!(findings(&guest), [expected]);
+
+    let gate = |guest: &Guest, vector: u64, target: u64| {
+        let bytes = (PLACE.gva + target).to_le_bytes();
+        guest.put(at(&PLACE, IDT + 16 * vector), &bytes[..2]);
+        guest.put(at(&PLACE, IDT + 16 * vector + 6), &bytes[2..]);
+    };
+    // Of an exception, of a device, and the same two with a handler that another vector has.
+    for (vector, target, entry, symbol) in [
+        (13, 0x1000 + 16 * 100, "interrupt vector 13", "filler_100"),
+        (40, 0x1000 + 16 * 100, "interrupt vector 40", "filler_100"),
+        (14, 0x1000 + 16 * 13, "interrupt vector 14 as well as 13", "filler_13"),
+        (41, 0xc000 + 8 * 40, "interrupt vector 41 as well as 40", "irq_entries_start"),
+    ] {
+        let guest = objects::guest(&PLACE);
+        gate(&guest, vector, target);
+        let [Finding::Hook { entry: found, target: to, place: At::Text { symbol: at, .. }, .. }] =
+            &findings(&guest)[..]
+        else {
+            panic!("{vector}: {:?}", findings(&guest))
+        };
+        assert_eq!((found.as_str(), *to, at.as_str()), (entry, PLACE.gva + target, symbol));
+    }
+    // An exception does not lead to a stub.
+    let guest = objects::guest(&PLACE);
+    gate(&guest, 13, 0xc000 + 8 * 200);
+    assert_eq!(findings(&guest).len(), 1);
+}
+
 #[test]
 fn where_a_vcpu_enters_the_kernel_is_checked() {
     let guest = objects::guest(&PLACE);

@@ -38,6 +38,8 @@ const MODULE_SYMBOLS: u64 = 0xb300;
 /// Where the dispatcher is in the image, and its handlers.
 pub(crate) const DISPATCHER: u64 = 0xd000;
 const HANDLERS: u64 = 0x1000;
+/// The stubs of interrupts, of 8 bytes each.
+const STUBS: u64 = 0xc000;
 /// After the text, as it is freed.
 const EARLY: u64 = 0xf_8000;
 
@@ -160,6 +162,15 @@ pub(crate) fn boot(guest: &Guest, place: &Place) {
         text("_etext", 0xf_0000),
     ]);
     symbols.extend([text("entry_SYSCALL_64", 0xe000), text("early_idt_handler_array", EARLY)]);
+    symbols.push(text("irq_entries_start", STUBS));
+    let calls = ["read", "write", "open", "close", "stat"];
+    symbols.extend(
+        (0..).zip(calls).map(|(number, name)| text(&format!("__x64_sys_{name}"), HANDLERS + 16 * number)),
+    );
+    symbols.extend((0..32).map(|vector| match vector {
+        14 => text("asm_exc_page_fault", HANDLERS + 16 * vector),
+        _ => text(&format!("asm_exc_{vector}"), HANDLERS + 16 * vector),
+    }));
     guest.boot_with(place, &types(), symbols);
     entries(&writer);
     sockets(&writer);
@@ -188,7 +199,7 @@ fn entries(writer: &Writer<'_>) {
         let target = match vector {
             30 => EARLY + 13 * vector,
             0..32 => HANDLERS + 16 * vector,
-            _ => HANDLERS + 16 * vector + 8,
+            _ => STUBS + 8 * vector,
         };
         let target = place.gva + target;
         let [a, b, c, d, high @ ..] = target.to_le_bytes();
