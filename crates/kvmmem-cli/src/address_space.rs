@@ -113,18 +113,21 @@ pub(crate) struct LinuxSpace<'k> {
     pub(crate) space: Space<'k>,
     /// Whose it is, unless it is the kernel's.
     pub(crate) task: Option<Task>,
+    /// The words that name the guest on the command line.
+    arguments: String,
 }
 
 impl<'k> LinuxSpace<'k> {
-    pub(crate) fn new(kernel: &'k Kernel<'k>, linux: &Linux) -> Result<Self> {
+    pub(crate) fn new(kernel: &'k Kernel<'k>, linux: &Linux, input: &Input) -> Result<Self> {
+        let arguments = input.arguments();
         let Some(pid) = linux.pid else {
             let space = kernel.space();
-            return Ok(Self { kernel, space: space.with_root(space.root().cr3), task: None });
+            return Ok(Self { kernel, space: space.with_root(space.root().cr3), task: None, arguments });
         };
         let task = kernel.task(pid)?;
         let space =
             kernel.space_of(&task).with_context(|| format!("cannot find the memory of process {pid}"))?;
-        Ok(Self { kernel, space, task: Some(task) })
+        Ok(Self { kernel, space, task: Some(task), arguments })
     }
 
     /// Reads as much as can be; returns how many bytes that is, and why there are not more.
@@ -153,7 +156,10 @@ impl<'k> LinuxSpace<'k> {
                     mapping.permissions()
                 )
             }
-            None => format!("; process {} has nothing mapped there: see kvmmem maps {}", task.pid, task.pid),
+            None => {
+                let (pid, arguments) = (task.pid, &self.arguments);
+                format!("; process {pid} has nothing mapped there: see kvmmem maps {pid}{arguments}")
+            }
         }
     }
 }

@@ -12,6 +12,7 @@ use kvmmem_memory::{DumpFile, Memory};
 
 use crate::parallel::{Sink, in_order};
 use crate::range::GpaRange;
+use crate::shell::quote;
 use crate::source::{self, NO_TOKEN, Source};
 use crate::target_name::TargetName;
 use crate::vcpu;
@@ -42,6 +43,15 @@ impl Input {
     /// Whether the memory is a target's, which may run.
     pub(crate) fn is_live(&self) -> bool {
         self.file.is_none()
+    }
+
+    /// The words that name the memory on the command line, with a space before them, for a shell; empty where a token or a
+    /// connection does.
+    pub(crate) fn arguments(&self) -> String {
+        match &self.file {
+            Some(path) => format!(" --file {}", quote(path)),
+            None => self.source.arguments(),
+        }
     }
 
     /// Opens the file, or attaches a view that reaches into each of `wanted`. `verb` is for the audit log.

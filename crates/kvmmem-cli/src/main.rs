@@ -80,7 +80,9 @@ Exit codes:
   0  done; doctor: the machine can be used
   1  failed, standard error says why; doctor: it cannot be used; scan: nothing was found
   2  the command line is wrong; scan: failed
-attach, check, dump, revoke, translate and vm have further ones: see their --help.
+  3  check: something was found; dmesg, files, info, maps, modules, mounts, ps, sockets: some of it could not be read
+  4  the verbs about a Linux guest: it was restarted while it was read
+attach, dump, revoke, translate and vm have further ones: see their --help.
 
 Environment:
   KVMMEM_KVMI_PORT  vsock port to listen on, unless --listen says where

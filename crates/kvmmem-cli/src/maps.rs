@@ -28,7 +28,7 @@ pub(crate) struct Arguments {
 const AFTER_HELP: &str = "\
 The columns are those of /proc/PID/maps: START-END, what is allowed (r, w, x; p private or s shared), OFFSET in the file, DEVICE
 and INODE of the file, and its path or what the kernel calls the memory. Paths begin at the root of their mounts. A thread of
-the kernel, and a process that has ended, has no mappings. Where there are several processes, a line with its number and name comes
+the kernel, and a process that has ended, has no mappings, as standard error says of one that is named. Where there are several processes, a line with its number and name comes
 before the mappings of each. A ? in place of a path says that it could not be read (\"damaged\" in JSON).
 
 Exit codes:
@@ -69,6 +69,10 @@ impl Arguments {
                     "the mappings of process {} changed whenever they were read: some may be missing; try again",
                     task.pid
                 );
+            }
+            if map.mappings.is_empty() {
+                let why = if task.is_kernel { "a thread of the kernel" } else { "a process that has ended" };
+                tracing::warn!("{} is {why}: it has no mappings", task.pid);
             }
             if !output.is_json() && self.pids.len() != 1 {
                 output.line(format!("{} {}", task.pid, escape(&task.comm)))?;

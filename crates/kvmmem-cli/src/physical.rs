@@ -96,7 +96,7 @@ impl Read {
         if let Some(linux) = self.space.linux()? {
             let opened = self.input.open("read", &[])?;
             let kernel = linux.kernel(&self.input, &opened)?;
-            let space = LinuxSpace::new(&kernel, &linux)?;
+            let space = LinuxSpace::new(&kernel, &linux, &self.input)?;
             return self.print(output, |at, buf| space.read(at, buf));
         }
         if let Some(vcpu) = self.space.vcpu {

@@ -25,8 +25,8 @@ pub(crate) struct Arguments {
     /// Print each process below the one that it belongs to
     #[arg(long)]
     tree: bool,
-    /// Print the threads of each process as well
-    #[arg(long, conflicts_with = "tree")]
+    /// Print the threads of each process as well; with --tree below their process, before its children
+    #[arg(long)]
     threads: bool,
     /// Show what starts and ends, until interrupted: on a terminal a table that stays in place, else a line for each
     #[arg(long, conflicts_with_all = ["tree", "file"])]

@@ -113,9 +113,11 @@ pub(crate) fn missing(wanted: &[GpaRange], there: &[GpaRange]) -> Vec<GpaRange> 
     missing
 }
 
-/// What of `wanted` is not in `all`, both ascending, after a warning that names it. A range without END ends where `all` does.
+/// What of `wanted` is not in `all`, both ascending, after a warning that names it. A range without END is all that follows, so
+/// that nothing of it is missing.
 pub(crate) fn left_out(wanted: &[GpaRange], all: &[GpaRange]) -> Vec<GpaRange> {
-    let left_out = missing(&closed(wanted, all), all);
+    let closed: Vec<_> = wanted.iter().filter(|range| range.end != GPA_END).cloned().collect();
+    let left_out = missing(&closed, all);
     if !left_out.is_empty() {
         let shown = shown(&left_out);
         tracing::warn!(
@@ -123,16 +125,6 @@ pub(crate) fn left_out(wanted: &[GpaRange], all: &[GpaRange]) -> Vec<GpaRange> {
         );
     }
     left_out
-}
-
-/// The ranges, those without an end up to the last one of `all`: an open end is not a mistake.
-fn closed(wanted: &[GpaRange], all: &[GpaRange]) -> Vec<GpaRange> {
-    let last = all.last().map_or(0, |range| range.end);
-    let closed = wanted.iter().map(|range| match range.end {
-        GPA_END => range.start..last.max(range.start),
-        end => range.start..end,
-    });
-    closed.collect()
 }
 
 /// The ranges in words, of many the first ones.
@@ -194,6 +186,14 @@ mod tests {
         assert_eq!(missing(std::slice::from_ref(&(0..0x9000)), &there), rest);
         assert_eq!(missing(&[0x2000..0x4800, 0x6000..0x7000], &there), [0x3000..0x4000, 0x6000..0x7000]);
         assert_eq!(missing(&there, &there), []);
+    }
+
+    #[test]
+    fn holes_of_an_open_range_are_not_left_out() {
+        let there = [0x1000..0x3000, 0x4000..0x5000];
+        let left = left_out(&[0x2000..0x4800, 0x4800..GPA_END], &there);
+        assert_eq!(left, std::slice::from_ref(&(0x3000..0x4000)));
+        assert_eq!(left_out(std::slice::from_ref(&(0..GPA_END)), &there), []);
     }
 
     #[test]

@@ -7,12 +7,12 @@ use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Error, Result, anyhow, bail};
 use clap::Args;
 use kvmmem::view::{Access, Range, View, ViewError};
 use kvmmem::{PAGE_SIZE, Session, SessionError, Token};
 use kvmmem_broker::admin::{Admin, AdminError, GrantRequest, Rights};
-use kvmmem_broker::host::CopyError;
+use kvmmem_broker::host::{CopyError, HostError};
 use kvmmem_memory::DumpFile;
 use serde::Deserialize;
 use zeroize::Zeroizing;
@@ -90,7 +90,8 @@ impl Source {
     ) -> Result<(View, Option<Operator>)> {
         let wanted: Vec<Range> = wanted.iter().map(from_range).collect();
         if let Some(target) = &self.target {
-            let (view, operator) = self.attach_by_name(target, access, verb, &wanted, asks_vmm)?;
+            let attached = self.attach_by_name(target, access, verb, &wanted, asks_vmm);
+            let (view, operator) = attached.map_err(|error| without_token(error, target))?;
             return Ok((view, Some(operator)));
         }
         Ok((self.attach_by_token(access, &wanted)?, None))
@@ -159,6 +160,12 @@ impl Source {
         self.target.as_ref().map_or_else(|| "the target".to_owned(), ToString::to_string)
     }
 
+    /// As [`crate::input::Input::arguments`].
+    pub(crate) fn arguments(&self) -> String {
+        let target = self.target.as_ref().map(|target| format!(" --target {}", quote(target.argument())));
+        target.unwrap_or_default()
+    }
+
     /// Whether anything says where a view comes from.
     pub(crate) fn is_given(&self) -> bool {
         self.target.is_some()
@@ -210,6 +217,19 @@ impl Source {
         let text = std::env::var(TOKEN_VARIABLE).ok().map(Zeroizing::new);
         let token = text.map(|text| parse_token(&text)).transpose();
         token.with_context(|| format!("{TOKEN_VARIABLE} holds no token"))
+    }
+}
+
+/// What the broker says of the ranges that were asked for, in the words of a command that was given no token.
+fn without_token(error: Error, target: &TargetName) -> Error {
+    let Some(ViewError::AttachHost { source, .. }) = error.downcast_ref() else { return error };
+    let HostError::Refused { message, .. } = &**source else { return error };
+    match message.strip_suffix("; the token was not used") {
+        Some(message) => anyhow!(
+            "{target}: {}",
+            message.replace("memory that the token opens, which", "memory of it, which")
+        ),
+        None => error,
     }
 }
 

@@ -2,6 +2,7 @@
 //! How `--target` names a virtual machine.
 
 use std::convert::Infallible;
+use std::ffi::{OsStr, OsString};
 use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -34,7 +35,19 @@ impl FromStr for TargetName {
     }
 }
 
-/// As it is given on the command line.
+impl TargetName {
+    /// As it is given on the command line.
+    pub(crate) fn argument(&self) -> OsString {
+        match self {
+            Self::Name(name) => name.into(),
+            Self::Pid(pid) => format!("pid:{pid}").into(),
+            Self::Qmp(path) => [OsStr::new("qmp:"), path.as_os_str()].into_iter().collect(),
+            Self::Libvirt(name) => format!("libvirt:{name}").into(),
+        }
+    }
+}
+
+/// The same, for messages.
 impl fmt::Display for TargetName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -61,6 +74,7 @@ mod tests {
         }
         for text in ["pid:7", "qmp:/run/q", "libvirt:x", "web-1"] {
             assert_eq!(parse(text).to_string(), text);
+            assert_eq!(parse(text).argument(), text);
         }
     }
 }

@@ -165,7 +165,7 @@ impl Arguments {
         if let Some(linux) = space.linux()? {
             let opened = self.input.open("translate", &[])?;
             let kernel = linux.kernel(&self.input, &opened)?;
-            let space = LinuxSpace::new(&kernel, &linux)?;
+            let space = LinuxSpace::new(&kernel, &linux, &self.input)?;
             let walk = |gva| space.space.walk(gva);
             let is_local = kvmmem_memory::MemoryError::is_local;
             return self

@@ -100,10 +100,10 @@ impl Arguments {
             });
         };
         let kernel = linux.kernel(&self.input, &opened)?;
-        let first = LinuxSpace::new(&kernel, &linux)?.task.map(|task| (task.gva, task.start));
+        let first = LinuxSpace::new(&kernel, &linux, &self.input)?.task.map(|task| (task.gva, task.start));
         self.watch(&opened, output, |bytes| {
             // The guest changes its page tables, and gives its numbers of processes to others.
-            let now = LinuxSpace::new(&kernel, &linux)?;
+            let now = LinuxSpace::new(&kernel, &linux, &self.input)?;
             if now.task.as_ref().map(|task| (task.gva, task.start)) != first {
                 bail!("the process has ended, and its number belongs to another one");
             }

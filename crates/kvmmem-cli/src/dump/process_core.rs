@@ -102,8 +102,9 @@ impl Arguments {
         let find = Find { is_live: pause.is_none(), note: self.note, ..Find::default() };
         let kernel = Kernel::find(&view, find)?;
         let threads = threads(&kernel, pid)?;
-        let (leader, _) =
-            threads.first().with_context(|| format!("there is no process {pid}: see kvmmem ps"))?;
+        let (leader, _) = threads.first().with_context(|| {
+            format!("there is no process {pid}: see kvmmem ps{}", self.source.arguments())
+        })?;
         let space = kernel.space_of(leader)?;
         let map = Maps::new(&kernel)?.of(leader)?;
         if map.is_damaged() {

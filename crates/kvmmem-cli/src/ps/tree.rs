@@ -1,19 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The order in which processes follow the one that they belong to.
+//! The order in which processes follow the one that they belong to, and threads their process.
 
 use std::collections::HashMap;
 
 use kvmmem_linux::tasks::Task;
 
-/// Indices of the processes, each followed by its children, with their depths. All processes are there once, whatever they
-/// say about their parents.
+/// Indices of the tasks, each process followed by its threads and then its children, with their depths. All are there once,
+/// whatever they say about their parents.
 pub(super) fn order(tasks: &[Task]) -> Vec<(usize, usize)> {
-    let by_pid: HashMap<u32, usize> =
-        tasks.iter().enumerate().map(|(index, task)| (task.pid, index)).collect();
+    let leaders = tasks.iter().enumerate().filter(|(_, task)| task.tid == task.pid);
+    let by_pid: HashMap<u32, usize> = leaders.map(|(index, task)| (task.pid, index)).collect();
     let mut children: HashMap<usize, Vec<usize>> = HashMap::new();
     let mut roots = Vec::new();
     for (index, task) in tasks.iter().enumerate() {
-        match task.ppid.and_then(|ppid| by_pid.get(&ppid)).filter(|parent| **parent != index) {
+        let above = if task.tid == task.pid { task.ppid } else { Some(task.pid) };
+        match above.and_then(|pid| by_pid.get(&pid)).filter(|parent| **parent != index) {
             Some(parent) => children.entry(*parent).or_default().push(index),
             None => roots.push(index),
         }
@@ -58,6 +59,15 @@ pub(super) mod tests {
             is_torn: false,
             is_damaged: false,
         }
+    }
+
+    #[test]
+    fn threads_follow_their_process() {
+        let thread = |tid, pid, ppid| Task { tid, ..task(pid, ppid) };
+        // As they are listed: threads after their leader, children anywhere.
+        let tasks = [task(1, 0), thread(3, 1, 0), task(2, 1), thread(4, 2, 1), task(5, 2), thread(9, 7, 1)];
+        let tids: Vec<_> = order(&tasks).iter().map(|(index, depth)| (tasks[*index].tid, *depth)).collect();
+        assert_eq!(tids, [(1, 0), (3, 1), (2, 1), (4, 2), (5, 2), (9, 0)]);
     }
 
     #[test]

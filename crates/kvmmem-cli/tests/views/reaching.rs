@@ -28,6 +28,15 @@ fn a_range_that_reaches_no_memory_does_not_use_the_token_up() {
         }
     }
     assert!(!host.path("dump").exists());
+    // Without a token the error is about the target.
+    let ended = host.run(&["read", "--target", "victim", "8M", "16"]);
+    assert_eq!(ended.code, Some(1), "{}", ended.stderr);
+    assert!(
+        ended.stderr.contains("victim: range 0x800000..0x801000 holds no memory of it"),
+        "{}",
+        ended.stderr
+    );
+    assert!(!ended.stderr.contains("token") && !ended.stderr.contains(".sock"), "{}", ended.stderr);
     let listed = host.ask_json(&["grants"]);
     assert_eq!((&listed["state"], &listed["uses_left"]), (&"active".into(), &1.into()), "{listed}");
     let ended =

@@ -5,6 +5,7 @@ use std::fmt::Write;
 use std::ops::Range;
 
 use regex::bytes::{Regex, RegexBuilder};
+use regex_syntax::ParserBuilder;
 
 use super::MAX_LEN;
 
@@ -20,6 +21,13 @@ impl Regular {
             let text = error.to_string();
             text.lines().last().unwrap_or(&text).trim().trim_start_matches("error: ").to_owned()
         })?;
+        let syntax = ParserBuilder::new().unicode(false).utf8(false).build().parse(text);
+        let least = syntax.ok().and_then(|syntax| syntax.properties().minimum_len());
+        if let Some(least) = least.filter(|least| *least > MAX_LEN) {
+            return Err(format!(
+                "a match has at least {least} bytes, and only those of at most {MAX_LEN} are found"
+            ));
+        }
         if regex.is_match(b"") {
             return Err(
                 "the expression matches no bytes at all, and so everywhere: write + for *, for example"
@@ -98,6 +106,8 @@ mod tests {
             ("(", "unclosed"),
             ("", "everywhere"),
             ("a{1000}{1000}{1000}", "size limit"),
+            ("(a|b){10000}", "at least 10000 bytes"),
+            (r"\xff{4097}", "at most 4096"),
         ] {
             let error = Regular::new(text, false).unwrap_err();
             assert!(error.contains(words) && !error.contains('\n'), "{text}: {error}");
@@ -114,6 +124,7 @@ mod tests {
             parts.extend(find("[a-z]+", &memory, cut..memory.len()));
             assert_eq!(parts, whole, "{cut}");
         }
+        assert_eq!(find("(a|b){4096}", &[b'a'; 5000], 0..5000), [(0, 4096)]);
         // Longer ones are cut.
         assert_eq!(find("a+", &[b'a'; 5000], 0..5000), [(0, 4096), (4096, 5000)]);
     }
