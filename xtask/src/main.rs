@@ -23,6 +23,7 @@ mod linux;
 mod load;
 mod mirror;
 mod module;
+mod monitor;
 mod nested;
 mod plot;
 mod project;

@@ -3,23 +3,24 @@
 //!
 //! The guest is Debian's kernel, of the test bed, in this machine's QEMU without hardware virtualisation. It has no root file
 //! system, so it panics and stands still: its page tables and its VMCOREINFO note are there by then. The tools come from
-//! Debian, in a folder of the cache, and from the Python package index, in another; those that cannot be had are skipped.
-//! What needs the kernel's debug information (most of crash, and drgn's stacks) is not tried: Debian's package of that has
-//! about 1 GB.
+//! Debian, in a folder of the cache, and from the Python package index, in another; those that cannot be had are skipped,
+//! as are stacks where the kernel's debug information is not in the cache ([`debug_kernel`]).
+
+mod debug_kernel;
+mod guest;
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
 use anyhow::{Context as _, Result, ensure};
 
 use crate::bed::Bed;
 use crate::cache::{Cache, Key};
 use crate::root::{self, Root};
-use crate::running::Running;
 use crate::suite::Suite;
 use crate::tool::{Tool, is_installed, is_root};
-use crate::{mirror, nested, ui};
+use crate::{mirror, ui};
+use guest::{Registers, VCPUS, register};
 
 /// The Debian release that its tools come from, and which they are.
 const SUITE: &str = "trixie";
@@ -27,10 +28,6 @@ const DEBIAN: [&str; 2] = ["crash", "makedumpfile"];
 
 /// The Python packages.
 const PYTHON: [&str; 2] = ["drgn==0.3.0", "volatility3==2.28.2"];
-
-/// Why stacks are not shown.
-const NO_DEBUG_INFORMATION: &str =
-    "it needs the kernel's debug information, which has 1 GB and is not installed here";
 
 /// What drgn runs: prints the release of the note, and that at the virtual address that the note gives.
 const DRGN: &str = r#"
@@ -41,83 +38,92 @@ name = number("SYMBOL(init_uts_ns)", 16) + number("OFFSET(uts_namespace.name)", 
 print(prog["UTS_RELEASE"].string_().decode(), prog.read(name, 65).split(b"\0")[0].decode())
 "#;
 
+/// What drgn runs with debug information: each vCPU's stack, from the registers in the core on.
+const STACKS: &str = r#"
+from drgn.helpers.linux.sched import cpu_curr
+for cpu in range(2):
+    trace = prog.stack_trace(cpu_curr(prog, cpu))
+    print("cpu", cpu, hex(trace[0].pc), " ".join(str(frame.name) for frame in trace))
+"#;
+
 /// The suite.
 pub(crate) fn run(cache: &Cache, bed: &Bed, suite: &mut Suite) -> Result<()> {
     let scratch = cache.scratch()?;
     let log = cache.fresh_log("tools")?;
     let core = scratch.path().join("core");
-    let made = ui::step("tools: a guest and its core", || dump(bed, scratch.path(), &core, &log));
-    let is_made = made.is_ok();
-    suite.check("an ELF core of a guest", made);
-    if !is_made {
-        return Ok(());
-    }
+    let made = ui::step("tools: a guest and its core", || guest::dump(bed, scratch.path(), &core, &log));
+    let registers = match made {
+        Ok(registers) => registers,
+        Err(error) => {
+            suite.fail("an ELF core of a guest", &error);
+            return Ok(());
+        }
+    };
+    suite.check("an ELF core has each vCPU's page tables", guest::has_page_tables(&core, &registers));
     let release = bed.kernel().release();
-    gdb(suite, &core, &log);
-    debian(cache, suite, &core, release, &log);
-    python(cache, suite, &core, release, &log);
+    let debug = debug_kernel::find(cache, bed, &log);
+    gdb(suite, &core, &registers, &log);
+    debian(cache, suite, &core, release, debug.as_deref(), &log);
+    python(cache, suite, (&core, &registers), release, debug.as_deref(), &log);
     Ok(())
 }
 
-/// Boots the guest, and dumps its memory to `core`.
-fn dump(bed: &Bed, folder: &Path, core: &Path, log: &Path) -> Result<()> {
-    let path = |name: &str| folder.join(name).to_string_lossy().into_owned();
-    let (serial, qmp, socket) = (path("serial"), path("qmp"), path("broker"));
-    let mut qemu = Command::new(nested::QEMU);
-    qemu.args(["-accel", "tcg", "-cpu", "max", "-smp", "2", "-nodefaults", "-display", "none", "-m", "512M"])
-        .args([
-            "-object",
-            "memory-backend-memfd,id=ram,size=512M,share=on",
-            "-machine",
-            "q35,memory-backend=ram",
-        ])
-        .args(["-name", "guest=tools", "-append", "console=ttyS0"])
-        .args(["-serial", &format!("file:{serial}"), "-qmp", &format!("unix:{qmp},server=on,wait=off")])
-        .arg("-kernel")
-        .arg(bed.kernel().image());
-    let mut qemu = Running::start(&mut qemu, log)?;
-    qemu.wait("the guest's kernel to stop", || {
-        fs::read(&serial).is_ok_and(|text| text.windows(20).any(|part| part == b"end Kernel panic - n"))
-    })?;
-    let mut broker = Command::new(bed.program("kvmmemd"));
-    let mut broker = Running::start(broker.args(["--socket", &socket]), log)?;
-    let kvmmem = || Tool::new(bed.program("kvmmem"), log).env("KVMMEM_BROKER", &socket);
-    broker.wait("the broker to listen", || kvmmem().arg("targets").run().is_ok())?;
-    kvmmem().args(["target", "add", "--qmp", &qmp]).run()?;
-    let record = kvmmem()
-        .env("KVMMEM_DEVICE", "/nonexistent")
-        .args(["dump", "--target", "tools", "--format", "elf", "--pause", "--json"])
-        .arg(core)
-        .output()?;
-    let record: serde_json::Value = serde_json::from_str(&record).context("dump printed no record")?;
-    let (found, release) = (&record["vmcoreinfo"]["release"], bed.kernel().release());
-    ensure!(found == release, "the record tells of kernel {found}, and the guest has {release}");
-    let vcpus = &record["registers"]["vcpus"];
-    ensure!(vcpus == 2, "the record tells of {vcpus} vCPUs, and the guest has 2");
-    Ok(())
+/// Whether the stacks of a kernel can be shown, and if not, says why.
+fn debugged<'a>(
+    suite: &mut Suite,
+    tool: &str,
+    vmlinux: Result<&'a Path, &anyhow::Error>,
+) -> Option<&'a Path> {
+    vmlinux.map_err(|error| suite.skip(&format!("{tool} does not show stacks: {error:#}"))).ok()
 }
 
-/// gdb, of this machine: it shows a thread for each vCPU, in the kernel, and reads memory by the direct map.
-fn gdb(suite: &mut Suite, core: &Path, log: &Path) {
+/// gdb, of this machine: it shows a thread for each vCPU, with what that has in its registers.
+fn gdb(suite: &mut Suite, core: &Path, registers: &[Registers], log: &Path) {
     const CHECK: &str = "gdb shows a core's vCPUs";
     if !is_installed("gdb") {
         return suite.skip(&format!("{CHECK}: install gdb"));
     }
-    let commands = ["info threads", "thread apply all info registers rip"];
+    let of_thread = |thread| format!("thread apply {thread} info registers rip rsp rbp rbx r12 eflags");
+    let commands = [vec!["info threads".to_owned()], (1..=VCPUS).map(of_thread).collect()].concat();
     let words = commands.iter().flat_map(|command| ["-ex", command]);
     let found = Tool::new("gdb", log).args(["-q", "-nx", "-batch"]).args(words).arg("-c").arg(core).output();
-    let shown = found.and_then(|found| {
-        tells(&found, "LWP 2")?;
-        let inside =
-            found.lines().filter(|line| line.starts_with("rip ") && line.contains("0xffffffff")).count();
-        ensure!(inside == 2, "not both vCPUs are in the kernel: {found:?}");
-        Ok(())
-    });
-    suite.check(CHECK, shown);
+    suite.check(CHECK, found.and_then(|found| shows(&found, registers)));
+}
+
+/// Whether what gdb has printed of the threads is what their vCPUs have.
+fn shows(found: &str, registers: &[Registers]) -> Result<()> {
+    let (threads, shown) = found.split_once("Thread 1 (LWP 1)").context("gdb shows no registers")?;
+    ensure!(threads.matches("LWP").count() >= VCPUS, "gdb shows other threads: {threads:?}");
+    let shown: Vec<&str> = shown.split("Thread ").collect();
+    ensure!(shown.len() == registers.len(), "gdb shows registers of {} threads", shown.len());
+    for (shown, registers) in shown.iter().zip(registers) {
+        for (name, qemu) in [
+            ("rip", "RIP"),
+            ("rsp", "RSP"),
+            ("rbp", "RBP"),
+            ("rbx", "RBX"),
+            ("r12", "R12"),
+            ("eflags", "RFL"),
+        ] {
+            let line = shown.lines().find(|line| line.split_whitespace().next() == Some(name));
+            let value = line.and_then(|line| line.split_whitespace().nth(1)?.strip_prefix("0x"));
+            let value = value.and_then(|value| u64::from_str_radix(value, 16).ok());
+            let expected = register(registers, qemu)?;
+            ensure!(value == Some(expected), "{name} of a vCPU is {expected:#x}, and gdb shows {line:?}");
+        }
+    }
+    Ok(())
 }
 
 /// crash and makedumpfile.
-fn debian(cache: &Cache, suite: &mut Suite, core: &Path, release: &str, log: &Path) {
+fn debian(
+    cache: &Cache,
+    suite: &mut Suite,
+    core: &Path,
+    release: &str,
+    vmlinux: Result<&Path, &anyhow::Error>,
+    log: &Path,
+) {
     let skip = |suite: &mut Suite, why: &str| {
         for tool in DEBIAN {
             suite.skip(&format!("{tool} does not open a core: {why}"));
@@ -142,7 +148,9 @@ fn debian(cache: &Cache, suite: &mut Suite, core: &Path, release: &str, log: &Pa
         suite.check("makedumpfile leaves out a core's zero pages", smaller.run());
         let found = root.tool("crash", log).args(["--osrelease", &core]).output();
         suite.check("crash tells a core's kernel", found.and_then(|found| tells(&found, release)));
-        suite.skip(&format!("crash does not show stacks (bt -a): {NO_DEBUG_INFORMATION}"));
+        if let Some(vmlinux) = debugged(suite, "crash", vmlinux) {
+            suite.check("crash shows the vCPUs' stacks", crash(&root, &inside, vmlinux, log));
+        }
     });
     if let Err(error) = tried {
         suite.fail("Debian's tools get the core", &error);
@@ -150,6 +158,18 @@ fn debian(cache: &Cache, suite: &mut Suite, core: &Path, release: &str, log: &Pa
     if let Err(error) = root::remove(&folder, log) {
         ui::say(&format!("  {error:#}"));
     }
+}
+
+/// Whether crash shows the stack of each vCPU. This release of it does not know the slabs of the newest kernels.
+fn crash(root: &Root, inside: &str, vmlinux: &Path, log: &Path) -> Result<()> {
+    debug_kernel::link(vmlinux, &root.path(&format!("{inside}/vmlinux")), log)?;
+    let script =
+        format!("printf 'bt -a\\nquit\\n' | crash -s --no_kmem_cache {inside}/vmlinux {inside}/core");
+    let found = root.tool("sh", log).args(["-c", &script]).output()?;
+    // One has found no root file system.
+    ["CPU: 0 ", "CPU: 1 ", " panic at ", " mount_root_generic at ", " kernel_init at "]
+        .iter()
+        .try_for_each(|part| tells(&found, part))
 }
 
 /// A Debian system with its tools, made if it is not in the cache.
@@ -177,7 +197,14 @@ fn debian_root(cache: &Cache, log: &Path) -> Result<Root> {
 }
 
 /// drgn and volatility3.
-fn python(cache: &Cache, suite: &mut Suite, core: &Path, release: &str, log: &Path) {
+fn python(
+    cache: &Cache,
+    suite: &mut Suite,
+    (core, registers): (&Path, &[Registers]),
+    release: &str,
+    vmlinux: Result<&Path, &anyhow::Error>,
+    log: &Path,
+) {
     let folder = match environment(cache, log) {
         Ok(folder) => folder,
         Err(error) => {
@@ -194,13 +221,26 @@ fn python(cache: &Cache, suite: &mut Suite, core: &Path, release: &str, log: &Pa
         "drgn reads a core by its kernel's page tables",
         drgn.output().and_then(|found| tells(&found, &format!("{release} {release}"))),
     );
-    suite.skip(&format!("drgn does not show stacks of running tasks: {NO_DEBUG_INFORMATION}"));
+    if let Some(vmlinux) = debugged(suite, "drgn", vmlinux) {
+        let drgn = Tool::new(folder.join("bin/drgn"), log).args(["-q", "-e", STACKS, "-c"]).arg(core);
+        let found = drgn.arg("-s").arg(vmlinux).output();
+        suite.check("drgn shows the vCPUs' stacks", found.and_then(|found| stacks(&found, registers)));
+    }
     let volatility =
         Tool::new(folder.join("bin/vol"), log).args(["-q", "-f"]).arg(core).arg("banners.Banners");
     suite.check(
         "volatility3 finds a core's kernel",
         volatility.output().and_then(|found| tells(&found, &format!("Linux version {release} "))),
     );
+}
+
+/// Whether what drgn has printed are stacks that begin where the vCPUs are.
+fn stacks(found: &str, registers: &[Registers]) -> Result<()> {
+    for (cpu, registers) in registers.iter().enumerate() {
+        tells(found, &format!("cpu {cpu} {:#x} ", register(registers, "RIP")?))?;
+    }
+    // One has found no root file system.
+    tells(found, " panic mount_root_generic prepare_namespace kernel_init_freeable kernel_init ")
 }
 
 /// A Python environment with its tools, made if it is not in the cache.
