@@ -81,8 +81,9 @@ impl<'m> Kernel<'m> {
     pub(super) fn of_cr3(memory: &'m dyn Memory, cr3: u64) -> Option<Self> {
         let cr3 = cr3 & ADDRESS;
         // With page table isolation, the second of two tables is the process's, and has little of the kernel.
-        let roots = [cr3 & !(PAGE_SIZE as u64), cr3];
-        let with_five = roots.into_iter().filter_map(|root| table(last(memory, root)?));
+        let mut roots = vec![cr3 & !(PAGE_SIZE as u64), cr3];
+        roots.dedup();
+        let with_five: Vec<u64> = roots.iter().filter_map(|root| table(last(memory, *root)?)).collect();
         roots.into_iter().chain(with_five).find_map(|root| Self::of_image(memory, root))
     }
 
