@@ -132,6 +132,7 @@ fn registration() -> Registration {
         uuid: Uuid::from_bytes([1; 16]),
         vcpus: 1,
         start_time_ms: 0,
+        vcpu_questions: false,
         cid: None,
         introspectable: true,
         introspector: false,

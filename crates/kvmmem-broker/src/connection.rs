@@ -64,6 +64,7 @@ pub(crate) fn serve(broker: &Arc<Broker>, peer: &Arc<Peer>) {
         // Without what is behind it: that may repeat parts of the packet.
         broker.audit().refused(peer, connection.vm.as_deref(), &error.to_string());
     }
+    peer.vcpu_questions().close();
     broker.resume_left(peer.credentials(), connection.pause.take());
     broker.leave(peer, connection.vm.as_deref());
     // Others may still hold on to the peer for a moment; the connection ends now.
@@ -148,6 +149,10 @@ impl Connection<'_> {
                 }
                 broker.ram_continued(vm, generation)?;
                 std::thread::sleep(CHANGE_PAUSE);
+                return Ok(None);
+            }
+            Call::VcpuAnswer { id, answer } => {
+                peer.vcpu_questions().answer(id, answer);
                 return Ok(None);
             }
             Call::Grant(request) => broker.grant(now, credentials, &request)?,

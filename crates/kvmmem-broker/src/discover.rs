@@ -27,6 +27,7 @@ mod questions;
 pub(crate) mod recognise;
 mod successor;
 pub(crate) mod vcpus;
+pub(crate) mod vmm;
 pub(crate) mod watch;
 
 use std::io;

@@ -7,12 +7,13 @@
 //! [`Target`] that somebody still holds stays usable.
 //!
 //! A second thread tells the VMM of what happens to its views ([`ViewEvents`]), so that answers go on coming while the
-//! VMM is at work on an event.
+//! VMM is at work on an event. A third one has it answer for its vCPUs ([`Vcpus`]).
 
 mod cache;
 mod events;
 mod outbox;
 mod reader;
+mod vcpus;
 mod views;
 
 use std::collections::HashMap;
@@ -30,13 +31,16 @@ use crate::packet::{PacketError, PacketSocket, Wait};
 use crate::ram::SHARE_IT;
 pub use crate::scope::{Rights, Scope, Span};
 use crate::wire::{Answer, Call, Refusal, Request};
-pub use crate::wire::{Caller, Change, Registration, ViewCounters};
+pub use crate::wire::{
+    Caller, Change, Registration, SegmentRegister, VcpuAnswer, VcpuQuestion, VcpuRegisters, ViewCounters,
+};
 use cache::Cache;
 use events::Queue;
 pub use events::ViewEvents;
 pub use kvmmem_kvmi::token::Token;
 use outbox::Outbox;
 use reader::REGISTER_LIMIT;
+pub use vcpus::Vcpus;
 use views::Views;
 
 /// How long [`VmmLink::redeem`] and [`VmmLink::attach`] wait for the broker.
@@ -216,6 +220,7 @@ struct State {
     cache: Cache,
     views: Views,
     events: Queue,
+    vcpus: vcpus::Questions,
     /// Connections that have ended.
     lost: u64,
     last_request: u64,
@@ -273,6 +278,7 @@ impl VmmLink {
         registration: Registration,
         files: Vec<OwnedFd>,
     ) -> Result<Self, LinkError> {
+        let answers = registration.vcpu_questions;
         let state = State {
             registration,
             first_generation: None,
@@ -281,6 +287,7 @@ impl VmmLink {
             cache: Cache::default(),
             views: Views::default(),
             events: Queue::default(),
+            vcpus: vcpus::Questions::default(),
             lost: 0,
             last_request: 0,
             waiting: HashMap::new(),
@@ -298,6 +305,9 @@ impl VmmLink {
         // A link that is dropped because of the second thread ends the first one.
         link.start("broker-link", move |shared| reader::run(shared, connection))?;
         link.start("broker-events", events::run)?;
+        if answers {
+            link.start("broker-vcpus", vcpus::run)?;
+        }
         Ok(link)
     }
 
@@ -328,6 +338,13 @@ impl VmmLink {
     /// taken back is never confirmed to the broker without it.
     pub fn set_events(&self, events: Weak<dyn ViewEvents>) {
         self.shared.lock().events.set_handler(events);
+        self.shared.changed.notify_all();
+    }
+
+    /// Says what answers the broker's questions about this VM's vCPUs, where the registration promised that
+    /// ([`Registration::vcpu_questions`]). Before this they are answered with an error.
+    pub fn set_vcpus(&self, vcpus: Weak<dyn Vcpus>) {
+        self.shared.lock().vcpus.set_handler(vcpus);
         self.shared.changed.notify_all();
     }
 

@@ -13,6 +13,7 @@ use rustix::io::Errno;
 
 use crate::audit::Limits;
 use crate::copies;
+use crate::discover::vmm::VmmQuestions;
 use crate::grants::{KVMI_LIFETIME, Opened};
 use crate::packet::{PacketError, PacketSocket, Wait};
 use crate::ram::{Layout, Ram};
@@ -55,6 +56,8 @@ pub struct Peer {
     /// Held for reading while a channel copies what it has just looked up that it may.
     copying: RwLock<()>,
     limits: Limits,
+    /// What it was asked about its VM's vCPUs.
+    vcpu_questions: VmmQuestions,
 }
 
 impl Peer {
@@ -64,7 +67,8 @@ impl Peer {
         let number = LAST.fetch_add(1, Ordering::Relaxed) + 1;
         let credentials = Mutex::new(credentials);
         let (known, channels, copying) = (Mutex::default(), Mutex::default(), RwLock::default());
-        Self { number, socket, credentials, known, channels, copying, limits: Limits::default() }
+        let (limits, vcpu_questions) = (Limits::default(), VmmQuestions::default());
+        Self { number, socket, credentials, known, channels, copying, limits, vcpu_questions }
     }
 
     /// Its number, never used again in this process.
@@ -90,6 +94,11 @@ impl Peer {
     /// How many lines of the audit log its VM has caused.
     pub(crate) fn limits(&self) -> &Limits {
         &self.limits
+    }
+
+    /// What it was asked about its VM's vCPUs.
+    pub(crate) fn vcpu_questions(&self) -> &VmmQuestions {
+        &self.vcpu_questions
     }
 
     /// Adds a channel for copies, unless there are [`copies::MAX_OF_PEER`].

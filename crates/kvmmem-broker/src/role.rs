@@ -40,6 +40,7 @@ impl Call {
             Self::RevokedDone { .. } => &[Viewer, Vmm],
             Self::RamChanged { .. } => &[Vmm],
             Self::Continued { .. } => &[Vmm],
+            Self::VcpuAnswer { .. } => &[Vmm],
             Self::Grant(_) => &[Administrator, Operator],
             Self::Grants { .. } => &[Administrator, Operator],
             Self::Revoke { .. } => &[Administrator, Operator],

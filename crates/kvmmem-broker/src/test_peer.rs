@@ -107,6 +107,7 @@ pub(crate) fn registration(name: &str) -> Registration {
         uuid: Uuid::from_u128(name.bytes().fold(1, |sum, byte| sum << 8 | u128::from(byte))),
         vcpus: 1,
         start_time_ms: 0,
+        vcpu_questions: false,
         cid: None,
         introspectable: false,
         introspector: false,

@@ -27,7 +27,7 @@ pub use answer::{Answer, FromBroker, Refusal};
 pub use grant::{
     Caller, Cursor, GrantInfo, GrantRequest, GrantState, KvmiPolicy, Origin, Revoked, ViewCounters, ViewInfo,
 };
-pub use registers::{SegmentRegister, VcpuRegisters};
+pub use registers::{SegmentRegister, VcpuAnswer, VcpuQuestion, VcpuRegisters};
 pub use vm::{HookInfo, OnSilence, Registration, TargetInfo};
 
 /// The largest packet, bytes.
@@ -114,6 +114,13 @@ pub enum Call {
     Continued {
         /// The generation.
         generation: u64,
+    },
+    /// Answers [`FromBroker::AskVcpus`]. One way: never answered.
+    VcpuAnswer {
+        /// The question's id.
+        id: u64,
+        /// The answer.
+        answer: VcpuAnswer,
     },
     /// Makes a token. Answer: [`Answer::Granted`].
     Grant(GrantRequest),
@@ -220,6 +227,7 @@ impl Call {
                 | Self::RevokedDone { .. }
                 | Self::RamChanged { .. }
                 | Self::Continued { .. }
+                | Self::VcpuAnswer { .. }
         )
     }
 }

@@ -72,7 +72,7 @@ pub(crate) struct Arguments {
     no_hash: bool,
     /// Pause the target while its memory is read, so that the dump shows one moment. It runs again right after, and also if
     /// this command is killed, stopped or hangs; one that is not running stays as it is. With --target, where the broker has
-    /// a QMP connection to the target's QEMU
+    /// a QMP connection to the target's QEMU, or where it is a VM of kvmmem vm
     #[arg(long, conflicts_with = "resume")]
     pause: bool,
     /// Compress the file or stream; a dump that was not finished cannot be resumed then
@@ -99,7 +99,7 @@ out, and its SHA-256. On a pipe all holes are zeros, and what is said goes to st
 and all sizes and offsets are those of what the file unpacks to.
 
 --format elf has the VMCOREINFO note of a Linux target, so that crash, drgn and makedumpfile open the file as it is; and with
---target, where the broker has a QMP connection to its QEMU, the vCPUs' registers. Without --pause each vCPU's are of another
+--target, where the broker has a QMP connection to its QEMU or it is a VM of kvmmem vm, the vCPUs' registers. Without --pause each vCPU's are of another
 moment.
 
 --pid writes a core as the kernel does (core(5)): threads, mappings, mapped files, auxiliary vector. The registers are those

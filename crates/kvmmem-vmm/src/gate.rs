@@ -2,11 +2,16 @@
 //! The way of the vCPU threads into the guest, which can be closed for a moment.
 //!
 //! A thread that is not in `KVM_RUN` is outside, whatever it does there: it may wait for the very thread that closes
-//! the gate. So whoever closes it waits for threads in the guest alone, and those come out when they are kicked.
+//! the gate. So the one that closes it waits for threads in the guest alone, and those come out when they are kicked.
+//!
+//! While it is closed, the threads that wait in front of it can be asked for their vCPU's registers, which nothing else can
+//! read without waiting for `KVM_RUN`.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
+
+use kvmmem_broker::link::VcpuRegisters;
 
 /// How long the vCPUs may take to come out.
 const LIMIT: Duration = Duration::from_secs(2);
@@ -25,6 +30,23 @@ pub(crate) struct PauseError {
     pub(crate) inside: usize,
 }
 
+/// The registers of the vCPUs are not known.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum RegistersError {
+    /// The vCPUs do not come out of the guest.
+    #[error(transparent)]
+    Pause(#[from] PauseError),
+    /// Threads do not come to the gate, as they wait for something else, or end.
+    #[error("{late} vCPUs have not shown their registers for {LIMIT:?}; try again")]
+    Late {
+        /// How many.
+        late: usize,
+    },
+    /// KVM does not show them.
+    #[error("KVM does not show the registers of all vCPUs")]
+    Unreadable,
+}
+
 /// The gate of one generation's vCPUs.
 #[derive(Default)]
 pub(crate) struct Gate {
@@ -33,7 +55,8 @@ pub(crate) struct Gate {
     /// By vCPU: whether it is in the guest or on its way in.
     inside: Vec<AtomicBool>,
     state: Mutex<State>,
-    opened: Condvar,
+    /// Signalled when the gate opens, when registers are wanted, and when they are there.
+    changed: Condvar,
 }
 
 #[derive(Default)]
@@ -41,12 +64,18 @@ struct State {
     /// How many hold the gate closed.
     closers: usize,
     kicks: Vec<Kick>,
+    /// How often registers were wanted.
+    wanted: u64,
+    /// By vCPU: its registers, if they could be read, as they were wanted for so many times.
+    registers: Vec<(u64, Option<VcpuRegisters>)>,
 }
 
 impl Gate {
     /// An open gate for `vcpus` vCPUs.
     pub(crate) fn new(vcpus: u8) -> Self {
-        Self { inside: (0..vcpus).map(|_| AtomicBool::new(false)).collect(), ..Self::default() }
+        let inside = (0..vcpus).map(|_| AtomicBool::new(false)).collect();
+        let registers = vec![(0, None); usize::from(vcpus)];
+        Self { inside, state: Mutex::new(State { registers, ..State::default() }), ..Self::default() }
     }
 
     /// Adds what calls one more vCPU out of the guest.
@@ -59,8 +88,9 @@ impl Gate {
         self.lock().kicks.iter().for_each(|kick| kick());
     }
 
-    /// Lets vCPU `id` in, which first waits as long as the gate is closed.
-    pub(crate) fn enter(&self, id: u8) -> Inside<'_> {
+    /// Lets vCPU `id` in, which first waits as long as the gate is closed. `read` reads its registers where they are wanted
+    /// meanwhile.
+    pub(crate) fn enter(&self, id: u8, read: impl Fn() -> Option<VcpuRegisters>) -> Inside<'_> {
         let inside = self.inside.get(usize::from(id));
         loop {
             if let Some(inside) = inside {
@@ -71,13 +101,57 @@ impl Gate {
                 return Inside(inside);
             }
             drop(Inside(inside));
-            let state = self.lock();
-            drop(
-                self.opened
-                    .wait_while(state, |state| state.closers > 0)
-                    .unwrap_or_else(PoisonError::into_inner),
-            );
+            self.wait(usize::from(id), &read);
         }
+    }
+
+    /// Waits until the gate is open.
+    fn wait(&self, index: usize, read: &impl Fn() -> Option<VcpuRegisters>) {
+        let mut state = self.lock();
+        while state.closers > 0 {
+            let wanted = state.wanted;
+            if state.registers.get(index).is_none_or(|(at, _)| *at == wanted) {
+                state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+                continue;
+            }
+            drop(state);
+            let registers = read();
+            state = self.lock();
+            if let Some(own) = state.registers.get_mut(index) {
+                *own = (wanted, registers);
+            }
+            self.changed.notify_all();
+        }
+    }
+
+    /// The registers of all vCPUs, at one moment: the gate is closed for it.
+    ///
+    /// # Errors
+    /// [`RegistersError`].
+    pub(crate) fn registers(self: &Arc<Self>) -> Result<Vec<VcpuRegisters>, RegistersError> {
+        let _paused = self.close()?;
+        let mut state = self.lock();
+        state.wanted += 1;
+        let wanted = state.wanted;
+        self.changed.notify_all();
+        let late = |state: &State| state.registers.iter().filter(|(at, _)| *at < wanted).count();
+        let (state, _) = self
+            .changed
+            .wait_timeout_while(state, LIMIT, |state| late(state) > 0)
+            .unwrap_or_else(PoisonError::into_inner);
+        match late(&state) {
+            0 => {
+                let all = state.registers.iter().map(|(_, registers)| registers.clone());
+                all.collect::<Option<_>>().ok_or(RegistersError::Unreadable)
+            }
+            late => Err(RegistersError::Late { late }),
+        }
+    }
+
+    /// Whether it is closed.
+    #[cfg(test)]
+    pub(crate) fn is_closed(&self) -> bool {
+        self.is_closed.load(Ordering::SeqCst)
     }
 
     /// Closes the gate and returns once no vCPU is in the guest. It opens when all who have closed it have dropped what
@@ -142,7 +216,7 @@ impl Drop for Paused {
         if state.closers == 0 {
             self.0.is_closed.store(false, Ordering::SeqCst);
             drop(state);
-            self.0.opened.notify_all();
+            self.0.changed.notify_all();
         }
     }
 }
@@ -156,7 +230,7 @@ mod tests {
     /// A vCPU that stays in the guest until it is kicked, again and again.
     fn run(gate: &Gate, id: u8, kicked: &AtomicBool, done: &AtomicBool, inside: &AtomicUsize) {
         while !done.load(Ordering::SeqCst) {
-            let _inside = gate.enter(id);
+            let _inside = gate.enter(id, || None);
             inside.fetch_add(1, Ordering::SeqCst);
             while !kicked.swap(false, Ordering::SeqCst) && !done.load(Ordering::SeqCst) {
                 std::hint::spin_loop();
@@ -203,11 +277,53 @@ mod tests {
     #[test]
     fn a_vcpu_that_does_not_come_out_is_given_up_and_the_gate_is_open() {
         let gate = Arc::new(Gate::new(2));
-        let inside = gate.enter(0);
+        let inside = gate.enter(0, || None);
         assert_eq!(gate.close().err(), Some(PauseError { inside: 1 }));
-        drop(gate.enter(1));
+        drop(gate.enter(1, || None));
         drop(inside);
         drop(gate.close().unwrap());
-        drop(gate.enter(0));
+        drop(gate.enter(0, || None));
+    }
+
+    #[test]
+    fn registers_are_those_of_the_vcpus_that_wait() {
+        let gate = Arc::new(Gate::new(2));
+        let kicked: [Arc<AtomicBool>; 2] = Default::default();
+        for kicked in kicked.clone() {
+            gate.add_kick(move || kicked.store(true, Ordering::SeqCst));
+        }
+        let done = AtomicBool::new(false);
+        let entries = AtomicUsize::new(0);
+        std::thread::scope(|scope| {
+            for (id, kicked) in (0u8..).zip(&kicked) {
+                let (gate, done, entries) = (&gate, &done, &entries);
+                scope.spawn(move || {
+                    let read = || Some(VcpuRegisters { rip: u64::from(id) + 1, ..Default::default() });
+                    while !done.load(Ordering::SeqCst) {
+                        let _inside = gate.enter(id, read);
+                        entries.fetch_add(1, Ordering::SeqCst);
+                        while !kicked.swap(false, Ordering::SeqCst) && !done.load(Ordering::SeqCst) {
+                            std::hint::spin_loop();
+                        }
+                    }
+                });
+            }
+            let rips = || gate.registers().map(|all| all.iter().map(|vcpu| vcpu.rip).collect::<Vec<_>>());
+            // While they run, and while they are stopped.
+            let running = rips();
+            let paused = gate.close();
+            let before = entries.load(Ordering::SeqCst);
+            let stopped = [rips(), rips()];
+            let after = entries.load(Ordering::SeqCst);
+            drop(paused);
+            while entries.load(Ordering::SeqCst) == before {
+                std::thread::yield_now();
+            }
+            done.store(true, Ordering::SeqCst);
+            assert_eq!((running, stopped), (Ok(vec![1, 2]), [Ok(vec![1, 2]), Ok(vec![1, 2])]));
+            assert_eq!(before, after);
+        });
+        // Of threads that are gone there are none.
+        assert_eq!(gate.registers(), Err(RegistersError::Late { late: 2 }));
     }
 }

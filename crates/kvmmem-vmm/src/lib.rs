@@ -19,6 +19,7 @@ mod gate;
 mod hypercall;
 mod limit;
 pub mod mapping;
+mod pauses;
 mod platform;
 mod sandbox;
 mod signals;

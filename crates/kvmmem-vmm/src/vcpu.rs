@@ -2,6 +2,7 @@
 //! One vCPU: its state at start, and the thread that runs it and decodes its exits.
 
 mod internal_error;
+mod registers;
 
 use std::io;
 use std::sync::Arc;
@@ -247,8 +248,8 @@ fn run_once(
     shared: &Shared,
     row: &mut FalseDeliveries,
 ) -> Result<(), VcpuError> {
-    let registers = |source| VcpuError::Registers { id, source };
-    let inside = shared.gate.enter(id);
+    let failed = |source| VcpuError::Registers { id, source };
+    let inside = shared.gate.enter(id, || registers::read(vcpu).ok());
     let exit = vcpu.run();
     drop(inside);
     if !matches!(exit, Ok(VcpuExit::InternalError | VcpuExit::Intr) | Err(_)) {
@@ -258,7 +259,7 @@ fn run_once(
         Ok(VcpuExit::IoIn(DOORBELL_PORT, answer)) => {
             answer.fill(0xff);
             if let (4, Some((ActiveWay::Port, hypercalls))) = (answer.len(), &shared.hypercalls) {
-                on_doorbell(vcpu, data, hypercalls).map_err(registers)?;
+                on_doorbell(vcpu, data, hypercalls).map_err(failed)?;
             }
         }
         Ok(VcpuExit::IoIn(port, data)) => shared.ports.read(port.into(), data),
@@ -268,7 +269,7 @@ fn run_once(
         Ok(VcpuExit::Unsupported(reason)) => {
             let served = match &shared.hypercalls {
                 Some((ActiveWay::Xen, hypercalls)) if reason == kvmmem_sys::xen::EXIT_REASON => {
-                    on_xen_exit(vcpu, hypercalls).map_err(registers)?
+                    on_xen_exit(vcpu, hypercalls).map_err(failed)?
                 }
                 _ => false,
             };
@@ -282,7 +283,7 @@ fn run_once(
         Ok(VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_CRASH, _)) => shared.stop.end(Ended::TripleFault),
         Ok(VcpuExit::Intr | VcpuExit::IrqWindowOpen) => {}
         Ok(VcpuExit::InternalError) => {
-            let fault = read_fault(vcpu).map_err(registers)?;
+            let fault = read_fault(vcpu).map_err(failed)?;
             if !row.allow(&fault) {
                 return Err(VcpuError::InternalError { id, fault });
             }

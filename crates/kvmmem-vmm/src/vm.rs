@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
-use kvmmem_broker::link::{Change, VmmLink};
+use kvmmem_broker::link::{Change, Vcpus, VmmLink};
 use kvmmem_sys::ram::GuestRam;
 
 use crate::boot;
@@ -23,6 +23,7 @@ use crate::exit::VmExit;
 use crate::gate::Gate;
 use crate::hypercall::Hypercalls;
 use crate::mapping::{MappingEngine, TokenSource, identity, mapping_limit, regions, register};
+use crate::pauses::Pauses;
 use crate::platform::{Devices, can_window, create_vm, zap_single_slots};
 use crate::sandbox;
 use crate::signals::Signals;
@@ -52,7 +53,7 @@ pub fn run(config: VmConfig, control: Control) -> Result<VmExit, VmmError> {
     let mut generation = machine.generation(&stop)?;
     control.report(&machine.started());
     let exit = loop {
-        match generation.run(&stop)? {
+        match generation.run(&stop, &machine.pauses)? {
             Ended::Reset if machine.config.reset == ResetPolicy::Restart => {
                 machine.reset()?;
                 generation = machine.generation(&stop)?;
@@ -97,6 +98,7 @@ struct Machine {
     introspection: Option<Introspection>,
     /// Present where the machine is registered with a broker.
     link: Option<Arc<VmmLink>>,
+    pauses: Arc<Pauses>,
 }
 
 struct Introspection {
@@ -136,6 +138,11 @@ impl Machine {
                 Some(Arc::new(link))
             }
         };
+        let pauses = Arc::new(Pauses::default());
+        if let Some(link) = link.as_ref().filter(|_| config.introspectable) {
+            let vcpus: Arc<dyn Vcpus> = pauses.clone();
+            link.set_vcpus(Arc::downgrade(&vcpus));
+        }
         let tokens = control.tokens().or_else(|| link.clone().map(|link| -> Arc<dyn TokenSource> { link }));
         let introspection = match config.introspector {
             false => None,
@@ -152,7 +159,7 @@ impl Machine {
                 Some(Introspection { way, engine, tokens, views, has_windows })
             }
         };
-        Ok(Self { config, kvm, ram, output, introspection, link })
+        Ok(Self { config, kvm, ram, output, introspection, link, pauses })
     }
 
     fn started(&self) -> VmStatus {
@@ -292,7 +299,7 @@ struct Generation {
 
 impl Generation {
     /// Runs until something ends it; then all of its threads are gone, and its devices with it.
-    fn run(self, stop: &StopHandle) -> Result<Ended, VmmError> {
+    fn run(self, stop: &StopHandle, pauses: &Pauses) -> Result<Ended, VmmError> {
         let Self { _vm, vcpus, shared, input } = self;
         let console = match input {
             Some(port) => Some(
@@ -308,7 +315,10 @@ impl Generation {
                 Err(error) => stop.end(Ended::Failed(error.into())),
             }
         }
+        pauses.set_gate(Some(shared.gate.clone()));
         stop.wait();
+        // They end once they run.
+        pauses.set_gate(None);
         // A thread may miss a kick between its look at `stop` and its entry into the guest: so kick again.
         while threads.iter().any(|thread| !thread.is_finished()) {
             shared.gate.kick();

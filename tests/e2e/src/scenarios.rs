@@ -10,6 +10,7 @@ mod module;
 mod ownership;
 mod qemu;
 pub(crate) mod refusals;
+mod vcpus;
 pub(crate) mod views;
 
 use anyhow::Result;
@@ -95,6 +96,11 @@ const SEED: &[Scenario] = &[
         run: host::flood,
     },
     Scenario { name: "cli", purpose: "the command line, in the guest and on the host", run: host::cli },
+    Scenario {
+        name: "vcpus",
+        purpose: "registers and pauses of a VM of kvmmem vm, also when who asked for it dies",
+        run: vcpus::vcpus,
+    },
     Scenario {
         name: "target_death",
         purpose: "the target's VMM dies while mapped: the page stays readable until undone",

@@ -131,6 +131,7 @@ fn registration(number: usize, name: &str) -> Registration {
         uuid: Uuid::from_u64_pair(1, number as u64),
         vcpus: 1,
         start_time_ms: 0,
+        vcpu_questions: false,
         cid: None,
         introspectable: true,
         introspector: false,

@@ -194,6 +194,7 @@ pub fn open(which: &Which, called: Option<String>) -> Result<Opened, AttachError
             .map_err(AttachError::Random)?,
         vcpus,
         start_time_ms: process.start_time_ms().unwrap_or(0),
+        vcpu_questions: false,
         cid: None,
         introspectable: true,
         introspector: false,

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
 
 use super::pause::Stopped;
-use super::questions::{Question, Questions};
+use super::questions::{Question, Questions, Queue};
 use crate::limit::RateLimit;
 use crate::qmp::{Qmp, QmpError};
 
@@ -112,14 +112,10 @@ impl Monitor {
     ) -> std::io::Result<Self> {
         let stop = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         let stop = Arc::new(stop);
-        let questions = Questions::new()?;
-        let mut listener = Listener {
-            stop: Arc::clone(&stop),
-            questions: questions.clone(),
-            stopped: Stopped::new(silence),
-            find,
-            tell,
-        };
+        let queue = Queue::new()?;
+        let questions = Questions::new(Arc::new(queue.clone()));
+        let mut listener =
+            Listener { stop: Arc::clone(&stop), queue, stopped: Stopped::new(silence), find, tell };
         let thread = std::thread::Builder::new().name("qmp-monitor".into()).stack_size(STACK);
         thread.spawn(move || listener.run(qmp))?;
         Ok(Self { stop, questions })
@@ -140,7 +136,7 @@ impl Drop for Monitor {
 
 struct Listener<F, T> {
     stop: Arc<OwnedFd>,
-    questions: Questions,
+    queue: Queue,
     /// The pause of the VM, where there is one.
     stopped: Stopped,
     find: F,
@@ -151,7 +147,7 @@ impl<F: Fn() -> Option<Qmp>, T: FnMut(&mut Qmp, News) -> Next> Listener<F, T> {
     fn run(&mut self, connection: Option<Qmp>) {
         self.listen_on(connection);
         // Nobody waits for an answer in vain.
-        self.questions.close();
+        self.queue.close();
     }
 
     fn listen_on(&mut self, mut connection: Option<Qmp>) {
@@ -213,7 +209,7 @@ impl<F: Fn() -> Option<Qmp>, T: FnMut(&mut Qmp, News) -> Next> Listener<F, T> {
             if self.is_stopped(if heard.is_any() { GATHER } else { Duration::ZERO }) {
                 return Ok(Next::Stop);
             }
-            for question in self.questions.take() {
+            for question in self.queue.take() {
                 self.answer(qmp, question);
             }
             if qmp.is_broken() {
@@ -252,7 +248,7 @@ impl<F: Fn() -> Option<Qmp>, T: FnMut(&mut Qmp, News) -> Next> Listener<F, T> {
                 return None;
             }
             // They are not answered, which their askers see at once.
-            drop(self.questions.take());
+            drop(self.queue.take());
             if let Some(qmp) = (self.find)() {
                 return Some(qmp);
             }
@@ -265,7 +261,7 @@ impl<F: Fn() -> Option<Qmp>, T: FnMut(&mut Qmp, News) -> Next> Listener<F, T> {
         let mut fds = [
             PollFd::new(qmp, PollFlags::IN),
             PollFd::new(&*self.stop, PollFlags::IN),
-            PollFd::new(&self.questions, PollFlags::IN),
+            PollFd::new(&self.queue, PollFlags::IN),
         ];
         poll(&mut fds, pause);
         fds.iter().any(|fd| !fd.revents().is_empty())

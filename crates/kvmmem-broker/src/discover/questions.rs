@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! What the broker's clients ask of a QEMU. The thread that listens to its monitor asks them one at a time, so that answers
-//! and events keep their order; clients wait for a limited time.
+//! What the broker's clients ask of a VMM. QEMU is asked by the thread that listens to its monitor, one question at a time, so
+//! that answers and events keep their order; a VMM that has registered its VM itself by [`super::vmm`]. Clients wait for a
+//! limited time.
 
 use std::collections::VecDeque;
+use std::fmt::Debug;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -16,17 +18,27 @@ use crate::qmp::QmpError;
 use crate::wire::VcpuRegisters;
 
 /// How long a client waits for its answer: less than it waits for the broker's. Tests run on machines of any speed.
-const LIMIT: Duration = Duration::from_secs(if cfg!(test) { 60 } else { 4 });
+pub(super) const LIMIT: Duration = Duration::from_secs(if cfg!(test) { 60 } else { 4 });
 
 /// The most questions that wait, besides those that end a pause.
-const MAX_WAITING: usize = 64;
+pub(super) const MAX_WAITING: usize = 64;
 
 /// A page of registers, and whether there are more.
 pub(crate) type Page = (Vec<VcpuRegisters>, bool);
 
+/// Takes questions to a VMM.
+pub(super) trait Ask: Debug + Send + Sync {
+    /// Passes a question on. Its reply is sent later, or dropped where there can be none.
+    fn put(&self, question: Question) -> Result<(), AskError>;
+}
+
+/// What a VMM can be asked.
+#[derive(Clone, Debug)]
+pub(crate) struct Questions(Arc<dyn Ask>);
+
 /// The questions that wait for a monitor's thread.
 #[derive(Clone, Debug)]
-pub(crate) struct Questions(Arc<Shared>);
+pub(super) struct Queue(Arc<Shared>);
 
 #[derive(Debug)]
 struct Shared {
@@ -51,13 +63,13 @@ pub(super) enum Question {
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum AskError {
     /// The connection is lost, or the target is gone.
-    #[error("the broker's QMP connection to it is lost; try again, and see the broker's log")]
+    #[error("the connection to its VMM is lost; try again, and see the broker's log")]
     NoConnection,
     /// It takes too long.
-    #[error("its QEMU has not answered for {LIMIT:?}")]
+    #[error("its VMM has not answered for {LIMIT:?}")]
     Silent,
     /// Too many questions wait.
-    #[error("{MAX_WAITING} questions wait for its QEMU already")]
+    #[error("{MAX_WAITING} questions wait for its VMM already")]
     Busy,
     /// QEMU's answer is no good.
     #[error(transparent)]
@@ -65,18 +77,26 @@ pub(crate) enum AskError {
     /// What resumes the VM if the broker is killed cannot be started.
     #[error("cannot start the shell that resumes the VM if the broker is killed; the VM was not paused")]
     Watcher(#[source] io::Error),
+    /// The VMM does not read what the broker sends.
+    #[error("its VMM does not read what the broker sends; try again")]
+    Deaf,
+    /// The VMM did not do it.
+    #[error("its VMM reports: {0}")]
+    Failed(String),
+    /// The VMM answered another question.
+    #[error("its VMM's answer makes no sense")]
+    Nonsense,
     /// The pause has ended before.
     #[error(
-        "the VM runs again: another client of its QEMU has resumed it, the connection to QEMU was lost, or the pause was \
+        "the VM runs again: another client of its VMM has resumed it, the connection to the VMM was lost, or the pause was \
          not asked for again in time"
     )]
     Resumed,
 }
 
 impl Questions {
-    pub(super) fn new() -> io::Result<Self> {
-        let wake = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-        Ok(Self(Arc::new(Shared { wake, waiting: Mutex::new(Some(VecDeque::new())) })))
+    pub(super) fn new(vmm: Arc<dyn Ask>) -> Self {
+        Self(vmm)
     }
 
     /// The registers of at most `count` vCPUs from the `first` one on.
@@ -94,6 +114,19 @@ impl Questions {
         Ok((pause, was_running))
     }
 
+    fn ask<T>(&self, question: impl FnOnce(Sender<Result<T, AskError>>) -> Question) -> Result<T, AskError> {
+        let (reply, answer) = mpsc::channel();
+        self.0.put(question(reply))?;
+        wait(&answer)
+    }
+}
+
+impl Queue {
+    pub(super) fn new() -> io::Result<Self> {
+        let wake = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        Ok(Self(Arc::new(Shared { wake, waiting: Mutex::new(Some(VecDeque::new())) })))
+    }
+
     /// The questions that wait.
     pub(super) fn take(&self) -> VecDeque<Question> {
         let mut waiting = self.lock();
@@ -107,12 +140,12 @@ impl Questions {
         *self.lock() = None;
     }
 
-    fn ask<T>(&self, question: impl FnOnce(Sender<Result<T, AskError>>) -> Question) -> Result<T, AskError> {
-        let (reply, answer) = mpsc::channel();
-        self.put(question(reply))?;
-        wait(&answer)
+    fn lock(&self) -> MutexGuard<'_, Option<VecDeque<Question>>> {
+        self.0.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
 
+impl Ask for Queue {
     fn put(&self, question: Question) -> Result<(), AskError> {
         let mut waiting = self.lock();
         let list = waiting.as_mut().ok_or(AskError::NoConnection)?;
@@ -124,13 +157,9 @@ impl Questions {
         let _ = rustix::io::write(&self.0.wake, &1u64.to_ne_bytes());
         Ok(())
     }
-
-    fn lock(&self) -> MutexGuard<'_, Option<VecDeque<Question>>> {
-        self.0.waiting.lock().unwrap_or_else(PoisonError::into_inner)
-    }
 }
 
-impl AsFd for Questions {
+impl AsFd for Queue {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.wake.as_fd()
     }
@@ -166,7 +195,7 @@ impl Pause {
 impl Drop for Pause {
     fn drop(&mut self) {
         // Where no thread is there to answer, the VM runs already. After an end this is the second one, and does nothing.
-        let _ = self.questions.put(Question::Resume { holder: self.holder, reply: mpsc::channel().0 });
+        let _ = self.questions.0.put(Question::Resume { holder: self.holder, reply: mpsc::channel().0 });
     }
 }
 

@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Registers and pauses of VMs whose monitor the broker listens to.
+//! Registers and pauses of VMs whose VMM can be asked: by the monitor that the broker listens to, or by the connection that has
+//! registered the VM.
 
 use std::sync::Arc;
 
 use super::questions::{AskError, Pause, Questions};
 use crate::broker::{Broker, Refused};
-use crate::peer::Credentials;
+use crate::peer::{Credentials, Peer};
 use crate::registry::Vm;
 use crate::wire::{Answer, Refusal};
 
@@ -92,14 +93,18 @@ impl Broker {
         let vm = self.find(target)?;
         let without = || {
             let message = format!(
-                "the broker has no QMP connection to {:?}, which registers and pauses need: a VM under QEMU has one \
-                 if it was added with `kvmmem target add --qmp SOCKET`, or is named `--target qmp:SOCKET` where no broker \
-                 runs",
+                "the broker has no QMP connection to {:?} and its VMM does not answer questions about vCPUs, which registers and \
+                 pauses need: a VM under QEMU has that connection if it was added with `kvmmem target add --qmp SOCKET`, or is \
+                 named `--target qmp:SOCKET` where no broker runs; one of `kvmmem vm` answers if it was started by a kvmmem of \
+                 this version",
                 vm.registration().name
             );
             Refused::new(Refusal::Unsupported, message)
         };
-        let questions = self.adopted().questions(vm.id()).ok_or_else(without)?;
+        let by_vmm = || -> Option<Questions> {
+            vm.registration().vcpu_questions.then(|| Questions::new(Arc::<Peer>::clone(vm.peer())))
+        };
+        let questions = self.adopted().questions(vm.id()).or_else(by_vmm).ok_or_else(without)?;
         Ok((vm, questions))
     }
 }
@@ -108,9 +113,13 @@ fn refuse(error: AskError) -> Refused {
     let refusal = match error {
         AskError::Busy => Refusal::Busy,
         AskError::Resumed => Refusal::Unknown,
-        AskError::NoConnection | AskError::Silent | AskError::Qmp(_) | AskError::Watcher(_) => {
-            Refusal::Unsupported
-        }
+        AskError::NoConnection
+        | AskError::Silent
+        | AskError::Deaf
+        | AskError::Failed(_)
+        | AskError::Nonsense
+        | AskError::Qmp(_)
+        | AskError::Watcher(_) => Refusal::Unsupported,
     };
     Refused::from_error(refusal, &error)
 }

@@ -154,6 +154,7 @@ impl Broker {
             uuid: machine.uuid.or(uuid).map_or_else(random_uuid, Ok).map_err(AddError::Random)?,
             vcpus: machine.vcpus,
             start_time_ms: process.start_time_ms().unwrap_or(0),
+            vcpu_questions: false,
             cid: Some(cid),
             introspectable: false,
             introspector: true,

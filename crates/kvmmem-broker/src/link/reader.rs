@@ -99,6 +99,7 @@ pub(super) fn run(shared: &Shared, mut connection: Connection) {
         state.waiting.clear();
         state.lost += 1;
         state.events.lost();
+        state.vcpus.lost();
         drop(state);
         shared.changed.notify_all();
         let Some(path) = shared.path.as_deref() else { return };
@@ -176,6 +177,7 @@ fn take(state: &mut State, message: FromBroker, files: Vec<OwnedFd>) -> Result<O
             state.views.revoke(grant);
             state.events.revoke(grant);
         }
+        FromBroker::AskVcpus { id, question } => state.vcpus.push(id, question),
         FromBroker::Gone { target } => {
             state.cache.forget(target);
             state.views.forget(target);

@@ -97,6 +97,8 @@ fn parse(text: &str) -> Option<VcpuRegisters> {
         cr3: number("CR3")?,
         cr4: number("CR4")?,
         efer: number("EFER"),
+        kernel_gs_base: None,
+        lstar: None,
     })
 }
 

@@ -10,7 +10,9 @@ use crate::broker::Broker;
 use crate::discover::attach::Which;
 use crate::endpoint::Endpoint;
 use crate::test_peer::{Connection, USER, grant_request, registration};
-use crate::wire::{Answer, Call, Caller, Change, Cursor, OnSilence, Refusal, Registration, ViewCounters};
+use crate::wire::{
+    Answer, Call, Caller, Change, Cursor, OnSilence, Refusal, Registration, VcpuAnswer, ViewCounters,
+};
 
 const ROLES: [Role; 4] = [Role::Administrator, Role::Operator, Role::Viewer, Role::Vmm];
 
@@ -60,6 +62,7 @@ fn calls() -> Vec<(Call, &'static str)> {
         (Call::Registers { target: none(), first: 0 }, "ao--"),
         (Call::Pause { target: none() }, "ao--"),
         (Call::Resume { target: none() }, "ao--"),
+        (Call::VcpuAnswer { id: 1, answer: VcpuAnswer::Resumed }, "---v"),
         (Call::Continued { generation: 1 }, "---v"),
     ]
 }
@@ -92,11 +95,12 @@ fn number(call: &Call) -> usize {
         Call::Registers { .. } => 21,
         Call::Pause { .. } => 22,
         Call::Resume { .. } => 23,
+        Call::VcpuAnswer { .. } => 24,
         Call::Continued { .. } => COUNT - 1,
     }
 }
 
-const COUNT: usize = 25;
+const COUNT: usize = 26;
 
 /// A connection that is what `role` says.
 fn connection(broker: &Arc<Broker>, role: Role) -> Connection {

@@ -7,7 +7,9 @@ use kvmmem_kvmi::token::Token;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use super::{Cursor, GrantInfo, KvmiPolicy, Region, Revoked, TargetInfo, VcpuRegisters, token_text};
+use super::{
+    Cursor, GrantInfo, KvmiPolicy, Region, Revoked, TargetInfo, VcpuQuestion, VcpuRegisters, token_text,
+};
 use crate::discover::attach::Evidence;
 use crate::scope::Scope;
 
@@ -72,6 +74,14 @@ pub enum FromBroker {
     Revoke {
         /// Number of the grant.
         grant: u64,
+    },
+    /// Push: a question about the vCPUs of the VM that this connection has registered, with
+    /// [`super::Registration::vcpu_questions`]. To be answered by [`super::Call::VcpuAnswer`].
+    AskVcpus {
+        /// Number of the question, which the answer repeats.
+        id: u64,
+        /// The question.
+        question: VcpuQuestion,
     },
     /// Push: the target is no longer there, and its tokens are void.
     Gone {

@@ -26,6 +26,9 @@ pub struct Registration {
     pub introspectable: bool,
     /// Whether this VM may map the memory of others.
     pub introspector: bool,
+    /// Whether the VMM answers [`super::FromBroker::AskVcpus`]. One that does not is never asked.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub vcpu_questions: bool,
     /// Where its RAM is; empty unless introspectable.
     pub regions: Vec<Region>,
 }

@@ -161,6 +161,7 @@ pub(crate) fn target(name: &str) -> Registration {
         uuid: uuid(name),
         vcpus: 2,
         start_time_ms: 1_700_000_000_000,
+        vcpu_questions: false,
         cid: None,
         introspectable: true,
         introspector: false,

@@ -194,8 +194,8 @@ fn prstatus(number: u32, vcpu: &VcpuRegisters) -> Vec<u8> {
     status
 }
 
-/// `QEMUCPUState` of version 1, 440 bytes (target/i386/arch_dump.c). QEMU's monitor does not show the last member,
-/// KERNEL_GS_BASE, which is 0 here.
+/// `QEMUCPUState` of version 1, 440 bytes (target/i386/arch_dump.c). The last member is KERNEL_GS_BASE, which QEMU's monitor does
+/// not show: it is 0 then.
 fn qemu_state(vcpu: &VcpuRegisters) -> Vec<u8> {
     const VERSION: u32 = 1;
     const SIZE: u32 = 440;
@@ -212,7 +212,7 @@ fn qemu_state(vcpu: &VcpuRegisters) -> Vec<u8> {
     {
         words(&[u64::from(limit) << 32 | u64::from(selector), u64::from(flags), base]);
     }
-    words(&[vcpu.cr0, 0, vcpu.cr2, vcpu.cr3, vcpu.cr4, 0]);
+    words(&[vcpu.cr0, 0, vcpu.cr2, vcpu.cr3, vcpu.cr4, vcpu.kernel_gs_base.unwrap_or(0)]);
     state
 }
 
@@ -238,6 +238,7 @@ mod tests {
             cr2: 2,
             cr3: 3,
             cr4: 4,
+            kernel_gs_base: Some(5),
             ..VcpuRegisters::default()
         }
     }
@@ -281,7 +282,7 @@ mod tests {
             (word(&state, 272), word(&state, 368), word(&state, 384)),
             (0x202 << 32 | 2, 0xfff << 32, 0x222)
         );
-        assert_eq!([392, 400, 408, 416, 424, 432].map(|at| word(&state, at)), [0x8005_0033, 0, 2, 3, 4, 0]);
+        assert_eq!([392, 400, 408, 416, 424, 432].map(|at| word(&state, at)), [0x8005_0033, 0, 2, 3, 4, 5]);
     }
 
     #[test]

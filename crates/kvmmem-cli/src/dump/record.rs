@@ -7,6 +7,7 @@ use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::Result;
+use kvmmem_broker::admin::VcpuRegisters;
 use serde::Serialize;
 use serde_json::Value;
 use uuid::Uuid;
@@ -121,7 +122,7 @@ impl<'a> Record<'a> {
             vmcoreinfo: vmcoreinfo.map(|(gpa, text)| KernelNote { gpa: Hex(*gpa), release: release(text) }),
             registers: (checkpoint.format == Format::Elf).then_some(Registers {
                 vcpus: checkpoint.vcpus.len(),
-                source: (!checkpoint.vcpus.is_empty()).then_some("qmp"),
+                source: source(&checkpoint.vcpus),
                 reason: checkpoint.no_vcpus.as_deref(),
             }),
             direct_map: checkpoint.direct_map.map(Hex),
@@ -135,6 +136,12 @@ impl<'a> Record<'a> {
         text.push(b'\n');
         replace(path, &text)
     }
+}
+
+/// Which VMM has shown the registers; `None` where there are none. QEMU's monitor does not show MSR_LSTAR.
+fn source(vcpus: &[VcpuRegisters]) -> Option<&'static str> {
+    let first = vcpus.first()?;
+    Some(if first.lstar.is_some() { "kvmmem-vmm" } else { "qmp" })
 }
 
 /// The record of a dump whose checkpoint was not removed.

@@ -9,12 +9,12 @@ use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use kvmmem_broker::broker::Broker;
-use kvmmem_broker::link::{Region, Registration, VmmLink};
+use kvmmem_broker::link::{Region, Registration, Vcpus, VmmLink};
 use kvmmem_broker::packet::PacketSocket;
 use kvmmem_broker::peer::{Credentials, Peer};
 use kvmmem_broker::ram::Ram;
@@ -51,6 +51,11 @@ impl Host {
         Self::with(regions, Kind::Shared)
     }
 
+    /// One whose VMM answers questions about its vCPUs.
+    pub(crate) fn start_answering(regions: &[Region], vcpus: &Arc<impl Vcpus + 'static>) -> Self {
+        Self::with(regions, Kind::Answering(Arc::downgrade(vcpus) as Weak<dyn Vcpus>))
+    }
+
     /// One whose VMM, which is this process, keeps its RAM to itself.
     pub(crate) fn start_private(regions: &[Region]) -> Self {
         Self::with(regions, Kind::Private)
@@ -71,6 +76,13 @@ impl Host {
         let (mut vm, mut mapping) = (None, None);
         match kind {
             Kind::Shared => vm = Some(register(&socket, regions, &ram)),
+            Kind::Answering(vcpus) => {
+                let registration = Registration { vcpu_questions: true, ..registration(regions) };
+                let fd = ram.fd().try_clone_to_owned().unwrap();
+                let link = VmmLink::connect(&socket, registration, Some(fd)).unwrap();
+                link.set_vcpus(vcpus);
+                vm = Some(link);
+            }
             Kind::Private => {
                 let hva = ram.memory().get_host_address(GuestAddress(0)).unwrap().expose_provenance();
                 register_private(&broker, registration(regions), hva as u64);
@@ -182,6 +194,7 @@ impl Host {
 /// How the target has its RAM.
 enum Kind {
     Shared,
+    Answering(Weak<dyn Vcpus>),
     Private,
     File(File),
 }
@@ -202,6 +215,7 @@ fn registration(regions: &[Region]) -> Registration {
         uuid: UUID,
         vcpus: 2,
         start_time_ms: 0,
+        vcpu_questions: false,
         cid: None,
         introspectable: true,
         introspector: false,

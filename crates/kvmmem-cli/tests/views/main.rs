@@ -12,6 +12,7 @@ mod reaching;
 mod scan;
 mod strings;
 mod translate;
+mod vcpus;
 mod watch;
 
 use std::fs::File;

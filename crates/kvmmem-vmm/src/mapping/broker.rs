@@ -33,6 +33,7 @@ pub(crate) fn register(
         uuid: Uuid::from_bytes(config.uuid),
         vcpus: config.vcpus.into(),
         start_time_ms: i64::try_from(now.as_millis()).unwrap_or(i64::MAX),
+        vcpu_questions: config.introspectable,
         cid: config.cid,
         introspectable: config.introspectable,
         introspector: config.introspector,

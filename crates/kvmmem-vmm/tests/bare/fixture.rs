@@ -218,6 +218,7 @@ pub(crate) fn launch_with_broker<T>(
         uuid: Uuid::from_bytes([7; 16]),
         vcpus: 1,
         start_time_ms: 0,
+        vcpu_questions: false,
         cid: None,
         introspectable: true,
         introspector: false,

@@ -208,6 +208,7 @@ fn registration(name: &str, number: u8) -> Registration {
         uuid: Uuid::from_bytes([number; 16]),
         vcpus: 1,
         start_time_ms: 0,
+        vcpu_questions: false,
         cid: None,
         introspectable: true,
         introspector: false,

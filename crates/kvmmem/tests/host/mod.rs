@@ -58,6 +58,7 @@ impl Host {
             uuid: Uuid::from_bytes([7; 16]),
             vcpus: 1,
             start_time_ms: 1_700_000_000_000,
+            vcpu_questions: false,
             cid: None,
             introspectable: true,
             introspector: false,

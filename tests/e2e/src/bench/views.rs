@@ -170,6 +170,7 @@ impl Sparse {
             uuid: Uuid::from_u128(u128::from(bytes)),
             vcpus: 1,
             start_time_ms: 0,
+            vcpu_questions: false,
             cid: None,
             introspectable: true,
             introspector: false,

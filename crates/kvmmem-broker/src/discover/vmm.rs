@@ -1,0 +1,116 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! Questions about vCPUs to a VMM that has registered its VM by itself, over the connection that registered it.
+//!
+//! The VMM may not answer, or answer what was not asked: a question waits for as long as its client does, their number is
+//! limited, and a pause ends by itself in the VMM where it does not get to know of its end.
+
+use std::collections::BTreeMap;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use super::questions::{Ask, AskError, LIMIT, MAX_WAITING, Question};
+use crate::packet::Wait;
+use crate::peer::Peer;
+use crate::wire::{FromBroker, VcpuAnswer, VcpuQuestion};
+
+/// How much of a VMM's message is repeated, characters.
+const MAX_MESSAGE: usize = 200;
+
+/// The questions that wait for a VMM's answer.
+#[derive(Debug, Default)]
+pub(crate) struct VmmQuestions(Mutex<State>);
+
+#[derive(Debug, Default)]
+struct State {
+    last: u64,
+    /// By number, with the time when it was sent.
+    waiting: BTreeMap<u64, (Instant, Question)>,
+    is_closed: bool,
+}
+
+impl VmmQuestions {
+    /// The VMM's answer. One to a question that does not wait is dropped.
+    pub(crate) fn answer(&self, id: u64, answer: VcpuAnswer) {
+        let Some((_, question)) = self.lock().waiting.remove(&id) else { return };
+        // A client that has given up waiting needs no answer.
+        match (question, answer) {
+            (Question::Registers { count, reply, .. }, VcpuAnswer::Registers { mut vcpus, more }) => {
+                vcpus.truncate(count);
+                let _ = reply.send(Ok((vcpus, more)));
+            }
+            (Question::Pause { reply, .. }, VcpuAnswer::Paused { was_running }) => {
+                let _ = reply.send(Ok(was_running));
+            }
+            (Question::Resume { reply, .. }, VcpuAnswer::Resumed) => {
+                let _ = reply.send(Ok(()));
+            }
+            (question, VcpuAnswer::NotPaused) => question.fail(AskError::Resumed),
+            (question, VcpuAnswer::Failed { message }) => {
+                let message = message.chars().take(MAX_MESSAGE).flat_map(char::escape_debug).collect();
+                question.fail(AskError::Failed(message));
+            }
+            (question, _) => question.fail(AskError::Nonsense),
+        }
+    }
+
+    /// The connection has ended: no question is answered any more.
+    pub(crate) fn close(&self) {
+        let mut state = self.lock();
+        state.is_closed = true;
+        state.waiting.clear();
+    }
+
+    /// Adds a question, and returns its number.
+    fn add(&self, question: Question) -> Result<u64, AskError> {
+        let mut state = self.lock();
+        if state.is_closed {
+            return Err(AskError::NoConnection);
+        }
+        state.waiting.retain(|_, (sent, _)| sent.elapsed() < LIMIT);
+        if state.waiting.len() >= MAX_WAITING && !matches!(question, Question::Resume { .. }) {
+            return Err(AskError::Busy);
+        }
+        state.last += 1;
+        let id = state.last;
+        state.waiting.insert(id, (Instant::now(), question));
+        Ok(id)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Ask for Peer {
+    fn put(&self, question: Question) -> Result<(), AskError> {
+        let sent = question.to_vmm();
+        let id = self.vcpu_questions().add(question)?;
+        let message = FromBroker::AskVcpus { id, question: sent };
+        if self.socket().send(&message, &[], Wait::No).is_err() {
+            self.vcpu_questions().lock().waiting.remove(&id);
+            return Err(AskError::Deaf);
+        }
+        Ok(())
+    }
+}
+
+impl Question {
+    fn to_vmm(&self) -> VcpuQuestion {
+        let number = |number: usize| u32::try_from(number).unwrap_or(u32::MAX);
+        match self {
+            Self::Registers { first, count, .. } => {
+                VcpuQuestion::Registers { first: number(*first), count: number(*count) }
+            }
+            Self::Pause { holder, is_new, .. } => VcpuQuestion::Pause { holder: *holder, is_new: *is_new },
+            Self::Resume { holder, .. } => VcpuQuestion::Resume { holder: *holder },
+        }
+    }
+
+    fn fail(self, error: AskError) {
+        match self {
+            Self::Registers { reply, .. } => drop(reply.send(Err(error))),
+            Self::Pause { reply, .. } => drop(reply.send(Err(error))),
+            Self::Resume { reply, .. } => drop(reply.send(Err(error))),
+        }
+    }
+}

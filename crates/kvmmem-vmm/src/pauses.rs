@@ -1,0 +1,189 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! Pauses of the machine's vCPUs and their registers, for the broker's clients.
+//!
+//! The machine runs again when nobody needs it stopped: the broker says so, its connection ends, or a pause is not repeated
+//! for [`LEASE`], as by a broker that hangs. Lock order: `state`, then the gate's.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use kvmmem_broker::link::{VcpuAnswer, VcpuQuestion, Vcpus};
+
+use crate::gate::{Gate, Paused};
+
+/// How long a pause lasts that is not repeated. The broker ends one that its client does not repeat for 10 s.
+const LEASE: Duration = Duration::from_secs(15);
+
+/// The most pauses at a time.
+const MAX_HOLDERS: usize = 1024;
+
+/// Who needs the machine stopped.
+#[derive(Default)]
+pub(crate) struct Pauses(Mutex<State>);
+
+#[derive(Default)]
+struct State {
+    /// The gate of the vCPUs that run now.
+    gate: Option<Arc<Gate>>,
+    /// By number, with the time of the last repetition.
+    holders: BTreeMap<u64, Instant>,
+    /// Present while there are holders.
+    paused: Option<Paused>,
+}
+
+impl Pauses {
+    /// The vCPUs that run from now on; `None` where there are none. All pauses end.
+    pub(crate) fn set_gate(&self, gate: Option<Arc<Gate>>) {
+        let mut state = self.lock();
+        state.resume_all();
+        state.gate = gate;
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn registers(&self, first: u32, count: u32) -> VcpuAnswer {
+        // Without the lock: the machine may end meanwhile.
+        let Some(gate) = self.lock().gate.clone() else { return not_running() };
+        let all = match gate.registers() {
+            Ok(all) => all,
+            Err(error) => return VcpuAnswer::Failed { message: error.to_string() },
+        };
+        let number = |number| usize::try_from(number).unwrap_or(usize::MAX);
+        let more = all.len() > number(first).saturating_add(number(count));
+        VcpuAnswer::Registers {
+            vcpus: all.into_iter().skip(number(first)).take(number(count)).collect(),
+            more,
+        }
+    }
+}
+
+impl Vcpus for Pauses {
+    fn answer(&self, question: VcpuQuestion) -> VcpuAnswer {
+        match question {
+            VcpuQuestion::Registers { first, count } => self.registers(first, count),
+            VcpuQuestion::Pause { holder, is_new } => self.lock().pause(holder, is_new),
+            VcpuQuestion::Resume { holder } => self.lock().resume(holder),
+        }
+    }
+
+    fn resume_all(&self) {
+        self.lock().resume_all();
+    }
+
+    fn expire(&self) -> Option<Duration> {
+        self.lock().expire(Instant::now())
+    }
+}
+
+impl State {
+    fn pause(&mut self, holder: u64, is_new: bool) -> VcpuAnswer {
+        self.expire(Instant::now());
+        if !is_new && !self.holders.contains_key(&holder) {
+            return VcpuAnswer::NotPaused;
+        }
+        let Some(gate) = &self.gate else { return not_running() };
+        if self.holders.len() >= MAX_HOLDERS && is_new {
+            return VcpuAnswer::Failed { message: format!("it is paused {MAX_HOLDERS} times already") };
+        }
+        if self.paused.is_none() {
+            match gate.close() {
+                Ok(paused) => self.paused = Some(paused),
+                Err(error) => return VcpuAnswer::Failed { message: error.to_string() },
+            }
+        }
+        self.holders.insert(holder, Instant::now());
+        VcpuAnswer::Paused { was_running: true }
+    }
+
+    fn resume(&mut self, holder: u64) -> VcpuAnswer {
+        if self.holders.remove(&holder).is_none() {
+            return VcpuAnswer::NotPaused;
+        }
+        if self.holders.is_empty() {
+            self.paused = None;
+        }
+        VcpuAnswer::Resumed
+    }
+
+    fn resume_all(&mut self) {
+        self.holders.clear();
+        self.paused = None;
+    }
+
+    /// Ends the pauses that were not repeated in time; returns how long until the next one is to end.
+    fn expire(&mut self, now: Instant) -> Option<Duration> {
+        self.holders.retain(|_, repeated| now.duration_since(*repeated) < LEASE);
+        if self.holders.is_empty() && self.paused.take().is_some() {
+            tracing::warn!("a pause was not repeated for {LEASE:?}: the VM runs again");
+        }
+        self.holders.values().map(|repeated| LEASE.saturating_sub(now.duration_since(*repeated))).min()
+    }
+}
+
+fn not_running() -> VcpuAnswer {
+    VcpuAnswer::Failed { message: "the VM is starting, restarting or ending; try again".into() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pauses() -> (Pauses, Arc<Gate>) {
+        let (pauses, gate) = (Pauses::default(), Arc::new(Gate::new(1)));
+        pauses.set_gate(Some(gate.clone()));
+        (pauses, gate)
+    }
+
+    fn pause(pauses: &Pauses, holder: u64, is_new: bool) -> VcpuAnswer {
+        pauses.answer(VcpuQuestion::Pause { holder, is_new })
+    }
+
+    fn resume(pauses: &Pauses, holder: u64) -> VcpuAnswer {
+        pauses.answer(VcpuQuestion::Resume { holder })
+    }
+
+    #[test]
+    fn the_machine_runs_once_nobody_needs_it_stopped() {
+        let (pauses, gate) = pauses();
+        let stopped = VcpuAnswer::Paused { was_running: true };
+        assert_eq!(pause(&pauses, 1, false), VcpuAnswer::NotPaused);
+        for (holder, is_new) in [(1, true), (2, true), (1, false)] {
+            assert_eq!(pause(&pauses, holder, is_new), stopped);
+        }
+        assert!(gate.is_closed());
+        assert_eq!((resume(&pauses, 1), gate.is_closed()), (VcpuAnswer::Resumed, true));
+        assert_eq!((resume(&pauses, 2), gate.is_closed()), (VcpuAnswer::Resumed, false));
+        assert_eq!(resume(&pauses, 2), VcpuAnswer::NotPaused);
+        pause(&pauses, 3, true);
+        pauses.resume_all();
+        assert!(!gate.is_closed());
+        assert_eq!(pause(&pauses, 3, false), VcpuAnswer::NotPaused);
+    }
+
+    #[test]
+    fn a_pause_ends_that_is_not_repeated() {
+        let (pauses, gate) = pauses();
+        assert_eq!(pauses.expire(), None);
+        pause(&pauses, 1, true);
+        let later = |seconds| Instant::now() + Duration::from_secs(seconds);
+        assert!(pauses.expire().is_some_and(|left| left <= LEASE) && gate.is_closed());
+        assert!(pauses.lock().expire(later(10)).is_some() && gate.is_closed());
+        assert_eq!(pauses.lock().expire(later(16)), None);
+        assert!(!gate.is_closed());
+    }
+
+    #[test]
+    fn another_run_of_the_machine_is_not_paused() {
+        let (pauses, gate) = pauses();
+        pause(&pauses, 1, true);
+        let next = Arc::new(Gate::new(1));
+        pauses.set_gate(Some(next.clone()));
+        assert!(!gate.is_closed() && !next.is_closed());
+        assert_eq!(pause(&pauses, 1, false), VcpuAnswer::NotPaused);
+        pauses.set_gate(None);
+        assert!(matches!(pause(&pauses, 1, true), VcpuAnswer::Failed { .. }));
+    }
+}
