@@ -12,9 +12,11 @@ use kvmmem_linux::integrity::{self, Check, Finding, Place, Report};
 use serde::Serialize;
 
 use crate::failure::escape;
+use crate::input::{NOT_SHOWN, Registers};
 use crate::linux::{Guest, collect};
 use crate::number::{Hex, parse};
 use crate::output::{Output, columns};
+use crate::vcpu;
 
 /// Exit code where something was found.
 const FOUND: u8 = 3;
@@ -27,10 +29,14 @@ const PAUSE: Duration = Duration::from_millis(50);
 /// The check of a register, which a kernel does not have.
 const LSTAR: &str = "lstar";
 
+/// CR4.FRED.
+const FRED: u64 = 1 << 32;
+
 #[derive(Args)]
 #[command(after_help = AFTER_HELP)]
 pub(crate) struct Arguments {
-    /// MSR_LSTAR of a vCPU, where you have its registers: compared with the kernel's entry of system calls
+    /// MSR_LSTAR of a vCPU, where you have its registers: compared with the kernel's entry of system calls [default: that of
+    /// each vCPU, where the VMM shows it: with --target, a VM of kvmmem vm]
     #[arg(long, value_name = "ADDRESS", value_parser = parse)]
     lstar: Option<u64>,
     #[command(flatten)]
@@ -51,11 +57,14 @@ Exit codes:
 
 /// What a check has looked at, as JSON.
 #[derive(Serialize)]
-struct CheckLine {
+struct CheckLine<'a> {
     check: &'static str,
-    /// `None` where the kernel has no such thing.
+    /// `None` where the kernel has no such thing, or it was not checked.
     examined: Option<usize>,
     found: usize,
+    /// Why it was not checked.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    not_checked: Option<&'a str>,
 }
 
 /// What was found, as JSON.
@@ -71,7 +80,7 @@ type Outcome = (&'static str, Option<Report>);
 
 impl Arguments {
     pub(crate) fn run(&self, output: &mut Output) -> Result<ExitCode> {
-        let outcomes = self.guest.with_kernel("check", |kernel| {
+        let (outcomes, no_lstar) = self.guest.with_kernel_and_registers("check", |kernel, registers| {
             let mut outcomes = check(kernel)?;
             for _ in 1..ROUNDS {
                 if !self.guest.is_live() || outcomes.iter().all(|(_, report)| is_sound(report.as_ref())) {
@@ -80,11 +89,16 @@ impl Arguments {
                 thread::sleep(PAUSE);
                 retain(&mut outcomes, check(kernel)?);
             }
-            if let Some(lstar) = self.lstar {
-                outcomes.push((LSTAR, Some(integrity::check_lstar(kernel, lstar)?)));
-            }
-            Ok(outcomes)
+            let values = match self.lstar {
+                Some(lstar) => Ok(vec![("MSR_LSTAR".to_owned(), lstar)]),
+                None => lstars(registers),
+            };
+            let report =
+                values.as_ref().ok().map(|values| integrity::check_lstar(kernel, values)).transpose()?;
+            outcomes.push((LSTAR, report));
+            Ok((outcomes, values.err()))
         })?;
+        let not_checked = |check: &str| no_lstar.as_deref().filter(|_| check == LSTAR);
         let findings = || {
             let reports = outcomes.iter().filter_map(|(check, report)| Some((*check, report.as_ref()?)));
             reports.flat_map(|(check, report)| report.findings.iter().map(move |finding| (check, finding)))
@@ -93,6 +107,7 @@ impl Arguments {
             check,
             examined: report.as_ref().map(|report| report.examined),
             found: report.as_ref().map_or(0, |report| report.findings.len()),
+            not_checked: not_checked(check),
         });
         if output.is_json() {
             for line in lines {
@@ -109,8 +124,30 @@ impl Arguments {
             for (_, finding) in findings() {
                 output.line(sentence(finding))?;
             }
+            if let Some(reason) = no_lstar.as_deref() {
+                output.line(format!("lstar was not checked: {}", escape(reason)))?;
+            }
         }
         Ok(if findings().next().is_some() { FOUND.into() } else { ExitCode::SUCCESS })
+    }
+}
+
+/// MSR_LSTAR of each vCPU that runs 64-bit code, and what to call it; or why it is not known.
+fn lstars(registers: &Registers) -> Result<Vec<(String, u64)>, String> {
+    const REMEDY: &str = "give MSR_LSTAR with --lstar ADDRESS";
+    let vcpus = registers.as_ref().map_err(|reason| format!("{reason}; {REMEDY}"))?;
+    let mut values = Vec::new();
+    for (number, vcpu) in vcpus.iter().enumerate() {
+        // One that was not started has none yet, and one with FRED enters the kernel elsewhere.
+        if vcpu::control(vcpu).space().is_err() || vcpu.cr4 & FRED != 0 {
+            continue;
+        }
+        let lstar = vcpu.lstar.ok_or_else(|| format!("{NOT_SHOWN}; {REMEDY}"))?;
+        values.push((format!("MSR_LSTAR of vCPU {number}"), lstar));
+    }
+    match values.len() {
+        0 => Err(format!("no vCPU enters a 64-bit kernel by MSR_LSTAR; {REMEDY}")),
+        _ => Ok(values),
     }
 }
 
@@ -140,9 +177,10 @@ fn retain(outcomes: &mut [Outcome], now: Vec<Outcome>) {
     }
 }
 
-fn row(line: CheckLine) -> [String; 3] {
+fn row(line: CheckLine<'_>) -> [String; 3] {
     let examined = line.examined.map_or_else(|| "-".to_owned(), |count| count.to_string());
-    [line.check.to_owned(), examined, line.found.to_string()]
+    let found = if line.not_checked.is_some() { "-".to_owned() } else { line.found.to_string() };
+    [line.check.to_owned(), examined, found]
 }
 
 fn sentence(finding: &Finding) -> String {
@@ -180,11 +218,42 @@ impl<'a> FindingLine<'a> {
 
 #[cfg(test)]
 mod tests {
+    use kvmmem_broker::admin::VcpuRegisters;
+
     use super::*;
 
     fn hidden(name: &str) -> Finding {
         let (found, missing) = ("the table of pids", "the lists of tasks");
         Finding::Hidden { name: name.to_owned(), gva: 0x1000, found, missing }
+    }
+
+    #[test]
+    fn lstar_is_that_of_each_vcpu_that_runs_64_bit_code() {
+        let vcpu = VcpuRegisters {
+            cr0: 1 << 31,
+            cr4: 1 << 5,
+            efer: Some(0xd01),
+            lstar: Some(0x1000),
+            ..VcpuRegisters::default()
+        };
+        let (waiting, fred) = (
+            VcpuRegisters { cr0: 0x10, ..vcpu.clone() },
+            VcpuRegisters { cr4: vcpu.cr4 | FRED, ..vcpu.clone() },
+        );
+        let vcpus =
+            vec![vcpu.clone(), waiting.clone(), fred, VcpuRegisters { lstar: Some(0x2000), ..vcpu.clone() }];
+        let values = lstars(&Ok(vcpus)).unwrap();
+        let names = ["MSR_LSTAR of vCPU 0", "MSR_LSTAR of vCPU 3"].map(str::to_owned);
+        assert_eq!(values, names.into_iter().zip([0x1000, 0x2000]).collect::<Vec<_>>());
+        let by_monitor = VcpuRegisters { lstar: None, ..vcpu };
+        for (registers, words) in [
+            (Ok(vec![by_monitor]), "QEMU's monitor does not show it"),
+            (Ok(vec![waiting]), "no vCPU"),
+            (Err("a token opens memory alone".to_owned()), "a token"),
+        ] {
+            let reason = lstars(&registers).unwrap_err();
+            assert!(reason.starts_with(words) && reason.ends_with("--lstar ADDRESS"), "{reason}");
+        }
     }
 
     #[test]

@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use anyhow::{Context, Result, ensure};
 use clap::Args;
 use kvmmem::view::{Access, Range, View};
+use kvmmem_broker::admin::VcpuRegisters;
 use kvmmem_memory::paging::AddressSpace;
 use kvmmem_memory::{DumpFile, Memory};
 
@@ -26,6 +27,12 @@ pub(crate) struct Input {
     #[command(flatten)]
     source: Source,
 }
+
+/// The registers of a target's vCPUs, or why there are none.
+pub(crate) type Registers = Result<Vec<VcpuRegisters>, String>;
+
+/// Why there is no MSR_LSTAR of a VM under QEMU.
+pub(crate) const NOT_SHOWN: &str = "QEMU's monitor does not show it, and other stock VMMs have none";
 
 /// Memory that can be read.
 pub(crate) enum Opened {
@@ -63,6 +70,24 @@ impl Input {
                 Opened::View(source.attach(Access::ReadOnly, verb, wanted)?, source.name())
             }
         })
+    }
+
+    /// As [`Input::open`], with the registers of the vCPUs, or why there are none: where a broker runs that can ask the VMM.
+    pub(crate) fn open_with_registers(&self, verb: &str) -> Result<(Opened, Registers)> {
+        if self.file.is_some() || !self.source()?.is_by_name() || self.source.has_no_broker() {
+            let reason = match &self.file {
+                Some(_) => "a dump file does not have it",
+                None if !self.source.is_by_name() => "a token opens memory alone",
+                // Such a broker has only VMs of stock VMMs.
+                None => NOT_SHOWN,
+            };
+            return Ok((self.open(verb, &[])?, Err(reason.to_owned())));
+        }
+        let (view, operator) = self.source.attach_asking(Access::ReadOnly, verb, &[], false)?;
+        let mut operator = operator.context("the view was not attached by name")?;
+        let registers = operator.admin.registers(&operator.target);
+        let registers = registers.map_err(|error| format!("{:#}", anyhow::Error::new(error)));
+        Ok((Opened::View(view, self.source.name()), registers))
     }
 
     /// As [`Input::open`], with the address space that a vCPU uses at this moment, or did when it was dumped.

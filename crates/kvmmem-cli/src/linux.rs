@@ -12,7 +12,7 @@ use kvmmem_linux::{Find, FindError, Kernel, KernelError};
 use kvmmem_memory::Memory;
 
 use crate::failure;
-use crate::input::{Input, Opened};
+use crate::input::{Input, Opened, Registers};
 use crate::number::parse;
 use crate::target_name::TargetName;
 pub(crate) use choice::Choice;
@@ -75,11 +75,24 @@ impl Guest {
         verb: &str,
         read: impl FnOnce(&Kernel<'_>) -> Result<R>,
     ) -> Result<R> {
-        let opened = self.input.open(verb, &[])?;
+        self.with_kernel_of(&self.input.open(verb, &[])?, read)
+    }
+
+    /// As [`Guest::with_kernel`], with the registers of the vCPUs, or why there are none.
+    pub(crate) fn with_kernel_and_registers<R>(
+        &self,
+        verb: &str,
+        read: impl FnOnce(&Kernel<'_>, &Registers) -> Result<R>,
+    ) -> Result<R> {
+        let (opened, registers) = self.input.open_with_registers(verb)?;
+        self.with_kernel_of(&opened, |kernel| read(kernel, &registers))
+    }
+
+    fn with_kernel_of<R>(&self, opened: &Opened, read: impl FnOnce(&Kernel<'_>) -> Result<R>) -> Result<R> {
         let choice = Choice { note: self.note, kernel: self.kernel };
-        let find = |_: &dyn Memory| find_in(&self.input, &opened, choice);
+        let find = |_: &dyn Memory| find_in(&self.input, opened, choice);
         let result = with_kernel(&opened.name(), opened.memory(), self.is_live(), find, read);
-        result.map_err(|error| explain(error, &opened))
+        result.map_err(|error| explain(error, opened))
     }
 }
 

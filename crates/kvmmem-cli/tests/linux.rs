@@ -11,10 +11,13 @@ use std::io::{BufRead, BufReader};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::time::Duration;
 
 use common::{Ended, Host, finish, wait_for};
-use guest::{BTF, Guest, KALLSYMS, PAGE_TABLES, Place, RAM, processes};
-use kvmmem_broker::link::Region;
+use guest::{BTF, Guest, KALLSYMS, PAGE_TABLES, Place, RAM, objects, processes};
+use kvmmem_broker::link::{Region, VcpuAnswer, VcpuQuestion, VcpuRegisters, Vcpus};
+use serde_json::{Value, json};
 
 fn kvmmem(arguments: &[&str]) -> Ended {
     let mut command = Command::new(env!("CARGO_BIN_EXE_kvmmem"));
@@ -227,4 +230,75 @@ fn core(folder: &Path, guest: &Guest, cr3: u64) -> String {
     let path = folder.join("web-1.elf");
     std::fs::write(&path, file).unwrap();
     path.to_str().unwrap().to_owned()
+}
+
+/// A VMM whose vCPUs have this MSR_LSTAR each.
+struct Vmm(Vec<u64>);
+
+impl Vcpus for Vmm {
+    fn answer(&self, _: VcpuQuestion) -> VcpuAnswer {
+        let registers = |lstar: &u64| VcpuRegisters {
+            cr0: 0x8005_0033,
+            cr4: 0x6f0,
+            efer: Some(0xd01),
+            lstar: Some(*lstar),
+            ..VcpuRegisters::default()
+        };
+        VcpuAnswer::Registers { vcpus: self.0.iter().map(registers).collect(), more: false }
+    }
+
+    fn resume_all(&self) {}
+
+    fn expire(&self) -> Option<Duration> {
+        None
+    }
+}
+
+#[test]
+fn where_each_vcpu_enters_the_kernel_is_checked_if_the_vmm_shows_it() {
+    let place = Place::FIRST;
+    let guest = objects::guest(&place);
+    let regions = [Region { gpa: 0, len: RAM as u64, offset: 0, file: 0 }];
+    let fill = |host: &Host| {
+        let ram = File::from(host.ram.fd().try_clone_to_owned().unwrap());
+        ram.write_all_at(&guest.bytes(0, RAM), 0).unwrap();
+    };
+    let row = |ended: &Ended| {
+        let rows = ended.stdout.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+        rows.into_iter().find(|row| row["check"] == "lstar").unwrap()
+    };
+    let entry = place.gva + 0xe000;
+    for (lstars, code, found) in [([entry, entry], 0, 0), ([entry, entry + 1], 3, 1)] {
+        let vmm = Arc::new(Vmm(lstars.to_vec()));
+        let host = Host::start_answering(&regions, &vmm);
+        fill(&host);
+        let ended = host.run(&["check", "--target", "victim", "--json"]);
+        assert_eq!(ended.code, Some(code), "{}", ended.stderr);
+        assert_eq!(row(&ended), json!({"check": "lstar", "examined": 2, "found": found}));
+        assert_eq!(ended.stdout.contains("MSR_LSTAR of vCPU 1"), found == 1, "{}", ended.stdout);
+        // By a token there is none.
+        let ended = host.look(&[], &["check"]);
+        assert_eq!(ended.code, Some(0), "{}", ended.stderr);
+        assert!(
+            ended.stdout.contains("lstar was not checked: a token opens memory alone"),
+            "{}",
+            ended.stdout
+        );
+    }
+    let host = Host::start(&regions);
+    fill(&host);
+    let folder = tempfile::tempdir().unwrap();
+    let file = dump(folder.path(), &guest, RAM);
+    for (ended, words) in [
+        (host.run(&["check", "--target", "victim", "--json"]), "its VMM does not answer"),
+        (kvmmem(&["check", "--file", &file, "--json"]), "a dump file does not have it"),
+    ] {
+        assert_eq!(ended.code, Some(0), "{}", ended.stderr);
+        let row = row(&ended);
+        assert_eq!((&row["examined"], &row["found"]), (&Value::Null, &json!(0)));
+        let reason = row["not_checked"].as_str().unwrap();
+        assert!(reason.contains(words) && reason.contains("--lstar ADDRESS"), "{reason}");
+    }
+    let ended = kvmmem(&["check", "--file", &file, "--json", "--lstar", &format!("{entry:#x}")]);
+    assert_eq!(row(&ended), json!({"check": "lstar", "examined": 1, "found": 0}));
 }

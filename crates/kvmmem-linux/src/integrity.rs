@@ -130,15 +130,16 @@ impl Check {
     }
 }
 
-/// Checks a vCPU's MSR_LSTAR: where it enters the kernel at a system call.
+/// Checks MSR_LSTAR, where a vCPU enters the kernel at a system call: the values and what to call each.
 ///
 /// # Errors
 /// [`KernelError`].
-pub fn check_lstar(kernel: &Kernel<'_>, lstar: u64) -> Result<Report, KernelError> {
-    let mut report = Report { examined: 1, findings: Vec::new() };
-    if lstar != kernel.symbol("entry_SYSCALL_64")? {
-        let place = Place::of(kernel, &modules_of(kernel), lstar);
-        report.findings.push(Finding::Hook { entry: "MSR_LSTAR".to_owned(), gva: 0, target: lstar, place });
+pub fn check_lstar(kernel: &Kernel<'_>, values: &[(String, u64)]) -> Result<Report, KernelError> {
+    let mut report = Report { examined: values.len(), findings: Vec::new() };
+    let wanted = kernel.symbol("entry_SYSCALL_64")?;
+    for (entry, target) in values.iter().filter(|(_, target)| *target != wanted) {
+        let place = Place::of(kernel, &modules_of(kernel), *target);
+        report.findings.push(Finding::Hook { entry: entry.clone(), gva: 0, target: *target, place });
     }
     Ok(report)
 }

@@ -144,9 +144,16 @@ fn entries_that_lead_to_another_function_are_hooks() {
 fn where_a_vcpu_enters_the_kernel_is_checked() {
     let guest = objects::guest(&PLACE);
     let kernel = kernel(&guest);
-    let of = |lstar| integrity::check_lstar(&kernel, lstar).unwrap().findings;
-    assert_eq!(of(PLACE.gva + 0xe000), []);
-    assert_eq!(of(MODULE), [hook("MSR_LSTAR", 0, MODULE, At::Module("two".to_owned()))]);
+    let of = |values: &[u64]| {
+        let names = ["first", "second", "third"].map(str::to_owned);
+        let values: Vec<_> = names.into_iter().zip(values.iter().copied()).collect();
+        let report = integrity::check_lstar(&kernel, &values).unwrap();
+        (report.examined, report.findings)
+    };
+    let entry = PLACE.gva + 0xe000;
+    assert_eq!(of(&[entry; 2]), (2, vec![]));
+    let found = hook("second", 0, MODULE, At::Module("two".to_owned()));
+    assert_eq!(of(&[entry, MODULE, entry]), (3, vec![found]));
 }
 
 #[test]
