@@ -282,7 +282,10 @@ impl Host<'_> {
         for (how, source, _) in sources.iter().filter(|(_, _, is_there)| *is_there) {
             check(&format!("scan --pid {how}"), self.scan_process(&truth, source));
         }
-        check("dump --pid running", self.core(variant, &truth, &folder.join("core")));
+        for (how, source, _) in sources.iter().filter(|(_, _, is_there)| *is_there) {
+            let core = folder.join(format!("core {how}"));
+            check(&format!("dump --pid {how}"), self.core(source, &truth, &core));
+        }
         let watch =
             ["ps", "--watch", "--count", "3", "--interval", "100ms", "--json", "--target", variant.name];
         let rows_of = |tool: Tool| tool.output().and_then(|text| rows(&text));
@@ -312,10 +315,11 @@ impl Host<'_> {
     }
 
     /// Writes the core of one of the guest's processes, and compares.
-    fn core(&self, variant: &Variant, truth: &Truth, core: &Path) -> Result<()> {
+    fn core(&self, source: &[OsString; 2], truth: &Truth, core: &Path) -> Result<()> {
         let pid = process_core::quiet(truth)?;
-        let arguments = ["dump", "--pid", &pid.to_string(), "--pause", "--target", variant.name];
-        self.kvmmem().args(arguments).arg(core).run()?;
+        let pause = source.first().filter(|option| *option == "--target").map(|_| "--pause");
+        let dump = self.kvmmem().args(["dump", "--pid", &pid.to_string()]).args(pause).args(source);
+        dump.arg(core).run()?;
         process_core::compare(truth, pid, &fs::read(core)?)
     }
 

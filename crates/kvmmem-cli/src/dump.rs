@@ -78,10 +78,13 @@ pub(crate) struct Arguments {
     /// Compress the file or stream; a dump that was not finished cannot be resumed then
     #[arg(long, value_enum, value_name = "METHOD", conflicts_with = "resume")]
     compress: Option<Compression>,
-    /// Of a Linux target: dump this process alone, as an ELF core that gdb opens with the process's program. What is not in
+    /// Of a Linux guest: dump this process alone, as an ELF core that gdb opens with the process's program. What is not in
     /// memory is not in it
     #[arg(long, value_name = "PID", conflicts_with_all = ["format", "ranges", "resume"])]
     pid: Option<u32>,
+    /// With --pid: the process as it is in this dump file, instead of a target's
+    #[arg(long = "file", value_name = "DUMP", requires = "pid", conflicts_with_all = ["pause", "target", "token", "token_file", "listen", "device", "broker"])]
+    dump: Option<PathBuf>,
     /// Of several kernels, the one whose VMCOREINFO note is at this guest-physical address
     #[arg(long, value_name = "GPA", value_parser = parse, requires = "pid")]
     note: Option<u64>,

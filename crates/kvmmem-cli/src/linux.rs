@@ -16,7 +16,7 @@ use crate::input::{Input, Opened, Registers};
 use crate::number::parse;
 use crate::target_name::TargetName;
 pub(crate) use choice::Choice;
-use explain::explain;
+pub(crate) use explain::explain;
 
 /// Exit code where some of what was asked for was not found, or is damaged, and the rest was printed.
 pub(crate) const INCOMPLETE: u8 = 3;

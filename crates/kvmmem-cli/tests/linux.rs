@@ -302,3 +302,21 @@ fn where_each_vcpu_enters_the_kernel_is_checked_if_the_vmm_shows_it() {
     let ended = kvmmem(&["check", "--file", &file, "--json", "--lstar", &format!("{entry:#x}")]);
     assert_eq!(row(&ended), json!({"check": "lstar", "examined": 1, "found": 0}));
 }
+
+#[test]
+fn the_core_of_a_process_in_a_dump_file_names_the_file_where_there_is_none() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = dump(folder.path(), &Guest::default(), RAM);
+    let core = folder.path().join("core").to_str().unwrap().to_owned();
+    let ended = kvmmem(&["dump", &core, "--pid", "1", "--file", &file]);
+    assert_eq!(ended.code, Some(1), "{}", ended.stderr);
+    assert!(ended.stderr.starts_with(&format!("error: {file}: no Linux")), "{}", ended.stderr);
+    assert!(!Path::new(&core).exists());
+    for wrong in [
+        &["dump", &core, "--file", &file][..],
+        &["dump", &core, "--pid", "1", "--file", &file, "--target", "web-1"],
+        &["dump", &core, "--pid", "1", "--file", &file, "--pause"],
+    ] {
+        assert_eq!(kvmmem(wrong).code, Some(2), "{wrong:?}");
+    }
+}

@@ -1,16 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! `kvmmem dump --pid`: one process of a Linux target as an ELF core, as the kernel would write it (core(5)): gdb opens it with
+//! `kvmmem dump --pid`: one process of a Linux guest, of a target or in a dump file, as an ELF core, as the kernel would write it (core(5)): gdb opens it with
 //! the process's program and libraries.
 
 use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, ensure};
-use kvmmem::view::Access;
+use kvmmem::view::{Access, View};
 use kvmmem_linux::maps::Maps;
 use kvmmem_linux::tasks::{Tasks, Which};
 use kvmmem_linux::{Find, Kernel, Space};
-use kvmmem_memory::PAGE_SIZE;
+use kvmmem_memory::{DumpFile, PAGE_SIZE};
 use serde::Serialize;
 
 use super::checkpoint::{Checkpoint, replace};
@@ -22,8 +22,9 @@ use super::process_notes::{Thread, notes};
 use super::sink::{self, Compression, Kind, Sink};
 use super::{Arguments, UNREADABLE};
 use crate::failure::escape;
+use crate::input::Opened;
 use crate::interrupt::Interrupt;
-use crate::linux::collect;
+use crate::linux::{collect, explain};
 use crate::output::Output;
 use crate::process::mapped;
 use crate::progress;
@@ -39,9 +40,12 @@ struct Record<'a> {
     /// The path that was given; - is standard output.
     file: &'a str,
     compression: Option<Compression>,
-    /// UUID and name of the target.
-    target: uuid::Uuid,
+    /// UUID and name of the target; none for a process in a dump file.
+    target: Option<uuid::Uuid>,
     name: Option<&'a str>,
+    /// The dump file that the process is in.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    dump: Option<&'a str>,
     /// The process.
     pid: u32,
     comm: &'a str,
@@ -96,11 +100,19 @@ impl Arguments {
             ensure!(*path != self.file, "--record names the file of the dump itself");
             sink::check_new(path)?;
         }
-        let (view, operator) = self.source.attach_asking(Access::ReadOnly, "dump", &[], self.pause)?;
+        let (guest, operator) = match &self.dump {
+            Some(dump) => (Opened::File(DumpFile::open(dump)?), None),
+            None => {
+                let (view, operator) =
+                    self.source.attach_asking(Access::ReadOnly, "dump", &[], self.pause)?;
+                (Opened::View(view, self.source.name()), operator)
+            }
+        };
         let interrupt = Interrupt::catch()?;
         let (pause, _) = self.hold(operator, false)?;
-        let find = Find { is_live: pause.is_none(), note: self.note, ..Find::default() };
-        let kernel = Kernel::find(&view, find)?;
+        let is_live = guest.view().is_some() && pause.is_none();
+        let find = Find { is_live, note: self.note, cr3: guest.cr3(), ..Find::default() };
+        let kernel = Kernel::find(guest.memory(), find).map_err(|error| explain(error.into(), &guest))?;
         let threads = threads(&kernel, pid)?;
         let (leader, _) = threads.first().with_context(|| {
             format!("there is no process {pid}: see kvmmem ps{}", self.source.arguments())
@@ -136,13 +148,15 @@ impl Arguments {
         }
         let (sha256, compressed_bytes, pause) = written.context("the core is not complete: begin again")?;
         let sum = |is_counted: fn(&Load) -> u64| loads.iter().map(is_counted).sum();
-        let status = view.status()?;
+        let status = guest.view().map(View::status).transpose()?;
+        let dump = self.dump.as_ref().map(|dump| dump.to_string_lossy());
         let record = Record {
             kvmmem: env!("CARGO_PKG_VERSION"),
             file: &self.file.to_string_lossy(),
             compression: self.compress,
-            target: uuid::Uuid::from_bytes(status.uuid),
-            name: view.name(),
+            target: status.map(|status| uuid::Uuid::from_bytes(status.uuid)),
+            name: guest.view().and_then(View::name),
+            dump: dump.as_deref(),
             pid,
             comm: &leader.comm,
             bytes: len,

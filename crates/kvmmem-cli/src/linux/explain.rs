@@ -14,7 +14,7 @@ use crate::input::Opened;
 const PCI_HOLE: u64 = 0x8000_0000;
 
 /// The error with the guest's name.
-pub(super) fn explain(error: Error, opened: &Opened) -> Error {
+pub(crate) fn explain(error: Error, opened: &Opened) -> Error {
     let (guest, dump) = match opened {
         Opened::File(dump) => (opened.name(), Some(dump)),
         Opened::View(..) => (opened.name(), None),
