@@ -11,6 +11,8 @@ mod fixture;
 mod guest;
 #[path = "bare/internal_errors.rs"]
 mod internal_errors;
+#[path = "bare/pauses.rs"]
+mod pauses;
 #[path = "bare/sandbox.rs"]
 mod sandbox;
 #[path = "bare/tokens.rs"]
