@@ -12,11 +12,11 @@ use crate::monitor::Monitor;
 pub(super) const TCP: &str = "tcp:127.0.0.1:0,server=on,wait=off";
 const SHOWN: &str = "tcp:127.0.0.1:";
 
-/// Dumps a guest's memory to `file` by the monitor at `socket`; returns when the file is complete.
-pub(super) fn dump_guest_memory(socket: &Path, file: &Path) -> Result<()> {
+/// Dumps a guest's memory to `file` by one of its monitors; returns when the file is complete.
+pub(super) fn dump_guest_memory(monitor: &mut Monitor, file: &Path) -> Result<()> {
     let protocol = format!("file:{}", file.display());
     let arguments = json!({"paging": false, "protocol": protocol});
-    Monitor::connect(socket)?.execute("dump-guest-memory", &arguments).map(drop)
+    monitor.execute("dump-guest-memory", &arguments).map(drop)
 }
 
 /// The address of the monitor by TCP.
