@@ -26,7 +26,7 @@ pub(crate) struct Entry {
     pub(crate) uuid: Uuid,
     /// Its VMM's process.
     pub(crate) pid: u32,
-    /// When that was started, clock ticks since the host was: with this, nobody who gets its number is taken for it.
+    /// When that was started, clock ticks since the host was: it tells a later process with the same number from it.
     pub(crate) started: u64,
     /// The monitor by which it was added.
     pub(crate) qmp: Option<PathBuf>,

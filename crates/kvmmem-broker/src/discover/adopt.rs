@@ -82,7 +82,7 @@ impl Broker {
         // One at a time: what is compared here stays as it is until the VM is in the registry.
         let _adding = self.adding();
         let vms: Vec<Arc<Vm>> = self.registry().after(0).cloned().collect();
-        // The files tell, whoever has registered them: two targets with the same RAM would each have grants of it.
+        // Targets are compared by their files: two with the same RAM would each have grants of it.
         // Private RAM is that of its process.
         let is_its = |vm: &Vm| vm.ram().is_some() && vm.peer().credentials().pid == opened.credentials.pid;
         if let Some(vm) = vms.iter().find(|vm| has_same(vm, ram.as_ref()) || is_its(vm)) {

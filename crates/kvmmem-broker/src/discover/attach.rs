@@ -97,7 +97,7 @@ pub enum AttachError {
         /// The name.
         name: String,
     },
-    /// The process is none that runs VMs.
+    /// The process is not a VMM.
     #[error(
         "process {pid} runs {program:?}, which is no VMM that kvmmem knows, by its name, its options and its memory; see kvmmem targets --discover"
     )]
@@ -201,7 +201,7 @@ pub fn open(which: &Which, called: Option<String>) -> Result<Opened, AttachError
         regions,
     };
     let credentials = Credentials { pid, uid: process.uid()? };
-    // Whatever was read of the process until now was its own and nobody's who has got its number.
+    // What was read so far belongs to this process, and not to a later one with its number.
     if !process.is_alive() {
         return Err(AttachError::Ended(pid));
     }
@@ -359,7 +359,7 @@ fn derived_uuid(process: &Process) -> Option<Uuid> {
     Some(uuid::Builder::from_custom_bytes(*identity.first_chunk()?).into_uuid())
 }
 
-/// For a VM of which nothing is known that stays.
+/// For a VM without anything that identifies it over restarts.
 pub(crate) fn random_uuid() -> Result<Uuid, getrandom::Error> {
     let mut bytes = [0; 16];
     getrandom::fill(&mut bytes)?;

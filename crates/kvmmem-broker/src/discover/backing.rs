@@ -2,7 +2,7 @@
 //! What holds a VM's RAM, as the kernel shows it: mappings of the VMM, and the files behind them.
 //!
 //! RAM that is shared and in files that cannot shrink can be mapped by others. All other RAM can only be copied, by way
-//! of the VMM's own address space: whoever maps a file that is then cut off gets SIGBUS where there was memory, and an
+//! of the VMM's own address space: a process that maps a file which is then truncated gets SIGBUS where there was memory, and an
 //! introspector's VMM would die of its target's doing.
 
 use std::os::fd::OwnedFd;
@@ -47,7 +47,7 @@ pub enum Obstacle {
     /// Two mappings could be the same part of the RAM.
     #[error("which of several mappings of {} is which part of the RAM is not known; give QEMU's QMP socket", in_units(*.0))]
     Ambiguous(u64),
-    /// The RAM is nobody else's to map.
+    /// The RAM is private: no other process can map it.
     #[error("its RAM is private: no file of {} is mapped shared", in_units(*.0))]
     Private(u64),
     /// The RAM's file may be cut off under those who map it.

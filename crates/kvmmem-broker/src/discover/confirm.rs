@@ -20,7 +20,7 @@ const FOUR_GIB: u64 = 1 << 32;
 /// Why no choice of mappings is confirmed.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum ConfirmError {
-    /// There is none to choose, or too many are as good.
+    /// No choice fits, or several fit equally well.
     #[error(transparent)]
     Obstacle(#[from] Obstacle),
     /// The guest confirms none.

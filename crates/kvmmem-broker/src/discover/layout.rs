@@ -49,7 +49,7 @@ pub enum LayoutError {
     /// It is too much for the rules.
     #[error("{0:#x} bytes of RAM are too many for the rules; give QEMU's QMP socket")]
     Large(u64),
-    /// What holds RAM is no memory backend, or there is none of that name.
+    /// RAM is not in a memory backend, or QEMU has no backend of that name.
     #[error("QEMU has no memory backend {0:?} with RAM in it")]
     NoBackend(String),
     /// The backends do not make up the RAM.
@@ -62,7 +62,7 @@ pub enum LayoutError {
         /// In known backends, bytes.
         found: u64,
     },
-    /// Memory of a device comes and goes in parts, which nobody but the guest is told of.
+    /// Memory of a device comes and goes in parts, which only the guest is told of.
     #[error("RAM is in a device of kind {0:?}, whose parts come and go")]
     Device(String),
     /// A backend has nothing but what the VGA's window hides.
@@ -102,7 +102,7 @@ pub fn low_end(machine: &str, size: u64, max_below_4g: Option<u64>) -> Result<u6
     Ok(low.min(size))
 }
 
-/// The layout of RAM of which the first `low` bytes are below 4 GiB, in backends of these sizes.
+/// The layout of RAM whose first `low` bytes are below 4 GiB, in backends of these sizes.
 pub fn by_rules(low: u64, sizes: Vec<u64>) -> Layout {
     let mut start = 0u64;
     let mut regions = Vec::new();

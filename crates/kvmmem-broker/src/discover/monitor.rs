@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Listens to a QEMU's monitor, on a thread of its own: one that hangs, floods or lies holds up nobody else. The thread
+//! Listens to a QEMU's monitor, on a thread of its own: one that hangs, floods or lies delays no other VM. The thread
 //! also passes on [`Questions`] of the broker's clients.
 
 use std::os::fd::OwnedFd;
@@ -146,7 +146,7 @@ struct Listener<F, T> {
 impl<F: Fn() -> Option<Qmp>, T: FnMut(&mut Qmp, News) -> Next> Listener<F, T> {
     fn run(&mut self, connection: Option<Qmp>) {
         self.listen_on(connection);
-        // Nobody waits for an answer in vain.
+        // Callers that still wait for an answer get an error.
         self.queue.close();
     }
 
@@ -240,7 +240,7 @@ impl<F: Fn() -> Option<Qmp>, T: FnMut(&mut Qmp, News) -> Next> Listener<F, T> {
         }
     }
 
-    /// A connection, as soon as there is one; `None` where nobody listens any more.
+    /// A connection, as soon as there is one; `None` once the listener is to end.
     fn connect(&self) -> Option<Qmp> {
         let mut pause = AGAIN;
         loop {

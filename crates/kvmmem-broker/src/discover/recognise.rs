@@ -8,8 +8,8 @@ use super::process::{Process, ProcessError};
 const KVM_VM: &str = "anon_inode:kvm-vm";
 const BACKEND: &str = "/memfd:memory-backend-memfd";
 
-/// Which VMM a process is; a set-user-ID program is none. One that is not called like any must have QEMU's options, and a VM
-/// of KVM's or QEMU's memory.
+/// Which VMM a process is; `None` for a set-user-ID program. One that has the name of no known VMM must have QEMU's options,
+/// and a VM of KVM's or QEMU's memory.
 ///
 /// # Errors
 /// [`ProcessError`].

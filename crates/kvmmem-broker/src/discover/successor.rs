@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The QEMU that goes on with a VM when another one stops: QEMU's live update (CPR) hands the RAM's very files to a new
-//! process on the same host, which was started with `-incoming`. A VM that moves elsewhere leaves its files to nobody.
+//! process on the same host, which was started with `-incoming`. A VM that migrates to another host has no such process.
 
 use std::collections::HashSet;
 
@@ -13,7 +13,7 @@ use crate::map::Region;
 /// Finds for each VM the QEMU that has all these parts of files mapped as RAM of its own; none of the processes `others`,
 /// which have other VMs or look at these. No QEMU is found twice, and none for a VM without such parts.
 ///
-/// A process that has no right to be taken for it gains nothing: whoever has mapped the files has the VM's memory.
+/// A process that has no right to be taken for it gains nothing: it has mapped the files, and with them the VM's memory.
 pub(super) fn find(vms: &[Vec<(FileId, Region)>], others: &HashSet<u32>) -> Vec<Option<Process>> {
     let pids = || {
         let entries = std::fs::read_dir("/proc").into_iter().flatten();

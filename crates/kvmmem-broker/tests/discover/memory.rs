@@ -100,7 +100,7 @@ fn what_cannot_be_mapped_is_copied() {
         let added = broker.admin().add_target(&Which::Pid(fake.pid()), None).unwrap();
         let copied = added.copied.unwrap();
         assert!(copied.contains(reason) && copied.contains(remedy), "{copied}");
-        // Where it lies in the VMM is nobody's business.
+        // Clients do not get its address in the VMM.
         assert!(added.regions.iter().all(|region| region.offset == region.gpa));
         let again = refusal(&broker, &Which::Pid(fake.pid()));
         assert!(again.contains("registered already"), "{again}");
@@ -121,7 +121,7 @@ fn what_cannot_be_mapped_is_copied() {
 }
 
 #[test]
-fn a_file_that_is_cut_off_harms_nobody() {
+fn a_file_that_is_truncated_does_no_harm() {
     let broker = TestBroker::start();
     let mut fake = Fake::start("unsealed tables", HONEST);
     broker.admin().add_target(&Which::Pid(fake.pid()), None).unwrap();

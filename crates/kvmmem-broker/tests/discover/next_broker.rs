@@ -42,7 +42,7 @@ fn the_next_broker_knows_what_was_added_and_still_runs() {
     assert_eq!(remembered(&broker).as_array().unwrap().len(), 2);
     drop(own);
 
-    // What ends is forgotten, also while nobody looks.
+    // A VM that ends is forgotten, also before the next broker starts.
     let broker = next(broker);
     wait_for("two targets", || names(&broker).len() == 2);
     assert_eq!(

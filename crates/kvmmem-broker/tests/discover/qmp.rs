@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Monitors that lie, rave, hang, and are handed on.
+//! Monitors that lie, send_garbage, hang, and are handed on.
 
 use std::io::{BufRead, BufReader, Write};
 use std::net::Shutdown;
@@ -18,15 +18,15 @@ use crate::common::{self, TestBroker, request, wait_for};
 use crate::fake::{Fake, HONEST, SIZE, refusal};
 
 #[test]
-fn a_qemu_that_falls_silent_or_raves_keeps_its_target_and_holds_up_no_other() {
+fn a_qemu_that_falls_silent_or_sends_garbage_keeps_its_target_and_delays_no_other() {
     let broker = TestBroker::start();
     let fake = Fake::start("sealed", HONEST);
     let directory = tempfile::tempdir().unwrap();
-    let path = directory.path().join("raves.qmp");
+    let path = directory.path().join("garbage.qmp");
     let honest = qmp(directory.path(), &fake, |_, answer| answer);
     let listener = UnixListener::bind(&path).unwrap();
     // Between the broker and a QEMU: what comes back is passed on until it is added, and garbage from then on.
-    let (rave, raves) = channel::<&'static str>();
+    let (send_garbage, garbage_lines) = channel::<&'static str>();
     let (left, is_left) = channel::<()>();
     std::thread::spawn(move || {
         let (mut client, _) = listener.accept().unwrap();
@@ -35,7 +35,7 @@ fn a_qemu_that_falls_silent_or_raves_keeps_its_target_and_holds_up_no_other() {
         std::thread::spawn(move || std::io::copy(&mut from_client, &mut to_server));
         let mut to_client = client.try_clone().unwrap();
         std::thread::spawn(move || std::io::copy(&mut server, &mut to_client));
-        for garbage in raves {
+        for garbage in garbage_lines {
             for _ in 0..1000 {
                 if client.write_all(garbage.as_bytes()).is_err() {
                     return;
@@ -48,9 +48,9 @@ fn a_qemu_that_falls_silent_or_raves_keeps_its_target_and_holds_up_no_other() {
     });
     let which = Which::Qmp { socket: path, pid: Some(fake.pid()) };
     broker.admin().add_target(&which, None).unwrap();
-    rave.send("{\"event\":\"RESET\",\"data\":{}}\n").unwrap();
-    rave.send("{\"event\":\"ACPI_DEVICE_OST\"}\n").unwrap();
-    drop(rave);
+    send_garbage.send("{\"event\":\"RESET\",\"data\":{}}\n").unwrap();
+    send_garbage.send("{\"event\":\"ACPI_DEVICE_OST\"}\n").unwrap();
+    drop(send_garbage);
     let _other = broker.target("other");
     assert_eq!(is_left.recv_timeout(common::PATIENCE), Err(RecvTimeoutError::Disconnected));
     assert_eq!(broker.admin().targets().unwrap().len(), 2);
@@ -238,7 +238,7 @@ fn memory_that_is_plugged_in_between_two_questions_is_no_lie() {
 }
 
 #[test]
-fn a_qmp_socket_that_hangs_holds_up_nobody_else() {
+fn a_qmp_socket_that_hangs_delays_no_other_client() {
     let broker = TestBroker::start();
     let directory = tempfile::tempdir().unwrap();
     let socket = directory.path().join("hangs.qmp");

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Questions and pauses, with a QEMU that is none.
+//! Questions and pauses, with a fake QEMU.
 
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -36,7 +36,7 @@ struct Machine {
     commands: Vec<String>,
 }
 
-/// A QEMU that is none; its threads end with the test's process.
+/// A fake QEMU; its threads end with the test's process.
 struct Fake {
     machine: Arc<Mutex<Machine>>,
     path: PathBuf,
