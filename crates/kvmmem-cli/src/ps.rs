@@ -3,6 +3,7 @@
 
 mod changes;
 mod live;
+mod screen;
 mod tree;
 
 use std::process::ExitCode;
@@ -28,7 +29,7 @@ pub(crate) struct Arguments {
     /// Print the threads of each process as well; with --tree below their process, before its children
     #[arg(long)]
     threads: bool,
-    /// Show what starts and ends, until interrupted: on a terminal a table that stays in place, else a line for each
+    /// Show what starts and ends, until interrupted: on a terminal a table of all processes, else a line for each change
     #[arg(long, conflicts_with_all = ["tree", "file"])]
     watch: bool,
     /// With --watch: how long to wait between two looks, for example 200ms or 1s
@@ -63,7 +64,8 @@ of them could not be read (\"damaged\" in JSON): these are ? or, in JSON, null.
 Namespaces are the inode numbers that /proc/PID/ns shows. The environment is that which the process was started with, as far as it
 is in memory and was not written over.
 
-With --watch, what starts and ends between two looks is not seen. Each line has the seconds since the first look; with --json the
+With --watch, what starts and ends between two looks is not seen. On a terminal what has started in the last 10 s is green and what
+has ended red, above the others; the arrows scroll, q ends. Elsewhere each line has the seconds since the first look; with --json the
 event is \"started\" or \"ended\", with the milliseconds and the values of the process.
 
 Exit codes:
@@ -137,7 +139,7 @@ impl Arguments {
         let which = if self.threads { Which::Threads } else { Which::Processes };
         if self.watch {
             self.guest.with_kernel("ps", |kernel| {
-                let list = || Ok(collect(|| Tasks::new(kernel, which))?.rows);
+                let list = || collect(|| Tasks::new(kernel, which));
                 live::watch(kernel, self.threads, (self.interval, self.count), list, output)
             })?;
             return Ok(ExitCode::SUCCESS);

@@ -7,16 +7,20 @@ mod common;
 mod guest;
 
 use std::fs::File;
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use common::{Ended, Host, finish, wait_for};
 use guest::{BTF, Guest, KALLSYMS, PAGE_TABLES, Place, RAM, objects, processes};
 use kvmmem_broker::link::{Region, VcpuAnswer, VcpuQuestion, VcpuRegisters, Vcpus};
+use rustix::fs::{Mode, OFlags, open};
+use rustix::process::Signal;
+use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
+use rustix::termios::{LocalModes, Winsize, tcgetattr, tcsetwinsize};
 use serde_json::{Value, json};
 
 fn kvmmem(arguments: &[&str]) -> Ended {
@@ -318,5 +322,78 @@ fn the_core_of_a_process_in_a_dump_file_names_the_file_where_there_is_none() {
         &["dump", &core, "--pid", "1", "--file", &file, "--pause"],
     ] {
         assert_eq!(kvmmem(wrong).code, Some(2), "{wrong:?}");
+    }
+}
+
+/// A terminal of 100 columns: its two ends.
+fn terminal() -> (File, File) {
+    let terminal = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).unwrap();
+    grantpt(&terminal).unwrap();
+    unlockpt(&terminal).unwrap();
+    let name = ptsname(&terminal, Vec::new()).unwrap();
+    let screen = open(name, OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC, Mode::empty()).unwrap();
+    tcsetwinsize(&screen, Winsize { ws_row: 20, ws_col: 100, ws_xpixel: 0, ws_ypixel: 0 }).unwrap();
+    (terminal.into(), screen.into())
+}
+
+#[test]
+fn a_terminal_shows_processes_in_a_table_and_is_restored() {
+    let host = Host::start(&[Region { gpa: 0, len: RAM as u64, offset: 0, file: 0 }]);
+    let ram = File::from(host.ram.fd().try_clone_to_owned().unwrap());
+    ram.write_all_at(&processes::guest().bytes(0, RAM), 0).unwrap();
+    // A name that would clear the screen.
+    ram.write_all_at(b"\x1b[2J\x1b[31mevil\0\0\0", Place::FIRST.gpa + processes::task(3) + processes::COMM)
+        .unwrap();
+    for end in ["q", "\x03", "SIGTERM"] {
+        let (mut terminal, screen) = self::terminal();
+        let before = tcgetattr(&screen).unwrap();
+        let mut command = host.command(&["ps", "--target", "victim", "--watch", "--interval", "5ms"]);
+        let ends = [screen.try_clone().unwrap(), screen.try_clone().unwrap()];
+        let [stdin, stdout] = ends;
+        let mut child = command.stdin(stdin).stdout(stdout).env("TERM", "xterm-256color").spawn().unwrap();
+        drop(command);
+        let shown = Arc::new(Mutex::new(Vec::new()));
+        let reader = std::thread::spawn({
+            let (shown, mut terminal) = (Arc::clone(&shown), terminal.try_clone().unwrap());
+            move || {
+                let mut buffer = [0; 4096];
+                // An error once the other end is closed.
+                while let Ok(count @ 1..) = terminal.read(&mut buffer) {
+                    shown.lock().unwrap().extend_from_slice(&buffer[..count]);
+                }
+            }
+        });
+        let has = |text: &str| {
+            let shown = shown.lock().unwrap();
+            shown.windows(text.len()).any(|part| part == text.as_bytes())
+        };
+        wait_for(Path::new("the processes to be shown"), |_| has("kthreadd") && has("COMMAND"));
+        assert!(!tcgetattr(&screen).unwrap().local_modes.contains(LocalModes::ICANON), "{end}");
+        // The process starts anew.
+        let start = Place::FIRST.gpa + processes::task(2) + processes::START;
+        ram.write_all_at(&7_000_000_000_u64.to_le_bytes(), start).unwrap();
+        wait_for(Path::new("the start to be shown"), |_| has("1 started") || has("7.00"));
+        match end {
+            "SIGTERM" => common::signal(&child, Signal::TERM),
+            key => terminal.write_all(key.as_bytes()).unwrap(),
+        }
+        let status = child.wait().unwrap();
+        assert_eq!(status.code(), Some(0), "{end:?}");
+        let after = tcgetattr(&screen).unwrap();
+        assert_eq!(
+            (after.local_modes, after.output_modes),
+            (before.local_modes, before.output_modes),
+            "{end:?}"
+        );
+        drop(screen);
+        reader.join().unwrap();
+        let shown = shown.lock().unwrap();
+        let text = String::from_utf8_lossy(&shown);
+        // The alternate screen is entered and left, and nothing of the guest's does anything.
+        assert!(
+            text.contains("\x1b[?1049h") && text.contains("\x1b[?1049l") && text.contains("\x1b[?25h"),
+            "{text:?}"
+        );
+        assert!(text.contains("\\u{1b}[2J") && !text.contains("\x1b[31mevil"), "{text:?}");
     }
 }

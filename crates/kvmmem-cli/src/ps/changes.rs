@@ -21,22 +21,25 @@ impl Seen {
         Self(tasks.into_iter().map(|task| (task.tid, task)).collect())
     }
 
-    /// How many there are.
-    pub(super) fn len(&self) -> usize {
-        self.0.len()
+    /// All of them, in any order.
+    pub(super) fn tasks(&self) -> impl ExactSizeIterator<Item = &Task> {
+        self.0.values()
     }
 
     /// Takes the tasks of a later look; returns what ended, then what started, each by ascending id. An id with another start
-    /// time is another task.
-    pub(super) fn look(&mut self, tasks: Vec<Task>) -> Vec<(Change, Task)> {
+    /// time is another task. Of a look that could not read all, what is not there has not ended.
+    pub(super) fn look(&mut self, tasks: Vec<Task>, is_whole: bool) -> Vec<(Change, Task)> {
         let mut before = std::mem::take(&mut self.0);
         let mut changes = Vec::new();
         for task in tasks {
             let known = before.remove(&task.tid);
             match known {
                 // The values of one that is torn may be those of another.
-                Some(known) if task.is_torn || is_same(&known, &task) => {
+                Some(known) if task.is_torn || task.is_damaged => {
                     self.0.insert(task.tid, known);
+                }
+                Some(known) if is_same(&known, &task) => {
+                    self.0.insert(task.tid, task);
                 }
                 known => {
                     changes.extend(known.map(|known| (Change::Ended, known)));
@@ -45,7 +48,11 @@ impl Seen {
                 }
             }
         }
-        changes.extend(before.into_values().map(|task| (Change::Ended, task)));
+        if is_whole {
+            changes.extend(before.into_values().map(|task| (Change::Ended, task)));
+        } else {
+            self.0.extend(before);
+        }
         changes.sort_by_key(|(change, task)| (*change == Change::Started, task.tid));
         changes
     }
@@ -73,18 +80,18 @@ mod tests {
     #[test]
     fn what_starts_and_ends_is_told_once() {
         let mut seen = Seen::new(vec![started(1, 1), started(2, 1), started(3, 1)]);
-        assert_eq!(seen.look(vec![started(3, 1), started(1, 1), started(2, 1)]), []);
-        let changes = seen.look(vec![started(1, 1), started(9, 5), started(3, 1), started(7, 5)]);
+        assert_eq!(seen.look(vec![started(3, 1), started(1, 1), started(2, 1)], true), []);
+        let changes = seen.look(vec![started(1, 1), started(9, 5), started(3, 1), started(7, 5)], true);
         let expected = [(Change::Ended, 2, 1), (Change::Started, 7, 5), (Change::Started, 9, 5)];
         assert_eq!(ids(&changes), expected);
-        assert_eq!(seen.len(), 4);
-        assert_eq!(seen.look(vec![started(1, 1), started(9, 5), started(3, 1), started(7, 5)]), []);
+        assert_eq!(seen.tasks().len(), 4);
+        assert_eq!(seen.look(vec![started(1, 1), started(9, 5), started(3, 1), started(7, 5)], true), []);
     }
 
     #[test]
     fn an_id_that_is_used_again_is_another_task() {
         let mut seen = Seen::new(vec![started(1, 1), started(2, 1)]);
-        let changes = seen.look(vec![started(1, 1), started(2, 8)]);
+        let changes = seen.look(vec![started(1, 1), started(2, 8)], true);
         assert_eq!(ids(&changes), [(Change::Ended, 2, 1), (Change::Started, 2, 8)]);
     }
 
@@ -92,8 +99,8 @@ mod tests {
     fn one_that_is_torn_has_not_changed() {
         let mut seen = Seen::new(vec![started(1, 1), started(2, 1)]);
         let torn = Task { is_torn: true, ..started(2, 8) };
-        assert_eq!(seen.look(vec![started(1, 1), torn]), []);
-        assert_eq!(seen.look(vec![started(1, 1), started(2, 1)]), []);
-        assert_eq!(ids(&seen.look(vec![started(2, 1)])), [(Change::Ended, 1, 1)]);
+        assert_eq!(seen.look(vec![started(1, 1), torn], true), []);
+        assert_eq!(seen.look(vec![started(1, 1), started(2, 1)], true), []);
+        assert_eq!(ids(&seen.look(vec![started(2, 1)], true)), [(Change::Ended, 1, 1)]);
     }
 }
