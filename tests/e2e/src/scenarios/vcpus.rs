@@ -33,15 +33,21 @@ pub(crate) fn vcpus(world: &mut World, report: &mut Report) -> Result<()> {
     let vcpus = world.admin()?.registers(TARGET)?;
     let [vcpu] = &vcpus[..] else { return Err(anyhow!("there are {} vCPUs", vcpus.len())) };
     let lstar = format!("{:#x}", vcpu.lstar.context("there is no MSR_LSTAR")?);
+    let broker = world.socket().to_string_lossy().into_owned();
     // The tables of a process may have pages of another size there.
     let by = |words: &[&str]| -> Result<Value> {
-        let line = world.kvmmem(&[&["translate", "--json"], words, &[&lstar]].concat())?;
-        let mut row: Value = serde_json::from_str(&line).context("translate prints no JSON")?;
+        // A file takes no broker, which World::kvmmem gives.
+        let mut command = std::process::Command::new(world.bed.bin("kvmmem"));
+        let output = command.args(["translate", "--json"]).args(words).arg(&lstar).output()?;
+        let mut row: Value = serde_json::from_slice(&output.stdout).context("translate prints no JSON")?;
         Ok(row["gpa"].take())
     };
-    let kernel = by(&["--target", TARGET, "--cr3", "kernel"])?;
+    let kernel = by(&["--target", TARGET, "--broker", &broker, "--cr3", "kernel"])?;
     report.check("the kernel has MSR_LSTAR's address", kernel.is_string(), &kernel);
-    let (dumped, now) = (by(&["--file", &core, "--vcpu", "0"])?, by(&["--target", TARGET, "--vcpu", "0"])?);
+    let (dumped, now) = (
+        by(&["--file", &core, "--vcpu", "0"])?,
+        by(&["--target", TARGET, "--broker", &broker, "--vcpu", "0"])?,
+    );
     report.equal("CR3 in the dump leads where the kernel's does", &dumped, &kernel);
     report.equal("so does the vCPU's CR3 now", &now, &kernel);
 
