@@ -3,11 +3,12 @@
 //! again. What a grant cuts out of a memory map lies in it.
 #![no_main]
 
-use kvmmem_broker::copies::message::{BUFFER, CopyAnswer, CopyRequest, SLOT};
-use kvmmem_broker::endpoint::Endpoint;
-use kvmmem_broker::map::{MemoryMap, Region};
-use kvmmem_broker::scope::{MAX_SPANS, Rights, Scope, Span};
-use kvmmem_broker::wire::{Answer, Call, FromBroker, MAX_PACKET, Request};
+use kvmmem_proto::copy::{BUFFER, CopyAnswer, CopyRequest, SLOT};
+use kvmmem_proto::endpoint::Endpoint;
+use kvmmem_proto::map::{MemoryMap, Region};
+use kvmmem_proto::scope::{MAX_SPANS, Rights, Scope, Span};
+use kvmmem_proto::message::{Answer, Call, FromBroker, MAX_PACKET, Request};
+
 use libfuzzer_sys::fuzz_target;
 use serde_json::{from_slice, to_vec};
 

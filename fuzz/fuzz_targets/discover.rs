@@ -3,10 +3,11 @@
 //! memory map.
 #![no_main]
 
+use kvmmem_proto::map::MemoryMap;
+
 use kvmmem_broker::discover::command_line::Vmm;
 use kvmmem_broker::discover::layout::{self, Layout};
 use kvmmem_broker::discover::{mapping, mtree};
-use kvmmem_broker::map::MemoryMap;
 use kvmmem_broker::qmp::{MemoryBackend, MemoryDevice, MemorySize};
 use libfuzzer_sys::fuzz_target;
 use serde_json::{from_value, json};

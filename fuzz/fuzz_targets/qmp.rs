@@ -9,8 +9,9 @@ use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::sync::LazyLock;
 
+use kvmmem_proto::map::MemoryMap;
+
 use kvmmem_broker::discover::{layout, mtree};
-use kvmmem_broker::map::MemoryMap;
 use kvmmem_broker::qmp::{Qmp, QmpError};
 use libfuzzer_sys::fuzz_target;
 use serde_json::json;

@@ -9,6 +9,7 @@ mod binaries;
 mod cache;
 mod clean;
 mod cpio;
+mod crate_graph;
 mod deny;
 mod depends;
 mod direct;

@@ -17,7 +17,9 @@ use crate::load::Load;
 use crate::provision::{self, Purpose};
 use crate::suite::{self, Count, Finished, Name, Suite};
 use crate::tool::Tool;
-use crate::{deny, dist, interrupt, libtest, linux, project, scenarios, source_check, tools, ui};
+use crate::{
+    crate_graph, deny, dist, interrupt, libtest, linux, project, scenarios, source_check, tools, ui,
+};
 
 /// Which tests, and how.
 #[derive(Debug, clap::Args)]
@@ -140,6 +142,14 @@ fn style(cache: &Cache, suite: &mut Suite) -> Result<()> {
         }
     });
     suite.check("unsafe code is where it may be", unsafe_code);
+    let dependencies = crate_graph::forbidden(&cache.fresh_log("crate-graph")?).and_then(|found| {
+        if found.is_empty() {
+            Ok(())
+        } else {
+            bail!("dependencies that xtask/src/crate_graph.rs does not allow:\n  {}", found.join("\n  "))
+        }
+    });
+    suite.check("no tool links the broker", dependencies);
     deny::check(cache, suite)
 }
 

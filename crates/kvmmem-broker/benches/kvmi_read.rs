@@ -10,12 +10,12 @@ use std::os::fd::AsFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::time::Instant;
 
-use kvmmem_broker::admin::Admin;
-use kvmmem_broker::endpoint::Endpoint;
-use kvmmem_broker::link::{Region, Registration, VmmLink};
 use kvmmem_broker::server::Server;
+use kvmmem_client::admin::Admin;
+use kvmmem_client::vmm::{Region, Registration, VmmLink};
 use kvmmem_kvmi::handshake::{ToolHello, VmHello};
 use kvmmem_kvmi::request::Request;
+use kvmmem_proto::endpoint::Endpoint;
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
 use rustix::thread::{CpuSet, sched_getcpu, sched_setaffinity};
 use uuid::Uuid;

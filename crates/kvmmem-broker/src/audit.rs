@@ -12,12 +12,14 @@ mod record;
 use std::sync::{PoisonError, RwLock};
 use std::time::Instant;
 
-use crate::endpoint::Endpoint;
+use kvmmem_proto::endpoint::Endpoint;
+use kvmmem_proto::message::{Caller, Change, KvmiPolicy, OnSilence, Revoked};
+use kvmmem_proto::scope::Scope;
+
+use crate::credentials::Credentials;
 use crate::grants::View;
-use crate::peer::{Credentials, Peer};
+use crate::peer::Peer;
 use crate::registry::Vm;
-use crate::scope::Scope;
-use crate::wire::{Caller, Change, KvmiPolicy, OnSilence, Revoked};
 use file::Lines;
 pub(crate) use limits::Limits;
 use limits::{Parties, Party};
@@ -157,7 +159,7 @@ impl Audit {
         &self,
         vm: &Vm,
         grant: u64,
-        terms: &crate::wire::GrantRequest,
+        terms: &kvmmem_proto::message::GrantRequest,
         scope: &Scope,
         peer: Credentials,
     ) {

@@ -11,22 +11,24 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use kvmmem_proto::endpoint::Endpoint;
+use kvmmem_proto::map::Region;
+use kvmmem_proto::message::{Answer, Change, KvmiPolicy, Refusal};
+
 use crate::audit::Audit;
 use crate::buffers::Buffers;
+use crate::credentials::Credentials;
 use crate::discover::watch::Watch;
-use crate::endpoint::Endpoint;
 use crate::grants::{Grants, View};
 use crate::hook::{HookError, Owner};
 use crate::introspector::Introspectors;
-use crate::map::Region;
-use crate::peer::{Credentials, Peer};
+use crate::peer::Peer;
 use crate::policy::Policies;
 use crate::quota::{Limits, Quota};
 use crate::registry::{FIRST_CID, RegisterError, Registry, Vm};
 use crate::revoke::Confirmations;
 use crate::session;
 use crate::state::State;
-use crate::wire::{Answer, Change, KvmiPolicy, Refusal};
 
 /// The most VMs in one answer to a list request; keeps it within a packet.
 const PAGE: usize = 16;

@@ -3,7 +3,7 @@
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use crate::packet::PacketBuffer;
+use kvmmem_proto::packet::PacketBuffer;
 
 /// How many are kept for the next one who reads.
 const KEPT: usize = 8;

@@ -4,13 +4,13 @@
 use std::io;
 use std::os::fd::OwnedFd;
 
+use kvmmem_proto::endpoint::Endpoint;
 use kvmmem_sys::socket::peer_credentials;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use vsock::VsockStream;
 
-use crate::endpoint::Endpoint;
+use crate::credentials::Credentials;
 use crate::hook::Owner;
-use crate::peer::Credentials;
 
 /// Connects to a tool. At a unix socket it must be the one of the user who asked for that, or of one who may have the
 /// broker do anything: the broker may reach sockets that the user cannot, and what it sends first is partly the target's

@@ -6,18 +6,18 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use kvmmem_kvmi::token::Token;
+use kvmmem_proto::message::{Answer, Call, Caller, FromBroker, Refusal, Registration, Request};
+use kvmmem_proto::packet::{PacketError, Wait};
+use kvmmem_proto::scope::Span;
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 
 use crate::broker::{Broker, Refused};
 use crate::discover::vcpus::Held;
-use crate::packet::{PacketError, Wait};
 use crate::peer::Peer;
 use crate::ram::Ram;
 use crate::registry::{RegisterError, Vm};
 use crate::role::Role;
-use crate::scope::Span;
-use crate::wire::{Answer, Call, Caller, FromBroker, Refusal, Registration, Request};
 
 /// How long a wrong token, or a call that makes no sense, delays the next request of that connection: a guest that
 /// tries tokens waits itself, and costs the broker next to nothing.

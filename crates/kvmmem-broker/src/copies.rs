@@ -6,24 +6,22 @@
 //! ends a copy that is under way, and is confirmed only when the chunk has ended. The channels end with the connection that
 //! opened them.
 
-pub mod message;
-
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, RwLockReadGuard};
 use std::time::Duration;
 
+use kvmmem_proto::copy::{BUFFER, CopyAnswer, CopyRequest, MAX_REQUEST, Status};
+use kvmmem_proto::map::Region;
+use kvmmem_proto::message::{Answer, Refusal};
+use kvmmem_proto::scope::Rights;
 use kvmmem_sys::copy_buffer::CopyBuffer;
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, socketpair};
 
 use crate::broker::{Broker, Refused};
-use crate::map::Region;
 use crate::peer::Peer;
 use crate::ram::AccessError;
 use crate::registry::Vm;
-use crate::scope::Rights;
-use crate::wire::{Answer, Refusal};
-use message::{BUFFER, CopyAnswer, CopyRequest, MAX_REQUEST, Status};
 
 /// How much is copied before it is looked up again whether that is still allowed, bytes.
 const CHUNK: usize = 64 * 1024;

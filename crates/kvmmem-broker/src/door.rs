@@ -2,16 +2,14 @@
 //! The door: where a tool in a VM under a stock QEMU has its view opened, over vsock.
 //!
 //! Such a VM has no VMM of ours to which a hypercall could bring a token, so its tool knocks at the host itself: it
-//! connects to context id 2, port [`DOOR_PORT`], and sends one [`FromTool::Open`] ([`frame`] has the form). The broker
+//! connects to context id 2, port [`GUEST_PORT`](kvmmem_proto::guest::GUEST_PORT), and sends one [`FromTool::Open`](kvmmem_proto::guest::FromTool::Open). The broker
 //! tells by the peer's context id which introspector asks, plugs the view's devices into it, and answers. From then on
 //! both are silent: the connection stands for the view, and its end is the view's.
 
-pub mod frame;
 mod introspectors;
 mod listen;
 mod places;
 mod serve;
-pub mod timed;
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -22,16 +20,12 @@ use std::time::Duration;
 use rustix::event::{EventfdFlags, eventfd};
 use vsock::{VMADDR_CID_ANY, VsockListener};
 
-pub use frame::{FromTool, ToTool};
 use introspectors::Introspectors;
 use listen::Doorway;
 use places::Places;
 use serve::Views;
 
 use crate::broker::Broker;
-
-/// The vsock port at which the broker listens.
-pub const DOOR_PORT: u32 = 27510;
 
 /// How long the end of all connections, and with them of their views, is waited for.
 const SHUTDOWN_LIMIT: Duration = Duration::from_secs(5);

@@ -19,11 +19,11 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::time::{Duration, Instant};
 
 use kvmmem_kvmi::token::Token;
+use kvmmem_proto::message::{Caller, GrantState, Origin, ViewCounters};
+use kvmmem_proto::scope::Scope;
 use uuid::Uuid;
 
 use crate::quota::{Bound, Exceeded, Quota};
-use crate::scope::Scope;
-use crate::wire::{Caller, GrantState, Origin, ViewCounters};
 pub use end::Affected;
 use grant::Grant;
 pub use grant::{Holder, Terms, User, View};
@@ -230,7 +230,7 @@ impl Grants {
         }
         let mut opened = grant.take_use(id);
         if read_only {
-            opened.scope = opened.scope.at_most(crate::scope::Rights::ReadOnly);
+            opened.scope = opened.scope.at_most(kvmmem_proto::scope::Rights::ReadOnly);
         }
         grant.views.insert(view);
         self.last_view = view;

@@ -12,13 +12,13 @@ use std::os::fd::OwnedFd;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use kvmmem_proto::endpoint::Endpoint;
+use kvmmem_proto::message::HookInfo;
 use rustix::net::Shutdown;
 
 use crate::connect::connect_to_tool;
-use crate::endpoint::Endpoint;
+use crate::credentials::Credentials;
 use crate::limit::RateLimit;
-use crate::peer::Credentials;
-use crate::wire::HookInfo;
 
 /// The most hooks of one target.
 pub const MAX_PER_TARGET: usize = 8;

@@ -34,11 +34,12 @@ use std::collections::BTreeSet;
 use std::fmt;
 use std::sync::{Arc, Mutex, Weak};
 
+use kvmmem_client::vmm::VmmLink;
+use kvmmem_proto::message::OnSilence;
+
 use crate::audit::Audit;
 use crate::broker::Broker;
-use crate::link::VmmLink;
 use crate::registry::Vm;
-use crate::wire::OnSilence;
 pub use ask::AskError;
 pub use descriptor::Complaint;
 pub use find::FindError;

@@ -7,26 +7,20 @@
 //! all down ([`audit`]). A process of the host gets its view by [`host`].
 #![deny(unsafe_code)]
 
-pub mod admin;
 pub mod audit;
 pub mod broker;
 mod buffers;
 mod connect;
 mod connection;
 pub mod copies;
+pub mod credentials;
 pub mod discover;
 pub mod door;
-pub mod endpoint;
 pub mod grants;
 pub mod hook;
-pub mod host;
 pub mod introspector;
 mod limit;
-pub mod link;
-pub mod map;
-pub mod name;
 pub mod options;
-pub mod packet;
 pub mod peer;
 pub mod policy;
 pub mod qmp;
@@ -35,7 +29,6 @@ pub mod ram;
 pub mod registry;
 mod revoke;
 mod role;
-pub mod scope;
 pub mod server;
 mod session;
 mod state;
@@ -43,4 +36,3 @@ mod state;
 mod test_peer;
 mod tokens;
 mod views;
-pub mod wire;

@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 use clap::{Parser, ValueEnum};
 use serde::Deserialize;
 
-use crate::door::DOOR_PORT;
-use crate::wire::KvmiPolicy;
+use kvmmem_proto::guest::GUEST_PORT;
+use kvmmem_proto::message::KvmiPolicy;
 
 /// Where VMMs and the command line connect unless it is said otherwise.
 const SOCKET: &str = "/run/kvmmem/kvmmemd.sock";
@@ -156,7 +156,7 @@ impl Options {
             audit: self.audit.or(config.audit),
             state: self.state.or(config.state),
             kvmi_tokens: self.kvmi_tokens.or(config.kvmi_tokens).unwrap_or_default(),
-            door: self.door.or(config.door).unwrap_or(DOOR_PORT),
+            door: self.door.or(config.door).unwrap_or(GUEST_PORT),
         })
     }
 }

@@ -8,40 +8,24 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
 use std::time::{Duration, Instant};
 
 use kvmmem_kvmi::token::Token;
+use kvmmem_proto::message::FromBroker;
+use kvmmem_proto::packet::{PacketError, PacketSocket, Wait};
 use kvmmem_sys::socket::unread;
 use rustix::io::Errno;
 
 use crate::audit::Limits;
 use crate::copies;
+use crate::credentials::Credentials;
 use crate::discover::vmm::VmmQuestions;
 use crate::grants::{KVMI_LIFETIME, Opened};
-use crate::packet::{PacketError, PacketSocket, Wait};
 use crate::ram::{Layout, Ram};
 use crate::registry::Vm;
-use crate::wire::FromBroker;
 
 /// How long a peer may take to read what was sent to it before it gets more descriptors.
 const READ_LIMIT: Duration = Duration::from_secs(2);
 
 /// How often it is looked at meanwhile.
 const READ_PAUSE: Duration = Duration::from_millis(1);
-
-/// Who is at the other end.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Credentials {
-    /// Process id.
-    pub pid: u32,
-    /// User id.
-    pub uid: u32,
-}
-
-impl Credentials {
-    /// Whether it is root or the broker's own user, who may do all that the broker can. Members of the socket's group may
-    /// give out what VMMs have registered, and no more: other VMs, and other users' sockets, are not theirs.
-    pub fn is_administrator(self) -> bool {
-        self.uid == 0 || self.uid == rustix::process::geteuid().as_raw()
-    }
-}
 
 /// A connected peer.
 #[derive(Debug)]

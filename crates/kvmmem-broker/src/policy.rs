@@ -4,12 +4,11 @@
 
 use std::collections::HashMap;
 
+use kvmmem_proto::message::KvmiPolicy;
 use uuid::Uuid;
 
-use crate::peer::Credentials;
+use crate::credentials::Credentials;
 use crate::quota::{Bound, Exceeded, Quota};
-use crate::scope::{Rights, Scope};
-use crate::wire::KvmiPolicy;
 
 /// The most targets that have a policy of their own.
 pub const MAX_POLICIES: usize = 4096;
@@ -64,17 +63,6 @@ impl Policies {
             self.of.insert(target, (policy, by.uid));
         }
         Ok(())
-    }
-}
-
-impl KvmiPolicy {
-    /// What a token allows; `None` where none is made.
-    pub fn scope(self) -> Option<Scope> {
-        match self {
-            Self::ReadWrite => Some(Scope::whole(Rights::ReadWrite)),
-            Self::ReadOnly => Some(Scope::whole(Rights::ReadOnly)),
-            Self::None => None,
-        }
     }
 }
 

@@ -18,13 +18,13 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use kvmmem_proto::endpoint::Endpoint;
 use kvmmem_sys::socket::peer_credentials;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
 use crate::connect::connect;
-use crate::endpoint::Endpoint;
 pub use error::QmpError;
 use line::{LineError, Lines};
 use message::Message;

@@ -7,8 +7,8 @@
 use std::collections::HashMap;
 use std::time::Duration;
 
+use crate::credentials::Credentials;
 use crate::grants::MAX_OPERATOR;
-use crate::peer::Credentials;
 use crate::policy::MAX_POLICIES;
 use crate::registry::MAX_VMS;
 use crate::server::MAX_CONNECTIONS;

@@ -11,15 +11,11 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use kvmmem_proto::map::{MapError, MemoryMap, Region};
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 
-use crate::map::{MapError, MemoryMap, Region};
 use backing::Backing;
-
-/// What lets others map a VM's RAM, for whoever starts VMs.
-pub const SHARE_IT: &str = "to let others map it, start QEMU with -object memory-backend-memfd,id=mem,size=SIZE,share=on \
-    -machine memory-backend=mem (libvirt: <memoryBacking><source type='memfd'/><access mode='shared'/></memoryBacking>)";
 
 /// Where a VM's RAM lies and its memory map, checked.
 #[derive(Debug)]

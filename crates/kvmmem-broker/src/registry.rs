@@ -6,14 +6,15 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use kvmmem_proto::message::{Registration, TargetInfo};
+use kvmmem_proto::name::{MAX_NAME, is_name};
 use uuid::Uuid;
 
+use crate::credentials::Credentials;
 use crate::hook::Hooks;
-use crate::name::{MAX_NAME, is_name};
-use crate::peer::{Credentials, Peer};
+use crate::peer::Peer;
 use crate::quota::{Bound, Exceeded, Quota};
 use crate::ram::{Ram, RamError};
-use crate::wire::{Registration, TargetInfo};
 
 /// The most VMs that are registered at a time.
 pub const MAX_VMS: usize = 2048;

@@ -5,9 +5,11 @@ use std::collections::BTreeSet;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use kvmmem_proto::message::{Answer, Refusal, Revoked};
+
 use crate::broker::{Broker, Refused};
-use crate::peer::{Credentials, Peer};
-use crate::wire::{Answer, Refusal, Revoked};
+use crate::credentials::Credentials;
+use crate::peer::Peer;
 
 /// How long confirmations are waited for.
 const CONFIRM_LIMIT: Duration = Duration::from_secs(2);
@@ -127,8 +129,9 @@ impl Broker {
 mod tests {
     use std::sync::{Arc, mpsc};
 
+    use kvmmem_proto::packet::PacketSocket;
+
     use super::*;
-    use crate::packet::PacketSocket;
 
     #[test]
     fn a_revocation_is_confirmed_after_the_copies_that_were_allowed_before() {

@@ -8,9 +8,10 @@
 #[cfg(test)]
 mod tests;
 
+use kvmmem_proto::endpoint::Endpoint;
+use kvmmem_proto::message::{Call, Refusal};
+
 use crate::broker::Refused;
-use crate::endpoint::Endpoint;
-use crate::wire::{Call, Refusal};
 
 /// What a connection is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,43 +26,41 @@ pub(crate) enum Role {
     Vmm,
 }
 
-impl Call {
-    /// Who may send the call. A call that is added needs its line here: there is no default.
-    fn roles(&self) -> &'static [Role] {
-        use Role::{Administrator, Operator, Viewer, Vmm};
-        match self {
-            Self::Register(_) => &[Administrator, Operator],
-            Self::Redeem { .. } => &[Vmm],
-            Self::Used { .. } => &[Vmm],
-            Self::Attach { .. } => &[Administrator, Operator, Viewer, Vmm],
-            Self::OpenCopies { .. } => &[Viewer],
-            Self::Detached { .. } => &[Viewer, Vmm],
-            Self::Counters { .. } => &[Viewer, Vmm],
-            Self::RevokedDone { .. } => &[Viewer, Vmm],
-            Self::RamChanged { .. } => &[Vmm],
-            Self::Continued { .. } => &[Vmm],
-            Self::VcpuAnswer { .. } => &[Vmm],
-            Self::Grant(_) => &[Administrator, Operator],
-            Self::Grants { .. } => &[Administrator, Operator],
-            Self::Revoke { .. } => &[Administrator, Operator],
-            Self::Policy { .. } => &[Administrator, Operator],
-            Self::Targets { .. } => &[Administrator, Operator],
-            Self::AddTarget { .. } => &[Administrator],
-            Self::RemoveTarget { .. } => &[Administrator],
-            Self::AddIntrospector { .. } => &[Administrator],
-            Self::RemoveIntrospector { .. } => &[Administrator],
-            Self::Room { .. } => &[Administrator, Operator],
-            // Each of them may grant itself all of the target's memory, for writing as well: neither registers nor a pause
-            // are more than that. A view may be of less.
-            Self::Registers { .. } => &[Administrator, Operator],
-            Self::Pause { .. } => &[Administrator, Operator],
-            Self::Resume { .. } => &[Administrator, Operator],
-            // The broker may connect where an operator may not; who may not make such a hook may not remove it either.
-            Self::Hook { endpoint: Endpoint::Unix(_), .. } => &[Administrator],
-            Self::Unhook { endpoint: Endpoint::Unix(_), .. } => &[Administrator],
-            Self::Hook { endpoint: Endpoint::Vsock { .. }, .. } => &[Administrator, Operator],
-            Self::Unhook { endpoint: Endpoint::Vsock { .. }, .. } => &[Administrator, Operator],
-        }
+/// Who may send a call. A call that is added needs its line here: there is no default.
+fn roles(call: &Call) -> &'static [Role] {
+    use Role::{Administrator, Operator, Viewer, Vmm};
+    match call {
+        Call::Register(_) => &[Administrator, Operator],
+        Call::Redeem { .. } => &[Vmm],
+        Call::Used { .. } => &[Vmm],
+        Call::Attach { .. } => &[Administrator, Operator, Viewer, Vmm],
+        Call::OpenCopies { .. } => &[Viewer],
+        Call::Detached { .. } => &[Viewer, Vmm],
+        Call::Counters { .. } => &[Viewer, Vmm],
+        Call::RevokedDone { .. } => &[Viewer, Vmm],
+        Call::RamChanged { .. } => &[Vmm],
+        Call::Continued { .. } => &[Vmm],
+        Call::VcpuAnswer { .. } => &[Vmm],
+        Call::Grant(_) => &[Administrator, Operator],
+        Call::Grants { .. } => &[Administrator, Operator],
+        Call::Revoke { .. } => &[Administrator, Operator],
+        Call::Policy { .. } => &[Administrator, Operator],
+        Call::Targets { .. } => &[Administrator, Operator],
+        Call::AddTarget { .. } => &[Administrator],
+        Call::RemoveTarget { .. } => &[Administrator],
+        Call::AddIntrospector { .. } => &[Administrator],
+        Call::RemoveIntrospector { .. } => &[Administrator],
+        Call::Room { .. } => &[Administrator, Operator],
+        // Each of them may grant itself all of the target's memory, for writing as well: neither registers nor a pause
+        // are more than that. A view may be of less.
+        Call::Registers { .. } => &[Administrator, Operator],
+        Call::Pause { .. } => &[Administrator, Operator],
+        Call::Resume { .. } => &[Administrator, Operator],
+        // The broker may connect where an operator may not; who may not make such a hook may not remove it either.
+        Call::Hook { endpoint: Endpoint::Unix(_), .. } => &[Administrator],
+        Call::Unhook { endpoint: Endpoint::Unix(_), .. } => &[Administrator],
+        Call::Hook { endpoint: Endpoint::Vsock { .. }, .. } => &[Administrator, Operator],
+        Call::Unhook { endpoint: Endpoint::Vsock { .. }, .. } => &[Administrator, Operator],
     }
 }
 
@@ -71,7 +70,7 @@ impl Role {
     /// # Errors
     /// [`Refusal::Denied`], with what helps.
     pub(crate) fn check(self, call: &Call) -> Result<(), Refused> {
-        let roles = call.roles();
+        let roles = roles(call);
         if roles.contains(&self) {
             return Ok(());
         }

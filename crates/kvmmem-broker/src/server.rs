@@ -13,6 +13,8 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use kvmmem_proto::message::Refusal;
+use kvmmem_proto::packet::PacketSocket;
 use kvmmem_sys::socket::peer_credentials;
 use rustix::event::{PollFd, PollFlags};
 use rustix::fs::FlockOperation;
@@ -21,11 +23,10 @@ use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
 use crate::broker::{Broker, Refused};
 use crate::connection;
+use crate::credentials::Credentials;
 use crate::limit::RateLimit;
-use crate::packet::PacketSocket;
-use crate::peer::{Credentials, Peer};
+use crate::peer::Peer;
 use crate::quota::{Exceeded, Limits, Quota};
-use crate::wire::Refusal;
 
 /// The most connections at a time: each has a thread.
 pub const MAX_CONNECTIONS: usize = 2560;

@@ -6,10 +6,10 @@ use kvmmem_kvmi::dispatch::Introspected;
 use kvmmem_kvmi::reply::PhysicalSlot;
 use kvmmem_kvmi::server;
 use kvmmem_kvmi::token::Token;
+use kvmmem_proto::map::PAGE_SIZE;
 
 use crate::broker::{Broker, in_words};
 use crate::hook::{Hook, Stream};
-use crate::map::PAGE_SIZE;
 use crate::ram::AccessError;
 use crate::registry::Vm;
 

@@ -11,12 +11,12 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use kvmmem_proto::message::OnSilence;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use crate::discover::process::{FileId, Process};
 use crate::registry::{MAX_VMS, Vm};
-use crate::wire::OnSilence;
 use file::StateFile;
 
 /// A VM that was added.

@@ -6,17 +6,18 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use kvmmem_proto::map::Region;
+use kvmmem_proto::message::{Answer, Call, FromBroker, GrantRequest, Refusal, Registration, Request};
+use kvmmem_proto::packet::{PacketBuffer, PacketSocket, Wait};
+use kvmmem_proto::scope::Rights;
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use uuid::Uuid;
 
 use crate::broker::Broker;
 use crate::connection;
-use crate::map::Region;
-use crate::packet::{PacketBuffer, PacketSocket, Wait};
-use crate::peer::{Credentials, Peer};
-use crate::scope::Rights;
-use crate::wire::{Answer, Call, FromBroker, GrantRequest, Refusal, Registration, Request};
+use crate::credentials::Credentials;
+use crate::peer::Peer;
 
 /// No user of the machine that tests run on.
 pub(crate) const USER: u32 = 4_000_000_001;

@@ -6,18 +6,20 @@ use std::time::{Duration, Instant};
 
 use kvmmem_abi::errno::KvmError;
 use kvmmem_kvmi::token::Token;
+use kvmmem_proto::endpoint::Endpoint;
+use kvmmem_proto::map::SHARE_IT;
+use kvmmem_proto::message::{Answer, Cursor, GrantInfo, GrantRequest, KvmiPolicy, Origin, Refusal};
+use kvmmem_proto::name::is_unprintable;
+use kvmmem_proto::scope::{Scope, ScopeError};
 use uuid::Uuid;
 
 use crate::broker::{Broker, Refused};
-use crate::endpoint::Endpoint;
+use crate::credentials::Credentials;
 use crate::grants::{Holder, KVMI_LIFETIME, Listed, Opened, Redeemed, Terms, UseError, User};
 use crate::hook::Owner;
-use crate::name::is_unprintable;
-use crate::peer::{Credentials, Peer};
-use crate::ram::{Ram, SHARE_IT};
+use crate::peer::Peer;
+use crate::ram::Ram;
 use crate::registry::Vm;
-use crate::scope::{Scope, ScopeError};
-use crate::wire::{Answer, Cursor, GrantInfo, GrantRequest, KvmiPolicy, Origin, Refusal};
 
 /// The longest time for which a token may be used.
 const MAX_TTL: Duration = Duration::from_secs(30 * 24 * 60 * 60);

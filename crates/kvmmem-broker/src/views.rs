@@ -6,16 +6,17 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use kvmmem_kvmi::token::Token;
+use kvmmem_proto::map::SHARE_IT;
+use kvmmem_proto::message::{Answer, Caller, Refusal, ViewCounters};
+use kvmmem_proto::name::is_unprintable;
+use kvmmem_proto::scope::{Rights, Span};
 
 use crate::broker::{Broker, Refused};
 use crate::grants::{Opened, UseError, User};
-use crate::name::is_unprintable;
 use crate::peer::Peer;
-use crate::ram::{Ram, SHARE_IT};
+use crate::ram::Ram;
 use crate::registry::Vm;
-use crate::scope::{Rights, Span};
 use crate::tokens::{busy, introspector, refuse_use, user};
-use crate::wire::{Answer, Caller, Refusal, ViewCounters};
 
 /// The longest name of a process, characters (`TASK_COMM_LEN`).
 const MAX_COMM: usize = 16;

@@ -10,13 +10,14 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use kvmmem_client::admin::Admin;
+use kvmmem_client::vmm::{LinkError, Region, VmmLink};
+use kvmmem_proto::map::MAX_FILES;
+use kvmmem_proto::message::{Answer, Call, FromBroker, Refusal, Request};
+use kvmmem_proto::packet::{PacketBuffer, PacketSocket, Wait};
+
 use common::{TestBroker, introspector, memfd, ram, regions, target, wait_for};
-use kvmmem_broker::admin::Admin;
-use kvmmem_broker::link::{LinkError, Region, VmmLink};
-use kvmmem_broker::map::MAX_FILES;
-use kvmmem_broker::packet::{PacketBuffer, PacketSocket, Wait};
 use kvmmem_broker::quota::Limits;
-use kvmmem_broker::wire::{Answer, Call, FromBroker, Refusal, Request};
 use proptest::prelude::*;
 use rustix::fs::SealFlags;
 use rustix::net::{
@@ -220,7 +221,7 @@ fn guesses_are_slowed_down() {
     let lion = broker.introspector("lion", 7);
     let began = Instant::now();
     for n in 0..100 {
-        lion.redeem(&kvmmem_broker::link::Token::new([n, 0, 0, 0])).unwrap_err();
+        lion.redeem(&kvmmem_client::vmm::Token::new([n, 0, 0, 0])).unwrap_err();
     }
     assert!(began.elapsed() >= Duration::from_millis(99));
 }

@@ -8,13 +8,14 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use common::{TestBroker, caller, introspector, memfd, ram, regions, request, target, wait_for};
-use kvmmem_broker::admin::{AdminError, GrantRequest, GrantState, Span};
-use kvmmem_broker::link::{
+use kvmmem_client::admin::{AdminError, GrantRequest, GrantState, Span};
+use kvmmem_client::vmm::{
     Caller, Change, RedeemError, Region, Registration, Rights, Token, ViewCounters, VmmLink,
 };
-use kvmmem_broker::packet::{PacketBuffer, PacketSocket, Wait};
-use kvmmem_broker::wire::{Answer, Call, FromBroker, Refusal, Request};
+use kvmmem_proto::message::{Answer, Call, FromBroker, Refusal, Request};
+use kvmmem_proto::packet::{PacketBuffer, PacketSocket, Wait};
+
+use common::{TestBroker, caller, introspector, memfd, ram, regions, request, target, wait_for};
 use rustix::fs::SealFlags;
 
 /// A peer that says what it likes.

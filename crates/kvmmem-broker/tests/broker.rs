@@ -5,12 +5,13 @@ mod common;
 
 use std::time::Duration;
 
+use kvmmem_client::admin::{Admin, AdminError};
+use kvmmem_client::vmm::{LinkError, RedeemError, Registration, Token, VmmLink};
+use kvmmem_proto::endpoint::Endpoint;
+use kvmmem_proto::message::Refusal;
+
 use common::{TestBroker, Tool, introspector, ram, target, wait_for};
 use kvmmem_abi::errno::KvmError;
-use kvmmem_broker::admin::{Admin, AdminError};
-use kvmmem_broker::endpoint::Endpoint;
-use kvmmem_broker::link::{LinkError, RedeemError, Registration, Token, VmmLink};
-use kvmmem_broker::wire::Refusal;
 use kvmmem_kvmi::request::Request;
 use rustix::io::{pread, pwrite};
 

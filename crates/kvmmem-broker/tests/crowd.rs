@@ -8,11 +8,12 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::Duration;
 
+use kvmmem_client::admin::{GrantRequest, Rights};
+use kvmmem_proto::message::{Answer, Call, FromBroker, Request};
+use kvmmem_proto::packet::{PacketBuffer, PacketSocket, Wait};
+
 use common::{TestBroker, may_open, ram, request, target, wait_for};
-use kvmmem_broker::admin::{GrantRequest, Rights};
-use kvmmem_broker::host::HostLink;
-use kvmmem_broker::packet::{PacketBuffer, PacketSocket, Wait};
-use kvmmem_broker::wire::{Answer, Call, FromBroker, Request};
+use kvmmem::host::HostLink;
 
 const COUNT: usize = 1_000;
 const LIMIT: Duration = Duration::from_secs(30);

@@ -9,9 +9,9 @@ use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
-use kvmmem_broker::admin::{Admin, GrantRequest, KvmiPolicy, Span};
-use kvmmem_broker::host::HostLink;
-use kvmmem_broker::link::{Rights, ViewCounters, VmmLink};
+use kvmmem::host::HostLink;
+use kvmmem_client::admin::{Admin, GrantRequest, KvmiPolicy, Span};
+use kvmmem_client::vmm::{Rights, ViewCounters, VmmLink};
 use rustix::process::{Pid, Signal, kill_process};
 
 /// A running daemon, killed on drop.

@@ -6,10 +6,11 @@ mod common;
 use std::path::Path;
 use std::time::Duration;
 
+use kvmmem_client::admin::{GrantRequest, Rights};
+
 use common::qemu::{Qemu, add_confirmed, has_qemu};
 use common::{PATIENCE, TestBroker, request, wait_for};
-use kvmmem_broker::admin::{GrantRequest, Rights};
-use kvmmem_broker::host::{HostEvent, HostLink, HostView};
+use kvmmem::host::{HostEvent, HostLink, HostView};
 use serde_json::{Value, json};
 
 /// A machine whose RAM another QEMU can take over.

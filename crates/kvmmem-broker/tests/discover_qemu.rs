@@ -3,10 +3,11 @@
 
 mod common;
 
+use kvmmem_client::admin::{Added, Evidence, Region, Rights};
+
 use common::qemu::{Qemu, add_confirmed, refusal, wait_long};
 use common::{PATIENCE, TestBroker, Tool, request, wait_for};
-use kvmmem_broker::admin::{Added, Evidence, Region, Rights};
-use kvmmem_broker::host::{HostEvent, HostLink, HostView};
+use kvmmem::host::{HostEvent, HostLink, HostView};
 use kvmmem_kvmi::request::Request;
 use serde_json::json;
 
@@ -127,7 +128,7 @@ fn bytes(view: &HostView, gpa: u64, len: usize) -> Vec<u8> {
 }
 
 fn attach(broker: &TestBroker, target: &str) -> (HostLink, HostView) {
-    let terms = kvmmem_broker::admin::GrantRequest { target: target.into(), ..request(Rights::ReadOnly) };
+    let terms = kvmmem_client::admin::GrantRequest { target: target.into(), ..request(Rights::ReadOnly) };
     HostLink::attach(&broker.path, &broker.grant(&terms).token, true).unwrap()
 }
 

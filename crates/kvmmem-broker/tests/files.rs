@@ -5,11 +5,12 @@ mod common;
 
 use std::os::fd::OwnedFd;
 
+use kvmmem_client::admin::{GrantRequest, Span};
+use kvmmem_client::vmm::{Change, Region, Registration, Rights, VmmLink};
+use kvmmem_proto::map::MAX_FILES;
+
 use common::{TestBroker, caller, memfd, request, target};
-use kvmmem_broker::admin::{GrantRequest, Span};
-use kvmmem_broker::host::HostLink;
-use kvmmem_broker::link::{Change, Region, Registration, Rights, VmmLink};
-use kvmmem_broker::map::MAX_FILES;
+use kvmmem::host::HostLink;
 use rustix::fs::SealFlags;
 use rustix::io::{Errno, pread, pwrite};
 

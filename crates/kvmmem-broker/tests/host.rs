@@ -6,18 +6,19 @@ mod common;
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
+use kvmmem_client::admin::{GrantRequest, Span};
+use kvmmem_client::vmm::{Change, Region, Rights, Token, VmmLink};
+use kvmmem_proto::message::Refusal;
+
 use common::{TestBroker, introspector, ram, regions, request, target, wait_for};
-use kvmmem_broker::admin::{GrantRequest, Span};
-use kvmmem_broker::host::{HostError, HostEvent, HostLink};
-use kvmmem_broker::link::{Change, Region, Rights, Token, VmmLink};
+use kvmmem::host::{HostError, HostEvent, HostLink};
 use kvmmem_broker::quota::Limits;
-use kvmmem_broker::wire::Refusal;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::{Errno, pread, pwrite};
 
 const SOON: Duration = common::PATIENCE;
 
-fn attach(broker: &TestBroker, token: &Token) -> (HostLink, kvmmem_broker::host::HostView) {
+fn attach(broker: &TestBroker, token: &Token) -> (HostLink, kvmmem::host::HostView) {
     HostLink::attach(&broker.path, token, false).unwrap()
 }
 

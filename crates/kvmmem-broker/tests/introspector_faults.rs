@@ -6,11 +6,12 @@ mod common;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use kvmmem_client::admin::{AddIntrospector, Admin, AdminError, GrantRequest, OnSilence, Rights, Span};
+use kvmmem_client::vmm::{Region, Registration, VmmLink};
+
 use common::fake_qmp::{FakeQemu, Fault};
 use common::{TestBroker, caller, request, returns, wait_for};
-use kvmmem_broker::admin::{AddIntrospector, Admin, AdminError, GrantRequest, OnSilence, Rights, Span};
 use kvmmem_broker::introspector::{Introspector, OpenError, Opened};
-use kvmmem_broker::link::{Region, Registration, VmmLink};
 use rustix::fs::SealFlags;
 
 /// The introspector's context id.

@@ -11,14 +11,15 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use kvmmem_client::admin::{AddIntrospector, AdminError, GrantRequest, IntrospectorAdded, OnSilence, Rights};
+use kvmmem_client::vmm::{Region, VmmLink};
+
 use common::qemu::{Monitor, Qemu, wait_long};
 use common::{TestBroker, caller, request, wait_for};
 use kvmmem_abi::descriptor::{COMPLAINT_AT, COMPLAINT_NO_ADDRESS, GENERATION_AT, SEEN_AT};
 use kvmmem_abi::native::{STATE_GONE, STATE_OPEN, STATE_REVOKED};
-use kvmmem_broker::admin::{AddIntrospector, AdminError, GrantRequest, IntrospectorAdded, OnSilence, Rights};
 use kvmmem_broker::audit::AuditFile;
 use kvmmem_broker::introspector::{Introspector, OpenError, Opened};
-use kvmmem_broker::link::{Region, VmmLink};
 use rustix::fs::{Mode, OFlags, SealFlags};
 use serde_json::{Value, json};
 
@@ -84,7 +85,7 @@ fn target(broker: &TestBroker) -> VmmLink {
     let ram = common::memfd(RAM, SealFlags::SHRINK);
     rustix::io::pwrite(&ram, b"tiger's memory", 0).unwrap();
     let regions = vec![Region { gpa: 0, len: RAM, offset: 0, file: 0 }];
-    let registration = kvmmem_broker::link::Registration { regions, ..common::target("tiger") };
+    let registration = kvmmem_client::vmm::Registration { regions, ..common::target("tiger") };
     VmmLink::connect(&broker.path, registration, [ram]).unwrap()
 }
 

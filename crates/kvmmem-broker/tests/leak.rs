@@ -3,9 +3,10 @@
 
 mod common;
 
+use kvmmem_client::admin::Admin;
+use kvmmem_proto::endpoint::Endpoint;
+
 use common::{TestBroker, Tool, wait_for};
-use kvmmem_broker::admin::Admin;
-use kvmmem_broker::endpoint::Endpoint;
 
 fn count(what: &str) -> usize {
     std::fs::read_dir(format!("/proc/self/{what}")).unwrap().count()

@@ -5,10 +5,11 @@ mod common;
 
 use std::time::Duration;
 
+use kvmmem_client::admin::GrantRequest;
+use kvmmem_client::vmm::{Rights, ViewCounters};
+
 use common::{TestBroker, request, wait_for};
-use kvmmem_broker::admin::GrantRequest;
-use kvmmem_broker::host::HostLink;
-use kvmmem_broker::link::{Rights, ViewCounters};
+use kvmmem::host::HostLink;
 
 fn count(what: &str) -> usize {
     std::fs::read_dir(format!("/proc/self/{what}")).unwrap().count()

@@ -6,9 +6,10 @@ mod common;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
+use kvmmem_client::admin::{Admin, AdminError, Which};
+
 use common::qemu::{FIRMWARE, Qemu, wait_long};
 use common::{TestBroker, wait_for};
-use kvmmem_broker::admin::{Admin, AdminError, Which};
 use kvmmem_broker::qmp::Qmp;
 use kvmmem_broker::quota::Limits;
 use serde_json::json;

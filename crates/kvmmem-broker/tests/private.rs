@@ -8,16 +8,18 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use kvmmem_client::admin::{AdminError, GrantRequest, Span};
+use kvmmem_client::vmm::{RedeemError, Region, Registration, Rights, Token};
+use kvmmem_proto::copy::{BUFFER, CopyAnswer, CopyRequest, Piece, Status};
+use kvmmem_proto::message::{Answer, Call, Caller, FromBroker, Refusal, Request};
+use kvmmem_proto::packet::{PacketBuffer, PacketSocket, Wait};
+
 use common::{TestBroker, Tool, caller, introspector, memfd, request, target, wait_for};
+use kvmmem::host::{Copier, CopyError, HostEvent, HostLink, HostView};
 use kvmmem_abi::errno::KvmError;
-use kvmmem_broker::admin::{AdminError, GrantRequest, Span};
-use kvmmem_broker::copies::message::{BUFFER, CopyAnswer, CopyRequest, Piece, Status};
-use kvmmem_broker::host::{Copier, CopyError, HostEvent, HostLink, HostView};
-use kvmmem_broker::link::{RedeemError, Region, Registration, Rights, Token};
-use kvmmem_broker::packet::{PacketBuffer, PacketSocket, Wait};
-use kvmmem_broker::peer::{Credentials, Peer};
+use kvmmem_broker::credentials::Credentials;
+use kvmmem_broker::peer::Peer;
 use kvmmem_broker::ram::Ram;
-use kvmmem_broker::wire::{Answer, Call, Caller, FromBroker, Refusal, Request};
 use rustix::fs::{FallocateFlags, Mode, OFlags, SealFlags, fallocate};
 use rustix::io::{pread, pwrite};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
@@ -139,7 +141,7 @@ fn a_process_reads_and_writes_copies_as_far_as_its_grant_reaches() {
     // The grant ends, and with it both views, at once.
     let revoked = std::thread::spawn({
         let path = broker.path.clone();
-        move || kvmmem_broker::admin::Admin::connect(&path).unwrap().revoke(granted.grant).unwrap()
+        move || kvmmem_client::admin::Admin::connect(&path).unwrap().revoke(granted.grant).unwrap()
     });
     for pump in [pump, second] {
         let (mut link, event) = pump.join().unwrap();

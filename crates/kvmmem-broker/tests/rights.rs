@@ -7,15 +7,16 @@ use std::collections::BTreeSet;
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
+use kvmmem_client::admin::{AdminError, KvmiPolicy};
+use kvmmem_client::vmm::{LinkError, RedeemError, Registration, Rights, VmmLink};
+use kvmmem_proto::endpoint::Endpoint;
+use kvmmem_proto::message::{Answer, Call, FromBroker, Refusal, Request};
+use kvmmem_proto::packet::{PacketBuffer, PacketSocket, Wait};
+
 use common::{TestBroker, Tool, introspector, may_open, ram, request, target, wait_for};
 use kvmmem_abi::errno::KvmError;
-use kvmmem_broker::admin::{AdminError, KvmiPolicy};
 use kvmmem_broker::audit::AuditFile;
-use kvmmem_broker::endpoint::Endpoint;
 use kvmmem_broker::hook::Owner;
-use kvmmem_broker::link::{LinkError, RedeemError, Registration, Rights, VmmLink};
-use kvmmem_broker::packet::{PacketBuffer, PacketSocket, Wait};
-use kvmmem_broker::wire::{Answer, Call, FromBroker, Refusal, Request};
 
 /// A connection of a VMM that sends any call, and reads nothing that it is not asked to.
 struct Vmm {

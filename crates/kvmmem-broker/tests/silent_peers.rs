@@ -5,11 +5,12 @@ mod common;
 
 use std::time::Duration;
 
+use kvmmem_client::admin::Admin;
+use kvmmem_proto::message::{FromBroker, Refusal};
+use kvmmem_proto::packet::{PacketBuffer, PacketSocket};
+
 use common::{TestBroker, may_open, wait_for};
-use kvmmem_broker::admin::Admin;
-use kvmmem_broker::packet::{PacketBuffer, PacketSocket};
 use kvmmem_broker::server::MAX_CONNECTIONS;
-use kvmmem_broker::wire::{FromBroker, Refusal};
 
 #[test]
 fn silent_connections_run_out_and_come_back() {

@@ -3,9 +3,10 @@
 
 mod common;
 
+use kvmmem_client::admin::{AddIntrospector, OnSilence};
+
 use common::TestBroker;
 use common::qemu::{Qemu, wait_long};
-use kvmmem_broker::admin::{AddIntrospector, OnSilence};
 
 #[test]
 fn the_next_broker_has_the_vms_under_qemu_again() {

@@ -6,11 +6,12 @@ mod common;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use kvmmem_client::admin::{AdminError, GrantRequest, GrantState, KvmiPolicy, Origin, Span};
+use kvmmem_client::vmm::{Change, RedeemError, Region, Rights, Token, ViewCounters, VmmLink};
+use kvmmem_proto::message::Refusal;
+
 use common::{TestBroker, caller, introspector, ram, regions, request, target, wait_for};
 use kvmmem_abi::errno::KvmError;
-use kvmmem_broker::admin::{AdminError, GrantRequest, GrantState, KvmiPolicy, Origin, Span};
-use kvmmem_broker::link::{Change, RedeemError, Region, Rights, Token, ViewCounters, VmmLink};
-use kvmmem_broker::wire::Refusal;
 
 const NO_PAUSE: Duration = Duration::ZERO;
 

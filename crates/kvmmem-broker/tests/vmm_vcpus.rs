@@ -7,11 +7,12 @@ use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex, Weak};
 use std::time::{Duration, Instant};
 
+use kvmmem_client::admin::{Admin, AdminError};
+use kvmmem_client::vmm::{Registration, VcpuAnswer, VcpuQuestion, VcpuRegisters, Vcpus, VmmLink};
+use kvmmem_proto::message::{Answer, Call, FromBroker, Refusal, Request};
+use kvmmem_proto::packet::{PacketBuffer, PacketSocket, Wait};
+
 use common::{TestBroker, ram, target, wait_for};
-use kvmmem_broker::admin::{Admin, AdminError};
-use kvmmem_broker::link::{Registration, VcpuAnswer, VcpuQuestion, VcpuRegisters, Vcpus, VmmLink};
-use kvmmem_broker::packet::{PacketBuffer, PacketSocket, Wait};
-use kvmmem_broker::wire::{Answer, Call, FromBroker, Refusal, Request};
 
 /// A VMM with so many vCPUs, each with its number as CR3.
 struct Vmm {

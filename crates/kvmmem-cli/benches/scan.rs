@@ -12,9 +12,10 @@ mod common;
 use std::error::Error;
 use std::time::Instant;
 
+use kvmmem_client::vmm::Region;
+
 use common::{Host, finish};
 use kvmmem::{Access, Range, Token, View};
-use kvmmem_broker::link::Region;
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
 

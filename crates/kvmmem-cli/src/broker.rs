@@ -6,8 +6,8 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 use clap::Args;
-use kvmmem_broker::admin::{Admin, TargetInfo};
-use kvmmem_broker::endpoint::Endpoint;
+use kvmmem_client::admin::{Admin, TargetInfo};
+use kvmmem_proto::endpoint::Endpoint;
 use serde::Serialize;
 
 use crate::failure::escape;
@@ -159,7 +159,7 @@ fn row(target: &TargetInfo) -> [String; 7] {
 
 #[cfg(test)]
 mod tests {
-    use kvmmem_broker::admin::HookInfo;
+    use kvmmem_client::admin::HookInfo;
     use uuid::Uuid;
 
     use super::*;

@@ -218,7 +218,7 @@ impl<'a> FindingLine<'a> {
 
 #[cfg(test)]
 mod tests {
-    use kvmmem_broker::admin::VcpuRegisters;
+    use kvmmem_client::admin::VcpuRegisters;
 
     use super::*;
 

@@ -26,7 +26,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
 use kvmmem::view::{Access, Status, View};
-use kvmmem_broker::admin::VcpuRegisters;
+use kvmmem_client::admin::VcpuRegisters;
 use kvmmem_linux::{Find, FindError, Kernel};
 use serde::Serialize;
 use uuid::Uuid;

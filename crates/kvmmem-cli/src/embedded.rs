@@ -12,10 +12,10 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
-use kvmmem_broker::admin::{Admin, AdminError, Which};
 use kvmmem_broker::discover::{Found, discover};
-use kvmmem_broker::packet::PacketError;
 use kvmmem_broker::server::Server;
+use kvmmem_client::admin::{Admin, AdminError, Which};
+use kvmmem_proto::packet::PacketError;
 use rustix::io::Errno;
 use tempfile::TempDir;
 use uuid::Uuid;

@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use anyhow::Error;
 use clap::builder::styling::AnsiColor;
 use clap::error::ErrorKind;
-use kvmmem_broker::name::is_unprintable;
+use kvmmem_proto::name::is_unprintable;
 use serde::Serialize;
 
 use crate::output::json;

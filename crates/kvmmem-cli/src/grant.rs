@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use clap::{Args, ValueEnum};
-use kvmmem_broker::admin::{GrantInfo, GrantRequest, KvmiPolicy, Revoked, Rights, Span};
+use kvmmem_client::admin::{GrantInfo, GrantRequest, KvmiPolicy, Revoked, Rights, Span};
 use serde::Serialize;
 use uuid::Uuid;
 use zeroize::Zeroizing;

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use anyhow::{Context, Result, ensure};
 use clap::Args;
 use kvmmem::view::{Access, Range, View};
-use kvmmem_broker::admin::VcpuRegisters;
+use kvmmem_client::admin::VcpuRegisters;
 use kvmmem_memory::paging::AddressSpace;
 use kvmmem_memory::{DumpFile, Memory};
 

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 use clap::{Args, Subcommand, ValueEnum};
-use kvmmem_broker::admin::{self, IntrospectorAdded, TargetInfo};
+use kvmmem_client::admin::{self, IntrospectorAdded, TargetInfo};
 use serde::Serialize;
 
 use crate::broker::Broker;

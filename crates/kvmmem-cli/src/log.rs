@@ -6,8 +6,9 @@
 
 use std::io::{self, IsTerminal, Write};
 
+use kvmmem_proto::name::is_unprintable;
+
 use kvmmem_broker::audit;
-use kvmmem_broker::name::is_unprintable;
 use tracing_subscriber::filter::{LevelFilter, Targets};
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;

@@ -7,8 +7,9 @@
 use std::fmt::Write as _;
 use std::io::{self, IsTerminal, Write};
 
+use kvmmem_proto::name::is_unprintable;
+
 use anstream::AutoStream;
-use kvmmem_broker::name::is_unprintable;
 use rustix::termios::tcgetwinsize;
 use serde::Serialize;
 use unicode_width::{UnicodeWidthChar, UnicodeWidthStr};

@@ -9,10 +9,10 @@ use std::time::Duration;
 
 use anyhow::{Context, Error, Result, anyhow, bail};
 use clap::Args;
+use kvmmem::host::{CopyError, HostError};
 use kvmmem::view::{Access, Range, View, ViewError};
 use kvmmem::{PAGE_SIZE, Session, SessionError, Token};
-use kvmmem_broker::admin::{Admin, AdminError, GrantRequest, Rights};
-use kvmmem_broker::host::{CopyError, HostError};
+use kvmmem_client::admin::{Admin, AdminError, GrantRequest, Rights};
 use kvmmem_memory::DumpFile;
 use serde::Deserialize;
 use zeroize::Zeroizing;

@@ -7,8 +7,8 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 use clap::{Args, Subcommand};
-use kvmmem_broker::admin::{Added, Evidence, Region, TargetInfo, Which};
 use kvmmem_broker::discover::{Found, discover};
+use kvmmem_client::admin::{Added, Evidence, Region, TargetInfo, Which};
 use serde::Serialize;
 
 use crate::broker::Broker;

@@ -2,7 +2,7 @@
 //! The address space that a vCPU of the target uses, from its registers: those that the VMM shows, or those in a dump file.
 
 use anyhow::{Context, Result, bail};
-use kvmmem_broker::admin::VcpuRegisters;
+use kvmmem_client::admin::VcpuRegisters;
 use kvmmem_memory::paging::{AddressSpace, ControlRegisters};
 
 use crate::failure::escape;

@@ -7,7 +7,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 use clap::{Args, ValueEnum};
-use kvmmem_broker::name::is_name;
+use kvmmem_proto::name::is_name;
 use kvmmem_vmm::{
     Control, DiskConfig, HypercallWay, MAX_DISKS, MAX_VCPUS, ResetPolicy, SerialConfig, VmConfig, VmExit,
     VmStatus,

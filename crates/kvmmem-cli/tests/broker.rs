@@ -5,7 +5,7 @@ mod common;
 
 use std::process::{Child, Output};
 
-use kvmmem_broker::link::Region;
+use kvmmem_client::vmm::Region;
 
 use crate::common::{Host, UUID};
 

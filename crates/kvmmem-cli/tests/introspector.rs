@@ -8,7 +8,7 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use kvmmem_broker::link::Region;
+use kvmmem_client::vmm::Region;
 
 use crate::common::Host;
 

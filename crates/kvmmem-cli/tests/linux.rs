@@ -14,9 +14,10 @@ use std::process::{Command, Stdio};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use kvmmem_client::vmm::{Region, VcpuAnswer, VcpuQuestion, VcpuRegisters, Vcpus};
+
 use common::{Ended, Host, finish, wait_for};
 use guest::{BTF, Guest, KALLSYMS, PAGE_TABLES, Place, RAM, objects, processes};
-use kvmmem_broker::link::{Region, VcpuAnswer, VcpuQuestion, VcpuRegisters, Vcpus};
 use rustix::fs::{Mode, OFlags, open};
 use rustix::process::Signal;
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};

@@ -6,7 +6,7 @@ mod common;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use kvmmem_broker::link::Region;
+use kvmmem_client::vmm::Region;
 
 use crate::common::Host;
 use crate::common::qemu::Qemu;

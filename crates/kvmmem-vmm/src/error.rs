@@ -4,7 +4,7 @@
 use std::io;
 use std::path::PathBuf;
 
-use kvmmem_broker::link::LinkError;
+use kvmmem_client::vmm::LinkError;
 use kvmmem_sys::ram::RamError;
 
 use crate::boot::{AcpiError, LoadError};

@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use kvmmem_broker::link::VcpuRegisters;
+use kvmmem_client::vmm::VcpuRegisters;
 
 /// How long the vCPUs may take to come out.
 const LIMIT: Duration = Duration::from_secs(2);

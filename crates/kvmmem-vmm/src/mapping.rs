@@ -5,10 +5,11 @@ mod broker;
 mod engine;
 mod source;
 
+pub use kvmmem_client::vmm::Token;
+
 pub(crate) use broker::{regions, register};
 pub use engine::{MapError, MappingEngine, mapping_limit};
 pub(crate) use engine::{identity, is_own};
-pub use kvmmem_broker::link::Token;
 pub use source::{Attached, Redeemed, TargetMemory, TokenSource};
 
 pub use crate::window::Views;

@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use kvmmem_broker::link::{VcpuAnswer, VcpuQuestion, Vcpus};
+use kvmmem_client::vmm::{VcpuAnswer, VcpuQuestion, Vcpus};
 
 use crate::gate::{Gate, Paused};
 

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
-use kvmmem_broker::link::{Change, Vcpus, VmmLink};
+use kvmmem_client::vmm::{Change, Vcpus, VmmLink};
 use kvmmem_sys::ram::GuestRam;
 
 use crate::boot;

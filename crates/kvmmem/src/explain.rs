@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What the error numbers of KVMI and of the device mean to somebody who looks at another VM's memory.
 
+use kvmmem_proto::message::Refusal;
+
+use crate::host::HostError;
 use kvmmem_abi::errno::KvmError;
-use kvmmem_broker::host::HostError;
-use kvmmem_broker::wire::Refusal;
 use rustix::io::Errno;
 
 /// What a command's error means, and what to do about it.

@@ -57,11 +57,12 @@
 //!
 //! [`Listener`] and [`Session`] speak KVMI (crate `kvmmem-kvmi`); its tokens attach views as well. [`Device`] and
 //! [`MappedPage`] use the first ioctls of `/dev/kvmmem`, [`View`] the later ones (crate `kvmmem-abi`) or the broker's socket
-//! (crate `kvmmem-broker`). Everything blocks, and everything that waits for a peer has a time limit.
+//! (crate `kvmmem-proto`). Everything blocks, and everything that waits for a peer has a time limit.
 #![deny(unsafe_code)]
 
 pub mod device;
 mod explain;
+pub mod host;
 mod inbox;
 pub mod listener;
 mod operation;

@@ -9,13 +9,13 @@ use std::time::{Duration, Instant};
 
 use host::{Host, PAGE, PATIENCE, REGIONS};
 
+use kvmmem::host::HostError;
 use kvmmem::view::{State, Status};
 use kvmmem::{Access, Event, Mapping, MappingError, Range, Token, View, ViewError};
-use kvmmem_broker::admin::{GrantState, Rights, Span};
-use kvmmem_broker::host::HostError;
-use kvmmem_broker::link::{Change, Region};
-use kvmmem_broker::wire::Refusal;
+use kvmmem_client::admin::{GrantState, Rights, Span};
+use kvmmem_client::vmm::{Change, Region};
 use kvmmem_memory::{Memory, MemoryError};
+use kvmmem_proto::message::Refusal;
 use uuid::Uuid;
 
 fn word(view: &View, gpa: u64) -> u64 {

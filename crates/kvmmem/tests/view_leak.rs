@@ -5,9 +5,10 @@ mod host;
 
 use std::time::Instant;
 
+use kvmmem_client::admin::Rights;
+
 use host::{Host, PAGE, PATIENCE};
 use kvmmem::{Range, Token};
-use kvmmem_broker::admin::Rights;
 
 /// Threads, open files and mappings of this process.
 fn counts() -> (usize, usize, usize) {

@@ -3,8 +3,8 @@
 
 use anyhow::{Context, Result, bail};
 use kvmmem::Token;
-use kvmmem_broker::door::DOOR_PORT;
 use kvmmem_guest::{Agent, Child, Command};
+use kvmmem_proto::guest::GUEST_PORT;
 
 use crate::wait::PATIENCE;
 
@@ -97,7 +97,7 @@ impl Raw {
     /// Has the host of a stock QEMU open a view read-only, and attaches it: the slots of the door, whose closing is the
     /// view's end, and of the device. The host's words where it refuses.
     pub(crate) fn knock(&mut self, token: &Token) -> Result<Result<(String, String), String>> {
-        let answer = match self.ask(&format!("door {DOOR_PORT} ro {}", token.to_hex().as_str()))? {
+        let answer = match self.ask(&format!("door {GUEST_PORT} ro {}", token.to_hex().as_str()))? {
             Ok(answer) => answer,
             Err(words) => return Ok(Err(words)),
         };

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use clap::Args;
-use kvmmem_broker::admin::GrantRequest;
+use kvmmem_client::admin::GrantRequest;
 use kvmmem_guest::Command;
 
 use crate::bed::Bed;

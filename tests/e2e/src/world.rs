@@ -9,10 +9,10 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 use kvmmem::{Endpoint, Listener, Session};
-use kvmmem_broker::admin::{Admin, GrantRequest, Granted, Revoked, TargetInfo};
-use kvmmem_broker::scope::{Rights, Span};
+use kvmmem_client::admin::{Admin, GrantRequest, Granted, Revoked, TargetInfo};
 use kvmmem_guest::{Agent, Child, Command as GuestCommand};
 use kvmmem_probe::Placed;
+use kvmmem_proto::scope::{Rights, Span};
 use tempfile::TempDir;
 
 use crate::bed::Bed;

@@ -6,10 +6,10 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 
-use kvmmem_broker::admin::{Admin, GrantRequest, Rights, Token};
-use kvmmem_broker::link::{Region, Registration, VmmLink};
-use kvmmem_broker::packet::{PacketBuffer, PacketSocket, Wait};
-use kvmmem_broker::wire::{Answer, Call, FromBroker, Request};
+use kvmmem_client::admin::{Admin, GrantRequest, Rights, Token};
+use kvmmem_client::vmm::{Region, Registration, VmmLink};
+use kvmmem_proto::message::{Answer, Call, FromBroker, Request};
+use kvmmem_proto::packet::{PacketBuffer, PacketSocket, Wait};
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
 use uuid::Uuid;
 

@@ -14,8 +14,8 @@ mod memory;
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 
-use kvmmem_broker::host::HostLink;
-use kvmmem_broker::link::{Caller, ViewCounters, VmmLink};
+use kvmmem::host::HostLink;
+use kvmmem_client::vmm::{Caller, ViewCounters, VmmLink};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use rustix::thread::{CpuSet, sched_getcpu, sched_setaffinity};
 

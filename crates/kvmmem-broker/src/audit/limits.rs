@@ -154,9 +154,10 @@ fn rate((key, event): (Key, Event)) -> Rate {
 mod tests {
     use std::os::unix::net::UnixStream;
 
+    use kvmmem_proto::packet::PacketSocket;
+
     use super::*;
-    use crate::packet::PacketSocket;
-    use crate::peer::Credentials;
+    use crate::credentials::Credentials;
 
     fn peer(uid: u32) -> Peer {
         let (socket, _) = UnixStream::pair().unwrap();

@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! One line of the audit log.
 
+use kvmmem_proto::endpoint::Endpoint;
+use kvmmem_proto::message::Caller;
+use kvmmem_proto::scope::Scope;
 use serde::{Serialize, Serializer};
 use uuid::Uuid;
 
 use super::TARGET;
-use crate::endpoint::Endpoint;
-use crate::peer::Credentials;
+use crate::credentials::Credentials;
 use crate::registry::Vm;
-use crate::scope::Scope;
-use crate::wire::Caller;
 
 /// What has happened.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

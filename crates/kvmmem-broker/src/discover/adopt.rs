@@ -5,18 +5,20 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use kvmmem_proto::message::Which;
+use kvmmem_proto::message::{Answer, Refusal};
+use kvmmem_proto::packet::PacketSocket;
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 
-use super::attach::{self, Opened, Which};
+use super::attach::{self, Opened};
 use super::backing::Source;
 use super::monitor::Socket;
 use crate::broker::{Broker, Refused};
-use crate::packet::PacketSocket;
-use crate::peer::{Credentials, Peer};
+use crate::credentials::Credentials;
+use crate::peer::Peer;
 use crate::ram::Ram;
 use crate::registry::{RegisterError, Vm};
 use crate::state::{Entry, Role};
-use crate::wire::{Answer, Refusal};
 
 impl Broker {
     /// Attaches a VM that runs under a stock VMM, and registers it.

@@ -7,12 +7,12 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use kvmmem_proto::endpoint::Endpoint;
 use kvmmem_sys::socket::peer_credentials;
 use serde_json::Value;
 
 use super::command_line::Vmm;
 use crate::connect::connect;
-use crate::endpoint::Endpoint;
 
 /// How long the answer may take.
 const LIMIT: Duration = Duration::from_secs(2);

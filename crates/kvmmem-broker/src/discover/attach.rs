@@ -4,7 +4,8 @@
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
-use serde::{Deserialize, Serialize};
+use kvmmem_proto::message::{Evidence, Registration, Which};
+use kvmmem_proto::name;
 use uuid::Uuid;
 
 use super::api;
@@ -15,42 +16,11 @@ use super::layout::{self, Layout, LayoutError};
 use super::mtree::{self, MtreeError};
 use super::process::{Process, ProcessError};
 use super::recognise::recognise;
-use crate::name;
-use crate::peer::Credentials;
+use crate::credentials::Credentials;
 use crate::qmp::{Qmp, QmpError};
-use crate::wire::Registration;
 
 /// Where libvirt's system daemon keeps the process ids of its VMs.
 const LIBVIRT: &str = "/run/libvirt/qemu";
-
-/// Which VM to attach.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Which {
-    /// The one that a process runs.
-    Pid(u32),
-    /// The one that a QEMU with a QMP socket runs.
-    Qmp {
-        /// The socket; absolute.
-        socket: PathBuf,
-        /// The process, where it is not the one that listens.
-        pid: Option<u32>,
-    },
-    /// One of libvirt's, by its name.
-    Libvirt(String),
-}
-
-/// How the layout became known.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Evidence {
-    /// QEMU said it.
-    Qmp,
-    /// By the rules of the machine type, and the ACPI tables in the guest's memory confirm it.
-    RulesAndAcpi,
-    /// By the rules of the VMM, and the memory map that the guest was started with confirms it.
-    RulesAndBootMap,
-}
 
 /// A VM whose RAM is open.
 #[derive(Debug)]

@@ -7,13 +7,13 @@
 
 use std::os::fd::OwnedFd;
 
+use kvmmem_proto::map::Region;
 use rustix::fs::SealFlags;
 use rustix::io::Errno;
 
 use super::command_line::{CommandLine, Vmm, in_units};
 use super::mapping::{self, Mapping};
 use super::process::{FileId, Process, ProcessError};
-use crate::map::Region;
 
 /// What attaching costs a user of libvirt.
 const LIBVIRT_REMEDY: &str = "<memoryBacking><source type='memfd'/><access mode='shared'/></memoryBacking>";

@@ -5,12 +5,12 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
+use kvmmem_proto::map::MAX_FILES;
+use kvmmem_proto::name;
 use serde::Serialize;
 use uuid::Uuid;
 
 use super::options::Options;
-use crate::map::MAX_FILES;
-use crate::name;
 
 /// The most memory backends that are looked at.
 const MAX_BACKENDS: usize = 256;

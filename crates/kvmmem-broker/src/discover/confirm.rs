@@ -2,6 +2,8 @@
 //! Finds out which mapping of a VMM is which part of the RAM, where the VMM cannot be asked: by their sizes, and by what
 //! the guest's firmware has left in them. What can be told apart by neither is refused.
 
+use kvmmem_proto::map::Region;
+
 use super::acpi::{self, AcpiError};
 use super::backing::{self, Backing, Obstacle};
 use super::boot_map::{self, BootMapError};
@@ -9,7 +11,6 @@ use super::guest::{Guest, Window};
 use super::layout::Layout;
 use super::mapping::Mapping;
 use super::process::Process;
-use crate::map::Region;
 
 /// The most ways to choose mappings that are tried.
 const MAX_CHOICES: usize = 32;

@@ -5,6 +5,9 @@ use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::{Arc, Weak};
 
+use kvmmem_proto::map::Region;
+use kvmmem_proto::message::{Change, Registration};
+
 use super::attach::{self, AttachError, Opened, Seen};
 use super::backing::{Held, Source};
 use super::mapping;
@@ -13,12 +16,10 @@ use super::process::{FileId, Process};
 use super::successor;
 use super::watch::Watched;
 use crate::broker::{Broker, in_words};
-use crate::map::Region;
-use crate::peer::Credentials;
+use crate::credentials::Credentials;
 use crate::qmp::{Qmp, QmpError};
 use crate::registry::Vm;
 use crate::state::{Entry, Role};
-use crate::wire::{Change, Registration};
 
 impl Broker {
     /// Waits for the end of a VM's VMM, and listens to its monitor where there is one.

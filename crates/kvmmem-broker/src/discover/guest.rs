@@ -4,10 +4,11 @@
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
+use kvmmem_proto::map::Region;
+
 use super::backing::{Backing, Obstacle};
 use super::layout::Layout;
 use super::process::Process;
-use crate::map::Region;
 
 /// Where a mapping's bytes are read from: a file, and the place in it of the first byte.
 #[derive(Clone, Debug)]

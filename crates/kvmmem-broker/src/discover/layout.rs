@@ -8,9 +8,10 @@
 //! From 0xa0000 to 0xc0000 is the VGA's window, with SMRAM behind it: it is left out. From there to 1 MiB the chipset lays
 //! ROM over RAM and takes it away again, in pieces and at any time; what counts here is the RAM.
 
+use kvmmem_proto::map::{MAX_FILES, PAGE_SIZE, Region};
+
 use super::command_line::Vmm;
 use super::mtree::FlatRange;
-use crate::map::{MAX_FILES, PAGE_SIZE, Region};
 use crate::qmp::{MemoryBackend, MemoryDevice, MemorySize};
 
 /// Where the RAM above the hole begins.
@@ -223,8 +224,9 @@ fn cut(region: &Region, start: u64, end: u64) -> Option<Region> {
 
 #[cfg(test)]
 mod tests {
+    use kvmmem_proto::map::MemoryMap;
+
     use super::*;
-    use crate::map::MemoryMap;
     use crate::qmp::MemoryDeviceData;
     use proptest::prelude::*;
 

@@ -12,10 +12,10 @@ use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use kvmmem_proto::message::VcpuRegisters;
 use rustix::event::EventfdFlags;
 
 use crate::qmp::QmpError;
-use crate::wire::VcpuRegisters;
 
 /// How long a client waits for its answer: less than it waits for the broker's. Tests run on machines of any speed.
 pub(super) const LIMIT: Duration = Duration::from_secs(if cfg!(test) { 60 } else { 4 });

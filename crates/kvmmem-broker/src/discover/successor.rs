@@ -4,11 +4,12 @@
 
 use std::collections::HashSet;
 
+use kvmmem_proto::map::Region;
+
 use super::command_line::Vmm;
 use super::mapping::Mapping;
 use super::process::{FileId, Process};
 use super::recognise::recognise;
-use crate::map::Region;
 
 /// Finds for each VM the QEMU that has all these parts of files mapped as RAM of its own; none of the processes `others`,
 /// which have other VMs or look at these. No QEMU is found twice, and none for a VM without such parts.

@@ -4,11 +4,13 @@
 
 use std::sync::Arc;
 
+use kvmmem_proto::message::{Answer, Refusal};
+
 use super::questions::{AskError, Pause, Questions};
 use crate::broker::{Broker, Refused};
-use crate::peer::{Credentials, Peer};
+use crate::credentials::Credentials;
+use crate::peer::Peer;
 use crate::registry::Vm;
-use crate::wire::{Answer, Refusal};
 
 /// The vCPUs in one answer: keeps it within a packet.
 const PAGE: u32 = 16;

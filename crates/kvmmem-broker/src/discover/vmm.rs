@@ -8,10 +8,11 @@ use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
+use kvmmem_proto::message::{FromBroker, VcpuAnswer, VcpuQuestion};
+use kvmmem_proto::packet::Wait;
+
 use super::questions::{Ask, AskError, LIMIT, MAX_WAITING, Question};
-use crate::packet::Wait;
 use crate::peer::Peer;
-use crate::wire::{FromBroker, VcpuAnswer, VcpuQuestion};
 
 /// How much of a VMM's message is repeated, characters.
 const MAX_MESSAGE: usize = 200;

@@ -4,11 +4,11 @@
 use std::sync::{Arc, Weak};
 
 use kvmmem_kvmi::token::Token;
+use kvmmem_proto::message::{Caller, Refusal};
 
 use super::serve::Views;
 use crate::broker::{Broker, Refused};
 use crate::introspector::Opened;
-use crate::wire::{Caller, Refusal};
 
 /// The broker, as long as it lives.
 pub(super) struct Introspectors(pub(super) Weak<Broker>);

@@ -5,16 +5,16 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use kvmmem_kvmi::token::Token;
+use kvmmem_proto::guest::{self, FrameError, FromTool, ToTool};
+use kvmmem_proto::message::{Caller, Refusal};
+use kvmmem_proto::timed::Timed;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, Shutdown, recv};
 
-use super::frame::{self, FrameError, FromTool, ToTool};
 use super::places::Place;
-use super::timed::Timed;
 use crate::broker::Refused;
 use crate::limit::RateLimit;
-use crate::wire::{Caller, Refusal};
 
 /// How long a tool may take for its question.
 const ASK_LIMIT: Duration = Duration::from_secs(10);
@@ -55,7 +55,7 @@ pub(super) fn serve<V: Views>(views: &V, place: &Place) {
     match ask(views, place) {
         Ok(Some(view)) => {
             let number = V::number(&view);
-            let answered = frame::write(
+            let answered = guest::write(
                 &mut Timed::new(socket.as_fd(), Instant::now() + ANSWER_LIMIT),
                 &ToTool::Opened { view: number, ticket: V::ticket(&view) },
             );
@@ -79,7 +79,7 @@ fn ask<V: Views>(views: &V, place: &Place) -> Result<Option<V::View>, Refused> {
     let mut timed = Timed::new(place.socket().as_fd(), Instant::now() + ASK_LIMIT);
     // Without what is behind an error: that may repeat parts of the frame.
     let malformed = |error: FrameError| Refused::new(Refusal::Malformed, error);
-    match frame::read(&mut timed).map_err(malformed)? {
+    match guest::read(&mut timed).map_err(malformed)? {
         Some(FromTool::Open { token, read_only, caller }) => {
             views.open(place.cid(), &token, &caller, read_only).map(Some)
         }
@@ -113,7 +113,7 @@ pub(super) fn refuse(socket: &OwnedFd, cid: u32, refused: &Refused, deadline: In
     }
     let message = ToTool::refused(refused.refusal, &refused.message);
     // One that does not read it does without.
-    let _ = frame::write(&mut Timed::new(socket.as_fd(), deadline), &message);
+    let _ = guest::write(&mut Timed::new(socket.as_fd(), deadline), &message);
 }
 
 #[cfg(test)]

@@ -4,8 +4,9 @@
 use std::collections::{BTreeSet, HashMap};
 use std::time::Instant;
 
+use kvmmem_proto::message::Origin;
+
 use super::{MAX_LEAVING, Terms};
-use crate::wire::Origin;
 
 /// Those grants, by the time at which they leave and their number.
 #[derive(Debug, Default)]

@@ -3,10 +3,11 @@
 
 use std::time::Instant;
 
+use kvmmem_proto::message::{Cursor, GrantState, Origin, ViewInfo};
+use kvmmem_proto::scope::Scope;
+
 use super::grant::Grant;
 use super::{Grants, Holder, View};
-use crate::scope::Scope;
-use crate::wire::{Cursor, GrantState, Origin, ViewInfo};
 
 /// What a page may take up, in bytes of JSON.
 const PAGE: usize = 56 * 1024;

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The table against a model that keeps everything and searches it from end to end.
 
+use kvmmem_proto::message::Cursor;
+use kvmmem_proto::scope::Rights;
+
 use super::*;
-use crate::peer::Credentials;
-use crate::scope::Rights;
-use crate::wire::Cursor;
+use crate::credentials::Credentials;
 use proptest::prelude::*;
 use uuid::Uuid;
 

@@ -3,9 +3,10 @@
 
 use std::time::Instant;
 
+use kvmmem_proto::message::{GrantState, Origin};
+
 use super::grant::{Grant, View};
 use super::{Grants, KEPT};
-use crate::wire::{GrantState, Origin};
 
 impl Grants {
     /// Takes a view out of the table.

@@ -6,6 +6,10 @@ use std::sync::mpsc::{self, RecvTimeoutError};
 use std::sync::{Arc, Mutex, Weak};
 use std::time::{Duration, Instant};
 
+use kvmmem_client::vmm::{LinkError, Registration, ViewEvents, VmmLink};
+use kvmmem_proto::message::Which;
+use kvmmem_proto::message::{Answer, OnSilence, Refusal};
+use kvmmem_proto::packet::{PacketError, PacketSocket};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use uuid::Uuid;
@@ -19,13 +23,11 @@ use super::view::View;
 use super::{Introspector, State, Traits, janitor};
 use crate::broker::{Broker, Refused};
 use crate::connection;
-use crate::discover::attach::{Which, random_uuid};
+use crate::credentials::Credentials;
+use crate::discover::attach::random_uuid;
 use crate::discover::process;
-use crate::link::{LinkError, Registration, ViewEvents, VmmLink};
-use crate::packet::{PacketError, PacketSocket};
-use crate::peer::{Credentials, Peer};
+use crate::peer::Peer;
 use crate::state::{Entry, Role};
-use crate::wire::{Answer, OnSilence, Refusal};
 
 /// How long a packet within this process is waited for.
 const SEND_LIMIT: Duration = Duration::from_secs(1);

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What is asked of an introspector's QEMU.
 
+use kvmmem_proto::name;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
@@ -10,7 +11,6 @@ use super::Introspector;
 use super::monitor::{Monitor, MonitorError};
 use super::places::{self, Places};
 use super::plug::{PREFIX, Plug};
-use crate::name;
 
 /// Where devices are in QEMU's tree of objects: those with an id, and the others.
 const DEVICES: [&str; 2] = ["/machine/peripheral", "/machine/peripheral-anon"];

@@ -14,7 +14,7 @@ use kvmmem_abi::descriptor::{
 use rustix::fs::{MemfdFlags, SealFlags};
 use rustix::io::Errno;
 
-use crate::map::PAGE_SIZE;
+use kvmmem_proto::map::PAGE_SIZE;
 
 /// The generation of a view that was never changed.
 const FIRST_GENERATION: u64 = 2;

@@ -3,10 +3,11 @@
 
 use std::sync::Arc;
 
+use kvmmem_client::vmm::{Target, ViewEvents};
+
 use super::Introspector;
 use super::take_back::Cause;
 use super::view::lock;
-use crate::link::{Target, ViewEvents};
 
 impl ViewEvents for Introspector {
     fn revoke(&self, grant: u64) -> bool {

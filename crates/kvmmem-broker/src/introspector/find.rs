@@ -3,15 +3,16 @@
 
 use std::path::PathBuf;
 
+use kvmmem_proto::message::Which;
+use kvmmem_proto::name;
 use serde_json::Value;
 
 use super::monitor;
-use crate::discover::attach::{self, AttachError, Which};
+use crate::discover::attach::{self, AttachError};
 use crate::discover::command_line::Vmm;
 use crate::discover::options::Options;
 use crate::discover::process::{Process, ProcessError};
 use crate::discover::recognise::recognise;
-use crate::name;
 use crate::qmp::{Qmp, QmpError};
 
 /// The most sockets of one QEMU that are tried.

@@ -8,9 +8,11 @@ use std::sync::{Arc, Mutex};
 
 use super::Introspector;
 use super::view::lock;
+use kvmmem_proto::guest::GUEST_PORT;
+
 use crate::broker::Broker;
 use crate::discover::watch::{Watch, Watched};
-use crate::door::{DOOR_PORT, Door};
+use crate::door::Door;
 
 /// The most introspectors: each has five threads, and one more while views end.
 pub(super) const MAX: usize = 64;
@@ -39,7 +41,7 @@ enum Doorway {
 
 impl Default for Doorway {
     fn default() -> Self {
-        Self::Shut(Some(DOOR_PORT))
+        Self::Shut(Some(GUEST_PORT))
     }
 }
 
@@ -116,10 +118,11 @@ impl Introspectors {
 
 #[cfg(test)]
 mod tests {
+    use kvmmem_proto::message::Which;
+    use kvmmem_proto::message::{OnSilence, Refusal};
+
     use super::*;
-    use crate::discover::attach::Which;
-    use crate::peer::Credentials;
-    use crate::wire::{OnSilence, Refusal};
+    use crate::credentials::Credentials;
 
     #[test]
     fn those_that_are_being_added_count() {

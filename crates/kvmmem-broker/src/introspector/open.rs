@@ -8,7 +8,9 @@ use std::time::{Duration, Instant};
 
 use kvmmem_abi::descriptor::Descriptor;
 use kvmmem_abi::native::{RIGHT_READ, RIGHT_WRITE, STATE_GONE, STATE_OPEN};
+use kvmmem_client::vmm::{Attached, Caller, RedeemError, Rights};
 use kvmmem_kvmi::token::Token;
+use kvmmem_proto::message::Refusal;
 use rustix::io::Errno;
 use sha2::{Digest, Sha256};
 use zeroize::Zeroizing;
@@ -22,9 +24,7 @@ use super::take_back::Cause;
 use super::view::{Phase, View, lock};
 use super::{AskError, Introspector};
 use crate::broker::Refused;
-use crate::link::{Attached, Caller, RedeemError, Rights};
 use crate::tokens::random_token;
-use crate::wire::Refusal;
 
 /// How long the guest's driver may take to take up a view.
 const SEEN_LIMIT: Duration = Duration::from_secs(5);
@@ -263,7 +263,7 @@ fn shape(file: BorrowedFd<'_>) -> Option<Shape> {
     let stat = rustix::fs::fstat(file).ok()?;
     // For a file of huge pages this is their size; for others it may be less or more than a page.
     let is_huge = rustix::fs::fstatfs(file).is_ok_and(|stat| stat.f_type == HUGETLBFS_MAGIC);
-    let page = if is_huge { u64::try_from(stat.st_blksize).ok()? } else { crate::map::PAGE_SIZE };
+    let page = if is_huge { u64::try_from(stat.st_blksize).ok()? } else { kvmmem_proto::map::PAGE_SIZE };
     Some(Shape { size: u64::try_from(stat.st_size).ok()?, page })
 }
 

@@ -8,8 +8,8 @@ use std::collections::BTreeMap;
 
 use kvmmem_abi::descriptor::{MAX_RANGES, WindowRange};
 
-use crate::link::Region;
-use crate::map::PAGE_SIZE;
+use kvmmem_client::vmm::Region;
+use kvmmem_proto::map::PAGE_SIZE;
 
 /// Where both sides are aligned to this, the guest maps with large pages.
 const LARGE_PAGE: u64 = 2 << 20;

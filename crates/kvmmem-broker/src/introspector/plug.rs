@@ -8,12 +8,12 @@
 use std::os::fd::BorrowedFd;
 
 use kvmmem_abi::descriptor::SLOT_WINDOWS;
+use kvmmem_proto::map::PAGE_SIZE;
 use serde_json::{Value, json};
 
 use super::monitor::{Monitor, MonitorError};
 use super::pieces::Window;
 use super::places::Place;
-use crate::map::PAGE_SIZE;
 
 /// What QEMU says of what is not there.
 const NOT_FOUND: &str = "not found";

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! How much room an introspector has for views.
 
+use kvmmem_proto::message::{Answer, Refusal};
+
 use super::view::lock;
 use super::{Introspector, OpenError};
 use crate::broker::{Broker, Refused};
-use crate::wire::{Answer, Refusal};
 
 impl Introspector {
     /// How many PCI slots are free for views, and how many there are.

@@ -6,12 +6,12 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use kvmmem_abi::native::STATE_OPEN;
+use kvmmem_client::vmm::{Attached, Region, Rights, Scope, Target};
 
 use super::descriptor::Pages;
 use super::monitor::News;
 use super::places::Place;
 use super::plug::Plug;
-use crate::link::{Attached, Region, Rights, Scope, Target};
 
 /// A view from the moment in which its token was used until nothing of it is left in QEMU.
 #[derive(Debug)]
@@ -214,13 +214,14 @@ pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 mod tests {
     use std::cell::RefCell;
 
+    use kvmmem_proto::map::MemoryMap;
+
     use super::*;
-    use crate::map::MemoryMap;
 
     /// A target whose memory is at an offset in its file.
     fn target(generation: u64, offset: u64) -> Arc<Target> {
         let regions = vec![Region { gpa: 0, len: 0x1000, offset, file: 0 }];
-        Arc::new(Target::fake(1, generation, MemoryMap::new(regions).unwrap()))
+        Arc::new(Target::without_files(1, generation, MemoryMap::new(regions).unwrap()))
     }
 
     fn view() -> View {

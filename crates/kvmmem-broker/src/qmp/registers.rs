@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Registers of vCPUs, from the text that QEMU's `info registers` prints (`x86_cpu_dump_state` in target/i386/cpu-dump.c).
 
+use kvmmem_proto::message::{SegmentRegister, VcpuRegisters};
 use serde::Deserialize;
 use serde_json::json;
 
 use super::{Qmp, QmpError};
-use crate::wire::{SegmentRegister, VcpuRegisters};
 
 /// The command that prints registers.
 const COMMAND: &str = "human-monitor-command";

@@ -3,12 +3,12 @@
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
+use kvmmem_proto::map::MemoryMap;
 use kvmmem_sys::huge::write_at;
 use rustix::fs::{FsWord, OFlags, SealFlags};
 use rustix::io::Errno;
 
 use super::RamError;
-use crate::map::MemoryMap;
 
 /// The kernel's number for procfs (`PROC_SUPER_MAGIC`).
 const PROCFS: FsWord = 0x9fa0;

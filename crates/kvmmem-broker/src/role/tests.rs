@@ -4,15 +4,15 @@
 use std::sync::Arc;
 
 use kvmmem_kvmi::token::Token;
+use kvmmem_proto::endpoint::Endpoint;
+use kvmmem_proto::message::Which;
+use kvmmem_proto::message::{
+    Answer, Call, Caller, Change, Cursor, OnSilence, Refusal, Registration, VcpuAnswer, ViewCounters,
+};
 
 use super::Role;
 use crate::broker::Broker;
-use crate::discover::attach::Which;
-use crate::endpoint::Endpoint;
 use crate::test_peer::{Connection, USER, grant_request, registration};
-use crate::wire::{
-    Answer, Call, Caller, Change, Cursor, OnSilence, Refusal, Registration, VcpuAnswer, ViewCounters,
-};
 
 const ROLES: [Role; 4] = [Role::Administrator, Role::Operator, Role::Viewer, Role::Vmm];
 

@@ -3,13 +3,13 @@
 
 use std::time::{Duration, Instant};
 
+use kvmmem_proto::endpoint::Endpoint;
+use kvmmem_proto::message::{Answer, Call, Caller, Cursor, FromBroker, KvmiPolicy, Registration};
 use uuid::Uuid;
 
 use super::*;
-use crate::endpoint::Endpoint;
 use crate::quota::Bound;
 use crate::test_peer::{Connection, USER, grant_request, registration};
-use crate::wire::{Answer, Call, Caller, Cursor, FromBroker, KvmiPolicy, Registration};
 
 const OTHER: u32 = USER + 1;
 const ROOT: u32 = 0;
@@ -187,7 +187,7 @@ fn a_peer_that_reads_nothing_holds_few_descriptors() {
     let running = Running::new(Limits::default());
     let _tiger = running.target(USER, "tiger").unwrap();
     let mut viewer = running.connect(USER);
-    let request = crate::wire::GrantRequest { uses: 64, ..grant_request("tiger") };
+    let request = kvmmem_proto::message::GrantRequest { uses: 64, ..grant_request("tiger") };
     let Ok(Answer::Granted { token, .. }) = viewer.ask(Call::Grant(request), None) else {
         panic!("no grant")
     };

@@ -131,12 +131,12 @@ impl StateFile {
 mod tests {
     use std::os::unix::fs::PermissionsExt;
 
+    use kvmmem_proto::message::OnSilence;
     use proptest::prelude::*;
     use uuid::Uuid;
 
     use super::super::Role;
     use super::*;
-    use crate::wire::OnSilence;
 
     fn entries() -> Vec<Entry> {
         let target = Entry {

@@ -5,11 +5,13 @@ use std::io;
 use std::path::Path;
 use std::sync::Arc;
 
+use kvmmem_proto::message::Which;
+
 use super::{Entry, Role, State};
 use crate::broker::{Broker, Refused, in_words};
-use crate::discover::attach::{self, Which};
+use crate::credentials::Credentials;
+use crate::discover::attach;
 use crate::discover::process::Process;
-use crate::peer::Credentials;
 
 /// Why a VM is not added again.
 #[derive(Debug, thiserror::Error)]

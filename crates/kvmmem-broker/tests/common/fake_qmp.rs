@@ -14,7 +14,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use kvmmem_abi::descriptor::SEEN_AT;
-use kvmmem_broker::admin::Which;
+use kvmmem_client::admin::Which;
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
 use serde_json::{Value, json};
 

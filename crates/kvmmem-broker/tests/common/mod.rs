@@ -14,22 +14,22 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use kvmmem_abi::errno::KvmError;
-use kvmmem_broker::admin::{Admin, GrantInfo, GrantRequest, Granted};
 use kvmmem_broker::broker::Broker;
-use kvmmem_broker::endpoint::Endpoint;
+use kvmmem_broker::credentials::Credentials;
 use kvmmem_broker::hook::Owner;
-use kvmmem_broker::link::{
-    Attached, Caller, RedeemError, Region, Registration, Rights, Target, ViewEvents, VmmLink,
-};
-use kvmmem_broker::peer::Credentials;
 use kvmmem_broker::quota::Limits;
 use kvmmem_broker::registry::Vm;
 use kvmmem_broker::server::Server;
+use kvmmem_client::admin::{Admin, GrantInfo, GrantRequest, Granted};
+use kvmmem_client::vmm::{
+    Attached, Caller, RedeemError, Region, Registration, Rights, Target, ViewEvents, VmmLink,
+};
 use kvmmem_kvmi::handshake::{ToolHello, VmHello};
 use kvmmem_kvmi::message::{HEADER_SIZE, Header};
 use kvmmem_kvmi::reply::{self, Fixed, MapToken, Outcome};
 use kvmmem_kvmi::request::Request;
 use kvmmem_kvmi::token::Token;
+use kvmmem_proto::endpoint::Endpoint;
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use uuid::Uuid;

@@ -4,7 +4,7 @@
 use std::io::{BufRead, BufReader, Read, Write};
 use std::process::{Child, ChildStdout, Command, Stdio};
 
-use kvmmem_broker::admin::{AdminError, Which};
+use kvmmem_client::admin::{AdminError, Which};
 use rustix::fs::SealFlags;
 use rustix::mm::{MapFlags, ProtFlags};
 use vm_memory::mmap::MmapRegionBuilder;

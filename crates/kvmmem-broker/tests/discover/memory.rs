@@ -5,11 +5,11 @@ use std::io::{Read, Write};
 use std::os::unix::net::UnixListener;
 use std::time::Duration;
 
+use kvmmem::host::HostLink;
 use kvmmem_abi::errno::KvmError;
-use kvmmem_broker::admin::{Evidence, GrantRequest, Rights, Which};
 use kvmmem_broker::discover::discover;
-use kvmmem_broker::host::HostLink;
-use kvmmem_broker::link::RedeemError;
+use kvmmem_client::admin::{Evidence, GrantRequest, Rights, Which};
+use kvmmem_client::vmm::RedeemError;
 use kvmmem_kvmi::request::Request;
 use serde_json::json;
 

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What the next broker knows.
 
-use kvmmem_broker::admin::{Rights, Which};
+use kvmmem::host::HostLink;
 use kvmmem_broker::audit::AuditFile;
-use kvmmem_broker::host::HostLink;
+use kvmmem_client::admin::{Rights, Which};
 use serde_json::{Value, json};
 
 use crate::common::{TestBroker, request, wait_for};
@@ -101,7 +101,7 @@ fn memory_keeps_its_generation_over_removal_and_the_next_broker() {
     let first = add(&broker);
     let vm = broker.state.find("tiger").unwrap();
     let regions = vm.ram().unwrap().layout().map.regions().to_vec();
-    broker.state.ram_changed(Some(&vm), regions, kvmmem_broker::link::Change::Reset).unwrap();
+    broker.state.ram_changed(Some(&vm), regions, kvmmem_client::vmm::Change::Reset).unwrap();
     assert_eq!(generation(&broker), first + 1);
     broker.admin().remove_target("tiger").unwrap();
     assert_eq!(add(&broker), first + 1);

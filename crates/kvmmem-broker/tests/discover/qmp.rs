@@ -10,8 +10,8 @@ use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use kvmmem_broker::admin::{Admin, Evidence, GrantRequest, Rights, Which};
-use kvmmem_broker::host::{HostEvent, HostLink};
+use kvmmem::host::{HostEvent, HostLink};
+use kvmmem_client::admin::{Admin, Evidence, GrantRequest, Rights, Which};
 use serde_json::{Value, json};
 
 use crate::common::{self, TestBroker, request, wait_for};

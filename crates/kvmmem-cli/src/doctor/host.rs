@@ -6,8 +6,8 @@ use std::io::ErrorKind;
 use std::path::Path;
 
 use kvm_ioctls::Kvm;
-use kvmmem_broker::admin::{Admin, AdminError, TargetInfo};
-use kvmmem_broker::wire::Refusal;
+use kvmmem_client::admin::{Admin, AdminError, TargetInfo};
+use kvmmem_proto::message::Refusal;
 use kvmmem_sys::xen;
 
 use super::{Check, guest, limits};

@@ -7,7 +7,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
-use kvmmem_broker::admin::VcpuRegisters;
+use kvmmem_client::admin::VcpuRegisters;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 

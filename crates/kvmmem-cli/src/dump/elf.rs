@@ -5,7 +5,7 @@
 //! PT_NOTE is the first. It takes a file whose PT_LOADs have page-aligned offsets and another alignment than 0 for one of
 //! its old formats, so p_align is 0. Segments may not overlap in physical memory, or volatility3 finds nothing.
 
-use kvmmem_broker::admin::{SegmentRegister, VcpuRegisters};
+use kvmmem_client::admin::{SegmentRegister, VcpuRegisters};
 
 use crate::range::GpaRange;
 

@@ -12,7 +12,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow};
-use kvmmem_broker::admin::AdminError;
+use kvmmem_client::admin::AdminError;
 use serde::Serialize;
 
 use crate::source::Operator;

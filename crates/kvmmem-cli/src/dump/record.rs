@@ -7,7 +7,7 @@ use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::Result;
-use kvmmem_broker::admin::VcpuRegisters;
+use kvmmem_client::admin::VcpuRegisters;
 use serde::Serialize;
 use serde_json::Value;
 use uuid::Uuid;

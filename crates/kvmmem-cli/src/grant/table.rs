@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use kvmmem_broker::admin::{GrantInfo, GrantState, Origin, Scope, ViewInfo};
+use kvmmem_client::admin::{GrantInfo, GrantState, Origin, Scope, ViewInfo};
 
 use crate::failure::escape;
 use crate::number::duration;
@@ -70,7 +70,7 @@ fn view(view: &ViewInfo) -> String {
 
 #[cfg(test)]
 mod tests {
-    use kvmmem_broker::admin::{Rights, Span, ViewCounters};
+    use kvmmem_client::admin::{Rights, Span, ViewCounters};
     use uuid::Uuid;
 
     use super::*;

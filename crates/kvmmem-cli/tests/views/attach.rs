@@ -4,7 +4,7 @@
 use std::io::{BufRead, BufReader, Read, Write};
 use std::process::{Child, Stdio};
 
-use kvmmem_broker::link::{Change, Region};
+use kvmmem_client::vmm::{Change, Region};
 use rustix::process::Signal;
 use serde_json::Value;
 

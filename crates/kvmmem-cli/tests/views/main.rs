@@ -18,7 +18,7 @@ mod watch;
 use std::fs::File;
 use std::io::Write;
 
-use kvmmem_broker::link::Region;
+use kvmmem_client::vmm::Region;
 
 use crate::common::Host;
 

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use kvmmem_broker::link::{Region, VcpuAnswer, VcpuQuestion, VcpuRegisters, Vcpus};
+use kvmmem_client::vmm::{Region, VcpuAnswer, VcpuQuestion, VcpuRegisters, Vcpus};
 use serde_json::{Value, json};
 
 use crate::common::Host;

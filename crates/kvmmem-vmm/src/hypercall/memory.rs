@@ -3,7 +3,7 @@
 
 use kvmmem_abi::errno::KvmError;
 use kvmmem_abi::ioctl::PAGE_SIZE;
-use kvmmem_broker::link::Token;
+use kvmmem_client::vmm::Token;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 use zeroize::Zeroizing;
 

@@ -7,7 +7,7 @@ use std::task::Poll;
 use kvmmem_abi::errno::KvmError;
 use kvmmem_abi::hypercall::{AttachRequest, AttachResult, SEEK_DATA, SEEK_HOLE};
 use kvmmem_abi::native::ATTACH_READ_ONLY;
-use kvmmem_broker::link::{Caller, Token, ViewCounters};
+use kvmmem_client::vmm::{Caller, Token, ViewCounters};
 use zeroize::Zeroizing;
 
 use super::deferred::Deferred;

@@ -7,10 +7,10 @@ use std::sync::{Arc, Weak};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use kvmmem_abi::errno::KvmError;
-use kvmmem_broker::link::{
+use kvmmem_client::vmm::{
     self, Caller, LinkError, RedeemError, Region, Registration, Target, Token, ViewCounters, VmmLink,
 };
-use kvmmem_broker::map::MemoryMap;
+use kvmmem_proto::map::MemoryMap;
 use kvmmem_sys::ram::GuestRam;
 use uuid::Uuid;
 
@@ -70,7 +70,7 @@ impl TokenSource for VmmLink {
     }
 
     fn attach(&self, token: &Token, caller: &Caller, read_only: bool) -> Result<Attached, KvmError> {
-        let link::Attached { view, grant, target, scope } =
+        let vmm::Attached { view, grant, target, scope } =
             VmmLink::attach(self, token, caller, read_only).map_err(number)?;
         Ok(Attached { view, grant, target, scope })
     }

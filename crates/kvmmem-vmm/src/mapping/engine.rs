@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvmmem_abi::errno::KvmError;
 use kvmmem_abi::ioctl::PAGE_SIZE;
-use kvmmem_broker::link::Rights;
+use kvmmem_client::vmm::Rights;
 use kvmmem_sys::ram::{GuestRam, RamError};
 
 use super::source::{Redeemed, TargetMemory};

@@ -4,8 +4,8 @@
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use kvmmem_broker::link::{Region, Scope, Span};
-use kvmmem_broker::map::MemoryMap;
+use kvmmem_client::vmm::{Region, Scope, Span};
+use kvmmem_proto::map::MemoryMap;
 use proptest::prelude::*;
 use vm_memory::{Bytes, GuestAddress};
 

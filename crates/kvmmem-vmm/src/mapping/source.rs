@@ -5,8 +5,8 @@ use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Weak};
 
 use kvmmem_abi::errno::KvmError;
-use kvmmem_broker::link::{Caller, Scope, Token, ViewCounters};
-use kvmmem_broker::map::MemoryMap;
+use kvmmem_client::vmm::{Caller, Scope, Token, ViewCounters};
+use kvmmem_proto::map::MemoryMap;
 
 use crate::window::Views;
 

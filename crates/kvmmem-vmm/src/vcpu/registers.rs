@@ -3,7 +3,7 @@
 
 use kvm_bindings::{Msrs, kvm_dtable, kvm_msr_entry, kvm_regs, kvm_segment};
 use kvm_ioctls::VcpuFd;
-use kvmmem_broker::link::{SegmentRegister, VcpuRegisters};
+use kvmmem_client::vmm::{SegmentRegister, VcpuRegisters};
 
 const MSR_LSTAR: u32 = 0xc000_0082;
 const MSR_KERNEL_GS_BASE: u32 = 0xc000_0102;

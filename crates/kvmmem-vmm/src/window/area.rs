@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 
-use kvmmem_broker::link::Region;
+use kvmmem_client::vmm::Region;
 use kvmmem_sys::ram::HOLE_END;
 use kvmmem_sys::window::{GIANT_PAGE, LARGE_PAGE, alignment};
 

@@ -7,7 +7,7 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvmmem_abi::descriptor::MAX_RANGES;
-use kvmmem_broker::link::{Region, Target, ViewEvents};
+use kvmmem_client::vmm::{Region, Target, ViewEvents};
 use kvmmem_sys::memslot::Memslot;
 use kvmmem_sys::window::GuestMapping;
 

@@ -5,7 +5,7 @@
 use std::os::fd::BorrowedFd;
 use std::time::{Duration, Instant};
 
-use kvmmem_broker::link::Region;
+use kvmmem_client::vmm::Region;
 use kvmmem_sys::cachestat::pages_with_contents;
 use kvmmem_sys::ram::PAGE_SIZE;
 use rustix::fs::SeekFrom;
@@ -118,7 +118,7 @@ fn is_full(file: BorrowedFd<'_>, offset: u64, len: u64) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use kvmmem_broker::map::MemoryMap;
+    use kvmmem_proto::map::MemoryMap;
     use kvmmem_sys::ram::GuestRam;
     use proptest::prelude::*;
     use vm_memory::{Bytes, GuestAddress};

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use kvm_ioctls::VmFd;
 use kvmmem_abi::descriptor::{Descriptor, WindowRange};
 use kvmmem_abi::native::{RIGHT_READ, RIGHT_WRITE, STATE_GONE, STATE_OPEN, STATE_REVOKED};
-use kvmmem_broker::link::{Region, Rights, Scope, ViewCounters};
+use kvmmem_client::vmm::{Region, Rights, Scope, ViewCounters};
 use kvmmem_sys::memslot::{Memslot, SlotError};
 use kvmmem_sys::window::{Access, GuestMapping, MappingError, PoisonFile};
 

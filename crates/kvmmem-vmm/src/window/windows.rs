@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvm_ioctls::{Cap, VmFd};
 use kvmmem_abi::hypercall::AttachResult;
-use kvmmem_broker::link::{Region, Rights, Token, ViewCounters};
+use kvmmem_client::vmm::{Region, Rights, Token, ViewCounters};
 use kvmmem_sys::memslot::Memslot;
 use kvmmem_sys::window::{LARGE_PAGE, PoisonFile};
 use sha2::{Digest, Sha256};

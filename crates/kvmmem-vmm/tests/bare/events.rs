@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 use kvmmem_abi::errno::KvmError;
 use kvmmem_abi::hypercall::{ATTACH, DETACH, MEM_MAP, MEM_UNMAP, SEEK, SEEK_DATA};
 use kvmmem_abi::native::{RIGHT_READ, RIGHT_WRITE, STATE_GONE, STATE_OPEN, STATE_REVOKED};
-use kvmmem_broker::admin::Admin;
-use kvmmem_broker::link::{Rights, Scope};
+use kvmmem_client::admin::Admin;
+use kvmmem_client::vmm::{Rights, Scope};
 use kvmmem_vmm::mapping::{TargetMemory, Views};
 use kvmmem_vmm::{ResetPolicy, VmExit};
 

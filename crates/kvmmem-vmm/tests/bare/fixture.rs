@@ -8,10 +8,10 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use kvmmem_abi::errno::KvmError;
-use kvmmem_broker::admin::{Admin, GrantRequest, Granted};
-use kvmmem_broker::link::{Region, Registration, Rights, Scope, VmmLink};
-use kvmmem_broker::map::MemoryMap;
 use kvmmem_broker::server::Server;
+use kvmmem_client::admin::{Admin, GrantRequest, Granted};
+use kvmmem_client::vmm::{Region, Registration, Rights, Scope, VmmLink};
+use kvmmem_proto::map::MemoryMap;
 use kvmmem_sys::ram::GuestRam;
 use kvmmem_vmm::mapping::TargetMemory;
 use kvmmem_vmm::{Control, HypercallWay, ResetPolicy, SerialConfig, VmConfig, VmExit, VmStatus, VmmError};

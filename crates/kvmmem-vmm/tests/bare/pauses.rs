@@ -5,8 +5,8 @@ use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
-use kvmmem_broker::admin::Admin;
 use kvmmem_broker::server::Server;
+use kvmmem_client::admin::Admin;
 use kvmmem_vmm::{Control, VmExit};
 
 use crate::fixture::{config, has_kvm, wait_until};

@@ -8,9 +8,10 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::time::{Duration, Instant};
 
+use kvmmem_client::admin::Admin;
+
 use kvmmem_abi::hypercall::{MEM_MAP, MEM_UNMAP, SEEK, SEEK_DATA};
 use kvmmem_abi::native::{RIGHT_READ, RIGHT_WRITE, STATE_OPEN, STATE_REVOKED};
-use kvmmem_broker::admin::Admin;
 use kvmmem_vmm::{Control, ResetPolicy, VmExit};
 use landlock::{AccessFs, CompatLevel, Compatible, Ruleset, RulesetAttr};
 

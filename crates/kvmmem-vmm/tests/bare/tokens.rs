@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, Weak};
 
 use kvmmem_abi::errno::KvmError;
-use kvmmem_broker::link::{Caller, Rights, Scope, ViewCounters};
+use kvmmem_client::vmm::{Caller, Rights, Scope, ViewCounters};
 use kvmmem_vmm::mapping::{Attached, Redeemed, TargetMemory, Token, TokenSource, Views};
 
 use crate::fixture::{TOKEN, Target};

@@ -7,7 +7,7 @@ use kvmmem_abi::descriptor::MAGIC;
 use kvmmem_abi::errno::KvmError;
 use kvmmem_abi::hypercall::{ATTACH, DETACH, SEEK, SEEK_DATA, SEEK_HOLE};
 use kvmmem_abi::native::{ATTACH_READ_ONLY, RIGHT_READ, STATE_OPEN};
-use kvmmem_broker::link::{Rights, Scope, ViewCounters};
+use kvmmem_client::vmm::{Rights, Scope, ViewCounters};
 use kvmmem_vmm::VmExit;
 
 use crate::fixture::{TARGET_HOLE, TOKEN, Target, refused, run_with_tokens, window_ways};

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use kvmmem_abi::errno::KvmError;
 use kvmmem_abi::hypercall::{ATTACH, MEM_MAP};
-use kvmmem_broker::link::Rights;
+use kvmmem_client::vmm::Rights;
 use kvmmem_vmm::VmExit;
 
 use crate::fixture::{refused, run_with_tokens, wait_until, window_ways};

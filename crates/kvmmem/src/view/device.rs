@@ -221,7 +221,7 @@ impl DeviceView {
         if let Some(gpa) = first_hole(&status.ranges, range) {
             return Err(ViewError::Hole { operation, gpa });
         }
-        let memory = Foreign::reserve(range.len, range.gpa, self.is_writable, kvmmem_broker::map::PAGE_SIZE)
+        let memory = Foreign::reserve(range.len, range.gpa, self.is_writable, kvmmem_proto::map::PAGE_SIZE)
             .map_err(|source| ViewError::System { operation, source })?;
         // The mapping keeps the file open.
         until_settled(|| memory.place(0, range.len, self.file.as_fd(), range.gpa))

@@ -6,11 +6,11 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
-use kvmmem_broker::door::frame::{self, FrameError};
-use kvmmem_broker::door::timed::Timed;
-use kvmmem_broker::door::{DOOR_PORT, FromTool, ToTool};
-use kvmmem_broker::wire::{Caller, Refusal};
 use kvmmem_kvmi::token::Token;
+use kvmmem_proto::guest::{self, FrameError};
+use kvmmem_proto::guest::{FromTool, GUEST_PORT, ToTool};
+use kvmmem_proto::message::{Caller, Refusal};
+use kvmmem_proto::timed::Timed;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use vsock::{VMADDR_CID_HOST, VsockStream};
@@ -128,7 +128,7 @@ pub fn knock(patience: Duration) -> Result<(), DoorError> {
 
 /// Waits for a refusal that does not come.
 fn hear(socket: BorrowedFd<'_>, port: u32, patience: Duration) -> Result<(), DoorError> {
-    match frame::read(&mut Timed::new(socket, Instant::now() + patience)) {
+    match guest::read(&mut Timed::new(socket, Instant::now() + patience)) {
         Err(FrameError::Read(error)) if error.kind() == io::ErrorKind::TimedOut => Ok(()),
         Err(source) => Err(DoorError::Answer { port, source: Some(source) }),
         Ok(Some(ToTool::Refused { refusal, message })) => Err(DoorError::Refused { refusal, message }),
@@ -139,7 +139,7 @@ fn hear(socket: BorrowedFd<'_>, port: u32, patience: Duration) -> Result<(), Doo
 /// The port of the host's door.
 fn port() -> Result<u32, DoorError> {
     match std::env::var_os(DOOR_VARIABLE) {
-        None => Ok(DOOR_PORT),
+        None => Ok(GUEST_PORT),
         Some(text) => {
             let text = text.to_string_lossy();
             text.parse().map_err(|_| DoorError::Port(text.into_owned()))
@@ -152,9 +152,9 @@ fn ask(socket: BorrowedFd<'_>, port: u32, token: &Token, read_only: bool) -> Res
     let mut timed = Timed::new(socket, Instant::now() + LIMIT);
     let question = FromTool::Open { token: token.clone(), read_only, caller: Caller::this_process() };
     // Who is refused at once may be so before this is sent; the answer tells.
-    let sent = frame::write(&mut timed, &question);
+    let sent = guest::write(&mut timed, &question);
     let no_answer = |source| DoorError::Answer { port, source };
-    match frame::read(&mut timed).map_err(|error| no_answer(Some(error)))? {
+    match guest::read(&mut timed).map_err(|error| no_answer(Some(error)))? {
         Some(ToTool::Opened { ticket, .. }) => Ok(ticket),
         Some(ToTool::Refused { refusal, message }) => Err(DoorError::Refused { refusal, message }),
         None => Err(no_answer(sent.err())),
@@ -185,7 +185,7 @@ mod tests {
     ) -> (UnixStream, JoinHandle<()>) {
         let (ours, mut theirs) = UnixStream::pair().unwrap();
         let thread = std::thread::spawn(move || {
-            let question = frame::read(&mut theirs).unwrap();
+            let question = guest::read(&mut theirs).unwrap();
             act(&mut theirs, question);
         });
         (ours, thread)
@@ -196,8 +196,8 @@ mod tests {
         let (ours, thread) = host(|stream, question| {
             let Some(FromTool::Open { token: asked, read_only, caller }) = question else { panic!() };
             assert!(asked == token() && read_only && caller.pid == std::process::id());
-            frame::write(stream, &ToTool::Opened { view: 3, ticket: Token::new([9; 4]) }).unwrap();
-            assert_eq!(frame::read::<FromTool>(stream).unwrap(), None);
+            guest::write(stream, &ToTool::Opened { view: 3, ticket: Token::new([9; 4]) }).unwrap();
+            assert_eq!(guest::read::<FromTool>(stream).unwrap(), None);
         });
         assert_eq!(ask(ours.as_fd(), 1, &token(), true).unwrap(), Token::new([9; 4]));
         assert!(!is_shut(ours.as_fd()));
@@ -209,7 +209,7 @@ mod tests {
     #[test]
     fn the_hosts_words_are_passed_on() {
         let (ours, thread) = host(|stream, _| {
-            frame::write(stream, &ToTool::refused(Refusal::Denied, "no free place: add a root port"))
+            guest::write(stream, &ToTool::refused(Refusal::Denied, "no free place: add a root port"))
                 .unwrap();
         });
         let error = ask(ours.as_fd(), 1, &token(), false).unwrap_err();
@@ -238,7 +238,7 @@ mod tests {
     fn who_knocks_hears_a_refusal_or_nothing() {
         let (ours, mut theirs) = UnixStream::pair().unwrap();
         hear(ours.as_fd(), 1, Duration::from_millis(20)).unwrap();
-        frame::write(&mut theirs, &ToTool::refused(Refusal::Denied, "a stranger")).unwrap();
+        guest::write(&mut theirs, &ToTool::refused(Refusal::Denied, "a stranger")).unwrap();
         drop(theirs);
         let patience = Duration::from_secs(20);
         assert_eq!(hear(ours.as_fd(), 1, patience).unwrap_err().to_string(), "a stranger");

@@ -5,8 +5,9 @@ use std::fmt;
 use std::io;
 use std::path::PathBuf;
 
-use kvmmem_broker::host::{CopyError, HostError};
-use kvmmem_broker::ram::SHARE_IT;
+use kvmmem_proto::map::SHARE_IT;
+
+use crate::host::{CopyError, HostError};
 use kvmmem_sys::device::OpenError;
 use rustix::io::Errno;
 

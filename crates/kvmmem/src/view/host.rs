@@ -12,8 +12,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use kvmmem_broker::host::{HostError, HostEvent, HostLink};
-use kvmmem_broker::scope::{Rights, Span};
+use kvmmem_proto::scope::{Rights, Span};
+
+use crate::host::{HostError, HostEvent, HostLink};
 use kvmmem_kvmi::token::Token;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::io::Errno;

@@ -9,8 +9,9 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, Weak};
 use std::time::{Duration, Instant};
 
-use kvmmem_broker::host::{Copier, CopyError, Stopped};
-use kvmmem_broker::map::Region;
+use kvmmem_proto::map::Region;
+
+use crate::host::{Copier, CopyError, Stopped};
 use kvmmem_sys::foreign::Foreign;
 use kvmmem_sys::huge::{page_size, write_at};
 use rustix::fs::{SeekFrom, seek};
@@ -22,7 +23,7 @@ use kept::Kept;
 use kvmmem_memory::range::{Range, first_hole, next_range};
 
 /// Bytes of a page.
-const PAGE: u64 = kvmmem_broker::map::PAGE_SIZE;
+const PAGE: u64 = kvmmem_proto::map::PAGE_SIZE;
 
 /// The most bytes that are copied before a thread that ends the view gets a chance.
 const COPY_LIMIT: usize = 1 << 20;

@@ -11,9 +11,9 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use kvmmem::{Access, Token, View, ViewError};
-use kvmmem_broker::admin::{Admin, GrantRequest, Granted, Rights, Span};
-use kvmmem_broker::link::{Region, Registration, VmmLink};
 use kvmmem_broker::server::Server;
+use kvmmem_client::admin::{Admin, GrantRequest, Granted, Rights, Span};
+use kvmmem_client::vmm::{Region, Registration, VmmLink};
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
 use uuid::Uuid;
 

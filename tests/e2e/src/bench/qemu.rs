@@ -3,8 +3,8 @@
 
 use anyhow::{Context, Result};
 use kvmmem::Token;
-use kvmmem_broker::admin::GrantRequest;
-use kvmmem_broker::door::DOOR_PORT;
+use kvmmem_client::admin::GrantRequest;
+use kvmmem_proto::guest::GUEST_PORT;
 
 use super::row::Row;
 use super::views::{self, LENGTH};
@@ -54,7 +54,7 @@ fn opening(world: &mut World, spec: &Spec, name: &'static str, gpa: u64) -> Resu
     let mut tool = world.qemu_viewer(spec)?;
     let mut opened = Vec::new();
     for _ in 0..ROUNDS {
-        let micros = tool.must(&format!("first {DOOR_PORT} {} {gpa:#x}", token.as_str()))?;
+        let micros = tool.must(&format!("first {GUEST_PORT} {} {gpa:#x}", token.as_str()))?;
         world.settles(0)?;
         opened.push(micros.parse::<u64>().context("the tool says no time")? * 1000);
     }
@@ -65,7 +65,7 @@ fn opening(world: &mut World, spec: &Spec, name: &'static str, gpa: u64) -> Resu
 fn using(world: &World, spec: &Spec) -> Result<Vec<Row>> {
     // The tool keeps the door open, the bench takes the view.
     let mut tool = world.qemu_viewer(spec)?;
-    let answer = tool.must(&format!("door {DOOR_PORT} ro {}", token(world)?.to_hex().as_str()))?;
+    let answer = tool.must(&format!("door {GUEST_PORT} ro {}", token(world)?.to_hex().as_str()))?;
     let ticket: Token = answer.split(' ').nth(1).unwrap_or_default().parse().context("no ticket")?;
     let memory = views::time(&world.bed, &world.qemu(spec)?.agent, &ticket, "memory", LENGTH)?;
     views::memory_rows(&memory)

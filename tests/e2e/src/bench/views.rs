@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use kvmmem::Token;
-use kvmmem_broker::admin::GrantRequest;
-use kvmmem_broker::link::{Region, Registration, VmmLink};
+use kvmmem_client::admin::GrantRequest;
+use kvmmem_client::vmm::{Region, Registration, VmmLink};
 use kvmmem_guest::{Agent, Command};
 use kvmmem_probe::Samples;
 use kvmmem_sys::ram::GuestRam;

@@ -4,8 +4,8 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
-use kvmmem_broker::scope::Rights;
 use kvmmem_guest::Command;
+use kvmmem_proto::scope::Rights;
 
 use crate::raw::errno;
 use crate::report::Report;

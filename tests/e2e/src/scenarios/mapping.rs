@@ -4,10 +4,10 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use kvmmem_broker::admin::GrantRequest;
-use kvmmem_broker::scope::Rights;
+use kvmmem_client::admin::GrantRequest;
 use kvmmem_guest::{Child, Command};
 use kvmmem_probe::{More, Step};
+use kvmmem_proto::scope::Rights;
 
 use crate::report::Report;
 use crate::wait::PATIENCE;

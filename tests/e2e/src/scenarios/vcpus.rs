@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
-use kvmmem_broker::admin::Admin;
+use kvmmem_client::admin::Admin;
 use kvmmem_guest::Command;
 use serde_json::Value;
 

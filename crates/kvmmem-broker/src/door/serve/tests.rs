@@ -129,12 +129,12 @@ fn caller() -> Caller {
 }
 
 fn ask(stream: &mut UnixStream, token: Token) -> ToTool {
-    frame::write(stream, &FromTool::Open { token, read_only: true, caller: caller() }).unwrap();
+    guest::write(stream, &FromTool::Open { token, read_only: true, caller: caller() }).unwrap();
     answer(stream)
 }
 
 fn answer(stream: &mut UnixStream) -> ToTool {
-    frame::read(stream).unwrap().expect("an answer")
+    guest::read(stream).unwrap().expect("an answer")
 }
 
 /// Whether the door has closed.
@@ -180,7 +180,7 @@ fn who_may_not_ask_is_told_why_and_its_token_is_not_looked_at() {
     let door = TestDoor::start();
     let mut tool = door.connect(8);
     let _ =
-        frame::write(&mut tool, &FromTool::Open { token: good_token(), read_only: true, caller: caller() });
+        guest::write(&mut tool, &FromTool::Open { token: good_token(), read_only: true, caller: caller() });
     assert_eq!(answer(&mut tool), ToTool::refused(Refusal::Denied, "VM 8 is no introspector"));
     assert!(is_closed(&mut tool));
     assert!(door.state.asked.lock().unwrap().is_empty());
@@ -242,7 +242,7 @@ fn a_vm_has_so_many_connections_and_gets_them_back() {
         attempts.fetch_add(1, Ordering::Relaxed);
         let mut tool = door.connect(CID);
         let question = FromTool::Open { token: good_token(), read_only: true, caller: caller() };
-        let _ = frame::write(&mut tool, &question);
+        let _ = guest::write(&mut tool, &question);
         matches!(answer(&mut tool), ToTool::Opened { .. })
     });
 }

@@ -4,7 +4,7 @@
 use std::fs;
 use std::os::unix::fs::{FileExt, MetadataExt};
 
-use kvmmem_broker::link::Region;
+use kvmmem_client::vmm::Region;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 

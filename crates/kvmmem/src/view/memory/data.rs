@@ -4,9 +4,9 @@
 
 use std::os::fd::{AsFd, OwnedFd};
 
-use kvmmem_broker::map::PAGE_SIZE;
 use kvmmem_memory::Range;
 use kvmmem_memory::range::next_range;
+use kvmmem_proto::map::PAGE_SIZE;
 use kvmmem_sys::cachestat::pages_with_contents;
 use rustix::fs::{SeekFrom, seek};
 use rustix::io::Errno;

@@ -2,7 +2,7 @@
 //! What an introspector under a stock QEMU may see, and how much of it at once.
 
 use anyhow::{Context, Result};
-use kvmmem_broker::scope::Span;
+use kvmmem_proto::scope::Span;
 
 use super::looked_at::{LookedAt, add, open};
 use super::{NEW_Q35, OLD_PC, is_empty};

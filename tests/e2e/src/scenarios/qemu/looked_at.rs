@@ -2,8 +2,8 @@
 //! What an introspector under a stock QEMU looks at, and how it comes to that.
 
 use anyhow::{Context, Result};
-use kvmmem_broker::admin::{GrantRequest, Granted};
-use kvmmem_broker::scope::Span;
+use kvmmem_client::admin::{GrantRequest, Granted};
+use kvmmem_proto::scope::Span;
 
 use crate::qemu::Spec;
 use crate::raw::Raw;

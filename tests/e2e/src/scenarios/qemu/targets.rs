@@ -5,7 +5,7 @@ use std::fs;
 use std::process::Command;
 
 use anyhow::{Context, Result};
-use kvmmem_broker::admin::GrantRequest;
+use kvmmem_client::admin::GrantRequest;
 use kvmmem_probe::COUNTER;
 
 use super::introspectors::glance;

@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use kvmmem_broker::admin::GrantRequest;
+use kvmmem_client::admin::GrantRequest;
 use kvmmem_guest::Command;
 use serde_json::Value;
 

@@ -4,8 +4,8 @@
 use std::time::Instant;
 
 use anyhow::{Context, Result};
-use kvmmem_broker::scope::Rights;
 use kvmmem_probe::COUNTER;
+use kvmmem_proto::scope::Rights;
 
 use super::state;
 use super::use_it::hex;
@@ -33,7 +33,7 @@ impl Left {
 pub(crate) fn revoke(world: &mut World, report: &mut Report) -> Result<()> {
     let gpa = world.gpa()?;
     let end = world.max_gfn()? << 12;
-    let grant = world.grant_as(|request| kvmmem_broker::admin::GrantRequest {
+    let grant = world.grant_as(|request| kvmmem_client::admin::GrantRequest {
         rights: Rights::ReadWrite,
         uses: 2,
         label: Some("views_revoke".into()),

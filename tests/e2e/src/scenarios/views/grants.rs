@@ -2,8 +2,8 @@
 //! What a grant allows, and to whom.
 
 use anyhow::{Context, Result};
-use kvmmem_broker::admin::{GrantInfo, GrantRequest, GrantState, KvmiPolicy};
-use kvmmem_broker::scope::{Rights, Span};
+use kvmmem_client::admin::{GrantInfo, GrantRequest, GrantState, KvmiPolicy};
+use kvmmem_proto::scope::{Rights, Span};
 use uuid::Uuid;
 
 use crate::raw::errno;

@@ -2,7 +2,7 @@
 //! A guest that lies, floods and writes where it may only read.
 
 use anyhow::{Context, Result};
-use kvmmem_broker::scope::Rights;
+use kvmmem_proto::scope::Rights;
 
 use super::field;
 use crate::raw::errno;
@@ -45,7 +45,7 @@ pub(crate) fn hostile(world: &mut World, report: &mut Report) -> Result<()> {
     }
 
     let crowd =
-        world.grant_as(|request| kvmmem_broker::admin::GrantRequest { uses: 1000, ..request })?.token.words();
+        world.grant_as(|request| kvmmem_client::admin::GrantRequest { uses: 1000, ..request })?.token.words();
     let before = world.open_views()?;
     let mut opened = 0;
     let refused = loop {

@@ -5,9 +5,9 @@ use std::process::Command as HostCommand;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use kvmmem_broker::admin::GrantRequest;
-use kvmmem_broker::scope::Span;
+use kvmmem_client::admin::GrantRequest;
 use kvmmem_guest::Command;
+use kvmmem_proto::scope::Span;
 
 use crate::report::Report;
 use crate::world::{CLI, World};

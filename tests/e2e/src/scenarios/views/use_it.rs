@@ -2,8 +2,8 @@
 //! What a tool does with a view all day.
 
 use anyhow::{Context, Result};
-use kvmmem_broker::scope::Rights;
 use kvmmem_probe::{COUNTER, INBOX};
+use kvmmem_proto::scope::Rights;
 
 use super::field;
 use crate::raw::errno;

@@ -6,13 +6,13 @@ use std::path::Path;
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
+use kvmmem_proto::map::MemoryMap;
+use kvmmem_proto::message::{Answer, Call, Change, FromBroker, Refusal, Request, ViewCounters};
+use kvmmem_proto::packet::{PacketBuffer, PacketError, PacketSocket, Wait};
 use rustix::io::Errno;
 
 use super::views::Views;
 use super::{LinkError, Shared, State, Target};
-use crate::map::MemoryMap;
-use crate::packet::{PacketBuffer, PacketError, PacketSocket, Wait};
-use crate::wire::{Answer, Call, Change, FromBroker, Refusal, Request, ViewCounters};
 
 /// How long the broker may take to answer a registration, or to take a packet.
 pub(super) const REGISTER_LIMIT: Duration = Duration::from_secs(5);

@@ -17,14 +17,14 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use kvmmem_kvmi::token::Token;
+use kvmmem_proto::map::{MapError, MemoryMap, Region};
+use kvmmem_proto::message::{Answer, Call, Caller, FromBroker, Refusal, Request, ViewCounters};
+use kvmmem_proto::packet::{PacketBuffer, PacketError, PacketSocket, Wait};
+use kvmmem_proto::scope::{MAX_SPANS, Rights, Scope, Span};
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 use uuid::Uuid;
 
-use crate::map::{MapError, MemoryMap, Region};
-use crate::packet::{PacketBuffer, PacketError, PacketSocket, Wait};
-use crate::scope::{MAX_SPANS, Rights, Scope, Span};
-use crate::wire::{Answer, Call, Caller, FromBroker, Refusal, Request, ViewCounters};
 use channel::Channel;
 use copier::{CHANNELS, Ended};
 pub use copier::{Copier, CopyError, Stopped};

@@ -10,10 +10,10 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::Duration;
 
+use kvmmem_proto::copy::{CopyAnswer, MAX_PIECES, Piece, SLOT, Status};
 use rustix::io::Errno;
 
 use super::channel::{Channel, ChannelError};
-use crate::copies::message::{CopyAnswer, MAX_PIECES, Piece, SLOT, Status};
 
 /// How many channels a view opens, if the broker has room for them.
 pub(super) const CHANNELS: usize = 2;

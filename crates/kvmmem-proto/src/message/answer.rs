@@ -8,9 +8,9 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use super::{
-    Cursor, GrantInfo, KvmiPolicy, Region, Revoked, TargetInfo, VcpuQuestion, VcpuRegisters, token_text,
+    Cursor, Evidence, GrantInfo, KvmiPolicy, Region, Revoked, TargetInfo, VcpuQuestion, VcpuRegisters,
+    token_text,
 };
-use crate::discover::attach::Evidence;
 use crate::scope::Scope;
 
 /// What the broker sends.

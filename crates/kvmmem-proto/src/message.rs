@@ -15,11 +15,11 @@ mod grant;
 mod registers;
 pub(crate) mod token_text;
 mod vm;
+mod which;
 
 use kvmmem_kvmi::token::Token;
 use serde::{Deserialize, Serialize};
 
-use crate::discover::attach::Which;
 use crate::endpoint::Endpoint;
 pub use crate::map::Region;
 use crate::scope::Span;
@@ -29,6 +29,7 @@ pub use grant::{
 };
 pub use registers::{SegmentRegister, VcpuAnswer, VcpuQuestion, VcpuRegisters};
 pub use vm::{HookInfo, OnSilence, Registration, TargetInfo};
+pub use which::{Evidence, Which};
 
 /// The largest packet, bytes.
 pub const MAX_PACKET: usize = 64 * 1024;
@@ -76,7 +77,7 @@ pub enum Call {
         reaching: Vec<Span>,
     },
     /// Opens a channel for copies from a view of this connection's, where the target's RAM is private. A memfd comes with it,
-    /// which the channel's bytes go through; what then travels is in [`crate::copies::message`]. Answer:
+    /// which the channel's bytes go through; what then travels is in [`crate::copy`]. Answer:
     /// [`Answer::CopiesOpened`].
     OpenCopies {
         /// Number of the view.

@@ -19,8 +19,8 @@ use serde::de::DeserializeOwned;
 use zeroize::{Zeroize, Zeroizing};
 
 use crate::map::MAX_FILES;
+use crate::message::MAX_PACKET;
 use crate::scope::MAX_SPANS;
-use crate::wire::MAX_PACKET;
 
 /// Room for each packet that holds a token, bytes.
 const TOKEN_PACKET: usize = 512 + MAX_SPANS * 64;
@@ -216,8 +216,8 @@ impl AsFd for PacketSocket {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::message::{Call, Caller, Request};
     use crate::scope::Span;
-    use crate::wire::{Call, Caller, Request};
     use kvmmem_kvmi::token::Token;
 
     #[test]

@@ -5,9 +5,9 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 
 use kvmmem_kvmi::token::Token;
+use kvmmem_proto::message::{Answer, Call, Caller, Request, ViewCounters};
 
 use super::{Attached, RedeemError, Target, VmmLink};
-use crate::wire::{Answer, Call, Caller, Request, ViewCounters};
 
 /// How many revoked grants are remembered: far more than are taken back while one page is being mapped.
 const REVOKED_KEPT: usize = 1024;

@@ -6,10 +6,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use kvmmem_kvmi::token::Token;
+use kvmmem_proto::scope::Scope;
 use subtle::ConstantTimeEq;
 
 use super::{Redeemed, Target};
-use crate::scope::Scope;
 
 #[derive(Debug, Default)]
 pub(super) struct Cache {
@@ -101,9 +101,10 @@ impl Cache {
 
 #[cfg(test)]
 mod tests {
+    use kvmmem_proto::map::{MemoryMap, Region};
+    use kvmmem_proto::scope::Rights;
+
     use super::*;
-    use crate::map::{MemoryMap, Region};
-    use crate::scope::Rights;
     use uuid::Uuid;
 
     fn target(id: u64) -> Target {

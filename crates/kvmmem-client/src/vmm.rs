@@ -23,17 +23,17 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use uuid::Uuid;
-
-pub use crate::map::Region;
-use crate::map::{MapError, MemoryMap};
-use crate::packet::{PacketError, PacketSocket, Wait};
-use crate::ram::SHARE_IT;
-pub use crate::scope::{Rights, Scope, Span};
-use crate::wire::{Answer, Call, Refusal, Request};
-pub use crate::wire::{
+pub use kvmmem_proto::map::Region;
+use kvmmem_proto::map::SHARE_IT;
+use kvmmem_proto::map::{MapError, MemoryMap};
+use kvmmem_proto::message::{Answer, Call, Refusal, Request};
+pub use kvmmem_proto::message::{
     Caller, Change, Registration, SegmentRegister, VcpuAnswer, VcpuQuestion, VcpuRegisters, ViewCounters,
 };
+use kvmmem_proto::packet::{PacketError, PacketSocket, Wait};
+pub use kvmmem_proto::scope::{Rights, Scope, Span};
+use uuid::Uuid;
+
 use cache::Cache;
 use events::Queue;
 pub use events::ViewEvents;
@@ -83,10 +83,10 @@ pub struct Target {
 }
 
 impl Target {
-    /// One without files, for tests.
-    #[cfg(test)]
-    pub(crate) fn fake(id: u64, generation: u64, map: MemoryMap) -> Self {
-        Self { id, name: "fake".into(), uuid: Uuid::nil(), generation, map, files: Arc::new([]) }
+    /// A target without files, for tests of what follows from its changes.
+    #[doc(hidden)]
+    pub fn without_files(id: u64, generation: u64, map: MemoryMap) -> Self {
+        Self { id, name: "without-files".into(), uuid: Uuid::nil(), generation, map, files: Arc::new([]) }
     }
 
     /// The broker's number for it, unique while the broker runs.

@@ -12,8 +12,12 @@ pub const MAX_REGIONS: usize = 64;
 /// The most files that a VM's RAM may lie in: one per NUMA node or DIMM.
 pub const MAX_FILES: usize = 16;
 
+/// What makes QEMU's RAM such that others can map it.
+pub const SHARE_IT: &str = "to let others map it, start QEMU with -object memory-backend-memfd,id=mem,size=SIZE,share=on \
+    -machine memory-backend=mem (libvirt: <memoryBacking><source type='memfd'/><access mode='shared'/></memoryBacking>)";
+
 /// The end of guest-physical memory: x86-64 has at most 52 address bits.
-pub(crate) const GPA_END: u64 = 1 << 52;
+pub const GPA_END: u64 = 1 << 52;
 
 /// A range of RAM. Address, length and offset are bytes and multiples of the page size.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

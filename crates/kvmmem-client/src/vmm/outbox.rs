@@ -4,9 +4,10 @@
 use std::collections::VecDeque;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use kvmmem_proto::message::{Call, Request};
+use kvmmem_proto::packet::{PacketSocket, Wait};
+
 use super::Shared;
-use crate::packet::{PacketSocket, Wait};
-use crate::wire::{Call, Request};
 
 /// From so many on, calls that only tell counters are left out.
 const LONG: usize = 1024;

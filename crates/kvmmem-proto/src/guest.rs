@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! What travels through the door: frames of a 32-bit little-endian length, 1 to [`MAX_FRAME`], and so many bytes of
-//! JSON.
+//! Messages between a tool in a guest and the broker, over vsock: frames of a 32-bit little-endian length, 1 to
+//! [`MAX_FRAME`], and that many bytes of JSON.
 //!
 //! ```text
 //! {"open":{"token":"<64 hexadecimal digits>","read_only":true,"caller":{"pid":411,"uid":0,"comm":"scan"}}}
@@ -15,7 +15,10 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use zeroize::Zeroizing;
 
-use crate::wire::{Caller, Refusal, token_text};
+use crate::message::{Caller, Refusal, token_text};
+
+/// The vsock port at which the broker listens.
+pub const GUEST_PORT: u32 = 27510;
 
 /// The most bytes of JSON in a frame.
 pub const MAX_FRAME: usize = 4096;

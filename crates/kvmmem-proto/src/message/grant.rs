@@ -156,6 +156,17 @@ pub enum KvmiPolicy {
     None,
 }
 
+impl KvmiPolicy {
+    /// What a token allows; `None` where none is made.
+    pub fn scope(self) -> Option<Scope> {
+        match self {
+            Self::ReadWrite => Some(Scope::whole(Rights::ReadWrite)),
+            Self::ReadOnly => Some(Scope::whole(Rights::ReadOnly)),
+            Self::None => None,
+        }
+    }
+}
+
 impl fmt::Display for KvmiPolicy {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {

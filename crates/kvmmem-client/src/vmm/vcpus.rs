@@ -6,8 +6,9 @@ use std::fmt;
 use std::sync::{MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
+use kvmmem_proto::message::{Call, VcpuAnswer, VcpuQuestion};
+
 use super::{Shared, State};
-use crate::wire::{Call, VcpuAnswer, VcpuQuestion};
 
 /// The most questions that wait; a broker asks fewer.
 const MAX_WAITING: usize = 1024;

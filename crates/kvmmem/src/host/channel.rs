@@ -1,17 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The tool's end of a channel for copies ([`crate::copies::message`]): requests go out, answers come back in order.
+//! The tool's end of a channel for copies ([`kvmmem_proto::copy`]): requests go out, answers come back in order.
 
 use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
+use kvmmem_proto::copy::{ANSWER, BUFFER, CopyAnswer, CopyRequest, Piece, SLOT, SLOTS};
 use kvmmem_sys::copy_buffer::CopyBuffer;
 use rustix::io::Errno;
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{RecvFlags, SendFlags};
 
 use super::LIMIT;
-use crate::copies::message::{ANSWER, BUFFER, CopyAnswer, CopyRequest, Piece, SLOT, SLOTS};
 
 /// An open channel.
 ///

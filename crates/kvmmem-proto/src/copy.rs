@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What travels on a copy channel: a request names pieces of a target's memory, the answer says how far they were copied.
 //!
-//! The channel is a unix SOCK_SEQPACKET socket that the broker makes for a view ([`crate::wire::Call::OpenCopies`]), and a
+//! The channel is a unix SOCK_SEQPACKET socket that the broker makes for a view ([`crate::message::Call::OpenCopies`]), and a
 //! memfd of the tool's that both map. Packets are little-endian words, answers come in the order of the requests:
 //!
 //! ```text

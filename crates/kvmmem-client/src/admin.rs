@@ -4,17 +4,17 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-pub use crate::discover::attach::{Evidence, Which};
-use crate::endpoint::Endpoint;
-pub use crate::map::Region;
-use crate::packet::{PacketBuffer, PacketError, PacketSocket, Wait};
-pub use crate::scope::{Rights, Scope, Span};
-use crate::wire::{Answer, Call, Cursor, FromBroker, Refusal, Request};
-pub use crate::wire::{
+pub use kvmmem_kvmi::token::Token;
+use kvmmem_proto::endpoint::Endpoint;
+pub use kvmmem_proto::map::Region;
+use kvmmem_proto::message::{Answer, Call, Cursor, FromBroker, Refusal, Request};
+pub use kvmmem_proto::message::{Evidence, Which};
+pub use kvmmem_proto::message::{
     GrantInfo, GrantRequest, GrantState, HookInfo, KvmiPolicy, OnSilence, Origin, Revoked, SegmentRegister,
     TargetInfo, VcpuRegisters, ViewCounters, ViewInfo,
 };
-pub use kvmmem_kvmi::token::Token;
+use kvmmem_proto::packet::{PacketBuffer, PacketError, PacketSocket, Wait};
+pub use kvmmem_proto::scope::{Rights, Scope, Span};
 
 /// How long the broker may take to answer.
 const LIMIT: Duration = Duration::from_secs(5);

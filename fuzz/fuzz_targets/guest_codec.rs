@@ -3,9 +3,10 @@
 //! read again.
 #![no_main]
 
-use kvmmem_broker::door::frame::{self, MAX_FRAME};
-use kvmmem_broker::door::{FromTool, ToTool};
-use kvmmem_broker::wire::Refusal;
+use kvmmem_proto::guest::{self, MAX_FRAME};
+use kvmmem_proto::guest::{FromTool, ToTool};
+use kvmmem_proto::message::Refusal;
+
 use libfuzzer_sys::fuzz_target;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -16,20 +17,20 @@ fuzz_target!(|bytes: &[u8]| {
     let words = String::from_utf8_lossy(bytes);
     let refused = ToTool::refused(Refusal::Invalid, &words);
     let mut written = Vec::new();
-    frame::write(&mut written, &refused).expect("every refusal fits");
-    assert_eq!(frame::read::<ToTool>(&mut &written[..]).expect("our own frame"), Some(refused));
+    guest::write(&mut written, &refused).expect("every refusal fits");
+    assert_eq!(guest::read::<ToTool>(&mut &written[..]).expect("our own frame"), Some(refused));
 });
 
 fn check<T: DeserializeOwned + Serialize + PartialEq + std::fmt::Debug>(bytes: &[u8]) {
     let mut rest = bytes;
-    while let Ok(Some(message)) = frame::read::<T>(&mut rest) {
+    while let Ok(Some(message)) = guest::read::<T>(&mut rest) {
         let mut written = Vec::new();
-        match frame::write(&mut written, &message) {
+        match guest::write(&mut written, &message) {
             Ok(()) => assert!(written.len() <= 4 + MAX_FRAME),
             // Escaped in another way it may be longer.
-            Err(frame::FrameError::Length(_)) => continue,
+            Err(guest::FrameError::Length(_)) => continue,
             Err(error) => panic!("a message that was read: {error}"),
         }
-        assert_eq!(frame::read::<T>(&mut &written[..]).expect("a frame that was written"), Some(message));
+        assert_eq!(guest::read::<T>(&mut &written[..]).expect("a frame that was written"), Some(message));
     }
 }

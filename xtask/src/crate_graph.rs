@@ -1,0 +1,102 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! Which crate of the workspace may depend on which: no tool and no VMM links the broker.
+
+use std::path::Path;
+
+use anyhow::{Context as _, Result};
+use serde::Deserialize;
+
+use crate::project;
+use crate::tool::Tool;
+
+/// Each library or program that is shipped, and the crates of the workspace that it may depend on. Tests and benches may
+/// use any.
+const ALLOWED: [(&str, &[&str]); 12] = [
+    ("kvmmem-abi", &[]),
+    ("kvmmem-table", &[]),
+    ("kvmmem-kvmi", &[]),
+    ("kvmmem-memory", &[]),
+    ("kvmmem-sys", &["kvmmem-abi"]),
+    ("kvmmem-linux", &["kvmmem-memory"]),
+    ("kvmmem-proto", &["kvmmem-kvmi"]),
+    ("kvmmem-client", &["kvmmem-kvmi", "kvmmem-proto"]),
+    ("kvmmem", &["kvmmem-abi", "kvmmem-kvmi", "kvmmem-memory", "kvmmem-proto", "kvmmem-sys"]),
+    ("kvmmem-vmm", &["kvmmem-abi", "kvmmem-client", "kvmmem-proto", "kvmmem-sys"]),
+    ("kvmmem-broker", &["kvmmem-abi", "kvmmem-client", "kvmmem-kvmi", "kvmmem-proto", "kvmmem-sys"]),
+    (
+        "kvmmem-cli",
+        &[
+            "kvmmem",
+            "kvmmem-abi",
+            "kvmmem-broker",
+            "kvmmem-client",
+            "kvmmem-linux",
+            "kvmmem-memory",
+            "kvmmem-proto",
+            "kvmmem-sys",
+            "kvmmem-vmm",
+        ],
+    ),
+];
+
+#[derive(Deserialize)]
+struct Metadata {
+    packages: Vec<Package>,
+}
+
+#[derive(Deserialize)]
+struct Package {
+    name: String,
+    manifest_path: String,
+    dependencies: Vec<Dependency>,
+}
+
+#[derive(Deserialize)]
+struct Dependency {
+    name: String,
+    kind: Option<String>,
+    /// Set for crates of the workspace.
+    path: Option<String>,
+}
+
+/// The dependencies that [`ALLOWED`] lacks, each with its crate. `log` gets cargo's messages.
+pub(crate) fn forbidden(log: &Path) -> Result<Vec<String>> {
+    let text = Tool::new(project::cargo(), log)
+        .args(["metadata", "--no-deps", "--format-version", "1"])
+        .dir(project::root())
+        .output()?;
+    let metadata: Metadata = serde_json::from_str(&text).context("cargo metadata")?;
+    let crates = project::root().join("crates");
+    let shipped = |package: &&Package| Path::new(&package.manifest_path).starts_with(&crates);
+    Ok(metadata.packages.iter().filter(shipped).flat_map(check).collect())
+}
+
+fn check(package: &Package) -> Vec<String> {
+    let Some((_, allowed)) = ALLOWED.iter().find(|(name, _)| *name == package.name) else {
+        return vec![format!("{}: not in the table of xtask/src/crate_graph.rs", package.name)];
+    };
+    let used = package.dependencies.iter().filter(|one| one.kind.is_none() && one.path.is_some());
+    used.filter(|one| !allowed.contains(&one.name.as_str()))
+        .map(|one| format!("{} depends on {}", package.name, one.name))
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn package(name: &str, dependency: &str, kind: Option<&str>, path: Option<&str>) -> Package {
+        let (kind, path) = (kind.map(str::to_owned), path.map(str::to_owned));
+        let dependencies = vec![Dependency { name: dependency.into(), kind, path }];
+        Package { name: name.into(), manifest_path: String::new(), dependencies }
+    }
+
+    #[test]
+    fn a_tool_that_links_the_broker_is_refused() {
+        let found = check(&package("kvmmem", "kvmmem-broker", None, Some("/")));
+        assert_eq!(found, ["kvmmem depends on kvmmem-broker"]);
+        assert_eq!(check(&package("kvmmem", "kvmmem-broker", Some("dev"), Some("/"))), [""; 0]);
+        assert_eq!(check(&package("kvmmem", "serde", None, None)), [""; 0]);
+        assert_eq!(check(&package("kvmmem-new", "serde", None, None)).len(), 1);
+    }
+}
