@@ -3,7 +3,8 @@
 //! right, and what is in it.
 #![no_main]
 
-use kvmmem_broker::discover::acpi;
+use kvmmem_qemu::acpi;
+
 use libfuzzer_sys::fuzz_target;
 
 /// RAM, bytes: little, which is quickly searched, or so much that the BIOS's part is there.

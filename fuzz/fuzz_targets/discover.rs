@@ -4,11 +4,11 @@
 #![no_main]
 
 use kvmmem_proto::map::MemoryMap;
+use kvmmem_qemu::command_line::Vmm;
+use kvmmem_qemu::layout::{self, Layout};
+use kvmmem_qemu::{mapping, mtree};
+use kvmmem_qemu::qmp::{MemoryBackend, MemoryDevice, MemorySize};
 
-use kvmmem_broker::discover::command_line::Vmm;
-use kvmmem_broker::discover::layout::{self, Layout};
-use kvmmem_broker::discover::{mapping, mtree};
-use kvmmem_broker::qmp::{MemoryBackend, MemoryDevice, MemorySize};
 use libfuzzer_sys::fuzz_target;
 use serde_json::{from_value, json};
 

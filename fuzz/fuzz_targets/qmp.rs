@@ -10,9 +10,9 @@ use std::path::PathBuf;
 use std::sync::LazyLock;
 
 use kvmmem_proto::map::MemoryMap;
+use kvmmem_qemu::{layout, mtree};
+use kvmmem_qemu::qmp::{Qmp, QmpError};
 
-use kvmmem_broker::discover::{layout, mtree};
-use kvmmem_broker::qmp::{Qmp, QmpError};
 use libfuzzer_sys::fuzz_target;
 use serde_json::json;
 

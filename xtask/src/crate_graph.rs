@@ -11,7 +11,7 @@ use crate::tool::Tool;
 
 /// Each library or program that is shipped, and the crates of the workspace that it may depend on. Tests and benches may
 /// use any.
-const ALLOWED: [(&str, &[&str]); 12] = [
+const ALLOWED: [(&str, &[&str]); 13] = [
     ("kvmmem-abi", &[]),
     ("kvmmem-table", &[]),
     ("kvmmem-kvmi", &[]),
@@ -22,7 +22,11 @@ const ALLOWED: [(&str, &[&str]); 12] = [
     ("kvmmem-client", &["kvmmem-kvmi", "kvmmem-proto"]),
     ("kvmmem", &["kvmmem-abi", "kvmmem-kvmi", "kvmmem-memory", "kvmmem-proto", "kvmmem-sys"]),
     ("kvmmem-vmm", &["kvmmem-abi", "kvmmem-client", "kvmmem-proto", "kvmmem-sys"]),
-    ("kvmmem-broker", &["kvmmem-abi", "kvmmem-client", "kvmmem-kvmi", "kvmmem-proto", "kvmmem-sys"]),
+    ("kvmmem-qemu", &["kvmmem-proto", "kvmmem-sys"]),
+    (
+        "kvmmem-broker",
+        &["kvmmem-abi", "kvmmem-client", "kvmmem-kvmi", "kvmmem-proto", "kvmmem-qemu", "kvmmem-sys"],
+    ),
     (
         "kvmmem-cli",
         &[
@@ -33,6 +37,7 @@ const ALLOWED: [(&str, &[&str]); 12] = [
             "kvmmem-linux",
             "kvmmem-memory",
             "kvmmem-proto",
+            "kvmmem-qemu",
             "kvmmem-sys",
             "kvmmem-vmm",
         ],

@@ -12,11 +12,11 @@ mod record;
 use std::sync::{PoisonError, RwLock};
 use std::time::Instant;
 
+use kvmmem_proto::credentials::Credentials;
 use kvmmem_proto::endpoint::Endpoint;
 use kvmmem_proto::message::{Caller, Change, KvmiPolicy, OnSilence, Revoked};
 use kvmmem_proto::scope::Scope;
 
-use crate::credentials::Credentials;
 use crate::grants::View;
 use crate::peer::Peer;
 use crate::registry::Vm;

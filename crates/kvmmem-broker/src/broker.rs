@@ -11,14 +11,14 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use kvmmem_proto::credentials::Credentials;
 use kvmmem_proto::endpoint::Endpoint;
 use kvmmem_proto::map::Region;
 use kvmmem_proto::message::{Answer, Change, KvmiPolicy, Refusal};
 
 use crate::audit::Audit;
 use crate::buffers::Buffers;
-use crate::credentials::Credentials;
-use crate::discover::watch::Watch;
+use crate::external::watch::Watch;
 use crate::grants::{Grants, View};
 use crate::hook::{HookError, Owner};
 use crate::introspector::Introspectors;

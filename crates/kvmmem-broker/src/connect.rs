@@ -1,15 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Connects to tools, and to the unix sockets of VMMs.
+//! Connects to the tools that hooks name.
 
 use std::io;
 use std::os::fd::OwnedFd;
 
-use kvmmem_proto::endpoint::Endpoint;
+use kvmmem_proto::credentials::Credentials;
+use kvmmem_proto::endpoint::{Endpoint, connect};
 use kvmmem_sys::socket::peer_credentials;
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
-use vsock::VsockStream;
 
-use crate::credentials::Credentials;
 use crate::hook::Owner;
 
 /// Connects to a tool. At a unix socket it must be the one of the user who asked for that, or of one who may have the
@@ -34,27 +32,6 @@ pub(crate) fn connect_to_tool(endpoint: &Endpoint, owner: Owner) -> io::Result<O
     Ok(socket)
 }
 
-/// Connects a stream socket to an endpoint.
-///
-/// Waits for no more than the 2 s that the kernel gives a vsock connection (`SO_VM_SOCKETS_CONNECT_TIMEOUT`), and not
-/// at all for a unix socket, whose queue is either full or not.
-///
-/// # Errors
-/// Those of `socket` and `connect`.
-pub(crate) fn connect(endpoint: &Endpoint) -> io::Result<OwnedFd> {
-    match endpoint {
-        Endpoint::Vsock { cid, port } => Ok(VsockStream::connect_with_cid_port(*cid, *port)?.into()),
-        Endpoint::Unix(path) => {
-            let address = SocketAddrUnix::new(path)?;
-            let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-            let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
-            rustix::net::connect(&socket, &address)?;
-            rustix::io::ioctl_fionbio(&socket, false)?;
-            Ok(socket)
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::io::{BufRead, BufReader, Read};
@@ -62,6 +39,8 @@ mod tests {
     use std::os::unix::process::CommandExt;
     use std::process::{Command, Stdio};
     use std::time::{Duration, Instant};
+
+    use rustix::net::{AddressFamily, SocketAddrUnix, SocketType};
 
     use super::*;
 

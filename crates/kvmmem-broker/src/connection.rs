@@ -13,11 +13,11 @@ use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 
 use crate::broker::{Broker, Refused};
-use crate::discover::vcpus::Held;
 use crate::peer::Peer;
 use crate::ram::Ram;
 use crate::registry::{RegisterError, Vm};
 use crate::role::Role;
+use crate::vcpus::Held;
 
 /// How long a wrong token, or a call that makes no sense, delays the next request of that connection: a guest that
 /// tries tokens waits itself, and costs the broker next to nothing.

@@ -12,13 +12,13 @@ use std::os::fd::OwnedFd;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use kvmmem_proto::credentials::Credentials;
 use kvmmem_proto::endpoint::Endpoint;
+use kvmmem_proto::limit::RateLimit;
 use kvmmem_proto::message::HookInfo;
 use rustix::net::Shutdown;
 
 use crate::connect::connect_to_tool;
-use crate::credentials::Credentials;
-use crate::limit::RateLimit;
 
 /// The most hooks of one target.
 pub const MAX_PER_TARGET: usize = 8;

@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
 use std::time::{Duration, Instant};
 
 use kvmmem_kvmi::token::Token;
+use kvmmem_proto::credentials::Credentials;
 use kvmmem_proto::message::FromBroker;
 use kvmmem_proto::packet::{PacketError, PacketSocket, Wait};
 use kvmmem_sys::socket::unread;
@@ -15,11 +16,10 @@ use rustix::io::Errno;
 
 use crate::audit::Limits;
 use crate::copies;
-use crate::credentials::Credentials;
-use crate::discover::vmm::VmmQuestions;
 use crate::grants::{KVMI_LIFETIME, Opened};
 use crate::ram::{Layout, Ram};
 use crate::registry::Vm;
+use crate::vmm_questions::VmmQuestions;
 
 /// How long a peer may take to read what was sent to it before it gets more descriptors.
 const READ_LIMIT: Duration = Duration::from_secs(2);

@@ -4,10 +4,10 @@
 
 use std::collections::HashMap;
 
+use kvmmem_proto::credentials::Credentials;
 use kvmmem_proto::message::KvmiPolicy;
 use uuid::Uuid;
 
-use crate::credentials::Credentials;
 use crate::quota::{Bound, Exceeded, Quota};
 
 /// The most targets that have a policy of their own.

@@ -7,7 +7,8 @@
 use std::collections::HashMap;
 use std::time::Duration;
 
-use crate::credentials::Credentials;
+use kvmmem_proto::credentials::Credentials;
+
 use crate::grants::MAX_OPERATOR;
 use crate::policy::MAX_POLICIES;
 use crate::registry::MAX_VMS;

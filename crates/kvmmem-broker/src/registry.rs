@@ -6,11 +6,11 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use kvmmem_proto::credentials::Credentials;
 use kvmmem_proto::message::{Registration, TargetInfo};
 use kvmmem_proto::name::{MAX_NAME, is_name};
 use uuid::Uuid;
 
-use crate::credentials::Credentials;
 use crate::hook::Hooks;
 use crate::peer::Peer;
 use crate::quota::{Bound, Exceeded, Quota};

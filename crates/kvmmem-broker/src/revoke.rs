@@ -5,10 +5,10 @@ use std::collections::BTreeSet;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use kvmmem_proto::credentials::Credentials;
 use kvmmem_proto::message::{Answer, Refusal, Revoked};
 
 use crate::broker::{Broker, Refused};
-use crate::credentials::Credentials;
 use crate::peer::Peer;
 
 /// How long confirmations are waited for.

@@ -13,6 +13,8 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use kvmmem_proto::credentials::Credentials;
+use kvmmem_proto::limit::RateLimit;
 use kvmmem_proto::message::Refusal;
 use kvmmem_proto::packet::PacketSocket;
 use kvmmem_sys::socket::peer_credentials;
@@ -23,8 +25,6 @@ use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
 use crate::broker::{Broker, Refused};
 use crate::connection;
-use crate::credentials::Credentials;
-use crate::limit::RateLimit;
 use crate::peer::Peer;
 use crate::quota::{Exceeded, Limits, Quota};
 

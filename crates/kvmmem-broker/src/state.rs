@@ -12,10 +12,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use kvmmem_proto::message::OnSilence;
+use kvmmem_qemu::process::{FileId, Process};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use crate::discover::process::{FileId, Process};
 use crate::registry::{MAX_VMS, Vm};
 use file::StateFile;
 

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use kvmmem_proto::credentials::Credentials;
 use kvmmem_proto::map::Region;
 use kvmmem_proto::message::{Answer, Call, FromBroker, GrantRequest, Refusal, Registration, Request};
 use kvmmem_proto::packet::{PacketBuffer, PacketSocket, Wait};
@@ -16,7 +17,6 @@ use uuid::Uuid;
 
 use crate::broker::Broker;
 use crate::connection;
-use crate::credentials::Credentials;
 use crate::peer::Peer;
 
 /// No user of the machine that tests run on.

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use kvmmem_abi::errno::KvmError;
 use kvmmem_kvmi::token::Token;
+use kvmmem_proto::credentials::Credentials;
 use kvmmem_proto::endpoint::Endpoint;
 use kvmmem_proto::map::SHARE_IT;
 use kvmmem_proto::message::{Answer, Cursor, GrantInfo, GrantRequest, KvmiPolicy, Origin, Refusal};
@@ -14,7 +15,6 @@ use kvmmem_proto::scope::{Scope, ScopeError};
 use uuid::Uuid;
 
 use crate::broker::{Broker, Refused};
-use crate::credentials::Credentials;
 use crate::grants::{Holder, KVMI_LIFETIME, Listed, Opened, Redeemed, Terms, UseError, User};
 use crate::hook::Owner;
 use crate::peer::Peer;

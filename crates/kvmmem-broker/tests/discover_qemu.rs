@@ -94,7 +94,7 @@ fn a_reset_is_told_to_views() {
     // The broker's connection ends with the target: another client is heard then.
     broker.admin().remove_target("seen").unwrap();
     assert_eq!(event_but_resets(&mut link), Some(HostEvent::Gone));
-    kvmmem_broker::qmp::Qmp::connect(&qemu.qmp).unwrap();
+    kvmmem_qemu::qmp::Qmp::connect(&qemu.qmp).unwrap();
 }
 
 /// Options for a backend that others can map.

@@ -7,10 +7,10 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use kvmmem_client::admin::{Admin, AdminError, Which};
+use kvmmem_qemu::qmp::Qmp;
 
 use common::qemu::{FIRMWARE, Qemu, wait_long};
 use common::{TestBroker, wait_for};
-use kvmmem_broker::qmp::Qmp;
 use kvmmem_broker::quota::Limits;
 use serde_json::json;
 

@@ -11,13 +11,13 @@ use std::time::Duration;
 use kvmmem_client::admin::{AdminError, GrantRequest, Span};
 use kvmmem_client::vmm::{RedeemError, Region, Registration, Rights, Token};
 use kvmmem_proto::copy::{BUFFER, CopyAnswer, CopyRequest, Piece, Status};
+use kvmmem_proto::credentials::Credentials;
 use kvmmem_proto::message::{Answer, Call, Caller, FromBroker, Refusal, Request};
 use kvmmem_proto::packet::{PacketBuffer, PacketSocket, Wait};
 
 use common::{TestBroker, Tool, caller, introspector, memfd, request, target, wait_for};
 use kvmmem::host::{Copier, CopyError, HostEvent, HostLink, HostView};
 use kvmmem_abi::errno::KvmError;
-use kvmmem_broker::credentials::Credentials;
 use kvmmem_broker::peer::Peer;
 use kvmmem_broker::ram::Ram;
 use rustix::fs::{FallocateFlags, Mode, OFlags, SealFlags, fallocate};

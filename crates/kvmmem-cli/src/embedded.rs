@@ -12,10 +12,10 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
-use kvmmem_broker::discover::{Found, discover};
 use kvmmem_broker::server::Server;
 use kvmmem_client::admin::{Admin, AdminError, Which};
 use kvmmem_proto::packet::PacketError;
+use kvmmem_qemu::discover::{Found, discover};
 use rustix::io::Errno;
 use tempfile::TempDir;
 use uuid::Uuid;
@@ -130,7 +130,7 @@ fn named<'a>(name: &str, found: &'a [Found]) -> Result<&'a Found> {
 
 #[cfg(test)]
 mod tests {
-    use kvmmem_broker::discover::command_line::Vmm;
+    use kvmmem_qemu::command_line::Vmm;
 
     use super::*;
 

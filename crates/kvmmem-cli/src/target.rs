@@ -7,8 +7,8 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 use clap::{Args, Subcommand};
-use kvmmem_broker::discover::{Found, discover};
 use kvmmem_client::admin::{Added, Evidence, Region, TargetInfo, Which};
+use kvmmem_qemu::discover::{Found, discover};
 use serde::Serialize;
 
 use crate::broker::Broker;
@@ -248,7 +248,7 @@ fn table(all: &[Found], is_known: impl Fn(&Found) -> bool) -> Vec<String> {
 
 #[cfg(test)]
 mod tests {
-    use kvmmem_broker::discover::command_line::Vmm;
+    use kvmmem_qemu::command_line::Vmm;
 
     use super::*;
 

@@ -2,10 +2,14 @@
 //! Where a tool listens for KVMI: `vsock:CID:PORT` or `unix:PATH`.
 
 use std::fmt;
+use std::io;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use serde::{Deserialize, Serialize};
+use vsock::VsockStream;
 
 /// The longest path of a unix socket, bytes (`sun_path` less its NUL).
 const MAX_PATH: usize = 107;
@@ -78,6 +82,27 @@ impl fmt::Display for Endpoint {
         match self {
             Self::Vsock { cid, port } => write!(f, "vsock:{cid}:{port}"),
             Self::Unix(path) => write!(f, "unix:{}", path.display()),
+        }
+    }
+}
+
+/// Connects a stream socket to an endpoint.
+///
+/// Waits for no more than the 2 s that the kernel gives a vsock connection (`SO_VM_SOCKETS_CONNECT_TIMEOUT`), and not
+/// at all for a unix socket, whose queue is either full or not.
+///
+/// # Errors
+/// Those of `socket` and `connect`.
+pub fn connect(endpoint: &Endpoint) -> io::Result<OwnedFd> {
+    match endpoint {
+        Endpoint::Vsock { cid, port } => Ok(VsockStream::connect_with_cid_port(*cid, *port)?.into()),
+        Endpoint::Unix(path) => {
+            let address = SocketAddrUnix::new(path)?;
+            let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+            let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+            rustix::net::connect(&socket, &address)?;
+            rustix::io::ioctl_fionbio(&socket, false)?;
+            Ok(socket)
         }
     }
 }

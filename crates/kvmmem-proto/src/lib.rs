@@ -12,8 +12,10 @@
 #![deny(unsafe_code)]
 
 pub mod copy;
+pub mod credentials;
 pub mod endpoint;
 pub mod guest;
+pub mod limit;
 pub mod map;
 pub mod message;
 pub mod name;

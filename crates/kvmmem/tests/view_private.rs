@@ -11,12 +11,12 @@ use std::time::Duration;
 
 use kvmmem::{Access, Event, Range, View, ViewError};
 use kvmmem_broker::broker::Broker;
-use kvmmem_broker::credentials::Credentials;
 use kvmmem_broker::peer::Peer;
 use kvmmem_broker::ram::Ram;
 use kvmmem_broker::server::Server;
 use kvmmem_client::admin::{Admin, GrantRequest, Granted, Rights, Span};
 use kvmmem_client::vmm::{Change, Region, Registration};
+use kvmmem_proto::credentials::Credentials;
 use kvmmem_proto::packet::PacketSocket;
 use proptest::prelude::*;
 use rustix::fs::{Mode, OFlags};

@@ -7,13 +7,14 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, channel, sync_channel};
 use std::time::{Duration, Instant};
 
+use kvmmem_proto::limit::RateLimit;
+
 use serde::Serialize;
 use tracing_subscriber::fmt::format::Writer;
 use tracing_subscriber::fmt::time::{FormatTime, SystemTime};
 
 use super::movable::AuditFile;
 use super::record::Record;
-use crate::limit::RateLimit;
 
 /// Peers cause the lines, and a slow disk stalls again and again.
 static WARNINGS: RateLimit = RateLimit::new(2);

@@ -10,8 +10,9 @@ use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use kvmmem_proto::limit::{Bucket, Rate, RateLimit};
+
 use super::Event;
-use crate::limit::{Bucket, Rate, RateLimit};
 use crate::peer::Peer;
 
 /// Lines a second of a party for each kind of event.
@@ -154,10 +155,10 @@ fn rate((key, event): (Key, Event)) -> Rate {
 mod tests {
     use std::os::unix::net::UnixStream;
 
+    use kvmmem_proto::credentials::Credentials;
     use kvmmem_proto::packet::PacketSocket;
 
     use super::*;
-    use crate::credentials::Credentials;
 
     fn peer(uid: u32) -> Peer {
         let (socket, _) = UnixStream::pair().unwrap();

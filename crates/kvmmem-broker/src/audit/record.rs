@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! One line of the audit log.
 
+use kvmmem_proto::credentials::Credentials;
 use kvmmem_proto::endpoint::Endpoint;
 use kvmmem_proto::message::Caller;
 use kvmmem_proto::scope::Scope;
@@ -8,7 +9,6 @@ use serde::{Serialize, Serializer};
 use uuid::Uuid;
 
 use super::TARGET;
-use crate::credentials::Credentials;
 use crate::registry::Vm;
 
 /// What has happened.

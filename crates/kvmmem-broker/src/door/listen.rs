@@ -6,6 +6,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use kvmmem_proto::limit::RateLimit;
 use kvmmem_proto::message::Refusal;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
@@ -14,7 +15,6 @@ use vsock::VsockListener;
 use super::places::Places;
 use super::serve::{Views, refuse, serve};
 use crate::broker::Refused;
-use crate::limit::RateLimit;
 
 /// How long to wait when a connection cannot be accepted: the system has no file descriptors or memory left.
 const PAUSE: Duration = Duration::from_millis(100);

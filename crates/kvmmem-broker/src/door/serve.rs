@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use kvmmem_kvmi::token::Token;
 use kvmmem_proto::guest::{self, FrameError, FromTool, ToTool};
+use kvmmem_proto::limit::RateLimit;
 use kvmmem_proto::message::{Caller, Refusal};
 use kvmmem_proto::timed::Timed;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -14,7 +15,6 @@ use rustix::net::{RecvFlags, Shutdown, recv};
 
 use super::places::Place;
 use crate::broker::Refused;
-use crate::limit::RateLimit;
 
 /// How long a tool may take for its question.
 const ASK_LIMIT: Duration = Duration::from_secs(10);

@@ -5,12 +5,12 @@ use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use kvmmem_kvmi::token::Token;
+use kvmmem_proto::credentials::Credentials;
 use kvmmem_proto::message::{Caller, GrantState, Origin, ViewCounters};
 use kvmmem_proto::scope::{Rights, Scope};
 use uuid::Uuid;
 
 use super::Opened;
-use crate::credentials::Credentials;
 
 /// Who may use a token.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The table against a model that keeps everything and searches it from end to end.
 
+use kvmmem_proto::credentials::Credentials;
 use kvmmem_proto::message::Cursor;
 use kvmmem_proto::scope::Rights;
 
 use super::*;
-use crate::credentials::Credentials;
 use proptest::prelude::*;
 use uuid::Uuid;
 

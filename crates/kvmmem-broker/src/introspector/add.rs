@@ -7,9 +7,12 @@ use std::sync::{Arc, Mutex, Weak};
 use std::time::{Duration, Instant};
 
 use kvmmem_client::vmm::{LinkError, Registration, ViewEvents, VmmLink};
+use kvmmem_proto::credentials::Credentials;
 use kvmmem_proto::message::Which;
 use kvmmem_proto::message::{Answer, OnSilence, Refusal};
 use kvmmem_proto::packet::{PacketError, PacketSocket};
+use kvmmem_qemu::attach::random_uuid;
+use kvmmem_qemu::process;
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use uuid::Uuid;
@@ -23,9 +26,6 @@ use super::view::View;
 use super::{Introspector, State, Traits, janitor};
 use crate::broker::{Broker, Refused};
 use crate::connection;
-use crate::credentials::Credentials;
-use crate::discover::attach::random_uuid;
-use crate::discover::process;
 use crate::peer::Peer;
 use crate::state::{Entry, Role};
 

@@ -5,15 +5,15 @@ use std::path::PathBuf;
 
 use kvmmem_proto::message::Which;
 use kvmmem_proto::name;
+use kvmmem_qemu::attach::{self, AttachError};
+use kvmmem_qemu::command_line::Vmm;
+use kvmmem_qemu::options::Options;
+use kvmmem_qemu::process::{Process, ProcessError};
+use kvmmem_qemu::qmp::{Qmp, QmpError};
+use kvmmem_qemu::recognise::recognise;
 use serde_json::Value;
 
 use super::monitor;
-use crate::discover::attach::{self, AttachError};
-use crate::discover::command_line::Vmm;
-use crate::discover::options::Options;
-use crate::discover::process::{Process, ProcessError};
-use crate::discover::recognise::recognise;
-use crate::qmp::{Qmp, QmpError};
 
 /// The most sockets of one QEMU that are tried.
 const MAX_SOCKETS: usize = 8;

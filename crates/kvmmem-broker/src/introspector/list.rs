@@ -6,13 +6,14 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex};
 
-use super::Introspector;
-use super::view::lock;
 use kvmmem_proto::guest::GUEST_PORT;
 
+use super::Introspector;
+use super::view::lock;
+
 use crate::broker::Broker;
-use crate::discover::watch::{Watch, Watched};
 use crate::door::Door;
+use crate::external::watch::{Watch, Watched};
 
 /// The most introspectors: each has five threads, and one more while views end.
 pub(super) const MAX: usize = 64;
@@ -118,11 +119,11 @@ impl Introspectors {
 
 #[cfg(test)]
 mod tests {
+    use kvmmem_proto::credentials::Credentials;
     use kvmmem_proto::message::Which;
     use kvmmem_proto::message::{OnSilence, Refusal};
 
     use super::*;
-    use crate::credentials::Credentials;
 
     #[test]
     fn those_that_are_being_added_count() {

@@ -15,11 +15,11 @@ use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use kvmmem_proto::limit::RateLimit;
+use kvmmem_qemu::qmp::{AddedFd, Qmp, QmpError, QmpEvent};
 use rustix::event::EventfdFlags;
 use serde_json::Value;
 
-use crate::limit::RateLimit;
-use crate::qmp::{AddedFd, Qmp, QmpError, QmpEvent};
 pub(super) use thread::identity;
 
 /// How long a QEMU may take to plug something: it may be busy with its guest.

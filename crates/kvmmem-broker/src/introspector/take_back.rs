@@ -8,12 +8,12 @@ use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 use kvmmem_abi::native::{STATE_GONE, STATE_REVOKED};
+use kvmmem_proto::limit::RateLimit;
 use kvmmem_proto::message::{OnSilence, ViewCounters};
 
 use super::Introspector;
 use super::janitor::TRY_LIMIT;
 use super::view::{Phase, View, lock};
-use crate::limit::RateLimit;
 
 /// How long the driver may take to part its processes from the memory.
 const SEEN_LIMIT: Duration = Duration::from_secs(1);

@@ -5,13 +5,13 @@ use std::io;
 use std::path::Path;
 use std::sync::Arc;
 
+use kvmmem_proto::credentials::Credentials;
 use kvmmem_proto::message::Which;
+use kvmmem_qemu::attach;
+use kvmmem_qemu::process::Process;
 
 use super::{Entry, Role, State};
 use crate::broker::{Broker, Refused, in_words};
-use crate::credentials::Credentials;
-use crate::discover::attach;
-use crate::discover::process::Process;
 
 /// Why a VM is not added again.
 #[derive(Debug, thiserror::Error)]

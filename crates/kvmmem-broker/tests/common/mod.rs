@@ -15,7 +15,6 @@ use std::time::{Duration, Instant};
 
 use kvmmem_abi::errno::KvmError;
 use kvmmem_broker::broker::Broker;
-use kvmmem_broker::credentials::Credentials;
 use kvmmem_broker::hook::Owner;
 use kvmmem_broker::quota::Limits;
 use kvmmem_broker::registry::Vm;
@@ -29,6 +28,7 @@ use kvmmem_kvmi::message::{HEADER_SIZE, Header};
 use kvmmem_kvmi::reply::{self, Fixed, MapToken, Outcome};
 use kvmmem_kvmi::request::Request;
 use kvmmem_kvmi::token::Token;
+use kvmmem_proto::credentials::Credentials;
 use kvmmem_proto::endpoint::Endpoint;
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};

@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use kvmmem_broker::discover::{Found, discover};
 use kvmmem_client::admin::{Added, AdminError, Which};
+use kvmmem_qemu::discover::{Found, discover};
 use serde_json::{Value, json};
 
 use super::TestBroker;

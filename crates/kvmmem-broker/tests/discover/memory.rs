@@ -7,10 +7,10 @@ use std::time::Duration;
 
 use kvmmem::host::HostLink;
 use kvmmem_abi::errno::KvmError;
-use kvmmem_broker::discover::discover;
 use kvmmem_client::admin::{Evidence, GrantRequest, Rights, Which};
 use kvmmem_client::vmm::RedeemError;
 use kvmmem_kvmi::request::Request;
+use kvmmem_qemu::discover::discover;
 use serde_json::json;
 
 use crate::common::{TestBroker, Tool, ToolSession, request, wait_for};

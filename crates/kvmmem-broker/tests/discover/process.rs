@@ -3,9 +3,9 @@
 
 use std::path::PathBuf;
 
-use kvmmem_broker::discover::discover;
 use kvmmem_client::admin::{AdminError, Evidence, Which};
 use kvmmem_proto::message::Refusal;
+use kvmmem_qemu::discover::discover;
 
 use crate::common::{self, TestBroker, wait_for};
 use crate::fake::{Fake, HONEST, refusal};

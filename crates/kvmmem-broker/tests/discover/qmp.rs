@@ -70,7 +70,7 @@ fn qmp_again(
     lie: impl Fn(&str, Value) -> Value + Send + 'static,
     clients: &Arc<Mutex<Vec<UnixStream>>>,
 ) -> PathBuf {
-    let process = kvmmem_broker::discover::process::Process::open(fake.pid()).unwrap();
+    let process = kvmmem_qemu::process::Process::open(fake.pid()).unwrap();
     let mappings = process.mappings().unwrap();
     let hva = mappings.iter().find(|mapping| mapping.len == SIZE).map_or(0, |mapping| mapping.hva);
     let path = directory.join("fake.qmp");

@@ -5,10 +5,10 @@ use std::collections::BTreeMap;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
-use kvmmem_broker::discover::discover;
 use kvmmem_linux::Kernel;
 use kvmmem_linux::identity::Identity;
 use kvmmem_linux::tasks::{Tasks, Which};
+use kvmmem_qemu::discover::discover;
 use serde::Serialize;
 
 use crate::broker::Broker;

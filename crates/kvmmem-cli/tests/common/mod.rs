@@ -14,11 +14,11 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use kvmmem_broker::broker::Broker;
-use kvmmem_broker::credentials::Credentials;
 use kvmmem_broker::peer::Peer;
 use kvmmem_broker::ram::Ram;
 use kvmmem_broker::server::{Server, ServerError};
 use kvmmem_client::vmm::{Region, Registration, Vcpus, VmmLink};
+use kvmmem_proto::credentials::Credentials;
 use kvmmem_proto::packet::PacketSocket;
 use kvmmem_sys::ram::GuestRam;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};

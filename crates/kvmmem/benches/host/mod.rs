@@ -13,12 +13,12 @@ use std::time::{Duration, Instant};
 
 use kvmmem::{Access, View};
 use kvmmem_broker::broker::Broker;
-use kvmmem_broker::credentials::Credentials;
 use kvmmem_broker::peer::Peer;
 use kvmmem_broker::ram::Ram;
 use kvmmem_broker::server::Server;
 use kvmmem_client::admin::{Admin, GrantRequest};
 use kvmmem_client::vmm::{Region, Registration, VmmLink};
+use kvmmem_proto::credentials::Credentials;
 use kvmmem_proto::packet::PacketSocket;
 use kvmmem_proto::scope::Rights;
 use kvmmem_sys::ram::GuestRam;

@@ -5,11 +5,11 @@ use std::os::fd::OwnedFd;
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
+use kvmmem_qemu::qmp::{Qmp, QmpError};
 use rustix::event::{PollFd, PollFlags};
 use serde_json::{Value, json};
 
 use super::{Board, LIMIT, Monitor, share};
-use crate::qmp::{Qmp, QmpError};
 
 /// How long to wait before QEMU is tried again: at first, and at most.
 const BACK_OFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));

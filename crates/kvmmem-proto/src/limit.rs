@@ -8,23 +8,23 @@ const SECOND_NS: u128 = 1_000_000_000;
 
 /// How many lines are let through.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Rate {
+pub struct Rate {
     /// At once, after a pause.
-    pub(crate) burst: u32,
+    pub burst: u32,
     /// In each second, in the long run; at least one.
-    pub(crate) per_second: u32,
+    pub per_second: u32,
 }
 
 impl Rate {
     /// So many lines a second.
-    pub(crate) const fn of(per_second: u32) -> Self {
+    pub const fn of(per_second: u32) -> Self {
         Self { burst: per_second, per_second }
     }
 }
 
 /// A token bucket that counts what it does not let through.
 #[derive(Clone, Debug)]
-pub(crate) struct Bucket {
+pub struct Bucket {
     /// When `tokens` were counted.
     at: Instant,
     tokens: u32,
@@ -33,12 +33,12 @@ pub(crate) struct Bucket {
 
 impl Bucket {
     /// A full bucket.
-    pub(crate) fn new(rate: Rate, now: Instant) -> Self {
+    pub fn new(rate: Rate, now: Instant) -> Self {
         Self { at: now, tokens: rate.burst, suppressed: 0 }
     }
 
     /// Whether a line may be written at `now`, and how many were not since the last one that was.
-    pub(crate) fn allow(&mut self, rate: Rate, now: Instant) -> Option<u64> {
+    pub fn allow(&mut self, rate: Rate, now: Instant) -> Option<u64> {
         self.refill(rate, now);
         match self.tokens.checked_sub(1) {
             Some(left) => {
@@ -53,18 +53,18 @@ impl Bucket {
     }
 
     /// Whether the bucket is full again, so that a new one would do as well.
-    pub(crate) fn is_full(&mut self, rate: Rate, now: Instant) -> bool {
+    pub fn is_full(&mut self, rate: Rate, now: Instant) -> bool {
         self.refill(rate, now);
         self.tokens >= rate.burst
     }
 
     /// How many lines were not let through since the last one that was.
-    pub(crate) fn suppressed(&self) -> u64 {
+    pub fn suppressed(&self) -> u64 {
         self.suppressed
     }
 
     /// Counts lines that another bucket did not let through.
-    pub(crate) fn suppress(&mut self, lines: u64) {
+    pub fn suppress(&mut self, lines: u64) {
         self.suppressed += lines;
     }
 
@@ -84,24 +84,24 @@ impl Bucket {
 
 /// Lets so many lines through in each second, and counts the others.
 #[derive(Debug)]
-pub(crate) struct RateLimit {
+pub struct RateLimit {
     rate: Rate,
     bucket: Mutex<Option<Bucket>>,
 }
 
 impl RateLimit {
     /// A limit of so many lines in a second.
-    pub(crate) const fn new(per_second: u32) -> Self {
+    pub const fn new(per_second: u32) -> Self {
         Self { rate: Rate::of(per_second), bucket: Mutex::new(None) }
     }
 
     /// Whether a line may be written at `now`, and how many were not since the last one that was.
-    pub(crate) fn allow(&self, now: Instant) -> Option<u64> {
+    pub fn allow(&self, now: Instant) -> Option<u64> {
         self.admit(now, || Some(0))
     }
 
     /// The same; `first` decides about the first line of all, and adds to how many were not written.
-    pub(crate) fn admit(&self, now: Instant, first: impl FnOnce() -> Option<u64>) -> Option<u64> {
+    pub fn admit(&self, now: Instant, first: impl FnOnce() -> Option<u64>) -> Option<u64> {
         let mut bucket = self.bucket.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(bucket) = &mut *bucket {
             return bucket.allow(self.rate, now);

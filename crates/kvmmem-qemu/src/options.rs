@@ -8,11 +8,11 @@ use serde_json::Value;
 /// One option's properties. A flag without a value is `on`; what comes first without a key has the key that the caller
 /// says.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Options(BTreeMap<String, String>);
+pub struct Options(BTreeMap<String, String>);
 
 impl Options {
     /// Reads an option. Whatever is no property is left out.
-    pub(crate) fn parse(text: &str, first_key: &str) -> Self {
+    pub fn parse(text: &str, first_key: &str) -> Self {
         if text.trim_start().starts_with('{') {
             return Self::from_json(text);
         }
@@ -39,7 +39,8 @@ impl Options {
         Self(object.into_iter().filter_map(|(key, value)| Some((key, text(value)?))).collect())
     }
 
-    pub(crate) fn get(&self, key: &str) -> Option<&str> {
+    /// The value of an option; `None` where it is not given.
+    pub fn get(&self, key: &str) -> Option<&str> {
         self.0.get(key).map(String::as_str)
     }
 

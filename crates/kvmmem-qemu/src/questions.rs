@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What the broker's clients ask of a VMM. QEMU is asked by the thread that listens to its monitor, one question at a time, so
-//! that answers and events keep their order; a VMM that has registered its VM itself by [`super::vmm`]. Clients wait for a
+//! that answers and events keep their order; a VMM that has registered its VM itself by the broker over the connection that registered it. Clients wait for a
 //! limited time.
 
 use std::collections::VecDeque;
@@ -18,27 +18,27 @@ use rustix::event::EventfdFlags;
 use crate::qmp::QmpError;
 
 /// How long a client waits for its answer: less than it waits for the broker's. Tests run on machines of any speed.
-pub(super) const LIMIT: Duration = Duration::from_secs(if cfg!(test) { 60 } else { 4 });
+pub const LIMIT: Duration = Duration::from_secs(if cfg!(test) { 60 } else { 4 });
 
 /// The most questions that wait, besides those that end a pause.
-pub(super) const MAX_WAITING: usize = 64;
+pub const MAX_WAITING: usize = 64;
 
 /// A page of registers, and whether there are more.
-pub(crate) type Page = (Vec<VcpuRegisters>, bool);
+pub type Page = (Vec<VcpuRegisters>, bool);
 
 /// Takes questions to a VMM.
-pub(super) trait Ask: Debug + Send + Sync {
+pub trait Ask: Debug + Send + Sync {
     /// Passes a question on. Its reply is sent later, or dropped where there can be none.
     fn put(&self, question: Question) -> Result<(), AskError>;
 }
 
 /// What a VMM can be asked.
 #[derive(Clone, Debug)]
-pub(crate) struct Questions(Arc<dyn Ask>);
+pub struct Questions(Arc<dyn Ask>);
 
 /// The questions that wait for a monitor's thread.
 #[derive(Clone, Debug)]
-pub(super) struct Queue(Arc<Shared>);
+pub(crate) struct Queue(Arc<Shared>);
 
 #[derive(Debug)]
 struct Shared {
@@ -50,18 +50,48 @@ struct Shared {
 
 /// A question, and where its answer goes.
 #[derive(Debug)]
-pub(super) enum Question {
+pub enum Question {
     /// The registers of `count` vCPUs, from the `first` one on.
-    Registers { first: usize, count: usize, reply: Sender<Result<Page, AskError>> },
+    Registers {
+        /// Number of the first vCPU.
+        first: usize,
+        /// The most vCPUs.
+        count: usize,
+        /// Gets the answer.
+        reply: Sender<Result<Page, AskError>>,
+    },
     /// Stop the VM for `holder`, who holds it stopped already unless `is_new`.
-    Pause { holder: u64, is_new: bool, reply: Sender<Result<bool, AskError>> },
+    Pause {
+        /// Number of the pause.
+        holder: u64,
+        /// Whether the pause begins.
+        is_new: bool,
+        /// Gets whether the VM ran.
+        reply: Sender<Result<bool, AskError>>,
+    },
     /// `holder` needs it stopped no more.
-    Resume { holder: u64, reply: Sender<Result<(), AskError>> },
+    Resume {
+        /// Number of the pause.
+        holder: u64,
+        /// Gets the answer.
+        reply: Sender<Result<(), AskError>>,
+    },
+}
+
+impl Question {
+    /// Answers with an error. A client that has given up waiting does not get it.
+    pub fn fail(self, error: AskError) {
+        match self {
+            Self::Registers { reply, .. } => drop(reply.send(Err(error))),
+            Self::Pause { reply, .. } => drop(reply.send(Err(error))),
+            Self::Resume { reply, .. } => drop(reply.send(Err(error))),
+        }
+    }
 }
 
 /// Why there is no answer.
 #[derive(Debug, thiserror::Error)]
-pub(crate) enum AskError {
+pub enum AskError {
     /// The connection is lost, or the target is gone.
     #[error("the connection to its VMM is lost; try again, and see the broker's log")]
     NoConnection,
@@ -95,17 +125,18 @@ pub(crate) enum AskError {
 }
 
 impl Questions {
-    pub(super) fn new(vmm: Arc<dyn Ask>) -> Self {
+    /// Questions to a VMM.
+    pub fn new(vmm: Arc<dyn Ask>) -> Self {
         Self(vmm)
     }
 
     /// The registers of at most `count` vCPUs from the `first` one on.
-    pub(super) fn registers(&self, first: usize, count: usize) -> Result<Page, AskError> {
+    pub fn registers(&self, first: usize, count: usize) -> Result<Page, AskError> {
         self.ask(|reply| Question::Registers { first, count, reply })
     }
 
     /// Stops the VM until the pause is dropped. Also returns whether it ran.
-    pub(super) fn pause(&self) -> Result<(Pause, bool), AskError> {
+    pub fn pause(&self) -> Result<(Pause, bool), AskError> {
         static LAST: AtomicU64 = AtomicU64::new(0);
         let holder = LAST.fetch_add(1, Ordering::Relaxed);
         // Made first: where the answer comes too late, its drop undoes what is done by then.
@@ -122,13 +153,13 @@ impl Questions {
 }
 
 impl Queue {
-    pub(super) fn new() -> io::Result<Self> {
+    pub(crate) fn new() -> io::Result<Self> {
         let wake = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         Ok(Self(Arc::new(Shared { wake, waiting: Mutex::new(Some(VecDeque::new())) })))
     }
 
     /// The questions that wait.
-    pub(super) fn take(&self) -> VecDeque<Question> {
+    pub(crate) fn take(&self) -> VecDeque<Question> {
         let mut waiting = self.lock();
         // Whether there was anything to read does not matter.
         let _ = rustix::io::read(&self.0.wake, &mut [0; 8]);
@@ -136,7 +167,7 @@ impl Queue {
     }
 
     /// Ends all questions that wait, and those that come later.
-    pub(super) fn close(&self) {
+    pub(crate) fn close(&self) {
         *self.lock() = None;
     }
 
@@ -167,7 +198,7 @@ impl AsFd for Queue {
 
 /// One client's pause of a VM. Dropping it lets the VM run again, unless another one holds it stopped.
 #[derive(Debug)]
-pub(crate) struct Pause {
+pub struct Pause {
     questions: Questions,
     holder: u64,
 }
@@ -177,7 +208,7 @@ impl Pause {
     ///
     /// # Errors
     /// [`AskError::Resumed`] where it has run since.
-    pub(crate) fn check(&self) -> Result<bool, AskError> {
+    pub fn check(&self) -> Result<bool, AskError> {
         let holder = self.holder;
         self.questions.ask(|reply| Question::Pause { holder, is_new: false, reply })
     }
@@ -186,7 +217,7 @@ impl Pause {
     ///
     /// # Errors
     /// [`AskError`]; [`AskError::Resumed`] where it had ended before.
-    pub(crate) fn end(self) -> Result<(), AskError> {
+    pub fn end(self) -> Result<(), AskError> {
         let holder = self.holder;
         self.questions.ask(|reply| Question::Resume { holder, reply })
     }

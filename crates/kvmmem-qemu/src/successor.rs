@@ -15,7 +15,7 @@ use super::recognise::recognise;
 /// which have other VMs or look at these. No QEMU is found twice, and none for a VM without such parts.
 ///
 /// A process that has no right to be taken for it gains nothing: it has mapped the files, and with them the VM's memory.
-pub(super) fn find(vms: &[Vec<(FileId, Region)>], others: &HashSet<u32>) -> Vec<Option<Process>> {
+pub fn find(vms: &[Vec<(FileId, Region)>], others: &HashSet<u32>) -> Vec<Option<Process>> {
     let pids = || {
         let entries = std::fs::read_dir("/proc").into_iter().flatten();
         entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())

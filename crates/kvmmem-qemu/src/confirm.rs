@@ -20,7 +20,7 @@ const FOUR_GIB: u64 = 1 << 32;
 
 /// Why no choice of mappings is confirmed.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum ConfirmError {
+pub(crate) enum ConfirmError {
     /// No choice fits, or several fit equally well.
     #[error(transparent)]
     Obstacle(#[from] Obstacle),
@@ -42,7 +42,7 @@ pub enum Unconfirmed {
 
 /// What a layout is confirmed by.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum By {
+pub(crate) enum By {
     /// The tables of a firmware.
     Acpi,
     /// The memory map of a VMM that starts kernels without a firmware.
@@ -56,7 +56,7 @@ struct Candidate {
 }
 
 /// The one of the layouts that the guest confirms, and the mappings that are its backends.
-pub(super) fn choose_layout(
+pub(crate) fn choose_layout(
     process: &Process,
     mappings: &[Mapping],
     layouts: Vec<Layout>,

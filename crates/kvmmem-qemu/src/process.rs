@@ -37,8 +37,8 @@ pub struct Process {
 /// Which file: its device and its inode.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct FileId {
-    pub(super) device: u64,
-    pub(super) inode: u64,
+    pub(crate) device: u64,
+    pub(crate) inode: u64,
 }
 
 /// Why a process cannot be looked at.

@@ -4,6 +4,7 @@
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
+use kvmmem_proto::credentials::Credentials;
 use kvmmem_proto::message::{Evidence, Registration, Which};
 use kvmmem_proto::name;
 use uuid::Uuid;
@@ -16,7 +17,6 @@ use super::layout::{self, Layout, LayoutError};
 use super::mtree::{self, MtreeError};
 use super::process::{Process, ProcessError};
 use super::recognise::recognise;
-use crate::credentials::Credentials;
 use crate::qmp::{Qmp, QmpError};
 
 /// Where libvirt's system daemon keeps the process ids of its VMs.
@@ -42,10 +42,13 @@ pub struct Opened {
 }
 
 /// What is known of a VM's RAM.
-pub(super) struct Seen {
-    pub(super) held: Held,
-    pub(super) copied: Option<String>,
-    pub(super) evidence: Evidence,
+pub struct Seen {
+    /// Its files or private memory, and where they lie in the guest.
+    pub held: Held,
+    /// Why its memory can only be copied, where that is so.
+    pub copied: Option<String>,
+    /// How the layout became known.
+    pub evidence: Evidence,
 }
 
 /// Why a VM is not attached.
@@ -180,7 +183,7 @@ pub fn open(which: &Which, called: Option<String>) -> Result<Opened, AttachError
 }
 
 /// The command line of a VMM whose VMs can be attached.
-pub(super) fn command_line(process: &Process) -> Result<CommandLine, AttachError> {
+pub fn command_line(process: &Process) -> Result<CommandLine, AttachError> {
     let (pid, arguments, program) = (process.pid(), process.arguments()?, process.program()?);
     let vmm = recognise(process, &program, &arguments)?.ok_or(AttachError::NoVmm { pid, program })?;
     let line = vmm.command_line(&arguments);
@@ -189,11 +192,7 @@ pub(super) fn command_line(process: &Process) -> Result<CommandLine, AttachError
 }
 
 /// Finds a VM's RAM, and where it lies in the guest: by what QEMU says, or by rules that the guest confirms.
-pub(super) fn look(
-    process: &Process,
-    line: &CommandLine,
-    mut qmp: Option<&mut Qmp>,
-) -> Result<Seen, AttachError> {
+pub fn look(process: &Process, line: &CommandLine, mut qmp: Option<&mut Qmp>) -> Result<Seen, AttachError> {
     for _ in 1..LOOKS {
         match look_once(process, line, qmp.as_deref_mut()) {
             Err(AttachError::Mtree(_) | AttachError::Layout(_) | AttachError::Obstacle { .. })
@@ -247,7 +246,7 @@ fn stopped(line: &CommandLine, obstacle: Obstacle) -> AttachError {
 }
 
 /// Whether VMs of a VMM can be attached at all.
-pub(super) fn supported(vmm: Vmm) -> Result<(), Obstacle> {
+pub(crate) fn supported(vmm: Vmm) -> Result<(), Obstacle> {
     match vmm {
         Vmm::Qemu | Vmm::CloudHypervisor | Vmm::Firecracker => Ok(()),
         Vmm::Kvmmem => Err(Obstacle::RegistersItself),
@@ -299,7 +298,7 @@ fn of_micro(vmm: Vmm, process: &Process, line: &CommandLine) -> Result<Vec<Layou
 }
 
 /// The QEMU that listens at its own QMP socket.
-pub(crate) fn listener(qmp: &Qmp) -> Result<Process, AttachError> {
+pub fn listener(qmp: &Qmp) -> Result<Process, AttachError> {
     let process = Process::open(qmp.listener().ok_or(AttachError::NoListener)?)?;
     let (pid, program) = (process.pid(), process.program()?);
     match recognise(&process, &program, &process.arguments()?)? {
@@ -309,7 +308,7 @@ pub(crate) fn listener(qmp: &Qmp) -> Result<Process, AttachError> {
 }
 
 /// The process that runs a VM of libvirt's, be it the system's or one of a session of the broker's own user.
-pub(crate) fn libvirts(name: &str) -> Result<u32, AttachError> {
+pub fn libvirts(name: &str) -> Result<u32, AttachError> {
     let session = format!("/run/user/{}/libvirt/qemu/run", rustix::process::geteuid().as_raw());
     let of_session = |error| libvirt_pid(Path::new(&session), name).map_err(|_| error);
     libvirt_pid(Path::new(LIBVIRT), name).or_else(of_session)
@@ -330,7 +329,7 @@ fn derived_uuid(process: &Process) -> Option<Uuid> {
 }
 
 /// For a VM without anything that identifies it over restarts.
-pub(crate) fn random_uuid() -> Result<Uuid, getrandom::Error> {
+pub fn random_uuid() -> Result<Uuid, getrandom::Error> {
     let mut bytes = [0; 16];
     getrandom::fill(&mut bytes)?;
     Ok(uuid::Builder::from_random_bytes(bytes).into_uuid())

@@ -13,7 +13,7 @@ const BACKEND: &str = "/memfd:memory-backend-memfd";
 ///
 /// # Errors
 /// [`ProcessError`].
-pub(crate) fn recognise(
+pub fn recognise(
     process: &Process,
     program: &str,
     arguments: &[String],

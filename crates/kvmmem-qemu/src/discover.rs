@@ -1,34 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! VMs that run on this host already, under VMMs that know nothing of the broker: found by what the kernel shows of
-//! their processes, attached without stopping them, and without a word to them but questions over QMP.
-//!
-//! Whatever a VMM or its guest says about itself, it gets no more out of it than that its own memory is shown in the
-//! wrong order: the file is the one that the kernel says this process has mapped, its size is checked, and it cannot
-//! shrink.
-
-pub mod acpi;
-mod adopt;
-mod api;
-pub mod attach;
-pub mod backing;
-pub mod boot_map;
-pub mod command_line;
-pub mod confirm;
-mod follow;
-mod guest;
-pub mod layout;
-pub mod mapping;
-pub(crate) mod monitor;
-pub mod mtree;
-pub(crate) mod options;
-mod pause;
-pub mod process;
-mod questions;
-pub(crate) mod recognise;
-mod successor;
-pub(crate) mod vcpus;
-pub(crate) mod vmm;
-pub(crate) mod watch;
+//! Lists the VMMs that run on this host.
 
 use std::io;
 use std::path::PathBuf;
@@ -36,11 +7,13 @@ use std::path::PathBuf;
 use serde::Serialize;
 use uuid::Uuid;
 
-use attach::supported;
-use backing::Obstacle;
-use command_line::{CommandLine, Vmm};
-use mapping::Mapping;
-use process::{Process, ProcessError};
+use crate::attach::supported;
+use crate::backing::{self, Obstacle};
+use crate::command_line::{CommandLine, Vmm};
+use crate::layout;
+use crate::mapping::Mapping;
+use crate::process::{Process, ProcessError};
+use crate::recognise;
 
 /// A VMM that runs on this host.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]

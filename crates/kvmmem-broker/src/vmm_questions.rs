@@ -10,8 +10,8 @@ use std::time::Instant;
 
 use kvmmem_proto::message::{FromBroker, VcpuAnswer, VcpuQuestion};
 use kvmmem_proto::packet::Wait;
+use kvmmem_qemu::questions::{Ask, AskError, LIMIT, MAX_WAITING, Question};
 
-use super::questions::{Ask, AskError, LIMIT, MAX_WAITING, Question};
 use crate::peer::Peer;
 
 /// How much of a VMM's message is repeated, characters.
@@ -84,7 +84,7 @@ impl VmmQuestions {
 
 impl Ask for Peer {
     fn put(&self, question: Question) -> Result<(), AskError> {
-        let sent = question.to_vmm();
+        let sent = to_vmm(&question);
         let id = self.vcpu_questions().add(question)?;
         let message = FromBroker::AskVcpus { id, question: sent };
         if self.socket().send(&message, &[], Wait::No).is_err() {
@@ -95,23 +95,14 @@ impl Ask for Peer {
     }
 }
 
-impl Question {
-    fn to_vmm(&self) -> VcpuQuestion {
-        let number = |number: usize| u32::try_from(number).unwrap_or(u32::MAX);
-        match self {
-            Self::Registers { first, count, .. } => {
-                VcpuQuestion::Registers { first: number(*first), count: number(*count) }
-            }
-            Self::Pause { holder, is_new, .. } => VcpuQuestion::Pause { holder: *holder, is_new: *is_new },
-            Self::Resume { holder, .. } => VcpuQuestion::Resume { holder: *holder },
+/// The question as it is sent.
+fn to_vmm(question: &Question) -> VcpuQuestion {
+    let number = |number: usize| u32::try_from(number).unwrap_or(u32::MAX);
+    match question {
+        Question::Registers { first, count, .. } => {
+            VcpuQuestion::Registers { first: number(*first), count: number(*count) }
         }
-    }
-
-    fn fail(self, error: AskError) {
-        match self {
-            Self::Registers { reply, .. } => drop(reply.send(Err(error))),
-            Self::Pause { reply, .. } => drop(reply.send(Err(error))),
-            Self::Resume { reply, .. } => drop(reply.send(Err(error))),
-        }
+        Question::Pause { holder, is_new, .. } => VcpuQuestion::Pause { holder: *holder, is_new: *is_new },
+        Question::Resume { holder, .. } => VcpuQuestion::Resume { holder: *holder },
     }
 }

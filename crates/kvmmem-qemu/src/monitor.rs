@@ -7,11 +7,11 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use kvmmem_proto::limit::RateLimit;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
 
 use super::pause::Stopped;
 use super::questions::{Question, Questions, Queue};
-use crate::limit::RateLimit;
 use crate::qmp::{Qmp, QmpError};
 
 /// How often QEMU is asked for its status and memory size, also while it floods events.
@@ -35,26 +35,26 @@ static WARNINGS: RateLimit = RateLimit::new(2);
 
 /// A monitor that is listened to, until this is dropped.
 #[derive(Debug)]
-pub(crate) struct Monitor {
+pub struct Monitor {
     stop: Arc<OwnedFd>,
     questions: Questions,
 }
 
 /// A monitor's socket.
 #[derive(Debug)]
-pub(crate) struct Socket {
+pub struct Socket {
     /// Where it is.
-    pub(crate) path: PathBuf,
+    pub path: PathBuf,
     /// The process that listened when the VM was added: the VMM, or what has handed it the socket. `None` where it is not
     /// known.
-    pub(crate) listener: Option<u32>,
+    pub listener: Option<u32>,
     /// The connection, where there is one.
-    pub(crate) qmp: Option<Qmp>,
+    pub qmp: Option<Qmp>,
 }
 
 impl Socket {
     /// The one of a connection, without it.
-    pub(crate) fn of(qmp: &Qmp) -> Self {
+    pub fn of(qmp: &Qmp) -> Self {
         Self { path: qmp.path().to_owned(), listener: qmp.listener(), qmp: None }
     }
 }
@@ -68,7 +68,7 @@ impl From<Qmp> for Socket {
 
 /// What a monitor has told.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum News {
+pub enum News {
     /// The guest was reset.
     Reset,
     /// Memory may have been plugged in or out, or the connection is a new one.
@@ -79,7 +79,7 @@ pub(crate) enum News {
 
 /// What is done about news.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Next {
+pub enum Next {
     /// Listen on.
     Listen,
     /// Connect anew.
@@ -104,7 +104,7 @@ impl Monitor {
     ///
     /// # Errors
     /// Where there are no file descriptors or threads left.
-    pub(crate) fn start(
+    pub fn start(
         qmp: Option<Qmp>,
         find: impl Fn() -> Option<Qmp> + Send + 'static,
         tell: impl FnMut(&mut Qmp, News) -> Next + Send + 'static,
@@ -122,7 +122,7 @@ impl Monitor {
     }
 
     /// What the monitor can be asked.
-    pub(crate) fn questions(&self) -> &Questions {
+    pub fn questions(&self) -> &Questions {
         &self.questions
     }
 }

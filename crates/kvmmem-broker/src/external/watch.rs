@@ -7,8 +7,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use rustix::event::{EventfdFlags, PollFd, PollFlags};
 use rustix::io::Errno;
 
-use super::monitor::Monitor;
-use super::questions::Questions;
+use kvmmem_qemu::monitor::Monitor;
+use kvmmem_qemu::questions::Questions;
 
 /// The VMMs that are waited for. The thread ends with it.
 #[derive(Debug, Default)]

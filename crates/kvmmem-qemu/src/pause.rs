@@ -43,7 +43,7 @@ timeout -s KILL 60 sh -c 'while read -r line; do case $line in *\"resume\"*) exi
 
 /// Who holds the VM stopped.
 #[derive(Debug)]
-pub(super) struct Stopped {
+pub(crate) struct Stopped {
     /// How long no holder may ask.
     silence: Duration,
     holders: BTreeSet<u64>,
@@ -55,12 +55,12 @@ pub(super) struct Stopped {
 
 impl Stopped {
     /// A VM that runs again when no holder has asked for `silence`.
-    pub(super) fn new(silence: Duration) -> Self {
+    pub(crate) fn new(silence: Duration) -> Self {
         Self { silence, holders: BTreeSet::new(), watcher: None, owes: false }
     }
 
     /// Stops the VM for one more, or checks that it is still stopped. Returns whether it ran before all of them.
-    pub(super) fn hold(&mut self, qmp: &mut Qmp, holder: u64, is_new: bool) -> Result<bool, AskError> {
+    pub(crate) fn hold(&mut self, qmp: &mut Qmp, holder: u64, is_new: bool) -> Result<bool, AskError> {
         self.notice_the_watcher(qmp);
         if !is_new && !self.holders.contains(&holder) {
             return Err(AskError::Resumed);
@@ -86,7 +86,7 @@ impl Stopped {
     }
 
     /// One holder less. Fails where the VM ran before that.
-    pub(super) fn release(&mut self, qmp: &mut Qmp, holder: u64) -> Result<(), AskError> {
+    pub(crate) fn release(&mut self, qmp: &mut Qmp, holder: u64) -> Result<(), AskError> {
         self.notice_the_watcher(qmp);
         if !self.holders.remove(&holder) {
             return Err(AskError::Resumed);
@@ -96,14 +96,14 @@ impl Stopped {
     }
 
     /// Ends the pause for all; where QEMU cannot be asked, once it can be.
-    pub(super) fn end(&mut self, qmp: &mut Qmp) {
+    pub(crate) fn end(&mut self, qmp: &mut Qmp) {
         self.holders.clear();
         // A failure is in the log, and the rest is for a new connection.
         let _ = self.resume(qmp);
     }
 
     /// Makes up for what could not be done over the connection before.
-    pub(super) fn reconnected(&mut self, qmp: &mut Qmp) {
+    pub(crate) fn reconnected(&mut self, qmp: &mut Qmp) {
         if std::mem::take(&mut self.owes) {
             let _ = self.cont(qmp);
         }

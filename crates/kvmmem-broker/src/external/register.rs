@@ -5,16 +5,16 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use kvmmem_proto::credentials::Credentials;
 use kvmmem_proto::message::Which;
 use kvmmem_proto::message::{Answer, Refusal};
 use kvmmem_proto::packet::PacketSocket;
+use kvmmem_qemu::attach::{self, Opened};
+use kvmmem_qemu::backing::Source;
+use kvmmem_qemu::monitor::Socket;
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 
-use super::attach::{self, Opened};
-use super::backing::Source;
-use super::monitor::Socket;
 use crate::broker::{Broker, Refused};
-use crate::credentials::Credentials;
 use crate::peer::Peer;
 use crate::ram::Ram;
 use crate::registry::{RegisterError, Vm};

@@ -4,11 +4,11 @@
 
 use std::sync::Arc;
 
+use kvmmem_proto::credentials::Credentials;
 use kvmmem_proto::message::{Answer, Refusal};
+use kvmmem_qemu::questions::{AskError, Pause, Questions};
 
-use super::questions::{AskError, Pause, Questions};
 use crate::broker::{Broker, Refused};
-use crate::credentials::Credentials;
 use crate::peer::Peer;
 use crate::registry::Vm;
 

@@ -12,13 +12,13 @@ use super::process::Process;
 
 /// Where a mapping's bytes are read from: a file, and the place in it of the first byte.
 #[derive(Clone, Debug)]
-pub(super) struct Window {
+pub(crate) struct Window {
     file: Arc<OwnedFd>,
     offset: u64,
 }
 
 /// Guest-physical memory.
-pub(super) struct Guest<'a> {
+pub(crate) struct Guest<'a> {
     layout: &'a Layout,
     /// What each backend is taken for, by their numbers.
     windows: Vec<Window>,
@@ -26,7 +26,7 @@ pub(super) struct Guest<'a> {
 
 impl Window {
     /// What a mapping of a VMM holds. Its own file is read where it can be, which takes fewer rights.
-    pub(super) fn open(process: &Process, backing: &Backing) -> Result<Self, Obstacle> {
+    pub(crate) fn open(process: &Process, backing: &Backing) -> Result<Self, Obstacle> {
         let shared = match backing.shared {
             Some((id, offset)) => process.open_file(id)?.map(|file| (file, offset)),
             None => None,
@@ -40,12 +40,12 @@ impl Window {
 }
 
 impl<'a> Guest<'a> {
-    pub(super) fn new(layout: &'a Layout, windows: Vec<Window>) -> Self {
+    pub(crate) fn new(layout: &'a Layout, windows: Vec<Window>) -> Self {
         Self { layout, windows }
     }
 
     /// Copies guest-physical memory out. What is no RAM is left as it is; `None` where RAM cannot be read.
-    pub(super) fn read(&self, gpa: u64, bytes: &mut [u8]) -> Option<()> {
+    pub(crate) fn read(&self, gpa: u64, bytes: &mut [u8]) -> Option<()> {
         let end = gpa.checked_add(u64::try_from(bytes.len()).ok()?)?;
         for region in &self.layout.regions {
             let (first, last) = (gpa.max(region.gpa), end.min(region.gpa.checked_add(region.len)?));

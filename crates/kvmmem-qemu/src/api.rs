@@ -8,11 +8,11 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use kvmmem_proto::endpoint::Endpoint;
+use kvmmem_proto::endpoint::connect;
 use kvmmem_sys::socket::peer_credentials;
 use serde_json::Value;
 
 use super::command_line::Vmm;
-use crate::connect::connect;
 
 /// How long the answer may take.
 const LIMIT: Duration = Duration::from_secs(2);
@@ -24,7 +24,7 @@ const MAX_ANSWER: usize = 1 << 20;
 ///
 /// The socket is one that the VMM's command line names, and the broker may connect where the VMM may not: nothing is sent
 /// unless the VMM's user listens there.
-pub(super) fn memory(vmm: Vmm, socket: &Path, user: u32) -> Option<u64> {
+pub(crate) fn memory(vmm: Vmm, socket: &Path, user: u32) -> Option<u64> {
     match vmm {
         Vmm::CloudHypervisor => {
             let info = ask(socket, user, "/api/v1/vm.info")?;

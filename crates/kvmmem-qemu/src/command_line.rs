@@ -99,7 +99,7 @@ const QEMUS_OPTIONS: [&str; 17] = [
 ];
 
 /// Whether a command line is one that starts a VM under QEMU, by two options or more that QEMU has.
-pub(super) fn has_qemus_options(arguments: &[String]) -> bool {
+pub(crate) fn has_qemus_options(arguments: &[String]) -> bool {
     let option = |word: &String| {
         let key = word.strip_prefix("--").or_else(|| word.strip_prefix('-'))?;
         QEMUS_OPTIONS.iter().find(|option| **option == key).copied()
@@ -285,7 +285,7 @@ fn vcpus(options: &Options) -> Option<u32> {
 }
 
 /// A size as `-m` takes it, for messages.
-pub(super) fn in_units(bytes: u64) -> String {
+pub(crate) fn in_units(bytes: u64) -> String {
     match bytes {
         _ if bytes.is_multiple_of(1 << 30) => format!("{}G", bytes >> 30),
         _ if bytes.is_multiple_of(1 << 20) => format!("{}M", bytes >> 20),

@@ -12,14 +12,14 @@ use rustix::io::Errno;
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 
 /// The most that is read for one command, bytes. A memory tree of some 100 devices has 200 KiB.
-pub(super) const MAX_RECEIVED: usize = 8 * 1024 * 1024;
+pub(crate) const MAX_RECEIVED: usize = 8 * 1024 * 1024;
 
 /// How much is read at a time, and kept of the buffer between lines, bytes.
 const CHUNK: usize = 16 * 1024;
 
 /// A connected stream, and what was received after the last line.
 #[derive(Debug)]
-pub(super) struct Lines {
+pub(crate) struct Lines {
     stream: UnixStream,
     buffer: Vec<u8>,
     /// Where in the buffer the next line begins.
@@ -29,7 +29,7 @@ pub(super) struct Lines {
 
 /// Why there is no line.
 #[derive(Debug)]
-pub(super) enum LineError {
+pub(crate) enum LineError {
     /// Nothing came in time, or nothing was taken.
     Silent,
     /// [`MAX_RECEIVED`] bytes came.
@@ -39,21 +39,21 @@ pub(super) enum LineError {
 }
 
 impl Lines {
-    pub(super) fn new(stream: UnixStream) -> Self {
+    pub(crate) fn new(stream: UnixStream) -> Self {
         Self { stream, buffer: Vec::new(), start: 0, received: 0 }
     }
 
-    pub(super) fn stream(&self) -> &UnixStream {
+    pub(crate) fn stream(&self) -> &UnixStream {
         &self.stream
     }
 
     /// Lets [`MAX_RECEIVED`] bytes come from now on.
-    pub(super) fn begin(&mut self) {
+    pub(crate) fn begin(&mut self) {
         self.received = self.buffer.len() - self.start;
     }
 
     /// Sends a text, with a file descriptor beside it.
-    pub(super) fn send(
+    pub(crate) fn send(
         &mut self,
         mut text: &[u8],
         fd: Option<BorrowedFd<'_>>,
@@ -82,7 +82,7 @@ impl Lines {
     }
 
     /// The next line; the newline is part of it. What has come of it until the deadline is kept.
-    pub(super) fn next(&mut self, deadline: Instant) -> Result<Vec<u8>, LineError> {
+    pub(crate) fn next(&mut self, deadline: Instant) -> Result<Vec<u8>, LineError> {
         let mut searched = self.start;
         let mut has_looked = false;
         loop {

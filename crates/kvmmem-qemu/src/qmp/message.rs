@@ -18,12 +18,12 @@ pub struct QmpEvent {
 
 /// One line.
 #[derive(Deserialize)]
-pub(super) struct Message {
+pub(crate) struct Message {
     #[serde(rename = "QMP")]
-    pub(super) greeting: Option<Value>,
+    pub(crate) greeting: Option<Value>,
     #[serde(rename = "return")]
-    pub(super) answer: Option<Value>,
-    pub(super) error: Option<Failure>,
+    pub(crate) answer: Option<Value>,
+    pub(crate) error: Option<Failure>,
     /// That of the command that it answers.
     id: Option<Value>,
     event: Option<String>,
@@ -39,19 +39,19 @@ struct EventData {
 
 /// Why a command was refused.
 #[derive(Deserialize)]
-pub(super) struct Failure {
-    pub(super) desc: String,
+pub(crate) struct Failure {
+    pub(crate) desc: String,
 }
 
 impl Message {
     /// Whether it answers a command of this process: these have no id, unlike those of another one with a copy of the
     /// connection (`discover::pause`).
-    pub(super) fn is_answer(&self) -> bool {
+    pub(crate) fn is_answer(&self) -> bool {
         self.id.is_none() && (self.answer.is_some() || self.error.is_some())
     }
 
     /// The event that it is; `None` for what a later QEMU may say besides.
-    pub(super) fn into_event(self) -> Option<QmpEvent> {
+    pub(crate) fn into_event(self) -> Option<QmpEvent> {
         let (name, device) = (self.event?, self.data.device);
         let is_short = |text: &String| text.len() <= MAX_NAME;
         (is_short(&name) && device.as_ref().is_none_or(is_short)).then_some(QmpEvent { name, device })

@@ -19,12 +19,12 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use kvmmem_proto::endpoint::Endpoint;
+use kvmmem_proto::endpoint::connect;
 use kvmmem_sys::socket::peer_credentials;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
-use crate::connect::connect;
 pub use error::QmpError;
 use line::{LineError, Lines};
 use message::Message;

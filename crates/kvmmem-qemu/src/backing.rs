@@ -102,7 +102,7 @@ pub enum Source {
 
 impl Source {
     /// Which files the RAM is in; none where it is private.
-    pub(crate) fn file_ids(&self) -> Vec<FileId> {
+    pub fn file_ids(&self) -> Vec<FileId> {
         match self {
             Self::Files(files) => files.iter().filter_map(FileId::of_file).collect(),
             Self::Process { .. } => Vec::new(),
@@ -210,7 +210,7 @@ pub fn at(mappings: &[Mapping], hva: u64, size: u64) -> Result<Backing, Obstacle
 
 impl Backing {
     /// Whether it has an address in common with another one, which is another part of the RAM.
-    pub(super) fn overlaps(&self, other: &Self) -> bool {
+    pub(crate) fn overlaps(&self, other: &Self) -> bool {
         let end = |backing: &Self| backing.hva.saturating_add(backing.len);
         self.hva < end(other) && other.hva < end(self)
     }

@@ -5,19 +5,19 @@ use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::{Arc, Weak};
 
+use kvmmem_proto::credentials::Credentials;
 use kvmmem_proto::map::Region;
 use kvmmem_proto::message::{Change, Registration};
+use kvmmem_qemu::attach::{self, AttachError, Opened, Seen};
+use kvmmem_qemu::backing::{Held, Source};
+use kvmmem_qemu::mapping;
+use kvmmem_qemu::monitor::{Monitor, News, Next, Socket};
+use kvmmem_qemu::process::{FileId, Process};
+use kvmmem_qemu::qmp::{Qmp, QmpError};
+use kvmmem_qemu::successor;
 
-use super::attach::{self, AttachError, Opened, Seen};
-use super::backing::{Held, Source};
-use super::mapping;
-use super::monitor::{Monitor, News, Next, Socket};
-use super::process::{FileId, Process};
-use super::successor;
 use super::watch::Watched;
 use crate::broker::{Broker, in_words};
-use crate::credentials::Credentials;
-use crate::qmp::{Qmp, QmpError};
 use crate::registry::Vm;
 use crate::state::{Entry, Role};
 
