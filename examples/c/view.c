@@ -23,7 +23,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-#include "door.h"
+#include "guest_endpoint.h"
 #include "kvmmem.h"
 
 #define PAGE 4096
@@ -119,7 +119,7 @@ int main(void)
 		fail("info");
 	/* The connection is the view's: it stays open until this program ends. */
 	if (info.features & KVMMEM_FEAT_DEVICES) {
-		if (door_knock(getenv("KVMMEM_TOKEN"), 0, ticket) < 0)
+		if (guest_endpoint_open(getenv("KVMMEM_TOKEN"), 0, ticket) < 0)
 			return 1;
 		parse_hex(ticket, (unsigned char *)&attach.token, 32);
 	}

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Any bytes at the door, from a tool and to one: frames are taken one after the other, and what is taken is written and
-//! read again.
+//! Any bytes at the guest endpoint, from a tool and to one: frames are taken one after the other, and what is taken is
+//! written and read again.
 #![no_main]
 
 use kvmmem_proto::guest::{self, MAX_FRAME};

@@ -50,7 +50,7 @@ pub struct Broker {
     confirmations: Confirmations,
     hooks: Mutex<Quota>,
     /// The VMMs of the VMs that the broker has attached by itself.
-    adopted: Watch,
+    external: Watch,
     /// Held while a VM is added whose RAM must be no other target's.
     adding: Mutex<()>,
     buffers: Buffers,
@@ -117,7 +117,7 @@ impl Broker {
             peers: Mutex::default(),
             confirmations: Confirmations::default(),
             hooks: Mutex::new(Quota::new(limits.hooks)),
-            adopted: Watch::default(),
+            external: Watch::default(),
             adding: Mutex::default(),
             buffers: Buffers::default(),
             channels: Mutex::new(Quota::new(limits.channels)),
@@ -168,8 +168,8 @@ impl Broker {
         self.adding.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(crate) fn adopted(&self) -> &Watch {
-        &self.adopted
+    pub(crate) fn external(&self) -> &Watch {
+        &self.external
     }
 
     pub(crate) fn state(&self) -> &State {

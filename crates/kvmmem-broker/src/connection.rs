@@ -166,7 +166,7 @@ impl Connection<'_> {
                 broker.add_introspector(credentials, &which, cid, name, on_silence)?
             }
             Call::RemoveIntrospector { name } => broker.remove_introspector(&name)?,
-            Call::Room { introspector } => broker.room(&introspector)?,
+            Call::FreeSlots { introspector } => broker.free_slots(&introspector)?,
             Call::Registers { target, first } => broker.registers(credentials, &target, first)?,
             Call::Pause { target } => broker.pause(credentials, &target, &mut self.pause)?,
             Call::Resume { target } => broker.resume(credentials, &target, self.pause.take())?,

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Copies of a target's memory, for views of RAM that only its VMM can map.
 //!
-//! A tool opens a few *channels* for its view: a socket for requests and a memfd for the bytes, with a thread of the broker
-//! each ([`message`] has the packets). What the view may copy is looked up again after every [`CHUNK`], so a revocation
-//! ends a copy that is under way, and is confirmed only when the chunk has ended. The channels end with the connection that
-//! opened them.
+//! A tool opens a few *channels* for its view: a socket for requests and a memfd for the bytes, with a thread of the
+//! broker each ([`kvmmem_proto::copy`] has the packets). What the view may copy is looked up again after every
+//! [`CHUNK`], so a revocation ends a copy that is under way, and is confirmed only when the chunk has ended. The
+//! channels end with the connection that opened them.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, RwLockReadGuard};

@@ -18,17 +18,17 @@ mod ask;
 mod descriptor;
 mod events;
 mod find;
-mod janitor;
+mod free_slots;
 mod list;
 mod monitor;
 mod open;
-mod pieces;
-mod places;
+mod pci_slots;
 mod plug;
 mod process;
-mod room;
-mod take_back;
+mod qmp_events;
+mod unplug;
 mod view;
+mod window_layout;
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -47,9 +47,9 @@ pub use list::Introspectors;
 use monitor::Monitor;
 pub use monitor::MonitorError;
 pub use open::{OpenError, Opened};
-pub use pieces::PiecesError;
 use process::Process;
 use view::{View, lock};
+pub use window_layout::WindowLayoutError;
 
 /// A VM under a stock QEMU that may look at others.
 pub struct Introspector {
@@ -123,7 +123,7 @@ impl Introspector {
             // Another process may have its socket now: send nothing there.
             self.monitor.stop();
         }
-        self.end(take_back::Cause::Gone, |_| true);
+        self.end(unplug::Cause::Gone, |_| true);
         self.monitor.stop();
         self.link.close();
     }

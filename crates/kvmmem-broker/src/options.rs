@@ -56,7 +56,7 @@ pub struct Options {
     /// The vsock port at which introspectors under a stock QEMU ask for views, from the first one that is added on
     /// [default: 27510].
     #[arg(long, value_name = "PORT", value_parser = clap::value_parser!(u32).range(1..0xffff_ffff))]
-    door: Option<u32>,
+    guest_port: Option<u32>,
 }
 
 /// As [`KvmiPolicy`].
@@ -99,8 +99,8 @@ pub struct Settings {
     pub state: Option<PathBuf>,
     /// What tokens allow that KVMI makes.
     pub kvmi_tokens: KvmiTokens,
-    /// The vsock port of the door.
-    pub door: u32,
+    /// The vsock port of the guest endpoint.
+    pub guest_port: u32,
 }
 
 /// Why the configuration file is no good.
@@ -137,7 +137,7 @@ struct Config {
     audit: Option<PathBuf>,
     state: Option<PathBuf>,
     kvmi_tokens: Option<KvmiTokens>,
-    door: Option<u32>,
+    guest_port: Option<u32>,
 }
 
 impl Options {
@@ -156,7 +156,7 @@ impl Options {
             audit: self.audit.or(config.audit),
             state: self.state.or(config.state),
             kvmi_tokens: self.kvmi_tokens.or(config.kvmi_tokens).unwrap_or_default(),
-            door: self.door.or(config.door).unwrap_or(GUEST_PORT),
+            guest_port: self.guest_port.or(config.guest_port).unwrap_or(GUEST_PORT),
         })
     }
 }
@@ -184,7 +184,7 @@ mod tests {
 
     #[test]
     fn the_command_line_wins() {
-        let config = "socket = \"/a\"\ngroup = \"g\"\njson = true\nlog = \"warn\"\naudit = \"/b\"\nstate = \"/s\"\nkvmi-tokens = \"ro\"\ndoor = 5\n";
+        let config = "socket = \"/a\"\ngroup = \"g\"\njson = true\nlog = \"warn\"\naudit = \"/b\"\nstate = \"/s\"\nkvmi-tokens = \"ro\"\nguest-port = 5\n";
         let from_file = settings(config, &[], None).unwrap();
         let audit = Some("/b".into());
         let expected = Settings {
@@ -195,7 +195,7 @@ mod tests {
             audit,
             state: Some("/s".into()),
             kvmi_tokens: KvmiTokens::Ro,
-            door: 5,
+            guest_port: 5,
         };
         assert_eq!(from_file, expected);
         let words = [
@@ -207,7 +207,7 @@ mod tests {
             "debug",
             "--audit",
             "/d",
-            "--door",
+            "--guest-port",
             "6",
             "--state",
             "/t",
@@ -224,7 +224,7 @@ mod tests {
             audit,
             state: Some("/t".into()),
             kvmi_tokens: KvmiTokens::None,
-            door: 6,
+            guest_port: 6,
         };
         assert_eq!(from_line, expected);
         assert_eq!(settings(config, &[], Some("error")).unwrap().log, "error");
@@ -239,7 +239,7 @@ mod tests {
             (None, false, None, None)
         );
         assert_eq!((settings.log.as_str(), settings.kvmi_tokens), ("info", KvmiTokens::Rw));
-        assert_eq!(settings.door, 27510);
+        assert_eq!(settings.guest_port, 27510);
     }
 
     #[test]

@@ -50,7 +50,7 @@ fn roles(call: &Call) -> &'static [Role] {
         Call::RemoveTarget { .. } => &[Administrator],
         Call::AddIntrospector { .. } => &[Administrator],
         Call::RemoveIntrospector { .. } => &[Administrator],
-        Call::Room { .. } => &[Administrator, Operator],
+        Call::FreeSlots { .. } => &[Administrator, Operator],
         // Each of them may grant itself all of the target's memory, for writing as well: neither registers nor a pause
         // are more than that. A view may be of less.
         Call::Registers { .. } => &[Administrator, Operator],

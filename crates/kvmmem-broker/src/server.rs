@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The broker's socket: takes it, accepts peers, gives it back.
 
-mod adopt;
+mod activation;
 #[cfg(test)]
 mod tests;
 
@@ -91,7 +91,7 @@ pub struct Server {
     _lock: File,
     group: bool,
     /// Whether the socket is somebody else's to remove.
-    is_adopted: bool,
+    is_activated: bool,
     shared: Arc<Shared>,
 }
 
@@ -139,7 +139,7 @@ impl Server {
             listener,
             _lock: lock,
             group,
-            is_adopted: false,
+            is_activated: false,
             shared: Arc::new(Shared::new(limits)),
         })
     }
@@ -156,7 +156,7 @@ impl Server {
     pub fn run(self, stop: BorrowedFd<'_>) -> Result<(), ServerError> {
         let served = self.accept_until(stop);
         // New peers find no socket from here on.
-        if !self.is_adopted
+        if !self.is_activated
             && let Err(error) = std::fs::remove_file(&self.path)
         {
             tracing::warn!(path = %self.path.display(), %error, "cannot remove the socket");
@@ -259,7 +259,7 @@ impl Shared {
         let deadline = Instant::now() + SHUTDOWN_LIMIT;
         self.broker.state().close();
         self.broker.remove_introspectors(deadline);
-        self.broker.remove_adopted();
+        self.broker.remove_external();
         let connections = self.lock();
         for peer in &connections.peers {
             peer.socket().shut_down();

@@ -106,7 +106,7 @@ impl Broker {
         let by_vmm = || -> Option<Questions> {
             vm.registration().vcpu_questions.then(|| Questions::new(Arc::<Peer>::clone(vm.peer())))
         };
-        let questions = self.adopted().questions(vm.id()).or_else(by_vmm).ok_or_else(without)?;
+        let questions = self.external().questions(vm.id()).or_else(by_vmm).ok_or_else(without)?;
         Ok((vm, questions))
     }
 }

@@ -65,7 +65,7 @@ impl Pair {
 
     fn start_with(on_silence: OnSilence) -> Self {
         let broker = TestBroker::start();
-        broker.state.introspectors().set_door(None);
+        broker.state.introspectors().set_guest_port(None);
         let qemu = FakeQemu::start();
         let introspector = add_as(&broker, &qemu, "fake", CID, on_silence).unwrap();
         // Two regions, of which one is shown: one window.
@@ -82,7 +82,7 @@ impl Pair {
         self.arm(0, Fault::FloodForEver);
         let introspector = Arc::clone(&self.introspector);
         // Any command will do, answered or not.
-        let _ = returns("a command before events without end", move || introspector.room().is_ok());
+        let _ = returns("a command before events without end", move || introspector.free_slots().is_ok());
         wait_for("events to be taken", || self.qemu.machine().floods > 0);
     }
 
@@ -210,7 +210,7 @@ fn a_view_of_many_windows_takes_several_slots_or_none() {
 #[test]
 fn a_qemu_that_goes_wrong_while_it_is_added_is_not_added() {
     let broker = TestBroker::start();
-    broker.state.introspectors().set_door(None);
+    broker.state.introspectors().set_guest_port(None);
     let qemu = FakeQemu::start();
     for fault in [Fault::Refuse, Fault::Close, Fault::Garbage, Fault::Nonsense, Fault::Flood] {
         for step in 0..9 {
@@ -227,7 +227,7 @@ fn a_qemu_that_goes_wrong_while_it_is_added_is_not_added() {
 #[test]
 fn a_process_that_executes_another_program_while_its_qemu_is_asked_is_not_added() {
     let broker = TestBroker::start();
-    broker.state.introspectors().set_door(None);
+    broker.state.introspectors().set_guest_port(None);
     let qemu = FakeQemu::start();
     // The first command is how a connection begins; the next ones ask which VM it is.
     qemu.machine().fault = Some((1, Fault::Exec));
@@ -243,7 +243,7 @@ fn a_reset_ends_the_views_before_it_and_no_later_one() {
     pair.qemu.machine().is_stubborn = true;
     let earlier = pair.open().unwrap();
     pair.arm(0, Fault::Reset);
-    pair.introspector.room().unwrap();
+    pair.introspector.free_slots().unwrap();
     wait_for("the view before the reset to end", || earlier.ended());
     // The VM is reset once more, and a view opened, before that thread looks for what ends by this reset.
     pair.arm(0, Fault::Reset);
@@ -253,7 +253,7 @@ fn a_reset_ends_the_views_before_it_and_no_later_one() {
     wait_for("the earlier view's devices to go", || pair.qemu.machine().devices.len() == 2);
     assert!(!later.ended());
     pair.arm(0, Fault::Reset);
-    pair.introspector.room().unwrap();
+    pair.introspector.free_slots().unwrap();
     wait_for("the view before the last reset to end", || later.ended());
     drop((earlier, later));
     pair.recovers();

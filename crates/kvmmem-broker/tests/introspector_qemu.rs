@@ -47,7 +47,7 @@ struct Pair {
 impl Pair {
     fn start(on_silence: OnSilence) -> Option<Self> {
         let broker = TestBroker::start();
-        broker.state.introspectors().set_door(None);
+        broker.state.introspectors().set_guest_port(None);
         let qemu = Qemu::start(&broker, "watcher", &["-machine", "pc", "-m", "64"])?;
         let added = add(&broker, &qemu, on_silence).unwrap();
         assert!(added.places > 20 && added.target.introspector && added.target.cid == Some(CID));
@@ -192,7 +192,7 @@ fn is_ours(id: &Value) -> bool {
 fn a_view_comes_and_goes_with_its_devices() {
     let Some(pair) = Pair::start(OnSilence::Report) else { return };
     let driver = pair.driver();
-    let room = || pair.broker.admin().room("watcher").unwrap();
+    let room = || pair.broker.admin().free_slots("watcher").unwrap();
     let (free, count) = room();
     assert!(free > 20 && free <= count);
     for _ in 0..3 {
@@ -210,7 +210,7 @@ fn a_view_comes_and_goes_with_its_devices() {
         wait_for("the view to end", || pair.broker.grants().iter().all(|grant| grant.views.is_empty()));
         assert_eq!(room(), (free, count));
     }
-    let of_target = pair.broker.admin().room("tiger").unwrap_err();
+    let of_target = pair.broker.admin().free_slots("tiger").unwrap_err();
     assert!(of_target.to_string().contains("not added as an introspector"), "{of_target}");
     drop(driver);
 }
@@ -416,7 +416,7 @@ fn the_end_of_qemu_is_the_introspectors_end() {
 #[test]
 fn what_cannot_be_an_introspector_is_refused_with_a_remedy() {
     let broker = TestBroker::start();
-    broker.state.introspectors().set_door(None);
+    broker.state.introspectors().set_guest_port(None);
     let refusal = |qemu: &Qemu, cid| {
         let which = qemu.socket();
         let request = AddIntrospector { which, cid, name: None, on_silence: OnSilence::Report };

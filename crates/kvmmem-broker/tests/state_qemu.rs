@@ -13,7 +13,7 @@ fn the_next_broker_has_the_vms_under_qemu_again() {
     let broker = TestBroker::start();
     let state = broker.directory.path().join("state");
     broker.state.remember_in(&state).unwrap();
-    broker.state.introspectors().set_door(None);
+    broker.state.introspectors().set_guest_port(None);
     let Some(target) = Qemu::shared(&broker, "tiger", "q35", "64M") else { return };
     let Some(watcher) = Qemu::start(&broker, "watcher", &["-machine", "pc", "-m", "64"]) else { return };
     let uuid = broker.admin().add_target(&target.socket(), None).unwrap().target.uuid;
@@ -26,7 +26,7 @@ fn the_next_broker_has_the_vms_under_qemu_again() {
     let lion = broker.admin().add_introspector(&request).unwrap().target;
 
     let broker = TestBroker::start_in(broker.stop());
-    broker.state.introspectors().set_door(None);
+    broker.state.introspectors().set_guest_port(None);
     broker.state.remember_in(&state).unwrap();
     wait_long("both to be there again", || broker.admin().targets().unwrap().len() == 2);
     let mut targets = broker.admin().targets().unwrap();

@@ -87,7 +87,7 @@ attach, dump, revoke, translate and vm have further ones: see their --help.
 Environment:
   KVMMEM_KVMI_PORT  vsock port to listen on, unless --listen says where
   KVMMEM_DEVICE     device to map through, unless --device says which
-  KVMMEM_DOOR       vsock port of the host's broker, where this machine runs under a stock QEMU [default: 27510]
+  KVMMEM_GUEST_PORT vsock port of the host's broker, where this machine runs under a stock QEMU [default: 27510]
   KVMMEM_BROKER     socket of the broker, unless --broker says which
   KVMMEM_TOKEN      token to attach by, unless --token, --token-file or --listen say how
   RUST_LOG          what to log, for example `debug`; `warn` if unset";

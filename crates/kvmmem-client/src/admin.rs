@@ -268,9 +268,9 @@ impl Admin {
     ///
     /// # Errors
     /// [`AdminError`]; [`Refusal::Denied`] for one that was not added.
-    pub fn room(&mut self, introspector: &str) -> Result<(u32, u32), AdminError> {
-        match self.ask(Call::Room { introspector: introspector.to_owned() })? {
-            Answer::Room { free, count } => Ok((free, count)),
+    pub fn free_slots(&mut self, introspector: &str) -> Result<(u32, u32), AdminError> {
+        match self.ask(Call::FreeSlots { introspector: introspector.to_owned() })? {
+            Answer::FreeSlots { free, count } => Ok((free, count)),
             _ => Err(AdminError::NoAnswer),
         }
     }

@@ -176,8 +176,8 @@ pub enum Call {
         /// Its name or UUID.
         name: String,
     },
-    /// Tells how much room an introspector has for views that was added. Answer: [`Answer::Room`].
-    Room {
+    /// Tells how much room an introspector has for views that was added. Answer: [`Answer::FreeSlots`].
+    FreeSlots {
         /// Its name or UUID.
         introspector: String,
     },

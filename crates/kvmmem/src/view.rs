@@ -6,13 +6,13 @@
 //! | where | by |
 //! |---|---|
 //! | in a virtual machine of `kvmmem vm` | the device alone: its driver passes the token on by hypercall |
-//! | in one under a stock QEMU | the host's *door* first, which is at vsock context id 2, port 27510 (or `$KVMMEM_DOOR`): the host plugs the view's memory in as PCI devices; then the device, whose driver has found them |
+//! | in one under a stock QEMU | the host's *guest endpoint* first, which is at vsock context id 2, port 27510 (or `$KVMMEM_GUEST_PORT`): the host plugs the view's memory in as PCI devices; then the device, whose driver has found them |
 //! | on the host | the broker's socket |
 //!
-//! Which of the first two it is, the driver says (`FEATURE_DEVICES` of `kvmmem-abi`). The connection to the door is kept as
-//! long as the [`View`] or any [`Mapping`] of it, and its end is the view's: the host then unplugs the devices, however the
-//! process ended. If it is the host's service that goes, [`View::wait`] and [`View::status`] tell that the view is
-//! [gone](State::Gone), as nobody could take it back any more.
+//! Which of the first two it is, the driver says (`FEATURE_DEVICES` of `kvmmem-abi`). The connection to the guest
+//! endpoint is kept as long as the [`View`] or any [`Mapping`] of it, and its end is the view's: the host then unplugs
+//! the devices, however the process ended. If it is the host's service that goes, [`View::wait`] and [`View::status`]
+//! tell that the view is [gone](State::Gone), as nobody could take it back any more.
 //!
 //! # Signals
 //!
@@ -27,8 +27,8 @@
 //! only the process that attached hears of the end: a child must not use what it inherits. `exec` ends both.
 
 mod device;
-mod door;
 mod error;
+mod guest_endpoint;
 mod host;
 mod mapping;
 mod memory;
@@ -43,8 +43,8 @@ use kvmmem_kvmi::token::Token;
 
 use crate::device::default_path;
 use device::DeviceView;
-pub use door::{DOOR_VARIABLE, DoorError, knock};
 pub use error::{ViewError, ViewOperation};
+pub use guest_endpoint::{GUEST_PORT_VARIABLE, GuestEndpointError, check_guest_endpoint};
 use host::HostView;
 pub use kvmmem_abi::native::Stats;
 pub use kvmmem_memory::Range;
@@ -146,8 +146,8 @@ impl View {
         }
     }
 
-    /// Opens a view by the device at `path`, after having asked the host's door for it where the driver says that views
-    /// come as PCI devices. The host has 15 s for that.
+    /// Opens a view by the device at `path`, after having asked the host's guest endpoint for it where the driver says
+    /// that views come as PCI devices. The host has 15 s for that.
     ///
     /// # Errors
     /// [`ViewError`], with what to do about it.

@@ -19,7 +19,7 @@ fn something_else_is_no_device() {
 }
 
 #[test]
-fn a_closed_door_names_the_group() {
+fn a_device_without_access_names_the_group() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("kvmmem");
     std::fs::write(&path, []).unwrap();

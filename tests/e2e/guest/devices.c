@@ -18,7 +18,7 @@
 #include "devices.h"
 #include "kvmmem.h"
 
-int knock(unsigned port, int read_only, const char *token, char ticket[65], const char **words)
+int guest_endpoint_open(unsigned port, int read_only, const char *token, char ticket[65], const char **words)
 {
 	struct sockaddr_vm host = { .svm_family = AF_VSOCK, .svm_cid = VMADDR_CID_HOST, .svm_port = port };
 	struct timeval limit = { .tv_sec = 60 };
@@ -72,9 +72,9 @@ void first(unsigned port, const char *token, uint64_t gpa)
 	unsigned char bytes[8];
 	long start = micros(), end = 0;
 	char ticket[65] = "";
-	int device = -1, door = knock(port, 1, token, ticket, &words);
+	int device = -1, connection = guest_endpoint_open(port, 1, token, ticket, &words);
 
-	if (door >= 0 && (device = open("/dev/kvmmem", O_RDWR)) >= 0 && attach(device, ticket) == 0 &&
+	if (connection >= 0 && (device = open("/dev/kvmmem", O_RDWR)) >= 0 && attach(device, ticket) == 0 &&
 	    pread(device, bytes, 8, gpa) == 8)
 		end = micros();
 	if (end)
@@ -82,7 +82,7 @@ void first(unsigned port, const char *token, uint64_t gpa)
 	else
 		printf("errno %s\n", words ? words : strerrorname_np(errno));
 	close(device);
-	close(door);
+	close(connection);
 }
 
 long put(const char *path, const char *text)

@@ -9,7 +9,7 @@
  * Has the host open a view, which lasts as long as the file that is returned; the ticket attaches it. -1 with errno, or
  * where the host refuses with its words.
  */
-int knock(unsigned port, int read_only, const char *token, char ticket[65], const char **words);
+int guest_endpoint_open(unsigned port, int read_only, const char *token, char ticket[65], const char **words);
 
 /* Times the way from a token to the first bytes, and answers. */
 void first(unsigned port, const char *token, uint64_t gpa);

@@ -33,8 +33,8 @@
  *   fdinfo SLOT NAME            -> ok VALUE
  *   poke GPA TARGET_GPA VALUE COUNT               writes a view's window through /dev/mem COUNT times, each right after
  *                                                 a page fault, whatever its rights: GPA is its descriptor's page
- *   door PORT ro|rw TOKEN       -> ok SLOT TICKET has the host open a view; it lasts until the slot is closed
- *   first PORT TOKEN GPA        -> ok MICROSECONDS    door, open, attach and 8 bytes of pread, and ends it all
+ *   open PORT ro|rw TOKEN       -> ok SLOT TICKET has the host open a view; it lasts until the slot is closed
+ *   first PORT TOKEN GPA        -> ok MICROSECONDS    open, attach and 8 bytes of pread, and ends it all
  *   bars                        -> ok COUNT BYTES     the windows that came as PCI devices
  *   barwrite OFFSET VALUE       -> ok COUNT       takes each window from the driver and stores a u64 into it
  *   write PATH TEXT             -> ok
@@ -403,11 +403,11 @@ static void run(int argc, char **argv)
 		fdinfo(fd, argv[2]);
 	} else if (argc == 5 && !strcmp(verb, "poke")) {
 		poke(number(argv[1]), number(argv[2]), number(argv[3]), number(argv[4]));
-	} else if (argc == 4 && !strcmp(verb, "door")) {
+	} else if (argc == 4 && !strcmp(verb, "open")) {
 		const char *words;
 		char ticket[65] = "";
-		int door = knock(number(argv[1]), !strcmp(argv[2], "ro"), argv[3], ticket, &words);
-		long slot = door < 0 ? -1 : keep(door);
+		int connection = guest_endpoint_open(number(argv[1]), !strcmp(argv[2], "ro"), argv[3], ticket, &words);
+		long slot = connection < 0 ? -1 : keep(connection);
 
 		if (slot >= 0)
 			printf("ok 0x%lx %s\n", (unsigned long)slot, ticket);

@@ -94,16 +94,16 @@ impl Raw {
         self.ask(&format!("attach {slot} 0 {a:#x} {b:#x} {c:#x} {d:#x}"))
     }
 
-    /// Has the host of a stock QEMU open a view read-only, and attaches it: the slots of the door, whose closing is the
+    /// Has the host of a stock QEMU open a view read-only, and attaches it: the slots of the connection, whose closing is the
     /// view's end, and of the device. The host's words where it refuses.
-    pub(crate) fn knock(&mut self, token: &Token) -> Result<Result<(String, String), String>> {
-        let answer = match self.ask(&format!("door {GUEST_PORT} ro {}", token.to_hex().as_str()))? {
+    pub(crate) fn open_view(&mut self, token: &Token) -> Result<Result<(String, String), String>> {
+        let answer = match self.ask(&format!("open {GUEST_PORT} ro {}", token.to_hex().as_str()))? {
             Ok(answer) => answer,
             Err(words) => return Ok(Err(words)),
         };
-        let (door, ticket) = answer.split_once(' ').context("the door gave no ticket")?;
-        let ticket: Token = ticket.parse().context("the door's ticket is none")?;
-        Ok(Ok((door.to_owned(), self.view(ticket.words())?)))
+        let (connection, ticket) = answer.split_once(' ').context("the connection gave no ticket")?;
+        let ticket: Token = ticket.parse().context("the connection's ticket is none")?;
+        Ok(Ok((connection.to_owned(), self.view(ticket.words())?)))
     }
 
     /// Maps `len` bytes of the target from `gpa` on, shared.

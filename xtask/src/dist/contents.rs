@@ -91,7 +91,7 @@ pub(super) const PACKAGES: [Package; 4] = [
         files: &[
             ("crates/kvmmem-abi/include/uapi/kvmmem.h", "usr/include/kvmmem.h", 0o644),
             ("examples/c/view.c", "usr/share/doc/libkvmmem-dev/examples/view.c", 0o644),
-            ("examples/c/door.h", "usr/share/doc/libkvmmem-dev/examples/door.h", 0o644),
+            ("examples/c/guest_endpoint.h", "usr/share/doc/libkvmmem-dev/examples/guest_endpoint.h", 0o644),
             ("examples/c/marker.c", "usr/share/doc/libkvmmem-dev/examples/marker.c", 0o644),
         ],
         fill: header,

@@ -64,7 +64,7 @@ struct kvmmem_info {
 #define KVMMEM_FEAT_SEEK	(1U << 3)	/* SEEK_DATA knows memory that the target gave back */
 #define KVMMEM_FEAT_REGIONS	(1U << 4)	/* KVM_GUEST_MEM_* are offered */
 /* Bit 5 is reserved: drivers before version 0.2 set it. */
-#define KVMMEM_FEAT_DEVICES	(1U << 6)	/* views are PCI devices, opened at the broker's door */
+#define KVMMEM_FEAT_DEVICES	(1U << 6)	/* views are PCI devices, opened at the broker's guest endpoint */
 
 struct kvmmem_attach {
 	struct kvmi_map_mem_token token;

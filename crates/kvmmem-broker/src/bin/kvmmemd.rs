@@ -50,7 +50,7 @@ fn run(options: Options) -> anyhow::Result<()> {
     let server = listen(&settings)?;
     let broker = server.broker();
     broker.set_kvmi_tokens(settings.kvmi_tokens.into());
-    broker.introspectors().set_door(Some(settings.door));
+    broker.introspectors().set_guest_port(Some(settings.guest_port));
     if let Some(path) = &settings.audit {
         AuditFile::open(path)
             .and_then(|file| broker.audit().write_to(file))
@@ -70,7 +70,7 @@ fn run(options: Options) -> anyhow::Result<()> {
 fn listen(settings: &Settings) -> anyhow::Result<Server> {
     let mut passed = activation::passed_listeners()?;
     match (passed.pop(), passed.is_empty()) {
-        (Some(listener), true) => return Ok(Server::adopt(listener)?),
+        (Some(listener), true) => return Ok(Server::from_activation(listener)?),
         (Some(_), false) => bail!("{} sockets were passed, not one", passed.len() + 1),
         (None, _) => {}
     }

@@ -10,11 +10,11 @@ use kvmmem_proto::map::Region;
 use kvmmem_proto::message::{Change, Registration};
 use kvmmem_qemu::attach::{self, AttachError, Opened, Seen};
 use kvmmem_qemu::backing::{Held, Source};
+use kvmmem_qemu::live_update;
 use kvmmem_qemu::mapping;
 use kvmmem_qemu::monitor::{Monitor, News, Next, Socket};
 use kvmmem_qemu::process::{FileId, Process};
 use kvmmem_qemu::qmp::{Qmp, QmpError};
-use kvmmem_qemu::successor;
 
 use super::watch::Watched;
 use crate::broker::{Broker, in_words};
@@ -42,7 +42,7 @@ impl Broker {
                 broker.vmms_ended(watched);
             }
         };
-        self.adopted().add(Watched { vm, pidfd: Arc::new(pidfd), monitor: monitor.transpose()? }, ended)
+        self.external().add(Watched { vm, pidfd: Arc::new(pidfd), monitor: monitor.transpose()? }, ended)
     }
 
     /// Does what the end of VMMs demands that are watched no more: each VM continues with the QEMU that has taken over, or
@@ -54,7 +54,7 @@ impl Broker {
         let others = registry.after(0).map(|vm| vm.peer().credentials().pid).collect();
         drop(registry);
         let rams: Vec<_> = vms.iter().map(|(vm, _)| ram(vm)).collect();
-        let successors = successor::find(&rams, &others);
+        let successors = live_update::find(&rams, &others);
         for ((vm, ended), successor) in vms.into_iter().zip(successors) {
             match successor {
                 Some(successor) => self.taken_over(&vm, ended, successor),
@@ -92,7 +92,7 @@ impl Broker {
             }
             News::Memory => self.look_again(vm, qmp),
             News::Left => {
-                if let Some(watched) = self.adopted().remove(vm.id()) {
+                if let Some(watched) = self.external().remove(vm.id()) {
                     self.vmms_ended(vec![watched]);
                 }
                 Next::Stop
@@ -122,14 +122,14 @@ impl Broker {
             };
         }
         // Whoever has a view has it of the files that there were: it ends, and the VM is a new target.
-        if self.adopted().remove(vm.id()).is_some() {
+        if self.external().remove(vm.id()).is_some() {
             self.retire(vm);
             // It is other memory.
             if let Some(ram) = vm.ram() {
                 ram.continue_from(ram.layout().generation.saturating_add(1));
                 self.state().changed(vm);
             }
-            match self.adopt(opened, Some(Socket::of(qmp))) {
+            match self.register_external(opened, Some(Socket::of(qmp))) {
                 Ok(vm) => self.audit().registered(&vm),
                 Err(refused) => {
                     tracing::warn!(reason = refused.message, "a VM with other RAM is not added again")
@@ -141,7 +141,7 @@ impl Broker {
 
     /// Ends a target that is not to be relied on any more.
     fn give_up(&self, vm: &Vm) -> Next {
-        if self.adopted().remove(vm.id()).is_some() {
+        if self.external().remove(vm.id()).is_some() {
             self.retire(vm);
         }
         Next::Stop

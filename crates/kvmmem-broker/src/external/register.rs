@@ -49,13 +49,13 @@ impl Broker {
         mut opened: Opened,
     ) -> Result<Arc<Vm>, Refused> {
         let monitor = opened.qmp.take().map(Socket::from);
-        let vm = self.adopt(opened, monitor)?;
+        let vm = self.register_external(opened, monitor)?;
         self.audit().added(&vm, peer);
         Ok(vm)
     }
 
     /// Registers a VM whose RAM is open, waits for the end of its VMM, and listens to its monitor where there is one.
-    pub(super) fn adopt(
+    pub(super) fn register_external(
         self: &Arc<Self>,
         opened: Opened,
         monitor: Option<Socket>,
@@ -108,7 +108,7 @@ impl Broker {
     /// Where there is no such VM.
     pub(crate) fn remove_target(&self, target: &str) -> Result<Answer, Refused> {
         let vm = self.find(target)?;
-        if self.adopted().remove(vm.id()).is_none() {
+        if self.external().remove(vm.id()).is_none() {
             let message = format!("{target:?} was registered by its own VMM and goes with it");
             return Err(Refused::new(Refusal::Denied, message));
         }
@@ -117,9 +117,9 @@ impl Broker {
     }
 
     /// Takes out all VMs that were attached.
-    pub(crate) fn remove_adopted(&self) {
-        for vm in self.adopted().vms() {
-            if self.adopted().remove(vm).is_some() {
+    pub(crate) fn remove_external(&self) {
+        for vm in self.external().vms() {
+            if self.external().remove(vm).is_some() {
                 self.release(vm);
             }
         }

@@ -87,7 +87,7 @@ impl Grants {
         self.grants.insert(id, grant);
     }
 
-    /// Ends a grant's share of [`MAX_KVMI_PER_TARGET`].
+    /// Ends a grant's share of [`MAX_KVMI_PER_TARGET`](super::MAX_KVMI_PER_TARGET).
     fn uncount_kvmi(&mut self, grant: &mut Grant) {
         if grant.terms.origin == Origin::Kvmi && std::mem::take(&mut grant.is_counted) {
             let target = grant.terms.target;

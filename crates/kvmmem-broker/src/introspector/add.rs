@@ -23,7 +23,7 @@ use super::list::MAX;
 use super::monitor::Monitor;
 use super::process::Process;
 use super::view::View;
-use super::{Introspector, State, Traits, janitor};
+use super::{Introspector, State, Traits, qmp_events};
 use crate::broker::{Broker, Refused};
 use crate::connection;
 use crate::peer::Peer;
@@ -52,7 +52,7 @@ enum AddError {
     #[error(
         "cannot listen at the vsock port at which guests ask for views; does the host have vsock (modprobe vhost_vsock)?"
     )]
-    Door(#[source] io::Error),
+    GuestEndpoint(#[source] io::Error),
     #[error("cannot make what goes with an introspector")]
     Resources(#[source] io::Error),
     #[error("cannot make a UUID")]
@@ -74,7 +74,7 @@ impl From<AddError> for Refused {
             | AddError::Ask(_)
             | AddError::NoCid
             | AddError::NoPlaces
-            | AddError::Door(_) => Refusal::Invalid,
+            | AddError::GuestEndpoint(_) => Refusal::Invalid,
         };
         Self::from_error(refusal, &error)
     }
@@ -149,7 +149,7 @@ impl Broker {
             return Err(AddError::NoPlaces);
         }
         let left_over = ask::left_over(monitor)?;
-        self.introspectors().open_door(self).map_err(AddError::Door)?;
+        self.introspectors().open_guest_endpoint(self).map_err(AddError::GuestEndpoint)?;
         let pid = process.pid();
         let registration = Registration {
             name: name.or(machine.name).unwrap_or_else(|| format!("qemu-{pid}")),
@@ -178,7 +178,7 @@ impl Broker {
         });
         let events = Arc::downgrade(&introspector) as Weak<dyn ViewEvents>;
         introspector.link.set_events(events);
-        janitor::start(&introspector).map_err(AddError::Resources)?;
+        qmp_events::start(&introspector).map_err(AddError::Resources)?;
         // What is left over is tried at once.
         monitor.nudge();
         Ok((introspector, u32::try_from(places).unwrap_or(u32::MAX)))
@@ -239,7 +239,7 @@ impl Broker {
             }
         }
         drop(done);
-        self.introspectors().shut_door();
+        self.introspectors().close_guest_endpoint();
         // Nothing is sent: the channel closes when the last one is done.
         let left = deadline.saturating_duration_since(Instant::now());
         if are_done.recv_timeout(left) == Err(RecvTimeoutError::Timeout) {

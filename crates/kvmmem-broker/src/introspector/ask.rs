@@ -9,7 +9,7 @@ use uuid::Uuid;
 
 use super::Introspector;
 use super::monitor::{Monitor, MonitorError};
-use super::places::{self, Places};
+use super::pci_slots::{self, PciSlots};
 use super::plug::{PREFIX, Plug};
 
 /// Where devices are in QEMU's tree of objects: those with an id, and the others.
@@ -88,13 +88,13 @@ impl Machine {
 }
 
 /// The slots for views.
-pub(super) fn places(monitor: &Monitor) -> Result<Places, AskError> {
+pub(super) fn places(monitor: &Monitor) -> Result<PciSlots, AskError> {
     let answer = monitor.execute("query-pci", json!({}))?;
-    places::find(answer).ok_or(AskError::Answer("query-pci"))
+    pci_slots::find(answer).ok_or(AskError::Answer("query-pci"))
 }
 
 impl Introspector {
-    pub(super) fn places(&self) -> Result<Places, AskError> {
+    pub(super) fn places(&self) -> Result<PciSlots, AskError> {
         places(&self.monitor)
     }
 }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use kvmmem_client::vmm::{Target, ViewEvents};
 
 use super::Introspector;
-use super::take_back::Cause;
+use super::unplug::Cause;
 use super::view::lock;
 
 impl ViewEvents for Introspector {

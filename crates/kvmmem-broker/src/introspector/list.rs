@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The introspectors that the broker has, and the door by which their guests come in.
+//! The introspectors that the broker has, and the guest endpoint, where their guests' tools connect.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -12,8 +12,8 @@ use super::Introspector;
 use super::view::lock;
 
 use crate::broker::Broker;
-use crate::door::Door;
 use crate::external::watch::{Watch, Watched};
+use crate::guest_endpoint::GuestEndpoint;
 
 /// The most introspectors: each has five threads, and one more while views end.
 pub(super) const MAX: usize = 64;
@@ -26,7 +26,7 @@ pub struct Introspectors {
     slots: Mutex<Arc<()>>,
     /// Their QEMUs.
     watch: Watch,
-    door: Mutex<Doorway>,
+    endpoint: Mutex<GuestEndpointState>,
 }
 
 /// One of the [`MAX`] introspectors that there may be: taken before a QEMU is asked anything, and kept with its entry.
@@ -34,15 +34,15 @@ pub struct Introspectors {
 pub(super) struct Slot(#[allow(dead_code, reason = "counted by its clones")] Arc<()>);
 
 #[derive(Debug)]
-enum Doorway {
+enum GuestEndpointState {
     /// Opened at this port when the first introspector is added; `None` for never.
-    Shut(Option<u32>),
-    Open(#[allow(dead_code, reason = "kept until it is dropped")] Door),
+    Closed(Option<u32>),
+    Open(#[allow(dead_code, reason = "kept until it is dropped")] GuestEndpoint),
 }
 
-impl Default for Doorway {
+impl Default for GuestEndpointState {
     fn default() -> Self {
-        Self::Shut(Some(GUEST_PORT))
+        Self::Closed(Some(GUEST_PORT))
     }
 }
 
@@ -53,27 +53,28 @@ impl Introspectors {
         list.values().rev().map(|(introspector, _)| introspector).find(|it| it.cid() == cid).cloned()
     }
 
-    /// Says at which vsock port guests knock, `None` for no door at all. Counts for a door that is not open yet.
-    pub fn set_door(&self, port: Option<u32>) {
-        let mut door = lock(&self.door);
-        if matches!(*door, Doorway::Shut(_)) {
-            *door = Doorway::Shut(port);
+    /// Says at which vsock port the guest endpoint listens, `None` for never. Has no effect on an endpoint that is
+    /// open.
+    pub fn set_guest_port(&self, port: Option<u32>) {
+        let mut endpoint = lock(&self.endpoint);
+        if matches!(*endpoint, GuestEndpointState::Closed(_)) {
+            *endpoint = GuestEndpointState::Closed(port);
         }
     }
 
-    /// Opens the door, unless it is open.
-    pub(super) fn open_door(&self, broker: &Arc<Broker>) -> io::Result<()> {
-        let mut door = lock(&self.door);
-        if let Doorway::Shut(Some(port)) = *door {
-            *door = Doorway::Open(Door::start(broker, port)?);
+    /// Opens the guest endpoint unless it is open.
+    pub(super) fn open_guest_endpoint(&self, broker: &Arc<Broker>) -> io::Result<()> {
+        let mut endpoint = lock(&self.endpoint);
+        if let GuestEndpointState::Closed(Some(port)) = *endpoint {
+            *endpoint = GuestEndpointState::Open(GuestEndpoint::start(broker, port)?);
         }
         Ok(())
     }
 
-    /// Shuts the door for good; whoever is inside leaves, with a view or without.
-    pub(super) fn shut_door(&self) {
-        let door = std::mem::replace(&mut *lock(&self.door), Doorway::Shut(None));
-        drop(door);
+    /// Closes the guest endpoint for good, and with it all its connections and views.
+    pub(super) fn close_guest_endpoint(&self) {
+        let endpoint = std::mem::replace(&mut *lock(&self.endpoint), GuestEndpointState::Closed(None));
+        drop(endpoint);
     }
 
     /// Takes a slot, which is free again when it is dropped; `None` where all are taken.

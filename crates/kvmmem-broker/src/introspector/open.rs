@@ -17,11 +17,11 @@ use zeroize::Zeroizing;
 
 use super::descriptor::{Complaint, Pages};
 use super::monitor::MonitorError;
-use super::pieces::{self, PiecesError, Shape};
-use super::places::{Place, Places};
+use super::pci_slots::{PciSlot, PciSlots};
 use super::plug::{self, Shown};
-use super::take_back::Cause;
+use super::unplug::Cause;
 use super::view::{Phase, View, lock};
+use super::window_layout::{self, Shape, WindowLayoutError};
 use super::{AskError, Introspector};
 use crate::broker::Refused;
 use crate::tokens::random_token;
@@ -70,7 +70,7 @@ pub enum OpenError {
     },
     /// What is granted cannot be shown.
     #[error("this grant cannot be shown as PCI devices")]
-    Pieces(#[from] PiecesError),
+    WindowLayout(#[from] WindowLayoutError),
     /// There is no memory for the descriptor.
     #[error("cannot make the view's descriptor")]
     Descriptor(#[source] Errno),
@@ -100,7 +100,7 @@ impl From<OpenError> for Refused {
             OpenError::Token(RedeemError::Unknown) | OpenError::Ended => Refusal::Unknown,
             OpenError::Token(RedeemError::Denied | RedeemError::Private)
             | OpenError::Closed
-            | OpenError::Pieces(_) => Refusal::Denied,
+            | OpenError::WindowLayout(_) => Refusal::Denied,
             OpenError::NoPlace { .. } | OpenError::Descriptor(_) | OpenError::Ticket => Refusal::Limit,
             OpenError::Token(RedeemError::Unavailable)
             | OpenError::Ask(_)
@@ -145,7 +145,7 @@ impl Introspector {
         Err(error)
     }
 
-    fn show(&self, view: &Arc<View>, attached: &Attached, places: &Places) -> Result<Token, OpenError> {
+    fn show(&self, view: &Arc<View>, attached: &Attached, places: &PciSlots) -> Result<Token, OpenError> {
         if lock(&self.state).is_closed {
             return Err(OpenError::Closed);
         }
@@ -154,9 +154,10 @@ impl Introspector {
         let scope = &attached.scope;
         let has_offset = self.traits.has_offset;
         let regions = scope.regions(target.map());
-        let pieces =
-            pieces::cut(&regions, scope.spans.is_none(), has_offset, |file| shape(target.file(file)?))?;
-        let slots = plug::slots_of(pieces.windows.len());
+        let layout = window_layout::cut(&regions, scope.spans.is_none(), has_offset, |file| {
+            shape(target.file(file)?)
+        })?;
+        let slots = plug::slots_of(layout.windows.len());
         let mine = self.reserve(view, places, slots)?;
         let is_read_only = scope.rights == Rights::ReadOnly;
         // The driver tells views apart by this alone, and a grant's token may open several.
@@ -169,16 +170,16 @@ impl Introspector {
             instance: target.generation(),
             ..Descriptor::default()
         };
-        let pages = Pages::new(descriptor, pieces.ranges, slots).map_err(OpenError::Descriptor)?;
+        let pages = Pages::new(descriptor, layout.ranges, slots).map_err(OpenError::Descriptor)?;
         let page_files = pages.files().to_vec();
         *lock(&view.pages) = Some(pages);
-        let used: BTreeSet<u32> = pieces.windows.iter().map(|window| window.file).collect();
+        let used: BTreeSet<u32> = layout.windows.iter().map(|window| window.file).collect();
         let shown = Shown {
             name: format!("{}-{}", self.traits.session, view.number),
             places: &mine,
             pages: page_files.iter().map(|file| file.as_fd()).collect(),
             files: used.iter().filter_map(|file| Some((*file, target.file(*file)?))).collect(),
-            windows: &pieces.windows,
+            windows: &layout.windows,
             is_read_only,
             has_offset,
         };
@@ -191,18 +192,18 @@ impl Introspector {
     pub(super) fn free(
         &self,
         views: &[Arc<View>],
-        places: &Places,
+        places: &PciSlots,
         needed: usize,
-    ) -> Result<Vec<Place>, OpenError> {
-        let reserved: BTreeSet<Place> = views.iter().flat_map(|view| lock(&view.places).clone()).collect();
-        let free: Vec<Place> = places.free.difference(&reserved).cloned().collect();
+    ) -> Result<Vec<PciSlot>, OpenError> {
+        let reserved: BTreeSet<PciSlot> = views.iter().flat_map(|view| lock(&view.places).clone()).collect();
+        let free: Vec<PciSlot> = places.free.difference(&reserved).cloned().collect();
         if free.len() < needed {
             return Err(OpenError::NoPlace { needed, free: free.len(), count: places.count });
         }
         Ok(free)
     }
 
-    fn reserve(&self, view: &View, places: &Places, needed: usize) -> Result<Vec<Place>, OpenError> {
+    fn reserve(&self, view: &View, places: &PciSlots, needed: usize) -> Result<Vec<PciSlot>, OpenError> {
         let state = lock(&self.state);
         let mut mine = self.free(&state.views, places, needed)?;
         mine.truncate(needed);

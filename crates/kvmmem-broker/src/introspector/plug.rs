@@ -12,8 +12,8 @@ use kvmmem_proto::map::PAGE_SIZE;
 use serde_json::{Value, json};
 
 use super::monitor::{Monitor, MonitorError};
-use super::pieces::Window;
-use super::places::Place;
+use super::pci_slots::PciSlot;
+use super::window_layout::Window;
 
 /// What QEMU says of what is not there.
 const NOT_FOUND: &str = "not found";
@@ -48,7 +48,7 @@ pub(super) struct Shown<'a> {
     /// What the ids have behind [`PREFIX`]; of no other view.
     pub(super) name: String,
     /// The slots, in their order.
-    pub(super) places: &'a [Place],
+    pub(super) places: &'a [PciSlot],
     /// The descriptor page of each.
     pub(super) pages: Vec<BorrowedFd<'a>>,
     /// The target's files that windows are in, by their number.
@@ -152,7 +152,7 @@ impl Plug {
         id: String,
         number: u32,
         mut backend: Value,
-        place: &Place,
+        place: &PciSlot,
     ) -> Result<(), MonitorError> {
         let Some(slot) = self.slots.last_mut() else { return Ok(()) };
         let device = json!({

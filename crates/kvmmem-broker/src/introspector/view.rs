@@ -10,7 +10,7 @@ use kvmmem_client::vmm::{Attached, Region, Rights, Scope, Target};
 
 use super::descriptor::Pages;
 use super::monitor::News;
-use super::places::Place;
+use super::pci_slots::PciSlot;
 use super::plug::Plug;
 
 /// A view from the moment in which its token was used until nothing of it is left in QEMU.
@@ -28,7 +28,7 @@ pub(super) struct View {
     /// `None` where an earlier broker had them.
     pub(super) pages: Mutex<Option<Pages>>,
     pub(super) plug: Mutex<Plug>,
-    pub(super) places: Mutex<BTreeSet<Place>>,
+    pub(super) places: Mutex<BTreeSet<PciSlot>>,
     life: Mutex<Life>,
     /// Signalled when the phase has changed.
     changed: Condvar,

@@ -6,7 +6,7 @@ use std::fs;
 use std::path::Path;
 use std::time::Duration;
 
-use kvmmem::view::{DoorError, knock};
+use kvmmem::view::{GuestEndpointError, check_guest_endpoint as ask_guest_endpoint};
 use kvmmem::{Device, DeviceError, device};
 use kvmmem_abi::cpuid::{
     FEATURE_DOORBELL, FEATURE_VMCALL, LEAF_FEATURES, LEAF_SIGNATURE, SIGNATURE_REGISTERS,
@@ -22,8 +22,8 @@ pub(super) fn is_virtual() -> bool {
     __cpuid(1).ecx & HYPERVISOR_BIT != 0
 }
 
-/// How long the host's door has for refusing this virtual machine.
-const DOOR_PATIENCE: Duration = Duration::from_millis(500);
+/// How long the host's guest endpoint has for refusing this virtual machine.
+const REFUSAL_LIMIT: Duration = Duration::from_millis(500);
 
 /// Where the kernel shows PCI devices.
 const PCI_DEVICES: &str = "/sys/bus/pci/devices";
@@ -42,10 +42,10 @@ pub(super) fn checks() -> Vec<Check> {
         views::check(features),
         check_vsock(),
     ];
-    // Pages are locked for mappings by hypercall alone, and views by PCI device alone come from the door.
+    // Pages are locked for mappings by hypercall alone, and views by PCI device alone come from the guest endpoint.
     checks.push(match features {
         Some(_) => limits::memlock_in_guest(),
-        None => check_door(knock(DOOR_PATIENCE)),
+        None => check_guest_endpoint(ask_guest_endpoint(REFUSAL_LIMIT)),
     });
     checks
 }
@@ -154,22 +154,24 @@ fn check_vsock() -> Check {
 }
 
 /// Whether the host opens views for this virtual machine.
-fn check_door(answer: Result<(), DoorError>) -> Check {
-    const NAME: &str = "door";
+fn check_guest_endpoint(answer: Result<(), GuestEndpointError>) -> Check {
+    const NAME: &str = "guest-endpoint";
     match answer {
         Ok(()) => Check::ok(NAME, "the host's broker opens views for this virtual machine"),
         Err(error) => {
             let remedy = match &error {
-                DoorError::Connect { .. } => {
+                GuestEndpointError::Connect { .. } => {
                     "on the host: is kvmmemd running, and was this virtual machine added (kvmmem introspector add)?"
                 }
-                DoorError::Refused { .. } => "do on the host what it says, then ask again",
+                GuestEndpointError::Refused { .. } => "do on the host what it says, then ask again",
                 _ => "see the host's log: journalctl -u kvmmemd",
             };
             let source = std::error::Error::source(&error);
             let cause = source.map_or_else(String::new, |source| format!(": {source}"));
             let detail = match &error {
-                DoorError::Connect { port, .. } => format!("nobody answers at the host's vsock port {port}"),
+                GuestEndpointError::Connect { port, .. } => {
+                    format!("nobody answers at the host's vsock port {port}")
+                }
                 error => error.to_string(),
             };
             Check::fail(NAME, format!("{detail}{cause}"), remedy)
@@ -190,13 +192,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_shut_door_has_a_remedy() {
-        assert_eq!(check_door(Ok(())).status, Status::Ok);
+    fn a_closed_guest_endpoint_has_a_remedy() {
+        assert_eq!(check_guest_endpoint(Ok(())).status, Status::Ok);
         let refused = std::io::Error::from_raw_os_error(104);
-        let check = check_door(Err(DoorError::Connect { port: 27510, source: refused }));
+        let check = check_guest_endpoint(Err(GuestEndpointError::Connect { port: 27510, source: refused }));
         assert!(check.detail.contains("27510"), "{check:?}");
         assert!(check.remedy.unwrap().contains("introspector add"));
-        let check = check_door(Err(DoorError::Answer { port: 1, source: None }));
+        let check = check_guest_endpoint(Err(GuestEndpointError::Answer { port: 1, source: None }));
         assert!(check.remedy.unwrap().contains("kvmmemd"));
     }
 

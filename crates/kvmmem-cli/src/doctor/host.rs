@@ -132,7 +132,7 @@ fn check_broker(socket: &Path) -> Vec<Check> {
         Ok((mut admin, vms)) => {
             let detail = format!("kvmmemd at {} knows {} virtual machines", socket.display(), vms.len());
             let introspectors = vms.iter().filter(|vm| vm.introspector);
-            let rooms = introspectors.filter_map(|vm| check_room(vm, admin.room(&vm.uuid.to_string())));
+            let rooms = introspectors.filter_map(|vm| check_room(vm, admin.free_slots(&vm.uuid.to_string())));
             std::iter::once(Check::ok(NAME, detail)).chain(rooms).collect()
         }
         Err(error) => vec![Check::warn(

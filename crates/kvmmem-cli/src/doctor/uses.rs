@@ -67,8 +67,8 @@ impl Use {
                 &["kvm", "hardware", "hypercalls", "vhost_vsock", "max_map_count", "broker"]
             }
             Self::QemuIntrospectors => &["vhost_vsock", "broker", "introspector"],
-            // The vsock device is for the door alone.
-            Self::Views => &["host", "module", "device", "views", "door"],
+            // The vsock device is for the guest endpoint alone.
+            Self::Views => &["host", "module", "device", "views", "guest-endpoint"],
             Self::Pages => &["host", "module", "device", "vsock", "memlock"],
             Self::Kvmi => &["vsock"],
         }
@@ -159,9 +159,9 @@ mod tests {
             statuses(Role::Guest, &checks)[..2],
             [(Use::Views, Status::Fail), (Use::Pages, Status::Ok)]
         );
-        // Under a stock QEMU there are no pages, and views come by the door.
+        // Under a stock QEMU there are no pages, and views come by the guest endpoint.
         checks[3].status = Status::Ok;
-        checks[5] = check("door", Status::Fail);
+        checks[5] = check("guest-endpoint", Status::Fail);
         let wanted = [(Use::Views, Status::Fail), (Use::Kvmi, Status::Ok)];
         assert_eq!(statuses(Role::Guest, &checks), wanted);
     }

@@ -47,7 +47,7 @@ fn judge(host: Option<u32>, info: Result<Info, Errno>) -> Check {
             (FEATURE_HUGE_1G, "pages of 1 GiB"),
             (FEATURE_SEEK, "holes are known"),
             (FEATURE_REGIONS, "libkvmi's regions"),
-            (FEATURE_DEVICES, "as PCI devices, by the host's door"),
+            (FEATURE_DEVICES, "as PCI devices, by the host's guest endpoint"),
         ];
         let has = known.into_iter().filter(|(bit, _)| info.features & bit != 0).map(|(_, name)| name);
         let list: Vec<&str> = std::iter::once("can be attached").chain(has).collect();
@@ -80,7 +80,7 @@ mod tests {
         let cases = [
             (host, info(VERSION, FEATURE_VIEWS | FEATURE_HUGE_2M), Status::Ok, "pages of 2 MiB"),
             // PCI devices show no signature.
-            (None, info(VERSION, FEATURE_VIEWS | FEATURE_DEVICES), Status::Ok, "the host's door"),
+            (None, info(VERSION, FEATURE_VIEWS | FEATURE_DEVICES), Status::Ok, "the host's guest endpoint"),
             (host, info(VERSION + 1, FEATURE_VIEWS), Status::Warn, "version 2"),
             (host, info(VERSION, FEATURE_REGIONS), Status::Warn, "the host offers them"),
             (Some(0), info(VERSION, 0), Status::Warn, "the host offers none"),

@@ -39,7 +39,7 @@ fn help_names_the_verbs_and_the_exit_codes() {
         "Exit codes:",
         "KVMMEM_KVMI_PORT",
         "KVMMEM_TOKEN",
-        "KVMMEM_DOOR",
+        "KVMMEM_GUEST_PORT",
     ] {
         assert!(stdout.contains(word), "{word}: {stdout}");
     }

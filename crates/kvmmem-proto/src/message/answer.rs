@@ -195,7 +195,7 @@ pub enum Answer {
         has_offset: bool,
     },
     /// How much room an introspector has for views.
-    Room {
+    FreeSlots {
         /// PCI slots that are free.
         free: u32,
         /// PCI slots that there are.

@@ -45,7 +45,7 @@ pub(crate) struct Failure {
 
 impl Message {
     /// Whether it answers a command of this process: these have no id, unlike those of another one with a copy of the
-    /// connection (`discover::pause`).
+    /// connection ([`crate::pause`]).
     pub(crate) fn is_answer(&self) -> bool {
         self.id.is_none() && (self.answer.is_some() || self.error.is_some())
     }

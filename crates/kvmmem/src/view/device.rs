@@ -21,7 +21,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{SeekFrom, seek};
 use rustix::io::{Errno, pread, pwrite};
 
-use super::door::{Door, DoorError};
+use super::guest_endpoint::{GuestConnection, GuestEndpointError};
 use super::mapping::{Keeps, Mapping};
 use super::vectored::VectoredError;
 use super::{Access, Event, State, Status, ViewError, ViewOperation};
@@ -43,7 +43,7 @@ pub(super) struct DeviceView {
     /// The generation of which [`DeviceView::wait`] told last.
     told: AtomicU64,
     /// The connection to the host; `None` where a hypercall opened the view. Dropped after the file.
-    door: Option<Arc<Door>>,
+    guest: Option<Arc<GuestConnection>>,
     /// The state since the host ended the connection without having ended the view.
     lost: OnceLock<Status>,
 }
@@ -68,26 +68,26 @@ impl DeviceView {
             Access::ReadOnly => ATTACH_READ_ONLY,
             Access::Granted => 0,
         };
-        let door = match info.features & FEATURE_DEVICES {
+        let guest = match info.features & FEATURE_DEVICES {
             0 => None,
             _ => {
-                let door = Door::open(token, access == Access::ReadOnly);
-                Some(Arc::new(door.map_err(|source| ViewError::Door(Box::new(source)))?))
+                let guest = GuestConnection::open(token, access == Access::ReadOnly);
+                Some(Arc::new(guest.map_err(|source| ViewError::GuestEndpoint(Box::new(source)))?))
             }
         };
-        let token = door.as_ref().map_or(token, |door| door.ticket());
+        let token = guest.as_ref().map_or(token, |guest| guest.ticket());
         let token = MapMemToken { token: token.words() };
-        let attached = match &door {
+        let attached = match &guest {
             // A ticket stays good while the host is changing the view.
             Some(_) => until_settled(|| file.attach(Attach { token, flags, reserved: 0 })),
             None => file.attach(Attach { token, flags, reserved: 0 }),
         };
         attached.map_err(|source| match source {
-            Errno::NOENT if door.is_some() => ViewError::Door(Box::new(DoorError::Lost)),
+            Errno::NOENT if guest.is_some() => ViewError::GuestEndpoint(Box::new(GuestEndpointError::Lost)),
             source => ViewError::Attach { path: path.to_owned(), source },
         })?;
         let mut view =
-            Self { file, is_writable: false, told: AtomicU64::new(0), door, lost: OnceLock::new() };
+            Self { file, is_writable: false, told: AtomicU64::new(0), guest, lost: OnceLock::new() };
         let status = view.status()?;
         view.is_writable = status.is_writable;
         *view.told.get_mut() = status.generation;
@@ -100,7 +100,7 @@ impl DeviceView {
             return Ok(status.clone());
         }
         // Looked at first: the host ends the view, and then the connection.
-        let is_shut = self.door.as_ref().is_some_and(|door| door.is_shut());
+        let is_shut = self.guest.as_ref().is_some_and(|guest| guest.is_shut());
         let (status, ranges) =
             self.file.ranges().map_err(|source| ViewError::System { operation, source })?;
         let state = match status.state {
@@ -226,7 +226,7 @@ impl DeviceView {
         // The mapping keeps the file open.
         until_settled(|| memory.place(0, range.len, self.file.as_fd(), range.gpa))
             .map_err(|source| self.error(operation, range.gpa, source))?;
-        let keeps = self.door.as_ref().map(|door| Keeps::Door(Arc::clone(door)));
+        let keeps = self.guest.as_ref().map(|guest| Keeps::Guest(Arc::clone(guest)));
         Ok(Mapping::new(range.gpa, Arc::new(memory), keeps))
     }
 
@@ -242,7 +242,7 @@ impl DeviceView {
                 return Ok(None);
             }
             let mut files = vec![PollFd::new(&self.file, PollFlags::PRI)];
-            files.extend(self.door.as_deref().map(|door| PollFd::new(door, PollFlags::IN)));
+            files.extend(self.guest.as_deref().map(|guest| PollFd::new(guest, PollFlags::IN)));
             let sleep = Timespec::try_from(left.min(SLEEP_LIMIT)).ok();
             match poll(&mut files, sleep.as_ref()) {
                 Ok(_) | Err(Errno::INTR) => {}

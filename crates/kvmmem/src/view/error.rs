@@ -11,7 +11,7 @@ use crate::host::{CopyError, HostError};
 use kvmmem_sys::device::OpenError;
 use rustix::io::Errno;
 
-use super::door::DoorError;
+use super::guest_endpoint::GuestEndpointError;
 use crate::explain;
 
 /// Something done with a view, for messages.
@@ -130,7 +130,7 @@ pub enum ViewError {
     },
     /// The host, which shows views as devices of this virtual machine, gave none.
     #[error("the host opened no view")]
-    Door(#[source] Box<DoorError>),
+    GuestEndpoint(#[source] Box<GuestEndpointError>),
     /// The broker gave no view.
     #[error("the broker at {} gave no view{remedy}", socket.display())]
     AttachHost {
@@ -220,8 +220,8 @@ impl ViewError {
             Self::Watch(error) => error.raw_os_error(),
             Self::Private { .. } => Some(Errno::OPNOTSUPP.raw_os_error()),
             Self::Copy { .. } => Some(Errno::IO.raw_os_error()),
-            Self::Door(error) => match &**error {
-                DoorError::Connect { source, .. } => source.raw_os_error(),
+            Self::GuestEndpoint(error) => match &**error {
+                GuestEndpointError::Connect { source, .. } => source.raw_os_error(),
                 _ => None,
             },
             _ => None,

@@ -7,7 +7,7 @@ use kvmmem_sys::foreign::{Foreign, ForeignError};
 use kvmmem_sys::search::{Candidates, Probe};
 use rustix::io::Errno;
 
-use super::door::Door;
+use super::guest_endpoint::GuestConnection;
 use super::host::HostView;
 
 /// Why mapped memory was not accessed.
@@ -64,7 +64,7 @@ pub(super) enum Keeps {
     /// On the host, what ends the mapping together with the view.
     View(#[expect(dead_code, reason = "held")] Arc<HostView>),
     /// In a virtual machine, the connection that stands for the view's devices.
-    Door(#[expect(dead_code, reason = "held")] Arc<Door>),
+    Guest(#[expect(dead_code, reason = "held")] Arc<GuestConnection>),
 }
 
 impl Mapping {

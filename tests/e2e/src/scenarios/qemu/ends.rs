@@ -21,7 +21,7 @@ pub(super) fn revoke(world: &mut World, report: &mut Report) -> Result<()> {
         add(world, spec, "report")?;
         let grant = target.grant(world, 2, None)?;
         let mut tool = world.qemu_viewer(spec)?;
-        let (door, view) = open(&mut tool, &grant)?;
+        let (connection, view) = open(&mut tool, &grant)?;
         let page = tool.must(&format!("mmap {view} {:#x} 0x1000 r shared", target.gpa))?;
         let counter = number(&page)? + COUNTER as u64;
         tool.begin(&format!("spin {counter:#x} {SPIN_MS}"))?;
@@ -39,9 +39,9 @@ pub(super) fn revoke(world: &mut World, report: &mut Report) -> Result<()> {
         let seen = errno(tool.pread(&view, target.gpa, 8)?);
         report.equal("pread says that it was taken back", &seen, &"EKEYREVOKED".into());
         report.check("QEMU has no window any more", is_empty(world, spec)?, "");
-        let again = tool.knock(&grant.token)?.err();
+        let again = tool.open_view(&grant.token)?.err();
         report.check("the token is worth nothing", again.is_some(), again.unwrap_or_default());
-        tool.must(&format!("close {door}"))?;
+        tool.must(&format!("close {connection}"))?;
 
         let grant = target.grant(world, 2, None)?;
         let (_, view) = open(&mut tool, &grant)?;

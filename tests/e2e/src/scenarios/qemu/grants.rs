@@ -18,7 +18,7 @@ pub(super) fn parts(world: &mut World, report: &mut Report) -> Result<()> {
     add(world, &NEW_Q35, "report")?;
     let grant = target.grant(world, 1, Some(spans.clone()))?;
     let mut tool = world.qemu_viewer(&NEW_Q35)?;
-    let (door, view) = open(&mut tool, &grant)?;
+    let (connection, view) = open(&mut tool, &grant)?;
     report.equal("three pages: the marker", &tool.pread(&view, target.gpa, 32)?, &Ok(target.hex.clone()));
     let windows = tool.must("bars")?;
     report.check("the windows have those pages and no more", windows.ends_with(" 0x3000"), &windows);
@@ -34,12 +34,12 @@ pub(super) fn parts(world: &mut World, report: &mut Report) -> Result<()> {
         mapped != "0" || is_lost(&mut tool, &view, beyond)?,
         mapped,
     );
-    tool.must(&format!("close {door}"))?;
+    tool.must(&format!("close {connection}"))?;
     report.check("it is closed", world.settles(0)? && is_empty(world, &NEW_Q35)?, "");
 
     add(world, &OLD_PC, "report")?;
     let grant = target.grant(world, 1, Some(spans))?;
-    let words = world.qemu_viewer(&OLD_PC)?.knock(&grant.token)?.err();
+    let words = world.qemu_viewer(&OLD_PC)?.open_view(&grant.token)?.err();
     let words = words.context("Debian 12's QEMU showed a part of a file")?;
     report.check(
         "Debian 12's QEMU shows no parts, and the reason is told",
@@ -60,12 +60,12 @@ pub(super) fn places(world: &mut World, report: &mut Report) -> Result<()> {
     add(world, &NEW_Q35, "report")?;
     let grant = target.grant(world, 10, None)?;
     let mut tool = world.qemu_viewer(&NEW_Q35)?;
-    let doors: Vec<_> = (0..VIEWS).map(|_| open(&mut tool, &grant)).collect::<Result<_>>()?;
-    let words = tool.knock(&grant.token)?.err().context("there was a place")?;
+    let connections: Vec<_> = (0..VIEWS).map(|_| open(&mut tool, &grant)).collect::<Result<_>>()?;
+    let words = tool.open_view(&grant.token)?.err().context("there was a place")?;
     report.check("all places are taken, and the reason is told", words.contains("root ports"), &words);
-    let (door, view) = doors.first().context("no place at all")?;
+    let (connection, view) = connections.first().context("no place at all")?;
     report.equal("the others look on", &tool.pread(view, target.gpa, 32)?, &Ok(target.hex.clone()));
-    tool.must(&format!("close {door}"))?;
+    tool.must(&format!("close {connection}"))?;
     report.check("one is closed", world.settles(VIEWS - 1)?, "");
     let (_, view) = open(&mut tool, &grant)?;
     report.equal("and its place is free again", &tool.pread(&view, target.gpa, 32)?, &Ok(target.hex.clone()));

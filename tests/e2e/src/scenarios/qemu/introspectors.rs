@@ -44,7 +44,7 @@ pub(super) fn look(world: &mut World, report: &mut Report, spec: &Spec) -> Resul
         &"EOPNOTSUPP".into(),
     );
     let grant = target.grant(world, 100, None)?;
-    let stranger = tool.knock(&grant.token)?.err();
+    let stranger = tool.open_view(&grant.token)?.err();
     report.check("a stranger opens nothing", stranger.is_some(), stranger.unwrap_or_default());
 
     let added = add(world, spec, "report")?;
@@ -57,7 +57,7 @@ pub(super) fn look(world: &mut World, report: &mut Report, spec: &Spec) -> Resul
     report.equal("and knows whether it shows parts of files", &added["has_offset"].as_bool(), &Some(wanted));
 
     command_line(world, report, spec, &target, grant.token.to_hex().as_str())?;
-    let (door, view) = open(&mut tool, &grant)?;
+    let (connection, view) = open(&mut tool, &grant)?;
     examine(report, &mut tool, &view, &target)?;
     report.equal(
         "mmap for writing is refused",
@@ -67,16 +67,16 @@ pub(super) fn look(world: &mut World, report: &mut Report, spec: &Spec) -> Resul
     hostile(world, report, spec, &target)?;
     let polled = tool.must(&format!("poll {view} {SPIN_MS}"))?;
     report.check("the view has ended with its devices", polled.contains("hup"), &polled);
-    tool.must(&format!("close {door}"))?;
-    report.check("closing the door closes the view", world.settles(0)?, "");
+    tool.must(&format!("close {connection}"))?;
+    report.check("closing the connection closes the view", world.settles(0)?, "");
     report.check("and QEMU has no window any more", is_empty(world, spec)?, "");
-    let (door, view) = open(&mut tool, &grant)?;
+    let (connection, view) = open(&mut tool, &grant)?;
     report.equal(
         "another view shows the marker",
         &tool.pread(&view, target.gpa, 32)?,
         &Ok(target.hex.clone()),
     );
-    tool.must(&format!("close {door}"))?;
+    tool.must(&format!("close {connection}"))?;
     report.check("closed as well", world.settles(0)? && is_empty(world, spec)?, "");
     Ok(())
 }
@@ -164,7 +164,7 @@ pub(super) fn pair(world: &mut World, report: &mut Report) -> Result<()> {
     add(world, &NEW_Q35, "report")?;
     let mut tool = world.qemu_viewer(&NEW_Q35)?;
     let grant = target.grant(world, 4, None)?;
-    let (door, view) = open(&mut tool, &grant)?;
+    let (connection, view) = open(&mut tool, &grant)?;
     report.check("the new QEMU's guest attaches to the old one's", true, "");
     examine(report, &mut tool, &view, &target)?;
 
@@ -173,7 +173,7 @@ pub(super) fn pair(world: &mut World, report: &mut Report) -> Result<()> {
     let other = introspector.view(target.grant(world, 1, None)?.token.words())?;
     let seen = introspector.pread(&other, target.gpa, 32)?;
     report.equal("while kvmmem vm's introspector looks at the new one", &seen, &Ok(target.hex.clone()));
-    tool.must(&format!("close {door}"))?;
+    tool.must(&format!("close {connection}"))?;
     introspector.must(&format!("close {other}"))?;
     report.check("both views are closed", world.settles(0)?, "");
     Ok(())

@@ -77,14 +77,14 @@ pub(super) fn add(world: &mut World, spec: &Spec, on_silence: &str) -> Result<se
     serde_json::from_str(&added).with_context(|| format!("introspector add says {added:?}"))
 }
 
-/// Opens a view in the VM; the slots of its door and its device. A guest that gets little of the CPUs does not take the
+/// Opens a view in the VM; the slots of its connection and its device. A guest that gets little of the CPUs does not take the
 /// view up in the broker's time; then the tool tries again, as the refusal "busy" asks for, until the grant is used up.
 pub(super) fn open(tool: &mut Raw, grant: &Granted) -> Result<(String, String)> {
     loop {
-        match tool.knock(&grant.token)? {
+        match tool.open_view(&grant.token)? {
             Ok(slots) => return Ok(slots),
             Err(words) if words.contains(r#""refusal":"busy""#) => {}
-            Err(words) => anyhow::bail!("the door refuses: {words}"),
+            Err(words) => anyhow::bail!("the connection refuses: {words}"),
         }
     }
 }

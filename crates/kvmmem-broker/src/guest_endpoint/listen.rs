@@ -12,7 +12,7 @@ use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use vsock::VsockListener;
 
-use super::places::Places;
+use super::connections::ConnectionLimit;
 use super::serve::{Views, refuse, serve};
 use crate::broker::Refused;
 
@@ -23,12 +23,12 @@ const PAUSE: Duration = Duration::from_millis(100);
 static WARNINGS: RateLimit = RateLimit::new(2);
 
 /// A listening socket: vsock, and a unix socket in tests.
-pub(super) trait Doorway: AsFd + Send + 'static {
+pub(super) trait Accept: AsFd + Send + 'static {
     /// A connection and the context id of the VM that it comes from. Does not wait.
     fn accept(&self) -> io::Result<(OwnedFd, u32)>;
 }
 
-impl Doorway for VsockListener {
+impl Accept for VsockListener {
     fn accept(&self) -> io::Result<(OwnedFd, u32)> {
         let (stream, address) = VsockListener::accept(self)?;
         Ok((stream.into(), address.cid()))
@@ -38,18 +38,18 @@ impl Doorway for VsockListener {
 /// Lets tools in until `stop` becomes readable.
 pub(super) fn accept_until<V: Views>(
     stop: BorrowedFd<'_>,
-    doorway: &impl Doorway,
-    places: &Arc<Places>,
+    acceptor: &impl Accept,
+    limit: &Arc<ConnectionLimit>,
     views: &Arc<V>,
 ) {
     loop {
-        let listener = doorway.as_fd();
+        let listener = acceptor.as_fd();
         let mut fds = [PollFd::from_borrowed_fd(stop, PollFlags::IN), PollFd::new(&listener, PollFlags::IN)];
         match poll(&mut fds, None) {
             Ok(_) => {}
             Err(Errno::INTR) => continue,
             Err(error) => {
-                tracing::error!(%error, "the door cannot wait for connections and shuts");
+                tracing::error!(%error, "the guest endpoint cannot wait for connections and closes");
                 return;
             }
         }
@@ -60,13 +60,13 @@ pub(super) fn accept_until<V: Views>(
         if !listening {
             continue;
         }
-        match doorway.accept() {
-            Ok((socket, cid)) => admit(Arc::new(socket), cid, places, views),
+        match acceptor.accept() {
+            Ok((socket, cid)) => admit(Arc::new(socket), cid, limit, views),
             // The tool was gone before it was accepted.
             Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
             Err(error) => {
                 if WARNINGS.allow(Instant::now()).is_some() {
-                    tracing::warn!(%error, "the door cannot accept a connection");
+                    tracing::warn!(%error, "the guest endpoint cannot accept a connection");
                 }
                 std::thread::sleep(PAUSE);
             }
@@ -75,21 +75,21 @@ pub(super) fn accept_until<V: Views>(
 }
 
 /// Starts a thread for a connection, or refuses it without one.
-fn admit<V: Views>(socket: Arc<OwnedFd>, cid: u32, places: &Arc<Places>, views: &Arc<V>) {
-    let place = views
+fn admit<V: Views>(socket: Arc<OwnedFd>, cid: u32, limit: &Arc<ConnectionLimit>, views: &Arc<V>) {
+    let slot = views
         .may_ask(cid)
-        .and_then(|()| places.take(cid, &socket).map_err(|error| Refused::new(Refusal::Limit, error)));
-    let place = match place {
-        Ok(place) => place,
+        .and_then(|()| limit.take(cid, &socket).map_err(|error| Refused::new(Refusal::Limit, error)));
+    let slot = match slot {
+        Ok(slot) => slot,
         Err(refused) => {
             // A new connection takes a frame at once, or is not worth waiting for.
             refuse(&socket, cid, &refused, Instant::now());
             return;
         }
     };
-    let started = std::thread::Builder::new().name(format!("door-{cid}")).spawn({
+    let started = std::thread::Builder::new().name(format!("guest-{cid}")).spawn({
         let views = Arc::clone(views);
-        move || serve(&*views, &place)
+        move || serve(&*views, &slot)
     });
     if let Err(error) = started {
         let refused = Refused::new(Refusal::Limit, format!("the broker cannot start a thread: {error}"));

@@ -24,12 +24,12 @@ const I440FX: Id = Id { vendor: 0x8086, device: 0x1237 };
 
 /// A slot: a bus by its QEMU id, and its number there.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) struct Place {
+pub(super) struct PciSlot {
     pub(super) bus: String,
     pub(super) slot: u32,
 }
 
-impl fmt::Display for Place {
+impl fmt::Display for PciSlot {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} slot {}", self.bus, self.slot)
     }
@@ -37,9 +37,9 @@ impl fmt::Display for Place {
 
 /// The slots that there are for views.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(super) struct Places {
+pub(super) struct PciSlots {
     /// Those that nothing is in.
-    pub(super) free: BTreeSet<Place>,
+    pub(super) free: BTreeSet<PciSlot>,
     /// How many there are.
     pub(super) count: usize,
 }
@@ -74,9 +74,9 @@ struct Bridge {
 
 /// The slots for views, from the answer to `query-pci`; `None` where that is no such answer. Where there are root ports
 /// whose ids say that they are for views, those and no others; else, on an i440FX, all of its bus.
-pub(super) fn find(answer: Value) -> Option<Places> {
+pub(super) fn find(answer: Value) -> Option<PciSlots> {
     let buses: Vec<Bus> = serde_json::from_value(answer).ok()?;
-    let mut ports = Places::default();
+    let mut ports = PciSlots::default();
     for bus in &buses {
         add_ports(&bus.devices, 0, &mut ports);
     }
@@ -88,18 +88,18 @@ pub(super) fn find(answer: Value) -> Option<Places> {
         return Some(ports);
     }
     let used: BTreeSet<u32> = root.devices.iter().map(|device| device.slot).collect();
-    let place = |slot| Place { bus: ROOT_BUS.to_owned(), slot };
-    let free: BTreeSet<Place> = (1..SLOTS).filter(|slot| !used.contains(slot)).map(place).collect();
-    Some(Places { count: free.len(), free })
+    let place = |slot| PciSlot { bus: ROOT_BUS.to_owned(), slot };
+    let free: BTreeSet<PciSlot> = (1..SLOTS).filter(|slot| !used.contains(slot)).map(place).collect();
+    Some(PciSlots { count: free.len(), free })
 }
 
-fn add_ports(devices: &[Device], depth: u32, ports: &mut Places) {
+fn add_ports(devices: &[Device], depth: u32, ports: &mut PciSlots) {
     for device in devices {
         let Some(bridge) = &device.pci_bridge else { continue };
         if PORTS.iter().any(|name| device.qdev_id.starts_with(name)) {
             ports.count += 1;
             if bridge.devices.is_empty() {
-                ports.free.insert(Place { bus: device.qdev_id.clone(), slot: 0 });
+                ports.free.insert(PciSlot { bus: device.qdev_id.clone(), slot: 0 });
             }
         } else if depth < MAX_DEPTH {
             add_ports(&bridge.devices, depth + 1, ports);
@@ -133,7 +133,7 @@ mod tests {
         json!([{ "bus": 0, "devices": devices }])
     }
 
-    fn free(places: &Places) -> Vec<String> {
+    fn free(places: &PciSlots) -> Vec<String> {
         places.free.iter().map(ToString::to_string).collect()
     }
 
@@ -157,7 +157,7 @@ mod tests {
             (free(&places), places.count),
             (["kvmmem1 slot 0", "kvmmem2 slot 0", "ua-kvmmem9 slot 0"].map(String::from).to_vec(), 4)
         );
-        assert_eq!(find(machine(0x29c0, &[port(1, "rp1", &[])])), Some(Places::default()));
+        assert_eq!(find(machine(0x29c0, &[port(1, "rp1", &[])])), Some(PciSlots::default()));
     }
 
     #[test]
@@ -184,7 +184,7 @@ mod tests {
         for _ in 0..20 {
             deep = port(1, "a", &[deep]);
         }
-        assert_eq!(find(machine(0x29c0, &[deep])), Some(Places::default()));
+        assert_eq!(find(machine(0x29c0, &[deep])), Some(PciSlots::default()));
     }
 
     proptest! {

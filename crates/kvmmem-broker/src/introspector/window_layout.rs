@@ -39,14 +39,14 @@ pub(super) struct Shape {
 
 /// Windows, and what of the target's memory is where in them. The first window is number 1.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(super) struct Pieces {
+pub(super) struct WindowLayout {
     pub(super) windows: Vec<Window>,
     pub(super) ranges: Vec<WindowRange>,
 }
 
 /// Why memory cannot be shown as BARs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum PiecesError {
+pub enum WindowLayoutError {
     /// There is no memory in the scope.
     #[error("the grant reaches none of the target's RAM")]
     Nothing,
@@ -94,12 +94,12 @@ pub(super) fn cut(
     is_whole: bool,
     has_offset: bool,
     shape: impl Fn(u32) -> Option<Shape>,
-) -> Result<Pieces, PiecesError> {
+) -> Result<WindowLayout, WindowLayoutError> {
     let mut shapes = BTreeMap::new();
     for region in regions {
         let file = region.file;
         let shape = shape(file).filter(|shape| shape.page.is_power_of_two() && shape.page >= PAGE_SIZE);
-        shapes.insert(file, shape.ok_or(PiecesError::NoFile(file))?);
+        shapes.insert(file, shape.ok_or(WindowLayoutError::NoFile(file))?);
     }
     let mut runs = Vec::new();
     for (file, shape) in &shapes {
@@ -113,11 +113,11 @@ pub(super) fn cut(
     let windows: Vec<Window> = runs.into_iter().flat_map(split).collect();
     let ranges = places(regions, &windows);
     if ranges.is_empty() {
-        return Err(PiecesError::Nothing);
+        return Err(WindowLayoutError::Nothing);
     }
     match windows.len().max(ranges.len()) {
-        pieces if pieces > MAX_RANGES => Err(PiecesError::TooMany(pieces)),
-        _ => Ok(Pieces { windows, ranges }),
+        pieces if pieces > MAX_RANGES => Err(WindowLayoutError::TooMany(pieces)),
+        _ => Ok(WindowLayout { windows, ranges }),
     }
 }
 
@@ -127,18 +127,18 @@ fn parts<'a>(
     shape: Shape,
     regions: impl Iterator<Item = &'a Region>,
     is_whole: bool,
-) -> Result<Vec<Run>, PiecesError> {
+) -> Result<Vec<Run>, WindowLayoutError> {
     let mut regions: Vec<&Region> = regions.collect();
     regions.sort_unstable_by_key(|region| region.offset);
     let mut runs: Vec<Run> = Vec::new();
     for region in regions {
         let end = region.offset.checked_add(region.len).filter(|end| *end <= shape.size);
-        let mut run = Run { file, start: region.offset, end: end.ok_or(PiecesError::NoFile(file))? };
+        let mut run = Run { file, start: region.offset, end: end.ok_or(WindowLayoutError::NoFile(file))? };
         if is_whole {
             run = run.widened(shape);
         }
         if !(run.start | run.end).is_multiple_of(shape.page) {
-            return Err(PiecesError::HugePage { gpa: region.gpa, page: shape.page });
+            return Err(WindowLayoutError::HugePage { gpa: region.gpa, page: shape.page });
         }
         match runs.last_mut() {
             Some(last) if last.end >= run.start => last.end = last.end.max(run.end),
@@ -154,13 +154,13 @@ fn all<'a>(
     shape: Shape,
     regions: impl Iterator<Item = &'a Region>,
     is_whole: bool,
-) -> Result<Run, PiecesError> {
+) -> Result<Run, WindowLayoutError> {
     let shown: u64 = regions.map(|region| region.len).fold(0, u64::saturating_add);
     if !is_whole && shown != shape.size {
-        return Err(PiecesError::Partial);
+        return Err(WindowLayoutError::Partial);
     }
     if !shape.size.is_power_of_two() || shape.size < shape.page {
-        return Err(PiecesError::OddFile(shape.size));
+        return Err(WindowLayoutError::OddFile(shape.size));
     }
     Ok(Run { file, start: 0, end: shape.size })
 }

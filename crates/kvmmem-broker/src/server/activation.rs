@@ -22,7 +22,7 @@ impl Server {
     /// # Errors
     /// [`ServerError::Adopt`] where it is no unix socket of sequenced packets with a path; [`ServerError::InUse`],
     /// [`ServerError::Lock`].
-    pub fn adopt(listener: OwnedFd) -> Result<Self, ServerError> {
+    pub fn from_activation(listener: OwnedFd) -> Result<Self, ServerError> {
         let (path, mode) = inspect(&listener).map_err(ServerError::Adopt)?;
         let lock = lock(&path)?;
         let group = mode & OTHERS != 0;
@@ -31,7 +31,7 @@ impl Server {
             listener,
             _lock: lock,
             group,
-            is_adopted: true,
+            is_activated: true,
             shared: Arc::new(Shared::new(Limits::default())),
         })
     }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Opening a view in a virtual machine under a stock QEMU: by vsock, at the host's door, whose connection then stands for
-//! the view.
+//! Opening a view in a virtual machine under a stock QEMU: by vsock, at the host's guest endpoint, whose connection
+//! then stands for the view.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -15,17 +15,17 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use vsock::{VMADDR_CID_HOST, VsockStream};
 
-/// Environment variable with another vsock port of the host's door.
-pub const DOOR_VARIABLE: &str = "KVMMEM_DOOR";
+/// Environment variable with another vsock port of the host's guest endpoint.
+pub const GUEST_PORT_VARIABLE: &str = "KVMMEM_GUEST_PORT";
 
 /// How long the host may take: it plugs devices into this machine and waits for its driver to see them.
 const LIMIT: Duration = Duration::from_secs(15);
 
-/// Why the host's door opened no view.
+/// Why the host's guest endpoint opened no view.
 #[derive(Debug, thiserror::Error)]
-pub enum DoorError {
+pub enum GuestEndpointError {
     /// The environment names no port.
-    #[error("{DOOR_VARIABLE} is no vsock port: {0:?}")]
+    #[error("{GUEST_PORT_VARIABLE} is no vsock port: {0:?}")]
     Port(String),
     /// The host cannot be reached.
     #[error("cannot connect to the host at vsock port {port}{}", remedy(source))]
@@ -81,17 +81,17 @@ fn remedy(error: &io::Error) -> &'static str {
 
 /// A view's connection to the host. The view ends with it.
 #[derive(Debug)]
-pub(super) struct Door {
+pub(super) struct GuestConnection {
     stream: VsockStream,
     ticket: Token,
 }
 
-impl Door {
+impl GuestConnection {
     /// Has the host open the view that `token` allows; the token is used up. The devices are there when this returns.
-    pub(super) fn open(token: &Token, read_only: bool) -> Result<Self, DoorError> {
+    pub(super) fn open(token: &Token, read_only: bool) -> Result<Self, GuestEndpointError> {
         let port = port()?;
         let stream = VsockStream::connect_with_cid_port(VMADDR_CID_HOST, port);
-        let stream = stream.map_err(|source| DoorError::Connect { port, source })?;
+        let stream = stream.map_err(|source| GuestEndpointError::Connect { port, source })?;
         let ticket = ask(stream.as_fd(), port, token, read_only)?;
         Ok(Self { stream, ticket })
     }
@@ -107,56 +107,63 @@ impl Door {
     }
 }
 
-impl AsFd for Door {
+impl AsFd for GuestConnection {
     /// Becomes readable when the host ends the connection: it says nothing else.
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.stream.as_fd()
     }
 }
 
-/// Whether the host's door lets this virtual machine in. No token is used: it refuses at once whom it does not know, and
-/// `patience` is how long a refusal is waited for.
+/// Whether the host's guest endpoint accepts this virtual machine. No token is used: an unknown virtual machine is
+/// refused at once, and `patience` is how long a refusal is waited for.
 ///
 /// # Errors
-/// [`DoorError`], with what to do about it.
-pub fn knock(patience: Duration) -> Result<(), DoorError> {
+/// [`GuestEndpointError`], with what to do about it.
+pub fn check_guest_endpoint(patience: Duration) -> Result<(), GuestEndpointError> {
     let port = port()?;
     let stream = VsockStream::connect_with_cid_port(VMADDR_CID_HOST, port);
-    let stream = stream.map_err(|source| DoorError::Connect { port, source })?;
-    hear(stream.as_fd(), port, patience)
+    let stream = stream.map_err(|source| GuestEndpointError::Connect { port, source })?;
+    wait_for_refusal(stream.as_fd(), port, patience)
 }
 
 /// Waits for a refusal that does not come.
-fn hear(socket: BorrowedFd<'_>, port: u32, patience: Duration) -> Result<(), DoorError> {
+fn wait_for_refusal(socket: BorrowedFd<'_>, port: u32, patience: Duration) -> Result<(), GuestEndpointError> {
     match guest::read(&mut Timed::new(socket, Instant::now() + patience)) {
         Err(FrameError::Read(error)) if error.kind() == io::ErrorKind::TimedOut => Ok(()),
-        Err(source) => Err(DoorError::Answer { port, source: Some(source) }),
-        Ok(Some(ToTool::Refused { refusal, message })) => Err(DoorError::Refused { refusal, message }),
-        Ok(Some(ToTool::Opened { .. }) | None) => Err(DoorError::Answer { port, source: None }),
+        Err(source) => Err(GuestEndpointError::Answer { port, source: Some(source) }),
+        Ok(Some(ToTool::Refused { refusal, message })) => {
+            Err(GuestEndpointError::Refused { refusal, message })
+        }
+        Ok(Some(ToTool::Opened { .. }) | None) => Err(GuestEndpointError::Answer { port, source: None }),
     }
 }
 
-/// The port of the host's door.
-fn port() -> Result<u32, DoorError> {
-    match std::env::var_os(DOOR_VARIABLE) {
+/// The port of the host's guest endpoint.
+fn port() -> Result<u32, GuestEndpointError> {
+    match std::env::var_os(GUEST_PORT_VARIABLE) {
         None => Ok(GUEST_PORT),
         Some(text) => {
             let text = text.to_string_lossy();
-            text.parse().map_err(|_| DoorError::Port(text.into_owned()))
+            text.parse().map_err(|_| GuestEndpointError::Port(text.into_owned()))
         }
     }
 }
 
 /// Asks for a view and waits for the answer, the view's ticket.
-fn ask(socket: BorrowedFd<'_>, port: u32, token: &Token, read_only: bool) -> Result<Token, DoorError> {
+fn ask(
+    socket: BorrowedFd<'_>,
+    port: u32,
+    token: &Token,
+    read_only: bool,
+) -> Result<Token, GuestEndpointError> {
     let mut timed = Timed::new(socket, Instant::now() + LIMIT);
     let question = FromTool::Open { token: token.clone(), read_only, caller: Caller::this_process() };
     // Who is refused at once may be so before this is sent; the answer tells.
     let sent = guest::write(&mut timed, &question);
-    let no_answer = |source| DoorError::Answer { port, source };
+    let no_answer = |source| GuestEndpointError::Answer { port, source };
     match guest::read(&mut timed).map_err(|error| no_answer(Some(error)))? {
         Some(ToTool::Opened { ticket, .. }) => Ok(ticket),
-        Some(ToTool::Refused { refusal, message }) => Err(DoorError::Refused { refusal, message }),
+        Some(ToTool::Refused { refusal, message }) => Err(GuestEndpointError::Refused { refusal, message }),
         None => Err(no_answer(sent.err())),
     }
 }
@@ -213,7 +220,7 @@ mod tests {
                 .unwrap();
         });
         let error = ask(ours.as_fd(), 1, &token(), false).unwrap_err();
-        assert!(matches!(error, DoorError::Refused { refusal: Refusal::Denied, .. }), "{error:?}");
+        assert!(matches!(error, GuestEndpointError::Refused { refusal: Refusal::Denied, .. }), "{error:?}");
         assert_eq!(error.to_string(), "no free place: add a root port");
         thread.join().unwrap();
     }
@@ -223,7 +230,7 @@ mod tests {
         for bytes in [&b""[..], b"\x02\0\0\0{}", b"\xff\xff\xff\xff", b"\x16\0\0\0{"] {
             let (ours, thread) = host(|stream, _| stream.write_all(bytes).unwrap());
             let error = ask(ours.as_fd(), 27510, &token(), true).unwrap_err();
-            assert!(matches!(error, DoorError::Answer { .. }), "{error:?}");
+            assert!(matches!(error, GuestEndpointError::Answer { .. }), "{error:?}");
             assert!(error.to_string().contains("27510"), "{error}");
             thread.join().unwrap();
         }
@@ -231,18 +238,21 @@ mod tests {
         let (ours, theirs) = UnixStream::pair().unwrap();
         drop(theirs);
         let error = ask(ours.as_fd(), 1, &token(), true).unwrap_err();
-        assert!(matches!(error, DoorError::Answer { .. }), "{error:?}");
+        assert!(matches!(error, GuestEndpointError::Answer { .. }), "{error:?}");
     }
 
     #[test]
-    fn who_knocks_hears_a_refusal_or_nothing() {
+    fn a_tool_that_connects_gets_a_refusal_or_nothing() {
         let (ours, mut theirs) = UnixStream::pair().unwrap();
-        hear(ours.as_fd(), 1, Duration::from_millis(20)).unwrap();
+        wait_for_refusal(ours.as_fd(), 1, Duration::from_millis(20)).unwrap();
         guest::write(&mut theirs, &ToTool::refused(Refusal::Denied, "a stranger")).unwrap();
         drop(theirs);
         let patience = Duration::from_secs(20);
-        assert_eq!(hear(ours.as_fd(), 1, patience).unwrap_err().to_string(), "a stranger");
-        assert!(matches!(hear(ours.as_fd(), 1, patience), Err(DoorError::Answer { source: None, .. })));
+        assert_eq!(wait_for_refusal(ours.as_fd(), 1, patience).unwrap_err().to_string(), "a stranger");
+        assert!(matches!(
+            wait_for_refusal(ours.as_fd(), 1, patience),
+            Err(GuestEndpointError::Answer { source: None, .. })
+        ));
     }
 
     #[test]
@@ -252,7 +262,7 @@ mod tests {
             (Errno::CONNRESET, "introspector add"),
             (Errno::TIMEDOUT, "vhost_vsock"),
         ] {
-            let error = DoorError::Connect { port: 5, source: errno.into() };
+            let error = GuestEndpointError::Connect { port: 5, source: errno.into() };
             assert!(error.to_string().contains(words), "{error}");
         }
     }

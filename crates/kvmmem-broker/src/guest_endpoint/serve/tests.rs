@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The door with a stand-in for the introspectors, over unix sockets: which VM a connection comes from is what the test
-//! says.
+//! The guest endpoint with a stand-in for the introspectors, over unix sockets: which VM a connection comes from is
+//! what the test says.
 
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
@@ -11,9 +11,9 @@ use std::sync::{Arc, Mutex};
 use rustix::event::{EventfdFlags, eventfd};
 
 use super::*;
-use crate::door::Door;
-use crate::door::listen::Doorway;
-use crate::door::places::MAX_PER_CID;
+use crate::guest_endpoint::GuestEndpoint;
+use crate::guest_endpoint::connections::MAX_PER_CID;
+use crate::guest_endpoint::listen::Accept;
 
 /// The VM that has views.
 const CID: u32 = 7;
@@ -84,7 +84,7 @@ impl AsFd for Queue {
     }
 }
 
-impl Doorway for Queue {
+impl Accept for Queue {
     fn accept(&self) -> io::Result<(OwnedFd, u32)> {
         let _ = rustix::io::read(&self.signal, &mut [0; 8]);
         let next = self.connections.lock().unwrap().try_recv();
@@ -92,22 +92,22 @@ impl Doorway for Queue {
     }
 }
 
-struct TestDoor {
+struct TestEndpoint {
     state: Arc<State>,
     signal: Arc<OwnedFd>,
     connections: Sender<(OwnedFd, u32)>,
-    door: Option<Door>,
+    endpoint: Option<GuestEndpoint>,
 }
 
-impl TestDoor {
+impl TestEndpoint {
     fn start() -> Self {
         let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK | EventfdFlags::SEMAPHORE;
         let signal = Arc::new(eventfd(0, flags).unwrap());
         let (connections, incoming) = channel();
         let state = Arc::new(State::default());
         let queue = Queue { signal: Arc::clone(&signal), connections: Mutex::new(incoming) };
-        let door = Some(Door::open(queue, Fake(Arc::clone(&state))).unwrap());
-        Self { state, signal, connections, door }
+        let endpoint = Some(GuestEndpoint::open(queue, Fake(Arc::clone(&state))).unwrap());
+        Self { state, signal, connections, endpoint }
     }
 
     /// Connects as a process of the VM `cid`.
@@ -137,7 +137,7 @@ fn answer(stream: &mut UnixStream) -> ToTool {
     guest::read(stream).unwrap().expect("an answer")
 }
 
-/// Whether the door has closed.
+/// Whether the guest endpoint has closed.
 fn is_closed(stream: &mut UnixStream) -> bool {
     matches!(stream.read(&mut [0; 1]), Ok(0) | Err(_))
 }
@@ -152,46 +152,46 @@ fn wait_for(what: &str, is_so: impl Fn() -> bool) {
 
 #[test]
 fn a_view_lasts_as_long_as_its_connection() {
-    let door = TestDoor::start();
-    let mut tool = door.connect(CID);
+    let endpoint = TestEndpoint::start();
+    let mut tool = endpoint.connect(CID);
     assert_eq!(ask(&mut tool, good_token()), ToTool::Opened { view: 17, ticket: Token::new([5, 6, 7, 8]) });
-    assert_eq!(door.open_views(), 1);
-    assert_eq!(*door.state.asked.lock().unwrap(), [(CID, good_token(), caller(), true)]);
-    let mut other = door.connect(CID);
+    assert_eq!(endpoint.open_views(), 1);
+    assert_eq!(*endpoint.state.asked.lock().unwrap(), [(CID, good_token(), caller(), true)]);
+    let mut other = endpoint.connect(CID);
     assert_eq!(ask(&mut other, good_token()), ToTool::Opened { view: 17, ticket: Token::new([5, 6, 7, 8]) });
     drop(tool);
-    wait_for("the view to close", || door.open_views() == 1);
+    wait_for("the view to close", || endpoint.open_views() == 1);
     drop(other);
-    wait_for("the other to close", || door.open_views() == 0);
+    wait_for("the other to close", || endpoint.open_views() == 0);
 }
 
 #[test]
 fn a_wrong_token_is_refused_and_the_connection_ends() {
-    let door = TestDoor::start();
-    let mut tool = door.connect(CID);
+    let endpoint = TestEndpoint::start();
+    let mut tool = endpoint.connect(CID);
     let refused = ask(&mut tool, Token::new([4, 3, 2, 1]));
     assert_eq!(refused, ToTool::refused(Refusal::Unknown, "token is unknown"));
     assert!(is_closed(&mut tool));
-    assert_eq!(door.open_views(), 0);
+    assert_eq!(endpoint.open_views(), 0);
 }
 
 #[test]
 fn who_may_not_ask_is_told_why_and_its_token_is_not_looked_at() {
-    let door = TestDoor::start();
-    let mut tool = door.connect(8);
+    let endpoint = TestEndpoint::start();
+    let mut tool = endpoint.connect(8);
     let _ =
         guest::write(&mut tool, &FromTool::Open { token: good_token(), read_only: true, caller: caller() });
     assert_eq!(answer(&mut tool), ToTool::refused(Refusal::Denied, "VM 8 is no introspector"));
     assert!(is_closed(&mut tool));
-    assert!(door.state.asked.lock().unwrap().is_empty());
+    assert!(endpoint.state.asked.lock().unwrap().is_empty());
 }
 
 #[test]
 fn what_is_no_question_is_refused() {
-    let door = TestDoor::start();
+    let endpoint = TestEndpoint::start();
     let opened = b"\x16\0\0\0{\"opened\":{\"view\":17}}";
     for bytes in [&b"\0\0\0\0"[..], b"\xff\xff\xff\xff", b"\x02\0\0\0{}", b"GET / HTTP/1.0\r\n\r\n", opened] {
-        let mut tool = door.connect(CID);
+        let mut tool = endpoint.connect(CID);
         tool.write_all(bytes).unwrap();
         let answer = answer(&mut tool);
         assert!(
@@ -201,46 +201,46 @@ fn what_is_no_question_is_refused() {
         assert!(is_closed(&mut tool));
     }
     // Gone without a word, or in the middle of one.
-    drop(door.connect(CID));
-    door.connect(CID).write_all(b"\x16\0").unwrap();
-    let mut tool = door.connect(CID);
+    drop(endpoint.connect(CID));
+    endpoint.connect(CID).write_all(b"\x16\0").unwrap();
+    let mut tool = endpoint.connect(CID);
     assert!(matches!(ask(&mut tool, good_token()), ToTool::Opened { .. }));
 }
 
 #[test]
 fn who_goes_on_talking_loses_the_view() {
-    let door = TestDoor::start();
-    let mut tool = door.connect(CID);
+    let endpoint = TestEndpoint::start();
+    let mut tool = endpoint.connect(CID);
     assert!(matches!(ask(&mut tool, good_token()), ToTool::Opened { .. }));
     tool.write_all(b"?").unwrap();
     assert!(is_closed(&mut tool));
-    wait_for("the view to close", || door.open_views() == 0);
+    wait_for("the view to close", || endpoint.open_views() == 0);
 }
 
 #[test]
 fn a_view_that_has_ended_ends_its_connection() {
-    let door = TestDoor::start();
-    let mut tool = door.connect(CID);
+    let endpoint = TestEndpoint::start();
+    let mut tool = endpoint.connect(CID);
     assert!(matches!(ask(&mut tool, good_token()), ToTool::Opened { .. }));
-    door.state.revoked.store(true, Ordering::SeqCst);
+    endpoint.state.revoked.store(true, Ordering::SeqCst);
     assert!(is_closed(&mut tool));
-    wait_for("the view to close", || door.open_views() == 0);
+    wait_for("the view to close", || endpoint.open_views() == 0);
 }
 
 #[test]
 fn a_vm_has_so_many_connections_and_gets_them_back() {
-    let door = TestDoor::start();
-    let mut held: Vec<UnixStream> = (0..MAX_PER_CID).map(|_| door.connect(CID)).collect();
-    let mut one_more = door.connect(CID);
+    let endpoint = TestEndpoint::start();
+    let mut held: Vec<UnixStream> = (0..MAX_PER_CID).map(|_| endpoint.connect(CID)).collect();
+    let mut one_more = endpoint.connect(CID);
     let refused = answer(&mut one_more);
     assert!(matches!(&refused, ToTool::Refused { refusal: Refusal::Limit, .. }), "{refused:?}");
     let mut first = held.swap_remove(0);
     assert!(matches!(ask(&mut first, good_token()), ToTool::Opened { .. }));
     drop(held);
     let attempts = AtomicU32::new(0);
-    wait_for("a free place", || {
+    wait_for("a free slot", || {
         attempts.fetch_add(1, Ordering::Relaxed);
-        let mut tool = door.connect(CID);
+        let mut tool = endpoint.connect(CID);
         let question = FromTool::Open { token: good_token(), read_only: true, caller: caller() };
         let _ = guest::write(&mut tool, &question);
         matches!(answer(&mut tool), ToTool::Opened { .. })
@@ -248,13 +248,13 @@ fn a_vm_has_so_many_connections_and_gets_them_back() {
 }
 
 #[test]
-fn a_door_that_shuts_ends_all_views() {
-    let mut door = TestDoor::start();
-    let mut tool = door.connect(CID);
+fn an_endpoint_that_closes_ends_all_views() {
+    let mut endpoint = TestEndpoint::start();
+    let mut tool = endpoint.connect(CID);
     assert!(matches!(ask(&mut tool, good_token()), ToTool::Opened { .. }));
     // This one has not asked yet.
-    let mut silent = door.connect(CID);
-    drop(door.door.take());
-    assert_eq!(door.open_views(), 0);
+    let mut silent = endpoint.connect(CID);
+    drop(endpoint.endpoint.take());
+    assert_eq!(endpoint.open_views(), 0);
     assert!(is_closed(&mut tool) && is_closed(&mut silent));
 }

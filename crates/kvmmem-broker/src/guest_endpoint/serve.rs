@@ -13,7 +13,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, Shutdown, recv};
 
-use super::places::Place;
+use super::connections::Slot;
 use crate::broker::Refused;
 
 /// How long a tool may take for its question.
@@ -50,9 +50,9 @@ pub(super) trait Views: Send + Sync + 'static {
 }
 
 /// Serves a tool until it closes, or its view has ended.
-pub(super) fn serve<V: Views>(views: &V, place: &Place) {
-    let (socket, cid) = (place.socket(), place.cid());
-    match ask(views, place) {
+pub(super) fn serve<V: Views>(views: &V, slot: &Slot) {
+    let (socket, cid) = (slot.socket(), slot.cid());
+    match ask(views, slot) {
         Ok(Some(view)) => {
             let number = V::number(&view);
             let answered = guest::write(
@@ -63,9 +63,9 @@ pub(super) fn serve<V: Views>(views: &V, place: &Place) {
                 Ok(()) => keep::<V>(&view, socket),
                 Err(_) => "its tool does not read",
             };
-            // Ahead of the connection, so that a tool that asks again finds the place free.
+            // Ahead of the connection, so that a tool that asks again finds the slot free.
             drop(view);
-            tracing::debug!(cid, view = number, ended, "a view of the door ended");
+            tracing::debug!(cid, view = number, ended, "a view of a guest ended");
         }
         Ok(None) => {}
         Err(refused) => refuse(socket, cid, &refused, Instant::now() + ANSWER_LIMIT),
@@ -75,13 +75,13 @@ pub(super) fn serve<V: Views>(views: &V, place: &Place) {
 }
 
 /// Reads the question and opens the view; `None` where the tool has gone without a word.
-fn ask<V: Views>(views: &V, place: &Place) -> Result<Option<V::View>, Refused> {
-    let mut timed = Timed::new(place.socket().as_fd(), Instant::now() + ASK_LIMIT);
+fn ask<V: Views>(views: &V, slot: &Slot) -> Result<Option<V::View>, Refused> {
+    let mut timed = Timed::new(slot.socket().as_fd(), Instant::now() + ASK_LIMIT);
     // Without what is behind an error: that may repeat parts of the frame.
     let malformed = |error: FrameError| Refused::new(Refusal::Malformed, error);
     match guest::read(&mut timed).map_err(malformed)? {
         Some(FromTool::Open { token, read_only, caller }) => {
-            views.open(place.cid(), &token, &caller, read_only).map(Some)
+            views.open(slot.cid(), &token, &caller, read_only).map(Some)
         }
         None => Ok(None),
     }
@@ -109,7 +109,12 @@ fn keep<V: Views>(view: &V::View, socket: &OwnedFd) -> &'static str {
 /// Tells a tool that it gets no view.
 pub(super) fn refuse(socket: &OwnedFd, cid: u32, refused: &Refused, deadline: Instant) {
     if let Some(suppressed) = WARNINGS.allow(Instant::now()) {
-        tracing::warn!(cid, suppressed, reason = refused.message, "a VM was refused a view at the door");
+        tracing::warn!(
+            cid,
+            suppressed,
+            reason = refused.message,
+            "a VM was refused a view at the guest endpoint"
+        );
     }
     let message = ToTool::refused(refused.refusal, &refused.message);
     // One that does not read it does without.

@@ -1,14 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The door: where a tool in a VM under a stock QEMU has its view opened, over vsock.
+//! The guest endpoint: where a tool in a VM under a stock QEMU has its view opened, over vsock.
 //!
-//! Such a VM has no VMM of ours to which a hypercall could bring a token, so its tool knocks at the host itself: it
-//! connects to context id 2, port [`GUEST_PORT`](kvmmem_proto::guest::GUEST_PORT), and sends one [`FromTool::Open`](kvmmem_proto::guest::FromTool::Open). The broker
-//! tells by the peer's context id which introspector asks, plugs the view's devices into it, and answers. From then on
-//! both are silent: the connection stands for the view, and its end is the view's.
+//! Such a VM has no VMM of ours to which a hypercall could bring a token, so its tool asks the host itself: it connects
+//! to context id 2, port [`GUEST_PORT`](kvmmem_proto::guest::GUEST_PORT), and sends one
+//! [`FromTool::Open`](kvmmem_proto::guest::FromTool::Open). The broker tells by the peer's context id which
+//! introspector asks, plugs the view's devices into it, and answers. From then on both are silent: the connection
+//! stands for the view, and its end is the view's.
 
+mod connections;
 mod introspectors;
 mod listen;
-mod places;
 mod serve;
 
 use std::io;
@@ -20,9 +21,9 @@ use std::time::Duration;
 use rustix::event::{EventfdFlags, eventfd};
 use vsock::{VMADDR_CID_ANY, VsockListener};
 
+use connections::ConnectionLimit;
 use introspectors::Introspectors;
-use listen::Doorway;
-use places::Places;
+use listen::Accept;
 use serve::Views;
 
 use crate::broker::Broker;
@@ -30,16 +31,16 @@ use crate::broker::Broker;
 /// How long the end of all connections, and with them of their views, is waited for.
 const SHUTDOWN_LIMIT: Duration = Duration::from_secs(5);
 
-/// The listening door. Dropping it ends all connections and their views.
+/// The listening endpoint. Dropping it ends all connections and their views.
 #[derive(Debug)]
-pub struct Door {
-    places: Arc<Places>,
+pub struct GuestEndpoint {
+    limit: Arc<ConnectionLimit>,
     /// Written to, it ends the thread that accepts.
     stop: Arc<OwnedFd>,
     thread: Option<JoinHandle<()>>,
 }
 
-impl Door {
+impl GuestEndpoint {
     /// Listens at a vsock port, for all VMs of this host.
     ///
     /// # Errors
@@ -51,18 +52,18 @@ impl Door {
         Self::open(listener, Introspectors(Arc::downgrade(broker)))
     }
 
-    fn open(doorway: impl Doorway, views: impl Views) -> io::Result<Self> {
+    fn open(acceptor: impl Accept, views: impl Views) -> io::Result<Self> {
         let stop = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
-        let places = Arc::new(Places::default());
-        let thread = std::thread::Builder::new().name("door".into()).spawn({
-            let (places, stop) = (Arc::clone(&places), Arc::clone(&stop));
-            move || listen::accept_until(stop.as_fd(), &doorway, &places, &Arc::new(views))
+        let limit = Arc::new(ConnectionLimit::default());
+        let thread = std::thread::Builder::new().name("endpoint".into()).spawn({
+            let (limit, stop) = (Arc::clone(&limit), Arc::clone(&stop));
+            move || listen::accept_until(stop.as_fd(), &acceptor, &limit, &Arc::new(views))
         })?;
-        Ok(Self { places, stop, thread: Some(thread) })
+        Ok(Self { limit, stop, thread: Some(thread) })
     }
 }
 
-impl Drop for Door {
+impl Drop for GuestEndpoint {
     fn drop(&mut self) {
         // It fails only where the counter is full.
         let _ = rustix::io::write(&self.stop, &1u64.to_ne_bytes());
@@ -73,9 +74,9 @@ impl Drop for Door {
             // The thread does not panic; were it to, there would be nothing left to end.
             let _ = thread.join();
         }
-        let left = self.places.close(SHUTDOWN_LIMIT);
+        let left = self.limit.close(SHUTDOWN_LIMIT);
         if left > 0 {
-            tracing::warn!(connections = left, "not every view of the door ended in time");
+            tracing::warn!(connections = left, "not every view of the guest endpoint ended in time");
         }
     }
 }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The broker's introspectors behind the door.
+//! The broker's introspectors, as the guest endpoint sees them.
 
 use std::sync::{Arc, Weak};
 
@@ -56,8 +56,8 @@ fn stranger(broker: &Broker, cid: u32) -> Refused {
     let introspector = broker.registry().with_cid(cid).filter(|vm| vm.registration().introspector);
     let words = match introspector {
         Some(vm) => format!(
-            "{:?} runs under kvmmem vm, whose views come by hypercall and not by this door: update the module kvmmem in \
-             it",
+            "{:?} runs under kvmmem vm, whose views come by hypercall and not by this guest \
+             endpoint: update the module kvmmem in it",
             vm.registration().name
         ),
         None => format!(
@@ -74,14 +74,14 @@ mod tests {
     #[test]
     fn a_stranger_is_told_how_to_become_an_introspector() {
         let broker = Arc::new(Broker::default());
-        let door = Introspectors(Arc::downgrade(&broker));
-        let refused = door.may_ask(7).unwrap_err();
+        let endpoint = Introspectors(Arc::downgrade(&broker));
+        let refused = endpoint.may_ask(7).unwrap_err();
         assert_eq!(refused.refusal, Refusal::Denied);
         assert!(refused.message.contains("context id 7 ") && refused.message.contains("introspector add"));
         let caller = Caller { pid: 1, uid: 0, comm: "x".into() };
-        let refused = door.open(7, &Token::new([1; 4]), &caller, true).unwrap_err();
+        let refused = endpoint.open(7, &Token::new([1; 4]), &caller, true).unwrap_err();
         assert_eq!(refused.refusal, Refusal::Denied);
         drop(broker);
-        assert_eq!(door.may_ask(7).unwrap_err().refusal, Refusal::Busy);
+        assert_eq!(endpoint.may_ask(7).unwrap_err().refusal, Refusal::Busy);
     }
 }

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use super::Introspector;
 use super::monitor::{Monitor, News};
-use super::take_back::Cause;
+use super::unplug::Cause;
 use super::view::{Phase, View, lock};
 
 /// How soon a view that is stuck is tried again: at first, and at most.

@@ -25,8 +25,8 @@ fn pc(low: u64, size: u64) -> Vec<Region> {
     regions
 }
 
-fn lens(pieces: &Pieces) -> Vec<u64> {
-    pieces.windows.iter().map(|window| window.len).collect()
+fn lens(layout: &WindowLayout) -> Vec<u64> {
+    layout.windows.iter().map(|window| window.len).collect()
 }
 
 #[test]
@@ -37,20 +37,23 @@ fn all_ram_is_as_few_windows_as_its_size_has_bits() {
         (pc(3 * GIB, 7 * GIB), 7 * GIB, vec![4 * GIB, 2 * GIB, GIB]),
     ];
     for (regions, size, expected) in cases {
-        let pieces = cut(&regions, true, true, file(size)).unwrap();
-        assert_eq!(lens(&pieces), expected);
-        let shown: u64 = pieces.ranges.iter().map(|range| range.len).sum();
+        let layout = cut(&regions, true, true, file(size)).unwrap();
+        assert_eq!(lens(&layout), expected);
+        let shown: u64 = layout.ranges.iter().map(|range| range.len).sum();
         assert_eq!(shown, size - 0x2_0000);
     }
 }
 
 #[test]
 fn without_offsets_whole_files_are_shown_or_nothing() {
-    let pieces = cut(&pc(GIB / 2, GIB / 2), true, false, file(GIB / 2)).unwrap();
-    assert_eq!(pieces.windows, [Window { file: 0, offset: 0, len: GIB / 2 }]);
-    assert_eq!(pieces.ranges.len(), 2);
-    assert_eq!(cut(&pc(GIB / 2, GIB / 2), false, false, file(GIB / 2)), Err(PiecesError::Partial));
-    assert_eq!(cut(&pc(2 * GIB, 5 * GIB), true, false, file(5 * GIB)), Err(PiecesError::OddFile(5 * GIB)));
+    let layout = cut(&pc(GIB / 2, GIB / 2), true, false, file(GIB / 2)).unwrap();
+    assert_eq!(layout.windows, [Window { file: 0, offset: 0, len: GIB / 2 }]);
+    assert_eq!(layout.ranges.len(), 2);
+    assert_eq!(cut(&pc(GIB / 2, GIB / 2), false, false, file(GIB / 2)), Err(WindowLayoutError::Partial));
+    assert_eq!(
+        cut(&pc(2 * GIB, 5 * GIB), true, false, file(5 * GIB)),
+        Err(WindowLayoutError::OddFile(5 * GIB))
+    );
     // The whole of one node's file, though not of the target.
     let node = [Region { gpa: 0, len: GIB, offset: 0, file: 1 }];
     let shape = |file| (file == 1).then_some(Shape { size: GIB, page: PAGE_SIZE });
@@ -63,12 +66,12 @@ fn nodes_have_windows_of_their_own() {
     regions.push(Region { gpa: 4 * GIB, len: 2 * GIB, offset: 0, file: 1 });
     let shape = |file| Some(Shape { size: [GIB, 2 * GIB][file as usize], page: PAGE_SIZE });
     for has_offset in [true, false] {
-        let pieces = cut(&regions, true, has_offset, shape).unwrap();
+        let layout = cut(&regions, true, has_offset, shape).unwrap();
         assert_eq!(
-            pieces.windows.iter().map(|w| (w.file, w.len)).collect::<Vec<_>>(),
+            layout.windows.iter().map(|w| (w.file, w.len)).collect::<Vec<_>>(),
             [(0, GIB), (1, 2 * GIB)]
         );
-        assert_eq!(pieces.ranges.iter().map(|range| range.window).collect::<Vec<_>>(), [1, 1, 2]);
+        assert_eq!(layout.ranges.iter().map(|range| range.window).collect::<Vec<_>>(), [1, 1, 2]);
     }
 }
 
@@ -77,18 +80,18 @@ fn huge_pages_are_not_cut() {
     let page = 2 << 20;
     let shape = |_| Some(Shape { size: GIB, page });
     assert_eq!(lens(&cut(&pc(GIB, GIB), true, true, shape).unwrap()), [GIB]);
-    let refused = Err(PiecesError::HugePage { gpa: 0x10_0000, page });
+    let refused = Err(WindowLayoutError::HugePage { gpa: 0x10_0000, page });
     assert_eq!(cut(&[region(0x10_0000, page, 0x10_0000)], false, true, shape), refused);
     assert_eq!(lens(&cut(&[region(page, 3 * page, page)], false, true, shape).unwrap()), [2 * page, page]);
 }
 
 #[test]
 fn what_cannot_be_shown_is_refused() {
-    assert_eq!(cut(&[], true, true, file(GIB)), Err(PiecesError::Nothing));
-    assert_eq!(cut(&pc(GIB, GIB), true, true, |_| None), Err(PiecesError::NoFile(0)));
-    assert_eq!(cut(&pc(GIB, GIB), true, true, file(GIB / 2)), Err(PiecesError::NoFile(0)));
+    assert_eq!(cut(&[], true, true, file(GIB)), Err(WindowLayoutError::Nothing));
+    assert_eq!(cut(&pc(GIB, GIB), true, true, |_| None), Err(WindowLayoutError::NoFile(0)));
+    assert_eq!(cut(&pc(GIB, GIB), true, true, file(GIB / 2)), Err(WindowLayoutError::NoFile(0)));
     let odd: Vec<Region> = (0..33).map(|n| region(n << 20, 0x3000, n << 20)).collect();
-    assert_eq!(cut(&odd, false, true, file(GIB)), Err(PiecesError::TooMany(66)));
+    assert_eq!(cut(&odd, false, true, file(GIB)), Err(WindowLayoutError::TooMany(66)));
     assert_eq!(cut(&odd[..32], false, true, file(GIB)).unwrap().windows.len(), 64);
 }
 
@@ -124,10 +127,10 @@ proptest! {
         };
         let shape = |file| Some(Shape { size: end(file) + (slack << 12), page: PAGE_SIZE });
         let cut = cut(&regions, is_whole, true, shape);
-        if let Err(PiecesError::TooMany(_)) = cut {
+        if let Err(WindowLayoutError::TooMany(_)) = cut {
             return Ok(());
         }
-        let Pieces { windows, ranges } = cut.unwrap();
+        let WindowLayout { windows, ranges } = cut.unwrap();
         let granted = |file: u32, offset: u64| {
             regions.iter().find(|r| r.file == file && (r.offset..r.offset + r.len).contains(&offset))
         };

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The door's connections, and how many there may be.
+//! The guest endpoint's connections, and how many there may be.
 
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -15,30 +15,30 @@ pub(super) const MAX_PER_CID: usize = 64;
 
 /// Who is connected.
 #[derive(Debug, Default)]
-pub(super) struct Places {
+pub(super) struct ConnectionLimit {
     list: Mutex<List>,
-    /// Signalled when a place is given back.
+    /// Signalled when a slot is given back.
     given_back: Condvar,
 }
 
 #[derive(Debug, Default)]
 struct List {
     taken: Vec<(u32, Arc<OwnedFd>)>,
-    /// The door is shut: nobody comes in any more.
+    /// The endpoint is closed and accepts no connection.
     closed: bool,
 }
 
-/// A connection's place, given back on drop.
+/// A connection's slot, given back on drop.
 #[derive(Debug)]
-pub(super) struct Place {
-    places: Arc<Places>,
+pub(super) struct Slot {
+    limit: Arc<ConnectionLimit>,
     cid: u32,
     socket: Arc<OwnedFd>,
 }
 
-/// Why there is no place.
+/// Why there is no slot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub(super) enum NoPlace {
+pub(super) enum NoSlot {
     #[error("this VM has {MAX_PER_CID} views already, or asks for them: close some")]
     OfVm,
     #[error("this host has {MAX_CONNECTIONS} views of VMs already: close some")]
@@ -47,21 +47,21 @@ pub(super) enum NoPlace {
     Closed,
 }
 
-impl Places {
-    /// Takes a place for a VM's connection.
-    pub(super) fn take(self: &Arc<Self>, cid: u32, socket: &Arc<OwnedFd>) -> Result<Place, NoPlace> {
+impl ConnectionLimit {
+    /// Takes a slot for a VM's connection.
+    pub(super) fn take(self: &Arc<Self>, cid: u32, socket: &Arc<OwnedFd>) -> Result<Slot, NoSlot> {
         let mut list = self.lock();
         if list.closed {
-            return Err(NoPlace::Closed);
+            return Err(NoSlot::Closed);
         }
         if list.taken.iter().filter(|(other, _)| *other == cid).count() >= MAX_PER_CID {
-            return Err(NoPlace::OfVm);
+            return Err(NoSlot::OfVm);
         }
         if list.taken.len() >= MAX_CONNECTIONS {
-            return Err(NoPlace::AtAll);
+            return Err(NoSlot::AtAll);
         }
         list.taken.push((cid, Arc::clone(socket)));
-        Ok(Place { places: Arc::clone(self), cid, socket: Arc::clone(socket) })
+        Ok(Slot { limit: Arc::clone(self), cid, socket: Arc::clone(socket) })
     }
 
     /// Lets nobody in any more, ends all connections, and waits for it; returns how many are left.
@@ -84,7 +84,7 @@ impl Places {
     }
 }
 
-impl Place {
+impl Slot {
     /// Context id of the VM.
     pub(super) fn cid(&self) -> u32 {
         self.cid
@@ -96,10 +96,10 @@ impl Place {
     }
 }
 
-impl Drop for Place {
+impl Drop for Slot {
     fn drop(&mut self) {
-        self.places.lock().taken.retain(|(_, socket)| !Arc::ptr_eq(socket, &self.socket));
-        self.places.given_back.notify_all();
+        self.limit.lock().taken.retain(|(_, socket)| !Arc::ptr_eq(socket, &self.socket));
+        self.limit.given_back.notify_all();
     }
 }
 
@@ -115,16 +115,16 @@ mod tests {
 
     #[test]
     fn one_vm_cannot_take_the_places_of_all() {
-        let places = Arc::new(Places::default());
-        let mut taken: Vec<Place> = (0..MAX_PER_CID).map(|_| places.take(3, &socket()).unwrap()).collect();
-        assert_eq!(places.take(3, &socket()).unwrap_err(), NoPlace::OfVm);
+        let limit = Arc::new(ConnectionLimit::default());
+        let mut taken: Vec<Slot> = (0..MAX_PER_CID).map(|_| limit.take(3, &socket()).unwrap()).collect();
+        assert_eq!(limit.take(3, &socket()).unwrap_err(), NoSlot::OfVm);
         drop(taken.pop());
-        taken.push(places.take(3, &socket()).unwrap());
+        taken.push(limit.take(3, &socket()).unwrap());
         let others = (MAX_PER_CID..MAX_CONNECTIONS).map(|n| 4 + u32::try_from(n / MAX_PER_CID).unwrap());
-        taken.extend(others.map(|cid| places.take(cid, &socket()).unwrap()));
-        assert_eq!(places.take(100, &socket()).unwrap_err(), NoPlace::AtAll);
+        taken.extend(others.map(|cid| limit.take(cid, &socket()).unwrap()));
+        assert_eq!(limit.take(100, &socket()).unwrap_err(), NoSlot::AtAll);
         drop(taken);
-        assert_eq!(places.close(Duration::ZERO), 0);
-        assert_eq!(places.take(3, &socket()).unwrap_err(), NoPlace::Closed);
+        assert_eq!(limit.close(Duration::ZERO), 0);
+        assert_eq!(limit.take(3, &socket()).unwrap_err(), NoSlot::Closed);
     }
 }

@@ -12,7 +12,7 @@ impl Introspector {
     ///
     /// # Errors
     /// [`OpenError::Ask`], where QEMU does not say.
-    pub fn room(&self) -> Result<(usize, usize), OpenError> {
+    pub fn free_slots(&self) -> Result<(usize, usize), OpenError> {
         let places = self.places()?;
         let views = self.views();
         let free = self.free(&views, &places, 0)?.len();
@@ -27,15 +27,15 @@ impl Broker {
     ///
     /// # Errors
     /// Where there is no such introspector under a stock QEMU, or its QEMU does not say.
-    pub(crate) fn room(&self, name: &str) -> Result<Answer, Refused> {
+    pub(crate) fn free_slots(&self, name: &str) -> Result<Answer, Refused> {
         let vm = self.find_introspector(name)?;
         let added = vm.registration().cid.and_then(|cid| self.introspectors().by_cid(cid));
         let introspector = added.filter(|introspector| introspector.traits.vm == vm.id());
         let introspector = introspector.ok_or_else(|| {
             Refused::new(Refusal::Denied, format!("{name:?} was not added as an introspector"))
         })?;
-        let (free, count) = introspector.room()?;
+        let (free, count) = introspector.free_slots()?;
         let number = |count| u32::try_from(count).unwrap_or(u32::MAX);
-        Ok(Answer::Room { free: number(free), count: number(count) })
+        Ok(Answer::FreeSlots { free: number(free), count: number(count) })
     }
 }

@@ -12,7 +12,7 @@ use kvmmem_proto::limit::RateLimit;
 use kvmmem_proto::message::{OnSilence, ViewCounters};
 
 use super::Introspector;
-use super::janitor::TRY_LIMIT;
+use super::qmp_events::TRY_LIMIT;
 use super::view::{Phase, View, lock};
 
 /// How long the driver may take to part its processes from the memory.
@@ -102,7 +102,7 @@ impl Introspector {
         if !mine.is_empty() {
             let views = mine.clone();
             let is_begun =
-                self.within(start + WORK_LIMIT, move |it| it.take_back(&views, cause, start + END_LIMIT));
+                self.within(start + WORK_LIMIT, move |it| it.revoke_views(&views, cause, start + END_LIMIT));
             if !is_begun {
                 // No thread works on them: they are tried again later.
                 mine.iter().for_each(|view| view.settle_stuck(true));
@@ -131,7 +131,7 @@ impl Introspector {
     }
 
     /// Ends views that are the caller's to end.
-    fn take_back(&self, views: &[Arc<View>], cause: Cause, end: Instant) {
+    fn revoke_views(&self, views: &[Arc<View>], cause: Cause, end: Instant) {
         // After a reset there is no driver to look.
         if cause != Cause::Reset {
             let deadline = Instant::now() + SEEN_LIMIT;
