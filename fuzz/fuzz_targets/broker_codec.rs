@@ -6,8 +6,8 @@
 use kvmmem_proto::copy::{BUFFER, CopyAnswer, CopyRequest, SLOT};
 use kvmmem_proto::endpoint::Endpoint;
 use kvmmem_proto::map::{MemoryMap, Region};
-use kvmmem_proto::scope::{MAX_SPANS, Rights, Scope, Span};
 use kvmmem_proto::message::{Answer, Call, FromBroker, MAX_PACKET, Request};
+use kvmmem_proto::scope::{MAX_SPANS, Rights, Scope, Span};
 
 use libfuzzer_sys::fuzz_target;
 use serde_json::{from_slice, to_vec};

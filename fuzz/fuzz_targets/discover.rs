@@ -6,8 +6,8 @@
 use kvmmem_proto::map::MemoryMap;
 use kvmmem_qemu::command_line::Vmm;
 use kvmmem_qemu::layout::{self, Layout};
-use kvmmem_qemu::{mapping, mtree};
 use kvmmem_qemu::qmp::{MemoryBackend, MemoryDevice, MemorySize};
+use kvmmem_qemu::{mapping, mtree};
 
 use libfuzzer_sys::fuzz_target;
 use serde_json::{from_value, json};

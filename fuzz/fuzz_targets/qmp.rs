@@ -10,8 +10,8 @@ use std::path::PathBuf;
 use std::sync::LazyLock;
 
 use kvmmem_proto::map::MemoryMap;
-use kvmmem_qemu::{layout, mtree};
 use kvmmem_qemu::qmp::{Qmp, QmpError};
+use kvmmem_qemu::{layout, mtree};
 
 use libfuzzer_sys::fuzz_target;
 use serde_json::json;

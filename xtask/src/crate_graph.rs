@@ -14,7 +14,7 @@ use crate::tool::Tool;
 const ALLOWED: [(&str, &[&str]); 13] = [
     ("kvmmem-abi", &[]),
     ("kvmmem-table", &[]),
-    ("kvmmem-kvmi", &[]),
+    ("kvmmem-kvmi", &["kvmmem-abi"]),
     ("kvmmem-memory", &[]),
     ("kvmmem-sys", &["kvmmem-abi"]),
     ("kvmmem-linux", &["kvmmem-memory"]),
