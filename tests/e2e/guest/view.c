@@ -33,7 +33,7 @@
  *   fdinfo SLOT NAME            -> ok VALUE
  *   poke GPA TARGET_GPA VALUE COUNT               writes a view's window through /dev/mem COUNT times, each right after
  *                                                 a page fault, whatever its rights: GPA is its descriptor's page
- *   open PORT ro|rw TOKEN       -> ok SLOT TICKET has the host open a view; it lasts until the slot is closed
+ *   ask PORT ro|rw TOKEN        -> ok SLOT TICKET has the host open a view; it lasts until the slot is closed
  *   first PORT TOKEN GPA        -> ok MICROSECONDS    open, attach and 8 bytes of pread, and ends it all
  *   bars                        -> ok COUNT BYTES     the windows that came as PCI devices
  *   barwrite OFFSET VALUE       -> ok COUNT       takes each window from the driver and stores a u64 into it
@@ -403,7 +403,7 @@ static void run(int argc, char **argv)
 		fdinfo(fd, argv[2]);
 	} else if (argc == 5 && !strcmp(verb, "poke")) {
 		poke(number(argv[1]), number(argv[2]), number(argv[3]), number(argv[4]));
-	} else if (argc == 4 && !strcmp(verb, "open")) {
+	} else if (argc == 4 && !strcmp(verb, "ask")) {
 		const char *words;
 		char ticket[65] = "";
 		int connection = guest_endpoint_open(number(argv[1]), !strcmp(argv[2], "ro"), argv[3], ticket, &words);

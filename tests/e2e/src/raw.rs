@@ -97,7 +97,7 @@ impl Raw {
     /// Has the host of a stock QEMU open a view read-only, and attaches it: the slots of the connection, whose closing is the
     /// view's end, and of the device. The host's words where it refuses.
     pub(crate) fn open_view(&mut self, token: &Token) -> Result<Result<(String, String), String>> {
-        let answer = match self.ask(&format!("open {GUEST_PORT} ro {}", token.to_hex().as_str()))? {
+        let answer = match self.ask(&format!("ask {GUEST_PORT} ro {}", token.to_hex().as_str()))? {
             Ok(answer) => answer,
             Err(words) => return Ok(Err(words)),
         };

@@ -65,7 +65,7 @@ fn opening(world: &mut World, spec: &Spec, name: &'static str, gpa: u64) -> Resu
 fn using(world: &World, spec: &Spec) -> Result<Vec<Row>> {
     // The tool keeps the connection open, the bench takes the view.
     let mut tool = world.qemu_viewer(spec)?;
-    let answer = tool.must(&format!("open {GUEST_PORT} ro {}", token(world)?.to_hex().as_str()))?;
+    let answer = tool.must(&format!("ask {GUEST_PORT} ro {}", token(world)?.to_hex().as_str()))?;
     let ticket: Token = answer.split(' ').nth(1).unwrap_or_default().parse().context("no ticket")?;
     let memory = views::time(&world.bed, &world.qemu(spec)?.agent, &ticket, "memory", LENGTH)?;
     views::memory_rows(&memory)
