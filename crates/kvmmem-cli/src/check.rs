@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use std::thread;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Error, Result};
 use clap::Args;
 use kvmmem_linux::Kernel;
 use kvmmem_linux::integrity::{self, Check, Finding, Place, Report};
@@ -13,7 +13,7 @@ use serde::Serialize;
 
 use crate::failure::escape;
 use crate::input::{NOT_SHOWN, Registers};
-use crate::linux::{Guest, collect};
+use crate::linux::{Damage, Guest, collect};
 use crate::number::{Hex, parse};
 use crate::output::{Output, columns};
 use crate::vcpu;
@@ -52,7 +52,7 @@ Exit codes:
   0  nothing was found
   1  failed, standard error says why: no kernel was found, or one without symbols or types, or its structures are damaged
   2  the command line is wrong
-  3  something was found
+  3  something was found, or could not be checked, as memory of the guest is damaged: standard error says what
   4  the guest was restarted while it was read";
 
 /// What a check has looked at, as JSON.
@@ -75,15 +75,15 @@ enum FindingLine<'a> {
     Hidden { check: &'static str, name: &'a str, structure: Hex, found_in: &'a str, missing_from: &'a str },
 }
 
-/// A check's name, and what came of it.
-type Outcome = (&'static str, Option<Report>);
+/// A check's name, and what came of it: nothing where the kernel has no such thing, a reason where it was not checked.
+type Outcome = (&'static str, Result<Option<Report>, String>);
 
 impl Arguments {
     pub(crate) fn run(&self, output: &mut Output) -> Result<ExitCode> {
-        let (outcomes, no_lstar) = self.guest.with_kernel_and_registers("check", |kernel, registers| {
+        let outcomes = self.guest.with_kernel_and_registers("check", |kernel, registers| {
             let mut outcomes = check(kernel)?;
             for _ in 1..ROUNDS {
-                if !self.guest.is_live() || outcomes.iter().all(|(_, report)| is_sound(report.as_ref())) {
+                if !self.guest.is_live() || outcomes.iter().all(is_sound) {
                     break;
                 }
                 thread::sleep(PAUSE);
@@ -93,21 +93,27 @@ impl Arguments {
                 Some(lstar) => Ok(vec![("MSR_LSTAR".to_owned(), lstar)]),
                 None => lstars(registers),
             };
-            let report =
-                values.as_ref().ok().map(|values| integrity::check_lstar(kernel, values)).transpose()?;
+            let report = match values {
+                Ok(values) => Ok(Some(integrity::check_lstar(kernel, &values)?)),
+                Err(reason) => Err(reason),
+            };
             outcomes.push((LSTAR, report));
-            Ok((outcomes, values.err()))
+            Ok(outcomes)
         })?;
-        let not_checked = |check: &str| no_lstar.as_deref().filter(|_| check == LSTAR);
         let findings = || {
-            let reports = outcomes.iter().filter_map(|(check, report)| Some((*check, report.as_ref()?)));
+            let reports =
+                outcomes.iter().filter_map(|(check, report)| Some((*check, report.as_ref().ok()?.as_ref()?)));
             reports.flat_map(|(check, report)| report.findings.iter().map(move |finding| (check, finding)))
         };
-        let lines = outcomes.iter().map(|(check, report)| CheckLine {
-            check,
-            examined: report.as_ref().map(|report| report.examined),
-            found: report.as_ref().map_or(0, |report| report.findings.len()),
-            not_checked: not_checked(check),
+        let lines = outcomes.iter().map(|(check, report)| {
+            let not_checked = report.as_ref().err().map(String::as_str);
+            let report = report.as_ref().ok().and_then(Option::as_ref);
+            CheckLine {
+                check,
+                examined: report.map(|report| report.examined),
+                found: report.map_or(0, |report| report.findings.len()),
+                not_checked,
+            }
         });
         if output.is_json() {
             for line in lines {
@@ -124,10 +130,17 @@ impl Arguments {
             for (_, finding) in findings() {
                 output.line(sentence(finding))?;
             }
-            if let Some(reason) = no_lstar.as_deref() {
-                output.line(format!("lstar was not checked: {}", escape(reason)))?;
+            for (check, reason) in
+                outcomes.iter().filter_map(|(check, report)| Some((check, report.as_ref().err()?)))
+            {
+                output.line(format!("{check} was not checked: {}", escape(reason)))?;
             }
         }
+        let mut damage = Damage::default();
+        for (check, _) in outcomes.iter().filter(|(check, report)| *check != LSTAR && report.is_err()) {
+            damage.add(format!("what {check} compares"));
+        }
+        self.guest.end(damage)?;
         Ok(if findings().next().is_some() { FOUND.into() } else { ExitCode::SUCCESS })
     }
 }
@@ -155,24 +168,31 @@ fn lstars(registers: &Registers) -> Result<Vec<(String, u64)>, String> {
 fn check(kernel: &Kernel<'_>) -> Result<Vec<Outcome>> {
     let run = |check: Check| {
         if !check.applies(kernel) {
-            return Ok((check.name(), None));
+            return Ok((check.name(), Ok(None)));
         }
-        let mut reports = collect(|| Ok(std::iter::once(check.run(kernel))))
-            .with_context(|| format!("cannot check {}", check.name()))?;
-        Ok((check.name(), reports.rows.pop()))
+        match collect(|| Ok(std::iter::once(check.run(kernel)))) {
+            Ok(mut reports) => Ok((check.name(), Ok(reports.rows.pop()))),
+            Err(error) if error.is_local() => Ok((check.name(), Err(format!("{:#}", Error::from(error))))),
+            Err(error) => Err(error).with_context(|| format!("cannot check {}", check.name())),
+        }
     };
     Check::ALL.into_iter().map(run).collect()
 }
 
-fn is_sound(report: Option<&Report>) -> bool {
-    report.is_none_or(|report| report.findings.is_empty())
+fn is_sound((_, report): &Outcome) -> bool {
+    report.as_ref().is_ok_and(|report| report.as_ref().is_none_or(|report| report.findings.is_empty()))
 }
 
 /// Keeps what was found now as well.
 fn retain(outcomes: &mut [Outcome], now: Vec<Outcome>) {
     for ((_, before), (_, now)) in outcomes.iter_mut().zip(now) {
-        if let (Some(before), Some(now)) = (before, now) {
-            before.findings.retain(|finding| now.findings.contains(finding));
+        match (&mut *before, now) {
+            (Ok(Some(before)), Ok(Some(now))) => {
+                before.findings.retain(|finding| now.findings.contains(finding));
+            }
+            // Memory that could be read now was not damaged.
+            (Err(_), now) => *before = now,
+            _ => {}
         }
     }
 }
@@ -259,13 +279,20 @@ mod tests {
     #[test]
     fn what_is_not_found_each_time_is_left_out() {
         let outcome =
-            |findings| vec![("tasks", Some(Report { examined: 3, findings })), ("dispatcher", None)];
+            |findings| vec![("tasks", Ok(Some(Report { examined: 3, findings }))), ("dispatcher", Ok(None))];
         let mut outcomes = outcome(vec![hidden("process 1 (a)"), hidden("process 2 (b)")]);
         retain(&mut outcomes, outcome(vec![hidden("process 3 (c)"), hidden("process 2 (b)")]));
         assert_eq!(outcomes, outcome(vec![hidden("process 2 (b)")]));
-        assert!(!is_sound(outcomes[0].1.as_ref()) && is_sound(outcomes[1].1.as_ref()));
+        assert!(!is_sound(&outcomes[0]) && is_sound(&outcomes[1]));
         retain(&mut outcomes, outcome(Vec::new()));
-        assert!(is_sound(outcomes[0].1.as_ref()));
+        assert!(is_sound(&outcomes[0]));
+        let damaged = || vec![("tasks", Err("cannot read gva 0x1000".to_owned()))];
+        let mut outcomes = damaged();
+        assert!(!is_sound(&outcomes[0]));
+        retain(&mut outcomes, outcome(Vec::new()));
+        assert!(is_sound(&outcomes[0]));
+        retain(&mut outcomes, damaged());
+        assert!(is_sound(&outcomes[0]));
     }
 
     #[test]

@@ -149,8 +149,13 @@ impl Damage {
     /// Adds things that are missing.
     pub(crate) fn missing(&mut self, count: usize, one: &str, many: &str) {
         if count > 0 {
-            self.missing.push(format!("{count} {}", if count == 1 { one } else { many }));
+            self.missing.push(format!("at least {count} {}", if count == 1 { one } else { many }));
         }
+    }
+
+    /// Adds something that is missing.
+    pub(crate) fn add(&mut self, what: String) {
+        self.missing.push(what);
     }
 
     /// Adds rows that are marked.
@@ -240,7 +245,7 @@ mod tests {
         assert_eq!(failure::exit_code(&error), Some(INCOMPLETE));
         assert_eq!(
             error.to_string(),
-            "could not be read: 2 processes; 1 row in part, marked with ?: the guest's memory is damaged, or changed \
+            "could not be read: at least 2 processes; 1 row in part, marked with ?: the guest's memory is damaged, or changed \
              whenever it was read"
         );
     }

@@ -240,10 +240,12 @@ fn command(task: &Task) -> String {
     if task.is_kernel {
         return format!("[{name}]");
     }
-    if task.args.words.is_empty() || task.tid != task.pid {
+    if task.tid != task.pid {
         return name.to_owned();
     }
-    task.args.words.join(" ") + if task.args.is_cut { " ..." } else { "" }
+    let words = task.args.words.join(" ");
+    let command = if words.is_empty() { name } else { &words };
+    command.to_owned() + if task.args.is_cut { " ..." } else { "" }
 }
 
 impl<'a> TaskLine<'a> {

@@ -5,6 +5,7 @@
 //! after errors and signals, and by ratatui's hook after a panic.
 
 use std::collections::VecDeque;
+use std::io;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
@@ -14,6 +15,8 @@ use ratatui::layout::Constraint;
 use ratatui::style::{Color, Modifier, Style};
 use ratatui::widgets::{Block, Row, Table};
 use ratatui::{DefaultTerminal, Frame};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
 
 use super::changes::Change;
 use super::command;
@@ -90,7 +93,10 @@ impl Screen {
                 if left.is_zero() {
                     return Ok(true);
                 }
-                if event::poll(left.min(SIGNAL_INTERVAL)).context("cannot read keys")? {
+                if !wait(left.min(SIGNAL_INTERVAL)).context("cannot wait for keys")? {
+                    return Ok(false);
+                }
+                if event::poll(Duration::ZERO).context("cannot read keys")? {
                     break wish(&event::read().context("cannot read keys")?);
                 }
             };
@@ -106,6 +112,20 @@ impl Drop for Screen {
     fn drop(&mut self) {
         ratatui::restore();
     }
+}
+
+/// Waits for a key or a signal for at most `limit`; `false` if the terminal is gone. crossterm never returns from waiting for
+/// the keys of such a terminal.
+fn wait(limit: Duration) -> io::Result<bool> {
+    let limit = Timespec::try_from(limit).map_err(|_| io::ErrorKind::InvalidInput)?;
+    let stdin = io::stdin();
+    let mut keys = [PollFd::new(&stdin, PollFlags::IN)];
+    match poll(&mut keys, Some(&limit)) {
+        Ok(_) | Err(Errno::INTR) => {}
+        Err(error) => return Err(error.into()),
+    }
+    let gone = PollFlags::HUP | PollFlags::ERR | PollFlags::NVAL;
+    Ok(keys.iter().all(|keys| !keys.revents().intersects(gone)))
 }
 
 fn wish(event: &Event) -> Wish {
