@@ -426,7 +426,13 @@ impl Broker {
 
 fn no_vm(name: &str) -> Refused {
     let name = name.get(..name.floor_char_boundary(MAX_SHOWN)).unwrap_or_default();
-    Refused::new(Refusal::Unknown, format!("no VM is named {name:?}; `kvmmem targets` lists them"))
+    Refused::new(
+        Refusal::Unknown,
+        format!(
+            "no VM is named {name:?}; `kvmmem targets` lists those that are registered, and `kvmmem targets --discover` those that \
+             `kvmmem target add` can add"
+        ),
+    )
 }
 
 /// A hook among those that there may be, given back on drop.

@@ -141,6 +141,9 @@ impl Arguments {
         if let Some(pid) = self.pid {
             return self.run_process(pid, output);
         }
+        if self.dump.is_some() {
+            return Err(usage("--file goes with --pid: of a dump file, one process can be written"));
+        }
         let wanted = in_order(&self.ranges)?;
         let (earlier, file, kind) = match self.open()? {
             Start::New => (None, None, Kind::File),

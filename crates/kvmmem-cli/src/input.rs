@@ -131,7 +131,7 @@ impl Input {
     /// Where memory comes from that is in no file.
     fn source(&self) -> Result<&Source> {
         let is_given = self.source.is_given();
-        ensure!(is_given, "no memory is named: give a dump (--file DUMP), or a running target; {NO_TOKEN}");
+        ensure!(is_given, "no memory is named: give a dump (--file DUMP) or a running target; {NO_TOKEN}");
         Ok(&self.source)
     }
 }

@@ -65,8 +65,7 @@ impl Output {
 
     /// Writes text that has styles or line breaks of this program's. What a peer has named in it must be escaped.
     pub(crate) fn styled(&mut self, text: impl AsRef<str>) -> io::Result<()> {
-        writeln!(self.stream, "{}", text.as_ref())?;
-        self.stream.flush()
+        writeln!(self.stream, "{}", text.as_ref()).and_then(|()| self.stream.flush()).map_err(named)
     }
 
     /// Writes an object as a line of JSON.
@@ -86,8 +85,15 @@ impl Output {
     /// Writes bytes as they are.
     pub(crate) fn raw(&mut self, bytes: &[u8]) -> io::Result<()> {
         let mut stdout = io::stdout().lock();
-        stdout.write_all(bytes)?;
-        stdout.flush()
+        stdout.write_all(bytes).and_then(|()| stdout.flush()).map_err(named)
+    }
+}
+
+/// Says of an error where it is. That of a pipe whose reader has ended stays as it is: it is not reported.
+fn named(error: io::Error) -> io::Error {
+    match error.kind() {
+        io::ErrorKind::BrokenPipe => error,
+        kind => io::Error::new(kind, format!("cannot write the output: {error}")),
     }
 }
 

@@ -34,7 +34,7 @@ const MAX_TOKEN_FILE: u64 = 16 * 1024;
 const OWN_GRANT_TTL: Duration = Duration::from_secs(10);
 
 /// What to do where no token is given.
-pub(crate) const NO_TOKEN: &str = "no token: on the host, name the target (--target NAME); elsewhere, make a token on the host \
+pub(crate) const NO_TOKEN: &str = "on the host, name the target (--target NAME); elsewhere, make a token on the host \
      (kvmmem grant NAME) and give it here by --token-file or KVMMEM_TOKEN; for a hooked target, listen (--listen \
      vsock:PORT or unix:PATH, KVMMEM_KVMI_PORT)";
 
@@ -100,7 +100,7 @@ impl Source {
     fn attach_by_token(&self, access: Access, wanted: &[Range]) -> Result<View> {
         let token = match self.token()? {
             Some(token) => token,
-            None if !self.connect.is_possible() => bail!(NO_TOKEN),
+            None if !self.connect.is_possible() => bail!("no token: {NO_TOKEN}"),
             None => self
                 .connect
                 .accept()
@@ -197,7 +197,7 @@ impl Source {
         Ok(if wants_view {
             Memory::View(self.attach(access, verb, wanted)?)
         } else if !self.connect.is_possible() {
-            bail!(NO_TOKEN)
+            bail!("no token: {NO_TOKEN}")
         } else {
             Memory::Session(self.connect.accept()?)
         })

@@ -328,7 +328,7 @@ fn the_core_of_a_process_in_a_dump_file_names_the_file_where_there_is_none() {
 
 /// A terminal of 100 columns: its two ends.
 fn terminal() -> (File, File) {
-    let terminal = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).unwrap();
+    let terminal = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC).unwrap();
     grantpt(&terminal).unwrap();
     unlockpt(&terminal).unwrap();
     let name = ptsname(&terminal, Vec::new()).unwrap();
@@ -397,4 +397,25 @@ fn a_terminal_shows_processes_in_a_table_and_is_restored() {
         );
         assert!(text.contains("\\u{1b}[2J") && !text.contains("\x1b[31mevil"), "{text:?}");
     }
+}
+
+#[test]
+fn a_table_ends_when_its_terminal_is_closed() {
+    let host = Host::start(&[Region { gpa: 0, len: RAM as u64, offset: 0, file: 0 }]);
+    let ram = File::from(host.ram.fd().try_clone_to_owned().unwrap());
+    ram.write_all_at(&processes::guest().bytes(0, RAM), 0).unwrap();
+    let (mut terminal, screen) = terminal();
+    // Long enough for the terminal to be closed while keys are waited for.
+    let mut command = host.command(&["ps", "--target", "victim", "--watch", "--interval", "1h"]);
+    command.stdin(screen.try_clone().unwrap()).stdout(screen).env("TERM", "xterm-256color");
+    let mut child = command.spawn().unwrap();
+    drop(command);
+    let mut shown = Vec::new();
+    while !shown.windows(7).any(|part| part == b"COMMAND") {
+        let mut buffer = [0; 4096];
+        let count = terminal.read(&mut buffer).unwrap();
+        shown.extend_from_slice(&buffer[..count]);
+    }
+    drop(terminal);
+    wait_for(Path::new("the command to end"), |_| child.try_wait().unwrap().is_some());
 }

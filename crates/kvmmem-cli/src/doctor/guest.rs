@@ -164,6 +164,7 @@ fn check_guest_endpoint(answer: Result<(), GuestEndpointError>) -> Check {
                     "on the host: is kvmmemd running, and was this virtual machine added (kvmmem introspector add)?"
                 }
                 GuestEndpointError::Refused { .. } => "do on the host what it says, then ask again",
+                GuestEndpointError::Port(_) => "set it to the port of kvmmemd --guest-port, or unset it",
                 _ => "see the host's log: journalctl -u kvmmemd",
             };
             let source = std::error::Error::source(&error);
