@@ -429,8 +429,7 @@ fn no_vm(name: &str) -> Refused {
     Refused::new(
         Refusal::Unknown,
         format!(
-            "no VM is named {name:?}; `kvmmem targets` lists those that are registered, and `kvmmem targets --discover` those that \
-             `kvmmem target add` can add"
+            "no VM is named {name:?}; see `kvmmem targets`, or `kvmmem targets --discover` for those to add"
         ),
     )
 }
