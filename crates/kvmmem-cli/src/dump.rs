@@ -129,7 +129,7 @@ enum Start {
     Complete(Saved),
 }
 
-/// The vCPUs' registers, or why there are none.
+/// The vCPUs' registers, or why they are not known.
 type Vcpus = Result<Vec<VcpuRegisters>, String>;
 
 impl Arguments {

@@ -28,7 +28,7 @@ pub(crate) struct Input {
     source: Source,
 }
 
-/// The registers of a target's vCPUs, or why there are none.
+/// The registers of a target's vCPUs, or why they are not known.
 pub(crate) type Registers = Result<Vec<VcpuRegisters>, String>;
 
 /// Why there is no MSR_LSTAR of a VM under QEMU.
@@ -72,7 +72,7 @@ impl Input {
         })
     }
 
-    /// As [`Input::open`], with the registers of the vCPUs, or why there are none: where a broker runs that can ask the VMM.
+    /// As [`Input::open`], with the registers of the vCPUs or why they are not known. A broker must run to ask the VMM.
     pub(crate) fn open_with_registers(&self, verb: &str) -> Result<(Opened, Registers)> {
         if self.file.is_some() || !self.source()?.is_by_name() || self.source.has_no_broker() {
             let reason = match &self.file {

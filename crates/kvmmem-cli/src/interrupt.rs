@@ -1,12 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Signals that ask a verb to come to its end.
 
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
 /// Whether SIGINT, SIGTERM or SIGHUP has come. The second one of them ends the process at once.
@@ -43,6 +47,25 @@ impl Interrupt {
 
     pub(crate) fn has_come(&self) -> bool {
         self.flag.load(Ordering::Relaxed)
+    }
+
+    /// Waits for a signal for at most `limit`; returns whether one has come.
+    ///
+    /// # Errors
+    /// Those of `poll`.
+    pub(crate) fn wait(&self, limit: Duration) -> io::Result<bool> {
+        let start = Instant::now();
+        loop {
+            let left = limit.saturating_sub(start.elapsed());
+            if self.has_come() || left.is_zero() {
+                return Ok(self.has_come());
+            }
+            let left = Timespec::try_from(left).map_err(|_| io::ErrorKind::InvalidInput)?;
+            match poll(&mut [PollFd::new(self, PollFlags::IN)], Some(&left)) {
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
     }
 }
 

@@ -78,7 +78,7 @@ impl Guest {
         self.with_kernel_of(&self.input.open(verb, &[])?, read)
     }
 
-    /// As [`Guest::with_kernel`], with the registers of the vCPUs, or why there are none.
+    /// As [`Guest::with_kernel`], with the registers of the vCPUs or why they are not known.
     pub(crate) fn with_kernel_and_registers<R>(
         &self,
         verb: &str,

@@ -95,7 +95,7 @@ impl Arguments {
     fn watch(&self, page: &MappedPage, offset: usize, output: &mut Output) -> Result<()> {
         let interrupt = Interrupt::catch()?;
         let mut from = page.read_u64(offset)?;
-        while !interrupt.has_come() {
+        loop {
             let to = page.read_u64(offset)?;
             if to != from {
                 if output.is_json() {
@@ -105,8 +105,9 @@ impl Arguments {
                 }
                 from = to;
             }
-            std::thread::sleep(self.interval);
+            if interrupt.wait(self.interval)? {
+                return Ok(());
+            }
         }
-        Ok(())
     }
 }

@@ -174,7 +174,7 @@ impl Arguments {
         self.guest.end(damage)
     }
 
-    /// Looks up what `ps` shows besides. A process of which some of it cannot be read is damaged, and has less.
+    /// Looks up what the options of `ps` add to a row. Where some of that cannot be read, the process is marked as damaged.
     fn more(&self, task: &mut Task, details: &Details<'_>) -> Result<More, KernelError> {
         let env = if self.env { Some(details.environment(task)) } else { None };
         let (exe, namespaces) = (details.executable(task), details.namespaces(task));

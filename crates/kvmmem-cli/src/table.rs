@@ -15,7 +15,7 @@ pub(crate) struct Table {
     wide: bool,
 }
 
-/// What follows a value of a row that changed whenever it was read, or of which some could not be read.
+/// The mark behind a value: `!` in a row that changed whenever it was read, `?` in one with parts that could not be read.
 pub(crate) fn mark(is_torn: bool, is_damaged: bool) -> &'static str {
     match (is_torn, is_damaged) {
         (_, true) => "?",

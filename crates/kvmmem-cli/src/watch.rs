@@ -151,12 +151,11 @@ impl Arguments {
             if left.is_zero() {
                 return Ok(true);
             }
-            let step = left.min(SIGNAL_INTERVAL);
             let Opened::View(view, _) = opened else {
-                std::thread::sleep(step);
+                interrupt.wait(left)?;
                 continue;
             };
-            match view.wait(step)? {
+            match view.wait(left.min(SIGNAL_INTERVAL))? {
                 None => {}
                 Some(Event::Changed) => picture.tell_reset(output)?,
                 Some(Event::Revoked) => bail!("the view has ended: the grant was taken back"),

@@ -281,7 +281,7 @@ fn where_each_vcpu_enters_the_kernel_is_checked_if_the_vmm_shows_it() {
         assert_eq!(ended.code, Some(code), "{}", ended.stderr);
         assert_eq!(row(&ended), json!({"check": "lstar", "examined": 2, "found": found}));
         assert_eq!(ended.stdout.contains("MSR_LSTAR of vCPU 1"), found == 1, "{}", ended.stdout);
-        // By a token there is none.
+        // A token opens memory without registers.
         let ended = host.look(&[], &["check"]);
         assert_eq!(ended.code, Some(0), "{}", ended.stderr);
         assert!(

@@ -5,12 +5,15 @@
 //! while it is read is read again, then marked as torn; one that ends meanwhile is left out. A task whose memory is damaged in
 //! part is listed without the values that cannot be read, and marked as damaged.
 
+mod layout;
+
 use std::time::Duration;
 
 use kvmmem_memory::PAGE_SIZE;
 
 use crate::bytes::{Bytes, text};
 use crate::kernel::{Kernel, KernelError, List, Step, Walk};
+use layout::{Kthread, Layout};
 
 /// The highest process id that Linux gives (`PID_MAX_LIMIT`).
 const MAX_PID: u32 = 4 << 20;
@@ -18,9 +21,6 @@ const MAX_PID: u32 = 4 << 20;
 /// The longest command line that is read, and all of them together, bytes.
 const MAX_ARGS: u64 = 128 << 10;
 const MAX_ALL_ARGS: u64 = 64 << 20;
-
-/// The most bytes of a task that are read.
-const MAX_LEN: u64 = 64 << 10;
 
 /// Reads of a task that changes.
 const TRIES: u32 = 3;
@@ -101,54 +101,6 @@ pub enum Which {
     Processes,
     /// All threads, each after its leader.
     Threads,
-}
-
-/// Where everything is.
-#[derive(Debug)]
-struct Layout {
-    /// Bytes of a task that are read.
-    len: u64,
-    tasks: u64,
-    signal: u64,
-    thread_head: u64,
-    pid: u64,
-    tgid: u64,
-    real_parent: u64,
-    comm: u64,
-    flags: u64,
-    state: u64,
-    /// References to the task, which has one as long as it is listed.
-    usage: Option<u64>,
-    exit_state: u64,
-    cred: u64,
-    uid: u64,
-    euid: u64,
-    gid: u64,
-    /// The `struct user_struct` of the real user, and the user's id there.
-    user: Option<(u64, u64)>,
-    start: u64,
-    mm: u64,
-    pgd: u64,
-    arg_start: u64,
-    arg_end: u64,
-    env_end: u64,
-    kthread: Option<Kthread>,
-}
-
-/// Names of kernel threads that are longer than a task's.
-#[derive(Debug)]
-struct Kthread {
-    /// In the task: its `struct kthread`.
-    worker_private: u64,
-    full_name: u64,
-    data: u64,
-    /// A pointer that each has.
-    parked: Option<u64>,
-    /// In the worker of a work queue.
-    task: Option<u64>,
-    desc: u64,
-    pool: u64,
-    current_work: u64,
 }
 
 /// The tasks; an error stands for those that cannot be read.
@@ -407,76 +359,6 @@ impl<'a> Reader<'a> {
             bytes.push(0);
         }
         Ok(Args::new(&bytes, is_cut))
-    }
-}
-
-impl Layout {
-    fn new(kernel: &Kernel<'_>) -> Result<Self, KernelError> {
-        let task = |member| kernel.offset("task_struct", member);
-        let cred = |member| kernel.offset("cred", member);
-        let mm = |member| kernel.offset("mm_struct", member);
-        let mut layout = Self {
-            len: 0,
-            tasks: task("tasks")?,
-            signal: task("signal")?,
-            thread_head: kernel.offset("signal_struct", "thread_head")?,
-            pid: task("pid")?,
-            tgid: task("tgid")?,
-            real_parent: task("real_parent")?,
-            comm: task("comm")?,
-            flags: task("flags")?,
-            // Its type changed with its name, in 5.14.
-            state: task("__state").or_else(|_| task("state"))?,
-            usage: task("usage").ok(),
-            exit_state: task("exit_state")?,
-            cred: task("cred")?,
-            uid: cred("uid")?,
-            euid: cred("euid")?,
-            gid: cred("gid")?,
-            user: cred("user").ok().zip(kernel.offset("user_struct", "uid").ok()),
-            start: task("start_boottime")?,
-            mm: task("mm")?,
-            pgd: mm("pgd")?,
-            arg_start: mm("arg_start")?,
-            arg_end: mm("arg_end")?,
-            env_end: mm("env_end")?,
-            kthread: Kthread::new(kernel).ok(),
-        };
-        let ends = [
-            layout.pid,
-            layout.tgid,
-            layout.real_parent,
-            layout.comm + 8,
-            layout.flags,
-            layout.state,
-            layout.exit_state,
-            layout.usage.unwrap_or(0),
-            layout.cred,
-            layout.start,
-            layout.mm,
-            layout.kthread.as_ref().map_or(0, |kthread| kthread.worker_private),
-        ];
-        layout.len = (ends.into_iter().max().unwrap_or(0) + 8).min(MAX_LEN);
-        Ok(layout)
-    }
-}
-
-impl Kthread {
-    fn new(kernel: &Kernel<'_>) -> Result<Self, KernelError> {
-        let task = |member| kernel.offset("task_struct", member);
-        let kthread = |member| kernel.offset("kthread", member);
-        let worker = |member| kernel.offset("worker", member);
-        Ok(Self {
-            // Kernel threads of before 5.17 keep it where processes keep something else.
-            worker_private: task("worker_private").or_else(|_| task("set_child_tid"))?,
-            full_name: kthread("full_name").unwrap_or(0),
-            data: kthread("data")?,
-            parked: kthread("parked.wait.task_list.next").ok(),
-            task: worker("task").ok(),
-            desc: worker("desc")?,
-            pool: worker("pool")?,
-            current_work: worker("current_work")?,
-        })
     }
 }
 

@@ -92,7 +92,12 @@ pub struct RateLimit {
 impl RateLimit {
     /// A limit of so many lines in a second.
     pub const fn new(per_second: u32) -> Self {
-        Self { rate: Rate::of(per_second), bucket: Mutex::new(None) }
+        Self::at(Rate::of(per_second))
+    }
+
+    /// A limit with a burst of its own.
+    pub const fn at(rate: Rate) -> Self {
+        Self { rate, bucket: Mutex::new(None) }
     }
 
     /// Whether a line may be written at `now`, and how many were not since the last one that was.
@@ -130,6 +135,15 @@ mod tests {
         assert_eq!(limit.allow(now + SECOND), Some(2));
         assert_eq!(limit.allow(now + SECOND), Some(0));
         assert_eq!(limit.allow(now + SECOND), None);
+    }
+
+    #[test]
+    fn a_flood_leaves_the_burst_and_one_line_a_second() {
+        let (limit, start) = (RateLimit::at(Rate { burst: 5, per_second: 1 }), Instant::now());
+        let first = (0..1000).filter(|_| limit.allow(start).is_some()).count();
+        assert_eq!(first, 5);
+        assert_eq!(limit.allow(start + SECOND * 3 / 2), Some(995));
+        assert_eq!(limit.allow(start + SECOND * 8 / 5), None);
     }
 
     #[test]

@@ -138,7 +138,7 @@ impl<'a> Record<'a> {
     }
 }
 
-/// Which VMM has shown the registers; `None` where there are none. QEMU's monitor does not show MSR_LSTAR.
+/// Where the registers come from; `None` without registers. QEMU's monitor does not show MSR_LSTAR, kvmmem-vmm does.
 fn source(vcpus: &[VcpuRegisters]) -> Option<&'static str> {
     let first = vcpus.first()?;
     Some(if first.lstar.is_some() { "kvmmem-vmm" } else { "qmp" })

@@ -2,7 +2,6 @@
 //! `kvmmem ps --watch`: what starts and ends in a guest, in a table on a terminal ([`super::screen`]), else a line for each.
 
 use std::io::{self, IsTerminal};
-use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
@@ -21,9 +20,6 @@ use crate::table::or_unknown;
 
 /// Looks in a row that may fail, as the guest changes its lists meanwhile.
 const FAILURES: u32 = 10;
-
-/// The longest wait between two looks for signals.
-pub(super) const SIGNAL_INTERVAL: Duration = Duration::from_millis(100);
 
 /// A change, as JSON.
 #[derive(Serialize)]
@@ -66,7 +62,7 @@ pub(super) fn watch(
             }
             Shown::Lines(output) => {
                 print(std::mem::take(&mut changes), start.elapsed(), has_thread, output)?;
-                count.is_none_or(|count| looks < count) && sleep(interval, &interrupt)
+                count.is_none_or(|count| looks < count) && !interrupt.wait(interval)?
             }
         };
         if !goes_on {
@@ -82,21 +78,6 @@ pub(super) fn watch(
             Err(error) if error.is_final() || failures >= FAILURES => return Err(error.into()),
             Err(_) => failures += 1,
         }
-    }
-}
-
-/// Waits for the next look; `false` if none is wanted.
-fn sleep(interval: Duration, interrupt: &Interrupt) -> bool {
-    let start = Instant::now();
-    loop {
-        if interrupt.has_come() {
-            return false;
-        }
-        let left = interval.saturating_sub(start.elapsed());
-        if left.is_zero() {
-            return true;
-        }
-        thread::sleep(left.min(SIGNAL_INTERVAL));
     }
 }
 

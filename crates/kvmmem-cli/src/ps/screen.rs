@@ -20,7 +20,6 @@ use rustix::io::Errno;
 
 use super::changes::Change;
 use super::command;
-use super::live::SIGNAL_INTERVAL;
 use crate::failure::escape;
 use crate::interrupt::Interrupt;
 use crate::table::{mark, or_unknown};
@@ -84,26 +83,19 @@ impl Screen {
                 .draw(|frame| self.list.draw(&tasks, frame))
                 .context("cannot draw on the terminal")?;
             let Some(interval) = interval else { return Ok(false) };
-            // A new size is an event as well.
-            let wish = loop {
-                if interrupt.has_come() {
-                    return Ok(false);
-                }
-                let left = interval.saturating_sub(start.elapsed());
-                if left.is_zero() {
-                    return Ok(true);
-                }
-                if !wait(left.min(SIGNAL_INTERVAL)).context("cannot wait for keys")? {
-                    return Ok(false);
-                }
-                if event::poll(Duration::ZERO).context("cannot read keys")? {
-                    break wish(&event::read().context("cannot read keys")?);
-                }
-            };
-            if wish == Wish::Quit {
+            if !wait(interval.saturating_sub(start.elapsed()), interrupt).context("cannot wait for keys")? {
                 return Ok(false);
             }
-            self.list.scroll(wish, tasks.len());
+            // Keys that came together are read together. A new size is an event as well.
+            while event::poll(Duration::ZERO).context("cannot read keys")? {
+                match wish(&event::read().context("cannot read keys")?) {
+                    Wish::Quit => return Ok(false),
+                    wish => self.list.scroll(wish, tasks.len()),
+                }
+            }
+            if start.elapsed() >= interval {
+                return Ok(true);
+            }
         }
     }
 }
@@ -114,18 +106,20 @@ impl Drop for Screen {
     }
 }
 
-/// Waits for a key or a signal for at most `limit`; `false` if the terminal is gone. crossterm never returns from waiting for
-/// the keys of such a terminal.
-fn wait(limit: Duration) -> io::Result<bool> {
+/// Waits for a key or another size of the terminal for at most `limit`; `false` if the terminal is gone or an interrupt has
+/// come. crossterm never returns from waiting for the keys of a terminal that is gone.
+fn wait(limit: Duration, interrupt: &Interrupt) -> io::Result<bool> {
     let limit = Timespec::try_from(limit).map_err(|_| io::ErrorKind::InvalidInput)?;
     let stdin = io::stdin();
-    let mut keys = [PollFd::new(&stdin, PollFlags::IN)];
-    match poll(&mut keys, Some(&limit)) {
-        Ok(_) | Err(Errno::INTR) => {}
+    let mut fds = [PollFd::new(&stdin, PollFlags::IN), PollFd::new(interrupt, PollFlags::IN)];
+    match poll(&mut fds, Some(&limit)) {
+        Ok(_) => {}
+        // The signal of another size, or an interrupt.
+        Err(Errno::INTR) => return Ok(!interrupt.has_come()),
         Err(error) => return Err(error.into()),
     }
-    let gone = PollFlags::HUP | PollFlags::ERR | PollFlags::NVAL;
-    Ok(keys.iter().all(|keys| !keys.revents().intersects(gone)))
+    let [keys, interrupt] = fds.map(|fd| fd.revents());
+    Ok(interrupt.is_empty() && !keys.intersects(PollFlags::HUP | PollFlags::ERR | PollFlags::NVAL))
 }
 
 fn wish(event: &Event) -> Wish {

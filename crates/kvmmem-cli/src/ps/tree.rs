@@ -5,8 +5,8 @@ use std::collections::HashMap;
 
 use kvmmem_linux::tasks::Task;
 
-/// Indices of the tasks, each process followed by its threads and then its children, with their depths. All are there once,
-/// whatever they say about their parents.
+/// Indices of the tasks, each process followed by its threads and then its children, with their depths. Each task
+/// is there once, also where the parents that the guest reports form a circle.
 pub(super) fn order(tasks: &[Task]) -> Vec<(usize, usize)> {
     let leaders = tasks.iter().enumerate().filter(|(_, task)| task.tid == task.pid);
     let by_pid: HashMap<u32, usize> = leaders.map(|(index, task)| (task.pid, index)).collect();

@@ -221,7 +221,7 @@ fn addresses_are_looked_up_in_the_tables_of_a_vcpu() {
         let arguments = [&["translate", "--vcpu", "1", "0x1ff0"], other].concat();
         assert_eq!(of(&core, &arguments).0, Some(2), "{other:?}");
     }
-    // Over KVMI there are none, and none is waited for.
+    // A connection over KVMI has no registers, and the command does not wait for one.
     let (code, _, stderr) = run(&["read", "--vcpu", "0", "0", "1", "--listen", "unix:/nonexistent/x"]);
     assert_eq!((code, stderr.contains("--target NAME")), (Some(1), true), "{stderr}");
 }
