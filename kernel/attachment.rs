@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
-//! A view, as the host knows it: a window that a hypercall opened, or a slot that was plugged in. The host shows its
-//! memory until this is dropped.
+//! A view, as the host knows it: a window that a hypercall opened, or a slot that was plugged in.
+//! The host shows its memory until this is dropped.
 
 use core::mem::offset_of;
 
@@ -18,11 +18,13 @@ use crate::stats;
 use crate::sys::{self, Remapped};
 use crate::window::Extent;
 
-/// A request to attach, in memory that the host reads it from. Erased when dropped: it holds the token.
+/// A request to attach, in memory that the host reads it from. Erased when dropped: it holds the
+/// token.
 pub(crate) struct AttachCall(KBox<[u8; AttachRequest::SIZE]>);
 
 impl AttachCall {
-    /// Takes the token, the next 32 bytes, from a tool's request: `EFAULT` where they cannot be read.
+    /// Takes the token, the next 32 bytes, from a tool's request: `EFAULT` where they cannot be
+    /// read.
     pub(crate) fn read_token(from: &mut UserSliceReader) -> Result<Self> {
         const TOKEN: usize = offset_of!(AttachRequest, pid);
         let mut call = Self(KBox::new([0; AttachRequest::SIZE], GFP_KERNEL)?);
@@ -50,7 +52,10 @@ impl AttachCall {
             Err(error) => {
                 // Names the view all the same, if the host believes itself.
                 let _ = sys::detach(way, gpa);
-                Err(stats::lie_unless_memory(error, "the descriptor's page is no memory of a window"))
+                Err(stats::lie_unless_memory(
+                    error,
+                    "the descriptor's page is no memory of a window",
+                ))
             }
         }
     }
@@ -103,8 +108,8 @@ impl Attachment {
         slots::claim(&call.digest()).map(Self::Plugged)
     }
 
-    /// Where this machine sees the descriptor's page, by which a hypercall's view is named to the host. `None` where it
-    /// was unplugged.
+    /// Where this machine sees the descriptor's page, by which a hypercall's view is named to the
+    /// host. `None` where it was unplugged.
     pub(crate) fn gpa(&self) -> Option<u64> {
         match self {
             Self::Opened(opened) => Some(opened.page.gpa()),
@@ -112,8 +117,8 @@ impl Attachment {
         }
     }
 
-    /// The generation that the page shows at this moment, odd while the host is changing it. `None` where the page or
-    /// one of the windows was unplugged.
+    /// The generation that the page shows at this moment, odd while the host is changing it. `None`
+    /// where the page or one of the windows was unplugged.
     pub(crate) fn generation(&self) -> Option<u64> {
         match self {
             Self::Opened(opened) => Some(opened.page.read_u64(GENERATION_AT)),
@@ -121,8 +126,9 @@ impl Attachment {
         }
     }
 
-    /// What the page says. `EAGAIN` while the host is changing it, however long that takes: a host may be stopped in the
-    /// midst of it. `EIO` where it says what cannot be, `ESTALE` where it was unplugged. Does not wait.
+    /// What the page says. `EAGAIN` while the host is changing it, however long that takes: a host
+    /// may be stopped in the midst of it. `EIO` where it says what cannot be, `ESTALE` where it
+    /// was unplugged. Does not wait.
     pub(crate) fn read(&self) -> Result<Snapshot> {
         let copy = match self {
             Self::Opened(opened) => PageCopy::of(&opened.page)?,
@@ -131,7 +137,9 @@ impl Attachment {
         let copy = copy.ok_or(EAGAIN)?;
         let checked = match self {
             Self::Opened(_) => Snapshot::check_opened(&copy),
-            Self::Plugged(claim) => Snapshot::check_plugged(&copy, |number| Some(claim.window(number)?.len)),
+            Self::Plugged(claim) => {
+                Snapshot::check_plugged(&copy, |number| Some(claim.window(number)?.len))
+            }
         };
         match checked.map_err(CheckError::lie) {
             Ok(snapshot) => snapshot.ok_or(EAGAIN),
@@ -170,8 +178,8 @@ impl Attachment {
         }
     }
 
-    /// A view that was not opened for want of memory, or because the host was changing it: ATTACH may be tried again
-    /// with the same token, where the host does not count its use.
+    /// A view that was not opened for want of memory, or because the host was changing it: ATTACH
+    /// may be tried again with the same token, where the host does not count its use.
     pub(crate) fn put_back(self) {
         if let Self::Plugged(claim) = self {
             claim.put_back();
@@ -184,10 +192,12 @@ impl Attachment {
         }
     }
 
-    /// Asks the host for the next data (or hole: `what`) from `gpa` on. `None` where there is none, `EOPNOTSUPP` where
-    /// the host does not know.
+    /// Asks the host for the next data (or hole: `what`) from `gpa` on. `None` where there is none,
+    /// `EOPNOTSUPP` where the host does not know.
     pub(crate) fn seek(&self, gpa: u64, what: u64) -> Result<Option<u64>> {
-        let Self::Opened(opened) = self else { return Err(EOPNOTSUPP) };
+        let Self::Opened(opened) = self else {
+            return Err(EOPNOTSUPP);
+        };
         let mut found = KBox::new(gpa, GFP_KERNEL)?;
         match sys::seek(opened.way, opened.page.gpa(), &mut found, what).map_err(hypercall::error) {
             Ok(()) if *found >= gpa => Ok(Some(*found)),
@@ -203,8 +213,8 @@ impl Attachment {
 
 impl Drop for Opened {
     fn drop(&mut self) {
-        // Nothing of this machine's own is behind the window, so a refusal harms nobody here; but the host still shows
-        // the target's memory there.
+        // Nothing of this machine's own is behind the window, so a refusal harms nobody here; but
+        // the host still shows the target's memory there.
         if sys::detach(self.way, self.page.gpa()).is_err() {
             stats::REFUSED.add_one();
             stats::VIEWS_QUARANTINED.add_one();

@@ -6,7 +6,7 @@ use kernel::iov::{IovIterDest, IovIterSource};
 use kernel::miscdevice::{MiscDevice, MiscDeviceRegistration};
 use kernel::mm::virt::{VmaNew, VmaRef};
 use kernel::prelude::*;
-use kernel::seq_file::{SeqFile, seq_print};
+use kernel::seq_file::{seq_print, SeqFile};
 use kernel::sync::poll::PollTable;
 use kernel::uaccess::UserPtr;
 
@@ -18,7 +18,8 @@ use crate::native;
 use crate::page_file::PageFile;
 use crate::sys::{self, Fault, FaultError, Inserted};
 
-/// One open file of the device. Its pages of v1 are bound to the process that opened it; its view is not.
+/// One open file of the device. Its pages of v1 are bound to the process that opened it; its view
+/// is not.
 pub(crate) struct OpenFile {
     pages: Pin<KBox<PageFile>>,
     view: Pin<KBox<ViewFile>>,
@@ -29,7 +30,10 @@ impl MiscDevice for OpenFile {
     type Ptr = KBox<Self>;
 
     fn open(file: &File, _device: &MiscDeviceRegistration<Self>) -> Result<KBox<Self>> {
-        let opened = Self { pages: PageFile::new()?, view: ViewFile::new()? };
+        let opened = Self {
+            pages: PageFile::new()?,
+            view: ViewFile::new()?,
+        };
         let opened = KBox::new(opened, GFP_KERNEL_ACCOUNT)?;
         sys::complete_operations(file)?;
         Ok(opened)

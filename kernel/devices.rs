@@ -1,12 +1,15 @@
 // SPDX-License-Identifier: GPL-2.0-only
-//! The PCI driver: which of QEMU's `ivshmem-plain` functions are ours, and what happens when one is unbound.
+//! The PCI driver: which of QEMU's `ivshmem-plain` functions are ours, and what happens when one is
+//! unbound.
 
 use kernel::device::Core;
 use kernel::pci;
 use kernel::prelude::*;
 use kernel::sync::Arc;
 
-use crate::abi::descriptor::{COMPLAINT_INVALID, COMPLAINT_NO_ADDRESS, COMPLAINT_NOT_CACHED, MAGIC, SLOT_AT};
+use crate::abi::descriptor::{
+    COMPLAINT_INVALID, COMPLAINT_NOT_CACHED, COMPLAINT_NO_ADDRESS, MAGIC, SLOT_AT,
+};
 use crate::abi::ioctl::PAGE_SIZE;
 use crate::released::Released;
 use crate::slot::{Bar, Head, Slot, Window};
@@ -19,7 +22,14 @@ const IVSHMEM: u32 = 0x1110;
 /// The BAR that is the shared memory.
 const MEMORY: u32 = 2;
 
-kernel::pci_device_table!(IDS, (), [(pci::DeviceId::from_id(pci::Vendor::REDHAT_QUMRANET, IVSHMEM), ())]);
+kernel::pci_device_table!(
+    IDS,
+    (),
+    [(
+        pci::DeviceId::from_id(pci::Vendor::REDHAT_QUMRANET, IVSHMEM),
+        ()
+    )]
+);
 
 /// The driver.
 pub(crate) struct Driver;
@@ -30,7 +40,8 @@ pub(crate) struct Function<'bound> {
     number: u32,
     /// Of a window.
     released: Option<Released>,
-    // Released once `drop` has waited for the users; none where it has no address. Before the enabling.
+    // Released once `drop` has waited for the users; none where it has no address. Before the
+    // enabling.
     _region: Option<BarRegion<'bound>>,
     _enabled: Option<Enabled<'bound>>,
 }
@@ -68,24 +79,51 @@ impl<'bound> Function<'bound> {
             word.copy_from_slice(&page.read_u64(32 + 8 * index).to_le_bytes());
         }
         let number = page.read_u64(SLOT_AT) as u32;
-        let slot = slots::add_head(place, Head { page, digest, number })?;
-        Ok(Self { slot, number: 0, released: None, _region: Some(region), _enabled: Some(enabled) })
+        let slot = slots::add_head(
+            place,
+            Head {
+                page,
+                digest,
+                number,
+            },
+        )?;
+        Ok(Self {
+            slot,
+            number: 0,
+            released: None,
+            _region: Some(region),
+            _enabled: Some(enabled),
+        })
     }
 
     /// Another function: a window, if function 0 of its slot is ours.
     fn window(device: &'bound pci::Device<Core<'_>>, place: u32, number: u32) -> Result<Self> {
         if !slots::has_head(place) {
             // Tried again whenever a device was bound.
-            return Err(if sys::is_head_pending(device) { EPROBE_DEFER } else { ENODEV });
+            return Err(if sys::is_head_pending(device) {
+                EPROBE_DEFER
+            } else {
+                ENODEV
+            });
         }
         // An unassigned BAR may not keep the device from being enabled.
         let enabled = Enabled::new(device).ok();
         let has_address = enabled.is_some() && device.resource_start(MEMORY)? != 0;
-        let region = if has_address { Some(BarRegion::request(device, MEMORY)?) } else { None };
+        let region = if has_address {
+            Some(BarRegion::request(device, MEMORY)?)
+        } else {
+            None
+        };
         let window = region.as_ref().map_or(Ok(Err(COMPLAINT_NO_ADDRESS)), bar)?;
         let released = window.as_ref().ok().map(|bar| bar.waiter());
         let slot = slots::add_window(place, number, window).ok_or(ENODEV)?;
-        Ok(Self { slot, number, released, _region: region, _enabled: enabled })
+        Ok(Self {
+            slot,
+            number,
+            released,
+            _region: region,
+            _enabled: enabled,
+        })
     }
 }
 
@@ -103,8 +141,9 @@ fn bar(region: &BarRegion<'_>) -> Result<Window> {
 impl Drop for Function<'_> {
     fn drop(&mut self) {
         slots::remove(&self.slot, self.number);
-        // The view that shows it finds out by itself within some milliseconds, ends, takes its pages from all
-        // processes and then gives up its mappings. Nobody sleeps for long while having one.
+        // The view that shows it finds out by itself within some milliseconds, ends, takes its
+        // pages from all processes and then gives up its mappings. Nobody sleeps for long
+        // while having one.
         if let Some(released) = self.released.take() {
             released.wait();
         }

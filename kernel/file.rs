@@ -1,22 +1,23 @@
 // SPDX-License-Identifier: GPL-2.0-only
-//! The views' half of an open file: which view it has, and what reading, seeking, polling and mapping do with it.
+//! The views' half of an open file: which view it has, and what reading, seeking, polling and
+//! mapping do with it.
 //!
 //! mmap's offset, like every position, is an address of the target.
 
 use kernel::bindings;
 use kernel::fs::File;
 use kernel::iov::{IovIterDest, IovIterSource};
-use kernel::mm::virt::{VmaNew, VmaRef, flags};
+use kernel::mm::virt::{flags, VmaNew, VmaRef};
 use kernel::prelude::*;
 use kernel::sync::poll::{PollCondVarBox, PollTable};
-use kernel::sync::{Arc, Mutex, new_mutex};
+use kernel::sync::{new_mutex, Arc, Mutex};
 use kernel::time::delay::fsleep;
 
 use crate::abi::hypercall::{SEEK_DATA, SEEK_HOLE};
 use crate::attachment::AttachCall;
 use crate::regions::Regions;
 use crate::sys::{self, AddressSpace, Fault, FaultError, Inserted, Memory};
-use crate::view::{PAUSE, TRIES, View};
+use crate::view::{View, PAUSE, TRIES};
 use crate::watch::WatchedView;
 use crate::window::Window;
 
@@ -54,7 +55,11 @@ impl ViewFile {
 
     /// The file's view: `ENOTCONN` where it has none.
     pub(crate) fn view(&self) -> Result<Arc<View>> {
-        self.view.lock().as_ref().map(|view| Arc::clone(view)).ok_or(ENOTCONN)
+        self.view
+            .lock()
+            .as_ref()
+            .map(|view| Arc::clone(view))
+            .ok_or(ENOTCONN)
     }
 
     pub(crate) fn has_view(&self) -> bool {
@@ -62,8 +67,18 @@ impl ViewFile {
     }
 
     /// A view as `call` asks for it, not yet the file's.
-    pub(crate) fn open_view(&self, file: &File, call: AttachCall, view_flags: u32) -> Result<Arc<View>> {
-        View::open(call, view_flags, AddressSpace::of(file)?, self.waiters.clone())
+    pub(crate) fn open_view(
+        &self,
+        file: &File,
+        call: AttachCall,
+        view_flags: u32,
+    ) -> Result<Arc<View>> {
+        View::open(
+            call,
+            view_flags,
+            AddressSpace::of(file)?,
+            self.waiters.clone(),
+        )
     }
 
     /// Gives the file its view. The caller holds `attaching` and has made sure that it has none.
@@ -109,20 +124,28 @@ impl ViewFile {
         position.filter(|position| *position >= 0).ok_or(EINVAL)
     }
 
-    /// POLLERR without a view, POLLHUP once it has ended, else POLLIN; POLLPRI for a change that the tool has not
-    /// asked for.
+    /// POLLERR without a view, POLLHUP once it has ended, else POLLIN; POLLPRI for a change that
+    /// the tool has not asked for.
     pub(crate) fn poll(&self, file: &File, table: &PollTable<'_>) -> u32 {
         table.register_wait(file, &self.waiters);
-        let Ok(view) = self.view() else { return bindings::POLLERR };
+        let Ok(view) = self.view() else {
+            return bindings::POLLERR;
+        };
         // A change that cannot be followed yet wakes the waiters when it is.
         let _ = view.refresh();
         let (is_changed, has_ended) = view.events();
         let change = if is_changed { bindings::POLLPRI } else { 0 };
-        change | if has_ended { bindings::POLLHUP } else { bindings::POLLIN | bindings::POLLRDNORM }
+        change
+            | if has_ended {
+                bindings::POLLHUP
+            } else {
+                bindings::POLLIN | bindings::POLLRDNORM
+            }
     }
 
-    /// Maps the target's memory, of which some must be in the view: `ENXIO`. The rest raises SIGBUS. `EAGAIN` while the
-    /// host is changing the view: it is not waited for, as the process's memory is locked for writing.
+    /// Maps the target's memory, of which some must be in the view: `ENXIO`. The rest raises
+    /// SIGBUS. `EAGAIN` while the host is changing the view: it is not waited for, as the
+    /// process's memory is locked for writing.
     pub(crate) fn mmap(&self, area: &VmaNew) -> Result {
         if area.flags() & flags::MAYSHARE == 0 {
             return Err(EINVAL);
@@ -134,7 +157,10 @@ impl ViewFile {
         let gpa = sys::area_gpa(area).ok_or(ENXIO)?;
         let len = (area.end() - area.start()) as u64;
         let end = gpa.checked_add(len).ok_or(ENXIO)?;
-        window.first_from(gpa).filter(|first| *first < end).ok_or(ENXIO)?;
+        window
+            .first_from(gpa)
+            .filter(|first| *first < end)
+            .ok_or(ENXIO)?;
         if !shown.is_writable() {
             // Neither now nor later by mprotect.
             area.try_clear_maywrite().map_err(|_| EACCES)?;
@@ -144,7 +170,8 @@ impl ViewFile {
         sys::fill_by_faults(area, view.number())?;
         let mut regions = self.regions.lock();
         if regions.is_open() {
-            // As in the driver that defined these calls: a child's copy would keep the region from being unmapped.
+            // As in the driver that defined these calls: a child's copy would keep the region from
+            // being unmapped.
             area.set_dontcopy();
         }
         regions.add_area(gpa, len)
@@ -163,11 +190,15 @@ impl ViewFile {
         }
     }
 
-    /// Maps one page, of any size. What is shown cannot change between looking and mapping; a change takes the pages
-    /// away afterwards.
+    /// Maps one page, of any size. What is shown cannot change between looking and mapping; a
+    /// change takes the pages away afterwards.
     pub(crate) fn fault(&self, fault: &Fault) -> Result<Inserted, FaultError> {
         // An area may be older than the file's view.
-        let view = self.view().ok().filter(|view| view.number() == fault.number()).ok_or(FaultError::Bus)?;
+        let view = self
+            .view()
+            .ok()
+            .filter(|view| view.number() == fault.number())
+            .ok_or(FaultError::Bus)?;
         let result = insert(&view, fault);
         view.faults.count(fault.order(), &result);
         result
@@ -249,8 +280,9 @@ enum Step {
     Busy,
 }
 
-/// Copies between the target's memory from `position` on and a process's: as many bytes as lie in ranges that follow
-/// each other. 0 at the end of the last range when reading, else `ENXIO` where there is no memory.
+/// Copies between the target's memory from `position` on and a process's: as many bytes as lie in
+/// ranges that follow each other. 0 at the end of the last range when reading, else `ENXIO` where
+/// there is no memory.
 fn transfer(
     view: &View,
     position: i64,
@@ -261,11 +293,17 @@ fn transfer(
     let start = u64::try_from(position).map_err(|_| EINVAL)?;
     let (mut done, mut changes, mut pauses) = (0, 0, 0);
     while done < len {
-        match step(view, start.checked_add(done as u64).ok_or(EINVAL)?, len - done, is_write, buffer) {
+        match step(
+            view,
+            start.checked_add(done as u64).ok_or(EINVAL)?,
+            len - done,
+            is_write,
+            buffer,
+        ) {
             Ok(Step::Copied(count, wanted)) => {
                 done += count;
-                // The process's memory may be this file's, or answered for by another process: the target's memory
-                // is not in use here while its pages are got.
+                // The process's memory may be this file's, or answered for by another process: the
+                // target's memory is not in use here while its pages are got.
                 let is_short = count < wanted && !buffer.fault_in(wanted - count);
                 if is_short && done == 0 {
                     return Err(EFAULT);
@@ -288,7 +326,13 @@ fn transfer(
 }
 
 /// Copies up to [`CHUNK`] bytes, as long as the process's pages are there.
-fn step(view: &View, gpa: u64, len: usize, is_write: bool, buffer: &mut impl Buffer) -> Result<Step> {
+fn step(
+    view: &View,
+    gpa: u64,
+    len: usize,
+    is_write: bool,
+    buffer: &mut impl Buffer,
+) -> Result<Step> {
     match view.refresh() {
         Err(EAGAIN) => return Ok(Step::Busy),
         result => result?,
@@ -326,7 +370,10 @@ fn seek_data(view: &View, window: &Window, offset: i64) -> Result<u64> {
 
 /// The next hole: of the target's memory or between ranges, also the one behind the last range.
 fn seek_hole(view: &View, window: &Window, offset: i64) -> Result<u64> {
-    let at = u64::try_from(offset).ok().filter(|at| *at < window.end()).ok_or(ENXIO)?;
+    let at = u64::try_from(offset)
+        .ok()
+        .filter(|at| *at < window.end())
+        .ok_or(ENXIO)?;
     let end = window.first_hole_from(at);
     if end == at {
         return Ok(at);

@@ -1,16 +1,18 @@
 // SPDX-License-Identifier: GPL-2.0-only
-//! The way to the host: which one CPUID offers, the request that it carries, what its answer means to the tool.
+//! The way to the host: which one CPUID offers, the request that it carries, what its answer means
+//! to the tool.
 
 use kernel::fmt;
 use kernel::prelude::*;
-use kernel::sync::SetOnce;
 use kernel::sync::atomic::{Acquire, Atomic, Full, Relaxed, Release};
-use kernel::time::Delta;
+use kernel::sync::SetOnce;
 use kernel::time::delay::fsleep;
+use kernel::time::Delta;
 use kernel::uaccess::{UserPtr, UserSlice};
 
 use crate::abi::cpuid::{
-    FEATURE_DOORBELL, FEATURE_VMCALL, FEATURE_WINDOW, LEAF_FEATURES, LEAF_SIGNATURE, SIGNATURE_REGISTERS,
+    FEATURE_DOORBELL, FEATURE_VMCALL, FEATURE_WINDOW, LEAF_FEATURES, LEAF_SIGNATURE,
+    SIGNATURE_REGISTERS,
 };
 use crate::abi::errno::KvmError;
 use crate::abi::ioctl::MemMap;
@@ -63,8 +65,8 @@ pub(crate) fn showing() -> Showing {
     SHOWING.copy().unwrap_or(Showing::Devices)
 }
 
-/// Chooses the way that CPUID offers, `vmcall` first. Where the host cannot be called there may be devices: `ENODEV`
-/// without a PCI bus.
+/// Chooses the way that CPUID offers, `vmcall` first. Where the host cannot be called there may be
+/// devices: `ENODEV` without a PCI bus.
 pub(crate) fn choose() -> Result {
     let offered = match knobs::way() {
         Some(way) => Some((way, 0)),
@@ -76,12 +78,16 @@ pub(crate) fn choose() -> Result {
         return Ok(());
     };
     let has_window = knobs::has_windows() || features & FEATURE_WINDOW != 0;
-    let (showing, what) =
-        if has_window { (Showing::Windows, "v1 and views") } else { (Showing::Nothing, "v1 only, no views") };
+    let (showing, what) = if has_window {
+        (Showing::Windows, "v1 and views")
+    } else {
+        (Showing::Nothing, "v1 only, no views")
+    };
     pr_info!("the host is called by {way} and offers {what}\n");
     WAY.populate(way);
     SHOWING.populate(showing);
-    // A kernel before this one may have left pages replaced: started by kexec, this one takes them for ordinary RAM.
+    // A kernel before this one may have left pages replaced: started by kexec, this one takes them
+    // for ordinary RAM.
     match GivenBack::keep_all(way).map_err(error) {
         Ok(given_back) => {
             GIVEN_BACK.populate(given_back);
@@ -89,7 +95,10 @@ pub(crate) fn choose() -> Result {
         // A host of version 0.1.0 does not know the call.
         Err(EOPNOTSUPP) => {}
         Err(answer) => {
-            pr_warn!("the host did not give back pages that were replaced before: {}\n", answer.to_errno());
+            pr_warn!(
+                "the host did not give back pages that were replaced before: {}\n",
+                answer.to_errno()
+            );
         }
     }
     Ok(())
@@ -107,10 +116,15 @@ pub(crate) struct Replacing(());
 impl Replacing {
     /// `EAGAIN` once the machine is going down.
     pub(crate) fn begin() -> Result<Self> {
-        // Either this call sees that the pages are closed, or the one who closes them sees this call.
+        // Either this call sees that the pages are closed, or the one who closes them sees this
+        // call.
         REPLACING.fetch_add(1, Full);
         let this = Self(());
-        if IS_CLOSED.load(Relaxed) { Err(EAGAIN) } else { Ok(this) }
+        if IS_CLOSED.load(Relaxed) {
+            Err(EAGAIN)
+        } else {
+            Ok(this)
+        }
     }
 }
 
@@ -120,8 +134,9 @@ impl Drop for Replacing {
     }
 }
 
-/// The machine is going down, or another kernel is about to be started in it, which would take replaced pages for
-/// ordinary RAM and write into the target: has the host give back all of them, also those whose undo it refused before.
+/// The machine is going down, or another kernel is about to be started in it, which would take
+/// replaced pages for ordinary RAM and write into the target: has the host give back all of them,
+/// also those whose undo it refused before.
 pub(crate) fn close_pages() {
     const TRIES: u32 = 5000;
     let Ok(way) = way() else { return };
@@ -141,7 +156,10 @@ pub(crate) fn close_pages() {
     match answer.map_err(error) {
         Ok(()) if count > 0 => pr_notice!("the host gave {count} pages back before the reboot\n"),
         Err(error) if count > 0 => {
-            pr_err!("{count} pages show targets' memory across the reboot: {}\n", error.to_errno());
+            pr_err!(
+                "{count} pages show targets' memory across the reboot: {}\n",
+                error.to_errno()
+            );
         }
         _ => {}
     }
@@ -185,7 +203,9 @@ impl Request {
     pub(crate) fn read(from: UserPtr) -> Result<Self> {
         // A power-of-two size class: the token never straddles a page.
         let mut request = Self(KBox::new([0; MemMap::SIZE], GFP_KERNEL)?);
-        UserSlice::new(from, MemMap::SIZE).reader().read_slice(&mut *request.0)?;
+        UserSlice::new(from, MemMap::SIZE)
+            .reader()
+            .read_slice(&mut *request.0)?;
         Ok(request)
     }
 
@@ -206,7 +226,8 @@ impl Drop for Request {
     }
 }
 
-/// The error that a tool gets for the host's `answer`, which is not 0. An answer that is no error of KVM's becomes EIO.
+/// The error that a tool gets for the host's `answer`, which is not 0. An answer that is no error
+/// of KVM's becomes EIO.
 pub(crate) fn error(answer: i64) -> Error {
     KvmError::from_result(answer).map_or(EIO, |error| Error::from_errno(-error.errno()))
 }

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-only
-//! What the selftest forces upon the module: a way to a host that CPUID does not show, descriptor pages that stand in for
-//! its answers, memory that runs out. Root could have the module map any physical memory by these, so they exist only in
-//! a build with KVMMEM_SELFTEST=y, never in the module that is shipped.
+//! What the selftest forces upon the module: a way to a host that CPUID does not show, descriptor
+//! pages that stand in for its answers, memory that runs out. Root could have the module map any
+//! physical memory by these, so they exist only in a build with KVMMEM_SELFTEST=y, never in the
+//! module that is shipped.
 
 #[cfg(kvmmem_selftest)]
 pub(crate) use forced::*;
@@ -15,8 +16,9 @@ mod forced {
     use crate::hypercall::Way;
     use crate::module_parameters as parameters;
 
-    /// `_IO('i', 0xf0)`: mappings of a view's memory into the kernel fail for want of memory, as many as the argument's low
-    /// 16 bits say, after as many as the next ones say. Those of PCI devices, which are probed at any time, do not count.
+    /// `_IO('i', 0xf0)`: mappings of a view's memory into the kernel fail for want of memory, as
+    /// many as the argument's low 16 bits say, after as many as the next ones say. Those of PCI
+    /// devices, which are probed at any time, do not count.
     const FAIL_MAPPINGS: u32 = 0x69f0;
 
     static SUCCESSES: Atomic<i64> = Atomic::new(0);

@@ -1,45 +1,53 @@
 // SPDX-License-Identifier: GPL-2.0-only
-//! `kvmmem.ko`: `/dev/kvmmem`, by which a process sees the memory of another virtual machine: through a view, or page by
-//! page over its own memory (v1).
+//! `kvmmem.ko`: `/dev/kvmmem`, by which a process sees the memory of another virtual machine:
+//! through a view, or page by page over its own memory (v1).
 //!
-//! A view goes through the files in this order: [`device`] (the system call), [`native`] or [`regions`] (the two sets of
-//! ioctls), [`file`] (the open file's view), [`view`] (what it shows now), [`attachment`] (what the host says of it, by a
-//! [`snapshot`] of its descriptor), [`window`] (the memory). Changes come back from [`watch`].
+//! A view goes through the files in this order: [`device`] (the system call), [`native`] or
+//! [`regions`] (the two sets of ioctls), [`file`] (the open file's view), [`view`] (what it shows
+//! now), [`attachment`] (what the host says of it, by a [`snapshot`] of its descriptor), [`window`]
+//! (the memory). Changes come back from [`watch`].
 //!
-//! Where the host cannot be called, views come as PCI devices: [`devices`] (the driver), [`slot`] (a descriptor and its
-//! windows), [`slots`] (which of them belong together, and which of them a token gets).
+//! Where the host cannot be called, views come as PCI devices: [`devices`] (the driver), [`slot`]
+//! (a descriptor and its windows), [`slots`] (which of them belong together, and which of them a
+//! token gets).
 //!
-//! A MAP of v1 goes so: [`device`] (the ioctl), [`page_file`] (the open file), [`process`] and [`table`] (who owns which
-//! GVA), [`page`] (the tool's page, checked, charged and pinned), [`hypercall`] (the host's answer). UNMAP, closing the
-//! file and the end of the process go back the same way.
+//! A MAP of v1 goes so: [`device`] (the ioctl), [`page_file`] (the open file), [`process`] and
+//! [`table`] (who owns which GVA), [`page`] (the tool's page, checked, charged and pinned),
+//! [`hypercall`] (the host's answer). UNMAP, closing the file and the end of the process go back
+//! the same way.
 //!
 //! Locks, outermost first; what is not in one line is never held together:
 //!
-//! - `ViewFile::attaching`, while the host opens or closes the file's view; then `ViewFile::regions` or
-//!   `ViewFile::view`, then those below.
-//! - `View::changing`, while a change of the host's is followed; then the device's `i_mmap_rwsem` (zapping), and
-//!   `View::now` by itself, or `SLOTS` and then `Slot::state`.
-//! - a process's `mmap_lock` or an area's lock (mmap, munmap, fault); then `ViewFile::view`, `ViewFile::regions`,
-//!   `View::changing` (mmap only) and `View::now`, and under `View::now` `Window::mapping`, or `Slot::state`, and the
-//!   page tables' locks.
-//! - a PCI device's lock (probe, unbind); then `SLOTS`, and then the `Slot::state` of one slot at a time.
+//! - `ViewFile::attaching`, while the host opens or closes the file's view; then
+//!   `ViewFile::regions` or `ViewFile::view`, then those below.
+//! - `View::changing`, while a change of the host's is followed; then the device's `i_mmap_rwsem`
+//!   (zapping), and `View::now` by itself, or `SLOTS` and then `Slot::state`.
+//! - a process's `mmap_lock` or an area's lock (mmap, munmap, fault); then `ViewFile::view`,
+//!   `ViewFile::regions`, `View::changing` (mmap only) and `View::now`, and under `View::now`
+//!   `Window::mapping`, or `Slot::state`, and the page tables' locks.
+//! - a PCI device's lock (probe, unbind); then `SLOTS`, and then the `Slot::state` of one slot at a
+//!   time.
 //! - `CACHING`, under any of them, while memory is mapped into the kernel.
-//! - `PageFile::joining`, while the process's MMU notifier is registered; then the process's `mmap_lock`.
+//! - `PageFile::joining`, while the process's MMU notifier is registered; then the process's
+//!   `mmap_lock`.
 //! - each process's table of v1 has a mutex of its own.
 //!
-//! The reboot notifier takes none of them: it waits until no MAP is under way, and no more is begun.
+//! The reboot notifier takes none of them: it waits until no MAP is under way, and no more is
+//! begun.
 //!
-//! User memory is touched under none of them: it may be a mapping of this very device. The host opens views under
-//! `attaching`; it looks for data (SEEK) under no lock; it closes a view for whoever lets go of it last, which may be a
-//! fault or an munmap, under `mmap_lock` then.
+//! User memory is touched under none of them: it may be a mapping of this very device. The host
+//! opens views under `attaching`; it looks for data (SEEK) under no lock; it closes a view for
+//! whoever lets go of it last, which may be a fault or an munmap, under `mmap_lock` then.
 //!
-//! A window's memory is waited for in two places, until nobody uses it any more: in `View::replace` under `changing`, and
-//! when its function is unbound, under the PCI device's lock. Whoever has a window (an `Arc<Window>`, which keeps its
-//! `Arc<Bar>`s) therefore neither takes one of these two locks nor waits for user memory: copies are made without page
-//! faults, and what they lack is got in between. The view lets its window go by itself, as its work looks at the slot
-//! every 4 ms as long as it shows anything: unbinding need not find it, and nobody finds a view by its slot.
+//! A window's memory is waited for in two places, until nobody uses it any more: in `View::replace`
+//! under `changing`, and when its function is unbound, under the PCI device's lock. Whoever has a
+//! window (an `Arc<Window>`, which keeps its `Arc<Bar>`s) therefore neither takes one of these two
+//! locks nor waits for user memory: copies are made without page faults, and what they lack is got
+//! in between. The view lets its window go by itself, as its work looks at the slot every 4 ms as
+//! long as it shows anything: unbinding need not find it, and nobody finds a view by its slot.
 //!
-//! `sys` is the only file with unsafe code; `shim.c` holds what exists as macros or inline functions only.
+//! `sys` is the only file with unsafe code; `shim.c` holds what exists as macros or inline
+//! functions only.
 #![deny(unsafe_code)]
 
 use kernel::debugfs::{Dir, File};
@@ -174,7 +182,9 @@ impl kernel::InPlaceModule for Kvmmem {
 /// The PCI driver, where views can come as devices.
 fn pci_driver(module: &'static ThisModule) -> Result<Option<PciDriver>> {
     match hypercall::showing() {
-        Showing::Devices => KBox::pin_init(Registration::new(c"kvmmem", module), GFP_KERNEL).map(Some),
+        Showing::Devices => {
+            KBox::pin_init(Registration::new(c"kvmmem", module), GFP_KERNEL).map(Some)
+        }
         Showing::Windows | Showing::Nothing => Ok(None),
     }
 }

@@ -7,8 +7,8 @@ use kernel::uaccess::{UserPtr, UserSlice};
 
 use crate::abi::descriptor::MAX_RANGES;
 use crate::abi::native::{
-    ATTACH_READ_ONLY, Attach, FEATURE_DEVICES, FEATURE_HUGE_1G, FEATURE_HUGE_2M, FEATURE_REGIONS,
-    FEATURE_SEEK, FEATURE_VIEWS, Info, Range, Ranges, Stats, VERSION,
+    Attach, Info, Range, Ranges, Stats, ATTACH_READ_ONLY, FEATURE_DEVICES, FEATURE_HUGE_1G,
+    FEATURE_HUGE_2M, FEATURE_REGIONS, FEATURE_SEEK, FEATURE_VIEWS, VERSION,
 };
 use crate::attachment::AttachCall;
 use crate::file::ViewFile;
@@ -73,7 +73,8 @@ impl ViewFile {
                 ranges.push(range, GFP_KERNEL)?;
             }
         }
-        // Whoever takes the windows away waits for those who use them; writing to user memory may take any time.
+        // Whoever takes the windows away waits for those who use them; writing to user memory may
+        // take any time.
         drop(shown);
         answer.count = ranges.len() as u32;
         let room = UserPtr::from_addr(usize::try_from(answer.ranges)?);
@@ -106,6 +107,8 @@ impl ViewFile {
             events: view.events.value(),
             instance: view.shown().instance,
         };
-        UserSlice::new(to, size_of::<Stats>()).writer().write(&stats)
+        UserSlice::new(to, size_of::<Stats>())
+            .writer()
+            .write(&stats)
     }
 }

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0-only
-//! A page of the tool: which page may be replaced, and what its replacement holds until it is undone.
+//! A page of the tool: which page may be replaced, and what its replacement holds until it is
+//! undone.
 
+use kernel::mm::virt::{flags, VmaRef};
 use kernel::mm::MmWithUser;
-use kernel::mm::virt::{VmaRef, flags};
 use kernel::prelude::*;
 
 use crate::hypercall::{self, Replacing, Request};
@@ -23,7 +24,8 @@ impl ForeignPage {
         let charge = MemlockCharge::new(mm)?;
         check_memory(mm, gva)?;
         let page = PinnedPage::pin(gva)?;
-        // The memory may have changed hands since it was looked at: what counts is the page that was pinned.
+        // The memory may have changed hands since it was looked at: what counts is the page that
+        // was pinned.
         if !page.is_anonymous() {
             return Err(EINVAL);
         }
@@ -34,14 +36,26 @@ impl ForeignPage {
         })?;
         stats::TOTAL.add_one();
         stats::MAPPED.add_one();
-        Ok(Self { page, charge, is_quarantined: false })
+        Ok(Self {
+            page,
+            charge,
+            is_quarantined: false,
+        })
     }
 }
 
 impl Page for ForeignPage {
     fn undo(self) -> Result<(), Self> {
-        let Self { page, charge, is_quarantined } = self;
-        let counter = if is_quarantined { &stats::QUARANTINED } else { &stats::MAPPED };
+        let Self {
+            page,
+            charge,
+            is_quarantined,
+        } = self;
+        let counter = if is_quarantined {
+            &stats::QUARANTINED
+        } else {
+            &stats::MAPPED
+        };
         let restored = match hypercall::way() {
             Ok(way) => page.restore(way),
             Err(_) => Err(page),
@@ -58,22 +72,34 @@ impl Page for ForeignPage {
                     stats::MAPPED.subtract_one();
                     stats::QUARANTINED.add_one();
                 }
-                Err(Self { page, charge, is_quarantined: true })
+                Err(Self {
+                    page,
+                    charge,
+                    is_quarantined: true,
+                })
             }
         }
     }
 }
 
-/// Whether the memory at `gva` is the process's own: private, anonymous, writable, in ordinary pages. `EFAULT` where
-/// there is none.
+/// Whether the memory at `gva` is the process's own: private, anonymous, writable, in ordinary
+/// pages. `EFAULT` where there is none.
 fn check_memory(mm: &MmWithUser, gva: usize) -> Result {
     let lock = mm.mmap_read_lock();
     let vma = lock.vma_lookup(gva).ok_or(EFAULT)?;
-    if is_suitable(vma) { Ok(()) } else { Err(EINVAL) }
+    if is_suitable(vma) {
+        Ok(())
+    } else {
+        Err(EINVAL)
+    }
 }
 
 fn is_suitable(vma: &VmaRef) -> bool {
-    let unsuitable =
-        flags::SHARED | flags::MAYSHARE | flags::HUGETLB | flags::PFNMAP | flags::MIXEDMAP | flags::IO;
+    let unsuitable = flags::SHARED
+        | flags::MAYSHARE
+        | flags::HUGETLB
+        | flags::PFNMAP
+        | flags::MIXEDMAP
+        | flags::IO;
     vma.flags() & unsuitable == 0 && vma.flags() & flags::WRITE != 0 && sys::is_anonymous(vma)
 }

@@ -1,14 +1,16 @@
 // SPDX-License-Identifier: GPL-2.0-only
-//! v1's half of an open file: which process may map pages through it, and the account of what it has mapped.
+//! v1's half of an open file: which process may map pages through it, and the account of what it
+//! has mapped.
 //!
-//! Opening costs a reference to the `mm_struct` only. The first MAP or UNMAP joins the process's [`crate::process`],
-//! which registers an MMU notifier: that takes all locks of the process's memory, and views never need it.
+//! Opening costs a reference to the `mm_struct` only. The first MAP or UNMAP joins the process's
+//! [`crate::process`], which registers an MMU notifier: that takes all locks of the process's
+//! memory, and views never need it.
 
 use kernel::mm::{Mm, MmWithUser};
 use kernel::prelude::*;
 use kernel::sync::aref::ARef;
 use kernel::sync::atomic::{Atomic, Relaxed};
-use kernel::sync::{Mutex, SetOnce, new_mutex};
+use kernel::sync::{new_mutex, Mutex, SetOnce};
 use kernel::uaccess::UserPtr;
 
 use crate::abi::ioctl::PAGE_SIZE;
@@ -71,7 +73,9 @@ impl PageFile {
         }
         let slot = tree::slot()?;
         let account = self.account()?;
-        ops::map(&*account.process, slot, gva, account.owner, || ForeignPage::new(mm, gva as usize, &request))
+        ops::map(&*account.process, slot, gva, account.owner, || {
+            ForeignPage::new(mm, gva as usize, &request)
+        })
     }
 
     /// UNMAP of v1, through any file of the process.
@@ -91,12 +95,19 @@ impl PageFile {
         self.account
             .as_ref()
             .and_then(|account| account.process.with(|table| table.usage(account.owner)))
-            .unwrap_or(Usage { mapped: 0, quarantined: 0, limit: crate::max_pages_per_file() })
+            .unwrap_or(Usage {
+                mapped: 0,
+                quarantined: 0,
+                limit: crate::max_pages_per_file(),
+            })
     }
 
-    /// The caller's memory, if the caller is the process that opened the file and still runs the same program.
+    /// The caller's memory, if the caller is the process that opened the file and still runs the
+    /// same program.
     fn opener<'a>(&self, caller: Option<&'a MmWithUser>) -> Result<&'a MmWithUser> {
-        caller.filter(|mm| core::ptr::eq(mm.as_raw(), self.mm.as_raw())).ok_or(EINVAL)
+        caller
+            .filter(|mm| core::ptr::eq(mm.as_raw(), self.mm.as_raw()))
+            .ok_or(EINVAL)
     }
 
     /// The file's account, opened by the first call. The caller is the opener.

@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: GPL-2.0-only
 //! What the open files of one process share: its mapping table.
 //!
-//! There is one [`Process`] for each `mm_struct` that has used v1 through an open file, found and counted by the kernel's
-//! MMU notifiers (see [`crate::sys::ProcessRef`]). They hold the `mm_struct` but not its memory (mmgrab), and tell when
-//! the process ends or executes another program, also where another process still has its files open.
+//! There is one [`Process`] for each `mm_struct` that has used v1 through an open file, found and
+//! counted by the kernel's MMU notifiers (see [`crate::sys::ProcessRef`]). They hold the
+//! `mm_struct` but not its memory (mmgrab), and tell when the process ends or executes another
+//! program, also where another process still has its files open.
 
 use kernel::prelude::*;
-use kernel::sync::{Mutex, new_mutex};
+use kernel::sync::{new_mutex, Mutex};
 
 use crate::page::ForeignPage;
 use crate::table::ops::{self, Shared};
@@ -26,7 +27,8 @@ impl Process {
         pin_init!(Self { table <- new_mutex!(Table::default(), "kvmmem_table") })
     }
 
-    /// The process's memory is about to go: undoes all of its mappings, of every file. Its pages are still in place.
+    /// The process's memory is about to go: undoes all of its mappings, of every file. Its pages
+    /// are still in place.
     pub(crate) fn exited(&self) {
         ops::die(self);
     }

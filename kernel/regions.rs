@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
-//! libkvmi's region ioctls. A file that is opened for a target has a view while at least one of its regions is mapped;
-//! a region is a range of that view.
+//! libkvmi's region ioctls. A file that is opened for a target has a view while at least one of its
+//! regions is mapped; a region is a range of that view.
 
 use core::mem::offset_of;
 
@@ -47,7 +47,8 @@ impl Regions {
         self.mapped.clear();
     }
 
-    /// A new area: `EINVAL` where it is not within one mapped region. Any, where the file has no regions.
+    /// A new area: `EINVAL` where it is not within one mapped region. Any, where the file has no
+    /// regions.
     pub(crate) fn add_area(&mut self, gpa: u64, len: u64) -> Result {
         if !self.is_open() {
             return Ok(());
@@ -68,9 +69,14 @@ impl Regions {
             .find(|mapped| mapped.holds(gpa, len) && gpa < mapped.range.gpa + mapped.range.len)
     }
 
-    /// Removes the region that begins at `gpa`: `EINVAL` where none does or areas show it. Whether none is left.
+    /// Removes the region that begins at `gpa`: `EINVAL` where none does or areas show it. Whether
+    /// none is left.
     fn remove(&mut self, gpa: u64) -> Result<bool> {
-        let index = self.mapped.iter().position(|mapped| mapped.range.gpa == gpa).ok_or(EINVAL)?;
+        let index = self
+            .mapped
+            .iter()
+            .position(|mapped| mapped.range.gpa == gpa)
+            .ok_or(EINVAL)?;
         if self.mapped.get(index).is_none_or(|mapped| mapped.areas > 0) {
             return Err(EINVAL);
         }
@@ -82,7 +88,9 @@ impl Regions {
 impl ViewFile {
     /// OPEN: `EALREADY` the second time, `EISCONN` where the file has a view.
     pub(crate) fn region_open(&self, from: UserPtr) -> Result {
-        let uuid = UserSlice::new(from, size_of::<Uuid>()).reader().read::<Uuid>()?;
+        let uuid = UserSlice::new(from, size_of::<Uuid>())
+            .reader()
+            .read::<Uuid>()?;
         let _one = self.attaching.lock();
         let mut regions = self.regions.lock();
         if regions.is_open() {
@@ -95,18 +103,22 @@ impl ViewFile {
         Ok(())
     }
 
-    /// MAP: the region that holds an address. `EALREADY` where it is mapped, `ENOENT` where the token is another
-    /// target's, `ENXIO` where the address is in none, `EINVAL` before OPEN.
+    /// MAP: the region that holds an address. `EALREADY` where it is mapped, `ENOENT` where the
+    /// token is another target's, `ENXIO` where the address is in none, `EINVAL` before OPEN.
     pub(crate) fn region_map(&self, file: &File, at: UserPtr) -> Result {
         let mut reader = UserSlice::new(at, size_of::<Region>()).reader();
         let call = AttachCall::read_token(&mut reader)?;
         let gpa = reader.read::<u64>()?;
         let range = self.add_region(file, call, gpa)?;
         let result = UserPtr::wrapping_byte_add(at, offset_of!(Region, gpa));
-        UserSlice::new(result, size_of::<Range>()).writer().write(&range).inspect_err(|_| {
-            // The tool does not know that it has the region. Another thread that mapped it meanwhile keeps it.
-            let _ = self.region_unmap(range.gpa);
-        })
+        UserSlice::new(result, size_of::<Range>())
+            .writer()
+            .write(&range)
+            .inspect_err(|_| {
+                // The tool does not know that it has the region. Another thread that mapped it
+                // meanwhile keeps it.
+                let _ = self.region_unmap(range.gpa);
+            })
     }
 
     fn add_region(&self, file: &File, call: AttachCall, gpa: u64) -> Result<Range> {
@@ -119,7 +131,8 @@ impl ViewFile {
             regions.mapped.reserve(1, GFP_KERNEL_ACCOUNT)?;
             regions.target.ok_or(EINVAL)?
         };
-        // Each region has a token of its own. It is spent by attaching, though the file keeps its first view.
+        // Each region has a token of its own. It is spent by attaching, though the file keeps its
+        // first view.
         let asked = self.open_view(file, call, 0)?;
         let range = region(&asked.shown(), &target, gpa)?;
         match self.view() {
@@ -131,12 +144,15 @@ impl ViewFile {
             }
             Err(_) => self.set_view(asked),
         }
-        self.regions.lock().mapped.push(Mapped { range, areas: 0 }, GFP_KERNEL_ACCOUNT)?;
+        self.regions
+            .lock()
+            .mapped
+            .push(Mapped { range, areas: 0 }, GFP_KERNEL_ACCOUNT)?;
         Ok(range)
     }
 
-    /// UNMAP: the region that begins at `gpa`. `EINVAL` where none does or it is still mapped into memory. Before OPEN
-    /// the address 0 asks whether there are regions: yes.
+    /// UNMAP: the region that begins at `gpa`. `EINVAL` where none does or it is still mapped into
+    /// memory. Before OPEN the address 0 asks whether there are regions: yes.
     pub(crate) fn region_unmap(&self, gpa: u64) -> Result {
         let _one = self.attaching.lock();
         {
@@ -160,6 +176,9 @@ fn region(shown: &Shown, target: &Uuid, gpa: u64) -> Result<Range> {
     }
     window
         .ranges()
-        .find(|range| gpa.checked_sub(range.gpa).is_some_and(|offset| offset < range.len))
+        .find(|range| {
+            gpa.checked_sub(range.gpa)
+                .is_some_and(|offset| offset < range.len)
+        })
         .ok_or(ENXIO)
 }

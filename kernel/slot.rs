@@ -1,13 +1,15 @@
 // SPDX-License-Identifier: GPL-2.0-only
-//! A PCI slot by which the host shows a view, or a part of one: the descriptor's page and up to seven windows.
+//! A PCI slot by which the host shows a view, or a part of one: the descriptor's page and up to
+//! seven windows.
 //!
-//! The host sends no interrupt, so a work looks at the page of a view's first slot: until all windows are there, and
-//! then at changes, as long as no view does. It looks more and more rarely while nothing changes.
+//! The host sends no interrupt, so a work looks at the page of a view's first slot: until all
+//! windows are there, and then at changes, as long as no view does. It looks more and more rarely
+//! while nothing changes.
 
 use kernel::prelude::*;
-use kernel::sync::{Arc, Mutex, new_mutex};
+use kernel::sync::{new_mutex, Arc, Mutex};
 use kernel::time::Jiffies;
-use kernel::workqueue::{self, DelayedWork, WorkItem, impl_has_delayed_work, new_delayed_work};
+use kernel::workqueue::{self, impl_has_delayed_work, new_delayed_work, DelayedWork, WorkItem};
 
 use crate::abi::descriptor::{COMPLAINT_AT, GENERATION_AT, SEEN_AT, SLOT_WINDOWS};
 use crate::released::{Release, Released};
@@ -26,7 +28,14 @@ pub(crate) struct Bar {
 
 impl Bar {
     pub(crate) fn new(start: u64, len: u64) -> Result<Arc<Self>> {
-        Ok(Arc::new(Self { start, len, release: Release::new()? }, GFP_KERNEL)?)
+        Ok(Arc::new(
+            Self {
+                start,
+                len,
+                release: Release::new()?,
+            },
+            GFP_KERNEL,
+        )?)
     }
 
     /// Its first address in this machine.
@@ -113,7 +122,8 @@ impl State {
     fn tick(&mut self) -> Option<Jiffies> {
         let head = self.head.as_ref().filter(|head| head.number == 0)?;
         let is_quiet = match self.phase {
-            // What is missing is looked for when it is plugged in. The host may also finish changing the page.
+            // What is missing is looked for when it is plugged in. The host may also finish
+            // changing the page.
             Phase::Incomplete => true,
             Phase::Refused | Phase::Claimed | Phase::Lost => return None,
             Phase::Ready | Phase::Used => {
@@ -125,8 +135,11 @@ impl State {
                 is_seen
             }
         };
-        self.pause =
-            if is_quiet { self.pause.saturating_mul(2).min(watch::longest_pause()) } else { watch::delay() };
+        self.pause = if is_quiet {
+            self.pause.saturating_mul(2).min(watch::longest_pause())
+        } else {
+            watch::delay()
+        };
         Some(self.pause)
     }
 }
@@ -172,7 +185,10 @@ impl Slot {
     /// Whether it is slot `number` of the view with this digest.
     pub(crate) fn is_part(&self, digest: &[u8; 32], number: u32) -> bool {
         let state = self.state.lock();
-        state.head.as_ref().is_some_and(|head| head.number == number && sys::is_equal(&head.digest, digest))
+        state
+            .head
+            .as_ref()
+            .is_some_and(|head| head.number == number && sys::is_equal(&head.digest, digest))
     }
 
     pub(crate) fn set_head(&self, head: Head) {
@@ -185,11 +201,20 @@ impl Slot {
 
     /// Window `number` of the slot, from 1 on.
     pub(crate) fn window(&self, number: u32) -> Option<Window> {
-        self.state.lock().windows.get(number.checked_sub(1)? as usize)?.clone()
+        self.state
+            .lock()
+            .windows
+            .get(number.checked_sub(1)? as usize)?
+            .clone()
     }
 
     pub(crate) fn set_window(&self, number: u32, window: Option<Window>) {
-        if let Some(place) = self.state.lock().windows.get_mut(number.wrapping_sub(1) as usize) {
+        if let Some(place) = self
+            .state
+            .lock()
+            .windows
+            .get_mut(number.wrapping_sub(1) as usize)
+        {
             *place = window;
         }
     }
@@ -216,7 +241,8 @@ impl Slot {
         };
     }
 
-    /// The digest and a copy of the page, which is `None` while the host changes it. Of a view's first slot only.
+    /// The digest and a copy of the page, which is `None` while the host changes it. Of a view's
+    /// first slot only.
     pub(crate) fn copy(&self) -> Option<([u8; 32], Result<Option<PageCopy>>)> {
         let state = self.state.lock();
         let head = state.head.as_ref().filter(|head| head.number == 0)?;
@@ -244,7 +270,8 @@ impl Slot {
         }
     }
 
-    /// Takes it for a file, if it is the first slot of the view with this digest, and no file has had it.
+    /// Takes it for a file, if it is the first slot of the view with this digest, and no file has
+    /// had it.
     pub(crate) fn claim(&self, digest: &[u8; 32]) -> bool {
         if !self.is_part(digest, 0) {
             return false;

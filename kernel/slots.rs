@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
-//! The slots that are plugged in, by their places on the PCI bus, and which of them shows what a token stands for.
+//! The slots that are plugged in, by their places on the PCI bus, and which of them shows what a
+//! token stands for.
 
 use core::cell::Cell;
 use core::ops::Deref;
@@ -55,7 +56,10 @@ pub(crate) fn remove(slot: &Arc<Slot>, function: u32) {
         number => slot.set_window(number, None),
     }
     slot.lose();
-    for other in slots.iter().filter(|other| digest.is_some() && other.digest() == digest) {
+    for other in slots
+        .iter()
+        .filter(|other| digest.is_some() && other.digest() == digest)
+    {
         other.lose();
     }
     if slot.is_empty() {
@@ -87,15 +91,20 @@ fn look_again(slots: &Slots, slot: &Slot) {
 /// Window `number` of the view whose slots carry `digest`.
 fn window(slots: &Slots, digest: &[u8; 32], number: u32) -> Option<Window> {
     let index = number.checked_sub(1)?;
-    let slot = slots.iter().find(|slot| slot.is_part(digest, index / SLOT_WINDOWS))?;
+    let slot = slots
+        .iter()
+        .find(|slot| slot.is_part(digest, index / SLOT_WINDOWS))?;
     slot.window(1 + index % SLOT_WINDOWS)
 }
 
-/// Looks whether a view's first slot, and with it the view, is complete, and tells the host. Called by the slot's work.
+/// Looks whether a view's first slot, and with it the view, is complete, and tells the host. Called
+/// by the slot's work.
 pub(crate) fn check(slot: &Slot) {
     let slots = sys::slots();
     // Only allocating can fail: then it is tried again.
-    let Some((digest, Ok(Some(copy)))) = slot.copy() else { return };
+    let Some((digest, Ok(Some(copy)))) = slot.copy() else {
+        return;
+    };
     match look(&slots, &digest, &copy) {
         Ok(Some(snapshot)) => slot.report(snapshot.descriptor.generation),
         Err(Some(complaint)) => slot.complain(complaint),
@@ -103,9 +112,13 @@ pub(crate) fn check(slot: &Slot) {
     }
 }
 
-/// The descriptor, if all of its windows are there. `Err(None)` where something is still missing, else what there is to
-/// complain of.
-fn look(slots: &Slots, digest: &[u8; 32], copy: &PageCopy) -> Result<Option<Snapshot>, Option<u32>> {
+/// The descriptor, if all of its windows are there. `Err(None)` where something is still missing,
+/// else what there is to complain of.
+fn look(
+    slots: &Slots,
+    digest: &[u8; 32],
+    copy: &PageCopy,
+) -> Result<Option<Snapshot>, Option<u32>> {
     let missing = Cell::new(false);
     let complaint = Cell::new(None);
     let checked = Snapshot::check_plugged(copy, |number| match window(slots, digest, number) {
@@ -136,7 +149,11 @@ pub(crate) struct Claim(Arc<Slot>);
 
 /// Takes the slot whose token has this digest: `ENOENT` where none has, or it was taken before.
 pub(crate) fn claim(digest: &[u8; 32]) -> Result<Claim> {
-    sys::slots().iter().find(|slot| slot.claim(digest)).map(|slot| Claim(slot.clone())).ok_or(ENOENT)
+    sys::slots()
+        .iter()
+        .find(|slot| slot.claim(digest))
+        .map(|slot| Claim(slot.clone()))
+        .ok_or(ENOENT)
 }
 
 impl Claim {
@@ -154,7 +171,11 @@ impl Claim {
     pub(crate) fn window(&self, number: u32) -> Option<Extent> {
         let digest = self.digest()?;
         let bar = window(&sys::slots(), &digest, number)?.ok()?;
-        Some(Extent { start: bar.start(), len: bar.len(), bar: Some(bar) })
+        Some(Extent {
+            start: bar.start(),
+            len: bar.len(),
+            bar: Some(bar),
+        })
     }
 }
 

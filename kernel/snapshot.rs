@@ -1,9 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0-only
-//! What a descriptor page says at one generation: copied before it is looked at, and checked before it is believed.
+//! What a descriptor page says at one generation: copied before it is looked at, and checked before
+//! it is believed.
 
 use kernel::prelude::*;
 
-use crate::abi::descriptor::{Descriptor, DescriptorError, GENERATION_AT, MAX_RANGES, SIZE, WindowRange};
+use crate::abi::descriptor::{
+    Descriptor, DescriptorError, WindowRange, GENERATION_AT, MAX_RANGES, SIZE,
+};
 use crate::stats;
 use crate::sys::Memory;
 
@@ -50,14 +53,14 @@ impl CheckError {
 }
 
 impl Snapshot {
-    /// Checks a copy of a descriptor whose only window it places itself, as a hypercall's does. `None` where the host was
-    /// changing the page.
+    /// Checks a copy of a descriptor whose only window it places itself, as a hypercall's does.
+    /// `None` where the host was changing the page.
     pub(crate) fn check_opened(copy: &PageCopy) -> Result<Option<Self>, CheckError> {
         Self::check(copy, |_| None)
     }
 
-    /// Checks a copy of a descriptor whose windows are PCI devices, of the lengths that `windows` tells. `None` where the
-    /// host was changing the page.
+    /// Checks a copy of a descriptor whose windows are PCI devices, of the lengths that `windows`
+    /// tells. `None` where the host was changing the page.
     pub(crate) fn check_plugged(
         copy: &PageCopy,
         windows: impl Fn(u32) -> Option<u64>,
@@ -71,7 +74,10 @@ impl Snapshot {
         }
     }
 
-    fn check(copy: &PageCopy, windows: impl Fn(u32) -> Option<u64>) -> Result<Option<Self>, CheckError> {
+    fn check(
+        copy: &PageCopy,
+        windows: impl Fn(u32) -> Option<u64>,
+    ) -> Result<Option<Self>, CheckError> {
         let ranges = KBox::new([WindowRange::default(); MAX_RANGES], GFP_KERNEL);
         let mut ranges = ranges.map_err(|_| CheckError::Memory)?;
         match Descriptor::read(&copy.0, &mut ranges, windows) {
@@ -82,7 +88,9 @@ impl Snapshot {
     }
 
     pub(crate) fn ranges(&self) -> &[WindowRange] {
-        self.ranges.get(..self.descriptor.range_count).unwrap_or(&[])
+        self.ranges
+            .get(..self.descriptor.range_count)
+            .unwrap_or(&[])
     }
 }
 

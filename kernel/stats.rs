@@ -6,7 +6,7 @@ use kernel::fmt;
 use kernel::prelude::*;
 use kernel::sync::atomic::{Atomic, Relaxed};
 
-use crate::abi::descriptor::{COMPLAINT_NO_ADDRESS, COMPLAINT_NOT_CACHED};
+use crate::abi::descriptor::{COMPLAINT_NOT_CACHED, COMPLAINT_NO_ADDRESS};
 use crate::sys::{FaultError, Inserted};
 
 /// A number of pages or of events.
@@ -37,7 +37,8 @@ impl Counter {
 /// Pages that show a target's memory now.
 pub(crate) static MAPPED: Counter = Counter::new();
 
-/// Pages whose undo the host refused. Those of processes that are gone stay counted: they are never used again.
+/// Pages whose undo the host refused. Those of processes that are gone stay counted: they are never
+/// used again.
 pub(crate) static QUARANTINED: Counter = Counter::new();
 
 /// Requests that the host refused, to map or to undo, since the module was loaded.
@@ -83,7 +84,8 @@ impl Faults {
         }
     }
 
-    /// Counts a fault of a view, here and for the whole module. One that is tried again is not counted.
+    /// Counts a fault of a view, here and for the whole module. One that is tried again is not
+    /// counted.
     pub(crate) fn count(&self, order: u32, result: &Result<Inserted, FaultError>) {
         for faults in [self, &FAULTS] {
             match (result, order) {
@@ -111,8 +113,8 @@ pub(crate) fn complain(why: u32) {
     }
 }
 
-/// Counts an answer of the host that cannot be, and logs it: the first one, the second, the fourth, and so on, so that
-/// a host cannot fill the log.
+/// Counts an answer of the host that cannot be, and logs it: the first one, the second, the fourth,
+/// and so on, so that a host cannot fill the log.
 pub(crate) fn lie(what: &str) {
     LIES.add_one();
     let count = LIES.value();
@@ -121,7 +123,8 @@ pub(crate) fn lie(what: &str) {
     }
 }
 
-/// `ENOMEM` for itself, which the host has nothing to do with; for any other error counts a [`lie`]: `EIO`.
+/// `ENOMEM` for itself, which the host has nothing to do with; for any other error counts a
+/// [`lie`]: `EIO`.
 pub(crate) fn lie_unless_memory(error: Error, what: &str) -> Error {
     if error == ENOMEM {
         return ENOMEM;

@@ -4,10 +4,10 @@
 use kernel::prelude::*;
 use kernel::sync::atomic::{Atomic, Relaxed};
 use kernel::sync::poll::PollCondVarBox;
-use kernel::sync::{Arc, Mutex, UniqueArc, new_mutex};
-use kernel::time::Delta;
+use kernel::sync::{new_mutex, Arc, Mutex, UniqueArc};
 use kernel::time::delay::fsleep;
-use kernel::workqueue::{DelayedWork, new_delayed_work};
+use kernel::time::Delta;
+use kernel::workqueue::{new_delayed_work, DelayedWork};
 
 use crate::abi::descriptor::Descriptor;
 use crate::abi::native::{ATTACH_READ_ONLY, RIGHT_WRITE, STATE_GONE, STATE_OPEN, STATE_REVOKED};
@@ -18,11 +18,12 @@ use crate::stats::{self, Counter, Faults};
 use crate::sys::{self, AddressSpace};
 use crate::window::Window;
 
-/// The number of the view that is opened next. Areas of memory carry it, so that those of an earlier view of the same
-/// file are told apart.
+/// The number of the view that is opened next. Areas of memory carry it, so that those of an
+/// earlier view of the same file are told apart.
 static NEXT_NUMBER: Atomic<i64> = Atomic::new(1);
 
-/// How often, and how far apart, a system call looks that cannot go on while the host is changing the view.
+/// How often, and how far apart, a system call looks that cannot go on while the host is changing
+/// the view.
 pub(crate) const TRIES: u32 = 1000;
 pub(crate) const PAUSE: Delta = Delta::from_millis(1);
 
@@ -103,8 +104,8 @@ pub(crate) struct View {
 }
 
 impl View {
-    /// Opens the view that `call` asks for. `EIO` for an impossible answer of the host, `EOPNOTSUPP` where it offers
-    /// no views.
+    /// Opens the view that `call` asks for. `EIO` for an impossible answer of the host,
+    /// `EOPNOTSUPP` where it offers no views.
     pub(crate) fn open(
         mut call: AttachCall,
         flags: u32,
@@ -163,8 +164,8 @@ impl View {
         self.now.lock().shown.clone()
     }
 
-    /// What it shows at this moment: looks whether the host has changed it. What was shown before, where that cannot be
-    /// followed now.
+    /// What it shows at this moment: looks whether the host has changed it. What was shown before,
+    /// where that cannot be followed now.
     pub(crate) fn look(&self) -> Shown {
         let _ = self.refresh();
         self.shown()
@@ -172,7 +173,8 @@ impl View {
 
     /// Whether what was read through this generation's window was the target's.
     pub(crate) fn is_current(&self, shown: &Shown) -> bool {
-        // The host changes what is behind a window and the generation in one step, as its guest sees it.
+        // The host changes what is behind a window and the generation in one step, as its guest
+        // sees it.
         self.host.generation() == Some(shown.generation)
     }
 
@@ -195,17 +197,22 @@ impl View {
         use_it(&self.now.lock().shown)
     }
 
-    /// Looks whether the host has changed the view, and follows: afterwards no process has a page that is not shown
-    /// any more, and then those who wait are woken. `EAGAIN` while the host is changing it, `ENOMEM` where this machine
-    /// has no memory to follow: what was shown is out of date then, and the next look tries again. Does not wait for the
-    /// host.
+    /// Looks whether the host has changed the view, and follows: afterwards no process has a page
+    /// that is not shown any more, and then those who wait are woken. `EAGAIN` while the host
+    /// is changing it, `ENOMEM` where this machine has no memory to follow: what was shown is
+    /// out of date then, and the next look tries again. Does not wait for the host.
     pub(crate) fn refresh(&self) -> Result {
         if self.with(|shown| shown.window.is_err() || self.is_current(shown)) {
             return Ok(());
         }
         let _one = self.changing.lock();
-        let (is_followed, is_open, generation) =
-            self.with(|shown| (self.is_current(shown), shown.window.is_ok(), shown.generation));
+        let (is_followed, is_open, generation) = self.with(|shown| {
+            (
+                self.is_current(shown),
+                shown.window.is_ok(),
+                shown.generation,
+            )
+        });
         if is_followed || !is_open {
             return Ok(());
         }
@@ -246,14 +253,16 @@ impl View {
         })
     }
 
-    /// Shows `next`. On return nothing of what was shown before is used by anybody. The caller does not use it either.
+    /// Shows `next`. On return nothing of what was shown before is used by anybody. The caller does
+    /// not use it either.
     fn replace(&self, next: Shown) {
         let (generation, has_ended) = (next.generation, next.window.is_err());
         let before = {
             let mut now = self.now.lock();
             core::mem::replace(&mut now.shown, next)
         };
-        // Faults go by what is shown now; what came before that is zapped. Only then is the window unmapped.
+        // Faults go by what is shown now; what came before that is zapped. Only then is the window
+        // unmapped.
         if let Ok(window) = before.window {
             for range in window.ranges() {
                 self.pages.zap(range.gpa, range.len);
@@ -270,7 +279,8 @@ impl View {
     }
 }
 
-/// What the host says of a view that is being opened. `EAGAIN` where it is still changing that after a second.
+/// What the host says of a view that is being opened. `EAGAIN` where it is still changing that
+/// after a second.
 fn settled(host: &Attachment) -> Result<Snapshot> {
     for _ in 0..TRIES {
         match host.read() {
@@ -288,7 +298,22 @@ fn show(host: &Attachment, snapshot: &Snapshot, is_read_only: bool) -> Result<Sh
         STATE_REVOKED => Err(Ended::Revoked),
         _ => Err(Ended::Gone),
     };
-    let rights = if is_read_only { descriptor.rights & !RIGHT_WRITE } else { descriptor.rights };
-    let Descriptor { generation, uuid, instance, .. } = *descriptor;
-    Ok(Shown { generation, rights, uuid, instance, window })
+    let rights = if is_read_only {
+        descriptor.rights & !RIGHT_WRITE
+    } else {
+        descriptor.rights
+    };
+    let Descriptor {
+        generation,
+        uuid,
+        instance,
+        ..
+    } = *descriptor;
+    Ok(Shown {
+        generation,
+        rights,
+        uuid,
+        instance,
+        window,
+    })
 }

@@ -4,21 +4,22 @@
 use core::ops::Deref;
 
 use kernel::sync::Arc;
-use kernel::time::{Jiffies, msecs_to_jiffies};
-use kernel::workqueue::{self, WorkItem, impl_has_delayed_work};
+use kernel::time::{msecs_to_jiffies, Jiffies};
+use kernel::workqueue::{self, impl_has_delayed_work, WorkItem};
 
 use crate::stats;
 use crate::sys;
 use crate::view::View;
 
-/// Between two looks at a view, in milliseconds; a whole number of ticks, so 10 where there are 100 ticks a second.
+/// Between two looks at a view, in milliseconds; a whole number of ticks, so 10 where there are 100
+/// ticks a second.
 const DELAY_MS: u32 = 4;
 
 /// Between two looks at a slot at which nothing happens.
 const LONGEST_PAUSE_MS: u32 = 64;
 
-/// The longest time in milliseconds from a change to the event, on a machine that is not overloaded: a delay may last a
-/// tick longer than asked for, and looking takes its time.
+/// The longest time in milliseconds from a change to the event, on a machine that is not
+/// overloaded: a delay may last a tick longer than asked for, and looking takes its time.
 pub(crate) fn event_ms() -> u32 {
     2 + ((delay() as u32 + 1) * 1000).div_ceil(sys::TICKS_PER_SECOND)
 }

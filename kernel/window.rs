@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0-only
 //! The target's ranges as they are mapped into this kernel at one generation of a view.
 //!
-//! A range is mapped in parts of 1 GiB, each when it is first needed: opening a view takes no longer for a large target
-//! than for a small one, also where the CPU has no pages of 1 GiB.
+//! A range is mapped in parts of 1 GiB, each when it is first needed: opening a view takes no
+//! longer for a large target than for a small one, also where the CPU has no pages of 1 GiB.
 
 use kernel::prelude::*;
-use kernel::sync::{Arc, Mutex, SetOnce, new_mutex};
+use kernel::sync::{new_mutex, Arc, Mutex, SetOnce};
 
 use crate::abi::native;
 use crate::attachment::Attachment;
@@ -39,13 +39,21 @@ struct Piece {
 impl Piece {
     fn new(range: native::Range, place: u64, bar: Option<Arc<Bar>>) -> Result<Self> {
         // Descriptors are checked to end below 2^52.
-        let count = place.saturating_add(range.len).div_ceil(PART).saturating_sub(place / PART);
+        let count = place
+            .saturating_add(range.len)
+            .div_ceil(PART)
+            .saturating_sub(place / PART);
         let count = usize::try_from(count)?;
         let mut parts = KVVec::with_capacity(count, GFP_KERNEL_ACCOUNT)?;
         for _ in 0..count {
             parts.push(SetOnce::new(), GFP_KERNEL_ACCOUNT)?;
         }
-        Ok(Self { range, place, parts, _bar: bar })
+        Ok(Self {
+            range,
+            place,
+            parts,
+            _bar: bar,
+        })
     }
 
     fn end(&self) -> u64 {
@@ -57,7 +65,10 @@ impl Piece {
         let at = self.place.checked_add(offset)?;
         let index = usize::try_from((at / PART).checked_sub(self.place / PART)?).ok()?;
         let start = self.place.max(at / PART * PART);
-        let end = self.place.saturating_add(self.range.len).min((at / PART + 1).saturating_mul(PART));
+        let end = self
+            .place
+            .saturating_add(self.range.len)
+            .min((at / PART + 1).saturating_mul(PART));
         Some((self.parts.get(index)?, start, end.checked_sub(start)?))
     }
 }
@@ -74,24 +85,33 @@ pub(crate) struct Window {
 }
 
 impl Window {
-    /// The windows of a descriptor of `host`. `EIO` where they are RAM of this machine, leave what the CPU can address,
-    /// or cannot be cached; `ENOMEM` where this machine has no memory for it now.
+    /// The windows of a descriptor of `host`. `EIO` where they are RAM of this machine, leave what
+    /// the CPU can address, or cannot be cached; `ENOMEM` where this machine has no memory for
+    /// it now.
     pub(crate) fn map(host: &Attachment, snapshot: &Snapshot) -> Result<Arc<Self>> {
-        let lie = |error| stats::lie_unless_memory(error, "the window is no memory that can be mapped");
+        let lie =
+            |error| stats::lie_unless_memory(error, "the window is no memory that can be mapped");
         let mut pieces = KVec::with_capacity(snapshot.ranges().len(), GFP_KERNEL_ACCOUNT)?;
         for range in snapshot.ranges() {
             let window = host.window(snapshot, range.window).ok_or(ESTALE)?;
             let place = window.start.checked_add(range.offset).ok_or(EIO)?;
             // A device may have been replaced since the snapshot was checked.
-            let fits = range.offset.checked_add(range.len).is_some_and(|end| end <= window.len);
+            let fits = range
+                .offset
+                .checked_add(range.len)
+                .is_some_and(|end| end <= window.len);
             if !fits || !Memory::is_possible(window.start, window.len) {
                 return Err(lie(EINVAL));
             }
-            let range = native::Range { gpa: range.gpa, len: range.len };
+            let range = native::Range {
+                gpa: range.gpa,
+                len: range.len,
+            };
             pieces.push(Piece::new(range, place, window.bar)?, GFP_KERNEL_ACCOUNT)?;
         }
         let release = Release::new()?;
-        let window = pin_init!(Self { pieces, mapping <- new_mutex!((), "kvmmem_window"), release });
+        let window =
+            pin_init!(Self { pieces, mapping <- new_mutex!((), "kvmmem_window"), release });
         let window = Arc::pin_init(window, GFP_KERNEL_ACCOUNT)?;
         // The beginnings at once, to learn whether they can be mapped.
         for range in window.ranges() {
@@ -106,10 +126,12 @@ impl Window {
     }
 
     fn piece_from(&self, gpa: u64) -> Option<&Piece> {
-        self.pieces.get(self.pieces.partition_point(|piece| piece.end() <= gpa))
+        self.pieces
+            .get(self.pieces.partition_point(|piece| piece.end() <= gpa))
     }
 
-    /// The memory that holds `gpa`, and the offset in it. `ENXIO` where no range does, else why it cannot be mapped.
+    /// The memory that holds `gpa`, and the offset in it. `ENXIO` where no range does, else why it
+    /// cannot be mapped.
     pub(crate) fn find(&self, gpa: u64) -> Result<(&Memory, u64)> {
         let piece = self.piece_from(gpa).ok_or(ENXIO)?;
         let offset = gpa.checked_sub(piece.range.gpa).ok_or(ENXIO)?;
@@ -122,7 +144,13 @@ impl Window {
             }
         }
         let memory = part.as_ref().ok_or(ENOMEM)?;
-        Ok((memory, piece.place.saturating_add(offset).saturating_sub(memory.gpa())))
+        Ok((
+            memory,
+            piece
+                .place
+                .saturating_add(offset)
+                .saturating_sub(memory.gpa()),
+        ))
     }
 
     /// The first address of the window at or after `gpa`.
@@ -137,8 +165,17 @@ impl Window {
 
     /// The first address at or after `gpa` that is in no range.
     pub(crate) fn first_hole_from(&self, gpa: u64) -> u64 {
-        let following = self.pieces.iter().skip(self.pieces.partition_point(|piece| piece.end() <= gpa));
-        following.fold(gpa, |at, piece| if piece.range.gpa <= at { at.max(piece.end()) } else { at })
+        let following = self
+            .pieces
+            .iter()
+            .skip(self.pieces.partition_point(|piece| piece.end() <= gpa));
+        following.fold(gpa, |at, piece| {
+            if piece.range.gpa <= at {
+                at.max(piece.end())
+            } else {
+                at
+            }
+        })
     }
 
     /// Where the last range ends.

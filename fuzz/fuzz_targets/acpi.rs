@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Any ACPI tables in a guest's memory. The first byte says how much there is, the others are pieces of it: where each lies, how long it is, whether its checksums are to be
-//! right, and what is in it.
+//! Any ACPI tables in a guest's memory. The first byte says how much there is, the others are
+//! pieces of it: where each lies, how long it is, whether its checksums are to be right, and what
+//! is in it.
 #![no_main]
 
 use kvmmem_qemu::acpi;
@@ -40,7 +41,8 @@ fuzz_target!(|bytes: &[u8]| {
     }
 });
 
-/// Makes the checksums right: of the structure that all begins with, or of a table that is as long as its piece.
+/// Makes the checksums right: of the structure that all begins with, or of a table that is as long
+/// as its piece.
 fn seal(place: &mut [u8], is_pointer: bool) {
     if is_pointer {
         sum(place.get_mut(..20), 8);

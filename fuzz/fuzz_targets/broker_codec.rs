@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Any packet to the broker, and any packet from it, also those of a channel for copies; what is taken is written and read
-//! again. What a grant cuts out of a memory map lies in it.
+//! Any packet to the broker, and any packet from it, also those of a channel for copies; what is
+//! taken is written and read again. What a grant cuts out of a memory map lies in it.
 #![no_main]
 
 use kvmmem_proto::copy::{BUFFER, CopyAnswer, CopyRequest, SLOT};
@@ -65,7 +65,8 @@ fn check_map(regions: Vec<Region>) {
 
 fn check_reaching(spans: &[Span]) {
     let region = |gpa: u64, len: u64| Region { gpa, len, offset: gpa, file: 0 };
-    let map = MemoryMap::new(vec![region(0, 0x8000), region(0x10_0000, 1 << 32)]).expect("our own map");
+    let map =
+        MemoryMap::new(vec![region(0, 0x8000), region(0x10_0000, 1 << 32)]).expect("our own map");
     if Scope::whole(Rights::ReadOnly).check_reaches(spans, &map).is_ok() {
         assert!(spans.len() <= MAX_SPANS);
         for span in spans {
@@ -79,7 +80,8 @@ fn check_reaching(spans: &[Span]) {
 
 fn check_scope(scope: &Scope) {
     let region = |gpa: u64, len: u64| Region { gpa, len, offset: gpa + 0x1000, file: 0 };
-    let map = MemoryMap::new(vec![region(0, 0x8000), region(0x10_0000, 1 << 32)]).expect("our own map");
+    let map =
+        MemoryMap::new(vec![region(0, 0x8000), region(0x10_0000, 1 << 32)]).expect("our own map");
     let is_taken = scope.check(&map).is_ok();
     let pieces = scope.regions(&map);
     if !is_taken {
@@ -88,7 +90,9 @@ fn check_scope(scope: &Scope) {
     assert!((1..=MAX_SPANS).contains(&pieces.len()));
     let mut end = 0;
     for piece in pieces {
-        assert!(piece.gpa >= end && piece.len > 0 && piece.gpa % 4096 == 0 && piece.len % 4096 == 0);
+        assert!(
+            piece.gpa >= end && piece.len > 0 && piece.gpa % 4096 == 0 && piece.len % 4096 == 0
+        );
         end = piece.gpa + piece.len;
         assert!(scope.contains(piece.gpa) && scope.contains(end - 1));
         assert_eq!(map.resolve(piece.gpa), Some((piece.file, piece.offset)));

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Any command line, list of mappings and memory tree of a VMM. What is made of them for a guest's RAM is refused, or a
-//! memory map.
+//! Any command line, list of mappings and memory tree of a VMM. What is made of them for a guest's
+//! RAM is refused, or a memory map.
 #![no_main]
 
 use kvmmem_proto::map::MemoryMap;
@@ -12,7 +12,8 @@ use kvmmem_qemu::{mapping, mtree};
 use libfuzzer_sys::fuzz_target;
 use serde_json::{from_value, json};
 
-const VMMS: [Vmm; 5] = [Vmm::Qemu, Vmm::CloudHypervisor, Vmm::Crosvm, Vmm::Firecracker, Vmm::Kvmmem];
+const VMMS: [Vmm; 5] =
+    [Vmm::Qemu, Vmm::CloudHypervisor, Vmm::Crosvm, Vmm::Firecracker, Vmm::Kvmmem];
 
 fuzz_target!(|bytes: &[u8]| {
     let text = String::from_utf8_lossy(bytes);
@@ -37,7 +38,9 @@ fuzz_target!(|bytes: &[u8]| {
         let size = range.offset.saturating_add(range.len);
         match backends.iter_mut().find(|backend| backend.id.as_deref() == Some(id)) {
             Some(backend) => backend.size = backend.size.max(size),
-            None => backends.push(MemoryBackend { id: Some(id.to_owned()), size, share: Some(true) }),
+            None => {
+                backends.push(MemoryBackend { id: Some(id.to_owned()), size, share: Some(true) })
+            }
         }
     }
     let nodes: Vec<String> = backends.iter().filter_map(|backend| backend.id.clone()).collect();
@@ -50,8 +53,10 @@ fuzz_target!(|bytes: &[u8]| {
     if let Some((first, others)) = nodes.split_first()
         && let Some(first) = backends.iter().find(|backend| backend.id.as_ref() == Some(first))
     {
-        let device = |id: &String| json!({ "type": "dimm", "data": { "memdev": format!("/objects/{id}") } });
-        let devices: Result<Vec<MemoryDevice>, _> = others.iter().map(|id| from_value(device(id))).collect();
+        let device =
+            |id: &String| json!({ "type": "dimm", "data": { "memdev": format!("/objects/{id}") } });
+        let devices: Result<Vec<MemoryDevice>, _> =
+            others.iter().map(|id| from_value(device(id))).collect();
         let memory = MemorySize { base_memory: first.size, ..memory };
         let devices = devices.expect("our own devices");
         if let Ok(layout) = layout::from_qemu(&view, &backends, &devices, memory, &[]) {

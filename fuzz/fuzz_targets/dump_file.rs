@@ -15,7 +15,8 @@ const BEGINS: [&[u8]; 3] =
 
 fuzz_target!(|bytes: &[u8]| {
     static PATH: OnceLock<PathBuf> = OnceLock::new();
-    let path = PATH.get_or_init(|| env::temp_dir().join(format!("kvmmem-fuzz-dump-{}", process::id())));
+    let path =
+        PATH.get_or_init(|| env::temp_dir().join(format!("kvmmem-fuzz-dump-{}", process::id())));
     let Some((begin, rest)) = bytes.split_first() else { return };
     let file = [BEGINS[usize::from(*begin) % BEGINS.len()], rest].concat();
     fs::write(path, file).expect("the folder of temporary files can be written");

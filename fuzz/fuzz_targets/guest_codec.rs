@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Any bytes at the guest endpoint, from a tool and to one: frames are taken one after the other, and what is taken is
-//! written and read again.
+//! Any bytes at the guest endpoint, from a tool and to one: frames are taken one after the other,
+//! and what is taken is written and read again.
 #![no_main]
 
 use kvmmem_proto::guest::{self, MAX_FRAME};
@@ -31,6 +31,9 @@ fn check<T: DeserializeOwned + Serialize + PartialEq + std::fmt::Debug>(bytes: &
             Err(guest::FrameError::Length(_)) => continue,
             Err(error) => panic!("a message that was read: {error}"),
         }
-        assert_eq!(guest::read::<T>(&mut &written[..]).expect("a frame that was written"), Some(message));
+        assert_eq!(
+            guest::read::<T>(&mut &written[..]).expect("a frame that was written"),
+            Some(message)
+        );
     }
 }

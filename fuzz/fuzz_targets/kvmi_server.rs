@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Any bytes from a tool to the KVMI server, in pieces of any size; every reply has to be well-formed.
+//! Any bytes from a tool to the KVMI server, in pieces of any size; every reply has to be
+//! well-formed.
 #![no_main]
 
 use std::io::{self, Read, Write};
@@ -59,7 +60,8 @@ impl Vm {
             (1..=4096).contains(&size) && gpa % 4096 + size as u64 <= 4096,
             "the server checks transfers"
         );
-        let start = usize::try_from(gpa).ok().filter(|start| *start < 0x1_0000).ok_or(KvmError::Inval)?;
+        let start =
+            usize::try_from(gpa).ok().filter(|start| *start < 0x1_0000).ok_or(KvmError::Inval)?;
         Ok(start..start + size)
     }
 }
@@ -81,7 +83,11 @@ impl Introspected for Vm {
         16
     }
     fn slot(&self, gfn: u64) -> Result<PhysicalSlot, KvmError> {
-        if gfn < 16 { Ok(PhysicalSlot { gfn: 0.into(), pages: 16.into() }) } else { Err(KvmError::Inval) }
+        if gfn < 16 {
+            Ok(PhysicalSlot { gfn: 0.into(), pages: 16.into() })
+        } else {
+            Err(KvmError::Inval)
+        }
     }
     fn read(&self, gpa: u64, buffer: &mut [u8]) -> Result<(), KvmError> {
         let range = Self::range(gpa, buffer.len())?;

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! A process whose memory areas, and the list or maple tree that has them, hold any bytes in place of some. The first byte
-//! chooses between the two, the others are pieces: where each lies, how long it is, and what is in it.
+//! A process whose memory areas, and the list or maple tree that has them, hold any bytes in place
+//! of some. The first byte chooses between the two, the others are pieces: where each lies, how
+//! long it is, and what is in it.
 #![no_main]
 
 #[path = "../../crates/kvmmem-linux/tests/common/mod.rs"]
@@ -21,7 +22,8 @@ fuzz_target!(|bytes: &[u8]| {
     let guests = GUESTS.get_or_init(|| {
         [true, false].map(|in_tree| {
             let guest = Guest::with(&[PLACE]);
-            let ranges: Vec<_> = (1..200).map(|index| (index << 14, (index << 14) + 0x2000)).collect();
+            let ranges: Vec<_> =
+                (1..200).map(|index| (index << 14, (index << 14) + 0x2000)).collect();
             guest.areas(&PLACE, &ranges, 6);
             if !in_tree {
                 guest.put(PLACE.gpa + BTF, &btf::with_areas(false));
@@ -36,7 +38,8 @@ fuzz_target!(|bytes: &[u8]| {
     while let Some(([part, low, high, len], tail)) = rest.split_first_chunk::<4>() {
         let (piece, tail) = tail.split_at(tail.len().min(usize::from(*len)));
         rest = tail;
-        let at = [MM, AREAS, NODES][usize::from(*part) % 3] + u64::from(u16::from_le_bytes([*low, *high]));
+        let at = [MM, AREAS, NODES][usize::from(*part) % 3]
+            + u64::from(u16::from_le_bytes([*low, *high]));
         old.push((PLACE.gpa + at, guest.bytes(PLACE.gpa + at, piece.len())));
         guest.put(PLACE.gpa + at, piece);
     }

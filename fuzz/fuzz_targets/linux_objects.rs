@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! A kernel's sockets, system calls, interrupts, modules and pids with any bytes in place of some. The input is pieces: where
-//! each lies, how long it is, and what is in it.
+//! A kernel's sockets, system calls, interrupts, modules and pids with any bytes in place of some.
+//! The input is pieces: where each lies, how long it is, and what is in it.
 #![no_main]
 
 #[path = "../../crates/kvmmem-linux/tests/common/mod.rs"]
@@ -24,7 +24,8 @@ fuzz_target!(|bytes: &[u8]| {
         let (piece, tail) = tail.split_at(tail.len().min(usize::from(*len)));
         rest = tail;
         let offset = u64::from(u16::from_le_bytes([*low, *high]));
-        let at = place.gpa + if part % 8 == 0 { DISPATCHER + offset % 0x40 } else { OBJECTS + offset % LEN };
+        let at = place.gpa
+            + if part % 8 == 0 { DISPATCHER + offset % 0x40 } else { OBJECTS + offset % LEN };
         old.push((at, guest.bytes(at, piece.len())));
         guest.put(at, piece);
     }

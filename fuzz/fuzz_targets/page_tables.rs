@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Any page tables: 16 pages of memory are full of them, and are walked, read through and looked at for their depth.
+//! Any page tables: 16 pages of memory are full of them, and are walked, read through and looked at
+//! for their depth.
 #![no_main]
 
 use kvmmem_linux::Space;

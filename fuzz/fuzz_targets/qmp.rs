@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Any lines from a QEMU, behind a greeting: every question gets an answer or an error, and none waits for what cannot come.
+//! Any lines from a QEMU, behind a greeting: every question gets an answer or an error, and none
+//! waits for what cannot come.
 #![no_main]
 
 use std::io::Write;
@@ -44,7 +45,8 @@ fuzz_target!(|bytes: &[u8]| {
 fn ask(mut qmp: Qmp) {
     let events = |qmp: &mut Qmp| while let Ok(true) = qmp.take_events(|_| {}) {};
     let tree = qmp.memory_tree();
-    let (backends, memory, devices) = (qmp.memory_backends(), qmp.memory_size(), qmp.memory_devices());
+    let (backends, memory, devices) =
+        (qmp.memory_backends(), qmp.memory_size(), qmp.memory_devices());
     if let (Ok(tree), Ok(backends), Ok(memory), Ok(devices)) = (tree, backends, memory, devices)
         && let Ok(view) = mtree::parse(&tree)
         && let Ok(layout) = layout::from_qemu(&view, &backends, &devices, memory, &[])

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! `cargo xtask bench answers`: how long `kvmmem ps` and `kvmmem dump` take of a Linux guest, as whole commands, against the
-//! same of drgn, volatility3 and QEMU in the same run.
+//! `cargo xtask bench answers`: how long `kvmmem ps` and `kvmmem dump` take of a Linux guest, as
+//! whole commands, against the same of drgn, volatility3 and QEMU in the same run.
 //!
-//! All list the processes of one guest, which keeps still; a list that differs is an error. drgn and volatility3 come from the
-//! Python package index. drgn needs the debug information of the guest's kernel, from Debian; volatility3's symbol file is
-//! made of the guest's memory ([`kernel`]). A peer that cannot be had is skipped, and what would help is said.
+//! All list the processes of one guest, which keeps still; a list that differs is an error. drgn
+//! and volatility3 come from the Python package index. drgn needs the debug information of the
+//! guest's kernel, from Debian; volatility3's symbol file is made of the guest's memory
+//! ([`kernel`]). A peer that cannot be had is skipped, and what would help is said.
 
 mod kernel;
 mod lister;
@@ -52,13 +53,15 @@ const EMPTY_NS: u64 = 300_000_000;
 
 #[derive(clap::Args)]
 pub(crate) struct Options {
-    /// answers: an ELF core of a Linux guest (kvmmem dump --format elf) instead of a guest that is booted
+    /// answers: an ELF core of a Linux guest (kvmmem dump --format elf) instead of a guest that is
+    /// booted
     #[arg(long, value_name = "CORE")]
     file: Option<PathBuf>,
     /// answers: how many times each command runs [default: 9]
     #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u32).range(1..))]
     rounds: Option<u32>,
-    /// answers: download the debug information of the guest's kernel for drgn, some 320 MB, unless it is there
+    /// answers: download the debug information of the guest's kernel for drgn, some 320 MB, unless
+    /// it is there
     #[arg(long)]
     debug_information: bool,
 }
@@ -70,8 +73,8 @@ impl Options {
     }
 }
 
-/// A line: what is compared with which peer. Where `alone`, only the time counts that the peer takes for the list itself, with its
-/// symbols loaded.
+/// A line: what is compared with which peer. Where `alone`, only the time counts that the peer
+/// takes for the list itself, with its symbols loaded.
 struct Line {
     name: &'static str,
     goal: f64,
@@ -145,8 +148,9 @@ pub(crate) fn run(options: &Options, is_json: bool) -> Result<()> {
         warm_up(&mut listers)?;
         for round in 0..rounds {
             ensure!(!interrupt::was_seen(), "interrupted");
-            let mut due =
-                listers.iter_mut().filter(|lister| round < SLOW_ROUNDS || lister.who != Who::DrgnQmp);
+            let mut due = listers
+                .iter_mut()
+                .filter(|lister| round < SLOW_ROUNDS || lister.who != Who::DrgnQmp);
             due.try_for_each(Lister::run)?;
         }
         Ok(())
@@ -154,7 +158,11 @@ pub(crate) fn run(options: &Options, is_json: bool) -> Result<()> {
     let mut rows = Vec::new();
     let find = |who: Who| listers.iter().find(|lister| lister.who == who);
     for lister in listers.iter().filter(|lister| lister.who.is_ours()) {
-        rows.push(Row::within(format!("ps of {}, within 100 ms", lister.what()), WARM_NS, &lister.times)?);
+        rows.push(Row::within(
+            format!("ps of {}, within 100 ms", lister.what()),
+            WARM_NS,
+            &lister.times,
+        )?);
         let mut times = Vec::new();
         for _ in 0..rounds {
             subject.empty_page_cache()?;
@@ -171,7 +179,10 @@ pub(crate) fn run(options: &Options, is_json: bool) -> Result<()> {
     }
     for drgn in listers.iter().filter(|lister| !lister.alone.is_empty()) {
         let times: Vec<u64> = drgn.alone.iter().map(|nanos| nanos / 1_000_000).collect();
-        ui::say(&format!("  {}, the list alone, with its symbols loaded: {times:?} ms", drgn.what()));
+        ui::say(&format!(
+            "  {}, the list alone, with its symbols loaded: {times:?} ms",
+            drgn.what()
+        ));
     }
     rows.extend(dumps(&subject, scratch.path(), rounds.min(DUMPS))?);
     row::print(&rows, is_json)
@@ -182,11 +193,16 @@ fn ours<'a>(subject: &'a Subject<'_>) -> Vec<Lister<'a>> {
     let core = || subject.kvmmem().args(["ps", "--file"]).arg(subject.core());
     let mut listers = vec![Lister::new(Who::Core, core)];
     if let Some(live) = subject.live() {
-        listers.push(Lister::new(Who::Running, || subject.kvmmem().args(["ps", "--target", subject::NAME])));
+        listers.push(Lister::new(Who::Running, || {
+            subject.kvmmem().args(["ps", "--target", subject::NAME])
+        }));
         if is_root() {
             let target = format!("qmp:{}", live.second_monitor().display());
             listers.push(Lister::new(Who::Embedded, move || {
-                subject.kvmmem().env("KVMMEM_BROKER", "/nonexistent/broker").args(["ps", "--target", &target])
+                subject
+                    .kvmmem()
+                    .env("KVMMEM_BROKER", "/nonexistent/broker")
+                    .args(["ps", "--target", &target])
             }));
         } else {
             ui::say("  skipped: ps without a broker: only root can do without one");
@@ -195,8 +211,8 @@ fn ours<'a>(subject: &'a Subject<'_>) -> Vec<Lister<'a>> {
     listers
 }
 
-/// drgn on the core, on the running guest by the monitor's unix socket, where it reads QEMU's memory itself, and over QMP by TCP,
-/// where it asks the monitor for each word.
+/// drgn on the core, on the running guest by the monitor's unix socket, where it reads QEMU's
+/// memory itself, and over QMP by TCP, where it asks the monitor for each word.
 fn drgn<'a>(
     subject: &'a Subject<'_>,
     python: &Path,
@@ -223,7 +239,9 @@ fn drgn<'a>(
         fs::write(&over_qmp, DRGN_QMP)?;
         let python = python.join("python3");
         let tcp = qmp::tcp_address(&live.second_monitor())?;
-        for (who, address) in [(Who::DrgnQmp, tcp.into()), (Who::DrgnProcess, live.second_monitor())] {
+        for (who, address) in
+            [(Who::DrgnQmp, tcp.into()), (Who::DrgnProcess, live.second_monitor())]
+        {
             let words = [over_qmp.clone(), address, note.clone(), debug.clone(), script.clone()];
             let python = python.clone();
             listers.push(Lister::new(who, move || subject.tool(&python).args(&words)));
@@ -255,7 +273,8 @@ fn volatility<'a>(subject: &'a Subject<'_>, python: &Path, folder: &Path) -> Opt
         return None;
     }
     Some(Lister::new(Who::Volatility, move || {
-        let tool = subject.tool(&program).args(["-q", "-f"]).arg(subject.core()).arg("-s").arg(&symbols);
+        let tool =
+            subject.tool(&program).args(["-q", "-f"]).arg(subject.core()).arg("-s").arg(&symbols);
         tool.arg("--cache-path").arg(&cache).arg("linux.pslist.PsList")
     }))
 }
@@ -284,13 +303,16 @@ fn warm_up(listers: &mut Vec<Lister<'_>>) -> Result<()> {
     for (what, found) in &lists {
         let different = found.symmetric_difference(expected).count();
         // The running guest's kernel starts and ends threads of its own.
-        ensure!(different <= expected.len() / 20, "{what} lists {found:?}, and it should be {expected:?}");
+        ensure!(
+            different <= expected.len() / 20,
+            "{what} lists {found:?}, and it should be {expected:?}"
+        );
     }
     Ok(())
 }
 
-/// `kvmmem dump` with its SHA-256, against QEMU's own dump: of the guest as it is, and once all its memory is allocated, which QEMU's
-/// dump does.
+/// `kvmmem dump` with its SHA-256, against QEMU's own dump: of the guest as it is, and once all its
+/// memory is allocated, which QEMU's dump does.
 fn dumps(subject: &Subject<'_>, folder: &Path, rounds: u32) -> Result<Vec<Row>> {
     let Some(live) = subject.live() else { return Ok(Vec::new()) };
     let mut monitor = Monitor::connect(&live.second_monitor())?;

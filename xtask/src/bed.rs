@@ -68,7 +68,8 @@ impl Bed {
 
     /// Says what is there and where.
     pub(crate) fn describe(&self) {
-        let line = |what: &str, value: &dyn std::fmt::Display| ui::say(&format!("  {what:<9} {value}"));
+        let line =
+            |what: &str, value: &dyn std::fmt::Display| ui::say(&format!("  {what:<9} {value}"));
         line("way", &describe(self.way));
         line("cache", &self.cache.folder().display());
         line("kernel", &format!("{} (Debian {})", self.kernel.release(), self.kernel.version()));
@@ -95,7 +96,8 @@ impl Bed {
         self.qemus.is_some()
     }
 
-    /// Runs the module's selftest: the stock kernel in QEMU, with a device that obeys every hypercall as the host.
+    /// Runs the module's selftest: the stock kernel in QEMU, with a device that obeys every
+    /// hypercall as the host.
     pub(crate) fn selftest(&self) -> Result<()> {
         let log = self.cache.fresh_log("selftest")?;
         ui::step("kernel/selftest", || {
@@ -127,14 +129,26 @@ impl Bed {
             copy(&self.binaries.path(name), &folder.join("bin").join(name))?;
         }
         for file in files {
-            let name = file.file_name().with_context(|| format!("{} names no file", file.display()))?;
+            let name =
+                file.file_name().with_context(|| format!("{} names no file", file.display()))?;
             copy(file, &folder.join("try").join(name))?;
         }
         initramfs::guest(&folder.join("guest.cpio"), &self.kernel, &self.binaries, None)?;
-        initramfs::guest(&folder.join("introspector.cpio"), &self.kernel, &self.binaries, Some(&self.module))
+        initramfs::guest(
+            &folder.join("introspector.cpio"),
+            &self.kernel,
+            &self.binaries,
+            Some(&self.module),
+        )
     }
 
-    fn run_nested(&self, job: &Job, scratch: &Path, folder: &Path, out: &mut dyn Write) -> Result<i32> {
+    fn run_nested(
+        &self,
+        job: &Job,
+        scratch: &Path,
+        folder: &Path,
+        out: &mut dyn Write,
+    ) -> Result<i32> {
         let inside = |path: &str| format!("{NESTED_FOLDER}/{path}");
         let mut program = Command::new(inside(&job.program))
             .args(job.args.iter().cloned())
@@ -193,6 +207,7 @@ fn describe(way: Way) -> &'static str {
 }
 
 fn copy(from: &Path, to: &Path) -> Result<()> {
-    fs::copy(from, to).with_context(|| format!("cannot copy {} to {}", from.display(), to.display()))?;
+    fs::copy(from, to)
+        .with_context(|| format!("cannot copy {} to {}", from.display(), to.display()))?;
     Ok(())
 }

@@ -16,7 +16,8 @@ const TARGET: &str = "x86_64-unknown-linux-gnu";
 /// See the profile of this name in Cargo.toml.
 const PROFILE: &str = "testbed";
 
-/// Package and program of each. The first one is what every VM needs to boot at all, the next two are what is installed.
+/// Package and program of each. The first one is what every VM needs to boot at all, the next two
+/// are what is installed.
 const PROGRAMS: [(&str, &str); 5] = [
     ("kvmmem-guest", "kvmmem-guest"),
     ("kvmmem-cli", "kvmmem"),
@@ -76,7 +77,9 @@ impl Binaries {
                 for (sources, program) in C_PROGRAMS {
                     names.push(program);
                     Tool::new("cc", &log)
-                        .args(["-static", "-O2", "-Wall", "-Wextra", "-Werror", "-I", C_HEADERS, "-o"])
+                        .args([
+                            "-static", "-O2", "-Wall", "-Wextra", "-Werror", "-I", C_HEADERS, "-o",
+                        ])
                         .arg(folder.join(program))
                         .args(sources)
                         .dir(project::root())
@@ -107,11 +110,12 @@ impl Binaries {
     }
 }
 
-/// The compiler's flags, as cargo wants several: without libraries, and without the paths of this machine, which would
-/// otherwise be in the messages of panics.
+/// The compiler's flags, as cargo wants several: without libraries, and without the paths of this
+/// machine, which would otherwise be in the messages of panics.
 fn flags() -> OsString {
     let home = std::env::var_os("CARGO_HOME").map(PathBuf::from);
-    let home = home.or_else(|| std::env::var_os("HOME").map(|home| Path::new(&home).join(".cargo")));
+    let home =
+        home.or_else(|| std::env::var_os("HOME").map(|home| Path::new(&home).join(".cargo")));
     let mut flags = OsString::from("-Ctarget-feature=+crt-static");
     if let Some(home) = home {
         flags.push("\x1f--remap-path-prefix=");

@@ -31,7 +31,8 @@ pub(crate) struct Lock {
 impl Cache {
     /// `KVMMEM_CACHE`, else `kvmmem` in `XDG_CACHE_HOME` or `~/.cache`.
     pub(crate) fn open() -> Result<Self> {
-        let variable = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+        let variable =
+            |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
         let folder = variable("KVMMEM_CACHE")
             .or_else(|| variable("XDG_CACHE_HOME").map(|cache| cache.join("kvmmem")))
             .or_else(|| variable("HOME").map(|home| home.join(".cache/kvmmem")))
@@ -84,7 +85,8 @@ impl Cache {
     /// Removes what killed runs left and what nobody will look at any more.
     fn prune(&self) {
         let old = |path: &Path| {
-            let age = fs::metadata(path).and_then(|data| data.modified()).map(|time| time.elapsed());
+            let age =
+                fs::metadata(path).and_then(|data| data.modified()).map(|time| time.elapsed());
             matches!(age, Ok(Ok(age)) if age > KEPT)
         };
         for folder in [&self.folder, &self.folder.join("logs")] {
@@ -94,7 +96,9 @@ impl Cache {
                 // What cannot be removed is tried again by the next run.
                 if name.starts_with("run-") && old(&entry.path()) {
                     let _ = fs::remove_dir_all(entry.path());
-                } else if (name.starts_with("console-") || name.ends_with(".ko")) && old(&entry.path()) {
+                } else if (name.starts_with("console-") || name.ends_with(".ko"))
+                    && old(&entry.path())
+                {
                     let _ = fs::remove_file(entry.path());
                 }
             }

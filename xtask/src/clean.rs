@@ -13,7 +13,9 @@ pub(crate) fn run() -> Result<()> {
     let cache = Cache::open()?;
     let lock = cache.lock()?;
     let log = cache.log("clean");
-    for entry in fs::read_dir(cache.folder()).with_context(|| cache.folder().display().to_string())? {
+    for entry in
+        fs::read_dir(cache.folder()).with_context(|| cache.folder().display().to_string())?
+    {
         let entry = entry?;
         let name = entry.file_name();
         if name == "lock" || name == "logs" {

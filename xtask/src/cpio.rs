@@ -9,7 +9,8 @@ use std::path::Path;
 const DIRECTORY: u32 = 0o040_000;
 const REGULAR: u32 = 0o100_000;
 
-/// An archive being written. All entries belong to root and have no time stamp, so equal content gives equal bytes.
+/// An archive being written. All entries belong to root and have no time stamp, so equal content
+/// gives equal bytes.
 pub(crate) struct Archive<W> {
     out: W,
     written: u64,
@@ -24,7 +25,8 @@ impl<W: Write> Archive<W> {
 
     /// Adds a file with the folders it needs. `path` has no leading slash.
     pub(crate) fn file(&mut self, path: &str, permissions: u32, bytes: &[u8]) -> io::Result<()> {
-        let folders: Vec<_> = path.match_indices('/').map(|(end, _)| path.split_at(end).0).collect();
+        let folders: Vec<_> =
+            path.match_indices('/').map(|(end, _)| path.split_at(end).0).collect();
         for folder in folders {
             self.folder(folder)?;
         }
@@ -33,8 +35,9 @@ impl<W: Write> Archive<W> {
 
     /// Adds a file of this machine.
     pub(crate) fn copy(&mut self, path: &str, permissions: u32, from: &Path) -> io::Result<()> {
-        let bytes = std::fs::read(from)
-            .map_err(|error| io::Error::new(error.kind(), format!("{}: {error}", from.display())))?;
+        let bytes = std::fs::read(from).map_err(|error| {
+            io::Error::new(error.kind(), format!("{}: {error}", from.display()))
+        })?;
         self.file(path, permissions, &bytes)
     }
 
@@ -47,14 +50,19 @@ impl<W: Write> Archive<W> {
     }
 
     fn folder(&mut self, path: &str) -> io::Result<()> {
-        if self.folders.insert(path.to_owned()) { self.entry(path, DIRECTORY | 0o755, &[]) } else { Ok(()) }
+        if self.folders.insert(path.to_owned()) {
+            self.entry(path, DIRECTORY | 0o755, &[])
+        } else {
+            Ok(())
+        }
     }
 
     fn entry(&mut self, name: &str, mode: u32, bytes: &[u8]) -> io::Result<()> {
         let size = u32::try_from(bytes.len()).map_err(io::Error::other)?;
         let name_size = u32::try_from(name.len() + 1).map_err(io::Error::other)?;
         let links = if mode & DIRECTORY == 0 { 1 } else { 2 };
-        // inode, mode, uid, gid, links, mtime, size, four device numbers, name size, checksum (unused).
+        // inode, mode, uid, gid, links, mtime, size, four device numbers, name size, checksum
+        // (unused).
         let fields = [self.inode, mode, 0, 0, links, 0, size, 0, 0, 0, 0, name_size, 0];
         self.inode += 1;
         let mut header = String::from("070701");

@@ -9,8 +9,8 @@ use serde::Deserialize;
 use crate::project;
 use crate::tool::Tool;
 
-/// Each library or program that is shipped, and the crates of the workspace that it may depend on. Tests and benches may
-/// use any.
+/// Each library or program that is shipped, and the crates of the workspace that it may depend on.
+/// Tests and benches may use any.
 const ALLOWED: [(&str, &[&str]); 13] = [
     ("kvmmem-abi", &[]),
     ("kvmmem-table", &[]),
@@ -25,7 +25,14 @@ const ALLOWED: [(&str, &[&str]); 13] = [
     ("kvmmem-qemu", &["kvmmem-proto", "kvmmem-sys"]),
     (
         "kvmmem-broker",
-        &["kvmmem-abi", "kvmmem-client", "kvmmem-kvmi", "kvmmem-proto", "kvmmem-qemu", "kvmmem-sys"],
+        &[
+            "kvmmem-abi",
+            "kvmmem-client",
+            "kvmmem-kvmi",
+            "kvmmem-proto",
+            "kvmmem-qemu",
+            "kvmmem-sys",
+        ],
     ),
     (
         "kvmmem-cli",

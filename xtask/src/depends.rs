@@ -5,8 +5,8 @@ use std::path::PathBuf;
 
 use anyhow::{Context as _, Result};
 
-/// The files of `wanted` modules and of all they need, in loading order, relative to the folder of `modules.dep`.
-/// Modules that are built into the kernel do not occur there and must not be wanted.
+/// The files of `wanted` modules and of all they need, in loading order, relative to the folder of
+/// `modules.dep`. Modules that are built into the kernel do not occur there and must not be wanted.
 pub(crate) fn order(dependencies: &str, wanted: &[&str]) -> Result<Vec<PathBuf>> {
     let mut files: Vec<PathBuf> = Vec::new();
     for module in wanted {

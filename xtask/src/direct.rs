@@ -38,9 +38,10 @@ pub(crate) fn run(job: &Job, folder: &Path, out: &mut dyn Write) -> Result<i32> 
     let deadline = Instant::now() + job.limit;
     loop {
         match pieces.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
-            Ok(piece) => {
-                out.write_all(&piece).and_then(|()| out.flush()).context("cannot write the output")?
-            }
+            Ok(piece) => out
+                .write_all(&piece)
+                .and_then(|()| out.flush())
+                .context("cannot write the output")?,
             Err(RecvTimeoutError::Disconnected) => {
                 let status = child.wait()?;
                 return Ok(status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(0)));

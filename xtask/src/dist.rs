@@ -53,7 +53,12 @@ fn provision(cache: &Cache) -> Result<()> {
 }
 
 /// Makes all packages of `release` in `folder`.
-fn make(cache: &Cache, release: &Release, binaries: &Binaries, folder: &Path) -> Result<Vec<PathBuf>> {
+fn make(
+    cache: &Cache,
+    release: &Release,
+    binaries: &Binaries,
+    folder: &Path,
+) -> Result<Vec<PathBuf>> {
     let log = cache.fresh_log("dist")?;
     fs::create_dir_all(folder).with_context(|| format!("cannot make {}", folder.display()))?;
     let folder = folder.canonicalize()?;
@@ -70,12 +75,15 @@ impl Release {
             .args(["metadata", "--no-deps", "--format-version", "1"])
             .dir(project::root())
             .output()?;
-        let metadata: serde_json::Value = serde_json::from_str(&metadata).context("cargo metadata")?;
+        let metadata: serde_json::Value =
+            serde_json::from_str(&metadata).context("cargo metadata")?;
         let packages = metadata.get("packages").and_then(|packages| packages.as_array());
         let tool = packages.into_iter().flatten().find(|one| one["name"] == "kvmmem-cli");
         let field = |name: &str| {
             let value = tool.and_then(|tool| tool[name].as_str());
-            value.map(str::to_owned).with_context(|| format!("cargo metadata has no {name} of kvmmem-cli"))
+            value
+                .map(str::to_owned)
+                .with_context(|| format!("cargo metadata has no {name} of kvmmem-cli"))
         };
         let version = field("version")?;
         check_module_version(&version)?;

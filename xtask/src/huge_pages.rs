@@ -39,7 +39,10 @@ impl HugePages {
     }
 
     fn set(&self, count: u64) -> Result<()> {
-        Tool::as_root("sysctl", &self.log).arg("--quiet").arg(format!("vm.nr_hugepages={count}")).run()
+        Tool::as_root("sysctl", &self.log)
+            .arg("--quiet")
+            .arg(format!("vm.nr_hugepages={count}"))
+            .run()
     }
 }
 

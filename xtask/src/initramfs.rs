@@ -14,7 +14,8 @@ use crate::cpio::Archive;
 use crate::depends;
 use crate::kernel::Kernel;
 
-/// Modules of a KVM host, with vsock to its guests, and of its disk. QEMU emulates AMD's virtualisation only.
+/// Modules of a KVM host, with vsock to its guests, and of its disk. QEMU emulates AMD's
+/// virtualisation only.
 const HOST_MODULES: [&str; 3] = ["kvm_amd", "vhost_vsock", "virtio_blk"];
 
 /// Modules of a guest.
@@ -24,7 +25,12 @@ const GUEST_MODULES: [&str; 3] = ["virtio_mmio", "virtio_blk", "vmw_vsock_virtio
 const GUEST_PROGRAMS: [&str; 4] = ["kvmmem", "kvmmem-probe", "kvmmem-raw", "kvmmem-view"];
 
 /// Writes the initramfs of a guest; an introspector gets our module, too.
-pub(crate) fn guest(path: &Path, kernel: &Kernel, binaries: &Binaries, module: Option<&Path>) -> Result<()> {
+pub(crate) fn guest(
+    path: &Path,
+    kernel: &Kernel,
+    binaries: &Binaries,
+    module: Option<&Path>,
+) -> Result<()> {
     write(path, |archive| {
         init(archive, binaries)?;
         for name in binaries.names().iter().filter(|name| GUEST_PROGRAMS.contains(name)) {
@@ -57,7 +63,10 @@ pub(crate) fn host(
     })
 }
 
-fn write(path: &Path, fill: impl FnOnce(&mut Archive<BufWriter<File>>) -> Result<()>) -> Result<()> {
+fn write(
+    path: &Path,
+    fill: impl FnOnce(&mut Archive<BufWriter<File>>) -> Result<()>,
+) -> Result<()> {
     let make = || {
         let mut archive = Archive::new(BufWriter::new(File::create(path)?));
         fill(&mut archive)?;

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Debian's kernel in the build root: the stock image and modules, and the source prepared for building against.
+//! Debian's kernel in the build root: the stock image and modules, and the source prepared for
+//! building against.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -43,7 +44,8 @@ impl Kernel {
     pub(crate) fn make(cache: &Cache, root: Root) -> Result<Self> {
         let path = root.path(&format!("{FOLDER}/kernel.json"));
         if let Ok(bytes) = fs::read(&path) {
-            let record = serde_json::from_slice(&bytes).with_context(|| path.display().to_string())?;
+            let record =
+                serde_json::from_slice(&bytes).with_context(|| path.display().to_string())?;
             return Ok(Self { record, root });
         }
         let log = cache.fresh_log("kernel")?;
@@ -55,7 +57,9 @@ impl Kernel {
             release: release.name.clone(),
         };
         let kernel = Self { record, root };
-        ui::step(&format!("kernel: packages of {}", release.name), || kernel.install(&release, &log))?;
+        ui::step(&format!("kernel: packages of {}", release.name), || {
+            kernel.install(&release, &log)
+        })?;
         ui::step("kernel: source prepared for modules in Rust", || kernel.prepare(&release, &log))?;
         let temporary = cache.folder().join("partial-kernel.json");
         fs::write(&temporary, serde_json::to_vec(&kernel.record)?)?;
@@ -97,8 +101,8 @@ impl Kernel {
             .args([exactly(&release.source(), release), exactly(&release.headers(), release)])
             .args(TOOLS)
             .run()?;
-        // The image is not installed, only unpacked: its scripts would make an initramfs nobody boots.
-        // The modules are stored plain, as the test VMs load them.
+        // The image is not installed, only unpacked: its scripts would make an initramfs nobody
+        // boots. The modules are stored plain, as the test VMs load them.
         let images = release.images().map(|image| exactly(&image, release)).join(" ");
         let unpack = format!(
             "set -e; mkdir -p {FOLDER}/packages {FOLDER}/image; cd {FOLDER}/packages; \
@@ -130,10 +134,15 @@ impl Kernel {
         make().arg(format!("-j{jobs}")).args([&local, "modules_prepare"]).run()?;
         let symbols = format!("/usr/src/{headers}/Module.symvers");
         self.root.tool("cp", log).args([&symbols, source]).run()?;
-        let built = fs::read_to_string(self.root.path(&format!("{source}/include/config/kernel.release")))
-            .context("the prepared source names no release")?;
+        let built =
+            fs::read_to_string(self.root.path(&format!("{source}/include/config/kernel.release")))
+                .context("the prepared source names no release")?;
         if built.trim() != release.name {
-            bail!("the prepared source is of release {}, the image of {}", built.trim(), release.name);
+            bail!(
+                "the prepared source is of release {}, the image of {}",
+                built.trim(),
+                release.name
+            );
         }
         Ok(())
     }

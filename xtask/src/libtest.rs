@@ -15,19 +15,23 @@ pub(crate) struct Outcome {
 
 /// Reads the log of a run.
 ///
-/// The harness knows no skipped tests: one that finds its machine wanting prints `skipped: WHY` and passes.
+/// The harness knows no skipped tests: one that finds its machine wanting prints `skipped: WHY` and
+/// passes.
 pub(crate) fn read(text: &str) -> Outcome {
     let mut outcome = Outcome::default();
     let mut skipped = 0;
     let mut program = "";
-    // The harness lists the failed tests last, after a section of the same title with what they printed.
+    // The harness lists the failed tests last, after a section of the same title with what they
+    // printed.
     let mut listed: Option<Vec<&str>> = None;
     let mut is_open = false;
     for line in text.lines() {
         if let Some(next) = program_of(line) {
             outcome.end_early(is_open, program);
             (program, is_open, listed) = (next, false, None);
-        } else if line.starts_with("running ") && (line.ends_with(" test") || line.ends_with(" tests")) {
+        } else if line.starts_with("running ")
+            && (line.ends_with(" test") || line.ends_with(" tests"))
+        {
             is_open = true;
         } else if let Some(result) = line.strip_prefix("test result: ") {
             outcome.count += counts(result);

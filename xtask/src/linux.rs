@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Linux guests of several kernels, booted by this machine's QEMU: what `kvmmem` finds in their memory is compared with what
-//! the guests' own /proc shows.
+//! Linux guests of several kernels, booted by this machine's QEMU: what `kvmmem` finds in their
+//! memory is compared with what the guests' own /proc shows.
 
 mod compare;
 pub(crate) mod guest;
@@ -210,7 +210,10 @@ fn run_with<'a>(
     };
     let checks: Vec<_> = thread::scope(|scope| {
         let workers: Vec<_> = (0..AT_ONCE).map(|_| scope.spawn(work)).collect();
-        workers.into_iter().map(|worker| worker.join().map_err(|_| anyhow!("a worker panicked"))).collect()
+        workers
+            .into_iter()
+            .map(|worker| worker.join().map_err(|_| anyhow!("a worker panicked")))
+            .collect()
     });
     for checks in checks {
         for (name, result) in checks? {
@@ -239,18 +242,25 @@ struct Host<'a> {
 
 impl Host<'_> {
     /// Boots a guest, and compares.
-    fn examine(&self, guest: (&Variant, &Stock), scene: &Path, folder: &Path, checks: &mut Vec<Check>) {
+    fn examine(
+        &self,
+        guest: (&Variant, &Stock),
+        scene: &Path,
+        folder: &Path,
+        checks: &mut Vec<Check>,
+    ) {
         let (variant, stock) = guest;
         let mut check = |what: &str, result: Result<()>| {
             let is_fine = result.is_ok();
             checks.push((format!("{}: {what}", variant.name), result));
             is_fine
         };
-        let booted = Guest::start(variant, stock, scene, folder, &[], &self.log).and_then(|mut guest| {
-            let truth = guest.truth()?;
-            self.kvmmem().args(["target", "add", "--qmp"]).arg(guest.qmp()).run()?;
-            Ok((guest, truth))
-        });
+        let booted =
+            Guest::start(variant, stock, scene, folder, &[], &self.log).and_then(|mut guest| {
+                let truth = guest.truth()?;
+                self.kvmmem().args(["target", "add", "--qmp"]).arg(guest.qmp()).run()?;
+                Ok((guest, truth))
+            });
         let (_guest, truth) = match booted {
             Ok(booted) => booted,
             Err(error) => {
@@ -265,16 +275,24 @@ impl Host<'_> {
         let file = ["--file".into(), dump.clone().into_os_string()];
         let sources = [("running", target, true), ("from its dump", file, is_dumped)];
         for (how, source, _) in sources.iter().filter(|(_, _, is_there)| *is_there) {
-            let print = |verb: Tool| verb.arg("--json").args(source).output().and_then(|text| rows(&text));
+            let print =
+                |verb: Tool| verb.arg("--json").args(source).output().and_then(|text| rows(&text));
             for (verb, compare) in VERBS {
                 let rows = print(self.kvmmem().args(verb));
-                check(&format!("{} {how}", verb.join(" ")), rows.and_then(|rows| compare(&truth, &rows)));
+                check(
+                    &format!("{} {how}", verb.join(" ")),
+                    rows.and_then(|rows| compare(&truth, &rows)),
+                );
             }
-            let of_process = memory::verbs(&truth).and_then(|verbs| Ok((verbs, mounts::verbs(&truth)?)));
+            let of_process =
+                memory::verbs(&truth).and_then(|verbs| Ok((verbs, mounts::verbs(&truth)?)));
             match of_process {
                 Ok((memory, mounts)) => memory.iter().chain(&mounts).for_each(|(verb, compare)| {
                     let rows = print(self.kvmmem().args(verb));
-                    check(&format!("{} {how}", verb.join(" ")), rows.and_then(|rows| compare(&rows)));
+                    check(
+                        &format!("{} {how}", verb.join(" ")),
+                        rows.and_then(|rows| compare(&rows)),
+                    );
                 }),
                 Err(error) => drop(check("it has the scene's processes", Err(error))),
             }
@@ -286,8 +304,17 @@ impl Host<'_> {
             let core = folder.join(format!("core {how}"));
             check(&format!("dump --pid {how}"), self.core(source, &truth, &core));
         }
-        let watch =
-            ["ps", "--watch", "--count", "3", "--interval", "100ms", "--json", "--target", variant.name];
+        let watch = [
+            "ps",
+            "--watch",
+            "--count",
+            "3",
+            "--interval",
+            "100ms",
+            "--json",
+            "--target",
+            variant.name,
+        ];
         let rows_of = |tool: Tool| tool.output().and_then(|text| rows(&text));
         check(
             "ps --watch running",
@@ -304,7 +331,11 @@ impl Host<'_> {
     fn scan_process(&self, truth: &Truth, source: &[OsString; 2]) -> Result<()> {
         let (pid, line) = compare::long_command_line(truth)?;
         let pattern: String = line.iter().map(|byte| format!("{byte:02x}")).collect();
-        let text = self.kvmmem().args(["scan", "--json", "--pid", &pid, &pattern]).args(source).output()?;
+        let text = self
+            .kvmmem()
+            .args(["scan", "--json", "--pid", &pid, &pattern])
+            .args(source)
+            .output()?;
         let found = rows(&text)?;
         let is_whole = |row: &Value| row["len"] == line.len() && row["gva"].is_string();
         ensure!(

@@ -38,7 +38,8 @@ impl Drop for Load {
 
 /// Keeps one CPU busy until `parent` ends.
 pub(crate) fn busy(parent: i32) -> Result<i32> {
-    set_parent_process_death_signal(Some(Signal::KILL)).context("cannot follow the parent's end")?;
+    set_parent_process_death_signal(Some(Signal::KILL))
+        .context("cannot follow the parent's end")?;
     // It may have ended before that call.
     if getppid() != Pid::from_raw(parent) {
         bail!("the process that wanted this one busy has ended");

@@ -24,6 +24,7 @@ mod linux;
 mod load;
 mod mirror;
 mod module;
+mod module_format;
 mod monitor;
 mod nested;
 mod plot;
@@ -107,7 +108,8 @@ enum Verb {
     Testbed,
     /// Build kvmmem.ko only, and print where it is
     Module,
-    /// Run a static program on the bed's KVM host, which has the kernel and the initramfs of a guest in /bed
+    /// Run a static program on the bed's KVM host, which has the kernel and the initramfs of a
+    /// guest in /bed
     Host {
         /// A file to be next to the program; may be repeated
         #[arg(long = "file", value_name = "PATH")]
@@ -183,10 +185,14 @@ fn run(verb: Verb) -> Result<i32> {
             on_host(Wanted::All, &verbs::e2e(&names, json))
         }
         Verb::Try { files, command } => on_host(Wanted::All, &verbs::try_program(files, command)?),
-        Verb::Bench { what, answers, .. } if !matches!(what, Bench::Answers) && answers.is_given() => {
+        Verb::Bench { what, answers, .. }
+            if !matches!(what, Bench::Answers) && answers.is_given() =>
+        {
             anyhow::bail!("--file, --rounds and --debug-information are options of bench answers")
         }
-        Verb::Bench { what: Bench::Answers, json, answers } => answers::run(&answers, json).map(|()| 0),
+        Verb::Bench { what: Bench::Answers, json, answers } => {
+            answers::run(&answers, json).map(|()| 0)
+        }
         Verb::Bench { what: Bench::V1, json, .. } => {
             print!("{}", verbs::bench_here("kvmmem-broker", "kvmi_read", json)?);
             on_host(Wanted::All, &verbs::bench("v1", json))
@@ -196,7 +202,9 @@ fn run(verb: Verb) -> Result<i32> {
             print!("{}", verbs::bench_here("kvmmem", "host_scan", json)?);
             on_host(Wanted::All, &verbs::bench("views", json))
         }
-        Verb::Bench { what: Bench::Qemu, json, .. } => on_host(Wanted::All, &verbs::bench("qemu", json)),
+        Verb::Bench { what: Bench::Qemu, json, .. } => {
+            on_host(Wanted::All, &verbs::bench("qemu", json))
+        }
         Verb::Bench { what: Bench::Broker, json, .. } => {
             print!("{}", verbs::bench_here("kvmmem-broker", "crowd", json)?);
             Ok(0)

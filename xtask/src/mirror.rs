@@ -13,7 +13,9 @@ pub(crate) const VARIABLE: &str = "KVMMEM_DEBIAN_MIRROR";
 pub(crate) fn find() -> Result<String> {
     let given = std::env::var(VARIABLE).ok().filter(|mirror| !mirror.is_empty());
     given.or_else(|| from_apt(Path::new("/etc/apt"))).with_context(|| {
-        format!("no Debian mirror among this machine's apt sources: set {VARIABLE} to the URI of one")
+        format!(
+            "no Debian mirror among this machine's apt sources: set {VARIABLE} to the URI of one"
+        )
     })
 }
 
@@ -64,12 +66,14 @@ fn from_stanza(stanza: &str) -> Option<String> {
     field("URIs")?.split(' ').find_map(|uri| debian(uri, suite))
 }
 
-/// Whether it is a mirror of Debian's main archive: only those end in `/debian`; updates for security do not.
+/// Whether it is a mirror of Debian's main archive: only those end in `/debian`; updates for
+/// security do not.
 fn debian(uri: &str, suite: &str) -> Option<String> {
     let uri = uri.trim_end_matches('/');
-    let fits = (uri.starts_with("http://") || uri.starts_with("https://") || uri.starts_with("file:"))
-        && uri.ends_with("/debian")
-        && !suite.contains("security");
+    let fits =
+        (uri.starts_with("http://") || uri.starts_with("https://") || uri.starts_with("file:"))
+            && uri.ends_with("/debian")
+            && !suite.contains("security");
     fits.then(|| uri.to_owned())
 }
 
@@ -87,7 +91,10 @@ mod tests {
         );
         assert_eq!(from_line("# deb http://mirror.example/debian trixie main"), None);
         assert_eq!(from_line("deb-src http://mirror.example/debian trixie main"), None);
-        assert_eq!(from_line("deb http://mirror.example/debian-security trixie-security main"), None);
+        assert_eq!(
+            from_line("deb http://mirror.example/debian-security trixie-security main"),
+            None
+        );
         assert_eq!(from_line("deb http://mirror.example/ubuntu noble main"), None);
         assert_eq!(from_line("deb"), None);
     }

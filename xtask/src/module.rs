@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! kvmmem.ko, built against the stock kernel's source in the build root: as it is shipped, and for the selftest.
+//! kvmmem.ko, built against the stock kernel's source in the build root: as it is shipped, and for
+//! the selftest.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -11,7 +12,8 @@ use crate::kernel::Kernel;
 use crate::tool::Tool;
 use crate::{project, root, ui};
 
-/// What the module is made of. It is copied in the checkout's layout, as its files name each other by relative paths.
+/// What the module is made of. It is copied in the checkout's layout, as its files name each other
+/// by relative paths.
 const SOURCES: [&str; 3] = ["kernel", "crates/kvmmem-abi", "crates/kvmmem-table"];
 
 /// Where it is built, inside the root.
@@ -65,7 +67,8 @@ pub(crate) fn make(cache: &Cache, kernel: &Kernel, variant: Variant) -> Result<P
         for file in &files {
             let to = copy.path().join(file);
             fs::create_dir_all(to.parent().unwrap_or(&to))?;
-            fs::copy(project::root().join(file), &to).with_context(|| file.display().to_string())?;
+            fs::copy(project::root().join(file), &to)
+                .with_context(|| file.display().to_string())?;
         }
         Tool::as_root("cp", &log).arg("-r").arg(copy.path()).arg(root.path(FOLDER)).run()?;
         root.tool("make", &log)
@@ -73,7 +76,8 @@ pub(crate) fn make(cache: &Cache, kernel: &Kernel, variant: Variant) -> Result<P
             .args([&format!("KVMMEM_SELFTEST={}", variant.switch()), "modules"])
             .run()?;
         let built = root.path(&format!("{FOLDER}/kernel/kvmmem.ko"));
-        let bytes = fs::read(&built).with_context(|| format!("the build made no {}", built.display()))?;
+        let bytes =
+            fs::read(&built).with_context(|| format!("the build made no {}", built.display()))?;
         let forced = forced_parameters(&bytes);
         if variant == Variant::Shipped && !forced.is_empty() {
             bail!("the module as shipped has the selftest's parameters: {}", forced.join(", "));
@@ -109,7 +113,8 @@ fn sources() -> Result<Vec<PathBuf>> {
 }
 
 fn collect(folder: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
-    let entries = fs::read_dir(project::root().join(folder)).with_context(|| folder.display().to_string())?;
+    let entries =
+        fs::read_dir(project::root().join(folder)).with_context(|| folder.display().to_string())?;
     for entry in entries {
         let entry = entry?;
         let path = folder.join(entry.file_name());

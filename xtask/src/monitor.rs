@@ -19,8 +19,8 @@ pub(crate) struct Monitor(BufReader<UnixStream>);
 
 impl Monitor {
     pub(crate) fn connect(path: &Path) -> Result<Self> {
-        let stream =
-            UnixStream::connect(path).with_context(|| format!("cannot connect to {}", path.display()))?;
+        let stream = UnixStream::connect(path)
+            .with_context(|| format!("cannot connect to {}", path.display()))?;
         stream.set_read_timeout(Some(LIMIT))?;
         let mut monitor = Self(BufReader::new(stream));
         monitor.execute("qmp_capabilities", &json!({}))?;
@@ -53,7 +53,9 @@ impl Monitor {
 fn parse(text: &str) -> BTreeMap<String, u64> {
     let text = text.replace(" =", "=");
     let pairs = text.split_whitespace().filter_map(|word| word.split_once('='));
-    pairs.filter_map(|(name, value)| Some((name.to_owned(), u64::from_str_radix(value, 16).ok()?))).collect()
+    pairs
+        .filter_map(|(name, value)| Some((name.to_owned(), u64::from_str_radix(value, 16).ok()?)))
+        .collect()
 }
 
 #[cfg(test)]
@@ -65,7 +67,8 @@ mod tests {
         let text = "RSI=00000000000000ff RDI=ff480bb09f418060\r\nR8 =0000000000000007 R10=8\r\n\
                     RIP=ffffffffb10e4b17 RFL=00000046 [---Z-P-] CPL=0\r\nCR0=80050033 CR3=000000001a22a000\r\n";
         let found = parse(text);
-        for (name, value) in [("R8", 7), ("RIP", 0xffff_ffff_b10e_4b17), ("RFL", 0x46), ("CR3", 0x1a22_a000)]
+        for (name, value) in
+            [("R8", 7), ("RIP", 0xffff_ffff_b10e_4b17), ("RFL", 0x46), ("CR3", 0x1a22_a000)]
         {
             assert_eq!(found.get(name), Some(&value), "{name}");
         }

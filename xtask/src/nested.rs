@@ -17,7 +17,8 @@ use crate::{interrupt, tool};
 /// The emulator.
 pub(crate) const QEMU: &str = "qemu-system-x86_64";
 
-/// `x86_64` features: SVM with nested paging. Not `max`: its guests' guests die in FPU set-up on QEMU 7.2.
+/// `x86_64` features: SVM with nested paging. Not `max`: its guests' guests die in FPU set-up on
+/// QEMU 7.2.
 const CPU: &str = "qemu64,+svm,+npt";
 
 /// RAM of the host: guests of several GiB are sparse, but large pages are not.
@@ -41,10 +42,12 @@ pub(crate) struct NestedHost<'a> {
 }
 
 impl NestedHost<'_> {
-    /// Boots it, passes on what its program prints (stdout to `out`), and returns the program's exit code.
+    /// Boots it, passes on what its program prints (stdout to `out`), and returns the program's
+    /// exit code.
     pub(crate) fn run(&self, out: &mut dyn Write) -> Result<i32> {
         let _watch = interrupt::watch()?;
-        let mut qemu = Emulator(self.command().spawn().with_context(|| format!("cannot run {QEMU}"))?);
+        let mut qemu =
+            Emulator(self.command().spawn().with_context(|| format!("cannot run {QEMU}"))?);
         let mut stream = qemu.0.stdout.take().context("no stdout of the emulator")?;
         let (sender, reports) = mpsc::sync_channel(16);
         thread::spawn(move || {
@@ -86,8 +89,9 @@ impl NestedHost<'_> {
     fn command(&self) -> Command {
         let mut command = Command::new(QEMU);
         command
-            // One CPU: the kernel patches its own code while another CPU runs it, which QEMU's threads do not get right;
-            // with two, the host or a guest died in every third run ("Oops: int3").
+            // One CPU: the kernel patches its own code while another CPU runs it, which QEMU's
+            // threads do not get right; with two, the host or a guest died in every
+            // third run ("Oops: int3").
             .args(["-accel", "tcg", "-cpu", CPU, "-smp", "1", "-m", MEMORY])
             .args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"])
             .arg("-kernel")
@@ -100,7 +104,8 @@ impl NestedHost<'_> {
             .arg(format!("file:{}", self.console.display()))
             .args(["-chardev", "stdio,id=report,signal=off", "-device", "virtio-serial-pci"])
             .args(["-device", "virtserialport,chardev=report"])
-            // Held open: at its end, QEMU closes the report port and its writer in the VM waits for ever.
+            // Held open: at its end, QEMU closes the report port and its writer in the VM waits for
+            // ever.
             .stdin(Stdio::piped())
             .stdout(Stdio::piped());
         if let Some(disk) = self.disk {
@@ -113,7 +118,8 @@ impl NestedHost<'_> {
     /// Says why the VM ended without a report.
     fn died(&self, qemu: &mut Emulator) -> Result<i32> {
         let status = qemu.wait(POWER_OFF);
-        let console = String::from_utf8_lossy(&std::fs::read(self.console).unwrap_or_default()).into_owned();
+        let console =
+            String::from_utf8_lossy(&std::fs::read(self.console).unwrap_or_default()).into_owned();
         let how = match status {
             _ if console.contains("Kernel panic") => "the host VM's kernel panicked".to_owned(),
             Some(status) if !status.success() => format!("{QEMU}: {status}"),
@@ -123,8 +129,9 @@ impl NestedHost<'_> {
     }
 }
 
-/// What makes a kernel quicker under emulation, where nothing is gained by its guards and its waits; and a timer that
-/// ticks by itself: one that the kernel sets for each event was lost now and then, and the host stood still for ever.
+/// What makes a kernel quicker under emulation, where nothing is gained by its guards and its
+/// waits; and a timer that ticks by itself: one that the kernel sets for each event was lost now
+/// and then, and the host stood still for ever.
 const QUICK: &str = "mitigations=off nokaslr cryptomgr.notests tsc=reliable no_timer_check nowatchdog \
     highres=off nohz=off";
 

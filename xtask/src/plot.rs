@@ -17,7 +17,8 @@ struct Row {
     better: String,
 }
 
-/// Height of a line, start of the bars, length of a bar that meets its goal exactly, the most that is drawn; in pixels.
+/// Height of a line, start of the bars, length of a bar that meets its goal exactly, the most that
+/// is drawn; in pixels.
 const LINE: u32 = 26;
 const LEFT: u32 = 420;
 const UNIT: f64 = 160.0;
@@ -28,7 +29,10 @@ pub(crate) fn run(file: &Path) -> Result<()> {
     for line in stdin().lines() {
         let line = line.context("cannot read standard input")?;
         if line.starts_with('{') {
-            rows.push(serde_json::from_str(&line).with_context(|| format!("no line of a bench: {line}"))?);
+            rows.push(
+                serde_json::from_str(&line)
+                    .with_context(|| format!("no line of a bench: {line}"))?,
+            );
         }
     }
     ensure!(
@@ -93,11 +97,20 @@ mod tests {
 
     #[test]
     fn a_bar_is_as_long_as_the_goal_is_met() {
-        let row = |better: &str, ratio, goal| Row { name: "a<b".into(), ratio, goal, better: better.into() };
+        let row = |better: &str, ratio, goal| Row {
+            name: "a<b".into(),
+            ratio,
+            goal,
+            better: better.into(),
+        };
         assert!((merit(&row("higher", 1.9, 0.95)) - 2.0).abs() < 1e-9);
         assert!((merit(&row("lower", 3.0, 1.5)) - 0.5).abs() < 1e-9);
         assert!(merit(&row("lower", 0.0, 1.5)).abs() < 1e-9);
         let svg = draw(&[row("lower", 3.0, 1.5), row("higher", 1.0, 1.0)]);
-        assert!(svg.contains("a&lt;b") && svg.contains("width=\"80.0\"") && svg.contains("width=\"160.0\""));
+        assert!(
+            svg.contains("a&lt;b")
+                && svg.contains("width=\"80.0\"")
+                && svg.contains("width=\"160.0\"")
+        );
     }
 }

@@ -76,7 +76,9 @@ pub(crate) fn provision(cache: &Cache, purpose: Purpose) -> Result<()> {
     let packages: Vec<_> = missing.iter().map(|need| need.package).collect();
     let list = packages.join(" ");
     if !uses_apt() {
-        bail!("this machine lacks some programs; install what Debian's packages of these names hold: {list}");
+        bail!(
+            "this machine lacks some programs; install what Debian's packages of these names hold: {list}"
+        );
     }
     if !is_root() && !is_installed("sudo") {
         bail!("this machine lacks some programs; run as root: apt-get install {list}");
@@ -86,7 +88,9 @@ pub(crate) fn provision(cache: &Cache, purpose: Purpose) -> Result<()> {
         ui::say(&format!("  {}: {}", need.package, need.why));
     }
     let log = cache.fresh_log("provision")?;
-    let apt = || Tool::as_root("env", &log).args(["DEBIAN_FRONTEND=noninteractive", "apt-get", "-q", "-y"]);
+    let apt = || {
+        Tool::as_root("env", &log).args(["DEBIAN_FRONTEND=noninteractive", "apt-get", "-q", "-y"])
+    };
     ui::step(&format!("apt-get install {list}"), || {
         apt().arg("update").run()?;
         apt().args(["install", "--no-install-recommends"]).args(&packages).run()

@@ -46,7 +46,8 @@ pub(crate) fn make(cache: &Cache) -> Result<PathBuf> {
         root::remove(&partial, &log)?;
         fs::create_dir(&partial)?;
         for release in &RELEASES {
-            let title = format!("stock QEMU of Debian {}", release.suites.last().unwrap_or(&release.name));
+            let title =
+                format!("stock QEMU of Debian {}", release.suites.last().unwrap_or(&release.name));
             ui::step(&title, || extract(release, &partial.join(release.name), &log))?;
         }
         ui::step("stock QEMUs: disk image", || pack(&partial, &image, &log))?;

@@ -41,7 +41,10 @@ impl Release {
     pub(crate) fn local_version(&self, kernel_version: &str) -> Result<&str> {
         match self.name.strip_prefix(kernel_version) {
             Some(rest) => Ok(rest),
-            None => bail!("release {} does not begin with its source's version {kernel_version}", self.name),
+            None => bail!(
+                "release {} does not begin with its source's version {kernel_version}",
+                self.name
+            ),
         }
     }
 }
@@ -58,20 +61,26 @@ pub(crate) fn parse(stanzas: &str) -> Vec<Package> {
     stanzas
         .split("\n\n")
         .filter_map(|stanza| {
-            let field = |name| stanza.lines().find_map(|line: &str| line.strip_prefix(name)).map(str::trim);
-            Some(Package { name: field("Package:")?.to_owned(), version: field("Version:")?.to_owned() })
+            let field =
+                |name| stanza.lines().find_map(|line: &str| line.strip_prefix(name)).map(str::trim);
+            Some(Package {
+                name: field("Package:")?.to_owned(),
+                version: field("Version:")?.to_owned(),
+            })
         })
         .collect()
 }
 
 /// The newest release with source, headers, image and modules of one version.
 pub(crate) fn newest(packages: &[Package]) -> Result<Release> {
-    let has =
-        |name: &str, version: &str| packages.iter().any(|one| one.name == name && one.version == version);
+    let has = |name: &str, version: &str| {
+        packages.iter().any(|one| one.name == name && one.version == version)
+    };
     let mut seen = Vec::new();
     let mut complete: Vec<(Vec<u32>, Release)> = Vec::new();
     for source in packages {
-        let Some(series) = source.name.strip_prefix("linux-source-").filter(|series| is_supported(series))
+        let Some(series) =
+            source.name.strip_prefix("linux-source-").filter(|series| is_supported(series))
         else {
             continue;
         };
@@ -80,8 +89,11 @@ pub(crate) fn newest(packages: &[Package]) -> Result<Release> {
                 Some(name) if name.ends_with(FLAVOUR) && starts_with_series(name, series) => name,
                 _ => continue,
             };
-            let release =
-                Release { name: name.to_owned(), version: source.version.clone(), series: series.to_owned() };
+            let release = Release {
+                name: name.to_owned(),
+                version: source.version.clone(),
+                series: series.to_owned(),
+            };
             if release.images().iter().all(|image| has(image, &release.version)) {
                 complete.push((numbers(&release.version), release));
             }
@@ -92,7 +104,11 @@ pub(crate) fn newest(packages: &[Package]) -> Result<Release> {
     match complete.pop() {
         Some((_, release)) => Ok(release),
         None if seen.is_empty() => {
-            bail!("Debian offers no kernel source of {}.{} or later for the test bed", OLDEST.0, OLDEST.1)
+            bail!(
+                "Debian offers no kernel source of {}.{} or later for the test bed",
+                OLDEST.0,
+                OLDEST.1
+            )
         }
         None => bail!(
             "no kernel of {}.{} or later has source, {FLAVOUR} headers, image and modules of one version just now; \
@@ -118,7 +134,10 @@ fn starts_with_series(name: &str, series: &str) -> bool {
 
 /// The numbers of a version, which order the versions of one source.
 fn numbers(version: &str) -> Vec<u32> {
-    version.split(|one: char| !one.is_ascii_digit()).filter_map(|digits| digits.parse().ok()).collect()
+    version
+        .split(|one: char| !one.is_ascii_digit())
+        .filter_map(|digits| digits.parse().ok())
+        .collect()
 }
 
 #[cfg(test)]

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The build root: a Debian system in a folder, with the compiler that Debian's own kernel was built with.
+//! The build root: a Debian system in a folder, with the compiler that Debian's own kernel was
+//! built with.
 
 use std::fs;
 use std::os::unix::fs::FileTypeExt as _;
@@ -76,7 +77,8 @@ impl Root {
     /// A program inside, as root, with /proc: objtool reads its limits there.
     pub(crate) fn tool(&self, program: &str, log: &Path) -> Tool {
         // In a mount namespace of its own, so that nothing stays mounted however the program ends.
-        const ENTER: &str = "mount --rbind /proc \"$0/proc\" && exec chroot \"$0\" /usr/bin/env -i \"$@\"";
+        const ENTER: &str =
+            "mount --rbind /proc \"$0/proc\" && exec chroot \"$0\" /usr/bin/env -i \"$@\"";
         Tool::as_root("unshare", log).args(["--mount", "sh", "-c", ENTER]).arg(&self.folder).args([
             "PATH=/usr/sbin:/usr/bin:/sbin:/bin",
             "LC_ALL=C.UTF-8",
@@ -105,7 +107,8 @@ impl Root {
                 "the build root has no /dev/null: device nodes cannot be made here (a container without CAP_MKNOD?)"
             );
         }
-        fs::rename(&partial, &self.folder).with_context(|| format!("cannot make {}", self.folder.display()))
+        fs::rename(&partial, &self.folder)
+            .with_context(|| format!("cannot make {}", self.folder.display()))
     }
 }
 

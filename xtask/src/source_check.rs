@@ -12,7 +12,8 @@ const FOLDERS: [&str; 4] = ["crates", "kernel", "tests", "xtask"];
 /// Where it may be unsafe.
 const ALLOWED: [&str; 2] = ["crates/kvmmem-sys", "kernel/sys.rs"];
 
-/// What breaks the rule under `root`: each place, or each program and library that does not deny unsafe code.
+/// What breaks the rule under `root`: each place, or each program and library that does not deny
+/// unsafe code.
 pub(crate) fn unsafe_code(root: &Path) -> Result<Vec<String>> {
     let mut found = Vec::new();
     for folder in FOLDERS {
@@ -27,11 +28,13 @@ fn walk(root: &Path, folder: &Path, found: &mut Vec<String>) -> Result<()> {
         .map(|entry| Ok(folder.join(entry?.file_name())))
         .collect::<std::io::Result<Vec<PathBuf>>>()?;
     paths.sort();
-    for path in paths.iter().filter(|path| !ALLOWED.iter().any(|allowed| path.starts_with(allowed))) {
+    for path in paths.iter().filter(|path| !ALLOWED.iter().any(|allowed| path.starts_with(allowed)))
+    {
         if root.join(path).is_dir() {
             walk(root, path, found)?;
         } else if path.extension().is_some_and(|end| end == "rs") {
-            let text = fs::read_to_string(root.join(path)).with_context(|| path.display().to_string())?;
+            let text =
+                fs::read_to_string(root.join(path)).with_context(|| path.display().to_string())?;
             for line in places(&text) {
                 found.push(format!("{}:{line}: unsafe code", path.display()));
             }
@@ -80,7 +83,9 @@ mod tests {
         ] {
             assert!(seen(line), "{line}");
         }
-        for line in ["// unsafe { }", "#[allow(unsafe_code)]", "let not_unsafe = 1;", "\"unsafe code\""] {
+        for line in
+            ["// unsafe { }", "#[allow(unsafe_code)]", "let not_unsafe = 1;", "\"unsafe code\""]
+        {
             assert!(!seen(line), "{line}");
         }
     }
@@ -107,7 +112,10 @@ mod tests {
         let found = unsafe_code(root.path()).unwrap();
         assert_eq!(
             found,
-            ["crates/a/src/lib.rs:2: unsafe code", "tests/b/src/main.rs: lacks #![deny(unsafe_code)]"]
+            [
+                "crates/a/src/lib.rs:2: unsafe code",
+                "tests/b/src/main.rs: lacks #![deny(unsafe_code)]"
+            ]
         );
     }
 }

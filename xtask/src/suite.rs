@@ -152,8 +152,14 @@ fn lines(suites: &[Finished]) -> String {
     let mut text = String::new();
     let mut all = Count::default();
     for suite in suites {
-        let rounds = if suite.rounds > 1 { format!(", {} rounds", suite.rounds) } else { String::new() };
-        text += &format!("{:<12} {} in {:.0} s{rounds}\n", suite.name, suite.count, suite.took.as_secs_f64());
+        let rounds =
+            if suite.rounds > 1 { format!(", {} rounds", suite.rounds) } else { String::new() };
+        text += &format!(
+            "{:<12} {} in {:.0} s{rounds}\n",
+            suite.name,
+            suite.count,
+            suite.took.as_secs_f64()
+        );
         all += suite.count;
     }
     for suite in suites {

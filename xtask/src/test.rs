@@ -18,7 +18,8 @@ use crate::provision::{self, Purpose};
 use crate::suite::{self, Count, Finished, Name, Suite};
 use crate::tool::Tool;
 use crate::{
-    crate_graph, deny, dist, interrupt, libtest, linux, project, scenarios, source_check, tools, ui,
+    crate_graph, deny, dist, interrupt, libtest, linux, module_format, project, scenarios,
+    source_check, tools, ui,
 };
 
 /// Which tests, and how.
@@ -78,7 +79,9 @@ impl Runner {
             match name {
                 Name::Unit => {
                     let log = self.cache.fresh_log("unit")?;
-                    ui::step("cargo test --workspace --no-run", || unit(&log).arg("--no-run").run())?;
+                    ui::step("cargo test --workspace --no-run", || {
+                        unit(&log).arg("--no-run").run()
+                    })?;
                 }
                 Name::Module | Name::Tools | Name::Linux | Name::E2e | Name::Qemu => {
                     self.bed()?;
@@ -99,7 +102,8 @@ impl Runner {
 
     fn suite(&self, name: Name) -> Result<Finished> {
         if name == Name::Packages && self.wants_bed {
-            // With it the module can be built from its package. If it cannot be made, those that need it say so.
+            // With it the module can be built from its package. If it cannot be made, those that
+            // need it say so.
             let _ = self.bed();
         }
         let mut suite = Suite::new(name);
@@ -127,12 +131,14 @@ fn style(cache: &Cache, suite: &mut Suite) -> Result<()> {
         ui::step(name, || Tool::new(project::cargo(), &log).args(args).dir(project::root()).run())
     };
     suite.check("fmt", cargo("fmt", &["fmt", "--all", "--check"]));
+    suite.check("fmt of the module", module_format::check(&project::root().join("kernel")));
     let lints = ["clippy", "--workspace", "--all-targets", "--quiet", "--", "-D", "warnings"];
     suite.check("clippy", cargo("clippy", &lints));
     // A workspace of its own, which only cargo-fuzz builds otherwise.
     let fuzz = ["--manifest-path", "fuzz/Cargo.toml"];
     suite.check("fmt of fuzz", cargo("fmt-fuzz", &[&["fmt"], &fuzz[..], &["--check"]].concat()));
-    let lints = ["--no-default-features", "--target-dir", "target", "--quiet", "--", "-D", "warnings"];
+    let lints =
+        ["--no-default-features", "--target-dir", "target", "--quiet", "--", "-D", "warnings"];
     suite.check("clippy of fuzz", cargo("clippy-fuzz", &[&["clippy"], &fuzz[..], &lints].concat()));
     let unsafe_code = source_check::unsafe_code(project::root()).and_then(|found| {
         if found.is_empty() {
@@ -146,7 +152,10 @@ fn style(cache: &Cache, suite: &mut Suite) -> Result<()> {
         if found.is_empty() {
             Ok(())
         } else {
-            bail!("dependencies that xtask/src/crate_graph.rs does not allow:\n  {}", found.join("\n  "))
+            bail!(
+                "dependencies that xtask/src/crate_graph.rs does not allow:\n  {}",
+                found.join("\n  ")
+            )
         }
     });
     suite.check("no tool links the broker", dependencies);
@@ -155,7 +164,8 @@ fn style(cache: &Cache, suite: &mut Suite) -> Result<()> {
 
 /// Unit and property tests, and bare guests where there is a /dev/kvm.
 fn units(cache: &Cache, suite: &mut Suite) -> Result<()> {
-    // Some tests use the test bed's programs; where those cannot be installed, they are skipped and say so.
+    // Some tests use the test bed's programs; where those cannot be installed, they are skipped and
+    // say so.
     let lock = cache.lock()?;
     if let Err(error) = provision::provision(cache, Purpose::Bed) {
         ui::say(&format!("  {error:#}"));
@@ -163,8 +173,9 @@ fn units(cache: &Cache, suite: &mut Suite) -> Result<()> {
     drop(lock);
     let log = cache.fresh_log("unit")?;
     // Without them some tests are skipped.
-    let _huge_pages =
-        HugePages::reserve(&log).inspect_err(|error| ui::say(&format!("  no huge pages: {error:#}"))).ok();
+    let _huge_pages = HugePages::reserve(&log)
+        .inspect_err(|error| ui::say(&format!("  no huge pages: {error:#}")))
+        .ok();
     let result = ui::step("cargo test --workspace", || {
         unit(&log).args(["--no-fail-fast", "--", "--show-output"]).run()
     });
@@ -177,7 +188,8 @@ fn unit(log: &Path) -> Tool {
 
 /// Every interleaving of the races, where a crate has such tests.
 fn loom(cache: &Cache, suite: &mut Suite) -> Result<()> {
-    let mut crates: Vec<_> = fs::read_dir(project::root().join("crates"))?.collect::<io::Result<_>>()?;
+    let mut crates: Vec<_> =
+        fs::read_dir(project::root().join("crates"))?.collect::<io::Result<_>>()?;
     crates.sort_by_key(fs::DirEntry::file_name);
     for entry in crates.iter().filter(|entry| entry.path().join("tests/loom.rs").exists()) {
         let name = entry.file_name().to_string_lossy().into_owned();
@@ -207,7 +219,8 @@ fn count(suite: &mut Suite, log: &Path, result: Result<()>) -> Result<()> {
     suite.add(outcome.count, outcome.failures);
     if result.is_err() {
         // The next round overwrites the log.
-        let time = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
+        let time =
+            SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
         let kept = log.with_extension(format!("failed-{time}.log"));
         fs::copy(log, &kept).with_context(|| kept.display().to_string())?;
         ui::say(&format!("  kept: {}", kept.display()));
@@ -216,7 +229,9 @@ fn count(suite: &mut Suite, log: &Path, result: Result<()>) -> Result<()> {
         // It fails without a failed test where something does not compile.
         Err(error) if outcome.count.failed == 0 => suite.fail("cargo test", &error),
         Err(error) => ui::say(&format!("  {error:#}")),
-        Ok(()) if outcome.count == Count::default() => suite.fail("cargo test", &anyhow!("no test ran")),
+        Ok(()) if outcome.count == Count::default() => {
+            suite.fail("cargo test", &anyhow!("no test ran"))
+        }
         Ok(()) => {}
     }
     Ok(())

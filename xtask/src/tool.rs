@@ -81,7 +81,8 @@ impl Tool {
         if output.status.code() != Some(code) {
             return Err(self.failed(output.status));
         }
-        String::from_utf8(output.stdout).with_context(|| format!("{} printed no UTF-8", self.line()))
+        String::from_utf8(output.stdout)
+            .with_context(|| format!("{} printed no UTF-8", self.line()))
     }
 
     fn line(&self) -> String {
@@ -118,8 +119,9 @@ pub(crate) fn is_root() -> bool {
 
 /// Whether `program` is on the PATH.
 pub(crate) fn is_installed(program: &str) -> bool {
-    std::env::var_os("PATH")
-        .is_some_and(|path| std::env::split_paths(&path).any(|folder| folder.join(program).is_file()))
+    std::env::var_os("PATH").is_some_and(|path| {
+        std::env::split_paths(&path).any(|folder| folder.join(program).is_file())
+    })
 }
 
 /// The end of a log and where it is, for an error message.

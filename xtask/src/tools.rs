@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Other projects' tools: each opens the ELF core that `kvmmem dump` makes of a real guest, without an option.
+//! Other projects' tools: each opens the ELF core that `kvmmem dump` makes of a real guest, without
+//! an option.
 //!
-//! The guest is Debian's kernel, of the test bed, in this machine's QEMU without hardware virtualisation. It has no root file
-//! system, so it panics and stands still: its page tables and its VMCOREINFO note are there by then. The tools come from
-//! Debian, in a folder of the cache, and from the Python package index, in another; those that cannot be had are skipped,
-//! as are stacks where the kernel's debug information is not in the cache ([`debug_kernel`]).
+//! The guest is Debian's kernel, of the test bed, in this machine's QEMU without hardware
+//! virtualisation. It has no root file system, so it panics and stands still: its page tables and
+//! its VMCOREINFO note are there by then. The tools come from Debian, in a folder of the cache, and
+//! from the Python package index, in another; those that cannot be had are skipped, as are stacks
+//! where the kernel's debug information is not in the cache ([`debug_kernel`]).
 
 mod debug_kernel;
 mod guest;
@@ -29,7 +31,8 @@ const DEBIAN: [&str; 2] = ["crash", "makedumpfile"];
 /// The Python packages.
 const PYTHON: [&str; 2] = ["drgn==0.3.0", "volatility3==2.28.2"];
 
-/// What drgn runs: prints the release of the note, and that at the virtual address that the note gives.
+/// What drgn runs: prints the release of the note, and that at the virtual address that the note
+/// gives.
 const DRGN: &str = r#"
 import re
 note = prog["VMCOREINFO"].string_().decode()
@@ -51,7 +54,8 @@ pub(crate) fn run(cache: &Cache, bed: &Bed, suite: &mut Suite) -> Result<()> {
     let scratch = cache.scratch()?;
     let log = cache.fresh_log("tools")?;
     let core = scratch.path().join("core");
-    let made = ui::step("tools: a guest and its core", || guest::dump(bed, scratch.path(), &core, &log));
+    let made =
+        ui::step("tools: a guest and its core", || guest::dump(bed, scratch.path(), &core, &log));
     let registers = match made {
         Ok(registers) => registers,
         Err(error) => {
@@ -59,7 +63,10 @@ pub(crate) fn run(cache: &Cache, bed: &Bed, suite: &mut Suite) -> Result<()> {
             return Ok(());
         }
     };
-    suite.check("an ELF core has each vCPU's page tables", guest::has_page_tables(&core, &registers));
+    suite.check(
+        "an ELF core has each vCPU's page tables",
+        guest::has_page_tables(&core, &registers),
+    );
     let release = bed.kernel().release();
     let debug = debug_kernel::find(cache, bed, &log);
     gdb(suite, &core, &registers, &log);
@@ -83,16 +90,23 @@ fn gdb(suite: &mut Suite, core: &Path, registers: &[Registers], log: &Path) {
     if !is_installed("gdb") {
         return suite.skip(&format!("{CHECK}: install gdb"));
     }
-    let of_thread = |thread| format!("thread apply {thread} info registers rip rsp rbp rbx r12 eflags");
+    let of_thread =
+        |thread| format!("thread apply {thread} info registers rip rsp rbp rbx r12 eflags");
     let commands = [vec!["info threads".to_owned()], (1..=VCPUS).map(of_thread).collect()].concat();
     let words = commands.iter().flat_map(|command| ["-ex", command]);
-    let found = Tool::new("gdb", log).args(["-q", "-nx", "-batch"]).args(words).arg("-c").arg(core).output();
+    let found = Tool::new("gdb", log)
+        .args(["-q", "-nx", "-batch"])
+        .args(words)
+        .arg("-c")
+        .arg(core)
+        .output();
     suite.check(CHECK, found.and_then(|found| shows(&found, registers)));
 }
 
 /// Whether what gdb has printed of the threads is what their vCPUs have.
 fn shows(found: &str, registers: &[Registers]) -> Result<()> {
-    let (threads, shown) = found.split_once("Thread 1 (LWP 1)").context("gdb shows no registers")?;
+    let (threads, shown) =
+        found.split_once("Thread 1 (LWP 1)").context("gdb shows no registers")?;
     ensure!(threads.matches("LWP").count() >= VCPUS, "gdb shows other threads: {threads:?}");
     let shown: Vec<&str> = shown.split("Thread ").collect();
     ensure!(shown.len() == registers.len(), "gdb shows registers of {} threads", shown.len());
@@ -109,7 +123,10 @@ fn shows(found: &str, registers: &[Registers]) -> Result<()> {
             let value = line.and_then(|line| line.split_whitespace().nth(1)?.strip_prefix("0x"));
             let value = value.and_then(|value| u64::from_str_radix(value, 16).ok());
             let expected = register(registers, qemu)?;
-            ensure!(value == Some(expected), "{name} of a vCPU is {expected:#x}, and gdb shows {line:?}");
+            ensure!(
+                value == Some(expected),
+                "{name} of a vCPU is {expected:#x}, and gdb shows {line:?}"
+            );
         }
     }
     Ok(())
@@ -139,12 +156,21 @@ fn debian(
     let inside = format!("/tmp/{}", std::process::id());
     let folder = root.path(&inside);
     let copied = Tool::as_root("mkdir", log).arg(&folder).run().and_then(|()| {
-        Tool::as_root("cp", log).args(["--sparse=always", "--"]).arg(core).arg(folder.join("core")).run()
+        Tool::as_root("cp", log)
+            .args(["--sparse=always", "--"])
+            .arg(core)
+            .arg(folder.join("core"))
+            .run()
     });
     let tried = copied.map(|()| {
         let core = format!("{inside}/core");
-        let smaller =
-            root.tool("makedumpfile", log).args(["-f", "-d", "1", &core, &format!("{inside}/smaller")]);
+        let smaller = root.tool("makedumpfile", log).args([
+            "-f",
+            "-d",
+            "1",
+            &core,
+            &format!("{inside}/smaller"),
+        ]);
         suite.check("makedumpfile leaves out a core's zero pages", smaller.run());
         let found = root.tool("crash", log).args(["--osrelease", &core]).output();
         suite.check("crash tells a core's kernel", found.and_then(|found| tells(&found, release)));
@@ -160,11 +186,13 @@ fn debian(
     }
 }
 
-/// Whether crash shows the stack of each vCPU. This release of it does not know the slabs of the newest kernels.
+/// Whether crash shows the stack of each vCPU. This release of it does not know the slabs of the
+/// newest kernels.
 fn crash(root: &Root, inside: &str, vmlinux: &Path, log: &Path) -> Result<()> {
     debug_kernel::link(vmlinux, &root.path(&format!("{inside}/vmlinux")), log)?;
-    let script =
-        format!("printf 'bt -a\\nquit\\n' | crash -s --no_kmem_cache {inside}/vmlinux {inside}/core");
+    let script = format!(
+        "printf 'bt -a\\nquit\\n' | crash -s --no_kmem_cache {inside}/vmlinux {inside}/core"
+    );
     let found = root.tool("sh", log).args(["-c", &script]).output()?;
     // One has found no root file system.
     ["CPU: 0 ", "CPU: 1 ", " panic at ", " mount_root_generic at ", " kernel_init at "]
@@ -222,9 +250,13 @@ fn python(
         drgn.output().and_then(|found| tells(&found, &format!("{release} {release}"))),
     );
     if let Some(vmlinux) = debugged(suite, "drgn", vmlinux) {
-        let drgn = Tool::new(folder.join("bin/drgn"), log).args(["-q", "-e", STACKS, "-c"]).arg(core);
+        let drgn =
+            Tool::new(folder.join("bin/drgn"), log).args(["-q", "-e", STACKS, "-c"]).arg(core);
         let found = drgn.arg("-s").arg(vmlinux).output();
-        suite.check("drgn shows the vCPUs' stacks", found.and_then(|found| stacks(&found, registers)));
+        suite.check(
+            "drgn shows the vCPUs' stacks",
+            found.and_then(|found| stacks(&found, registers)),
+        );
     }
     let volatility =
         Tool::new(folder.join("bin/vol"), log).args(["-q", "-f"]).arg(core).arg("banners.Banners");

@@ -16,7 +16,12 @@ use crate::{elf, project};
 const NAME: &str = "kvmmem-e2e";
 
 fn job(args: Vec<String>, minutes: u64) -> Job {
-    Job { program: format!("bin/{NAME}"), args, files: Vec::new(), limit: Duration::from_secs(minutes * 60) }
+    Job {
+        program: format!("bin/{NAME}"),
+        args,
+        files: Vec::new(),
+        limit: Duration::from_secs(minutes * 60),
+    }
 }
 
 /// Scenarios by name, or all of them.
@@ -39,8 +44,9 @@ pub(crate) fn list() -> Result<String> {
 pub(crate) fn check(names: &[String]) -> Result<()> {
     let list = if names.is_empty() { String::new() } else { list()? };
     // A whole part goes by what its names begin with.
-    let is_in =
-        |line: &str, name: &str| line.strip_prefix(name).is_some_and(|rest| rest.starts_with([' ', '_']));
+    let is_in = |line: &str, name: &str| {
+        line.strip_prefix(name).is_some_and(|rest| rest.starts_with([' ', '_']))
+    };
     let known = |name: &String| list.lines().any(|line| is_in(line, name));
     match names.iter().find(|name| !known(name)) {
         Some(name) => bail!("no scenario is named {name:?}; `cargo xtask e2e --list` lists them"),

@@ -24,16 +24,23 @@ impl Way {
             _ => {}
         }
         let info = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-        // Some machines have a /dev/kvm without hardware behind it, which takes minutes to boot a kernel.
+        // Some machines have a /dev/kvm without hardware behind it, which takes minutes to boot a
+        // kernel.
         if !has_virtualisation(&info) {
-            return (Self::Nested, "this machine has no hardware virtualisation (svm, vmx)".to_owned());
+            return (
+                Self::Nested,
+                "this machine has no hardware virtualisation (svm, vmx)".to_owned(),
+            );
         }
         for device in ["/dev/kvm", "/dev/vhost-vsock"] {
             if let Err(error) = OpenOptions::new().read(true).write(true).open(device) {
                 return (Self::Nested, format!("{device} cannot be used: {error}"));
             }
         }
-        (Self::Direct, "this machine has hardware virtualisation, /dev/kvm and /dev/vhost-vsock".to_owned())
+        (
+            Self::Direct,
+            "this machine has hardware virtualisation, /dev/kvm and /dev/vhost-vsock".to_owned(),
+        )
     }
 
     /// As in the environment of the host's program.

@@ -19,7 +19,8 @@ pub const FEATURE_VMCALL: u32 = 1 << 0;
 /// Feature bit: the doorbell port reaches the VMM.
 pub const FEATURE_DOORBELL: u32 = 1 << 1;
 
-/// Feature bit: views are opened by the hypercall ATTACH ([`crate::hypercall`]), through a window of guest-physical memory.
+/// Feature bit: views are opened by the hypercall ATTACH ([`crate::hypercall`]), through a window
+/// of guest-physical memory.
 pub const FEATURE_WINDOW: u32 = 1 << 2;
 
 /// The doorbell port that `kvmmem-vmm` offers; guests take it from [`LEAF_FEATURES`].

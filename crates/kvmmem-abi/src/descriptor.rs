@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The descriptor page: what the host tells a guest's driver of a view. The same page serves a window that a hypercall
-//! opened and one that came as PCI devices.
+//! The descriptor page: what the host tells a guest's driver of a view. The same page serves a
+//! window that a hypercall opened and one that came as PCI devices.
 //!
-//! All numbers are little-endian. The host makes [`Descriptor::generation`] odd while it changes the page and even
-//! again, and higher, when it has done so; a reader copies the page, and takes the copy if both before and after it
-//! saw the same even generation.
+//! All numbers are little-endian. The host makes [`Descriptor::generation`] odd while it changes
+//! the page and even again, and higher, when it has done so; a reader copies the page, and takes
+//! the copy if both before and after it saw the same even generation.
 //!
 //! | offset | size | field |
 //! |---|---|---|
@@ -28,14 +28,15 @@
 //!
 //! # Windows that are PCI devices
 //!
-//! A view is one slot, or several: PCI functions of QEMU's `ivshmem-plain`, plugged in together. BAR 2 of function 0 is
-//! this page, and nothing else is ever in a function 0 of ours; BAR 2 of the functions 1 to [`SLOT_WINDOWS`] are
-//! windows. Window `w` is function `1 + (w - 1) % SLOT_WINDOWS` of slot `(w - 1) / SLOT_WINDOWS`, so that no window is
-//! number 0. The page of each slot but the first carries magic, version, the token's digest and the slot's number, and
-//! else zeroes.
+//! A view is one slot, or several: PCI functions of QEMU's `ivshmem-plain`, plugged in together.
+//! BAR 2 of function 0 is this page, and nothing else is ever in a function 0 of ours; BAR 2 of the
+//! functions 1 to [`SLOT_WINDOWS`] are windows. Window `w` is function `1 + (w - 1) % SLOT_WINDOWS`
+//! of slot `(w - 1) / SLOT_WINDOWS`, so that no window is number 0. The page of each slot but the
+//! first carries magic, version, the token's digest and the slot's number, and else zeroes.
 //!
-//! The driver writes the generation at [`SEEN_AT`] when all windows are there and it can show them, and again after
-//! each change when no process reaches what the change took away. If it cannot show them, it writes a complaint.
+//! The driver writes the generation at [`SEEN_AT`] when all windows are there and it can show them,
+//! and again after each change when no process reaches what the change took away. If it cannot show
+//! them, it writes a complaint.
 
 use super::ioctl::PAGE_SIZE;
 use super::native::{RIGHT_READ, RIGHT_WRITE, STATE_GONE, STATE_OPEN};
@@ -73,7 +74,8 @@ pub const COMPLAINT_NO_ADDRESS: u32 = 1;
 /// The driver's complaint: a window cannot be mapped so that it is cached.
 pub const COMPLAINT_NOT_CACHED: u32 = 2;
 
-/// The driver's complaint: it does not understand the descriptor, or its windows are not those that are there.
+/// The driver's complaint: it does not understand the descriptor, or its windows are not those that
+/// are there.
 pub const COMPLAINT_INVALID: u32 = 3;
 
 const INSTANCE_AT: usize = 120;
@@ -115,8 +117,9 @@ pub struct Descriptor {
     pub window_len: u64,
     /// Number of ranges.
     pub range_count: usize,
-    /// Identifies one run of the target: the number is the same for every view, here and on the host, until the target
-    /// is reset, its RAM changes or its VMM ends. 0 where the host does not say.
+    /// Identifies one run of the target: the number is the same for every view, here and on the
+    /// host, until the target is reset, its RAM changes or its VMM ends. 0 where the host does
+    /// not say.
     pub instance: u64,
 }
 
@@ -158,8 +161,8 @@ fn put(page: &mut [u8; SIZE], at: usize, bytes: &[u8]) {
 }
 
 impl Descriptor {
-    /// Reads a copy of the page and puts its ranges into `ranges`. `windows` tells the length of each window but the
-    /// first, whose place the page itself gives.
+    /// Reads a copy of the page and puts its ranges into `ranges`. `windows` tells the length of
+    /// each window but the first, whose place the page itself gives.
     ///
     /// # Errors
     /// [`DescriptorError`]; nothing in the page is believed before it is checked.
@@ -225,7 +228,8 @@ impl Descriptor {
         })
     }
 
-    /// The page's bytes; of `ranges` the first [`MAX_RANGES`] count, and `range_count` is taken from them.
+    /// The page's bytes; of `ranges` the first [`MAX_RANGES`] count, and `range_count` is taken
+    /// from them.
     pub fn write(&self, ranges: &[WindowRange], page: &mut [u8; SIZE]) {
         *page = [0; SIZE];
         let count = ranges.len().min(MAX_RANGES);
@@ -254,8 +258,8 @@ impl Descriptor {
 }
 
 impl WindowRange {
-    /// The end of the range in the target's memory, if the range is well-formed, begins at `after` or later and fits
-    /// in a window of `room` bytes.
+    /// The end of the range in the target's memory, if the range is well-formed, begins at `after`
+    /// or later and fits in a window of `room` bytes.
     fn check(&self, after: u64, room: u64) -> Result<u64, DescriptorError> {
         let aligned = (self.gpa | self.len | self.offset) & (PAGE_SIZE - 1) == 0;
         let end = self.gpa.checked_add(self.len).filter(|end| *end <= GPA_END);

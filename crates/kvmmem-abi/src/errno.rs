@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The error numbers of hypercalls and KVMI (`KVM_Exxx` of `<linux/kvm_para.h>`), and the errno a tool sees for each.
+//! The error numbers of hypercalls and KVMI (`KVM_Exxx` of `<linux/kvm_para.h>`), and the errno a
+//! tool sees for each.
 
-/// An error of a hypercall or of a KVMI command; the wire carries the negative of [`KvmError::number`].
+/// An error of a hypercall or of a KVMI command; the wire carries the negative of
+/// [`KvmError::number`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum KvmError {
     /// Not allowed here.
@@ -63,9 +65,9 @@ impl KvmError {
         Self::ALL.into_iter().find(|error| i64::from(error.number()) == number)
     }
 
-    /// The errno that the tool gets, one of the closed set of the ioctls: KVM's number where that is in the set,
-    /// EINVAL (22) for [`KvmError::TooBig`], EALREADY (114) for [`KvmError::Busy`] and EOPNOTSUPP (95) for
-    /// [`KvmError::NoSys`].
+    /// The errno that the tool gets, one of the closed set of the ioctls: KVM's number where that
+    /// is in the set, EINVAL (22) for [`KvmError::TooBig`], EALREADY (114) for
+    /// [`KvmError::Busy`] and EOPNOTSUPP (95) for [`KvmError::NoSys`].
     pub const fn errno(self) -> i32 {
         match self {
             Self::TooBig => 22,

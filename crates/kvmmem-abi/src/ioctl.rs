@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The v1 ioctls of `/dev/kvmmem`, as the 2019 patch "add memory map/unmap support on the guest side" has them.
+//! The v1 ioctls of `/dev/kvmmem`, as the 2019 patch "add memory map/unmap support on the guest
+//! side" has them.
 
 /// Size in bytes of a page, of both virtual machines.
 pub const PAGE_SIZE: u64 = 4096;
@@ -53,7 +54,8 @@ impl MemMap {
 /// `KVM_INTRO_MEM_MAP`: `_IOW('i', 1, struct kvmi_mem_map)`.
 pub const MEM_MAP: u32 = iow(b'i', 1, 48);
 
-/// `KVM_INTRO_MEM_UNMAP`: `_IOW('i', 2, unsigned long)`; the argument is the gva itself, not a pointer to it.
+/// `KVM_INTRO_MEM_UNMAP`: `_IOW('i', 2, unsigned long)`; the argument is the gva itself, not a
+/// pointer to it.
 pub const MEM_UNMAP: u32 = iow(b'i', 2, 8);
 
 /// `_IO` of `<asm-generic/ioctl.h>`.

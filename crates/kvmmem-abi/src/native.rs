@@ -1,19 +1,22 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The ioctls of a view on `/dev/kvmmem`: attach the file with a token, then use it by `mmap` (offset = target GPA),
-//! `pread`, `pwrite`, `lseek` and `poll`.
+//! The ioctls of a view on `/dev/kvmmem`: attach the file with a token, then use it by `mmap`
+//! (offset = target GPA), `pread`, `pwrite`, `lseek` and `poll`.
 //!
-//! Errors (docs/abi.md has the table): ENOTCONN without a view, EKEYREVOKED once the view was taken back, ESTALE once
-//! the target is gone, ENXIO where the target has no memory or the grant does not reach.
+//! Errors (docs/abi.md has the table): ENOTCONN without a view, EKEYREVOKED once the view was taken
+//! back, ESTALE once the target is gone, ENXIO where the target has no memory or the grant does not
+//! reach.
 
 use super::ioctl::{MapMemToken, io, ior, iow, iowr};
 
 /// `KVMMEM_INFO`: what this driver and its host can do. Needs no view.
 pub const INFO: u32 = ior(b'i', 0x40, 32);
 
-/// `KVMMEM_ATTACH`: opens the file's view; the token is used. A file has one view at a time (EISCONN).
+/// `KVMMEM_ATTACH`: opens the file's view; the token is used. A file has one view at a time
+/// (EISCONN).
 pub const ATTACH: u32 = iow(b'i', 0x41, 40);
 
-/// `KVMMEM_RANGES`: state, rights and ranges of the view. Takes the event that `poll` reports as POLLPRI.
+/// `KVMMEM_RANGES`: state, rights and ranges of the view. Takes the event that `poll` reports as
+/// POLLPRI.
 pub const RANGES: u32 = iowr(b'i', 0x42, 48);
 
 /// `KVMMEM_DETACH`: closes the view; accesses through mappings that are left raise SIGBUS.
@@ -113,7 +116,8 @@ pub struct Ranges {
     pub ranges: u64,
 }
 
-/// Guest-physical memory of the target that the view reaches. Ranges are disjoint, aligned to pages, and ascend.
+/// Guest-physical memory of the target that the view reaches. Ranges are disjoint, aligned to
+/// pages, and ascend.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Range {
@@ -141,8 +145,8 @@ pub struct Stats {
     pub written_bytes: u64,
     /// Changes of the view that the host made.
     pub events: u64,
-    /// Not a counter: the target's instance, as [`crate::descriptor::Descriptor::instance`] has it; 0 where it is not
-    /// known.
+    /// Not a counter: the target's instance, as [`crate::descriptor::Descriptor::instance`] has
+    /// it; 0 where it is not known.
     pub instance: u64,
 }
 

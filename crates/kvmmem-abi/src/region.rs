@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The region ioctls that libkvmi tries first ("v2", KVM-VMI's kernel of December 2020): open for a VM, map the region
-//! around an address, `mmap` it at the offset that equals its first GPA.
+//! The region ioctls that libkvmi tries first ("v2", KVM-VMI's kernel of December 2020): open for a
+//! VM, map the region around an address, `mmap` it at the offset that equals its first GPA.
 //!
 //! libkvmi finds out which ABI a driver has by [`MEM_UNMAP`] with argument 0: ENOTTY means v1.
 
@@ -21,7 +21,8 @@ pub const MEM_UNMAP: u32 = iow(b'i', 3, 8);
 pub struct Region {
     /// The token that allows the mapping.
     pub token: MapMemToken,
-    /// In: any guest-physical address of the target. Out: the first one of the region that holds it.
+    /// In: any guest-physical address of the target. Out: the first one of the region that holds
+    /// it.
     pub gpa: u64,
     /// Out: the region's length in bytes.
     pub length: u64,

@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The descriptor page: what is written is read, and nothing else is believed.
 
-use kvmmem_abi::descriptor::{Descriptor, DescriptorError, GENERATION_AT, MAX_RANGES, SIZE, WindowRange};
+use kvmmem_abi::descriptor::{
+    Descriptor, DescriptorError, GENERATION_AT, MAX_RANGES, SIZE, WindowRange,
+};
 use kvmmem_abi::native::{RIGHT_READ, STATE_OPEN};
 use proptest::prelude::*;
 
@@ -51,12 +53,22 @@ fn lies_are_refused() {
     assert_eq!(change(0, b"x"), DescriptorError::Magic);
     assert_eq!(change(8, &[2]), DescriptorError::Version);
     assert_eq!(change(GENERATION_AT, &[9]), DescriptorError::Changing);
-    for (at, byte) in
-        [(24, 0), (24, 4), (28, 0), (28, 2), (28, 5), (80, 1), (87, 0xff), (88, 1), (95, 0xff), (96, 65)]
-    {
+    for (at, byte) in [
+        (24, 0),
+        (24, 4),
+        (28, 0),
+        (28, 2),
+        (28, 5),
+        (80, 1),
+        (87, 0xff),
+        (88, 1),
+        (95, 0xff),
+        (96, 65),
+    ] {
         assert_eq!(change(at, &[byte]), DescriptorError::Header, "{at}");
     }
-    // Each field of the second range: unaligned, empty, before the first one's end, out of the window, no window.
+    // Each field of the second range: unaligned, empty, before the first one's end, out of the
+    // window, no window.
     let second = 128 + 32;
     assert_eq!(change(second, &[1]), DescriptorError::Range);
     assert_eq!(change(second, &0x2000u64.to_le_bytes()), DescriptorError::Range);

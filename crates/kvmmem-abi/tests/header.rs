@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Compares `include/uapi/kvmmem.h` with the Rust side: every size, offset, ioctl number and define.
+//! Compares `include/uapi/kvmmem.h` with the Rust side: every size, offset, ioctl number and
+//! define.
 //!
-//! A generated C program prints what the C compiler makes of the header; each value it prints has one expected value
-//! here, and each `#define` and structure of the header must be among them, so that nothing can be added to one side
-//! alone. Without a C compiler the comparison is skipped, and says so.
+//! A generated C program prints what the C compiler makes of the header; each value it prints has
+//! one expected value here, and each `#define` and structure of the header must be among them, so
+//! that nothing can be added to one side alone. Without a C compiler the comparison is skipped, and
+//! says so.
 
 use std::collections::BTreeMap;
 use std::io::Write;
@@ -26,7 +28,8 @@ fn include_dir() -> String {
     format!("{}/include/uapi", env!("CARGO_MANIFEST_DIR"))
 }
 
-/// The offset and size of each field, the size and alignment of each structure that has the same in C and Rust.
+/// The offset and size of each field, the size and alignment of each structure that has the same in
+/// C and Rust.
 macro_rules! structures {
     ($($c:literal = $rust:ty { $($field:ident),* })*) => {
         [$(
@@ -70,8 +73,8 @@ fn expected() -> BTreeMap<&'static str, u64> {
     expected
 }
 
-/// The descriptor page is no structure in Rust: its fields are found in a page that [`Descriptor::write`] wrote, each
-/// with a value of its own.
+/// The descriptor page is no structure in Rust: its fields are found in a page that
+/// [`Descriptor::write`] wrote, each with a value of its own.
 fn descriptor_fields() -> Vec<(&'static str, u64)> {
     let range = WindowRange { gpa: 0x1111, len: 0x2222, offset: 0x3333, window: 0x4444 };
     let written = Descriptor {
@@ -87,7 +90,8 @@ fn descriptor_fields() -> Vec<(&'static str, u64)> {
     };
     let mut page = [0; descriptor::SIZE];
     written.write(&[range; 5], &mut page);
-    let at = |bytes: &[u8]| page.windows(bytes.len()).position(|found| found == bytes).unwrap() as u64;
+    let at =
+        |bytes: &[u8]| page.windows(bytes.len()).position(|found| found == bytes).unwrap() as u64;
     let first = at(&0x1111u64.to_le_bytes());
     vec![
         ("sizeof(struct kvmmem_descriptor)", descriptor::SIZE as u64),
@@ -194,7 +198,8 @@ fn program() -> String {
          #include \"kvmmem.h\"\nint main(void)\n{\n",
     );
     for expression in expected().keys() {
-        text += &format!("\tprintf(\"{expression}\\t%llu\\n\", (unsigned long long)({expression}));\n");
+        text +=
+            &format!("\tprintf(\"{expression}\\t%llu\\n\", (unsigned long long)({expression}));\n");
     }
     for name in expected_strings().keys() {
         text += &format!("\tprintf(\"{name}\\t%s\\n\", {name});\n");
@@ -227,12 +232,17 @@ fn c_and_rust_agree() {
     assert!(output.status.success());
 
     let text = String::from_utf8(output.stdout).unwrap();
-    let printed: BTreeMap<&str, &str> = text.lines().map(|line| line.split_once('\t').unwrap()).collect();
+    let printed: BTreeMap<&str, &str> =
+        text.lines().map(|line| line.split_once('\t').unwrap()).collect();
     let mut wanted: BTreeMap<&str, String> =
         expected().into_iter().map(|(name, value)| (name, value.to_string())).collect();
     wanted.extend(expected_strings());
     for (name, value) in &wanted {
-        assert_eq!(printed.get(name), Some(&value.as_str()), "{name}: C (left) against Rust (right)");
+        assert_eq!(
+            printed.get(name),
+            Some(&value.as_str()),
+            "{name}: C (left) against Rust (right)"
+        );
     }
     assert_eq!(printed.len(), wanted.len());
 }
@@ -255,7 +265,10 @@ fn every_define_and_struct_of_the_header_is_compared() {
         let mut words = line.split_whitespace();
         match (words.next(), words.next(), words.next()) {
             (Some("#define"), Some(name), _) if name != GUARD => {
-                assert!(numbers.contains_key(name) || strings.contains_key(name), "{name} is not compared");
+                assert!(
+                    numbers.contains_key(name) || strings.contains_key(name),
+                    "{name} is not compared"
+                );
                 seen += 1;
             }
             (Some("struct"), Some(name), Some("{")) => {

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The numbers of the ABI against what they are made of: CPUID registers, error numbers, ioctl arguments.
+//! The numbers of the ABI against what they are made of: CPUID registers, error numbers, ioctl
+//! arguments.
 
 use kvmmem_abi::cpuid;
 use kvmmem_abi::errno::KvmError;
@@ -7,8 +8,10 @@ use kvmmem_abi::ioctl::MemMap;
 
 #[test]
 fn signature_registers_hold_the_signature_bytes() {
-    let bytes: Vec<u8> =
-        cpuid::SIGNATURE_REGISTERS.into_iter().flat_map(|register| register.to_le_bytes()).collect();
+    let bytes: Vec<u8> = cpuid::SIGNATURE_REGISTERS
+        .into_iter()
+        .flat_map(|register| register.to_le_bytes())
+        .collect();
     assert_eq!(bytes, cpuid::SIGNATURE);
 }
 

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! READ_PHYSICAL of a page over a unix socket, against a bare ping-pong of the same bytes over the same kind of socket:
-//! a thread that answers each request with that page of its own memory, and does nothing else.
+//! READ_PHYSICAL of a page over a unix socket, against a bare ping-pong of the same bytes over the
+//! same kind of socket: a thread that answers each request with that page of its own memory, and
+//! does nothing else.
 //!
 //! Prints one line; with `--json` one object: name, ratio, goal, better, p50_ns, p99_ns.
 #![deny(unsafe_code)]
@@ -29,7 +30,8 @@ const READS_PER_ROUND: usize = 500;
 const GOAL: f64 = 1.3;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    // One CPU for all threads: else the times are those of waking another CPU, or not, as the scheduler likes.
+    // One CPU for all threads: else the times are those of waking another CPU, or not, as the
+    // scheduler likes.
     let mut cpu = CpuSet::new();
     cpu.set(sched_getcpu());
     sched_setaffinity(None, &cpu)?;
@@ -78,7 +80,10 @@ fn pong(stream: &mut UnixStream, memory: &[u8]) -> Option<()> {
 }
 
 /// Times requests for pages all over the RAM; the bare side sends and gets the same bytes.
-fn exchange(stream: &mut UnixStream, times: &mut Vec<u64>) -> Result<(), Box<dyn std::error::Error>> {
+fn exchange(
+    stream: &mut UnixStream,
+    times: &mut Vec<u64>,
+) -> Result<(), Box<dyn std::error::Error>> {
     let (mut request, mut reply) = (Vec::with_capacity(REQUEST), vec![0; REPLY]);
     for n in 0..READS_PER_ROUND as u64 {
         request.clear();

@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The audit log: who got, used and lost what, as `tracing` events of target [`TARGET`] and as lines of a file.
+//! The audit log: who got, used and lost what, as `tracing` events of target [`TARGET`] and as
+//! lines of a file.
 //!
-//! What a guest, a tool or a user can cause at will is limited to so many lines a second for each kind of event and each
-//! party ([`limits`]); the field `suppressed` of the next line tells how many were left out. Tokens are never written.
+//! What a guest, a tool or a user can cause at will is limited to so many lines a second for each
+//! kind of event and each party ([`limits`]); the field `suppressed` of the next line tells how
+//! many were left out. Tokens are never written.
 
 mod file;
 mod limits;
@@ -38,8 +40,9 @@ pub struct Audit {
 }
 
 impl Audit {
-    /// Also writes lines to `file` from now on: one JSON object each, with `time` in UTC by RFC 3339, `event` and what
-    /// belongs to it. If that fails, it is said once in the log, and the lines go on being tried.
+    /// Also writes lines to `file` from now on: one JSON object each, with `time` in UTC by RFC
+    /// 3339, `event` and what belongs to it. If that fails, it is said once in the log, and the
+    /// lines go on being tried.
     ///
     /// # Errors
     /// Where there is no thread left to write them.
@@ -70,12 +73,20 @@ impl Audit {
     /// An operator had the broker make an introspector of a VM that runs.
     pub(crate) fn added_introspector(&self, vm: &Vm, on_silence: OnSilence, peer: Credentials) {
         let policy = Some(on_silence.to_string());
-        let record = Record { policy, ..Record::new(Event::AddedIntrospector).of(vm).on_host(peer) };
+        let record =
+            Record { policy, ..Record::new(Event::AddedIntrospector).of(vm).on_host(peer) };
         self.write(Party::User(peer.uid), record);
     }
 
     /// An introspector's guest did not let go of a view's memory in time.
-    pub(crate) fn silent(&self, vm: &Vm, view: u64, grant: u64, on_silence: OnSilence, reason: &str) {
+    pub(crate) fn silent(
+        &self,
+        vm: &Vm,
+        view: u64,
+        grant: u64,
+        on_silence: OnSilence,
+        reason: &str,
+    ) {
         let record = Record {
             view: Some(view),
             grant: Some(grant),
@@ -100,8 +111,10 @@ impl Audit {
 
     /// A request was refused.
     pub(crate) fn refused(&self, peer: &Peer, by: Option<&Vm>, reason: &str) {
-        let record =
-            Record { reason: Some(reason), ..Record::new(Event::Refused).on_host(peer.credentials()) };
+        let record = Record {
+            reason: Some(reason),
+            ..Record::new(Event::Refused).on_host(peer.credentials())
+        };
         match by {
             Some(by) => self.write(Party::Vm(peer), record.by(by)),
             None => self.write(Party::User(peer.credentials().uid), record),
@@ -110,7 +123,8 @@ impl Audit {
 
     /// A hook was made or undone.
     pub(crate) fn hooked(&self, vm: &Vm, endpoint: &Endpoint, on: bool, peer: Credentials) {
-        let record = Record { on: Some(on), ..Record::new(Event::Hook).of(vm).at(endpoint).on_host(peer) };
+        let record =
+            Record { on: Some(on), ..Record::new(Event::Hook).of(vm).at(endpoint).on_host(peer) };
         self.write(Party::User(peer.uid), record);
     }
 
@@ -127,7 +141,8 @@ impl Audit {
 
     /// A tool's connection ended.
     pub(crate) fn disconnected(&self, vm: &Vm, endpoint: &Endpoint, reason: &str) {
-        let record = Record { reason: Some(reason), ..Record::new(Event::Disconnected).of(vm).at(endpoint) };
+        let record =
+            Record { reason: Some(reason), ..Record::new(Event::Disconnected).of(vm).at(endpoint) };
         self.write(Party::Vm(vm.peer()), record);
     }
 
@@ -150,7 +165,8 @@ impl Audit {
 
     /// A tool got no token.
     pub(crate) fn not_minted(&self, vm: &Vm, endpoint: &Endpoint, reason: &str) {
-        let record = Record { reason: Some(reason), ..Record::new(Event::NotMinted).of(vm).at(endpoint) };
+        let record =
+            Record { reason: Some(reason), ..Record::new(Event::NotMinted).of(vm).at(endpoint) };
         self.write(Party::Vm(vm.peer()), record);
     }
 
@@ -246,7 +262,8 @@ impl Audit {
     /// What KVMI's tokens allow was set for a target.
     pub(crate) fn policy(&self, uuid: uuid::Uuid, policy: KvmiPolicy, peer: Credentials) {
         let policy = Some(policy.to_string());
-        let record = Record { uuid: Some(uuid), policy, ..Record::new(Event::Policy).on_host(peer) };
+        let record =
+            Record { uuid: Some(uuid), policy, ..Record::new(Event::Policy).on_host(peer) };
         self.write(Party::User(peer.uid), record);
     }
 
@@ -264,7 +281,8 @@ impl Audit {
 
     /// An operator's pause of a target has ended.
     pub(crate) fn resumed(&self, vm: &Vm, reason: &str, peer: Credentials) {
-        let record = Record { reason: Some(reason), ..Record::new(Event::Resumed).of(vm).on_host(peer) };
+        let record =
+            Record { reason: Some(reason), ..Record::new(Event::Resumed).of(vm).on_host(peer) };
         self.write(Party::User(peer.uid), record);
     }
 
@@ -279,7 +297,9 @@ impl Audit {
     }
 
     fn write(&self, party: Party<'_>, mut record: Record<'_>) {
-        let Some(suppressed) = self.parties.allow(party, record.event, Instant::now()) else { return };
+        let Some(suppressed) = self.parties.allow(party, record.event, Instant::now()) else {
+            return;
+        };
         record.suppressed = suppressed;
         record.trace();
         if let Some(file) = &*self.file.read().unwrap_or_else(PoisonError::into_inner) {

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What all connections and sessions share, and what the broker does for them.
 //!
-//! Lock order: `adding`, the registry, a peer's credentials; and a target's list of hooks, one of them. No other two of
-//! the locks here, of a peer and of a hook are held together, and none over a system call that may take long; but a peer's
-//! `copying` is held over a chunk's copy, and taken first.
+//! Lock order: `adding`, the registry, a peer's credentials; and a target's list of hooks, one of
+//! them. No other two of the locks here, of a peer and of a hook are held together, and none over a
+//! system call that may take long; but a peer's `copying` is held over a chunk's copy, and taken
+//! first.
 
 use std::collections::HashMap;
 use std::error::Error;
@@ -79,9 +80,9 @@ impl Refused {
     /// Of a VM that the registry does not take.
     pub(crate) fn from_registering(error: &RegisterError) -> Self {
         let refusal = match error {
-            RegisterError::NameTaken(_) | RegisterError::UuidTaken(_) | RegisterError::CidTaken(_) => {
-                Refusal::Exists
-            }
+            RegisterError::NameTaken(_)
+            | RegisterError::UuidTaken(_)
+            | RegisterError::CidTaken(_) => Refusal::Exists,
             RegisterError::Full(_) => Refusal::Limit,
             RegisterError::Name
             | RegisterError::NameIsUuid(_)
@@ -176,8 +177,9 @@ impl Broker {
         &self.state
     }
 
-    /// Tells the broker that it lasts as long as one command: what it says of a VM to tell its runs apart is then by the VMM's
-    /// process alone, so that the next command's broker says the same.
+    /// Tells the broker that it lasts as long as one command: what it says of a VM to tell its runs
+    /// apart is then by the VMM's process alone, so that the next command's broker says the
+    /// same.
     pub fn set_brief(&self) {
         self.state.set_brief();
     }
@@ -229,7 +231,8 @@ impl Broker {
     /// Connects a target to a tool, for as long as both last.
     ///
     /// # Errors
-    /// Where there is no such target or no such VM of a tool, the target has the hook already, or there are too many.
+    /// Where there is no such target or no such VM of a tool, the target has the hook already, or
+    /// there are too many.
     pub fn hook(
         self: &Arc<Self>,
         peer: Credentials,
@@ -244,7 +247,8 @@ impl Broker {
         let counted = Counted::new(self, peer)?;
         let hook = vm.hooks().add(endpoint.clone(), owner).map_err(refuse_hook)?;
         self.audit.hooked(&vm, &endpoint, true, peer);
-        // The end of a VM is marked before the hooks to it are undone: one that was added since is undone here.
+        // The end of a VM is marked before the hooks to it are undone: one that was added since is
+        // undone here.
         if let Owner::Vm(tool) = owner
             && self.registry().get(tool).is_none_or(|tool| tool.is_gone())
         {
@@ -298,7 +302,12 @@ impl Broker {
     ///
     /// # Errors
     /// Where there is no such target or hook.
-    pub fn unhook(&self, peer: Credentials, target: &str, endpoint: &Endpoint) -> Result<Answer, Refused> {
+    pub fn unhook(
+        &self,
+        peer: Credentials,
+        target: &str,
+        endpoint: &Endpoint,
+    ) -> Result<Answer, Refused> {
         let vm = self.find(target)?;
         vm.hooks().remove(endpoint).map_err(refuse_hook)?;
         self.audit.hooked(&vm, endpoint, false, peer);
@@ -327,7 +336,8 @@ impl Broker {
         self.confirmations.forget_peer(peer.number());
     }
 
-    /// Does what the end of a VM demands: its tokens and views die, its sessions end, whoever knows it is told.
+    /// Does what the end of a VM demands: its tokens and views die, its sessions end, whoever knows
+    /// it is told.
     pub fn retire(&self, vm: &Vm) {
         vm.mark_gone();
         let removed = self.registry().remove(vm.id());
@@ -350,7 +360,12 @@ impl Broker {
     ///
     /// # Errors
     /// Where the VM has no RAM to look at, or the regions are no memory map.
-    pub fn ram_changed(&self, vm: Option<&Vm>, regions: Vec<Region>, change: Change) -> Result<(), Refused> {
+    pub fn ram_changed(
+        &self,
+        vm: Option<&Vm>,
+        regions: Vec<Region>,
+        change: Change,
+    ) -> Result<(), Refused> {
         let ram = vm.and_then(|vm| Some((vm, vm.ram()?)));
         let (vm, ram) = ram.ok_or_else(|| {
             Refused::new(Refusal::Denied, "only the VMM of an introspectable VM may change its RAM")
@@ -368,16 +383,21 @@ impl Broker {
     /// Continues the generation that a VM's RAM had in its registration before.
     ///
     /// # Errors
-    /// Where the connection has registered no introspectable VM, or the generation is not an earlier one.
+    /// Where the connection has registered no introspectable VM, or the generation is not an
+    /// earlier one.
     pub(crate) fn ram_continued(&self, vm: Option<&Vm>, generation: u64) -> Result<(), Refused> {
         let ram = vm.and_then(|vm| Some((vm, vm.ram()?)));
         let (vm, ram) = ram.ok_or_else(|| {
-            Refused::new(Refusal::Denied, "only the VMM of an introspectable VM may say its generation")
+            Refused::new(
+                Refusal::Denied,
+                "only the VMM of an introspectable VM may say its generation",
+            )
         })?;
         let first = ram.layout().generation;
         if generation >= first {
-            let message =
-                format!("generation {generation} is of no earlier registration: this one began with {first}");
+            let message = format!(
+                "generation {generation} is of no earlier registration: this one began with {first}"
+            );
             return Err(Refused::new(Refusal::Invalid, message));
         }
         ram.continue_from(generation);
@@ -442,7 +462,10 @@ struct Counted {
 
 impl Counted {
     fn new(broker: &Arc<Broker>, who: Credentials) -> Result<Self, Refused> {
-        broker.hooks().take(who).map_err(|error| Refused::new(Refusal::Limit, format!("hooks: {error}")))?;
+        broker
+            .hooks()
+            .take(who)
+            .map_err(|error| Refused::new(Refusal::Limit, format!("hooks: {error}")))?;
         Ok(Self { broker: Arc::clone(broker), uid: who.uid })
     }
 }

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Buffers for packets, lent to connections only while they read one: thousands are silent for months.
+//! Buffers for packets, lent to connections only while they read one: thousands are silent for
+//! months.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 

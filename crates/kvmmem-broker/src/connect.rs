@@ -10,9 +10,9 @@ use kvmmem_sys::socket::peer_credentials;
 
 use crate::hook::Owner;
 
-/// Connects to a tool. At a unix socket it must be the one of the user who asked for that, or of one who may have the
-/// broker do anything: the broker may reach sockets that the user cannot, and what it sends first is partly the target's
-/// VMM's to say.
+/// Connects to a tool. At a unix socket it must be the one of the user who asked for that, or of
+/// one who may have the broker do anything: the broker may reach sockets that the user cannot, and
+/// what it sends first is partly the target's VMM's to say.
 ///
 /// # Errors
 /// Those of [`connect`]; `PermissionDenied` where another user listens.
@@ -87,7 +87,9 @@ mod tests {
     fn what_another_user_listens_at_is_not_written_to() {
         const NOBODY: u32 = 65_534;
         if !rustix::process::geteuid().is_root() {
-            eprintln!("skipped: only root can start a process of another user: run the tests as root");
+            eprintln!(
+                "skipped: only root can start a process of another user: run the tests as root"
+            );
             return;
         }
         let directory = tempfile::tempdir().unwrap();
@@ -95,7 +97,12 @@ mod tests {
         let path = directory.path().join("tool.sock");
         let mut command = Command::new(std::env::current_exe().unwrap());
         command.args(["--nocapture", "--exact", "connect::tests::listens_where_it_is_told_to"]);
-        command.env(LISTEN, &path).uid(NOBODY).gid(NOBODY).stdin(Stdio::piped()).stdout(Stdio::piped());
+        command
+            .env(LISTEN, &path)
+            .uid(NOBODY)
+            .gid(NOBODY)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped());
         let mut listener = match command.spawn() {
             Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
                 eprintln!(
@@ -124,6 +131,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("tool.sock");
         let _listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
-        connect_to_tool(&Endpoint::Unix(path), Owner::Host(Credentials { pid: 1, uid: 65_534 })).unwrap();
+        connect_to_tool(&Endpoint::Unix(path), Owner::Host(Credentials { pid: 1, uid: 65_534 }))
+            .unwrap();
     }
 }

@@ -19,11 +19,12 @@ use crate::registry::{RegisterError, Vm};
 use crate::role::Role;
 use crate::vcpus::Held;
 
-/// How long a wrong token, or a call that makes no sense, delays the next request of that connection: a guest that
-/// tries tokens waits itself, and costs the broker next to nothing.
+/// How long a wrong token, or a call that makes no sense, delays the next request of that
+/// connection: a guest that tries tokens waits itself, and costs the broker next to nothing.
 const PAUSE: Duration = Duration::from_millis(1);
 
-/// How long a change of RAM delays the next request of that connection: each is pushed to all who know the VM.
+/// How long a change of RAM delays the next request of that connection: each is pushed to all who
+/// know the VM.
 const CHANGE_PAUSE: Duration = Duration::from_millis(10);
 
 /// An answer, and the files that go with it.
@@ -34,7 +35,8 @@ struct Connection<'a> {
     broker: &'a Arc<Broker>,
     peer: &'a Arc<Peer>,
     vm: Option<Arc<Vm>>,
-    /// Whether the call before this one registered the VM: only then may its generation be continued.
+    /// Whether the call before this one registered the VM: only then may its generation be
+    /// continued.
     has_just_registered: bool,
     /// Whether it has opened a view as a process of the host.
     has_views: bool,
@@ -44,7 +46,8 @@ struct Connection<'a> {
     silence: Option<Duration>,
 }
 
-/// Serves a peer until it closes, is silent too long, does not read its answers or sends what is no request.
+/// Serves a peer until it closes, is silent too long, does not read its answers or sends what is no
+/// request.
 pub(crate) fn serve(broker: &Arc<Broker>, peer: &Arc<Peer>) {
     broker.join(peer);
     let silence = Some(broker.limits().silence);
@@ -58,7 +61,10 @@ pub(crate) fn serve(broker: &Arc<Broker>, peer: &Arc<Peer>) {
         silence,
     };
     if let Err(error) = connection.run() {
-        if matches!(error, PacketError::TooLong | PacketError::TooManyFds | PacketError::Malformed(_)) {
+        if matches!(
+            error,
+            PacketError::TooLong | PacketError::TooManyFds | PacketError::Malformed(_)
+        ) {
             refuse(peer, 0, &Refused::from_error(Refusal::Malformed, &error));
         }
         // Without what is behind it: that may repeat parts of the packet.
@@ -131,8 +137,12 @@ impl Connection<'_> {
             }
             Call::OpenCopies { view } => return broker.open_copies(peer, view, files).map(Some),
             Call::Used { token } => return broker.used(now, vm, &token).map(|()| None),
-            Call::Detached { view, counters } => return broker.detach(peer, view, counters).map(|()| None),
-            Call::Counters { view, counters } => return broker.count(peer, view, counters).map(|()| None),
+            Call::Detached { view, counters } => {
+                return broker.detach(peer, view, counters).map(|()| None);
+            }
+            Call::Counters { view, counters } => {
+                return broker.count(peer, view, counters).map(|()| None);
+            }
             Call::RevokedDone { grant } => {
                 broker.revoked_done(peer, grant);
                 return Ok(None);
@@ -144,7 +154,8 @@ impl Connection<'_> {
             }
             Call::Continued { generation } => {
                 if !has_just_registered {
-                    let message = "only the first call after the registration may continue a generation";
+                    let message =
+                        "only the first call after the registration may continue a generation";
                     return Err(Refused::new(Refusal::Denied, message));
                 }
                 broker.ram_continued(vm, generation)?;
@@ -197,7 +208,11 @@ impl Connection<'_> {
         Ok(outcome)
     }
 
-    fn register(&mut self, mut registration: Registration, files: Vec<OwnedFd>) -> Result<Answer, Refused> {
+    fn register(
+        &mut self,
+        mut registration: Registration,
+        files: Vec<OwnedFd>,
+    ) -> Result<Answer, Refused> {
         let refused = |error: RegisterError| Refused::from_registering(&error);
         let mut ram = Ram::registered(&mut registration, files).map_err(refused)?;
         let (peer, by) = (Arc::clone(self.peer), self.peer.credentials());
@@ -214,6 +229,7 @@ impl Connection<'_> {
 
 /// Tells a peer that a request is refused. One that does not read it is not worth waiting for.
 pub(crate) fn refuse(peer: &Peer, id: u64, refused: &Refused) {
-    let message = FromBroker::Refused { id, refusal: refused.refusal, message: refused.message.clone() };
+    let message =
+        FromBroker::Refused { id, refusal: refused.refusal, message: refused.message.clone() };
     let _ = peer.socket().send(&message, &[], Wait::No);
 }

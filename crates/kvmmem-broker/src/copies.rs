@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Copies of a target's memory, for views of RAM that only its VMM can map.
 //!
-//! A tool opens a few *channels* for its view: a socket for requests and a memfd for the bytes, with a thread of the
-//! broker each ([`kvmmem_proto::copy`] has the packets). What the view may copy is looked up again after every
-//! [`CHUNK`], so a revocation ends a copy that is under way, and is confirmed only when the chunk has ended. The
-//! channels end with the connection that opened them.
+//! A tool opens a few *channels* for its view: a socket for requests and a memfd for the bytes,
+//! with a thread of the broker each ([`kvmmem_proto::copy`] has the packets). What the view may
+//! copy is looked up again after every [`CHUNK`], so a revocation ends a copy that is under way,
+//! and is confirmed only when the chunk has ended. The channels end with the connection that opened
+//! them.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, RwLockReadGuard};
@@ -56,12 +57,12 @@ struct Reach<'a> {
 type Stop = (usize, Status, String);
 
 impl Broker {
-    /// Opens a channel for copies from a view of this connection's, by way of the memfd that came with the request. The
-    /// peer's end of the socket goes with the answer.
+    /// Opens a channel for copies from a view of this connection's, by way of the memfd that came
+    /// with the request. The peer's end of the socket goes with the answer.
     ///
     /// # Errors
-    /// Where the connection has no such view or too many channels, the target's RAM can be mapped, or the file is not such
-    /// a memfd.
+    /// Where the connection has no such view or too many channels, the target's RAM can be mapped,
+    /// or the file is not such a memfd.
     pub(crate) fn open_copies(
         self: &Arc<Self>,
         peer: &Arc<Peer>,
@@ -81,12 +82,14 @@ impl Broker {
                 "a channel's memfd must have {BUFFER:#x} bytes, allocated, sealed with F_SEAL_SHRINK: {error}"
             ))
         })?;
-        let system = |error: Errno| Refused::new(Refusal::Limit, format!("cannot open a channel: {error}"));
+        let system =
+            |error: Errno| Refused::new(Refusal::Limit, format!("cannot open a channel: {error}"));
         let (ours, theirs) =
             socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
                 .map_err(system)?;
         let place = Place::take(self, peer, Arc::new(ours))?;
-        let (socket, (broker, peer)) = (Arc::clone(&place.socket), (Arc::clone(self), Arc::clone(peer)));
+        let (socket, (broker, peer)) =
+            (Arc::clone(&place.socket), (Arc::clone(self), Arc::clone(peer)));
         let thread = std::thread::Builder::new().name("copies".into()).stack_size(STACK);
         let started = thread.spawn(move || {
             let _place = place;
@@ -94,13 +97,18 @@ impl Broker {
         });
         match started {
             Ok(_) => Ok((Answer::CopiesOpened, vec![theirs])),
-            Err(error) => Err(Refused::new(Refusal::Limit, format!("cannot start a thread: {error}"))),
+            Err(error) => {
+                Err(Refused::new(Refusal::Limit, format!("cannot start a thread: {error}")))
+            }
         }
     }
 
-    /// The target of a view of this connection's, where its memory is that the view reaches, and the view's rights.
+    /// The target of a view of this connection's, where its memory is that the view reaches, and
+    /// the view's rights.
     fn reached(&self, peer: &Peer, view: u64) -> Result<(Arc<Vm>, Vec<Region>, Rights), Refused> {
-        let ended = || Refused::new(Refusal::Unknown, format!("view {view} is not open on this connection"));
+        let ended = || {
+            Refused::new(Refusal::Unknown, format!("view {view} is not open on this connection"))
+        };
         let (target, scope) = self.grants().reach(view, peer.number()).ok_or_else(ended)?;
         let vm = self.registry().get(target).filter(|vm| !vm.is_gone()).ok_or_else(ended)?;
         let regions = vm.ram().map(|ram| scope.regions(&ram.layout().map)).unwrap_or_default();
@@ -109,16 +117,18 @@ impl Broker {
 }
 
 impl Channel {
-    /// Serves until the peer closes, breaks the protocol or does not read its answers, or the connection ends.
+    /// Serves until the peer closes, breaks the protocol or does not read its answers, or the
+    /// connection ends.
     fn serve(&self) {
         let mut packet = vec![0; MAX_REQUEST + 1];
         loop {
-            let count = match rustix::net::recv(&self.socket, packet.as_mut_slice(), RecvFlags::empty()) {
-                Ok((0, _)) => return,
-                Ok((_, count)) => count,
-                Err(Errno::INTR) => continue,
-                Err(_) => return,
-            };
+            let count =
+                match rustix::net::recv(&self.socket, packet.as_mut_slice(), RecvFlags::empty()) {
+                    Ok((0, _)) => return,
+                    Ok((_, count)) => count,
+                    Err(Errno::INTR) => continue,
+                    Err(_) => return,
+                };
             let Some(request) = packet.get(..count).and_then(CopyRequest::decode) else {
                 self.broker.audit().refused(&self.peer, None, "malformed request for copies");
                 return;
@@ -136,7 +146,8 @@ impl Channel {
         let (mut pieces, mut bytes, mut status) = (0, 0, Status::Done);
         for piece in &request.pieces {
             let len = usize::try_from(piece.len).unwrap_or(usize::MAX);
-            if let Err((done, why, message)) = self.copy_piece(&mut reach, request.write, piece.gpa, at, len)
+            if let Err((done, why, message)) =
+                self.copy_piece(&mut reach, request.write, piece.gpa, at, len)
             {
                 (bytes, status) = (u32::try_from(done).unwrap_or(0), why);
                 self.broker.audit().refused(&self.peer, None, &message);
@@ -166,18 +177,21 @@ impl Channel {
             if reach.as_ref().is_none_or(|reach| reach.left == 0) {
                 // A confirmation that waits goes first.
                 *reach = None;
-                *reach = Some(self.reach(write).map_err(|(status, message)| (done, status, message))?);
+                *reach =
+                    Some(self.reach(write).map_err(|(status, message)| (done, status, message))?);
             }
             let Some(reach) = reach.as_mut() else { continue };
-            let left =
-                |region: &Region| region.len.checked_sub(gpa.checked_sub(region.gpa)?).filter(|len| *len > 0);
+            let left = |region: &Region| {
+                region.len.checked_sub(gpa.checked_sub(region.gpa)?).filter(|len| *len > 0)
+            };
             let hole = || {
                 let message = format!("view {} reaches no RAM at gpa {gpa:#x}", self.view);
                 (done, Status::Hole, message)
             };
             let in_region = reach.regions.iter().find_map(left).ok_or_else(hole)?;
             let ram = reach.vm.ram().ok_or_else(hole)?;
-            let most = usize::try_from(in_region).unwrap_or(usize::MAX).min(reach.left).min(len - done);
+            let most =
+                usize::try_from(in_region).unwrap_or(usize::MAX).min(reach.left).min(len - done);
             let copied = ram.copy_some(gpa, most, |file, offset, len| match write {
                 true => self.buffer.drain(at + done, len, file, offset),
                 false => self.buffer.fill(at + done, len, file, offset),
@@ -199,8 +213,10 @@ impl Channel {
     /// What the view reaches now.
     fn reach(&self, write: bool) -> Result<Reach<'_>, (Status, String)> {
         let copying = self.peer.copying();
-        let (vm, regions, rights) =
-            self.broker.reached(&self.peer, self.view).map_err(|refused| (Status::Ended, refused.message))?;
+        let (vm, regions, rights) = self
+            .broker
+            .reached(&self.peer, self.view)
+            .map_err(|refused| (Status::Ended, refused.message))?;
         if write && rights != Rights::ReadWrite {
             return Err((Status::ReadOnly, format!("view {} is read-only", self.view)));
         }
@@ -218,8 +234,9 @@ struct Place {
 
 impl Place {
     fn take(broker: &Arc<Broker>, peer: &Arc<Peer>, socket: Arc<OwnedFd>) -> Result<Self, Refused> {
-        let full =
-            |why: String| Refused::new(Refusal::Limit, format!("cannot open a channel for copies: {why}"));
+        let full = |why: String| {
+            Refused::new(Refusal::Limit, format!("cannot open a channel for copies: {why}"))
+        };
         let who = peer.credentials();
         broker.channels().take(who).map_err(|exceeded| full(exceeded.to_string()))?;
         if !peer.add_channel(&socket) {

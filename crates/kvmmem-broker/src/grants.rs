@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The table of grants: what tokens are good for, and the views that they have opened.
 //!
-//! Nothing runs when nobody asks: time passes at the next operation. Times come from the caller, who takes them from a
-//! monotonic clock. A grant that can no longer be used stays as long as something is open by it, and then for
-//! [`KEPT`], so that a list shows it; where there are more than [`MAX_LEAVING`] the oldest of the user or target that has the
-//! most leave earlier.
+//! Nothing runs when nobody asks: time passes at the next operation. Times come from the caller,
+//! who takes them from a monotonic clock. A grant that can no longer be used stays as long as
+//! something is open by it, and then for [`KEPT`], so that a list shows it; where there are more
+//! than [`MAX_LEAVING`] the oldest of the user or target that has the most leave earlier.
 
 mod end;
 mod grant;
@@ -168,12 +168,19 @@ impl Grants {
         Ok(id)
     }
 
-    /// The target of a token that this user may use now, and what the token allows. No use is taken.
+    /// The target of a token that this user may use now, and what the token allows. No use is
+    /// taken.
     ///
     /// # Errors
     /// [`UseError`].
-    pub fn target(&mut self, now: Instant, token: &Token, by: User) -> Result<(u64, Scope), UseError> {
-        self.usable(now, token, by).map(|(_, grant)| (grant.terms.target, grant.terms.scope.clone()))
+    pub fn target(
+        &mut self,
+        now: Instant,
+        token: &Token,
+        by: User,
+    ) -> Result<(u64, Scope), UseError> {
+        self.usable(now, token, by)
+            .map(|(_, grant)| (grant.terms.target, grant.terms.scope.clone()))
     }
 
     /// Uses a token for one page.
@@ -252,7 +259,8 @@ impl Grants {
         Ok((view, opened))
     }
 
-    /// The target of a view and what the view allows, if it is this connection's and its grant was not taken back.
+    /// The target of a view and what the view allows, if it is this connection's and its grant was
+    /// not taken back.
     pub fn reach(&self, view: u64, by: u64) -> Option<(u64, Scope)> {
         let view = self.views.get(&view).filter(|view| view.peer == by)?;
         let grant = self.grants.get(&view.grant).filter(|grant| !grant.revoked)?;
@@ -271,7 +279,8 @@ impl Grants {
         view.map(|view| view.counters = counters).is_some()
     }
 
-    /// Records that a token could not be pushed to its holder: the introspector with this UUID has to ask for it.
+    /// Records that a token could not be pushed to its holder: the introspector with this UUID has
+    /// to ask for it.
     pub fn not_pushed(&mut self, id: u64, holder: Uuid) {
         if let Some(grant) = self.grants.get_mut(&id)
             && let Holder::Pushed(peer) = grant.terms.holder
@@ -283,7 +292,8 @@ impl Grants {
         }
     }
 
-    /// How many of KVMI's tokens for a target can be used; [`Self::mint`] leaves the expired ones out first.
+    /// How many of KVMI's tokens for a target can be used; [`Self::mint`] leaves the expired ones
+    /// out first.
     pub fn outstanding(&self, target: u64) -> usize {
         self.outstanding.get(&target).copied().unwrap_or(0)
     }
@@ -299,7 +309,12 @@ impl Grants {
     }
 
     /// The grant that a token opens for this user.
-    fn usable(&mut self, now: Instant, token: &Token, by: User) -> Result<(u64, &mut Grant), UseError> {
+    fn usable(
+        &mut self,
+        now: Instant,
+        token: &Token,
+        by: User,
+    ) -> Result<(u64, &mut Grant), UseError> {
         self.advance(now);
         let id = self.find(token).ok_or(UseError::Unknown)?;
         let grant = self.grants.get_mut(&id).ok_or(UseError::Unknown)?;

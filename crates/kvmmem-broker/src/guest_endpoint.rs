@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The guest endpoint: where a tool in a VM under a stock QEMU has its view opened, over vsock.
 //!
-//! Such a VM has no VMM of ours to which a hypercall could bring a token, so its tool asks the host itself: it connects
-//! to context id 2, port [`GUEST_PORT`](kvmmem_proto::guest::GUEST_PORT), and sends one
-//! [`FromTool::Open`](kvmmem_proto::guest::FromTool::Open). The broker tells by the peer's context id which
-//! introspector asks, plugs the view's devices into it, and answers. From then on both are silent: the connection
-//! stands for the view, and its end is the view's.
+//! Such a VM has no VMM of ours to which a hypercall could bring a token, so its tool asks the host
+//! itself: it connects to context id 2, port [`GUEST_PORT`](kvmmem_proto::guest::GUEST_PORT), and
+//! sends one [`FromTool::Open`](kvmmem_proto::guest::FromTool::Open). The broker tells by the
+//! peer's context id which introspector asks, plugs the view's devices into it, and answers. From
+//! then on both are silent: the connection stands for the view, and its end is the view's.
 
 mod connections;
 mod introspectors;
@@ -76,7 +76,10 @@ impl Drop for GuestEndpoint {
         }
         let left = self.limit.close(SHUTDOWN_LIMIT);
         if left > 0 {
-            tracing::warn!(connections = left, "not every view of the guest endpoint ended in time");
+            tracing::warn!(
+                connections = left,
+                "not every view of the guest endpoint ended in time"
+            );
         }
     }
 }

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Hooks: a target's standing connections to tools.
 //!
-//! Each hook has a thread that connects to the tool, serves it, and connects again, with growing pauses, until the
-//! hook is undone or the target goes. A hook belongs to the tool's VM as it is registered, or at a unix socket to the
-//! user who asked for it, and not to a number or a path: it ends with that VM, and does not connect to what another user
-//! listens at.
+//! Each hook has a thread that connects to the tool, serves it, and connects again, with growing
+//! pauses, until the hook is undone or the target goes. A hook belongs to the tool's VM as it is
+//! registered, or at a unix socket to the user who asked for it, and not to a number or a path: it
+//! ends with that VM, and does not connect to what another user listens at.
 
 use std::fs::File;
 use std::io;
@@ -103,7 +103,8 @@ impl Hooks {
         if list.hooks.len() >= MAX_PER_TARGET {
             return Err(HookError::Full);
         }
-        let hook = Arc::new(Hook { endpoint, owner, state: Mutex::default(), stop: Condvar::new() });
+        let hook =
+            Arc::new(Hook { endpoint, owner, state: Mutex::default(), stop: Condvar::new() });
         list.hooks.push(Arc::clone(&hook));
         Ok(hook)
     }
@@ -123,8 +124,9 @@ impl Hooks {
     /// Undoes the hooks to tools in a VM that is gone; returns where those were.
     pub fn end_with(&self, vm: u64) -> Vec<Endpoint> {
         let mut list = self.lock();
-        let (ended, left): (Vec<_>, Vec<_>) =
-            std::mem::take(&mut list.hooks).into_iter().partition(|hook| hook.owner == Owner::Vm(vm));
+        let (ended, left): (Vec<_>, Vec<_>) = std::mem::take(&mut list.hooks)
+            .into_iter()
+            .partition(|hook| hook.owner == Owner::Vm(vm));
         list.hooks = left;
         ended.iter().for_each(|hook| hook.stop());
         ended.iter().map(|hook| hook.endpoint.clone()).collect()
@@ -141,8 +143,10 @@ impl Hooks {
 
     /// How a list shows them.
     pub fn list(&self) -> Vec<HookInfo> {
-        let info =
-            |hook: &Arc<Hook>| HookInfo { endpoint: hook.endpoint.clone(), connected: hook.lock().connected };
+        let info = |hook: &Arc<Hook>| HookInfo {
+            endpoint: hook.endpoint.clone(),
+            connected: hook.lock().connected,
+        };
         self.lock().hooks.iter().map(info).collect()
     }
 

@@ -1,17 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Introspectors under a stock QEMU: what a VMM of ours does for its guest, the broker does here over QMP.
+//! Introspectors under a stock QEMU: what a VMM of ours does for its guest, the broker does here
+//! over QMP.
 //!
-//! Towards the grants an [`Introspector`] is a VMM like any other: it has a [`VmmLink`], only that its other end is in
-//! the same process. Towards the guest a view is PCI devices: `ivshmem-plain` over the files of the target's RAM, and
-//! over a descriptor page that says what is where ([`kvmmem_abi::descriptor`]). They are plugged in when a view is
-//! opened, and unplugged when it ends.
+//! Towards the grants an [`Introspector`] is a VMM like any other: it has a [`VmmLink`], only that
+//! its other end is in the same process. Towards the guest a view is PCI devices: `ivshmem-plain`
+//! over the files of the target's RAM, and over a descriptor page that says what is where
+//! ([`kvmmem_abi::descriptor`]). They are plugged in when a view is opened, and unplugged when it
+//! ends.
 //!
-//! A guest can refuse to let go of a device, and then its QEMU keeps the target's memory mapped. That cannot be helped
-//! from outside; so it is noticed, said, and answered as the operator wants ([`OnSilence`]). It costs that VM only: each
-//! has its own threads, and nothing that waits for it holds a lock that others need.
+//! A guest can refuse to let go of a device, and then its QEMU keeps the target's memory mapped.
+//! That cannot be helped from outside; so it is noticed, said, and answered as the operator wants
+//! ([`OnSilence`]). It costs that VM only: each has its own threads, and nothing that waits for it
+//! holds a lock that others need.
 //!
-//! A QEMU that the guest has broken into may answer late, never, or send events without end. Ending a view, removing an
-//! introspector and killing its QEMU have deadlines that none of this puts off ([`Introspector::end`]).
+//! A QEMU that the guest has broken into may answer late, never, or send events without end. Ending
+//! a view, removing an introspector and killing its QEMU have deadlines that none of this puts off
+//! ([`Introspector::end`]).
 
 mod add;
 mod ask;
@@ -73,7 +77,8 @@ struct Traits {
     on_silence: OnSilence,
     /// Whether its QEMU shows parts of files.
     has_offset: bool,
-    /// What the ids of its devices begin with, behind [`plug::PREFIX`]: no other broker has used it.
+    /// What the ids of its devices begin with, behind [`plug::PREFIX`]: no other broker has used
+    /// it.
     session: String,
 }
 

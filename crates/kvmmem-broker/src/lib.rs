@@ -1,10 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The host's introspection service, as a library: the daemon `kvmmemd` is a thin program around it.
+//! The host's introspection service, as a library: the daemon `kvmmemd` is a thin program around
+//! it.
 //!
-//! VMMs register their VMs over a unix socket and keep the connection open while the VM runs; operators add others, whose
-//! VMM knows nothing of the broker. The broker keeps the VMs in a [`registry`], connects targets to tools ([`hook`]), makes
-//! and revokes grants ([`grants`], [`policy`]) and writes an audit log ([`audit`]). Tools in guests under a stock QEMU connect
-//! to the [`guest_endpoint`]. What travels is `kvmmem-proto`, the peers' ends are `kvmmem-client` and `kvmmem::host`.
+//! VMMs register their VMs over a unix socket and keep the connection open while the VM runs;
+//! operators add others, whose VMM knows nothing of the broker. The broker keeps the VMs in a
+//! [`registry`], connects targets to tools ([`hook`]), makes and revokes grants ([`grants`],
+//! [`policy`]) and writes an audit log ([`audit`]). Tools in guests under a stock QEMU connect
+//! to the [`guest_endpoint`]. What travels is `kvmmem-proto`, the peers' ends are `kvmmem-client`
+//! and `kvmmem::host`.
 #![deny(unsafe_code)]
 
 pub mod audit;

@@ -12,16 +12,19 @@ use kvmmem_proto::message::KvmiPolicy;
 /// Where VMMs and the command line connect unless it is said otherwise.
 const SOCKET: &str = "/run/kvmmem/kvmmemd.sock";
 
-/// The host's service for kvmmem: knows the VMs, speaks KVMI with introspection tools, gives out mapping tokens.
+/// The host's service for kvmmem: knows the VMs, speaks KVMI with introspection tools, gives out
+/// mapping tokens.
 ///
-/// Started with a listening socket by a service manager (LISTEN_FDS), it serves that one and ignores --socket and --group.
+/// Started with a listening socket by a service manager (LISTEN_FDS), it serves that one and
+/// ignores --socket and --group.
 ///
-/// Exit status: 0 after SIGTERM or SIGINT; 1 if it cannot serve; 2 for a wrong command line; 3 if another instance
-/// has the socket.
+/// Exit status: 0 after SIGTERM or SIGINT; 1 if it cannot serve; 2 for a wrong command line; 3 if
+/// another instance has the socket.
 #[derive(Debug, Parser)]
 #[command(name = "kvmmemd", version)]
 pub struct Options {
-    /// Read what the command line leaves open from this TOML file; its keys are named like the options.
+    /// Read what the command line leaves open from this TOML file; its keys are named like the
+    /// options.
     #[arg(long, value_name = "PATH")]
     config: Option<PathBuf>,
 
@@ -29,7 +32,8 @@ pub struct Options {
     #[arg(long, value_name = "PATH")]
     socket: Option<PathBuf>,
 
-    /// Name or number of a group whose members may connect too (the socket's mode is then 0660, else 0600).
+    /// Name or number of a group whose members may connect too (the socket's mode is then 0660,
+    /// else 0600).
     #[arg(long, value_name = "GROUP")]
     group: Option<String>,
 
@@ -45,16 +49,18 @@ pub struct Options {
     #[arg(long, value_name = "PATH")]
     audit: Option<PathBuf>,
 
-    /// Remember in this folder which VMs were added, and add those again that still run when the broker starts anew.
+    /// Remember in this folder which VMs were added, and add those again that still run when the
+    /// broker starts anew.
     #[arg(long, value_name = "PATH")]
     state: Option<PathBuf>,
 
-    /// What tokens allow that KVMI makes, for targets that have no policy of their own [default: rw].
+    /// What tokens allow that KVMI makes, for targets that have no policy of their own [default:
+    /// rw].
     #[arg(long, value_name = "RIGHTS", value_enum)]
     kvmi_tokens: Option<KvmiTokens>,
 
-    /// The vsock port at which introspectors under a stock QEMU ask for views, from the first one that is added on
-    /// [default: 27510].
+    /// The vsock port at which introspectors under a stock QEMU ask for views, from the first one
+    /// that is added on [default: 27510].
     #[arg(long, value_name = "PORT", value_parser = clap::value_parser!(u32).range(1..0xffff_ffff))]
     guest_port: Option<u32>,
 }
@@ -141,8 +147,8 @@ struct Config {
 }
 
 impl Options {
-    /// The command line, and beneath it the configuration file, if the command line names one. `rust_log` is the
-    /// environment's `RUST_LOG`, which comes between the two.
+    /// The command line, and beneath it the configuration file, if the command line names one.
+    /// `rust_log` is the environment's `RUST_LOG`, which comes between the two.
     ///
     /// # Errors
     /// [`ConfigError`].

@@ -33,7 +33,8 @@ pub struct Peer {
     number: u64,
     socket: PacketSocket,
     credentials: Mutex<Credentials>,
-    /// The targets that it hears of. Held while pushing, so that the order of pushes is that of the changes.
+    /// The targets that it hears of. Held while pushing, so that the order of pushes is that of
+    /// the changes.
     known: Mutex<HashSet<u64>>,
     /// The sockets of its channels for copies. No other lock is taken with it.
     channels: Mutex<Vec<Arc<OwnedFd>>>,
@@ -98,7 +99,8 @@ impl Peer {
         self.channels().retain(|other| !Arc::ptr_eq(other, socket));
     }
 
-    /// A copy begins; it has ended when this is dropped. To be called before it is looked up whether it is allowed.
+    /// A copy begins; it has ended when this is dropped. To be called before it is looked up
+    /// whether it is allowed.
     pub(crate) fn copying(&self) -> RwLockReadGuard<'_, ()> {
         self.copying.read().unwrap_or_else(PoisonError::into_inner)
     }
@@ -120,8 +122,8 @@ impl Peer {
         self.channels.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Makes sure that the peer has been told of a target. Waits a while for a peer that has not read what was sent before:
-    /// to be called on the peer's own thread.
+    /// Makes sure that the peer has been told of a target. Waits a while for a peer that has not
+    /// read what was sent before: to be called on the peer's own thread.
     ///
     /// # Errors
     /// Where the peer does not read, or the target is gone.
@@ -137,8 +139,9 @@ impl Peer {
         }
     }
 
-    /// Waits until the peer has read all that was sent to it. At most one packet with descriptors is under way to a peer:
-    /// the kernel counts them all as open files of the broker's user, and sends none beyond its limit.
+    /// Waits until the peer has read all that was sent to it. At most one packet with descriptors
+    /// is under way to a peer: the kernel counts them all as open files of the broker's user,
+    /// and sends none beyond its limit.
     ///
     /// # Errors
     /// Where it does not read.
@@ -155,13 +158,14 @@ impl Peer {
 
     fn has_read(&self) -> Result<bool, PacketError> {
         let unread = unread(&self.socket);
-        let unread =
-            unread.map_err(|error| PacketError::Send(Errno::from_io_error(&error).unwrap_or(Errno::IO)))?;
+        let unread = unread.map_err(|error| {
+            PacketError::Send(Errno::from_io_error(&error).unwrap_or(Errno::IO))
+        })?;
         Ok(unread == 0)
     }
 
-    /// Makes sure that the peer is told of what happens to a target whose RAM it gets otherwise; returns where that is
-    /// now.
+    /// Makes sure that the peer is told of what happens to a target whose RAM it gets otherwise;
+    /// returns where that is now.
     ///
     /// # Errors
     /// Where the target is gone.
@@ -189,13 +193,14 @@ impl Peer {
         self.socket.send(&granted, &[], Wait::No)
     }
 
-    /// Tells the peer that a grant was taken back. One that does not read loses its connection, for it would keep what
-    /// it must not.
+    /// Tells the peer that a grant was taken back. One that does not read loses its connection, for
+    /// it would keep what it must not.
     pub fn revoke(&self, grant: u64) {
         self.push(&FromBroker::Revoke { grant });
     }
 
-    /// Tells the peer that a target is gone, if it knows it. One that does not read loses its connection.
+    /// Tells the peer that a target is gone, if it knows it. One that does not read loses its
+    /// connection.
     pub fn gone(&self, target: u64) {
         let mut known = self.known();
         if known.remove(&target) {
@@ -203,7 +208,8 @@ impl Peer {
         }
     }
 
-    /// Tells the peer where a target's RAM is, if it knows it. One that does not read loses its connection.
+    /// Tells the peer where a target's RAM is, if it knows it. One that does not read loses its
+    /// connection.
     pub fn changed(&self, target: u64, layout: &Layout) {
         let known = self.known();
         if known.contains(&target) {
@@ -248,8 +254,8 @@ impl Peer {
     }
 }
 
-/// The RAM of a target that is there. Whoever removes a VM marks it first and then takes each peer's lock: with the lock
-/// held, no introduction follows the news of its end.
+/// The RAM of a target that is there. Whoever removes a VM marks it first and then takes each
+/// peer's lock: with the lock held, no introduction follows the news of its end.
 fn present(target: &Vm) -> Result<&Ram, PacketError> {
     target.ram().filter(|_| !target.is_gone()).ok_or(PacketError::Send(Errno::NODEV))
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! What tokens allow that KVMI makes, for each target. Kept by UUID as long as the broker lives, whether the target is
-//! registered or not.
+//! What tokens allow that KVMI makes, for each target. Kept by UUID as long as the broker lives,
+//! whether the target is registered or not.
 
 use std::collections::HashMap;
 
@@ -46,11 +46,17 @@ impl Policies {
         self.of.get(&target).map_or(self.default, |(policy, _)| *policy)
     }
 
-    /// Sets the policy of a target. Tokens that it has already stay as they are. The default takes no place.
+    /// Sets the policy of a target. Tokens that it has already stay as they are. The default takes
+    /// no place.
     ///
     /// # Errors
     /// [`TooManyPolicies`].
-    pub fn set(&mut self, target: Uuid, policy: KvmiPolicy, by: Credentials) -> Result<(), TooManyPolicies> {
+    pub fn set(
+        &mut self,
+        target: Uuid,
+        policy: KvmiPolicy,
+        by: Credentials,
+    ) -> Result<(), TooManyPolicies> {
         if policy == self.default {
             if let Some((_, uid)) = self.of.remove(&target) {
                 self.quota.give_back(uid);
@@ -77,7 +83,10 @@ mod tests {
         assert_eq!(policies.of(one), KvmiPolicy::ReadWrite);
         policies.set(one, KvmiPolicy::None, user(0)).unwrap();
         policies.set_default(KvmiPolicy::ReadOnly);
-        assert_eq!((policies.of(one), policies.of(other)), (KvmiPolicy::None, KvmiPolicy::ReadOnly));
+        assert_eq!(
+            (policies.of(one), policies.of(other)),
+            (KvmiPolicy::None, KvmiPolicy::ReadOnly)
+        );
         assert_eq!(KvmiPolicy::None.scope(), None);
     }
 

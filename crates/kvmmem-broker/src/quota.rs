@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! How many connections, VMs, hooks, channels, grants and policies there may be: in all, and of one user.
+//! How many connections, VMs, hooks, channels, grants and policies there may be: in all, and of one
+//! user.
 //!
-//! A user who takes all that it can get must neither keep others out nor those who would put an end to it. So each user
-//! but root and the broker's own has a share, and the last few of everything are root's and the broker's own.
+//! A user who takes all that it can get must neither keep others out nor those who would put an end
+//! to it. So each user but root and the broker's own has a share, and the last few of everything
+//! are root's and the broker's own.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -83,7 +85,9 @@ pub enum Exceeded {
         count: usize,
     },
     /// Only the reserve is left.
-    #[error("there are {count} already, and the last {reserve} are for root and the broker's own user")]
+    #[error(
+        "there are {count} already, and the last {reserve} are for root and the broker's own user"
+    )]
     Reserve {
         /// How many others may take.
         count: usize,

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The RAM of a registered VM. It is read and written through its files and never mapped here, so nothing that the VM
-//! or its VMM does to it can disturb the broker.
+//! The RAM of a registered VM. It is read and written through its files and never mapped here, so
+//! nothing that the VM or its VMM does to it can disturb the broker.
 //!
-//! Where a VMM keeps the RAM to itself there is no file that others could map. It is copied then, by way of
-//! `/proc/PID/mem`, and goes to tools as copies alone.
+//! Where a VMM keeps the RAM to itself there is no file that others could map. It is copied then,
+//! by way of `/proc/PID/mem`, and goes to tools as copies alone.
 
 mod backing;
 
@@ -27,9 +27,10 @@ pub struct Ram {
 /// Where the RAM is, for some time.
 #[derive(Debug)]
 pub struct Layout {
-    /// Grows with each change, also where the map stays as it is. A VM keeps its number from one registration to the
-    /// next ([`Ram::continue_from`]) as long as its process lives and nothing has changed, and no other VM has it: so a
-    /// tool that keeps the number can tell whether it is still the same memory. Views call it the *instance*.
+    /// Grows with each change, also where the map stays as it is. A VM keeps its number from one
+    /// registration to the next ([`Ram::continue_from`]) as long as its process lives and
+    /// nothing has changed, and no other VM has it: so a tool that keeps the number can tell
+    /// whether it is still the same memory. Views call it the *instance*.
     pub generation: u64,
     /// The memory map. Offsets in private RAM are addresses of the VMM's process.
     pub map: MemoryMap,
@@ -101,7 +102,8 @@ pub enum AccessError {
     /// No RAM is there.
     #[error("gpa {0:#x} is not backed by RAM")]
     Hole(u64),
-    /// The system refused: `ESRCH` where the RAM is private and the VMM has ended, `EIO` where it has unmapped it.
+    /// The system refused: `ESRCH` where the RAM is private and the VMM has ended, `EIO` where it
+    /// has unmapped it.
     #[error("cannot access the RAM at gpa {gpa:#x}")]
     System {
         /// The address.
@@ -113,8 +115,8 @@ pub enum AccessError {
 }
 
 impl Ram {
-    /// Checks memfds, and the regions that lie in them: each file must be named by [`Region::file`] or be before one
-    /// that is.
+    /// Checks memfds, and the regions that lie in them: each file must be named by [`Region::file`]
+    /// or be before one that is.
     ///
     /// # Errors
     /// What is wrong with them.
@@ -123,8 +125,9 @@ impl Ram {
         Ok(Self::with(Backing::files(files, &map)?, map))
     }
 
-    /// The RAM of a VM whose VMM shares it with nobody: `memory` is `/proc/PID/mem` of the VMM, open for reading and
-    /// writing, and [`Region::offset`] is the region's address in that process ([`Region::file`] is 0).
+    /// The RAM of a VM whose VMM shares it with nobody: `memory` is `/proc/PID/mem` of the VMM,
+    /// open for reading and writing, and [`Region::offset`] is the region's address in that
+    /// process ([`Region::file`] is 0).
     ///
     /// Nobody may register such RAM: it is for the broker's own finding alone.
     ///
@@ -154,8 +157,8 @@ impl Ram {
         Ok(())
     }
 
-    /// Takes the generation that the same RAM of the same VM had in a registration before. It counts for what this
-    /// registration tells from now on.
+    /// Takes the generation that the same RAM of the same VM had in a registration before. It
+    /// counts for what this registration tells from now on.
     pub fn continue_from(&self, generation: u64) {
         let mut layout = self.layout.write().unwrap_or_else(PoisonError::into_inner);
         let (map, is_private) = (layout.map.clone(), layout.is_private);
@@ -191,7 +194,8 @@ impl Ram {
     pub fn open_read_only(&self) -> Result<Vec<OwnedFd>, Errno> {
         // What `/proc/self/fd` names is the memfd itself, whatever it was opened for.
         let path = |file: &OwnedFd| format!("/proc/self/fd/{}", file.as_raw_fd());
-        let open = |file| rustix::fs::open(path(file), OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty());
+        let open =
+            |file| rustix::fs::open(path(file), OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty());
         self.memfds().iter().map(open).collect()
     }
 
@@ -242,8 +246,8 @@ impl Ram {
         Ok(())
     }
 
-    /// Copies as much guest-physical memory as is in one piece, at most `buffer`, and returns how many bytes: none only
-    /// where the buffer is empty.
+    /// Copies as much guest-physical memory as is in one piece, at most `buffer`, and returns how
+    /// many bytes: none only where the buffer is empty.
     ///
     /// # Errors
     /// [`AccessError`].
@@ -256,8 +260,8 @@ impl Ram {
         self.backing.read(file, offset, part).map_err(|source| AccessError::System { gpa, source })
     }
 
-    /// Copies as much of `data` as fits in one piece of guest-physical memory, and returns how many bytes: none only where
-    /// there is no data.
+    /// Copies as much of `data` as fits in one piece of guest-physical memory, and returns how many
+    /// bytes: none only where there is no data.
     ///
     /// # Errors
     /// [`AccessError`].
@@ -270,8 +274,8 @@ impl Ram {
         self.backing.write(file, offset, part).map_err(|source| AccessError::System { gpa, source })
     }
 
-    /// Copies at most `len` bytes that are in one piece, by means of the caller's: `copy` gets the file, the offset in it and
-    /// how many bytes. For a buffer that a peer has mapped too.
+    /// Copies at most `len` bytes that are in one piece, by means of the caller's: `copy` gets the
+    /// file, the offset in it and how many bytes. For a buffer that a peer has mapped too.
     ///
     /// # Errors
     /// [`AccessError`].
@@ -286,8 +290,8 @@ impl Ram {
         copied.map_err(|source| AccessError::System { gpa, source })
     }
 
-    /// The number of the file and the offset in it of a guest-physical address, and how many bytes, at most `len`, are there
-    /// in one piece.
+    /// The number of the file and the offset in it of a guest-physical address, and how many bytes,
+    /// at most `len`, are there in one piece.
     fn place(&self, gpa: u64, len: usize) -> Result<(u32, u64, usize), AccessError> {
         let layout = self.layout.read().unwrap_or_else(PoisonError::into_inner);
         let region = layout.map.region_of(gpa).ok_or(AccessError::Hole(gpa))?;
@@ -302,7 +306,8 @@ fn identity(file: &OwnedFd) -> Result<(u64, u64), Errno> {
     rustix::fs::fstat(file).map(|stat| (stat.st_dev, stat.st_ino))
 }
 
-/// Microseconds since the epoch: a VM does not change so often that the next registration comes to a number it had.
+/// Microseconds since the epoch: a VM does not change so often that the next registration comes to
+/// a number it had.
 fn first_generation() -> u64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     u64::try_from(since.as_micros()).unwrap_or(1)

@@ -42,10 +42,14 @@ pub struct Vm {
 #[derive(Debug, thiserror::Error)]
 pub enum RegisterError {
     /// The name is empty, too long or not for a terminal.
-    #[error("a VM's name has 1 to {MAX_NAME} bytes, all of them to be shown; give another name with --name")]
+    #[error(
+        "a VM's name has 1 to {MAX_NAME} bytes, all of them to be shown; give another name with --name"
+    )]
     Name,
     /// The name could be taken for a UUID, by which VMs are named as well.
-    #[error("name {0:?} reads as a UUID, which names the VM that has it; give another name with --name")]
+    #[error(
+        "name {0:?} reads as a UUID, which names the VM that has it; give another name with --name"
+    )]
     NameIsUuid(String),
     /// The UUID is nil.
     #[error("UUID is nil")]
@@ -163,8 +167,8 @@ impl Registry {
         Self { vms: BTreeMap::new(), quota: Quota::new(bound), last_id: 0 }
     }
 
-    /// Registers a VM for a user. Takes `ram` only then: what is not taken is freed by the caller, without a lock on the
-    /// registry.
+    /// Registers a VM for a user. Takes `ram` only then: what is not taken is freed by the caller,
+    /// without a lock on the registry.
     ///
     /// # Errors
     /// [`RegisterError`].
@@ -206,7 +210,8 @@ impl Registry {
         Ok(vm)
     }
 
-    /// Takes a VM out. The caller drops it, without a lock on the registry: that may free its memory.
+    /// Takes a VM out. The caller drops it, without a lock on the registry: that may free its
+    /// memory.
     pub fn remove(&mut self, id: u64) -> Option<Arc<Vm>> {
         let vm = self.vms.remove(&id)?;
         self.quota.give_back(vm.owner);
@@ -218,9 +223,13 @@ impl Registry {
         self.vms.get(&id).cloned()
     }
 
-    /// A VM by its name or its UUID, as which no name reads. A target and an introspector may be one VM with one UUID:
-    /// then the one that `is_meant`.
-    pub fn find(&self, name_or_uuid: &str, is_meant: impl Fn(&Registration) -> bool) -> Option<Arc<Vm>> {
+    /// A VM by its name or its UUID, as which no name reads. A target and an introspector may be
+    /// one VM with one UUID: then the one that `is_meant`.
+    pub fn find(
+        &self,
+        name_or_uuid: &str,
+        is_meant: impl Fn(&Registration) -> bool,
+    ) -> Option<Arc<Vm>> {
         let uuid = Uuid::parse_str(name_or_uuid).ok();
         let is_it = |vm: &&Arc<Vm>| match uuid {
             Some(uuid) => vm.registration.uuid == uuid,
@@ -245,8 +254,8 @@ impl Registry {
     }
 }
 
-/// Whether a VM and the one to be registered are one, which is looked at as the one and looks as the other: under a stock
-/// QEMU each is added by itself.
+/// Whether a VM and the one to be registered are one, which is looked at as the one and looks as
+/// the other: under a stock QEMU each is added by itself.
 fn is_other_role(vm: &Vm, registration: &Registration, peer: &Peer) -> bool {
     let other = vm.registration();
     let roles = |one: &Registration, two: &Registration| {

@@ -55,7 +55,10 @@ impl Confirmations {
     /// Waits until all have confirmed or ended, or time is up; returns how many have not confirmed.
     fn wait(&self, number: u64) -> usize {
         let is_open = |state: &mut State| {
-            state.waiting.iter().any(|waiting| waiting.number == number && !waiting.peers.is_empty())
+            state
+                .waiting
+                .iter()
+                .any(|waiting| waiting.number == number && !waiting.peers.is_empty())
         };
         let waited = self.came.wait_timeout_while(self.lock(), CONFIRM_LIMIT, is_open);
         let (mut state, _) = waited.unwrap_or_else(PoisonError::into_inner);
@@ -92,7 +95,10 @@ impl Broker {
         let began = Instant::now();
         let affected = self.grants().revoke(self.now(), grant);
         let affected = affected.ok_or_else(|| {
-            Refused::new(Refusal::Unknown, format!("there is no grant {grant}; it may have ended long ago"))
+            Refused::new(
+                Refusal::Unknown,
+                format!("there is no grant {grant}; it may have ended long ago"),
+            )
         })?;
         let wait = self.confirmations().begin(grant, affected.peers.clone());
         // What was closed before the wait began has told nobody.
@@ -117,7 +123,8 @@ impl Broker {
 
     /// Takes note that a connection no longer uses a grant that was taken back.
     pub(crate) fn revoked_done(&self, peer: &Peer, grant: u64) {
-        // Those that were looked up before the grant was revoked; the peer's channels are no part of what it confirms.
+        // Those that were looked up before the grant was revoked; the peer's channels are no part
+        // of what it confirms.
         peer.wait_for_copies();
         let ended = self.grants().confirm(self.now(), grant, peer.number());
         self.confirmations().confirm(grant, peer.number());

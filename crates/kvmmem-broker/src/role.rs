@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Which connection may send which call: one table, which the connection looks at before it carries anything out.
+//! Which connection may send which call: one table, which the connection looks at before it carries
+//! anything out.
 //!
-//! What a connection is follows from what it has done: one that has registered a VM belongs to that VM's VMM, and one
-//! that has opened a view to a process of the host. Before that it is an operator's, and which calls it may send depends
-//! on its user alone. A connection never goes back: a VMM that a guest has broken into must not make tokens by it.
+//! What a connection is follows from what it has done: one that has registered a VM belongs to that
+//! VM's VMM, and one that has opened a view to a process of the host. Before that it is an
+//! operator's, and which calls it may send depends on its user alone. A connection never goes back:
+//! a VMM that a guest has broken into must not make tokens by it.
 
 #[cfg(test)]
 mod tests;
@@ -18,7 +20,8 @@ use crate::broker::Refused;
 pub(crate) enum Role {
     /// Root or the broker's own user; it has neither registered a VM nor opened a view.
     Administrator,
-    /// Another user, whom the socket's group lets in; it has neither registered a VM nor opened a view.
+    /// Another user, whom the socket's group lets in; it has neither registered a VM nor opened a
+    /// view.
     Operator,
     /// A process of the host that has opened a view.
     Viewer,
@@ -51,12 +54,13 @@ fn roles(call: &Call) -> &'static [Role] {
         Call::AddIntrospector { .. } => &[Administrator],
         Call::RemoveIntrospector { .. } => &[Administrator],
         Call::FreeSlots { .. } => &[Administrator, Operator],
-        // Each of them may grant itself all of the target's memory, for writing as well: neither registers nor a pause
-        // are more than that. A view may be of less.
+        // Each of them may grant itself all of the target's memory, for writing as well: neither
+        // registers nor a pause are more than that. A view may be of less.
         Call::Registers { .. } => &[Administrator, Operator],
         Call::Pause { .. } => &[Administrator, Operator],
         Call::Resume { .. } => &[Administrator, Operator],
-        // The broker may connect where an operator may not; who may not make such a hook may not remove it either.
+        // The broker may connect where an operator may not; who may not make such a hook may not
+        // remove it either.
         Call::Hook { endpoint: Endpoint::Unix(_), .. } => &[Administrator],
         Call::Unhook { endpoint: Endpoint::Unix(_), .. } => &[Administrator],
         Call::Hook { endpoint: Endpoint::Vsock { .. }, .. } => &[Administrator, Operator],
@@ -75,8 +79,12 @@ impl Role {
             return Ok(());
         }
         let message = match self {
-            Self::Vmm => "a connection that has registered a VM may not do that; use another connection",
-            Self::Viewer => "a connection that has opened a view may not do that; use another connection",
+            Self::Vmm => {
+                "a connection that has registered a VM may not do that; use another connection"
+            }
+            Self::Viewer => {
+                "a connection that has opened a view may not do that; use another connection"
+            }
             Self::Operator if roles.contains(&Self::Administrator) => {
                 "only root and the broker's own user may add and remove VMs, and hooks to a unix socket; try again \
                  as root"

@@ -31,8 +31,8 @@ use crate::quota::{Exceeded, Limits, Quota};
 /// The most connections at a time: each has a thread.
 pub const MAX_CONNECTIONS: usize = 2560;
 
-/// A connection's stack: enough for the deepest packet that the parser takes, and so small that the kernel backs none by
-/// a huge page.
+/// A connection's stack: enough for the deepest packet that the parser takes, and so small that the
+/// kernel backs none by a huge page.
 const STACK: usize = 512 << 10;
 
 /// How long a packet to a peer that does not read is waited for.
@@ -149,7 +149,8 @@ impl Server {
         Arc::clone(&self.shared.broker)
     }
 
-    /// Serves until `stop` becomes readable; then ends all connections and removes the socket if it made it.
+    /// Serves until `stop` becomes readable; then ends all connections and removes the socket if it
+    /// made it.
     ///
     /// # Errors
     /// [`ServerError::Wait`].
@@ -167,8 +168,10 @@ impl Server {
 
     fn accept_until(&self, stop: BorrowedFd<'_>) -> Result<(), ServerError> {
         loop {
-            let mut fds =
-                [PollFd::from_borrowed_fd(stop, PollFlags::IN), PollFd::new(&self.listener, PollFlags::IN)];
+            let mut fds = [
+                PollFd::from_borrowed_fd(stop, PollFlags::IN),
+                PollFd::new(&self.listener, PollFlags::IN),
+            ];
             match rustix::event::poll(&mut fds, None) {
                 Ok(_) => {}
                 Err(Errno::INTR) => continue,
@@ -190,7 +193,10 @@ impl Server {
                 if let Err(error) = self.admit(fd)
                     && WARNINGS.allow(Instant::now()).is_some()
                 {
-                    tracing::warn!(error = &error as &dyn std::error::Error, "cannot serve a connection");
+                    tracing::warn!(
+                        error = &error as &dyn std::error::Error,
+                        "cannot serve a connection"
+                    );
                 }
             }
             Err(Errno::MFILE | Errno::NFILE | Errno::NOMEM | Errno::NOBUFS) => {
@@ -216,10 +222,11 @@ impl Server {
         let uid = credentials.uid;
         let socket = PacketSocket::accepted(fd, SEND_LIMIT).map_err(io::Error::other)?;
         let peer = Arc::new(Peer::new(socket, credentials));
-        // The socket's mode lets its owner in, and the group where there is one. Without a group this is checked
-        // again here, in case somebody has changed the mode.
+        // The socket's mode lets its owner in, and the group where there is one. Without a group
+        // this is checked again here, in case somebody has changed the mode.
         if !credentials.is_administrator() && !self.group {
-            let refused = Refused { refusal: Refusal::Denied, message: format!("user {uid} may not") };
+            let refused =
+                Refused { refusal: Refusal::Denied, message: format!("user {uid} may not") };
             connection::refuse(&peer, 0, &refused);
             self.shared.broker.audit().refused(&peer, None, &refused.message);
             return Ok(());
@@ -266,7 +273,9 @@ impl Shared {
         }
         let (connections, _) = self
             .ended
-            .wait_timeout_while(connections, SHUTDOWN_LIMIT, |connections| !connections.peers.is_empty())
+            .wait_timeout_while(connections, SHUTDOWN_LIMIT, |connections| {
+                !connections.peers.is_empty()
+            })
             .unwrap_or_else(PoisonError::into_inner);
         let left = connections.peers.len();
         drop(connections);
@@ -305,7 +314,8 @@ impl Drop for Place {
     }
 }
 
-/// Takes the lock beside the socket. The file stays: removing it would let two brokers hold "the" lock.
+/// Takes the lock beside the socket. The file stays: removing it would let two brokers hold "the"
+/// lock.
 fn lock(path: &Path) -> Result<File, ServerError> {
     let mut name = path.as_os_str().to_owned();
     name.push(".lock");
@@ -325,11 +335,13 @@ fn lock(path: &Path) -> Result<File, ServerError> {
     }
 }
 
-/// A socket that listens at `path`, which nobody but its owner can connect to before it has its final mode.
+/// A socket that listens at `path`, which nobody but its owner can connect to before it has its
+/// final mode.
 fn listener(path: &Path, group: Option<u32>) -> io::Result<OwnedFd> {
     let address = SocketAddrUnix::new(path)?;
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-    let listener = rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?;
+    let listener =
+        rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?;
     rustix::net::bind(&listener, &address)?;
     let ready = || -> io::Result<()> {
         // Nobody can connect before `listen`, so the mode is in force before anybody tries.

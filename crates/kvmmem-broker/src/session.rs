@@ -60,7 +60,10 @@ impl Introspected for Session<'_> {
         let layout = self.vm.ram().ok_or(KvmError::Inval)?.layout();
         let gpa = gfn.checked_mul(PAGE_SIZE).ok_or(KvmError::Inval)?;
         let region = layout.map.region_of(gpa).ok_or(KvmError::Inval)?;
-        Ok(PhysicalSlot { gfn: (region.gpa / PAGE_SIZE).into(), pages: (region.len / PAGE_SIZE).into() })
+        Ok(PhysicalSlot {
+            gfn: (region.gpa / PAGE_SIZE).into(),
+            pages: (region.len / PAGE_SIZE).into(),
+        })
     }
 
     fn read(&self, gpa: u64, buffer: &mut [u8]) -> Result<(), KvmError> {

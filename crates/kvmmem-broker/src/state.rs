@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! What the broker remembers in a file, so that a new one knows it: the VMs that an operator has added. Those that
-//! register themselves do so again by themselves; grants and tokens end with the broker.
+//! What the broker remembers in a file, so that a new one knows it: the VMs that an operator has
+//! added. Those that register themselves do so again by themselves; grants and tokens end with the
+//! broker.
 
 mod file;
 mod restore;
@@ -26,7 +27,8 @@ pub(crate) struct Entry {
     pub(crate) uuid: Uuid,
     /// Its VMM's process.
     pub(crate) pid: u32,
-    /// When that was started, clock ticks since the host was: it tells a later process with the same number from it.
+    /// When that was started, clock ticks since the host was: it tells a later process with the
+    /// same number from it.
     pub(crate) started: u64,
     /// The monitor by which it was added.
     pub(crate) qmp: Option<PathBuf>,
@@ -74,7 +76,8 @@ impl Entry {
 impl Role {
     /// A target's.
     pub(crate) fn target(vm: &Vm) -> Self {
-        let files = vm.ram().map(|ram| ram.files().into_iter().filter_map(FileId::of_file).collect());
+        let files =
+            vm.ram().map(|ram| ram.files().into_iter().filter_map(FileId::of_file).collect());
         Self::Target { files: files.unwrap_or_default() }
     }
 }
@@ -101,7 +104,8 @@ impl State {
     /// Remembers from now on in a folder, which is made; what is there waits to be added again.
     ///
     /// # Errors
-    /// Where nothing can be written there. What is no memory of a broker is told and counts for nothing.
+    /// Where nothing can be written there. What is no memory of a broker is told and counts for
+    /// nothing.
     fn open(&self, directory: &Path) -> io::Result<Vec<Entry>> {
         let (file, waiting) = StateFile::open(directory)?;
         let mut generations = self.generations();
@@ -149,10 +153,13 @@ impl State {
     pub(crate) fn generation(&self, pid: u32) -> Option<u64> {
         let process = Process::open(pid).ok()?;
         let known = self.generations().0.get(&(pid, process.started()?)).copied();
-        known.or_else(|| self.is_brief.load(Ordering::Relaxed).then(|| derived_generation(&process))?)
+        known.or_else(|| {
+            self.is_brief.load(Ordering::Relaxed).then(|| derived_generation(&process))?
+        })
     }
 
-    /// Gives the RAM of a process the same generation in each broker, as no broker lasts from one command to the next.
+    /// Gives the RAM of a process the same generation in each broker, as no broker lasts from one
+    /// command to the next.
     pub(crate) fn set_brief(&self) {
         self.is_brief.store(true, Ordering::Relaxed);
     }
@@ -200,7 +207,8 @@ fn derived_generation(process: &Process) -> Option<u64> {
     Some(word >> 12 | 1)
 }
 
-/// The generations of RAM by process, which outlast the targets: one that is removed and added again has its generation.
+/// The generations of RAM by process, which outlast the targets: one that is removed and added
+/// again has its generation.
 #[derive(Debug, Default)]
 struct Generations(BTreeMap<(u32, u64), u64>);
 

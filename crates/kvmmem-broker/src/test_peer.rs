@@ -8,7 +8,9 @@ use std::time::Duration;
 
 use kvmmem_proto::credentials::Credentials;
 use kvmmem_proto::map::Region;
-use kvmmem_proto::message::{Answer, Call, FromBroker, GrantRequest, Refusal, Registration, Request};
+use kvmmem_proto::message::{
+    Answer, Call, FromBroker, GrantRequest, Refusal, Registration, Request,
+};
 use kvmmem_proto::packet::{PacketBuffer, PacketSocket, Wait};
 use kvmmem_proto::scope::Rights;
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
@@ -43,7 +45,8 @@ impl Connection {
     /// A connection that is not served yet, and its other end.
     pub(crate) fn pair() -> (Self, OwnedFd) {
         let flags = SocketFlags::CLOEXEC;
-        let pair = rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).unwrap();
+        let pair = rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)
+            .unwrap();
         let socket = PacketSocket::accepted(pair.0, Duration::from_secs(30)).unwrap();
         socket.limit_receive(Some(Duration::from_secs(30))).unwrap();
         (Self { socket: Some(socket), buffer: PacketBuffer::default(), thread: None }, pair.1)
@@ -61,7 +64,11 @@ impl Connection {
         self.socket.as_ref().unwrap().receive(&mut self.buffer).unwrap()
     }
 
-    pub(crate) fn ask(&mut self, call: Call, file: Option<OwnedFd>) -> Result<Answer, (Refusal, String)> {
+    pub(crate) fn ask(
+        &mut self,
+        call: Call,
+        file: Option<OwnedFd>,
+    ) -> Result<Answer, (Refusal, String)> {
         self.send(call, file);
         loop {
             match self.next().expect("it was closed").0 {

@@ -52,13 +52,15 @@ enum RequestError {
 }
 
 impl Broker {
-    /// Makes a token for a target whose tool is `owner`'s and at `endpoint`. Where the owner is a registered introspector,
-    /// the token is pushed there before it is returned, and is good there only.
+    /// Makes a token for a target whose tool is `owner`'s and at `endpoint`. Where the owner is a
+    /// registered introspector, the token is pushed there before it is returned, and is good
+    /// there only.
     ///
     /// # Errors
-    /// EAGAIN where too many are outstanding, EPERM where the tool is in the target itself or its VM is gone, or the
-    /// target's policy allows none, ENOMEM where the system has no random bytes, EOPNOTSUPP where the target is gone, or its RAM is private
-    /// and the tool in an introspector.
+    /// EAGAIN where too many are outstanding, EPERM where the tool is in the target itself or its
+    /// VM is gone, or the target's policy allows none, ENOMEM where the system has no random
+    /// bytes, EOPNOTSUPP where the target is gone, or its RAM is private and the tool in an
+    /// introspector.
     pub fn mint(
         &self,
         now: Instant,
@@ -67,8 +69,9 @@ impl Broker {
         owner: Owner,
     ) -> Result<Token, KvmError> {
         let minted = self.mint_for(now, target, owner);
-        let (token, grant, scope, holder) =
-            minted.inspect_err(|error| self.audit().not_minted(target, endpoint, &format!("{error:?}")))?;
+        let (token, grant, scope, holder) = minted.inspect_err(|error| {
+            self.audit().not_minted(target, endpoint, &format!("{error:?}"))
+        })?;
         self.audit().minted(target, endpoint, grant, &scope, holder.as_deref());
         Ok(token)
     }
@@ -93,7 +96,9 @@ impl Broker {
             scope: scope.clone(),
             lifetime: KVMI_LIFETIME,
             uses: 1,
-            holder: holder.as_ref().map_or(Holder::Anybody, |holder| Holder::Pushed(holder.peer().number())),
+            holder: holder
+                .as_ref()
+                .map_or(Holder::Anybody, |holder| Holder::Pushed(holder.peer().number())),
             label: None,
             origin: Origin::Kvmi,
             by: target.peer().credentials(),
@@ -120,13 +125,19 @@ impl Broker {
     ///
     /// # Errors
     /// Where there is no such target, the request breaks a rule, or there are too many grants.
-    pub fn grant(&self, now: Instant, peer: Credentials, request: &GrantRequest) -> Result<Answer, Refused> {
+    pub fn grant(
+        &self,
+        now: Instant,
+        peer: Credentials,
+        request: &GrantRequest,
+    ) -> Result<Answer, Refused> {
         let vm = self.find(&request.target)?;
-        let terms =
-            terms(&vm, request, peer).map_err(|error| Refused::from_error(Refusal::Invalid, &error))?;
+        let terms = terms(&vm, request, peer)
+            .map_err(|error| Refused::from_error(Refusal::Invalid, &error))?;
         let scope = terms.scope.clone();
-        let token = random_token()
-            .map_err(|_| Refused::new(Refusal::Limit, "the system has no random bytes for a token"))?;
+        let token = random_token().map_err(|_| {
+            Refused::new(Refusal::Limit, "the system has no random bytes for a token")
+        })?;
         let grant = {
             let mut grants = self.grants();
             if vm.is_gone() {
@@ -215,8 +226,10 @@ impl Broker {
         let uuid = match self.find(target) {
             Ok(vm) => vm.registration().uuid,
             Err(refused) => Uuid::parse_str(target).map_err(|_| {
-                let message =
-                    format!("{}; a VM that is not registered is named by its UUID", refused.message);
+                let message = format!(
+                    "{}; a VM that is not registered is named by its UUID",
+                    refused.message
+                );
                 Refused::new(Refusal::Unknown, message)
             })?,
         };
@@ -274,8 +287,9 @@ pub(crate) fn user(peer: &Peer, vm: Option<&Vm>) -> User {
 
 /// The VM of a connection that may use tokens for it.
 pub(crate) fn introspector(vm: Option<&Vm>) -> Result<&Vm, Refused> {
-    vm.filter(|vm| vm.registration().introspector)
-        .ok_or_else(|| Refused::new(Refusal::Denied, "only the VMM of an introspector may redeem a token"))
+    vm.filter(|vm| vm.registration().introspector).ok_or_else(|| {
+        Refused::new(Refusal::Denied, "only the VMM of an introspector may redeem a token")
+    })
 }
 
 pub(crate) fn refuse_use(error: UseError) -> Refused {

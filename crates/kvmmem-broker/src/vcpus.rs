@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Registers and pauses of VMs whose VMM can be asked: by the monitor that the broker listens to, or by the connection that has
-//! registered the VM.
+//! Registers and pauses of VMs whose VMM can be asked: by the monitor that the broker listens to,
+//! or by the connection that has registered the VM.
 
 use std::sync::Arc;
 
@@ -26,7 +26,12 @@ impl Broker {
     ///
     /// # Errors
     /// Where there is no such target, or its VMM cannot be asked.
-    pub(crate) fn registers(&self, peer: Credentials, target: &str, first: u32) -> Result<Answer, Refused> {
+    pub(crate) fn registers(
+        &self,
+        peer: Credentials,
+        target: &str,
+        first: u32,
+    ) -> Result<Answer, Refused> {
         let (vm, questions) = self.asked(target)?;
         let page = |number| usize::try_from(number).unwrap_or(usize::MAX);
         let (vcpus, more) = questions.registers(page(first), page(PAGE)).map_err(refuse)?;
@@ -39,7 +44,8 @@ impl Broker {
     /// Stops a target for a connection that holds `held`, or checks that it is still stopped.
     ///
     /// # Errors
-    /// Where there is no such target, its VMM cannot be asked, or the pause has ended; then nothing is held.
+    /// Where there is no such target, its VMM cannot be asked, or the pause has ended; then nothing
+    /// is held.
     pub(crate) fn pause(
         &self,
         peer: Credentials,
@@ -76,8 +82,9 @@ impl Broker {
     ) -> Result<Answer, Refused> {
         let vm = self.find(target)?;
         let held = held.filter(|held| held.vm.id() == vm.id());
-        let Held { pause, .. } =
-            held.ok_or_else(|| Refused::new(Refusal::Unknown, "this connection has not paused that VM"))?;
+        let Held { pause, .. } = held.ok_or_else(|| {
+            Refused::new(Refusal::Unknown, "this connection has not paused that VM")
+        })?;
         self.audit().resumed(&vm, "asked for", peer);
         pause.end().map_err(refuse)?;
         Ok(Answer::Done)

@@ -25,12 +25,12 @@ const MAX_COMM: usize = 16;
 const HOST: &str = "host";
 
 impl Broker {
-    /// Uses a token to open a view: for the VMM of an introspector, or for a process of the host, which gets the RAM's
-    /// files as well.
+    /// Uses a token to open a view: for the VMM of an introspector, or for a process of the host,
+    /// which gets the RAM's files as well.
     ///
     /// # Errors
-    /// Where the connection's VM is no introspector, the token is not good, or a view by it would have no memory at one of
-    /// the spans that are to be reached.
+    /// Where the connection's VM is no introspector, the token is not good, or a view by it would
+    /// have no memory at one of the spans that are to be reached.
     pub(crate) fn attach(
         &self,
         now: Instant,
@@ -49,7 +49,8 @@ impl Broker {
             self.refuse_private(now, token, user(peer, by))?;
         }
         self.check_reaches(now, token, user(peer, by), reaching)?;
-        let attached = self.grants().attach(now, token, user(peer, by), (name, caller.clone()), read_only);
+        let attached =
+            self.grants().attach(now, token, user(peer, by), (name, caller.clone()), read_only);
         let (view, opened) = attached.map_err(refuse_use)?;
         let shown = self.show(peer, by, view, &opened);
         let Ok((target, answer)) = shown else {
@@ -64,21 +65,28 @@ impl Broker {
     ///
     /// # Errors
     /// [`Refusal::Unsupported`] with the remedy, or where the token is not good.
-    pub(crate) fn refuse_private(&self, now: Instant, token: &Token, by: User) -> Result<(), Refused> {
+    pub(crate) fn refuse_private(
+        &self,
+        now: Instant,
+        token: &Token,
+        by: User,
+    ) -> Result<(), Refused> {
         let (target, _) = self.grants().target(now, token, by).map_err(refuse_use)?;
         let vm = self.registry().get(target);
         match vm.as_ref().and_then(|vm| Some((vm, vm.ram()?))) {
             Some((vm, ram)) if ram.is_private() => {
                 let name = &vm.registration().name;
-                let message =
-                    format!("the RAM of {name:?} is private to its VMM and cannot be mapped; {SHARE_IT}");
+                let message = format!(
+                    "the RAM of {name:?} is private to its VMM and cannot be mapped; {SHARE_IT}"
+                );
                 Err(Refused::new(Refusal::Unsupported, message))
             }
             _ => Ok(()),
         }
     }
 
-    /// Refuses a token whose view would not reach one of `spans`. The refusal costs no use of the token.
+    /// Refuses a token whose view would not reach one of `spans`. The refusal costs no use of the
+    /// token.
     ///
     /// # Errors
     /// [`Refusal::Invalid`] with the span, or where the token is not good.
@@ -144,11 +152,17 @@ impl Broker {
     ///
     /// # Errors
     /// Where it has no such view.
-    pub(crate) fn detach(&self, peer: &Peer, view: u64, counters: ViewCounters) -> Result<(), Refused> {
+    pub(crate) fn detach(
+        &self,
+        peer: &Peer,
+        view: u64,
+        counters: ViewCounters,
+    ) -> Result<(), Refused> {
         let (closed, is_last) = {
             let mut grants = self.grants();
             grants.count(view, peer.number(), counters);
-            let closed = grants.detach(self.now(), view, peer.number()).ok_or_else(|| no_view(view))?;
+            let closed =
+                grants.detach(self.now(), view, peer.number()).ok_or_else(|| no_view(view))?;
             let is_last = !grants.peers_of(closed.grant).contains(&peer.number());
             (closed, is_last)
         };
@@ -165,7 +179,12 @@ impl Broker {
     ///
     /// # Errors
     /// Where the connection has no such view.
-    pub(crate) fn count(&self, peer: &Peer, view: u64, counters: ViewCounters) -> Result<(), Refused> {
+    pub(crate) fn count(
+        &self,
+        peer: &Peer,
+        view: u64,
+        counters: ViewCounters,
+    ) -> Result<(), Refused> {
         let is_known = self.grants().count(view, peer.number(), counters);
         if is_known { Ok(()) } else { Err(no_view(view)) }
     }
@@ -175,10 +194,12 @@ fn no_view(view: u64) -> Refused {
     Refused::new(Refusal::Unknown, format!("this connection has no view {view}"))
 }
 
-/// Who asks, as far as it is known: of a process of the host the socket tells, of one in a VM the VM's kernel.
+/// Who asks, as far as it is known: of a process of the host the socket tells, of one in a VM the
+/// VM's kernel.
 fn known_caller(caller: Caller, peer: &Peer, vm: Option<&Vm>) -> Caller {
     let comm = caller.comm.chars().take(MAX_COMM);
-    let comm = comm.map(|c| if is_unprintable(c) { char::REPLACEMENT_CHARACTER } else { c }).collect();
+    let comm =
+        comm.map(|c| if is_unprintable(c) { char::REPLACEMENT_CHARACTER } else { c }).collect();
     let credentials = peer.credentials();
     match vm {
         Some(_) => Caller { comm, ..caller },

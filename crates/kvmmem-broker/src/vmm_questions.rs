@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Questions about vCPUs to a VMM that has registered its VM by itself, over the connection that registered it.
+//! Questions about vCPUs to a VMM that has registered its VM by itself, over the connection that
+//! registered it.
 //!
-//! The VMM may not answer, or answer what was not asked: a question waits for as long as its client does, their number is
-//! limited, and a pause ends by itself in the VMM where it does not get to know of its end.
+//! The VMM may not answer, or answer what was not asked: a question waits for as long as its client
+//! does, their number is limited, and a pause ends by itself in the VMM where it does not get to
+//! know of its end.
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -35,7 +37,10 @@ impl VmmQuestions {
         let Some((_, question)) = self.lock().waiting.remove(&id) else { return };
         // A client that has given up waiting needs no answer.
         match (question, answer) {
-            (Question::Registers { count, reply, .. }, VcpuAnswer::Registers { mut vcpus, more }) => {
+            (
+                Question::Registers { count, reply, .. },
+                VcpuAnswer::Registers { mut vcpus, more },
+            ) => {
                 vcpus.truncate(count);
                 let _ = reply.send(Ok((vcpus, more)));
             }
@@ -47,7 +52,8 @@ impl VmmQuestions {
             }
             (question, VcpuAnswer::NotPaused) => question.fail(AskError::Resumed),
             (question, VcpuAnswer::Failed { message }) => {
-                let message = message.chars().take(MAX_MESSAGE).flat_map(char::escape_debug).collect();
+                let message =
+                    message.chars().take(MAX_MESSAGE).flat_map(char::escape_debug).collect();
                 question.fail(AskError::Failed(message));
             }
             (question, _) => question.fail(AskError::Nonsense),
@@ -102,7 +108,9 @@ fn to_vmm(question: &Question) -> VcpuQuestion {
         Question::Registers { first, count, .. } => {
             VcpuQuestion::Registers { first: number(*first), count: number(*count) }
         }
-        Question::Pause { holder, is_new, .. } => VcpuQuestion::Pause { holder: *holder, is_new: *is_new },
+        Question::Pause { holder, is_new, .. } => {
+            VcpuQuestion::Pause { holder: *holder, is_new: *is_new }
+        }
         Question::Resume { holder, .. } => VcpuQuestion::Resume { holder: *holder },
     }
 }

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The program `kvmmemd` as a service manager starts it: a socket that is passed, a configuration file.
+//! The program `kvmmemd` as a service manager starts it: a socket that is passed, a configuration
+//! file.
 
 use std::io::{BufRead, BufReader};
 use std::os::fd::OwnedFd;
@@ -51,7 +52,8 @@ fn a_socket_that_was_passed_is_served_and_left() {
     assert!(line.contains("listening") && line.contains(path.to_str().unwrap()), "{line}");
     assert_eq!(admin.join().unwrap(), []);
     // No other one takes the path away.
-    let second = Command::new(env!("CARGO_BIN_EXE_kvmmemd")).arg("--socket").arg(&path).output().unwrap();
+    let second =
+        Command::new(env!("CARGO_BIN_EXE_kvmmemd")).arg("--socket").arg(&path).output().unwrap();
     assert_eq!(second.status.code(), Some(3));
     kill_process(Pid::from_child(&daemon), Signal::TERM).unwrap();
     assert_eq!(daemon.wait().unwrap().code(), Some(0));

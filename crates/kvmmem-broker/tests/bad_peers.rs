@@ -21,8 +21,8 @@ use kvmmem_broker::quota::Limits;
 use proptest::prelude::*;
 use rustix::fs::SealFlags;
 use rustix::net::{
-    AddressFamily, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketType, connect,
-    recv, sendmsg, socket,
+    AddressFamily, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix,
+    SocketType, connect, recv, sendmsg, socket,
 };
 
 /// A socket without any manners.
@@ -122,8 +122,11 @@ fn unexpected_descriptors_are_closed() {
 #[test]
 fn bad_registrations_are_refused() {
     let broker = TestBroker::start();
-    let refused = |registration, ram: Option<OwnedFd>| match VmmLink::connect(&broker.path, registration, ram)
-    {
+    let refused = |registration, ram: Option<OwnedFd>| match VmmLink::connect(
+        &broker.path,
+        registration,
+        ram,
+    ) {
         Err(LinkError::Refused { refusal, message }) => {
             assert_eq!(refusal, Refusal::Invalid, "{message}");
             message
@@ -141,7 +144,9 @@ fn bad_registrations_are_refused() {
     let null = || Some(File::open("/dev/null").unwrap().into());
     assert!(refused(target("t"), null()).contains("not a memfd"));
     assert!(refused(target("t"), None).contains("comes with the memfd"));
-    assert!(refused(target("t"), Some(memfd(0x10_2000, SealFlags::GROW))).contains("F_SEAL_SHRINK"));
+    assert!(
+        refused(target("t"), Some(memfd(0x10_2000, SealFlags::GROW))).contains("F_SEAL_SHRINK")
+    );
     assert!(refused(target("t"), Some(memfd(0x10_1000, SealFlags::SHRINK))).contains("0x101000"));
     assert!(refused(introspector("i", 7), Some(ram())).contains("no other does"));
     assert!(refused(introspector("i", 2), None).contains("context id 2"));
@@ -171,13 +176,20 @@ fn a_connection_registers_one_vm() {
     let peer = PacketSocket::connect(&broker.path, Duration::from_secs(5)).unwrap();
     let mut buffer = PacketBuffer::default();
     let mut ask = |id, call, fd: Option<OwnedFd>| {
-        peer.send(&Request { id, call }, fd.as_ref().map(AsFd::as_fd).as_slice(), Wait::Limited).unwrap();
+        peer.send(&Request { id, call }, fd.as_ref().map(AsFd::as_fd).as_slice(), Wait::Limited)
+            .unwrap();
         peer.receive::<FromBroker>(&mut buffer).unwrap().unwrap().0
     };
     let first = ask(7, Call::Register(target("a")), Some(ram()));
-    assert!(matches!(first, FromBroker::Answer { id: 7, answer: Answer::Registered { .. } }), "{first:?}");
+    assert!(
+        matches!(first, FromBroker::Answer { id: 7, answer: Answer::Registered { .. } }),
+        "{first:?}"
+    );
     let second = ask(8, Call::Register(target("b")), Some(ram()));
-    assert!(matches!(second, FromBroker::Refused { id: 8, refusal: Refusal::Denied, .. }), "{second:?}");
+    assert!(
+        matches!(second, FromBroker::Refused { id: 8, refusal: Refusal::Denied, .. }),
+        "{second:?}"
+    );
     assert!(broker.state.find("a").is_ok());
 }
 
@@ -192,8 +204,9 @@ fn a_peer_that_does_not_read_is_cut_off_alone() {
     )
     .unwrap();
     let list = b"{\"id\":1,\"call\":{\"targets\":{\"after\":0}}}";
-    let flood =
-        std::thread::spawn(move || (0..1_000_000).take_while(|_| send(&deaf, list, &[]).is_ok()).count());
+    let flood = std::thread::spawn(move || {
+        (0..1_000_000).take_while(|_| send(&deaf, list, &[]).is_ok()).count()
+    });
     for _ in 0..20 {
         check(&broker);
     }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Peers that break the rules of grants and views: each is refused, waited for in vain or cut off, and nobody else
-//! notices.
+//! Peers that break the rules of grants and views: each is refused, waited for in vain or cut off,
+//! and nobody else notices.
 
 mod common;
 
@@ -34,7 +34,10 @@ impl Peer {
     fn register(broker: &TestBroker, registration: Registration, ram: Option<OwnedFd>) -> Self {
         let mut peer = Self::connect(broker);
         let answer = peer.ask_with(Call::Register(registration), ram);
-        assert!(matches!(answer, FromBroker::Answer { answer: Answer::Registered { .. }, .. }), "{answer:?}");
+        assert!(
+            matches!(answer, FromBroker::Answer { answer: Answer::Registered { .. }, .. }),
+            "{answer:?}"
+        );
         peer
     }
 
@@ -149,7 +152,10 @@ fn a_vmm_is_no_operator_and_a_target_no_viewer() {
 
     let mut process = Peer::connect(&broker);
     let answer = process.attach(&granted.token);
-    assert!(matches!(answer, FromBroker::Answer { answer: Answer::HostAttached { .. }, .. }), "{answer:?}");
+    assert!(
+        matches!(answer, FromBroker::Answer { answer: Answer::HostAttached { .. }, .. }),
+        "{answer:?}"
+    );
     assert_eq!(process.refusal(Call::Register(introspector("puma", 9))), Refusal::Denied);
 }
 
@@ -363,8 +369,10 @@ fn what_a_guest_calls_itself_is_shown_without_harm() {
 fn the_longest_list_comes_whole() {
     let broker = TestBroker::start();
     let name = "\"".repeat(63);
-    let large =
-        Registration { regions: vec![Region { gpa: 0, len: 64 << 20, offset: 0, file: 0 }], ..target(&name) };
+    let large = Registration {
+        regions: vec![Region { gpa: 0, len: 64 << 20, offset: 0, file: 0 }],
+        ..target(&name)
+    };
     let memory = memfd(64 << 20, SealFlags::SHRINK);
     let _tiger = VmmLink::connect(&broker.path, large, Some(memory)).unwrap();
     let lion = broker.introspector(&"\\".repeat(63), 7);
@@ -386,7 +394,13 @@ fn the_longest_list_comes_whole() {
     }
     let listed = broker.grants();
     assert_eq!(listed.len(), 41);
-    assert!(listed.iter().all(|grant| grant.scope.spans.as_ref().is_some_and(|spans| spans.len() == 64)));
+    assert!(
+        listed.iter().all(|grant| grant
+            .scope
+            .spans
+            .as_ref()
+            .is_some_and(|spans| spans.len() == 64))
+    );
     assert_eq!(listed[40].views.len(), 64);
     // A name that no VM has is not repeated at length.
     let unknown = broker.admin().grant(&GrantRequest { target: "é".repeat(20_000), ..asked });
@@ -394,5 +408,8 @@ fn the_longest_list_comes_whole() {
         matches!(&unknown, Err(AdminError::Refused { message, .. }) if message.len() < 200),
         "{unknown:?}"
     );
-    assert_eq!(lion.attach(&Token::new([0; 4]), &caller(), true).unwrap_err(), RedeemError::Unknown);
+    assert_eq!(
+        lion.attach(&Token::new([0; 4]), &caller(), true).unwrap_err(),
+        RedeemError::Unknown
+    );
 }

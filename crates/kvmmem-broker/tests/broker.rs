@@ -23,7 +23,10 @@ fn vms_are_listed_as_long_as_they_are_registered() {
     let links: Vec<VmmLink> = (0..40).map(|n| broker.target(&format!("vm-{n}"))).collect();
     let listed = admin.targets().unwrap();
     assert_eq!(listed.len(), 40);
-    assert_eq!((listed[7].name.as_str(), listed[7].memory_bytes, listed[7].vcpus), ("vm-7", 0x6000, 2));
+    assert_eq!(
+        (listed[7].name.as_str(), listed[7].memory_bytes, listed[7].vcpus),
+        ("vm-7", 0x6000, 2)
+    );
     assert_eq!(listed[7].pid, std::process::id());
     drop(links);
     let state = broker.state.clone();
@@ -51,13 +54,17 @@ fn a_second_vm_of_the_same_name_uuid_or_cid_is_refused_by_name() {
 fn one_vm_may_be_a_target_and_an_introspector_by_two_names() {
     let broker = TestBroker::start();
     let uuid = target("tiger").uuid;
-    let _looks =
-        VmmLink::connect(&broker.path, Registration { uuid, ..introspector("tiger-looks", 7) }, None)
-            .unwrap();
+    let _looks = VmmLink::connect(
+        &broker.path,
+        Registration { uuid, ..introspector("tiger-looks", 7) },
+        None,
+    )
+    .unwrap();
     let _tiger = broker.target("tiger");
     // By its UUID it is the target: nobody has a grant of an introspector.
     assert_eq!(broker.state.find(&uuid.to_string()).unwrap().registration().name, "tiger");
-    let third = VmmLink::connect(&broker.path, Registration { uuid, ..introspector("puma", 8) }, None);
+    let third =
+        VmmLink::connect(&broker.path, Registration { uuid, ..introspector("puma", 8) }, None);
     assert!(matches!(third, Err(LinkError::Refused { refusal: Refusal::Exists, .. })), "{third:?}");
 }
 
@@ -66,7 +73,8 @@ fn a_tool_reads_and_writes_a_hooked_target() {
     let broker = TestBroker::start();
     let memory = ram();
     pwrite(&memory, b"stripes", 0x10_1000).unwrap();
-    let link = VmmLink::connect(&broker.path, target("tiger"), Some(memory.try_clone().unwrap())).unwrap();
+    let link =
+        VmmLink::connect(&broker.path, target("tiger"), Some(memory.try_clone().unwrap())).unwrap();
     let tool = Tool::listen(&broker, "tool.sock");
     let mut admin = Admin::connect(&broker.path).unwrap();
     admin.hook("tiger", &tool.endpoint).unwrap();
@@ -86,8 +94,16 @@ fn a_tool_reads_and_writes_a_hooked_target() {
         assert_eq!(session.ask(Request::QueryPhysical { gfn }), Err(KvmError::Inval), "{gfn:#x}");
     }
     for gpa in [0x4000, 0x10_2000, !0xfff] {
-        assert_eq!(session.ask(Request::ReadPhysical { gpa, size: 8 }), Err(KvmError::Inval), "{gpa:#x}");
-        assert_eq!(session.ask(Request::WritePhysical { gpa, data: b"x" }), Err(KvmError::Inval), "{gpa:#x}");
+        assert_eq!(
+            session.ask(Request::ReadPhysical { gpa, size: 8 }),
+            Err(KvmError::Inval),
+            "{gpa:#x}"
+        );
+        assert_eq!(
+            session.ask(Request::WritePhysical { gpa, data: b"x" }),
+            Err(KvmError::Inval),
+            "{gpa:#x}"
+        );
     }
     assert!(admin.targets().unwrap()[0].hooks[0].connected);
 
@@ -184,7 +200,8 @@ fn a_token_for_a_vsock_tool_is_pushed_to_its_vm_and_good_there_only() {
     let vm = broker.state.find("tiger").unwrap();
     let mint = || broker.mint(&vm, 7).unwrap();
 
-    // Pushed before `mint` returns, but perhaps not read yet: then the broker is asked, and points back to the push.
+    // Pushed before `mint` returns, but perhaps not read yet: then the broker is asked, and points
+    // back to the push.
     for _ in 0..200 {
         let token = mint();
         assert_eq!(puma.redeem(&token).unwrap_err(), RedeemError::Unknown);
@@ -192,7 +209,8 @@ fn a_token_for_a_vsock_tool_is_pushed_to_its_vm_and_good_there_only() {
         assert_eq!(lion.redeem(&token).unwrap_err(), RedeemError::Unknown);
     }
 
-    // In a VM that is no introspector, whoever brings the token may have it; a VM that is gone gets none.
+    // In a VM that is no introspector, whoever brings the token may have it; a VM that is gone gets
+    // none.
     assert_eq!(broker.mint(&vm, 99).err(), Some(KvmError::Perm));
     let plain = Registration { introspector: false, ..introspector("plain", 99) };
     let _plain = VmmLink::connect(&broker.path, plain, None).unwrap();
@@ -209,7 +227,8 @@ fn a_pushed_token_is_claimed_once_by_many_threads() {
     for _ in 0..50 {
         let token = broker.mint(&vm, 7).unwrap();
         let won = std::thread::scope(|scope| {
-            let tries: Vec<_> = (0..4).map(|_| scope.spawn(|| lion.redeem(&token).is_ok())).collect();
+            let tries: Vec<_> =
+                (0..4).map(|_| scope.spawn(|| lion.redeem(&token).is_ok())).collect();
             tries.into_iter().map(|each| each.join().unwrap()).filter(|won| *won).count()
         });
         assert_eq!(won, 1);

@@ -113,7 +113,8 @@ fn a_group_is_let_in_and_the_audit_log_is_json() {
     let socket = directory.path().join("kvmmemd.sock");
     let audit = directory.path().join("audit.log");
     let group = rustix::process::getegid().as_raw().to_string();
-    let daemon = Daemon::start(&socket, &["--group", &group, "--json", "--audit", audit.to_str().unwrap()]);
+    let daemon =
+        Daemon::start(&socket, &["--group", &group, "--json", "--audit", audit.to_str().unwrap()]);
     assert_eq!(socket.metadata().unwrap().permissions().mode() & 0o777, 0o660);
     let unknown = "vsock:3:1".parse().unwrap();
     assert!(Admin::connect(&socket).unwrap().hook("nobody", &unknown).is_err());
@@ -129,7 +130,8 @@ fn the_audit_log_tells_who_got_used_and_lost_what() {
     let directory = tempfile::tempdir().unwrap();
     let socket = directory.path().join("kvmmemd.sock");
     let audit = directory.path().join("audit.log");
-    let daemon = Daemon::start(&socket, &["--audit", audit.to_str().unwrap(), "--kvmi-tokens", "ro"]);
+    let daemon =
+        Daemon::start(&socket, &["--audit", audit.to_str().unwrap(), "--kvmi-tokens", "ro"]);
     let tiger = VmmLink::connect(&socket, common::target("tiger"), Some(common::ram())).unwrap();
     let lion = VmmLink::connect(&socket, common::introspector("lion", 7), None).unwrap();
     let mut admin = Admin::connect(&socket).unwrap();
@@ -151,10 +153,12 @@ fn the_audit_log_tells_who_got_used_and_lost_what() {
 
     assert_eq!(audit.metadata().unwrap().permissions().mode() & 0o777, 0o600);
     let log = std::fs::read_to_string(&audit).unwrap();
-    let lines: Vec<serde_json::Value> = log.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let lines: Vec<serde_json::Value> =
+        log.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
     let find = |event: &str, by: Option<&str>| {
-        let is_it =
-            |line: &&serde_json::Value| line["event"] == event && by.is_none_or(|by| line["by"] == by);
+        let is_it = |line: &&serde_json::Value| {
+            line["event"] == event && by.is_none_or(|by| line["by"] == by)
+        };
         lines.iter().find(is_it).unwrap_or_else(|| panic!("no {event}: {log}"))
     };
     assert!(lines.iter().all(|line| line["time"].as_str().unwrap().ends_with('Z')));

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Live update and migration of targets under a stock QEMU. Those of version 10 and later can be updated as they run.
+//! Live update and migration of targets under a stock QEMU. Those of version 10 and later can be
+//! updated as they run.
 
 mod common;
 

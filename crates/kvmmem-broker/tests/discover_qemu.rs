@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! VMs under the stock QEMU of this machine, without hardware virtualisation: its firmware is guest enough.
+//! VMs under the stock QEMU of this machine, without hardware virtualisation: its firmware is guest
+//! enough.
 
 mod common;
 
@@ -16,7 +17,8 @@ fn layout(low: u64, size: u64) -> Vec<Region> {
         Region { gpa: 0, len: 0xa_0000, offset: 0, file: 0 },
         Region { gpa: 0xc_0000, len: low - 0xc_0000, offset: 0xc_0000, file: 0 },
     ];
-    let above = (size > low).then(|| Region { gpa: 1 << 32, len: size - low, offset: low, file: 0 });
+    let above =
+        (size > low).then(|| Region { gpa: 1 << 32, len: size - low, offset: low, file: 0 });
     below.into_iter().chain(above).collect()
 }
 
@@ -40,7 +42,11 @@ fn layouts_by_qemu_and_by_confirmed_rules_are_the_same() {
         assert_eq!((target.name.as_str(), target.pid, target.vcpus), ("vm", qemu.process.id(), 1));
         broker.admin().remove_target("vm").unwrap();
         let added = broker.admin().add_target(&qemu.socket(), Some("other name")).unwrap();
-        assert_eq!((added.evidence, &added.regions), (Evidence::Qmp, &expected), "{machine} {size}");
+        assert_eq!(
+            (added.evidence, &added.regions),
+            (Evidence::Qmp, &expected),
+            "{machine} {size}"
+        );
         assert_eq!(added.target.name, "other name");
         let message = refusal(&broker, &qemu.pid());
         assert!(message.contains("registered already, as \"other name\""), "{message}");
@@ -119,8 +125,11 @@ fn words(options: &[String]) -> Vec<&str> {
 
 /// A view's bytes at a guest-physical address.
 fn bytes(view: &HostView, gpa: u64, len: usize) -> Vec<u8> {
-    let region =
-        view.regions.iter().find(|region| (region.gpa..region.gpa + region.len).contains(&gpa)).unwrap();
+    let region = view
+        .regions
+        .iter()
+        .find(|region| (region.gpa..region.gpa + region.len).contains(&gpa))
+        .unwrap();
     let file = &view.files[usize::try_from(region.file).unwrap()];
     let mut bytes = vec![0; len];
     rustix::io::pread(file, &mut bytes, region.offset + (gpa - region.gpa)).unwrap();
@@ -128,14 +137,16 @@ fn bytes(view: &HostView, gpa: u64, len: usize) -> Vec<u8> {
 }
 
 fn attach(broker: &TestBroker, target: &str) -> (HostLink, HostView) {
-    let terms = kvmmem_client::admin::GrantRequest { target: target.into(), ..request(Rights::ReadOnly) };
+    let terms =
+        kvmmem_client::admin::GrantRequest { target: target.into(), ..request(Rights::ReadOnly) };
     HostLink::attach(&broker.path, &broker.grant(&terms).token, true).unwrap()
 }
 
 #[test]
 fn nodes_in_files_of_their_own_are_told_apart() {
     let broker = TestBroker::start();
-    // The machine says which sizes they have; of two that are equal, the firmware's tables say which is which.
+    // The machine says which sizes they have; of two that are equal, the firmware's tables say
+    // which is which.
     let small = [backend("a", "96M"), backend("b", "32M")].concat();
     let unequal = ["-numa", "node,memdev=a", "-numa", "node,memdev=b"].map(str::to_owned);
     for options in [nodes(&["a", "b"], "64M"), [small, unequal.to_vec()].concat()] {
@@ -145,7 +156,9 @@ fn nodes_in_files_of_their_own_are_told_apart() {
         assert_eq!((by_rules.evidence, by_rules.copied), (Evidence::RulesAndAcpi, None));
         let (link, view) = attach(&broker, "nodes");
         assert_eq!(view.files.len(), 2);
-        assert!(bytes(&view, 0xe_0000, 0x2_0000).chunks(16).any(|chunk| chunk.starts_with(b"RSD PTR ")));
+        assert!(
+            bytes(&view, 0xe_0000, 0x2_0000).chunks(16).any(|chunk| chunk.starts_with(b"RSD PTR "))
+        );
         drop(link);
         broker.admin().remove_target("nodes").unwrap();
         let by_qmp = broker.admin().add_target(&qemu.socket(), None).unwrap();
@@ -158,14 +171,19 @@ fn nodes_in_files_of_their_own_are_told_apart() {
     // Of the last two of three nothing but QEMU knows the order.
     let options = nodes(&["a", "b", "c"], "64M");
     let arguments =
-        [&["-m", "192M", "-machine", "q35,max-ram-below-4g=64M"], words(&options).as_slice()].concat();
+        [&["-m", "192M", "-machine", "q35,max-ram-below-4g=64M"], words(&options).as_slice()]
+            .concat();
     let Some(qemu) = Qemu::start(&broker, "three", &arguments) else { return };
     wait_long("the firmware to leave its tables", || {
         refusal(&broker, &qemu.pid()).contains("which of several mappings of 64M")
     });
     let added = broker.admin().add_target(&qemu.socket(), None).unwrap();
-    let places: Vec<(u64, u64, u32)> = added.regions.iter().map(|r| (r.gpa, r.offset, r.file)).collect();
-    assert_eq!(places, [(0, 0, 0), (0xc_0000, 0xc_0000, 0), (1 << 32, 0, 1), ((1 << 32) + (64 << 20), 0, 2)]);
+    let places: Vec<(u64, u64, u32)> =
+        added.regions.iter().map(|r| (r.gpa, r.offset, r.file)).collect();
+    assert_eq!(
+        places,
+        [(0, 0, 0), (0xc_0000, 0xc_0000, 0), (1 << 32, 0, 1), ((1 << 32) + (64 << 20), 0, 2)]
+    );
 }
 
 #[test]
@@ -183,13 +201,16 @@ fn memory_that_is_plugged_in_makes_the_vm_another_target() {
     assert_eq!((added.regions.last(), added.copied), (Some(&dimm), None));
     let (mut link, _view) = attach(&broker, "growable");
     let mut monitor = qemu.monitor();
-    let object = json!({ "qom-type": "memory-backend-memfd", "id": "e", "size": 128 << 20, "share": true });
+    let object =
+        json!({ "qom-type": "memory-backend-memfd", "id": "e", "size": 128 << 20, "share": true });
     monitor.execute("object-add", object);
     monitor.execute("device_add", json!({ "driver": "pc-dimm", "memdev": "e", "id": "dimm1" }));
     // No system in the guest takes it, so nothing is told; but this is.
     monitor.execute("stop", json!({}));
     assert_eq!(event_but_resets(&mut link), Some(HostEvent::Gone));
-    let grown = || broker.admin().targets().unwrap().first().map(|target| (target.uuid, target.memory_bytes));
+    let grown = || {
+        broker.admin().targets().unwrap().first().map(|target| (target.uuid, target.memory_bytes))
+    };
     let expected = (added.target.uuid, added.target.memory_bytes + (128 << 20));
     wait_for("the VM to be a target again", || grown() == Some(expected));
     let (_link, view) = attach(&broker, "growable");
@@ -204,8 +225,12 @@ fn what_cannot_be_mapped_is_copied() {
     let broker = TestBroker::start();
     let file = broker.directory.path().join("ram");
     let in_file = format!("memory-backend-file,id=f,size=64M,share=on,mem-path={}", file.display());
-    let halves =
-        ["-object", "memory-backend-ram,id=a,size=32M", "-object", "memory-backend-ram,id=b,size=32M"];
+    let halves = [
+        "-object",
+        "memory-backend-ram,id=a,size=32M",
+        "-object",
+        "memory-backend-ram,id=b,size=32M",
+    ];
     let nodes = ["-numa", "node,memdev=a", "-numa", "node,memdev=b"];
     let cases: [(&str, Vec<&str>, &str); 4] = [
         ("private", vec![], "private: no file of 64M"),
@@ -223,11 +248,16 @@ fn what_cannot_be_mapped_is_copied() {
         ("halves", [halves, nodes].concat(), "private: no file of 32M"),
     ];
     for (name, arguments, reason) in cases {
-        let Some(qemu) = Qemu::start(&broker, name, &[&["-m", "64"], arguments.as_slice()].concat()) else {
+        let Some(qemu) =
+            Qemu::start(&broker, name, &[&["-m", "64"], arguments.as_slice()].concat())
+        else {
             return;
         };
         let by_rules = add_confirmed(&broker, &qemu);
-        assert!(by_rules.copied.as_ref().is_some_and(|copied| copied.contains(reason)), "{by_rules:?}");
+        assert!(
+            by_rules.copied.as_ref().is_some_and(|copied| copied.contains(reason)),
+            "{by_rules:?}"
+        );
         let found = qemu.found();
         assert_eq!((found.name.as_deref(), found.memory_bytes), (Some(name), Some(64 << 20)));
         assert_eq!(found.qmp.as_ref(), Some(&qemu.qmp));
@@ -236,8 +266,9 @@ fn what_cannot_be_mapped_is_copied() {
         broker.admin().hook(name, &tool.endpoint).unwrap();
         let mut session = tool.accept();
         let pages = (0xe_0000..0x10_0000).step_by(0x1000);
-        let bios: Vec<u8> =
-            pages.flat_map(|gpa| session.ask(Request::ReadPhysical { gpa, size: 0x1000 }).unwrap()).collect();
+        let bios: Vec<u8> = pages
+            .flat_map(|gpa| session.ask(Request::ReadPhysical { gpa, size: 0x1000 }).unwrap())
+            .collect();
         assert!(bios.chunks(16).any(|chunk| chunk.starts_with(b"RSD PTR ")));
         session.ask(Request::WritePhysical { gpa: 0x3f0_0000, data: b"stripes" }).unwrap();
         broker.admin().remove_target(name).unwrap();
@@ -267,5 +298,7 @@ fn huge_pages_are_no_obstacle() {
     let by_rules = add_confirmed(&broker, &qemu);
     assert_eq!(by_rules.copied, None);
     let (_link, view) = attach(&broker, "huge");
-    assert!(bytes(&view, 0xe_0000, 0x2_0000).chunks(16).any(|chunk| chunk.starts_with(b"RSD PTR ")));
+    assert!(
+        bytes(&view, 0xe_0000, 0x2_0000).chunks(16).any(|chunk| chunk.starts_with(b"RSD PTR "))
+    );
 }

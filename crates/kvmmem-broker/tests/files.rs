@@ -65,12 +65,14 @@ fn an_introspector_gets_every_file_in_its_place() {
 fn a_process_of_the_host_gets_every_file_by_its_rights() {
     let broker = TestBroker::start();
     let (files, regions) = nodes();
-    let _tiger = VmmLink::connect(&broker.path, Registration { regions, ..target("tiger") }, files).unwrap();
+    let _tiger =
+        VmmLink::connect(&broker.path, Registration { regions, ..target("tiger") }, files).unwrap();
     let spans = Some(vec![Span { gpa: LEN + 0x1000, len: 2 * LEN }]);
     let granted = broker.grant(&GrantRequest { spans, uses: 2, ..request(Rights::ReadWrite) });
     let (_link, view) = HostLink::attach(&broker.path, &granted.token, true).unwrap();
     let part = |gpa, len, offset, file| Region { gpa, len, offset, file };
-    let expected = [part(0x5000, 0x3000, 0x1000, 1), part(0x8000, 0x4000, 0, 2), part(0xc000, 0x1000, 0, 3)];
+    let expected =
+        [part(0x5000, 0x3000, 0x1000, 1), part(0x8000, 0x4000, 0, 2), part(0xc000, 0x1000, 0, 3)];
     assert_eq!(view.regions, expected);
     assert_eq!(view.files.len(), MAX_FILES);
     for (number, file) in (0..).zip(&view.files) {

@@ -27,7 +27,8 @@ fn a_process_reads_what_its_grant_reaches_and_writes_only_by_right() {
     let broker = TestBroker::start();
     let memory = ram();
     pwrite(&memory, b"stripes", 0x10_1000).unwrap();
-    let _tiger = VmmLink::connect(&broker.path, target("tiger"), Some(memory.try_clone().unwrap())).unwrap();
+    let _tiger =
+        VmmLink::connect(&broker.path, target("tiger"), Some(memory.try_clone().unwrap())).unwrap();
     let spans = Some(vec![Span { gpa: 0x10_1000, len: 0x10_0000 }]);
     let granted = broker.grant(&GrantRequest { spans, uses: 3, ..request(Rights::ReadOnly) });
     let (link, view) = attach(&broker, &granted.token);
@@ -40,7 +41,10 @@ fn a_process_reads_what_its_grant_reaches_and_writes_only_by_right() {
     assert_eq!(pwrite(&view.files[0], b"x", 0), Err(Errno::BADF));
 
     let listed = &broker.grants()[0].views[0];
-    assert_eq!((listed.by.as_str(), listed.by_uuid, listed.pid), ("host", None, std::process::id()));
+    assert_eq!(
+        (listed.by.as_str(), listed.by_uuid, listed.pid),
+        ("host", None, std::process::id())
+    );
     assert_eq!(listed.uid, rustix::process::getuid().as_raw());
     drop(link);
     wait_for("the view to end", || broker.grants()[0].views.is_empty());
@@ -51,7 +55,10 @@ fn a_process_reads_what_its_grant_reaches_and_writes_only_by_right() {
     pread(&memory, &mut bytes[..1], 0).unwrap();
     assert_eq!((bytes[0], view.regions), (b'!', regions()));
     let (_, view) = HostLink::attach(&broker.path, &granted.token, true).unwrap();
-    assert_eq!((view.rights, pwrite(&view.files[0], b"x", 0)), (Rights::ReadOnly, Err(Errno::BADF)));
+    assert_eq!(
+        (view.rights, pwrite(&view.files[0], b"x", 0)),
+        (Rights::ReadOnly, Err(Errno::BADF))
+    );
 }
 
 #[test]
@@ -77,13 +84,13 @@ fn a_view_that_would_not_reach_what_the_process_wants_uses_no_token() {
     let _tiger = broker.target("tiger");
     let spans = Some(vec![Span { gpa: 0x10_1000, len: 0x10_0000 }]);
     let granted = broker.grant(&GrantRequest { spans, ..request(Rights::ReadOnly) });
-    let attach = |reaching: &[Span]| HostLink::attach_reaching(&broker.path, &granted.token, true, reaching);
+    let attach =
+        |reaching: &[Span]| HostLink::attach_reaching(&broker.path, &granted.token, true, reaching);
     let (wanted, missed) = (Span { gpa: 0x10_1800, len: 1 }, Span { gpa: 0x10_0000, len: 0x1000 });
     for reaching in [vec![missed], vec![wanted, missed], vec![missed; 100]] {
         let error = attach(&reaching).map(drop).unwrap_err();
         assert!(matches!(error, HostError::Refused { refusal: Refusal::Invalid, .. }), "{error:?}");
-        let words =
-            "range 0x100000..0x101000 holds no memory that the token opens, which is at 0x101000..0x102000";
+        let words = "range 0x100000..0x101000 holds no memory that the token opens, which is at 0x101000..0x102000";
         assert!(error.to_string().contains(words), "{error}");
     }
     let listed = &broker.grants()[0];
@@ -137,7 +144,10 @@ fn a_process_hears_of_changes_and_of_the_end() {
     let spans = Some(vec![Span { gpa: 0x3000, len: 0x10_0000 }]);
     let granted = broker.grant(&GrantRequest { spans, uses: 2, ..request(Rights::ReadOnly) });
     let (mut link, view) = attach(&broker, &granted.token);
-    tiger.ram_changed(vec![Region { gpa: 0x2000, len: 0x2000, offset: 0, file: 0 }], Change::Resized);
+    tiger.ram_changed(
+        vec![Region { gpa: 0x2000, len: 0x2000, offset: 0, file: 0 }],
+        Change::Resized,
+    );
     let now = vec![Region { gpa: 0x3000, len: 0x1000, offset: 0x1000, file: 0 }];
     assert_eq!(
         link.wait(SOON).unwrap(),
@@ -180,7 +190,9 @@ fn a_race_of_attaching_and_revoking_leaves_no_view() {
             for _ in 0..3 {
                 scope.spawn(|| {
                     // A view that opens is revoked, sooner or later.
-                    while let Ok((mut link, _view)) = HostLink::attach(&broker.path, &granted.token, true) {
+                    while let Ok((mut link, _view)) =
+                        HostLink::attach(&broker.path, &granted.token, true)
+                    {
                         if link.wait(Duration::from_millis(1)).is_ok_and(|event| event.is_some()) {
                             link.confirm();
                         }

@@ -6,7 +6,9 @@ mod common;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use kvmmem_client::admin::{AddIntrospector, Admin, AdminError, GrantRequest, OnSilence, Rights, Span};
+use kvmmem_client::admin::{
+    AddIntrospector, Admin, AdminError, GrantRequest, OnSilence, Rights, Span,
+};
 use kvmmem_client::vmm::{Region, Registration, VmmLink};
 
 use common::fake_qmp::{FakeQemu, Fault};
@@ -17,8 +19,8 @@ use rustix::fs::SealFlags;
 /// The introspector's context id.
 const CID: u32 = 78;
 
-/// The commands by which a view of one window is opened: where the slots are; the file, its backend and device; the
-/// descriptor, its backend and device; and the two files taken back.
+/// The commands by which a view of one window is opened: where the slots are; the file, its backend
+/// and device; the descriptor, its backend and device; and the two files taken back.
 const OPENING: usize = 9;
 
 /// Those of them whose failure does no harm.
@@ -49,8 +51,12 @@ fn add_as(
     cid: u32,
     on_silence: OnSilence,
 ) -> Result<Arc<Introspector>, String> {
-    let request =
-        AddIntrospector { which: qemu.which(), cid: Some(cid), name: Some(name.into()), on_silence };
+    let request = AddIntrospector {
+        which: qemu.which(),
+        cid: Some(cid),
+        name: Some(name.into()),
+        on_silence,
+    };
     match broker.admin().add_introspector(&request) {
         Ok(_) => Ok(broker.state.introspectors().by_cid(cid).unwrap()),
         Err(AdminError::Refused { message, .. }) => Err(message),
@@ -82,7 +88,9 @@ impl Pair {
         self.arm(0, Fault::FloodForEver);
         let introspector = Arc::clone(&self.introspector);
         // Any command will do, answered or not.
-        let _ = returns("a command before events without end", move || introspector.free_slots().is_ok());
+        let _ = returns("a command before events without end", move || {
+            introspector.free_slots().is_ok()
+        });
         wait_for("events to be taken", || self.qemu.machine().floods > 0);
     }
 
@@ -97,7 +105,9 @@ impl Pair {
         wait_for("all to be undone", || self.qemu.is_empty());
         wait_for("a view to open", || self.open().is_ok());
         wait_for("the view to be gone", || self.qemu.is_empty());
-        wait_for("its end to be known", || self.broker.grants().iter().all(|grant| grant.views.is_empty()));
+        wait_for("its end to be known", || {
+            self.broker.grants().iter().all(|grant| grant.views.is_empty())
+        });
     }
 }
 
@@ -133,7 +143,10 @@ fn a_qemu_that_hangs_is_left_after_a_while() {
     for step in [0, 3, 6] {
         pair.arm(step, Fault::Silence);
         let error = pair.open().unwrap_err();
-        assert!(matches!(error, OpenError::Ask(_) | OpenError::Plug(_) | OpenError::Ended), "{error:?}");
+        assert!(
+            matches!(error, OpenError::Ask(_) | OpenError::Plug(_) | OpenError::Ended),
+            "{error:?}"
+        );
         pair.recovers();
     }
 }
@@ -187,14 +200,19 @@ fn a_view_of_many_windows_takes_several_slots_or_none() {
     let registration = Registration { regions, ..common::target("lion") };
     let _lion = VmmLink::connect(&pair.broker.path, registration, [ram]).unwrap();
     let spans = (0..16).map(|page| Span { gpa: page << 13, len: 0x1000 }).collect();
-    let request =
-        GrantRequest { target: "lion".into(), spans: Some(spans), uses: 100, ..request(Rights::ReadWrite) };
+    let request = GrantRequest {
+        target: "lion".into(),
+        spans: Some(spans),
+        uses: 100,
+        ..request(Rights::ReadWrite)
+    };
     let token = pair.broker.grant(&request).token;
     let open = || pair.introspector.open(&token, &caller(), true);
     let opened = open().unwrap();
     let addresses: Vec<String> = pair.qemu.machine().devices.values().cloned().collect();
     assert_eq!(addresses.len(), 16 + 3);
-    let functions = |slot: &str| addresses.iter().filter(|address| address.starts_with(slot)).count();
+    let functions =
+        |slot: &str| addresses.iter().filter(|address| address.starts_with(slot)).count();
     assert_eq!(["0x1.", "0x2.", "0x3."].map(functions), [8, 8, 3]);
     drop(opened);
     assert!(pair.qemu.is_empty());
@@ -216,7 +234,10 @@ fn a_qemu_that_goes_wrong_while_it_is_added_is_not_added() {
         for step in 0..9 {
             qemu.machine().fault = Some((step, fault));
             let message = add(&broker, &qemu).map(|_| ()).expect_err(&format!("{fault:?} {step}"));
-            assert!(message.contains("QEMU") || message.contains("QMP"), "{fault:?} {step}: {message}");
+            assert!(
+                message.contains("QEMU") || message.contains("QMP"),
+                "{fault:?} {step}: {message}"
+            );
             assert!(broker.admin().targets().unwrap().is_empty());
         }
     }
@@ -239,13 +260,15 @@ fn a_process_that_executes_another_program_while_its_qemu_is_asked_is_not_added(
 #[test]
 fn a_reset_ends_the_views_before_it_and_no_later_one() {
     let pair = Pair::start();
-    // The guest releases nothing, so that the first view's end keeps the thread that ends views busy.
+    // The guest releases nothing, so that the first view's end keeps the thread that ends views
+    // busy.
     pair.qemu.machine().is_stubborn = true;
     let earlier = pair.open().unwrap();
     pair.arm(0, Fault::Reset);
     pair.introspector.free_slots().unwrap();
     wait_for("the view before the reset to end", || earlier.ended());
-    // The VM is reset once more, and a view opened, before that thread looks for what ends by this reset.
+    // The VM is reset once more, and a view opened, before that thread looks for what ends by this
+    // reset.
     pair.arm(0, Fault::Reset);
     let later = pair.open().unwrap();
     // That thread tries again to unplug the first view, and has looked for that then.
@@ -267,7 +290,8 @@ fn a_qemu_that_floods_is_killed_where_the_operator_wants_it() {
     let grant = pair.broker.grants()[0].id;
     pair.flood();
     let path = pair.broker.path.clone();
-    // The grant may be forgotten by then: a QEMU that floods is lost, and that alone gets it killed.
+    // The grant may be forgotten by then: a QEMU that floods is lost, and that alone gets it
+    // killed.
     let _ = returns("the revocation", move || Admin::connect(&path).unwrap().revoke(grant).is_ok());
     wait_for("the QEMU to be killed", || pair.qemu.has_ended());
     wait_for("the view to end", || opened.ended());
@@ -289,8 +313,8 @@ fn a_qemu_that_answers_slowly_is_killed_in_time() {
     returns("the views' close", move || drop(opened));
 }
 
-/// A QEMU that floods and whose guest keeps its view, and another one with its view. That one is added later, and so ended
-/// later where one is ended after the other.
+/// A QEMU that floods and whose guest keeps its view, and another one with its view. That one is
+/// added later, and so ended later where one is ended after the other.
 fn flooding_beside_another() -> (Pair, Opened, FakeQemu, Arc<Introspector>, Opened) {
     let pair = Pair::start();
     pair.qemu.machine().is_stubborn = true;
@@ -312,7 +336,8 @@ fn a_qemu_that_floods_holds_up_no_other() {
     }
     assert!(seen.ended() && other.is_empty());
     let path = pair.broker.path.clone();
-    returns("the removal", move || Admin::connect(&path).unwrap().remove_introspector("fake")).unwrap();
+    returns("the removal", move || Admin::connect(&path).unwrap().remove_introspector("fake"))
+        .unwrap();
     assert!(pair.broker.state.introspectors().by_cid(CID).is_none());
     returns("the view's close", move || drop(opened));
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! An introspector under the stock QEMU of this machine. It has no operating system: the test plays its driver, by the
-//! descriptor's file and by the I/O ports that a guest's ACPI writes to.
+//! An introspector under the stock QEMU of this machine. It has no operating system: the test plays
+//! its driver, by the descriptor's file and by the I/O ports that a guest's ACPI writes to.
 
 mod common;
 
@@ -11,7 +11,9 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use kvmmem_client::admin::{AddIntrospector, AdminError, GrantRequest, IntrospectorAdded, OnSilence, Rights};
+use kvmmem_client::admin::{
+    AddIntrospector, AdminError, GrantRequest, IntrospectorAdded, OnSilence, Rights,
+};
 use kvmmem_client::vmm::{Region, VmmLink};
 
 use common::qemu::{Monitor, Qemu, wait_long};
@@ -26,7 +28,8 @@ use serde_json::{Value, json};
 /// The introspector's context id.
 const CID: u32 = 77;
 
-/// Where a guest of the machine `pc` chooses a PCI bus, reads which of its slots it shall let go of, and ejects slots.
+/// Where a guest of the machine `pc` chooses a PCI bus, reads which of its slots it shall let go
+/// of, and ejects slots.
 const BUS: u64 = 0xae10;
 const REMOVED: u64 = 0xae04;
 const EJECT: u64 = 0xae08;
@@ -89,9 +92,18 @@ fn target(broker: &TestBroker) -> VmmLink {
     VmmLink::connect(&broker.path, registration, [ram]).unwrap()
 }
 
-fn add(broker: &TestBroker, qemu: &Qemu, on_silence: OnSilence) -> Result<IntrospectorAdded, AdminError> {
+fn add(
+    broker: &TestBroker,
+    qemu: &Qemu,
+    on_silence: OnSilence,
+) -> Result<IntrospectorAdded, AdminError> {
     let which = qemu.socket();
-    broker.admin().add_introspector(&AddIntrospector { which, cid: Some(CID), name: None, on_silence })
+    broker.admin().add_introspector(&AddIntrospector {
+        which,
+        cid: Some(CID),
+        name: None,
+        on_silence,
+    })
 }
 
 /// The introspector's driver: takes up what is plugged in, and lets go of what has ended.
@@ -116,8 +128,10 @@ impl Driver {
                 let mut monitor = monitor.lock().unwrap();
                 ports(&mut monitor, &format!("o /w {BUS:#x} 0"));
                 let asked = ports(&mut monitor, &format!("i /w {REMOVED:#x}"));
-                let asked =
-                    asked.trim().rsplit_once("0x").map(|(_, mask)| u32::from_str_radix(mask, 16).unwrap());
+                let asked = asked
+                    .trim()
+                    .rsplit_once("0x")
+                    .map(|(_, mask)| u32::from_str_radix(mask, 16).unwrap());
                 eject(&mut monitor, asked.unwrap());
                 drop(monitor);
                 std::thread::sleep(Duration::from_millis(2));
@@ -139,7 +153,8 @@ fn pages(qemu: u32) -> Vec<OwnedFd> {
     let Ok(links) = std::fs::read_dir(format!("/proc/{qemu}/fd")) else { return Vec::new() };
     let mut paths: Vec<_> = links.filter_map(|link| Some(link.ok()?.path())).collect();
     paths.retain(|path| {
-        std::fs::read_link(path).is_ok_and(|link| link.to_string_lossy().contains("kvmmem-descriptor"))
+        std::fs::read_link(path)
+            .is_ok_and(|link| link.to_string_lossy().contains("kvmmem-descriptor"))
     });
     let open = |path| rustix::fs::open(path, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()).ok();
     paths.into_iter().filter_map(open).collect()
@@ -207,7 +222,9 @@ fn a_view_comes_and_goes_with_its_devices() {
         drop(opened);
         assert_eq!(pair.counts(), (0, 0));
         wait_for("QEMU to close what it was given", || pages(pair.qemu.process.id()).is_empty());
-        wait_for("the view to end", || pair.broker.grants().iter().all(|grant| grant.views.is_empty()));
+        wait_for("the view to end", || {
+            pair.broker.grants().iter().all(|grant| grant.views.is_empty())
+        });
         assert_eq!(room(), (free, count));
     }
     let of_target = pair.broker.admin().free_slots("tiger").unwrap_err();
@@ -241,7 +258,8 @@ fn many_views_are_opened_at_once() {
             opened
         };
         let threads: Vec<_> = (0..8).map(|_| scope.spawn(open)).collect();
-        let opened: Vec<Opened> = threads.into_iter().map(|thread| thread.join().unwrap()).collect();
+        let opened: Vec<Opened> =
+            threads.into_iter().map(|thread| thread.join().unwrap()).collect();
         assert_eq!(pair.counts(), (16, 16));
         for opened in opened {
             scope.spawn(move || drop(opened));
@@ -301,7 +319,9 @@ fn a_guest_that_keeps_its_devices_is_reported_and_tried_again() {
     // It lets go in the end.
     let _driver = pair.driver();
     wait_long("the devices to go", || pair.counts() == (0, 0));
-    wait_for("the late confirmation", || pair.broker.grants().iter().all(|grant| grant.views.is_empty()));
+    wait_for("the late confirmation", || {
+        pair.broker.grants().iter().all(|grant| grant.views.is_empty())
+    });
 }
 
 #[test]
@@ -340,7 +360,8 @@ fn a_reset_ends_all_views() {
     });
     drop(opened);
     let _driver = pair.driver();
-    // The firmware resets the VM by itself once more where it finds that it has run before, and that ends views, too.
+    // The firmware resets the VM by itself once more where it finds that it has run before, and
+    // that ends views, too.
     wait_for("a view to open", || match pair.open(&request(Rights::ReadOnly)) {
         Ok(_) => true,
         Err(OpenError::Ended) => false,
@@ -425,14 +446,21 @@ fn what_cannot_be_an_introspector_is_refused_with_a_remedy() {
             other => panic!("{other:?}"),
         }
     };
-    let Some(qemu) = Qemu::start(&broker, "portless", &["-machine", "q35", "-m", "64"]) else { return };
+    let Some(qemu) = Qemu::start(&broker, "portless", &["-machine", "q35", "-m", "64"]) else {
+        return;
+    };
     assert!(refusal(&qemu, Some(CID)).contains("root ports whose ids begin with kvmmem"));
     assert!(refusal(&qemu, None).contains("vhost-vsock-pci,guest-cid=N"));
     let port = "pcie-root-port,id=kvmmem0,slot=7,pref64-reserve=64M";
-    let Some(qemu) = Qemu::start(&broker, "ported", &["-machine", "q35", "-m", "64", "-device", port]) else {
+    let Some(qemu) =
+        Qemu::start(&broker, "ported", &["-machine", "q35", "-m", "64", "-device", port])
+    else {
         return;
     };
     let added = add(&broker, &qemu, OnSilence::Report).unwrap();
     assert_eq!(added.places, 1);
-    assert!(refusal(&qemu, Some(CID)).contains("answers") || refusal(&qemu, Some(CID)).contains("already"));
+    assert!(
+        refusal(&qemu, Some(CID)).contains("answers")
+            || refusal(&qemu, Some(CID)).contains("already")
+    );
 }

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Nothing is left behind, whoever goes first. Alone in its program: it counts what the whole process has.
+//! Nothing is left behind, whoever goes first. Alone in its program: it counts what the whole
+//! process has.
 
 mod common;
 
@@ -31,7 +32,8 @@ fn two_hundred_rounds_leave_no_descriptor_and_no_thread() {
         let vm = broker.state.find("tiger").unwrap();
         let pushed = broker.mint(&vm, 7).unwrap();
         drop(vm);
-        let held = (round % 2 == 0).then(|| (lion.redeem(&bearer).unwrap(), lion.redeem(&pushed).unwrap()));
+        let held = (round % 2 == 0)
+            .then(|| (lion.redeem(&bearer).unwrap(), lion.redeem(&pushed).unwrap()));
         match round % 4 {
             0 | 1 => {
                 drop(tiger);
@@ -51,7 +53,8 @@ fn two_hundred_rounds_leave_no_descriptor_and_no_thread() {
         wait_for("both VMs to go", || {
             broker.state.find("tiger").is_err() && broker.state.find("lion").is_err()
         });
-        // A hook connects again after the tool has closed, so that the next round could accept what this one left.
+        // A hook connects again after the tool has closed, so that the next round could accept what
+        // this one left.
         wait_for("the hooks to end", || broker.state.hook_threads() == 0);
         tool.close_waiting();
     }

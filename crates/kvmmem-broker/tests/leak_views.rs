@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Views leave nothing behind, however they end. Alone in its program: it counts what the whole process has.
+//! Views leave nothing behind, however they end. Alone in its program: it counts what the whole
+//! process has.
 
 mod common;
 
@@ -30,7 +31,8 @@ fn a_thousand_attaches_leave_no_descriptor_no_thread_and_no_view() {
         // The admin's connection is cut off where it is silent for too long.
         let granted = admin.grant(&GrantRequest { uses: 2, ..request(Rights::ReadOnly) }).unwrap();
         let view = views.open(&lion, &granted.token).unwrap();
-        let host = (round % 4 == 0).then(|| HostLink::attach(&broker.path, &granted.token, true).unwrap());
+        let host =
+            (round % 4 == 0).then(|| HostLink::attach(&broker.path, &granted.token, true).unwrap());
         match round % 3 {
             0 => {
                 drop(host);

@@ -17,7 +17,8 @@ use serde_json::json;
 /// Two vCPUs under QEMU, added by its monitor.
 fn start(broker: &TestBroker, name: &str) -> Option<Qemu> {
     let backend = "memory-backend-memfd,id=ram0,size=64M,share=on";
-    let machine = ["-m", "64M", "-smp", "2", "-object", backend, "-machine", "q35,memory-backend=ram0"];
+    let machine =
+        ["-m", "64M", "-smp", "2", "-object", backend, "-machine", "q35,memory-backend=ram0"];
     let qemu = Qemu::start(broker, name, &machine)?;
     broker.admin().add_target(&qemu.socket(), None).unwrap();
     Some(qemu)
@@ -87,7 +88,8 @@ fn a_vm_runs_again_however_a_pause_ends() {
 
 #[test]
 fn a_client_that_is_silent_pauses_no_longer() {
-    let broker = TestBroker::start_with(Limits { silence: Duration::from_secs(1), ..Limits::default() });
+    let broker =
+        TestBroker::start_with(Limits { silence: Duration::from_secs(1), ..Limits::default() });
     let Some(qemu) = start(&broker, "silent") else { return };
     let mut admin = broker.admin();
     assert!(admin.pause("silent").unwrap());
@@ -114,7 +116,8 @@ fn a_vm_that_was_paused_before_stays_paused() {
 fn a_vm_without_a_monitor_is_not_paused() {
     let broker = TestBroker::start();
     let _target = broker.target("alone");
-    for error in [broker.admin().pause("alone").unwrap_err(), broker.admin().registers("alone").unwrap_err()]
+    for error in
+        [broker.admin().pause("alone").unwrap_err(), broker.admin().registers("alone").unwrap_err()]
     {
         let AdminError::Refused { message, .. } = &error else { panic!("{error}") };
         assert!(message.contains("no QMP connection"), "{message}");

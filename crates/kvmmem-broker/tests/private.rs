@@ -51,8 +51,10 @@ impl Private {
             *byte = pattern(at as u64);
         }
         let region = |gpa, len, offset| Region { gpa, len, offset, file: 0 };
-        let regions = vec![region(0, Self::LOW_LEN, hva), region(HIGH, Self::HIGH_LEN, hva + Self::LOW_LEN)];
-        let own = rustix::fs::open("/proc/self/mem", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()).unwrap();
+        let regions =
+            vec![region(0, Self::LOW_LEN, hva), region(HIGH, Self::HIGH_LEN, hva + Self::LOW_LEN)];
+        let own = rustix::fs::open("/proc/self/mem", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())
+            .unwrap();
         let ram = Ram::of_process(own, regions).unwrap();
         let vm = Self::register(broker, name, ram);
         Self { memory, vm }
@@ -62,11 +64,17 @@ impl Private {
     fn register(broker: &TestBroker, name: &str, ram: Ram) -> u64 {
         let registration = Registration { regions: Vec::new(), ..target(name) };
         let (socket, _) =
-            socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
+            socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
+                .unwrap();
         let credentials = Credentials { pid: std::process::id(), uid: 0 };
         let peer = Peer::new(PacketSocket::accepted(socket, SOON).unwrap(), credentials);
         let by = peer.credentials();
-        broker.state.registry().insert(registration, &mut Some(ram), Arc::new(peer), by).unwrap().id()
+        broker
+            .state
+            .registry()
+            .insert(registration, &mut Some(ram), Arc::new(peer), by)
+            .unwrap()
+            .id()
     }
 }
 
@@ -93,7 +101,8 @@ fn pump(mut link: HostLink) -> std::thread::JoinHandle<(HostLink, HostEvent)> {
 fn a_process_reads_and_writes_copies_as_far_as_its_grant_reaches() {
     let broker = TestBroker::start();
     let private = Private::start(&broker, "tiger");
-    let spans = Some(vec![Span { gpa: 0x1000, len: Private::LOW_LEN }, Span { gpa: HIGH, len: 0x2000 }]);
+    let spans =
+        Some(vec![Span { gpa: 0x1000, len: Private::LOW_LEN }, Span { gpa: HIGH, len: 0x2000 }]);
     let granted = broker.grant(&GrantRequest { spans, uses: 2, ..request(Rights::ReadWrite) });
     let (link, view, copier) = attach(&broker, &granted.token, false);
     assert!(view.files.is_empty());
@@ -105,7 +114,9 @@ fn a_process_reads_and_writes_copies_as_far_as_its_grant_reaches() {
     // More than the channels hold at a time.
     let mut bytes = vec![0xee; MANY + 1];
     assert_eq!(copier.read(0x1003, &mut bytes[..MANY]).unwrap(), MANY);
-    assert!(bytes[..MANY].iter().enumerate().all(|(at, byte)| *byte == pattern(0x1003 + at as u64)));
+    assert!(
+        bytes[..MANY].iter().enumerate().all(|(at, byte)| *byte == pattern(0x1003 + at as u64))
+    );
     assert_eq!(bytes[MANY], 0xee);
     assert_eq!(copier.write(HIGH + 0x1ffd, b"stripes").unwrap(), 3);
     let mut few = [0; 8];
@@ -132,7 +143,12 @@ fn a_process_reads_and_writes_copies_as_far_as_its_grant_reaches() {
                 for round in 0..20 {
                     let gpa = 0x2000 + thread * 0x4_0000 + round * 777;
                     assert_eq!(copier.read(gpa, &mut bytes).unwrap(), bytes.len());
-                    assert!(bytes.iter().enumerate().all(|(at, byte)| *byte == pattern(gpa + at as u64)));
+                    assert!(
+                        bytes
+                            .iter()
+                            .enumerate()
+                            .all(|(at, byte)| *byte == pattern(gpa + at as u64))
+                    );
                 }
             });
         }
@@ -196,11 +212,13 @@ fn a_vmm_that_has_ended_is_not_one_without_memory() {
     std::io::Write::write_all(vmm.stdin.as_mut().unwrap(), b"x").unwrap();
     std::io::Read::read_exact(vmm.stdout.as_mut().unwrap(), &mut [0]).unwrap();
     let maps = std::fs::read_to_string(format!("/proc/{}/maps", vmm.id())).unwrap();
-    let stack = maps.lines().find(|line| line.ends_with("[stack]")).unwrap().split('-').next().unwrap();
+    let stack =
+        maps.lines().find(|line| line.ends_with("[stack]")).unwrap().split('-').next().unwrap();
     let end = maps.lines().find(|line| line.ends_with("[stack]")).unwrap();
     let end = end.split(['-', ' ']).nth(1).unwrap();
     let [hva, end] = [stack, end].map(|digits| u64::from_str_radix(digits, 16).unwrap());
-    let memory = std::fs::File::options().read(true).write(true).open(format!("/proc/{}/mem", vmm.id()));
+    let memory =
+        std::fs::File::options().read(true).write(true).open(format!("/proc/{}/mem", vmm.id()));
     let regions = vec![Region { gpa: 0, len: end - hva, offset: hva, file: 0 }];
     let ram = Ram::of_process(memory.unwrap().into(), regions).unwrap();
     Private::register(&broker, "tiger", ram);
@@ -273,9 +291,16 @@ impl Hand {
         socket.limit_receive(Some(SOON)).unwrap();
         let mut hand = Self { socket, buffer: PacketBuffer::default(), view: 0 };
         let nobody = Caller { pid: 0, uid: 0, comm: String::new() };
-        let call = Call::Attach { token: token.clone(), caller: nobody, read_only: false, reaching: vec![] };
+        let call = Call::Attach {
+            token: token.clone(),
+            caller: nobody,
+            read_only: false,
+            reaching: vec![],
+        };
         match hand.ask(call, &[]) {
-            FromBroker::Answer { answer: Answer::HostAttached { view, copied: true, .. }, .. } => {
+            FromBroker::Answer {
+                answer: Answer::HostAttached { view, copied: true, .. }, ..
+            } => {
                 hand.view = view;
             }
             other => panic!("{other:?}"),
@@ -295,7 +320,9 @@ impl Hand {
         let request = Request { id: 9, call: Call::OpenCopies { view } };
         self.socket.send(&request, &borrowed, Wait::Limited).unwrap();
         match self.socket.receive(&mut self.buffer).unwrap().unwrap() {
-            (FromBroker::Answer { answer: Answer::CopiesOpened, .. }, mut files) => Ok(files.pop().unwrap()),
+            (FromBroker::Answer { answer: Answer::CopiesOpened, .. }, mut files) => {
+                Ok(files.pop().unwrap())
+            }
             (FromBroker::Refused { refusal, .. }, _) => Err(refusal),
             other => panic!("{other:?}"),
         }
@@ -304,13 +331,18 @@ impl Hand {
 
 /// What a channel answers to a packet; `None` where it is closed.
 fn send(channel: &OwnedFd, packet: &[u8]) -> Option<CopyAnswer> {
-    rustix::net::sockopt::set_socket_timeout(channel, rustix::net::sockopt::Timeout::Recv, Some(SOON))
-        .unwrap();
+    rustix::net::sockopt::set_socket_timeout(
+        channel,
+        rustix::net::sockopt::Timeout::Recv,
+        Some(SOON),
+    )
+    .unwrap();
     if rustix::net::send(channel, packet, rustix::net::SendFlags::NOSIGNAL).is_err() {
         return None;
     }
     let mut answer = [0; 64];
-    let (_, count) = rustix::net::recv(channel, &mut answer, rustix::net::RecvFlags::empty()).ok()?;
+    let (_, count) =
+        rustix::net::recv(channel, &mut answer, rustix::net::RecvFlags::empty()).ok()?;
     CopyAnswer::decode(&answer[..count])
 }
 
@@ -443,7 +475,9 @@ fn channels_leave_no_descriptor_behind() {
             path.is_ok_and(|path| path.to_string_lossy().contains("left-behind"))
         };
         let files = std::fs::read_dir("/proc/self/fd").unwrap();
-        let files = files.filter(|entry| is_copy(std::fs::read_link(entry.as_ref().unwrap().path()))).count();
+        let files = files
+            .filter(|entry| is_copy(std::fs::read_link(entry.as_ref().unwrap().path())))
+            .count();
         let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
         (files, maps.matches("left-behind").count())
     };
@@ -474,8 +508,11 @@ fn a_batch_is_copied_piece_by_piece_up_to_the_first_that_cannot_be() {
     let pump = pump(link);
     let batch = |places: &[(u64, usize)]| {
         let mut buffers: Vec<Vec<u8>> = places.iter().map(|(_, len)| vec![0xee; *len]).collect();
-        let mut pieces: Vec<(u64, &mut [u8])> =
-            places.iter().zip(&mut buffers).map(|((gpa, _), bytes)| (*gpa, bytes.as_mut_slice())).collect();
+        let mut pieces: Vec<(u64, &mut [u8])> = places
+            .iter()
+            .zip(&mut buffers)
+            .map(|((gpa, _), bytes)| (*gpa, bytes.as_mut_slice()))
+            .collect();
         let result = copier.read_pieces(&mut pieces);
         (result, buffers)
     };
@@ -500,8 +537,12 @@ fn a_batch_is_copied_piece_by_piece_up_to_the_first_that_cannot_be() {
         let stopped = result.unwrap_err();
         assert_eq!((stopped.piece, stopped.bytes), (before, 7));
         assert!(matches!(stopped.error, CopyError::Hole), "{stopped:?}");
-        assert!(places.iter().zip(&buffers).take(before).all(|((gpa, _), bytes)| is_right(*gpa, bytes)));
-        assert!(is_right(places[before].0, &buffers[before][..7]) && buffers[before][7..] == [0xee; 2]);
+        assert!(
+            places.iter().zip(&buffers).take(before).all(|((gpa, _), bytes)| is_right(*gpa, bytes))
+        );
+        assert!(
+            is_right(places[before].0, &buffers[before][..7]) && buffers[before][7..] == [0xee; 2]
+        );
         // The next batch is not disturbed by what was left of this one.
         batch(&places[..before]).0.unwrap();
     }

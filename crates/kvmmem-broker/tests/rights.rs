@@ -30,7 +30,10 @@ impl Vmm {
         socket.limit_receive(Some(Duration::from_secs(30))).unwrap();
         let mut vmm = Self { socket, buffer: PacketBuffer::default() };
         let answer = vmm.ask(Call::Register(registration), ram);
-        assert!(matches!(answer, FromBroker::Answer { answer: Answer::Registered { .. }, .. }), "{answer:?}");
+        assert!(
+            matches!(answer, FromBroker::Answer { answer: Answer::Registered { .. }, .. }),
+            "{answer:?}"
+        );
         vmm
     }
 
@@ -38,7 +41,8 @@ impl Vmm {
         let files = file.as_ref().map(AsFd::as_fd);
         self.socket.send(&Request { id: 1, call }, files.as_slice(), Wait::Limited).unwrap();
         loop {
-            let (message, _) = self.socket.receive(&mut self.buffer).unwrap().expect("the broker closed");
+            let (message, _) =
+                self.socket.receive(&mut self.buffer).unwrap().expect("the broker closed");
             if let FromBroker::Answer { .. } | FromBroker::Refused { .. } = message {
                 return message;
             }
@@ -99,14 +103,18 @@ fn a_token_that_cannot_be_pushed_stays_its_holder_s() {
     let puma = broker.introspector("puma", 8);
     let uuid = introspector("deaf", 7).uuid;
     // More packets than a socket queues.
-    let targets: Vec<VmmLink> = (0..16).map(|number| broker.target(&format!("target-{number}"))).collect();
+    let targets: Vec<VmmLink> =
+        (0..16).map(|number| broker.target(&format!("target-{number}"))).collect();
     let mut tokens = Vec::new();
     for number in 0..targets.len() {
         let vm = broker.state.find(&format!("target-{number}")).unwrap();
         tokens.extend((0..64).map(|_| broker.mint(&vm, 7).unwrap()));
     }
     let holders: Vec<_> = broker.grants().iter().map(|grant| grant.holder).collect();
-    assert!(!holders.is_empty() && holders.iter().all(|holder| *holder == Some(uuid)), "{holders:?}");
+    assert!(
+        !holders.is_empty() && holders.iter().all(|holder| *holder == Some(uuid)),
+        "{holders:?}"
+    );
     for token in &tokens {
         assert_eq!(puma.redeem(token).unwrap_err(), RedeemError::Unknown);
     }
@@ -126,7 +134,8 @@ fn a_hook_ends_with_the_vm_that_it_was_made_for() {
     let (refusal, message) = refused(broker.admin().hook("bank", &endpoint));
     assert!(refusal == Refusal::Unknown && message.contains("context id 7"), "{message}");
     for cid in [0, 1, 2] {
-        let (refusal, message) = refused(broker.admin().hook("bank", &Endpoint::Vsock { cid, port: 1234 }));
+        let (refusal, message) =
+            refused(broker.admin().hook("bank", &Endpoint::Vsock { cid, port: 1234 }));
         assert!(refusal == Refusal::Invalid && message.contains("unix:"), "{message}");
     }
     let lion = broker.introspector("lion", 7);
@@ -171,14 +180,16 @@ fn every_vm_that_registers_is_in_the_audit_log() {
     // As after a start of the broker, when all VMMs connect at once.
     let vmms: Vec<Vmm> = (0..COUNT)
         .map(|number| {
-            let named = Registration { name: format!("vm-{number}"), ..target(&format!("{number}")) };
+            let named =
+                Registration { name: format!("vm-{number}"), ..target(&format!("{number}")) };
             Vmm::register(&broker, named, Some(ram()))
         })
         .collect();
     drop(vmms);
     let lines = |event: &str| {
         let text = std::fs::read_to_string(&log).unwrap();
-        let lines = text.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
+        let lines =
+            text.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
         lines
             .filter(|line| line["event"] == event)
             .map(|line| line["name"].to_string())

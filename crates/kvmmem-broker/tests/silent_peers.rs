@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! As many silent peers as the broker serves. Alone in its program: their threads hold up those of other tests.
+//! As many silent peers as the broker serves. Alone in its program: their threads hold up those of
+//! other tests.
 
 mod common;
 
@@ -22,7 +23,8 @@ fn silent_connections_run_out_and_come_back() {
     let silent: Vec<PacketSocket> = (0..MAX_CONNECTIONS).map(|_| connect()).collect();
     let one_more = connect();
     one_more.limit_receive(Some(Duration::from_secs(60))).unwrap();
-    let (answer, _) = one_more.receive::<FromBroker>(&mut PacketBuffer::default()).unwrap().unwrap();
+    let (answer, _) =
+        one_more.receive::<FromBroker>(&mut PacketBuffer::default()).unwrap().unwrap();
     assert!(matches!(answer, FromBroker::Refused { refusal: Refusal::Limit, .. }), "{answer:?}");
     drop(silent);
     wait_for("connections to be served again", || {

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! A target and an introspector under the stock QEMU of this machine, and two brokers, one after the other.
+//! A target and an introspector under the stock QEMU of this machine, and two brokers, one after
+//! the other.
 
 mod common;
 
@@ -15,7 +16,9 @@ fn the_next_broker_has_the_vms_under_qemu_again() {
     broker.state.remember_in(&state).unwrap();
     broker.state.introspectors().set_guest_port(None);
     let Some(target) = Qemu::shared(&broker, "tiger", "q35", "64M") else { return };
-    let Some(watcher) = Qemu::start(&broker, "watcher", &["-machine", "pc", "-m", "64"]) else { return };
+    let Some(watcher) = Qemu::start(&broker, "watcher", &["-machine", "pc", "-m", "64"]) else {
+        return;
+    };
     let uuid = broker.admin().add_target(&target.socket(), None).unwrap().target.uuid;
     let request = AddIntrospector {
         which: watcher.socket(),

@@ -22,7 +22,8 @@ fn an_operator_s_grant_opens_as_many_views_as_it_says() {
     let (lion, views) = broker.viewer("lion", 7, NO_PAUSE);
     let spans = Some(vec![Span { gpa: 0x1000, len: 0x2000 }, Span { gpa: 0x10_0000, len: 0x1000 }]);
     let label = Some("nightly scan".to_owned());
-    let granted = broker.grant(&GrantRequest { spans, uses: 2, label, ..request(Rights::ReadWrite) });
+    let granted =
+        broker.grant(&GrantRequest { spans, uses: 2, label, ..request(Rights::ReadWrite) });
 
     let first = views.open(&lion, &granted.token).unwrap();
     assert_eq!(
@@ -77,7 +78,10 @@ fn only_the_holder_may_use_a_grant_that_has_one() {
     assert_eq!(tiger.attach(&granted.token, &caller(), true).unwrap_err(), RedeemError::Denied);
     assert_eq!(broker.grants()[0].holder, holder);
     let lion = broker.introspector("lion", 7);
-    assert_eq!(lion.attach(&granted.token, &caller(), false).unwrap().scope.rights, Rights::ReadOnly);
+    assert_eq!(
+        lion.attach(&granted.token, &caller(), false).unwrap().scope.rights,
+        Rights::ReadOnly
+    );
 }
 
 #[test]
@@ -94,7 +98,8 @@ fn a_request_that_breaks_a_rule_is_refused_by_name() {
             other => panic!("{other:?}"),
         }
     };
-    let (refusal, message) = refused(&|asked| asked.spans = Some(vec![Span { gpa: 0x8000, len: 0x1000 }]));
+    let (refusal, message) =
+        refused(&|asked| asked.spans = Some(vec![Span { gpa: 0x8000, len: 0x1000 }]));
     assert_eq!(refusal, Refusal::Invalid);
     assert!(message.contains("0x8000..0x9000") && message.contains("0x0..0x4000"), "{message}");
     type Change<'a> = &'a dyn Fn(&mut GrantRequest);
@@ -148,7 +153,10 @@ fn a_revoked_grant_is_nobody_s_when_the_answer_comes() {
     let again = broker.admin().revoke(granted.grant).unwrap();
     assert_eq!((again.views, again.unconfirmed), (0, 0));
     let unknown = broker.admin().revoke(99);
-    assert!(matches!(unknown, Err(AdminError::Refused { refusal: Refusal::Unknown, .. })), "{unknown:?}");
+    assert!(
+        matches!(unknown, Err(AdminError::Refused { refusal: Refusal::Unknown, .. })),
+        "{unknown:?}"
+    );
 }
 
 #[test]
@@ -227,12 +235,15 @@ fn a_pushed_token_is_used_once_by_pages_and_views_together() {
             std::thread::sleep(Duration::from_millis(2));
         }
         let won = std::thread::scope(|scope| {
-            let pages: Vec<_> = (0..2).map(|_| scope.spawn(|| lion.redeem(&token).is_ok())).collect();
+            let pages: Vec<_> =
+                (0..2).map(|_| scope.spawn(|| lion.redeem(&token).is_ok())).collect();
             let views: Vec<_> = (0..2)
                 .map(|_| {
                     scope.spawn(|| {
                         let attached = lion.attach(&token, &caller(), true);
-                        attached.map(|view| lion.detached(view.view, ViewCounters::default())).is_ok()
+                        attached
+                            .map(|view| lion.detached(view.view, ViewCounters::default()))
+                            .is_ok()
                     })
                 })
                 .collect();
@@ -273,7 +284,10 @@ fn kvmi_makes_what_the_policy_says() {
     assert_eq!(admin.policy(&uuid, None).unwrap(), KvmiPolicy::ReadWrite);
     assert_eq!(admin.policy(&uuid, Some(KvmiPolicy::None)).unwrap(), KvmiPolicy::None);
     let unknown = admin.policy("tiger", None);
-    assert!(matches!(unknown, Err(AdminError::Refused { refusal: Refusal::Unknown, .. })), "{unknown:?}");
+    assert!(
+        matches!(unknown, Err(AdminError::Refused { refusal: Refusal::Unknown, .. })),
+        "{unknown:?}"
+    );
     let tiger = broker.target("tiger");
     let lion = broker.introspector("lion", 7);
     let vm = broker.state.find("tiger").unwrap();
@@ -281,7 +295,10 @@ fn kvmi_makes_what_the_policy_says() {
     assert_eq!(mint().err(), Some(KvmError::Perm));
     admin.policy("tiger", Some(KvmiPolicy::ReadOnly)).unwrap();
     assert_eq!(lion.redeem(&mint().unwrap()).unwrap().scope.rights, Rights::ReadOnly);
-    assert_eq!(lion.attach(&mint().unwrap(), &caller(), false).unwrap().scope.rights, Rights::ReadOnly);
+    assert_eq!(
+        lion.attach(&mint().unwrap(), &caller(), false).unwrap().scope.rights,
+        Rights::ReadOnly
+    );
     // It outlives the VM.
     drop((vm, tiger));
     wait_for("the target to go", || broker.state.find("tiger").is_err());
@@ -289,7 +306,10 @@ fn kvmi_makes_what_the_policy_says() {
     assert_eq!(admin.policy("tiger", None).unwrap(), KvmiPolicy::ReadOnly);
     broker.state.set_kvmi_tokens(KvmiPolicy::None);
     assert_eq!(admin.policy("tiger", None).unwrap(), KvmiPolicy::ReadOnly);
-    assert_eq!(admin.policy(&introspector("lion", 7).uuid.to_string(), None).unwrap(), KvmiPolicy::None);
+    assert_eq!(
+        admin.policy(&introspector("lion", 7).uuid.to_string(), None).unwrap(),
+        KvmiPolicy::None
+    );
 }
 
 #[test]
@@ -302,7 +322,9 @@ fn views_hear_of_their_target_s_changes_and_of_its_end() {
     let first = view.target.generation();
 
     tiger.ram_changed(regions(), Change::Reset);
-    wait_for("the reset to be told", || views.log() == [format!("changed to {} with 2 regions", first + 1)]);
+    wait_for("the reset to be told", || {
+        views.log() == [format!("changed to {} with 2 regions", first + 1)]
+    });
     let fewer = vec![Region { gpa: 0, len: 0x4000, offset: 0, file: 0 }];
     tiger.ram_changed(fewer.clone(), Change::Resized);
     wait_for("the new map to be told", || views.log().len() == 2);
@@ -359,7 +381,10 @@ fn a_vm_gets_no_view_of_itself_nor_without_a_right() {
     let granted = broker.grant(&request(Rights::ReadOnly));
     assert_eq!(tiger.attach(&granted.token, &caller(), true).unwrap_err(), RedeemError::Denied);
     let lion = broker.introspector("lion", 7);
-    assert_eq!(lion.attach(&Token::new([1, 2, 3, 4]), &caller(), true).unwrap_err(), RedeemError::Unknown);
+    assert_eq!(
+        lion.attach(&Token::new([1, 2, 3, 4]), &caller(), true).unwrap_err(),
+        RedeemError::Unknown
+    );
     // No use was taken.
     lion.attach(&granted.token, &caller(), true).unwrap();
 }
@@ -369,12 +394,16 @@ fn a_token_expires_and_its_view_stays() {
     let broker = TestBroker::start();
     let _tiger = broker.target("tiger");
     let (lion, views) = broker.viewer("lion", 7, NO_PAUSE);
-    let granted = broker.grant(&GrantRequest { ttl_ms: 60_000, uses: 5, ..request(Rights::ReadOnly) });
+    let granted =
+        broker.grant(&GrantRequest { ttl_ms: 60_000, uses: 5, ..request(Rights::ReadOnly) });
     let view = views.open(&lion, &granted.token).unwrap();
     broker.state.pass_time(Duration::from_secs(60));
     assert_eq!(lion.attach(&granted.token, &caller(), true).unwrap_err(), RedeemError::Unknown);
     let listed = &broker.grants()[0];
-    assert_eq!((listed.state, listed.views.len(), listed.expires_in_ms), (GrantState::Expired, 1, 0));
+    assert_eq!(
+        (listed.state, listed.views.len(), listed.expires_in_ms),
+        (GrantState::Expired, 1, 0)
+    );
     assert!(lion.current(view.view).is_some());
     assert_eq!(broker.admin().revoke(granted.grant).unwrap().views, 1);
     assert_eq!(views.count(), 0);

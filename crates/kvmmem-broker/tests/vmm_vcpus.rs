@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Registers and pauses of VMs that their VMMs have registered, and VMMs that answer badly or not at all.
+//! Registers and pauses of VMs that their VMMs have registered, and VMMs that answer badly or not
+//! at all.
 
 mod common;
 
@@ -129,7 +130,9 @@ fn the_end_of_the_broker_ends_its_pauses() {
 fn a_vmm_that_does_not_know_the_question_is_not_asked() {
     let broker = TestBroker::start();
     let link = broker.target("tiger");
-    for refused in [message(broker.admin().registers("tiger")), message(broker.admin().pause("tiger"))] {
+    for refused in
+        [message(broker.admin().registers("tiger")), message(broker.admin().pause("tiger"))]
+    {
         assert!(refused.contains("kvmmem vm") && refused.contains("--qmp SOCKET"), "{refused}");
     }
     assert!(link.is_connected());
@@ -158,7 +161,10 @@ impl Liar {
         let request = Request { id: 1, call: Call::Register(answering()) };
         liar.socket.send(&request, &[ram.as_fd()], Wait::Limited).unwrap();
         let answer = liar.receive();
-        assert!(matches!(answer, FromBroker::Answer { answer: Answer::Registered { .. }, .. }), "{answer:?}");
+        assert!(
+            matches!(answer, FromBroker::Answer { answer: Answer::Registered { .. }, .. }),
+            "{answer:?}"
+        );
         liar
     }
 
@@ -207,7 +213,8 @@ fn answers_that_make_no_sense_are_errors() {
         let error = asked.join().unwrap().unwrap_err().to_string();
         assert!(error.contains(words) && error.len() < 4000, "{error}");
     }
-    // More than were asked for: those are left out. No more, though there are said to be: that is the end.
+    // More than were asked for: those are left out. No more, though there are said to be: that is
+    // the end.
     let asked = asking(&broker, |admin| admin.registers("tiger"));
     let id = liar.asked();
     liar.answer(id, VcpuAnswer::Registers { vcpus: (0..40).map(registers).collect(), more: true });

@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! `kvmmem scan` as a user runs it, from its start to its end, against what the machine can do in the same time: a plain sweep
-//! by AVX2 loads of a fresh mapping of the same memory, with as many threads. With rules, against the same engine on the same
-//! bytes in this process's own memory, with one thread; the goal is the number of threads.
+//! `kvmmem scan` as a user runs it, from its start to its end, against what the machine can do in
+//! the same time: a plain sweep by AVX2 loads of a fresh mapping of the same memory, with as many
+//! threads. With rules, against the same engine on the same bytes in this process's own memory,
+//! with one thread; the goal is the number of threads.
 //!
-//! Prints a line for each; with `--json` an object. `--size MIB` says how much memory there is [default: 1024].
+//! Prints a line for each; with `--json` an object. `--size MIB` says how much memory there is
+//! [default: 1024].
 #![deny(unsafe_code)]
 
 #[path = "../tests/common/mod.rs"]
@@ -68,7 +70,10 @@ fn main() -> Result<()> {
     if cfg!(feature = "yara") {
         let memory = copy(&host, len)?;
         for threads in [1, 2] {
-            let name = format!("scan of {} MiB by rules, {threads} threads, against the engine", len >> 20);
+            let name = format!(
+                "scan of {} MiB by rules, {threads} threads, against the engine",
+                len >> 20
+            );
             let goal = f64::from(u8::try_from(threads)?);
             let mut line = Line { name, goal, ours: Vec::new(), floor: Vec::new() };
             for _ in 0..ROUNDS / 2 {
@@ -88,7 +93,9 @@ fn fill(host: &Host, len: u64) -> Result<()> {
     let mut piece = vec![0u8; PIECE];
     for at in (0..len).step_by(PIECE) {
         for word in piece.as_chunks_mut::<8>().0 {
-            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            state = state
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1_442_695_040_888_963_407);
             // Half of it text.
             let text = if state >> 63 == 0 { 0x2020_2020_2020_2020 } else { u64::MAX };
             *word = (state & 0x5f5f_5f5f_5f5f_5f5f | text & 0x2020_2020_2020_2020).to_le_bytes();
@@ -115,7 +122,8 @@ fn scan(host: &Host, what: &[&str], threads: usize) -> Result<u64> {
 /// The time of mapping everything anew and loading each byte once.
 fn sweep(host: &Host, len: u64, threads: usize) -> Result<u64> {
     let (_, token) = host.grant(&[]);
-    let view = View::attach_host(&host.path("broker.sock"), &token.parse::<Token>()?, Access::ReadOnly)?;
+    let view =
+        View::attach_host(&host.path("broker.sock"), &token.parse::<Token>()?, Access::ReadOnly)?;
     let began = Instant::now();
     let mapping = view.map(Range { gpa: 0, len })?;
     let share = len.div_ceil(threads as u64).next_multiple_of(PIECE as u64);
@@ -151,7 +159,11 @@ fn engine(memory: &[u8]) -> Result<u64> {
     scanner.set_scan_params(boreal::scanner::ScanParams::default().compute_full_matches(true));
     let began = Instant::now();
     let found = scanner.scan_mem(memory).map_err(|(error, _)| error)?;
-    if found.rules.len() == 1 { nanoseconds(began) } else { Err("the engine finds something else".into()) }
+    if found.rules.len() == 1 {
+        nanoseconds(began)
+    } else {
+        Err("the engine finds something else".into())
+    }
 }
 
 #[cfg(not(feature = "yara"))]

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Whose page tables guest-virtual addresses are looked up in: those that a CR3 names, those that a vCPU uses, or those of a
-//! Linux guest's kernel or of one of its processes, which are found.
+//! Whose page tables guest-virtual addresses are looked up in: those that a CR3 names, those that a
+//! vCPU uses, or those of a Linux guest's kernel or of one of its processes, which are found.
 
 use anyhow::{Context, Result};
 use clap::Args;
@@ -22,22 +22,23 @@ pub(crate) struct Virtual {
     #[arg(long, value_name = "PID", conflicts_with = "cr3")]
     pub(crate) pid: Option<u32>,
 
-    /// Addresses are guest-virtual, by the page tables of this CR3, or of the outermost table at this address; kernel: by those
-    /// of the Linux kernel that is found
+    /// Addresses are guest-virtual, by the page tables of this CR3, or of the outermost table at
+    /// this address; kernel: by those of the Linux kernel that is found
     #[arg(long, value_name = "CR3", value_parser = parse_root)]
     pub(crate) cr3: Option<Root>,
 
-    /// Addresses are guest-virtual, by the page tables that this vCPU uses: the first one is 0. Its registers come with
-    /// --target, or from an ELF dump
+    /// Addresses are guest-virtual, by the page tables that this vCPU uses: the first one is 0.
+    /// Its registers come with --target, or from an ELF dump
     #[arg(long, value_name = "N", conflicts_with_all = ["pid", "cr3"])]
     pub(crate) vcpu: Option<u32>,
 
-    /// With --pid or kernel: of several kernels, the one whose VMCOREINFO note is at this guest-physical address
+    /// With --pid or kernel: of several kernels, the one whose VMCOREINFO note is at this
+    /// guest-physical address
     #[arg(long, value_name = "GPA", value_parser = parse, conflicts_with = "kernel")]
     pub(crate) note: Option<u64>,
 
-    /// With --pid or --cr3 kernel: of several kernels, the one in the address space of this CR3, its own or that of one of its
-    /// processes
+    /// With --pid or --cr3 kernel: of several kernels, the one in the address space of this CR3,
+    /// its own or that of one of its processes
     #[arg(long, value_name = "CR3", value_parser = parse)]
     pub(crate) kernel: Option<u64>,
 }
@@ -122,11 +123,17 @@ impl<'k> LinuxSpace<'k> {
         let arguments = input.arguments();
         let Some(pid) = linux.pid else {
             let space = kernel.space();
-            return Ok(Self { kernel, space: space.with_root(space.root().cr3), task: None, arguments });
+            return Ok(Self {
+                kernel,
+                space: space.with_root(space.root().cr3),
+                task: None,
+                arguments,
+            });
         };
         let task = kernel.task(pid)?;
-        let space =
-            kernel.space_of(&task).with_context(|| format!("cannot find the memory of process {pid}"))?;
+        let space = kernel
+            .space_of(&task)
+            .with_context(|| format!("cannot find the memory of process {pid}"))?;
         Ok(Self { kernel, space, task: Some(task), arguments })
     }
 
@@ -145,7 +152,9 @@ impl<'k> LinuxSpace<'k> {
         let (Some(task), None | Some(Absent::Unknown)) = (&self.task, entry.absent(*gva)) else {
             return String::new();
         };
-        let Ok(map) = Maps::new(self.kernel).and_then(|maps| maps.of(task)) else { return String::new() };
+        let Ok(map) = Maps::new(self.kernel).and_then(|maps| maps.of(task)) else {
+            return String::new();
+        };
         match map.find(*gva) {
             Some(mapping) => {
                 let path = mapping.file.as_ref().map(|file| file.path.text.as_str());
@@ -158,7 +167,9 @@ impl<'k> LinuxSpace<'k> {
             }
             None => {
                 let (pid, arguments) = (task.pid, &self.arguments);
-                format!("; process {pid} has nothing mapped there: see kvmmem maps {pid}{arguments}")
+                format!(
+                    "; process {pid} has nothing mapped there: see kvmmem maps {pid}{arguments}"
+                )
             }
         }
     }

@@ -68,7 +68,8 @@ struct Attached {
 
 impl From<Status> for Attached {
     fn from(status: Status) -> Self {
-        let ranges = status.ranges.iter().map(|range| RangeLine::new(range.gpa, range.len)).collect();
+        let ranges =
+            status.ranges.iter().map(|range| RangeLine::new(range.gpa, range.len)).collect();
         let target = Uuid::from_bytes(status.uuid);
         let state = match status.state {
             State::Open => "open",
@@ -135,7 +136,11 @@ fn tell_view(what: &str, view: &Attached, output: &mut Output) -> Result<()> {
     let rights = if *writable { "read-write" } else { "read-only" };
     output.line(format!("{what} {target}, {state}, {rights}, generation {generation}"))?;
     for RangeLine { gpa: Hex(gpa), len } in ranges {
-        output.line(format!("  {gpa:#014x}..{:#014x}  {}", gpa.saturating_add(*len), size(*len)))?;
+        output.line(format!(
+            "  {gpa:#014x}..{:#014x}  {}",
+            gpa.saturating_add(*len),
+            size(*len)
+        ))?;
     }
     Ok(())
 }

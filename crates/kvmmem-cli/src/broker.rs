@@ -21,8 +21,7 @@ const SOCKET_VARIABLE: &str = "KVMMEM_BROKER";
 const DEFAULT_SOCKET: &str = "/run/kvmmem/kvmmemd.sock";
 
 /// What to look at where the broker cannot be reached.
-pub(crate) const NO_BROKER: &str =
-    "no broker: is kvmmemd running, and may this user open its socket (root, or the socket's group)?";
+pub(crate) const NO_BROKER: &str = "no broker: is kvmmemd running, and may this user open its socket (root, or the socket's group)?";
 
 #[derive(Args, Default)]
 pub(crate) struct Broker {
@@ -33,7 +32,8 @@ pub(crate) struct Broker {
 
 #[derive(Args)]
 pub(crate) struct Targets {
-    /// List those that run on this host instead, under whatever VMM, and which of them can be added
+    /// List those that run on this host instead, under whatever VMM, and which of them can be
+    /// added
     #[arg(long)]
     discover: bool,
     #[command(flatten)]
@@ -76,7 +76,8 @@ impl Targets {
             target::list_found(&self.broker, output)?;
             return Ok(ExitCode::SUCCESS);
         }
-        let targets = self.broker.connect()?.targets().context("cannot list the virtual machines")?;
+        let targets =
+            self.broker.connect()?.targets().context("cannot list the virtual machines")?;
         if output.is_json() {
             for target in &targets {
                 output.object(target)?;

@@ -21,8 +21,8 @@ use crate::vcpu;
 /// Exit code where something was found.
 const FOUND: u8 = 3;
 
-/// How often a guest that runs is compared where something is found, and how long to wait in between: it adds and removes
-/// modules and tasks.
+/// How often a guest that runs is compared where something is found, and how long to wait in
+/// between: it adds and removes modules and tasks.
 const ROUNDS: u32 = 3;
 const PAUSE: Duration = Duration::from_millis(50);
 
@@ -35,8 +35,9 @@ const FRED: u64 = 1 << 32;
 #[derive(Args)]
 #[command(after_help = AFTER_HELP)]
 pub(crate) struct Arguments {
-    /// MSR_LSTAR of a vCPU, where you have its registers: compared with the kernel's entry of system calls [default: that of
-    /// each vCPU, where the VMM shows it: with --target, a VM of kvmmem vm]
+    /// MSR_LSTAR of a vCPU, where you have its registers: compared with the kernel's entry of
+    /// system calls [default: that of each vCPU, where the VMM shows it: with --target, a VM
+    /// of kvmmem vm]
     #[arg(long, value_name = "ADDRESS", value_parser = parse)]
     lstar: Option<u64>,
     #[command(flatten)]
@@ -71,11 +72,24 @@ struct CheckLine<'a> {
 #[derive(Serialize)]
 #[serde(tag = "finding", rename_all = "snake_case")]
 enum FindingLine<'a> {
-    Hook { check: &'static str, entry: &'a str, at: Hex, target: Hex, place: String },
-    Hidden { check: &'static str, name: &'a str, structure: Hex, found_in: &'a str, missing_from: &'a str },
+    Hook {
+        check: &'static str,
+        entry: &'a str,
+        at: Hex,
+        target: Hex,
+        place: String,
+    },
+    Hidden {
+        check: &'static str,
+        name: &'a str,
+        structure: Hex,
+        found_in: &'a str,
+        missing_from: &'a str,
+    },
 }
 
-/// A check's name, and what came of it: nothing where the kernel has no such thing, a reason where it was not checked.
+/// A check's name, and what came of it: nothing where the kernel has no such thing, a reason where
+/// it was not checked.
 type Outcome = (&'static str, Result<Option<Report>, String>);
 
 impl Arguments {
@@ -101,9 +115,12 @@ impl Arguments {
             Ok(outcomes)
         })?;
         let findings = || {
-            let reports =
-                outcomes.iter().filter_map(|(check, report)| Some((*check, report.as_ref().ok()?.as_ref()?)));
-            reports.flat_map(|(check, report)| report.findings.iter().map(move |finding| (check, finding)))
+            let reports = outcomes
+                .iter()
+                .filter_map(|(check, report)| Some((*check, report.as_ref().ok()?.as_ref()?)));
+            reports.flat_map(|(check, report)| {
+                report.findings.iter().map(move |finding| (check, finding))
+            })
         };
         let lines = outcomes.iter().map(|(check, report)| {
             let not_checked = report.as_ref().err().map(String::as_str);
@@ -124,7 +141,8 @@ impl Arguments {
             }
         } else {
             let header = ["CHECK", "EXAMINED", "FOUND"].map(str::to_owned);
-            for line in columns(&std::iter::once(header).chain(lines.map(row)).collect::<Vec<_>>()) {
+            for line in columns(&std::iter::once(header).chain(lines.map(row)).collect::<Vec<_>>())
+            {
                 output.line(line)?;
             }
             for (_, finding) in findings() {
@@ -137,7 +155,9 @@ impl Arguments {
             }
         }
         let mut damage = Damage::default();
-        for (check, _) in outcomes.iter().filter(|(check, report)| *check != LSTAR && report.is_err()) {
+        for (check, _) in
+            outcomes.iter().filter(|(check, report)| *check != LSTAR && report.is_err())
+        {
             damage.add(format!("what {check} compares"));
         }
         self.guest.end(damage)?;
@@ -172,7 +192,9 @@ fn check(kernel: &Kernel<'_>) -> Result<Vec<Outcome>> {
         }
         match collect(|| Ok(std::iter::once(check.run(kernel)))) {
             Ok(mut reports) => Ok((check.name(), Ok(reports.rows.pop()))),
-            Err(error) if error.is_local() => Ok((check.name(), Err(format!("{:#}", Error::from(error))))),
+            Err(error) if error.is_local() => {
+                Ok((check.name(), Err(format!("{:#}", Error::from(error)))))
+            }
             Err(error) => Err(error).with_context(|| format!("cannot check {}", check.name())),
         }
     };
@@ -180,7 +202,9 @@ fn check(kernel: &Kernel<'_>) -> Result<Vec<Outcome>> {
 }
 
 fn is_sound((_, report): &Outcome) -> bool {
-    report.as_ref().is_ok_and(|report| report.as_ref().is_none_or(|report| report.findings.is_empty()))
+    report
+        .as_ref()
+        .is_ok_and(|report| report.as_ref().is_none_or(|report| report.findings.is_empty()))
 }
 
 /// Keeps what was found now as well.
@@ -226,12 +250,20 @@ fn place(place: &Place) -> String {
 impl<'a> FindingLine<'a> {
     fn new(check: &'static str, finding: &'a Finding) -> Self {
         match finding {
-            Finding::Hook { entry, gva, target, place } => {
-                Self::Hook { check, entry, at: Hex(*gva), target: Hex(*target), place: self::place(place) }
-            }
-            Finding::Hidden { name, gva, found, missing } => {
-                Self::Hidden { check, name, structure: Hex(*gva), found_in: found, missing_from: missing }
-            }
+            Finding::Hook { entry, gva, target, place } => Self::Hook {
+                check,
+                entry,
+                at: Hex(*gva),
+                target: Hex(*target),
+                place: self::place(place),
+            },
+            Finding::Hidden { name, gva, found, missing } => Self::Hidden {
+                check,
+                name,
+                structure: Hex(*gva),
+                found_in: found,
+                missing_from: missing,
+            },
         }
     }
 }
@@ -260,8 +292,12 @@ mod tests {
             VcpuRegisters { cr0: 0x10, ..vcpu.clone() },
             VcpuRegisters { cr4: vcpu.cr4 | FRED, ..vcpu.clone() },
         );
-        let vcpus =
-            vec![vcpu.clone(), waiting.clone(), fred, VcpuRegisters { lstar: Some(0x2000), ..vcpu.clone() }];
+        let vcpus = vec![
+            vcpu.clone(),
+            waiting.clone(),
+            fred,
+            VcpuRegisters { lstar: Some(0x2000), ..vcpu.clone() },
+        ];
         let values = lstars(&Ok(vcpus)).unwrap();
         let names = ["MSR_LSTAR of vCPU 0", "MSR_LSTAR of vCPU 3"].map(str::to_owned);
         assert_eq!(values, names.into_iter().zip([0x1000, 0x2000]).collect::<Vec<_>>());
@@ -278,8 +314,9 @@ mod tests {
 
     #[test]
     fn what_is_not_found_each_time_is_left_out() {
-        let outcome =
-            |findings| vec![("tasks", Ok(Some(Report { examined: 3, findings }))), ("dispatcher", Ok(None))];
+        let outcome = |findings| {
+            vec![("tasks", Ok(Some(Report { examined: 3, findings }))), ("dispatcher", Ok(None))]
+        };
         let mut outcomes = outcome(vec![hidden("process 1 (a)"), hidden("process 2 (b)")]);
         retain(&mut outcomes, outcome(vec![hidden("process 3 (c)"), hidden("process 2 (b)")]));
         assert_eq!(outcomes, outcome(vec![hidden("process 2 (b)")]));

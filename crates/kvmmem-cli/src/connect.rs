@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The tool's side of KVMI, by which a verb reads memory or gets a token: listen, and wait for the host to connect.
+//! The tool's side of KVMI, by which a verb reads memory or gets a token: listen, and wait for the
+//! host to connect.
 
 use std::time::{Duration, Instant};
 
@@ -15,7 +16,8 @@ const PORT_VARIABLE: &str = "KVMMEM_KVMI_PORT";
 
 #[derive(Args, Default)]
 pub(crate) struct Connect {
-    /// Where to listen for the host: vsock:PORT or unix:PATH [default: the vsock port KVMMEM_KVMI_PORT]
+    /// Where to listen for the host: vsock:PORT or unix:PATH [default: the vsock port
+    /// KVMMEM_KVMI_PORT]
     #[arg(long, value_name = "ENDPOINT")]
     listen: Option<Endpoint>,
 
@@ -65,7 +67,8 @@ impl Connect {
 
 fn parse_timeout(text: &str) -> Result<Duration, String> {
     let day = Duration::from_secs(24 * 60 * 60);
-    parse_seconds(text).and_then(|time| if time > day { Err("it is at most 1d".into()) } else { Ok(time) })
+    parse_seconds(text)
+        .and_then(|time| if time > day { Err("it is at most 1d".into()) } else { Ok(time) })
 }
 
 fn from_environment(port: Option<String>) -> Result<Endpoint> {

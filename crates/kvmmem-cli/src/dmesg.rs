@@ -57,7 +57,8 @@ impl Arguments {
                     lines(&record).try_for_each(|line| output.line(line))?;
                 }
             }
-            let count = |count| if count == 1 { "1 record".to_owned() } else { format!("{count} records") };
+            let count =
+                |count| if count == 1 { "1 record".to_owned() } else { format!("{count} records") };
             if records.overwritten() > 0 {
                 tracing::warn!(
                     "the guest overwrote {} of its log while it was read",
@@ -70,7 +71,10 @@ impl Arguments {
                     false => "the dump is damaged, or the guest wrote to its log while it was made",
                 };
                 let lost = count(records.damaged());
-                return Err(failure::exit(INCOMPLETE, format!("{lost} of the log not printed: {why}")));
+                return Err(failure::exit(
+                    INCOMPLETE,
+                    format!("{lost} of the log not printed: {why}"),
+                ));
             }
             Ok(ExitCode::SUCCESS)
         })

@@ -103,7 +103,8 @@ impl Arguments {
         };
         let checks = if role == Role::Guest { guest::checks() } else { host::checks() };
         let uses = verdicts(role, &checks);
-        let is_wanted = |verdict: &&Verdict| self.wanted.is_none_or(|wanted| wanted == verdict.what);
+        let is_wanted =
+            |verdict: &&Verdict| self.wanted.is_none_or(|wanted| wanted == verdict.what);
         let usable = uses.iter().filter(is_wanted).any(|verdict| verdict.status != Status::Fail);
         let diagnosis = Diagnosis { role, usable, uses, checks };
         if output.is_json() {

@@ -47,7 +47,10 @@ fn inline(text: &str) -> Vec<String> {
         !is_within && !is_fence
     });
     let text = outside.collect::<Vec<_>>().join("\n");
-    text.split("\n\n").flat_map(|part| part.split('`').skip(1).step_by(2)).map(str::to_owned).collect()
+    text.split("\n\n")
+        .flat_map(|part| part.split('`').skip(1).step_by(2))
+        .map(str::to_owned)
+        .collect()
 }
 
 /// The commands of a line that run `program`, as words.
@@ -93,8 +96,8 @@ fn every_command_in_the_documentation_is_taken() {
                 }
             }
         }
-        // In running text a command may be named without what it needs, or with `...` in its place, and an option without its
-        // value.
+        // In running text a command may be named without what it needs, or with `...` in its place,
+        // and an option without its value.
         for span in inline(&text) {
             for mut words in commands(&span, "kvmmem") {
                 words.retain(|word| word != "...");
@@ -114,7 +117,9 @@ fn every_command_in_the_help_is_taken() {
     let verbs: Vec<String> = cli.get_subcommands().map(|verb| verb.get_name().to_owned()).collect();
     for verb in verbs {
         let help = cli.find_subcommand_mut(&verb).unwrap().render_long_help().to_string();
-        for line in help.lines().filter(|line| line.contains(": kvmmem ") && !line.starts_with("Usage")) {
+        for line in
+            help.lines().filter(|line| line.contains(": kvmmem ") && !line.starts_with("Usage"))
+        {
             let (_, example) = line.split_once(": ").unwrap();
             for words in commands(example.trim_end_matches('.'), "kvmmem") {
                 assert!(Cli::try_parse_from(&words).is_ok(), "{verb}: {line}");
@@ -129,8 +134,11 @@ fn the_commands_of_a_page_are_found() {
                 ```rust\nkvmmem no\n```\n";
     let lines = fenced(page);
     assert_eq!(lines.len(), 3, "{lines:?}");
-    let found: Vec<String> =
-        lines.iter().flat_map(|line| commands(line, "kvmmem")).map(|words| words.join(" ")).collect();
+    let found: Vec<String> = lines
+        .iter()
+        .flat_map(|line| commands(line, "kvmmem"))
+        .map(|words| words.join(" "))
+        .collect();
     assert_eq!(found, ["kvmmem grant web1 --rw", "kvmmem qemu-args"]);
     assert_eq!(inline("`a b` c `d`"), ["a b", "d"]);
 }

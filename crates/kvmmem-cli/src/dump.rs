@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `kvmmem dump`: a target's memory as a file or a stream.
 //!
-//! Mistakes in the command line and the paths are found before the token is used. While a dump is under way
-//! FILE.part says how far it is ([`checkpoint`]); a record beside a complete one says what it is ([`record`]).
+//! Mistakes in the command line and the paths are found before the token is used. While a dump is
+//! under way FILE.part says how far it is ([`checkpoint`]); a record beside a complete one says
+//! what it is ([`record`]).
 
 mod checkpoint;
 mod digest;
@@ -57,29 +58,32 @@ pub(crate) struct Arguments {
     /// The kind of file
     #[arg(long, value_enum, default_value_t = Format::Raw)]
     format: Format,
-    /// Dump only these guest-physical addresses, for example 1M..2M; END is behind the range; may be given again
+    /// Dump only these guest-physical addresses, for example 1M..2M; END is behind the range; may
+    /// be given again
     #[arg(long = "range", value_name = "START..END", value_parser = parse_range)]
     ranges: Vec<GpaRange>,
     /// Go on with a dump that was not finished; the same target's, by a new token
     #[arg(long)]
     resume: bool,
-    /// Where to write the record of the dump [default: FILE.json; none for standard output or a FIFO]
+    /// Where to write the record of the dump [default: FILE.json; none for standard output or a
+    /// FIFO]
     #[arg(long, value_name = "PATH")]
     record: Option<PathBuf>,
-    /// Leave the SHA-256 of the file out of the record: of a large target that uses little of its memory, it takes most
-    /// of the time
+    /// Leave the SHA-256 of the file out of the record: of a large target that uses little of its
+    /// memory, it takes most of the time
     #[arg(long)]
     no_hash: bool,
-    /// Pause the target while its memory is read, so that the dump shows one moment. It runs again right after, and also if
-    /// this command is killed, stopped or hangs; one that is not running stays as it is. With --target, where the broker has
-    /// a QMP connection to the target's QEMU, or where it is a VM of kvmmem vm
+    /// Pause the target while its memory is read, so that the dump shows one moment. It runs again
+    /// right after, and also if this command is killed, stopped or hangs; one that is not
+    /// running stays as it is. With --target, where the broker has a QMP connection to the
+    /// target's QEMU, or where it is a VM of kvmmem vm
     #[arg(long, conflicts_with = "resume")]
     pause: bool,
     /// Compress the file or stream; a dump that was not finished cannot be resumed then
     #[arg(long, value_enum, value_name = "METHOD", conflicts_with = "resume")]
     compress: Option<Compression>,
-    /// Of a Linux guest: dump this process alone, as an ELF core that gdb opens with the process's program. What is not in
-    /// memory is not in it
+    /// Of a Linux guest: dump this process alone, as an ELF core that gdb opens with the process's
+    /// program. What is not in memory is not in it
     #[arg(long, value_name = "PID", conflicts_with_all = ["format", "ranges", "resume"])]
     pid: Option<u32>,
     /// With --pid: the process as it is in this dump file, instead of a target's
@@ -142,7 +146,9 @@ impl Arguments {
             return self.run_process(pid, output);
         }
         if self.dump.is_some() {
-            return Err(usage("--file goes with --pid: of a dump file, one process can be written"));
+            return Err(usage(
+                "--file goes with --pid: of a dump file, one process can be written",
+            ));
         }
         let wanted = in_order(&self.ranges)?;
         let (earlier, file, kind) = match self.open()? {
@@ -159,7 +165,8 @@ impl Arguments {
             }
         };
         let asks_vmm = self.pause || self.format == Format::Elf;
-        let (view, operator) = self.source.attach_asking(Access::ReadOnly, "dump", &wanted, asks_vmm)?;
+        let (view, operator) =
+            self.source.attach_asking(Access::ReadOnly, "dump", &wanted, asks_vmm)?;
         let interrupt = Interrupt::catch()?;
         // In this order: a reset in between makes the dump stale.
         let status = view.status()?;
@@ -248,8 +255,13 @@ impl Arguments {
         Ok(exit_code(&checkpoint.unreadable))
     }
 
-    /// Pauses the target where that is wanted, and asks for the vCPUs' registers, or says why there are none.
-    fn hold(&self, operator: Option<Operator>, wants_vcpus: bool) -> Result<(Option<Pause>, Vcpus)> {
+    /// Pauses the target where that is wanted, and asks for the vCPUs' registers, or says why there
+    /// are none.
+    fn hold(
+        &self,
+        operator: Option<Operator>,
+        wants_vcpus: bool,
+    ) -> Result<(Option<Pause>, Vcpus)> {
         let Some(mut operator) = operator else {
             let reason = "a token opens memory alone: on the host, name the target (--target)";
             return Ok((None, Err(reason.into())));
@@ -259,17 +271,21 @@ impl Arguments {
         let paused = match self.pause {
             true => match operator.admin.pause(&target) {
                 Ok(was_running) => Some(was_running),
-                Err(error) => return Err(operator.explain(error).context("cannot pause the target")),
+                Err(error) => {
+                    return Err(operator.explain(error).context("cannot pause the target"));
+                }
             },
             false => None,
         };
         let vcpus = match wants_vcpus {
-            true => {
-                operator.admin.registers(&target).map_err(|error| format!("{:#}", operator.explain(error)))
-            }
+            true => operator
+                .admin
+                .registers(&target)
+                .map_err(|error| format!("{:#}", operator.explain(error))),
             false => Ok(Vec::new()),
         };
-        let pause = paused.map(|was_running| Pause::keep(operator, was_running, began)).transpose()?;
+        let pause =
+            paused.map(|was_running| Pause::keep(operator, was_running, began)).transpose()?;
         Ok((pause, vcpus))
     }
 
@@ -287,11 +303,15 @@ impl Arguments {
         let exists = self.file.try_exists().with_context(|| format!("cannot look for {file}"))?;
         match (&earlier, self.resume, exists) {
             (Some(_), false, _) => {
-                bail!("{file} is an unfinished dump: go on with --resume, or remove it and {file}.part")
+                bail!(
+                    "{file} is an unfinished dump: go on with --resume, or remove it and {file}.part"
+                )
             }
             (None, false, true) => bail!("{file} exists: remove it, or choose another name"),
             (None, true, true) => {
-                bail!("{file} cannot be resumed: there is no {file}.part, so it is complete or no dump")
+                bail!(
+                    "{file} cannot be resumed: there is no {file}.part, so it is complete or no dump"
+                )
             }
             (Some(_), true, false) => {
                 bail!("{file} is gone, only {file}.part is left: remove that, and begin again")
@@ -324,7 +344,8 @@ impl Arguments {
         self.record.clone().or_else(beside)
     }
 
-    /// Writes the head, unless it is there, takes what is there into the digest, and saves the first checkpoint.
+    /// Writes the head, unless it is there, takes what is there into the digest, and saves the
+    /// first checkpoint.
     fn begin(
         &self,
         sink: &mut Sink,
@@ -360,8 +381,9 @@ impl Arguments {
         if output.is_json() {
             output.object(record)?;
         } else {
-            output
-                .line(format!("{file}: {bytes} bytes, of which {data_bytes} were allocated in the target"))?;
+            output.line(format!(
+                "{file}: {bytes} bytes, of which {data_bytes} were allocated in the target"
+            ))?;
         }
         if !unreadable.is_empty() && !output.is_json() {
             output.line(format!(
@@ -374,13 +396,20 @@ impl Arguments {
     }
 
     /// Says what there is of the vCPUs.
-    fn tell_vcpus(&self, checkpoint: &Checkpoint, pause: Option<Paused>, output: &mut Output) -> Result<()> {
+    fn tell_vcpus(
+        &self,
+        checkpoint: &Checkpoint,
+        pause: Option<Paused>,
+        output: &mut Output,
+    ) -> Result<()> {
         if let Some(pause) = pause {
             output.line(pause.to_string())?;
         }
         if self.format == Format::Elf {
             output.line(match &checkpoint.no_vcpus {
-                Some(reason) => format!("no registers are in it: {}", crate::failure::escape(reason)),
+                Some(reason) => {
+                    format!("no registers are in it: {}", crate::failure::escape(reason))
+                }
                 None => format!("the registers of {} vCPUs are in it", checkpoint.vcpus.len()),
             })?;
         }

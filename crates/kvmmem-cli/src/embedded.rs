@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The broker's core inside one command of root's, where no broker runs: `--target` needs no daemon then.
+//! The broker's core inside one command of root's, where no broker runs: `--target` needs no daemon
+//! then.
 //!
-//! The virtual machine is added, granted and attached by the same code and the same checks as in `kvmmemd`, and the audit
-//! lines go to the journal, or to standard error. A target without a UUID of its own, and its RAM, have numbers by the VMM's
-//! process, so that the next command's broker gives them the same and `dump --resume` goes on. The socket is unlinked once the view is attached, so that only this process
-//! is served and nothing is left behind if it is killed.
+//! The virtual machine is added, granted and attached by the same code and the same checks as in
+//! `kvmmemd`, and the audit lines go to the journal, or to standard error. A target without a UUID
+//! of its own, and its RAM, have numbers by the VMM's process, so that the next command's broker
+//! gives them the same and `dump --resume` goes on. The socket is unlinked once the view is
+//! attached, so that only this process is served and nothing is left behind if it is killed.
 
 use std::io;
 use std::os::fd::AsFd;
@@ -24,12 +26,14 @@ use crate::target_name::TargetName;
 
 /// Whether no broker listens at the socket.
 pub(crate) fn is_absent(error: &AdminError) -> bool {
-    let AdminError::Connect { source: PacketError::Connect(errno), .. } = error else { return false };
+    let AdminError::Connect { source: PacketError::Connect(errno), .. } = error else {
+        return false;
+    };
     matches!(*errno, Errno::NOENT | Errno::NOTDIR | Errno::CONNREFUSED)
 }
 
-/// A broker of this process with one target. It serves what has connected until the process ends, and no new connection
-/// once this is dropped.
+/// A broker of this process with one target. It serves what has connected until the process ends,
+/// and no new connection once this is dropped.
 pub(crate) struct Embedded {
     pub(crate) admin: Admin,
     /// UUID of the target.
@@ -42,8 +46,8 @@ pub(crate) struct Embedded {
 }
 
 impl Embedded {
-    /// Adds a virtual machine of this host to a broker of its own, because none listens at `absent`. Where `asks_vmm`, by its
-    /// monitor if that can be had.
+    /// Adds a virtual machine of this host to a broker of its own, because none listens at
+    /// `absent`. Where `asks_vmm`, by its monitor if that can be had.
     pub(crate) fn start(absent: &Path, target: &TargetName, asks_vmm: bool) -> Result<Self> {
         if !rustix::process::geteuid().is_root() {
             bail!(
@@ -77,8 +81,9 @@ impl Embedded {
                 }
             }
         }
-        let added =
-            added.context("no way to look at it")?.with_context(|| format!("cannot look at {target}"))?;
+        let added = added
+            .context("no way to look at it")?
+            .with_context(|| format!("cannot look at {target}"))?;
         Ok(Self { admin, target: added.target.uuid, socket, no_monitor, _directory: directory })
     }
 }
@@ -123,7 +128,9 @@ fn named<'a>(name: &str, found: &'a [Found]) -> Result<&'a Found> {
             "no virtual machine of this machine is called {name:?}: in an introspector, attach by a token (--token-file)"
         ),
         (None, _) => {
-            bail!("no virtual machine of this host is called {name:?}: see kvmmem targets --discover")
+            bail!(
+                "no virtual machine of this host is called {name:?}: see kvmmem targets --discover"
+            )
         }
     }
 }
@@ -153,9 +160,14 @@ mod tests {
 
     #[test]
     fn a_name_or_a_uuid_means_one_virtual_machine() {
-        let all =
-            [found(7, Some("web"), 1), found(8, Some("db"), 2), found(9, Some("db"), 3), found(10, None, 4)];
-        let pid = |name: &str| named(name, &all).map(|vm| vm.pid).map_err(|error| error.to_string());
+        let all = [
+            found(7, Some("web"), 1),
+            found(8, Some("db"), 2),
+            found(9, Some("db"), 3),
+            found(10, None, 4),
+        ];
+        let pid =
+            |name: &str| named(name, &all).map(|vm| vm.pid).map_err(|error| error.to_string());
         assert_eq!(pid("web"), Ok(7));
         assert_eq!(pid("00000000-0000-0000-0000-000000000004"), Ok(10));
         assert!(pid("db").unwrap_err().contains("pid:8 or pid:9"));
@@ -168,7 +180,8 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("socket");
         assert!(is_absent(&Admin::connect(&path).map(drop).unwrap_err()));
-        let of = |errno| AdminError::Connect { path: path.clone(), source: PacketError::Connect(errno) };
+        let of =
+            |errno| AdminError::Connect { path: path.clone(), source: PacketError::Connect(errno) };
         // A killed broker leaves its socket.
         assert!(is_absent(&of(Errno::CONNREFUSED)));
         assert!(!is_absent(&of(Errno::ACCESS)) && !is_absent(&of(Errno::AGAIN)));

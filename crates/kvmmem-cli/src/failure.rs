@@ -44,7 +44,8 @@ struct Failure {
     causes: Vec<String>,
 }
 
-/// Prints what clap says about the command line: help and versions to standard output, errors to standard error.
+/// Prints what clap says about the command line: help and versions to standard output, errors to
+/// standard error.
 pub(crate) fn report_clap(error: &clap::Error, json: bool) -> ExitCode {
     if !json || !error.use_stderr() {
         error.exit();
@@ -55,14 +56,17 @@ pub(crate) fn report_clap(error: &clap::Error, json: bool) -> ExitCode {
 
 /// What is wrong, without usage and colours, in one line.
 fn clap_message(error: &clap::Error) -> String {
-    let missing = [ErrorKind::MissingSubcommand, ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand];
+    let missing =
+        [ErrorKind::MissingSubcommand, ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand];
     if missing.contains(&error.kind()) {
         return "a verb is missing: see --help".to_owned();
     }
     let text = error.render().to_string();
     let text = text.strip_prefix("error: ").unwrap_or(&text);
-    let end = ["\n\nUsage:", "\n\nFor more information"].iter().filter_map(|part| text.find(part)).min();
-    let words: Vec<&str> = text.get(..end.unwrap_or(text.len())).unwrap_or(text).split_whitespace().collect();
+    let end =
+        ["\n\nUsage:", "\n\nFor more information"].iter().filter_map(|part| text.find(part)).min();
+    let words: Vec<&str> =
+        text.get(..end.unwrap_or(text.len())).unwrap_or(text).split_whitespace().collect();
     words.join(" ")
 }
 
@@ -94,7 +98,8 @@ fn write_json(to: &mut impl Write, error: &Error) -> io::Result<()> {
     writeln!(to, "{}", json(&failure)?)
 }
 
-/// The text without what a terminal would not just show: some of it comes from peers, and must not drive the terminal.
+/// The text without what a terminal would not just show: some of it comes from peers, and must not
+/// drive the terminal.
 pub(crate) fn escape(text: &str) -> String {
     text.chars()
         .flat_map(|c| {
@@ -120,10 +125,15 @@ mod tests {
 
     #[test]
     fn causes_are_numbered_and_cannot_drive_the_terminal() {
-        let error =
-            Err::<(), _>(io::Error::other("root\x1b[2J")).context("middle").context("top").unwrap_err();
+        let error = Err::<(), _>(io::Error::other("root\x1b[2J"))
+            .context("middle")
+            .context("top")
+            .unwrap_err();
         let mut text = Vec::new();
         write_text(&mut anstream::StripStream::new(&mut text), &error).unwrap();
-        assert_eq!(String::from_utf8(text).unwrap(), "error: top\n  1: middle\n  2: root\\u{1b}[2J\n");
+        assert_eq!(
+            String::from_utf8(text).unwrap(),
+            "error: top\n  1: middle\n  2: root\\u{1b}[2J\n"
+        );
     }
 }

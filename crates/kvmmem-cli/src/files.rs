@@ -62,18 +62,22 @@ type Found = Vec<(Task, Vec<OpenFile>)>;
 impl Arguments {
     pub(crate) fn run(&self, output: &mut Output) -> Result<ExitCode> {
         let (found, damage) = self.guest.with_kernel("files", |kernel| self.find(kernel))?;
-        let files = found.iter().flat_map(|(task, files)| files.iter().map(move |file| (task, file)));
+        let files =
+            found.iter().flat_map(|(task, files)| files.iter().map(move |file| (task, file)));
         let header = ["PID", "NAME", "FD", "FLAGS", "POSITION", "PATH"];
         self.table.print(output, files, FileLine::new, header, row)?;
         self.guest.end(damage)
     }
 
     fn find(&self, kernel: &Kernel<'_>) -> Result<(Found, Damage)> {
-        let Listed { rows: mut tasks, lost } =
-            collect(|| Tasks::new(kernel, Which::Processes)).context("cannot list the processes")?;
+        let Listed { rows: mut tasks, lost } = collect(|| Tasks::new(kernel, Which::Processes))
+            .context("cannot list the processes")?;
         for pid in &self.pid {
             let is_there = tasks.iter().any(|task| task.pid == *pid);
-            ensure!(is_there || lost == 0, "process {pid} cannot be read, or there is none: {lost} cannot");
+            ensure!(
+                is_there || lost == 0,
+                "process {pid} cannot be read, or there is none: {lost} cannot"
+            );
             ensure!(is_there, "the guest has no process {pid}");
         }
         let mut damage = Damage::default();

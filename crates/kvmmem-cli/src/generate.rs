@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! For packagers, not for users: manual pages and completions, made from the command line's own definition.
+//! For packagers, not for users: manual pages and completions, made from the command line's own
+//! definition.
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;

@@ -27,14 +27,15 @@ const UNCONFIRMED: u8 = 3;
 pub(crate) struct Grant {
     /// Name or UUID of the target
     target: String,
-    /// Grant these guest-physical addresses, for example 1M..2M; END is behind the range; may be given again
-    /// [default: all RAM]
+    /// Grant these guest-physical addresses, for example 1M..2M; END is behind the range; may be
+    /// given again [default: all RAM]
     #[arg(long = "range", value_name = "START..END", value_parser = parse_range)]
     ranges: Vec<GpaRange>,
     /// Allow writing too
     #[arg(long)]
     rw: bool,
-    /// How long the token can be used, for example 500ms, 60s, 5m, 2h or 30d; views that it opened stay open
+    /// How long the token can be used, for example 500ms, 60s, 5m, 2h or 30d; views that it opened
+    /// stay open
     #[arg(long, value_name = "TIME", default_value = "60s", value_parser = parse_duration)]
     ttl: Duration,
     /// How often the token can be used
@@ -212,7 +213,8 @@ fn range_line(span: &Span) -> RangeLine {
 
 /// A grant, as JSON: as the broker describes it, but for the form of addresses.
 fn line(grant: &GrantInfo) -> serde_json::Result<serde_json::Value> {
-    let spans = grant.scope.spans.as_ref().map(|spans| spans.iter().map(range_line).collect::<Vec<_>>());
+    let spans =
+        grant.scope.spans.as_ref().map(|spans| spans.iter().map(range_line).collect::<Vec<_>>());
     let mut line = serde_json::to_value(grant)?;
     if let Some(place) = line.pointer_mut("/scope/spans") {
         *place = serde_json::to_value(spans)?;

@@ -20,8 +20,8 @@ use crate::output::{Output, columns};
 #[derive(Args)]
 #[command(after_help = AFTER_HELP)]
 pub(crate) struct Arguments {
-    /// On the host: a row for each virtual machine that runs here, with its kernel, host name, uptime and number of processes, or
-    /// with the reason why it cannot be read
+    /// On the host: a row for each virtual machine that runs here, with its kernel, host name,
+    /// uptime and number of processes, or with the reason why it cannot be read
     #[arg(long, conflicts_with_all = ["target", "token", "token_file", "listen", "device", "broker", "file", "note", "kernel"])]
     all: bool,
     #[command(flatten)]
@@ -71,7 +71,9 @@ impl Arguments {
                 build_id: identity.build_id.as_deref(),
                 command_line: identity.command_line.as_deref(),
                 booted: identity.booted.map(|time| time.as_secs()),
-                uptime_ms: identity.uptime.map(|time| u64::try_from(time.as_millis()).unwrap_or(u64::MAX)),
+                uptime_ms: identity
+                    .uptime
+                    .map(|time| u64::try_from(time.as_millis()).unwrap_or(u64::MAX)),
                 kaslr_offset: Hex(identity.kaslr_offset),
                 cr3: Hex(root.cr3),
                 levels: root.levels.count(),

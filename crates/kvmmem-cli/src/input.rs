@@ -20,8 +20,8 @@ use crate::vcpu;
 
 #[derive(Args)]
 pub(crate) struct Input {
-    /// A dump file instead of a target: raw memory, with the record of kvmmem dump beside it if there is one, an ELF core
-    /// or LiME
+    /// A dump file instead of a target: raw memory, with the record of kvmmem dump beside it if
+    /// there is one, an ELF core or LiME
     #[arg(long, value_name = "DUMP", conflicts_with_all = ["target", "token", "token_file", "listen", "device", "broker"])]
     file: Option<PathBuf>,
     #[command(flatten)]
@@ -32,7 +32,8 @@ pub(crate) struct Input {
 pub(crate) type Registers = Result<Vec<VcpuRegisters>, String>;
 
 /// Why there is no MSR_LSTAR of a VM under QEMU.
-pub(crate) const NOT_SHOWN: &str = "QEMU's monitor does not show it, and other stock VMMs have none";
+pub(crate) const NOT_SHOWN: &str =
+    "QEMU's monitor does not show it, and other stock VMMs have none";
 
 /// Memory that can be read.
 pub(crate) enum Opened {
@@ -52,8 +53,8 @@ impl Input {
         self.file.is_none()
     }
 
-    /// The words that name the memory on the command line, with a space before them, for a shell; empty where a token or a
-    /// connection does.
+    /// The words that name the memory on the command line, with a space before them, for a shell;
+    /// empty where a token or a connection does.
     pub(crate) fn arguments(&self) -> String {
         match &self.file {
             Some(path) => format!(" --file {}", quote(path)),
@@ -61,7 +62,8 @@ impl Input {
         }
     }
 
-    /// Opens the file, or attaches a view that reaches into each of `wanted`. `verb` is for the audit log.
+    /// Opens the file, or attaches a view that reaches into each of `wanted`. `verb` is for the
+    /// audit log.
     pub(crate) fn open(&self, verb: &str, wanted: &[GpaRange]) -> Result<Opened> {
         Ok(match &self.file {
             Some(path) => Opened::File(DumpFile::open(path)?),
@@ -72,7 +74,8 @@ impl Input {
         })
     }
 
-    /// As [`Input::open`], with the registers of the vCPUs or why they are not known. A broker must run to ask the VMM.
+    /// As [`Input::open`], with the registers of the vCPUs or why they are not known. A broker must
+    /// run to ask the VMM.
     pub(crate) fn open_with_registers(&self, verb: &str) -> Result<(Opened, Registers)> {
         if self.file.is_some() || !self.source()?.is_by_name() || self.source.has_no_broker() {
             let reason = match &self.file {
@@ -90,7 +93,8 @@ impl Input {
         Ok((Opened::View(view, self.source.name()), registers))
     }
 
-    /// As [`Input::open`], with the address space that a vCPU uses at this moment, or did when it was dumped.
+    /// As [`Input::open`], with the address space that a vCPU uses at this moment, or did when it
+    /// was dumped.
     pub(crate) fn open_at_vcpu(&self, verb: &str, number: u32) -> Result<(Opened, AddressSpace)> {
         if let Some(path) = &self.file {
             let file = DumpFile::open(path)?;
@@ -103,7 +107,8 @@ impl Input {
         let (view, operator) = source.attach_asking(Access::ReadOnly, verb, &[], true)?;
         let mut operator = operator.context(vcpu::NO_REGISTERS)?;
         let registers = operator.admin.registers(&operator.target);
-        let registers = registers.with_context(|| format!("cannot get the registers of vCPU {number}"))?;
+        let registers =
+            registers.with_context(|| format!("cannot get the registers of vCPU {number}"))?;
         let vcpus: Vec<_> = registers.iter().map(vcpu::control).collect();
         Ok((Opened::View(view, source.name()), vcpu::space(&vcpus, number)?))
     }
@@ -116,8 +121,8 @@ impl Input {
         }
     }
 
-    /// CR3 of the first vCPU, where the file has it or the VMM can be asked. A monitor of QEMU's serves one client at a time:
-    /// this is for where memory does not tell.
+    /// CR3 of the first vCPU, where the file has it or the VMM can be asked. A monitor of QEMU's
+    /// serves one client at a time: this is for where memory does not tell.
     pub(crate) fn cr3(&self) -> Option<u64> {
         match self.open_at_vcpu("info", 0) {
             Ok((_, space)) => Some(space.cr3),
@@ -131,7 +136,10 @@ impl Input {
     /// Where memory comes from that is in no file.
     fn source(&self) -> Result<&Source> {
         let is_given = self.source.is_given();
-        ensure!(is_given, "no memory is named: give a dump (--file DUMP) or a running target; {NO_TOKEN}");
+        ensure!(
+            is_given,
+            "no memory is named: give a dump (--file DUMP) or a running target; {NO_TOKEN}"
+        );
         Ok(&self.source)
     }
 }
@@ -185,14 +193,22 @@ pub(crate) fn reached(memory: &dyn Memory) -> Result<Vec<GpaRange>> {
 /// Bytes of which one thread finds out at a time what holds data.
 const CHUNK: usize = 64 << 20;
 
-/// As [`data_within`], for a view: by many threads, where the system tells for a part of the memory.
-pub(crate) fn data_of_view(view: &View, parts: &[GpaRange], threads: usize) -> Result<Vec<GpaRange>> {
+/// As [`data_within`], for a view: by many threads, where the system tells for a part of the
+/// memory.
+pub(crate) fn data_of_view(
+    view: &View,
+    parts: &[GpaRange],
+    threads: usize,
+) -> Result<Vec<GpaRange>> {
     let chunks = parts.iter().flat_map(|part| {
         (part.start..part.end).step_by(CHUNK).map(|start| start..part.end.min(start + CHUNK as u64))
     });
     let mut data: Option<Vec<GpaRange>> = Some(Vec::new());
     let work = |chunk: GpaRange, sink: &Sink<_>| {
-        sink.send((chunk.start, view.data_in(Range { gpa: chunk.start, len: chunk.end - chunk.start })?))
+        sink.send((
+            chunk.start,
+            view.data_in(Range { gpa: chunk.start, len: chunk.end - chunk.start })?,
+        ))
     };
     in_order(threads, chunks, work, |(start, found)| {
         let Some((data, found)) = data.as_mut().zip(found) else {
@@ -202,7 +218,9 @@ pub(crate) fn data_of_view(view: &View, parts: &[GpaRange], threads: usize) -> R
         for range in found {
             match data.last_mut() {
                 // Over the end of a chunk, but not of a part.
-                Some(last) if last.end == range.gpa && range.gpa == start && !is_start(parts, start) => {
+                Some(last)
+                    if last.end == range.gpa && range.gpa == start && !is_start(parts, start) =>
+                {
                     last.end = range.end();
                 }
                 _ => data.push(range.gpa..range.end()),
@@ -217,8 +235,8 @@ fn is_start(parts: &[GpaRange], gpa: u64) -> bool {
     parts.binary_search_by_key(&gpa, |part| part.start).is_ok()
 }
 
-/// The parts of `parts`, which ascend, that hold data. Only these are worth reading, and reading others could make the
-/// target's host provide memory for them.
+/// The parts of `parts`, which ascend, that hold data. Only these are worth reading, and reading
+/// others could make the target's host provide memory for them.
 pub(crate) fn data_within(memory: &dyn Memory, parts: &[GpaRange]) -> Result<Vec<GpaRange>> {
     let mut data = Vec::new();
     for part in parts {

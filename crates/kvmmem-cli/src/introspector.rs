@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Virtual machines under a stock QEMU that look at others: `introspector add`, `introspector remove`.
+//! Virtual machines under a stock QEMU that look at others: `introspector add`, `introspector
+//! remove`.
 
 use std::process::ExitCode;
 
@@ -23,9 +24,10 @@ pub(crate) struct Introspector {
 enum Verb {
     /// Let a running virtual machine under QEMU look at targets (root only).
     ///
-    /// It must have been started with what `kvmmem qemu-args` prints: places for views, a vsock device, and a QMP socket
-    /// that nobody else uses. Its guest needs the module kvmmem. With --pid alone its command line says where the QMP
-    /// socket is; with --libvirt the socket beside libvirt's is found.
+    /// It must have been started with what `kvmmem qemu-args` prints: places for views, a vsock
+    /// device, and a QMP socket that nobody else uses. Its guest needs the module kvmmem. With
+    /// --pid alone its command line says where the QMP socket is; with --libvirt the socket
+    /// beside libvirt's is found.
     Add(Add),
     /// Let it look no more: its views end, and the virtual machine runs on (root only).
     Remove(Remove),
@@ -108,8 +110,11 @@ impl Add {
             name: self.running.name.clone(),
             on_silence: self.on_silence.into(),
         };
-        let added =
-            self.broker.connect()?.add_introspector(&request).context("cannot add the introspector")?;
+        let added = self
+            .broker
+            .connect()?
+            .add_introspector(&request)
+            .context("cannot add the introspector")?;
         if output.is_json() {
             let IntrospectorAdded { target, places, has_offset } = &added;
             let line = AddedLine { introspector: target, places: *places, has_offset: *has_offset };
@@ -126,10 +131,14 @@ impl Add {
 fn lines(added: &IntrospectorAdded) -> Vec<String> {
     let IntrospectorAdded { target, places, has_offset } = added;
     let cid = target.cid.map_or_else(|| "-".to_owned(), |cid| cid.to_string());
-    let mut lines =
-        vec![format!("{} ({}) is an introspector; context id {cid}", escape(&target.name), target.uuid)];
+    let mut lines = vec![format!(
+        "{} ({}) is an introspector; context id {cid}",
+        escape(&target.name),
+        target.uuid
+    )];
     lines.push(match places {
-        0 => "  it has no free place for views: kvmmem qemu-args prints what to start it with".to_owned(),
+        0 => "  it has no free place for views: kvmmem qemu-args prints what to start it with"
+            .to_owned(),
         1 => "  it has place for 1 view at a time".to_owned(),
         places => format!("  it has places for {places} views at a time"),
     });
@@ -173,13 +182,19 @@ mod tests {
 
     #[test]
     fn one_way_to_say_which_is_enough() {
-        let parse = |words: &str| Line::try_parse_from(["x", "add"].into_iter().chain(words.split(' ')));
-        for good in ["--qmp /a", "--pid 3", "--libvirt x", "--qmp /a --pid 3 --cid 5 --on-silence kill"] {
+        let parse =
+            |words: &str| Line::try_parse_from(["x", "add"].into_iter().chain(words.split(' ')));
+        for good in
+            ["--qmp /a", "--pid 3", "--libvirt x", "--qmp /a --pid 3 --cid 5 --on-silence kill"]
+        {
             assert!(parse(good).is_ok(), "{good}");
         }
-        for bad in
-            ["--qmp /a --libvirt x", "--libvirt x --pid 3", "--pid 3 --cid 2", "--pid 3 --on-silence no"]
-        {
+        for bad in [
+            "--qmp /a --libvirt x",
+            "--libvirt x --pid 3",
+            "--pid 3 --cid 2",
+            "--pid 3 --on-silence no",
+        ] {
             assert!(parse(bad).is_err(), "{bad}");
         }
     }

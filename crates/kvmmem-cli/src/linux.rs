@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The Linux guest that a verb is about: a target's memory, or that in a dump file, and the kernel in it.
+//! The Linux guest that a verb is about: a target's memory, or that in a dump file, and the kernel
+//! in it.
 
 mod choice;
 mod explain;
@@ -18,7 +19,8 @@ use crate::target_name::TargetName;
 pub(crate) use choice::Choice;
 pub(crate) use explain::explain;
 
-/// Exit code where some of what was asked for was not found, or is damaged, and the rest was printed.
+/// Exit code where some of what was asked for was not found, or is damaged, and the rest was
+/// printed.
 pub(crate) const INCOMPLETE: u8 = 3;
 
 /// Exit code where the guest was restarted while it was read.
@@ -33,7 +35,8 @@ pub(crate) struct Guest {
     #[arg(long, value_name = "GPA", value_parser = parse, conflicts_with = "kernel")]
     note: Option<u64>,
 
-    /// Of several kernels, the one in the address space of this CR3, its own or that of one of its processes; it needs no note
+    /// Of several kernels, the one in the address space of this CR3, its own or that of one of its
+    /// processes; it needs no note
     #[arg(long, value_name = "CR3", value_parser = parse)]
     kernel: Option<u64>,
 
@@ -88,7 +91,11 @@ impl Guest {
         self.with_kernel_of(&opened, |kernel| read(kernel, &registers))
     }
 
-    fn with_kernel_of<R>(&self, opened: &Opened, read: impl FnOnce(&Kernel<'_>) -> Result<R>) -> Result<R> {
+    fn with_kernel_of<R>(
+        &self,
+        opened: &Opened,
+        read: impl FnOnce(&Kernel<'_>) -> Result<R>,
+    ) -> Result<R> {
         let choice = Choice { note: self.note, kernel: self.kernel };
         let find = |_: &dyn Memory| find_in(&self.input, opened, choice);
         let result = with_kernel(&opened.name(), opened.memory(), self.is_live(), find, read);
@@ -114,7 +121,8 @@ fn with_kernel<'m, R>(
     result
 }
 
-/// Finds the kernel in the memory that `input` has opened: that of a target, which may run, or of a dump.
+/// Finds the kernel in the memory that `input` has opened: that of a target, which may run, or of a
+/// dump.
 pub(crate) fn find<'m>(input: &Input, opened: &'m Opened, choice: Choice) -> Result<Kernel<'m>> {
     find_in(input, opened, choice).map_err(|error| explain(error.into(), opened))
 }
@@ -124,7 +132,9 @@ fn find_in<'m>(input: &Input, opened: &'m Opened, choice: Choice) -> Result<Kern
     match Kernel::find(opened.memory(), find) {
         // Where memory does not tell, a vCPU does.
         Err(error @ (FindError::Ambiguous { .. } | FindError::TooMany)) => match input.cr3() {
-            Some(cr3) => Kernel::find(opened.memory(), Find { cr3: Some(cr3), is_live: false, ..find }),
+            Some(cr3) => {
+                Kernel::find(opened.memory(), Find { cr3: Some(cr3), is_live: false, ..find })
+            }
             None => Err(error),
         },
         found => found,
@@ -164,11 +174,14 @@ impl Damage {
     }
 }
 
-/// Collects what a walk finds, again where something of it cannot be read: the guest may have changed it meanwhile.
+/// Collects what a walk finds, again where something of it cannot be read: the guest may have
+/// changed it meanwhile.
 ///
 /// # Errors
 /// The walk's, where it finds nothing.
-pub(crate) fn collect<T, I>(walk: impl Fn() -> Result<I, KernelError>) -> Result<Listed<T>, KernelError>
+pub(crate) fn collect<T, I>(
+    walk: impl Fn() -> Result<I, KernelError>,
+) -> Result<Listed<T>, KernelError>
 where
     I: Iterator<Item = Result<T, KernelError>>,
 {
@@ -222,7 +235,9 @@ mod tests {
             collect(|| {
                 walks.set(walks.get() + 1);
                 let is_lost = lost(walks.get());
-                Ok([Ok(1), Err(damage(2)), Ok(3)].into_iter().filter(move |item| item.is_ok() || is_lost))
+                Ok([Ok(1), Err(damage(2)), Ok(3)]
+                    .into_iter()
+                    .filter(move |item| item.is_ok() || is_lost))
             })
         };
         let listed = walk(|_| true).unwrap();
@@ -272,13 +287,17 @@ mod tests {
             let error = error.unwrap_err();
             assert_eq!(failure::exit_code(&error), Some(RESTARTED));
             let chain: Vec<String> = error.chain().map(ToString::to_string).collect();
-            assert_eq!(chain, ["web-1: the guest was restarted while it was read: run the command again"]);
+            assert_eq!(
+                chain,
+                ["web-1: the guest was restarted while it was read: run the command again"]
+            );
         }
         // Other errors stay what they are.
         let other = |_: &Kernel<'_>| -> Result<()> { bail!("garbage") };
         let second = Find { note: Some(Place::SECOND.note), ..Find::default() };
         let error =
-            with_kernel("web-1", &guest, true, |memory| Kernel::find(memory, second), other).unwrap_err();
+            with_kernel("web-1", &guest, true, |memory| Kernel::find(memory, second), other)
+                .unwrap_err();
         assert_eq!(error.to_string(), "garbage");
     }
 }

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The log: what RUST_LOG says on standard error, and the audit lines of a command that is its own broker in the journal;
-//! where there is no journal, on standard error as well.
+//! The log: what RUST_LOG says on standard error, and the audit lines of a command that is its own
+//! broker in the journal; where there is no journal, on standard error as well.
 //!
-//! With `--json` each line on standard error is an object. Those of the log have the key `level`, errors the key `error`.
+//! With `--json` each line on standard error is an object. Those of the log have the key `level`,
+//! errors the key `error`.
 
 use std::io::{self, IsTerminal, Write};
 
@@ -34,8 +35,8 @@ pub(crate) fn start(json: bool) {
     tracing_subscriber::registry().with(lines.with_filter(filter)).with(journal).init();
 }
 
-/// A line of the log without what a terminal would not just show. Its colours stay: the values in it have no escape
-/// character, as tracing-subscriber has replaced it.
+/// A line of the log without what a terminal would not just show. Its colours stay: the values in
+/// it have no escape character, as tracing-subscriber has replaced it.
 fn escape_text(line: &str) -> String {
     let keeps = |c: char| matches!(c, '\n' | '\x1b') || !is_unprintable(c);
     let mut escaped = String::with_capacity(line.len());

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! `kvmmem`, the command line. On the host: runs virtual machines, asks the broker, reads and dumps targets. In an
-//! introspector: reads and maps targets. On both: `doctor`.
+//! `kvmmem`, the command line. On the host: runs virtual machines, asks the broker, reads and dumps
+//! targets. In an introspector: reads and maps targets. On both: `doctor`.
 #![deny(unsafe_code)]
 
 mod address_space;
@@ -61,8 +61,8 @@ use crate::output::Output;
 #[derive(Parser)]
 #[command(name = "kvmmem", version, propagate_version = true, after_help = EXIT_CODES)]
 struct Cli {
-    /// Print one JSON object a line instead of text; on standard error too: errors have the key `error`, log and audit lines
-    /// the key `level`.
+    /// Print one JSON object a line instead of text; on standard error too: errors have the key
+    /// `error`, log and audit lines the key `level`.
     #[arg(long, global = true)]
     json: bool,
 
@@ -209,5 +209,8 @@ fn main() -> ExitCode {
 
 /// Whether a command line that cannot be parsed asks for JSON.
 fn wants_json() -> bool {
-    std::env::args_os().skip(1).take_while(|argument| argument != "--").any(|argument| argument == "--json")
+    std::env::args_os()
+        .skip(1)
+        .take_while(|argument| argument != "--")
+        .any(|argument| argument == "--json")
 }

@@ -25,7 +25,8 @@ pub(crate) struct Arguments {
     /// Print each change of the 64-bit word at GPA, until interrupted
     #[arg(long)]
     watch: bool,
-    /// How long --watch waits between two reads, at most 1s; a number without a unit is in milliseconds
+    /// How long --watch waits between two reads, at most 1s; a number without a unit is in
+    /// milliseconds
     #[arg(long, value_name = "TIME", default_value = "10ms", requires = "watch", value_parser = parse_interval)]
     interval: Duration,
     /// The device to map through [default: KVMMEM_DEVICE, or else /dev/kvmmem]
@@ -62,7 +63,8 @@ impl Arguments {
             )));
         }
         // Before the host is waited for: a missing device is told at once.
-        let device = Device::open(self.device.clone().unwrap_or_else(kvmmem::device::default_path))?;
+        let device =
+            Device::open(self.device.clone().unwrap_or_else(kvmmem::device::default_path))?;
         let mut session = self.connect.accept()?;
         let page = device.map(session.map_token()?, page_gpa)?;
 
@@ -99,7 +101,11 @@ impl Arguments {
             let to = page.read_u64(offset)?;
             if to != from {
                 if output.is_json() {
-                    output.object(&Event::Changed { gpa: Hex(self.gpa), from: Hex(from), to: Hex(to) })?;
+                    output.object(&Event::Changed {
+                        gpa: Hex(self.gpa),
+                        from: Hex(from),
+                        to: Hex(to),
+                    })?;
                 } else {
                     output.line(format!("{:012x}  {from:#018x} -> {to:#018x}", self.gpa))?;
                 }

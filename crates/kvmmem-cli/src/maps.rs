@@ -71,7 +71,11 @@ impl Arguments {
                 );
             }
             if map.mappings.is_empty() {
-                let why = if task.is_kernel { "a thread of the kernel" } else { "a process that has ended" };
+                let why = if task.is_kernel {
+                    "a thread of the kernel"
+                } else {
+                    "a process that has ended"
+                };
                 tracing::warn!("{} is {why}: it has no mappings", task.pid);
             }
             if !output.is_json() && self.pids.len() != 1 {
@@ -94,8 +98,8 @@ impl Arguments {
         let mut damage = Damage::default();
         let tasks = match &self.pids[..] {
             [] => {
-                let tasks =
-                    collect(|| Tasks::new(kernel, Which::Processes)).context("cannot list the processes")?;
+                let tasks = collect(|| Tasks::new(kernel, Which::Processes))
+                    .context("cannot list the processes")?;
                 damage.missing(tasks.lost, "process", "processes");
                 tasks.rows
             }
@@ -114,8 +118,9 @@ impl Arguments {
                 }
                 Err(error) if error.is_local() && self.pids.len() != 1 => cut += 1,
                 Err(error) => {
-                    return Err(error)
-                        .with_context(|| format!("cannot list the mappings of process {}", task.pid));
+                    return Err(error).with_context(|| {
+                        format!("cannot list the mappings of process {}", task.pid)
+                    });
                 }
             }
         }
@@ -128,10 +133,13 @@ impl Arguments {
 fn text(mapping: &Mapping, line: &MappingLine<'_>) -> String {
     let Mapping { start, end, offset, .. } = mapping;
     let MappingLine { permissions, major, minor, inode, path, deleted, label, damaged, .. } = line;
-    let place = format!("{start:08x}-{end:08x} {permissions} {offset:08x} {major:02x}:{minor:02x} {inode}");
+    let place =
+        format!("{start:08x}-{end:08x} {permissions} {offset:08x} {major:02x}:{minor:02x} {inode}");
     let deleted = if *deleted { " (deleted)" } else { "" };
-    let line =
-        format!("{place:72} {}{deleted}", escape(path.or(*label).unwrap_or(if *damaged { "?" } else { "" })));
+    let line = format!(
+        "{place:72} {}{deleted}",
+        escape(path.or(*label).unwrap_or(if *damaged { "?" } else { "" }))
+    );
     line.trim_end().to_owned()
 }
 

@@ -64,9 +64,11 @@ impl Arguments {
             table.mounts.iter().try_for_each(|mount| output.object(&MountLine::new(mount)))?;
             return self.guest.end(damage);
         }
-        let header = ["ID", "PARENT", "DEVICE", "ROOT", "POINT", "OPTIONS", "TYPE", "SOURCE", "SUPER"];
-        let rows: Vec<_> =
-            std::iter::once(header.map(str::to_owned)).chain(table.mounts.iter().map(row)).collect();
+        let header =
+            ["ID", "PARENT", "DEVICE", "ROOT", "POINT", "OPTIONS", "TYPE", "SOURCE", "SUPER"];
+        let rows: Vec<_> = std::iter::once(header.map(str::to_owned))
+            .chain(table.mounts.iter().map(row))
+            .collect();
         for line in columns(&rows) {
             output.line(line)?;
         }
@@ -96,7 +98,8 @@ fn writable(is_read_only: bool) -> &'static str {
 
 impl<'a> MountLine<'a> {
     fn new(mount: &'a Mount) -> Self {
-        let options = [writable(mount.is_read_only)].into_iter().chain(mount.options.iter().copied());
+        let options =
+            [writable(mount.is_read_only)].into_iter().chain(mount.options.iter().copied());
         Self {
             id: mount.id,
             parent: mount.parent,

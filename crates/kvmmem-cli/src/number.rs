@@ -12,12 +12,14 @@ const FORM: &str = "write it as 4096, 0x1000, 4K or 4KiB (K, M, G, T: powers of 
 /// Units of sizes and addresses: the letter, and the power of two.
 const UNITS: [(char, u32); 4] = [('k', 10), ('m', 20), ('g', 30), ('t', 40)];
 
-/// An address, a length or a size: decimal, or hexadecimal after `0x`, with an optional unit (`K` or `KiB`, up to `T`).
+/// An address, a length or a size: decimal, or hexadecimal after `0x`, with an optional unit (`K`
+/// or `KiB`, up to `T`).
 pub(crate) fn parse(text: &str) -> Result<u64, String> {
     let lower = text.to_ascii_lowercase();
     let ends_with_unit = |text: &&str| text.ends_with(UNITS.map(|(letter, _)| letter));
     let body = lower.strip_suffix("ib").filter(ends_with_unit).unwrap_or(&lower);
-    let with_unit = UNITS.into_iter().find_map(|(letter, shift)| Some((body.strip_suffix(letter)?, shift)));
+    let with_unit =
+        UNITS.into_iter().find_map(|(letter, shift)| Some((body.strip_suffix(letter)?, shift)));
     let (number, shift) = with_unit.unwrap_or((body, 0));
     let (digits, radix) = number.strip_prefix("0x").map_or((number, 10), |digits| (digits, 16));
     // `from_str_radix` would take a sign.
@@ -100,7 +102,10 @@ pub(crate) fn duration(time: Duration) -> String {
 pub(crate) fn size(bytes: u64) -> String {
     let units = [(40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")];
     let unit = units.into_iter().find(|(shift, _)| bytes > 0 && bytes.is_multiple_of(1 << shift));
-    unit.map_or_else(|| format!("{bytes} bytes"), |(shift, unit)| format!("{} {unit}", bytes >> shift))
+    unit.map_or_else(
+        || format!("{bytes} bytes"),
+        |(shift, unit)| format!("{} {unit}", bytes >> shift),
+    )
 }
 
 /// Bytes as pairs of hexadecimal digits, with or without `0x` before them.
@@ -125,8 +130,8 @@ pub(crate) fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// A 64-bit value that JSON shows as a string, `"0xffff888000001000"`: programs that read JSON's numbers as doubles
-/// would round it.
+/// A 64-bit value that JSON shows as a string, `"0xffff888000001000"`: programs that read JSON's
+/// numbers as doubles would round it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Hex(pub(crate) u64);
 
@@ -136,7 +141,8 @@ impl Serialize for Hex {
     }
 }
 
-/// Where something lies, as JSON: `"gpa": ...` or `"gva": ...` of an object that it is flattened into.
+/// Where something lies, as JSON: `"gpa": ...` or `"gva": ...` of an object that it is flattened
+/// into.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum Address {
@@ -170,7 +176,9 @@ mod tests {
         assert_eq!(parse("4096"), Ok(4096));
         assert_eq!(parse("0x1000"), Ok(4096));
         assert_eq!(parse("0XfFfFfFfFfFfFfFfF"), Ok(u64::MAX));
-        for text in ["", "0x", "-1", "+1", "0x-1", "0x+1", "1000h", "ff", "0x10000000000000000", "1 "] {
+        for text in
+            ["", "0x", "-1", "+1", "0x-1", "0x+1", "1000h", "ff", "0x10000000000000000", "1 "]
+        {
             assert!(parse(text).is_err(), "{text}");
         }
     }
@@ -233,8 +241,13 @@ mod tests {
 
     #[test]
     fn times_and_sizes_are_short() {
-        let cases =
-            [(0, "0ms"), (999, "999ms"), (61_999, "1m 1s"), (7_260_000, "2h 1m"), (90_000_000, "1d 1h")];
+        let cases = [
+            (0, "0ms"),
+            (999, "999ms"),
+            (61_999, "1m 1s"),
+            (7_260_000, "2h 1m"),
+            (90_000_000, "1d 1h"),
+        ];
         for (milliseconds, text) in cases {
             assert_eq!(duration(Duration::from_millis(milliseconds)), text);
         }

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Standard output: text, in colour on a terminal alone, or one JSON object a line.
 //!
-//! Guests, VMMs and other peers name much of what is printed. No character of theirs reaches a terminal that does more
-//! than to show it: [`Output::line`] and [`columns`] escape text, [`json`] escapes it with its value kept.
+//! Guests, VMMs and other peers name much of what is printed. No character of theirs reaches a
+//! terminal that does more than to show it: [`Output::line`] and [`columns`] escape text, [`json`]
+//! escapes it with its value kept.
 
 use std::fmt::Write as _;
 use std::io::{self, IsTerminal, Write};
@@ -63,7 +64,8 @@ impl Output {
         self.styled(escape(text.as_ref()))
     }
 
-    /// Writes text that has styles or line breaks of this program's. What a peer has named in it must be escaped.
+    /// Writes text that has styles or line breaks of this program's. What a peer has named in it
+    /// must be escaped.
     pub(crate) fn styled(&mut self, text: impl AsRef<str>) -> io::Result<()> {
         writeln!(self.stream, "{}", text.as_ref()).and_then(|()| self.stream.flush()).map_err(named)
     }
@@ -89,7 +91,8 @@ impl Output {
     }
 }
 
-/// Says of an error where it is. That of a pipe whose reader has ended stays as it is: it is not reported.
+/// Says of an error where it is. That of a pipe whose reader has ended stays as it is: it is not
+/// reported.
 fn named(error: io::Error) -> io::Error {
     match error.kind() {
         io::ErrorKind::BrokenPipe => error,
@@ -97,13 +100,14 @@ fn named(error: io::Error) -> io::Error {
     }
 }
 
-/// The object as a line of JSON in which every character that a terminal does not just show is an escape.
+/// The object as a line of JSON in which every character that a terminal does not just show is an
+/// escape.
 pub(crate) fn json(object: &impl Serialize) -> io::Result<String> {
     Ok(escape_json(&serde_json::to_string(object)?))
 }
 
-/// JSON with escapes for what serde_json writes as it is and a terminal does not just show: U+007F to U+009F, marks that
-/// change the direction of text, and the like. They stand in strings alone.
+/// JSON with escapes for what serde_json writes as it is and a terminal does not just show: U+007F
+/// to U+009F, marks that change the direction of text, and the like. They stand in strings alone.
 pub(crate) fn escape_json(text: &str) -> String {
     let mut escaped = String::with_capacity(text.len());
     for c in text.chars() {
@@ -133,7 +137,8 @@ pub(crate) fn cut(line: &str, width: usize) -> String {
     line.chars().take_while(fits).collect::<String>() + "…"
 }
 
-/// The rows, escaped, as lines whose cells begin below each other, in the columns that a terminal has for them.
+/// The rows, escaped, as lines whose cells begin below each other, in the columns that a terminal
+/// has for them.
 pub(crate) fn columns(rows: &[impl AsRef<[String]>]) -> Vec<String> {
     let rows = rows.iter().map(|row| row.as_ref().iter().map(|cell| escape(cell)).collect());
     let rows: Vec<Vec<String>> = rows.collect();
@@ -148,7 +153,8 @@ pub(crate) fn columns(rows: &[impl AsRef<[String]>]) -> Vec<String> {
         let padded = |(cell, width): (&String, &usize)| {
             cell.to_owned() + &" ".repeat(width.saturating_sub(cell.width()))
         };
-        let cells: Vec<String> = AsRef::<[String]>::as_ref(row).iter().zip(&widths).map(padded).collect();
+        let cells: Vec<String> =
+            AsRef::<[String]>::as_ref(row).iter().zip(&widths).map(padded).collect();
         cells.join("  ").trim_end().to_owned()
     };
     rows.iter().map(line).collect()
@@ -160,13 +166,13 @@ mod tests {
 
     #[test]
     fn wide_characters_take_two_columns_and_combining_ones_none() {
-        let rows = [["虚拟", "1"], ["e\u{301}", "2"], ["abcd", "3"]].map(|row| row.map(str::to_owned));
+        let rows =
+            [["虚拟", "1"], ["e\u{301}", "2"], ["abcd", "3"]].map(|row| row.map(str::to_owned));
         assert_eq!(columns(&rows), ["虚拟  1", "e\u{301}     2", "abcd  3"]);
     }
 
     /// All kinds of characters that do more than to be shown, and some that do not.
-    const HOSTILE: &str =
-        "a\u{1b}[2J\u{7f}\u{80}\u{9b}31m\u{9f}\u{202e}\u{2066}\u{feff}\u{e0041}\n\t\"\\ü虚\u{10ffff}";
+    const HOSTILE: &str = "a\u{1b}[2J\u{7f}\u{80}\u{9b}31m\u{9f}\u{202e}\u{2066}\u{feff}\u{e0041}\n\t\"\\ü虚\u{10ffff}";
 
     #[test]
     fn json_has_exact_values_and_nothing_that_drives_a_terminal() {
@@ -187,7 +193,8 @@ mod tests {
 
     #[test]
     fn cells_cannot_drive_the_terminal_and_are_aligned_as_they_are_shown() {
-        let lines = columns(&[["\u{9b}2J".to_owned(), "1".to_owned()], ["abc".to_owned(), "2".to_owned()]]);
+        let lines =
+            columns(&[["\u{9b}2J".to_owned(), "1".to_owned()], ["abc".to_owned(), "2".to_owned()]]);
         assert_eq!(lines, ["\\u{9b}2J  1", "abc       2"]);
     }
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Work by many threads whose results come out in the order of the work. Threads take items in turn and do not wait for
-//! each other, unless one is many items ahead of the output.
+//! Work by many threads whose results come out in the order of the work. Threads take items in turn
+//! and do not wait for each other, unless one is many items ahead of the output.
 
 use std::collections::VecDeque;
 use std::ops::ControlFlow;
@@ -71,8 +71,9 @@ impl<I, T> Drop for Output<'_, I, T> {
     }
 }
 
-/// Does `work` for each item in `threads` threads. `tell` gets the results in the order of items, and those of one item in
-/// the order in which they were sent; it may end the work. The first error in this order ends it too.
+/// Does `work` for each item in `threads` threads. `tell` gets the results in the order of items,
+/// and those of one item in the order in which they were sent; it may end the work. The first error
+/// in this order ends it too.
 pub(crate) fn in_order<I: Iterator + Send, T: Send>(
     threads: usize,
     items: I,
@@ -109,7 +110,8 @@ pub(crate) fn in_order<I: Iterator + Send, T: Send>(
 /// The next item, and where its results go; `None` at the end.
 fn take<I: Iterator, T>(shared: &Shared<I, T>, limit: usize) -> Option<(I::Item, Sink<T>)> {
     let is_full = |queue: &mut Queue<I, T>| queue.results.len() >= limit && !queue.is_ended;
-    let mut queue = shared.room.wait_while(shared.queue(), is_full).unwrap_or_else(PoisonError::into_inner);
+    let mut queue =
+        shared.room.wait_while(shared.queue(), is_full).unwrap_or_else(PoisonError::into_inner);
     if queue.is_ended {
         return None;
     }

@@ -112,7 +112,8 @@ impl Read {
         self.print(output, |at, buf| read(tables.as_ref(), &mut memory, at, buf))
     }
 
-    /// Prints what `read` reads: it returns how many bytes could be read, and why there are not more.
+    /// Prints what `read` reads: it returns how many bytes could be read, and why there are not
+    /// more.
     fn print(
         &self,
         output: &mut Output,
@@ -142,8 +143,10 @@ impl Read {
             if let Some(error) = error {
                 return Err(match done {
                     0 => error,
-                    _ => error
-                        .context(format!("the read ended early, after {done:#x} of {:#x} bytes", self.len)),
+                    _ => error.context(format!(
+                        "the read ended early, after {done:#x} of {:#x} bytes",
+                        self.len
+                    )),
                 });
             }
         }
@@ -151,7 +154,8 @@ impl Read {
     }
 }
 
-/// Reads as much as can be from an address on; returns how many bytes that is, and why there are not more.
+/// Reads as much as can be from an address on; returns how many bytes that is, and why there are
+/// not more.
 fn read(
     tables: Option<&Tables>,
     memory: &mut Memory,
@@ -179,7 +183,11 @@ pub(crate) fn with_remedy(
     remedy: &str,
 ) -> anyhow::Error {
     let error = anyhow::Error::new(error);
-    if remedy.is_empty() { error } else { error.context(format!("cannot read gva {gva:#x}{remedy}")) }
+    if remedy.is_empty() {
+        error
+    } else {
+        error.context(format!("cannot read gva {gva:#x}{remedy}"))
+    }
 }
 
 impl Write {

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The memory of one process, by its virtual addresses: the same as the guest's for what goes through it. It is a process of a
-//! Linux guest, by its number, or the one that runs on a vCPU, of any guest.
+//! The memory of one process, by its virtual addresses: the same as the guest's for what goes
+//! through it. It is a process of a Linux guest, by its number, or the one that runs on a vCPU, of
+//! any guest.
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
@@ -19,17 +20,20 @@ const TRIES: u32 = 3;
 
 #[derive(Args)]
 pub(crate) struct Process {
-    /// Of a Linux guest: the memory of this process alone, by its virtual addresses, as far as it is in memory
+    /// Of a Linux guest: the memory of this process alone, by its virtual addresses, as far as it
+    /// is in memory
     #[arg(long, value_name = "PID")]
     pid: Option<u32>,
-    /// The memory of the process that runs on this vCPU, by its virtual addresses: the lower half of the vCPU's address space, as
-    /// far as it is in memory. The first vCPU is 0; its registers come with --target, or from an ELF dump
+    /// The memory of the process that runs on this vCPU, by its virtual addresses: the lower half
+    /// of the vCPU's address space, as far as it is in memory. The first vCPU is 0; its
+    /// registers come with --target, or from an ELF dump
     #[arg(long, value_name = "N", conflicts_with = "pid")]
     vcpu: Option<u32>,
     /// Of several kernels, the one whose VMCOREINFO note is at this guest-physical address
     #[arg(long, value_name = "GPA", value_parser = parse, requires = "pid", conflicts_with = "kernel")]
     note: Option<u64>,
-    /// Of several kernels, the one in the address space of this CR3, its own or that of one of its processes
+    /// Of several kernels, the one in the address space of this CR3, its own or that of one of its
+    /// processes
     #[arg(long, value_name = "CR3", value_parser = parse, requires = "pid")]
     kernel: Option<u64>,
 }
@@ -48,7 +52,9 @@ impl Process {
         wanted: &[GpaRange],
     ) -> Result<(Opened, Option<AddressSpace>)> {
         match self.vcpu {
-            Some(vcpu) => input.open_at_vcpu(verb, vcpu).map(|(opened, space)| (opened, Some(space))),
+            Some(vcpu) => {
+                input.open_at_vcpu(verb, vcpu).map(|(opened, space)| (opened, Some(space)))
+            }
             // Where a process lies is not known yet.
             None => Ok((input.open(verb, if self.is_given() { &[] } else { wanted })?, None)),
         }
@@ -59,7 +65,8 @@ impl Process {
         if self.is_given() { Address::Gva(Hex(at)) } else { Address::Gpa(Hex(at)) }
     }
 
-    /// Hands `act` the memory of the process if one was named, else the guest's. `space` is what [`Process::open`] says.
+    /// Hands `act` the memory of the process if one was named, else the guest's. `space` is what
+    /// [`Process::open`] says.
     pub(crate) fn with_memory<R>(
         &self,
         input: &Input,
@@ -86,7 +93,8 @@ impl Process {
 
 /// What the process called `whose` has in memory, which is something.
 fn in_memory(space: &Space<'_>, whose: &str) -> Result<Vec<Extent>> {
-    let extents = mapped(space).with_context(|| format!("cannot tell what {whose} has in memory"))?;
+    let extents =
+        mapped(space).with_context(|| format!("cannot tell what {whose} has in memory"))?;
     if extents.is_empty() {
         bail!("{whose} has nothing in memory");
     }
@@ -181,7 +189,9 @@ mod tests {
 
     impl Memory for Ram {
         fn read_at(&self, gpa: u64, buf: &mut [u8]) -> Result<(), MemoryError> {
-            buf.iter_mut().zip(gpa..).for_each(|(byte, gpa)| *byte = u8::try_from(gpa / 0x1000).unwrap());
+            buf.iter_mut()
+                .zip(gpa..)
+                .for_each(|(byte, gpa)| *byte = u8::try_from(gpa / 0x1000).unwrap());
             Ok(())
         }
 
@@ -202,7 +212,10 @@ mod tests {
         let ranges = [Range { gpa: 0x40_0000, len: 0x3000 }, Range { gpa: 0x50_0000, len: 0x1000 }];
         assert_eq!(memory.ranges().unwrap(), ranges);
         assert_eq!(memory.data_from(0).unwrap(), Some(ranges[0]));
-        assert_eq!(memory.data_from(0x40_2800).unwrap(), Some(Range { gpa: 0x40_2800, len: 0x800 }));
+        assert_eq!(
+            memory.data_from(0x40_2800).unwrap(),
+            Some(Range { gpa: 0x40_2800, len: 0x800 })
+        );
         assert_eq!(memory.data_from(0x40_3000).unwrap(), Some(ranges[1]));
         assert_eq!(memory.data_from(0x50_1000).unwrap(), None);
         let mut buffer = [0; 0x1002];
@@ -210,7 +223,9 @@ mod tests {
         assert_eq!(buffer[..3], [6, 3, 3]);
         memory.read_at(0x40_0fff, &mut buffer).unwrap();
         assert_eq!((buffer[0], buffer[1], buffer[0x1001]), (5, 6, 3));
-        for (gva, hole) in [(0x40_2fff, 0x40_3000), (0x40_3000, 0x40_3000), (0x50_0fff, 0x50_1000), (0, 0)] {
+        for (gva, hole) in
+            [(0x40_2fff, 0x40_3000), (0x40_3000, 0x40_3000), (0x50_0fff, 0x50_1000), (0, 0)]
+        {
             let error = memory.read_at(gva, &mut buffer[..2]).unwrap_err();
             assert!(matches!(error, MemoryError::Hole { gpa } if gpa == hole), "{gva:#x}: {error}");
         }

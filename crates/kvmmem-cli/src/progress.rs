@@ -15,8 +15,10 @@ const MEASURED: Duration = Duration::from_secs(2);
 
 /// A bar that counts bytes up to `total`. It hides itself where nobody would look at it.
 pub(crate) fn bytes(total: u64, output: &Output) -> ProgressBar {
-    let target = if output.is_json() { ProgressDrawTarget::hidden() } else { ProgressDrawTarget::stderr() };
-    let style = ProgressStyle::with_template(TEMPLATE).unwrap_or_else(|_| ProgressStyle::default_bar());
+    let target =
+        if output.is_json() { ProgressDrawTarget::hidden() } else { ProgressDrawTarget::stderr() };
+    let style =
+        ProgressStyle::with_template(TEMPLATE).unwrap_or_else(|_| ProgressStyle::default_bar());
     let style = style.with_key("left", |state: &ProgressState, to: &mut dyn Write| {
         if let Some(left) = left(state.elapsed(), state.pos(), state.len().unwrap_or(0)) {
             // Text is all that is written, and takes it.
@@ -31,7 +33,8 @@ fn left(elapsed: Duration, done: u64, total: u64) -> Option<Duration> {
     if elapsed < MEASURED || done == 0 {
         return None;
     }
-    let millis = elapsed.as_millis().checked_mul(total.saturating_sub(done).into())? / u128::from(done);
+    let millis =
+        elapsed.as_millis().checked_mul(total.saturating_sub(done).into())? / u128::from(done);
     Some(Duration::from_millis(u64::try_from(millis).ok()?))
 }
 

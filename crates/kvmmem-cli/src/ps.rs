@@ -26,10 +26,12 @@ pub(crate) struct Arguments {
     /// Print each process below the one that it belongs to
     #[arg(long)]
     tree: bool,
-    /// Print the threads of each process as well; with --tree below their process, before its children
+    /// Print the threads of each process as well; with --tree below their process, before its
+    /// children
     #[arg(long)]
     threads: bool,
-    /// Show what starts and ends, until interrupted: on a terminal a table of all processes, else a line for each change
+    /// Show what starts and ends, until interrupted: on a terminal a table of all processes, else
+    /// a line for each change
     #[arg(long, conflicts_with_all = ["tree", "file"])]
     watch: bool,
     /// With --watch: how long to wait between two looks, for example 200ms or 1s
@@ -146,35 +148,47 @@ impl Arguments {
         }
         let wants_more = output.is_json() || self.exe || self.namespaces || self.env;
         let (Listed { rows: tasks, lost }, more) = self.guest.with_kernel("ps", |kernel| {
-            let mut tasks = collect(|| Tasks::new(kernel, which)).context("cannot list the processes")?;
+            let mut tasks =
+                collect(|| Tasks::new(kernel, which)).context("cannot list the processes")?;
             if !wants_more {
                 return Ok((tasks, Vec::new()));
             }
             let details = Details::new(kernel)?;
-            let more =
-                tasks.rows.iter_mut().map(|task| self.more(task, &details)).collect::<Result<Vec<_>, _>>()?;
+            let more = tasks
+                .rows
+                .iter_mut()
+                .map(|task| self.more(task, &details))
+                .collect::<Result<Vec<_>, _>>()?;
             Ok((tasks, more))
         })?;
         let mut damage = Damage::default();
         let names = if self.threads { ("thread", "threads") } else { ("process", "processes") };
         damage.missing(lost, names.0, names.1);
         damage.marked(tasks.iter().map(|task| task.is_damaged));
-        let order =
-            if self.tree { tree::order(&tasks) } else { (0..tasks.len()).map(|index| (index, 0)).collect() };
-        let tasks =
-            order.iter().filter_map(|(index, depth)| Some((tasks.get(*index)?, more.get(*index), *depth)));
+        let order = if self.tree {
+            tree::order(&tasks)
+        } else {
+            (0..tasks.len()).map(|index| (index, 0)).collect()
+        };
+        let tasks = order
+            .iter()
+            .filter_map(|(index, depth)| Some((tasks.get(*index)?, more.get(*index), *depth)));
         let nothing = More::default();
         self.table.print(
             output,
             tasks,
-            |(task, more, _)| TaskLine { more: more.map(MoreLine::new), ..TaskLine::new(task, self.threads) },
+            |(task, more, _)| TaskLine {
+                more: more.map(MoreLine::new),
+                ..TaskLine::new(task, self.threads)
+            },
             self.header(),
             |(task, more, depth)| self.row(task, more.unwrap_or(&nothing), depth),
         )?;
         self.guest.end(damage)
     }
 
-    /// Looks up what the options of `ps` add to a row. Where some of that cannot be read, the process is marked as damaged.
+    /// Looks up what the options of `ps` add to a row. Where some of that cannot be read, the
+    /// process is marked as damaged.
     fn more(&self, task: &mut Task, details: &Details<'_>) -> Result<More, KernelError> {
         let env = if self.env { Some(details.environment(task)) } else { None };
         let (exe, namespaces) = (details.executable(task), details.namespaces(task));
@@ -203,17 +217,20 @@ impl Arguments {
             or_unknown(task.euid),
             format!("{}{}", task.state, mark(task.is_torn, task.is_damaged)),
             or_unknown(
-                task.start.map(|start| format!("{}.{:02}", start.as_secs(), start.subsec_millis() / 10)),
+                task.start
+                    .map(|start| format!("{}.{:02}", start.as_secs(), start.subsec_millis() / 10)),
             ),
         ]);
         if self.namespaces {
             let Namespaces { cgroup, ipc, mnt, net, pid, time, user, uts } = *namespaces;
-            let number =
-                |number: Option<u32>| number.map_or_else(|| "-".to_owned(), |number| number.to_string());
+            let number = |number: Option<u32>| {
+                number.map_or_else(|| "-".to_owned(), |number| number.to_string())
+            };
             row.extend([cgroup, ipc, mnt, net, pid, time, user, uts].map(number));
         }
         if self.exe {
-            let path = |exe: &FilePath| exe.text.clone() + if exe.is_deleted { " (deleted)" } else { "" };
+            let path =
+                |exe: &FilePath| exe.text.clone() + if exe.is_deleted { " (deleted)" } else { "" };
             row.push(exe.as_ref().map_or_else(|| "-".to_owned(), path));
         }
         let words = env.iter().flat_map(|env| &env.words);
@@ -227,7 +244,10 @@ impl Arguments {
 const NAMESPACES: [&str; 8] = ["CGROUP", "IPC", "MNT", "NET", "PIDNS", "TIME", "USER", "UTS"];
 
 /// The value, or nothing where it cannot be read.
-fn or_damaged<T: Default>(task: &mut Task, value: Result<T, KernelError>) -> Result<T, KernelError> {
+fn or_damaged<T: Default>(
+    task: &mut Task,
+    value: Result<T, KernelError>,
+) -> Result<T, KernelError> {
     value.or_else(|error| {
         task.is_damaged = true;
         if error.is_final() { Err(error) } else { Ok(T::default()) }

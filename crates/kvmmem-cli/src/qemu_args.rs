@@ -16,10 +16,12 @@ use crate::output::Output;
 /// The chassis number of the first port; those that people and libvirt count from 1 stay below it.
 const FIRST_CHASSIS: u64 = 200;
 
-/// The largest target that windows are made for: what lies behind needs more guest-physical address bits than PCs have.
+/// The largest target that windows are made for: what lies behind needs more guest-physical address
+/// bits than PCs have.
 const MAX_MEMORY: u64 = 16 << 40;
 
-/// Windows up to so many bytes fit in 40 bits of guest-physical addresses beside the introspector's own RAM.
+/// Windows up to so many bytes fit in 40 bits of guest-physical addresses beside the introspector's
+/// own RAM.
 const FITS_IN_40_BITS: u64 = 512 << 30;
 
 #[derive(Args)]
@@ -89,7 +91,8 @@ impl Arguments {
         };
         let qmp = self.qmp.clone().unwrap_or_else(|| default.into());
         let Some(room) = room(self.memory) else { bail!("no windows are that large") };
-        let parts = Parts { machine: self.machine, views: self.views, room, cid: self.cid, qmp: &qmp };
+        let parts =
+            Parts { machine: self.machine, views: self.views, room, cid: self.cid, qmp: &qmp };
         if parts.all_room() > FITS_IN_40_BITS {
             tracing::warn!(
                 "{} of windows need more guest-physical addresses than some virtual processors have: \
@@ -123,12 +126,17 @@ impl Parts<'_> {
                     let room = qemu_size(self.room);
                     add(
                         "-device",
-                        format!("pcie-root-port,id=kvmmem{number},chassis={chassis},pref64-reserve={room}"),
+                        format!(
+                            "pcie-root-port,id=kvmmem{number},chassis={chassis},pref64-reserve={room}"
+                        ),
                     );
                 }
             }
             Machine::Pc => {
-                add("-global", format!("i440FX-pcihost.pci-hole64-size={}", qemu_size(self.all_room())));
+                add(
+                    "-global",
+                    format!("i440FX-pcihost.pci-hole64-size={}", qemu_size(self.all_room())),
+                );
             }
         }
         add("-device", format!("vhost-vsock-pci,guest-cid={}", self.cid));
@@ -142,9 +150,9 @@ impl Parts<'_> {
     }
 }
 
-/// The guest-physical addresses that the windows on a target of so many bytes need. They are powers of two, lie at
-/// multiples of their size, and are together at most the next power of two; twice as much has room for them wherever
-/// it begins, and for the descriptor's page.
+/// The guest-physical addresses that the windows on a target of so many bytes need. They are powers
+/// of two, lie at multiples of their size, and are together at most the next power of two; twice as
+/// much has room for them wherever it begins, and for the descriptor's page.
 fn room(memory: u64) -> Option<u64> {
     memory.max(1 << 20).checked_next_power_of_two()?.checked_mul(2)
 }

@@ -13,7 +13,8 @@ use crate::number::{Hex, parse};
 /// From the first address up to the one behind the last. Both are multiples of the page size.
 pub(crate) type GpaRange = Range<u64>;
 
-/// The end of guest-physical memory: x86-64 has at most 52 address bits. A range without an end, `1M..`, ends here.
+/// The end of guest-physical memory: x86-64 has at most 52 address bits. A range without an end,
+/// `1M..`, ends here.
 pub(crate) const GPA_END: u64 = 1 << 52;
 
 const PAGE: u64 = PAGE_SIZE as u64;
@@ -24,12 +25,12 @@ pub(crate) fn pages(gpa: u64, len: u64) -> GpaRange {
     gpa / PAGE * PAGE..end.checked_next_multiple_of(PAGE).unwrap_or(end)
 }
 
-/// Reads `START..END`, for example `0x100000..0x200000` or `1M..2M`. Without START it begins at 0, without END it is all
-/// that follows.
+/// Reads `START..END`, for example `0x100000..0x200000` or `1M..2M`. Without START it begins at 0,
+/// without END it is all that follows.
 pub(crate) fn parse_range(text: &str) -> Result<GpaRange, String> {
-    let (start, end) = text
-        .split_once("..")
-        .ok_or("write a range as START..END, for example 1M..2M, 1M.. or ..2M; END is not part of it")?;
+    let (start, end) = text.split_once("..").ok_or(
+        "write a range as START..END, for example 1M..2M, 1M.. or ..2M; END is not part of it",
+    )?;
     let bound = |text: &str, open| if text.is_empty() { Ok(open) } else { parse(text) };
     let (start, end) = (bound(start, 0)?, bound(end, GPA_END)?);
     if start >= end {
@@ -38,11 +39,15 @@ pub(crate) fn parse_range(text: &str) -> Result<GpaRange, String> {
         ));
     }
     if end > GPA_END {
-        return Err(format!("{end:#x} is beyond the guest-physical addresses, which end at {GPA_END:#x}"));
+        return Err(format!(
+            "{end:#x} is beyond the guest-physical addresses, which end at {GPA_END:#x}"
+        ));
     }
     if !start.is_multiple_of(PAGE) || !end.is_multiple_of(PAGE) {
         let (start, end) = (start / PAGE * PAGE, end.next_multiple_of(PAGE));
-        return Err(format!("START and END must be multiples of {PAGE:#x}: {start:#x}..{end:#x} holds it"));
+        return Err(format!(
+            "START and END must be multiples of {PAGE:#x}: {start:#x}..{end:#x} holds it"
+        ));
     }
     Ok(start..end)
 }
@@ -113,8 +118,8 @@ pub(crate) fn missing(wanted: &[GpaRange], there: &[GpaRange]) -> Vec<GpaRange> 
     missing
 }
 
-/// What of `wanted` is not in `all`, both ascending, after a warning that names it. A range without END is all that follows, so
-/// that nothing of it is missing.
+/// What of `wanted` is not in `all`, both ascending, after a warning that names it. A range without
+/// END is all that follows, so that nothing of it is missing.
 pub(crate) fn left_out(wanted: &[GpaRange], all: &[GpaRange]) -> Vec<GpaRange> {
     let closed: Vec<_> = wanted.iter().filter(|range| range.end != GPA_END).cloned().collect();
     let left_out = missing(&closed, all);
@@ -173,18 +178,27 @@ mod tests {
     fn ranges_that_overlap_are_named() {
         assert_eq!(in_order(&[0x2000..0x3000, 0..0x2000]).unwrap(), [0..0x2000, 0x2000..0x3000]);
         let error = in_order(&[0x2000..0x3000, 0..0x2001]).unwrap_err().to_string();
-        assert_eq!(error, "the ranges 0x0..0x2001 and 0x2000..0x3000 overlap: give each address once");
+        assert_eq!(
+            error,
+            "the ranges 0x0..0x2001 and 0x2000..0x3000 overlap: give each address once"
+        );
     }
 
     #[test]
     fn what_is_missing_is_told() {
-        assert_eq!(gaps(&[0..0xa0, 0x100..0x200, 0x200..0x300, 0x500..0x600]), [0xa0..0x100, 0x300..0x500]);
+        assert_eq!(
+            gaps(&[0..0xa0, 0x100..0x200, 0x200..0x300, 0x500..0x600]),
+            [0xa0..0x100, 0x300..0x500]
+        );
         assert_eq!(gaps(&[0x10..0x20, 0x30..0x40]), [0..0x10, 0x20..0x30]);
         assert_eq!(gaps(&[]), []);
         let there = [0x1000..0x3000, 0x4000..0x5000];
         let rest = [0..0x1000, 0x3000..0x4000, 0x5000..0x9000];
         assert_eq!(missing(std::slice::from_ref(&(0..0x9000)), &there), rest);
-        assert_eq!(missing(&[0x2000..0x4800, 0x6000..0x7000], &there), [0x3000..0x4000, 0x6000..0x7000]);
+        assert_eq!(
+            missing(&[0x2000..0x4800, 0x6000..0x7000], &there),
+            [0x3000..0x4000, 0x6000..0x7000]
+        );
         assert_eq!(missing(&there, &there), []);
     }
 

@@ -62,22 +62,25 @@ pub(crate) struct Arguments {
     /// Text in UTF-16, little-endian; may be given again
     #[arg(long, value_name = "TEXT")]
     utf16: Vec<String>,
-    /// Regular expression over bytes, in the syntax of Rust's regex crate without Unicode, for example '[a-z]+@example\.com';
-    /// \x00 is a byte. A match has at most 4096 bytes, and the next one begins behind it; may be given again
+    /// Regular expression over bytes, in the syntax of Rust's regex crate without Unicode, for
+    /// example '[a-z]+@example\.com'; \x00 is a byte. A match has at most 4096 bytes, and the
+    /// next one begins behind it; may be given again
     #[arg(long, value_name = "REGEX")]
     regex: Vec<String>,
-    /// File of patterns: NAME hex|text|utf16|regex PATTERN a line, # before a comment; may be given again
+    /// File of patterns: NAME hex|text|utf16|regex PATTERN a line, # before a comment; may be
+    /// given again
     #[arg(id = "list", long = "patterns", value_name = "FILE")]
     lists: Vec<PathBuf>,
     /// Take text and regular expressions in any case
     #[arg(long, short)]
     ignore_case: bool,
-    /// File of YARA rules; may be given again. All the memory is one object, and guest-physical addresses are its offsets
+    /// File of YARA rules; may be given again. All the memory is one object, and guest-physical
+    /// addresses are its offsets
     #[cfg(feature = "yara")]
     #[arg(long, value_name = "FILE", conflicts_with_all = ["patterns", "text", "utf16", "regex", "list", "ignore_case", "before", "after"])]
     yara: Vec<PathBuf>,
-    /// Look only at these guest-physical addresses (with --pid or --vcpu, virtual ones), for example 1M..2M; END is behind the range;
-    /// may be given again
+    /// Look only at these guest-physical addresses (with --pid or --vcpu, virtual ones), for
+    /// example 1M..2M; END is behind the range; may be given again
     #[arg(long = "range", value_name = "START..END", value_parser = parse_range)]
     ranges: Vec<GpaRange>,
     /// Show this many bytes before each match, at most 4096
@@ -86,10 +89,12 @@ pub(crate) struct Arguments {
     /// Show this many bytes after each match, at most 4096
     #[arg(long, value_name = "BYTES", value_parser = parse_around, default_value = "0", hide_default_value = true)]
     after: u64,
-    /// End after this many matches; with --yara, keep this many of each string [default with --yara: 1000]
+    /// End after this many matches; with --yara, keep this many of each string [default with
+    /// --yara: 1000]
     #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u64).range(1..))]
     max: Option<u64>,
-    /// How many threads search [default: one for each CPU]. Memory that is mapped is searched by one for each CPU at most
+    /// How many threads search [default: one for each CPU]. Memory that is mapped is searched by
+    /// one for each CPU at most
     #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
     #[command(flatten)]
@@ -176,7 +181,9 @@ impl Arguments {
             patterns.extend(Pattern::file(list, self.ignore_case)?);
         }
         if self.ignore_case && !self.patterns.is_empty() && patterns.len() == self.patterns.len() {
-            return Err(usage("bytes have no case: --ignore-case is for text and regular expressions"));
+            return Err(usage(
+                "bytes have no case: --ignore-case is for text and regular expressions",
+            ));
         }
         Ok(Wanted::Patterns(patterns))
     }

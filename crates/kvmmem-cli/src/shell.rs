@@ -1,17 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Words of the commands that messages suggest, quoted so that a shell reads them back when they are pasted.
+//! Words of the commands that messages suggest, quoted so that a shell reads them back when they
+//! are pasted.
 
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 
 use crate::failure::escape;
 
-/// The word as a POSIX shell reads it. A word that a terminal would interpret, or that is not UTF-8, is written as `$'...'`, which bash,
-/// zsh, ksh and busybox read.
+/// The word as a POSIX shell reads it. A word that a terminal would interpret, or that is not
+/// UTF-8, is written as `$'...'`, which bash, zsh, ksh and busybox read.
 pub(crate) fn quote(word: impl AsRef<OsStr>) -> String {
     let word = word.as_ref();
     let plain = word.to_str().filter(|text| escape(text) == **text);
-    plain.and_then(|text| shlex::try_quote(text).ok()).map_or_else(|| ansi_c(word.as_bytes()), Into::into)
+    plain
+        .and_then(|text| shlex::try_quote(text).ok())
+        .map_or_else(|| ansi_c(word.as_bytes()), Into::into)
 }
 
 fn ansi_c(word: &[u8]) -> String {

@@ -78,10 +78,16 @@ impl Arguments {
         let (sockets, holders, damage) = self.guest.with_kernel("sockets", |kernel| {
             let mut damage = Damage::default();
             let listed = collect(|| Sockets::new(kernel)).context("cannot list the sockets")?;
-            damage.missing(listed.lost, "socket or part of their tables", "sockets or parts of their tables");
+            damage.missing(
+                listed.lost,
+                "socket or part of their tables",
+                "sockets or parts of their tables",
+            );
             damage.marked(listed.rows.iter().map(|socket| socket.is_damaged));
             let mut sockets = listed.rows;
-            sockets.sort_by_key(|socket| (socket.protocol_name(), socket.netns, socket.inode, socket.gva));
+            sockets.sort_by_key(|socket| {
+                (socket.protocol_name(), socket.netns, socket.inode, socket.gva)
+            });
             Ok((sockets, holders(kernel, &mut damage)?, damage))
         })?;
         let held = |socket: &Socket| holders.get(&socket.inode).map_or(&[][..], Vec::as_slice);
@@ -113,11 +119,14 @@ fn holders(kernel: &Kernel<'_>, damage: &mut Damage) -> Result<Holders> {
                 continue;
             }
             Err(error) => {
-                return Err(error).with_context(|| format!("cannot list the files of process {}", task.pid));
+                return Err(error)
+                    .with_context(|| format!("cannot list the files of process {}", task.pid));
             }
         };
-        cut +=
-            open.iter().filter(|open| open.is_cut || open.files.iter().any(|file| file.is_damaged)).count();
+        cut += open
+            .iter()
+            .filter(|open| open.is_cut || open.files.iter().any(|file| file.is_damaged))
+            .count();
         for file in open.into_iter().flat_map(|open| open.files) {
             if let Some(inode) = file.path.socket() {
                 let holder = Holder { pid: task.pid, fd: file.fd, comm: task.comm.clone() };

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Where a verb gets a target's memory from: a view, by a token or by the target's name, or KVMI. Verbs that only read have
-//! it from [`crate::input`].
+//! Where a verb gets a target's memory from: a view, by a token or by the target's name, or KVMI.
+//! Verbs that only read have it from [`crate::input`].
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -40,26 +40,29 @@ pub(crate) const NO_TOKEN: &str = "on the host, name the target (--target NAME);
 
 #[derive(Args, Default)]
 pub(crate) struct Source {
-    /// On the host: the target, by name or UUID, or as pid:N, qmp:SOCKET or libvirt:NAME. Needs no token: a grant for one
-    /// use is made for this command. Where no broker runs, root needs none: this command adds the virtual machine for as
-    /// long as it lasts
+    /// On the host: the target, by name or UUID, or as pid:N, qmp:SOCKET or libvirt:NAME. Needs no
+    /// token: a grant for one use is made for this command. Where no broker runs, root needs
+    /// none: this command adds the virtual machine for as long as it lasts
     #[arg(long, value_name = "TARGET", conflicts_with_all = ["token", "token_file", "listen", "device"])]
     target: Option<TargetName>,
 
-    /// The grant's token, 64 hexadecimal digits; other users of this machine can see it in the list of processes, so
-    /// prefer --token-file or KVMMEM_TOKEN
+    /// The grant's token, 64 hexadecimal digits; other users of this machine can see it in the
+    /// list of processes, so prefer --token-file or KVMMEM_TOKEN
     #[arg(long, value_name = "HEX", conflicts_with_all = ["token_file", "listen"])]
     token: Option<Token>,
 
-    /// File with the token, or with all that `kvmmem grant` printed; - is standard input [default: the token in KVMMEM_TOKEN, or else a KVMI session's]
+    /// File with the token, or with all that `kvmmem grant` printed; - is standard input [default:
+    /// the token in KVMMEM_TOKEN, or else a KVMI session's]
     #[arg(long, value_name = "FILE", conflicts_with = "listen")]
     token_file: Option<PathBuf>,
 
-    /// In a guest: the device to attach through [default: KVMMEM_DEVICE, or else /dev/kvmmem if there is one]
+    /// In a guest: the device to attach through [default: KVMMEM_DEVICE, or else /dev/kvmmem if
+    /// there is one]
     #[arg(long, value_name = "PATH", conflicts_with = "broker")]
     device: Option<PathBuf>,
 
-    /// On the host: socket of the broker [default: KVMMEM_BROKER, or else /run/kvmmem/kvmmemd.sock]
+    /// On the host: socket of the broker [default: KVMMEM_BROKER, or else
+    /// /run/kvmmem/kvmmemd.sock]
     #[arg(long, value_name = "PATH")]
     broker: Option<PathBuf>,
 
@@ -73,14 +76,14 @@ impl Source {
         Self { target: Some(target), ..Self::default() }
     }
 
-    /// Attaches a view for a verb that needs memory in each of `wanted`. The token is used up; on the host it is not where
-    /// there is no memory in one of them.
+    /// Attaches a view for a verb that needs memory in each of `wanted`. The token is used up; on
+    /// the host it is not where there is no memory in one of them.
     pub(crate) fn attach(&self, access: Access, verb: &str, wanted: &[GpaRange]) -> Result<View> {
         Ok(self.attach_asking(access, verb, wanted, false)?.0)
     }
 
-    /// As [`Source::attach`]. Where the target is named, its broker can be asked more; `asks_vmm` is whether that is wanted
-    /// which the broker has from the VMM.
+    /// As [`Source::attach`]. Where the target is named, its broker can be asked more; `asks_vmm`
+    /// is whether that is wanted which the broker has from the VMM.
     pub(crate) fn attach_asking(
         &self,
         access: Access,
@@ -101,11 +104,11 @@ impl Source {
         let token = match self.token()? {
             Some(token) => token,
             None if !self.connect.is_possible() => bail!("no token: {NO_TOKEN}"),
-            None => self
-                .connect
-                .accept()
-                .and_then(|mut session| Ok(session.map_token()?))
-                .context("no token was given (--token-file, KVMMEM_TOKEN), and none came over KVMI")?,
+            None => {
+                self.connect.accept().and_then(|mut session| Ok(session.map_token()?)).context(
+                    "no token was given (--token-file, KVMMEM_TOKEN), and none came over KVMI",
+                )?
+            }
         };
         Ok(match (&self.device, &self.broker) {
             (Some(device), _) => View::attach_device(device, &token, access)?,
@@ -114,7 +117,8 @@ impl Source {
         })
     }
 
-    /// Attaches a view of a target of this host's broker, or, where no broker runs, of any virtual machine.
+    /// Attaches a view of a target of this host's broker, or, where no broker runs, of any virtual
+    /// machine.
     fn attach_by_name(
         &self,
         target: &TargetName,
@@ -129,8 +133,12 @@ impl Source {
             Err(error) if self.broker.is_none() && is_absent(&error) => {
                 let mut own = Embedded::start(&socket, target, asks_vmm)?;
                 let name = own.target.to_string();
-                let view = grant_and_attach(&mut own.admin, &own.socket, &name, access, verb, wanted)?;
-                return Ok((view, Operator { admin: own.admin, target: name, no_monitor: own.no_monitor }));
+                let view =
+                    grant_and_attach(&mut own.admin, &own.socket, &name, access, verb, wanted)?;
+                return Ok((
+                    view,
+                    Operator { admin: own.admin, target: name, no_monitor: own.no_monitor },
+                ));
             }
             admin => admin.context(NO_BROKER)?,
         };
@@ -139,7 +147,9 @@ impl Source {
             TargetName::Pid(pid) => {
                 let targets = admin.targets().context("cannot list the virtual machines")?;
                 let found = targets.iter().find(|vm| vm.introspectable && vm.pid == *pid);
-                let add = || format!("{target} is no target of the broker: kvmmem target add --pid {pid}");
+                let add = || {
+                    format!("{target} is no target of the broker: kvmmem target add --pid {pid}")
+                };
                 found.with_context(add)?.uuid.to_string()
             }
             TargetName::Qmp(socket) => bail!(
@@ -162,7 +172,8 @@ impl Source {
 
     /// As [`crate::input::Input::arguments`].
     pub(crate) fn arguments(&self) -> String {
-        let target = self.target.as_ref().map(|target| format!(" --target {}", quote(target.argument())));
+        let target =
+            self.target.as_ref().map(|target| format!(" --target {}", quote(target.argument())));
         target.unwrap_or_default()
     }
 
@@ -186,7 +197,8 @@ impl Source {
         self.target.is_some()
     }
 
-    /// Memory for a few accesses, some of them in each of `wanted`: over KVMI unless something of a view is given.
+    /// Memory for a few accesses, some of them in each of `wanted`: over KVMI unless something of a
+    /// view is given.
     pub(crate) fn memory(&self, access: Access, verb: &str, wanted: &[GpaRange]) -> Result<Memory> {
         let wants_view = self.target.is_some()
             || self.token.is_some()
@@ -209,7 +221,9 @@ impl Source {
             return Ok(Some(token.clone()));
         }
         if let Some(path) = &self.token_file {
-            return read_token(path).map(Some).with_context(|| format!("no token in {}", path.display()));
+            return read_token(path)
+                .map(Some)
+                .with_context(|| format!("no token in {}", path.display()));
         }
         if self.connect.is_given() {
             return Ok(None);
@@ -220,7 +234,8 @@ impl Source {
     }
 }
 
-/// What the broker says of the ranges that were asked for, in the words of a command that was given no token.
+/// What the broker says of the ranges that were asked for, in the words of a command that was given
+/// no token.
 fn without_token(error: Error, target: &TargetName) -> Error {
     let Some(ViewError::AttachHost { source, .. }) = error.downcast_ref() else { return error };
     let HostError::Refused { message, .. } = &**source else { return error };
@@ -233,8 +248,8 @@ fn without_token(error: Error, target: &TargetName) -> Error {
     }
 }
 
-/// Makes a grant for one use, which the audit log shows with the verb, and uses it at once. The grant is spent then; if it
-/// cannot be used it is revoked.
+/// Makes a grant for one use, which the audit log shows with the verb, and uses it at once. The
+/// grant is spent then; if it cannot be used it is revoked.
 fn grant_and_attach(
     admin: &mut Admin,
     socket: &Path,
@@ -255,7 +270,8 @@ fn grant_and_attach(
         holder: None,
         label: Some(format!("kvmmem {verb}")),
     };
-    let granted = admin.grant(&request).with_context(|| format!("cannot grant access to {target:?}"))?;
+    let granted =
+        admin.grant(&request).with_context(|| format!("cannot grant access to {target:?}"))?;
     View::attach_host_reaching(socket, &granted.token, access, wanted).map_err(|error| {
         // The view's error says what is wrong; the token expires in any case.
         let _ = admin.revoke(granted.grant);
@@ -263,11 +279,13 @@ fn grant_and_attach(
     })
 }
 
-/// The connection by which a view's grant was made, and the target's name there. The broker closes it after 10 s of silence.
+/// The connection by which a view's grant was made, and the target's name there. The broker closes
+/// it after 10 s of silence.
 pub(crate) struct Operator {
     pub(crate) admin: Admin,
     pub(crate) target: String,
-    /// Why this command, where no broker runs, has no connection to the target's monitor though one was wanted.
+    /// Why this command, where no broker runs, has no connection to the target's monitor though
+    /// one was wanted.
     pub(crate) no_monitor: Option<AdminError>,
 }
 
@@ -302,7 +320,9 @@ impl MemoryError {
     /// Whether it is about the address alone, so that others may be read.
     pub(crate) fn is_of_address(&self) -> bool {
         match self {
-            Self::View(ViewError::Hole { .. }) | Self::Session(SessionError::Refused { .. }) => true,
+            Self::View(ViewError::Hole { .. }) | Self::Session(SessionError::Refused { .. }) => {
+                true
+            }
             Self::View(ViewError::Copy { source, .. }) => {
                 matches!(**source, CopyError::Hole | CopyError::NoMemory)
             }
@@ -313,7 +333,8 @@ impl MemoryError {
 }
 
 impl Memory {
-    /// Reads as much as can be, page by page; returns how many bytes that is, and why there are not more.
+    /// Reads as much as can be, page by page; returns how many bytes that is, and why there are not
+    /// more.
     pub(crate) fn read_prefix(&mut self, gpa: u64, buf: &mut [u8]) -> (usize, Option<MemoryError>) {
         match self.read(gpa, buf) {
             Err(error) if error.is_of_address() => {}
@@ -356,8 +377,8 @@ pub(crate) fn ranges(view: &View) -> Result<Vec<GpaRange>> {
     Ok(view.ranges()?.into_iter().map(to_range).collect())
 }
 
-/// The parts of `range` that hold data, one after the other. Only these are worth reading, and reading another one
-/// could make the target's host provide memory for it.
+/// The parts of `range` that hold data, one after the other. Only these are worth reading, and
+/// reading another one could make the target's host provide memory for it.
 pub(crate) fn data_within(view: &View, range: &GpaRange) -> impl Iterator<Item = Result<GpaRange>> {
     let (mut at, end) = (range.start, range.end);
     std::iter::from_fn(move || {

@@ -37,8 +37,8 @@ pub(crate) struct Arguments {
     /// Look for this alone
     #[arg(long, short, value_enum)]
     encoding: Option<Encoding>,
-    /// Look only at these guest-physical addresses (with --pid or --vcpu, virtual ones), for example 1M..2M; END is behind the range;
-    /// may be given again
+    /// Look only at these guest-physical addresses (with --pid or --vcpu, virtual ones), for
+    /// example 1M..2M; END is behind the range; may be given again
     #[arg(long = "range", value_name = "START..END", value_parser = parse_range)]
     ranges: Vec<GpaRange>,
     /// How many threads search [default: one for each CPU]
@@ -92,10 +92,16 @@ impl Arguments {
     pub(crate) fn run(&self, output: &mut Output) -> Result<ExitCode> {
         let wanted = ranges_in_order(&self.ranges)?;
         let (opened, space) = self.process.open(&self.input, "strings", &wanted)?;
-        self.process.with_memory(&self.input, &opened, space, |memory| self.search(memory, &wanted, output))
+        self.process
+            .with_memory(&self.input, &opened, space, |memory| self.search(memory, &wanted, output))
     }
 
-    fn search(&self, memory: &dyn Memory, wanted: &[GpaRange], output: &mut Output) -> Result<ExitCode> {
+    fn search(
+        &self,
+        memory: &dyn Memory,
+        wanted: &[GpaRange],
+        output: &mut Output,
+    ) -> Result<ExitCode> {
         let all = reached(memory)?;
         let parts = select(wanted, &all)?;
         if !self.process.is_given() {
@@ -122,7 +128,9 @@ impl Arguments {
                 places.fill(starts.start, &mut buffer, read)?;
                 let len = usize::try_from(starts.end - starts.start)?;
                 let mut fragments = extract(starts.start, &buffer, len, min);
-                fragments.retain(|fragment| self.encoding.is_none_or(|wanted| wanted == fragment.encoding()));
+                fragments.retain(|fragment| {
+                    self.encoding.is_none_or(|wanted| wanted == fragment.encoding())
+                });
                 sink.send(Found { piece: starts, fragments })
             })
         };
@@ -147,7 +155,8 @@ impl Arguments {
         let is_json = output.is_json();
         let line = |Text { at, encoding, text }: &Text| {
             if is_json {
-                let line = TextLine { address: self.process.address(*at), encoding: *encoding, text };
+                let line =
+                    TextLine { address: self.process.address(*at), encoding: *encoding, text };
                 return json(&line);
             }
             let encoding = if *encoding == Encoding::Ascii { "ascii" } else { "utf16" };

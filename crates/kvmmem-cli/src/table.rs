@@ -15,7 +15,8 @@ pub(crate) struct Table {
     wide: bool,
 }
 
-/// The mark behind a value: `!` in a row that changed whenever it was read, `?` in one with parts that could not be read.
+/// The mark behind a value: `!` in a row that changed whenever it was read, `?` in one with parts
+/// that could not be read.
 pub(crate) fn mark(is_torn: bool, is_damaged: bool) -> &'static str {
     match (is_torn, is_damaged) {
         (_, true) => "?",
@@ -30,7 +31,8 @@ pub(crate) fn or_unknown(value: Option<impl ToString>) -> String {
 }
 
 impl Table {
-    /// Prints the items: each as `line` makes JSON of it, or as `row` makes the cells of a table below `header`.
+    /// Prints the items: each as `line` makes JSON of it, or as `row` makes the cells of a table
+    /// below `header`.
     pub(crate) fn print<T: Copy, L: Serialize, R: AsRef<[String]>>(
         &self,
         output: &mut Output,

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Virtual machines that run already, under VMMs that do not register them: `targets --discover`, `target add`,
-//! `target remove`.
+//! Virtual machines that run already, under VMMs that do not register them: `targets --discover`,
+//! `target add`, `target remove`.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -27,9 +27,10 @@ pub(crate) struct Target {
 enum Verb {
     /// Make a running virtual machine a target, without stopping or changing it (root only).
     ///
-    /// RAM that is shared and in sealed files, as QEMU's memory-backend-memfd,share=on makes it, can be mapped; any other
-    /// is copied, for tools on the host alone: `kvmmem targets --discover` says what to add where it is not. With --qmp
-    /// QEMU says where the RAM lies; without it the machine type's rules do.
+    /// RAM that is shared and in sealed files, as QEMU's memory-backend-memfd,share=on makes it,
+    /// can be mapped; any other is copied, for tools on the host alone: `kvmmem targets
+    /// --discover` says what to add where it is not. With --qmp QEMU says where the RAM lies;
+    /// without it the machine type's rules do.
     Add(Add),
     /// Take a target out that was added; the virtual machine runs on (root only).
     Remove(Remove),
@@ -73,7 +74,8 @@ impl Running {
         Ok(match (&self.by.qmp, &self.by.libvirt, self.pid) {
             (Some(socket), _, pid) => {
                 // The broker has another working directory.
-                let socket = std::path::absolute(socket).context("cannot find the working directory")?;
+                let socket =
+                    std::path::absolute(socket).context("cannot find the working directory")?;
                 Which::Qmp { socket, pid }
             }
             (None, Some(name), _) => Which::Libvirt(name.clone()),
@@ -146,14 +148,24 @@ impl Add {
         }
         let how = match evidence {
             Evidence::Qmp => "as QEMU says",
-            Evidence::RulesAndAcpi => "by its machine type, and confirmed by the guest's ACPI tables",
+            Evidence::RulesAndAcpi => {
+                "by its machine type, and confirmed by the guest's ACPI tables"
+            }
             Evidence::RulesAndBootMap => {
                 "by its VMM, and confirmed by the memory map that the guest was started with"
             }
         };
-        output.line(format!("{} ({}) is a target; RAM {how}:", escape(&target.name), target.uuid))?;
+        output.line(format!(
+            "{} ({}) is a target; RAM {how}:",
+            escape(&target.name),
+            target.uuid
+        ))?;
         for region in regions {
-            output.line(format!("  {:#x}..{:#x}", region.gpa, region.gpa.saturating_add(region.len)))?;
+            output.line(format!(
+                "  {:#x}..{:#x}",
+                region.gpa,
+                region.gpa.saturating_add(region.len)
+            ))?;
         }
         if let Some(copied) = copied {
             output.line(escape(&copied))?;
@@ -165,7 +177,10 @@ impl Add {
 impl Remove {
     fn run(&self, output: &mut Output) -> Result<()> {
         let target = &self.target;
-        self.broker.connect()?.remove_target(target).with_context(|| format!("cannot remove {target:?}"))?;
+        self.broker
+            .connect()?
+            .remove_target(target)
+            .with_context(|| format!("cannot remove {target:?}"))?;
         if output.is_json() {
             output.object(&RemovedLine { target, removed: true })?;
         } else {
@@ -175,10 +190,12 @@ impl Remove {
     }
 }
 
-/// `targets --discover`: what runs here, and what of it can be added. Needs no broker, but one tells what was added.
+/// `targets --discover`: what runs here, and what of it can be added. Needs no broker, but one
+/// tells what was added.
 pub(crate) fn list_found(broker: &Broker, output: &mut Output) -> Result<()> {
     let found = discover().context("cannot look for virtual machines in /proc")?;
-    let known = broker.connect().ok().and_then(|mut broker| broker.targets().ok()).unwrap_or_default();
+    let known =
+        broker.connect().ok().and_then(|mut broker| broker.targets().ok()).unwrap_or_default();
     let is_known =
         |found: &Found| known.iter().any(|target| target.introspectable && target.pid == found.pid);
     if output.is_json() {
@@ -214,7 +231,9 @@ fn table(all: &[Found], is_known: impl Fn(&Found) -> bool) -> Vec<String> {
             found.vmm.name().to_owned(),
             text(&found.name),
             found.vcpus.map_or_else(|| "-".to_owned(), |vcpus| vcpus.to_string()),
-            found.memory_bytes.map_or_else(|| "-".to_owned(), |bytes| format!("{} MiB", bytes >> 20)),
+            found
+                .memory_bytes
+                .map_or_else(|| "-".to_owned(), |bytes| format!("{} MiB", bytes >> 20)),
             text(&found.machine),
             match (is_known(found), found.attachable) {
                 (true, _) => "is one".to_owned(),

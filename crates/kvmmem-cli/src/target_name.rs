@@ -27,7 +27,9 @@ impl FromStr for TargetName {
 
     fn from_str(text: &str) -> Result<Self, Infallible> {
         Ok(match text.split_once(':') {
-            Some(("pid", pid)) if pid.parse::<u32>().is_ok() => Self::Pid(pid.parse().unwrap_or_default()),
+            Some(("pid", pid)) if pid.parse::<u32>().is_ok() => {
+                Self::Pid(pid.parse().unwrap_or_default())
+            }
             Some(("qmp", path)) if !path.is_empty() => Self::Qmp(path.into()),
             Some(("libvirt", name)) if !name.is_empty() => Self::Libvirt(name.to_owned()),
             _ => Self::Name(text.to_owned()),

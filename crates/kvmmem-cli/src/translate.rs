@@ -21,8 +21,8 @@ const NOT_MAPPED: u8 = 3;
 #[derive(Args)]
 #[command(after_help = AFTER_HELP)]
 pub(crate) struct Arguments {
-    /// The vCPU's CR3, the address of the outermost table, or kernel: that of the Linux kernel that is found; with --pid, --cr3
-    /// or --vcpu not given, and the first GVA is in its place
+    /// The vCPU's CR3, the address of the outermost table, or kernel: that of the Linux kernel
+    /// that is found; with --pid, --cr3 or --vcpu not given, and the first GVA is in its place
     #[arg(value_name = "CR3", value_parser = parse_root)]
     first: Root,
     /// Guest-virtual addresses
@@ -131,7 +131,8 @@ impl Tables {
                 "the page tables at {cr3:#x} look as if they had {detected} levels; they are read with --levels {given}"
             );
         }
-        let needs_five = |gva: &u64| !Levels::Four.is_canonical(*gva) && Levels::Five.is_canonical(*gva);
+        let needs_five =
+            |gva: &u64| !Levels::Four.is_canonical(*gva) && Levels::Five.is_canonical(*gva);
         let by_address = gvas.iter().any(needs_five).then_some(Levels::Five);
         let levels = given.or(detected).or(by_address);
         let space = AddressSpace { cr3, levels: levels.unwrap_or(Levels::Four) };
@@ -146,7 +147,9 @@ impl Tables {
     /// What helps where a walk ends early; empty where nothing is known.
     pub(crate) fn remedy(&self, error: &WalkError<MemoryError>) -> &'static str {
         match error {
-            WalkError::NotCanonical { gva, levels: Levels::Four } if Levels::Five.is_canonical(*gva) => {
+            WalkError::NotCanonical { gva, levels: Levels::Four }
+                if Levels::Five.is_canonical(*gva) =>
+            {
                 "; if the target uses 5 levels, give --levels 5"
             }
             WalkError::NotPresent { .. } | WalkError::Reserved { .. } | WalkError::Table { .. }
@@ -168,8 +171,9 @@ impl Arguments {
             let space = LinuxSpace::new(&kernel, &linux, &self.input)?;
             let walk = |gva| space.space.walk(gva);
             let is_local = kvmmem_memory::MemoryError::is_local;
-            return self
-                .print(output, &gvas, space.space.levels(), walk, is_local, |error| space.remedy(error));
+            return self.print(output, &gvas, space.space.levels(), walk, is_local, |error| {
+                space.remedy(error)
+            });
         }
         let (mut memory, tables) = if let Some(vcpu) = space.vcpu {
             let (opened, space) = self.input.open_at_vcpu("translate", vcpu)?;
@@ -214,7 +218,9 @@ impl Arguments {
             let end = match end {
                 Ok(translation) => Ok(translation),
                 // No address can be looked up.
-                Err(WalkError::Table { level, ref source, .. }) if level == levels || !is_local(source) => {
+                Err(WalkError::Table { level, ref source, .. })
+                    if level == levels || !is_local(source) =>
+                {
                     return end.map(|_| ExitCode::SUCCESS).map_err(Into::into);
                 }
                 Err(error) => Err(Unmapped::new(gva, &error, &remedy(&error))),
@@ -271,10 +277,14 @@ fn text(gva: u64, entries: &[Entry], end: Result<Translation, Unmapped>) -> Vec<
 
 impl Translated {
     fn new(gva: u64, levels: u8, entries: &[Entry], end: Result<Translation, Unmapped>) -> Self {
-        let entry =
-            |entry: &Entry| EntryInfo { level: entry.level, gpa: Hex(entry.gpa), value: Hex(entry.value) };
+        let entry = |entry: &Entry| EntryInfo {
+            level: entry.level,
+            gpa: Hex(entry.gpa),
+            value: Hex(entry.value),
+        };
         let entries = entries.iter().map(entry).collect();
-        let mut line = Self { gva: Hex(gva), levels, page: None, error: None, absent: None, entries };
+        let mut line =
+            Self { gva: Hex(gva), levels, page: None, error: None, absent: None, entries };
         match end {
             Ok(Translation { gpa, page_size, permissions }) => {
                 let (writable, user) = (permissions.is_writable, permissions.is_user);

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The address space that a vCPU of the target uses, from its registers: those that the VMM shows, or those in a dump file.
+//! The address space that a vCPU of the target uses, from its registers: those that the VMM shows,
+//! or those in a dump file.
 
 use anyhow::{Context, Result, bail};
 use kvmmem_client::admin::VcpuRegisters;
@@ -21,7 +22,8 @@ pub(crate) fn space(vcpus: &[ControlRegisters], number: u32) -> Result<AddressSp
             count => bail!("there is no vCPU {number}: the last one is {}", count - 1),
         }
     };
-    vcpu.space().with_context(|| format!("vCPU {number} has no page tables to look addresses up in"))
+    vcpu.space()
+        .with_context(|| format!("vCPU {number} has no page tables to look addresses up in"))
 }
 
 /// What the registers of a running target say of its address spaces.
@@ -43,7 +45,8 @@ mod tests {
     fn a_vcpu_that_is_not_there_is_named_with_those_that_are() {
         let vcpu = ControlRegisters { cr0: 1 << 31, cr3: 0x1000, cr4: 1 << 5, efer: None };
         assert_eq!(space(&[vcpu; 2], 1).unwrap().cr3, 0x1000);
-        let error = |vcpus: &[ControlRegisters], number| space(vcpus, number).unwrap_err().to_string();
+        let error =
+            |vcpus: &[ControlRegisters], number| space(vcpus, number).unwrap_err().to_string();
         assert_eq!(error(&[vcpu], 1), "there is no vCPU 1: the only one is 0");
         assert_eq!(error(&[vcpu; 4], u32::MAX), "there is no vCPU 4294967295: the last one is 3");
         let off = ControlRegisters { cr0: 0, ..vcpu };

@@ -9,8 +9,8 @@ use anyhow::{Context, Result};
 use clap::{Args, ValueEnum};
 use kvmmem_proto::name::is_name;
 use kvmmem_vmm::{
-    Control, DiskConfig, HypercallWay, MAX_DISKS, MAX_VCPUS, ResetPolicy, SerialConfig, VmConfig, VmExit,
-    VmStatus,
+    Control, DiskConfig, HypercallWay, MAX_DISKS, MAX_VCPUS, ResetPolicy, SerialConfig, VmConfig,
+    VmExit, VmStatus,
 };
 use uuid::Uuid;
 
@@ -54,7 +54,8 @@ pub(crate) struct Arguments {
     /// UUID, as the broker's clients see it [default: a random one]
     #[arg(long)]
     uuid: Option<Uuid>,
-    /// Socket of the broker, kvmmemd [default: none, or the usual one for targets and introspectors]
+    /// Socket of the broker, kvmmemd [default: none, or the usual one for targets and
+    /// introspectors]
     #[arg(long, value_name = "PATH")]
     broker: Option<PathBuf>,
     /// Let introspectors look at this machine's memory
@@ -69,7 +70,8 @@ pub(crate) struct Arguments {
     /// Offer v1 (single pages) only: no views, and no windows of guest-physical memory
     #[arg(long, requires = "introspector")]
     no_window: bool,
-    /// Keep rights that the machine does not need: for debugging, or where the sandbox is in the way
+    /// Keep rights that the machine does not need: for debugging, or where the sandbox is in the
+    /// way
     #[arg(long)]
     no_sandbox: bool,
     /// What a reset by the guest does
@@ -109,7 +111,8 @@ impl Arguments {
         let is_json = output.is_json();
         let config = self.into_config(is_json)?;
         let name = config.name.clone();
-        let control = Control::new().handle_signals().on_status(move |status| report(status, &name, is_json));
+        let control =
+            Control::new().handle_signals().on_status(move |status| report(status, &name, is_json));
         let exit = kvmmem_vmm::run(config, control).context("the virtual machine failed")?;
         Ok(match exit {
             VmExit::PowerOff | VmExit::Reset | VmExit::Stopped => ExitCode::SUCCESS,
@@ -130,9 +133,12 @@ impl Arguments {
         };
         if self.disks.len() > MAX_DISKS {
             let count = self.disks.len();
-            return Err(usage(format!("{count} disks are too many: a machine has at most {MAX_DISKS}")));
+            return Err(usage(format!(
+                "{count} disks are too many: a machine has at most {MAX_DISKS}"
+            )));
         }
-        for (option, path) in [("--kernel", Some(&self.kernel)), ("--initrd", self.initrd.as_ref())] {
+        for (option, path) in [("--kernel", Some(&self.kernel)), ("--initrd", self.initrd.as_ref())]
+        {
             if let Some(path) = path {
                 check_readable(option, path)?;
             }
@@ -200,7 +206,8 @@ fn check_readable(option: &str, path: &Path) -> Result<()> {
 /// A UUID of version 4.
 fn random_uuid() -> Uuid {
     let mut bytes = [0; 16];
-    // Without randomness, which a running kernel always has, the UUID is all zeros but for its version.
+    // Without randomness, which a running kernel always has, the UUID is all zeros but for its
+    // version.
     let _ = rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty());
     uuid::Builder::from_random_bytes(bytes).into_uuid()
 }

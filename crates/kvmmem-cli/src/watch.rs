@@ -30,7 +30,8 @@ const SIGNAL_INTERVAL: Duration = Duration::from_millis(100);
 #[derive(Args)]
 #[command(after_help = AFTER_HELP)]
 pub(crate) struct Arguments {
-    /// First guest-physical address in the target, or guest-virtual with --pid, --vcpu or --cr3 kernel
+    /// First guest-physical address in the target, or guest-virtual with --pid, --vcpu or --cr3
+    /// kernel
     #[arg(value_parser = parse)]
     address: u64,
     /// How many bytes, at most 1M
@@ -62,7 +63,9 @@ Exit codes:
 /// A length that can be watched.
 fn parse_watched(text: &str) -> Result<u64, String> {
     match parse_length(text)? {
-        len if len > MAX_LEN => Err(format!("{len:#x} bytes are too many; watch at most {MAX_LEN:#x}")),
+        len if len > MAX_LEN => {
+            Err(format!("{len:#x} bytes are too many; watch at most {MAX_LEN:#x}"))
+        }
         len => Ok(len),
     }
 }
@@ -100,7 +103,8 @@ impl Arguments {
             });
         };
         let kernel = linux.kernel(&self.input, &opened)?;
-        let first = LinuxSpace::new(&kernel, &linux, &self.input)?.task.map(|task| (task.gva, task.start));
+        let first =
+            LinuxSpace::new(&kernel, &linux, &self.input)?.task.map(|task| (task.gva, task.start));
         self.watch(&opened, output, |bytes| {
             // The guest changes its page tables, and gives its numbers of processes to others.
             let now = LinuxSpace::new(&kernel, &linux, &self.input)?;
@@ -159,7 +163,9 @@ impl Arguments {
                 None => {}
                 Some(Event::Changed) => picture.tell_reset(output)?,
                 Some(Event::Revoked) => bail!("the view has ended: the grant was taken back"),
-                Some(Event::Gone) => bail!("the view has ended: the target, or the host's service, is gone"),
+                Some(Event::Gone) => {
+                    bail!("the view has ended: the target, or the host's service, is gone")
+                }
             }
         }
     }

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The command line with a broker and a registered virtual machine, all on this host: list, hook, read, write, unhook.
+//! The command line with a broker and a registered virtual machine, all on this host: list, hook,
+//! read, write, unhook.
 
 mod common;
 
@@ -30,10 +31,18 @@ fn a_hooked_target_is_listed_read_and_written() {
     let host = host();
     rustix::io::pwrite(host.ram.fd(), b"hello from the target", 0x20_0ff8).unwrap();
     let endpoint = host.endpoint();
-    assert_eq!(host.ask(&["hook", "victim", &endpoint]), format!("victim is hooked to {endpoint}\n"),);
+    assert_eq!(
+        host.ask(&["hook", "victim", &endpoint]),
+        format!("victim is hooked to {endpoint}\n"),
+    );
 
     let output = finish(tool(&host, &["read", "0x200ff8", "21", "--raw"]));
-    assert_eq!(output.stdout, b"hello from the target", "{}", String::from_utf8_lossy(&output.stderr));
+    assert_eq!(
+        output.stdout,
+        b"hello from the target",
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
 
     let output = finish(tool(&host, &["write", "0x3ffffe", "abcd"]));
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));

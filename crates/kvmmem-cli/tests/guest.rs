@@ -66,9 +66,10 @@ fn what_info_does_not_find_is_named() {
     let (code, stdout, stderr) = run(&["info"], &path);
     assert_eq!(code, Some(3), "{stderr}");
     assert!(stdout.contains(linux::RELEASE), "{stdout}");
-    for words in
-        ["not found: the command line (this kernel has no symbol saved_command_line", "the boot time ("]
-    {
+    for words in [
+        "not found: the command line (this kernel has no symbol saved_command_line",
+        "the boot time (",
+    ] {
         assert!(stderr.contains(words), "{stderr}");
     }
     assert!(!stderr.contains("the build id"), "{stderr}");
@@ -87,7 +88,8 @@ fn rows_are_cut_at_the_edge_of_a_terminal_alone() {
         grantpt(&terminal).unwrap();
         unlockpt(&terminal).unwrap();
         let name = ptsname(&terminal, Vec::new()).unwrap();
-        let screen = open(name, OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC, Mode::empty()).unwrap();
+        let screen =
+            open(name, OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC, Mode::empty()).unwrap();
         let size = Winsize { ws_row: 24, ws_col: 44, ws_xpixel: 0, ws_ypixel: 0 };
         tcsetwinsize(&screen, size).unwrap();
         let mut child = kvmmem(arguments, &path).stdout(screen).spawn().unwrap();

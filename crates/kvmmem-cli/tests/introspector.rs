@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The verbs for introspectors under a stock QEMU, with what is none; and with this machine's QEMU, where it has one.
+//! The verbs for introspectors under a stock QEMU, with what is none; and with this machine's QEMU,
+//! where it has one.
 
 mod common;
 
@@ -49,7 +50,8 @@ fn what_qemu_needs_is_printed_for_a_shell_and_as_json() {
     };
     let printed = text(&["--name", "lion", "--cid", "9", "--views", "1"]);
     let json: serde_json::Value =
-        serde_json::from_str(&text(&["--json", "--name", "lion", "--cid", "9", "--views", "1"])).unwrap();
+        serde_json::from_str(&text(&["--json", "--name", "lion", "--cid", "9", "--views", "1"]))
+            .unwrap();
     let words: Vec<&str> =
         json["arguments"].as_array().unwrap().iter().filter_map(|word| word.as_str()).collect();
     // As a shell splits what $(kvmmem qemu-args) gives.
@@ -57,7 +59,10 @@ fn what_qemu_needs_is_printed_for_a_shell_and_as_json() {
     assert!(words.contains(&"vhost-vsock-pci,guest-cid=9"), "{words:?}");
     assert!(words.contains(&"unix:/run/lion.qmp,server=on,wait=off"), "{words:?}");
     let xml = text(&["--libvirt", "--name", "lion"]);
-    assert!(xml.contains("/var/lib/libvirt/qemu/lion.monitor") && xml.contains("ua-kvmmem1"), "{xml}");
+    assert!(
+        xml.contains("/var/lib/libvirt/qemu/lion.monitor") && xml.contains("ua-kvmmem1"),
+        "{xml}"
+    );
 }
 
 /// A QEMU, ended on drop.
@@ -70,13 +75,26 @@ impl Drop for Qemu {
     }
 }
 
-/// This machine's QEMU with what `qemu-args` prints but the vsock device, which needs a driver of the host.
+/// This machine's QEMU with what `qemu-args` prints but the vsock device, which needs a driver of
+/// the host.
 fn qemu(host: &Host, socket: &Path) -> Option<Qemu> {
-    let printed = host.command(&["qemu-args", "--qmp", socket.to_str().unwrap()]).output().unwrap().stdout;
+    let printed =
+        host.command(&["qemu-args", "--qmp", socket.to_str().unwrap()]).output().unwrap().stdout;
     let printed = String::from_utf8(printed).unwrap();
     let lines = printed.lines().filter(|line| !line.contains("vhost-vsock"));
     let started = Command::new("qemu-system-x86_64")
-        .args(["-nodefaults", "-display", "none", "-accel", "tcg", "-m", "64", "-S", "-machine", "q35"])
+        .args([
+            "-nodefaults",
+            "-display",
+            "none",
+            "-accel",
+            "tcg",
+            "-m",
+            "64",
+            "-S",
+            "-machine",
+            "q35",
+        ])
         .args(["-name", "lion"])
         .args(lines.flat_map(|line| line.split(' ')))
         .stdin(Stdio::null())
@@ -86,7 +104,9 @@ fn qemu(host: &Host, socket: &Path) -> Option<Qemu> {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
             // Past the test harness, which would keep it to itself.
             std::io::stderr()
-                .write_all(b"skipped: no qemu-system-x86_64: install it (Debian: qemu-system-x86)\n")
+                .write_all(
+                    b"skipped: no qemu-system-x86_64: install it (Debian: qemu-system-x86)\n",
+                )
                 .unwrap();
             None
         }
@@ -105,10 +125,15 @@ fn a_qemu_becomes_an_introspector_and_is_none_again() {
     // It is there a moment before it is listened at (flag 0x10000).
     let listens = || {
         let sockets = std::fs::read_to_string("/proc/net/unix").unwrap();
-        sockets.lines().any(|line| line.contains(" 00010000 ") && line.ends_with(socket.to_str().unwrap()))
+        sockets
+            .lines()
+            .any(|line| line.contains(" 00010000 ") && line.ends_with(socket.to_str().unwrap()))
     };
     while !listens() {
-        assert!(Instant::now() < deadline && qemu.0.try_wait().unwrap().is_none(), "QEMU does not listen");
+        assert!(
+            Instant::now() < deadline && qemu.0.try_wait().unwrap().is_none(),
+            "QEMU does not listen"
+        );
         std::thread::sleep(Duration::from_millis(20));
     }
     let socket = socket.to_str().unwrap();
@@ -122,7 +147,9 @@ fn a_qemu_becomes_an_introspector_and_is_none_again() {
     assert!(!is_added && text.contains("vhost-vsock-pci"), "{text}");
     let (is_added, text) = run(&["introspector", "add", "--qmp", socket, "--cid", "4711"]);
     if text.contains("cannot listen at the vsock port") {
-        std::io::stderr().write_all(b"skipped: this kernel has no vsock: modprobe vsock\n").unwrap();
+        std::io::stderr()
+            .write_all(b"skipped: this kernel has no vsock: modprobe vsock\n")
+            .unwrap();
         return;
     }
     assert!(is_added && text.starts_with("lion (") && text.contains("context id 4711"), "{text}");

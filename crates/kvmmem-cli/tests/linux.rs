@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Linux guests in dump files and in a target's memory, in which a builder wrote a kernel, and the command line as a user
-//! runs it: what it prints of them, and what it says of those that cannot be read.
+//! Linux guests in dump files and in a target's memory, in which a builder wrote a kernel, and the
+//! command line as a user runs it: what it prints of them, and what it says of those that cannot be
+//! read.
 
 mod common;
 #[path = "../../kvmmem-linux/tests/common/mod.rs"]
@@ -27,7 +28,9 @@ use serde_json::{Value, json};
 fn kvmmem(arguments: &[&str]) -> Ended {
     let mut command = Command::new(env!("CARGO_BIN_EXE_kvmmem"));
     command.args(arguments).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-    for variable in ["KVMMEM_KVMI_PORT", "KVMMEM_TOKEN", "KVMMEM_BROKER", "RUST_LOG", "CLICOLOR_FORCE"] {
+    for variable in
+        ["KVMMEM_KVMI_PORT", "KVMMEM_TOKEN", "KVMMEM_BROKER", "RUST_LOG", "CLICOLOR_FORCE"]
+    {
         command.env_remove(variable);
     }
     finish(command.spawn().unwrap())
@@ -40,7 +43,8 @@ fn dump(folder: &Path, guest: &Guest, len: usize) -> String {
     path.to_str().unwrap().to_owned()
 }
 
-/// What a verb says of a dump that cannot be read: nothing on standard output, one line on standard error.
+/// What a verb says of a dump that cannot be read: nothing on standard output, one line on standard
+/// error.
 #[track_caller]
 fn refused(verb: &str, file: &str) -> String {
     let ended = kvmmem(&[verb, "--file", file]);
@@ -56,10 +60,14 @@ fn a_guest_that_is_not_linux_is_named_with_what_reads_it() {
     let file = dump(folder.path(), &Guest::default(), RAM);
     for verb in ["ps", "modules", "dmesg", "info"] {
         let error = refused(verb, &file);
-        assert!(error.contains("no Linux kernel was found") && error.contains("kvmmem read"), "{error}");
+        assert!(
+            error.contains("no Linux kernel was found") && error.contains("kvmmem read"),
+            "{error}"
+        );
     }
     // Of a search, 1 says that it found nothing.
-    for (arguments, code) in [(&["read", "0", "1"][..], 1), (&["strings"], 1), (&["scan", "00"], 2)] {
+    for (arguments, code) in [(&["read", "0", "1"][..], 1), (&["strings"], 1), (&["scan", "00"], 2)]
+    {
         let ended = kvmmem(&[arguments, &["--pid", "1", "--file", &file]].concat());
         assert_eq!(ended.code, Some(code), "{arguments:?}");
         assert!(ended.stderr.starts_with(&format!("error: {file}: no Linux")), "{}", ended.stderr);
@@ -77,7 +85,10 @@ fn a_kernel_without_types_is_named_with_what_reads_it() {
     let file = dump(folder.path(), &guest, RAM);
     for verb in ["ps", "files", "mounts"] {
         let error = refused(verb, &file);
-        assert!(error.contains("CONFIG_DEBUG_INFO_BTF") && error.contains("kvmmem dmesg"), "{error}");
+        assert!(
+            error.contains("CONFIG_DEBUG_INFO_BTF") && error.contains("kvmmem dmesg"),
+            "{error}"
+        );
     }
     let error = refused("modules", &file);
     assert!(error.contains("no symbol modules; data symbols need CONFIG_KALLSYMS_ALL"), "{error}");
@@ -114,7 +125,11 @@ fn a_dump_that_was_cut_short_is_named() {
     let ended = kvmmem(&["ps", "--file", &file]);
     assert_eq!((ended.code, ended.stdout.as_str()), (Some(1), ""), "{}", ended.stderr);
     let first = ended.stderr.lines().next().unwrap();
-    assert!(first.starts_with(&format!("error: {file} is damaged, or was cut short")), "{}", ended.stderr);
+    assert!(
+        first.starts_with(&format!("error: {file} is damaged, or was cut short")),
+        "{}",
+        ended.stderr
+    );
     // A record beside it says how much there should be.
     let record = r#"{"format":"raw","ranges":[{"gpa":"0x0","len":16777216}]}"#;
     std::fs::write(folder.path().join("web-1.raw.json"), record).unwrap();
@@ -170,10 +185,19 @@ fn a_kernel_without_a_note_has_the_same_rows() {
     }
     let ended = kvmmem(&["info", "--file", &file, "--json"]);
     let info: serde_json::Value = serde_json::from_str(&ended.stdout).unwrap();
-    assert_eq!((&info["note"], &info["cr3"]), (&serde_json::Value::Null, &table.into()), "{}", ended.stderr);
+    assert_eq!(
+        (&info["note"], &info["cr3"]),
+        (&serde_json::Value::Null, &table.into()),
+        "{}",
+        ended.stderr
+    );
     let ended = kvmmem(&["ps", "--file", &file, "--kernel", "0x3000"]);
     assert_eq!(ended.code, Some(1));
-    assert!(ended.stderr.contains("the address space of CR3 0x3000: leave --kernel out"), "{}", ended.stderr);
+    assert!(
+        ended.stderr.contains("the address space of CR3 0x3000: leave --kernel out"),
+        "{}",
+        ended.stderr
+    );
 }
 
 #[test]
@@ -195,7 +219,10 @@ fn of_several_kernels_each_is_named_with_the_command_that_chooses_it() {
         assert_eq!(none, None, "{error}");
         assert!(error.contains(&format!("{file}: several Linux kernels were found")), "{error}");
         for (place, option) in &options {
-            assert!(error.contains(&format!("kvmmem info --file {file} --json {option}")), "{error}");
+            assert!(
+                error.contains(&format!("kvmmem info --file {file} --json {option}")),
+                "{error}"
+            );
             let option: Vec<&str> = option.split(' ').collect();
             assert_eq!(build(&file, &option).0, Some(table(*place)));
             // A core has the vCPU's CR3, which tells.
@@ -210,8 +237,10 @@ fn of_several_kernels_each_is_named_with_the_command_that_chooses_it() {
 
 /// Writes a guest's memory to an ELF core as QEMU does, with the registers of one vCPU.
 fn core(folder: &Path, guest: &Guest, cr3: u64) -> String {
-    let words = |words: &[u64]| words.iter().flat_map(|word| word.to_le_bytes()).collect::<Vec<u8>>();
-    let halves = |halves: &[u32]| halves.iter().flat_map(|half| half.to_le_bytes()).collect::<Vec<u8>>();
+    let words =
+        |words: &[u64]| words.iter().flat_map(|word| word.to_le_bytes()).collect::<Vec<u8>>();
+    let halves =
+        |halves: &[u32]| halves.iter().flat_map(|half| half.to_le_bytes()).collect::<Vec<u8>>();
     let mut state = [halves(&[1, 440]), vec![0; 432]].concat();
     state[416..424].copy_from_slice(&cr3.to_le_bytes());
     // A note of another kind comes first.
@@ -332,7 +361,8 @@ fn terminal() -> (File, File) {
     grantpt(&terminal).unwrap();
     unlockpt(&terminal).unwrap();
     let name = ptsname(&terminal, Vec::new()).unwrap();
-    let screen = open(name, OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC, Mode::empty()).unwrap();
+    let screen =
+        open(name, OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC, Mode::empty()).unwrap();
     tcsetwinsize(&screen, Winsize { ws_row: 20, ws_col: 100, ws_xpixel: 0, ws_ypixel: 0 }).unwrap();
     (terminal.into(), screen.into())
 }
@@ -343,15 +373,20 @@ fn a_terminal_shows_processes_in_a_table_and_is_restored() {
     let ram = File::from(host.ram.fd().try_clone_to_owned().unwrap());
     ram.write_all_at(&processes::guest().bytes(0, RAM), 0).unwrap();
     // A name that would clear the screen.
-    ram.write_all_at(b"\x1b[2J\x1b[31mevil\0\0\0", Place::FIRST.gpa + processes::task(3) + processes::COMM)
-        .unwrap();
+    ram.write_all_at(
+        b"\x1b[2J\x1b[31mevil\0\0\0",
+        Place::FIRST.gpa + processes::task(3) + processes::COMM,
+    )
+    .unwrap();
     for end in ["q", "\x03", "SIGTERM"] {
         let (mut terminal, screen) = self::terminal();
         let before = tcgetattr(&screen).unwrap();
-        let mut command = host.command(&["ps", "--target", "victim", "--watch", "--interval", "5ms"]);
+        let mut command =
+            host.command(&["ps", "--target", "victim", "--watch", "--interval", "5ms"]);
         let ends = [screen.try_clone().unwrap(), screen.try_clone().unwrap()];
         let [stdin, stdout] = ends;
-        let mut child = command.stdin(stdin).stdout(stdout).env("TERM", "xterm-256color").spawn().unwrap();
+        let mut child =
+            command.stdin(stdin).stdout(stdout).env("TERM", "xterm-256color").spawn().unwrap();
         drop(command);
         let shown = Arc::new(Mutex::new(Vec::new()));
         let reader = std::thread::spawn({
@@ -392,7 +427,9 @@ fn a_terminal_shows_processes_in_a_table_and_is_restored() {
         let text = String::from_utf8_lossy(&shown);
         // The alternate screen is entered and left, and nothing of the guest's does anything.
         assert!(
-            text.contains("\x1b[?1049h") && text.contains("\x1b[?1049l") && text.contains("\x1b[?25h"),
+            text.contains("\x1b[?1049h")
+                && text.contains("\x1b[?1049l")
+                && text.contains("\x1b[?25h"),
             "{text:?}"
         );
         assert!(text.contains("\\u{1b}[2J") && !text.contains("\x1b[31mevil"), "{text:?}");

@@ -33,7 +33,8 @@ impl Target {
             return None;
         }
         let directory = tempfile::tempdir().unwrap();
-        let (name, monitor) = (format!("{name}-{}", std::process::id()), directory.path().join("monitor"));
+        let (name, monitor) =
+            (format!("{name}-{}", std::process::id()), directory.path().join("monitor"));
         let socket = |path: &Path| format!("unix:{},server=on,wait=off", path.display());
         let (own, last) = (socket(&monitor), socket(&directory.path().join("qmp")));
         // The command takes the last one.
@@ -48,13 +49,16 @@ impl Target {
 
     fn dump(&self, file: &Path) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_kvmmem"));
-        command.args(["--json", "dump", "--target", &self.name, "--pause", "--format", "elf"]).arg(file);
+        command
+            .args(["--json", "dump", "--target", &self.name, "--pause", "--format", "elf"])
+            .arg(file);
         command.env("KVMMEM_BROKER", self.path("none")).env_remove("RUST_LOG");
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         command
     }
 
-    /// A dump that is under way, and the other end of its pipe, of which a byte has been read: the VM is paused.
+    /// A dump that is under way, and the other end of its pipe, of which a byte has been read: the
+    /// VM is paused.
     fn begin(&self) -> (Child, File) {
         let fifo = self.path("fifo");
         let mode = rustix::fs::Mode::from_raw_mode(0o600);
@@ -111,7 +115,12 @@ fn a_target_runs_again_after_the_first_signal_to_a_dump_whose_pipe_is_not_read()
     let (child, _reader) = target.begin();
     signal(&child, Signal::TERM);
     let ended = finish(child);
-    assert_eq!((ended.code, ended.stderr.contains("interrupted")), (Some(1), true), "{}", ended.stderr);
+    assert_eq!(
+        (ended.code, ended.stderr.contains("interrupted")),
+        (Some(1), true),
+        "{}",
+        ended.stderr
+    );
     assert_eq!(status(&target.monitor).as_deref(), Some("running"));
 }
 
@@ -140,7 +149,8 @@ fn a_monitor_that_another_client_uses_is_told() {
     loop {
         let ended = finish(target.dump(&target.path("core")).spawn().unwrap());
         assert_eq!(ended.code, Some(1));
-        // The firmware needs a while to leave what tells where the RAM is. Before the error lies the audit log.
+        // The firmware needs a while to leave what tells where the RAM is. Before the error lies
+        // the audit log.
         let error = ended.stderr.lines().last().unwrap();
         if error.contains("cannot pause the target") {
             assert!(error.contains("/qmp in time; is another client connected to it"), "{error}");
@@ -156,9 +166,12 @@ fn a_monitor_that_another_client_uses_is_told() {
 fn a_vcpu_without_page_tables_or_that_is_not_there_is_named() {
     let Some(target) = Target::start("vcpu") else { return };
     // Firmware does without page tables.
-    for (number, words) in [("1", "paging is off"), ("2", "there is no vCPU 2: the last one is 1")] {
+    for (number, words) in [("1", "paging is off"), ("2", "there is no vCPU 2: the last one is 1")]
+    {
         let mut command = Command::new(env!("CARGO_BIN_EXE_kvmmem"));
-        command.args(["read", "--target", &target.name, "--vcpu", number, "0", "16"]).env_remove("RUST_LOG");
+        command
+            .args(["read", "--target", &target.name, "--vcpu", number, "0", "16"])
+            .env_remove("RUST_LOG");
         command.env("KVMMEM_BROKER", target.path("none"));
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         // Until the firmware has left what tells where the RAM is.

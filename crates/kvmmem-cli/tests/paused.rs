@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Which kernel runs in a guest that is paused: its RAM has two, and a vCPU of this machine's QEMU tells.
+//! Which kernel runs in a guest that is paused: its RAM has two, and a vCPU of this machine's QEMU
+//! tells.
 
 mod common;
 #[path = "../../kvmmem-linux/tests/common/mod.rs"]
@@ -16,7 +17,8 @@ use guest::{Guest, PAGE_TABLES, Place, RAM};
 /// Where the kernels begin: below, the firmware has its tables.
 const KERNELS: usize = 4 << 20;
 
-/// A boot sector that turns paging on with this CR3. What it runs in is not mapped there, so that the vCPU shuts down.
+/// A boot sector that turns paging on with this CR3. What it runs in is not mapped there, so that
+/// the vCPU shuts down.
 fn boot_sector(cr3: u64) -> Vec<u8> {
     let eax = |value: u32| [&[0x66, 0xb8][..], &value.to_le_bytes()].concat();
     let code = [
@@ -64,8 +66,18 @@ fn of_a_paused_guest_a_vcpu_tells_which_kernel_runs() {
         let disk = format!("file={},format=raw,if=ide", path("disk").display());
         let socket = |name: &str| format!("unix:{},server=on,wait=off", path(name).display());
         let (own, last) = (socket("monitor"), socket("qmp"));
-        let options =
-            ["-m", "64", "-no-reboot", "-no-shutdown", "-drive", &disk, "-qmp", &own, "-qmp", &last];
+        let options = [
+            "-m",
+            "64",
+            "-no-reboot",
+            "-no-shutdown",
+            "-drive",
+            &disk,
+            "-qmp",
+            &own,
+            "-qmp",
+            &last,
+        ];
         let Some(qemu) = Qemu::start(&name, &options) else { return };
         wait_status(&path("monitor"), "shutdown");
         ram(&qemu).write_all_at(&kernels, KERNELS as u64).unwrap();

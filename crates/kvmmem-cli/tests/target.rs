@@ -51,7 +51,8 @@ fn what_cannot_be_added_or_removed_is_said() {
 /// With `--json` each line on standard error is an object: an error, or a line of the log.
 fn objects(stderr: &str) {
     for line in stderr.lines() {
-        let object: serde_json::Value = serde_json::from_str(line).unwrap_or_else(|_| panic!("{stderr}"));
+        let object: serde_json::Value =
+            serde_json::from_str(line).unwrap_or_else(|_| panic!("{stderr}"));
         assert!(object["level"].is_string() != object["error"].is_string(), "{line}");
     }
 }
@@ -59,7 +60,9 @@ fn objects(stderr: &str) {
 #[test]
 fn root_needs_no_broker() {
     if !rustix::process::geteuid().is_root() {
-        return eprintln!("skipped: a broker of the command's own needs root: run the tests as root");
+        return eprintln!(
+            "skipped: a broker of the command's own needs root: run the tests as root"
+        );
     }
     let directory = tempfile::tempdir().unwrap();
     let (name, qmp) = (format!("alone-{}", std::process::id()), directory.path().join("qmp"));
@@ -75,7 +78,8 @@ fn root_needs_no_broker() {
         (output.status.code(), text(output.stdout), text(output.stderr))
     };
     let ways = [name.clone(), format!("pid:{}", qemu.0.id()), format!("qmp:{}", qmp.display())];
-    // The firmware needs a while to leave the tables that confirm where the RAM is, and QEMU to listen.
+    // The firmware needs a while to leave the tables that confirm where the RAM is, and QEMU to
+    // listen.
     let deadline = Instant::now() + Duration::from_secs(60);
     while ways.iter().any(|way| run(way).0 != Some(0)) {
         assert!(Instant::now() < deadline, "{:?}", ways.each_ref().map(|way| run(way)));
@@ -83,11 +87,16 @@ fn root_needs_no_broker() {
     for way in &ways {
         let (code, stdout, stderr) = run(way);
         assert_eq!(code, Some(0), "{way}: {stderr}");
-        let attached: serde_json::Value = serde_json::from_str(stdout.lines().next().unwrap()).unwrap();
-        assert_eq!((&attached["event"], &attached["writable"]), (&"attached".into(), &false.into()));
+        let attached: serde_json::Value =
+            serde_json::from_str(stdout.lines().next().unwrap()).unwrap();
+        assert_eq!(
+            (&attached["event"], &attached["writable"]),
+            (&"attached".into(), &false.into())
+        );
         assert!(
             std::path::Path::new("/run/systemd/journal/socket").exists()
-                || stderr.contains("\"event\":\"granted\"") && stderr.contains("\"label\":\"kvmmem attach\""),
+                || stderr.contains("\"event\":\"granted\"")
+                    && stderr.contains("\"label\":\"kvmmem attach\""),
             "{way}: {stderr}"
         );
         objects(&stderr);
@@ -98,11 +107,13 @@ fn root_needs_no_broker() {
     command.env("TMPDIR", left.path()).env("KVMMEM_BROKER", directory.path().join("none"));
     let output = command.output().unwrap();
     let rows = String::from_utf8(output.stdout).unwrap();
-    let rows: Vec<serde_json::Value> = rows.lines().map(|row| serde_json::from_str(row).unwrap()).collect();
+    let rows: Vec<serde_json::Value> =
+        rows.lines().map(|row| serde_json::from_str(row).unwrap()).collect();
     let row = rows.iter().find(|row| row["name"] == name.as_str()).unwrap();
     assert_eq!((output.status.code(), row["pid"].as_u64()), (Some(0), Some(qemu.0.id().into())));
     assert!(row["error"].as_str().unwrap().contains("no Linux kernel was found"), "{row}");
-    // Without a UUID of its own the target is told by its process, so that a dump goes on that another command began.
+    // Without a UUID of its own the target is told by its process, so that a dump goes on that
+    // another command began.
     let attached = |way: &str| -> serde_json::Value {
         serde_json::from_str(run(way).1.lines().next().unwrap()).unwrap()
     };
@@ -119,7 +130,8 @@ fn root_needs_no_broker() {
     };
     let whole = dump(&[]);
     // As a command leaves it that was interrupted at 1 MiB.
-    let hex = |text: &serde_json::Value| u64::from_str_radix(&text.as_str().unwrap()[2..], 16).unwrap();
+    let hex =
+        |text: &serde_json::Value| u64::from_str_radix(&text.as_str().unwrap()[2..], 16).unwrap();
     let range = |line: &serde_json::Value| {
         let start = hex(&line["gpa"]);
         serde_json::json!({"start": start, "end": start + line["len"].as_u64().unwrap()})
@@ -148,7 +160,10 @@ fn a_broker_that_is_named_is_meant_and_one_that_runs_is_asked() {
     let none = host.path("none");
     let this = format!("pid:{}", std::process::id());
     let cases: [(&[&str], &str); 4] = [
-        (&["attach", "--target", "victim", "--broker", none.to_str().unwrap()], "is kvmmemd running"),
+        (
+            &["attach", "--target", "victim", "--broker", none.to_str().unwrap()],
+            "is kvmmemd running",
+        ),
         (&["attach", "--target", "pid:1"], "kvmmem target add --pid 1"),
         (&["attach", "--target", "qmp:/run/a b"], "kvmmem target add --qmp '/run/a b'"),
         (&["attach", "--target", "libvirt:web"], "kvmmem target add --libvirt web"),

@@ -10,8 +10,8 @@ pub use kvmmem_proto::map::Region;
 use kvmmem_proto::message::{Answer, Call, Cursor, FromBroker, Refusal, Request};
 pub use kvmmem_proto::message::{Evidence, Which};
 pub use kvmmem_proto::message::{
-    GrantInfo, GrantRequest, GrantState, HookInfo, KvmiPolicy, OnSilence, Origin, Revoked, SegmentRegister,
-    TargetInfo, VcpuRegisters, ViewCounters, ViewInfo,
+    GrantInfo, GrantRequest, GrantState, HookInfo, KvmiPolicy, OnSilence, Origin, Revoked,
+    SegmentRegister, TargetInfo, VcpuRegisters, ViewCounters, ViewInfo,
 };
 use kvmmem_proto::packet::{PacketBuffer, PacketError, PacketSocket, Wait};
 pub use kvmmem_proto::scope::{Rights, Scope, Span};
@@ -71,7 +71,8 @@ pub struct IntrospectorAdded {
     pub target: TargetInfo,
     /// How many PCI slots there are for views.
     pub places: u32,
-    /// Whether its QEMU shows parts of files; where it does not, a view shows all of a target's RAM or nothing.
+    /// Whether its QEMU shows parts of files; where it does not, a view shows all of a target's
+    /// RAM or nothing.
     pub has_offset: bool,
 }
 
@@ -114,7 +115,8 @@ impl Admin {
             socket.limit_receive(Some(LIMIT))?;
             Ok(socket)
         };
-        let socket = connect().map_err(|source| AdminError::Connect { path: path.to_owned(), source })?;
+        let socket =
+            connect().map_err(|source| AdminError::Connect { path: path.to_owned(), source })?;
         Ok(Self { socket, buffer: PacketBuffer::default(), last_request: 0 })
     }
 
@@ -137,8 +139,8 @@ impl Admin {
         }
     }
 
-    /// Connects a target, given by name or UUID, to a tool that listens for KVMI at `endpoint`, now and whenever the
-    /// connection ends.
+    /// Connects a target, given by name or UUID, to a tool that listens for KVMI at `endpoint`, now
+    /// and whenever the connection ends.
     ///
     /// # Errors
     /// [`AdminError`].
@@ -167,8 +169,8 @@ impl Admin {
         }
     }
 
-    /// The grants, by ascending number: those that can be used, those that have open views, and for a while those whose
-    /// end was not long ago.
+    /// The grants, by ascending number: those that can be used, those that have open views, and for
+    /// a while those whose end was not long ago.
     ///
     /// # Errors
     /// [`AdminError`].
@@ -194,8 +196,8 @@ impl Admin {
         }
     }
 
-    /// Takes a grant back: no new view is opened by it, and the open ones end. Waits, at most 2 s, until everybody who
-    /// uses it has confirmed. May be repeated.
+    /// Takes a grant back: no new view is opened by it, and the open ones end. Waits, at most 2 s,
+    /// until everybody who uses it has confirmed. May be repeated.
     ///
     /// # Errors
     /// [`AdminError`].
@@ -206,12 +208,16 @@ impl Admin {
         }
     }
 
-    /// What tokens allow from now on that KVMI makes for a target, given by name or UUID; sets it first if asked to.
-    /// By its UUID a target need not be registered yet.
+    /// What tokens allow from now on that KVMI makes for a target, given by name or UUID; sets it
+    /// first if asked to. By its UUID a target need not be registered yet.
     ///
     /// # Errors
     /// [`AdminError`].
-    pub fn policy(&mut self, target: &str, set: Option<KvmiPolicy>) -> Result<KvmiPolicy, AdminError> {
+    pub fn policy(
+        &mut self,
+        target: &str,
+        set: Option<KvmiPolicy>,
+    ) -> Result<KvmiPolicy, AdminError> {
         match self.ask(Call::Policy { target: target.to_owned(), set })? {
             Answer::Policy { policy } => Ok(policy),
             _ => Err(AdminError::NoAnswer),
@@ -244,7 +250,10 @@ impl Admin {
     ///
     /// # Errors
     /// [`AdminError`]; the message says what to do where it can be helped.
-    pub fn add_introspector(&mut self, request: &AddIntrospector) -> Result<IntrospectorAdded, AdminError> {
+    pub fn add_introspector(
+        &mut self,
+        request: &AddIntrospector,
+    ) -> Result<IntrospectorAdded, AdminError> {
         let AddIntrospector { which, cid, name, on_silence } = request.clone();
         match self.ask(Call::AddIntrospector { which, cid, name, on_silence })? {
             Answer::IntrospectorAdded { target, places, has_offset } => {
@@ -254,8 +263,8 @@ impl Admin {
         }
     }
 
-    /// Takes out an introspector that was added, given by name or UUID: its views end, the VM itself runs on. Only root
-    /// may.
+    /// Takes out an introspector that was added, given by name or UUID: its views end, the VM
+    /// itself runs on. Only root may.
     ///
     /// # Errors
     /// [`AdminError`].
@@ -263,8 +272,8 @@ impl Admin {
         self.ask(Call::RemoveIntrospector { name: name.to_owned() }).map(|_| ())
     }
 
-    /// How many PCI slots an introspector that was added, given by name or UUID, has free for views, and how many there
-    /// are.
+    /// How many PCI slots an introspector that was added, given by name or UUID, has free for
+    /// views, and how many there are.
     ///
     /// # Errors
     /// [`AdminError`]; [`Refusal::Denied`] for one that was not added.
@@ -275,7 +284,8 @@ impl Admin {
         }
     }
 
-    /// The registers of a target's vCPUs, in the order of their numbers. Of a VM that runs, each is of another moment.
+    /// The registers of a target's vCPUs, in the order of their numbers. Of a VM that runs, each is
+    /// of another moment.
     ///
     /// # Errors
     /// [`AdminError`]; [`Refusal::Unsupported`] where the VMM cannot be asked.
@@ -296,9 +306,10 @@ impl Admin {
         }
     }
 
-    /// Stops a target's vCPUs, and returns whether they ran. They run again after [`Admin::resume`], and when this connection
-    /// ends or sends nothing for 10 s: so this is to be called again before that. It then fails if they have run meanwhile. A
-    /// target that did not run stays as it is.
+    /// Stops a target's vCPUs, and returns whether they ran. They run again after
+    /// [`Admin::resume`], and when this connection ends or sends nothing for 10 s: so this is
+    /// to be called again before that. It then fails if they have run meanwhile. A target that
+    /// did not run stays as it is.
     ///
     /// # Errors
     /// [`AdminError`]; [`Refusal::Unsupported`] where the VMM cannot be asked.
@@ -325,7 +336,9 @@ impl Admin {
         loop {
             match self.socket.receive(&mut self.buffer)? {
                 Some((FromBroker::Answer { id, answer }, _)) if id == asked => return Ok(answer),
-                Some((FromBroker::Refused { id, refusal, message }, _)) if id == asked || id == 0 => {
+                Some((FromBroker::Refused { id, refusal, message }, _))
+                    if id == asked || id == 0 =>
+                {
                     return Err(AdminError::Refused { refusal, message });
                 }
                 Some(_) => {}

@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Connections to the broker (`kvmmemd`): [`admin`] for operators and [`vmm`] for VMMs that register their VM.
+//! Connections to the broker (`kvmmemd`): [`admin`] for operators and [`vmm`] for VMMs that
+//! register their VM.
 //!
-//! The messages are those of `kvmmem-proto`. Processes that read a target use the crate `kvmmem` instead.
+//! The messages are those of `kvmmem-proto`. Processes that read a target use the crate `kvmmem`
+//! instead.
 #![deny(unsafe_code)]
 
 pub mod admin;

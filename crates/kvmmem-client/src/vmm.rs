@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A VMM's connection to the broker.
 //!
-//! The VM is registered as long as the [`VmmLink`] lives. A thread of its own takes what the broker pushes, so that
-//! a token that was pushed to this VM is claimed without asking anybody. When the broker goes away, that thread
-//! connects and registers again, in the background; what the old broker had pushed is void then, but every
-//! [`Target`] that somebody still holds stays usable.
+//! The VM is registered as long as the [`VmmLink`] lives. A thread of its own takes what the broker
+//! pushes, so that a token that was pushed to this VM is claimed without asking anybody. When the
+//! broker goes away, that thread connects and registers again, in the background; what the old
+//! broker had pushed is void then, but every [`Target`] that somebody still holds stays usable.
 //!
-//! A second thread tells the VMM of what happens to its views ([`ViewEvents`]), so that answers go on coming while the
-//! VMM is at work on an event. A third one has it answer for its vCPUs ([`Vcpus`]).
+//! A second thread tells the VMM of what happens to its views ([`ViewEvents`]), so that answers go
+//! on coming while the VMM is at work on an event. A third one has it answer for its vCPUs
+//! ([`Vcpus`]).
 
 mod cache;
 mod events;
@@ -28,7 +29,8 @@ use kvmmem_proto::map::SHARE_IT;
 use kvmmem_proto::map::{MapError, MemoryMap};
 use kvmmem_proto::message::{Answer, Call, Refusal, Request};
 pub use kvmmem_proto::message::{
-    Caller, Change, Registration, SegmentRegister, VcpuAnswer, VcpuQuestion, VcpuRegisters, ViewCounters,
+    Caller, Change, Registration, SegmentRegister, VcpuAnswer, VcpuQuestion, VcpuRegisters,
+    ViewCounters,
 };
 use kvmmem_proto::packet::{PacketError, PacketSocket, Wait};
 pub use kvmmem_proto::scope::{Rights, Scope, Span};
@@ -86,7 +88,14 @@ impl Target {
     /// A target without files, for tests of what follows from its changes.
     #[doc(hidden)]
     pub fn without_files(id: u64, generation: u64, map: MemoryMap) -> Self {
-        Self { id, name: "without-files".into(), uuid: Uuid::nil(), generation, map, files: Arc::new([]) }
+        Self {
+            id,
+            name: "without-files".into(),
+            uuid: Uuid::nil(),
+            generation,
+            map,
+            files: Arc::new([]),
+        }
     }
 
     /// The broker's number for it, unique while the broker runs.
@@ -104,13 +113,15 @@ impl Target {
         self.uuid
     }
 
-    /// A memfd of its RAM, by the number that [`Region::file`] has for it. It is sealed against shrinking and covers
-    /// every region that lies in it, so an access through a mapping of one never meets the file's end.
+    /// A memfd of its RAM, by the number that [`Region::file`] has for it. It is sealed against
+    /// shrinking and covers every region that lies in it, so an access through a mapping of one
+    /// never meets the file's end.
     pub fn file(&self, index: u32) -> Option<BorrowedFd<'_>> {
         self.files.get(usize::try_from(index).ok()?).map(AsFd::as_fd)
     }
 
-    /// Grows with each change of its RAM, as [`ViewEvents::changed`] tells. This object stays as it was.
+    /// Grows with each change of its RAM, as [`ViewEvents::changed`] tells. This object stays as it
+    /// was.
     pub fn generation(&self) -> u64 {
         self.generation
     }
@@ -120,8 +131,8 @@ impl Target {
         &self.map
     }
 
-    /// The number of the file that holds guest-physical address `gpa`, and the offset in it; `None` in a hole of the
-    /// memory map.
+    /// The number of the file that holds guest-physical address `gpa`, and the offset in it; `None`
+    /// in a hole of the memory map.
     pub fn resolve(&self, gpa: u64) -> Option<(u32, u64)> {
         self.map.resolve(gpa)
     }
@@ -200,8 +211,8 @@ struct Shared {
     path: Option<PathBuf>,
     files: Vec<OwnedFd>,
     state: Mutex<State>,
-    /// Signalled when an answer has come, the connection has ended, something waits in [`State::events`], or the link
-    /// is dropped.
+    /// Signalled when an answer has come, the connection has ended, something waits in
+    /// [`State::events`], or the link is dropped.
     changed: Condvar,
     /// Calls that are not answered, in their order.
     outbox: Outbox,
@@ -245,8 +256,8 @@ impl State {
 }
 
 impl VmmLink {
-    /// Registers a VM with the broker that listens at `socket`; `files` are the memfds of its RAM, needed where the VM
-    /// is introspectable and sealed with `F_SEAL_SHRINK`.
+    /// Registers a VM with the broker that listens at `socket`; `files` are the memfds of its RAM,
+    /// needed where the VM is introspectable and sealed with `F_SEAL_SHRINK`.
     ///
     /// # Errors
     /// Where the broker cannot be reached or refuses.
@@ -257,10 +268,16 @@ impl VmmLink {
     ) -> Result<Self, LinkError> {
         let connected = PacketSocket::connect(socket, REGISTER_LIMIT)
             .map_err(|source| LinkError::Connect { path: socket.to_owned(), source })?;
-        Self::register(Some(socket.to_owned()), connected, registration, files.into_iter().collect())
+        Self::register(
+            Some(socket.to_owned()),
+            connected,
+            registration,
+            files.into_iter().collect(),
+        )
     }
 
-    /// Registers a VM over a connection that is there already. When it ends, so does the registration, for good.
+    /// Registers a VM over a connection that is there already. When it ends, so does the
+    /// registration, for good.
     ///
     /// # Errors
     /// As [`Self::connect`].
@@ -311,7 +328,11 @@ impl VmmLink {
         Ok(link)
     }
 
-    fn start(&mut self, name: &str, run: impl FnOnce(&Shared) + Send + 'static) -> Result<(), LinkError> {
+    fn start(
+        &mut self,
+        name: &str,
+        run: impl FnOnce(&Shared) + Send + 'static,
+    ) -> Result<(), LinkError> {
         let shared = Arc::clone(&self.shared);
         let thread = std::thread::Builder::new().name(name.into()).spawn(move || run(&shared));
         self.threads.push(thread.map_err(LinkError::Thread)?);
@@ -334,24 +355,28 @@ impl VmmLink {
         self.shared.lock().socket.is_some()
     }
 
-    /// Says who is told of what happens to views, and to pages that were mapped by [`Self::redeem`]. A grant that is
-    /// taken back is never confirmed to the broker without it.
+    /// Says who is told of what happens to views, and to pages that were mapped by
+    /// [`Self::redeem`]. A grant that is taken back is never confirmed to the broker without
+    /// it.
     pub fn set_events(&self, events: Weak<dyn ViewEvents>) {
         self.shared.lock().events.set_handler(events);
         self.shared.changed.notify_all();
     }
 
-    /// Says what answers the broker's questions about this VM's vCPUs, where the registration promised that
-    /// ([`Registration::vcpu_questions`]). Before this they are answered with an error.
+    /// Says what answers the broker's questions about this VM's vCPUs, where the registration
+    /// promised that ([`Registration::vcpu_questions`]). Before this they are answered with an
+    /// error.
     pub fn set_vcpus(&self, vcpus: Weak<dyn Vcpus>) {
         self.shared.lock().vcpus.set_handler(vcpus);
         self.shared.changed.notify_all();
     }
 
-    /// Trades a token for the target of which it allows to map a page; one use of the token is taken.
+    /// Trades a token for the target of which it allows to map a page; one use of the token is
+    /// taken.
     ///
-    /// A token that was pushed to this VM costs no round trip; else the broker is asked, and waited for at most 2 s.
-    /// Once the page is mapped where [`ViewEvents::revoke`] finds it, the caller looks at [`Self::is_revoked`].
+    /// A token that was pushed to this VM costs no round trip; else the broker is asked, and waited
+    /// for at most 2 s. Once the page is mapped where [`ViewEvents::revoke`] finds it, the
+    /// caller looks at [`Self::is_revoked`].
     ///
     /// # Errors
     /// Where the token is not good, or the broker cannot say.
@@ -365,7 +390,11 @@ impl VmmLink {
         let id = state.begin_request();
         drop(state);
 
-        let sent = socket.send(&Request { id, call: Call::Redeem { token: token.clone() } }, &[], Wait::No);
+        let sent = socket.send(
+            &Request { id, call: Call::Redeem { token: token.clone() } },
+            &[],
+            Wait::No,
+        );
         let (mut state, answer) = self.answer(id, sent.is_ok());
         match answer? {
             Answer::Redeemed { grant, target, scope } => {
@@ -373,7 +402,8 @@ impl VmmLink {
                 Ok(Redeemed { grant, target, scope })
             }
             Answer::Pushed => {
-                let redeemed = state.cache.claim(Instant::now(), token).ok_or(RedeemError::Unknown)?;
+                let redeemed =
+                    state.cache.claim(Instant::now(), token).ok_or(RedeemError::Unknown)?;
                 self.shared.outbox.push(Call::Used { token: token.clone() });
                 Ok(redeemed)
             }
@@ -388,12 +418,14 @@ impl VmmLink {
         Some(redeemed)
     }
 
-    /// How many connections were lost: the numbers of grants, views and targets start anew with each.
+    /// How many connections were lost: the numbers of grants, views and targets start anew with
+    /// each.
     pub fn connection(&self) -> u64 {
         self.shared.lock().lost
     }
 
-    /// Tells that this VM's RAM was reset, or that it is elsewhere in its files now. Whoever has a view of it is told.
+    /// Tells that this VM's RAM was reset, or that it is elsewhere in its files now. Whoever has a
+    /// view of it is told.
     pub fn ram_changed(&self, regions: Vec<Region>, change: Change) {
         let mut state = self.shared.lock();
         state.registration.regions.clone_from(&regions);
@@ -404,7 +436,11 @@ impl VmmLink {
     }
 
     /// Waits for the answer to a request.
-    fn answer(&self, id: u64, is_sent: bool) -> (MutexGuard<'_, State>, Result<Answer, RedeemError>) {
+    fn answer(
+        &self,
+        id: u64,
+        is_sent: bool,
+    ) -> (MutexGuard<'_, State>, Result<Answer, RedeemError>) {
         let deadline = Instant::now() + ANSWER_LIMIT;
         let mut state = self.shared.lock();
         let answer = loop {
@@ -417,7 +453,12 @@ impl VmmLink {
                 state.waiting.remove(&id);
                 break None;
             }
-            state = self.shared.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+            state = self
+                .shared
+                .changed
+                .wait_timeout(state, left)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
         };
         let answer = match answer {
             Some(Ok(answer)) => Ok(answer),

@@ -40,11 +40,12 @@ pub enum Level {
 /// The level of command `id`, whether offered or not.
 pub const fn level(id: u16) -> Level {
     match id {
-        // EVENT_REPLY, GET_VCPU_INFO, PAUSE_VCPU, CONTROL_EVENTS, CONTROL_CR, CONTROL_MSR, GET_REGISTERS,
-        // SET_REGISTERS, GET_CPUID, GET_XSAVE, INJECT_EXCEPTION, GET_MTRR_TYPE
+        // EVENT_REPLY, GET_VCPU_INFO, PAUSE_VCPU, CONTROL_EVENTS, CONTROL_CR, CONTROL_MSR,
+        // GET_REGISTERS, SET_REGISTERS, GET_CPUID, GET_XSAVE, INJECT_EXCEPTION,
+        // GET_MTRR_TYPE
         0 | 6 | 7 | 9 | 10 | 11 | 13..=16 | 19 | 23 => Level::Vcpu,
-        // GET_VERSION to GET_GUEST_INFO, CONTROL_VM_EVENTS, memory and page access, CONTROL_CMD_RESPONSE, GET_MAX_GFN,
-        // QUERY_PHYSICAL
+        // GET_VERSION to GET_GUEST_INFO, CONTROL_VM_EVENTS, memory and page access,
+        // CONTROL_CMD_RESPONSE, GET_MAX_GFN, QUERY_PHYSICAL
         2..=5 | 8 | 17 | 18 | 20..=22 | 24..=27 | 29 | 39 => Level::Vm,
         _ => Level::Unknown,
     }

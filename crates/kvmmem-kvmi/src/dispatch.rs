@@ -1,15 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What the server answers to each message, apart from any socket.
 //!
-//! The rules are those of the v6 kernel, with two exceptions. A bad request gets an error reply where that kernel would
-//! close the connection. And nothing is sent while the tool has switched the replies off: that kernel answers a command
-//! that it does not offer even then, but a tool in a batch waits for the reply to the batch's last message alone
-//! (libkvmi) and is out of step for good once another one comes first. The first refusal of the batch is the error of
-//! the message that switches the replies on again instead, so that the tool does not take silence for success. (libkvmi
-//! always has that message answered; where it is not, the refusal is lost.)
+//! The rules are those of the v6 kernel, with two exceptions. A bad request gets an error reply
+//! where that kernel would close the connection. And nothing is sent while the tool has switched
+//! the replies off: that kernel answers a command that it does not offer even then, but a tool in a
+//! batch waits for the reply to the batch's last message alone (libkvmi) and is out of step for
+//! good once another one comes first. The first refusal of the batch is the error of the message
+//! that switches the replies on again instead, so that the tool does not take silence for success.
+//! (libkvmi always has that message answered; where it is not, the refusal is lost.)
 //!
-//! Only these break the stream: a payload larger than the protocol allows, and an offered command that returns data
-//! while the replies are off, for then the two sides no longer agree on what follows.
+//! Only these break the stream: a payload larger than the protocol allows, and an offered command
+//! that returns data while the replies are off, for then the two sides no longer agree on what
+//! follows.
 
 use kvmmem_abi::errno::KvmError;
 use zerocopy::IntoBytes;
@@ -47,7 +49,8 @@ pub trait Introspected {
     /// Copies guest-physical memory from `gpa` on into `buffer`, which never crosses a page.
     ///
     /// # Errors
-    /// [`KvmError::Inval`] where the page is not backed: the v6 kernel's answer (its text says ENOENT).
+    /// [`KvmError::Inval`] where the page is not backed: the v6 kernel's answer (its text says
+    /// ENOENT).
     fn read(&self, gpa: u64, buffer: &mut [u8]) -> Result<(), KvmError>;
 
     /// Copies `data`, which never crosses a page, to guest-physical memory from `gpa` on.
@@ -201,7 +204,8 @@ fn carry_out(
     match request {
         Request::GetVersion => Ok(buffer.put(Version::OURS.as_bytes())),
         Request::CheckCommand(id) if command::is_offered(id) => Ok(0),
-        // No event is offered: each needs a vCPU, or the end of the VM, which the closed connection tells as well.
+        // No event is offered: each needs a vCPU, or the end of the VM, which the closed connection
+        // tells as well.
         Request::CheckCommand(_) | Request::CheckEvent(_) => Err(KvmError::Perm),
         Request::GetGuestInfo => Ok(buffer.put(GuestInfo::new(vm.vcpu_count()).as_bytes())),
         Request::ReadPhysical { gpa, size } => vm.read(gpa, buffer.data(size)).map(|()| size),

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The handshake: the VMM's side introduces the VM in 96 bytes, the tool answers with 24.
 //!
-//! Each side's structure starts with its own size; a reader takes any size from its least to 64 KiB and ignores
-//! what is surplus, so that either side may grow.
+//! Each side's structure starts with its own size; a reader takes any size from its least to 64 KiB
+//! and ignores what is surplus, so that either side may grow.
 
 use std::io::{self, Read, Write};
 
@@ -138,7 +138,10 @@ impl VmHello {
 impl ToolHello {
     /// The bytes on the wire.
     pub fn encode(&self) -> [u8; TOOL_HELLO_SIZE] {
-        zerocopy::transmute!(ToolHelloWire { size: ToolHelloWire::SIZE, cookie_hash: self.cookie_hash })
+        zerocopy::transmute!(ToolHelloWire {
+            size: ToolHelloWire::SIZE,
+            cookie_hash: self.cookie_hash
+        })
     }
 
     /// The VMM's second step: reads the tool's answer.
@@ -172,7 +175,8 @@ fn read_sized(stream: &mut impl Read, least: usize) -> Result<Vec<u8>, Handshake
     Ok(bytes)
 }
 
-/// A wire structure from the bytes after its size: what is missing is zero, what is surplus is ignored.
+/// A wire structure from the bytes after its size: what is missing is zero, what is surplus is
+/// ignored.
 fn after_size<T: FromZeros + FromBytes + IntoBytes>(bytes: &[u8]) -> T {
     let mut wire = T::new_zeroed();
     for (to, from) in wire.as_mut_bytes().iter_mut().skip(size_of::<u32>()).zip(bytes) {

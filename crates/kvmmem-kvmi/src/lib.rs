@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The KVMI protocol (KVM virtual machine introspection), numbering of the v6 and v7 kernel series.
 //!
-//! A connection is a stream socket, unix or vsock, one per introspected VM. The tool listens, the VMM's side connects
-//! and speaks first ([`handshake`]). After that the tool sends [`request`]s and reads [`reply`]s, each behind a
-//! [`message::Header`]; everything is little-endian and every padding byte is zero.
+//! A connection is a stream socket, unix or vsock, one per introspected VM. The tool listens, the
+//! VMM's side connects and speaks first ([`handshake`]). After that the tool sends [`request`]s and
+//! reads [`reply`]s, each behind a [`message::Header`]; everything is little-endian and every
+//! padding byte is zero.
 //!
-//! The codec works in both directions, so that the server in [`server`] and a client library share it. The server
-//! offers the commands that need the VM's memory only; see [`command`] for the list.
+//! The codec works in both directions, so that the server in [`server`] and a client library share
+//! it. The server offers the commands that need the VM's memory only; see [`command`] for the list.
 #![deny(unsafe_code)]
 
 pub mod command;

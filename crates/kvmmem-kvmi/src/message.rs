@@ -5,7 +5,8 @@ use kvmmem_abi::errno::KvmError;
 use zerocopy::little_endian::{I32, U16, U32};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-/// The largest payload of a message, bytes: two pages less the header. A larger one breaks the stream.
+/// The largest payload of a message, bytes: two pages less the header. A larger one breaks the
+/// stream.
 pub const MAX_PAYLOAD: usize = 2 * 4096 - HEADER_SIZE;
 
 /// Size of [`Header`], bytes.
@@ -16,7 +17,9 @@ pub const ERROR_CODE_SIZE: usize = size_of::<ErrorCode>();
 
 /// Starts every message, in both directions (`struct kvmi_msg_hdr`).
 #[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned,
+)]
 pub struct Header {
     /// Command number; a reply repeats its request's.
     pub id: U16,
@@ -38,9 +41,12 @@ impl Header {
     }
 }
 
-/// Starts the payload of every reply (`struct kvmi_error_code`); nothing follows it where `err` is not 0.
+/// Starts the payload of every reply (`struct kvmi_error_code`); nothing follows it where `err` is
+/// not 0.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned,
+)]
 pub struct ErrorCode {
     /// 0, or the negative of one of KVM's error numbers.
     pub err: I32,
@@ -60,7 +66,9 @@ impl ErrorCode {
 
 /// Starts the payload of every vCPU command (`struct kvmi_vcpu_hdr`).
 #[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned,
+)]
 pub struct VcpuHeader {
     /// Index of the vCPU.
     pub vcpu: U16,
@@ -69,10 +77,12 @@ pub struct VcpuHeader {
 }
 
 impl VcpuHeader {
-    /// Checks that a vCPU command's payload starts with a proper header naming one of `vcpu_count` vCPUs.
+    /// Checks that a vCPU command's payload starts with a proper header naming one of `vcpu_count`
+    /// vCPUs.
     ///
     /// # Errors
-    /// [`KvmError::Inval`] where the payload is too short, the padding is not zero or there is no such vCPU.
+    /// [`KvmError::Inval`] where the payload is too short, the padding is not zero or there is no
+    /// such vCPU.
     pub fn check(payload: &[u8], vcpu_count: u32) -> Result<Self, KvmError> {
         let (header, _) = Self::read_from_prefix(payload).map_err(|_| KvmError::Inval)?;
         let padded = header.padding1.get() != 0 || header.padding2.get() != 0;

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Replies, VM to tool: [`Header`], [`ErrorCode`], then what the command returns.
 //!
-//! A tool extends a shorter payload with zeroes and ignores what is surplus, as the protocol's first client does;
-//! so does [`Fixed::decode`].
+//! A tool extends a shorter payload with zeroes and ignores what is surplus, as the protocol's
+//! first client does; so does [`Fixed::decode`].
 
 use kvmmem_abi::errno::KvmError;
 use zerocopy::little_endian::{U32, U64};
@@ -31,7 +31,9 @@ pub trait Fixed: Sized + FromBytes + IntoBytes + Immutable + KnownLayout {
 
 /// Reply of GET_VERSION: 16 bytes, as in v7; a v6 tool ignores the last 8.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned,
+)]
 pub struct Version {
     /// [`VERSION`].
     pub version: U32,
@@ -62,7 +64,9 @@ impl Version {
 
 /// Reply of GET_GUEST_INFO, 16 bytes.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned,
+)]
 pub struct GuestInfo {
     /// Number of vCPUs.
     pub vcpu_count: U32,
@@ -76,18 +80,23 @@ impl GuestInfo {
     }
 }
 
-/// Reply of GET_MAX_GFN, 8 bytes. The kernel series returns the end of the last memory slot, and its tools take the
-/// number times 4096 for the size of the address space.
+/// Reply of GET_MAX_GFN, 8 bytes. The kernel series returns the end of the last memory slot, and
+/// its tools take the number times 4096 for the size of the address space.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned,
+)]
 pub struct MaxGfn {
     /// The guest frame number behind the last one that is backed by memory.
     pub gfn: U64,
 }
 
-/// Reply of QUERY_PHYSICAL, 16 bytes: what lies in one piece in guest-physical memory and in what backs it.
+/// Reply of QUERY_PHYSICAL, 16 bytes: what lies in one piece in guest-physical memory and in what
+/// backs it.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned,
+)]
 pub struct PhysicalSlot {
     /// First guest frame number.
     pub gfn: U64,
@@ -121,7 +130,8 @@ impl Fixed for MaxGfn {}
 impl Fixed for PhysicalSlot {}
 impl Fixed for MapToken {}
 
-/// Writes header and error code in front of a reply's `data_size` bytes; `None` where that is too much for a message.
+/// Writes header and error code in front of a reply's `data_size` bytes; `None` where that is too
+/// much for a message.
 pub fn prefix(
     id: u16,
     seq: u32,
@@ -161,7 +171,8 @@ pub enum DecodeError {
 /// # Errors
 /// Where the payload is too short or the code is not one of KVM's.
 pub fn decode(payload: &[u8]) -> Result<Outcome<'_>, DecodeError> {
-    let (code, data) = ErrorCode::read_from_prefix(payload).map_err(|_| DecodeError::Short(payload.len()))?;
+    let (code, data) =
+        ErrorCode::read_from_prefix(payload).map_err(|_| DecodeError::Short(payload.len()))?;
     match code.err.get() {
         0 => Ok(Outcome::Done(data)),
         err => KvmError::from_result(err.into()).map(Outcome::Failed).ok_or(DecodeError::Code(err)),

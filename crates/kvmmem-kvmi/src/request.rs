@@ -108,8 +108,9 @@ impl<'a> Request<'a> {
     /// Decodes the payload of command `id`.
     ///
     /// # Errors
-    /// [`KvmError::OpNotSupp`] where the command is not offered; [`KvmError::Inval`] where the payload has another
-    /// length than the command's, padding is not zero, or a transfer is empty, larger than a page or crosses one.
+    /// [`KvmError::OpNotSupp`] where the command is not offered; [`KvmError::Inval`] where the
+    /// payload has another length than the command's, padding is not zero, or a transfer is
+    /// empty, larger than a page or crosses one.
     pub fn decode(id: u16, payload: &'a [u8]) -> Result<Self, KvmError> {
         match id {
             command::GET_VERSION => empty(payload, Self::GetVersion),
@@ -122,7 +123,8 @@ impl<'a> Request<'a> {
                 Ok(Self::ReadPhysical { gpa: place.gpa.get(), size })
             }
             command::WRITE_PHYSICAL => {
-                let (place, data) = Physical::read_from_prefix(payload).map_err(|_| KvmError::Inval)?;
+                let (place, data) =
+                    Physical::read_from_prefix(payload).map_err(|_| KvmError::Inval)?;
                 if usize::from(transfer_size(&place)?) != data.len() {
                     return Err(KvmError::Inval);
                 }

@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The VM's side of a connection: handshake, then one reply for each request, until the tool closes.
+//! The VM's side of a connection: handshake, then one reply for each request, until the tool
+//! closes.
 //!
-//! An idle tool is waited for without limit; to stop, shut the socket down from another thread. A tool that has begun
-//! a handshake or a message, or that does not read its replies, has a limited time to continue ([`Limits`]).
+//! An idle tool is waited for without limit; to stop, shut the socket down from another thread. A
+//! tool that has begun a handshake or a message, or that does not read its replies, has a limited
+//! time to continue ([`Limits`]).
 
 use std::io::{self, Read, Write};
 use std::os::fd::AsFd;
@@ -74,7 +76,9 @@ pub enum ServeError {
     #[error("the tool closed the connection within a message")]
     Truncated,
     /// A payload is larger than the protocol allows.
-    #[error("command {id} announces {size:#x} bytes of payload, at most {MAX_PAYLOAD:#x} are allowed")]
+    #[error(
+        "command {id} announces {size:#x} bytes of payload, at most {MAX_PAYLOAD:#x} are allowed"
+    )]
     TooLong {
         /// The command.
         id: u16,
@@ -119,7 +123,8 @@ pub fn serve_within<S: Socket>(
     let mut dispatcher = Dispatcher::default();
     let mut reply = ReplyBuffer::default();
     while let Some((header, payload)) = inbox.next(stream)? {
-        let bytes = dispatcher.answer(vm, header, payload, &mut reply).map_err(ServeError::RepliesOff)?;
+        let bytes =
+            dispatcher.answer(vm, header, payload, &mut reply).map_err(ServeError::RepliesOff)?;
         if let Some(bytes) = bytes {
             stream.write_all(bytes).map_err(ServeError::Write)?;
         }
@@ -130,8 +135,13 @@ pub fn serve_within<S: Socket>(
     Ok(())
 }
 
-fn greet<S: Socket>(stream: &mut S, vm: &impl Introspected, limit: Duration) -> Result<(), HandshakeError> {
-    let hello = VmHello { uuid: vm.uuid(), start_time_ms: vm.start_time_ms(), name: vm.name().to_owned() };
+fn greet<S: Socket>(
+    stream: &mut S,
+    vm: &impl Introspected,
+    limit: Duration,
+) -> Result<(), HandshakeError> {
+    let hello =
+        VmHello { uuid: vm.uuid(), start_time_ms: vm.start_time_ms(), name: vm.name().to_owned() };
     hello.send(stream)?;
     // No cookie is configured on this side, so any hash will do, as with QEMU.
     ToolHello::receive(&mut Deadline { stream, end: Instant::now() + limit }).map(|_| ())
@@ -154,8 +164,8 @@ impl<S: Socket> Read for Deadline<'_, S> {
     }
 }
 
-/// Bytes that have come and are not yet served. Has room for one message of the largest size, so that a usual request
-/// takes one read, and a batch of small ones as well.
+/// Bytes that have come and are not yet served. Has room for one message of the largest size, so
+/// that a usual request takes one read, and a batch of small ones as well.
 struct Inbox {
     bytes: Box<[u8; HEADER_SIZE + MAX_PAYLOAD]>,
     start: usize,
@@ -177,7 +187,10 @@ impl Inbox {
             if let Some(header) = Header::parse(waiting) {
                 let size = usize::from(header.size.get());
                 if size > MAX_PAYLOAD {
-                    return Err(ServeError::TooLong { id: header.id.get(), size: header.size.get() });
+                    return Err(ServeError::TooLong {
+                        id: header.id.get(),
+                        size: header.size.get(),
+                    });
                 }
                 if waiting.len() >= HEADER_SIZE + size {
                     break header;

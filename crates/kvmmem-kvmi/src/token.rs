@@ -47,7 +47,8 @@ impl Token {
         bytes
     }
 
-    /// The token as 64 hexadecimal digits: its bytes in the order of the wire. [`FromStr`] reads them.
+    /// The token as 64 hexadecimal digits: its bytes in the order of the wire. [`FromStr`] reads
+    /// them.
     pub fn to_hex(&self) -> Zeroizing<String> {
         let bytes = Zeroizing::new(self.to_bytes());
         // As large as it gets, so that no copy is left behind.
@@ -75,7 +76,8 @@ impl FromStr for Token {
         if pairs.len() != bytes.len() {
             return Err(NotAToken);
         }
-        let digit = |character: u8| char::from(character).to_digit(16).and_then(|n| u8::try_from(n).ok());
+        let digit =
+            |character: u8| char::from(character).to_digit(16).and_then(|n| u8::try_from(n).ok());
         for (byte, [high, low]) in bytes.iter_mut().zip(pairs) {
             let (high, low) = digit(*high).zip(digit(*low)).ok_or(NotAToken)?;
             *byte = (high << 4) | low;
@@ -127,8 +129,11 @@ mod tests {
         assert_eq!(token.words()[0], 0x0706_0504_0302_0100);
         assert_eq!(*token.to_hex(), text);
         assert_eq!(text.to_uppercase().parse(), Ok(token));
-        let (short, long, prefixed) = (&text[1..], format!("{text}00"), format!("0x{}", &text[2..]));
-        for bad in ["", "00", short, &long, &prefixed, &"zz".repeat(32), &"+1".repeat(32), &"é".repeat(32)] {
+        let (short, long, prefixed) =
+            (&text[1..], format!("{text}00"), format!("0x{}", &text[2..]));
+        for bad in
+            ["", "00", short, &long, &prefixed, &"zz".repeat(32), &"+1".repeat(32), &"é".repeat(32)]
+        {
             assert_eq!(bad.parse::<Token>(), Err(NotAToken), "{bad}");
         }
     }

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Sequences of commands, offered or not, alone and in batches, against what libkvmi expects to receive.
+//! Sequences of commands, offered or not, alone and in batches, against what libkvmi expects to
+//! receive.
 
 use kvmmem_abi::errno::KvmError;
 use kvmmem_kvmi::command;
@@ -59,7 +60,9 @@ impl Command {
         match (self.id, self.payload.len()) {
             (command::EVENT_REPLY, _) => None,
             // Those for a vCPU need its header; there is one vCPU.
-            (6 | 7 | 9..=11 | 13..=16 | 19 | 23, size) if size < 8 || self.payload[..8] != [0; 8] => {
+            (6 | 7 | 9..=11 | 13..=16 | 19 | 23, size)
+                if size < 8 || self.payload[..8] != [0; 8] =>
+            {
                 Some(INVAL)
             }
             // READ_PHYSICAL and WRITE_PHYSICAL as `commands` makes them.
@@ -79,7 +82,8 @@ impl Command {
 }
 
 fn commands() -> impl Strategy<Value = Command> {
-    let offered = prop_oneof![Just(2u16), Just(5), Just(22), Just(29)].prop_map(|id| (id, Vec::new()));
+    let offered =
+        prop_oneof![Just(2u16), Just(5), Just(22), Just(29)].prop_map(|id| (id, Vec::new()));
     let reads = prop_oneof![
         Just((17, [0u64.to_le_bytes(), 8u64.to_le_bytes()].concat())),
         Just((17, Vec::new())),
@@ -104,19 +108,27 @@ fn commands() -> impl Strategy<Value = Command> {
 enum Step {
     /// Sends a command and waits for its reply.
     Call(Command),
-    /// Sends commands in a batch, as libkvmi does: replies off from this message on, commands, replies on from this
-    /// message on; then waits for the reply to the last message.
+    /// Sends commands in a batch, as libkvmi does: replies off from this message on, commands,
+    /// replies on from this message on; then waits for the reply to the last message.
     Batch(Vec<Command>),
-    /// The same, but the first message is answered and the last one is not: each holds for what follows it.
+    /// The same, but the first message is answered and the last one is not: each holds for what
+    /// follows it.
     Late(Vec<Command>),
 }
 
 fn steps() -> impl Strategy<Value = Step> {
     // No client asks for data that it has switched off.
     let batch = || {
-        proptest::collection::vec(commands().prop_filter("silent", |command| !command.returns_data()), 0..6)
+        proptest::collection::vec(
+            commands().prop_filter("silent", |command| !command.returns_data()),
+            0..6,
+        )
     };
-    prop_oneof![commands().prop_map(Step::Call), batch().prop_map(Step::Batch), batch().prop_map(Step::Late)]
+    prop_oneof![
+        commands().prop_map(Step::Call),
+        batch().prop_map(Step::Batch),
+        batch().prop_map(Step::Late)
+    ]
 }
 
 /// A client: what it has sent, and which replies it waits for, in order.

@@ -4,7 +4,9 @@
 use kvmmem_abi::errno::KvmError;
 use kvmmem_kvmi::handshake::{ToolHello, VmHello};
 use kvmmem_kvmi::message::{Header, VcpuHeader};
-use kvmmem_kvmi::reply::{self, Fixed, GuestInfo, MapToken, MaxGfn, Outcome, PhysicalSlot, Version};
+use kvmmem_kvmi::reply::{
+    self, Fixed, GuestInfo, MapToken, MaxGfn, Outcome, PhysicalSlot, Version,
+};
 use kvmmem_kvmi::request::Request;
 use proptest::prelude::*;
 
@@ -17,8 +19,14 @@ fn encoded(request: Request<'_>, seq: u32) -> Vec<u8> {
 #[test]
 fn requests_have_the_protocol_s_bytes() {
     assert_eq!(encoded(Request::GetVersion, 0x0102_0304), [2, 0, 0, 0, 4, 3, 2, 1]);
-    assert_eq!(encoded(Request::CheckCommand(17), 1), [3, 0, 8, 0, 1, 0, 0, 0, 17, 0, 0, 0, 0, 0, 0, 0]);
-    assert_eq!(encoded(Request::CheckEvent(10), 1), [4, 0, 8, 0, 1, 0, 0, 0, 10, 0, 0, 0, 0, 0, 0, 0]);
+    assert_eq!(
+        encoded(Request::CheckCommand(17), 1),
+        [3, 0, 8, 0, 1, 0, 0, 0, 17, 0, 0, 0, 0, 0, 0, 0]
+    );
+    assert_eq!(
+        encoded(Request::CheckEvent(10), 1),
+        [4, 0, 8, 0, 1, 0, 0, 0, 10, 0, 0, 0, 0, 0, 0, 0]
+    );
     assert_eq!(encoded(Request::GetGuestInfo, 7), [5, 0, 0, 0, 7, 0, 0, 0]);
     assert_eq!(
         encoded(Request::ReadPhysical { gpa: 0x1_0000_0ff8, size: 8 }, 2),
@@ -26,7 +34,10 @@ fn requests_have_the_protocol_s_bytes() {
     );
     assert_eq!(
         encoded(Request::WritePhysical { gpa: 0x1000, data: b"abc" }, 3),
-        [18, 0, 19, 0, 3, 0, 0, 0, 0, 0x10, 0, 0, 0, 0, 0, 0, 3, 0, 0, 0, 0, 0, 0, 0, b'a', b'b', b'c']
+        [
+            18, 0, 19, 0, 3, 0, 0, 0, 0, 0x10, 0, 0, 0, 0, 0, 0, 3, 0, 0, 0, 0, 0, 0, 0, b'a',
+            b'b', b'c'
+        ]
     );
     assert_eq!(encoded(Request::GetMapToken, 4), [22, 0, 0, 0, 4, 0, 0, 0]);
     assert_eq!(
@@ -81,7 +92,11 @@ fn bad_payloads_are_einval() {
         (39, vec![0; 16]),
     ];
     for (id, payload) in bad {
-        assert_eq!(Request::decode(*id, payload), Err(KvmError::Inval), "command {id}, {payload:x?}");
+        assert_eq!(
+            Request::decode(*id, payload),
+            Err(KvmError::Inval),
+            "command {id}, {payload:x?}"
+        );
     }
     assert!(Request::decode(17, &read(0xfff, 1)).is_ok());
     assert!(Request::decode(17, &read(!0xfff, 4096)).is_ok());
@@ -114,10 +129,16 @@ fn fixed_replies_are_extended_and_cut() {
 #[test]
 fn reply_payloads_are_split() {
     assert_eq!(reply::decode(&[0, 0, 0, 0, 0, 0, 0, 0, 9]), Ok(Outcome::Done(&[9])));
-    assert_eq!(reply::decode(&[0xfe, 0xff, 0xff, 0xff, 0, 0, 0, 0]), Ok(Outcome::Failed(KvmError::NoEnt)));
+    assert_eq!(
+        reply::decode(&[0xfe, 0xff, 0xff, 0xff, 0, 0, 0, 0]),
+        Ok(Outcome::Failed(KvmError::NoEnt))
+    );
     assert_eq!(reply::decode(&[0; 7]), Err(reply::DecodeError::Short(7)));
     assert_eq!(reply::decode(&[5, 0, 0, 0, 0, 0, 0, 0]), Err(reply::DecodeError::Code(5)));
-    assert_eq!(reply::decode(&[0, 0, 0, 0x80, 0, 0, 0, 0]), Err(reply::DecodeError::Code(i32::MIN)));
+    assert_eq!(
+        reply::decode(&[0, 0, 0, 0x80, 0, 0, 0, 0]),
+        Err(reply::DecodeError::Code(i32::MIN))
+    );
 }
 
 #[test]

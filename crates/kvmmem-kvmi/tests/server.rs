@@ -81,7 +81,8 @@ impl Introspected for Vm {
     }
 }
 
-/// Serves a VM; returns what the tool got after the handshake, and how the connection ended for the server.
+/// Serves a VM; returns what the tool got after the handshake, and how the connection ended for the
+/// server.
 fn talk(requests: &[u8]) -> (Vec<u8>, Result<(), ServeError>) {
     let (mut ours, mut tools) = UnixStream::pair().unwrap();
     thread::scope(|scope| {
@@ -127,8 +128,14 @@ fn check(requests: &[Vec<u8>], replies: &[Vec<u8>]) {
 
 #[test]
 fn each_command_is_answered() {
-    check(&[message(2, 9, &[])], &[reply(2, 9, 0, &[1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0])]);
-    check(&[message(5, 1, &[])], &[reply(5, 1, 0, &[2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0])]);
+    check(
+        &[message(2, 9, &[])],
+        &[reply(2, 9, 0, &[1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0])],
+    );
+    check(
+        &[message(5, 1, &[])],
+        &[reply(5, 1, 0, &[2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0])],
+    );
     check(&[message(29, 1, &[])], &[reply(29, 1, 0, &[3, 0, 0, 0, 0, 0, 0, 0])]);
     let slot: Vec<u8> = [2u64, 1].iter().flat_map(|number| number.to_le_bytes()).collect();
     check(&[message(39, 1, &2u64.to_le_bytes())], &[reply(39, 1, 0, &slot)]);
@@ -138,7 +145,10 @@ fn each_command_is_answered() {
     check(&[message(17, 1, &physical(0x2ff8, 8))], &[reply(17, 1, 0, &[0x5a; 8])]);
     check(&[message(17, 1, &physical(0x2000, 4096))], &[reply(17, 1, 0, &[0x5a; 4096])]);
     check(
-        &[message(18, 1, &[physical(0x10, 3), b"abc".to_vec()].concat()), message(17, 2, &physical(0xf, 5))],
+        &[
+            message(18, 1, &[physical(0x10, 3), b"abc".to_vec()].concat()),
+            message(17, 2, &physical(0xf, 5)),
+        ],
         &[reply(18, 1, 0, &[]), reply(17, 2, 0, b"Zabc\x5a")],
     );
     let words: Vec<u8> = [1u64, 2, 3, 4].iter().flat_map(|word| word.to_le_bytes()).collect();
@@ -188,7 +198,8 @@ fn a_bad_request_is_answered_and_the_connection_stays() {
 
 #[test]
 fn a_batch_is_answered_once() {
-    let write = |at: u8| message(18, u32::from(at), &[physical(u64::from(at), 1), vec![at]].concat());
+    let write =
+        |at: u8| message(18, u32::from(at), &[physical(u64::from(at), 1), vec![at]].concat());
     check(
         &[control(10, false, true), write(1), write(2), write(3), control(11, true, true)],
         &[reply(27, 11, 0, &[])],
@@ -219,7 +230,8 @@ fn errors_of_offered_commands_are_silent_in_a_batch() {
 
 #[test]
 fn the_first_refusal_of_a_batch_is_the_error_of_its_last_message() {
-    let pause = |seq: u32, vcpu: u8| message(7, seq, &[vcpu, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0]);
+    let pause =
+        |seq: u32, vcpu: u8| message(7, seq, &[vcpu, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0]);
     let version = || (message(2, 9, &[]), reply(2, 9, 0, Version::OURS.as_bytes()));
     // What libkvmi sends to pause all vCPUs.
     check(
@@ -227,7 +239,13 @@ fn the_first_refusal_of_a_batch_is_the_error_of_its_last_message() {
         &[reply(27, 4, -95, &[]), version().1],
     );
     check(
-        &[control(1, false, true), pause(2, 2), message(999, 3, &[]), control(4, true, true), version().0],
+        &[
+            control(1, false, true),
+            pause(2, 2),
+            message(999, 3, &[]),
+            control(4, true, true),
+            version().0,
+        ],
         &[reply(27, 4, -22, &[]), version().1],
     );
     // Told once, and a batch of its own has no part in it.
@@ -243,7 +261,13 @@ fn the_first_refusal_of_a_batch_is_the_error_of_its_last_message() {
     );
     // A message that switches the replies on for those after it is not answered itself.
     check(
-        &[control(1, false, true), pause(2, 0), control(3, true, false), version().0, control(4, true, true)],
+        &[
+            control(1, false, true),
+            pause(2, 0),
+            control(3, true, false),
+            version().0,
+            control(4, true, true),
+        ],
         &[version().1, reply(27, 4, 0, &[])],
     );
 }
@@ -327,7 +351,8 @@ fn a_message_may_come_in_pieces() {
     let (mut ours, mut tools) = UnixStream::pair().unwrap();
     thread::scope(|scope| {
         scope.spawn(move || serve(&mut ours, &Vm::default(), || {}).unwrap());
-        let requests = [vec![24], vec![0; 23], message(17, 1, &physical(0, 2)), message(29, 2, &[])].concat();
+        let requests =
+            [vec![24], vec![0; 23], message(17, 1, &physical(0, 2)), message(29, 2, &[])].concat();
         for piece in requests.chunks(5) {
             tools.write_all(piece).unwrap();
             thread::yield_now();
@@ -344,25 +369,23 @@ fn a_message_may_come_in_pieces() {
 
 /// A message that is more likely than chance to mean something.
 fn any_message() -> impl Strategy<Value = Vec<u8>> {
-    let payload = prop_oneof![
-        proptest::collection::vec(any::<u8>(), 0..40),
-        (0u64..0x4000, 0u64..5000).prop_map(|(gpa, size)| physical(gpa, size)),
-        (0u64..0x4000, proptest::collection::vec(any::<u8>(), 0..64)).prop_map(|(gpa, data)| [
-            physical(gpa, data.len() as u64),
-            data
-        ]
-        .concat()),
-        (any::<bool>(), any::<bool>()).prop_map(|(enable, now)| vec![
-            enable.into(),
-            now.into(),
-            0,
-            0,
-            0,
-            0,
-            0,
-            0
-        ]),
-    ];
+    let payload =
+        prop_oneof![
+            proptest::collection::vec(any::<u8>(), 0..40),
+            (0u64..0x4000, 0u64..5000).prop_map(|(gpa, size)| physical(gpa, size)),
+            (0u64..0x4000, proptest::collection::vec(any::<u8>(), 0..64))
+                .prop_map(|(gpa, data)| [physical(gpa, data.len() as u64), data].concat()),
+            (any::<bool>(), any::<bool>()).prop_map(|(enable, now)| vec![
+                enable.into(),
+                now.into(),
+                0,
+                0,
+                0,
+                0,
+                0,
+                0
+            ]),
+        ];
     (0u16..32, any::<u32>(), payload).prop_map(|(id, seq, payload)| message(id, seq, &payload))
 }
 

@@ -2,12 +2,14 @@
 //! The kernel's types, from the BTF that it keeps of itself (`include/uapi/linux/btf.h`,
 //! Documentation/bpf/btf.rst).
 //!
-//! A parser of our own: of the crates that read BTF none knows both the wide fields of 7.3 (7 bits of kind, 24 of count)
-//! and modules' split BTF under a licence that this project can use, and what is needed is small: where a member of a
-//! structure is, how large a type is, what an enumerator's value is. The blob stays as it is, with an index of where each
-//! type begins and one by hash of the name; nothing else is decoded before it is asked for.
+//! A parser of our own: of the crates that read BTF none knows both the wide fields of 7.3 (7 bits
+//! of kind, 24 of count) and modules' split BTF under a licence that this project can use, and what
+//! is needed is small: where a member of a structure is, how large a type is, what an enumerator's
+//! value is. The blob stays as it is, with an index of where each type begins and one by hash of
+//! the name; nothing else is decoded before it is asked for.
 //!
-//! All of it is the guest's: each look-up ends after a limited number of steps, also where types refer to each other.
+//! All of it is the guest's: each look-up ends after a limited number of steps, also where types
+//! refer to each other.
 
 mod layout;
 mod member;
@@ -39,7 +41,8 @@ pub struct Types {
     header: Header,
     /// Where each type begins in the blob; the first is that of type 1.
     starts: Vec<u32>,
-    /// Hash of the name in the upper half, type in the lower; ascending. Only types by whose names something is looked up.
+    /// Hash of the name in the upper half, type in the lower; ascending. Only types by whose names
+    /// something is looked up.
     by_name: Vec<u64>,
 }
 
@@ -85,7 +88,8 @@ impl Types {
         while at < end {
             let reader = types.at(at).ok_or(BtfError::Malformed("a type passes its end"))?;
             let (start, id) = (u32::try_from(at), types.starts.len() as u64 + 1);
-            let name = if reader.kind().is_looked_up() { types.string(reader.name_offset()) } else { b"" };
+            let name =
+                if reader.kind().is_looked_up() { types.string(reader.name_offset()) } else { b"" };
             let named = (!name.is_empty()).then(|| u64::from(hash(name)) << 32 | id);
             at += reader.len().ok_or_else(|| BtfError::Kind { id, kind: reader.kind_number() })?;
             types.starts.push(start.map_err(|_| BtfError::Malformed("its length"))?);
@@ -108,7 +112,8 @@ impl Types {
         self.starts.is_empty()
     }
 
-    /// The structure, union, enumeration, typedef or base type with this name; of several, a structure or union first.
+    /// The structure, union, enumeration, typedef or base type with this name; of several, a
+    /// structure or union first.
     pub fn find(&self, name: &str) -> Option<TypeId> {
         let wanted = u64::from(hash(name.as_bytes()));
         let first = self.by_name.partition_point(|entry| entry >> 32 < wanted);
@@ -140,9 +145,12 @@ impl Types {
                     id = element;
                     continue;
                 }
-                Kind::Int | Kind::Struct | Kind::Union | Kind::Enum | Kind::Enum64 | Kind::Float => {
-                    u64::from(reader.size_or_type())
-                }
+                Kind::Int
+                | Kind::Struct
+                | Kind::Union
+                | Kind::Enum
+                | Kind::Enum64
+                | Kind::Float => u64::from(reader.size_or_type()),
                 _ => return None,
             };
             return count.checked_mul(size);
@@ -153,10 +161,14 @@ impl Types {
     /// The value of the first enumerator with this name in any enumeration.
     pub fn enumerator(&self, name: &str) -> Option<i64> {
         let readers = self.starts.iter().filter_map(|start| self.at(*start as usize));
-        readers.filter(|reader| matches!(reader.kind(), Kind::Enum | Kind::Enum64)).find_map(|reader| {
-            let mut values = reader.enumerators();
-            values.find(|(offset, _)| self.string(*offset) == name.as_bytes()).map(|(_, value)| value)
-        })
+        readers.filter(|reader| matches!(reader.kind(), Kind::Enum | Kind::Enum64)).find_map(
+            |reader| {
+                let mut values = reader.enumerators();
+                values
+                    .find(|(offset, _)| self.string(*offset) == name.as_bytes())
+                    .map(|(_, value)| value)
+            },
+        )
     }
 
     /// The type that a typedef or a qualified type means.

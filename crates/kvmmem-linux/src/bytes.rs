@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Numbers and strings in a copy of one of the kernel's structures. What passes the copy's end, or could not be read, reads as
-//! zero.
+//! Numbers and strings in a copy of one of the kernel's structures. What passes the copy's end, or
+//! could not be read, reads as zero.
 
 use std::ops::Range;
 
@@ -36,8 +36,10 @@ impl Bytes {
         while at < copy.len() {
             let start = gva.wrapping_add(at);
             let end = (at + PAGE_SIZE as u64 - start % PAGE_SIZE as u64).min(copy.len());
-            let range =
-                Range { start: usize::try_from(at).unwrap_or(0), end: usize::try_from(end).unwrap_or(0) };
+            let range = Range {
+                start: usize::try_from(at).unwrap_or(0),
+                end: usize::try_from(end).unwrap_or(0),
+            };
             let part = copy.bytes.get_mut(range).unwrap_or_default();
             if kernel.read(start, part).is_err() {
                 part.fill(0);

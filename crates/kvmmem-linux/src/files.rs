@@ -8,11 +8,12 @@ use crate::kernel::{Kernel, KernelError};
 use crate::paths::{FilePath, Paths};
 use crate::tasks::Task;
 
-/// The most descriptors of a process (`sysctl_nr_open_max` is this on 64 bits, less what a process can do).
+/// The most descriptors of a process (`sysctl_nr_open_max` is this on 64 bits, less what a process
+/// can do).
 const MAX_FDS: u32 = 1 << 20;
 
-/// The most bytes of paths of all files together. Descriptors may share a file, so that a few megabytes of the guest's could
-/// name any number of long paths.
+/// The most bytes of paths of all files together. Descriptors may share a file, so that a few
+/// megabytes of the guest's could name any number of long paths.
 const MAX_ALL_PATHS: usize = 64 << 20;
 
 /// Reads of a file that changes.
@@ -39,7 +40,8 @@ pub struct OpenFile {
     pub gva: u64,
     /// What is open; empty where that cannot be read.
     pub path: FilePath,
-    /// As open(2) has them (`O_RDWR` and so on); `None` where they cannot be read, as for the position.
+    /// As open(2) has them (`O_RDWR` and so on); `None` where they cannot be read, as for the
+    /// position.
     pub flags: Option<u32>,
     /// Where the next read or write begins.
     pub position: Option<u64>,
@@ -95,7 +97,8 @@ impl<'a> Files<'a> {
         })
     }
 
-    /// The files of a task; none of one that has ended, or that is the kernel's. Files that are closed meanwhile are left out.
+    /// The files of a task; none of one that has ended, or that is the kernel's. Files that are
+    /// closed meanwhile are left out.
     ///
     /// # Errors
     /// [`KernelError`]: the table of descriptors cannot be found, or the paths of all tasks so far are more than 64 MiB.
@@ -126,8 +129,15 @@ impl<'a> Files<'a> {
                 Err(error) if !error.is_local() => return Err(error),
                 Err(_) if is_there => {
                     let (path, is_damaged) = (FilePath::default(), true);
-                    let file =
-                        OpenFile { fd, gva, path, flags: None, position: None, is_torn: false, is_damaged };
+                    let file = OpenFile {
+                        fd,
+                        gva,
+                        path,
+                        flags: None,
+                        position: None,
+                        is_torn: false,
+                        is_damaged,
+                    };
                     found.files.push(file);
                 }
                 _ => {}
@@ -150,13 +160,15 @@ impl<'a> Files<'a> {
         let (mut open, mut lost) = (Vec::new(), None);
         for first in (0..count).step_by(BATCH) {
             let batch = u64::from(count - first).min(BATCH as u64);
-            let bytes = match Bytes::read(self.kernel, array.wrapping_add(u64::from(first) * 8), batch * 8) {
-                Ok(bytes) => bytes,
-                Err(error) => {
-                    lost = Some(error);
-                    continue;
-                }
-            };
+            let bytes =
+                match Bytes::read(self.kernel, array.wrapping_add(u64::from(first) * 8), batch * 8)
+                {
+                    Ok(bytes) => bytes,
+                    Err(error) => {
+                        lost = Some(error);
+                        continue;
+                    }
+                };
             if !bytes.is_whole() {
                 lost = Some(malformed(array));
             }
@@ -168,18 +180,26 @@ impl<'a> Files<'a> {
         }
         (open, lost.or_else(|| self.unused(task, table, count).err()))
     }
-    /// Checks that not more descriptors are in use without a file than threads can be about to open one.
+    /// Checks that not more descriptors are in use without a file than threads can be about to open
+    /// one.
     fn unused(&self, task: &Task, table: u64, count: u32) -> Result<(), KernelError> {
         let word = |base: u64, at: u64| self.kernel.read_u64(base.wrapping_add(at));
-        let threads = self.kernel.read_u32(word(task.gva, self.signal)?.wrapping_add(self.nr_threads))?;
+        let threads =
+            self.kernel.read_u32(word(task.gva, self.signal)?.wrapping_add(self.nr_threads))?;
         let (bits, array) = (word(table, self.open_fds)?, word(table, self.fd)?);
         let (mut used, mut open) = (0, 0);
         for first in (0..count).step_by(BATCH) {
             let batch = u64::from(count - first).min(BATCH as u64);
-            let words = Bytes::read(self.kernel, bits.wrapping_add(u64::from(first) / 8), batch.div_ceil(8))?;
-            let files = Bytes::read(self.kernel, array.wrapping_add(u64::from(first) * 8), batch * 8)?;
+            let words = Bytes::read(
+                self.kernel,
+                bits.wrapping_add(u64::from(first) / 8),
+                batch.div_ceil(8),
+            )?;
+            let files =
+                Bytes::read(self.kernel, array.wrapping_add(u64::from(first) * 8), batch * 8)?;
             used += words.as_ref().iter().map(|byte| byte.count_ones()).sum::<u32>();
-            open += u32::try_from((0..batch).filter(|at| files.u64(at * 8) != 0).count()).unwrap_or(0);
+            open +=
+                u32::try_from((0..batch).filter(|at| files.u64(at * 8) != 0).count()).unwrap_or(0);
         }
         // A thread may wait in accept(2) with a descriptor that is to be the connection's.
         if used > open.saturating_add(threads) { Err(malformed(table)) } else { Ok(()) }
@@ -196,7 +216,8 @@ impl<'a> Files<'a> {
             }
         }
         let left = self.paths_left.get().checked_sub(file.path.text.len() + 1);
-        self.paths_left.set(left.ok_or(KernelError::TooMuch { what: "64 MiB of open files' paths" })?);
+        self.paths_left
+            .set(left.ok_or(KernelError::TooMuch { what: "64 MiB of open files' paths" })?);
         Ok(file)
     }
 
@@ -206,8 +227,8 @@ impl<'a> Files<'a> {
         let flags = self.kernel.read_u32(gva.wrapping_add(self.f_flags)).ok();
         let position = word(self.f_pos).ok();
         let is_damaged = path.is_err() || flags.is_none() || position.is_none();
-        let path =
-            path.or_else(|error| if error.is_local() { Ok(FilePath::default()) } else { Err(error) })?;
+        let path = path
+            .or_else(|error| if error.is_local() { Ok(FilePath::default()) } else { Err(error) })?;
         Ok(OpenFile { fd, gva, path, flags, position, is_torn: false, is_damaged })
     }
 }

@@ -15,7 +15,8 @@ const UTS_LEN: u64 = 65;
 /// Where a kernel that does not say has the names in `struct uts_namespace`.
 const UTS_NAME_AT: i64 = 4;
 
-/// Where `tk_core` has its `struct timekeeper` in kernels that have no name for its type: behind a sequence counter.
+/// Where `tk_core` has its `struct timekeeper` in kernels that have no name for its type: behind a
+/// sequence counter.
 const TIMEKEEPER_AT: u64 = 8;
 
 /// The most bytes of the time that are read.
@@ -78,17 +79,21 @@ impl Identity {
         kernel.read(names_at(kernel)?, names.as_mut())?;
         let name = |number| names.string(number * UTS_LEN, UTS_LEN);
         let note = kernel.note();
-        let offset = note.value("KERNELOFFSET").and_then(|value| u64::from_str_radix(value, 16).ok());
+        let offset =
+            note.value("KERNELOFFSET").and_then(|value| u64::from_str_radix(value, 16).ok());
         let mut missing = Vec::new();
         let build_id = note.value("BUILD-ID").map(str::to_owned);
         if build_id.is_none() {
-            missing
-                .push(Missing { what: "the build id", why: "the kernel's note has no BUILD-ID".to_owned() });
+            missing.push(Missing {
+                what: "the build id",
+                why: "the kernel's note has no BUILD-ID".to_owned(),
+            });
         }
         let command_line = command_line(kernel);
         let command_line =
             command_line.map_err(|error| missing.push(Missing::new("the command line", &error)));
-        let clock = clock(kernel).map_err(|error| missing.push(Missing::new("the boot time", &error))).ok();
+        let clock =
+            clock(kernel).map_err(|error| missing.push(Missing::new("the boot time", &error))).ok();
         Ok(Self {
             host_name: name(1),
             release: name(2),
@@ -147,7 +152,9 @@ fn clock(kernel: &Kernel<'_>) -> Result<Clock, KernelError> {
             let boot = one.u64(boot);
             return Ok(Clock {
                 booted: Duration::from_nanos(one.u64(real).wrapping_sub(boot)),
-                uptime: Duration::from_nanos(one.u64(mono).wrapping_add(nanoseconds).wrapping_add(boot)),
+                uptime: Duration::from_nanos(
+                    one.u64(mono).wrapping_add(nanoseconds).wrapping_add(boot),
+                ),
             });
         }
     }

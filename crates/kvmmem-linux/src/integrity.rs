@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Whether a kernel was tampered with in the ways that rootkits use: entries that lead out of the kernel's text or to a function
-//! of another purpose, and modules and processes that were taken out of one of the two structures that have them.
+//! Whether a kernel was tampered with in the ways that rootkits use: entries that lead out of the
+//! kernel's text or to a function of another purpose, and modules and processes that were taken out
+//! of one of the two structures that have them.
 //!
 //! | check | what is compared | module |
 //! |---|---|---|
@@ -10,8 +11,9 @@
 //! | modules | the list of modules with `/sys/module` | [`modules`] |
 //! | tasks | the lists of processes and threads with the pids | [`tasks`] |
 //!
-//! A guest that runs adds and removes modules and tasks while they are compared: what is found once and not again was such a
-//! change. All that is compared is the guest's own word, so that nothing found does not mean that nothing is there.
+//! A guest that runs adds and removes modules and tasks while they are compared: what is found once
+//! and not again was such a change. All that is compared is the guest's own word, so that nothing
+//! found does not mean that nothing is there.
 
 mod entries;
 mod modules;
@@ -28,7 +30,8 @@ const MAX_MODULES: usize = 4096;
 pub enum Check {
     /// Entries of the table of system calls.
     SystemCalls,
-    /// Calls of handlers of system calls, by the function that has taken the table's place in 6.9 and stable releases since.
+    /// Calls of handlers of system calls, by the function that has taken the table's place in 6.9
+    /// and stable releases since.
     Dispatcher,
     /// Handlers of interrupts and exceptions.
     Interrupts,
@@ -106,7 +109,8 @@ impl Check {
         }
     }
 
-    /// Whether a kernel has what is checked. Older ones have no dispatcher, and one may be built without modules.
+    /// Whether a kernel has what is checked. Older ones have no dispatcher, and one may be built
+    /// without modules.
     pub fn applies(self, kernel: &Kernel<'_>) -> bool {
         match self {
             Self::Dispatcher => kernel.symbol(entries::DISPATCHER).is_ok(),
@@ -130,7 +134,8 @@ impl Check {
     }
 }
 
-/// Checks MSR_LSTAR, where a vCPU enters the kernel at a system call: the values and what to call each.
+/// Checks MSR_LSTAR, where a vCPU enters the kernel at a system call: the values and what to call
+/// each.
 ///
 /// # Errors
 /// [`KernelError`].
@@ -139,7 +144,12 @@ pub fn check_lstar(kernel: &Kernel<'_>, values: &[(String, u64)]) -> Result<Repo
     let wanted = kernel.symbol("entry_SYSCALL_64")?;
     for (entry, target) in values.iter().filter(|(_, target)| *target != wanted) {
         let place = Place::of(kernel, &modules_of(kernel), *target);
-        report.findings.push(Finding::Hook { entry: entry.clone(), gva: 0, target: *target, place });
+        report.findings.push(Finding::Hook {
+            entry: entry.clone(),
+            gva: 0,
+            target: *target,
+            place,
+        });
     }
     Ok(report)
 }
@@ -149,23 +159,30 @@ impl Place {
     fn of(kernel: &Kernel<'_>, modules: &[Module], gva: u64) -> Self {
         let text = || {
             let symbols = kernel.symbols().ok()?;
-            (symbols.get("_stext")?..symbols.get("_etext")?).contains(&gva).then(|| symbols.nearest(gva))?
+            (symbols.get("_stext")?..symbols.get("_etext")?)
+                .contains(&gva)
+                .then(|| symbols.nearest(gva))?
         };
         if let Some(symbol) = text() {
             return Self::Text { offset: gva - symbol.address, symbol: symbol.name };
         }
-        let has = |module: &&Module| module.parts.iter().any(|(base, size)| gva.wrapping_sub(*base) < *size);
+        let has = |module: &&Module| {
+            module.parts.iter().any(|(base, size)| gva.wrapping_sub(*base) < *size)
+        };
         modules.iter().find(has).map_or(Self::Elsewhere, |module| Self::Module(module.name.clone()))
     }
 }
 
-/// The modules, those among them that only /sys/module has, as far as they can be read: they are for names alone.
+/// The modules, those among them that only /sys/module has, as far as they can be read: they are
+/// for names alone.
 fn modules_of(kernel: &Kernel<'_>) -> Vec<Module> {
     let Ok(listed) = Modules::new(kernel) else { return Vec::new() };
     let mut modules: Vec<_> = listed.filter_map(Result::ok).take(MAX_MODULES).collect();
     if let (Ok(reader), Ok(in_sysfs)) = (Reader::new(kernel), modules::in_sysfs(kernel)) {
-        let more = in_sysfs.into_keys().filter(|gva| modules.iter().all(|module| module.gva != *gva));
-        let more: Vec<_> = more.take(MAX_MODULES).filter_map(|gva| reader.module(gva).ok()?).collect();
+        let more =
+            in_sysfs.into_keys().filter(|gva| modules.iter().all(|module| module.gva != *gva));
+        let more: Vec<_> =
+            more.take(MAX_MODULES).filter_map(|gva| reader.module(gva).ok()?).collect();
         modules.extend(more);
     }
     modules

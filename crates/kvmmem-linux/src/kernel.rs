@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! A Linux kernel in a guest's memory: its symbols, its types and its own address space, which is all that a reader of
-//! its structures needs.
+//! A Linux kernel in a guest's memory: its symbols, its types and its own address space, which is
+//! all that a reader of its structures needs.
 
 mod chain;
 mod describe;
@@ -57,14 +57,15 @@ impl<'m> Kernel<'m> {
         Self { note, space, symbols: OnceLock::from(Ok(symbols)), types: OnceLock::new() }
     }
 
-    /// The note: the kernel's release, build id and more. Of a kernel without one, what its symbols and its image tell; that has no
-    /// address.
+    /// The note: the kernel's release, build id and more. Of a kernel without one, what its symbols
+    /// and its image tell; that has no address.
     pub fn note(&self) -> &Note {
         &self.note
     }
 
-    /// Whether the kernel is still in memory: its note, and page tables that lead to its name. Once the guest was restarted
-    /// and another kernel has taken that memory, nothing that was read of this one is to be trusted.
+    /// Whether the kernel is still in memory: its note, and page tables that lead to its name. Once
+    /// the guest was restarted and another kernel has taken that memory, nothing that was read
+    /// of this one is to be trusted.
     ///
     /// # Errors
     /// [`MemoryError::Ended`]: nothing can be read any more.
@@ -89,7 +90,8 @@ impl<'m> Kernel<'m> {
         &self.space
     }
 
-    /// The address space of a process; `pgd` is the guest-virtual address of its outermost table (`mm_struct.pgd`).
+    /// The address space of a process; `pgd` is the guest-virtual address of its outermost table
+    /// (`mm_struct.pgd`).
     ///
     /// # Errors
     /// [`KernelError::Read`].
@@ -104,14 +106,17 @@ impl<'m> Kernel<'m> {
     /// [`KernelError::Symbols`].
     pub fn symbols(&self) -> Result<&Symbols, KernelError> {
         let read = || Symbols::read(&self.space, &self.note).map_err(Arc::new);
-        self.symbols.get_or_init(read).as_ref().map_err(|error| KernelError::Symbols(Arc::clone(error)))
+        self.symbols
+            .get_or_init(read)
+            .as_ref()
+            .map_err(|error| KernelError::Symbols(Arc::clone(error)))
     }
 
     /// The kernel's types.
     ///
     /// # Errors
-    /// [`KernelError::NoTypes`] for a kernel without BTF, [`KernelError::Types`] for one whose BTF cannot be used; without
-    /// types only the log is left, for which the note has all.
+    /// [`KernelError::NoTypes`] for a kernel without BTF, [`KernelError::Types`] for one whose BTF
+    /// cannot be used; without types only the log is left, for which the note has all.
     pub fn types(&self) -> Result<&Types, KernelError> {
         let start = self.symbols()?.get("__start_BTF").ok_or(KernelError::NoTypes)?;
         let read = || Types::read(start, |gva, buf| self.space.read(gva, buf)).map_err(Arc::new);
@@ -151,7 +156,8 @@ impl<'m> Kernel<'m> {
         types.size(id).ok_or_else(|| KernelError::NoType { name: name.to_owned() })
     }
 
-    /// What a note says of a structure under this key, `OFFSET(structure.member)` or `SIZE(structure)`, by the types.
+    /// What a note says of a structure under this key, `OFFSET(structure.member)` or
+    /// `SIZE(structure)`, by the types.
     ///
     /// # Errors
     /// As [`Kernel::member`] and [`Kernel::size_of`].

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! A Linux guest read from its memory alone, without symbol files: what its kernel keeps about itself is enough.
+//! A Linux guest read from its memory alone, without symbol files: what its kernel keeps about
+//! itself is enough.
 //!
 //! | what | where it comes from | module |
 //! |---|---|---|
@@ -32,11 +33,13 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
-//! The guest is not trusted. It can say anything in each structure, and it changes them while they are read: every walk is
-//! limited, no allocation has a size that only the guest has named, and numbers that make no sense are errors. A guest that
-//! lies well shows a kernel of its own invention.
+//! The guest is not trusted. It can say anything in each structure, and it changes them while they
+//! are read: every walk is limited, no allocation has a size that only the guest has named, and
+//! numbers that make no sense are errors. A guest that lies well shows a kernel of its own
+//! invention.
 //!
-//! The library knows no transport: it reads [`kvmmem_memory::Memory`], of a running virtual machine or of a dump file.
+//! The library knows no transport: it reads [`kvmmem_memory::Memory`], of a running virtual machine
+//! or of a dump file.
 #![deny(unsafe_code)]
 
 pub mod btf;

@@ -1,18 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The kernel's log: the ring buffer of 5.10 and later (kernel/printk/printk_ringbuffer.c), as `dmesg` shows it.
+//! The kernel's log: the ring buffer of 5.10 and later (kernel/printk/printk_ringbuffer.c), as
+//! `dmesg` shows it.
 //!
-//! All of its layout is in the VMCOREINFO note, so that neither symbols nor types are needed; of a kernel without a note it is
-//! in the types. A descriptor's state holds an
-//! id; the writer of a record takes the descriptor `id % count`, so that a record is read between two looks at its state. One
-//! that was overwritten meanwhile is left out, as the kernel itself does, and counted. So is one that does not fit what
-//! leads to it, while it should be there: memory of the log is damaged.
+//! All of its layout is in the VMCOREINFO note, so that neither symbols nor types are needed; of a
+//! kernel without a note it is in the types. A descriptor's state holds an
+//! id; the writer of a record takes the descriptor `id % count`, so that a record is read between
+//! two looks at its state. One that was overwritten meanwhile is left out, as the kernel itself
+//! does, and counted. So is one that does not fit what leads to it, while it should be there:
+//! memory of the log is damaged.
 
 use std::time::Duration;
 
 use crate::bytes::Bytes;
 use crate::kernel::{Kernel, KernelError};
 
-/// The most descriptors and bytes of text: those of a log of 4 GiB, more than a kernel can be told to have.
+/// The most descriptors and bytes of text: those of a log of 4 GiB, more than a kernel can be told
+/// to have.
 const MAX_COUNT_BITS: u32 = 26;
 const MAX_SIZE_BITS: u32 = 32;
 
@@ -25,7 +28,8 @@ const TRIES: u32 = 3;
 /// The most damaged records that are passed over.
 const MAX_DAMAGED: u64 = 1 << 16;
 
-/// `DESC_SV_BITS`: the two highest bits of a descriptor's state variable are its state, the others its id.
+/// `DESC_SV_BITS`: the two highest bits of a descriptor's state variable are its state, the others
+/// its id.
 const STATE_SHIFT: u32 = 62;
 const ID_MASK: u64 = (1 << STATE_SHIFT) - 1;
 
@@ -46,7 +50,9 @@ const BLOCK_HEADER: u64 = 8;
 #[derive(Debug, thiserror::Error)]
 pub enum LogError {
     /// The note lacks a line, or the line holds nothing that makes sense.
-    #[error("the kernel's note has no {0} that makes sense: its log is not that of Linux 5.10 or later")]
+    #[error(
+        "the kernel's note has no {0} that makes sense: its log is not that of Linux 5.10 or later"
+    )]
     Note(&'static str),
     /// Very many records do not fit what leads to them.
     #[error("more than {MAX_DAMAGED} records of the log are damaged")]
@@ -161,10 +167,14 @@ pub fn records<'a>(kernel: &'a Kernel<'a>) -> Result<Records<'a>, LogError> {
     let text_ring = ring.wrapping_add(number("OFFSET(printk_ringbuffer.text_data_ring)")?);
     let wrong = |what: &str| KernelError::Malformed { what: what.to_owned(), gva: ring };
     let power = |bits: u32, most: u32| {
-        (bits <= most).then(|| 1_u64 << bits).ok_or_else(|| wrong("the size of the log's ring buffer"))
+        (bits <= most)
+            .then(|| 1_u64 << bits)
+            .ok_or_else(|| wrong("the size of the log's ring buffer"))
     };
-    let count_bits = kernel.read_u32(desc_ring.wrapping_add(number("OFFSET(prb_desc_ring.count_bits)")?))?;
-    let size_bits = kernel.read_u32(text_ring.wrapping_add(number("OFFSET(prb_data_ring.size_bits)")?))?;
+    let count_bits =
+        kernel.read_u32(desc_ring.wrapping_add(number("OFFSET(prb_desc_ring.count_bits)")?))?;
+    let size_bits =
+        kernel.read_u32(text_ring.wrapping_add(number("OFFSET(prb_data_ring.size_bits)")?))?;
     let lpos_at = number("OFFSET(prb_desc.text_blk_lpos)")?;
     let dev_at = number("OFFSET(printk_info.dev_info)")?;
     let layout = Layout {
@@ -236,7 +246,8 @@ impl Records<'_> {
         let Layout { descs, count, desc_size, .. } = self.layout;
         let index = id % count;
         let ahead = index.wrapping_sub(self.batch.0);
-        if let Some(descriptor) = ahead.checked_mul(desc_size).and_then(|at| self.batch.1.part(at, desc_size))
+        if let Some(descriptor) =
+            ahead.checked_mul(desc_size).and_then(|at| self.batch.1.part(at, desc_size))
         {
             return Ok(descriptor);
         }
@@ -271,13 +282,15 @@ impl Records<'_> {
                 Some((record, len)) if is_of(state, id) => {
                     let what = || "the length of the log's texts".to_owned();
                     let left = self.text_left.checked_sub(len);
-                    self.text_left = left.ok_or_else(|| KernelError::Malformed { what: what(), gva })?;
+                    self.text_left =
+                        left.ok_or_else(|| KernelError::Malformed { what: what(), gva })?;
                     return Ok(Some(record));
                 }
                 _ => self.kernel.read(gva, descriptor.as_mut())?,
             }
         }
-        // What is older than the oldest one was overwritten, and so was what has another state by now.
+        // What is older than the oldest one was overwritten, and so was what has another state by
+        // now.
         let oldest = self.kernel.read_u64(self.tail)? & ID_MASK;
         let is_older = id.wrapping_sub(oldest) & ID_MASK >= self.layout.count;
         let state = self.kernel.read_u64(gva.wrapping_add(self.layout.state_at))?;
@@ -292,9 +305,11 @@ impl Records<'_> {
     fn read_record(&self, id: u64, descriptor: &Bytes) -> Result<Option<(Record, u64)>, LogError> {
         let layout = &self.layout;
         let mut info = Bytes::zeroed(layout.info_size);
-        self.kernel.read(layout.infos.wrapping_add(id % layout.count * layout.info_size), info.as_mut())?;
+        self.kernel
+            .read(layout.infos.wrapping_add(id % layout.count * layout.info_size), info.as_mut())?;
         let seq = info.u64(layout.seq_at);
-        // Numbers of records and ids both count up from one that is the index of a descriptor. Each record has its writer.
+        // Numbers of records and ids both count up from one that is the index of a descriptor. Each
+        // record has its writer.
         if seq % layout.count != id % layout.count || info.is_zero() {
             return Ok(None);
         }

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Memory maps of processes, as /proc/PID/maps shows them (`show_map_vma()` of the kernel).
 //!
-//! A process's areas (`struct vm_area_struct`) form a list, `mm_struct.mmap`, before Linux 6.1, and a maple tree,
-//! `mm_struct.mm_mt`, from then on. In both they ascend: one that does not is an error, so that a loop ends a walk.
+//! A process's areas (`struct vm_area_struct`) form a list, `mm_struct.mmap`, before Linux 6.1, and
+//! a maple tree, `mm_struct.mm_mt`, from then on. In both they ascend: one that does not is an
+//! error, so that a loop ends a walk.
 
 mod area;
 mod tree;
@@ -18,8 +19,8 @@ use tree::{Entry, Tree};
 /// The most areas of a process. Linux allows 65,530 unless `vm.max_map_count` says otherwise.
 const MAX_AREAS: usize = 1 << 20;
 
-/// The most bytes of paths of all processes together: areas may share a file, so that a few megabytes of the guest's could
-/// name any number of long paths.
+/// The most bytes of paths of all processes together: areas may share a file, so that a few
+/// megabytes of the guest's could name any number of long paths.
 const MAX_ALL_PATHS: usize = 64 << 20;
 
 /// Walks of a map that changes.
@@ -44,8 +45,8 @@ pub struct Mapping {
     pub offset: u64,
     /// The file that is mapped.
     pub file: Option<MappedFile>,
-    /// What the kernel calls memory that is no file's: `[heap]`, `[stack]`, `[vdso]`, `[anon:NAME]` and the like. Control
-    /// characters may be there.
+    /// What the kernel calls memory that is no file's: `[heap]`, `[stack]`, `[vdso]`,
+    /// `[anon:NAME]` and the like. Control characters may be there.
     pub label: Option<String>,
     /// Whether the file or the name cannot be read, or nothing but the addresses.
     pub is_damaged: bool,
@@ -69,7 +70,8 @@ pub struct MappedFile {
 pub struct MemoryMap {
     /// The mappings.
     pub mappings: Vec<Mapping>,
-    /// Whether they changed whenever they were read, so that some may be missing or may not belong together.
+    /// Whether they changed whenever they were read, so that some may be missing or may not belong
+    /// together.
     pub is_torn: bool,
     /// Whether the list of them is damaged, so that some are missing.
     pub is_cut: bool,
@@ -100,7 +102,8 @@ impl Mapping {
     pub fn permissions(&self) -> String {
         let flag = |is_set, letter| if is_set { letter } else { '-' };
         let shared = if self.is_shared() { 's' } else { 'p' };
-        let all = [(self.is_readable(), 'r'), (self.is_writable(), 'w'), (self.is_executable(), 'x')];
+        let all =
+            [(self.is_readable(), 'r'), (self.is_writable(), 'w'), (self.is_executable(), 'x')];
         all.into_iter().map(|(is_set, letter)| flag(is_set, letter)).chain([shared]).collect()
     }
 }
@@ -149,7 +152,9 @@ impl<'a> Maps<'a> {
         let mm = |member| kernel.offset("mm_struct", member);
         let place = match mm("mm_mt.ma_root") {
             Ok(root) => Place::Tree { root, tree: Tree::new(kernel)? },
-            Err(_) => Place::List { mmap: mm("mmap")?, next: kernel.offset("vm_area_struct", "vm_next")? },
+            Err(_) => {
+                Place::List { mmap: mm("mmap")?, next: kernel.offset("vm_area_struct", "vm_next")? }
+            }
         };
         Ok(Self {
             kernel,
@@ -165,7 +170,8 @@ impl<'a> Maps<'a> {
     /// The map of a process; empty for one that has ended, and for the kernel's own.
     ///
     /// # Errors
-    /// [`KernelError`]; [`KernelError::TooMuch`] where the paths of all processes so far are more than 64 MiB.
+    /// [`KernelError`]; [`KernelError::TooMuch`] where the paths of all processes so far are more
+    /// than 64 MiB.
     pub fn of(&self, task: &Task) -> Result<MemoryMap, KernelError> {
         let mut result = self.read(task);
         for _ in 1..TRIES {
@@ -186,7 +192,10 @@ impl<'a> Maps<'a> {
         if let Some(count) = self.mm_count
             && self.kernel.read_u32(mm.wrapping_add(count))? == 0
         {
-            return Err(KernelError::Malformed { what: "the memory of a process".to_owned(), gva: mm });
+            return Err(KernelError::Malformed {
+                what: "the memory of a process".to_owned(),
+                gva: mm,
+            });
         }
         let count = self.kernel.read_u32(mm.wrapping_add(self.map_count))?;
         let names = self.areas.names(mm)?;
@@ -196,7 +205,9 @@ impl<'a> Maps<'a> {
         for (gva, place) in places {
             let lowest = mappings.last().map_or(0, |last| last.end);
             let mapping = match self.areas.read(gva, mm, &names) {
-                Ok(mapping) if mapping.start >= lowest && place == (mapping.start, mapping.end - 1) => {
+                Ok(mapping)
+                    if mapping.start >= lowest && place == (mapping.start, mapping.end - 1) =>
+                {
                     mapping
                 }
                 Err(error) if !error.is_local() => return Err(error),
@@ -204,7 +215,8 @@ impl<'a> Maps<'a> {
                 found => {
                     let (start, end) = (place.0, place.1.saturating_add(1));
                     if start < lowest || !is_page(start) || !is_page(end) {
-                        let malformed = || KernelError::Malformed { what: "the memory area".to_owned(), gva };
+                        let malformed =
+                            || KernelError::Malformed { what: "the memory area".to_owned(), gva };
                         lost = lost.or_else(|| Some(found.err().unwrap_or_else(malformed)));
                         continue;
                     }
@@ -227,11 +239,16 @@ impl<'a> Maps<'a> {
         mappings.extend(gate.as_ref().ok().cloned().flatten());
         match lost.or_else(|| gate.err()) {
             Some(error) if mappings.is_empty() || !error.is_local() => Err(error),
-            lost => Ok(MemoryMap { mappings, is_torn: is_torn && lost.is_none(), is_cut: lost.is_some() }),
+            lost => Ok(MemoryMap {
+                mappings,
+                is_torn: is_torn && lost.is_none(),
+                is_cut: lost.is_some(),
+            }),
         }
     }
 
-    /// A process's areas, each with its first and last address as the list or tree has it, and why there are not more.
+    /// A process's areas, each with its first and last address as the list or tree has it, and why
+    /// there are not more.
     fn places(&self, mm: u64) -> Result<(Vec<Entry>, Option<KernelError>), KernelError> {
         match &self.place {
             Place::Tree { root, tree } => {
@@ -246,13 +263,17 @@ impl<'a> Maps<'a> {
         }
     }
 
-    /// The list's areas. What does not ascend ends it here already: the list of a guest that lies has no end.
+    /// The list's areas. What does not ascend ends it here already: the list of a guest that lies
+    /// has no end.
     fn list(&self, first: u64, next: u64, places: &mut Vec<Entry>) -> Result<(), KernelError> {
         let (mut gva, mut lowest) = (first, 0);
         while gva != 0 {
             let (start, end) = self.areas.range(gva)?;
             if start < lowest || places.len() >= MAX_AREAS {
-                return Err(KernelError::Malformed { what: "the list of memory areas".to_owned(), gva });
+                return Err(KernelError::Malformed {
+                    what: "the list of memory areas".to_owned(),
+                    gva,
+                });
             }
             places.push((gva, (start, end - 1)));
             (lowest, gva) = (end, self.kernel.read_u64(gva.wrapping_add(next))?);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Loaded modules, as /proc/modules shows them. One whose memory is damaged in part is listed without what cannot be read, and
-//! marked as damaged.
+//! Loaded modules, as /proc/modules shows them. One whose memory is damaged in part is listed
+//! without what cannot be read, and marked as damaged.
 
 mod symbols;
 
@@ -21,7 +21,8 @@ const REF_BASE: u32 = 1;
 /// The most modules that one module is used by.
 const MAX_USERS: usize = 4096;
 
-/// The most of all modules together, each read a few times. Modules may share a list in a guest that lies.
+/// The most of all modules together, each read a few times. Modules may share a list in a guest
+/// that lies.
 const MAX_ALL_USERS: usize = 1 << 16;
 
 /// The most bytes of a module that are read.
@@ -196,7 +197,8 @@ impl<'a> Reader<'a> {
                 return Err(KernelError::TooMuch { what: "4,096 users of a module" });
             }
             let left = self.users_left.get().checked_sub(1);
-            self.users_left.set(left.ok_or(KernelError::TooMuch { what: "65,536 users of modules" })?);
+            self.users_left
+                .set(left.ok_or(KernelError::TooMuch { what: "65,536 users of modules" })?);
             match node.and_then(|node| self.user(node)) {
                 Ok(user) => users.push(user),
                 Err(error) if error.is_local() => return Ok((users, Some(error))),
@@ -236,7 +238,8 @@ impl Layout {
             use_source: used("source")?,
             memory,
         };
-        let ends = [layout.name + NAME_LEN, layout.state + 4, layout.refcnt + 4, layout.memory.end()];
+        let ends =
+            [layout.name + NAME_LEN, layout.state + 4, layout.refcnt + 4, layout.memory.end()];
         layout.len = ends.into_iter().max().unwrap_or(0).min(MAX_LEN);
         Ok(layout)
     }
@@ -257,9 +260,13 @@ impl Memory {
 
     /// Address and bytes of each part, of the text first.
     fn of(&self, module: &Bytes) -> Vec<(u64, u64)> {
-        let part = |at: u64, base: u64, size: u64| (module.u64(at + base), u64::from(module.u32(at + size)));
+        let part = |at: u64, base: u64, size: u64| {
+            (module.u64(at + base), u64::from(module.u32(at + size)))
+        };
         match *self {
-            Self::Two { core, init, base, size } => [core, init].map(|at| part(at, base, size)).into(),
+            Self::Two { core, init, base, size } => {
+                [core, init].map(|at| part(at, base, size)).into()
+            }
             Self::Array { first, each, base, size } => {
                 (0..MEMORY_KINDS).map(|kind| part(first + kind * each, base, size)).collect()
             }

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Mounts that a process sees, as /proc/PID/mountinfo shows them.
 //!
-//! The mounts of a namespace form a list, `mnt_namespace.list`, before Linux 6.8, and a red-black tree,
-//! `mnt_namespace.mounts`, from then on. What does not lie below the process's root is left out.
+//! The mounts of a namespace form a list, `mnt_namespace.list`, before Linux 6.8, and a red-black
+//! tree, `mnt_namespace.mounts`, from then on. What does not lie below the process's root is left
+//! out.
 
 use crate::bytes::text;
 use crate::kernel::{Kernel, KernelError};
@@ -183,7 +184,8 @@ impl<'a> Mounts<'a> {
         }
         let count = self.count.and_then(|at| self.kernel.read_u32(namespace.wrapping_add(at)).ok());
         let missing = usize::try_from(count.unwrap_or(0)).unwrap_or(0).saturating_sub(nodes.len());
-        let mut table = MountTable { mounts: Vec::new(), lost: missing.max(error.is_some().into()) };
+        let mut table =
+            MountTable { mounts: Vec::new(), lost: missing.max(error.is_some().into()) };
         let mut bytes = 0;
         for gva in nodes {
             let mount = match self.mount(gva, root) {
@@ -212,7 +214,8 @@ impl<'a> Mounts<'a> {
     fn nodes(&self, namespace: u64) -> Result<(Vec<u64>, Option<KernelError>), KernelError> {
         match self.place {
             Place::Tree { root, node } => {
-                let (nodes, error) = self.kernel.rb_tree(namespace.wrapping_add(root), MAX_MOUNTS)?;
+                let (nodes, error) =
+                    self.kernel.rb_tree(namespace.wrapping_add(root), MAX_MOUNTS)?;
                 Ok((nodes.into_iter().map(|at| at.wrapping_sub(node)).collect(), error))
             }
             Place::List { head, node } => {
@@ -268,7 +271,11 @@ impl<'a> Mounts<'a> {
             root: self.paths.within(top)?,
             point,
             is_read_only: flags & MNT_READONLY != 0,
-            options: OPTIONS.iter().filter(|(bit, _)| flags & bit != 0).map(|(_, name)| *name).collect(),
+            options: OPTIONS
+                .iter()
+                .filter(|(bit, _)| flags & bit != 0)
+                .map(|(_, name)| *name)
+                .collect(),
             kind,
             source: if source == 0 { "none".to_owned() } else { name(source)? },
             is_super_read_only: self.word(sb, self.s_flags)? & SB_RDONLY != 0,

@@ -37,8 +37,8 @@ pub(crate) struct Paths<'a> {
 /// A path.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct FilePath {
-    /// From the root of all mounts of its namespace; `pipe:[INODE]` and the like for what has none. What is not UTF-8 is replaced;
-    /// control characters may be there.
+    /// From the root of all mounts of its namespace; `pipe:[INODE]` and the like for what has
+    /// none. What is not UTF-8 is replaced; control characters may be there.
     pub text: String,
     /// Whether its name was removed.
     pub is_deleted: bool,
@@ -118,7 +118,9 @@ impl<'a> Paths<'a> {
         let magic = word(word(dentry, self.d_sb)?, self.s_magic)?;
         let plain = |text: String| Ok(FilePath { text, is_deleted: false });
         let inode = || match word(word(dentry, self.d_inode)?, self.i_ino)? {
-            0 => Err(KernelError::Malformed { what: "the inode of a file".to_owned(), gva: dentry }),
+            0 => {
+                Err(KernelError::Malformed { what: "the inode of a file".to_owned(), gva: dentry })
+            }
             inode => Ok(inode),
         };
         match magic {
@@ -174,7 +176,10 @@ impl<'a> Paths<'a> {
             }
             let top = word(mount, self.mnt_root)?;
             if top == 0 {
-                return Err(KernelError::Malformed { what: "the mount of a file".to_owned(), gva: mount });
+                return Err(KernelError::Malformed {
+                    what: "the mount of a file".to_owned(),
+                    gva: mount,
+                });
             }
             if at == top {
                 let parent = word(mount, self.mnt_parent)?;
@@ -200,7 +205,10 @@ impl<'a> Paths<'a> {
         let bytes = self.kernel.read_cstr(name, usize::try_from(len.min(MAX_NAME)).unwrap_or(0))?;
         // A name has as many bytes as the entry says, and one at least but where it is not shown.
         if u32::try_from(bytes.len()).ok() != Some(len) {
-            return Err(KernelError::Malformed { what: "the name of a file".to_owned(), gva: dentry });
+            return Err(KernelError::Malformed {
+                what: "the name of a file".to_owned(),
+                gva: dentry,
+            });
         }
         Ok(text(&bytes))
     }
@@ -214,6 +222,9 @@ mod tests {
     fn a_file_that_is_named_like_a_socket_is_none() {
         let socket = |text: &str| FilePath { text: text.to_owned(), is_deleted: false }.socket();
         assert_eq!(socket("socket:[370]"), Some(370));
-        assert_eq!(["/socket:[370]", "pipe:[370]", "socket:[x]", "socket:[3"].map(socket), [None; 4]);
+        assert_eq!(
+            ["/socket:[370]", "pipe:[370]", "socket:[x]", "socket:[3"].map(socket),
+            [None; 4]
+        );
     }
 }

@@ -12,7 +12,8 @@ const MAX_ENVIRONMENT: u64 = 128 << 10;
 /// Walks of the list of processes while it changes.
 const TRIES: u32 = 3;
 
-/// The lowest number of a namespace: below those of the first ones (`PROC_DYNAMIC_FIRST`, include/linux/proc_ns.h).
+/// The lowest number of a namespace: below those of the first ones (`PROC_DYNAMIC_FIRST`,
+/// include/linux/proc_ns.h).
 pub(crate) const FIRST_NAMESPACE: u32 = 0xefff_ff00;
 
 /// The deepest namespace of process ids (`MAX_PID_NS_LEVEL`).
@@ -46,8 +47,8 @@ impl<'m> Kernel<'m> {
         found
     }
 
-    /// The address space of a process. Page table isolation makes no difference: the kernel's tables have all that is the
-    /// process's.
+    /// The address space of a process. Page table isolation makes no difference: the kernel's
+    /// tables have all that is the process's.
     ///
     /// # Errors
     /// [`KernelError::NoMemory`], [`KernelError::Read`].
@@ -63,8 +64,8 @@ impl<'m> Kernel<'m> {
     }
 }
 
-/// The namespaces of a process, by the inode numbers that /proc/PID/ns shows. What a process that ends has no longer, or the
-/// kernel was built without, is `None`.
+/// The namespaces of a process, by the inode numbers that /proc/PID/ns shows. What a process that
+/// ends has no longer, or the kernel was built without, is `None`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Namespaces {
     /// Roots of control groups.
@@ -155,8 +156,8 @@ impl<'a> Details<'a> {
         })
     }
 
-    /// The program that a process runs, as /proc/PID/exe shows it; `None` for one that has no memory, or whose memory is no
-    /// program's.
+    /// The program that a process runs, as /proc/PID/exe shows it; `None` for one that has no
+    /// memory, or whose memory is no program's.
     ///
     /// # Errors
     /// [`KernelError`].
@@ -170,7 +171,8 @@ impl<'a> Details<'a> {
         self.paths.of(self.word(file, mnt)?, self.word(file, dentry)?).map(Some)
     }
 
-    /// The environment that a process was started with, as far as it is in memory; the process may have written over it.
+    /// The environment that a process was started with, as far as it is in memory; the process may
+    /// have written over it.
     ///
     /// # Errors
     /// [`KernelError`].
@@ -222,7 +224,10 @@ impl<'a> Details<'a> {
         }
         let level = self.kernel.read_u32(pid.wrapping_add(at.level))?;
         if level > MAX_LEVEL {
-            return Err(KernelError::Malformed { what: "the depth of process ids".to_owned(), gva: pid });
+            return Err(KernelError::Malformed {
+                what: "the depth of process ids".to_owned(),
+                gva: pid,
+            });
         }
         let upid = pid.wrapping_add(at.numbers).wrapping_add(at.upid.wrapping_mul(level.into()));
         self.inum(self.word(upid, at.ns)?, at.inum)
@@ -233,8 +238,10 @@ impl<'a> Details<'a> {
             return Ok(None);
         }
         let number = self.kernel.read_u32(namespace.wrapping_add(at))?;
-        let malformed =
-            || KernelError::Malformed { what: "the number of a namespace".to_owned(), gva: namespace };
+        let malformed = || KernelError::Malformed {
+            what: "the number of a namespace".to_owned(),
+            gva: namespace,
+        };
         Some(number).filter(|number| *number >= FIRST_NAMESPACE).map(Some).ok_or_else(malformed)
     }
 

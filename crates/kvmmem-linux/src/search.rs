@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Finds VMCOREINFO notes in guest-physical memory, and whatever else begins or ends a page.
 //!
-//! Each note is checked as it is found, and only those that fit are kept: any number of decoys hides none of them. A page
-//! holds at most one note of 4 KiB, so that all checks together read at most as much as the guest has memory, and a walk
-//! of page tables for each page.
+//! Each note is checked as it is found, and only those that fit are kept: any number of decoys
+//! hides none of them. A page holds at most one note of 4 KiB, so that all checks together read at
+//! most as much as the guest has memory, and a walk of page tables for each page.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread::{self, available_parallelism};
@@ -15,7 +15,8 @@ use crate::vmcoreinfo::{HEADER, Note, NoteError, is_header};
 /// Pages whose first bytes are read in one call.
 const PAGES: usize = 1024;
 
-/// The most notes that fit and are kept: one for each kernel since RAM was last cleared, and those that a guest forges.
+/// The most notes that fit and are kept: one for each kernel since RAM was last cleared, and those
+/// that a guest forges.
 pub const MAX_FITTING: usize = 64;
 
 /// The most notes that do not fit and are logged.
@@ -27,7 +28,8 @@ const MAX_THREADS: usize = 4;
 /// Notes that were found.
 #[derive(Clone, Debug, Default)]
 pub struct Notes {
-    /// Those whose page tables lead to the kernel's name ([`Note::check`]), each text once, by ascending address.
+    /// Those whose page tables lead to the kernel's name ([`Note::check`]), each text once, by
+    /// ascending address.
     pub fitting: Vec<Note>,
     /// How many there are in all.
     pub count: usize,
@@ -36,9 +38,9 @@ pub struct Notes {
 }
 
 impl Notes {
-    /// Searches the parts of memory that hold data, with several threads: a note begins at a page, so that the first bytes of
-    /// each page are enough. `proceed` is asked after every 4 MiB; the search ends where it says no, or once more notes fit
-    /// than are kept.
+    /// Searches the parts of memory that hold data, with several threads: a note begins at a page,
+    /// so that the first bytes of each page are enough. `proceed` is asked after every 4 MiB;
+    /// the search ends where it says no, or once more notes fit than are kept.
     ///
     /// # Errors
     /// [`MemoryError::Ended`]. Memory that cannot be read is passed over.
@@ -66,15 +68,19 @@ impl Notes {
             Ok(_) => self.is_cut = true,
             Err((gpa, error)) if self.count - self.fitting.len() <= MAX_LOGGED => {
                 let error: &dyn std::error::Error = &error;
-                tracing::info!(gpa = format_args!("{gpa:#x}"), error, "a VMCOREINFO note does not fit");
+                tracing::info!(
+                    gpa = format_args!("{gpa:#x}"),
+                    error,
+                    "a VMCOREINFO note does not fit"
+                );
             }
             Err(_) => {}
         }
     }
 }
 
-/// Looks at `N` bytes of each page that holds data, those from `offset` on, with several threads. `pick` says what of them is
-/// kept; after every 4 MiB `take` gets that, and says whether to go on.
+/// Looks at `N` bytes of each page that holds data, those from `offset` on, with several threads.
+/// `pick` says what of them is kept; after every 4 MiB `take` gets that, and says whether to go on.
 pub(crate) fn pages<const N: usize, T: Send>(
     memory: &dyn Memory,
     offset: u64,

@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Sockets of all network namespaces, as /proc/net/{tcp,tcp6,udp,udp6,raw,raw6,unix} show those of one.
+//! Sockets of all network namespaces, as /proc/net/{tcp,tcp6,udp,udp6,raw,raw6,unix} show those of
+//! one.
 //!
-//! Each protocol has hash tables of its own ([`tables`]); a socket is in one chain of one table. The guest adds and removes
-//! sockets while they are read, and the kernel reuses their memory at once: a chain that ends in another bucket is walked
-//! again, and a socket that changes while it is read is marked as torn. What is damaged is an error in its place; the rest of
-//! the tables is read.
+//! Each protocol has hash tables of its own ([`tables`]); a socket is in one chain of one table.
+//! The guest adds and removes sockets while they are read, and the kernel reuses their memory at
+//! once: a chain that ends in another bucket is walked again, and a socket that changes while it is
+//! read is marked as torn. What is damaged is an error in its place; the rest of the tables is
+//! read.
 
 mod layout;
 mod tables;
@@ -37,7 +39,8 @@ pub enum Protocol {
     Unix,
 }
 
-/// What a socket's connection is doing (`include/net/tcp_states.h`); other protocols than TCP use some of these.
+/// What a socket's connection is doing (`include/net/tcp_states.h`); other protocols than TCP use
+/// some of these.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum State {
     /// It has a peer.
@@ -78,7 +81,8 @@ pub enum Kind {
 /// The two ends of a socket.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Ends {
-    /// Of an internet socket. Port 0 and the address 0 mean none; the local port of a raw socket is its protocol's number.
+    /// Of an internet socket. Port 0 and the address 0 mean none; the local port of a raw socket is
+    /// its protocol's number.
     Inet {
         /// Here.
         local: SocketAddr,
@@ -89,8 +93,8 @@ pub enum Ends {
     Unix {
         /// Its kind.
         kind: Kind,
-        /// What it is bound to; a name that is no file's begins with @. What is not UTF-8 is replaced; control characters may be
-        /// there.
+        /// What it is bound to; a name that is no file's begins with @. What is not UTF-8 is
+        /// replaced; control characters may be there.
         path: Option<String>,
         /// The inode of the socket it is connected to, 0 for one that was not accepted yet.
         peer: Option<u64>,
@@ -108,15 +112,18 @@ pub struct Socket {
     pub state: State,
     /// Its ends.
     pub ends: Ends,
-    /// The inode of its file; 0 where it has none: one that was not accepted yet, or whose process has closed it.
+    /// The inode of its file; 0 where it has none: one that was not accepted yet, or whose process
+    /// has closed it.
     pub inode: u64,
-    /// The user who made it; none of a connection that has no more than its addresses (`TimeWait`, `SynReceived`).
+    /// The user who made it; none of a connection that has no more than its addresses (`TimeWait`,
+    /// `SynReceived`).
     pub uid: Option<u32>,
     /// The inode of its network namespace, as in /proc/PID/ns/net; `None` where it cannot be read.
     pub netns: Option<u32>,
     /// Whether it changed whenever it was read, so that its values may not belong together.
     pub is_torn: bool,
-    /// Whether some of it cannot be read: what it is bound to, its inode and user, or its namespace.
+    /// Whether some of it cannot be read: what it is bound to, its inode and user, or its
+    /// namespace.
     pub is_damaged: bool,
 }
 
@@ -176,7 +183,8 @@ impl State {
     }
 }
 
-/// The sockets, table by table. An error stands for those that cannot be read: a walk without one is complete.
+/// The sockets, table by table. An error stands for those that cannot be read: a walk without one
+/// is complete.
 #[derive(Debug)]
 pub struct Sockets<'a> {
     kernel: &'a Kernel<'a>,
@@ -236,7 +244,11 @@ impl<'a> Sockets<'a> {
     }
 
     /// The sockets of a chain, and why there are not more if it does not end in its bucket.
-    fn nodes(&mut self, bucket: &Bucket, first: u64) -> Result<(Vec<u64>, Option<KernelError>), KernelError> {
+    fn nodes(
+        &mut self,
+        bucket: &Bucket,
+        first: u64,
+    ) -> Result<(Vec<u64>, Option<KernelError>), KernelError> {
         let mut chain = self.kernel.chain(bucket.head, first);
         let mut nodes = Vec::new();
         for node in &mut chain {
@@ -262,7 +274,8 @@ impl Iterator for Sockets<'_> {
             return None;
         }
         let step = self.step().transpose();
-        self.has_ended = step.as_ref().is_none_or(|step| step.as_ref().is_err_and(|error| !error.is_local()));
+        self.has_ended =
+            step.as_ref().is_none_or(|step| step.as_ref().is_err_and(|error| !error.is_local()));
         step
     }
 }

@@ -1,15 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! A virtual address space of the guest, the kernel's or a process's, with page tables that are read once.
+//! A virtual address space of the guest, the kernel's or a process's, with page tables that are
+//! read once.
 //!
-//! Page tables are kept: each is read whole, the first time an address leads through it. The guest changes them while it
-//! runs, so what they do not map is looked up again in memory, and [`Space::forget`] drops them all.
+//! Page tables are kept: each is read whole, the first time an address leads through it. The guest
+//! changes them while it runs, so what they do not map is looked up again in memory, and
+//! [`Space::forget`] drops them all.
 
 mod mapped;
 
 use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
 
-use kvmmem_memory::paging::{Absent, AddressSpace, Levels, Permissions, Translation, Walk, WalkError};
+use kvmmem_memory::paging::{
+    Absent, AddressSpace, Levels, Permissions, Translation, Walk, WalkError,
+};
 use kvmmem_memory::{Memory, MemoryError, PAGE_SIZE, VectoredError};
 
 pub use mapped::{Extent, MappedError};
@@ -46,8 +50,8 @@ pub struct Space<'m> {
 }
 
 impl<'m> Space<'m> {
-    /// The space whose outermost table `root` names. `encryption` has the bits of an entry that mark a page as encrypted
-    /// (AMD SME's C bit), and that are no part of its address.
+    /// The space whose outermost table `root` names. `encryption` has the bits of an entry that
+    /// mark a page as encrypted (AMD SME's C bit), and that are no part of its address.
     pub fn new(memory: &'m dyn Memory, root: AddressSpace, encryption: u64) -> Self {
         Self { memory, root, encryption, tables: Mutex::default() }
     }
@@ -77,8 +81,8 @@ impl<'m> Space<'m> {
         self.tables.lock().unwrap_or_else(PoisonError::into_inner).clear();
     }
 
-    /// Where `gva` leads. Pages that are in memory and may not be accessed (PROT_NONE, NUMA balancing) lead somewhere as
-    /// well, with no permissions.
+    /// Where `gva` leads. Pages that are in memory and may not be accessed (PROT_NONE, NUMA
+    /// balancing) lead somewhere as well, with no permissions.
     ///
     /// # Errors
     /// [`SpaceError`].
@@ -88,21 +92,23 @@ impl<'m> Space<'m> {
             Err(error @ WalkError::NotCanonical { .. }) => Err(error),
             // The guest may have mapped it since its tables were read.
             Err(_) => {
-                let translation = self.resolve(gva, |gpa, entry| self.memory.read_at(gpa, entry))?;
+                let translation =
+                    self.resolve(gva, |gpa, entry| self.memory.read_at(gpa, entry))?;
                 self.forget();
                 Ok(translation)
             }
         }
     }
 
-    /// Where `gva` leads, with the entries of all tables on the way; tables that were read before are read again. A page that is in
-    /// memory and may not be accessed is not present here.
+    /// Where `gva` leads, with the entries of all tables on the way; tables that were read before
+    /// are read again. A page that is in memory and may not be accessed is not present here.
     pub fn walk(&self, gva: u64) -> Walk<MemoryError> {
         self.walk_by(gva, |gpa, entry| self.memory.read_at(gpa, entry))
     }
 
-    /// Whether the outermost table at `cr3` has the same entry for the kernel's image as this space. Every process's table
-    /// has; of the two that page table isolation gives it, 4 KiB apart, the one that the kernel itself uses.
+    /// Whether the outermost table at `cr3` has the same entry for the kernel's image as this
+    /// space. Every process's table has; of the two that page table isolation gives it, 4 KiB
+    /// apart, the one that the kernel itself uses.
     pub(crate) fn shares_kernel(&self, cr3: u64) -> bool {
         let entry = |table: u64| {
             let mut entry = [0; ENTRY];
@@ -112,13 +118,15 @@ impl<'m> Space<'m> {
         };
         let own = entry(table(self.root.cr3));
         let user = table(cr3);
-        own.is_some() && [user, user & !(PAGE_SIZE as u64)].into_iter().any(|table| entry(table) == own)
+        own.is_some()
+            && [user, user & !(PAGE_SIZE as u64)].into_iter().any(|table| entry(table) == own)
     }
 
     /// Fills `buf` from `gva` on.
     ///
     /// # Errors
-    /// [`SpaceError`], with the first address that cannot be read. Some of `buf` may have been filled then.
+    /// [`SpaceError`], with the first address that cannot be read. Some of `buf` may have been
+    /// filled then.
     pub fn read(&self, gva: u64, buf: &mut [u8]) -> Result<(), SpaceError> {
         let mut runs: Vec<Run> = Vec::new();
         let (mut done, mut end) = (0, Ok(()));
@@ -154,9 +162,10 @@ impl<'m> Space<'m> {
             rest = later;
         }
         let result = match &mut pieces[..] {
-            [(gpa, bytes)] => {
-                self.memory.read_at(*gpa, bytes).map_err(|source| VectoredError { piece: 0, source })
-            }
+            [(gpa, bytes)] => self
+                .memory
+                .read_at(*gpa, bytes)
+                .map_err(|source| VectoredError { piece: 0, source }),
             pieces => self.memory.read_vectored(pieces),
         };
         result.map_err(|VectoredError { piece, source }| {
@@ -175,7 +184,11 @@ impl<'m> Space<'m> {
                 Some(Absent::ProtNone { gpa }) => Ok(Translation {
                     gpa,
                     page_size: 1 << (12 + 9 * u32::from(entry.level - 1)),
-                    permissions: Permissions { is_writable: false, is_user: false, is_executable: false },
+                    permissions: Permissions {
+                        is_writable: false,
+                        is_user: false,
+                        is_executable: false,
+                    },
                 }),
                 _ => Err(WalkError::NotPresent { gva, entry }),
             },
@@ -190,15 +203,19 @@ impl<'m> Space<'m> {
     ) -> Walk<MemoryError> {
         self.root.walk(gva, |gpa, entry| {
             read(gpa, entry)?;
-            // With page table isolation the table that the kernel uses forbids to execute all that is the process's; the
-            // one that the process itself uses, and which is the same otherwise, does not.
+            // With page table isolation the table that the kernel uses forbids to execute all that
+            // is the process's; the one that the process itself uses, and which is the
+            // same otherwise, does not.
             let offset = gpa % PAGE_SIZE as u64;
             let is_process = gpa - offset == table(self.root.cr3) && offset < PAGE_SIZE as u64 / 2;
-            // The frame of a page without access is inverted: there the bits of encryption count where they are not set.
+            // The frame of a page without access is inverted: there the bits of encryption count
+            // where they are not set.
             let is_present = entry.first().is_some_and(|byte| byte & 1 != 0);
             let (clear, set) = if is_present { (self.encryption, 0) } else { (0, self.encryption) };
             let clear = clear | if is_process { NO_EXECUTE } else { 0 };
-            for ((byte, clear), set) in entry.iter_mut().zip(clear.to_le_bytes()).zip(set.to_le_bytes()) {
+            for ((byte, clear), set) in
+                entry.iter_mut().zip(clear.to_le_bytes()).zip(set.to_le_bytes())
+            {
                 *byte = *byte & !clear | set;
             }
             Ok(())

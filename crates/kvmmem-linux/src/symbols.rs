@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The kernel's symbols, from the tables that it keeps of them (kallsyms, `kernel/kallsyms.c`).
 //!
-//! Names stay compressed, as they lie in the guest; one pass over them makes an index by hash. A kernel of 200,000 symbols
-//! takes 8 MB and some 20 ms. All tables are the guest's: each is limited, and what is read from it must fit the addresses
-//! that the VMCOREINFO note has for the same names, or what is found in the image.
+//! Names stay compressed, as they lie in the guest; one pass over them makes an index by hash. A
+//! kernel of 200,000 symbols takes 8 MB and some 20 ms. All tables are the guest's: each is
+//! limited, and what is read from it must fit the addresses that the VMCOREINFO note has for the
+//! same names, or what is found in the image.
 
 mod addresses;
 mod names;
@@ -54,7 +55,8 @@ pub enum TableError {
 pub struct Symbol {
     /// Its name, without a module's.
     pub name: String,
-    /// The letter that /proc/kallsyms has: T for text, D for data and so on. Kernels are not careful with it.
+    /// The letter that /proc/kallsyms has: T for text, D for data and so on. Kernels are not
+    /// careful with it.
     pub kind: char,
     /// Guest-virtual address, or a per-CPU symbol's offset.
     pub address: u64,
@@ -87,8 +89,8 @@ impl Symbols {
         }
     }
 
-    /// Finds the tables of a kernel without a note by their looks, in the image that is mapped in this space. `fits` says
-    /// whether what they say is true of it.
+    /// Finds the tables of a kernel without a note by their looks, in the image that is mapped in
+    /// this space. `fits` says whether what they say is true of it.
     ///
     /// # Errors
     /// [`TableError`].
@@ -121,7 +123,8 @@ impl Symbols {
         self.len() == 0
     }
 
-    /// The address of the first symbol with this name. Static symbols of several files can share a name.
+    /// The address of the first symbol with this name. Static symbols of several files can share a
+    /// name.
     pub fn get(&self, name: &str) -> Option<u64> {
         self.all(name).next()
     }
@@ -184,14 +187,22 @@ impl Symbols {
     fn numbers(&self, name: &str) -> impl Iterator<Item = usize> {
         let wanted = hash(name.as_bytes());
         let first = self.by_name.partition_point(|entry| entry >> 32 < u64::from(wanted));
-        let same = self.by_name.iter().skip(first).take_while(move |entry| *entry >> 32 == u64::from(wanted));
+        let same = self
+            .by_name
+            .iter()
+            .skip(first)
+            .take_while(move |entry| *entry >> 32 == u64::from(wanted));
         let mut found = Vec::new();
-        same.map(|entry| usize::try_from(entry & u64::from(u32::MAX)).unwrap_or(usize::MAX))
-            .filter(move |index| self.names.expand(*index, &mut found).is_some() && found == name.as_bytes())
+        same.map(|entry| usize::try_from(entry & u64::from(u32::MAX)).unwrap_or(usize::MAX)).filter(
+            move |index| {
+                self.names.expand(*index, &mut found).is_some() && found == name.as_bytes()
+            },
+        )
     }
 }
 
 /// FNV-1a. A guest can make names collide: a look-up then compares more names, at most all.
 pub(crate) fn hash(name: &[u8]) -> u32 {
-    name.iter().fold(0x811c_9dc5, |hash: u32, byte| (hash ^ u32::from(*byte)).wrapping_mul(0x0100_0193))
+    name.iter()
+        .fold(0x811c_9dc5, |hash: u32, byte| (hash ^ u32::from(*byte)).wrapping_mul(0x0100_0193))
 }

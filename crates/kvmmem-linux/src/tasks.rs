@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Processes and threads, as /proc shows them.
 //!
-//! `init_task.tasks` lists the leaders of processes; the threads of one are in its `signal->thread_head`. A task that changes
-//! while it is read is read again, then marked as torn; one that ends meanwhile is left out. A task whose memory is damaged in
-//! part is listed without the values that cannot be read, and marked as damaged.
+//! `init_task.tasks` lists the leaders of processes; the threads of one are in its
+//! `signal->thread_head`. A task that changes while it is read is read again, then marked as torn;
+//! one that ends meanwhile is left out. A task whose memory is damaged in part is listed without
+//! the values that cannot be read, and marked as damaged.
 
 mod layout;
 
@@ -52,7 +53,8 @@ pub struct Task {
     pub tid: u32,
     /// The process's.
     pub pid: u32,
-    /// That of the process that it belongs to; `None` where it cannot be read, as for the values after it.
+    /// That of the process that it belongs to; `None` where it cannot be read, as for the values
+    /// after it.
     pub ppid: Option<u32>,
     /// Real and effective user, and real group, in the first namespace.
     pub uid: Option<u32>,
@@ -64,7 +66,8 @@ pub struct Task {
     pub state: char,
     /// When it began, since boot.
     pub start: Option<Duration>,
-    /// Its name; empty where it cannot be read. What is not UTF-8 is replaced; control characters may be there.
+    /// Its name; empty where it cannot be read. What is not UTF-8 is replaced; control characters
+    /// may be there.
     pub comm: String,
     /// Whether it is one of the kernel's own.
     pub is_kernel: bool,
@@ -89,7 +92,8 @@ impl Args {
     /// Of strings that end with a zero each.
     pub(crate) fn new(bytes: &[u8], is_cut: bool) -> Self {
         let words = bytes.strip_suffix(&[0]).unwrap_or(bytes);
-        let words = words.split(|byte| *byte == 0).map(|word| String::from_utf8_lossy(word).into_owned());
+        let words =
+            words.split(|byte| *byte == 0).map(|word| String::from_utf8_lossy(word).into_owned());
         Self { words: if bytes.is_empty() { Vec::new() } else { words.collect() }, is_cut }
     }
 }
@@ -147,7 +151,8 @@ impl Step for TaskSteps<'_> {
         if let Some(error) = self.error.take() {
             return Err(error);
         }
-        let torn = |(task, is_torn): (Task, bool)| Task { is_torn: task.is_torn || is_torn, ..task };
+        let torn =
+            |(task, is_torn): (Task, bool)| Task { is_torn: task.is_torn || is_torn, ..task };
         while let Some(threads) = &mut self.threads {
             let Some(found) = threads.next_with(|gva| self.reader.task(gva))? else {
                 self.threads = None;
@@ -159,7 +164,9 @@ impl Step for TaskSteps<'_> {
                 return Ok(Some(task));
             }
         }
-        let Some(found) = self.leaders.next_with(|gva| self.reader.task(gva))? else { return Ok(None) };
+        let Some(found) = self.leaders.next_with(|gva| self.reader.task(gva))? else {
+            return Ok(None);
+        };
         let task = torn(found);
         if self.which == Which::Threads {
             match self.reader.threads(task.gva) {
@@ -175,7 +182,11 @@ impl<'a> Reader<'a> {
     /// The threads of a process, by its leader.
     fn threads(&self, leader: u64) -> Result<List<'a>, KernelError> {
         let signal = self.kernel.read_u64(leader.wrapping_add(self.layout.signal))?;
-        self.kernel.list_of(signal.wrapping_add(self.layout.thread_head), "task_struct", "thread_node")
+        self.kernel.list_of(
+            signal.wrapping_add(self.layout.thread_head),
+            "task_struct",
+            "thread_node",
+        )
     }
 
     fn task(&mut self, gva: u64) -> Result<Task, KernelError> {
@@ -244,7 +255,8 @@ impl<'a> Reader<'a> {
         let ppid = self.parent(bytes.u64(layout.real_parent)).ok();
         let has_state = bytes.has(layout.state, 4) && bytes.has(layout.exit_state, 4) && has_usage;
         // Only the idle task began at 0.
-        let start = Some(bytes.u64(layout.start)).filter(|start| *start != 0).map(Duration::from_nanos);
+        let start =
+            Some(bytes.u64(layout.start)).filter(|start| *start != 0).map(Duration::from_nanos);
         Ok(Task {
             gva,
             tid,
@@ -259,7 +271,11 @@ impl<'a> Reader<'a> {
             args,
             is_torn: false,
             // Each has a name.
-            is_damaged: is_damaged || ids.is_none() || ppid.is_none() || start.is_none() || comm.is_empty(),
+            is_damaged: is_damaged
+                || ids.is_none()
+                || ppid.is_none()
+                || start.is_none()
+                || comm.is_empty(),
             comm,
         })
     }
@@ -272,7 +288,10 @@ impl<'a> Reader<'a> {
             let user = self.kernel.read_u64(cred.wrapping_add(user))?;
             // Both say whose it is.
             if self.kernel.read_u32(user.wrapping_add(uid))? != ids[0] {
-                return Err(KernelError::Malformed { what: "the user of a task".to_owned(), gva: cred });
+                return Err(KernelError::Malformed {
+                    what: "the user of a task".to_owned(),
+                    gva: cred,
+                });
             }
         }
         Ok(ids)
@@ -288,7 +307,8 @@ impl<'a> Reader<'a> {
         Ok(pid)
     }
 
-    /// The full name of a kernel thread; that of a worker has what it works on (wq_worker_comm() of the kernel).
+    /// The full name of a kernel thread; that of a worker has what it works on (wq_worker_comm() of
+    /// the kernel).
     fn kernel_name(
         &self,
         gva: u64,
@@ -301,8 +321,10 @@ impl<'a> Reader<'a> {
         if kthread == 0 {
             return Ok(comm);
         }
-        let malformed =
-            || KernelError::Malformed { what: "the name of a thread of the kernel".to_owned(), gva: kthread };
+        let malformed = || KernelError::Malformed {
+            what: "the name of a thread of the kernel".to_owned(),
+            gva: kthread,
+        };
         if let Some(parked) = at.parked
             && self.kernel.read_u64(kthread.wrapping_add(parked))? == 0
         {
@@ -344,14 +366,18 @@ impl<'a> Reader<'a> {
         let env_end = word(self.layout.env_end)?;
         // A program begins with both.
         if start == 0 || end < start {
-            return Err(KernelError::Malformed { what: "the memory of a process".to_owned(), gva: mm });
+            return Err(KernelError::Malformed {
+                what: "the memory of a process".to_owned(),
+                gva: mm,
+            });
         }
         let space = self.kernel.process_space(word(self.layout.pgd)?)?;
         let len = end.saturating_sub(start);
         let most = len.min(MAX_ARGS).min(self.args_left);
         let mut bytes = space.read_some(start, most);
         let is_cut = (bytes.len() as u64) < len;
-        // A program may have written one string over all of its words, and over its environment as well.
+        // A program may have written one string over all of its words, and over its environment as
+        // well.
         if !is_cut && bytes.last().is_some_and(|last| *last != 0) {
             let more = space.read_some(end, env_end.saturating_sub(end).min(PAGE_SIZE as u64));
             bytes.extend_from_slice(&more);

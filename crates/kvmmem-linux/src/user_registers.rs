@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The registers that a thread had as it entered the kernel (`task_pt_regs()` of the kernel), and the auxiliary vector of its
-//! process.
+//! The registers that a thread had as it entered the kernel (`task_pt_regs()` of the kernel), and
+//! the auxiliary vector of its process.
 
 use crate::bytes::Bytes;
 use crate::kernel::{Kernel, KernelError};
@@ -47,21 +47,25 @@ pub struct UserRegisters {
 }
 
 impl Kernel<'_> {
-    /// The registers in user mode of a thread that waits in the kernel. `None` for one that runs, whose registers are a
-    /// vCPU's, for the kernel's own, and where the stack does not look as it should.
+    /// The registers in user mode of a thread that waits in the kernel. `None` for one that runs,
+    /// whose registers are a vCPU's, for the kernel's own, and where the stack does not look as
+    /// it should.
     ///
     /// # Errors
     /// [`KernelError`].
     pub fn user_registers(&self, task: &Task) -> Result<Option<UserRegisters>, KernelError> {
         let object = self.object("task_struct", task.gva)?;
-        // A kernel for one processor has no such member, and runs nothing else while it is read. In 7.3 it is a byte.
+        // A kernel for one processor has no such member, and runs nothing else while it is read. In
+        // 7.3 it is a byte.
         let runs = object.has("on_cpu") && object.get("on_cpu")? != 0;
         if task.is_kernel || runs {
             return Ok(None);
         }
         let (stack, fs_base, gs_base) =
             (object.get("stack")?, object.get("thread.fsbase")?, object.get("thread.gsbase")?);
-        for (size, padding) in STACKS.into_iter().flat_map(|size| PADDINGS.map(|padding| (size, padding))) {
+        for (size, padding) in
+            STACKS.into_iter().flat_map(|size| PADDINGS.map(|padding| (size, padding)))
+        {
             let mut bytes = Bytes::zeroed(PT_REGS);
             let at = stack.wrapping_add(size - padding - PT_REGS);
             // Beyond a stack of the smaller size there may be nothing.
@@ -77,8 +81,8 @@ impl Kernel<'_> {
         Ok(None)
     }
 
-    /// The auxiliary vector that a process was started with, as /proc/PID/auxv has it: pairs of words, the last of which is
-    /// zero. Empty for a process without memory.
+    /// The auxiliary vector that a process was started with, as /proc/PID/auxv has it: pairs of
+    /// words, the last of which is zero. Empty for a process without memory.
     ///
     /// # Errors
     /// [`KernelError`].
@@ -123,7 +127,10 @@ impl UserRegisters {
     /// Whether it is user mode's, in its half of the addresses.
     fn is_plausible(&self) -> bool {
         const LIMIT: u64 = 1 << 56;
-        [USER_CS, USER32_CS].contains(&self.cs) && self.ss == USER_SS && self.rip < LIMIT && self.rsp < LIMIT
+        [USER_CS, USER32_CS].contains(&self.cs)
+            && self.ss == USER_SS
+            && self.rip < LIMIT
+            && self.rsp < LIMIT
     }
 }
 
@@ -144,7 +151,13 @@ mod tests {
             (17, 18, 19, 20, 21)
         );
         assert!(!registers.is_plausible());
-        let user = UserRegisters { cs: 0x33, ss: 0x2b, rip: 0x40_1000, rsp: 0x7fff_f7ff_e000, ..registers };
+        let user = UserRegisters {
+            cs: 0x33,
+            ss: 0x2b,
+            rip: 0x40_1000,
+            rsp: 0x7fff_f7ff_e000,
+            ..registers
+        };
         assert!(user.is_plausible());
         assert!(!UserRegisters { rip: 0xffff_ffff_8100_0000, ..user }.is_plausible());
     }

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The VMCOREINFO note that a Linux guest keeps in its RAM: symbols, offsets and numbers by which a tool finds its way
-//! around the kernel's memory (Documentation/admin-guide/kdump/vmcoreinfo.rst).
+//! The VMCOREINFO note that a Linux guest keeps in its RAM: symbols, offsets and numbers by which a
+//! tool finds its way around the kernel's memory (Documentation/admin-guide/kdump/vmcoreinfo.rst).
 //!
 //! [`crate::search`] finds it. Everything in it is the guest's word. The guest can forge
-//! a note, and a reset that keeps RAM leaves the note of the kernel before. [`Note::check`] says whether a note fits the page
-//! tables and the kernel's name that are in memory; a stale note may fit as well, so that a caller that finds several that
-//! do must not choose by chance.
+//! a note, and a reset that keeps RAM leaves the note of the kernel before. [`Note::check`] says
+//! whether a note fits the page tables and the kernel's name that are in memory; a stale note may
+//! fit as well, so that a caller that finds several that do must not choose by chance.
 
 use std::error::Error;
 
@@ -28,7 +28,8 @@ pub const KERNEL_MAP: u64 = 0xffff_ffff_8000_0000;
 const RELEASE_AT: u64 = 2 * UTS_LEN as u64;
 const UTS_LEN: usize = 65;
 
-/// Where a kernel that does not say has the names in `struct uts_namespace`: behind a reference counter.
+/// Where a kernel that does not say has the names in `struct uts_namespace`: behind a reference
+/// counter.
 const UTS_NAME_AT: u64 = 4;
 
 /// A note as it lies in memory, or the same lines about a kernel that has none.
@@ -68,7 +69,10 @@ fn text_len(page: &[u8]) -> Option<usize> {
 
 impl Note {
     /// Reads the note at `gpa`; `None` where there is no note, or not of text.
-    pub fn read<E>(gpa: u64, mut read: impl FnMut(u64, &mut [u8]) -> Result<(), E>) -> Option<Self> {
+    pub fn read<E>(
+        gpa: u64,
+        mut read: impl FnMut(u64, &mut [u8]) -> Result<(), E>,
+    ) -> Option<Self> {
         let mut header = [0; HEADER];
         read(gpa, &mut header).ok()?;
         let mut text = vec![0; text_len(&header)?];
@@ -109,8 +113,8 @@ impl Note {
         Some(AddressSpace { cr3, levels: if has_five { Levels::Five } else { Levels::Four } })
     }
 
-    /// Whether the note fits what is in memory: its page tables must lead to the kernel's name, and that must be the
-    /// note's. `read` fills a buffer from guest-physical memory.
+    /// Whether the note fits what is in memory: its page tables must lead to the kernel's name, and
+    /// that must be the note's. `read` fills a buffer from guest-physical memory.
     ///
     /// # Errors
     /// [`NoteError`]: what does not fit.
@@ -121,10 +125,14 @@ impl Note {
         let release = self.release().filter(|release| (1..UTS_LEN).contains(&release.len()));
         let release = release.ok_or(NoteError::Missing("OSRELEASE"))?;
         let space = self.address_space();
-        let space = space.ok_or(NoteError::Missing("SYMBOL(swapper_pg_dir) and NUMBER(phys_base)"))?;
-        let namespace = self.symbol("init_uts_ns").ok_or(NoteError::Missing("SYMBOL(init_uts_ns)"))?;
+        let space =
+            space.ok_or(NoteError::Missing("SYMBOL(swapper_pg_dir) and NUMBER(phys_base)"))?;
+        let namespace =
+            self.symbol("init_uts_ns").ok_or(NoteError::Missing("SYMBOL(init_uts_ns)"))?;
         let offset = match self.value("OFFSET(uts_namespace.name)") {
-            Some(value) => value.parse().map_err(|_| NoteError::Missing("OFFSET(uts_namespace.name)"))?,
+            Some(value) => {
+                value.parse().map_err(|_| NoteError::Missing("OFFSET(uts_namespace.name)"))?
+            }
             None => UTS_NAME_AT,
         };
         let gva = namespace.wrapping_add(offset).wrapping_add(RELEASE_AT);
@@ -150,7 +158,8 @@ impl Note {
         })
     }
 
-    /// What the note says of a structure: `SIZE(name)`, `OFFSET(name.member)`, `LENGTH(name)`; or a `NUMBER(name)`.
+    /// What the note says of a structure: `SIZE(name)`, `OFFSET(name.member)`, `LENGTH(name)`; or a
+    /// `NUMBER(name)`.
     pub fn number(&self, key: &str) -> Option<i64> {
         let value = self.value(key)?;
         match value.strip_prefix("0x") {
@@ -170,10 +179,12 @@ mod tests {
 
     const RELEASE: &str = "6.12.1-test";
 
-    /// Memory in which a kernel moved by 2 MiB has its tables at 0x301000, and its name, of a page of 2 MiB, at 0x205104.
+    /// Memory in which a kernel moved by 2 MiB has its tables at 0x301000, and its name, of a page
+    /// of 2 MiB, at 0x205104.
     fn memory(five: bool) -> Vec<u8> {
         let mut memory = vec![0; 8 << 20];
-        let mut put = |at: usize, word: u64| memory[at..at + 8].copy_from_slice(&word.to_le_bytes());
+        let mut put =
+            |at: usize, word: u64| memory[at..at + 8].copy_from_slice(&word.to_le_bytes());
         let mut table = 0x30_1000;
         if five {
             put(table + 511 * 8, 0x30_2000 | 1);
@@ -234,16 +245,23 @@ mod tests {
         assert!(matches!(check(good.replace("6.12.1-test", "6.12.1")), Err(NoteError::Release(_))));
         assert!(matches!(check(good.replace("enabled)=0", "enabled)=1")), Err(NoteError::Walk(_))));
         assert!(matches!(check(good.replace("=2097152", "=-2097152")), Err(NoteError::Walk(_))));
-        for key in ["OSRELEASE", "SYMBOL(init_uts_ns)", "SYMBOL(swapper_pg_dir)", "NUMBER(phys_base)"] {
+        for key in
+            ["OSRELEASE", "SYMBOL(init_uts_ns)", "SYMBOL(swapper_pg_dir)", "NUMBER(phys_base)"]
+        {
             assert!(matches!(check(good.replace(key, "X")), Err(NoteError::Missing(_))), "{key}");
         }
-        assert!(matches!(check(good.replace("6.12.1-test", &"6".repeat(65))), Err(NoteError::Missing(_))));
+        assert!(matches!(
+            check(good.replace("6.12.1-test", &"6".repeat(65))),
+            Err(NoteError::Missing(_))
+        ));
     }
 
     #[test]
     fn what_is_no_note_is_none() {
         let bytes = note("OSRELEASE=1\n");
-        for (at, byte) in [(0, 12), (4, 0), (5, 0x11), (8, 1), (12, b'W'), (22, 1), (24, 0x1b), (24, 0xff)] {
+        for (at, byte) in
+            [(0, 12), (4, 0), (5, 0x11), (8, 1), (12, b'W'), (22, 1), (24, 0x1b), (24, 0xff)]
+        {
             let mut bad = bytes.clone();
             bad[at] = byte;
             bad.resize(0x3000, 0);

@@ -10,7 +10,8 @@ use common::{Guest, NAMES, Place};
 use kvmmem_linux::tasks::{Task, Tasks, Which};
 use kvmmem_linux::{Find, Kernel};
 
-/// The processes of a guest that does `change` whenever the second one's name is read, which is counted.
+/// The processes of a guest that does `change` whenever the second one's name is read, which is
+/// counted.
 fn read(guest: &Guest, change: Change<'_>) -> Vec<Task> {
     let at = Place::FIRST.gpa + task(2) + COMM;
     let memory = Changing { guest, at, change, reads: AtomicU64::new(0) };
@@ -29,7 +30,10 @@ fn rename(guest: &Guest, name: &[u8; 16]) {
 #[test]
 fn what_keeps_still_is_not_torn() {
     let tasks = read(&guest(), &|_, _| {});
-    assert_eq!(rows(&tasks), NAMES[1..].iter().map(|(pid, name)| (*pid, *name, false)).collect::<Vec<_>>());
+    assert_eq!(
+        rows(&tasks),
+        NAMES[1..].iter().map(|(pid, name)| (*pid, *name, false)).collect::<Vec<_>>()
+    );
     let Task { ppid, uid, euid, gid, state, .. } = tasks[0];
     assert_eq!((ppid, uid, euid, gid, state), (Some(0), Some(1000), Some(1001), Some(1002), 'S'));
 }
@@ -38,7 +42,8 @@ fn what_keeps_still_is_not_torn() {
 fn what_changes_whenever_it_is_read_is_torn_and_never_made_up() {
     let names = [b"aaaaaaaaaaaaaaa\0", b"bbbbbbbbbbbbbbb\0"];
     let tasks = read(&guest(), &|guest, reads| rename(guest, names[usize::from(reads % 2 == 0)]));
-    let [(1, "init", false), (2, name, true), (77, "exactly15chars!", false)] = rows(&tasks)[..] else {
+    let [(1, "init", false), (2, name, true), (77, "exactly15chars!", false)] = rows(&tasks)[..]
+    else {
         panic!("{tasks:?}")
     };
     assert!(["aaaaaaaaaaaaaaa", "bbbbbbbbbbbbbbb"].contains(&name), "{name}");
@@ -51,7 +56,10 @@ fn what_changes_once_is_read_again() {
             rename(guest, b"renamed\0\0\0\0\0\0\0\0\0");
         }
     });
-    assert_eq!(rows(&tasks), [(1, "init", false), (2, "renamed", false), (77, "exactly15chars!", false)]);
+    assert_eq!(
+        rows(&tasks),
+        [(1, "init", false), (2, "renamed", false), (77, "exactly15chars!", false)]
+    );
 }
 
 #[test]
@@ -62,7 +70,11 @@ fn a_process_that_ends_meanwhile_is_left_out() {
                 end(guest, 2);
             }
         });
-        assert_eq!(rows(&tasks), [(1, "init", false), (77, "exactly15chars!", false)], "after {after} reads");
+        assert_eq!(
+            rows(&tasks),
+            [(1, "init", false), (77, "exactly15chars!", false)],
+            "after {after} reads"
+        );
     }
     // The last one.
     let guest = guest();
@@ -70,6 +82,7 @@ fn a_process_that_ends_meanwhile_is_left_out() {
     let change: Change<'_> = &|guest, _| end(guest, 3);
     let memory = Changing { guest: &guest, at, change, reads: AtomicU64::new(0) };
     let kernel = Kernel::find(&memory, Find::default()).unwrap();
-    let tasks: Vec<Task> = Tasks::new(&kernel, Which::Processes).unwrap().collect::<Result<_, _>>().unwrap();
+    let tasks: Vec<Task> =
+        Tasks::new(&kernel, Which::Processes).unwrap().collect::<Result<_, _>>().unwrap();
     assert_eq!(rows(&tasks), [(1, "init", false), (2, "kthreadd", false)]);
 }

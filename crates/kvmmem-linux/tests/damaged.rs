@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Memory of which a page is damaged: what can be read is listed, and what cannot is an error in its place or marked.
+//! Memory of which a page is damaged: what can be read is listed, and what cannot is an error in
+//! its place or marked.
 
 mod common;
 
@@ -38,7 +39,8 @@ impl Memory for Holes<'_> {
     }
 }
 
-/// Hands `act` the kernel in memory without a page, then in memory whose page is zeros from `at` on.
+/// Hands `act` the kernel in memory without a page, then in memory whose page is zeros from `at`
+/// on.
 fn damaged(guest: impl Fn() -> Guest, at: u64, mut act: impl FnMut(&Kernel<'_>, &str)) {
     let find = Find { note: Some(PLACE.note), ..Find::default() };
     let sound = guest();
@@ -59,9 +61,11 @@ fn tasks(kernel: &Kernel<'_>) -> (Vec<(String, Option<u32>, bool)>, usize) {
 #[test]
 fn a_damaged_task_hides_no_other() {
     let row = |name: &str| (name.to_owned(), Some(1000), false);
-    for (number, others) in
-        [(1, ["kthreadd", "exactly15chars!"]), (2, ["init", "exactly15chars!"]), (3, ["init", "kthreadd"])]
-    {
+    for (number, others) in [
+        (1, ["kthreadd", "exactly15chars!"]),
+        (2, ["init", "exactly15chars!"]),
+        (3, ["init", "kthreadd"]),
+    ] {
         damaged(processes::guest, task(number), |kernel, how| {
             assert_eq!(tasks(kernel), (others.map(row).to_vec(), 1), "{number} {how}");
         });
@@ -71,7 +75,11 @@ fn a_damaged_task_hides_no_other() {
         let guest = processes::guest();
         guest.put_word(PLACE.gpa + task(2), PLACE.gva + to);
         let kernel = Kernel::find(&guest, Find::default()).unwrap();
-        assert_eq!(tasks(&kernel), (["init", "kthreadd", "exactly15chars!"].map(row).to_vec(), 0), "{to:#x}");
+        assert_eq!(
+            tasks(&kernel),
+            (["init", "kthreadd", "exactly15chars!"].map(row).to_vec(), 0),
+            "{to:#x}"
+        );
     }
 }
 
@@ -122,7 +130,8 @@ fn a_damaged_module_hides_no_other() {
 #[test]
 fn a_damaged_socket_or_bucket_hides_no_other() {
     let read = |guest: &Guest| {
-        let kernel = Kernel::find(guest, Find { note: Some(PLACE.note), ..Find::default() }).unwrap();
+        let kernel =
+            Kernel::find(guest, Find { note: Some(PLACE.note), ..Find::default() }).unwrap();
         let all: Vec<_> = Sockets::new(&kernel).unwrap().collect();
         let lost = all.iter().filter(|socket| socket.is_err()).count();
         let found: Vec<_> =

@@ -45,7 +45,8 @@ fn walk(kernel: &Kernel<'_>) -> Result<(), KernelError> {
     let _ = kernel.size_of("wide");
     for task in kernel.list_of(head, "task_struct", "tasks")?.take(1000) {
         let task = kernel.object("task_struct", task?)?;
-        let _ = (task.get("pid"), task.get_signed("flags.high"), task.text("comm").map(<[u8]>::len));
+        let _ =
+            (task.get("pid"), task.get_signed("flags.high"), task.text("comm").map(<[u8]>::len));
         let _ = kernel.read_cstr(task.gva(), 64);
     }
     Ok(())
@@ -152,13 +153,18 @@ fn decoys_hide_no_kernel() {
     // 2,815 before the right one, and 255 after it.
     let ram = common::RAM as u64;
     pages(0..ram).for_each(|page| guest.put(page, &decoy));
-    assert!(pages(0..Place::FIRST.note).count() > 1100 && pages(Place::FIRST.note..ram).count() > 200);
+    assert!(
+        pages(0..Place::FIRST.note).count() > 1100 && pages(Place::FIRST.note..ram).count() > 200
+    );
     for find in [Find::default(), Find { is_live: true, ..Find::default() }] {
         let kernel = Kernel::find(&guest, find).unwrap();
         assert_eq!(kernel.note().gpa, Some(Place::FIRST.note));
     }
     let notes = Notes::find(&guest, |_| true).unwrap();
-    assert_eq!((notes.fitting.len(), notes.count, notes.is_cut), (1, pages(0..ram).count() + 1, false));
+    assert_eq!(
+        (notes.fitting.len(), notes.count, notes.is_cut),
+        (1, pages(0..ram).count() + 1, false)
+    );
     // The same text, over and over, is one note.
     pages(0..ram).for_each(|page| guest.put(page, &note));
     let notes = Notes::find(&guest, |_| true).unwrap();

@@ -3,7 +3,9 @@
 
 mod common;
 
-use common::objects::{self, CALLS, DISPATCHER, IDT, KOBJECT, LIST, NODES, TASK_LIST, at, module, task};
+use common::objects::{
+    self, CALLS, DISPATCHER, IDT, KOBJECT, LIST, NODES, TASK_LIST, at, module, task,
+};
 use common::{Guest, Place};
 use kvmmem_linux::integrity::{self, Check, Finding, Place as At};
 use kvmmem_linux::{Find, Kernel, KernelError};
@@ -38,7 +40,8 @@ fn hidden(name: &str, object: u64, found: &'static str, missing: &'static str) -
 
 /// Takes a list's node out of it.
 fn unlink(guest: &Guest, node: u64) {
-    let link = |object: u64| u64::from_le_bytes(guest.bytes(at(&PLACE, object), 8).try_into().unwrap());
+    let link =
+        |object: u64| u64::from_le_bytes(guest.bytes(at(&PLACE, object), 8).try_into().unwrap());
     let (next, previous) = (link(node), link(node + 8));
     let place = |gva: u64| gva - PLACE.gva + PLACE.gpa;
     guest.put_word(place(previous), next);
@@ -94,23 +97,33 @@ fn entries_that_lead_out_of_the_text_are_hooks() {
     let call = PLACE.gva + DISPATCHER + 9 + 3;
     let distance = u32::try_from(MODULE.wrapping_sub(call + 5) & 0xffff_ffff).unwrap();
     guest.put(PLACE.gpa + DISPATCHER + 13, &distance.to_le_bytes());
-    assert_eq!(findings(&guest), [hook("branch of x64_sys_call at +0xc", call, MODULE, in_module())]);
+    assert_eq!(
+        findings(&guest),
+        [hook("branch of x64_sys_call at +0xc", call, MODULE, in_module())]
+    );
 }
 
-/// The begin of another function of the kernel is not the handler of a system call or of an interrupt, nor is one that another
-/// entry has.
+/// The begin of another function of the kernel is not the handler of a system call or of an
+/// interrupt, nor is one that another entry has.
 #[test]
 fn entries_that_lead_to_another_function_are_hooks() {
     let function = |name: &str| At::Text { symbol: name.to_owned(), offset: 0 };
     let other = PLACE.gva + 0x1000 + 16 * 100;
     let guest = objects::guest(&PLACE);
     guest.put_word(at(&PLACE, CALLS + 8), other);
-    assert_eq!(findings(&guest), [hook("system call 1", gva(CALLS + 8), other, function("filler_100"))]);
+    assert_eq!(
+        findings(&guest),
+        [hook("system call 1", gva(CALLS + 8), other, function("filler_100"))]
+    );
     // The handler of call 1.
     let guest = objects::guest(&PLACE);
     guest.put_word(at(&PLACE, CALLS + 8 * 3), PLACE.gva + 0x1010);
-    let expected =
-        hook("system call 3 as well as 1", gva(CALLS + 24), PLACE.gva + 0x1010, function("filler_1"));
+    let expected = hook(
+        "system call 3 as well as 1",
+        gva(CALLS + 24),
+        PLACE.gva + 0x1010,
+        function("filler_1"),
+    );
     assert_eq!(findings(&guest), [expected]);
 
     let gate = |guest: &Guest, vector: u64, target: u64| {
@@ -172,7 +185,10 @@ fn what_is_only_in_one_of_two_places_is_hidden() {
     assert_eq!(findings(&guest), [hidden("process 70 (task-70)", task(2), pids, lists)]);
     let guest = objects::guest(&PLACE);
     unlink(&guest, task(4) + 56);
-    assert_eq!(findings(&guest), [hidden("thread 4001 of process 4000 (task-4001)", task(4), pids, lists)]);
+    assert_eq!(
+        findings(&guest),
+        [hidden("thread 4001 of process 4000 (task-4001)", task(4), pids, lists)]
+    );
     // Slot 6 of the second leaf.
     let guest = objects::guest(&PLACE);
     guest.put_word(at(&PLACE, NODES + 0x800 + 8 + 8 * 6), 0);
@@ -183,9 +199,12 @@ fn what_is_only_in_one_of_two_places_is_hidden() {
 fn a_damaged_tree_of_pids_is_an_error() {
     let tasks = |guest: &Guest| Check::Tasks.run(&kernel(guest));
     // A node below itself, a level that is no level, a node below the lowest.
-    for (object, word) in
-        [(NODES + 8, gva(NODES) | 2), (NODES, 7), (NODES + 0x400 + 8, gva(NODES) | 2), (NODES + 16, 5)]
-    {
+    for (object, word) in [
+        (NODES + 8, gva(NODES) | 2),
+        (NODES, 7),
+        (NODES + 0x400 + 8, gva(NODES) | 2),
+        (NODES + 16, 5),
+    ] {
         let guest = objects::guest(&PLACE);
         guest.put_word(at(&PLACE, object), word);
         let error = tasks(&guest).unwrap_err();

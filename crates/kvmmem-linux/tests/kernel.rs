@@ -3,7 +3,9 @@
 
 mod common;
 
-use common::{BTF, Guest, JIFFIES, KALLSYMS, Layout, NAMES, PAGE_TABLES, Place, RELEASE, TASKS, UTS};
+use common::{
+    BTF, Guest, JIFFIES, KALLSYMS, Layout, NAMES, PAGE_TABLES, Place, RELEASE, TASKS, UTS,
+};
 use kvmmem_linux::btf::Member;
 use kvmmem_linux::identity::Identity;
 use kvmmem_linux::symbols::{Symbol, TableError};
@@ -39,7 +41,11 @@ fn every_layout_of_the_symbol_table_is_read() {
         assert_eq!(symbols.get("filler_1234"), Some(place.gva + 0x1000 + 16 * 1234));
         assert_eq!(symbols.get("filler_"), None);
         for symbol in symbols.iter() {
-            assert_eq!(symbols.all(&symbol.name).collect::<Vec<u64>>(), [symbol.address], "{layout:?}");
+            assert_eq!(
+                symbols.all(&symbol.name).collect::<Vec<u64>>(),
+                [symbol.address],
+                "{layout:?}"
+            );
         }
         let name = String::from("init_task");
         let symbol = Symbol { name, kind: 'D', address: place.gva + TASKS };
@@ -79,7 +85,11 @@ fn members_are_found_by_their_paths() {
         kernel.member(structure, path).map(|member| (member.offset, member.size))
     };
     assert_eq!(place("task_struct", "tasks.prev").unwrap(), (8, 8));
-    assert_eq!(place("task_struct", "pid").unwrap(), (24, 4), "through two structures without a name");
+    assert_eq!(
+        place("task_struct", "pid").unwrap(),
+        (24, 4),
+        "through two structures without a name"
+    );
     assert_eq!(place("task_struct", "none").unwrap(), (16, 0), "of type void");
     assert_eq!(place("wide", "matrix").unwrap(), (0, 48));
     assert_eq!(place("wide", "task.flags.high").unwrap(), (28, 1));
@@ -118,14 +128,18 @@ fn of_several_kernels_the_one_whose_clock_ticks_is_right() {
             candidates.iter().filter_map(|found| found.note.gpa).collect::<Vec<_>>(),
             [0xe0_0000, 0xf0_0000]
         );
-        assert!(text.contains("note at gpa 0xe00000 (release 6.12.1-test, build ffffffff9a4"), "{text}");
+        assert!(
+            text.contains("note at gpa 0xe00000 (release 6.12.1-test, build ffffffff9a4"),
+            "{text}"
+        );
     }
     for place in [Place::FIRST, Place::SECOND] {
         guest.clocks = vec![place.gpa + JIFFIES];
         let found = Kernel::find(&guest, LIVE).unwrap();
         assert_eq!(found.symbol("_stext").unwrap(), place.gva);
         // The caller's choice.
-        let found = Kernel::find(&guest, Find { note: Some(place.note), ..Find::default() }).unwrap();
+        let found =
+            Kernel::find(&guest, Find { note: Some(place.note), ..Find::default() }).unwrap();
         assert_eq!(found.symbol("_stext").unwrap(), place.gva);
     }
     let error = Kernel::find(&guest, Find { note: Some(0x1000), ..LIVE }).unwrap_err();
@@ -137,8 +151,9 @@ fn of_several_kernels_the_one_in_the_address_space_of_a_vcpu_is_right() {
     let guest = Guest::with(&[Place::FIRST, Place::SECOND]);
     for place in [Place::FIRST, Place::SECOND] {
         // A process's table, with the entry accessed; the table of user mode after it.
-        let kernel =
-            u64::from_le_bytes(guest.bytes(place.gpa + PAGE_TABLES + 511 * 8, 8).try_into().unwrap());
+        let kernel = u64::from_le_bytes(
+            guest.bytes(place.gpa + PAGE_TABLES + 511 * 8, 8).try_into().unwrap(),
+        );
         guest.put_word(0xa0_0000 + 511 * 8, kernel | 0x20);
         for cr3 in [place.gpa + PAGE_TABLES, 0xa0_0000, 0xa0_1005] {
             let found = Kernel::find(&guest, Find { cr3: Some(cr3), ..Find::default() }).unwrap();
@@ -154,7 +169,9 @@ fn of_several_kernels_the_one_in_the_address_space_of_a_vcpu_is_right() {
 #[test]
 fn a_kernel_without_a_note_is_found() {
     let layouts = [Layout::BeforeNames, Layout::AfterIndex, Layout::Unsigned, Layout::FromPlace];
-    for (layout, five_levels) in layouts.into_iter().flat_map(|layout| [(layout, false), (layout, true)]) {
+    for (layout, five_levels) in
+        layouts.into_iter().flat_map(|layout| [(layout, false), (layout, true)])
+    {
         let place = Place { layout, five_levels, ..Place::SECOND };
         let guest = Guest::with(&[place]);
         let with_note = kernel(&guest);
@@ -164,11 +181,16 @@ fn a_kernel_without_a_note_is_found() {
         // A process's table, and that of user mode after it, which has nothing of the kernel.
         guest.put_word(0xa0_0000 + 511 * 8, word(&guest, place.gpa + PAGE_TABLES + 511 * 8) | 0x20);
         let own = place.gpa + PAGE_TABLES;
-        let by_cr3 = [own, 0xa0_0000, 0xa0_1005].map(|cr3| Find { cr3: Some(cr3), ..Find::default() });
+        let by_cr3 =
+            [own, 0xa0_0000, 0xa0_1005].map(|cr3| Find { cr3: Some(cr3), ..Find::default() });
         let named = Find { kernel: Some(own), ..LIVE };
         for find in [Find::default(), LIVE, named].into_iter().chain(by_cr3) {
             let kernel = Kernel::find(&guest, find).unwrap();
-            assert_eq!((kernel.note().gpa, kernel.space().root()), (None, root), "{layout:?} {find:?}");
+            assert_eq!(
+                (kernel.note().gpa, kernel.space().root()),
+                (None, root),
+                "{layout:?} {find:?}"
+            );
             assert_eq!(tasks(&kernel).unwrap(), expected, "{layout:?}");
             let identity = Identity::of(&kernel).unwrap();
             assert_eq!(identity.release, RELEASE);
@@ -190,7 +212,9 @@ fn word(guest: &Guest, gpa: u64) -> u64 {
 fn the_note_of_another_kernel_is_not_taken_for_that_in_the_address_space_of_a_vcpu() {
     let guest = Guest::with(&[Place::FIRST, Place::SECOND]);
     guest.put(Place::SECOND.note, &[0; 0x1000]);
-    let find = |cr3| Kernel::find(&guest, Find { cr3, ..Find::default() }).unwrap().symbol("_stext").unwrap();
+    let find = |cr3| {
+        Kernel::find(&guest, Find { cr3, ..Find::default() }).unwrap().symbol("_stext").unwrap()
+    };
     assert_eq!(find(Some(Place::SECOND.gpa + PAGE_TABLES)), Place::SECOND.gva);
     // Of firmware.
     for cr3 in [None, Some(0xb0_0000), Some(Place::FIRST.gpa + PAGE_TABLES)] {
@@ -204,7 +228,8 @@ fn of_several_kernels_without_notes_the_right_one_is_told_or_all_are_reported() 
     for place in [Place::FIRST, Place::SECOND] {
         guest.put(place.note, &[0; 0x1000]);
     }
-    let FindError::Ambiguous { candidates } = Kernel::find(&guest, Find::default()).unwrap_err() else {
+    let FindError::Ambiguous { candidates } = Kernel::find(&guest, Find::default()).unwrap_err()
+    else {
         panic!("one was taken")
     };
     let found: Vec<_> = candidates.iter().map(|found| (found.note.gpa, found.cr3)).collect();
@@ -256,21 +281,26 @@ fn what_is_no_linux_is_said_to_be_none() {
     guest.put(Place::FIRST.gpa + PAGE_TABLES, &[0; 0x1000]);
     let error = Kernel::find(&guest, LIVE).unwrap_err();
     assert!(matches!(error, FindError::NoneFits { count: 1 }));
-    assert!(
-        error
-            .to_string()
-            .contains("the VMCOREINFO note in the guest's memory does not fit its page tables, nor do")
-    );
+    assert!(error.to_string().contains(
+        "the VMCOREINFO note in the guest's memory does not fit its page tables, nor do"
+    ));
 }
 
 #[test]
 fn what_is_not_found_of_a_kernel_is_named() {
     let guest = Guest::with(&[Place::FIRST]);
     let identity = Identity::of(&kernel(&guest)).unwrap();
-    assert_eq!((identity.release.as_str(), identity.command_line, identity.booted), (RELEASE, None, None));
+    assert_eq!(
+        (identity.release.as_str(), identity.command_line, identity.booted),
+        (RELEASE, None, None)
+    );
     let missing: Vec<_> = identity.missing.iter().map(|missing| missing.what).collect();
     assert_eq!(missing, ["the command line", "the boot time"]);
-    assert!(identity.missing[0].why.contains("no symbol saved_command_line"), "{:?}", identity.missing);
+    assert!(
+        identity.missing[0].why.contains("no symbol saved_command_line"),
+        "{:?}",
+        identity.missing
+    );
 }
 
 #[test]
@@ -322,12 +352,18 @@ fn a_list_that_does_not_end_is_an_error() {
     assert!(matches!(kernel.list(gva + TASKS).last(), Some(Err(KernelError::Endless { .. }))));
     // Nowhere.
     guest.put_word(gpa + TASKS + 64, 0x1234_5678);
-    assert!(matches!(kernel.list(gva + TASKS).last(), Some(Err(KernelError::Read { gva: 0x1234_5678, .. }))));
+    assert!(matches!(
+        kernel.list(gva + TASKS).last(),
+        Some(Err(KernelError::Read { gva: 0x1234_5678, .. }))
+    ));
     // No pointer: that is no end.
     for end in [0, 0x35] {
         guest.put_word(gpa + TASKS + 64, end);
         let last = kernel.list(gva + TASKS).last();
-        assert!(matches!(last, Some(Err(KernelError::Broken { next, .. })) if next == end), "{last:?}");
+        assert!(
+            matches!(last, Some(Err(KernelError::Broken { next, .. })) if next == end),
+            "{last:?}"
+        );
     }
 }
 
@@ -342,7 +378,10 @@ fn texts_end_at_their_end() {
     assert_eq!(kernel.read_cstr(gva + end, 3).unwrap(), b"las");
     guest.put(gpa + end, b"last!");
     let error = kernel.read_cstr(gva + end, 4096).unwrap_err();
-    assert!(matches!(&error, KernelError::Read { gva: at, .. } if *at == gva + common::IMAGE), "{error}");
+    assert!(
+        matches!(&error, KernelError::Read { gva: at, .. } if *at == gva + common::IMAGE),
+        "{error}"
+    );
     assert!(!error.is_final());
     let long = vec![b'x'; 3000];
     guest.put(gpa + 0x30_0001, &long);

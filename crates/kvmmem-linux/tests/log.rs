@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The log of a kernel in memory that is made here, as kernel/printk/printk_ringbuffer.c would make it.
+//! The log of a kernel in memory that is made here, as kernel/printk/printk_ringbuffer.c would make
+//! it.
 
 use std::sync::Mutex;
 use std::time::Duration;
@@ -160,7 +161,8 @@ fn what_does_not_fit_while_it_should_be_there_is_damaged() {
         (seqs, all.overwritten(), all.damaged())
     };
     assert_eq!(read(&three()), (vec![4, 5, 6], 0, 0));
-    // Descriptors, texts or the rest of all are zeros, as in a dump with a page that could not be read.
+    // Descriptors, texts or the rest of all are zeros, as in a dump with a page that could not be
+    // read.
     for place in [DESCS, INFOS, TEXT] {
         let mut guest = three();
         guest.0[place..place + 0x200].fill(0);
@@ -212,7 +214,8 @@ fn what_the_guest_overwrites_meanwhile_is_not_damaged() {
     guest.record(4, 2, 4, 0, 16, b"one");
     guest.record(5, 2, 5, 16, 32, b"two");
     guest.record(6, 2, 6, 32, 48, b"three");
-    // While the first text is read, its descriptor goes to another record, and the second one's text too.
+    // While the first text is read, its descriptor goes to another record, and the second one's
+    // text too.
     let write = |guest: &mut Guest| {
         guest.ids(5, 8);
         guest.record(8, 0, 8, 0, 16, b"one");
@@ -228,7 +231,9 @@ fn what_the_guest_overwrites_meanwhile_is_not_damaged() {
 #[test]
 fn a_note_or_ring_that_makes_no_sense_is_an_error() {
     let guest = Guest::new();
-    for (from, to) in [("SYMBOL(prb)", "X"), ("SIZE(prb_desc)=24", "SIZE(prb_desc)=-1"), ("=88", "=5000")] {
+    for (from, to) in
+        [("SYMBOL(prb)", "X"), ("SIZE(prb_desc)=24", "SIZE(prb_desc)=-1"), ("=88", "=5000")]
+    {
         let note = Note::of_text(0, NOTE.replace(from, to));
         let kernel = Kernel::of_note(&guest, note).unwrap();
         assert!(matches!(records(&kernel), Err(LogError::Note(_))), "{from}");

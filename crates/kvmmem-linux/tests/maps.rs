@@ -42,8 +42,9 @@ fn areas(count: u64) -> Vec<(u64, u64)> {
 #[test]
 fn an_area_has_what_proc_shows_of_it() {
     for guest in guests(&areas(5), 16) {
-        let put =
-            |index: u64, at: u64, word: u64| guest.put_word(PLACE.gpa + AREAS + AREA * index + at, word);
+        let put = |index: u64, at: u64, word: u64| {
+            guest.put_word(PLACE.gpa + AREAS + AREA * index + at, word)
+        };
         // A heap, a stack, and what may be executed and is shared.
         for (at, word) in [(24, 0x10_8000), (32, 0x10_9000), (40, 0x10_c800)] {
             guest.put_word(PLACE.gpa + MM + at, word);
@@ -54,7 +55,8 @@ fn an_area_has_what_proc_shows_of_it() {
         assert_eq!(bounds(&map), areas(5));
         let labels: Vec<_> = map.mappings.iter().map(|mapping| mapping.label.as_deref()).collect();
         assert_eq!(labels, [None, None, Some("[heap]"), Some("[stack]"), None]);
-        let permissions: Vec<_> = map.mappings.iter().map(|mapping| mapping.permissions()).collect();
+        let permissions: Vec<_> =
+            map.mappings.iter().map(|mapping| mapping.permissions()).collect();
         assert_eq!(permissions[..2], ["r-xs", "rw-p"]);
         assert_eq!(map.find(0x10_4fff).map(|mapping| mapping.start), Some(0x10_4000));
         assert_eq!(
@@ -116,14 +118,18 @@ fn trees_that_lead_back_or_nowhere_are_refused() {
         ("a node of no known kind", |guest| {
             guest.put_word(PLACE.gpa + MM + 8, (PLACE.gva + NODES) | 9 << 3 | 2)
         }),
-        ("a node of the null page", |guest| guest.put_word(PLACE.gpa + MM + 8, 0x1000 | 1 << 3 | 2)),
+        ("a node of the null page", |guest| {
+            guest.put_word(PLACE.gpa + MM + 8, 0x1000 | 1 << 3 | 2)
+        }),
         ("more slots than there are", |guest| {
             guest.put_word(PLACE.gpa + NODES + 8 + 14 * 8, 0);
             guest.put(PLACE.gpa + NODES + 248, &[16]);
         }),
         ("an area elsewhere", |guest| guest.put_word(PLACE.gpa + AREAS, 0x40_0000)),
         ("an area of another process", |guest| guest.put_word(PLACE.gpa + AREAS + 16, PLACE.gva)),
-        ("an area that is not whole pages", |guest| guest.put_word(PLACE.gpa + AREAS + 8, 0x10_0fff)),
+        ("an area that is not whole pages", |guest| {
+            guest.put_word(PLACE.gpa + AREAS + 8, 0x10_0fff)
+        }),
     ];
     for (what, damage) in damages {
         let [guest, _] = guests(&areas(40), 16);

@@ -27,7 +27,10 @@ fn each_protocol_is_found_in_its_tables() {
     let lines: Vec<_> = found
         .iter()
         .map(|socket| {
-            assert_eq!((socket.netns, socket.is_torn, socket.is_damaged), (Some(NETNS), false, false));
+            assert_eq!(
+                (socket.netns, socket.is_torn, socket.is_damaged),
+                (Some(NETNS), false, false)
+            );
             let ends = match &socket.ends {
                 Ends::Inet { local, peer } => format!("{local} {peer}"),
                 Ends::Unix { kind, path, peer } => {
@@ -49,8 +52,8 @@ fn each_protocol_is_found_in_its_tables() {
         ("unix", "established", "None Some(0)", 307, Some(1007)),
         ("unix", "listen", "Some(\"/tmp/s\") None", 306, Some(1006)),
     ];
-    let expected =
-        expected.map(|(protocol, state, ends, inode, uid)| (protocol, state, ends.to_owned(), inode, uid));
+    let expected = expected
+        .map(|(protocol, state, ends, inode, uid)| (protocol, state, ends.to_owned(), inode, uid));
     assert_eq!(lines, expected);
     assert_eq!(found[1].state, State::Established);
 }
@@ -81,7 +84,9 @@ fn a_damaged_chain_is_an_error() {
 #[test]
 fn what_is_no_socket_is_an_error() {
     // Family, state, type of a unix socket.
-    for (object, byte) in [(sock(1) + 16, 3), (sock(1) + 18, 13), (sock(1) + 18, 0), (sock(7) + 0x8c, 4)] {
+    for (object, byte) in
+        [(sock(1) + 16, 3), (sock(1) + 18, 13), (sock(1) + 18, 0), (sock(7) + 0x8c, 4)]
+    {
         let guest = objects::guest(&PLACE);
         guest.put(at(&PLACE, object), &[byte]);
         let error = sockets(&guest).unwrap_err();
@@ -89,7 +94,8 @@ fn what_is_no_socket_is_an_error() {
     }
 }
 
-/// Tables that say they have more buckets than there is memory for, or a number that is no power of two.
+/// Tables that say they have more buckets than there is memory for, or a number that is no power of
+/// two.
 #[test]
 fn the_size_of_a_table_is_limited() {
     for mask in [u32::MAX, 6, (1 << 25) - 1] {
@@ -102,7 +108,8 @@ fn the_size_of_a_table_is_limited() {
     }
 }
 
-/// A socket that two chains share is listed once: the kernel reuses the memory of one that was closed.
+/// A socket that two chains share is listed once: the kernel reuses the memory of one that was
+/// closed.
 #[test]
 fn a_socket_is_listed_once() {
     let guest = objects::guest(&PLACE);

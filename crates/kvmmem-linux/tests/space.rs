@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Address spaces whose tables change, mark pages as encrypted, or have pages that may not be accessed.
+//! Address spaces whose tables change, mark pages as encrypted, or have pages that may not be
+//! accessed.
 
 mod common;
 
@@ -35,7 +36,8 @@ fn pages_that_lie_apart_are_one_read() {
     let space = space(&guest, 0);
     let mut bytes = vec![0; 3 * PAGE_SIZE];
     space.read(0x800, &mut bytes).unwrap();
-    let runs: Vec<(u8, usize)> = bytes.chunk_by(|a, b| a == b).map(|run| (run[0], run.len())).collect();
+    let runs: Vec<(u8, usize)> =
+        bytes.chunk_by(|a, b| a == b).map(|run| (run[0], run.len())).collect();
     assert_eq!(runs, [(b'a', 0x800), (b'b', PAGE_SIZE), (b'c', PAGE_SIZE), (b'd', 0x800)]);
     // What comes before the first address that cannot be read is there.
     let error = space.read(0x3800, &mut bytes).unwrap_err();
@@ -101,7 +103,8 @@ fn more_tables_than_are_kept_are_read_all_the_same() {
     assert_eq!(Place::FIRST.gpa + PAGE_TABLES, 0x50_0000);
 }
 
-/// Page table isolation, as Linux sets it up: the kernel's own table forbids to execute what is the process's.
+/// Page table isolation, as Linux sets it up: the kernel's own table forbids to execute what is the
+/// process's.
 #[test]
 fn the_kernels_table_does_not_say_that_a_process_cannot_execute() {
     const NO_EXECUTE: u64 = 1 << 63;
@@ -122,8 +125,11 @@ fn a_page_without_access_is_found_where_memory_is_encrypted() {
     const ENCRYPTION: u64 = 1 << 47;
     const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
     let guest = guest(ENCRYPTION);
-    // PROT_NONE as pgtable-invert.h stores it, with the bit of encryption as the kernel leaves it: set or not.
-    for (page, entry) in [!0x30_0000 & ADDRESS, !0x30_0000 & ADDRESS & !ENCRYPTION].into_iter().enumerate() {
+    // PROT_NONE as pgtable-invert.h stores it, with the bit of encryption as the kernel leaves it:
+    // set or not.
+    for (page, entry) in
+        [!0x30_0000 & ADDRESS, !0x30_0000 & ADDRESS & !ENCRYPTION].into_iter().enumerate()
+    {
         guest.put_word(PTE + 8 * page as u64, entry | 0x100 | 1 << 63);
         let found = space(&guest, ENCRYPTION).translate(page as u64 * 0x1000 + 0x12);
         assert_eq!(found.unwrap().gpa, 0x30_0012, "{entry:#x}");

@@ -7,8 +7,8 @@
 //! | ELF core | in PT_LOAD segments, at p_paddr | `\x7fELF` |
 //! | LiME | in ranges with a header of 32 bytes each | `EMiL` |
 //!
-//! A file is read by `pread`, never mapped: it may be larger than memory, and may shrink while it is read. All that it says
-//! of itself is checked against its length.
+//! A file is read by `pread`, never mapped: it may be larger than memory, and may shrink while it
+//! is read. All that it says of itself is checked against its length.
 
 mod elf;
 mod error;
@@ -71,7 +71,8 @@ impl DumpFile {
     pub fn open(path: &Path) -> Result<Self, DumpError> {
         let (file, len) = open(path)?;
         let mut magic = [0; 8];
-        let known = read_some(&file, 0, &mut magic).map_err(|source| DumpError::read(path, 0, source))?;
+        let known =
+            read_some(&file, 0, &mut magic).map_err(|source| DumpError::read(path, 0, source))?;
         let magic = magic.get(..known).unwrap_or_default();
         if let Some(error) = DumpError::foreign(path, magic) {
             return Err(error);
@@ -90,8 +91,8 @@ impl DumpFile {
         Ok(Self { is_bare, ..Self::new(path, file, len, format, segments)? })
     }
 
-    /// Opens a file of raw memory whose layout is known, for example the file of a VMM's RAM: of QEMU's, what follows the
-    /// PCI hole lies directly after what precedes it.
+    /// Opens a file of raw memory whose layout is known, for example the file of a VMM's RAM: of
+    /// QEMU's, what follows the PCI hole lies directly after what precedes it.
     ///
     /// # Errors
     /// As [`DumpFile::open`].
@@ -110,8 +111,9 @@ impl DumpFile {
         self.format
     }
 
-    /// The record that would say where the RAM of a raw file lies, where there is none: each byte of the file is taken for
-    /// that at its address, which is wrong for a copy of RAM that has a PCI hole.
+    /// The record that would say where the RAM of a raw file lies, where there is none: each byte
+    /// of the file is taken for that at its address, which is wrong for a copy of RAM that has
+    /// a PCI hole.
     pub fn missing_record(&self) -> Option<PathBuf> {
         self.is_bare.then(|| record::path(&self.path))
     }
@@ -121,8 +123,8 @@ impl DumpFile {
         &self.segments
     }
 
-    /// The control registers of the vCPUs, in the order of their numbers. Only ELF cores have them, and not all: empty
-    /// for others.
+    /// The control registers of the vCPUs, in the order of their numbers. Only ELF cores have them,
+    /// and not all: empty for others.
     ///
     /// # Errors
     /// [`DumpError`], where its notes are damaged.
@@ -144,9 +146,15 @@ impl DumpFile {
     ) -> Result<Self, DumpError> {
         for Segment { range, offset } in &segments {
             let ends = range.gpa.checked_add(range.len).and_then(|_| offset.checked_add(range.len));
-            let needs = ends.ok_or_else(|| DumpError::malformed(path, "a range passes the last address"))?;
+            let needs =
+                ends.ok_or_else(|| DumpError::malformed(path, "a range passes the last address"))?;
             if needs > len {
-                return Err(DumpError::Truncated { path: path.to_owned(), range: *range, needs, len });
+                return Err(DumpError::Truncated {
+                    path: path.to_owned(),
+                    range: *range,
+                    needs,
+                    len,
+                });
             }
         }
         segments.sort_by_key(|segment| segment.range.gpa);
@@ -178,7 +186,8 @@ impl DumpFile {
             // The file system does not tell.
             Err(_) => return Ok(Some((offset, u64::MAX))),
         };
-        let end = seek(&self.file, SeekFrom::Hole(start)).map_err(|error| self.ended(start, error.into()))?;
+        let end = seek(&self.file, SeekFrom::Hole(start))
+            .map_err(|error| self.ended(start, error.into()))?;
         Ok(Some((start, end)))
     }
 
@@ -220,7 +229,8 @@ impl Memory for DumpFile {
     fn data_from(&self, gpa: u64) -> Result<Option<Range>, MemoryError> {
         let first = self.segments.partition_point(|segment| segment.range.end() <= gpa);
         for Segment { range, offset } in self.segments.iter().skip(first) {
-            let Some(Range { gpa: start, .. }) = next_range(std::slice::from_ref(range), gpa) else {
+            let Some(Range { gpa: start, .. }) = next_range(std::slice::from_ref(range), gpa)
+            else {
                 continue;
             };
             let from = offset + (start - range.gpa);
@@ -236,8 +246,8 @@ impl Memory for DumpFile {
     }
 }
 
-/// Opens a file that can be read at any offset, and says how long it is. Anything else is refused at once: a FIFO would be
-/// waited for.
+/// Opens a file that can be read at any offset, and says how long it is. Anything else is refused
+/// at once: a FIFO would be waited for.
 fn open(path: &Path) -> Result<(File, u64), DumpError> {
     let fail = |source: io::Error| DumpError::Open { path: path.to_owned(), source };
     let check = |metadata: Metadata| {

@@ -24,7 +24,8 @@ pub enum MemoryError {
         #[source]
         source: Source,
     },
-    /// Nothing can be read any more: the view was closed, the target has exited, the file is damaged.
+    /// Nothing can be read any more: the view was closed, the target has exited, the file is
+    /// damaged.
     #[error("the memory can no longer be read")]
     Ended(#[source] Source),
 }
@@ -36,7 +37,8 @@ impl MemoryError {
     }
 }
 
-/// A vectored read ended early. All pieces before [`VectoredError::piece`] are filled; of the others any may be.
+/// A vectored read ended early. All pieces before [`VectoredError::piece`] are filled; of the
+/// others any may be.
 #[derive(Debug, thiserror::Error)]
 #[error("piece {piece} was not read")]
 pub struct VectoredError {

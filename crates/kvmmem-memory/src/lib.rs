@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Guest-physical memory as introspection tools see it.
 //!
-//! [`Memory`] is the one interface by which everything above reads a target: a view of a running virtual machine (crate
-//! `kvmmem`), or a [`DumpFile`] of last week. [`paging`] translates virtual addresses with the target's own page tables.
+//! [`Memory`] is the one interface by which everything above reads a target: a view of a running
+//! virtual machine (crate `kvmmem`), or a [`DumpFile`] of last week. [`paging`] translates virtual
+//! addresses with the target's own page tables.
 //!
-//! This crate has no transport, so that what is written against it (crate `kvmmem-linux`) runs anywhere. What memory
-//! holds is the target's word: nothing here trusts it.
+//! This crate has no transport, so that what is written against it (crate `kvmmem-linux`) runs
+//! anywhere. What memory holds is the target's word: nothing here trusts it.
 #![deny(unsafe_code)]
 
 pub mod dump;

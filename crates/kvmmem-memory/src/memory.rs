@@ -6,8 +6,8 @@ use crate::{MemoryError, Range, VectoredError};
 
 /// Guest-physical memory of one virtual machine, running or not. Many threads may read at once.
 ///
-/// A running target changes its memory between two reads, and during one: only what one call returns can belong together,
-/// and even that need not.
+/// A running target changes its memory between two reads, and during one: only what one call
+/// returns can belong together, and even that need not.
 pub trait Memory: Sync {
     /// Fills `buf` from guest-physical address `gpa` on.
     ///
@@ -15,8 +15,8 @@ pub trait Memory: Sync {
     /// [`MemoryError`]. Some of `buf` may have been filled then.
     fn read_at(&self, gpa: u64, buf: &mut [u8]) -> Result<(), MemoryError>;
 
-    /// Fills each piece's bytes from its guest-physical address on, in order. Pieces may have any length and may overlap
-    /// in the target.
+    /// Fills each piece's bytes from its guest-physical address on, in order. Pieces may have any
+    /// length and may overlap in the target.
     ///
     /// # Errors
     /// [`VectoredError`] with the first piece that could not be filled.
@@ -33,8 +33,9 @@ pub trait Memory: Sync {
     /// [`MemoryError::Ended`].
     fn ranges(&self) -> Result<Vec<Range>, MemoryError>;
 
-    /// The next stretch of memory at or after `gpa` that holds data, `None` where there is no more. What lies between
-    /// reads as zeros or not at all. Where that is not known, all memory counts as data.
+    /// The next stretch of memory at or after `gpa` that holds data, `None` where there is no more.
+    /// What lies between reads as zeros or not at all. Where that is not known, all memory
+    /// counts as data.
     ///
     /// # Errors
     /// [`MemoryError::Ended`].

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! x86-64 page tables of a target: from a guest-virtual address (GVA) to a guest-physical one (GPA).
+//! x86-64 page tables of a target: from a guest-virtual address (GVA) to a guest-physical one
+//! (GPA).
 //!
-//! The tables are the target's and may say anything: a walk reads one entry for each level, at most five in all,
-//! whatever they hold, so that tables that point at each other do no harm. While a target runs, they may also change
-//! between two reads.
+//! The tables are the target's and may say anything: a walk reads one entry for each level, at most
+//! five in all, whatever they hold, so that tables that point at each other do no harm. While a
+//! target runs, they may also change between two reads.
 //!
 //! ```
 //! use kvmmem_memory::paging::{AddressSpace, Levels};
@@ -93,7 +94,8 @@ pub struct Entry {
     pub value: u64,
 }
 
-/// What all the levels together allow. What the vCPU's CR0, CR4 and protection keys forbid is not known here.
+/// What all the levels together allow. What the vCPU's CR0, CR4 and protection keys forbid is not
+/// known here.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Permissions {
     /// Stores are allowed.
@@ -143,7 +145,8 @@ pub enum WalkError<E: Error + 'static> {
         /// The entry that ends the walk.
         entry: Entry,
     },
-    /// An entry has reserved bits set, with which the vCPU would fault: this is no page table, or CR3 is wrong.
+    /// An entry has reserved bits set, with which the vCPU would fault: this is no page table, or
+    /// CR3 is wrong.
     #[error(
         "gva {gva:#x} is not mapped: the {entry} has reserved bits {reserved:#x} set; is that CR3 right?"
     )]
@@ -190,9 +193,13 @@ pub enum WalkError<E: Error + 'static> {
 }
 
 impl AddressSpace {
-    /// Looks up `gva`. `read` fills a buffer from the target's memory at a GPA; it is asked for 8 bytes at a time,
-    /// aligned to 8, once for each level.
-    pub fn walk<E: Error>(&self, gva: u64, read: impl FnMut(u64, &mut [u8]) -> Result<(), E>) -> Walk<E> {
+    /// Looks up `gva`. `read` fills a buffer from the target's memory at a GPA; it is asked for 8
+    /// bytes at a time, aligned to 8, once for each level.
+    pub fn walk<E: Error>(
+        &self,
+        gva: u64,
+        read: impl FnMut(u64, &mut [u8]) -> Result<(), E>,
+    ) -> Walk<E> {
         let mut entries = Vec::with_capacity(self.levels.count().into());
         let end = self.descend(gva, read, &mut entries);
         Walk { entries, end }
@@ -201,7 +208,8 @@ impl AddressSpace {
     /// Copies `buf.len()` bytes from `gva` on, page by page.
     ///
     /// # Errors
-    /// [`WalkError`]. What lies before [`WalkError::gva`] was read, and is in `buf`; what the rest of it holds is not specified.
+    /// [`WalkError`]. What lies before [`WalkError::gva`] was read, and is in `buf`; what the rest
+    /// of it holds is not specified.
     pub fn read<E: Error>(
         &self,
         gva: u64,
@@ -329,8 +337,8 @@ impl Entry {
         1 << (12 + 9 * (u32::from(self.level) - 1))
     }
 
-    /// Bits that must be 0. Those above the vCPU's physical address width must be as well, but which these are is
-    /// not known here.
+    /// Bits that must be 0. Those above the vCPU's physical address width must be as well, but
+    /// which these are is not known here.
     fn reserved_bits(&self) -> u64 {
         match self.level {
             1 => 0,

@@ -31,8 +31,9 @@ fn elf(segments: &[(u64, &[u8], u64)], by_section: bool) -> Vec<u8> {
     let (count, sections) = (segments.len(), usize::from(by_section));
     let headers = 64 + 64 * sections + 56 * count;
     let mut head = b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0".to_vec();
-    let words =
-        |head: &mut Vec<u8>, words: &[u64]| head.extend(words.iter().flat_map(|word| word.to_le_bytes()));
+    let words = |head: &mut Vec<u8>, words: &[u64]| {
+        head.extend(words.iter().flat_map(|word| word.to_le_bytes()))
+    };
     head.extend(4u16.to_le_bytes());
     head.extend(62u16.to_le_bytes());
     head.extend(1u32.to_le_bytes());
@@ -40,7 +41,9 @@ fn elf(segments: &[(u64, &[u8], u64)], by_section: bool) -> Vec<u8> {
     head.extend(0u32.to_le_bytes());
     let phnum = if by_section { 0xffff } else { u16::try_from(count).unwrap() };
     head.extend(
-        [64, 56, phnum, 64, u16::from(by_section), 0].iter().flat_map(|word: &u16| word.to_le_bytes()),
+        [64, 56, phnum, 64, u16::from(by_section), 0]
+            .iter()
+            .flat_map(|word: &u16| word.to_le_bytes()),
     );
     if by_section {
         let mut section = vec![0; 64];
@@ -103,7 +106,10 @@ fn the_control_registers_are_those_in_the_qemu_notes() {
     let damaged = [&notes[..notes.len() - 8], &qemu_note(vcpu(0), 2)[..], &[0xff; 12]];
     for notes in damaged {
         let error = vcpus(&elf_with_notes(notes)).unwrap_err();
-        assert!(matches!(error, DumpError::Malformed { what: "its notes make no sense", .. }), "{error}");
+        assert!(
+            matches!(error, DumpError::Malformed { what: "its notes make no sense", .. }),
+            "{error}"
+        );
     }
 }
 
@@ -111,7 +117,9 @@ fn lime(ranges: &[(u64, &[u8])]) -> Vec<u8> {
     let mut file = Vec::new();
     for (gpa, bytes) in ranges {
         file.extend(b"EMiL\x01\0\0\0");
-        file.extend([*gpa, gpa + bytes.len() as u64 - 1, 0].iter().flat_map(|word| word.to_le_bytes()));
+        file.extend(
+            [*gpa, gpa + bytes.len() as u64 - 1, 0].iter().flat_map(|word| word.to_le_bytes()),
+        );
         file.extend(*bytes);
     }
     file
@@ -119,15 +127,20 @@ fn lime(ranges: &[(u64, &[u8])]) -> Vec<u8> {
 
 #[test]
 fn every_format_gives_the_same_bytes() {
-    let (low, high): (Vec<u8>, Vec<u8>) = ((0..0x30).flat_map(|_| 0..=255).collect(), vec![7; 0x1000]);
+    let (low, high): (Vec<u8>, Vec<u8>) =
+        ((0..0x30).flat_map(|_| 0..=255).collect(), vec![7; 0x1000]);
     let in_elf = elf(
         &[(0x10_0000, &low[..0x1000], 0), (0x10_1000, &low[0x1000..], 0x5000), (4 << 30, &high, 0)],
         false,
     );
-    let by_section =
-        elf(&[(4 << 30, &high, 0), (0x10_0000, &low, 0), (0x10_1000, &low[0x1000..0x2000], 0)], true);
+    let by_section = elf(
+        &[(4 << 30, &high, 0), (0x10_0000, &low, 0), (0x10_1000, &low[0x1000..0x2000], 0)],
+        true,
+    );
     let in_lime = lime(&[(0x10_0000, &low), (4 << 30, &high)]);
-    for (bytes, format) in [(in_elf, Format::Elf), (by_section, Format::Elf), (in_lime, Format::Lime)] {
+    for (bytes, format) in
+        [(in_elf, Format::Elf), (by_section, Format::Elf), (in_lime, Format::Lime)]
+    {
         let (_directory, path) = file(&bytes);
         let dump = DumpFile::open(&path).unwrap();
         assert_eq!(dump.format(), format);
@@ -137,7 +150,8 @@ fn every_format_gives_the_same_bytes() {
         dump.read_at(0x10_0800, &mut bytes).unwrap();
         assert_eq!(bytes, low[0x800..0x2000]);
         let (mut a, mut b) = ([0; 3], [0; 2]);
-        dump.read_vectored(&mut [(0x10_0ffe, &mut a[..]), ((4 << 30) + 0xffe, &mut b[..])]).unwrap();
+        dump.read_vectored(&mut [(0x10_0ffe, &mut a[..]), ((4 << 30) + 0xffe, &mut b[..])])
+            .unwrap();
         assert_eq!((a, b), ([0xfe, 0xff, 0], [7, 7]));
         // What the file has no bytes for is a hole.
         let error = dump.read_at(0x10_2fff, &mut [0; 2]).unwrap_err();
@@ -204,14 +218,19 @@ fn a_file_that_is_cut_short_is_refused() {
         let (_directory, path) = file(&bytes);
         DumpFile::open(&path).unwrap();
         let file = File::options().write(true).open(&path).unwrap();
-        // All cuts within the headers, and some within the memory; one is between two ranges of LiME's.
-        for len in (5..bytes.len()).rev().filter(|len| *len < 512 || len % 61 == 0 || *len == 0x1020) {
+        // All cuts within the headers, and some within the memory; one is between two ranges of
+        // LiME's.
+        for len in
+            (5..bytes.len()).rev().filter(|len| *len < 512 || len % 61 == 0 || *len == 0x1020)
+        {
             file.set_len(len as u64).unwrap();
             match DumpFile::open(&path) {
                 // Between two ranges of LiME's nothing shows that one is missing.
                 Ok(dump) => assert_eq!((dump.format(), len), (Format::Lime, 0x1020)),
                 Err(DumpError::Truncated { range, .. }) => assert_eq!(range.len, 0x1000),
-                Err(error) => assert!(matches!(error, DumpError::Malformed { .. }), "{len}: {error}"),
+                Err(error) => {
+                    assert!(matches!(error, DumpError::Malformed { .. }), "{len}: {error}")
+                }
             }
         }
     }
@@ -224,9 +243,11 @@ fn a_file_that_is_cut_short_is_refused() {
 
 #[test]
 fn other_formats_are_named() {
-    for (bytes, what) in
-        [(&b"KDUMP   x"[..], "makedumpfile -E"), (b"\x28\xb5\x2f\xfdx", "zstd -d"), (b"QEVMx", "QEMU")]
-    {
+    for (bytes, what) in [
+        (&b"KDUMP   x"[..], "makedumpfile -E"),
+        (b"\x28\xb5\x2f\xfdx", "zstd -d"),
+        (b"QEVMx", "QEMU"),
+    ] {
         let (_directory, path) = file(bytes);
         let error = DumpFile::open(&path).unwrap_err().to_string();
         assert!(error.contains(what), "{error}");
@@ -243,7 +264,8 @@ fn what_has_no_offsets_is_refused_at_once() {
     let directory = tempfile::tempdir().unwrap();
     let (fifo, socket) = (directory.path().join("fifo"), directory.path().join("socket"));
     // Nobody writes to it: opening it for reading would wait.
-    rustix::fs::mknodat(rustix::fs::CWD, &fifo, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
+    rustix::fs::mknodat(rustix::fs::CWD, &fifo, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0)
+        .unwrap();
     let _listener = UnixListener::bind(&socket).unwrap();
     for (path, words) in [
         (fifo.as_path(), "is a pipe: write what comes through it to a file first"),
@@ -259,7 +281,10 @@ fn what_has_no_offsets_is_refused_at_once() {
     // The record beside a dump.
     let dump = directory.path().join("dump");
     fs::write(&dump, [1; 0x1000]).unwrap();
-    assert_eq!(DumpFile::open(&dump).unwrap().missing_record().unwrap(), directory.path().join("dump.json"));
+    assert_eq!(
+        DumpFile::open(&dump).unwrap().missing_record().unwrap(),
+        directory.path().join("dump.json")
+    );
     fs::rename(&fifo, directory.path().join("dump.json")).unwrap();
     assert!(matches!(DumpFile::open(&dump), Err(DumpError::Foreign { what: "a pipe", .. })));
 }

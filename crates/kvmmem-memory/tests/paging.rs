@@ -4,7 +4,9 @@
 use std::collections::BTreeMap;
 use std::io;
 
-use kvmmem_memory::paging::{Absent, AddressSpace, Entry, Levels, Permissions, Translation, WalkError};
+use kvmmem_memory::paging::{
+    Absent, AddressSpace, Entry, Levels, Permissions, Translation, WalkError,
+};
 use proptest::prelude::*;
 
 const PRESENT: u64 = 1;
@@ -57,7 +59,8 @@ impl Builder {
         Self { memory, levels, next: TABLES + 0x1000 }
     }
 
-    /// Maps the page of `1 << (12 + 9 * (leaf - 1))` bytes; `false` where something is mapped already.
+    /// Maps the page of `1 << (12 + 9 * (leaf - 1))` bytes; `false` where something is mapped
+    /// already.
     fn map(&mut self, gva: u64, gpa: u64, leaf: u8, flags: u64) -> bool {
         let mut table = TABLES;
         for level in (leaf..=self.levels.count()).rev() {
@@ -298,8 +301,12 @@ fn entries_that_are_not_present_mean_something_to_the_kernel() {
 #[test]
 fn a_page_table_whose_pages_cannot_be_read_does_not_tell_the_levels() {
     let mut memory = Memory::default();
-    let entries =
-        [(0x20_0000, 0x20_1000), (0x20_1000, 0x20_2000), (0x20_2010, 0x20_3000), (0x20_3010, 0x20_4000)];
+    let entries = [
+        (0x20_0000, 0x20_1000),
+        (0x20_1000, 0x20_2000),
+        (0x20_2010, 0x20_3000),
+        (0x20_3010, 0x20_4000),
+    ];
     for (place, table) in entries {
         memory.set(place, table | PRESENT | WRITABLE | USER);
     }
@@ -362,9 +369,16 @@ fn errors_name_the_address_and_the_entry() {
     let mut memory = Memory::default();
     memory.set(0x1000, 0x2000 | PRESENT);
     let space = AddressSpace { cr3: 0x1000, levels: Levels::Four };
-    let error = |gva| space.walk(gva, |gpa, buf| memory.read(gpa, buf)).end.unwrap_err().to_string();
-    assert_eq!(error(0x1234), "cannot read the level 3 page table entry of gva 0x1234, at gpa 0x2000");
-    assert_eq!(error(1 << 39), "gva 0x8000000000 is not mapped: the PML4E 0x0 at gpa 0x1008 is not present");
+    let error =
+        |gva| space.walk(gva, |gpa, buf| memory.read(gpa, buf)).end.unwrap_err().to_string();
+    assert_eq!(
+        error(0x1234),
+        "cannot read the level 3 page table entry of gva 0x1234, at gpa 0x2000"
+    );
+    assert_eq!(
+        error(1 << 39),
+        "gva 0x8000000000 is not mapped: the PML4E 0x0 at gpa 0x1008 is not present"
+    );
     assert_eq!(error(1 << 47), "gva 0x800000000000 is not canonical with 4 levels of page tables");
     memory.set(0x2000, LARGE | PRESENT);
     let mut bytes = [0; 16];

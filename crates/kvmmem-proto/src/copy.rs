@@ -1,18 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! What travels on a copy channel: a request names pieces of a target's memory, the answer says how far they were copied.
+//! What travels on a copy channel: a request names pieces of a target's memory, the answer says how
+//! far they were copied.
 //!
-//! The channel is a unix SOCK_SEQPACKET socket that the broker makes for a view ([`crate::message::Call::OpenCopies`]), and a
-//! memfd of the tool's that both map. Packets are little-endian words, answers come in the order of the requests:
+//! The channel is a unix SOCK_SEQPACKET socket that the broker makes for a view
+//! ([`crate::message::Call::OpenCopies`]), and a memfd of the tool's that both map. Packets are
+//! little-endian words, answers come in the order of the requests:
 //!
 //! ```text
 //! request   id u32 | flags u32 | at u32 | 0 u32 | { gpa u64 | len u32 | 0 u32 } ...
 //! answer    id u32 | status u32 | pieces u32 | bytes u32
 //! ```
 //!
-//! The pieces lie one after the other in the memfd, from `at` on. Both peers reject every other packet.
+//! The pieces lie one after the other in the memfd, from `at` on. Both peers reject every other
+//! packet.
 
-/// The most bytes that one request copies. A memfd holds [`SLOTS`] of them, so that one can be emptied while the next is
-/// being filled.
+/// The most bytes that one request copies. A memfd holds [`SLOTS`] of them, so that one can be
+/// emptied while the next is being filled.
 pub const SLOT: usize = 128 << 10;
 
 /// How many requests of the most bytes fit in a memfd.
@@ -91,7 +94,11 @@ impl CopyRequest {
     pub fn decode(packet: &[u8]) -> Option<Self> {
         let (header, rest) = packet.split_first_chunk::<HEADER>()?;
         let [id, flags, at, reserved] = words(header);
-        if flags & !WRITE != 0 || reserved != 0 || rest.is_empty() || rest.len() > MAX_PIECES * PIECE {
+        if flags & !WRITE != 0
+            || reserved != 0
+            || rest.is_empty()
+            || rest.len() > MAX_PIECES * PIECE
+        {
             return None;
         }
         let (pieces, odd) = rest.as_chunks::<PIECE>();

@@ -11,8 +11,9 @@ pub struct Credentials {
 }
 
 impl Credentials {
-    /// Whether it is root or the broker's own user, who may do all that the broker can. Members of the socket's group may
-    /// give out what VMMs have registered, and no more: other VMs, and other users' sockets, are not theirs.
+    /// Whether it is root or the broker's own user, who may do all that the broker can. Members of
+    /// the socket's group may give out what VMMs have registered, and no more: other VMs, and
+    /// other users' sockets, are not theirs.
     pub fn is_administrator(self) -> bool {
         self.uid == 0 || self.uid == rustix::process::geteuid().as_raw()
     }

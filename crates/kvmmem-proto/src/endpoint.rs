@@ -36,7 +36,9 @@ pub enum EndpointError {
     #[error("endpoint is neither vsock:CID:PORT nor unix:PATH")]
     Form,
     /// The path is not absolute, too long or holds a control character.
-    #[error("endpoint's path must be absolute, at most {MAX_PATH} bytes, without control characters")]
+    #[error(
+        "endpoint's path must be absolute, at most {MAX_PATH} bytes, without control characters"
+    )]
     Path,
 }
 
@@ -88,18 +90,22 @@ impl fmt::Display for Endpoint {
 
 /// Connects a stream socket to an endpoint.
 ///
-/// Waits for no more than the 2 s that the kernel gives a vsock connection (`SO_VM_SOCKETS_CONNECT_TIMEOUT`), and not
-/// at all for a unix socket, whose queue is either full or not.
+/// Waits for no more than the 2 s that the kernel gives a vsock connection
+/// (`SO_VM_SOCKETS_CONNECT_TIMEOUT`), and not at all for a unix socket, whose queue is either full
+/// or not.
 ///
 /// # Errors
 /// Those of `socket` and `connect`.
 pub fn connect(endpoint: &Endpoint) -> io::Result<OwnedFd> {
     match endpoint {
-        Endpoint::Vsock { cid, port } => Ok(VsockStream::connect_with_cid_port(*cid, *port)?.into()),
+        Endpoint::Vsock { cid, port } => {
+            Ok(VsockStream::connect_with_cid_port(*cid, *port)?.into())
+        }
         Endpoint::Unix(path) => {
             let address = SocketAddrUnix::new(path)?;
             let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-            let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+            let socket =
+                rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
             rustix::net::connect(&socket, &address)?;
             rustix::io::ioctl_fionbio(&socket, false)?;
             Ok(socket)

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Messages between a tool in a guest and the broker, over vsock: frames of a 32-bit little-endian length, 1 to
-//! [`MAX_FRAME`], and that many bytes of JSON.
+//! Messages between a tool in a guest and the broker, over vsock: frames of a 32-bit little-endian
+//! length, 1 to [`MAX_FRAME`], and that many bytes of JSON.
 //!
 //! ```text
 //! {"open":{"token":"<64 hexadecimal digits>","read_only":true,"caller":{"pid":411,"uid":0,"comm":"scan"}}}
@@ -46,8 +46,8 @@ pub enum FromTool {
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ToTool {
-    /// The view's devices are plugged in and the guest's driver has seen them. The view lasts as long as the
-    /// connection.
+    /// The view's devices are plugged in and the guest's driver has seen them. The view lasts as
+    /// long as the connection.
     Opened {
         /// The broker's number for the view.
         view: u64,
@@ -93,7 +93,8 @@ pub enum FrameError {
     Encode(#[source] serde_json::Error),
 }
 
-/// Reads a frame; `None` where the peer has closed before its first byte. No copy of it stays behind.
+/// Reads a frame; `None` where the peer has closed before its first byte. No copy of it stays
+/// behind.
 ///
 /// # Errors
 /// [`FrameError::Read`], [`FrameError::Length`], [`FrameError::Malformed`].

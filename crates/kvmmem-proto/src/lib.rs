@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! What travels between the broker (`kvmmemd`) and its peers: VMMs, operators, processes of the host and tools in guests.
+//! What travels between the broker (`kvmmemd`) and its peers: VMMs, operators, processes of the
+//! host and tools in guests.
 //!
-//! The broker, its clients (`kvmmem-client`) and the library for tools (`kvmmem`) depend on this crate and never on each
-//! other. It has the codecs and the sockets that carry them; it starts no thread and decides no right.
+//! The broker, its clients (`kvmmem-client`) and the library for tools (`kvmmem`) depend on this
+//! crate and never on each other. It has the codecs and the sockets that carry them; it starts no
+//! thread and decides no right.
 //!
 //! | Peer | Transport | Codec |
 //! |---|---|---|

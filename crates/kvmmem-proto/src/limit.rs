@@ -77,7 +77,8 @@ impl Bucket {
         } else {
             self.tokens = u32::try_from(tokens).unwrap_or(rate.burst);
             // What is left of the last token's time counts for the next one.
-            self.at += Duration::from_nanos(u64::try_from(earned * SECOND_NS / per_second).unwrap_or(0));
+            self.at +=
+                Duration::from_nanos(u64::try_from(earned * SECOND_NS / per_second).unwrap_or(0));
         }
     }
 }
@@ -105,7 +106,8 @@ impl RateLimit {
         self.admit(now, || Some(0))
     }
 
-    /// The same; `first` decides about the first line of all, and adds to how many were not written.
+    /// The same; `first` decides about the first line of all, and adds to how many were not
+    /// written.
     pub fn admit(&self, now: Instant, first: impl FnOnce() -> Option<u64>) -> Option<u64> {
         let mut bucket = self.bucket.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(bucket) = &mut *bucket {
@@ -158,7 +160,9 @@ mod tests {
         assert_eq!(count(now + SECOND * 1000), 100);
         // A clock of another thread that is behind gives nothing twice.
         assert_eq!(count(now), 0);
-        assert!(!bucket.is_full(rate, now + SECOND * 1009) && bucket.is_full(rate, now + SECOND * 1010));
+        assert!(
+            !bucket.is_full(rate, now + SECOND * 1009) && bucket.is_full(rate, now + SECOND * 1010)
+        );
     }
 
     #[test]

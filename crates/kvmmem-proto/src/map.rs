@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The memory map of a VM: which guest-physical addresses are RAM, and where they lie in the RAM's files.
+//! The memory map of a VM: which guest-physical addresses are RAM, and where they lie in the RAM's
+//! files.
 
 use serde::{Deserialize, Serialize};
 
@@ -28,7 +29,8 @@ pub struct Region {
     pub len: u64,
     /// Place of the first byte in its file.
     pub offset: u64,
-    /// Which of the RAM's files that is, below [`MAX_FILES`]. Peers that know of one file alone leave it out.
+    /// Which of the RAM's files that is, below [`MAX_FILES`]. Peers that know of one file alone
+    /// leave it out.
     #[serde(default, skip_serializing_if = "is_first")]
     pub file: u32,
 }
@@ -64,7 +66,8 @@ pub enum MapError {
     Alias(Region),
 }
 
-/// Regions that are aligned, sorted by address, disjoint in addresses and in each file, and bounded in number.
+/// Regions that are aligned, sorted by address, disjoint in addresses and in each file, and bounded
+/// in number.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MemoryMap {
     regions: Vec<Region>,
@@ -88,7 +91,8 @@ impl MemoryMap {
                 return Err(MapError::Alignment(*region));
             }
             let gpa_end = region.gpa.checked_add(region.len).filter(|end| *end <= GPA_END);
-            let file_end = region.offset.checked_add(region.len).filter(|end| i64::try_from(*end).is_ok());
+            let file_end =
+                region.offset.checked_add(region.len).filter(|end| i64::try_from(*end).is_ok());
             let (Some(gpa_end), Some(_)) = (gpa_end, file_end) else {
                 return Err(MapError::Range(*region));
             };
@@ -134,7 +138,8 @@ impl MemoryMap {
 
     /// How many files there must be.
     pub fn file_count(&self) -> usize {
-        let count = |region: &Region| usize::try_from(region.file).unwrap_or(usize::MAX).saturating_add(1);
+        let count =
+            |region: &Region| usize::try_from(region.file).unwrap_or(usize::MAX).saturating_add(1);
         self.regions.iter().map(count).max().unwrap_or(0)
     }
 
@@ -161,7 +166,9 @@ mod tests {
 
     #[test]
     fn a_map_with_a_hole_resolves() {
-        let map = MemoryMap::new(vec![region(0, 0x3000, 0x1000), region(0x10_0000, 0x1000, 0x8000)]).unwrap();
+        let map =
+            MemoryMap::new(vec![region(0, 0x3000, 0x1000), region(0x10_0000, 0x1000, 0x8000)])
+                .unwrap();
         assert_eq!(map.resolve(0), Some((0, 0x1000)));
         assert_eq!(map.resolve(0x2fff), Some((0, 0x3fff)));
         assert_eq!(map.resolve(0x3000), None);
@@ -177,9 +184,15 @@ mod tests {
     fn each_file_has_offsets_of_its_own() {
         let node = |gpa, file| Region { file, ..region(gpa, 0x2000, 0x1000) };
         let map = MemoryMap::new(vec![node(0, 2), node(0x2000, 0)]).unwrap();
-        assert_eq!((map.resolve(0x1000), map.resolve(0x3000)), (Some((2, 0x2000)), Some((0, 0x2000))));
+        assert_eq!(
+            (map.resolve(0x1000), map.resolve(0x3000)),
+            (Some((2, 0x2000)), Some((0, 0x2000)))
+        );
         assert_eq!((map.file_count(), map.file_size(1), map.file_size(2)), (3, 0, 0x3000));
-        assert!(matches!(MemoryMap::new(vec![node(0, 2), node(0x2000, 2)]), Err(MapError::Alias(_))));
+        assert!(matches!(
+            MemoryMap::new(vec![node(0, 2), node(0x2000, 2)]),
+            Err(MapError::Alias(_))
+        ));
     }
 
     #[test]
@@ -188,7 +201,10 @@ mod tests {
         assert_eq!(read, region(0, 4096, 8192));
         assert_eq!(serde_json::to_string(&read).unwrap(), r#"{"gpa":0,"len":4096,"offset":8192}"#);
         let second = Region { file: 1, ..read };
-        assert_eq!(serde_json::from_str::<Region>(&serde_json::to_string(&second).unwrap()).unwrap(), second);
+        assert_eq!(
+            serde_json::from_str::<Region>(&serde_json::to_string(&second).unwrap()).unwrap(),
+            second
+        );
     }
 
     #[test]
@@ -205,11 +221,19 @@ mod tests {
             (vec![region(0, 4096, 8)], |e| matches!(e, MapError::Alignment(_))),
             (vec![region(!0xfff, 0x1000, 0)], |e| matches!(e, MapError::Range(_))),
             (vec![region(0, 0x1000, !0xfff)], |e| matches!(e, MapError::Range(_))),
-            (vec![region(0, 0x2000, 0), region(0x1000, 0x1000, 0x2000)], |e| matches!(e, MapError::Order(_))),
-            (vec![region(0x1000, 0x1000, 0), region(0, 0x1000, 0x2000)], |e| matches!(e, MapError::Order(_))),
-            (vec![region(0, 0x2000, 0), region(0x2000, 0x1000, 0x1000)], |e| matches!(e, MapError::Alias(_))),
+            (vec![region(0, 0x2000, 0), region(0x1000, 0x1000, 0x2000)], |e| {
+                matches!(e, MapError::Order(_))
+            }),
+            (vec![region(0x1000, 0x1000, 0), region(0, 0x1000, 0x2000)], |e| {
+                matches!(e, MapError::Order(_))
+            }),
+            (vec![region(0, 0x2000, 0), region(0x2000, 0x1000, 0x1000)], |e| {
+                matches!(e, MapError::Alias(_))
+            }),
             (vec![Region { file: 16, ..region(0, 0x1000, 0) }], |e| matches!(e, MapError::File(_))),
-            (vec![Region { file: u32::MAX, ..region(0, 0x1000, 0) }], |e| matches!(e, MapError::File(_))),
+            (vec![Region { file: u32::MAX, ..region(0, 0x1000, 0) }], |e| {
+                matches!(e, MapError::File(_))
+            }),
         ];
         for (regions, check) in cases {
             let error = MemoryMap::new(regions.clone()).unwrap_err();

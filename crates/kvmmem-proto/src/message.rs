@@ -1,14 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! What travels between the broker and its peers, VMMs and the command line: one JSON object per packet.
+//! What travels between the broker and its peers, VMMs and the command line: one JSON object per
+//! packet.
 //!
-//! A peer sends [`Request`]s; each carries an id of the peer's choice, which the answer repeats. The broker also
-//! *pushes*: [`FromBroker::Target`] always precedes the first use of that target's id on a connection. File
-//! descriptors travel beside their packet: the RAM's memfds, in the order of [`Region::file`], with [`Call::Register`]
-//! of an introspectable VM, with [`FromBroker::Target`] and with [`Answer::HostAttached`], one with
-//! [`Call::OpenCopies`] and one with its answer, none with all else.
+//! A peer sends [`Request`]s; each carries an id of the peer's choice, which the answer repeats.
+//! The broker also *pushes*: [`FromBroker::Target`] always precedes the first use of that target's
+//! id on a connection. File descriptors travel beside their packet: the RAM's memfds, in the order
+//! of [`Region::file`], with [`Call::Register`] of an introspectable VM, with
+//! [`FromBroker::Target`] and with [`Answer::HostAttached`], one with [`Call::OpenCopies`] and one
+//! with its answer, none with all else.
 //!
-//! The enums are tagged from outside, as in `{"id":1,"call":{"redeem":{"token":"..."}}}`: other forms make the parser
-//! keep copies of the text, and with it of tokens, that nobody wipes.
+//! The enums are tagged from outside, as in `{"id":1,"call":{"redeem":{"token":"..."}}}`: other
+//! forms make the parser keep copies of the text, and with it of tokens, that nobody wipes.
 
 mod answer;
 mod grant;
@@ -25,7 +27,8 @@ pub use crate::map::Region;
 use crate::scope::Span;
 pub use answer::{Answer, FromBroker, Refusal};
 pub use grant::{
-    Caller, Cursor, GrantInfo, GrantRequest, GrantState, KvmiPolicy, Origin, Revoked, ViewCounters, ViewInfo,
+    Caller, Cursor, GrantInfo, GrantRequest, GrantState, KvmiPolicy, Origin, Revoked, ViewCounters,
+    ViewInfo,
 };
 pub use registers::{SegmentRegister, VcpuAnswer, VcpuQuestion, VcpuRegisters};
 pub use vm::{HookInfo, OnSilence, Registration, TargetInfo};
@@ -61,7 +64,8 @@ pub enum Call {
         #[serde(with = "token_text")]
         token: Token,
     },
-    /// Uses a token to open a view. Answer: [`Answer::Attached`] for a VMM, [`Answer::HostAttached`] for others.
+    /// Uses a token to open a view. Answer: [`Answer::Attached`] for a VMM,
+    /// [`Answer::HostAttached`] for others.
     Attach {
         /// The token.
         #[serde(with = "token_text")]
@@ -70,15 +74,16 @@ pub enum Call {
         caller: Caller,
         /// Whether to open the view read-only, whatever the grant allows.
         read_only: bool,
-        /// Addresses that the process wants to reach, at most [`MAX_SPANS`](crate::scope::MAX_SPANS), in any order. Where the
-        /// view would have no memory at one of them the call is refused and takes no use of the token. A broker that does
-        /// not know this field ignores it.
+        /// Addresses that the process wants to reach, at most
+        /// [`MAX_SPANS`](crate::scope::MAX_SPANS), in any order. Where the view would have
+        /// no memory at one of them the call is refused and takes no use of the token. A broker
+        /// that does not know this field ignores it.
         #[serde(default, skip_serializing_if = "Vec::is_empty")]
         reaching: Vec<Span>,
     },
-    /// Opens a channel for copies from a view of this connection's, where the target's RAM is private. A memfd comes with it,
-    /// which the channel's bytes go through; what then travels is in [`crate::copy`]. Answer:
-    /// [`Answer::CopiesOpened`].
+    /// Opens a channel for copies from a view of this connection's, where the target's RAM is
+    /// private. A memfd comes with it, which the channel's bytes go through; what then travels
+    /// is in [`crate::copy`]. Answer: [`Answer::CopiesOpened`].
     OpenCopies {
         /// Number of the view.
         view: u64,
@@ -97,21 +102,24 @@ pub enum Call {
         /// The counters.
         counters: ViewCounters,
     },
-    /// Tells that nothing of this connection reaches memory by a revoked grant any more. One way: never answered.
+    /// Tells that nothing of this connection reaches memory by a revoked grant any more. One way:
+    /// never answered.
     RevokedDone {
         /// Number of the grant.
         grant: u64,
     },
-    /// Tells that this connection's VM was reset or has other RAM now, in the same memfds. One way: never answered.
+    /// Tells that this connection's VM was reset or has other RAM now, in the same memfds. One way:
+    /// never answered.
     RamChanged {
         /// Where its RAM is now.
         regions: Vec<Region>,
         /// What happened.
         change: Change,
     },
-    /// Tells that this connection's VM, whose RAM has not changed since, had this generation when it was registered with
-    /// an earlier broker ([`Answer::Registered`], and one more for each [`Call::RamChanged`]). Only the first call after
-    /// [`Call::Register`] may be this one, with a lower generation than the answer's. One way: never answered.
+    /// Tells that this connection's VM, whose RAM has not changed since, had this generation when
+    /// it was registered with an earlier broker ([`Answer::Registered`], and one more for each
+    /// [`Call::RamChanged`]). Only the first call after [`Call::Register`] may be this one,
+    /// with a lower generation than the answer's. One way: never answered.
     Continued {
         /// The generation.
         generation: u64,
@@ -130,7 +138,8 @@ pub enum Call {
         /// [`Answer::Grants::next`] of the page before; the default for the first page.
         after: Cursor,
     },
-    /// Takes a grant back, and waits until everybody who uses it has confirmed. Answer: [`Answer::Revoked`].
+    /// Takes a grant back, and waits until everybody who uses it has confirmed. Answer:
+    /// [`Answer::Revoked`].
     Revoke {
         /// Number of the grant.
         grant: u64,
@@ -147,7 +156,8 @@ pub enum Call {
         /// The last id of the page before; 0 for the first page.
         after: u64,
     },
-    /// Attaches a VM that runs under a stock VMM, and registers it; for root alone. Answer: [`Answer::Added`].
+    /// Attaches a VM that runs under a stock VMM, and registers it; for root alone. Answer:
+    /// [`Answer::Added`].
     AddTarget {
         /// Which VM.
         which: Which,
@@ -159,8 +169,8 @@ pub enum Call {
         /// Name or UUID of the target.
         target: String,
     },
-    /// Makes an introspector of a VM that runs under a stock QEMU: its views come as PCI devices. For root alone.
-    /// Answer: [`Answer::IntrospectorAdded`].
+    /// Makes an introspector of a VM that runs under a stock QEMU: its views come as PCI devices.
+    /// For root alone. Answer: [`Answer::IntrospectorAdded`].
     AddIntrospector {
         /// Which VM.
         which: Which,
@@ -171,12 +181,14 @@ pub enum Call {
         /// What to do where its guest does not let go of memory.
         on_silence: OnSilence,
     },
-    /// Takes an introspector out that was added, with its views; for root alone. Answer: [`Answer::Done`].
+    /// Takes an introspector out that was added, with its views; for root alone. Answer:
+    /// [`Answer::Done`].
     RemoveIntrospector {
         /// Its name or UUID.
         name: String,
     },
-    /// Tells how much room an introspector has for views that was added. Answer: [`Answer::FreeSlots`].
+    /// Tells how much room an introspector has for views that was added. Answer:
+    /// [`Answer::FreeSlots`].
     FreeSlots {
         /// Its name or UUID.
         introspector: String,
@@ -188,9 +200,9 @@ pub enum Call {
         /// How many vCPUs the pages before had.
         first: u32,
     },
-    /// Stops a target's vCPUs. They run again with [`Call::Resume`], when this connection ends, and after 10 s in which it
-    /// sent nothing: the call is to be repeated until then. A target that did not run stays as it is. Answer:
-    /// [`Answer::Paused`].
+    /// Stops a target's vCPUs. They run again with [`Call::Resume`], when this connection ends, and
+    /// after 10 s in which it sent nothing: the call is to be repeated until then. A target
+    /// that did not run stays as it is. Answer: [`Answer::Paused`].
     Pause {
         /// Name or UUID of the target.
         target: String,
@@ -253,7 +265,10 @@ mod tests {
         let request = Request { id: 1, call: Call::Redeem { token: token.clone() } };
         let text = serde_json::to_string(&request).unwrap();
         let digits = "0109111921293139414951596169717981899199a1a9b1b9c1c9d1d9e1e9f1f9";
-        assert_eq!(text, format!("{{\"id\":1,\"call\":{{\"redeem\":{{\"token\":\"{digits}\"}}}}}}"));
+        assert_eq!(
+            text,
+            format!("{{\"id\":1,\"call\":{{\"redeem\":{{\"token\":\"{digits}\"}}}}}}")
+        );
         let read: Request = serde_json::from_str(&text.replace('f', "F")).unwrap();
         assert!(matches!(read.call, Call::Redeem { token: read } if read == token));
     }
@@ -271,7 +286,9 @@ mod tests {
         let caller = r#""caller":{"pid":1,"uid":2,"comm":"tool"}"#;
         assert_eq!(
             text,
-            format!(r#"{{"id":1,"call":{{"attach":{{"token":"{digits}",{caller},"read_only":true}}}}}}"#)
+            format!(
+                r#"{{"id":1,"call":{{"attach":{{"token":"{digits}",{caller},"read_only":true}}}}}}"#
+            )
         );
         let span = Span { gpa: 0x1000, len: 0x2000 };
         let with = serde_json::to_string(&attach(vec![span])).unwrap();
@@ -284,7 +301,8 @@ mod tests {
 
     #[test]
     fn what_is_no_token_is_refused_without_repeating_it() {
-        for digits in ["", "00", &"0".repeat(63), &"0".repeat(66), &"g".repeat(64), &"é".repeat(32)] {
+        for digits in ["", "00", &"0".repeat(63), &"0".repeat(66), &"g".repeat(64), &"é".repeat(32)]
+        {
             let text = format!("{{\"id\":1,\"call\":{{\"used\":{{\"token\":\"{digits}\"}}}}}}");
             let error = serde_json::from_str::<Request>(&text).unwrap_err().to_string();
             assert!(error.contains("64 hexadecimal digits"), "{error}");

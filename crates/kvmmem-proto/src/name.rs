@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Names of VMs: 1 to 63 bytes, which KVMI's handshake carries, that a terminal only shows.
 //!
-//! A name that a VMM's command line or a QEMU gives may be any text. [`fit`] makes a name of it, always the same one: this
-//! is the only place where names are cut.
+//! A name that a VMM's command line or a QEMU gives may be any text. [`fit`] makes a name of it,
+//! always the same one: this is the only place where names are cut.
 
 /// The longest name, bytes.
 pub const MAX_NAME: usize = kvmmem_kvmi::handshake::MAX_NAME;
 
-/// Whether a terminal does something else with a character than to show it: control characters, those that change the
-/// direction of text or join lines, and those that it does not show at all.
+/// Whether a terminal does something else with a character than to show it: control characters,
+/// those that change the direction of text or join lines, and those that it does not show at all.
 pub fn is_unprintable(c: char) -> bool {
     c.is_control()
         || matches!(c,
@@ -21,9 +21,10 @@ pub fn is_name(text: &str) -> bool {
     (1..=MAX_NAME).contains(&text.len()) && !text.chars().any(is_unprintable)
 }
 
-/// The name of a VM that is called so; `None` where the text is empty. A character that is not to be shown becomes `?`. A
-/// text that is too long is cut, between characters, and ends in `~` and eight hexadecimal digits, which are those of all
-/// of the text (FNV-1a): texts that differ only where they are cut have different names.
+/// The name of a VM that is called so; `None` where the text is empty. A character that is not to
+/// be shown becomes `?`. A text that is too long is cut, between characters, and ends in `~` and
+/// eight hexadecimal digits, which are those of all of the text (FNV-1a): texts that differ only
+/// where they are cut have different names.
 pub fn fit(text: &str) -> Option<String> {
     let plain: String = text.chars().map(|c| if is_unprintable(c) { '?' } else { c }).collect();
     if plain.len() <= MAX_NAME {
@@ -60,13 +61,17 @@ mod tests {
     #[test]
     fn names_that_agree_in_the_first_63_bytes_are_two() {
         let start = "instance-".repeat(7);
-        let (one, other) = (fit(&format!("{start}-one")).unwrap(), fit(&format!("{start}-other")).unwrap());
+        let (one, other) =
+            (fit(&format!("{start}-one")).unwrap(), fit(&format!("{start}-other")).unwrap());
         assert_ne!(one, other);
         assert_eq!((one.len(), &one[..54], &one[54..55]), (63, &start[..54], "~"));
         assert_eq!(fit(&format!("{start}-one")), Some(one), "it is not the same each time");
         // Thirty characters of three bytes.
         let long = fit(&"虚拟".repeat(15)).unwrap();
-        assert!(is_name(&long) && long.starts_with(&"虚拟".repeat(9)) && long.len() == 63, "{long}");
+        assert!(
+            is_name(&long) && long.starts_with(&"虚拟".repeat(9)) && long.len() == 63,
+            "{long}"
+        );
     }
 
     proptest! {

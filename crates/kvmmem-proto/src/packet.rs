@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Packets over a unix SOCK_SEQPACKET socket: one JSON object each, with at most [`MAX_FILES`] file descriptors.
+//! Packets over a unix SOCK_SEQPACKET socket: one JSON object each, with at most [`MAX_FILES`] file
+//! descriptors.
 
 use std::fmt;
 use std::io::{IoSlice, IoSliceMut};
@@ -11,8 +12,9 @@ use std::time::Duration;
 use rustix::io::Errno;
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{
-    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
-    SendAncillaryMessage, SendFlags, Shutdown, SocketAddrUnix, SocketFlags, SocketType,
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags,
+    SendAncillaryBuffer, SendAncillaryMessage, SendFlags, Shutdown, SocketAddrUnix, SocketFlags,
+    SocketType,
 };
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -60,7 +62,8 @@ pub enum Wait {
     No,
 }
 
-/// One end of a connection. All methods may be called from several threads; a packet is never interleaved.
+/// One end of a connection. All methods may be called from several threads; a packet is never
+/// interleaved.
 #[derive(Debug)]
 pub struct PacketSocket {
     fd: OwnedFd,
@@ -82,7 +85,8 @@ impl Default for PacketBuffer {
 }
 
 impl PacketSocket {
-    /// Connects to the socket at `path`; no step of it, nor a send later, waits longer than `limit`.
+    /// Connects to the socket at `path`; no step of it, nor a send later, waits longer than
+    /// `limit`.
     ///
     /// # Errors
     /// [`PacketError::Connect`].
@@ -122,15 +126,16 @@ impl PacketSocket {
     /// Sends one message, with `fds` beside it.
     ///
     /// # Errors
-    /// [`PacketError::Send`], [`PacketError::TooLong`], [`PacketError::TooManyFds`], [`PacketError::Encode`].
+    /// [`PacketError::Send`], [`PacketError::TooLong`], [`PacketError::TooManyFds`],
+    /// [`PacketError::Encode`].
     pub fn send(
         &self,
         message: &impl Serialize,
         fds: &[BorrowedFd<'_>],
         wait: Wait,
     ) -> Result<(), PacketError> {
-        // A message with a token fits in at once, so that no copy of it stays behind in a smaller buffer. The longest is
-        // an attach with all the spans that it may name.
+        // A message with a token fits in at once, so that no copy of it stays behind in a smaller
+        // buffer. The longest is an attach with all the spans that it may name.
         let mut bytes = Zeroizing::new(Vec::with_capacity(TOKEN_PACKET));
         serde_json::to_writer(&mut *bytes, message).map_err(PacketError::Encode)?;
         if bytes.len() > MAX_PACKET {
@@ -161,7 +166,8 @@ impl PacketSocket {
     /// Receives one message and the file descriptors beside it; `None` when the peer has closed.
     ///
     /// # Errors
-    /// [`PacketError::Receive`], [`PacketError::TooLong`], [`PacketError::TooManyFds`], [`PacketError::Malformed`].
+    /// [`PacketError::Receive`], [`PacketError::TooLong`], [`PacketError::TooManyFds`],
+    /// [`PacketError::Malformed`].
     pub fn receive<T: DeserializeOwned>(
         &self,
         buffer: &mut PacketBuffer,
@@ -170,10 +176,11 @@ impl PacketSocket {
         let mut control = RecvAncillaryBuffer::new(&mut space);
         let received = loop {
             let mut slices = [IoSliceMut::new(&mut buffer.0)];
-            match rustix::net::recvmsg(&self.fd, &mut slices, &mut control, RecvFlags::CMSG_CLOEXEC) {
+            match rustix::net::recvmsg(&self.fd, &mut slices, &mut control, RecvFlags::CMSG_CLOEXEC)
+            {
                 Ok(received) => break received,
-                // The peer went away with packets unread. The error is told once; what the peer had sent before, and
-                // then the end, can still be received.
+                // The peer went away with packets unread. The error is told once; what the peer had
+                // sent before, and then the end, can still be received.
                 Err(Errno::INTR | Errno::CONNRESET) => {}
                 Err(error) => return Err(PacketError::Receive(error)),
             }

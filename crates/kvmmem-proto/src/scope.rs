@@ -7,7 +7,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::map::{GPA_END, MAX_REGIONS, MemoryMap, PAGE_SIZE, Region};
 
-/// The most spans of a scope, and the most pieces of RAM that it may cut out of a target's memory map.
+/// The most spans of a scope, and the most pieces of RAM that it may cut out of a target's memory
+/// map.
 pub const MAX_SPANS: usize = 64;
 
 /// Whether memory may be written.
@@ -73,7 +74,9 @@ pub enum ScopeError {
     #[error("{0} ranges are given, at most {MAX_SPANS} are taken; grant the others separately")]
     TooMany(usize),
     /// A span is empty or not page-aligned.
-    #[error("range {0} is empty or not page-aligned; both ends must be multiples of {PAGE_SIZE:#x}")]
+    #[error(
+        "range {0} is empty or not page-aligned; both ends must be multiples of {PAGE_SIZE:#x}"
+    )]
     Alignment(Span),
     /// A span wraps or ends behind the last guest-physical address.
     #[error("range {0} ends out of range; guest-physical addresses end at {GPA_END:#x}")]
@@ -100,7 +103,9 @@ pub enum ScopeError {
     #[error("{0} ranges are to be reached, at most {MAX_SPANS} are checked; name fewer")]
     TooManyToReach(usize),
     /// A span that is to be reached holds no memory that the scope allows.
-    #[error("range {span} holds no memory that the token opens, which is {ram}; the token was not used")]
+    #[error(
+        "range {span} holds no memory that the token opens, which is {ram}; the token was not used"
+    )]
     NotReached {
         /// The span.
         span: Span,
@@ -139,7 +144,8 @@ impl Scope {
             if span.len == 0 || (span.gpa | span.len) % PAGE_SIZE != 0 {
                 return Err(ScopeError::Alignment(*span));
             }
-            let span_end = span.end().filter(|end| *end <= GPA_END).ok_or(ScopeError::Range(*span))?;
+            let span_end =
+                span.end().filter(|end| *end <= GPA_END).ok_or(ScopeError::Range(*span))?;
             if span.gpa < end {
                 return Err(ScopeError::Order(*span));
             }
@@ -154,7 +160,8 @@ impl Scope {
         }
     }
 
-    /// Checks that each of `spans`, which are in any order, holds some of the target's memory that the scope reaches.
+    /// Checks that each of `spans`, which are in any order, holds some of the target's memory that
+    /// the scope reaches.
     ///
     /// # Errors
     /// [`ScopeError::NotReached`] names the span, [`ScopeError::TooManyToReach`].
@@ -170,8 +177,8 @@ impl Scope {
         }
     }
 
-    /// The RAM that the scope reaches, by ascending address. A map that has changed since [`Self::check`] may give more
-    /// than [`MAX_SPANS`] pieces, or none.
+    /// The RAM that the scope reaches, by ascending address. A map that has changed since
+    /// [`Self::check`] may give more than [`MAX_SPANS`] pieces, or none.
     pub fn regions(&self, map: &MemoryMap) -> Vec<Region> {
         let Some(spans) = &self.spans else { return map.regions().to_vec() };
         let pieces = |span: &Span| {
@@ -183,7 +190,8 @@ impl Scope {
 
     /// Whether guest-physical address `gpa` is within the scope, be it RAM or not.
     pub fn contains(&self, gpa: u64) -> bool {
-        let within = |span: &Span| gpa.checked_sub(span.gpa).is_some_and(|offset| offset < span.len);
+        let within =
+            |span: &Span| gpa.checked_sub(span.gpa).is_some_and(|offset| offset < span.len);
         self.spans.as_ref().is_none_or(|spans| spans.iter().any(within))
     }
 }
@@ -257,12 +265,12 @@ mod tests {
     fn what_is_to_be_reached_is_checked_against_scope_and_memory() {
         let span = |gpa, len| Span { gpa, len };
         let scope = scope(&[(0x1000, 0x1000), (0x10_0000, 0x1000)]);
-        let reaches = |spans: &[Span]| scope.check_reaches(spans, &map()).map_err(|error| error.to_string());
+        let reaches =
+            |spans: &[Span]| scope.check_reaches(spans, &map()).map_err(|error| error.to_string());
         assert_eq!(reaches(&[]), Ok(()));
         assert_eq!(reaches(&[span(0x8000, 0x10_0000), span(0, u64::MAX), span(0x1fff, 1)]), Ok(()));
         let refused = |gpa, len, range: &str| {
-            let words =
-                "holds no memory that the token opens, which is at 0x1000..0x2000, 0x100000..0x101000";
+            let words = "holds no memory that the token opens, which is at 0x1000..0x2000, 0x100000..0x101000";
             let error = format!("range {range} {words}; the token was not used");
             assert_eq!(reaches(&[span(0x1000, 1), span(gpa, len)]), Err(error));
         };
@@ -300,12 +308,14 @@ mod tests {
             let error = scope.check(&map()).unwrap_err().to_string();
             assert!(error.contains(words), "{error}");
         }
-        let regions =
-            (0..64).map(|n| Region { gpa: n << 13, len: 0x1000, offset: n << 13, file: 0 }).collect();
+        let regions = (0..64)
+            .map(|n| Region { gpa: n << 13, len: 0x1000, offset: n << 13, file: 0 })
+            .collect();
         let holes = MemoryMap::new(regions).unwrap();
         let halves: Vec<(u64, u64)> = vec![(0, 0x1000), (0x2000, 64 << 13)];
         assert_eq!(scope(&halves).check(&holes), Ok(()));
-        let large = MemoryMap::new(vec![Region { gpa: 0, len: 64 << 13, offset: 0, file: 0 }]).unwrap();
+        let large =
+            MemoryMap::new(vec![Region { gpa: 0, len: 64 << 13, offset: 0, file: 0 }]).unwrap();
         let pages: Vec<(u64, u64)> = (0..64).map(|n| (n << 13, 0x1000)).collect();
         assert_eq!(scope(&pages).check(&large), Ok(()));
     }

@@ -9,8 +9,8 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags, recv, send};
 
-/// A connected stream socket whose reads and writes must all be over by one point in time, however slowly the bytes
-/// trickle in.
+/// A connected stream socket whose reads and writes must all be over by one point in time, however
+/// slowly the bytes trickle in.
 #[derive(Debug)]
 pub struct Timed<'a> {
     socket: BorrowedFd<'a>,

@@ -1,16 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Checks a layout against the guest's own memory, whatever system runs in it, by the tables that its firmware has left.
+//! Checks a layout against the guest's own memory, whatever system runs in it, by the tables that
+//! its firmware has left.
 //!
-//! SeaBIOS and OVMF put the ACPI tables at the top of the RAM below 4 GiB, and both Linux and Windows leave them there.
-//! They point to each other by guest-physical addresses and have checksums. So if all of them are found at the file
-//! offsets that a layout says, then its addresses are right up to there; and if they are near the end of the low RAM that
-//! the layout says, then that end is right as well, for those that a machine may have lie far apart.
+//! SeaBIOS and OVMF put the ACPI tables at the top of the RAM below 4 GiB, and both Linux and
+//! Windows leave them there. They point to each other by guest-physical addresses and have
+//! checksums. So if all of them are found at the file offsets that a layout says, then its
+//! addresses are right up to there; and if they are near the end of the low RAM that the layout
+//! says, then that end is right as well, for those that a machine may have lie far apart.
 
-/// How far below the end of low RAM the tables may be, bytes. OVMF puts some MiB of other things above them.
+/// How far below the end of low RAM the tables may be, bytes. OVMF puts some MiB of other things
+/// above them.
 const REACH: u64 = 64 << 20;
 
-/// The largest table that is read, bytes: of those that list others or are one of a list, and of the one that they end at.
-/// A guest may well have many lists of many tables that are all but right.
+/// The largest table that is read, bytes: of those that list others or are one of a list, and of
+/// the one that they end at. A guest may well have many lists of many tables that are all but
+/// right.
 const MAX_LISTED: u32 = 4096;
 const MAX_TABLE: u32 = 1 << 20;
 
@@ -36,14 +40,17 @@ const SIGNATURE: &[u8] = b"RSD PTR ";
 /// Why a layout is not confirmed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum AcpiError {
-    /// The tables were not found: the firmware has not run yet, there are none, or they are somewhere else.
+    /// The tables were not found: the firmware has not run yet, there are none, or they are
+    /// somewhere else.
     #[error("no ACPI tables were found below gpa {low_end:#x}")]
     NotFound {
         /// Where low RAM ends by the layout.
         low_end: u64,
     },
     /// Low RAM goes on for longer behind the tables than it should.
-    #[error("ACPI tables end at gpa {tables_end:#x}, too far below the end of low RAM at {low_end:#x}")]
+    #[error(
+        "ACPI tables end at gpa {tables_end:#x}, too far below the end of low RAM at {low_end:#x}"
+    )]
     Far {
         /// Where the tables end.
         tables_end: u64,
@@ -52,8 +59,9 @@ pub enum AcpiError {
     },
 }
 
-/// Confirms that guest-physical addresses 0 to `low_end` are what `read` copies out, and that low RAM ends there. Returns
-/// where the tables end. `read` gets zeroes to write over, and fails by `None`.
+/// Confirms that guest-physical addresses 0 to `low_end` are what `read` copies out, and that low
+/// RAM ends there. Returns where the tables end. `read` gets zeroes to write over, and fails by
+/// `None`.
 ///
 /// # Errors
 /// [`AcpiError`].
@@ -65,8 +73,9 @@ pub fn verify(read: impl Fn(u64, &mut [u8]) -> Option<()>, low_end: u64) -> Resu
     let extended = extended.filter(|gpa| (0x400..0xa_0000).contains(gpa));
     let extended = extended.map(|gpa| memory.search(gpa, gpa + 1024)).unwrap_or_default();
     let tables_end = bios.into_iter().chain(extended).find_map(|gpa| memory.tables_end(gpa));
-    let tables_end = tables_end
-        .or_else(|| memory.search(near, low_end).into_iter().find_map(|gpa| memory.tables_end(gpa)));
+    let tables_end = tables_end.or_else(|| {
+        memory.search(near, low_end).into_iter().find_map(|gpa| memory.tables_end(gpa))
+    });
     match tables_end {
         None => Err(AcpiError::NotFound { low_end }),
         Some(tables_end) if tables_end < near => Err(AcpiError::Far { tables_end, low_end }),
@@ -96,8 +105,10 @@ impl<R: Fn(u64, &mut [u8]) -> Option<()>> Memory<R> {
             let len = usize::try_from(end - gpa).unwrap_or(CHUNK).min(CHUNK);
             let Some(bytes) = self.read(gpa, len) else { break };
             // Most pages are left at the first look.
-            let pages =
-                bytes.chunks(PAGE).zip((gpa..).step_by(PAGE)).filter(|(page, _)| page.contains(&b'R'));
+            let pages = bytes
+                .chunks(PAGE)
+                .zip((gpa..).step_by(PAGE))
+                .filter(|(page, _)| page.contains(&b'R'));
             let places = pages.flat_map(|(page, gpa)| page.chunks(16).zip((gpa..).step_by(16)));
             let hits = places.filter(|(chunk, _)| chunk.starts_with(SIGNATURE));
             found.extend(hits.map(|(_, gpa)| gpa).take(MAX_CANDIDATES));
@@ -115,12 +126,17 @@ impl<R: Fn(u64, &mut [u8]) -> Option<()>> Memory<R> {
         if is_extended && !sums_to_zero(&pointer) {
             return None;
         }
-        let (signature, root, width): (&[u8], u64, usize) =
-            if is_extended { (b"XSDT", extended, 8) } else { (b"RSDT", u64::from(u32_at(&pointer, 16)), 4) };
+        let (signature, root, width): (&[u8], u64, usize) = if is_extended {
+            (b"XSDT", extended, 8)
+        } else {
+            (b"RSDT", u64::from(u32_at(&pointer, 16)), 4)
+        };
         let (table, root_end) = self.table(root, signature, MAX_LISTED)?;
         let entries = table.get(HEADER..)?.chunks_exact(width).take(MAX_TABLES);
-        let address = |entry: &[u8]| if width == 8 { u64_at(entry, 0) } else { u64::from(u32_at(entry, 0)) };
-        let (fixed, fixed_end) = entries.map(address).find_map(|gpa| self.table(gpa, b"FACP", MAX_LISTED))?;
+        let address =
+            |entry: &[u8]| if width == 8 { u64_at(entry, 0) } else { u64::from(u32_at(entry, 0)) };
+        let (fixed, fixed_end) =
+            entries.map(address).find_map(|gpa| self.table(gpa, b"FACP", MAX_LISTED))?;
         let (_, differentiated_end) = self
             .table(u64::from(u32_at(&fixed, 40)), b"DSDT", MAX_TABLE)
             .or_else(|| self.table(u64_at(&fixed, 140), b"DSDT", MAX_TABLE))?;
@@ -180,7 +196,8 @@ pub(crate) mod tests {
         sealed(bytes, 9)
     }
 
-    /// Writes tables as SeaBIOS does: the beginning below 1 MiB, all else at `gpa`. Returns where they end.
+    /// Writes tables as SeaBIOS does: the beginning below 1 MiB, all else at `gpa`. Returns where
+    /// they end.
     pub(crate) fn write_tables(file: &impl AsFd, gpa: u32) -> u64 {
         let differentiated = table(b"DSDT", &[1; 100]);
         let mut body = vec![0; 240 - HEADER];
@@ -190,9 +207,12 @@ pub(crate) mod tests {
         let mut pointer = b"RSD PTR \0BOCHS \0".to_vec();
         pointer.extend((gpa + 0x2000).to_le_bytes());
         let pointer = sealed(pointer, 8);
-        for (at, bytes) in
-            [(0xf_59e0, &pointer), (gpa, &differentiated), (gpa + 0x1000, &fixed), (gpa + 0x2000, &root)]
-        {
+        for (at, bytes) in [
+            (0xf_59e0, &pointer),
+            (gpa, &differentiated),
+            (gpa + 0x1000, &fixed),
+            (gpa + 0x2000, &root),
+        ] {
             pwrite(file, bytes, u64::from(at)).unwrap();
         }
         u64::from(gpa) + 0x2000 + root.len() as u64
@@ -219,10 +239,16 @@ pub(crate) mod tests {
         assert_eq!(verify(&file, 3 << 30), Err(AcpiError::NotFound { low_end: 3 << 30 }));
         let end = write_tables(&file, 0xbffe_0000);
         assert_eq!(verify(&file, 0xc000_0000), Ok(end));
-        assert_eq!(verify(&file, 0xe000_0000), Err(AcpiError::Far { tables_end: end, low_end: 0xe000_0000 }));
+        assert_eq!(
+            verify(&file, 0xe000_0000),
+            Err(AcpiError::Far { tables_end: end, low_end: 0xe000_0000 })
+        );
         assert_eq!(verify(&file, 0x8000_0000), Err(AcpiError::NotFound { low_end: 0x8000_0000 }));
         // Behind the end of the file.
-        assert_eq!(verify(&memory(1 << 20), 0xc000_0000), Err(AcpiError::NotFound { low_end: 0xc000_0000 }));
+        assert_eq!(
+            verify(&memory(1 << 20), 0xc000_0000),
+            Err(AcpiError::NotFound { low_end: 0xc000_0000 })
+        );
     }
 
     #[test]
@@ -233,7 +259,11 @@ pub(crate) mod tests {
             let mut byte = [0];
             rustix::io::pread(&file, &mut byte, at).unwrap();
             pwrite(&file, &[byte[0] ^ 0x10], at).unwrap();
-            assert_eq!(verify(&file, 1 << 29), Err(AcpiError::NotFound { low_end: 1 << 29 }), "{at:#x}");
+            assert_eq!(
+                verify(&file, 1 << 29),
+                Err(AcpiError::NotFound { low_end: 1 << 29 }),
+                "{at:#x}"
+            );
             pwrite(&file, &byte, at).unwrap();
         }
         verify(&file, 1 << 29).unwrap();

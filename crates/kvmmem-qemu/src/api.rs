@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The HTTP interfaces of Cloud Hypervisor and Firecracker, over unix sockets: one question, how much RAM there is. They
-//! do not tell where it lies.
+//! The HTTP interfaces of Cloud Hypervisor and Firecracker, over unix sockets: one question, how
+//! much RAM there is. They do not tell where it lies.
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
@@ -20,16 +20,18 @@ const LIMIT: Duration = Duration::from_secs(2);
 /// The longest answer that is read, bytes.
 const MAX_ANSWER: usize = 1 << 20;
 
-/// RAM from the start, bytes, as a VMM's interface says; `None` where it says nothing, or that there may be more by now.
+/// RAM from the start, bytes, as a VMM's interface says; `None` where it says nothing, or that
+/// there may be more by now.
 ///
-/// The socket is one that the VMM's command line names, and the broker may connect where the VMM may not: nothing is sent
-/// unless the VMM's user listens there.
+/// The socket is one that the VMM's command line names, and the broker may connect where the VMM
+/// may not: nothing is sent unless the VMM's user listens there.
 pub(crate) fn memory(vmm: Vmm, socket: &Path, user: u32) -> Option<u64> {
     match vmm {
         Vmm::CloudHypervisor => {
             let info = ask(socket, user, "/api/v1/vm.info")?;
             let memory = info.get("config")?.get("memory")?;
-            let has = |key: &str| memory.get(key).is_some_and(|value| !matches!(value, Value::Null));
+            let has =
+                |key: &str| memory.get(key).is_some_and(|value| !matches!(value, Value::Null));
             let is_plain = !has("hotplug_size") && !has("zones");
             memory.get("size")?.as_u64().filter(|_| is_plain)
         }
@@ -46,9 +48,11 @@ fn ask(socket: &Path, user: u32, path: &str) -> Option<Value> {
     let end = Instant::now() + LIMIT;
     let mut stream = UnixStream::from(connect(&Endpoint::Unix(socket.to_owned())).ok()?);
     peer_credentials(&stream).ok().filter(|listener| listener.uid == user)?;
-    let left = || Some(end.saturating_duration_since(Instant::now())).filter(|left| !left.is_zero());
+    let left =
+        || Some(end.saturating_duration_since(Instant::now())).filter(|left| !left.is_zero());
     stream.set_write_timeout(Some(left()?)).ok()?;
-    let request = format!("GET {path} HTTP/1.1\r\nHost: localhost\r\nAccept: application/json\r\n\r\n");
+    let request =
+        format!("GET {path} HTTP/1.1\r\nHost: localhost\r\nAccept: application/json\r\n\r\n");
     stream.write_all(request.as_bytes()).ok()?;
     let mut answer = Vec::new();
     loop {
@@ -110,7 +114,8 @@ mod tests {
 
     #[test]
     fn sizes_are_read_and_nothing_else_is_believed() {
-        let plain = with_length("{\"config\":{\"memory\":{\"size\":1073741824,\"hotplug_size\":null}}}");
+        let plain =
+            with_length("{\"config\":{\"memory\":{\"size\":1073741824,\"hotplug_size\":null}}}");
         assert_eq!(heard(Vmm::CloudHypervisor, &plain), Some(1 << 30));
         let firecracker = with_length("{\"vcpu_count\":2,\"mem_size_mib\":512}");
         assert_eq!(heard(Vmm::Firecracker, &firecracker), Some(512 << 20));

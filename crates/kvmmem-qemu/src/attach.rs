@@ -126,8 +126,8 @@ pub enum AttachError {
     Random(#[source] getrandom::Error),
 }
 
-/// Looks at a QEMU's memory, before its answers are taken for wrong: they contradict each other where memory is plugged in
-/// or out between two questions.
+/// Looks at a QEMU's memory, before its answers are taken for wrong: they contradict each other
+/// where memory is plugged in or out between two questions.
 const LOOKS: u32 = 4;
 
 /// Opens the RAM of a VM; `called` is what it shall be called.
@@ -153,7 +153,8 @@ pub fn open(which: &Which, called: Option<String>) -> Result<Opened, AttachError
     {
         return Err(AttachError::WrongDomain { pid, name: domain.clone() });
     }
-    let Seen { held: Held { regions, source }, copied, evidence } = look(&process, &line, qmp.as_mut())?;
+    let Seen { held: Held { regions, source }, copied, evidence } =
+        look(&process, &line, qmp.as_mut())?;
     let vcpus = match &mut qmp {
         Some(qmp) => qmp.vcpus()?,
         None => line.vcpus.unwrap_or(1),
@@ -185,14 +186,20 @@ pub fn open(which: &Which, called: Option<String>) -> Result<Opened, AttachError
 /// The command line of a VMM whose VMs can be attached.
 pub fn command_line(process: &Process) -> Result<CommandLine, AttachError> {
     let (pid, arguments, program) = (process.pid(), process.arguments()?, process.program()?);
-    let vmm = recognise(process, &program, &arguments)?.ok_or(AttachError::NoVmm { pid, program })?;
+    let vmm =
+        recognise(process, &program, &arguments)?.ok_or(AttachError::NoVmm { pid, program })?;
     let line = vmm.command_line(&arguments);
     supported(vmm).map_err(|obstacle| stopped(&line, obstacle))?;
     Ok(line)
 }
 
-/// Finds a VM's RAM, and where it lies in the guest: by what QEMU says, or by rules that the guest confirms.
-pub fn look(process: &Process, line: &CommandLine, mut qmp: Option<&mut Qmp>) -> Result<Seen, AttachError> {
+/// Finds a VM's RAM, and where it lies in the guest: by what QEMU says, or by rules that the guest
+/// confirms.
+pub fn look(
+    process: &Process,
+    line: &CommandLine,
+    mut qmp: Option<&mut Qmp>,
+) -> Result<Seen, AttachError> {
     for _ in 1..LOOKS {
         match look_once(process, line, qmp.as_deref_mut()) {
             Err(AttachError::Mtree(_) | AttachError::Layout(_) | AttachError::Obstacle { .. })
@@ -203,15 +210,20 @@ pub fn look(process: &Process, line: &CommandLine, mut qmp: Option<&mut Qmp>) ->
     look_once(process, line, qmp)
 }
 
-fn look_once(process: &Process, line: &CommandLine, qmp: Option<&mut Qmp>) -> Result<Seen, AttachError> {
+fn look_once(
+    process: &Process,
+    line: &CommandLine,
+    qmp: Option<&mut Qmp>,
+) -> Result<Seen, AttachError> {
     let stopped = |obstacle| stopped(line, obstacle);
     backing::check(process, line).map_err(stopped)?;
     let mappings = process.mappings()?;
     let (layout, backings, evidence) = match qmp {
         Some(qmp) => {
             let layout = ask(qmp, line)?;
-            let backings =
-                ask_places(qmp, &layout)?.into_iter().map(|(hva, size)| backing::at(&mappings, hva, size));
+            let backings = ask_places(qmp, &layout)?
+                .into_iter()
+                .map(|(hva, size)| backing::at(&mappings, hva, size));
             (layout, backings.collect::<Result<_, _>>().map_err(stopped)?, Evidence::Qmp)
         }
         None => {
@@ -221,8 +233,8 @@ fn look_once(process: &Process, line: &CommandLine, qmp: Option<&mut Qmp>) -> Re
                 }
                 _ => (vec![by_rules(line)?], By::Acpi, Evidence::RulesAndAcpi),
             };
-            let (layout, backings) =
-                confirm::choose_layout(process, &mappings, layouts, by).map_err(|error| match error {
+            let (layout, backings) = confirm::choose_layout(process, &mappings, layouts, by)
+                .map_err(|error| match error {
                     ConfirmError::Obstacle(obstacle) => stopped(obstacle),
                     ConfirmError::Unconfirmed(error) => AttachError::Unconfirmed(error),
                 })?;
@@ -230,7 +242,8 @@ fn look_once(process: &Process, line: &CommandLine, qmp: Option<&mut Qmp>) -> Re
         }
     };
     let held = backing::hold(process, &layout.regions, &backings).map_err(stopped)?;
-    // What was opened must not be the memory of another program that the process executes meanwhile.
+    // What was opened must not be the memory of another program that the process executes
+    // meanwhile.
     if command_line(process)? != *line {
         return Err(AttachError::Ended(process.pid()));
     }
@@ -256,7 +269,8 @@ pub(crate) fn supported(vmm: Vmm) -> Result<(), Obstacle> {
 
 /// The layout that QEMU says.
 fn ask(qmp: &mut Qmp, line: &CommandLine) -> Result<Layout, AttachError> {
-    let (backends, devices, memory) = (qmp.memory_backends()?, qmp.memory_devices()?, qmp.memory_size()?);
+    let (backends, devices, memory) =
+        (qmp.memory_backends()?, qmp.memory_devices()?, qmp.memory_size()?);
     let view = mtree::parse(&qmp.memory_tree()?)?;
     Ok(layout::from_qemu(&view, &backends, &devices, memory, &line.nodes)?)
 }
@@ -287,7 +301,8 @@ fn by_rules(line: &CommandLine) -> Result<Layout, AttachError> {
     Ok(layout::by_rules(low_end, sizes))
 }
 
-/// The layouts that a VMM without a chipset may have. How much RAM there is stands on the command line, or it is asked.
+/// The layouts that a VMM without a chipset may have. How much RAM there is stands on the command
+/// line, or it is asked.
 fn of_micro(vmm: Vmm, process: &Process, line: &CommandLine) -> Result<Vec<Layout>, AttachError> {
     if line.is_growable {
         return Err(LayoutError::Growable.into());
@@ -307,7 +322,8 @@ pub fn listener(qmp: &Qmp) -> Result<Process, AttachError> {
     }
 }
 
-/// The process that runs a VM of libvirt's, be it the system's or one of a session of the broker's own user.
+/// The process that runs a VM of libvirt's, be it the system's or one of a session of the broker's
+/// own user.
 pub fn libvirts(name: &str) -> Result<u32, AttachError> {
     let session = format!("/run/user/{}/libvirt/qemu/run", rustix::process::geteuid().as_raw());
     let of_session = |error| libvirt_pid(Path::new(&session), name).map_err(|_| error);

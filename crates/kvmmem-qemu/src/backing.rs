@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What holds a VM's RAM, as the kernel shows it: mappings of the VMM, and the files behind them.
 //!
-//! RAM that is shared and in files that cannot shrink can be mapped by others. All other RAM can only be copied, by way
-//! of the VMM's own address space: a process that maps a file which is then truncated gets SIGBUS where there was memory, and an
-//! introspector's VMM would die of its target's doing.
+//! RAM that is shared and in files that cannot shrink can be mapped by others. All other RAM can
+//! only be copied, by way of the VMM's own address space: a process that maps a file which is then
+//! truncated gets SIGBUS where there was memory, and an introspector's VMM would die of its
+//! target's doing.
 
 use std::os::fd::OwnedFd;
 
@@ -16,10 +17,12 @@ use super::mapping::{self, Mapping};
 use super::process::{FileId, Process, ProcessError};
 
 /// What attaching costs a user of libvirt.
-const LIBVIRT_REMEDY: &str = "<memoryBacking><source type='memfd'/><access mode='shared'/></memoryBacking>";
+const LIBVIRT_REMEDY: &str =
+    "<memoryBacking><source type='memfd'/><access mode='shared'/></memoryBacking>";
 
 /// Firecracker puts its guest's memory in a sealed memfd as soon as another process serves a drive.
-const FIRECRACKER_REMEDY: &str = "a drive of kind vhost-user-block (\"socket\" in the drive's configuration)";
+const FIRECRACKER_REMEDY: &str =
+    "a drive of kind vhost-user-block (\"socket\" in the drive's configuration)";
 
 /// Why a VM cannot be attached as it runs, or why its memory can only be copied.
 #[derive(Debug, thiserror::Error)]
@@ -80,7 +83,8 @@ pub struct Backing {
 /// RAM that is open, and where it lies.
 #[derive(Debug)]
 pub struct Held {
-    /// Where guest-physical memory is: in the files by their numbers, or at which addresses of the process.
+    /// Where guest-physical memory is: in the files by their numbers, or at which addresses of the
+    /// process.
     pub regions: Vec<Region>,
     /// The RAM.
     pub source: Source,
@@ -128,7 +132,8 @@ impl Obstacle {
 
     /// What it means where memory can be copied nevertheless.
     pub fn as_copied(&self, line: &CommandLine) -> String {
-        let remedy = self.remedy(line).map(|remedy| format!("; to have it mapped, start it with: {remedy}"));
+        let remedy =
+            self.remedy(line).map(|remedy| format!("; to have it mapped, start it with: {remedy}"));
         format!("{self}; it is copied, not mapped{}", remedy.unwrap_or_default())
     }
 
@@ -139,9 +144,11 @@ impl Obstacle {
 }
 
 fn qemu_remedy(line: &CommandLine) -> String {
-    let backend =
-        |id: &str, size| format!("-object memory-backend-memfd,id={id},size={},share=on", in_units(size));
-    let of_node = |id: &String| Some(backend(id, line.backends.iter().find(|other| other.id == *id)?.size));
+    let backend = |id: &str, size| {
+        format!("-object memory-backend-memfd,id={id},size={},share=on", in_units(size))
+    };
+    let of_node =
+        |id: &String| Some(backend(id, line.backends.iter().find(|other| other.id == *id)?.size));
     match line.nodes.iter().map(of_node).collect::<Option<Vec<_>>>() {
         Some(nodes) if !nodes.is_empty() => nodes.join(" "),
         _ => format!("{} -machine memory-backend=mem", backend("mem", line.memory.unwrap_or(0))),
@@ -163,10 +170,10 @@ pub fn check(process: &Process, line: &CommandLine) -> Result<(), Obstacle> {
     }
 }
 
-/// What could be a part of the RAM with `size` bytes, each file once: mappings of that length, and where parts of these
-/// `sizes` that follow each other fill a mapping, those. (The kernel merges private mappings that happen to be neighbours,
-/// and those of one file, be it in the order of the parts or, as it places the next mapping below the last, the other way
-/// round.)
+/// What could be a part of the RAM with `size` bytes, each file once: mappings of that length, and
+/// where parts of these `sizes` that follow each other fill a mapping, those. (The kernel merges
+/// private mappings that happen to be neighbours, and those of one file, be it in the order of the
+/// parts or, as it places the next mapping below the last, the other way round.)
 pub fn candidates(mappings: &[Mapping], size: u64, sizes: &[u64]) -> Vec<Backing> {
     let whole = mappings.iter().filter(|mapping| mapping.len == size);
     let whole = whole.map(|mapping| Backing::of(mapping, mapping.hva, size));
@@ -179,7 +186,11 @@ pub fn candidates(mappings: &[Mapping], size: u64, sizes: &[u64]) -> Vec<Backing
     let mut found: Vec<Backing> = Vec::new();
     for backing in whole.chain(parts) {
         let is_same = |other: &Backing| {
-            if backing.shared.is_some() { other.shared == backing.shared } else { other.hva == backing.hva }
+            if backing.shared.is_some() {
+                other.shared == backing.shared
+            } else {
+                other.hva == backing.hva
+            }
         };
         if !found.iter().any(is_same) {
             found.push(backing);
@@ -217,8 +228,9 @@ impl Backing {
 
     /// `len` bytes at address `hva`, which is in a mapping.
     fn of(mapping: &Mapping, hva: u64, len: u64) -> Self {
-        let shared =
-            mapping.shared_file().map(|(file, offset)| (file, offset.saturating_add(hva - mapping.hva)));
+        let shared = mapping
+            .shared_file()
+            .map(|(file, offset)| (file, offset.saturating_add(hva - mapping.hva)));
         Self { hva, len, shared, path: mapping.path.clone() }
     }
 
@@ -240,7 +252,8 @@ impl Backing {
         let file = process.open_file(id)?.ok_or_else(|| Obstacle::NotOpen(self.path.clone()))?;
         let stat = rustix::fs::fstat(&file).map_err(Obstacle::Examine)?;
         let seals = rustix::fs::fcntl_get_seals(&file).unwrap_or(SealFlags::empty());
-        let fits = u64::try_from(stat.st_size).is_ok_and(|size| offset.saturating_add(self.len) <= size);
+        let fits =
+            u64::try_from(stat.st_size).is_ok_and(|size| offset.saturating_add(self.len) <= size);
         if fits && seals.contains(SealFlags::SHRINK) {
             return Ok(file);
         }
@@ -292,8 +305,9 @@ fn moved(
 ) -> Result<Vec<Region>, Obstacle> {
     let one = |region: &Region| {
         let backing = usize::try_from(region.file).ok().and_then(|number| backings.get(number));
-        let fits =
-            |backing: &&Backing| region.offset.checked_add(region.len).is_some_and(|end| end <= backing.len);
+        let fits = |backing: &&Backing| {
+            region.offset.checked_add(region.len).is_some_and(|end| end <= backing.len)
+        };
         let found = backing.filter(fits).and_then(|backing| move_to(backing, region));
         found.ok_or(Obstacle::NotFound(region.len))
     };
@@ -350,7 +364,12 @@ mod tests {
         let shared = |offset| Some((FILE, offset));
         assert_eq!(
             places(0x4000),
-            [(0x10_0000, None), (0x10_2000, None), (0x20_0000, shared(0x1000)), (0x20_2000, shared(0x3000))]
+            [
+                (0x10_0000, None),
+                (0x10_2000, None),
+                (0x20_0000, shared(0x1000)),
+                (0x20_2000, shared(0x3000))
+            ]
         );
         assert_eq!(
             places(0x2000),
@@ -378,8 +397,13 @@ mod tests {
         let regions = [region(0, 0x4000, 0, 0), region(0x4000, 0x1000, 0x1000, 1)];
         let held = hold(&process, &regions, &backings).unwrap();
         assert!(matches!(held.source, Source::Process { reason: Obstacle::Private(0x4000), .. }));
-        assert_eq!(held.regions, [region(0, 0x4000, 0x10_0000, 0), region(0x4000, 0x1000, 0x20_1000, 0)]);
-        for beyond in [region(0, 0x5000, 0, 0), region(0, 0x1000, u64::MAX, 0), region(0, 0x1000, 0, 2)] {
+        assert_eq!(
+            held.regions,
+            [region(0, 0x4000, 0x10_0000, 0), region(0x4000, 0x1000, 0x20_1000, 0)]
+        );
+        for beyond in
+            [region(0, 0x5000, 0, 0), region(0, 0x1000, u64::MAX, 0), region(0, 0x1000, 0, 2)]
+        {
             assert!(matches!(hold(&process, &[beyond], &backings), Err(Obstacle::NotFound(_))));
         }
     }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Checks a layout against the memory map that a VMM without firmware has left for the guest's kernel: the start of the
-//! PVH boot protocol at 0x6000, or Linux's boot parameters at 0x7000. Kernels keep what is below 1 MiB to themselves.
+//! Checks a layout against the memory map that a VMM without firmware has left for the guest's
+//! kernel: the start of the PVH boot protocol at 0x6000, or Linux's boot parameters at 0x7000.
+//! Kernels keep what is below 1 MiB to themselves.
 
 /// Where the RAM above the hole begins.
 const FOUR_GIB: u64 = 1 << 32;
@@ -10,7 +11,8 @@ const PVH: u64 = 0x6000;
 const PVH_MAGIC: u32 = 0x336e_c578;
 const PVH_SIZE: usize = 56;
 
-/// Linux's boot parameters, and places in them: the number of entries, the entries, what marks them.
+/// Linux's boot parameters, and places in them: the number of entries, the entries, what marks
+/// them.
 const PARAMETERS: u64 = 0x7000;
 const PARAMETERS_SIZE: usize = 4096;
 const COUNT: usize = 0x1e8;
@@ -39,8 +41,8 @@ pub enum BootMapError {
     },
 }
 
-/// Confirms that the guest was started with RAM up to `low_end`, and with `high` bytes from 4 GiB on. `read` copies
-/// guest-physical memory out.
+/// Confirms that the guest was started with RAM up to `low_end`, and with `high` bytes from 4 GiB
+/// on. `read` copies guest-physical memory out.
 ///
 /// # Errors
 /// [`BootMapError`].
@@ -51,7 +53,8 @@ pub fn verify(
 ) -> Result<(), BootMapError> {
     let ram = pvh(&read).or_else(|| parameters(&read)).ok_or(BootMapError::NotFound)?;
     let ends = |ram: &[(u64, u64)], start: u64| {
-        let ends = ram.iter().filter(|(gpa, _)| *gpa >= start).map(|(gpa, len)| gpa.saturating_add(*len));
+        let ends =
+            ram.iter().filter(|(gpa, _)| *gpa >= start).map(|(gpa, len)| gpa.saturating_add(*len));
         ends.max().unwrap_or(start)
     };
     let (below, above): (Vec<_>, Vec<_>) = ram.into_iter().partition(|(gpa, _)| *gpa < FOUR_GIB);
@@ -66,7 +69,9 @@ pub fn verify(
 fn pvh(read: &impl Fn(u64, &mut [u8]) -> Option<()>) -> Option<Vec<(u64, u64)>> {
     let mut start = [0; PVH_SIZE];
     read(PVH, &mut start)?;
-    let count = usize::try_from(u32_at(&start, 48)).ok().filter(|count| (1..=MAX_ENTRIES).contains(count))?;
+    let count = usize::try_from(u32_at(&start, 48))
+        .ok()
+        .filter(|count| (1..=MAX_ENTRIES).contains(count))?;
     // The version must be one that has a memory map.
     (u32_at(&start, 0) == PVH_MAGIC && u32_at(&start, 4) >= 1).then_some(())?;
     let mut entries = vec![0; count * 24];
@@ -90,11 +95,17 @@ fn ram<'a>(entries: impl Iterator<Item = &'a [u8]>) -> Vec<(u64, u64)> {
 }
 
 fn u32_at(bytes: &[u8], at: usize) -> u32 {
-    bytes.get(at..).and_then(|rest| rest.first_chunk()).map_or(0, |bytes| u32::from_le_bytes(*bytes))
+    bytes
+        .get(at..)
+        .and_then(|rest| rest.first_chunk())
+        .map_or(0, |bytes| u32::from_le_bytes(*bytes))
 }
 
 fn u64_at(bytes: &[u8], at: usize) -> u64 {
-    bytes.get(at..).and_then(|rest| rest.first_chunk()).map_or(0, |bytes| u64::from_le_bytes(*bytes))
+    bytes
+        .get(at..)
+        .and_then(|rest| rest.first_chunk())
+        .map_or(0, |bytes| u64::from_le_bytes(*bytes))
 }
 
 #[cfg(test)]

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! What a VMM's command line says of its VM. The VMM can change it at will: it tells what to look for, and nothing is
-//! taken for true because it stands there.
+//! What a VMM's command line says of its VM. The VMM can change it at will: it tells what to look
+//! for, and nothing is taken for true because it stands there.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -76,8 +76,8 @@ pub struct CommandLine {
     pub is_libvirts: bool,
 }
 
-/// Options of QEMU. Its tools (`qemu-img`, `qemu-nbd`, `qemu-storage-daemon`) and its user emulators have one of them at
-/// most.
+/// Options of QEMU. Its tools (`qemu-img`, `qemu-nbd`, `qemu-storage-daemon`) and its user
+/// emulators have one of them at most.
 const QEMUS_OPTIONS: [&str; 17] = [
     "M",
     "accel",
@@ -104,7 +104,8 @@ pub(crate) fn has_qemus_options(arguments: &[String]) -> bool {
         let key = word.strip_prefix("--").or_else(|| word.strip_prefix('-'))?;
         QEMUS_OPTIONS.iter().find(|option| **option == key).copied()
     };
-    let found: std::collections::BTreeSet<&str> = arguments.iter().skip(1).filter_map(option).collect();
+    let found: std::collections::BTreeSet<&str> =
+        arguments.iter().skip(1).filter_map(option).collect();
     found.len() >= 2
 }
 
@@ -118,13 +119,16 @@ pub struct BackendOption {
 }
 
 impl Vmm {
-    /// Which VMM a process is, by its program's file name and its arguments. A QEMU under another name, as a wrapper's
-    /// or a patched one, is told by the name in its arguments or by its options.
+    /// Which VMM a process is, by its program's file name and its arguments. A QEMU under another
+    /// name, as a wrapper's or a patched one, is told by the name in its arguments or by its
+    /// options.
     pub fn recognise(program: &str, arguments: &[String]) -> Option<Self> {
         let called = arguments.first().and_then(|word| word.rsplit('/').next()).unwrap_or_default();
         match program {
             "qemu-kvm" | "qemu-system" | "kvm" => Some(Self::Qemu),
-            _ if program.contains("qemu-system-") || called.starts_with("qemu-system-") => Some(Self::Qemu),
+            _ if program.contains("qemu-system-") || called.starts_with("qemu-system-") => {
+                Some(Self::Qemu)
+            }
             _ if program.contains("qemu") && has_qemus_options(arguments) => Some(Self::Qemu),
             _ if program.starts_with("cloud-hypervisor") => Some(Self::CloudHypervisor),
             _ if program.starts_with("firecracker") => Some(Self::Firecracker),
@@ -152,7 +156,9 @@ impl Vmm {
         let words = arguments.get(1..).unwrap_or_default();
         for (number, word) in words.iter().enumerate() {
             let next = words.get(number + 1).map(String::as_str).unwrap_or_default();
-            let Some(key) = word.strip_prefix("--").or_else(|| word.strip_prefix('-')) else { continue };
+            let Some(key) = word.strip_prefix("--").or_else(|| word.strip_prefix('-')) else {
+                continue;
+            };
             let (key, value) = key.split_once('=').unwrap_or((key, next));
             match self {
                 Self::Qemu if key == "numa" => node(&mut nodes, &Options::parse(next, "type")),
@@ -160,7 +166,8 @@ impl Vmm {
                 _ => line.other(key, value),
             }
         }
-        line.is_libvirts = self == Self::Qemu && words.iter().any(|word| word.contains("/libvirt/"));
+        line.is_libvirts =
+            self == Self::Qemu && words.iter().any(|word| word.contains("/libvirt/"));
         if self == Self::Qemu {
             line.memory = line.memory.or(match line.backends.as_slice() {
                 [one] => Some(one.size),
@@ -175,14 +182,16 @@ impl Vmm {
 }
 
 impl CommandLine {
-    /// The sizes of the backends of RAM, in the order of its addresses; `None` where they do not make up the RAM.
+    /// The sizes of the backends of RAM, in the order of its addresses; `None` where they do not
+    /// make up the RAM.
     pub fn sizes(&self) -> Option<Vec<u64>> {
         let all = self.memory.unwrap_or(0);
         if self.nodes.is_empty() {
             return Some(vec![all]);
         }
-        let size =
-            |id: &String| self.backends.iter().find(|backend| backend.id == *id).map(|backend| backend.size);
+        let size = |id: &String| {
+            self.backends.iter().find(|backend| backend.id == *id).map(|backend| backend.size)
+        };
         let sizes = self.nodes.iter().map(size).collect::<Option<Vec<_>>>()?;
         let sum = sizes.iter().try_fold(0u64, |sum, size| sum.checked_add(*size));
         (sum == Some(all) && sizes.len() <= MAX_FILES).then_some(sizes)
@@ -192,7 +201,9 @@ impl CommandLine {
         match key {
             "name" => self.name = Options::parse(value, "guest").get("guest").and_then(name::fit),
             "uuid" => self.uuid = uuid(value),
-            "smbios" => self.uuid = self.uuid.or_else(|| uuid(Options::parse(value, "type").get("uuid")?)),
+            "smbios" => {
+                self.uuid = self.uuid.or_else(|| uuid(Options::parse(value, "type").get("uuid")?))
+            }
             "smp" => self.vcpus = vcpus(&Options::parse(value, "cpus")),
             "m" => {
                 let options = Options::parse(value, "size");
@@ -222,7 +233,9 @@ impl CommandLine {
             self.machine = name::fit(machine);
         }
         self.max_ram_below_4g = options.size("max-ram-below-4g", 1).or(self.max_ram_below_4g);
-        if options.get("confidential-guest-support").is_some() || options.get("memory-encryption").is_some() {
+        if options.get("confidential-guest-support").is_some()
+            || options.get("memory-encryption").is_some()
+        {
             self.confidential.get_or_insert_with(|| "memory encryption".to_owned());
         }
     }
@@ -234,12 +247,14 @@ impl CommandLine {
         }
         if kind.starts_with("memory-backend-") && self.backends.len() < MAX_BACKENDS {
             let of = |id: &str, size| BackendOption { id: id.to_owned(), size };
-            self.backends
-                .extend(options.get("id").zip(options.size("size", 1)).map(|(id, size)| of(id, size)));
+            self.backends.extend(
+                options.get("id").zip(options.size("size", 1)).map(|(id, size)| of(id, size)),
+            );
         }
     }
 
-    /// Cloud Hypervisor, crosvm, Firecracker and `kvmmem vm`: options that mean the same have the same few names.
+    /// Cloud Hypervisor, crosvm, Firecracker and `kvmmem vm`: options that mean the same have the
+    /// same few names.
     fn other(&mut self, key: &str, value: &str) {
         match key {
             "name" | "id" => self.name = name::fit(value),
@@ -254,7 +269,9 @@ impl CommandLine {
                 }
             }
             "cpus" => self.vcpus = Options::parse(value, "boot").number("boot"),
-            "api-socket" | "api-sock" => self.api = Options::parse(value, "path").get("path").map(Into::into),
+            "api-socket" | "api-sock" => {
+                self.api = Options::parse(value, "path").get("path").map(Into::into)
+            }
             "memory-zone" => self.is_growable = true,
             "memory" | "mem" | "m" => {
                 let options = Options::parse(value, "size");
@@ -266,9 +283,12 @@ impl CommandLine {
     }
 }
 
-/// Takes note of a NUMA node that has a memory backend: all have, or none. Without a number it is counted.
+/// Takes note of a NUMA node that has a memory backend: all have, or none. Without a number it is
+/// counted.
 fn node(nodes: &mut BTreeMap<u32, String>, options: &Options) {
-    let Some(backend) = options.get("memdev").filter(|_| nodes.len() < MAX_BACKENDS) else { return };
+    let Some(backend) = options.get("memdev").filter(|_| nodes.len() < MAX_BACKENDS) else {
+        return;
+    };
     let counted = u32::try_from(nodes.len()).unwrap_or(u32::MAX);
     nodes.insert(options.number("nodeid").unwrap_or(counted), backend.to_owned());
 }
@@ -279,7 +299,8 @@ fn uuid(text: &str) -> Option<Uuid> {
 
 fn vcpus(options: &Options) -> Option<u32> {
     options.number("cpus").or_else(|| {
-        let counts = ["sockets", "dies", "cores", "threads"].map(|key| options.number(key).unwrap_or(1));
+        let counts =
+            ["sockets", "dies", "cores", "threads"].map(|key| options.number(key).unwrap_or(1));
         counts.into_iter().try_fold(1u32, u32::checked_mul)
     })
 }
@@ -314,9 +335,17 @@ mod tests {
         assert_eq!(line.name.as_deref(), Some("web"));
         assert_eq!((line.vcpus, line.memory), (Some(6), Some(5 << 30)));
         let backend = BackendOption { id: "mem".into(), size: 5 << 30 };
-        assert_eq!((line.machine.as_deref(), line.backends.as_slice()), (Some("q35"), &[backend][..]));
+        assert_eq!(
+            (line.machine.as_deref(), line.backends.as_slice()),
+            (Some("q35"), &[backend][..])
+        );
         assert_eq!(line.qmp, Some("/run/web.sock".into()));
-        assert!(line.uuid.is_some() && line.confidential.is_none() && !line.is_growable && !line.is_libvirts);
+        assert!(
+            line.uuid.is_some()
+                && line.confidential.is_none()
+                && !line.is_growable
+                && !line.is_libvirts
+        );
     }
 
     #[test]
@@ -331,7 +360,10 @@ mod tests {
              -device {\"driver\":\"pc-dimm\",\"memdev\":\"memdimm0\"}",
         );
         assert_eq!(line.name.as_deref(), Some("db"));
-        assert_eq!((line.vcpus, line.memory, line.max_ram_below_4g), (Some(2), Some(4 << 30), Some(1 << 30)));
+        assert_eq!(
+            (line.vcpus, line.memory, line.max_ram_below_4g),
+            (Some(2), Some(4 << 30), Some(1 << 30))
+        );
         assert_eq!(
             (line.machine.as_deref(), line.confidential.as_deref()),
             (Some("pc-q35-9.2"), Some("AMD SEV-SNP"))
@@ -368,7 +400,10 @@ mod tests {
             (Some(1 << 30), Some(4), Some("AMD SEV-SNP"))
         );
         let line = read(Vmm::Crosvm, "crosvm run --mem 512 --cpus 2 --name x\u{1b}y");
-        assert_eq!((line.memory, line.vcpus, line.name.as_deref()), (Some(512 << 20), Some(2), Some("x?y")));
+        assert_eq!(
+            (line.memory, line.vcpus, line.name.as_deref()),
+            (Some(512 << 20), Some(2), Some("x?y"))
+        );
         let line = read(Vmm::Firecracker, "firecracker --id=abc --api-sock /run/x");
         assert_eq!((line.name.as_deref(), line.api), (Some("abc"), Some("/run/x".into())));
         let line = read(
@@ -404,7 +439,10 @@ mod tests {
         for (program, line) in [
             ("qemu-img", "qemu-img convert -m 8 -S 4k -O qcow2 -p a b"),
             ("qemu-nbd", "qemu-nbd --connect=/dev/nbd0 --object secret,id=s --persistent x.qcow2"),
-            ("qemu-storage-daemon", "qemu-storage-daemon --blockdev file --export x --chardev y --monitor z"),
+            (
+                "qemu-storage-daemon",
+                "qemu-storage-daemon --blockdev file --export x --chardev y --monitor z",
+            ),
             ("qemu-x86_64", "qemu-x86_64 -cpu max -L /usr/arm ./program x"),
             ("vmm", &format!("vmm {qemu}")),
             ("bash", "bash -c qemu-system-x86_64"),

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Finds out which mapping of a VMM is which part of the RAM, where the VMM cannot be asked: by their sizes, and by what
-//! the guest's firmware has left in them. What can be told apart by neither is refused.
+//! Finds out which mapping of a VMM is which part of the RAM, where the VMM cannot be asked: by
+//! their sizes, and by what the guest's firmware has left in them. What can be told apart by
+//! neither is refused.
 
 use kvmmem_proto::map::Region;
 
@@ -118,23 +119,27 @@ fn choose(
         _ => true,
     };
     let choice = only(&layout.sizes, &sizes, overlap, verify)?;
-    let chosen = choice.into_iter().filter_map(|number| Some(candidates.get(number)?.backing.clone()));
+    let chosen =
+        choice.into_iter().filter_map(|number| Some(candidates.get(number)?.backing.clone()));
     Ok(chosen.collect())
 }
 
-/// The one way to choose from candidates of these sizes that is confirmed; no two of it may `overlap`.
+/// The one way to choose from candidates of these sizes that is confirmed; no two of it may
+/// `overlap`.
 fn only(
     needed: &[u64],
     sizes: &[u64],
     overlap: impl Fn(usize, usize) -> bool,
     verify: impl Fn(&[usize]) -> Result<(), Unconfirmed>,
 ) -> Result<Vec<usize>, ConfirmError> {
-    let choices =
-        choices(needed, sizes, overlap).ok_or_else(|| Obstacle::Ambiguous(*needed.first().unwrap_or(&0)))?;
+    let choices = choices(needed, sizes, overlap)
+        .ok_or_else(|| Obstacle::Ambiguous(*needed.first().unwrap_or(&0)))?;
     let mut refused = Unconfirmed::BootMap(BootMapError::NotFound);
-    let confirmed = choices.iter().find(|choice| verify(choice).map_err(|error| refused = error).is_ok());
+    let confirmed =
+        choices.iter().find(|choice| verify(choice).map_err(|error| refused = error).is_ok());
     let confirmed = confirmed.ok_or(ConfirmError::Unconfirmed(refused))?;
-    // Those before it as well: the guest may have left what confirms them only after they were tried.
+    // Those before it as well: the guest may have left what confirms them only after they were
+    // tried.
     match choices.iter().find(|choice| *choice != confirmed && verify(choice).is_ok()) {
         None => Ok(confirmed.clone()),
         Some(other) => {
@@ -145,14 +150,19 @@ fn only(
     }
 }
 
-/// All ways to choose a candidate of the right size for each that is needed, none twice and none that overlap; `None` where
-/// there are too many.
-fn choices(needed: &[u64], sizes: &[u64], overlap: impl Fn(usize, usize) -> bool) -> Option<Vec<Vec<usize>>> {
+/// All ways to choose a candidate of the right size for each that is needed, none twice and none
+/// that overlap; `None` where there are too many.
+fn choices(
+    needed: &[u64],
+    sizes: &[u64],
+    overlap: impl Fn(usize, usize) -> bool,
+) -> Option<Vec<Vec<usize>>> {
     let mut choices: Vec<Vec<usize>> = vec![Vec::new()];
     for size in needed {
         let fitting = |choice: &Vec<usize>| {
-            let is_taken =
-                |number: usize| choice.iter().any(|other| *other == number || overlap(*other, number));
+            let is_taken = |number: usize| {
+                choice.iter().any(|other| *other == number || overlap(*other, number))
+            };
             let free = |number: &usize| sizes.get(*number) == Some(size) && !is_taken(*number);
             let extend = |number| choice.iter().copied().chain([number]).collect();
             (0..sizes.len()).filter(free).map(extend).collect::<Vec<Vec<usize>>>()
@@ -170,7 +180,8 @@ mod tests {
     use super::*;
 
     const APART: fn(usize, usize) -> bool = |_, _| false;
-    const FAILED: Result<(), Unconfirmed> = Err(Unconfirmed::Acpi(AcpiError::NotFound { low_end: 1 }));
+    const FAILED: Result<(), Unconfirmed> =
+        Err(Unconfirmed::Acpi(AcpiError::NotFound { low_end: 1 }));
 
     #[test]
     fn the_confirmed_choice_is_taken() {
@@ -211,7 +222,8 @@ mod tests {
         ));
         assert_eq!(choices(&[4; 5], &[4; 5], APART), None);
         // Of parts of one mapping in two orders, those of the same order go together.
-        let overlap = |one, other| [(0, 2), (2, 0), (1, 3), (3, 1), (0, 1), (2, 3)].contains(&(one, other));
+        let overlap =
+            |one, other| [(0, 2), (2, 0), (1, 3), (3, 1), (0, 1), (2, 3)].contains(&(one, other));
         assert_eq!(choices(&[4, 2], &[4, 4, 2, 2], overlap), Some(vec![vec![0, 3], vec![1, 2]]));
     }
 }

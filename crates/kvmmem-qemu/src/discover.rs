@@ -58,8 +58,10 @@ pub fn discover() -> io::Result<Vec<Found>> {
 
 fn find(pid: u32) -> Option<Found> {
     let process = Process::open(pid).ok()?;
-    let arguments =
-        process.arguments().ok().filter(|arguments| arguments.iter().any(|word| !word.is_empty()))?;
+    let arguments = process
+        .arguments()
+        .ok()
+        .filter(|arguments| arguments.iter().any(|word| !word.is_empty()))?;
     let program = match process.program() {
         // Who may not know what it runs has only its word.
         Err(ProcessError::Denied(_)) => arguments.first()?.rsplit('/').next()?.to_owned(),
@@ -121,15 +123,21 @@ fn openable(process: &Process, vmm: Vmm, line: &CommandLine) -> Result<Option<Ob
 }
 
 /// Whether there is memory of all these sizes, and why it can only be copied where that is so.
-fn held(process: &Process, mappings: &[Mapping], sizes: &[u64]) -> Result<Option<Obstacle>, Obstacle> {
+fn held(
+    process: &Process,
+    mappings: &[Mapping],
+    sizes: &[u64],
+) -> Result<Option<Obstacle>, Obstacle> {
     let mut reason = None;
     for size in sizes {
         let candidates = backing::candidates(mappings, *size, sizes);
         if candidates.is_empty() {
             return Err(Obstacle::NotFound(*size));
         }
-        let copied =
-            candidates.iter().map(|backing| backing.copied(process)).collect::<Result<Vec<_>, _>>()?;
+        let copied = candidates
+            .iter()
+            .map(|backing| backing.copied(process))
+            .collect::<Result<Vec<_>, _>>()?;
         if copied.iter().all(Option::is_some) {
             reason = reason.or_else(|| copied.into_iter().flatten().next());
         }

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The memory of a guest as it would be if a layout and a choice of mappings were right: for them to be checked by.
+//! The memory of a guest as it would be if a layout and a choice of mappings were right: for them
+//! to be checked by.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
@@ -25,7 +26,8 @@ pub(crate) struct Guest<'a> {
 }
 
 impl Window {
-    /// What a mapping of a VMM holds. Its own file is read where it can be, which takes fewer rights.
+    /// What a mapping of a VMM holds. Its own file is read where it can be, which takes fewer
+    /// rights.
     pub(crate) fn open(process: &Process, backing: &Backing) -> Result<Self, Obstacle> {
         let shared = match backing.shared {
             Some((id, offset)) => process.open_file(id)?.map(|file| (file, offset)),
@@ -44,7 +46,8 @@ impl<'a> Guest<'a> {
         Self { layout, windows }
     }
 
-    /// Copies guest-physical memory out. What is no RAM is left as it is; `None` where RAM cannot be read.
+    /// Copies guest-physical memory out. What is no RAM is left as it is; `None` where RAM cannot
+    /// be read.
     pub(crate) fn read(&self, gpa: u64, bytes: &mut [u8]) -> Option<()> {
         let end = gpa.checked_add(u64::try_from(bytes.len()).ok()?)?;
         for region in &self.layout.regions {

@@ -1,12 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Where the guest-physical memory of a QEMU PC lies in its memory backends.
 //!
-//! Either QEMU says it, or the rules of the machine type do: RAM begins at 0, goes on at most to 4 GiB less a hole, and
-//! the rest begins at 4 GiB; the backends of several NUMA nodes follow each other. How much is below the hole is decided
-//! by `pc_init1` in QEMU's `hw/i386/pc_piix.c` and by `pc_q35_init` in `hw/i386/pc_q35.c`, the same in QEMU 2.4 to 11.1.
+//! Either QEMU says it, or the rules of the machine type do: RAM begins at 0, goes on at most to 4
+//! GiB less a hole, and the rest begins at 4 GiB; the backends of several NUMA nodes follow each
+//! other. How much is below the hole is decided by `pc_init1` in QEMU's `hw/i386/pc_piix.c` and by
+//! `pc_q35_init` in `hw/i386/pc_q35.c`, the same in QEMU 2.4 to 11.1.
 //!
-//! From 0xa0000 to 0xc0000 is the VGA's window, with SMRAM behind it: it is left out. From there to 1 MiB the chipset lays
-//! ROM over RAM and takes it away again, in pieces and at any time; what counts here is the RAM.
+//! From 0xa0000 to 0xc0000 is the VGA's window, with SMRAM behind it: it is left out. From there to
+//! 1 MiB the chipset lays ROM over RAM and takes it away again, in pieces and at any time; what
+//! counts here is the RAM.
 
 use kvmmem_proto::map::{MAX_FILES, PAGE_SIZE, Region};
 
@@ -17,8 +19,9 @@ use crate::qmp::{MemoryBackend, MemoryDevice, MemorySize};
 /// Where the RAM above the hole begins.
 const FOUR_GIB: u64 = 1 << 32;
 
-/// Where low RAM ends at most without a chipset's rules: `MEM_32BIT_RESERVED_START` in Cloud Hypervisor's
-/// `arch/src/x86_64/layout.rs`, `MMIO32_MEM_START` in Firecracker's `src/vmm/src/arch/x86_64/layout.rs`.
+/// Where low RAM ends at most without a chipset's rules: `MEM_32BIT_RESERVED_START` in Cloud
+/// Hypervisor's `arch/src/x86_64/layout.rs`, `MMIO32_MEM_START` in Firecracker's
+/// `src/vmm/src/arch/x86_64/layout.rs`.
 const MICRO_LOW: u64 = 3 << 30;
 
 /// The same in Firecracker up to 1.12, whose `MMIO_MEM_START` leaves a hole of 768 MiB.
@@ -29,7 +32,8 @@ const VGA: u64 = 0xa_0000;
 const ROM: u64 = 0xc_0000;
 const ROM_END: u64 = 0x10_0000;
 
-/// On AMD hosts QEMU moves what is above 4 GiB where it would reach the addresses that HyperTransport has near 1 TiB.
+/// On AMD hosts QEMU moves what is above 4 GiB where it would reach the addresses that
+/// HyperTransport has near 1 TiB.
 const MAX_BY_RULES: u64 = 900 << 30;
 
 /// Why it is not known where the RAM lies.
@@ -45,7 +49,9 @@ pub enum LayoutError {
     #[error("what RAM the NUMA nodes have is not on the command line; give QEMU's QMP socket")]
     Nodes,
     /// It is not known how much RAM there is.
-    #[error("how much RAM there is stands neither on the command line nor does the VMM's API tell it")]
+    #[error(
+        "how much RAM there is stands neither on the command line nor does the VMM's API tell it"
+    )]
     Size,
     /// It is too much for the rules.
     #[error("{0:#x} bytes of RAM are too many for the rules; give QEMU's QMP socket")]
@@ -74,7 +80,8 @@ pub enum LayoutError {
     TooMany(usize),
 }
 
-/// RAM as the machine has it. In each region `file` is the number of a backend, and `offset` the place in that.
+/// RAM as the machine has it. In each region `file` is the number of a backend, and `offset` the
+/// place in that.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Layout {
     /// Where it lies.
@@ -119,8 +126,8 @@ pub fn by_rules(low: u64, sizes: Vec<u64>) -> Layout {
     Layout { regions: outside_of_vga(regions), sizes }
 }
 
-/// The layouts that `size` bytes of RAM have under a VMM without a chipset, by its versions. Low RAM ends at a hole, the rest
-/// is a part of its own.
+/// The layouts that `size` bytes of RAM have under a VMM without a chipset, by its versions. Low
+/// RAM ends at a hole, the rest is a part of its own.
 pub fn of_micro(vmm: Vmm, size: u64) -> Vec<Layout> {
     let in_two = |hole: u64| {
         let low = size.min(hole);
@@ -133,8 +140,8 @@ pub fn of_micro(vmm: Vmm, size: u64) -> Vec<Layout> {
     layouts
 }
 
-/// The layout that QEMU says. `nodes` are the ids of the backends that the command line gives NUMA nodes; where there are
-/// none, all RAM from the start is in the backend at address 0.
+/// The layout that QEMU says. `nodes` are the ids of the backends that the command line gives NUMA
+/// nodes; where there are none, all RAM from the start is in the backend at address 0.
 ///
 /// Only what is RAM counts: other devices have memory backends too, whose memory may be other VMs'.
 ///
@@ -155,7 +162,8 @@ pub fn from_qemu(
         let found = backends.iter().find(|backend| backend.id.as_deref() == Some(id));
         found.map(|backend| backend.size).ok_or_else(|| LayoutError::NoBackend(id.to_owned()))
     };
-    let found = base.iter().try_fold(0u64, |sum, id| size(id).map(|size| sum.saturating_add(size)))?;
+    let found =
+        base.iter().try_fold(0u64, |sum, id| size(id).map(|size| sum.saturating_add(size)))?;
     if found != memory.base_memory {
         return Err(LayoutError::Incomplete { all: memory.base_memory, found });
     }
@@ -177,7 +185,8 @@ pub fn from_qemu(
         let file = u32::try_from(number).ok()?;
         Some(Region { gpa: range.gpa, len: range.len, offset: range.offset, file })
     };
-    let regions: Vec<Region> = view.iter().filter(|range| range.is_memory).filter_map(region).collect();
+    let regions: Vec<Region> =
+        view.iter().filter(|range| range.is_memory).filter_map(region).collect();
     for (id, file) in ids.iter().zip(0..) {
         if !regions.iter().any(|region| region.file == file) {
             return Err(LayoutError::NoBackend((*id).to_owned()));
@@ -191,13 +200,17 @@ fn last_word(name: &str) -> &str {
     name.rsplit('/').next().unwrap_or_default()
 }
 
-/// Whole pages of the regions but for the VGA's window; RAM also where the chipset has laid ROM over it.
+/// Whole pages of the regions but for the VGA's window; RAM also where the chipset has laid ROM
+/// over it.
 fn outside_of_vga(regions: Vec<Region>) -> Vec<Region> {
-    let plain =
-        |gpa: u64| regions.iter().find(|r| r.gpa == r.offset && (r.gpa..r.gpa + r.len).contains(&gpa));
-    let covered = plain(VGA - 1).zip(plain(ROM_END)).filter(|(below, above)| below.file == above.file);
+    let plain = |gpa: u64| {
+        regions.iter().find(|r| r.gpa == r.offset && (r.gpa..r.gpa + r.len).contains(&gpa))
+    };
+    let covered =
+        plain(VGA - 1).zip(plain(ROM_END)).filter(|(below, above)| below.file == above.file);
     let below = regions.iter().filter_map(|region| cut(region, 0, VGA));
-    let rom = covered.map(|(below, _)| Region { gpa: ROM, len: ROM_END - ROM, offset: ROM, ..*below });
+    let rom =
+        covered.map(|(below, _)| Region { gpa: ROM, len: ROM_END - ROM, offset: ROM, ..*below });
     let above = regions.iter().filter_map(|region| cut(region, ROM_END, u64::MAX));
     let mut joined: Vec<Region> = Vec::new();
     for region in below.chain(rom).chain(above) {
@@ -283,7 +296,8 @@ mod tests {
                 range(0xfd00_0000, 0xfe00_0000, 0, "vga.vram"),
                 range(4 * GIB, 7 * GIB, 2 * GIB, name),
             ];
-            let said = from_qemu(&view, &[backend("mem", 5 * GIB)], &[], memory(5 * GIB, 0), &[]).unwrap();
+            let said =
+                from_qemu(&view, &[backend("mem", 5 * GIB)], &[], memory(5 * GIB, 0), &[]).unwrap();
             assert_eq!(said, by_rules(2 * GIB, vec![5 * GIB]));
             assert_eq!(said.regions.len(), 3);
             assert_eq!(MemoryMap::new(said.regions).unwrap().resolve(4 * GIB), Some((0, 2 * GIB)));
@@ -300,7 +314,10 @@ mod tests {
         assert_eq!(sizes(Vmm::Firecracker, 3 * GIB), [[3 * GIB]]);
         assert_eq!(sizes(Vmm::CloudHypervisor, 4 * GIB), [[3 * GIB, GIB]]);
         assert_eq!(sizes(Vmm::Firecracker, 4 * GIB), [[3 * GIB, GIB], [3328 << 20, 768 << 20]]);
-        assert_eq!(sizes(Vmm::Firecracker, 3100 << 20), [vec![3 * GIB, 28 << 20], vec![3100 << 20]]);
+        assert_eq!(
+            sizes(Vmm::Firecracker, 3100 << 20),
+            [vec![3 * GIB, 28 << 20], vec![3100 << 20]]
+        );
         let [layout] = of_micro(Vmm::CloudHypervisor, 5 * GIB).try_into().unwrap();
         let map = MemoryMap::new(layout.regions).unwrap();
         assert_eq!((map.resolve(4 * GIB), map.resolve(3 * GIB)), (Some((1, 0)), None));
@@ -322,8 +339,9 @@ mod tests {
         let map = MemoryMap::new(said.regions).unwrap();
         let places = [0xf_0000, GIB, 4 * GIB, 5 * GIB].map(|gpa| map.resolve(gpa));
         assert_eq!(places, [Some((0, 0xf_0000)), Some((1, 0)), Some((1, GIB)), Some((2, 0))]);
-        let refused =
-            |nodes: &[String]| from_qemu(&view, &backends, &[], memory(6 * GIB, 0), nodes).unwrap_err();
+        let refused = |nodes: &[String]| {
+            from_qemu(&view, &backends, &[], memory(6 * GIB, 0), nodes).unwrap_err()
+        };
         assert_eq!(refused(&[]), LayoutError::Incomplete { all: 6 * GIB, found: GIB });
         assert_eq!(refused(&["x".to_owned()]), LayoutError::NoBackend("x".into()));
     }
@@ -337,16 +355,24 @@ mod tests {
             range(4 * GIB, 5 * GIB, 0, "d"),
             range(6 * GIB, 7 * GIB, 0, "n"),
         ];
-        let backends = [backend("mem", GIB), backend("window", GIB), backend("d", GIB), backend("n", GIB)];
-        let ask = |devices: &[MemoryDevice]| from_qemu(&view, &backends, devices, memory(GIB, GIB), &[]);
+        let backends =
+            [backend("mem", GIB), backend("window", GIB), backend("d", GIB), backend("n", GIB)];
+        let ask =
+            |devices: &[MemoryDevice]| from_qemu(&view, &backends, devices, memory(GIB, GIB), &[]);
         let dimm = device("dimm", "/objects/d");
         let layout = ask(&[dimm.clone(), device("nvdimm", "/objects/n")]).unwrap();
         assert_eq!(layout.sizes, [GIB, GIB]);
-        assert_eq!(layout.regions.last().unwrap(), &Region { gpa: 4 * GIB, len: GIB, offset: 0, file: 1 });
+        assert_eq!(
+            layout.regions.last().unwrap(),
+            &Region { gpa: 4 * GIB, len: GIB, offset: 0, file: 1 }
+        );
         assert!(layout.regions.iter().all(|region| region.gpa < GIB || region.file == 1));
         let error = ask(&[device("virtio-mem", "/objects/d")]).unwrap_err();
         assert_eq!(error, LayoutError::Device("virtio-mem".into()));
-        assert_eq!(ask(&[device("dimm", "/objects/x")]).unwrap_err(), LayoutError::NoBackend("x".into()));
+        assert_eq!(
+            ask(&[device("dimm", "/objects/x")]).unwrap_err(),
+            LayoutError::NoBackend("x".into())
+        );
         let many = vec![dimm; MAX_FILES];
         assert_eq!(ask(&many).unwrap_err(), LayoutError::TooMany(MAX_FILES + 1));
     }

@@ -1,12 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! VMMs that run on this host and know nothing of the broker: QEMU, Firecracker and Cloud Hypervisor.
+//! VMMs that run on this host and know nothing of the broker: QEMU, Firecracker and Cloud
+//! Hypervisor.
 //!
-//! The broker and the command line use this crate to list VMMs ([`discover`]), to open a VM's RAM ([`attach`]) and to ask
-//! QEMU for registers, pauses and changes ([`qmp`], [`monitor`]). A VMM is found by what the kernel shows of its process
-//! ([`process`], [`mapping`]) and attached without stopping it.
+//! The broker and the command line use this crate to list VMMs ([`discover`]), to open a VM's RAM
+//! ([`attach`]) and to ask QEMU for registers, pauses and changes ([`qmp`], [`monitor`]). A VMM is
+//! found by what the kernel shows of its process ([`process`], [`mapping`]) and attached without
+//! stopping it.
 //!
-//! The VMM and its guest are untrusted. A lie can only scramble the view of their own memory: the file is the one that the
-//! kernel says this process has mapped, its size is checked, and it cannot shrink.
+//! The VMM and its guest are untrusted. A lie can only scramble the view of their own memory: the
+//! file is the one that the kernel says this process has mapped, its size is checked, and it cannot
+//! shrink.
 #![deny(unsafe_code)]
 
 pub mod acpi;

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The QEMU that goes on with a VM when another one stops: QEMU's live update (CPR) hands the RAM's very files to a new
-//! process on the same host, which was started with `-incoming`. A VM that migrates to another host has no such process.
+//! The QEMU that goes on with a VM when another one stops: QEMU's live update (CPR) hands the RAM's
+//! very files to a new process on the same host, which was started with `-incoming`. A VM that
+//! migrates to another host has no such process.
 
 use std::collections::HashSet;
 
@@ -11,10 +12,12 @@ use super::mapping::Mapping;
 use super::process::{FileId, Process};
 use super::recognise::recognise;
 
-/// Finds for each VM the QEMU that has all these parts of files mapped as RAM of its own; none of the processes `others`,
-/// which have other VMs or look at these. No QEMU is found twice, and none for a VM without such parts.
+/// Finds for each VM the QEMU that has all these parts of files mapped as RAM of its own; none of
+/// the processes `others`, which have other VMs or look at these. No QEMU is found twice, and none
+/// for a VM without such parts.
 ///
-/// A process that has no right to be taken for it gains nothing: it has mapped the files, and with them the VM's memory.
+/// A process that has no right to be taken for it gains nothing: it has mapped the files, and with
+/// them the VM's memory.
 pub fn find(vms: &[Vec<(FileId, Region)>], others: &HashSet<u32>) -> Vec<Option<Process>> {
     let pids = || {
         let entries = std::fs::read_dir("/proc").into_iter().flatten();
@@ -36,8 +39,9 @@ fn find_among<P: Iterator<Item = u32>>(
     }
     for pid in pids().filter(|pid| !others.contains(pid)) {
         let Some((process, mappings)) = candidate(pid) else { continue };
-        let has =
-            |(file, region): &(FileId, Region)| mappings.iter().any(|mapping| holds(mapping, *file, region));
+        let has = |(file, region): &(FileId, Region)| {
+            mappings.iter().any(|mapping| holds(mapping, *file, region))
+        };
         let is_its = |(ram, found): (&Vec<_>, &Option<Process>)| {
             found.is_none() && !ram.is_empty() && ram.iter().all(has)
         };
@@ -61,7 +65,9 @@ fn candidate(pid: u32) -> Option<(Process, Vec<Mapping>)> {
     let process = Process::open(pid).ok()?;
     let arguments = process.arguments().ok()?;
     let is_incoming = arguments.iter().any(|word| word == "-incoming" || word == "--incoming");
-    if !is_incoming || recognise(&process, &process.program().ok()?, &arguments).ok()? != Some(Vmm::Qemu) {
+    if !is_incoming
+        || recognise(&process, &process.program().ok()?, &arguments).ok()? != Some(Vmm::Qemu)
+    {
         return None;
     }
     let mappings = process.mappings().ok()?;
@@ -110,7 +116,10 @@ mod tests {
         // Private RAM is in no file that another process could have.
         assert!(find_among(&vec![Vec::new(); 100], &others, pids).iter().all(Option::is_none));
         assert_eq!(walks.get(), 0);
-        let ram = vec![(FileId { device: 1, inode: 7 }, Region { gpa: 0, len: 0x1000, offset: 0, file: 0 })];
+        let ram = vec![(
+            FileId { device: 1, inode: 7 },
+            Region { gpa: 0, len: 0x1000, offset: 0, file: 0 },
+        )];
         let found = find_among(&vec![ram; 100], &others, pids);
         // This process has not been started to have a VM come.
         assert!(found.len() == 100 && found.iter().all(Option::is_none));

@@ -26,11 +26,13 @@ impl Mapping {
 
     /// Whether addresses `hva` to `hva + len` are part of it.
     pub fn covers(&self, hva: u64, len: u64) -> bool {
-        hva.checked_sub(self.hva).and_then(|start| start.checked_add(len)).is_some_and(|end| end <= self.len)
+        hva.checked_sub(self.hva)
+            .and_then(|start| start.checked_add(len))
+            .is_some_and(|end| end <= self.len)
     }
 
-    /// Whether `next` goes on with the same file where this one ends: the kernel lists a mapping in parts where only
-    /// its NUMA policy or the like differs.
+    /// Whether `next` goes on with the same file where this one ends: the kernel lists a mapping in
+    /// parts where only its NUMA policy or the like differs.
     fn goes_on_with(&self, next: &Self) -> bool {
         let (Some((file, offset)), Some((next_file, next_offset))) = (self.file, next.file) else {
             return false;
@@ -46,7 +48,8 @@ pub fn covering(mappings: &[Mapping], hva: u64, len: u64) -> Option<&Mapping> {
     mappings.iter().find(|mapping| mapping.covers(hva, len))
 }
 
-/// The mappings that may be written and hold no code, by ascending address. What is no line of the kernel's is left out.
+/// The mappings that may be written and hold no code, by ascending address. What is no line of the
+/// kernel's is left out.
 pub fn parse(text: &str) -> Vec<Mapping> {
     let mut mappings: Vec<Mapping> = Vec::new();
     for mapping in text.lines().filter_map(line) {
@@ -65,8 +68,10 @@ fn line(line: &str) -> Option<Mapping> {
     let mode = words.next().filter(|mode| mode.starts_with("rw-"))?;
     let offset = hex(words.next()?)?;
     let (major, minor) = words.next()?.split_once(':')?;
-    let device =
-        rustix::fs::makedev(u32::from_str_radix(major, 16).ok()?, u32::from_str_radix(minor, 16).ok()?);
+    let device = rustix::fs::makedev(
+        u32::from_str_radix(major, 16).ok()?,
+        u32::from_str_radix(minor, 16).ok()?,
+    );
     let inode: u64 = words.next()?.parse().ok()?;
     let hva = hex(start)?;
     Some(Mapping {
@@ -88,12 +93,19 @@ mod tests {
     #[test]
     fn writable_mappings_are_taken() {
         let [mapping] = parse(LINE).try_into().unwrap();
-        assert_eq!((mapping.hva, mapping.len, mapping.is_shared), (0x7f8a_7bff_f000, 0x2000_0000, true));
+        assert_eq!(
+            (mapping.hva, mapping.len, mapping.is_shared),
+            (0x7f8a_7bff_f000, 0x2000_0000, true)
+        );
         assert_eq!(mapping.path, "/memfd:memory-backend-memfd (deleted)");
         let (file, offset) = mapping.shared_file().unwrap();
         assert_eq!((file.inode, offset), (17753, 0));
-        assert!(mapping.covers(0x7f8a_7bff_f000, 0x2000_0000) && mapping.covers(0x7f8a_8000_0000, 1));
-        assert!(!mapping.covers(0x7f8a_7bff_efff, 1) && !mapping.covers(0x7f8a_7bff_f001, 0x2000_0000));
+        assert!(
+            mapping.covers(0x7f8a_7bff_f000, 0x2000_0000) && mapping.covers(0x7f8a_8000_0000, 1)
+        );
+        assert!(
+            !mapping.covers(0x7f8a_7bff_efff, 1) && !mapping.covers(0x7f8a_7bff_f001, 0x2000_0000)
+        );
         assert!(!mapping.covers(0x7f8a_8000_0000, u64::MAX));
         assert_eq!(parse(&LINE.replace("rw-s", "rw-p"))[0].shared_file(), None);
         assert_eq!(parse(&LINE.replace("rw-s", "r--s")), []);
@@ -110,7 +122,8 @@ mod tests {
 6000-7000 rw-p 00002000 00:01 8 /memfd:b
 7000-8000 rw-p 00000000 00:00 0
 8000-9000 rw-p 00000000 00:00 0 ";
-        let places: Vec<(u64, u64)> = parse(text).iter().map(|mapping| (mapping.hva, mapping.len)).collect();
+        let places: Vec<(u64, u64)> =
+            parse(text).iter().map(|mapping| (mapping.hva, mapping.len)).collect();
         let page = 0x1000;
         assert_eq!(
             places,

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Listens to a QEMU's monitor, on a thread of its own: one that hangs, floods or lies delays no other VM. The thread
-//! also passes on [`Questions`] of the broker's clients.
+//! Listens to a QEMU's monitor, on a thread of its own: one that hangs, floods or lies delays no
+//! other VM. The thread also passes on [`Questions`] of the broker's clients.
 
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
@@ -45,8 +45,8 @@ pub struct Monitor {
 pub struct Socket {
     /// Where it is.
     pub path: PathBuf,
-    /// The process that listened when the VM was added: the VMM, or what has handed it the socket. `None` where it is not
-    /// known.
+    /// The process that listened when the VM was added: the VMM, or what has handed it the socket.
+    /// `None` where it is not known.
     pub listener: Option<u32>,
     /// The connection, where there is one.
     pub qmp: Option<Qmp>,
@@ -99,8 +99,9 @@ struct Heard {
 }
 
 impl Monitor {
-    /// Receives the events of a monitor. `tell` gets each change; `find` connects at first, and again after a lost connection.
-    /// A pause that no client has asked for again for `silence` ends.
+    /// Receives the events of a monitor. `tell` gets each change; `find` connects at first, and
+    /// again after a lost connection. A pause that no client has asked for again for `silence`
+    /// ends.
     ///
     /// # Errors
     /// Where there are no file descriptors or threads left.
@@ -176,7 +177,8 @@ impl<F: Fn() -> Option<Qmp>, T: FnMut(&mut Qmp, News) -> Next> Listener<F, T> {
 
     /// Listens until told otherwise, or until the connection is lost.
     fn listen(&mut self, qmp: &mut Qmp) -> Result<Next, QmpError> {
-        // The size is asked for before the layout, so that memory which is plugged in between is noticed below.
+        // The size is asked for before the layout, so that memory which is plugged in between is
+        // noticed below.
         let mut memory = qmp.memory_size()?;
         match (self.tell)(qmp, News::Memory) {
             Next::Listen => {}
@@ -285,7 +287,9 @@ impl Heard {
         match event {
             "RESET" => self.reset = true,
             // The guest has taken a DIMM, or a device has left.
-            "ACPI_DEVICE_OST" | "DEVICE_DELETED" | "MEMORY_DEVICE_SIZE_CHANGE" => self.memory = true,
+            "ACPI_DEVICE_OST" | "DEVICE_DELETED" | "MEMORY_DEVICE_SIZE_CHANGE" => {
+                self.memory = true
+            }
             "STOP" => self.stop = true,
             _ => {}
         }

@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The text of QEMU's monitor command `info mtree -f`: what a guest finds at each guest-physical address.
+//! The text of QEMU's monitor command `info mtree -f`: what a guest finds at each guest-physical
+//! address.
 //!
-//! A view begins with `FlatView #N`, names the address spaces that have it (` AS "memory", root: system`), and lists
-//! ranges (`  0000000000000000-00000000000c2fff (prio 0, ram): mem @0000000000000000 KVM`), the last address included.
+//! A view begins with `FlatView #N`, names the address spaces that have it (` AS "memory", root:
+//! system`), and lists ranges (`  0000000000000000-00000000000c2fff (prio 0, ram): mem
+//! @0000000000000000 KVM`), the last address included.
 
 /// The most ranges of a view.
 const MAX_RANGES: usize = 4096;
@@ -35,7 +37,9 @@ pub enum MtreeError {
     #[error("QEMU's memory tree has more than {MAX_RANGES} ranges")]
     TooMany,
     /// A range starts before the end of the one above it.
-    #[error("QEMU's memory tree has a range at gpa {0:#x} that overlaps or precedes the one above it")]
+    #[error(
+        "QEMU's memory tree has a range at gpa {0:#x} that overlaps or precedes the one above it"
+    )]
     Order(u64),
 }
 
@@ -44,9 +48,9 @@ pub enum MtreeError {
 /// # Errors
 /// [`MtreeError`].
 pub fn parse(text: &str) -> Result<Vec<FlatRange>, MtreeError> {
-    let view = text
-        .split("FlatView #")
-        .find(|view| view.lines().any(|line| line.trim_end().starts_with(" AS \"memory\", root: system")));
+    let view = text.split("FlatView #").find(|view| {
+        view.lines().any(|line| line.trim_end().starts_with(" AS \"memory\", root: system"))
+    });
     let lines = view.ok_or(MtreeError::NoView)?.lines().filter(|line| {
         line.starts_with("  ") && line.trim_start().starts_with(|c: char| c.is_ascii_hexdigit())
     });
@@ -55,7 +59,8 @@ pub fn parse(text: &str) -> Result<Vec<FlatRange>, MtreeError> {
         if ranges.len() >= MAX_RANGES {
             return Err(MtreeError::TooMany);
         }
-        let range = range(line).ok_or_else(|| MtreeError::Line(line.trim().chars().take(80).collect()))?;
+        let range =
+            range(line).ok_or_else(|| MtreeError::Line(line.trim().chars().take(80).collect()))?;
         if ranges.last().is_some_and(|last| last.gpa.saturating_add(last.len) > range.gpa) {
             return Err(MtreeError::Order(range.gpa));
         }
@@ -115,7 +120,8 @@ FlatView #2
     fn the_memory_of_the_cpus_is_read() {
         let ranges = parse(TEXT).unwrap();
         assert_eq!(ranges.len(), 6);
-        let range = |n: usize| (ranges[n].gpa, ranges[n].len, ranges[n].offset, ranges[n].is_memory);
+        let range =
+            |n: usize| (ranges[n].gpa, ranges[n].len, ranges[n].offset, ranges[n].is_memory);
         assert_eq!(range(0), (0, 0xc3000, 0, true));
         assert_eq!(range(1), (0xc3000, 0x2d000, 0xc3000, true));
         assert_eq!(range(3), (0xb000_0000, 0x1000_0000, 0, false));
@@ -131,7 +137,10 @@ FlatView #2
         assert!(matches!(change("00c2fff (", "00c2fff <"), MtreeError::Line(_)));
         assert!(matches!(change("@0000000000100000", "@ffffffffffffffff"), MtreeError::Line(_)));
         assert!(matches!(change("-000000007fffffff", "-0000000000000000"), MtreeError::Line(_)));
-        assert!(matches!(change("-00000000000c2fff", "-00000000000c4fff"), MtreeError::Order(0xc3000)));
+        assert!(matches!(
+            change("-00000000000c2fff", "-00000000000c4fff"),
+            MtreeError::Order(0xc3000)
+        ));
         let line = "  0000000000000000-0000000000000fff (prio 0, i/o): x\n";
         let many: String = (0..5000u64)
             .map(|n| {

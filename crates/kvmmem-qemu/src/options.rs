@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! QEMU's way to write options: `first,key=value,...`, where two commas stand for one, or a JSON object.
+//! QEMU's way to write options: `first,key=value,...`, where two commas stand for one, or a JSON
+//! object.
 
 use std::collections::BTreeMap;
 
 use serde_json::Value;
 
-/// One option's properties. A flag without a value is `on`; what comes first without a key has the key that the caller
-/// says.
+/// One option's properties. A flag without a value is `on`; what comes first without a key has the
+/// key that the caller says.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Options(BTreeMap<String, String>);
 
@@ -108,8 +109,10 @@ mod tests {
 
     #[test]
     fn both_ways_say_the_same() {
-        let plain =
-            Options::parse("memory-backend-memfd,id=pc.ram,size=4294967296,share=on,x=a,,b", "qom-type");
+        let plain = Options::parse(
+            "memory-backend-memfd,id=pc.ram,size=4294967296,share=on,x=a,,b",
+            "qom-type",
+        );
         let json = Options::parse(
             r#"{"qom-type":"memory-backend-memfd","id":"pc.ram","size":4294967296,"share":true,"x":"a,b","list":[1]}"#,
             "qom-type",
@@ -124,7 +127,8 @@ mod tests {
 
     #[test]
     fn sizes_have_suffixes() {
-        let cases = [("512", 512 << 20), ("4G", 4 << 30), ("1.5g", 3 << 29), ("4096k", 4 << 20), ("0", 0)];
+        let cases =
+            [("512", 512 << 20), ("4G", 4 << 30), ("1.5g", 3 << 29), ("4096k", 4 << 20), ("0", 0)];
         for (text, bytes) in cases {
             assert_eq!(size(text, 1 << 20), Some(bytes), "{text}");
         }

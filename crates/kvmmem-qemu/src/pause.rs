@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A VM that the broker's clients hold stopped.
 //!
-//! It runs again when the last of them releases it, when the connection to its QEMU is lost and made anew, and when the
-//! broker ends or hangs: while the VM is stopped a shell, with a copy of the connection, waits for the end of a pipe, and
-//! for silence there. A VM that did not run before stays as it is.
+//! It runs again when the last of them releases it, when the connection to its QEMU is lost and
+//! made anew, and when the broker ends or hangs: while the VM is stopped a shell, with a copy of
+//! the connection, waits for the end of a pipe, and for silence there. A VM that did not run before
+//! stays as it is.
 
 use std::collections::BTreeSet;
 use std::io::{self, Read, Write};
@@ -18,12 +19,14 @@ use serde_json::json;
 use super::questions::AskError;
 use crate::qmp::{Qmp, QmpError};
 
-/// The shell. Standard input is the pipe, standard output the connection; `$1` is the silence that ends a pause, seconds.
+/// The shell. Standard input is the pipe, standard output the connection; `$1` is the silence that
+/// ends a pause, seconds.
 ///
-/// Where the pipe ends (dd's empty output, status 0) the broker has ended: QEMU forgets commands of a connection that has
-/// ended, so the shell keeps it until `cont` is answered, or QEMU has not answered for a minute. Where the pipe is silent
-/// (the status of a process that timeout has killed, 137) the broker may read the answer itself. Where anything else goes
-/// wrong, which would leave the VM without a shell, the VM runs as well.
+/// Where the pipe ends (dd's empty output, status 0) the broker has ended: QEMU forgets commands of
+/// a connection that has ended, so the shell keeps it until `cont` is answered, or QEMU has not
+/// answered for a minute. Where the pipe is silent (the status of a process that timeout has
+/// killed, 137) the broker may read the answer itself. Where anything else goes wrong, which would
+/// leave the VM without a shell, the VM runs as well.
 const WATCH: &str = r#"
 trap '' HUP INT TERM
 command -v timeout >&2 && command -v dd >&2 || exit
@@ -59,8 +62,14 @@ impl Stopped {
         Self { silence, holders: BTreeSet::new(), watcher: None, owes: false }
     }
 
-    /// Stops the VM for one more, or checks that it is still stopped. Returns whether it ran before all of them.
-    pub(crate) fn hold(&mut self, qmp: &mut Qmp, holder: u64, is_new: bool) -> Result<bool, AskError> {
+    /// Stops the VM for one more, or checks that it is still stopped. Returns whether it ran before
+    /// all of them.
+    pub(crate) fn hold(
+        &mut self,
+        qmp: &mut Qmp,
+        holder: u64,
+        is_new: bool,
+    ) -> Result<bool, AskError> {
         self.notice_the_watcher(qmp);
         if !is_new && !self.holders.contains(&holder) {
             return Err(AskError::Resumed);
@@ -125,7 +134,8 @@ impl Stopped {
 
     /// Lets the VM run that ran before. Returns whether it was still stopped.
     fn resume(&mut self, qmp: &mut Qmp) -> Result<bool, QmpError> {
-        // Until then it is there in case that this process is killed. It must not hold the connection longer than this.
+        // Until then it is there in case that this process is killed. It must not hold the
+        // connection longer than this.
         let Some(_watcher) = self.watcher.take() else { return Ok(true) };
         self.cont(qmp)
     }
@@ -144,7 +154,8 @@ impl Stopped {
     }
 }
 
-/// What resumes a VM if this process ends or hangs: a shell, which is there even after SIGKILL. Dropping it ends the shell.
+/// What resumes a VM if this process ends or hangs: a shell, which is there even after SIGKILL.
+/// Dropping it ends the shell.
 #[derive(Debug)]
 struct Watcher(Child);
 
@@ -153,7 +164,11 @@ impl Watcher {
         // A client that is silent for so long is disconnected before.
         let limit = (silence.as_secs_f64() * 1.5).ceil().max(1.0).to_string();
         let mut shell = Command::new("/bin/sh");
-        shell.args(["-c", WATCH, "sh", &limit]).env_clear().env("PATH", "/usr/bin:/bin").current_dir("/");
+        shell
+            .args(["-c", WATCH, "sh", &limit])
+            .env_clear()
+            .env("PATH", "/usr/bin:/bin")
+            .current_dir("/");
         // Not in a group with this process, which signals of a terminal go to.
         shell.process_group(0).stdin(Stdio::piped()).stdout(connection.try_clone_to_owned()?);
         let mut watcher = Self(shell.stderr(Stdio::piped()).spawn()?);
@@ -218,7 +233,8 @@ mod tests {
         let count = ours.read(&mut line).unwrap();
         let command: serde_json::Value = serde_json::from_slice(&line[..count]).unwrap();
         assert_eq!(command, json!({ "execute": "cont", "id": "resume" }));
-        for answer in ["{\"return\": {}}", "{\"event\": \"RESUME\"}", "{\"return\": {}, \"id\": \"resume\"}"]
+        for answer in
+            ["{\"return\": {}}", "{\"event\": \"RESUME\"}", "{\"return\": {}, \"id\": \"resume\"}"]
         {
             assert!(watcher.ended().is_none(), "{answer}");
             ours.write_all(format!("{answer}\r\n").as_bytes()).unwrap();

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! A process of this host, looked at through `/proc`. Nothing in there is to be believed but what the kernel writes by
-//! itself: the command line is the process's to change.
+//! A process of this host, looked at through `/proc`. Nothing in there is to be believed but what
+//! the kernel writes by itself: the command line is the process's to change.
 
 use std::io::{self, Read};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -89,13 +89,16 @@ impl Process {
     /// # Errors
     /// [`ProcessError`].
     pub fn open(pid: u32) -> Result<Self, ProcessError> {
-        let number = i32::try_from(pid).ok().and_then(Pid::from_raw).ok_or(ProcessError::Gone(pid))?;
+        let number =
+            i32::try_from(pid).ok().and_then(Pid::from_raw).ok_or(ProcessError::Gone(pid))?;
         let fail = |source: Errno| failed(pid, "the directory", source.into());
         let flags = OFlags::DIRECTORY | OFlags::RDONLY | OFlags::CLOEXEC;
-        let directory = rustix::fs::open(format!("/proc/{pid}"), flags, Mode::empty()).map_err(fail)?;
+        let directory =
+            rustix::fs::open(format!("/proc/{pid}"), flags, Mode::empty()).map_err(fail)?;
         let pidfd = rustix::process::pidfd_open(number, PidfdFlags::empty()).map_err(fail)?;
         let process = Self { pid, directory, pidfd };
-        // If this can still be read by the directory, then the pidfd, which is younger, is the same process's.
+        // If this can still be read by the directory, then the pidfd, which is younger, is the same
+        // process's.
         process.read("stat", "the state", 4096)?;
         Ok(process)
     }
@@ -138,7 +141,8 @@ impl Process {
         Ok(path.rsplit('/').next().unwrap_or_default().to_owned())
     }
 
-    /// Whether its program runs with other rights than the user has who started it (set-user-ID, set-group-ID).
+    /// Whether its program runs with other rights than the user has who started it (set-user-ID,
+    /// set-group-ID).
     ///
     /// # Errors
     /// [`ProcessError`].
@@ -155,20 +159,24 @@ impl Process {
     pub fn arguments(&self) -> Result<Vec<String>, ProcessError> {
         let bytes = self.read("cmdline", "the command line", MAX_ARGUMENTS)?;
         let bytes = bytes.strip_suffix(b"\0").unwrap_or(&bytes);
-        Ok(bytes.split(|byte| *byte == 0).map(|word| String::from_utf8_lossy(word).into_owned()).collect())
+        Ok(bytes
+            .split(|byte| *byte == 0)
+            .map(|word| String::from_utf8_lossy(word).into_owned())
+            .collect())
     }
 
-    /// When it was started, clock ticks since the host was; `None` where the kernel does not say. No two processes have
-    /// this and the number in common.
+    /// When it was started, clock ticks since the host was; `None` where the kernel does not say.
+    /// No two processes have this and the number in common.
     pub fn started(&self) -> Option<u64> {
         let stat = self.read("stat", "the state", 4096).ok()?;
         let stat = String::from_utf8_lossy(&stat).into_owned();
-        // The name before the last parenthesis is the process's own choice; the start time is the 20th word behind it.
+        // The name before the last parenthesis is the process's own choice; the start time is the
+        // 20th word behind it.
         stat.rsplit_once(')')?.1.split_whitespace().nth(19)?.parse().ok()
     }
 
-    /// What sets this process apart from all others of this host, also of other boots: a digest of the boot's id, its number
-    /// and its start. `None` where the kernel does not say.
+    /// What sets this process apart from all others of this host, also of other boots: a digest of
+    /// the boot's id, its number and its start. `None` where the kernel does not say.
     pub fn identity(&self) -> Option<[u8; 32]> {
         let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
         let identity = format!("kvmmem process {} {} {}", boot.trim(), self.pid, self.started()?);
@@ -180,7 +188,8 @@ impl Process {
         let ticks = i64::try_from(self.started()?).ok()?;
         let per_second = i64::try_from(rustix::param::clock_ticks_per_second()).ok()?;
         let boot = std::fs::read_to_string("/proc/stat").ok()?;
-        let boot: i64 = boot.lines().find_map(|line| line.strip_prefix("btime "))?.trim().parse().ok()?;
+        let boot: i64 =
+            boot.lines().find_map(|line| line.strip_prefix("btime "))?.trim().parse().ok()?;
         boot.checked_mul(1000)?.checked_add(ticks.checked_mul(1000)?.checked_div(per_second)?)
     }
 
@@ -193,13 +202,15 @@ impl Process {
         Ok(mapping::parse(&String::from_utf8_lossy(&text)))
     }
 
-    /// A path of a file that is absolute for it, whatever its root directory. As long as this lasts.
+    /// A path of a file that is absolute for it, whatever its root directory. As long as this
+    /// lasts.
     pub fn path_of(&self, path: &Path) -> PathBuf {
         let root = format!("/proc/self/fd/{}/root", self.directory.as_raw_fd());
         Path::new(&root).join(path.strip_prefix("/").unwrap_or(path))
     }
 
-    /// Its memory, by its own addresses, for reading and writing. It stays that of the program that runs now.
+    /// Its memory, by its own addresses, for reading and writing. It stays that of the program that
+    /// runs now.
     ///
     /// # Errors
     /// [`ProcessError`].
@@ -213,7 +224,10 @@ impl Process {
     ///
     /// # Errors
     /// [`ProcessError`].
-    pub fn find_link(&self, accepts: impl Fn(&str) -> bool) -> Result<Option<String>, ProcessError> {
+    pub fn find_link(
+        &self,
+        accepts: impl Fn(&str) -> bool,
+    ) -> Result<Option<String>, ProcessError> {
         self.find_file(|directory, name| {
             let link = rustix::fs::readlinkat(directory, name, Vec::new()).ok()?;
             let link = String::from_utf8_lossy(link.as_bytes()).into_owned();
@@ -228,7 +242,8 @@ impl Process {
     pub fn open_file(&self, id: FileId) -> Result<Option<OwnedFd>, ProcessError> {
         self.find_file(|directory, name| {
             let is_it = |stat: &Stat| {
-                FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile && FileId::of(stat) == id
+                FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile
+                    && FileId::of(stat) == id
             };
             rustix::fs::statat(directory, name, AtFlags::empty()).ok().filter(is_it)?;
             // It may be another file by now, even a pipe that would be waited for.
@@ -245,7 +260,8 @@ impl Process {
     ) -> Result<Option<T>, ProcessError> {
         let fail = |source: Errno| failed(self.pid, "the open files", source.into());
         let flags = OFlags::DIRECTORY | OFlags::RDONLY | OFlags::CLOEXEC;
-        let directory = rustix::fs::openat(&self.directory, "fd", flags, Mode::empty()).map_err(fail)?;
+        let directory =
+            rustix::fs::openat(&self.directory, "fd", flags, Mode::empty()).map_err(fail)?;
         for entry in Dir::read_from(&directory).map_err(fail)?.take(MAX_FILES) {
             if let Some(found) = find(directory.as_fd(), entry.map_err(fail)?.file_name()) {
                 return Ok(Some(found));
@@ -310,7 +326,9 @@ mod tests {
         let process = Process::open(std::process::id()).unwrap();
         let opened = process.open_file(id).unwrap().unwrap();
         assert_eq!(FileId::of(&rustix::fs::fstat(&opened).unwrap()), id);
-        assert!(process.open_file(FileId { device: id.device, inode: u64::MAX }).unwrap().is_none());
+        assert!(
+            process.open_file(FileId { device: id.device, inode: u64::MAX }).unwrap().is_none()
+        );
     }
 
     #[test]

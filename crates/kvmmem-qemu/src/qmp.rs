@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A QEMU's machine protocol, QMP: lines of JSON over a unix socket.
 //!
-//! QEMU serves one client at a time; others connect and hear nothing. So everything has a limit, and a connection on
-//! which anything but a refusal went wrong is of no use any more: what came next could be the answer to what was asked
-//! before.
+//! QEMU serves one client at a time; others connect and hear nothing. So everything has a limit,
+//! and a connection on which anything but a refusal went wrong is of no use any more: what came
+//! next could be the answer to what was asked before.
 
 mod error;
 mod line;
@@ -34,7 +34,8 @@ pub use questions::{MemoryBackend, MemoryDevice, MemoryDeviceData, MemorySize};
 /// How long a command may take, and a whole conversation.
 pub const LIMIT: Duration = Duration::from_secs(2);
 
-/// The most events that are kept until they are taken, that come before an answer, and that are taken in one turn.
+/// The most events that are kept until they are taken, that come before an answer, and that are
+/// taken in one turn.
 const MAX_EVENTS: usize = 256;
 
 /// How long events are taken in one turn.
@@ -66,7 +67,8 @@ pub struct AddedFd {
 }
 
 impl Qmp {
-    /// Connects, and does what QEMU wants before it answers. Each command may take [`LIMIT`] from then on.
+    /// Connects, and does what QEMU wants before it answers. Each command may take [`LIMIT`] from
+    /// then on.
     ///
     /// # Errors
     /// [`QmpError`].
@@ -84,9 +86,11 @@ impl Qmp {
 
     fn open(path: &Path, end: Option<Instant>) -> Result<Self, QmpError> {
         let socket = connect(&Endpoint::Unix(path.to_owned()));
-        let socket = socket.map_err(|source| QmpError::Connect { path: path.to_owned(), source })?;
+        let socket =
+            socket.map_err(|source| QmpError::Connect { path: path.to_owned(), source })?;
         let lines = Lines::new(UnixStream::from(socket));
-        let mut qmp = Self { path: path.to_owned(), lines, end, events: VecDeque::new(), is_broken: false };
+        let mut qmp =
+            Self { path: path.to_owned(), lines, end, events: VecDeque::new(), is_broken: false };
         // Nothing is sent to what does not greet as QEMU does.
         const GREETING: &str = "the connection";
         let deadline = qmp.deadline(LIMIT);
@@ -135,7 +139,8 @@ impl Qmp {
         self.run(command, &arguments, None)
     }
 
-    /// Hands a file descriptor over, into a new set or into `fdset`. `/proc/self/fd/N` names it for QEMU from then on.
+    /// Hands a file descriptor over, into a new set or into `fdset`. `/proc/self/fd/N` names it for
+    /// QEMU from then on.
     ///
     /// # Errors
     /// As [`Self::execute`].
@@ -145,9 +150,9 @@ impl Qmp {
         self.read_answer("add-fd", answer)
     }
 
-    /// Takes the events that have come, those between commands and their answers first. Does not wait, and takes no
-    /// more than a turn's: returns whether more may be there. A QEMU that sends events faster than they are taken is thus
-    /// left in between.
+    /// Takes the events that have come, those between commands and their answers first. Does not
+    /// wait, and takes no more than a turn's: returns whether more may be there. A QEMU that
+    /// sends events faster than they are taken is thus left in between.
     ///
     /// # Errors
     /// [`QmpError`], as [`Self::execute`].
@@ -179,7 +184,11 @@ impl Qmp {
         Ok(true)
     }
 
-    fn ask<T: DeserializeOwned>(&mut self, command: &'static str, arguments: Value) -> Result<T, QmpError> {
+    fn ask<T: DeserializeOwned>(
+        &mut self,
+        command: &'static str,
+        arguments: Value,
+    ) -> Result<T, QmpError> {
         let answer = self.execute(command, arguments)?;
         self.read_answer(command, answer)
     }
@@ -203,8 +212,8 @@ impl Qmp {
         let mut text = json!({ "execute": command, "arguments": arguments }).to_string();
         text.push('\n');
         self.lines.send(text.as_bytes(), fd, deadline).map_err(|error| self.failed(error))?;
-        // What comes before the answer does not put the deadline off, and what has come by then is not late: so it is
-        // counted, whatever it is.
+        // What comes before the answer does not put the deadline off, and what has come by then is
+        // not late: so it is counted, whatever it is.
         for _ in 0..=MAX_EVENTS {
             let message = self.message(command, deadline)?;
             if !message.is_answer() {
@@ -247,7 +256,11 @@ impl Qmp {
 
     fn check(&self) -> Result<(), QmpError> {
         let source = io::Error::from(io::ErrorKind::NotConnected);
-        if self.is_broken { Err(QmpError::Connection { path: self.path.clone(), source }) } else { Ok(()) }
+        if self.is_broken {
+            Err(QmpError::Connection { path: self.path.clone(), source })
+        } else {
+            Ok(())
+        }
     }
 
     fn failed(&mut self, error: LineError) -> QmpError {

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! What the broker's clients ask of a VMM. QEMU is asked by the thread that listens to its monitor, one question at a time, so
-//! that answers and events keep their order; a VMM that has registered its VM itself by the broker over the connection that registered it. Clients wait for a
+//! What the broker's clients ask of a VMM. QEMU is asked by the thread that listens to its monitor,
+//! one question at a time, so that answers and events keep their order; a VMM that has registered
+//! its VM itself by the broker over the connection that registered it. Clients wait for a
 //! limited time.
 
 use std::collections::VecDeque;
@@ -17,7 +18,8 @@ use rustix::event::EventfdFlags;
 
 use crate::qmp::QmpError;
 
-/// How long a client waits for its answer: less than it waits for the broker's. Tests run on machines of any speed.
+/// How long a client waits for its answer: less than it waits for the broker's. Tests run on
+/// machines of any speed.
 pub const LIMIT: Duration = Duration::from_secs(if cfg!(test) { 60 } else { 4 });
 
 /// The most questions that wait, besides those that end a pause.
@@ -105,7 +107,9 @@ pub enum AskError {
     #[error(transparent)]
     Qmp(#[from] QmpError),
     /// What resumes the VM if the broker is killed cannot be started.
-    #[error("cannot start the shell that resumes the VM if the broker is killed; the VM was not paused")]
+    #[error(
+        "cannot start the shell that resumes the VM if the broker is killed; the VM was not paused"
+    )]
     Watcher(#[source] io::Error),
     /// The VMM does not read what the broker sends.
     #[error("its VMM does not read what the broker sends; try again")]
@@ -145,7 +149,10 @@ impl Questions {
         Ok((pause, was_running))
     }
 
-    fn ask<T>(&self, question: impl FnOnce(Sender<Result<T, AskError>>) -> Question) -> Result<T, AskError> {
+    fn ask<T>(
+        &self,
+        question: impl FnOnce(Sender<Result<T, AskError>>) -> Question,
+    ) -> Result<T, AskError> {
         let (reply, answer) = mpsc::channel();
         self.0.put(question(reply))?;
         wait(&answer)
@@ -196,7 +203,8 @@ impl AsFd for Queue {
     }
 }
 
-/// One client's pause of a VM. Dropping it lets the VM run again, unless another one holds it stopped.
+/// One client's pause of a VM. Dropping it lets the VM run again, unless another one holds it
+/// stopped.
 #[derive(Debug)]
 pub struct Pause {
     questions: Questions,
@@ -225,8 +233,12 @@ impl Pause {
 
 impl Drop for Pause {
     fn drop(&mut self) {
-        // Where no thread is there to answer, the VM runs already. After an end this is the second one, and does nothing.
-        let _ = self.questions.0.put(Question::Resume { holder: self.holder, reply: mpsc::channel().0 });
+        // Where no thread is there to answer, the VM runs already. After an end this is the second
+        // one, and does nothing.
+        let _ = self
+            .questions
+            .0
+            .put(Question::Resume { holder: self.holder, reply: mpsc::channel().0 });
     }
 }
 

@@ -4,12 +4,13 @@
 use super::command_line::{Vmm, has_qemus_options};
 use super::process::{Process, ProcessError};
 
-/// What the kernel calls a VM of KVM's among a process's files, and a file of QEMU's memory backends among its mappings.
+/// What the kernel calls a VM of KVM's among a process's files, and a file of QEMU's memory
+/// backends among its mappings.
 const KVM_VM: &str = "anon_inode:kvm-vm";
 const BACKEND: &str = "/memfd:memory-backend-memfd";
 
-/// Which VMM a process is; `None` for a set-user-ID program. One that has the name of no known VMM must have QEMU's options,
-/// and a VM of KVM's or QEMU's memory.
+/// Which VMM a process is; `None` for a set-user-ID program. One that has the name of no known VMM
+/// must have QEMU's options, and a VM of KVM's or QEMU's memory.
 ///
 /// # Errors
 /// [`ProcessError`].
@@ -31,7 +32,8 @@ pub fn recognise(
         return Ok(by_name);
     }
     let has_vm = process.find_link(|link| link == KVM_VM)?.is_some();
-    let has_backend = || Ok(process.mappings()?.iter().any(|mapping| mapping.path.starts_with(BACKEND)));
+    let has_backend =
+        || Ok(process.mappings()?.iter().any(|mapping| mapping.path.starts_with(BACKEND)));
     Ok((has_vm || has_backend()?).then_some(Vmm::Qemu))
 }
 
@@ -47,7 +49,8 @@ mod tests {
     fn a_program_with_other_rights_is_no_vmm_whatever_it_is_called() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("program");
-        // By another process: no thread of this one has the copy open for writing while it is executed.
+        // By another process: no thread of this one has the copy open for writing while it is
+        // executed.
         assert!(Command::new("cp").arg("/bin/cat").arg(&path).status().unwrap().success());
         for (mode, expected) in [("0755", Some(Vmm::Qemu)), ("4755", None), ("2755", None)] {
             assert!(Command::new("chmod").arg(mode).arg(&path).status().unwrap().success());

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! How much of a range of a file has contents (cachestat(2), since Linux 6.5), which the libc crate does not wrap.
+//! How much of a range of a file has contents (cachestat(2), since Linux 6.5), which the libc crate
+//! does not wrap.
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
@@ -25,17 +26,20 @@ struct Counts {
     _recently_evicted: u64,
 }
 
-/// How many pages of `len` bytes at `offset` of a file in memory have contents, there or in swap space. Unlike
-/// `SEEK_HOLE` this takes no lock of the file, which others need to change it.
+/// How many pages of `len` bytes at `offset` of a file in memory have contents, there or in swap
+/// space. Unlike `SEEK_HOLE` this takes no lock of the file, which others need to change it.
 ///
 /// # Errors
-/// `ENOSYS` before Linux 6.5, `EOPNOTSUPP` for a file of huge pages, `EPERM` for one that this process may not write.
+/// `ENOSYS` before Linux 6.5, `EOPNOTSUPP` for a file of huge pages, `EPERM` for one that this
+/// process may not write.
 pub fn pages_with_contents(file: BorrowedFd<'_>, offset: u64, len: u64) -> io::Result<u64> {
     let range = Range { off: offset, len };
     let mut counts = Counts::default();
-    // SAFETY: the call reads `range` and writes `counts`, which have the kernel's layout and outlive it.
-    let result =
-        unsafe { libc::syscall(CACHESTAT, file.as_raw_fd(), &raw const range, &raw mut counts, 0u32) };
+    // SAFETY: the call reads `range` and writes `counts`, which have the kernel's layout and
+    // outlive it.
+    let result = unsafe {
+        libc::syscall(CACHESTAT, file.as_raw_fd(), &raw const range, &raw mut counts, 0u32)
+    };
     if result == 0 { Ok(counts.cached + counts.evicted) } else { Err(io::Error::last_os_error()) }
 }
 
@@ -49,7 +53,8 @@ mod tests {
 
     #[test]
     fn pages_that_were_written_are_counted() {
-        let file = File::from(rustix::fs::memfd_create("pages", rustix::fs::MemfdFlags::CLOEXEC).unwrap());
+        let file =
+            File::from(rustix::fs::memfd_create("pages", rustix::fs::MemfdFlags::CLOEXEC).unwrap());
         file.set_len(1 << 20).unwrap();
         for page in [0u64, 3, 4, 200] {
             file.write_all_at(&[1], page * 4096).unwrap();

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! A memfd that two processes map to hand over copies of memory: the broker fills it from `/proc/PID/mem`, the tool
-//! copies out of it, and the other way round for writes.
+//! A memfd that two processes map to hand over copies of memory: the broker fills it from
+//! `/proc/PID/mem`, the tool copies out of it, and the other way round for writes.
 //!
-//! The peer may write the buffer at any moment, so no reference into it ever exists. The broker touches it by system
-//! calls alone: a page that the peer has taken out of the memfd is an errno there, not a SIGBUS.
+//! The peer may write the buffer at any moment, so no reference into it ever exists. The broker
+//! touches it by system calls alone: a page that the peer has taken out of the memfd is an errno
+//! there, not a SIGBUS.
 
 use std::arch::asm;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -20,9 +21,9 @@ use crate::page::PAGE_SIZE;
 ///
 /// # Invariants
 ///
-/// The addresses from `base` to `base + len` are a shared, writable mapping that this object alone made and that stays until
-/// it is dropped, of a file that is at least that long and sealed against shrinking. Only this module accesses them, by
-/// system calls and by inline assembly.
+/// The addresses from `base` to `base + len` are a shared, writable mapping that this object alone
+/// made and that stays until it is dropped, of a file that is at least that long and sealed against
+/// shrinking. Only this module accesses them, by system calls and by inline assembly.
 #[derive(Debug)]
 pub struct CopyBuffer {
     base: NonNull<u8>,
@@ -32,12 +33,14 @@ pub struct CopyBuffer {
 // SAFETY: nothing about a mapping depends on the thread that made it.
 unsafe impl Send for CopyBuffer {}
 
-// SAFETY: the memory is no object of this program: by the invariant only system calls and inline assembly access it, which
-// tolerate any concurrent change, be it by the peer or by another thread, and no field ever changes.
+// SAFETY: the memory is no object of this program: by the invariant only system calls and inline
+// assembly access it, which tolerate any concurrent change, be it by the peer or by another thread,
+// and no field ever changes.
 unsafe impl Sync for CopyBuffer {}
 
 impl CopyBuffer {
-    /// Makes a memfd of `len` bytes with all of its memory, sealed as [`CopyBuffer::map`] demands, and maps it.
+    /// Makes a memfd of `len` bytes with all of its memory, sealed as [`CopyBuffer::map`] demands,
+    /// and maps it.
     ///
     /// # Errors
     /// The system's.
@@ -59,8 +62,8 @@ impl CopyBuffer {
     /// Maps the first `len` bytes of a memfd that the peer made.
     ///
     /// # Errors
-    /// `EINVAL` where it is no memfd of small pages that is sealed against shrinking, long enough and allocated; the
-    /// system's.
+    /// `EINVAL` where it is no memfd of small pages that is sealed against shrinking, long enough
+    /// and allocated; the system's.
     pub fn map(file: BorrowedFd<'_>, len: usize) -> Result<Self, Errno> {
         /// Bytes of a block of `st_blocks`.
         const BLOCK: u64 = 512;
@@ -72,9 +75,10 @@ impl CopyBuffer {
         if !seals.contains(SealFlags::SHRINK) || !fits || page_size(file)? != PAGE_SIZE as u64 {
             return Err(Errno::INVAL);
         }
-        let (rights, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED | MapFlags::POPULATE);
-        // SAFETY: with a null hint and without MAP_FIXED the kernel picks a free range, so no existing mapping, and with it
-        // no Rust object, is touched.
+        let (rights, flags) =
+            (ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED | MapFlags::POPULATE);
+        // SAFETY: with a null hint and without MAP_FIXED the kernel picks a free range, so no
+        // existing mapping, and with it no Rust object, is touched.
         let base = unsafe { rustix::mm::mmap(core::ptr::null_mut(), len, rights, flags, file, 0) }?;
         let base = NonNull::new(base.cast::<u8>()).ok_or(Errno::NOMEM)?;
         // INVARIANT: mapped just now; the seal cannot be removed.
@@ -84,12 +88,20 @@ impl CopyBuffer {
     /// Fills up to `len` bytes from `at` on from a file, and returns how many.
     ///
     /// # Errors
-    /// The system's; `EINVAL` for what leaves the buffer, `EFAULT` where the peer has taken its memory away.
-    pub fn fill(&self, at: usize, len: usize, file: BorrowedFd<'_>, offset: u64) -> Result<usize, Errno> {
+    /// The system's; `EINVAL` for what leaves the buffer, `EFAULT` where the peer has taken its
+    /// memory away.
+    pub fn fill(
+        &self,
+        at: usize,
+        len: usize,
+        file: BorrowedFd<'_>,
+        offset: u64,
+    ) -> Result<usize, Errno> {
         let to = self.pointer(at, len)?;
         let offset = libc::off_t::try_from(offset).map_err(|_| Errno::INVAL)?;
-        // SAFETY: the kernel writes to `to` to `to + len`, which lies within this object's writable mapping, as checked
-        // above, and which no reference points into. It checks each access itself.
+        // SAFETY: the kernel writes to `to` to `to + len`, which lies within this object's writable
+        // mapping, as checked above, and which no reference points into. It checks each
+        // access itself.
         let count = unsafe { libc::pread(raw(file), to.cast(), len, offset) };
         counted(count)
     }
@@ -98,24 +110,31 @@ impl CopyBuffer {
     ///
     /// # Errors
     /// As [`CopyBuffer::fill`].
-    pub fn drain(&self, at: usize, len: usize, file: BorrowedFd<'_>, offset: u64) -> Result<usize, Errno> {
+    pub fn drain(
+        &self,
+        at: usize,
+        len: usize,
+        file: BorrowedFd<'_>,
+        offset: u64,
+    ) -> Result<usize, Errno> {
         let from = self.pointer(at, len)?;
         let offset = libc::off_t::try_from(offset).map_err(|_| Errno::INVAL)?;
-        // SAFETY: `from` lies within this object's mapping for `len` bytes, as checked above, and the kernel only reads
-        // there; no reference points into the mapping.
+        // SAFETY: `from` lies within this object's mapping for `len` bytes, as checked above, and
+        // the kernel only reads there; no reference points into the mapping.
         let count = unsafe { libc::pwrite(raw(file), from.cast(), len, offset) };
         counted(count)
     }
 
-    /// Copies out what is at `at`. For the process that made the memfd alone: in another one a page that is gone is a
-    /// SIGBUS.
+    /// Copies out what is at `at`. For the process that made the memfd alone: in another one a page
+    /// that is gone is a SIGBUS.
     ///
     /// # Errors
     /// `EINVAL` for what leaves the buffer.
     pub fn load(&self, at: usize, to: &mut [u8]) -> Result<(), Errno> {
         let from = self.pointer(at, to.len())?;
-        // SAFETY: `from` lies within this object's mapping for that length, as checked above, and `to` is valid for
-        // writes and does not overlap it, for no reference points into the mapping.
+        // SAFETY: `from` lies within this object's mapping for that length, as checked above, and
+        // `to` is valid for writes and does not overlap it, for no reference points into
+        // the mapping.
         unsafe { copy(to.as_mut_ptr(), from, to.len()) };
         Ok(())
     }
@@ -126,8 +145,9 @@ impl CopyBuffer {
     /// `EINVAL` for what leaves the buffer.
     pub fn store(&self, at: usize, from: &[u8]) -> Result<(), Errno> {
         let to = self.pointer(at, from.len())?;
-        // SAFETY: `to` lies within this object's mapping for that length, as checked above, and `from` is valid for reads
-        // and does not overlap it, for no reference points into the mapping.
+        // SAFETY: `to` lies within this object's mapping for that length, as checked above, and
+        // `from` is valid for reads and does not overlap it, for no reference points into
+        // the mapping.
         unsafe { copy(to, from.as_ptr(), from.len()) };
         Ok(())
     }
@@ -141,8 +161,8 @@ impl CopyBuffer {
 
 impl Drop for CopyBuffer {
     fn drop(&mut self) {
-        // SAFETY: the range is this object's own by its invariant, no reference into it exists, and the object is gone after
-        // this.
+        // SAFETY: the range is this object's own by its invariant, no reference into it exists, and
+        // the object is gone after this.
         let result = unsafe { rustix::mm::munmap(self.base.as_ptr().cast(), self.len) };
         debug_assert_eq!(result, Ok(()));
     }
@@ -153,7 +173,8 @@ impl Drop for CopyBuffer {
 /// # Safety
 /// `from` to `from + len` may be read, `to` to `to + len` may be written, and they do not overlap.
 unsafe fn copy(to: *mut u8, from: *const u8, len: usize) {
-    // SAFETY: the caller's; the instruction accesses nothing else, and the direction flag is clear by the ABI.
+    // SAFETY: the caller's; the instruction accesses nothing else, and the direction flag is clear
+    // by the ABI.
     unsafe {
         asm!(
             "rep movsb",

@@ -12,7 +12,8 @@ use rustix::ioctl::{IntegerSetter, Setter, ioctl};
 
 use crate::page::Page;
 
-/// Major number of miscellaneous character devices (`MISC_MAJOR` of `<linux/major.h>`), which `/dev/kvmmem` is one of.
+/// Major number of miscellaneous character devices (`MISC_MAJOR` of `<linux/major.h>`), which
+/// `/dev/kvmmem` is one of.
 const MISC_MAJOR: u32 = 10;
 
 /// Why the device could not be opened.
@@ -30,7 +31,8 @@ pub enum OpenError {
 ///
 /// # Invariants
 ///
-/// The file is a miscellaneous character device, which the caller of [`Device::open`] named as kvmmem's.
+/// The file is a miscellaneous character device, which the caller of [`Device::open`] named as
+/// kvmmem's.
 #[derive(Debug)]
 pub struct Device {
     file: File,
@@ -45,18 +47,21 @@ impl Device {
         Ok(Self { file: open(path)? })
     }
 
-    /// `KVM_INTRO_MEM_MAP`: replaces `page` by the page at `gpa` of the virtual machine that `token` names.
+    /// `KVM_INTRO_MEM_MAP`: replaces `page` by the page at `gpa` of the virtual machine that
+    /// `token` names.
     ///
-    /// From then on the page's content is the other machine's. The token is used up, also by most failures.
+    /// From then on the page's content is the other machine's. The token is used up, also by most
+    /// failures.
     ///
     /// # Errors
     /// The driver's errno (docs/abi.md).
     pub fn map(&self, token: MapMemToken, gpa: u64, page: &Page) -> Result<(), Errno> {
         let argument = MemMap { token, gpa, gva: page.address() as u64 };
-        // SAFETY: the number says that 48 bytes are read from the pointer, and `Setter` passes one to its own copy of
-        // a structure of that size. What the driver changes is the content of the page at `gva`: the page is there,
-        // whole and writable, because `page` owns it, and only its volatile accessors look at it, for which any
-        // content at any time is right. Any other misc device knows no such number and answers ENOTTY.
+        // SAFETY: the number says that 48 bytes are read from the pointer, and `Setter` passes one
+        // to its own copy of a structure of that size. What the driver changes is the
+        // content of the page at `gva`: the page is there, whole and writable, because
+        // `page` owns it, and only its volatile accessors look at it, for which any content
+        // at any time is right. Any other misc device knows no such number and answers ENOTTY.
         unsafe { ioctl(self.file.as_fd(), Setter::<{ MEM_MAP }, MemMap>::new(argument)) }
     }
 
@@ -65,9 +70,12 @@ impl Device {
     /// # Errors
     /// The driver's errno (docs/abi.md).
     pub fn unmap(&self, page: &Page) -> Result<(), Errno> {
-        // SAFETY: the argument is a number to the driver, the address that identifies the mapping; what changes is the
-        // content of the page at that address, which `page` owns, as in `map`.
-        unsafe { ioctl(self.file.as_fd(), IntegerSetter::<{ MEM_UNMAP }>::new_usize(page.address())) }
+        // SAFETY: the argument is a number to the driver, the address that identifies the mapping;
+        // what changes is the content of the page at that address, which `page` owns, as in
+        // `map`.
+        unsafe {
+            ioctl(self.file.as_fd(), IntegerSetter::<{ MEM_UNMAP }>::new_usize(page.address()))
+        }
     }
 }
 
@@ -75,8 +83,12 @@ impl Device {
 pub(crate) fn open(path: &Path) -> Result<File, OpenError> {
     // Non-blocking, so that a path that leads to a FIFO cannot hang the caller.
     let flags = i32::try_from(rustix::fs::OFlags::NONBLOCK.bits()).unwrap_or(0);
-    let file =
-        OpenOptions::new().read(true).write(true).custom_flags(flags).open(path).map_err(OpenError::Open)?;
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .custom_flags(flags)
+        .open(path)
+        .map_err(OpenError::Open)?;
     let metadata = file.metadata().map_err(OpenError::Open)?;
     if !metadata.file_type().is_char_device() || rustix::fs::major(metadata.rdev()) != MISC_MAJOR {
         return Err(OpenError::NotMisc);
@@ -105,13 +117,13 @@ mod tests {
         assert_eq!(source.kind(), std::io::ErrorKind::NotFound);
     }
 
-    /// Where another misc device may be opened, it must refuse both numbers and leave the page alone.
+    /// Where another misc device may be opened, it must refuse both numbers and leave the page
+    /// alone.
     #[test]
     fn another_misc_device_refuses_the_ioctls() {
         let Ok(device) = Device::open(Path::new("/dev/kvm")) else {
             // Past the test harness, which would keep it to itself.
-            let note =
-                "skipped: /dev/kvm cannot be opened: run on a host with KVM, as a member of group kvm\n";
+            let note = "skipped: /dev/kvm cannot be opened: run on a host with KVM, as a member of group kvm\n";
             std::io::stderr().write_all(note.as_bytes()).unwrap();
             return;
         };

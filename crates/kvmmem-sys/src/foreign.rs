@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A stretch of this process's addresses at which the memory of another virtual machine is mapped.
 //!
-//! That memory changes at any moment, and may be taken back at any moment: so no reference into it ever exists, and it
-//! is copied by the guarded routines alone.
+//! That memory changes at any moment, and may be taken back at any moment: so no reference into it
+//! ever exists, and it is copied by the guarded routines alone.
 
 use core::arch::x86_64::_MM_HINT_T0;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -60,13 +60,14 @@ pub enum ForeignError {
 ///
 /// # Invariants
 ///
-/// The addresses from `base` to `base + len` are a whole number of pages which this object alone mapped and which stay
-/// mapped until it is dropped, each one shared from some file, readable, and writable if `is_writable`. (Of which file
-/// may change: [`Foreign::place`] and [`Foreign::clear`] replace one mapping by another in one step.) An access to a
-/// page that the file does not have raises SIGBUS. Only the guarded routines access them.
+/// The addresses from `base` to `base + len` are a whole number of pages which this object alone
+/// mapped and which stay mapped until it is dropped, each one shared from some file, readable, and
+/// writable if `is_writable`. (Of which file may change: [`Foreign::place`] and [`Foreign::clear`]
+/// replace one mapping by another in one step.) An access to a page that the file does not have
+/// raises SIGBUS. Only the guarded routines access them.
 ///
-/// The same holds for `before` bytes before them and `behind` bytes behind them, which are the rest of the huge pages in
-/// which they lie, if any: nobody accesses those.
+/// The same holds for `before` bytes before them and `behind` bytes behind them, which are the rest
+/// of the huge pages in which they lie, if any: nobody accesses those.
 #[derive(Debug)]
 pub struct Foreign {
     base: NonNull<u8>,
@@ -79,16 +80,18 @@ pub struct Foreign {
 // SAFETY: nothing about a mapping depends on the thread that made it.
 unsafe impl Send for Foreign {}
 
-// SAFETY: the memory is no object of this program: by the invariant it is reached through the guarded routines alone,
-// which are machine code that tolerates any concurrent change, be it from another virtual machine or another thread;
-// replacing a mapping is one system call, and no field ever changes.
+// SAFETY: the memory is no object of this program: by the invariant it is reached through the
+// guarded routines alone, which are machine code that tolerates any concurrent change, be it from
+// another virtual machine or another thread; replacing a mapping is one system call, and no field
+// ever changes.
 unsafe impl Sync for Foreign {}
 
 impl Foreign {
-    /// Reserves `len` bytes, a positive multiple of the page size, at an address that is congruent to `like` modulo
-    /// 2 MiB, or 1 GiB if there is that much, so that large pages fit. Every access is lost until something is placed
-    /// there. `page` is the length of the largest pages that files to be placed have ([`page_size`]): if it is more than
-    /// 4096, `like` is the offset in such a file.
+    /// Reserves `len` bytes, a positive multiple of the page size, at an address that is congruent
+    /// to `like` modulo 2 MiB, or 1 GiB if there is that much, so that large pages fit. Every
+    /// access is lost until something is placed there. `page` is the length of the largest
+    /// pages that files to be placed have ([`page_size`]): if it is more than 4096, `like` is
+    /// the offset in such a file.
     ///
     /// # Errors
     /// The system's; `EINVAL` for a bad length.
@@ -111,11 +114,13 @@ impl Foreign {
         let size = |bytes: u64| usize::try_from(bytes).map_err(|_| Errno::NOMEM);
         // From the start of the first huge page to the end of the last one.
         let before = like % page;
-        let whole =
-            before.checked_add(len).and_then(|len| len.checked_next_multiple_of(page)).ok_or(Errno::NOMEM)?;
+        let whole = before
+            .checked_add(len)
+            .and_then(|len| len.checked_next_multiple_of(page))
+            .ok_or(Errno::NOMEM)?;
         let room = size(whole.checked_add(alignment).ok_or(Errno::NOMEM)?)?;
-        // SAFETY: with a null hint and without MAP_FIXED the kernel picks a free range, so no existing mapping, and
-        // with it no Rust object, is touched.
+        // SAFETY: with a null hint and without MAP_FIXED the kernel picks a free range, so no
+        // existing mapping, and with it no Rust object, is touched.
         let start = unsafe {
             rustix::mm::mmap(
                 core::ptr::null_mut(),
@@ -131,27 +136,36 @@ impl Foreign {
         let tail = start.wrapping_add(head + whole);
         for (part, bytes) in [(start, head), (tail, room - head - whole)] {
             if bytes > 0 {
-                // SAFETY: a part of what was just mapped, whose address nobody else knows; the rest is kept. Should
-                // it fail, addresses are wasted, nothing else.
+                // SAFETY: a part of what was just mapped, whose address nobody else knows; the rest
+                // is kept. Should it fail, addresses are wasted, nothing else.
                 let _ = unsafe { rustix::mm::munmap(part.cast(), bytes) };
             }
         }
         let (before, len) = (size(before)?, size(len)?);
         let base = NonNull::new(start.wrapping_add(head + before)).ok_or(Errno::NOMEM)?;
-        // INVARIANT: mapped just now, shared, from the empty file; `whole` is `before`, `len` and the rest.
+        // INVARIANT: mapped just now, shared, from the empty file; `whole` is `before`, `len` and
+        // the rest.
         Ok(Self { base, len, before, behind: whole - before - len, is_writable })
     }
 
-    /// Maps `len` bytes of `file` from `file_offset` on at `offset`, in the place of what is there. All three are
-    /// multiples of 4096. Where a file of huge pages begins or ends within one, it must be at the stretch's start or end.
+    /// Maps `len` bytes of `file` from `file_offset` on at `offset`, in the place of what is there.
+    /// All three are multiples of 4096. Where a file of huge pages begins or ends within one,
+    /// it must be at the stretch's start or end.
     ///
     /// # Errors
-    /// The system's, `EINVAL` for what leaves the stretch, `EOPNOTSUPP` where a file's huge pages do not fit; what was there
-    /// is there still, as far as the system tells.
-    pub fn place(&self, offset: u64, len: u64, file: BorrowedFd<'_>, file_offset: u64) -> Result<(), Errno> {
+    /// The system's, `EINVAL` for what leaves the stretch, `EOPNOTSUPP` where a file's huge pages
+    /// do not fit; what was there is there still, as far as the system tells.
+    pub fn place(
+        &self,
+        offset: u64,
+        len: u64,
+        file: BorrowedFd<'_>,
+        file_offset: u64,
+    ) -> Result<(), Errno> {
         let page = PAGE_SIZE as u64;
         let end = offset.checked_add(len).filter(|end| *end <= self.len());
-        let (Some(_), Ok(at), Ok(size)) = (end, usize::try_from(offset), usize::try_from(len)) else {
+        let (Some(_), Ok(at), Ok(size)) = (end, usize::try_from(offset), usize::try_from(len))
+        else {
             return Err(Errno::INVAL);
         };
         if len == 0 || !offset.is_multiple_of(page) || !len.is_multiple_of(page) {
@@ -173,13 +187,20 @@ impl Foreign {
         self.replace(address, before + size + behind, file, file_offset - head)
     }
 
-    /// Maps `len` bytes of `file` at `address`: a range of this object's, what is before and behind it included, in which
-    /// whole pages of that file fit.
-    fn replace(&self, address: *mut u8, len: usize, file: BorrowedFd<'_>, offset: u64) -> Result<(), Errno> {
+    /// Maps `len` bytes of `file` at `address`: a range of this object's, what is before and behind
+    /// it included, in which whole pages of that file fit.
+    fn replace(
+        &self,
+        address: *mut u8,
+        len: usize,
+        file: BorrowedFd<'_>,
+        offset: u64,
+    ) -> Result<(), Errno> {
         // SAFETY:
-        // 1. The callers pass a range of pages that lies within this object's own, and whose length is a multiple of the
-        //    file's page size, so that the kernel does not round it up: MAP_FIXED replaces nothing else. The new mapping is
-        //    shared and has the same protection, which keeps the invariant.
+        // 1. The callers pass a range of pages that lies within this object's own, and whose length
+        //    is a multiple of the file's page size, so that the kernel does not round it up:
+        //    MAP_FIXED replaces nothing else. The new mapping is shared and has the same
+        //    protection, which keeps the invariant.
         // 2. No reference to that memory exists, so no one relies on its contents staying the same.
         let mapped = unsafe {
             rustix::mm::mmap(
@@ -194,7 +215,8 @@ impl Foreign {
         mapped.map(drop)
     }
 
-    /// Takes back what was placed from `offset` on, `len` bytes: from the return on, every access there is lost.
+    /// Takes back what was placed from `offset` on, `len` bytes: from the return on, every access
+    /// there is lost.
     ///
     /// # Errors
     /// As [`Foreign::place`]; `EINVAL` for a part of a huge page that is less than the stretch.
@@ -227,14 +249,17 @@ impl Foreign {
         self.is_writable
     }
 
-    /// Copies `buf.len()` bytes from `offset` on. While the other machine writes, the copy may mix old and new bytes.
+    /// Copies `buf.len()` bytes from `offset` on. While the other machine writes, the copy may mix
+    /// old and new bytes.
     ///
     /// # Errors
-    /// [`ForeignError`]; with [`ForeignError::Lost`], the bytes before the one that it names have been copied.
+    /// [`ForeignError`]; with [`ForeignError::Lost`], the bytes before the one that it names have
+    /// been copied.
     pub fn read(&self, offset: u64, buf: &mut [u8]) -> Result<(), ForeignError> {
         let at = self.check(offset, buf.len())?;
-        // SAFETY: the range lies within this object's mapping, as checked above, which is readable and stays until
-        // this object is dropped; `buf` is valid for writes; `check` has prepared the thread.
+        // SAFETY: the range lies within this object's mapping, as checked above, which is readable
+        // and stays until this object is dropped; `buf` is valid for writes; `check` has
+        // prepared the thread.
         let left = unsafe { guarded::load(buf.as_mut_ptr(), self.pointer(at), buf.len()) };
         copied(offset, buf.len(), left)
     }
@@ -245,15 +270,16 @@ impl Foreign {
     /// As [`Foreign::read`].
     pub fn write(&self, offset: u64, bytes: &[u8]) -> Result<(), ForeignError> {
         let at = self.check_write(offset, bytes.len())?;
-        // SAFETY: the range lies within this object's mapping, which is writable, both as checked above, and stays until this
-        // object is dropped; no reference into it exists that a write could break. `bytes` is valid for reads, and `check`
-        // has prepared the thread.
+        // SAFETY: the range lies within this object's mapping, which is writable, both as checked
+        // above, and stays until this object is dropped; no reference into it exists that a
+        // write could break. `bytes` is valid for reads, and `check` has prepared the
+        // thread.
         let left = unsafe { guarded::store(self.pointer(at), bytes.as_ptr(), bytes.len()) };
         copied(offset, bytes.len(), left)
     }
 
-    /// Says which pages of a stretch are in memory, where reading them allocates none: one entry of `pages` for each, the
-    /// lowest bit set if so. `offset` is a multiple of the page size.
+    /// Says which pages of a stretch are in memory, where reading them allocates none: one entry of
+    /// `pages` for each, the lowest bit set if so. `offset` is a multiple of the page size.
     ///
     /// # Errors
     /// The system's; `EINVAL` for what leaves this one.
@@ -261,39 +287,48 @@ impl Foreign {
         let len = pages.len().checked_mul(PAGE_SIZE).ok_or(Errno::INVAL)?;
         let at = usize::try_from(offset).map_err(|_| Errno::INVAL)?;
         at.checked_add(len).filter(|end| *end <= self.len).ok_or(Errno::INVAL)?;
-        // SAFETY: the kernel writes one byte a page to `pages`, which has that many; of the memory it only asks for its
-        // state.
+        // SAFETY: the kernel writes one byte a page to `pages`, which has that many; of the memory
+        // it only asks for its state.
         match unsafe { libc::mincore(self.pointer(at).cast(), len, pages.as_mut_ptr()) } {
             0 => Ok(()),
             _ => Err(Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::IO)),
         }
     }
 
-    /// Makes the system map what `len` bytes from `offset` on hold, both multiples of the page size, so that the accesses that
-    /// follow fault less. Pages that the file does not have yet are allocated, as by reading.
+    /// Makes the system map what `len` bytes from `offset` on hold, both multiples of the page
+    /// size, so that the accesses that follow fault less. Pages that the file does not have yet
+    /// are allocated, as by reading.
     ///
     /// # Errors
     /// The system's; `EINVAL` for what leaves this one. Nothing depends on its success.
     pub fn populate(&self, offset: u64, len: u64) -> Result<(), Errno> {
         let at = self.pages(offset, len)?;
-        // SAFETY: the range lies within this object's own mapping. This advice fills in page tables as reads would; it changes
-        // neither what is mapped nor what that holds.
+        // SAFETY: the range lies within this object's own mapping. This advice fills in page tables
+        // as reads would; it changes neither what is mapped nor what that holds.
         unsafe {
-            rustix::mm::madvise(at.cast(), usize::try_from(len).unwrap_or(0), Advice::LinuxPopulateRead)
+            rustix::mm::madvise(
+                at.cast(),
+                usize::try_from(len).unwrap_or(0),
+                Advice::LinuxPopulateRead,
+            )
         }
     }
 
-    /// Takes what `len` bytes from `offset` on hold, both multiples of the page size, out of this process's page tables. The
-    /// memory itself stays as it is, and the next access maps it again. Memory that is gone through once is undone like this
-    /// by the thread that did so, while its page tables are in the caches, and not at the end by one alone.
+    /// Takes what `len` bytes from `offset` on hold, both multiples of the page size, out of this
+    /// process's page tables. The memory itself stays as it is, and the next access maps it
+    /// again. Memory that is gone through once is undone like this by the thread that did so,
+    /// while its page tables are in the caches, and not at the end by one alone.
     ///
     /// # Errors
     /// As [`Foreign::populate`].
     pub fn release(&self, offset: u64, len: u64) -> Result<(), Errno> {
         let at = self.pages(offset, len)?;
-        // SAFETY: the range lies within this object's own mapping, which is shared by the invariant, so that the advice drops page
-        // table entries and no contents: what is mapped stays the same. No reference into it exists.
-        unsafe { rustix::mm::madvise(at.cast(), usize::try_from(len).unwrap_or(0), Advice::LinuxDontNeed) }
+        // SAFETY: the range lies within this object's own mapping, which is shared by the
+        // invariant, so that the advice drops page table entries and no contents: what is
+        // mapped stays the same. No reference into it exists.
+        unsafe {
+            rustix::mm::madvise(at.cast(), usize::try_from(len).unwrap_or(0), Advice::LinuxDontNeed)
+        }
     }
 
     /// The address of a part of this one.
@@ -308,7 +343,9 @@ impl Foreign {
     pub fn prefetch(&self, offset: u64) {
         let Ok(at) = usize::try_from(offset) else { return };
         // SAFETY: the instruction is a hint, which no address makes fault or changes anything by.
-        unsafe { core::arch::x86_64::_mm_prefetch::<_MM_HINT_T0>(self.pointer(at).cast_const().cast()) };
+        unsafe {
+            core::arch::x86_64::_mm_prefetch::<_MM_HINT_T0>(self.pointer(at).cast_const().cast())
+        };
     }
 
     /// Reads the word at `offset`, a multiple of its size, in one access.
@@ -317,8 +354,9 @@ impl Foreign {
     /// [`ForeignError`].
     pub fn read_word<W: Word>(&self, offset: u64) -> Result<W, ForeignError> {
         let at = self.check_word::<W>(offset, self.check(offset, W::SIZE)?)?;
-        // SAFETY: the word lies within this object's mapping and is aligned, as checked above and because the mapping is
-        // aligned to pages; it is readable and stays until this object is dropped. `check` has prepared the thread.
+        // SAFETY: the word lies within this object's mapping and is aligned, as checked above and
+        // because the mapping is aligned to pages; it is readable and stays until this
+        // object is dropped. `check` has prepared the thread.
         unsafe { guarded::load_word(self.pointer(at)) }.ok_or(ForeignError::Lost { offset })
     }
 
@@ -328,9 +366,10 @@ impl Foreign {
     /// [`ForeignError`].
     pub fn write_word<W: Word>(&self, offset: u64, word: W) -> Result<(), ForeignError> {
         let at = self.check_word::<W>(offset, self.check_write(offset, W::SIZE)?)?;
-        // SAFETY: the word lies within this object's mapping and is aligned, as checked above and because the mapping is
-        // aligned to pages; it is writable, as checked above, and stays until this object is dropped. No reference into it
-        // exists that a write could break. `check` has prepared the thread.
+        // SAFETY: the word lies within this object's mapping and is aligned, as checked above and
+        // because the mapping is aligned to pages; it is writable, as checked above, and
+        // stays until this object is dropped. No reference into it exists that a write
+        // could break. `check` has prepared the thread.
         unsafe { guarded::store_word(self.pointer(at), word) }.ok_or(ForeignError::Lost { offset })
     }
 
@@ -340,7 +379,8 @@ impl Foreign {
         self.base.as_ptr().wrapping_add(offset)
     }
 
-    /// The offset as a number of this process, if the access stays inside and this thread may make it.
+    /// The offset as a number of this process, if the access stays inside and this thread may make
+    /// it.
     #[inline]
     fn check(&self, offset: u64, len: usize) -> Result<usize, ForeignError> {
         let outside = ForeignError::Outside { offset, len, size: self.len() };
@@ -371,8 +411,8 @@ impl Foreign {
 impl Drop for Foreign {
     fn drop(&mut self) {
         let (address, len) = self.whole();
-        // SAFETY: the range is this object's own by its invariant, no reference into it exists, and the object is
-        // gone after this.
+        // SAFETY: the range is this object's own by its invariant, no reference into it exists, and
+        // the object is gone after this.
         let result = unsafe { rustix::mm::munmap(address.cast(), len) };
         debug_assert_eq!(result, Ok(()));
     }
@@ -389,8 +429,8 @@ fn copied(offset: u64, len: usize, left: usize) -> Result<(), ForeignError> {
     }
 }
 
-/// A file without any page, which stays so: every access to a mapping of it raises SIGBUS. It is made before there is
-/// anything to take back, so that taking back needs no file descriptor.
+/// A file without any page, which stays so: every access to a mapping of it raises SIGBUS. It is
+/// made before there is anything to take back, so that taking back needs no file descriptor.
 fn nothing() -> Result<BorrowedFd<'static>, Errno> {
     static NOTHING: OnceLock<Result<OwnedFd, Errno>> = OnceLock::new();
     let make = || {

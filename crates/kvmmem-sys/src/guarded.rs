@@ -1,15 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Copies from and to foreign memory: memory of another virtual machine, which may vanish at any moment and then
-//! raises SIGBUS. Only the routines of `copies.s` touch it; when one of them meets the signal, it ends early and says so.
+//! Copies from and to foreign memory: memory of another virtual machine, which may vanish at any
+//! moment and then raises SIGBUS. Only the routines of `copies.s` touch it; when one of them meets
+//! the signal, it ends early and says so.
 //!
-//! A handler of SIGBUS tells such a fault by where it happened: the instruction lies in one of two stretches of code
-//! (loads from foreign memory, stores to it), the kernel raised the signal for a page fault, and the address is one
-//! that the routine was about to access. Any other SIGBUS goes to the handler that was there before, or to the
-//! default action.
+//! A handler of SIGBUS tells such a fault by where it happened: the instruction lies in one of two
+//! stretches of code (loads from foreign memory, stores to it), the kernel raised the signal for a
+//! page fault, and the address is one that the routine was about to access. Any other SIGBUS goes
+//! to the handler that was there before, or to the default action.
 //!
-//! The handler is installed once, at the first mapping. One that the program installs later must pass on what it does
-//! not know, as this one does; else a page that vanishes kills the process again. A process that was forked has the
-//! handler as well; `exec` removes it together with all mappings.
+//! The handler is installed once, at the first mapping. One that the program installs later must
+//! pass on what it does not know, as this one does; else a page that vanishes kills the process
+//! again. A process that was forked has the handler as well; `exec` removes it together with all
+//! mappings.
 
 mod signal;
 
@@ -20,7 +22,8 @@ pub(crate) use signal::prepare;
 /// Bytes that one turn of the block routines moves.
 pub(crate) const BLOCK: usize = 64;
 
-/// From this length on, string instructions are faster than the block routines, where the processor has them fast.
+/// From this length on, string instructions are faster than the block routines, where the processor
+/// has them fast.
 const STRING_MIN: usize = 512;
 
 global_asm!(include_str!("guarded/copies.s"), options(raw));
@@ -72,39 +75,46 @@ unsafe extern "sysv64" {
     fn kvmmem_guarded_end();
 }
 
-/// Copies `len` bytes from foreign memory; returns how many at the end were not copied because they have vanished.
+/// Copies `len` bytes from foreign memory; returns how many at the end were not copied because they
+/// have vanished.
 ///
 /// # Safety
-/// `from` to `from + len` lies within a mapping that stays in place during the call (what it maps may change) and that
-/// may be read or raises SIGBUS; `to` to `to + len` is valid for writes. [`prepare`] has returned on this thread.
+/// `from` to `from + len` lies within a mapping that stays in place during the call (what it maps
+/// may change) and that may be read or raises SIGBUS; `to` to `to + len` is valid for writes.
+/// [`prepare`] has returned on this thread.
 pub(crate) unsafe fn load(to: *mut u8, from: *const u8, len: usize) -> usize {
-    // SAFETY: both routines load from `from` and write to `to` and nothing else; the caller has said that both may be, up
-    // to `len`, and that the thread is prepared for SIGBUS.
+    // SAFETY: both routines load from `from` and write to `to` and nothing else; the caller has
+    // said that both may be, up to `len`, and that the thread is prepared for SIGBUS.
     unsafe { copy(kvmmem_guarded_load_blocks, kvmmem_guarded_load_bytes, to, from, len) }
 }
 
-/// Copies `len` bytes to foreign memory; returns how many at the end were not copied because their place has vanished.
+/// Copies `len` bytes to foreign memory; returns how many at the end were not copied because their
+/// place has vanished.
 ///
 /// # Safety
-/// As [`load`], with `to` and `from` the other way round; the mapping may be written or raises SIGBUS.
+/// As [`load`], with `to` and `from` the other way round; the mapping may be written or raises
+/// SIGBUS.
 pub(crate) unsafe fn store(to: *mut u8, from: *const u8, len: usize) -> usize {
-    // SAFETY: both routines read from `from` and store to `to` and nothing else; the caller has said that both may be, up
-    // to `len`, and that the thread is prepared for SIGBUS.
+    // SAFETY: both routines read from `from` and store to `to` and nothing else; the caller has
+    // said that both may be, up to `len`, and that the thread is prepared for SIGBUS.
     unsafe { copy(kvmmem_guarded_store_blocks, kvmmem_guarded_store_bytes, to, from, len) }
 }
 
 /// # Safety
 /// Both routines may be called with the pointers and any length up to `len`.
 unsafe fn copy(blocks: Copy, bytes: Copy, to: *mut u8, from: *const u8, len: usize) -> usize {
-    // Microcode knows best, but takes a while to begin; processors without that (and emulators) go byte by byte.
-    let whole = if len >= STRING_MIN && is_x86_feature_detected!("ermsb") { 0 } else { len - len % BLOCK };
+    // Microcode knows best, but takes a while to begin; processors without that (and emulators) go
+    // byte by byte.
+    let whole =
+        if len >= STRING_MIN && is_x86_feature_detected!("ermsb") { 0 } else { len - len % BLOCK };
     // SAFETY: by this function's contract.
     let done = whole - unsafe { blocks(to, from, whole) };
     if done == len {
         return 0;
     }
-    // What follows a block that stopped is copied byte by byte, up to the very byte that is missing.
-    // SAFETY: by this function's contract for the stretch from `from`: `done` is at most `len`, so the rest is a part of it.
+    // What follows a block that stopped is copied byte by byte, up to the very byte that is
+    // missing. SAFETY: by this function's contract for the stretch from `from`: `done` is at
+    // most `len`, so the rest is a part of it.
     unsafe { bytes(to.wrapping_add(done), from.wrapping_add(done), len - done) }
 }
 
@@ -121,7 +131,8 @@ pub(crate) struct Vector {
     pub(crate) mask: [u8; 32],
 }
 
-/// How far the second and the third byte are behind the first one; the third is not nearer than the second.
+/// How far the second and the third byte are behind the first one; the third is not nearer than the
+/// second.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Distances {
     second: u8,
@@ -143,10 +154,11 @@ impl Distances {
     }
 }
 
-/// Looks at `places`, a multiple of [`BLOCK`], in blocks, up to the first block in which one matches: at which the first byte
-/// is found, and the others at their distances. Returns how many places were left then, those of this block among
-/// them, and which of the block's match. Where none is left, none matches; where some are left and none matches, the memory at
-/// the first of these blocks has vanished.
+/// Looks at `places`, a multiple of [`BLOCK`], in blocks, up to the first block in which one
+/// matches: at which the first byte is found, and the others at their distances. Returns how many
+/// places were left then, those of this block among them, and which of the block's match. Where
+/// none is left, none matches; where some are left and none matches, the memory at the first of
+/// these blocks has vanished.
 ///
 /// # Safety
 /// As [`load`], for `places` and the third byte's distance from `from` on.
@@ -156,19 +168,27 @@ pub(crate) unsafe fn find(
     from: *const u8,
     places: usize,
 ) -> (usize, u64) {
-    let find: Find =
-        if is_x86_feature_detected!("avx2") { kvmmem_guarded_find_avx2 } else { kvmmem_guarded_find_sse2 };
+    let find: Find = if is_x86_feature_detected!("avx2") {
+        kvmmem_guarded_find_avx2
+    } else {
+        kvmmem_guarded_find_sse2
+    };
     let (second, third) = (distances.second(), distances.third());
-    // SAFETY: both routines load the 192 bytes of `vectors` and, block by block, 64 bytes at the block and at both distances
-    // behind it, of which the third is the larger: all within what the caller has said may be loaded. They write nothing, and
-    // the first one needs AVX2, which there is.
+    // SAFETY: both routines load the 192 bytes of `vectors` and, block by block, 64 bytes at the
+    // block and at both distances behind it, of which the third is the larger: all within what
+    // the caller has said may be loaded. They write nothing, and the first one needs AVX2,
+    // which there is.
     let Loaded { left, word } = unsafe { find(vectors, from, places + third, second, third) };
     (left - third, word)
 }
 
 /// What each of the routines that the processor can run returns for [`find`].
 #[cfg(test)]
-pub(crate) fn find_both(vectors: &Vectors, distances: Distances, memory: &[u8]) -> Vec<(usize, u64)> {
+pub(crate) fn find_both(
+    vectors: &Vectors,
+    distances: Distances,
+    memory: &[u8],
+) -> Vec<(usize, u64)> {
     let mut routines: Vec<Find> = vec![kvmmem_guarded_find_sse2];
     if is_x86_feature_detected!("avx2") {
         routines.push(kvmmem_guarded_find_avx2);
@@ -176,19 +196,21 @@ pub(crate) fn find_both(vectors: &Vectors, distances: Distances, memory: &[u8]) 
     let run = |find: &Find| {
         let (second, third) = (distances.second(), distances.third());
         // SAFETY: as in `find`, the memory being this program's own.
-        let Loaded { left, word } = unsafe { find(vectors, memory.as_ptr(), memory.len(), second, third) };
+        let Loaded { left, word } =
+            unsafe { find(vectors, memory.as_ptr(), memory.len(), second, third) };
         (left - third, word)
     };
     routines.iter().map(run).collect()
 }
 
-/// Loads `len` bytes, a multiple of 128, and forgets them; returns how many at the end were not loaded because they have
-/// vanished, `None` on a processor without AVX2.
+/// Loads `len` bytes, a multiple of 128, and forgets them; returns how many at the end were not
+/// loaded because they have vanished, `None` on a processor without AVX2.
 ///
 /// # Safety
 /// As [`load`].
 pub(crate) unsafe fn sweep(from: *const u8, len: usize) -> Option<usize> {
-    // SAFETY: the routine loads from `from` on, up to `len`, and does nothing else; the processor has AVX2.
+    // SAFETY: the routine loads from `from` on, up to `len`, and does nothing else; the processor
+    // has AVX2.
     is_x86_feature_detected!("avx2").then(|| unsafe { kvmmem_guarded_sweep_avx2(from, len) }.left)
 }
 

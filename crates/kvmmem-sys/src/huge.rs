@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Files of huge pages (hugetlbfs, memfds of MFD_HUGETLB): the kernel maps them in whole huge pages, rounding a length
-//! up without a word, and has no write(2) for them.
+//! Files of huge pages (hugetlbfs, memfds of MFD_HUGETLB): the kernel maps them in whole huge
+//! pages, rounding a length up without a word, and has no write(2) for them.
 
 use std::os::fd::{AsFd, BorrowedFd};
 
@@ -13,8 +13,8 @@ use crate::page::PAGE_SIZE;
 /// The kernel's number for hugetlbfs (`HUGETLBFS_MAGIC`).
 const HUGETLBFS: FsWord = 0x9584_58f6;
 
-/// Length in bytes of the pages in which a file is mapped: a power of two, 4096 for all but files of huge pages. It never
-/// changes.
+/// Length in bytes of the pages in which a file is mapped: a power of two, 4096 for all but files
+/// of huge pages. It never changes.
 ///
 /// # Errors
 /// The system's.
@@ -27,7 +27,8 @@ pub fn page_size(file: BorrowedFd<'_>) -> Result<u64, Errno> {
     if size.is_power_of_two() && size >= PAGE_SIZE as u64 { Ok(size) } else { Err(Errno::INVAL) }
 }
 
-/// Writes to a file at an offset, also to one of huge pages; returns how many bytes, at least one unless there are none.
+/// Writes to a file at an offset, also to one of huge pages; returns how many bytes, at least one
+/// unless there are none.
 ///
 /// # Errors
 /// The system's; `ENOMEM` where there is no huge page left.
@@ -65,11 +66,13 @@ pub(crate) mod tests {
 
     pub(crate) const HUGE: u64 = 2 << 20;
 
-    /// A file of so many huge pages, whose words at multiples of 4096 hold their offset; `None`, with a word about it, on
-    /// a host that has none.
+    /// A file of so many huge pages, whose words at multiples of 4096 hold their offset; `None`,
+    /// with a word about it, on a host that has none.
     pub(crate) fn huge_file(pages: u64) -> Option<File> {
-        let flags =
-            MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING | MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB;
+        let flags = MemfdFlags::CLOEXEC
+            | MemfdFlags::ALLOW_SEALING
+            | MemfdFlags::HUGETLB
+            | MemfdFlags::HUGE_2MB;
         let made = rustix::fs::memfd_create("huge", flags).and_then(|file: OwnedFd| {
             rustix::fs::ftruncate(&file, pages * HUGE)?;
             rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, pages * HUGE)?;
@@ -91,9 +94,11 @@ pub(crate) mod tests {
     #[test]
     fn other_files_have_small_pages() {
         let memfd = rustix::fs::memfd_create("small", MemfdFlags::CLOEXEC).unwrap();
-        for file in
-            [memfd.as_fd(), File::open("/dev/null").unwrap().as_fd(), File::open("/proc").unwrap().as_fd()]
-        {
+        for file in [
+            memfd.as_fd(),
+            File::open("/dev/null").unwrap().as_fd(),
+            File::open("/proc").unwrap().as_fd(),
+        ] {
             assert_eq!(page_size(file), Ok(4096));
         }
         assert_eq!(write_at(memfd.as_fd(), 5, b"small"), Ok(5));

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! What KVM reports with `KVM_EXIT_INTERNAL_ERROR` (Documentation/virt/kvm/api.rst, section 5), which kvm-ioctls does not
-//! wrap.
+//! What KVM reports with `KVM_EXIT_INTERNAL_ERROR` (Documentation/virt/kvm/api.rst, section 5),
+//! which kvm-ioctls does not wrap.
 
 use kvm_bindings::KVM_EXIT_INTERNAL_ERROR;
 use kvm_ioctls::VcpuFd;
@@ -10,7 +10,8 @@ use kvm_ioctls::VcpuFd;
 pub struct InternalError {
     /// `KVM_INTERNAL_ERROR_*`.
     pub suberror: u32,
-    /// At most 16 words. Their meaning depends on the suberror, the CPU's vendor and the kernel's version.
+    /// At most 16 words. Their meaning depends on the suberror, the CPU's vendor and the kernel's
+    /// version.
     pub data: Vec<u64>,
 }
 
@@ -27,8 +28,9 @@ pub fn last(vcpu: &mut VcpuFd) -> Option<InternalError> {
     if run.exit_reason != KVM_EXIT_INTERNAL_ERROR {
         return None;
     }
-    // SAFETY: the member is plain integers, valid for any bytes; the exit reason says that KVM filled it. (After a failed
-    // emulation KVM fills `emulation_failure`, where suberror and ndata are the same and names are given to the data.)
+    // SAFETY: the member is plain integers, valid for any bytes; the exit reason says that KVM
+    // filled it. (After a failed emulation KVM fills `emulation_failure`, where suberror and
+    // ndata are the same and names are given to the data.)
     let internal = unsafe { run.__bindgen_anon_1.internal };
     Some(InternalError::new(internal.suberror, internal.ndata, &internal.data))
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The one crate of kvmmem on the host's and the tool's side that may use `unsafe`: each module wraps one thing that
-//! the kernel offers and no well-kept crate wraps safely.
+//! The one crate of kvmmem on the host's and the tool's side that may use `unsafe`: each module
+//! wraps one thing that the kernel offers and no well-kept crate wraps safely.
 
 #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
 compile_error!("kvmmem is for x86-64 Linux alone");

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! A KVM memory slot outside of a guest's RAM that lives as long as the program wants, not as long as the VM.
+//! A KVM memory slot outside of a guest's RAM that lives as long as the program wants, not as long
+//! as the VM.
 
 use std::io;
 use std::sync::Arc;
@@ -36,7 +37,8 @@ pub enum SlotError {
     },
 }
 
-/// A slot of a VM, and the mapping behind it, which stays as long as the guest can reach it. Both end when dropped.
+/// A slot of a VM, and the mapping behind it, which stays as long as the guest can reach it. Both
+/// end when dropped.
 #[derive(Debug)]
 pub struct Memslot {
     vm: Arc<VmFd>,
@@ -47,12 +49,17 @@ pub struct Memslot {
 }
 
 impl Memslot {
-    /// Shows `mapping` to the guest at `gpa`. A guest that writes to a read-only one makes its vCPU exit with
-    /// `KVM_EXIT_MMIO` and changes nothing.
+    /// Shows `mapping` to the guest at `gpa`. A guest that writes to a read-only one makes its vCPU
+    /// exit with `KVM_EXIT_MMIO` and changes nothing.
     ///
     /// # Errors
     /// [`SlotError::Add`]; among other reasons because the number or the place is taken.
-    pub fn add(vm: &Arc<VmFd>, slot: u32, gpa: u64, mapping: GuestMapping) -> Result<Self, SlotError> {
+    pub fn add(
+        vm: &Arc<VmFd>,
+        slot: u32,
+        gpa: u64,
+        mapping: GuestMapping,
+    ) -> Result<Self, SlotError> {
         let len = mapping.len();
         let region = kvm_userspace_memory_region {
             slot,
@@ -61,9 +68,10 @@ impl Memslot {
             memory_size: len,
             userspace_addr: mapping.address(),
         };
-        // SAFETY: userspace_addr and memory_size describe a live mapping that the result owns until KVM has deleted the
-        // slot, so the guest never reaches anything else through it; no reference to its contents exists. A slot that
-        // has this number already is not changed: KVM moves no slot to another userspace_addr, and live mappings have
+        // SAFETY: userspace_addr and memory_size describe a live mapping that the result owns until
+        // KVM has deleted the slot, so the guest never reaches anything else through it; no
+        // reference to its contents exists. A slot that has this number already is not
+        // changed: KVM moves no slot to another userspace_addr, and live mappings have
         // different ones.
         unsafe { vm.set_user_memory_region(region) }.map_err(|error| SlotError::Add {
             slot,
@@ -74,8 +82,8 @@ impl Memslot {
         Ok(Self { vm: vm.clone(), slot, gpa, mapping: Some(mapping) })
     }
 
-    /// Takes the slot from the guest, which finds a hole there from then on, and returns what was behind it; `None` if it
-    /// is deleted already.
+    /// Takes the slot from the guest, which finds a hole there from then on, and returns what was
+    /// behind it; `None` if it is deleted already.
     ///
     /// # Errors
     /// [`SlotError::Delete`].
@@ -83,8 +91,11 @@ impl Memslot {
         if self.mapping.is_none() {
             return Ok(None);
         }
-        let gone =
-            kvm_userspace_memory_region { slot: self.slot, guest_phys_addr: self.gpa, ..Default::default() };
+        let gone = kvm_userspace_memory_region {
+            slot: self.slot,
+            guest_phys_addr: self.gpa,
+            ..Default::default()
+        };
         // SAFETY: a length of zero deletes a slot, which makes no memory reachable.
         unsafe { self.vm.set_user_memory_region(gone) }.map_err(|error| SlotError::Delete {
             slot: self.slot,
@@ -94,8 +105,8 @@ impl Memslot {
         Ok(self.mapping.take())
     }
 
-    /// Puts `mapping` in the place of what is behind the slot, and returns the latter. In between the guest would find a
-    /// hole: no vCPU may run meanwhile.
+    /// Puts `mapping` in the place of what is behind the slot, and returns the latter. In between
+    /// the guest would find a hole: no vCPU may run meanwhile.
     ///
     /// # Errors
     /// [`SlotError::Delete`], and nothing has changed; [`SlotError::Add`], and the hole stays.
@@ -105,8 +116,8 @@ impl Memslot {
         Ok(before)
     }
 
-    /// Puts poison in the place of what is behind the slot while the guest may run; slower than [`Memslot::replace`],
-    /// since the old contents are unmapped first.
+    /// Puts poison in the place of what is behind the slot while the guest may run; slower than
+    /// [`Memslot::replace`], since the old contents are unmapped first.
     ///
     /// # Errors
     /// [`MappingError::Map`].

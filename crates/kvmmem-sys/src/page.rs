@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! One page of this process that `/dev/kvmmem` may replace by a page of another virtual machine.
 //!
-//! After a MAP the bytes belong to two virtual machines at once: the other one may change them between any two
-//! instructions of this one. So nothing here ever makes a reference into the page; all access is volatile, a word at
-//! a time where the offset allows it.
+//! After a MAP the bytes belong to two virtual machines at once: the other one may change them
+//! between any two instructions of this one. So nothing here ever makes a reference into the page;
+//! all access is volatile, a word at a time where the offset allows it.
 
 use core::ffi::c_void;
 use core::ptr::NonNull;
@@ -49,23 +49,25 @@ pub enum PageError {
 
 /// A private anonymous page, present and writable, unmapped on drop.
 ///
-/// The kernel's fork and core dump pass it by: a child gets a page of zeros at the same address (`MADV_WIPEONFORK`).
-/// `MADV_DONTFORK` would serve as well against copying the other machine's memory into the child, but would leave a
-/// gap there, in which the child could come to map something else that this object, inherited, would then unmap.
+/// The kernel's fork and core dump pass it by: a child gets a page of zeros at the same address
+/// (`MADV_WIPEONFORK`). `MADV_DONTFORK` would serve as well against copying the other machine's
+/// memory into the child, but would leave a gap there, in which the child could come to map
+/// something else that this object, inherited, would then unmap.
 ///
 /// # Invariants
 ///
-/// `base` is the page-aligned start of one page that this object alone mapped, readable and writable, and that stays
-/// mapped until it is dropped. No reference into the page ever exists.
+/// `base` is the page-aligned start of one page that this object alone mapped, readable and
+/// writable, and that stays mapped until it is dropped. No reference into the page ever exists.
 //
-// It is `Send` but not `Sync`: volatile access by two threads of this process at once would be a data race.
+// It is `Send` but not `Sync`: volatile access by two threads of this process at once would be a
+// data race.
 #[derive(Debug)]
 pub struct Page {
     base: NonNull<u8>,
 }
 
-// SAFETY: nothing about a mapping depends on the thread that made it, and the raw pointer is used only through the
-// object, which moves as a whole.
+// SAFETY: nothing about a mapping depends on the thread that made it, and the raw pointer is used
+// only through the object, which moves as a whole.
 unsafe impl Send for Page {}
 
 impl Page {
@@ -74,8 +76,8 @@ impl Page {
     /// # Errors
     /// [`PageError::Map`], [`PageError::Advise`]: mostly for want of memory.
     pub fn new() -> Result<Self, PageError> {
-        // SAFETY: with a null hint and without MAP_FIXED the kernel picks a free range, so no existing mapping, and
-        // with it no Rust object, is touched.
+        // SAFETY: with a null hint and without MAP_FIXED the kernel picks a free range, so no
+        // existing mapping, and with it no Rust object, is touched.
         let address = unsafe {
             rustix::mm::mmap_anonymous(
                 core::ptr::null_mut(),
@@ -99,7 +101,8 @@ impl Page {
         self.base.as_ptr().expose_provenance()
     }
 
-    /// Copies `buf.len()` bytes from `offset` on; while the other machine writes, the copy may mix old and new words.
+    /// Copies `buf.len()` bytes from `offset` on; while the other machine writes, the copy may mix
+    /// old and new words.
     ///
     /// # Errors
     /// [`PageError::Outside`].
@@ -172,8 +175,9 @@ impl Page {
     }
 
     fn advise(&self, advice: Advice, name: &'static str) -> Result<(), PageError> {
-        // SAFETY: the range is this object's page (its invariant), and the advices used here change no byte of it
-        // that was ever written: they set flags for fork and core dump, and fault the page in.
+        // SAFETY: the range is this object's page (its invariant), and the advices used here change
+        // no byte of it that was ever written: they set flags for fork and core dump, and
+        // fault the page in.
         unsafe { rustix::mm::madvise(self.pointer(0).cast::<c_void>(), PAGE_SIZE, advice) }
             .map_err(|source| PageError::Advise { address: self.address(), advice: name, source })
     }
@@ -185,40 +189,44 @@ impl Page {
 
     fn load_byte(&self, offset: usize) -> u8 {
         assert!(offset < PAGE_SIZE);
-        // SAFETY: in the page by the line above, and the page is mapped and readable by the invariant. A byte of any
-        // value is a u8. `Page` is not `Sync`, so no other thread of this process accesses it; writers in the other
-        // virtual machine are outside of the program, which is what volatile is for.
+        // SAFETY: in the page by the line above, and the page is mapped and readable by the
+        // invariant. A byte of any value is a u8. `Page` is not `Sync`, so no other thread
+        // of this process accesses it; writers in the other virtual machine are outside of
+        // the program, which is what volatile is for.
         unsafe { self.pointer(offset).read_volatile() }
     }
 
     fn store_byte(&self, offset: usize, value: u8) {
         assert!(offset < PAGE_SIZE);
-        // SAFETY: in the page by the line above, and the page is mapped and writable by the invariant. `Page` is not
-        // `Sync`, so no other thread of this process accesses it, and no reference into it exists that a write could break.
+        // SAFETY: in the page by the line above, and the page is mapped and writable by the
+        // invariant. `Page` is not `Sync`, so no other thread of this process accesses it,
+        // and no reference into it exists that a write could break.
         unsafe { self.pointer(offset).write_volatile(value) }
     }
 
     fn load_word(&self, offset: usize) -> u64 {
         assert!(offset <= PAGE_SIZE - 8 && offset.is_multiple_of(8));
-        // SAFETY: the word lies in the page as a whole, and is aligned, by the line above and because the page is, which is
-        // mapped and readable by the invariant. Bytes of any value are a u64. `Page` is not `Sync`, so no other thread of
-        // this process accesses it; writers in the other virtual machine are outside of the program.
+        // SAFETY: the word lies in the page as a whole, and is aligned, by the line above and
+        // because the page is, which is mapped and readable by the invariant. Bytes of any
+        // value are a u64. `Page` is not `Sync`, so no other thread of this process
+        // accesses it; writers in the other virtual machine are outside of the program.
         unsafe { self.pointer(offset).cast::<u64>().read_volatile() }
     }
 
     fn store_word(&self, offset: usize, value: u64) {
         assert!(offset <= PAGE_SIZE - 8 && offset.is_multiple_of(8));
-        // SAFETY: the word lies in the page as a whole, and is aligned, by the line above and because the page is, which is
-        // mapped and writable by the invariant. `Page` is not `Sync`, so no other thread of this process accesses it, and
-        // no reference into it exists that a write could break.
+        // SAFETY: the word lies in the page as a whole, and is aligned, by the line above and
+        // because the page is, which is mapped and writable by the invariant. `Page` is not
+        // `Sync`, so no other thread of this process accesses it, and no reference into it
+        // exists that a write could break.
         unsafe { self.pointer(offset).cast::<u64>().write_volatile(value) }
     }
 }
 
 impl Drop for Page {
     fn drop(&mut self) {
-        // SAFETY: the range is this object's own page by its invariant, no reference into it exists, and the object
-        // is gone after this.
+        // SAFETY: the range is this object's own page by its invariant, no reference into it
+        // exists, and the object is gone after this.
         let result = unsafe { rustix::mm::munmap(self.pointer(0).cast::<c_void>(), PAGE_SIZE) };
         debug_assert_eq!(result, Ok(()));
     }
@@ -327,7 +335,8 @@ mod tests {
         let count = || std::fs::read_to_string("/proc/self/maps").unwrap().lines().count();
         let before = count();
         let pages: Vec<Page> = (0..2000).map(|_| Page::new().unwrap()).collect();
-        // vm.max_map_count must not bound how many pages a tool can map. Other threads of the test map things as well.
+        // vm.max_map_count must not bound how many pages a tool can map. Other threads of the test
+        // map things as well.
         assert!(count() < before + 500, "{} mappings for {} pages", count() - before, pages.len());
     }
 

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Guest RAM: one sparse memfd whose offsets are GPAs, mapped into the VMM, any page of which can be replaced by a page
-//! of another file while the guest runs.
+//! Guest RAM: one sparse memfd whose offsets are GPAs, mapped into the VMM, any page of which can
+//! be replaced by a page of another file while the guest runs.
 //!
 //! The replacement is one `mmap(MAP_FIXED | MAP_SHARED)`; KVM follows it by its MMU notifier
-//! (`KVM_CAP_SYNC_MMU`, Documentation/virt/kvm/api.rst), so that the guest's next access sees the new page.
+//! (`KVM_CAP_SYNC_MMU`, Documentation/virt/kvm/api.rst), so that the guest's next access sees the
+//! new page.
 
 use std::fs::File;
 use std::io;
@@ -17,7 +18,8 @@ use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags};
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise};
 use vm_memory::mmap::MmapRegionError;
 use vm_memory::{
-    Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
+    Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
+    GuestRegionMmap,
 };
 
 use crate::huge::page_size;
@@ -39,7 +41,9 @@ pub const HOLE_END: u64 = 4 << 30;
 #[derive(Debug, thiserror::Error)]
 pub enum RamError {
     /// The size is zero or no multiple of the page size, or too large to address.
-    #[error("a RAM size of {bytes:#x} bytes is not a positive multiple of the page size within 64 TiB")]
+    #[error(
+        "a RAM size of {bytes:#x} bytes is not a positive multiple of the page size within 64 TiB"
+    )]
     Size {
         /// The size asked for.
         bytes: u64,
@@ -124,7 +128,8 @@ pub struct RamRegion {
     pub len: u64,
 }
 
-/// The regions of a machine with `bytes` of RAM: up to [`HOLE_START`], and what is left from [`HOLE_END`].
+/// The regions of a machine with `bytes` of RAM: up to [`HOLE_START`], and what is left from
+/// [`HOLE_END`].
 pub fn layout(bytes: u64) -> Vec<RamRegion> {
     let low = bytes.min(HOLE_START);
     let mut regions = vec![RamRegion { gpa: 0, len: low }];
@@ -138,8 +143,9 @@ pub fn layout(bytes: u64) -> Vec<RamRegion> {
 ///
 /// # Invariants
 ///
-/// Every region of `memory` is a live shared mapping of `file` at the offset that equals its GPA, except for pages that
-/// [`GuestRam::replace_page`] mapped over it; the mapping is unmapped only when the last clone of the region is dropped.
+/// Every region of `memory` is a live shared mapping of `file` at the offset that equals its GPA,
+/// except for pages that [`GuestRam::replace_page`] mapped over it; the mapping is unmapped only
+/// when the last clone of the region is dropped.
 #[derive(Debug)]
 pub struct GuestRam {
     file: File,
@@ -151,8 +157,9 @@ pub struct GuestRam {
 impl GuestRam {
     /// Makes RAM of `bytes` bytes, all zero, none of it allocated yet.
     ///
-    /// The file is sealed: it cannot shrink, grow or get further seals (a seal against writing would keep
-    /// [`GuestRam::restore_page`] from mapping it again). Holes can still be punched.
+    /// The file is sealed: it cannot shrink, grow or get further seals (a seal against writing
+    /// would keep [`GuestRam::restore_page`] from mapping it again). Holes can still be
+    /// punched.
     ///
     /// # Errors
     /// [`RamError::Size`], [`RamError::Create`], [`RamError::Map`].
@@ -163,9 +170,11 @@ impl GuestRam {
         }
         let regions = layout(bytes);
         let end = regions.last().map_or(0, |region| region.gpa + region.len);
-        let create = |source: rustix::io::Errno| RamError::Create { bytes: end, source: source.into() };
-        let fd = rustix::fs::memfd_create("kvmmem-ram", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)
-            .map_err(create)?;
+        let create =
+            |source: rustix::io::Errno| RamError::Create { bytes: end, source: source.into() };
+        let fd =
+            rustix::fs::memfd_create("kvmmem-ram", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)
+                .map_err(create)?;
         rustix::fs::ftruncate(&fd, end).map_err(create)?;
         rustix::fs::fcntl_add_seals(&fd, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)
             .map_err(create)?;
@@ -174,11 +183,17 @@ impl GuestRam {
         let mut mapped = Vec::with_capacity(regions.len());
         for RamRegion { gpa, len } in regions {
             let len = usize::try_from(len).map_err(|_| RamError::Size { bytes })?;
-            let copy = file.try_clone().map_err(|source| RamError::Create { bytes: end, source })?;
-            let region =
-                GuestRegionMmap::from_range(GuestAddress(gpa), len, Some(FileOffset::new(copy, gpa)));
+            let copy =
+                file.try_clone().map_err(|source| RamError::Create { bytes: end, source })?;
+            let region = GuestRegionMmap::from_range(
+                GuestAddress(gpa),
+                len,
+                Some(FileOffset::new(copy, gpa)),
+            );
             mapped.push(region.map_err(|error| match error {
-                vm_memory::mmap::FromRangesError::MmapRegion(source) => RamError::Map { gpa, source },
+                vm_memory::mmap::FromRangesError::MmapRegion(source) => {
+                    RamError::Map { gpa, source }
+                }
                 _ => RamError::Layout,
             })?);
         }
@@ -204,7 +219,10 @@ impl GuestRam {
 
     /// The regions, by rising GPA.
     pub fn regions(&self) -> Vec<RamRegion> {
-        self.memory.iter().map(|region| RamRegion { gpa: region.start_addr().0, len: region.len() }).collect()
+        self.memory
+            .iter()
+            .map(|region| RamRegion { gpa: region.start_addr().0, len: region.len() })
+            .collect()
     }
 
     /// Whether `gpa` is the start of a page of RAM.
@@ -217,8 +235,9 @@ impl GuestRam {
     /// # Errors
     /// [`RamError::Attach`].
     pub fn attach(&self, vm: &VmFd) -> Result<(), RamError> {
-        // The guest can reach the mapping as long as any descriptor of the VM or of its vCPUs is open, which cannot be
-        // followed from here: so the mapping stays for the rest of the process. A VMM has one RAM.
+        // The guest can reach the mapping as long as any descriptor of the VM or of its vCPUs is
+        // open, which cannot be followed from here: so the mapping stays for the rest of
+        // the process. A VMM has one RAM.
         self.kept.get_or_init(|| std::mem::forget(self.memory.clone()));
         for (slot, region) in (0u32..).zip(self.memory.iter()) {
             let gpa = region.start_addr().0;
@@ -229,9 +248,10 @@ impl GuestRam {
                 memory_size: region.len(),
                 userspace_addr: region.as_ptr().addr() as u64,
             };
-            // SAFETY: by the invariant, userspace_addr and memory_size describe a live shared mapping, and the clone
-            // forgotten above keeps it mapped for the rest of the process, so the guest never reaches anything else.
-            // No reference to that memory exists: GuestMemoryMmap offers copies and volatile access alone.
+            // SAFETY: by the invariant, userspace_addr and memory_size describe a live shared
+            // mapping, and the clone forgotten above keeps it mapped for the rest of
+            // the process, so the guest never reaches anything else. No reference to
+            // that memory exists: GuestMemoryMmap offers copies and volatile access alone.
             unsafe { vm.set_user_memory_region(slot) }
                 .map_err(|error| RamError::Attach { gpa, source: error.into() })?;
         }
@@ -240,12 +260,15 @@ impl GuestRam {
 
     /// Maps the page at `offset` of `fd` in the place of the page at `gpa`, shared and writable.
     ///
-    /// The file must not shrink while the page is mapped: a page beyond its end kills the VMM by SIGBUS.
+    /// The file must not shrink while the page is mapped: a page beyond its end kills the VMM by
+    /// SIGBUS.
     ///
     /// # Errors
-    /// [`RamError::NoPage`]; [`RamError::HugePages`], [`RamError::Replace`], and the page is as it was.
+    /// [`RamError::NoPage`]; [`RamError::HugePages`], [`RamError::Replace`], and the page is as it
+    /// was.
     pub fn replace_page(&self, gpa: u64, fd: BorrowedFd<'_>, offset: u64) -> Result<(), RamError> {
-        let page = page_size(fd).map_err(|source| RamError::Replace { gpa, source: source.into() })?;
+        let page =
+            page_size(fd).map_err(|source| RamError::Replace { gpa, source: source.into() })?;
         if page != PAGE_SIZE {
             return Err(RamError::HugePages { gpa, page });
         }
@@ -253,13 +276,16 @@ impl GuestRam {
         if !gpa.is_multiple_of(PAGE_SIZE) {
             return Err(RamError::NoPage { gpa });
         }
-        let within = usize::try_from(gpa - region.start_addr().0).map_err(|_| RamError::NoPage { gpa })?;
+        let within =
+            usize::try_from(gpa - region.start_addr().0).map_err(|_| RamError::NoPage { gpa })?;
         let address = region.as_ptr().wrapping_add(within);
         // SAFETY:
-        // 1. `gpa` is page-aligned and lies in `region`, whose length is a multiple of the page size, so the page at
-        //    `address` lies within a live mapping that `region` owns: MAP_FIXED replaces nothing else. The file's pages are
-        //    no larger, as checked above, so the kernel does not round the length up.
-        // 2. No reference to that memory exists (see `attach`), so no one relies on its contents staying the same.
+        // 1. `gpa` is page-aligned and lies in `region`, whose length is a multiple of the page
+        //    size, so the page at `address` lies within a live mapping that `region` owns:
+        //    MAP_FIXED replaces nothing else. The file's pages are no larger, as checked above, so
+        //    the kernel does not round the length up.
+        // 2. No reference to that memory exists (see `attach`), so no one relies on its contents
+        //    staying the same.
         let mapped = unsafe {
             rustix::mm::mmap(
                 address.cast(),
@@ -284,7 +310,8 @@ impl GuestRam {
         self.replace_page(gpa, self.fd(), gpa)
     }
 
-    /// As [`GuestRam::restore_page`], with what the replaced page holds now. What is written into it meanwhile is lost.
+    /// As [`GuestRam::restore_page`], with what the replaced page holds now. What is written into
+    /// it meanwhile is lost.
     ///
     /// # Errors
     /// As [`GuestRam::replace_page`], and [`RamError::Keep`]; the page stays replaced.
@@ -293,12 +320,15 @@ impl GuestRam {
         if !self.is_page(gpa) {
             return Err(RamError::NoPage { gpa });
         }
-        self.memory.read_slice(&mut content, GuestAddress(gpa)).map_err(|_| RamError::NoPage { gpa })?;
+        self.memory
+            .read_slice(&mut content, GuestAddress(gpa))
+            .map_err(|_| RamError::NoPage { gpa })?;
         self.file.write_all_at(&content, gpa).map_err(|source| RamError::Keep { gpa, source })?;
         self.restore_page(gpa)
     }
 
-    /// Gives the memory of the machine's own page at `gpa` back to the host; it reads as zero from then on.
+    /// Gives the memory of the machine's own page at `gpa` back to the host; it reads as zero from
+    /// then on.
     ///
     /// # Errors
     /// [`RamError::NoPage`], [`RamError::Punch`].
@@ -318,20 +348,26 @@ impl GuestRam {
     }
 
     fn punch(&self, gpa: u64, bytes: u64) -> Result<(), RamError> {
-        rustix::fs::fallocate(&self.file, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, gpa, bytes)
-            .map_err(|source| RamError::Punch { gpa, bytes, source: source.into() })
+        rustix::fs::fallocate(
+            &self.file,
+            FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE,
+            gpa,
+            bytes,
+        )
+        .map_err(|source| RamError::Punch { gpa, bytes, source: source.into() })
     }
 }
 
-/// Asks for transparent huge pages, which spare most of the guest's second-level faults and shorten the walks, and for no
-/// copy of a guest's memory in this process's core dump. The former are the host's choice
-/// (`transparent_hugepage/shmem_enabled`), and a machine without the latter runs as well, so refusals are no errors.
+/// Asks for transparent huge pages, which spare most of the guest's second-level faults and shorten
+/// the walks, and for no copy of a guest's memory in this process's core dump. The former are the
+/// host's choice (`transparent_hugepage/shmem_enabled`), and a machine without the latter runs as
+/// well, so refusals are no errors.
 ///
 /// `start` and `len` are of a mapping of guest RAM: a whole region, or one page of it.
 fn advise(start: *mut u8, len: usize) {
     for advice in [Advice::LinuxHugepage, Advice::LinuxDontDump] {
-        // SAFETY: neither advice changes what memory holds or which addresses are mapped, whatever the range is, so
-        // nothing that relies on either is affected.
+        // SAFETY: neither advice changes what memory holds or which addresses are mapped, whatever
+        // the range is, so nothing that relies on either is affected.
         let _ = unsafe { madvise(start.cast(), len, advice) };
     }
 }
@@ -437,7 +473,10 @@ mod tests {
         // Where the kernel would round the page's length up and take 2 MiB of the guest's memory.
         for gpa in (0..8 * MIB).step_by(4096) {
             let replaced = ram.replace_page(gpa, file.as_fd(), 0);
-            assert!(matches!(replaced, Err(RamError::HugePages { page: 0x20_0000, .. })), "{replaced:?}");
+            assert!(
+                matches!(replaced, Err(RamError::HugePages { page: 0x20_0000, .. })),
+                "{replaced:?}"
+            );
         }
     }
 }

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Where memory may hold a pattern: three of its bytes are compared at many places at a time. The search of a target's memory
-//! looks at that memory in place ([`Foreign::find`](crate::foreign::Foreign::find)), and copies only where this finds a candidate.
+//! Where memory may hold a pattern: three of its bytes are compared at many places at a time. The
+//! search of a target's memory looks at that memory in place
+//! ([`Foreign::find`](crate::foreign::Foreign::find)), and copies only where this finds a
+//! candidate.
 
 use crate::guarded::{self, BLOCK, Distances, Vector, Vectors};
 
@@ -35,19 +37,22 @@ pub struct Candidates {
 impl Candidates {
     /// The places, ascending.
     pub fn iter(self) -> impl Iterator<Item = u64> {
-        (0..u64::BITS).filter(move |bit| self.places >> bit & 1 != 0).map(move |bit| self.at + u64::from(bit))
+        (0..u64::BITS)
+            .filter(move |bit| self.places >> bit & 1 != 0)
+            .map(move |bit| self.at + u64::from(bit))
     }
 }
 
 impl Probe {
-    /// `second` and `third` follow `first` at these distances, of which the third is not the smaller one (`None`). Where there
-    /// are fewer bytes, some are given again.
+    /// `second` and `third` follow `first` at these distances, of which the third is not the
+    /// smaller one (`None`). Where there are fewer bytes, some are given again.
     pub fn new(
         first: Masked,
         (second, second_at): (Masked, u8),
         (third, third_at): (Masked, u8),
     ) -> Option<Self> {
-        let vector = |byte: Masked| Vector { value: [byte.value & byte.mask; 32], mask: [byte.mask; 32] };
+        let vector =
+            |byte: Masked| Vector { value: [byte.value & byte.mask; 32], mask: [byte.mask; 32] };
         let vectors = [first, second, third].map(vector);
         Some(Self { vectors: Vectors(vectors), distances: Distances::new(second_at, third_at)? })
     }
@@ -63,8 +68,9 @@ impl Probe {
         let places = end.checked_sub(from)?;
         let blocks = places - places % BLOCK;
         let rest = memory.get(from..)?;
-        // SAFETY: `rest` has `places` and what the probe reaches, so that many bytes may be loaded. They are this program's own
-        // and do not vanish, so that it does not matter whether the thread is prepared for SIGBUS.
+        // SAFETY: `rest` has `places` and what the probe reaches, so that many bytes may be loaded.
+        // They are this program's own and do not vanish, so that it does not matter whether
+        // the thread is prepared for SIGBUS.
         let (left, found) = unsafe { self.find_blocks(rest.as_ptr(), blocks) };
         if found != 0 {
             return Some(Candidates { at: (from + blocks - left) as u64, places: found });
@@ -110,7 +116,8 @@ mod tests {
 
     #[test]
     fn candidates_are_those_of_a_plain_search() {
-        // Few values, so that there are many candidates; a small generator, so that it is the same each time.
+        // Few values, so that there are many candidates; a small generator, so that it is the same
+        // each time.
         let mut state = 1u32;
         let mut next = || {
             state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
@@ -118,7 +125,9 @@ mod tests {
         };
         for len in [0usize, 1, 63, 64, 65, 128, 200, 1000] {
             let memory: Vec<u8> = (0..len).map(|_| next() & 0x8f).collect();
-            for (second, third) in [(0u8, 0u8), (0, 1), (1, 5), (5, 5), (63, 64), (7, 255), (255, 255)] {
+            for (second, third) in
+                [(0u8, 0u8), (0, 1), (1, 5), (5, 5), (63, 64), (7, 255), (255, 255)]
+            {
                 for mask in [0xff, 0x0f, 0xf0] {
                     let byte = |value, mask| Masked { value, mask };
                     let others = ((byte(0x07, 0x03), second), (byte(0x01, 0x01), third));
@@ -145,7 +154,9 @@ mod tests {
     fn both_routines_find_the_same() {
         let mut memory = vec![0u8; 300];
         // The first has two of the bytes alone.
-        for (place, byte) in [(10, 1), (13, 2), (130, 1), (133, 2), (137, 3), (150, 1), (153, 2), (157, 3)] {
+        for (place, byte) in
+            [(10, 1), (13, 2), (130, 1), (133, 2), (137, 3), (150, 1), (153, 2), (157, 3)]
+        {
             memory[place] = byte;
         }
         let [first, second, third] = [1, 2, 3].map(|value| Masked { value, mask: 0xff });

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! What the kernel knows of a connected unix socket: who is at the other end, and how much that has not read.
+//! What the kernel knows of a connected unix socket: who is at the other end, and how much that has
+//! not read.
 //!
-//! `rustix::net::sockopt::socket_peercred` returns the process id as a `NonZero`, and the kernel reports 0 for a peer
-//! outside this process's pid namespace.
+//! `rustix::net::sockopt::socket_peercred` returns the process id as a `NonZero`, and the kernel
+//! reports 0 for a peer outside this process's pid namespace.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
@@ -25,8 +26,9 @@ pub struct PeerCredentials {
 pub fn peer_credentials(socket: impl AsFd) -> io::Result<PeerCredentials> {
     let mut credentials = ucred { pid: 0, uid: u32::MAX, gid: u32::MAX };
     let mut size = socklen_t::try_from(size_of::<ucred>()).map_err(io::Error::other)?;
-    // SAFETY: `credentials` and `size` are valid for writes of what they are, and `size` has the length of the former,
-    // beyond which the kernel does not write; any bytes are a `ucred`, three integers. Both outlive the call.
+    // SAFETY: `credentials` and `size` are valid for writes of what they are, and `size` has the
+    // length of the former, beyond which the kernel does not write; any bytes are a `ucred`,
+    // three integers. Both outlive the call.
     let failed = unsafe {
         libc::getsockopt(
             socket.as_fd().as_raw_fd(),
@@ -46,13 +48,15 @@ pub fn peer_credentials(socket: impl AsFd) -> io::Result<PeerCredentials> {
     Ok(PeerCredentials { pid, uid: credentials.uid })
 }
 
-/// How much of what was sent on a unix socket the peer has not read, bytes of kernel memory (`SIOCOUTQ`).
+/// How much of what was sent on a unix socket the peer has not read, bytes of kernel memory
+/// (`SIOCOUTQ`).
 ///
 /// # Errors
 /// Those of `ioctl`.
 pub fn unread(socket: impl AsFd) -> io::Result<usize> {
     let mut bytes: c_int = 0;
-    // SAFETY: SIOCOUTQ (the number of TIOCOUTQ) writes one `int`, for which `bytes` is valid and which it outlives.
+    // SAFETY: SIOCOUTQ (the number of TIOCOUTQ) writes one `int`, for which `bytes` is valid and
+    // which it outlives.
     let failed = unsafe { libc::ioctl(socket.as_fd().as_raw_fd(), libc::TIOCOUTQ, &raw mut bytes) };
     if failed != 0 {
         return Err(io::Error::last_os_error());

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! What a process says when its seccomp filter traps a system call (`SECCOMP_RET_TRAP`, seccomp(2)): the call's number on
-//! standard error. Then SIGSYS ends it.
+//! What a process says when its seccomp filter traps a system call (`SECCOMP_RET_TRAP`,
+//! seccomp(2)): the call's number on standard error. Then SIGSYS ends it.
 
 use std::io;
 
@@ -17,13 +17,14 @@ const _: () = assert!(SYSCALL_OFFSET + size_of::<c_int>() <= size_of::<siginfo_t
 /// # Errors
 /// That of sigaction.
 pub fn report_trapped_calls() -> io::Result<()> {
-    // SAFETY: sigaction is plain data, for which zeros mean no flags, an empty mask and the default action.
+    // SAFETY: sigaction is plain data, for which zeros mean no flags, an empty mask and the default
+    // action.
     let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
     action.sa_sigaction = report as extern "C" fn(c_int, *mut siginfo_t, *mut c_void) as usize;
     // The second SIGSYS, sent by the handler, is not blocked and has its default action.
     action.sa_flags = libc::SA_SIGINFO | libc::SA_RESETHAND | libc::SA_NODEFER;
-    // SAFETY: `action` is initialised, its handler has the signature that SA_SIGINFO asks for and does what is allowed
-    // in a signal handler alone: see there.
+    // SAFETY: `action` is initialised, its handler has the signature that SA_SIGINFO asks for and
+    // does what is allowed in a signal handler alone: see there.
     match unsafe { libc::sigaction(libc::SIGSYS, &raw const action, std::ptr::null_mut()) } {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
@@ -32,8 +33,8 @@ pub fn report_trapped_calls() -> io::Result<()> {
 
 /// Makes system calls and works on its own stack alone: no lock, no allocation.
 extern "C" fn report(_: c_int, info: *mut siginfo_t, _: *mut c_void) {
-    // SAFETY: the kernel passes a whole siginfo_t, within which these 4 bytes lie (see SYSCALL_OFFSET), aligned to 4;
-    // they are plain bytes whatever the signal.
+    // SAFETY: the kernel passes a whole siginfo_t, within which these 4 bytes lie (see
+    // SYSCALL_OFFSET), aligned to 4; they are plain bytes whatever the signal.
     let number = unsafe { info.byte_add(SYSCALL_OFFSET).cast::<c_int>().read() };
     let mut digits = [0; 10];
     let mut rest = number.unsigned_abs();
@@ -53,6 +54,7 @@ extern "C" fn report(_: c_int, info: *mut siginfo_t, _: *mut c_void) {
         // SAFETY: write reads `part`, which lives throughout; it may be called in a signal handler, as raise may below.
         unsafe { libc::write(libc::STDERR_FILENO, part.as_ptr().cast(), part.len()) };
     }
-    // SAFETY: raise takes no pointers. The handler was reset when it was called, so this ends the process.
+    // SAFETY: raise takes no pointers. The handler was reset when it was called, so this ends the
+    // process.
     unsafe { libc::raise(libc::SIGSYS) };
 }

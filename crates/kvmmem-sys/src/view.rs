@@ -17,11 +17,13 @@ const FIRST_CAPACITY: u32 = 16;
 /// No view has more ranges; one that says so is not believed.
 const MAX_CAPACITY: u32 = 1 << 16;
 
-/// An open `/dev/kvmmem` that can become a view. All else is done by `pread`, `pwrite`, `lseek`, `poll` and `mmap`.
+/// An open `/dev/kvmmem` that can become a view. All else is done by `pread`, `pwrite`, `lseek`,
+/// `poll` and `mmap`.
 ///
 /// # Invariants
 ///
-/// The file is a miscellaneous character device, which the caller of [`ViewFile::open`] named as kvmmem's.
+/// The file is a miscellaneous character device, which the caller of [`ViewFile::open`] named as
+/// kvmmem's.
 #[derive(Debug)]
 pub struct ViewFile {
     file: File,
@@ -41,8 +43,9 @@ impl ViewFile {
     /// # Errors
     /// `ENOTTY`, where the driver is older than views.
     pub fn info(&self) -> Result<Info, Errno> {
-        // SAFETY: the number says that 32 bytes are written to the pointer, and `Getter` passes one to a structure of
-        // that size, of which any content is right. Any other misc device knows no such number and answers ENOTTY.
+        // SAFETY: the number says that 32 bytes are written to the pointer, and `Getter` passes one
+        // to a structure of that size, of which any content is right. Any other misc device
+        // knows no such number and answers ENOTTY.
         unsafe { ioctl(&self.file, Getter::<{ INFO }, Info>::new()) }
     }
 
@@ -51,15 +54,18 @@ impl ViewFile {
     /// # Errors
     /// The driver's errno (docs/abi.md).
     pub fn attach(&self, argument: Attach) -> Result<(), Errno> {
-        // SAFETY: the number says that 40 bytes are read from the pointer, and `Setter` passes one to its own copy of
-        // a structure of that size. Nothing of this process's memory changes.
+        // SAFETY: the number says that 40 bytes are read from the pointer, and `Setter` passes one
+        // to its own copy of a structure of that size. Nothing of this process's memory
+        // changes.
         unsafe { ioctl(&self.file, Setter::<{ ATTACH }, Attach>::new(argument)) }
     }
 
-    /// `KVMMEM_RANGES`: the view's state, and its ranges, which ascend. Takes the event that `poll` reports.
+    /// `KVMMEM_RANGES`: the view's state, and its ranges, which ascend. Takes the event that `poll`
+    /// reports.
     ///
     /// # Errors
-    /// The driver's errno (docs/abi.md); `EAGAIN` if the ranges change more quickly than they can be read.
+    /// The driver's errno (docs/abi.md); `EAGAIN` if the ranges change more quickly than they can
+    /// be read.
     pub fn ranges(&self) -> Result<(Ranges, Vec<Range>), Errno> {
         let mut capacity = FIRST_CAPACITY;
         for _ in 0..8 {
@@ -69,9 +75,10 @@ impl ViewFile {
                 ranges: room.as_mut_ptr().expose_provenance() as u64,
                 ..Ranges::default()
             };
-            // SAFETY: the number says that 48 bytes are read from and written to the pointer, and `Updater` passes one
-            // to a structure of that size. At the address in it the driver writes no more than `capacity` ranges:
-            // that is how many `room` holds, which lives on and is not accessed until after the call; any content
+            // SAFETY: the number says that 48 bytes are read from and written to the pointer, and
+            // `Updater` passes one to a structure of that size. At the address in it
+            // the driver writes no more than `capacity` ranges: that is how many `room`
+            // holds, which lives on and is not accessed until after the call; any content
             // of both is right. Any other misc device knows no such number and answers ENOTTY.
             unsafe { ioctl(&self.file, Updater::<{ RANGES }, Ranges>::new(&mut argument)) }?;
             if argument.count <= capacity {
@@ -88,8 +95,8 @@ impl ViewFile {
     /// # Errors
     /// The driver's errno (docs/abi.md).
     pub fn detach(&self) -> Result<(), Errno> {
-        // SAFETY: the ioctl has no argument; of this process's memory it changes only mappings of this file, which are
-        // foreign memory that may vanish at any moment.
+        // SAFETY: the ioctl has no argument; of this process's memory it changes only mappings of
+        // this file, which are foreign memory that may vanish at any moment.
         unsafe { ioctl(&self.file, NoArg::<{ DETACH }>::new()) }
     }
 
@@ -98,8 +105,8 @@ impl ViewFile {
     /// # Errors
     /// The driver's errno (docs/abi.md).
     pub fn stats(&self) -> Result<Stats, Errno> {
-        // SAFETY: the number says that 64 bytes are written to the pointer, and `Getter` passes one to a structure of that
-        // size, for which any bytes are valid.
+        // SAFETY: the number says that 64 bytes are written to the pointer, and `Getter` passes one
+        // to a structure of that size, for which any bytes are valid.
         unsafe { ioctl(&self.file, Getter::<{ STATS }, Stats>::new()) }
     }
 }

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Memory that a guest sees outside of its RAM: a range of another VM's memory file, or the poison that takes its place.
+//! Memory that a guest sees outside of its RAM: a range of another VM's memory file, or the poison
+//! that takes its place.
 
 use std::ffi::c_void;
 use std::fs::File;
@@ -93,7 +94,8 @@ pub enum MappingError {
     },
 }
 
-/// A stretch of this process's address space that it owns and gives to a guest; unmapped when dropped.
+/// A stretch of this process's address space that it owns and gives to a guest; unmapped when
+/// dropped.
 ///
 /// No reference to its contents is ever made: others write there at any time.
 #[derive(Debug)]
@@ -111,30 +113,39 @@ pub struct GuestMapping {
     access: Access,
 }
 
-// SAFETY: the mapping belongs to the process, not to a thread, and the only methods that touch its contents or replace
-// it take `&mut self`.
+// SAFETY: the mapping belongs to the process, not to a thread, and the only methods that touch its
+// contents or replace it take `&mut self`.
 unsafe impl Send for GuestMapping {}
-// SAFETY: the methods that take `&self` return its numbers or advise on its range, which is the process's and whose
-// contents they do not touch: they may be called from any threads at once.
+// SAFETY: the methods that take `&self` return its numbers or advise on its range, which is the
+// process's and whose contents they do not touch: they may be called from any threads at once.
 unsafe impl Sync for GuestMapping {}
 
 impl GuestMapping {
-    /// Maps `len` bytes at `offset` of `fd`, shared, at an address congruent to `offset` modulo [`alignment`]. Of a file of
-    /// huge pages it maps those that the range touches, and keeps what is before and behind it to itself.
+    /// Maps `len` bytes at `offset` of `fd`, shared, at an address congruent to `offset` modulo
+    /// [`alignment`]. Of a file of huge pages it maps those that the range touches, and keeps
+    /// what is before and behind it to itself.
     ///
-    /// The file must not shrink while it is mapped: an access beyond its end kills a VMM by SIGBUS, or ends its `KVM_RUN`.
+    /// The file must not shrink while it is mapped: an access beyond its end kills a VMM by SIGBUS,
+    /// or ends its `KVM_RUN`.
     ///
     /// # Errors
     /// [`MappingError`].
-    pub fn of_file(fd: BorrowedFd<'_>, offset: u64, len: u64, access: Access) -> Result<Self, MappingError> {
+    pub fn of_file(
+        fd: BorrowedFd<'_>,
+        offset: u64,
+        len: u64,
+        access: Access,
+    ) -> Result<Self, MappingError> {
         let range = MappingError::Range { offset, len };
         if !offset.is_multiple_of(PAGE_SIZE) {
             return Err(range);
         }
-        let page = page_size(fd).map_err(|source| MappingError::Examine { source: source.into() })?;
+        let page =
+            page_size(fd).map_err(|source| MappingError::Examine { source: source.into() })?;
         let mapping = Self::reserve(len, offset, access, page)?;
-        // SAFETY: `mapping` owns these `mapped` bytes and nobody was told of them: MAP_FIXED replaces its reservation alone,
-        // whose length is a multiple of the file's page size, so that the kernel does not round it up.
+        // SAFETY: `mapping` owns these `mapped` bytes and nobody was told of them: MAP_FIXED
+        // replaces its reservation alone, whose length is a multiple of the file's page
+        // size, so that the kernel does not round it up.
         unsafe {
             mmap(
                 mapping.start.as_ptr(),
@@ -145,14 +156,20 @@ impl GuestMapping {
                 offset - offset % page,
             )
         }
-        .map_err(|source| MappingError::Map { offset, len: mapping.len, source: source.into() })?;
+        .map_err(|source| MappingError::Map {
+            offset,
+            len: mapping.len,
+            source: source.into(),
+        })?;
         mapping.advise();
         Ok(mapping)
     }
 
-    /// Poison of `len` bytes: what a guest gets in the place of memory that was taken from it. It never faults.
+    /// Poison of `len` bytes: what a guest gets in the place of memory that was taken from it. It
+    /// never faults.
     ///
-    /// Read-only poison is zeros. Writable poison takes what is written, and shows it again wherever `file` repeats.
+    /// Read-only poison is zeros. Writable poison takes what is written, and shows it again
+    /// wherever `file` repeats.
     ///
     /// # Errors
     /// [`MappingError`].
@@ -168,7 +185,11 @@ impl GuestMapping {
     /// [`MappingError::Map`]; a part may be poison already.
     pub fn poison_in_place(&mut self, file: &PoisonFile) -> Result<(), MappingError> {
         let failed = |len| {
-            move |source: rustix::io::Errno| MappingError::Map { offset: 0, len, source: source.into() }
+            move |source: rustix::io::Errno| MappingError::Map {
+                offset: 0,
+                len,
+                source: source.into(),
+            }
         };
         if self.access == Access::ReadOnly {
             // SAFETY: the range is this mapping's own, and no reference to its contents exists.
@@ -188,8 +209,8 @@ impl GuestMapping {
         let mut done = 0;
         while done < self.mapped {
             let len = chunk.min(self.mapped - done);
-            // SAFETY: `done + len` is at most `self.mapped`, so the part lies within this mapping, and MAP_FIXED replaces
-            // nothing else; no reference to its contents exists.
+            // SAFETY: `done + len` is at most `self.mapped`, so the part lies within this mapping,
+            // and MAP_FIXED replaces nothing else; no reference to its contents exists.
             unsafe {
                 mmap(
                     self.start.as_ptr().wrapping_byte_add(done),
@@ -206,16 +227,18 @@ impl GuestMapping {
         Ok(())
     }
 
-    /// Stores `value` as little-endian at word `index` (8 bytes each); false beyond the end or in a read-only mapping.
-    /// Whoever else reads the memory sees the old or the new word.
+    /// Stores `value` as little-endian at word `index` (8 bytes each); false beyond the end or in a
+    /// read-only mapping. Whoever else reads the memory sees the old or the new word.
     pub fn store_word(&mut self, index: usize, value: u64) -> bool {
-        let at = index.checked_mul(8).filter(|at| at.checked_add(8).is_some_and(|end| end <= self.len));
+        let at =
+            index.checked_mul(8).filter(|at| at.checked_add(8).is_some_and(|end| end <= self.len));
         let (Some(at), Access::ReadWrite) = (at, self.access) else {
             return false;
         };
         let word = self.start.as_ptr().wrapping_byte_add(self.head + at).cast::<u64>();
-        // SAFETY: the 8 bytes lie within this writable mapping and are aligned, since its start and `head` are page-aligned. The
-        // exclusive borrow keeps this process's other threads from storing there; other readers are outside of it.
+        // SAFETY: the 8 bytes lie within this writable mapping and are aligned, since its start and
+        // `head` are page-aligned. The exclusive borrow keeps this process's other threads
+        // from storing there; other readers are outside of it.
         unsafe { word.write_volatile(value.to_le()) };
         true
     }
@@ -240,8 +263,9 @@ impl GuestMapping {
         self.start.as_ptr().addr() as u64 + self.head as u64
     }
 
-    /// Address space of `len` bytes, inaccessible yet, congruent to `offset` modulo the alignment for that length and modulo
-    /// `page`, with the rest of the pages of that length that they touch.
+    /// Address space of `len` bytes, inaccessible yet, congruent to `offset` modulo the alignment
+    /// for that length and modulo `page`, with the rest of the pages of that length that they
+    /// touch.
     fn reserve(len: u64, offset: u64, access: Access, page: u64) -> Result<Self, MappingError> {
         let range = MappingError::Range { offset, len };
         if len == 0 || !len.is_multiple_of(PAGE_SIZE) {
@@ -250,10 +274,12 @@ impl GuestMapping {
         let head = offset % page;
         let mapped = len.checked_add(head).and_then(|len| len.checked_next_multiple_of(page));
         let Some(mapped) = mapped else { return Err(range) };
-        let size = |bytes: u64| usize::try_from(bytes).map_err(|_| MappingError::Range { offset, len });
+        let size =
+            |bytes: u64| usize::try_from(bytes).map_err(|_| MappingError::Range { offset, len });
         let (bytes, mapped, head) = (size(len)?, size(mapped)?, size(head)?);
         let (page, alignment) = (size(page)?, size(alignment(len).max(page))?);
-        let Some(total) = mapped.checked_add(alignment).filter(|total| isize::try_from(*total).is_ok())
+        let Some(total) =
+            mapped.checked_add(alignment).filter(|total| isize::try_from(*total).is_ok())
         else {
             return Err(range);
         };
@@ -269,10 +295,12 @@ impl GuestMapping {
         .map_err(|source| MappingError::Reserve { len: total, source: source.into() })?;
         // The alignment is a power of two, so the remainder is exact.
         #[allow(clippy::cast_possible_truncation)]
-        let before = (offset as usize).wrapping_sub(head).wrapping_sub(start.addr()) & (alignment - 1);
+        let before =
+            (offset as usize).wrapping_sub(head).wrapping_sub(start.addr()) & (alignment - 1);
         let address = start.wrapping_byte_add(before);
-        // SAFETY: these are the parts of the reservation before and behind the `mapped` bytes that are kept: its start and
-        // the alignment's remainder are page-aligned, and before < alignment. Failing leaves address space unused.
+        // SAFETY: these are the parts of the reservation before and behind the `mapped` bytes that
+        // are kept: its start and the alignment's remainder are page-aligned, and before <
+        // alignment. Failing leaves address space unused.
         unsafe {
             if before > 0 {
                 let _ = munmap(start, before);
@@ -283,10 +311,12 @@ impl GuestMapping {
         Ok(Self { start, mapped, head, len: bytes, page, access })
     }
 
-    /// Asks for large pages, and for no copy of another VM's memory in core dumps or children. Refusals are no errors.
+    /// Asks for large pages, and for no copy of another VM's memory in core dumps or children.
+    /// Refusals are no errors.
     fn advise(&self) {
         for advice in [Advice::LinuxHugepage, Advice::LinuxDontDump, Advice::LinuxDontFork] {
-            // SAFETY: the range is this mapping's own, and none of these changes what the mapping holds.
+            // SAFETY: the range is this mapping's own, and none of these changes what the mapping
+            // holds.
             let _ = unsafe { madvise(self.start.as_ptr(), self.mapped, advice) };
         }
     }
@@ -294,14 +324,15 @@ impl GuestMapping {
 
 impl Drop for GuestMapping {
     fn drop(&mut self) {
-        // SAFETY: the range is this mapping's own and no reference to its contents exists. A guest that could reach it
-        // would have it inside of a `Memslot`, which lets it go only after KVM has.
+        // SAFETY: the range is this mapping's own and no reference to its contents exists. A guest
+        // that could reach it would have it inside of a `Memslot`, which lets it go only
+        // after KVM has.
         let _ = unsafe { munmap(self.start.as_ptr(), self.mapped) };
     }
 }
 
-/// The memory behind writable poison: one small sparse file, mapped over and over, so that writing to terabytes of
-/// poison fills no more than the file.
+/// The memory behind writable poison: one small sparse file, mapped over and over, so that writing
+/// to terabytes of poison fills no more than the file.
 #[derive(Debug)]
 pub struct PoisonFile {
     file: File,
@@ -311,7 +342,8 @@ impl PoisonFile {
     /// Length of the file for mappings of up to [`PoisonFile::MOST_PARTS`] times as much.
     const CHUNK: usize = 64 << 20;
 
-    /// The most mappings that one mapping's poison takes: the process has a limit on them (`vm.max_map_count`).
+    /// The most mappings that one mapping's poison takes: the process has a limit on them
+    /// (`vm.max_map_count`).
     const MOST_PARTS: usize = 256;
 
     /// The longest file, for poison of any length.
@@ -338,8 +370,8 @@ impl PoisonFile {
 /// [`MappingError::Create`].
 pub fn memory_file(name: &str, len: u64) -> Result<File, MappingError> {
     let create = |source: rustix::io::Errno| MappingError::Create { len, source: source.into() };
-    let fd =
-        rustix::fs::memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).map_err(create)?;
+    let fd = rustix::fs::memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)
+        .map_err(create)?;
     rustix::fs::ftruncate(&fd, len).map_err(create)?;
     rustix::fs::fcntl_add_seals(&fd, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)
         .map_err(create)?;
@@ -364,7 +396,8 @@ mod tests {
             (GIANT_PAGE - 0x1000, 2 * GIANT_PAGE, GIANT_PAGE),
         ];
         for (offset, len, alignment) in cases {
-            let mapping = GuestMapping::of_file(file.as_fd(), offset, len, Access::ReadOnly).unwrap();
+            let mapping =
+                GuestMapping::of_file(file.as_fd(), offset, len, Access::ReadOnly).unwrap();
             assert_eq!(mapping.address() % alignment, offset % alignment, "{offset:#x} {len:#x}");
             assert_eq!(mapping.len(), len);
         }
@@ -383,7 +416,8 @@ mod tests {
         for (offset, len) in
             [(0x3000, 0x1000), (HUGE - 0x1000, 0x2000), (HUGE, HUGE), (0x1000, 3 * HUGE - 0x1000)]
         {
-            let mut mapping = GuestMapping::of_file(file.as_fd(), offset, len, Access::ReadWrite).unwrap();
+            let mut mapping =
+                GuestMapping::of_file(file.as_fd(), offset, len, Access::ReadWrite).unwrap();
             assert_eq!((mapping.address() % HUGE, mapping.len()), (offset % HUGE, len));
             assert!(
                 mapping.store_word(0, offset + 7)
@@ -393,11 +427,14 @@ mod tests {
             mapping.poison_in_place(&poison).unwrap();
             assert!(mapping.store_word(0, 9));
             assert_eq!(word(offset), offset + 7);
-            let mut read_only = GuestMapping::of_file(file.as_fd(), offset, len, Access::ReadOnly).unwrap();
+            let mut read_only =
+                GuestMapping::of_file(file.as_fd(), offset, len, Access::ReadOnly).unwrap();
             read_only.poison_in_place(&poison).unwrap();
         }
-        // Dropped mappings took nothing of their neighbours along: all of it can be had again and again.
-        let maps = || std::fs::read_to_string("/proc/self/maps").unwrap().matches("memfd:huge").count();
+        // Dropped mappings took nothing of their neighbours along: all of it can be had again and
+        // again.
+        let maps =
+            || std::fs::read_to_string("/proc/self/maps").unwrap().matches("memfd:huge").count();
         let before = maps();
         for _ in 0..100 {
             drop(GuestMapping::of_file(file.as_fd(), 0x3000, 0x1000, Access::ReadOnly).unwrap());
@@ -423,14 +460,16 @@ mod tests {
             file.read_exact_at(&mut bytes, offset).unwrap();
             u64::from_le_bytes(bytes)
         };
-        let mut mapping = GuestMapping::of_file(file.as_fd(), 0x1000, 0x2000, Access::ReadWrite).unwrap();
+        let mut mapping =
+            GuestMapping::of_file(file.as_fd(), 0x1000, 0x2000, Access::ReadWrite).unwrap();
         assert!(mapping.store_word(2, 7) && mapping.store_word(0x3ff, 8));
         assert!(!mapping.store_word(0x400, 9) && !mapping.store_word(usize::MAX, 9));
         assert_eq!([word(0x1010), word(0x2ff8), word(0x3000)], [7, 8, 0]);
         mapping.poison_in_place(&poison).unwrap();
         assert!(mapping.store_word(2, 9));
         assert_eq!(word(0x1010), 7);
-        let mut read_only = GuestMapping::of_file(file.as_fd(), 0, 0x1000, Access::ReadOnly).unwrap();
+        let mut read_only =
+            GuestMapping::of_file(file.as_fd(), 0, 0x1000, Access::ReadOnly).unwrap();
         assert!(!read_only.store_word(0, 1));
         read_only.poison_in_place(&poison).unwrap();
         assert!(!read_only.store_word(0, 1));

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Hypercalls forwarded to user space by `KVM_CAP_XEN_HVM` with `INTERCEPT_HCALL`
-//! (Documentation/virt/kvm/api.rst, 4.29 and `KVM_EXIT_XEN` in section 5), which kvm-ioctls does not wrap.
+//! (Documentation/virt/kvm/api.rst, 4.29 and `KVM_EXIT_XEN` in section 5), which kvm-ioctls does
+//! not wrap.
 //!
 //! Once it is on, every `vmcall`/`vmmcall` of that VM exits, from any CPL.
 
@@ -18,8 +19,8 @@ mod request {
     vmm_sys_util::ioctl_iow_nr!(KVM_XEN_HVM_CONFIG, KVMIO, 0x7a, kvm_xen_hvm_config);
 }
 
-/// The MSR that stands for Xen's hypercall page. KVM ignores the configuration when it is zero; guests other than Xen's
-/// never write it.
+/// The MSR that stands for Xen's hypercall page. KVM ignores the configuration when it is zero;
+/// guests other than Xen's never write it.
 const HYPERCALL_MSR: u32 = 0x4000_0200;
 
 /// The exit reason under which [`hypercall`] finds something: `VcpuExit::Unsupported` carries it.
@@ -41,7 +42,8 @@ pub fn intercept_hypercalls(vm: &VmFd) -> io::Result<()> {
         msr: HYPERCALL_MSR,
         ..Default::default()
     };
-    // SAFETY: the request reads one kvm_xen_hvm_config, which `config` is and which outlives the call.
+    // SAFETY: the request reads one kvm_xen_hvm_config, which `config` is and which outlives the
+    // call.
     let result = unsafe { ioctl_with_ref(vm, request::KVM_XEN_HVM_CONFIG(), &config) };
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
@@ -61,18 +63,20 @@ pub fn hypercall(vcpu: &mut VcpuFd) -> Option<XenHypercall> {
     if run.exit_reason != KVM_EXIT_XEN {
         return None;
     }
-    // SAFETY: the member is plain integers, valid for any bytes; the exit reason says that KVM filled it.
+    // SAFETY: the member is plain integers, valid for any bytes; the exit reason says that KVM
+    // filled it.
     let xen = unsafe { run.__bindgen_anon_1.xen };
     if xen.type_ != KVM_EXIT_XEN_HCALL {
         return None;
     }
-    // SAFETY: this union has one member, plain integers that are valid for any bytes; type and exit reason say that KVM
-    // filled it.
+    // SAFETY: this union has one member, plain integers that are valid for any bytes; type and exit
+    // reason say that KVM filled it.
     let call = unsafe { xen.u.hcall };
     Some(XenHypercall { cpl: call.cpl, long_mode: call.longmode != 0 })
 }
 
-/// Sets the result that the next `KVM_RUN` puts into rax; does nothing when the last exit was no hypercall.
+/// Sets the result that the next `KVM_RUN` puts into rax; does nothing when the last exit was no
+/// hypercall.
 pub fn set_result(vcpu: &mut VcpuFd, result: u64) {
     if hypercall(vcpu).is_some() {
         vcpu.get_kvm_run().__bindgen_anon_1.xen.u.hcall.result = result;

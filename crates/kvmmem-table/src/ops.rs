@@ -1,15 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The sequences of transitions that make up MAP, UNMAP, closing a file and the death of the process. The table's lock
-//! is held for each transition and never over what sleeps in between: pinning a page and asking the host.
+//! The sequences of transitions that make up MAP, UNMAP, closing a file and the death of the
+//! process. The table's lock is held for each transition and never over what sleeps in between:
+//! pinning a page and asking the host.
 
 use super::map::Maps;
 use super::record::{ReserveError, Undo, UnmapError};
 use super::table::{RecordSlot, Table};
 
-/// A page that shows a target's memory. Dropping one leaks the memory behind it on purpose, since only the host's
-/// consent makes it safe to use again.
+/// A page that shows a target's memory. Dropping one leaks the memory behind it on purpose, since
+/// only the host's consent makes it safe to use again.
 pub trait Page: Sized {
-    /// Asks the host to undo the mapping, then gives the page back to where it came from. A refusal returns the page.
+    /// Asks the host to undo the mapping, then gives the page back to where it came from. A refusal
+    /// returns the page.
     fn undo(self) -> Result<(), Self>;
 }
 
@@ -24,7 +26,8 @@ pub trait Shared {
     fn with<R>(&self, transition: impl FnOnce(&mut Table<Self::Page, Self::Maps>) -> R) -> R;
 }
 
-/// MAP: `make` pins the page and has the host replace it; its error is the result, and the GVA is free again.
+/// MAP: `make` pins the page and has the host replace it; its error is the result, and the GVA is
+/// free again.
 pub fn map<S: Shared, E: From<ReserveError>>(
     shared: &S,
     slot: RecordSlot<S::Page, S::Maps>,
@@ -54,8 +57,8 @@ pub fn unmap<S: Shared>(shared: &S, gva: u64) -> Result<(), UnmapError> {
     if settle(shared, undo) { Ok(()) } else { Err(UnmapError::Refused) }
 }
 
-/// Closing a file: undoes its mappings one by one, and nobody else's. What the host refuses stays quarantined in the
-/// table.
+/// Closing a file: undoes its mappings one by one, and nobody else's. What the host refuses stays
+/// quarantined in the table.
 pub fn close<S: Shared>(shared: &S, owner: u64) {
     shared.with(|table| table.close(owner));
     undo_each(shared, Some(owner));

@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The transitions of a process's mapping table. Each takes `&mut self`, so the caller holds the table's lock, and none
-//! sleeps, allocates or fails half-way.
+//! The transitions of a process's mapping table. Each takes `&mut self`, so the caller holds the
+//! table's lock, and none sleeps, allocates or fails half-way.
 
 use super::map::{Map, Maps};
 use super::record::{Owner, Record, Reservation, ReserveError, State, Undo, UnmapError, Usage};
 
-/// The replaced pages of one process, by GVA, and the accounts of its open files, by a number that is never reused.
+/// The replaced pages of one process, by GVA, and the accounts of its open files, by a number that
+/// is never reused.
 pub struct Table<P, M: Maps> {
     records: M::Map<Record<P>>,
     owners: M::Map<Owner>,
@@ -25,20 +26,26 @@ impl<P, M: Maps> Default for Table<P, M> {
 }
 
 impl<P, M: Maps> Table<P, M> {
-    /// Opens the account of a new file that may have `limit` records. The number was never used before.
+    /// Opens the account of a new file that may have `limit` records. The number was never used
+    /// before.
     pub fn open(&mut self, slot: OwnerSlot<M>, owner: u64, limit: u64) {
-        self.owners.insert(slot, owner, Owner { limit, records: 0, quarantined: 0, is_closed: false });
+        self.owners.insert(
+            slot,
+            owner,
+            Owner { limit, records: 0, quarantined: 0, is_closed: false },
+        );
     }
 
-    /// Takes `gva` for `owner`. From here until [`Table::commit`] or [`Table::abort`] nobody else can touch the
-    /// record: it holds no page.
+    /// Takes `gva` for `owner`. From here until [`Table::commit`] or [`Table::abort`] nobody else
+    /// can touch the record: it holds no page.
     pub fn reserve(
         &mut self,
         slot: RecordSlot<P, M>,
         gva: u64,
         owner: u64,
     ) -> Result<Reservation, ReserveError> {
-        let account = self.owners.get_mut(owner).filter(|account| !account.is_closed && !self.is_dead);
+        let account =
+            self.owners.get_mut(owner).filter(|account| !account.is_closed && !self.is_dead);
         let account = account.ok_or(ReserveError::Closed)?;
         if self.records.get(gva).is_some() {
             return Err(ReserveError::InUse);
@@ -51,12 +58,15 @@ impl<P, M: Maps> Table<P, M> {
         Ok(Reservation { gva })
     }
 
-    /// Publishes the page of a reserved record. Where the file or the process went away meanwhile the page comes
-    /// straight back, to be undone.
+    /// Publishes the page of a reserved record. Where the file or the process went away meanwhile
+    /// the page comes straight back, to be undone.
     pub fn commit(&mut self, reservation: Reservation, page: P) -> Option<Undo<P>> {
         let Reservation { gva } = reservation;
-        let Some(record) = self.records.get_mut(gva) else { return Some(Undo { gva, page }) };
-        let is_gone = self.is_dead || self.owners.get(record.owner).is_none_or(|account| account.is_closed);
+        let Some(record) = self.records.get_mut(gva) else {
+            return Some(Undo { gva, page });
+        };
+        let is_gone =
+            self.is_dead || self.owners.get(record.owner).is_none_or(|account| account.is_closed);
         if is_gone {
             record.state = State::Unmapping;
             return Some(Undo { gva, page });
@@ -70,8 +80,8 @@ impl<P, M: Maps> Table<P, M> {
         self.remove(reservation.gva);
     }
 
-    /// Takes the page at `gva` out, whichever file of the process mapped it, to be undone. A quarantined page is
-    /// handed out as well: that is how its undo is tried again.
+    /// Takes the page at `gva` out, whichever file of the process mapped it, to be undone. A
+    /// quarantined page is handed out as well: that is how its undo is tried again.
     pub fn begin_undo(&mut self, gva: u64) -> Result<Undo<P>, UnmapError> {
         let record = self.records.get_mut(gva).ok_or(UnmapError::NotMapped)?;
         match core::mem::replace(&mut record.state, State::Unmapping) {
@@ -89,8 +99,9 @@ impl<P, M: Maps> Table<P, M> {
         }
     }
 
-    /// Takes the next page at or above `from` out to be undone: of `owner`, or of the whole process. Records that
-    /// another thread is mapping or unmapping are passed over; that thread settles them.
+    /// Takes the next page at or above `from` out to be undone: of `owner`, or of the whole
+    /// process. Records that another thread is mapping or unmapping are passed over; that
+    /// thread settles them.
     pub fn next_undo(&mut self, owner: Option<u64>, from: u64) -> Option<Undo<P>> {
         let mut from = from;
         loop {
@@ -108,9 +119,12 @@ impl<P, M: Maps> Table<P, M> {
         self.remove(gva);
     }
 
-    /// The host refused to undo: the page goes back into its record, for good or until the next attempt.
+    /// The host refused to undo: the page goes back into its record, for good or until the next
+    /// attempt.
     pub fn refuse(&mut self, undo: Undo<P>) {
-        let Some(record) = self.records.get_mut(undo.gva) else { return };
+        let Some(record) = self.records.get_mut(undo.gva) else {
+            return;
+        };
         record.state = State::Quarantined(undo.page);
         if let Some(account) = self.owners.get_mut(record.owner) {
             account.quarantined += 1;
@@ -141,7 +155,9 @@ impl<P, M: Maps> Table<P, M> {
     }
 
     fn remove(&mut self, gva: u64) {
-        let Some(record) = self.records.remove(gva) else { return };
+        let Some(record) = self.records.remove(gva) else {
+            return;
+        };
         if let Some(account) = self.owners.get_mut(record.owner) {
             account.records = account.records.saturating_sub(1);
         }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The sequences of [`kvmmem_table::ops`] under every interleaving of a few threads: MAP, UNMAP, closing a file and the
-//! death of the process racing for one page. No page is given back twice, none while the host still shows the target's
-//! memory there, none is lost.
+//! The sequences of [`kvmmem_table::ops`] under every interleaving of a few threads: MAP, UNMAP,
+//! closing a file and the death of the process racing for one page. No page is given back twice,
+//! none while the host still shows the target's memory there, none is lost.
 //!
 //! `RUSTFLAGS="--cfg loom" cargo test -p kvmmem-table --release loom`
 #![cfg(loom)]
@@ -96,7 +96,8 @@ impl Process {
 
     /// After all threads: `in_table` pages are still replaced, and UNMAP gets exactly these back.
     fn check(&self, in_table: usize) {
-        let count = |place| self.world.lock().unwrap().pages.values().filter(|p| **p == place).count();
+        let count =
+            |place| self.world.lock().unwrap().pages.values().filter(|p| **p == place).count();
         assert_eq!(count(Place::Replaced), in_table);
         assert_eq!(self.unmap(), if in_table == 1 { Ok(()) } else { Err(UnmapError::NotMapped) });
         assert_eq!(count(Place::Replaced), 0);
@@ -162,7 +163,10 @@ fn loom_unmap_through_one_file_races_with_closing_the_other() {
         process.map(FILE_A, 1).unwrap();
         let unmap = spawn(&process, Process::unmap);
         ops::close(&*process, FILE_A);
-        assert!(matches!(unmap.join().unwrap(), Ok(()) | Err(UnmapError::NotMapped | UnmapError::Busy)));
+        assert!(matches!(
+            unmap.join().unwrap(),
+            Ok(()) | Err(UnmapError::NotMapped | UnmapError::Busy)
+        ));
         process.check(0);
         assert_eq!(process.with(|table| table.usage(FILE_A)), None);
     });

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The table against a simple model: random transitions of several threads on the tables of two processes, each with
-//! three files, with a host that may refuse. Every answer and every counter must be the model's, and every page must
-//! be in exactly one place.
+//! The table against a simple model: random transitions of several threads on the tables of two
+//! processes, each with three files, with a host that may refuse. Every answer and every counter
+//! must be the model's, and every page must be in exactly one place.
 #![cfg(not(loom))]
 
 mod common;
@@ -167,7 +167,10 @@ impl Process {
     /// The GVA of a reservation, after a check that nothing else is there.
     fn reserved(&self, reservation: &Reservation) -> u64 {
         let gva = reservation.gva();
-        assert!(self.reservations.iter().all(|other| other.gva() != gva), "two reservations of {gva:#x}");
+        assert!(
+            self.reservations.iter().all(|other| other.gva() != gva),
+            "two reservations of {gva:#x}"
+        );
         assert_eq!(self.model[&gva].1, Is::Reserved);
         gva
     }
@@ -202,7 +205,11 @@ impl Process {
     }
 
     fn handed_out(&mut self, undo: Undo<u64>) {
-        assert!(!self.freed.contains(&undo.page), "page {} was handed out after it was freed", undo.page);
+        assert!(
+            !self.freed.contains(&undo.page),
+            "page {} was handed out after it was freed",
+            undo.page
+        );
         let (owner, _) = self.model[&undo.gva];
         self.model.insert(undo.gva, (owner, Is::Unmapping));
         self.undos.push(undo);

@@ -34,13 +34,14 @@ pub struct VmConfig {
     pub introspector: bool,
     /// How an introspector's hypercalls reach the VMM.
     pub hypercalls: HypercallWay,
-    /// Whether an introspector gets windows, where the host's KVM has read-only memory slots: views by hypercall, beside
-    /// single pages.
+    /// Whether an introspector gets windows, where the host's KVM has read-only memory slots:
+    /// views by hypercall, beside single pages.
     pub window: bool,
     /// What a reset by the guest does.
     pub reset: ResetPolicy,
-    /// Whether the process gives up all rights that the machine does not need, for good: the calling thread, all threads
-    /// that it starts, and, as to system calls, all threads there are.
+    /// Whether the process gives up all rights that the machine does not need, for good: the
+    /// calling thread, all threads that it starts, and, as to system calls, all threads there
+    /// are.
     pub sandbox: bool,
 }
 
@@ -62,8 +63,8 @@ pub struct DiskConfig {
 /// Where the first serial port (`ttyS0`) leads.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum SerialConfig {
-    /// Standard output and input. A terminal is put in raw mode: Ctrl-C goes to the guest, and Ctrl-A x ends the
-    /// machine, Ctrl-A Ctrl-A sends one Ctrl-A.
+    /// Standard output and input. A terminal is put in raw mode: Ctrl-C goes to the guest, and
+    /// Ctrl-A x ends the machine, Ctrl-A Ctrl-A sends one Ctrl-A.
     Stdio,
     /// Output to a file, which is created or emptied; no input.
     File(PathBuf),

@@ -97,7 +97,8 @@ struct State {
 }
 
 impl StopHandle {
-    /// Ends the machine; [`crate::run`] returns [`crate::VmExit::Stopped`] unless it ended otherwise before.
+    /// Ends the machine; [`crate::run`] returns [`crate::VmExit::Stopped`] unless it ended
+    /// otherwise before.
     pub fn stop(&self) {
         let mut state = self.lock();
         state.stopped = true;
@@ -130,7 +131,8 @@ impl StopHandle {
         }
     }
 
-    /// Takes the reason, once the generation's threads are gone. A stop from outside wins over a reset.
+    /// Takes the reason, once the generation's threads are gone. A stop from outside wins over a
+    /// reset.
     pub(crate) fn take(&self) -> Ended {
         let mut state = self.lock();
         self.0.is_ending.store(state.stopped, Ordering::SeqCst);

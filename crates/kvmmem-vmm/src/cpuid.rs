@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! What `cpuid` tells the guest: what KVM supports, with the topology of this machine, without KVM's own hypercalls
-//! where they do not reach KVM, and with kvmmem's leaves for an introspector.
+//! What `cpuid` tells the guest: what KVM supports, with the topology of this machine, without
+//! KVM's own hypercalls where they do not reach KVM, and with kvmmem's leaves for an introspector.
 
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
 use kvm_ioctls::{Cap, Kvm};
@@ -14,8 +14,9 @@ use crate::status::ActiveWay;
 /// Leaf of KVM's feature bits (Documentation/virt/kvm/x86/cpuid.rst).
 const KVM_FEATURES: u32 = 0x4000_0001;
 
-/// Features whose use takes hypercalls, by bit: PV unhalt 7, PV send IPI 11, PV sched yield 13, map GPA range 16,
-/// migration control 17. (Clock pairing has no bit; its hypercall gets `-KVM_ENOSYS`.)
+/// Features whose use takes hypercalls, by bit: PV unhalt 7, PV send IPI 11, PV sched yield 13, map
+/// GPA range 16, migration control 17. (Clock pairing has no bit; its hypercall gets
+/// `-KVM_ENOSYS`.)
 const HYPERCALL_FEATURES: u32 = 1 << 7 | 1 << 11 | 1 << 13 | 1 << 16 | 1 << 17;
 
 /// Why the CPUID table could not be made.
@@ -37,15 +38,16 @@ pub enum CpuidError {
 pub(crate) struct CpuidTemplate(Vec<kvm_cpuid_entry2>);
 
 impl CpuidTemplate {
-    /// The table for machines with `vcpus` CPUs, whose hypercalls take `way` if they are introspectors, which may have
-    /// windows.
+    /// The table for machines with `vcpus` CPUs, whose hypercalls take `way` if they are
+    /// introspectors, which may have windows.
     pub(crate) fn new(
         kvm: &Kvm,
         vcpus: u8,
         way: Option<ActiveWay>,
         has_windows: bool,
     ) -> Result<Self, CpuidError> {
-        let supported = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(CpuidError::Supported)?;
+        let supported =
+            kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(CpuidError::Supported)?;
         let mut entries = supported.as_slice().to_vec();
         let has_deadline_timer = kvm.check_extension(Cap::TscDeadlineTimer);
         adapt(&mut entries, vcpus, way, has_deadline_timer);
@@ -60,8 +62,11 @@ impl CpuidTemplate {
         const ADDRESS_SIZES: u32 = 0x8000_0008;
         /// What a CPU has without that leaf.
         const LEAST: u32 = 36;
-        let sizes =
-            self.0.iter().find(|entry| entry.function == ADDRESS_SIZES).map_or(LEAST, |entry| entry.eax);
+        let sizes = self
+            .0
+            .iter()
+            .find(|entry| entry.function == ADDRESS_SIZES)
+            .map_or(LEAST, |entry| entry.eax);
         match (sizes & 0xff, sizes >> 16 & 0xff) {
             (bits, 0) => bits,
             // The second one is what second-level page tables reach.
@@ -92,7 +97,12 @@ fn id_bits(count: u8) -> u32 {
 }
 
 /// One package of `vcpus` cores with one thread each.
-fn adapt(entries: &mut Vec<kvm_cpuid_entry2>, vcpus: u8, way: Option<ActiveWay>, has_deadline_timer: bool) {
+fn adapt(
+    entries: &mut Vec<kvm_cpuid_entry2>,
+    vcpus: u8,
+    way: Option<ActiveWay>,
+    has_deadline_timer: bool,
+) {
     const TSC_DEADLINE: u32 = 1 << 24;
     const HYPERVISOR: u32 = 1 << 31;
     const HTT: u32 = 1 << 28;
@@ -109,23 +119,32 @@ fn adapt(entries: &mut Vec<kvm_cpuid_entry2>, vcpus: u8, way: Option<ActiveWay>,
             0x1 => {
                 entry.ebx = entry.ebx & 0xff00_ffff | count << 16;
                 entry.ecx |= HYPERVISOR;
-                entry.ecx =
-                    if has_deadline_timer { entry.ecx | TSC_DEADLINE } else { entry.ecx & !TSC_DEADLINE };
+                entry.ecx = if has_deadline_timer {
+                    entry.ecx | TSC_DEADLINE
+                } else {
+                    entry.ecx & !TSC_DEADLINE
+                };
                 entry.edx = if count > 1 { entry.edx | HTT } else { entry.edx & !HTT };
-                // KVM keeps hold of pages that a nested guest's control structures name, while it runs: so they could be
-                // reached after they were taken from an introspector.
+                // KVM keeps hold of pages that a nested guest's control structures name, while it
+                // runs: so they could be reached after they were taken from an
+                // introspector.
                 if way.is_some() {
                     entry.ecx &= !VMX;
                 }
             }
-            // Caches: cores of the package, and the last level shared by all of them, the others by none.
+            // Caches: cores of the package, and the last level shared by all of them, the others by
+            // none.
             0x4 if entry.eax & 0x1f != 0 => {
                 let sharing = if entry.eax >> 5 & 7 >= 3 { count - 1 } else { 0 };
                 entry.eax = entry.eax & 0x3fff | sharing << 14 | ((1 << bits) - 1) << 26;
             }
             KVM_FEATURES if way == Some(ActiveWay::Xen) => entry.eax &= !HYPERCALL_FEATURES,
             0x8000_0001 => {
-                entry.ecx = if count > 1 { entry.ecx | AMD_CMP_LEGACY } else { entry.ecx & !AMD_CMP_LEGACY };
+                entry.ecx = if count > 1 {
+                    entry.ecx | AMD_CMP_LEGACY
+                } else {
+                    entry.ecx & !AMD_CMP_LEGACY
+                };
                 if way.is_some() {
                     entry.ecx &= !SVM;
                 }
@@ -172,7 +191,12 @@ fn kvmmem_leaves(way: ActiveWay, has_windows: bool) -> [kvm_cpuid_entry2; 2] {
             edx,
             ..Default::default()
         },
-        kvm_cpuid_entry2 { function: LEAF_FEATURES, eax: features, ebx: port, ..Default::default() },
+        kvm_cpuid_entry2 {
+            function: LEAF_FEATURES,
+            eax: features,
+            ebx: port,
+            ..Default::default()
+        },
     ]
 }
 
@@ -194,7 +218,8 @@ mod tests {
     }
 
     fn leaf(entries: &[kvm_cpuid_entry2], function: u32, index: u32) -> kvm_cpuid_entry2 {
-        let mut found = entries.iter().filter(|entry| entry.function == function && entry.index == index);
+        let mut found =
+            entries.iter().filter(|entry| entry.function == function && entry.index == index);
         let entry = *found.next().unwrap();
         assert!(found.next().is_none(), "{function:#x} twice");
         entry
@@ -253,8 +278,13 @@ mod tests {
 
     #[test]
     fn addresses_end_where_both_sides_can() {
-        let with =
-            |eax| CpuidTemplate(vec![kvm_cpuid_entry2 { function: 0x8000_0008, eax, ..Default::default() }]);
+        let with = |eax| {
+            CpuidTemplate(vec![kvm_cpuid_entry2 {
+                function: 0x8000_0008,
+                eax,
+                ..Default::default()
+            }])
+        };
         assert_eq!(with(0x3030).address_bits(), 48);
         assert_eq!(with(0x30_3934).address_bits(), 48);
         assert_eq!(with(0x34_3028).address_bits(), 40);

@@ -11,8 +11,10 @@ pub enum VmExit {
     PowerOff,
     /// The guest reset its machine, and the configuration says to end then.
     Reset,
-    /// The guest's CPU shut down (triple fault). Not treated as a reset: a kernel that cannot boot would loop forever.
+    /// The guest's CPU shut down (triple fault). Not treated as a reset: a kernel that cannot boot
+    /// would loop forever.
     TripleFault,
-    /// Stopped from outside: [`crate::StopHandle::stop`], SIGINT, SIGTERM, or Ctrl-A x on the serial terminal.
+    /// Stopped from outside: [`crate::StopHandle::stop`], SIGINT, SIGTERM, or Ctrl-A x on the
+    /// serial terminal.
     Stopped,
 }

@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The way of the vCPU threads into the guest, which can be closed for a moment.
 //!
-//! A thread that is not in `KVM_RUN` is outside, whatever it does there: it may wait for the very thread that closes
-//! the gate. So the one that closes it waits for threads in the guest alone, and those come out when they are kicked.
+//! A thread that is not in `KVM_RUN` is outside, whatever it does there: it may wait for the very
+//! thread that closes the gate. So the one that closes it waits for threads in the guest alone, and
+//! those come out when they are kicked.
 //!
-//! While it is closed, the threads that wait in front of it can be asked for their vCPU's registers, which nothing else can
-//! read without waiting for `KVM_RUN`.
+//! While it is closed, the threads that wait in front of it can be asked for their vCPU's
+//! registers, which nothing else can read without waiting for `KVM_RUN`.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -16,7 +17,8 @@ use kvmmem_client::vmm::VcpuRegisters;
 /// How long the vCPUs may take to come out.
 const LIMIT: Duration = Duration::from_secs(2);
 
-/// How long a kicked vCPU is waited for before it is kicked again: it may have been kicked just before it went in.
+/// How long a kicked vCPU is waited for before it is kicked again: it may have been kicked just
+/// before it went in.
 const KICK_AGAIN: Duration = Duration::from_micros(50);
 
 /// What calls a vCPU's thread out of the guest.
@@ -75,7 +77,11 @@ impl Gate {
     pub(crate) fn new(vcpus: u8) -> Self {
         let inside = (0..vcpus).map(|_| AtomicBool::new(false)).collect();
         let registers = vec![(0, None); usize::from(vcpus)];
-        Self { inside, state: Mutex::new(State { registers, ..State::default() }), ..Self::default() }
+        Self {
+            inside,
+            state: Mutex::new(State { registers, ..State::default() }),
+            ..Self::default()
+        }
     }
 
     /// Adds what calls one more vCPU out of the guest.
@@ -88,15 +94,16 @@ impl Gate {
         self.lock().kicks.iter().for_each(|kick| kick());
     }
 
-    /// Lets vCPU `id` in, which first waits as long as the gate is closed. `read` reads its registers where they are wanted
-    /// meanwhile.
+    /// Lets vCPU `id` in, which first waits as long as the gate is closed. `read` reads its
+    /// registers where they are wanted meanwhile.
     pub(crate) fn enter(&self, id: u8, read: impl Fn() -> Option<VcpuRegisters>) -> Inside<'_> {
         let inside = self.inside.get(usize::from(id));
         loop {
             if let Some(inside) = inside {
                 inside.store(true, Ordering::SeqCst);
             }
-            // Either this thread sees the gate closed, or whoever closes it sees this thread inside.
+            // Either this thread sees the gate closed, or whoever closes it sees this thread
+            // inside.
             if !self.is_closed.load(Ordering::SeqCst) {
                 return Inside(inside);
             }
@@ -154,8 +161,8 @@ impl Gate {
         self.is_closed.load(Ordering::SeqCst)
     }
 
-    /// Closes the gate and returns once no vCPU is in the guest. It opens when all who have closed it have dropped what
-    /// they got.
+    /// Closes the gate and returns once no vCPU is in the guest. It opens when all who have closed
+    /// it have dropped what they got.
     ///
     /// # Errors
     /// [`PauseError`], and the gate is as it was.
@@ -298,17 +305,20 @@ mod tests {
             for (id, kicked) in (0u8..).zip(&kicked) {
                 let (gate, done, entries) = (&gate, &done, &entries);
                 scope.spawn(move || {
-                    let read = || Some(VcpuRegisters { rip: u64::from(id) + 1, ..Default::default() });
+                    let read =
+                        || Some(VcpuRegisters { rip: u64::from(id) + 1, ..Default::default() });
                     while !done.load(Ordering::SeqCst) {
                         let _inside = gate.enter(id, read);
                         entries.fetch_add(1, Ordering::SeqCst);
-                        while !kicked.swap(false, Ordering::SeqCst) && !done.load(Ordering::SeqCst) {
+                        while !kicked.swap(false, Ordering::SeqCst) && !done.load(Ordering::SeqCst)
+                        {
                             std::hint::spin_loop();
                         }
                     }
                 });
             }
-            let rips = || gate.registers().map(|all| all.iter().map(|vcpu| vcpu.rip).collect::<Vec<_>>());
+            let rips =
+                || gate.registers().map(|all| all.iter().map(|vcpu| vcpu.rip).collect::<Vec<_>>());
             // While they run, and while they are stopped.
             let running = rips();
             let paused = gate.close();

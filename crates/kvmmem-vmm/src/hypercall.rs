@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The introspector's hypercalls: decoded ([`codec`]), their arguments fetched ([`memory`]), carried out by the mapping
-//! engine and the windows ([`view`]). [`xen`] and [`port`] are the two ways in and out (`kvmmem_abi::hypercall`).
+//! The introspector's hypercalls: decoded ([`codec`]), their arguments fetched ([`memory`]),
+//! carried out by the mapping engine and the windows ([`view`]). [`xen`] and [`port`] are the two
+//! ways in and out (`kvmmem_abi::hypercall`).
 //!
-//! A call that waits for the broker is executed again until the answer is there ([`deferred`], [`again`]): the guest sees
-//! one call that takes long, during which it serves interrupts.
+//! A call that waits for the broker is executed again until the answer is there ([`deferred`],
+//! [`again`]): the guest sees one call that takes long, during which it serves interrupts.
 //!
 //! | result | when |
 //! |---|---|
@@ -18,8 +19,8 @@
 //! | `-KVM_EOPNOTSUPP` | the machine has no broker; ATTACH, DETACH, SEEK: it has no windows |
 //! | `-KVM_ENOSYS` | unknown number |
 //!
-//! Checks come in an order in which a token is not used up where the call cannot work: only the two that need the
-//! target, its holes and its identity, come behind it.
+//! Checks come in an order in which a token is not used up where the call cannot work: only the two
+//! that need the target, its holes and its identity, come behind it.
 
 mod again;
 mod codec;
@@ -80,15 +81,17 @@ impl Hypercalls {
         Self { engine, tokens, windows, memory, gate, redeemed, attached }
     }
 
-    /// Takes note that a guest wrote at `gpa`, where no memory takes writes; false when that is no business of windows.
+    /// Takes note that a guest wrote at `gpa`, where no memory takes writes; false when that is no
+    /// business of windows.
     pub(crate) fn refuse_write(&self, gpa: u64) -> bool {
         self.windows.as_ref().is_some_and(|windows| windows.refuse_write(gpa))
     }
 
-    /// Carries out a hypercall of `vcpu`, made at privilege level `cpl`; the result is 0 or a negative `KVM_Exxx`. One
-    /// that is pending is to be made again.
+    /// Carries out a hypercall of `vcpu`, made at privilege level `cpl`; the result is 0 or a
+    /// negative `KVM_Exxx`. One that is pending is to be made again.
     fn serve(&self, vcpu: &VcpuFd, cpl: u8, call: Hypercall) -> Poll<i64> {
-        let done = if cpl == 0 { self.dispatch(vcpu, call) } else { Poll::Ready(Err(KvmError::Perm)) };
+        let done =
+            if cpl == 0 { self.dispatch(vcpu, call) } else { Poll::Ready(Err(KvmError::Perm)) };
         done.map(|done| match done {
             Ok(()) => 0,
             Err(error) => -i64::from(error.number()),
@@ -119,7 +122,8 @@ impl Hypercalls {
             }
             Hypercall::UnmapAll { .. } => return Poll::Ready(Err(KvmError::Inval)),
             Hypercall::Attach { request_gva, result_gva } => {
-                let (windows, tokens) = (self.windows()?, self.tokens.as_ref().ok_or(KvmError::OpNotSupp)?);
+                let (windows, tokens) =
+                    (self.windows()?, self.tokens.as_ref().ok_or(KvmError::OpNotSupp)?);
                 return view::attach(windows, &memory, (request_gva, result_gva), |opening| {
                     view::open(&self.attached, tokens, opening)
                 });
@@ -177,5 +181,8 @@ impl Hypercalls {
 
 /// The GPA behind a guest-virtual address, as the vCPU's page tables have it.
 fn translate(vcpu: &VcpuFd, gva: u64) -> Option<u64> {
-    vcpu.translate_gva(gva).ok().filter(|found| found.valid != 0).map(|found| found.physical_address)
+    vcpu.translate_gva(gva)
+        .ok()
+        .filter(|found| found.valid != 0)
+        .map(|found| found.physical_address)
 }

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! A small virtual machine monitor on `/dev/kvm`: what a Linux appliance needs, and the host's side of kvmmem's
-//! hypercalls.
+//! A small virtual machine monitor on `/dev/kvm`: what a Linux appliance needs, and the host's side
+//! of kvmmem's hypercalls.
 //!
-//! [`run`] takes a [`VmConfig`] through its life: RAM ([`kvmmem_sys::ram`]), kernel and firmware tables (`boot`),
-//! devices (`devices`), one thread per vCPU (`vcpu`), hypercalls (`hypercall`), the pages they map ([`mapping`]) and the
-//! windows they open (`window`). A VMM holds the memory of whole targets, so it gives up what it does not need
-//! (`sandbox`).
+//! [`run`] takes a [`VmConfig`] through its life: RAM ([`kvmmem_sys::ram`]), kernel and firmware
+//! tables (`boot`), devices (`devices`), one thread per vCPU (`vcpu`), hypercalls (`hypercall`),
+//! the pages they map ([`mapping`]) and the windows they open (`window`). A VMM holds the memory of
+//! whole targets, so it gives up what it does not need (`sandbox`).
 #![deny(unsafe_code)]
 
 mod boot;
@@ -29,7 +29,9 @@ mod vm;
 mod window;
 
 pub use boot::{AcpiError, LoadError};
-pub use config::{DiskConfig, HypercallWay, MAX_DISKS, MAX_VCPUS, ResetPolicy, SerialConfig, VmConfig};
+pub use config::{
+    DiskConfig, HypercallWay, MAX_DISKS, MAX_VCPUS, ResetPolicy, SerialConfig, VmConfig,
+};
 pub use control::{Control, StopHandle};
 pub use cpuid::CpuidError;
 pub use devices::vsock::VsockError;

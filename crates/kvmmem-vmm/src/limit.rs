@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A limit on log lines that a guest can cause: for each call site five at once, then one a second.
 
-/// `tracing::warn!` that a guest may trigger: limited per call site, with the number of lines left out.
+/// `tracing::warn!` that a guest may trigger: limited per call site, with the number of lines left
+/// out.
 macro_rules! warn_limited {
     ($($arg:tt)+) => {{
         use ::kvmmem_proto::limit::{Rate, RateLimit};

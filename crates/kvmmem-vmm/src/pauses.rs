@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Pauses of the machine's vCPUs and their registers, for the broker's clients.
 //!
-//! The machine runs again when nobody needs it stopped: the broker says so, its connection ends, or a pause is not repeated
-//! for [`LEASE`], as by a broker that hangs. Lock order: `state`, then the gate's.
+//! The machine runs again when nobody needs it stopped: the broker says so, its connection ends, or
+//! a pause is not repeated for [`LEASE`], as by a broker that hangs. Lock order: `state`, then the
+//! gate's.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -12,7 +13,8 @@ use kvmmem_client::vmm::{VcpuAnswer, VcpuQuestion, Vcpus};
 
 use crate::gate::{Gate, Paused};
 
-/// How long a pause lasts that is not repeated. The broker ends one that its client does not repeat for 10 s.
+/// How long a pause lasts that is not repeated. The broker ends one that its client does not repeat
+/// for 10 s.
 const LEASE: Duration = Duration::from_secs(15);
 
 /// The most pauses at a time.
@@ -86,7 +88,9 @@ impl State {
         }
         let Some(gate) = &self.gate else { return not_running() };
         if self.holders.len() >= MAX_HOLDERS && is_new {
-            return VcpuAnswer::Failed { message: format!("it is paused {MAX_HOLDERS} times already") };
+            return VcpuAnswer::Failed {
+                message: format!("it is paused {MAX_HOLDERS} times already"),
+            };
         }
         if self.paused.is_none() {
             match gate.close() {
@@ -113,13 +117,17 @@ impl State {
         self.paused = None;
     }
 
-    /// Ends the pauses that were not repeated in time; returns how long until the next one is to end.
+    /// Ends the pauses that were not repeated in time; returns how long until the next one is to
+    /// end.
     fn expire(&mut self, now: Instant) -> Option<Duration> {
         self.holders.retain(|_, repeated| now.duration_since(*repeated) < LEASE);
         if self.holders.is_empty() && self.paused.take().is_some() {
             tracing::warn!("a pause was not repeated for {LEASE:?}: the VM runs again");
         }
-        self.holders.values().map(|repeated| LEASE.saturating_sub(now.duration_since(*repeated))).min()
+        self.holders
+            .values()
+            .map(|repeated| LEASE.saturating_sub(now.duration_since(*repeated)))
+            .min()
     }
 }
 

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! A machine's hardware but for RAM and CPUs: what KVM emulates, and the devices with their places and interrupts.
+//! A machine's hardware but for RAM and CPUs: what KVM emulates, and the devices with their places
+//! and interrupts.
 
 use std::sync::{Arc, Mutex};
 
@@ -17,12 +18,15 @@ use crate::devices::console::ConsoleOutput;
 use crate::devices::serial::{self, SerialPort};
 use crate::devices::virtio::VirtioDevice;
 use crate::devices::virtio_mmio::{QUEUE_NOTIFY, VirtioMmio};
-use crate::devices::{SERIAL_GSI, SERIAL_PORT, VIRTIO_MMIO_BASE, VIRTIO_MMIO_GSI, VIRTIO_MMIO_LENGTH};
+use crate::devices::{
+    SERIAL_GSI, SERIAL_PORT, VIRTIO_MMIO_BASE, VIRTIO_MMIO_GSI, VIRTIO_MMIO_LENGTH,
+};
 use crate::error::VmmError;
 
 /// A VM with interrupt controllers and timer, without memory and CPUs.
 pub(crate) fn create_vm(kvm: &Kvm) -> Result<VmFd, VmmError> {
-    /// Three pages for KVM's use on Intel CPUs, below the firmware's place at the end of 4 GiB, and one page before.
+    /// Three pages for KVM's use on Intel CPUs, below the firmware's place at the end of 4 GiB, and
+    /// one page before.
     const TSS_ADDRESS: usize = 0xfffb_d000;
     const IDENTITY_MAP_ADDRESS: u64 = 0xfffb_c000;
     let failed = |what| move |source| VmmError::Kvm { what, source };
@@ -44,8 +48,9 @@ pub(crate) fn can_window(kvm: &Kvm) -> bool {
     kvm.check_extension(Cap::ReadonlyMem)
 }
 
-/// Has KVM forget the translations of a memory slot alone when the slot goes, not those of all RAM, where it can
-/// (`KVM_X86_QUIRK_SLOT_ZAP_ALL` in Documentation/virt/kvm/api.rst): windows come and go while the guest works.
+/// Has KVM forget the translations of a memory slot alone when the slot goes, not those of all RAM,
+/// where it can (`KVM_X86_QUIRK_SLOT_ZAP_ALL` in Documentation/virt/kvm/api.rst): windows come and
+/// go while the guest works.
 pub(crate) fn zap_single_slots(vm: &VmFd) {
     let quirks = vm.check_extension_raw(KVM_CAP_DISABLE_QUIRKS2.into());
     if quirks & KVM_X86_QUIRK_SLOT_ZAP_ALL.cast_signed() != 0 {
@@ -82,7 +87,10 @@ impl<'a> Devices<'a> {
     }
 
     /// The first serial port.
-    pub(crate) fn add_serial(&mut self, output: ConsoleOutput) -> Result<Arc<Mutex<SerialPort>>, VmmError> {
+    pub(crate) fn add_serial(
+        &mut self,
+        output: ConsoleOutput,
+    ) -> Result<Arc<Mutex<SerialPort>>, VmmError> {
         let port = SerialPort::new(self.line(SERIAL_GSI)?, output);
         let port = Arc::new(Mutex::new(port));
         self.ports.insert(SERIAL_PORT.into(), serial::PORTS, port.clone());
@@ -96,7 +104,8 @@ impl<'a> Devices<'a> {
         device: Box<dyn VirtioDevice>,
         memory: &Arc<GuestMemoryMmap>,
     ) -> Result<(), VmmError> {
-        // The serial port comes first and is the only one of its kind; `check` limits the others to the pins.
+        // The serial port comes first and is the only one of its kind; `check` limits the others to
+        // the pins.
         let index = u32::try_from(self.acpi.len().saturating_sub(1)).unwrap_or(u32::MAX);
         let base = VIRTIO_MMIO_BASE + index * VIRTIO_MMIO_LENGTH;
         let gsi = VIRTIO_MMIO_GSI + index;

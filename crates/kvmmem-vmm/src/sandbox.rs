@@ -1,12 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! What the process of a machine gives up before it runs the guest. It maps the memory of whole targets: a guest that breaks
-//! out into it should reach nothing else.
+//! What the process of a machine gives up before it runs the guest. It maps the memory of whole
+//! targets: a guest that breaks out into it should reach nothing else.
 //!
 //! - no_new_privs: no program that it executes gains rights.
 //! - Landlock: of the file system it opens what a reset opens again, and no TCP port.
-//! - seccomp: system calls that no machine needs end the process ([`filter`]), with the call's number on standard error.
+//! - seccomp: system calls that no machine needs end the process ([`filter`]), with the call's
+//!   number on standard error.
 //!
-//! What this host's kernel does not have is left out, with a warning: a machine that runs with less is better than none.
+//! What this host's kernel does not have is left out, with a warning: a machine that runs with less
+//! is better than none.
 
 mod filter;
 
@@ -15,23 +17,25 @@ use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
 use landlock::{
-    ABI, Access, AccessFs, AccessNet, BitFlags, Ruleset, RulesetAttr, RulesetCreatedAttr, RulesetError,
-    RulesetStatus, path_beneath_rules,
+    ABI, Access, AccessFs, AccessNet, BitFlags, Ruleset, RulesetAttr, RulesetCreatedAttr,
+    RulesetError, RulesetStatus, path_beneath_rules,
 };
 
 use crate::config::VmConfig;
 use crate::devices::vsock;
 
-/// What of Landlock is used, where the kernel has it. Later ones restrict connections to unix sockets, such as the
-/// broker's.
+/// What of Landlock is used, where the kernel has it. Later ones restrict connections to unix
+/// sockets, such as the broker's.
 const LANDLOCK: ABI = ABI::V6;
 
-/// Gives up what a machine of this configuration does not need. For this thread and those that it starts; the filter of
-/// system calls is for the whole process.
+/// Gives up what a machine of this configuration does not need. For this thread and those that it
+/// starts; the filter of system calls is for the whole process.
 pub(crate) fn enter(config: &VmConfig) {
     match restrict_files(config) {
         Ok(RulesetStatus::NotEnforced) => {
-            tracing::warn!("this host's kernel has no Landlock: the sandbox does not restrict files");
+            tracing::warn!(
+                "this host's kernel has no Landlock: the sandbox does not restrict files"
+            );
         }
         Ok(_) => {}
         Err(error) => {
@@ -65,17 +69,20 @@ fn restrict_files(config: &VmConfig) -> Result<RulesetStatus, RulesetError> {
 fn places(config: &VmConfig) -> Vec<(PathBuf, BitFlags<AccessFs>)> {
     let read: BitFlags<AccessFs> = AccessFs::ReadFile.into();
     let write = read | AccessFs::WriteFile | AccessFs::IoctlDev;
-    let images = std::iter::once(&config.kernel).chain(&config.initrd).map(|path| (place(path), read));
+    let images =
+        std::iter::once(&config.kernel).chain(&config.initrd).map(|path| (place(path), read));
     let disks = config.disks.iter().map(|disk| match disk.read_only {
         true => (place(&disk.path), read),
-        // Its folder may hold files that the guest must not change, and no update puts another one in its place.
+        // Its folder may hold files that the guest must not change, and no update puts another one
+        // in its place.
         false => (real(&disk.path), write),
     });
     let vsock = config.cid.map(|_| (PathBuf::from(vsock::DEVICE), write));
     images.chain(disks).chain(vsock).collect()
 }
 
-/// Where a file can be opened again: its folder, for an update may put another file in its place; a device is itself.
+/// Where a file can be opened again: its folder, for an update may put another file in its place; a
+/// device is itself.
 fn place(path: &Path) -> PathBuf {
     let path = real(path);
     let is_device = fs::metadata(&path)

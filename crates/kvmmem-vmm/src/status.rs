@@ -23,7 +23,8 @@ pub enum VmStatus {
         memory_bytes: u64,
         /// CID of the vsock device.
         cid: Option<u32>,
-        /// How hypercalls reach the VMM: `"xen"`, `"port"`, or null for a machine that is no introspector.
+        /// How hypercalls reach the VMM: `"xen"`, `"port"`, or null for a machine that is no
+        /// introspector.
         hypercalls: Option<ActiveWay>,
         /// Whether the machine is registered with a broker.
         broker: bool,

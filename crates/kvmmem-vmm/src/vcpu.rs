@@ -9,7 +9,8 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 
 use kvm_bindings::{
-    KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN, Msrs, kvm_msr_entry, kvm_regs,
+    KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN, Msrs, kvm_msr_entry,
+    kvm_regs,
 };
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use kvmmem_abi::cpuid::DOORBELL_PORT;
@@ -109,7 +110,8 @@ pub(crate) struct BootState {
     pub(crate) params: u64,
 }
 
-/// Sets up vCPU `id`. Only the boot CPU, which has a `boot` state, runs at once; the others wait for INIT and SIPI.
+/// Sets up vCPU `id`. Only the boot CPU, which has a `boot` state, runs at once; the others wait
+/// for INIT and SIPI.
 pub(crate) fn set_up(
     vcpu: &VcpuFd,
     id: u8,
@@ -142,10 +144,13 @@ fn set_msrs(vcpu: &VcpuFd, id: u8) -> Result<(), VcpuError> {
     const MTRR_ENABLE_WRITE_BACK: u64 = 1 << 11 | 6;
     const MSR_MISC_ENABLE: u32 = 0x1a0;
     const FAST_STRINGS: u64 = 1;
-    for (index, data) in [(MSR_MTRR_DEF_TYPE, MTRR_ENABLE_WRITE_BACK), (MSR_MISC_ENABLE, FAST_STRINGS)] {
+    for (index, data) in
+        [(MSR_MTRR_DEF_TYPE, MTRR_ENABLE_WRITE_BACK), (MSR_MISC_ENABLE, FAST_STRINGS)]
+    {
         let entry = kvm_msr_entry { index, data, ..Default::default() };
         let failed = |source| VcpuError::Setup { id, what: "a model-specific register", source };
-        let msrs = Msrs::from_entries(&[entry]).map_err(|_| failed(kvm_ioctls::Error::new(libc::E2BIG)))?;
+        let msrs = Msrs::from_entries(&[entry])
+            .map_err(|_| failed(kvm_ioctls::Error::new(libc::E2BIG)))?;
         // KVM takes as many as it knows; a CPU without one of these is as good.
         vcpu.set_msrs(&msrs).map_err(failed)?;
     }
@@ -165,7 +170,8 @@ pub(crate) struct Shared {
 impl Shared {
     /// Takes a guest's write to where no memory takes one.
     fn write_mmio(&self, gpa: u64, data: &[u8]) {
-        let is_refused = self.hypercalls.as_ref().is_some_and(|(_, hypercalls)| hypercalls.refuse_write(gpa));
+        let is_refused =
+            self.hypercalls.as_ref().is_some_and(|(_, hypercalls)| hypercalls.refuse_write(gpa));
         if !is_refused {
             self.mmio.write(gpa, data);
         }
@@ -302,6 +308,7 @@ fn run_once(
 
 /// The internal error of KVM that the last exit of `vcpu` was.
 fn read_fault(vcpu: &mut VcpuFd) -> Result<KvmFault, kvm_ioctls::Error> {
-    let error = kvmmem_sys::internal_error::last(vcpu).ok_or_else(|| kvm_ioctls::Error::new(libc::EIO))?;
+    let error =
+        kvmmem_sys::internal_error::last(vcpu).ok_or_else(|| kvm_ioctls::Error::new(libc::EIO))?;
     Ok(KvmFault::new(error, vcpu.get_regs()?.rip, &vcpu.get_vcpu_events()?))
 }

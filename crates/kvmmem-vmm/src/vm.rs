@@ -39,7 +39,8 @@ pub fn run(config: VmConfig, control: Control) -> Result<VmExit, VmmError> {
     check(&config)?;
     let machine = Machine::new(config, &control)?;
     let stop = control.stop_handle();
-    vcpu::install_kick_handler().map_err(|source| VmmError::Host { what: "signal handling", source })?;
+    vcpu::install_kick_handler()
+        .map_err(|source| VmmError::Host { what: "signal handling", source })?;
     let _signals = match control.wants_signals() {
         true => Some(
             Signals::stopping(stop.clone())
@@ -76,11 +77,17 @@ fn check(config: &VmConfig) -> Result<(), VmmError> {
         return refused(format!("a machine has 1 to {MAX_VCPUS} vCPUs, not {}", config.vcpus));
     }
     if config.disks.len() > MAX_DISKS {
-        return refused(format!("a machine has at most {MAX_DISKS} disks, not {}", config.disks.len()));
+        return refused(format!(
+            "a machine has at most {MAX_DISKS} disks, not {}",
+            config.disks.len()
+        ));
     }
     if config.memory_bytes < boot::MIN_RAM {
         let bytes = config.memory_bytes;
-        return refused(format!("{bytes:#x} bytes of RAM are too little, the least is {:#x}", boot::MIN_RAM));
+        return refused(format!(
+            "{bytes:#x} bytes of RAM are too little, the least is {:#x}",
+            boot::MIN_RAM
+        ));
     }
     if config.cid.is_some_and(|cid| cid < 3 || cid == u32::MAX) {
         return refused("vsock CIDs 0 to 2 and the highest are reserved".into());
@@ -120,7 +127,8 @@ impl Machine {
     fn new(config: VmConfig, control: &Control) -> Result<Self, VmmError> {
         let kvm = Kvm::new().map_err(VmmError::OpenKvm)?;
         let ram = Arc::new(GuestRam::new(config.memory_bytes)?);
-        let output = ConsoleOutput::open(&config.serial, control.stop_handle()).map_err(VmmError::Serial)?;
+        let output =
+            ConsoleOutput::open(&config.serial, control.stop_handle()).map_err(VmmError::Serial)?;
         let limit = mapping_limit();
         // Before any thread is started: Landlock binds those that are started later.
         if config.sandbox {
@@ -129,10 +137,14 @@ impl Machine {
         let link = match &config.broker {
             None => None,
             Some(path) => {
-                let fd =
-                    config.introspectable.then(|| ram.fd().try_clone_to_owned()).transpose().map_err(
-                        |source| VmmError::Host { what: "the broker's copy of guest RAM", source },
-                    )?;
+                let fd = config
+                    .introspectable
+                    .then(|| ram.fd().try_clone_to_owned())
+                    .transpose()
+                    .map_err(|source| VmmError::Host {
+                    what: "the broker's copy of guest RAM",
+                    source,
+                })?;
                 let link = register(&config, path, &ram, fd)
                     .map_err(|source| VmmError::Broker { path: path.clone(), source })?;
                 Some(Arc::new(link))
@@ -143,7 +155,8 @@ impl Machine {
             let vcpus: Arc<dyn Vcpus> = pauses.clone();
             link.set_vcpus(Arc::downgrade(&vcpus));
         }
-        let tokens = control.tokens().or_else(|| link.clone().map(|link| -> Arc<dyn TokenSource> { link }));
+        let tokens =
+            control.tokens().or_else(|| link.clone().map(|link| -> Arc<dyn TokenSource> { link }));
         let introspection = match config.introspector {
             false => None,
             true => {
@@ -197,7 +210,8 @@ impl Machine {
         stop: &StopHandle,
         address_bits: u32,
     ) -> Result<Option<Arc<Windows>>, VmmError> {
-        let Some(source) = introspection.tokens.clone().filter(|_| introspection.has_windows) else {
+        let Some(source) = introspection.tokens.clone().filter(|_| introspection.has_windows)
+        else {
             return Ok(None);
         };
         zap_single_slots(vm);
@@ -223,8 +237,10 @@ impl Machine {
         self.ram.attach(&vm)?;
         let way = self.introspection.as_ref().map(|introspection| introspection.way);
         if way == Some(ActiveWay::Xen) {
-            kvmmem_sys::xen::intercept_hypercalls(&vm)
-                .map_err(|source| VmmError::Host { what: "the forwarding of hypercalls", source })?;
+            kvmmem_sys::xen::intercept_hypercalls(&vm).map_err(|source| VmmError::Host {
+                what: "the forwarding of hypercalls",
+                source,
+            })?;
         }
 
         let mut devices = Devices::new(&vm);
@@ -233,8 +249,8 @@ impl Machine {
         devices.add_ports(power::BASE_PORT, power::PORTS, Power(stop.clone()));
         let memory = Arc::new(self.ram.memory().clone());
         for disk in &config.disks {
-            let block =
-                Block::open(disk).map_err(|source| VmmError::Disk { path: disk.path.clone(), source })?;
+            let block = Block::open(disk)
+                .map_err(|source| VmmError::Disk { path: disk.path.clone(), source })?;
             devices.add_virtio(Box::new(block), &memory)?;
         }
         if let Some(cid) = config.cid {
@@ -246,16 +262,19 @@ impl Machine {
         let kernel = boot::load(config, &memory)?;
         let rsdp = boot::write_tables(config.vcpus, &acpi, &memory)?;
         let seed = boot::write_seed(&memory).map_err(|error| written(&error))?;
-        let params = boot::write_params(&kernel, rsdp, seed, &memory).map_err(|error| written(&error))?;
+        let params =
+            boot::write_params(&kernel, rsdp, seed, &memory).map_err(|error| written(&error))?;
         boot::write_page_tables(&memory).map_err(|error| written(&error))?;
         boot::write_reset_vector(&memory).map_err(|error| written(&error))?;
 
-        let has_windows = self.introspection.as_ref().is_some_and(|introspection| introspection.has_windows);
+        let has_windows =
+            self.introspection.as_ref().is_some_and(|introspection| introspection.has_windows);
         let cpuid = CpuidTemplate::new(&self.kvm, config.vcpus, way, has_windows)?;
         let mut vcpus = Vec::with_capacity(config.vcpus.into());
         for id in 0..config.vcpus {
-            let vcpu =
-                vm.create_vcpu(id.into()).map_err(|source| VmmError::Kvm { what: "a vCPU", source })?;
+            let vcpu = vm
+                .create_vcpu(id.into())
+                .map_err(|source| VmmError::Kvm { what: "a vCPU", source })?;
             let boot = (id == 0).then_some(BootState { entry: kernel.entry, params });
             vcpu::set_up(&vcpu, id, &cpuid, boot)?;
             vcpus.push(vcpu);
@@ -264,7 +283,8 @@ impl Machine {
         let hypercalls = match &self.introspection {
             None => None,
             Some(introspection) => {
-                let windows = self.windows(introspection, &vm, &gate, stop, cpuid.address_bits())?;
+                let windows =
+                    self.windows(introspection, &vm, &gate, stop, cpuid.address_bits())?;
                 let Introspection { way, engine, tokens, .. } = introspection;
                 let memory = self.ram.memory().clone();
                 let hypercalls =
@@ -319,7 +339,8 @@ impl Generation {
         stop.wait();
         // They end once they run.
         pauses.set_gate(None);
-        // A thread may miss a kick between its look at `stop` and its entry into the guest: so kick again.
+        // A thread may miss a kick between its look at `stop` and its entry into the guest: so kick
+        // again.
         while threads.iter().any(|thread| !thread.is_finished()) {
             shared.gate.kick();
             std::thread::sleep(Duration::from_millis(1));

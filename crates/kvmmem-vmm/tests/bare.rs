@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Bare guests on `/dev/kvm`: the machine's ends, and hypercalls by the doorbell against a fake target. Skipped, with
-//! the reason, where `/dev/kvm` cannot be opened.
+//! Bare guests on `/dev/kvm`: the machine's ends, and hypercalls by the doorbell against a fake
+//! target. Skipped, with the reason, where `/dev/kvm` cannot be opened.
 #![deny(unsafe_code)]
 
 #[path = "bare/events.rs"]
@@ -23,15 +23,16 @@ mod views;
 mod waits;
 
 use kvmmem_abi::cpuid::{
-    DOORBELL_PORT, FEATURE_DOORBELL, FEATURE_WINDOW, LEAF_FEATURES, LEAF_SIGNATURE, SIGNATURE_REGISTERS,
+    DOORBELL_PORT, FEATURE_DOORBELL, FEATURE_WINDOW, LEAF_FEATURES, LEAF_SIGNATURE,
+    SIGNATURE_REGISTERS,
 };
 use kvmmem_abi::errno::KvmError;
 use kvmmem_abi::hypercall::{MEM_MAP, MEM_UNMAP, UNMAP_ALL, UNMAP_ALL_KEEP, UNMAP_ALL_ZERO};
 use kvmmem_vmm::{DiskConfig, HypercallWay, ResetPolicy, VmConfig, VmExit, VmStatus, VmmError};
 
 use fixture::{
-    TARGET_HOLE, TOKEN, Target, has_kvm, has_windows, refused, run, run_stopped, run_with, run_with_broker,
-    ways,
+    TARGET_HOLE, TOKEN, Target, has_kvm, has_windows, refused, run, run_stopped, run_with,
+    run_with_broker, ways,
 };
 use guest::{Guest, PAGE_DIRECTORY, Way};
 
@@ -228,7 +229,8 @@ fn refusals_by_the_target_leave_the_own_page() {
                 .power_off(),
             &target,
         );
-        let [no_entry, fault, busy] = [KvmError::NoEnt, KvmError::Fault, KvmError::Busy].map(refused);
+        let [no_entry, fault, busy] =
+            [KvmError::NoEnt, KvmError::Fault, KvmError::Busy].map(refused);
         assert_eq!(outcome.values, [no_entry, fault, fault, 0x600d, 0, busy, 0, no_entry]);
         assert_eq!(outcome.asked, 4);
     }
@@ -261,7 +263,10 @@ fn a_flood_of_bad_calls_ends_and_the_next_good_one_works() {
         let outcome = run(
             &guest(way)
                 .repeat(20_000, |guest| {
-                    guest.ring(u64::MAX, [u64::MAX; 3]).ring(MEM_MAP, [u64::MAX; 3]).ring(MEM_UNMAP, [OWN; 3])
+                    guest
+                        .ring(u64::MAX, [u64::MAX; 3])
+                        .ring(MEM_MAP, [u64::MAX; 3])
+                        .ring(MEM_UNMAP, [OWN; 3])
                 })
                 .map(TOKEN_AT, THERE, OWN)
                 .report_memory(OWN)
@@ -298,7 +303,9 @@ fn a_reset_starts_anew_without_the_mappings() {
                 .map(TOKEN_AT, THERE, OWN)
                 .map(TOKEN_AT, STAGE_PAGE, STAGE)
                 .report_memory(OWN)
-                .skip_if_zero(STAGE, |guest| guest.unmap(STAGE).unmap(OWN).report_memory(OWN).power_off())
+                .skip_if_zero(STAGE, |guest| {
+                    guest.unmap(STAGE).unmap(OWN).report_memory(OWN).power_off()
+                })
                 .write(STAGE, 1)
                 .reset(),
             &target,

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Reads of 4 KiB here and there in 1 GiB of a target on the host, one at a time and 512 in a call, against
-//! process_vm_readv from the VMM's memory, as other tools do. Prints a line for each; with `--json` an object.
+//! Reads of 4 KiB here and there in 1 GiB of a target on the host, one at a time and 512 in a call,
+//! against process_vm_readv from the VMM's memory, as other tools do. Prints a line for each; with
+//! `--json` an object.
 //!
-//! Most lines read the same 512 pages again and again, which stay in the CPU's caches. The lines of other pages read through
-//! all of the RAM, as a tool does that looks at each page once.
+//! Most lines read the same 512 pages again and again, which stay in the CPU's caches. The lines of
+//! other pages read through all of the RAM, as a tool does that looks at each page once.
 #![deny(unsafe_code)]
 
 mod host;
@@ -49,8 +50,10 @@ fn main() -> Result<()> {
     };
     for round in 0..ROUNDS + WARM_UP {
         let page = buffers.get_mut(..PAGE).ok_or("no page")?;
-        // Several in a row, as a tool reads that follows pointers; pages that the other ways have not just read.
-        let row = |way: usize| places.iter().cycle().skip((round * 3 + way) * ROW % BATCH).take(ROW);
+        // Several in a row, as a tool reads that follows pointers; pages that the other ways have
+        // not just read.
+        let row =
+            |way: usize| places.iter().cycle().skip((round * 3 + way) * ROW % BATCH).take(ROW);
         for place in row(0) {
             add(0, timed(|| Ok(host.private.read_at(*place, page)?))?, round);
         }
@@ -110,14 +113,16 @@ fn main() -> Result<()> {
 }
 
 fn vectored(view: &View, places: &[u64], buffers: &mut [u8]) -> Result<()> {
-    let mut pieces: Vec<(u64, &mut [u8])> = places.iter().copied().zip(buffers.chunks_mut(PAGE)).collect();
+    let mut pieces: Vec<(u64, &mut [u8])> =
+        places.iter().copied().zip(buffers.chunks_mut(PAGE)).collect();
     Ok(view.read_vectored(&mut pieces)?)
 }
 
 /// The same in one call of the system.
 fn process(host: &Host, places: &[u64], buffers: &mut [u8]) -> Result<()> {
     let mut local: Vec<IoSliceMut<'_>> = buffers.chunks_mut(PAGE).map(IoSliceMut::new).collect();
-    let place = |at: &u64| Ok(RemoteIoVec { base: host.address + usize::try_from(*at)?, len: PAGE });
+    let place =
+        |at: &u64| Ok(RemoteIoVec { base: host.address + usize::try_from(*at)?, len: PAGE });
     let remote = places.iter().map(place).collect::<Result<Vec<_>>>()?;
     let count = process_vm_readv(host.pid, &mut local, &remote)?;
     if count == BATCH * PAGE { Ok(()) } else { Err("short read".into()) }

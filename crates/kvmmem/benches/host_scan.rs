@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! A search through 1 GiB of a target on the host, in place in a view's mapping, against a search by a reader that copies
-//! with process_vm_readv from the VMM's memory, as other tools do.
+//! A search through 1 GiB of a target on the host, in place in a view's mapping, against a search
+//! by a reader that copies with process_vm_readv from the VMM's memory, as other tools do.
 //!
-//! The mapping is made anew for each search, as by a tool that is started for it, or kept, as by one that searches again
-//! and again. A third search goes through RAM that the VMM keeps to itself, of which the broker makes copies. Prints a
-//! line for each; with `--json` an object.
+//! The mapping is made anew for each search, as by a tool that is started for it, or kept, as by
+//! one that searches again and again. A third search goes through RAM that the VMM keeps to itself,
+//! of which the broker makes copies. Prints a line for each; with `--json` an object.
 #![deny(unsafe_code)]
 
 mod host;
@@ -25,7 +25,8 @@ fn main() -> Result<()> {
     let Some(host) = Host::start()? else { return Ok(()) };
     let whole = Range { gpa: 0, len: RAM };
     let kept = host.shared.map(whole)?;
-    let (mut anew, mut again, mut copies, mut theirs) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    let (mut anew, mut again, mut copies, mut theirs) =
+        (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     for round in 0..=ROUNDS {
         let times = [
             timed(|| search_in_place(&host.shared.map(whole)?, true))?,
@@ -35,12 +36,19 @@ fn main() -> Result<()> {
         ];
         // The first round warms up.
         if round > 0 {
-            for (series, time) in [&mut anew, &mut again, &mut copies, &mut theirs].into_iter().zip(times) {
+            for (series, time) in
+                [&mut anew, &mut again, &mut copies, &mut theirs].into_iter().zip(times)
+            {
                 series.push(time);
             }
         }
     }
-    report("scan of 1 GiB on the host, mapped anew, against process_vm_readv", GOAL, &mut anew, &mut theirs);
+    report(
+        "scan of 1 GiB on the host, mapped anew, against process_vm_readv",
+        GOAL,
+        &mut anew,
+        &mut theirs,
+    );
     report(
         "scan of 1 GiB on the host, mapping kept, against process_vm_readv",
         GOAL,

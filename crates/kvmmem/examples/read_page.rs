@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Reads one page of a target over KVMI and prints its first bytes: `read_page vsock:1234 0x100000`.
+//! Reads one page of a target over KVMI and prints its first bytes: `read_page vsock:1234
+//! 0x100000`.
 
 use std::error::Error;
 use std::time::Duration;

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Maps a page of a target and watches its first word change, without a further call: `watch_counter vsock:1234 0x100000`.
+//! Maps a page of a target and watches its first word change, without a further call:
+//! `watch_counter vsock:1234 0x100000`.
 
 use std::error::Error;
 use std::thread::sleep;

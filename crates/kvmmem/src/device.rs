@@ -72,7 +72,8 @@ impl DeviceError {
     }
 }
 
-/// The open device. Clones share one open file, which is closed with the last of them and of its pages.
+/// The open device. Clones share one open file, which is closed with the last of them and of its
+/// pages.
 ///
 /// It serves the process that opened it alone: after a fork, the child opens its own.
 #[derive(Clone, Debug)]
@@ -107,12 +108,14 @@ impl Device {
         Self::open(default_path())
     }
 
-    /// Maps the page at `gpa`, a multiple of 4096, of the virtual machine that `token` names, readable and writable.
+    /// Maps the page at `gpa`, a multiple of 4096, of the virtual machine that `token` names,
+    /// readable and writable.
     ///
     /// The token is used up, also by most failures: ask for another one to try again.
     ///
     /// # Errors
-    /// [`DeviceError::Map`] where the driver or the host refuses, [`DeviceError::Page`] where there is no memory.
+    /// [`DeviceError::Map`] where the driver or the host refuses, [`DeviceError::Page`] where there
+    /// is no memory.
     pub fn map(&self, token: Token, gpa: u64) -> Result<MappedPage, DeviceError> {
         let page = Page::new().map_err(DeviceError::Page)?;
         let words = MapMemToken { token: token.words() };
@@ -203,8 +206,9 @@ impl MappedPage {
             Ok(()) => Ok(page),
             Err(source) => {
                 let gva = page.address();
-                // The driver still knows this address, and what lies there may still be the target's: nothing else
-                // of this process may ever come to lie there.
+                // The driver still knows this address, and what lies there may still be the
+                // target's: nothing else of this process may ever come to lie
+                // there.
                 page.leak();
                 Err(DeviceError::Unmap { gpa: self.gpa, gva, source })
             }

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! What the error numbers of KVMI and of the device mean to somebody who looks at another VM's memory.
+//! What the error numbers of KVMI and of the device mean to somebody who looks at another VM's
+//! memory.
 
 use kvmmem_proto::message::Refusal;
 
@@ -13,7 +14,9 @@ pub(crate) fn kvmi(error: KvmError) -> &'static str {
         KvmError::Perm => "EPERM: the host does not allow it to this tool",
         KvmError::NoEnt => "ENOENT: there is no such thing in the target",
         KvmError::TooBig => "E2BIG: the request is too large",
-        KvmError::Again => "EAGAIN: too much is outstanding; use or let expire what you have, then ask again",
+        KvmError::Again => {
+            "EAGAIN: too much is outstanding; use or let expire what you have, then ask again"
+        }
         KvmError::NoMem => "ENOMEM: the host is out of memory",
         KvmError::Fault => "EFAULT: an address leads nowhere",
         KvmError::Busy => "EBUSY: in use; ask again",
@@ -42,7 +45,9 @@ pub(crate) fn map(errno: Errno) -> &'static str {
             "EOPNOTSUPP: this host does not offer mapping (run kvmmem doctor), or the target's RAM is private to its VMM or in huge pages"
         }
         Errno::NOTTY => "ENOTTY: this is not the kvmmem device",
-        Errno::IO => "EIO: the host's answer is none of KVM's; do the module and the host fit together?",
+        Errno::IO => {
+            "EIO: the host's answer is none of KVM's; do the module and the host fit together?"
+        }
         _ => "unexpected",
     }
 }
@@ -65,7 +70,9 @@ pub(crate) fn open(error: &std::io::Error) -> &'static str {
         Some(Errno::NOENT | Errno::NODEV | Errno::NXIO) => {
             ": is the module loaded (modprobe kvmmem), and does this VM's host offer mapping? See kvmmem doctor"
         }
-        Some(Errno::ACCESS | Errno::PERM) => ": only root and members of the group kvmmem may open it",
+        Some(Errno::ACCESS | Errno::PERM) => {
+            ": only root and members of the group kvmmem may open it"
+        }
         Some(Errno::MFILE | Errno::NFILE) => ": too many open files (ulimit -n)",
         _ => "",
     }
@@ -84,7 +91,9 @@ pub(crate) fn info(errno: Errno) -> &'static str {
 /// What an errno of ATTACH means, and what to do about it.
 pub(crate) fn attach(errno: Errno) -> &'static str {
     match errno {
-        Errno::NOENT => "ENOENT: the token is unknown, used, expired or somebody else's; ask for a new one",
+        Errno::NOENT => {
+            "ENOENT: the token is unknown, used, expired or somebody else's; ask for a new one"
+        }
         Errno::AGAIN => "EAGAIN: the host is busy; ask for a new token and try again",
         Errno::ALREADY => "EALREADY: in use; ask for a new token and try again",
         Errno::FAULT => "EFAULT: the grant reaches no memory of the target",
@@ -95,7 +104,9 @@ pub(crate) fn attach(errno: Errno) -> &'static str {
         }
         Errno::KEYREVOKED => "EKEYREVOKED: the grant was taken back",
         Errno::STALE => "ESTALE: the target is gone",
-        Errno::IO => "EIO: the host's answer makes no sense; do the module and the host fit together?",
+        Errno::IO => {
+            "EIO: the host's answer makes no sense; do the module and the host fit together?"
+        }
         _ => "unexpected",
     }
 }
@@ -109,7 +120,9 @@ pub(crate) fn view(errno: Errno) -> &'static str {
         }
         Errno::NOMEM => "ENOMEM: out of memory or of address space (vm.max_map_count, ulimit -v)",
         Errno::AGAIN => "EAGAIN: the host is changing the view; try again",
-        Errno::IO => "EIO: the host's answer makes no sense; do the module and the host fit together?",
+        Errno::IO => {
+            "EIO: the host's answer makes no sense; do the module and the host fit together?"
+        }
         Errno::MFILE | Errno::NFILE => "too many open files (ulimit -n)",
         _ => "unexpected",
     }

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A view for a process of the host itself: the broker hands it the memfds of the target's RAM.
 //!
-//! The process is trusted. It gets the whole memfds, of which the scope names a part, and nobody can take a mapping from
-//! it: where the grant is taken back, the process is told, drops what it has mapped, and confirms
-//! ([`HostLink::confirm`]). To enforce it, end the process.
+//! The process is trusted. It gets the whole memfds, of which the scope names a part, and nobody
+//! can take a mapping from it: where the grant is taken back, the process is told, drops what it
+//! has mapped, and confirms ([`HostLink::confirm`]). To enforce it, end the process.
 //!
-//! Where the RAM is private to its VMM there is no memfd: the process has the broker copy what it reads and writes
-//! ([`Copier`]), and what it may is the broker's to enforce.
+//! Where the RAM is private to its VMM there is no memfd: the process has the broker copy what it
+//! reads and writes ([`Copier`]), and what it may is the broker's to enforce.
 
 mod channel;
 mod copier;
@@ -32,7 +32,8 @@ pub use copier::{Copier, CopyError, Stopped};
 /// How long the broker may take to answer.
 const LIMIT: Duration = Duration::from_secs(5);
 
-/// A process's connection to the broker, as long as which its view lasts. Dropping it closes the view.
+/// A process's connection to the broker, as long as which its view lasts. Dropping it closes the
+/// view.
 #[derive(Debug)]
 pub struct HostLink {
     socket: PacketSocket,
@@ -69,8 +70,8 @@ pub struct HostView {
     pub rights: Rights,
     /// The RAM that the grant reaches, by ascending address.
     pub regions: Vec<Region>,
-    /// The target's memfds, by [`Region::file`]; opened read-only where the view is, sealed against shrinking. None
-    /// where there is a [`HostView::copier`].
+    /// The target's memfds, by [`Region::file`]; opened read-only where the view is, sealed
+    /// against shrinking. None where there is a [`HostView::copier`].
     pub files: Vec<OwnedFd>,
     /// Copies memory that cannot be mapped; offsets of [`HostView::regions`] mean nothing then.
     pub copier: Option<Copier>,
@@ -79,7 +80,8 @@ pub struct HostView {
 /// What has happened to a view.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum HostEvent {
-    /// The target was reset, or its RAM is elsewhere now: what was mapped before is not to be trusted.
+    /// The target was reset, or its RAM is elsewhere now: what was mapped before is not to be
+    /// trusted.
     Changed {
         /// Higher than before.
         generation: u64,
@@ -113,7 +115,8 @@ pub enum HostError {
     /// The broker refused.
     #[error("{message}")]
     Refused {
-        /// Which kind of failure; [`Refusal::Unknown`] for a token that is unknown, used, expired or somebody else's.
+        /// Which kind of failure; [`Refusal::Unknown`] for a token that is unknown, used, expired
+        /// or somebody else's.
         refusal: Refusal,
         /// The broker's words.
         message: String,
@@ -145,12 +148,17 @@ impl HostLink {
     ///
     /// # Errors
     /// Where the broker cannot be reached, or the token is not good.
-    pub fn attach(socket: &Path, token: &Token, read_only: bool) -> Result<(Self, HostView), HostError> {
+    pub fn attach(
+        socket: &Path,
+        token: &Token,
+        read_only: bool,
+    ) -> Result<(Self, HostView), HostError> {
         Self::attach_reaching(socket, token, read_only, &[])
     }
 
-    /// As [`HostLink::attach`]; the token is not used where the view would have no memory at one of the first
-    /// [`MAX_SPANS`] of `reaching`. A broker that is older than this check opens the view.
+    /// As [`HostLink::attach`]; the token is not used where the view would have no memory at one of
+    /// the first [`MAX_SPANS`] of `reaching`. A broker that is older than this check opens the
+    /// view.
     ///
     /// # Errors
     /// As [`HostLink::attach`], and [`Refusal::Invalid`] with the span and where there is memory.
@@ -165,7 +173,8 @@ impl HostLink {
             socket.limit_receive(Some(LIMIT))?;
             Ok(socket)
         };
-        let socket = connect().map_err(|source| HostError::Connect { path: socket.to_owned(), source })?;
+        let socket =
+            connect().map_err(|source| HostError::Connect { path: socket.to_owned(), source })?;
         // Of the caller the broker takes the name; process and user it has from the socket.
         let caller = Caller::this_process();
         let reaching = reaching.iter().take(MAX_SPANS).copied().collect();
@@ -184,8 +193,17 @@ impl HostLink {
                 None => return Err(sent.err().map_or(HostError::NoAnswer, HostError::Packet)),
             }
         };
-        let Answer::HostAttached { view, grant, target, scope, uuid, name, generation, regions, copied } =
-            answer
+        let Answer::HostAttached {
+            view,
+            grant,
+            target,
+            scope,
+            uuid,
+            name,
+            generation,
+            regions,
+            copied,
+        } = answer
         else {
             return Err(HostError::NoAnswer);
         };
@@ -203,10 +221,13 @@ impl HostLink {
             None
         };
         let mut link = Self { socket, buffer, ended, view, grant, target, scope, end: End::No };
-        let mut host_view = HostView { view, uuid, name, generation, rights, regions, files, copier };
+        let mut host_view =
+            HostView { view, uuid, name, generation, rights, regions, files, copier };
         for push in early {
             match link.event(push)? {
-                Some(HostEvent::Changed { generation, regions }) if generation > host_view.generation => {
+                Some(HostEvent::Changed { generation, regions })
+                    if generation > host_view.generation =>
+                {
                     (host_view.generation, host_view.regions) = (generation, regions);
                 }
                 Some(HostEvent::Revoked | HostEvent::Gone) => return Err(HostError::Ended),
@@ -263,14 +284,16 @@ impl HostLink {
         }
     }
 
-    /// Records the end. Threads that wait for a copy return at once, for the caller may wait for them next.
+    /// Records the end. Threads that wait for a copy return at once, for the caller may wait for
+    /// them next.
     fn ended(&mut self, end: End) {
         self.end = end;
         let end = if end == End::Revoked { copier::End::Revoked } else { copier::End::Gone };
         self.ended.set(end);
     }
 
-    /// Confirms that nothing of this process reaches the target's memory any more, after [`HostEvent::Revoked`].
+    /// Confirms that nothing of this process reaches the target's memory any more, after
+    /// [`HostEvent::Revoked`].
     pub fn confirm(&mut self) {
         if self.end == End::Revoked {
             self.end = End::Confirmed;
@@ -288,7 +311,10 @@ impl HostLink {
             let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
             // One that is too long for the kernel is as good as none.
             let left = left.and_then(|left| Timespec::try_from(left).ok());
-            match rustix::event::poll(&mut [PollFd::new(&self.socket, PollFlags::IN)], left.as_ref()) {
+            match rustix::event::poll(
+                &mut [PollFd::new(&self.socket, PollFlags::IN)],
+                left.as_ref(),
+            ) {
                 Ok(ready) => return Ok(ready > 0),
                 Err(Errno::INTR) => {}
                 Err(error) => return Err(HostError::Wait(error)),
@@ -297,7 +323,8 @@ impl HostLink {
     }
 }
 
-/// Opens channels for the copies of a view, at least one. `early` gets what the broker pushes meanwhile.
+/// Opens channels for the copies of a view, at least one. `early` gets what the broker pushes
+/// meanwhile.
 fn open_channels(
     socket: &PacketSocket,
     buffer: &mut PacketBuffer,
@@ -319,7 +346,9 @@ fn open_channels(
                     break;
                 }
                 // One is enough.
-                Some((FromBroker::Refused { refusal: Refusal::Limit, .. }, _)) if !channels.is_empty() => {
+                Some((FromBroker::Refused { refusal: Refusal::Limit, .. }, _))
+                    if !channels.is_empty() =>
+                {
                     return Ok(channels);
                 }
                 Some((FromBroker::Refused { refusal, message, .. }, _)) => {
@@ -344,7 +373,9 @@ impl Drop for HostLink {
     fn drop(&mut self) {
         self.ended.set(copier::End::Gone);
         match self.end {
-            End::No => self.tell(Call::Detached { view: self.view, counters: ViewCounters::default() }),
+            End::No => {
+                self.tell(Call::Detached { view: self.view, counters: ViewCounters::default() })
+            }
             End::Revoked => self.confirm(),
             End::Confirmed | End::Gone => {}
         }

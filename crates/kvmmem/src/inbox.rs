@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 use kvmmem_kvmi::command::EVENT;
 use kvmmem_kvmi::message::{HEADER_SIZE, Header, MAX_PAYLOAD};
 
-/// Bytes received. A tool has one question outstanding, so they are one answer, perhaps behind events.
+/// Bytes received. A tool has one question outstanding, so they are one answer, perhaps behind
+/// events.
 #[derive(Debug)]
 pub(crate) struct Inbox {
     bytes: Vec<u8>,
@@ -24,22 +25,32 @@ impl Inbox {
     /// Reads up to and including the next message that is not an event, within about `limit`.
     ///
     /// Nothing that a session asks for makes events, so those that come are dropped.
-    pub(crate) fn answer(&mut self, stream: &mut impl Read, limit: Duration) -> io::Result<(Header, &[u8])> {
+    pub(crate) fn answer(
+        &mut self,
+        stream: &mut impl Read,
+        limit: Duration,
+    ) -> io::Result<(Header, &[u8])> {
         let deadline = Instant::now() + limit;
         loop {
             let (header, size) = self.message(stream, deadline)?;
             let start = self.start + HEADER_SIZE;
             self.start = start + size;
             if header.id.get() != EVENT {
-                let payload = self.bytes.get(start..start + size).ok_or(io::ErrorKind::InvalidData)?;
+                let payload =
+                    self.bytes.get(start..start + size).ok_or(io::ErrorKind::InvalidData)?;
                 return Ok((header, payload));
             }
             tracing::debug!(size, "dropped an event");
         }
     }
 
-    /// Reads until a whole message is there, from `start` on; returns its header and the size of its payload.
-    fn message(&mut self, stream: &mut impl Read, deadline: Instant) -> io::Result<(Header, usize)> {
+    /// Reads until a whole message is there, from `start` on; returns its header and the size of
+    /// its payload.
+    fn message(
+        &mut self,
+        stream: &mut impl Read,
+        deadline: Instant,
+    ) -> io::Result<(Header, usize)> {
         self.bytes.copy_within(self.start..self.end, 0);
         self.end -= self.start;
         self.start = 0;
@@ -97,7 +108,8 @@ mod tests {
 
     impl Read for Parts {
         fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-            let size = self.sizes[self.count % self.sizes.len()].min(buf.len()).min(self.bytes.len());
+            let size =
+                self.sizes[self.count % self.sizes.len()].min(buf.len()).min(self.bytes.len());
             self.count += 1;
             buf[..size].copy_from_slice(&self.bytes[..size]);
             self.bytes.drain(..size);

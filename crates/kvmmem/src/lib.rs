@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Client library for introspection tools: a process in one virtual machine that looks at another one's memory.
+//! Client library for introspection tools: a process in one virtual machine that looks at another
+//! one's memory.
 //!
-//! A [`View`] is the way to do it: a token, which the target's owner grants, attaches it, and then the target's memory can be
-//! copied, searched for data and mapped. It is the same in a virtual machine (`/dev/kvmmem`) and on the host (its broker).
+//! A [`View`] is the way to do it: a token, which the target's owner grants, attaches it, and then
+//! the target's memory can be copied, searched for data and mapped. It is the same in a virtual
+//! machine (`/dev/kvmmem`) and on the host (its broker).
 //!
 //! ```no_run
 //! use std::time::Duration;
@@ -55,9 +57,10 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
-//! [`Listener`] and [`Session`] speak KVMI (crate `kvmmem-kvmi`); its tokens attach views as well. [`Device`] and
-//! [`MappedPage`] use the first ioctls of `/dev/kvmmem`, [`View`] the later ones (crate `kvmmem-abi`) or the broker's socket
-//! (crate `kvmmem-proto`). Everything blocks, and everything that waits for a peer has a time limit.
+//! [`Listener`] and [`Session`] speak KVMI (crate `kvmmem-kvmi`); its tokens attach views as well.
+//! [`Device`] and [`MappedPage`] use the first ioctls of `/dev/kvmmem`, [`View`] the later ones
+//! (crate `kvmmem-abi`) or the broker's socket (crate `kvmmem-proto`). Everything blocks, and
+//! everything that waits for a peer has a time limit.
 #![deny(unsafe_code)]
 
 pub mod device;
@@ -80,4 +83,6 @@ pub use kvmmem_memory::{Memory, Range, paging};
 pub use kvmmem_sys::page::{PAGE_SIZE, Page, PageError};
 pub use listener::{Endpoint, Listener, ListenerError};
 pub use session::{Session, SessionError};
-pub use view::{Access, Event, Mapping, MappingError, State, Status, VectoredError, View, ViewError};
+pub use view::{
+    Access, Event, Mapping, MappingError, State, Status, VectoredError, View, ViewError,
+};

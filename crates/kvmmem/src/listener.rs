@@ -93,7 +93,9 @@ impl FromStr for Endpoint {
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         let endpoint = match text.split_once(':') {
-            Some(("vsock", port)) => port.parse().ok().filter(|port| *port != u32::MAX).map(Self::Vsock),
+            Some(("vsock", port)) => {
+                port.parse().ok().filter(|port| *port != u32::MAX).map(Self::Vsock)
+            }
             Some(("unix", path)) if !path.is_empty() => Some(Self::Unix(path.into())),
             _ => None,
         };
@@ -118,8 +120,9 @@ impl Listener {
     pub fn bind(endpoint: &Endpoint) -> Result<Self, ListenerError> {
         let socket = match endpoint {
             Endpoint::Vsock(port) => bind_vsock(*port),
-            Endpoint::Unix(path) => UnixListener::bind(path)
-                .and_then(|listener| listener.set_nonblocking(true).map(|()| Socket::Unix(listener))),
+            Endpoint::Unix(path) => UnixListener::bind(path).and_then(|listener| {
+                listener.set_nonblocking(true).map(|()| Socket::Unix(listener))
+            }),
         };
         let socket = socket.map_err(|source| ListenerError::Bind {
             endpoint: endpoint.clone(),
@@ -134,13 +137,17 @@ impl Listener {
     /// On vsock only the host is heard: another process of this VM cannot pose as a target.
     ///
     /// # Errors
-    /// [`ListenerError::Timeout`], [`ListenerError::Session`] where the one who came is no good, [`ListenerError::Accept`].
+    /// [`ListenerError::Timeout`], [`ListenerError::Session`] where the one who came is no good,
+    /// [`ListenerError::Accept`].
     pub fn accept(&self, timeout: Duration) -> Result<Session, ListenerError> {
         let start = Instant::now();
         loop {
             let left = timeout.saturating_sub(start.elapsed());
             if !self.wait(left).map_err(|source| self.failed(source))? {
-                return Err(ListenerError::Timeout { endpoint: self.endpoint.clone(), limit: timeout });
+                return Err(ListenerError::Timeout {
+                    endpoint: self.endpoint.clone(),
+                    limit: timeout,
+                });
             }
             match self.accept_now() {
                 Ok(Some(stream)) => {
@@ -223,7 +230,9 @@ fn bind_remedy(endpoint: &Endpoint, kind: io::ErrorKind) -> &'static str {
             ": another process listens there; choose another port"
         }
         (Endpoint::Vsock(_), io::ErrorKind::PermissionDenied) => ": ports below 1024 are for root",
-        (Endpoint::Vsock(_), _) => ": does this VM have a vsock device (vmw_vsock_virtio_transport)?",
+        (Endpoint::Vsock(_), _) => {
+            ": does this VM have a vsock device (vmw_vsock_virtio_transport)?"
+        }
         _ => "",
     }
 }
@@ -241,11 +250,22 @@ mod tests {
 
     #[test]
     fn other_texts_are_refused_by_name() {
-        for text in
-            ["", "vsock", "vsock:", "vsock:-1", "vsock:4294967295", "vsock:3:4", "unix:", "tcp:1", "1234"]
-        {
+        for text in [
+            "",
+            "vsock",
+            "vsock:",
+            "vsock:-1",
+            "vsock:4294967295",
+            "vsock:3:4",
+            "unix:",
+            "tcp:1",
+            "1234",
+        ] {
             let error = text.parse::<Endpoint>().unwrap_err().to_string();
-            assert!(error.contains(&format!("{text:?}")) && error.contains("vsock:PORT"), "{error}");
+            assert!(
+                error.contains(&format!("{text:?}")) && error.contains("vsock:PORT"),
+                "{error}"
+            );
         }
     }
 }

@@ -44,7 +44,9 @@ impl fmt::Display for Operation {
             Self::GetMapToken => f.write_str("GET_MAP_TOKEN"),
             Self::QueryPhysical { gfn } => write!(f, "QUERY_PHYSICAL of gfn {gfn:#x}"),
             Self::Read { gpa, len } => write!(f, "READ_PHYSICAL of {len:#x} bytes at gpa {gpa:#x}"),
-            Self::Write { gpa, len } => write!(f, "WRITE_PHYSICAL of {len:#x} bytes at gpa {gpa:#x}"),
+            Self::Write { gpa, len } => {
+                write!(f, "WRITE_PHYSICAL of {len:#x} bytes at gpa {gpa:#x}")
+            }
         }
     }
 }

@@ -127,7 +127,8 @@ impl Session {
         }
     }
 
-    /// The VM's name, as its side introduced it. It may hold any characters: escape it before printing.
+    /// The VM's name, as its side introduced it. It may hold any characters: escape it before
+    /// printing.
     pub fn name(&self) -> &str {
         &self.hello.name
     }
@@ -164,7 +165,8 @@ impl Session {
         Ok(reply.gfn.get())
     }
 
-    /// QUERY_PHYSICAL: the range of memory that holds frame `gfn`, in one piece in the target and in what backs it.
+    /// QUERY_PHYSICAL: the range of memory that holds frame `gfn`, in one piece in the target and
+    /// in what backs it.
     ///
     /// # Errors
     /// [`SessionError`]; [`KvmError::Inval`] where the target has no memory.
@@ -172,7 +174,8 @@ impl Session {
         self.fixed(Operation::QueryPhysical { gfn }, &Request::QueryPhysical { gfn })
     }
 
-    /// GET_MAP_TOKEN: a token for one [`crate::View`] or one [`crate::Device::map`], good for about 3 seconds.
+    /// GET_MAP_TOKEN: a token for one [`crate::View`] or one [`crate::Device::map`], good for about
+    /// 3 seconds.
     ///
     /// # Errors
     /// [`SessionError`]; [`KvmError::Again`] where too many tokens are outstanding.
@@ -182,10 +185,12 @@ impl Session {
         Ok(reply.token())
     }
 
-    /// Fills `buf` from guest-physical address `gpa` on, with one READ_PHYSICAL for each page touched.
+    /// Fills `buf` from guest-physical address `gpa` on, with one READ_PHYSICAL for each page
+    /// touched.
     ///
     /// # Errors
-    /// [`SessionError`]; [`KvmError::Inval`] where the target has no memory. The bytes before the page in question have been filled.
+    /// [`SessionError`]; [`KvmError::Inval`] where the target has no memory. The bytes before the
+    /// page in question have been filled.
     pub fn read_physical(&mut self, gpa: u64, buf: &mut [u8]) -> Result<(), SessionError> {
         check_range(gpa, buf.len())?;
         let (mut gpa, mut rest) = (gpa, buf);
@@ -197,7 +202,12 @@ impl Session {
             let Some(data) = data.get(..part.len()) else {
                 let (id, size) = (kvmmem_kvmi::command::READ_PHYSICAL, data.len());
                 self.is_over = true;
-                return Err(SessionError::Answer { operation, id, seq: self.next_seq.wrapping_sub(1), size });
+                return Err(SessionError::Answer {
+                    operation,
+                    id,
+                    seq: self.next_seq.wrapping_sub(1),
+                    size,
+                });
             };
             part.copy_from_slice(data);
             gpa = gpa.wrapping_add(part.len() as u64);
@@ -206,11 +216,12 @@ impl Session {
         Ok(())
     }
 
-    /// Writes `bytes` to guest-physical address `gpa` on, with one WRITE_PHYSICAL for each page touched.
+    /// Writes `bytes` to guest-physical address `gpa` on, with one WRITE_PHYSICAL for each page
+    /// touched.
     ///
     /// # Errors
-    /// [`SessionError`]; [`KvmError::Inval`] where the target has no memory. The bytes before the page in question have been
-    /// written.
+    /// [`SessionError`]; [`KvmError::Inval`] where the target has no memory. The bytes before the
+    /// page in question have been written.
     pub fn write_physical(&mut self, gpa: u64, bytes: &[u8]) -> Result<(), SessionError> {
         check_range(gpa, bytes.len())?;
         let (mut gpa, mut rest) = (gpa, bytes);
@@ -224,7 +235,11 @@ impl Session {
         Ok(())
     }
 
-    fn fixed<T: Fixed>(&mut self, operation: Operation, request: &Request<'_>) -> Result<T, SessionError> {
+    fn fixed<T: Fixed>(
+        &mut self,
+        operation: Operation,
+        request: &Request<'_>,
+    ) -> Result<T, SessionError> {
         self.call(operation, request).map(T::decode)
     }
 
@@ -237,7 +252,9 @@ impl Session {
         self.next_seq = self.next_seq.wrapping_add(1);
         self.outbox.clear();
         // Only arguments that break the command's rules fail here, before anything was sent.
-        request.encode(seq, &mut self.outbox).map_err(|error| SessionError::Refused { operation, error })?;
+        request
+            .encode(seq, &mut self.outbox)
+            .map_err(|error| SessionError::Refused { operation, error })?;
 
         // Until a whole, fitting answer has been read, the stream is not at the start of a message.
         self.is_over = true;
@@ -248,7 +265,8 @@ impl Session {
         if (id, answered) != (request.id(), seq) {
             return Err(SessionError::Answer { operation, id, seq: answered, size: payload.len() });
         }
-        let outcome = reply::decode(payload).map_err(|source| SessionError::Decode { operation, source })?;
+        let outcome =
+            reply::decode(payload).map_err(|source| SessionError::Decode { operation, source })?;
         self.is_over = false;
         match outcome {
             Outcome::Done(data) => Ok(data),

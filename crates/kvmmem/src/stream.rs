@@ -52,7 +52,8 @@ impl Write for Stream {
     }
 }
 
-/// Reads and writes that all have to be over by one point in time, however slowly the bytes trickle in.
+/// Reads and writes that all have to be over by one point in time, however slowly the bytes trickle
+/// in.
 pub(crate) struct Until<'a> {
     pub(crate) stream: &'a mut Stream,
     pub(crate) deadline: Instant,

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! A view: the memory of one virtual machine, as far as a token allows, open until it is detached or taken back.
+//! A view: the memory of one virtual machine, as far as a token allows, open until it is detached
+//! or taken back.
 //!
 //! # How a view is opened
 //!
@@ -9,22 +10,26 @@
 //! | in one under a stock QEMU | the host's *guest endpoint* first, which is at vsock context id 2, port 27510 (or `$KVMMEM_GUEST_PORT`): the host plugs the view's memory in as PCI devices; then the device, whose driver has found them |
 //! | on the host | the broker's socket |
 //!
-//! Which of the first two it is, the driver says (`FEATURE_DEVICES` of `kvmmem-abi`). The connection to the guest
-//! endpoint is kept as long as the [`View`] or any [`Mapping`] of it, and its end is the view's: the host then unplugs
-//! the devices, however the process ended. If it is the host's service that goes, [`View::wait`] and [`View::status`]
-//! tell that the view is [gone](State::Gone), as nobody could take it back any more.
+//! Which of the first two it is, the driver says (`FEATURE_DEVICES` of `kvmmem-abi`). The
+//! connection to the guest endpoint is kept as long as the [`View`] or any [`Mapping`] of it, and
+//! its end is the view's: the host then unplugs the devices, however the process ended. If it is
+//! the host's service that goes, [`View::wait`] and [`View::status`] tell that the view is
+//! [gone](State::Gone), as nobody could take it back any more.
 //!
 //! # Signals
 //!
-//! A page that goes away raises SIGBUS in whoever reads it through a mapping. [`Mapping`]'s methods make an error of it:
-//! the first mapping, or the first [`View::read_vectored`] on the host, installs a handler of SIGBUS for the process, which knows these methods' accesses and passes every other
-//! SIGBUS on to the handler that was there before, or to the default action. So install other handlers before, or let
-//! them pass on what they do not know; and do not block SIGBUS in a thread that uses mappings (its first use unblocks it).
+//! A page that goes away raises SIGBUS in whoever reads it through a mapping. [`Mapping`]'s methods
+//! make an error of it: the first mapping, or the first [`View::read_vectored`] on the host,
+//! installs a handler of SIGBUS for the process, which knows these methods' accesses and passes
+//! every other SIGBUS on to the handler that was there before, or to the default action. So install
+//! other handlers before, or let them pass on what they do not know; and do not block SIGBUS in a
+//! thread that uses mappings (its first use unblocks it).
 //!
 //! # Fork and exec
 //!
-//! In a virtual machine a view belongs to its open file: a forked child shares it, and it ends for both at once. On the host
-//! only the process that attached hears of the end: a child must not use what it inherits. `exec` ends both.
+//! In a virtual machine a view belongs to its open file: a forked child shares it, and it ends for
+//! both at once. On the host only the process that attached hears of the end: a child must not use
+//! what it inherits. `exec` ends both.
 
 mod device;
 mod error;
@@ -105,8 +110,8 @@ pub struct Status {
 
 /// The memory of one virtual machine. A closed view's [`Mapping`]s keep it open.
 ///
-/// In a virtual machine it is a file of `/dev/kvmmem`, on the host a connection to the broker (see [`crate::view`]). All methods may be called
-/// by many threads at once.
+/// In a virtual machine it is a file of `/dev/kvmmem`, on the host a connection to the broker (see
+/// [`crate::view`]). All methods may be called by many threads at once.
 #[derive(Debug)]
 pub struct View {
     backend: Backend,
@@ -119,9 +124,9 @@ enum Backend {
 }
 
 impl View {
-    /// Opens a view of the virtual machine that `token` names, which is used up: by the device where there is one (at
-    /// `$KVMMEM_DEVICE`, or else [`crate::device::DEFAULT_PATH`]), else by this host's broker (at `$KVMMEM_BROKER`, or
-    /// else [`DEFAULT_SOCKET`]).
+    /// Opens a view of the virtual machine that `token` names, which is used up: by the device
+    /// where there is one (at `$KVMMEM_DEVICE`, or else [`crate::device::DEFAULT_PATH`]), else
+    /// by this host's broker (at `$KVMMEM_BROKER`, or else [`DEFAULT_SOCKET`]).
     ///
     /// # Errors
     /// [`ViewError`], with what to do about it.
@@ -129,13 +134,18 @@ impl View {
         Self::attach_reaching(token, access, &[])
     }
 
-    /// As [`View::attach`], for a tool that wants to reach `ranges`. On the host the broker refuses a view that would have
-    /// no memory in one of the first 64 of them, and the token is not used. In a virtual machine the driver cannot ask
-    /// before it uses the token: there `ranges` are not looked at. So look at [`View::ranges`] in any case.
+    /// As [`View::attach`], for a tool that wants to reach `ranges`. On the host the broker refuses
+    /// a view that would have no memory in one of the first 64 of them, and the token is not
+    /// used. In a virtual machine the driver cannot ask before it uses the token: there
+    /// `ranges` are not looked at. So look at [`View::ranges`] in any case.
     ///
     /// # Errors
     /// [`ViewError`], with what to do about it.
-    pub fn attach_reaching(token: &Token, access: Access, ranges: &[Range]) -> Result<Self, ViewError> {
+    pub fn attach_reaching(
+        token: &Token,
+        access: Access,
+        ranges: &[Range],
+    ) -> Result<Self, ViewError> {
         let (device, socket) = (default_path(), default_socket());
         if device.exists() {
             Self::attach_device(&device, token, access)
@@ -146,8 +156,8 @@ impl View {
         }
     }
 
-    /// Opens a view by the device at `path`, after having asked the host's guest endpoint for it where the driver says
-    /// that views come as PCI devices. The host has 15 s for that.
+    /// Opens a view by the device at `path`, after having asked the host's guest endpoint for it
+    /// where the driver says that views come as PCI devices. The host has 15 s for that.
     ///
     /// # Errors
     /// [`ViewError`], with what to do about it.
@@ -195,9 +205,9 @@ impl View {
         }
     }
 
-    /// Identifies one run of the target: the number is the same for all views of it, in guests and on the host, until the
-    /// target is reset, its RAM changes or its VMM ends; no other target has it. `None` where the host or the driver does
-    /// not say.
+    /// Identifies one run of the target: the number is the same for all views of it, in guests and
+    /// on the host, until the target is reset, its RAM changes or its VMM ends; no other target
+    /// has it. `None` where the host or the driver does not say.
     ///
     /// # Errors
     /// [`ViewError::System`].
@@ -208,7 +218,8 @@ impl View {
         }
     }
 
-    /// The memory that can be reached: disjoint, in pages, ascending. A view that has ended has none.
+    /// The memory that can be reached: disjoint, in pages, ascending. A view that has ended has
+    /// none.
     ///
     /// # Errors
     /// As [`View::status`].
@@ -219,8 +230,8 @@ impl View {
     /// Fills `buf` from guest-physical address `gpa` on.
     ///
     /// # Errors
-    /// [`ViewError::Hole`] with the first address that has no memory or is not granted, [`ViewError::Revoked`],
-    /// [`ViewError::Gone`]. Some of `buf` may have been filled then.
+    /// [`ViewError::Hole`] with the first address that has no memory or is not granted,
+    /// [`ViewError::Revoked`], [`ViewError::Gone`]. Some of `buf` may have been filled then.
     pub fn read_at(&self, gpa: u64, buf: &mut [u8]) -> Result<(), ViewError> {
         match &self.backend {
             Backend::Device(view) => view.read_at(gpa, buf),
@@ -228,12 +239,13 @@ impl View {
         }
     }
 
-    /// Fills each piece's bytes from its guest-physical address on, in order, as [`View::read_at`] does for one. Pieces
-    /// may have any length and may overlap in the target.
+    /// Fills each piece's bytes from its guest-physical address on, in order, as [`View::read_at`]
+    /// does for one. Pieces may have any length and may overlap in the target.
     ///
-    /// On the host this is the fast way to read many small pieces. Pages that are read again and again are read without
-    /// system calls, through a mapping that the first call makes (see [`crate::view`] on signals). Where the target's RAM is
-    /// private, the broker copies many pieces at a time. In a virtual machine it is a `pread` for each piece.
+    /// On the host this is the fast way to read many small pieces. Pages that are read again and
+    /// again are read without system calls, through a mapping that the first call makes (see
+    /// [`crate::view`] on signals). Where the target's RAM is private, the broker copies many
+    /// pieces at a time. In a virtual machine it is a `pread` for each piece.
     ///
     /// ```no_run
     /// # fn read(view: &kvmmem::View) -> Result<(), kvmmem::VectoredError> {
@@ -244,8 +256,8 @@ impl View {
     /// ```
     ///
     /// # Errors
-    /// [`VectoredError`] with the first piece that could not be filled, all before it are, and why, as for
-    /// [`View::read_at`]. Pieces after it may have been filled or not.
+    /// [`VectoredError`] with the first piece that could not be filled, all before it are, and why,
+    /// as for [`View::read_at`]. Pieces after it may have been filled or not.
     pub fn read_vectored(&self, pieces: &mut [(u64, &mut [u8])]) -> Result<(), VectoredError> {
         match &self.backend {
             Backend::Device(view) => view.read_vectored(pieces),
@@ -256,7 +268,8 @@ impl View {
     /// Writes `bytes` to guest-physical address `gpa` on.
     ///
     /// # Errors
-    /// As [`View::read_at`], and [`ViewError::ReadOnly`]. Some of `bytes` may have been written then.
+    /// As [`View::read_at`], and [`ViewError::ReadOnly`]. Some of `bytes` may have been written
+    /// then.
     pub fn write_at(&self, gpa: u64, bytes: &[u8]) -> Result<(), ViewError> {
         match &self.backend {
             Backend::Device(view) => view.write_at(gpa, bytes),
@@ -264,11 +277,13 @@ impl View {
         }
     }
 
-    /// The next stretch of memory at `gpa` or behind it that holds data, `None` where there is no more. What lies
-    /// between has no memory, is not granted, or was never written or given back by the target: then it reads as
-    /// zeros, and reading it through a mapping may make the host allocate it.
+    /// The next stretch of memory at `gpa` or behind it that holds data, `None` where there is no
+    /// more. What lies between has no memory, is not granted, or was never written or given
+    /// back by the target: then it reads as zeros, and reading it through a mapping may make
+    /// the host allocate it.
     ///
-    /// Where the host cannot tell, or the target's RAM is private to its VMM, all memory counts as data.
+    /// Where the host cannot tell, or the target's RAM is private to its VMM, all memory counts as
+    /// data.
     ///
     /// # Errors
     /// [`ViewError::Revoked`], [`ViewError::Gone`].
@@ -279,8 +294,9 @@ impl View {
         }
     }
 
-    /// The parts of `range`, in pages, that hold data, where this can be told without looking beyond it, so that many threads
-    /// can share the work; `None` where it cannot: use [`View::data_from`].
+    /// The parts of `range`, in pages, that hold data, where this can be told without looking
+    /// beyond it, so that many threads can share the work; `None` where it cannot: use
+    /// [`View::data_from`].
     ///
     /// # Errors
     /// [`ViewError::Revoked`], [`ViewError::Gone`].
@@ -291,12 +307,13 @@ impl View {
         }
     }
 
-    /// Maps `range`, which is made of pages, into this process. Nothing is copied; the target's pages appear as they
-    /// are accessed, and the target's writes with them.
+    /// Maps `range`, which is made of pages, into this process. Nothing is copied; the target's
+    /// pages appear as they are accessed, and the target's writes with them.
     ///
     /// # Errors
-    /// [`ViewError::Pages`] for a range that is not made of pages; [`ViewError::Hole`], [`ViewError::Revoked`],
-    /// [`ViewError::Gone`]; [`ViewError::Private`] where the target's RAM can only be copied.
+    /// [`ViewError::Pages`] for a range that is not made of pages; [`ViewError::Hole`],
+    /// [`ViewError::Revoked`], [`ViewError::Gone`]; [`ViewError::Private`] where the target's
+    /// RAM can only be copied.
     pub fn map(&self, range: Range) -> Result<Mapping, ViewError> {
         match &self.backend {
             Backend::Device(view) => view.map(range),
@@ -304,7 +321,8 @@ impl View {
         }
     }
 
-    /// Waits for something to happen to the view, at most `timeout`. An end of the view is told by every call.
+    /// Waits for something to happen to the view, at most `timeout`. An end of the view is told by
+    /// every call.
     ///
     /// # Errors
     /// [`ViewError::System`].

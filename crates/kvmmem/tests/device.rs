@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! What a tool is told where there is no `/dev/kvmmem`; the mapping itself needs two virtual machines.
+//! What a tool is told where there is no `/dev/kvmmem`; the mapping itself needs two virtual
+//! machines.
 
 use kvmmem::{Device, DeviceError};
 

@@ -77,7 +77,8 @@ fn serve(path: &Path, hello: Vec<u8>, mut script: Script) -> JoinHandle<()> {
                 return;
             }
             // Half a message is the last thing that is sent.
-            let is_whole = answer.len() >= 8 + usize::from(u16::from_le_bytes([answer[2], answer[3]]));
+            let is_whole =
+                answer.len() >= 8 + usize::from(u16::from_le_bytes([answer[2], answer[3]]));
             if stream.write_all(&answer).is_err() || !is_whole {
                 return;
             }
@@ -93,7 +94,10 @@ fn memory() -> Script {
         5 => question.reply(0, &[2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]),
         17 | 18 => {
             let (gpa, size) = (question.u64_at(0), question.u64_at(8));
-            assert!(size >= 1 && gpa % 4096 + size <= 4096, "gpa {gpa:#x} size {size:#x} crosses a page");
+            assert!(
+                size >= 1 && gpa % 4096 + size <= 4096,
+                "gpa {gpa:#x} size {size:#x} crosses a page"
+            );
             let start = usize::try_from(gpa).unwrap();
             let end = start.saturating_add(usize::try_from(size).unwrap());
             match memory.get_mut(start..end) {
@@ -210,9 +214,10 @@ fn events_before_the_reply_are_passed_over() {
 
 #[test]
 fn an_answer_to_another_question_ends_the_session() {
-    for twist in
-        [|q: &Question| message(q.id, q.seq + 1, &[0; 16]), |q: &Question| message(q.id + 1, q.seq, &[0; 16])]
-    {
+    for twist in [
+        |q: &Question| message(q.id, q.seq + 1, &[0; 16]),
+        |q: &Question| message(q.id + 1, q.seq, &[0; 16]),
+    ] {
         let mut session = session(after_version(twist));
         let error = session.max_gfn().unwrap_err();
         assert!(matches!(error, SessionError::Answer { .. }), "{error:?}");

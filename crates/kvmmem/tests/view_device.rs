@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! What a tool is told where there is no device that knows views; views themselves need two virtual machines.
+//! What a tool is told where there is no device that knows views; views themselves need two virtual
+//! machines.
 
 use std::path::Path;
 use std::process::Command;

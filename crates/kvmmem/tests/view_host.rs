@@ -83,7 +83,10 @@ fn a_writable_view_writes() {
     mapping.write_u32(0x14, 0x4444_4444).unwrap();
     mapping.write_u64(0x18, 0x8888_8888_8888_8888).unwrap();
     assert_eq!(word(&view, 0x10), 0x4444_4444_0000_2222);
-    assert_eq!((mapping.read_u16(0x10).unwrap(), mapping.read_u32(0x18).unwrap()), (0x2222, 0x8888_8888));
+    assert_eq!(
+        (mapping.read_u16(0x10).unwrap(), mapping.read_u32(0x18).unwrap()),
+        (0x2222, 0x8888_8888)
+    );
     let unaligned = Err(MappingError::Unaligned { offset: 0x14, size: 8 });
     assert_eq!(mapping.write_u64(0x14, 0), unaligned);
     let outside = MappingError::Outside { offset: 2 * PAGE - 1, len: 2, size: 2 * PAGE };
@@ -94,7 +97,10 @@ fn a_writable_view_writes() {
 
     let granted = host.grant(Rights::ReadWrite, None);
     let view = View::attach_host(&host.socket, &granted.token, Access::ReadOnly).unwrap();
-    assert!(!view.status().unwrap().is_writable, "less than the grant allows, because it was asked for");
+    assert!(
+        !view.status().unwrap().is_writable,
+        "less than the grant allows, because it was asked for"
+    );
     assert!(matches!(view.write_at(0, &[1]), Err(ViewError::ReadOnly { .. })));
 }
 
@@ -112,7 +118,10 @@ fn holes_are_named() {
         (view.map(Range { gpa: 0x2000, len: 3 * PAGE }).map(drop), 0x4000),
         (view.map(Range { gpa: 0x8000, len: PAGE }).map(drop), 0x8000),
     ] {
-        assert!(matches!(result, Err(ViewError::Hole { gpa, .. }) if gpa == hole), "{result:?}, {hole:#x}");
+        assert!(
+            matches!(result, Err(ViewError::Hole { gpa, .. }) if gpa == hole),
+            "{result:?}, {hole:#x}"
+        );
     }
     for range in [Range { gpa: 1, len: PAGE }, Range { gpa: 0, len: 1 }, Range { gpa: 0, len: 0 }] {
         assert!(matches!(view.map(range), Err(ViewError::Pages { .. })), "{range}");
@@ -134,7 +143,10 @@ fn a_scope_is_all_that_is_seen() {
         assert!(matches!(result, Err(ViewError::Hole { .. })), "{gpa:#x}");
     }
     assert!(matches!(view.read_at(0x1fff, &mut [0; 2]), Err(ViewError::Hole { gpa: 0x2000, .. })));
-    assert!(matches!(view.map(Range { gpa: 0, len: 2 * PAGE }), Err(ViewError::Hole { gpa: 0, .. })));
+    assert!(matches!(
+        view.map(Range { gpa: 0, len: 2 * PAGE }),
+        Err(ViewError::Hole { gpa: 0, .. })
+    ));
     assert_eq!(view.data_from(0).unwrap(), Some(ranges[0]));
     assert_eq!(view.data_from(0x2000).unwrap(), Some(ranges[1]));
     assert_eq!(view.data_from(0x10_2000).unwrap(), None);
@@ -146,7 +158,8 @@ fn a_scope_is_all_that_is_seen() {
         (ranges.to_vec(), Some(ranges[1]))
     );
     let (mut word, mut hole) = ([0; 8], [0; 2]);
-    let error = memory.read_vectored(&mut [(0x1008, &mut word[..]), (0x1fff, &mut hole[..])]).unwrap_err();
+    let error =
+        memory.read_vectored(&mut [(0x1008, &mut word[..]), (0x1fff, &mut hole[..])]).unwrap_err();
     assert_eq!((u64::from_le_bytes(word), error.piece), (0x1008, 1));
     assert!(matches!(error.source, MemoryError::Hole { gpa: 0x2000 }), "{error:?}");
 }
@@ -239,7 +252,10 @@ fn bad_tokens_attach_nothing() {
             let text = error.to_string();
             assert!(text.contains("ask for a new token"), "{text}");
             let ViewError::AttachHost { source, .. } = error else { unreachable!() };
-            assert!(matches!(*source, HostError::Refused { refusal: Refusal::Unknown, .. }), "{source:?}");
+            assert!(
+                matches!(*source, HostError::Refused { refusal: Refusal::Unknown, .. }),
+                "{source:?}"
+            );
         }
         error => panic!("{error}"),
     };
@@ -256,10 +272,16 @@ fn bad_tokens_attach_nothing() {
 
 #[test]
 fn no_broker_is_told_with_a_remedy() {
-    let result =
-        View::attach_host("/nonexistent/kvmmemd.sock".as_ref(), &Token::new([0; 4]), Access::Granted);
+    let result = View::attach_host(
+        "/nonexistent/kvmmemd.sock".as_ref(),
+        &Token::new([0; 4]),
+        Access::Granted,
+    );
     let text = result.unwrap_err().to_string();
-    assert!(text.contains("/nonexistent/kvmmemd.sock") && text.contains("is kvmmemd running"), "{text}");
+    assert!(
+        text.contains("/nonexistent/kvmmemd.sock") && text.contains("is kvmmemd running"),
+        "{text}"
+    );
 }
 
 #[test]

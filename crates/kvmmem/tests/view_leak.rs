@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Nothing is left of a view that has ended. A program of its own, because it counts what the process has.
+//! Nothing is left of a view that has ended. A program of its own, because it counts what the
+//! process has.
 
 mod host;
 

@@ -48,7 +48,8 @@ impl Host {
         let (stop, stopped) = UnixStream::pair().unwrap();
         let server = std::thread::spawn(move || server.run(stopped.as_fd()).unwrap());
         let memory = vec![0; usize::try_from(SECOND + SECOND_LEN + PAGE).unwrap()];
-        let own = rustix::fs::open("/proc/self/mem", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()).unwrap();
+        let own = rustix::fs::open("/proc/self/mem", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())
+            .unwrap();
         let registration = Registration {
             name: "target".into(),
             uuid: Uuid::from_bytes([7; 16]),
@@ -71,11 +72,16 @@ impl Host {
         };
         let ram = Ram::of_process(own, host.regions()).unwrap();
         let (end, _) =
-            socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
+            socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
+                .unwrap();
         let credentials = Credentials { pid: std::process::id(), uid: 0 };
         let peer = Peer::new(PacketSocket::accepted(end, PATIENCE).unwrap(), credentials);
         let by = peer.credentials();
-        let vm = host.broker.registry().insert(registration, &mut Some(ram), Arc::new(peer), by).unwrap();
+        let vm = host
+            .broker
+            .registry()
+            .insert(registration, &mut Some(ram), Arc::new(peer), by)
+            .unwrap();
         host.vm = vm.id();
         host
     }
@@ -88,7 +94,8 @@ impl Host {
 
     fn grant(&self, rights: Rights, spans: Option<Vec<Span>>) -> Granted {
         let (target, uses, ttl_ms) = ("target".into(), 1, 60_000);
-        let request = GrantRequest { target, spans, rights, ttl_ms, uses, holder: None, label: None };
+        let request =
+            GrantRequest { target, spans, rights, ttl_ms, uses, holder: None, label: None };
         Admin::connect(&self.socket).unwrap().grant(&request).unwrap()
     }
 
@@ -134,7 +141,10 @@ fn what_is_written_is_read_and_nothing_is_mapped() {
         "{words}"
     );
     let beyond = view.read_at(SECOND + SECOND_LEN - 1, &mut [0; 2]).unwrap_err();
-    assert!(matches!(beyond, ViewError::Hole { gpa, .. } if gpa == SECOND + SECOND_LEN), "{beyond}");
+    assert!(
+        matches!(beyond, ViewError::Hole { gpa, .. } if gpa == SECOND + SECOND_LEN),
+        "{beyond}"
+    );
 
     // Many pieces in one call.
     let page = |n: u64| n * 7919 % (SECOND + SECOND_LEN - PAGE);
@@ -143,7 +153,11 @@ fn what_is_written_is_read_and_nothing_is_mapped() {
         (0..).map(page).zip(buffers.iter_mut().map(|buffer| &mut buffer[..])).collect();
     view.read_vectored(&mut pieces).unwrap();
     let right = |at: u64| {
-        if (PAGE - 3..PAGE - 3 + SECOND).contains(&at) { ((at - (PAGE - 3)) % 249) as u8 } else { 0 }
+        if (PAGE - 3..PAGE - 3 + SECOND).contains(&at) {
+            ((at - (PAGE - 3)) % 249) as u8
+        } else {
+            0
+        }
     };
     assert!(
         (0..)
@@ -152,8 +166,9 @@ fn what_is_written_is_read_and_nothing_is_mapped() {
             .all(|(gpa, buffer)| (gpa..).zip(buffer).all(|(at, byte)| *byte == right(at)))
     );
     let (mut one, mut two) = ([0; 8], [0; 8]);
-    let error =
-        view.read_vectored(&mut [(PAGE, &mut one[..]), (SECOND + SECOND_LEN - 3, &mut two[..])]).unwrap_err();
+    let error = view
+        .read_vectored(&mut [(PAGE, &mut one[..]), (SECOND + SECOND_LEN - 3, &mut two[..])])
+        .unwrap_err();
     let hole = SECOND + SECOND_LEN;
     assert!(
         error.piece == 1 && matches!(error.source, ViewError::Hole { gpa, .. } if gpa == hole),
@@ -202,7 +217,10 @@ fn a_view_follows_the_ram_and_hears_of_its_end_whatever_it_is_doing() {
             host.broker.ram_changed(Some(&vm), fewer, Change::Resized).unwrap();
             assert_eq!(view.wait(PATIENCE).unwrap(), Some(Event::Changed));
             assert_eq!(view.ranges().unwrap(), [Range { gpa: 0, len: SECOND }]);
-            assert!(matches!(view.read_at(SECOND, &mut [0]), Err(ViewError::Hole { gpa: SECOND, .. })));
+            assert!(matches!(
+                view.read_at(SECOND, &mut [0]),
+                Err(ViewError::Hole { gpa: SECOND, .. })
+            ));
             let began = std::time::Instant::now();
             if end == Event::Revoked {
                 let revoked = Admin::connect(&host.socket).unwrap().revoke(grant).unwrap();
@@ -214,7 +232,9 @@ fn a_view_follows_the_ram_and_hears_of_its_end_whatever_it_is_doing() {
             for reader in readers {
                 let error = reader.join().unwrap();
                 match end {
-                    Event::Revoked => assert!(matches!(error, ViewError::Revoked { .. }), "{error}"),
+                    Event::Revoked => {
+                        assert!(matches!(error, ViewError::Revoked { .. }), "{error}")
+                    }
                     _ => assert!(matches!(error, ViewError::Gone { .. }), "{error}"),
                 }
             }

@@ -17,7 +17,9 @@ impl Bed {
             .map(PathBuf::from)
             .context("KVMMEM_BED is not set: `cargo xtask e2e` runs this program where it is")?;
         let bed = Self { root };
-        for file in [bed.kernel(), bed.target_initrd(), bed.introspector_initrd(), bed.bin("kvmmem")] {
+        for file in
+            [bed.kernel(), bed.target_initrd(), bed.introspector_initrd(), bed.bin("kvmmem")]
+        {
             if !file.exists() {
                 bail!("the test bed lacks {}: run `cargo xtask testbed`", file.display());
             }

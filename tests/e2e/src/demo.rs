@@ -45,6 +45,7 @@ fn acts(world: &mut World, report: &mut Report) -> Result<()> {
     refusals::refusals(world, report)?;
     report.begin("views", "a view: attach, scan, watch, and its owner takes it back");
     views::act::act(world, report)?;
-    report.begin("answers", "the target's processes, modules, log and a YARA match, without symbols");
+    report
+        .begin("answers", "the target's processes, modules, log and a YARA match, without symbols");
     views::answers::answers(world, report)
 }

@@ -89,7 +89,8 @@ fn main() -> ExitCode {
 fn enter(root: &Path, command: &[OsString]) -> anyhow::Error {
     let become_it = || -> Result<()> {
         let (program, arguments) = command.split_first().context("no program")?;
-        std::os::unix::fs::chroot(root).with_context(|| format!("cannot enter {}", root.display()))?;
+        std::os::unix::fs::chroot(root)
+            .with_context(|| format!("cannot enter {}", root.display()))?;
         std::env::set_current_dir("/").context("cannot enter the folder")?;
         let error = Command::new(program).args(arguments).exec();
         Err(error).with_context(|| format!("cannot run {}", program.display()))
@@ -98,13 +99,14 @@ fn enter(root: &Path, command: &[OsString]) -> anyhow::Error {
 }
 
 fn run(style: Style, names: &[String]) -> Result<u8> {
-    if let Some(unknown) = names.iter().find(|name| !all().any(|scenario| is_named(scenario, name))) {
+    if let Some(unknown) = names.iter().find(|name| !all().any(|scenario| is_named(scenario, name)))
+    {
         bail!("no scenario is named {unknown:?}; `cargo xtask e2e --list` lists them");
     }
     let mut report = Report::new(style);
     let mut world = World::without_vms(Bed::from_env()?)?;
-    for scenario in
-        all().filter(|scenario| names.is_empty() || names.iter().any(|name| is_named(scenario, name)))
+    for scenario in all()
+        .filter(|scenario| names.is_empty() || names.iter().any(|name| is_named(scenario, name)))
     {
         report.begin(scenario.name, scenario.purpose);
         let before = report.failed();

@@ -43,8 +43,10 @@ impl Process {
         let tasks = std::fs::read_dir(folder).into_iter().flatten().flatten();
         tasks
             .map(|task| {
-                let (name, stack) = (read(task.path().join("comm")), read(task.path().join("stack")));
-                let calls: Vec<_> = stack.lines().filter_map(|line| line.split_whitespace().nth(1)).collect();
+                let (name, stack) =
+                    (read(task.path().join("comm")), read(task.path().join("stack")));
+                let calls: Vec<_> =
+                    stack.lines().filter_map(|line| line.split_whitespace().nth(1)).collect();
                 format!("{}: {}\n", name.trim(), calls.join(" < "))
             })
             .collect()
@@ -57,7 +59,8 @@ impl Process {
 
     /// Sends a signal.
     pub(crate) fn signal(&self, signal: Signal) -> Result<()> {
-        let pid = i32::try_from(self.child.id()).ok().and_then(Pid::from_raw).context("no such pid")?;
+        let pid =
+            i32::try_from(self.child.id()).ok().and_then(Pid::from_raw).context("no such pid")?;
         kill_process(pid, signal).with_context(|| format!("cannot signal {}", self.name))
     }
 

@@ -16,7 +16,8 @@ use crate::vm::{self, CMDLINE};
 /// The emulator, in a release's folder.
 const PROGRAM: &str = "/usr/bin/qemu-system-x86_64";
 
-/// Devices that nobody needs and whose every access leaves the guest, which is slow in an emulated host.
+/// Devices that nobody needs and whose every access leaves the guest, which is slow in an emulated
+/// host.
 const QUICK: &str = ",smm=off,hpet=off,vmport=off";
 
 /// Whose QEMU.
@@ -55,7 +56,10 @@ impl Ram {
     /// The arguments for `mib` MiB of it.
     fn arguments(self, mib: u32) -> Vec<String> {
         let memfd = |id: &str, mib, more: &str| {
-            ["-object".to_owned(), format!("memory-backend-memfd,id={id},size={mib}M,share=on{more}")]
+            [
+                "-object".to_owned(),
+                format!("memory-backend-memfd,id={id},size={mib}M,share=on{more}"),
+            ]
         };
         let mut arguments = vec!["-m".to_owned(), format!("{mib}M")];
         match self {
@@ -92,7 +96,8 @@ pub(crate) struct Spec {
     pub(crate) largest: &'static str,
 }
 
-/// A running VM, killed when dropped. Its guest has the module, so that it can look as well as be looked at.
+/// A running VM, killed when dropped. Its guest has the module, so that it can look as well as be
+/// looked at.
 pub(crate) struct Qemu {
     pub(crate) spec: Spec,
     pub(crate) agent: Agent,
@@ -116,7 +121,12 @@ impl Qemu {
         command.args(spec.ram.arguments(spec.mib));
         command.args(["-nodefaults", "-no-user-config", "-display", "none"]);
         command.arg("-kernel").arg(bed.kernel()).arg("-initrd").arg(bed.introspector_initrd());
-        command.args(["-append", CMDLINE, "-serial", &format!("file:{}", file("console").display())]);
+        command.args([
+            "-append",
+            CMDLINE,
+            "-serial",
+            &format!("file:{}", file("console").display()),
+        ]);
         command.args(introspector_arguments(bed, spec, &file("qmp"))?);
         // A socket has one client at a time: this one is the scenarios' own.
         command.args(["-qmp", &format!("unix:{},server=on,wait=off", file("test.qmp").display())]);
@@ -132,7 +142,8 @@ impl Qemu {
 
     /// One command on the scenarios' own QMP socket.
     pub(crate) fn qmp(&self, command: &str, arguments: &Value) -> Result<Value> {
-        Qmp::connect(&self.run.join(format!("{}.test.qmp", self.spec.name)))?.execute(command, arguments)
+        Qmp::connect(&self.run.join(format!("{}.test.qmp", self.spec.name)))?
+            .execute(command, arguments)
     }
 
     /// Its version, as it says.
@@ -146,7 +157,8 @@ impl Qemu {
 /// How many views at a time the introspectors have places for.
 pub(crate) const VIEWS: usize = 2;
 
-/// What `kvmmem qemu-args` says that an introspector needs: places for views, vsock, the broker's QMP socket.
+/// What `kvmmem qemu-args` says that an introspector needs: places for views, vsock, the broker's
+/// QMP socket.
 fn introspector_arguments(bed: &Bed, spec: Spec, socket: &Path) -> Result<Vec<String>> {
     let output = Command::new(bed.bin("kvmmem"))
         .args(["qemu-args", "--json", "--machine", spec.machine, "--memory", spec.largest])
@@ -154,6 +166,7 @@ fn introspector_arguments(bed: &Bed, spec: Spec, socket: &Path) -> Result<Vec<St
         .arg(socket)
         .output()
         .context("cannot run kvmmem")?;
-    let words: Value = serde_json::from_slice(&output.stdout).context("kvmmem qemu-args says nonsense")?;
+    let words: Value =
+        serde_json::from_slice(&output.stdout).context("kvmmem qemu-args says nonsense")?;
     serde_json::from_value(words["arguments"].clone()).context("kvmmem qemu-args says no arguments")
 }

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! A client of QEMU's machine protocol, one connection a command; not the broker's, which is under test.
+//! A client of QEMU's machine protocol, one connection a command; not the broker's, which is under
+//! test.
 
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::os::unix::net::UnixStream;
@@ -17,7 +18,8 @@ pub(crate) struct Qmp {
 
 impl Qmp {
     pub(crate) fn connect(socket: &Path) -> Result<Self> {
-        let stream = UnixStream::connect(socket).with_context(|| format!("QMP {}", socket.display()))?;
+        let stream =
+            UnixStream::connect(socket).with_context(|| format!("QMP {}", socket.display()))?;
         stream.set_read_timeout(Some(PATIENCE))?;
         let mut qmp = Self { stream: BufReader::new(stream) };
         qmp.line()?;

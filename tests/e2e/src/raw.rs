@@ -30,12 +30,14 @@ impl Raw {
         self.answer(command)
     }
 
-    /// Sends a command that takes its time, and waits until the tool is at it. [`Self::answer`] waits for its answer.
+    /// Sends a command that takes its time, and waits until the tool is at it. [`Self::answer`]
+    /// waits for its answer.
     pub(crate) fn begin(&mut self, command: &str) -> Result<()> {
         self.must(&format!("announce {command}")).map(drop)
     }
 
-    /// Loads the `u64` at `address` until it has changed three times; how often it did before the tool gave up.
+    /// Loads the `u64` at `address` until it has changed three times; how often it did before the
+    /// tool gave up.
     pub(crate) fn changes(&mut self, address: u64) -> Result<u64> {
         let changes = self.must(&format!("spin {address:#x} {SPIN_MS} 3"))?;
         u64::from_str_radix(changes.trim_start_matches("0x"), 16).with_context(|| changes)
@@ -43,8 +45,10 @@ impl Raw {
 
     /// Waits for the answer to a command that was sent.
     pub(crate) fn answer(&mut self, command: &str) -> Result<Answer> {
-        let line =
-            self.child.read_line(PATIENCE)?.with_context(|| format!("the raw tool ended at {command:?}"))?;
+        let line = self
+            .child
+            .read_line(PATIENCE)?
+            .with_context(|| format!("the raw tool ended at {command:?}"))?;
         match line.split_once(' ') {
             Some(("ok", value)) => Ok(Ok(value.trim().to_owned())),
             Some(("errno" | "signal", name)) => Ok(Err(name.to_owned())),
@@ -71,7 +75,13 @@ impl Raw {
         self.must("open")
     }
 
-    pub(crate) fn map(&mut self, slot: &str, page: &str, gpa: u64, token: [u64; 4]) -> Result<Answer> {
+    pub(crate) fn map(
+        &mut self,
+        slot: &str,
+        page: &str,
+        gpa: u64,
+        token: [u64; 4],
+    ) -> Result<Answer> {
         let [a, b, c, d] = token;
         self.ask(&format!("map {slot} {page} {gpa:#x} {a:#x} {b:#x} {c:#x} {d:#x}"))
     }
@@ -94,20 +104,28 @@ impl Raw {
         self.ask(&format!("attach {slot} 0 {a:#x} {b:#x} {c:#x} {d:#x}"))
     }
 
-    /// Has the host of a stock QEMU open a view read-only, and attaches it: the slots of the connection, whose closing is the
-    /// view's end, and of the device. The host's words where it refuses.
+    /// Has the host of a stock QEMU open a view read-only, and attaches it: the slots of the
+    /// connection, whose closing is the view's end, and of the device. The host's words where
+    /// it refuses.
     pub(crate) fn open_view(&mut self, token: &Token) -> Result<Result<(String, String), String>> {
         let answer = match self.ask(&format!("ask {GUEST_PORT} ro {}", token.to_hex().as_str()))? {
             Ok(answer) => answer,
             Err(words) => return Ok(Err(words)),
         };
-        let (connection, ticket) = answer.split_once(' ').context("the connection gave no ticket")?;
+        let (connection, ticket) =
+            answer.split_once(' ').context("the connection gave no ticket")?;
         let ticket: Token = ticket.parse().context("the connection's ticket is none")?;
         Ok(Ok((connection.to_owned(), self.view(ticket.words())?)))
     }
 
     /// Maps `len` bytes of the target from `gpa` on, shared.
-    pub(crate) fn mmap(&mut self, slot: &str, gpa: u64, len: u64, protection: &str) -> Result<Answer> {
+    pub(crate) fn mmap(
+        &mut self,
+        slot: &str,
+        gpa: u64,
+        len: u64,
+        protection: &str,
+    ) -> Result<Answer> {
         self.ask(&format!("mmap {slot} {gpa:#x} {len:#x} {protection} shared"))
     }
 

@@ -67,7 +67,12 @@ impl Report {
     }
 
     /// Records a check that took the time since the one before.
-    pub(crate) fn check(&mut self, what: impl Into<String>, ok: bool, detail: impl Display) -> bool {
+    pub(crate) fn check(
+        &mut self,
+        what: impl Into<String>,
+        ok: bool,
+        detail: impl Display,
+    ) -> bool {
         let took = self.last.elapsed();
         self.timed(what, ok, detail, took)
     }
@@ -79,7 +84,8 @@ impl Report {
         seen: &T,
         wanted: &T,
     ) -> bool {
-        let detail = if seen == wanted { String::new() } else { format!("got {seen:?}, wanted {wanted:?}") };
+        let detail =
+            if seen == wanted { String::new() } else { format!("got {seen:?}, wanted {wanted:?}") };
         self.check(what, seen == wanted, detail)
     }
 
@@ -110,8 +116,13 @@ impl Report {
     fn print(&self, check: &Check, took: Duration) {
         let (colour, word) = if check.ok { ("\x1b[32m", "ok  ") } else { ("\x1b[31m", "FAIL") };
         let (on, off) = if self.colour { (colour, "\x1b[0m") } else { ("", "") };
-        let detail = if check.detail.is_empty() { String::new() } else { format!(" ({})", check.detail) };
-        println!("  {on}{word}{off} {:<72} {:>9.1} ms{detail}", check.what, took.as_secs_f64() * 1e3);
+        let detail =
+            if check.detail.is_empty() { String::new() } else { format!(" ({})", check.detail) };
+        println!(
+            "  {on}{word}{off} {:<72} {:>9.1} ms{detail}",
+            check.what,
+            took.as_secs_f64() * 1e3
+        );
     }
 
     /// All checks so far.

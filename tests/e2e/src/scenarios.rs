@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The end-to-end scenarios, by name. Each starts from a whole world and may break it; the runner mends it.
+//! The end-to-end scenarios, by name. Each starts from a whole world and may break it; the runner
+//! mends it.
 
 mod cases;
 pub(crate) mod death;
@@ -26,15 +27,17 @@ pub(crate) struct Scenario {
     pub(crate) run: fn(&mut World, &mut Report) -> Result<()>,
 }
 
-/// All scenarios, in the order in which they run: of the seed's interface, then of views, then of VMs under stock QEMUs;
-/// those that end a VM come last in each part.
+/// All scenarios, in the order in which they run: of the seed's interface, then of views, then of
+/// VMs under stock QEMUs; those that end a VM come last in each part.
 pub(crate) fn all() -> impl Iterator<Item = &'static Scenario> {
     SEED.iter().chain(cases::ALL).chain(views::ALL).chain(qemu::ALL)
 }
 
-/// Whether `name` is this scenario's, or that of its part: `views` for all that begin with `views_`.
+/// Whether `name` is this scenario's, or that of its part: `views` for all that begin with
+/// `views_`.
 pub(crate) fn is_named(scenario: &Scenario, name: &str) -> bool {
-    scenario.name == name || scenario.name.strip_prefix(name).is_some_and(|rest| rest.starts_with('_'))
+    scenario.name == name
+        || scenario.name.strip_prefix(name).is_some_and(|rest| rest.starts_with('_'))
 }
 
 const SEED: &[Scenario] = &[
@@ -48,7 +51,11 @@ const SEED: &[Scenario] = &[
         purpose: "a token works once, for three seconds, and at most 64 wait",
         run: refusals::token_rules,
     },
-    Scenario { name: "refusals", purpose: "each bad request gets its errno", run: refusals::refusals },
+    Scenario {
+        name: "refusals",
+        purpose: "each bad request gets its errno",
+        run: refusals::refusals,
+    },
     Scenario {
         name: "other_process_fd",
         purpose: "a file serves the process that opened it",
@@ -74,7 +81,11 @@ const SEED: &[Scenario] = &[
         purpose: "a killed tool leaves nothing behind, also where its file lives on",
         run: ownership::sigkill_tool,
     },
-    Scenario { name: "memlock", purpose: "mappings count against RLIMIT_MEMLOCK", run: ownership::memlock },
+    Scenario {
+        name: "memlock",
+        purpose: "mappings count against RLIMIT_MEMLOCK",
+        run: ownership::memlock,
+    },
     Scenario {
         name: "many_mappings",
         purpose: "4,096 live mappings in one process",
@@ -95,7 +106,11 @@ const SEED: &[Scenario] = &[
         purpose: "a tool that sends nonsense in a loop disturbs nobody",
         run: host::flood,
     },
-    Scenario { name: "cli", purpose: "the command line, in the guest and on the host", run: host::cli },
+    Scenario {
+        name: "cli",
+        purpose: "the command line, in the guest and on the host",
+        run: host::cli,
+    },
     Scenario {
         name: "vcpus",
         purpose: "registers and pauses of a VM of kvmmem vm, also when who asked for it dies",

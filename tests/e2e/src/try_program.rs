@@ -28,14 +28,16 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
     let port = world.hook_port()?;
     let (gpa, max_gfn) = (world.gpa()?, world.max_gfn()?);
     let marker = world.marker()?.hex.clone();
-    let grant = world.grant_as(|request| GrantRequest { uses: 1000, ttl_ms: 600_000, ..request })?;
+    let grant =
+        world.grant_as(|request| GrantRequest { uses: 1000, ttl_ms: 600_000, ..request })?;
     let token = grant.token.to_hex();
 
     let agent = world.agent()?;
     for entry in std::fs::read_dir(world.bed.brought()).context("the bed has no folder try")? {
         let path = entry.context("cannot list the folder try")?.path();
         let file = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        let bytes = std::fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
+        let bytes =
+            std::fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
         agent.put(&format!("/tmp/try/{file}"), 0o755, &bytes)?;
     }
     let command = Command::new(format!("/tmp/try/{name}"))

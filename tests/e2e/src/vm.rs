@@ -68,13 +68,16 @@ impl Vm {
         command.arg("vm").arg("--kernel").arg(bed.kernel());
         command.args(["--cmdline", CMDLINE]);
         command.args([
-            "--name", spec.name, "--uuid", spec.uuid, "--memory", "256M", "--reset", "exit", "--json",
+            "--name", spec.name, "--uuid", spec.uuid, "--memory", "256M", "--reset", "exit",
+            "--json",
         ]);
         command.args(["--cpus", &spec.vcpus.to_string(), "--cid", &spec.cid.to_string()]);
         command.arg("--serial").arg(format!("file:{}", console.display()));
         command.arg("--broker").arg(socket);
         match spec.role {
-            Role::Target => command.arg("--initrd").arg(bed.target_initrd()).arg("--introspectable"),
+            Role::Target => {
+                command.arg("--initrd").arg(bed.target_initrd()).arg("--introspectable")
+            }
             Role::Introspector => {
                 command.arg("--initrd").arg(bed.introspector_initrd()).arg("--introspector");
                 command.args(["--hypercalls", if spec.way == Way::Port { "port" } else { "auto" }])
@@ -99,7 +102,8 @@ impl Vm {
             .collect()
     }
 
-    /// Whether the kernel restricts the VMM's threads as its sandbox asks for; and what it says of each.
+    /// Whether the kernel restricts the VMM's threads as its sandbox asks for; and what it says of
+    /// each.
     pub(crate) fn sandbox(&self) -> Result<(bool, String)> {
         let mut is_so = !self.has_said("the sandbox does not restrict")?;
         let mut detail = String::new();
@@ -108,10 +112,12 @@ impl Vm {
             // One may have ended meanwhile.
             let Ok(status) = std::fs::read_to_string(task.path().join("status")) else { continue };
             let field = |name: &str| {
-                let line = status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+                let line =
+                    status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
                 line.map(str::trim).unwrap_or_default().to_owned()
             };
-            // A worker of the kernel's, such as vhost's, makes no system calls, but has inherited the filter as well.
+            // A worker of the kernel's, such as vhost's, makes no system calls, but has inherited
+            // the filter as well.
             is_so &= field("Seccomp") == "2" && field("NoNewPrivs") == "1";
             detail += &format!("{} {} {}, ", field("Name"), field("Seccomp"), field("NoNewPrivs"));
         }
@@ -137,9 +143,14 @@ impl Vm {
     }
 }
 
-/// Waits until the agent of a VM that `process` runs answers, or that ends, or the limit for booting is over. Its console
-/// and log are named after it, in the folder `run`.
-pub(crate) fn wait_for_agent(name: &str, cid: u32, process: &mut Process, run: &Path) -> Result<Agent> {
+/// Waits until the agent of a VM that `process` runs answers, or that ends, or the limit for
+/// booting is over. Its console and log are named after it, in the folder `run`.
+pub(crate) fn wait_for_agent(
+    name: &str,
+    cid: u32,
+    process: &mut Process,
+    run: &Path,
+) -> Result<Agent> {
     let deadline = Instant::now() + BOOT_LIMIT;
     loop {
         match Agent::connect(cid, Duration::from_secs(2)) {
@@ -157,8 +168,9 @@ pub(crate) fn wait_for_agent(name: &str, cid: u32, process: &mut Process, run: &
 
 /// The last lines of a log.
 pub(crate) fn tail(path: &Path) -> String {
-    let text =
-        std::fs::read(path).map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).unwrap_or_default();
+    let text = std::fs::read(path)
+        .map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
+        .unwrap_or_default();
     let lines: Vec<_> = text.lines().collect();
     let from = lines.len().saturating_sub(25);
     lines.get(from..).unwrap_or_default().join("\n")

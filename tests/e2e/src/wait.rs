@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Waiting for a condition, never for a time: a right system meets it soon, however slow the machine.
+//! Waiting for a condition, never for a time: a right system meets it soon, however slow the
+//! machine.
 
 use std::thread;
 use std::time::{Duration, Instant};

@@ -81,7 +81,10 @@ impl World {
 
     /// Starts the broker alone.
     pub(crate) fn without_vms(bed: Bed) -> Result<Self> {
-        let run = tempfile::Builder::new().prefix("kvmmem-e2e-").tempdir().context("no place to run in")?;
+        let run = tempfile::Builder::new()
+            .prefix("kvmmem-e2e-")
+            .tempdir()
+            .context("no place to run in")?;
         let broker = Self::start_broker(&bed, &run)?;
         Ok(Self {
             bed,
@@ -168,8 +171,8 @@ impl World {
         self.admin()?.targets().context("the broker lists nothing")
     }
 
-    /// Ends all VMs and starts another broker, after a scenario that left them in an unknown state; [`World::mend`] boots
-    /// new VMs.
+    /// Ends all VMs and starts another broker, after a scenario that left them in an unknown state;
+    /// [`World::mend`] boots new VMs.
     pub(crate) fn renew(&mut self) -> Result<()> {
         // The VMs first: their ends are then all that tools in them wait for.
         (self.target, self.introspector) = (None, None);
@@ -178,7 +181,8 @@ impl World {
         self.restart_broker()
     }
 
-    /// Ends the introspector where its hypercalls go another way; [`World::mend`] boots one for which they go this way.
+    /// Ends the introspector where its hypercalls go another way; [`World::mend`] boots one for
+    /// which they go this way.
     pub(crate) fn use_way(&mut self, way: Way) {
         if self.way != way {
             self.way = way;
@@ -194,16 +198,19 @@ impl World {
             Ok(line) => line,
             Err(error) => bail!("the marker is silent ({error}): {}", child.take_stderr()),
         };
-        let Some(Placed::Marker { gpas, marker }) =
-            line.as_deref().map(serde_json::from_str).transpose().context("the marker says nonsense")?
+        let Some(Placed::Marker { gpas, marker }) = line
+            .as_deref()
+            .map(serde_json::from_str)
+            .transpose()
+            .context("the marker says nonsense")?
         else {
             bail!("the marker did not start: {line:?} {}", child.take_stderr());
         };
         Ok(Marker { child, gpas, hex: marker })
     }
 
-    /// A KVMI session to the target for the scenario itself, which runs on the host: over a unix socket, so its tokens
-    /// have no holder.
+    /// A KVMI session to the target for the scenario itself, which runs on the host: over a unix
+    /// socket, so its tokens have no holder.
     fn open_session(&self) -> Result<Session> {
         let path = self.run.path().join("tool.sock");
         let _ = std::fs::remove_file(&path);
@@ -216,7 +223,11 @@ impl World {
     pub(crate) fn kvmmem(&self, arguments: &[&str]) -> Result<String> {
         let output = self.try_kvmmem(arguments)?;
         if !output.status.success() {
-            bail!("kvmmem {} failed: {}", arguments.join(" "), String::from_utf8_lossy(&output.stderr));
+            bail!(
+                "kvmmem {} failed: {}",
+                arguments.join(" "),
+                String::from_utf8_lossy(&output.stderr)
+            );
         }
         Ok(String::from_utf8_lossy(&output.stdout).into_owned())
     }
@@ -238,12 +249,16 @@ impl World {
 
     /// Takes the hook of a port back.
     pub(crate) fn unhook_port(&self, port: u32) -> Result<()> {
-        self.kvmmem(&["unhook", TARGET, &format!("vsock:{}:{port}", INTROSPECTOR_SPEC.cid)]).map(drop)
+        self.kvmmem(&["unhook", TARGET, &format!("vsock:{}:{port}", INTROSPECTOR_SPEC.cid)])
+            .map(drop)
     }
 
     /// The command-driven C tool, run in the introspector by a member of group `kvmmem`.
     pub(crate) fn raw(&self) -> Result<Raw> {
-        Raw::start(&self.introspector()?.agent, &GuestCommand::new(RAW).as_member().memlock(64 << 20))
+        Raw::start(
+            &self.introspector()?.agent,
+            &GuestCommand::new(RAW).as_member().memlock(64 << 20),
+        )
     }
 
     /// The same as somebody else.
@@ -272,7 +287,10 @@ impl World {
     }
 
     /// A grant on the target that differs from the usual one, which is read-only and for all RAM.
-    pub(crate) fn grant_as(&self, change: impl FnOnce(GrantRequest) -> GrantRequest) -> Result<Granted> {
+    pub(crate) fn grant_as(
+        &self,
+        change: impl FnOnce(GrantRequest) -> GrantRequest,
+    ) -> Result<Granted> {
         let usual = GrantRequest {
             target: TARGET.to_owned(),
             spans: None,
@@ -295,12 +313,14 @@ impl World {
         Ok(self.grant(Rights::ReadWrite, None)?.token.words())
     }
 
-    /// The same by KVMI. It expires after three seconds, which a slow machine may need to bring it to its use.
+    /// The same by KVMI. It expires after three seconds, which a slow machine may need to bring it
+    /// to its use.
     pub(crate) fn kvmi_token(&mut self) -> Result<[u64; 4]> {
         Ok(self.session()?.map_token()?.words())
     }
 
-    /// Whether the target's program finds `value` in its inbox next. What was reported of it before is passed over.
+    /// Whether the target's program finds `value` in its inbox next. What was reported of it before
+    /// is passed over.
     pub(crate) fn inbox(&mut self, value: u64) -> Result<bool> {
         let end = Instant::now() + PATIENCE;
         let child = &mut self.marker()?.child;
@@ -358,11 +378,12 @@ impl World {
         self.run.path().join("kvmmemd.sock")
     }
 
-    /// The ends of all logs, for a failure. A VMM that has only the first of its threads left is ending, and says why at
-    /// last: it is waited for.
+    /// The ends of all logs, for a failure. A VMM that has only the first of its threads left is
+    /// ending, and says why at last: it is waited for.
     pub(crate) fn logs(&mut self) -> String {
         let broker = crate::vm::tail(&self.run.path().join("kvmmemd.log"));
-        let mut text = format!("--- kvmmemd\n{broker}\n--- threads of kvmmemd\n{}", self.broker.threads());
+        let mut text =
+            format!("--- kvmmemd\n{broker}\n--- threads of kvmmemd\n{}", self.broker.threads());
         for vm in [&mut self.target, &mut self.introspector].into_iter().flatten() {
             let threads = vm.process.threads();
             text += &format!("--- threads of {}\n{threads}", vm.spec.name);

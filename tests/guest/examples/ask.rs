@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! `ask CID [+FILE]... PROGRAM ARGS`: runs a program in the VM with this vsock context id, by its agent; before, it
-//! puts each FILE into the VM's `/tmp`.
+//! `ask CID [+FILE]... PROGRAM ARGS`: runs a program in the VM with this vsock context id, by its
+//! agent; before, it puts each FILE into the VM's `/tmp`.
 #![deny(unsafe_code)]
 
 use std::io::{Write as _, stderr, stdout};

@@ -129,7 +129,9 @@ impl Agent {
             match agent.open() {
                 // An agent that is asked nothing closes the connection in turn.
                 Ok(_) => return Ok(agent),
-                Err(source) if Instant::now() >= deadline => return Err(AgentError::Connect { cid, source }),
+                Err(source) if Instant::now() >= deadline => {
+                    return Err(AgentError::Connect { cid, source });
+                }
                 Err(_) => thread::sleep(Duration::from_millis(100)),
             }
         }
@@ -158,7 +160,13 @@ impl Agent {
     pub fn spawn(&self, command: &Command) -> Result<Child, AgentError> {
         let operation = format!("run {}", command.argv.join(" "));
         let channel = self.ask(&operation, &Request::Exec(command.clone()))?;
-        Ok(Child { channel, operation, stdout: Stream::default(), stderr: Stream::default(), status: None })
+        Ok(Child {
+            channel,
+            operation,
+            stdout: Stream::default(),
+            stderr: Stream::default(),
+            status: None,
+        })
     }
 
     /// Writes a file of the VM, with these permission bits.
@@ -168,8 +176,10 @@ impl Agent {
     pub fn put(&self, path: &str, mode: u32, bytes: &[u8]) -> Result<(), AgentError> {
         let operation = format!("put {path}");
         let length = u64::try_from(bytes.len()).unwrap_or(u64::MAX);
-        let mut channel = self.ask(&operation, &Request::Put { path: path.to_owned(), mode, length })?;
-        // A refusal comes while the bytes are still being sent: the answer says why, not the broken pipe.
+        let mut channel =
+            self.ask(&operation, &Request::Put { path: path.to_owned(), mode, length })?;
+        // A refusal comes while the bytes are still being sent: the answer says why, not the broken
+        // pipe.
         let sent = if bytes.is_empty() { Ok(()) } else { channel.send(Kind::Data, bytes) };
         let answered = answer(&mut channel, &operation);
         match (sent, &answered) {
@@ -206,7 +216,8 @@ impl Agent {
     /// # Errors
     /// [`AgentError::Refused`] with the kernel's error number when the kernel refuses.
     pub fn load_module(&self, path: &str, parameters: &str) -> Result<(), AgentError> {
-        let request = Request::LoadModule { path: path.to_owned(), parameters: parameters.to_owned() };
+        let request =
+            Request::LoadModule { path: path.to_owned(), parameters: parameters.to_owned() };
         self.simple(&format!("load module {path}"), &request)
     }
 
@@ -215,7 +226,10 @@ impl Agent {
     /// # Errors
     /// [`AgentError::Refused`] with the kernel's error number when the kernel refuses.
     pub fn unload_module(&self, name: &str) -> Result<(), AgentError> {
-        self.simple(&format!("unload module {name}"), &Request::UnloadModule { name: name.to_owned() })
+        self.simple(
+            &format!("unload module {name}"),
+            &Request::UnloadModule { name: name.to_owned() },
+        )
     }
 
     /// Asks the VM to power itself off; it does so after this has returned.
@@ -293,8 +307,9 @@ impl Stream {
     }
 }
 
-/// A process in a VM. Dropping it kills the process and what it started, also where the process itself has ended, and
-/// waits until their files and memory are released; only what made a session of its own is left.
+/// A process in a VM. Dropping it kills the process and what it started, also where the process
+/// itself has ended, and waits until their files and memory are released; only what made a session
+/// of its own is left.
 #[derive(Debug)]
 pub struct Child {
     channel: Channel,
@@ -308,7 +323,8 @@ impl Child {
     /// The next line of its stdout, without the line's end; `None` when it has ended and said all.
     ///
     /// # Errors
-    /// [`AgentError::is_timeout`] when there is none within `limit`; otherwise when the VM or the agent fails.
+    /// [`AgentError::is_timeout`] when there is none within `limit`; otherwise when the VM or the
+    /// agent fails.
     pub fn read_line(&mut self, limit: Duration) -> Result<Option<String>, AgentError> {
         let deadline = Instant::now() + limit;
         loop {
@@ -350,7 +366,8 @@ impl Child {
     /// Waits for its end; what it prints stays to be read.
     ///
     /// # Errors
-    /// [`AgentError::is_timeout`] when it has not ended within `limit`; otherwise when the VM or the agent fails.
+    /// [`AgentError::is_timeout`] when it has not ended within `limit`; otherwise when the VM or
+    /// the agent fails.
     pub fn wait(&mut self, limit: Duration) -> Result<ExitStatus, AgentError> {
         let deadline = Instant::now() + limit;
         loop {
@@ -379,11 +396,16 @@ impl Child {
         match self.channel.send(kind, bytes) {
             // It may have ended meanwhile: then its end is still to be received, which tells more.
             Err(error)
-                if matches!(error.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset) =>
+                if matches!(
+                    error.kind(),
+                    io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset
+                ) =>
             {
                 Ok(())
             }
-            Err(source) => Err(AgentError::Connection { operation: self.operation.clone(), source }),
+            Err(source) => {
+                Err(AgentError::Connection { operation: self.operation.clone(), source })
+            }
             Ok(()) => Ok(()),
         }
     }

@@ -52,12 +52,15 @@ impl Channel {
     /// Waits for the next frame, until `deadline` if there is one; `None` when the peer has closed.
     ///
     /// # Errors
-    /// As the socket's; `TimedOut` at the deadline, `InvalidData` when the peer does not send frames.
+    /// As the socket's; `TimedOut` at the deadline, `InvalidData` when the peer does not send
+    /// frames.
     pub fn receive(&mut self, deadline: Option<Instant>) -> io::Result<Option<Frame>> {
-        frame::read(&mut Waiting { file: &self.file, deadline }, &mut self.decoder).map_err(timed_out)
+        frame::read(&mut Waiting { file: &self.file, deadline }, &mut self.decoder)
+            .map_err(timed_out)
     }
 
-    /// Ends what this side sends, and passes over what still comes until the peer has closed, at most until `deadline`.
+    /// Ends what this side sends, and passes over what still comes until the peer has closed, at
+    /// most until `deadline`.
     pub fn finish(&mut self, deadline: Instant) {
         // It fails only if the peer has closed already.
         let _ = rustix::net::shutdown(&self.file, rustix::net::Shutdown::Write);
@@ -91,7 +94,11 @@ impl Read for Waiting<'_> {
             return Err(io::ErrorKind::TimedOut.into());
         }
         // Below one microsecond the kernel's limit would be zero, which is none at all.
-        set_socket_timeout(self.file, Timeout::Recv, left.map(|left| left.max(Duration::from_micros(10))))?;
+        set_socket_timeout(
+            self.file,
+            Timeout::Recv,
+            left.map(|left| left.max(Duration::from_micros(10))),
+        )?;
         let mut file = self.file;
         file.read(bytes)
     }

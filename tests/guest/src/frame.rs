@@ -96,7 +96,9 @@ impl Decoder {
     /// # Errors
     /// When the bytes are not frames; the stream is then of no further use.
     pub fn next_frame(&mut self) -> Result<Option<Frame>, FrameError> {
-        let Some(&[code, a, b, c, d]) = self.buffer.first_chunk::<HEADER>() else { return Ok(None) };
+        let Some(&[code, a, b, c, d]) = self.buffer.first_chunk::<HEADER>() else {
+            return Ok(None);
+        };
         let kind = Kind::from_code(code).ok_or(FrameError::Kind(code))?;
         let length = u32::from_le_bytes([a, b, c, d]);
         let end = match usize::try_from(length) {
@@ -141,12 +143,14 @@ pub fn write(stream: &mut impl Write, kind: Kind, bytes: &[u8]) -> io::Result<()
 /// Reads from `stream` until `decoder` has a frame; `None` at the end of the stream.
 ///
 /// # Errors
-/// As the stream's; `InvalidData` when it does not carry frames, `UnexpectedEof` when it ends inside one.
+/// As the stream's; `InvalidData` when it does not carry frames, `UnexpectedEof` when it ends
+/// inside one.
 pub fn read(stream: &mut impl Read, decoder: &mut Decoder) -> io::Result<Option<Frame>> {
     let mut bytes = vec![0; 16 * 1024];
     loop {
-        if let Some(frame) =
-            decoder.next_frame().map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?
+        if let Some(frame) = decoder
+            .next_frame()
+            .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?
         {
             return Ok(Some(frame));
         }
@@ -207,8 +211,9 @@ mod tests {
         write(&mut bytes, Kind::Data, &vec![7; MAX_PAYLOAD * 2 + 1]).unwrap();
         let mut decoder = Decoder::default();
         decoder.push(&bytes);
-        let lengths: Vec<_> =
-            std::iter::from_fn(|| decoder.next_frame().unwrap()).map(|frame| frame.payload.len()).collect();
+        let lengths: Vec<_> = std::iter::from_fn(|| decoder.next_frame().unwrap())
+            .map(|frame| frame.payload.len())
+            .collect();
         assert_eq!(lengths, [MAX_PAYLOAD, MAX_PAYLOAD, 1]);
     }
 

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! `kvmmem-guest launch JSON`: takes on a [`Command`]'s user, groups and limits, then becomes its program.
+//! `kvmmem-guest launch JSON`: takes on a [`Command`]'s user, groups and limits, then becomes its
+//! program.
 //!
 //! A program of its own, because the standard library cannot set supplementary groups in a child.
 
@@ -13,7 +14,8 @@ use crate::request::Command;
 /// The subcommand's name.
 pub const VERB: &str = "launch";
 
-/// The program that launches `command`: this one again, in a new session so that the whole of it can be killed.
+/// The program that launches `command`: this one again, in a new session so that the whole of it
+/// can be killed.
 ///
 /// # Errors
 /// When `command` cannot be written as JSON or names no program.

@@ -2,8 +2,8 @@
 //! Init and agent of the test bed's virtual machines, and the host's side of both.
 //!
 //! The binary `kvmmem-guest` is process 1 of every VM of the test bed; its role is on the kernel's
-//! command line (`kvmmem.role=agent` or `kvmmem.role=host`). As an agent it serves commands over vsock
-//! ([`Agent`] is the client); as a host it runs one program and reports it over a virtio port
+//! command line (`kvmmem.role=agent` or `kvmmem.role=host`). As an agent it serves commands over
+//! vsock ([`Agent`] is the client); as a host it runs one program and reports it over a virtio port
 //! ([`report`] reads that).
 
 #![deny(unsafe_code)]

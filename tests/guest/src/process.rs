@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A running program whose output goes out as frames.
 //!
-//! A program is launched in a process group of its own. It is reaped last, when its client has gone: until then its id,
-//! which is the group's, cannot be another's, so that what it started can be killed after it has ended.
+//! A program is launched in a process group of its own. It is reaped last, when its client has
+//! gone: until then its id, which is the group's, cannot be another's, so that what it started can
+//! be killed after it has ended.
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
@@ -12,14 +13,17 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process, kill_process_group, waitid};
+use rustix::process::{
+    Pid, Signal, WaitId, WaitIdOptions, kill_process, kill_process_group, waitid,
+};
 
 use crate::channel::send;
 use crate::frame::Kind;
 use crate::request::{Command, ExitStatus};
 use crate::{frame, launch};
 
-/// How long output may still come after the program has ended: a child of it may hold the pipes open.
+/// How long output may still come after the program has ended: a child of it may hold the pipes
+/// open.
 const LINGER: Duration = Duration::from_millis(500);
 
 /// Frames of stdin that may wait for the program to read them.
@@ -40,7 +44,8 @@ pub struct Running {
 /// Reaches a program from other threads.
 #[derive(Clone, Debug)]
 pub struct Handle {
-    // `None` as soon as the program has been reaped, so that no signal can hit a later process of the same id.
+    // `None` as soon as the program has been reaped, so that no signal can hit a later process of
+    // the same id.
     child: Arc<Mutex<Option<(Pid, Child)>>>,
     stdin: SyncSender<Vec<u8>>,
 }
@@ -48,7 +53,8 @@ pub struct Handle {
 /// Starts `command`; its output goes to `sink` as `Stdout` and `Stderr` frames.
 ///
 /// # Errors
-/// When no process can be made. A program that cannot be run is no error here: it ends with code 127.
+/// When no process can be made. A program that cannot be run is no error here: it ends with code
+/// 127.
 pub fn start(command: &Command, sink: &Arc<Mutex<File>>) -> io::Result<Running> {
     let mut child = launch::launcher(command)?
         .stdin(Stdio::piped())
@@ -81,7 +87,8 @@ impl Running {
         self.handle.clone()
     }
 
-    /// Waits until it has ended and its output has been sent. It is not reaped: see [`Handle::reap`].
+    /// Waits until it has ended and its output has been sent. It is not reaped: see
+    /// [`Handle::reap`].
     ///
     /// # Errors
     /// When the system cannot say how it ended.
@@ -118,7 +125,8 @@ impl Handle {
         }
     }
 
-    /// Kills the program and what it started, and waits until none of them holds a file or memory any more.
+    /// Kills the program and what it started, and waits until none of them holds a file or memory
+    /// any more.
     ///
     /// # Errors
     /// When some of them do not end.
@@ -126,7 +134,8 @@ impl Handle {
         let Some(pid) = self.lock().as_ref().map(|(pid, _)| *pid) else { return Ok(()) };
         let deadline = Instant::now() + KILLED;
         loop {
-            // Each time anew: the launcher may not have made its session yet, and one of them may have forked.
+            // Each time anew: the launcher may not have made its session yet, and one of them may
+            // have forked.
             let _ = kill_process(pid, Signal::KILL);
             let _ = kill_process_group(pid, Signal::KILL);
             if !is_alive(pid)? {
@@ -173,10 +182,13 @@ fn is_alive(leader: Pid) -> io::Result<bool> {
     for entry in fs::read_dir("/proc")? {
         let entry = entry?;
         let Ok(stat) = fs::read_to_string(entry.path().join("stat")) else { continue };
-        // proc_pid_stat(5): the name is in parentheses and may hold anything; then state, parent, group.
-        let mut fields = stat.rsplit_once(')').map_or("", |(_, rest)| rest).split_ascii_whitespace();
+        // proc_pid_stat(5): the name is in parentheses and may hold anything; then state, parent,
+        // group.
+        let mut fields =
+            stat.rsplit_once(')').map_or("", |(_, rest)| rest).split_ascii_whitespace();
         let (state, _, group) = (fields.next(), fields.next(), fields.next());
-        let is_of_it = group == Some(id.as_str()) || entry.file_name().to_str() == Some(id.as_str());
+        let is_of_it =
+            group == Some(id.as_str()) || entry.file_name().to_str() == Some(id.as_str());
         if is_of_it && !matches!(state, Some("Z" | "X")) {
             return Ok(true);
         }
@@ -192,7 +204,12 @@ fn feed(mut pipe: ChildStdin, input: &Receiver<Vec<u8>>) {
     }
 }
 
-fn pump(mut pipe: impl Read + Send + 'static, kind: Kind, sink: &Arc<Mutex<File>>, done: &Sender<()>) {
+fn pump(
+    mut pipe: impl Read + Send + 'static,
+    kind: Kind,
+    sink: &Arc<Mutex<File>>,
+    done: &Sender<()>,
+) {
     let (sink, done) = (Arc::clone(sink), done.clone());
     thread::spawn(move || {
         let mut bytes = vec![0; frame::MAX_PAYLOAD];

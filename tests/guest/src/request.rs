@@ -85,7 +85,8 @@ pub struct Command {
     /// Working directory, `/` if not given.
     #[serde(default)]
     pub cwd: Option<String>,
-    /// RLIMIT_MEMLOCK in bytes, both soft and hard, where another one than the VM's default is wanted.
+    /// RLIMIT_MEMLOCK in bytes, both soft and hard, where another one than the VM's default is
+    /// wanted.
     #[serde(default)]
     pub memlock: Option<u64>,
 }

@@ -149,7 +149,8 @@ fn put(channel: &mut Channel, path: &Path, mode: u32, length: u64) -> io::Result
     {
         return Err(error);
     }
-    let mut file = OpenOptions::new().write(true).create_new(true).mode(mode & 0o7777).open(path)?;
+    let mut file =
+        OpenOptions::new().write(true).create_new(true).mode(mode & 0o7777).open(path)?;
     let mut left = length;
     while left > 0 {
         let frame = channel.receive(deadline())?.ok_or(io::ErrorKind::UnexpectedEof)?;

@@ -40,13 +40,18 @@ fn exec(words: &[&str]) -> Channel {
 fn finish(channel: &mut Channel) -> (String, String, ExitStatus) {
     let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
     loop {
-        let frame = channel.receive(Some(Instant::now() + LIMIT)).unwrap().expect("the agent closed");
+        let frame =
+            channel.receive(Some(Instant::now() + LIMIT)).unwrap().expect("the agent closed");
         match frame.kind {
             Kind::Stdout => stdout.extend(frame.payload),
             Kind::Stderr => stderr.extend(frame.payload),
             Kind::Exit => {
                 let text = |bytes| String::from_utf8(bytes).unwrap();
-                return (text(stdout), text(stderr), serde_json::from_slice(&frame.payload).unwrap());
+                return (
+                    text(stdout),
+                    text(stderr),
+                    serde_json::from_slice(&frame.payload).unwrap(),
+                );
             }
             other => panic!("unexpected {other:?}"),
         }
@@ -72,7 +77,10 @@ fn is_root() -> bool {
 fn output_and_exit_code_come_back() {
     if is_root() {
         let mut channel = exec(&["/bin/sh", "-c", "echo out; echo err >&2; exit 3"]);
-        assert_eq!(finish(&mut channel), ("out\n".to_owned(), "err\n".to_owned(), ExitStatus::Code(3)));
+        assert_eq!(
+            finish(&mut channel),
+            ("out\n".to_owned(), "err\n".to_owned(), ExitStatus::Code(3))
+        );
     }
 }
 
@@ -146,7 +154,8 @@ fn what_a_program_left_behind_ends_with_its_client() {
         let (stdout, _, status) = finish(&mut channel);
         assert_eq!(status, ExitStatus::Code(0));
         let process = format!("/proc/{}/stat", stdout.trim());
-        let is_alive = || std::fs::read_to_string(&process).is_ok_and(|stat| !stat.contains(") Z "));
+        let is_alive =
+            || std::fs::read_to_string(&process).is_ok_and(|stat| !stat.contains(") Z "));
         assert!(is_alive(), "it ends with the program");
         channel.finish(Instant::now() + LIMIT);
         assert!(!is_alive(), "{process} lives on");
@@ -158,14 +167,16 @@ fn a_file_that_was_put_can_be_got() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("new/file").to_string_lossy().into_owned();
     let bytes: Vec<u8> = (0..200_000_u32).map(|index| index.to_le_bytes()[0]).collect();
-    let mut channel = ask(&Request::Put { path: path.clone(), mode: 0o600, length: bytes.len() as u64 });
+    let mut channel =
+        ask(&Request::Put { path: path.clone(), mode: 0o600, length: bytes.len() as u64 });
     channel.send(Kind::Data, &bytes).unwrap();
     assert_eq!(reply(&mut channel).error, None);
 
     let mut channel = ask(&Request::Get { path });
     let mut got = Vec::new();
     loop {
-        let frame = channel.receive(Some(Instant::now() + LIMIT)).unwrap().expect("the agent closed");
+        let frame =
+            channel.receive(Some(Instant::now() + LIMIT)).unwrap().expect("the agent closed");
         if frame.kind == Kind::Reply {
             break;
         }
@@ -176,7 +187,8 @@ fn a_file_that_was_put_can_be_got() {
 
 #[test]
 fn refusals_carry_the_error_number() {
-    let error = reply(&mut ask(&Request::Get { path: "/nowhere/at/all".to_owned() })).error.unwrap();
+    let error =
+        reply(&mut ask(&Request::Get { path: "/nowhere/at/all".to_owned() })).error.unwrap();
     assert_eq!(error.errno, Some(2));
     let long = Request::Put { path: "/tmp/never".to_owned(), mode: 0o600, length: u64::MAX };
     assert!(reply(&mut ask(&long)).error.is_some());
@@ -184,7 +196,9 @@ fn refusals_carry_the_error_number() {
 
 #[test]
 fn nonsense_ends_the_connection() {
-    for (kind, bytes) in [(Kind::Stdout, b"x".as_slice()), (Kind::Request, b"{}"), (Kind::Request, b"\xff")] {
+    for (kind, bytes) in
+        [(Kind::Stdout, b"x".as_slice()), (Kind::Request, b"{}"), (Kind::Request, b"\xff")]
+    {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let mut agent = std::process::Command::new(env!("CARGO_BIN_EXE_kvmmem-guest"))
             .arg("connection")

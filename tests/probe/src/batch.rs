@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! A KVMI tool that sends what libkvmi does, byte for byte, and more than the host offers: each message must be answered
-//! as libkvmi expects it, or a tool is out of step for good.
+//! A KVMI tool that sends what libkvmi does, byte for byte, and more than the host offers: each
+//! message must be answered as libkvmi expects it, or a tool is out of step for good.
 
 use std::io::{Read, Write};
 use std::time::{Duration, Instant};
@@ -94,7 +94,9 @@ impl Tool {
         let stream = loop {
             match listener.accept() {
                 Ok((stream, _)) => break stream,
-                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock && Instant::now() < end => {
+                Err(error)
+                    if error.kind() == std::io::ErrorKind::WouldBlock && Instant::now() < end =>
+                {
                     std::thread::sleep(Duration::from_millis(10));
                 }
                 Err(error) => return Err(error).context("the host did not connect"),

@@ -95,7 +95,8 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     step("each shows the target's page that it should", || {
         let wrong = crowd.pages.iter().enumerate().filter(|(number, page)| {
             let mut seen = [0; MARKER_LEN];
-            page.read(MARKER, &mut seen).is_err() || seen != page_marker(&marker, number % gpas.len())
+            page.read(MARKER, &mut seen).is_err()
+                || seen != page_marker(&marker, number % gpas.len())
         });
         let wrong = wrong.count();
         Ok((wrong == 0 && crowd.pages.len() == count, format!("{wrong} wrong")))
@@ -111,7 +112,11 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
         let mut seen = [0; PAGE_SIZE];
         for page in &pages {
             page.read(0, &mut seen)?;
-            ensure!(seen.iter().all(|byte| *byte == 0), "page at {:#x} is not zero", page.address());
+            ensure!(
+                seen.iter().all(|byte| *byte == 0),
+                "page at {:#x} is not zero",
+                page.address()
+            );
         }
         Ok((true, String::new()))
     })?;

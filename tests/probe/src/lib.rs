@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! What the end-to-end scenarios run inside the guests, and what it tells them: one JSON object a line.
+//! What the end-to-end scenarios run inside the guests, and what it tells them: one JSON object a
+//! line.
 #![deny(unsafe_code)]
 
 use serde::{Deserialize, Serialize};
@@ -19,8 +20,9 @@ pub const INBOX: usize = 40;
 pub enum Placed {
     /// The marker and the counter are in place.
     Marker {
-        /// Guest-physical addresses of the pages; the first holds the counter and the inbox too, and each page
-        /// begins with the marker, its first word changed by exclusive or with the page's index.
+        /// Guest-physical addresses of the pages; the first holds the counter and the inbox too,
+        /// and each page begins with the marker, its first word changed by exclusive or
+        /// with the page's index.
         gpas: Vec<u64>,
         /// The 32 bytes in hex.
         marker: String,

@@ -29,7 +29,8 @@ enum Verb {
     Tour(tour::Arguments),
     /// In the introspector: send batches as libkvmi does.
     Batch(batch::Arguments),
-    /// In the introspector: map many pages at once, check each, undo half by UNMAP and half by closing the file.
+    /// In the introspector: map many pages at once, check each, undo half by UNMAP and half by
+    /// closing the file.
     Crowd(crowd::Arguments),
     /// In the introspector: attach a view, scan, watch, and lose it.
     Spy(spy::Arguments),

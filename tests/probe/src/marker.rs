@@ -10,7 +10,8 @@ use kvmmem_probe::{COUNTER, INBOX, MARKER, MARKER_LEN, Placed, hex, page_marker}
 
 use crate::{pagemap, say};
 
-/// Places the marker in `count` pages, then counts, and reports what appears in the inbox, until killed.
+/// Places the marker in `count` pages, then counts, and reports what appears in the inbox, until
+/// killed.
 pub(crate) fn run(count: usize) -> Result<()> {
     let mut marker = [0; MARKER_LEN];
     getrandom::fill(&mut marker).context("cannot get random bytes")?;

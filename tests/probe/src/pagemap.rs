@@ -15,8 +15,13 @@ const FRAME: u64 = (1 << 55) - 1;
 pub(crate) fn gpa(pagemap: &File, page: &Page) -> Result<u64> {
     let mut entry = [0; 8];
     let index = page.address() / PAGE_SIZE;
-    pagemap.read_exact_at(&mut entry, index as u64 * 8).context("cannot read /proc/self/pagemap")?;
+    pagemap
+        .read_exact_at(&mut entry, index as u64 * 8)
+        .context("cannot read /proc/self/pagemap")?;
     let entry = u64::from_ne_bytes(entry);
-    ensure!(entry & PRESENT != 0 && entry & FRAME != 0, "pagemap says {entry:#x}: not present, or not root");
+    ensure!(
+        entry & PRESENT != 0 && entry & FRAME != 0,
+        "pagemap says {entry:#x}: not present, or not root"
+    );
     Ok((entry & FRAME) * PAGE_SIZE as u64)
 }

@@ -32,7 +32,8 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     step("one token attaches a view", || {
         let view = view.insert(View::attach(&token, Access::Granted)?);
         let ranges = view.ranges()?;
-        let list: Vec<_> = ranges.iter().map(|range| format!("{:#x}+{:#x}", range.gpa, range.len)).collect();
+        let list: Vec<_> =
+            ranges.iter().map(|range| format!("{:#x}+{:#x}", range.gpa, range.len)).collect();
         Ok((!ranges.is_empty(), list.join(", ")))
     })?;
     let view = view.context("no view: nothing more can be tried")?;
@@ -47,7 +48,10 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
 
     step("a scan of what the target uses finds the marker", || {
         let (found, bytes) = scan(&view, &mapping, &arguments.marker)?;
-        Ok((found.contains(&arguments.gpa), format!("{} places in {} MiB", found.len(), bytes >> 20)))
+        Ok((
+            found.contains(&arguments.gpa),
+            format!("{} places in {} MiB", found.len(), bytes >> 20),
+        ))
     })?;
     step("its counter runs, seen by plain loads", || {
         let at = arguments.gpa - mapping.gpa() + COUNTER as u64;
@@ -96,7 +100,9 @@ fn scan(view: &View, mapping: &Mapping, marker: &str) -> Result<(Vec<u64>, u64)>
             let part = usize::try_from((gpa + len - at).min(PIECE as u64))?;
             let part = buffer.get_mut(..part).context("no buffer")?;
             mapping.read(at - mapping.gpa(), part)?;
-            for (page, start) in part.chunks(kvmmem::PAGE_SIZE).zip((at..).step_by(kvmmem::PAGE_SIZE)) {
+            for (page, start) in
+                part.chunks(kvmmem::PAGE_SIZE).zip((at..).step_by(kvmmem::PAGE_SIZE))
+            {
                 if page.get(..MARKER_LEN).is_some_and(|head| hex(head) == marker) {
                     found.push(start);
                 }

@@ -31,8 +31,8 @@ pub(crate) struct Arguments {
     mappings: usize,
 }
 
-/// Tokens fetched at once, and how long the host then gets to settle: what it does after giving a token away is not what
-/// is timed.
+/// Tokens fetched at once, and how long the host then gets to settle: what it does after giving a
+/// token away is not what is timed.
 const BATCH: usize = 32;
 const SETTLE: Duration = Duration::from_millis(100);
 

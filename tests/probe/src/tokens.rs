@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Where a probe gets its tokens: by KVMI over vsock, as a tool does, or from the scenario by standard input, which is
-//! much quicker on an emulated host where a round trip out of the guest takes milliseconds.
+//! Where a probe gets its tokens: by KVMI over vsock, as a tool does, or from the scenario by
+//! standard input, which is much quicker on an emulated host where a round trip out of the guest
+//! takes milliseconds.
 
 use std::collections::VecDeque;
 use std::io::stdin;

@@ -81,7 +81,10 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
         page.write_u64(INBOX, arguments.message)?;
         let mut seen = [0; 8];
         session.read_physical(arguments.gpa + INBOX as u64, &mut seen)?;
-        Ok((u64::from_le_bytes(seen) == arguments.message, format!("{:#x}", u64::from_le_bytes(seen))))
+        Ok((
+            u64::from_le_bytes(seen) == arguments.message,
+            format!("{:#x}", u64::from_le_bytes(seen)),
+        ))
     })?;
 
     let mut own = None;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! What peers need to know of a kernel, made of what its dump itself holds: volatility3's symbol file from BTF and kallsyms, and the
-//! text of the VMCOREINFO note.
+//! What peers need to know of a kernel, made of what its dump itself holds: volatility3's symbol
+//! file from BTF and kallsyms, and the text of the VMCOREINFO note.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -15,7 +15,8 @@ use crate::tool::Tool;
 /// Converts these to a symbol file.
 const SCRIPT: &str = include_str!("isf.py");
 
-/// Where the kernel's text may lie; addresses of symbols below are no addresses, but places in the data of a CPU.
+/// Where the kernel's text may lie; addresses of symbols below are no addresses, but places in the
+/// data of a CPU.
 const TEXT: u64 = 0xffff_ffff_8000_0000;
 
 /// The most bytes of the banner.
@@ -35,7 +36,8 @@ pub(super) fn symbols(core: &Path, folder: &Path, python: &Path, log: &Path) -> 
     let kernel = Kernel::find(&memory, Find::default())?;
     let path = |name: &str| folder.join(name);
     let (start, end) = (kernel.symbol("__start_BTF")?, kernel.symbol("__stop_BTF")?);
-    let mut types = vec![0; usize::try_from(end.checked_sub(start).context("the kernel has no BTF")?)?];
+    let mut types =
+        vec![0; usize::try_from(end.checked_sub(start).context("the kernel has no BTF")?)?];
     kernel.read(start, &mut types)?;
     fs::write(path("btf"), types)?;
     // The file has the addresses that the kernel was linked at.

@@ -33,9 +33,10 @@ impl Who {
         let mut words = line.split_ascii_whitespace();
         match self {
             // An address comes first. What is no such line is part of a name.
-            Self::Volatility => {
-                words.next().filter(|word| word.starts_with("0x")).and_then(|_| words.next()?.parse().ok())
-            }
+            Self::Volatility => words
+                .next()
+                .filter(|word| word.starts_with("0x"))
+                .and_then(|_| words.next()?.parse().ok()),
             _ => words.next()?.parse().ok(),
         }
     }
@@ -107,7 +108,9 @@ mod tests {
     #[test]
     fn lists_are_read_in_each_form() {
         let text = "PID  PPID\n1 0 x\nnanoseconds: 5\n";
-        let pids = |who: Who, text: &str| text.lines().filter_map(|line| who.pid(line)).collect::<Vec<_>>();
+        let pids = |who: Who, text: &str| {
+            text.lines().filter_map(|line| who.pid(line)).collect::<Vec<_>>()
+        };
         assert_eq!(pids(Who::Core, text), [1]);
         assert_eq!(pids(Who::Volatility, "OFFSET\tPID\n0xffff\t7\t7\n) R 1\n\n0x1\t9"), [7, 9]);
     }

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! What is asked of QEMU's monitor: its own dump, which `kvmmem dump` is compared with, and where else the monitor listens.
+//! What is asked of QEMU's monitor: its own dump, which `kvmmem dump` is compared with, and where
+//! else the monitor listens.
 
 use std::path::Path;
 
@@ -8,7 +9,8 @@ use serde_json::json;
 
 use crate::monitor::Monitor;
 
-/// A monitor by TCP, at a port of the kernel's choice, as QEMU's option has it and as QEMU shows it.
+/// A monitor by TCP, at a port of the kernel's choice, as QEMU's option has it and as QEMU shows
+/// it.
 pub(super) const TCP: &str = "tcp:127.0.0.1:0,server=on,wait=off";
 const SHOWN: &str = "tcp:127.0.0.1:";
 

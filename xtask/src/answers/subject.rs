@@ -48,7 +48,8 @@ pub(super) struct Live {
 }
 
 impl Live {
-    /// Where a monitor of the guest listens that the broker does not use: each has one client at a time.
+    /// Where a monitor of the guest listens that the broker does not use: each has one client at a
+    /// time.
     pub(super) fn second_monitor(&self) -> PathBuf {
         second_monitor(&self.folder)
     }
@@ -79,7 +80,8 @@ impl<'a> Subject<'a> {
         })?;
         let mut broker = Command::new(bed.program("kvmmemd"));
         let mut broker = Running::start(broker.arg("--socket").arg(&socket), &log)?;
-        let targets = || Tool::new(bed.program("kvmmem"), &log).env("KVMMEM_BROKER", &socket).arg("targets");
+        let targets =
+            || Tool::new(bed.program("kvmmem"), &log).env("KVMMEM_BROKER", &socket).arg("targets");
         broker.wait("the broker to listen", || targets().run().is_ok())?;
         let live = Live { stock, guest, socket, folder, _broker: broker };
         let subject = Self { bed, log, core, live: Some(live) };
@@ -119,14 +121,20 @@ impl<'a> Subject<'a> {
     }
 
     /// The debug information of its kernel.
-    pub(super) fn debug_information(&self, cache: &Cache, downloads: bool) -> Result<Option<PathBuf>> {
-        let get =
-            |stock: &Stock| stock.debug_information(cache, self.bed, VARIANT.kernel, downloads, &self.log);
+    pub(super) fn debug_information(
+        &self,
+        cache: &Cache,
+        downloads: bool,
+    ) -> Result<Option<PathBuf>> {
+        let get = |stock: &Stock| {
+            stock.debug_information(cache, self.bed, VARIANT.kernel, downloads, &self.log)
+        };
         if let Some(live) = &self.live {
             return get(&live.stock);
         }
         let text = self.kvmmem().args(["info", "--json", "--file"]).arg(&self.core).output()?;
-        let info: serde_json::Value = serde_json::from_str(&text).context("info printed no JSON")?;
+        let info: serde_json::Value =
+            serde_json::from_str(&text).context("info printed no JSON")?;
         let stock = Stock::make(cache, self.bed, VARIANT.kernel, &self.log)?;
         if info["release"] != stock.release.as_str() {
             bail!("the kernel is {}, and only that of {} is known", info["release"], stock.release);

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The packages, tried in a clean Debian system in a folder: `packaging/check.sh` says what is tried.
+//! The packages, tried in a clean Debian system in a folder: `packaging/check.sh` says what is
+//! tried.
 
 use std::fs;
 use std::os::unix::fs::FileTypeExt as _;
@@ -23,11 +24,12 @@ const SUITE: &str = "trixie";
 /// What a user has beside a minimal system: a shell that completes, a compiler, manual pages.
 const TOOLS: [&str; 5] = ["man-db", "bash-completion", "gcc", "libc6-dev", "pkgconf"];
 
-/// What the packages will need: only downloaded here, so that the check installs it without a network.
+/// What the packages will need: only downloaded here, so that the check installs it without a
+/// network.
 const LATER: [&str; 3] = ["dkms", "systemd", "logrotate"];
 
-/// Builds the module of package `$1` as DKMS does, in the build root `$0`, against its kernel source `$2`. What is mounted
-/// goes with the mount namespace.
+/// Builds the module of package `$1` as DKMS does, in the build root `$0`, against its kernel
+/// source `$2`. What is mounted goes with the mount namespace.
 const BUILD: &str = "mount -t tmpfs none \"$0/mnt\" && dpkg-deb -x \"$1\" \"$0/mnt\" && mount --rbind /proc \"$0/proc\" && \
      exec chroot \"$0\" /usr/bin/env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin LC_ALL=C.UTF-8 sh -c \
      'cd /mnt/usr/src/kvmmem-* && make -C kernel KDIR=\"$0\" && test -f kernel/kvmmem.ko' \"$2\"";
@@ -62,7 +64,10 @@ fn make_and_try(cache: &Cache, suite: &mut Suite) -> Result<()> {
         super::make(cache, &release, &binaries, &scratch.path().join(folder))
     };
     let one = make("one", 1)?;
-    suite.check("two runs make the same packages", make("again", 1).and_then(|again| same(&one, &again)));
+    suite.check(
+        "two runs make the same packages",
+        make("again", 1).and_then(|again| same(&one, &again)),
+    );
     make("two", 2)?;
     module(cache, suite, &one)?;
     if !is_root() && !is_installed("sudo") {
@@ -205,7 +210,8 @@ fn count(suite: &mut Suite, lines: &str) -> Result<()> {
         match outcome {
             Outcome::Passed => suite.check("", Ok(())),
             Outcome::Failed(line) => {
-                let (name, why) = line.split_once(": ").unwrap_or((line, "see the log of the packages"));
+                let (name, why) =
+                    line.split_once(": ").unwrap_or((line, "see the log of the packages"));
                 suite.fail(name, &anyhow::anyhow!("{why}"));
             }
             Outcome::Skipped(why) => suite.skip(why),
@@ -222,9 +228,14 @@ mod tests {
     #[test]
     fn lines_are_told_apart() {
         let seen: Vec<_> =
-            outcomes("ok one\nnoise\nnot ok two: why\nskip three: why\nnot that\nok four\n").collect();
-        let wanted =
-            [Outcome::Passed, Outcome::Failed("two: why"), Outcome::Skipped("three: why"), Outcome::Passed];
+            outcomes("ok one\nnoise\nnot ok two: why\nskip three: why\nnot that\nok four\n")
+                .collect();
+        let wanted = [
+            Outcome::Passed,
+            Outcome::Failed("two: why"),
+            Outcome::Skipped("three: why"),
+            Outcome::Passed,
+        ];
         assert_eq!(seen, wanted);
         assert!(count(&mut Suite::new(Name::Packages), "").is_err());
     }

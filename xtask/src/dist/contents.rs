@@ -75,7 +75,11 @@ pub(super) const PACKAGES: [Package; 4] = [
                       from 7.3 on whose headers can build modules in Rust, and says what a kernel\n\
                       lacks that it cannot be built for.",
         files: &[
-            ("packaging/kvmmem-dkms/kvmmem-dkms.sysusers", "usr/lib/sysusers.d/kvmmem-dkms.conf", 0o644),
+            (
+                "packaging/kvmmem-dkms/kvmmem-dkms.sysusers",
+                "usr/lib/sysusers.d/kvmmem-dkms.conf",
+                0o644,
+            ),
             ("kernel/60-kvmmem.rules", "usr/lib/udev/rules.d/60-kvmmem.rules", 0o644),
         ],
         fill: module,
@@ -91,7 +95,11 @@ pub(super) const PACKAGES: [Package; 4] = [
         files: &[
             ("crates/kvmmem-abi/include/uapi/kvmmem.h", "usr/include/kvmmem.h", 0o644),
             ("examples/c/view.c", "usr/share/doc/libkvmmem-dev/examples/view.c", 0o644),
-            ("examples/c/guest_endpoint.h", "usr/share/doc/libkvmmem-dev/examples/guest_endpoint.h", 0o644),
+            (
+                "examples/c/guest_endpoint.h",
+                "usr/share/doc/libkvmmem-dev/examples/guest_endpoint.h",
+                0o644,
+            ),
             ("examples/c/marker.c", "usr/share/doc/libkvmmem-dev/examples/marker.c", 0o644),
         ],
         fill: header,
@@ -124,12 +132,18 @@ fn daemon(stage: &Stage, _: &Release, binaries: &Binaries) -> Result<()> {
 /// The manual pages whose names are `wanted`; the last letter of each is its section.
 fn pages(stage: &Stage, binaries: &Binaries, wanted: fn(&str) -> bool) -> Result<()> {
     let folder = tempfile::tempdir()?;
-    Tool::new(binaries.path("kvmmem"), stage.log()).args(["generate", "man"]).arg(folder.path()).run()?;
+    Tool::new(binaries.path("kvmmem"), stage.log())
+        .args(["generate", "man"])
+        .arg(folder.path())
+        .run()?;
     for entry in fs::read_dir(folder.path())? {
         let entry = entry?;
         let name = entry.file_name().to_string_lossy().into_owned();
         if let Some((_, section)) = name.rsplit_once('.').filter(|_| wanted(&name)) {
-            stage.compress(&format!("usr/share/man/man{section}/{name}"), &fs::read(entry.path())?)?;
+            stage.compress(
+                &format!("usr/share/man/man{section}/{name}"),
+                &fs::read(entry.path())?,
+            )?;
         }
     }
     Ok(())
@@ -159,7 +173,9 @@ pub(super) fn fill_in(text: &str, release: &Release) -> String {
 
 /// The file of this name that each package has.
 pub(super) fn copyright(release: &Release) -> Result<String> {
-    let read = |path: &str| fs::read_to_string(project::root().join(path)).with_context(|| path.to_owned());
+    let read = |path: &str| {
+        fs::read_to_string(project::root().join(path)).with_context(|| path.to_owned())
+    };
     let licence = read("LICENSE-MIT")?;
     // Its title and its line of copyright are in the fields above.
     let terms = licence

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! A Debian package: its files in a folder, its control files, and dpkg-deb. The same content gives the same bytes.
+//! A Debian package: its files in a folder, its control files, and dpkg-deb. The same content gives
+//! the same bytes.
 
 use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt as _;
@@ -47,7 +48,8 @@ impl Package {
             (self.fill)(&stage, release, binaries)?;
             self.document(&stage, release)?;
             self.control(&stage, release)?;
-            let file = folder.join(format!("{}_{}_{}.deb", self.name, release.full(), self.architecture));
+            let file =
+                folder.join(format!("{}_{}_{}.deb", self.name, release.full(), self.architecture));
             // One thread, as the number of threads can show in the bytes.
             Tool::new("dpkg-deb", log)
                 .args(["--root-owner-group", "-Zxz", "--threads-max=1", "--build"])
@@ -63,7 +65,11 @@ impl Package {
     /// What Debian wants in each package's documentation.
     fn document(&self, stage: &Stage, release: &Release) -> Result<()> {
         let folder = format!("usr/share/doc/{}", self.name);
-        stage.write(&format!("{folder}/copyright"), contents::copyright(release)?.as_bytes(), 0o644)?;
+        stage.write(
+            &format!("{folder}/copyright"),
+            contents::copyright(release)?.as_bytes(),
+            0o644,
+        )?;
         let change = format!(
             "{} ({}) unstable; urgency=medium\n\n  * Packages of kvmmem {}; its own changes are in changelog.gz.\n\n \
              -- {MAINTAINER}  {}\n",
@@ -73,7 +79,10 @@ impl Package {
             release.date,
         );
         stage.compress(&format!("{folder}/changelog.Debian"), change.as_bytes())?;
-        stage.compress(&format!("{folder}/changelog"), &fs::read(project::root().join("CHANGELOG.md"))?)?;
+        stage.compress(
+            &format!("{folder}/changelog"),
+            &fs::read(project::root().join("CHANGELOG.md"))?,
+        )?;
         let overrides = self.own("lintian-overrides");
         if overrides.exists() {
             stage.copy(&overrides, &format!("usr/share/lintian/overrides/{}", self.name), 0o644)?;
@@ -84,8 +93,11 @@ impl Package {
     /// Writes `DEBIAN/`.
     fn control(&self, stage: &Stage, release: &Release) -> Result<()> {
         let files = stage.files()?;
-        let sums =
-            Tool::new("md5sum", &stage.log).arg("--").args(&files).dir(stage.folder.path()).output()?;
+        let sums = Tool::new("md5sum", &stage.log)
+            .arg("--")
+            .args(&files)
+            .dir(stage.folder.path())
+            .output()?;
         let size = stage.size(&files)?;
         let mut control = format!(
             "Package: {}\nSource: kvmmem\nVersion: {}\nArchitecture: {}\nMaintainer: {MAINTAINER}\n\
@@ -134,7 +146,8 @@ impl Stage {
     /// Where a file is to be, its folder made. `to` is relative to the system's root.
     pub(crate) fn place(&self, to: &str) -> Result<PathBuf> {
         let path = self.folder.path().join(to);
-        let parents: Vec<_> = Path::new(to).ancestors().skip(1).filter(|one| *one != Path::new("")).collect();
+        let parents: Vec<_> =
+            Path::new(to).ancestors().skip(1).filter(|one| *one != Path::new("")).collect();
         for parent in parents.into_iter().rev() {
             let parent = self.folder.path().join(parent);
             if !parent.exists() {
@@ -190,5 +203,6 @@ impl Stage {
 }
 
 fn set_mode(path: &Path, mode: u32) -> Result<()> {
-    fs::set_permissions(path, Permissions::from_mode(mode)).with_context(|| path.display().to_string())
+    fs::set_permissions(path, Permissions::from_mode(mode))
+        .with_context(|| path.display().to_string())
 }

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Compares the rows of a verb with what the guest's own /proc shows.
 //!
-//! The guest keeps still, but its kernel does not quite: workers of its queues come, go and are renamed, and its threads wake
-//! up. What can change in that way is not compared.
+//! The guest keeps still, but its kernel does not quite: workers of its queues come, go and are
+//! renamed, and its threads wake up. What can change in that way is not compared.
 
 mod machine;
 mod sockets;
@@ -50,13 +50,16 @@ pub(super) fn processes(truth: &Truth, rows: &[Value]) -> Result<()> {
         let pid = number(row, "pid")?;
         ensure!(found.insert(pid, row).is_none(), "process {pid} is there twice");
     }
-    let expected =
-        process_ids(truth).map(|pid| Ok((pid, process(truth, pid)?))).collect::<Result<BTreeMap<_, _>>>()?;
+    let expected = process_ids(truth)
+        .map(|pid| Ok((pid, process(truth, pid)?)))
+        .collect::<Result<BTreeMap<_, _>>>()?;
     ensure!(expected.len() > 30, "the guest shows {} processes only", expected.len());
     for (pid, process) in &expected {
         let is_worker = process.comm.starts_with(WORKER);
         match found.remove(pid) {
-            Some(row) => same_process(*pid, process, row).with_context(|| format!("process {pid}: {row}"))?,
+            Some(row) => {
+                same_process(*pid, process, row).with_context(|| format!("process {pid}: {row}"))?
+            }
             None if is_worker => {}
             None => bail!("process {pid} is missing: {process:?}"),
         }
@@ -82,7 +85,11 @@ fn same_process(pid: u64, process: &Process, row: &Value) -> Result<()> {
     }
     ensure!("RSDTtXZPI".contains(state), "there is no state {state:?}");
     ensure!(number(row, "ppid")? == process.ppid, "its parent should be {}", process.ppid);
-    ensure!(number(row, "start_ms")? / TICK_MS == process.start, "its start should be {}", process.start);
+    ensure!(
+        number(row, "start_ms")? / TICK_MS == process.start,
+        "its start should be {}",
+        process.start
+    );
     let uids = [number(row, "uid")?, number(row, "euid")?];
     ensure!(process.uids.starts_with(&uids), "its users should be {:?}", process.uids);
     ensure!(row["kernel"] == process.is_kernel, "is it the kernel's own?");
@@ -94,7 +101,10 @@ fn same_process(pid: u64, process: &Process, row: &Value) -> Result<()> {
     let exe = row["exe"].as_str().map(|exe| exe.to_owned() + deleted);
     ensure!(exe == process.exe, "its program should be {:?}", process.exe);
     for (kind, expected) in &process.namespaces {
-        ensure!(row["namespaces"][kind].as_u64() == *expected, "its namespace {kind} should be {expected:?}");
+        ensure!(
+            row["namespaces"][kind].as_u64() == *expected,
+            "its namespace {kind} should be {expected:?}"
+        );
     }
     Ok(())
 }
@@ -135,8 +145,8 @@ pub(super) fn threads(truth: &Truth, rows: &[Value]) -> Result<()> {
     }
     ensure!(expected.len() > 10, "the guest shows {} threads only", expected.len());
     let rows = rows.iter().filter(|row| row["kernel"] == false);
-    let found =
-        rows.map(|row| Ok(((number(row, "pid")?, number(row, "tid")?), text(row, "comm")?.to_owned())));
+    let found = rows
+        .map(|row| Ok(((number(row, "pid")?, number(row, "tid")?), text(row, "comm")?.to_owned())));
     let found = found.collect::<Result<BTreeMap<_, _>>>()?;
     ensure!(found == expected, "the threads are {found:?}, and should be {expected:?}");
     Ok(())
@@ -157,7 +167,8 @@ pub(super) fn files(truth: &Truth, rows: &[Value]) -> Result<()> {
     for (path, target) in truth.below("->/proc/") {
         let place = path.strip_prefix("->/proc/").and_then(|path| path.split_once("/fd/"));
         if let Some((pid, fd)) = place.filter(|(pid, _)| *pid != "1") {
-            expected.insert((pid.parse()?, fd.parse()?), String::from_utf8_lossy(target).into_owned());
+            expected
+                .insert((pid.parse()?, fd.parse()?), String::from_utf8_lossy(target).into_owned());
         }
     }
     ensure!(expected.len() > 20, "the guest shows {} open files only", expected.len());
@@ -182,13 +193,15 @@ pub(super) fn log(truth: &Truth, rows: &[Value]) -> Result<()> {
     }
     let records = kernel_log(truth)?;
     let (oldest, first) = (records.keys().next(), found.keys().next());
-    let (oldest, first) = (*oldest.context("the guest has no log")?, *first.context("no record was found")?);
+    let (oldest, first) =
+        (*oldest.context("the guest has no log")?, *first.context("no record was found")?);
     ensure!(
         (oldest..oldest + MORE_RECORDS).contains(&first),
         "its first record is {first}, and should be {oldest}"
     );
     for (seq, expected) in records.range(first..) {
-        let row = found.get(seq).with_context(|| format!("record {seq} is missing: {expected:?}"))?;
+        let row =
+            found.get(seq).with_context(|| format!("record {seq} is missing: {expected:?}"))?;
         let record = Record {
             priority: number(row, "facility")? << 3 | number(row, "level")?,
             time: number(row, "time_us")?,
@@ -206,7 +219,8 @@ pub(super) fn modules(truth: &Truth, rows: &[Value]) -> Result<()> {
     let expected = truth.text("/proc/modules")?;
     let found = rows.iter().map(|row| {
         let users = row["used_by"].as_array().context("it has no used_by")?;
-        let users: String = users.iter().filter_map(Value::as_str).map(|user| format!("{user},")).collect();
+        let users: String =
+            users.iter().filter_map(Value::as_str).map(|user| format!("{user},")).collect();
         let users = if users.is_empty() { "-" } else { &users };
         let state = match text(row, "state")? {
             "live" => "Live",
@@ -214,7 +228,8 @@ pub(super) fn modules(truth: &Truth, rows: &[Value]) -> Result<()> {
             "unloading" => "Unloading",
             other => bail!("there is no state {other:?}"),
         };
-        let (name, size, references) = (text(row, "name")?, number(row, "size")?, number(row, "references")?);
+        let (name, size, references) =
+            (text(row, "name")?, number(row, "size")?, number(row, "references")?);
         Ok(format!("{name} {size} {references} {users} {state} {}\n", text(row, "base")?))
     });
     let found: String = found.collect::<Result<_>>()?;
@@ -238,11 +253,13 @@ pub(super) fn kernel(truth: &Truth, rows: &[Value]) -> Result<()> {
     let stat = truth.text("/proc/stat")?;
     let booted = stat.lines().find_map(|line| line.strip_prefix("btime ")).context("no btime")?;
     ensure!(number(row, "booted")? == booted.parse::<u64>()?, "it was booted at {booted}: {row}");
-    let uptime: f64 = truth.text("/proc/uptime")?.split(' ').next().context("no uptime")?.parse()?;
+    let uptime: f64 =
+        truth.text("/proc/uptime")?.split(' ').next().context("no uptime")?.parse()?;
     let found = row["uptime_ms"].as_f64().context("no uptime_ms")? / 1000.0;
     // The kernel looks at its clock when it has something to do.
     ensure!(found > uptime - 5.0, "it has run for {found} s, and had for {uptime} s before");
-    let start = u64::from_str_radix(truth.text("_text")?.split(' ').next().unwrap_or_default(), 16)?;
+    let start =
+        u64::from_str_radix(truth.text("_text")?.split(' ').next().unwrap_or_default(), 16)?;
     let offset = format!("{:#x}", start.wrapping_sub(0xffff_ffff_8100_0000));
     ensure!(text(row, "kaslr_offset")? == offset, "it was moved by {offset}: {row}");
     let notes = truth.bytes("/sys/kernel/notes")?;
@@ -269,7 +286,8 @@ fn kernel_log(truth: &Truth) -> Result<BTreeMap<u64, Record>> {
     for line in truth.text("/dev/kmsg")?.lines() {
         if let Some(entry) = line.strip_prefix(' ') {
             let record = last.and_then(|seq| records.get_mut(&seq));
-            let record: &mut Record = record.context("the log begins with an entry of no record")?;
+            let record: &mut Record =
+                record.context("the log begins with an entry of no record")?;
             match entry.split_once('=') {
                 Some(("SUBSYSTEM", value)) => record.subsystem = unescape(value),
                 Some(("DEVICE", value)) => record.device = unescape(value),
@@ -277,9 +295,11 @@ fn kernel_log(truth: &Truth) -> Result<BTreeMap<u64, Record>> {
             }
             continue;
         }
-        let (fields, text) = line.split_once(';').with_context(|| format!("{line:?} is no record"))?;
+        let (fields, text) =
+            line.split_once(';').with_context(|| format!("{line:?} is no record"))?;
         let mut fields = fields.split(',');
-        let mut number = || Ok::<u64, anyhow::Error>(fields.next().context("a field is missing")?.parse()?);
+        let mut number =
+            || Ok::<u64, anyhow::Error>(fields.next().context("a field is missing")?.parse()?);
         let (priority, seq, time) = (number()?, number()?, number()?);
         let (subsystem, device) = Default::default();
         records.insert(seq, Record { priority, time, text: unescape(text), subsystem, device });
@@ -313,10 +333,12 @@ fn process(truth: &Truth, pid: u64) -> Result<Process> {
     let stat = String::from_utf8_lossy(file("stat")?).into_owned();
     let (_, fields) = stat.rsplit_once(") ").context("no stat")?;
     let fields: Vec<_> = fields.split(' ').collect();
-    let field = |number: usize| fields.get(number - 3).copied().context("a field of stat is missing");
+    let field =
+        |number: usize| fields.get(number - 3).copied().context("a field of stat is missing");
     let status = String::from_utf8_lossy(file("status")?).into_owned();
     let uids = status.lines().find_map(|line| line.strip_prefix("Uid:")).context("no Uid")?;
-    let uids = uids.split_ascii_whitespace().map(|uid| Ok(uid.parse()?)).collect::<Result<Vec<_>>>()?;
+    let uids =
+        uids.split_ascii_whitespace().map(|uid| Ok(uid.parse()?)).collect::<Result<Vec<_>>>()?;
     let link = |name: &str| truth.text(&format!("->/proc/{pid}/{name}")).ok();
     let namespace = |kind| (kind, link(&format!("ns/{kind}")).and_then(|link| inode(&link)));
     let flags: u64 = field(9)?.parse()?;
@@ -379,7 +401,8 @@ mod tests {
             ),
         ];
         for pid in 10..41 {
-            let mut file = |name: &str, text: String| sections.push((format!("/proc/{pid}/{name}"), text));
+            let mut file =
+                |name: &str, text: String| sections.push((format!("/proc/{pid}/{name}"), text));
             let fields = "0 0 0 0 0 0 0 0 0 0 0 0";
             file("stat", format!("{pid} (a) b) S 1 0 0 0 -1 64 {fields} {} 0 0\n", 6400 + pid));
             file("status", "Name:\ta\nUid:\t1000\t1001\t0\t0\n".to_owned());
@@ -406,7 +429,11 @@ mod tests {
     }
 
     /// Each row that differs in one value is an error, as is one that is missing or too much.
-    fn each_difference_is_an_error(rows: &[Value], keys: &[&str], compare: impl Fn(&[Value]) -> Result<()>) {
+    fn each_difference_is_an_error(
+        rows: &[Value],
+        keys: &[&str],
+        compare: impl Fn(&[Value]) -> Result<()>,
+    ) {
         compare(rows).unwrap();
         for key in keys {
             let mut wrong = rows.to_vec();
@@ -443,7 +470,9 @@ mod tests {
         ];
         each_difference_is_an_error(&rows, &keys, |rows| processes(&truth, rows));
         each_difference_is_an_error(&rows, &["env", "exe"], |rows| environments(&truth, rows));
-        each_difference_is_an_error(&rows, &["pid", "tid", "comm", "kernel"], |rows| threads(&truth, rows));
+        each_difference_is_an_error(&rows, &["pid", "tid", "comm", "kernel"], |rows| {
+            threads(&truth, rows)
+        });
         rows.push(json!({"pid": 99, "comm": "hidden"}));
         assert!(processes(&truth, &rows).is_err());
         rows.last_mut().unwrap()["comm"] = json!("kworker/0:3");
@@ -454,15 +483,22 @@ mod tests {
     fn modules_and_records_that_differ_are_found() {
         let truth = truth();
         let module = |name: &str, size: u64, references: u64, users: &[&str], base: &str| json!({"name": name, "size": size, "references": references, "used_by": users, "state": "live", "base": base});
-        let rows =
-            [module("dummy", 16384, 0, &[], "0xffffffffc0232000"), module("ring", 8, 1, &["dummy"], "0xff")];
+        let rows = [
+            module("dummy", 16384, 0, &[], "0xffffffffc0232000"),
+            module("ring", 8, 1, &["dummy"], "0xff"),
+        ];
         let keys = ["name", "size", "references", "used_by", "state", "base"];
         each_difference_is_an_error(&rows, &keys, |rows| modules(&truth, rows));
-        let record =
-            |seq: u64, facility: u64, level: u64, time: u64, text: &str, subsystem: &str, device: &str| {
-                json!({"seq": seq, "facility": facility, "level": level, "time_us": time, "text": text,
+        let record = |seq: u64,
+                      facility: u64,
+                      level: u64,
+                      time: u64,
+                      text: &str,
+                      subsystem: &str,
+                      device: &str| {
+            json!({"seq": seq, "facility": facility, "level": level, "time_us": time, "text": text,
                 "subsystem": subsystem, "device": device})
-            };
+        };
         let rows = [
             record(1, 0, 6, 1500, "virtio", "virtio", "+virtio:0"),
             record(2, 1, 3, 1700, "two\nlines", "", ""),
@@ -476,6 +512,8 @@ mod tests {
         let row = |pid: u64| json!({"pid": pid, "fd": 3, "path": "/tmp/a", "deleted": true});
         let rows: Vec<_> = (10..41).map(row).collect();
         let truth = truth();
-        each_difference_is_an_error(&rows, &["pid", "fd", "path", "deleted"], |rows| files(&truth, rows));
+        each_difference_is_an_error(&rows, &["pid", "fd", "path", "deleted"], |rows| {
+            files(&truth, rows)
+        });
     }
 }

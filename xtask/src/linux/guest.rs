@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! A guest of suite `linux`: a Debian kernel in this machine's QEMU, without hardware virtualisation, that plays
-//! `tests/linux/scene.c` and then keeps still.
+//! A guest of suite `linux`: a Debian kernel in this machine's QEMU, without hardware
+//! virtualisation, that plays `tests/linux/scene.c` and then keeps still.
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -21,7 +21,8 @@ const FAILED: [&[u8]; 2] = [b"SCENE FAILED", b"Kernel panic"];
 /// Room for the truth.
 const TRUTH_SIZE: u64 = 64 << 20;
 
-/// The kernel's options of every guest: quicker under emulation, and /dev/kmsg takes all that is written.
+/// The kernel's options of every guest: quicker under emulation, and /dev/kmsg takes all that is
+/// written.
 const QUICK: &str = "console=ttyS0 quiet panic=-1 rdinit=/bin/scene printk.devkmsg=on cryptomgr.notests tsc=reliable \
     no_timer_check nowatchdog";
 
@@ -50,7 +51,8 @@ pub(crate) struct Guest {
 }
 
 impl Guest {
-    /// Starts QEMU; `folder` is the guest's own, `scene` the program, `more` are further options of QEMU.
+    /// Starts QEMU; `folder` is the guest's own, `scene` the program, `more` are further options of
+    /// QEMU.
     pub(crate) fn start(
         variant: &Variant,
         stock: &Stock,
@@ -65,16 +67,31 @@ impl Guest {
         File::create(folder.join("truth"))?.set_len(TRUTH_SIZE)?;
         let ram = format!("memory-backend-memfd,id=ram,size={}M,share=on", variant.memory);
         let mut qemu = Command::new(nested::QEMU);
-        qemu.args(["-accel", "tcg", "-cpu", variant.cpu, "-smp", "1", "-m", &format!("{}M", variant.memory)])
-            .args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"])
-            .args(["-name", &format!("guest={}", variant.name), "-object", &ram])
-            .args(["-machine", &format!("{},memory-backend=ram", variant.machine)])
-            .args(["-append", &format!("{QUICK} {}", variant.options), "-initrd", &file("initrd"), "-kernel"])
-            .arg(stock.image())
-            .args(["-serial", &format!("file:{}", file("console"))])
-            .args(["-qmp", &format!("unix:{},server=on,wait=off", file("qmp"))])
-            .args(["-drive", &format!("if=virtio,format=raw,file={}", file("truth"))])
-            .args(more);
+        qemu.args([
+            "-accel",
+            "tcg",
+            "-cpu",
+            variant.cpu,
+            "-smp",
+            "1",
+            "-m",
+            &format!("{}M", variant.memory),
+        ])
+        .args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"])
+        .args(["-name", &format!("guest={}", variant.name), "-object", &ram])
+        .args(["-machine", &format!("{},memory-backend=ram", variant.machine)])
+        .args([
+            "-append",
+            &format!("{QUICK} {}", variant.options),
+            "-initrd",
+            &file("initrd"),
+            "-kernel",
+        ])
+        .arg(stock.image())
+        .args(["-serial", &format!("file:{}", file("console"))])
+        .args(["-qmp", &format!("unix:{},server=on,wait=off", file("qmp"))])
+        .args(["-drive", &format!("if=virtio,format=raw,file={}", file("truth"))])
+        .args(more);
         Ok(Self { qemu: Running::start(&mut qemu, log)?, folder: folder.to_owned() })
     }
 
@@ -105,7 +122,8 @@ fn initramfs(path: &Path, stock: &Stock, scene: &Path) -> Result<()> {
     archive.copy("bin/scene", 0o755, scene)?;
     let mut order = String::new();
     for module in stock.modules()? {
-        let name = module.file_name().context("modules.dep names no file")?.to_string_lossy().into_owned();
+        let name =
+            module.file_name().context("modules.dep names no file")?.to_string_lossy().into_owned();
         archive.copy(&format!("modules/{name}"), 0o644, &module)?;
         order.push_str(&format!("{name}\n"));
     }

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! What a rootkit does, in a dump: a system call leads into a module, a process and that module are taken out of their lists.
+//! What a rootkit does, in a dump: a system call leads into a module, a process and that module are
+//! taken out of their lists.
 
 use std::fs::OpenOptions;
 use std::os::unix::fs::FileExt;
@@ -28,7 +29,8 @@ pub(super) fn write(dump: &Path) -> Result<Vec<String>> {
     let put = |gva: u64, word: u64| {
         let gpa = kernel.space().translate(gva)?.gpa;
         let segments = memory.segments().iter();
-        let segment = segments.rev().find(|segment| segment.range.gpa <= gpa).context("no segment")?;
+        let segment =
+            segments.rev().find(|segment| segment.range.gpa <= gpa).context("no segment")?;
         file.write_all_at(&word.to_le_bytes(), segment.offset + gpa - segment.range.gpa)?;
         Ok::<_, anyhow::Error>(())
     };

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Debian's kernels for the guests of suite `linux`: their images and modules as packaged, in the build root.
+//! Debian's kernels for the guests of suite `linux`: their images and modules as packaged, in the
+//! build root.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -18,7 +19,8 @@ const FOLDER: &str = "/kvmmem/linux";
 /// Modules of a guest: for the disk that it writes to, and one that nothing needs.
 const MODULES: [&str; 4] = ["virtio_pci", "virtio_blk", "dummy", "overlay"];
 
-/// A Debian release, and the newest kernel of its own. The sources are the mirror's parts and suites.
+/// A Debian release, and the newest kernel of its own. The sources are the mirror's parts and
+/// suites.
 struct Release {
     name: &'static str,
     sources: &'static [(&'static str, &'static str)],
@@ -50,8 +52,8 @@ apt() { program="$1"; shift; "$program" -q -o Dir::Etc::sourcelist="$PWD/sources
 apt apt-get update
 "#;
 
-/// Downloads the kernel that package `$3` depends on. Nothing is installed. Modules are stored plain, in `usr/lib/modules` of
-/// every release.
+/// Downloads the kernel that package `$3` depends on. Nothing is installed. Modules are stored
+/// plain, in `usr/lib/modules` of every release.
 const KERNEL: &str = r#"
 package=$(apt apt-cache depends "$3" | sed -n 's/^ *Depends: \(linux-image-[0-9].*\)/\1/p' | head -n 1)
 apt apt-get download "$package"
@@ -64,7 +66,8 @@ cp "image/boot/vmlinuz-$release" "image/usr/lib/modules/$release/vmlinuz"
 rm -r state cache sources.list status ./*.deb image/boot
 "#;
 
-/// Downloads the debug information of the kernel `$3`, and keeps that of the kernel without its modules. tar stops reading there.
+/// Downloads the debug information of the kernel `$3`, and keeps that of the kernel without its
+/// modules. tar stops reading there.
 const DEBUG: &str = r#"
 apt apt-get download "linux-image-$3-dbg"
 dpkg-deb --fsys-tarfile ./*.deb | tar -xf - --occurrence=1 --strip-components=5 "./usr/lib/debug/boot/vmlinux-$3"
@@ -82,7 +85,8 @@ pub(crate) struct Stock {
 }
 
 impl Stock {
-    /// The newest kernel of a Debian release, downloaded if it is not there, or the test bed's own by the name of "bed".
+    /// The newest kernel of a Debian release, downloaded if it is not there, or the test bed's own
+    /// by the name of "bed".
     pub(crate) fn make(cache: &Cache, bed: &Bed, name: &str, log: &Path) -> Result<Self> {
         if name == "bed" {
             let kernel = bed.kernel();
@@ -104,7 +108,8 @@ impl Stock {
         }
         let modules = folder.join("image/usr/lib/modules");
         let mut releases = fs::read_dir(&modules).with_context(|| modules.display().to_string())?;
-        let entry = releases.next().with_context(|| format!("{} is empty", modules.display()))??;
+        let entry =
+            releases.next().with_context(|| format!("{} is empty", modules.display()))??;
         Ok(Self { release: entry.file_name().to_string_lossy().into_owned(), folder: entry.path() })
     }
 
@@ -113,8 +118,8 @@ impl Stock {
         self.folder.join("vmlinuz")
     }
 
-    /// The debug information of a Debian release's kernel (DWARF, some 350 MB); `None` where it is not there and is not to be
-    /// downloaded.
+    /// The debug information of a Debian release's kernel (DWARF, some 350 MB); `None` where it is
+    /// not there and is not to be downloaded.
     pub(crate) fn debug_information(
         &self,
         cache: &Cache,
@@ -162,6 +167,10 @@ impl Release {
     /// Lines of a sources.list.
     fn sources(&self) -> Result<String> {
         let mirror = mirror::find()?;
-        Ok(self.sources.iter().map(|(part, suite)| format!("deb {mirror}{part} {suite} main\n")).collect())
+        Ok(self
+            .sources
+            .iter()
+            .map(|(part, suite)| format!("deb {mirror}{part} {suite} main\n"))
+            .collect())
     }
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The memory of processes: their maps, and verbs that take guest-virtual addresses, compared with what the guest shows and
-//! with what actor "memory" of the scene has written.
+//! The memory of processes: their maps, and verbs that take guest-virtual addresses, compared with
+//! what the guest shows and with what actor "memory" of the scene has written.
 
 use std::collections::BTreeMap;
 
@@ -10,7 +10,8 @@ use serde_json::Value;
 use super::compare::{number, process_ids, text};
 use super::truth::Truth;
 
-/// What `tests/linux/scene.c` has at places of its choice: text over two pages, and some in a page without access.
+/// What `tests/linux/scene.c` has at places of its choice: text over two pages, and some in a page
+/// without access.
 const TEXT: (u64, &str) = (0x2000_0ff6, "scene: text over two pages");
 const HIDDEN: (u64, &str) = (0x3000_0000, "scene: no access");
 
@@ -22,7 +23,8 @@ pub(super) type Verb<'a> = (Vec<String>, Box<dyn Fn(&[Value]) -> Result<()> + 'a
 
 /// Verbs about the memory of one process.
 pub(super) fn verbs(truth: &Truth) -> Result<Vec<Verb<'_>>> {
-    let is_actor = |pid: &u64| truth.text(&format!("/proc/{pid}/comm")).is_ok_and(|comm| comm == "memory\n");
+    let is_actor =
+        |pid: &u64| truth.text(&format!("/proc/{pid}/comm")).is_ok_and(|comm| comm == "memory\n");
     let pid = process_ids(truth).find(is_actor).context("the guest has no process \"memory\"")?;
     let read = |place: (u64, &'static str)| -> Verb<'_> {
         let (address, length) = (format!("{:#x}", place.0), place.1.len().to_string());
@@ -31,7 +33,8 @@ pub(super) fn verbs(truth: &Truth) -> Result<Vec<Verb<'_>>> {
     };
     let translate =
         ["translate", "--pid", &pid.to_string(), &format!("{:#x}", TEXT.0), &format!("{CODE:#x}")];
-    let watch = ["watch", "--pid", &pid.to_string(), "--count", "1", &format!("{:#x}", HIDDEN.0), "16"];
+    let watch =
+        ["watch", "--pid", &pid.to_string(), "--count", "1", &format!("{:#x}", HIDDEN.0), "16"];
     Ok(vec![
         read(TEXT),
         read(HIDDEN),
@@ -52,10 +55,15 @@ fn has_bytes(rows: &[Value], (gva, expected): (u64, &str)) -> Result<()> {
 
 fn translated(rows: &[Value]) -> Result<()> {
     let [data, code] = rows else { bail!("there are {} rows", rows.len()) };
-    for (row, gva, writable, executable) in [(data, TEXT.0, true, false), (code, CODE, false, true)] {
+    for (row, gva, writable, executable) in [(data, TEXT.0, true, false), (code, CODE, false, true)]
+    {
         ensure!(text(row, "gva")? == format!("{gva:#x}"), "it should be of {gva:#x}: {row}");
-        let is_so = row["user"] == true && row["writable"] == writable && row["executable"] == executable;
-        ensure!(is_so && row["gpa"].is_string(), "the process's memory has other permissions: {row}");
+        let is_so =
+            row["user"] == true && row["writable"] == writable && row["executable"] == executable;
+        ensure!(
+            is_so && row["gpa"].is_string(),
+            "the process's memory has other permissions: {row}"
+        );
     }
     Ok(())
 }
@@ -81,7 +89,11 @@ pub(super) fn maps(truth: &Truth, rows: &[Value]) -> Result<()> {
         let found = found.remove(pid).unwrap_or_default();
         let wrong = (0..lines.len().max(found.len())).find(|at| lines.get(*at) != found.get(*at));
         if let Some(at) = wrong {
-            bail!("mapping {at} of process {pid} is {:?}, and should be {:?}", found.get(at), lines.get(at));
+            bail!(
+                "mapping {at} of process {pid} is {:?}, and should be {:?}",
+                found.get(at),
+                lines.get(at)
+            );
         }
     }
     ensure!(found.is_empty(), "the guest shows no mappings of {:?}", found.keys());
@@ -104,10 +116,12 @@ fn expected_line(line: &str) -> Result<String> {
 }
 
 fn line(row: &Value) -> Result<String> {
-    let address =
-        |key| Ok::<_, anyhow::Error>(u64::from_str_radix(text(row, key)?.trim_start_matches("0x"), 16)?);
+    let address = |key| {
+        Ok::<_, anyhow::Error>(u64::from_str_radix(text(row, key)?.trim_start_matches("0x"), 16)?)
+    };
     let (start, end, offset) = (address("start")?, address("end")?, address("offset")?);
-    let (major, minor, inode) = (number(row, "major")?, number(row, "minor")?, number(row, "inode")?);
+    let (major, minor, inode) =
+        (number(row, "major")?, number(row, "minor")?, number(row, "inode")?);
     let name = row["path"].as_str().or_else(|| row["label"].as_str()).unwrap_or_default();
     let deleted = if row["deleted"] == true { " (deleted)" } else { "" };
     let permissions = text(row, "permissions")?;
@@ -150,9 +164,18 @@ mod tests {
     fn maps_that_differ_are_found() {
         let (truth, rows) = truth();
         maps(&truth, &rows).unwrap();
-        for key in
-            ["start", "end", "permissions", "offset", "major", "minor", "inode", "path", "deleted", "torn"]
-        {
+        for key in [
+            "start",
+            "end",
+            "permissions",
+            "offset",
+            "major",
+            "minor",
+            "inode",
+            "path",
+            "deleted",
+            "torn",
+        ] {
             let mut wrong = rows.clone();
             wrong[1][key] = match &wrong[1][key] {
                 Value::Bool(is_so) => json!(!is_so),
@@ -165,7 +188,9 @@ mod tests {
         let mut labelled = rows.clone();
         labelled[100]["label"] = json!("[heap]");
         assert!(maps(&truth, &labelled).is_err());
-        assert!(maps(&truth, &rows[1..]).is_err() && maps(&truth, &rows[..rows.len() - 1]).is_err());
+        assert!(
+            maps(&truth, &rows[1..]).is_err() && maps(&truth, &rows[..rows.len() - 1]).is_err()
+        );
         let one_more = json!({"pid": 99, "start": "0x1000", "end": "0x2000", "permissions": "r--p", "offset": "0x0", "major": 0,
             "minor": 0, "inode": 0, "path": null, "deleted": false, "label": null, "torn": false});
         assert!(maps(&truth, &[rows, vec![one_more]].concat()).is_err());
@@ -176,7 +201,10 @@ mod tests {
         let hex: String = HIDDEN.1.bytes().map(|byte| format!("{byte:02x}")).collect();
         let row = json!({"gva": "0x30000000", "hex": hex});
         has_bytes(std::slice::from_ref(&row), HIDDEN).unwrap();
-        assert!(has_bytes(&[row.clone(), row.clone()], HIDDEN).is_err() && has_bytes(&[row], TEXT).is_err());
+        assert!(
+            has_bytes(&[row.clone(), row.clone()], HIDDEN).is_err()
+                && has_bytes(&[row], TEXT).is_err()
+        );
         let row = |gva: u64, writable, executable| json!({"gva": format!("{gva:#x}"), "gpa": "0x1", "user": true, "writable": writable, "executable": executable});
         translated(&[row(TEXT.0, true, false), row(CODE, false, true)]).unwrap();
         assert!(translated(&[row(TEXT.0, true, false), row(CODE, false, false)]).is_err());

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! `kvmmem mounts`, compared with /proc/PID/mountinfo: of the first process, of one in another namespace, and of one in a root of
-//! its own there.
+//! `kvmmem mounts`, compared with /proc/PID/mountinfo: of the first process, of one in another
+//! namespace, and of one in a root of its own there.
 
 use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::Value;
@@ -17,10 +17,12 @@ pub(super) fn verbs(truth: &Truth) -> Result<Vec<Verb<'_>>> {
     };
     let mut verbs = vec![verb(1, 6)];
     for (name, least) in [("contained", 7), ("contained child", 1)] {
-        let is_it =
-            |pid: &u64| truth.text(&format!("/proc/{pid}/comm")).is_ok_and(|comm| comm.trim_end() == name);
-        let pid =
-            process_ids(truth).find(is_it).with_context(|| format!("the guest has no process {name:?}"))?;
+        let is_it = |pid: &u64| {
+            truth.text(&format!("/proc/{pid}/comm")).is_ok_and(|comm| comm.trim_end() == name)
+        };
+        let pid = process_ids(truth)
+            .find(is_it)
+            .with_context(|| format!("the guest has no process {name:?}"))?;
         verbs.push(verb(pid, least));
     }
     Ok(verbs)
@@ -39,7 +41,8 @@ fn compare(truth: &Truth, pid: u64, least: usize, rows: &[Value]) -> Result<()> 
 
 /// What `mounts` has of a line: all but groups of mounts, and options of the file system's own.
 fn expected_line(line: &str) -> Result<String> {
-    let (mount, system) = line.split_once(" - ").with_context(|| format!("{line:?} is no mount"))?;
+    let (mount, system) =
+        line.split_once(" - ").with_context(|| format!("{line:?} is no mount"))?;
     let mount: Vec<&str> = mount.split(' ').take(6).collect();
     let [kind, source, options] = system.split(' ').collect::<Vec<_>>()[..] else {
         bail!("{line:?} has no file system");
@@ -110,6 +113,9 @@ mod tests {
             };
             assert!(compare(&truth, 7, 1, &[wrong]).is_err(), "{key}");
         }
-        assert!(compare(&truth, 7, 1, &[row.clone(), row]).is_err() && compare(&truth, 7, 1, &[]).is_err());
+        assert!(
+            compare(&truth, 7, 1, &[row.clone(), row]).is_err()
+                && compare(&truth, 7, 1, &[]).is_err()
+        );
     }
 }

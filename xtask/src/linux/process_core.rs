@@ -17,12 +17,13 @@ pub(super) fn quiet(truth: &Truth) -> Result<u32> {
     truth.below("/proc/").find_map(is_it).context("the scene has no process that is stopped")
 }
 
-/// Compares the core of a process: its segments are the mappings, its first page is the program's, and its thread was in user
-/// mode.
+/// Compares the core of a process: its segments are the mappings, its first page is the program's,
+/// and its thread was in user mode.
 pub(super) fn compare(truth: &Truth, pid: u32, core: &[u8]) -> Result<()> {
     let shown = shown(&truth.text(&format!("/proc/{pid}/maps"))?)?;
     let loads = loads(core).context("the core's headers")?;
-    let found = joined(loads.iter().map(|load| (load.address, load.address + load.len, load.flags)));
+    let found =
+        joined(loads.iter().map(|load| (load.address, load.address + load.len, load.flags)));
     ensure!(found == shown, "the core has {found:x?}, and the guest {shown:x?}");
     let first = loads.iter().find(|load| load.file_len > 0).context("nothing was in memory")?;
     ensure!(
@@ -64,7 +65,9 @@ fn loads(core: &[u8]) -> Result<Vec<Load>> {
 
 fn word(core: &[u8], at: usize) -> Result<u64> {
     let bytes = core.get(at..).and_then(|bytes| bytes.first_chunk());
-    bytes.map(|bytes| u64::from_le_bytes(*bytes)).with_context(|| format!("the core ends before {at:#x}"))
+    bytes
+        .map(|bytes| u64::from_le_bytes(*bytes))
+        .with_context(|| format!("the core ends before {at:#x}"))
 }
 
 /// The lines of /proc/PID/maps, but for the kernel's own page.
@@ -73,8 +76,9 @@ fn shown(text: &str) -> Result<Mappings> {
     for line in text.lines().filter(|line| !line.ends_with("[vsyscall]")) {
         let (start, rest) = line.split_once('-').context("a line without an address")?;
         let (end, rest) = rest.split_once(' ').context("a line without an end")?;
-        let flag =
-            |letter, flag| if rest.get(..4).is_some_and(|all| all.contains(letter)) { flag } else { 0 };
+        let flag = |letter, flag| {
+            if rest.get(..4).is_some_and(|all| all.contains(letter)) { flag } else { 0 }
+        };
         let flags = flag('r', 4) | flag('w', 2) | flag('x', 1);
         all.push((u64::from_str_radix(start, 16)?, u64::from_str_radix(end, 16)?, flags));
     }

@@ -26,7 +26,10 @@ impl Truth {
 
     /// A file's bytes.
     pub(crate) fn bytes(&self, path: &str) -> Result<&[u8]> {
-        self.0.get(path).map(Vec::as_slice).with_context(|| format!("the guest's truth has no {path}"))
+        self.0
+            .get(path)
+            .map(Vec::as_slice)
+            .with_context(|| format!("the guest's truth has no {path}"))
     }
 
     /// A file's text; what is not UTF-8 is replaced.
@@ -35,7 +38,10 @@ impl Truth {
     }
 
     /// All paths and bytes that begin with `prefix`.
-    pub(crate) fn below<'a>(&'a self, prefix: &'a str) -> impl Iterator<Item = (&'a str, &'a [u8])> {
+    pub(crate) fn below<'a>(
+        &'a self,
+        prefix: &'a str,
+    ) -> impl Iterator<Item = (&'a str, &'a [u8])> {
         self.0
             .range(prefix.to_owned()..)
             .take_while(move |(path, _)| path.starts_with(prefix))

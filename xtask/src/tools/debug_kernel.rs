@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The kernel with its debug information, from Debian's package: stacks need it. 350 MB are downloaded and 410 MB kept, so
-//! only where the user wants it.
+//! The kernel with its debug information, from Debian's package: stacks need it. 350 MB are
+//! downloaded and 410 MB kept, so only where the user wants it.
 
 use std::path::{Path, PathBuf};
 
@@ -14,7 +14,8 @@ use crate::ui;
 /// Set, it has the kernel downloaded.
 const VARIABLE: &str = "KVMMEM_DEBUG_KERNEL";
 
-/// The program with debug information, of the test bed's kernel: from the cache, or downloaded if that is wanted.
+/// The program with debug information, of the test bed's kernel: from the cache, or downloaded if
+/// that is wanted.
 pub(super) fn find(cache: &Cache, bed: &Bed, log: &Path) -> Result<PathBuf> {
     let (kernel, root) = (bed.kernel(), bed.kernel().root());
     let (release, version) = (kernel.release(), kernel.version());

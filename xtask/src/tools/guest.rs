@@ -22,10 +22,12 @@ pub(super) const VCPUS: usize = 2;
 /// Registers of one vCPU, by QEMU's names.
 pub(super) type Registers = BTreeMap<String, u64>;
 
-/// Where CR3 is in the note that QEMU puts into its own cores: behind a version, a size, 18 registers, 10 segments, CR0 to CR2.
+/// Where CR3 is in the note that QEMU puts into its own cores: behind a version, a size, 18
+/// registers, 10 segments, CR0 to CR2.
 const CR3_IN_NOTE: usize = 8 + 18 * 8 + 10 * 24 + 3 * 8;
 
-/// Boots the guest, dumps its memory to `core` while it stands still, and returns what its vCPUs have in their registers.
+/// Boots the guest, dumps its memory to `core` while it stands still, and returns what its vCPUs
+/// have in their registers.
 pub(super) fn dump(bed: &Bed, folder: &Path, core: &Path, log: &Path) -> Result<Vec<Registers>> {
     let path = |name: &str| folder.join(name).to_string_lossy().into_owned();
     let (serial, qmp, socket) = (path("serial"), path("qmp"), path("broker"));
@@ -35,13 +37,21 @@ pub(super) fn dump(bed: &Bed, folder: &Path, core: &Path, log: &Path) -> Result<
     let mut qemu = Command::new(nested::QEMU);
     qemu.args(["-accel", "tcg", "-cpu", "max", "-nodefaults", "-display", "none", "-m", "512M"])
         .args(["-smp", &VCPUS.to_string(), "-object", ram, "-machine", "q35,memory-backend=ram"])
-        .args(["-name", "guest=tools", "-append", "console=ttyS0", "-serial", &format!("file:{serial}")])
+        .args([
+            "-name",
+            "guest=tools",
+            "-append",
+            "console=ttyS0",
+            "-serial",
+            &format!("file:{serial}"),
+        ])
         .args(["-qmp", &listen(&qmp), "-qmp", &listen(&path("monitor"))])
         .arg("-kernel")
         .arg(bed.kernel().image());
     let mut qemu = Running::start(&mut qemu, log)?;
     qemu.wait("the guest's kernel to stop", || {
-        fs::read(&serial).is_ok_and(|text| text.windows(20).any(|part| part == b"end Kernel panic - n"))
+        fs::read(&serial)
+            .is_ok_and(|text| text.windows(20).any(|part| part == b"end Kernel panic - n"))
     })?;
     let mut monitor = Monitor::connect(&monitor)?;
     monitor.execute("stop", &json!({}))?;
@@ -56,7 +66,8 @@ pub(super) fn dump(bed: &Bed, folder: &Path, core: &Path, log: &Path) -> Result<
         .args(["dump", "--target", "tools", "--format", "elf", "--pause", "--json"])
         .arg(core)
         .output()?;
-    let record: serde_json::Value = serde_json::from_str(&record).context("dump printed no record")?;
+    let record: serde_json::Value =
+        serde_json::from_str(&record).context("dump printed no record")?;
     let (found, release) = (&record["vmcoreinfo"]["release"], bed.kernel().release());
     ensure!(found == release, "the record tells of kernel {found}, and the guest has {release}");
     let vcpus = &record["registers"]["vcpus"];

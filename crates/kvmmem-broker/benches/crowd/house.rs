@@ -39,7 +39,8 @@ impl House {
             .arg("--audit")
             .arg(directory.path().join("audit.log"))
             .spawn()?;
-        let house = Self { broker, socket, targets: Vec::new(), tokens: Vec::new(), _directory: directory };
+        let house =
+            Self { broker, socket, targets: Vec::new(), tokens: Vec::new(), _directory: directory };
         let began = Instant::now();
         while Admin::connect(&house.socket).is_err() {
             if began.elapsed() > LIMIT {

@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Attaching to one of 1,000 targets with 10,000 grants, against attaching to the only target of another broker by the
-//! only grant; and the memory that the broker has for each of the 1,000 as long as nobody asks for it.
+//! Attaching to one of 1,000 targets with 10,000 grants, against attaching to the only target of
+//! another broker by the only grant; and the memory that the broker has for each of the 1,000 as
+//! long as nobody asks for it.
 //!
-//! Both brokers are `kvmmemd` processes, and all targets are connections to their sockets with a memfd each. A time is the
-//! median of its percentile in each round.
-//! Prints four lines; with `--json` one object each: name, ratio, goal, better, and p50_ns and p99_ns of the crowd or
-//! bytes of a target.
+//! Both brokers are `kvmmemd` processes, and all targets are connections to their sockets with a
+//! memfd each. A time is the median of its percentile in each round.
+//! Prints four lines; with `--json` one object each: name, ratio, goal, better, and p50_ns and
+//! p99_ns of the crowd or bytes of a target.
 #![deny(unsafe_code)]
 
 mod house;
@@ -26,8 +27,8 @@ type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
 const TARGETS: usize = 1_000;
 const GRANTS: usize = 10_000;
-/// How often each way in is timed in a round, at each broker. They take turns, so that whatever else the machine does
-/// meets both.
+/// How often each way in is timed in a round, at each broker. They take turns, so that whatever
+/// else the machine does meets both.
 const ROUND: usize = 200;
 const ROUNDS: usize = 20;
 /// The crowd's p99 by that of the only target's.
@@ -38,7 +39,8 @@ const MEMORY_GOAL: f64 = 65_536.0;
 fn main() -> Result<()> {
     let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
     setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum })?;
-    // One CPU for all: else the times are those of waking another CPU, or not, as the scheduler likes.
+    // One CPU for all: else the times are those of waking another CPU, or not, as the scheduler
+    // likes.
     let mut cpu = CpuSet::new();
     cpu.set(sched_getcpu());
     sched_setaffinity(None, &cpu)?;
@@ -65,7 +67,9 @@ fn main() -> Result<()> {
             "{{\"name\":\"{name}\",\"ratio\":{ratio:.3},\"goal\":1,\"better\":\"lower\",\"bytes\":{bytes:.0}}}"
         );
     } else {
-        println!("{name}: {bytes:.0} bytes for each target ({each}); ratio {ratio:.2}, goal at most 1");
+        println!(
+            "{name}: {bytes:.0} bytes for each target ({each}); ratio {ratio:.2}, goal at most 1"
+        );
     }
     Ok(())
 }
@@ -157,7 +161,8 @@ impl Percentiles {
         }
     }
 
-    /// Those of the round in the middle: what disturbs the machine for a while meets some rounds, not all.
+    /// Those of the round in the middle: what disturbs the machine for a while meets some rounds,
+    /// not all.
     fn medians(mut self) -> [u64; 2] {
         self.0.each_mut().map(|all| {
             all.sort_unstable();

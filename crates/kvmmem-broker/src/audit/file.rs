@@ -25,8 +25,8 @@ const MAX_WAITING: usize = 4096;
 /// How long the caller waits until its line is written.
 const LIMIT: Duration = Duration::from_secs(1);
 
-/// A file of JSON objects, one a line. One thread writes them, so that a stalled disk blocks the caller for at most [`LIMIT`],
-/// and the callers after it not at all until the disk works again.
+/// A file of JSON objects, one a line. One thread writes them, so that a stalled disk blocks the
+/// caller for at most [`LIMIT`], and the callers after it not at all until the disk works again.
 #[derive(Debug)]
 pub(super) struct Lines {
     waiting: SyncSender<Waiting>,
@@ -55,13 +55,18 @@ impl Lines {
     pub(super) fn new(file: AuditFile) -> io::Result<Self> {
         let (waiting, lines) = sync_channel(MAX_WAITING);
         let is_stalled = Arc::new(AtomicBool::new(false));
-        let appender =
-            Appender { file, is_broken: false, is_told: false, is_stalled: Arc::clone(&is_stalled) };
+        let appender = Appender {
+            file,
+            is_broken: false,
+            is_told: false,
+            is_stalled: Arc::clone(&is_stalled),
+        };
         std::thread::Builder::new().name("audit".into()).spawn(move || appender.run(&lines))?;
         Ok(Self { waiting, is_stalled, lost: AtomicU64::new(0) })
     }
 
-    /// Appends a line, which is in the file when this returns, unless the file stalls or cannot be written to.
+    /// Appends a line, which is in the file when this returns, unless the file stalls or cannot be
+    /// written to.
     pub(super) fn write(&self, record: &Record<'_>) {
         let mut line = Vec::new();
         // A record is made of strings and numbers, and a vector takes all that is written to it.
@@ -72,7 +77,10 @@ impl Lines {
             if self.lost.fetch_add(1, Ordering::Relaxed) == 0
                 && let Some(suppressed) = WARNINGS.allow(Instant::now())
             {
-                tracing::error!(suppressed, "the audit log's file stalls; lines are left out there");
+                tracing::error!(
+                    suppressed,
+                    "the audit log's file stalls; lines are left out there"
+                );
             }
             return;
         }
@@ -80,7 +88,11 @@ impl Lines {
         if lost > 0
             && let Some(suppressed) = WARNINGS.allow(Instant::now())
         {
-            tracing::error!(suppressed, lost, "lines were left out in the audit log's file while it stalled");
+            tracing::error!(
+                suppressed,
+                lost,
+                "lines were left out in the audit log's file while it stalled"
+            );
         }
         if !self.is_stalled.load(Ordering::Relaxed)
             && is_written.recv_timeout(LIMIT) == Err(RecvTimeoutError::Timeout)
@@ -147,8 +159,11 @@ mod tests {
     fn a_line_is_one_object() {
         let file = tempfile::NamedTempFile::new().unwrap();
         let lines = Lines::new(AuditFile::open(file.path()).unwrap()).unwrap();
-        let record =
-            Record { label: Some("two\nlines \"quoted\""), grant: Some(7), ..Record::new(Event::Granted) };
+        let record = Record {
+            label: Some("two\nlines \"quoted\""),
+            grant: Some(7),
+            ..Record::new(Event::Granted)
+        };
         lines.write(&record);
         lines.write(&record);
         let text = std::fs::read_to_string(file.path()).unwrap();
@@ -158,7 +173,10 @@ mod tests {
             assert_eq!((&line["event"], &line["grant"]), (&"granted".into(), &7.into()));
             assert_eq!(line["label"], "two\nlines \"quoted\"");
             let time = line["time"].as_str().unwrap();
-            assert!(time.len() >= 20 && time.ends_with('Z') && time.as_bytes()[10] == b'T', "{time}");
+            assert!(
+                time.len() >= 20 && time.ends_with('Z') && time.as_bytes()[10] == b'T',
+                "{time}"
+            );
             assert!(line.get("view").is_none());
         }
     }
@@ -176,14 +194,19 @@ mod tests {
     fn a_file_that_stalls_holds_up_nobody() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("fifo");
-        rustix::fs::mkfifoat(rustix::fs::CWD, &path, rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR)
-            .unwrap();
+        rustix::fs::mkfifoat(
+            rustix::fs::CWD,
+            &path,
+            rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR,
+        )
+        .unwrap();
         // Opened for both, so that the open does not block; nothing is read at first.
         let mut reader = std::fs::File::options().read(true).write(true).open(&path).unwrap();
         let lines = Lines::new(AuditFile::open(&path).unwrap()).unwrap();
         let label = "x".repeat(1000);
         let record = Record { label: Some(&label), ..Record::new(Event::Gone) };
-        // More than the pipe and the queue hold together; without the thread the first hundred would never end.
+        // More than the pipe and the queue hold together; without the thread the first hundred
+        // would never end.
         for _ in 0..MAX_WAITING + 200 {
             lines.write(&record);
         }

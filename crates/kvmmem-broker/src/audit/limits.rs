@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! How many lines of the audit log each party may cause, for each kind of event.
 //!
-//! A party is a VM (all that its guest, VMM or tool causes), a process of the host that holds a token, or a user of the
-//! host for all else. Each has a limit of its own, so that the noise of one hides no line of another. The first line of a
-//! new party takes from what its user's new parties have together: connecting again and again, or making many grants,
-//! gives a user no more lines in the long run. What is remembered of parties is bounded.
+//! A party is a VM (all that its guest, VMM or tool causes), a process of the host that holds a
+//! token, or a user of the host for all else. Each has a limit of its own, so that the noise of one
+//! hides no line of another. The first line of a new party takes from what its user's new parties
+//! have together: connecting again and again, or making many grants, gives a user no more lines in
+//! the long run. What is remembered of parties is bounded.
 
 use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -21,7 +22,8 @@ const PER_SECOND: u32 = 50;
 /// The same for what operators do.
 const OPERATORS_PER_SECOND: u32 = 1000;
 
-/// The first lines of a user's new parties. At once, since all VMs register again when the broker starts anew.
+/// The first lines of a user's new parties. At once, since all VMs register again when the broker
+/// starts anew.
 const NEW_PARTIES: Rate = Rate { burst: 4096, per_second: PER_SECOND };
 
 /// The most parties that are remembered, times the kinds of events that they have caused of late.
@@ -130,7 +132,10 @@ impl State {
         });
         for (event, lines) in suppressed {
             let rest = (Key::Rest, event);
-            self.buckets.entry(rest).or_insert_with(|| Bucket::new(rate(rest), now)).suppress(lines);
+            self.buckets
+                .entry(rest)
+                .or_insert_with(|| Bucket::new(rate(rest), now))
+                .suppress(lines);
         }
     }
 }

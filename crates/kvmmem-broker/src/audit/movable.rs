@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The audit log's file. It may be moved away at any time, as logrotate does: the next line begins a new one.
+//! The audit log's file. It may be moved away at any time, as logrotate does: the next line begins
+//! a new one.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
@@ -56,7 +57,8 @@ mod tests {
     #[test]
     fn a_file_that_was_moved_away_is_followed_by_a_new_one() {
         let directory = tempfile::tempdir().unwrap();
-        let (path, old) = (directory.path().join("audit.log"), directory.path().join("audit.log.1"));
+        let (path, old) =
+            (directory.path().join("audit.log"), directory.path().join("audit.log.1"));
         let mut file = AuditFile::open(&path).unwrap();
         file.write_all(b"one\n").unwrap();
         std::fs::rename(&path, &old).unwrap();

@@ -195,7 +195,12 @@ impl<'a> Record<'a> {
     /// What happened to this VM.
     pub(super) fn of(self, vm: &'a Vm) -> Self {
         let registration = vm.registration();
-        Self { vm: Some(vm.id()), name: Some(&registration.name), uuid: Some(registration.uuid), ..self }
+        Self {
+            vm: Some(vm.id()),
+            name: Some(&registration.name),
+            uuid: Some(registration.uuid),
+            ..self
+        }
     }
 
     /// What this introspector did.
@@ -227,7 +232,8 @@ impl<'a> Record<'a> {
     }
 
     pub(super) fn allowing(self, scope: &Scope) -> Self {
-        let spans = scope.spans.as_ref().map(|spans| spans.iter().map(ToString::to_string).collect());
+        let spans =
+            scope.spans.as_ref().map(|spans| spans.iter().map(ToString::to_string).collect());
         Self { rights: Some(scope.rights.to_string()), spans, ..self }
     }
 

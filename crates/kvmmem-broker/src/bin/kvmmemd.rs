@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `kvmmemd`: the broker as a daemon.
 //!
-//! Exit status: 0 after SIGTERM or SIGINT; 1 where it cannot serve; 2 where the command line is wrong; 3 where another
-//! instance has the socket.
+//! Exit status: 0 after SIGTERM or SIGINT; 1 where it cannot serve; 2 where the command line is
+//! wrong; 3 where another instance has the socket.
 #![deny(unsafe_code)]
 
 use std::os::fd::AsFd;
@@ -90,7 +90,8 @@ fn start_log(settings: &Settings) -> anyhow::Result<()> {
     let filter = EnvFilter::try_new(&settings.log)
         .with_context(|| format!("what to log is no filter: {:?}", settings.log))?;
     let stderr = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
-    let stderr = if settings.json { stderr.json().boxed() } else { stderr.with_ansi(false).boxed() };
+    let stderr =
+        if settings.json { stderr.json().boxed() } else { stderr.with_ansi(false).boxed() };
     tracing_subscriber::registry().with(stderr.with_filter(filter)).init();
     Ok(())
 }
@@ -100,12 +101,14 @@ fn stop_on_signal() -> anyhow::Result<UnixStream> {
     let (stop, signalled) = UnixStream::pair().context("cannot make a pair of sockets")?;
     for signal in [SIGTERM, SIGINT] {
         let signalled = signalled.try_clone().context("cannot duplicate a socket")?;
-        signal_hook::low_level::pipe::register(signal, signalled).context("cannot handle signals")?;
+        signal_hook::low_level::pipe::register(signal, signalled)
+            .context("cannot handle signals")?;
     }
     Ok(stop)
 }
 
-/// Each VM takes two file descriptors and each tool two more: the usual soft limit of 1024 is too low.
+/// Each VM takes two file descriptors and each tool two more: the usual soft limit of 1024 is too
+/// low.
 fn raise_fd_limit() {
     let Rlimit { maximum, .. } = rustix::process::getrlimit(Resource::Nofile);
     let raised = Rlimit { current: maximum, maximum };

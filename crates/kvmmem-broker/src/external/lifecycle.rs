@@ -32,8 +32,9 @@ impl Broker {
         let silence = self.limits().silence;
         let monitor = monitor.map(|Socket { path, listener, qmp }| {
             let (finder, teller) = (Arc::downgrade(self), Arc::downgrade(self));
-            let tell =
-                move |qmp: &mut Qmp, news| teller.upgrade().map_or(Next::Stop, |it| it.hear(vm, qmp, news));
+            let tell = move |qmp: &mut Qmp, news| {
+                teller.upgrade().map_or(Next::Stop, |it| it.hear(vm, qmp, news))
+            };
             Monitor::start(qmp, move || connect(&finder, vm, &path, listener), tell, silence)
         });
         let broker = Arc::downgrade(self);
@@ -42,11 +43,13 @@ impl Broker {
                 broker.vmms_ended(watched);
             }
         };
-        self.external().add(Watched { vm, pidfd: Arc::new(pidfd), monitor: monitor.transpose()? }, ended)
+        self.external()
+            .add(Watched { vm, pidfd: Arc::new(pidfd), monitor: monitor.transpose()? }, ended)
     }
 
-    /// Does what the end of VMMs demands that are watched no more: each VM continues with the QEMU that has taken over, or
-    /// goes too. However many end at a time, the processes of the host are looked through once.
+    /// Does what the end of VMMs demands that are watched no more: each VM continues with the QEMU
+    /// that has taken over, or goes too. However many end at a time, the processes of the host
+    /// are looked through once.
     fn vmms_ended(self: &Arc<Self>, ended: Vec<Watched>) {
         let registry = self.registry();
         let vms: Vec<(Arc<Vm>, Watched)> =
@@ -66,7 +69,8 @@ impl Broker {
     /// Follows a VM to the process that has taken it over.
     fn taken_over(self: &Arc<Self>, vm: &Arc<Vm>, ended: Watched, successor: Process) {
         let former = vm.peer().credentials();
-        let credentials = Credentials { pid: successor.pid(), uid: successor.uid().unwrap_or(former.uid) };
+        let credentials =
+            Credentials { pid: successor.pid(), uid: successor.uid().unwrap_or(former.uid) };
         let socket = ended.monitor.and_then(|_| attach::command_line(&successor).ok()?.qmp);
         vm.peer().replaced(credentials);
         self.audit().taken_over(vm, former);
@@ -81,7 +85,9 @@ impl Broker {
     /// Does what a QEMU's news demand.
     fn hear(self: &Arc<Self>, vm: u64, qmp: &mut Qmp, news: News) -> Next {
         let vm = self.registry().get(vm);
-        let Some((vm, ram)) = vm.as_ref().and_then(|vm| Some((vm, vm.ram()?))) else { return Next::Stop };
+        let Some((vm, ram)) = vm.as_ref().and_then(|vm| Some((vm, vm.ram()?))) else {
+            return Next::Stop;
+        };
         match news {
             News::Reset => {
                 let regions = ram.layout().map.regions().to_vec();
@@ -108,7 +114,11 @@ impl Broker {
                 return Next::Reconnect;
             }
             Err(error) => {
-                tracing::warn!(vm = vm.id(), error = in_words(&error), "where the RAM is now is not known");
+                tracing::warn!(
+                    vm = vm.id(),
+                    error = in_words(&error),
+                    "where the RAM is now is not known"
+                );
                 return self.give_up(vm);
             }
         };
@@ -121,7 +131,8 @@ impl Broker {
                 Err(_) => self.give_up(vm),
             };
         }
-        // Whoever has a view has it of the files that there were: it ends, and the VM is a new target.
+        // Whoever has a view has it of the files that there were: it ends, and the VM is a new
+        // target.
         if self.external().remove(vm.id()).is_some() {
             self.retire(vm);
             // It is other memory.
@@ -132,7 +143,10 @@ impl Broker {
             match self.register_external(opened, Some(Socket::of(qmp))) {
                 Ok(vm) => self.audit().registered(&vm),
                 Err(refused) => {
-                    tracing::warn!(reason = refused.message, "a VM with other RAM is not added again")
+                    tracing::warn!(
+                        reason = refused.message,
+                        "a VM with other RAM is not added again"
+                    )
                 }
             }
         }
@@ -153,16 +167,19 @@ fn open_again(vm: &Vm, qmp: &mut Qmp) -> Result<Opened, AttachError> {
     let credentials = vm.peer().credentials();
     let process = Process::open(credentials.pid)?;
     let line = attach::command_line(&process)?;
-    let Seen { held: Held { regions, source }, copied, evidence } = attach::look(&process, &line, Some(qmp))?;
+    let Seen { held: Held { regions, source }, copied, evidence } =
+        attach::look(&process, &line, Some(qmp))?;
     let registration = Registration { regions, ..vm.registration().clone() };
     let pidfd = process.into_pidfd();
     Ok(Opened { registration, source, copied, credentials, pidfd, evidence, qmp: None })
 }
 
-/// Connects to the monitor of a VM's QEMU: where it was, or where the process says that it is by now.
+/// Connects to the monitor of a VM's QEMU: where it was, or where the process says that it is by
+/// now.
 ///
-/// It is the process's own where that listens. Where the socket was handed to it, the same process has to listen as when
-/// the VM was added; and that may have handed others to other QEMUs, so this one has to say where the VM's memory is.
+/// It is the process's own where that listens. Where the socket was handed to it, the same process
+/// has to listen as when the VM was added; and that may have handed others to other QEMUs, so this
+/// one has to say where the VM's memory is.
 fn connect(broker: &Weak<Broker>, vm: u64, path: &Path, listener: Option<u32>) -> Option<Qmp> {
     let vm = broker.upgrade()?.registry().get(vm)?;
     let process = Process::open(vm.peer().credentials().pid).ok()?;
@@ -170,8 +187,8 @@ fn connect(broker: &Weak<Broker>, vm: u64, path: &Path, listener: Option<u32>) -
     let its_own = |mut qmp: Qmp| {
         let found = qmp.listener();
         let is_its_own = found == Some(process.pid());
-        let is_its =
-            is_its_own || (found.is_some() && found == listener && knows_ram(&vm, &process, &mut qmp));
+        let is_its = is_its_own
+            || (found.is_some() && found == listener && knows_ram(&vm, &process, &mut qmp));
         is_its.then_some(qmp)
     };
     let elsewhere = line.qmp.filter(|other| other != path && other.is_absolute());
@@ -179,7 +196,8 @@ fn connect(broker: &Weak<Broker>, vm: u64, path: &Path, listener: Option<u32>) -
     paths.into_iter().flatten().find_map(|path| Qmp::connect(&path).ok().and_then(its_own))
 }
 
-/// Whether a QEMU says where a process has the beginning of a VM's RAM. No other QEMU has it at that address.
+/// Whether a QEMU says where a process has the beginning of a VM's RAM. No other QEMU has it at
+/// that address.
 fn knows_ram(vm: &Vm, process: &Process, qmp: &mut Qmp) -> bool {
     let mut known = || {
         let ram = vm.ram()?;
@@ -199,7 +217,8 @@ fn knows_ram(vm: &Vm, process: &Process, qmp: &mut Qmp) -> bool {
     known().is_some()
 }
 
-/// Whether the RAM is where it was. That of a process can still be read only if the process runs the same program.
+/// Whether the RAM is where it was. That of a process can still be read only if the process runs
+/// the same program.
 fn is_unchanged(vm: &Vm, opened: &Opened) -> bool {
     let Some(ram) = vm.ram() else { return false };
     let layout = ram.layout();
@@ -216,10 +235,12 @@ fn is_unchanged(vm: &Vm, opened: &Opened) -> bool {
     }
 }
 
-/// Where the RAM is now, in the files that it was in already; `None` where it is in another one, or private.
+/// Where the RAM is now, in the files that it was in already; `None` where it is in another one, or
+/// private.
 fn in_known_files(vm: &Vm, opened: &Opened) -> Option<Vec<Region>> {
     let Source::Files(files) = &opened.source else { return None };
-    let known: Vec<FileId> = vm.ram()?.files().iter().map(FileId::of_file).collect::<Option<_>>()?;
+    let known: Vec<FileId> =
+        vm.ram()?.files().iter().map(FileId::of_file).collect::<Option<_>>()?;
     let place = |region: &Region| {
         let file = FileId::of_file(files.get(usize::try_from(region.file).ok()?)?)?;
         let number = known.iter().position(|other| *other == file)?;
@@ -232,7 +253,8 @@ fn in_known_files(vm: &Vm, opened: &Opened) -> Option<Vec<Region>> {
 fn ram(vm: &Vm) -> Vec<(FileId, Region)> {
     let Some(ram) = vm.ram() else { return Vec::new() };
     let (files, layout) = (ram.files(), ram.layout());
-    let part =
-        |region: &Region| Some((FileId::of_file(files.get(usize::try_from(region.file).ok()?)?)?, *region));
+    let part = |region: &Region| {
+        Some((FileId::of_file(files.get(usize::try_from(region.file).ok()?)?)?, *region))
+    };
     layout.map.regions().iter().map(part).collect::<Option<_>>().unwrap_or_default()
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! VMs that the broker has attached by itself: there is no connection whose end would be theirs, so their VMMs'
-//! processes are watched.
+//! VMs that the broker has attached by itself: there is no connection whose end would be theirs, so
+//! their VMMs' processes are watched.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -31,8 +31,8 @@ impl Broker {
         which: &Which,
         name: Option<String>,
     ) -> Result<Answer, Refused> {
-        let mut opened =
-            attach::open(which, name).map_err(|error| Refused::from_error(Refusal::Invalid, &error))?;
+        let mut opened = attach::open(which, name)
+            .map_err(|error| Refused::from_error(Refusal::Invalid, &error))?;
         let (evidence, copied) = (opened.evidence, opened.copied.take());
         let vm = self.add_opened(peer, opened)?;
         let regions = vm.ram().map(|ram| ram.layout().regions()).unwrap_or_default();
@@ -54,18 +54,22 @@ impl Broker {
         Ok(vm)
     }
 
-    /// Registers a VM whose RAM is open, waits for the end of its VMM, and listens to its monitor where there is one.
+    /// Registers a VM whose RAM is open, waits for the end of its VMM, and listens to its monitor
+    /// where there is one.
     pub(super) fn register_external(
         self: &Arc<Self>,
         opened: Opened,
         monitor: Option<Socket>,
     ) -> Result<Arc<Vm>, Refused> {
         let limit = |what: &'static str| {
-            move |error: Box<dyn std::error::Error>| Refused::new(Refusal::Limit, format!("{what}: {error}"))
+            move |error: Box<dyn std::error::Error>| {
+                Refused::new(Refusal::Limit, format!("{what}: {error}"))
+            }
         };
         let qmp = monitor.as_ref().map(|socket| socket.path.clone());
         // Only administrators add VMs, and what is added for them counts for none of the others.
-        let administrator = Credentials { pid: std::process::id(), uid: rustix::process::geteuid().as_raw() };
+        let administrator =
+            Credentials { pid: std::process::id(), uid: rustix::process::geteuid().as_raw() };
         let vmm = absent(opened.credentials).map_err(limit("cannot make a socket"))?;
         let mut registration = opened.registration;
         let ram = match opened.source {
@@ -77,7 +81,9 @@ impl Broker {
         };
         let ram = ram.map_err(|error| Refused::from_registering(&error))?;
         // Of a target that was removed, or that an earlier broker had.
-        if let (Some(ram), Some(generation)) = (&ram, self.state().generation(opened.credentials.pid)) {
+        if let (Some(ram), Some(generation)) =
+            (&ram, self.state().generation(opened.credentials.pid))
+        {
             ram.continue_from(generation);
         }
         let mut ram = ram;
@@ -86,7 +92,8 @@ impl Broker {
         let vms: Vec<Arc<Vm>> = self.registry().after(0).cloned().collect();
         // Targets are compared by their files: two with the same RAM would each have grants of it.
         // Private RAM is that of its process.
-        let is_its = |vm: &Vm| vm.ram().is_some() && vm.peer().credentials().pid == opened.credentials.pid;
+        let is_its =
+            |vm: &Vm| vm.ram().is_some() && vm.peer().credentials().pid == opened.credentials.pid;
         if let Some(vm) = vms.iter().find(|vm| has_same(vm, ram.as_ref()) || is_its(vm)) {
             let message = format!("this VM is registered already, as {:?}", vm.registration().name);
             return Err(Refused::new(Refusal::Exists, message));
@@ -136,7 +143,8 @@ impl Broker {
 /// Stands for a VMM that has no connection: what is sent to it goes nowhere.
 fn absent(credentials: Credentials) -> Result<Peer, Box<dyn std::error::Error>> {
     let flags = SocketFlags::CLOEXEC;
-    let (socket, _) = rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?;
+    let (socket, _) =
+        rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?;
     Ok(Peer::new(PacketSocket::accepted(socket, Duration::from_secs(1))?, credentials))
 }
 

@@ -41,8 +41,9 @@ pub(crate) struct Watched {
 }
 
 impl Watch {
-    /// Waits for a VMM too. `gone` is called, on the thread, with those whose VMMs have ended, with each once and with all
-    /// at a time that have ended since the last call; only that of the first call counts.
+    /// Waits for a VMM too. `gone` is called, on the thread, with those whose VMMs have ended, with
+    /// each once and with all at a time that have ended since the last call; only that of the
+    /// first call counts.
     ///
     /// # Errors
     /// Where there are no file descriptors or threads left.
@@ -55,10 +56,13 @@ impl Watch {
         let shared = match &*thread {
             Some(shared) => Arc::clone(shared),
             None => {
-                let wake = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+                let wake =
+                    rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
                 let shared = Arc::new(Shared { wake, list: Mutex::default() });
                 let watcher = Arc::clone(&shared);
-                std::thread::Builder::new().name("vmm-watch".into()).spawn(move || watcher.run(gone))?;
+                std::thread::Builder::new()
+                    .name("vmm-watch".into())
+                    .spawn(move || watcher.run(gone))?;
                 Arc::clone(thread.insert(shared))
             }
         };
@@ -117,8 +121,11 @@ impl Shared {
             if list.ended {
                 return;
             }
-            let watched: Vec<(u64, Arc<OwnedFd>)> =
-                list.watched.iter().map(|watched| (watched.vm, Arc::clone(&watched.pidfd))).collect();
+            let watched: Vec<(u64, Arc<OwnedFd>)> = list
+                .watched
+                .iter()
+                .map(|watched| (watched.vm, Arc::clone(&watched.pidfd)))
+                .collect();
             drop(list);
             let wake = PollFd::new(&self.wake, PollFlags::IN);
             let pidfds = watched.iter().map(|(_, pidfd)| PollFd::new(&**pidfd, PollFlags::IN));
@@ -180,7 +187,9 @@ mod tests {
             let (child, pidfd) = sleeper();
             let told = told.clone();
             let watched = Watched { vm, pidfd: Arc::new(pidfd), monitor: None };
-            let tell = move |ended: Vec<Watched>| ended.iter().for_each(|ended| told.send(ended.vm).unwrap());
+            let tell = move |ended: Vec<Watched>| {
+                ended.iter().for_each(|ended| told.send(ended.vm).unwrap())
+            };
             watch.add(watched, tell).unwrap();
             children.push(child);
         }
@@ -192,7 +201,8 @@ mod tests {
             child.wait().unwrap();
         }
         let limit = Duration::from_secs(60);
-        let mut seen = [tellings.recv_timeout(limit).unwrap(), tellings.recv_timeout(limit).unwrap()];
+        let mut seen =
+            [tellings.recv_timeout(limit).unwrap(), tellings.recv_timeout(limit).unwrap()];
         seen.sort_unstable();
         assert_eq!(seen, [1, 3]);
         assert!(watch.vms().is_empty() && watch.remove(1).is_none());

@@ -19,8 +19,8 @@ pub struct Affected {
 }
 
 impl Grants {
-    /// Takes a grant back: its token opens nothing any more. What it has opened is listed until it is confirmed to be
-    /// closed.
+    /// Takes a grant back: its token opens nothing any more. What it has opened is listed until it
+    /// is confirmed to be closed.
     pub fn revoke(&mut self, now: Instant, id: u64) -> Option<Affected> {
         self.advance(now);
         let grant = self.grants.get_mut(&id)?;
@@ -35,14 +35,18 @@ impl Grants {
     pub fn peers_of(&self, id: u64) -> BTreeSet<u64> {
         let Some(grant) = self.grants.get(&id) else { return BTreeSet::new() };
         let mut peers = grant.peers();
-        peers.extend(grant.views.iter().filter_map(|view| self.views.get(view)).map(|view| view.peer));
+        peers.extend(
+            grant.views.iter().filter_map(|view| self.views.get(view)).map(|view| view.peer),
+        );
         peers
     }
 
-    /// Takes note that nothing of a connection is open any more by a grant that was taken back; returns the views that
-    /// end by it.
+    /// Takes note that nothing of a connection is open any more by a grant that was taken back;
+    /// returns the views that end by it.
     pub fn confirm(&mut self, now: Instant, id: u64, by: u64) -> Vec<View> {
-        let Some(grant) = self.grants.get_mut(&id).filter(|grant| grant.revoked) else { return Vec::new() };
+        let Some(grant) = self.grants.get_mut(&id).filter(|grant| grant.revoked) else {
+            return Vec::new();
+        };
         grant.users.remove(&by);
         if grant.terms.holder == Holder::Pushed(by) {
             grant.terms.holder = Holder::Anybody;
@@ -64,7 +68,8 @@ impl Grants {
     /// Takes out what a connection has that has ended; returns the views that end by it.
     pub fn forget_peer(&mut self, now: Instant, peer: u64) -> Vec<View> {
         let views = self.views_of_peer.remove(&peer).unwrap_or_default();
-        let mut ended: Vec<View> = views.into_iter().filter_map(|view| self.close(now, view)).collect();
+        let mut ended: Vec<View> =
+            views.into_iter().filter_map(|view| self.close(now, view)).collect();
         let ids: Vec<u64> = of(&self.of_peer, peer).collect();
         for id in ids {
             let Some(grant) = self.grants.get_mut(&id) else { continue };

@@ -111,8 +111,8 @@ impl Grant {
         }
     }
 
-    /// Whether something is open by it. A page that a token of KVMI's has opened is not kept count of: a tool has tens
-    /// of thousands of them.
+    /// Whether something is open by it. A page that a token of KVMI's has opened is not kept count
+    /// of: a tool has tens of thousands of them.
     pub(super) fn is_in_use(&self) -> bool {
         !self.views.is_empty() || (self.terms.origin == Origin::Operator && !self.users.is_empty())
     }

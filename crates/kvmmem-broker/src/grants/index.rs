@@ -9,9 +9,9 @@ use std::hash::BuildHasher;
 use kvmmem_kvmi::token::Token;
 use subtle::ConstantTimeEq;
 
-/// Keyed hashes of tokens, and the grants that they belong to. The key is this process's secret: what the order of the
-/// hashes or the time of a search may tell is of no use for guessing a token. What a hash finds is compared in full, in
-/// constant time.
+/// Keyed hashes of tokens, and the grants that they belong to. The key is this process's secret:
+/// what the order of the hashes or the time of a search may tell is of no use for guessing a token.
+/// What a hash finds is compared in full, in constant time.
 #[derive(Default)]
 pub(super) struct TokenIndex {
     hasher: RandomState,
@@ -28,7 +28,11 @@ impl TokenIndex {
     }
 
     /// The grant of a token; `token_of` has the tokens themselves.
-    pub(super) fn find<'t>(&self, token: &Token, token_of: impl Fn(u64) -> Option<&'t Token>) -> Option<u64> {
+    pub(super) fn find<'t>(
+        &self,
+        token: &Token,
+        token_of: impl Fn(u64) -> Option<&'t Token>,
+    ) -> Option<u64> {
         let hash = self.hash(token);
         let alike = self.entries.range((hash, 0)..=(hash, u64::MAX)).map(|(_, id)| *id);
         alike.filter(|id| token_of(*id).is_some_and(|other| other.ct_eq(token).into())).last()

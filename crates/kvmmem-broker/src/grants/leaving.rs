@@ -55,8 +55,8 @@ impl Leaving {
         of_parties
     }
 
-    /// A grant that leaves by now. Where there are more than [`MAX_LEAVING`] it is the oldest of the party that has the
-    /// most, so that no party pushes others' grants off the list.
+    /// A grant that leaves by now. Where there are more than [`MAX_LEAVING`] it is the oldest of
+    /// the party that has the most, so that no party pushes others' grants off the list.
     pub(super) fn due(&self, now: Instant) -> Option<u64> {
         let (_, id) = if self.all.len() > MAX_LEAVING {
             self.of_party.values().max_by_key(|its| its.len())?.first()?

@@ -43,7 +43,8 @@ pub struct Listed {
 }
 
 impl Grants {
-    /// The grants and views behind `after`, as many as fit in a packet, and where the next page starts.
+    /// The grants and views behind `after`, as many as fit in a packet, and where the next page
+    /// starts.
     pub fn list(&mut self, now: Instant, after: Cursor) -> (Vec<Listed>, Option<Cursor>) {
         self.advance(now);
         let mut page: Vec<Listed> = Vec::new();

@@ -322,14 +322,19 @@ proptest! {
 fn check(grants: &Grants, now: Instant) -> Result<(), TestCaseError> {
     let of = |grant: &&Grant, origin| grant.terms.origin == origin;
     let active = |grant: &&Grant| grant.state(now) == GrantState::Active;
-    let kvmi = grants.grants.values().filter(|grant| of(grant, Origin::Kvmi)).filter(active).count();
+    let kvmi =
+        grants.grants.values().filter(|grant| of(grant, Origin::Kvmi)).filter(active).count();
     prop_assert_eq!(grants.outstanding.values().sum::<usize>(), kvmi);
     prop_assert!(grants.outstanding.values().all(|count| *count > 0));
     let staying = |grant: &&Grant| active(grant) || grant.is_in_use();
-    let operator = grants.grants.values().filter(|grant| of(grant, Origin::Operator)).filter(staying).count();
+    let operator =
+        grants.grants.values().filter(|grant| of(grant, Origin::Operator)).filter(staying).count();
     prop_assert_eq!(grants.operator.count(), operator);
     prop_assert_eq!(grants.expiring.len(), grants.grants.values().filter(active).count());
-    prop_assert_eq!(grants.leaving.count(), grants.grants.values().filter(|grant| !staying(grant)).count());
+    prop_assert_eq!(
+        grants.leaving.count(),
+        grants.grants.values().filter(|grant| !staying(grant)).count()
+    );
     for (id, grant) in &grants.grants {
         let found = grant.token.as_deref().map(|token| grants.find(token));
         prop_assert!(found.is_none_or(|found| found == Some(*id)));
@@ -337,8 +342,10 @@ fn check(grants: &Grants, now: Instant) -> Result<(), TestCaseError> {
     }
     let of_target = grants.grants.iter().map(|(id, grant)| (grant.terms.target, *id));
     prop_assert_eq!(&grants.of_target, &of_target.collect());
-    let of_peer =
-        grants.grants.iter().flat_map(|(id, grant)| grant.peers().into_iter().map(|peer| (peer, *id)));
+    let of_peer = grants
+        .grants
+        .iter()
+        .flat_map(|(id, grant)| grant.peers().into_iter().map(|peer| (peer, *id)));
     prop_assert_eq!(&grants.of_peer, &of_peer.collect());
     let views: usize = grants.views_of_peer.values().map(BTreeSet::len).sum();
     prop_assert_eq!(views, grants.views.len());
@@ -417,7 +424,8 @@ fn what_is_over_leaves_the_list_by_and_by() {
 fn a_connection_has_at_most_64_views() {
     let (mut grants, now) = (Grants::default(), Instant::now());
     grants.mint(now, token(1), terms(9, Origin::Operator, 1000)).unwrap();
-    let attach = |grants: &mut Grants, by| grants.attach(now, &token(1), user(by), ("by", caller()), false);
+    let attach =
+        |grants: &mut Grants, by| grants.attach(now, &token(1), user(by), ("by", caller()), false);
     for _ in 0..64 {
         attach(&mut grants, 1).unwrap();
     }
@@ -438,7 +446,8 @@ fn a_long_list_comes_in_pages_that_lose_nothing() {
         let by = user(10 + n / 60);
         grants.attach(now, &token(0), by, ("by", caller()), false).unwrap();
     }
-    let (mut after, mut seen, mut views, mut pages) = (Cursor::default(), BTreeSet::new(), Vec::new(), 0);
+    let (mut after, mut seen, mut views, mut pages) =
+        (Cursor::default(), BTreeSet::new(), Vec::new(), 0);
     loop {
         let (page, next) = grants.list(now, after);
         pages += 1;

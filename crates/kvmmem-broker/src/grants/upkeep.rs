@@ -40,7 +40,8 @@ impl Grants {
         for peer in grant.peers() {
             self.of_peer.remove(&(peer, id));
         }
-        let ended = grant.views.iter().filter_map(|view| self.views.remove(view)).collect::<Vec<_>>();
+        let ended =
+            grant.views.iter().filter_map(|view| self.views.remove(view)).collect::<Vec<_>>();
         for view in &ended {
             if let Some(views) = self.views_of_peer.get_mut(&view.peer) {
                 views.remove(&view.id);

@@ -116,11 +116,13 @@ mod tests {
     #[test]
     fn one_vm_cannot_take_the_places_of_all() {
         let limit = Arc::new(ConnectionLimit::default());
-        let mut taken: Vec<Slot> = (0..MAX_PER_CID).map(|_| limit.take(3, &socket()).unwrap()).collect();
+        let mut taken: Vec<Slot> =
+            (0..MAX_PER_CID).map(|_| limit.take(3, &socket()).unwrap()).collect();
         assert_eq!(limit.take(3, &socket()).unwrap_err(), NoSlot::OfVm);
         drop(taken.pop());
         taken.push(limit.take(3, &socket()).unwrap());
-        let others = (MAX_PER_CID..MAX_CONNECTIONS).map(|n| 4 + u32::try_from(n / MAX_PER_CID).unwrap());
+        let others =
+            (MAX_PER_CID..MAX_CONNECTIONS).map(|n| 4 + u32::try_from(n / MAX_PER_CID).unwrap());
         taken.extend(others.map(|cid| limit.take(cid, &socket()).unwrap()));
         assert_eq!(limit.take(100, &socket()).unwrap_err(), NoSlot::AtAll);
         drop(taken);

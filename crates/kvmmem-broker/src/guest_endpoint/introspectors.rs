@@ -30,9 +30,16 @@ impl Views for Introspectors {
         }
     }
 
-    fn open(&self, cid: u32, token: &Token, caller: &Caller, read_only: bool) -> Result<Opened, Refused> {
+    fn open(
+        &self,
+        cid: u32,
+        token: &Token,
+        caller: &Caller,
+        read_only: bool,
+    ) -> Result<Opened, Refused> {
         let broker = self.broker()?;
-        let introspector = broker.introspectors().by_cid(cid).ok_or_else(|| stranger(&broker, cid))?;
+        let introspector =
+            broker.introspectors().by_cid(cid).ok_or_else(|| stranger(&broker, cid))?;
         // It may take seconds, and the broker need not wait for it to end.
         drop(broker);
         Ok(introspector.open(token, caller, read_only)?)
@@ -77,7 +84,10 @@ mod tests {
         let endpoint = Introspectors(Arc::downgrade(&broker));
         let refused = endpoint.may_ask(7).unwrap_err();
         assert_eq!(refused.refusal, Refusal::Denied);
-        assert!(refused.message.contains("context id 7 ") && refused.message.contains("introspector add"));
+        assert!(
+            refused.message.contains("context id 7 ")
+                && refused.message.contains("introspector add")
+        );
         let caller = Caller { pid: 1, uid: 0, comm: "x".into() };
         let refused = endpoint.open(7, &Token::new([1; 4]), &caller, true).unwrap_err();
         assert_eq!(refused.refusal, Refusal::Denied);

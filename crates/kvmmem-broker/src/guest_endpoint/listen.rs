@@ -16,7 +16,8 @@ use super::connections::ConnectionLimit;
 use super::serve::{Views, refuse, serve};
 use crate::broker::Refused;
 
-/// How long to wait when a connection cannot be accepted: the system has no file descriptors or memory left.
+/// How long to wait when a connection cannot be accepted: the system has no file descriptors or
+/// memory left.
 const PAUSE: Duration = Duration::from_millis(100);
 
 /// Any VM can cause these at will.
@@ -44,7 +45,8 @@ pub(super) fn accept_until<V: Views>(
 ) {
     loop {
         let listener = acceptor.as_fd();
-        let mut fds = [PollFd::from_borrowed_fd(stop, PollFlags::IN), PollFd::new(&listener, PollFlags::IN)];
+        let mut fds =
+            [PollFd::from_borrowed_fd(stop, PollFlags::IN), PollFd::new(&listener, PollFlags::IN)];
         match poll(&mut fds, None) {
             Ok(_) => {}
             Err(Errno::INTR) => continue,
@@ -63,7 +65,11 @@ pub(super) fn accept_until<V: Views>(
         match acceptor.accept() {
             Ok((socket, cid)) => admit(Arc::new(socket), cid, limit, views),
             // The tool was gone before it was accepted.
-            Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted
+                ) => {}
             Err(error) => {
                 if WARNINGS.allow(Instant::now()).is_some() {
                     tracing::warn!(%error, "the guest endpoint cannot accept a connection");
@@ -76,9 +82,9 @@ pub(super) fn accept_until<V: Views>(
 
 /// Starts a thread for a connection, or refuses it without one.
 fn admit<V: Views>(socket: Arc<OwnedFd>, cid: u32, limit: &Arc<ConnectionLimit>, views: &Arc<V>) {
-    let slot = views
-        .may_ask(cid)
-        .and_then(|()| limit.take(cid, &socket).map_err(|error| Refused::new(Refusal::Limit, error)));
+    let slot = views.may_ask(cid).and_then(|()| {
+        limit.take(cid, &socket).map_err(|error| Refused::new(Refusal::Limit, error))
+    });
     let slot = match slot {
         Ok(slot) => slot,
         Err(refused) => {
@@ -92,7 +98,8 @@ fn admit<V: Views>(socket: Arc<OwnedFd>, cid: u32, limit: &Arc<ConnectionLimit>,
         move || serve(&*views, &slot)
     });
     if let Err(error) = started {
-        let refused = Refused::new(Refusal::Limit, format!("the broker cannot start a thread: {error}"));
+        let refused =
+            Refused::new(Refusal::Limit, format!("the broker cannot start a thread: {error}"));
         refuse(&socket, cid, &refused, Instant::now());
     }
 }

@@ -37,7 +37,13 @@ pub(super) trait Views: Send + Sync + 'static {
     fn may_ask(&self, cid: u32) -> Result<(), Refused>;
 
     /// Opens a view; the token is used.
-    fn open(&self, cid: u32, token: &Token, caller: &Caller, read_only: bool) -> Result<Self::View, Refused>;
+    fn open(
+        &self,
+        cid: u32,
+        token: &Token,
+        caller: &Caller,
+        read_only: bool,
+    ) -> Result<Self::View, Refused>;
 
     /// The broker's number for the view.
     fn number(view: &Self::View) -> u64;
@@ -45,7 +51,8 @@ pub(super) trait Views: Send + Sync + 'static {
     /// The token by which the guest's driver gives the view to its tool.
     fn ticket(view: &Self::View) -> Token;
 
-    /// Whether the view has ended without its tool's doing: it was taken back, or its target is gone.
+    /// Whether the view has ended without its tool's doing: it was taken back, or its target is
+    /// gone.
     fn has_ended(view: &Self::View) -> bool;
 }
 

@@ -110,7 +110,9 @@ impl Broker {
         let monitor = Monitor::start(qmp, identity).map_err(AddError::Resources)?;
         let added = self.add_found(process, &monitor, (cid, name, uuid), on_silence);
         let (introspector, places) = added.inspect_err(|_| monitor.stop())?;
-        let vm = introspector.vm().ok_or_else(|| Refused::new(Refusal::Unknown, "the VM has just ended"))?;
+        let vm = introspector
+            .vm()
+            .ok_or_else(|| Refused::new(Refusal::Unknown, "the VM has just ended"))?;
         self.audit().added_introspector(&vm, on_silence, peer);
         let broker = Arc::downgrade(self);
         let ended = move |vm| {
@@ -119,7 +121,8 @@ impl Broker {
             }
         };
         let pidfd = introspector.process.pidfd().try_clone_to_owned();
-        let watched = pidfd.and_then(|pidfd| self.introspectors().insert(&introspector, slot, pidfd, ended));
+        let watched =
+            pidfd.and_then(|pidfd| self.introspectors().insert(&introspector, slot, pidfd, ended));
         if let Err(error) = watched {
             introspector.close();
             return Err(AddError::Resources(error).into());
@@ -184,7 +187,8 @@ impl Broker {
         Ok((introspector, u32::try_from(places).unwrap_or(u32::MAX)))
     }
 
-    /// Registers a VM over a connection within this process; returns the broker's number for it, too.
+    /// Registers a VM over a connection within this process; returns the broker's number for it,
+    /// too.
     fn link(
         self: &Arc<Self>,
         registration: Registration,
@@ -204,10 +208,13 @@ impl Broker {
             .name("introspector-vm".into())
             .spawn(move || connection::serve(&broker, &peer))
             .map_err(AddError::Resources)?;
-        let link = VmmLink::over(packets(ours)?, registration, []).map_err(|error| match error {
-            LinkError::Refused { refusal, message } => AddError::Registering { refusal, message },
-            error => AddError::Link(error),
-        })?;
+        let link =
+            VmmLink::over(packets(ours)?, registration, []).map_err(|error| match error {
+                LinkError::Refused { refusal, message } => {
+                    AddError::Registering { refusal, message }
+                }
+                error => AddError::Link(error),
+            })?;
         let vm = self.registry().of_peer(number).map(|vm| vm.id());
         Ok((link, vm.ok_or(AddError::Link(LinkError::NoAnswer))?))
     }
@@ -225,7 +232,8 @@ impl Broker {
         Ok(Answer::Done)
     }
 
-    /// Takes all introspectors out that were added, all at the same time, and waits for it until the deadline.
+    /// Takes all introspectors out that were added, all at the same time, and waits for it until
+    /// the deadline.
     pub(crate) fn remove_introspectors(&self, deadline: Instant) {
         let (done, are_done) = mpsc::channel::<()>();
         for introspector in self.introspectors().remove_all() {

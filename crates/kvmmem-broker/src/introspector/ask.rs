@@ -44,7 +44,9 @@ pub enum AskError {
     #[error("QEMU's answer to {0} makes no sense")]
     Answer(&'static str),
     /// It was built without the device.
-    #[error("this QEMU has no ivshmem-plain, by which views are shown; Debian's and upstream's have it")]
+    #[error(
+        "this QEMU has no ivshmem-plain, by which views are shown; Debian's and upstream's have it"
+    )]
     NoDevice,
     /// It is too old.
     #[error("this QEMU is older than 6.0: it shows no memory read-only")]
@@ -75,7 +77,8 @@ impl Machine {
         }
         let name: Value = ask(monitor, "query-name", json!({}))?;
         let uuid: Value = ask(monitor, "query-uuid", json!({}))?;
-        let uuid = uuid.get("UUID").and_then(Value::as_str).and_then(|uuid| Uuid::parse_str(uuid).ok());
+        let uuid =
+            uuid.get("UUID").and_then(Value::as_str).and_then(|uuid| Uuid::parse_str(uuid).ok());
         let vcpus: Vec<Value> = ask(monitor, "query-cpus-fast", json!({}))?;
         Ok(Self {
             name: name.get("name").and_then(Value::as_str).and_then(name::fit),
@@ -121,7 +124,8 @@ pub(super) fn left_over(monitor: &Monitor) -> Result<Option<Plug>, AskError> {
 fn cid(monitor: &Monitor) -> Result<Option<u32>, AskError> {
     for directory in DEVICES {
         let devices = list(monitor, directory)?;
-        for device in devices.iter().filter(|device| device.kind.starts_with(VSOCK)).take(MAX_VSOCK) {
+        for device in devices.iter().filter(|device| device.kind.starts_with(VSOCK)).take(MAX_VSOCK)
+        {
             let path = format!("{directory}/{}", device.name);
             let arguments = json!({ "path": path, "property": "guest-cid" });
             match monitor.execute("qom-get", arguments) {

@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A view's descriptor pages: one for each PCI slot, of which the first says what the view shows.
 //!
-//! A guest can write them at any time. They are written by `pwrite` and never mapped here, and nothing is read from
-//! them but two numbers that the guest's driver puts there.
+//! A guest can write them at any time. They are written by `pwrite` and never mapped here, and
+//! nothing is read from them but two numbers that the guest's driver puts there.
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use kvmmem_abi::descriptor::{
-    COMPLAINT_AT, COMPLAINT_INVALID, COMPLAINT_NO_ADDRESS, COMPLAINT_NOT_CACHED, Descriptor, GENERATION_AT,
-    SEEN_AT, SIZE, SLOT_AT, WindowRange,
+    COMPLAINT_AT, COMPLAINT_INVALID, COMPLAINT_NO_ADDRESS, COMPLAINT_NOT_CACHED, Descriptor,
+    GENERATION_AT, SEEN_AT, SIZE, SLOT_AT, WindowRange,
 };
 use rustix::fs::{MemfdFlags, SealFlags};
 use rustix::io::Errno;
@@ -63,7 +63,11 @@ impl Complaint {
 
 impl Pages {
     /// The pages of a view of so many slots; `descriptor` tells everything but the generation.
-    pub(super) fn new(descriptor: Descriptor, ranges: Vec<WindowRange>, slots: usize) -> Result<Self, Errno> {
+    pub(super) fn new(
+        descriptor: Descriptor,
+        ranges: Vec<WindowRange>,
+        slots: usize,
+    ) -> Result<Self, Errno> {
         let descriptor = Descriptor { generation: FIRST_GENERATION, ..descriptor };
         let files = (0..slots).map(|_| page().map(Arc::new)).collect::<Result<Vec<_>, Errno>>()?;
         let pages = Self { files, descriptor, ranges };
@@ -129,13 +133,14 @@ impl Pages {
 
 /// The writes that make a page say something else, in order, each with its place.
 ///
-/// Only the generation and the state change, and by one write while the generation is odd: the guest can use nothing of
-/// the view meanwhile, and this process may be stopped between any two writes. What the guest may have written over the
-/// rest is put right before that. A byte is written at once, more perhaps not: the lowest one alone makes the generation
-/// odd and even again.
+/// Only the generation and the state change, and by one write while the generation is odd: the
+/// guest can use nothing of the view meanwhile, and this process may be stopped between any two
+/// writes. What the guest may have written over the rest is put right before that. A byte is
+/// written at once, more perhaps not: the lowest one alone makes the generation odd and even again.
 fn changes(page: &[u8; SIZE], old: u8) -> [(usize, Vec<u8>); 7] {
-    let part =
-        |part: std::ops::Range<usize>| (part.start, page.get(part).map(<[u8]>::to_vec).unwrap_or_default());
+    let part = |part: std::ops::Range<usize>| {
+        (part.start, page.get(part).map(<[u8]>::to_vec).unwrap_or_default())
+    };
     [
         part(0..GENERATION_AT),
         part(STATE_END..SEEN_AT),
@@ -155,9 +160,10 @@ fn page() -> Result<OwnedFd, Errno> {
     )
     .or_else(|error| match error {
         // Before Linux 6.3.
-        Errno::INVAL => {
-            rustix::fs::memfd_create("kvmmem-descriptor", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)
-        }
+        Errno::INVAL => rustix::fs::memfd_create(
+            "kvmmem-descriptor",
+            MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING,
+        ),
         error => Err(error),
     })?;
     rustix::fs::ftruncate(&file, PAGE_SIZE)?;
@@ -225,7 +231,9 @@ mod tests {
     }
 
     fn read(pages: &Pages) -> Result<Descriptor, DescriptorError> {
-        Descriptor::read(&bytes(pages, 0), &mut [WindowRange::default(); MAX_RANGES], |_| Some(0x2000))
+        Descriptor::read(&bytes(pages, 0), &mut [WindowRange::default(); MAX_RANGES], |_| {
+            Some(0x2000)
+        })
     }
 
     #[test]
@@ -239,7 +247,10 @@ mod tests {
         pages.set_state(STATE_REVOKED).unwrap();
         let second = read(&pages).unwrap();
         assert_eq!(second.instance, 6);
-        assert_eq!((second.generation, second.state, second.token_digest), (4, STATE_REVOKED, [0xd1; 32]));
+        assert_eq!(
+            (second.generation, second.state, second.token_digest),
+            (4, STATE_REVOKED, [0xd1; 32])
+        );
         assert_eq!(rustix::fs::fstat(&pages.files()[1]).unwrap().st_size, 4096);
         assert_eq!(pages.files().len(), 2);
     }
@@ -259,8 +270,12 @@ mod tests {
 
     #[test]
     fn a_reader_finds_the_old_state_or_the_new_one_or_a_single_moment_of_change() {
-        let old =
-            Descriptor { generation: 254, state: STATE_OPEN, rights: RIGHT_READ, ..Descriptor::default() };
+        let old = Descriptor {
+            generation: 254,
+            state: STATE_OPEN,
+            rights: RIGHT_READ,
+            ..Descriptor::default()
+        };
         let new = Descriptor { generation: 256, state: STATE_REVOKED, ..old };
         let range = [WindowRange { gpa: 0x1000, len: 0x2000, offset: 0, window: 1 }];
         let [mut page, mut target] = [[0; SIZE]; 2];
@@ -269,7 +284,9 @@ mod tests {
         let mut seen = Vec::new();
         for (at, bytes) in changes(&target, 254) {
             put(&mut page, at, &bytes);
-            let read = Descriptor::read(&page, &mut [WindowRange::default(); MAX_RANGES], |_| Some(0x2000));
+            let read = Descriptor::read(&page, &mut [WindowRange::default(); MAX_RANGES], |_| {
+                Some(0x2000)
+            });
             seen.push(read.map(|read| (read.generation, read.state)));
         }
         let [old, new] = [Ok((254, STATE_OPEN)), Ok((256, STATE_REVOKED))];

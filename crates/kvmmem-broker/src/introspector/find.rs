@@ -87,7 +87,8 @@ pub(super) fn find(which: &Which) -> Result<Found, FindError> {
         None => first(pid, &sockets(&arguments))?,
     };
     let identity = monitor::identity(&mut qmp).map_err(FindError::Identity)?;
-    // QEMU may have taken its time to answer, and the process may be another program's or another one's by now.
+    // QEMU may have taken its time to answer, and the process may be another program's or another
+    // one's by now.
     check(&process)?;
     // What was read of the process until now was its own.
     if !process.is_alive() {
@@ -131,8 +132,9 @@ fn first(pid: u32, sockets: &[PathBuf]) -> Result<Qmp, FindError> {
 fn sockets(arguments: &[String]) -> Vec<PathBuf> {
     let options = |name: &'static str| {
         let pairs = arguments.iter().zip(arguments.iter().skip(1));
-        let is_it =
-            move |key: &str| key.strip_prefix('-').is_some_and(|key| key.trim_start_matches('-') == name);
+        let is_it = move |key: &str| {
+            key.strip_prefix('-').is_some_and(|key| key.trim_start_matches('-') == name)
+        };
         pairs.filter(move |(key, _)| is_it(key)).map(|(_, value)| value.as_str())
     };
     let plain = options("qmp").chain(options("qmp-pretty")).filter_map(|value| {
@@ -148,7 +150,12 @@ fn sockets(arguments: &[String]) -> Vec<PathBuf> {
             .get("path")
             .map(str::to_owned)
     });
-    plain.chain(monitors).map(PathBuf::from).filter(|path| path.is_absolute()).take(MAX_SOCKETS).collect()
+    plain
+        .chain(monitors)
+        .map(PathBuf::from)
+        .filter(|path| path.is_absolute())
+        .take(MAX_SOCKETS)
+        .collect()
 }
 
 #[cfg(test)]

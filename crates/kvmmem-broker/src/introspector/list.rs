@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The introspectors that the broker has, and the guest endpoint, where their guests' tools connect.
+//! The introspectors that the broker has, and the guest endpoint, where their guests' tools
+//! connect.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -29,7 +30,8 @@ pub struct Introspectors {
     endpoint: Mutex<GuestEndpointState>,
 }
 
-/// One of the [`MAX`] introspectors that there may be: taken before a QEMU is asked anything, and kept with its entry.
+/// One of the [`MAX`] introspectors that there may be: taken before a QEMU is asked anything, and
+/// kept with its entry.
 #[derive(Debug)]
 pub(super) struct Slot(#[allow(dead_code, reason = "counted by its clones")] Arc<()>);
 
@@ -47,14 +49,19 @@ impl Default for GuestEndpointState {
 }
 
 impl Introspectors {
-    /// The one with a vsock context id: the last that was added, where one before is still being taken out.
+    /// The one with a vsock context id: the last that was added, where one before is still being
+    /// taken out.
     pub fn by_cid(&self, cid: u32) -> Option<Arc<Introspector>> {
         let list = lock(&self.list);
-        list.values().rev().map(|(introspector, _)| introspector).find(|it| it.cid() == cid).cloned()
+        list.values()
+            .rev()
+            .map(|(introspector, _)| introspector)
+            .find(|it| it.cid() == cid)
+            .cloned()
     }
 
-    /// Says at which vsock port the guest endpoint listens, `None` for never. Has no effect on an endpoint that is
-    /// open.
+    /// Says at which vsock port the guest endpoint listens, `None` for never. Has no effect on an
+    /// endpoint that is open.
     pub fn set_guest_port(&self, port: Option<u32>) {
         let mut endpoint = lock(&self.endpoint);
         if matches!(*endpoint, GuestEndpointState::Closed(_)) {
@@ -73,7 +80,8 @@ impl Introspectors {
 
     /// Closes the guest endpoint for good, and with it all its connections and views.
     pub(super) fn close_guest_endpoint(&self) {
-        let endpoint = std::mem::replace(&mut *lock(&self.endpoint), GuestEndpointState::Closed(None));
+        let endpoint =
+            std::mem::replace(&mut *lock(&self.endpoint), GuestEndpointState::Closed(None));
         drop(endpoint);
     }
 
@@ -94,7 +102,8 @@ impl Introspectors {
         let vm = introspector.traits.vm;
         lock(&self.list).insert(vm, (Arc::clone(introspector), slot));
         let watched = Watched { vm, pidfd: Arc::new(pidfd), monitor: None };
-        let ended = move |watched: Vec<Watched>| watched.iter().for_each(|watched| ended(watched.vm));
+        let ended =
+            move |watched: Vec<Watched>| watched.iter().for_each(|watched| ended(watched.vm));
         self.watch.add(watched, ended).inspect_err(|_| {
             lock(&self.list).remove(&vm);
         })
@@ -131,9 +140,12 @@ mod tests {
         let broker = Arc::new(Broker::default());
         let add = || {
             let peer = Credentials { pid: 1, uid: 0 };
-            broker.add_introspector(peer, &Which::Pid(0), None, None, OnSilence::Report).unwrap_err()
+            broker
+                .add_introspector(peer, &Which::Pid(0), None, None, OnSilence::Report)
+                .unwrap_err()
         };
-        let mut slots: Vec<Slot> = (0..MAX).map(|_| broker.introspectors().reserve().unwrap()).collect();
+        let mut slots: Vec<Slot> =
+            (0..MAX).map(|_| broker.introspectors().reserve().unwrap()).collect();
         let refused = add();
         assert_eq!(refused.refusal, Refusal::Limit, "{}", refused.message);
         slots.pop();

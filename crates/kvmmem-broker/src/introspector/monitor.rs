@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The standing QMP connection to an introspector's QEMU.
 //!
-//! Commands come from any thread, one at a time. A thread of its own takes the events that come in between, and connects
-//! again when the connection has failed: devices that were plugged over the old one are still there.
+//! Commands come from any thread, one at a time. A thread of its own takes the events that come in
+//! between, and connects again when the connection has failed: devices that were plugged over the
+//! old one are still there.
 //!
-//! The lock on the connection is held for one command, or for one turn of events, however much QEMU sends. Commands go
-//! before events, and [`Monitor::stop`] does not need the lock.
+//! The lock on the connection is held for one command, or for one turn of events, however much QEMU
+//! sends. Commands go before events, and [`Monitor::stop`] does not need the lock.
 
 mod thread;
 
@@ -32,7 +33,8 @@ static WARNINGS: RateLimit = RateLimit::new(2);
 #[derive(Debug)]
 pub(super) struct Monitor {
     path: PathBuf,
-    /// The process that listens, be it QEMU or what has handed it the socket; another one is another QEMU.
+    /// The process that listens, be it QEMU or what has handed it the socket; another one is
+    /// another QEMU.
     listener: Option<u32>,
     identity: Vec<Value>,
     /// Taken before `board`.
@@ -98,7 +100,8 @@ impl MonitorError {
 }
 
 impl Monitor {
-    /// Takes a connection over, and starts the thread; `identity` is what [`identity`] has returned.
+    /// Takes a connection over, and starts the thread; `identity` is what [`identity`] has
+    /// returned.
     pub(super) fn start(qmp: Qmp, identity: Vec<Value>) -> std::io::Result<Arc<Self>> {
         let board = Board { socket: Some(share(&qmp)?), ..Board::default() };
         let monitor = Arc::new(Self {
@@ -131,7 +134,11 @@ impl Monitor {
     }
 
     /// Carries out a command.
-    pub(super) fn execute(&self, command: &'static str, arguments: Value) -> Result<Value, MonitorError> {
+    pub(super) fn execute(
+        &self,
+        command: &'static str,
+        arguments: Value,
+    ) -> Result<Value, MonitorError> {
         self.with(|qmp| qmp.execute(command, arguments))
     }
 
@@ -155,7 +162,8 @@ impl Monitor {
         self.board().devices.get(device).copied().unwrap_or(true)
     }
 
-    /// Waits until all of these devices are deleted; `false` where some are not in time, or the connection fails.
+    /// Waits until all of these devices are deleted; `false` where some are not in time, or the
+    /// connection fails.
     pub(super) fn wait_deleted(&self, devices: &[String], deadline: Instant) -> bool {
         let mut board = self.board();
         loop {
@@ -167,18 +175,21 @@ impl Monitor {
             if left.is_zero() || board.is_down || board.stopped {
                 return false;
             }
-            board = self.changed.wait_timeout(board, left).unwrap_or_else(PoisonError::into_inner).0;
+            board =
+                self.changed.wait_timeout(board, left).unwrap_or_else(PoisonError::into_inner).0;
         }
     }
 
-    /// Waits until QEMU answers or the monitor is stopped, for some time; whether there is nothing more to wait for.
+    /// Waits until QEMU answers or the monitor is stopped, for some time; whether there is nothing
+    /// more to wait for.
     pub(super) fn wait_up(&self, timeout: Duration) -> bool {
         let is_down = |board: &mut Board| board.is_down && !board.stopped;
         let waited = self.changed.wait_timeout_while(self.board(), timeout, is_down);
         !is_down(&mut waited.unwrap_or_else(PoisonError::into_inner).0)
     }
 
-    /// Waits until something happens that is not in `known`, or for some time; `None` once the monitor is stopped.
+    /// Waits until something happens that is not in `known`, or for some time; `None` once the
+    /// monitor is stopped.
     pub(super) fn wait_news(&self, known: News, timeout: Option<Duration>) -> Option<News> {
         let is_old = |board: &mut Board| !board.stopped && board.news == known;
         let board = self.board();
@@ -203,7 +214,10 @@ impl Monitor {
         self.board().news
     }
 
-    fn with<T>(&self, ask: impl FnOnce(&mut Qmp) -> Result<T, QmpError>) -> Result<T, MonitorError> {
+    fn with<T>(
+        &self,
+        ask: impl FnOnce(&mut Qmp) -> Result<T, QmpError>,
+    ) -> Result<T, MonitorError> {
         let _command = Command::begin(self);
         let mut slot = self.slot();
         let qmp = slot.as_mut().filter(|_| !self.board().stopped);
@@ -237,7 +251,8 @@ impl Monitor {
         match event.name.as_str() {
             "DEVICE_DELETED" => {
                 // Parts of devices have no id, and other people's are not of interest.
-                let Some(is_deleted) = event.device.as_ref().and_then(|device| board.devices.get_mut(device))
+                let Some(is_deleted) =
+                    event.device.as_ref().and_then(|device| board.devices.get_mut(device))
                 else {
                     return;
                 };

@@ -30,13 +30,16 @@ use crate::tokens::random_token;
 const SEEN_LIMIT: Duration = Duration::from_secs(5);
 
 /// How soon the descriptor is looked at again: as long as a quick guest takes, and later.
-const LOOK: [(Duration, Duration); 2] =
-    [(Duration::from_millis(500), Duration::from_micros(500)), (SEEN_LIMIT, Duration::from_millis(5))];
+const LOOK: [(Duration, Duration); 2] = [
+    (Duration::from_millis(500), Duration::from_micros(500)),
+    (SEEN_LIMIT, Duration::from_millis(5)),
+];
 
 /// How long a guest may take to let go of what it did not take up.
 const UNDO_LIMIT: Duration = Duration::from_secs(1);
 
-/// A view that the guest's driver shows. Dropping it closes it, which may take some seconds where the guest is slow.
+/// A view that the guest's driver shows. Dropping it closes it, which may take some seconds where
+/// the guest is slow.
 #[derive(Debug)]
 pub struct Opened {
     introspector: Arc<Introspector>,
@@ -101,7 +104,9 @@ impl From<OpenError> for Refused {
             OpenError::Token(RedeemError::Denied | RedeemError::Private)
             | OpenError::Closed
             | OpenError::WindowLayout(_) => Refusal::Denied,
-            OpenError::NoPlace { .. } | OpenError::Descriptor(_) | OpenError::Ticket => Refusal::Limit,
+            OpenError::NoPlace { .. } | OpenError::Descriptor(_) | OpenError::Ticket => {
+                Refusal::Limit
+            }
             OpenError::Token(RedeemError::Unavailable)
             | OpenError::Ask(_)
             | OpenError::Plug(_)
@@ -113,7 +118,8 @@ impl From<OpenError> for Refused {
 }
 
 impl Introspector {
-    /// Uses a token to open a view, on behalf of a process of the guest. Returns when the guest's driver shows it.
+    /// Uses a token to open a view, on behalf of a process of the guest. Returns when the guest's
+    /// driver shows it.
     ///
     /// # Errors
     /// [`OpenError`]; whatever was plugged in is being taken out then.
@@ -145,7 +151,12 @@ impl Introspector {
         Err(error)
     }
 
-    fn show(&self, view: &Arc<View>, attached: &Attached, places: &PciSlots) -> Result<Token, OpenError> {
+    fn show(
+        &self,
+        view: &Arc<View>,
+        attached: &Attached,
+        places: &PciSlots,
+    ) -> Result<Token, OpenError> {
         if lock(&self.state).is_closed {
             return Err(OpenError::Closed);
         }
@@ -195,7 +206,8 @@ impl Introspector {
         places: &PciSlots,
         needed: usize,
     ) -> Result<Vec<PciSlot>, OpenError> {
-        let reserved: BTreeSet<PciSlot> = views.iter().flat_map(|view| lock(&view.places).clone()).collect();
+        let reserved: BTreeSet<PciSlot> =
+            views.iter().flat_map(|view| lock(&view.places).clone()).collect();
         let free: Vec<PciSlot> = places.free.difference(&reserved).cloned().collect();
         if free.len() < needed {
             return Err(OpenError::NoPlace { needed, free: free.len(), count: places.count });
@@ -203,7 +215,12 @@ impl Introspector {
         Ok(free)
     }
 
-    fn reserve(&self, view: &View, places: &PciSlots, needed: usize) -> Result<Vec<PciSlot>, OpenError> {
+    fn reserve(
+        &self,
+        view: &View,
+        places: &PciSlots,
+        needed: usize,
+    ) -> Result<Vec<PciSlot>, OpenError> {
         let state = lock(&self.state);
         let mut mine = self.free(&state.views, places, needed)?;
         mine.truncate(needed);
@@ -223,8 +240,8 @@ impl Opened {
         &self.ticket
     }
 
-    /// Whether the view has ended, or is about to: its grant was taken back, its target is gone, or its guest has been
-    /// reset.
+    /// Whether the view has ended, or is about to: its grant was taken back, its target is gone, or
+    /// its guest has been reset.
     pub fn ended(&self) -> bool {
         self.view.end().is_some() || self.view.phase() != Phase::Open
     }
@@ -264,7 +281,8 @@ fn shape(file: BorrowedFd<'_>) -> Option<Shape> {
     let stat = rustix::fs::fstat(file).ok()?;
     // For a file of huge pages this is their size; for others it may be less or more than a page.
     let is_huge = rustix::fs::fstatfs(file).is_ok_and(|stat| stat.f_type == HUGETLBFS_MAGIC);
-    let page = if is_huge { u64::try_from(stat.st_blksize).ok()? } else { kvmmem_proto::map::PAGE_SIZE };
+    let page =
+        if is_huge { u64::try_from(stat.st_blksize).ok()? } else { kvmmem_proto::map::PAGE_SIZE };
     Some(Shape { size: u64::try_from(stat.st_size).ok()?, page })
 }
 

@@ -7,7 +7,8 @@ use std::fmt;
 use serde::Deserialize;
 use serde_json::Value;
 
-/// Root ports for views have ids that begin like this; libvirt puts `ua-` before the ids that its users choose.
+/// Root ports for views have ids that begin like this; libvirt puts `ua-` before the ids that its
+/// users choose.
 const PORTS: [&str; 2] = ["kvmmem", "ua-kvmmem"];
 
 /// The bus of a machine whose root bus takes devices while it runs.
@@ -72,8 +73,9 @@ struct Bridge {
     devices: Vec<Device>,
 }
 
-/// The slots for views, from the answer to `query-pci`; `None` where that is no such answer. Where there are root ports
-/// whose ids say that they are for views, those and no others; else, on an i440FX, all of its bus.
+/// The slots for views, from the answer to `query-pci`; `None` where that is no such answer. Where
+/// there are root ports whose ids say that they are for views, those and no others; else, on an
+/// i440FX, all of its bus.
 pub(super) fn find(answer: Value) -> Option<PciSlots> {
     let buses: Vec<Bus> = serde_json::from_value(answer).ok()?;
     let mut ports = PciSlots::default();
@@ -89,7 +91,8 @@ pub(super) fn find(answer: Value) -> Option<PciSlots> {
     }
     let used: BTreeSet<u32> = root.devices.iter().map(|device| device.slot).collect();
     let place = |slot| PciSlot { bus: ROOT_BUS.to_owned(), slot };
-    let free: BTreeSet<PciSlot> = (1..SLOTS).filter(|slot| !used.contains(slot)).map(place).collect();
+    let free: BTreeSet<PciSlot> =
+        (1..SLOTS).filter(|slot| !used.contains(slot)).map(place).collect();
     Some(PciSlots { count: free.len(), free })
 }
 
@@ -127,8 +130,7 @@ mod tests {
     }
 
     fn machine(bridge: u64, devices: &[Value]) -> Value {
-        let host =
-            json!({ "slot": 0, "function": 0, "qdev_id": "", "id": { "device": bridge, "vendor": 0x8086 } });
+        let host = json!({ "slot": 0, "function": 0, "qdev_id": "", "id": { "device": bridge, "vendor": 0x8086 } });
         let devices: Vec<&Value> = std::iter::once(&host).chain(devices).collect();
         json!([{ "bus": 0, "devices": devices }])
     }
@@ -155,7 +157,12 @@ mod tests {
         .unwrap();
         assert_eq!(
             (free(&places), places.count),
-            (["kvmmem1 slot 0", "kvmmem2 slot 0", "ua-kvmmem9 slot 0"].map(String::from).to_vec(), 4)
+            (
+                ["kvmmem1 slot 0", "kvmmem2 slot 0", "ua-kvmmem9 slot 0"]
+                    .map(String::from)
+                    .to_vec(),
+                4
+            )
         );
         assert_eq!(find(machine(0x29c0, &[port(1, "rp1", &[])])), Some(PciSlots::default()));
     }
@@ -175,9 +182,14 @@ mod tests {
 
     #[test]
     fn what_is_no_list_of_buses_is_none() {
-        for answer in
-            [json!({}), json!([]), json!([{ "devices": [{}] }]), json!(null), json!([7]), json!("x")]
-        {
+        for answer in [
+            json!({}),
+            json!([]),
+            json!([{ "devices": [{}] }]),
+            json!(null),
+            json!([7]),
+            json!("x"),
+        ] {
             assert_eq!(find(answer.clone()), None, "{answer}");
         }
         let mut deep = port(1, "a", &[]);

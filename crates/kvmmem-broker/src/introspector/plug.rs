@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The devices of one view, as QEMU is told to make and to unmake them.
 //!
-//! Of each slot the functions with windows are plugged first: the guest sees nothing of them before function 0 is there,
-//! and then sees all. What was begun is written down before it is done, so that [`Plug::unplug`] and
-//! [`Plug::remove_objects`] undo it from any point on.
+//! Of each slot the functions with windows are plugged first: the guest sees nothing of them before
+//! function 0 is there, and then sees all. What was begun is written down before it is done, so
+//! that [`Plug::unplug`] and [`Plug::remove_objects`] undo it from any point on.
 
 use std::os::fd::BorrowedFd;
 
@@ -65,14 +65,16 @@ pub(super) fn slots_of(windows: usize) -> usize {
 }
 
 impl Plug {
-    /// What is there of views that nobody knows any more: the devices and the objects that QEMU lists.
+    /// What is there of views that nobody knows any more: the devices and the objects that QEMU
+    /// lists.
     pub(super) fn left_over(devices: &[String], objects: &[String]) -> Self {
         let mut slots: Vec<(String, Slot)> = Vec::new();
         let mut ids: Vec<&String> = devices.iter().chain(objects).collect();
         ids.sort_unstable();
         ids.dedup();
         for id in ids {
-            let Some((slot, number)) = id.strip_prefix(PREFIX).and_then(|id| id.rsplit_once('f')) else {
+            let Some((slot, number)) = id.strip_prefix(PREFIX).and_then(|id| id.rsplit_once('f'))
+            else {
                 continue;
             };
             let Ok(number) = number.parse() else { continue };
@@ -87,7 +89,8 @@ impl Plug {
         Self { slots: slots.into_iter().map(|(_, slot)| slot).collect() }
     }
 
-    /// Plugs a view in; `goes_on` is asked before each step. What is there after an error is the caller's to undo.
+    /// Plugs a view in; `goes_on` is asked before each step. What is there after an error is the
+    /// caller's to undo.
     pub(super) fn plug(
         &mut self,
         monitor: &Monitor,
@@ -127,7 +130,10 @@ impl Plug {
             let id = |number: u32| format!("{PREFIX}{}s{slot}f{number}", shown.name);
             let windows = shown.windows.iter().skip(slot * per_slot).take(per_slot);
             for (number, window) in (1u32..).zip(windows) {
-                let path = paths.iter().find(|(file, _)| *file == window.file).map(|(_, path)| path.as_str());
+                let path = paths
+                    .iter()
+                    .find(|(file, _)| *file == window.file)
+                    .map(|(_, path)| path.as_str());
                 let mut backend = backend(path.unwrap_or_default(), window.len, shown.is_read_only);
                 if shown.has_offset {
                     backend["offset"] = window.offset.into();
@@ -182,10 +188,13 @@ impl Plug {
     pub(super) fn unplug(&mut self, monitor: &Monitor) {
         for slot in &mut self.slots {
             slot.take_note(monitor);
-            // The guest lets go of a slot as a whole. What it has never seen has to be taken out one by one.
-            let has_first = slot.functions.iter().any(|function| function.has_device && function.number == 0);
-            let meant =
-                |function: &&mut Function| function.has_device && (function.number == 0 || !has_first);
+            // The guest lets go of a slot as a whole. What it has never seen has to be taken out
+            // one by one.
+            let has_first =
+                slot.functions.iter().any(|function| function.has_device && function.number == 0);
+            let meant = |function: &&mut Function| {
+                function.has_device && (function.number == 0 || !has_first)
+            };
             for function in slot.functions.iter_mut().filter(meant) {
                 match monitor.execute("device_del", json!({ "id": function.id })) {
                     Err(error) if error.says(NOT_FOUND) => function.lose_device(monitor),
@@ -200,7 +209,10 @@ impl Plug {
     pub(super) fn devices(&mut self, monitor: &Monitor) -> Vec<String> {
         self.slots.iter_mut().for_each(|slot| slot.take_note(monitor));
         let functions = self.slots.iter().flat_map(|slot| &slot.functions);
-        functions.filter(|function| function.has_device).map(|function| function.id.clone()).collect()
+        functions
+            .filter(|function| function.has_device)
+            .map(|function| function.id.clone())
+            .collect()
     }
 
     /// Whether the guest has unplugged something by itself.
@@ -209,7 +221,8 @@ impl Plug {
         functions.any(|function| function.has_device && monitor.is_deleted(&function.id))
     }
 
-    /// Removes the backends whose devices are gone, as far as QEMU lets go of them now; whether nothing is left at all.
+    /// Removes the backends whose devices are gone, as far as QEMU lets go of them now; whether
+    /// nothing is left at all.
     pub(super) fn remove_objects(&mut self, monitor: &Monitor) -> bool {
         let mut is_done = true;
         for function in self.slots.iter_mut().flat_map(|slot| &mut slot.functions) {

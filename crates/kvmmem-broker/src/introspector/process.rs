@@ -28,12 +28,14 @@ impl Process {
         !self.wait(Instant::now())
     }
 
-    /// Waits until it has ended; `false` where it has not in time. What it had mapped is unmapped then.
+    /// Waits until it has ended; `false` where it has not in time. What it had mapped is unmapped
+    /// then.
     pub(super) fn wait(&self, deadline: Instant) -> bool {
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
             let left = Timespec::try_from(left).ok();
-            match rustix::event::poll(&mut [PollFd::new(&self.pidfd, PollFlags::IN)], left.as_ref()) {
+            match rustix::event::poll(&mut [PollFd::new(&self.pidfd, PollFlags::IN)], left.as_ref())
+            {
                 Ok(0) => return false,
                 Ok(_) => return true,
                 Err(Errno::INTR) => {}

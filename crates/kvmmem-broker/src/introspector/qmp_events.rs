@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The thread that acts upon what happens in an introspector's QEMU, and tries again what could not be taken back.
+//! The thread that acts upon what happens in an introspector's QEMU, and tries again what could not
+//! be taken back.
 
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
@@ -60,8 +61,9 @@ impl Introspector {
             self.end(Cause::Reset, |view| is_whole(view) && view.since.resets < news.resets);
         }
         if news.deletions != known.deletions {
-            let is_damaged =
-                |view: &View| view.phase() == Phase::Open && lock(&view.plug).is_damaged(&self.monitor);
+            let is_damaged = |view: &View| {
+                view.phase() == Phase::Open && lock(&view.plug).is_damaged(&self.monitor)
+            };
             self.end(Cause::Reset, is_damaged);
         }
     }
@@ -72,7 +74,8 @@ impl Introspector {
 
     /// Tries to take back what could not be taken back.
     pub(super) fn try_again(&self) {
-        let stuck: Vec<Arc<View>> = self.stuck().into_iter().filter(|view| view.claim_stuck()).collect();
+        let stuck: Vec<Arc<View>> =
+            self.stuck().into_iter().filter(|view| view.claim_stuck()).collect();
         if !stuck.is_empty() {
             self.unplug(&stuck, Instant::now() + TRY_LIMIT);
         }

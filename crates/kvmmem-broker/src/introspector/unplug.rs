@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Ends views: the guest's driver is told, the devices are unplugged, QEMU lets go of the memory.
 //!
-//! The driver is asked first, so that its processes learn why. That the guest reaches nothing any more is not its word,
-//! though, but QEMU's: the devices are deleted.
+//! The driver is asked first, so that its processes learn why. That the guest reaches nothing any
+//! more is not its word, though, but QEMU's: the devices are deleted.
 
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
@@ -18,18 +18,19 @@ use super::view::{Phase, View, lock};
 /// How long the driver may take to part its processes from the memory.
 const SEEN_LIMIT: Duration = Duration::from_secs(1);
 
-/// How long the guest may take in all until it has let go of the devices. The broker waits for 2 s for a revocation to be
-/// confirmed, and a QEMU that has to be killed needs its part of that.
+/// How long the guest may take in all until it has let go of the devices. The broker waits for 2 s
+/// for a revocation to be confirmed, and a QEMU that has to be killed needs its part of that.
 const END_LIMIT: Duration = Duration::from_millis(1300);
 
-/// How long views may take in all until it is looked at what is left of them, whether QEMU answers or not.
+/// How long views may take in all until it is looked at what is left of them, whether QEMU answers
+/// or not.
 const WORK_LIMIT: Duration = Duration::from_millis(1500);
 
 /// How long a QEMU may take to pause.
 const PAUSE_LIMIT: Duration = Duration::from_millis(300);
 
-/// How long QEMU is waited for to let go of the memory, which it does when all its threads have; what it has not by then
-/// is tried again later.
+/// How long QEMU is waited for to let go of the memory, which it does when all its threads have;
+/// what it has not by then is tried again later.
 const OBJECT_LIMIT: Duration = Duration::from_millis(100);
 
 /// How soon that is tried again.
@@ -59,7 +60,8 @@ pub(super) enum Cause {
     Gone,
     /// Their tool has closed them.
     Closed,
-    /// The introspector was reset, or has unplugged a device by itself: its driver has none of them any more.
+    /// The introspector was reset, or has unplugged a device by itself: its driver has none of them
+    /// any more.
     Reset,
     /// QEMU does not answer.
     Lost,
@@ -70,8 +72,8 @@ impl Cause {
         if self == Self::Revoked { STATE_REVOKED } else { STATE_GONE }
     }
 
-    /// Whether the guest may not keep the memory: what the operator has said counts then. Else it has a right to it
-    /// still, and is only being tidied up after.
+    /// Whether the guest may not keep the memory: what the operator has said counts then. Else it
+    /// has a right to it still, and is only being tidied up after.
     fn is_binding(self) -> bool {
         matches!(self, Self::Revoked | Self::Gone | Self::Lost)
     }
@@ -88,21 +90,25 @@ impl Cause {
 }
 
 impl Introspector {
-    /// Ends the views that `is_meant` picks; whether the guest reaches none of their memory any more.
+    /// Ends the views that `is_meant` picks; whether the guest reaches none of their memory any
+    /// more.
     ///
-    /// Returns in time, and applies the policy in time, also where QEMU floods events or does not answer: commands are sent
-    /// by other threads, which continue where it is slow.
+    /// Returns in time, and applies the policy in time, also where QEMU floods events or does not
+    /// answer: commands are sent by other threads, which continue where it is slow.
     pub(super) fn end(&self, cause: Cause, is_meant: impl Fn(&View) -> bool) -> bool {
         let start = Instant::now();
-        let meant: Vec<Arc<View>> = self.views().into_iter().filter(|view| is_meant(view)).collect();
-        let (mine, others): (Vec<_>, Vec<_>) = meant.into_iter().partition(|view| view.claim(cause.state()));
+        let meant: Vec<Arc<View>> =
+            self.views().into_iter().filter(|view| is_meant(view)).collect();
+        let (mine, others): (Vec<_>, Vec<_>) =
+            meant.into_iter().partition(|view| view.claim(cause.state()));
         for view in &mine {
             view.announce(cause.state());
         }
         if !mine.is_empty() {
             let views = mine.clone();
-            let is_begun =
-                self.within(start + WORK_LIMIT, move |it| it.revoke_views(&views, cause, start + END_LIMIT));
+            let is_begun = self.within(start + WORK_LIMIT, move |it| {
+                it.revoke_views(&views, cause, start + END_LIMIT)
+            });
             if !is_begun {
                 // No thread works on them: they are tried again later.
                 mine.iter().for_each(|view| view.settle_stuck(true));
@@ -135,7 +141,10 @@ impl Introspector {
         // After a reset there is no driver to look.
         if cause != Cause::Reset {
             let deadline = Instant::now() + SEEN_LIMIT;
-            while !views.iter().all(|view| view.is_seen()) && Instant::now() < deadline && self.is_alive() {
+            while !views.iter().all(|view| view.is_seen())
+                && Instant::now() < deadline
+                && self.is_alive()
+            {
                 std::thread::sleep(LOOK);
             }
         }
@@ -184,8 +193,8 @@ impl Introspector {
         view.is_reachable() && self.is_alive()
     }
 
-    /// Does what sends commands on a thread of its own, and waits for it until the deadline; `false` where no thread can
-    /// be started.
+    /// Does what sends commands on a thread of its own, and waits for it until the deadline;
+    /// `false` where no thread can be started.
     fn within(&self, deadline: Instant, work: impl FnOnce(&Self) + Send + 'static) -> bool {
         let Some(me) = self.me.upgrade() else { return false };
         let (done, is_done) = mpsc::channel::<()>();
@@ -208,7 +217,8 @@ impl Introspector {
 
     /// Confirms a revocation that could not be confirmed in time.
     pub(super) fn confirm_late(&self, grant: u64) {
-        let is_held = self.views().iter().any(|view| view.grant == grant && self.is_reachable(view));
+        let is_held =
+            self.views().iter().any(|view| view.grant == grant && self.is_reachable(view));
         let mut state = lock(&self.state);
         if !is_held && state.unconfirmed.remove(&grant) {
             drop(state);
@@ -216,12 +226,15 @@ impl Introspector {
         }
     }
 
-    /// Does what the operator wants done where a guest keeps what it must not; whether it is out of reach then.
+    /// Does what the operator wants done where a guest keeps what it must not; whether it is out of
+    /// reach then.
     fn punish(&self, held: &[&Arc<View>], cause: Cause) -> bool {
         let policy = self.traits.on_silence;
         for view in held {
             if let (Some(vm), false) = (self.vm(), view.number == 0) {
-                self.audit(|audit| audit.silent(&vm, view.number, view.grant, policy, cause.words()));
+                self.audit(|audit| {
+                    audit.silent(&vm, view.number, view.grant, policy, cause.words())
+                });
             }
             if let Some(suppressed) = WARNINGS.allow(Instant::now()) {
                 let (introspector, view) = (self.name(), view.number);

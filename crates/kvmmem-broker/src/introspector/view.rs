@@ -43,8 +43,8 @@ struct Life {
     has_devices: bool,
 }
 
-/// Where a view is between being opened and being gone. One thread at a time is at work on it: in the first of these
-/// the one that opens it, in the third the one that ends it.
+/// Where a view is between being opened and being gone. One thread at a time is at work on it: in
+/// the first of these the one that opens it, in the third the one that ends it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Phase {
     Opening,
@@ -56,7 +56,8 @@ pub(super) enum Phase {
 }
 
 impl View {
-    /// One that was attached when `since` had happened in QEMU. What it shows is said by [`Self::show`].
+    /// One that was attached when `since` had happened in QEMU. What it shows is said by
+    /// [`Self::show`].
     pub(super) fn new(attached: &Attached, since: News) -> Self {
         let Attached { view, grant, target, scope } = attached;
         Self::with(*view, *grant, target.id(), scope.clone(), since)
@@ -95,8 +96,8 @@ impl View {
         lock(&self.life).end
     }
 
-    /// Says that the view ends with this state. Whether it is the caller's to do it: else it is gone, or somebody is at
-    /// work on it and will see to it.
+    /// Says that the view ends with this state. Whether it is the caller's to do it: else it is
+    /// gone, or somebody is at work on it and will see to it.
     pub(super) fn claim(&self, state: u32) -> bool {
         let mut life = lock(&self.life);
         let is_free = matches!(life.phase, Phase::Open | Phase::Stuck);
@@ -119,7 +120,8 @@ impl View {
         is_stuck
     }
 
-    /// The view is open, unless something has ended it meanwhile: then it is the caller's to end it.
+    /// The view is open, unless something has ended it meanwhile: then it is the caller's to end
+    /// it.
     pub(super) fn opened(&self) -> bool {
         let mut life = lock(&self.life);
         life.phase = if life.end.is_none() { Phase::Open } else { Phase::Ending };
@@ -140,7 +142,8 @@ impl View {
         self.changed.notify_all();
     }
 
-    /// Whether the guest may still reach its memory, as long as QEMU runs. Waits for nothing that asks QEMU.
+    /// Whether the guest may still reach its memory, as long as QEMU runs. Waits for nothing that
+    /// asks QEMU.
     pub(super) fn is_reachable(&self) -> bool {
         let life = lock(&self.life);
         match life.phase {
@@ -150,8 +153,9 @@ impl View {
         }
     }
 
-    /// The target as it is now, whose memory the view shows from now on: `now` says that, and a change that it does not
-    /// say yet is told to the view later. `None` where the view has ended.
+    /// The target as it is now, whose memory the view shows from now on: `now` says that, and a
+    /// change that it does not say yet is told to the view later. `None` where the view has
+    /// ended.
     pub(super) fn show(&self, now: impl Fn() -> Option<Arc<Target>>) -> Option<Arc<Target>> {
         let mut target = now()?;
         loop {
@@ -167,7 +171,9 @@ impl View {
 
     /// Whether the memory that the view shows is where `target` says.
     pub(super) fn is_unmoved(&self, target: &Target) -> bool {
-        lock(&self.regions).as_ref().is_none_or(|regions| *regions == self.scope.regions(target.map()))
+        lock(&self.regions)
+            .as_ref()
+            .is_none_or(|regions| *regions == self.scope.regions(target.map()))
     }
 
     /// Waits until nobody is at work on it; returns its phase then, or when time is up.
@@ -178,7 +184,8 @@ impl View {
         waited.unwrap_or_else(PoisonError::into_inner).0.phase
     }
 
-    /// Tells the guest's driver that the target's memory is where it was and holds something else, unless the view ends.
+    /// Tells the guest's driver that the target's memory is where it was and holds something else,
+    /// unless the view ends.
     pub(super) fn refresh(&self, instance: u64) {
         let life = lock(&self.life);
         if life.phase == Phase::Open && life.end.is_none() {
@@ -199,7 +206,8 @@ impl View {
         }
     }
 
-    /// Whether the guest's driver has acted upon the last change; there is nobody to do so where it never had the page.
+    /// Whether the guest's driver has acted upon the last change; there is nobody to do so where it
+    /// never had the page.
     pub(super) fn is_seen(&self) -> bool {
         lock(&self.pages).as_ref().is_none_or(Pages::is_seen)
     }

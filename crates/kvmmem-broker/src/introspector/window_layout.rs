@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Cuts what a view may show into windows: PCI BARs, whose sizes are powers of two.
 //!
-//! Nothing outside a grant is ever in a window. Only a grant of all RAM may show more than the RAM's own addresses: what
-//! lies between them in the file, as the memory that a PC hides behind its VGA adapter.
+//! Nothing outside a grant is ever in a window. Only a grant of all RAM may show more than the
+//! RAM's own addresses: what lies between them in the file, as the memory that a PC hides behind
+//! its VGA adapter.
 
 use std::collections::BTreeMap;
 
@@ -88,7 +89,8 @@ struct Run {
     end: u64,
 }
 
-/// Cuts the regions of a scope. `is_whole` where the scope is all RAM; `has_offset` where QEMU shows parts of files.
+/// Cuts the regions of a scope. `is_whole` where the scope is all RAM; `has_offset` where QEMU
+/// shows parts of files.
 pub(super) fn cut(
     regions: &[Region],
     is_whole: bool,
@@ -98,7 +100,8 @@ pub(super) fn cut(
     let mut shapes = BTreeMap::new();
     for region in regions {
         let file = region.file;
-        let shape = shape(file).filter(|shape| shape.page.is_power_of_two() && shape.page >= PAGE_SIZE);
+        let shape =
+            shape(file).filter(|shape| shape.page.is_power_of_two() && shape.page >= PAGE_SIZE);
         shapes.insert(file, shape.ok_or(WindowLayoutError::NoFile(file))?);
     }
     let mut runs = Vec::new();
@@ -133,7 +136,8 @@ fn parts<'a>(
     let mut runs: Vec<Run> = Vec::new();
     for region in regions {
         let end = region.offset.checked_add(region.len).filter(|end| *end <= shape.size);
-        let mut run = Run { file, start: region.offset, end: end.ok_or(WindowLayoutError::NoFile(file))? };
+        let mut run =
+            Run { file, start: region.offset, end: end.ok_or(WindowLayoutError::NoFile(file))? };
         if is_whole {
             run = run.widened(shape);
         }
@@ -175,7 +179,8 @@ impl Run {
     }
 }
 
-/// Cuts a run into powers of two: small ones up to the next large page, from there on as large as they come.
+/// Cuts a run into powers of two: small ones up to the next large page, from there on as large as
+/// they come.
 fn split(run: Run) -> impl Iterator<Item = Window> {
     let mut offset = run.start;
     std::iter::from_fn(move || {

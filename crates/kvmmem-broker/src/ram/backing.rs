@@ -18,9 +18,10 @@ const PROCFS: FsWord = 0x9fa0;
 pub(super) enum Backing {
     /// In memfds, by their numbers.
     Files(Vec<OwnedFd>),
-    /// In a process, of which this is `/proc/PID/mem`; offsets are its virtual addresses. The file stays with the address
-    /// space for which it was opened: nobody who gets the process id later is reached by it, nor a program that the
-    /// process executes. It keeps none of the memory.
+    /// In a process, of which this is `/proc/PID/mem`; offsets are its virtual addresses. The file
+    /// stays with the address space for which it was opened: nobody who gets the process id
+    /// later is reached by it, nor a program that the process executes. It keeps none of the
+    /// memory.
     Process(OwnedFd),
 }
 
@@ -85,7 +86,8 @@ impl Backing {
         retried(end, || write_at(target.as_fd(), offset, data))
     }
 
-    /// Copies by means of the caller's between a file and elsewhere; returns how many bytes, at least one.
+    /// Copies by means of the caller's between a file and elsewhere; returns how many bytes, at
+    /// least one.
     pub(super) fn copy(
         &self,
         file: u32,

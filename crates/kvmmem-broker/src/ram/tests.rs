@@ -112,7 +112,10 @@ fn one_file_in_common_is_enough_to_overlap() {
 fn what_is_no_ram_is_refused() {
     let null = std::fs::File::open("/dev/null").unwrap();
     assert!(matches!(Ram::new(vec![null.into()], regions()), Err(RamError::NotMemfd(_))));
-    assert!(matches!(Ram::new(vec![memfd(0x10_1000, SealFlags::GROW)], regions()), Err(RamError::Unsealed)));
+    assert!(matches!(
+        Ram::new(vec![memfd(0x10_1000, SealFlags::GROW)], regions()),
+        Err(RamError::Unsealed)
+    ));
     assert!(matches!(
         Ram::new(vec![memfd(0x10_1000, SealFlags::SHRINK | SealFlags::WRITE)], regions()),
         Err(RamError::ReadOnly)
@@ -174,7 +177,10 @@ fn private_ram_is_copied_at_the_vmms_addresses() {
     assert_eq!(ram.layout().regions(), told);
     // As far as there is memory.
     assert_eq!(ram.write(0x10_0ffd, b"ending"), Err(AccessError::Hole(0x10_1000)));
-    assert!(ram.overlaps(&Ram::of_process(memory_of(std::process::id()), told_at(hva)).unwrap()).unwrap());
+    assert!(
+        ram.overlaps(&Ram::of_process(memory_of(std::process::id()), told_at(hva)).unwrap())
+            .unwrap()
+    );
     drop(ram);
     let at = usize::try_from(hva).unwrap() - memory.as_ptr().addr();
     assert_eq!(
@@ -208,7 +214,8 @@ fn what_is_no_process_s_memory_is_refused() {
 fn memory_that_the_vmm_unmaps_is_an_error() {
     const LEN: usize = 256 << 20;
     let (memory, hva) = own_memory(LEN);
-    let ram = Ram::of_process(memory_of(std::process::id()), vec![private(0, LEN as u64, hva)]).unwrap();
+    let ram =
+        Ram::of_process(memory_of(std::process::id()), vec![private(0, LEN as u64, hva)]).unwrap();
     ram.read(LEN as u64 / 2, &mut [0; 8]).unwrap();
     drop(memory);
     let gone = Err(AccessError::System { gpa: LEN as u64 / 2, source: Errno::IO });
@@ -250,7 +257,10 @@ fn a_process_that_ends_or_executes_another_program_has_no_memory_left() {
 #[test]
 fn huge_pages_are_read_and_written() {
     const HUGE: u64 = 2 << 20;
-    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING | MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB;
+    let flags = MemfdFlags::CLOEXEC
+        | MemfdFlags::ALLOW_SEALING
+        | MemfdFlags::HUGETLB
+        | MemfdFlags::HUGE_2MB;
     let made = memfd_create("huge", flags).and_then(|file| {
         ftruncate(&file, HUGE)?;
         rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, HUGE)?;

@@ -7,7 +7,8 @@ use kvmmem_kvmi::token::Token;
 use kvmmem_proto::endpoint::Endpoint;
 use kvmmem_proto::message::Which;
 use kvmmem_proto::message::{
-    Answer, Call, Caller, Change, Cursor, OnSilence, Refusal, Registration, VcpuAnswer, ViewCounters,
+    Answer, Call, Caller, Change, Cursor, OnSilence, Refusal, Registration, VcpuAnswer,
+    ViewCounters,
 };
 
 use super::Role;
@@ -16,8 +17,9 @@ use crate::test_peer::{Connection, USER, grant_request, registration};
 
 const ROLES: [Role; 4] = [Role::Administrator, Role::Operator, Role::Viewer, Role::Vmm];
 
-/// One of each call, with who may send it: administrator, operator, viewer, VMM. The arguments are such that a call that
-/// may be sent is refused for another reason than the sender, if it is refused.
+/// One of each call, with who may send it: administrator, operator, viewer, VMM. The arguments are
+/// such that a call that may be sent is refused for another reason than the sender, if it is
+/// refused.
 fn calls() -> Vec<(Call, &'static str)> {
     let token = || Token::new([1, 2, 3, 4]);
     let none = || "nowhere".to_owned();
@@ -67,8 +69,8 @@ fn calls() -> Vec<(Call, &'static str)> {
     ]
 }
 
-/// A number for each kind of call. A call that is added does not compile without its line here, and without its line
-/// above `every_call_is_tried` fails.
+/// A number for each kind of call. A call that is added does not compile without its line here, and
+/// without its line above `every_call_is_tried` fails.
 fn number(call: &Call) -> usize {
     match call {
         Call::Register(_) => 0,
@@ -104,15 +106,16 @@ const COUNT: usize = 26;
 
 /// A connection that is what `role` says.
 fn connection(broker: &Arc<Broker>, role: Role) -> Connection {
-    let mut connection = Connection::new(broker, if role == Role::Administrator { 0 } else { USER });
+    let mut connection =
+        Connection::new(broker, if role == Role::Administrator { 0 } else { USER });
     match role {
         Role::Administrator | Role::Operator => {}
         Role::Viewer => {
             let granted = connection.ask(Call::Grant(grant_request("tiger")), None);
             let Ok(Answer::Granted { token, .. }) = granted else { panic!("{granted:?}") };
             let caller = Caller { pid: 1, uid: 1, comm: "tool".into() };
-            let attached =
-                connection.ask(Call::Attach { token, caller, read_only: true, reaching: vec![] }, None);
+            let attached = connection
+                .ask(Call::Attach { token, caller, read_only: true, reaching: vec![] }, None);
             assert!(matches!(attached, Ok(Answer::HostAttached { .. })), "{attached:?}");
         }
         Role::Vmm => {

@@ -16,12 +16,12 @@ use crate::quota::Limits;
 const OTHERS: u32 = 0o077;
 
 impl Server {
-    /// Serves a listening socket. Whoever made it has set who may connect, and removes it; this broker only takes
-    /// the lock beside it.
+    /// Serves a listening socket. Whoever made it has set who may connect, and removes it; this
+    /// broker only takes the lock beside it.
     ///
     /// # Errors
-    /// [`ServerError::Adopt`] where it is no unix socket of sequenced packets with a path; [`ServerError::InUse`],
-    /// [`ServerError::Lock`].
+    /// [`ServerError::Adopt`] where it is no unix socket of sequenced packets with a path;
+    /// [`ServerError::InUse`], [`ServerError::Lock`].
     pub fn from_activation(listener: OwnedFd) -> Result<Self, ServerError> {
         let (path, mode) = inspect(&listener).map_err(ServerError::Adopt)?;
         let lock = lock(&path)?;

@@ -26,7 +26,8 @@ impl Running {
     fn new(limits: Limits) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let group = Some(rustix::process::getegid().as_raw());
-        let server = Server::bind_with(&directory.path().join("broker.sock"), group, limits).unwrap();
+        let server =
+            Server::bind_with(&directory.path().join("broker.sock"), group, limits).unwrap();
         Self { server, _directory: directory }
     }
 
@@ -92,7 +93,10 @@ fn a_user_with_all_its_connections_keeps_nobody_out() {
 fn a_user_with_all_its_vms_keeps_nobody_out() {
     let running = Running::new(Limits { vms: FEW, ..Limits::default() });
     let (taken, message) = flood(|number| running.target(USER, &format!("vm-{number}")));
-    assert!(taken.len() == 5 && message.contains("registered VMs: user 4000000001 has 5"), "{message}");
+    assert!(
+        taken.len() == 5 && message.contains("registered VMs: user 4000000001 has 5"),
+        "{message}"
+    );
     let (others, _) = flood(|number| running.target(OTHER, &format!("other-{number}")));
     assert_eq!(others.len(), 1);
     assert_eq!(flood(|number| running.target(ROOT, &format!("root-{number}"))).0.len(), 2);
@@ -193,13 +197,18 @@ fn a_peer_that_reads_nothing_holds_few_descriptors() {
     };
     for _ in 0..64 {
         let caller = Caller { pid: 1, uid: 1, comm: "tool".into() };
-        viewer.send(Call::Attach { token: token.clone(), caller, read_only: false, reaching: vec![] }, None);
+        viewer.send(
+            Call::Attach { token: token.clone(), caller, read_only: false, reaching: vec![] },
+            None,
+        );
     }
     // It is cut off, and only the descriptors of the first answer have been sent to it.
     let deadline = Instant::now() + Duration::from_secs(60);
     let mut root = running.connect(ROOT);
     let mut open = || match root.ask(Call::Grants { after: Cursor::default() }, None) {
-        Ok(Answer::Grants { grants, .. }) => grants.iter().map(|grant| grant.views.len()).sum::<usize>(),
+        Ok(Answer::Grants { grants, .. }) => {
+            grants.iter().map(|grant| grant.views.len()).sum::<usize>()
+        }
         other => panic!("{other:?}"),
     };
     let mut most = 0;
@@ -212,7 +221,8 @@ fn a_peer_that_reads_nothing_holds_few_descriptors() {
     let mut files = 0;
     while let Some((message, with)) = viewer.next() {
         files += with.len();
-        let is_view = matches!(message, FromBroker::Answer { answer: Answer::HostAttached { .. }, .. });
+        let is_view =
+            matches!(message, FromBroker::Answer { answer: Answer::HostAttached { .. }, .. });
         assert!(is_view, "{message:?}");
     }
     assert_eq!(files, 1);

@@ -62,8 +62,8 @@ enum ReadError {
 }
 
 impl StateFile {
-    /// The file in a folder, and what it says of VMs that may still run. Where it makes no sense, that is told in the
-    /// log, and it says nothing.
+    /// The file in a folder, and what it says of VMs that may still run. Where it makes no sense,
+    /// that is told in the log, and it says nothing.
     ///
     /// # Errors
     /// Where the folder cannot be made or written to.
@@ -115,13 +115,14 @@ impl StateFile {
         Ok(serde_json::from_slice(&bytes)?)
     }
 
-    /// Whoever reads finds the old file or the new one. It is not waited for the disk: a host that loses its power loses
-    /// the VMs too.
+    /// Whoever reads finds the old file or the new one. It is not waited for the disk: a host that
+    /// loses its power loses the VMs too.
     fn replace<'e>(&self, entries: impl Iterator<Item = &'e Entry>) -> io::Result<()> {
         let vms: Vec<&Entry> = entries.collect();
         let content = Content { version: VERSION, boot: self.boot.clone(), vms };
         let mut options = OpenOptions::new();
-        let mut file = options.create(true).truncate(true).write(true).mode(0o600).open(&self.new)?;
+        let mut file =
+            options.create(true).truncate(true).write(true).mode(0o600).open(&self.new)?;
         file.write_all(&serde_json::to_vec(&content)?)?;
         std::fs::rename(&self.new, &self.path)
     }
@@ -177,7 +178,8 @@ mod tests {
     fn what_makes_no_sense_is_nothing_and_replaced() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join(NAME);
-        for garbage in ["", "{", "[]", "{\"version\":2,\"vms\":7}", "{\"version\":1,\"boot\":\"\"}", "\u{0}"]
+        for garbage in
+            ["", "{", "[]", "{\"version\":2,\"vms\":7}", "{\"version\":1,\"boot\":\"\"}", "\u{0}"]
         {
             std::fs::write(&path, garbage).unwrap();
             let (mut file, none) = StateFile::open(directory.path()).unwrap();

@@ -32,8 +32,8 @@ impl From<Refused> for Lost {
 }
 
 impl Broker {
-    /// Remembers in a folder, which is made, what VMs are added; and adds those again that are remembered there and still
-    /// run, on a thread of its own: QEMUs take their time to answer.
+    /// Remembers in a folder, which is made, what VMs are added; and adds those again that are
+    /// remembered there and still run, on a thread of its own: QEMUs take their time to answer.
     ///
     /// # Errors
     /// Where nothing can be written there, or there is no thread left.
@@ -57,7 +57,12 @@ impl Broker {
         match self.add_again(entry) {
             Ok(()) => tracing::info!(name, pid, "added again"),
             Err(Lost::Refused(error)) => {
-                tracing::warn!(name, pid, error, "cannot be added again; the next start tries once more");
+                tracing::warn!(
+                    name,
+                    pid,
+                    error,
+                    "cannot be added again; the next start tries once more"
+                );
             }
             Err(error @ (Lost::Ended | Lost::OtherFiles)) => {
                 state.give_up(entry);
@@ -75,7 +80,8 @@ impl Broker {
             Some(socket) => Which::Qmp { socket, pid: Some(entry.pid) },
             None => Which::Pid(entry.pid),
         };
-        let broker = Credentials { pid: std::process::id(), uid: rustix::process::geteuid().as_raw() };
+        let broker =
+            Credentials { pid: std::process::id(), uid: rustix::process::geteuid().as_raw() };
         let name = Some(entry.name.clone());
         match &entry.role {
             Role::Target { files } => {
@@ -96,7 +102,8 @@ impl Broker {
                     return Err(Lost::Ended);
                 }
                 self.introspect(broker, &which, (Some(*cid), name, Some(entry.uuid)), *on_silence)?;
-                // It was opened by its number once more. If this one has not ended, the two are one.
+                // It was opened by its number once more. If this one has not ended, the two are
+                // one.
                 if !process.is_alive() {
                     self.remove_introspector(&entry.name)?;
                     return Err(Lost::Ended);

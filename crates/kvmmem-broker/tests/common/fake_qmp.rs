@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! A QEMU that is none: it knows what an introspector's is asked, keeps what it is told to plug in, plays the guest's
-//! driver, and goes wrong at the command that a test chooses.
+//! A QEMU that is none: it knows what an introspector's is asked, keeps what it is told to plug in,
+//! plays the guest's driver, and goes wrong at the command that a test chooses.
 
 use std::collections::{BTreeMap, HashMap};
 use std::io::{IoSliceMut, Write};
@@ -191,14 +191,17 @@ fn serve(shared: &Arc<Mutex<Machine>>, stream: &UnixStream) {
                 Some(Fault::CloseAfter) | None => {}
             }
             let (delay, is_flooding) = (machine.delay, machine.is_flooding);
-            let (answer, deleted) = machine.carry_out(command, &request["arguments"], &mut received);
+            let (answer, deleted) =
+                machine.carry_out(command, &request["arguments"], &mut received);
             drop(machine);
             std::thread::sleep(delay);
             if fault == Some(Fault::CloseAfter) {
                 return;
             }
             for device in deleted {
-                send(&json!({ "event": "DEVICE_DELETED", "data": { "device": device, "path": "/x" } }));
+                send(
+                    &json!({ "event": "DEVICE_DELETED", "data": { "device": device, "path": "/x" } }),
+                );
             }
             send(&answer);
             if is_flooding && !floods {
@@ -300,7 +303,8 @@ impl Machine {
                 let (slot, function) = address.split_once('.').unwrap();
                 let (slot, is_first) = (format!("{slot}."), function == "0");
                 let goes = |(id, address): (&String, &String)| {
-                    (*id == text("id") || (is_first && address.starts_with(&slot))).then(|| id.clone())
+                    (*id == text("id") || (is_first && address.starts_with(&slot)))
+                        .then(|| id.clone())
                 };
                 if !self.is_stubborn {
                     deleted = self.devices.iter().filter_map(goes).collect();
@@ -314,12 +318,14 @@ impl Machine {
     }
 
     fn pci(&self) -> Value {
-        let slot =
-            |address: &String| u64::from_str_radix(&address[2..address.find('.').unwrap()], 16).unwrap();
+        let slot = |address: &String| {
+            u64::from_str_radix(&address[2..address.find('.').unwrap()], 16).unwrap()
+        };
         let plugged = self.devices.iter().map(|(id, address)| {
             json!({ "slot": slot(address), "qdev_id": id, "id": { "vendor": 0x1af4, "device": 0x1110 } })
         });
-        let bridge = json!({ "slot": 0, "qdev_id": "", "id": { "vendor": 0x8086, "device": 0x1237 } });
+        let bridge =
+            json!({ "slot": 0, "qdev_id": "", "id": { "vendor": 0x8086, "device": 0x1237 } });
         json!([{ "bus": 0, "devices": std::iter::once(bridge).chain(plugged).collect::<Vec<_>>() }])
     }
 }

@@ -104,7 +104,8 @@ impl TestBroker {
         self.admin().grant(request).unwrap()
     }
 
-    /// Makes a token as a hook to a tool in the VM with this context id does; 0 is the number of no VM.
+    /// Makes a token as a hook to a tool in the VM with this context id does; 0 is the number of no
+    /// VM.
     pub(crate) fn mint(&self, target: &Vm, cid: u32) -> Result<Token, KvmError> {
         let tool = self.state.registry().with_cid(cid).map_or(0, |vm| vm.id());
         let endpoint = Endpoint::Vsock { cid, port: 1 };
@@ -189,7 +190,8 @@ pub(crate) struct Views {
 }
 
 impl Views {
-    /// Opens a view as a VMM does: it counts once it is where events find it, unless it has ended by then.
+    /// Opens a view as a VMM does: it counts once it is where events find it, unless it has ended
+    /// by then.
     pub(crate) fn open(&self, link: &VmmLink, token: &Token) -> Result<Attached, RedeemError> {
         let attached = link.attach(token, &caller(), false)?;
         let view = attached.view;
@@ -269,16 +271,20 @@ pub(crate) fn may_open(files: usize) -> bool {
     setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }).unwrap();
     let is_enough = maximum.is_none_or(|most| most >= files as u64);
     if !is_enough {
-        eprintln!("skipped: {files} open files are needed, {maximum:?} are allowed: raise it with ulimit -n");
+        eprintln!(
+            "skipped: {files} open files are needed, {maximum:?} are allowed: raise it with ulimit -n"
+        );
     }
     is_enough
 }
 
-/// How long a test waits for what has to come: far longer than that takes on a machine with much else to do.
+/// How long a test waits for what has to come: far longer than that takes on a machine with much
+/// else to do.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Makes a program of a test's own by a name that it may not have elsewhere. Never by writing it here: a thread that
-/// forks while a program is open for writing keeps it busy, and it cannot be executed.
+/// Makes a program of a test's own by a name that it may not have elsewhere. Never by writing it
+/// here: a thread that forks while a program is open for writing keeps it busy, and it cannot be
+/// executed.
 pub(crate) fn install(program: &Path, to: &Path) {
     if std::fs::hard_link(program, to).is_err() {
         let copied = std::process::Command::new("cp").arg(program).arg(to).status().unwrap();
@@ -286,9 +292,13 @@ pub(crate) fn install(program: &Path, to: &Path) {
     }
 }
 
-/// Runs something on a thread of its own, and returns what it returns; fails where it does not return.
+/// Runs something on a thread of its own, and returns what it returns; fails where it does not
+/// return.
 #[track_caller]
-pub(crate) fn returns<T: Send + 'static>(what: &str, run: impl FnOnce() -> T + Send + 'static) -> T {
+pub(crate) fn returns<T: Send + 'static>(
+    what: &str,
+    run: impl FnOnce() -> T + Send + 'static,
+) -> T {
     let (sender, receiver) = std::sync::mpsc::channel();
     let thread = std::thread::spawn(move || sender.send(run()).unwrap());
     match receiver.recv_timeout(PATIENCE) {

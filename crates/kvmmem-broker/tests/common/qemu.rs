@@ -60,7 +60,12 @@ impl Qemu {
     }
 
     /// Starts a VM whose RAM is one memfd.
-    pub(crate) fn shared(broker: &TestBroker, name: &str, machine: &str, size: &str) -> Option<Self> {
+    pub(crate) fn shared(
+        broker: &TestBroker,
+        name: &str,
+        machine: &str,
+        size: &str,
+    ) -> Option<Self> {
         let backend = format!("memory-backend-memfd,id=ram0,size={size},share=on");
         let machine = format!("{machine},memory-backend=ram0");
         Self::start(broker, name, &["-m", size, "-object", &backend, "-machine", &machine])
@@ -84,7 +89,8 @@ impl Qemu {
         Which::Qmp { socket: self.qmp.clone(), pid: None }
     }
 
-    /// The test's own monitor. A QEMU that is about to replace itself may still let somebody connect.
+    /// The test's own monitor. A QEMU that is about to replace itself may still let somebody
+    /// connect.
     pub(crate) fn monitor(&self) -> Monitor {
         let began = Instant::now();
         loop {
@@ -100,10 +106,12 @@ impl Qemu {
 /// Whether a socket is listened at: it is there a moment before that.
 pub(crate) fn listens(path: &Path) -> bool {
     let sockets = std::fs::read_to_string("/proc/net/unix").unwrap();
-    // Number, references, protocol, flags (of which this one says that it listens), type, state, inode, path.
+    // Number, references, protocol, flags (of which this one says that it listens), type, state,
+    // inode, path.
     let is_it = |line: &str| {
         let words: Vec<&str> = line.split_whitespace().collect();
-        words.get(3) == Some(&"00010000") && words.get(7).is_some_and(|found| Path::new(found) == path)
+        words.get(3) == Some(&"00010000")
+            && words.get(7).is_some_and(|found| Path::new(found) == path)
     };
     sockets.lines().any(is_it)
 }
@@ -178,8 +186,11 @@ impl Monitor {
 /// Whether this machine's QEMU is of version `major` or later; says so where not.
 pub(crate) fn has_qemu(major: u32) -> bool {
     let output = Command::new("qemu-system-x86_64").arg("--version").output();
-    let text = output.map(|output| String::from_utf8_lossy(&output.stdout).into_owned()).unwrap_or_default();
-    let version = text.split("version ").nth(1).and_then(|rest| rest.split('.').next()?.parse::<u32>().ok());
+    let text = output
+        .map(|output| String::from_utf8_lossy(&output.stdout).into_owned())
+        .unwrap_or_default();
+    let version =
+        text.split("version ").nth(1).and_then(|rest| rest.split('.').next()?.parse::<u32>().ok());
     let is_new_enough = version.is_some_and(|version| version >= major);
     if !is_new_enough {
         eprintln!(

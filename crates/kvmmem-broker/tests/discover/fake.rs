@@ -34,8 +34,11 @@ fn fake_vmm() {
     let (mut mapped, mut files) = (Vec::new(), Vec::new());
     for word in spec.split(' ').filter(|word| word.ends_with("sealed") || *word == "backend") {
         let seals = if word == "unsealed" { SealFlags::GROW } else { SealFlags::SHRINK };
-        let file =
-            std::fs::File::from(if word == "backend" { backend() } else { common::memfd(SIZE, seals) });
+        let file = std::fs::File::from(if word == "backend" {
+            backend()
+        } else {
+            common::memfd(SIZE, seals)
+        });
         if spec.contains("tables") {
             write_tables(&file, 0);
         }
@@ -82,15 +85,18 @@ fn backend() -> std::os::fd::OwnedFd {
 /// Private memory. It has a file, for anonymous memory could become one with what lies beside it.
 fn private(size: u64) -> MmapRegion {
     let file = FileOffset::new(common::memfd(size, SealFlags::SHRINK).into(), 0);
-    let private = MmapRegionBuilder::<()>::new(usize::try_from(size).unwrap()).with_file_offset(file);
-    let (rights, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE);
     let private =
-        private.with_mmap_prot(rights.bits().cast_signed()).with_mmap_flags(flags.bits().cast_signed());
+        MmapRegionBuilder::<()>::new(usize::try_from(size).unwrap()).with_file_offset(file);
+    let (rights, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE);
+    let private = private
+        .with_mmap_prot(rights.bits().cast_signed())
+        .with_mmap_flags(flags.bits().cast_signed());
     private.build().unwrap()
 }
 
-/// RAM in two parts with a boot map in it, and a word in each: `KIND LOW HIGH`, sizes in MiB, as sealed files (`apart`) or as
-/// one private mapping, the high part last (`merged`) or first (`reversed`).
+/// RAM in two parts with a boot map in it, and a word in each: `KIND LOW HIGH`, sizes in MiB, as
+/// sealed files (`apart`) or as one private mapping, the high part last (`merged`) or first
+/// (`reversed`).
 fn map_parts(parts: &str, memory: &std::fs::File) -> Vec<MmapRegion> {
     use std::os::unix::fs::FileExt;
     let words: Vec<&str> = parts.split(' ').collect();
@@ -101,7 +107,8 @@ fn map_parts(parts: &str, memory: &std::fs::File) -> Vec<MmapRegion> {
         high_file.write_all_at(b"high", high_at + 0x5000).unwrap();
     };
     if words[0] == "apart" {
-        let files = [low, high].map(|size| std::fs::File::from(common::memfd(size, SealFlags::SHRINK)));
+        let files =
+            [low, high].map(|size| std::fs::File::from(common::memfd(size, SealFlags::SHRINK)));
         fill(&files[0], 0, &files[1], 0);
         let map = |(file, size)| {
             MmapRegion::from_file(FileOffset::new(file, 0), usize::try_from(size).unwrap()).unwrap()
@@ -115,7 +122,8 @@ fn map_parts(parts: &str, memory: &std::fs::File) -> Vec<MmapRegion> {
     vec![region]
 }
 
-/// ACPI tables as a firmware leaves them, just below the end of the memory, which is at a place in a file.
+/// ACPI tables as a firmware leaves them, just below the end of the memory, which is at a place in
+/// a file.
 fn write_tables(file: &std::fs::File, place: u64) {
     use std::os::unix::fs::FileExt;
     let sealed = |mut bytes: Vec<u8>, at: usize| {
@@ -133,9 +141,12 @@ fn write_tables(file: &std::fs::File, place: u64) {
     let fixed = table(b"FACP", &[0, base].map(u32::to_le_bytes).concat());
     let root = table(b"RSDT", &(base + 0x1000).to_le_bytes());
     let pointer = sealed([b"RSD PTR \0FAKEVM\0", &(base + 0x2000).to_le_bytes()[..]].concat(), 8);
-    for (at, bytes) in
-        [(0xe_0000, pointer), (base, table(b"DSDT", &[])), (base + 0x1000, fixed), (base + 0x2000, root)]
-    {
+    for (at, bytes) in [
+        (0xe_0000, pointer),
+        (base, table(b"DSDT", &[])),
+        (base + 0x1000, fixed),
+        (base + 0x2000, root),
+    ] {
         file.write_all_at(&bytes, place + u64::from(at)).unwrap();
     }
 }
@@ -147,7 +158,8 @@ fn write_boot_map(file: &std::fs::File, place: u64, low_end: u64, high: u64) {
     let mut entries = vec![entry(0, 0xa_0000), entry(0x10_0000, low_end - 0x10_0000)];
     entries.extend((high > 0).then(|| entry(1 << 32, high)));
     let count = entries.len() as u64;
-    let start = [0x0000_0001_336e_c578u64, 0, 0, 0, 0, 0x7000, count].map(u64::to_le_bytes).concat();
+    let start =
+        [0x0000_0001_336e_c578u64, 0, 0, 0, 0, 0x7000, count].map(u64::to_le_bytes).concat();
     file.write_all_at(&start, place + 0x6000).unwrap();
     file.write_all_at(&entries.concat(), place + 0x7000).unwrap();
 }

@@ -41,7 +41,8 @@ fn tools_use_an_added_target_as_any_other() {
     let tool = Tool::listen(&broker, "tool.sock");
     broker.admin().hook("fake", &tool.endpoint).unwrap();
     let mut session = tool.accept();
-    let read = |session: &mut ToolSession, gpa, size| session.ask(Request::ReadPhysical { gpa, size });
+    let read =
+        |session: &mut ToolSession, gpa, size| session.ask(Request::ReadPhysical { gpa, size });
     assert_eq!(read(&mut session, 0xe_0000, 8).unwrap(), b"RSD PTR ");
     assert_eq!(read(&mut session, 0xa_0000, 8), Err(KvmError::Inval));
     session.ask(Request::WritePhysical { gpa: 0x10_0000, data: b"stripes" }).unwrap();
@@ -70,7 +71,11 @@ fn what_is_wrong_with_the_memory_is_said() {
         ("sealed tables", with(&["-m", "32,maxmem=1G"]), "may have been plugged in"),
         ("sealed tables", with(&["-machine", "microvm"]), "machine type \"microvm\""),
         ("sealed tables", with(&["-object", "sev-snp-guest,id=s"]), "confidential (AMD SEV-SNP)"),
-        ("sealed tables", with(&["-object", "{\"qom-type\":\"tdx-guest\"}"]), "confidential (Intel TDX)"),
+        (
+            "sealed tables",
+            with(&["-object", "{\"qom-type\":\"tdx-guest\"}"]),
+            "confidential (Intel TDX)",
+        ),
     ];
     for (spec, arguments, words) in cases {
         let fake = Fake::start(spec, &arguments);
@@ -110,7 +115,10 @@ fn what_cannot_be_mapped_is_copied() {
         let read = Request::ReadPhysical { gpa: 0xe_0000, size: 8 };
         assert_eq!(session.ask(read).unwrap(), b"RSD PTR ");
         session.ask(Request::WritePhysical { gpa: 0x10_0000, data: b"stripes" }).unwrap();
-        assert_eq!(session.ask(Request::ReadPhysical { gpa: 0x10_0000, size: 7 }).unwrap(), b"stripes");
+        assert_eq!(
+            session.ask(Request::ReadPhysical { gpa: 0x10_0000, size: 7 }).unwrap(),
+            b"stripes"
+        );
         let found = discover().unwrap().into_iter().find(|found| found.pid == fake.pid()).unwrap();
         assert!(found.attachable && found.copied && found.remedy.unwrap().contains(remedy));
         drop(fake);
@@ -169,13 +177,20 @@ fn vmms_without_a_firmware_are_confirmed_by_the_map_that_they_leave() {
         let fake = Fake::start_as(program, spec, arguments);
         let which = Which::Pid(fake.pid());
         let added = broker.admin().add_target(&which, Some("micro")).unwrap();
-        assert_eq!((added.evidence, added.copied.is_some()), (Evidence::RulesAndBootMap, is_copied));
+        assert_eq!(
+            (added.evidence, added.copied.is_some()),
+            (Evidence::RulesAndBootMap, is_copied)
+        );
         assert_eq!(added.regions.iter().map(|region| region.len).sum::<u64>(), SIZE - 0x2_0000);
         drop(fake);
         wait_for("the target to go", || broker.admin().targets().unwrap().is_empty());
     }
     for (spec, arguments, words) in [
-        ("sealed", &["--memory", "size=32M,shared=on"][..], "that the guest was started with is not found"),
+        (
+            "sealed",
+            &["--memory", "size=32M,shared=on"][..],
+            "that the guest was started with is not found",
+        ),
         ("sealed bootmap", &["--memory", "size=64M"], "no memory of 64M"),
         ("sealed bootmap", &["--memory", "size=32M,hotplug_size=1G"], "may have been plugged in"),
         ("sealed bootmap", &["--memory", "size=32M", "--platform", "sev_snp=on"], "AMD SEV-SNP"),

@@ -38,7 +38,8 @@ fn the_next_broker_knows_what_was_added_and_still_runs() {
     // One that registers itself is its own business.
     let own = broker.target("own");
     broker.admin().remove_target("removed").unwrap();
-    let uuid = broker.admin().targets().unwrap().into_iter().find(|vm| vm.name == "stays").unwrap().uuid;
+    let uuid =
+        broker.admin().targets().unwrap().into_iter().find(|vm| vm.name == "stays").unwrap().uuid;
     assert_eq!(remembered(&broker).as_array().unwrap().len(), 2);
     drop(own);
 
@@ -57,7 +58,9 @@ fn the_next_broker_knows_what_was_added_and_still_runs() {
     wait_for("the one that still runs", || names(&broker) == ["stays"]);
     wait_for("the other to be forgotten", || remembered(&broker).as_array().unwrap().len() == 1);
     drop(stays);
-    wait_for("nothing to be left", || names(&broker).is_empty() && remembered(&broker) == json!([]));
+    wait_for("nothing to be left", || {
+        names(&broker).is_empty() && remembered(&broker) == json!([])
+    });
     drop(removed);
 }
 

@@ -68,7 +68,10 @@ fn only_what_was_added_is_removed() {
     let _own = broker.target("own");
     for (target, refusal) in [("own", Refusal::Denied), ("nobody", Refusal::Unknown)] {
         let refused = broker.admin().remove_target(target).unwrap_err();
-        assert!(matches!(refused, AdminError::Refused { refusal: r, .. } if r == refusal), "{refused}");
+        assert!(
+            matches!(refused, AdminError::Refused { refusal: r, .. } if r == refusal),
+            "{refused}"
+        );
     }
     let fake = Fake::start("sealed tables", HONEST);
     broker.admin().add_target(&Which::Pid(fake.pid()), None).unwrap();
@@ -79,7 +82,8 @@ fn only_what_was_added_is_removed() {
     common::returns("the broker's end", move || drop(broker.stop()));
 }
 
-/// As in a live update: a QEMU that waits for a VM to come has mapped the memory of one whose VMM ends.
+/// As in a live update: a QEMU that waits for a VM to come has mapped the memory of one whose VMM
+/// ends.
 #[test]
 fn a_vm_continues_with_the_qemu_that_has_its_memory() {
     let broker = TestBroker::start();
@@ -92,7 +96,8 @@ fn a_vm_continues_with_the_qemu_that_has_its_memory() {
         let files = std::fs::read_dir(format!("/proc/{}/fd", fake.pid())).unwrap();
         let mut paths = files.map(|file| file.unwrap().path());
         let is_ram = |path: &PathBuf| {
-            std::fs::read_link(path).is_ok_and(|link| link.to_string_lossy().starts_with("/memfd:ram"))
+            std::fs::read_link(path)
+                .is_ok_and(|link| link.to_string_lossy().starts_with("/memfd:ram"))
         };
         paths.find(is_ram).unwrap().display().to_string()
     };

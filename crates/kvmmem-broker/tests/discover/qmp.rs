@@ -25,13 +25,15 @@ fn a_qemu_that_falls_silent_or_sends_garbage_keeps_its_target_and_delays_no_othe
     let path = directory.path().join("garbage.qmp");
     let honest = qmp(directory.path(), &fake, |_, answer| answer);
     let listener = UnixListener::bind(&path).unwrap();
-    // Between the broker and a QEMU: what comes back is passed on until it is added, and garbage from then on.
+    // Between the broker and a QEMU: what comes back is passed on until it is added, and garbage
+    // from then on.
     let (send_garbage, garbage_lines) = channel::<&'static str>();
     let (left, is_left) = channel::<()>();
     std::thread::spawn(move || {
         let (mut client, _) = listener.accept().unwrap();
         let mut server = UnixStream::connect(honest).unwrap();
-        let (mut from_client, mut to_server) = (client.try_clone().unwrap(), server.try_clone().unwrap());
+        let (mut from_client, mut to_server) =
+            (client.try_clone().unwrap(), server.try_clone().unwrap());
         std::thread::spawn(move || std::io::copy(&mut from_client, &mut to_server));
         let mut to_client = client.try_clone().unwrap();
         std::thread::spawn(move || std::io::copy(&mut server, &mut to_client));
@@ -55,11 +57,16 @@ fn a_qemu_that_falls_silent_or_sends_garbage_keeps_its_target_and_delays_no_othe
     assert_eq!(is_left.recv_timeout(common::PATIENCE), Err(RecvTimeoutError::Disconnected));
     assert_eq!(broker.admin().targets().unwrap().len(), 2);
     let path = broker.path.clone();
-    common::returns("the removal", move || Admin::connect(&path).unwrap().remove_target("fake")).unwrap();
+    common::returns("the removal", move || Admin::connect(&path).unwrap().remove_target("fake"))
+        .unwrap();
 }
 
 /// Answers like QEMU over QMP, but for what `lie` changes.
-fn qmp(directory: &Path, fake: &Fake, lie: impl Fn(&str, Value) -> Value + Send + 'static) -> PathBuf {
+fn qmp(
+    directory: &Path,
+    fake: &Fake,
+    lie: impl Fn(&str, Value) -> Value + Send + 'static,
+) -> PathBuf {
     qmp_again(directory, fake, lie, &Arc::default())
 }
 
@@ -128,7 +135,11 @@ fn a_handed_socket_is_listened_to_again_where_the_same_qemu_answers() {
             listens_here.store(count_here() == 3, Ordering::SeqCst);
             answer
         }
-        Some(text) if command == "human-monitor-command" && text.starts_with("Host") && count_here() == 2 => {
+        Some(text)
+            if command == "human-monitor-command"
+                && text.starts_with("Host")
+                && count_here() == 2 =>
+        {
             json!("Host virtual address for 0x0 (mem) is 0x7f0000000000\r\n")
         }
         _ => answer,
@@ -137,7 +148,8 @@ fn a_handed_socket_is_listened_to_again_where_the_same_qemu_answers() {
     let socket = qmp_again(directory.path(), &fake, lie, &clients);
     broker.admin().add_target(&Which::Qmp { socket, pid: Some(fake.pid()) }, None).unwrap();
     let request = GrantRequest { target: "fake".into(), ..request(Rights::ReadOnly) };
-    let (mut link, _view) = HostLink::attach(&broker.path, &broker.grant(&request).token, true).unwrap();
+    let (mut link, _view) =
+        HostLink::attach(&broker.path, &broker.grant(&request).token, true).unwrap();
     clients.lock().unwrap()[0].shutdown(Shutdown::Both).unwrap();
     wait_for("the same QEMU to be listened to again", || listens.load(Ordering::SeqCst));
     clients.lock().unwrap()[2].write_all(b"{\"event\":\"RESET\",\"data\":{}}\n").unwrap();
@@ -152,7 +164,11 @@ fn lies_over_qmp_are_measured_by_the_kernel() {
     let cases: Vec<(Lie, &str)> = vec![
         (
             |command, answer| {
-                if command == "query-memdev" { json!([{ "id": "mem", "size": SIZE * 2 }]) } else { answer }
+                if command == "query-memdev" {
+                    json!([{ "id": "mem", "size": SIZE * 2 }])
+                } else {
+                    answer
+                }
             },
             "of 0x2000000 bytes of RAM from the start 0x4000000 are in memory backends",
         ),
@@ -166,7 +182,9 @@ fn lies_over_qmp_are_measured_by_the_kernel() {
         ),
         (
             |command, answer| match command {
-                "human-monitor-command" => json!(answer.as_str().unwrap().replace("01ffffff", "ffffffff")),
+                "human-monitor-command" => {
+                    json!(answer.as_str().unwrap().replace("01ffffff", "ffffffff"))
+                }
                 _ => answer,
             },
             "no memory of 4294180864 that could be RAM",
@@ -182,7 +200,9 @@ fn lies_over_qmp_are_measured_by_the_kernel() {
         ),
         (
             |command, answer| match (command, answer.as_str()) {
-                ("human-monitor-command", Some(text)) if text.starts_with("Host") => json!("No memory"),
+                ("human-monitor-command", Some(text)) if text.starts_with("Host") => {
+                    json!("No memory")
+                }
                 _ => answer,
             },
             "is not the answer to",
@@ -218,7 +238,8 @@ fn lies_over_qmp_are_measured_by_the_kernel() {
     assert!(message.contains("give QEMU's process id too"), "{message}");
     let directory = tempfile::tempdir().unwrap();
     let socket = qmp(directory.path(), &fake, |_, answer| answer);
-    let added = broker.admin().add_target(&Which::Qmp { socket, pid: Some(fake.pid()) }, None).unwrap();
+    let added =
+        broker.admin().add_target(&Which::Qmp { socket, pid: Some(fake.pid()) }, None).unwrap();
     assert_eq!((added.target.vcpus, added.evidence), (2, Evidence::Qmp));
 }
 
@@ -233,7 +254,8 @@ fn memory_that_is_plugged_in_between_two_questions_is_no_lie() {
         let is_first = command == "query-memdev" && !is_asked.swap(true, Ordering::Relaxed);
         if is_first { json!([]) } else { answer }
     });
-    let added = broker.admin().add_target(&Which::Qmp { socket, pid: Some(fake.pid()) }, None).unwrap();
+    let added =
+        broker.admin().add_target(&Which::Qmp { socket, pid: Some(fake.pid()) }, None).unwrap();
     assert_eq!((added.copied, added.evidence), (None, Evidence::Qmp));
 }
 
@@ -245,7 +267,8 @@ fn a_qmp_socket_that_hangs_delays_no_other_client() {
     let listener = UnixListener::bind(&socket).unwrap();
     let began = Instant::now();
     std::thread::scope(|scope| {
-        let waiting = scope.spawn(|| refusal(&broker, &Which::Qmp { socket: socket.clone(), pid: None }));
+        let waiting =
+            scope.spawn(|| refusal(&broker, &Which::Qmp { socket: socket.clone(), pid: None }));
         let (_silent, _) = listener.accept().unwrap();
         let _own = broker.target("own");
         assert_eq!(broker.admin().targets().unwrap().len(), 1);

@@ -28,7 +28,8 @@ const REFUSAL_LIMIT: Duration = Duration::from_millis(500);
 /// Where the kernel shows PCI devices.
 const PCI_DEVICES: &str = "/sys/bus/pci/devices";
 
-/// Whether this is a virtual machine whose host offers mapping, or where somebody has loaded the module.
+/// Whether this is a virtual machine whose host offers mapping, or where somebody has loaded the
+/// module.
 pub(super) fn is_introspector() -> bool {
     features().is_some() || (is_virtual() && is_loaded())
 }
@@ -42,7 +43,8 @@ pub(super) fn checks() -> Vec<Check> {
         views::check(features),
         check_vsock(),
     ];
-    // Pages are locked for mappings by hypercall alone, and views by PCI device alone come from the guest endpoint.
+    // Pages are locked for mappings by hypercall alone, and views by PCI device alone come from the
+    // guest endpoint.
     checks.push(match features {
         Some(_) => limits::memlock_in_guest(),
         None => check_guest_endpoint(ask_guest_endpoint(REFUSAL_LIMIT)),
@@ -64,7 +66,8 @@ fn features() -> Option<u32> {
         return None;
     }
     let leaf = __cpuid(LEAF_SIGNATURE);
-    let is_ours = [leaf.ebx, leaf.ecx, leaf.edx] == SIGNATURE_REGISTERS && leaf.eax >= LEAF_FEATURES;
+    let is_ours =
+        [leaf.ebx, leaf.ecx, leaf.edx] == SIGNATURE_REGISTERS && leaf.eax >= LEAF_FEATURES;
     is_ours.then(|| __cpuid(LEAF_FEATURES).eax)
 }
 
@@ -77,9 +80,11 @@ fn check_host(features: Option<u32>, has_pci: bool) -> Check {
             (true, true) => {
                 Check::ok(NAME, "no hypercalls, as under a stock QEMU: views come as PCI devices")
             }
-            (true, false) => {
-                Check::fail(NAME, "no kvmmem signature in CPUID, and no PCI bus for devices", REMEDY)
-            }
+            (true, false) => Check::fail(
+                NAME,
+                "no kvmmem signature in CPUID, and no PCI bus for devices",
+                REMEDY,
+            ),
             (false, _) => Check::fail(NAME, "this is no virtual machine", REMEDY),
         };
     };
@@ -164,7 +169,9 @@ fn check_guest_endpoint(answer: Result<(), GuestEndpointError>) -> Check {
                     "on the host: is kvmmemd running, and was this virtual machine added (kvmmem introspector add)?"
                 }
                 GuestEndpointError::Refused { .. } => "do on the host what it says, then ask again",
-                GuestEndpointError::Port(_) => "set it to the port of kvmmemd --guest-port, or unset it",
+                GuestEndpointError::Port(_) => {
+                    "set it to the port of kvmmemd --guest-port, or unset it"
+                }
                 _ => "see the host's log: journalctl -u kvmmemd",
             };
             let source = std::error::Error::source(&error);
@@ -196,7 +203,8 @@ mod tests {
     fn a_closed_guest_endpoint_has_a_remedy() {
         assert_eq!(check_guest_endpoint(Ok(())).status, Status::Ok);
         let refused = std::io::Error::from_raw_os_error(104);
-        let check = check_guest_endpoint(Err(GuestEndpointError::Connect { port: 27510, source: refused }));
+        let check =
+            check_guest_endpoint(Err(GuestEndpointError::Connect { port: 27510, source: refused }));
         assert!(check.detail.contains("27510"), "{check:?}");
         assert!(check.remedy.unwrap().contains("introspector add"));
         let check = check_guest_endpoint(Err(GuestEndpointError::Answer { port: 1, source: None }));

@@ -107,7 +107,9 @@ fn check_vhost_vsock() -> Check {
         return Check::ok(NAME, format!("{PATH} can be opened"));
     };
     let remedy = match error.kind() {
-        ErrorKind::PermissionDenied => "become a member of the group that owns it: usermod -aG kvm USER",
+        ErrorKind::PermissionDenied => {
+            "become a member of the group that owns it: usermod -aG kvm USER"
+        }
         _ if guest::is_virtual() => {
             "modprobe vhost_vsock; in a virtual machine, unload vmw_vsock_vmci_transport first"
         }
@@ -130,9 +132,11 @@ fn check_broker(socket: &Path) -> Vec<Check> {
     };
     match ask() {
         Ok((mut admin, vms)) => {
-            let detail = format!("kvmmemd at {} knows {} virtual machines", socket.display(), vms.len());
+            let detail =
+                format!("kvmmemd at {} knows {} virtual machines", socket.display(), vms.len());
             let introspectors = vms.iter().filter(|vm| vm.introspector);
-            let rooms = introspectors.filter_map(|vm| check_room(vm, admin.free_slots(&vm.uuid.to_string())));
+            let rooms = introspectors
+                .filter_map(|vm| check_room(vm, admin.free_slots(&vm.uuid.to_string())));
             std::iter::once(Check::ok(NAME, detail)).chain(rooms).collect()
         }
         Err(error) => vec![Check::warn(
@@ -143,7 +147,8 @@ fn check_broker(socket: &Path) -> Vec<Check> {
     }
 }
 
-/// How many views an introspector under a stock QEMU can still have; nothing is to be said of others.
+/// How many views an introspector under a stock QEMU can still have; nothing is to be said of
+/// others.
 fn check_room(vm: &TargetInfo, room: Result<(u32, u32), AdminError>) -> Option<Check> {
     const NAME: &str = "introspector";
     let cid = vm.cid.map_or_else(|| "none".to_owned(), |cid| cid.to_string());
@@ -154,7 +159,9 @@ fn check_room(vm: &TargetInfo, room: Result<(u32, u32), AdminError>) -> Option<C
             format!("{who}: all {count} places for views are taken"),
             "close views, or start it with more places: kvmmem qemu-args --views",
         ),
-        Ok((free, count)) => Check::ok(NAME, format!("{who}: {free} of {count} places for views are free")),
+        Ok((free, count)) => {
+            Check::ok(NAME, format!("{who}: {free} of {count} places for views are free"))
+        }
         Err(AdminError::Refused { refusal: Refusal::Denied, .. }) => return None,
         Err(error) => Check::warn(
             NAME,

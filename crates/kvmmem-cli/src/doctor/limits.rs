@@ -46,7 +46,8 @@ pub(super) fn max_map_count() -> Check {
         return Check::warn(NAME, "vm.max_map_count cannot be read", "is /proc mounted?");
     };
     let pages = kvmmem_vmm::mapping::mapping_limit();
-    let detail = format!("vm.max_map_count is {}: {pages} mapped pages per introspector", count.trim());
+    let detail =
+        format!("vm.max_map_count is {}: {pages} mapped pages per introspector", count.trim());
     if (pages as u64) < USUAL_MAPPINGS {
         Check::warn(NAME, detail, "raise it: sysctl -w vm.max_map_count=1048576")
     } else {

@@ -40,7 +40,9 @@ pub(super) struct Verdict {
 impl Use {
     pub(super) fn role(self) -> Role {
         match self {
-            Self::Look | Self::Targets | Self::Introspectors | Self::QemuIntrospectors => Role::Host,
+            Self::Look | Self::Targets | Self::Introspectors | Self::QemuIntrospectors => {
+                Role::Host
+            }
             Self::Views | Self::Pages | Self::Kvmi => Role::Guest,
         }
     }
@@ -80,7 +82,8 @@ impl Use {
     }
 
     fn judge(self, checks: &[Check]) -> Verdict {
-        let needed = |check: &&Check| check.status != Status::Ok && self.needs().contains(&check.name);
+        let needed =
+            |check: &&Check| check.status != Status::Ok && self.needs().contains(&check.name);
         let mut verdict = Verdict { what: self, status: Status::Ok, see: Vec::new() };
         for check in checks.iter().filter(needed) {
             let is_failure = check.status == Status::Fail || self.needs_ok() == Some(check.name);
@@ -97,7 +100,8 @@ impl Use {
     }
 }
 
-/// A verdict for each use of the role. Under a stock QEMU there are no hypercalls, and so no single pages.
+/// A verdict for each use of the role. Under a stock QEMU there are no hypercalls, and so no single
+/// pages.
 pub(super) fn verdicts(role: Role, checks: &[Check]) -> Vec<Verdict> {
     let has_pages = checks.iter().any(|check| check.name == "memlock");
     let uses = Use::value_variants().iter().copied().filter(|each| each.role() == role);
@@ -150,7 +154,8 @@ mod tests {
             check("vsock", Status::Ok),
             check("memlock", Status::Ok),
         ];
-        let wanted = [(Use::Views, Status::Fail), (Use::Pages, Status::Fail), (Use::Kvmi, Status::Ok)];
+        let wanted =
+            [(Use::Views, Status::Fail), (Use::Pages, Status::Fail), (Use::Kvmi, Status::Ok)];
         assert_eq!(statuses(Role::Guest, &checks), wanted);
         // A module that knows no views maps pages.
         checks[1].status = Status::Ok;

@@ -4,8 +4,8 @@
 use kvmmem::device;
 use kvmmem_abi::cpuid::FEATURE_WINDOW;
 use kvmmem_abi::native::{
-    FEATURE_DEVICES, FEATURE_HUGE_1G, FEATURE_HUGE_2M, FEATURE_REGIONS, FEATURE_SEEK, FEATURE_VIEWS, Info,
-    VERSION,
+    FEATURE_DEVICES, FEATURE_HUGE_1G, FEATURE_HUGE_2M, FEATURE_REGIONS, FEATURE_SEEK,
+    FEATURE_VIEWS, Info, VERSION,
 };
 use kvmmem_sys::view::ViewFile;
 use rustix::io::Errno;
@@ -14,7 +14,8 @@ use super::Check;
 
 const NAME: &str = "views";
 
-/// `host` are the feature bits that the host shows. Without views, pages can still be mapped one by one.
+/// `host` are the feature bits that the host shows. Without views, pages can still be mapped one by
+/// one.
 pub(super) fn check(host: Option<u32>) -> Check {
     match ViewFile::open(&device::default_path()) {
         Ok(file) => judge(host, file.info()),
@@ -26,7 +27,11 @@ fn judge(host: Option<u32>, info: Result<Info, Errno>) -> Check {
     let info = match info {
         Ok(info) => info,
         Err(Errno::NOTTY | Errno::INVAL) => {
-            return Check::warn(NAME, "the module knows none", "update the module kvmmem in this guest");
+            return Check::warn(
+                NAME,
+                "the module knows none",
+                "update the module kvmmem in this guest",
+            );
         }
         Err(error) => {
             return Check::warn(
@@ -38,7 +43,8 @@ fn judge(host: Option<u32>, info: Result<Info, Errno>) -> Check {
     };
     let host_offers = host.is_some_and(|features| features & FEATURE_WINDOW != 0);
     if info.version != VERSION {
-        let detail = format!("the module has version {} of them, this tool has {VERSION}", info.version);
+        let detail =
+            format!("the module has version {} of them, this tool has {VERSION}", info.version);
         return Check::warn(NAME, detail, "update the older of the two");
     }
     if info.features & FEATURE_VIEWS != 0 {
@@ -49,7 +55,8 @@ fn judge(host: Option<u32>, info: Result<Info, Errno>) -> Check {
             (FEATURE_REGIONS, "libkvmi's regions"),
             (FEATURE_DEVICES, "as PCI devices, by the host's guest endpoint"),
         ];
-        let has = known.into_iter().filter(|(bit, _)| info.features & bit != 0).map(|(_, name)| name);
+        let has =
+            known.into_iter().filter(|(bit, _)| info.features & bit != 0).map(|(_, name)| name);
         let list: Vec<&str> = std::iter::once("can be attached").chain(has).collect();
         return Check::ok(NAME, list.join(", "));
     }
@@ -80,7 +87,12 @@ mod tests {
         let cases = [
             (host, info(VERSION, FEATURE_VIEWS | FEATURE_HUGE_2M), Status::Ok, "pages of 2 MiB"),
             // PCI devices show no signature.
-            (None, info(VERSION, FEATURE_VIEWS | FEATURE_DEVICES), Status::Ok, "the host's guest endpoint"),
+            (
+                None,
+                info(VERSION, FEATURE_VIEWS | FEATURE_DEVICES),
+                Status::Ok,
+                "the host's guest endpoint",
+            ),
             (host, info(VERSION + 1, FEATURE_VIEWS), Status::Warn, "version 2"),
             (host, info(VERSION, FEATURE_REGIONS), Status::Warn, "the host offers them"),
             (Some(0), info(VERSION, 0), Status::Warn, "the host offers none"),

@@ -24,7 +24,8 @@ pub(super) struct Checkpoint {
     version: u32,
     /// The target.
     pub(super) uuid: Uuid,
-    /// Which run of it ([`kvmmem::View::instance`]), where that is known: another one has other memory.
+    /// Which run of it ([`kvmmem::View::instance`]), where that is known: another one has other
+    /// memory.
     pub(super) instance: Option<u64>,
     pub(super) format: Format,
     /// What is dumped, ascending.
@@ -53,7 +54,12 @@ pub(super) struct Checkpoint {
 }
 
 impl Checkpoint {
-    pub(super) fn new(uuid: Uuid, instance: Option<u64>, format: Format, ranges: Vec<GpaRange>) -> Self {
+    pub(super) fn new(
+        uuid: Uuid,
+        instance: Option<u64>,
+        format: Format,
+        ranges: Vec<GpaRange>,
+    ) -> Self {
         Self {
             version: VERSION,
             uuid,
@@ -90,7 +96,9 @@ impl Checkpoint {
         let text = match fs::read_to_string(&path) {
             Ok(text) => text,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-            Err(error) => return Err(error).with_context(|| format!("cannot read {}", path.display())),
+            Err(error) => {
+                return Err(error).with_context(|| format!("cannot read {}", path.display()));
+            }
         };
         let remedy = || {
             format!(
@@ -99,8 +107,11 @@ impl Checkpoint {
             )
         };
         let checkpoint: Self = serde_json::from_str(&text).with_context(remedy)?;
-        let ascends =
-            checkpoint.ranges.iter().zip(checkpoint.ranges.iter().skip(1)).all(|(a, b)| a.end <= b.start);
+        let ascends = checkpoint
+            .ranges
+            .iter()
+            .zip(checkpoint.ranges.iter().skip(1))
+            .all(|(a, b)| a.end <= b.start);
         let is_whole = checkpoint.version == VERSION
             && ascends
             && checkpoint.ranges.iter().all(|range| range.start < range.end);
@@ -108,7 +119,8 @@ impl Checkpoint {
         Ok(Some(checkpoint))
     }
 
-    /// Writes the file beside `dump`: after this returns, that or, where it fails, the state before is on disk.
+    /// Writes the file beside `dump`: after this returns, that or, where it fails, the state before
+    /// is on disk.
     pub(super) fn save(&self, dump: &Path) -> Result<()> {
         replace(&path(dump), &serde_json::to_vec(self)?)
     }
@@ -120,13 +132,15 @@ impl Checkpoint {
     }
 }
 
-/// Puts a file with these bytes at `path`: after this returns, that or, where it fails, what was there before is on disk.
+/// Puts a file with these bytes at `path`: after this returns, that or, where it fails, what was
+/// there before is on disk.
 pub(super) fn replace(path: &Path, bytes: &[u8]) -> Result<()> {
     let mut new = path.as_os_str().to_owned();
     new.push(".new");
     let new = PathBuf::from(new);
     let write = || {
-        let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&new)?;
+        let mut file =
+            OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&new)?;
         file.write_all(bytes)?;
         file.sync_all()?;
         fs::rename(&new, path)
@@ -155,8 +169,12 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let dump = directory.path().join("core");
         assert_eq!(Checkpoint::load(&dump).unwrap(), None);
-        let mut checkpoint =
-            Checkpoint::new(Uuid::from_u128(7), Some(4), Format::Elf, vec![0..0x1000, 0x2000..0x3000]);
+        let mut checkpoint = Checkpoint::new(
+            Uuid::from_u128(7),
+            Some(4),
+            Format::Elf,
+            vec![0..0x1000, 0x2000..0x3000],
+        );
         checkpoint.next = 0x2000;
         checkpoint.save(&dump).unwrap();
         assert_eq!(Checkpoint::load(&dump).unwrap(), Some(checkpoint));
@@ -174,14 +192,21 @@ mod tests {
             String::new(),
             "{}".to_owned(),
             serde_json::to_string(&Checkpoint { version: 1, ..good.clone() }).unwrap(),
-            serde_json::to_string(&Checkpoint { ranges: vec![0..0x1000, 0x1000..0x1000], ..good.clone() })
+            serde_json::to_string(&Checkpoint {
+                ranges: vec![0..0x1000, 0x1000..0x1000],
+                ..good.clone()
+            })
+            .unwrap(),
+            serde_json::to_string(&Checkpoint { ranges: vec![0x1000..0x2000, 0..0x1000], ..good })
                 .unwrap(),
-            serde_json::to_string(&Checkpoint { ranges: vec![0x1000..0x2000, 0..0x1000], ..good }).unwrap(),
         ];
         for text in bad {
             fs::write(path(&dump), &text).unwrap();
             let error = Checkpoint::load(&dump).unwrap_err().to_string();
-            assert!(error.contains("core.part") && error.contains("begin again"), "{text}: {error}");
+            assert!(
+                error.contains("core.part") && error.contains("begin again"),
+                "{text}: {error}"
+            );
         }
     }
 }

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! SHA-256 of the file while it is written, on a thread of its own: it takes about as long as the copying.
+//! SHA-256 of the file while it is written, on a thread of its own: it takes about as long as the
+//! copying.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -108,7 +109,8 @@ mod tests {
         let mut whole = vec![0; 3 * CHUNK + 5];
         whole[10..13].copy_from_slice(b"abc");
         whole[2 * CHUNK..2 * CHUNK + 3].copy_from_slice(b"def");
-        let expected: String = Sha256::digest(&whole).iter().map(|byte| format!("{byte:02x}")).collect();
+        let expected: String =
+            Sha256::digest(&whole).iter().map(|byte| format!("{byte:02x}")).collect();
         let mut digest = Digest::start().unwrap();
         digest.put(10, b"abc").unwrap();
         digest.put(2 * CHUNK as u64, b"def").unwrap();

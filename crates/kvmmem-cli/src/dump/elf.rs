@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! ELF core files of x86-64 (elf(5)): the file header, the program headers and the notes, which come before all memory.
+//! ELF core files of x86-64 (elf(5)): the file header, the program headers and the notes, which
+//! come before all memory.
 //!
-//! What other tools expect beyond the format: crash reads notes from the first program header without looking at its type, so
-//! PT_NOTE is the first. It takes a file whose PT_LOADs have page-aligned offsets and another alignment than 0 for one of
-//! its old formats, so p_align is 0. Segments may not overlap in physical memory, or volatility3 finds nothing.
+//! What other tools expect beyond the format: crash reads notes from the first program header
+//! without looking at its type, so PT_NOTE is the first. It takes a file whose PT_LOADs have
+//! page-aligned offsets and another alignment than 0 for one of its old formats, so p_align is 0.
+//! Segments may not overlap in physical memory, or volatility3 finds nothing.
 
 use kvmmem_client::admin::{SegmentRegister, VcpuRegisters};
 
@@ -65,8 +67,8 @@ pub(super) struct Load {
 }
 
 impl Load {
-    /// Physical memory. Without a kernel's direct map the virtual address is the physical one, as in the cores that VMMs write
-    /// without paging.
+    /// Physical memory. Without a kernel's direct map the virtual address is the physical one, as
+    /// in the cores that VMMs write without paging.
     pub(super) fn physical(range: &GpaRange, offset: u64, direct_map: Option<u64>) -> Self {
         let len = range.end - range.start;
         let virtual_address = range.start.wrapping_add(direct_map.unwrap_or(0));
@@ -87,7 +89,8 @@ pub(super) fn head_len(count: usize, notes: &[u8]) -> u64 {
     notes_at(count) + notes.len() as u64
 }
 
-/// Where the notes begin: after the headers, and the one section whose only use is a large number of them.
+/// Where the notes begin: after the headers, and the one section whose only use is a large number
+/// of them.
 fn notes_at(count: usize) -> u64 {
     let section = if count + 1 < usize::from(PN_XNUM) { 0 } else { u64::from(SHDR) };
     u64::from(EHDR) + u64::from(PHDR) * (count as u64 + 1) + section
@@ -108,7 +111,8 @@ pub(super) fn head(loads: &[Load], notes: &[u8]) -> Vec<u8> {
     head.extend([0; 8]);
     head.extend([ET_CORE, EM_X86_64].iter().flat_map(|word| word.to_le_bytes()));
     head.extend(1u32.to_le_bytes());
-    // No entry point, the program headers behind this header, then the section headers if there is one.
+    // No entry point, the program headers behind this header, then the section headers if there is
+    // one.
     let sections = if few.is_some() { 0 } else { sections_at };
     head.extend([0, u64::from(EHDR), sections].iter().flat_map(|word| word.to_le_bytes()));
     head.extend(0u32.to_le_bytes());
@@ -149,7 +153,8 @@ pub(super) fn note(name: &str, kind: u32, content: &[u8]) -> Vec<u8> {
     note
 }
 
-/// `struct elf_prstatus` of x86-64, 336 bytes: a thread for each vCPU, with its number as process id.
+/// `struct elf_prstatus` of x86-64, 336 bytes: a thread for each vCPU, with its number as process
+/// id.
 fn prstatus(number: u32, vcpu: &VcpuRegisters) -> Vec<u8> {
     let [ax, bx, cx, dx, si, di, bp, sp, r8, r9, r10, r11, r12, r13, r14, r15] = vcpu.general;
     let [es, cs, ss, ds, fs, gs, ..] = &vcpu.segments;
@@ -194,8 +199,8 @@ fn prstatus(number: u32, vcpu: &VcpuRegisters) -> Vec<u8> {
     status
 }
 
-/// `QEMUCPUState` of version 1, 440 bytes (target/i386/arch_dump.c). The last member is KERNEL_GS_BASE, which QEMU's monitor does
-/// not show: it is 0 then.
+/// `QEMUCPUState` of version 1, 440 bytes (target/i386/arch_dump.c). The last member is
+/// KERNEL_GS_BASE, which QEMU's monitor does not show: it is 0 then.
 fn qemu_state(vcpu: &VcpuRegisters) -> Vec<u8> {
     const VERSION: u32 = 1;
     const SIZE: u32 = 440;
@@ -252,9 +257,12 @@ mod tests {
     fn registers_are_where_tools_look_for_them() {
         let status = prstatus(7, &vcpu());
         assert_eq!((status.len(), status[32]), (336, 7));
-        for (at, value) in
-            [(112, 0x100f), (112 + 80, 0x1000), (112 + 128, 0xffff_ffff_8100_0000), (112 + 152, 0x1007)]
-        {
+        for (at, value) in [
+            (112, 0x100f),
+            (112 + 80, 0x1000),
+            (112 + 128, 0xffff_ffff_8100_0000),
+            (112 + 152, 0x1007),
+        ] {
             assert_eq!(word(&status, at), value, "{at}");
         }
         // cs, eflags, ss, fs_base, gs_base, ds, es, fs, gs
@@ -282,14 +290,20 @@ mod tests {
             (word(&state, 272), word(&state, 368), word(&state, 384)),
             (0x202 << 32 | 2, 0xfff << 32, 0x222)
         );
-        assert_eq!([392, 400, 408, 416, 424, 432].map(|at| word(&state, at)), [0x8005_0033, 0, 2, 3, 4, 5]);
+        assert_eq!(
+            [392, 400, 408, 416, 424, 432].map(|at| word(&state, at)),
+            [0x8005_0033, 0, 2, 3, 4, 5]
+        );
     }
 
     #[test]
     fn notes_are_ordered_and_padded() {
         let (range, vcpus) = (0x1000..0x3000, [vcpu(), vcpu()]);
-        let notes =
-            Notes { vcpus: &vcpus, vmcoreinfo: Some("A=1\n"), direct_map: Some(0xffff_8880_0000_0000) };
+        let notes = Notes {
+            vcpus: &vcpus,
+            vmcoreinfo: Some("A=1\n"),
+            direct_map: Some(0xffff_8880_0000_0000),
+        };
         let load = Load::physical(&range, 0x2000, notes.direct_map);
         let head = head(&[load], &notes.bytes());
         assert_eq!(head.len() as u64, head_len(1, &notes.bytes()));
@@ -304,7 +318,10 @@ mod tests {
         assert_eq!(offset, head.len());
         assert_eq!((head[at + 20 + 32], head[at + 356 + 20 + 32]), (1, 2));
         // The second program header: p_vaddr, p_paddr.
-        assert_eq!((word(&head, 64 + 56 + 16), word(&head, 64 + 56 + 24)), (0xffff_8880_0000_1000, 0x1000));
+        assert_eq!(
+            (word(&head, 64 + 56 + 16), word(&head, 64 + 56 + 24)),
+            (0xffff_8880_0000_1000, 0x1000)
+        );
         assert_eq!(note("AB", 0, b"x"), *b"\x03\0\0\0\x01\0\0\0\0\0\0\0AB\0\0x\0\0\0");
     }
 

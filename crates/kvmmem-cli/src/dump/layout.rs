@@ -14,8 +14,8 @@ use crate::range::GpaRange;
 pub(super) enum Format {
     /// The offset in the file is the guest-physical address
     Raw,
-    /// An ELF core file with a PT_LOAD segment for each range, the kernel's VMCOREINFO note if it has one, and the vCPUs'
-    /// registers if they can be had
+    /// An ELF core file with a PT_LOAD segment for each range, the kernel's VMCOREINFO note if it
+    /// has one, and the vCPUs' registers if they can be had
     Elf,
     /// A LiME file: each range after a header of 32 bytes
     Lime,
@@ -47,20 +47,24 @@ impl Layout {
     pub(super) fn new(format: Format, ranges: &[GpaRange], notes: &Notes<'_>) -> Self {
         let notes_bytes = if format == Format::Elf { notes.bytes() } else { Vec::new() };
         let mut end = match format {
-            Format::Elf => elf::head_len(ranges.len(), &notes_bytes).next_multiple_of(PAGE_SIZE as u64),
+            Format::Elf => {
+                elf::head_len(ranges.len(), &notes_bytes).next_multiple_of(PAGE_SIZE as u64)
+            }
             Format::Raw | Format::Lime => 0,
         };
         let mut segments = Vec::with_capacity(ranges.len());
         for range in ranges {
             let header = if format == Format::Lime { lime_header(range) } else { Vec::new() };
-            let offset = if format == Format::Raw { range.start } else { end + header.len() as u64 };
+            let offset =
+                if format == Format::Raw { range.start } else { end + header.len() as u64 };
             end = offset + (range.end - range.start);
             segments.push(Segment { range: range.clone(), offset, header });
         }
         let head = match format {
             Format::Elf => {
-                let load =
-                    |segment: &Segment| Load::physical(&segment.range, segment.offset, notes.direct_map);
+                let load = |segment: &Segment| {
+                    Load::physical(&segment.range, segment.offset, notes.direct_map)
+                };
                 elf::head(&segments.iter().map(load).collect::<Vec<_>>(), &notes_bytes)
             }
             Format::Raw | Format::Lime => Vec::new(),
@@ -68,12 +72,15 @@ impl Layout {
         Self { head, segments, len: end }
     }
 
-    /// The offset in the file of the memory at `gpa`, or of the first range above it; the file's length where there is none.
+    /// The offset in the file of the memory at `gpa`, or of the first range above it; the file's
+    /// length where there is none.
     pub(super) fn offset(&self, gpa: u64) -> u64 {
-        self.at(gpa).map_or(self.len, |segment| segment.offset + gpa.saturating_sub(segment.range.start))
+        self.at(gpa)
+            .map_or(self.len, |segment| segment.offset + gpa.saturating_sub(segment.range.start))
     }
 
-    /// How many bytes the file has once all memory below `gpa` is in it: no header of a range that is not begun.
+    /// How many bytes the file has once all memory below `gpa` is in it: no header of a range that
+    /// is not begun.
     pub(super) fn len_below(&self, gpa: u64) -> u64 {
         let begun = |segment: &&Segment| gpa > segment.range.start;
         match self.at(gpa) {
@@ -83,10 +90,12 @@ impl Layout {
         }
     }
 
-    /// The header of the range that begins at `gpa`, and its offset; there is none in the middle of a range.
+    /// The header of the range that begins at `gpa`, and its offset; there is none in the middle of
+    /// a range.
     pub(super) fn header(&self, gpa: u64) -> Option<(u64, &[u8])> {
-        let segment =
-            self.at(gpa).filter(|segment| segment.range.start == gpa && !segment.header.is_empty())?;
+        let segment = self
+            .at(gpa)
+            .filter(|segment| segment.range.start == gpa && !segment.header.is_empty())?;
         Some((segment.offset - segment.header.len() as u64, &segment.header))
     }
 
@@ -97,7 +106,8 @@ impl Layout {
     }
 }
 
-/// `lime_mem_range_header` of version 1: magic number and version, first address, last address, nothing.
+/// `lime_mem_range_header` of version 1: magic number and version, first address, last address,
+/// nothing.
 fn lime_header(range: &GpaRange) -> Vec<u8> {
     const MAGIC: u32 = 0x4c69_4d45;
     const VERSION: u32 = 1;
@@ -123,7 +133,8 @@ mod tests {
 
     #[test]
     fn elf_segments_follow_the_headers_in_order() {
-        let ranges: Vec<GpaRange> = (0..80).map(|n| n * 0x10_0000..n * 0x10_0000 + 0x2000).collect();
+        let ranges: Vec<GpaRange> =
+            (0..80).map(|n| n * 0x10_0000..n * 0x10_0000 + 0x2000).collect();
         let layout = Layout::new(Format::Elf, &ranges, &Notes::default());
         assert_eq!(layout.head.len(), 64 + 81 * 56);
         assert_eq!(layout.offset(0), 0x2000);
@@ -145,8 +156,11 @@ mod tests {
 
     #[test]
     fn lime_ranges_follow_their_headers() {
-        let layout =
-            Layout::new(Format::Lime, &[0x1000..0x3000, 0x3000..0x4000, 0x8000..0x9000], &Notes::default());
+        let layout = Layout::new(
+            Format::Lime,
+            &[0x1000..0x3000, 0x3000..0x4000, 0x8000..0x9000],
+            &Notes::default(),
+        );
         assert_eq!((layout.head.len(), layout.len), (0, 3 * 32 + 0x4000));
         // Where memory is, and how far the file reaches when all below is in it.
         for (gpa, offset, below) in [

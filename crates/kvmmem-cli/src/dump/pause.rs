@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The pause of a target while it is dumped.
 //!
-//! The broker resumes the target if this process does not ask for the pause again and again, so that one that is killed,
-//! stopped or hangs does not keep a machine from running. A thread of its own asks, for writing to a disk or a pipe may take
-//! any time.
+//! The broker resumes the target if this process does not ask for the pause again and again, so
+//! that one that is killed, stopped or hangs does not keep a machine from running. A thread of its
+//! own asks, for writing to a disk or a pipe may take any time.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -67,7 +67,8 @@ impl Pause {
 
     /// Lets the target run again. Fails where the target ran already, or cannot be resumed.
     pub(super) fn end(mut self) -> Result<Paused> {
-        self.join().context("the target was not paused to the end of the dump, or is still paused")?;
+        self.join()
+            .context("the target was not paused to the end of the dump, or is still paused")?;
         let ms = u64::try_from(self.began.elapsed().as_millis()).unwrap_or(u64::MAX);
         Ok(Paused { was_running: self.was_running, ms })
     }

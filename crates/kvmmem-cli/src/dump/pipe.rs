@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! A file that a dump is written to as a stream. Where that is a pipe whose reader does not read, a signal ends the wait, and
-//! a limit while the target is paused.
+//! A file that a dump is written to as a stream. Where that is a pipe whose reader does not read, a
+//! signal ends the wait, and a limit while the target is paused.
 
 use std::fs::File;
 use std::io::{self, Write};
@@ -16,7 +16,8 @@ use crate::interrupt::Interrupt;
 /// An open file, and the signals that end a wait for it.
 pub(super) struct Pipe {
     file: File,
-    /// Of a pipe alone: nothing else is known to take a part of what is written whenever poll says that it can be written.
+    /// Of a pipe alone: nothing else is known to take a part of what is written whenever poll says
+    /// that it can be written.
     interrupt: Option<Interrupt>,
     /// How long the reader may leave the pipe full.
     limit: Option<Duration>,
@@ -24,7 +25,11 @@ pub(super) struct Pipe {
 
 impl Pipe {
     /// A file that is written to from now on.
-    pub(super) fn new(file: File, interrupt: &Interrupt, limit: Option<Duration>) -> io::Result<Self> {
+    pub(super) fn new(
+        file: File,
+        interrupt: &Interrupt,
+        limit: Option<Duration>,
+    ) -> io::Result<Self> {
         let is_pipe = file.metadata()?.file_type().is_fifo();
         Ok(Self { file, interrupt: is_pipe.then(|| interrupt.clone()), limit })
     }
@@ -39,12 +44,14 @@ impl Write for Pipe {
         let Some(interrupt) = &self.interrupt else { return self.file.write(bytes) };
         let limit = self.limit.and_then(|limit| Timespec::try_from(limit).ok());
         loop {
-            let mut fds = [PollFd::new(&self.file, PollFlags::OUT), PollFd::new(interrupt, PollFlags::IN)];
+            let mut fds =
+                [PollFd::new(&self.file, PollFlags::OUT), PollFd::new(interrupt, PollFlags::IN)];
             match poll(&mut fds, limit.as_ref()) {
                 Ok(0) => {
                     let limit = self.limit.unwrap_or_default();
-                    let words =
-                        format!("the pipe was full for {limit:?} while the target was paused: is it read?");
+                    let words = format!(
+                        "the pipe was full for {limit:?} while the target was paused: is it read?"
+                    );
                     return Err(io::Error::new(io::ErrorKind::TimedOut, words));
                 }
                 Ok(_) => {}
@@ -57,8 +64,8 @@ impl Write for Pipe {
                 return Err(io::Error::other("interrupted"));
             }
             if file {
-                // So much a pipe takes at once that can be written (pipe(7)); the file is not made non-blocking, as it may
-                // be others' as well.
+                // So much a pipe takes at once that can be written (pipe(7)); the file is not made
+                // non-blocking, as it may be others' as well.
                 return self.file.write(bytes.get(..PIPE_BUF).unwrap_or(bytes));
             }
         }
@@ -80,7 +87,8 @@ mod tests {
     fn a_pipe_that_stays_full_is_given_up() {
         let (mut reader, writer) = io::pipe().unwrap();
         let limit = Some(Duration::from_millis(20));
-        let mut pipe = Pipe::new(File::from(OwnedFd::from(writer)), &Interrupt::never(), limit).unwrap();
+        let mut pipe =
+            Pipe::new(File::from(OwnedFd::from(writer)), &Interrupt::never(), limit).unwrap();
         let mut written = 0;
         let error = loop {
             match pipe.write(&[7; 1 << 16]) {

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The memory of one process of a Linux target: which parts of its mappings are in memory, as segments of a core.
+//! The memory of one process of a Linux target: which parts of its mappings are in memory, as
+//! segments of a core.
 
 use anyhow::{Result, ensure};
 use kvmmem_linux::Space;
@@ -27,7 +28,8 @@ pub(super) struct Segment {
     pub(super) is_present: bool,
 }
 
-/// The segments of all mappings that user mode has, ascending. `extents`, which ascend, are what is in memory.
+/// The segments of all mappings that user mode has, ascending. `extents`, which ascend, are what is
+/// in memory.
 pub(super) fn segments(map: &MemoryMap, extents: &[Extent]) -> Result<Vec<Segment>> {
     let mut segments: Vec<Segment> = Vec::new();
     // The page of [vsyscall] is the kernel's.
@@ -58,7 +60,8 @@ pub(super) fn segments(map: &MemoryMap, extents: &[Extent]) -> Result<Vec<Segmen
     Ok(segments)
 }
 
-/// Reads as much as can be, page by page; what cannot be read is zeros. Returns how many bytes that is.
+/// Reads as much as can be, page by page; what cannot be read is zeros. Returns how many bytes that
+/// is.
 pub(super) fn read(space: &Space<'_>, gva: u64, buffer: &mut [u8]) -> u64 {
     if space.read(gva, buffer).is_ok() {
         return 0;
@@ -94,7 +97,8 @@ mod tests {
             (0x1000_0000_0000, 0x2000_0000_0000, 3),
             (0xffff_ffff_ff60_0000, 0xffff_ffff_ff60_1000, 4),
         ];
-        let map = MemoryMap { mappings: mappings.map(mapping).into(), is_torn: false, is_cut: false };
+        let map =
+            MemoryMap { mappings: mappings.map(mapping).into(), is_torn: false, is_cut: false };
         let extent = |gva, gpa, len| Extent { gva, gpa, len };
         // Pages that lie apart; one over the border of two mappings; one in none.
         let extents = [
@@ -104,7 +108,8 @@ mod tests {
             extent(0x40_5000, 0x4_0000, 0x2000),
             extent(0x70_0000, 0x5_0000, 0x1000),
         ];
-        let segment = |start, end, flags, is_present| Segment { addresses: start..end, flags, is_present };
+        let segment =
+            |start, end, flags, is_present| Segment { addresses: start..end, flags, is_present };
         assert_eq!(
             segments(&map, &extents).unwrap(),
             [

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! `kvmmem dump --pid`: one process of a Linux guest, of a target or in a dump file, as an ELF core, as the kernel would write it (core(5)): gdb opens it with
-//! the process's program and libraries.
+//! `kvmmem dump --pid`: one process of a Linux guest, of a target or in a dump file, as an ELF
+//! core, as the kernel would write it (core(5)): gdb opens it with the process's program and
+//! libraries.
 
 use std::path::Path;
 use std::process::ExitCode;
@@ -49,10 +50,12 @@ struct Record<'a> {
     /// The process.
     pid: u32,
     comm: &'a str,
-    /// Length of the file, of one that is compressed what it unpacks to; and the length of that one.
+    /// Length of the file, of one that is compressed what it unpacks to; and the length of that
+    /// one.
     bytes: u64,
     compressed_bytes: Option<u64>,
-    /// How many bytes the process has mapped, and how many of these are in the file: the rest was not in memory.
+    /// How many bytes the process has mapped, and how many of these are in the file: the rest was
+    /// not in memory.
     mapped_bytes: u64,
     memory_bytes: u64,
     /// How many of these could not be read: they are zeros.
@@ -112,7 +115,8 @@ impl Arguments {
         let (pause, _) = self.hold(operator, false)?;
         let is_live = guest.view().is_some() && pause.is_none();
         let find = Find { is_live, note: self.note, cr3: guest.cr3(), ..Find::default() };
-        let kernel = Kernel::find(guest.memory(), find).map_err(|error| explain(error.into(), &guest))?;
+        let kernel =
+            Kernel::find(guest.memory(), find).map_err(|error| explain(error.into(), &guest))?;
         let threads = threads(&kernel, pid)?;
         let (leader, _) = threads.first().with_context(|| {
             format!("there is no process {pid}: see kvmmem ps{}", self.source.arguments())
@@ -125,8 +129,8 @@ impl Arguments {
             );
         }
         let auxv = kernel.auxiliary_vector(leader)?;
-        let extents =
-            mapped(&space).with_context(|| format!("cannot tell what process {pid} has in memory"))?;
+        let extents = mapped(&space)
+            .with_context(|| format!("cannot tell what process {pid} has in memory"))?;
         let segments = process::segments(&map, &extents)?;
         let notes = notes(&threads, &auxv, &map);
         let (loads, len) = place(&segments, &notes);
@@ -135,8 +139,14 @@ impl Arguments {
         let opened = stream.map_or_else(|| sink::open_file(&self.file, false), Ok)?;
         let mut sink = Sink::new((opened, kind), self.compress, &interrupt, pause.is_some())?;
         let digest = if self.no_hash { None } else { Some(Digest::start()?) };
-        let mut writer =
-            Writer { space: &space, sink: &mut sink, digest, interrupt: &interrupt, pause, unreadable: 0 };
+        let mut writer = Writer {
+            space: &space,
+            sink: &mut sink,
+            digest,
+            interrupt: &interrupt,
+            pause,
+            unreadable: 0,
+        };
         let bar = progress::bytes(loads.iter().map(|load| load.file_len).sum(), output);
         let written = writer.write(&elf::head(&loads, &notes), &loads, len, |count| bar.inc(count));
         bar.finish_and_clear();
@@ -146,7 +156,8 @@ impl Arguments {
             // It cannot be continued: the process has gone on.
             let _ = std::fs::remove_file(&self.file);
         }
-        let (sha256, compressed_bytes, pause) = written.context("the core is not complete: begin again")?;
+        let (sha256, compressed_bytes, pause) =
+            written.context("the core is not complete: begin again")?;
         let sum = |is_counted: fn(&Load) -> u64| loads.iter().map(is_counted).sum();
         let status = guest.view().map(View::status).transpose()?;
         let dump = self.dump.as_ref().map(|dump| dump.to_string_lossy());
@@ -201,15 +212,20 @@ impl Record<'_> {
             self.mapped_bytes
         ))?;
         if self.unreadable_bytes > 0 {
-            output
-                .line(format!("{} bytes of these could not be read and are zeros", self.unreadable_bytes))?;
+            output.line(format!(
+                "{} bytes of these could not be read and are zeros",
+                self.unreadable_bytes
+            ))?;
         }
         if !self.without_registers.is_empty() {
             let (without, all) = (self.without_registers.len(), self.threads);
-            output.line(format!("registers of {without} of {all} threads are zeros, as these run"))?;
+            output
+                .line(format!("registers of {without} of {all} threads are zeros, as these run"))?;
         }
         if self.torn {
-            output.line("the process changed its mappings meanwhile: some may be missing; --pause helps")?;
+            output.line(
+                "the process changed its mappings meanwhile: some may be missing; --pause helps",
+            )?;
         }
         if let Some(pause) = self.pause {
             output.line(pause.to_string())?;
@@ -229,7 +245,10 @@ fn threads(kernel: &Kernel<'_>, pid: u32) -> Result<Vec<Thread>> {
         );
     }
     for task in tasks.rows.into_iter().filter(|task| task.pid == pid) {
-        ensure!(!task.is_kernel, "process {pid} is one of the kernel's own: it has no memory of its own");
+        ensure!(
+            !task.is_kernel,
+            "process {pid} is one of the kernel's own: it has no memory of its own"
+        );
         let registers = kernel.user_registers(&task)?;
         threads.push((task, registers));
     }
@@ -262,7 +281,13 @@ fn place(segments: &[Segment], notes: &[u8]) -> (Vec<Load>, u64) {
 type Written = (Option<String>, Option<u64>, Option<Paused>);
 
 impl Writer<'_> {
-    fn write(&mut self, head: &[u8], loads: &[Load], len: u64, progress: impl Fn(u64)) -> Result<Written> {
+    fn write(
+        &mut self,
+        head: &[u8],
+        loads: &[Load],
+        len: u64,
+        progress: impl Fn(u64),
+    ) -> Result<Written> {
         self.put(0, head)?;
         let mut buffer = vec![0; usize::try_from(CHUNK)?];
         for load in loads {
@@ -274,7 +299,8 @@ impl Writer<'_> {
                     "the target runs again before the process is dumped"
                 );
                 let step = CHUNK.min(load.file_len - done);
-                let part = buffer.get_mut(..usize::try_from(step)?).context("the buffer is too small")?;
+                let part =
+                    buffer.get_mut(..usize::try_from(step)?).context("the buffer is too small")?;
                 self.unreadable += process::read(self.space, load.virtual_address + done, part);
                 self.put(load.offset + done, part)?;
                 done += step;

@@ -16,7 +16,8 @@ const NT_FILE: u32 = 0x4649_4c45;
 /// A thread, and its registers in user mode where they are known.
 pub(super) type Thread = (Task, Option<UserRegisters>);
 
-/// All notes: the leader's status, the process, the auxiliary vector and the mapped files, then the other threads.
+/// All notes: the leader's status, the process, the auxiliary vector and the mapped files, then the
+/// other threads.
 pub(super) fn notes(threads: &[Thread], auxv: &[u64], map: &MemoryMap) -> Vec<u8> {
     let mut bytes = Vec::new();
     for (number, (task, registers)) in threads.iter().enumerate() {
@@ -49,8 +50,10 @@ fn prpsinfo(task: &Task) -> Vec<u8> {
     const NAME: usize = 16;
     const ARGUMENTS: usize = 80;
     let letter = u8::try_from(task.state).unwrap_or(b'?');
-    let number =
-        "RSDTZW".bytes().position(|known| known == letter).and_then(|number| u8::try_from(number).ok());
+    let number = "RSDTZW"
+        .bytes()
+        .position(|known| known == letter)
+        .and_then(|number| u8::try_from(number).ok());
     let mut info = vec![number.unwrap_or(0), letter, u8::from(letter == b'Z'), 0, 0, 0, 0, 0];
     // Flags; user, group; ids.
     info.extend([0; 8]);
@@ -117,12 +120,20 @@ mod tests {
 
     #[test]
     fn notes_have_the_layout_of_the_kernels_structures() {
-        let registers =
-            UserRegisters { rip: 0x40_1000, rsp: 0x7ffe_0000, fs_base: 0x1234, ..Default::default() };
+        let registers = UserRegisters {
+            rip: 0x40_1000,
+            rsp: 0x7ffe_0000,
+            fs_base: 0x1234,
+            ..Default::default()
+        };
         let status = prstatus(&task(), &registers);
-        let word = |bytes: &[u8], at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap());
+        let word =
+            |bytes: &[u8], at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap());
         assert_eq!((status.len(), status[32], status[36]), (336, 8, 1));
-        assert_eq!([128, 152, 168].map(|at| word(&status, 112 + at)), [0x40_1000, 0x7ffe_0000, 0x1234]);
+        assert_eq!(
+            [128, 152, 168].map(|at| word(&status, 112 + at)),
+            [0x40_1000, 0x7ffe_0000, 0x1234]
+        );
         let info = prpsinfo(&task());
         assert_eq!((info.len(), info[0], info[1]), (136, 1, b'S'));
         assert_eq!([16, 20, 24, 28].map(|at| info[at]), [0xe8, 100, 7, 1]);
@@ -145,8 +156,11 @@ mod tests {
         ];
         let files = files(&MemoryMap { mappings, is_torn: false, is_cut: false });
         assert_eq!(files, [words(&[1, 0x1000, 0x1000, 0x3000, 5]), b"/bin/a\0".to_vec()].concat());
-        let notes =
-            notes(&[(task(), None), (task(), Some(registers))], &[6, 4096, 0, 0], &MemoryMap::default());
+        let notes = notes(
+            &[(task(), None), (task(), Some(registers))],
+            &[6, 4096, 0, 0],
+            &MemoryMap::default(),
+        );
         assert_eq!(notes.len(), 2 * (20 + 336) + (20 + 136) + (20 + 32) + (20 + 16));
     }
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The record of a complete dump: what it is of, what is in it and what is not. A JSON object in a file beside it, and
-//! what `--json` prints.
+//! The record of a complete dump: what it is of, what is in it and what is not. A JSON object in a
+//! file beside it, and what `--json` prints.
 
 use std::fs;
 use std::path::Path;
@@ -40,7 +40,8 @@ pub(super) struct Record<'a> {
     bytes: u64,
     /// The same of one that is compressed.
     compressed_bytes: Option<u64>,
-    /// How many of these were read from the target. The rest was not allocated by its host, and is zeros.
+    /// How many of these were read from the target. The rest was not allocated by its host, and is
+    /// zeros.
     data_bytes: u64,
     /// Of the whole file; none with --no-hash.
     sha256: Option<String>,
@@ -49,7 +50,8 @@ pub(super) struct Record<'a> {
     ranges: Vec<RangeLine>,
     /// What could not be read: zeros are in its place.
     unreadable: Vec<RangeLine>,
-    /// What was asked for, or lies between the ranges, and is not in the file: no RAM is there, or it was not granted.
+    /// What was asked for, or lies between the ranges, and is not in the file: no RAM is there, or
+    /// it was not granted.
     left_out: Vec<RangeLine>,
     /// The kernel's note that is in the file.
     vmcoreinfo: Option<KernelNote<'a>>,
@@ -97,7 +99,10 @@ impl<'a> Record<'a> {
         left_out: &[GpaRange],
     ) -> Self {
         let list = |ranges: &[GpaRange]| {
-            ranges.iter().map(|range| RangeLine::new(range.start, range.end - range.start)).collect()
+            ranges
+                .iter()
+                .map(|range| RangeLine::new(range.start, range.end - range.start))
+                .collect()
         };
         let release = |text: &'a str| text.lines().find_map(|line| line.strip_prefix("OSRELEASE="));
         let vmcoreinfo = checkpoint.vmcoreinfo.as_ref();
@@ -119,7 +124,8 @@ impl<'a> Record<'a> {
             ranges: list(&checkpoint.ranges),
             unreadable: list(&checkpoint.unreadable),
             left_out: list(left_out),
-            vmcoreinfo: vmcoreinfo.map(|(gpa, text)| KernelNote { gpa: Hex(*gpa), release: release(text) }),
+            vmcoreinfo: vmcoreinfo
+                .map(|(gpa, text)| KernelNote { gpa: Hex(*gpa), release: release(text) }),
             registers: (checkpoint.format == Format::Elf).then_some(Registers {
                 vcpus: checkpoint.vcpus.len(),
                 source: source(&checkpoint.vcpus),
@@ -138,7 +144,8 @@ impl<'a> Record<'a> {
     }
 }
 
-/// Where the registers come from; `None` without registers. QEMU's monitor does not show MSR_LSTAR, kvmmem-vmm does.
+/// Where the registers come from; `None` without registers. QEMU's monitor does not show MSR_LSTAR,
+/// kvmmem-vmm does.
 fn source(vcpus: &[VcpuRegisters]) -> Option<&'static str> {
     let first = vcpus.first()?;
     Some(if first.lstar.is_some() { "kvmmem-vmm" } else { "qmp" })
@@ -154,7 +161,8 @@ pub(super) struct Saved {
 }
 
 impl Saved {
-    /// The record at `path`, if it is of the dump with this checkpoint and this length: it is written last of all.
+    /// The record at `path`, if it is of the dump with this checkpoint and this length: it is
+    /// written last of all.
     pub(super) fn load(path: &Path, checkpoint: &Checkpoint, len: u64) -> Option<Self> {
         if !path.metadata().ok()?.is_file() {
             return None;
@@ -168,7 +176,8 @@ impl Saved {
         let is_its = record.get("target")?.as_str()? == checkpoint.uuid.to_string()
             && number("started_ms") == Some(checkpoint.started_ms)
             && number("bytes") == Some(len);
-        let unreadable = record.get("unreadable")?.as_array()?.iter().map(range).collect::<Option<_>>()?;
+        let unreadable =
+            record.get("unreadable")?.as_array()?.iter().map(range).collect::<Option<_>>()?;
         let data_bytes = number("data_bytes")?;
         is_its.then_some(Self { record, bytes: len, data_bytes, unreadable })
     }

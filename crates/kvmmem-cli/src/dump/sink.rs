@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Where a dump goes: a new file, which keeps its holes, or a stream (a pipe, a FIFO, a device), which gets every byte in
-//! order. It is opened before a token is used, so that a mistake in the path costs none.
+//! Where a dump goes: a new file, which keeps its holes, or a stream (a pipe, a FIFO, a device),
+//! which gets every byte in order. It is opened before a token is used, so that a mistake in the
+//! path costs none.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, ErrorKind, IsTerminal, Write};
@@ -115,8 +116,12 @@ pub(super) fn open_stream(path: &Path) -> Result<File> {
         false => OpenOptions::new().write(true).open(path),
     };
     let file = open().with_context(|| format!("cannot write {shown}"))?;
-    let remedy = "name a file, or pass standard output on, as in: kvmmem dump - --compress zstd > FILE";
-    ensure!(!file.is_terminal(), "{shown} is a terminal, and a dump is not to be read there: {remedy}");
+    let remedy =
+        "name a file, or pass standard output on, as in: kvmmem dump - --compress zstd > FILE";
+    ensure!(
+        !file.is_terminal(),
+        "{shown} is a terminal, and a dump is not to be read there: {remedy}"
+    );
     Ok(file)
 }
 
@@ -133,7 +138,8 @@ pub(super) fn open_file(path: &Path, is_there: bool) -> Result<File> {
 }
 
 impl Sink {
-    /// What writes to a file of a kind until a signal comes; what is compressed is written as a stream.
+    /// What writes to a file of a kind until a signal comes; what is compressed is written as a
+    /// stream.
     pub(super) fn new(
         (file, kind): (File, Kind),
         by: Option<Compression>,
@@ -143,10 +149,13 @@ impl Sink {
         if kind == Kind::File && by.is_none() {
             return Ok(Self::File(file));
         }
-        let pipe = Pipe::new(file, interrupt, is_paused.then_some(STALL)).context("cannot write the dump")?;
+        let pipe = Pipe::new(file, interrupt, is_paused.then_some(STALL))
+            .context("cannot write the dump")?;
         let to = match by {
             None => Stream::Plain(pipe),
-            Some(Compression::Zstd) => Stream::Zstd(encoder(pipe).context("cannot start to compress")?),
+            Some(Compression::Zstd) => {
+                Stream::Zstd(encoder(pipe).context("cannot start to compress")?)
+            }
         };
         Ok(Self::Stream { to, at: 0 })
     }
@@ -159,7 +168,8 @@ impl Sink {
         }
     }
 
-    /// Writes bytes that lie at `offset`. To a stream that is where it is or behind; what lies between is zeros.
+    /// Writes bytes that lie at `offset`. To a stream that is where it is or behind; what lies
+    /// between is zeros.
     pub(super) fn put(&mut self, offset: u64, bytes: &[u8]) -> Result<()> {
         match self {
             Self::File(file) => {
@@ -175,7 +185,8 @@ impl Sink {
             }
             Self::Stream { to, at } => {
                 while *at < offset {
-                    let part = usize::try_from(offset - *at).unwrap_or(ZEROS.len()).min(ZEROS.len());
+                    let part =
+                        usize::try_from(offset - *at).unwrap_or(ZEROS.len()).min(ZEROS.len());
                     send(to, ZEROS.get(..part).unwrap_or_default())?;
                     *at += part as u64;
                 }
@@ -186,8 +197,8 @@ impl Sink {
         }
     }
 
-    /// Makes it `len` bytes long and sees to it that they are on disk. Returns how many bytes were written of what was
-    /// compressed to a file.
+    /// Makes it `len` bytes long and sees to it that they are on disk. Returns how many bytes were
+    /// written of what was compressed to a file.
     pub(super) fn finish(&mut self, len: u64) -> Result<Option<u64>> {
         if let Self::File(file) = self {
             file.set_len(len).and_then(|()| file.sync_all()).context("cannot write the dump")?;
@@ -223,8 +234,11 @@ fn send(to: &mut Stream, bytes: &[u8]) -> Result<()> {
 
 fn failed(error: io::Error) -> anyhow::Error {
     match error.kind() {
-        // Not as EPIPE: elsewhere a closed standard output ends the command in silence, but this dump is not complete.
-        ErrorKind::BrokenPipe => anyhow!("the reader has closed the pipe: the dump is not complete"),
+        // Not as EPIPE: elsewhere a closed standard output ends the command in silence, but this
+        // dump is not complete.
+        ErrorKind::BrokenPipe => {
+            anyhow!("the reader has closed the pipe: the dump is not complete")
+        }
         _ => anyhow::Error::new(error).context("cannot write the dump"),
     }
 }
@@ -271,7 +285,8 @@ mod tests {
         let mut bytes = vec![0; 5 * PAGE_SIZE + 7];
         bytes[PAGE_SIZE] = 1;
         bytes[3 * PAGE_SIZE - 1] = 1;
-        let lengths: Vec<(bool, usize)> = runs(&bytes).map(|(is_zero, run)| (is_zero, run.len())).collect();
+        let lengths: Vec<(bool, usize)> =
+            runs(&bytes).map(|(is_zero, run)| (is_zero, run.len())).collect();
         assert_eq!(lengths, [(true, PAGE_SIZE), (false, 2 * PAGE_SIZE), (true, 2 * PAGE_SIZE + 7)]);
         assert_eq!(runs(&bytes).flat_map(|(_, run)| run).copied().collect::<Vec<u8>>(), bytes);
         assert_eq!(runs(&[]).count(), 0);
@@ -280,7 +295,9 @@ mod tests {
     #[test]
     fn paths_are_told_apart() {
         let directory = tempfile::tempdir().unwrap();
-        for (path, is) in [("-", Kind::Stream), ("/dev/full", Kind::Stream), ("/dev/stdout", Kind::Stream)] {
+        for (path, is) in
+            [("-", Kind::Stream), ("/dev/full", Kind::Stream), ("/dev/stdout", Kind::Stream)]
+        {
             assert_eq!(kind(Path::new(path)).unwrap(), is, "{path}");
         }
         assert_eq!(kind(&directory.path().join("new")).unwrap(), Kind::File);

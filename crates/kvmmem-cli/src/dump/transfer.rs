@@ -145,7 +145,8 @@ impl Transfer<'_> {
         Ok(Transferred { sha256, compressed_bytes, pause })
     }
 
-    /// Whether the target is not the one any more with which the dump began. The end of the view is another matter.
+    /// Whether the target is not the one any more with which the dump began. The end of the view is
+    /// another matter.
     fn is_stale(&mut self) -> Result<bool> {
         let now = self.view.status()?;
         self.checkpoint.is_stale |= now.state == State::Open && now.generation != self.generation;

@@ -11,9 +11,12 @@ use crate::output::columns;
 
 /// A line for each grant, and below it one for each of its views.
 pub(super) fn lines(grants: &[GrantInfo]) -> Vec<String> {
-    let header =
-        ["GRANT", "TARGET", "RIGHTS", "RANGES", "STATE", "USES", "EXPIRES", "FROM", "HOLDER", "LABEL"];
-    let rows: Vec<_> = std::iter::once(header.map(str::to_owned)).chain(grants.iter().map(row)).collect();
+    let header = [
+        "GRANT", "TARGET", "RIGHTS", "RANGES", "STATE", "USES", "EXPIRES", "FROM", "HOLDER",
+        "LABEL",
+    ];
+    let rows: Vec<_> =
+        std::iter::once(header.map(str::to_owned)).chain(grants.iter().map(row)).collect();
     let views = std::iter::once(&[][..]).chain(grants.iter().map(|grant| &grant.views[..]));
     let mut lines = Vec::new();
     for (line, views) in columns(&rows).into_iter().zip(views) {

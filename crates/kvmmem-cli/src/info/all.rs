@@ -59,7 +59,8 @@ pub(super) fn run(output: &mut Output) -> Result<ExitCode> {
 /// Process ids and names: those that run here, and by their names there those that the broker has.
 fn machines() -> Result<BTreeMap<u32, Option<String>>> {
     let found = discover().context("cannot look for virtual machines in /proc")?;
-    let mut machines: BTreeMap<_, _> = found.into_iter().map(|found| (found.pid, found.name)).collect();
+    let mut machines: BTreeMap<_, _> =
+        found.into_iter().map(|found| (found.pid, found.name)).collect();
     let targets = Broker::default().connect().ok().and_then(|mut broker| broker.targets().ok());
     for target in targets.unwrap_or_default() {
         if target.introspectable {
@@ -81,12 +82,14 @@ fn look(pid: u32, name: Option<String>) -> MachineLine {
 impl KernelLine {
     fn new(kernel: &Kernel<'_>) -> Result<Self> {
         let identity = Identity::of(kernel)?;
-        let processes =
-            collect(|| Tasks::new(kernel, Which::Processes)).context("cannot list the processes")?;
+        let processes = collect(|| Tasks::new(kernel, Which::Processes))
+            .context("cannot list the processes")?;
         Ok(Self {
             release: identity.release,
             host_name: identity.host_name,
-            uptime_ms: identity.uptime.map(|time| u64::try_from(time.as_millis()).unwrap_or(u64::MAX)),
+            uptime_ms: identity
+                .uptime
+                .map(|time| u64::try_from(time.as_millis()).unwrap_or(u64::MAX)),
             processes: processes.rows.len() + processes.lost,
         })
     }
@@ -132,8 +135,18 @@ mod tests {
             processes: 71,
         };
         let machines = [
-            MachineLine { name: Some("web-1".to_owned()), pid: 7, kernel: Some(kernel), error: None },
-            MachineLine { name: None, pid: 80, kernel: None, error: Some("no Linux kernel\n".to_owned()) },
+            MachineLine {
+                name: Some("web-1".to_owned()),
+                pid: 7,
+                kernel: Some(kernel),
+                error: None,
+            },
+            MachineLine {
+                name: None,
+                pid: 80,
+                kernel: None,
+                error: Some("no Linux kernel\n".to_owned()),
+            },
         ];
         let expected = [
             "NAME   PID  KERNEL  HOST NAME  UPTIME   PROCESSES",

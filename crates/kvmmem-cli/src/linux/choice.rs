@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Which of several kernels is meant, as the command line names it, and the commands that would name each.
+//! Which of several kernels is meant, as the command line names it, and the commands that would
+//! name each.
 
 use kvmmem_linux::Find;
 use kvmmem_linux::kernel::Candidate;
@@ -28,7 +29,8 @@ impl Choice {
     }
 }
 
-/// This process's command line with the option that chooses the kernel. A token on it is not repeated.
+/// This process's command line with the option that chooses the kernel. A token on it is not
+/// repeated.
 pub(super) fn command(Candidate { note, cr3 }: &Candidate) -> String {
     let option = match note.gpa {
         Some(gpa) => format!("--note {gpa:#x}"),

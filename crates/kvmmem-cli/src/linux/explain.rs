@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Why a Linux guest cannot be read, in one line: which guest, what is missing, and what to do next.
+//! Why a Linux guest cannot be read, in one line: which guest, what is missing, and what to do
+//! next.
 
 use anyhow::{Error, anyhow};
 use kvmmem_linux::symbols::TableError;
@@ -40,7 +41,10 @@ pub(crate) fn explain(error: Error, opened: &Opened) -> Error {
 fn is_damage(cause: &(dyn std::error::Error + 'static)) -> bool {
     use KernelError::{Broken, Endless, Malformed, Read, TooMuch};
     let cause = cause.downcast_ref();
-    matches!(cause, Some(Read { .. } | Malformed { .. } | Broken { .. } | Endless { .. } | TooMuch { .. }))
+    matches!(
+        cause,
+        Some(Read { .. } | Malformed { .. } | Broken { .. } | Endless { .. } | TooMuch { .. })
+    )
 }
 
 /// What is known of one cause.
@@ -69,7 +73,9 @@ fn line(cause: &(dyn std::error::Error + 'static), is_file: bool) -> Option<Stri
                 TableError::NotFound => Some(format!("{table}; kvmmem dmesg needs no symbols")),
                 _ => Some(format!("{cause}: {table}; kvmmem dmesg needs no symbols")),
             },
-            KernelError::Types(types) => Some(format!("{cause}: {types}; kvmmem dmesg needs no types")),
+            KernelError::Types(types) => {
+                Some(format!("{cause}: {types}; kvmmem dmesg needs no types"))
+            }
             KernelError::NoSymbol { .. } | KernelError::NoType { .. } | KernelError::Member(_) => {
                 Some(cause.to_string())
             }

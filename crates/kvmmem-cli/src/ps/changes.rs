@@ -26,8 +26,9 @@ impl Seen {
         self.0.values()
     }
 
-    /// Takes the tasks of a later look; returns what ended, then what started, each by ascending id. An id with another start
-    /// time is another task. Of a look that could not read all, what is not there has not ended.
+    /// Takes the tasks of a later look; returns what ended, then what started, each by ascending
+    /// id. An id with another start time is another task. Of a look that could not read all,
+    /// what is not there has not ended.
     pub(super) fn look(&mut self, tasks: Vec<Task>, is_whole: bool) -> Vec<(Change, Task)> {
         let mut before = std::mem::take(&mut self.0);
         let mut changes = Vec::new();
@@ -74,18 +75,25 @@ mod tests {
     }
 
     fn ids(changes: &[(Change, Task)]) -> Vec<(Change, u32, u64)> {
-        changes.iter().map(|(change, task)| (*change, task.tid, task.start.unwrap().as_secs())).collect()
+        changes
+            .iter()
+            .map(|(change, task)| (*change, task.tid, task.start.unwrap().as_secs()))
+            .collect()
     }
 
     #[test]
     fn what_starts_and_ends_is_told_once() {
         let mut seen = Seen::new(vec![started(1, 1), started(2, 1), started(3, 1)]);
         assert_eq!(seen.look(vec![started(3, 1), started(1, 1), started(2, 1)], true), []);
-        let changes = seen.look(vec![started(1, 1), started(9, 5), started(3, 1), started(7, 5)], true);
+        let changes =
+            seen.look(vec![started(1, 1), started(9, 5), started(3, 1), started(7, 5)], true);
         let expected = [(Change::Ended, 2, 1), (Change::Started, 7, 5), (Change::Started, 9, 5)];
         assert_eq!(ids(&changes), expected);
         assert_eq!(seen.tasks().len(), 4);
-        assert_eq!(seen.look(vec![started(1, 1), started(9, 5), started(3, 1), started(7, 5)], true), []);
+        assert_eq!(
+            seen.look(vec![started(1, 1), started(9, 5), started(3, 1), started(7, 5)], true),
+            []
+        );
     }
 
     #[test]

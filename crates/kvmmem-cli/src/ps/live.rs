@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! `kvmmem ps --watch`: what starts and ends in a guest, in a table on a terminal ([`super::screen`]), else a line for each.
+//! `kvmmem ps --watch`: what starts and ends in a guest, in a table on a terminal
+//! ([`super::screen`]), else a line for each.
 
 use std::io::{self, IsTerminal};
 use std::time::{Duration, Instant};
@@ -50,7 +51,8 @@ pub(super) fn watch(
     let mut seen = Seen::new(list()?.rows);
     // Keys are read from the one, and the table is shown by the other.
     let has_screen = !output.is_json() && io::stdout().is_terminal() && io::stdin().is_terminal();
-    let mut shown = if has_screen { Shown::Screen(Screen::open(has_thread)?) } else { Shown::Lines(output) };
+    let mut shown =
+        if has_screen { Shown::Screen(Screen::open(has_thread)?) } else { Shown::Lines(output) };
     let (mut looks, mut failures) = (1, 0);
     let mut changes = Vec::new();
     loop {
@@ -91,7 +93,11 @@ fn print(
     for (change, task) in &changes {
         if output.is_json() {
             let ms = u64::try_from(elapsed.as_millis()).unwrap_or(u64::MAX);
-            output.object(&ChangeLine { event: name(*change), ms, task: TaskLine::new(task, has_thread) })?;
+            output.object(&ChangeLine {
+                event: name(*change),
+                ms,
+                task: TaskLine::new(task, has_thread),
+            })?;
         } else {
             output.line(line(elapsed, *change, task))?;
         }

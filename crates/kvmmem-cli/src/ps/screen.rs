@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The table of `kvmmem ps --watch` on a terminal: what has started and ended lately, and below that all other tasks.
+//! The table of `kvmmem ps --watch` on a terminal: what has started and ended lately, and below
+//! that all other tasks.
 //!
-//! The terminal is in raw mode and shows its alternate screen as long as [`Screen`] lives. It is restored when that is dropped,
-//! after errors and signals, and by ratatui's hook after a panic.
+//! The terminal is in raw mode and shows its alternate screen as long as [`Screen`] lives. It is
+//! restored when that is dropped, after errors and signals, and by ratatui's hook after a panic.
 
 use std::collections::VecDeque;
 use std::io;
@@ -57,8 +58,9 @@ struct List {
 impl Screen {
     /// Takes the terminal.
     pub(super) fn open(has_thread: bool) -> Result<Self> {
-        let terminal =
-            ratatui::try_init().inspect_err(|_| ratatui::restore()).context("cannot use the terminal")?;
+        let terminal = ratatui::try_init()
+            .inspect_err(|_| ratatui::restore())
+            .context("cannot use the terminal")?;
         Ok(Self { terminal, list: List::new(has_thread) })
     }
 
@@ -67,7 +69,8 @@ impl Screen {
         self.list.add(changes, Instant::now());
     }
 
-    /// Shows the tasks until the next look, which is after `interval`, or none is; `false` if the user wants no other.
+    /// Shows the tasks until the next look, which is after `interval`, or none is; `false` if the
+    /// user wants no other.
     pub(super) fn show<'t>(
         &mut self,
         tasks: impl Iterator<Item = &'t Task>,
@@ -83,7 +86,9 @@ impl Screen {
                 .draw(|frame| self.list.draw(&tasks, frame))
                 .context("cannot draw on the terminal")?;
             let Some(interval) = interval else { return Ok(false) };
-            if !wait(interval.saturating_sub(start.elapsed()), interrupt).context("cannot wait for keys")? {
+            if !wait(interval.saturating_sub(start.elapsed()), interrupt)
+                .context("cannot wait for keys")?
+            {
                 return Ok(false);
             }
             // Keys that came together are read together. A new size is an event as well.
@@ -106,8 +111,9 @@ impl Drop for Screen {
     }
 }
 
-/// Waits for a key or another size of the terminal for at most `limit`; `false` if the terminal is gone or an interrupt has
-/// come. crossterm never returns from waiting for the keys of a terminal that is gone.
+/// Waits for a key or another size of the terminal for at most `limit`; `false` if the terminal is
+/// gone or an interrupt has come. crossterm never returns from waiting for the keys of a terminal
+/// that is gone.
 fn wait(limit: Duration, interrupt: &Interrupt) -> io::Result<bool> {
     let limit = Timespec::try_from(limit).map_err(|_| io::ErrorKind::InvalidInput)?;
     let stdin = io::stdin();
@@ -186,15 +192,19 @@ impl List {
         let names = ["PID", "TID", "PPID", "UID", "STATE", "START", "COMMAND"];
         let names = names.into_iter().filter(|name| self.has_thread || *name != "TID");
         let header = Row::new(names).style(Style::new().add_modifier(Modifier::BOLD));
-        let widths =
-            [7, 7, 7, 7, 5, 11].map(Constraint::Length).into_iter().skip(usize::from(!self.has_thread));
+        let widths = [7, 7, 7, 7, 5, 11]
+            .map(Constraint::Length)
+            .into_iter()
+            .skip(usize::from(!self.has_thread));
         let table = Table::new(rows, widths.chain([Constraint::Fill(1)]));
         frame.render_widget(table.header(header).block(Block::new().title(title)), frame.area());
     }
 
     /// The cells of a task, escaped: the guest has chosen its words.
     fn cells(&self, task: &Task) -> Vec<String> {
-        let start = task.start.map(|start| format!("{}.{:02}", start.as_secs(), start.subsec_millis() / 10));
+        let start = task
+            .start
+            .map(|start| format!("{}.{:02}", start.as_secs(), start.subsec_millis() / 10));
         let mut cells = vec![task.pid.to_string()];
         cells.extend(self.has_thread.then(|| task.tid.to_string()));
         cells.extend([
@@ -226,7 +236,10 @@ mod tests {
     fn lines(terminal: &Terminal<TestBackend>) -> Vec<String> {
         let buffer = terminal.backend().buffer();
         let cells: Vec<&str> = buffer.content().iter().map(|cell| cell.symbol()).collect();
-        cells.chunks(buffer.area.width.into()).map(|line| line.concat().trim_end().to_owned()).collect()
+        cells
+            .chunks(buffer.area.width.into())
+            .map(|line| line.concat().trim_end().to_owned())
+            .collect()
     }
 
     #[test]
@@ -239,9 +252,15 @@ mod tests {
         let mut terminal = Terminal::new(TestBackend::new(80, 6)).unwrap();
         terminal.draw(|frame| list.draw(&[&old, &new], frame)).unwrap();
         let shown = lines(&terminal);
-        assert!(shown[0].contains("2 processes; in the last 10 s 1 started, 1 ended; q quits"), "{shown:#?}");
+        assert!(
+            shown[0].contains("2 processes; in the last 10 s 1 started, 1 ended; q quits"),
+            "{shown:#?}"
+        );
         assert!(shown[1].starts_with("PID") && shown[1].ends_with("COMMAND"), "{shown:#?}");
-        assert!(shown[2].starts_with("7 ") && shown[2].ends_with("new\\u{1b}[2J\\u{9b}m"), "{shown:#?}");
+        assert!(
+            shown[2].starts_with("7 ") && shown[2].ends_with("new\\u{1b}[2J\\u{9b}m"),
+            "{shown:#?}"
+        );
         assert!(shown[3].starts_with("5 ") && shown[3].ends_with("gone"), "{shown:#?}");
         assert!(shown[4].starts_with("1 ") && shown[4].ends_with("init"), "{shown:#?}");
         let color = |row| terminal.backend().buffer()[(0, row)].fg;

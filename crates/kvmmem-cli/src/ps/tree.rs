@@ -5,8 +5,8 @@ use std::collections::HashMap;
 
 use kvmmem_linux::tasks::Task;
 
-/// Indices of the tasks, each process followed by its threads and then its children, with their depths. Each task
-/// is there once, also where the parents that the guest reports form a circle.
+/// Indices of the tasks, each process followed by its threads and then its children, with their
+/// depths. Each task is there once, also where the parents that the guest reports form a circle.
 pub(super) fn order(tasks: &[Task]) -> Vec<(usize, usize)> {
     let leaders = tasks.iter().enumerate().filter(|(_, task)| task.tid == task.pid);
     let by_pid: HashMap<u32, usize> = leaders.map(|(index, task)| (task.pid, index)).collect();
@@ -65,8 +65,10 @@ pub(super) mod tests {
     fn threads_follow_their_process() {
         let thread = |tid, pid, ppid| Task { tid, ..task(pid, ppid) };
         // As they are listed: threads after their leader, children anywhere.
-        let tasks = [task(1, 0), thread(3, 1, 0), task(2, 1), thread(4, 2, 1), task(5, 2), thread(9, 7, 1)];
-        let tids: Vec<_> = order(&tasks).iter().map(|(index, depth)| (tasks[*index].tid, *depth)).collect();
+        let tasks =
+            [task(1, 0), thread(3, 1, 0), task(2, 1), thread(4, 2, 1), task(5, 2), thread(9, 7, 1)];
+        let tids: Vec<_> =
+            order(&tasks).iter().map(|(index, depth)| (tasks[*index].tid, *depth)).collect();
         assert_eq!(tids, [(1, 0), (3, 1), (2, 1), (4, 2), (5, 2), (9, 0)]);
     }
 
@@ -83,7 +85,8 @@ pub(super) mod tests {
             task(3, 3),
             task(1, 0),
         ];
-        let pids: Vec<_> = order(&tasks).iter().map(|(index, depth)| (tasks[*index].pid, *depth)).collect();
+        let pids: Vec<_> =
+            order(&tasks).iter().map(|(index, depth)| (tasks[*index].pid, *depth)).collect();
         assert_eq!(pids, [(1, 0), (2, 0), (3, 0), (1, 0), (5, 1), (6, 2), (7, 1), (8, 0), (9, 1)]);
     }
 }

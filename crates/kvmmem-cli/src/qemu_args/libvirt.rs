@@ -8,7 +8,8 @@ impl Parts<'_> {
     pub(super) fn xml(&self) -> String {
         let mut xml = vec![
             "<!-- virsh edit: the first line becomes -->".to_owned(),
-            "<domain type='kvm' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>".to_owned(),
+            "<domain type='kvm' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>"
+                .to_owned(),
             "  <!-- within <devices> -->".to_owned(),
         ];
         match self.machine {

@@ -45,7 +45,10 @@ fn xml_names_each_port_twice() {
     }
     assert!(!xml.contains("ua-kvmmem2") && !xml.contains("pcihole64"), "{xml}");
     assert_eq!(xml.matches("value='8589934592'").count(), 2, "{xml}");
-    assert!(xml.contains("value='unix:/var/lib/libvirt/qemu/lion.monitor,server=on,wait=off'"), "{xml}");
+    assert!(
+        xml.contains("value='unix:/var/lib/libvirt/qemu/lion.monitor,server=on,wait=off'"),
+        "{xml}"
+    );
     assert!(xml.contains("<cid auto='no' address='42'/>"), "{xml}");
     let xml = parts(Machine::Pc, 1, 1 << 30, socket).xml();
     assert!(xml.contains("<pcihole64 unit='KiB'>2097152</pcihole64>"), "{xml}");
@@ -118,7 +121,9 @@ fn what_would_break_the_command_line_is_refused() {
     ] {
         assert!(Line::try_parse_from(["x"].into_iter().chain(bad)).is_err(), "{bad:?}");
     }
-    let line = Line::try_parse_from(["x", "--memory", "16T", "--views", "16", "--name", "lion-2.x"]).unwrap();
+    let line =
+        Line::try_parse_from(["x", "--memory", "16T", "--views", "16", "--name", "lion-2.x"])
+            .unwrap();
     assert_eq!(line.arguments.name, "lion-2.x");
 }
 
@@ -132,8 +137,8 @@ impl Drop for Qemu {
     }
 }
 
-/// Starts this machine's QEMU with the arguments but for vhost-vsock, whose device not every machine has, and returns
-/// what is plugged in.
+/// Starts this machine's QEMU with the arguments but for vhost-vsock, whose device not every
+/// machine has, and returns what is plugged in.
 #[test]
 fn this_machines_qemu_takes_the_arguments() {
     let folder = tempfile::tempdir().unwrap();
@@ -143,7 +148,18 @@ fn this_machines_qemu_takes_the_arguments() {
         let pairs = arguments.chunks(2).filter(|pair| !pair[1].starts_with("vhost-vsock-pci"));
         let name = if machine == Machine::Q35 { "q35" } else { "pc" };
         let started = Command::new("qemu-system-x86_64")
-            .args(["-nodefaults", "-display", "none", "-accel", "tcg", "-m", "64", "-S", "-machine", name])
+            .args([
+                "-nodefaults",
+                "-display",
+                "none",
+                "-accel",
+                "tcg",
+                "-m",
+                "64",
+                "-S",
+                "-machine",
+                name,
+            ])
             .args(pairs.flatten())
             .stdin(Stdio::null())
             .spawn();
@@ -184,7 +200,10 @@ fn plugged(qemu: &mut Qemu, socket: &Path) -> String {
     let mut lines = BufReader::new(stream.try_clone().unwrap()).lines();
     let mut ask = |command: &str| {
         writeln!(&stream, "{command}").unwrap();
-        lines.find(|line| line.as_ref().is_ok_and(|line| line.contains("\"return\""))).unwrap().unwrap()
+        lines
+            .find(|line| line.as_ref().is_ok_and(|line| line.contains("\"return\"")))
+            .unwrap()
+            .unwrap()
     };
     ask("{\"execute\":\"qmp_capabilities\"}");
     ask("{\"execute\":\"qom-list\",\"arguments\":{\"path\":\"/machine/peripheral\"}}")

@@ -90,7 +90,8 @@ impl Pattern {
         }
     }
 
-    /// Bytes before the first place that must be looked at, so that places do not depend on where a search began.
+    /// Bytes before the first place that must be looked at, so that places do not depend on where a
+    /// search began.
     pub(super) fn lookback(&self) -> usize {
         match &self.kind {
             Kind::Bytes(_) => 0,

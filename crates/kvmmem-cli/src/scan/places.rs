@@ -10,7 +10,8 @@ use crate::range::GpaRange;
 pub(crate) struct Places<'a> {
     /// Memory in which a match may lie: ascending, each apart from the next.
     pub(crate) runs: &'a [GpaRange],
-    /// The parts of it that hold data, ascending. The rest reads as zeros; a match must touch data.
+    /// The parts of it that hold data, ascending. The rest reads as zeros; a match must touch
+    /// data.
     pub(crate) data: &'a [GpaRange],
 }
 
@@ -32,8 +33,8 @@ impl Piece {
 }
 
 impl<'a> Places<'a> {
-    /// The places where matches may begin, at most `size` bytes at a time: those in data, and `reach` bytes before it, as
-    /// many as a match may take in.
+    /// The places where matches may begin, at most `size` bytes at a time: those in data, and
+    /// `reach` bytes before it, as many as a match may take in.
     pub(crate) fn pieces(self, reach: u64, size: u64) -> impl Iterator<Item = Piece> + 'a {
         let mut before = 0;
         self.data.iter().flat_map(move |part| {
@@ -50,7 +51,12 @@ impl<'a> Places<'a> {
     }
 
     /// The same pieces, as many together as it takes for `batch` bytes.
-    pub(crate) fn batches(self, reach: u64, size: u64, batch: u64) -> impl Iterator<Item = Vec<Piece>> + 'a {
+    pub(crate) fn batches(
+        self,
+        reach: u64,
+        size: u64,
+        batch: u64,
+    ) -> impl Iterator<Item = Vec<Piece>> + 'a {
         let mut pieces = self.pieces(reach, size);
         std::iter::from_fn(move || {
             let mut together = Vec::new();

@@ -36,7 +36,8 @@ pub(super) struct Report<'a> {
 impl Report<'_> {
     /// Prints one.
     pub(super) fn print(&self, found: &Match, output: &mut Output) -> Result<()> {
-        let pattern = self.patterns.get(found.pattern).ok_or_else(|| anyhow!("there is no such pattern"))?;
+        let pattern =
+            self.patterns.get(found.pattern).ok_or_else(|| anyhow!("there is no such pattern"))?;
         let is_wide = self.around.before > 0 || self.around.after > 0;
         if output.is_json() {
             let found = Found {

@@ -1,12 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! YARA rules, evaluated over all the memory that is searched, as YARA does for a process: guest-physical addresses are the
-//! offsets.
+//! YARA rules, evaluated over all the memory that is searched, as YARA does for a process:
+//! guest-physical addresses are the offsets.
 //!
-//! The engine is `boreal`: rules mean what they mean to YARA, it scans memory in pieces, and it builds in seconds without
-//! a code generator. Modules that parse a file format need a whole file and are not compiled in.
+//! The engine is `boreal`: rules mean what they mean to YARA, it scans memory in pieces, and it
+//! builds in seconds without a code generator. Modules that parse a file format need a whole file
+//! and are not compiled in.
 //!
-//! The engine uses one thread. So many threads find first where strings match at all ([`strings`]), without evaluating a
-//! condition; the rules are then evaluated over the memory around these places alone. The conditions still see all memory.
+//! The engine uses one thread. So many threads find first where strings match at all ([`strings`]),
+//! without evaluating a condition; the rules are then evaluated over the memory around these places
+//! alone. The conditions still see all memory.
 
 mod compile;
 mod memory;
@@ -84,7 +86,8 @@ fn as_hex<S: serde::Serializer>(bytes: &[u8], serializer: S) -> Result<S::Ok, S:
 }
 
 impl Rules {
-    /// Compiles files of rules, of each string of which `max` matches are kept. Warnings are logged.
+    /// Compiles files of rules, of each string of which `max` matches are kept. Warnings are
+    /// logged.
     pub(super) fn compile(files: &[PathBuf], max: Option<u64>) -> Result<Self> {
         let Compiled { mut scanner, has_private } = compile(files)?;
         if scanner.rules().all(|rule| rule.name == GATE) {
@@ -104,8 +107,9 @@ impl Rules {
         Ok(Self { scanner, has_private, max })
     }
 
-    /// Evaluates the rules; `read` fills a buffer with data, `done` gets how many bytes of data a piece had, for each
-    /// piece once; `address` says what an address is. Returns the rules that matched, in their order.
+    /// Evaluates the rules; `read` fills a buffer with data, `done` gets how many bytes of data a
+    /// piece had, for each piece once; `address` says what an address is. Returns the rules
+    /// that matched, in their order.
     pub(super) fn run(
         &self,
         places: Places<'_>,
@@ -160,9 +164,9 @@ impl Rules {
         let text = |symbol| self.scanner.get_string_symbol(symbol).to_owned();
         let meta = rule.metadatas.iter().map(|meta| {
             let value = match meta.value {
-                MetadataValue::Bytes(symbol) => {
-                    Meta::Text(String::from_utf8_lossy(self.scanner.get_bytes_symbol(symbol)).into_owned())
-                }
+                MetadataValue::Bytes(symbol) => Meta::Text(
+                    String::from_utf8_lossy(self.scanner.get_bytes_symbol(symbol)).into_owned(),
+                ),
                 MetadataValue::Integer(number) => Meta::Integer(number),
                 MetadataValue::Boolean(is) => Meta::Boolean(is),
             };
@@ -233,7 +237,9 @@ mod tests {
             buffer.fill(0);
             for place in needles {
                 for (byte, at) in b"needle".iter().zip(*place..) {
-                    let slot = at.checked_sub(gpa).and_then(|at| buffer.get_mut(usize::try_from(at).ok()?));
+                    let slot = at
+                        .checked_sub(gpa)
+                        .and_then(|at| buffer.get_mut(usize::try_from(at).ok()?));
                     if let Some(slot) = slot {
                         *slot = *byte;
                     }

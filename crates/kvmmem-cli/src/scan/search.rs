@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The search itself. Memory that is mapped is looked at in place, and only what may be a match is copied and compared; other
-//! memory is copied piece by piece. A target changes its memory meanwhile: a match is what a copy held.
+//! The search itself. Memory that is mapped is looked at in place, and only what may be a match is
+//! copied and compared; other memory is copied piece by piece. A target changes its memory
+//! meanwhile: a match is what a copy held.
 
 use std::cmp::Ordering;
 use std::ops::{ControlFlow, Range, RangeInclusive};
@@ -15,13 +16,15 @@ use super::source::Source;
 use crate::parallel::{Sink, in_order};
 use crate::range::{GpaRange, total};
 
-/// Bytes that a thread takes at a time: so many that threads seldom meet, and so few that all end together.
+/// Bytes that a thread takes at a time: so many that threads seldom meet, and so few that all end
+/// together.
 const BATCH: RangeInclusive<u64> = 1 << 20..=32 << 20;
 
 /// Batches for each thread.
 const BATCHES: u64 = 16;
 
-/// Bytes for which a block of candidates is as good as a copy of them all: where there are more, the rest is copied.
+/// Bytes for which a block of candidates is as good as a copy of them all: where there are more,
+/// the rest is copied.
 const DENSE: u64 = 1024;
 
 /// Matches that are passed on together.
@@ -95,8 +98,8 @@ struct Copy {
 }
 
 impl Search<'_> {
-    /// Searches. `tell` gets the matches in the order of addresses, and how many bytes of data were searched since it was
-    /// called last. Returns how many matches there were.
+    /// Searches. `tell` gets the matches in the order of addresses, and how many bytes of data were
+    /// searched since it was called last. Returns how many matches there were.
     pub(super) fn run<S: Source>(
         &self,
         source: &S,
@@ -158,8 +161,8 @@ impl Search<'_> {
         let Piece { starts, data, .. } = piece;
         let Some(pattern) = self.patterns.get(number) else { return Ok(()) };
         // Where the pattern lies in data as a whole.
-        let inner =
-            starts.start.max(data.start)..starts.end.min((data.end + 1).saturating_sub(pattern.len() as u64));
+        let inner = starts.start.max(data.start)
+            ..starts.end.min((data.end + 1).saturating_sub(pattern.len() as u64));
         let mut at = starts.start;
         if let Some((probe, anchor)) = pattern.probe().filter(|_| !inner.is_empty()) {
             let anchor = anchor as u64;
@@ -168,7 +171,9 @@ impl Search<'_> {
             // As long as there are few candidates; what is left is copied.
             while copied < many && at < inner.end {
                 let from = at.max(inner.start);
-                let Some(found) = source.find(probe, from + anchor, inner.end - from) else { break };
+                let Some(found) = source.find(probe, from + anchor, inner.end - from) else {
+                    break;
+                };
                 if from > at {
                     self.copied(number, at..from, piece, source, copy, matches)?;
                 }
@@ -194,7 +199,9 @@ impl Search<'_> {
         copy: &mut Copy,
         matches: &mut Vec<Match>,
     ) -> Result<()> {
-        let Some(pattern) = self.patterns.get(number).filter(|_| !starts.is_empty()) else { return Ok(()) };
+        let Some(pattern) = self.patterns.get(number).filter(|_| !starts.is_empty()) else {
+            return Ok(());
+        };
         let Around { before, after } = self.around;
         let back = before.max(pattern.lookback() as u64);
         let ahead = (self.reach() + 1 + after).max(SHOWN);
@@ -204,13 +211,17 @@ impl Search<'_> {
         if copy.bytes.is_empty() || wanted.start < copy.start || wanted.end > end {
             copy.start = wanted.start;
             copy.bytes.resize(usize::try_from(wanted.end - wanted.start)?, 0);
-            self.places.fill(wanted.start, &mut copy.bytes, |gpa, buffer| source.read(gpa, buffer))?;
+            self.places
+                .fill(wanted.start, &mut copy.bytes, |gpa, buffer| source.read(gpa, buffer))?;
         }
-        let places = usize::try_from(starts.start - copy.start)?..usize::try_from(starts.end - copy.start)?;
+        let places =
+            usize::try_from(starts.start - copy.start)?..usize::try_from(starts.end - copy.start)?;
         let found = pattern.find(&copy.bytes, places);
         // It must touch data.
-        let found: Vec<Range<usize>> =
-            found.filter(|found| copy.start + found.end as u64 > piece.data.start).take(self.max).collect();
+        let found: Vec<Range<usize>> = found
+            .filter(|found| copy.start + found.end as u64 > piece.data.start)
+            .take(self.max)
+            .collect();
         let shown = |found: &Range<usize>| {
             let end = if before == 0 && after == 0 {
                 found.start + usize::try_from(SHOWN).unwrap_or(0)
@@ -220,7 +231,8 @@ impl Search<'_> {
             found.start.saturating_sub(usize::try_from(before).unwrap_or(usize::MAX))
                 ..end.min(copy.bytes.len())
         };
-        let (Some(first), Some(last)) = (found.first(), found.iter().map(|found| shown(found).end).max())
+        let (Some(first), Some(last)) =
+            (found.first(), found.iter().map(|found| shown(found).end).max())
         else {
             return Ok(());
         };

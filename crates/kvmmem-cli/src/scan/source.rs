@@ -11,14 +11,16 @@ use crate::range::GpaRange;
 
 /// Memory that is searched.
 pub(super) trait Source: Sync {
-    /// Bytes in which beginnings of matches are looked for at a time: a buffer that stays in a CPU's own cache.
+    /// Bytes in which beginnings of matches are looked for at a time: a buffer that stays in a
+    /// CPU's own cache.
     const PIECE: u64 = 256 << 10;
 
     /// Fills `buffer` with data.
     fn read(&self, gpa: u64, buffer: &mut [u8]) -> Result<()>;
 
-    /// Looks for `probe` in place, among `places` from `gpa` on, which are data with what it reaches behind them. `None`
-    /// where memory is not mapped, or not any more: a copy tells why.
+    /// Looks for `probe` in place, among `places` from `gpa` on, which are data with what it
+    /// reaches behind them. `None` where memory is not mapped, or not any more: a copy tells
+    /// why.
     fn find(&self, _probe: &Probe, _gpa: u64, _places: u64) -> Option<Option<Candidates>> {
         None
     }
@@ -61,8 +63,8 @@ impl<'a> Mapped<'a> {
         }
     }
 
-    /// The whole pages of `data`: their mapping, and where they are in it. What is left may be memory without data, which
-    /// must not be touched.
+    /// The whole pages of `data`: their mapping, and where they are in it. What is left may be
+    /// memory without data, which must not be touched.
     fn pages(&self, data: &GpaRange) -> Option<(&Mapping, u64, u64)> {
         let page = PAGE_SIZE as u64;
         let (start, end) = (data.start.next_multiple_of(page), data.end / page * page);
@@ -78,7 +80,8 @@ impl<'a> Mapped<'a> {
 }
 
 impl Source for Mapped<'_> {
-    /// Large enough for calls that map and unmap it, and small enough for what these touch to stay in the caches.
+    /// Large enough for calls that map and unmap it, and small enough for what these touch to stay
+    /// in the caches.
     const PIECE: u64 = 1 << 20;
 
     fn read(&self, gpa: u64, buffer: &mut [u8]) -> Result<()> {
@@ -89,12 +92,10 @@ impl Source for Mapped<'_> {
                 Ok(State::Revoked) => {
                     error.context("the scan ended early: the grant was taken back; get a new token")
                 }
-                Ok(State::Gone) => {
-                    error.context("the scan ended early: the target, or the host's service, is gone")
-                }
-                Ok(State::Open) => {
-                    error.context("the scan ended early: the target's memory was resized; scan again")
-                }
+                Ok(State::Gone) => error
+                    .context("the scan ended early: the target, or the host's service, is gone"),
+                Ok(State::Open) => error
+                    .context("the scan ended early: the target's memory was resized; scan again"),
                 Err(_) => error,
             }
         })

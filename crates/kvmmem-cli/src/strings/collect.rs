@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Strings that lie in several pieces are put together, and all come in the order of their addresses.
+//! Strings that lie in several pieces are put together, and all come in the order of their
+//! addresses.
 
 use super::Text;
 use super::extract::{Fragment, MAX_LEN, Stream};
@@ -30,7 +31,8 @@ impl Collector {
         Self { min, end: 0, open: [None, None, None], waiting: Vec::new() }
     }
 
-    /// Takes what is in the next piece; returns the strings for which it is clear that none comes before them.
+    /// Takes what is in the next piece; returns the strings for which it is clear that none comes
+    /// before them.
     pub(super) fn add(&mut self, piece: GpaRange, fragments: Vec<Fragment>) -> Vec<Text> {
         if piece.start != self.end {
             self.close();
@@ -139,7 +141,8 @@ mod tests {
     fn long_strings_come_in_parts() {
         let memory = [&[b'a'; 5000][..], b"\0b\0c\0d\0"].concat();
         let found = strings(&memory, &[3000, 4500], 3);
-        let found: Vec<_> = found.iter().map(|text| (text.at, text.encoding, text.text.len())).collect();
+        let found: Vec<_> =
+            found.iter().map(|text| (text.at, text.encoding, text.text.len())).collect();
         // The last of the letters is a character of two bytes as well.
         let wide = (0x1000 + 4999, Encoding::Utf16, 4);
         assert_eq!(found, [(0x1000, Encoding::Ascii, 4096), (0x2000, Encoding::Ascii, 904), wide]);

@@ -53,8 +53,8 @@ fn is_text(byte: u8) -> bool {
     matches!(byte, b' '..=b'~' | b'\t')
 }
 
-/// The strings of at least `min` characters in the first `len` bytes of memory from `start` on, and all that touch an end of it.
-/// The byte behind them is there too, unless memory ends.
+/// The strings of at least `min` characters in the first `len` bytes of memory from `start` on, and
+/// all that touch an end of it. The byte behind them is there too, unless memory ends.
 pub(super) fn extract(start: u64, memory: &[u8], len: usize, min: usize) -> Vec<Fragment> {
     let mut fragments = Vec::new();
     for stream in Stream::ALL {
@@ -65,7 +65,8 @@ pub(super) fn extract(start: u64, memory: &[u8], len: usize, min: usize) -> Vec<
             Stream::Odd => usize::from(start.is_multiple_of(2)),
         };
         let is_character = |at: usize| {
-            memory.get(at).is_some_and(|byte| is_text(*byte)) && (step == 1 || memory.get(at + 1) == Some(&0))
+            memory.get(at).is_some_and(|byte| is_text(*byte))
+                && (step == 1 || memory.get(at + 1) == Some(&0))
         };
         let mut at = first;
         while at < len {
@@ -76,7 +77,13 @@ pub(super) fn extract(start: u64, memory: &[u8], len: usize, min: usize) -> Vec<
             let (is_begun, goes_on) = (at == first, end >= len);
             if end > at && ((end - at) / step >= min || is_begun || goes_on) {
                 let text = memory.iter().skip(at).take(end - at).step_by(step).copied().collect();
-                fragments.push(Fragment { start: start + at as u64, stream, text, is_begun, goes_on });
+                fragments.push(Fragment {
+                    start: start + at as u64,
+                    stream,
+                    text,
+                    is_begun,
+                    goes_on,
+                });
             }
             // What is at the end is no text.
             at = end + step;
@@ -99,18 +106,26 @@ mod tests {
             .collect();
         assert_eq!(
             found,
-            [(0x1001, Stream::Bytes, "hello"), (0x100c, Stream::Even, "wide"), (0x1017, Stream::Odd, "odd!")]
+            [
+                (0x1001, Stream::Bytes, "hello"),
+                (0x100c, Stream::Even, "wide"),
+                (0x1017, Stream::Odd, "odd!")
+            ]
         );
     }
 
     #[test]
     fn what_touches_an_end_is_kept() {
         let found = extract(0x1000, b"a\0\0\0\0b", 5, 4);
-        let ends: Vec<_> = found.iter().map(|one| (one.stream, one.is_begun, one.goes_on)).collect();
+        let ends: Vec<_> =
+            found.iter().map(|one| (one.stream, one.is_begun, one.goes_on)).collect();
         // The last byte lies behind the piece.
         assert_eq!(ends, [(Stream::Bytes, true, false), (Stream::Even, true, false)]);
         let found = extract(0x1001, b"xa\0", 2, 4);
         assert_eq!(found.len(), 2);
-        assert_eq!((found[1].stream, found[1].start, found[1].goes_on), (Stream::Even, 0x1002, true));
+        assert_eq!(
+            (found[1].stream, found[1].start, found[1].goes_on),
+            (Stream::Even, 0x1002, true)
+        );
     }
 }

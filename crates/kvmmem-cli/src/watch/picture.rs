@@ -95,7 +95,12 @@ impl Picture {
                 for change in changes(before, now) {
                     let address = self.address.plus(change.start as u64);
                     let part = |bytes: &[u8]| hex(bytes.get(change.clone()).unwrap_or_default());
-                    output.object(&Seen::Changed { ms, address, from: part(before), to: part(now) })?;
+                    output.object(&Seen::Changed {
+                        ms,
+                        address,
+                        from: part(before),
+                        to: part(now),
+                    })?;
                 }
             }
         }
@@ -125,7 +130,11 @@ fn has_room(lines: usize) -> bool {
 }
 
 /// The lines of a dump, and which of them have changed.
-fn lines<'a>(gpa: u64, before: &'a [u8], now: &'a [u8]) -> impl Iterator<Item = (bool, String)> + 'a {
+fn lines<'a>(
+    gpa: u64,
+    before: &'a [u8],
+    now: &'a [u8],
+) -> impl Iterator<Item = (bool, String)> + 'a {
     let pairs = before.chunks(WIDTH).zip(now.chunks(WIDTH));
     pairs.zip((gpa..).step_by(WIDTH)).map(|((before, now), gpa)| {
         let style = |at| (before.get(at) != now.get(at)).then_some(CHANGED);
@@ -160,12 +169,14 @@ mod tests {
         assert!(changes(&now, &now).is_empty());
 
         let lines: Vec<(bool, String)> = lines(u64::MAX - 39, &before, &now).collect();
-        let marks: Vec<usize> = lines.iter().map(|(_, line)| line.matches("\x1b[0m").count()).collect();
+        let marks: Vec<usize> =
+            lines.iter().map(|(_, line)| line.matches("\x1b[0m").count()).collect();
         // In hexadecimal and as text.
         assert_eq!(marks, [6, 2, 2]);
         assert!(lines.iter().all(|(has_changed, _)| *has_changed));
         assert!(
-            super::lines(0, &now, &now).all(|(has_changed, line)| !has_changed && !line.contains('\x1b'))
+            super::lines(0, &now, &now)
+                .all(|(has_changed, line)| !has_changed && !line.contains('\x1b'))
         );
     }
 }

@@ -9,7 +9,8 @@ use crate::{kvmmem, run, texts};
 /// A raw dump with tables of four levels at 0x1000, which map one page.
 fn dump_with_tables(directory: &Path) -> String {
     let mut memory = vec![0; 0x8000];
-    for (at, value) in [(0x1000, 0x2007_u64), (0x2000, 0x3007), (0x3000, 0x4007), (0x4008, 0x5007)] {
+    for (at, value) in [(0x1000, 0x2007_u64), (0x2000, 0x3007), (0x3000, 0x4007), (0x4008, 0x5007)]
+    {
         memory[at..at + 8].copy_from_slice(&value.to_le_bytes());
     }
     memory[0x5ff0..0x6000].copy_from_slice(b"end of the page!");
@@ -36,12 +37,15 @@ fn a_dump_file_is_read_translated_and_watched() {
     let (code, _, stderr) = run(&["read", "--cr3", "0x1000", "0x1ff8", "16"]);
     assert_eq!((code, stderr.contains("after 0x8 of 0x10 bytes")), (Some(1), true), "{stderr}");
     let translated = "0x0000000000001ff0  0x000000005ff0  4 KiB  rwx  user\n";
-    for arguments in [&["translate", "0x1000", "0x1ff0"][..], &["translate", "--cr3", "0x1000", "0x1ff0"]] {
+    for arguments in
+        [&["translate", "0x1000", "0x1ff0"][..], &["translate", "--cr3", "0x1000", "0x1ff0"]]
+    {
         let (code, stdout, stderr) = run(arguments);
         assert_eq!((code, stdout.as_str()), (Some(0), translated), "{stderr}");
     }
     assert_eq!(run(&["translate", "0x1000", "0x1ff0", "0x2000"]).0, Some(3));
-    let (code, stdout, stderr) = run(&["watch", "0x5ff0", "16", "--count", "2", "--interval", "1ms"]);
+    let (code, stdout, stderr) =
+        run(&["watch", "0x5ff0", "16", "--count", "2", "--interval", "1ms"]);
     assert_eq!((code, stdout.lines().count()), (Some(0), 1), "{stderr}");
     // What is no Linux has no processes and no kernel.
     for space in [&["--pid", "1"][..], &["--cr3", "kernel"]] {
@@ -79,7 +83,10 @@ fn a_dump_without_a_kernel_is_an_error_and_no_empty_table() {
     for verb in GUEST_VERBS {
         let (code, stdout, stderr) = run(&[verb, "--file", file]);
         assert_eq!((code, stdout.as_str()), (Some(1), ""), "{verb}");
-        assert!(stderr.starts_with(&format!("error: {file}: no Linux kernel was found")), "{verb}: {stderr}");
+        assert!(
+            stderr.starts_with(&format!("error: {file}: no Linux kernel was found")),
+            "{verb}: {stderr}"
+        );
         let (code, _, stderr) = run(&[verb, "--file", file, "--note", "0x1000"]);
         assert_eq!(code, Some(1));
         assert!(stderr.contains("0x1000"), "{verb}: {stderr}");
@@ -110,7 +117,8 @@ fn a_dump_that_is_no_file_is_refused_at_once() {
     let directory = tempfile::tempdir().unwrap();
     let path = |name: &str| directory.path().join(name).display().to_string();
     let mode = rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR;
-    rustix::fs::mknodat(rustix::fs::CWD, path("fifo"), rustix::fs::FileType::Fifo, mode, 0).unwrap();
+    rustix::fs::mknodat(rustix::fs::CWD, path("fifo"), rustix::fs::FileType::Fifo, mode, 0)
+        .unwrap();
     std::fs::write(path("empty"), "").unwrap();
     for (name, words) in [
         (path("fifo"), "is a pipe: write what comes through it to a file first"),
@@ -146,12 +154,17 @@ fn a_large_raw_dump_without_its_record_is_told_from_one_without_linux() {
         file.set_len(len).unwrap();
         let (code, stdout, stderr) = info(&path);
         assert_eq!((code, stdout.as_str()), (Some(1), ""));
-        assert_eq!(stderr.contains("big.raw.json") && stderr.contains("kvmmem dump"), hints, "{stderr}");
+        assert_eq!(
+            stderr.contains("big.raw.json") && stderr.contains("kvmmem dump"),
+            hints,
+            "{stderr}"
+        );
         assert!(stderr.contains("neither a VMCOREINFO note nor page tables"), "{stderr}");
     }
 }
 
-/// An ELF core of the memory of a raw dump, with the registers of two vCPUs: the first one's paging is off.
+/// An ELF core of the memory of a raw dump, with the registers of two vCPUs: the first one's paging
+/// is off.
 fn core_with_registers(raw: &str) -> String {
     let memory = std::fs::read(raw).unwrap();
     let mut notes = Vec::new();
@@ -168,7 +181,9 @@ fn core_with_registers(raw: &str) -> String {
     core.extend([0u64, 64, 0].into_iter().flat_map(u64::to_le_bytes));
     core.extend([0u16, 0, 64, 56, 2, 0, 0, 0].into_iter().flat_map(u16::to_le_bytes));
     let (at, notes_len, len) = (64 + 2 * 56, notes.len() as u64, memory.len() as u64);
-    for (kind, words) in [(4u32, [at, 0, 0, notes_len, 0, 0]), (1, [at + notes_len, 0, 0, len, len, 0])] {
+    for (kind, words) in
+        [(4u32, [at, 0, 0, notes_len, 0, 0]), (1, [at + notes_len, 0, 0, len, len, 0])]
+    {
         core.extend([kind, 7].into_iter().flat_map(u32::to_le_bytes));
         core.extend(words.into_iter().flat_map(u64::to_le_bytes));
     }
@@ -185,7 +200,10 @@ fn addresses_are_looked_up_in_the_tables_of_a_vcpu() {
     let of = |file: &str, arguments: &[&str]| run(&[arguments, &["--file", file]].concat());
     for (verb, expected) in [
         (&["read", "0x1ff0", "16", "--raw"][..], "end of the page!".to_owned()),
-        (&["translate", "0x1ff0"], "0x0000000000001ff0  0x000000005ff0  4 KiB  rwx  user\n".to_owned()),
+        (
+            &["translate", "0x1ff0"],
+            "0x0000000000001ff0  0x000000005ff0  4 KiB  rwx  user\n".to_owned(),
+        ),
         (&["strings"], "000000001ff0  ascii  end of the page!\n".to_owned()),
     ] {
         let (code, stdout, stderr) = of(&core, &[verb, &["--vcpu", "1"]].concat());
@@ -193,7 +211,8 @@ fn addresses_are_looked_up_in_the_tables_of_a_vcpu() {
     }
     let found = of(&core, &["scan", "--text", "of the page", "--vcpu", "1", "--json"]);
     assert_eq!((found.0, found.1.contains("\"gva\":\"0x1ff4\"")), (Some(0), true), "{found:?}");
-    let watched = of(&core, &["watch", "0x1ff0", "16", "--vcpu", "1", "--count", "2", "--interval", "1ms"]);
+    let watched =
+        of(&core, &["watch", "0x1ff0", "16", "--vcpu", "1", "--count", "2", "--interval", "1ms"]);
     assert_eq!((watched.0, watched.1.contains("end of the page!")), (Some(0), true), "{watched:?}");
     // What is not in the tables is as with --cr3.
     assert_eq!(of(&core, &["translate", "--vcpu", "1", "0x2000"]).0, Some(3));
@@ -217,11 +236,14 @@ fn addresses_are_looked_up_in_the_tables_of_a_vcpu() {
             assert!(words.iter().all(|word| stderr.contains(word)), "{verb:?}: {stderr}");
         }
     }
-    for other in [&["--pid", "1"][..], &["--cr3", "0x1000"], &["--cr3", "kernel"], &["--levels", "4"]] {
+    for other in
+        [&["--pid", "1"][..], &["--cr3", "0x1000"], &["--cr3", "kernel"], &["--levels", "4"]]
+    {
         let arguments = [&["translate", "--vcpu", "1", "0x1ff0"], other].concat();
         assert_eq!(of(&core, &arguments).0, Some(2), "{other:?}");
     }
     // A connection over KVMI has no registers, and the command does not wait for one.
-    let (code, _, stderr) = run(&["read", "--vcpu", "0", "0", "1", "--listen", "unix:/nonexistent/x"]);
+    let (code, _, stderr) =
+        run(&["read", "--vcpu", "0", "0", "1", "--listen", "unix:/nonexistent/x"]);
     assert_eq!((code, stderr.contains("--target NAME")), (Some(1), true), "{stderr}");
 }

@@ -36,7 +36,8 @@ fn serve(path: &Path) -> Vec<u8> {
         match header[0] {
             2 => data.extend([1, 0, 0, 0, 0, 0, 0, 0]),
             17 | 18 => {
-                let (start, size) = (usize::try_from(word(0)).unwrap(), usize::try_from(word(8)).unwrap());
+                let (start, size) =
+                    (usize::try_from(word(0)).unwrap(), usize::try_from(word(8)).unwrap());
                 match memory.get_mut(start..start + size) {
                     None => err = -22,
                     Some(place) if header[0] == 17 => data.extend_from_slice(place),
@@ -46,7 +47,8 @@ fn serve(path: &Path) -> Vec<u8> {
             id => panic!("unexpected command {id}"),
         }
         let size = u16::try_from(8 + data.len()).unwrap().to_le_bytes();
-        let reply = [&header[..2], &size, &header[4..], &i32::to_le_bytes(err), &[0; 4], &data].concat();
+        let reply =
+            [&header[..2], &size, &header[4..], &i32::to_le_bytes(err), &[0; 4], &data].concat();
         stream.write_all(&reply).unwrap();
     }
     memory
@@ -87,7 +89,10 @@ fn translate_reads_tables_over_kvmi_too() {
     let ((code, stdout, stderr), _) = with_target(&["translate", "0", "8"]);
     assert_eq!((code, stderr.as_str()), (Some(3), ""));
     let entry = "the PML4E 0x706050403020100 at gpa 0x0 is not present";
-    assert!(stdout.starts_with(&format!("0x0000000000000008  gva 0x8 is not mapped: {entry};")), "{stdout}");
+    assert!(
+        stdout.starts_with(&format!("0x0000000000000008  gva 0x8 is not mapped: {entry};")),
+        "{stdout}"
+    );
 }
 
 #[test]

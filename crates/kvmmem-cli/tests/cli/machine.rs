@@ -44,9 +44,13 @@ fn a_broker_that_is_not_there_is_named() {
         &["policy", "victim"],
     ];
     for arguments in cases {
-        let (code, _, stderr) = run(&[arguments, &["--broker", "/nonexistent/broker.sock"]].concat());
+        let (code, _, stderr) =
+            run(&[arguments, &["--broker", "/nonexistent/broker.sock"]].concat());
         assert_eq!(code, Some(1), "{arguments:?}");
-        assert!(stderr.contains("kvmmemd") && stderr.contains("/nonexistent/broker.sock"), "{stderr}");
+        assert!(
+            stderr.contains("kvmmemd") && stderr.contains("/nonexistent/broker.sock"),
+            "{stderr}"
+        );
     }
     let (code, _, stderr) = run(&["hook", "victim", "tcp:1"]);
     assert_eq!(code, Some(2));

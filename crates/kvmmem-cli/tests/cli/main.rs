@@ -12,9 +12,14 @@ use std::process::{Command, Output, Stdio};
 fn kvmmem(arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_kvmmem"));
     command.args(arguments).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-    for variable in
-        ["KVMMEM_KVMI_PORT", "KVMMEM_DEVICE", "RUST_LOG", "KVMMEM_BROKER", "KVMMEM_TOKEN", "CLICOLOR_FORCE"]
-    {
+    for variable in [
+        "KVMMEM_KVMI_PORT",
+        "KVMMEM_DEVICE",
+        "RUST_LOG",
+        "KVMMEM_BROKER",
+        "KVMMEM_TOKEN",
+        "CLICOLOR_FORCE",
+    ] {
         command.env_remove(variable);
     }
     command

@@ -89,7 +89,10 @@ fn a_wrong_command_line_is_json_where_json_is_wanted() {
         (&["target"], "a verb is missing: see --help"),
         (&["frobnicate"], "unrecognized subcommand 'frobnicate'"),
         (&["read"], "the following required arguments were not provided: <ADDRESS> <LEN>"),
-        (&["read", "0", "0"], "invalid value '0' for '<LEN>': the length is 0; give at least 1 byte"),
+        (
+            &["read", "0", "0"],
+            "invalid value '0' for '<LEN>': the length is 0; give at least 1 byte",
+        ),
         (&["target", "add"], "say which one: --pid, --qmp or --libvirt"),
         (&["scan", "00", "--range", "..2M", "--range", "1M.."], "overlap"),
     ];
@@ -138,7 +141,11 @@ fn a_verb_without_a_token_names_the_ways_to_get_one() {
     ];
     for arguments in verbs {
         let (code, _, stderr) = run(arguments);
-        assert_eq!(code, Some(if arguments[0] == "scan" { 2 } else { 1 }), "{arguments:?}: {stderr}");
+        assert_eq!(
+            code,
+            Some(if arguments[0] == "scan" { 2 } else { 1 }),
+            "{arguments:?}: {stderr}"
+        );
         for word in ["kvmmem grant NAME", "--target NAME", "--token-file", "KVMMEM_TOKEN"] {
             assert!(stderr.contains(word), "{arguments:?} {word}: {stderr}");
         }
@@ -148,8 +155,16 @@ fn a_verb_without_a_token_names_the_ways_to_get_one() {
 #[test]
 fn a_machine_is_refused_by_the_option_that_is_wrong() {
     let cases: [(&[&str], i32, &[&str]); 8] = [
-        (&["--kernel", "/nonexistent/bzImage"], 1, &["--kernel", "/nonexistent/bzImage", "No such file"]),
-        (&["--kernel", "/dev/null", "--initrd", "/nonexistent/i"], 1, &["--initrd", "/nonexistent/i"]),
+        (
+            &["--kernel", "/nonexistent/bzImage"],
+            1,
+            &["--kernel", "/nonexistent/bzImage", "No such file"],
+        ),
+        (
+            &["--kernel", "/dev/null", "--initrd", "/nonexistent/i"],
+            1,
+            &["--initrd", "/nonexistent/i"],
+        ),
         (&["--kernel", "/dev/null", "--serial", "stdio", "--json"], 2, &["--json", "file:PATH"]),
         (&["--kernel", "/dev/null", "--memory", "4097"], 2, &["--memory", "4096"]),
         (&["--kernel", "/dev/null", "--cpus", "0"], 2, &["--cpus", "0"]),

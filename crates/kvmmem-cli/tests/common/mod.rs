@@ -62,7 +62,8 @@ impl Host {
         Self::with(regions, Kind::Private)
     }
 
-    /// One of this file, which its VMM has mapped and keeps to itself. Where the file gets shorter, memory is missing.
+    /// One of this file, which its VMM has mapped and keeps to itself. Where the file gets shorter,
+    /// memory is missing.
     pub(crate) fn start_file(regions: &[Region], file: &File) -> Self {
         Self::with(regions, Kind::File(file.try_clone().unwrap()))
     }
@@ -85,13 +86,18 @@ impl Host {
                 vm = Some(link);
             }
             Kind::Private => {
-                let hva = ram.memory().get_host_address(GuestAddress(0)).unwrap().expose_provenance();
+                let hva =
+                    ram.memory().get_host_address(GuestAddress(0)).unwrap().expose_provenance();
                 register_private(&broker, registration(regions), hva as u64);
             }
             Kind::File(file) => {
                 let len = usize::try_from(size).unwrap();
                 let region = MmapRegion::from_file(FileOffset::new(file, 0), len).unwrap();
-                register_private(&broker, registration(regions), region.as_ptr().expose_provenance() as u64);
+                register_private(
+                    &broker,
+                    registration(regions),
+                    region.as_ptr().expose_provenance() as u64,
+                );
                 mapping = Some(region);
             }
         }
@@ -99,21 +105,24 @@ impl Host {
         Self { directory, vm, ram, regions: regions.to_vec(), stop, server, _mapping: mapping }
     }
 
-    /// Ends the broker and starts another one in its place; returns once the target is registered there.
+    /// Ends the broker and starts another one in its place; returns once the target is registered
+    /// there.
     pub(crate) fn next_broker(&mut self) {
         drop(self.stop.take());
         self.server.take().unwrap().join().unwrap().unwrap();
         let (broker, stop, server) = serve(&self.path("broker.sock"));
         (self.stop, self.server) = (Some(stop), Some(server));
-        let generation =
-            |_: &Path| self.vm.as_ref().is_none_or(VmmLink::is_connected) && broker.find("victim").is_ok();
+        let generation = |_: &Path| {
+            self.vm.as_ref().is_none_or(VmmLink::is_connected) && broker.find("victim").is_ok()
+        };
         wait_for(Path::new("the target"), generation);
     }
 
     /// Starts the target again: another registration with the same UUID and RAM.
     pub(crate) fn restart_target(&mut self) {
         drop(self.vm.take());
-        let gone = |_: &Path| self.run(&["targets"]).stdout.lines().all(|line| !line.contains("victim"));
+        let gone =
+            |_: &Path| self.run(&["targets"]).stdout.lines().all(|line| !line.contains("victim"));
         wait_for(Path::new("the target to go"), gone);
         self.vm = Some(register(&self.path("broker.sock"), &self.regions, &self.ram));
     }
@@ -129,10 +138,13 @@ impl Host {
     /// Puts bytes into the target's memory.
     pub(crate) fn put(&self, gpa: u64, bytes: &[u8]) {
         for (gpa, byte) in (gpa..).zip(bytes) {
-            let region =
-                self.regions.iter().find(|region| (region.gpa..region.gpa + region.len).contains(&gpa));
+            let region = self
+                .regions
+                .iter()
+                .find(|region| (region.gpa..region.gpa + region.len).contains(&gpa));
             let region = region.unwrap_or_else(|| panic!("no memory at {gpa:#x}"));
-            rustix::io::pwrite(self.ram.fd(), &[*byte], region.offset + (gpa - region.gpa)).unwrap();
+            rustix::io::pwrite(self.ram.fd(), &[*byte], region.offset + (gpa - region.gpa))
+                .unwrap();
         }
     }
 
@@ -148,7 +160,9 @@ impl Host {
         for variable in ["KVMMEM_KVMI_PORT", "KVMMEM_TOKEN", "RUST_LOG", "CLICOLOR_FORCE"] {
             command.env_remove(variable);
         }
-        command.env("KVMMEM_BROKER", self.path("broker.sock")).env("KVMMEM_DEVICE", "/nonexistent/kvmmem");
+        command
+            .env("KVMMEM_BROKER", self.path("broker.sock"))
+            .env("KVMMEM_DEVICE", "/nonexistent/kvmmem");
         command
     }
 

@@ -44,7 +44,9 @@ impl Qemu {
 pub(crate) fn status(monitor: &Path) -> Option<String> {
     let mut stream = UnixStream::connect(monitor).ok()?;
     stream.set_read_timeout(Some(Duration::from_secs(60))).ok()?;
-    stream.write_all(b"{\"execute\":\"qmp_capabilities\"}\n{\"execute\":\"query-status\"}\n").ok()?;
+    stream
+        .write_all(b"{\"execute\":\"qmp_capabilities\"}\n{\"execute\":\"query-status\"}\n")
+        .ok()?;
     let lines = BufReader::new(stream).lines().map_while(Result::ok);
     let mut answers = lines.filter_map(|line| serde_json::from_str::<Value>(&line).ok());
     answers.find_map(|answer| Some(answer["return"]["status"].as_str()?.to_owned()))

@@ -56,16 +56,26 @@ fn a_view_is_shown_in_both_forms() {
     let ended = host.look(&["--range", "3M..5M"], &["attach"]);
     assert_eq!(ended.code, Some(0), "{}", ended.stderr);
     let lines: Vec<&str> = ended.stdout.lines().collect();
-    assert!(lines[0].starts_with(&format!("attached to {UUID}, open, read-only, generation ")), "{lines:?}");
+    assert!(
+        lines[0].starts_with(&format!("attached to {UUID}, open, read-only, generation ")),
+        "{lines:?}"
+    );
     assert_eq!(
         lines[1..],
-        ["  0x000000300000..0x000000400000  1 MiB", "  0x000000400000..0x000000500000  1 MiB", "detached"]
+        [
+            "  0x000000300000..0x000000400000  1 MiB",
+            "  0x000000400000..0x000000500000  1 MiB",
+            "detached"
+        ]
     );
 
     let mut view = Running::start(&host, &host.grant(&["--rw"]).1, &["attach", "--json"]);
     let attached = view.object();
     assert_eq!((&attached["event"], &attached["writable"]), (&"attached".into(), &true.into()));
-    assert_eq!((&attached["target"], &attached["state"]), (&UUID.to_string().into(), &"open".into()));
+    assert_eq!(
+        (&attached["target"], &attached["state"]),
+        (&UUID.to_string().into(), &"open".into())
+    );
     assert_eq!(attached["ranges"].as_array().unwrap().len(), REGIONS.len());
     assert_eq!(attached["ranges"][2], serde_json::json!({ "gpa": "0x1000000", "len": 4 << 20 }));
     assert_eq!(view.object()["event"], "detached");
@@ -124,7 +134,8 @@ fn a_token_is_taken_from_wherever_it_is_given() {
     assert_eq!(host.run(&["attach", "--token", &token()]).code, Some(0));
     std::fs::write(file, format!("{}\n", token())).unwrap();
     assert_eq!(host.run(&["attach", "--token-file", file]).code, Some(0));
-    let mut child = host.command(&["attach", "--token-file", "-"]).stdin(Stdio::piped()).spawn().unwrap();
+    let mut child =
+        host.command(&["attach", "--token-file", "-"]).stdin(Stdio::piped()).spawn().unwrap();
     child.stdin.take().unwrap().write_all(token().as_bytes()).unwrap();
     assert_eq!(finish(child).code, Some(0));
     // As `map` gets its token, from the broker's KVMI session.

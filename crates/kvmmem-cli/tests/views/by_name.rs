@@ -11,7 +11,10 @@ use crate::common::{Host, UUID, finish};
 use crate::host;
 
 fn grants(host: &Host) -> Vec<Value> {
-    host.ask(&["grants", "--json"]).lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+    host.ask(&["grants", "--json"])
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect()
 }
 
 #[test]
@@ -27,12 +30,25 @@ fn what_grant_prints_is_a_token_file() {
             .unwrap();
         child.stdin.take().unwrap().write_all(printed.as_bytes()).unwrap();
         let ended = finish(child);
-        assert_eq!((ended.code, ended.stdout.as_str()), (Some(0), "head"), "{form:?}: {}", ended.stderr);
+        assert_eq!(
+            (ended.code, ended.stdout.as_str()),
+            (Some(0), "head"),
+            "{form:?}: {}",
+            ended.stderr
+        );
         let ended = finish(host.view(&printed, &["read", "--raw", "0", "4"]).spawn().unwrap());
-        assert_eq!((ended.code, ended.stdout.as_str()), (Some(0), "head"), "{form:?}: {}", ended.stderr);
+        assert_eq!(
+            (ended.code, ended.stdout.as_str()),
+            (Some(0), "head"),
+            "{form:?}: {}",
+            ended.stderr
+        );
     }
     let token = host.ask(&["grant", "victim", "-q"]);
-    assert!(token.len() == 65 && token.trim().bytes().all(|byte| byte.is_ascii_hexdigit()), "{token}");
+    assert!(
+        token.len() == 65 && token.trim().bytes().all(|byte| byte.is_ascii_hexdigit()),
+        "{token}"
+    );
     assert_eq!(host.run(&["grant", "victim", "-q", "--json"]).code, Some(2));
 }
 
@@ -60,8 +76,9 @@ fn a_target_is_named_instead_of_a_token() {
         assert!(ended.stdout.contains(word), "{arguments:?}: {}", ended.stdout);
 
         // The broker closes the view a moment after the command has ended.
-        let is_closed =
-            |grants: &[Value]| grants.iter().all(|grant| grant["views"].as_array().unwrap().is_empty());
+        let is_closed = |grants: &[Value]| {
+            grants.iter().all(|grant| grant["views"].as_array().unwrap().is_empty())
+        };
         let deadline = Instant::now() + Duration::from_secs(60);
         let grants = std::iter::repeat_with(|| grants(&host))
             .find(|grants| is_closed(grants) || Instant::now() > deadline)
@@ -76,8 +93,9 @@ fn a_target_is_named_instead_of_a_token() {
     }
     // A token in the environment is not used in its place.
     let (_, token) = host.grant(&[]);
-    let ended =
-        finish(host.view(&token, &["read", "--raw", "0x1000", "6", "--target", "victim"]).spawn().unwrap());
+    let ended = finish(
+        host.view(&token, &["read", "--raw", "0x1000", "6", "--target", "victim"]).spawn().unwrap(),
+    );
     assert_eq!(ended.stdout, "Needle");
     assert_eq!(finish(host.view(&token, &["read", "0", "1"]).spawn().unwrap()).code, Some(0));
 }
@@ -89,11 +107,14 @@ fn a_target_that_cannot_be_named_is_refused() {
     assert_eq!(ended.code, Some(1));
     assert!(ended.stderr.contains("cannot grant access to \"other\""), "{}", ended.stderr);
     let token = "0f".repeat(32);
-    for option in [["--token", &token], ["--token-file", "x"], ["--listen", "unix:/x"], ["--device", "/x"]] {
+    for option in
+        [["--token", &token], ["--token-file", "x"], ["--listen", "unix:/x"], ["--device", "/x"]]
+    {
         let ended = host.run(&[&["read", "0", "1", "--target", "victim"], &option[..]].concat());
         assert_eq!(ended.code, Some(2), "{option:?}: {}", ended.stderr);
     }
-    let ended = host.run(&["read", "0", "1", "--target", "victim", "--broker", "/nonexistent/sock"]);
+    let ended =
+        host.run(&["read", "0", "1", "--target", "victim", "--broker", "/nonexistent/sock"]);
     assert_eq!(ended.code, Some(1));
     assert!(ended.stderr.contains("kvmmemd"), "{}", ended.stderr);
 }

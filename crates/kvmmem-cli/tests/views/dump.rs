@@ -42,7 +42,8 @@ fn part(host: &Host) -> PathBuf {
 #[track_caller]
 fn is_whole(host: &Host, file: &Path) {
     let (mut wanted, mut found) = (vec![0; 1 << 20], vec![0; 1 << 20]);
-    let (ram, file) = (File::from(host.ram.fd().try_clone_to_owned().unwrap()), File::open(file).unwrap());
+    let (ram, file) =
+        (File::from(host.ram.fd().try_clone_to_owned().unwrap()), File::open(file).unwrap());
     for offset in (0..LARGE[0].len).step_by(1 << 20) {
         ram.read_exact_at(&mut wanted, offset).unwrap();
         file.read_exact_at(&mut found, offset).unwrap();

@@ -30,7 +30,8 @@ fn a_grant_is_printed_listed_and_taken_back() {
         "on call",
     ];
     let (target, holder) = (UUID.to_string(), Uuid::from_u128(7).to_string());
-    let granted = host.ask_json(&[&["grant", &target], &options[..], &["--holder", &holder]].concat());
+    let granted =
+        host.ask_json(&[&["grant", &target], &options[..], &["--holder", &holder]].concat());
     assert_eq!(granted["rights"], "read_write");
     assert_eq!(granted["spans"][0]["gpa"], "0x100000");
     assert_eq!(granted["spans"][1]["len"], 1 << 20);
@@ -40,10 +41,15 @@ fn a_grant_is_printed_listed_and_taken_back() {
     let lines = host.ask(&["grants", "--json"]);
     let listed: serde_json::Value = serde_json::from_str(lines.lines().last().unwrap()).unwrap();
     assert_eq!(listed["scope"]["spans"], granted["spans"]);
-    assert_eq!((&listed["scope"]["rights"], &listed["uses_left"]), (&"read_write".into(), &3.into()));
+    assert_eq!(
+        (&listed["scope"]["rights"], &listed["uses_left"]),
+        (&"read_write".into(), &3.into())
+    );
 
     let table = host.ask(&["grants"]);
-    for word in ["victim", "all RAM", "0x100000..0x200000 and 1 more", "rw", "on call", "active", &holder] {
+    for word in
+        ["victim", "all RAM", "0x100000..0x200000 and 1 more", "rw", "on call", "active", &holder]
+    {
         assert!(table.contains(word), "{word}: {table}");
     }
     assert!(!table.contains(token), "a token is shown again");
@@ -69,7 +75,11 @@ fn what_cannot_be_granted_is_named_with_the_remedy() {
         (&["victim", "--ttl", "0s"], 2, &["--ttl", "0"]),
         (&["victim", "--uses", "0"], 2, &["--uses"]),
         (&["victim", "--holder", "me"], 2, &["--holder"]),
-        (&["victim", "--range", "1M..3M", "--range", "2M..4M"], 2, &["0x100000..0x300000", "overlap"]),
+        (
+            &["victim", "--range", "1M..3M", "--range", "2M..4M"],
+            2,
+            &["0x100000..0x300000", "overlap"],
+        ),
         (&["victim", "--range", "8M..9M"], 1, &["0x800000..0x900000", "RAM"]),
         (&["victim", "--label", "a\nb"], 1, &["label"]),
         (&["victim", "--holder", &UUID.to_string()], 1, &["the target itself"]),

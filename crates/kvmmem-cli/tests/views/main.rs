@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The verbs of views on the host: a broker and a target without a guest, and the command line as a user runs it.
+//! The verbs of views on the host: a broker and a target without a guest, and the command line as a
+//! user runs it.
 
 mod attach;
 mod by_name;

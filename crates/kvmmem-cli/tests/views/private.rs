@@ -15,7 +15,8 @@ fn a_scan_finds_what_a_dump_holds() {
         host.put(place, b"needle");
     }
     let ended = host.look(&[], &["scan", "--text", "needle"]);
-    let found: Vec<&str> = ended.stdout.lines().filter_map(|line| line.split_whitespace().next()).collect();
+    let found: Vec<&str> =
+        ended.stdout.lines().filter_map(|line| line.split_whitespace().next()).collect();
     assert_eq!(found, places.map(|place| format!("{place:012x}")), "{}", ended.stderr);
     let file = host.path("dump");
     let ended = host.look(&[], &["dump", file.to_str().unwrap()]);

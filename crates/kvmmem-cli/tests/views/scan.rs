@@ -8,7 +8,9 @@ use crate::{host, large};
 /// The addresses in the output.
 fn places(stdout: &str) -> Vec<u64> {
     let lines = stdout.lines();
-    lines.map(|line| u64::from_str_radix(line.split_whitespace().next().unwrap(), 16).unwrap()).collect()
+    lines
+        .map(|line| u64::from_str_radix(line.split_whitespace().next().unwrap(), 16).unwrap())
+        .collect()
 }
 
 #[test]
@@ -33,8 +35,8 @@ fn matches_are_found_wherever_they_lie_and_sorted() {
 
     let ended = host.look(&[], &["scan", "--text", "needle", "--max", "2"]);
     assert_eq!(places(&ended.stdout), expected[..2]);
-    let ended =
-        host.look(&[], &["scan", "--text", "needle", "--range", "0x40000..16M", "--range", "17M..20M"]);
+    let ended = host
+        .look(&[], &["scan", "--text", "needle", "--range", "0x40000..16M", "--range", "17M..20M"]);
     assert_eq!(places(&ended.stdout), [expected[2], expected[4]]);
     for verb in [["scan", "--text=needle"], ["strings", "--min=6"]] {
         let ended = host.look(&[], &[&verb[..], &["--range", "7M..12M"]].concat());
@@ -57,7 +59,8 @@ fn several_patterns_are_named_in_both_forms() {
         assert!(line.ends_with(name), "{line}");
     }
     let ended = host.look(&[], &[&patterns[..], &["--json"]].concat());
-    let first: serde_json::Value = serde_json::from_str(ended.stdout.lines().next().unwrap()).unwrap();
+    let first: serde_json::Value =
+        serde_json::from_str(ended.stdout.lines().next().unwrap()).unwrap();
     assert_eq!((&first["gpa"], &first["pattern"]), (&"0x1000".into(), &"47 72 ?? ?? c3".into()));
     assert!(first["hex"].as_str().unwrap().starts_with("4772c3bcc39f65"));
 }
@@ -75,7 +78,10 @@ fn exit_codes_are_those_of_grep() {
         (&["scan", "--regex", "a*"], &["everywhere"]),
         (&["scan", "ab", "--before", "8K"], &["at most 4096"]),
         (&["scan", "--patterns", "/nonexistent/list"], &["/nonexistent/list", "No such file"]),
-        (&["scan", "--yara", "/nonexistent.yar"], &["error: cannot read the rules in /nonexistent.yar\n"]),
+        (
+            &["scan", "--yara", "/nonexistent.yar"],
+            &["error: cannot read the rules in /nonexistent.yar\n"],
+        ),
         (&["scan", "ab", "--range", "0x10..0x20"], &["0x0..0x1000"]),
         (&["scan", "ab", "--range", "1M..3M", "--range", "2M..4M"], &["overlap"]),
         (&["scan", "ab", "--range", "8M..9M"], &["0x800000..0x900000", "0x1000000..0x1400000"]),
@@ -123,12 +129,19 @@ fn rules_match_in_both_forms() {
     let ended = host.look(&[], &["scan", "--yara", file]);
     let lines: Vec<&str> = ended.stdout.lines().collect();
     assert_eq!((ended.code, ended.stderr.as_str(), lines.len()), (Some(0), "", 4), "{lines:?}");
-    assert!(lines[0].starts_with("000000001000  6e 65 65") && lines[0].ends_with("hay $a"), "{lines:?}");
-    assert!(lines[1].starts_with("000000001004  6c 65 00") && lines[1].ends_with("hay $b"), "{lines:?}");
+    assert!(
+        lines[0].starts_with("000000001000  6e 65 65") && lines[0].ends_with("hay $a"),
+        "{lines:?}"
+    );
+    assert!(
+        lines[1].starts_with("000000001004  6c 65 00") && lines[1].ends_with("hay $b"),
+        "{lines:?}"
+    );
     assert_eq!(lines[3], "always");
 
     let ended = host.look(&[], &["scan", "--yara", file, "--json"]);
-    let first: serde_json::Value = serde_json::from_str(ended.stdout.lines().next().unwrap()).unwrap();
+    let first: serde_json::Value =
+        serde_json::from_str(ended.stdout.lines().next().unwrap()).unwrap();
     assert_eq!(first["matches"][2]["gpa"], format!("{:#x}", places[1]));
     assert_eq!(first["matches"][2]["bytes"], "6e6565646c65");
     assert_eq!((&first["meta"]["n"], &first["tags"][0]), (&3.into(), &"tag".into()));
@@ -141,7 +154,10 @@ fn rules_match_in_both_forms() {
     let ended = finish(host.view(&token, &["scan", "--yara", file]).spawn().unwrap());
     assert_eq!(ended.code, Some(2));
     assert!(ended.stderr.contains("rules.yar:1:"), "{}", ended.stderr);
-    assert_eq!(finish(host.view(&token, &["scan", "--text", "needle"]).spawn().unwrap()).code, Some(0));
+    assert_eq!(
+        finish(host.view(&token, &["scan", "--text", "needle"]).spawn().unwrap()).code,
+        Some(0)
+    );
 }
 
 #[test]
@@ -150,16 +166,20 @@ fn expressions_and_lists_of_patterns_are_found() {
     host.put(0x1000, b"mail: Me@Example.com");
     host.put((8 << 20) - 6, b"\x4a\x8bword");
     let list = host.path("list");
-    std::fs::write(&list, "# mine\naddress regex [a-z]+@[a-z]+\\.com\ncode hex 4? 8b ?7\nword text WORD\n")
-        .unwrap();
+    std::fs::write(
+        &list,
+        "# mine\naddress regex [a-z]+@[a-z]+\\.com\ncode hex 4? 8b ?7\nword text WORD\n",
+    )
+    .unwrap();
     let arguments = ["scan", "-i", "--patterns", list.to_str().unwrap()];
     let ended = host.look(&[], &arguments);
     assert_eq!((ended.code, ended.stderr.as_str()), (Some(0), ""));
-    let names: Vec<&str> = ended.stdout.lines().map(|line| line.rsplit(' ').next().unwrap()).collect();
+    let names: Vec<&str> =
+        ended.stdout.lines().map(|line| line.rsplit(' ').next().unwrap()).collect();
     assert_eq!(names, ["address", "code", "word"]);
     assert_eq!(places(&ended.stdout), [0x1006, (8 << 20) - 6, (8 << 20) - 4]);
-    let ended =
-        host.look(&[], &["scan", "--regex", "[A-Z][a-z]@", "--before", "6", "--after", "20", "--json"]);
+    let ended = host
+        .look(&[], &["scan", "--regex", "[A-Z][a-z]@", "--before", "6", "--after", "20", "--json"]);
     let found: serde_json::Value = serde_json::from_str(&ended.stdout).unwrap();
     assert_eq!((&found["gpa"], &found["len"]), (&"0x1006".into(), &3.into()));
     assert_eq!(
@@ -170,7 +190,8 @@ fn expressions_and_lists_of_patterns_are_found() {
     let lines: Vec<&str> = ended.stdout.lines().collect();
     assert_eq!(lines[0], "0x1009, 7 bytes");
     assert!(
-        lines[1].starts_with("000000001000  6d 61 69 6c") && lines[1].ends_with("|mail: Me@Example|"),
+        lines[1].starts_with("000000001000  6d 61 69 6c")
+            && lines[1].ends_with("|mail: Me@Example|"),
         "{lines:?}"
     );
     assert!(lines[2].starts_with("000000001010  2e 63 6f 6d"), "{lines:?}");
@@ -213,15 +234,25 @@ fn rules_that_nest_without_end_are_refused_in_one_line() {
     let file = host.path("rules.yar");
     let rules = file.to_str().unwrap();
     let nested = format!("rule a {{ condition: {} true }}", "not ".repeat(100_000));
-    for (text, words) in [("include \"rules.yar\"", "includes itself"), (nested.as_str(), "max depth")] {
+    for (text, words) in
+        [("include \"rules.yar\"", "includes itself"), (nested.as_str(), "max depth")]
+    {
         std::fs::write(&file, text).unwrap();
         let ended = host.run(&["scan", "--yara", rules, "--target", "victim"]);
         assert_eq!(ended.code, Some(2), "{}", ended.stderr);
-        assert!(ended.stderr.contains(words) && ended.stderr.lines().count() == 1, "{}", ended.stderr);
+        assert!(
+            ended.stderr.contains(words) && ended.stderr.lines().count() == 1,
+            "{}",
+            ended.stderr
+        );
     }
     // More matches than are wanted are said to be there.
     std::fs::write(&file, "rule any { strings: $a = /.*/ condition: $a }").unwrap();
     let ended = host.look(&[], &["scan", "--yara", rules, "--max", "1"]);
     assert_eq!((ended.code, ended.stdout.lines().count()), (Some(0), 1), "{}", ended.stdout);
-    assert!(ended.stderr.contains("more matches of $a in rule any than are kept"), "{}", ended.stderr);
+    assert!(
+        ended.stderr.contains("more matches of $a in rule any than are kept"),
+        "{}",
+        ended.stderr
+    );
 }

@@ -22,7 +22,10 @@ fn the_text_of_a_target_and_of_its_dump_is_the_same() {
 ";
     for threads in ["1", "3"] {
         let ended = host.look(&[], &["strings", "--threads", threads]);
-        assert_eq!((ended.code, ended.stdout.as_str(), ended.stderr.as_str()), (Some(0), expected, ""));
+        assert_eq!(
+            (ended.code, ended.stdout.as_str(), ended.stderr.as_str()),
+            (Some(0), expected, "")
+        );
     }
     let dump = host.path("dump.raw");
     let dump = dump.to_str().unwrap();

@@ -8,7 +8,8 @@ use crate::host;
 
 const CR3: u64 = 0x10_0000;
 
-/// A 4 KiB page, a 2 MiB page and a 1 GiB page, all in the upper half, and the recursive entry that some kernels use.
+/// A 4 KiB page, a 2 MiB page and a 1 GiB page, all in the upper half, and the recursive entry that
+/// some kernels use.
 fn tables(host: &Host) {
     let entries = [
         (CR3 + 511 * 8, 0x10_1003_u64),
@@ -43,18 +44,24 @@ fn pages_of_each_size_are_found() {
     assert_eq!(lines.len(), 5);
     assert_eq!(lines[0], "  PML4E 0x101003 at gpa 0x100ff8");
 
-    let ended = host.look(&[], &["translate", "--json", "0x100000", "0xffffffff80001000", "0x1000"]);
+    let ended =
+        host.look(&[], &["translate", "--json", "0x100000", "0xffffffff80001000", "0x1000"]);
     assert_eq!(ended.code, Some(3));
-    let objects: Vec<Value> = ended.stdout.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let objects: Vec<Value> =
+        ended.stdout.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
     assert_eq!((&objects[0]["gpa"], &objects[0]["writable"]), (&"0x300000".into(), &false.into()));
     assert_eq!(objects[0]["entries"].as_array().unwrap().len(), 4);
     assert_eq!(objects[0]["gva"], "0xffffffff80001000");
     assert_eq!(objects[0]["entries"][3]["value"], "0x8000000000300001");
-    assert!(objects[1]["gpa"].is_null() && objects[1]["error"].as_str().unwrap().contains("not present"));
+    assert!(
+        objects[1]["gpa"].is_null()
+            && objects[1]["error"].as_str().unwrap().contains("not present")
+    );
 }
 
-/// Five levels: a 4 KiB page, one as Linux marks PROT_NONE, one in transition as Windows writes it, a 2 MiB page with PAT, a
-/// table where there is no memory, a 1 GiB page, and one in the upper half.
+/// Five levels: a 4 KiB page, one as Linux marks PROT_NONE, one in transition as Windows writes it,
+/// a 2 MiB page with PAT, a table where there is no memory, a 1 GiB page, and one in the upper
+/// half.
 fn five_levels(host: &Host) {
     let entries = [
         (0x20_0000, 0x20_1007_u64),
@@ -90,7 +97,8 @@ fn the_depth_of_the_tables_is_found_out() {
          0x0000000080600000  0x000000400000  2 MiB  rwx  user\n\
          0xff11000000000000  0x000000000000  1 GiB  rwx  kernel\n"
     );
-    let explicit = host.look(&[], &[&["translate", "--levels", "5", "0x200000"], &gvas[..]].concat());
+    let explicit =
+        host.look(&[], &[&["translate", "--levels", "5", "0x200000"], &gvas[..]].concat());
     assert_eq!((explicit.stdout, explicit.stderr), (ended.stdout, String::new()));
     // What is said is done, with a word about it.
     let ended = host.look(&[], &["translate", "--json", "--levels", "4", "0x200000", "0x1234"]);
@@ -123,12 +131,23 @@ fn entries_that_are_not_present_say_what_they_mean() {
     assert_eq!(ended.code, Some(3));
     let lines: Vec<&str> = ended.stdout.lines().collect();
     assert!(lines[0].contains("PROT_NONE") && lines[0].ends_with("gpa 0x301008"), "{}", lines[0]);
-    assert!(lines[1].contains("in transition") && lines[1].ends_with("gpa 0x302000"), "{}", lines[1]);
+    assert!(
+        lines[1].contains("in transition") && lines[1].ends_with("gpa 0x302000"),
+        "{}",
+        lines[1]
+    );
     assert!(lines[2].ends_with("is not present"), "{}", lines[2]);
     let ended = host.look(&[], &[&["translate", "--json", "0x200000"], &gvas[..]].concat());
-    let objects: Vec<Value> = ended.stdout.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
-    assert_eq!(objects[0]["absent"], serde_json::json!({ "meaning": "prot_none", "gpa": "0x301008" }));
-    assert_eq!(objects[1]["absent"], serde_json::json!({ "meaning": "transition", "gpa": "0x302000" }));
+    let objects: Vec<Value> =
+        ended.stdout.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!(
+        objects[0]["absent"],
+        serde_json::json!({ "meaning": "prot_none", "gpa": "0x301008" })
+    );
+    assert_eq!(
+        objects[1]["absent"],
+        serde_json::json!({ "meaning": "transition", "gpa": "0x302000" })
+    );
     assert!(objects[2]["absent"].is_null());
 }
 
@@ -136,7 +155,8 @@ fn entries_that_are_not_present_say_what_they_mean() {
 fn every_address_has_its_line() {
     let host = host();
     five_levels(&host);
-    let ended = host.look(&[], &["translate", "0x200000", "0x80800000", "0x80400000", "0x200000000000000"]);
+    let ended =
+        host.look(&[], &["translate", "0x200000", "0x80800000", "0x80400000", "0x200000000000000"]);
     assert_eq!((ended.code, ended.stderr.as_str()), (Some(3), ""));
     let lines: Vec<&str> = ended.stdout.lines().collect();
     assert!(
@@ -187,12 +207,18 @@ fn what_is_not_mapped_is_told_and_has_its_exit_code() {
     let cases = [
         ("0xffffffff80002000", "PTE 0x0 at gpa 0x103010 is not present"),
         ("0x0000800000000000", "--levels 5"),
-        // The recursive entry leads four times through the same table, at last as if it were a page.
+        // The recursive entry leads four times through the same table, at last as if it were a
+        // page.
         ("0xffff804020100000", "0x000000100000"),
     ];
     for (gva, words) in cases {
         let ended = host.look(&[], &["translate", "0x100000", gva]);
-        assert_eq!(ended.code, Some(if gva.contains("8040201") { 0 } else { 3 }), "{gva}: {}", ended.stderr);
+        assert_eq!(
+            ended.code,
+            Some(if gva.contains("8040201") { 0 } else { 3 }),
+            "{gva}: {}",
+            ended.stderr
+        );
         assert!(ended.stdout.contains(words), "{gva}: {}", ended.stdout);
     }
     // Tables outside of the target's memory, or of the grant.

@@ -33,7 +33,8 @@ impl Vcpus for Vmm {
                     lstar: Some(0xffff_ffff_8000_0123),
                     ..VcpuRegisters::default()
                 };
-                let first = VcpuRegisters { cr0: 0x6000_0010, lstar: Some(0), ..VcpuRegisters::default() };
+                let first =
+                    VcpuRegisters { cr0: 0x6000_0010, lstar: Some(0), ..VcpuRegisters::default() };
                 VcpuAnswer::Registers { vcpus: vec![first, second], more: false }
             }
             VcpuQuestion::Pause { holder, is_new } if is_new || *held == Some(holder) => {
@@ -87,7 +88,12 @@ fn addresses_are_looked_up_in_the_tables_that_a_vcpu_uses_now() {
     }
     // By a token there are no registers.
     let ended = host.look(&[], &["read", "--vcpu", "1", "0", "16"]);
-    assert_eq!((ended.code, ended.stderr.contains("--target NAME")), (Some(1), true), "{}", ended.stderr);
+    assert_eq!(
+        (ended.code, ended.stderr.contains("--target NAME")),
+        (Some(1), true),
+        "{}",
+        ended.stderr
+    );
 }
 
 #[test]
@@ -95,7 +101,8 @@ fn a_dump_has_the_registers_that_the_vmm_shows_and_pauses_it() {
     let (host, vmm) = host();
     let core = host.path("core");
     let core = core.to_str().unwrap();
-    let record: Value = host.ask_json(&["dump", core, "--target", "victim", "--format", "elf", "--pause"]);
+    let record: Value =
+        host.ask_json(&["dump", core, "--target", "victim", "--format", "elf", "--pause"]);
     assert_eq!(record["registers"], json!({"vcpus": 2, "source": "kvmmem-vmm", "reason": null}));
     assert_eq!(record["pause"]["was_running"], true);
     assert_eq!((vmm.pauses.load(Ordering::Relaxed), *vmm.holder.lock().unwrap()), (1, None));

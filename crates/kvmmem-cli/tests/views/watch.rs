@@ -18,7 +18,8 @@ fn changes_are_told_as_lines() {
     let host = host();
     host.put(0x3f_fff0, b"before the border");
     let token = host.grant(&[]).1;
-    let mut watch = Running::start(&host, &token, &["watch", "0x3ffff0", "0x20", "--interval", "10ms"]);
+    let mut watch =
+        Running::start(&host, &token, &["watch", "0x3ffff0", "0x20", "--interval", "10ms"]);
     assert!(watch.line().ends_with("|before the borde|\n"));
     assert!(watch.line().ends_with("|r...............|\n"));
     host.put(0x40_0001, b"!");
@@ -32,7 +33,8 @@ fn changes_are_told_as_lines() {
 fn changes_are_told_as_objects_until_the_grant_is_taken_back() {
     let host = host();
     let (grant, token) = host.grant(&[]);
-    let mut watch = Running::start(&host, &token, &["watch", "0x1000", "64", "--interval", "10ms", "--json"]);
+    let mut watch =
+        Running::start(&host, &token, &["watch", "0x1000", "64", "--interval", "10ms", "--json"]);
     let memory = watch.object();
     assert_eq!((&memory["event"], &memory["hex"]), (&"memory".into(), &"00".repeat(64).into()));
     host.put(0x1010, b"\xaa");
@@ -75,9 +77,11 @@ fn on_a_terminal_the_picture_stays_in_place() {
     let window = Winsize { ws_row: 24, ws_col: 80, ws_xpixel: 0, ws_ypixel: 0 };
     tcsetwinsize(&terminal, window).unwrap();
     let name = ptsname(&terminal, Vec::new()).unwrap();
-    let screen = open(name, OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC, Mode::empty()).unwrap();
+    let screen =
+        open(name, OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC, Mode::empty()).unwrap();
 
-    let mut watch = host.view(&host.grant(&[]).1, &["watch", "0x1000", "0x30", "--interval", "10ms"]);
+    let mut watch =
+        host.view(&host.grant(&[]).1, &["watch", "0x1000", "0x30", "--interval", "10ms"]);
     let child = watch.env("TERM", "xterm").env_remove("NO_COLOR").stdout(screen).spawn().unwrap();
     // It holds the screen's file.
     drop(watch);

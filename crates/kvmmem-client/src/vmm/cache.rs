@@ -38,8 +38,8 @@ impl Cache {
         self.targets.get(&id).cloned()
     }
 
-    /// Keeps a token of grant `grant` for `lifetime`. The broker bounds how many are outstanding; the expired ones go
-    /// here.
+    /// Keeps a token of grant `grant` for `lifetime`. The broker bounds how many are outstanding;
+    /// the expired ones go here.
     pub(super) fn grant(
         &mut self,
         now: Instant,
@@ -57,7 +57,11 @@ impl Cache {
     pub(super) fn claim(&mut self, now: Instant, token: &Token) -> Option<Redeemed> {
         self.grants.retain(|grant| grant.expires > now);
         let grant = self.take(token)?;
-        Some(Redeemed { grant: grant.grant, target: self.target(grant.target)?, scope: grant.scope })
+        Some(Redeemed {
+            grant: grant.grant,
+            target: self.target(grant.target)?,
+            scope: grant.scope,
+        })
     }
 
     /// Takes a token out for good.
@@ -110,7 +114,14 @@ mod tests {
     fn target(id: u64) -> Target {
         let map = MemoryMap::new(vec![Region { gpa: 0, len: 4096, offset: 0, file: 0 }]).unwrap();
         let file = std::fs::File::open("/dev/null").unwrap().into();
-        Target { id, name: "t".into(), uuid: Uuid::nil(), generation: 1, map, files: Arc::new([file]) }
+        Target {
+            id,
+            name: "t".into(),
+            uuid: Uuid::nil(),
+            generation: 1,
+            map,
+            files: Arc::new([file]),
+        }
     }
 
     fn whole(grant: u64, target: u64) -> (u64, u64, Scope) {

@@ -7,14 +7,16 @@ use std::sync::{Arc, PoisonError, Weak};
 
 use super::{Shared, Target};
 
-/// Who is told of what happens to views. Called from one thread of the link's own, one event at a time.
+/// Who is told of what happens to views. Called from one thread of the link's own, one event at a
+/// time.
 ///
-/// An event may come before the view or the page that it concerns is where the handler looks for it: see
-/// [`super::VmmLink::current`] and [`super::VmmLink::is_revoked`].
+/// An event may come before the view or the page that it concerns is where the handler looks for
+/// it: see [`super::VmmLink::current`] and [`super::VmmLink::is_revoked`].
 pub trait ViewEvents: Send + Sync {
-    /// A grant was taken back. Returns `true` when no access of the guest can reach the target's memory by it, neither
-    /// through a view nor through a page; the link then confirms that to the broker. `false` where it still can: the
-    /// handler then calls [`super::VmmLink::revoked`] once it cannot.
+    /// A grant was taken back. Returns `true` when no access of the guest can reach the target's
+    /// memory by it, neither through a view nor through a page; the link then confirms that to
+    /// the broker. `false` where it still can: the handler then calls
+    /// [`super::VmmLink::revoked`] once it cannot.
     fn revoke(&self, grant: u64) -> bool;
 
     /// A target is gone: its views end.
@@ -23,8 +25,9 @@ pub trait ViewEvents: Send + Sync {
     /// A target's RAM was reset or is elsewhere now: the views of it go on with what `target` says.
     fn changed(&self, target: &Arc<Target>);
 
-    /// The connection to the broker is lost: all views end, for nobody could take their rights back any more. No new
-    /// connection is made before this returns; numbers of grants, views and targets have no meaning there.
+    /// The connection to the broker is lost: all views end, for nobody could take their rights back
+    /// any more. No new connection is made before this returns; numbers of grants, views and
+    /// targets have no meaning there.
     fn lost(&self);
 }
 
@@ -81,7 +84,8 @@ impl Queue {
         self.is_losing
     }
 
-    /// An event that waits already says the same: a target that changes all the time makes no longer queue.
+    /// An event that waits already says the same: a target that changes all the time makes no
+    /// longer queue.
     fn push(&mut self, event: Event) {
         if !self.waiting.contains(&event) {
             self.waiting.push_back(event);

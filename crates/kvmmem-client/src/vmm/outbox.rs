@@ -12,8 +12,8 @@ use super::Shared;
 /// From so many on, calls that only tell counters are left out.
 const LONG: usize = 1024;
 
-/// A queue that is emptied in its order. What is in it was caused by the broker's own answers and pushes, at most one
-/// call for each, but for counters and changes of RAM.
+/// A queue that is emptied in its order. What is in it was caused by the broker's own answers and
+/// pushes, at most one call for each, but for counters and changes of RAM.
 #[derive(Debug, Default)]
 pub(super) struct Outbox {
     calls: Mutex<VecDeque<Call>>,
@@ -27,7 +27,9 @@ impl Outbox {
         let replaced = match &call {
             Call::Counters { .. } if calls.len() >= LONG => return,
             // The last one says all.
-            Call::RamChanged { .. } => calls.iter().position(|call| matches!(call, Call::RamChanged { .. })),
+            Call::RamChanged { .. } => {
+                calls.iter().position(|call| matches!(call, Call::RamChanged { .. }))
+            }
             _ => None,
         };
         if let Some(index) = replaced {
@@ -47,8 +49,8 @@ impl Outbox {
         *self.calls() = first.into_iter().collect();
     }
 
-    /// Sends what waits, and then `last`, all in order. A broker that does not read is not waited for: the rest stays,
-    /// and `last` is not sent. Whether everything was sent.
+    /// Sends what waits, and then `last`, all in order. A broker that does not read is not waited
+    /// for: the rest stays, and `last` is not sent. Whether everything was sent.
     pub(super) fn flush(&self, socket: &PacketSocket, last: Option<&Request>) -> bool {
         let _sending = self.sending.lock().unwrap_or_else(PoisonError::into_inner);
         loop {
@@ -74,7 +76,8 @@ impl Shared {
         self.flush();
     }
 
-    /// Sends the calls that wait; what the broker does not take now, the reader's thread tries again.
+    /// Sends the calls that wait; what the broker does not take now, the reader's thread tries
+    /// again.
     pub(super) fn flush(&self) {
         let socket = self.lock().socket.clone();
         if let Some(socket) = socket {

@@ -37,7 +37,8 @@ pub(super) fn register(shared: &Shared, socket: PacketSocket) -> Result<Connecti
     let regions = registration.regions.clone();
     let call = Call::Register(registration);
     let files: Vec<BorrowedFd<'_>> = shared.files.iter().map(AsFd::as_fd).collect();
-    // A broker that is full closes at once, having said why: what it said is still there to be read.
+    // A broker that is full closes at once, having said why: what it said is still there to be
+    // read.
     let sent = socket.send(&Request { id: 0, call }, &files, Wait::Limited);
     socket.limit_receive(Some(REGISTER_LIMIT)).map_err(LinkError::Packet)?;
     let mut buffer = PacketBuffer::default();
@@ -69,8 +70,8 @@ pub(super) fn register(shared: &Shared, socket: PacketSocket) -> Result<Connecti
         }
         Some(first) => Some(Call::Continued { generation: first.saturating_add(state.changes) }),
     };
-    // The broker's numbers start anew, and what was to be told to the one before means nothing to this one. It takes a
-    // generation from before by the first call alone.
+    // The broker's numbers start anew, and what was to be told to the one before means nothing to
+    // this one. It takes a generation from before by the first call alone.
     shared.outbox.restart(continued);
     if state.registration.regions != regions {
         let regions = state.registration.regions.clone();
@@ -113,7 +114,12 @@ pub(super) fn run(shared: &Shared, mut connection: Connection) {
         }
         drop(connection);
         let losing = |state: &mut State| !state.stopped && state.events.is_losing();
-        drop(shared.changed.wait_while(shared.lock(), losing).unwrap_or_else(PoisonError::into_inner));
+        drop(
+            shared
+                .changed
+                .wait_while(shared.lock(), losing)
+                .unwrap_or_else(PoisonError::into_inner),
+        );
         match register_again(shared, path) {
             Some(again) => connection = again,
             None => return,
@@ -121,8 +127,8 @@ pub(super) fn run(shared: &Shared, mut connection: Connection) {
     }
 }
 
-/// Takes packets until the connection ends, and tells the broker of used tokens in between: here, so that the vCPU that
-/// used one need not.
+/// Takes packets until the connection ends, and tells the broker of used tokens in between: here,
+/// so that the vCPU that used one need not.
 fn read(shared: &Shared, connection: &mut Connection) -> Result<(), LinkError> {
     let Connection { socket, buffer } = connection;
     let mut is_limited = false;
@@ -149,7 +155,11 @@ fn read(shared: &Shared, connection: &mut Connection) -> Result<(), LinkError> {
 }
 
 /// Takes one message in; returns what the broker is to be told for it.
-fn take(state: &mut State, message: FromBroker, files: Vec<OwnedFd>) -> Result<Option<Call>, LinkError> {
+fn take(
+    state: &mut State,
+    message: FromBroker,
+    files: Vec<OwnedFd>,
+) -> Result<Option<Call>, LinkError> {
     match message {
         FromBroker::Target { id, name, uuid, generation, regions } => {
             let map = MemoryMap::new(regions).map_err(LinkError::Map)?;
@@ -158,7 +168,9 @@ fn take(state: &mut State, message: FromBroker, files: Vec<OwnedFd>) -> Result<O
         }
         FromBroker::Changed { target, generation, regions } => {
             let map = MemoryMap::new(regions).map_err(LinkError::Map)?;
-            if let Some(known) = state.cache.target(target).filter(|known| known.generation < generation) {
+            if let Some(known) =
+                state.cache.target(target).filter(|known| known.generation < generation)
+            {
                 let (name, files) = (known.name.clone(), complete(&map, Arc::clone(&known.files))?);
                 let changed = Target { id: target, name, uuid: known.uuid, generation, map, files };
                 state.cache.insert_target(changed);
@@ -195,8 +207,8 @@ fn complete(map: &MemoryMap, files: Arc<[OwnedFd]>) -> Result<Arc<[OwnedFd]>, Li
     if found < needed { Err(LinkError::Files { found, needed }) } else { Ok(files) }
 }
 
-/// Hands an answer to whoever asked. A view that nobody waits for any more, or whose grant was taken back meanwhile, is
-/// closed at once.
+/// Hands an answer to whoever asked. A view that nobody waits for any more, or whose grant was
+/// taken back meanwhile, is closed at once.
 fn answered(state: &mut State, id: u64, mut answer: Result<Answer, Refusal>) -> Option<Call> {
     state.views.end_request(id);
     let mut closed = None;
@@ -249,7 +261,9 @@ fn register_again(shared: &Shared, path: &Path) -> Option<Connection> {
 
 fn reason(error: &LinkError) -> String {
     match error {
-        LinkError::Connect { source: PacketError::Connect(errno), .. } => format!("{error}: {errno}"),
+        LinkError::Connect { source: PacketError::Connect(errno), .. } => {
+            format!("{error}: {errno}")
+        }
         _ => error.to_string(),
     }
 }

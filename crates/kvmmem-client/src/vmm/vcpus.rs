@@ -75,7 +75,8 @@ pub(super) fn run(shared: &Shared) {
             return;
         }
         if let Some((id, question)) = question {
-            let failed = || VcpuAnswer::Failed { message: "the VM is starting or ending; try again".into() };
+            let failed =
+                || VcpuAnswer::Failed { message: "the VM is starting or ending; try again".into() };
             let answer = handler.as_ref().map_or_else(failed, |handler| handler.answer(question));
             // The numbers of the next connection's questions start anew.
             if shared.lock().lost == connection {
@@ -89,13 +90,18 @@ pub(super) fn run(shared: &Shared) {
 
 /// Waits for something to do, at most for so long.
 fn wait(shared: &Shared, limit: Option<Duration>) -> MutexGuard<'_, State> {
-    let is_idle =
-        |state: &mut State| !state.stopped && !state.vcpus.is_lost && state.vcpus.waiting.is_empty();
+    let is_idle = |state: &mut State| {
+        !state.stopped && !state.vcpus.is_lost && state.vcpus.waiting.is_empty()
+    };
     let state = shared.lock();
     match limit {
         None => shared.changed.wait_while(state, is_idle).unwrap_or_else(PoisonError::into_inner),
         Some(limit) => {
-            shared.changed.wait_timeout_while(state, limit, is_idle).unwrap_or_else(PoisonError::into_inner).0
+            shared
+                .changed
+                .wait_timeout_while(state, limit, is_idle)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0
         }
     }
 }

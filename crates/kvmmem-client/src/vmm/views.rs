@@ -9,7 +9,8 @@ use kvmmem_proto::message::{Answer, Call, Caller, Request, ViewCounters};
 
 use super::{Attached, RedeemError, Target, VmmLink};
 
-/// How many revoked grants are remembered: far more than are taken back while one page is being mapped.
+/// How many revoked grants are remembered: far more than are taken back while one page is being
+/// mapped.
 const REVOKED_KEPT: usize = 1024;
 
 /// The most requests for views that may be under way.
@@ -21,8 +22,8 @@ pub(super) struct Views {
     open: HashMap<u64, Open>,
     /// Grants that were taken back, the last ones.
     revoked: VecDeque<u64>,
-    /// Tokens by which views are being opened, with the requests' numbers: they are of no use for anything else, also
-    /// where they are pushed only now.
+    /// Tokens by which views are being opened, with the requests' numbers: they are of no use for
+    /// anything else, also where they are pushed only now.
     under_way: Vec<(u64, Box<Token>)>,
 }
 
@@ -76,15 +77,21 @@ impl Views {
 }
 
 impl VmmLink {
-    /// Uses a token to open a view, on behalf of a process of the guest. Asks the broker, and waits for it at most 2 s;
-    /// a token that was used by [`Self::redeem`] a moment ago is used.
+    /// Uses a token to open a view, on behalf of a process of the guest. Asks the broker, and waits
+    /// for it at most 2 s; a token that was used by [`Self::redeem`] a moment ago is used.
     ///
-    /// Once the view is where [`super::ViewEvents`] finds it, the caller looks at [`Self::current`]: an event that came
-    /// before has found nothing. A view that comes to nothing is told by [`Self::detached`].
+    /// Once the view is where [`super::ViewEvents`] finds it, the caller looks at
+    /// [`Self::current`]: an event that came before has found nothing. A view that comes to
+    /// nothing is told by [`Self::detached`].
     ///
     /// # Errors
     /// Where the token is not good, or the broker cannot say.
-    pub fn attach(&self, token: &Token, caller: &Caller, read_only: bool) -> Result<Attached, RedeemError> {
+    pub fn attach(
+        &self,
+        token: &Token,
+        caller: &Caller,
+        read_only: bool,
+    ) -> Result<Attached, RedeemError> {
         let mut state = self.shared.lock();
         let socket = state.socket.clone().ok_or(RedeemError::Unavailable)?;
         if state.views.under_way.len() >= MAX_UNDER_WAY {
@@ -96,8 +103,12 @@ impl VmmLink {
         drop(state);
 
         // What was used before is told before.
-        let call =
-            Call::Attach { token: token.clone(), caller: caller.clone(), read_only, reaching: Vec::new() };
+        let call = Call::Attach {
+            token: token.clone(),
+            caller: caller.clone(),
+            read_only,
+            reaching: Vec::new(),
+        };
         let sent = self.shared.outbox.flush(&socket, Some(&Request { id, call }));
         let (mut state, answer) = self.answer(id, sent);
         if !sent {
@@ -110,8 +121,8 @@ impl VmmLink {
         Ok(Attached { view, grant, target: target.ok_or(RedeemError::Unknown)?, scope })
     }
 
-    /// The target of a view as it is now; `None` once the view has ended: its grant was taken back, its target is gone,
-    /// or the connection was lost.
+    /// The target of a view as it is now; `None` once the view has ended: its grant was taken back,
+    /// its target is gone, or the connection was lost.
     pub fn current(&self, view: u64) -> Option<Arc<Target>> {
         let state = self.shared.lock();
         let open = state.views.open.get(&view)?;
@@ -125,14 +136,16 @@ impl VmmLink {
 
     /// Tells that a view is closed.
     pub fn detached(&self, view: u64, counters: ViewCounters) {
-        // One that has ended is no longer the broker's, and numbers start anew with each connection.
+        // One that has ended is no longer the broker's, and numbers start anew with each
+        // connection.
         if self.shared.lock().views.open.remove(&view).is_some() {
             self.shared.outbox.push(Call::Detached { view, counters });
             self.shared.flush();
         }
     }
 
-    /// Confirms that a grant which was taken back is of no use any more, where [`super::ViewEvents::revoke`] could not.
+    /// Confirms that a grant which was taken back is of no use any more, where
+    /// [`super::ViewEvents::revoke`] could not.
     pub fn revoked(&self, grant: u64) {
         self.shared.revoked(grant);
     }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! How BTF lies in memory: `struct btf_header`, `struct btf_type` and what follows each (`include/uapi/linux/btf.h`), with
-//! the fields as wide as 7.3 has them; earlier kernels have zeros there.
+//! How BTF lies in memory: `struct btf_header`, `struct btf_type` and what follows each
+//! (`include/uapi/linux/btf.h`), with the fields as wide as 7.3 has them; earlier kernels have
+//! zeros there.
 
 /// Bytes of the header that all versions have.
 pub(super) const HEADER: usize = 24;
@@ -49,7 +50,8 @@ impl Header {
     pub(super) fn parse(blob: &[u8]) -> Result<Self, BtfError> {
         let word = |at: usize| Some(u32::from_le_bytes(*blob.get(at..)?.first_chunk()?));
         let words = || Some([word(4)?, word(8)?, word(12)?, word(16)?, word(20)?]);
-        let [len, type_off, type_len, str_off, str_len] = words().ok_or(BtfError::Magic)?.map(u64::from);
+        let [len, type_off, type_len, str_off, str_len] =
+            words().ok_or(BtfError::Magic)?.map(u64::from);
         if !blob.starts_with(&MAGIC.to_le_bytes()) {
             return Err(BtfError::Magic);
         }
@@ -225,16 +227,18 @@ impl<'a> Reader<'a> {
     pub(super) fn enumerators(&self) -> impl Iterator<Item = (u32, i64)> + use<'a> {
         let is_wide = self.kind() == Kind::Enum64;
         let is_signed = self.has_flag();
-        self.rest.chunks_exact(if is_wide { 12 } else { 8 }).take(self.count()).filter_map(move |entry| {
-            let word = |at: usize| Some(u32::from_le_bytes(*entry.get(at..)?.first_chunk()?));
-            let low = word(4)?;
-            let value = match is_wide {
-                true => (u64::from(word(8)?) << 32 | u64::from(low)).cast_signed(),
-                false if is_signed => low.cast_signed().into(),
-                false => low.into(),
-            };
-            Some((word(0)?, value))
-        })
+        self.rest.chunks_exact(if is_wide { 12 } else { 8 }).take(self.count()).filter_map(
+            move |entry| {
+                let word = |at: usize| Some(u32::from_le_bytes(*entry.get(at..)?.first_chunk()?));
+                let low = word(4)?;
+                let value = match is_wide {
+                    true => (u64::from(word(8)?) << 32 | u64::from(low)).cast_signed(),
+                    false if is_signed => low.cast_signed().into(),
+                    false => low.into(),
+                };
+                Some((word(0)?, value))
+            },
+        )
     }
 }
 

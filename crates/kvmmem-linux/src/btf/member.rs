@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Where a member of a structure is, by its path: `signal` of `task_struct`, or `f_path.dentry` of `file`.
+//! Where a member of a structure is, by its path: `signal` of `task_struct`, or `f_path.dentry` of
+//! `file`.
 
 use super::layout::{Kind, RawMember};
 use super::{TypeId, Types};
@@ -13,9 +14,11 @@ const MAX_MEMBERS: usize = 1 << 20;
 /// A member's place in the structure from which its path begins.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Member {
-    /// Bytes from the begin of the structure. Of a bit field, of the first byte that has a bit of it.
+    /// Bytes from the begin of the structure. Of a bit field, of the first byte that has a bit of
+    /// it.
     pub offset: u64,
-    /// Bytes. Of a bit field, of the bytes that have its bits; 0 where the type says none, as of a flexible array.
+    /// Bytes. Of a bit field, of the bytes that have its bits; 0 where the type says none, as of a
+    /// flexible array.
     pub size: u64,
     /// Which bits, of a bit field.
     pub bits: Option<Bits>,
@@ -60,8 +63,8 @@ pub enum MemberError {
 }
 
 impl Types {
-    /// Finds a member by its path from the structure or union `name`. Members of structures without a name belong to the
-    /// structure around them, as in C.
+    /// Finds a member by its path from the structure or union `name`. Members of structures without
+    /// a name belong to the structure around them, as in C.
     ///
     /// # Errors
     /// [`MemberError`].
@@ -85,7 +88,13 @@ impl Types {
     }
 
     /// Bits from the begin of the structure `id` to its member `name`.
-    fn search(&self, id: TypeId, name: &[u8], depth: usize, budget: &mut usize) -> Option<(u64, RawMember)> {
+    fn search(
+        &self,
+        id: TypeId,
+        name: &[u8],
+        depth: usize,
+        budget: &mut usize,
+    ) -> Option<(u64, RawMember)> {
         let reader = self.get(self.resolve(id)?)?;
         if depth > MAX_DEPTH || !matches!(reader.kind(), Kind::Struct | Kind::Union) {
             return None;

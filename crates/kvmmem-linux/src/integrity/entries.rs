@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Entries of system calls and interrupts: each must lead to a handler of that kind, by its name, and to one that no other entry
-//! leads to. Branches of the dispatcher must lead into the kernel's text.
+//! Entries of system calls and interrupts: each must lead to a handler of that kind, by its name,
+//! and to one that no other entry leads to. Branches of the dispatcher must lead into the kernel's
+//! text.
 
 use std::cell::OnceCell;
 use std::collections::HashMap;
@@ -19,14 +20,16 @@ pub(super) const DISPATCHER: &str = "x64_sys_call";
 const MAX_CALLS: u64 = 1024;
 const MAX_DISPATCHER: u64 = 64 << 10;
 
-/// Names of handlers: of system calls of 64 bits; of those of x32, which begin at 512; and of calls that a kernel does not
-/// have, which share theirs.
+/// Names of handlers: of system calls of 64 bits; of those of x32, which begin at 512; and of calls
+/// that a kernel does not have, which share theirs.
 const CALL: &str = "__x64_sys_";
-const X32_CALLS: [&str; 5] = [CALL, "__x64_compat_sys_", "__x32_", "__ia32_sys_", "__ia32_compat_sys_"];
+const X32_CALLS: [&str; 5] =
+    [CALL, "__x64_compat_sys_", "__x32_", "__ia32_sys_", "__ia32_compat_sys_"];
 const FIRST_X32: u64 = 512;
 const NO_CALL: [&str; 3] = ["__x64_sys_ni_syscall", "sys_ni_syscall", "__do_sys_ni_syscall"];
 
-/// Names of the functions that gates lead to, and of the stubs of devices' interrupts, which lie in a row below one name.
+/// Names of the functions that gates lead to, and of the stubs of devices' interrupts, which lie in
+/// a row below one name.
 const GATE_NAMES: [&str; 7] = [
     "asm_exc_",
     "asm_sysvec_",
@@ -38,7 +41,8 @@ const GATE_NAMES: [&str; 7] = [
 ];
 const STUBS: [&str; 2] = ["irq_entries_start", "spurious_entries_start"];
 
-/// Kernels of before 5.8, and those built in other ways, have other names: of the kernel that has these all entries do.
+/// Kernels of before 5.8, and those built in other ways, have other names: of the kernel that has
+/// these all entries do.
 const KNOWN_CALL: &str = "__x64_sys_read";
 const KNOWN_GATE: &str = "asm_exc_page_fault";
 
@@ -47,8 +51,8 @@ const GATES: u64 = 256;
 const GATE_LEN: u64 = 16;
 const EXCEPTIONS: u64 = 32;
 
-/// The handlers that the kernel begins with, and bytes of each, without and with IBT. Exceptions that the CPU does not have
-/// keep them; their memory is freed.
+/// The handlers that the kernel begins with, and bytes of each, without and with IBT. Exceptions
+/// that the CPU does not have keep them; their memory is freed.
 const EARLY: &str = "early_idt_handler_array";
 const EARLY_LENS: [u64; 2] = [9, 13];
 
@@ -114,8 +118,8 @@ pub(super) fn system_calls(kernel: &Kernel<'_>) -> Result<Report, KernelError> {
     for (number, target) in (0u64..).zip(targets) {
         let is_none = text.is_named(target, |name| NO_CALL.contains(&name))?;
         let names = if number < FIRST_X32 { &X32_CALLS[..1] } else { &X32_CALLS[..] };
-        let is_call =
-            !has_names || text.is_named(target, |name| names.iter().any(|begin| name.starts_with(begin)))?;
+        let is_call = !has_names
+            || text.is_named(target, |name| names.iter().any(|begin| name.starts_with(begin)))?;
         let at = start + number * 8;
         if !text.begins(target)? || !is_none && !is_call {
             report.findings.push(text.hook(format!("system call {number}"), at, target));
@@ -127,7 +131,11 @@ pub(super) fn system_calls(kernel: &Kernel<'_>) -> Result<Report, KernelError> {
             && number < FIRST_X32
             && let Some(other) = numbers.insert(target, number)
         {
-            report.findings.push(text.hook(format!("system call {number} as well as {other}"), at, target));
+            report.findings.push(text.hook(
+                format!("system call {number} as well as {other}"),
+                at,
+                target,
+            ));
         }
     }
     Ok(report)
@@ -140,13 +148,19 @@ pub(super) fn dispatcher(kernel: &Kernel<'_>) -> Result<Report, KernelError> {
     let own = start..start + bytes.len();
     let mut report = Report::default();
     for instruction in &mut Decoder::with_ip(64, bytes.as_ref(), start, DecoderOptions::NONE) {
-        if instruction.op0_kind() != OpKind::NearBranch64 || own.contains(&instruction.near_branch_target()) {
+        if instruction.op0_kind() != OpKind::NearBranch64
+            || own.contains(&instruction.near_branch_target())
+        {
             continue;
         }
         report.examined += 1;
         if !text.has(instruction.near_branch_target()) {
             let entry = format!("branch of {DISPATCHER} at +{:#x}", instruction.ip() - start);
-            report.findings.push(text.hook(entry, instruction.ip(), instruction.near_branch_target()));
+            report.findings.push(text.hook(
+                entry,
+                instruction.ip(),
+                instruction.near_branch_target(),
+            ));
         }
     }
     Ok(report)
@@ -170,7 +184,8 @@ pub(super) fn interrupts(kernel: &Kernel<'_>) -> Result<Report, KernelError> {
         report.examined += 1;
         let low = u64::from(bytes.u16(at)) | u64::from(bytes.u16(at + 6)) << 16;
         let target = low | u64::from(bytes.u32(at + 8)) << 32;
-        let is_early = |start: u64| EARLY_LENS.iter().any(|len| start.wrapping_add(vector * len) == target);
+        let is_early =
+            |start: u64| EARLY_LENS.iter().any(|len| start.wrapping_add(vector * len) == target);
         let is_exception = vector < EXCEPTIONS;
         if is_exception && early.is_some_and(is_early) {
             continue;

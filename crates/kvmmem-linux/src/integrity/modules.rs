@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The modules of two places: the list of modules, which /proc/modules and lsmod show, and the set of kernel objects that is
-//! /sys/module.
+//! The modules of two places: the list of modules, which /proc/modules and lsmod show, and the set
+//! of kernel objects that is /sys/module.
 
 use std::collections::BTreeMap;
 
@@ -60,7 +60,11 @@ pub(super) fn in_sysfs(kernel: &Kernel<'_>) -> Result<BTreeMap<u64, String>, Ker
     Ok(in_sysfs)
 }
 
-fn add(kernel: &Kernel<'_>, modules: &mut BTreeMap<u64, String>, module: u64) -> Result<(), KernelError> {
+fn add(
+    kernel: &Kernel<'_>,
+    modules: &mut BTreeMap<u64, String>,
+    module: u64,
+) -> Result<(), KernelError> {
     let mut name = Bytes::zeroed(NAME_LEN);
     kernel.read(module.wrapping_add(kernel.offset("module", "name")?), name.as_mut())?;
     modules.insert(module, name.string(0, NAME_LEN));
@@ -75,8 +79,13 @@ fn missing(
     missing: &'static str,
 ) -> Vec<Finding> {
     let only = one.iter().filter(|(gva, _)| !other.contains_key(gva));
-    only.map(|(gva, name)| Finding::Hidden { name: format!("module {name}"), gva: *gva, found, missing })
-        .collect()
+    only.map(|(gva, name)| Finding::Hidden {
+        name: format!("module {name}"),
+        gva: *gva,
+        found,
+        missing,
+    })
+    .collect()
 }
 
 fn too_many(gva: u64) -> KernelError {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The tasks of two places: the lists of processes and of their threads, which /proc and ps show, and the pids (`init_pid_ns.idr`),
-//! by which kill and the scheduler's system calls find them.
+//! The tasks of two places: the lists of processes and of their threads, which /proc and ps show,
+//! and the pids (`init_pid_ns.idr`), by which kill and the scheduler's system calls find them.
 
 use super::{Finding, Report};
 use crate::bytes::Bytes;
@@ -17,8 +17,8 @@ const MAX_NODES: usize = MAX_TASKS / 64 * 2;
 /// Bytes of a task's name.
 const COMM_LEN: u64 = 16;
 
-/// Nodes of a tree (`include/linux/xarray.h`): pointers to them are marked by 2, and numbers up to 4,096 with that mark mean
-/// something else. A node has 64 slots.
+/// Nodes of a tree (`include/linux/xarray.h`): pointers to them are marked by 2, and numbers up to
+/// 4,096 with that mark mean something else. A node has 64 slots.
 const MARK: u64 = 3;
 const NODE: u64 = 2;
 const MAX_RESERVED: u64 = 4096;
@@ -47,7 +47,8 @@ fn missing(
     let mut findings = Vec::new();
     for gva in one.iter().copied().filter(|gva| other.binary_search(gva).is_err()) {
         if findings.len() >= MAX_HIDDEN {
-            let what = format!("more than {MAX_HIDDEN} tasks that are in {found} and not in {missing}");
+            let what =
+                format!("more than {MAX_HIDDEN} tasks that are in {found} and not in {missing}");
             return Err(KernelError::Malformed { what, gva });
         }
         findings.push(Finding::Hidden { name: names.of(kernel, gva)?, gva, found, missing });
@@ -82,7 +83,8 @@ fn listed(kernel: &Kernel<'_>) -> Result<Vec<u64>, KernelError> {
 fn with_pids(kernel: &Kernel<'_>) -> Result<Vec<u64>, KernelError> {
     let root = kernel.offset("pid_namespace", "idr.idr_rt.xa_head")?;
     // The first of several kinds: of the process or thread itself.
-    let (tasks, links) = (kernel.offset("pid", "tasks")?, kernel.offset("task_struct", "pid_links")?);
+    let (tasks, links) =
+        (kernel.offset("pid", "tasks")?, kernel.offset("task_struct", "pid_links")?);
     let mut found = Vec::new();
     for pid in entries(kernel, kernel.symbol("init_pid_ns")?.wrapping_add(root))? {
         let first = kernel.read_u64(pid.wrapping_add(tasks))?;
@@ -98,31 +100,36 @@ fn with_pids(kernel: &Kernel<'_>) -> Result<Vec<u64>, KernelError> {
 
 /// The pointers in the tree whose root is at `root`.
 fn entries(kernel: &Kernel<'_>, root: u64) -> Result<Vec<u64>, KernelError> {
-    let (shift_at, slots_at) = (kernel.offset("xa_node", "shift")?, kernel.offset("xa_node", "slots")?);
+    let (shift_at, slots_at) =
+        (kernel.offset("xa_node", "shift")?, kernel.offset("xa_node", "slots")?);
     let malformed = |gva| KernelError::Malformed { what: "the tree of pids".to_owned(), gva };
     let mut nodes = Vec::new();
     let mut pids = Vec::new();
-    let mut add = |entry: u64, shift: Option<u8>, nodes: &mut Vec<(u64, u8)>| match (entry & MARK, shift) {
-        _ if entry == 0 => Ok(()),
-        (0, None | Some(0)) => {
-            pids.push(entry);
-            Ok(())
-        }
-        (NODE, _) if entry <= MAX_RESERVED => Ok(()),
-        // Below a node of the lowest level there is none.
-        (NODE, shift) if shift != Some(0) => {
-            nodes.push((entry - NODE, shift.unwrap_or(u8::MAX)));
-            Ok(())
-        }
-        _ => Err(malformed(root)),
-    };
+    let mut add =
+        |entry: u64, shift: Option<u8>, nodes: &mut Vec<(u64, u8)>| match (entry & MARK, shift) {
+            _ if entry == 0 => Ok(()),
+            (0, None | Some(0)) => {
+                pids.push(entry);
+                Ok(())
+            }
+            (NODE, _) if entry <= MAX_RESERVED => Ok(()),
+            // Below a node of the lowest level there is none.
+            (NODE, shift) if shift != Some(0) => {
+                nodes.push((entry - NODE, shift.unwrap_or(u8::MAX)));
+                Ok(())
+            }
+            _ => Err(malformed(root)),
+        };
     add(kernel.read_u64(root)?, None, &mut nodes)?;
     let mut left = MAX_NODES;
     while let Some((node, above)) = nodes.pop() {
         left = left.checked_sub(1).ok_or_else(|| too_many(root))?;
         let shift = kernel.read_u8(node.wrapping_add(shift_at))?;
-        let is_below =
-            if above == u8::MAX { shift <= 60 } else { shift.checked_add(SLOT_BITS) == Some(above) };
+        let is_below = if above == u8::MAX {
+            shift <= 60
+        } else {
+            shift.checked_add(SLOT_BITS) == Some(above)
+        };
         if !is_below || !shift.is_multiple_of(SLOT_BITS) {
             return Err(malformed(node));
         }

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Chains of hash tables (`struct hlist_head` and `struct hlist_nulls_head`, `include/linux/list_nulls.h`).
+//! Chains of hash tables (`struct hlist_head` and `struct hlist_nulls_head`,
+//! `include/linux/list_nulls.h`).
 //!
-//! Unlike a [`super::List`], a chain has an end: a null pointer, or an odd number (a nulls marker) that names the bucket. A walk
-//! ends with an error after a node that cannot be read, once it has come back to a node, or once it has seen more nodes than
-//! a kernel has.
+//! Unlike a [`super::List`], a chain has an end: a null pointer, or an odd number (a nulls marker)
+//! that names the bucket. A walk ends with an error after a node that cannot be read, once it has
+//! come back to a node, or once it has seen more nodes than a kernel has.
 
 use super::{Kernel, KernelError, MAX_NODES};
 
@@ -14,7 +15,8 @@ pub struct Chain<'k> {
     /// The place of the first pointer, for errors.
     head: u64,
     next: u64,
-    /// Brent's algorithm: a node that was seen, and after how many more the present one takes its place.
+    /// Brent's algorithm: a node that was seen, and after how many more the present one takes its
+    /// place.
     mark: u64,
     steps: usize,
     until: usize,
@@ -26,7 +28,16 @@ pub struct Chain<'k> {
 impl<'m> Kernel<'m> {
     /// The nodes of the chain whose head, at `head`, holds the pointer `first`.
     pub fn chain(&self, head: u64, first: u64) -> Chain<'_> {
-        Chain { kernel: self, head, next: first, mark: 0, steps: 0, until: 1, count: 0, error: None }
+        Chain {
+            kernel: self,
+            head,
+            next: first,
+            mark: 0,
+            steps: 0,
+            until: 1,
+            count: 0,
+            error: None,
+        }
     }
 }
 

@@ -83,7 +83,9 @@ pub enum KernelError {
         next: u64,
     },
     /// A list goes on for ever, or longer than any list of a kernel.
-    #[error("the list at gva {head:#x} does not end: its nodes form a loop, or are more than {limit}")]
+    #[error(
+        "the list at gva {head:#x} does not end: its nodes form a loop, or are more than {limit}"
+    )]
     Endless {
         /// Its head.
         head: u64,

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Finds the kernel that runs in a guest, among those that have left something in its memory: a VMCOREINFO note, or, where
-//! there is none or it is damaged, page tables and symbols.
+//! Finds the kernel that runs in a guest, among those that have left something in its memory: a
+//! VMCOREINFO note, or, where there is none or it is damaged, page tables and symbols.
 //!
-//! A reset that keeps RAM leaves the kernel before, with its note, page tables, symbols and all that they lead to: it fits as
-//! well as the right one. Of a running guest the right one is that whose clock ticks. Of a dump, or of a paused guest, nothing
-//! in memory tells: a vCPU's CR3 or LSTAR does, or the caller must choose.
+//! A reset that keeps RAM leaves the kernel before, with its note, page tables, symbols and all
+//! that they lead to: it fits as well as the right one. Of a running guest the right one is that
+//! whose clock ticks. Of a dump, or of a paused guest, nothing in memory tells: a vCPU's CR3 or
+//! LSTAR does, or the caller must choose.
 
 use std::thread;
 use std::time::{Duration, Instant};
@@ -19,14 +20,15 @@ use crate::vmcoreinfo::Note;
 /// Where system calls enter the kernel: LSTAR of each vCPU.
 const SYSTEM_CALLS: &str = "entry_SYSCALL_64";
 
-/// How long the clocks of several kernels are watched. A guest that is idle stops its clock for some time, at most 4 s.
+/// How long the clocks of several kernels are watched. A guest that is idle stops its clock for
+/// some time, at most 4 s.
 const PATIENCE: Duration = Duration::from_secs(5);
 
 /// How long to wait between two looks at the clocks.
 const PAUSE: Duration = Duration::from_millis(10);
 
-/// The most ticks that a clock can do while it is watched: 1000 a second, with what a guest catches up. Memory that a new kernel
-/// uses for something else changes in other ways.
+/// The most ticks that a clock can do while it is watched: 1000 a second, with what a guest catches
+/// up. Memory that a new kernel uses for something else changes in other ways.
 const MAX_TICKS: u64 = 1_000_000;
 
 /// How to tell the right kernel from those before it.
@@ -36,8 +38,8 @@ pub struct Find {
     pub is_live: bool,
     /// The guest-physical address of the right kernel's note, where the caller knows it.
     pub note: Option<u64>,
-    /// CR3 of a vCPU, where the caller has its registers: the right kernel is in that address space. One of firmware tells
-    /// nothing.
+    /// CR3 of a vCPU, where the caller has its registers: the right kernel is in that address
+    /// space. One of firmware tells nothing.
     pub cr3: Option<u64>,
     /// LSTAR of a vCPU: the right kernel's system calls begin there.
     pub lstar: Option<u64>,
@@ -133,7 +135,9 @@ impl<'m> Kernel<'m> {
         if let Some(gpa) = find.note {
             let read = |gpa: u64, buf: &mut [u8]| memory.read_at(gpa, buf);
             let note = Note::read(gpa, read).filter(|note| note.check(read).is_ok());
-            return note.and_then(|note| Self::of_note(memory, note).ok()).ok_or(FindError::NotThere { gpa });
+            return note
+                .and_then(|note| Self::of_note(memory, note).ok())
+                .ok_or(FindError::NotThere { gpa });
         }
         if let Some(cr3) = find.kernel {
             return Self::of_cr3(memory, cr3).ok_or(FindError::NotInSpace { cr3 });
@@ -142,8 +146,12 @@ impl<'m> Kernel<'m> {
         let mut running = None;
         let notes = Notes::find(memory, |notes| {
             if find.is_live && notes.fitting.len() > clocks.0.len() {
-                clocks
-                    .watch(notes.fitting.iter().filter_map(|note| Self::of_note(memory, note.clone()).ok()));
+                clocks.watch(
+                    notes
+                        .fitting
+                        .iter()
+                        .filter_map(|note| Self::of_note(memory, note.clone()).ok()),
+                );
             }
             running = running.or_else(|| clocks.running());
             running.is_none()
@@ -183,9 +191,13 @@ impl<'m> Kernel<'m> {
             retain(&mut kernels, |kernel| kernel.symbols().is_ok());
         }
         if kernels.len() > 1 {
-            let candidate =
-                |kernel: &Self| Candidate { note: kernel.note.clone(), cr3: kernel.space.root().cr3 };
-            return Err(FindError::Ambiguous { candidates: kernels.iter().map(candidate).collect() });
+            let candidate = |kernel: &Self| Candidate {
+                note: kernel.note.clone(),
+                cr3: kernel.space.root().cr3,
+            };
+            return Err(FindError::Ambiguous {
+                candidates: kernels.iter().map(candidate).collect(),
+            });
         }
         let none = if count == 0 { FindError::NoKernel } else { FindError::NoneFits { count } };
         kernels.pop().ok_or(none)
@@ -235,7 +247,8 @@ impl<'m> Clocks<'m> {
         None
     }
 
-    /// The kernel of a note, whose symbols have been read. What was read of its page tables may have changed.
+    /// The kernel of a note, whose symbols have been read. What was read of its page tables may
+    /// have changed.
     fn remove(&mut self, note: &Note) -> Option<Kernel<'m>> {
         let number = self.0.iter().position(|clock| clock.kernel.note == *note)?;
         let kernel = self.0.swap_remove(number).kernel;

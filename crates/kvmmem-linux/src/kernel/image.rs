@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Finds kernels without their VMCOREINFO note, by the page tables that map their images (`arch/x86/kernel/head_64.S`).
+//! Finds kernels without their VMCOREINFO note, by the page tables that map their images
+//! (`arch/x86/kernel/head_64.S`).
 //!
-//! An image lies in the last 2 GiB of each address space: the last entry of every process's outermost table leads, with five
-//! levels over one table more, to the kernel's `level3_kernel_pgt`, which has two entries, its last ones. That holds in the
-//! image's own symbols and banner, which are checked once the tables have led to them. Memory that is encrypted (SEV) cannot be
-//! read anyway, so that entries have no bits of encryption here.
+//! An image lies in the last 2 GiB of each address space: the last entry of every process's
+//! outermost table leads, with five levels over one table more, to the kernel's
+//! `level3_kernel_pgt`, which has two entries, its last ones. That holds in the image's own symbols
+//! and banner, which are checked once the tables have led to them. Memory that is encrypted (SEV)
+//! cannot be read anyway, so that entries have no bits of encryption here.
 
 use std::collections::BTreeMap;
 
@@ -16,7 +18,8 @@ use crate::search::pages;
 use crate::space::Space;
 use crate::symbols::{Addresses, Symbols};
 
-/// The most images whose symbols are read: one for each kernel since RAM was last cleared, and those that a guest forges.
+/// The most images whose symbols are read: one for each kernel since RAM was last cleared, and
+/// those that a guest forges.
 pub(super) const MAX_IMAGES: usize = 16;
 
 /// Bytes of an entry, and where the last one of a table is.
@@ -36,7 +39,8 @@ const UNUSED: u64 = 0xfff0_0000_0000_0000 | LARGE;
 /// What the kernel's banner begins with (`linux_banner`).
 const BANNER: &[u8; 14] = b"Linux version ";
 
-/// Names of the kernel's outermost table: that of `init_mm`, where it can have five levels and where it cannot.
+/// Names of the kernel's outermost table: that of `init_mm`, where it can have five levels and
+/// where it cannot.
 const TABLES: [&str; 2] = ["init_top_pgt", "swapper_pg_dir"];
 
 /// Images that were found.
@@ -80,10 +84,12 @@ impl<'m> Kernel<'m> {
     /// The kernel in the address space of a vCPU with this CR3: the kernel's own, or any process's.
     pub(super) fn of_cr3(memory: &'m dyn Memory, cr3: u64) -> Option<Self> {
         let cr3 = cr3 & ADDRESS;
-        // With page table isolation, the second of two tables is the process's, and has little of the kernel.
+        // With page table isolation, the second of two tables is the process's, and has little of
+        // the kernel.
         let mut roots = vec![cr3 & !(PAGE_SIZE as u64), cr3];
         roots.dedup();
-        let with_five: Vec<u64> = roots.iter().filter_map(|root| table(last(memory, *root)?)).collect();
+        let with_five: Vec<u64> =
+            roots.iter().filter_map(|root| table(last(memory, *root)?)).collect();
         roots.into_iter().chain(with_five).find_map(|root| Self::of_image(memory, root))
     }
 
@@ -104,11 +110,17 @@ impl<'m> Kernel<'m> {
 
 fn has_banner(space: &Space<'_>, addresses: &Addresses<'_>) -> bool {
     let mut begin = [0; BANNER.len()];
-    addresses("linux_banner").iter().any(|gva| space.read(*gva, &mut begin).is_ok() && begin == *BANNER)
+    addresses("linux_banner")
+        .iter()
+        .any(|gva| space.read(*gva, &mut begin).is_ok() && begin == *BANNER)
 }
 
 /// Where the symbols say that the kernel's outermost table is, if it leads to the image.
-fn own_table(space: &Space<'_>, addresses: &Addresses<'_>, image: u64) -> Option<(u64, AddressSpace)> {
+fn own_table(
+    space: &Space<'_>,
+    addresses: &Addresses<'_>,
+    image: u64,
+) -> Option<(u64, AddressSpace)> {
     let gvas = TABLES.iter().flat_map(|name| addresses(name));
     gvas.filter(|gva| gva.is_multiple_of(PAGE_SIZE as u64)).find_map(|gva| {
         let cr3 = space.translate(gva).ok()?.gpa;
@@ -150,5 +162,6 @@ fn is_image(memory: &dyn Memory, gpa: u64) -> bool {
         return false;
     }
     let mut bytes = [0; PAGE_SIZE];
-    memory.read_at(gpa, &mut bytes).is_ok() && bytes.iter().take(PAGE_SIZE - 2 * ENTRY).all(|byte| *byte == 0)
+    memory.read_at(gpa, &mut bytes).is_ok()
+        && bytes.iter().take(PAGE_SIZE - 2 * ENTRY).all(|byte| *byte == 0)
 }

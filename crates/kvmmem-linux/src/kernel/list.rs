@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Linked lists of the kernel (`include/linux/list.h`): walked one node after the other, and ended where they form a loop.
+//! Linked lists of the kernel (`include/linux/list.h`): walked one node after the other, and ended
+//! where they form a loop.
 //!
-//! A list is the guest's, and changes while it is read. A walk stops at the head, and with an error at an invalid pointer,
-//! once it has come back to a node, or once it has seen more nodes than a kernel has. So a damaged list is never
-//! taken for a short one. [`List::next_with`] reads what follows a damaged node from the list's other end.
+//! A list is the guest's, and changes while it is read. A walk stops at the head, and with an error
+//! at an invalid pointer, once it has come back to a node, or once it has seen more nodes than a
+//! kernel has. So a damaged list is never taken for a short one. [`List::next_with`] reads what
+//! follows a damaged node from the list's other end.
 
 use std::collections::HashSet;
 
@@ -50,7 +52,8 @@ struct Damage {
 struct Place {
     /// The place of the pointer to the next node.
     link: Option<u64>,
-    /// Brent's algorithm: a node that was seen, and after how many more the present one takes its place.
+    /// Brent's algorithm: a node that was seen, and after how many more the present one takes its
+    /// place.
     mark: u64,
     steps: usize,
     until: usize,
@@ -64,7 +67,8 @@ impl<'m> Kernel<'m> {
         List { kernel: self, head, offset: 0, place, before: place, damage: Damage::default() }
     }
 
-    /// The structures in which the nodes of a list are the member `path`, for example `task_struct` by `tasks`.
+    /// The structures in which the nodes of a list are the member `path`, for example `task_struct`
+    /// by `tasks`.
     ///
     /// # Errors
     /// As [`Kernel::member`].
@@ -83,13 +87,13 @@ impl<'m> Kernel<'m> {
 }
 
 impl List<'_> {
-    /// What `read` makes of the next structure, and whether it is torn; `None` at the end. A structure that is taken out of the
-    /// list while it is read is left out: its memory may hold something else by then. One that is not in order however often
-    /// it is read is torn.
+    /// What `read` makes of the next structure, and whether it is torn; `None` at the end. A
+    /// structure that is taken out of the list while it is read is left out: its memory may
+    /// hold something else by then. One that is not in order however often it is read is torn.
     ///
     /// # Errors
-    /// As the iterator's, and `read`'s: each stands for one structure, or for all between two damaged ones. The next call reads
-    /// what follows.
+    /// As the iterator's, and `read`'s: each stands for one structure, or for all between two
+    /// damaged ones. The next call reads what follows.
     pub fn next_with<T>(
         &mut self,
         mut read: impl FnMut(u64) -> Result<T, KernelError>,
@@ -112,7 +116,10 @@ impl List<'_> {
             {
                 // The damaged node before it leads here: this is no node.
                 self.damage.seen.remove(&gva);
-                self.recover(KernelError::Broken { head: self.head, next: gva.wrapping_add(self.offset) })?;
+                self.recover(KernelError::Broken {
+                    head: self.head,
+                    next: gva.wrapping_add(self.offset),
+                })?;
                 continue;
             }
             self.damage.last = Some(gva);
@@ -130,7 +137,9 @@ impl List<'_> {
             let error = match self.next().transpose() {
                 Ok(None) => return Ok(None),
                 Ok(Some(gva)) if self.damage.seen.insert(gva) => return Ok(Some(gva)),
-                Ok(Some(_)) => KernelError::Endless { head: self.head, limit: self.damage.seen.len() },
+                Ok(Some(_)) => {
+                    KernelError::Endless { head: self.head, limit: self.damage.seen.len() }
+                }
                 Err(error) => error,
             };
             self.recover(error)?;
@@ -157,7 +166,8 @@ impl List<'_> {
                 if self.damage.seen.contains(&gva) {
                     break self.damage.last == Some(gva);
                 }
-                // What does not lead back is no node. One that cannot be read at all is where the damage begins.
+                // What does not lead back is no node. One that cannot be read at all is where the
+                // damage begins.
                 if self.kernel.read_u64(node).is_ok_and(|next| next != at) {
                     break false;
                 }

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! A structure of the kernel, copied whole: one read for all its members, which were in memory at about the same time.
+//! A structure of the kernel, copied whole: one read for all its members, which were in memory at
+//! about the same time.
 
 use super::{Kernel, KernelError};
 use crate::btf::{Member, TypeId};
@@ -68,7 +69,8 @@ impl Object<'_> {
         number.map(|(value, _)| value).ok_or_else(|| self.malformed(path))
     }
 
-    /// The same of a member that [`Kernel::member`] has found in this type: quicker, for one that is read of many structures.
+    /// The same of a member that [`Kernel::member`] has found in this type: quicker, for one that
+    /// is read of many structures.
     ///
     /// # Errors
     /// [`KernelError::Malformed`].
@@ -98,13 +100,17 @@ impl Object<'_> {
 
     /// A number, and how many bits it has.
     fn number(&self, member: &Member) -> Option<(u64, u32)> {
-        let bytes = self.slice(member.offset, member.size).filter(|bytes| (1..=9).contains(&bytes.len()))?;
+        let bytes = self
+            .slice(member.offset, member.size)
+            .filter(|bytes| (1..=9).contains(&bytes.len()))?;
         let mut word = [0; 16];
         word.iter_mut().zip(bytes).for_each(|(to, from)| *to = *from);
         let value = u128::from_le_bytes(word);
         let low = |value: u128| u64::try_from(value & u128::from(u64::MAX)).unwrap_or(0);
         match member.bits {
-            Some(bits) => Some((low(value.checked_shr(bits.shift)?) & mask(bits.count), bits.count)),
+            Some(bits) => {
+                Some((low(value.checked_shr(bits.shift)?) & mask(bits.count), bits.count))
+            }
             None if member.size <= 8 => Some((low(value), u32::try_from(member.size * 8).ok()?)),
             None => None,
         }
@@ -134,6 +140,9 @@ fn mask(count: u32) -> u64 {
 
 impl std::fmt::Debug for Object<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Object").field("id", &self.id).field("gva", &self.gva).finish_non_exhaustive()
+        f.debug_struct("Object")
+            .field("id", &self.id)
+            .field("gva", &self.gva)
+            .finish_non_exhaustive()
     }
 }

@@ -79,7 +79,8 @@ impl Space<'_> {
         while text.len() < max {
             let at = gva.wrapping_add(text.len() as u64);
             // Up to the end of a step's place: what follows a text may not be mapped.
-            let step = usize::try_from(TEXT_STEP - at % TEXT_STEP).unwrap_or(1).min(max - text.len());
+            let step =
+                usize::try_from(TEXT_STEP - at % TEXT_STEP).unwrap_or(1).min(max - text.len());
             let start = text.len();
             text.resize(start + step, 0);
             let part = text.get_mut(start..).unwrap_or_default();

@@ -15,8 +15,8 @@ pub trait Step {
     fn step(&mut self) -> Result<Option<Self::Item>, KernelError>;
 }
 
-/// The items of a walk. An error stands for what cannot be read, and the walk continues after it where it can: a walk without
-/// an error is complete.
+/// The items of a walk. An error stands for what cannot be read, and the walk continues after it
+/// where it can: a walk without an error is complete.
 #[derive(Debug)]
 pub struct Walk<S>(Option<S>);
 

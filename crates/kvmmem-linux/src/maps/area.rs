@@ -71,8 +71,10 @@ impl<'a> Areas<'a> {
         let mm = |member| kernel.offset("mm_struct", member);
         let file = |member| kernel.offset("file", member);
         let backing = |member| kernel.offset("backing_file", member);
-        let anon_name = || Some((area("anon_name").ok()?, kernel.offset("anon_vma_name", "name").ok()?));
-        let user_path = || Some((backing("user_path.mnt").ok()?, backing("user_path.dentry").ok()?));
+        let anon_name =
+            || Some((area("anon_name").ok()?, kernel.offset("anon_vma_name", "name").ok()?));
+        let user_path =
+            || Some((backing("user_path.mnt").ok()?, backing("user_path.dentry").ok()?));
         Ok(Self {
             kernel,
             paths: Paths::new(kernel)?,
@@ -132,7 +134,8 @@ impl<'a> Areas<'a> {
         if start >= end || !is_page(start) || !is_page(end) || bytes.u64(self.mm) != mm {
             return Err(malformed(gva));
         }
-        let mut mapping = Mapping { start, end, flags: bytes.u64(self.flags), ..Mapping::default() };
+        let mut mapping =
+            Mapping { start, end, flags: bytes.u64(self.flags), ..Mapping::default() };
         let damaged = |error: KernelError| if error.is_local() { Ok(true) } else { Err(error) };
         match bytes.u64(self.file) {
             0 => match self.label(&bytes, &mapping, names) {
@@ -165,8 +168,9 @@ impl<'a> Areas<'a> {
         })
     }
 
-    /// The path in an overlay that the file of another file system is mapped for (`struct backing_file`, since 6.5). The flag that
-    /// says so is another bit in each kernel, and no type has it: that the path is one of overlayfs is the sign.
+    /// The path in an overlay that the file of another file system is mapped for (`struct
+    /// backing_file`, since 6.5). The flag that says so is another bit in each kernel, and no
+    /// type has it: that the path is one of overlayfs is the sign.
     fn overlaid(&self, file: u64) -> Option<(u64, u64)> {
         let word = |base: u64, at: u64| self.kernel.read_u64(base.wrapping_add(at)).ok();
         let (mnt, dentry) = self.user_path?;
@@ -176,7 +180,12 @@ impl<'a> Areas<'a> {
     }
 
     /// What the kernel calls an area that is no file's.
-    fn label(&self, area: &Bytes, mapping: &Mapping, names: &Names) -> Result<Option<String>, KernelError> {
+    fn label(
+        &self,
+        area: &Bytes,
+        mapping: &Mapping,
+        names: &Names,
+    ) -> Result<Option<String>, KernelError> {
         let name = |gva| match text(&self.kernel.read_cstr(gva, MAX_NAME)?) {
             name if name.is_empty() => Err(malformed(gva)),
             name => Ok(name),
@@ -192,14 +201,18 @@ impl<'a> Areas<'a> {
             return Ok(Some("[stack]".to_owned()));
         }
         match self.anon_name.map(|(at, name)| (area.u64(at), name)) {
-            Some((given, at)) if given != 0 => Ok(Some(format!("[anon:{}]", name(given.wrapping_add(at))?))),
+            Some((given, at)) if given != 0 => {
+                Ok(Some(format!("[anon:{}]", name(given.wrapping_add(at))?)))
+            }
             _ => Ok(None),
         }
     }
 
-    /// The page of old system calls, which belongs to no process and is there in each, unless the kernel has none.
+    /// The page of old system calls, which belongs to no process and is there in each, unless the
+    /// kernel has none.
     pub(super) fn gate(&self) -> Result<Option<Mapping>, KernelError> {
-        let (Ok(gate), Ok(mode)) = (self.kernel.symbol("gate_vma"), self.kernel.symbol("vsyscall_mode"))
+        let (Ok(gate), Ok(mode)) =
+            (self.kernel.symbol("gate_vma"), self.kernel.symbol("vsyscall_mode"))
         else {
             return Ok(None);
         };
@@ -208,7 +221,13 @@ impl<'a> Areas<'a> {
         }
         let (start, end) = self.range(gate)?;
         let flags = self.kernel.read_u64(gate.wrapping_add(self.flags))?;
-        Ok(Some(Mapping { start, end, flags, label: Some("[vsyscall]".to_owned()), ..Mapping::default() }))
+        Ok(Some(Mapping {
+            start,
+            end,
+            flags,
+            label: Some("[vsyscall]".to_owned()),
+            ..Mapping::default()
+        }))
     }
 }
 

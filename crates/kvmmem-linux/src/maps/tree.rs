@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Maple trees (`include/linux/maple_tree.h`): ranges of numbers, each with an entry.
 //!
-//! A node has slots, and between two of them a pivot: the last number of the slot before it. The low bits of a pointer to a
-//! node say of which kind it is. The tree is the guest's, and changes while it is read: every slot must have a part of its
-//! node's numbers, above those of the slot before it, so that no node can be reached twice with success; depth and count
-//! are limited as well.
+//! A node has slots, and between two of them a pivot: the last number of the slot before it. The
+//! low bits of a pointer to a node say of which kind it is. The tree is the guest's, and changes
+//! while it is read: every slot must have a part of its node's numbers, above those of the slot
+//! before it, so that no node can be reached twice with success; depth and count are limited as
+//! well.
 
 use crate::bytes::Bytes;
 use crate::kernel::{Kernel, KernelError};
@@ -84,9 +85,13 @@ impl Tree {
         })
     }
 
-    /// The entries of the tree whose root is `root` (`maple_tree.ma_root`), by ascending numbers, and why there are not more
-    /// where nodes are damaged: their entries are left out.
-    pub(super) fn entries(&self, kernel: &Kernel<'_>, root: u64) -> (Vec<Entry>, Option<KernelError>) {
+    /// The entries of the tree whose root is `root` (`maple_tree.ma_root`), by ascending numbers,
+    /// and why there are not more where nodes are damaged: their entries are left out.
+    pub(super) fn entries(
+        &self,
+        kernel: &Kernel<'_>,
+        root: u64,
+    ) -> (Vec<Entry>, Option<KernelError>) {
         let (mut entries, mut lost) = (Vec::new(), None);
         if root == 0 {
             return (entries, lost);
@@ -104,9 +109,13 @@ impl Tree {
                 return (entries, Some(malformed(root)));
             }
             match self.slots(kernel, pointer, range, depth) {
-                Ok((slots, true)) => entries.extend(slots.into_iter().filter(|(entry, _)| *entry != 0)),
+                Ok((slots, true)) => {
+                    entries.extend(slots.into_iter().filter(|(entry, _)| *entry != 0))
+                }
                 Ok((slots, false)) => {
-                    next.extend(slots.into_iter().rev().map(|(slot, range)| (slot, range, depth + 1)));
+                    next.extend(
+                        slots.into_iter().rev().map(|(slot, range)| (slot, range, depth + 1)),
+                    );
                 }
                 Err(error) => lost = lost.or(Some(error)),
             }
@@ -145,7 +154,8 @@ fn malformed(gva: u64) -> KernelError {
 }
 
 impl Node {
-    /// The slots in use, with the numbers that each has of those from `first` to `last`; `None` if they do not ascend.
+    /// The slots in use, with the numbers that each has of those from `first` to `last`; `None` if
+    /// they do not ascend.
     fn slots(&self, bytes: &Bytes, first: u64, last: u64) -> Option<Vec<Entry>> {
         let pivot = |slot: u64| bytes.u64(self.pivots + 8 * slot);
         // The last slot in use (ma_data_end() of the kernel).

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The symbols of modules (`struct mod_kallsyms`, `kernel/module/kallsyms.c`): what is built into the kernel of one distribution
-//! is a module of another's, `ipv6` among it. Each module has the part of its ELF symbol table that CONFIG_KALLSYMS keeps.
+//! The symbols of modules (`struct mod_kallsyms`, `kernel/module/kallsyms.c`): what is built into
+//! the kernel of one distribution is a module of another's, `ipv6` among it. Each module has the
+//! part of its ELF symbol table that CONFIG_KALLSYMS keeps.
 
 use super::NAME_LEN;
 use crate::bytes::Bytes;
@@ -17,12 +18,16 @@ const MAX_SYMBOLS: u64 = 1 << 18;
 const BATCH: u64 = 512;
 
 impl Kernel<'_> {
-    /// The address of a symbol of the kernel, or else of the module in which other kernels have it. `None` where neither has
-    /// it.
+    /// The address of a symbol of the kernel, or else of the module in which other kernels have it.
+    /// `None` where neither has it.
     ///
     /// # Errors
     /// [`KernelError`]: modules or symbols cannot be read.
-    pub(crate) fn symbol_or_of_module(&self, name: &str, module: &str) -> Result<Option<u64>, KernelError> {
+    pub(crate) fn symbol_or_of_module(
+        &self,
+        name: &str,
+        module: &str,
+    ) -> Result<Option<u64>, KernelError> {
         match self.symbols()?.get(name) {
             Some(gva) => Ok(Some(gva)),
             // A kernel without modules has no list of them.
@@ -52,10 +57,13 @@ fn module_named(kernel: &Kernel<'_>, name: &str) -> Result<Option<u64>, KernelEr
 /// The address of a module's symbol.
 fn symbol_of(kernel: &Kernel<'_>, module: u64, name: &str) -> Result<Option<u64>, KernelError> {
     let table = kernel.read_u64(module.wrapping_add(kernel.offset("module", "kallsyms")?))?;
-    let member =
-        |member| kernel.offset("mod_kallsyms", member).map(|at| kernel.read_u64(table.wrapping_add(at)));
+    let member = |member| {
+        kernel.offset("mod_kallsyms", member).map(|at| kernel.read_u64(table.wrapping_add(at)))
+    };
     let (symbols, names) = (member("symtab")??, member("strtab")??);
-    let count = u64::from(kernel.read_u32(table.wrapping_add(kernel.offset("mod_kallsyms", "num_symtab")?))?);
+    let count = u64::from(
+        kernel.read_u32(table.wrapping_add(kernel.offset("mod_kallsyms", "num_symtab")?))?,
+    );
     if count > MAX_SYMBOLS {
         return Err(KernelError::TooMuch { what: "262,144 symbols of a module" });
     }

@@ -69,7 +69,8 @@ impl Layout {
         let common = |member| kernel.offset("sock_common", member);
         let sock = |member| kernel.offset("sock", member);
         let v6 = common("skc_v6_rcv_saddr").and_then(|local| Ok((local, common("skc_v6_daddr")?)));
-        let inode = kernel.offset("socket_alloc", "vfs_inode")? + kernel.offset("inode", "i_ino")?;
+        let inode =
+            kernel.offset("socket_alloc", "vfs_inode")? + kernel.offset("inode", "i_ino")?;
         let mut layout = Self {
             common_len: kernel.size_of("sock_common")?.min(MAX_LEN),
             sock_len: 0,
@@ -159,7 +160,8 @@ impl Layout {
             (_, AF_INET6) => {
                 let (local, peer) = self.v6.ok_or_else(|| malformed(gva))?;
                 let address = |at| {
-                    let halves = [common.u64(at), common.u64(at.wrapping_add(8))].map(u64::to_le_bytes);
+                    let halves =
+                        [common.u64(at), common.u64(at.wrapping_add(8))].map(u64::to_le_bytes);
                     let mut bytes = [0; 16];
                     bytes.iter_mut().zip(halves.as_flattened()).for_each(|(to, from)| *to = *from);
                     IpAddr::V6(Ipv6Addr::from(bytes))
@@ -170,7 +172,8 @@ impl Layout {
         };
         let inode = file.and_then(|(inode, _)| inode).unwrap_or(0);
         let uid = file.and_then(|(_, uid)| uid);
-        let socket = Socket { gva, protocol, state, ends, inode, uid, netns, is_torn: false, is_damaged };
+        let socket =
+            Socket { gva, protocol, state, ends, inode, uid, netns, is_torn: false, is_damaged };
         Ok((socket, (self.stable(&common), file)))
     }
 
@@ -217,7 +220,8 @@ impl Layout {
                 None
             }),
         };
-        let inode_of = |peer: u64| self.inode(kernel, kernel.read_u64(peer.wrapping_add(self.socket))?);
+        let inode_of =
+            |peer: u64| self.inode(kernel, kernel.read_u64(peer.wrapping_add(self.socket))?);
         let peer = match sock.u64(self.unix.peer) {
             0 => None,
             peer => inode_of(peer).ok().or_else(|| {
@@ -231,14 +235,18 @@ impl Layout {
     /// What a `struct unix_address` says, as /proc/net/unix shows it.
     fn path(&self, kernel: &Kernel<'_>, address: u64) -> Result<String, KernelError> {
         let len = kernel.read_u32(address.wrapping_add(self.unix.len))?;
-        let malformed = || KernelError::Malformed { what: "the unix address".to_owned(), gva: address };
+        let malformed =
+            || KernelError::Malformed { what: "the unix address".to_owned(), gva: address };
         // One that is bound has a name.
-        let len =
-            len.checked_sub(FAMILY_LEN).filter(|len| (1..=SUN_LEN).contains(len)).ok_or_else(malformed)?;
+        let len = len
+            .checked_sub(FAMILY_LEN)
+            .filter(|len| (1..=SUN_LEN).contains(len))
+            .ok_or_else(malformed)?;
         let mut name = vec![0; usize::try_from(len).unwrap_or(0)];
         kernel.read(address.wrapping_add(self.unix.name + u64::from(FAMILY_LEN)), &mut name)?;
         if name.first() == Some(&0) {
-            let bytes: Vec<u8> = name.iter().map(|byte| if *byte == 0 { b'@' } else { *byte }).collect();
+            let bytes: Vec<u8> =
+                name.iter().map(|byte| if *byte == 0 { b'@' } else { *byte }).collect();
             return Ok(String::from_utf8_lossy(&bytes).into_owned());
         }
         Ok(text(&name))

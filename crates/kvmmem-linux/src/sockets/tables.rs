@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The hash tables that sockets are in: one of TCP for connections and one for listeners, one of UDP, one of raw sockets for each
-//! version of IP, one of unix sockets. Since 6.0 a network namespace can have its own of TCP, since 6.2 of UDP; unix sockets
-//! have one in each namespace since 6.0.
+//! The hash tables that sockets are in: one of TCP for connections and one for listeners, one of
+//! UDP, one of raw sockets for each version of IP, one of unix sockets. Since 6.0 a network
+//! namespace can have its own of TCP, since 6.2 of UDP; unix sockets have one in each namespace
+//! since 6.0.
 
 use std::collections::BTreeSet;
 
@@ -19,7 +20,8 @@ const MAX_BUCKETS: u64 = 1 << 24;
 /// Buckets that are read at once.
 const BATCH: u64 = 512;
 
-/// Buckets of the tables whose size is no number in memory (`RAW_HTABLE_SIZE`, twice 256 for unix sockets).
+/// Buckets of the tables whose size is no number in memory (`RAW_HTABLE_SIZE`, twice 256 for unix
+/// sockets).
 const RAW_BUCKETS: u64 = 256;
 const UNIX_BUCKETS: u64 = 512;
 
@@ -74,10 +76,13 @@ pub(super) fn all(
     lost.extend(tcp(kernel, layout, &nets, &mut tables)?);
     for (protocol, table) in udp(kernel, &nets, &mut lost)? {
         let member = |member| kernel.offset("udp_table", member).map(|at| table.wrapping_add(at));
-        let (hash, mask, head) = (member("hash")?, member("mask")?, kernel.offset("udp_hslot", "head")?);
+        let (hash, mask, head) =
+            (member("hash")?, member("mask")?, kernel.offset("udp_hslot", "head")?);
         let each = kernel.size_of("udp_hslot")?;
         match kernel.read_u64(hash).and_then(|first| Ok((first, count(kernel, mask)?))) {
-            Ok((first, count)) => tables.push(hashed(protocol, first.wrapping_add(head), each, count)),
+            Ok((first, count)) => {
+                tables.push(hashed(protocol, first.wrapping_add(head), each, count))
+            }
             Err(error) => lost.push(error),
         }
     }
@@ -131,8 +136,10 @@ fn nets(kernel: &Kernel<'_>) -> Result<(Vec<u64>, Vec<KernelError>), KernelError
     }
     // There is one at least.
     if nets.is_empty() {
-        let malformed =
-            || KernelError::Malformed { what: "the list of network namespaces".to_owned(), gva: head };
+        let malformed = || KernelError::Malformed {
+            what: "the list of network namespaces".to_owned(),
+            gva: head,
+        };
         return Err(lost.pop().unwrap_or_else(malformed));
     }
     Ok((nets, lost))
@@ -169,9 +176,11 @@ fn tcp(
         is_numbered,
     };
     for hashinfo in all {
-        let member = |member| kernel.offset("inet_hashinfo", member).map(|at| hashinfo.wrapping_add(at));
-        let place =
-            |first: u64, mask: u64| Ok::<_, KernelError>((kernel.read_u64(first)?, count(kernel, mask)?));
+        let member =
+            |member| kernel.offset("inet_hashinfo", member).map(|at| hashinfo.wrapping_add(at));
+        let place = |first: u64, mask: u64| {
+            Ok::<_, KernelError>((kernel.read_u64(first)?, count(kernel, mask)?))
+        };
         let each = kernel.size_of("inet_ehash_bucket")?;
         match place(member("ehash")?, member("ehash_mask")?) {
             Ok((first, count)) => tables.push(table(first, each, count, true)),
@@ -247,8 +256,8 @@ impl<'a> Buckets<'a> {
             };
             let batch = (table.count - next).min(BATCH);
             let left = self.left.checked_sub(batch);
-            self.left =
-                left.ok_or(KernelError::TooMuch { what: "16 million buckets of tables of sockets" })?;
+            self.left = left
+                .ok_or(KernelError::TooMuch { what: "16 million buckets of tables of sockets" })?;
             self.now = Some((table, next + batch)).filter(|(table, next)| *next < table.count);
             self.found = table.batch(self.kernel, next, batch)?.into_iter();
         }
@@ -264,7 +273,8 @@ impl Iterator for Buckets<'_> {
 }
 
 impl Table {
-    /// Those of `count` buckets from `first` on that hold a socket, and an error for those that cannot be read.
+    /// Those of `count` buckets from `first` on that hold a socket, and an error for those that
+    /// cannot be read.
     fn batch(
         &self,
         kernel: &Kernel<'_>,
@@ -274,13 +284,15 @@ impl Table {
         let malformed =
             || KernelError::Malformed { what: "the table of sockets".to_owned(), gva: self.first };
         // The last bucket's pointer is the last that is read.
-        let len = (count.max(1) - 1).checked_mul(self.each).and_then(|len| len.checked_add(POINTER));
+        let len =
+            (count.max(1) - 1).checked_mul(self.each).and_then(|len| len.checked_add(POINTER));
         let len = len.filter(|len| *len <= 1 << 20).ok_or_else(malformed)?;
-        let bytes = Bytes::read(kernel, self.first.wrapping_add(first.wrapping_mul(self.each)), len)?;
+        let bytes =
+            Bytes::read(kernel, self.first.wrapping_add(first.wrapping_mul(self.each)), len)?;
         let mut is_damaged = false;
         let mut buckets = Vec::new();
-        for (number, at) in
-            (first..first + count).zip((0..).step_by(usize::try_from(self.each.max(1)).unwrap_or(1)))
+        for (number, at) in (first..first + count)
+            .zip((0..).step_by(usize::try_from(self.each.max(1)).unwrap_or(1)))
         {
             let pointer = bytes.u64(at);
             // The chain of a bucket without sockets is its marker alone.

@@ -37,14 +37,15 @@ pub enum MappedError {
         #[source]
         source: MemoryError,
     },
-    /// There is more than a process of such a guest can have: the tables are damaged, or changed meanwhile.
+    /// There is more than a process of such a guest can have: the tables are damaged, or changed
+    /// meanwhile.
     #[error("the page tables map more than a process of this guest can have")]
     TooMany,
 }
 
 impl Space<'_> {
-    /// The lower half of the space, which is the process's own: what is in memory, ascending. Pages that may not be accessed
-    /// are among it, and those of devices are not.
+    /// The lower half of the space, which is the process's own: what is in memory, ascending. Pages
+    /// that may not be accessed are among it, and those of devices are not.
     ///
     /// # Errors
     /// [`MappedError`].
@@ -54,8 +55,13 @@ impl Space<'_> {
         let ram: Vec<(u64, u64)> = ram.iter().map(|range| (range.gpa, range.end())).collect();
         // Pages may be mapped more than once, that of zeros for example.
         let total: u64 = ram.iter().map(|(start, end)| end - start).sum();
-        let mut walk =
-            Walk { space: self, ram, extents: Vec::new(), tables: 0, left: total.saturating_mul(4) };
+        let mut walk = Walk {
+            space: self,
+            ram,
+            extents: Vec::new(),
+            tables: 0,
+            left: total.saturating_mul(4),
+        };
         walk.table(self.root.cr3 & ADDRESS, self.levels().count(), 0)?;
         Ok(walk.extents)
     }
@@ -79,7 +85,10 @@ impl Walk<'_, '_> {
             return Err(MappedError::TooMany);
         }
         let mut table = [0; PAGE_SIZE];
-        self.space.memory.read_at(gpa, &mut table).map_err(|source| MappedError::Table { gpa, source })?;
+        self.space
+            .memory
+            .read_at(gpa, &mut table)
+            .map_err(|source| MappedError::Table { gpa, source })?;
         let span = 1u64 << (12 + 9 * (u32::from(level) - 1));
         let is_root = level == self.space.levels().count();
         let entries = if is_root { 256 } else { 512 };
@@ -93,7 +102,9 @@ impl Walk<'_, '_> {
             let gva = gva + number * span;
             if value & PRESENT == 0 {
                 // Of an inverted frame the bits of encryption are not inverted.
-                if let Some(Absent::ProtNone { gpa }) = entry(value | self.space.encryption).absent(gva) {
+                if let Some(Absent::ProtNone { gpa }) =
+                    entry(value | self.space.encryption).absent(gva)
+                {
                     self.page(gva, gpa, span)?;
                 }
                 continue;
@@ -115,7 +126,9 @@ impl Walk<'_, '_> {
             let part = Extent { gva: gva + (start - gpa), gpa: start, len: stop - start };
             self.left = self.left.checked_sub(part.len).ok_or(MappedError::TooMany)?;
             match self.extents.last_mut() {
-                Some(last) if last.gva + last.len == part.gva && last.gpa + last.len == part.gpa => {
+                Some(last)
+                    if last.gva + last.len == part.gva && last.gpa + last.len == part.gpa =>
+                {
                     last.len += part.len;
                 }
                 _ => self.extents.push(part),
@@ -182,7 +195,10 @@ mod tests {
         ];
         assert_eq!(mapped(Levels::Four, &[&tables[..], &pages].concat()).unwrap(), expected);
         let five = [(0x1000, 0, 0x5007), (0x5000, 0, 0x2007), tables[1], tables[2]];
-        assert_eq!(mapped(Levels::Five, &[&five[..], &pages[..6]].concat()).unwrap(), expected[..2]);
+        assert_eq!(
+            mapped(Levels::Five, &[&five[..], &pages[..6]].concat()).unwrap(),
+            expected[..2]
+        );
     }
 
     #[test]
@@ -192,7 +208,10 @@ mod tests {
         // Any number of large pages.
         let large: Vec<_> = (0..512).map(|index| (0x2000, index, 0x87)).collect();
         let root = [(0x1000, 0, 0x2007), (0x1000, 1, 0x2007)];
-        assert!(matches!(mapped(Levels::Four, &[&large[..], &root].concat()), Err(MappedError::TooMany)));
+        assert!(matches!(
+            mapped(Levels::Four, &[&large[..], &root].concat()),
+            Err(MappedError::TooMany)
+        ));
         let error = mapped(Levels::Four, &[(0x1000, 0, 0x7f00_0007)]).unwrap_err();
         assert!(matches!(error, MappedError::Table { gpa: 0x7f00_0000, .. }), "{error}");
     }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The addresses of kallsyms: 32 bits each, of which the kernel's version decides what they are relative to
-//! (`kallsyms_sym_address` in `kernel/kallsyms.c`). Nothing in memory names the scheme: it is found by trial.
+//! The addresses of kallsyms: 32 bits each, of which the kernel's version decides what they are
+//! relative to (`kallsyms_sym_address` in `kernel/kallsyms.c`). Nothing in memory names the scheme:
+//! it is found by trial.
 
 /// What a number in kallsyms_offsets means.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -17,11 +18,14 @@ pub(super) enum Scheme {
 impl Scheme {
     pub(super) const ALL: [Self; 3] = [Self::AbsoluteOrNegative, Self::FromBase, Self::FromPlace];
 
-    /// The address that the number `offset`, which lies at `place`, means. `None` where the scheme needs a base that is not there.
+    /// The address that the number `offset`, which lies at `place`, means. `None` where the scheme
+    /// needs a base that is not there.
     pub(super) fn address(self, offset: i32, place: u64, base: Option<u64>) -> Option<u64> {
         Some(match self {
             Self::AbsoluteOrNegative if offset >= 0 => u64::from(offset.cast_unsigned()),
-            Self::AbsoluteOrNegative => base?.wrapping_sub(1).wrapping_sub(i64::from(offset).cast_unsigned()),
+            Self::AbsoluteOrNegative => {
+                base?.wrapping_sub(1).wrapping_sub(i64::from(offset).cast_unsigned())
+            }
             Self::FromBase => base?.wrapping_add(u64::from(offset.cast_unsigned())),
             Self::FromPlace => place.wrapping_add_signed(offset.into()),
         })

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The names of kallsyms: compressed by tokens, each a byte that stands for a text (`scripts/kallsyms.c`,
-//! `kallsyms_expand_symbol` in `kernel/kallsyms.c`).
+//! The names of kallsyms: compressed by tokens, each a byte that stands for a text
+//! (`scripts/kallsyms.c`, `kallsyms_expand_symbol` in `kernel/kallsyms.c`).
 
 use super::TableError;
 
@@ -55,7 +55,8 @@ pub(super) struct Names {
 }
 
 impl Names {
-    /// Reads `count` names with `more`, which gives the bytes after those that it gave before, and none where these end.
+    /// Reads `count` names with `more`, which gives the bytes after those that it gave before, and
+    /// none where these end.
     pub(super) fn read(
         count: u32,
         tokens: Tokens,
@@ -89,7 +90,8 @@ impl Names {
         self.places.len()
     }
 
-    /// Writes the name with this number to `name`, and gives its type letter; `None` where it is too long or empty.
+    /// Writes the name with this number to `name`, and gives its type letter; `None` where it is
+    /// too long or empty.
     pub(super) fn expand(&self, index: usize, name: &mut Vec<u8>) -> Option<u8> {
         name.clear();
         let (start, len) = *self.places.get(index)?;

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Finds the tables of kallsyms by their looks, for kernels before 6.0, whose note does not say where they are, and for those
-//! without a note.
+//! Finds the tables of kallsyms by their looks, for kernels before 6.0, whose note does not say
+//! where they are, and for those without a note.
 //!
-//! The tokens of the ten digits follow each other in kallsyms_token_table, as each digit stands for itself. From there on
-//! all else has its place (`write_src` in `scripts/kallsyms.c`): tokens, their index, and before them markers, names and
-//! the number of names. Offsets and their base lie before that number, or from 6.2 on after the index.
+//! The tokens of the ten digits follow each other in kallsyms_token_table, as each digit stands for
+//! itself. From there on all else has its place (`write_src` in `scripts/kallsyms.c`): tokens,
+//! their index, and before them markers, names and the number of names. Offsets and their base lie
+//! before that number, or from 6.2 on after the index.
 
 use super::names::{MAX_TOKEN_BYTES, Names, next_name};
 use super::tables::{INDEX_BYTES, Tables, read_some};
@@ -45,7 +46,8 @@ const MAX_PLACES: usize = 64;
 const MAX_MARKERS: usize = 64;
 const MAX_PARSED: usize = 1 << 25;
 
-/// Reads the tables that look like some, in an image that begins at or after `start`, and whose addresses fit.
+/// Reads the tables that look like some, in an image that begins at or after `start`, and whose
+/// addresses fit.
 pub(super) fn read(
     space: &Space<'_>,
     start: u64,
@@ -107,8 +109,8 @@ fn tokens(space: &Space<'_>, digits: u64) -> Option<(u64, u64)> {
         end += memchr::memchr(0, bytes.get(end..)?)? + 1;
     }
     let mut indices = [4, 8].into_iter().map(|align| (table + end as u64).next_multiple_of(align));
-    let index =
-        indices.find(|gva| read_some(space, *gva, INDEX_BYTES).is_some_and(|index| index == starts))?;
+    let index = indices
+        .find(|gva| read_some(space, *gva, INDEX_BYTES).is_some_and(|index| index == starts))?;
     Some((table, index))
 }
 
@@ -158,7 +160,8 @@ impl Budget {
     }
 }
 
-/// A table of markers: where the first name is, the name with number 256, 512 and so on, in bytes from the first.
+/// A table of markers: where the first name is, the name with number 256, 512 and so on, in bytes
+/// from the first.
 struct Markers<'a> {
     words: &'a [[u8; 4]],
     place: usize,
@@ -168,15 +171,15 @@ impl<'a> Markers<'a> {
     /// The table that begins at `place`, if one does.
     fn at(bytes: &'a [u8], place: usize) -> Option<Self> {
         let (words, _) = bytes.get(place..)?.as_chunks::<4>();
-        let (first, second) = (u32::from_le_bytes(*words.first()?), u32::from_le_bytes(*words.get(1)?));
+        let (first, second) =
+            (u32::from_le_bytes(*words.first()?), u32::from_le_bytes(*words.get(1)?));
         // 0 may come before the table too.
         if first != 0 || second == 0 {
             return None;
         }
-        let steps = words
-            .iter()
-            .zip(words.iter().skip(1))
-            .map(|(from, to)| u32::from_le_bytes(*to).saturating_sub(u32::from_le_bytes(*from)) as usize);
+        let steps = words.iter().zip(words.iter().skip(1)).map(|(from, to)| {
+            u32::from_le_bytes(*to).saturating_sub(u32::from_le_bytes(*from)) as usize
+        });
         let len = 1 + steps.take_while(|step| MARKED_BYTES.contains(step)).count();
         (len >= MIN_MARKERS).then(|| Self { words: words.get(..len).unwrap_or_default(), place })
     }
@@ -189,7 +192,10 @@ impl<'a> Markers<'a> {
             Some((number, u32::from_le_bytes(*word)))
         });
         for (number, count) in numbers {
-            let last = (count as usize).div_ceil(MARKED).checked_sub(1).and_then(|last| self.words.get(last));
+            let last = (count as usize)
+                .div_ceil(MARKED)
+                .checked_sub(1)
+                .and_then(|last| self.words.get(last));
             let Some(last) = last.map(|word| u32::from_le_bytes(*word) as usize) else { continue };
             for gap in [8, 4] {
                 // From the last marker on there are at most 256 names.
@@ -209,7 +215,8 @@ impl<'a> Markers<'a> {
     fn follow(&self, bytes: &[u8], begin: usize, count: usize, budget: &mut Budget) -> bool {
         let mut at = begin;
         for index in 0..count {
-            let marker = self.words.get(index / MARKED).map(|word| u32::from_le_bytes(*word) as usize);
+            let marker =
+                self.words.get(index / MARKED).map(|word| u32::from_le_bytes(*word) as usize);
             let is_marked = !index.is_multiple_of(MARKED) || marker == Some(at - begin);
             budget.names = budget.names.saturating_sub(1);
             match next_name(bytes, at) {
@@ -224,13 +231,18 @@ impl<'a> Markers<'a> {
 }
 
 impl Tables {
-    /// The tables with the places at which kernels have offsets; `number` is where the number of names is.
+    /// The tables with the places at which kernels have offsets; `number` is where the number of
+    /// names is.
     fn with_offsets(self, number: u64) -> impl Iterator<Item = Self> {
         let bytes = 4 * u64::from(self.count);
         let before = number.saturating_sub(8);
         let after = self.token_index + INDEX_BYTES as u64;
         [
-            Self { offsets: before.saturating_sub(bytes.next_multiple_of(8)), base: Some(before), ..self },
+            Self {
+                offsets: before.saturating_sub(bytes.next_multiple_of(8)),
+                base: Some(before),
+                ..self
+            },
             Self { offsets: after, base: Some((after + bytes).next_multiple_of(8)), ..self },
             Self { offsets: after, base: None, ..self },
         ]

@@ -78,7 +78,9 @@ impl Tables {
         let (index, _) = index.as_chunks::<2>();
         let index: Vec<u16> = index.iter().map(|entry| u16::from_le_bytes(*entry)).collect();
         let table = read_some(space, self.token_table, MAX_TOKEN_BYTES);
-        table.and_then(|table| Tokens::new(table, &index)).ok_or(TableError::Read { gva: self.token_table })
+        table
+            .and_then(|table| Tokens::new(table, &index))
+            .ok_or(TableError::Read { gva: self.token_table })
     }
 
     /// The address of each symbol, by the scheme that fits.
@@ -99,7 +101,9 @@ impl Tables {
             scheme.address(*offsets.get(index)?, self.offsets.wrapping_add(4 * index as u64), base)
         };
         let fits = |scheme: &Scheme| {
-            fits(&|name| symbols.numbers(name).filter_map(|index| address(*scheme, index)).collect())
+            fits(&|name| {
+                symbols.numbers(name).filter_map(|index| address(*scheme, index)).collect()
+            })
         };
         let scheme = Scheme::ALL.into_iter().find(fits).ok_or(TableError::Addresses)?;
         Ok((0..symbols.len()).map(|index| address(scheme, index).unwrap_or(0)).collect())

@@ -51,7 +51,8 @@ pub(crate) fn area(place: &Place, index: usize) -> u64 {
 }
 
 impl Guest {
-    /// Writes a process with these areas, which ascend, in a list and in a tree whose nodes have at most `slots` slots in use.
+    /// Writes a process with these areas, which ascend, in a list and in a tree whose nodes have at
+    /// most `slots` slots in use.
     pub(crate) fn areas(&self, place: &Place, ranges: &[(u64, u64)], slots: usize) {
         let mm = place.gva + MM;
         self.put_word(place.gpa + PROCESS + 56, mm);
@@ -103,7 +104,8 @@ impl Guest {
         }
     }
 
-    /// A node, as the kernel leaves it: pivots after the last one in use are 0, and then its number is in the metadata.
+    /// A node, as the kernel leaves it: pivots after the last one in use are 0, and then its number
+    /// is in the metadata.
     pub(crate) fn node(&self, gpa: u64, kind: u64, slots: &[(u64, u64)]) {
         let (room, slots_at, end_at) = if kind == 3 { (INNER, 80, 240) } else { (LEAF, 128, 248) };
         self.put(gpa, &EMPTY);

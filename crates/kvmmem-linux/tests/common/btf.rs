@@ -47,7 +47,13 @@ impl Builder {
     }
 
     /// Structures have kind 4, unions 5.
-    pub(crate) fn structure(&mut self, kind: u32, name: &str, size: u32, members: &[Member<'_>]) -> u32 {
+    pub(crate) fn structure(
+        &mut self,
+        kind: u32,
+        name: &str,
+        size: u32,
+        members: &[Member<'_>],
+    ) -> u32 {
         let has_bits = members.iter().any(|(.., bits)| *bits > 0);
         let more: Vec<u32> = members
             .iter()
@@ -59,13 +65,16 @@ impl Builder {
 
     /// A structure of the given size, with members at these bytes.
     pub(crate) fn plain(&mut self, name: &str, size: u32, members: &[(&str, u32, u32)]) -> u32 {
-        let members: Vec<Member<'_>> = members.iter().map(|(name, id, at)| (*name, *id, at * 8, 0)).collect();
+        let members: Vec<Member<'_>> =
+            members.iter().map(|(name, id, at)| (*name, *id, at * 8, 0)).collect();
         self.structure(4, name, size, &members)
     }
 
     pub(crate) fn enumeration(&mut self, name: &str, values: &[(&str, i32)]) -> u32 {
-        let more: Vec<u32> =
-            values.iter().flat_map(|(name, value)| [self.string(name), value.cast_unsigned()]).collect();
+        let more: Vec<u32> = values
+            .iter()
+            .flat_map(|(name, value)| [self.string(name), value.cast_unsigned()])
+            .collect();
         self.add(name, 6 << 24 | 1 << 31 | u32::try_from(values.len()).unwrap(), 4, &more)
     }
 
@@ -74,7 +83,9 @@ impl Builder {
         let (types, strings) =
             (u32::try_from(self.types.len()).unwrap(), u32::try_from(self.strings.len()).unwrap());
         let mut blob = vec![0x9f, 0xeb, 1, 0];
-        blob.extend([24, 0, types, types, strings].iter().flat_map(|word: &u32| word.to_le_bytes()));
+        blob.extend(
+            [24, 0, types, types, strings].iter().flat_map(|word: &u32| word.to_le_bytes()),
+        );
         blob.extend(self.types);
         blob.extend(self.strings);
         blob
@@ -95,13 +106,15 @@ pub(crate) fn with_areas(in_tree: bool) -> Vec<u8> {
     let constant = btf.add("", 10 << 24, pid, &[]);
     // A pointer to the structure after it.
     let pointer = btf.pointer(6);
-    let list = btf.structure(4, "list_head", 16, &[("next", pointer, 0, 0), ("prev", pointer, 64, 0)]);
+    let list =
+        btf.structure(4, "list_head", 16, &[("next", pointer, 0, 0), ("prev", pointer, 64, 0)]);
     assert_eq!(list, 6);
     let text = btf.array(char, 16);
     let matrix = btf.array(text, 3);
     let inner = btf.structure(5, "", 4, &[("pid", constant, 0, 0), ("number", int, 0, 0)]);
     let outer = btf.structure(4, "", 8, &[("", inner, 0, 0)]);
-    let flags = btf.structure(4, "", 4, &[("low", int, 0, 2), ("odd", int, 2, 3), ("high", int, 5, 3)]);
+    let flags =
+        btf.structure(4, "", 4, &[("low", int, 0, 2), ("odd", int, 2, 3), ("high", int, 5, 3)]);
     btf.structure(
         4,
         "task_struct",
@@ -140,7 +153,11 @@ fn memory(btf: &mut Builder, in_tree: bool) {
     ];
     btf.plain("dentry", 64, &dentry);
     let vfsmount = btf.plain("vfsmount", 16, &[("mnt_root", long, 0)]);
-    btf.plain("mount", 64, &[("mnt_parent", long, 0), ("mnt_mountpoint", long, 8), ("mnt", vfsmount, 16)]);
+    btf.plain(
+        "mount",
+        64,
+        &[("mnt_parent", long, 0), ("mnt_mountpoint", long, 8), ("mnt", vfsmount, 16)],
+    );
     let tree = btf.plain("maple_tree", 16, &[("ma_root", long, 8)]);
     let areas = if in_tree { ("mm_mt", tree, 0) } else { ("mmap", long, 0) };
     let mm = [
@@ -177,7 +194,12 @@ fn memory(btf: &mut Builder, in_tree: bool) {
             btf.plain(
                 name,
                 248,
-                &[("parent", long, 0), ("pivot", pivots, 8), ("slot", used, at), ("meta", meta, 240)],
+                &[
+                    ("parent", long, 0),
+                    ("pivot", pivots, 8),
+                    ("slot", used, at),
+                    ("meta", meta, 240),
+                ],
             );
         }
     }

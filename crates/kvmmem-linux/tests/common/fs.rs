@@ -35,9 +35,18 @@ pub(crate) fn mount(number: u64) -> u64 {
 pub(crate) const MOUNT_LIST: u64 = 48;
 const VFSMOUNT: u64 = 16;
 
-/// Name and parent of each directory entry: the roots of three mounts, where two of these lie, and a file in each.
-const DENTRIES: [(&str, u64); 8] =
-    [("/", 0), ("/", 1), ("/", 2), ("data", 0), ("log", 0), ("passwd", 0), ("table", 1), ("journal", 2)];
+/// Name and parent of each directory entry: the roots of three mounts, where two of these lie, and
+/// a file in each.
+const DENTRIES: [(&str, u64); 8] = [
+    ("/", 0),
+    ("/", 1),
+    ("/", 2),
+    ("data", 0),
+    ("log", 0),
+    ("passwd", 0),
+    ("table", 1),
+    ("journal", 2),
+];
 
 /// The process.
 pub(crate) fn task(place: &Place) -> Task {
@@ -51,7 +60,9 @@ pub(crate) fn guest(place: &Place) -> Guest {
     let word = |at: u64, word: u64| guest.put_word(place.gpa + at, word);
     let half = |at: u64, half: u32| guest.put(place.gpa + at, &half.to_le_bytes());
     let pointer = |at: u64, to: u64| word(at, place.gva + to);
-    [(0, FILES), (8, FS), (16, PROXY), (24, SIGNAL)].into_iter().for_each(|(at, to)| pointer(TASK + at, to));
+    [(0, FILES), (8, FS), (16, PROXY), (24, SIGNAL)]
+        .into_iter()
+        .for_each(|(at, to)| pointer(TASK + at, to));
     half(SIGNAL, 1);
     pointer(FILES, FDTABLE);
     half(FDTABLE, 64);
@@ -111,8 +122,18 @@ fn types() -> Vec<u8> {
     structure(&mut btf, "task_struct", 32, &task);
     structure(&mut btf, "signal_struct", 8, &[("nr_threads", long, 0)]);
     structure(&mut btf, "files_struct", 8, &[("fdt", long, 0)]);
-    structure(&mut btf, "fdtable", 24, &[("max_fds", long, 0), ("fd", long, 8), ("open_fds", long, 16)]);
-    structure(&mut btf, "file", 32, &[("f_path", path, 0), ("f_flags", long, 16), ("f_pos", long, 24)]);
+    structure(
+        &mut btf,
+        "fdtable",
+        24,
+        &[("max_fds", long, 0), ("fd", long, 8), ("open_fds", long, 16)],
+    );
+    structure(
+        &mut btf,
+        "file",
+        32,
+        &[("f_path", path, 0), ("f_flags", long, 16), ("f_pos", long, 24)],
+    );
     let dentry = [
         ("d_parent", long, 0),
         ("d_name", name, 8),

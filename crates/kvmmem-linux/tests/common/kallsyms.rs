@@ -45,7 +45,9 @@ pub(crate) fn write(guest: &Guest, place: &Place, symbols: &[Entry]) -> String {
         let offset = |(n, (_, _, address)): (usize, &Entry)| {
             let offset = match layout {
                 Layout::BeforeNames | Layout::AfterIndex if *address < 1 << 31 => *address,
-                Layout::BeforeNames | Layout::AfterIndex => base.wrapping_sub(1).wrapping_sub(*address),
+                Layout::BeforeNames | Layout::AfterIndex => {
+                    base.wrapping_sub(1).wrapping_sub(*address)
+                }
                 // What is no address of the image lies somewhere else.
                 Layout::Unsigned => address.wrapping_sub(base),
                 Layout::FromPlace => address.wrapping_sub(place + 4 * n as u64),

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! A guest's RAM in which a builder wrote a kernel, or several: page tables, note, kallsyms, BTF and a few tasks.
+//! A guest's RAM in which a builder wrote a kernel, or several: page tables, note, kallsyms, BTF
+//! and a few tasks.
 #![allow(dead_code, reason = "each test uses its part")]
 
 pub(crate) mod areas;
@@ -145,7 +146,11 @@ impl Guest {
         symbols.sort_by_key(|(.., address)| *address);
         symbols.insert(
             0,
-            ('A', "fixed_percpu_data".to_owned(), if layout == Layout::FromPlace { gva } else { 0 }),
+            (
+                'A',
+                "fixed_percpu_data".to_owned(),
+                if layout == Layout::FromPlace { gva } else { 0 },
+            ),
         );
         let keys = kallsyms::write(self, place, &symbols);
         let five = u8::from(place.five_levels);

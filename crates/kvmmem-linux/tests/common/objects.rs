@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! A kernel with sockets, system calls, interrupts, modules, and tasks that have pids. Structures have the members that are
-//! read, and places of this file's own.
+//! A kernel with sockets, system calls, interrupts, modules, and tasks that have pids. Structures
+//! have the members that are read, and places of this file's own.
 
 use super::btf::Builder;
 use super::{Guest, Place};
@@ -65,7 +65,13 @@ pub(crate) fn module(number: u64) -> u64 {
 }
 
 /// Gives the module with a number a name, and symbols of its own, each of an object.
-pub(crate) fn name_module(guest: &Guest, place: &Place, number: u64, name: &str, symbols: &[(&str, u64)]) {
+pub(crate) fn name_module(
+    guest: &Guest,
+    place: &Place,
+    number: u64,
+    name: &str,
+    symbols: &[(&str, u64)],
+) {
     let writer = Writer { guest, place: *place };
     let at = module(number);
     writer.bytes(at + 0x20, &[0; 56]);
@@ -165,7 +171,9 @@ pub(crate) fn boot(guest: &Guest, place: &Place) {
     symbols.push(text("irq_entries_start", STUBS));
     let calls = ["read", "write", "open", "close", "stat"];
     symbols.extend(
-        (0..).zip(calls).map(|(number, name)| text(&format!("__x64_sys_{name}"), HANDLERS + 16 * number)),
+        (0..)
+            .zip(calls)
+            .map(|(number, name)| text(&format!("__x64_sys_{name}"), HANDLERS + 16 * number)),
     );
     symbols.extend((0..32).map(|vector| match vector {
         14 => text("asm_exc_page_fault", HANDLERS + 16 * vector),
@@ -262,7 +270,8 @@ fn sockets(writer: &Writer<'_>) {
         writer.bytes(sock + 0x8c, &[1]);
         writer.word(file + 0x40, 300 + number);
     }
-    // The listener is bound to a file, its client is not accepted, and that one has the listener's name.
+    // The listener is bound to a file, its client is not accepted, and that one has the listener's
+    // name.
     writer.pointer(sock(6) + 0x90, ADDRESSES);
     writer.pointer(sock(8) + 0x90, ADDRESSES);
     writer.word(sock(8) + 0x80, 0);
@@ -364,8 +373,12 @@ fn types() -> Vec<u8> {
         64,
         &[("list", list, 0), ("ns", ns, 16), ("ipv4", ipv4, 24), ("unx", unx, 32)],
     );
-    let hashinfo =
-        [("ehash", long, 0), ("ehash_mask", long, 8), ("lhash2", long, 16), ("lhash2_mask", long, 24)];
+    let hashinfo = [
+        ("ehash", long, 0),
+        ("ehash_mask", long, 8),
+        ("lhash2", long, 16),
+        ("lhash2_mask", long, 24),
+    ];
     structure(&mut btf, "inet_hashinfo", 32, &hashinfo);
     structure(&mut btf, "inet_ehash_bucket", 8, &[("chain", long, 0)]);
     structure(&mut btf, "inet_listen_hashbucket", 16, &[("nulls_head", long, 8)]);
@@ -412,8 +425,14 @@ fn types() -> Vec<u8> {
     btf.build()
 }
 
-pub(crate) fn structure(btf: &mut Builder, name: &str, size: u32, members: &[(&str, u32, u64)]) -> u32 {
+pub(crate) fn structure(
+    btf: &mut Builder,
+    name: &str,
+    size: u32,
+    members: &[(&str, u32, u64)],
+) -> u32 {
     let place = |bytes: u64| u32::try_from(bytes * 8).unwrap();
-    let members: Vec<_> = members.iter().map(|(name, id, at)| (*name, *id, place(*at), 0)).collect();
+    let members: Vec<_> =
+        members.iter().map(|(name, id, at)| (*name, *id, place(*at), 0)).collect();
     btf.structure(4, name, size, &members)
 }

@@ -103,7 +103,8 @@ fn types() -> Vec<u8> {
         ],
     );
     btf.structure(4, "signal_struct", 16, &[("thread_head", list, 0, 0)]);
-    let cred = [("uid", int, 0, 0), ("euid", int, 32, 0), ("gid", int, 64, 0), ("user", word, 128, 0)];
+    let cred =
+        [("uid", int, 0, 0), ("euid", int, 32, 0), ("gid", int, 64, 0), ("user", word, 128, 0)];
     btf.structure(4, "cred", 24, &cred);
     btf.structure(4, "user_struct", 4, &[("uid", int, 0, 0)]);
     let words = ["pgd", "arg_start", "arg_end", "env_end"];

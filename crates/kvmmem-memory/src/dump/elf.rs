@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! ELF core files: the PT_LOAD segments of x86-64, by their physical addresses, as `kvmmem dump`, QEMU's
-//! `dump-guest-memory`, `virsh dump --memory-only` and kdump write them (elf(5)).
+//! ELF core files: the PT_LOAD segments of x86-64, by their physical addresses, as `kvmmem dump`,
+//! QEMU's `dump-guest-memory`, `virsh dump --memory-only` and kdump write them (elf(5)).
 
 use std::fs::File;
 use std::path::Path;
 
 use object::LittleEndian as Le;
 use object::elf::{
-    ELFCLASS64, ELFDATA2LSB, EM_X86_64, ET_CORE, FileHeader64, PN_XNUM, PT_LOAD, PT_NOTE, ProgramHeader64,
-    SectionHeader64,
+    ELFCLASS64, ELFDATA2LSB, EM_X86_64, ET_CORE, FileHeader64, PN_XNUM, PT_LOAD, PT_NOTE,
+    ProgramHeader64, SectionHeader64,
 };
 use object::pod::{Pod, from_bytes};
 
@@ -34,10 +34,16 @@ pub(super) fn segments(path: &Path, file: &File, len: u64) -> Result<Vec<Segment
 }
 
 /// The control registers of the vCPUs, in their order; empty where the core has none.
-pub(super) fn vcpus(path: &Path, file: &File, len: u64) -> Result<Vec<ControlRegisters>, DumpError> {
+pub(super) fn vcpus(
+    path: &Path,
+    file: &File,
+    len: u64,
+) -> Result<Vec<ControlRegisters>, DumpError> {
     let programs = programs(path, file, len)?;
     match programs.iter().find(|program| program.p_type.get(Le) == PT_NOTE) {
-        Some(program) => notes::vcpus(path, file, program.p_offset.get(Le), program.p_filesz.get(Le)),
+        Some(program) => {
+            notes::vcpus(path, file, program.p_offset.get(Le), program.p_filesz.get(Le))
+        }
         None => Ok(Vec::new()),
     }
 }
@@ -65,7 +71,8 @@ fn programs(path: &Path, file: &File, len: u64) -> Result<Vec<ProgramHeader64<Le
     Ok(programs)
 }
 
-/// How many program headers there are: where the header has no room for the number, the first section says it.
+/// How many program headers there are: where the header has no room for the number, the first
+/// section says it.
 fn count(path: &Path, file: &File, header: &FileHeader64<Le>) -> Result<u64, DumpError> {
     let mut count = u64::from(header.e_phnum.get(Le));
     if count == u64::from(PN_XNUM) {

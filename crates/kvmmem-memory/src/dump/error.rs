@@ -99,7 +99,8 @@ impl DumpError {
         Self::Malformed { path: path.to_owned(), what }
     }
 
-    /// The error for a file that begins like that, if it is of one of the formats that are known and not read.
+    /// The error for a file that begins like that, if it is of one of the formats that are known
+    /// and not read.
     pub(super) fn foreign(path: &Path, magic: &[u8]) -> Option<Self> {
         let (_, what, remedy) = FOREIGN.into_iter().find(|(begin, ..)| magic.starts_with(begin))?;
         Some(Self::Foreign { path: path.to_owned(), what, remedy })

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! LiME files: ranges, each after a header of 32 bytes (`lime_mem_range_header` in LiME's `src/lime.h`).
+//! LiME files: ranges, each after a header of 32 bytes (`lime_mem_range_header` in LiME's
+//! `src/lime.h`).
 
 use std::fs::File;
 use std::path::Path;
@@ -25,12 +26,17 @@ pub(super) fn segments(path: &Path, file: &File, len: u64) -> Result<Vec<Segment
             return Err(malformed("it has more than 65536 ranges"));
         }
         let mut header = [0; HEADER];
-        let count = read_some(file, at, &mut header).map_err(|source| DumpError::read(path, at, source))?;
+        let count =
+            read_some(file, at, &mut header).map_err(|source| DumpError::read(path, at, source))?;
         let word = |at: usize| {
-            u64::from_le_bytes(header.get(at..).and_then(|h| h.first_chunk()).copied().unwrap_or_default())
+            u64::from_le_bytes(
+                header.get(at..).and_then(|h| h.first_chunk()).copied().unwrap_or_default(),
+            )
         };
         if count < HEADER || !header.starts_with(&MAGIC) || word(0) >> 32 != u64::from(VERSION) {
-            return Err(malformed("where a range of LiME version 1 should begin, there is something else"));
+            return Err(malformed(
+                "where a range of LiME version 1 should begin, there is something else",
+            ));
         }
         let (first, last) = (word(8), word(16));
         let size = last.checked_sub(first).and_then(|size| size.checked_add(1));
@@ -38,7 +44,8 @@ pub(super) fn segments(path: &Path, file: &File, len: u64) -> Result<Vec<Segment
         let offset = at + HEADER as u64;
         let range = Range { gpa: first, len: size };
         segments.push(Segment { range, offset });
-        let needs = offset.checked_add(size).ok_or_else(|| malformed("a range passes the last address"))?;
+        let needs =
+            offset.checked_add(size).ok_or_else(|| malformed("a range passes the last address"))?;
         if needs > len {
             return Err(DumpError::Truncated { path: path.to_owned(), range, needs, len });
         }

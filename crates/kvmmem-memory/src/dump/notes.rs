@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The control registers of each vCPU, from the `QEMU` notes of an ELF core (`QEMUCPUState` of target/i386/arch_dump.c), as
-//! `kvmmem dump`, QEMU's `dump-guest-memory` and `virsh dump --memory-only` write them. Cores of kdump have none.
+//! The control registers of each vCPU, from the `QEMU` notes of an ELF core (`QEMUCPUState` of
+//! target/i386/arch_dump.c), as `kvmmem dump`, QEMU's `dump-guest-memory` and `virsh dump
+//! --memory-only` write them. Cores of kdump have none.
 
 use std::fs::File;
 use std::path::Path;
@@ -31,8 +32,8 @@ pub(super) fn vcpus(
     let malformed = || DumpError::malformed(path, "its notes make no sense");
     let len = usize::try_from(len.min(MAX_LEN)).map_err(|_| malformed())?;
     let mut bytes = vec![0; len];
-    let count =
-        read_some(file, offset, &mut bytes).map_err(|source| DumpError::read(path, offset, source))?;
+    let count = read_some(file, offset, &mut bytes)
+        .map_err(|source| DumpError::read(path, offset, source))?;
     let bytes = bytes.get(..count).unwrap_or_default();
     let notes = NoteIterator::<FileHeader64<Le>>::new(Le, 4, bytes).map_err(|_| malformed())?;
     let mut vcpus = Vec::new();
@@ -49,5 +50,10 @@ fn registers(state: &[u8]) -> Option<ControlRegisters> {
     let word = |at: usize| Some(u64::from_le_bytes(*state.get(at..)?.first_chunk()?));
     // Version and size.
     let is_known = word(0)? == (LEN as u64) << 32 | 1 && state.len() >= LEN;
-    is_known.then_some(ControlRegisters { cr0: word(CR0)?, cr3: word(CR3)?, cr4: word(CR4)?, efer: None })
+    is_known.then_some(ControlRegisters {
+        cr0: word(CR0)?,
+        cr3: word(CR3)?,
+        cr4: word(CR4)?,
+        efer: None,
+    })
 }

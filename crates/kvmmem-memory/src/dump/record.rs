@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The record that `kvmmem dump` writes beside a dump, `FILE.json`: of a raw file it says where there is RAM. While the
-//! dump is not finished, `FILE.part` is there instead.
+//! The record that `kvmmem dump` writes beside a dump, `FILE.json`: of a raw file it says where
+//! there is RAM. While the dump is not finished, `FILE.part` is there instead.
 
 use std::io::{ErrorKind, Read};
 use std::path::{Path, PathBuf};
@@ -34,13 +34,16 @@ pub(super) fn segments(path: &Path) -> Result<Option<Vec<Segment>>, DumpError> {
     }
     let file = match super::open(&record) {
         Ok((file, _)) => file,
-        Err(DumpError::Open { source, .. }) if source.kind() == ErrorKind::NotFound => return Ok(None),
+        Err(DumpError::Open { source, .. }) if source.kind() == ErrorKind::NotFound => {
+            return Ok(None);
+        }
         Err(error) => return Err(error),
     };
     let mut text = String::new();
     let read = file.take(MAX_LEN).read_to_string(&mut text);
     read.map_err(|source| DumpError::read(&record, 0, source))?;
-    let malformed = || DumpError::malformed(&record, "it is not the record of a dump; move it elsewhere");
+    let malformed =
+        || DumpError::malformed(&record, "it is not the record of a dump; move it elsewhere");
     let record: Record = serde_json::from_str(&text).map_err(|_| malformed())?;
     if record.format != "raw" || record.ranges.len() > MAX_SEGMENTS {
         return Err(malformed());

@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! What entries mean to the operating system whose present bit is clear, so that the processor ignores the rest of them.
+//! What entries mean to the operating system whose present bit is clear, so that the processor
+//! ignores the rest of them.
 //!
-//! Linux: `arch/x86/include/asm/pgtable-invert.h`, `_PAGE_PROTNONE` in `pgtable_types.h`, swap entries in `pgtable_64.h`.
-//! Windows: `_MMPTE_TRANSITION`. Neither writes its name on the entry: the meaning is a guess from the bits.
+//! Linux: `arch/x86/include/asm/pgtable-invert.h`, `_PAGE_PROTNONE` in `pgtable_types.h`, swap
+//! entries in `pgtable_64.h`. Windows: `_MMPTE_TRANSITION`. Neither writes its name on the entry:
+//! the meaning is a guess from the bits.
 
 use std::fmt;
 
@@ -24,14 +26,16 @@ const TRANSITION_ADDRESS: u64 = 0x0000_ffff_ffff_f000;
 pub enum Absent {
     /// Nothing is known of it: nothing is mapped, or the page is not in memory.
     Unknown,
-    /// Linux: the page is in memory, and no access is allowed (PROT_NONE) or the next one shall fault (NUMA balancing).
+    /// Linux: the page is in memory, and no access is allowed (PROT_NONE) or the next one shall
+    /// fault (NUMA balancing).
     ProtNone {
         /// Where the looked-up address lies.
         gpa: u64,
     },
     /// Windows: the page is in memory, on the standby or the modified list.
     Transition {
-        /// Where the looked-up address lies, or, where the entry is not a PTE, the table that comes next.
+        /// Where the looked-up address lies, or, where the entry is not a PTE, the table that
+        /// comes next.
         gpa: u64,
     },
 }

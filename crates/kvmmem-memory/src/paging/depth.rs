@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! How deep page tables are, from the tables alone, for tools that have no registers (CR4.LA57).
 //!
-//! Tables of five levels can be walked as if they had four: the walk ends one level early, in a table, and nothing faults. Tables of
-//! four levels, walked as if they had five, break rules: a 2 MiB page is taken for one of 1 GiB, whose address has reserved bits,
-//! and the data behind a PTE is taken for a page table. So the walks go five levels deep and look for broken rules. The
+//! Tables of five levels can be walked as if they had four: the walk ends one level early, in a
+//! table, and nothing faults. Tables of four levels, walked as if they had five, break rules: a 2
+//! MiB page is taken for one of 1 GiB, whose address has reserved bits, and the data behind a PTE
+//! is taken for a page table. So the walks go five levels deep and look for broken rules. The
 //! tables are the target's: a wrong answer shows it other memory of its own.
 
 use std::error::Error;
@@ -21,14 +22,18 @@ const MAX_BRANCHES: usize = 6;
 /// The most entries of a possible page table whose pages are looked for.
 const MAX_PROBES: usize = 8;
 
-/// Frames below this may be a machine's memory or devices even where nothing can be read there; words of data that happen
-/// to have the lowest bit set are mostly not below it.
+/// Frames below this may be a machine's memory or devices even where nothing can be read there;
+/// words of data that happen to have the lowest bit set are mostly not below it.
 const NEAR: u64 = 1 << 40;
 
 impl Levels {
-    /// Finds out how many levels the tables at `cr3` have. `None` if the tables do not show it, for example because they map
-    /// nothing. `read` fills a buffer, at most a page, from the target's memory at a GPA.
-    pub fn detect<E: Error>(cr3: u64, read: impl FnMut(u64, &mut [u8]) -> Result<(), E>) -> Option<Self> {
+    /// Finds out how many levels the tables at `cr3` have. `None` if the tables do not show it, for
+    /// example because they map nothing. `read` fills a buffer, at most a page, from the
+    /// target's memory at a GPA.
+    pub fn detect<E: Error>(
+        cr3: u64,
+        read: impl FnMut(u64, &mut [u8]) -> Result<(), E>,
+    ) -> Option<Self> {
         let mut survey = Survey { read, tables: 0, for_four: 0, for_five: 0, is_four: false };
         survey.descend(&mut vec![cr3 & ADDRESS]);
         match (survey.is_four, survey.for_four, survey.for_five) {
@@ -61,7 +66,8 @@ impl<E: Error, R: FnMut(u64, &mut [u8]) -> Result<(), E>> Survey<R> {
         let level = u8::try_from(6 - path.len()).unwrap_or(0);
         let present = table.iter().filter(|value| *value & PRESENT != 0);
         let entries: Vec<Entry> = present.map(|&value| Entry { level, gpa: 0, value }).collect();
-        self.is_four |= level > 1 && entries.iter().any(|entry| entry.reserved_bits() & entry.value != 0);
+        self.is_four |=
+            level > 1 && entries.iter().any(|entry| entry.reserved_bits() & entry.value != 0);
         if level == 2 && entries.iter().any(Entry::is_leaf) {
             self.for_five += 1;
         }
@@ -71,7 +77,8 @@ impl<E: Error, R: FnMut(u64, &mut [u8]) -> Result<(), E>> Survey<R> {
         }
         for entry in from_both_ends(&entries).filter(|entry| !entry.is_leaf()).take(MAX_BRANCHES) {
             let next = entry.value & ADDRESS;
-            // Kernels have entries that lead back to a table, and data behind these are tables in any case.
+            // Kernels have entries that lead back to a table, and data behind these are tables in
+            // any case.
             if self.is_four || self.tables >= MAX_TABLES || next == 0 || path.contains(&next) {
                 continue;
             }
@@ -86,7 +93,8 @@ impl<E: Error, R: FnMut(u64, &mut [u8]) -> Result<(), E>> Survey<R> {
         if words.iter().all(|word| *word == 0) {
             return;
         }
-        let frames = from_both_ends(present).map(|entry| entry.value & ADDRESS).filter(|frame| *frame != 0);
+        let frames =
+            from_both_ends(present).map(|entry| entry.value & ADDRESS).filter(|frame| *frame != 0);
         let (mut probes, mut hits, mut is_near) = (0, 0, true);
         for frame in frames.take(MAX_PROBES) {
             probes += 1;
@@ -98,7 +106,8 @@ impl<E: Error, R: FnMut(u64, &mut [u8]) -> Result<(), E>> Survey<R> {
         } else if hits > 0 || probes == 0 || !is_near {
             self.for_four += 1;
         }
-        // Else all entries may be of a page table whose pages are a device's, or are not granted: that tells nothing.
+        // Else all entries may be of a page table whose pages are a device's, or are not granted:
+        // that tells nothing.
     }
 
     fn table(&mut self, gpa: u64) -> Option<Vec<u64>> {
@@ -110,7 +119,8 @@ impl<E: Error, R: FnMut(u64, &mut [u8]) -> Result<(), E>> Survey<R> {
     }
 }
 
-/// The last entry, the first, the last but one and so on: kernels have the last ones, processes the first.
+/// The last entry, the first, the last but one and so on: kernels have the last ones, processes the
+/// first.
 fn from_both_ends(entries: &[Entry]) -> impl Iterator<Item = &Entry> {
     let mut rest = entries.iter();
     let mut from_end = false;

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The address space that a vCPU uses, from its control registers (Intel SDM volume 3, 5.1.1 "Four Paging Modes").
+//! The address space that a vCPU uses, from its control registers (Intel SDM volume 3, 5.1.1 "Four
+//! Paging Modes").
 
 use super::{AddressSpace, Levels};
 
@@ -15,7 +16,8 @@ const FIVE_LEVELS: u64 = 1 << 12;
 /// EFER.LMA.
 const LONG_MODE: u64 = 1 << 10;
 
-/// The registers of a vCPU that say how it translates addresses. The guest sets them to what it likes.
+/// The registers of a vCPU that say how it translates addresses. The guest sets them to what it
+/// likes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ControlRegisters {
     /// CR0.
@@ -38,7 +40,9 @@ pub enum PagingError {
         cr0: u64,
     },
     /// Its page tables are those of 32-bit paging or of PAE paging.
-    #[error("it is not in long mode (CR4 {cr4:#x}), and page tables of 32-bit systems are not read")]
+    #[error(
+        "it is not in long mode (CR4 {cr4:#x}), and page tables of 32-bit systems are not read"
+    )]
     NotLong {
         /// CR4.
         cr4: u64,
@@ -46,7 +50,8 @@ pub enum PagingError {
 }
 
 impl ControlRegisters {
-    /// The address space that the vCPU uses. Where EFER is not known, a vCPU with PAE is taken to be in long mode.
+    /// The address space that the vCPU uses. Where EFER is not known, a vCPU with PAE is taken to
+    /// be in long mode.
     ///
     /// # Errors
     /// [`PagingError`].
@@ -69,7 +74,8 @@ mod tests {
 
     #[test]
     fn the_registers_say_how_addresses_are_translated() {
-        let long = ControlRegisters { cr0: 0x8005_0033, cr3: 0x1000, cr4: 0x75_0eb0, efer: Some(0xd01) };
+        let long =
+            ControlRegisters { cr0: 0x8005_0033, cr3: 0x1000, cr4: 0x75_0eb0, efer: Some(0xd01) };
         let four = AddressSpace { cr3: 0x1000, levels: Levels::Four };
         assert_eq!(long.space(), Ok(four));
         assert_eq!(ControlRegisters { efer: None, ..long }.space(), Ok(four));

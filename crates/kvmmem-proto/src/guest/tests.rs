@@ -92,7 +92,10 @@ fn a_frame_is_written_as_the_text_says() {
 fn the_length_is_bounded_before_anything_is_read() {
     for length in [0, 0x1001, u32::MAX] {
         let bytes = length.to_le_bytes();
-        assert!(matches!(read::<ToTool>(&mut &bytes[..]), Err(FrameError::Length(_))), "{length:#x}");
+        assert!(
+            matches!(read::<ToTool>(&mut &bytes[..]), Err(FrameError::Length(_))),
+            "{length:#x}"
+        );
     }
     assert!(read::<ToTool>(&mut &[][..]).unwrap().is_none());
     let long = ToTool::Refused { refusal: Refusal::Limit, message: "x".repeat(MAX_FRAME) };

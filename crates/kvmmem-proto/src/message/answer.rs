@@ -8,8 +8,8 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use super::{
-    Cursor, Evidence, GrantInfo, KvmiPolicy, Region, Revoked, TargetInfo, VcpuQuestion, VcpuRegisters,
-    token_text,
+    Cursor, Evidence, GrantInfo, KvmiPolicy, Region, Revoked, TargetInfo, VcpuQuestion,
+    VcpuRegisters, token_text,
 };
 use crate::scope::Scope;
 
@@ -24,7 +24,8 @@ pub enum FromBroker {
         /// What it asked for.
         answer: Answer,
     },
-    /// A request failed; id 0 where the packet could not be read, and the connection is then closed.
+    /// A request failed; id 0 where the packet could not be read, and the connection is then
+    /// closed.
     Refused {
         /// The request's id.
         id: u64,
@@ -69,8 +70,9 @@ pub enum FromBroker {
         /// How long the token lives, milliseconds.
         expires_in_ms: u64,
     },
-    /// Push: a grant that this connection has used, or has a token of, was taken back. To be confirmed by
-    /// [`super::Call::RevokedDone`] once nothing reaches the target's memory by it.
+    /// Push: a grant that this connection has used, or has a token of, was taken back. To be
+    /// confirmed by [`super::Call::RevokedDone`] once nothing reaches the target's memory by
+    /// it.
     Revoke {
         /// Number of the grant.
         grant: u64,
@@ -124,7 +126,8 @@ pub enum Answer {
         /// What the view allows.
         scope: Scope,
     },
-    /// The view is open, for a process of the host. The RAM's memfds come with it, opened read-only where the view is.
+    /// The view is open, for a process of the host. The RAM's memfds come with it, opened read-only
+    /// where the view is.
     HostAttached {
         /// Its number.
         view: u64,
@@ -143,8 +146,8 @@ pub enum Answer {
         generation: u64,
         /// Where the target's RAM is, all of it.
         regions: Vec<Region>,
-        /// Whether it is private to the VMM: then no memfd comes, and memory is copied through channels
-        /// ([`super::Call::OpenCopies`]).
+        /// Whether it is private to the VMM: then no memfd comes, and memory is copied through
+        /// channels ([`super::Call::OpenCopies`]).
         #[serde(default, skip_serializing_if = "std::ops::Not::not")]
         copied: bool,
     },
@@ -160,7 +163,8 @@ pub enum Answer {
     },
     /// A page of grants.
     Grants {
-        /// The grants, by ascending number. One with many views goes on in the next page, with other views.
+        /// The grants, by ascending number. One with many views goes on in the next page, with
+        /// other views.
         grants: Vec<GrantInfo>,
         /// Where the next page starts, if there is one.
         next: Option<Cursor>,
@@ -190,8 +194,8 @@ pub enum Answer {
         target: TargetInfo,
         /// How many PCI slots there are for views.
         places: u32,
-        /// Whether this QEMU shows parts of files (`offset` of its memory backends): where it does not, a view shows
-        /// all of a target's RAM or nothing.
+        /// Whether this QEMU shows parts of files (`offset` of its memory backends): where it does
+        /// not, a view shows all of a target's RAM or nothing.
         has_offset: bool,
     },
     /// How much room an introspector has for views.
@@ -213,7 +217,8 @@ pub enum Answer {
         /// Whether they ran before this connection's first call, and run again after the pause.
         was_running: bool,
     },
-    /// The token was pushed to this connection ([`FromBroker::Granted`], earlier in the stream): the peer has it.
+    /// The token was pushed to this connection ([`FromBroker::Granted`], earlier in the stream):
+    /// the peer has it.
     Pushed,
     /// A page of VMs.
     Targets {
@@ -242,7 +247,8 @@ pub enum Refusal {
     Limit,
     /// The peer does not read what the broker sends.
     Busy,
-    /// It is not possible with this target: its RAM is private to its VMM and cannot be mapped, or its VMM cannot be asked.
+    /// It is not possible with this target: its RAM is private to its VMM and cannot be mapped, or
+    /// its VMM cannot be asked.
     Unsupported,
 }
 

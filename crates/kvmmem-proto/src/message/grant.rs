@@ -17,11 +17,13 @@ pub struct GrantRequest {
     pub spans: Option<Vec<Span>>,
     /// Whether memory may be written.
     pub rights: Rights,
-    /// How long the token may be used, milliseconds: 1 to 30 days. What it has opened lasts longer.
+    /// How long the token may be used, milliseconds: 1 to 30 days. What it has opened lasts
+    /// longer.
     pub ttl_ms: u64,
     /// How often, at least once.
     pub uses: u32,
-    /// UUID of the only introspector that may use it, registered or not; `None` for whoever brings the token.
+    /// UUID of the only introspector that may use it, registered or not; `None` for whoever brings
+    /// the token.
     pub holder: Option<Uuid>,
     /// What a list shows: at most 64 bytes, no control characters.
     pub label: Option<String>,
@@ -99,8 +101,8 @@ pub struct ViewInfo {
     pub counters: ViewCounters,
 }
 
-/// The process that asks for a view. Inside an introspector this is what the guest's kernel claims: it is written to
-/// the audit log and believed no further.
+/// The process that asks for a view. Inside an introspector this is what the guest's kernel claims:
+/// it is written to the audit log and believed no further.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Caller {
     /// Process id.
@@ -137,7 +139,8 @@ pub struct ViewCounters {
 pub struct Revoked {
     /// Views that were open.
     pub views: u32,
-    /// VMMs and processes of the host that use the grant and have not confirmed in time that they no longer do.
+    /// VMMs and processes of the host that use the grant and have not confirmed in time that they
+    /// no longer do.
     pub unconfirmed: u32,
     /// How long it took, microseconds.
     pub micros: u64,

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The registers of a vCPU, as far as a core file and a look at the guest's kernel need them; and what the broker asks a VMM that
-//! has registered its own VM about the vCPUs.
+//! The registers of a vCPU, as far as a core file and a look at the guest's kernel need them; and
+//! what the broker asks a VMM that has registered its own VM about the vCPUs.
 
 use serde::{Deserialize, Serialize};
 
@@ -62,8 +62,8 @@ pub enum VcpuQuestion {
         /// How many.
         count: u32,
     },
-    /// Stop the vCPUs. They run again with [`VcpuQuestion::Resume`], when the connection ends, and 15 s after the last of these
-    /// from the same holder. Answer: [`VcpuAnswer::Paused`].
+    /// Stop the vCPUs. They run again with [`VcpuQuestion::Resume`], when the connection ends, and
+    /// 15 s after the last of these from the same holder. Answer: [`VcpuAnswer::Paused`].
     Pause {
         /// Who needs them stopped. They run once nobody does.
         holder: u64,

@@ -60,7 +60,8 @@ pub struct TargetInfo {
     pub hooks: Vec<HookInfo>,
 }
 
-/// What to do with an introspector under a stock QEMU whose guest does not let go of memory that was taken back.
+/// What to do with an introspector under a stock QEMU whose guest does not let go of memory that
+/// was taken back.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum OnSilence {

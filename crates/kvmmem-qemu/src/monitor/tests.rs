@@ -77,7 +77,8 @@ impl Fake {
     /// A pause ends after `silence`.
     fn listen_for(&self, silence: Duration) -> Monitor {
         let path = self.path.clone();
-        Monitor::start(None, move || Qmp::connect(&path).ok(), |_, _| Next::Listen, silence).unwrap()
+        Monitor::start(None, move || Qmp::connect(&path).ok(), |_, _| Next::Listen, silence)
+            .unwrap()
     }
 
     #[track_caller]
@@ -288,9 +289,14 @@ fn registers_that_make_no_sense_cost_no_connection() {
 
 #[test]
 fn memory_that_is_plugged_in_before_the_first_question_or_after_it_is_noticed() {
-    let size = |plugged| format!("{{\"return\":{{\"base-memory\":1,\"plugged-memory\":{plugged}}}}}\n");
-    let (_directory, path, _qemu) =
-        crate::qmp::tests::serve(vec![GREETING.into(), "{\"return\":{}}\n".into(), size(0), size(1)]);
+    let size =
+        |plugged| format!("{{\"return\":{{\"base-memory\":1,\"plugged-memory\":{plugged}}}}}\n");
+    let (_directory, path, _qemu) = crate::qmp::tests::serve(vec![
+        GREETING.into(),
+        "{\"return\":{}}\n".into(),
+        size(0),
+        size(1),
+    ]);
     let qmp = Qmp::connect(&path).unwrap();
     let (told, news) = mpsc::channel();
     let tell = move |_: &mut Qmp, news| told.send(news).map_or(Next::Stop, |()| Next::Listen);

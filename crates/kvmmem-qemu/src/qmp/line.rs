@@ -121,7 +121,8 @@ impl Lines {
         }
     }
 
-    /// Waits until the stream can be read or written; where the deadline has passed, looks without waiting.
+    /// Waits until the stream can be read or written; where the deadline has passed, looks without
+    /// waiting.
     fn wait(&self, flags: PollFlags, deadline: Instant) -> Result<(), LineError> {
         loop {
             let left = deadline.saturating_duration_since(Instant::now());

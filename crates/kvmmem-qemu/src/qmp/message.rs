@@ -4,7 +4,8 @@
 use serde::Deserialize;
 use serde_json::Value;
 
-/// The longest name of an event, and of its device, bytes: what is longer is not one of QEMU's, and is not kept.
+/// The longest name of an event, and of its device, bytes: what is longer is not one of QEMU's, and
+/// is not kept.
 const MAX_NAME: usize = 256;
 
 /// Something that happened in QEMU.
@@ -44,8 +45,8 @@ pub(crate) struct Failure {
 }
 
 impl Message {
-    /// Whether it answers a command of this process: these have no id, unlike those of another one with a copy of the
-    /// connection ([`crate::pause`]).
+    /// Whether it answers a command of this process: these have no id, unlike those of another one
+    /// with a copy of the connection ([`crate::pause`]).
     pub(crate) fn is_answer(&self) -> bool {
         self.id.is_none() && (self.answer.is_some() || self.error.is_some())
     }
@@ -54,6 +55,7 @@ impl Message {
     pub(crate) fn into_event(self) -> Option<QmpEvent> {
         let (name, device) = (self.event?, self.data.device);
         let is_short = |text: &String| text.len() <= MAX_NAME;
-        (is_short(&name) && device.as_ref().is_none_or(is_short)).then_some(QmpEvent { name, device })
+        (is_short(&name) && device.as_ref().is_none_or(is_short))
+            .then_some(QmpEvent { name, device })
     }
 }

@@ -96,8 +96,10 @@ impl Qmp {
         let line = format!("gpa2hva {gpa:#x}");
         let answer: String = self.ask(COMMAND, json!({ "command-line": line }))?;
         // "Host virtual address for 0x0 (pc.ram) is 0x7f427be00000"
-        let hva =
-            answer.trim_end().rsplit_once(" is 0x").and_then(|(_, hva)| u64::from_str_radix(hva, 16).ok());
+        let hva = answer
+            .trim_end()
+            .rsplit_once(" is 0x")
+            .and_then(|(_, hva)| u64::from_str_radix(hva, 16).ok());
         hva.ok_or_else(|| self.garbage(COMMAND))
     }
 }

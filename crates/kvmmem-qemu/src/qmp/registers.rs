@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Registers of vCPUs, from the text that QEMU's `info registers` prints (`x86_cpu_dump_state` in target/i386/cpu-dump.c).
+//! Registers of vCPUs, from the text that QEMU's `info registers` prints (`x86_cpu_dump_state` in
+//! target/i386/cpu-dump.c).
 
 use kvmmem_proto::message::{SegmentRegister, VcpuRegisters};
 use serde::Deserialize;
@@ -12,8 +13,8 @@ const COMMAND: &str = "human-monitor-command";
 
 /// Names of the general registers in 64-bit mode, in the order of [`VcpuRegisters::general`].
 const GENERAL: [&str; 16] = [
-    "RAX", "RBX", "RCX", "RDX", "RSI", "RDI", "RBP", "RSP", "R8", "R9", "R10", "R11", "R12", "R13", "R14",
-    "R15",
+    "RAX", "RBX", "RCX", "RDX", "RSI", "RDI", "RBP", "RSP", "R8", "R9", "R10", "R11", "R12", "R13",
+    "R14", "R15",
 ];
 
 /// Names of the segment registers, in the order of [`VcpuRegisters::segments`].
@@ -27,12 +28,16 @@ struct Vcpu {
 }
 
 impl Qmp {
-    /// The registers of at most `count` vCPUs from the `first` one on, and whether there are more. A vCPU that runs is
-    /// stopped for a moment for it, each at a moment of its own.
+    /// The registers of at most `count` vCPUs from the `first` one on, and whether there are more.
+    /// A vCPU that runs is stopped for a moment for it, each at a moment of its own.
     ///
     /// # Errors
     /// [`QmpError`].
-    pub fn registers(&mut self, first: usize, count: usize) -> Result<(Vec<VcpuRegisters>, bool), QmpError> {
+    pub fn registers(
+        &mut self,
+        first: usize,
+        count: usize,
+    ) -> Result<(Vec<VcpuRegisters>, bool), QmpError> {
         let vcpus: Vec<Vcpu> = self.ask("query-cpus-fast", json!({}))?;
         let mut numbers: Vec<u32> = vcpus.iter().map(|vcpu| vcpu.cpu_index).collect();
         numbers.sort_unstable();
@@ -166,17 +171,27 @@ CR0=60000010 CR2=00000000 CR3=00000000 CR4=00000000
         );
         assert_eq!(long.general[10..], [0x10, 0x11, 0x12, 0x13, 0x14, 0x15]);
         assert_eq!((long.rip, long.rflags), (0xffff_ffff_a5eb_ee7e, 0x206));
-        let segment = |selector, base, limit, flags| SegmentRegister { selector, base, limit, flags };
+        let segment =
+            |selector, base, limit, flags| SegmentRegister { selector, base, limit, flags };
         assert_eq!(long.segments[1], segment(0x10, 0, u32::MAX, 0x00af_9b00));
         assert_eq!(long.segments[5], segment(4, 0xffff_8f31_7ea0_0000, 0, 0));
         assert_eq!(long.segments[7], segment(0x40, 0xffff_fe00_0000_3000, 0x4087, 0x8900));
-        assert_eq!((long.gdt, long.idt), ((0xffff_fe00_0000_1000, 0x7f), (0xffff_fe00_0000_0000, 0xfff)));
-        assert_eq!((long.cr0, long.cr2, long.cr3, long.cr4), (0x8005_0033, 0x4b_f04c, 0xdc0_a000, 0x75_0eb0));
+        assert_eq!(
+            (long.gdt, long.idt),
+            ((0xffff_fe00_0000_1000, 0x7f), (0xffff_fe00_0000_0000, 0xfff))
+        );
+        assert_eq!(
+            (long.cr0, long.cr2, long.cr3, long.cr4),
+            (0x8005_0033, 0x4b_f04c, 0xdc0_a000, 0x75_0eb0)
+        );
         assert_eq!(long.efer, Some(0xd01));
         let real = parse(REAL).unwrap();
         assert_eq!(real.general, [1, 2, 3, 4, 5, 6, 7, 8, 0, 0, 0, 0, 0, 0, 0, 0]);
         assert_eq!(real.efer, None);
-        assert_eq!((real.rip, real.segments[1]), (0xfff0, segment(0xf000, 0xffff_0000, 0xffff, 0x9b00)));
+        assert_eq!(
+            (real.rip, real.segments[1]),
+            (0xfff0, segment(0xf000, 0xffff_0000, 0xffff, 0x9b00))
+        );
     }
 
     #[test]

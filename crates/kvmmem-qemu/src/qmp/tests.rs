@@ -10,8 +10,8 @@ use super::*;
 
 pub(crate) const GREETING: &str = "{\"QMP\":{\"version\":{},\"capabilities\":[]}}\n";
 
-/// Listens, and sends `lines` to the first that connects, one for the connection and one for each line it gets;
-/// then stays silent until the client goes.
+/// Listens, and sends `lines` to the first that connects, one for the connection and one for each
+/// line it gets; then stays silent until the client goes.
 pub(crate) fn serve(lines: Vec<String>) -> (tempfile::TempDir, PathBuf, JoinHandle<()>) {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("qmp.sock");
@@ -129,7 +129,10 @@ fn what_hangs_or_never_ends_is_left() {
     assert!(matches!(backends(&[&endless]), Err(QmpError::TooMuch(_) | QmpError::Silent(_))));
     let event = format!("{{\"event\":\"{}\"}}\n", "X".repeat(100_000));
     let events = event.repeat(MAX_RECEIVED / 100_000 + 1);
-    assert!(matches!(backends(&[GREETING, &events]), Err(QmpError::TooMuch(_) | QmpError::Silent(_))));
+    assert!(matches!(
+        backends(&[GREETING, &events]),
+        Err(QmpError::TooMuch(_) | QmpError::Silent(_))
+    ));
     let nowhere = Path::new("/nowhere/qmp.sock");
     assert!(matches!(Qmp::connect(nowhere), Err(QmpError::Connect { .. })));
 }

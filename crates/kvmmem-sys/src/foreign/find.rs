@@ -6,21 +6,28 @@ use crate::guarded;
 use crate::search::{Candidates, PLACES, Probe};
 
 impl Foreign {
-    /// The first block of [`PLACES`] from `offset` on, among `places` of them, at which `probe` is found. All of them must have
-    /// what the probe [reaches](Probe::reach) behind them. The other machine may change what was found at any moment, and what
-    /// was not: only a copy can tell what is there.
+    /// The first block of [`PLACES`] from `offset` on, among `places` of them, at which `probe` is
+    /// found. All of them must have what the probe [reaches](Probe::reach) behind them. The
+    /// other machine may change what was found at any moment, and what was not: only a copy can
+    /// tell what is there.
     ///
     /// # Errors
     /// [`ForeignError`].
-    pub fn find(&self, probe: &Probe, offset: u64, places: u64) -> Result<Option<Candidates>, ForeignError> {
+    pub fn find(
+        &self,
+        probe: &Probe,
+        offset: u64,
+        places: u64,
+    ) -> Result<Option<Candidates>, ForeignError> {
         let outside = ForeignError::Outside { offset, len: usize::MAX, size: self.len() };
         let distance = probe.reach();
         let mut left = usize::try_from(places).map_err(|_| outside)?;
         let mut at = self.check(offset, left.checked_add(distance).ok_or(outside)?)?;
         while left > 0 {
             let blocks = left - left % PLACES;
-            // SAFETY: the places and what the probe reaches behind them lie within this object's mapping, as checked above, which is readable
-            // and stays until this object is dropped. `check` has prepared the thread.
+            // SAFETY: the places and what the probe reaches behind them lie within this object's
+            // mapping, as checked above, which is readable and stays until this object
+            // is dropped. `check` has prepared the thread.
             let (rest, found) = unsafe { probe.find_blocks(self.pointer(at), blocks) };
             at += blocks - rest;
             left -= blocks - rest;
@@ -42,16 +49,17 @@ impl Foreign {
         Ok(None)
     }
 
-    /// Loads every byte of `len` from `offset` on, a multiple of 128, and forgets it, as fast as the machine does: what
-    /// searches are measured against. `None` on a processor without AVX2.
+    /// Loads every byte of `len` from `offset` on, a multiple of 128, and forgets it, as fast as
+    /// the machine does: what searches are measured against. `None` on a processor without
+    /// AVX2.
     ///
     /// # Errors
     /// [`ForeignError`].
     pub fn sweep(&self, offset: u64, len: usize) -> Result<Option<()>, ForeignError> {
         let len = len - len % 128;
         let at = self.check(offset, len)?;
-        // SAFETY: the range lies within this object's mapping, as checked above, which is readable and stays until this object is
-        // dropped; `check` has prepared the thread.
+        // SAFETY: the range lies within this object's mapping, as checked above, which is readable
+        // and stays until this object is dropped; `check` has prepared the thread.
         match unsafe { guarded::sweep(self.pointer(at), len) } {
             Some(left) => copied(offset, len, left).map(Some),
             None => Ok(None),
@@ -70,7 +78,8 @@ mod tests {
     const SIZE: u64 = 0x4000;
 
     fn memory() -> (File, Foreign) {
-        let file = File::from(rustix::fs::memfd_create("find", rustix::fs::MemfdFlags::CLOEXEC).unwrap());
+        let file =
+            File::from(rustix::fs::memfd_create("find", rustix::fs::MemfdFlags::CLOEXEC).unwrap());
         file.set_len(SIZE).unwrap();
         let memory = Foreign::reserve(SIZE, 0, true, 0x1000).unwrap();
         memory.place(0, SIZE, file.as_fd(), 0).unwrap();

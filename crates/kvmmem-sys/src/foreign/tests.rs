@@ -22,7 +22,8 @@ fn what_is_written_is_read() {
     let file = file(0x3000);
     let memory = mapped(&file, 0x3000);
     let pattern: Vec<u8> = (0..0x3000u32).map(|i| u8::try_from(i % 251).unwrap()).collect();
-    for (offset, len) in [(0, 0x3000), (1, 200), (0xfff, 2), (0x2fff, 1), (0x3000, 0), (0x800, 64)] {
+    for (offset, len) in [(0, 0x3000), (1, 200), (0xfff, 2), (0x2fff, 1), (0x3000, 0), (0x800, 64)]
+    {
         memory.write(0, &[0xee; 0x3000]).unwrap();
         memory.write(offset, &pattern[..len]).unwrap();
         let mut all = [0; 0x3000];
@@ -57,7 +58,9 @@ fn a_page_that_vanishes_is_lost_to_the_byte() {
         let fits = usize::try_from(0x1000u64.saturating_sub(start)).unwrap().min(buf.len());
         let result = memory.read(start, &mut buf);
         assert_eq!(result, if fits == buf.len() { Ok(()) } else { Err(lost) }, "{start:#x}");
-        assert!(buf[..fits].iter().all(|&byte| byte == 7) && buf[fits..].iter().all(|&byte| byte == 0));
+        assert!(
+            buf[..fits].iter().all(|&byte| byte == 7) && buf[fits..].iter().all(|&byte| byte == 0)
+        );
         let result = memory.write(start, &buf);
         assert_eq!(result, if fits == buf.len() { Ok(()) } else { Err(lost) }, "{start:#x}");
     }
@@ -115,8 +118,14 @@ fn what_leaves_the_stretch_is_refused() {
     assert_eq!(memory.write(u64::MAX, &[0, 0]), outside(u64::MAX, 2));
     assert_eq!(memory.read_word::<u64>(0x1ff9), outside(0x1ff9, 8).map(|()| 0));
     assert_eq!(memory.read_word::<u32>(2), Err(ForeignError::Unaligned { offset: 2, size: 4 }));
-    for (offset, len) in [(0x2000, 0x1000), (0x1000, 0x2000), (!0xfff, 0x1000), (1, 0x1000), (0, 1), (0, 0)] {
-        assert_eq!(memory.place(offset, len, file.as_fd(), 0), Err(Errno::INVAL), "{offset:#x} {len:#x}");
+    for (offset, len) in
+        [(0x2000, 0x1000), (0x1000, 0x2000), (!0xfff, 0x1000), (1, 0x1000), (0, 1), (0, 0)]
+    {
+        assert_eq!(
+            memory.place(offset, len, file.as_fd(), 0),
+            Err(Errno::INVAL),
+            "{offset:#x} {len:#x}"
+        );
     }
     for len in [0, 1, 0x1001, u64::MAX, !0xfff] {
         assert!(Foreign::reserve(len, 0, false, 0x1000).is_err(), "{len:#x}");
@@ -129,9 +138,11 @@ fn what_leaves_the_stretch_is_refused() {
 
 #[test]
 fn large_pages_fit() {
-    for (len, like, alignment) in
-        [(0x1000, 0x1234_5000, 0x1000), (2 << 20, 0x1234_5000, 2 << 20), (3 << 30, 0xabc0_1000, 1 << 30)]
-    {
+    for (len, like, alignment) in [
+        (0x1000, 0x1234_5000, 0x1000),
+        (2 << 20, 0x1234_5000, 2 << 20),
+        (3 << 30, 0xabc0_1000, 1 << 30),
+    ] {
         let memory = Foreign::reserve(len, like, true, 0x1000).unwrap();
         assert_eq!(memory.address() as u64 % alignment, like % alignment);
         assert_eq!(memory.len(), len);
@@ -151,8 +162,14 @@ fn huge_pages_are_mapped_whole_and_shown_in_part() {
         assert_eq!(memory.read(0, &mut [0]), Err(ForeignError::Lost { offset: 0 }));
         memory.place(0, len, file.as_fd(), offset).unwrap();
         assert_eq!(memory.len(), len);
-        assert_eq!((word(&memory, 0), word(&memory, len - 0x1000)), (offset, offset + len - 0x1000));
-        assert_eq!(memory.read(len, &mut [0]), Err(ForeignError::Outside { offset: len, len: 1, size: len }));
+        assert_eq!(
+            (word(&memory, 0), word(&memory, len - 0x1000)),
+            (offset, offset + len - 0x1000)
+        );
+        assert_eq!(
+            memory.read(len, &mut [0]),
+            Err(ForeignError::Outside { offset: len, len: 1, size: len })
+        );
         memory.write_word(8, offset + 1).unwrap();
         // Not in part, but as a whole.
         if len < HUGE && len > 0x1000 {
@@ -194,6 +211,7 @@ fn huge_pages_never_reach_beyond_the_stretch() {
     all.place(HUGE, HUGE, file.as_fd(), 0).unwrap();
     assert_eq!(all.read_word::<u64>(HUGE + 0x1000), Ok(0x1000));
     assert!(
-        Foreign::reserve(0x1000, 0, true, 0x1800).is_err() && Foreign::reserve(0x1000, 0, true, 0).is_err()
+        Foreign::reserve(0x1000, 0, true, 0x1800).is_err()
+            && Foreign::reserve(0x1000, 0, true, 0).is_err()
     );
 }

@@ -21,7 +21,8 @@ const BUS_MCEERR_AR: c_int = 4;
 
 const PAGE_MASK: usize = 4095;
 
-/// What was to happen on SIGBUS before [`handle`] was installed; never freed, as a handler may be reading it.
+/// What was to happen on SIGBUS before [`handle`] was installed; never freed, as a handler may be
+/// reading it.
 static PREVIOUS: AtomicPtr<sigaction> = AtomicPtr::new(ptr::null_mut());
 
 static INSTALLED: OnceLock<Result<(), Errno>> = OnceLock::new();
@@ -31,8 +32,9 @@ thread_local! {
     static PREPARED: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Makes guarded copies safe on this thread: installs the handler, once in the process, and unblocks SIGBUS, once in
-/// the thread. A fault kills a thread that blocks the signal, so it must not block it again.
+/// Makes guarded copies safe on this thread: installs the handler, once in the process, and
+/// unblocks SIGBUS, once in the thread. A fault kills a thread that blocks the signal, so it must
+/// not block it again.
 ///
 /// # Errors
 /// The system's, if it refuses; it has no documented reason to.
@@ -45,8 +47,9 @@ pub(crate) fn prepare() -> Result<(), Errno> {
 fn prepare_thread() -> Result<(), Errno> {
     (*INSTALLED.get_or_init(install))?;
     let mut signals = MaybeUninit::<libc::sigset_t>::uninit();
-    // SAFETY: sigemptyset fills in the set that it is given, the others read and change that set alone; a null third
-    // argument is allowed, and unblocking a signal breaks nothing that this crate relies on.
+    // SAFETY: sigemptyset fills in the set that it is given, the others read and change that set
+    // alone; a null third argument is allowed, and unblocking a signal breaks nothing that this
+    // crate relies on.
     let result = unsafe {
         libc::sigemptyset(signals.as_mut_ptr());
         libc::sigaddset(signals.as_mut_ptr(), SIGBUS);
@@ -74,13 +77,14 @@ fn install() -> Result<(), Errno> {
     let mut action = previous;
     let handler: extern "C" fn(c_int, *mut siginfo_t, *mut c_void) = handle;
     action.sa_sigaction = handler as *const () as usize;
-    // What the previous handler ran with, since it runs within this one. Threads with a small stack of their own have
-    // an alternate one for signals.
-    action.sa_flags =
-        libc::SA_SIGINFO | libc::SA_ONSTACK | previous.sa_flags & (libc::SA_NODEFER | libc::SA_RESTART);
+    // What the previous handler ran with, since it runs within this one. Threads with a small stack
+    // of their own have an alternate one for signals.
+    action.sa_flags = libc::SA_SIGINFO
+        | libc::SA_ONSTACK
+        | previous.sa_flags & (libc::SA_NODEFER | libc::SA_RESTART);
     let mut replaced = MaybeUninit::<sigaction>::uninit();
-    // SAFETY: `action` is a whole action whose handler has the signature that SA_SIGINFO asks for and calls only what
-    // is safe in a signal handler; the old action is written to `replaced`.
+    // SAFETY: `action` is a whole action whose handler has the signature that SA_SIGINFO asks for
+    // and calls only what is safe in a signal handler; the old action is written to `replaced`.
     if unsafe { sigaction(SIGBUS, &raw const action, replaced.as_mut_ptr()) } != 0 {
         return Err(failed());
     }
@@ -95,8 +99,9 @@ fn install() -> Result<(), Errno> {
 
 /// Ends the guarded routine that met the signal, or passes the signal on.
 extern "C" fn handle(signal: c_int, info: *mut siginfo_t, context: *mut c_void) {
-    // SAFETY: the kernel calls this as the handler of an action with SA_SIGINFO, so both pointers lead to whole
-    // structures that are this call's alone, the second one to a ucontext_t of this architecture.
+    // SAFETY: the kernel calls this as the handler of an action with SA_SIGINFO, so both pointers
+    // lead to whole structures that are this call's alone, the second one to a ucontext_t of
+    // this architecture.
     unsafe {
         if let Some(end) = guarded_end(&*info, &*context.cast::<ucontext_t>()) {
             if let Some(rip) =
@@ -112,13 +117,15 @@ extern "C" fn handle(signal: c_int, info: *mut siginfo_t, context: *mut c_void) 
 
 /// Where to go on, if the fault is one of foreign memory in a guarded routine.
 fn guarded_end(info: &siginfo_t, context: &ucontext_t) -> Option<i64> {
-    // A SIGBUS that somebody sent may interrupt a routine anywhere; only faults are the routine's own.
+    // A SIGBUS that somebody sent may interrupt a routine anywhere; only faults are the routine's
+    // own.
     if info.si_code != BUS_ADRERR && info.si_code != BUS_MCEERR_AR {
         return None;
     }
     // Address bits: the sign has no meaning.
     #[allow(clippy::cast_sign_loss, clippy::cast_possible_truncation)]
-    let register = |index: c_int| context.uc_mcontext.gregs.get(index as usize).map(|&value| value as usize);
+    let register =
+        |index: c_int| context.uc_mcontext.gregs.get(index as usize).map(|&value| value as usize);
     let [loads, stores, end] = [kvmmem_guarded_loads, kvmmem_guarded_stores, kvmmem_guarded_end]
         .map(|symbol: unsafe extern "sysv64" fn()| symbol as *const () as usize);
     let rip = register(libc::REG_RIP)?;
@@ -150,8 +157,9 @@ unsafe fn pass_on(signal: c_int, info: *mut siginfo_t, context: *mut c_void) {
         SIG_IGN if is_sent => {}
         // The kernel does not ignore a fault either.
         SIG_DFL | SIG_IGN => {
-            // SAFETY: plain calls that are safe in a handler. An instruction that faulted does so again after this
-            // returns; a signal that was sent must be sent again, and is delivered when this returns.
+            // SAFETY: plain calls that are safe in a handler. An instruction that faulted does so
+            // again after this returns; a signal that was sent must be sent again, and
+            // is delivered when this returns.
             unsafe {
                 libc::signal(signal, SIG_DFL);
                 if is_sent {
@@ -165,15 +173,18 @@ unsafe fn pass_on(signal: c_int, info: *mut siginfo_t, context: *mut c_void) {
                 unsafe { libc::signal(signal, SIG_DFL) };
             }
             if flags & libc::SA_SIGINFO != 0 {
-                // SAFETY: with SA_SIGINFO the number is the address of a function of this type, for which the kernel
-                // itself would have called it.
+                // SAFETY: with SA_SIGINFO the number is the address of a function of this type, for
+                // which the kernel itself would have called it.
                 let handler = unsafe {
-                    std::mem::transmute::<usize, extern "C" fn(c_int, *mut siginfo_t, *mut c_void)>(handler)
+                    std::mem::transmute::<usize, extern "C" fn(c_int, *mut siginfo_t, *mut c_void)>(
+                        handler,
+                    )
                 };
                 handler(signal, info, context);
             } else {
                 // SAFETY: without SA_SIGINFO the number is the address of a function of this type.
-                let handler = unsafe { std::mem::transmute::<usize, extern "C" fn(c_int)>(handler) };
+                let handler =
+                    unsafe { std::mem::transmute::<usize, extern "C" fn(c_int)>(handler) };
                 handler(signal);
             }
         }

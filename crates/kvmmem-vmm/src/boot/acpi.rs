@@ -1,13 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The ACPI tables of a hardware-reduced machine (ACPI specification 6.5, chapters 4.1, 5.2, 7.4): RSDP, XSDT, FADT with
-//! sleep and reset registers, MADT, and a DSDT with the serial port and the virtio-mmio devices.
+//! The ACPI tables of a hardware-reduced machine (ACPI specification 6.5, chapters 4.1, 5.2, 7.4):
+//! RSDP, XSDT, FADT with sleep and reset registers, MADT, and a DSDT with the serial port and the
+//! virtio-mmio devices.
 
 use acpi_tables::aml::{
-    Device, EISAName, IO, Interrupt, Memory32Fixed, Name, ONE, Package, Path, ResourceTemplate, Scope,
+    Device, EISAName, IO, Interrupt, Memory32Fixed, Name, ONE, Package, Path, ResourceTemplate,
+    Scope,
 };
 use acpi_tables::fadt::{FADTBuilder, Flags};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
-use acpi_tables::madt::{EnabledStatus, IoApic, LocalInterruptController, MADT, ProcessorLocalApic};
+use acpi_tables::madt::{
+    EnabledStatus, IoApic, LocalInterruptController, MADT, ProcessorLocalApic,
+};
 use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
@@ -102,7 +106,9 @@ impl Tables {
 fn fadt(dsdt: u64) -> impl Aml {
     /// No VGA, no CMOS clock; and neither the 8042 nor legacy devices, by what is left out.
     const BOOT_ARCH: u16 = 1 << 2 | 1 << 5;
-    let port = |address| GAS::new(AddressSpace::SystemIo, 8, 0, AccessSize::ByteAccess, u64::from(address));
+    let port = |address| {
+        GAS::new(AddressSpace::SystemIo, 8, 0, AccessSize::ByteAccess, u64::from(address))
+    };
     let mut fadt = FADTBuilder::new(OEM, OEM_TABLE, OEM_REVISION)
         .dsdt_64(dsdt)
         .flag(Flags::HwReducedAcpi)
@@ -118,7 +124,8 @@ fn fadt(dsdt: u64) -> impl Aml {
 }
 
 fn madt(vcpus: u8) -> impl Aml {
-    let mut madt = MADT::new(OEM, OEM_TABLE, OEM_REVISION, LocalInterruptController::Address(LAPIC_ADDRESS));
+    let mut madt =
+        MADT::new(OEM, OEM_TABLE, OEM_REVISION, LocalInterruptController::Address(LAPIC_ADDRESS));
     for id in 0..vcpus {
         madt.add_structure(ProcessorLocalApic::new(id, id, EnabledStatus::Enabled));
     }
@@ -190,8 +197,10 @@ mod tests {
     #[test]
     fn the_tables_lead_to_each_other_and_add_up() {
         let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 0x10_0000)]).unwrap();
-        let devices =
-            [AcpiDevice::Serial, AcpiDevice::VirtioMmio { base: 0xd000_0000, length: 0x1000, gsi: 16 }];
+        let devices = [
+            AcpiDevice::Serial,
+            AcpiDevice::VirtioMmio { base: 0xd000_0000, length: 0x1000, gsi: 16 },
+        ];
         let rsdp_at = write_tables(3, &devices, &memory).unwrap();
         let mut rsdp = [0; 36];
         memory.read_slice(&mut rsdp, GuestAddress(rsdp_at)).unwrap();
@@ -201,9 +210,15 @@ mod tests {
         let fadt = table(&memory, pointer(&xsdt, 36));
         let madt = table(&memory, pointer(&xsdt, 44));
         let dsdt = table(&memory, pointer(&fadt, 140));
-        for (table, signature) in [(&xsdt, b"XSDT"), (&fadt, b"FACP"), (&madt, b"APIC"), (&dsdt, b"DSDT")] {
+        for (table, signature) in
+            [(&xsdt, b"XSDT"), (&fadt, b"FACP"), (&madt, b"APIC"), (&dsdt, b"DSDT")]
+        {
             assert_eq!(&table[..4], signature);
-            assert_eq!(table.iter().fold(0u8, |sum, byte| sum.wrapping_add(*byte)), 0, "{signature:?}");
+            assert_eq!(
+                table.iter().fold(0u8, |sum, byte| sum.wrapping_add(*byte)),
+                0,
+                "{signature:?}"
+            );
         }
         // Three LAPICs of 8 bytes and an I/O APIC of 12 behind a header of 44.
         assert_eq!(madt.len(), 44 + 3 * 8 + 12);

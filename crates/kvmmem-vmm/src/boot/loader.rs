@@ -121,11 +121,8 @@ fn load_elf(
     if header[4] != CLASS_64 || u16::from_le_bytes([header[18], header[19]]) != MACHINE_X86_64 {
         return Err(LoadError::Format { path: path.to_owned() });
     }
-    let loaded = Elf::load(memory, None, file, Some(HIGH_MEMORY)).map_err(|source| LoadError::Load {
-        path: path.to_owned(),
-        ram,
-        source,
-    })?;
+    let loaded = Elf::load(memory, None, file, Some(HIGH_MEMORY))
+        .map_err(|source| LoadError::Load { path: path.to_owned(), ram, source })?;
     let entry = loaded.kernel_load.0;
     if entry >= ram {
         return Err(LoadError::TooLittleMemory { path: path.to_owned(), needed: entry, ram });
@@ -149,23 +146,32 @@ fn load_bzimage(
     use linux_loader::loader::bzimage::Error as ImageError;
 
     let loaded =
-        BzImage::load(memory, Some(HIGH_MEMORY), file, Some(HIGH_MEMORY)).map_err(|source| match source {
-            LoaderError::Bzimage(
-                ImageError::InvalidBzImage | ImageError::ReadBzImageHeader | ImageError::Underflow,
-            ) => LoadError::Format { path: path.to_owned() },
-            source => LoadError::Load { path: path.to_owned(), ram, source },
+        BzImage::load(memory, Some(HIGH_MEMORY), file, Some(HIGH_MEMORY)).map_err(|source| {
+            match source {
+                LoaderError::Bzimage(
+                    ImageError::InvalidBzImage
+                    | ImageError::ReadBzImageHeader
+                    | ImageError::Underflow,
+                ) => LoadError::Format { path: path.to_owned() },
+                source => LoadError::Load { path: path.to_owned(), ram, source },
+            }
         })?;
     let header = loaded.setup_header.unwrap_or_default();
     let (version, flags) = (header.version, header.xloadflags);
     if version < PROTOCOL_2_12 || flags & LONG_MODE_ENTRY == 0 {
         return Err(LoadError::NoLongModeEntry { path: path.to_owned(), version });
     }
-    // The image unpacks itself to its preferred address and works within init_size bytes from there.
-    let end = header.pref_address.saturating_add(u64::from(header.init_size)).max(loaded.kernel_end);
+    // The image unpacks itself to its preferred address and works within init_size bytes from
+    // there.
+    let end =
+        header.pref_address.saturating_add(u64::from(header.init_size)).max(loaded.kernel_end);
     if end > ram {
         return Err(LoadError::TooLittleMemory { path: path.to_owned(), needed: end, ram });
     }
-    Ok((LoadedKernel { entry: HIGH_MEMORY.0 + LONG_MODE_OFFSET, header, ..Default::default() }, end))
+    Ok((
+        LoadedKernel { entry: HIGH_MEMORY.0 + LONG_MODE_OFFSET, header, ..Default::default() },
+        end,
+    ))
 }
 
 /// Puts the initrd as high as the kernel takes it, but above `floor`.
@@ -187,7 +193,9 @@ fn load_initrd(
     let needed = floor.saturating_add(length).saturating_add(0xfff);
     let too_little = || LoadError::TooLittleMemory { path: path.to_owned(), needed, ram };
     let start = top.checked_sub(length).ok_or_else(too_little)? & !0xfff;
-    let (Ok(size), Ok(count), true) = (u32::try_from(length), usize::try_from(length), start >= floor) else {
+    let (Ok(size), Ok(count), true) =
+        (u32::try_from(length), usize::try_from(length), start >= floor)
+    else {
         return Err(too_little());
     };
     memory

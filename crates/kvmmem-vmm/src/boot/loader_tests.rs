@@ -39,7 +39,11 @@ fn config(kernel: &Path, initrd: Option<&Path>, cmdline: &str) -> VmConfig {
     }
 }
 
-fn load_with(kernel: &[u8], initrd: Option<&[u8]>, cmdline: &str) -> Result<LoadedKernel, LoadError> {
+fn load_with(
+    kernel: &[u8],
+    initrd: Option<&[u8]>,
+    cmdline: &str,
+) -> Result<LoadedKernel, LoadError> {
     let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), RAM)]).unwrap();
     let (kernel, initrd) = (file(kernel), initrd.map(file));
     load(&config(kernel.path(), initrd.as_ref().map(NamedTempFile::path), cmdline), &memory)
@@ -76,12 +80,20 @@ fn errors_name_the_file_and_the_reason() {
     assert!(text(load_with(b"", None, "")).contains("neither a bzImage nor a 64-bit ELF"));
     assert!(text(load_with(b"\x7fELF", None, "")).contains("neither"));
     assert!(text(load_with(&[0; 4096], None, "")).contains("neither"));
-    assert!(text(load_with(&bzimage(|image| image[0x236] = 0), None, "")).contains("no 64-bit entry point"));
+    assert!(
+        text(load_with(&bzimage(|image| image[0x236] = 0), None, ""))
+            .contains("no 64-bit entry point")
+    );
     let huge = bzimage(|image| image[0x260..0x264].copy_from_slice(&0x4000_0000u32.to_le_bytes()));
-    assert!(text(load_with(&huge, None, "")).contains("needs 0x40100000 bytes of RAM, there are 0x400000"));
+    assert!(
+        text(load_with(&huge, None, ""))
+            .contains("needs 0x40100000 bytes of RAM, there are 0x400000")
+    );
     let initrd = vec![0; 0x20_1000];
     assert!(text(load_with(&bzimage(|_| {}), Some(&initrd), "")).contains("bytes of RAM"));
-    assert!(text(load_with(&bzimage(|_| {}), None, &"x".repeat(2048))).contains("longer than 2047"));
+    assert!(
+        text(load_with(&bzimage(|_| {}), None, &"x".repeat(2048))).contains("longer than 2047")
+    );
     assert!(text(load_with(&bzimage(|_| {}), None, "a\0b")).contains("zero byte"));
 
     let missing = Path::new("/nonexistent/vmlinuz");

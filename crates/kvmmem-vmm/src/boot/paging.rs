@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The boot CPU's 64-bit mode: GDT, page tables and system registers, as the 64-bit boot protocol wants them
-//! (Documentation/arch/x86/boot.rst, "64-bit Boot Protocol").
+//! The boot CPU's 64-bit mode: GDT, page tables and system registers, as the 64-bit boot protocol
+//! wants them (Documentation/arch/x86/boot.rst, "64-bit Boot Protocol").
 
 use kvm_bindings::{kvm_segment, kvm_sregs};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
@@ -28,7 +28,8 @@ pub(crate) fn write_page_tables(memory: &GuestMemoryMmap) -> Result<(), GuestMem
         pointers,
         (0..DIRECTORIES).map(|i| (directories + i * TABLE_BYTES) | PRESENT_WRITABLE),
     )?;
-    let pages = (0..DIRECTORIES * TABLE_ENTRIES).map(|i| (i * LARGE_PAGE_BYTES) | LARGE | PRESENT_WRITABLE);
+    let pages =
+        (0..DIRECTORIES * TABLE_ENTRIES).map(|i| (i * LARGE_PAGE_BYTES) | LARGE | PRESENT_WRITABLE);
     write_qwords(memory, directories, pages)?;
     write_qwords(memory, GDT.0, GDT_ENTRIES)
 }
@@ -85,8 +86,9 @@ mod tests {
     fn four_gib_are_mapped_one_to_one() {
         let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 0x10_0000)]).unwrap();
         write_page_tables(&memory).unwrap();
-        let entry =
-            |table: u64, index: u64| -> u64 { memory.read_obj(GuestAddress(table + index * 8)).unwrap() };
+        let entry = |table: u64, index: u64| -> u64 {
+            memory.read_obj(GuestAddress(table + index * 8)).unwrap()
+        };
         for gva in [0, 0x1234_5678, 0x7fff_ffff, 0xffff_ffff_u64] {
             let pointers = entry(PAGE_TABLES.0, gva >> 39) & !0xfff;
             let directory = entry(pointers, gva >> 30 & 511) & !0xfff;

@@ -12,8 +12,8 @@ use super::{ACPI_TABLES, CMDLINE, FIRMWARE_END, HIGH_MEMORY, LOW_MEMORY_END, ZER
 const E820_RAM: u32 = 1;
 const E820_RESERVED: u32 = 2;
 
-/// Writes the boot parameters for `kernel` and returns their GPA, which the boot CPU finds in rsi. `rsdp` and `seed` are
-/// the GPAs of the firmware tables and of the first `setup_data`.
+/// Writes the boot parameters for `kernel` and returns their GPA, which the boot CPU finds in rsi.
+/// `rsdp` and `seed` are the GPAs of the firmware tables and of the first `setup_data`.
 ///
 /// # Errors
 /// When RAM ends before the zero page.
@@ -66,7 +66,8 @@ fn memory_map(memory: &GuestMemoryMmap) -> Vec<boot_e820_entry> {
         entry(ACPI_TABLES.0, FIRMWARE_END - ACPI_TABLES.0, E820_RESERVED),
     ];
     for region in memory.iter() {
-        let (start, end) = (region.start_addr().0.max(HIGH_MEMORY.0), region.start_addr().0 + region.len());
+        let (start, end) =
+            (region.start_addr().0.max(HIGH_MEMORY.0), region.start_addr().0 + region.len());
         if end > start {
             map.push(entry(start, end - start, E820_RAM));
         }
@@ -87,8 +88,10 @@ mod tests {
             (GuestAddress(1 << 32), 0x1000),
         ])
         .unwrap();
-        let map: Vec<(u64, u64, u32)> =
-            memory_map(&memory).iter().map(|entry| (entry.addr, entry.size, entry.r#type)).collect();
+        let map: Vec<(u64, u64, u32)> = memory_map(&memory)
+            .iter()
+            .map(|entry| (entry.addr, entry.size, entry.r#type))
+            .collect();
         assert_eq!(
             map,
             [
@@ -103,13 +106,20 @@ mod tests {
     #[test]
     fn the_zero_page_says_where_everything_is() {
         let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 0x20_0000)]).unwrap();
-        let kernel =
-            LoadedKernel { entry: 0, initrd: Some((0x1f_0000, 77)), cmdline_len: 3, ..Default::default() };
+        let kernel = LoadedKernel {
+            entry: 0,
+            initrd: Some((0x1f_0000, 77)),
+            cmdline_len: 3,
+            ..Default::default()
+        };
         let at = write_params(&kernel, 0xe_0000, 0x1_0000, &memory).unwrap();
         let params: boot_params = memory.read_obj(GuestAddress(at)).unwrap();
         let header = params.hdr;
         assert_eq!((header.ramdisk_image, header.ramdisk_size), (0x1f_0000, 77));
-        assert_eq!((header.cmd_line_ptr, header.cmdline_size, header.type_of_loader), (0x2_0000, 3, 0xff));
+        assert_eq!(
+            (header.cmd_line_ptr, header.cmdline_size, header.type_of_loader),
+            (0x2_0000, 3, 0xff)
+        );
         assert_eq!((params.acpi_rsdp_addr, params.e820_entries), (0xe_0000, 3));
     }
 }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! A seed for the guest's random numbers (`SETUP_RNG_SEED` of Documentation/arch/x86/boot.rst): without it a guest that
-//! finds no other source waits long for its first random bytes. The guest wipes it when it has read it.
+//! A seed for the guest's random numbers (`SETUP_RNG_SEED` of Documentation/arch/x86/boot.rst):
+//! without it a guest that finds no other source waits long for its first random bytes. The guest
+//! wipes it when it has read it.
 
 use rustix::rand::{GetRandomFlags, getrandom};
 use vm_memory::{Address, Bytes, GuestMemoryError, GuestMemoryMmap};
@@ -11,7 +12,8 @@ use super::SEED;
 const SETUP_RNG_SEED: u32 = 9;
 const SEED_LEN: usize = 32;
 
-/// Writes the seed and returns its GPA, for the boot parameters' `setup_data`; 0 where the host has no random bytes.
+/// Writes the seed and returns its GPA, for the boot parameters' `setup_data`; 0 where the host has
+/// no random bytes.
 ///
 /// # Errors
 /// When RAM ends before.
@@ -36,7 +38,8 @@ mod tests {
     #[test]
     fn two_machines_get_different_seeds() {
         let seed = || {
-            let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 0x20_0000)]).unwrap();
+            let memory =
+                GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 0x20_0000)]).unwrap();
             let at = GuestAddress(write_seed(&memory).unwrap());
             let header: [u32; 4] = memory.read_obj(at).unwrap();
             assert_eq!(header, [0, 0, 9, 32]);

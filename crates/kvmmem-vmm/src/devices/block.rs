@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! virtio-blk (virtio 1.2, 5.2): a raw image, served by one thread.
 //!
-//! Data goes through a buffer of the VMM's, never by reference into guest memory. Whatever the driver puts into the
-//! queue, a request ends with a status or is dropped with a warning.
+//! Data goes through a buffer of the VMM's, never by reference into guest memory. Whatever the
+//! driver puts into the queue, a request ends with a status or is dropped with a warning.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
@@ -13,7 +13,8 @@ use std::thread::JoinHandle;
 
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK,
-    VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
+    VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN,
+    VIRTIO_BLK_T_OUT,
 };
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_INDIRECT_DESC;
@@ -46,7 +47,8 @@ impl Block {
         let mut file = OpenOptions::new().read(true).write(!config.read_only).open(&config.path)?;
         let sectors = file.seek(SeekFrom::End(0))? / SECTOR_BYTES;
         let mut space = [0; 16];
-        // Capacity in sectors, then size_max (not offered), then seg_max: all of the queue but header and status.
+        // Capacity in sectors, then size_max (not offered), then seg_max: all of the queue but
+        // header and status.
         space[..8].copy_from_slice(&sectors.to_le_bytes());
         space[12..].copy_from_slice(&u32::from(QUEUE_SIZE - 2).to_le_bytes());
         let image = Image { file, sectors, read_only: config.read_only };
@@ -61,7 +63,10 @@ impl VirtioDevice for Block {
 
     fn features(&self) -> u64 {
         let read_only = if self.image.read_only { 1 << VIRTIO_BLK_F_RO } else { 0 };
-        read_only | 1 << VIRTIO_BLK_F_FLUSH | 1 << VIRTIO_BLK_F_SEG_MAX | 1 << VIRTIO_RING_F_INDIRECT_DESC
+        read_only
+            | 1 << VIRTIO_BLK_F_FLUSH
+            | 1 << VIRTIO_BLK_F_SEG_MAX
+            | 1 << VIRTIO_RING_F_INDIRECT_DESC
     }
 
     fn queue_sizes(&self) -> &'static [u16] {
@@ -74,14 +79,22 @@ impl VirtioDevice for Block {
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
         let Activation { memory, queues, kicks, interrupt, .. } = activation;
-        let (Some(queue), Some(kick)) = (queues.into_iter().next(), kicks.into_iter().next()) else {
+        let (Some(queue), Some(kick)) = (queues.into_iter().next(), kicks.into_iter().next())
+        else {
             return Err(ActivateError::Queue { index: 0 });
         };
         let quit = Arc::new(AtomicBool::new(false));
         let wake = kick.try_clone()?;
-        let mut server =
-            Server { image: self.image.clone(), memory, queue, kick, interrupt, quit: quit.clone() };
-        let thread = std::thread::Builder::new().name("block".into()).spawn(move || server.run())?;
+        let mut server = Server {
+            image: self.image.clone(),
+            memory,
+            queue,
+            kick,
+            interrupt,
+            quit: quit.clone(),
+        };
+        let thread =
+            std::thread::Builder::new().name("block".into()).spawn(move || server.run())?;
         self.worker = Some(Worker { quit, wake, thread });
         Ok(())
     }

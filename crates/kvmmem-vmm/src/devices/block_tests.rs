@@ -50,7 +50,8 @@ impl Fixture {
         Self { server, path }
     }
 
-    /// Puts a chain of (address, length, flags) into the queue and serves it; returns the length in the used ring.
+    /// Puts a chain of (address, length, flags) into the queue and serves it; returns the length in
+    /// the used ring.
     fn serve(&mut self, chain: &[(u64, u32, u16)]) -> u32 {
         let memory = self.server.memory.clone();
         for (index, (address, length, flags)) in (0u64..).zip(chain) {
@@ -83,13 +84,19 @@ impl Fixture {
 #[test]
 fn sectors_are_read_and_written() {
     let mut disk = Fixture::new(false);
-    assert_eq!(disk.request(VIRTIO_BLK_T_IN, 2, &[(DATA, 512, WRITE), (DATA + 0x1000, 512, WRITE)]), 0);
+    assert_eq!(
+        disk.request(VIRTIO_BLK_T_IN, 2, &[(DATA, 512, WRITE), (DATA + 0x1000, 512, WRITE)]),
+        0
+    );
     let memory = disk.server.memory.clone();
     assert_eq!(memory.read_obj::<[u8; 4]>(GuestAddress(DATA + 508)).unwrap(), [2; 4]);
     assert_eq!(memory.read_obj::<[u8; 4]>(GuestAddress(DATA + 0x1000)).unwrap(), [3; 4]);
     assert_eq!(disk.request(VIRTIO_BLK_T_OUT, 0, &[(DATA, 512, 0)]), 0);
     assert_eq!(disk.request(VIRTIO_BLK_T_FLUSH, 0, &[]), 0);
-    assert_eq!(std::fs::read(disk.path.path()).unwrap()[..514], [[2; 512].as_slice(), &[1; 2]].concat());
+    assert_eq!(
+        std::fs::read(disk.path.path()).unwrap()[..514],
+        [[2; 512].as_slice(), &[1; 2]].concat()
+    );
     assert_eq!(disk.request(VIRTIO_BLK_T_GET_ID, 0, &[(DATA, 20, WRITE)]), 0);
     assert_eq!(memory.read_obj::<[u8; 8]>(GuestAddress(DATA)).unwrap(), *b"kvmmem\0\0");
 }

@@ -22,7 +22,8 @@ pub(crate) struct Bus {
 }
 
 impl Bus {
-    /// Puts `device` at `length` addresses from `base`. The machine's layout keeps the ranges apart.
+    /// Puts `device` at `length` addresses from `base`. The machine's layout keeps the ranges
+    /// apart.
     pub(crate) fn insert(&mut self, base: u64, length: u64, device: SharedDevice) {
         self.devices.push((base..base + length, device));
     }

@@ -56,8 +56,8 @@ impl ConsoleOutput {
 }
 
 impl Write for ConsoleOutput {
-    /// Blocks as long as the reader of the output does, but not longer than the machine runs: the signal that calls
-    /// a vCPU out interrupts the write.
+    /// Blocks as long as the reader of the output does, but not longer than the machine runs: the
+    /// signal that calls a vCPU out interrupts the write.
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         loop {
             let written = match &self.sink {
@@ -162,7 +162,12 @@ impl Drop for ConsoleInput {
 }
 
 /// Copies input until it ends or `quit` is written.
-fn pump(quit: BorrowedFd<'_>, mut escape: Option<Escape>, port: &Mutex<SerialPort>, stop: &StopHandle) {
+fn pump(
+    quit: BorrowedFd<'_>,
+    mut escape: Option<Escape>,
+    port: &Mutex<SerialPort>,
+    stop: &StopHandle,
+) {
     /// How long to wait for a guest whose FIFO is full.
     const FULL: Timespec = Timespec { tv_sec: 0, tv_nsec: 10_000_000 };
     let stdin = io::stdin();

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The keyboard controller, which is there for the one command by which old guests reset the machine.
+//! The keyboard controller, which is there for the one command by which old guests reset the
+//! machine.
 
 use vm_superio::{I8042Device, Trigger};
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Power off and reset: the sleep control, sleep status and reset registers of a hardware-reduced ACPI machine
-//! (ACPI specification 6.5, 4.8.3.7 and 4.8.3.6).
+//! Power off and reset: the sleep control, sleep status and reset registers of a hardware-reduced
+//! ACPI machine (ACPI specification 6.5, 4.8.3.7 and 4.8.3.6).
 
 use super::bus::BusDevice;
 use crate::control::{Ended, StopHandle};
@@ -33,7 +33,9 @@ impl BusDevice for Power {
         const SLEEP_ENABLE: u8 = 1 << 5;
         const SLEEP_TYPE_SHIFT: u8 = 2;
         let Some((&value, [])) = data.split_first() else { return };
-        let Some(port) = u16::try_from(offset).ok().and_then(|offset| BASE_PORT.checked_add(offset)) else {
+        let Some(port) =
+            u16::try_from(offset).ok().and_then(|offset| BASE_PORT.checked_add(offset))
+        else {
             return;
         };
         match (port, value) {

@@ -10,8 +10,8 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::bus::BusDevice;
 use super::virtio::{
-    ActivateError, Activation, F_VERSION_1, INTERRUPT_CONFIG_CHANGE, INTERRUPT_USED_BUFFER, Interrupt,
-    VirtioDevice,
+    ActivateError, Activation, F_VERSION_1, INTERRUPT_CONFIG_CHANGE, INTERRUPT_USED_BUFFER,
+    Interrupt, VirtioDevice,
 };
 use crate::limit::warn_limited;
 
@@ -69,8 +69,8 @@ pub(crate) struct VirtioMmio {
 }
 
 impl VirtioMmio {
-    /// A transport for `device`, which interrupts by `line`; `kicks` has one event per queue, which KVM writes when
-    /// the guest notifies it.
+    /// A transport for `device`, which interrupts by `line`; `kicks` has one event per queue, which
+    /// KVM writes when the guest notifies it.
     pub(crate) fn new(
         device: Box<dyn VirtioDevice>,
         memory: Arc<GuestMemoryMmap>,
@@ -120,7 +120,8 @@ impl VirtioMmio {
             register::QUEUE_READY => self.queue().map_or(0, |queue| queue.ready().into()),
             register::INTERRUPT_STATUS => {
                 let pending = self.interrupt.pending();
-                // The kernel raises the line without telling us: the driver must always look at its queues.
+                // The kernel raises the line without telling us: the driver must always look at its
+                // queues.
                 pending | if self.device.signals_by_itself() { INTERRUPT_USED_BUFFER } else { 0 }
             }
             register::STATUS => self.status,
@@ -142,7 +143,9 @@ impl VirtioMmio {
             register::STATUS => self.write_status(value),
             // Notifications that KVM does not take: the driver used another width than 32 bits.
             register::QUEUE_NOTIFY => {
-                if let Some(kick) = usize::try_from(value).ok().and_then(|index| self.kicks.get(index)) {
+                if let Some(kick) =
+                    usize::try_from(value).ok().and_then(|index| self.kicks.get(index))
+                {
                     let _ = kick.write(1);
                 }
             }
@@ -163,8 +166,8 @@ impl VirtioMmio {
         let ready = status::ACKNOWLEDGE | status::DRIVER | status::FEATURES_OK;
         self.status |= added & (status::ACKNOWLEDGE | status::DRIVER);
         if added & status::FEATURES_OK != 0 {
-            let refused =
-                self.driver_features & !self.offered() != 0 || self.driver_features & F_VERSION_1 == 0;
+            let refused = self.driver_features & !self.offered() != 0
+                || self.driver_features & F_VERSION_1 == 0;
             if !refused {
                 self.status |= status::FEATURES_OK;
             }
@@ -249,8 +252,8 @@ fn new_queues(device: &dyn VirtioDevice) -> Vec<Queue> {
     device.queue_sizes().iter().filter_map(|size| Queue::new(*size).ok()).collect()
 }
 
-/// A write to one of the registers of a queue. What the queue does not take (no power of two, not aligned) it ignores;
-/// the setters without an answer would log that, without a limit.
+/// A write to one of the registers of a queue. What the queue does not take (no power of two, not
+/// aligned) it ignores; the setters without an answer would log that, without a limit.
 fn set_up_queue(queue: &mut Queue, offset: u64, value: u32) {
     let mut address = match offset {
         register::QUEUE_DESC_LOW | register::QUEUE_DESC_HIGH => queue.desc_table(),
@@ -265,9 +268,15 @@ fn set_up_queue(queue: &mut Queue, offset: u64, value: u32) {
             queue.set_ready(value & 1 != 0);
             Ok(())
         }
-        register::QUEUE_DESC_LOW | register::QUEUE_DESC_HIGH => queue.try_set_desc_table_address(address),
-        register::QUEUE_DRIVER_LOW | register::QUEUE_DRIVER_HIGH => queue.try_set_avail_ring_address(address),
-        register::QUEUE_DEVICE_LOW | register::QUEUE_DEVICE_HIGH => queue.try_set_used_ring_address(address),
+        register::QUEUE_DESC_LOW | register::QUEUE_DESC_HIGH => {
+            queue.try_set_desc_table_address(address)
+        }
+        register::QUEUE_DRIVER_LOW | register::QUEUE_DRIVER_HIGH => {
+            queue.try_set_avail_ring_address(address)
+        }
+        register::QUEUE_DEVICE_LOW | register::QUEUE_DEVICE_HIGH => {
+            queue.try_set_used_ring_address(address)
+        }
         _ => Ok(()),
     };
 }
@@ -275,7 +284,8 @@ fn set_up_queue(queue: &mut Queue, offset: u64, value: u32) {
 /// Whether a queue is set up and its three parts lie in RAM (virtio 1.2, 2.7, for their sizes).
 fn is_within(queue: &Queue, memory: &GuestMemoryMmap) -> bool {
     let size = usize::from(queue.size());
-    let in_ram = |address, bytes| memory.check_range(GuestAddress(address), bytes, Permissions::ReadWrite);
+    let in_ram =
+        |address, bytes| memory.check_range(GuestAddress(address), bytes, Permissions::ReadWrite);
     queue.ready()
         && in_ram(queue.desc_table(), 16 * size)
         && in_ram(queue.avail_ring(), 6 + 2 * size)

@@ -50,7 +50,15 @@ fn transport() -> (VirtioMmio, Arc<Mutex<Seen>>) {
     let memory = Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x1_0000)]).unwrap());
     let event = || EventFd::new(EFD_NONBLOCK).unwrap();
     let seen = Arc::default();
-    (VirtioMmio::new(Box::new(Dummy(Arc::clone(&seen))), memory, event(), vec![event(), event()]), seen)
+    (
+        VirtioMmio::new(
+            Box::new(Dummy(Arc::clone(&seen))),
+            memory,
+            event(),
+            vec![event(), event()],
+        ),
+        seen,
+    )
 }
 
 fn read(mmio: &mut VirtioMmio, offset: u64) -> u32 {

@@ -21,7 +21,8 @@ type Backend = VhostVsockBackend<Arc<GuestMemoryMmap>>;
 
 const QUEUE_SIZE: u16 = 256;
 
-/// The queues that vhost serves: receive and transmit. The third is for events, of which there are none.
+/// The queues that vhost serves: receive and transmit. The third is for events, of which there are
+/// none.
 const VHOST_QUEUES: usize = 2;
 
 /// Why there is no vsock device.
@@ -118,17 +119,15 @@ impl VirtioDevice for Vsock {
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
         let backend = match self.backend.take() {
             Some(backend) => backend,
-            None => {
-                open_backend(self.cid, &self.memory).map(|(backend, _)| backend).map_err(
-                    |error| match error {
-                        VsockError::Open(source)
-                        | VsockError::Features(source)
-                        | VsockError::Cid { source, .. } => {
-                            ActivateError::Vhost { step: "a new device after a reset", source }
-                        }
-                    },
-                )?
-            }
+            None => open_backend(self.cid, &self.memory).map(|(backend, _)| backend).map_err(
+                |error| match error {
+                    VsockError::Open(source)
+                    | VsockError::Features(source)
+                    | VsockError::Cid { source, .. } => {
+                        ActivateError::Vhost { step: "a new device after a reset", source }
+                    }
+                },
+            )?,
         };
         let started = self.start(&backend, &activation);
         self.backend = Some(backend);

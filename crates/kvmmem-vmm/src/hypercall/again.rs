@@ -6,8 +6,9 @@ use kvm_ioctls::{Error, VcpuFd};
 
 /// Takes `vcpu` back to the instruction of its last exit; `regs` are its registers at that exit.
 ///
-/// KVM completes an exit when the vCPU is next run: it sets rax and skips the instruction. With `immediate_exit` it does
-/// that alone (Documentation/virt/kvm/api.rst, section 5), and the registers can be set.
+/// KVM completes an exit when the vCPU is next run: it sets rax and skips the instruction. With
+/// `immediate_exit` it does that alone (Documentation/virt/kvm/api.rst, section 5), and the
+/// registers can be set.
 ///
 /// # Errors
 /// What KVM reports.

@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Requests to the broker that outlast a hypercall, so that no vCPU waits for the broker.
 //!
-//! A thread makes the request. The vCPU waits for [`PATIENCE`]; without an answer by then it executes its hypercall
-//! again ([`super::again`]), serves its interrupts on the way, and asks here for the same request. The guest may have
-//! moved the caller to another vCPU meanwhile, so a request belongs to the machine and is found by its key.
+//! A thread makes the request. The vCPU waits for [`PATIENCE`]; without an answer by then it
+//! executes its hypercall again ([`super::again`]), serves its interrupts on the way, and asks here
+//! for the same request. The guest may have moved the caller to another vCPU meanwhile, so a
+//! request belongs to the machine and is found by its key.
 //!
-//! An answer that the guest does not come back for is released after [`KEPT`], or when the machine ends or resets.
+//! An answer that the guest does not come back for is released after [`KEPT`], or when the machine
+//! ends or resets.
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::task::Poll;
@@ -17,13 +19,15 @@ use kvmmem_abi::errno::KvmError;
 /// How long a vCPU waits before it serves interrupts.
 const PATIENCE: Duration = Duration::from_millis(1);
 
-/// How long an answer waits for the guest. A caller that the guest's scheduler has preempted comes back much sooner.
+/// How long an answer waits for the guest. A caller that the guest's scheduler has preempted comes
+/// back much sooner.
 const KEPT: Duration = Duration::from_secs(10);
 
 /// The most requests of one machine, each of which has a thread.
 const MOST: usize = 64;
 
-/// The requests of one kind, between two resets of a machine. When this is dropped, its threads are gone.
+/// The requests of one kind, between two resets of a machine. When this is dropped, its threads are
+/// gone.
 pub(super) struct Deferred<K, T> {
     shared: Arc<Shared<K, T>>,
     kept: Duration,
@@ -65,12 +69,16 @@ impl<K: PartialEq + Send + 'static, T: Send + 'static> Deferred<K, T> {
     }
 
     fn keeping(kept: Duration) -> Self {
-        let state = State { requests: Vec::new(), threads: Vec::new(), last_number: 0, is_ending: false };
-        Self { shared: Arc::new(Shared { state: Mutex::new(state), changed: Condvar::new() }), kept }
+        let state =
+            State { requests: Vec::new(), threads: Vec::new(), last_number: 0, is_ending: false };
+        Self {
+            shared: Arc::new(Shared { state: Mutex::new(state), changed: Condvar::new() }),
+            kept,
+        }
     }
 
-    /// The outcome of the request that `key` names, which `work` makes unless it is under way already. An outcome
-    /// that is not fetched is given to `release`.
+    /// The outcome of the request that `key` names, which `work` makes unless it is under way
+    /// already. An outcome that is not fetched is given to `release`.
     pub(super) fn fetch(
         &self,
         key: K,
@@ -78,7 +86,8 @@ impl<K: PartialEq + Send + 'static, T: Send + 'static> Deferred<K, T> {
         release: impl FnOnce(T) + Send + 'static,
     ) -> Poll<Result<T, KvmError>> {
         let mut state = self.shared.lock();
-        let known = state.requests.iter().find(|request| request.key == key).map(|request| request.number);
+        let known =
+            state.requests.iter().find(|request| request.key == key).map(|request| request.number);
         let number = match known {
             Some(number) => number,
             None if state.requests.len() >= MOST => return Poll::Ready(Err(KvmError::Again)),
@@ -95,8 +104,9 @@ impl<K: PartialEq + Send + 'static, T: Send + 'static> Deferred<K, T> {
                 number
             }
         };
-        let is_waiting =
-            |state: &mut State<K, T>| state.find(number).is_some_and(|request| request.outcome.is_none());
+        let is_waiting = |state: &mut State<K, T>| {
+            state.find(number).is_some_and(|request| request.outcome.is_none())
+        };
         let (mut state, _) = self
             .shared
             .changed
@@ -129,7 +139,9 @@ impl<K, T> Shared<K, T> {
         self.changed.notify_all();
         let (mut state, _) = self
             .changed
-            .wait_timeout_while(state, kept, |state| !state.is_ending && state.find(number).is_some())
+            .wait_timeout_while(state, kept, |state| {
+                !state.is_ending && state.find(number).is_some()
+            })
             .unwrap_or_else(PoisonError::into_inner);
         let abandoned = state.take(number);
         drop(state);

@@ -17,8 +17,8 @@ pub(super) struct VirtualMemory<'a, T> {
 }
 
 impl<T: Fn(u64) -> Option<u64>> VirtualMemory<'_, T> {
-    /// Fills `bytes`, at most a page of them, from `gva`; they may straddle two pages that lie apart in guest-physical
-    /// memory.
+    /// Fills `bytes`, at most a page of them, from `gva`; they may straddle two pages that lie
+    /// apart in guest-physical memory.
     ///
     /// # Errors
     /// [`KvmError::Fault`] when a part is not mapped, or not to RAM.
@@ -26,11 +26,13 @@ impl<T: Fn(u64) -> Option<u64>> VirtualMemory<'_, T> {
         let (first, second) = bytes.split_at_mut(in_first_page(gva, bytes.len()));
         let (first_gpa, second_gpa) = self.find(gva, first.len(), second.len())?;
         self.memory.read_slice(first, first_gpa).map_err(|_| KvmError::Fault)?;
-        second_gpa.map_or(Ok(()), |gpa| self.memory.read_slice(second, gpa)).map_err(|_| KvmError::Fault)
+        second_gpa
+            .map_or(Ok(()), |gpa| self.memory.read_slice(second, gpa))
+            .map_err(|_| KvmError::Fault)
     }
 
-    /// Writes `bytes`, at most a page of them, at `gva`. The page tables' protection does not count: only the kernel
-    /// calls, and what it may write is its own affair.
+    /// Writes `bytes`, at most a page of them, at `gva`. The page tables' protection does not
+    /// count: only the kernel calls, and what it may write is its own affair.
     ///
     /// # Errors
     /// As [`VirtualMemory::read`].
@@ -38,7 +40,9 @@ impl<T: Fn(u64) -> Option<u64>> VirtualMemory<'_, T> {
         let (first, second) = bytes.split_at(in_first_page(gva, bytes.len()));
         let (first_gpa, second_gpa) = self.find(gva, first.len(), second.len())?;
         self.memory.write_slice(first, first_gpa).map_err(|_| KvmError::Fault)?;
-        second_gpa.map_or(Ok(()), |gpa| self.memory.write_slice(second, gpa)).map_err(|_| KvmError::Fault)
+        second_gpa
+            .map_or(Ok(()), |gpa| self.memory.write_slice(second, gpa))
+            .map_err(|_| KvmError::Fault)
     }
 
     /// Whether `len` bytes, at most a page, can be written at `gva`.

@@ -10,8 +10,8 @@ use kvmmem_sys::pio::PortData;
 use super::again::execute_again;
 use super::{Hypercalls, Registers, Width};
 
-/// Serves the hypercall behind a read of four bytes from the doorbell port, the last exit of `vcpu`; false when the
-/// exit was another one.
+/// Serves the hypercall behind a read of four bytes from the doorbell port, the last exit of
+/// `vcpu`; false when the exit was another one.
 ///
 /// # Errors
 /// What KVM reports when the registers cannot be read or set.
@@ -24,7 +24,8 @@ pub(crate) fn on_doorbell(
     let sregs = vcpu.get_sregs()?;
     let width = if sregs.cs.l != 0 { Width::Long } else { Width::Legacy };
     let call = Registers::of_doorbell(&regs).decode(width);
-    // SS.DPL is the current privilege level, on Intel by definition and on AMD because KVM reports it there.
+    // SS.DPL is the current privilege level, on Intel by definition and on AMD because KVM reports
+    // it there.
     let Poll::Ready(result) = hypercalls.serve(vcpu, sregs.ss.dpl, call) else {
         execute_again(vcpu, &regs)?;
         return Ok(true);

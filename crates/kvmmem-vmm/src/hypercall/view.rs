@@ -82,7 +82,8 @@ pub(super) fn detach(windows: &Windows, descriptor_gpa: u64) -> Result<(), KvmEr
     windows.detach(descriptor_gpa).map_err(|error| refuse(&error))
 }
 
-/// `KVM_HC_VIEW_SEEK`. A long search is made in several calls, between which the vCPU serves interrupts.
+/// `KVM_HC_VIEW_SEEK`. A long search is made in several calls, between which the vCPU serves
+/// interrupts.
 pub(super) fn seek<T: Fn(u64) -> Option<u64>>(
     windows: &Windows,
     memory: &VirtualMemory<'_, T>,

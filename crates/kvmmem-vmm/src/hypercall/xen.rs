@@ -12,7 +12,10 @@ use super::{Hypercalls, Registers, Width};
 ///
 /// # Errors
 /// What KVM reports when the registers cannot be read or set.
-pub(crate) fn on_xen_exit(vcpu: &mut VcpuFd, hypercalls: &Hypercalls) -> Result<bool, kvm_ioctls::Error> {
+pub(crate) fn on_xen_exit(
+    vcpu: &mut VcpuFd,
+    hypercalls: &Hypercalls,
+) -> Result<bool, kvm_ioctls::Error> {
     let Some(exit) = kvmmem_sys::xen::hypercall(vcpu) else {
         return Ok(false);
     };

@@ -8,7 +8,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use kvmmem_abi::errno::KvmError;
 use kvmmem_client::vmm::{
-    self, Caller, LinkError, RedeemError, Region, Registration, Target, Token, ViewCounters, VmmLink,
+    self, Caller, LinkError, RedeemError, Region, Registration, Target, Token, ViewCounters,
+    VmmLink,
 };
 use kvmmem_proto::map::MemoryMap;
 use kvmmem_sys::ram::GuestRam;
@@ -18,7 +19,8 @@ use super::source::{Attached, Redeemed, TargetMemory, TokenSource};
 use crate::config::VmConfig;
 use crate::window::Views;
 
-/// Registers the machine with the broker at `socket`; it stays registered until the link is dropped.
+/// Registers the machine with the broker at `socket`; it stays registered until the link is
+/// dropped.
 ///
 /// An introspectable machine hands out `fd`, the file of `ram`.
 pub(crate) fn register(
@@ -69,7 +71,12 @@ impl TokenSource for VmmLink {
         VmmLink::is_revoked(self, grant)
     }
 
-    fn attach(&self, token: &Token, caller: &Caller, read_only: bool) -> Result<Attached, KvmError> {
+    fn attach(
+        &self,
+        token: &Token,
+        caller: &Caller,
+        read_only: bool,
+    ) -> Result<Attached, KvmError> {
         let vmm::Attached { view, grant, target, scope } =
             VmmLink::attach(self, token, caller, read_only).map_err(number)?;
         Ok(Attached { view, grant, target, scope })

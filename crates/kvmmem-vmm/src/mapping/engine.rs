@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The table of replaced pages, and the two hypercalls' work on it.
 //!
-//! A page goes from *own* to *reserved* (a token is being redeemed for it) to *mapped*, perhaps to *revoked*, and back to
-//! *own*. The table's
-//! lock is held while a page is replaced or restored, so that no two vCPUs work on one page, but not while a token is
-//! redeemed, which may wait for the broker: the reservation keeps other vCPUs from the page meanwhile.
+//! A page goes from *own* to *reserved* (a token is being redeemed for it) to *mapped*, perhaps to
+//! *revoked*, and back to *own*. The table's
+//! lock is held while a page is replaced or restored, so that no two vCPUs work on one page, but
+//! not while a token is redeemed, which may wait for the broker: the reservation keeps other vCPUs
+//! from the page meanwhile.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -89,7 +90,9 @@ impl MapError {
     /// The error as the guest gets it.
     pub fn number(&self) -> KvmError {
         match self {
-            Self::OwnPage { .. } | Self::TargetAlignment { .. } | Self::OwnMemory => KvmError::Inval,
+            Self::OwnPage { .. } | Self::TargetAlignment { .. } | Self::OwnMemory => {
+                KvmError::Inval
+            }
             Self::InUse { .. } => KvmError::Busy,
             Self::NotMapped { .. } | Self::Revoked { .. } => KvmError::NoEnt,
             Self::ReadOnly { .. } => KvmError::Perm,
@@ -106,8 +109,8 @@ impl MapError {
 enum Page {
     /// A token is being redeemed for this page; it still is the machine's own.
     Reserved,
-    /// A page of this target is mapped here, by this grant. The target's file is kept open: what it holds stays readable
-    /// after the target's death.
+    /// A page of this target is mapped here, by this grant. The target's file is kept open: what it
+    /// holds stays readable after the target's death.
     Mapped { _target: Arc<dyn TargetMemory>, grant: u64 },
     /// A page was mapped here until its grant was taken back: now it is the machine's own again.
     Revoked,
@@ -149,12 +152,13 @@ impl MappingEngine {
         self.len() == 0
     }
 
-    /// Maps the target's page at `target_gpa` in the place of the machine's page at `own_gpa`, and gives the memory of
-    /// the latter back to the host.
+    /// Maps the target's page at `target_gpa` in the place of the machine's page at `own_gpa`, and
+    /// gives the memory of the latter back to the host.
     ///
-    /// `redeem` is called at most once, and only after everything was checked that can be without it: a token is not used up
-    /// by a call that could not have worked. `is_revoked` says whether a grant was taken back since: a revocation that it
-    /// does not know of yet comes to [`MappingEngine::revoke`].
+    /// `redeem` is called at most once, and only after everything was checked that can be without
+    /// it: a token is not used up by a call that could not have worked. `is_revoked` says
+    /// whether a grant was taken back since: a revocation that it does not know of yet comes to
+    /// [`MappingEngine::revoke`].
     ///
     /// # Errors
     /// The page is as it was, contents included.
@@ -179,7 +183,8 @@ impl MappingEngine {
         replaced
     }
 
-    /// Undoes [`MappingEngine::map`]: the page at `own_gpa` becomes the machine's own again, zeroed.
+    /// Undoes [`MappingEngine::map`]: the page at `own_gpa` becomes the machine's own again,
+    /// zeroed.
     ///
     /// # Errors
     /// [`MapError::NotMapped`]; [`MapError::Host`], and the page stays mapped.
@@ -197,8 +202,8 @@ impl MappingEngine {
         Ok(())
     }
 
-    /// Undoes all mappings: the pages are the machine's own again, zeroed. Pages that another vCPU is mapping at this
-    /// moment are left to it.
+    /// Undoes all mappings: the pages are the machine's own again, zeroed. Pages that another vCPU
+    /// is mapping at this moment are left to it.
     ///
     /// # Errors
     /// The first failure; what could not be undone stays in the table.
@@ -206,8 +211,8 @@ impl MappingEngine {
         self.undo_all(|gpa, _| self.restore(gpa))
     }
 
-    /// As [`MappingEngine::unmap_all`], but the pages keep what they show. No vCPU should run meanwhile: what it writes
-    /// into a page that is being copied is lost.
+    /// As [`MappingEngine::unmap_all`], but the pages keep what they show. No vCPU should run
+    /// meanwhile: what it writes into a page that is being copied is lost.
     ///
     /// # Errors
     /// As [`MappingEngine::unmap_all`].
@@ -232,8 +237,8 @@ impl MappingEngine {
         done
     }
 
-    /// Revokes what a grant allowed: the pages mapped by it become the machine's own again, zeroed. They still have to
-    /// be unmapped to be mapped anew. Safe while vCPUs run.
+    /// Revokes what a grant allowed: the pages mapped by it become the machine's own again, zeroed.
+    /// They still have to be unmapped to be mapped anew. Safe while vCPUs run.
     ///
     /// # Errors
     /// The first failure; the others are done nevertheless.
@@ -241,8 +246,8 @@ impl MappingEngine {
         self.revoke_pages(&mut self.lock(), |its| its == grant)
     }
 
-    /// Revokes what all grants allowed, as [`MappingEngine::revoke`] does for one. Tokens that were redeemed before and
-    /// whose pages are not mapped yet are void.
+    /// Revokes what all grants allowed, as [`MappingEngine::revoke`] does for one. Tokens that were
+    /// redeemed before and whose pages are not mapped yet are void.
     ///
     /// # Errors
     /// As [`MappingEngine::revoke`].
@@ -252,7 +257,11 @@ impl MappingEngine {
         self.revoke_pages(&mut table, |_| true)
     }
 
-    fn revoke_pages(&self, table: &mut Table, is_meant: impl Fn(u64) -> bool) -> Result<(), MapError> {
+    fn revoke_pages(
+        &self,
+        table: &mut Table,
+        is_meant: impl Fn(u64) -> bool,
+    ) -> Result<(), MapError> {
         let mut done = Ok(());
         for (&gpa, page) in &mut table.pages {
             if matches!(page, Page::Mapped { grant, .. } if is_meant(*grant)) {
@@ -321,7 +330,8 @@ impl MappingEngine {
         Ok(())
     }
 
-    /// A fresh zero page at `gpa`. Punched first: another reader of the machine's memory may have filled the hole.
+    /// A fresh zero page at `gpa`. Punched first: another reader of the machine's memory may have
+    /// filled the hole.
     fn restore(&self, gpa: u64) -> Result<(), RamError> {
         self.ram.punch_page(gpa)?;
         self.ram.restore_page(gpa)
@@ -348,8 +358,9 @@ pub(crate) fn is_own(target: &dyn TargetMemory, own_file: (u64, u64)) -> std::io
     Ok(false)
 }
 
-/// How many pages an engine may replace before `mmap` could fail for want of mappings: each may split one mapping of
-/// the process in three, so half of what `vm.max_map_count` leaves, less a reserve for the process itself and for views.
+/// How many pages an engine may replace before `mmap` could fail for want of mappings: each may
+/// split one mapping of the process in three, so half of what `vm.max_map_count` leaves, less a
+/// reserve for the process itself and for views.
 pub fn mapping_limit() -> usize {
     const PROCESS: usize = 2048;
     const RESERVE: usize = PROCESS + MAX_VIEWS * MAX_SLOTS_PER_VIEW;

@@ -259,7 +259,8 @@ fn racing_callers_share_out_the_pages() {
                         let done = engine.map(gpa, gpa, || Ok(redeemed(target.clone())), |_| false);
                         mapped.fetch_add(usize::from(done.is_ok()), Ordering::SeqCst);
                     } else {
-                        unmapped.fetch_add(usize::from(engine.unmap(gpa).is_ok()), Ordering::SeqCst);
+                        unmapped
+                            .fetch_add(usize::from(engine.unmap(gpa).is_ok()), Ordering::SeqCst);
                     }
                 }
             });

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! What the mapping engine and the windows need of whoever knows the targets and keeps their grants.
+//! What the mapping engine and the windows need of whoever knows the targets and keeps their
+//! grants.
 
 use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Weak};
@@ -18,14 +19,15 @@ pub trait TargetMemory: Send + Sync {
     /// The target's UUID, in the order in which it is printed.
     fn uuid(&self) -> [u8; 16];
 
-    /// Identifies one run of the target: another number once it was reset, its RAM has changed or it was started again.
-    /// 0 where that is not known.
+    /// Identifies one run of the target: another number once it was reset, its RAM has changed or
+    /// it was started again. 0 where that is not known.
     fn generation(&self) -> u64 {
         0
     }
 
-    /// A file that holds some of the target's RAM, by the number that regions have for it; `None` behind the last. It
-    /// must be sealed against shrinking: a page beyond its end would kill the VMM by SIGBUS.
+    /// A file that holds some of the target's RAM, by the number that regions have for it; `None`
+    /// behind the last. It must be sealed against shrinking: a page beyond its end would kill
+    /// the VMM by SIGBUS.
     fn file(&self, index: u32) -> Option<BorrowedFd<'_>>;
 
     /// Where the target's RAM is, and where in which [`TargetMemory::file`].
@@ -56,17 +58,20 @@ pub struct Attached {
     pub scope: Scope,
 }
 
-/// Trades tokens for memory, and takes it back: by what it says to the [`Views`] that it was told of.
+/// Trades tokens for memory, and takes it back: by what it says to the [`Views`] that it was told
+/// of.
 ///
-/// Such an event may come before the page or the view that it concerns is where the handler looks for it. So what has
-/// been traded is looked at once more, by [`TokenSource::is_revoked`] or [`TokenSource::current`], under the lock that
-/// the handler takes: an event that is not seen there is one that the handler will see.
+/// Such an event may come before the page or the view that it concerns is where the handler looks
+/// for it. So what has been traded is looked at once more, by [`TokenSource::is_revoked`] or
+/// [`TokenSource::current`], under the lock that the handler takes: an event that is not seen there
+/// is one that the handler will see.
 pub trait TokenSource: Send + Sync {
     /// Uses the token up for one page.
     ///
     /// # Errors
-    /// [`KvmError::NoEnt`] for a token that is unknown, used or expired, [`KvmError::Again`] when nobody can tell now,
-    /// [`KvmError::Perm`] when this machine may not use it, [`KvmError::OpNotSupp`] when nobody can map the target's RAM.
+    /// [`KvmError::NoEnt`] for a token that is unknown, used or expired, [`KvmError::Again`] when
+    /// nobody can tell now, [`KvmError::Perm`] when this machine may not use it,
+    /// [`KvmError::OpNotSupp`] when nobody can map the target's RAM.
     fn redeem(&self, token: &Token) -> Result<Redeemed, KvmError>;
 
     /// As [`TokenSource::redeem`], for a token that costs no wait; `None` where it would.
@@ -82,11 +87,13 @@ pub trait TokenSource: Send + Sync {
     /// Whether a grant was taken back since a token of it was redeemed.
     fn is_revoked(&self, grant: u64) -> bool;
 
-    /// Uses the token to open a view on behalf of `caller`, with no rights but reading if `read_only`.
+    /// Uses the token to open a view on behalf of `caller`, with no rights but reading if
+    /// `read_only`.
     ///
     /// # Errors
     /// As [`TokenSource::redeem`].
-    fn attach(&self, token: &Token, caller: &Caller, read_only: bool) -> Result<Attached, KvmError>;
+    fn attach(&self, token: &Token, caller: &Caller, read_only: bool)
+    -> Result<Attached, KvmError>;
 
     /// The target of a view as it is now; `None` once the view has ended.
     fn current(&self, view: u64) -> Option<Arc<dyn TargetMemory>>;

@@ -1,17 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The system calls of a machine's process: what its own code makes, and what the C library and the runtime make on their
-//! own (threads, memory, time, a panic's message).
+//! The system calls of a machine's process: what its own code makes, and what the C library and the
+//! runtime make on their own (threads, memory, time, a panic's message).
 
 use std::collections::BTreeMap;
 use std::io;
 
 use seccompiler::{
-    BackendError, BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
-    SeccompRule, TargetArch, sock_filter,
+    BackendError, BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition,
+    SeccompFilter, SeccompRule, TargetArch, sock_filter,
 };
 
-/// Calls from this number on are younger than this list. They fail as if the kernel did not have them, so that a newer
-/// C library, which tries them first, does without.
+/// Calls from this number on are younger than this list. They fail as if the kernel did not have
+/// them, so that a newer C library, which tries them first, does without.
 const YOUNGER: u32 = 452;
 
 /// cachestat(2), which the libc crate does not name yet.
@@ -190,7 +190,8 @@ fn compile() -> Result<BpfProgram, BackendError> {
     let thread = flag(libc::CLONE_THREAD);
     rules.insert(libc::SYS_clone, vec![masked(0, thread, thread)?]);
 
-    let filter = SeccompFilter::new(rules, SeccompAction::Trap, SeccompAction::Allow, TargetArch::x86_64)?;
+    let filter =
+        SeccompFilter::new(rules, SeccompAction::Trap, SeccompAction::Allow, TargetArch::x86_64)?;
     let mut program = refuse_as_unknown();
     program.extend(BpfProgram::try_from(filter)?);
     Ok(program)
@@ -199,15 +200,21 @@ fn compile() -> Result<BpfProgram, BackendError> {
 /// Whether the argument's bits in `mask` are `value`.
 fn masked(argument: u8, mask: u64, value: u64) -> Result<SeccompRule, BackendError> {
     let operator = SeccompCmpOp::MaskedEq(mask);
-    SeccompRule::new(vec![SeccompCondition::new(argument, SeccompCmpArgLen::Dword, operator, value)?])
+    SeccompRule::new(vec![SeccompCondition::new(
+        argument,
+        SeccompCmpArgLen::Dword,
+        operator,
+        value,
+    )?])
 }
 
 fn flag(flag: libc::c_int) -> u64 {
     u64::from(flag.unsigned_abs())
 }
 
-/// Answers ENOSYS to calls from [`YOUNGER`] on, and to clone3, whose flags are in memory, where no filter sees them: the C
-/// library does with clone. Others come to what follows. (seccompiler has one answer to all calls that match no rule.)
+/// Answers ENOSYS to calls from [`YOUNGER`] on, and to clone3, whose flags are in memory, where no
+/// filter sees them: the C library does with clone. Others come to what follows. (seccompiler has
+/// one answer to all calls that match no rule.)
 fn refuse_as_unknown() -> BpfProgram {
     let instruction =
         |code: u32, jt, jf, k| sock_filter { code: u16::try_from(code).unwrap_or(0), jt, jf, k };
@@ -217,6 +224,11 @@ fn refuse_as_unknown() -> BpfProgram {
         instruction(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, 0),
         instruction(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 1, 0, clone3),
         instruction(libc::BPF_JMP | libc::BPF_JGE | libc::BPF_K, 0, 1, YOUNGER),
-        instruction(libc::BPF_RET | libc::BPF_K, 0, 0, libc::SECCOMP_RET_ERRNO | libc::ENOSYS.unsigned_abs()),
+        instruction(
+            libc::BPF_RET | libc::BPF_K,
+            0,
+            0,
+            libc::SECCOMP_RET_ERRNO | libc::ENOSYS.unsigned_abs(),
+        ),
     ]
 }

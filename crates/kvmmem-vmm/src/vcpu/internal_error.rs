@@ -1,14 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Internal errors of KVM (`KVM_EXIT_INTERNAL_ERROR`): all but one kind end the machine.
 //!
-//! `KVM_INTERNAL_ERROR_DELIVERY_EV` means that the delivery of an event touched memory that KVM would have to emulate. The
-//! event stays pending, so the next entry would fail in the same way.
+//! `KVM_INTERNAL_ERROR_DELIVERY_EV` means that the delivery of an event touched memory that KVM
+//! would have to emulate. The event stays pending, so the next entry would fail in the same way.
 //!
-//! QEMU's emulation of SVM makes KVM report one where no event is pending. QEMU records an exception that the guest
-//! handles in EVENTINJ and then clears its valid bit alone (`do_interrupt_all`), and `do_vmexit` copies the rest to
-//! EXITINTINFO. Linux's `svm_check_emulate_instruction` looks at the type there, not at the valid bit. So a store to a
-//! read-only memory slot fails where it is the first exit after a page fault, say. The exit has cleared EVENTINJ: executed
-//! again, the store succeeds. Seen with QEMU 7.2 and Linux 7.3.
+//! QEMU's emulation of SVM makes KVM report one where no event is pending. QEMU records an
+//! exception that the guest handles in EVENTINJ and then clears its valid bit alone
+//! (`do_interrupt_all`), and `do_vmexit` copies the rest to EXITINTINFO. Linux's
+//! `svm_check_emulate_instruction` looks at the type there, not at the valid bit. So a store to a
+//! read-only memory slot fails where it is the first exit after a page fault, say. The exit has
+//! cleared EVENTINJ: executed again, the store succeeds. Seen with QEMU 7.2 and Linux 7.3.
 
 use std::fmt;
 
@@ -62,7 +63,8 @@ impl fmt::Display for KvmFault {
 pub(super) struct FalseDeliveries(u8);
 
 impl FalseDeliveries {
-    /// How many may follow each other. One is followed by another only if an exception hits the same instruction again.
+    /// How many may follow each other. One is followed by another only if an exception hits the
+    /// same instruction again.
     const MOST: u8 = 16;
 
     /// Whether the guest may execute the instruction of `fault` again.
@@ -94,9 +96,14 @@ mod tests {
     fn false_deliveries_alone_are_survived() {
         for suberror in 0..=u8::MAX {
             for is_event_pending in [false, true] {
-                let is_false = u32::from(suberror) == KVM_INTERNAL_ERROR_DELIVERY_EV && !is_event_pending;
-                let allowed = FalseDeliveries::default().allow(&fault(suberror.into(), is_event_pending));
-                assert_eq!(allowed, is_false, "suberror {suberror}, event pending: {is_event_pending}");
+                let is_false =
+                    u32::from(suberror) == KVM_INTERNAL_ERROR_DELIVERY_EV && !is_event_pending;
+                let allowed =
+                    FalseDeliveries::default().allow(&fault(suberror.into(), is_event_pending));
+                assert_eq!(
+                    allowed, is_false,
+                    "suberror {suberror}, event pending: {is_event_pending}"
+                );
             }
         }
     }

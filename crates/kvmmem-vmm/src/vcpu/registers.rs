@@ -61,7 +61,8 @@ fn msr(vcpu: &VcpuFd, index: u32) -> Result<Option<u64>, kvm_ioctls::Error> {
 /// The flags are where the second word of a descriptor has them.
 fn segment(segment: kvm_segment) -> SegmentRegister {
     let kvm_segment { base, limit, selector, type_, present, dpl, db, s, l, g, avl, .. } = segment;
-    let bits = [(type_, 8), (s, 12), (dpl, 13), (present, 15), (avl, 20), (l, 21), (db, 22), (g, 23)];
+    let bits =
+        [(type_, 8), (s, 12), (dpl, 13), (present, 15), (avl, 20), (l, 21), (db, 22), (g, 23)];
     let flags = bits.into_iter().fold(0, |flags, (value, shift)| flags | u32::from(value) << shift);
     SegmentRegister { selector, base, limit, flags }
 }
@@ -87,8 +88,16 @@ mod tests {
             segment(code),
             SegmentRegister { selector: 0x10, base: 0, limit: u32::MAX, flags: 0x00a0_9b00 }
         );
-        let user =
-            kvm_segment { type_: 3, present: 1, dpl: 3, db: 1, s: 1, g: 1, avl: 1, ..Default::default() };
+        let user = kvm_segment {
+            type_: 3,
+            present: 1,
+            dpl: 3,
+            db: 1,
+            s: 1,
+            g: 1,
+            avl: 1,
+            ..Default::default()
+        };
         assert_eq!(segment(user).flags, 0x00d0_f300);
     }
 }

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The guest-physical space for windows: above RAM and devices, below the end of the guest's physical addresses.
+//! The guest-physical space for windows: above RAM and devices, below the end of the guest's
+//! physical addresses.
 
 use std::collections::BTreeMap;
 
@@ -10,8 +11,8 @@ use kvmmem_sys::window::{GIANT_PAGE, LARGE_PAGE, alignment};
 /// 12 GiB below 1 TiB that AMD's CPUs keep for HyperTransport.
 const HYPERTRANSPORT: (u64, u64) = (0xfd_0000_0000, 0x100_0000_0000);
 
-/// Which parts of the space are taken. First fit from below: Linux lets no unprivileged process map the upper half of
-/// physical memory on CPUs that are open to L1TF.
+/// Which parts of the space are taken. First fit from below: Linux lets no unprivileged process map
+/// the upper half of physical memory on CPUs that are open to L1TF.
 #[derive(Debug)]
 pub(crate) struct Area {
     start: u64,
@@ -21,7 +22,8 @@ pub(crate) struct Area {
 }
 
 impl Area {
-    /// The space of a machine whose RAM ends at `ram_end` and whose physical addresses have `address_bits` bits.
+    /// The space of a machine whose RAM ends at `ram_end` and whose physical addresses have
+    /// `address_bits` bits.
     pub(crate) fn new(ram_end: u64, address_bits: u32) -> Self {
         let start = ram_end.max(HOLE_END).next_multiple_of(GIANT_PAGE);
         let end = 1u64.checked_shl(address_bits.min(52)).unwrap_or(0).max(start);
@@ -33,7 +35,8 @@ impl Area {
         self.start
     }
 
-    /// Takes `len` bytes, in whole large pages, at a multiple of `alignment`, a power of two; `None` when they do not fit.
+    /// Takes `len` bytes, in whole large pages, at a multiple of `alignment`, a power of two;
+    /// `None` when they do not fit.
     pub(crate) fn take(&mut self, len: u64, alignment: u64) -> Option<u64> {
         let len = len.max(1).checked_next_multiple_of(LARGE_PAGE)?;
         let alignment = alignment.max(LARGE_PAGE);
@@ -51,7 +54,8 @@ impl Area {
         Some(at)
     }
 
-    /// Makes what [`Area::take`] returned as `at` at least `len` bytes long, if there is room behind it.
+    /// Makes what [`Area::take`] returned as `at` at least `len` bytes long, if there is room
+    /// behind it.
     pub(crate) fn grow(&mut self, at: u64, len: u64) -> bool {
         let end = len.checked_next_multiple_of(LARGE_PAGE).and_then(|len| at.checked_add(len));
         let Some(end) = end.filter(|end| *end <= self.end) else {
@@ -85,12 +89,14 @@ pub(crate) struct Layout {
     pub(crate) alignment: u64,
 }
 
-/// Places `regions` one behind the other from offset `from` on, each congruent to its place in its file modulo the
-/// largest page that fits in it, so that large pages of the file are large pages of the guest; `None` beyond 2^64.
+/// Places `regions` one behind the other from offset `from` on, each congruent to its place in its
+/// file modulo the largest page that fits in it, so that large pages of the file are large pages of
+/// the guest; `None` beyond 2^64.
 ///
 /// A start that is no multiple of [`Layout::alignment`] loses that.
 pub(crate) fn lay_out(regions: &[Region], from: u64) -> Option<Layout> {
-    let mut layout = Layout { offsets: Vec::with_capacity(regions.len()), len: from, alignment: LARGE_PAGE };
+    let mut layout =
+        Layout { offsets: Vec::with_capacity(regions.len()), len: from, alignment: LARGE_PAGE };
     for region in regions {
         let alignment = alignment(region.len);
         let gap = region.offset.wrapping_sub(layout.len) & (alignment - 1);
@@ -148,7 +154,11 @@ mod tests {
         assert_eq!(second, first + 2 * GIB);
         assert!(!area.grow(first, 2 * GIB + 1));
         assert!(area.grow(first, GIB));
-        assert!(!area.grow(second, u64::MAX) && !area.grow(second, 64 * GIB) && !area.grow(second + 1, GIB));
+        assert!(
+            !area.grow(second, u64::MAX)
+                && !area.grow(second, 64 * GIB)
+                && !area.grow(second + 1, GIB)
+        );
         area.give_back(first);
         assert_eq!(area.take(2 * GIB, GIB), Some(first));
     }

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The views' descriptor pages: one memory file that the guest reads through a read-only memory slot.
+//! The views' descriptor pages: one memory file that the guest reads through a read-only memory
+//! slot.
 
 use std::fs::File;
 use std::os::fd::AsFd;
@@ -41,21 +42,23 @@ pub(crate) struct Descriptors {
     file: File,
     /// Writable, and not the one that the guest has.
     mapping: GuestMapping,
-    /// Even; each page keeps its own over the views that follow each other on it, so that a guest that slept through a
-    /// change of views sees a higher one.
+    /// Even; each page keeps its own over the views that follow each other on it, so that a guest
+    /// that slept through a change of views sees a higher one.
     generations: [u64; MAX_VIEWS],
 }
 
 impl Descriptors {
     /// Pages without views, to be shown at `gpa`.
     pub(crate) fn new(gpa: u64) -> Result<Self, DescriptorsError> {
-        let file = memory_file("kvmmem-descriptors", PAGES_LEN).map_err(DescriptorsError::Memory)?;
+        let file =
+            memory_file("kvmmem-descriptors", PAGES_LEN).map_err(DescriptorsError::Memory)?;
         let mapping = GuestMapping::of_file(file.as_fd(), 0, PAGES_LEN, Access::ReadWrite)
             .map_err(DescriptorsError::Memory)?;
         Ok(Self { gpa, file, mapping, generations: [0; MAX_VIEWS] })
     }
 
-    /// Shows the pages to the guest of `vm`, by KVM's slot number `slot`, as long as the result lives.
+    /// Shows the pages to the guest of `vm`, by KVM's slot number `slot`, as long as the result
+    /// lives.
     pub(crate) fn show(&self, vm: &Arc<VmFd>, slot: u32) -> Result<Memslot, DescriptorsError> {
         let mapping = GuestMapping::of_file(self.file.as_fd(), 0, PAGES_LEN, Access::ReadOnly)
             .map_err(DescriptorsError::Memory)?;
@@ -85,8 +88,9 @@ impl Descriptors {
         self.publish(index, &[0; SIZE]);
     }
 
-    /// A reader that sees an even generation, any of `bytes`, and the same generation again, has seen nothing of the
-    /// page before or behind `bytes`: the stores below become visible in their order.
+    /// A reader that sees an even generation, any of `bytes`, and the same generation again, has
+    /// seen nothing of the page before or behind `bytes`: the stores below become visible in
+    /// their order.
     fn publish(&mut self, index: usize, bytes: &[u8; SIZE]) {
         let Some(generation) = self.generations.get_mut(index) else {
             return;
@@ -187,8 +191,11 @@ mod tests {
                 let (mut last, mut seen) = (0, 0);
                 while !done.load(Ordering::SeqCst) {
                     let (before, copy, after) = (page(&file, 1), page(&file, 1), page(&file, 1));
-                    let generation = |bytes: &[u8; SIZE]| bytes[GENERATION_AT..GENERATION_AT + 8].to_vec();
-                    if generation(&before) != generation(&copy) || generation(&copy) != generation(&after) {
+                    let generation =
+                        |bytes: &[u8; SIZE]| bytes[GENERATION_AT..GENERATION_AT + 8].to_vec();
+                    if generation(&before) != generation(&copy)
+                        || generation(&copy) != generation(&after)
+                    {
                         continue;
                     }
                     let Some((content, ranges)) = read(&copy) else { continue };

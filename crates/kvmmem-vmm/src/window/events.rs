@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What happens to views without the guest's doing: rights that end, targets that change.
 //!
-//! The guest is not asked. Its vCPUs are called out, which ends all access at once, however large a view is: what comes
-//! then takes time. The slots get poison, one after the other; the vCPUs go on; what was behind the slots is unmapped.
+//! The guest is not asked. Its vCPUs are called out, which ends all access at once, however large a
+//! view is: what comes then takes time. The slots get poison, one after the other; the vCPUs go on;
+//! what was behind the slots is unmapped.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -24,8 +25,9 @@ use crate::mapping::{MapError, MappingEngine, TargetMemory};
 /// A machine's pages and views, as whoever keeps the grants sees them.
 pub struct Views {
     engine: Arc<MappingEngine>,
-    /// Those of the present generation. Locked during an event, so that none is under way once they were taken away: what
-    /// the windows hold last would be dropped by the thread that tells of events, which is itself among it.
+    /// Those of the present generation. Locked during an event, so that none is under way once
+    /// they were taken away: what the windows hold last would be dropped by the thread that
+    /// tells of events, which is itself among it.
     windows: Mutex<Option<Arc<Windows>>>,
     stop: StopHandle,
 }
@@ -47,7 +49,8 @@ impl Views {
         self.windows.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes back what a grant allowed, pages and views. When this returns, the guest reaches nothing by it.
+    /// Takes back what a grant allowed, pages and views. When this returns, the guest reaches
+    /// nothing by it.
     pub fn revoke(&self, grant: u64) {
         if let Some(windows) = &*self.windows() {
             windows.end(State::Revoked, |view| view.grant == grant);
@@ -69,8 +72,8 @@ impl Views {
         }
     }
 
-    /// The connection to the broker is lost, and with it all ways to revoke: ends all views, and gives the machine its
-    /// own pages back.
+    /// The connection to the broker is lost, and with it all ways to revoke: ends all views, and
+    /// gives the machine its own pages back.
     pub fn lost(&self) {
         if let Some(windows) = &*self.windows() {
             windows.end(State::Gone, |_| true);
@@ -107,8 +110,9 @@ impl ViewEvents for Views {
 }
 
 impl Windows {
-    /// Ends the views that `is_meant` picks, with the state `state`. On return the guest does not reach them; it may
-    /// stand still for some time more, for KVM takes its time to change slots.
+    /// Ends the views that `is_meant` picks, with the state `state`. On return the guest does not
+    /// reach them; it may stand still for some time more, for KVM takes its time to change
+    /// slots.
     fn end(self: &Arc<Self>, state: State, is_meant: impl Fn(&View) -> bool) {
         let mut table = self.lock();
         let seats = table.open_seats(is_meant);
@@ -157,7 +161,11 @@ impl Windows {
     }
 
     /// Puts poison behind slots, and returns what was there.
-    fn poison<'a>(&self, slots: impl Iterator<Item = &'a mut Memslot>, is_paused: bool) -> Vec<GuestMapping> {
+    fn poison<'a>(
+        &self,
+        slots: impl Iterator<Item = &'a mut Memslot>,
+        is_paused: bool,
+    ) -> Vec<GuestMapping> {
         let mut behind = Vec::new();
         for slot in slots.filter(|slot| !slot.is_empty()) {
             let taken = match poison_for(slot, &self.poison) {
@@ -189,10 +197,12 @@ impl Windows {
             let retired = view.retire(&regions);
             let paused = if retired.is_empty() { None } else { self.pause() };
             if paused.is_none() && !retired.is_empty() {
-                // Who copies out of a range that is about to be poison must find a new generation behind the copy.
+                // Who copies out of a range that is about to be poison must find a new generation
+                // behind the copy.
                 table.describe_lifted(index, &view);
             }
-            let behind = self.poison(view.poisoned.iter_mut().skip(retired.start), paused.is_some());
+            let behind =
+                self.poison(view.poisoned.iter_mut().skip(retired.start), paused.is_some());
             self.show_more(&mut table, &mut view, &**target, &regions);
             table.open(index, view);
             drop(paused);
@@ -200,9 +210,17 @@ impl Windows {
         }
     }
 
-    /// Shows those of `regions` that a view does not show yet, as far as there is room behind the others.
-    fn show_more(&self, table: &mut Table, view: &mut View, target: &dyn TargetMemory, regions: &[Region]) {
-        let new: Vec<Region> = regions.iter().filter(|region| !view.shows(region)).copied().collect();
+    /// Shows those of `regions` that a view does not show yet, as far as there is room behind the
+    /// others.
+    fn show_more(
+        &self,
+        table: &mut Table,
+        view: &mut View,
+        target: &dyn TargetMemory,
+        regions: &[Region],
+    ) {
+        let new: Vec<Region> =
+            regions.iter().filter(|region| !view.shows(region)).copied().collect();
         let room = MAX_RANGES - view.shown.len().min(MAX_RANGES);
         let slots_left = MAX_SLOTS_PER_VIEW.saturating_sub(view.shown.len() + view.poisoned.len());
         let layout = lay_out(&new, view.len).filter(|layout| table.area.grow(view.gpa, layout.len));

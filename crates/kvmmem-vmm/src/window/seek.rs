@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Where a target's memory has data: so that a guest that scans it makes the host allocate nothing. The host's pages are
-//! the measure: where it has given the target large ones, all of such a page is data once a byte of it is.
+//! Where a target's memory has data: so that a guest that scans it makes the host allocate nothing.
+//! The host's pages are the measure: where it has given the target large ones, all of such a page
+//! is data once a byte of it is.
 
 use std::os::fd::BorrowedFd;
 use std::time::{Duration, Instant};
@@ -24,8 +25,9 @@ pub(crate) enum Seek {
     Hole,
 }
 
-/// What a search for a hole looks at in one piece. `lseek` holds the lock of the target's file for as long as it walks,
-/// and the target's own VMM needs that lock to take pages from its guest: so it is called only where it ends soon.
+/// What a search for a hole looks at in one piece. `lseek` holds the lock of the target's file for
+/// as long as it walks, and the target's own VMM needs that lock to take pages from its guest: so
+/// it is called only where it ends soon.
 const PIECE: u64 = 64 << 20;
 
 /// After so long a search pauses.
@@ -41,8 +43,8 @@ pub(crate) enum Progress {
 }
 
 impl Windows {
-    /// The next target GPA, `from` or behind it, within the ranges of the view whose descriptor page is at `gpa`, that
-    /// has what is looked for.
+    /// The next target GPA, `from` or behind it, within the ranges of the view whose descriptor
+    /// page is at `gpa`, that has what is looked for.
     ///
     /// # Errors
     /// [`WindowError`].
@@ -50,7 +52,8 @@ impl Windows {
         let (target, regions) = {
             let mut table = self.lock();
             let index = table.descriptors.index(gpa);
-            let view = index.and_then(|index| table.view(index)).ok_or(WindowError::NotAView { gpa })?;
+            let view =
+                index.and_then(|index| table.view(index)).ok_or(WindowError::NotAView { gpa })?;
             let target = view.target.clone().ok_or(WindowError::Closed { gpa })?;
             let regions: Vec<Region> = view.shown.iter().map(|shown| shown.region).collect();
             (target, regions)

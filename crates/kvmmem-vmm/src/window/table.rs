@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The table of a machine's views, and their share of guest-physical space and of KVM's slot numbers.
+//! The table of a machine's views, and their share of guest-physical space and of KVM's slot
+//! numbers.
 
 use kvmmem_sys::memslot::Memslot;
 use kvmmem_sys::window::{GuestMapping, PoisonFile};
@@ -30,7 +31,13 @@ pub(super) struct Table {
 
 impl Table {
     pub(super) fn new(descriptors: Descriptors, area: Area, slots: Vec<u32>) -> Self {
-        Self { seats: [const { Seat::Free }; MAX_VIEWS], descriptors, area, slots, is_telling: false }
+        Self {
+            seats: [const { Seat::Free }; MAX_VIEWS],
+            descriptors,
+            area,
+            slots,
+            is_telling: false,
+        }
     }
 
     /// Takes a seat for a view that is about to be attached.
@@ -129,8 +136,8 @@ impl Table {
         self.slots.push(slot);
     }
 
-    /// Takes a closed view's slots from the guest and gives its place back, and returns what was behind the slots. Slots
-    /// that KVM keeps stay as poison, and so does the view's place.
+    /// Takes a closed view's slots from the guest and gives its place back, and returns what was
+    /// behind the slots. Slots that KVM keeps stay as poison, and so does the view's place.
     pub(super) fn vacate(
         &mut self,
         mut view: View,
@@ -151,7 +158,10 @@ impl Table {
         } else {
             // Nobody comes back to them: the guest keeps them until its machine ends.
             let View { shown, poisoned, .. } = view;
-            std::mem::forget((shown.into_iter().map(|shown| shown.slot).collect::<Vec<Memslot>>(), poisoned));
+            std::mem::forget((
+                shown.into_iter().map(|shown| shown.slot).collect::<Vec<Memslot>>(),
+                poisoned,
+            ));
         }
         Ok(behind)
     }
@@ -159,7 +169,9 @@ impl Table {
     /// Tells `source` of counters that it does not know yet.
     pub(super) fn tell(&mut self, source: &dyn TokenSource) {
         self.is_telling = false;
-        for view in self.views().filter(|view| view.state == State::Open && view.told != view.counters) {
+        for view in
+            self.views().filter(|view| view.state == State::Open && view.told != view.counters)
+        {
             view.told = view.counters;
             source.counters(view.number, view.counters);
         }

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! One view: its ranges, the memory slots that show them, and what becomes of these when its right ends.
+//! One view: its ranges, the memory slots that show them, and what becomes of these when its right
+//! ends.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -64,7 +65,8 @@ pub(crate) enum ShowError {
     },
 }
 
-/// A slot that nothing could take from the guest: neither KVM nor the kernel's `mmap` does as it is told any more.
+/// A slot that nothing could take from the guest: neither KVM nor the kernel's `mmap` does as it is
+/// told any more.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot take memory slot {slot} at GPA {gpa:#x} from the guest")]
 pub struct TakeError {
@@ -92,8 +94,8 @@ pub(super) struct View {
     pub(super) grant: u64,
     /// The target's UUID.
     pub(super) uuid: [u8; 16],
-    /// The target as it was last told of; `None` once the view has ended, so that a guest that does not detach keeps
-    /// nobody's memory.
+    /// The target as it was last told of; `None` once the view has ended, so that a guest that
+    /// does not detach keeps nobody's memory.
     pub(super) target: Option<Arc<dyn TargetMemory>>,
     pub(super) scope: Scope,
     pub(super) token_digest: [u8; 32],
@@ -171,8 +173,8 @@ impl View {
         self.shown.iter().any(|shown| shown.region == *region)
     }
 
-    /// Takes the ranges that are none of `regions` off the list, and returns which of the poisoned slots are theirs: they
-    /// need poison.
+    /// Takes the ranges that are none of `regions` off the list, and returns which of the poisoned
+    /// slots are theirs: they need poison.
     pub(super) fn retire(&mut self, regions: &[Region]) -> Range<usize> {
         let first = self.poisoned.len();
         for shown in std::mem::take(&mut self.shown) {
@@ -194,16 +196,19 @@ pub(super) fn show(
     slot: u32,
     gpa: u64,
 ) -> Result<Memslot, ShowError> {
-    let file = target.file(region.file).ok_or(ShowError::File { gpa: region.gpa, file: region.file })?;
+    let file =
+        target.file(region.file).ok_or(ShowError::File { gpa: region.gpa, file: region.file })?;
     let mapping = GuestMapping::of_file(file, region.offset, region.len, access)
         .map_err(|source| ShowError::Map { gpa: region.gpa, source })?;
-    Memslot::add(vm, slot, gpa, mapping).map_err(|source| ShowError::Slot { gpa: region.gpa, source })
+    Memslot::add(vm, slot, gpa, mapping)
+        .map_err(|source| ShowError::Slot { gpa: region.gpa, source })
 }
 
 /// Poison for one slot, made while the guest still runs.
 pub(super) fn poison_for(slot: &Memslot, file: &PoisonFile) -> Result<GuestMapping, MappingError> {
     let access = slot.access().unwrap_or(Access::ReadOnly);
-    // Writable poison takes many mappings, of which the process may have no more; then a guest's writes are ignored.
+    // Writable poison takes many mappings, of which the process may have no more; then a guest's
+    // writes are ignored.
     GuestMapping::poison(slot.len(), access, file)
         .or_else(|_| GuestMapping::poison(slot.len(), Access::ReadOnly, file))
 }
@@ -224,7 +229,10 @@ pub(super) fn replace(
             poison_in_place(slot, file).map(|()| None)
         }
         Err(error) => {
-            warn_limited!(error = &error as &dyn std::error::Error, "a hole is left where a view has ended");
+            warn_limited!(
+                error = &error as &dyn std::error::Error,
+                "a hole is left where a view has ended"
+            );
             Ok(None)
         }
     }
@@ -237,9 +245,15 @@ pub(super) fn poison_in_place(slot: &mut Memslot, file: &PoisonFile) -> Result<(
 }
 
 /// Takes a slot from the guest for good. A slot that KVM keeps is left with poison behind it.
-pub(super) fn delete(slot: &mut Memslot, file: &PoisonFile) -> Result<Option<GuestMapping>, TakeError> {
+pub(super) fn delete(
+    slot: &mut Memslot,
+    file: &PoisonFile,
+) -> Result<Option<GuestMapping>, TakeError> {
     slot.delete().or_else(|error| {
-        warn_limited!(error = &error as &dyn std::error::Error, "a closed view's slot stays, with poison");
+        warn_limited!(
+            error = &error as &dyn std::error::Error,
+            "a closed view's slot stays, with poison"
+        );
         poison_in_place(slot, file).map(|()| None)
     })
 }

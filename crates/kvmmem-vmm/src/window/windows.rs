@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A machine's views: attached, searched and detached as the guest asks.
 //!
-//! The table's lock is held while slots come and go, but not while a token is traded, which may wait for the broker.
+//! The table's lock is held while slots come and go, but not while a token is traded, which may
+//! wait for the broker.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -74,12 +75,14 @@ impl Windows {
         let slots = (FIRST_SLOT + 1..most.min(FIRST_SLOT + 1 + wanted)).rev().collect();
         let table = Arc::new(Mutex::new(Table::new(descriptors, area, slots)));
         let (shared, source) = (table.clone(), host.source.clone());
-        let worker = Worker::start(move || lock(&shared).tell(&*source)).map_err(SetUpError::Thread)?;
+        let worker =
+            Worker::start(move || lock(&shared).tell(&*source)).map_err(SetUpError::Thread)?;
         let poison = PoisonFile::new().map_err(SetUpError::Poison)?;
         Ok(Self { host, poison, worker, table, _pages: pages, start })
     }
 
-    /// Shows the view that `trade` gets for a token. `trade` is not called where no view could be shown.
+    /// Shows the view that `trade` gets for a token. `trade` is not called where no view could be
+    /// shown.
     ///
     /// # Errors
     /// [`WindowError`]; no view is left open.
@@ -106,8 +109,8 @@ impl Windows {
         opened
     }
 
-    /// Shows what was attached. An end of it that came before is seen here, one that comes later finds the view in the
-    /// table.
+    /// Shows what was attached. An end of it that came before is seen here, one that comes later
+    /// finds the view in the table.
     fn open(
         &self,
         table: &mut Table,
@@ -125,8 +128,10 @@ impl Windows {
             return Err(WindowError::TooManyRanges { count: regions.len() });
         }
         let layout = lay_out(&regions, 0).ok_or(WindowError::NoSpace { len: u64::MAX })?;
-        let gpa =
-            table.area.take(layout.len, layout.alignment).ok_or(WindowError::NoSpace { len: layout.len })?;
+        let gpa = table
+            .area
+            .take(layout.len, layout.alignment)
+            .ok_or(WindowError::NoSpace { len: layout.len })?;
         let mut view = View {
             number: view,
             grant: attached.grant,
@@ -206,7 +211,8 @@ impl Windows {
     fn finish(&self, table: &mut Table, view: View) {
         let (number, state, counters) = (view.number, view.state, view.counters);
         self.vacate(table, view);
-        // Where the target or the broker is gone, the number means nothing any more, or another view.
+        // Where the target or the broker is gone, the number means nothing any more, or another
+        // view.
         if state != State::Gone {
             self.host.source.detached(number, counters);
         }
@@ -219,19 +225,23 @@ impl Windows {
         }
     }
 
-    /// Ends the machine: the last that can be done for a target whose memory cannot be taken from the guest.
+    /// Ends the machine: the last that can be done for a target whose memory cannot be taken from
+    /// the guest.
     pub(super) fn give_up(&self, error: VmmError) {
         self.host.stop.end(Ended::Failed(error));
     }
 
-    /// Whether `gpa`, where the guest wrote and nothing takes writes, is part of the windows; the write is counted.
+    /// Whether `gpa`, where the guest wrote and nothing takes writes, is part of the windows; the
+    /// write is counted.
     pub(crate) fn refuse_write(&self, gpa: u64) -> bool {
         if gpa < self.start {
             return false;
         }
         let mut table = self.lock();
         let mut views = table.views();
-        if let Some(view) = views.find(|view| gpa.checked_sub(view.gpa).is_some_and(|at| at < view.len)) {
+        if let Some(view) =
+            views.find(|view| gpa.checked_sub(view.gpa).is_some_and(|at| at < view.len))
+        {
             view.counters.refused_writes += 1;
             drop(views);
             self.count(&mut table);

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! What need not be done at once: unmapping what a guest no longer reaches, and telling of counters.
+//! What need not be done at once: unmapping what a guest no longer reaches, and telling of
+//! counters.
 
 use std::io;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, sync_channel};
@@ -11,7 +12,8 @@ use kvmmem_sys::window::GuestMapping;
 /// Between two times that counters are told.
 const TELL_EVERY: Duration = Duration::from_secs(1);
 
-/// The most pieces of work that wait. A guest that opens and closes views faster unmaps them itself.
+/// The most pieces of work that wait. A guest that opens and closes views faster unmaps them
+/// itself.
 const MOST_WAITING: usize = 64;
 
 enum Work {
@@ -29,7 +31,8 @@ impl Worker {
     /// A thread that calls `tell` at most every [`TELL_EVERY`], and only when it was asked to.
     pub(super) fn start(tell: impl Fn() + Send + 'static) -> io::Result<Self> {
         let (queue, work) = sync_channel(MOST_WAITING);
-        let thread = std::thread::Builder::new().name("views".into()).spawn(move || run(&work, &tell))?;
+        let thread =
+            std::thread::Builder::new().name("views".into()).spawn(move || run(&work, &tell))?;
         Ok(Self { queue: Some(queue), thread: Some(thread) })
     }
 

@@ -12,7 +12,9 @@ use kvmmem_client::vmm::{Rights, Scope};
 use kvmmem_vmm::mapping::{TargetMemory, Views};
 use kvmmem_vmm::{ResetPolicy, VmExit};
 
-use crate::fixture::{TOKEN, Target, refused, run_with_broker, run_with_tokens, wait_until, window_ways};
+use crate::fixture::{
+    TOKEN, Target, refused, run_with_broker, run_with_tokens, wait_until, window_ways,
+};
 use crate::guest::Guest;
 use crate::tokens::OneToken;
 use crate::views::{Calls, DESCRIPTOR, FIRST, POSITION, REQUEST, RESULT, THERE, guest, secret};
@@ -34,18 +36,25 @@ fn what_is_taken_back_turns_into_poison_while_the_guest_uses_it() {
         ("gone", |views| views.gone(1), STATE_GONE),
         ("lost", |views| views.lost(), STATE_GONE),
     ];
-    for (way, rights) in
-        window_ways().into_iter().flat_map(|way| [(way, Rights::ReadOnly), (way, Rights::ReadWrite)])
+    for (way, rights) in window_ways()
+        .into_iter()
+        .flat_map(|way| [(way, Rights::ReadOnly), (way, Rights::ReadWrite)])
     {
         for (name, event, state) in cases {
             let (target, tokens) = secret(rights);
-            let bits = if rights == Rights::ReadOnly { RIGHT_READ } else { RIGHT_READ | RIGHT_WRITE };
+            let bits =
+                if rights == Rights::ReadOnly { RIGHT_READ } else { RIGHT_READ | RIGHT_WRITE };
             let words = |state: u32| u64::from(state) | u64::from(bits) << 32;
             let program = guest(way)
                 .attach()
                 .report_memory(FIRST + THERE)
                 .ring(SEEK, [DESCRIPTOR, POSITION, SEEK_DATA])
-                .touch_while(DESCRIPTOR + 24, words(STATE_OPEN), FIRST + THERE, rights == Rights::ReadWrite)
+                .touch_while(
+                    DESCRIPTOR + 24,
+                    words(STATE_OPEN),
+                    FIRST + THERE,
+                    rights == Rights::ReadWrite,
+                )
                 .report_memory(DESCRIPTOR + 24)
                 .report_memory(FIRST + THERE)
                 .report_memory(FIRST)
@@ -92,7 +101,8 @@ fn two_cpus_open_and_close_views_at_once_and_one_of_them_loses_one() {
             .write_token(OTHER_REQUEST, TOKEN)
             .attach()
             .second_cpu(|other| {
-                // The first view is this CPU's: it reads until that is taken back, and opens and closes others then.
+                // The first view is this CPU's: it reads until that is taken back, and opens and
+                // closes others then.
                 other
                     .write(STARTED, 1)
                     .touch_while(DESCRIPTOR + 24, open, FIRST + THERE, false)
@@ -142,7 +152,8 @@ fn a_reset_closes_all_views() {
             .write(FIRST + 0x1000, 1)
             .reset();
         let outcome =
-            run_with_tokens(&program, &tokens, |config| config.reset = ResetPolicy::Restart).unwrap();
+            run_with_tokens(&program, &tokens, |config| config.reset = ResetPolicy::Restart)
+                .unwrap();
         assert_eq!(outcome.values, [0, 0, 0, 0x5ec2e7].repeat(2));
         let state = tokens.state();
         assert!(state.open.is_empty());
@@ -189,7 +200,8 @@ fn a_view_follows_its_target() {
             run_with_tokens(&program, &tokens, |_| {}).unwrap()
         });
         let before = [0, 2, 2, 0, MIB, 0, 2 * MIB, MIB, MIB, high];
-        // The range that is gone is poison, the new one is behind it where large pages stay large, the other as it was.
+        // The range that is gone is poison, the new one is behind it where large pages stay large,
+        // the other as it was.
         let after = [4, 2, 0, MIB, 0, 4 * MIB, 2 * MIB, 2 * MIB, low, 0, new, 0];
         assert_eq!(outcome.values, [before.as_slice(), &after].concat());
     }

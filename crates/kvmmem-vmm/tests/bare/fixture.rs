@@ -14,7 +14,9 @@ use kvmmem_client::vmm::{Region, Registration, Rights, Scope, VmmLink};
 use kvmmem_proto::map::MemoryMap;
 use kvmmem_sys::ram::GuestRam;
 use kvmmem_vmm::mapping::TargetMemory;
-use kvmmem_vmm::{Control, HypercallWay, ResetPolicy, SerialConfig, VmConfig, VmExit, VmStatus, VmmError};
+use kvmmem_vmm::{
+    Control, HypercallWay, ResetPolicy, SerialConfig, VmConfig, VmExit, VmStatus, VmmError,
+};
 use uuid::Uuid;
 use vm_memory::{Bytes, GuestAddress};
 
@@ -32,7 +34,8 @@ const TARGET_BYTES: u64 = 1 << 20;
 pub(crate) const TARGET_HOLE: u64 = 0x8_0000;
 
 /// Where the target's RAM is, in its file as well.
-pub(crate) const TARGET_RANGES: [(u64, u64); 2] = [(0, TARGET_HOLE), (TARGET_HOLE + 4096, TARGET_BYTES)];
+pub(crate) const TARGET_RANGES: [(u64, u64); 2] =
+    [(0, TARGET_HOLE), (TARGET_HOLE + 4096, TARGET_BYTES)];
 
 /// The target's memory.
 pub(crate) struct Target(Arc<GuestRam>, MemoryMap);
@@ -42,19 +45,23 @@ impl Target {
         Self::with_ranges(TARGET_BYTES, &TARGET_RANGES)
     }
 
-    /// A target with RAM in these ranges, start and end, alone, in a file of `bytes` bytes. One of less than 2 MiB has no
-    /// large pages, which would have data everywhere.
+    /// A target with RAM in these ranges, start and end, alone, in a file of `bytes` bytes. One of
+    /// less than 2 MiB has no large pages, which would have data everywhere.
     pub(crate) fn with_ranges(bytes: u64, ranges: &[(u64, u64)]) -> Arc<Self> {
-        let regions =
-            ranges.iter().map(|&(gpa, end)| Region { gpa, len: end - gpa, offset: gpa, file: 0 }).collect();
+        let regions = ranges
+            .iter()
+            .map(|&(gpa, end)| Region { gpa, len: end - gpa, offset: gpa, file: 0 })
+            .collect();
         let ram = Arc::new(GuestRam::new(bytes).unwrap());
         Arc::new(Self(ram, MemoryMap::new(regions).unwrap()))
     }
 
     /// The same memory with RAM in other ranges.
     pub(crate) fn with_other_ranges(&self, ranges: &[(u64, u64)]) -> Arc<Self> {
-        let regions =
-            ranges.iter().map(|&(gpa, end)| Region { gpa, len: end - gpa, offset: gpa, file: 0 }).collect();
+        let regions = ranges
+            .iter()
+            .map(|&(gpa, end)| Region { gpa, len: end - gpa, offset: gpa, file: 0 })
+            .collect();
         Arc::new(Self(self.0.clone(), MemoryMap::new(regions).unwrap()))
     }
 
@@ -110,7 +117,9 @@ pub(crate) fn has_windows() -> bool {
     }
     let has_windows = kvm_ioctls::Kvm::new().unwrap().check_extension(kvm_ioctls::Cap::ReadonlyMem);
     if !has_windows {
-        eprintln!("skipped: KVM has no read-only memory slots (KVM_CAP_READONLY_MEM): run on an x86 host");
+        eprintln!(
+            "skipped: KVM has no read-only memory slots (KVM_CAP_READONLY_MEM): run on an x86 host"
+        );
     }
     has_windows
 }
@@ -125,7 +134,8 @@ pub(crate) struct Outcome {
     pub(crate) asked: usize,
 }
 
-/// The ways of hypercalls that this host has; none, with the reason printed, where there is no usable `/dev/kvm`.
+/// The ways of hypercalls that this host has; none, with the reason printed, where there is no
+/// usable `/dev/kvm`.
 pub(crate) fn ways() -> Vec<Way> {
     if !has_kvm() {
         return Vec::new();
@@ -183,10 +193,11 @@ pub(crate) fn refused(error: KvmError) -> u64 {
     (-i64::from(error.number())).cast_unsigned()
 }
 
-/// Runs the guest that `make` makes of a token for reading and writing, good for `uses` uses, minted by a broker that serves
-/// the introspector and `target`.
+/// Runs the guest that `make` makes of a token for reading and writing, good for `uses` uses,
+/// minted by a broker that serves the introspector and `target`.
 ///
-/// Meanwhile another thread does `meanwhile`, as the broker's administrator, with the token's grant.
+/// Meanwhile another thread does `meanwhile`, as the broker's administrator, with the token's
+/// grant.
 pub(crate) fn run_with_broker(
     target: &Target,
     uses: u32,
@@ -198,7 +209,8 @@ pub(crate) fn run_with_broker(
     Outcome { exit, values, events: Vec::new(), asked: 1 }
 }
 
-/// As [`run_with_broker`], with a machine that `launch` runs; returns what that returns, and what the guest reported.
+/// As [`run_with_broker`], with a machine that `launch` runs; returns what that returns, and what
+/// the guest reported.
 pub(crate) fn launch_with_broker<T>(
     target: &Target,
     uses: u32,

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Guests of a few instructions: assembled here, packed as an ELF kernel, entered in 64-bit mode at CPL 0 with the first
-//! 4 GiB mapped one to one. What they report goes to the serial port, eight bytes a value.
+//! Guests of a few instructions: assembled here, packed as an ELF kernel, entered in 64-bit mode at
+//! CPL 0 with the first 4 GiB mapped one to one. What they report goes to the serial port, eight
+//! bytes a value.
 
 use std::path::Path;
 
@@ -45,7 +46,10 @@ pub(crate) struct Guest {
 impl Guest {
     /// `mov rax, value; mov [gpa], rax`
     pub(crate) fn write(self, gpa: u64, value: u64) -> Self {
-        self.load_rax(value).bytes(&[0x48, 0xbb]).bytes(&gpa.to_le_bytes()).bytes(&[0x48, 0x89, 0x03])
+        self.load_rax(value)
+            .bytes(&[0x48, 0xbb])
+            .bytes(&gpa.to_le_bytes())
+            .bytes(&[0x48, 0x89, 0x03])
     }
 
     /// Writes a token's four words.
@@ -58,7 +62,8 @@ impl Guest {
         self.bytes(&[0x48, 0xbb]).bytes(&gpa.to_le_bytes()).bytes(&[0x48, 0x8b, 0x03]).report_rax()
     }
 
-    /// Maps [`WINDOW_BYTES`] from [`WINDOW`] on one to one, by large pages whose directory is at `scratch`.
+    /// Maps [`WINDOW_BYTES`] from [`WINDOW`] on one to one, by large pages whose directory is at
+    /// `scratch`.
     pub(crate) fn see_windows(self, scratch: u64) -> Self {
         const LARGE_PRESENT_WRITABLE: u64 = 0x83;
         let guest = (0..WINDOW_BYTES >> 21).fold(self, |guest, page| {
@@ -82,7 +87,12 @@ impl Guest {
     }
 
     /// As [`Guest::call`], with `body` between the call and the report, which leaves rax alone.
-    pub(crate) fn call_and(self, number: u64, arguments: [u64; 3], body: impl FnOnce(Self) -> Self) -> Self {
+    pub(crate) fn call_and(
+        self,
+        number: u64,
+        arguments: [u64; 3],
+        body: impl FnOnce(Self) -> Self,
+    ) -> Self {
         let guest = body(self.ring(number, arguments));
         match guest.way {
             // cdqe
@@ -107,9 +117,10 @@ impl Guest {
                 .load_edx(DOORBELL_PORT.into())
                 .bytes(&[0xed]),
             // mov rdx, a2; xor edi, edi; vmmcall
-            Way::Vmmcall => {
-                guest.bytes(&[0x48, 0xba]).bytes(&a2.to_le_bytes()).bytes(&[0x31, 0xff, 0x0f, 0x01, 0xd9])
-            }
+            Way::Vmmcall => guest
+                .bytes(&[0x48, 0xba])
+                .bytes(&a2.to_le_bytes())
+                .bytes(&[0x31, 0xff, 0x0f, 0x01, 0xd9]),
         }
     }
 
@@ -126,7 +137,8 @@ impl Guest {
             .report_rax()
     }
 
-    /// Goes on at CPL 3, with port access: the page tables let users in, a GDT at `scratch` has segments for them.
+    /// Goes on at CPL 3, with port access: the page tables let users in, a GDT at `scratch` has
+    /// segments for them.
     pub(crate) fn drop_to_user(self, scratch: u64) -> Self {
         const USER_CODE: u64 = 0x00af_fb00_0000_ffff;
         const USER_DATA: u64 = 0x00cf_f300_0000_ffff;
@@ -165,7 +177,8 @@ impl Guest {
     pub(crate) fn skip_if_zero(self, gpa: u64, body: impl Fn(Self) -> Self) -> Self {
         let length = body(Self::calling(self.way)).code.len();
         // mov rbx, gpa; cmp qword [rbx], 0; je behind the body
-        let guest = self.bytes(&[0x48, 0xbb]).bytes(&gpa.to_le_bytes()).bytes(&[0x48, 0x83, 0x3b, 0x00]);
+        let guest =
+            self.bytes(&[0x48, 0xbb]).bytes(&gpa.to_le_bytes()).bytes(&[0x48, 0x83, 0x3b, 0x00]);
         body(guest.bytes(&[0x0f, 0x84]).bytes(&i32::try_from(length).unwrap().to_le_bytes()))
     }
 
@@ -179,7 +192,8 @@ impl Guest {
         guest.bytes(&back.to_le_bytes())
     }
 
-    /// Reads the eight bytes at `gpa`, and writes those behind them if `writes`, as long as those at `sign` are `value`.
+    /// Reads the eight bytes at `gpa`, and writes those behind them if `writes`, as long as those
+    /// at `sign` are `value`.
     pub(crate) fn touch_while(self, sign: u64, value: u64, gpa: u64, writes: bool) -> Self {
         // mov rbx, sign; mov r11, gpa; mov r10, value
         let guest = self.bytes(&[0x48, 0xbb]).bytes(&sign.to_le_bytes());
@@ -204,28 +218,32 @@ impl Guest {
         let guest = self.bytes(&[0xe9]).bytes(&i32::try_from(length).unwrap().to_le_bytes());
         let entry = u32::try_from(LOAD_ADDRESS).unwrap() + u32::try_from(guest.code.len()).unwrap();
         let guest = body(guest).halt();
-        // cli; lgdt cs:[0xc0]; cr4 = PAE; cr3 = PML4; EFER |= LME; cr0 = PE and PG; jmp 8:entry. In real mode.
+        // cli; lgdt cs:[0xc0]; cr4 = PAE; cr3 = PML4; EFER |= LME; cr0 = PE and PG; jmp 8:entry. In
+        // real mode.
         let mut code = vec![0xfa, 0x2e, 0x66, 0x0f, 0x01, 0x16, 0xc0, 0x00];
         code.extend([0x66, 0xb8, 0x20, 0, 0, 0, 0x0f, 0x22, 0xe0, 0x66, 0xb8]);
         code.extend(u32::try_from(PML4).unwrap().to_le_bytes());
         code.extend([0x0f, 0x22, 0xd8, 0x66, 0xb9, 0x80, 0, 0, 0xc0, 0x0f, 0x32]);
         code.extend([
-            0x66, 0x0d, 0, 1, 0, 0, 0x0f, 0x30, 0x66, 0xb8, 1, 0, 0, 0x80, 0x0f, 0x22, 0xc0, 0x66, 0xea,
+            0x66, 0x0d, 0, 1, 0, 0, 0x0f, 0x30, 0x66, 0xb8, 1, 0, 0, 0x80, 0x0f, 0x22, 0xc0, 0x66,
+            0xea,
         ]);
         code.extend(entry.to_le_bytes());
         code.extend([8, 0]);
         code.resize(0x80, 0);
         let words = code.as_chunks::<8>().0.iter().map(|word| u64::from_le_bytes(*word));
+        let guest = (0..)
+            .zip(words)
+            .fold(guest, |guest, (index, word)| guest.write(TRAMPOLINE + 8 * index, word));
         let guest =
-            (0..).zip(words).fold(guest, |guest, (index, word)| guest.write(TRAMPOLINE + 8 * index, word));
-        let guest = guest.write(GDT, 0).write(GDT + 8, CODE_64).write(TRAMPOLINE + 0xc0, GDT << 16 | 15);
+            guest.write(GDT, 0).write(GDT + 8, CODE_64).write(TRAMPOLINE + 0xc0, GDT << 16 | 15);
         // To all but this one: INIT, then the address to start at.
         let vector = u32::try_from(TRAMPOLINE >> 12).unwrap();
         guest.write_dword(LAPIC_COMMAND, 0xc4500).write_dword(LAPIC_COMMAND, 0xc4600 | vector)
     }
 
-    /// Has a timer interrupt this CPU about every millisecond, at which it sends a byte to the serial port. Uses a page
-    /// at `scratch`.
+    /// Has a timer interrupt this CPU about every millisecond, at which it sends a byte to the
+    /// serial port. Uses a page at `scratch`.
     pub(crate) fn start_timer(self, scratch: u64) -> Self {
         const LAPIC: u64 = 0xfee0_0000;
         const VECTOR: u32 = 0x40;
@@ -243,7 +261,8 @@ impl Guest {
         // jmp behind the handler
         let guest = self.bytes(&[0xeb, u8::try_from(handler.len()).unwrap()]);
         let entry = LOAD_ADDRESS + guest.code.len() as u64;
-        let gate = entry & 0xffff | CODE_SELECTOR << 16 | INTERRUPT_GATE | (entry >> 16 & 0xffff) << 48;
+        let gate =
+            entry & 0xffff | CODE_SELECTOR << 16 | INTERRUPT_GATE | (entry >> 16 & 0xffff) << 48;
         let at = scratch + 16 * u64::from(VECTOR);
         guest
             .bytes(&handler)
@@ -294,7 +313,8 @@ impl Guest {
         self.out_byte(RESET_PORT, 1).halt()
     }
 
-    /// Jumps to the reset vector. A kernel does so in real mode; the code there means the same in 64-bit mode.
+    /// Jumps to the reset vector. A kernel does so in real mode; the code there means the same in
+    /// 64-bit mode.
     pub(crate) fn jump_to_reset_vector(self) -> Self {
         const RESET_VECTOR: u64 = 0xf_fff0;
         self.jump(RESET_VECTOR)
@@ -345,7 +365,9 @@ impl Guest {
 
     fn report_rax(self) -> Self {
         // Eight times: out dx, al; shr rax, 8.
-        (0..8).fold(self.load_edx(SERIAL_PORT), |guest, _| guest.bytes(&[0xee, 0x48, 0xc1, 0xe8, 0x08]))
+        (0..8).fold(self.load_edx(SERIAL_PORT), |guest, _| {
+            guest.bytes(&[0xee, 0x48, 0xc1, 0xe8, 0x08])
+        })
     }
 
     fn out_byte(self, port: u32, value: u8) -> Self {

@@ -21,7 +21,8 @@ fn the_error_names_what_kvm_reported_where_and_the_next_step() {
     if !has_kvm() {
         return;
     }
-    // The CPU finds no interrupt gate. An older kernel tries to emulate the instruction, and cannot do that either.
+    // The CPU finds no interrupt gate. An older kernel tries to emulate the instruction, and cannot
+    // do that either.
     let undeliverable = Guest::default().load_interrupt_table(NOTHING, SCRATCH).breakpoint();
     let not_emulated = Guest::default().jump(NOTHING);
     for (guest, suberrors) in

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! A machine whose process has given up what it does not need. It runs in a process of its own: this very program, which
-//! is told by its environment to be that.
+//! A machine whose process has given up what it does not need. It runs in a process of its own:
+//! this very program, which is told by its environment to be that.
 
 use std::fs::File;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
@@ -103,9 +103,10 @@ fn a_machine_runs_in_its_sandbox_and_nothing_else_does() {
             let target = Target::new();
             target.write(THERE, 0x5ec2e7);
             let make = |token| program(way, token);
-            let (output, values) = launch_with_broker(&target, 4, make, revoke_when_searched, |config| {
-                launch(config.kernel.parent().unwrap(), way, last)
-            });
+            let (output, values) =
+                launch_with_broker(&target, 4, make, revoke_when_searched, |config| {
+                    launch(config.kernel.parent().unwrap(), way, last)
+                });
             let stderr = String::from_utf8_lossy(&output.stderr);
             let stdout = String::from_utf8_lossy(&output.stdout);
             let revoked = u64::from(STATE_REVOKED) | u64::from(RIGHT_READ | RIGHT_WRITE) << 32;
@@ -115,8 +116,12 @@ fn a_machine_runs_in_its_sandbox_and_nothing_else_does() {
                 assert!(stdout.contains("opened false") || !has_landlock(), "{stdout}\n{stderr}");
             } else {
                 assert_eq!(output.status.signal(), Some(libc::SIGSYS), "{stdout}\n{stderr}");
-                // The C library blocks all signals, also that of the filter, while it makes a process.
-                assert!(last == "spawn" || stderr.contains("made system call"), "{stdout}\n{stderr}");
+                // The C library blocks all signals, also that of the filter, while it makes a
+                // process.
+                assert!(
+                    last == "spawn" || stderr.contains("made system call"),
+                    "{stdout}\n{stderr}"
+                );
             }
         }
     }

@@ -10,7 +10,8 @@ use kvmmem_vmm::mapping::{Attached, Redeemed, TargetMemory, Token, TokenSource, 
 
 use crate::fixture::{TOKEN, Target};
 
-/// Knows one token, which opens the target as often as it is used; the n-th use is grant n and, if so, view n.
+/// Knows one token, which opens the target as often as it is used; the n-th use is grant n and, if
+/// so, view n.
 pub(crate) struct OneToken {
     scope: Scope,
     state: Mutex<State>,
@@ -85,7 +86,12 @@ impl TokenSource for OneToken {
         false
     }
 
-    fn attach(&self, token: &Token, caller: &Caller, read_only: bool) -> Result<Attached, KvmError> {
+    fn attach(
+        &self,
+        token: &Token,
+        caller: &Caller,
+        read_only: bool,
+    ) -> Result<Attached, KvmError> {
         let (number, target) = self.use_token(token)?;
         self.state().open.insert(number, caller.clone());
         let rights = if read_only { Rights::ReadOnly } else { self.scope.rights };

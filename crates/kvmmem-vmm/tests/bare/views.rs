@@ -139,7 +139,8 @@ fn a_writable_view_is_written() {
     for way in window_ways() {
         let target = Target::new();
         let tokens = OneToken::new(target.clone(), Scope::whole(Rights::ReadWrite));
-        let program = guest(way).attach().write(FIRST + THERE, 0xbeef).detach(DESCRIPTOR).power_off();
+        let program =
+            guest(way).attach().write(FIRST + THERE, 0xbeef).detach(DESCRIPTOR).power_off();
         let outcome = run_with_tokens(&program, &tokens, |_| {}).unwrap();
         assert_eq!(outcome.values, [0, 0]);
         assert_eq!(target.read(THERE), 0xbeef);
@@ -171,7 +172,8 @@ fn data_and_holes_are_found_without_touching_either() {
             .call(SEEK, [DESCRIPTOR, 1 << 40, SEEK_DATA])
             .power_off();
         let outcome = run_with_tokens(&program, &tokens, |_| {}).unwrap();
-        let [none, invalid, fault] = [KvmError::NoEnt, KvmError::Inval, KvmError::Fault].map(refused);
+        let [none, invalid, fault] =
+            [KvmError::NoEnt, KvmError::Inval, KvmError::Fault].map(refused);
         let expected = [
             [0, 0x4000],
             [0, 0x4008],
@@ -224,8 +226,9 @@ fn bad_requests_are_refused_and_spare_the_token() {
         let unknown = guest(way).write(REQUEST, 0).attach().power_off();
         let outcome = run_with_tokens(&unknown, &tokens, |_| {}).unwrap();
         assert_eq!((outcome.values, outcome.asked), (vec![refused(KvmError::NoEnt)], 1));
-        let hidden =
-            run_with_tokens(&guest(way).attach().power_off(), &tokens, |config| config.window = false);
+        let hidden = run_with_tokens(&guest(way).attach().power_off(), &tokens, |config| {
+            config.window = false
+        });
         assert_eq!(hidden.unwrap().values, [refused(KvmError::OpNotSupp)]);
     }
 }
@@ -236,14 +239,17 @@ fn as_many_views_as_there_are_seats_and_all_of_them_again() {
         let target = Target::new();
         target.write(THERE, 7);
         let tokens = OneToken::new(target.clone(), Scope::whole(Rights::ReadOnly));
-        let ring =
-            |guest: Guest, count| guest.repeat(count, |guest| guest.ring(ATTACH, [REQUEST, RESULT, 0]));
+        let ring = |guest: Guest, count| {
+            guest.repeat(count, |guest| guest.ring(ATTACH, [REQUEST, RESULT, 0]))
+        };
         let program = ring(guest(way), 100).attach();
-        let program =
-            (0..64).fold(program, |guest, page| guest.ring(DETACH, [DESCRIPTOR + page * 0x1000, 0, 0]));
+        let program = (0..64)
+            .fold(program, |guest, page| guest.ring(DETACH, [DESCRIPTOR + page * 0x1000, 0, 0]));
         // Each comes and goes: nothing is used up.
         let program = program
-            .repeat(200, |guest| guest.ring(ATTACH, [REQUEST, RESULT, 0]).ring(DETACH, [DESCRIPTOR, 0, 0]))
+            .repeat(200, |guest| {
+                guest.ring(ATTACH, [REQUEST, RESULT, 0]).ring(DETACH, [DESCRIPTOR, 0, 0])
+            })
             .attach()
             .report_memory(RESULT + 8)
             .report_memory(FIRST + THERE)

@@ -27,8 +27,8 @@ impl Drop for Speaking<'_> {
     }
 }
 
-/// Runs a guest with a timer, whose `call` asks a broker that is silent until interrupts were served; returns what the
-/// guest reports after them.
+/// Runs a guest with a timer, whose `call` asks a broker that is silent until interrupts were
+/// served; returns what the guest reports after them.
 fn run_past_silence(program: Guest, tokens: &Arc<OneToken>, reported: usize) -> Vec<u64> {
     let directory = tempfile::tempdir().unwrap();
     let serial = directory.path().join("serial");
@@ -48,8 +48,10 @@ fn run_past_silence(program: Guest, tokens: &Arc<OneToken>, reported: usize) -> 
     });
     assert_eq!(outcome.exit, VmExit::PowerOff);
     let output = std::fs::read(&serial).unwrap();
-    let values =
-        output.rchunks_exact(8).take(reported).map(|bytes| u64::from_le_bytes(bytes.try_into().unwrap()));
+    let values = output
+        .rchunks_exact(8)
+        .take(reported)
+        .map(|bytes| u64::from_le_bytes(bytes.try_into().unwrap()));
     let mut values: Vec<u64> = values.collect();
     values.reverse();
     values

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! A VMM with 1 GiB of RAM, a broker and two views of it for benchmarks on the host: through the memfd, and through copies
-//! as if the RAM were private. VMM and broker are this program once more, each a process of its own.
+//! A VMM with 1 GiB of RAM, a broker and two views of it for benchmarks on the host: through the
+//! memfd, and through copies as if the RAM were private. VMM and broker are this program once more,
+//! each a process of its own.
 
 use std::error::Error;
 use std::io::{IoSliceMut, Read, Write};
@@ -67,7 +68,8 @@ impl Host {
         let mut vmm = spawn(&["--vmm".into()])?;
         let mut words = [0; 16];
         vmm.stdout.as_mut().ok_or("no output")?.read_exact(&mut words)?;
-        let [address, fd] = [&words[..8], &words[8..]].map(|word| word.try_into().map(u64::from_le_bytes));
+        let [address, fd] =
+            [&words[..8], &words[8..]].map(|word| word.try_into().map(u64::from_le_bytes));
         let (address, fd) = (usize::try_from(address?)?, fd?);
         let ram: OwnedFd = std::fs::OpenOptions::new()
             .read(true)
@@ -128,7 +130,8 @@ fn attach(socket: &Path, target: &str) -> Result<View> {
 
 /// Registers the same RAM as one that nobody can map.
 fn register_private(broker: &Broker, vmm: u32, address: usize) -> Result<()> {
-    let memory = std::fs::OpenOptions::new().read(true).write(true).open(format!("/proc/{vmm}/mem"))?;
+    let memory =
+        std::fs::OpenOptions::new().read(true).write(true).open(format!("/proc/{vmm}/mem"))?;
     let region = Region { gpa: 0, len: RAM, offset: address as u64, file: 0 };
     let ram = Ram::of_process(memory.into(), vec![region])?;
     let flags = SocketFlags::CLOEXEC;
@@ -156,7 +159,8 @@ fn broker(socket: &Path, vmm: u32, address: usize) -> Result<()> {
     Ok(())
 }
 
-/// Holds the RAM, every page of it in place as a guest's stores would have put it there, until standard input ends.
+/// Holds the RAM, every page of it in place as a guest's stores would have put it there, until
+/// standard input ends.
 fn vmm() -> Result<()> {
     let ram = GuestRam::new(RAM)?;
     let mut piece = vec![0x5a; PIECE];

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The tool's end of a channel for copies ([`kvmmem_proto::copy`]): requests go out, answers come back in order.
+//! The tool's end of a channel for copies ([`kvmmem_proto::copy`]): requests go out, answers come
+//! back in order.
 
 use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
@@ -17,8 +18,8 @@ use super::LIMIT;
 ///
 /// # Invariants
 ///
-/// `awaited` are the ids of the requests that were sent and not answered, oldest first, at most [`SLOTS`]. The broker may
-/// use their slots of the buffer; the other slots are ours.
+/// `awaited` are the ids of the requests that were sent and not answered, oldest first, at most
+/// [`SLOTS`]. The broker may use their slots of the buffer; the other slots are ours.
 #[derive(Debug)]
 pub(super) struct Channel {
     socket: Arc<OwnedFd>,
@@ -48,7 +49,12 @@ impl Channel {
     pub(super) fn new(socket: OwnedFd, buffer: CopyBuffer) -> Result<Self, Errno> {
         set_socket_timeout(&socket, Timeout::Recv, Some(LIMIT))?;
         set_socket_timeout(&socket, Timeout::Send, Some(LIMIT))?;
-        Ok(Self { socket: Arc::new(socket), buffer, last: 0, awaited: VecDeque::with_capacity(SLOTS) })
+        Ok(Self {
+            socket: Arc::new(socket),
+            buffer,
+            last: 0,
+            awaited: VecDeque::with_capacity(SLOTS),
+        })
     }
 
     /// The socket, for ending the channel from another thread.
@@ -64,7 +70,8 @@ impl Channel {
 
     /// Sends a request whose bytes are in the free slot.
     pub(super) fn send(&mut self, write: bool, pieces: Vec<Piece>) -> Result<(), ChannelError> {
-        let at = self.free_slot().and_then(|at| u32::try_from(at).ok()).ok_or(ChannelError::Closed)?;
+        let at =
+            self.free_slot().and_then(|at| u32::try_from(at).ok()).ok_or(ChannelError::Closed)?;
         // Ids start again at 0 after u32::MAX, which is the last of a round of slots.
         let id = self.last;
         let packet = CopyRequest { id, write, at, pieces }.encode();
@@ -73,7 +80,9 @@ impl Channel {
                 Ok(_) => break,
                 Err(Errno::INTR) => {}
                 Err(Errno::AGAIN) => return Err(ChannelError::NoAnswer),
-                Err(Errno::PIPE | Errno::CONNRESET | Errno::NOTCONN) => return Err(ChannelError::Closed),
+                Err(Errno::PIPE | Errno::CONNRESET | Errno::NOTCONN) => {
+                    return Err(ChannelError::Closed);
+                }
                 Err(error) => return Err(ChannelError::System(error)),
             }
         }
@@ -94,7 +103,8 @@ impl Channel {
                 Err(error) => return Err(ChannelError::System(error)),
             }
         };
-        let answer = packet.get(..count).and_then(CopyAnswer::decode).ok_or(ChannelError::Closed)?;
+        let answer =
+            packet.get(..count).and_then(CopyAnswer::decode).ok_or(ChannelError::Closed)?;
         let expected = self.awaited.pop_front();
         if expected == Some(answer.id) { Ok(answer) } else { Err(ChannelError::Closed) }
     }

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Copies of memory that only its VMM can map, made by the broker.
 //!
-//! A view has up to [`CHANNELS`] channels. A batch of pieces is cut into parcels that go out over all channels which no
-//! other thread uses at that moment: while the broker fills some, this process empties others.
+//! A view has up to [`CHANNELS`] channels. A batch of pieces is cut into parcels that go out over
+//! all channels which no other thread uses at that moment: while the broker fills some, this
+//! process empties others.
 
 use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
@@ -18,7 +19,8 @@ use super::channel::{Channel, ChannelError};
 /// How many channels a view opens, if the broker has room for them.
 pub(super) const CHANNELS: usize = 2;
 
-/// The most bytes that one request asks for. Small enough that the first answer of a batch comes soon.
+/// The most bytes that one request asks for. Small enough that the first answer of a batch comes
+/// soon.
 const PARCEL: usize = 64 << 10;
 const _: () = assert!(PARCEL <= SLOT);
 
@@ -141,8 +143,8 @@ impl Copier {
         Self { channels, turn: AtomicUsize::new(0), ended }
     }
 
-    /// Copies memory from guest-physical address `gpa` on to `bytes`, as far as there is any; returns how many bytes, none
-    /// only where `bytes` is empty.
+    /// Copies memory from guest-physical address `gpa` on to `bytes`, as far as there is any;
+    /// returns how many bytes, none only where `bytes` is empty.
     ///
     /// # Errors
     /// [`CopyError`].
@@ -151,22 +153,24 @@ impl Copier {
         as_far(len, self.read_pieces(&mut [(gpa, bytes)]))
     }
 
-    /// Fills each piece's bytes from its guest-physical address on, in order. Pieces after the one that [`Stopped`] names may
-    /// have been filled or not.
+    /// Fills each piece's bytes from its guest-physical address on, in order. Pieces after the one
+    /// that [`Stopped`] names may have been filled or not.
     ///
     /// # Errors
     /// [`Stopped`], with the first piece that was not filled.
     pub fn read_pieces(&self, pieces: &mut [(u64, &mut [u8])]) -> Result<(), Stopped> {
-        let places: Vec<(u64, usize)> = pieces.iter().map(|(gpa, bytes)| (*gpa, bytes.len())).collect();
+        let places: Vec<(u64, usize)> =
+            pieces.iter().map(|(gpa, bytes)| (*gpa, bytes.len())).collect();
         self.copy(&places, false, |channel, at, part, len| {
-            let bytes = pieces.get_mut(part.piece).map(|(_, bytes)| &mut **bytes).unwrap_or_default();
+            let bytes =
+                pieces.get_mut(part.piece).map(|(_, bytes)| &mut **bytes).unwrap_or_default();
             let bytes = bytes.get_mut(part.offset..part.offset + len).unwrap_or_default();
             channel.load(at, bytes)
         })
     }
 
-    /// Copies `bytes` to guest-physical address `gpa` on, as far as there is memory; returns how many bytes, none only where
-    /// `bytes` is empty.
+    /// Copies `bytes` to guest-physical address `gpa` on, as far as there is memory; returns how
+    /// many bytes, none only where `bytes` is empty.
     ///
     /// # Errors
     /// [`CopyError`].
@@ -177,7 +181,8 @@ impl Copier {
         as_far(bytes.len(), copied)
     }
 
-    /// Copies pieces; `local` copies a part's first bytes between the buffer and where they come from or go to.
+    /// Copies pieces; `local` copies a part's first bytes between the buffer and where they come
+    /// from or go to.
     fn copy(
         &self,
         pieces: &[(u64, usize)],
@@ -200,7 +205,8 @@ impl Copier {
                 let (piece, offset) = (first.piece, first.offset);
                 let mut place = at;
                 for part in parts.iter().filter(|_| write) {
-                    local(channel, place, part, part.len).map_err(|error| stopped(piece, offset, error))?;
+                    local(channel, place, part, part.len)
+                        .map_err(|error| stopped(piece, offset, error))?;
                     place += part.len;
                 }
                 let named = parts.iter().filter_map(|part| {
@@ -208,7 +214,9 @@ impl Copier {
                     let gpa = gpa.saturating_add(part.offset as u64);
                     Some(Piece { gpa, len: u32::try_from(part.len).ok()? })
                 });
-                channel.send(write, named.collect()).map_err(|error| stopped(piece, offset, error))?;
+                channel
+                    .send(write, named.collect())
+                    .map_err(|error| stopped(piece, offset, error))?;
                 sent.push_back(Parcel { channel: number % count, at, parts });
                 number += 1;
             }
@@ -232,11 +240,13 @@ impl Copier {
         }
     }
 
-    /// A channel that is free, or the first one that gets so; for more than a parcel all others that are free as well.
+    /// A channel that is free, or the first one that gets so; for more than a parcel all others
+    /// that are free as well.
     fn lock(&self, sum: usize) -> Result<Vec<MutexGuard<'_, Channel>>, ChannelError> {
         let turn = self.turn.fetch_add(1, Ordering::Relaxed);
-        let in_turn =
-            || self.channels.iter().cycle().skip(turn % self.channels.len()).take(self.channels.len());
+        let in_turn = || {
+            self.channels.iter().cycle().skip(turn % self.channels.len()).take(self.channels.len())
+        };
         let most = if sum > PARCEL { self.channels.len() } else { 1 };
         let mut locked: Vec<MutexGuard<'_, Channel>> = in_turn()
             .filter_map(|channel| match channel.try_lock() {
@@ -247,8 +257,9 @@ impl Copier {
             .take(most)
             .collect();
         if locked.is_empty() {
-            let first =
-                in_turn().next().map(|channel| channel.lock().unwrap_or_else(PoisonError::into_inner));
+            let first = in_turn()
+                .next()
+                .map(|channel| channel.lock().unwrap_or_else(PoisonError::into_inner));
             locked.extend(first);
         }
         if locked.is_empty() {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! A view in a virtual machine: an attached file of `/dev/kvmmem`, and where the host shows views as PCI devices, the
-//! connection to the host that keeps them plugged in.
+//! A view in a virtual machine: an attached file of `/dev/kvmmem`, and where the host shows views
+//! as PCI devices, the connection to the host that keeps them plugged in.
 
 use std::os::fd::AsFd;
 use std::path::Path;
@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 
 use kvmmem_abi::ioctl::MapMemToken;
 use kvmmem_abi::native::{
-    ATTACH_READ_ONLY, Attach, FEATURE_DEVICES, FEATURE_VIEWS, RIGHT_WRITE, STATE_GONE, STATE_OPEN, Stats,
-    VERSION,
+    ATTACH_READ_ONLY, Attach, FEATURE_DEVICES, FEATURE_VIEWS, RIGHT_WRITE, STATE_GONE, STATE_OPEN,
+    Stats, VERSION,
 };
 use kvmmem_kvmi::token::Token;
 use kvmmem_sys::device::OpenError;
@@ -28,8 +28,8 @@ use super::{Access, Event, State, Status, ViewError, ViewOperation};
 use crate::explain;
 use kvmmem_memory::range::{Range, first_hole, next_range};
 
-/// The longest that [`DeviceView::wait`] sleeps at once: `status`, called by another thread, takes the event away for
-/// which `poll` would wake this one.
+/// The longest that [`DeviceView::wait`] sleeps at once: `status`, called by another thread, takes
+/// the event away for which `poll` would wake this one.
 const SLEEP_LIMIT: Duration = Duration::from_millis(100);
 
 /// How long the host may take to change a view, and how often that is looked at.
@@ -42,7 +42,8 @@ pub(super) struct DeviceView {
     is_writable: bool,
     /// The generation of which [`DeviceView::wait`] told last.
     told: AtomicU64,
-    /// The connection to the host; `None` where a hypercall opened the view. Dropped after the file.
+    /// The connection to the host; `None` where a hypercall opened the view. Dropped after the
+    /// file.
     guest: Option<Arc<GuestConnection>>,
     /// The state since the host ended the connection without having ended the view.
     lost: OnceLock<Status>,
@@ -57,7 +58,8 @@ impl DeviceView {
             };
             ViewError::Open { path: path.to_owned(), remedy, source }
         })?;
-        let info = file.info().map_err(|source| ViewError::Info { path: path.to_owned(), source })?;
+        let info =
+            file.info().map_err(|source| ViewError::Info { path: path.to_owned(), source })?;
         if info.version != VERSION {
             return Err(ViewError::Version { path: path.to_owned(), found: info.version });
         }
@@ -83,11 +85,18 @@ impl DeviceView {
             None => file.attach(Attach { token, flags, reserved: 0 }),
         };
         attached.map_err(|source| match source {
-            Errno::NOENT if guest.is_some() => ViewError::GuestEndpoint(Box::new(GuestEndpointError::Lost)),
+            Errno::NOENT if guest.is_some() => {
+                ViewError::GuestEndpoint(Box::new(GuestEndpointError::Lost))
+            }
             source => ViewError::Attach { path: path.to_owned(), source },
         })?;
-        let mut view =
-            Self { file, is_writable: false, told: AtomicU64::new(0), guest, lost: OnceLock::new() };
+        let mut view = Self {
+            file,
+            is_writable: false,
+            told: AtomicU64::new(0),
+            guest,
+            lost: OnceLock::new(),
+        };
         let status = view.status()?;
         view.is_writable = status.is_writable;
         *view.told.get_mut() = status.generation;
@@ -114,7 +123,10 @@ impl DeviceView {
             state,
             is_writable: status.rights & RIGHT_WRITE != 0,
             uuid: status.uuid,
-            ranges: ranges.into_iter().map(|range| Range { gpa: range.gpa, len: range.len }).collect(),
+            ranges: ranges
+                .into_iter()
+                .map(|range| Range { gpa: range.gpa, len: range.len })
+                .collect(),
         };
         Ok(if is_shut && state == State::Open { self.lose(status) } else { status })
     }
@@ -157,7 +169,10 @@ impl DeviceView {
         Ok(())
     }
 
-    pub(super) fn read_vectored(&self, pieces: &mut [(u64, &mut [u8])]) -> Result<(), VectoredError> {
+    pub(super) fn read_vectored(
+        &self,
+        pieces: &mut [(u64, &mut [u8])],
+    ) -> Result<(), VectoredError> {
         for (piece, (gpa, bytes)) in pieces.iter_mut().enumerate() {
             self.read_at(*gpa, bytes).map_err(|source| VectoredError { piece, source })?;
         }
@@ -221,8 +236,9 @@ impl DeviceView {
         if let Some(gpa) = first_hole(&status.ranges, range) {
             return Err(ViewError::Hole { operation, gpa });
         }
-        let memory = Foreign::reserve(range.len, range.gpa, self.is_writable, kvmmem_proto::map::PAGE_SIZE)
-            .map_err(|source| ViewError::System { operation, source })?;
+        let memory =
+            Foreign::reserve(range.len, range.gpa, self.is_writable, kvmmem_proto::map::PAGE_SIZE)
+                .map_err(|source| ViewError::System { operation, source })?;
         // The mapping keeps the file open.
         until_settled(|| memory.place(0, range.len, self.file.as_fd(), range.gpa))
             .map_err(|source| self.error(operation, range.gpa, source))?;
@@ -237,7 +253,8 @@ impl DeviceView {
             if let Some(event) = self.event()? {
                 return Ok(Some(event));
             }
-            let left = deadline.map_or(SLEEP_LIMIT, |end| end.saturating_duration_since(Instant::now()));
+            let left =
+                deadline.map_or(SLEEP_LIMIT, |end| end.saturating_duration_since(Instant::now()));
             if left.is_zero() {
                 return Ok(None);
             }
@@ -269,15 +286,20 @@ impl DeviceView {
     }
 
     pub(super) fn stats(&self) -> Result<Stats, ViewError> {
-        self.file.stats().map_err(|source| ViewError::System { operation: ViewOperation::Stats, source })
+        self.file
+            .stats()
+            .map_err(|source| ViewError::System { operation: ViewOperation::Stats, source })
     }
 
     pub(super) fn detach(self) -> Result<(), ViewError> {
-        self.file.detach().map_err(|source| ViewError::System { operation: ViewOperation::Detach, source })
+        self.file
+            .detach()
+            .map_err(|source| ViewError::System { operation: ViewOperation::Detach, source })
     }
 }
 
-/// Tries again for a while what the driver refuses with EAGAIN because the host is changing the view at this moment.
+/// Tries again for a while what the driver refuses with EAGAIN because the host is changing the
+/// view at this moment.
 fn until_settled<T>(mut call: impl FnMut() -> Result<T, Errno>) -> Result<T, Errno> {
     let deadline = Instant::now() + BUSY_LIMIT;
     loop {

@@ -145,7 +145,8 @@ pub enum ViewError {
     /// There is no thread or file descriptor left for hearing of the view's end.
     #[error("cannot watch for the view's end")]
     Watch(#[source] io::Error),
-    /// The view does not reach an address: the target has no memory there, or the grant does not say so.
+    /// The view does not reach an address: the target has no memory there, or the grant does not
+    /// say so.
     #[error(
         "{operation}: gpa {gpa:#x} is no memory of the target, or the grant does not reach it; see the view's ranges"
     )]
@@ -214,9 +215,9 @@ impl ViewError {
     pub fn errno(&self) -> Option<i32> {
         match self {
             Self::Open { source: OpenError::Open(error), .. } => error.raw_os_error(),
-            Self::Info { source, .. } | Self::Attach { source, .. } | Self::System { source, .. } => {
-                Some(source.raw_os_error())
-            }
+            Self::Info { source, .. }
+            | Self::Attach { source, .. }
+            | Self::System { source, .. } => Some(source.raw_os_error()),
             Self::Watch(error) => error.raw_os_error(),
             Self::Private { .. } => Some(Errno::OPNOTSUPP.raw_os_error()),
             Self::Copy { .. } => Some(Errno::IO.raw_os_error()),
@@ -228,8 +229,8 @@ impl ViewError {
         }
     }
 
-    /// Whether it is the memory at that address that cannot be read or written, while the view goes on: the VMM has
-    /// none there (any more), or the hardware has found it damaged.
+    /// Whether it is the memory at that address that cannot be read or written, while the view goes
+    /// on: the VMM has none there (any more), or the hardware has found it damaged.
     pub fn is_unreadable(&self) -> bool {
         match self {
             Self::Hole { .. } => true,

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Opening a view in a virtual machine under a stock QEMU: by vsock, at the host's guest endpoint, whose connection
-//! then stands for the view.
+//! Opening a view in a virtual machine under a stock QEMU: by vsock, at the host's guest endpoint,
+//! whose connection then stands for the view.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -18,7 +18,8 @@ use vsock::{VMADDR_CID_HOST, VsockStream};
 /// Environment variable with another vsock port of the host's guest endpoint.
 pub const GUEST_PORT_VARIABLE: &str = "KVMMEM_GUEST_PORT";
 
-/// How long the host may take: it plugs devices into this machine and waits for its driver to see them.
+/// How long the host may take: it plugs devices into this machine and waits for its driver to see
+/// them.
 const LIMIT: Duration = Duration::from_secs(15);
 
 /// Why the host's guest endpoint opened no view.
@@ -37,7 +38,9 @@ pub enum GuestEndpointError {
         source: io::Error,
     },
     /// The host did not answer as it should.
-    #[error("the host at vsock port {port} gave no answer; its log says more (journalctl -u kvmmemd)")]
+    #[error(
+        "the host at vsock port {port} gave no answer; its log says more (journalctl -u kvmmemd)"
+    )]
     Answer {
         /// The port.
         port: u32,
@@ -48,7 +51,8 @@ pub enum GuestEndpointError {
     /// The host refused.
     #[error("{message}")]
     Refused {
-        /// Which kind of failure; [`Refusal::Unknown`] for a token that is unknown, used, expired or somebody else's.
+        /// Which kind of failure; [`Refusal::Unknown`] for a token that is unknown, used, expired
+        /// or somebody else's.
         refusal: Refusal,
         /// The host's words.
         message: String,
@@ -87,7 +91,8 @@ pub(super) struct GuestConnection {
 }
 
 impl GuestConnection {
-    /// Has the host open the view that `token` allows; the token is used up. The devices are there when this returns.
+    /// Has the host open the view that `token` allows; the token is used up. The devices are there
+    /// when this returns.
     pub(super) fn open(token: &Token, read_only: bool) -> Result<Self, GuestEndpointError> {
         let port = port()?;
         let stream = VsockStream::connect_with_cid_port(VMADDR_CID_HOST, port);
@@ -114,8 +119,8 @@ impl AsFd for GuestConnection {
     }
 }
 
-/// Whether the host's guest endpoint accepts this virtual machine. No token is used: an unknown virtual machine is
-/// refused at once, and `patience` is how long a refusal is waited for.
+/// Whether the host's guest endpoint accepts this virtual machine. No token is used: an unknown
+/// virtual machine is refused at once, and `patience` is how long a refusal is waited for.
 ///
 /// # Errors
 /// [`GuestEndpointError`], with what to do about it.
@@ -127,14 +132,20 @@ pub fn check_guest_endpoint(patience: Duration) -> Result<(), GuestEndpointError
 }
 
 /// Waits for a refusal that does not come.
-fn wait_for_refusal(socket: BorrowedFd<'_>, port: u32, patience: Duration) -> Result<(), GuestEndpointError> {
+fn wait_for_refusal(
+    socket: BorrowedFd<'_>,
+    port: u32,
+    patience: Duration,
+) -> Result<(), GuestEndpointError> {
     match guest::read(&mut Timed::new(socket, Instant::now() + patience)) {
         Err(FrameError::Read(error)) if error.kind() == io::ErrorKind::TimedOut => Ok(()),
         Err(source) => Err(GuestEndpointError::Answer { port, source: Some(source) }),
         Ok(Some(ToTool::Refused { refusal, message })) => {
             Err(GuestEndpointError::Refused { refusal, message })
         }
-        Ok(Some(ToTool::Opened { .. }) | None) => Err(GuestEndpointError::Answer { port, source: None }),
+        Ok(Some(ToTool::Opened { .. }) | None) => {
+            Err(GuestEndpointError::Answer { port, source: None })
+        }
     }
 }
 
@@ -157,13 +168,16 @@ fn ask(
     read_only: bool,
 ) -> Result<Token, GuestEndpointError> {
     let mut timed = Timed::new(socket, Instant::now() + LIMIT);
-    let question = FromTool::Open { token: token.clone(), read_only, caller: Caller::this_process() };
+    let question =
+        FromTool::Open { token: token.clone(), read_only, caller: Caller::this_process() };
     // Who is refused at once may be so before this is sent; the answer tells.
     let sent = guest::write(&mut timed, &question);
     let no_answer = |source| GuestEndpointError::Answer { port, source };
     match guest::read(&mut timed).map_err(|error| no_answer(Some(error)))? {
         Some(ToTool::Opened { ticket, .. }) => Ok(ticket),
-        Some(ToTool::Refused { refusal, message }) => Err(GuestEndpointError::Refused { refusal, message }),
+        Some(ToTool::Refused { refusal, message }) => {
+            Err(GuestEndpointError::Refused { refusal, message })
+        }
         None => Err(no_answer(sent.err())),
     }
 }
@@ -201,7 +215,9 @@ mod tests {
     #[test]
     fn a_view_is_open_until_the_host_shuts() {
         let (ours, thread) = host(|stream, question| {
-            let Some(FromTool::Open { token: asked, read_only, caller }) = question else { panic!() };
+            let Some(FromTool::Open { token: asked, read_only, caller }) = question else {
+                panic!()
+            };
             assert!(asked == token() && read_only && caller.pid == std::process::id());
             guest::write(stream, &ToTool::Opened { view: 3, ticket: Token::new([9; 4]) }).unwrap();
             assert_eq!(guest::read::<FromTool>(stream).unwrap(), None);
@@ -216,11 +232,17 @@ mod tests {
     #[test]
     fn the_hosts_words_are_passed_on() {
         let (ours, thread) = host(|stream, _| {
-            guest::write(stream, &ToTool::refused(Refusal::Denied, "no free place: add a root port"))
-                .unwrap();
+            guest::write(
+                stream,
+                &ToTool::refused(Refusal::Denied, "no free place: add a root port"),
+            )
+            .unwrap();
         });
         let error = ask(ours.as_fd(), 1, &token(), false).unwrap_err();
-        assert!(matches!(error, GuestEndpointError::Refused { refusal: Refusal::Denied, .. }), "{error:?}");
+        assert!(
+            matches!(error, GuestEndpointError::Refused { refusal: Refusal::Denied, .. }),
+            "{error:?}"
+        );
         assert_eq!(error.to_string(), "no free place: add a root port");
         thread.join().unwrap();
     }
@@ -248,7 +270,10 @@ mod tests {
         guest::write(&mut theirs, &ToTool::refused(Refusal::Denied, "a stranger")).unwrap();
         drop(theirs);
         let patience = Duration::from_secs(20);
-        assert_eq!(wait_for_refusal(ours.as_fd(), 1, patience).unwrap_err().to_string(), "a stranger");
+        assert_eq!(
+            wait_for_refusal(ours.as_fd(), 1, patience).unwrap_err().to_string(),
+            "a stranger"
+        );
         assert!(matches!(
             wait_for_refusal(ours.as_fd(), 1, patience),
             Err(GuestEndpointError::Answer { source: None, .. })

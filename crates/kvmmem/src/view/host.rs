@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! A view on the host: the memfds of the target's RAM, which the broker hands to this process, or else copies that the
-//! broker makes.
+//! A view on the host: the memfds of the target's RAM, which the broker hands to this process, or
+//! else copies that the broker makes.
 //!
-//! A thread of its own keeps the connection to the broker, so that a grant that is taken back ends the view whatever
-//! the tool is doing: what is mapped is replaced by nothing, the files are closed, and then the broker is told.
+//! A thread of its own keeps the connection to the broker, so that a grant that is taken back ends
+//! the view whatever the tool is doing: what is mapped is replaced by nothing, the files are
+//! closed, and then the broker is told.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
@@ -58,7 +59,8 @@ impl HostView {
         let stop = stop.map_err(|errno| ViewError::Watch(errno.into()))?;
         let reaching: Vec<Span> =
             ranges.iter().map(|range| Span { gpa: range.gpa, len: range.len }).collect();
-        let attached = HostLink::attach_reaching(socket, token, access == Access::ReadOnly, &reaching);
+        let attached =
+            HostLink::attach_reaching(socket, token, access == Access::ReadOnly, &reaching);
         let (link, view) = attached.map_err(refused)?;
         let source = match view.copier {
             Some(copier) => Source::Copies(Arc::new(copier)),
@@ -109,7 +111,10 @@ impl HostView {
         self.memory.read_all(ViewOperation::Read { gpa, len: buf.len() }, gpa, buf)
     }
 
-    pub(super) fn read_vectored(&self, pieces: &mut [(u64, &mut [u8])]) -> Result<(), VectoredError> {
+    pub(super) fn read_vectored(
+        &self,
+        pieces: &mut [(u64, &mut [u8])],
+    ) -> Result<(), VectoredError> {
         self.memory.read_vectored(pieces)
     }
 
@@ -174,7 +179,9 @@ fn watch(memory: &Memory, instance: &AtomicU64, mut link: HostLink, stop: &Owned
         let link_fd = link.as_fd();
         let mut files = [PollFd::new(&link_fd, PollFlags::IN), PollFd::new(stop, PollFlags::IN)];
         match poll(&mut files, None) {
-            Ok(_) if files.iter().skip(1).any(|stop| !stop.revents().is_empty()) => break State::Gone,
+            Ok(_) if files.iter().skip(1).any(|stop| !stop.revents().is_empty()) => {
+                break State::Gone;
+            }
             Ok(_) => {}
             Err(Errno::INTR) => continue,
             // Of a right whose end it cannot hear of, this process makes no use.
@@ -183,7 +190,8 @@ fn watch(memory: &Memory, instance: &AtomicU64, mut link: HostLink, stop: &Owned
         match link.wait(Duration::ZERO) {
             Ok(None) => {}
             Ok(Some(HostEvent::Changed { generation, regions })) => {
-                // First: a tool that does not see the change yet may see the new number, but not the other way around.
+                // First: a tool that does not see the change yet may see the new number, but not
+                // the other way around.
                 instance.store(generation, Ordering::Release);
                 memory.change(generation, regions);
             }
@@ -194,7 +202,8 @@ fn watch(memory: &Memory, instance: &AtomicU64, mut link: HostLink, stop: &Owned
     if memory.end(state) {
         link.confirm();
     } else {
-        // Closing the link would confirm. The operator is told that this process has not, and can end it.
+        // Closing the link would confirm. The operator is told that this process has not, and can
+        // end it.
         std::mem::forget(link);
     }
 }

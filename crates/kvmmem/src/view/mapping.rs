@@ -35,7 +35,9 @@ pub enum MappingError {
     #[error("the view is read-only; a grant with rw and Access::Granted allow it")]
     ReadOnly,
     /// The memory is not there any more: [`crate::View::status`] tells why.
-    #[error("gpa {gpa:#x} is not mapped any more: the view has ended or the target's memory map has changed")]
+    #[error(
+        "gpa {gpa:#x} is not mapped any more: the view has ended or the target's memory map has changed"
+    )]
     Lost {
         /// The first address that was not copied.
         gpa: u64,
@@ -45,11 +47,12 @@ pub enum MappingError {
     Guard(#[source] Errno),
 }
 
-/// A part of a view, mapped into this process until it is dropped, at an address that is congruent to the
-/// guest-physical one modulo 2 MiB (1 GiB, if it is that long).
+/// A part of a view, mapped into this process until it is dropped, at an address that is congruent
+/// to the guest-physical one modulo 2 MiB (1 GiB, if it is that long).
 ///
-/// What it holds may change at any moment, so it is only ever copied: there is no slice of it. Memory that goes away
-/// is an error, not a SIGBUS that kills the process: see [`crate::view`] on signals.
+/// What it holds may change at any moment, so it is only ever copied: there is no slice of it.
+/// Memory that goes away is an error, not a SIGBUS that kills the process: see [`crate::view`] on
+/// signals.
 #[derive(Clone, Debug)]
 pub struct Mapping {
     gpa: u64,
@@ -93,7 +96,8 @@ impl Mapping {
         self.memory.is_writable()
     }
 
-    /// Copies `buf.len()` bytes from `offset` on. While the target writes, the copy may mix old and new bytes.
+    /// Copies `buf.len()` bytes from `offset` on. While the target writes, the copy may mix old and
+    /// new bytes.
     ///
     /// # Errors
     /// [`MappingError`]; the bytes before a lost one have been copied.
@@ -101,18 +105,24 @@ impl Mapping {
         self.memory.read(offset, buf).map_err(|error| self.error(error))
     }
 
-    /// Looks in place for bytes of a pattern: the first block of [`PLACES`](crate::search::PLACES) from `offset` on, among
-    /// `places` of them, at which `probe` is found. Only a copy can tell whether the pattern is there, as the target may change
-    /// it at any moment. What the probe [reaches](Probe::reach) behind the last place must lie in the mapping too.
+    /// Looks in place for bytes of a pattern: the first block of [`PLACES`](crate::search::PLACES)
+    /// from `offset` on, among `places` of them, at which `probe` is found. Only a copy can
+    /// tell whether the pattern is there, as the target may change it at any moment. What the
+    /// probe [reaches](Probe::reach) behind the last place must lie in the mapping too.
     ///
     /// # Errors
     /// [`MappingError`].
-    pub fn find(&self, probe: &Probe, offset: u64, places: u64) -> Result<Option<Candidates>, MappingError> {
+    pub fn find(
+        &self,
+        probe: &Probe,
+        offset: u64,
+        places: u64,
+    ) -> Result<Option<Candidates>, MappingError> {
         self.memory.find(probe, offset, places).map_err(|error| self.error(error))
     }
 
-    /// Loads every byte of `len` from `offset` on, a multiple of 128, and forgets it: what searches are measured against.
-    /// `None` on a processor without AVX2.
+    /// Loads every byte of `len` from `offset` on, a multiple of 128, and forgets it: what searches
+    /// are measured against. `None` on a processor without AVX2.
     ///
     /// # Errors
     /// [`MappingError`].
@@ -120,15 +130,17 @@ impl Mapping {
         self.memory.sweep(offset, len).map_err(|error| self.error(error))
     }
 
-    /// Maps the pages of `len` bytes from `offset` on, both multiples of the page size, all at once, so that accesses that
-    /// follow fault less. Pages that the target never used are allocated, as by reading. Nothing depends on its success.
+    /// Maps the pages of `len` bytes from `offset` on, both multiples of the page size, all at
+    /// once, so that accesses that follow fault less. Pages that the target never used are
+    /// allocated, as by reading. Nothing depends on its success.
     pub fn populate(&self, offset: u64, len: u64) {
         let _ = self.memory.populate(offset, len);
     }
 
-    /// Takes the pages of `len` bytes from `offset` on out of this process's page tables, both multiples of the page size. The
-    /// target's memory stays as it is, and the next access maps it again: for memory that is gone through once, so that it
-    /// need not be done at the end by one thread alone. Nothing depends on its success.
+    /// Takes the pages of `len` bytes from `offset` on out of this process's page tables, both
+    /// multiples of the page size. The target's memory stays as it is, and the next access maps
+    /// it again: for memory that is gone through once, so that it need not be done at the end
+    /// by one thread alone. Nothing depends on its success.
     pub fn release(&self, offset: u64, len: u64) {
         let _ = self.memory.release(offset, len);
     }
@@ -207,10 +219,14 @@ impl Mapping {
 
     fn error(&self, error: ForeignError) -> MappingError {
         match error {
-            ForeignError::Outside { offset, len, size } => MappingError::Outside { offset, len, size },
+            ForeignError::Outside { offset, len, size } => {
+                MappingError::Outside { offset, len, size }
+            }
             ForeignError::Unaligned { offset, size } => MappingError::Unaligned { offset, size },
             ForeignError::ReadOnly => MappingError::ReadOnly,
-            ForeignError::Lost { offset } => MappingError::Lost { gpa: self.gpa.wrapping_add(offset) },
+            ForeignError::Lost { offset } => {
+                MappingError::Lost { gpa: self.gpa.wrapping_add(offset) }
+            }
             ForeignError::Guard(errno) => MappingError::Guard(errno),
         }
     }

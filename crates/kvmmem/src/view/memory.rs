@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! What a view on the host reaches: regions of the memfds of the target's RAM, and the mappings of them in this process;
-//! or regions of RAM that is private to its VMM, copied by the broker.
+//! What a view on the host reaches: regions of the memfds of the target's RAM, and the mappings of
+//! them in this process; or regions of RAM that is private to its VMM, copied by the broker.
 
 mod data;
 mod kept;
@@ -35,16 +35,16 @@ const BATCH_LIMIT: usize = 8 << 20;
 const CLEAR_ATTEMPTS: u32 = 100;
 const CLEAR_PAUSE: Duration = Duration::from_millis(20);
 
-/// The memory that a view reaches. The methods that end or change it return when no access of this process can see
-/// what was before.
+/// The memory that a view reaches. The methods that end or change it return when no access of this
+/// process can see what was before.
 #[derive(Debug)]
 pub(super) struct Memory {
     /// Held while memory is copied by way of a file.
     reach: RwLock<Reach>,
     /// Locked after `reach`.
     mappings: Mutex<Vec<Mapped>>,
-    /// What vectored reads go through, since the first one; of the present generation. Locked after `reach`, and used
-    /// with `reach` held alone.
+    /// What vectored reads go through, since the first one; of the present generation. Locked
+    /// after `reach`, and used with `reach` held alone.
     kept: Mutex<Option<Arc<Kept>>>,
     /// The generation of which [`Memory::wait`] told last. Locked before `reach`.
     told: Mutex<u64>,
@@ -138,7 +138,10 @@ impl Memory {
     }
 
     /// Fills pieces in order.
-    pub(super) fn read_vectored(&self, mut pieces: &mut [(u64, &mut [u8])]) -> Result<(), VectoredError> {
+    pub(super) fn read_vectored(
+        &self,
+        mut pieces: &mut [(u64, &mut [u8])],
+    ) -> Result<(), VectoredError> {
         let mut done = 0;
         while !pieces.is_empty() {
             let limit = match self.reach().source {
@@ -147,7 +150,8 @@ impl Memory {
             };
             let part = batch(pieces, limit);
             let count = part.len();
-            self.read_batch(part).map_err(|error| VectoredError { piece: done + error.piece, ..error })?;
+            self.read_batch(part)
+                .map_err(|error| VectoredError { piece: done + error.piece, ..error })?;
             done += count;
             pieces = pieces.get_mut(count..).unwrap_or_default();
         }
@@ -181,7 +185,9 @@ impl Memory {
                 continue;
             }
             let operation = operation(*gpa, buf);
-            reach.read_all(operation, *gpa, buf).map_err(|source| VectoredError { piece: number, source })?;
+            reach
+                .read_all(operation, *gpa, buf)
+                .map_err(|source| VectoredError { piece: number, source })?;
         }
         Ok(())
     }
@@ -198,7 +204,12 @@ impl Memory {
     }
 
     /// Copies as many of `bytes` as fit in one piece to `gpa` on, and returns how many.
-    pub(super) fn write(&self, operation: ViewOperation, gpa: u64, bytes: &[u8]) -> Result<usize, ViewError> {
+    pub(super) fn write(
+        &self,
+        operation: ViewOperation,
+        gpa: u64,
+        bytes: &[u8],
+    ) -> Result<usize, ViewError> {
         let reach = self.reach();
         let (piece, len) = reach.piece(operation, gpa, bytes.len())?;
         let part = bytes.get(..len).unwrap_or_default();
@@ -213,7 +224,11 @@ impl Memory {
     }
 
     /// The next stretch with data at `gpa` or behind.
-    pub(super) fn data_from(&self, operation: ViewOperation, gpa: u64) -> Result<Option<Range>, ViewError> {
+    pub(super) fn data_from(
+        &self,
+        operation: ViewOperation,
+        gpa: u64,
+    ) -> Result<Option<Range>, ViewError> {
         let reach = self.reach();
         reach.check(operation)?;
         for region in &reach.regions {
@@ -255,8 +270,11 @@ impl Memory {
         }
         let refused = |source| ViewError::System { operation, source };
         let (page, like) = reach.fit(wanted).map_err(refused)?;
-        let memory = Arc::new(Foreign::reserve(wanted.len, like, is_writable, page).map_err(refused)?);
-        reach.place(wanted.gpa, &memory).map_err(|source| ViewError::System { operation, source })?;
+        let memory =
+            Arc::new(Foreign::reserve(wanted.len, like, is_writable, page).map_err(refused)?);
+        reach
+            .place(wanted.gpa, &memory)
+            .map_err(|source| ViewError::System { operation, source })?;
         let mut mappings = self.mappings();
         mappings.retain(|mapped| mapped.memory.strong_count() > 0);
         mappings.push(Mapped { gpa: wanted.gpa, memory: Arc::downgrade(&memory) });
@@ -317,7 +335,8 @@ impl Memory {
                 }
                 State::Open => {}
             }
-            let left = deadline.map_or(timeout, |end| end.saturating_duration_since(Instant::now()));
+            let left =
+                deadline.map_or(timeout, |end| end.saturating_duration_since(Instant::now()));
             if left.is_zero() {
                 return None;
             }
@@ -360,9 +379,15 @@ impl Reach {
     }
 
     /// What `gpa` is copied from, and how many bytes, at most `len`, at once.
-    fn piece(&self, operation: ViewOperation, gpa: u64, len: usize) -> Result<(Piece<'_>, usize), ViewError> {
+    fn piece(
+        &self,
+        operation: ViewOperation,
+        gpa: u64,
+        len: usize,
+    ) -> Result<(Piece<'_>, usize), ViewError> {
         self.check(operation)?;
-        let region = self.regions.iter().find(|region| region.gpa <= gpa && gpa - region.gpa < region.len);
+        let region =
+            self.regions.iter().find(|region| region.gpa <= gpa && gpa - region.gpa < region.len);
         let region = region.ok_or(ViewError::Hole { operation, gpa })?;
         let within = gpa - region.gpa;
         let left = usize::try_from(region.len - within).unwrap_or(usize::MAX);
@@ -377,10 +402,17 @@ impl Reach {
     }
 
     /// Copies all of `buf` out of files.
-    fn read_all(&self, operation: ViewOperation, mut gpa: u64, mut buf: &mut [u8]) -> Result<(), ViewError> {
+    fn read_all(
+        &self,
+        operation: ViewOperation,
+        mut gpa: u64,
+        mut buf: &mut [u8],
+    ) -> Result<(), ViewError> {
         while !buf.is_empty() {
             let (piece, len) = self.piece(operation, gpa, buf.len())?;
-            let Piece::File(file, offset) = piece else { return Err(ViewError::Hole { operation, gpa }) };
+            let Piece::File(file, offset) = piece else {
+                return Err(ViewError::Hole { operation, gpa });
+            };
             let part = buf.get_mut(..len).unwrap_or_default();
             let count = retried(|| pread(file, &mut *part, offset))
                 .map_err(|source| ViewError::System { operation, source })?;
@@ -390,8 +422,9 @@ impl Reach {
         Ok(())
     }
 
-    /// Length of the largest pages of the files that hold `wanted`, and what its address is to be congruent to: its place in
-    /// the file where that has huge pages, else its guest-physical address.
+    /// Length of the largest pages of the files that hold `wanted`, and what its address is to be
+    /// congruent to: its place in the file where that has huge pages, else its guest-physical
+    /// address.
     fn fit(&self, wanted: Range) -> Result<(u64, u64), Errno> {
         let (mut largest, mut like) = (PAGE, wanted.gpa);
         for region in &self.regions {
@@ -401,7 +434,8 @@ impl Reach {
             }
             let page = self.file(region).map_or(Ok(PAGE), |file| page_size(file.as_fd()))?;
             if page > largest {
-                // Of pieces that lie otherwise, some do not fit; the others' pages would not have either.
+                // Of pieces that lie otherwise, some do not fit; the others' pages would not have
+                // either.
                 let place = region.offset + (part.gpa - region.gpa);
                 (largest, like) = (page, place.wrapping_sub(part.gpa - wanted.gpa));
             }
@@ -409,17 +443,25 @@ impl Reach {
         Ok((largest, like))
     }
 
-    /// Makes `memory`, which stands for the addresses from `gpa` on, show what is there now; the rest of it is lost.
+    /// Makes `memory`, which stands for the addresses from `gpa` on, show what is there now; the
+    /// rest of it is lost.
     fn place(&self, gpa: u64, memory: &Foreign) -> Result<(), Errno> {
         let (mut at, end) = (gpa, gpa.saturating_add(memory.len()));
         for region in &joined(&self.regions) {
-            let Some(part) = next_range(&[range(region)], at).filter(|part| part.gpa < end) else { continue };
+            let Some(part) = next_range(&[range(region)], at).filter(|part| part.gpa < end) else {
+                continue;
+            };
             if part.gpa > at {
                 memory.clear(at - gpa, part.gpa - at)?;
             }
             let len = part.len.min(end - part.gpa);
             let file = self.file(region).ok_or(Errno::BADF)?;
-            memory.place(part.gpa - gpa, len, file.as_fd(), region.offset + (part.gpa - region.gpa))?;
+            memory.place(
+                part.gpa - gpa,
+                len,
+                file.as_fd(),
+                region.offset + (part.gpa - region.gpa),
+            )?;
             at = part.gpa + len;
         }
         if at < end { memory.clear(at - gpa, end - at) } else { Ok(()) }
@@ -448,7 +490,8 @@ fn range(region: &Region) -> Range {
     Range { gpa: region.gpa, len: region.len }
 }
 
-/// Whether the mapping is undone, if need be after several attempts: the system may be short of memory.
+/// Whether the mapping is undone, if need be after several attempts: the system may be short of
+/// memory.
 fn clear(memory: &Foreign) -> bool {
     for _ in 0..CLEAR_ATTEMPTS {
         match memory.clear(0, memory.len()) {

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! A view as memory that anything can be read from: what is written against [`Memory`] works on a view.
+//! A view as memory that anything can be read from: what is written against [`Memory`] works on a
+//! view.
 
 use kvmmem_memory::{Memory, MemoryError, Range};
 
@@ -10,7 +11,10 @@ impl Memory for View {
         Self::read_at(self, gpa, buf).map_err(|error| memory_error(gpa, error))
     }
 
-    fn read_vectored(&self, pieces: &mut [(u64, &mut [u8])]) -> Result<(), kvmmem_memory::VectoredError> {
+    fn read_vectored(
+        &self,
+        pieces: &mut [(u64, &mut [u8])],
+    ) -> Result<(), kvmmem_memory::VectoredError> {
         let result = Self::read_vectored(self, pieces);
         result.map_err(|VectoredError { piece, source }| {
             let gpa = pieces.get(piece).map_or(0, |(gpa, _)| *gpa);

@@ -3,8 +3,9 @@
 
 use super::ViewError;
 
-/// A vectored read ended early. All pieces before [`VectoredError::piece`] are filled. That piece may be filled in part; of
-/// the pieces after it, any may be filled or not. To skip it, read the pieces after it.
+/// A vectored read ended early. All pieces before [`VectoredError::piece`] are filled. That piece
+/// may be filled in part; of the pieces after it, any may be filled or not. To skip it, read the
+/// pieces after it.
 #[derive(Debug, thiserror::Error)]
 #[error("piece {piece} was not read")]
 pub struct VectoredError {

@@ -84,7 +84,12 @@ impl Host {
         self.grant_to(rights, spans, None)
     }
 
-    pub(crate) fn grant_to(&self, rights: Rights, spans: Option<Vec<Span>>, holder: Option<Uuid>) -> Granted {
+    pub(crate) fn grant_to(
+        &self,
+        rights: Rights,
+        spans: Option<Vec<Span>>,
+        holder: Option<Uuid>,
+    ) -> Granted {
         let request = GrantRequest {
             target: "target".into(),
             spans,

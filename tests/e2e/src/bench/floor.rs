@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The floor of map + touch + unmap: what no implementation on this host can avoid. A bare guest calls its VMM, which
-//! maps a foreign page; the guest touches it; the guest calls again and the VMM maps its own page back. Nothing is
-//! checked, looked up or pinned.
+//! The floor of map + touch + unmap: what no implementation on this host can avoid. A bare guest
+//! calls its VMM, which maps a foreign page; the guest touches it; the guest calls again and the
+//! VMM maps its own page back. Nothing is checked, looked up or pinned.
 
 use std::time::Instant;
 
@@ -72,13 +72,16 @@ fn next_call(vcpu: &mut VcpuFd, by_hypercall: bool) -> Result<()> {
 }
 
 fn write(ram: &GuestRam, gpa: u64, bytes: &[u8]) -> Result<()> {
-    let written = rustix::io::pwrite(ram.fd(), bytes, gpa).context("cannot write the bare guest's code")?;
+    let written =
+        rustix::io::pwrite(ram.fd(), bytes, gpa).context("cannot write the bare guest's code")?;
     anyhow::ensure!(written == bytes.len(), "short write");
     Ok(())
 }
 
 fn is_amd() -> Result<bool> {
-    Ok(std::fs::read_to_string("/proc/cpuinfo").context("cannot read /proc/cpuinfo")?.contains(" svm"))
+    Ok(std::fs::read_to_string("/proc/cpuinfo")
+        .context("cannot read /proc/cpuinfo")?
+        .contains(" svm"))
 }
 
 #[cfg(test)]

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! `cargo xtask bench qemu`: what views cost in introspectors under stock QEMUs, where they come as PCI devices.
+//! `cargo xtask bench qemu`: what views cost in introspectors under stock QEMUs, where they come as
+//! PCI devices.
 
 use anyhow::{Context, Result};
 use kvmmem::Token;
@@ -26,12 +27,14 @@ const Q35: Spec = Spec {
     mib: 512,
     ram: Ram::Memfd,
     cid: 21,
-    // The emulated CPU is an AMD one with 40 address bits, and smaller ports would lie in its HyperTransport hole.
+    // The emulated CPU is an AMD one with 40 address bits, and smaller ports would lie in its
+    // HyperTransport hole.
     largest: "5G",
 };
 
 /// Debian 12's.
-const PC: Spec = Spec { name: "bench-pc", release: Release::Bookworm, machine: "pc", cid: 22, ..Q35 };
+const PC: Spec =
+    Spec { name: "bench-pc", release: Release::Bookworm, machine: "pc", cid: 22, ..Q35 };
 
 pub(super) fn rows() -> Result<Vec<Row>> {
     let mut world = World::start(Bed::from_env()?)?;
@@ -39,7 +42,8 @@ pub(super) fn rows() -> Result<Vec<Row>> {
     let gpa = *marker.gpas.first().context("the marker has no page")?;
     // Its page stays what it is; the program would only take time from what is measured.
     marker.child.kill(9)?;
-    let mut rows = vec![opening(&mut world, &PC, "token to first bytes, 7.2 pc, against 150 ms", gpa)?];
+    let mut rows =
+        vec![opening(&mut world, &PC, "token to first bytes, 7.2 pc, against 150 ms", gpa)?];
     world.end_qemu(&PC);
     rows.push(opening(&mut world, &Q35, "token to first bytes, 11.1 q35, against 150 ms", gpa)?);
     rows.extend(using(&world, &Q35)?);
@@ -66,12 +70,14 @@ fn using(world: &World, spec: &Spec) -> Result<Vec<Row>> {
     // The tool keeps the connection open, the bench takes the view.
     let mut tool = world.qemu_viewer(spec)?;
     let answer = tool.must(&format!("ask {GUEST_PORT} ro {}", token(world)?.to_hex().as_str()))?;
-    let ticket: Token = answer.split(' ').nth(1).unwrap_or_default().parse().context("no ticket")?;
+    let ticket: Token =
+        answer.split(' ').nth(1).unwrap_or_default().parse().context("no ticket")?;
     let memory = views::time(&world.bed, &world.qemu(spec)?.agent, &ticket, "memory", LENGTH)?;
     views::memory_rows(&memory)
 }
 
 fn token(world: &World) -> Result<Token> {
-    let grant = world.grant_as(|request| GrantRequest { uses: 100, ttl_ms: 3_600_000, ..request })?;
+    let grant =
+        world.grant_as(|request| GrantRequest { uses: 100, ttl_ms: 3_600_000, ..request })?;
     Ok(grant.token)
 }

@@ -38,11 +38,25 @@ impl Row {
         let (p50_ns, p99_ns) = (percentile(times, 50)? / per, percentile(times, 99)? / per);
         let (floor_p50_ns, floor_p99_ns) = (percentile(floor, 50)?, percentile(floor, 99)?);
         let ratio = precise(p50_ns)? / precise(floor_p50_ns)?;
-        Ok(Self { name, ratio, goal, better: Better::Lower, p50_ns, p99_ns, floor_p50_ns, floor_p99_ns })
+        Ok(Self {
+            name,
+            ratio,
+            goal,
+            better: Better::Lower,
+            p50_ns,
+            p99_ns,
+            floor_p50_ns,
+            floor_p99_ns,
+        })
     }
 
     /// How many times as fast as `peer` it is.
-    pub(super) fn faster(name: &'static str, goal: f64, times: &[u64], peer: &[u64]) -> Result<Self> {
+    pub(super) fn faster(
+        name: &'static str,
+        goal: f64,
+        times: &[u64],
+        peer: &[u64],
+    ) -> Result<Self> {
         let row = Self::slower(name, goal, times, 1, peer)?;
         let ratio = precise(row.floor_p50_ns)? / precise(row.p50_ns)?;
         Ok(Self { ratio, better: Better::Higher, ..row })
@@ -84,7 +98,9 @@ pub(super) fn print(rows: &[Row], is_json: bool) -> Result<()> {
 /// The series of this name.
 pub(super) fn find<'a>(series: &'a [Samples], name: &str) -> Result<&'a [u64]> {
     let found = series.iter().find(|samples| samples.name == name);
-    found.map(|samples| samples.nanos.as_slice()).with_context(|| format!("nobody measured {name:?}"))
+    found
+        .map(|samples| samples.nanos.as_slice())
+        .with_context(|| format!("nobody measured {name:?}"))
 }
 
 /// The time that `percent` percent of `times` do not exceed.

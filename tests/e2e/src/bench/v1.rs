@@ -31,7 +31,8 @@ pub(super) fn rows() -> Result<Vec<Row>> {
             1,
             &floor::cycles(ROUNDS)?,
         )?,
-        // One close is one time: it stands against the UNMAPs' sum, which is as long and meets as many timer ticks.
+        // One close is one time: it stands against the UNMAPs' sum, which is as long and meets as
+        // many timer ticks.
         Row::slower(
             "close of 4,096 mappings, per page, against one UNMAP",
             1.0,
@@ -45,7 +46,8 @@ pub(super) fn rows() -> Result<Vec<Row>> {
 /// What the probe in the introspector times.
 fn guest_series(world: &mut World) -> Result<Vec<Samples>> {
     let port = world.hook_port()?;
-    // The marker's page stays what it is, a page of RAM; its program would only take time from what is measured.
+    // The marker's page stays what it is, a page of RAM; its program would only take time from what
+    // is measured.
     let marker = world.marker()?;
     marker.child.kill(9)?;
     marker.child.wait(LIMIT)?;
@@ -63,7 +65,8 @@ fn guest_series(world: &mut World) -> Result<Vec<Samples>> {
     let mut child = world.agent()?.spawn(&command)?;
     let mut series = Vec::new();
     while let Some(line) = next_line(world, &mut child)? {
-        series.push(serde_json::from_str(&line).with_context(|| format!("the probe says {line:?}"))?);
+        series
+            .push(serde_json::from_str(&line).with_context(|| format!("the probe says {line:?}"))?);
     }
     ensure!(child.wait(LIMIT)?.success(), "the probe failed: {}", child.take_stderr());
     Ok(series)

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! `cargo xtask bench views`: what a view costs against the guest's own memory, against KVMI, and by size.
+//! `cargo xtask bench views`: what a view costs against the guest's own memory, against KVMI, and
+//! by size.
 
 use std::time::Duration;
 
@@ -28,7 +29,8 @@ const LIMIT: Duration = Duration::from_secs(600);
 
 pub(super) fn rows() -> Result<Vec<Row>> {
     let mut world = World::start(Bed::from_env()?)?;
-    // The marker's page stays what it is, a page of RAM; its program would only take time from what is measured.
+    // The marker's page stays what it is, a page of RAM; its program would only take time from what
+    // is measured.
     let marker = world.marker()?;
     marker.child.kill(9)?;
     marker.child.wait(LIMIT)?;
@@ -36,8 +38,10 @@ pub(super) fn rows() -> Result<Vec<Row>> {
     let mut rows = memory_rows(&memory)?;
     let small = Sparse::register(&world, "sparse-1g", 1 << 30)?;
     let large = Sparse::register(&world, "sparse-64g", 64 << 30)?;
-    let (one, many) =
-        (in_guest(&mut world, small.name, "attach", 0)?, in_guest(&mut world, large.name, "attach", 0)?);
+    let (one, many) = (
+        in_guest(&mut world, small.name, "attach", 0)?,
+        in_guest(&mut world, large.name, "attach", 0)?,
+    );
     rows.push(Row::slower(
         "attach of 64 GiB, against 1 GiB",
         1.2,
@@ -45,8 +49,10 @@ pub(super) fn rows() -> Result<Vec<Row>> {
         1,
         find(&one, "attach")?,
     )?);
-    let (untouched, touched) =
-        (in_guest(&mut world, "target", "attach", 0)?, in_guest(&mut world, "target", "attach", LENGTH)?);
+    let (untouched, touched) = (
+        in_guest(&mut world, "target", "attach", 0)?,
+        in_guest(&mut world, "target", "attach", LENGTH)?,
+    );
     rows.push(Row::slower(
         "detach after 32 MiB were touched, against none",
         1.5,
@@ -70,7 +76,8 @@ pub(super) fn rows() -> Result<Vec<Row>> {
     Ok(rows)
 }
 
-/// What a view costs once it is open, against the guest's own memory: of the series that the tool in C calls `memory`.
+/// What a view costs once it is open, against the guest's own memory: of the series that the tool
+/// in C calls `memory`.
 pub(super) fn memory_rows(memory: &[Samples]) -> Result<Vec<Row>> {
     let find = |name| find(memory, name);
     Ok(vec![
@@ -115,7 +122,13 @@ fn in_guest(world: &mut World, target: &str, what: &str, length: u64) -> Result<
 }
 
 /// What the tool in C times in a guest: `length` bytes from [`FROM`] on, by what it attaches with.
-pub(super) fn time(bed: &Bed, agent: &Agent, token: &Token, what: &str, length: u64) -> Result<Vec<Samples>> {
+pub(super) fn time(
+    bed: &Bed,
+    agent: &Agent,
+    token: &Token,
+    what: &str,
+    length: u64,
+) -> Result<Vec<Samples>> {
     let bench = std::fs::read(bed.bin("kvmmem-bench")).context("no bench in the bed")?;
     agent.put(BENCH, 0o755, &bench)?;
     let mut command = Command::new(BENCH).as_member().arg(what);
@@ -163,8 +176,12 @@ struct Sparse {
 impl Sparse {
     fn register(world: &World, name: &'static str, bytes: u64) -> Result<Self> {
         let ram = GuestRam::new(bytes)?;
-        let region =
-            |ram: kvmmem_sys::ram::RamRegion| Region { gpa: ram.gpa, len: ram.len, offset: ram.gpa, file: 0 };
+        let region = |ram: kvmmem_sys::ram::RamRegion| Region {
+            gpa: ram.gpa,
+            len: ram.len,
+            offset: ram.gpa,
+            file: 0,
+        };
         let registration = Registration {
             name: name.to_owned(),
             uuid: Uuid::from_u128(u128::from(bytes)),

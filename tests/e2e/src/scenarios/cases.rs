@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! What other people's tools send and have met: inputs that went wrong once, each with its right outcome.
+//! What other people's tools send and have met: inputs that went wrong once, each with its right
+//! outcome.
 
 use std::time::Duration;
 
@@ -50,7 +51,9 @@ fn kernel_gva(world: &mut World, report: &mut Report) -> Result<()> {
     let gpa = world.gpa()?;
     let mut tool = world.raw()?;
     let device = tool.open()?;
-    for gva in ["0xffff888000001000", "0xffffffff81000000", "0xfffffffffffff000", "0x8000000000000000"] {
+    for gva in
+        ["0xffff888000001000", "0xffffffff81000000", "0xfffffffffffff000", "0x8000000000000000"]
+    {
         let token = world.token()?;
         let seen = errno(tool.map(&device, gva, gpa, token)?);
         report.equal(format!("MAP at {gva} is refused"), &seen, &"EINVAL".into());
@@ -68,7 +71,8 @@ fn fork_unmap(world: &mut World, report: &mut Report) -> Result<()> {
     tool.must(&format!("region {device} open {}", uuid.simple()))?;
     for round in ["a region", "and again"] {
         let [a, b, c, d] = world.token()?;
-        let mapped = tool.ask(&format!("region {device} map {gpa:#x} {a:#x} {b:#x} {c:#x} {d:#x}"))?;
+        let mapped =
+            tool.ask(&format!("region {device} map {gpa:#x} {a:#x} {b:#x} {c:#x} {d:#x}"))?;
         report.equal(format!("{round}: MAP"), &mapped, &Ok(format!("0x0 {end:#x}")));
         let at = tool.must(&format!("mmap {device} 0 {end:#x} rw shared"))?;
         let page = format!("{:#x}", u64::from_str_radix(at.trim_start_matches("0x"), 16)? + gpa);
@@ -91,17 +95,23 @@ const INTERRUPT: i32 = 2;
 
 fn resume(world: &mut World, report: &mut Report) -> Result<()> {
     let file = interrupted_dump(world)?;
-    let before = world.targets()?.into_iter().find(|vm| vm.name == TARGET).context("no target")?.uuid;
+    let before =
+        world.targets()?.into_iter().find(|vm| vm.name == TARGET).context("no target")?.uuid;
     world.target_mut()?.process.kill()?;
     let is_gone = wait::until(|| Ok(world.targets()?.iter().all(|vm| vm.name != TARGET)))?;
     ensure!(is_gone, "the broker still lists the target");
     world.mend()?;
-    let after = world.targets()?.into_iter().find(|vm| vm.name == TARGET).context("no target")?.uuid;
+    let after =
+        world.targets()?.into_iter().find(|vm| vm.name == TARGET).context("no target")?.uuid;
     report.equal("the target is restarted with its UUID", &after, &before);
 
     let resumed = dump(world, &[&file, "--resume"])?;
     let output = world.agent()?.run(&resumed, PATIENCE)?;
-    report.check("a dump of what ran before is not resumed", !output.status.success(), output.status);
+    report.check(
+        "a dump of what ran before is not resumed",
+        !output.status.success(),
+        output.status,
+    );
     let text = output.error_text();
     report.check("and the message says what to do", text.contains("begin again"), text.trim());
     Ok(())

@@ -69,7 +69,11 @@ pub(crate) fn introspector_death(world: &mut World, report: &mut Report) -> Resu
     let device = tool.open()?;
     let page = tool.page()?;
     let token = world.token()?;
-    report.equal("a new introspector maps", &errno(tool.map(&device, &page, gpa, token)?), &"0".into());
+    report.equal(
+        "a new introspector maps",
+        &errno(tool.map(&device, &page, gpa, token)?),
+        &"0".into(),
+    );
     Ok(())
 }
 
@@ -88,7 +92,8 @@ pub(crate) fn introspector_reboot(world: &mut World, report: &mut Report) -> Res
     let mut root = world.root_viewer()?;
     // The module's message is a notice.
     root.must("write /proc/sys/kernel/printk 7")?;
-    // The restart may cut the connection before the tool's word has come; whether it took place is looked at next.
+    // The restart may cut the connection before the tool's word has come; whether it took place is
+    // looked at next.
     let _ = root.begin("reboot");
     let introspector = world.introspector_mut()?;
     let ends = wait::until(|| Ok(!introspector.process.is_running()))?;

@@ -22,7 +22,11 @@ pub(crate) fn flood(world: &mut World, report: &mut Report) -> Result<()> {
     }
     report.equal("200 forged tokens are refused as unknown", &wrong, &0);
     let token = world.token()?;
-    report.equal("another tool maps meanwhile", &errno(tool.map(&device, &page, gpa, token)?), &"0".into());
+    report.equal(
+        "another tool maps meanwhile",
+        &errno(tool.map(&device, &page, gpa, token)?),
+        &"0".into(),
+    );
     report.equal("and undoes it", &errno(tool.unmap(&device, &page)?), &"0".into());
     report.check("the target is not disturbed", world.target_mut()?.process.is_running(), "");
     Ok(())
@@ -44,7 +48,13 @@ pub(crate) fn cli(world: &mut World, report: &mut Report) -> Result<()> {
     for verb in ["read", "map"] {
         let port = world.hook_port()?;
         let mut command = Command::new(CLI).as_member().memlock(1 << 20);
-        command = command.args([verb, &format!("{gpa:#x}"), "--listen", &format!("vsock:{port}"), "--json"]);
+        command = command.args([
+            verb,
+            &format!("{gpa:#x}"),
+            "--listen",
+            &format!("vsock:{port}"),
+            "--json",
+        ]);
         if verb == "read" {
             command = command.arg("32");
         }
@@ -57,7 +67,11 @@ pub(crate) fn cli(world: &mut World, report: &mut Report) -> Result<()> {
         world.unhook_port(port)?;
     }
     let doctor = world.agent()?.run(&Command::new(CLI).as_member().arg("doctor"), PATIENCE)?;
-    report.check("kvmmem doctor runs in the introspector", !doctor.stdout.is_empty(), doctor.status);
+    report.check(
+        "kvmmem doctor runs in the introspector",
+        !doctor.stdout.is_empty(),
+        doctor.status,
+    );
     let wrong = world.agent()?.run(&Command::new(CLI).args(["read", "zebra", "16"]), PATIENCE)?;
     report.check(
         "a number that is none is named",

@@ -55,7 +55,8 @@ pub(crate) fn tour(world: &mut World, report: &mut Report, port: u32) -> Result<
 /// Passes a probe's steps on to the report, and tokens to the probe where it asks for them.
 pub(crate) fn relay(world: &mut World, mut child: Child, report: &mut Report) -> Result<()> {
     while let Some(line) = next_line(world, &mut child)? {
-        let step: Step = serde_json::from_str(&line).with_context(|| format!("the probe says {line:?}"))?;
+        let step: Step =
+            serde_json::from_str(&line).with_context(|| format!("the probe says {line:?}"))?;
         report.timed(step.what, step.ok, step.detail, Duration::from_nanos(step.nanos));
     }
     let status = child.wait(PATIENCE)?;
@@ -71,7 +72,8 @@ pub(crate) fn next_line(world: &mut World, child: &mut Child) -> Result<Option<S
         let Some(line) = child.read_line(PATIENCE)? else { return Ok(None) };
         let Ok(More { more }) = serde_json::from_str(&line) else { return Ok(Some(line)) };
         let uses = u32::try_from(more)?;
-        let grant = world.grant_as(|usual| GrantRequest { rights: Rights::ReadWrite, uses, ..usual })?;
+        let grant =
+            world.grant_as(|usual| GrantRequest { rights: Rights::ReadWrite, uses, ..usual })?;
         let [a, b, c, d] = grant.token.words();
         child.write_stdin(format!("{a:x} {b:x} {c:x} {d:x}\n").repeat(more).as_bytes())?;
     }
@@ -98,7 +100,8 @@ fn crowd(world: &mut World, port: Option<u32>, mappings: usize) -> Result<Child>
     let hex = marker.hex.clone();
     let agent = world.agent()?;
     agent.put("/tmp/gpas", 0o644, list.as_bytes())?;
-    let mut command = Command::new(PROBE).as_member().memlock(64 << 20).args(["crowd", "--marker", &hex]);
+    let mut command =
+        Command::new(PROBE).as_member().memlock(64 << 20).args(["crowd", "--marker", &hex]);
     command = command.args(["--gpas", "/tmp/gpas", "--mappings", &mappings.to_string()]);
     if let Some(port) = port {
         command = command.args(["--port", &port.to_string()]);

@@ -40,7 +40,11 @@ pub(crate) fn rmmod_in_use(world: &mut World, report: &mut Report) -> Result<()>
         let token = world.token()?;
         answers.push(errno(tool.map(&device, &page, gpa, token)?));
     }
-    report.equal("max_pages_per_file holds", &answers, &vec!["0".into(), "0".into(), "ENOMEM".to_owned()]);
+    report.equal(
+        "max_pages_per_file holds",
+        &answers,
+        &vec!["0".into(), "0".into(), "ENOMEM".to_owned()],
+    );
     tool.must(&format!("close {device}"))?;
     report.equal("nothing is left", &mapped(world)?, &0);
     drop(tool);

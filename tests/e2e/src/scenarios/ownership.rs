@@ -43,7 +43,11 @@ pub(crate) fn other_process_fd(world: &mut World, report: &mut Report) -> Result
     let token = world.token()?;
     report.equal("the opener maps", &errno(tool.map(&device, &page, gpa, token)?), &"0".into());
     let answer = tool.must(&format!("child {device} {page}"))?;
-    report.check("a child's ioctl on the inherited file is refused", answer.starts_with("EINVAL "), &answer);
+    report.check(
+        "a child's ioctl on the inherited file is refused",
+        answer.starts_with("EINVAL "),
+        &answer,
+    );
     report.equal("the opener's mapping still is", &errno(tool.unmap(&device, &page)?), &"0".into());
     Ok(())
 }
@@ -64,11 +68,23 @@ pub(crate) fn close_one_of_two_files(world: &mut World, report: &mut Report) -> 
         &errno(tool.map(&second, &a, gpa, token)?),
         &"EALREADY".into(),
     );
-    report.equal("UNMAP works through the other file", &errno(tool.unmap(&second, &c)?), &"0".into());
+    report.equal(
+        "UNMAP works through the other file",
+        &errno(tool.unmap(&second, &c)?),
+        &"0".into(),
+    );
     tool.must(&format!("close {first}"))?;
     report.check("the closed file's page is zero", tool.is_zero(&a)?, "");
-    report.check("the other file's page still shows the target", tool.read(&b)?.starts_with(&marker), "");
-    report.equal("the closed file's gva is free again", &errno(tool.unmap(&second, &a)?), &"ENOENT".into());
+    report.check(
+        "the other file's page still shows the target",
+        tool.read(&b)?.starts_with(&marker),
+        "",
+    );
+    report.equal(
+        "the closed file's gva is free again",
+        &errno(tool.unmap(&second, &a)?),
+        &"ENOENT".into(),
+    );
     report.equal(
         "the other file's mapping is undone by UNMAP",
         &errno(tool.unmap(&second, &b)?),
@@ -93,8 +109,16 @@ pub(crate) fn munmap_before_unmap(world: &mut World, report: &mut Report) -> Res
     report.equal("mapped", &errno(tool.map(&device, &replaced, gpa, token)?), &"0".into());
     tool.must(&format!("remap {replaced}"))?;
     tool.must(&format!("write {replaced} 0x1122334455667788"))?;
-    report.equal("UNMAP after another page came there", &errno(tool.unmap(&device, &replaced)?), &"0".into());
-    report.check("and that page is not touched", tool.read(&replaced)?.starts_with("8877665544332211"), "");
+    report.equal(
+        "UNMAP after another page came there",
+        &errno(tool.unmap(&device, &replaced)?),
+        &"0".into(),
+    );
+    report.check(
+        "and that page is not touched",
+        tool.read(&replaced)?.starts_with("8877665544332211"),
+        "",
+    );
 
     let left = tool.page()?;
     let token = world.token()?;
@@ -118,7 +142,8 @@ pub(crate) fn fork_exec(world: &mut World, report: &mut Report) -> Result<()> {
         tool.read(&page)?.starts_with(&marker),
         "",
     );
-    // Written by the parent after the fork: copy-on-write must not move the parent away from the target's page.
+    // Written by the parent after the fork: copy-on-write must not move the parent away from the
+    // target's page.
     let inbox = format!("{:#x}", u64::from_str_radix(page.trim_start_matches("0x"), 16)? + 40);
     tool.must(&format!("write {inbox} 0x77"))?;
     let mut seen = [0; 8];
@@ -157,8 +182,11 @@ pub(crate) fn sigkill_tool(world: &mut World, report: &mut Report) -> Result<()>
         }
         tool.child.kill(9)?;
         tool.child.wait(PATIENCE)?;
-        let what =
-            if orphan { "the same while a child holds the file open" } else { "SIGKILL undoes them all" };
+        let what = if orphan {
+            "the same while a child holds the file open"
+        } else {
+            "SIGKILL undoes them all"
+        };
         settles(world, report, what)?;
     }
     report.equal("no page is quarantined", &counter(world, "quarantined")?, &0);
@@ -176,10 +204,18 @@ pub(crate) fn memlock(world: &mut World, report: &mut Report) -> Result<()> {
     }
     report.equal("they count as pinned", &tool.must("usage")?, &"0x8".into());
     let token = world.token()?;
-    report.equal("one more is refused", &errno(tool.map(&device, &c, gpa, token)?), &"ENOMEM".into());
+    report.equal(
+        "one more is refused",
+        &errno(tool.map(&device, &c, gpa, token)?),
+        &"ENOMEM".into(),
+    );
     report.equal("one is undone", &errno(tool.unmap(&device, &a)?), &"0".into());
     let token = world.token()?;
-    report.equal("then there is room again", &errno(tool.map(&device, &c, gpa, token)?), &"0".into());
+    report.equal(
+        "then there is room again",
+        &errno(tool.map(&device, &c, gpa, token)?),
+        &"0".into(),
+    );
     tool.must(&format!("close {device}"))?;
     report.equal("closing gives all of it back", &tool.must("usage")?, &"0".into());
     Ok(())

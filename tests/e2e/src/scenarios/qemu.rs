@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! VMs under stock QEMUs, as targets and as introspectors. Each has a guest that can be both, so that few are booted.
+//! VMs under stock QEMUs, as targets and as introspectors. Each has a guest that can be both, so
+//! that few are booted.
 
 mod ends;
 mod grants;
@@ -16,7 +17,8 @@ use crate::scenarios::Scenario;
 use crate::wait;
 use crate::world::World;
 
-/// The scenarios of this folder, in the order in which they run: those that end a VM that others need come last.
+/// The scenarios of this folder, in the order in which they run: those that end a VM that others
+/// need come last.
 pub(crate) const ALL: &[Scenario] = &[
     Scenario {
         name: "qemu_target_old",
@@ -68,7 +70,11 @@ pub(crate) const ALL: &[Scenario] = &[
         purpose: "a guest that does not answer is reported, or its VM paused",
         run: silence::report_and_pause,
     },
-    Scenario { name: "qemu_reset", purpose: "the introspector is reset under a view", run: ends::reset },
+    Scenario {
+        name: "qemu_reset",
+        purpose: "the introspector is reset under a view",
+        run: ends::reset,
+    },
     Scenario {
         name: "qemu_target_large",
         purpose: "RAM in large pages; the target is killed under views",
@@ -129,7 +135,9 @@ const OLD_LARGE: Spec = Spec {
 fn is_empty(world: &World, spec: &Spec) -> Result<bool> {
     // 0x1110 is ivshmem's PCI device id.
     let is_window = "\"device\":4368,";
-    wait::until(|| Ok(!world.qemu(spec)?.qmp("query-pci", &json!({}))?.to_string().contains(is_window)))
+    wait::until(|| {
+        Ok(!world.qemu(spec)?.qmp("query-pci", &json!({}))?.to_string().contains(is_window))
+    })
 }
 
 /// A number as the tools write it.

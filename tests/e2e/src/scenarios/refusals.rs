@@ -24,7 +24,11 @@ pub(crate) fn token_rules(world: &mut World, report: &mut Report) -> Result<()> 
 
     let token = world.token()?;
     report.equal("a fresh token maps", &errno(tool.map(&device, &page, gpa, token)?), &"0".into());
-    report.equal("a used token is refused", &errno(tool.map(&device, &other, gpa, token)?), &"ENOENT".into());
+    report.equal(
+        "a used token is refused",
+        &errno(tool.map(&device, &other, gpa, token)?),
+        &"ENOENT".into(),
+    );
 
     let mut wrong = world.token()?;
     wrong[3] ^= 1;
@@ -50,7 +54,11 @@ pub(crate) fn token_rules(world: &mut World, report: &mut Report) -> Result<()> 
     report.check("no more than 64 tokens wait", is_right, format!("{given}, then: {refused}"));
     let again = wait::until(|| Ok(world.kvmi_token().is_ok()))?;
     report.check("a token is given again once one has expired", again, "");
-    report.check("which takes three seconds", start.elapsed() >= LIFETIME, format!("{:?}", start.elapsed()));
+    report.check(
+        "which takes three seconds",
+        start.elapsed() >= LIFETIME,
+        format!("{:?}", start.elapsed()),
+    );
     report.equal(
         "the expired token is refused",
         &errno(tool.map(&device, &other, gpa, old)?),
@@ -98,9 +106,10 @@ pub(crate) fn refusals(world: &mut World, report: &mut Report) -> Result<()> {
         &errno(tool.map(&device, &page, gpa + 8, token)?),
         &"EINVAL".into(),
     );
-    for (what, hole) in
-        [("a gpa past the target's memory is refused", beyond), ("the PCI hole is refused", 0xe000_0000)]
-    {
+    for (what, hole) in [
+        ("a gpa past the target's memory is refused", beyond),
+        ("the PCI hole is refused", 0xe000_0000),
+    ] {
         let token = world.token()?;
         report.equal(what, &errno(tool.map(&device, &page, hole, token)?), &"EFAULT".into());
     }
@@ -133,11 +142,19 @@ pub(crate) fn refusals(world: &mut World, report: &mut Report) -> Result<()> {
         &"EALREADY".into(),
     );
     let marker = world.marker()?.hex.clone();
-    report.check("the first mapping is not hurt by that", tool.read(&page)?.starts_with(&marker), "");
+    report.check(
+        "the first mapping is not hurt by that",
+        tool.read(&page)?.starts_with(&marker),
+        "",
+    );
     report.equal("it is undone", &errno(tool.unmap(&device, &page)?), &"0".into());
 
     let mut stranger = world.raw_as(|command| command.as_stranger())?;
-    report.equal("who is not in group kvmmem cannot open", &errno(stranger.ask("open")?), &"EACCES".into());
+    report.equal(
+        "who is not in group kvmmem cannot open",
+        &errno(stranger.ask("open")?),
+        &"EACCES".into(),
+    );
     Ok(())
 }
 

@@ -22,7 +22,8 @@ pub(crate) fn vcpus(world: &mut World, report: &mut Report) -> Result<()> {
     let path = |name: &str| directory.path().join(name).to_string_lossy().into_owned();
     let core = path("core");
     let dump = ["dump", &core, "--target", TARGET, "--format", "elf", "--pause", "--json"];
-    let record: Value = serde_json::from_str(&world.kvmmem(&dump)?).context("dump prints no JSON")?;
+    let record: Value =
+        serde_json::from_str(&world.kvmmem(&dump)?).context("dump prints no JSON")?;
     let registers = &record["registers"];
     let is_there = registers["vcpus"] == 1 && registers["source"] == "kvmmem-vmm";
     report.check("an ELF dump has the vCPU's registers", is_there, registers);
@@ -39,7 +40,8 @@ pub(crate) fn vcpus(world: &mut World, report: &mut Report) -> Result<()> {
         // A file takes no broker, which World::kvmmem gives.
         let mut command = std::process::Command::new(world.bed.bin("kvmmem"));
         let output = command.args(["translate", "--json"]).args(words).arg(&lstar).output()?;
-        let mut row: Value = serde_json::from_slice(&output.stdout).context("translate prints no JSON")?;
+        let mut row: Value =
+            serde_json::from_slice(&output.stdout).context("translate prints no JSON")?;
         Ok(row["gpa"].take())
     };
     let kernel = by(&["--target", TARGET, "--broker", &broker, "--cr3", "kernel"])?;
@@ -57,7 +59,11 @@ pub(crate) fn vcpus(world: &mut World, report: &mut Report) -> Result<()> {
         .split(|byte| *byte == b'\n')
         .filter_map(|line| serde_json::from_slice::<Value>(line).ok());
     let row = rows.find(|row| row["check"] == "lstar").context("check has no row for MSR_LSTAR")?;
-    report.check("MSR_LSTAR leads to the kernel's entry", row["examined"] == 1 && row["found"] == 0, &row);
+    report.check(
+        "MSR_LSTAR leads to the kernel's entry",
+        row["examined"] == 1 && row["found"] == 0,
+        &row,
+    );
 
     paused(world, report, directory.path())?;
     // A client that ends, and a broker that is killed, leave nothing paused.
@@ -81,7 +87,8 @@ fn paused(world: &World, report: &mut Report, directory: &Path) -> Result<()> {
     let done = AtomicBool::new(false);
     let (first, second) = std::thread::scope(|scope| {
         let keeper = scope.spawn(|| keep(&mut admin, &done));
-        let digests = digest(world, directory).and_then(|first| Ok((first, digest(world, directory)?)));
+        let digests =
+            digest(world, directory).and_then(|first| Ok((first, digest(world, directory)?)));
         done.store(true, Ordering::Relaxed);
         keeper.join().map_err(|_| anyhow!("the keeper of the pause has panicked"))??;
         digests
@@ -106,7 +113,8 @@ fn keep(admin: &mut Admin, done: &AtomicBool) -> Result<()> {
 fn digest(world: &World, directory: &Path) -> Result<String> {
     let file = directory.join("raw");
     let name = file.to_string_lossy();
-    let record: Value = serde_json::from_str(&world.kvmmem(&["dump", &name, "--target", TARGET, "--json"])?)?;
+    let record: Value =
+        serde_json::from_str(&world.kvmmem(&["dump", &name, "--target", TARGET, "--json"])?)?;
     for name in ["raw", "raw.json"] {
         std::fs::remove_file(directory.join(name)).context("cannot remove a dump")?;
     }

@@ -34,7 +34,10 @@ impl World {
 
     /// A VM that has been booted.
     pub(crate) fn qemu(&self, spec: &Spec) -> Result<&Qemu> {
-        self.qemus.iter().find(|qemu| qemu.spec == *spec).with_context(|| format!("{} is not up", spec.name))
+        self.qemus
+            .iter()
+            .find(|qemu| qemu.spec == *spec)
+            .with_context(|| format!("{} is not up", spec.name))
     }
 
     /// The same, to be changed.

@@ -60,9 +60,11 @@ fn set_up() -> io::Result<Role> {
 
 /// Makes the kernel gather entropy, which a VM without devices has none of.
 ///
-/// Only a blocking getrandom(2) makes it do so; a program that polls /dev/random instead would wait for ever.
+/// Only a blocking getrandom(2) makes it do so; a program that polls /dev/random instead would wait
+/// for ever.
 fn stir_random() {
-    if let Err(error) = rustix::rand::getrandom(&mut [0; 16], rustix::rand::GetRandomFlags::empty()) {
+    if let Err(error) = rustix::rand::getrandom(&mut [0; 16], rustix::rand::GetRandomFlags::empty())
+    {
         eprintln!("kvmmem-guest: getrandom: {error}");
     }
 }

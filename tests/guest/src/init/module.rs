@@ -35,7 +35,8 @@ pub fn unload(name: &str) -> io::Result<()> {
     Ok(delete_module(&CString::new(name)?, NONBLOCK)?)
 }
 
-/// Loads what `/modules/order` lists: one file name a line, parameters after a blank, `?` before one that may fail.
+/// Loads what `/modules/order` lists: one file name a line, parameters after a blank, `?` before
+/// one that may fail.
 ///
 /// # Errors
 /// When one that may not fail does.

@@ -31,16 +31,20 @@ pub fn mount_all() -> io::Result<()> {
         if !fs::exists(place)? {
             fs::create_dir_all(place)?;
         }
-        let flags =
-            MountFlags::NOSUID | if kind == "tmpfs" { MountFlags::NODEV } else { MountFlags::empty() };
+        let flags = MountFlags::NOSUID
+            | if kind == "tmpfs" { MountFlags::NODEV } else { MountFlags::empty() };
         match mount(kind, place, kind, flags, options) {
             Ok(()) | Err(Errno::BUSY) => {}
-            Err(error) => return Err(io::Error::other(format!("mount {kind} on {place}: {error}"))),
+            Err(error) => {
+                return Err(io::Error::other(format!("mount {kind} on {place}: {error}")));
+            }
         }
     }
-    for (target, link) in
-        [("/proc/self/fd", "/dev/fd"), ("/proc/self/fd/0", "/dev/stdin"), ("/proc/self/fd/1", "/dev/stdout")]
-    {
+    for (target, link) in [
+        ("/proc/self/fd", "/dev/fd"),
+        ("/proc/self/fd/0", "/dev/stdin"),
+        ("/proc/self/fd/1", "/dev/stdout"),
+    ] {
         if !fs::exists(link)? {
             symlink(target, link)?;
         }

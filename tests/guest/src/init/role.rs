@@ -32,7 +32,10 @@ mod tests {
     #[test]
     fn the_last_role_counts_and_unknown_ones_are_none() {
         assert_eq!(Role::from_command_line("quiet kvmmem.role=host panic=-1\n"), Some(Role::Host));
-        assert_eq!(Role::from_command_line("kvmmem.role=host kvmmem.role=agent"), Some(Role::Agent));
+        assert_eq!(
+            Role::from_command_line("kvmmem.role=host kvmmem.role=agent"),
+            Some(Role::Agent)
+        );
         assert_eq!(Role::from_command_line("kvmmem.role=cook"), None);
         assert_eq!(Role::from_command_line("quiet"), None);
     }

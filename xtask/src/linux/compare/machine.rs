@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Compares what is about a guest as a whole: its row among the machines of this host, what starts and ends in it, and what
-//! `check` says of it.
+//! Compares what is about a guest as a whole: its row among the machines of this host, what starts
+//! and ends in it, and what `check` says of it.
 
 use std::collections::BTreeMap;
 
@@ -19,8 +19,13 @@ pub(in crate::linux) fn untouched(truth: &Truth, rows: &[Value]) -> Result<()> {
         ensure!(row["found"] == 0, "{row} is no sound check");
         checks.insert(text(row, "check")?, row["examined"].as_u64());
     }
-    let examined = |check: &str| checks.get(check).copied().flatten().with_context(|| format!("no {check}"));
-    ensure!(examined("system-calls")? > 400, "there are {} system calls", examined("system-calls")?);
+    let examined =
+        |check: &str| checks.get(check).copied().flatten().with_context(|| format!("no {check}"));
+    ensure!(
+        examined("system-calls")? > 400,
+        "there are {} system calls",
+        examined("system-calls")?
+    );
     ensure!(examined("interrupts")? == 256, "there are {} interrupts", examined("interrupts")?);
     ensure!(examined("modules")? == modules as u64, "there should be {modules} modules");
     let tasks = process_ids(truth).count() as u64;
@@ -45,14 +50,21 @@ pub(in crate::linux) fn changes(rows: &[Value]) -> Result<()> {
 
 /// `info --all`: the row of one guest.
 pub(in crate::linux) fn machine(truth: &Truth, name: &str, rows: &[Value]) -> Result<()> {
-    let row = rows.iter().find(|row| row["name"] == name).with_context(|| format!("{name} has no row"))?;
+    let row = rows
+        .iter()
+        .find(|row| row["name"] == name)
+        .with_context(|| format!("{name} has no row"))?;
     let release = line(truth.bytes("/proc/sys/kernel/osrelease")?);
     ensure!(text(row, "release")? == release, "{row} should have release {release}");
     let host_name = line(truth.bytes("/proc/sys/kernel/hostname")?);
     ensure!(text(row, "host_name")? == host_name, "{row} should have host name {host_name}");
-    ensure!(number(row, "pid")? > 1 && number(row, "uptime_ms")? > 0, "{row} has no pid or no uptime");
+    ensure!(
+        number(row, "pid")? > 1 && number(row, "uptime_ms")? > 0,
+        "{row} has no pid or no uptime"
+    );
     // Those of work queues come and go.
-    let processes = process_ids(truth).count().abs_diff(usize::try_from(number(row, "processes")?)?);
+    let processes =
+        process_ids(truth).count().abs_diff(usize::try_from(number(row, "processes")?)?);
     ensure!(processes < 10, "{row} is off by {processes} processes");
     Ok(())
 }
@@ -65,12 +77,19 @@ mod tests {
 
     #[test]
     fn a_check_that_finds_something_or_too_little_is_an_error() {
-        let mut text = "@/proc/modules 8\na 1\nb 2\n\n@/proc/sys/kernel/osrelease 3\n6.1\n".to_owned();
+        let mut text =
+            "@/proc/modules 8\na 1\nb 2\n\n@/proc/sys/kernel/osrelease 3\n6.1\n".to_owned();
         (1..31).for_each(|pid| text.push_str(&format!("@/proc/{pid}/stat 1\n1\n")));
         let truth = Truth::parse(format!("{text}@end 0\n\n").as_bytes()).unwrap();
-        let counts =
-            [("system-calls", 401), ("dispatcher", 301), ("interrupts", 256), ("modules", 2), ("tasks", 30)];
-        let rows = counts.map(|(check, examined)| json!({"check": check, "examined": examined, "found": 0}));
+        let counts = [
+            ("system-calls", 401),
+            ("dispatcher", 301),
+            ("interrupts", 256),
+            ("modules", 2),
+            ("tasks", 30),
+        ];
+        let rows = counts
+            .map(|(check, examined)| json!({"check": check, "examined": examined, "found": 0}));
         untouched(&truth, &rows).unwrap();
         for number in 0..rows.len() {
             for (key, value) in [("found", 1), ("examined", 1)] {

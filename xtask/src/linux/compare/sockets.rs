@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Compares sockets with the guest's /proc/net, of its first network namespace and of those of its processes.
+//! Compares sockets with the guest's /proc/net, of its first network namespace and of those of its
+//! processes.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -45,7 +46,8 @@ struct Socket {
 pub(in crate::linux) fn sockets(truth: &Truth, rows: &[Value]) -> Result<()> {
     let mut expected = Vec::new();
     let mut namespaces = BTreeMap::from([(namespace(truth, 1)?, "/proc/net".to_owned())]);
-    for pid in process_ids(truth).filter(|pid| truth.bytes(&format!("/proc/{pid}/net/tcp")).is_ok()) {
+    for pid in process_ids(truth).filter(|pid| truth.bytes(&format!("/proc/{pid}/net/tcp")).is_ok())
+    {
         namespaces.entry(namespace(truth, pid)?).or_insert_with(|| format!("/proc/{pid}/net"));
     }
     ensure!(namespaces.len() == 2, "the guest shows network namespaces {namespaces:?}");
@@ -53,7 +55,9 @@ pub(in crate::linux) fn sockets(truth: &Truth, rows: &[Value]) -> Result<()> {
         for protocol in INET {
             let file = truth.text(&format!("{folder}/{protocol}"))?;
             for line in file.lines().skip(1) {
-                expected.push(inet(protocol, line, netns).with_context(|| format!("{protocol}: {line:?}"))?);
+                expected.push(
+                    inet(protocol, line, netns).with_context(|| format!("{protocol}: {line:?}"))?,
+                );
             }
         }
         expected.extend(unix(&truth.text(&format!("{folder}/unix"))?, netns)?);
@@ -119,7 +123,8 @@ fn address(text: &str) -> Result<SocketAddr> {
 fn unix(text: &str, netns: u64) -> Result<Vec<Socket>> {
     let mut sockets: Vec<Socket> = Vec::new();
     for line in text.lines().skip(1) {
-        let is_first = line.split_once(": ").is_some_and(|(at, _)| u64::from_str_radix(at, 16).is_ok());
+        let is_first =
+            line.split_once(": ").is_some_and(|(at, _)| u64::from_str_radix(at, 16).is_ok());
         if !is_first {
             let last = sockets.last_mut().context("/proc/net/unix begins within a path")?;
             last.local = last.local.clone() + "\n" + line;
@@ -176,13 +181,17 @@ fn held(truth: &Truth, rows: &[Value]) -> Result<()> {
     ensure!(expected.values().any(|holders| holders.len() > 1), "no socket is held twice");
     for row in rows {
         let holders = row["processes"].as_array().context("no processes")?;
-        let holders = holders.iter().map(|holder| Ok((number(holder, "pid")?, number(holder, "fd")?)));
+        let holders =
+            holders.iter().map(|holder| Ok((number(holder, "pid")?, number(holder, "fd")?)));
         let holders = holders.collect::<Result<BTreeSet<_>>>()?;
         let expected = expected.get(&number(row, "inode")?).cloned().unwrap_or_default();
         ensure!(holders == expected, "{row} should be held by {expected:?}");
         for holder in row["processes"].as_array().into_iter().flatten() {
             let comm = truth.text(&format!("/proc/{}/comm", number(holder, "pid")?))?;
-            ensure!(text(holder, "comm")? == comm.trim_end_matches('\n'), "{holder} should be {comm:?}");
+            ensure!(
+                text(holder, "comm")? == comm.trim_end_matches('\n'),
+                "{holder} should be {comm:?}"
+            );
         }
     }
     Ok(())
@@ -194,7 +203,10 @@ fn peers(rows: &[Value]) -> Result<()> {
     let pairs = connected.map(|row| Ok((number(row, "inode")?, number(row, "peer_inode")?)));
     let pairs = pairs.collect::<Result<BTreeSet<_>>>()?;
     ensure!(pairs.len() == 2, "the pair of sockets is {pairs:?}");
-    ensure!(pairs.iter().all(|(one, other)| pairs.contains(&(*other, *one))), "the peers are {pairs:?}");
+    ensure!(
+        pairs.iter().all(|(one, other)| pairs.contains(&(*other, *one))),
+        "the peers are {pairs:?}"
+    );
     Ok(())
 }
 
@@ -211,24 +223,33 @@ mod tests {
     fn lines_of_proc_net_are_read() {
         let socket = inet("tcp", TCP, 7).unwrap();
         assert_eq!((&*socket.local, &*socket.peer), ("127.0.0.1:4321", "127.0.0.2:51440"));
-        assert_eq!((&*socket.state, socket.uid, socket.inode, socket.netns), ("listen", Some(1001), 364, 7));
+        assert_eq!(
+            (&*socket.state, socket.uid, socket.inode, socket.netns),
+            ("listen", Some(1001), 364, 7)
+        );
         let socket = inet("tcp6", TCP6, 7).unwrap();
-        assert_eq!((&*socket.local, &*socket.peer, &*socket.state), ("[::1]:4322", "[::]:0", "established"));
+        assert_eq!(
+            (&*socket.local, &*socket.peer, &*socket.state),
+            ("[::1]:4322", "[::]:0", "established")
+        );
         assert!(inet("tcp", &TCP[..60], 7).is_err());
         let text = "Num RefCount\n0058fed154: 02 00 00010000 0001 01   370 /tmp/a\nb\n0025c64185: 03 00 00000000 0005 03  3\n0025c64186: 03 00 00000000 0001 02     0  /tmp/a\n";
         let sockets = unix(text, 7).unwrap();
-        let values =
-            |socket: &Socket| (socket.kind.clone(), socket.state.clone(), socket.local.clone(), socket.inode);
+        let values = |socket: &Socket| {
+            (socket.kind.clone(), socket.state.clone(), socket.local.clone(), socket.inode)
+        };
         let expected = [
             ("stream", "listen", "/tmp/a\nb", 370),
             ("seqpacket", "established", "", 3),
             ("stream", "established", " /tmp/a", 0),
         ];
-        let expected = expected.map(|(a, b, c, inode)| (a.to_owned(), b.to_owned(), c.to_owned(), inode));
+        let expected =
+            expected.map(|(a, b, c, inode)| (a.to_owned(), b.to_owned(), c.to_owned(), inode));
         assert_eq!(sockets.iter().map(values).collect::<Vec<_>>(), expected);
     }
 
-    /// A guest whose process 9 has a network namespace of its own, and as many sockets as are enough.
+    /// A guest whose process 9 has a network namespace of its own, and as many sockets as are
+    /// enough.
     fn guest() -> (Truth, Vec<Value>) {
         let (mut sections, mut rows) = (Vec::new(), Vec::new());
         for pid in [1, 9] {
@@ -249,7 +270,9 @@ mod tests {
             TCP.replace("364", &number.to_string())
         };
         let tcp: Vec<_> = [(71, 0..20), (79, 20..22)]
-            .map(|(netns, numbers)| numbers.map(|number| line(netns, 500 + number)).collect::<Vec<_>>())
+            .map(|(netns, numbers)| {
+                numbers.map(|number| line(netns, 500 + number)).collect::<Vec<_>>()
+            })
             .into();
         for (folder, lines) in ["/proc/net", "/proc/9/net"].iter().zip(tcp) {
             for protocol in INET {
@@ -266,8 +289,10 @@ mod tests {
             rows.push(json!({"protocol": "unix", "type": "seqpacket", "state": "established", "local": null, "peer_inode": peer,
                 "uid": 0, "inode": inode, "netns": 71, "processes": [], "torn": false}));
         }
-        let text: String =
-            sections.iter().map(|(path, text)| format!("@{path} {}\n{text}\n", text.len())).collect();
+        let text: String = sections
+            .iter()
+            .map(|(path, text)| format!("@{path} {}\n{text}\n", text.len()))
+            .collect();
         (Truth::parse(format!("{text}@end 0\n\n").as_bytes()).unwrap(), rows)
     }
 
@@ -275,9 +300,18 @@ mod tests {
     fn sockets_that_differ_are_found() {
         let (truth, rows) = guest();
         sockets(&truth, &rows).unwrap();
-        for key in
-            ["protocol", "type", "state", "local", "peer", "uid", "inode", "netns", "processes", "torn"]
-        {
+        for key in [
+            "protocol",
+            "type",
+            "state",
+            "local",
+            "peer",
+            "uid",
+            "inode",
+            "netns",
+            "processes",
+            "torn",
+        ] {
             let mut wrong = rows.clone();
             wrong[3][key] = match &wrong[3][key] {
                 Value::Number(number) => json!(number.as_u64().unwrap() + 1000),

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The guest endpoint with a stand-in for the introspectors, over unix sockets: which VM a connection comes from is
-//! what the test says.
+//! The guest endpoint with a stand-in for the introspectors, over unix sockets: which VM a
+//! connection comes from is what the test says.
 
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
@@ -50,7 +50,13 @@ impl Views for Fake {
         }
     }
 
-    fn open(&self, cid: u32, token: &Token, caller: &Caller, read_only: bool) -> Result<FakeView, Refused> {
+    fn open(
+        &self,
+        cid: u32,
+        token: &Token,
+        caller: &Caller,
+        read_only: bool,
+    ) -> Result<FakeView, Refused> {
         self.0.asked.lock().unwrap().push((cid, token.clone(), caller.clone(), read_only));
         if *token != good_token() {
             return Err(Refused::new(Refusal::Unknown, "token is unknown"));
@@ -154,11 +160,17 @@ fn wait_for(what: &str, is_so: impl Fn() -> bool) {
 fn a_view_lasts_as_long_as_its_connection() {
     let endpoint = TestEndpoint::start();
     let mut tool = endpoint.connect(CID);
-    assert_eq!(ask(&mut tool, good_token()), ToTool::Opened { view: 17, ticket: Token::new([5, 6, 7, 8]) });
+    assert_eq!(
+        ask(&mut tool, good_token()),
+        ToTool::Opened { view: 17, ticket: Token::new([5, 6, 7, 8]) }
+    );
     assert_eq!(endpoint.open_views(), 1);
     assert_eq!(*endpoint.state.asked.lock().unwrap(), [(CID, good_token(), caller(), true)]);
     let mut other = endpoint.connect(CID);
-    assert_eq!(ask(&mut other, good_token()), ToTool::Opened { view: 17, ticket: Token::new([5, 6, 7, 8]) });
+    assert_eq!(
+        ask(&mut other, good_token()),
+        ToTool::Opened { view: 17, ticket: Token::new([5, 6, 7, 8]) }
+    );
     drop(tool);
     wait_for("the view to close", || endpoint.open_views() == 1);
     drop(other);
@@ -179,8 +191,10 @@ fn a_wrong_token_is_refused_and_the_connection_ends() {
 fn who_may_not_ask_is_told_why_and_its_token_is_not_looked_at() {
     let endpoint = TestEndpoint::start();
     let mut tool = endpoint.connect(8);
-    let _ =
-        guest::write(&mut tool, &FromTool::Open { token: good_token(), read_only: true, caller: caller() });
+    let _ = guest::write(
+        &mut tool,
+        &FromTool::Open { token: good_token(), read_only: true, caller: caller() },
+    );
     assert_eq!(answer(&mut tool), ToTool::refused(Refusal::Denied, "VM 8 is no introspector"));
     assert!(is_closed(&mut tool));
     assert!(endpoint.state.asked.lock().unwrap().is_empty());
@@ -190,7 +204,9 @@ fn who_may_not_ask_is_told_why_and_its_token_is_not_looked_at() {
 fn what_is_no_question_is_refused() {
     let endpoint = TestEndpoint::start();
     let opened = b"\x16\0\0\0{\"opened\":{\"view\":17}}";
-    for bytes in [&b"\0\0\0\0"[..], b"\xff\xff\xff\xff", b"\x02\0\0\0{}", b"GET / HTTP/1.0\r\n\r\n", opened] {
+    for bytes in
+        [&b"\0\0\0\0"[..], b"\xff\xff\xff\xff", b"\x02\0\0\0{}", b"GET / HTTP/1.0\r\n\r\n", opened]
+    {
         let mut tool = endpoint.connect(CID);
         tool.write_all(bytes).unwrap();
         let answer = answer(&mut tool);

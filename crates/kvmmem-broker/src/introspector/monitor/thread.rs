@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The thread of a [`Monitor`]: takes events, and connects again to the same QEMU when the connection is lost.
+//! The thread of a [`Monitor`]: takes events, and connects again to the same QEMU when the
+//! connection is lost.
 
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, PoisonError};
@@ -14,7 +15,8 @@ use super::{Board, LIMIT, Monitor, share};
 /// How long to wait before QEMU is tried again: at first, and at most.
 const BACK_OFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
 
-/// How long other threads have the connection between two turns of a QEMU that sends more events than one turn takes.
+/// How long other threads have the connection between two turns of a QEMU that sends more events
+/// than one turn takes.
 const FLOOD_PAUSE: Duration = Duration::from_millis(5);
 
 /// What a QEMU says of itself, and says again over a later connection.
@@ -96,13 +98,14 @@ impl Monitor {
     fn find(&self) -> Result<Option<(Qmp, Arc<OwnedFd>)>, QmpError> {
         let mut qmp = Qmp::connect(&self.path)?;
         let is_same = qmp.listener() == self.listener && identity(&mut qmp)? == self.identity;
-        let socket =
-            share(&qmp).map_err(|source| QmpError::Connection { path: self.path.clone(), source })?;
+        let socket = share(&qmp)
+            .map_err(|source| QmpError::Connection { path: self.path.clone(), source })?;
         Ok(is_same.then_some((qmp, socket)))
     }
 }
 
-/// Which QEMU it is, by its own answer: the wrapper that made its socket may have made others for other QEMUs.
+/// Which QEMU it is, by its own answer: the wrapper that made its socket may have made others for
+/// other QEMUs.
 pub(in super::super) fn identity(qmp: &mut Qmp) -> Result<Vec<Value>, QmpError> {
     IDENTITY.iter().map(|command| qmp.execute(command, json!({}))).collect()
 }

@@ -49,7 +49,10 @@ fn without_offsets_whole_files_are_shown_or_nothing() {
     let layout = cut(&pc(GIB / 2, GIB / 2), true, false, file(GIB / 2)).unwrap();
     assert_eq!(layout.windows, [Window { file: 0, offset: 0, len: GIB / 2 }]);
     assert_eq!(layout.ranges.len(), 2);
-    assert_eq!(cut(&pc(GIB / 2, GIB / 2), false, false, file(GIB / 2)), Err(WindowLayoutError::Partial));
+    assert_eq!(
+        cut(&pc(GIB / 2, GIB / 2), false, false, file(GIB / 2)),
+        Err(WindowLayoutError::Partial)
+    );
     assert_eq!(
         cut(&pc(2 * GIB, 5 * GIB), true, false, file(5 * GIB)),
         Err(WindowLayoutError::OddFile(5 * GIB))
@@ -82,7 +85,10 @@ fn huge_pages_are_not_cut() {
     assert_eq!(lens(&cut(&pc(GIB, GIB), true, true, shape).unwrap()), [GIB]);
     let refused = Err(WindowLayoutError::HugePage { gpa: 0x10_0000, page });
     assert_eq!(cut(&[region(0x10_0000, page, 0x10_0000)], false, true, shape), refused);
-    assert_eq!(lens(&cut(&[region(page, 3 * page, page)], false, true, shape).unwrap()), [2 * page, page]);
+    assert_eq!(
+        lens(&cut(&[region(page, 3 * page, page)], false, true, shape).unwrap()),
+        [2 * page, page]
+    );
 }
 
 #[test]

@@ -44,14 +44,20 @@ impl Bytes {
     }
 
     /// The bytes of a text; ASCII letters in both cases if `ignores_case`.
-    pub(super) fn from_text(bytes: impl Iterator<Item = u8>, ignores_case: bool) -> Result<Self, String> {
+    pub(super) fn from_text(
+        bytes: impl Iterator<Item = u8>,
+        ignores_case: bool,
+    ) -> Result<Self, String> {
         let mask = |byte: u8| if ignores_case && byte.is_ascii_alphabetic() { !CASE } else { 0xff };
         Self::new(bytes.map(|byte| Masked { value: byte & mask(byte), mask: mask(byte) }).collect())
     }
 
     fn new(bytes: Vec<Masked>) -> Result<Self, String> {
         if bytes.len() > MAX_LEN {
-            return Err(format!("the pattern has {} bytes, at most {MAX_LEN} are taken", bytes.len()));
+            return Err(format!(
+                "the pattern has {} bytes, at most {MAX_LEN} are taken",
+                bytes.len()
+            ));
         }
         let (anchor, probe) = rarest(&bytes)
             .ok_or("the pattern is empty or matches anything: give at least one byte or digit")?;
@@ -74,8 +80,9 @@ impl Bytes {
     ) -> impl Iterator<Item = Range<usize>> + 'a {
         let end = starts.end.min((memory.len() + 1).saturating_sub(self.len()));
         // What the probe may take in when the pattern begins before the end.
-        let within =
-            memory.get(..(end + self.anchor + self.probe.reach()).min(memory.len())).unwrap_or_default();
+        let within = memory
+            .get(..(end + self.anchor + self.probe.reach()).min(memory.len()))
+            .unwrap_or_default();
         let mut from = starts.start + self.anchor;
         let blocks = std::iter::from_fn(move || {
             let block = self.probe.find(within, from)?;
@@ -83,21 +90,29 @@ impl Bytes {
             Some(block)
         });
         blocks.flat_map(|block| block.iter()).filter_map(move |place| {
-            let start = usize::try_from(place).ok()?.checked_sub(self.anchor).filter(|start| *start < end)?;
+            let start = usize::try_from(place)
+                .ok()?
+                .checked_sub(self.anchor)
+                .filter(|start| *start < end)?;
             let found = start..start + self.len();
             self.matches(memory.get(found.clone())?).then_some(found)
         })
     }
 
     fn matches(&self, memory: &[u8]) -> bool {
-        self.bytes.iter().zip(memory).all(|(wanted, byte)| byte & wanted.mask == wanted.value & wanted.mask)
+        self.bytes
+            .iter()
+            .zip(memory)
+            .all(|(wanted, byte)| byte & wanted.mask == wanted.value & wanted.mask)
     }
 }
 
-/// The three bytes that memory holds least, and the first one's place. Where there are fewer, some are there again.
+/// The three bytes that memory holds least, and the first one's place. Where there are fewer, some
+/// are there again.
 fn rarest(bytes: &[Masked]) -> Option<(usize, Probe)> {
     let rank = |(place, byte): &(usize, &Masked)| (commonness(**byte), *place);
-    let (first, _) = bytes.iter().enumerate().min_by_key(rank).filter(|(_, byte)| byte.mask != 0)?;
+    let (first, _) =
+        bytes.iter().enumerate().min_by_key(rank).filter(|(_, byte)| byte.mask != 0)?;
     // All three lie within what a distance can say.
     let from = first.saturating_sub(usize::from(u8::MAX) / 2);
     let near = bytes.iter().enumerate().skip(from).take(usize::from(u8::MAX));
@@ -115,7 +130,8 @@ fn single((place, byte): &(usize, &Masked)) -> Option<(usize, Probe)> {
     Some((*place, Probe::new(**byte, (**byte, 0), (**byte, 0))?))
 }
 
-/// How often memory holds such bytes, roughly: zeros most of all, then text and what is frequent in code.
+/// How often memory holds such bytes, roughly: zeros most of all, then text and what is frequent in
+/// code.
 fn commonness(byte: Masked) -> u32 {
     if byte.mask == 0 {
         return ANY;
@@ -144,7 +160,10 @@ mod tests {
 
     #[test]
     fn patterns_are_read() {
-        assert_eq!(find(Bytes::from_hex("48 89 ?? c3"), b"\x48\x89\xe5\xc3\x48\x89\xc3\xc3\xff"), [0, 4]);
+        assert_eq!(
+            find(Bytes::from_hex("48 89 ?? c3"), b"\x48\x89\xe5\xc3\x48\x89\xc3\xc3\xff"),
+            [0, 4]
+        );
         assert_eq!(find(Bytes::from_hex("??aa"), b"\xaa\xaa\xaa"), [0, 1]);
         assert_eq!(find(Bytes::from_hex("AA????"), b"\xaa\xaa\xaa\xaa"), [0, 1]);
         assert_eq!(find(Bytes::from_hex("4? ?f"), b"\x4f\x4f\x0f\x1f\x40\x3f\x4f\x40"), [0, 1, 4]);

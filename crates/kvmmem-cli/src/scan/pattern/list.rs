@@ -45,7 +45,8 @@ fn pattern(line: &str, ignores_case: bool) -> Result<Pattern> {
         "regex" => Form::Regex,
         other => bail!("{other:?} is no form of a pattern: {FORM}"),
     };
-    let pattern = Pattern::new(form, text.trim_start(), ignores_case).map_err(|error| anyhow!(error))?;
+    let pattern =
+        Pattern::new(form, text.trim_start(), ignores_case).map_err(|error| anyhow!(error))?;
     Ok(Pattern { name: name.to_owned(), ..pattern })
 }
 
@@ -55,14 +56,15 @@ mod tests {
 
     #[test]
     fn patterns_have_names_and_forms() {
-        let text =
-            "# keys\n\nmz  hex 4d 5a\r\npassword text pass word \n\tkey utf16 k\nmail regex [a-z]+@example\n";
+        let text = "# keys\n\nmz  hex 4d 5a\r\npassword text pass word \n\tkey utf16 k\nmail regex [a-z]+@example\n";
         let patterns = parse(text, false).unwrap();
         let names: Vec<&str> = patterns.iter().map(Pattern::name).collect();
         assert_eq!(names, ["mz", "password", "key", "mail"]);
         let memory = b"MZ pass word k\0 me@example";
-        let found: Vec<_> =
-            patterns.iter().map(|pattern| pattern.find(memory, 0..memory.len()).next().unwrap()).collect();
+        let found: Vec<_> = patterns
+            .iter()
+            .map(|pattern| pattern.find(memory, 0..memory.len()).next().unwrap())
+            .collect();
         assert_eq!(found, [0..2, 3..12, 13..15, 16..26]);
     }
 

@@ -13,7 +13,8 @@ use super::MAX_LEN;
 pub(super) struct Regular(Regex);
 
 impl Regular {
-    /// Reads an expression in the syntax of crate `regex`, without Unicode: `.` and `\w` are about bytes.
+    /// Reads an expression in the syntax of crate `regex`, without Unicode: `.` and `\w` are about
+    /// bytes.
     pub(super) fn new(text: &str, ignores_case: bool) -> Result<Self, String> {
         let regex = RegexBuilder::new(text).unicode(false).case_insensitive(ignores_case).build();
         let regex = regex.map_err(|error| {
@@ -64,8 +65,8 @@ impl Regular {
         Self::new(&expression, false)
     }
 
-    /// The matches that begin at one of the `starts`. Each is as long as it can be, up to [`MAX_LEN`], and the next one
-    /// begins behind it.
+    /// The matches that begin at one of the `starts`. Each is as long as it can be, up to
+    /// [`MAX_LEN`], and the next one begins behind it.
     pub(super) fn find<'a>(
         &'a self,
         memory: &'a [u8],

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! From files of rules to a scanner. The files come from anywhere: what would make the compiler recurse without a bound is
-//! refused before it sees it.
+//! From files of rules to a scanner. The files come from anywhere: what would make the compiler
+//! recurse without a bound is refused before it sees it.
 //!
 //! | may be nested | bound |
 //! |---|---|
@@ -39,7 +39,8 @@ const MAX_OPERATORS: usize = 1 << 20;
 const STACK: usize = 8 << 20;
 const STACK_OF_OPERATOR: usize = 512;
 
-/// A rule that each namespace has. While its symbol is false, no condition of the namespace is evaluated.
+/// A rule that each namespace has. While its symbol is false, no condition of the namespace is
+/// evaluated.
 pub(super) const GATE: &str = "kvmmem_evaluates_conditions";
 
 /// The gate's symbol.
@@ -52,7 +53,8 @@ pub(super) struct Compiled {
     pub(super) has_private: bool,
 }
 
-/// Compiles files of rules. Each file is a namespace, and has [`GATE`] besides. Warnings are logged.
+/// Compiles files of rules. Each file is a namespace, and has [`GATE`] besides. Warnings are
+/// logged.
 pub(super) fn compile(files: &[PathBuf]) -> Result<Compiled> {
     let namespaces = namespaces(files)?;
     let mut seen = Walk::default();
@@ -68,7 +70,9 @@ pub(super) fn compile(files: &[PathBuf]) -> Result<Compiled> {
         for (file, namespace) in files.iter().zip(&namespaces) {
             compiler.add_rules_str_in_namespace(&gate, namespace)?;
             match compiler.add_rules_file_in_namespace(file, namespace) {
-                Ok(status) => status.warnings().for_each(|warning| tracing::warn!("{}", lines(warning))),
+                Ok(status) => {
+                    status.warnings().for_each(|warning| tracing::warn!("{}", lines(warning)))
+                }
                 Err(error) => bail!(explain(&error)),
             }
         }
@@ -77,7 +81,8 @@ pub(super) fn compile(files: &[PathBuf]) -> Result<Compiled> {
     Ok(Compiled { scanner, has_private })
 }
 
-/// The files' namespaces: their names without the extension, or their paths where these are not different.
+/// The files' namespaces: their names without the extension, or their paths where these are not
+/// different.
 fn namespaces(files: &[PathBuf]) -> Result<Vec<String>> {
     let stem = |file: &PathBuf| file.file_stem().unwrap_or_default().to_string_lossy().into_owned();
     let stems: Vec<String> = files.iter().map(stem).collect();
@@ -110,7 +115,8 @@ struct Walk {
 impl Walk {
     /// Checks a file and all that it includes.
     fn visit(&mut self, file: PathBuf) -> Result<()> {
-        let text = read(&file).with_context(|| format!("cannot read the rules in {}", file.display()))?;
+        let text =
+            read(&file).with_context(|| format!("cannot read the rules in {}", file.display()))?;
         let operators = operators(&text);
         ensure!(
             operators <= MAX_OPERATORS,
@@ -124,7 +130,8 @@ impl Walk {
         }
         let included = with_stack(operators, || {
             // What does not parse is told by the compiler.
-            let components = boreal_parser::parse(&text).map(|file| file.components).unwrap_or_default();
+            let components =
+                boreal_parser::parse(&text).map(|file| file.components).unwrap_or_default();
             let paths = components.into_iter().filter_map(|component| match component {
                 YaraFileComponent::Include(include) => Some(include.path),
                 _ => None,
@@ -137,7 +144,8 @@ impl Walk {
             // The compiler tells of one that does not exist, with its place.
             let Ok(path) = directory.join(path).canonicalize() else { continue };
             self.includes += 1;
-            let first = self.chain.first().map(|file| file.display().to_string()).unwrap_or_default();
+            let first =
+                self.chain.first().map(|file| file.display().to_string()).unwrap_or_default();
             if self.chain.iter().any(|file| file.canonicalize().is_ok_and(|file| file == path)) {
                 bail!("{} includes itself, by way of {first}", path.display());
             }
@@ -161,7 +169,11 @@ fn read(path: &Path) -> Result<String> {
     let file = OpenOptions::new().read(true).custom_flags(nonblocking).open(path)?;
     let metadata = file.metadata()?;
     ensure!(metadata.is_file(), "it is no regular file: write the rules to one");
-    ensure!(metadata.len() <= MAX_LEN, "it has {} bytes, at most {MAX_LEN} are taken", metadata.len());
+    ensure!(
+        metadata.len() <= MAX_LEN,
+        "it has {} bytes, at most {MAX_LEN} are taken",
+        metadata.len()
+    );
     read_text(&file)
 }
 
@@ -171,10 +183,12 @@ fn read_text(file: &File) -> Result<String> {
     Ok(text)
 }
 
-/// At least as many as a condition in the text has operators that nest: those in comments and strings count too.
+/// At least as many as a condition in the text has operators that nest: those in comments and
+/// strings count too.
 fn operators(text: &str) -> usize {
     const SIGNS: &[u8] = b"~-+*\\%&|^<>=!";
-    const WORDS: [&str; 7] = ["not", "defined", "contains", "startswith", "endswith", "iequals", "matches"];
+    const WORDS: [&str; 7] =
+        ["not", "defined", "contains", "startswith", "endswith", "iequals", "matches"];
     let signs = text.bytes().filter(|byte| SIGNS.contains(byte)).count();
     signs + WORDS.map(|word| text.matches(word).count()).iter().sum::<usize>()
 }
@@ -214,7 +228,8 @@ mod tests {
 
     use super::*;
 
-    /// Compiles the first of files that are written to one directory. The names of its rules, or the error's whole chain.
+    /// Compiles the first of files that are written to one directory. The names of its rules, or
+    /// the error's whole chain.
     fn compiled(files: &[(&str, &str)]) -> Result<Vec<String>, String> {
         let directory = tempfile::tempdir().unwrap();
         for (name, text) in files {
@@ -255,7 +270,8 @@ mod tests {
             files
         };
         let compiled = |files: Vec<(String, String)>| {
-            let files: Vec<(&str, &str)> = files.iter().map(|(name, text)| (&**name, &**text)).collect();
+            let files: Vec<(&str, &str)> =
+                files.iter().map(|(name, text)| (&**name, &**text)).collect();
             compiled(&files)
         };
         assert_eq!(compiled(chain(16)).unwrap(), ["0:a"]);
@@ -264,7 +280,8 @@ mod tests {
             assert!(error.contains("more than 16 includes within includes"), "{error}");
         }
         let many = "include \"b.yar\"\n".repeat(1001);
-        let error = compiled(vec![("a.yar".into(), many), ("b.yar".into(), String::new())]).unwrap_err();
+        let error =
+            compiled(vec![("a.yar".into(), many), ("b.yar".into(), String::new())]).unwrap_err();
         assert!(error.contains("more than 1000 includes"), "{error}");
         let error = compiled(vec![("a.yar".into(), "include \"none.yar\"".into())]).unwrap_err();
         assert!(error.contains("a.yar:1:") && error.contains("none.yar"), "{error}");
@@ -319,7 +336,8 @@ mod tests {
         let compiled = compile(&files).unwrap();
         let path = |file: &Path| format!("{}:same", file.display());
         assert_eq!(names(&compiled), [path(&files[0]), path(&files[1]), "other:same".into()]);
-        let error = compile(&[files[0].clone(), directory.path().join("a/../a/rules.yar")]).err().unwrap();
+        let error =
+            compile(&[files[0].clone(), directory.path().join("a/../a/rules.yar")]).err().unwrap();
         assert!(error.to_string().ends_with("is given twice"), "{error}");
     }
 

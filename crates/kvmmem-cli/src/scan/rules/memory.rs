@@ -31,9 +31,24 @@ pub(super) struct Pieces<'a> {
 }
 
 impl<'a> Pieces<'a> {
-    /// Memory of which strings are looked for in the pieces of `first`, and which conditions see as `again`.
-    pub(super) fn new(first: &'a [Piece], again: &'a [Piece], fill: Fill<'a>, done: Done<'a>) -> Self {
-        Self { first, again, fill, done, is_again: false, next: 0, failed: None, buffer: Vec::new() }
+    /// Memory of which strings are looked for in the pieces of `first`, and which conditions see as
+    /// `again`.
+    pub(super) fn new(
+        first: &'a [Piece],
+        again: &'a [Piece],
+        fill: Fill<'a>,
+        done: Done<'a>,
+    ) -> Self {
+        Self {
+            first,
+            again,
+            fill,
+            done,
+            is_again: false,
+            next: 0,
+            failed: None,
+            buffer: Vec::new(),
+        }
     }
 
     fn pieces(&self) -> &'a [Piece] {
@@ -41,7 +56,8 @@ impl<'a> Pieces<'a> {
     }
 
     fn failed(&self) -> bool {
-        self.failed.is_some_and(|failed| failed.lock().unwrap_or_else(PoisonError::into_inner).is_some())
+        self.failed
+            .is_some_and(|failed| failed.lock().unwrap_or_else(PoisonError::into_inner).is_some())
     }
 }
 
@@ -74,7 +90,10 @@ impl FragmentedMemory for Pieces<'_> {
         let piece = self.pieces().get(self.next)?;
         self.next += 1;
         let start = usize::try_from(piece.starts.start).ok()?;
-        Some(RegionDescription { start, length: usize::try_from(end(piece) - piece.starts.start).ok()? })
+        Some(RegionDescription {
+            start,
+            length: usize::try_from(end(piece) - piece.starts.start).ok()?,
+        })
     }
 
     fn fetch(&mut self, _: &MemoryParams) -> Option<Region<'_>> {

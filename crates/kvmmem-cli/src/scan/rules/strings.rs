@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Where strings of rules match at all, found by many threads: the engine scans each batch of memory by itself, with all
-//! conditions off.
+//! Where strings of rules match at all, found by many threads: the engine scans each batch of
+//! memory by itself, with all conditions off.
 
 use std::ops::ControlFlow;
 
@@ -23,8 +23,9 @@ struct Found {
     bytes: u64,
 }
 
-/// The memory around each match of a string: ascending, and so far apart that no match is seen from two of them. Of a string
-/// that matches more often in a batch than is kept of all its matches, the first ones are enough.
+/// The memory around each match of a string: ascending, and so far apart that no match is seen from
+/// two of them. Of a string that matches more often in a batch than is kept of all its matches, the
+/// first ones are enough.
 pub(super) fn find(
     scanner: &Scanner,
     places: Places<'_>,

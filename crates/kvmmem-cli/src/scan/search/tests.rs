@@ -142,7 +142,8 @@ fn an_error_ends_the_search() {
         Ok(())
     };
     assert_eq!(search.run(&read, |_, _| Ok(())).unwrap_err().to_string(), "lost");
-    let error = search.run(&|_: u64, _: &mut [u8]| Ok(()), |_, _| anyhow::bail!("no room")).unwrap_err();
+    let error =
+        search.run(&|_: u64, _: &mut [u8]| Ok(()), |_, _| anyhow::bail!("no room")).unwrap_err();
     assert_eq!(error.to_string(), "no room");
 }
 
@@ -151,7 +152,8 @@ fn what_is_around_a_match_is_shown() {
     let patterns = [pattern(Form::Text, "needle"), pattern(Form::Regex, "[n]e+dl")];
     let run = 0x1000..0x3000;
     let at = |gpa: u64| {
-        let within = |place: u64| b"needle".get(usize::try_from(gpa.checked_sub(place)?).ok()?).copied();
+        let within =
+            |place: u64| b"needle".get(usize::try_from(gpa.checked_sub(place)?).ok()?).copied();
         within(0x1002).or_else(|| within(0x2ff8)).unwrap_or(b'.')
     };
     let read = |gpa: u64, buffer: &mut [u8]| {
@@ -181,7 +183,12 @@ fn what_is_around_a_match_is_shown() {
     };
     assert_eq!(
         shown(0, 0),
-        ["1002 6 |needle..........", "1002 5 |needle..........", "2ff8 6 |needle..", "2ff8 5 |needle..",]
+        [
+            "1002 6 |needle..........",
+            "1002 5 |needle..........",
+            "2ff8 6 |needle..",
+            "2ff8 5 |needle..",
+        ]
     );
     assert_eq!(
         shown(3, 1),

@@ -41,8 +41,11 @@ fn a_raw_dump_has_each_byte_at_its_address_and_keeps_the_holes() {
 fn nothing_is_written_over() {
     let host = host();
     fs::write(path(&host), "mine").unwrap();
-    let cases: [(&[&str], &str); 3] =
-        [(&[], "remove it"), (&["--resume"], "complete or no dump"), (&["--range", "0..1M"], "remove it")];
+    let cases: [(&[&str], &str); 3] = [
+        (&[], "remove it"),
+        (&["--resume"], "complete or no dump"),
+        (&["--range", "0..1M"], "remove it"),
+    ];
     for (arguments, words) in cases {
         let ended = dump(&host, &[], arguments);
         assert_eq!(ended.code, Some(1));
@@ -81,7 +84,8 @@ fn a_record_lies_beside_the_file() {
     assert_eq!(record["left_out"], json!([range(8 << 20, 8 << 20)]));
     assert_eq!((&record["unreadable"], &record["vmcoreinfo"]), (&json!([]), &Value::Null));
     assert!(
-        record["instance"].as_u64() > Some(0) && record["started_ms"].as_u64() <= record["ended_ms"].as_u64()
+        record["instance"].as_u64() > Some(0)
+            && record["started_ms"].as_u64() <= record["ended_ms"].as_u64()
     );
     let digest: String = hex(&Sha256::digest(fs::read(path(&host)).unwrap()));
     assert_eq!(record["sha256"], digest.as_str());
@@ -90,7 +94,11 @@ fn a_record_lies_beside_the_file() {
     let ended = dump(&host, &[], &[]);
     assert!(ended.code == Some(1) && ended.stderr.contains("dump.json exists"), "{}", ended.stderr);
     let elsewhere = host.path("elsewhere");
-    let ended = dump(&host, &[], &["--no-hash", "--record", elsewhere.to_str().unwrap(), "--format", "elf"]);
+    let ended = dump(
+        &host,
+        &[],
+        &["--no-hash", "--record", elsewhere.to_str().unwrap(), "--format", "elf"],
+    );
     assert_eq!(ended.code, Some(0), "{}", ended.stderr);
     let record: Value = serde_json::from_slice(&fs::read(elsewhere).unwrap()).unwrap();
     assert_eq!((&record["sha256"], &record["format"]), (&Value::Null, &"elf".into()));
@@ -131,8 +139,11 @@ fn memory_that_cannot_be_read_is_zeros_and_told() {
         let dumped = fs::read(path(&host)).unwrap();
         let memory = &dumped[dumped.len() - (8 << 20)..];
         for (page, bytes) in (1u64..).zip(memory.chunks(0x1000)) {
-            let expected =
-                if page * 0x1000 <= whole { page.to_le_bytes().repeat(512) } else { vec![0; 0x1000] };
+            let expected = if page * 0x1000 <= whole {
+                page.to_le_bytes().repeat(512)
+            } else {
+                vec![0; 0x1000]
+            };
             assert!(bytes == expected, "page {page:#x}");
         }
         assert!(host.path("dump.json").exists() && !part(&host).exists());

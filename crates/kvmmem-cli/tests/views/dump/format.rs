@@ -23,12 +23,16 @@ fn an_elf_core_has_a_segment_for_each_range() {
     };
     assert_eq!(&file[..8], b"\x7fELF\x02\x01\x01\x00");
     // ET_CORE, EM_X86_64, the program headers' place, size and number.
-    assert_eq!((word(16, 2), word(18, 2), word(32, 8), word(54, 2), word(56, 2)), (4, 62, 64, 56, 4));
+    assert_eq!(
+        (word(16, 2), word(18, 2), word(32, 8), word(54, 2), word(56, 2)),
+        (4, 62, 64, 56, 4)
+    );
     // PT_NOTE first; this target has no kernel, so no note.
     assert_eq!((word(64, 4), word(64 + 32, 8)), (4, 0));
     let mut found = Vec::new();
     for header in (64 + 56..).step_by(56).take(3) {
-        let [offset, _, paddr, filesz, memsz, align] = [8, 16, 24, 32, 40, 48].map(|at| word(header + at, 8));
+        let [offset, _, paddr, filesz, memsz, align] =
+            [8, 16, 24, 32, 40, 48].map(|at| word(header + at, 8));
         assert_eq!((word(header, 4), filesz, align), (1, memsz, 0));
         assert_eq!((offset % 0x1000, paddr % 0x1000), (0, 0));
         let at = usize::try_from(offset).unwrap();
@@ -40,10 +44,13 @@ fn an_elf_core_has_a_segment_for_each_range() {
     assert_eq!(&found[2].1[0x5000..0x5004], b"more");
 }
 
-/// Puts a kernel into the target that has told its note, its page tables and its name: `at` is where, in 2 MiB.
+/// Puts a kernel into the target that has told its note, its page tables and its name: `at` is
+/// where, in 2 MiB.
 fn put_kernel(host: &Host, at: u64, release: &str) -> String {
     let base = at << 21;
-    let entry = |table: u64, index: u64, value: u64| host.put(base + table + index * 8, &value.to_le_bytes());
+    let entry = |table: u64, index: u64, value: u64| {
+        host.put(base + table + index * 8, &value.to_le_bytes())
+    };
     entry(0x10_1000, 511, (base + 0x10_2000) | 1);
     entry(0x10_2000, 510, (base + 0x10_3000) | 1);
     entry(0x10_3000, 0, base | 1 << 7 | 1);
@@ -54,7 +61,8 @@ fn put_kernel(host: &Host, at: u64, release: &str) -> String {
     );
     let len = u32::try_from(text.len()).unwrap();
     let note =
-        [&[11, len, 0].map(u32::to_le_bytes).concat(), &b"VMCOREINFO\0\0"[..], text.as_bytes()].concat();
+        [&[11, len, 0].map(u32::to_le_bytes).concat(), &b"VMCOREINFO\0\0"[..], text.as_bytes()]
+            .concat();
     host.put(base + 0x8000, &note);
     text
 }
@@ -119,8 +127,11 @@ fn a_target_without_a_monitor_is_neither_paused_nor_are_its_registers_known() {
         [(&["--target", "victim"][..], "no QMP connection"), (&[], "a token opens memory alone")]
     {
         let arguments = [&["dump", file, "--format", "elf", "--json"], arguments].concat();
-        let ended =
-            if arguments.contains(&"--target") { host.run(&arguments) } else { host.look(&[], &arguments) };
+        let ended = if arguments.contains(&"--target") {
+            host.run(&arguments)
+        } else {
+            host.look(&[], &arguments)
+        };
         assert_eq!(ended.code, Some(0), "{}", ended.stderr);
         let record: Value = serde_json::from_str(&ended.stdout).unwrap();
         assert_eq!((&record["registers"]["vcpus"], &record["pause"]), (&json!(0), &Value::Null));
@@ -178,8 +189,9 @@ fn what_is_compressed_unpacks_to_the_same_dump() {
         assert!(!part(&host).exists());
         fs::remove_file(path(&host)).unwrap();
         fs::remove_file(host.path("dump.json")).unwrap();
-        let output =
-            host.view(&host.grant(&[]).1, &["dump", "-", "--format", format, "--compress", "zstd"]).output();
+        let output = host
+            .view(&host.grant(&[]).1, &["dump", "-", "--format", format, "--compress", "zstd"])
+            .output();
         assert!(unpack(&output.unwrap().stdout) == wanted, "{format}");
     }
 }

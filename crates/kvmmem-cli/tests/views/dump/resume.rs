@@ -20,9 +20,11 @@ fn a_dump_is_stopped_by_revocation_and_goes_on_by_a_new_grant() {
     let host = large();
     let (grant, token) = host.grant(&[]);
     let child = begin(&host, &token);
-    // A process that does not run cannot confirm that its view has ended. It runs for a moment after the signal was sent.
+    // A process that does not run cannot confirm that its view has ended. It runs for a moment
+    // after the signal was sent.
     signal(&child, Signal::STOP);
-    let is_stopped = |thread: &Path| fs::read_to_string(thread.join("stat")).unwrap().contains(") T ");
+    let is_stopped =
+        |thread: &Path| fs::read_to_string(thread.join("stat")).unwrap().contains(") T ");
     let threads = PathBuf::from(format!("/proc/{}/task", child.id()));
     wait_for(&threads, |threads| {
         fs::read_dir(threads).unwrap().all(|thread| is_stopped(&thread.unwrap().path()))
@@ -60,12 +62,20 @@ fn an_interrupted_dump_goes_on_unless_the_target_is_another_one() {
     signal(&child, Signal::INT);
     let ended = finish(child);
     assert_eq!(ended.code, Some(1));
-    assert!(ended.stderr.contains("interrupted") && ended.stderr.contains("--resume"), "{}", ended.stderr);
+    assert!(
+        ended.stderr.contains("interrupted") && ended.stderr.contains("--resume"),
+        "{}",
+        ended.stderr
+    );
 
     let whole = fs::read_to_string(part(&host)).unwrap();
     fs::write(part(&host), whole.replace("00112233", "99112233")).unwrap();
     let ended = dump(&host, &[], &["--resume"]);
-    assert!(ended.code == Some(1) && ended.stderr.contains("another target, 99112233"), "{}", ended.stderr);
+    assert!(
+        ended.code == Some(1) && ended.stderr.contains("another target, 99112233"),
+        "{}",
+        ended.stderr
+    );
     fs::write(part(&host), whole).unwrap();
 
     host.vm.as_ref().unwrap().ram_changed(LARGE.to_vec(), Change::Reset);
@@ -93,7 +103,11 @@ fn a_dump_goes_on_by_the_next_broker_but_not_with_the_next_run_of_the_target() {
         if ended.code == Some(0) {
             break;
         }
-        assert!(Instant::now() < deadline && ended.stderr.contains("started again"), "{}", ended.stderr);
+        assert!(
+            Instant::now() < deadline && ended.stderr.contains("started again"),
+            "{}",
+            ended.stderr
+        );
     }
     is_whole(&host, &path(&host));
 
@@ -128,10 +142,15 @@ fn a_complete_dump_whose_checkpoint_is_left_is_finished_without_a_token() {
     let elsewhere = host.path("elsewhere");
     fs::write(&elsewhere, "mine").unwrap();
     let refused = again(&["--record", elsewhere.to_str().unwrap()]);
-    assert!(refused.code == Some(1) && refused.stderr.contains("elsewhere exists"), "{}", refused.stderr);
+    assert!(
+        refused.code == Some(1) && refused.stderr.contains("elsewhere exists"),
+        "{}",
+        refused.stderr
+    );
     let finished = again(&[]);
     assert_eq!((finished.code, finished.stderr.as_str()), (Some(0), ""));
-    let [said, before] = [&finished, &ended].map(|it| serde_json::from_str::<Value>(&it.stdout).unwrap());
+    let [said, before] =
+        [&finished, &ended].map(|it| serde_json::from_str::<Value>(&it.stdout).unwrap());
     assert_eq!(said, before);
     assert!(!part(&host).exists());
     is_whole(&host, &path(&host));
@@ -141,14 +160,19 @@ fn a_complete_dump_whose_checkpoint_is_left_is_finished_without_a_token() {
     assert_ne!(begun, other);
     fs::write(part(&host), other).unwrap();
     let refused = again(&[]);
-    assert!(refused.code == Some(1) && refused.stderr.contains("dump.json exists"), "{}", refused.stderr);
+    assert!(
+        refused.code == Some(1) && refused.stderr.contains("dump.json exists"),
+        "{}",
+        refused.stderr
+    );
 }
 
 #[test]
 fn an_interrupt_before_there_is_a_view_leaves_no_file() {
     let host = host();
     let (path, listen) = (path(&host), host.endpoint());
-    let child = host.command(&["dump", path.to_str().unwrap(), "--listen", &listen]).spawn().unwrap();
+    let child =
+        host.command(&["dump", path.to_str().unwrap(), "--listen", &listen]).spawn().unwrap();
     wait_for(&host.path("tool.sock"), Path::exists);
     signal(&child, Signal::INT);
     assert_ne!(finish(child).code, Some(0));
@@ -209,7 +233,8 @@ fn a_full_disk_stops_a_dump_that_goes_on_when_there_is_room() {
         );
         return;
     }
-    let (stdout, stderr) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    let (stdout, stderr) =
+        (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     assert!(stdout.starts_with("1\n") && stdout.ends_with("\n0\n"), "{stdout}{stderr}");
     for words in ["the dump stopped at gpa 0x", "--resume", "No space left"] {
         assert!(stderr.contains(words), "{words}: {stderr}");
@@ -229,18 +254,24 @@ fn a_lime_file_that_was_interrupted_goes_on() {
     });
     let path = path(&host);
     let token = host.grant(&[]).1;
-    let child = host.view(&token, &["dump", path.to_str().unwrap(), "--format", "lime"]).spawn().unwrap();
+    let child =
+        host.view(&token, &["dump", path.to_str().unwrap(), "--format", "lime"]).spawn().unwrap();
     wait_for(&path, |path| fs::metadata(path).is_ok_and(|file| file.len() > 1 << 20));
     signal(&child, Signal::INT);
     let ended = finish(child);
     if ended.code == Some(0) {
-        return eprintln!("skipped: the dump was over before it was interrupted; run it on a slower machine");
+        return eprintln!(
+            "skipped: the dump was over before it was interrupted; run it on a slower machine"
+        );
     }
     let ended = dump(&host, &[], &["--resume", "--format", "lime", "--json"]);
     assert_eq!(ended.code, Some(0), "{}", ended.stderr);
     let record: Value = serde_json::from_str(&ended.stdout).unwrap();
     let bytes = fs::read(&path).unwrap();
-    assert_eq!((&record["resumed"], &record["sha256"]), (&json!(true), &json!(hex(&Sha256::digest(&bytes)))));
+    assert_eq!(
+        (&record["resumed"], &record["sha256"]),
+        (&json!(true), &json!(hex(&Sha256::digest(&bytes))))
+    );
     assert_eq!(bytes.len(), (192 << 20) + 2 * 32);
     let second = (96 << 20) + 32;
     assert_eq!(&bytes[second..second + 8], b"EMiL\x01\0\0\0");
@@ -255,12 +286,15 @@ fn what_is_compressed_is_not_resumed() {
     assert_eq!(dump(&host, &[], &["--compress", "zstd", "--resume"]).code, Some(2));
     let path = path(&host);
     let token = host.grant(&[]).1;
-    let child = host.view(&token, &["dump", path.to_str().unwrap(), "--compress", "zstd"]).spawn().unwrap();
+    let child =
+        host.view(&token, &["dump", path.to_str().unwrap(), "--compress", "zstd"]).spawn().unwrap();
     wait_for(&path, |path| fs::metadata(path).is_ok_and(|file| file.len() > 0));
     signal(&child, Signal::INT);
     let ended = finish(child);
     if ended.code == Some(0) {
-        return eprintln!("skipped: the dump was over before it was interrupted; run it on a slower machine");
+        return eprintln!(
+            "skipped: the dump was over before it was interrupted; run it on a slower machine"
+        );
     }
     assert!(ended.stderr.contains("begin again"), "{}", ended.stderr);
     assert!(!path.exists() && !part(&host).exists());

@@ -82,7 +82,8 @@ fn what_cannot_take_a_dump_is_named_and_the_token_is_kept() {
     refused(&place("dump"), &["--record", &place("dump")], "the dump itself");
     assert!(!path(&host).exists());
     // None of them has used the token; a device that is full does.
-    let ended = finish(host.view(&token, &["dump", path(&host).to_str().unwrap()]).spawn().unwrap());
+    let ended =
+        finish(host.view(&token, &["dump", path(&host).to_str().unwrap()]).spawn().unwrap());
     assert_eq!(ended.code, Some(0), "{}", ended.stderr);
     fs::remove_file(path(&host)).unwrap();
     fs::remove_file(host.path("dump.json")).unwrap();
@@ -91,7 +92,8 @@ fn what_cannot_take_a_dump_is_named_and_the_token_is_kept() {
     assert!(ended.code == Some(1) && ended.stderr.contains("No space left"), "{}", ended.stderr);
 
     // A token that opens nothing leaves nothing behind.
-    let ended = finish(host.view(&token, &["dump", path(&host).to_str().unwrap()]).spawn().unwrap());
+    let ended =
+        finish(host.view(&token, &["dump", path(&host).to_str().unwrap()]).spawn().unwrap());
     assert_eq!(ended.code, Some(1));
     assert!(!path(&host).exists() && !part(&host).exists());
 }
@@ -107,7 +109,11 @@ fn a_terminal_gets_no_dump() {
     for to in ["-", name.as_str()] {
         let mut command = host.view(&host.grant(&[]).1, &["dump", to]);
         let ended = finish(command.stdout(terminal.try_clone().unwrap()).spawn().unwrap());
-        assert!(ended.code == Some(1) && ended.stderr.contains("is a terminal"), "{}", ended.stderr);
+        assert!(
+            ended.code == Some(1) && ended.stderr.contains("is a terminal"),
+            "{}",
+            ended.stderr
+        );
     }
 }
 
@@ -132,7 +138,8 @@ fn the_first_signal_ends_a_dump_to_a_pipe_that_is_not_read() {
         let mut child = command.stdout(writer.try_clone().unwrap()).spawn().unwrap();
         drop(command);
         wait_for(Path::new("the pipe to be full"), |_| {
-            poll(&mut [PollFd::new(&writer, PollFlags::OUT)], Some(&Timespec::default())).unwrap() == 0
+            poll(&mut [PollFd::new(&writer, PollFlags::OUT)], Some(&Timespec::default())).unwrap()
+                == 0
         });
         signal(&child, *how);
         let deadline = Instant::now() + Duration::from_secs(60);

@@ -40,7 +40,8 @@ fn half() -> Foreign {
 }
 
 extern "C" fn exit_with_code(_: c_int, info: *mut siginfo_t, _: *mut c_void) {
-    // SAFETY: the kernel, or the handler under test, passes a whole structure; _exit is safe in a handler.
+    // SAFETY: the kernel, or the handler under test, passes a whole structure; _exit is safe in a
+    // handler.
     unsafe { libc::_exit(40 + (*info).si_code) }
 }
 
@@ -95,7 +96,8 @@ fn in_a_process_of_its_own() {
         // SAFETY: the child calls nothing but what is safe in one, and exits.
         "fork" => match unsafe { libc::fork() } {
             0 => {
-                let lost = memory.read(0x1000, &mut [0]) == Err(ForeignError::Lost { offset: 0x1000 });
+                let lost =
+                    memory.read(0x1000, &mut [0]) == Err(ForeignError::Lost { offset: 0x1000 });
                 exit(if lost && memory.read(0, &mut [1]).is_ok() { 7 } else { 8 });
             }
             child => {
@@ -112,12 +114,18 @@ fn in_a_process_of_its_own() {
 
 #[test]
 fn other_faults_end_as_they_would_have() {
-    // In a Rust program that installs nothing there is the standard library's handler, which looks for stack
-    // overflows.
-    for case in ["std fault", "std own", "default fault", "default own", "ignored fault", "default sent"] {
+    // In a Rust program that installs nothing there is the standard library's handler, which looks
+    // for stack overflows.
+    for case in
+        ["std fault", "std own", "default fault", "default own", "ignored fault", "default sent"]
+    {
         assert_eq!(outcome(case).signal(), Some(SIGBUS), "{case}");
     }
-    assert_eq!(outcome("ignored sent").code(), Some(1), "an ignored signal that was sent is ignored");
+    assert_eq!(
+        outcome("ignored sent").code(),
+        Some(1),
+        "an ignored signal that was sent is ignored"
+    );
 }
 
 #[test]

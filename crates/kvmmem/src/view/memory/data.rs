@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Where memory has contents, told for a part of it alone: `SEEK_HOLE` goes on to the next hole, however far that is, so
-//! that many threads which ask for a part each would all go through the rest.
+//! Where memory has contents, told for a part of it alone: `SEEK_HOLE` goes on to the next hole,
+//! however far that is, so that many threads which ask for a part each would all go through the
+//! rest.
 
 use std::os::fd::{AsFd, OwnedFd};
 
@@ -25,13 +26,16 @@ impl Memory {
         reach.check(operation)?;
         let mut data = Vec::new();
         for region in &reach.regions {
-            let part = next_range(&[range(region)], wanted.gpa).filter(|part| part.gpa < wanted.end());
+            let part =
+                next_range(&[range(region)], wanted.gpa).filter(|part| part.gpa < wanted.end());
             let Some(part) = part else { continue };
             let Some(file) = reach.file(region) else { return Ok(None) };
             let len = part.len.min(wanted.end() - part.gpa);
             let offset = region.offset + (part.gpa - region.gpa);
             let Some(parts) = in_file(file, offset, len) else { return Ok(None) };
-            data.extend(parts.into_iter().map(|(at, len)| Range { gpa: part.gpa + (at - offset), len }));
+            data.extend(
+                parts.into_iter().map(|(at, len)| Range { gpa: part.gpa + (at - offset), len }),
+            );
         }
         Ok(Some(data))
     }

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Mappings of all that a view reaches, kept for vectored reads, which need no system call then.
 //!
-//! A page that the target has never touched has no memory, and reading it through a mapping would allocate some, on the
-//! target's account. So a page is read from the file at first. Only one that is read again is looked up, once a second at
-//! most, and read through the mapping where it is in memory. Many pages in a row, as a search reads them, are looked up together.
+//! A page that the target has never touched has no memory, and reading it through a mapping would
+//! allocate some, on the target's account. So a page is read from the file at first. Only one that
+//! is read again is looked up, once a second at most, and read through the mapping where it is in
+//! memory. Many pages in a row, as a search reads them, are looked up together.
 
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU8, Ordering};
@@ -41,7 +42,8 @@ struct Part {
 type States = [AtomicU8; BLOCK];
 const BLOCK: usize = 512;
 
-/// Pieces in a block from which on all of its pages are looked up together: it costs as much as to read a few from the file.
+/// Pieces in a block from which on all of its pages are looked up together: it costs as much as to
+/// read a few from the file.
 const MANY: usize = 32;
 
 impl Kept {
@@ -65,7 +67,8 @@ impl Kept {
         Self { parts: ranges.into_iter().filter_map(part).collect(), started: Instant::now() }
     }
 
-    /// The period that a page's state is compared with: another one each second, and the same again after minutes.
+    /// The period that a page's state is compared with: another one each second, and the same again
+    /// after minutes.
     pub(super) fn period(&self) -> u8 {
         let periods = self.started.elapsed().as_millis() / FRESH.as_millis();
         let periods = periods % u128::from(u8::MAX - FIRST_PERIOD);
@@ -97,7 +100,8 @@ impl Kept {
     }
 
     fn part(&self, gpa: u64) -> Option<(&Part, u64)> {
-        let offset = |part: &Part| gpa.checked_sub(part.range.gpa).filter(|offset| *offset < part.range.len);
+        let offset =
+            |part: &Part| gpa.checked_sub(part.range.gpa).filter(|offset| *offset < part.range.len);
         self.parts.iter().find_map(|part| Some((part, offset(part)?)))
     }
 }
@@ -128,7 +132,8 @@ impl Part {
         all
     }
 
-    /// Looks up all pages of the block in which `page` is, and maps them at once where all are in memory.
+    /// Looks up all pages of the block in which `page` is, and maps them at once where all are in
+    /// memory.
     fn look_up(&self, period: u8, page: u64) {
         if self.state(page).is_none_or(|state| state.load(Ordering::Relaxed) == period) {
             return;

@@ -50,7 +50,10 @@ fn a_mapping_spans_regions_that_lie_apart_in_the_file() {
     assert_eq!(bytes, [0xbb]);
     for (range, hole) in [(pages(1, 3), 3), (pages(3, 1), 3), (pages(4, 2), 5), (pages(7, 1), 7)] {
         let error = memory.map(READ, range, true).unwrap_err();
-        assert!(matches!(error, ViewError::Hole { gpa, .. } if gpa == hole * PAGE), "{range}: {error}");
+        assert!(
+            matches!(error, ViewError::Hole { gpa, .. } if gpa == hole * PAGE),
+            "{range}: {error}"
+        );
     }
 }
 
@@ -68,7 +71,10 @@ fn a_mapping_spans_regions_in_several_files() {
     let mapping = memory.map(READ, pages(3, 2), true).unwrap();
     let mut bytes = [0; 16];
     mapping.read(PAGE - 8, &mut bytes).unwrap();
-    assert_eq!((&bytes[..8], &bytes[8..]), ((4 * PAGE - 8).to_le_bytes().as_slice(), b"node one".as_slice()));
+    assert_eq!(
+        (&bytes[..8], &bytes[8..]),
+        ((4 * PAGE - 8).to_le_bytes().as_slice(), b"node one".as_slice())
+    );
     mapping.write(PAGE, b"N").unwrap();
     let mut byte = [0];
     assert_eq!(memory.read(READ, 4 * PAGE, &mut byte).unwrap(), 1);
@@ -93,7 +99,10 @@ fn mappings_follow_the_regions() {
     assert_eq!(memory.reach().ranges(), [pages(1, 1), pages(3, 3)]);
     assert_eq!(mapping.read_word::<u64>(8), Err(ForeignError::Lost { offset: 8 }));
     assert_eq!(mapping.read_word::<u64>(PAGE), Ok(7 * PAGE));
-    assert_eq!(mapping.read(PAGE + 8, &mut [0; 0x1000]), Err(ForeignError::Lost { offset: 2 * PAGE }));
+    assert_eq!(
+        mapping.read(PAGE + 8, &mut [0; 0x1000]),
+        Err(ForeignError::Lost { offset: 2 * PAGE })
+    );
     assert_eq!(mapping.read_word::<u64>(3 * PAGE), Ok(4 * PAGE));
     assert_eq!(memory.wait(Duration::ZERO), Some(Event::Changed));
     assert_eq!(memory.wait(Duration::ZERO), None);
@@ -116,7 +125,8 @@ fn huge_pages_are_mapped_in_part_and_written() {
     }) else {
         return;
     };
-    // As a PC has it: a hole, and memory above 4 GiB that lies behind in the file. The first two are adjacent.
+    // As a PC has it: a hole, and memory above 4 GiB that lies behind in the file. The first two
+    // are adjacent.
     let cut = |gpa, end, offset| Region { gpa, len: end - gpa, offset, file: 0 };
     let regions = [
         cut(0, 0x5_0000, 0),
@@ -125,9 +135,12 @@ fn huge_pages_are_mapped_in_part_and_written() {
         cut(1 << 32, (1 << 32) + HUGE, HUGE),
     ];
     let memory = memory(&regions, &file);
-    for (gpa, len, offset) in
-        [(0, 0xa_0000, 0), (0x4_f000, 0x2000, 0x4_f000), (0xc_0000, 0x1000, 0xc_0000), (1 << 32, HUGE, HUGE)]
-    {
+    for (gpa, len, offset) in [
+        (0, 0xa_0000, 0),
+        (0x4_f000, 0x2000, 0x4_f000),
+        (0xc_0000, 0x1000, 0xc_0000),
+        (1 << 32, HUGE, HUGE),
+    ] {
         assert_eq!(memory.write(READ, gpa, b"written").unwrap(), 7);
         let mapping = memory.map(READ, Range { gpa, len }, true).unwrap();
         let mut bytes = [0; 7];
@@ -284,7 +297,8 @@ proptest! {
 /// The pieces, and how far they were filled.
 type Outcome = (Vec<Vec<u8>>, Result<(), VectoredError>);
 
-/// Reads pieces three times: from the file, with a look at what is in memory, and through the mapping.
+/// Reads pieces three times: from the file, with a look at what is in memory, and through the
+/// mapping.
 fn read_vectored(memory: &Memory, places: &[(u64, usize)]) -> Vec<Outcome> {
     let read = |_| {
         let mut buffers: Vec<Vec<u8>> = places.iter().map(|(_, len)| vec![0xee; *len]).collect();
@@ -305,7 +319,11 @@ fn a_vectored_read_names_the_first_piece_that_it_cannot_fill() {
     for (buffers, result) in read_vectored(&memory, &places) {
         let error = result.unwrap_err();
         assert_eq!(error.piece, 3);
-        assert!(matches!(error.source, ViewError::Hole { gpa, .. } if gpa == 3 * PAGE), "{}", error.source);
+        assert!(
+            matches!(error.source, ViewError::Hole { gpa, .. } if gpa == 3 * PAGE),
+            "{}",
+            error.source
+        );
         assert_eq!(buffers[0], (5 * PAGE + 0x10).to_le_bytes());
         assert_eq!(buffers[1], [7 * PAGE - 8, 0].map(u64::to_le_bytes).concat());
     }
@@ -316,7 +334,10 @@ fn a_vectored_read_names_the_first_piece_that_it_cannot_fill() {
     assert_eq!(error.piece, 200);
     memory.end(State::Revoked);
     for (_, result) in read_vectored(&memory, &places) {
-        assert!(matches!(result, Err(VectoredError { piece: 0, source: ViewError::Revoked { .. } })));
+        assert!(matches!(
+            result,
+            Err(VectoredError { piece: 0, source: ViewError::Revoked { .. } })
+        ));
     }
 }
 
@@ -359,9 +380,11 @@ fn a_vectored_read_allocates_none_of_the_memory_that_the_target_never_touched() 
 
 #[test]
 fn pages_in_a_row_are_read_without_being_allocated() {
-    // A block that is whole, one with every other page, one that the target never touched, and the begin of a fourth.
+    // A block that is whole, one with every other page, one that the target never touched, and the
+    // begin of a fourth.
     const PAGES: u64 = 3 * 512 + 40;
-    let is_touched = |page: u64| page < 512 || page < 1024 && page.is_multiple_of(2) || page >= 1536;
+    let is_touched =
+        |page: u64| page < 512 || page < 1024 && page.is_multiple_of(2) || page >= 1536;
     let file = File::from(memfd_create("rows", MemfdFlags::CLOEXEC).unwrap());
     file.set_len(PAGES * PAGE).unwrap();
     for page in (0..PAGES).filter(|page| is_touched(*page)) {

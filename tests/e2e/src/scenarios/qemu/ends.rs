@@ -35,7 +35,11 @@ pub(super) fn revoke(world: &mut World, report: &mut Report) -> Result<()> {
             revoked.views == 1,
             format!("{late}; the broker took {} us, the call {took:.1} ms", revoked.micros),
         );
-        report.equal("the loop of loads ends in SIGBUS", &errno(tool.answer("spin")?), &"SIGBUS".into());
+        report.equal(
+            "the loop of loads ends in SIGBUS",
+            &errno(tool.answer("spin")?),
+            &"SIGBUS".into(),
+        );
         let seen = errno(tool.pread(&view, target.gpa, 8)?);
         report.equal("pread says that it was taken back", &seen, &"EKEYREVOKED".into());
         report.check("QEMU has no window any more", is_empty(world, spec)?, "");

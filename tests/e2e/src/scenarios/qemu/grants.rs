@@ -19,9 +19,17 @@ pub(super) fn parts(world: &mut World, report: &mut Report) -> Result<()> {
     let grant = target.grant(world, 1, Some(spans.clone()))?;
     let mut tool = world.qemu_viewer(&NEW_Q35)?;
     let (connection, view) = open(&mut tool, &grant)?;
-    report.equal("three pages: the marker", &tool.pread(&view, target.gpa, 32)?, &Ok(target.hex.clone()));
+    report.equal(
+        "three pages: the marker",
+        &tool.pread(&view, target.gpa, 32)?,
+        &Ok(target.hex.clone()),
+    );
     let windows = tool.must("bars")?;
-    report.check("the windows have those pages and no more", windows.ends_with(" 0x3000"), &windows);
+    report.check(
+        "the windows have those pages and no more",
+        windows.ends_with(" 0x3000"),
+        &windows,
+    );
     let beyond = target.gpa + 0x3000;
     report.check(
         "pread beyond them shows nothing",
@@ -62,13 +70,21 @@ pub(super) fn places(world: &mut World, report: &mut Report) -> Result<()> {
     let mut tool = world.qemu_viewer(&NEW_Q35)?;
     let connections: Vec<_> = (0..VIEWS).map(|_| open(&mut tool, &grant)).collect::<Result<_>>()?;
     let words = tool.open_view(&grant.token)?.err().context("there was a place")?;
-    report.check("all places are taken, and the reason is told", words.contains("root ports"), &words);
+    report.check(
+        "all places are taken, and the reason is told",
+        words.contains("root ports"),
+        &words,
+    );
     let (connection, view) = connections.first().context("no place at all")?;
     report.equal("the others look on", &tool.pread(view, target.gpa, 32)?, &Ok(target.hex.clone()));
     tool.must(&format!("close {connection}"))?;
     report.check("one is closed", world.settles(VIEWS - 1)?, "");
     let (_, view) = open(&mut tool, &grant)?;
-    report.equal("and its place is free again", &tool.pread(&view, target.gpa, 32)?, &Ok(target.hex.clone()));
+    report.equal(
+        "and its place is free again",
+        &tool.pread(&view, target.gpa, 32)?,
+        &Ok(target.hex.clone()),
+    );
     drop(tool);
     report.check("the tool's end closes all", world.settles(0)? && is_empty(world, &NEW_Q35)?, "");
     Ok(())

@@ -54,7 +54,11 @@ pub(super) fn look(world: &mut World, report: &mut Report, spec: &Spec) -> Resul
         &true,
     );
     let wanted = spec.release == Release::Trixie;
-    report.equal("and knows whether it shows parts of files", &added["has_offset"].as_bool(), &Some(wanted));
+    report.equal(
+        "and knows whether it shows parts of files",
+        &added["has_offset"].as_bool(),
+        &Some(wanted),
+    );
 
     command_line(world, report, spec, &target, grant.token.to_hex().as_str())?;
     let (connection, view) = open(&mut tool, &grant)?;
@@ -88,7 +92,11 @@ pub(super) fn glance(world: &mut World, report: &mut Report, spec: &Spec) -> Res
     let mut tool = world.qemu_viewer(spec)?;
     let (_, view) = open(&mut tool, &target.grant(world, 1, None)?)?;
     let seen = tool.pread(&view, target.gpa, 32)?;
-    report.equal(format!("{} looks at kvmmem vm's target", spec.name), &seen, &Ok(target.hex.clone()));
+    report.equal(
+        format!("{} looks at kvmmem vm's target", spec.name),
+        &seen,
+        &Ok(target.hex.clone()),
+    );
     drop(tool);
     report.check("and its tool's end unplugs the devices", is_empty(world, spec)?, "");
     Ok(())
@@ -103,8 +111,10 @@ fn command_line(
     token: &str,
 ) -> Result<()> {
     let guest = |arguments: &[&str]| {
-        let command =
-            Command::new(CLI).as_member().env("KVMMEM_TOKEN", token).args(arguments.iter().copied());
+        let command = Command::new(CLI)
+            .as_member()
+            .env("KVMMEM_TOKEN", token)
+            .args(arguments.iter().copied());
         world.qemu(spec)?.agent.run(&command, LIMIT).map_err(anyhow::Error::from)
     };
     let gpa = format!("{:#x}", target.gpa);
@@ -131,15 +141,32 @@ fn command_line(
 }
 
 /// What a view shows, by all ways.
-pub(super) fn examine(report: &mut Report, tool: &mut Raw, view: &str, target: &LookedAt) -> Result<()> {
+pub(super) fn examine(
+    report: &mut Report,
+    tool: &mut Raw,
+    view: &str,
+    target: &LookedAt,
+) -> Result<()> {
     let ranges = tool.must(&format!("ranges {view}"))?;
     let what = format!("pread shows the marker at {:#x}", target.gpa);
     report.equal(what, &tool.pread(view, target.gpa, 32)?, &Ok(target.hex.clone()));
     let page = tool.must(&format!("mmap {view} {:#x} 0x1000 r shared", target.gpa))?;
-    report.equal("a mapping shows it, by plain loads", &tool.load(&page, 32)?, &Ok(target.hex.clone()));
+    report.equal(
+        "a mapping shows it, by plain loads",
+        &tool.load(&page, 32)?,
+        &Ok(target.hex.clone()),
+    );
     let changes = tool.changes(number(&page)? + COUNTER as u64)?;
-    report.check("the target's counter runs before its eyes", changes > 2, format!("{changes} changes"));
-    report.equal("a store ends in SIGSEGV", &errno(tool.ask(&format!("store {page} 1"))?), &"SIGSEGV".into());
+    report.check(
+        "the target's counter runs before its eyes",
+        changes > 2,
+        format!("{changes} changes"),
+    );
+    report.equal(
+        "a store ends in SIGSEGV",
+        &errno(tool.ask(&format!("store {page} 1"))?),
+        &"SIGSEGV".into(),
+    );
     let windows = tool.must("bars")?;
     report.check(
         "all of it came as PCI functions",
@@ -154,7 +181,11 @@ fn hostile(world: &World, report: &mut Report, spec: &Spec, target: &LookedAt) -
     let mut root = world.qemu_root_viewer(spec)?;
     // The window is the target's only file, so offsets are GPAs below its hole.
     let stored = root.must(&format!("barwrite {:#x} {SCRIBBLE}", target.gpa))?;
-    report.check("root stores into each window's BAR", number(&stored)? > 0, format!("{stored} windows"));
+    report.check(
+        "root stores into each window's BAR",
+        number(&stored)? > 0,
+        format!("{stored} windows"),
+    );
     report.check("the target is as it was", target.is_whole(world)?, "");
     Ok(())
 }
@@ -172,7 +203,11 @@ pub(super) fn pair(world: &mut World, report: &mut Report) -> Result<()> {
     let mut introspector = world.viewer()?;
     let other = introspector.view(target.grant(world, 1, None)?.token.words())?;
     let seen = introspector.pread(&other, target.gpa, 32)?;
-    report.equal("while kvmmem vm's introspector looks at the new one", &seen, &Ok(target.hex.clone()));
+    report.equal(
+        "while kvmmem vm's introspector looks at the new one",
+        &seen,
+        &Ok(target.hex.clone()),
+    );
     tool.must(&format!("close {connection}"))?;
     introspector.must(&format!("close {other}"))?;
     report.check("both views are closed", world.settles(0)?, "");

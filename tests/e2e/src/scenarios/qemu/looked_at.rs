@@ -32,7 +32,8 @@ impl LookedAt {
     /// A VM under a stock QEMU, which is made a target.
     pub(super) fn stock(world: &mut World, spec: &Spec) -> Result<Self> {
         let pid = world.boot_qemu(spec)?.process.id();
-        if !world.targets()?.iter().any(|target| target.introspectable && target.name == spec.name) {
+        if !world.targets()?.iter().any(|target| target.introspectable && target.name == spec.name)
+        {
             world.kvmmem(&["target", "add", "--pid", &pid.to_string(), "--name", spec.name])?;
         }
         let marker = world.place_marker(&world.qemu(spec)?.agent, 4)?;
@@ -40,10 +41,22 @@ impl LookedAt {
         Ok(Self { name: spec.name, gpa, hex: marker.hex.clone(), _marker: Some(marker) })
     }
 
-    /// A read-only grant for ten minutes; what a busy guest does not take up costs a use as well ([`open`]).
-    pub(super) fn grant(&self, world: &World, uses: u32, spans: Option<Vec<Span>>) -> Result<Granted> {
+    /// A read-only grant for ten minutes; what a busy guest does not take up costs a use as well
+    /// ([`open`]).
+    pub(super) fn grant(
+        &self,
+        world: &World,
+        uses: u32,
+        spans: Option<Vec<Span>>,
+    ) -> Result<Granted> {
         let target = self.name.to_owned();
-        world.grant_as(|usual| GrantRequest { target, uses: uses + SPARE, spans, ttl_ms: 600_000, ..usual })
+        world.grant_as(|usual| GrantRequest {
+            target,
+            uses: uses + SPARE,
+            spans,
+            ttl_ms: 600_000,
+            ..usual
+        })
     }
 
     /// Whether its marker is what the host sees.
@@ -64,21 +77,32 @@ pub(super) fn name_of(spec: &Spec) -> String {
     format!("{}-looks", spec.name)
 }
 
-/// Boots the VM and makes it an introspector with this policy; returns what the broker says of it, as JSON.
+/// Boots the VM and makes it an introspector with this policy; returns what the broker says of it,
+/// as JSON.
 pub(super) fn add(world: &mut World, spec: &Spec, on_silence: &str) -> Result<serde_json::Value> {
     let socket = world.boot_qemu(spec)?.socket().display().to_string();
     let name = name_of(spec);
     if world.targets()?.iter().any(|vm| vm.name == name) {
         world.kvmmem(&["introspector", "remove", &name])?;
     }
-    let words =
-        ["introspector", "add", "--qmp", &socket, "--name", &name, "--on-silence", on_silence, "--json"];
+    let words = [
+        "introspector",
+        "add",
+        "--qmp",
+        &socket,
+        "--name",
+        &name,
+        "--on-silence",
+        on_silence,
+        "--json",
+    ];
     let added = world.kvmmem(&words)?;
     serde_json::from_str(&added).with_context(|| format!("introspector add says {added:?}"))
 }
 
-/// Opens a view in the VM; the slots of its connection and its device. A guest that gets little of the CPUs does not take the
-/// view up in the broker's time; then the tool tries again, as the refusal "busy" asks for, until the grant is used up.
+/// Opens a view in the VM; the slots of its connection and its device. A guest that gets little of
+/// the CPUs does not take the view up in the broker's time; then the tool tries again, as the
+/// refusal "busy" asks for, until the grant is used up.
 pub(super) fn open(tool: &mut Raw, grant: &Granted) -> Result<(String, String)> {
     loop {
         match tool.open_view(&grant.token)? {

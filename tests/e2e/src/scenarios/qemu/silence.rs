@@ -32,7 +32,11 @@ pub(super) fn report_and_pause(world: &mut World, report: &mut Report) -> Result
         format!("{revoked:?}"),
     );
     world.qemu(&NEW_Q35)?.qmp("cont", &json!({}))?;
-    report.check("once it runs again, it lets go", is_empty(world, &NEW_Q35)? && world.settles(0)?, "");
+    report.check(
+        "once it runs again, it lets go",
+        is_empty(world, &NEW_Q35)? && world.settles(0)?,
+        "",
+    );
     drop(tool);
 
     add(world, &NEW_Q35, "pause")?;
@@ -41,7 +45,11 @@ pub(super) fn report_and_pause(world: &mut World, report: &mut Report) -> Result
     open(&mut tool, &grant)?;
     let _root = crash(world)?;
     let revoked = world.revoke(grant.grant)?;
-    report.check("a crashed guest lets go of nothing", revoked.unconfirmed == 1, format!("{revoked:?}"));
+    report.check(
+        "a crashed guest lets go of nothing",
+        revoked.unconfirmed == 1,
+        format!("{revoked:?}"),
+    );
     let is_paused = wait::until(|| Ok(state(world)? == "paused"))?;
     report.check("so its VM is paused, as the operator said", is_paused, state(world)?);
 
@@ -58,13 +66,15 @@ pub(super) fn report_and_pause(world: &mut World, report: &mut Report) -> Result
     Ok(())
 }
 
-/// Crashes the guest's kernel, which stands still then. The tool that did it cannot be ended before the VM runs again.
+/// Crashes the guest's kernel, which stands still then. The tool that did it cannot be ended before
+/// the VM runs again.
 fn crash(world: &World) -> Result<Raw> {
     let mut root = world.qemu_root_viewer(&NEW_Q35)?;
     root.must("write /proc/sys/kernel/panic 0")?;
     root.child.write_stdin(b"write /proc/sysrq-trigger c\n")?;
     let console = world.run_folder().join(format!("{}.console", NEW_Q35.name));
-    let is_crashed = || Ok(String::from_utf8_lossy(&std::fs::read(&console)?).contains("end Kernel panic"));
+    let is_crashed =
+        || Ok(String::from_utf8_lossy(&std::fs::read(&console)?).contains("end Kernel panic"));
     ensure!(wait::until(is_crashed)?, "the guest's kernel does not crash");
     Ok(root)
 }
@@ -77,7 +87,11 @@ pub(super) fn kill(world: &mut World, report: &mut Report) -> Result<()> {
     open(&mut tool, &grant)?;
     world.qemu(&NEW_Q35)?.qmp("stop", &json!({}))?;
     let revoked = world.revoke(grant.grant)?;
-    report.check("the grant of a silent guest is taken back", revoked.views == 1, format!("{revoked:?}"));
+    report.check(
+        "the grant of a silent guest is taken back",
+        revoked.views == 1,
+        format!("{revoked:?}"),
+    );
     let status = world.qemu_mut(&NEW_Q35)?.process.wait(PATIENCE);
     report.check("its VM is killed, as the operator said", status.is_ok(), format!("{status:?}"));
     report.check("the target is as it was", target.is_whole(world)?, "");

@@ -43,17 +43,27 @@ pub(crate) fn look(world: &mut World, report: &mut Report, spec: &Spec, by: By) 
 }
 
 /// Boots the VM, adds it and looks; returns its marker, the tool, and the view that this has.
-fn open(world: &mut World, report: &mut Report, spec: &Spec, by: By) -> Result<(Marker, Raw, String)> {
+fn open(
+    world: &mut World,
+    report: &mut Report,
+    spec: &Spec,
+    by: By,
+) -> Result<(Marker, Raw, String)> {
     world.mend()?;
     let qemu = world.boot_qemu(spec)?;
     let (pid, socket) = (qemu.process.id(), qemu.socket());
-    report.check("QEMU runs the guest", true, format!("QEMU {}, {} MiB", qemu.version()?, spec.mib));
+    report.check(
+        "QEMU runs the guest",
+        true,
+        format!("QEMU {}, {} MiB", qemu.version()?, spec.mib),
+    );
     let marker = world.place_marker(&world.qemu(spec)?.agent, 4)?;
     let gpa = *marker.gpas.first().context("the marker has no page")?;
 
     let found = world.kvmmem(&["targets", "--discover", "--json"])?;
-    let is_found =
-        found.lines().any(|line| line.contains(spec.name) && line.contains(&format!("\"pid\":{pid},")));
+    let is_found = found
+        .lines()
+        .any(|line| line.contains(spec.name) && line.contains(&format!("\"pid\":{pid},")));
     report.check("targets --discover finds it", is_found, if is_found { "" } else { found.trim() });
     let which = match by {
         By::Qmp => ["--qmp".to_owned(), socket.display().to_string()],
@@ -62,7 +72,8 @@ fn open(world: &mut World, report: &mut Report, spec: &Spec, by: By) -> Result<(
     let added = world.kvmmem(&["target", "add", &which[0], &which[1], "--name", spec.name])?;
     report.check("target add takes it", added.contains("0x0.."), added.trim().replace('\n', ";"));
 
-    let grant = world.grant_as(|usual| GrantRequest { target: spec.name.to_owned(), uses: 2, ..usual })?;
+    let grant =
+        world.grant_as(|usual| GrantRequest { target: spec.name.to_owned(), uses: 2, ..usual })?;
     let host = Command::new(world.bed.bin("kvmmem"))
         .args(["read", &format!("{gpa:#x}"), "32", "--json", "--broker"])
         .arg(world.socket())
@@ -77,12 +88,20 @@ fn open(world: &mut World, report: &mut Report, spec: &Spec, by: By) -> Result<(
 
     let mut tool = world.viewer()?;
     let view = tool.view(grant.token.words())?;
-    report.equal("so does kvmmem vm's introspector", &tool.pread(&view, gpa, 32)?, &Ok(marker.hex.clone()));
+    report.equal(
+        "so does kvmmem vm's introspector",
+        &tool.pread(&view, gpa, 32)?,
+        &Ok(marker.hex.clone()),
+    );
     let page = tool.must(&format!("mmap {view} {gpa:#x} 0x1000 r shared"))?;
     report.equal("by plain loads as well", &tool.load(&page, 32)?, &Ok(marker.hex.clone()));
     let changes = tool.changes(number(&page)? + COUNTER as u64)?;
     report.check("the counter runs before its eyes", changes > 2, format!("{changes} changes"));
-    report.equal("a store ends in SIGSEGV", &errno(tool.ask(&format!("store {page} 1"))?), &"SIGSEGV".into());
+    report.equal(
+        "a store ends in SIGSEGV",
+        &errno(tool.ask(&format!("store {page} 1"))?),
+        &"SIGSEGV".into(),
+    );
     Ok((marker, tool, view))
 }
 
@@ -119,7 +138,8 @@ pub(crate) fn large_pages_and_death(world: &mut World, report: &mut Report) -> R
 fn death(world: &mut World, report: &mut Report) -> Result<()> {
     let (marker, mut tool, view) = open(world, report, &OLD_LARGE, By::Pid)?;
     let info = fs::read_to_string("/proc/meminfo").context("cannot read /proc/meminfo")?;
-    let line = info.lines().find_map(|line| line.strip_prefix("HugePages_Free:")).unwrap_or_default();
+    let line =
+        info.lines().find_map(|line| line.strip_prefix("HugePages_Free:")).unwrap_or_default();
     let free: u32 = line.trim().parse().context("no count of free large pages")?;
     report.check(
         "the RAM is in large pages",
@@ -127,7 +147,8 @@ fn death(world: &mut World, report: &mut Report) -> Result<()> {
         format!("{free} of {LARGE_PAGES} are free"),
     );
     looked_at::add(world, &NEW_Q35, "report")?;
-    let grant = world.grant_as(|usual| GrantRequest { target: OLD_LARGE.name.to_owned(), ..usual })?;
+    let grant =
+        world.grant_as(|usual| GrantRequest { target: OLD_LARGE.name.to_owned(), ..usual })?;
     let mut other = world.qemu_viewer(&NEW_Q35)?;
     let (_, other_view) = looked_at::open(&mut other, &grant)?;
     let gpa = *marker.gpas.first().context("the marker has no page")?;
@@ -135,7 +156,8 @@ fn death(world: &mut World, report: &mut Report) -> Result<()> {
     report.equal("a stock QEMU's guest looks at it, too", &seen, &Ok(marker.hex.clone()));
     glance(world, report, &OLD_LARGE)?;
     world.qemu_mut(&OLD_LARGE)?.process.kill()?;
-    for (who, tool, view) in [("kvmmem vm's", &mut tool, &view), ("a stock QEMU's", &mut other, &other_view)]
+    for (who, tool, view) in
+        [("kvmmem vm's", &mut tool, &view), ("a stock QEMU's", &mut other, &other_view)]
     {
         let polled = tool.must(&format!("poll {view} {SPIN_MS}"))?;
         report.check(
@@ -146,7 +168,8 @@ fn death(world: &mut World, report: &mut Report) -> Result<()> {
         let seen = errno(tool.pread(view, 0, 8)?);
         report.equal("and pread says that the target is gone", &seen, &"ESTALE".into());
     }
-    let is_gone = wait::until(|| Ok(world.targets()?.iter().all(|target| target.name != OLD_LARGE.name)))?;
+    let is_gone =
+        wait::until(|| Ok(world.targets()?.iter().all(|target| target.name != OLD_LARGE.name)))?;
     report.check("the broker lists it no more", is_gone, "");
     let grants = world.admin()?.grants()?;
     let left = grants.iter().filter(|grant| grant.target == OLD_LARGE.name).count();

@@ -15,7 +15,11 @@ pub(crate) fn act(world: &mut World, report: &mut Report) -> Result<()> {
     let gpa = world.gpa()?;
     let marker = world.marker()?.hex.clone();
     let grant = world.grant_as(|request| request)?;
-    report.check("the owner grants a read-only look, for one use", true, format!("grant {}", grant.grant));
+    report.check(
+        "the owner grants a read-only look, for one use",
+        true,
+        format!("grant {}", grant.grant),
+    );
     let token = grant.token.to_hex();
     let command = Command::new(PROBE).as_member().env("KVMMEM_TOKEN", token.as_str()).args([
         "spy",
@@ -35,7 +39,8 @@ pub(crate) fn act(world: &mut World, report: &mut Report) -> Result<()> {
             );
             continue;
         }
-        let step: Step = serde_json::from_str(&line).with_context(|| format!("the probe says {line:?}"))?;
+        let step: Step =
+            serde_json::from_str(&line).with_context(|| format!("the probe says {line:?}"))?;
         report.timed(step.what, step.ok, step.detail, Duration::from_nanos(step.nanos));
     }
     let status = child.wait(PATIENCE)?;

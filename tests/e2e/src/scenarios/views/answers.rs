@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The demo's third act: what a Linux target's memory says of its processes, its log and its modules, in the introspector's
-//! guest and on the host.
+//! The demo's third act: what a Linux target's memory says of its processes, its log and its
+//! modules, in the introspector's guest and on the host.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -34,11 +34,14 @@ pub(crate) fn answers(world: &mut World, report: &mut Report) -> Result<()> {
     let grant = world.grant_as(|request| GrantRequest { uses: 100, ..request })?;
     let token = grant.token.to_hex();
     for (verb, fields) in VERBS {
-        let command =
-            Command::new(CLI).as_member().env("KVMMEM_TOKEN", token.as_str()).args([verb, "--json"]);
+        let command = Command::new(CLI)
+            .as_member()
+            .env("KVMMEM_TOKEN", token.as_str())
+            .args([verb, "--json"]);
         let output = world.agent()?.run(&command, LIMIT)?;
         let is_done = output.status.success();
-        if !report.check(format!("{verb} in the introspector"), is_done, output.error_text().trim()) {
+        if !report.check(format!("{verb} in the introspector"), is_done, output.error_text().trim())
+        {
             continue;
         }
         let guest = rows(&output.text(), fields)?;
@@ -49,7 +52,11 @@ pub(crate) fn answers(world: &mut World, report: &mut Report) -> Result<()> {
             !guest.is_empty() && missing.is_empty(),
             format!("{} rows, {missing:?}", guest.len()),
         );
-        for line in world.kvmmem(&[verb, "--target", TARGET])?.lines().filter(|line| !is_kernel(line)).take(8)
+        for line in world
+            .kvmmem(&[verb, "--target", TARGET])?
+            .lines()
+            .filter(|line| !is_kernel(line))
+            .take(8)
         {
             report.say(&format!("       {line}"));
         }
@@ -58,12 +65,17 @@ pub(crate) fn answers(world: &mut World, report: &mut Report) -> Result<()> {
     report.check("ps shows the target's own program", processes.contains(PROGRAM), "");
     let directory = tempfile::tempdir().context("no place for a rule")?;
     let rule = directory.path().join("marker.yar");
-    let text = format!("rule marker {{ strings: $a = {{ {} }} condition: $a }}\n", world.marker()?.hex);
+    let text =
+        format!("rule marker {{ strings: $a = {{ {} }} condition: $a }}\n", world.marker()?.hex);
     std::fs::write(&rule, text).context("cannot write a rule")?;
     let rule = rule.to_str().context("the rule's path is no text")?;
     let found = world.kvmmem(&["scan", "--yara", rule, "--target", TARGET, "--json"])?;
     let place = format!("\"{:#x}\"", world.gpa()?);
-    report.check("a YARA rule matches the marker", found.contains("marker") && found.contains(&place), "");
+    report.check(
+        "a YARA rule matches the marker",
+        found.contains("marker") && found.contains(&place),
+        "",
+    );
     for line in world.kvmmem(&["scan", "--yara", rule, "--target", TARGET])?.lines().take(3) {
         report.say(&format!("       {line}"));
     }
@@ -71,11 +83,13 @@ pub(crate) fn answers(world: &mut World, report: &mut Report) -> Result<()> {
     Ok(())
 }
 
-/// The rows of a verb as JSON, of these fields alone, without what the kernel starts and ends by itself.
+/// The rows of a verb as JSON, of these fields alone, without what the kernel starts and ends by
+/// itself.
 fn rows(text: &str, fields: &[&str]) -> Result<BTreeSet<String>> {
     let mut rows = BTreeSet::new();
     for line in text.lines() {
-        let row: Value = serde_json::from_str(line).with_context(|| format!("{line:?} is no JSON"))?;
+        let row: Value =
+            serde_json::from_str(line).with_context(|| format!("{line:?} is no JSON"))?;
         if !row["comm"].as_str().is_some_and(|comm| comm.starts_with(WORKER)) {
             let values: Option<Vec<_>> = fields.iter().map(|field| row.get(field)).collect();
             let values = values.with_context(|| format!("{line} lacks one of {fields:?}"))?;

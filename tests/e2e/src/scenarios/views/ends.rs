@@ -70,7 +70,11 @@ pub(crate) fn revoke(world: &mut World, report: &mut Report) -> Result<()> {
     let spun = tool.answer("spin")?;
     report.equal("the loop of loads ends in SIGBUS", &errno(spun), &"SIGBUS".into());
     let heard = start.elapsed();
-    report.check("the tools have heard", true, format!("{:.1} ms after the call", heard.as_secs_f64() * 1e3));
+    report.check(
+        "the tools have heard",
+        true,
+        format!("{:.1} ms after the call", heard.as_secs_f64() * 1e3),
+    );
 
     let left = Left::of(&mut tool, &device, &page, gpa)?;
     report.equal("nothing is left in the mapping", &left.load, &"SIGBUS".into());
@@ -85,7 +89,11 @@ pub(crate) fn revoke(world: &mut World, report: &mut Report) -> Result<()> {
     report.check("the target goes on", world.target_mut()?.process.is_running(), "");
     report.check("the introspector goes on", world.introspector_mut()?.process.is_running(), "");
     let again = world.admin()?.revoke(grant.grant);
-    report.check("a second revocation ends nothing more", again.is_ok_and(|again| again.views == 0), "");
+    report.check(
+        "a second revocation ends nothing more",
+        again.is_ok_and(|again| again.views == 0),
+        "",
+    );
 
     // Pages of the seed's calls go the same way.
     let grant = world.grant(Rights::ReadWrite, None)?;
@@ -111,7 +119,11 @@ pub(crate) fn process_death(world: &mut World, report: &mut Report) -> Result<()
     let counters = world.agent()?.get("/sys/kernel/debug/kvmmem/counters")?;
     let counters = String::from_utf8_lossy(&counters).into_owned();
     let open = counters.lines().find(|line| line.starts_with("views ")).map(str::to_owned);
-    report.check("the module counts none", open.as_deref() == Some("views 0"), counters.replace('\n', ", "));
+    report.check(
+        "the module counts none",
+        open.as_deref() == Some("views 0"),
+        counters.replace('\n', ", "),
+    );
     Ok(())
 }
 

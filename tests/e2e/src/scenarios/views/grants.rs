@@ -13,27 +13,44 @@ use crate::world::{INTROSPECTOR, TARGET, World};
 
 pub(crate) fn scope(world: &mut World, report: &mut Report) -> Result<()> {
     let gpas = world.marker()?.gpas.clone();
-    let (first, last) = (*gpas.iter().min().context("no page")?, *gpas.iter().max().context("no page")?);
+    let (first, last) =
+        (*gpas.iter().min().context("no page")?, *gpas.iter().max().context("no page")?);
     let span = |gpa| Span { gpa, len: 0x1000 };
     let low = world.grant(Rights::ReadOnly, Some(vec![span(first)]))?.token.words();
     let high = world.grant(Rights::ReadOnly, Some(vec![span(last)]))?.token.words();
     let (mut one, mut two) = (world.viewer()?, world.viewer()?);
     let (a, b) = (one.view(low)?, two.view(high)?);
     let ranges = one.must(&format!("ranges {a}"))?;
-    report.check("the ranges are the grant's", ranges.ends_with(&format!("1 {first:#x}+0x1000,")), &ranges);
+    report.check(
+        "the ranges are the grant's",
+        ranges.ends_with(&format!("1 {first:#x}+0x1000,")),
+        &ranges,
+    );
     report.check(
         "each process reads its own",
         one.pread(&a, first, 8)?.is_ok() && two.pread(&b, last, 8)?.is_ok(),
         "",
     );
-    report.equal("and nothing before its ranges", &errno(two.pread(&b, first, 8)?), &"ENXIO".into());
+    report.equal(
+        "and nothing before its ranges",
+        &errno(two.pread(&b, first, 8)?),
+        &"ENXIO".into(),
+    );
     report.equal("nor behind them", &one.pread(&a, last, 8)?, &Ok(String::new()));
-    report.equal("a mapping outside is refused", &errno(two.mmap(&b, first, 0x1000, "r")?), &"ENXIO".into());
+    report.equal(
+        "a mapping outside is refused",
+        &errno(two.mmap(&b, first, 0x1000, "r")?),
+        &"ENXIO".into(),
+    );
     let page = two.must(&format!("mmap {b} {:#x} 0x3000 r shared", last - 0x1000))?;
     report.equal("one that reaches out has a hole", &errno(two.load(&page, 1)?), &"SIGBUS".into());
     let inside = format!("{:#x}", super::use_it::hex(&page)? + 0x1000);
     report.equal("and the target's page", &two.load(&inside, 8)?.is_ok(), &true);
-    report.equal("lseek finds the range", &two.must(&format!("seek {b} 0 data"))?, &format!("{last:#x}"));
+    report.equal(
+        "lseek finds the range",
+        &two.must(&format!("seek {b} 0 data"))?,
+        &format!("{last:#x}"),
+    );
 
     // The seed's calls keep to the grant as well.
     let mut raw = world.raw()?;
@@ -45,7 +62,11 @@ pub(crate) fn scope(world: &mut World, report: &mut Report) -> Result<()> {
         &"EPERM".into(),
     );
     let token = world.grant(Rights::ReadWrite, Some(vec![span(first)]))?.token.words();
-    report.equal("and one for that page", &errno(raw.map(&device, &page, last, token)?), &"EFAULT".into());
+    report.equal(
+        "and one for that page",
+        &errno(raw.map(&device, &page, last, token)?),
+        &"EFAULT".into(),
+    );
     let token = world.grant(Rights::ReadWrite, Some(vec![span(first)]))?.token.words();
     report.equal("with both it maps", &errno(raw.map(&device, &page, first, token)?), &"0".into());
     Ok(())
@@ -57,24 +78,34 @@ pub(crate) fn rules(world: &mut World, report: &mut Report) -> Result<()> {
         let device = tool.open()?;
         Ok(errno(tool.attach(&device, token)?))
     };
-    let stranger = world.grant_as(|request| GrantRequest { holder: Some(Uuid::from_u128(7)), ..request })?;
+    let stranger =
+        world.grant_as(|request| GrantRequest { holder: Some(Uuid::from_u128(7)), ..request })?;
     report.equal(
         "a token of another holder is refused",
         &attach(&mut tool, stranger.token.words())?,
         &"ENOENT".into(),
     );
-    let own =
-        world.targets()?.into_iter().find(|vm| vm.name == INTROSPECTOR).context("no introspector")?.uuid;
+    let own = world
+        .targets()?
+        .into_iter()
+        .find(|vm| vm.name == INTROSPECTOR)
+        .context("no introspector")?
+        .uuid;
     let held = world.grant_as(|request| GrantRequest { holder: Some(own), ..request })?;
     report.equal("the holder attaches", &attach(&mut tool, held.token.words())?, &"0".into());
     let twice = world.grant_as(|request| GrantRequest { uses: 2, ..request })?.token.words();
     let seen = [attach(&mut tool, twice)?, attach(&mut tool, twice)?, attach(&mut tool, twice)?];
     report.equal("two uses are two", &seen, &["0", "0", "ENOENT"].map(str::to_owned));
     let brief = world.grant_as(|request| GrantRequest { ttl_ms: 300, ..request })?;
-    let is_active = |grant: &GrantInfo| grant.id == brief.grant && grant.state == GrantState::Active;
+    let is_active =
+        |grant: &GrantInfo| grant.id == brief.grant && grant.state == GrantState::Active;
     let expired = wait::until(|| Ok(!world.admin()?.grants()?.iter().any(is_active)))?;
     report.check("a grant expires", expired, "");
-    report.equal("an expired token is refused", &attach(&mut tool, brief.token.words())?, &"ENOENT".into());
+    report.equal(
+        "an expired token is refused",
+        &attach(&mut tool, brief.token.words())?,
+        &"ENOENT".into(),
+    );
     let withdrawn = world.grant(Rights::ReadOnly, None)?;
     world.revoke(withdrawn.grant)?;
     report.equal(
@@ -90,7 +121,11 @@ pub(crate) fn rules(world: &mut World, report: &mut Report) -> Result<()> {
     let device = tool.open()?;
     tool.attach(&device, token)?.ok().context("not attached")?;
     let gpa = world.gpa()?;
-    report.equal("by policy read-only", &errno(tool.mmap(&device, gpa, 0x1000, "rw")?), &"EACCES".into());
+    report.equal(
+        "by policy read-only",
+        &errno(tool.mmap(&device, gpa, 0x1000, "rw")?),
+        &"EACCES".into(),
+    );
     world.admin()?.policy(TARGET, Some(KvmiPolicy::None))?;
     let refused = world.kvmi_token().err().map(|error| format!("{error:#}"));
     report.check("by policy not at all", refused.is_some(), refused.unwrap_or_default());

@@ -13,8 +13,8 @@ use crate::world::World;
 /// The most views of a VM.
 const MOST_VIEWS: usize = 64;
 
-/// Stores to a read-only window, each right after a page fault: an emulated SVM makes KVM see the delivery of an event in
-/// some of them.
+/// Stores to a read-only window, each right after a page fault: an emulated SVM makes KVM see the
+/// delivery of an event in some of them.
 const STORES: u64 = 64;
 
 pub(crate) fn hostile(world: &mut World, report: &mut Report) -> Result<()> {
@@ -37,15 +37,20 @@ pub(crate) fn hostile(world: &mut World, report: &mut Report) -> Result<()> {
             "a mapping at the end of the address space",
             format!("mmap {device} 0xfffffffffffff000 0x1000 r shared"),
         ),
-        ("a mapping of everything behind RAM", format!("mmap {device} 0x100000000000 0x1000 r shared")),
+        (
+            "a mapping of everything behind RAM",
+            format!("mmap {device} 0x100000000000 0x1000 r shared"),
+        ),
         ("a seek to a negative address", format!("seek {device} 0xfffffffffffff000 data")),
     ] {
         let seen = tool.ask(&command)?;
         report.check(format!("{what} is refused"), seen.is_err(), errno(seen));
     }
 
-    let crowd =
-        world.grant_as(|request| kvmmem_client::admin::GrantRequest { uses: 1000, ..request })?.token.words();
+    let crowd = world
+        .grant_as(|request| kvmmem_client::admin::GrantRequest { uses: 1000, ..request })?
+        .token
+        .words();
     let before = world.open_views()?;
     let mut opened = 0;
     let refused = loop {
@@ -61,7 +66,11 @@ pub(crate) fn hostile(world: &mut World, report: &mut Report) -> Result<()> {
     };
     report.check("a process has many views", opened >= 50, format!("{opened}, then {refused}"));
     report.equal("the broker lists each", &(world.open_views()? - before), &opened);
-    report.equal("the first tool is not disturbed", &tool.pread(&device, gpa, 32)?, &Ok(marker.clone()));
+    report.equal(
+        "the first tool is not disturbed",
+        &tool.pread(&device, gpa, 32)?,
+        &Ok(marker.clone()),
+    );
     drop(flooder);
     report.check("the flooder's end closes its views", world.settles(before)?, "");
 
@@ -74,16 +83,25 @@ pub(crate) fn hostile(world: &mut World, report: &mut Report) -> Result<()> {
     report.equal("nothing changes", &tool.pread(&device, gpa, 32)?, &Ok(marker.clone()));
     report.equal("and each store is counted", &counted_writes(world)?, &STORES);
     let internal = world.introspector()?.last_said("suberror")?.unwrap_or_default();
-    report.check("the introspector lives", field(&mut tool, &format!("stats {device}"), 0).is_ok(), internal);
+    report.check(
+        "the introspector lives",
+        field(&mut tool, &format!("stats {device}"), 0).is_ok(),
+        internal,
+    );
     Ok(())
 }
 
-/// Writes to read-only windows that the VMM refused, as the broker lists them; the VMM reports at most once a second.
+/// Writes to read-only windows that the VMM refused, as the broker lists them; the VMM reports at
+/// most once a second.
 fn counted_writes(world: &World) -> Result<u64> {
     let mut count = 0;
     wait::until(|| {
         let grants = world.admin()?.grants()?;
-        count = grants.iter().flat_map(|grant| &grant.views).map(|view| view.counters.refused_writes).sum();
+        count = grants
+            .iter()
+            .flat_map(|grant| &grant.views)
+            .map(|view| view.counters.refused_writes)
+            .sum();
         Ok(count >= STORES)
     })?;
     Ok(count)

@@ -31,9 +31,17 @@ pub(crate) fn regions(world: &mut World, report: &mut Report) -> Result<()> {
         &"0".into(),
     );
     let token = world.token()?;
-    report.equal("MAP before OPEN is refused", &errno(tool.ask(&map(gpa, token))?), &"EINVAL".into());
+    report.equal(
+        "MAP before OPEN is refused",
+        &errno(tool.ask(&map(gpa, token))?),
+        &"EINVAL".into(),
+    );
     tool.must(&format!("region {device} open {}", uuid.simple()))?;
-    report.equal("MAP answers the whole region", &tool.ask(&map(gpa, token))?, &Ok(format!("0x0 {end:#x}")));
+    report.equal(
+        "MAP answers the whole region",
+        &tool.ask(&map(gpa, token))?,
+        &Ok(format!("0x0 {end:#x}")),
+    );
     let token = world.token()?;
     report.equal(
         "a region that is there is said so",

@@ -21,13 +21,16 @@ pub(crate) fn tools(world: &mut World, report: &mut Report) -> Result<()> {
     // The page, and some around it that were used as well.
     let from = gpa & !0xf_ffff;
     let span = Span { gpa: from, len: 0x10_0000 };
-    let grant = world.grant_as(|request| GrantRequest { spans: Some(vec![span]), uses: 100, ..request })?;
+    let grant =
+        world.grant_as(|request| GrantRequest { spans: Some(vec![span]), uses: 100, ..request })?;
     let token = grant.token.to_hex();
     let range = format!("{from:#x}..{:#x}", from + span.len);
 
     let guest = |world: &World, arguments: &[&str]| -> Result<kvmmem_guest::Output> {
-        let command =
-            Command::new(CLI).as_member().env("KVMMEM_TOKEN", token.as_str()).args(arguments.iter().copied());
+        let command = Command::new(CLI)
+            .as_member()
+            .env("KVMMEM_TOKEN", token.as_str())
+            .args(arguments.iter().copied());
         Ok(world.agent()?.run(&command, LIMIT)?)
     };
     let output = guest(world, &["attach", "--json"])?;
@@ -44,7 +47,11 @@ pub(crate) fn tools(world: &mut World, report: &mut Report) -> Result<()> {
         said(&output),
     );
     let output = guest(world, &["scan", &"5a".repeat(40), "--range", &range])?;
-    report.check("scan finds nothing where nothing is", output.status.shell_code() == 1, said(&output));
+    report.check(
+        "scan finds nothing where nothing is",
+        output.status.shell_code() == 1,
+        said(&output),
+    );
     let output = guest(world, &["dump", "/tmp/dump.raw", "--range", &range])?;
     report.check("dump writes a file", output.status.success(), said(&output));
     let output = guest(world, &["read", &format!("{gpa:#x}"), "32", "--json"])?;
@@ -73,10 +80,18 @@ pub(crate) fn tools(world: &mut World, report: &mut Report) -> Result<()> {
         .filter_map(|index| u8::from_str_radix(marker.get(2 * index..2 * index + 2)?, 16).ok())
         .collect();
     report.check("as an ELF core", core.starts_with(b"\x7fELF"), format!("{} bytes", core.len()));
-    report.check("with the marker in it", core.windows(bytes.len()).any(|window| window == bytes), "");
+    report.check(
+        "with the marker in it",
+        core.windows(bytes.len()).any(|window| window == bytes),
+        "",
+    );
 
     let listing = world.kvmmem(&["grants"])?;
-    report.check("grants lists the grant", listing.contains(&grant.grant.to_string()), listing.trim());
+    report.check(
+        "grants lists the grant",
+        listing.contains(&grant.grant.to_string()),
+        listing.trim(),
+    );
     world.kvmmem(&["revoke", &grant.grant.to_string()])?;
     let output = guest(world, &["attach"])?;
     report.check(

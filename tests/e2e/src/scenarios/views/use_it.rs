@@ -26,19 +26,35 @@ pub(crate) fn look(world: &mut World, report: &mut Report) -> Result<()> {
     );
     report.equal("a token attaches the file", &errno(tool.attach(&device, token)?), &"0".into());
     let another = world.grant(Rights::ReadOnly, None)?.token.words();
-    report.equal("a second view on it is refused", &errno(tool.attach(&device, another)?), &"EISCONN".into());
+    report.equal(
+        "a second view on it is refused",
+        &errno(tool.attach(&device, another)?),
+        &"EISCONN".into(),
+    );
     let other = tool.open()?;
     report.equal("a used token is refused", &errno(tool.attach(&other, token)?), &"ENOENT".into());
 
     let ranges = tool.must(&format!("ranges {device}"))?;
-    report.check("the ranges are the target's RAM", ranges.contains(&format!("0x0+{end:#x},")), &ranges);
+    report.check(
+        "the ranges are the target's RAM",
+        ranges.contains(&format!("0x0+{end:#x},")),
+        &ranges,
+    );
     report.equal("pread shows the marker", &tool.pread(&device, gpa, 32)?, &Ok(marker.clone()));
     let page = tool.must(&format!("mmap {device} {gpa:#x} 0x1000 r shared"))?;
     report.equal("a mapping shows it, by plain loads", &tool.load(&page, 32)?, &Ok(marker.clone()));
     let changes = tool.changes(hex(&page)? + COUNTER as u64)?;
-    report.check("the target's counter runs before its eyes", changes > 2, format!("{changes} changes"));
+    report.check(
+        "the target's counter runs before its eyes",
+        changes > 2,
+        format!("{changes} changes"),
+    );
 
-    report.equal("a store ends in SIGSEGV", &errno(tool.ask(&format!("store {page} 1"))?), &"SIGSEGV".into());
+    report.equal(
+        "a store ends in SIGSEGV",
+        &errno(tool.ask(&format!("store {page} 1"))?),
+        &"SIGSEGV".into(),
+    );
     report.equal(
         "mprotect to rw is refused",
         &errno(tool.ask(&format!("mprotect {page} 0x1000 rw"))?),
@@ -63,8 +79,16 @@ pub(crate) fn look(world: &mut World, report: &mut Report) -> Result<()> {
         &tool.pread(&device, end - 4, 64)?.map(|hex| hex.len()),
         &Ok(8),
     );
-    report.equal("behind the end there is nothing", &tool.pread(&device, end, 8)?, &Ok(String::new()));
-    report.equal("lseek knows the end", &tool.must(&format!("seek {device} 0 end"))?, &format!("{end:#x}"));
+    report.equal(
+        "behind the end there is nothing",
+        &tool.pread(&device, end, 8)?,
+        &Ok(String::new()),
+    );
+    report.equal(
+        "lseek knows the end",
+        &tool.must(&format!("seek {device} 0 end"))?,
+        &format!("{end:#x}"),
+    );
     let data = tool.must(&format!("seek {device} {gpa:#x} data"))?;
     report.equal("the marker's page is data", &hex(&data)?, &gpa);
     // The VMM's memory is sparse: what the guest never touched is a hole.
@@ -77,9 +101,17 @@ pub(crate) fn look(world: &mut World, report: &mut Report) -> Result<()> {
     );
 
     tool.must(&format!("detach {device}"))?;
-    report.equal("after DETACH a load ends in SIGBUS", &errno(tool.load(&page, 1)?), &"SIGBUS".into());
+    report.equal(
+        "after DETACH a load ends in SIGBUS",
+        &errno(tool.load(&page, 1)?),
+        &"SIGBUS".into(),
+    );
     report.equal("and pread has nothing", &errno(tool.pread(&device, gpa, 8)?), &"ENOTCONN".into());
-    report.equal("the file can be attached again", &errno(tool.attach(&device, another)?), &"0".into());
+    report.equal(
+        "the file can be attached again",
+        &errno(tool.attach(&device, another)?),
+        &"0".into(),
+    );
     report.equal("but the old mapping stays lost", &errno(tool.load(&page, 1)?), &"SIGBUS".into());
     Ok(())
 }
@@ -94,7 +126,8 @@ pub(crate) fn write(world: &mut World, report: &mut Report) -> Result<()> {
     let page = tool.must(&format!("mmap {device} {gpa:#x} 0x1000 rw shared"))?;
     tool.must(&format!("store {:#x} {STORED}", hex(&page)? + INBOX as u64))?;
     report.check("the target sees a store", world.inbox(STORED)?, "");
-    let bytes: String = (STORED + 1).to_le_bytes().iter().map(|byte| format!("{byte:02x}")).collect();
+    let bytes: String =
+        (STORED + 1).to_le_bytes().iter().map(|byte| format!("{byte:02x}")).collect();
     report.equal(
         "pwrite says how much it wrote",
         &tool.must(&format!("pwrite {device} {inbox:#x} {bytes}"))?,
@@ -122,8 +155,10 @@ pub(crate) fn large_pages(world: &mut World, report: &mut Report) -> Result<()> 
     let at = tool.must(&format!("mmap {device} 0x0 {length:#x} r shared"))?;
     report.equal("the address is aligned like the GPA", &(hex(&at)? % MIB_2), &0);
     tool.must(&format!("touch {at} {length:#x} 0x1000"))?;
-    let (small, large) =
-        (field(&mut tool, &format!("stats {device}"), 0)?, field(&mut tool, &format!("stats {device}"), 1)?);
+    let (small, large) = (
+        field(&mut tool, &format!("stats {device}"), 0)?,
+        field(&mut tool, &format!("stats {device}"), 1)?,
+    );
     report.check(
         "32 MiB took 16 faults",
         large == "16" && small == "0",
@@ -146,7 +181,11 @@ pub(crate) fn fork_exec(world: &mut World, report: &mut Report) -> Result<()> {
     let mut tool = world.viewer()?;
     let device = tool.view(token)?;
     let page = tool.must(&format!("mmap {device} {gpa:#x} 0x1000 r shared"))?;
-    report.equal("a child has the mapping", &tool.ask(&format!("fork load {page} 32"))?, &Ok(marker.clone()));
+    report.equal(
+        "a child has the mapping",
+        &tool.ask(&format!("fork load {page} 32"))?,
+        &Ok(marker.clone()),
+    );
     report.equal(
         "and the file",
         &tool.ask(&format!("fork pread {device} {gpa:#x} 32"))?,
@@ -167,11 +206,16 @@ pub(crate) fn fork_exec(world: &mut World, report: &mut Report) -> Result<()> {
     tool.child.write_stdin(b"exec\n")?;
     let device = tool.must(&format!("adopt {fd}"))?;
     report.equal("a new program has no mapping", &errno(tool.load(&page, 1)?), &"SIGSEGV".into());
-    report.equal("but a file that was not closed on exec", &tool.pread(&device, gpa, 32)?, &Ok(marker));
+    report.equal(
+        "but a file that was not closed on exec",
+        &tool.pread(&device, gpa, 32)?,
+        &Ok(marker),
+    );
     Ok(())
 }
 
 /// A number as the tools write it.
 pub(super) fn hex(text: &str) -> Result<u64> {
-    u64::from_str_radix(text.trim_start_matches("0x"), 16).with_context(|| format!("{text:?} is no number"))
+    u64::from_str_radix(text.trim_start_matches("0x"), 16)
+        .with_context(|| format!("{text:?} is no number"))
 }
