@@ -2,9 +2,9 @@
 //! The ioctls of a view on `/dev/kvmmem`: attach the file with a token, then use it by `mmap`
 //! (offset = target GPA), `pread`, `pwrite`, `lseek` and `poll`.
 //!
-//! Errors (docs/abi.md has the table): ENOTCONN without a view, EKEYREVOKED once the view was taken
-//! back, ESTALE once the target is gone, ENXIO where the target has no memory or the grant does not
-//! reach.
+//! Errors (docs/reference/abi.md has the table): ENOTCONN without a view, EKEYREVOKED once the view
+//! is revoked, ESTALE once the target is gone, ENXIO where the target has no memory or the grant
+//! does not reach.
 
 use super::ioctl::{MapMemToken, io, ior, iow, iowr};
 

@@ -12,9 +12,17 @@ use crate::Cli;
 /// README.md and the pages in docs/.
 fn pages() -> Vec<PathBuf> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
-    let docs = fs::read_dir(root.join("docs")).unwrap().map(|entry| entry.unwrap().path());
-    let pages = docs.filter(|path| path.extension().is_some_and(|extension| extension == "md"));
-    pages.chain([root.join("README.md")]).collect()
+    let mut found = vec![root.join("README.md")];
+    let mut folders = vec![root.join("docs")];
+    while let Some(folder) = folders.pop() {
+        let paths = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+        let (inner, files): (Vec<_>, Vec<_>) = paths.partition(|path| path.is_dir());
+        folders.extend(inner);
+        found.extend(
+            files.into_iter().filter(|path| path.extension().is_some_and(|end| end == "md")),
+        );
+    }
+    found
 }
 
 /// The lines of the fenced blocks of shell commands, those that go on joined.

@@ -54,7 +54,7 @@ impl Device {
     /// failures.
     ///
     /// # Errors
-    /// The driver's errno (docs/abi.md).
+    /// The driver's errno (docs/reference/abi.md).
     pub fn map(&self, token: MapMemToken, gpa: u64, page: &Page) -> Result<(), Errno> {
         let argument = MemMap { token, gpa, gva: page.address() as u64 };
         // SAFETY: the number says that 48 bytes are read from the pointer, and `Setter` passes one
@@ -68,7 +68,7 @@ impl Device {
     /// `KVM_INTRO_MEM_UNMAP`: gives `page` fresh memory of its own, all zeros.
     ///
     /// # Errors
-    /// The driver's errno (docs/abi.md).
+    /// The driver's errno (docs/reference/abi.md).
     pub fn unmap(&self, page: &Page) -> Result<(), Errno> {
         // SAFETY: the argument is a number to the driver, the address that identifies the mapping;
         // what changes is the content of the page at that address, which `page` owns, as in

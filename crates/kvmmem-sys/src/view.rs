@@ -52,7 +52,7 @@ impl ViewFile {
     /// `KVMMEM_ATTACH`: opens the view; the token is used up, also by most failures.
     ///
     /// # Errors
-    /// The driver's errno (docs/abi.md).
+    /// The driver's errno (docs/reference/abi.md).
     pub fn attach(&self, argument: Attach) -> Result<(), Errno> {
         // SAFETY: the number says that 40 bytes are read from the pointer, and `Setter` passes one
         // to its own copy of a structure of that size. Nothing of this process's memory
@@ -64,8 +64,8 @@ impl ViewFile {
     /// reports.
     ///
     /// # Errors
-    /// The driver's errno (docs/abi.md); `EAGAIN` if the ranges change more quickly than they can
-    /// be read.
+    /// The driver's errno (docs/reference/abi.md); `EAGAIN` if the ranges change more quickly than
+    /// they can be read.
     pub fn ranges(&self) -> Result<(Ranges, Vec<Range>), Errno> {
         let mut capacity = FIRST_CAPACITY;
         for _ in 0..8 {
@@ -93,7 +93,7 @@ impl ViewFile {
     /// `KVMMEM_DETACH`: closes the view.
     ///
     /// # Errors
-    /// The driver's errno (docs/abi.md).
+    /// The driver's errno (docs/reference/abi.md).
     pub fn detach(&self) -> Result<(), Errno> {
         // SAFETY: the ioctl has no argument; of this process's memory it changes only mappings of
         // this file, which are foreign memory that may vanish at any moment.
@@ -103,7 +103,7 @@ impl ViewFile {
     /// `KVMMEM_STATS`: the view's counters.
     ///
     /// # Errors
-    /// The driver's errno (docs/abi.md).
+    /// The driver's errno (docs/reference/abi.md).
     pub fn stats(&self) -> Result<Stats, Errno> {
         // SAFETY: the number says that 64 bytes are written to the pointer, and `Getter` passes one
         // to a structure of that size, for which any bytes are valid.
