@@ -34,6 +34,9 @@ pub use questions::{MemoryBackend, MemoryDevice, MemoryDeviceData, MemorySize};
 /// How long a command may take, and a whole conversation.
 pub const LIMIT: Duration = Duration::from_secs(2);
 
+/// How soon a connection is tried again while the socket's queue of connections is full.
+const FULL_QUEUE_PAUSE: Duration = Duration::from_millis(10);
+
 /// The most events that are kept until they are taken, that come before an answer, and that are
 /// taken in one turn.
 const MAX_EVENTS: usize = 256;
@@ -85,9 +88,21 @@ impl Qmp {
     }
 
     fn open(path: &Path, end: Option<Instant>) -> Result<Self, QmpError> {
-        let socket = connect(&Endpoint::Unix(path.to_owned()));
-        let socket =
-            socket.map_err(|source| QmpError::Connect { path: path.to_owned(), source })?;
+        let deadline = end.unwrap_or_else(|| Instant::now() + LIMIT);
+        let endpoint = Endpoint::Unix(path.to_owned());
+        let socket = loop {
+            match connect(&endpoint) {
+                Ok(socket) => break socket,
+                // As many clients wait for QEMU as may: it serves one, and queues few.
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    if Instant::now() >= deadline {
+                        return Err(QmpError::Silent(path.to_owned()));
+                    }
+                    std::thread::sleep(FULL_QUEUE_PAUSE);
+                }
+                Err(source) => return Err(QmpError::Connect { path: path.to_owned(), source }),
+            }
+        };
         let lines = Lines::new(UnixStream::from(socket));
         let mut qmp =
             Self { path: path.to_owned(), lines, end, events: VecDeque::new(), is_broken: false };

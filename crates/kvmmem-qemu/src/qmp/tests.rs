@@ -136,3 +136,15 @@ fn what_hangs_or_never_ends_is_left() {
     let nowhere = Path::new("/nowhere/qmp.sock");
     assert!(matches!(Qmp::connect(nowhere), Err(QmpError::Connect { .. })));
 }
+
+#[test]
+fn a_full_queue_of_connections_is_a_socket_that_another_client_uses() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("qmp.sock");
+    let listener = UnixListener::bind(&path).unwrap();
+    // The standard library listens with the longest queue; QEMU's is of one connection.
+    rustix::net::listen(&listener, 0).unwrap();
+    let _other = connect(&Endpoint::Unix(path.clone())).unwrap();
+    let error = Qmp::converse(&path).unwrap_err();
+    assert!(matches!(error, QmpError::Silent(_)), "{error:?}");
+}
