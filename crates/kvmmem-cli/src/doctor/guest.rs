@@ -118,7 +118,7 @@ fn check_module() -> Check {
     Check::fail(
         NAME,
         "kvmmem is not loaded",
-        "modprobe kvmmem; if there is none, build it from kernel/ (docs/guide/operator.md)",
+        "modprobe kvmmem; if there is none, build it from kernel/ (docs/guide/introspector.md)",
     )
 }
 
