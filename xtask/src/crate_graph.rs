@@ -23,17 +23,7 @@ const ALLOWED: [(&str, &[&str]); 13] = [
     ("kvmmem", &["kvmmem-abi", "kvmmem-kvmi", "kvmmem-memory", "kvmmem-proto", "kvmmem-sys"]),
     ("kvmmem-vmm", &["kvmmem-abi", "kvmmem-client", "kvmmem-proto", "kvmmem-sys"]),
     ("kvmmem-qemu", &["kvmmem-proto", "kvmmem-sys"]),
-    (
-        "kvmmem-broker",
-        &[
-            "kvmmem-abi",
-            "kvmmem-client",
-            "kvmmem-kvmi",
-            "kvmmem-proto",
-            "kvmmem-qemu",
-            "kvmmem-sys",
-        ],
-    ),
+    ("kvmmem-broker", &["kvmmem-abi", "kvmmem-kvmi", "kvmmem-proto", "kvmmem-qemu", "kvmmem-sys"]),
     (
         "kvmmem-cli",
         &[

@@ -74,12 +74,11 @@ pub(crate) fn serve(broker: &Arc<Broker>, peer: &Arc<Peer>) {
     broker.resume_left(peer.credentials(), connection.pause.take());
     broker.leave(peer, connection.vm.as_deref());
     // Others may still hold on to the peer for a moment; the connection ends now.
-    peer.socket().shut_down();
+    peer.shut_down();
 }
 
 impl Connection<'_> {
     fn run(&mut self) -> Result<(), PacketError> {
-        let socket = self.peer.socket();
         // Descriptors that come with a call that takes none are closed by going out of scope.
         while let Some((request, files)) = self.receive()? {
             let Request { id, call } = request;
@@ -91,7 +90,8 @@ impl Connection<'_> {
                         self.peer.wait_until_read()?;
                     }
                     let files: Vec<BorrowedFd<'_>> = files.iter().map(AsFd::as_fd).collect();
-                    socket.send(&FromBroker::Answer { id, answer }, &files, Wait::Limited)?;
+                    let answer = FromBroker::Answer { id, answer };
+                    self.peer.send(&answer, &files, Wait::Limited)?;
                 }
                 Err(refused) => {
                     if is_answered {
@@ -109,7 +109,7 @@ impl Connection<'_> {
 
     /// Waits for the next request; `None` when the peer has closed.
     fn receive(&self) -> Result<Option<(Request, Vec<OwnedFd>)>, PacketError> {
-        let socket = self.peer.socket();
+        let Some(socket) = self.peer.socket() else { return Ok(None) };
         let limit = self.silence.and_then(|limit| Timespec::try_from(limit).ok());
         loop {
             match rustix::event::poll(&mut [PollFd::new(socket, PollFlags::IN)], limit.as_ref()) {
@@ -231,5 +231,5 @@ impl Connection<'_> {
 pub(crate) fn refuse(peer: &Peer, id: u64, refused: &Refused) {
     let message =
         FromBroker::Refused { id, refusal: refused.refusal, message: refused.message.clone() };
-    let _ = peer.socket().send(&message, &[], Wait::No);
+    let _ = peer.send(&message, &[], Wait::No);
 }

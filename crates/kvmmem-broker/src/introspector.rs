@@ -2,11 +2,13 @@
 //! Introspectors under a stock QEMU: what a VMM of ours does for its guest, the broker does here
 //! over QMP.
 //!
-//! Towards the grants an [`Introspector`] is a VMM like any other: it has a [`VmmLink`], only that
-//! its other end is in the same process. Towards the guest a view is PCI devices: `ivshmem-plain`
+//! Towards the grants an [`Introspector`] is a VMM like any other: it has a [`Peer`], which is called
+//! directly. Towards the guest a view is PCI devices: `ivshmem-plain`
 //! over the files of the target's RAM, and over a descriptor page that says what is where
 //! ([`kvmmem_abi::descriptor`]). They are plugged in when a view is opened, and unplugged when it
 //! ends.
+//!
+//! [`Peer`]: crate::peer::Peer
 //!
 //! A guest can refuse to let go of a device, and then its QEMU keeps the target's memory mapped.
 //! That cannot be helped from outside; so it is noticed, said, and answered as the operator wants
@@ -23,6 +25,8 @@ mod descriptor;
 mod events;
 mod find;
 mod free_slots;
+mod inbox;
+mod link;
 mod list;
 mod monitor;
 mod open;
@@ -38,15 +42,15 @@ use std::collections::BTreeSet;
 use std::fmt;
 use std::sync::{Arc, Mutex, Weak};
 
-use kvmmem_client::vmm::VmmLink;
 use kvmmem_proto::message::OnSilence;
 
 use crate::audit::Audit;
 use crate::broker::Broker;
-use crate::registry::Vm;
 pub use ask::AskError;
 pub use descriptor::Complaint;
 pub use find::FindError;
+use inbox::{Inbox, Notice};
+use link::Link;
 pub use list::Introspectors;
 use monitor::Monitor;
 pub use monitor::MonitorError;
@@ -60,7 +64,8 @@ pub struct Introspector {
     /// For threads of its own.
     me: Weak<Self>,
     broker: Weak<Broker>,
-    link: VmmLink,
+    link: Link,
+    inbox: Arc<Inbox>,
     monitor: Arc<Monitor>,
     process: Process,
     traits: Traits,
@@ -107,10 +112,6 @@ impl Introspector {
         lock(&self.state).views.clone()
     }
 
-    fn vm(&self) -> Option<Arc<Vm>> {
-        self.broker.upgrade()?.registry().get(self.traits.vm)
-    }
-
     fn audit(&self, write: impl FnOnce(&Audit)) {
         if let Some(broker) = self.broker.upgrade() {
             write(broker.audit());
@@ -137,6 +138,7 @@ impl Introspector {
 impl Drop for Introspector {
     fn drop(&mut self) {
         self.monitor.stop();
+        self.inbox.put(Notice::Closed);
     }
 }
 

@@ -2,7 +2,8 @@
 //! The broker's end of a connection: what it pushes, and to whom.
 
 use std::collections::HashSet;
-use std::os::fd::OwnedFd;
+use std::fmt::Debug;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
 use std::time::{Duration, Instant};
@@ -27,11 +28,39 @@ const READ_LIMIT: Duration = Duration::from_secs(2);
 /// How often it is looked at meanwhile.
 const READ_PAUSE: Duration = Duration::from_millis(1);
 
-/// A connected peer.
+/// Receives what the broker pushes to an introspector of this process.
+///
+/// The methods queue and return at once: the broker calls them from any thread. The introspector
+/// looks up in the broker's tables what a target or a grant is by then.
+pub(crate) trait Viewer: Debug + Send + Sync {
+    /// A grant was revoked: its views end, and [`Broker::revoked_done`] confirms that.
+    ///
+    /// [`Broker::revoked_done`]: crate::broker::Broker::revoked_done
+    fn revoke(&self, grant: u64);
+
+    /// A target is gone: its views end.
+    fn gone(&self, target: u64);
+
+    /// A target was reset, or its RAM is elsewhere.
+    fn changed(&self, target: u64);
+}
+
+/// How a peer is reached.
+#[derive(Debug)]
+enum Transport {
+    /// A unix socket.
+    Socket(PacketSocket),
+    /// Calls within this process.
+    Viewer(Arc<dyn Viewer>),
+    /// Not at all: the VMM of a target that the broker has attached by itself.
+    None,
+}
+
+/// A VMM, an operator or a process of the host.
 #[derive(Debug)]
 pub struct Peer {
     number: u64,
-    socket: PacketSocket,
+    transport: Transport,
     credentials: Mutex<Credentials>,
     /// The targets that it hears of. Held while pushing, so that the order of pushes is that of
     /// the changes.
@@ -48,12 +77,26 @@ pub struct Peer {
 impl Peer {
     /// The peer at the other end of a socket.
     pub fn new(socket: PacketSocket, credentials: Credentials) -> Self {
+        Self::over(Transport::Socket(socket), credentials)
+    }
+
+    /// An introspector of this process, whose VMM has these credentials.
+    pub(crate) fn within(viewer: Arc<dyn Viewer>, credentials: Credentials) -> Self {
+        Self::over(Transport::Viewer(viewer), credentials)
+    }
+
+    /// A VMM that knows nothing of the broker.
+    pub(crate) fn unconnected(credentials: Credentials) -> Self {
+        Self::over(Transport::None, credentials)
+    }
+
+    fn over(transport: Transport, credentials: Credentials) -> Self {
         static LAST: AtomicU64 = AtomicU64::new(0);
         let number = LAST.fetch_add(1, Ordering::Relaxed) + 1;
         let credentials = Mutex::new(credentials);
         let (known, channels, copying) = (Mutex::default(), Mutex::default(), RwLock::default());
         let (limits, vcpu_questions) = (Limits::default(), VmmQuestions::default());
-        Self { number, socket, credentials, known, channels, copying, limits, vcpu_questions }
+        Self { number, transport, credentials, known, channels, copying, limits, vcpu_questions }
     }
 
     /// Its number, never used again in this process.
@@ -61,9 +104,33 @@ impl Peer {
         self.number
     }
 
-    /// The connection.
-    pub fn socket(&self) -> &PacketSocket {
-        &self.socket
+    /// The connection; `None` where the peer has none.
+    pub(crate) fn socket(&self) -> Option<&PacketSocket> {
+        match &self.transport {
+            Transport::Socket(socket) => Some(socket),
+            Transport::Viewer(_) | Transport::None => None,
+        }
+    }
+
+    /// Sends a message over the connection.
+    ///
+    /// # Errors
+    /// Where the peer does not read, or has no connection.
+    pub(crate) fn send(
+        &self,
+        message: &FromBroker,
+        files: &[BorrowedFd<'_>],
+        wait: Wait,
+    ) -> Result<(), PacketError> {
+        let socket = self.socket().ok_or(PacketError::Send(Errno::NOTCONN))?;
+        socket.send(message, files, wait)
+    }
+
+    /// Ends the connection, if there is one.
+    pub(crate) fn shut_down(&self) {
+        if let Some(socket) = self.socket() {
+            socket.shut_down();
+        }
     }
 
     /// Who it is.
@@ -157,7 +224,8 @@ impl Peer {
     }
 
     fn has_read(&self) -> Result<bool, PacketError> {
-        let unread = unread(&self.socket);
+        let Some(socket) = self.socket() else { return Ok(true) };
+        let unread = unread(socket);
         let unread = unread.map_err(|error| {
             PacketError::Send(Errno::from_io_error(&error).unwrap_or(Errno::IO))
         })?;
@@ -183,6 +251,9 @@ impl Peer {
     pub fn grant(&self, target: &Vm, token: &Token, opens: Opened) -> Result<(), PacketError> {
         let mut known = self.known();
         self.introduce_once(&mut known, target)?;
+        if self.socket().is_none() {
+            return Ok(());
+        }
         let granted = FromBroker::Granted {
             token: token.clone(),
             grant: opens.grant,
@@ -190,21 +261,28 @@ impl Peer {
             scope: opens.scope,
             expires_in_ms: u64::try_from(KVMI_LIFETIME.as_millis()).unwrap_or(0),
         };
-        self.socket.send(&granted, &[], Wait::No)
+        self.send(&granted, &[], Wait::No)
     }
 
-    /// Tells the peer that a grant was taken back. One that does not read loses its connection, for
-    /// it would keep what it must not.
+    /// Tells the peer that a grant was revoked. One that does not read loses its connection: it
+    /// would keep what it must not.
     pub fn revoke(&self, grant: u64) {
-        self.push(&FromBroker::Revoke { grant });
+        match &self.transport {
+            Transport::Viewer(viewer) => viewer.revoke(grant),
+            _ => self.push(&FromBroker::Revoke { grant }),
+        }
     }
 
     /// Tells the peer that a target is gone, if it knows it. One that does not read loses its
     /// connection.
     pub fn gone(&self, target: u64) {
         let mut known = self.known();
-        if known.remove(&target) {
-            self.push(&FromBroker::Gone { target });
+        if !known.remove(&target) {
+            return;
+        }
+        match &self.transport {
+            Transport::Viewer(viewer) => viewer.gone(target),
+            _ => self.push(&FromBroker::Gone { target }),
         }
     }
 
@@ -212,15 +290,21 @@ impl Peer {
     /// connection.
     pub fn changed(&self, target: u64, layout: &Layout) {
         let known = self.known();
-        if known.contains(&target) {
-            let regions = layout.regions();
-            self.push(&FromBroker::Changed { target, generation: layout.generation, regions });
+        if !known.contains(&target) {
+            return;
+        }
+        match &self.transport {
+            Transport::Viewer(viewer) => viewer.changed(target),
+            _ => {
+                let regions = layout.regions();
+                self.push(&FromBroker::Changed { target, generation: layout.generation, regions });
+            }
         }
     }
 
     fn push(&self, message: &FromBroker) {
-        if self.socket.send(message, &[], Wait::No).is_err() {
-            self.socket.shut_down();
+        if self.send(message, &[], Wait::No).is_err() {
+            self.shut_down();
         }
     }
 
@@ -233,6 +317,10 @@ impl Peer {
         if ram.is_private() {
             return Err(PacketError::Send(Errno::OPNOTSUPP));
         }
+        if self.socket().is_none() {
+            known.insert(target.id());
+            return Ok(());
+        }
         if !self.has_read()? {
             return Err(PacketError::Send(Errno::AGAIN));
         }
@@ -244,7 +332,7 @@ impl Peer {
             generation: layout.generation,
             regions: layout.regions(),
         };
-        self.socket.send(&introduction, &ram.files(), Wait::No)?;
+        self.send(&introduction, &ram.files(), Wait::No)?;
         known.insert(target.id());
         Ok(())
     }

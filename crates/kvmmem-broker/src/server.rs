@@ -269,7 +269,7 @@ impl Shared {
         self.broker.remove_external();
         let connections = self.lock();
         for peer in &connections.peers {
-            peer.socket().shut_down();
+            peer.shut_down();
         }
         let (connections, _) = self
             .ended

@@ -148,6 +148,13 @@ impl Broker {
         Ok((vm, (answer, files)))
     }
 
+    /// The target of a view; `None` once the view has ended: its grant was revoked, or its target
+    /// is gone.
+    pub(crate) fn target_of_view(&self, peer: &Peer, view: u64) -> Option<Arc<Vm>> {
+        let (target, _) = self.grants().reach(view, peer.number())?;
+        self.registry().get(target)
+    }
+
     /// Closes a view of a connection.
     ///
     /// # Errors

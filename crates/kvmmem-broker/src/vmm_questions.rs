@@ -93,7 +93,7 @@ impl Ask for Peer {
         let sent = to_vmm(&question);
         let id = self.vcpu_questions().add(question)?;
         let message = FromBroker::AskVcpus { id, question: sent };
-        if self.socket().send(&message, &[], Wait::No).is_err() {
+        if self.send(&message, &[], Wait::No).is_err() {
             self.vcpu_questions().lock().waiting.remove(&id);
             return Err(AskError::Deaf);
         }

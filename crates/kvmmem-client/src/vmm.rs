@@ -85,19 +85,6 @@ pub struct Target {
 }
 
 impl Target {
-    /// A target without files, for tests of what follows from its changes.
-    #[doc(hidden)]
-    pub fn without_files(id: u64, generation: u64, map: MemoryMap) -> Self {
-        Self {
-            id,
-            name: "without-files".into(),
-            uuid: Uuid::nil(),
-            generation,
-            map,
-            files: Arc::new([]),
-        }
-    }
-
     /// The broker's number for it, unique while the broker runs.
     pub fn id(&self) -> u64 {
         self.id
@@ -207,8 +194,8 @@ pub struct VmmLink {
 /// What the callers and the link's threads share.
 #[derive(Debug)]
 struct Shared {
-    /// Where the broker listens; `None` where the one connection is all there is.
-    path: Option<PathBuf>,
+    /// Where the broker listens.
+    path: PathBuf,
     files: Vec<OwnedFd>,
     state: Mutex<State>,
     /// Signalled when an answer has come, the connection has ended, something waits in
@@ -268,29 +255,11 @@ impl VmmLink {
     ) -> Result<Self, LinkError> {
         let connected = PacketSocket::connect(socket, REGISTER_LIMIT)
             .map_err(|source| LinkError::Connect { path: socket.to_owned(), source })?;
-        Self::register(
-            Some(socket.to_owned()),
-            connected,
-            registration,
-            files.into_iter().collect(),
-        )
-    }
-
-    /// Registers a VM over a connection that is there already. When it ends, so does the
-    /// registration, for good.
-    ///
-    /// # Errors
-    /// As [`Self::connect`].
-    pub fn over(
-        socket: PacketSocket,
-        registration: Registration,
-        files: impl IntoIterator<Item = OwnedFd>,
-    ) -> Result<Self, LinkError> {
-        Self::register(None, socket, registration, files.into_iter().collect())
+        Self::register(socket.to_owned(), connected, registration, files.into_iter().collect())
     }
 
     fn register(
-        path: Option<PathBuf>,
+        path: PathBuf,
         socket: PacketSocket,
         registration: Registration,
         files: Vec<OwnedFd>,

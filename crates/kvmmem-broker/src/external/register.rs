@@ -3,16 +3,13 @@
 //! their VMMs' processes are watched.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use kvmmem_proto::credentials::Credentials;
 use kvmmem_proto::message::Which;
 use kvmmem_proto::message::{Answer, Refusal};
-use kvmmem_proto::packet::PacketSocket;
 use kvmmem_qemu::attach::{self, Opened};
 use kvmmem_qemu::backing::Source;
 use kvmmem_qemu::monitor::Socket;
-use rustix::net::{AddressFamily, SocketFlags, SocketType};
 
 use crate::broker::{Broker, Refused};
 use crate::peer::Peer;
@@ -70,7 +67,7 @@ impl Broker {
         // Only administrators add VMs, and what is added for them counts for none of the others.
         let administrator =
             Credentials { pid: std::process::id(), uid: rustix::process::geteuid().as_raw() };
-        let vmm = absent(opened.credentials).map_err(limit("cannot make a socket"))?;
+        let vmm = Peer::unconnected(opened.credentials);
         let mut registration = opened.registration;
         let ram = match opened.source {
             Source::Files(files) => Ram::registered(&mut registration, files),
@@ -138,14 +135,6 @@ impl Broker {
             self.retire(&vm);
         }
     }
-}
-
-/// Stands for a VMM that has no connection: what is sent to it goes nowhere.
-fn absent(credentials: Credentials) -> Result<Peer, Box<dyn std::error::Error>> {
-    let flags = SocketFlags::CLOEXEC;
-    let (socket, _) =
-        rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?;
-    Ok(Peer::new(PacketSocket::accepted(socket, Duration::from_secs(1))?, credentials))
 }
 
 fn has_same(vm: &Vm, ram: Option<&Ram>) -> bool {

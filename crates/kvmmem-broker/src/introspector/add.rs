@@ -4,33 +4,26 @@
 use std::io;
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::sync::{Arc, Mutex, Weak};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use kvmmem_client::vmm::{LinkError, Registration, ViewEvents, VmmLink};
 use kvmmem_proto::credentials::Credentials;
-use kvmmem_proto::message::Which;
-use kvmmem_proto::message::{Answer, OnSilence, Refusal};
-use kvmmem_proto::packet::{PacketError, PacketSocket};
+use kvmmem_proto::message::{Answer, OnSilence, Refusal, Registration, Which};
 use kvmmem_qemu::attach::random_uuid;
 use kvmmem_qemu::process;
-use rustix::io::Errno;
-use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use uuid::Uuid;
 
 use super::ask::{self, AskError, Machine};
 use super::find::{self, FindError, Found};
+use super::inbox::Inbox;
+use super::link::Link;
 use super::list::MAX;
 use super::monitor::Monitor;
 use super::process::Process;
 use super::view::View;
-use super::{Introspector, State, Traits, qmp_events};
+use super::{Introspector, State, Traits, events, qmp_events};
 use crate::broker::{Broker, Refused};
-use crate::connection;
-use crate::peer::Peer;
+use crate::registry::RegisterError;
 use crate::state::{Entry, Role};
-
-/// How long a packet within this process is waited for.
-const SEND_LIMIT: Duration = Duration::from_secs(1);
 
 /// Why a QEMU is no introspector.
 #[derive(Debug, thiserror::Error)]
@@ -57,19 +50,15 @@ enum AddError {
     Resources(#[source] io::Error),
     #[error("cannot make a UUID")]
     Random(#[source] getrandom::Error),
-    #[error("{message}")]
-    Registering { refusal: Refusal, message: String },
-    #[error("cannot register the introspector")]
-    Link(#[source] LinkError),
+    #[error(transparent)]
+    Register(#[from] RegisterError),
 }
 
 impl From<AddError> for Refused {
     fn from(error: AddError) -> Self {
         let refusal = match &error {
-            AddError::Registering { refusal, .. } => *refusal,
-            AddError::Full | AddError::Resources(_) | AddError::Random(_) | AddError::Link(_) => {
-                Refusal::Limit
-            }
+            AddError::Register(error) => return Self::from_registering(error),
+            AddError::Full | AddError::Resources(_) | AddError::Random(_) => Refusal::Limit,
             AddError::Find(_)
             | AddError::Ask(_)
             | AddError::NoCid
@@ -110,9 +99,7 @@ impl Broker {
         let monitor = Monitor::start(qmp, identity).map_err(AddError::Resources)?;
         let added = self.add_found(process, &monitor, (cid, name, uuid), on_silence);
         let (introspector, places) = added.inspect_err(|_| monitor.stop())?;
-        let vm = introspector
-            .vm()
-            .ok_or_else(|| Refused::new(Refusal::Unknown, "the VM has just ended"))?;
+        let vm = Arc::clone(introspector.link.vm());
         self.audit().added_introspector(&vm, on_silence, peer);
         let broker = Arc::downgrade(self);
         let ended = move |vm| {
@@ -126,11 +113,6 @@ impl Broker {
         if let Err(error) = watched {
             introspector.close();
             return Err(AddError::Resources(error).into());
-        }
-        if !introspector.link.is_connected() {
-            // It was lost before it was on the list, where that is looked for.
-            self.close_introspector(vm.id());
-            return Err(AddError::Link(LinkError::NoAnswer).into());
         }
         let Traits { cid, has_offset, .. } = introspector.traits;
         let role = Role::Introspector { cid, on_silence };
@@ -167,56 +149,26 @@ impl Broker {
         };
         let uid = process.uid().map_err(|error| AddError::Find(FindError::Attach(error.into())))?;
         let (name, session) = (registration.name.clone(), session()?);
-        let (link, vm) = self.link(registration, Credentials { pid, uid })?;
-        let traits = Traits { vm, name, cid, on_silence, has_offset: machine.has_offset, session };
+        let inbox = Arc::new(Inbox::new().map_err(|error| AddError::Resources(error.into()))?);
+        let link = Link::register(self, registration, Credentials { pid, uid }, &inbox)?;
+        let (vm, has_offset) = (link.vm().id(), machine.has_offset);
+        let traits = Traits { vm, name, cid, on_silence, has_offset, session };
         let views = left_over.map(|plug| Arc::new(View::left_over(plug))).into_iter().collect();
         let introspector = Arc::new_cyclic(|me| Introspector {
             me: Weak::clone(me),
             broker: Arc::downgrade(self),
             link,
+            inbox,
             monitor: Arc::clone(monitor),
             process: Process::new(process.into_pidfd()),
             traits,
             state: Mutex::new(State { views, ..State::default() }),
         });
-        let events = Arc::downgrade(&introspector) as Weak<dyn ViewEvents>;
-        introspector.link.set_events(events);
+        events::start(&introspector).map_err(AddError::Resources)?;
         qmp_events::start(&introspector).map_err(AddError::Resources)?;
         // What is left over is tried at once.
         monitor.nudge();
         Ok((introspector, u32::try_from(places).unwrap_or(u32::MAX)))
-    }
-
-    /// Registers a VM over a connection within this process; returns the broker's number for it,
-    /// too.
-    fn link(
-        self: &Arc<Self>,
-        registration: Registration,
-        credentials: Credentials,
-    ) -> Result<(VmmLink, u64), AddError> {
-        let flags = SocketFlags::CLOEXEC;
-        let pair = rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None);
-        let (ours, theirs) = pair.map_err(resources)?;
-        let packets = |socket| {
-            PacketSocket::accepted(socket, SEND_LIMIT)
-                .map_err(|error: PacketError| AddError::Resources(io::Error::other(error)))
-        };
-        let peer = Arc::new(Peer::new(packets(theirs)?, credentials));
-        let number = peer.number();
-        let broker = Arc::clone(self);
-        std::thread::Builder::new()
-            .name("introspector-vm".into())
-            .spawn(move || connection::serve(&broker, &peer))
-            .map_err(AddError::Resources)?;
-        let link =
-            VmmLink::over(packets(ours)?, registration, []).map_err(|error| match error {
-                LinkError::Refused { refusal, message } => {
-                    AddError::Registering { refusal, message }
-                }
-                error => AddError::Link(error),
-            })?;
-        let vm = self.registry().of_peer(number).map(|vm| vm.id());
-        Ok((link, vm.ok_or(AddError::Link(LinkError::NoAnswer))?))
     }
 
     /// Takes an introspector out that was added; its views end. The VM itself runs on.
@@ -268,8 +220,4 @@ fn session() -> Result<String, AddError> {
     let mut bytes = [0; 4];
     getrandom::fill(&mut bytes).map_err(AddError::Random)?;
     Ok(format!("{:08x}", u32::from_le_bytes(bytes)))
-}
-
-fn resources(error: Errno) -> AddError {
-    AddError::Resources(error.into())
 }

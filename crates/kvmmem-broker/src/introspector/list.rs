@@ -16,7 +16,7 @@ use crate::broker::Broker;
 use crate::external::watch::{Watch, Watched};
 use crate::guest_endpoint::GuestEndpoint;
 
-/// The most introspectors: each has five threads, and one more while views end.
+/// The most introspectors: each has three threads, and one more while views end.
 pub(super) const MAX: usize = 64;
 
 /// The introspectors, by the broker's numbers for their VMs.

@@ -8,14 +8,15 @@ use std::time::{Duration, Instant};
 
 use kvmmem_abi::descriptor::Descriptor;
 use kvmmem_abi::native::{RIGHT_READ, RIGHT_WRITE, STATE_GONE, STATE_OPEN};
-use kvmmem_client::vmm::{Attached, Caller, RedeemError, Rights};
 use kvmmem_kvmi::token::Token;
-use kvmmem_proto::message::Refusal;
+use kvmmem_proto::message::{Caller, Refusal};
+use kvmmem_proto::scope::Rights;
 use rustix::io::Errno;
 use sha2::{Digest, Sha256};
 use zeroize::Zeroizing;
 
 use super::descriptor::{Complaint, Pages};
+use super::link::Attached;
 use super::monitor::MonitorError;
 use super::pci_slots::{PciSlot, PciSlots};
 use super::plug::{self, Shown};
@@ -51,8 +52,13 @@ pub struct Opened {
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
     /// The token opens nothing.
-    #[error("the token opens no view")]
-    Token(#[source] RedeemError),
+    #[error("the token opens no view: {message}")]
+    Token {
+        /// Which kind of refusal.
+        refusal: Refusal,
+        /// The broker's words.
+        message: String,
+    },
     /// The introspector is being taken out.
     #[error("this VM is no introspector any more")]
     Closed,
@@ -100,15 +106,13 @@ pub enum OpenError {
 impl From<OpenError> for Refused {
     fn from(error: OpenError) -> Self {
         let refusal = match &error {
-            OpenError::Token(RedeemError::Unknown) | OpenError::Ended => Refusal::Unknown,
-            OpenError::Token(RedeemError::Denied | RedeemError::Private)
-            | OpenError::Closed
-            | OpenError::WindowLayout(_) => Refusal::Denied,
+            OpenError::Token { refusal, .. } => *refusal,
+            OpenError::Ended => Refusal::Unknown,
+            OpenError::Closed | OpenError::WindowLayout(_) => Refusal::Denied,
             OpenError::NoPlace { .. } | OpenError::Descriptor(_) | OpenError::Ticket => {
                 Refusal::Limit
             }
-            OpenError::Token(RedeemError::Unavailable)
-            | OpenError::Ask(_)
+            OpenError::Ask(_)
             | OpenError::Plug(_)
             | OpenError::Complaint(_)
             | OpenError::Silent => Refusal::Busy,
@@ -134,7 +138,9 @@ impl Introspector {
         self.free(&lock(&self.state).views, &places, 1)?;
         // What QEMU has told by now concerns views that were there before.
         let since = self.monitor.news();
-        let attached = self.link.attach(token, caller, read_only).map_err(OpenError::Token)?;
+        let attached = self.link.attach(token, caller, read_only);
+        let attached = attached
+            .map_err(|Refused { refusal, message }| OpenError::Token { refusal, message })?;
         let view = Arc::new(View::new(&attached, since));
         lock(&self.state).views.push(Arc::clone(&view));
         let shown = self.show(&view, &attached, &places);
@@ -161,12 +167,17 @@ impl Introspector {
             return Err(OpenError::Closed);
         }
         // An event that came before the view was listed has found nothing.
-        let target = view.show(|| self.link.current(view.number)).ok_or(OpenError::Ended)?;
+        let target = self.link.target_of(view.number).ok_or(OpenError::Ended)?;
+        let ram = target.ram().ok_or(OpenError::Ended)?;
+        let now = || self.link.target_of(view.number).map(|_| ram.layout());
+        let memory = view.show(now).ok_or(OpenError::Ended)?;
+        let files = ram.files();
+        let file = |number: u32| files.get(usize::try_from(number).ok()?).copied();
         let scope = &attached.scope;
         let has_offset = self.traits.has_offset;
-        let regions = scope.regions(target.map());
-        let layout = window_layout::cut(&regions, scope.spans.is_none(), has_offset, |file| {
-            shape(target.file(file)?)
+        let regions = scope.regions(&memory.map);
+        let layout = window_layout::cut(&regions, scope.spans.is_none(), has_offset, |number| {
+            shape(file(number)?)
         })?;
         let slots = plug::slots_of(layout.windows.len());
         let mine = self.reserve(view, places, slots)?;
@@ -177,8 +188,8 @@ impl Introspector {
             state: STATE_OPEN,
             rights: if is_read_only { RIGHT_READ } else { RIGHT_READ | RIGHT_WRITE },
             token_digest: Sha256::digest(*Zeroizing::new(ticket.to_bytes())).into(),
-            uuid: target.uuid().into_bytes(),
-            instance: target.generation(),
+            uuid: target.registration().uuid.into_bytes(),
+            instance: memory.generation,
             ..Descriptor::default()
         };
         let pages = Pages::new(descriptor, layout.ranges, slots).map_err(OpenError::Descriptor)?;
@@ -189,7 +200,7 @@ impl Introspector {
             name: format!("{}-{}", self.traits.session, view.number),
             places: &mine,
             pages: page_files.iter().map(|file| file.as_fd()).collect(),
-            files: used.iter().filter_map(|file| Some((*file, target.file(*file)?))).collect(),
+            files: used.iter().filter_map(|number| Some((*number, file(*number)?))).collect(),
             windows: &layout.windows,
             is_read_only,
             has_offset,

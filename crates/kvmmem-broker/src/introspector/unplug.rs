@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use kvmmem_abi::native::{STATE_GONE, STATE_REVOKED};
 use kvmmem_proto::limit::RateLimit;
-use kvmmem_proto::message::{OnSilence, ViewCounters};
+use kvmmem_proto::message::OnSilence;
 
 use super::Introspector;
 use super::qmp_events::TRY_LIMIT;
@@ -210,7 +210,7 @@ impl Introspector {
     /// Nothing is left of a view.
     fn forget(&self, view: &Arc<View>) {
         lock(&self.state).views.retain(|other| !Arc::ptr_eq(other, view));
-        self.link.detached(view.number, ViewCounters::default());
+        self.link.detached(view.number);
         view.settle(Phase::Closed);
         self.confirm_late(view.grant);
     }
@@ -231,9 +231,10 @@ impl Introspector {
     fn punish(&self, held: &[&Arc<View>], cause: Cause) -> bool {
         let policy = self.traits.on_silence;
         for view in held {
-            if let (Some(vm), false) = (self.vm(), view.number == 0) {
+            if view.number != 0 {
+                let vm = self.link.vm();
                 self.audit(|audit| {
-                    audit.silent(&vm, view.number, view.grant, policy, cause.words())
+                    audit.silent(vm, view.number, view.grant, policy, cause.words())
                 });
             }
             if let Some(suppressed) = WARNINGS.allow(Instant::now()) {

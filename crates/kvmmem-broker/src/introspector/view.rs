@@ -6,12 +6,15 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use kvmmem_abi::native::STATE_OPEN;
-use kvmmem_client::vmm::{Attached, Region, Rights, Scope, Target};
+use kvmmem_proto::map::Region;
+use kvmmem_proto::scope::{Rights, Scope};
 
 use super::descriptor::Pages;
+use super::link::Attached;
 use super::monitor::News;
 use super::pci_slots::PciSlot;
 use super::plug::Plug;
+use crate::ram::Layout;
 
 /// A view from the moment in which its token was used until nothing of it is left in QEMU.
 #[derive(Debug)]
@@ -60,7 +63,7 @@ impl View {
     /// [`Self::show`].
     pub(super) fn new(attached: &Attached, since: News) -> Self {
         let Attached { view, grant, target, scope } = attached;
-        Self::with(*view, *grant, target.id(), scope.clone(), since)
+        Self::with(*view, *grant, *target, scope.clone(), since)
     }
 
     /// What is left of an earlier broker's views.
@@ -153,27 +156,26 @@ impl View {
         }
     }
 
-    /// The target as it is now, whose memory the view shows from now on: `now` says that, and a
-    /// change that it does not say yet is told to the view later. `None` where the view has
-    /// ended.
-    pub(super) fn show(&self, now: impl Fn() -> Option<Arc<Target>>) -> Option<Arc<Target>> {
-        let mut target = now()?;
+    /// Where the target's memory is that the view shows from now on: `now` looks that up, and a
+    /// change that it does not find yet is pushed later. `None` where the view has ended.
+    pub(super) fn show(&self, now: impl Fn() -> Option<Arc<Layout>>) -> Option<Arc<Layout>> {
+        let mut layout = now()?;
         loop {
-            *lock(&self.regions) = Some(self.scope.regions(target.map()));
-            // A change that was told in between has found what was there before.
+            *lock(&self.regions) = Some(self.scope.regions(&layout.map));
+            // A change that was pushed in between has found what was there before.
             let later = now()?;
-            if later.generation() == target.generation() {
-                return Some(target);
+            if later.generation == layout.generation {
+                return Some(layout);
             }
-            target = later;
+            layout = later;
         }
     }
 
-    /// Whether the memory that the view shows is where `target` says.
-    pub(super) fn is_unmoved(&self, target: &Target) -> bool {
+    /// Whether the memory that the view shows is where `layout` has it.
+    pub(super) fn is_unmoved(&self, layout: &Layout) -> bool {
         lock(&self.regions)
             .as_ref()
-            .is_none_or(|regions| *regions == self.scope.regions(target.map()))
+            .is_none_or(|regions| *regions == self.scope.regions(&layout.map))
     }
 
     /// Waits until nobody is at work on it; returns its phase then, or when time is up.
@@ -226,10 +228,11 @@ mod tests {
 
     use super::*;
 
-    /// A target whose memory is at an offset in its file.
-    fn target(generation: u64, offset: u64) -> Arc<Target> {
+    /// The layout of a target whose memory is at an offset in its file.
+    fn layout(generation: u64, offset: u64) -> Arc<Layout> {
         let regions = vec![Region { gpa: 0, len: 0x1000, offset, file: 0 }];
-        Arc::new(Target::without_files(1, generation, MemoryMap::new(regions).unwrap()))
+        let map = MemoryMap::new(regions).unwrap();
+        Arc::new(Layout { generation, map, is_private: false })
     }
 
     fn view() -> View {
@@ -239,13 +242,13 @@ mod tests {
     #[test]
     fn a_change_while_a_view_is_opened_is_never_missed() {
         let view = view();
-        let [old, new] = [target(1, 0), target(2, 0x5000)];
+        let [old, new] = [layout(1, 0), layout(2, 0x5000)];
         // Told before it is known what the view shows: it is going to be asked.
         assert!(view.is_unmoved(&new));
         // The change comes between the first look and the second.
         let looks = RefCell::new(vec![Arc::clone(&new), Arc::clone(&new), Arc::clone(&old)]);
         let shown = view.show(|| looks.borrow_mut().pop()).unwrap();
-        assert_eq!(shown.generation(), 2);
+        assert_eq!(shown.generation, 2);
         assert!(view.is_unmoved(&new) && !view.is_unmoved(&old));
         // It comes after the second look: the view shows what was, and ends when it is told.
         let view = self::view();

@@ -8,9 +8,7 @@
 use std::collections::BTreeMap;
 
 use kvmmem_abi::descriptor::{MAX_RANGES, WindowRange};
-
-use kvmmem_client::vmm::Region;
-use kvmmem_proto::map::PAGE_SIZE;
+use kvmmem_proto::map::{PAGE_SIZE, Region};
 
 /// Where both sides are aligned to this, the guest maps with large pages.
 const LARGE_PAGE: u64 = 2 << 20;

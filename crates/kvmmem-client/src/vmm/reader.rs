@@ -103,7 +103,7 @@ pub(super) fn run(shared: &Shared, mut connection: Connection) {
         state.vcpus.lost();
         drop(state);
         shared.changed.notify_all();
-        let Some(path) = shared.path.as_deref() else { return };
+        let path = shared.path.as_path();
         match ended {
             Ok(()) => tracing::warn!(path = %path.display(), "the broker closed the connection"),
             Err(error) => tracing::warn!(

@@ -1,0 +1,143 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! An introspector as the broker's tables have it: a registered VM, whose peer is in this process.
+
+use std::fmt;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, Weak};
+use std::time::Duration;
+
+use kvmmem_kvmi::token::Token;
+use kvmmem_proto::credentials::Credentials;
+use kvmmem_proto::message::{Answer, Caller, Refusal, Registration, ViewCounters};
+use kvmmem_proto::scope::Scope;
+
+use super::inbox::Inbox;
+use super::view::lock;
+use crate::broker::{Broker, Refused};
+use crate::peer::{Peer, Viewer};
+use crate::registry::{RegisterError, Vm};
+
+/// How long a token that opens nothing delays the introspector's next one: guests may guess.
+const PAUSE: Duration = Duration::from_millis(1);
+
+/// The registration, until [`Link::close`] or drop.
+pub(super) struct Link {
+    broker: Weak<Broker>,
+    peer: Arc<Peer>,
+    vm: Arc<Vm>,
+    /// Held while a token is used.
+    attaching: Mutex<()>,
+    is_closed: AtomicBool,
+}
+
+/// What a token has opened.
+#[derive(Clone, Debug)]
+pub(super) struct Attached {
+    /// The broker's number for the view.
+    pub(super) view: u64,
+    pub(super) grant: u64,
+    /// The broker's number for the target.
+    pub(super) target: u64,
+    pub(super) scope: Scope,
+}
+
+impl Link {
+    /// Registers an introspector; `inbox` gets what the broker pushes to it.
+    pub(super) fn register(
+        broker: &Arc<Broker>,
+        registration: Registration,
+        credentials: Credentials,
+        inbox: &Arc<Inbox>,
+    ) -> Result<Self, RegisterError> {
+        let peer = Arc::new(Peer::within(Arc::clone(inbox) as Arc<dyn Viewer>, credentials));
+        let by = Arc::clone(&peer);
+        let vm = broker.registry().insert(registration, &mut None, by, credentials)?;
+        broker.join(&peer);
+        broker.audit().registered(&vm);
+        let (attaching, is_closed) = (Mutex::default(), AtomicBool::new(false));
+        Ok(Self { broker: Arc::downgrade(broker), peer, vm, attaching, is_closed })
+    }
+
+    /// The introspector in the registry.
+    pub(super) fn vm(&self) -> &Arc<Vm> {
+        &self.vm
+    }
+
+    /// Uses a token to open a view, on behalf of a process of the guest.
+    ///
+    /// What is pushed about the view before the caller has listed it finds nothing there: the
+    /// caller looks at [`Self::target_of`] then. A view that comes to nothing is reported by
+    /// [`Self::detached`].
+    pub(super) fn attach(
+        &self,
+        token: &Token,
+        caller: &Caller,
+        read_only: bool,
+    ) -> Result<Attached, Refused> {
+        let ended = || Refused::new(Refusal::Busy, "the broker ends");
+        let broker = self.broker.upgrade().ok_or_else(ended)?;
+        let _attaching = lock(&self.attaching);
+        let view = (caller.clone(), read_only, [].as_slice());
+        match broker.attach(broker.now(), &self.peer, Some(&self.vm), token, view) {
+            Ok((Answer::Attached { view, grant, target, scope }, _)) => {
+                Ok(Attached { view, grant, target, scope })
+            }
+            // There is no other answer to a VM.
+            Ok(_) => Err(ended()),
+            Err(refused) => {
+                broker.audit().refused(&self.peer, Some(&self.vm), &refused.message);
+                if refused.refusal == Refusal::Unknown {
+                    std::thread::sleep(PAUSE);
+                }
+                Err(refused)
+            }
+        }
+    }
+
+    /// The target of a view; `None` once the view has ended: its grant was revoked, its target is
+    /// gone, or this is closed.
+    pub(super) fn target_of(&self, view: u64) -> Option<Arc<Vm>> {
+        self.broker.upgrade()?.target_of_view(&self.peer, view)
+    }
+
+    /// A target by its number.
+    pub(super) fn target(&self, id: u64) -> Option<Arc<Vm>> {
+        self.broker.upgrade()?.registry().get(id)
+    }
+
+    /// Reports that a view is closed. One that has ended is the broker's no more.
+    pub(super) fn detached(&self, view: u64) {
+        if let (Some(broker), Some(_)) = (self.broker.upgrade(), self.target_of(view)) {
+            // It may end at this moment, and is closed then.
+            let _ = broker.detach(&self.peer, view, ViewCounters::default());
+        }
+    }
+
+    /// Confirms that a revoked grant is of no use to the guest any more.
+    pub(super) fn revoked(&self, grant: u64) {
+        if let Some(broker) = self.broker.upgrade() {
+            broker.revoked_done(&self.peer, grant);
+        }
+    }
+
+    /// Ends the registration, once.
+    pub(super) fn close(&self) {
+        if !self.is_closed.swap(true, Ordering::AcqRel)
+            && let Some(broker) = self.broker.upgrade()
+        {
+            broker.leave(&self.peer, Some(&self.vm));
+        }
+    }
+}
+
+impl Drop for Link {
+    fn drop(&mut self) {
+        self.close();
+    }
+}
+
+impl fmt::Debug for Link {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Link").field("vm", &self.vm.id()).finish_non_exhaustive()
+    }
+}
