@@ -3,11 +3,10 @@
 
 use std::path::Path;
 
-use anyhow::{Context as _, Result};
-use serde::Deserialize;
+use anyhow::Result;
 
 use crate::project;
-use crate::tool::Tool;
+use crate::workspace::{Package, Workspace};
 
 /// Each library or program that is shipped, and the crates of the workspace that it may depend on.
 /// Tests and benches may use any.
@@ -41,36 +40,12 @@ const ALLOWED: [(&str, &[&str]); 13] = [
     ),
 ];
 
-#[derive(Deserialize)]
-struct Metadata {
-    packages: Vec<Package>,
-}
-
-#[derive(Deserialize)]
-struct Package {
-    name: String,
-    manifest_path: String,
-    dependencies: Vec<Dependency>,
-}
-
-#[derive(Deserialize)]
-struct Dependency {
-    name: String,
-    kind: Option<String>,
-    /// Set for crates of the workspace.
-    path: Option<String>,
-}
-
 /// The dependencies that [`ALLOWED`] lacks, each with its crate. `log` gets cargo's messages.
 pub(crate) fn forbidden(log: &Path) -> Result<Vec<String>> {
-    let text = Tool::new(project::cargo(), log)
-        .args(["metadata", "--no-deps", "--format-version", "1"])
-        .dir(project::root())
-        .output()?;
-    let metadata: Metadata = serde_json::from_str(&text).context("cargo metadata")?;
+    let workspace = Workspace::read(log)?;
     let crates = project::root().join("crates");
-    let shipped = |package: &&Package| Path::new(&package.manifest_path).starts_with(&crates);
-    Ok(metadata.packages.iter().filter(shipped).flat_map(check).collect())
+    let shipped = |package: &&Package| package.manifest_path.starts_with(&crates);
+    Ok(workspace.packages.iter().filter(shipped).flat_map(check).collect())
 }
 
 fn check(package: &Package) -> Vec<String> {
@@ -86,11 +61,17 @@ fn check(package: &Package) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::workspace::Dependency;
 
     fn package(name: &str, dependency: &str, kind: Option<&str>, path: Option<&str>) -> Package {
-        let (kind, path) = (kind.map(str::to_owned), path.map(str::to_owned));
+        let (kind, path) = (kind.map(str::to_owned), path.map(Into::into));
         let dependencies = vec![Dependency { name: dependency.into(), kind, path }];
-        Package { name: name.into(), manifest_path: String::new(), dependencies }
+        Package {
+            name: name.into(),
+            manifest_path: Default::default(),
+            dependencies,
+            targets: Vec::new(),
+        }
     }
 
     #[test]

@@ -7,6 +7,8 @@ mod answers;
 mod bed;
 mod binaries;
 mod cache;
+mod changes;
+mod check;
 mod clean;
 mod cpio;
 mod crate_graph;
@@ -36,6 +38,7 @@ mod root;
 mod running;
 mod scenarios;
 mod source_check;
+mod style;
 mod suite;
 mod test;
 mod tool;
@@ -43,6 +46,7 @@ mod tools;
 mod ui;
 mod verbs;
 mod way;
+mod workspace;
 
 use std::io::stdout;
 use std::path::PathBuf;
@@ -67,6 +71,8 @@ struct Arguments {
 enum Verb {
     /// Boot a target and an introspector, and show what the project does
     Demo,
+    /// Check format, lints and the tests of what changed; takes a minute or two
+    Check(check::Options),
     /// Run every test there is
     Test(test::Options),
     /// Run end-to-end scenarios: all of them, or those named
@@ -171,6 +177,7 @@ fn main() -> ExitCode {
 fn run(verb: Verb) -> Result<i32> {
     match verb {
         Verb::Demo => on_host(Wanted::All, &verbs::demo()),
+        Verb::Check(options) => Ok(i32::from(!check::run(&options)?)),
         Verb::Test(options) => Ok(i32::from(!test::run(&options)?)),
         Verb::Busy { parent } => load::busy(parent),
         Verb::E2e { list: true, .. } => {

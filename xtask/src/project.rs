@@ -3,9 +3,9 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context as _, Result};
+use anyhow::Result;
 
-use crate::tool::Tool;
+use crate::workspace::Workspace;
 
 /// Root of the checkout.
 pub(crate) fn root() -> &'static Path {
@@ -20,11 +20,5 @@ pub(crate) fn cargo() -> std::ffi::OsString {
 
 /// Cargo's target folder.
 pub(crate) fn target(log: &Path) -> Result<PathBuf> {
-    let text = Tool::new(cargo(), log)
-        .args(["metadata", "--no-deps", "--format-version", "1"])
-        .dir(root())
-        .output()?;
-    let metadata: serde_json::Value = serde_json::from_str(&text).context("cargo metadata")?;
-    let folder = metadata.get("target_directory").and_then(serde_json::Value::as_str);
-    Ok(PathBuf::from(folder.context("cargo metadata names no target_directory")?))
+    Ok(Workspace::read(log)?.target_directory)
 }

@@ -1,11 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! One suite of the tests: what passed, failed and was skipped in it, and the summary of several.
 
-use std::time::{Duration, Instant};
+use std::fs;
+use std::path::Path;
+use std::time::{Duration, Instant, SystemTime};
 
+use anyhow::{Context as _, Result, anyhow};
 use clap::ValueEnum;
 
-use crate::ui;
+use crate::{libtest, ui};
 
 /// The suites, in the order in which they run: from the quickest to the slowest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -40,7 +43,7 @@ impl std::fmt::Display for Name {
 /// A suite that runs.
 #[derive(Debug)]
 pub(crate) struct Suite {
-    name: Name,
+    name: String,
     begin: Instant,
     count: Count,
     failures: Vec<String>,
@@ -69,23 +72,19 @@ impl std::fmt::Display for Count {
 }
 
 impl Suite {
-    pub(crate) fn new(name: Name) -> Self {
+    /// A suite that begins now.
+    pub(crate) fn new(name: impl ToString) -> Self {
+        let name = name.to_string();
         ui::say(&format!("\n{name}"));
         Self { name, begin: Instant::now(), count: Count::default(), failures: Vec::new() }
     }
 
     /// Counts one check.
-    pub(crate) fn check(&mut self, name: &str, result: anyhow::Result<()>) {
+    pub(crate) fn check(&mut self, name: &str, result: Result<()>) {
         match result {
             Ok(()) => self.count.passed += 1,
             Err(error) => self.fail(name, &error),
         }
-    }
-
-    /// Counts tests that counted themselves; `failures` names those that failed.
-    pub(crate) fn add(&mut self, count: Count, failures: Vec<String>) {
-        self.count += count;
-        self.failures.extend(failures);
     }
 
     /// Counts a failure and says why.
@@ -99,6 +98,40 @@ impl Suite {
     pub(crate) fn skip(&mut self, why: &str) {
         ui::say(&format!("  skipped: {why}"));
         self.count.skipped += 1;
+    }
+
+    /// Counts tests that counted themselves; `failures` names those that failed.
+    pub(crate) fn add(&mut self, count: Count, failures: Vec<String>) {
+        self.count += count;
+        self.failures.extend(failures);
+    }
+
+    /// Counts the tests that a run of `cargo test` printed to `log`.
+    pub(crate) fn cargo_test(&mut self, log: &Path, result: Result<()>) -> Result<()> {
+        let text = fs::read(log).with_context(|| log.display().to_string())?;
+        let outcome = libtest::read(&String::from_utf8_lossy(&text));
+        for reason in &outcome.reasons {
+            ui::say(&format!("  skipped: {reason}"));
+        }
+        self.add(outcome.count, outcome.failures);
+        if result.is_err() {
+            // The next round overwrites the log.
+            let time = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+            let kept =
+                log.with_extension(format!("failed-{}.log", time.unwrap_or_default().as_secs()));
+            fs::copy(log, &kept).with_context(|| kept.display().to_string())?;
+            ui::say(&format!("  kept: {}", kept.display()));
+        }
+        match result {
+            // Cargo fails without a failed test if a test does not compile.
+            Err(error) if outcome.count.failed == 0 => self.fail("cargo test", &error),
+            Err(error) => ui::say(&format!("  {error:#}")),
+            Ok(()) if outcome.count == Count::default() => {
+                self.fail("cargo test", &anyhow!("no test ran"));
+            }
+            Ok(()) => {}
+        }
+        Ok(())
     }
 
     /// Its part of the summary.
@@ -116,7 +149,7 @@ impl Suite {
 /// A suite that has ended, once or several times.
 #[derive(Debug)]
 pub(crate) struct Finished {
-    name: Name,
+    name: String,
     rounds: u32,
     took: Duration,
     count: Count,
@@ -178,7 +211,7 @@ mod tests {
     fn round(name: Name, failures: &[&str]) -> Finished {
         let failed = u64::try_from(failures.len()).unwrap();
         Finished {
-            name,
+            name: name.to_string(),
             rounds: 1,
             took: Duration::from_secs(2),
             count: Count { passed: 5, failed, skipped: 1 },

@@ -3,10 +3,9 @@
 
 use std::cell::OnceCell;
 use std::path::Path;
-use std::time::SystemTime;
 use std::{fs, io};
 
-use anyhow::{Context as _, Result, anyhow, bail};
+use anyhow::{Result, anyhow};
 use clap::ValueEnum as _;
 
 use crate::bed::Bed;
@@ -15,12 +14,9 @@ use crate::cache::Cache;
 use crate::huge_pages::HugePages;
 use crate::load::Load;
 use crate::provision::{self, Purpose};
-use crate::suite::{self, Count, Finished, Name, Suite};
+use crate::suite::{self, Finished, Name, Suite};
 use crate::tool::Tool;
-use crate::{
-    crate_graph, deny, dist, interrupt, libtest, linux, module_format, project, scenarios,
-    source_check, tools, ui,
-};
+use crate::{dist, interrupt, linux, project, scenarios, style, tools, ui};
 
 /// Which tests, and how.
 #[derive(Debug, clap::Args)]
@@ -108,7 +104,7 @@ impl Runner {
         }
         let mut suite = Suite::new(name);
         match name {
-            Name::Style => style(&self.cache, &mut suite)?,
+            Name::Style => style::run(&self.cache, &mut suite)?,
             Name::Unit => units(&self.cache, &mut suite)?,
             Name::Loom => loom(&self.cache, &mut suite)?,
             Name::Packages => dist::check::run(&self.cache, &mut suite),
@@ -122,44 +118,6 @@ impl Runner {
         }
         Ok(suite.finish())
     }
-}
-
-/// Formatting, lints and rules.
-fn style(cache: &Cache, suite: &mut Suite) -> Result<()> {
-    let cargo = |name: &str, args: &[&str]| {
-        let log = cache.fresh_log(name)?;
-        ui::step(name, || Tool::new(project::cargo(), &log).args(args).dir(project::root()).run())
-    };
-    suite.check("fmt", cargo("fmt", &["fmt", "--all", "--check"]));
-    suite.check("fmt of the module", module_format::check(&project::root().join("kernel")));
-    let lints = ["clippy", "--workspace", "--all-targets", "--quiet", "--", "-D", "warnings"];
-    suite.check("clippy", cargo("clippy", &lints));
-    // A workspace of its own, which only cargo-fuzz builds otherwise.
-    let fuzz = ["--manifest-path", "fuzz/Cargo.toml"];
-    suite.check("fmt of fuzz", cargo("fmt-fuzz", &[&["fmt"], &fuzz[..], &["--check"]].concat()));
-    let lints =
-        ["--no-default-features", "--target-dir", "target", "--quiet", "--", "-D", "warnings"];
-    suite.check("clippy of fuzz", cargo("clippy-fuzz", &[&["clippy"], &fuzz[..], &lints].concat()));
-    let unsafe_code = source_check::unsafe_code(project::root()).and_then(|found| {
-        if found.is_empty() {
-            Ok(())
-        } else {
-            bail!("unsafe code where there is to be none:\n  {}", found.join("\n  "))
-        }
-    });
-    suite.check("unsafe code is where it may be", unsafe_code);
-    let dependencies = crate_graph::forbidden(&cache.fresh_log("crate-graph")?).and_then(|found| {
-        if found.is_empty() {
-            Ok(())
-        } else {
-            bail!(
-                "dependencies that xtask/src/crate_graph.rs does not allow:\n  {}",
-                found.join("\n  ")
-            )
-        }
-    });
-    suite.check("no tool links the broker", dependencies);
-    deny::check(cache, suite)
 }
 
 /// Unit and property tests, and bare guests where there is a /dev/kvm.
@@ -179,7 +137,7 @@ fn units(cache: &Cache, suite: &mut Suite) -> Result<()> {
     let result = ui::step("cargo test --workspace", || {
         unit(&log).args(["--no-fail-fast", "--", "--show-output"]).run()
     });
-    count(suite, &log, result)
+    suite.cargo_test(&log, result)
 }
 
 fn unit(log: &Path) -> Tool {
@@ -204,35 +162,7 @@ fn loom(cache: &Cache, suite: &mut Suite) -> Result<()> {
                 .dir(project::root())
                 .run()
         });
-        count(suite, &log, result)?;
-    }
-    Ok(())
-}
-
-/// Counts what a run of `cargo test` printed to its log.
-fn count(suite: &mut Suite, log: &Path, result: Result<()>) -> Result<()> {
-    let text = fs::read(log).with_context(|| log.display().to_string())?;
-    let outcome = libtest::read(&String::from_utf8_lossy(&text));
-    for reason in &outcome.reasons {
-        ui::say(&format!("  skipped: {reason}"));
-    }
-    suite.add(outcome.count, outcome.failures);
-    if result.is_err() {
-        // The next round overwrites the log.
-        let time =
-            SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
-        let kept = log.with_extension(format!("failed-{time}.log"));
-        fs::copy(log, &kept).with_context(|| kept.display().to_string())?;
-        ui::say(&format!("  kept: {}", kept.display()));
-    }
-    match result {
-        // It fails without a failed test where something does not compile.
-        Err(error) if outcome.count.failed == 0 => suite.fail("cargo test", &error),
-        Err(error) => ui::say(&format!("  {error:#}")),
-        Ok(()) if outcome.count == Count::default() => {
-            suite.fail("cargo test", &anyhow!("no test ran"))
-        }
-        Ok(()) => {}
+        suite.cargo_test(&log, result)?;
     }
     Ok(())
 }

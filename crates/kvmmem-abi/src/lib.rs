@@ -15,3 +15,8 @@ pub mod hypercall;
 pub mod ioctl;
 pub mod native;
 pub mod region;
+
+/// The example of README.md, compiled as a test.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

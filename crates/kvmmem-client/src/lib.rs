@@ -8,3 +8,8 @@
 
 pub mod admin;
 pub mod vmm;
+
+/// The example of README.md, compiled as a test.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -18,3 +18,8 @@ pub mod reply;
 pub mod request;
 pub mod server;
 pub mod token;
+
+/// The example of README.md, compiled as a test.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -66,3 +66,8 @@ pub use kernel::{Find, FindError, Kernel, KernelError, Object};
 pub use paths::FilePath;
 pub use space::{Space, SpaceError};
 pub use user_registers::UserRegisters;
+
+/// The example of README.md, compiled as a test.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -22,3 +22,8 @@ pub use range::Range;
 
 /// Bytes of the smallest page.
 pub const PAGE_SIZE: usize = 4096;
+
+/// The example of README.md, compiled as a test.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

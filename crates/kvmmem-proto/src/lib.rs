@@ -24,3 +24,8 @@ pub mod name;
 pub mod packet;
 pub mod scope;
 pub mod timed;
+
+/// The example of README.md, compiled as a test.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

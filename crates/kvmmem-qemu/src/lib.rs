@@ -32,3 +32,8 @@ pub mod process;
 pub mod qmp;
 pub mod questions;
 pub mod recognise;
+
+/// The example of README.md, compiled as a test.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

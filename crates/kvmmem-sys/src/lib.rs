@@ -23,3 +23,8 @@ pub mod trap;
 pub mod view;
 pub mod window;
 pub mod xen;
+
+/// The example of README.md, compiled as a test.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -27,3 +27,8 @@ pub mod map;
 pub mod ops;
 pub mod record;
 pub mod table;
+
+/// The example of README.md, compiled as a test.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

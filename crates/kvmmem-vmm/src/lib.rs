@@ -41,3 +41,8 @@ pub use status::{ActiveWay, VmStatus};
 pub use vcpu::{KvmFault, VcpuError};
 pub use vm::run;
 pub use window::{DescriptorsError, SetUpError, TakeError};
+
+/// The example of README.md, compiled as a test.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -86,3 +86,8 @@ pub use session::{Session, SessionError};
 pub use view::{
     Access, Event, Mapping, MappingError, State, Status, VectoredError, View, ViewError,
 };
+
+/// The example of README.md, compiled as a test.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
