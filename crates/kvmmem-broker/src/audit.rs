@@ -3,7 +3,7 @@
 //! lines of a file.
 //!
 //! What a guest, a tool or a user can cause at will is limited to so many lines a second for each
-//! kind of event and each party ([`limits`]); the field `suppressed` of the next line tells how
+//! kind of event and each party (`limits`); the field `suppressed` of the next line tells how
 //! many were left out. Tokens are never written.
 
 mod file;

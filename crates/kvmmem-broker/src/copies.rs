@@ -3,7 +3,7 @@
 //!
 //! A tool opens a few *channels* for its view: a socket for requests and a memfd for the bytes,
 //! with a thread of the broker each ([`kvmmem_proto::copy`] has the packets). What the view may
-//! copy is looked up again after every [`CHUNK`], so a revocation ends a copy that is under way,
+//! copy is looked up again after every `CHUNK`, so a revocation ends a copy that is under way,
 //! and is confirmed only when the chunk has ended. The channels end with the connection that opened
 //! them.
 

@@ -17,7 +17,7 @@
 //!
 //! A QEMU that the guest has broken into may answer late, never, or send events without end. Ending
 //! a view, removing an introspector and killing its QEMU have deadlines that none of this puts off
-//! ([`Introspector::end`]).
+//! (`Introspector::end`).
 
 mod add;
 mod ask;

@@ -5,11 +5,11 @@
 //!
 //! | check | what is compared | module |
 //! |---|---|---|
-//! | system calls | `sys_call_table` with the names of system calls' handlers | [`entries`] |
-//! | dispatcher | branches of `x64_sys_call` with the kernel's text | [`entries`] |
-//! | interrupts | gates of `idt_table` with the names of interrupts' handlers | [`entries`] |
-//! | modules | the list of modules with `/sys/module` | [`modules`] |
-//! | tasks | the lists of processes and threads with the pids | [`tasks`] |
+//! | system calls | `sys_call_table` with the names of system calls' handlers | `entries` |
+//! | dispatcher | branches of `x64_sys_call` with the kernel's text | `entries` |
+//! | interrupts | gates of `idt_table` with the names of interrupts' handlers | `entries` |
+//! | modules | the list of modules with `/sys/module` | `modules` |
+//! | tasks | the lists of processes and threads with the pids | `tasks` |
 //!
 //! A guest that runs adds and removes modules and tasks while they are compared: what is found once
 //! and not again was such a change. All that is compared is the guest's own word, so that nothing

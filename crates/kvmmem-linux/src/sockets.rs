@@ -2,7 +2,7 @@
 //! Sockets of all network namespaces, as /proc/net/{tcp,tcp6,udp,udp6,raw,raw6,unix} show those of
 //! one.
 //!
-//! Each protocol has hash tables of its own ([`tables`]); a socket is in one chain of one table.
+//! Each protocol has hash tables of its own (`tables`); a socket is in one chain of one table.
 //! The guest adds and removes sockets while they are read, and the kernel reuses their memory at
 //! once: a chain that ends in another bucket is walked again, and a socket that changes while it is
 //! read is marked as torn. What is damaged is an error in its place; the rest of the tables is

@@ -33,7 +33,7 @@ pub enum MtreeError {
     /// A line is not what QEMU writes.
     #[error("QEMU's memory tree has the line {0:?}, which is no range")]
     Line(String),
-    /// There are more than [`MAX_RANGES`].
+    /// There are more than `MAX_RANGES`.
     #[error("QEMU's memory tree has more than {MAX_RANGES} ranges")]
     TooMany,
     /// A range starts before the end of the one above it.
