@@ -16,6 +16,7 @@ mod deny;
 mod depends;
 mod direct;
 mod dist;
+mod doc_check;
 mod elf;
 mod huge_pages;
 mod initramfs;
@@ -150,7 +151,7 @@ enum Verb {
 
 #[derive(Clone, Copy, ValueEnum)]
 enum Bench {
-    /// The seed's interface
+    /// v1: single pages
     V1,
     /// Views
     Views,

@@ -8,7 +8,7 @@ use anyhow::{Result, bail};
 use crate::cache::Cache;
 use crate::suite::Suite;
 use crate::tool::Tool;
-use crate::{crate_graph, deny, module_format, project, source_check, ui};
+use crate::{crate_graph, deny, doc_check, module_format, project, source_check, ui};
 
 /// Cargo's arguments for fuzz/, which is a workspace of its own.
 const FUZZ: [&str; 2] = ["--manifest-path", "fuzz/Cargo.toml"];
@@ -36,7 +36,7 @@ pub(crate) fn formatting(cache: &Cache, suite: &mut Suite) -> Result<()> {
     Ok(())
 }
 
-/// Where `unsafe` may be, and which crate may depend on which.
+/// Where `unsafe` may be, which crate may depend on which, and what the documentation links to.
 pub(crate) fn rules(cache: &Cache, suite: &mut Suite) -> Result<()> {
     let places = source_check::unsafe_code(project::root());
     suite.check(
@@ -48,6 +48,8 @@ pub(crate) fn rules(cache: &Cache, suite: &mut Suite) -> Result<()> {
         "no tool links the broker",
         none(dependencies, "dependencies that xtask/src/crate_graph.rs does not allow"),
     );
+    let mistakes = doc_check::mistakes(project::root());
+    suite.check("the documentation is in order", none(mistakes, "in the documentation"));
     Ok(())
 }
 

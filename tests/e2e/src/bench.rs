@@ -14,7 +14,7 @@ use row::print;
 
 #[derive(Clone, Copy, ValueEnum)]
 enum What {
-    /// The seed's interface.
+    /// v1.
     V1,
     /// Views.
     Views,

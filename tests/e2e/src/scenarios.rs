@@ -27,10 +27,10 @@ pub(crate) struct Scenario {
     pub(crate) run: fn(&mut World, &mut Report) -> Result<()>,
 }
 
-/// All scenarios, in the order in which they run: of the seed's interface, then of views, then of
+/// All scenarios, in the order in which they run: of v1, then of views, then of
 /// VMs under stock QEMUs; those that end a VM come last in each part.
 pub(crate) fn all() -> impl Iterator<Item = &'static Scenario> {
-    SEED.iter().chain(cases::ALL).chain(views::ALL).chain(qemu::ALL)
+    V1.iter().chain(cases::ALL).chain(views::ALL).chain(qemu::ALL)
 }
 
 /// Whether `name` is this scenario's, or that of its part: `views` for all that begin with
@@ -40,7 +40,7 @@ pub(crate) fn is_named(scenario: &Scenario, name: &str) -> bool {
         || scenario.name.strip_prefix(name).is_some_and(|rest| rest.starts_with('_'))
 }
 
-const SEED: &[Scenario] = &[
+const V1: &[Scenario] = &[
     Scenario {
         name: "map_basic",
         purpose: "token by vsock, map, read, watch, write, unmap",

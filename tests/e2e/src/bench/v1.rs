@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! `cargo xtask bench v1`: the seed's interface.
+//! `cargo xtask bench v1`: single pages.
 
 use std::time::Duration;
 

@@ -95,7 +95,7 @@ pub(crate) fn revoke(world: &mut World, report: &mut Report) -> Result<()> {
         "",
     );
 
-    // Pages of the seed's calls go the same way.
+    // Pages of v1 go the same way.
     let grant = world.grant(Rights::ReadWrite, None)?;
     let mut raw = world.raw()?;
     let (device, page) = (raw.open()?, raw.page()?);

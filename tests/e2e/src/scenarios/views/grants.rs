@@ -52,7 +52,7 @@ pub(crate) fn scope(world: &mut World, report: &mut Report) -> Result<()> {
         &format!("{last:#x}"),
     );
 
-    // The seed's calls keep to the grant as well.
+    // v1 keeps to the grant as well.
     let mut raw = world.raw()?;
     let (device, page) = (raw.open()?, raw.page()?);
     let token = world.grant(Rights::ReadOnly, None)?.token.words();

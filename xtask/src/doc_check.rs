@@ -1,0 +1,168 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! The documentation names files and sections that exist, and the README stays short.
+//!
+//! Part of suite `style`. A link in a page is relative to it; `docs/...` in code, in messages and in
+//! pages is relative to the root.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Component, Path, PathBuf};
+
+use anyhow::{Context as _, Result};
+
+/// Where pages, and mentions of pages, are.
+const FOLDERS: [&str; 7] = ["crates", "docs", "examples", "kernel", "packaging", "tests", "xtask"];
+
+/// Folders of build products.
+const IGNORED: [&str; 2] = ["target", "node_modules"];
+
+const README_LINES: usize = 80;
+
+/// What is wrong under `root`: each broken link or mention with its file and line, and a README that
+/// is too long.
+pub(crate) fn mistakes(root: &Path) -> Result<Vec<String>> {
+    let mut files = Vec::new();
+    for entry in fs::read_dir(root)? {
+        let path = PathBuf::from(entry?.file_name());
+        if is_page(&path) {
+            files.push(path);
+        }
+    }
+    for folder in FOLDERS.iter().filter(|folder| root.join(folder).is_dir()) {
+        walk(root, Path::new(folder), &mut files)?;
+    }
+    files.sort();
+    let mut found = Vec::new();
+    // The tests below name pages that are not there.
+    for file in files.iter().filter(|file| !file.ends_with("xtask/src/doc_check.rs")) {
+        let text =
+            fs::read_to_string(root.join(file)).with_context(|| file.display().to_string())?;
+        for (index, line) in text.lines().enumerate() {
+            let links = links(line).filter(|_| is_page(file)).map(|link| (link, file.as_path()));
+            let mentions = mentions(line).map(|mention| (mention, Path::new("README.md")));
+            // In the README a link is a mention too.
+            for (target, base) in links.chain(mentions).collect::<BTreeSet<_>>() {
+                if !exists(root, base, target)? {
+                    found.push(format!("{}:{}: {target}: no such page", file.display(), index + 1));
+                }
+            }
+        }
+        let lines = text.lines().count();
+        if file == Path::new("README.md") && lines > README_LINES {
+            found.push(format!("README.md has {lines} lines, more than {README_LINES}"));
+        }
+    }
+    Ok(found)
+}
+
+fn walk(root: &Path, folder: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
+    let entries = fs::read_dir(root.join(folder)).with_context(|| folder.display().to_string())?;
+    for entry in entries {
+        let entry = entry?;
+        let path = folder.join(entry.file_name());
+        if entry.file_type()?.is_dir() {
+            if !IGNORED.iter().any(|ignored| path.ends_with(ignored)) {
+                walk(root, &path, files)?;
+            }
+        } else if is_page(&path) || path.extension().is_some_and(|end| end == "rs" || end == "c") {
+            files.push(path);
+        }
+    }
+    Ok(())
+}
+
+fn is_page(path: &Path) -> bool {
+    path.extension().is_some_and(|end| end == "md")
+}
+
+/// The targets of a line's links that are in this repository.
+fn links(line: &str) -> impl Iterator<Item = &str> {
+    let parts = line.split("](").skip(1);
+    parts
+        .filter_map(|part| part.split_once(')'))
+        .map(|(target, _)| target)
+        .filter(|target| !target.contains(':'))
+}
+
+/// The pages in docs/ that a line names from the root.
+fn mentions(line: &str) -> impl Iterator<Item = &str> {
+    let is_name = |one: char| one.is_ascii_alphanumeric() || "-_./".contains(one);
+    line.split(move |one| !is_name(one))
+        .map(|word| word.trim_end_matches('.'))
+        .filter(|word| word.starts_with("docs/") && word.ends_with(".md"))
+}
+
+/// Whether `target`, as the page `base` has it, is a file, and has the section.
+fn exists(root: &Path, base: &Path, target: &str) -> Result<bool> {
+    let (path, section) = target.split_once('#').unwrap_or((target, ""));
+    let path = if path.is_empty() { base.to_owned() } else { base.with_file_name(path) };
+    let mut plain = PathBuf::new();
+    for part in path.components() {
+        if part != Component::ParentDir {
+            plain.push(part);
+        } else if !plain.pop() {
+            return Ok(false);
+        }
+    }
+    let path = root.join(plain);
+    if section.is_empty() || !path.is_file() {
+        return Ok(path.exists());
+    }
+    let text = fs::read_to_string(&path).with_context(|| path.display().to_string())?;
+    Ok(text.lines().filter_map(heading).any(|heading| anchor(heading) == section))
+}
+
+fn heading(line: &str) -> Option<&str> {
+    let text = line.trim_start_matches('#');
+    (text.len() < line.len()).then(|| text.strip_prefix(' ')).flatten()
+}
+
+/// The name by which a heading is linked to.
+fn anchor(heading: &str) -> String {
+    let kept = heading.chars().filter(|one| one.is_alphanumeric() || " -_".contains(*one));
+    kept.map(|one| if one == ' ' { '-' } else { one.to_ascii_lowercase() }).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_documentation_of_this_project_is_right() {
+        assert_eq!(mistakes(crate::project::root()).unwrap(), [""; 0]);
+    }
+
+    #[test]
+    fn broken_links_and_mentions_are_named() {
+        let root = tempfile::tempdir().unwrap();
+        let write = |path: &str, text: &str| {
+            let path = root.path().join(path);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, text).unwrap();
+        };
+        write("README.md", "[a](docs/a.md)\n[b](docs/b.md) [web](https://example.org/none.md)\n");
+        write("docs/a.md", "# A `page`, twice\n[up](../README.md) [x](#a-page-twice) [y](#none)\n");
+        write("docs/in/c.md", "[a](../a.md#a-page-twice) [b](../a.md#b) [out](../../../x.md)\n");
+        write("crates/a/src/lib.rs", "// See docs/a.md.\n// See docs/old.md. [x](not-a-page)\n");
+        write("crates/a/target/out.md", "[none](none.md)\n");
+        assert_eq!(
+            mistakes(root.path()).unwrap(),
+            [
+                "README.md:2: docs/b.md: no such page",
+                "crates/a/src/lib.rs:2: docs/old.md: no such page",
+                "docs/a.md:2: #none: no such page",
+                "docs/in/c.md:1: ../../../x.md: no such page",
+                "docs/in/c.md:1: ../a.md#b: no such page",
+            ]
+        );
+    }
+
+    #[test]
+    fn a_long_readme_is_named() {
+        let root = tempfile::tempdir().unwrap();
+        fs::write(root.path().join("README.md"), "line\n".repeat(README_LINES)).unwrap();
+        assert_eq!(mistakes(root.path()).unwrap(), [""; 0]);
+        fs::write(root.path().join("README.md"), "line\n".repeat(README_LINES + 1)).unwrap();
+        assert_eq!(mistakes(root.path()).unwrap(), ["README.md has 81 lines, more than 80"]);
+    }
+}
