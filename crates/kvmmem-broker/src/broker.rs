@@ -26,13 +26,19 @@ use crate::introspector::Introspectors;
 use crate::peer::Peer;
 use crate::policy::Policies;
 use crate::quota::{Limits, Quota};
+use crate::reactor::Reactor;
 use crate::registry::{FIRST_CID, RegisterError, Registry, Vm};
 use crate::revoke::Confirmations;
 use crate::session;
 use crate::state::State;
+use crate::workers::Workers;
 
 /// The most VMs in one answer to a list request; keeps it within a packet.
 const PAGE: usize = 16;
+
+/// The most threads that ask VMMs and guests, and those of one party.
+const SERVICES: usize = 32;
+const SHARE: usize = 4;
 
 /// How much of a name that no VM has is repeated, bytes.
 const MAX_SHOWN: usize = 64;
@@ -60,6 +66,9 @@ pub struct Broker {
     introspectors: Introspectors,
     state: State,
     audit: Audit,
+    reactor: Reactor,
+    /// For what may take seconds: it asks VMMs and guests.
+    services: Workers,
 }
 
 /// Why a request was refused.
@@ -109,6 +118,8 @@ impl Default for Broker {
 impl Broker {
     /// A broker that knows no VM.
     pub fn new(limits: Limits) -> Self {
+        let reactor = Reactor::default();
+        let services = Workers::new("service", SERVICES, SHARE);
         Self {
             limits,
             ahead: AtomicU64::new(0),
@@ -118,14 +129,20 @@ impl Broker {
             peers: Mutex::default(),
             confirmations: Confirmations::default(),
             hooks: Mutex::new(Quota::new(limits.hooks)),
-            external: Watch::default(),
+            external: Watch::new(&reactor, &services),
             adding: Mutex::default(),
             buffers: Buffers::default(),
             channels: Mutex::new(Quota::new(limits.channels)),
-            introspectors: Introspectors::default(),
+            introspectors: Introspectors::new(&reactor, &services),
             state: State::default(),
             audit: Audit::default(),
+            reactor,
+            services,
         }
+    }
+
+    pub(crate) fn reactor(&self) -> &Reactor {
+        &self.reactor
     }
 
     /// How many of what there may be.
@@ -452,6 +469,15 @@ fn no_vm(name: &str) -> Refused {
             "no VM is named {name:?}; see `kvmmem targets`, or `kvmmem targets --discover` for those to add"
         ),
     )
+}
+
+impl Drop for Broker {
+    fn drop(&mut self) {
+        // It needs the reactor for its own end.
+        self.introspectors.close_guest_endpoint();
+        self.reactor.end();
+        self.services.end();
+    }
 }
 
 /// A hook among those that there may be, given back on drop.

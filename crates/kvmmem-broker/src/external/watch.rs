@@ -1,32 +1,33 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Notices when the VMMs of attached VMs end: one thread waits for all of them.
+//! Notices when the VMMs of VMs end that have no connection to the broker.
 
+use std::collections::HashSet;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use rustix::event::{EventfdFlags, PollFd, PollFlags};
-use rustix::io::Errno;
-
 use kvmmem_qemu::monitor::Monitor;
 use kvmmem_qemu::questions::Questions;
+use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::io::Errno;
 
-/// The VMMs that are waited for. The thread ends with it.
-#[derive(Debug, Default)]
-pub(crate) struct Watch {
-    thread: Mutex<Option<Arc<Shared>>>,
-}
+use crate::reactor::{Handler, READABLE, Reactor, Token};
+use crate::workers::{Party, Workers};
 
+/// The VMMs whose ends are waited for.
 #[derive(Debug)]
-struct Shared {
-    /// Written to when the list has changed.
-    wake: OwnedFd,
-    list: Mutex<List>,
+pub(crate) struct Watch {
+    reactor: Reactor,
+    workers: Workers,
+    list: Arc<Mutex<List>>,
 }
 
 #[derive(Debug, Default)]
 struct List {
-    watched: Vec<Watched>,
-    ended: bool,
+    watched: Vec<(Token, Watched)>,
+    /// A worker looks which VMMs have ended, or is about to.
+    is_looked_at: bool,
+    /// One more has ended since.
+    again: bool,
 }
 
 /// A VM by its number, and its VMM.
@@ -41,124 +42,108 @@ pub(crate) struct Watched {
 }
 
 impl Watch {
-    /// Waits for a VMM too. `gone` is called, on the thread, with those whose VMMs have ended, with
-    /// each once and with all at a time that have ended since the last call; only that of the
-    /// first call counts.
+    /// One that watches nothing yet.
+    pub(crate) fn new(reactor: &Reactor, workers: &Workers) -> Self {
+        Self { reactor: reactor.clone(), workers: workers.clone(), list: Arc::default() }
+    }
+
+    /// Waits for a VMM too. `gone` is called, by a worker, with those whose VMMs have ended: each
+    /// once, and all at a time that have ended since the last call. It is the same for all of this
+    /// watch.
     ///
     /// # Errors
     /// Where there are no file descriptors or threads left.
     pub(crate) fn add(
         &self,
         watched: Watched,
-        gone: impl Fn(Vec<Watched>) + Send + 'static,
+        gone: impl Fn(Vec<Watched>) + Send + Sync + 'static,
     ) -> std::io::Result<()> {
-        let mut thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner);
-        let shared = match &*thread {
-            Some(shared) => Arc::clone(shared),
-            None => {
-                let wake =
-                    rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-                let shared = Arc::new(Shared { wake, list: Mutex::default() });
-                let watcher = Arc::clone(&shared);
-                std::thread::Builder::new()
-                    .name("vmm-watch".into())
-                    .spawn(move || watcher.run(gone))?;
-                Arc::clone(thread.insert(shared))
+        self.workers.start()?;
+        let (list, workers, gone) = (Arc::clone(&self.list), self.workers.clone(), Arc::new(gone));
+        let handler: Handler = Arc::new(move |reactor, _, _| {
+            let mut state = lock(&list);
+            state.again = true;
+            if !std::mem::replace(&mut state.is_looked_at, true) {
+                drop(state);
+                let (list, gone, reactor) = (Arc::clone(&list), Arc::clone(&gone), reactor.clone());
+                workers.run(Party::Vmms, move || look(&reactor, &list, &*gone));
             }
-        };
-        shared.lock().watched.push(watched);
-        shared.wake();
-        Ok(())
+        });
+        let token = self.reactor.insert(handler)?;
+        let pidfd = Arc::clone(&watched.pidfd);
+        let vm = watched.vm;
+        lock(&self.list).watched.push((token, watched));
+        self.reactor.arm(token, Some((&pidfd, READABLE)), None).inspect_err(|_| {
+            self.remove(vm);
+        })
     }
 
     /// Waits no more for a VM's VMM, if it did.
     pub(crate) fn remove(&self, vm: u64) -> Option<Watched> {
-        let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner);
-        let shared = thread.as_ref()?;
-        let removed = shared.lock().take(|watched| watched.vm == vm);
-        shared.wake();
-        removed
+        let mut list = lock(&self.list);
+        let index = list.watched.iter().position(|(_, watched)| watched.vm == vm)?;
+        let (token, removed) = list.watched.swap_remove(index);
+        drop(list);
+        self.reactor.remove(token);
+        Some(removed)
     }
 
     /// What the monitor of a VM's VMM can be asked; `None` where there is no monitor.
     pub(crate) fn questions(&self, vm: u64) -> Option<Questions> {
-        let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner);
-        let list = thread.as_ref()?.lock();
-        let watched = list.watched.iter().find(|watched| watched.vm == vm)?;
+        let list = lock(&self.list);
+        let (_, watched) = list.watched.iter().find(|(_, watched)| watched.vm == vm)?;
         Some(watched.monitor.as_ref()?.questions().clone())
     }
 
     /// All VMs whose VMMs are waited for.
     pub(crate) fn vms(&self) -> Vec<u64> {
-        let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner);
-        thread
+        lock(&self.list).watched.iter().map(|(_, watched)| watched.vm).collect()
+    }
+}
+
+/// Calls `gone` with the VMMs that have ended, until no more have.
+fn look(reactor: &Reactor, list: &Mutex<List>, gone: &impl Fn(Vec<Watched>)) {
+    loop {
+        let mut state = lock(list);
+        state.again = false;
+        let watched: Vec<(Token, Arc<OwnedFd>)> = state
+            .watched
             .iter()
-            .flat_map(|shared| shared.lock().watched.iter().map(|w| w.vm).collect::<Vec<_>>())
-            .collect()
-    }
-}
-
-impl Drop for Watch {
-    fn drop(&mut self) {
-        if let Some(shared) = self.thread.get_mut().unwrap_or_else(PoisonError::into_inner) {
-            shared.lock().ended = true;
-            shared.wake();
-        }
-    }
-}
-
-impl List {
-    fn take(&mut self, is_it: impl Fn(&Watched) -> bool) -> Option<Watched> {
-        let place = self.watched.iter().position(is_it)?;
-        Some(self.watched.swap_remove(place))
-    }
-}
-
-impl Shared {
-    fn run(&self, gone: impl Fn(Vec<Watched>)) {
-        loop {
-            let list = self.lock();
-            if list.ended {
+            .map(|(token, watched)| (*token, Arc::clone(&watched.pidfd)))
+            .collect();
+        drop(state);
+        let ready = ready(&watched);
+        let is_ready = |(token, _): &mut (Token, Watched)| ready.contains(token);
+        let ended: Vec<(Token, Watched)> = lock(list).watched.extract_if(.., is_ready).collect();
+        if ended.is_empty() {
+            let mut state = lock(list);
+            if !state.again {
+                state.is_looked_at = false;
                 return;
             }
-            let watched: Vec<(u64, Arc<OwnedFd>)> = list
-                .watched
-                .iter()
-                .map(|watched| (watched.vm, Arc::clone(&watched.pidfd)))
-                .collect();
-            drop(list);
-            let wake = PollFd::new(&self.wake, PollFlags::IN);
-            let pidfds = watched.iter().map(|(_, pidfd)| PollFd::new(&**pidfd, PollFlags::IN));
-            let mut fds: Vec<PollFd<'_>> = std::iter::once(wake).chain(pidfds).collect();
-            match rustix::event::poll(&mut fds, None) {
-                Ok(_) | Err(Errno::INTR) => {}
-                Err(error) => {
-                    tracing::error!(%error, "cannot wait for VMMs; their ends are not noticed any more");
-                    return;
-                }
-            }
-            // Whether there was anything to read does not matter.
-            let _ = rustix::io::read(&self.wake, &mut [0; 8]);
-            let ready = fds.iter().skip(1).zip(&watched).filter(|(fd, _)| !fd.revents().is_empty());
-            // A VM may have another VMM by now.
-            let take = |(_, (vm, pidfd)): (_, &(u64, Arc<OwnedFd>))| {
-                self.lock().take(|watched| watched.vm == *vm && Arc::ptr_eq(&watched.pidfd, pidfd))
-            };
-            let ended: Vec<Watched> = ready.filter_map(take).collect();
-            if !ended.is_empty() {
-                gone(ended);
-            }
+            continue;
+        }
+        ended.iter().for_each(|(token, _)| reactor.remove(*token));
+        gone(ended.into_iter().map(|(_, watched)| watched).collect());
+    }
+}
+
+/// Those whose processes have ended.
+fn ready(watched: &[(Token, Arc<OwnedFd>)]) -> HashSet<Token> {
+    let mut fds: Vec<PollFd<'_>> =
+        watched.iter().map(|(_, pidfd)| PollFd::new(&**pidfd, PollFlags::IN)).collect();
+    while let Err(error) = rustix::event::poll(&mut fds, Some(&Timespec::default())) {
+        if error != Errno::INTR {
+            tracing::error!(%error, "cannot look which VMMs have ended");
+            break;
         }
     }
+    let ready = fds.iter().zip(watched).filter(|(fd, _)| !fd.revents().is_empty());
+    ready.map(|(_, (token, _))| *token).collect()
+}
 
-    fn wake(&self) {
-        // It fails only where the counter is at its end, and then the thread wakes as well.
-        let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
-    }
-
-    fn lock(&self) -> MutexGuard<'_, List> {
-        self.list.lock().unwrap_or_else(PoisonError::into_inner)
-    }
+fn lock(list: &Mutex<List>) -> MutexGuard<'_, List> {
+    list.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]
@@ -178,10 +163,21 @@ mod tests {
         (child, pidfd)
     }
 
+    /// A watch, and what ends it.
+    fn watch() -> (Watch, impl Fn()) {
+        let (reactor, workers) = (Reactor::default(), Workers::new("test", 2, 2));
+        let watch = Watch::new(&reactor, &workers);
+        let end = move || {
+            reactor.end();
+            workers.end();
+        };
+        (watch, end)
+    }
+
     #[test]
     fn each_end_is_told_once_unless_it_is_no_more_of_interest() {
         let (told, tellings) = mpsc::channel();
-        let watch = Watch::default();
+        let (watch, end) = watch();
         let mut children = Vec::new();
         for vm in 1..=3 {
             let (child, pidfd) = sleeper();
@@ -206,8 +202,8 @@ mod tests {
         seen.sort_unstable();
         assert_eq!(seen, [1, 3]);
         assert!(watch.vms().is_empty() && watch.remove(1).is_none());
-        drop(watch);
-        // The thread ends, and with it the last sender.
+        end();
+        // Nothing is left of what was waited for, nor of the last sender.
         assert_eq!(tellings.recv_timeout(limit), Err(mpsc::RecvTimeoutError::Disconnected));
     }
 
@@ -215,32 +211,30 @@ mod tests {
     fn all_that_end_meanwhile_are_told_at_once() {
         let (told, tellings) = mpsc::channel();
         let (free, is_free) = mpsc::channel::<()>();
-        let watch = Watch::default();
-        let tell = move |ended: Vec<Watched>| {
-            told.send(ended.len()).unwrap();
-            // Until the others have ended.
-            let _ = is_free.recv();
-        };
-        let mut tell = Some(tell);
+        let (watch, end) = watch();
+        let is_free = Arc::new(Mutex::new(is_free));
         let mut children: Vec<Child> = Vec::new();
         for vm in 0..20 {
             let (child, pidfd) = sleeper();
-            let watched = Watched { vm, pidfd: Arc::new(pidfd), monitor: None };
-            match tell.take() {
-                Some(tell) => watch.add(watched, tell).unwrap(),
-                None => watch.add(watched, |_| {}).unwrap(),
-            }
+            let (told, is_free) = (told.clone(), Arc::clone(&is_free));
+            let tell = move |ended: Vec<Watched>| {
+                told.send(ended.len()).unwrap();
+                // Until the others have ended.
+                let _ = is_free.lock().unwrap().recv();
+            };
+            watch.add(Watched { vm, pidfd: Arc::new(pidfd), monitor: None }, tell).unwrap();
             children.push(child);
         }
         let limit = Duration::from_secs(60);
-        let mut end = |child: &mut Child| {
+        let kill = |child: &mut Child| {
             child.kill().unwrap();
             child.wait().unwrap();
         };
-        end(&mut children[0]);
+        kill(&mut children[0]);
         assert_eq!(tellings.recv_timeout(limit), Ok(1));
-        children[1..].iter_mut().for_each(&mut end);
+        children[1..].iter_mut().for_each(kill);
         drop(free);
         assert_eq!(tellings.recv_timeout(limit), Ok(19));
+        end();
     }
 }

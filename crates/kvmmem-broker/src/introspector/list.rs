@@ -15,12 +15,14 @@ use super::view::lock;
 use crate::broker::Broker;
 use crate::external::watch::{Watch, Watched};
 use crate::guest_endpoint::GuestEndpoint;
+use crate::reactor::Reactor;
+use crate::workers::Workers;
 
 /// The most introspectors: each has three threads, and one more while views end.
 pub(super) const MAX: usize = 64;
 
 /// The introspectors, by the broker's numbers for their VMs.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Introspectors {
     list: Mutex<BTreeMap<u64, (Arc<Introspector>, Slot)>>,
     /// Of each slot that is taken there is a clone.
@@ -49,6 +51,16 @@ impl Default for GuestEndpointState {
 }
 
 impl Introspectors {
+    /// None.
+    pub(crate) fn new(reactor: &Reactor, workers: &Workers) -> Self {
+        Self {
+            list: Mutex::default(),
+            slots: Mutex::default(),
+            watch: Watch::new(reactor, workers),
+            endpoint: Mutex::default(),
+        }
+    }
+
     /// The one with a vsock context id: the last that was added, where one before is still being
     /// taken out.
     pub fn by_cid(&self, cid: u32) -> Option<Arc<Introspector>> {
@@ -79,7 +91,7 @@ impl Introspectors {
     }
 
     /// Closes the guest endpoint for good, and with it all its connections and views.
-    pub(super) fn close_guest_endpoint(&self) {
+    pub(crate) fn close_guest_endpoint(&self) {
         let endpoint =
             std::mem::replace(&mut *lock(&self.endpoint), GuestEndpointState::Closed(None));
         drop(endpoint);
@@ -97,7 +109,7 @@ impl Introspectors {
         introspector: &Arc<Introspector>,
         slot: Slot,
         pidfd: OwnedFd,
-        ended: impl Fn(u64) + Send + 'static,
+        ended: impl Fn(u64) + Send + Sync + 'static,
     ) -> io::Result<()> {
         let vm = introspector.traits.vm;
         lock(&self.list).insert(vm, (Arc::clone(introspector), slot));

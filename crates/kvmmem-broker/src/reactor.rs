@@ -1,0 +1,327 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! Reactor: one thread that waits for everything that only waits, be it a socket, a process or a
+//! point in time.
+//!
+//! A registration waits once, for its file descriptor or its deadline, and then calls its handler
+//! on the reactor's thread. [`Reactor::arm`], from the handler or from any other thread, lets it
+//! wait again. A handler never blocks: it passes what takes long to [`Workers`], which arm the
+//! registration when they are done.
+//!
+//! A [`Token`] names one registration for ever. An event that was reported for a registration that
+//! is removed meanwhile reaches no other one. A handler may be called once more while another
+//! thread removes its registration, and sometimes without cause: it finds out by a call that does
+//! not wait.
+//!
+//! [`Workers`]: crate::workers::Workers
+
+use std::collections::BTreeSet;
+use std::fmt;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::Instant;
+
+use rustix::event::epoll::{self, EventData, EventFlags};
+use rustix::event::{EventfdFlags, Timespec};
+use rustix::io::Errno;
+
+/// The most events and the most deadlines of one turn.
+const TURN: usize = 64;
+
+/// The thread's stack: handlers do little.
+const STACK: usize = 256 << 10;
+
+/// What the kernel reports for the eventfd that wakes the thread. No token has this number.
+const WAKE: u64 = u64::MAX;
+
+/// A file descriptor that is readable, or whose peer has closed.
+pub(crate) const READABLE: EventFlags = EventFlags::IN.union(EventFlags::RDHUP);
+
+/// Gets the events of a registration.
+pub(crate) type Handler = Arc<dyn Fn(&Reactor, Token, Event) + Send + Sync>;
+
+/// What has happened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Event {
+    /// The file descriptor is ready.
+    Ready,
+    /// The deadline has passed.
+    Deadline,
+}
+
+/// A registration. The upper half is the slot's generation, the lower half the slot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) struct Token(u64);
+
+/// The thread and what it waits for. Clones are the same reactor. The thread starts with the first
+/// registration, and ends with [`Self::end`].
+#[derive(Clone, Default)]
+pub(crate) struct Reactor(Arc<Shared>);
+
+#[derive(Default)]
+struct Shared {
+    kernel: OnceLock<Kernel>,
+    table: Mutex<Table>,
+}
+
+struct Kernel {
+    epoll: OwnedFd,
+    wake: OwnedFd,
+}
+
+#[derive(Default)]
+struct Table {
+    slots: Vec<Slot>,
+    /// Slots without a registration.
+    free: Vec<u32>,
+    deadlines: BTreeSet<(Instant, Token)>,
+    /// The thread waits, or is about to.
+    is_waiting: bool,
+    is_ended: bool,
+}
+
+#[derive(Default)]
+struct Slot {
+    generation: u32,
+    registration: Option<Registration>,
+}
+
+struct Registration {
+    handler: Handler,
+    /// In the epoll set; kept open as long as it is.
+    fd: Option<Arc<OwnedFd>>,
+    deadline: Option<Instant>,
+    is_armed: bool,
+}
+
+impl Token {
+    fn slot(self) -> usize {
+        usize::try_from(self.0 & u64::from(u32::MAX)).unwrap_or(usize::MAX)
+    }
+}
+
+impl Table {
+    fn insert(&mut self, handler: impl FnOnce(Token) -> Handler) -> io::Result<Token> {
+        if self.is_ended {
+            return Err(io::Error::other("the broker ends"));
+        }
+        let index = match self.free.pop() {
+            Some(index) => index,
+            None => {
+                self.slots.push(Slot::default());
+                u32::try_from(self.slots.len() - 1).map_err(io::Error::other)?
+            }
+        };
+        let slot = self.slots.get_mut(usize::try_from(index).unwrap_or(usize::MAX));
+        let slot = slot.ok_or(io::ErrorKind::OutOfMemory)?;
+        let token = Token(u64::from(slot.generation) << 32 | u64::from(index));
+        let handler = handler(token);
+        slot.registration =
+            Some(Registration { handler, fd: None, deadline: None, is_armed: false });
+        Ok(token)
+    }
+
+    fn get(&mut self, token: Token) -> Option<&mut Registration> {
+        let slot = self.slots.get_mut(token.slot())?;
+        slot.registration.as_mut().filter(|_| u64::from(slot.generation) == token.0 >> 32)
+    }
+
+    fn remove(&mut self, token: Token) -> Option<Registration> {
+        let deadline = self.get(token)?.deadline;
+        self.forget(deadline, token);
+        let slot = self.slots.get_mut(token.slot())?;
+        // The largest generation would make the last slot's token the number of the eventfd.
+        slot.generation = if slot.generation >= u32::MAX - 1 { 0 } else { slot.generation + 1 };
+        let removed = slot.registration.take();
+        self.free.push(u32::try_from(token.slot()).ok()?);
+        removed
+    }
+
+    fn forget(&mut self, deadline: Option<Instant>, token: Token) {
+        if let Some(deadline) = deadline {
+            self.deadlines.remove(&(deadline, token));
+        }
+    }
+
+    /// The handler of an armed registration, which waits no more.
+    fn fire(&mut self, token: Token) -> Option<Handler> {
+        let registration = self.get(token).filter(|registration| registration.is_armed)?;
+        registration.is_armed = false;
+        let (deadline, handler) = (registration.deadline.take(), Arc::clone(&registration.handler));
+        self.forget(deadline, token);
+        Some(handler)
+    }
+
+    /// The first registration whose deadline has passed.
+    fn fire_due(&mut self, now: Instant) -> Option<(Token, Handler)> {
+        let (_, token) = *self.deadlines.first().filter(|(deadline, _)| *deadline <= now)?;
+        Some((token, self.fire(token)?))
+    }
+}
+
+impl Reactor {
+    /// Adds a registration, which waits for nothing yet.
+    ///
+    /// # Errors
+    /// Where the thread cannot be started, or has been ended.
+    pub(crate) fn insert(&self, handler: Handler) -> io::Result<Token> {
+        self.insert_with(|_| handler)
+    }
+
+    /// The same, for a handler that keeps its token.
+    ///
+    /// # Errors
+    /// As [`Self::insert`].
+    pub(crate) fn insert_with(&self, handler: impl FnOnce(Token) -> Handler) -> io::Result<Token> {
+        let mut table = self.lock();
+        if self.0.kernel.get().is_none() {
+            self.start()?;
+        }
+        table.insert(handler)
+    }
+
+    /// Lets a registration wait once, for what is given here and for nothing else.
+    ///
+    /// # Errors
+    /// Where the kernel cannot wait for the file descriptor. A registration that is removed is no
+    /// error.
+    pub(crate) fn arm(
+        &self,
+        token: Token,
+        fd: Option<(&Arc<OwnedFd>, EventFlags)>,
+        deadline: Option<Instant>,
+    ) -> io::Result<()> {
+        let Some(kernel) = self.0.kernel.get() else { return Ok(()) };
+        let mut table = self.lock();
+        let Some(registration) = table.get(token) else { return Ok(()) };
+        let former = registration.fd.take();
+        let is_same = fd.zip(former.as_ref()).is_some_and(|((new, _), old)| Arc::ptr_eq(new, old));
+        if let Some(former) = former.as_ref().filter(|_| !is_same) {
+            epoll::delete(&kernel.epoll, former)?;
+        }
+        if let Some((fd, flags)) = fd {
+            let (data, flags) = (EventData::new_u64(token.0), flags | EventFlags::ONESHOT);
+            if is_same {
+                epoll::modify(&kernel.epoll, fd, data, flags)?;
+            } else {
+                epoll::add(&kernel.epoll, fd, data, flags)?;
+            }
+            registration.fd = Some(Arc::clone(fd));
+        }
+        registration.is_armed = true;
+        let before = std::mem::replace(&mut registration.deadline, deadline);
+        table.forget(before, token);
+        let Some(deadline) = deadline else { return Ok(()) };
+        table.deadlines.insert((deadline, token));
+        let is_first = table.deadlines.first() == Some(&(deadline, token));
+        if is_first && std::mem::take(&mut table.is_waiting) {
+            kernel.wake();
+        }
+        Ok(())
+    }
+
+    /// Ends a registration. Its handler may be running, on the reactor's thread alone.
+    pub(crate) fn remove(&self, token: Token) {
+        let removed = self.lock().remove(token);
+        let fd = removed.as_ref().and_then(|registration| registration.fd.as_ref());
+        if let Some((fd, kernel)) = fd.zip(self.0.kernel.get()) {
+            // It fails only where it is not in the set.
+            let _ = epoll::delete(&kernel.epoll, fd);
+        }
+    }
+
+    /// Ends all registrations and the thread, without waiting for it.
+    pub(crate) fn end(&self) {
+        let mut table = self.lock();
+        table.is_ended = true;
+        table.deadlines.clear();
+        // What a handler drops may use the reactor.
+        let slots = std::mem::take(&mut table.slots);
+        drop(table);
+        drop(slots);
+        if let Some(kernel) = self.0.kernel.get() {
+            kernel.wake();
+        }
+    }
+
+    fn start(&self) -> io::Result<()> {
+        let wake = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+        epoll::add(&epoll, &wake, EventData::new_u64(WAKE), EventFlags::IN)?;
+        let reactor = self.clone();
+        let thread = std::thread::Builder::new().name("reactor".into()).stack_size(STACK);
+        let (go, is_ready) = std::sync::mpsc::channel::<()>();
+        thread.spawn(move || {
+            // The sender goes once the kernel's side is in its place.
+            let _ = is_ready.recv();
+            reactor.run();
+        })?;
+        let _ = self.0.kernel.set(Kernel { epoll, wake });
+        drop(go);
+        Ok(())
+    }
+
+    fn run(&self) {
+        let Some(kernel) = self.0.kernel.get() else { return };
+        let mut events = Vec::with_capacity(TURN);
+        loop {
+            let mut table = self.lock();
+            if table.is_ended {
+                return;
+            }
+            table.is_waiting = true;
+            let first = table.deadlines.first().map(|(deadline, _)| *deadline);
+            drop(table);
+            let left = first.map(|first| first.saturating_duration_since(Instant::now()));
+            let left = left.and_then(|left| Timespec::try_from(left).ok());
+            events.clear();
+            let spare = rustix::buffer::spare_capacity(&mut events);
+            match epoll::wait(&kernel.epoll, spare, left.as_ref()) {
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(error) => {
+                    tracing::error!(%error, "cannot wait for sockets and processes any more");
+                    return;
+                }
+            }
+            self.lock().is_waiting = false;
+            for event in &events {
+                let token = Token(event.data.u64());
+                if token.0 == WAKE {
+                    // Whether there was anything to read does not matter.
+                    let _ = rustix::io::read(&kernel.wake, &mut [0; 8]);
+                } else {
+                    let handler = self.lock().fire(token);
+                    if let Some(handler) = handler {
+                        handler(self, token, Event::Ready);
+                    }
+                }
+            }
+            let now = Instant::now();
+            for _ in 0..TURN {
+                let due = self.lock().fire_due(now);
+                let Some((token, handler)) = due else { break };
+                handler(self, token, Event::Deadline);
+            }
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Table> {
+        self.0.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Kernel {
+    fn wake(&self) {
+        // It fails only where the counter is at its end, and then the thread wakes as well.
+        let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
+    }
+}
+
+impl fmt::Debug for Reactor {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Reactor").finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests;
