@@ -13,20 +13,23 @@ mod listen;
 mod serve;
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
-use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use rustix::event::{EventfdFlags, eventfd};
 use vsock::{VMADDR_CID_ANY, VsockListener};
 
 use connections::ConnectionLimit;
 use introspectors::Introspectors;
-use listen::Accept;
-use serve::Views;
+use listen::{Accept, listen};
+use serve::{Shared, Views};
 
 use crate::broker::Broker;
+use crate::reactor::{Reactor, Token};
+use crate::workers::Workers;
+
+/// The most threads that open and close views, and those of one VM.
+const WORKERS: usize = 32;
+const SHARE: usize = 8;
 
 /// How long the end of all connections, and with them of their views, is waited for.
 const SHUTDOWN_LIMIT: Duration = Duration::from_secs(5);
@@ -34,10 +37,11 @@ const SHUTDOWN_LIMIT: Duration = Duration::from_secs(5);
 /// The listening endpoint. Dropping it ends all connections and their views.
 #[derive(Debug)]
 pub struct GuestEndpoint {
+    reactor: Reactor,
+    /// Accepts connections.
+    token: Token,
+    workers: Workers,
     limit: Arc<ConnectionLimit>,
-    /// Written to, it ends the thread that accepts.
-    stop: Arc<OwnedFd>,
-    thread: Option<JoinHandle<()>>,
 }
 
 impl GuestEndpoint {
@@ -49,31 +53,28 @@ impl GuestEndpoint {
         let listener = VsockListener::bind_with_cid_port(VMADDR_CID_ANY, port)?;
         // A tool that is gone before it is accepted must not be waited for.
         listener.set_nonblocking(true)?;
-        Self::open(listener, Introspectors(Arc::downgrade(broker)))
+        Self::open(broker.reactor(), listener, Introspectors(Arc::downgrade(broker)))
     }
 
-    fn open(acceptor: impl Accept, views: impl Views) -> io::Result<Self> {
-        let stop = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
-        let limit = Arc::new(ConnectionLimit::default());
-        let thread = std::thread::Builder::new().name("endpoint".into()).spawn({
-            let (limit, stop) = (Arc::clone(&limit), Arc::clone(&stop));
-            move || listen::accept_until(stop.as_fd(), &acceptor, &limit, &Arc::new(views))
-        })?;
-        Ok(Self { limit, stop, thread: Some(thread) })
+    fn open(reactor: &Reactor, acceptor: impl Accept, views: impl Views) -> io::Result<Self> {
+        let (limit, workers) =
+            (Arc::new(ConnectionLimit::default()), Workers::new("guest", WORKERS, SHARE));
+        workers.start()?;
+        let shared = Shared {
+            reactor: reactor.clone(),
+            workers: workers.clone(),
+            limit: Arc::clone(&limit),
+            views,
+            started: Instant::now(),
+        };
+        let token = listen(acceptor, &Arc::new(shared)).inspect_err(|_| workers.end())?;
+        Ok(Self { reactor: reactor.clone(), token, workers, limit })
     }
 }
 
 impl Drop for GuestEndpoint {
     fn drop(&mut self) {
-        // It fails only where the counter is full.
-        let _ = rustix::io::write(&self.stop, &1u64.to_ne_bytes());
-        if let Some(thread) = self.thread.take()
-            // It may be this thread that held the broker's last reference.
-            && thread.thread().id() != std::thread::current().id()
-        {
-            // The thread does not panic; were it to, there would be nothing left to end.
-            let _ = thread.join();
-        }
+        self.reactor.remove(self.token);
         let left = self.limit.close(SHUTDOWN_LIMIT);
         if left > 0 {
             tracing::warn!(
@@ -81,5 +82,6 @@ impl Drop for GuestEndpoint {
                 "not every view of the guest endpoint ended in time"
             );
         }
+        self.workers.end();
     }
 }

@@ -23,6 +23,9 @@ pub const GUEST_PORT: u32 = 27510;
 /// The most bytes of JSON in a frame.
 pub const MAX_FRAME: usize = 4096;
 
+/// The bytes of a frame's length.
+const LENGTH: usize = size_of::<u32>();
+
 /// The most bytes of a refusal's words; written as JSON they may take twice that.
 const MAX_MESSAGE: usize = 1500;
 
@@ -93,30 +96,65 @@ pub enum FrameError {
     Encode(#[source] serde_json::Error),
 }
 
+/// A frame that comes in pieces. No copy of it stays behind.
+#[derive(Debug, Default)]
+pub struct Frame {
+    /// The length, and what follows as soon as that is known.
+    bytes: Zeroizing<Vec<u8>>,
+    filled: usize,
+}
+
+impl Frame {
+    /// Reads what is missing; `None` where the peer has closed before the first byte. After a
+    /// [`FrameError::Read`] it can be called again, and continues.
+    ///
+    /// # Errors
+    /// [`FrameError::Read`], [`FrameError::Length`], [`FrameError::Malformed`].
+    pub fn read<T: DeserializeOwned>(
+        &mut self,
+        from: &mut impl Read,
+    ) -> Result<Option<T>, FrameError> {
+        if self.bytes.is_empty() {
+            self.bytes.resize(LENGTH, 0);
+        }
+        if self.bytes.len() == LENGTH {
+            if !self.fill(from)? {
+                return Ok(None);
+            }
+            let length = self.bytes.first_chunk().copied().unwrap_or_default();
+            let length = u32::from_le_bytes(length) as usize;
+            if !(1..=MAX_FRAME).contains(&length) {
+                return Err(FrameError::Length(length));
+            }
+            self.bytes.resize(LENGTH + length, 0);
+        }
+        self.fill(from)?;
+        let json = self.bytes.get(LENGTH..).unwrap_or_default();
+        serde_json::from_slice(json).map(Some).map_err(FrameError::Malformed)
+    }
+
+    /// Fills the buffer; `false` where the peer has closed before the first byte.
+    fn fill(&mut self, from: &mut impl Read) -> Result<bool, FrameError> {
+        while let Some(rest) = self.bytes.get_mut(self.filled..).filter(|rest| !rest.is_empty()) {
+            match from.read(rest) {
+                Ok(0) if self.filled == 0 => return Ok(false),
+                Ok(0) => return Err(FrameError::Read(io::ErrorKind::UnexpectedEof.into())),
+                Ok(count) => self.filled += count,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(FrameError::Read(error)),
+            }
+        }
+        Ok(true)
+    }
+}
+
 /// Reads a frame; `None` where the peer has closed before its first byte. No copy of it stays
 /// behind.
 ///
 /// # Errors
 /// [`FrameError::Read`], [`FrameError::Length`], [`FrameError::Malformed`].
 pub fn read<T: DeserializeOwned>(from: &mut impl Read) -> Result<Option<T>, FrameError> {
-    let mut length = [0; 4];
-    let mut filled = 0;
-    while let Some(rest) = length.get_mut(filled..).filter(|rest| !rest.is_empty()) {
-        match from.read(rest) {
-            Ok(0) if filled == 0 => return Ok(None),
-            Ok(0) => return Err(FrameError::Read(io::ErrorKind::UnexpectedEof.into())),
-            Ok(count) => filled += count,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(FrameError::Read(error)),
-        }
-    }
-    let length = u32::from_le_bytes(length) as usize;
-    if !(1..=MAX_FRAME).contains(&length) {
-        return Err(FrameError::Length(length));
-    }
-    let mut bytes = Zeroizing::new(vec![0; length]);
-    from.read_exact(&mut bytes).map_err(FrameError::Read)?;
-    serde_json::from_slice(&bytes).map(Some).map_err(FrameError::Malformed)
+    Frame::default().read(from)
 }
 
 /// Writes a frame.

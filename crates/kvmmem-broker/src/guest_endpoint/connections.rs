@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use rustix::net::Shutdown;
 
-/// The most connections at a time: each has a thread.
+/// The most connections at a time.
 pub(super) const MAX_CONNECTIONS: usize = 512;
 
 /// The most of one VM.
@@ -91,7 +91,7 @@ impl Slot {
     }
 
     /// The connection.
-    pub(super) fn socket(&self) -> &OwnedFd {
+    pub(super) fn socket(&self) -> &Arc<OwnedFd> {
         &self.socket
     }
 }

@@ -1,20 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Lets tools in.
+//! Accepts the connections of the guest endpoint.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use kvmmem_proto::limit::RateLimit;
 use kvmmem_proto::message::Refusal;
-use rustix::event::{PollFd, PollFlags, poll};
-use rustix::io::Errno;
 use vsock::VsockListener;
 
-use super::connections::ConnectionLimit;
-use super::serve::{Views, refuse, serve};
+use super::serve::{Shared, Views, refuse, serve};
 use crate::broker::Refused;
+use crate::reactor::{Handler, READABLE, Token};
+
+/// The most connections that are accepted in one turn of the reactor.
+const TURN: usize = 16;
 
 /// How long to wait when a connection cannot be accepted: the system has no file descriptors or
 /// memory left.
@@ -24,7 +25,7 @@ const PAUSE: Duration = Duration::from_millis(100);
 static WARNINGS: RateLimit = RateLimit::new(2);
 
 /// A listening socket: vsock, and a unix socket in tests.
-pub(super) trait Accept: AsFd + Send + 'static {
+pub(super) trait Accept: AsFd + Send + Sync + 'static {
     /// A connection and the context id of the VM that it comes from. Does not wait.
     fn accept(&self) -> io::Result<(OwnedFd, u32)>;
 }
@@ -36,70 +37,59 @@ impl Accept for VsockListener {
     }
 }
 
-/// Lets tools in until `stop` becomes readable.
-pub(super) fn accept_until<V: Views>(
-    stop: BorrowedFd<'_>,
-    acceptor: &impl Accept,
-    limit: &Arc<ConnectionLimit>,
-    views: &Arc<V>,
-) {
-    loop {
-        let listener = acceptor.as_fd();
-        let mut fds =
-            [PollFd::from_borrowed_fd(stop, PollFlags::IN), PollFd::new(&listener, PollFlags::IN)];
-        match poll(&mut fds, None) {
-            Ok(_) => {}
-            Err(Errno::INTR) => continue,
-            Err(error) => {
-                tracing::error!(%error, "the guest endpoint cannot wait for connections and closes");
-                return;
-            }
+/// Accepts connections until the registration that is returned is removed.
+///
+/// # Errors
+/// Where the reactor cannot wait for them.
+pub(super) fn listen<V: Views>(
+    acceptor: impl Accept,
+    shared: &Arc<Shared<V>>,
+) -> io::Result<Token> {
+    let listener = Arc::new(acceptor.as_fd().try_clone_to_owned()?);
+    let (fd, connections) = (Arc::clone(&listener), Arc::clone(shared));
+    let handler: Handler = Arc::new(move |reactor, token, _| {
+        let armed = if accept(&acceptor, &connections) {
+            reactor.arm(token, Some((&fd, READABLE)), None)
+        } else {
+            reactor.arm(token, None, Some(Instant::now() + PAUSE))
+        };
+        if let Err(error) = armed {
+            tracing::error!(%error, "the guest endpoint cannot wait for connections and closes");
         }
-        let [stopped, listening] = fds.map(|fd| !fd.revents().is_empty());
-        if stopped {
-            return;
-        }
-        if !listening {
-            continue;
-        }
+    });
+    let token = shared.reactor.insert(handler)?;
+    shared.reactor.arm(token, Some((&listener, READABLE)), None)?;
+    Ok(token)
+}
+
+/// Accepts the connections that wait, for one turn; `false` where that is not possible now.
+fn accept<V: Views>(acceptor: &impl Accept, shared: &Arc<Shared<V>>) -> bool {
+    for _ in 0..TURN {
         match acceptor.accept() {
-            Ok((socket, cid)) => admit(Arc::new(socket), cid, limit, views),
+            Ok((socket, cid)) => admit(&Arc::new(socket), cid, shared),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return true,
             // The tool was gone before it was accepted.
-            Err(error)
-                if matches!(
-                    error.kind(),
-                    io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted
-                ) => {}
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             Err(error) => {
                 if WARNINGS.allow(Instant::now()).is_some() {
                     tracing::warn!(%error, "the guest endpoint cannot accept a connection");
                 }
-                std::thread::sleep(PAUSE);
+                return false;
             }
         }
     }
+    true
 }
 
-/// Starts a thread for a connection, or refuses it without one.
-fn admit<V: Views>(socket: Arc<OwnedFd>, cid: u32, limit: &Arc<ConnectionLimit>, views: &Arc<V>) {
-    let slot = views.may_ask(cid).and_then(|()| {
-        limit.take(cid, &socket).map_err(|error| Refused::new(Refusal::Limit, error))
+/// Serves a connection, or refuses it.
+fn admit<V: Views>(socket: &Arc<OwnedFd>, cid: u32, shared: &Arc<Shared<V>>) {
+    let limit = |error: &dyn std::error::Error| Refused::new(Refusal::Limit, error);
+    let served = shared.views.may_ask(cid).and_then(|()| {
+        let slot = shared.limit.take(cid, socket).map_err(|error| limit(&error))?;
+        serve(shared, slot).map_err(|error| limit(&error))
     });
-    let slot = match slot {
-        Ok(slot) => slot,
-        Err(refused) => {
-            // A new connection takes a frame at once, or is not worth waiting for.
-            refuse(&socket, cid, &refused, Instant::now());
-            return;
-        }
-    };
-    let started = std::thread::Builder::new().name(format!("guest-{cid}")).spawn({
-        let views = Arc::clone(views);
-        move || serve(&*views, &slot)
-    });
-    if let Err(error) = started {
-        let refused =
-            Refused::new(Refusal::Limit, format!("the broker cannot start a thread: {error}"));
-        refuse(&socket, cid, &refused, Instant::now());
+    if let Err(refused) = served {
+        // A new connection takes a frame at once, or is not worth waiting for.
+        refuse(socket, cid, &refused, Instant::now());
     }
 }

@@ -1,20 +1,26 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! One connection: the question, the answer, and then the view.
+//!
+//! The reactor waits for the question and for the view's end. What asks the introspector, to open
+//! or to close a view, is done by workers.
 
+use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use kvmmem_kvmi::token::Token;
-use kvmmem_proto::guest::{self, FrameError, FromTool, ToTool};
+use kvmmem_proto::guest::{self, Frame, FrameError, FromTool, ToTool};
 use kvmmem_proto::limit::RateLimit;
 use kvmmem_proto::message::{Caller, Refusal};
 use kvmmem_proto::timed::Timed;
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, Shutdown, recv};
 
-use super::connections::Slot;
+use super::connections::{ConnectionLimit, Slot};
 use crate::broker::Refused;
+use crate::reactor::{self, READABLE, Reactor};
+use crate::workers::{Party, Workers};
 
 /// How long a tool may take for its question.
 const ASK_LIMIT: Duration = Duration::from_secs(10);
@@ -22,8 +28,8 @@ const ASK_LIMIT: Duration = Duration::from_secs(10);
 /// How long a tool may take to read its answer.
 const ANSWER_LIMIT: Duration = Duration::from_secs(2);
 
-/// How often it is looked whether the view has ended from the broker's side.
-const LOOK: Timespec = Timespec { tv_sec: 1, tv_nsec: 0 };
+/// How often it is looked whether views have ended from the broker's side.
+const LOOK: Duration = Duration::from_secs(1);
 
 /// Any VM can cause these at will.
 static WARNINGS: RateLimit = RateLimit::new(5);
@@ -31,7 +37,7 @@ static WARNINGS: RateLimit = RateLimit::new(5);
 /// Who opens views: the broker's introspectors, and a stand-in in tests.
 pub(super) trait Views: Send + Sync + 'static {
     /// An open view. Dropping it closes it, which may take a second.
-    type View;
+    type View: Send + 'static;
 
     /// Whether views are opened for the VM at all.
     fn may_ask(&self, cid: u32) -> Result<(), Refused>;
@@ -56,60 +62,172 @@ pub(super) trait Views: Send + Sync + 'static {
     fn has_ended(view: &Self::View) -> bool;
 }
 
+/// What the connections share.
+#[derive(Debug)]
+pub(super) struct Shared<V> {
+    pub(super) reactor: Reactor,
+    pub(super) workers: Workers,
+    pub(super) limit: Arc<ConnectionLimit>,
+    pub(super) views: V,
+    /// Views are looked at a whole number of [`LOOK`]s later, all of them at once.
+    pub(super) started: Instant,
+}
+
+impl<V> Shared<V> {
+    fn next_look(&self) -> Instant {
+        let turns = self.started.elapsed().as_secs() / LOOK.as_secs() + 1;
+        self.started + LOOK * u32::try_from(turns).unwrap_or(u32::MAX)
+    }
+}
+
+/// A tool's connection.
+struct Connection<V: Views> {
+    shared: Arc<Shared<V>>,
+    slot: Slot,
+    token: reactor::Token,
+    state: Mutex<State<V::View>>,
+}
+
+enum State<View> {
+    /// The question has not come, or not all of it.
+    Asking(Frame, Instant),
+    /// A worker has the connection, or it is closed.
+    Busy,
+    Open(View),
+}
+
 /// Serves a tool until it closes, or its view has ended.
-pub(super) fn serve<V: Views>(views: &V, slot: &Slot) {
-    let (socket, cid) = (slot.socket(), slot.cid());
-    match ask(views, slot) {
-        Ok(Some(view)) => {
-            let number = V::number(&view);
-            let answered = guest::write(
-                &mut Timed::new(socket.as_fd(), Instant::now() + ANSWER_LIMIT),
-                &ToTool::Opened { view: number, ticket: V::ticket(&view) },
-            );
-            let ended = match answered {
-                Ok(()) => keep::<V>(&view, socket),
-                Err(_) => "its tool does not read",
-            };
+///
+/// # Errors
+/// Where the reactor cannot wait for it.
+pub(super) fn serve<V: Views>(shared: &Arc<Shared<V>>, slot: Slot) -> io::Result<()> {
+    let until = Instant::now() + ASK_LIMIT;
+    let state = Mutex::new(State::Asking(Frame::default(), until));
+    let socket = Arc::clone(slot.socket());
+    let shared = Arc::clone(shared);
+    let reactor = shared.reactor.clone();
+    let token = reactor.insert_with(|token| {
+        let connection = Arc::new(Connection { shared, slot, token, state });
+        Arc::new(move |_, _, _| connection.advance())
+    })?;
+    reactor.arm(token, Some((&socket, READABLE)), Some(until)).inspect_err(|_| {
+        reactor.remove(token);
+    })
+}
+
+impl<V: Views> Connection<V> {
+    /// Does what can be done without waiting.
+    fn advance(self: &Arc<Self>) {
+        let state = std::mem::replace(&mut *self.lock(), State::Busy);
+        match state {
+            State::Asking(frame, until) => self.ask(frame, until),
+            State::Open(view) => match ended::<V>(&view, self.slot.socket()) {
+                Some(ended) => self.end(view, ended),
+                None => self.keep(view),
+            },
+            State::Busy => {}
+        }
+    }
+
+    /// Reads what has come of the question.
+    fn ask(self: &Arc<Self>, mut frame: Frame, until: Instant) {
+        let now = Instant::now();
+        match frame.read(&mut Timed::new(self.slot.socket().as_fd(), now)) {
+            Ok(Some(question)) => {
+                let connection = Arc::clone(self);
+                self.run(move || connection.open(question));
+            }
+            // It has gone without a word.
+            Ok(None) => self.close(),
+            Err(FrameError::Read(error))
+                if error.kind() == io::ErrorKind::TimedOut && now < until =>
+            {
+                self.wait(State::Asking(frame, until), until);
+            }
+            Err(error) => {
+                // Without what is behind an error: that may repeat parts of the frame.
+                let refused = Refused::new(Refusal::Malformed, error);
+                refuse(self.slot.socket(), self.slot.cid(), &refused, now);
+                self.close();
+            }
+        }
+    }
+
+    /// Opens the view that is asked for, and answers.
+    fn open(self: &Arc<Self>, question: FromTool) {
+        let FromTool::Open { token, read_only, caller } = question;
+        let (socket, cid) = (self.slot.socket(), self.slot.cid());
+        match self.shared.views.open(cid, &token, &caller, read_only) {
+            Ok(view) => {
+                let answer = ToTool::Opened { view: V::number(&view), ticket: V::ticket(&view) };
+                let deadline = Instant::now() + ANSWER_LIMIT;
+                match guest::write(&mut Timed::new(socket.as_fd(), deadline), &answer) {
+                    Ok(()) => self.keep(view),
+                    Err(_) => self.end(view, "its tool does not read"),
+                }
+            }
+            Err(refused) => {
+                refuse(socket, cid, &refused, Instant::now() + ANSWER_LIMIT);
+                self.close();
+            }
+        }
+    }
+
+    /// Waits until the tool closes the connection or the view ends.
+    fn keep(self: &Arc<Self>, view: V::View) {
+        self.wait(State::Open(view), self.shared.next_look());
+    }
+
+    fn end(self: &Arc<Self>, view: V::View, ended: &'static str) {
+        let connection = Arc::clone(self);
+        self.run(move || {
+            let (number, cid) = (V::number(&view), connection.slot.cid());
             // Ahead of the connection, so that a tool that asks again finds the slot free.
             drop(view);
             tracing::debug!(cid, view = number, ended, "a view of a guest ended");
-        }
-        Ok(None) => {}
-        Err(refused) => refuse(socket, cid, &refused, Instant::now() + ANSWER_LIMIT),
+            connection.close();
+        });
     }
-    // Others may hold on to the socket for a moment; the connection ends now.
-    let _ = rustix::net::shutdown(socket, Shutdown::Both);
+
+    fn wait(self: &Arc<Self>, state: State<V::View>, until: Instant) {
+        *self.lock() = state;
+        let fd = Some((self.slot.socket(), READABLE));
+        if let Err(error) = self.shared.reactor.arm(self.token, fd, Some(until)) {
+            tracing::warn!(%error, "cannot wait for a tool of a guest");
+            let connection = Arc::clone(self);
+            self.run(move || {
+                let state = std::mem::replace(&mut *connection.lock(), State::Busy);
+                drop(state);
+                connection.close();
+            });
+        }
+    }
+
+    /// Ends the connection, which has no view.
+    fn close(&self) {
+        // Others may hold on to the socket for a moment; the connection ends now.
+        let _ = rustix::net::shutdown(self.slot.socket(), Shutdown::Both);
+        self.shared.reactor.remove(self.token);
+    }
+
+    fn run(&self, job: impl FnOnce() + Send + 'static) {
+        self.shared.workers.run(Party::Cid(self.slot.cid()), job);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State<V::View>> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
-/// Reads the question and opens the view; `None` where the tool has gone without a word.
-fn ask<V: Views>(views: &V, slot: &Slot) -> Result<Option<V::View>, Refused> {
-    let mut timed = Timed::new(slot.socket().as_fd(), Instant::now() + ASK_LIMIT);
-    // Without what is behind an error: that may repeat parts of the frame.
-    let malformed = |error: FrameError| Refused::new(Refusal::Malformed, error);
-    match guest::read(&mut timed).map_err(malformed)? {
-        Some(FromTool::Open { token, read_only, caller }) => {
-            views.open(slot.cid(), &token, &caller, read_only).map(Some)
-        }
-        None => Ok(None),
+/// Why an open view ends, if it does.
+fn ended<V: Views>(view: &V::View, socket: &OwnedFd) -> Option<&'static str> {
+    if V::has_ended(view) {
+        return Some("taken back, or its target is gone");
     }
-}
-
-/// Waits until the tool closes the connection or the view ends; returns which.
-fn keep<V: Views>(view: &V::View, socket: &OwnedFd) -> &'static str {
-    loop {
-        if V::has_ended(view) {
-            return "taken back, or its target is gone";
-        }
-        match poll(&mut [PollFd::new(socket, PollFlags::IN | PollFlags::RDHUP)], Some(&LOOK)) {
-            Ok(0) | Err(Errno::INTR) => continue,
-            Ok(_) => {}
-            Err(_) => return "cannot wait for its tool",
-        }
-        match recv(socket, &mut [0; 1], RecvFlags::DONTWAIT) {
-            Err(Errno::AGAIN | Errno::INTR) => {}
-            Ok((0, _)) | Err(_) => return "closed",
-            Ok(_) => return "its tool spoke out of turn",
-        }
+    match recv(socket, &mut [0; 1], RecvFlags::DONTWAIT) {
+        Err(Errno::AGAIN | Errno::INTR) => None,
+        Ok((0, _)) | Err(_) => Some("closed"),
+        Ok(_) => Some("its tool spoke out of turn"),
     }
 }
 

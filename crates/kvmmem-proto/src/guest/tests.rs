@@ -17,6 +17,23 @@ fn refusals() -> impl Strategy<Value = Refusal> {
     ]
 }
 
+/// Bytes of which `now` have come.
+struct Pieces<'a> {
+    left: &'a [u8],
+    now: usize,
+}
+
+impl Read for Pieces<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let count = buffer.len().min(self.now);
+        if count == 0 {
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
+        self.now -= count;
+        self.left.read(buffer.get_mut(..count).unwrap())
+    }
+}
+
 proptest! {
     #[test]
     fn a_question_is_read_as_it_was_written(
@@ -37,6 +54,27 @@ proptest! {
         let mut left = &bytes[..];
         prop_assert_eq!(read(&mut left).unwrap(), Some(question));
         prop_assert_eq!(left, &rest[..]);
+    }
+
+    #[test]
+    fn a_frame_may_come_in_pieces(words: [u64; 4], pieces in proptest::collection::vec(1usize..40, 1..20)) {
+        let caller = Caller { pid: 1, uid: 2, comm: "scan".into() };
+        let question = FromTool::Open { token: Token::new(words), read_only: true, caller };
+        let mut bytes = Vec::new();
+        write(&mut bytes, &question).unwrap();
+        let mut pieces = pieces.iter().cycle();
+        let mut frame = Frame::default();
+        let mut from = Pieces { left: &bytes, now: 0 };
+        let read = loop {
+            match frame.read(&mut from) {
+                Err(FrameError::Read(error)) if error.kind() == io::ErrorKind::WouldBlock => {
+                    from.now = *pieces.next().unwrap();
+                }
+                read => break read.unwrap(),
+            }
+        };
+        prop_assert_eq!(read, Some(question));
+        prop_assert!(from.left.is_empty());
     }
 
     #[test]

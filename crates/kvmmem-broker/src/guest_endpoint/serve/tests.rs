@@ -2,11 +2,10 @@
 //! The guest endpoint with a stand-in for the introspectors, over unix sockets: which VM a
 //! connection comes from is what the test says.
 
-use std::io::{self, Read, Write};
+use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Arc, Mutex};
 
 use rustix::event::{EventfdFlags, eventfd};
 
@@ -103,6 +102,14 @@ struct TestEndpoint {
     signal: Arc<OwnedFd>,
     connections: Sender<(OwnedFd, u32)>,
     endpoint: Option<GuestEndpoint>,
+    reactor: Reactor,
+}
+
+impl Drop for TestEndpoint {
+    fn drop(&mut self) {
+        drop(self.endpoint.take());
+        self.reactor.end();
+    }
 }
 
 impl TestEndpoint {
@@ -112,8 +119,9 @@ impl TestEndpoint {
         let (connections, incoming) = channel();
         let state = Arc::new(State::default());
         let queue = Queue { signal: Arc::clone(&signal), connections: Mutex::new(incoming) };
-        let endpoint = Some(GuestEndpoint::open(queue, Fake(Arc::clone(&state))).unwrap());
-        Self { state, signal, connections, endpoint }
+        let reactor = Reactor::default();
+        let endpoint = GuestEndpoint::open(&reactor, queue, Fake(Arc::clone(&state))).unwrap();
+        Self { state, signal, connections, endpoint: Some(endpoint), reactor }
     }
 
     /// Connects as a process of the VM `cid`.
