@@ -76,7 +76,7 @@ versions() {
 
 pages() {
 	man kvmmem | grep 'kvmmem-grant(1)'
-	man kvmmem-grant | grep -e --rw
+	man kvmmem-grant-create | grep -e --rw
 	man 8 kvmmemd | grep -e --audit
 	for page in /usr/share/man/man1/kvmmem*.gz /usr/share/man/man8/kvmmemd.8.gz; do
 		warnings=$(man --warnings -l "$page" 2>&1 >/dev/null)
@@ -92,7 +92,10 @@ completions() {
 		complete -p kvmmem
 		COMP_WORDS=(kvmmem gr) COMP_CWORD=1
 		_kvmmem kvmmem gr kvmmem
-		[[ " ${COMPREPLY[*]} " == *" grant "* && " ${COMPREPLY[*]} " == *" grants "* ]]
+		[[ " ${COMPREPLY[*]} " == *" grant "* ]]
+		COMP_WORDS=(kvmmem grant re) COMP_CWORD=2
+		_kvmmem kvmmem re grant
+		[[ " ${COMPREPLY[*]} " == *" revoke "* ]]
 	'
 	head -n 1 /usr/share/zsh/vendor-completions/_kvmmem | grep '^#compdef kvmmem'
 	grep '^complete -c kvmmem' /usr/share/fish/vendor_completions.d/kvmmem.fish
@@ -158,10 +161,10 @@ serve() {
 
 # Root may connect, and whoever is in the group where the socket is its own; others may not.
 answers() {
-	kvmmem targets
-	fails kvmmem hook nobody vsock:3:1
+	kvmmem target list
+	fails kvmmem hook add nobody vsock:3:1
 	grep '"event":"refused"' /var/log/kvmmem/audit.log
-	fails setpriv --reuid nobody --clear-groups kvmmem targets
+	fails setpriv --reuid nobody --clear-groups kvmmem target list
 }
 
 # Somebody else's VM, of which nothing is anybody else's to read but by the unit's capabilities.
@@ -174,7 +177,7 @@ attaches() {
 	trap 'kill "$vmm" "$pid"' EXIT
 	wait_for grep -q memfd:ram "/proc/$vmm/maps"
 	kvmmem target add --pid "$vmm"
-	kvmmem targets | grep web1
+	kvmmem target list | grep web1
 	grep '"name":"web1"' /var/lib/kvmmem/added.json
 	fails setpriv --reuid nobody --clear-groups kvmmem target remove web1
 	kill "$vmm"
@@ -188,10 +191,10 @@ gone() {
 }
 
 rotates() {
-	fails kvmmem hook nobody vsock:3:1
+	fails kvmmem hook add nobody vsock:3:1
 	logrotate --force --state "$here/state" /etc/logrotate.d/kvmmemd
 	test -s /var/log/kvmmem/audit.log.1
-	fails kvmmem hook nobody vsock:3:1
+	fails kvmmem hook add nobody vsock:3:1
 	test "$(stat -c '%U %a' /var/log/kvmmem/audit.log)" = 'kvmmem 600'
 	test -s /var/log/kvmmem/audit.log
 }
@@ -207,7 +210,7 @@ activated() {
 	pid=$!
 	trap 'kill "$pid"' EXIT
 	wait_for test -S "$socket"
-	timeout 20 kvmmem targets
+	timeout 20 kvmmem target list
 	trap - EXIT
 	kill "$pid"
 	wait "$pid"

@@ -7,7 +7,7 @@
  *      -o view examples/c/view.c
  *
  * Environment: KVMMEM_TOKEN (the token of a grant, 64 hex digits, as
- * `kvmmem grant` prints it), KVMMEM_MARKER_HEX (the bytes to look for),
+ * `kvmmem grant create` prints it), KVMMEM_MARKER_HEX (the bytes to look for),
  * KVMMEM_DEVICE (default /dev/kvmmem). Prints each place; exits with 0 if there
  * is one, with 1 if not.
  */

@@ -194,7 +194,7 @@ fn run_with<'a>(
     let host = Host { bed, socket: scratch.path().join("broker"), log };
     let mut broker = Command::new(bed.program("kvmmemd"));
     let mut broker = Running::start(broker.arg("--socket").arg(&host.socket), &host.log)?;
-    broker.wait("the broker to listen", || host.kvmmem().arg("targets").run().is_ok())?;
+    broker.wait("the broker to listen", || host.kvmmem().args(["target", "list"]).run().is_ok())?;
     let queue = Mutex::new(guests.iter());
     let work = || {
         let mut checks = Vec::new();

@@ -466,7 +466,7 @@ fn no_vm(name: &str) -> Refused {
     Refused::new(
         Refusal::Unknown,
         format!(
-            "no VM is named {name:?}; see `kvmmem targets`, or `kvmmem targets --discover` for those to add"
+            "no VM is named {name:?}; see `kvmmem target list`, or `kvmmem host discover` for those to add"
         ),
     )
 }

@@ -138,7 +138,7 @@ fn every_command_in_the_help_is_taken() {
 
 #[test]
 fn the_commands_of_a_page_are_found() {
-    let page = "`a b`\n\n```sh\nX=1 kvmmem grant web1 \\\n    --rw   # a token\nqemu $(kvmmem qemu-args) x\nkvmmemd\n```\n\
+    let page = "`a b`\n\n```sh\nX=1 kvmmem grant create web1 \\\n    --rw   # a token\nqemu $(kvmmem qemu-args) x\nkvmmemd\n```\n\
                 ```rust\nkvmmem no\n```\n";
     let lines = fenced(page);
     assert_eq!(lines.len(), 3, "{lines:?}");
@@ -147,6 +147,6 @@ fn the_commands_of_a_page_are_found() {
         .flat_map(|line| commands(line, "kvmmem"))
         .map(|words| words.join(" "))
         .collect();
-    assert_eq!(found, ["kvmmem grant web1 --rw", "kvmmem qemu-args"]);
+    assert_eq!(found, ["kvmmem grant create web1 --rw", "kvmmem qemu-args"]);
     assert_eq!(inline("`a b` c `d`"), ["a b", "d"]);
 }

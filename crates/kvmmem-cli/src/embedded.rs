@@ -128,9 +128,7 @@ fn named<'a>(name: &str, found: &'a [Found]) -> Result<&'a Found> {
             "no virtual machine of this machine is called {name:?}: in an introspector, attach by a token (--token-file)"
         ),
         (None, _) => {
-            bail!(
-                "no virtual machine of this host is called {name:?}: see kvmmem targets --discover"
-            )
+            bail!("no virtual machine of this host is called {name:?}: see kvmmem host discover")
         }
     }
 }
@@ -171,7 +169,7 @@ mod tests {
         assert_eq!(pid("web"), Ok(7));
         assert_eq!(pid("00000000-0000-0000-0000-000000000004"), Ok(10));
         assert!(pid("db").unwrap_err().contains("pid:8 or pid:9"));
-        assert!(pid("mail").unwrap_err().contains("targets --discover"));
+        assert!(pid("mail").unwrap_err().contains("host discover"));
         assert!(pid("00000000-0000-0000-0000-000000000005").is_err());
     }
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Who may look at whom: `grant`, `grants`, `revoke`, `policy`.
+//! Who may look at whom: `grant create`, `grant list`, `grant revoke`.
 
 mod table;
 
@@ -7,14 +7,13 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use clap::{Args, ValueEnum};
-use kvmmem_client::admin::{GrantInfo, GrantRequest, KvmiPolicy, Revoked, Rights, Span};
+use clap::{Args, Subcommand};
+use kvmmem_client::admin::{GrantInfo, GrantRequest, Revoked, Rights, Span};
 use serde::Serialize;
 use uuid::Uuid;
 use zeroize::Zeroizing;
 
 use crate::broker::Broker;
-use crate::failure::escape;
 use crate::number::parse_duration;
 use crate::output::Output;
 use crate::range::{GpaRange, RangeLine, in_order, parse_range};
@@ -23,8 +22,24 @@ use crate::range::{GpaRange, RangeLine, in_order, parse_range};
 const UNCONFIRMED: u8 = 3;
 
 #[derive(Args)]
-#[command(after_help = GRANT_HELP)]
 pub(crate) struct Grant {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Subcommand)]
+enum Verb {
+    /// Grant access to a target's memory: prints a token.
+    Create(Create),
+    /// List the grants and the views opened with them.
+    List(List),
+    /// Revoke a grant and close every view opened with it.
+    Revoke(Revoke),
+}
+
+#[derive(Args)]
+#[command(after_help = CREATE_HELP)]
+struct Create {
     /// Name or UUID of the target
     target: String,
     /// Grant these guest-physical addresses, for example 1M..2M; END is behind the range; may be
@@ -41,7 +56,7 @@ pub(crate) struct Grant {
     /// How often the token can be used
     #[arg(long, value_name = "COUNT", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
     uses: u32,
-    /// UUID of the only introspector that may use the token [default: whoever has it]
+    /// UUID of the only introspector that may use the token [default: anyone who has it may]
     #[arg(long, value_name = "UUID")]
     holder: Option<Uuid>,
     /// What the list of grants shows of it
@@ -54,20 +69,20 @@ pub(crate) struct Grant {
     broker: Broker,
 }
 
-const GRANT_HELP: &str = "\
+const CREATE_HELP: &str = "\
 Prints the number of the grant and its token, which is not shown again: a process that has it can look at the target.
-What is printed is a token file, as text and as JSON: kvmmem grant NAME | kvmmem read --token-file - 0 64.
+What is printed is a token file, as text and as JSON: kvmmem grant create NAME | kvmmem read --token-file - 0 64.
 On the host, --target NAME of the verbs that need a token makes a grant for one use by itself.";
 
 #[derive(Args)]
-pub(crate) struct Grants {
+struct List {
     #[command(flatten)]
     broker: Broker,
 }
 
 #[derive(Args)]
 #[command(after_help = REVOKE_HELP)]
-pub(crate) struct Revoke {
+struct Revoke {
     /// Number of the grant
     grant: u64,
     #[command(flatten)]
@@ -81,42 +96,6 @@ Exit codes:
   2  the command line is wrong
   3  revoked, but the VMM of an introspector, or a process of this host, has not confirmed that its views are closed: it
      may be stopped or hang; run this again, or end it";
-
-#[derive(Args)]
-#[command(after_help = POLICY_HELP)]
-pub(crate) struct Policy {
-    /// Name or UUID of the target
-    target: String,
-    /// What to set; without it, what is set is printed
-    #[arg(value_enum)]
-    set: Option<Allowed>,
-    #[command(flatten)]
-    broker: Broker,
-}
-
-const POLICY_HELP: &str = "\
-Tools that are hooked to a target get tokens by KVMI as well; the policy says what these allow from now on.";
-
-/// What KVMI's tokens allow, on the command line.
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum Allowed {
-    /// Reading and writing
-    Rw,
-    /// Reading; pages cannot be mapped one by one then, which always allows writing
-    Ro,
-    /// Nothing: no token is given
-    None,
-}
-
-impl From<Allowed> for KvmiPolicy {
-    fn from(allowed: Allowed) -> Self {
-        match allowed {
-            Allowed::Rw => Self::ReadWrite,
-            Allowed::Ro => Self::ReadOnly,
-            Allowed::None => Self::None,
-        }
-    }
-}
 
 /// What was granted, as JSON.
 #[derive(Serialize)]
@@ -133,7 +112,7 @@ struct Granted<'a> {
     label: Option<&'a str>,
 }
 
-/// What was taken back, as JSON.
+/// What was revoked, as JSON.
 #[derive(Serialize)]
 struct RevokedGrant {
     grant: u64,
@@ -141,15 +120,18 @@ struct RevokedGrant {
     outcome: Revoked,
 }
 
-/// A target's policy, as JSON.
-#[derive(Serialize)]
-struct TargetPolicy<'a> {
-    target: &'a str,
-    policy: KvmiPolicy,
-}
-
 impl Grant {
     pub(crate) fn run(&self, output: &mut Output) -> Result<ExitCode> {
+        match &self.verb {
+            Verb::Create(create) => create.run(output),
+            Verb::List(list) => list.run(output),
+            Verb::Revoke(revoke) => revoke.run(output),
+        }
+    }
+}
+
+impl Create {
+    fn run(&self, output: &mut Output) -> Result<ExitCode> {
         let ranges = in_order(&self.ranges)?;
         let span = |range: &GpaRange| Span { gpa: range.start, len: range.end - range.start };
         let request = GrantRequest {
@@ -189,8 +171,8 @@ impl Grant {
     }
 }
 
-impl Grants {
-    pub(crate) fn run(&self, output: &mut Output) -> Result<ExitCode> {
+impl List {
+    fn run(&self, output: &mut Output) -> Result<ExitCode> {
         let grants = self.broker.connect()?.grants().context("cannot list the grants")?;
         if output.is_json() {
             for grant in &grants {
@@ -223,13 +205,13 @@ fn line(grant: &GrantInfo) -> serde_json::Result<serde_json::Value> {
 }
 
 impl Revoke {
-    pub(crate) fn run(&self, output: &mut Output) -> Result<ExitCode> {
+    fn run(&self, output: &mut Output) -> Result<ExitCode> {
         let grant = self.grant;
         let outcome = self
             .broker
             .connect()?
             .revoke(grant)
-            .with_context(|| format!("cannot take back grant {grant}"))?;
+            .with_context(|| format!("cannot revoke grant {grant}"))?;
         let Revoked { views, unconfirmed, micros } = outcome;
         if output.is_json() {
             output.object(&RevokedGrant { grant, outcome })?;
@@ -240,27 +222,11 @@ impl Revoke {
                 format!("grant {grant} is revoked; {views} view{plural} ended, in {milliseconds:.3} ms")
             } else {
                 format!(
-                    "grant {grant} is revoked, but after {milliseconds:.3} ms not everybody has confirmed it \
-                     ({unconfirmed} missing): see kvmmem revoke --help"
+                    "grant {grant} is revoked, but not confirmed by {unconfirmed} of its users after {milliseconds:.3} ms: \
+                     see kvmmem grant revoke --help"
                 )
             })?;
         }
         Ok(if unconfirmed == 0 { ExitCode::SUCCESS } else { ExitCode::from(UNCONFIRMED) })
-    }
-}
-
-impl Policy {
-    pub(crate) fn run(&self, output: &mut Output) -> Result<ExitCode> {
-        let policy = self
-            .broker
-            .connect()?
-            .policy(&self.target, self.set.map(Into::into))
-            .with_context(|| format!("no policy for {:?}", self.target))?;
-        if output.is_json() {
-            output.object(&TargetPolicy { target: &self.target, policy })?;
-        } else {
-            output.line(format!("{}: KVMI's tokens allow {policy}", escape(&self.target)))?;
-        }
-        Ok(ExitCode::SUCCESS)
     }
 }

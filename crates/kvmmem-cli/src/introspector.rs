@@ -1,17 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Virtual machines under a stock QEMU that look at others: `introspector add`, `introspector
-//! remove`.
+//! VMs that look at others: `introspector list`, and for those under a stock QEMU `introspector
+//! add` and `introspector remove`.
 
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 use clap::{Args, Subcommand, ValueEnum};
-use kvmmem_client::admin::{self, IntrospectorAdded, TargetInfo};
+use kvmmem_client::admin::{self, Admin, IntrospectorAdded, TargetInfo};
 use serde::Serialize;
 
 use crate::broker::Broker;
 use crate::failure::escape;
 use crate::output::Output;
+use crate::registered;
 use crate::target::Running;
 
 #[derive(Args)]
@@ -22,6 +23,11 @@ pub(crate) struct Introspector {
 
 #[derive(Subcommand)]
 enum Verb {
+    /// List the introspectors, and how many views each can still open.
+    List {
+        #[command(flatten)]
+        broker: Broker,
+    },
     /// Let a running virtual machine under QEMU look at targets (root only).
     ///
     /// It must have been started with what `kvmmem qemu-args` prints: places for views, a vsock
@@ -77,6 +83,22 @@ struct Remove {
     broker: Broker,
 }
 
+/// An introspector, as JSON.
+#[derive(Serialize)]
+struct ListedLine<'a> {
+    #[serde(flatten)]
+    introspector: &'a TargetInfo,
+    /// `null` where QEMU does not say, and for a VM of `kvmmem vm`, which has as many as it needs.
+    slots: Option<Slots>,
+}
+
+/// PCI slots for views.
+#[derive(Clone, Copy, Serialize)]
+struct Slots {
+    free: u32,
+    count: u32,
+}
+
 /// What was added, as JSON.
 #[derive(Serialize)]
 struct AddedLine<'a> {
@@ -95,11 +117,40 @@ struct RemovedLine<'a> {
 impl Introspector {
     pub(crate) fn run(&self, output: &mut Output) -> Result<ExitCode> {
         match &self.verb {
+            Verb::List { broker } => list(broker, output)?,
             Verb::Add(add) => add.run(output)?,
             Verb::Remove(remove) => remove.run(output)?,
         }
         Ok(ExitCode::SUCCESS)
     }
+}
+
+fn list(broker: &Broker, output: &mut Output) -> Result<()> {
+    let mut admin = broker.connect()?;
+    let mut vms = admin.targets().context("cannot list the introspectors")?;
+    vms.retain(|vm| vm.introspector);
+    if vms.is_empty() && !output.is_json() {
+        return Ok(output.line(
+            "there are no introspectors: kvmmem introspector add makes one of a running VM",
+        )?);
+    }
+    let slots: Vec<_> = vms.iter().map(|vm| slots(&mut admin, vm)).collect();
+    if output.is_json() {
+        for (introspector, slots) in vms.iter().zip(slots) {
+            output.object(&ListedLine { introspector, slots })?;
+        }
+        return Ok(());
+    }
+    let cell = |slots: Option<Slots>| {
+        slots.map_or_else(|| "-".to_owned(), |Slots { free, count }| format!("{free} of {count}"))
+    };
+    let lines = registered::lines_with("FREE SLOTS", &vms, slots.into_iter().map(cell));
+    lines.into_iter().try_for_each(|line| Ok(output.line(line)?))
+}
+
+fn slots(admin: &mut Admin, vm: &TargetInfo) -> Option<Slots> {
+    let (free, count) = admin.free_slots(&vm.uuid.to_string()).ok()?;
+    Some(Slots { free, count })
 }
 
 impl Add {

@@ -19,6 +19,8 @@ mod files;
 mod generate;
 mod grant;
 mod hexdump;
+mod hook;
+mod host;
 mod info;
 mod input;
 mod interrupt;
@@ -33,16 +35,19 @@ mod number;
 mod output;
 mod parallel;
 mod physical;
+mod policy;
 mod process;
 mod progress;
 mod ps;
 mod qemu_args;
 mod range;
+mod registered;
 mod scan;
 mod shell;
 mod sockets;
 mod source;
 mod strings;
+mod suggestion;
 mod table;
 mod target;
 mod target_name;
@@ -82,7 +87,7 @@ Exit codes:
   2  the command line is wrong; scan: failed
   3  check: something was found; dmesg, files, info, maps, modules, mounts, ps, sockets: some of it could not be read
   4  the verbs about a Linux guest: it was restarted while it was read
-attach, dump, revoke, translate and vm have further ones: see their --help.
+attach, dump, grant revoke, translate and vm have further ones: see their --help.
 
 Environment:
   KVMMEM_KVMI_PORT  vsock port to listen on, unless --listen says where
@@ -96,28 +101,22 @@ Environment:
 enum Verb {
     /// Run a virtual machine.
     Vm(Box<vm::Arguments>),
-    /// List the virtual machines that the broker knows.
-    Targets(broker::Targets),
-    /// Add running virtual machines as targets, or remove them.
+    /// Find the virtual machines of this host.
+    Host(host::Host),
+    /// List targets; add running virtual machines as targets, or remove them.
     Target(target::Target),
-    /// Add running virtual machines under a stock QEMU as introspectors, or remove them.
+    /// List introspectors; add running virtual machines under a stock QEMU, or remove them.
     Introspector(introspector::Introspector),
     /// Print what a stock QEMU, or libvirt, needs to run an introspector.
     QemuArgs(qemu_args::Arguments),
-    /// Connect a target to a tool that listens for it, now and whenever the connection ends.
-    Hook(broker::Hook),
-    /// Undo a hook.
-    Unhook(broker::Hook),
+    /// Connect targets to tools that listen for them over KVMI.
+    Hook(hook::Hook),
     /// Say what this machine can be used for, and what to do where it cannot.
     Doctor(doctor::Arguments),
-    /// Grant access to a target's memory: prints a token.
+    /// Grant access to a target's memory, list the grants, or revoke one.
     Grant(grant::Grant),
-    /// List the grants and the views opened with them.
-    Grants(grant::Grants),
-    /// Revoke a grant and close every view opened with it.
-    Revoke(grant::Revoke),
     /// Show or set the access policy for tokens issued over KVMI.
-    Policy(grant::Policy),
+    Policy(policy::Policy),
     /// Attach a view, and print its ranges and its events.
     Attach(attach::Arguments),
     /// List the processes of a Linux guest.
@@ -162,7 +161,13 @@ enum Verb {
 fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
-        Err(error) => return failure::report_clap(&error, wants_json()),
+        Err(mut error) => {
+            suggestion::add(
+                &mut error,
+                std::env::args_os().skip(1).map(|word| word.to_string_lossy().into_owned()),
+            );
+            return failure::report_clap(&error, wants_json());
+        }
     };
     log::start(cli.json);
 
@@ -170,16 +175,13 @@ fn main() -> ExitCode {
     let mut output = Output::new(cli.json);
     let result = match cli.verb {
         Verb::Vm(arguments) => arguments.run(&mut output),
-        Verb::Targets(arguments) => arguments.run(&mut output),
+        Verb::Host(arguments) => arguments.run(&mut output),
         Verb::Target(arguments) => arguments.run(&mut output),
         Verb::Introspector(arguments) => arguments.run(&mut output),
         Verb::QemuArgs(arguments) => arguments.run(&mut output),
-        Verb::Hook(arguments) => arguments.hook(&mut output),
-        Verb::Unhook(arguments) => arguments.unhook(&mut output),
+        Verb::Hook(arguments) => arguments.run(&mut output),
         Verb::Doctor(arguments) => arguments.run(&mut output),
         Verb::Grant(arguments) => arguments.run(&mut output),
-        Verb::Grants(arguments) => arguments.run(&mut output),
-        Verb::Revoke(arguments) => arguments.run(&mut output),
         Verb::Policy(arguments) => arguments.run(&mut output),
         Verb::Attach(arguments) => arguments.run(&mut output),
         Verb::Ps(arguments) => arguments.run(&mut output),

@@ -108,6 +108,15 @@ pub(crate) fn size(bytes: u64) -> String {
     )
 }
 
+/// The size of a VM's memory in MiB: whole, or with a decimal where it is not. RAM that lacks what
+/// the VGA window covers must not look like RAM that was rounded.
+pub(crate) fn mebibytes(bytes: u64) -> String {
+    let (whole, rest) = (bytes >> 20, bytes % (1 << 20));
+    // Rounded down, so that what is not whole never looks as if it were.
+    let tenths = (rest * 10) >> 20;
+    if rest == 0 { format!("{whole} MiB") } else { format!("{whole}.{tenths} MiB") }
+}
+
 /// Bytes as pairs of hexadecimal digits, with or without `0x` before them.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct HexBytes(pub(crate) Vec<u8>);
@@ -261,6 +270,16 @@ mod tests {
         ];
         for (bytes, text) in cases {
             assert_eq!(size(bytes), text);
+        }
+        // Of 512 MiB, what the VGA window does not cover; all but a byte.
+        let cases = [
+            (512 << 20, "512 MiB"),
+            ((512 << 20) - (128 << 10), "511.8 MiB"),
+            ((512 << 20) - 1, "511.9 MiB"),
+            (4096, "0.0 MiB"),
+        ];
+        for (bytes, text) in cases {
+            assert_eq!(mebibytes(bytes), text);
         }
     }
 

@@ -35,7 +35,7 @@ const OWN_GRANT_TTL: Duration = Duration::from_secs(10);
 
 /// What to do where no token is given.
 pub(crate) const NO_TOKEN: &str = "on the host, name the target (--target NAME); elsewhere, make a token on the host \
-     (kvmmem grant NAME) and give it here by --token-file or KVMMEM_TOKEN; for a hooked target, listen (--listen \
+     (kvmmem grant create NAME) and give it here by --token-file or KVMMEM_TOKEN; for a hooked target, listen (--listen \
      vsock:PORT or unix:PATH, KVMMEM_KVMI_PORT)";
 
 #[derive(Args, Default)]
@@ -51,7 +51,7 @@ pub(crate) struct Source {
     #[arg(long, value_name = "HEX", conflicts_with_all = ["token_file", "listen"])]
     token: Option<Token>,
 
-    /// File with the token, or with all that `kvmmem grant` printed; - is standard input [default:
+    /// File with the token, or with all that `kvmmem grant create` printed; - is standard input [default:
     /// the token in KVMMEM_TOKEN, or else a KVMI session's]
     #[arg(long, value_name = "FILE", conflicts_with = "listen")]
     token_file: Option<PathBuf>,
@@ -416,7 +416,7 @@ fn read_token(path: &Path) -> Result<Token> {
     parse_token(&text)
 }
 
-/// The token alone, or in what `kvmmem grant` prints: lines of text with one `token HEX`, or JSON.
+/// The token alone, or in what `kvmmem grant create` prints: lines of text with one `token HEX`, or JSON.
 fn parse_token(text: &str) -> Result<Token> {
     #[derive(Deserialize)]
     struct Granted<'a> {
@@ -424,8 +424,8 @@ fn parse_token(text: &str) -> Result<Token> {
     }
     let text = text.trim();
     if text.starts_with('{') {
-        let granted: Granted =
-            serde_json::from_str(text).context("this JSON is not what kvmmem grant prints")?;
+        let granted: Granted = serde_json::from_str(text)
+            .context("this JSON is not what kvmmem grant create prints")?;
         return Ok(granted.token.parse()?);
     }
     let token = text.lines().find_map(|line| line.trim().strip_prefix("token ")).unwrap_or(text);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The command line with a broker and a registered virtual machine, all on this host: list, hook,
-//! read, write, unhook.
+//! read, write, remove the hook.
 
 mod common;
 
@@ -32,7 +32,7 @@ fn a_hooked_target_is_listed_read_and_written() {
     rustix::io::pwrite(host.ram.fd(), b"hello from the target", 0x20_0ff8).unwrap();
     let endpoint = host.endpoint();
     assert_eq!(
-        host.ask(&["hook", "victim", &endpoint]),
+        host.ask(&["hook", "add", "victim", &endpoint]),
         format!("victim is hooked to {endpoint}\n"),
     );
 
@@ -54,25 +54,32 @@ fn a_hooked_target_is_listed_read_and_written() {
     let text = String::from_utf8_lossy(&output.stderr);
     assert!(!output.status.success() && text.contains("gpa 0x400000"), "{text}");
 
-    let text = host.ask(&["targets"]);
-    for word in ["victim", &UUID.to_string(), "4 MiB", "target", &endpoint] {
+    let text = host.ask(&["target", "list"]);
+    for word in ["victim", &UUID.to_string(), "4 MiB"] {
         assert!(text.contains(word), "{word}: {text}");
     }
-    let json: serde_json::Value = serde_json::from_str(&host.ask(&["--json", "targets"])).unwrap();
+    let json: serde_json::Value =
+        serde_json::from_str(&host.ask(&["--json", "target", "list"])).unwrap();
     assert_eq!(json["hooks"][0]["endpoint"], endpoint.as_str());
     assert_eq!(json["memory_bytes"], MEMORY);
 
     // The UUID names it as well.
-    host.ask(&["unhook", &UUID.to_string(), &endpoint]);
-    assert!(!host.ask(&["targets"]).contains(&endpoint));
+    let listed = host.ask(&["hook", "list"]);
+    assert!(listed.contains("victim") && listed.contains(&endpoint), "{listed}");
+    let json = host.ask_json(&["hook", "list"]);
+    assert_eq!((&json["target"], &json["endpoint"]), (&"victim".into(), &endpoint.as_str().into()));
+    host.ask(&["hook", "remove", &UUID.to_string(), &endpoint]);
+    assert_eq!(host.ask(&["hook", "list"]), "there are no hooks\n");
+    let introspectors = host.ask(&["introspector", "list"]);
+    assert!(introspectors.starts_with("there are no introspectors"), "{introspectors}");
 }
 
 #[test]
 fn a_target_that_is_not_there_is_named() {
     let host = host();
     let endpoint = host.endpoint();
-    for verb in ["hook", "unhook"] {
-        let output = finish(host.command(&[verb, "nobody", &endpoint]).spawn().unwrap());
+    for verb in ["add", "remove"] {
+        let output = finish(host.command(&["hook", verb, "nobody", &endpoint]).spawn().unwrap());
         let text = String::from_utf8_lossy(&output.stderr);
         assert_eq!(output.status.code(), Some(1));
         assert!(text.contains("nobody"), "{text}");

@@ -156,6 +156,13 @@ fn a_qemu_becomes_an_introspector_and_is_none_again() {
     assert!(text.contains("places for 2 views"), "{text}");
     let (_, text) = run(&["doctor", "--role", "host"]);
     assert!(text.contains("lion, context id 4711: 2 of 2 places for views are free"), "{text}");
+    let (_, text) = run(&["introspector", "list"]);
+    assert!(text.starts_with("NAME ") && text.contains("  2 of 2\n"), "{text}");
+    assert!(
+        run(&["introspector", "list", "--json"]).1.contains("\"slots\":{\"free\":2,\"count\":2}")
+    );
+    // It is not listed as a target.
+    assert!(!run(&["target", "list"]).1.contains("lion"));
     let (is_removed, text) = run(&["introspector", "remove", "lion", "--json"]);
     assert!(is_removed && text == "{\"introspector\":\"lion\",\"removed\":true}\n", "{text}");
     assert!(!run(&["introspector", "remove", "lion"]).0);

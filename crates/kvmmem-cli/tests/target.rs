@@ -18,7 +18,7 @@ fn host() -> Host {
 #[test]
 fn what_runs_here_is_listed_without_a_broker() {
     let host = host();
-    let mut command = host.command(&["targets", "--discover", "--json"]);
+    let mut command = host.command(&["host", "discover", "--json"]);
     let output = command.env("KVMMEM_BROKER", "/nowhere/at/all").output().unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     for line in String::from_utf8(output.stdout).unwrap().lines() {
@@ -150,7 +150,7 @@ fn root_needs_no_broker() {
     let (code, _, stderr) = run("no-such-vm");
     assert_eq!(code, Some(1));
     objects(&stderr);
-    assert!(stderr.contains("targets --discover"), "{stderr}");
+    assert!(stderr.contains("host discover"), "{stderr}");
     assert_eq!(std::fs::read_dir(left.path()).unwrap().count(), 0, "something is left");
 }
 

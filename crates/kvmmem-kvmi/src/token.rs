@@ -64,7 +64,7 @@ impl Token {
 
 /// The text is no token. It is not repeated.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("a token is 64 hexadecimal digits, as kvmmem grant prints it")]
+#[error("a token is 64 hexadecimal digits, as kvmmem grant create prints it")]
 pub struct NotAToken;
 
 impl FromStr for Token {

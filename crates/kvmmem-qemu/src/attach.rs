@@ -72,7 +72,7 @@ pub enum AttachError {
     },
     /// The process is not a VMM.
     #[error(
-        "process {pid} runs {program:?}, which is no VMM that kvmmem knows, by its name, its options and its memory; see kvmmem targets --discover"
+        "process {pid} runs {program:?}, which is no VMM that kvmmem knows, by its name, its options and its memory; see kvmmem host discover"
     )]
     NoVmm {
         /// The process.

@@ -419,7 +419,7 @@ mod tests {
         assert_eq!(Vmm::recognise("qemu-system-aarch64", &[]), Some(Vmm::Qemu));
         assert_eq!(Vmm::recognise("firecracker-v1.9.0", &[]), Some(Vmm::Firecracker));
         assert_eq!(Vmm::recognise("kvmmem", &words("kvmmem --json vm")), Some(Vmm::Kvmmem));
-        assert_eq!(Vmm::recognise("kvmmem", &words("kvmmem targets")), None);
+        assert_eq!(Vmm::recognise("kvmmem", &words("kvmmem target list")), None);
         assert_eq!(Vmm::recognise("qemu-img", &[]), None);
     }
 

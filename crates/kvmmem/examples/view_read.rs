@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Attaches a view, by the token in KVMMEM_TOKEN (as `kvmmem grant` prints it), and prints what it
+//! Attaches a view, by the token in KVMMEM_TOKEN (as `kvmmem grant create` prints it), and prints what it
 //! reaches and the first bytes of each range: `KVMMEM_TOKEN=... view_read`, in a virtual machine or
 //! on the host.
 
@@ -8,8 +8,8 @@ use std::error::Error;
 use kvmmem::{Access, View};
 
 fn main() -> Result<(), Box<dyn Error>> {
-    let text =
-        std::env::var("KVMMEM_TOKEN").map_err(|_| "set KVMMEM_TOKEN, see kvmmem grant --help")?;
+    let text = std::env::var("KVMMEM_TOKEN")
+        .map_err(|_| "set KVMMEM_TOKEN, see kvmmem grant create --help")?;
     let view = View::attach(&text.parse()?, Access::ReadOnly)?;
 
     let status = view.status()?;

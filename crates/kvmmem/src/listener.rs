@@ -55,7 +55,7 @@ pub enum ListenerError {
     },
     /// Nobody connected in time.
     #[error(
-        "nobody connected to {endpoint} within {} s: is a target hooked to it (on the host: kvmmem hook)?",
+        "nobody connected to {endpoint} within {} s: is a target hooked to it (on the host: kvmmem hook add)?",
         limit.as_secs_f32()
     )]
     Timeout {

@@ -266,7 +266,7 @@ fn waiting_ends_in_time_and_names_the_remedy() {
     let start = Instant::now();
     let error = listener.accept(Duration::from_millis(50)).unwrap_err();
     assert!(start.elapsed() < PATIENCE);
-    assert!(error.to_string().contains("kvmmem hook"), "{error}");
+    assert!(error.to_string().contains("kvmmem hook add"), "{error}");
 }
 
 #[test]

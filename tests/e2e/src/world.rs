@@ -215,7 +215,7 @@ impl World {
         let path = self.run.path().join("tool.sock");
         let _ = std::fs::remove_file(&path);
         let listener = Listener::bind(&Endpoint::Unix(path.clone()))?;
-        self.kvmmem(&["hook", TARGET, &format!("unix:{}", path.display())])?;
+        self.kvmmem(&["hook", "add", TARGET, &format!("unix:{}", path.display())])?;
         listener.accept(PATIENCE).context("the broker did not call the scenario's tool")
     }
 
@@ -243,13 +243,13 @@ impl World {
     pub(crate) fn hook_port(&mut self) -> Result<u32> {
         self.next_port += 1;
         let endpoint = format!("vsock:{}:{}", INTROSPECTOR_SPEC.cid, self.next_port);
-        self.kvmmem(&["hook", TARGET, &endpoint])?;
+        self.kvmmem(&["hook", "add", TARGET, &endpoint])?;
         Ok(self.next_port)
     }
 
     /// Takes the hook of a port back.
     pub(crate) fn unhook_port(&self, port: u32) -> Result<()> {
-        self.kvmmem(&["unhook", TARGET, &format!("vsock:{}:{port}", INTROSPECTOR_SPEC.cid)])
+        self.kvmmem(&["hook", "remove", TARGET, &format!("vsock:{}:{port}", INTROSPECTOR_SPEC.cid)])
             .map(drop)
     }
 

@@ -80,8 +80,11 @@ impl<'a> Subject<'a> {
         })?;
         let mut broker = Command::new(bed.program("kvmmemd"));
         let mut broker = Running::start(broker.arg("--socket").arg(&socket), &log)?;
-        let targets =
-            || Tool::new(bed.program("kvmmem"), &log).env("KVMMEM_BROKER", &socket).arg("targets");
+        let targets = || {
+            Tool::new(bed.program("kvmmem"), &log)
+                .env("KVMMEM_BROKER", &socket)
+                .args(["target", "list"])
+        };
         broker.wait("the broker to listen", || targets().run().is_ok())?;
         let live = Live { stock, guest, socket, folder, _broker: broker };
         let subject = Self { bed, log, core, live: Some(live) };

@@ -59,7 +59,7 @@ pub(super) fn dump(bed: &Bed, folder: &Path, core: &Path, log: &Path) -> Result<
     let mut broker = Command::new(bed.program("kvmmemd"));
     let mut broker = Running::start(broker.args(["--socket", &socket]), log)?;
     let kvmmem = || Tool::new(bed.program("kvmmem"), log).env("KVMMEM_BROKER", &socket);
-    broker.wait("the broker to listen", || kvmmem().arg("targets").run().is_ok())?;
+    broker.wait("the broker to listen", || kvmmem().args(["target", "list"]).run().is_ok())?;
     kvmmem().args(["target", "add", "--qmp", &qmp]).run()?;
     let record = kvmmem()
         .env("KVMMEM_DEVICE", "/nonexistent")

@@ -76,7 +76,7 @@ impl Qemu {
         all_arguments(&self.name, &self.monitor, &self.qmp, arguments)
     }
 
-    /// What `targets --discover` says of it.
+    /// What `host discover` says of it.
     pub(crate) fn found(&self) -> Found {
         discover().unwrap().into_iter().find(|found| found.pid == self.process.id()).unwrap()
     }

@@ -35,13 +35,13 @@ fn a_tool_without_a_place_to_listen_is_told_both_ways() {
 #[test]
 fn a_broker_that_is_not_there_is_named() {
     let cases: [&[&str]; 7] = [
-        &["targets"],
-        &["hook", "victim", "vsock:4:5000"],
-        &["unhook", "victim", "unix:/x"],
-        &["grant", "victim"],
-        &["grants"],
-        &["revoke", "1"],
-        &["policy", "victim"],
+        &["target", "list"],
+        &["hook", "add", "victim", "vsock:4:5000"],
+        &["hook", "remove", "victim", "unix:/x"],
+        &["grant", "create", "victim"],
+        &["grant", "list"],
+        &["grant", "revoke", "1"],
+        &["policy", "show", "victim"],
     ];
     for arguments in cases {
         let (code, _, stderr) =
@@ -52,7 +52,7 @@ fn a_broker_that_is_not_there_is_named() {
             "{stderr}"
         );
     }
-    let (code, _, stderr) = run(&["hook", "victim", "tcp:1"]);
+    let (code, _, stderr) = run(&["hook", "add", "victim", "tcp:1"]);
     assert_eq!(code, Some(2));
     assert!(stderr.contains("tcp:1") && stderr.contains("vsock:CID:PORT"), "{stderr}");
 }
@@ -63,7 +63,7 @@ fn waiting_for_nobody_ends() {
     let endpoint = format!("unix:{}", dir.path().join("tool.sock").display());
     let (code, _, stderr) = run(&["read", "0", "1", "--timeout", "1", "--listen", &endpoint]);
     assert_eq!(code, Some(1));
-    assert!(stderr.contains("nobody connected") && stderr.contains("kvmmem hook"), "{stderr}");
+    assert!(stderr.contains("nobody connected") && stderr.contains("kvmmem hook add"), "{stderr}");
 }
 
 #[test]

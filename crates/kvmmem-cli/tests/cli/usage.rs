@@ -9,15 +9,13 @@ fn help_names_the_verbs_and_the_exit_codes() {
     assert_eq!(code, Some(0));
     for word in [
         "vm",
-        "targets",
+        "host",
+        "target",
         "introspector",
         "qemu-args",
         "hook",
-        "unhook",
         "doctor",
         "grant",
-        "grants",
-        "revoke",
         "policy",
         "attach",
         "ps",
@@ -47,7 +45,9 @@ fn help_names_the_verbs_and_the_exit_codes() {
 
 #[test]
 fn a_wrong_command_line_names_what_is_wrong() {
-    let cases: [(&[&str], &[&str]); 24] = [
+    let cases: [(&[&str], &[&str]); 26] = [
+        (&["targets", "--discover"], &["'targets'", "'kvmmem target list'"]),
+        (&["grant", "web-1"], &["'web-1'", "'kvmmem grant create'"]),
         (&["ps", "--watch", "--file", "x"], &["--watch", "--file"]),
         (&["ps", "--count", "3", "--file", "x"], &["--count", "--file"]),
         (&["ps", "--count", "3", "--target", "x"], &["--watch"]),
@@ -84,7 +84,11 @@ fn a_wrong_command_line_names_what_is_wrong() {
 
 #[test]
 fn a_wrong_command_line_is_json_where_json_is_wanted() {
-    let cases: [(&[&str], &str); 7] = [
+    let cases: [(&[&str], &str); 8] = [
+        (
+            &["revoke", "3"],
+            "unrecognized subcommand 'revoke' tip: the command is 'kvmmem grant revoke'",
+        ),
         (&[], "a verb is missing: see --help"),
         (&["target"], "a verb is missing: see --help"),
         (&["frobnicate"], "unrecognized subcommand 'frobnicate'"),
@@ -120,7 +124,7 @@ fn numbers_are_written_the_same_way_in_every_place() {
         &["map", "1M", "--watch", "--interval", "20", "--device", "/nonexistent/x"],
         &["read", "0", "1", "--timeout", "1m"],
         &["dump", "/nonexistent/x", "--range", "..1M", "--range", "1M..2MiB", "--range", "1G.."],
-        &["grant", "x", "--ttl", "30d", "--range", "..1M", "--broker", "/nonexistent/x"],
+        &["grant", "create", "x", "--ttl", "30d", "--range", "..1M", "--broker", "/nonexistent/x"],
     ] {
         let (code, _, stderr) = run(arguments);
         assert_eq!(code, Some(1), "{arguments:?}: {stderr}");
@@ -146,7 +150,7 @@ fn a_verb_without_a_token_names_the_ways_to_get_one() {
             Some(if arguments[0] == "scan" { 2 } else { 1 }),
             "{arguments:?}: {stderr}"
         );
-        for word in ["kvmmem grant NAME", "--target NAME", "--token-file", "KVMMEM_TOKEN"] {
+        for word in ["kvmmem grant create NAME", "--target NAME", "--token-file", "KVMMEM_TOKEN"] {
             assert!(stderr.contains(word), "{arguments:?} {word}: {stderr}");
         }
     }

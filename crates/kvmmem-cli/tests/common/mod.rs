@@ -121,8 +121,9 @@ impl Host {
     /// Starts the target again: another registration with the same UUID and RAM.
     pub(crate) fn restart_target(&mut self) {
         drop(self.vm.take());
-        let gone =
-            |_: &Path| self.run(&["targets"]).stdout.lines().all(|line| !line.contains("victim"));
+        let gone = |_: &Path| {
+            self.run(&["target", "list"]).stdout.lines().all(|line| !line.contains("victim"))
+        };
         wait_for(Path::new("the target to go"), gone);
         self.vm = Some(register(&self.path("broker.sock"), &self.regions, &self.ram));
     }
@@ -187,7 +188,7 @@ impl Host {
     /// Grants access to the target; the grant's number and token.
     #[track_caller]
     pub(crate) fn grant(&self, arguments: &[&str]) -> (String, String) {
-        let granted = self.ask_json(&[&["grant", "victim"], arguments].concat());
+        let granted = self.ask_json(&[&["grant", "create", "victim"], arguments].concat());
         (granted["grant"].to_string(), granted["token"].as_str().unwrap().to_owned())
     }
 

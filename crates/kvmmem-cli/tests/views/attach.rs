@@ -91,7 +91,7 @@ fn a_held_view_is_listed_told_of_and_taken_back() {
     let (grant, token) = host.grant(&["--label", "held"]);
     let mut view = Running::start(&host, &token, &["attach", "--hold", "--json"]);
     let generation = view.object()["generation"].as_u64().unwrap();
-    let table = host.ask(&["grants"]);
+    let table = host.ask(&["grant", "list"]);
     for word in ["-> view ", "host: kvmmem", "held", "spent"] {
         assert!(table.contains(word), "{word}: {table}");
     }
@@ -103,7 +103,7 @@ fn a_held_view_is_listed_told_of_and_taken_back() {
     assert!(changed["generation"].as_u64().unwrap() > generation, "{changed}");
     assert_eq!(changed["ranges"].as_array().unwrap().len(), 1);
 
-    let revoked = host.ask_json(&["revoke", &grant]);
+    let revoked = host.ask_json(&["grant", "revoke", &grant]);
     assert_eq!((&revoked["views"], &revoked["unconfirmed"]), (&1.into(), &0.into()));
     assert_eq!(view.object()["event"], "revoked");
     assert_eq!(view.end(), (Some(3), String::new()));
@@ -140,7 +140,7 @@ fn a_token_is_taken_from_wherever_it_is_given() {
     assert_eq!(finish(child).code, Some(0));
     // As `map` gets its token, from the broker's KVMI session.
     let endpoint = host.endpoint();
-    host.ask(&["hook", "victim", &endpoint]);
+    host.ask(&["hook", "add", "victim", &endpoint]);
     let ended = host.run(&["attach", "--listen", &endpoint]);
     assert_eq!(ended.code, Some(0), "{}", ended.stderr);
 }

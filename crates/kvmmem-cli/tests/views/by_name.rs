@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Where a verb's token comes from: what `grant` printed, or `--target NAME`.
+//! Where a verb's token comes from: what `grant create` printed, or `--target NAME`.
 
 use std::io::Write;
 use std::process::Stdio;
@@ -11,7 +11,7 @@ use crate::common::{Host, UUID, finish};
 use crate::host;
 
 fn grants(host: &Host) -> Vec<Value> {
-    host.ask(&["grants", "--json"])
+    host.ask(&["grant", "list", "--json"])
         .lines()
         .map(|line| serde_json::from_str(line).unwrap())
         .collect()
@@ -22,7 +22,7 @@ fn what_grant_prints_is_a_token_file() {
     let host = host();
     host.put(0, b"head");
     for form in [&["--json"][..], &["--print-token"], &["-q"], &[]] {
-        let printed = host.ask(&[&["grant", "victim", "--uses", "2"], form].concat());
+        let printed = host.ask(&[&["grant", "create", "victim", "--uses", "2"], form].concat());
         let mut child = host
             .command(&["read", "--raw", "--token-file", "-", "0", "4"])
             .stdin(Stdio::piped())
@@ -44,12 +44,12 @@ fn what_grant_prints_is_a_token_file() {
             ended.stderr
         );
     }
-    let token = host.ask(&["grant", "victim", "-q"]);
+    let token = host.ask(&["grant", "create", "victim", "-q"]);
     assert!(
         token.len() == 65 && token.trim().bytes().all(|byte| byte.is_ascii_hexdigit()),
         "{token}"
     );
-    assert_eq!(host.run(&["grant", "victim", "-q", "--json"]).code, Some(2));
+    assert_eq!(host.run(&["grant", "create", "victim", "-q", "--json"]).code, Some(2));
 }
 
 #[test]

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! `grant`, `grants`, `revoke`, `policy`.
+//! `grant create`, `grant list`, `grant revoke`, `policy`.
 
 use uuid::Uuid;
 
@@ -9,8 +9,8 @@ use crate::host;
 #[test]
 fn a_grant_is_printed_listed_and_taken_back() {
     let host = host();
-    assert_eq!(host.ask(&["grants"]), "there are no grants\n");
-    let text = host.ask(&["grant", "victim"]);
+    assert_eq!(host.ask(&["grant", "list"]), "there are no grants\n");
+    let text = host.ask(&["grant", "create", "victim"]);
     let (grant, token) = text.split_once('\n').unwrap();
     let grant = grant.strip_prefix("grant ").unwrap();
     let token = token.strip_prefix("token ").unwrap().trim_end();
@@ -30,15 +30,15 @@ fn a_grant_is_printed_listed_and_taken_back() {
         "on call",
     ];
     let (target, holder) = (UUID.to_string(), Uuid::from_u128(7).to_string());
-    let granted =
-        host.ask_json(&[&["grant", &target], &options[..], &["--holder", &holder]].concat());
+    let granted = host
+        .ask_json(&[&["grant", "create", &target], &options[..], &["--holder", &holder]].concat());
     assert_eq!(granted["rights"], "read_write");
     assert_eq!(granted["spans"][0]["gpa"], "0x100000");
     assert_eq!(granted["spans"][1]["len"], 1 << 20);
     assert_eq!((&granted["ttl_ms"], &granted["uses"]), (&300_000.into(), &3.into()));
     assert_eq!(granted["holder"], holder.as_str());
 
-    let lines = host.ask(&["grants", "--json"]);
+    let lines = host.ask(&["grant", "list", "--json"]);
     let listed: serde_json::Value = serde_json::from_str(lines.lines().last().unwrap()).unwrap();
     assert_eq!(listed["scope"]["spans"], granted["spans"]);
     assert_eq!(
@@ -46,7 +46,7 @@ fn a_grant_is_printed_listed_and_taken_back() {
         (&"read_write".into(), &3.into())
     );
 
-    let table = host.ask(&["grants"]);
+    let table = host.ask(&["grant", "list"]);
     for word in
         ["victim", "all RAM", "0x100000..0x200000 and 1 more", "rw", "on call", "active", &holder]
     {
@@ -54,11 +54,11 @@ fn a_grant_is_printed_listed_and_taken_back() {
     }
     assert!(!table.contains(token), "a token is shown again");
 
-    let text = host.ask(&["revoke", grant]);
+    let text = host.ask(&["grant", "revoke", grant]);
     assert!(text.contains(&format!("grant {grant} is revoked; 0 views ended, in ")), "{text}");
     let ended = host.view(token, &["attach"]).output().unwrap();
     assert_eq!(ended.status.code(), Some(1));
-    let revoked = host.ask_json(&["revoke", &granted["grant"].to_string()]);
+    let revoked = host.ask_json(&["grant", "revoke", &granted["grant"].to_string()]);
     assert_eq!((&revoked["views"], &revoked["unconfirmed"]), (&0.into(), &0.into()));
     assert!(revoked["micros"].is_u64());
 }
@@ -86,14 +86,14 @@ fn what_cannot_be_granted_is_named_with_the_remedy() {
         (&["nobody"], 1, &["nobody"]),
     ];
     for (arguments, code, words) in cases {
-        let ended = host.run(&[&["grant"], arguments].concat());
+        let ended = host.run(&[&["grant", "create"], arguments].concat());
         assert_eq!(ended.code, Some(code), "{arguments:?}: {}", ended.stderr);
         for word in words {
             assert!(ended.stderr.contains(word), "{arguments:?} {word}: {}", ended.stderr);
         }
     }
-    assert_eq!(host.ask(&["grants"]), "there are no grants\n");
-    let ended = host.run(&["revoke", "77"]);
+    assert_eq!(host.ask(&["grant", "list"]), "there are no grants\n");
+    let ended = host.run(&["grant", "revoke", "77"]);
     assert_eq!(ended.code, Some(1));
     assert!(ended.stderr.contains("grant 77"), "{}", ended.stderr);
 }
@@ -101,12 +101,12 @@ fn what_cannot_be_granted_is_named_with_the_remedy() {
 #[test]
 fn a_policy_is_read_and_set() {
     let host = host();
-    assert_eq!(host.ask(&["policy", "victim"]), "victim: KVMI's tokens allow rw\n");
+    assert_eq!(host.ask(&["policy", "show", "victim"]), "victim: KVMI's tokens allow rw\n");
     for policy in ["none", "ro", "rw"] {
         let expected = format!("victim: KVMI's tokens allow {policy}\n");
-        assert_eq!(host.ask(&["policy", "victim", policy]), expected);
-        assert_eq!(host.ask(&["policy", "victim"]), expected);
+        assert_eq!(host.ask(&["policy", "set", "victim", policy]), expected);
+        assert_eq!(host.ask(&["policy", "show", "victim"]), expected);
     }
-    assert_eq!(host.ask_json(&["policy", &UUID.to_string(), "ro"])["policy"], "read_only");
-    assert_eq!(host.run(&["policy", "victim", "all"]).code, Some(2));
+    assert_eq!(host.ask_json(&["policy", "set", &UUID.to_string(), "ro"])["policy"], "read_only");
+    assert_eq!(host.run(&["policy", "set", "victim", "all"]).code, Some(2));
 }

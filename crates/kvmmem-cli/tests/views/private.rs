@@ -38,7 +38,7 @@ fn changes_are_told_until_the_grant_is_taken_back() {
     host.put(0x1001, b"!");
     let line = watch.line();
     assert!(line.contains("00 21 00"), "{line}");
-    let revoked = host.ask(&["revoke", &grant]);
+    let revoked = host.ask(&["grant", "revoke", &grant]);
     let (code, stderr) = watch.end();
     assert!(code == Some(1) && stderr.contains("taken back"), "{code:?} {stderr} {revoked}");
 }

@@ -28,7 +28,7 @@ fn a_range_that_reaches_no_memory_does_not_use_the_token_up() {
         }
     }
     assert!(!host.path("dump").exists());
-    let listed = host.ask_json(&["grants"]);
+    let listed = host.ask_json(&["grant", "list"]);
     assert_eq!((&listed["state"], &listed["uses_left"]), (&"active".into(), &1.into()), "{listed}");
     let ended = finish(
         host.view(&token, &["scan", "--text", "needle", "--range", "1M..6M"]).spawn().unwrap(),

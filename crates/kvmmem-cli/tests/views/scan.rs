@@ -105,7 +105,7 @@ fn a_scan_ends_with_the_grant() {
     let (grant, token) = host.grant(&[]);
     let mut scan = Running::start(&host, &token, &["scan", "--text", "needle", "--threads", "1"]);
     assert!(scan.line().starts_with("000000000000  6e 65"));
-    host.ask(&["revoke", &grant]);
+    host.ask(&["grant", "revoke", &grant]);
     let (code, stderr) = scan.end();
     assert_eq!(code, Some(2), "{stderr}");
     assert!(stderr.contains("the scan ended early") && stderr.contains("taken back"), "{stderr}");
@@ -150,7 +150,7 @@ fn rules_match_in_both_forms() {
     assert_eq!(host.look(&[], &["scan", "--yara", file]).code, Some(1));
     // Rules that do not compile cost no token.
     std::fs::write(file, "rule bad { condition: $a }").unwrap();
-    let token = host.ask(&["grant", "victim"]);
+    let token = host.ask(&["grant", "create", "victim"]);
     let ended = finish(host.view(&token, &["scan", "--yara", file]).spawn().unwrap());
     assert_eq!(ended.code, Some(2));
     assert!(ended.stderr.contains("rules.yar:1:"), "{}", ended.stderr);

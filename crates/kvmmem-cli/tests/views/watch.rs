@@ -41,7 +41,7 @@ fn changes_are_told_as_objects_until_the_grant_is_taken_back() {
     let changed = watch.object();
     assert_eq!((&changed["event"], &changed["gpa"]), (&"changed".into(), &"0x1010".into()));
     assert_eq!((&changed["from"], &changed["to"]), (&"00".into(), &"aa".into()));
-    host.ask(&["revoke", &grant]);
+    host.ask(&["grant", "revoke", &grant]);
     let (code, stderr) = watch.end();
     assert_eq!(code, Some(1));
     assert!(stderr.contains("taken back"), "{stderr}");

@@ -33,9 +33,9 @@ pub(crate) fn flood(world: &mut World, report: &mut Report) -> Result<()> {
 }
 
 pub(crate) fn cli(world: &mut World, report: &mut Report) -> Result<()> {
-    let listing = world.kvmmem(&["targets"])?;
-    report.check("targets lists the target", listing.contains(TARGET), "");
-    let unknown = world.try_kvmmem(&["hook", "nobody", "vsock:4:9999"])?;
+    let listing = world.kvmmem(&["target", "list"])?;
+    report.check("target list has the target", listing.contains(TARGET), "");
+    let unknown = world.try_kvmmem(&["hook", "add", "nobody", "vsock:4:9999"])?;
     let text = String::from_utf8_lossy(&unknown.stderr).into_owned();
     report.check(
         "hook of an unknown target names it",

@@ -29,9 +29,9 @@ fn a_dump_is_stopped_by_revocation_and_goes_on_by_a_new_grant() {
     wait_for(&threads, |threads| {
         fs::read_dir(threads).unwrap().all(|thread| is_stopped(&thread.unwrap().path()))
     });
-    let revoked = host.run(&["revoke", &grant]);
+    let revoked = host.run(&["grant", "revoke", &grant]);
     assert_eq!(revoked.code, Some(3), "{}", revoked.stderr);
-    assert!(revoked.stdout.contains("(1 missing)"), "{}", revoked.stdout);
+    assert!(revoked.stdout.contains("not confirmed by 1 of its users"), "{}", revoked.stdout);
     signal(&child, Signal::CONT);
     let ended = finish(child);
     assert_eq!(ended.code, Some(1));

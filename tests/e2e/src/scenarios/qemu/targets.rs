@@ -60,11 +60,11 @@ fn open(
     let marker = world.place_marker(&world.qemu(spec)?.agent, 4)?;
     let gpa = *marker.gpas.first().context("the marker has no page")?;
 
-    let found = world.kvmmem(&["targets", "--discover", "--json"])?;
+    let found = world.kvmmem(&["host", "discover", "--json"])?;
     let is_found = found
         .lines()
         .any(|line| line.contains(spec.name) && line.contains(&format!("\"pid\":{pid},")));
-    report.check("targets --discover finds it", is_found, if is_found { "" } else { found.trim() });
+    report.check("host discover finds it", is_found, if is_found { "" } else { found.trim() });
     let which = match by {
         By::Qmp => ["--qmp".to_owned(), socket.display().to_string()],
         By::Pid => ["--pid".to_owned(), pid.to_string()],
@@ -109,8 +109,8 @@ pub(crate) fn private(world: &mut World, report: &mut Report) -> Result<()> {
     world.mend()?;
     let version = world.boot_qemu(&NEW_PC)?.version()?;
     report.check("QEMU runs the guest", true, format!("QEMU {version}, {}", NEW_PC.machine));
-    let found = world.kvmmem(&["targets", "--discover"])?;
-    report.check("targets --discover says what to add", found.contains("share=on"), "");
+    let found = world.kvmmem(&["host", "discover"])?;
+    report.check("host discover says what to add", found.contains("share=on"), "");
     let target = LookedAt::stock(world, &NEW_PC)?;
     report.check(
         format!("the host's view copies the marker at {:#x}", target.gpa),

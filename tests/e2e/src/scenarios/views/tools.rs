@@ -86,13 +86,13 @@ pub(crate) fn tools(world: &mut World, report: &mut Report) -> Result<()> {
         "",
     );
 
-    let listing = world.kvmmem(&["grants"])?;
+    let listing = world.kvmmem(&["grant", "list"])?;
     report.check(
-        "grants lists the grant",
+        "grant list has the grant",
         listing.contains(&grant.grant.to_string()),
         listing.trim(),
     );
-    world.kvmmem(&["revoke", &grant.grant.to_string()])?;
+    world.kvmmem(&["grant", "revoke", &grant.grant.to_string()])?;
     let output = guest(world, &["attach"])?;
     report.check(
         "after revoke the token is worth nothing, and the message says what to do",
