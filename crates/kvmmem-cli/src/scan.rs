@@ -23,7 +23,7 @@ use crate::failure::escape;
 use crate::failure::usage;
 #[cfg(feature = "yara")]
 use crate::hexdump;
-use crate::input::{Input, data_of_view, data_within, reached};
+use crate::input::{Input, Opened, data_of_view, data_within, reached};
 use crate::number::parse;
 use crate::output::Output;
 use crate::process::Process;
@@ -35,7 +35,7 @@ use report::Report;
 #[cfg(feature = "yara")]
 use rules::{Matched, Rules};
 use search::{Around, MAX_AROUND, Search};
-use source::{Copied, Mapped};
+use source::{Copied, Dump, Mapped};
 
 /// Exit code of a scan that found nothing, as grep's.
 const NOTHING: u8 = 1;
@@ -124,7 +124,7 @@ fn parse_around(text: &str) -> Result<u64, String> {
 enum Wanted {
     Patterns(Vec<Pattern>),
     #[cfg(feature = "yara")]
-    Rules(Rules),
+    Rules(Box<Rules>),
 }
 
 impl Arguments {
@@ -152,9 +152,14 @@ impl Arguments {
             let runs = join(&parts);
             let places = Places { runs: &runs, data: &data };
             let bar = progress::bytes(total(&data), output);
-            let found = match mapped {
-                Some(mapped) => self.search(&wanted, places, busy, &mapped, &bar, output)?,
-                None => self.search(&wanted, places, threads, &Copied(memory), &bar, output)?,
+            let found = match (mapped, &opened) {
+                (Some(mapped), _) => self.search(&wanted, places, busy, &mapped, &bar, output)?,
+                (None, Opened::File(file)) if !self.process.is_given() => {
+                    self.search(&wanted, places, threads, &Dump(file), &bar, output)?
+                }
+                (None, _) => {
+                    self.search(&wanted, places, threads, &Copied(memory), &bar, output)?
+                }
             };
             bar.finish_and_clear();
             Ok(found)
@@ -165,7 +170,7 @@ impl Arguments {
     fn wanted(&self) -> Result<Wanted> {
         #[cfg(feature = "yara")]
         if !self.yara.is_empty() {
-            return Ok(Wanted::Rules(Rules::compile(&self.yara, self.max)?));
+            return Ok(Wanted::Rules(Box::new(Rules::compile(&self.yara, self.max)?)));
         }
         let forms = [
             (Form::Hex, &self.patterns),
@@ -202,11 +207,10 @@ impl Arguments {
             Wanted::Patterns(patterns) => patterns,
             #[cfg(feature = "yara")]
             Wanted::Rules(rules) => {
-                let read = |gpa: u64, buffer: &mut [u8]| source.read(gpa, buffer);
                 let matched = rules.run(
                     places,
                     threads,
-                    read,
+                    source,
                     |bytes| bar.inc(bytes),
                     |at| self.process.address(at),
                 )?;

@@ -7,12 +7,13 @@
 //! | ELF core | in PT_LOAD segments, at p_paddr | `\x7fELF` |
 //! | LiME | in ranges with a header of 32 bytes each | `EMiL` |
 //!
-//! A file is read by `pread`, never mapped: it may be larger than memory, and may shrink while it
-//! is read. All that it says of itself is checked against its length.
+//! A file may be larger than memory, and may shrink while it is read, which is an error. All that it
+//! says of itself is checked against its length.
 
 mod elf;
 mod error;
 mod lime;
+mod mapped;
 mod notes;
 mod record;
 
@@ -21,6 +22,7 @@ use std::io;
 use std::os::unix::fs::{FileExt, FileTypeExt};
 use std::path::{Path, PathBuf};
 
+use kvmmem_sys::foreign::Foreign;
 use rustix::fs::{Mode, OFlags, SeekFrom, seek};
 use rustix::io::Errno;
 
@@ -28,6 +30,7 @@ use crate::paging::ControlRegisters;
 use crate::range::next_range;
 use crate::{Memory, MemoryError, Range};
 pub use error::DumpError;
+use mapped::Mapped;
 
 /// The most stretches that a file may have.
 const MAX_SEGMENTS: usize = 1 << 16;
@@ -57,6 +60,8 @@ pub enum Format {
 pub struct DumpFile {
     path: PathBuf,
     file: File,
+    len: u64,
+    mapped: Mapped,
     format: Format,
     /// Ascending, disjoint.
     segments: Vec<Segment>,
@@ -123,6 +128,17 @@ impl DumpFile {
         &self.segments
     }
 
+    /// Where `len` bytes from `gpa` on are mapped into this process, and at which offset there, so
+    /// that they can be searched in place. `None` where the file cannot be mapped, or does not have
+    /// them in one piece. The first call, and the first large read, install a handler of SIGBUS, see
+    /// [`kvmmem_sys::foreign`].
+    pub fn mapped(&self, gpa: u64, len: u64) -> Option<(&Foreign, u64)> {
+        let Segment { range, offset } = self.segment(gpa)?;
+        let within = gpa.checked_sub(range.gpa)?;
+        let fits = within.checked_add(len)? <= range.len;
+        Some((self.mapped.get(&self.file, self.len).filter(|_| fits)?, offset + within))
+    }
+
     /// The control registers of the vCPUs, in the order of their numbers. Only ELF cores have them,
     /// and not all: empty for others.
     ///
@@ -132,9 +148,7 @@ impl DumpFile {
         if self.format != Format::Elf {
             return Ok(Vec::new());
         }
-        let fail = |source: io::Error| DumpError::Open { path: self.path.clone(), source };
-        let len = seek(&self.file, SeekFrom::End(0)).map_err(|error| fail(error.into()))?;
-        elf::vcpus(&self.path, &self.file, len)
+        elf::vcpus(&self.path, &self.file, self.len)
     }
 
     fn new(
@@ -170,7 +184,8 @@ impl DumpFile {
         if segments.is_empty() {
             return Err(DumpError::Empty { path: path.to_owned() });
         }
-        Ok(Self { path: path.to_owned(), file, format, segments, is_bare: false })
+        let (path, mapped) = (path.to_owned(), Mapped::default());
+        Ok(Self { path, file, len, mapped, format, segments, is_bare: false })
     }
 
     /// The segment that has `gpa`, or the first after it.
@@ -205,10 +220,12 @@ impl Memory for DumpFile {
             let there = usize::try_from(range.end() - gpa).unwrap_or(usize::MAX);
             let (now, later) = rest.split_at_mut(rest.len().min(there));
             let at = offset + (gpa - range.gpa);
-            self.file.read_exact_at(now, at).map_err(|source| MemoryError::Unreadable {
-                gpa,
-                source: Box::new(DumpError::read(&self.path, at, source)),
-            })?;
+            if !self.mapped.read(&self.file, self.len, at, now) {
+                self.file.read_exact_at(now, at).map_err(|source| MemoryError::Unreadable {
+                    gpa,
+                    source: Box::new(DumpError::read(&self.path, at, source)),
+                })?;
+            }
             gpa = gpa.saturating_add(now.len() as u64);
             rest = later;
         }

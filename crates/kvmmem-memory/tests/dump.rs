@@ -2,7 +2,8 @@
 //! Dump files that a builder wrote, damaged ones, and any bytes.
 
 use std::fs::{self, File};
-use std::os::unix::fs::FileExt;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
@@ -10,7 +11,7 @@ use kvmmem_memory::dump::{Format, Segment};
 use kvmmem_memory::paging::ControlRegisters;
 use kvmmem_memory::{DumpError, DumpFile, Memory, MemoryError, Range};
 use proptest::prelude::*;
-use rustix::fs::{FileType, Mode};
+use rustix::fs::{FileType, MemfdFlags, Mode};
 use tempfile::TempDir;
 
 const MIB: u64 = 1 << 20;
@@ -239,6 +240,67 @@ fn a_file_that_is_cut_short_is_refused() {
     fs::write(&path, []).unwrap();
     assert!(matches!(dump.read_at(0, &mut [0; 8]), Err(MemoryError::Unreadable { gpa: 0, .. })));
     assert!(matches!(DumpFile::open(&path), Err(DumpError::Empty { .. })));
+}
+
+/// Bytes of which no two pages are the same.
+fn pattern(len: usize) -> Vec<u8> {
+    (0..len).map(|at| (at / 5 * 31).to_le_bytes()[0]).collect()
+}
+
+#[test]
+fn large_reads_are_those_of_small_ones() {
+    let bytes = pattern(0x4_0000);
+    let (low, high) = bytes.split_at(0x1_8000);
+    // The ranges are neighbours, but not in the file.
+    let files =
+        [elf(&[(0, low, 0), (0x1_8000, high, 0)], false), lime(&[(0, low), (0x1_8000, high)])];
+    for (_directory, path) in files.iter().map(|bytes| file(bytes)).chain([file(&bytes)]) {
+        let dump = DumpFile::open(&path).unwrap();
+        for (gpa, len) in [(0, 0x4_0000), (1, 0x3_fffe), (0x7fff, 0x2_0001), (0x2_0000, 0x2_0000)] {
+            let mut copy = vec![0; len];
+            dump.read_at(gpa as u64, &mut copy).unwrap();
+            assert!(copy == bytes[gpa..gpa + len], "{gpa:#x} {len:#x} {:?}", dump.format());
+        }
+        let mut copy = [0; 0x100];
+        let (memory, offset) = dump.mapped(0x2_0000, 0x100).unwrap();
+        memory.read(offset, &mut copy).unwrap();
+        assert_eq!(copy, bytes[0x2_0000..0x2_0100]);
+        assert_eq!(dump.mapped(0x1_7fff, 2).is_some(), dump.format() == Format::Raw);
+        assert!(dump.mapped(0x3_ffff, 2).is_none() && dump.mapped(u64::MAX, u64::MAX).is_none());
+    }
+}
+
+#[test]
+fn a_file_that_shrinks_while_it_is_read_is_an_error_that_names_it() {
+    let (_directory, path) = file(&pattern(0x8_0000));
+    let dump = DumpFile::open(&path).unwrap();
+    let mut copy = vec![0; 0x4_0000];
+    dump.read_at(0x4_0000, &mut copy).unwrap();
+    File::options().write(true).open(&path).unwrap().set_len(0x5_0000).unwrap();
+    let error = dump.read_at(0x4_0000, &mut copy).unwrap_err();
+    let source = std::error::Error::source(&error).unwrap().to_string();
+    assert!(matches!(error, MemoryError::Unreadable { gpa: 0x4_0000, .. }), "{error}");
+    assert_eq!(source, format!("cannot read {} at offset 0x40000", path.display()));
+    let (memory, offset) = dump.mapped(0x4_0000, 0x4_0000).unwrap();
+    assert!(memory.read(offset, &mut copy).is_err());
+    // What is there still is read.
+    dump.read_at(0x1_0000, &mut copy).unwrap();
+    assert!(copy == pattern(0x8_0000)[0x1_0000..0x5_0000]);
+}
+
+#[test]
+fn holes_of_a_file_in_memory_stay_holes() {
+    let memory = File::from(rustix::fs::memfd_create("dump", MemfdFlags::CLOEXEC).unwrap());
+    memory.set_len(4 * MIB).unwrap();
+    memory.write_all_at(&[1; 0x1000], 2 * MIB).unwrap();
+    let blocks = memory.metadata().unwrap().blocks();
+    let dump = DumpFile::open(Path::new(&format!("/proc/self/fd/{}", memory.as_raw_fd()))).unwrap();
+    let mut copy = vec![0; 2 << 20];
+    for gpa in [0, MIB, 2 * MIB] {
+        dump.read_at(gpa, &mut copy).unwrap();
+    }
+    assert_eq!(copy.iter().position(|byte| *byte == 0), Some(0x1000));
+    assert_eq!(memory.metadata().unwrap().blocks(), blocks);
 }
 
 #[test]

@@ -26,6 +26,12 @@ pub(crate) const BLOCK: usize = 64;
 /// has them fast.
 const STRING_MIN: usize = 512;
 
+/// From this length on, memory is in no cache, and loads with hints are faster than either.
+pub(crate) const STREAM_MIN: usize = 64 << 10;
+
+/// Bytes that one turn of the routine with hints moves.
+const STREAM_BLOCK: usize = 128;
+
 global_asm!(include_str!("guarded/copies.s"), options(raw));
 
 type Copy = unsafe extern "sysv64" fn(*mut u8, *const u8, usize) -> usize;
@@ -45,6 +51,7 @@ pub struct Loaded {
 unsafe extern "sysv64" {
     fn kvmmem_guarded_loads();
     fn kvmmem_guarded_load_blocks(to: *mut u8, from: *const u8, len: usize) -> usize;
+    fn kvmmem_guarded_load_stream_avx2(to: *mut u8, from: *const u8, len: usize) -> usize;
     fn kvmmem_guarded_load_bytes(to: *mut u8, from: *const u8, len: usize) -> usize;
     fn kvmmem_guarded_load_1(from: *const u8) -> Loaded;
     fn kvmmem_guarded_load_2(from: *const u8) -> Loaded;
@@ -64,6 +71,7 @@ unsafe extern "sysv64" {
         second: usize,
         third: usize,
     ) -> Loaded;
+    fn kvmmem_guarded_find_any_avx2(groups: *const Groups, from: *const u8, len: usize) -> Loaded;
     fn kvmmem_guarded_sweep_avx2(from: *const u8, len: usize) -> Loaded;
     fn kvmmem_guarded_stores();
     fn kvmmem_guarded_store_blocks(to: *mut u8, from: *const u8, len: usize) -> usize;
@@ -83,9 +91,25 @@ unsafe extern "sysv64" {
 /// may change) and that may be read or raises SIGBUS; `to` to `to + len` is valid for writes.
 /// [`prepare`] has returned on this thread.
 pub(crate) unsafe fn load(to: *mut u8, from: *const u8, len: usize) -> usize {
-    // SAFETY: both routines load from `from` and write to `to` and nothing else; the caller has
-    // said that both may be, up to `len`, and that the thread is prepared for SIGBUS.
-    unsafe { copy(kvmmem_guarded_load_blocks, kvmmem_guarded_load_bytes, to, from, len) }
+    let mut done = 0;
+    if len >= STREAM_MIN && is_x86_feature_detected!("avx2") {
+        let whole = len - len % STREAM_BLOCK;
+        // SAFETY: the routine loads from `from` and writes to `to` and nothing else, as far as
+        // `whole`, a multiple of 128 that is at most `len`; the caller has said that both may be
+        // accessed and that the thread is prepared for SIGBUS. The processor has AVX2.
+        done = whole - unsafe { kvmmem_guarded_load_stream_avx2(to, from, whole) };
+    }
+    // SAFETY: both routines load and write as the one above; `done` is at most `len`, so that what
+    // is left is a part of what the caller has said.
+    unsafe {
+        copy(
+            kvmmem_guarded_load_blocks,
+            kvmmem_guarded_load_bytes,
+            to.wrapping_add(done),
+            from.wrapping_add(done),
+            len - done,
+        )
+    }
 }
 
 /// Copies `len` bytes to foreign memory; returns how many at the end were not copied because their
@@ -180,6 +204,43 @@ pub(crate) unsafe fn find(
     // which there is.
     let Loaded { left, word } = unsafe { find(vectors, from, places + third, second, third) };
     (left - third, word)
+}
+
+/// Which of eight groups a byte may be in, for four bytes: for each of its halves a bit a group.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub(crate) struct Groups {
+    /// For each of the bytes, by its low and by its high half. The processor looks up 16 bytes at a
+    /// time, so each table is there twice.
+    pub(crate) halves: [[[u8; 32]; 2]; 4],
+    mask: [u8; 32],
+}
+
+impl Groups {
+    pub(crate) fn new() -> Self {
+        Self { halves: [[[0; 32]; 2]; 4], mask: [0x0f; 32] }
+    }
+}
+
+/// Looks at `places`, a multiple of [`BLOCK`], in blocks, up to the first block in which one may
+/// have the four bytes of one of the groups. Returns as [`find`] does; `None` on a processor
+/// without AVX2.
+///
+/// # Safety
+/// As [`load`], for `places` and three bytes from `from` on.
+pub(crate) unsafe fn find_any(
+    groups: &Groups,
+    from: *const u8,
+    places: usize,
+) -> Option<(usize, u64)> {
+    if !is_x86_feature_detected!("avx2") {
+        return None;
+    }
+    // SAFETY: the routine loads the 288 bytes of `groups` and, block by block, 64 bytes at the block
+    // and at each of the three places behind its first: all within what the caller has said may be
+    // loaded. It writes nothing, and the processor has AVX2.
+    let Loaded { left, word } = unsafe { kvmmem_guarded_find_any_avx2(groups, from, places + 3) };
+    Some((left - 3, word))
 }
 
 /// What each of the routines that the processor can run returns for [`find`].

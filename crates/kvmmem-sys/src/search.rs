@@ -4,6 +4,10 @@
 //! ([`Foreign::find`](crate::foreign::Foreign::find)), and copies only where this finds a
 //! candidate.
 
+mod atoms;
+
+pub use atoms::Atoms;
+
 use crate::guarded::{self, BLOCK, Distances, Vector, Vectors};
 
 /// Places that are looked at together.

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Where matches may lie: data, and the memory around it that reads as zeros.
 
+use std::ops::Range;
+
 use anyhow::Result;
 
 use crate::range::GpaRange;
@@ -26,9 +28,15 @@ pub(crate) struct Piece {
 }
 
 impl Piece {
+    /// The data that it stands for.
+    pub(crate) fn data_of_starts(&self) -> GpaRange {
+        self.starts.start.max(self.data.start)..self.starts.end
+    }
+
     /// Bytes of data that it stands for.
     pub(crate) fn len(&self) -> u64 {
-        self.starts.end - self.starts.start.max(self.data.start)
+        let Range { start, end } = self.data_of_starts();
+        end - start
     }
 }
 

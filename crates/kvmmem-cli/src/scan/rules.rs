@@ -20,16 +20,18 @@ use std::path::PathBuf;
 use anyhow::{Result, anyhow, bail};
 use boreal::scanner::{CallbackEvents, EvaluatedRule, ScanCallbackResult, ScanEvent, ScanParams};
 use boreal::{MetadataValue, Scanner};
+use kvmmem::search::Atoms;
 use serde::Serialize;
 
 use super::places::{Piece, Places};
+use super::source::Source;
 use crate::number::{Address, hex};
 use crate::range::GpaRange;
 use compile::{Compiled, GATE, compile};
-use memory::Pieces;
+use memory::{Access, Pieces};
 
 /// Bytes in which beginnings of matches are looked for at a time.
-const PIECE: u64 = 1 << 20;
+const PIECE: u64 = 256 << 10;
 
 /// How far a match may reach beyond its piece.
 const REACH: u64 = 4096;
@@ -43,6 +45,8 @@ const MATCHES: u32 = 1000;
 /// Compiled rules.
 pub(super) struct Rules {
     scanner: Scanner,
+    /// What memory holds wherever a string matches, if that can be looked for.
+    atoms: Option<Atoms>,
     /// Whether the engine may keep matches to itself.
     has_private: bool,
     /// Matches of one string that are kept.
@@ -89,7 +93,7 @@ impl Rules {
     /// Compiles files of rules, of each string of which `max` matches are kept. Warnings are
     /// logged.
     pub(super) fn compile(files: &[PathBuf], max: Option<u64>) -> Result<Self> {
-        let Compiled { mut scanner, has_private } = compile(files)?;
+        let Compiled { mut scanner, atoms, has_private } = compile(files)?;
         if scanner.rules().all(|rule| rule.name == GATE) {
             let files: Vec<String> = files.iter().map(|file| file.display().to_string()).collect();
             bail!("there is no rule in {}", files.join(", "));
@@ -104,32 +108,55 @@ impl Rules {
                 .process_memory(true)
                 .callback_events(CallbackEvents::RULE_MATCH),
         );
-        Ok(Self { scanner, has_private, max })
+        Ok(Self { scanner, atoms, has_private, max })
     }
 
-    /// Evaluates the rules; `read` fills a buffer with data, `done` gets how many bytes of data a
+    /// Evaluates the rules over the memory of `source`; `done` gets how many bytes of data a
     /// piece had, for each piece once; `address` says what an address is. Returns the rules
     /// that matched, in their order.
     pub(super) fn run(
         &self,
         places: Places<'_>,
         threads: usize,
-        read: impl Fn(u64, &mut [u8]) -> Result<()> + Sync,
+        source: &impl Source,
         done: impl Fn(u64) + Sync,
         address: impl Fn(u64) -> Address + Sync,
     ) -> Result<Vec<Matched>> {
         let all: Vec<Piece> = places.pieces(REACH, PIECE).collect();
         let fill = |piece: &Piece, buffer: &mut Vec<u8>| {
             buffer.resize(usize::try_from(end(piece) - piece.starts.start)?, 0);
-            places.fill(piece.starts.start, buffer, &read)
+            let filled =
+                places.fill(piece.starts.start, buffer, |gpa, buffer| source.read(gpa, buffer));
+            source.end(&piece.data_of_starts());
+            filled
         };
+        let passes = |piece: &Piece| self.passes(piece, source);
+        let access = Access { fill: &fill, passes: &passes };
         if threads == 1 || self.has_private {
-            return self.evaluate(places, &all, &all, &fill, &|piece| done(piece.len()), &address);
+            return self.evaluate(places, &all, &all, access, &|piece| done(piece.len()), &address);
         }
-        let windows = strings::find(&self.scanner, places, threads, &fill, done)?;
+        let windows = strings::find(&self.scanner, places, threads, access, done)?;
         let around = Places { runs: places.runs, data: &windows };
         let some: Vec<Piece> = around.pieces(0, PIECE).collect();
-        self.evaluate(places, &some, &all, &fill, &|_| {}, &address)
+        self.evaluate(places, &some, &all, access, &|_| {}, &address)
+    }
+
+    /// Whether no string matches in a piece, which is found out in place.
+    fn passes(&self, piece: &Piece, source: &impl Source) -> bool {
+        let (start, end) = (piece.starts.start, end(piece));
+        // What is read as zeros may be a part of a match.
+        let Some(atoms) =
+            self.atoms.as_ref().filter(|_| piece.data.start <= start && end <= piece.data.end)
+        else {
+            return false;
+        };
+        let data = piece.data_of_starts();
+        source.begin(&data);
+        let passes = !source.may_hold(atoms, start, end - start);
+        if passes {
+            source.end(&data);
+        }
+        passes
     }
 
     /// Looks for strings in `some` pieces, and evaluates the conditions, which see `all` of them.
@@ -138,12 +165,12 @@ impl Rules {
         places: Places<'_>,
         some: &[Piece],
         all: &[Piece],
-        fill: memory::Fill<'_>,
+        access: Access<'_>,
         done: memory::Done<'_>,
         address: &(dyn Fn(u64) -> Address + Sync),
     ) -> Result<Vec<Matched>> {
         let mut matched = Vec::new();
-        memory::scan(Pieces::new(some, all, fill, done), |memory| {
+        memory::scan(Pieces::new(some, all, access, done), |memory| {
             let scan = self.scanner.scan_fragmented_with_callback(memory, |event| {
                 if let ScanEvent::RuleMatch(rule) = event {
                     matched.push(self.matched(&rule, places.data, address));
@@ -221,6 +248,9 @@ mod tests {
     use std::slice::from_ref;
     use std::sync::atomic::{AtomicU64, Ordering};
 
+    use kvmmem_memory::DumpFile;
+
+    use super::super::source::{Copied, Dump};
     use super::*;
     use crate::number::Hex;
 
@@ -254,7 +284,7 @@ mod tests {
         let run = |threads| {
             bytes.store(0, Ordering::Relaxed);
             let found = rules
-                .run(Places { runs, data: runs }, threads, read, done, |at| Address::Gpa(Hex(at)))
+                .run(Places { runs, data: runs }, threads, &read, done, |at| Address::Gpa(Hex(at)))
                 .unwrap();
             assert_eq!(bytes.load(Ordering::Relaxed), crate::range::total(runs));
             let name = |rule: Matched| {
@@ -288,8 +318,8 @@ mod tests {
              rule uses_hidden { strings: $a = \"needle\" private condition: hidden and $a }
              rule word { strings: $a = \"needle\" fullword $b = \"dle\" condition: any of them }
              rule long { strings: $a = /needle.{2,300}needle/s condition: $a }
-             rule exact { strings: $a = \"needle\" condition: #a == 7 and @a[7] == 0x300000 }
-             rule reads { strings: $a = \"xxxx\" condition: not $a and uint32(0x300000) == 0x6465656e and math.min(1, 2) == 1 }",
+             rule exact { strings: $a = \"needle\" condition: #a == 7 and @a[7] == 0xc0000 }
+             rule reads { strings: $a = \"xxxx\" condition: not $a and uint32(0xc0000) == 0x6465656e and math.min(1, 2) == 1 }",
         );
         let rules = rules.unwrap();
         assert!(rules.has_private);
@@ -314,6 +344,81 @@ mod tests {
         let rules = rules.unwrap();
         let found = places(&rules, &runs, &[0x10, 0x8000_0ff0]);
         assert_eq!(found, [("far".to_owned(), 0x10), ("far".to_owned(), 0x8000_0ff0)]);
+    }
+
+    #[test]
+    fn a_search_in_place_finds_what_one_in_copies_does() {
+        const LEN: u64 = 6 * PIECE;
+        let texts: [&[u8]; 8] = [
+            b"Needle",
+            b"n\0E\0e\0d\0l\0e\0",
+            b"\x48\x89\x5c\x24\x18",
+            b"ab",
+            b"lddfmd",
+            b"bob@host.example",
+            b"key=1234",
+            b"bmVlZGxl",
+        ];
+        let mut state = 1u32;
+        let mut memory: Vec<u8> = (0..LEN)
+            .map(|_| {
+                state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                // Bytes of which no text consists.
+                0x80 | state.to_le_bytes()[3]
+            })
+            .collect();
+        // At the beginnings and ends of pieces, and in some of them alone.
+        let places = [0, PIECE - 3, PIECE + 0xffe, 2 * PIECE - 1, 5 * PIECE + 100, LEN - 16];
+        for (number, text) in texts.iter().cycle().take(3 * places.len()).enumerate() {
+            let at = usize::try_from(places[number % places.len()]).unwrap()
+                + number / places.len() * 40;
+            let end = memory.len().min(at + text.len());
+            if at < end {
+                memory[at..end].copy_from_slice(&text[..end - at]);
+            }
+        }
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), &memory).unwrap();
+        let dump = DumpFile::open(file.path()).unwrap();
+        let (run, parts) = (0..LEN, [0x1000..PIECE + 0x2000, 3 * PIECE..LEN]);
+        let whole = from_ref(&run);
+        let shown = |matched: &[Matched]| serde_json::to_string(matched).unwrap();
+        let mut found = 0;
+        for strings in [
+            "$a = \"needle\" nocase wide ascii",
+            "$a = \"needle\" xor",
+            "$a = \"needle\" base64",
+            "$a = { 48 89 ?? 24 18 }",
+            "$a = { 4? 89 ( 5c | 5d ) }",
+            "$a = \"ab\"",
+            "$a = /[a-z]{3,20}@[a-z]{3,20}\\.example/ nocase",
+            "$a = /key=[0-9]+/ $b = \"nothing of the kind\"",
+            "$a = \"b\"",
+            "$a = /[0-9]{4}/",
+        ] {
+            let rules =
+                rules(&format!("rule a {{ strings: {strings} condition: any of them }}")).unwrap();
+            for (data, threads) in [(whole, 2), (&parts[..], 1)] {
+                let places = Places { runs: whole, data };
+                let run = |in_place: bool| {
+                    let address = |at| Address::Gpa(Hex(at));
+                    let matched = match in_place {
+                        true => rules.run(places, threads, &Dump(&dump), |_| {}, address),
+                        false => rules.run(places, threads, &Copied(&dump), |_| {}, address),
+                    };
+                    matched.unwrap()
+                };
+                let expected = run(false);
+                assert_eq!(shown(&run(true)), shown(&expected), "{strings} {threads}");
+                found += expected.len();
+            }
+        }
+        assert!(found >= 12, "{found}");
+        // Most pieces were not copied.
+        let rules = rules("rule a { strings: $a = \"needle\" condition: $a }").unwrap();
+        let all: Vec<Piece> = Places { runs: whole, data: whole }.pieces(REACH, PIECE).collect();
+        let passed = all.iter().filter(|piece| rules.passes(piece, &Dump(&dump))).count();
+        assert_eq!(passed, 2);
     }
 
     #[test]
@@ -347,7 +452,7 @@ mod tests {
             let error = rules.run(
                 Places { runs: from_ref(&run), data: from_ref(&run) },
                 threads,
-                read,
+                &read,
                 |_| {},
                 |at| Address::Gpa(Hex(at)),
             );

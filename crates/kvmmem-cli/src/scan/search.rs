@@ -137,7 +137,7 @@ impl Search<'_> {
         let mut matches = Vec::new();
         // What was copied for another piece is old.
         copy.bytes.clear();
-        let data = piece.starts.start.max(piece.data.start)..piece.starts.end;
+        let data = piece.data_of_starts();
         source.begin(&data);
         for number in 0..self.patterns.len() {
             let from = matches.len();

@@ -3,9 +3,9 @@
 
 use anyhow::{Context, Result};
 use kvmmem::PAGE_SIZE;
-use kvmmem::search::{Candidates, Probe};
+use kvmmem::search::{Atoms, Candidates, Probe};
 use kvmmem::view::{Mapping, Range, State, View, ViewError};
-use kvmmem_memory::Memory;
+use kvmmem_memory::{DumpFile, Memory};
 
 use crate::range::GpaRange;
 
@@ -25,6 +25,11 @@ pub(super) trait Source: Sync {
         None
     }
 
+    /// Whether one of `atoms` may lie in `len` bytes of data from `gpa` on.
+    fn may_hold(&self, _atoms: &Atoms, _gpa: u64, _len: u64) -> bool {
+        true
+    }
+
     /// Called before and after memory, which is data, is gone through in place.
     fn begin(&self, _data: &GpaRange) {}
     fn end(&self, _data: &GpaRange) {}
@@ -36,7 +41,7 @@ impl<F: Fn(u64, &mut [u8]) -> Result<()> + Sync> Source for F {
     }
 }
 
-/// Memory that is copied: private RAM, a dump file, a process.
+/// Memory that is copied: private RAM, a process.
 pub(super) struct Copied<'a>(pub(super) &'a dyn Memory);
 
 impl Source for Copied<'_> {
@@ -63,13 +68,11 @@ impl<'a> Mapped<'a> {
         }
     }
 
-    /// The whole pages of `data`: their mapping, and where they are in it. What is left may be
-    /// memory without data, which must not be touched.
-    fn pages(&self, data: &GpaRange) -> Option<(&Mapping, u64, u64)> {
-        let page = PAGE_SIZE as u64;
-        let (start, end) = (data.start.next_multiple_of(page), data.end / page * page);
-        let mapping = self.at(start).filter(|_| start < end)?;
-        Some((mapping, start - mapping.gpa(), end - start))
+    /// The whole pages of `data`: their mapping, and where they are in it.
+    fn pages(&self, data: &GpaRange) -> Option<(&Mapping, GpaRange)> {
+        let mapping = self.at(data.start)?;
+        let offset = data.start - mapping.gpa();
+        Some((mapping, pages(offset, data)?))
     }
 
     /// The mapping that has `gpa`.
@@ -107,15 +110,68 @@ impl Source for Mapped<'_> {
         Some(found.map(|found| Candidates { at: found.at + mapping.gpa(), ..found }))
     }
 
+    fn may_hold(&self, atoms: &Atoms, gpa: u64, len: u64) -> bool {
+        let mapping = self.at(gpa);
+        mapping
+            .is_none_or(|mapping| mapping.may_hold(atoms, gpa - mapping.gpa(), len).unwrap_or(true))
+    }
+
     fn begin(&self, data: &GpaRange) {
-        if let Some((mapping, offset, len)) = self.pages(data) {
-            mapping.populate(offset, len);
+        if let Some((mapping, pages)) = self.pages(data) {
+            mapping.populate(pages.start, pages.end - pages.start);
         }
     }
 
     fn end(&self, data: &GpaRange) {
-        if let Some((mapping, offset, len)) = self.pages(data) {
-            mapping.release(offset, len);
+        if let Some((mapping, pages)) = self.pages(data) {
+            mapping.release(pages.start, pages.end - pages.start);
         }
     }
+}
+
+/// A dump file, in place where it can be mapped.
+pub(super) struct Dump<'a>(pub(super) &'a DumpFile);
+
+impl Source for Dump<'_> {
+    const PIECE: u64 = Mapped::PIECE;
+
+    fn read(&self, gpa: u64, buffer: &mut [u8]) -> Result<()> {
+        Copied(self.0).read(gpa, buffer)
+    }
+
+    fn find(&self, probe: &Probe, gpa: u64, places: u64) -> Option<Option<Candidates>> {
+        let (memory, offset) = self.0.mapped(gpa, places + probe.reach() as u64)?;
+        let found = memory.find(probe, offset, places).ok()?;
+        Some(found.map(|found| Candidates { at: found.at - offset + gpa, ..found }))
+    }
+
+    fn may_hold(&self, atoms: &Atoms, gpa: u64, len: u64) -> bool {
+        let memory = self.0.mapped(gpa, len);
+        memory.is_none_or(|(memory, offset)| memory.may_hold(atoms, offset, len).unwrap_or(true))
+    }
+
+    fn begin(&self, data: &GpaRange) {
+        if let Some((memory, offset)) = self.0.mapped(data.start, data.end - data.start)
+            && let Some(pages) = pages(offset, data)
+        {
+            // Only the speed depends on it.
+            let _ = memory.populate(pages.start, pages.end - pages.start);
+        }
+    }
+
+    fn end(&self, data: &GpaRange) {
+        if let Some((memory, offset)) = self.0.mapped(data.start, data.end - data.start)
+            && let Some(pages) = pages(offset, data)
+        {
+            let _ = memory.release(pages.start, pages.end - pages.start);
+        }
+    }
+}
+
+/// The whole pages of `data`, which is mapped at `offset`. What is left may be memory without data,
+/// which must not be touched.
+fn pages(offset: u64, data: &GpaRange) -> Option<GpaRange> {
+    let page = PAGE_SIZE as u64;
+    let pages = offset.next_multiple_of(page)..(offset + data.end - data.start) / page * page;
+    (!pages.is_empty()).then_some(pages)
 }

@@ -34,6 +34,30 @@
     jmp 2b
 .endm
 
+# rdx bytes, a multiple of 128, that are not in the caches: hints load them ahead, over the end of a page too, where the
+# processor does not do so by itself.
+.macro copy_stream_avx2
+    mov rcx, rdx
+2:  test rcx, rcx
+    jz 3f
+    prefetcht0 [rsi + 2048]
+    prefetcht0 [rsi + 2112]
+    vmovdqu ymm0, [rsi]
+    vmovdqu ymm1, [rsi + 32]
+    vmovdqu ymm2, [rsi + 64]
+    vmovdqu ymm3, [rsi + 96]
+    vmovdqu [rdi], ymm0
+    vmovdqu [rdi + 32], ymm1
+    vmovdqu [rdi + 64], ymm2
+    vmovdqu [rdi + 96], ymm3
+    sub rsi, -128
+    sub rdi, -128
+    add rcx, -128
+    jmp 2b
+3:  vzeroupper
+    jmp kvmmem_guarded_end
+.endm
+
 # rdx bytes. A fault in the middle leaves rcx at the number of those not copied.
 .macro copy_bytes
     mov rcx, rdx
@@ -139,6 +163,72 @@
     jmp kvmmem_guarded_end
 .endm
 
+# Byte \at of 32 places at rsi + \half: into ymm\to, in which of eight groups it may be. ymm0 to ymm7 have the groups of each
+# low half of a byte and each high half, for the four bytes; ymm8 masks halves.
+.macro groups half, at, low, high, to
+    vmovdqu ymm9, [rsi + \half + \at]
+    vpsrlw ymm10, ymm9, 4
+    vpand ymm9, ymm9, ymm8
+    vpand ymm10, ymm10, ymm8
+    vpshufb ymm9, ymm\low, ymm9
+    vpshufb ymm10, ymm\high, ymm10
+    vpand ymm\to, ymm9, ymm10
+.endm
+
+# The first three bytes of 32 places.
+.macro groups_3 half, to
+    groups \half, 0, 0, 1, \to
+    groups \half, 1, 2, 3, 11
+    vpand ymm\to, ymm\to, ymm11
+    groups \half, 2, 4, 5, 11
+    vpand ymm\to, ymm\to, ymm11
+.endm
+
+# The first block of 64 places from rsi on where one may have the four bytes of a group: which ones, into rdx, and 0 where there
+# is none. rdx is the number of places, a multiple of 64, and 3. rdi points to nine vectors of 32 bytes each: the groups, and
+# the mask.
+.macro find_any_avx2
+    mov rcx, rdx
+    xor edx, edx
+    vmovdqu ymm0, [rdi]
+    vmovdqu ymm1, [rdi + 32]
+    vmovdqu ymm2, [rdi + 64]
+    vmovdqu ymm3, [rdi + 96]
+    vmovdqu ymm4, [rdi + 128]
+    vmovdqu ymm5, [rdi + 160]
+    vmovdqu ymm6, [rdi + 192]
+    vmovdqu ymm7, [rdi + 224]
+    vmovdqu ymm8, [rdi + 256]
+    vpxor ymm15, ymm15, ymm15
+2:  cmp rcx, 3
+    jbe 5f
+    prefetcht0 [rsi + 2048]
+    groups_3 0, 13
+    groups_3 32, 14
+    vpor ymm9, ymm13, ymm14
+    vptest ymm9, ymm9
+    jnz 4f
+3:  add rsi, 64
+    sub rcx, 64
+    jmp 2b
+    # Few places have three of the bytes.
+4:  groups 0, 3, 6, 7, 11
+    vpand ymm13, ymm13, ymm11
+    groups 32, 3, 6, 7, 11
+    vpand ymm14, ymm14, ymm11
+    vpcmpeqb ymm13, ymm13, ymm15
+    vpcmpeqb ymm14, ymm14, ymm15
+    vpmovmskb eax, ymm13
+    vpmovmskb r9d, ymm14
+    shl r9, 32
+    or r9, rax
+    xor r9, -1
+    jz 3b
+    mov rdx, r9
+5:  vzeroupper
+    jmp kvmmem_guarded_end
+.endm
+
 # Loads rsi bytes from rdi on, a multiple of 128.
 .macro sweep_avx2
     mov rcx, rsi
@@ -179,6 +269,8 @@
 routine kvmmem_guarded_loads
 routine kvmmem_guarded_load_blocks
     copy_blocks
+routine kvmmem_guarded_load_stream_avx2
+    copy_stream_avx2
 routine kvmmem_guarded_load_bytes
     copy_bytes
 routine kvmmem_guarded_load_1
@@ -193,6 +285,8 @@ routine kvmmem_guarded_find_avx2
     find_avx2
 routine kvmmem_guarded_find_sse2
     find_sse2
+routine kvmmem_guarded_find_any_avx2
+    find_any_avx2
 routine kvmmem_guarded_sweep_avx2
     sweep_avx2
 
@@ -218,11 +312,15 @@ routine kvmmem_guarded_end
 
 .purgem routine
 .purgem copy_blocks
+.purgem copy_stream_avx2
 .purgem copy_bytes
 .purgem find_begin
 .purgem find_avx2
 .purgem find_16
 .purgem find_sse2
+.purgem groups
+.purgem groups_3
+.purgem find_any_avx2
 .purgem sweep_avx2
 .purgem load_word
 .purgem store_word

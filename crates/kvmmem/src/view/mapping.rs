@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use kvmmem_sys::foreign::{Foreign, ForeignError};
-use kvmmem_sys::search::{Candidates, Probe};
+use kvmmem_sys::search::{Atoms, Candidates, Probe};
 use rustix::io::Errno;
 
 use super::guest_endpoint::GuestConnection;
@@ -119,6 +119,15 @@ impl Mapping {
         places: u64,
     ) -> Result<Option<Candidates>, MappingError> {
         self.memory.find(probe, offset, places).map_err(|error| self.error(error))
+    }
+
+    /// Whether one of `atoms` may lie in the `len` bytes from `offset` on: `false` where none did,
+    /// `true` where one does or where it is cheaper not to know.
+    ///
+    /// # Errors
+    /// [`MappingError`].
+    pub fn may_hold(&self, atoms: &Atoms, offset: u64, len: u64) -> Result<bool, MappingError> {
+        self.memory.may_hold(atoms, offset, len).map_err(|error| self.error(error))
     }
 
     /// Loads every byte of `len` from `offset` on, a multiple of 128, and forgets it: what searches

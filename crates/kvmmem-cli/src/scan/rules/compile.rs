@@ -17,8 +17,9 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use boreal::Scanner;
-use boreal::compiler::{AddRuleError, Compiler};
+use boreal::compiler::{AddRuleError, Compiler, CompilerParams};
 use boreal_parser::file::YaraFileComponent;
+use kvmmem::search::{Atoms, Masked};
 use rustix::fs::OFlags;
 
 use crate::failure::{escape, usage};
@@ -43,12 +44,20 @@ const STACK_OF_OPERATOR: usize = 512;
 /// evaluated.
 pub(super) const GATE: &str = "kvmmem_evaluates_conditions";
 
+/// Bits that differ between an ASCII letter's cases.
+const CASE: u8 = 0x20;
+
+/// Atoms that are collected: with so many, they are in any memory.
+const MAX_ATOMS: usize = 10_000;
+
 /// The gate's symbol.
 pub(super) const GATE_SYMBOL: &str = "kvmmem_conditions";
 
 /// Compiled rules.
 pub(super) struct Compiled {
     pub(super) scanner: Scanner,
+    /// What memory holds wherever a string matches; `None` where that cannot be looked for.
+    pub(super) atoms: Option<Atoms>,
     /// Whether some rules or strings may be private.
     pub(super) has_private: bool,
 }
@@ -63,22 +72,41 @@ pub(super) fn compile(files: &[PathBuf]) -> Result<Compiled> {
         seen.visit(file.clone())?;
     }
     let Walk { operators, has_private, .. } = seen;
-    let scanner = with_stack(operators, || {
+    let (scanner, atoms) = with_stack(operators, || {
         let mut compiler = Compiler::new();
+        compiler.set_params(CompilerParams::default().compute_statistics(true));
         compiler.define_symbol(GATE_SYMBOL, true);
+        let mut patterns = Some(Vec::new());
         let gate = format!("private global rule {GATE} {{ condition: {GATE_SYMBOL} }}");
         for (file, namespace) in files.iter().zip(&namespaces) {
             compiler.add_rules_str_in_namespace(&gate, namespace)?;
             match compiler.add_rules_file_in_namespace(file, namespace) {
                 Ok(status) => {
-                    status.warnings().for_each(|warning| tracing::warn!("{}", lines(warning)))
+                    status.warnings().for_each(|warning| tracing::warn!("{}", lines(warning)));
+                    let strings = status.statistics().flat_map(|rule| &rule.strings);
+                    strings.for_each(|string| add_atoms(&mut patterns, &string.atoms));
                 }
                 Err(error) => bail!(explain(&error)),
             }
         }
-        Ok(compiler.finalize())
+        Ok((compiler.finalize(), patterns.and_then(Atoms::new)))
     })??;
-    Ok(Compiled { scanner, has_private })
+    Ok(Compiled { scanner, atoms, has_private })
+}
+
+/// Adds the atoms of a string, in any case: which strings mean letters that way is not known. A
+/// string without any is looked for by itself, and then nothing can be passed over.
+fn add_atoms(patterns: &mut Option<Vec<Vec<Masked>>>, atoms: &[Vec<u8>]) {
+    let fold = |byte: &u8| {
+        let mask = if byte.is_ascii_alphabetic() { !CASE } else { 0xff };
+        Masked { value: *byte, mask }
+    };
+    match patterns {
+        Some(all) if !atoms.is_empty() && all.len() < MAX_ATOMS => {
+            all.extend(atoms.iter().map(|atom| atom.iter().map(fold).collect()));
+        }
+        _ => *patterns = None,
+    }
 }
 
 /// The files' namespaces: their names without the extension, or their paths where these are not

@@ -12,6 +12,14 @@ use super::{Piece, end};
 /// Fills a buffer with a piece, from its first start to its [`end`].
 pub(super) type Fill<'a> = &'a (dyn Fn(&Piece, &mut Vec<u8>) -> Result<()> + Sync);
 
+/// How pieces are looked at.
+#[derive(Clone, Copy)]
+pub(super) struct Access<'a> {
+    pub(super) fill: Fill<'a>,
+    /// Whether no string matches in a piece, so that it need not be filled in.
+    pub(super) passes: &'a (dyn Fn(&Piece) -> bool + Sync),
+}
+
 /// Called when strings have been looked for in a piece.
 pub(super) type Done<'a> = &'a (dyn Fn(&Piece) + Sync);
 
@@ -21,7 +29,7 @@ pub(super) struct Pieces<'a> {
     first: &'a [Piece],
     /// What conditions see.
     again: &'a [Piece],
-    fill: Fill<'a>,
+    access: Access<'a>,
     done: Done<'a>,
     is_again: bool,
     /// Number of the piece that is listed next.
@@ -36,13 +44,13 @@ impl<'a> Pieces<'a> {
     pub(super) fn new(
         first: &'a [Piece],
         again: &'a [Piece],
-        fill: Fill<'a>,
+        access: Access<'a>,
         done: Done<'a>,
     ) -> Self {
         Self {
             first,
             again,
-            fill,
+            access,
             done,
             is_again: false,
             next: 0,
@@ -87,8 +95,14 @@ impl FragmentedMemory for Pieces<'_> {
         if self.failed() {
             return None;
         }
-        let piece = self.pieces().get(self.next)?;
-        self.next += 1;
+        let piece = loop {
+            let piece = self.pieces().get(self.next)?;
+            self.next += 1;
+            if self.is_again || !(self.access.passes)(piece) {
+                break piece;
+            }
+            (self.done)(piece);
+        };
         let start = usize::try_from(piece.starts.start).ok()?;
         Some(RegionDescription {
             start,
@@ -98,7 +112,7 @@ impl FragmentedMemory for Pieces<'_> {
 
     fn fetch(&mut self, _: &MemoryParams) -> Option<Region<'_>> {
         let piece = self.pieces().get(self.next.checked_sub(1)?)?;
-        if let Err(error) = (self.fill)(piece, &mut self.buffer) {
+        if let Err(error) = (self.access.fill)(piece, &mut self.buffer) {
             if let Some(failed) = self.failed {
                 *failed.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
             }

@@ -9,7 +9,7 @@ use boreal::Scanner;
 use boreal::scanner::{CallbackEvents, FragmentedScanMode, ScanCallbackResult, ScanEvent};
 
 use super::compile::GATE_SYMBOL;
-use super::memory::{self, Fill, Pieces};
+use super::memory::{self, Access, Pieces};
 use super::{PIECE, Piece, Places, REACH};
 use crate::parallel::{Sink, in_order};
 use crate::range::GpaRange;
@@ -30,7 +30,7 @@ pub(super) fn find(
     scanner: &Scanner,
     places: Places<'_>,
     threads: usize,
-    fill: Fill<'_>,
+    access: Access<'_>,
     done: impl Fn(u64),
 ) -> Result<Vec<GpaRange>> {
     let mut scanner = scanner.clone();
@@ -47,7 +47,7 @@ pub(super) fn find(
     );
     let mut windows: Vec<GpaRange> = Vec::new();
     let work = |batch: Vec<Piece>, sink: &Sink<Found>| {
-        let windows = in_batch(&scanner, &batch, fill)?;
+        let windows = in_batch(&scanner, &batch, access)?;
         sink.send(Found { windows, bytes: batch.iter().map(Piece::len).sum() })
     };
     in_order(threads, places.batches(REACH, PIECE, BATCH), work, |found| {
@@ -59,9 +59,9 @@ pub(super) fn find(
 }
 
 /// The memory around each match in a batch.
-fn in_batch(scanner: &Scanner, batch: &[Piece], fill: Fill<'_>) -> Result<Vec<GpaRange>> {
+fn in_batch(scanner: &Scanner, batch: &[Piece], access: Access<'_>) -> Result<Vec<GpaRange>> {
     let mut places: Vec<GpaRange> = Vec::new();
-    memory::scan(Pieces::new(batch, batch, fill, &|_| {}), |memory| {
+    memory::scan(Pieces::new(batch, batch, access, &|_| {}), |memory| {
         let scan = scanner.scan_fragmented_with_callback(memory, |event| {
             if let ScanEvent::RuleNoMatch(rule) = event {
                 let matches = rule.matches.iter().flat_map(|string| &string.matches);
