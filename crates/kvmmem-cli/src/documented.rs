@@ -25,14 +25,15 @@ fn pages() -> Vec<PathBuf> {
     found
 }
 
-/// The lines of the fenced blocks of shell commands, those that go on joined.
+/// The commands in fenced blocks: the lines of shell scripts, those that go on joined, and what is
+/// typed at a prompt.
 fn fenced(text: &str) -> Vec<String> {
     let mut lines: Vec<String> = Vec::new();
-    let (mut is_within, mut goes_on) = (false, false);
+    let (mut language, mut goes_on) = ("", false);
     for line in text.lines() {
-        if let Some(language) = line.strip_prefix("```") {
-            is_within = language == "sh";
-        } else if is_within {
+        if let Some(after) = line.strip_prefix("```") {
+            (language, goes_on) = (after, false);
+        } else if language == "sh" {
             match lines.last_mut().filter(|_| goes_on) {
                 Some(last) => *last += line.trim_start(),
                 None => lines.push(line.to_owned()),
@@ -41,6 +42,9 @@ fn fenced(text: &str) -> Vec<String> {
             if goes_on {
                 lines.last_mut().unwrap().pop();
             }
+        } else if language == "console" {
+            let typed = line.strip_prefix("# ").or_else(|| line.strip_prefix("$ "));
+            lines.extend(typed.map(str::to_owned));
         }
     }
     lines
@@ -63,7 +67,8 @@ fn inline(text: &str) -> Vec<String> {
 
 /// The commands of a line that run `program`, as words.
 fn commands(line: &str, program: &str) -> Vec<Vec<String>> {
-    let parts = line.split(['|', ';', '(', ')']).flat_map(|part| part.split("&&"));
+    let parts = line.split(['|', ';', '(', ')', '&']);
+    let parts = parts.map(|part| part.split_once(['<', '>']).map_or(part, |(before, _)| before));
     let words = parts.filter_map(shlex::split);
     let is_setting = |word: &String| word.contains('=') && !word.starts_with('-');
     let words = words.map(|words| words.into_iter().skip_while(is_setting).collect::<Vec<_>>());
@@ -139,14 +144,14 @@ fn every_command_in_the_help_is_taken() {
 #[test]
 fn the_commands_of_a_page_are_found() {
     let page = "`a b`\n\n```sh\nX=1 kvmmem grant create web1 \\\n    --rw   # a token\nqemu $(kvmmem qemu-args) x\nkvmmemd\n```\n\
-                ```rust\nkvmmem no\n```\n";
+                ```rust\nkvmmem no\n```\n```console\n# kvmmem grant list > list\nkvmmem no\n```\n";
     let lines = fenced(page);
-    assert_eq!(lines.len(), 3, "{lines:?}");
+    assert_eq!(lines.len(), 4, "{lines:?}");
     let found: Vec<String> = lines
         .iter()
         .flat_map(|line| commands(line, "kvmmem"))
         .map(|words| words.join(" "))
         .collect();
-    assert_eq!(found, ["kvmmem grant create web1 --rw", "kvmmem qemu-args"]);
+    assert_eq!(found, ["kvmmem grant create web1 --rw", "kvmmem qemu-args", "kvmmem grant list"]);
     assert_eq!(inline("`a b` c `d`"), ["a b", "d"]);
 }
