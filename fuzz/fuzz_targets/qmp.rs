@@ -9,8 +9,10 @@ use std::os::fd::AsFd;
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::sync::LazyLock;
+use std::time::Duration;
 
 use kvmmem_proto::map::MemoryMap;
+use kvmmem_qemu::monitor::Monitor;
 use kvmmem_qemu::qmp::{Qmp, QmpError};
 use kvmmem_qemu::{layout, mtree};
 
@@ -43,7 +45,6 @@ fuzz_target!(|bytes: &[u8]| {
 });
 
 fn ask(mut qmp: Qmp) {
-    let events = |qmp: &mut Qmp| while let Ok(true) = qmp.take_events(|_| {}) {};
     let tree = qmp.memory_tree();
     let (backends, memory, devices) =
         (qmp.memory_backends(), qmp.memory_size(), qmp.memory_devices());
@@ -56,17 +57,17 @@ fn ask(mut qmp: Qmp) {
     let _ = (qmp.vcpus(), qmp.host_address(0), qmp.registers(0, 2), qmp.status());
     let null = std::fs::File::open("/dev/null").expect("/dev/null");
     let _ = qmp.add_fd(null.as_fd(), None);
-    events(&mut qmp);
     // What is broken stays so.
     let failed = qmp.execute("query-status", json!({}));
     if !matches!(failed, Ok(_) | Err(QmpError::Refused { .. })) {
         assert!(qmp.execute("query-status", json!({})).is_err());
-        let ended = loop {
-            match qmp.take_events(|_| {}) {
-                Ok(true) => {}
-                ended => break ended,
-            }
-        };
-        assert!(ended.is_err());
     }
+    // The rest comes as events to a monitor, which notices the end.
+    let path = qmp.path().to_owned();
+    let monitor = Monitor::new(path, Some(qmp), || None, Duration::from_secs(1));
+    monitor.send("query-status", &json!({}), |_| {});
+    while monitor.is_up() {
+        monitor.step();
+    }
+    assert!(monitor.lend().is_err());
 }

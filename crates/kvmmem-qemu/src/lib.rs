@@ -3,7 +3,8 @@
 //! Hypervisor.
 //!
 //! The broker and the command line use this crate to list VMMs ([`discover`]), to open a VM's RAM
-//! ([`attach`]) and to ask QEMU for registers, pauses and changes ([`qmp`], [`monitor`]). A VMM is
+//! ([`attach`]) and to ask QEMU for registers, pauses and changes ([`qmp`], [`monitor`],
+//! [`listener`]). A VMM is
 //! found by what the kernel shows of its process ([`process`], [`mapping`]) and attached without
 //! stopping it.
 //!
@@ -22,6 +23,7 @@ pub mod confirm;
 pub mod discover;
 pub mod guest;
 pub mod layout;
+pub mod listener;
 pub mod live_update;
 pub mod mapping;
 pub mod monitor;

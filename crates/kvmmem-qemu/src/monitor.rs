@@ -1,314 +1,432 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Listens to a QEMU's monitor, on a thread of its own: one that hangs, floods or lies delays no
-//! other VM. The thread also passes on [`Questions`] of the broker's clients.
+//! The standing QMP connection to one QEMU, for all who use it: QEMU serves one client at a time, so
+//! a VM that is target and introspector has one `Monitor`.
+//!
+//! No thread belongs to it. Whoever waits for its socket calls [`Monitor::step`], which reads what
+//! has come, for a short time and without waiting, passes events on and answers commands. Two may
+//! do so: the second finds nothing to do. A step is due when the socket is readable, and at the
+//! time that the last step returned.
+//!
+//! Commands come from any thread, one is under way at a time: [`Monitor::send`] returns at once,
+//! and [`Monitor::lend`] gives a [`Qmp`] whose commands wait for their answers, for work that is
+//! done step by step on a thread that may wait (never on the one that steps).
+//!
+//! A lost connection is made anew by a thread that lasts as long as the attempt. What was plugged in
+//! or stopped over the old connection is still so: users hear [`MonitorEvent::Lost`] and
+//! [`MonitorEvent::Found`].
 
-use std::os::fd::OwnedFd;
-use std::path::PathBuf;
-use std::sync::Arc;
+mod connection;
+
+use std::fmt;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError, Weak};
 use std::time::{Duration, Instant};
 
 use kvmmem_proto::limit::RateLimit;
-use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
+use serde_json::Value;
 
-use super::pause::Stopped;
-use super::questions::{Question, Questions, Queue};
-use crate::qmp::{Qmp, QmpError};
+use crate::qmp::{LIMIT, Qmp, QmpError, QmpEvent, Shared};
+use connection::{Command, Connection, Output};
 
-/// How often QEMU is asked for its status and memory size, also while it floods events.
-const IDLE: Duration = Duration::from_secs(10);
+/// How soon a lost connection is made anew at first; each further attempt waits twice as long.
+const AGAIN: Duration = Duration::from_millis(100);
 
-/// How often it is asked whether a migration is over.
-const MIGRATING: Duration = Duration::from_millis(50);
+/// How soon to step again after another thread did.
+const SOON: Duration = Duration::from_millis(1);
 
-/// How long what it tells is gathered before more is listened to.
-const GATHER: Duration = Duration::from_millis(50);
+/// How often to look whether an attempt to connect has failed.
+const LOOK: Duration = Duration::from_millis(250);
 
-/// How soon a lost connection is made anew, and the longest pause between two attempts.
-const AGAIN: Duration = Duration::from_millis(250);
-const AGAIN_AT_LAST: Duration = Duration::from_secs(60);
+/// How long a command may wait for those before it.
+const QUEUE_LIMIT: Duration = Duration::from_secs(20);
 
-/// Virtual memory of the thread's stack, bytes; next to none of it is ever touched.
+/// Virtual memory of the stack of the thread that connects, bytes.
 const STACK: usize = 256 * 1024;
 
 /// A QEMU can cause these at will.
 static WARNINGS: RateLimit = RateLimit::new(2);
 
-/// A monitor that is listened to, until this is dropped.
-#[derive(Debug)]
+/// Connects again to the same QEMU, or finds that it cannot be reached now. May take seconds.
+pub type Find = dyn Fn() -> Option<Qmp> + Send + Sync;
+
+/// A connection that is there, or is coming back, until this is dropped or stopped.
 pub struct Monitor {
-    stop: Arc<OwnedFd>,
-    questions: Questions,
+    path: PathBuf,
+    find: Arc<Find>,
+    /// The longest pause between two attempts to connect.
+    again_at_last: Duration,
+    state: Mutex<State>,
+    /// Held while events and answers are passed on, which keeps their order.
+    passing: Mutex<()>,
+    subscribers: Mutex<Vec<Weak<dyn Subscriber>>>,
 }
 
-/// A monitor's socket.
-#[derive(Debug)]
-pub struct Socket {
-    /// Where it is.
-    pub path: PathBuf,
-    /// The process that listened when the VM was added: the VMM, or what has handed it the socket.
-    /// `None` where it is not known.
-    pub listener: Option<u32>,
-    /// The connection, where there is one.
-    pub qmp: Option<Qmp>,
+/// Receives what a monitor reports. Called by whoever steps the monitor, or by the thread that has
+/// connected: it must not wait, nor step.
+pub trait Subscriber: Send + Sync {
+    /// Something has happened; `counts` includes it.
+    fn hear(&self, event: &MonitorEvent, counts: Counts);
 }
 
-impl Socket {
-    /// The one of a connection, without it.
-    pub fn of(qmp: &Qmp) -> Self {
-        Self { path: qmp.path().to_owned(), listener: qmp.listener(), qmp: None }
-    }
+/// What a monitor reports.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum MonitorEvent {
+    /// An event of QEMU's.
+    Qmp(QmpEvent),
+    /// The connection is lost. What happens in QEMU from now on is not reported.
+    Lost,
+    /// There is a new connection, which has to be waited for.
+    Found,
 }
 
-impl From<Qmp> for Socket {
-    fn from(qmp: Qmp) -> Self {
-        let socket = Self::of(&qmp);
-        Self { qmp: Some(qmp), ..socket }
-    }
-}
-
-/// What a monitor has told.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum News {
-    /// The guest was reset.
-    Reset,
-    /// Memory may have been plugged in or out, or the connection is a new one.
-    Memory,
-    /// The VM has migrated: this QEMU does not run it any more.
-    Left,
-}
-
-/// What is done about news.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Next {
-    /// Listen on.
-    Listen,
-    /// Connect anew.
-    Reconnect,
-    /// The VM is no more listened to.
-    Stop,
-}
-
-/// What QEMU has told since the last time.
+/// How often something has happened.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-struct Heard {
-    reset: bool,
-    memory: bool,
-    stop: bool,
-    /// It may have sent more already.
-    more: bool,
+pub struct Counts {
+    /// The VM was reset.
+    pub resets: u64,
+    /// A connection was lost.
+    pub losses: u64,
+}
+
+/// When to step again, apart from when the socket is readable.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Step {
+    /// At this time at the latest; `None` for never.
+    pub until: Option<Instant>,
+    /// There is more to read than one step takes: others come first.
+    pub is_behind: bool,
+}
+
+#[derive(Debug)]
+struct State {
+    connection: Option<Connection>,
+    counts: Counts,
+    /// When to connect again, where nobody does.
+    again: Option<Instant>,
+    /// The pause before the next attempt but one.
+    pause: Duration,
+    is_stopped: bool,
 }
 
 impl Monitor {
-    /// Receives the events of a monitor. `tell` gets each change; `find` connects at first, and
-    /// again after a lost connection. A pause that no client has asked for again for `silence`
-    /// ends.
+    /// Takes a connection over, or makes the first one with `find`, which also connects again.
+    pub fn new(
+        path: PathBuf,
+        qmp: Option<Qmp>,
+        find: impl Fn() -> Option<Qmp> + Send + Sync + 'static,
+        again_at_last: Duration,
+    ) -> Arc<Self> {
+        let connection =
+            qmp.and_then(Qmp::into_own).map(|(lines, events)| Connection::new(lines, events));
+        let again = connection.is_none().then(Instant::now);
+        let state =
+            State { connection, counts: Counts::default(), again, pause: AGAIN, is_stopped: false };
+        Arc::new(Self {
+            path,
+            find: Arc::new(find),
+            again_at_last,
+            state: Mutex::new(state),
+            passing: Mutex::default(),
+            subscribers: Mutex::default(),
+        })
+    }
+
+    /// Where QEMU listens.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Adds a receiver of events.
+    pub fn subscribe(&self, subscriber: Weak<dyn Subscriber>) {
+        let mut subscribers = lock(&self.subscribers);
+        subscribers.retain(|subscriber| subscriber.strong_count() > 0);
+        subscribers.push(subscriber);
+    }
+
+    /// Removes a receiver. The connection ends with the last one.
+    pub fn unsubscribe(&self, subscriber: &Weak<dyn Subscriber>) {
+        let mut subscribers = lock(&self.subscribers);
+        subscribers.retain(|other| other.strong_count() > 0 && !Weak::ptr_eq(other, subscriber));
+        let is_last = subscribers.is_empty();
+        drop(subscribers);
+        if is_last {
+            self.stop();
+        }
+    }
+
+    /// Ends this connection, whose QEMU has answered what makes no sense; a new one is made.
+    pub fn reconnect(&self) {
+        if let Some(socket) = self.socket() {
+            shut_down(&socket);
+        }
+    }
+
+    /// The socket to wait for, to be read; `None` while there is no connection.
+    pub fn socket(&self) -> Option<Arc<OwnedFd>> {
+        self.state().connection.as_ref().map(|connection| Arc::clone(connection.stream()))
+    }
+
+    /// What has happened as far as it was read.
+    pub fn counts(&self) -> Counts {
+        self.state().counts
+    }
+
+    /// Whether there is a connection.
+    pub fn is_up(&self) -> bool {
+        self.state().connection.is_some()
+    }
+
+    /// Reads what has come, passes it on, and connects again where that is due. Does not wait.
+    pub fn step(self: &Arc<Self>) -> Step {
+        let now = Instant::now();
+        let passing = match self.passing.try_lock() {
+            Ok(passing) => passing,
+            Err(TryLockError::Poisoned(error)) => error.into_inner(),
+            Err(TryLockError::WouldBlock) => {
+                return Step { until: Some(now + SOON), is_behind: false };
+            }
+        };
+        let mut outputs = Vec::new();
+        let mut state = self.state();
+        let mut is_behind = false;
+        if let Some(connection) = &mut state.connection {
+            match connection.advance(&self.path, &mut outputs) {
+                Ok(more) => is_behind = more,
+                Err(error) => self.lose(&mut state, error, &mut outputs),
+            }
+        }
+        let is_due = state.again.is_some_and(|again| again <= now) && !state.is_stopped;
+        if is_due {
+            state.again = None;
+        }
+        drop(state);
+        self.pass(outputs);
+        drop(passing);
+        if is_due {
+            self.connect_again();
+        }
+        // What was passed on may have sent more.
+        let state = self.state();
+        let until = match &state.connection {
+            Some(connection) => connection.deadline(),
+            None if state.is_stopped => None,
+            None => Some(state.again.unwrap_or(now + LOOK)),
+        };
+        Step { until, is_behind }
+    }
+
+    /// Sends a command without waiting for its answer, which `reply` gets from whoever steps.
+    pub fn send(
+        &self,
+        command: &'static str,
+        arguments: &Value,
+        reply: impl FnOnce(Result<Value, QmpError>) + Send + 'static,
+    ) {
+        self.put(Command::new(command, arguments, None, Box::new(reply)), None);
+    }
+
+    /// The connection as it is now, for commands whose answers are waited for; they fail once it is
+    /// lost.
     ///
     /// # Errors
-    /// Where there are no file descriptors or threads left.
-    pub fn start(
-        qmp: Option<Qmp>,
-        find: impl Fn() -> Option<Qmp> + Send + 'static,
-        tell: impl FnMut(&mut Qmp, News) -> Next + Send + 'static,
-        silence: Duration,
-    ) -> std::io::Result<Self> {
-        let stop = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-        let stop = Arc::new(stop);
-        let queue = Queue::new()?;
-        let questions = Questions::new(Arc::new(queue.clone()));
-        let mut listener =
-            Listener { stop: Arc::clone(&stop), queue, stopped: Stopped::new(silence), find, tell };
-        let thread = std::thread::Builder::new().name("qmp-monitor".into()).stack_size(STACK);
-        thread.spawn(move || listener.run(qmp))?;
-        Ok(Self { stop, questions })
+    /// [`QmpError::Down`] where there is none.
+    pub fn lend(self: &Arc<Self>) -> Result<Qmp, QmpError> {
+        let state = self.state();
+        let connection = state.connection.as_ref().ok_or_else(|| self.down())?;
+        let (stream, losses) = (Arc::clone(connection.stream()), state.counts.losses);
+        let loan = Loan { monitor: Arc::clone(self), stream, losses };
+        Ok(Qmp::over(self.path.clone(), Box::new(loan)))
     }
 
-    /// What the monitor can be asked.
-    pub fn questions(&self) -> &Questions {
-        &self.questions
-    }
-}
-
-impl Drop for Monitor {
-    fn drop(&mut self) {
-        // It fails only where the counter is at its end, and then the thread wakes as well.
-        let _ = rustix::io::write(&self.stop, &1u64.to_ne_bytes());
-    }
-}
-
-struct Listener<F, T> {
-    stop: Arc<OwnedFd>,
-    queue: Queue,
-    /// The pause of the VM, where there is one.
-    stopped: Stopped,
-    find: F,
-    tell: T,
-}
-
-impl<F: Fn() -> Option<Qmp>, T: FnMut(&mut Qmp, News) -> Next> Listener<F, T> {
-    fn run(&mut self, connection: Option<Qmp>) {
-        self.listen_on(connection);
-        // Callers that still wait for an answer get an error.
-        self.queue.close();
+    /// Ends the connection for good; commands under way fail.
+    pub fn stop(&self) {
+        let mut state = self.state();
+        state.is_stopped = true;
+        state.again = None;
+        let connection = state.connection.take();
+        drop(state);
+        if let Some(mut connection) = connection {
+            let mut outputs = Vec::new();
+            connection.fail(self.down(), &self.path, &mut outputs);
+            outputs.into_iter().for_each(Output::answer);
+        }
     }
 
-    fn listen_on(&mut self, mut connection: Option<Qmp>) {
-        loop {
-            let Some(mut qmp) = connection.take().or_else(|| self.connect()) else { return };
-            self.stopped.reconnected(&mut qmp);
-            let listened = self.listen(&mut qmp);
-            self.stopped.end(&mut qmp);
-            match listened {
-                Ok(Next::Stop) => return,
-                Ok(_) => {}
-                Err(error) if self.is_stopped(GATHER) => {
-                    tracing::debug!(%error, "the QMP connection has ended with its QEMU");
-                    return;
-                }
-                Err(error) => {
-                    if let Some(suppressed) = WARNINGS.allow(Instant::now()) {
-                        tracing::warn!(
-                            suppressed, %error, "a QMP connection is lost; it is made anew where possible"
-                        );
+    /// Queues a command, for one connection alone where `losses` says so.
+    fn put(&self, command: Command, losses: Option<u64>) {
+        let mut state = self.state();
+        let is_meant = losses.is_none_or(|losses| losses == state.counts.losses);
+        match state.connection.as_mut().filter(|_| is_meant) {
+            Some(connection) => connection.put(command),
+            None => {
+                drop(state);
+                command.fail(self.down());
+            }
+        }
+    }
+
+    fn lose(&self, state: &mut State, error: QmpError, outputs: &mut Vec<Output>) {
+        let Some(mut connection) = state.connection.take() else { return };
+        self.warn(&error);
+        connection.fail(error, &self.path, outputs);
+        state.counts.losses += 1;
+        state.again = Some(Instant::now() + AGAIN);
+        state.pause = (AGAIN * 2).min(self.again_at_last);
+        outputs.push(Output::Lost);
+    }
+
+    fn connect_again(self: &Arc<Self>) {
+        let (find, me) = (Arc::clone(&self.find), Arc::downgrade(self));
+        let attempt = move || {
+            let found = find();
+            if let Some(monitor) = me.upgrade() {
+                monitor.found(
+                    found
+                        .and_then(Qmp::into_own)
+                        .map(|(lines, events)| Connection::new(lines, events)),
+                );
+            }
+        };
+        let thread = std::thread::Builder::new().name("qmp-connect".into()).stack_size(STACK);
+        if thread.spawn(attempt).is_err() {
+            self.found(None);
+        }
+    }
+
+    fn found(&self, connection: Option<Connection>) {
+        let mut state = self.state();
+        if state.is_stopped || state.connection.is_some() {
+            return;
+        }
+        if connection.is_none() {
+            state.again = Some(Instant::now() + state.pause);
+            state.pause = (state.pause * 2).min(self.again_at_last);
+            return;
+        }
+        (state.connection, state.pause) = (connection, AGAIN);
+        drop(state);
+        tracing::info!(path = %self.path.display(), "QEMU answers");
+        let _passing = lock(&self.passing);
+        self.pass(vec![Output::Found]);
+    }
+
+    /// Passes events and answers on, in their order.
+    fn pass(&self, outputs: Vec<Output>) {
+        if outputs.is_empty() {
+            return;
+        }
+        let subscribers: Vec<Arc<dyn Subscriber>> =
+            lock(&self.subscribers).iter().filter_map(Weak::upgrade).collect();
+        for output in outputs {
+            let event = match output {
+                Output::Event(event) => {
+                    if event.name == "RESET" {
+                        self.state().counts.resets += 1;
                     }
+                    MonitorEvent::Qmp(event)
                 }
-            }
-        }
-    }
-
-    /// Listens until told otherwise, or until the connection is lost.
-    fn listen(&mut self, qmp: &mut Qmp) -> Result<Next, QmpError> {
-        // The size is asked for before the layout, so that memory which is plugged in between is
-        // noticed below.
-        let mut memory = qmp.memory_size()?;
-        match (self.tell)(qmp, News::Memory) {
-            Next::Listen => {}
-            next => return Ok(next),
-        }
-        let (mut is_due, mut asked) = (true, Instant::now());
-        let mut next = Heard::take(qmp)?;
-        loop {
-            let mut heard = next;
-            if is_due || heard.stop {
-                asked = Instant::now();
-                // That a DIMM was plugged in is no event.
-                let now = qmp.memory_size()?;
-                heard.memory |= std::mem::replace(&mut memory, now) != now;
-            }
-            for news in heard.news() {
-                match (self.tell)(qmp, news) {
-                    Next::Listen => {}
-                    next => return Ok(next),
+                Output::Lost => MonitorEvent::Lost,
+                Output::Found => MonitorEvent::Found,
+                answer => {
+                    answer.answer();
+                    continue;
                 }
-            }
-            // That a migration is over is no event, unless a manager has asked for one.
-            let mut is_migrating = false;
-            if is_due || heard.stop {
-                match qmp.status()?.as_str() {
-                    "postmigrate" => return Ok((self.tell)(qmp, News::Left)),
-                    status => is_migrating = status == "finish-migrate",
-                }
-            }
-            if self.is_stopped(if heard.is_any() { GATHER } else { Duration::ZERO }) {
-                return Ok(Next::Stop);
-            }
-            for question in self.queue.take() {
-                self.answer(qmp, question);
-            }
-            if qmp.is_broken() {
-                return Ok(Next::Reconnect);
-            }
-            // What came with an answer is not to be waited for.
-            next = Heard::take(qmp)?;
-            is_due = is_migrating || asked.elapsed() >= IDLE;
-            if !next.is_any() {
-                is_due |= !self.hears(qmp, if is_migrating { MIGRATING } else { IDLE });
-                next = Heard::take(qmp)?;
-            }
+            };
+            let counts = self.counts();
+            subscribers.iter().for_each(|subscriber| subscriber.hear(&event, counts));
         }
     }
 
-    fn answer(&mut self, qmp: &mut Qmp, question: Question) {
-        // Who has given up waiting needs no answer.
-        match question {
-            Question::Registers { first, count, reply } => {
-                let _ = reply.send(qmp.registers(first, count).map_err(Into::into));
-            }
-            Question::Pause { holder, is_new, reply } => {
-                let _ = reply.send(self.stopped.hold(qmp, holder, is_new));
-            }
-            Question::Resume { holder, reply } => {
-                let _ = reply.send(self.stopped.release(qmp, holder));
-            }
+    fn warn(&self, error: &QmpError) {
+        if let Some(suppressed) = WARNINGS.allow(Instant::now()) {
+            let error: &dyn std::error::Error = error;
+            tracing::warn!(
+                path = %self.path.display(), suppressed, error,
+                "a QMP connection is lost; it is made anew where possible"
+            );
         }
     }
 
-    /// A connection, as soon as there is one; `None` once the listener is to end.
-    fn connect(&self) -> Option<Qmp> {
-        let mut pause = AGAIN;
-        loop {
-            if self.is_stopped(pause) {
-                return None;
-            }
-            // They are not answered, which their askers see at once.
-            drop(self.queue.take());
-            if let Some(qmp) = (self.find)() {
-                return Some(qmp);
-            }
-            pause = (pause * 2).min(AGAIN_AT_LAST);
-        }
+    fn down(&self) -> QmpError {
+        QmpError::Down(self.path.clone())
     }
 
-    /// Whether the monitor tells something, or is asked or stopped, within `pause`.
-    fn hears(&self, qmp: &Qmp, pause: Duration) -> bool {
-        let mut fds = [
-            PollFd::new(qmp, PollFlags::IN),
-            PollFd::new(&*self.stop, PollFlags::IN),
-            PollFd::new(&self.queue, PollFlags::IN),
-        ];
-        poll(&mut fds, pause);
-        fds.iter().any(|fd| !fd.revents().is_empty())
-    }
-
-    fn is_stopped(&self, pause: Duration) -> bool {
-        let mut fds = [PollFd::new(&*self.stop, PollFlags::IN)];
-        poll(&mut fds, pause);
-        fds.iter().any(|fd| !fd.revents().is_empty())
+    fn state(&self) -> MutexGuard<'_, State> {
+        lock(&self.state)
     }
 }
 
-impl Heard {
-    fn take(qmp: &mut Qmp) -> Result<Self, QmpError> {
-        let mut heard = Self::default();
-        heard.more = qmp.take_events(|event| heard.note(&event.name))?;
-        Ok(heard)
-    }
-
-    fn note(&mut self, event: &str) {
-        match event {
-            "RESET" => self.reset = true,
-            // The guest has taken a DIMM, or a device has left.
-            "ACPI_DEVICE_OST" | "DEVICE_DELETED" | "MEMORY_DEVICE_SIZE_CHANGE" => {
-                self.memory = true
-            }
-            "STOP" => self.stop = true,
-            _ => {}
-        }
-    }
-
-    fn is_any(self) -> bool {
-        self != Self::default()
-    }
-
-    fn news(self) -> impl Iterator<Item = News> {
-        let reset = self.reset.then_some(News::Reset);
-        reset.into_iter().chain(self.memory.then_some(News::Memory))
+impl fmt::Debug for Monitor {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Monitor").field("path", &self.path).finish_non_exhaustive()
     }
 }
 
-fn poll(fds: &mut [PollFd<'_>], pause: Duration) {
-    let pause = Timespec::try_from(pause).ok();
-    // An interrupted wait is a short one. No other failure is possible but for want of memory.
-    let _ = rustix::event::poll(fds, pause.as_ref());
+/// One connection of a monitor's, lent.
+#[derive(Debug)]
+struct Loan {
+    monitor: Arc<Monitor>,
+    stream: Arc<OwnedFd>,
+    /// How many connections were lost before this one.
+    losses: u64,
+}
+
+impl Shared for Loan {
+    fn execute(
+        &self,
+        command: &'static str,
+        arguments: &Value,
+        fd: Option<BorrowedFd<'_>>,
+        end: Option<Instant>,
+    ) -> Result<Value, QmpError> {
+        let path = self.monitor.path();
+        let failed = |source| QmpError::Connection { path: path.to_owned(), source };
+        let fd = fd.map(|fd| fd.try_clone_to_owned()).transpose().map_err(failed)?;
+        let (reply, answer) = mpsc::channel();
+        let reply = move |result| {
+            // Who has given up waiting needs no answer.
+            let _ = reply.send(result);
+        };
+        let command = Command::new(command, arguments, fd, Box::new(reply));
+        self.monitor.put(command, Some(self.losses));
+        let end = end.unwrap_or_else(|| Instant::now() + QUEUE_LIMIT);
+        loop {
+            let left = end.saturating_duration_since(Instant::now());
+            match answer.recv_timeout(left.min(LIMIT)) {
+                Ok(result) => return result,
+                Err(RecvTimeoutError::Disconnected) => return Err(self.monitor.down()),
+                // Who steps may not know that the command is due.
+                Err(RecvTimeoutError::Timeout) if left > LIMIT => drop(self.monitor.step()),
+                Err(RecvTimeoutError::Timeout) => {
+                    self.monitor.step();
+                    return answer
+                        .try_recv()
+                        .unwrap_or_else(|_| Err(QmpError::Silent(path.to_owned())));
+                }
+            }
+        }
+    }
+
+    fn fail(&self) {
+        shut_down(&self.stream);
+    }
+
+    fn socket(&self) -> BorrowedFd<'_> {
+        self.stream.as_fd()
+    }
+}
+
+/// Ends a connection; the next step reads its end.
+fn shut_down(socket: &OwnedFd) {
+    // It fails only where QEMU was faster.
+    let _ = rustix::net::shutdown(socket, rustix::net::Shutdown::Both);
+}
+
+/// Nothing here panics while it holds a lock; were something to, what it left is as good as before.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]

@@ -111,6 +111,12 @@ impl Stopped {
         let _ = self.resume(qmp);
     }
 
+    /// The connection is lost: the pause ends for all, once QEMU can be asked again.
+    pub(crate) fn lost(&mut self) {
+        self.holders.clear();
+        self.owes |= self.watcher.take().is_some();
+    }
+
     /// Makes up for what could not be done over the connection before.
     pub(crate) fn reconnected(&mut self, qmp: &mut Qmp) {
         if std::mem::take(&mut self.owes) {

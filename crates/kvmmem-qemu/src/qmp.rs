@@ -6,15 +6,15 @@
 //! next could be the answer to what was asked before.
 
 mod error;
-mod line;
-mod message;
+pub(crate) mod line;
+pub(crate) mod message;
 mod questions;
 mod registers;
 
 use std::collections::VecDeque;
+use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -39,24 +39,45 @@ const FULL_QUEUE_PAUSE: Duration = Duration::from_millis(10);
 
 /// The most events that are kept until they are taken, that come before an answer, and that are
 /// taken in one turn.
-const MAX_EVENTS: usize = 256;
+pub(crate) const MAX_EVENTS: usize = 256;
 
 /// How long events are taken in one turn.
-const TURN: Duration = Duration::from_millis(50);
+pub(crate) const TURN: Duration = Duration::from_millis(50);
 
-/// The most characters that are kept of what QEMU says of a failure.
-const MAX_DESCRIPTION: usize = 200;
-
-/// A connection that QEMU answers on.
+/// A connection that QEMU answers on: its own, or one that is lent by the
+/// [`Monitor`](crate::monitor::Monitor) that others use as well.
 #[derive(Debug)]
 pub struct Qmp {
     path: PathBuf,
-    lines: Lines,
+    channel: Channel,
     /// When the whole conversation must be over.
     end: Option<Instant>,
-    events: VecDeque<QmpEvent>,
     /// Something went wrong: nothing is asked any more.
     is_broken: bool,
+}
+
+#[derive(Debug)]
+enum Channel {
+    Own { lines: Lines, events: VecDeque<QmpEvent> },
+    Lent(Box<dyn Shared>),
+}
+
+/// A connection that others use as well.
+pub(crate) trait Shared: fmt::Debug + Send + Sync {
+    /// Carries out a command, and waits for its answer until `end`.
+    fn execute(
+        &self,
+        command: &'static str,
+        arguments: &Value,
+        fd: Option<BorrowedFd<'_>>,
+        end: Option<Instant>,
+    ) -> Result<Value, QmpError>;
+
+    /// Ends the connection for all: an answer made no sense.
+    fn fail(&self);
+
+    /// The connection.
+    fn socket(&self) -> BorrowedFd<'_>;
 }
 
 /// A file descriptor that QEMU has taken over, as `add-fd` returns it.
@@ -103,12 +124,12 @@ impl Qmp {
                 Err(source) => return Err(QmpError::Connect { path: path.to_owned(), source }),
             }
         };
-        let lines = Lines::new(UnixStream::from(socket));
-        let mut qmp =
-            Self { path: path.to_owned(), lines, end, events: VecDeque::new(), is_broken: false };
+        let lines = Lines::new(socket);
+        let channel = Channel::Own { lines, events: VecDeque::new() };
+        let mut qmp = Self { path: path.to_owned(), channel, end, is_broken: false };
         // Nothing is sent to what does not greet as QEMU does.
         const GREETING: &str = "the connection";
-        let deadline = qmp.deadline(LIMIT);
+        let deadline = qmp.deadline();
         if qmp.message(GREETING, deadline)?.greeting.is_none() {
             return Err(qmp.garbage(GREETING));
         }
@@ -122,14 +143,28 @@ impl Qmp {
         Self { end: None, ..self }
     }
 
+    /// A conversation over a connection that is another's.
+    pub(crate) fn over(path: PathBuf, lent: Box<dyn Shared>) -> Self {
+        Self { path, channel: Channel::Lent(lent), end: None, is_broken: false }
+    }
+
+    /// The connection with the events that have come, for a monitor; `None` where it is lent.
+    pub(crate) fn into_own(self) -> Option<(Lines, VecDeque<QmpEvent>)> {
+        match self.channel {
+            Channel::Own { lines, events } => Some((lines, events)),
+            Channel::Lent(_) => None,
+        }
+    }
+
+    /// A conversation that ends after `limit` in all.
+    #[must_use]
+    pub(crate) fn within(self, limit: Duration) -> Self {
+        Self { end: Some(Instant::now() + limit), ..self }
+    }
+
     /// Where it is connected to.
     pub fn path(&self) -> &Path {
         &self.path
-    }
-
-    /// Whether nothing can be asked any more.
-    pub(crate) fn is_broken(&self) -> bool {
-        self.is_broken
     }
 
     /// The state that the VM is in, such as `running` or `paused`.
@@ -143,7 +178,7 @@ impl Qmp {
 
     /// The process that listens: QEMU itself, or whoever handed it the socket.
     pub fn listener(&self) -> Option<u32> {
-        peer_credentials(self.lines.stream()).ok()?.pid
+        peer_credentials(self).ok()?.pid
     }
 
     /// Carries out a command; `arguments` is an object.
@@ -166,32 +201,32 @@ impl Qmp {
     }
 
     /// Takes the events that have come, those between commands and their answers first. Does not
-    /// wait, and takes no more than a turn's: returns whether more may be there. A QEMU that
-    /// sends events faster than they are taken is thus left in between.
+    /// wait, and takes no more than a turn's: returns whether more may be there.
     ///
     /// # Errors
     /// [`QmpError`], as [`Self::execute`].
     pub fn take_events(&mut self, mut take: impl FnMut(QmpEvent)) -> Result<bool, QmpError> {
         const EVENTS: &str = "no command";
         let began = Instant::now();
-        self.lines.begin();
+        self.deadline();
         for _ in 0..MAX_EVENTS {
-            if let Some(event) = self.events.pop_front() {
+            if let Some(event) = self.own(|_, events| Ok(events.pop_front()))? {
                 take(event);
                 continue;
             }
             self.check()?;
-            match self.lines.next(began) {
-                Ok(line) => {
-                    let message = self.parse(EVENTS, &line)?;
-                    if message.is_answer() {
-                        return Err(self.garbage(EVENTS));
-                    }
-                    message.into_event().map(&mut take);
-                }
-                Err(LineError::Silent) => return Ok(false),
-                Err(error) => return Err(self.failed(error)),
+            let line = self.own(|lines, _| match lines.next(began) {
+                Ok(line) => Ok(Some(line)),
+                Err(LineError::Silent) => Ok(None),
+                Err(error) => Err(error),
+            })?;
+            let Some(line) = line else { return Ok(false) };
+            let message: Message =
+                serde_json::from_slice(&line).map_err(|_| self.garbage(EVENTS))?;
+            if message.is_answer() {
+                return Err(self.garbage(EVENTS));
             }
+            message.into_event().map(&mut take);
             if began.elapsed() >= TURN {
                 break;
             }
@@ -199,7 +234,7 @@ impl Qmp {
         Ok(true)
     }
 
-    fn ask<T: DeserializeOwned>(
+    pub(crate) fn ask<T: DeserializeOwned>(
         &mut self,
         command: &'static str,
         arguments: Value,
@@ -223,49 +258,55 @@ impl Qmp {
         fd: Option<BorrowedFd<'_>>,
     ) -> Result<Value, QmpError> {
         self.check()?;
-        let deadline = self.deadline(LIMIT);
-        let mut text = json!({ "execute": command, "arguments": arguments }).to_string();
-        text.push('\n');
-        self.lines.send(text.as_bytes(), fd, deadline).map_err(|error| self.failed(error))?;
+        if let Channel::Lent(lent) = &self.channel {
+            let result = lent.execute(command, arguments, fd, self.end);
+            self.is_broken = result.as_ref().is_err_and(|error| !error.is_refusal());
+            return result;
+        }
+        let deadline = self.deadline();
+        let text = format!("{}\n", json!({ "execute": command, "arguments": arguments }));
+        self.own(|lines, _| lines.send(text.as_bytes(), fd, deadline))?;
         // What comes before the answer does not put the deadline off, and what has come by then is
         // not late: so it is counted, whatever it is.
         for _ in 0..=MAX_EVENTS {
             let message = self.message(command, deadline)?;
-            if !message.is_answer() {
-                self.keep(message)?;
-                continue;
+            if message.is_answer() {
+                return message.into_result(command);
             }
-            if let Some(failure) = message.error {
-                let description = failure.desc.chars().take(MAX_DESCRIPTION).collect();
-                return Err(QmpError::Refused { command, description });
-            }
-            return Ok(message.answer.unwrap_or_default());
+            self.own(|_, events| {
+                events.extend(message.into_event());
+                if events.len() > MAX_EVENTS { Err(LineError::TooMuch) } else { Ok(()) }
+            })?;
         }
-        Err(self.failed(LineError::TooMuch))
+        self.own(|_, _| Err(LineError::TooMuch))
     }
 
     fn message(&mut self, command: &'static str, deadline: Instant) -> Result<Message, QmpError> {
-        let line = self.lines.next(deadline).map_err(|error| self.failed(error))?;
-        self.parse(command, &line)
+        let line = self.own(|lines, _| lines.next(deadline))?;
+        serde_json::from_slice(&line).map_err(|_| self.garbage(command))
     }
 
-    fn parse(&mut self, command: &'static str, line: &[u8]) -> Result<Message, QmpError> {
-        serde_json::from_slice(line).map_err(|_| self.garbage(command))
-    }
-
-    /// Keeps what may be an event.
-    fn keep(&mut self, message: Message) -> Result<(), QmpError> {
-        if self.events.len() >= MAX_EVENTS {
-            return Err(self.failed(LineError::TooMuch));
-        }
-        self.events.extend(message.into_event());
-        Ok(())
+    /// Does something with this conversation's own connection, which is broken where it fails.
+    fn own<T>(
+        &mut self,
+        work: impl FnOnce(&mut Lines, &mut VecDeque<QmpEvent>) -> Result<T, LineError>,
+    ) -> Result<T, QmpError> {
+        let done = match &mut self.channel {
+            Channel::Own { lines, events } => work(lines, events),
+            Channel::Lent(_) => Err(LineError::Silent),
+        };
+        done.map_err(|error| {
+            self.is_broken = true;
+            error.of(&self.path)
+        })
     }
 
     /// A conversation hears what it waits for alone: the rest is bounded by its end.
-    fn deadline(&mut self, limit: Duration) -> Instant {
-        self.lines.begin();
-        let deadline = Instant::now() + limit;
+    fn deadline(&mut self) -> Instant {
+        if let Channel::Own { lines, .. } = &mut self.channel {
+            lines.begin();
+        }
+        let deadline = Instant::now() + LIMIT;
         self.end.map_or(deadline, |end| end.min(deadline))
     }
 
@@ -278,25 +319,21 @@ impl Qmp {
         }
     }
 
-    fn failed(&mut self, error: LineError) -> QmpError {
+    pub(crate) fn garbage(&mut self, command: &'static str) -> QmpError {
         self.is_broken = true;
-        let path = self.path.clone();
-        match error {
-            LineError::Silent => QmpError::Silent(path),
-            LineError::TooMuch => QmpError::TooMuch(path),
-            LineError::Io(source) => QmpError::Connection { path, source },
+        if let Channel::Lent(lent) = &self.channel {
+            lent.fail();
         }
-    }
-
-    fn garbage(&mut self, command: &'static str) -> QmpError {
-        self.is_broken = true;
         QmpError::Garbage { path: self.path.clone(), command }
     }
 }
 
 impl AsFd for Qmp {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.lines.stream().as_fd()
+        match &self.channel {
+            Channel::Own { lines, .. } => lines.stream().as_fd(),
+            Channel::Lent(lent) => lent.socket(),
+        }
     }
 }
 

@@ -1,20 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! What the broker's clients ask of a VMM. QEMU is asked by the thread that listens to its monitor,
-//! one question at a time, so that answers and events keep their order; a VMM that has registered
-//! its VM itself by the broker over the connection that registered it. Clients wait for a
-//! limited time.
+//! What the broker's clients ask of a VMM. QEMU is asked over its [`Monitor`], on the client's
+//! thread; a VMM that has registered its VM itself by the broker over the connection that
+//! registered it. Clients wait for a limited time.
+//!
+//! [`Monitor`]: crate::monitor::Monitor
 
-use std::collections::VecDeque;
 use std::fmt::Debug;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use kvmmem_proto::message::VcpuRegisters;
-use rustix::event::EventfdFlags;
 
 use crate::qmp::QmpError;
 
@@ -37,18 +35,6 @@ pub trait Ask: Debug + Send + Sync {
 /// What a VMM can be asked.
 #[derive(Clone, Debug)]
 pub struct Questions(Arc<dyn Ask>);
-
-/// The questions that wait for a monitor's thread.
-#[derive(Clone, Debug)]
-pub(crate) struct Queue(Arc<Shared>);
-
-#[derive(Debug)]
-struct Shared {
-    /// Readable while questions wait.
-    wake: OwnedFd,
-    /// `None` once no thread is there to answer.
-    waiting: Mutex<Option<VecDeque<Question>>>,
-}
 
 /// A question, and where its answer goes.
 #[derive(Debug)]
@@ -156,50 +142,6 @@ impl Questions {
         let (reply, answer) = mpsc::channel();
         self.0.put(question(reply))?;
         wait(&answer)
-    }
-}
-
-impl Queue {
-    pub(crate) fn new() -> io::Result<Self> {
-        let wake = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-        Ok(Self(Arc::new(Shared { wake, waiting: Mutex::new(Some(VecDeque::new())) })))
-    }
-
-    /// The questions that wait.
-    pub(crate) fn take(&self) -> VecDeque<Question> {
-        let mut waiting = self.lock();
-        // Whether there was anything to read does not matter.
-        let _ = rustix::io::read(&self.0.wake, &mut [0; 8]);
-        waiting.as_mut().map(std::mem::take).unwrap_or_default()
-    }
-
-    /// Ends all questions that wait, and those that come later.
-    pub(crate) fn close(&self) {
-        *self.lock() = None;
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Option<VecDeque<Question>>> {
-        self.0.waiting.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl Ask for Queue {
-    fn put(&self, question: Question) -> Result<(), AskError> {
-        let mut waiting = self.lock();
-        let list = waiting.as_mut().ok_or(AskError::NoConnection)?;
-        if list.len() >= MAX_WAITING && !matches!(question, Question::Resume { .. }) {
-            return Err(AskError::Busy);
-        }
-        list.push_back(question);
-        // It fails only where the counter is at its end, and then the thread wakes as well.
-        let _ = rustix::io::write(&self.0.wake, &1u64.to_ne_bytes());
-        Ok(())
-    }
-}
-
-impl AsFd for Queue {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.wake.as_fd()
     }
 }
 

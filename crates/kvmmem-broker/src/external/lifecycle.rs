@@ -10,9 +10,9 @@ use kvmmem_proto::map::Region;
 use kvmmem_proto::message::{Change, Registration};
 use kvmmem_qemu::attach::{self, AttachError, Opened, Seen};
 use kvmmem_qemu::backing::{Held, Source};
+use kvmmem_qemu::listener::{Listener, Listening, News, Next, Socket};
 use kvmmem_qemu::live_update;
 use kvmmem_qemu::mapping;
-use kvmmem_qemu::monitor::{Monitor, News, Next, Socket};
 use kvmmem_qemu::process::{FileId, Process};
 use kvmmem_qemu::qmp::{Qmp, QmpError};
 
@@ -35,7 +35,9 @@ impl Broker {
             let tell = move |qmp: &mut Qmp, news| {
                 teller.upgrade().map_or(Next::Stop, |it| it.hear(vm, qmp, news))
             };
-            Monitor::start(qmp, move || connect(&finder, vm, &path, listener), tell, silence)
+            let at = path.clone();
+            let find = move || connect(&finder, vm, &at, listener);
+            Listening::start(Listener::monitor(path, qmp, find), tell, silence)
         });
         let broker = Arc::downgrade(self);
         let ended = move |watched: Vec<Watched>| {

@@ -9,7 +9,7 @@ use kvmmem_proto::message::Which;
 use kvmmem_proto::message::{Answer, Refusal};
 use kvmmem_qemu::attach::{self, Opened};
 use kvmmem_qemu::backing::Source;
-use kvmmem_qemu::monitor::Socket;
+use kvmmem_qemu::listener::Socket;
 
 use crate::broker::{Broker, Refused};
 use crate::peer::Peer;

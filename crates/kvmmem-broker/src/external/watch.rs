@@ -5,7 +5,7 @@ use std::collections::HashSet;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use kvmmem_qemu::monitor::Monitor;
+use kvmmem_qemu::listener::Listening;
 use kvmmem_qemu::questions::Questions;
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
@@ -38,7 +38,7 @@ pub(crate) struct Watched {
     /// Becomes readable when the VMM ends.
     pub(crate) pidfd: Arc<OwnedFd>,
     /// What listens to the VMM.
-    pub(crate) monitor: Option<Monitor>,
+    pub(crate) monitor: Option<Listening>,
 }
 
 impl Watch {

@@ -1,307 +1,160 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Questions and pauses, with a fake QEMU.
+//! What a QEMU may do to a monitor and its users.
 
-use std::io::{BufRead, BufReader, Write};
-use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::PathBuf;
-use std::sync::{Mutex, MutexGuard, mpsc};
+use std::sync::atomic::{AtomicUsize, Ordering};
 
-use serde_json::{Value, json};
+use serde_json::json;
 
-use super::super::questions::AskError;
 use super::*;
-use crate::qmp::tests::GREETING;
+use crate::qmp::MAX_EVENTS;
+use crate::qmp::tests::{GREETING, flooded, serve};
 
 /// How long a test waits for what must happen.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// What goes wrong, at the next command of that name.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Fault {
-    Refuse,
-    Close,
-    /// It is carried out, and the connection ends before that is said.
-    CloseAfter,
-    Silence,
-    Garbage,
+/// Counts events, and keeps all but those of a flood.
+#[derive(Default)]
+struct Ear {
+    events: AtomicUsize,
+    others: Mutex<Vec<(MonitorEvent, Counts)>>,
 }
 
-#[derive(Debug)]
-struct Machine {
-    status: &'static str,
-    fault: Option<(&'static str, Fault)>,
-    registers: String,
-    vcpus: Value,
-    /// The commands that have come, without questions.
-    commands: Vec<String>,
-}
-
-/// A fake QEMU; its threads end with the test's process.
-struct Fake {
-    machine: Arc<Mutex<Machine>>,
-    path: PathBuf,
-    _directory: tempfile::TempDir,
-}
-
-impl Fake {
-    fn start(status: &'static str) -> Self {
-        let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("qmp");
-        let listener = UnixListener::bind(&path).unwrap();
-        let machine = Machine {
-            status,
-            fault: None,
-            registers: String::new(),
-            vcpus: json!([{ "cpu-index": 0 }]),
-            commands: vec![],
-        };
-        let machine = Arc::new(Mutex::new(machine));
-        let served = Arc::clone(&machine);
-        std::thread::spawn(move || {
-            for stream in listener.incoming() {
-                // One client at a time, as QEMU does it.
-                let _ = serve(&served, &stream.unwrap());
-            }
-        });
-        Self { machine, path, _directory: directory }
-    }
-
-    fn machine(&self) -> MutexGuard<'_, Machine> {
-        self.machine.lock().unwrap()
-    }
-
-    fn listen(&self) -> Monitor {
-        self.listen_for(PATIENCE)
-    }
-
-    /// A pause ends after `silence`.
-    fn listen_for(&self, silence: Duration) -> Monitor {
-        let path = self.path.clone();
-        Monitor::start(None, move || Qmp::connect(&path).ok(), |_, _| Next::Listen, silence)
-            .unwrap()
-    }
-
-    #[track_caller]
-    fn wait(&self, status: &str) {
-        let began = Instant::now();
-        while self.machine().status != status {
-            assert!(began.elapsed() < PATIENCE, "still waiting for {status}: {:?}", self.machine());
-            std::thread::sleep(Duration::from_millis(5));
+impl Subscriber for Ear {
+    fn hear(&self, event: &MonitorEvent, counts: Counts) {
+        match event {
+            MonitorEvent::Qmp(_) => drop(self.events.fetch_add(1, Ordering::Relaxed)),
+            other => lock(&self.others).push((other.clone(), counts)),
         }
     }
 }
 
-fn serve(machine: &Mutex<Machine>, stream: &UnixStream) -> std::io::Result<()> {
-    let mut writer = stream;
-    let mut send = |value: Value| writer.write_all(format!("{value}\n").as_bytes());
-    send(json!({ "QMP": {} }))?;
-    for line in BufReader::new(stream).lines() {
-        let request: Value = serde_json::from_str(&line?).unwrap();
-        let command = request["execute"].as_str().unwrap();
-        let mut machine = machine.lock().unwrap();
-        let fault = machine.fault.take_if(|(at, _)| *at == command).map(|(_, fault)| fault);
-        match fault {
-            Some(Fault::Refuse) => {
-                send(json!({ "error": { "desc": "no" } }))?;
-                continue;
-            }
-            Some(Fault::Close) => break,
-            Some(Fault::Silence) => continue,
-            Some(Fault::Garbage) => {
-                send(json!([]))?;
-                continue;
-            }
-            Some(Fault::CloseAfter) | None => {}
-        }
-        let answer = match command {
-            "stop" | "cont" => {
-                machine.status = if command == "stop" { "paused" } else { "running" };
-                machine.commands.push(command.to_owned());
-                json!({})
-            }
-            "query-status" => json!({ "status": machine.status }),
-            "query-memory-size-summary" => json!({ "base-memory": 1 }),
-            "query-cpus-fast" => machine.vcpus.clone(),
-            "human-monitor-command" => json!(machine.registers),
-            _ => json!({}),
-        };
-        drop(machine);
-        if fault == Some(Fault::CloseAfter) {
-            break;
-        }
-        match request.get("id") {
-            Some(id) => send(json!({ "return": answer, "id": id }))?,
-            None => send(json!({ "return": answer }))?,
-        }
-    }
-    stream.shutdown(std::net::Shutdown::Both)
+fn monitor(
+    qmp: Option<Qmp>,
+    find: impl Fn() -> Option<Qmp> + Send + Sync + 'static,
+) -> (Arc<Monitor>, Arc<Ear>) {
+    let monitor = Monitor::new("/run/qmp".into(), qmp, find, Duration::from_secs(1));
+    let ear = Arc::new(Ear::default());
+    monitor.subscribe(Arc::downgrade(&ear) as Weak<dyn Subscriber>);
+    (monitor, ear)
 }
 
-/// Asks as long as there is no connection yet.
-fn retry<T>(ask: impl Fn() -> Result<T, AskError>) -> Result<T, AskError> {
+/// Steps until a condition holds.
+#[track_caller]
+fn step_until(monitor: &Arc<Monitor>, is_so: impl Fn() -> bool) {
+    let began = Instant::now();
+    while !is_so() {
+        assert!(began.elapsed() < PATIENCE, "still waiting");
+        monitor.step();
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// Sends a command; its result comes here.
+fn send(monitor: &Monitor) -> mpsc::Receiver<Result<Value, QmpError>> {
+    let (reply, result) = mpsc::channel();
+    monitor.send("stop", &json!({}), move |answer| reply.send(answer).unwrap());
+    result
+}
+
+/// Steps until there is a result.
+#[track_caller]
+fn result(
+    monitor: &Arc<Monitor>,
+    result: &mpsc::Receiver<Result<Value, QmpError>>,
+) -> Result<Value, QmpError> {
     let began = Instant::now();
     loop {
-        match ask() {
-            Err(AskError::NoConnection) if began.elapsed() < PATIENCE => {
-                std::thread::sleep(Duration::from_millis(5));
-            }
-            answer => return answer,
+        assert!(began.elapsed() < PATIENCE, "still waiting");
+        monitor.step();
+        if let Ok(result) = result.recv_timeout(Duration::from_millis(1)) {
+            return result;
         }
     }
 }
 
 #[test]
-fn the_last_holder_resumes_a_vm_that_ran() {
-    let fake = Fake::start("running");
-    let monitor = fake.listen();
-    let questions = monitor.questions();
-    let (first, was_running) = retry(|| questions.pause()).unwrap();
-    assert!(was_running && first.check().unwrap());
-    let (second, was_running) = questions.pause().unwrap();
-    assert!(was_running);
-    first.end().unwrap();
-    assert_eq!(fake.machine().status, "paused");
-    assert!(second.check().unwrap());
-    drop(second);
-    fake.wait("running");
-    assert_eq!(fake.machine().commands, ["stop", "cont"]);
-}
-
-#[test]
-fn a_vm_that_did_not_run_stays_as_it_is() {
-    for status in ["paused", "suspended", "prelaunch"] {
-        let fake = Fake::start(status);
-        let monitor = fake.listen();
-        let (pause, was_running) = retry(|| monitor.questions().pause()).unwrap();
-        assert!(!was_running && !pause.check().unwrap());
-        pause.end().unwrap();
-        let machine = fake.machine();
-        assert_eq!((machine.status, machine.commands.len()), (status, 0));
+fn events_without_end_are_taken_in_turns() {
+    let (_directory, qmp) = flooded("{\"event\":\"RESET\",\"data\":{\"device\":\"d\"}}\n");
+    let (monitor, ear) = monitor(Some(qmp), || None);
+    let (mut turns, mut before) = (0, 0);
+    while turns < 10 {
+        turns += usize::from(monitor.step().is_behind);
+        let events = ear.events.load(Ordering::Relaxed);
+        assert!(events - before <= MAX_EVENTS, "{events}");
+        before = events;
     }
+    assert_eq!(monitor.counts().resets, before as u64);
+    // No command gets its answer, and none is waited for longer than others.
+    let (first, second) = (send(&monitor), send(&monitor));
+    assert!(matches!(result(&monitor, &first), Err(QmpError::TooMuch(_))));
+    assert!(matches!(result(&monitor, &second), Err(QmpError::Down(_))));
+    assert!(matches!(result(&monitor, &send(&monitor)), Err(QmpError::Down(_))));
+    let counts = monitor.counts();
+    assert_eq!(counts.losses, 1);
+    assert_eq!(*lock(&ear.others), [(MonitorEvent::Lost, counts)]);
+    assert!(monitor.socket().is_none() && monitor.lend().is_err());
 }
 
 #[test]
-fn a_pause_that_is_not_asked_for_again_ends() {
-    let fake = Fake::start("running");
-    let monitor = fake.listen_for(Duration::from_secs(1));
-    let questions = monitor.questions();
-    let (pause, _) = retry(|| questions.pause()).unwrap();
-    // As if this process were stopped.
-    fake.wait("running");
-    assert!(matches!(pause.check(), Err(AskError::Resumed)));
-    assert!(matches!(pause.end(), Err(AskError::Resumed)));
-    // The connection is still of use.
-    assert!(questions.pause().unwrap().1);
-    fake.wait("running");
+fn lines_without_meaning_are_counted_as_events_are() {
+    let (_directory, qmp) = flooded("{}\n");
+    let (monitor, ear) = monitor(Some(qmp), || None);
+    while !monitor.step().is_behind {}
+    let refused = result(&monitor, &send(&monitor));
+    assert!(matches!(refused, Err(QmpError::TooMuch(_))), "{refused:?}");
+    // What is no name of an event is not kept.
+    let long = "x".repeat(1000);
+    let (_directory, qmp) = flooded(&format!("{{\"event\":\"{long}\"}}\n"));
+    let (monitor, _ear) = self::monitor(Some(qmp), || None);
+    while !monitor.step().is_behind {}
+    assert_eq!(ear.events.load(Ordering::Relaxed), 0);
 }
 
 #[test]
-fn a_pause_that_has_ended_unnoticed_does_not_end_well() {
-    let fake = Fake::start("running");
-    let monitor = fake.listen();
-    let (pause, _) = retry(|| monitor.questions().pause()).unwrap();
-    fake.machine().status = "running";
-    assert!(matches!(pause.end(), Err(AskError::Resumed)));
-}
-
-#[test]
-fn a_vm_that_another_client_resumes_is_no_longer_paused() {
-    let fake = Fake::start("running");
-    let monitor = fake.listen();
-    let (pause, _) = retry(|| monitor.questions().pause()).unwrap();
-    fake.machine().status = "running";
-    assert!(matches!(pause.check(), Err(AskError::Resumed)));
-    assert!(matches!(pause.end(), Err(AskError::Resumed)));
-    // What became of it while it was stopped is not undone.
-    let (pause, _) = monitor.questions().pause().unwrap();
-    fake.machine().status = "internal-error";
-    pause.end().unwrap();
-    assert_eq!(fake.machine().status, "internal-error");
-}
-
-#[test]
-fn a_vm_runs_again_after_each_fault() {
-    for fault in [Fault::Close, Fault::CloseAfter, Fault::Silence, Fault::Garbage] {
-        for command in ["query-status", "stop", "cont"] {
-            let fake = Fake::start("running");
-            let monitor = fake.listen();
-            let (pause, _) = retry(|| monitor.questions().pause()).unwrap();
-            fake.machine().fault = Some((command, fault));
-            match command {
-                "cont" => drop(pause.end()),
-                "stop" => {
-                    pause.end().unwrap();
-                    let paused = monitor.questions().pause();
-                    assert!(paused.is_err(), "{command} {fault:?}: {paused:?}");
-                }
-                _ => {
-                    let checked = pause.check();
-                    assert!(checked.is_err(), "{command} {fault:?}: {checked:?}");
-                }
-            }
-            fake.wait("running");
-        }
-    }
-}
-
-#[test]
-fn a_target_that_is_removed_runs_again() {
-    let fake = Fake::start("running");
-    let monitor = fake.listen();
-    let questions = monitor.questions().clone();
-    let (pause, _) = retry(|| questions.pause()).unwrap();
-    drop(monitor);
-    fake.wait("running");
-    let began = Instant::now();
-    while !matches!(pause.check(), Err(AskError::NoConnection)) {
-        assert!(began.elapsed() < PATIENCE);
-    }
-    assert!(matches!(questions.registers(0, 1), Err(AskError::NoConnection)));
-}
-
-#[test]
-fn a_refusal_to_resume_is_told() {
-    let fake = Fake::start("running");
-    let monitor = fake.listen();
-    let (pause, _) = retry(|| monitor.questions().pause()).unwrap();
-    fake.machine().fault = Some(("cont", Fault::Refuse));
-    let error = pause.end().unwrap_err();
-    assert!(error.to_string().contains("refuses cont"), "{error}");
-}
-
-#[test]
-fn registers_that_make_no_sense_cost_no_connection() {
-    let fake = Fake::start("running");
-    let monitor = fake.listen();
-    fake.machine().registers = "RAX=x".to_owned();
-    let registers = retry(|| monitor.questions().registers(0, 1));
-    assert!(matches!(registers, Err(AskError::Qmp(QmpError::Garbage { .. }))), "{registers:?}");
-    // The same connection: a pause over it goes on.
-    let (pause, _) = monitor.questions().pause().unwrap();
-    assert!(monitor.questions().registers(0, 1).is_err());
-    assert!(pause.check().unwrap());
-    fake.machine().vcpus = json!([]);
-    assert_eq!(monitor.questions().registers(0, 1).unwrap(), (vec![], false));
-    fake.machine().vcpus = json!("many");
-    assert!(monitor.questions().registers(0, 1).is_err());
-    fake.wait("running");
-}
-
-#[test]
-fn memory_that_is_plugged_in_before_the_first_question_or_after_it_is_noticed() {
-    let size =
-        |plugged| format!("{{\"return\":{{\"base-memory\":1,\"plugged-memory\":{plugged}}}}}\n");
-    let (_directory, path, _qemu) = crate::qmp::tests::serve(vec![
-        GREETING.into(),
-        "{\"return\":{}}\n".into(),
-        size(0),
-        size(1),
-    ]);
+fn a_command_that_is_not_answered_costs_the_connection_and_a_new_one_is_made() {
+    let ready = || vec![GREETING.to_owned(), "{\"return\":{}}\n".to_owned()];
+    let (_directory, path, _qemu) = serve(ready());
+    let (_second_directory, second, _second_qemu) =
+        serve([ready(), vec!["{\"return\":{\"status\":\"running\"}}\n".to_owned()]].concat());
     let qmp = Qmp::connect(&path).unwrap();
-    let (told, news) = mpsc::channel();
-    let tell = move |_: &mut Qmp, news| told.send(news).map_or(Next::Stop, |()| Next::Listen);
-    let _monitor = Monitor::start(Some(qmp), || None, tell, PATIENCE).unwrap();
-    for _ in 0..2 {
-        assert_eq!(news.recv_timeout(Duration::from_secs(60)), Ok(News::Memory));
-    }
+    let (monitor, ear) = monitor(Some(qmp), move || Qmp::connect(&second).ok());
+    let mut lent = monitor.lend().unwrap();
+    // Nobody else steps: who waits does it when the command is due.
+    assert!(matches!(lent.status(), Err(QmpError::Silent(_))));
+    step_until(&monitor, || lock(&ear.others).len() == 2);
+    let heard: Vec<MonitorEvent> =
+        lock(&ear.others).iter().map(|(event, _)| event.clone()).collect();
+    assert_eq!(heard, [MonitorEvent::Lost, MonitorEvent::Found]);
+    // What was lent is of the old connection.
+    assert!(lent.status().is_err());
+    let mut lent = monitor.lend().unwrap();
+    let stepped = Arc::clone(&monitor);
+    let status = std::thread::spawn(move || lent.status());
+    step_until(&stepped, || status.is_finished());
+    assert_eq!(status.join().unwrap().unwrap(), "running");
+}
+
+#[test]
+fn an_answer_to_no_command_costs_the_connection() {
+    let (_directory, path, _qemu) =
+        serve(vec![GREETING.into(), "{\"return\":{}}\n{\"return\":{}}\n".into()]);
+    let (monitor, ear) = monitor(Some(Qmp::connect(&path).unwrap()), || None);
+    step_until(&monitor, || !lock(&ear.others).is_empty());
+    assert!(!monitor.is_up());
+}
+
+#[test]
+fn the_connection_ends_with_the_last_user() {
+    let (_directory, path, qemu) = serve(vec![GREETING.into(), "{\"return\":{}}\n".into()]);
+    let (monitor, ear) = monitor(Some(Qmp::connect(&path).unwrap()), || None);
+    let other = Arc::new(Ear::default());
+    let subscriber = |ear: &Arc<Ear>| Arc::downgrade(ear) as Weak<dyn Subscriber>;
+    monitor.subscribe(subscriber(&other));
+    monitor.unsubscribe(&subscriber(&ear));
+    assert!(monitor.is_up());
+    let command = send(&monitor);
+    monitor.unsubscribe(&subscriber(&other));
+    assert!(matches!(command.recv().unwrap(), Err(QmpError::Down(_))));
+    qemu.join().unwrap();
+    assert_eq!(monitor.step(), Step { until: None, is_behind: false });
 }

@@ -16,6 +16,9 @@ pub enum QmpError {
         #[source]
         source: io::Error,
     },
+    /// The connection was lost before, and there is no new one yet.
+    #[error("QEMU's QMP socket {0} does not answer")]
+    Down(PathBuf),
     /// There was no answer in time.
     #[error(
         "nothing answers at the QMP socket {0} in time; is another client connected to it? QEMU serves one at a time"
@@ -55,5 +58,10 @@ impl QmpError {
     /// Whether QEMU did answer, if only to refuse: the connection is as good as before.
     pub fn is_refusal(&self) -> bool {
         matches!(self, Self::Refused { .. })
+    }
+
+    /// Whether QEMU's words for a refusal contain a text.
+    pub fn says(&self, words: &str) -> bool {
+        matches!(self, Self::Refused { description, .. } if description.contains(words))
     }
 }

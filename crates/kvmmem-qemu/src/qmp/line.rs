@@ -1,15 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Lines over a stream socket, each way with a deadline.
 
-use std::io::{self, IoSlice, Read};
+use std::io::{self, IoSlice};
 use std::mem::MaybeUninit;
-use std::os::fd::BorrowedFd;
-use std::os::unix::net::UnixStream;
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::path::Path;
+use std::sync::Arc;
 use std::time::Instant;
 
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
+
+use super::error::QmpError;
 
 /// The most that is read for one command, bytes. A memory tree of some 100 devices has 200 KiB.
 pub(crate) const MAX_RECEIVED: usize = 8 * 1024 * 1024;
@@ -20,7 +23,7 @@ const CHUNK: usize = 16 * 1024;
 /// A connected stream, and what was received after the last line.
 #[derive(Debug)]
 pub(crate) struct Lines {
-    stream: UnixStream,
+    stream: Arc<OwnedFd>,
     buffer: Vec<u8>,
     /// Where in the buffer the next line begins.
     start: usize,
@@ -38,12 +41,24 @@ pub(crate) enum LineError {
     Io(io::Error),
 }
 
+impl LineError {
+    /// What it means for a connection to QEMU.
+    pub(crate) fn of(self, path: &Path) -> QmpError {
+        let path = path.to_owned();
+        match self {
+            Self::Silent => QmpError::Silent(path),
+            Self::TooMuch => QmpError::TooMuch(path),
+            Self::Io(source) => QmpError::Connection { path, source },
+        }
+    }
+}
+
 impl Lines {
-    pub(crate) fn new(stream: UnixStream) -> Self {
-        Self { stream, buffer: Vec::new(), start: 0, received: 0 }
+    pub(crate) fn new(stream: OwnedFd) -> Self {
+        Self { stream: Arc::new(stream), buffer: Vec::new(), start: 0, received: 0 }
     }
 
-    pub(crate) fn stream(&self) -> &UnixStream {
+    pub(crate) fn stream(&self) -> &Arc<OwnedFd> {
         &self.stream
     }
 
@@ -107,11 +122,11 @@ impl Lines {
             has_looked = true;
             self.wait(PollFlags::IN, deadline)?;
             let mut chunk = [0; CHUNK];
-            let count = match self.stream.read(&mut chunk) {
+            let count = match rustix::io::read(&self.stream, &mut chunk) {
                 Ok(0) => return Err(LineError::Io(io::ErrorKind::UnexpectedEof.into())),
                 Ok(count) => count,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                Err(error) => return Err(LineError::Io(error)),
+                Err(Errno::INTR) => continue,
+                Err(error) => return Err(LineError::Io(error.into())),
             };
             self.received += count;
             if self.received > MAX_RECEIVED {

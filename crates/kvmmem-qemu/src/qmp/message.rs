@@ -4,9 +4,14 @@
 use serde::Deserialize;
 use serde_json::Value;
 
+use super::error::QmpError;
+
 /// The longest name of an event, and of its device, bytes: what is longer is not one of QEMU's, and
 /// is not kept.
 const MAX_NAME: usize = 256;
+
+/// The most characters that are kept of what QEMU says of a failure.
+const MAX_DESCRIPTION: usize = 200;
 
 /// Something that happened in QEMU.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -23,8 +28,8 @@ pub(crate) struct Message {
     #[serde(rename = "QMP")]
     pub(crate) greeting: Option<Value>,
     #[serde(rename = "return")]
-    pub(crate) answer: Option<Value>,
-    pub(crate) error: Option<Failure>,
+    answer: Option<Value>,
+    error: Option<Failure>,
     /// That of the command that it answers.
     id: Option<Value>,
     event: Option<String>,
@@ -40,8 +45,8 @@ struct EventData {
 
 /// Why a command was refused.
 #[derive(Deserialize)]
-pub(crate) struct Failure {
-    pub(crate) desc: String,
+struct Failure {
+    desc: String,
 }
 
 impl Message {
@@ -49,6 +54,17 @@ impl Message {
     /// with a copy of the connection ([`crate::pause`]).
     pub(crate) fn is_answer(&self) -> bool {
         self.id.is_none() && (self.answer.is_some() || self.error.is_some())
+    }
+
+    /// What it answers to `command`.
+    pub(crate) fn into_result(self, command: &'static str) -> Result<Value, QmpError> {
+        match self.error {
+            Some(failure) => {
+                let description = failure.desc.chars().take(MAX_DESCRIPTION).collect();
+                Err(QmpError::Refused { command, description })
+            }
+            None => Ok(self.answer.unwrap_or_default()),
+        }
     }
 
     /// The event that it is; `None` for what a later QEMU may say besides.
