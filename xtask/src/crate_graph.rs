@@ -82,4 +82,17 @@ mod tests {
         assert_eq!(check(&package("kvmmem", "serde", None, None)), [""; 0]);
         assert_eq!(check(&package("kvmmem-new", "serde", None, None)).len(), 1);
     }
+
+    #[test]
+    fn the_architecture_has_the_same_table() {
+        let page = project::root().join("docs/design/architecture.md");
+        let text = std::fs::read_to_string(page).unwrap();
+        for (name, allowed) in ALLOWED {
+            let row = text.lines().find(|line| line.starts_with(&format!("| `{name}` |"))).unwrap();
+            let short: Vec<_> =
+                allowed.iter().map(|name| name.trim_start_matches("kvmmem-")).collect();
+            let cell = row.trim_end_matches('|').rsplit('|').next().unwrap();
+            assert_eq!(cell.trim(), short.join(", "), "{row}");
+        }
+    }
 }
