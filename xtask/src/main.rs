@@ -76,6 +76,8 @@ enum Verb {
     Check(check::Options),
     /// Run every test there is
     Test(test::Options),
+    /// Explore every order of what happens to the broker's core, and every interleaving of the races
+    Model,
     /// Run end-to-end scenarios: all of them, or those named
     E2e {
         /// List the scenarios
@@ -180,6 +182,7 @@ fn run(verb: Verb) -> Result<i32> {
         Verb::Demo => on_host(Wanted::All, &verbs::demo()),
         Verb::Check(options) => Ok(i32::from(!check::run(&options)?)),
         Verb::Test(options) => Ok(i32::from(!test::run(&options)?)),
+        Verb::Model => Ok(i32::from(!test::run(&test::Options::models())?)),
         Verb::Busy { parent } => load::busy(parent),
         Verb::E2e { list: true, .. } => {
             print!("{}{}", verbs::list()?, linux::LISTED);

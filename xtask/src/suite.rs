@@ -17,6 +17,8 @@ pub(crate) enum Name {
     Style,
     /// Unit and property tests
     Unit,
+    /// Every order of what happens to the broker's core
+    Model,
     /// Every interleaving of the races
     Loom,
     /// The Debian packages

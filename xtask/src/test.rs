@@ -32,6 +32,13 @@ pub(crate) struct Options {
     only: Vec<Name>,
 }
 
+impl Options {
+    /// The suites that search for an order of events that breaks a promise.
+    pub(crate) fn models() -> Self {
+        Self { repeat: 1, load: 0, only: vec![Name::Model, Name::Loom] }
+    }
+}
+
 /// Runs the suites that are wanted; returns whether nothing failed.
 pub(crate) fn run(options: &Options) -> Result<bool> {
     let is_wanted = |name: &Name| options.only.is_empty() || options.only.contains(name);
@@ -82,7 +89,7 @@ impl Runner {
                 Name::Module | Name::Tools | Name::Linux | Name::E2e | Name::Qemu => {
                     self.bed()?;
                 }
-                Name::Style | Name::Loom | Name::Packages => {}
+                Name::Style | Name::Model | Name::Loom | Name::Packages => {}
             }
         }
         Ok(())
@@ -106,6 +113,7 @@ impl Runner {
         match name {
             Name::Style => style::run(&self.cache, &mut suite)?,
             Name::Unit => units(&self.cache, &mut suite)?,
+            Name::Model => model(&self.cache, &mut suite)?,
             Name::Loom => loom(&self.cache, &mut suite)?,
             Name::Packages => dist::check::run(&self.cache, &mut suite),
             Name::Module | Name::Tools | Name::Linux | Name::E2e | Name::Qemu => match self.bed() {
@@ -142,6 +150,19 @@ fn units(cache: &Cache, suite: &mut Suite) -> Result<()> {
 
 fn unit(log: &Path) -> Tool {
     Tool::new(project::cargo(), log).args(["test", "--workspace"]).dir(project::root())
+}
+
+/// Every order of what happens to the broker's core; `unit` explores a smaller one.
+fn model(cache: &Cache, suite: &mut Suite) -> Result<()> {
+    let log = cache.fresh_log("model")?;
+    let result = ui::step("the model of the broker's core", || {
+        Tool::new(project::cargo(), &log)
+            .args(["test", "--release", "--package", "kvmmem-broker", "--lib", "core::model"])
+            .args(["--", "--include-ignored", "--nocapture"])
+            .dir(project::root())
+            .run()
+    });
+    suite.cargo_test(&log, result)
 }
 
 /// Every interleaving of the races, where a crate has such tests.

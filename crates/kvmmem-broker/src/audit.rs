@@ -19,7 +19,7 @@ use kvmmem_proto::endpoint::Endpoint;
 use kvmmem_proto::message::{Caller, Change, KvmiPolicy, OnSilence, Revoked};
 use kvmmem_proto::scope::Scope;
 
-use crate::grants::View;
+use crate::core::grants::View;
 use crate::peer::Peer;
 use crate::registry::Vm;
 use file::Lines;

@@ -9,7 +9,7 @@
 use std::collections::HashMap;
 use std::error::Error;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use kvmmem_proto::credentials::Credentials;
@@ -19,16 +19,15 @@ use kvmmem_proto::message::{Answer, Change, KvmiPolicy, Refusal};
 
 use crate::audit::Audit;
 use crate::buffers::Buffers;
+use crate::core::Core;
+use crate::core::grants::View;
+use crate::core::quota::{Limits, Quota};
 use crate::external::watch::Watch;
-use crate::grants::{Grants, View};
 use crate::hook::{HookError, Owner};
 use crate::introspector::Introspectors;
 use crate::peer::Peer;
-use crate::policy::Policies;
-use crate::quota::{Limits, Quota};
 use crate::reactor::Reactor;
 use crate::registry::{FIRST_CID, RegisterError, Registry, Vm};
-use crate::revoke::Confirmations;
 use crate::session;
 use crate::state::State;
 use crate::workers::Workers;
@@ -50,11 +49,11 @@ pub struct Broker {
     /// How far its clock is ahead of the system's, nanoseconds: tests let time pass.
     ahead: AtomicU64,
     registry: Mutex<Registry>,
-    grants: Mutex<Grants>,
-    policies: Mutex<Policies>,
+    core: Mutex<Core>,
+    /// Signalled when a revocation may be done. Goes with `core`.
+    confirmed: Condvar,
     /// All connections, by number.
     peers: Mutex<HashMap<u64, Arc<Peer>>>,
-    confirmations: Confirmations,
     hooks: Mutex<Quota>,
     /// The VMMs of the VMs that the broker has attached by itself.
     external: Watch,
@@ -124,10 +123,9 @@ impl Broker {
             limits,
             ahead: AtomicU64::new(0),
             registry: Mutex::new(Registry::new(limits.vms)),
-            grants: Mutex::new(Grants::new(limits.grants)),
-            policies: Mutex::new(Policies::new(limits.policies)),
+            core: Mutex::new(Core::new(&limits)),
+            confirmed: Condvar::new(),
             peers: Mutex::default(),
-            confirmations: Confirmations::default(),
             hooks: Mutex::new(Quota::new(limits.hooks)),
             external: Watch::new(&reactor, &services),
             adding: Mutex::default(),
@@ -166,16 +164,12 @@ impl Broker {
         self.registry.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(crate) fn grants(&self) -> MutexGuard<'_, Grants> {
-        self.grants.lock().unwrap_or_else(PoisonError::into_inner)
+    pub(crate) fn core(&self) -> MutexGuard<'_, Core> {
+        self.core.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn hooks(&self) -> MutexGuard<'_, Quota> {
         self.hooks.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    pub(crate) fn policies(&self) -> MutexGuard<'_, Policies> {
-        self.policies.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn peers(&self) -> MutexGuard<'_, HashMap<u64, Arc<Peer>>> {
@@ -215,8 +209,9 @@ impl Broker {
         &self.introspectors
     }
 
-    pub(crate) fn confirmations(&self) -> &Confirmations {
-        &self.confirmations
+    /// Signalled when a revocation may be done.
+    pub(crate) fn confirmed(&self) -> &Condvar {
+        &self.confirmed
     }
 
     /// The audit log.
@@ -226,12 +221,12 @@ impl Broker {
 
     /// Sets what tokens allow that KVMI makes for targets that have no policy of their own.
     pub fn set_kvmi_tokens(&self, policy: KvmiPolicy) {
-        self.policies().set_default(policy);
+        self.core().policies.set_default(policy);
     }
 
     /// How many grants and views there are.
     pub fn grant_count(&self) -> (usize, usize) {
-        self.grants().len()
+        self.core().grants.len()
     }
 
     /// A page of the VMs whose number is above `after`.
@@ -347,10 +342,8 @@ impl Broker {
             self.retire(vm);
         }
         peer.end_channels();
-        let ended = self.grants().forget_peer(self.now(), peer.number());
-        self.tell_ended(&ended, "the connection ended");
+        self.peer_lost(peer.number());
         self.peers().remove(&peer.number());
-        self.confirmations.forget_peer(peer.number());
     }
 
     /// Does what the end of a VM demands: its tokens and views die, its sessions end, whoever knows
@@ -359,7 +352,7 @@ impl Broker {
         vm.mark_gone();
         let removed = self.registry().remove(vm.id());
         drop(removed);
-        let ended = self.grants().forget_target(vm.id());
+        let ended = self.core().target_gone(vm.id());
         vm.hooks().close();
         if vm.registration().cid.is_some() {
             let targets: Vec<Arc<Vm>> = self.registry().after(0).cloned().collect();
@@ -423,6 +416,13 @@ impl Broker {
             peer.changed(vm.id(), &layout);
         }
         Ok(())
+    }
+
+    /// Records that a connection has ended, or never was.
+    pub(crate) fn peer_lost(&self, peer: u64) {
+        let closed = self.core().peer_lost(self.now(), peer);
+        self.confirmed.notify_all();
+        self.tell_ended(&closed, "the connection ended");
     }
 
     /// Writes down which views have ended.

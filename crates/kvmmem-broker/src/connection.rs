@@ -13,10 +13,10 @@ use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 
 use crate::broker::{Broker, Refused};
+use crate::core::role::Role;
 use crate::peer::Peer;
 use crate::ram::Ram;
 use crate::registry::{RegisterError, Vm};
-use crate::role::Role;
 use crate::vcpus::Held;
 
 /// How long a wrong token, or a call that makes no sense, delays the next request of that

@@ -109,7 +109,7 @@ impl Broker {
         let ended = || {
             Refused::new(Refusal::Unknown, format!("view {view} is not open on this connection"))
         };
-        let (target, scope) = self.grants().reach(view, peer.number()).ok_or_else(ended)?;
+        let (target, scope) = self.core().grants.reach(view, peer.number()).ok_or_else(ended)?;
         let vm = self.registry().get(target).filter(|vm| !vm.is_gone()).ok_or_else(ended)?;
         let regions = vm.ram().map(|ram| scope.regions(&ram.layout().map)).unwrap_or_default();
         Ok((vm, regions, scope.rights))

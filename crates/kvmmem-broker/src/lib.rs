@@ -4,8 +4,7 @@
 //!
 //! VMMs register their VMs over a unix socket and keep the connection open while the VM runs;
 //! operators add others, whose VMM knows nothing of the broker. The broker keeps the VMs in a
-//! [`registry`], connects targets to tools ([`hook`]), makes and revokes grants ([`grants`],
-//! [`policy`]) and writes an audit log ([`audit`]). Tools in guests under a stock QEMU connect
+//! [`registry`], connects targets to tools ([`hook`]), makes and revokes grants and writes an audit log ([`audit`]). Tools in guests under a stock QEMU connect
 //! to the [`guest_endpoint`]. What travels is `kvmmem-proto`, the peers' ends are `kvmmem-client`
 //! and `kvmmem::host`.
 #![deny(unsafe_code)]
@@ -16,20 +15,17 @@ mod buffers;
 mod connect;
 mod connection;
 pub mod copies;
+mod core;
 mod external;
-pub mod grants;
 pub mod guest_endpoint;
 pub mod hook;
 pub mod introspector;
 pub mod options;
 pub mod peer;
-pub mod policy;
-pub mod quota;
 pub mod ram;
 mod reactor;
 pub mod registry;
 mod revoke;
-mod role;
 pub mod server;
 mod session;
 mod state;
@@ -40,3 +36,5 @@ mod vcpus;
 mod views;
 mod vmm_questions;
 mod workers;
+
+pub use core::quota;

@@ -17,7 +17,7 @@ use rustix::io::Errno;
 
 use crate::audit::Limits;
 use crate::copies;
-use crate::grants::{KVMI_LIFETIME, Opened};
+use crate::core::grants::{KVMI_LIFETIME, Opened};
 use crate::ram::{Layout, Ram};
 use crate::registry::Vm;
 use crate::vmm_questions::VmmQuestions;

@@ -11,9 +11,9 @@ use kvmmem_proto::message::{Registration, TargetInfo};
 use kvmmem_proto::name::{MAX_NAME, is_name};
 use uuid::Uuid;
 
+use crate::core::quota::{Bound, Exceeded, Quota};
 use crate::hook::Hooks;
 use crate::peer::Peer;
-use crate::quota::{Bound, Exceeded, Quota};
 use crate::ram::{Ram, RamError};
 
 /// The most VMs that are registered at a time.

@@ -25,8 +25,8 @@ use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
 use crate::broker::{Broker, Refused};
 use crate::connection;
+use crate::core::quota::{Exceeded, Limits, Quota};
 use crate::peer::Peer;
-use crate::quota::{Exceeded, Limits, Quota};
 
 /// The most connections at a time: each has a thread.
 pub const MAX_CONNECTIONS: usize = 2560;

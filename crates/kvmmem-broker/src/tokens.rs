@@ -15,7 +15,7 @@ use kvmmem_proto::scope::{Scope, ScopeError};
 use uuid::Uuid;
 
 use crate::broker::{Broker, Refused};
-use crate::grants::{Holder, KVMI_LIFETIME, Listed, Opened, Redeemed, Terms, UseError, User};
+use crate::core::grants::{Holder, KVMI_LIFETIME, Listed, Opened, Redeemed, Terms, UseError, User};
 use crate::hook::Owner;
 use crate::peer::Peer;
 use crate::ram::Ram;
@@ -77,7 +77,8 @@ impl Broker {
     }
 
     fn mint_for(&self, now: Instant, target: &Vm, owner: Owner) -> Result<Minted, KvmError> {
-        let scope = self.policies().of(target.registration().uuid).scope().ok_or(KvmError::Perm)?;
+        let scope =
+            self.core().policies.of(target.registration().uuid).scope().ok_or(KvmError::Perm)?;
         let tool = match owner {
             // Not by the context id, which may be another VM's by now.
             Owner::Vm(vm) => Some(self.registry().get(vm).ok_or(KvmError::Perm)?),
@@ -104,19 +105,19 @@ impl Broker {
             by: target.peer().credentials(),
         };
         let grant = {
-            let mut grants = self.grants();
+            let mut core = self.core();
             // The end of a target is marked before its tokens are voided: none is made after that.
             if target.is_gone() {
                 return Err(KvmError::OpNotSupp);
             }
-            grants.mint(now, token.clone(), terms).map_err(|_| KvmError::Again)?
+            core.grants.mint(now, token.clone(), terms).map_err(|_| KvmError::Again)?
         };
         let opens = Opened { grant, target: target.id(), scope: scope.clone() };
         // A VMM that does not read for a moment can still ask for the token; another one cannot.
         if let Some(holder) = &holder
             && holder.peer().grant(target, &token, opens).is_err()
         {
-            self.grants().not_pushed(grant, holder.registration().uuid);
+            self.core().grants.not_pushed(grant, holder.registration().uuid);
         }
         Ok((token, grant, scope, holder))
     }
@@ -139,11 +140,11 @@ impl Broker {
             Refused::new(Refusal::Limit, "the system has no random bytes for a token")
         })?;
         let grant = {
-            let mut grants = self.grants();
+            let mut core = self.core();
             if vm.is_gone() {
                 return Err(Refused::new(Refusal::Unknown, "the target is gone"));
             }
-            let minted = grants.mint(now, token.clone(), terms);
+            let minted = core.grants.mint(now, token.clone(), terms);
             minted.map_err(|error| Refused::from_error(Refusal::Limit, &error))?
         };
         self.audit().granted(&vm, grant, request, &scope, peer);
@@ -152,7 +153,7 @@ impl Broker {
 
     /// A page of the grants behind `after`.
     pub fn list_grants(&self, now: Instant, after: Cursor) -> Answer {
-        let (page, next) = self.grants().list(now, after);
+        let (page, next) = self.core().grants.list(now, after);
         let registry = self.registry();
         let named = |listed: Listed| {
             // One whose target has gone this moment is about to go.
@@ -187,7 +188,7 @@ impl Broker {
         let by = introspector(by)?;
         let user = user(by.peer(), Some(by));
         self.refuse_private(now, token, user)?;
-        let redeemed = self.grants().redeem(now, token, user).map_err(refuse_use)?;
+        let redeemed = self.core().grants.redeem(now, token, user).map_err(refuse_use)?;
         let opened = match redeemed {
             Redeemed::Held => return Ok(Answer::Pushed),
             Redeemed::Opened(opened) => opened,
@@ -204,7 +205,7 @@ impl Broker {
     /// Where the token was not.
     pub fn used(&self, now: Instant, by: Option<&Vm>, token: &Token) -> Result<(), Refused> {
         let by = introspector(by)?;
-        let used = self.grants().used(now, token, by.peer().number());
+        let used = self.core().grants.used(now, token, by.peer().number());
         let opened = used.ok_or_else(|| refuse_use(UseError::Unknown))?;
         let target = self.registry().get(opened.target);
         if let Some(target) = target {
@@ -234,11 +235,11 @@ impl Broker {
             })?,
         };
         if let Some(policy) = set {
-            let done = self.policies().set(uuid, policy, peer);
+            let done = self.core().policies.set(uuid, policy, peer);
             done.map_err(|error| Refused::from_error(Refusal::Limit, &error))?;
             self.audit().policy(uuid, policy, peer);
         }
-        Ok(Answer::Policy { policy: self.policies().of(uuid) })
+        Ok(Answer::Policy { policy: self.core().policies.of(uuid) })
     }
 }
 

@@ -12,7 +12,7 @@ use kvmmem_proto::name::is_unprintable;
 use kvmmem_proto::scope::{Rights, Span};
 
 use crate::broker::{Broker, Refused};
-use crate::grants::{Opened, UseError, User};
+use crate::core::grants::{Opened, UseError, User};
 use crate::peer::Peer;
 use crate::ram::Ram;
 use crate::registry::Vm;
@@ -49,12 +49,18 @@ impl Broker {
             self.refuse_private(now, token, user(peer, by))?;
         }
         self.check_reaches(now, token, user(peer, by), reaching)?;
-        let attached =
-            self.grants().attach(now, token, user(peer, by), (name, caller.clone()), read_only);
+        let attached = self.core().grants.attach(
+            now,
+            token,
+            user(peer, by),
+            (name, caller.clone()),
+            read_only,
+        );
         let (view, opened) = attached.map_err(refuse_use)?;
         let shown = self.show(peer, by, view, &opened);
         let Ok((target, answer)) = shown else {
-            self.grants().detach(self.now(), view, peer.number());
+            self.core().close_view(self.now(), view, peer.number());
+            self.confirmed().notify_all();
             return shown.map(|(_, answer)| answer);
         };
         self.audit().attached(view, (opened.grant, &opened.scope), &target, (peer, by), &caller);
@@ -71,7 +77,7 @@ impl Broker {
         token: &Token,
         by: User,
     ) -> Result<(), Refused> {
-        let (target, _) = self.grants().target(now, token, by).map_err(refuse_use)?;
+        let (target, _) = self.core().grants.target(now, token, by).map_err(refuse_use)?;
         let vm = self.registry().get(target);
         match vm.as_ref().and_then(|vm| Some((vm, vm.ram()?))) {
             Some((vm, ram)) if ram.is_private() => {
@@ -100,7 +106,7 @@ impl Broker {
         if spans.is_empty() {
             return Ok(());
         }
-        let (target, scope) = self.grants().target(now, token, by).map_err(refuse_use)?;
+        let (target, scope) = self.core().grants.target(now, token, by).map_err(refuse_use)?;
         // The map may change before the token is used, as it may after.
         let vm = self.registry().get(target);
         let layout = vm.as_ref().and_then(|vm| vm.ram()).map(Ram::layout);
@@ -151,7 +157,7 @@ impl Broker {
     /// The target of a view; `None` once the view has ended: its grant was revoked, or its target
     /// is gone.
     pub(crate) fn target_of_view(&self, peer: &Peer, view: u64) -> Option<Arc<Vm>> {
-        let (target, _) = self.grants().reach(view, peer.number())?;
+        let (target, _) = self.core().grants.reach(view, peer.number())?;
         self.registry().get(target)
     }
 
@@ -165,20 +171,15 @@ impl Broker {
         view: u64,
         counters: ViewCounters,
     ) -> Result<(), Refused> {
-        let (closed, is_last) = {
-            let mut grants = self.grants();
-            grants.count(view, peer.number(), counters);
-            let closed =
-                grants.detach(self.now(), view, peer.number()).ok_or_else(|| no_view(view))?;
-            let is_last = !grants.peers_of(closed.grant).contains(&peer.number());
-            (closed, is_last)
-        };
-        // Whoever has nothing left to take back need not be waited for.
-        if is_last {
-            peer.wait_for_copies();
-            self.confirmations().confirm(closed.grant, peer.number());
+        if !self.core().begin_close(view, peer.number(), counters) {
+            return Err(no_view(view));
         }
-        self.tell_ended(&[closed], "closed");
+        // Those that were looked up while the view was open.
+        peer.wait_for_copies();
+        let closed = self.core().close_view(self.now(), view, peer.number());
+        self.confirmed().notify_all();
+        // The target may have gone meanwhile, which has ended the view.
+        self.tell_ended(closed.as_slice(), "closed");
         Ok(())
     }
 
@@ -192,7 +193,7 @@ impl Broker {
         view: u64,
         counters: ViewCounters,
     ) -> Result<(), Refused> {
-        let is_known = self.grants().count(view, peer.number(), counters);
+        let is_known = self.core().grants.count(view, peer.number(), counters);
         if is_known { Ok(()) } else { Err(no_view(view)) }
     }
 }

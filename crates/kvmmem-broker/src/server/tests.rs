@@ -8,7 +8,7 @@ use kvmmem_proto::message::{Answer, Call, Caller, Cursor, FromBroker, KvmiPolicy
 use uuid::Uuid;
 
 use super::*;
-use crate::quota::Bound;
+use crate::core::quota::Bound;
 use crate::test_peer::{Connection, USER, grant_request, registration};
 
 const OTHER: u32 = USER + 1;

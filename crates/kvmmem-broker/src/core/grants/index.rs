@@ -12,7 +12,7 @@ use subtle::ConstantTimeEq;
 /// Keyed hashes of tokens, and the grants that they belong to. The key is this process's secret:
 /// what the order of the hashes or the time of a search may tell is of no use for guessing a token.
 /// What a hash finds is compared in full, in constant time.
-#[derive(Default)]
+#[derive(Clone, Default)]
 pub(super) struct TokenIndex {
     hasher: RandomState,
     entries: BTreeSet<(u64, u64)>,

@@ -14,7 +14,7 @@ use super::Opened;
 
 /// Who may use a token.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Holder {
+pub(crate) enum Holder {
     /// Whoever brings it.
     Anybody,
     /// The VMM to whose connection it was pushed.
@@ -36,7 +36,7 @@ impl Holder {
 
 /// Who brings a token.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct User {
+pub(crate) struct User {
     /// Number of the connection.
     pub peer: u64,
     /// Number of the VM that it has registered.
@@ -47,7 +47,7 @@ pub struct User {
 
 /// What a grant is made of.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Terms {
+pub(crate) struct Terms {
     /// Number of the target.
     pub target: u64,
     /// What it allows.
@@ -67,7 +67,7 @@ pub struct Terms {
 }
 
 /// A grant in the table.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Grant {
     /// Boxed, so that moving the entry leaves no copy of it behind; wiped once it is of no use.
     pub(super) token: Option<Box<Token>>,
@@ -134,7 +134,7 @@ impl Grant {
 
 /// An open view.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct View {
+pub(crate) struct View {
     /// Its number.
     pub id: u64,
     /// Number of its grant.
@@ -155,4 +155,6 @@ pub struct View {
     pub since: Instant,
     /// What has happened to it.
     pub counters: ViewCounters,
+    /// It waits for the copies that are under way, and begins no other.
+    pub is_closing: bool,
 }

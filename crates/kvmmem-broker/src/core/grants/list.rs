@@ -19,7 +19,7 @@ const VIEW: usize = 512;
 
 /// A grant, as a list shows it; the target's name is the registry's.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Listed {
+pub(crate) struct Listed {
     /// Its number.
     pub id: u64,
     /// Number of the target.
@@ -45,7 +45,7 @@ pub struct Listed {
 impl Grants {
     /// The grants and views behind `after`, as many as fit in a packet, and where the next page
     /// starts.
-    pub fn list(&mut self, now: Instant, after: Cursor) -> (Vec<Listed>, Option<Cursor>) {
+    pub(crate) fn list(&mut self, now: Instant, after: Cursor) -> (Vec<Listed>, Option<Cursor>) {
         self.advance(now);
         let mut page: Vec<Listed> = Vec::new();
         let mut used = 0;

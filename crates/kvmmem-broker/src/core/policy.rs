@@ -8,14 +8,14 @@ use kvmmem_proto::credentials::Credentials;
 use kvmmem_proto::message::KvmiPolicy;
 use uuid::Uuid;
 
-use crate::quota::{Bound, Exceeded, Quota};
+use crate::core::quota::{Bound, Exceeded, Quota};
 
 /// The most targets that have a policy of their own.
-pub const MAX_POLICIES: usize = 4096;
+pub(crate) const MAX_POLICIES: usize = 4096;
 
 /// The policies of all targets.
-#[derive(Debug)]
-pub struct Policies {
+#[derive(Clone, Debug)]
+pub(crate) struct Policies {
     default: KvmiPolicy,
     /// With the user who set it first.
     of: HashMap<Uuid, (KvmiPolicy, u32)>,
@@ -25,24 +25,24 @@ pub struct Policies {
 /// Why a policy was not set: there are too many.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("policies that are not the default, which is {default}")]
-pub struct TooManyPolicies {
+pub(crate) struct TooManyPolicies {
     default: KvmiPolicy,
     source: Exceeded,
 }
 
 impl Policies {
     /// No policies, of so many.
-    pub fn new(bound: Bound) -> Self {
+    pub(crate) fn new(bound: Bound) -> Self {
         Self { default: KvmiPolicy::default(), of: HashMap::new(), quota: Quota::new(bound) }
     }
 
     /// The policy of targets for which none was set.
-    pub fn set_default(&mut self, policy: KvmiPolicy) {
+    pub(crate) fn set_default(&mut self, policy: KvmiPolicy) {
         self.default = policy;
     }
 
     /// The policy of a target.
-    pub fn of(&self, target: Uuid) -> KvmiPolicy {
+    pub(crate) fn of(&self, target: Uuid) -> KvmiPolicy {
         self.of.get(&target).map_or(self.default, |(policy, _)| *policy)
     }
 
@@ -51,7 +51,7 @@ impl Policies {
     ///
     /// # Errors
     /// [`TooManyPolicies`].
-    pub fn set(
+    pub(crate) fn set(
         &mut self,
         target: Uuid,
         policy: KvmiPolicy,

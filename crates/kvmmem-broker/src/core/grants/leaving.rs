@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Grants of no use any more that are listed for a while.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Instant;
 
 use kvmmem_proto::message::Origin;
@@ -9,14 +9,14 @@ use kvmmem_proto::message::Origin;
 use super::{MAX_LEAVING, Terms};
 
 /// Those grants, by the time at which they leave and their number.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(super) struct Leaving {
     all: BTreeSet<(Instant, u64)>,
-    of_party: HashMap<Party, BTreeSet<(Instant, u64)>>,
+    of_party: BTreeMap<Party, BTreeSet<(Instant, u64)>>,
 }
 
 /// Who causes grants: a user, or the tools of a target.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Party {
     User(u32),
     Target(u64),

@@ -9,7 +9,7 @@ use super::grant::{Holder, View};
 
 /// Who has to be told that a grant was taken back.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Affected {
+pub(crate) struct Affected {
     /// Number of the target.
     pub target: u64,
     /// Connections that have a view by it, have mapped a page by it, or hold its token.
@@ -21,7 +21,7 @@ pub struct Affected {
 impl Grants {
     /// Takes a grant back: its token opens nothing any more. What it has opened is listed until it
     /// is confirmed to be closed.
-    pub fn revoke(&mut self, now: Instant, id: u64) -> Option<Affected> {
+    pub(crate) fn revoke(&mut self, now: Instant, id: u64) -> Option<Affected> {
         self.advance(now);
         let grant = self.grants.get_mut(&id)?;
         grant.revoked = true;
@@ -32,7 +32,7 @@ impl Grants {
     }
 
     /// The connections that have a view by a grant, have mapped a page by it, or hold its token.
-    pub fn peers_of(&self, id: u64) -> BTreeSet<u64> {
+    pub(crate) fn peers_of(&self, id: u64) -> BTreeSet<u64> {
         let Some(grant) = self.grants.get(&id) else { return BTreeSet::new() };
         let mut peers = grant.peers();
         peers.extend(
@@ -43,7 +43,7 @@ impl Grants {
 
     /// Takes note that nothing of a connection is open any more by a grant that was taken back;
     /// returns the views that end by it.
-    pub fn confirm(&mut self, now: Instant, id: u64, by: u64) -> Vec<View> {
+    pub(crate) fn confirm(&mut self, now: Instant, id: u64, by: u64) -> Vec<View> {
         let Some(grant) = self.grants.get_mut(&id).filter(|grant| grant.revoked) else {
             return Vec::new();
         };
@@ -60,13 +60,13 @@ impl Grants {
     }
 
     /// Takes out what there is for a target that is gone; returns the views that end by it.
-    pub fn forget_target(&mut self, target: u64) -> Vec<View> {
+    pub(crate) fn forget_target(&mut self, target: u64) -> Vec<View> {
         let ids: Vec<u64> = of(&self.of_target, target).collect();
         ids.into_iter().flat_map(|id| self.remove(id)).collect()
     }
 
     /// Takes out what a connection has that has ended; returns the views that end by it.
-    pub fn forget_peer(&mut self, now: Instant, peer: u64) -> Vec<View> {
+    pub(crate) fn forget_peer(&mut self, now: Instant, peer: u64) -> Vec<View> {
         let views = self.views_of_peer.remove(&peer).unwrap_or_default();
         let mut ended: Vec<View> =
             views.into_iter().filter_map(|view| self.close(now, view)).collect();

@@ -15,7 +15,7 @@ mod list;
 mod tests;
 mod upkeep;
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 use kvmmem_kvmi::token::Token;
@@ -23,35 +23,35 @@ use kvmmem_proto::message::{Caller, GrantState, Origin, ViewCounters};
 use kvmmem_proto::scope::Scope;
 use uuid::Uuid;
 
-use crate::quota::{Bound, Exceeded, Quota};
-pub use end::Affected;
+use crate::core::quota::{Bound, Exceeded, Quota};
+pub(crate) use end::Affected;
 use grant::Grant;
-pub use grant::{Holder, Terms, User, View};
+pub(crate) use grant::{Holder, Terms, User, View};
 use index::TokenIndex;
 use leaving::Leaving;
-pub use list::Listed;
+pub(crate) use list::Listed;
 
 /// How long a token lives that KVMI makes.
-pub const KVMI_LIFETIME: Duration = Duration::from_secs(3);
+pub(crate) const KVMI_LIFETIME: Duration = Duration::from_secs(3);
 
 /// The most tokens of KVMI's that may be outstanding for one target.
-pub const MAX_KVMI_PER_TARGET: usize = 64;
+pub(crate) const MAX_KVMI_PER_TARGET: usize = 64;
 
 /// The most grants of operators, of all targets, that can be used or are in use.
-pub const MAX_OPERATOR: usize = 16_384;
+pub(crate) const MAX_OPERATOR: usize = 16_384;
 
 /// The most views that one connection may have open.
-pub const MAX_VIEWS_PER_PEER: usize = 64;
+pub(crate) const MAX_VIEWS_PER_PEER: usize = 64;
 
 /// How long a grant is listed that is of no use any more.
-pub const KEPT: Duration = Duration::from_secs(60);
+pub(crate) const KEPT: Duration = Duration::from_secs(60);
 
 /// The most grants that are listed though they are of no use any more.
-pub const MAX_LEAVING: usize = 1024;
+pub(crate) const MAX_LEAVING: usize = 1024;
 
 /// The grants of all targets.
-#[derive(Debug)]
-pub struct Grants {
+#[derive(Clone, Debug)]
+pub(crate) struct Grants {
     grants: BTreeMap<u64, Grant>,
     views: BTreeMap<u64, View>,
     tokens: TokenIndex,
@@ -60,21 +60,21 @@ pub struct Grants {
     /// When grants that are of no use any more leave the table.
     leaving: Leaving,
     /// Usable tokens of KVMI's for each target.
-    outstanding: HashMap<u64, usize>,
+    outstanding: BTreeMap<u64, usize>,
     /// Grants of operators that are not leaving.
     operator: Quota,
     /// Targets and their grants.
     of_target: BTreeSet<(u64, u64)>,
     /// Connections and the grants whose tokens they hold or have used for pages.
     of_peer: BTreeSet<(u64, u64)>,
-    views_of_peer: HashMap<u64, BTreeSet<u64>>,
+    views_of_peer: BTreeMap<u64, BTreeSet<u64>>,
     last_grant: u64,
     last_view: u64,
 }
 
 /// Why no grant was made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum MintError {
+pub(crate) enum MintError {
     /// The target has [`MAX_KVMI_PER_TARGET`] tokens of KVMI's outstanding.
     #[error("target {0} has {MAX_KVMI_PER_TARGET} tokens outstanding; they expire within 3 s")]
     Outstanding(u64),
@@ -85,7 +85,7 @@ pub enum MintError {
 
 /// Why a token opened nothing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum UseError {
+pub(crate) enum UseError {
     /// The token is unknown, used, expired, revoked or somebody else's.
     #[error("token is unknown, used or expired")]
     Unknown,
@@ -110,7 +110,7 @@ pub struct Opened {
 
 /// What a token was good for.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Redeemed {
+pub(crate) enum Redeemed {
     /// This; one use is taken.
     Opened(Opened),
     /// It was pushed to the one who asks, and is still there to be claimed.
@@ -125,18 +125,18 @@ impl Default for Grants {
 
 impl Grants {
     /// An empty table for so many grants of operators.
-    pub fn new(operator: Bound) -> Self {
+    pub(crate) fn new(operator: Bound) -> Self {
         Self {
             grants: BTreeMap::new(),
             views: BTreeMap::new(),
             tokens: TokenIndex::default(),
             expiring: BTreeSet::new(),
             leaving: Leaving::default(),
-            outstanding: HashMap::new(),
+            outstanding: BTreeMap::new(),
             operator: Quota::new(operator),
             of_target: BTreeSet::new(),
             of_peer: BTreeSet::new(),
-            views_of_peer: HashMap::new(),
+            views_of_peer: BTreeMap::new(),
             last_grant: 0,
             last_view: 0,
         }
@@ -146,7 +146,12 @@ impl Grants {
     ///
     /// # Errors
     /// [`MintError`].
-    pub fn mint(&mut self, now: Instant, token: Token, terms: Terms) -> Result<u64, MintError> {
+    pub(crate) fn mint(
+        &mut self,
+        now: Instant,
+        token: Token,
+        terms: Terms,
+    ) -> Result<u64, MintError> {
         self.advance(now);
         match terms.origin {
             Origin::Kvmi if self.outstanding(terms.target) >= MAX_KVMI_PER_TARGET => {
@@ -173,7 +178,7 @@ impl Grants {
     ///
     /// # Errors
     /// [`UseError`].
-    pub fn target(
+    pub(crate) fn target(
         &mut self,
         now: Instant,
         token: &Token,
@@ -187,7 +192,12 @@ impl Grants {
     ///
     /// # Errors
     /// [`UseError`]; no use is taken then.
-    pub fn redeem(&mut self, now: Instant, token: &Token, by: User) -> Result<Redeemed, UseError> {
+    pub(crate) fn redeem(
+        &mut self,
+        now: Instant,
+        token: &Token,
+        by: User,
+    ) -> Result<Redeemed, UseError> {
         let (id, grant) = self.usable(now, token, by)?;
         if grant.terms.holder == Holder::Pushed(by.peer) {
             return Ok(Redeemed::Held);
@@ -200,7 +210,7 @@ impl Grants {
     }
 
     /// Takes note that a token was used that had been pushed to this connection.
-    pub fn used(&mut self, now: Instant, token: &Token, by: u64) -> Option<Opened> {
+    pub(crate) fn used(&mut self, now: Instant, token: &Token, by: u64) -> Option<Opened> {
         self.advance(now);
         let id = self.find(token)?;
         let grant = self.grants.get_mut(&id)?;
@@ -221,7 +231,7 @@ impl Grants {
     ///
     /// # Errors
     /// [`UseError`]; no use is taken then.
-    pub fn attach(
+    pub(crate) fn attach(
         &mut self,
         now: Instant,
         token: &Token,
@@ -252,6 +262,7 @@ impl Grants {
             rights: opened.scope.rights,
             since: now,
             counters: ViewCounters::default(),
+            is_closing: false,
         };
         self.views.insert(view, entry);
         self.views_of_peer.entry(by.peer).or_default().insert(view);
@@ -259,29 +270,35 @@ impl Grants {
         Ok((view, opened))
     }
 
-    /// The target of a view and what the view allows, if it is this connection's and its grant was
-    /// not taken back.
-    pub fn reach(&self, view: u64, by: u64) -> Option<(u64, Scope)> {
-        let view = self.views.get(&view).filter(|view| view.peer == by)?;
+    /// The target of a view and what the view allows, if it is this connection's, is not being closed
+    /// and its grant is not revoked.
+    pub(crate) fn reach(&self, view: u64, by: u64) -> Option<(u64, Scope)> {
+        let view = self.views.get(&view).filter(|view| view.peer == by && !view.is_closing)?;
         let grant = self.grants.get(&view.grant).filter(|grant| !grant.revoked)?;
         Some((view.target, grant.terms.scope.at_most(view.rights)))
     }
 
+    /// Begins to close a view, if it is this connection's: it reaches nothing any more.
+    pub(crate) fn begin_close(&mut self, view: u64, by: u64) -> bool {
+        let view = self.views.get_mut(&view).filter(|view| view.peer == by);
+        view.map(|view| view.is_closing = true).is_some()
+    }
+
     /// Takes a view out, if it is this connection's.
-    pub fn detach(&mut self, now: Instant, view: u64, by: u64) -> Option<View> {
+    pub(crate) fn detach(&mut self, now: Instant, view: u64, by: u64) -> Option<View> {
         self.views.get(&view).filter(|view| view.peer == by)?;
         self.close(now, view)
     }
 
     /// Takes note of a view's counters, if it is this connection's.
-    pub fn count(&mut self, view: u64, by: u64, counters: ViewCounters) -> bool {
+    pub(crate) fn count(&mut self, view: u64, by: u64, counters: ViewCounters) -> bool {
         let view = self.views.get_mut(&view).filter(|view| view.peer == by);
         view.map(|view| view.counters = counters).is_some()
     }
 
     /// Records that a token could not be pushed to its holder: the introspector with this UUID has
     /// to ask for it.
-    pub fn not_pushed(&mut self, id: u64, holder: Uuid) {
+    pub(crate) fn not_pushed(&mut self, id: u64, holder: Uuid) {
         if let Some(grant) = self.grants.get_mut(&id)
             && let Holder::Pushed(peer) = grant.terms.holder
         {
@@ -294,17 +311,24 @@ impl Grants {
 
     /// How many of KVMI's tokens for a target can be used; [`Self::mint`] leaves the expired ones
     /// out first.
-    pub fn outstanding(&self, target: u64) -> usize {
+    pub(crate) fn outstanding(&self, target: u64) -> usize {
         self.outstanding.get(&target).copied().unwrap_or(0)
     }
 
     /// How many grants and views are in the table.
-    pub fn len(&self) -> (usize, usize) {
+    pub(crate) fn len(&self) -> (usize, usize) {
         (self.grants.len(), self.views.len())
     }
 
+    /// Whether there is a grant of this number.
+    #[cfg(test)]
+    pub(super) fn contains(&self, id: u64) -> bool {
+        self.grants.contains_key(&id)
+    }
+
     /// Whether nothing is in the table.
-    pub fn is_empty(&self) -> bool {
+    #[cfg(test)]
+    pub(crate) fn is_empty(&self) -> bool {
         self.len() == (0, 0)
     }
 

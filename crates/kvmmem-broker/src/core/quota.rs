@@ -6,13 +6,13 @@
 //! to it. So each user but root and the broker's own has a share, and the last few of everything
 //! are root's and the broker's own.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use kvmmem_proto::credentials::Credentials;
 
-use crate::grants::MAX_OPERATOR;
-use crate::policy::MAX_POLICIES;
+use crate::core::grants::MAX_OPERATOR;
+use crate::core::policy::MAX_POLICIES;
 use crate::registry::MAX_VMS;
 use crate::server::MAX_CONNECTIONS;
 
@@ -100,17 +100,17 @@ pub enum Exceeded {
 }
 
 /// How many of something there are, and whose they are.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Quota {
     bound: Bound,
     total: usize,
     /// Of each user that has any.
-    of: HashMap<u32, usize>,
+    of: BTreeMap<u32, usize>,
 }
 
 impl Quota {
     pub(crate) fn new(bound: Bound) -> Self {
-        Self { bound, total: 0, of: HashMap::new() }
+        Self { bound, total: 0, of: BTreeMap::new() }
     }
 
     /// Takes one for a user.
