@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The documentation names files and sections that exist, and the README stays short.
+//! The documentation names files and sections that exist, tables have short cells, and the README
+//! stays short.
 //!
 //! Part of suite `style`. A link in a page is relative to it; `docs/...` in code, in messages and in
 //! pages is relative to the root.
@@ -18,8 +19,11 @@ const IGNORED: [&str; 2] = ["target", "node_modules"];
 
 const README_LINES: usize = 80;
 
-/// What is wrong under `root`: each broken link or mention with its file and line, and a README that
-/// is too long.
+/// The most characters that a reader sees of a table's cell.
+const CELL: usize = 80;
+
+/// What is wrong under `root`: each broken link or mention and each wide cell with its file and line,
+/// and a README that is too long.
 pub(crate) fn mistakes(root: &Path) -> Result<Vec<String>> {
     let mut files = Vec::new();
     for entry in fs::read_dir(root)? {
@@ -45,6 +49,10 @@ pub(crate) fn mistakes(root: &Path) -> Result<Vec<String>> {
                 if !exists(root, base, target)? {
                     found.push(format!("{}:{}: {target}: no such page", file.display(), index + 1));
                 }
+            }
+            if let Some(cell) = cells(line).filter(|_| is_page(file)).find(|cell| *cell > CELL) {
+                let place = format!("{}:{}", file.display(), index + 1);
+                found.push(format!("{place}: a cell of {cell} characters, more than {CELL}"));
             }
         }
         let lines = text.lines().count();
@@ -82,6 +90,18 @@ fn links(line: &str) -> impl Iterator<Item = &str> {
         .filter_map(|part| part.split_once(')'))
         .map(|(target, _)| target)
         .filter(|target| !target.contains(':'))
+}
+
+/// How many characters a reader sees of each cell of a table's row.
+fn cells(line: &str) -> impl Iterator<Item = usize> {
+    let row = line.strip_prefix('|').unwrap_or_default().replace("\\|", "/");
+    let seen = |cell: &str| {
+        let mut parts = cell.split("](");
+        let first = parts.next().unwrap_or_default();
+        let rest = parts.filter_map(|part| part.split_once(')')).map(|(_, after)| after);
+        std::iter::once(first).chain(rest).map(|part| part.trim_matches(' ').chars().count()).sum()
+    };
+    row.split('|').map(seen).collect::<Vec<_>>().into_iter()
 }
 
 /// The pages in docs/ that a line names from the root.
@@ -155,6 +175,17 @@ mod tests {
                 "docs/in/c.md:1: ../a.md#b: no such page",
             ]
         );
+    }
+
+    #[test]
+    fn a_wide_cell_is_named() {
+        let root = tempfile::tempdir().unwrap();
+        let row = |cell: &str| format!("| a | {cell} |\n");
+        let narrow = row(&"x".repeat(CELL)) + &row(&format!("[x](#{})", "x".repeat(CELL)));
+        let text = format!("# {}\n{narrow}{}", "x".repeat(CELL), row(&"x".repeat(CELL + 1)));
+        fs::write(root.path().join("PAGE.md"), text).unwrap();
+        let found = mistakes(root.path()).unwrap();
+        assert_eq!(found.last().unwrap(), "PAGE.md:4: a cell of 81 characters, more than 80");
     }
 
     #[test]
