@@ -46,7 +46,7 @@ static void bad_numbers(int fd, char *page)
 	CHECK_REFUSED(unmap(fd, page + 8), EINVAL);
 	CHECK_REFUSED(map(fd, NULL), EFAULT);
 	CHECK_REFUSED(map(fd, USER_END - PAGE), EFAULT);
-	/* As the patch of 2019: access_ok(). */
+	/* As in the 2019 patch: access_ok(). */
 	CHECK_REFUSED(map(fd, USER_END), EINVAL);
 	CHECK_REFUSED(map(fd, KERNEL_TEXT), EINVAL);
 	CHECK_REFUSED(map(fd, (void *)-PAGE), EINVAL);

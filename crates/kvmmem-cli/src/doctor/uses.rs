@@ -20,7 +20,7 @@ pub(super) enum Use {
     QemuIntrospectors,
     /// Guest: look at targets by views
     Views,
-    /// Guest: map single pages by tokens of KVMI, as the patch of 2019 did
+    /// Guest: map single pages by tokens of KVMI (v1)
     Pages,
     /// Guest: read and write targets over KVMI
     Kvmi,

@@ -61,7 +61,7 @@ impl World {
         Raw::start(&self.qemu(spec)?.agent, &GuestCommand::new(VIEW))
     }
 
-    /// The command-driven C tool for the calls of 2019 in such a VM.
+    /// The command-driven C tool for v1 in such a VM.
     pub(crate) fn qemu_raw(&self, spec: &Spec) -> Result<Raw> {
         Raw::start(&self.qemu(spec)?.agent, &GuestCommand::new(RAW).as_member().memlock(1 << 20))
     }
