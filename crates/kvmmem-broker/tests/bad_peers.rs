@@ -3,6 +3,7 @@
 
 mod common;
 
+use kvmmem_client::ClientError;
 use std::fs::File;
 use std::io::{IoSlice, Read};
 use std::mem::MaybeUninit;
@@ -11,7 +12,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use kvmmem_client::admin::Admin;
-use kvmmem_client::vmm::{LinkError, Region, VmmLink};
+use kvmmem_client::vmm::{Region, VmmLink};
 use kvmmem_proto::map::MAX_FILES;
 use kvmmem_proto::message::{Answer, Call, FromBroker, Refusal, Request};
 use kvmmem_proto::packet::{PacketBuffer, PacketSocket, Wait};
@@ -127,7 +128,7 @@ fn bad_registrations_are_refused() {
         registration,
         ram,
     ) {
-        Err(LinkError::Refused { refusal, message }) => {
+        Err(ClientError::Refused { refusal, message }) => {
             assert_eq!(refusal, Refusal::Invalid, "{message}");
             message
         }
@@ -136,7 +137,7 @@ fn bad_registrations_are_refused() {
     let several = |count: usize| {
         let files: Vec<OwnedFd> = (0..count).map(|_| ram()).collect();
         match VmmLink::connect(&broker.path, target("t"), files) {
-            Err(LinkError::Refused { message, .. }) => message,
+            Err(ClientError::Refused { message, .. }) => message,
             other => panic!("{other:?}"),
         }
     };

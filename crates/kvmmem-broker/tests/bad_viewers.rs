@@ -4,11 +4,12 @@
 
 mod common;
 
+use kvmmem_client::ClientError;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use kvmmem_client::admin::{AdminError, GrantRequest, GrantState, Span};
+use kvmmem_client::admin::{GrantRequest, GrantState, Span};
 use kvmmem_client::vmm::{
     Caller, Change, RedeemError, Region, Registration, Rights, Token, ViewCounters, VmmLink,
 };
@@ -405,7 +406,7 @@ fn the_longest_list_comes_whole() {
     // A name that no VM has is not repeated at length.
     let unknown = broker.admin().grant(&GrantRequest { target: "é".repeat(20_000), ..asked });
     assert!(
-        matches!(&unknown, Err(AdminError::Refused { message, .. }) if message.len() < 200),
+        matches!(&unknown, Err(ClientError::Refused { message, .. }) if message.len() < 200),
         "{unknown:?}"
     );
     assert_eq!(

@@ -3,10 +3,11 @@
 
 mod common;
 
+use kvmmem_client::ClientError;
 use std::time::Duration;
 
-use kvmmem_client::admin::{Admin, AdminError};
-use kvmmem_client::vmm::{LinkError, RedeemError, Registration, Token, VmmLink};
+use kvmmem_client::admin::Admin;
+use kvmmem_client::vmm::{RedeemError, Registration, Token, VmmLink};
 use kvmmem_proto::endpoint::Endpoint;
 use kvmmem_proto::message::Refusal;
 
@@ -40,7 +41,7 @@ fn a_second_vm_of_the_same_name_uuid_or_cid_is_refused_by_name() {
     let _tiger = broker.target("tiger");
     let _lion = broker.introspector("lion", 7);
     let refused = |registration, ram| match VmmLink::connect(&broker.path, registration, ram) {
-        Err(LinkError::Refused { refusal: Refusal::Exists, message }) => message,
+        Err(ClientError::Refused { refusal: Refusal::Exists, message }) => message,
         other => panic!("{other:?}"),
     };
     assert!(refused(target("tiger"), Some(ram())).contains("\"tiger\""));
@@ -65,7 +66,10 @@ fn one_vm_may_be_a_target_and_an_introspector_by_two_names() {
     assert_eq!(broker.state.find(&uuid.to_string()).unwrap().registration().name, "tiger");
     let third =
         VmmLink::connect(&broker.path, Registration { uuid, ..introspector("puma", 8) }, None);
-    assert!(matches!(third, Err(LinkError::Refused { refusal: Refusal::Exists, .. })), "{third:?}");
+    assert!(
+        matches!(third, Err(ClientError::Refused { refusal: Refusal::Exists, .. })),
+        "{third:?}"
+    );
 }
 
 #[test]
@@ -124,8 +128,8 @@ fn hooks_are_undone_and_doubled_ones_refused() {
     let _link = broker.target("tiger");
     let tool = Tool::listen(&broker, "tool.sock");
     let mut admin = Admin::connect(&broker.path).unwrap();
-    let refused = |result: Result<(), AdminError>| match result {
-        Err(AdminError::Refused { refusal, .. }) => refusal,
+    let refused = |result: Result<(), ClientError>| match result {
+        Err(ClientError::Refused { refusal, .. }) => refusal,
         other => panic!("{other:?}"),
     };
     let uuid = target("tiger").uuid.to_string();

@@ -3,6 +3,7 @@
 
 mod common;
 
+use kvmmem_client::ClientError;
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
@@ -11,7 +12,7 @@ use kvmmem_client::vmm::{Change, Region, Rights, Token, VmmLink};
 use kvmmem_proto::message::Refusal;
 
 use common::{TestBroker, introspector, ram, regions, request, target, wait_for};
-use kvmmem::host::{HostError, HostEvent, HostLink};
+use kvmmem::host::{HostEvent, HostLink};
 use kvmmem_broker::quota::Limits;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::{Errno, pread, pwrite};
@@ -67,7 +68,7 @@ fn a_token_that_is_not_a_process_s_is_refused() {
     let _tiger = broker.target("tiger");
     let _lion = broker.introspector("lion", 7);
     let refused = |token: &Token| match HostLink::attach(&broker.path, token, true) {
-        Err(HostError::Refused { refusal, .. }) => refusal,
+        Err(ClientError::Refused { refusal, .. }) => refusal,
         other => panic!("{other:?}"),
     };
     assert_eq!(refused(&Token::new([1, 2, 3, 4])), Refusal::Unknown);
@@ -75,7 +76,7 @@ fn a_token_that_is_not_a_process_s_is_refused() {
     let held = broker.grant(&GrantRequest { holder, ..request(Rights::ReadOnly) });
     assert_eq!(refused(&held.token), Refusal::Unknown);
     let nowhere = HostLink::attach(&broker.directory.path().join("none"), &held.token, true);
-    assert!(matches!(nowhere, Err(HostError::Connect { .. })), "{nowhere:?}");
+    assert!(matches!(nowhere, Err(ClientError::Connect { .. })), "{nowhere:?}");
 }
 
 #[test]
@@ -89,7 +90,10 @@ fn a_view_that_would_not_reach_what_the_process_wants_uses_no_token() {
     let (wanted, missed) = (Span { gpa: 0x10_1800, len: 1 }, Span { gpa: 0x10_0000, len: 0x1000 });
     for reaching in [vec![missed], vec![wanted, missed], vec![missed; 100]] {
         let error = attach(&reaching).map(drop).unwrap_err();
-        assert!(matches!(error, HostError::Refused { refusal: Refusal::Invalid, .. }), "{error:?}");
+        assert!(
+            matches!(error, ClientError::Refused { refusal: Refusal::Invalid, .. }),
+            "{error:?}"
+        );
         let words = "range 0x100000..0x101000 holds no memory that the token opens, which is at 0x101000..0x102000";
         assert!(error.to_string().contains(words), "{error}");
     }
@@ -124,7 +128,7 @@ fn a_revoked_process_is_waited_for_until_it_confirms() {
         revoking.join().unwrap()
     });
     assert_eq!((revoked.views, revoked.unconfirmed), (2, 0));
-    assert!(matches!(link.wait(SOON), Err(HostError::Ended)));
+    assert!(matches!(link.wait(SOON), Err(ClientError::Ended)));
     assert!(broker.grants()[0].views.is_empty());
 }
 
@@ -155,7 +159,7 @@ fn a_process_hears_of_changes_and_of_the_end() {
     );
     drop(tiger);
     assert_eq!(link.wait(SOON).unwrap(), Some(HostEvent::Gone));
-    assert!(matches!(link.wait(SOON), Err(HostError::Ended)));
+    assert!(matches!(link.wait(SOON), Err(ClientError::Ended)));
 
     let _tiger = broker.target("tiger");
     let granted = broker.grant(&request(Rights::ReadOnly));

@@ -3,12 +3,11 @@
 
 mod common;
 
+use kvmmem_client::ClientError;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use kvmmem_client::admin::{
-    AddIntrospector, Admin, AdminError, GrantRequest, OnSilence, Rights, Span,
-};
+use kvmmem_client::admin::{AddIntrospector, Admin, GrantRequest, OnSilence, Rights, Span};
 use kvmmem_client::vmm::{Region, Registration, VmmLink};
 
 use common::fake_qmp::{FakeQemu, Fault};
@@ -59,7 +58,7 @@ fn add_as(
     };
     match broker.admin().add_introspector(&request) {
         Ok(_) => Ok(broker.state.introspectors().by_cid(cid).unwrap()),
-        Err(AdminError::Refused { message, .. }) => Err(message),
+        Err(ClientError::Refused { message, .. }) => Err(message),
         Err(error) => panic!("{error}"),
     }
 }

@@ -4,6 +4,7 @@
 
 mod common;
 
+use kvmmem_client::ClientError;
 use std::collections::BTreeSet;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -11,9 +12,7 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use kvmmem_client::admin::{
-    AddIntrospector, AdminError, GrantRequest, IntrospectorAdded, OnSilence, Rights,
-};
+use kvmmem_client::admin::{AddIntrospector, GrantRequest, IntrospectorAdded, OnSilence, Rights};
 use kvmmem_client::vmm::{Region, VmmLink};
 
 use common::qemu::{Monitor, Qemu, wait_long};
@@ -96,7 +95,7 @@ fn add(
     broker: &TestBroker,
     qemu: &Qemu,
     on_silence: OnSilence,
-) -> Result<IntrospectorAdded, AdminError> {
+) -> Result<IntrospectorAdded, ClientError> {
     let which = qemu.socket();
     broker.admin().add_introspector(&AddIntrospector {
         which,
@@ -442,7 +441,7 @@ fn what_cannot_be_an_introspector_is_refused_with_a_remedy() {
         let which = qemu.socket();
         let request = AddIntrospector { which, cid, name: None, on_silence: OnSilence::Report };
         match broker.admin().add_introspector(&request) {
-            Err(AdminError::Refused { message, .. }) => message,
+            Err(ClientError::Refused { message, .. }) => message,
             other => panic!("{other:?}"),
         }
     };

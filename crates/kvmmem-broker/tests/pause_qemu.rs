@@ -3,10 +3,11 @@
 
 mod common;
 
+use kvmmem_client::ClientError;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use kvmmem_client::admin::{Admin, AdminError, Which};
+use kvmmem_client::admin::{Admin, Which};
 use kvmmem_qemu::qmp::Qmp;
 
 use common::qemu::{FIRMWARE, Qemu, wait_long};
@@ -119,7 +120,7 @@ fn a_vm_without_a_monitor_is_not_paused() {
     for error in
         [broker.admin().pause("alone").unwrap_err(), broker.admin().registers("alone").unwrap_err()]
     {
-        let AdminError::Refused { message, .. } = &error else { panic!("{error}") };
+        let ClientError::Refused { message, .. } = &error else { panic!("{error}") };
         assert!(message.contains("no QMP connection"), "{message}");
     }
 }

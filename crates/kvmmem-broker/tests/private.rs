@@ -3,12 +3,13 @@
 
 mod common;
 
+use kvmmem_client::ClientError;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use kvmmem_client::admin::{AdminError, GrantRequest, Span};
+use kvmmem_client::admin::{GrantRequest, Span};
 use kvmmem_client::vmm::{RedeemError, Region, Registration, Rights, Token};
 use kvmmem_proto::copy::{BUFFER, CopyAnswer, CopyRequest, Piece, Status};
 use kvmmem_proto::credentials::Credentials;
@@ -269,7 +270,7 @@ fn a_vmm_is_refused_and_the_token_keeps_its_uses() {
     assert!(RedeemError::Private.to_string().contains("memory-backend-memfd"));
     let holder = Some(introspector("lion", 7).uuid);
     match broker.admin().grant(&GrantRequest { holder, ..request(Rights::ReadOnly) }) {
-        Err(AdminError::Refused { refusal: Refusal::Invalid, message }) => {
+        Err(ClientError::Refused { refusal: Refusal::Invalid, message }) => {
             assert!(message.contains("private") && message.contains("share=on"), "{message}");
         }
         other => panic!("{other:?}"),

@@ -3,12 +3,13 @@
 
 mod common;
 
+use kvmmem_client::ClientError;
 use std::collections::BTreeSet;
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
-use kvmmem_client::admin::{AdminError, KvmiPolicy};
-use kvmmem_client::vmm::{LinkError, RedeemError, Registration, Rights, VmmLink};
+use kvmmem_client::admin::KvmiPolicy;
+use kvmmem_client::vmm::{RedeemError, Registration, Rights, VmmLink};
 use kvmmem_proto::endpoint::Endpoint;
 use kvmmem_proto::message::{Answer, Call, FromBroker, Refusal, Request};
 use kvmmem_proto::packet::{PacketBuffer, PacketSocket, Wait};
@@ -85,7 +86,7 @@ fn a_name_that_reads_as_a_uuid_is_refused_and_the_remedy_named() {
     for name in names {
         let named = Registration { name: name.clone(), ..target("other") };
         let message = match VmmLink::connect(&broker.path, named, Some(ram())) {
-            Err(LinkError::Refused { refusal: Refusal::Invalid, message }) => message,
+            Err(ClientError::Refused { refusal: Refusal::Invalid, message }) => message,
             other => panic!("{name}: {other:?}"),
         };
         assert!(message.contains("UUID") && message.contains("--name"), "{message}");
@@ -126,8 +127,8 @@ fn a_hook_ends_with_the_vm_that_it_was_made_for() {
     let broker = TestBroker::start();
     let _bank = broker.target("bank");
     let endpoint = Endpoint::Vsock { cid: 7, port: 1234 };
-    let refused = |result: Result<(), AdminError>| match result {
-        Err(AdminError::Refused { refusal, message }) => (refusal, message),
+    let refused = |result: Result<(), ClientError>| match result {
+        Err(ClientError::Refused { refusal, message }) => (refusal, message),
         other => panic!("{other:?}"),
     };
     // Before the VM is registered, the context id belongs to no VM.

@@ -3,10 +3,11 @@
 
 mod common;
 
+use kvmmem_client::ClientError;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use kvmmem_client::admin::{AdminError, GrantRequest, GrantState, KvmiPolicy, Origin, Span};
+use kvmmem_client::admin::{GrantRequest, GrantState, KvmiPolicy, Origin, Span};
 use kvmmem_client::vmm::{Change, RedeemError, Region, Rights, Token, ViewCounters, VmmLink};
 use kvmmem_proto::message::Refusal;
 
@@ -94,7 +95,7 @@ fn a_request_that_breaks_a_rule_is_refused_by_name() {
         let mut asked = request(Rights::ReadOnly);
         change(&mut asked);
         match admin.grant(&asked) {
-            Err(AdminError::Refused { refusal, message }) => (refusal, message),
+            Err(ClientError::Refused { refusal, message }) => (refusal, message),
             other => panic!("{other:?}"),
         }
     };
@@ -154,7 +155,7 @@ fn a_revoked_grant_is_nobody_s_when_the_answer_comes() {
     assert_eq!((again.views, again.unconfirmed), (0, 0));
     let unknown = broker.admin().revoke(99);
     assert!(
-        matches!(unknown, Err(AdminError::Refused { refusal: Refusal::Unknown, .. })),
+        matches!(unknown, Err(ClientError::Refused { refusal: Refusal::Unknown, .. })),
         "{unknown:?}"
     );
 }
@@ -285,7 +286,7 @@ fn kvmi_makes_what_the_policy_says() {
     assert_eq!(admin.policy(&uuid, Some(KvmiPolicy::None)).unwrap(), KvmiPolicy::None);
     let unknown = admin.policy("tiger", None);
     assert!(
-        matches!(unknown, Err(AdminError::Refused { refusal: Refusal::Unknown, .. })),
+        matches!(unknown, Err(ClientError::Refused { refusal: Refusal::Unknown, .. })),
         "{unknown:?}"
     );
     let tiger = broker.target("tiger");

@@ -4,11 +4,12 @@
 
 mod common;
 
+use kvmmem_client::ClientError;
 use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex, Weak};
 use std::time::{Duration, Instant};
 
-use kvmmem_client::admin::{Admin, AdminError};
+use kvmmem_client::admin::Admin;
 use kvmmem_client::vmm::{Registration, VcpuAnswer, VcpuQuestion, VcpuRegisters, Vcpus, VmmLink};
 use kvmmem_proto::message::{Answer, Call, FromBroker, Refusal, Request};
 use kvmmem_proto::packet::{PacketBuffer, PacketSocket, Wait};
@@ -80,9 +81,9 @@ fn answering() -> Registration {
 }
 
 #[track_caller]
-fn message<T: std::fmt::Debug>(result: Result<T, AdminError>) -> String {
+fn message<T: std::fmt::Debug>(result: Result<T, ClientError>) -> String {
     match result {
-        Err(AdminError::Refused { refusal: Refusal::Unsupported, message }) => message,
+        Err(ClientError::Refused { refusal: Refusal::Unsupported, message }) => message,
         other => panic!("{other:?}"),
     }
 }
@@ -188,8 +189,8 @@ impl Liar {
 /// Asks on another thread.
 fn asking<T: Send + 'static>(
     broker: &TestBroker,
-    ask: impl FnOnce(&mut Admin) -> Result<T, AdminError> + Send + 'static,
-) -> std::thread::JoinHandle<Result<T, AdminError>> {
+    ask: impl FnOnce(&mut Admin) -> Result<T, ClientError> + Send + 'static,
+) -> std::thread::JoinHandle<Result<T, ClientError>> {
     let mut admin = broker.admin();
     std::thread::spawn(move || ask(&mut admin))
 }

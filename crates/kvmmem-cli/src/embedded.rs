@@ -8,6 +8,7 @@
 //! gives them the same and `dump --resume` goes on. The socket is unlinked once the view is
 //! attached, so that only this process is served and nothing is left behind if it is killed.
 
+use kvmmem_client::ClientError;
 use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
@@ -15,7 +16,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use kvmmem_broker::server::Server;
-use kvmmem_client::admin::{Admin, AdminError, Which};
+use kvmmem_client::admin::{Admin, Which};
 use kvmmem_proto::packet::PacketError;
 use kvmmem_qemu::discover::{Found, discover};
 use rustix::io::Errno;
@@ -25,8 +26,8 @@ use uuid::Uuid;
 use crate::target_name::TargetName;
 
 /// Whether no broker listens at the socket.
-pub(crate) fn is_absent(error: &AdminError) -> bool {
-    let AdminError::Connect { source: PacketError::Connect(errno), .. } = error else {
+pub(crate) fn is_absent(error: &ClientError) -> bool {
+    let ClientError::Connect { source: PacketError::Connect(errno), .. } = error else {
         return false;
     };
     matches!(*errno, Errno::NOENT | Errno::NOTDIR | Errno::CONNREFUSED)
@@ -41,7 +42,7 @@ pub(crate) struct Embedded {
     /// Where it listens.
     pub(crate) socket: PathBuf,
     /// Why it has no connection to the target's monitor though one was wanted.
-    pub(crate) no_monitor: Option<AdminError>,
+    pub(crate) no_monitor: Option<ClientError>,
     _directory: TempDir,
 }
 
@@ -178,8 +179,10 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("socket");
         assert!(is_absent(&Admin::connect(&path).map(drop).unwrap_err()));
-        let of =
-            |errno| AdminError::Connect { path: path.clone(), source: PacketError::Connect(errno) };
+        let of = |errno| ClientError::Connect {
+            path: path.clone(),
+            source: PacketError::Connect(errno),
+        };
         // A killed broker leaves its socket.
         assert!(is_absent(&of(Errno::CONNREFUSED)));
         assert!(!is_absent(&of(Errno::ACCESS)) && !is_absent(&of(Errno::AGAIN)));

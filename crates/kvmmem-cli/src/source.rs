@@ -2,6 +2,7 @@
 //! Where a verb gets a target's memory from: a view, by a token or by the target's name, or KVMI.
 //! Verbs that only read have it from [`crate::input`].
 
+use kvmmem_client::ClientError;
 use std::fs::File;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
@@ -9,10 +10,10 @@ use std::time::Duration;
 
 use anyhow::{Context, Error, Result, anyhow, bail};
 use clap::Args;
-use kvmmem::host::{CopyError, HostError};
+use kvmmem::host::CopyError;
 use kvmmem::view::{Access, Range, View, ViewError};
 use kvmmem::{PAGE_SIZE, Session, SessionError, Token};
-use kvmmem_client::admin::{Admin, AdminError, GrantRequest, Rights};
+use kvmmem_client::admin::{Admin, GrantRequest, Rights};
 use kvmmem_memory::DumpFile;
 use serde::Deserialize;
 use zeroize::Zeroizing;
@@ -238,7 +239,7 @@ impl Source {
 /// no token.
 fn without_token(error: Error, target: &TargetName) -> Error {
     let Some(ViewError::AttachHost { source, .. }) = error.downcast_ref() else { return error };
-    let HostError::Refused { message, .. } = &**source else { return error };
+    let ClientError::Refused { message, .. } = &**source else { return error };
     match message.strip_suffix("; the token was not used") {
         Some(message) => anyhow!(
             "{target}: {}",
@@ -286,12 +287,12 @@ pub(crate) struct Operator {
     pub(crate) target: String,
     /// Why this command, where no broker runs, has no connection to the target's monitor though
     /// one was wanted.
-    pub(crate) no_monitor: Option<AdminError>,
+    pub(crate) no_monitor: Option<ClientError>,
 }
 
 impl Operator {
     /// Why the target's VMM does not answer, where that is what `error` is about.
-    pub(crate) fn explain(&mut self, error: AdminError) -> anyhow::Error {
+    pub(crate) fn explain(&mut self, error: ClientError) -> anyhow::Error {
         self.no_monitor.take().unwrap_or(error).into()
     }
 }

@@ -1,23 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What the command line asks of the broker.
 
-use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::path::Path;
 
 pub use kvmmem_kvmi::token::Token;
+use kvmmem_proto::client::{self, ClientError};
 use kvmmem_proto::endpoint::Endpoint;
 pub use kvmmem_proto::map::Region;
-use kvmmem_proto::message::{Answer, Call, Cursor, FromBroker, Refusal, Request};
+use kvmmem_proto::message::{Answer, Call, Cursor, Request};
 pub use kvmmem_proto::message::{Evidence, Which};
 pub use kvmmem_proto::message::{
     GrantInfo, GrantRequest, GrantState, HookInfo, KvmiPolicy, OnSilence, Origin, Revoked,
     SegmentRegister, TargetInfo, VcpuRegisters, ViewCounters, ViewInfo,
 };
-use kvmmem_proto::packet::{PacketBuffer, PacketError, PacketSocket, Wait};
+use kvmmem_proto::packet::{PacketBuffer, PacketSocket};
 pub use kvmmem_proto::scope::{Rights, Scope, Span};
-
-/// How long the broker may take to answer.
-const LIMIT: Duration = Duration::from_secs(5);
 
 /// No VM has more vCPUs.
 const MAX_VCPUS: usize = 4096;
@@ -76,60 +73,26 @@ pub struct IntrospectorAdded {
     pub has_offset: bool,
 }
 
-/// Why a request failed.
-#[derive(Debug, thiserror::Error)]
-pub enum AdminError {
-    /// The broker cannot be reached.
-    #[error("cannot reach the broker at {path}")]
-    Connect {
-        /// The socket.
-        path: PathBuf,
-        /// Why.
-        #[source]
-        source: PacketError,
-    },
-    /// The connection failed.
-    #[error("connection to the broker failed")]
-    Packet(#[from] PacketError),
-    /// The broker closed the connection or answered something else.
-    #[error("the broker gave no answer")]
-    NoAnswer,
-    /// The broker refused.
-    #[error("{message}")]
-    Refused {
-        /// Which kind of failure.
-        refusal: Refusal,
-        /// The broker's words.
-        message: String,
-    },
-}
-
 impl Admin {
     /// Connects to the broker that listens at `path`.
     ///
     /// # Errors
-    /// [`AdminError::Connect`].
-    pub fn connect(path: &Path) -> Result<Self, AdminError> {
-        let connect = || {
-            let socket = PacketSocket::connect(path, LIMIT)?;
-            socket.limit_receive(Some(LIMIT))?;
-            Ok(socket)
-        };
-        let socket =
-            connect().map_err(|source| AdminError::Connect { path: path.to_owned(), source })?;
+    /// [`ClientError::Connect`].
+    pub fn connect(path: &Path) -> Result<Self, ClientError> {
+        let socket = client::connect(path)?;
         Ok(Self { socket, buffer: PacketBuffer::default(), last_request: 0 })
     }
 
     /// The registered VMs.
     ///
     /// # Errors
-    /// [`AdminError`].
-    pub fn targets(&mut self) -> Result<Vec<TargetInfo>, AdminError> {
+    /// [`ClientError`].
+    pub fn targets(&mut self) -> Result<Vec<TargetInfo>, ClientError> {
         let mut all: Vec<TargetInfo> = Vec::new();
         loop {
             let after = all.last().map_or(0, |target| target.id);
             let Answer::Targets { targets, more } = self.ask(Call::Targets { after })? else {
-                return Err(AdminError::NoAnswer);
+                return Err(ClientError::NoAnswer);
             };
             let empty = targets.is_empty();
             all.extend(targets);
@@ -143,8 +106,8 @@ impl Admin {
     /// and whenever the connection ends.
     ///
     /// # Errors
-    /// [`AdminError`].
-    pub fn hook(&mut self, target: &str, endpoint: &Endpoint) -> Result<(), AdminError> {
+    /// [`ClientError`].
+    pub fn hook(&mut self, target: &str, endpoint: &Endpoint) -> Result<(), ClientError> {
         let call = Call::Hook { target: target.to_owned(), endpoint: endpoint.clone() };
         self.ask(call).map(|_| ())
     }
@@ -152,8 +115,8 @@ impl Admin {
     /// Undoes a hook and ends its connection.
     ///
     /// # Errors
-    /// [`AdminError`].
-    pub fn unhook(&mut self, target: &str, endpoint: &Endpoint) -> Result<(), AdminError> {
+    /// [`ClientError`].
+    pub fn unhook(&mut self, target: &str, endpoint: &Endpoint) -> Result<(), ClientError> {
         let call = Call::Unhook { target: target.to_owned(), endpoint: endpoint.clone() };
         self.ask(call).map(|_| ())
     }
@@ -161,11 +124,11 @@ impl Admin {
     /// Makes a token.
     ///
     /// # Errors
-    /// [`AdminError`]; where a range is refused, the message names it.
-    pub fn grant(&mut self, request: &GrantRequest) -> Result<Granted, AdminError> {
+    /// [`ClientError`]; where a range is refused, the message names it.
+    pub fn grant(&mut self, request: &GrantRequest) -> Result<Granted, ClientError> {
         match self.ask(Call::Grant(request.clone()))? {
             Answer::Granted { grant, token } => Ok(Granted { grant, token }),
-            _ => Err(AdminError::NoAnswer),
+            _ => Err(ClientError::NoAnswer),
         }
     }
 
@@ -173,13 +136,13 @@ impl Admin {
     /// a while those whose end was not long ago.
     ///
     /// # Errors
-    /// [`AdminError`].
-    pub fn grants(&mut self) -> Result<Vec<GrantInfo>, AdminError> {
+    /// [`ClientError`].
+    pub fn grants(&mut self) -> Result<Vec<GrantInfo>, ClientError> {
         let mut all: Vec<GrantInfo> = Vec::new();
         let mut after = Cursor::default();
         loop {
             let Answer::Grants { grants, next } = self.ask(Call::Grants { after })? else {
-                return Err(AdminError::NoAnswer);
+                return Err(ClientError::NoAnswer);
             };
             for grant in grants {
                 // The rest of a grant whose views did not fit in one page.
@@ -190,7 +153,7 @@ impl Admin {
             }
             match next {
                 Some(next) if next > after => after = next,
-                Some(_) => return Err(AdminError::NoAnswer),
+                Some(_) => return Err(ClientError::NoAnswer),
                 None => return Ok(all),
             }
         }
@@ -200,11 +163,11 @@ impl Admin {
     /// until everybody who uses it has confirmed. May be repeated.
     ///
     /// # Errors
-    /// [`AdminError`].
-    pub fn revoke(&mut self, grant: u64) -> Result<Revoked, AdminError> {
+    /// [`ClientError`].
+    pub fn revoke(&mut self, grant: u64) -> Result<Revoked, ClientError> {
         match self.ask(Call::Revoke { grant })? {
             Answer::Revoked(revoked) => Ok(revoked),
-            _ => Err(AdminError::NoAnswer),
+            _ => Err(ClientError::NoAnswer),
         }
     }
 
@@ -212,54 +175,54 @@ impl Admin {
     /// first if asked to. By its UUID a target need not be registered yet.
     ///
     /// # Errors
-    /// [`AdminError`].
+    /// [`ClientError`].
     pub fn policy(
         &mut self,
         target: &str,
         set: Option<KvmiPolicy>,
-    ) -> Result<KvmiPolicy, AdminError> {
+    ) -> Result<KvmiPolicy, ClientError> {
         match self.ask(Call::Policy { target: target.to_owned(), set })? {
             Answer::Policy { policy } => Ok(policy),
-            _ => Err(AdminError::NoAnswer),
+            _ => Err(ClientError::NoAnswer),
         }
     }
 
     /// Attaches a VM that runs under a stock VMM, and registers it. Only root may.
     ///
     /// # Errors
-    /// [`AdminError`]; the message says what to do where it can be helped.
-    pub fn add_target(&mut self, which: &Which, name: Option<&str>) -> Result<Added, AdminError> {
+    /// [`ClientError`]; the message says what to do where it can be helped.
+    pub fn add_target(&mut self, which: &Which, name: Option<&str>) -> Result<Added, ClientError> {
         let call = Call::AddTarget { which: which.clone(), name: name.map(str::to_owned) };
         match self.ask(call)? {
             Answer::Added { target, regions, evidence, copied } => {
                 Ok(Added { target, regions, evidence, copied })
             }
-            _ => Err(AdminError::NoAnswer),
+            _ => Err(ClientError::NoAnswer),
         }
     }
 
     /// Takes out a VM that was added, given by name or UUID; the VM itself runs on. Only root may.
     ///
     /// # Errors
-    /// [`AdminError`].
-    pub fn remove_target(&mut self, target: &str) -> Result<(), AdminError> {
+    /// [`ClientError`].
+    pub fn remove_target(&mut self, target: &str) -> Result<(), ClientError> {
         self.ask(Call::RemoveTarget { target: target.to_owned() }).map(|_| ())
     }
 
     /// Makes an introspector of a VM that runs under a stock QEMU. Only root may.
     ///
     /// # Errors
-    /// [`AdminError`]; the message says what to do where it can be helped.
+    /// [`ClientError`]; the message says what to do where it can be helped.
     pub fn add_introspector(
         &mut self,
         request: &AddIntrospector,
-    ) -> Result<IntrospectorAdded, AdminError> {
+    ) -> Result<IntrospectorAdded, ClientError> {
         let AddIntrospector { which, cid, name, on_silence } = request.clone();
         match self.ask(Call::AddIntrospector { which, cid, name, on_silence })? {
             Answer::IntrospectorAdded { target, places, has_offset } => {
                 Ok(IntrospectorAdded { target, places, has_offset })
             }
-            _ => Err(AdminError::NoAnswer),
+            _ => Err(ClientError::NoAnswer),
         }
     }
 
@@ -267,8 +230,8 @@ impl Admin {
     /// itself runs on. Only root may.
     ///
     /// # Errors
-    /// [`AdminError`].
-    pub fn remove_introspector(&mut self, name: &str) -> Result<(), AdminError> {
+    /// [`ClientError`].
+    pub fn remove_introspector(&mut self, name: &str) -> Result<(), ClientError> {
         self.ask(Call::RemoveIntrospector { name: name.to_owned() }).map(|_| ())
     }
 
@@ -276,11 +239,11 @@ impl Admin {
     /// views, and how many there are.
     ///
     /// # Errors
-    /// [`AdminError`]; [`Refusal::Denied`] for one that was not added.
-    pub fn free_slots(&mut self, introspector: &str) -> Result<(u32, u32), AdminError> {
+    /// [`ClientError`]; `Refusal::Denied` for one that was not added.
+    pub fn free_slots(&mut self, introspector: &str) -> Result<(u32, u32), ClientError> {
         match self.ask(Call::FreeSlots { introspector: introspector.to_owned() })? {
             Answer::FreeSlots { free, count } => Ok((free, count)),
-            _ => Err(AdminError::NoAnswer),
+            _ => Err(ClientError::NoAnswer),
         }
     }
 
@@ -288,15 +251,15 @@ impl Admin {
     /// of another moment.
     ///
     /// # Errors
-    /// [`AdminError`]; [`Refusal::Unsupported`] where the VMM cannot be asked.
-    pub fn registers(&mut self, target: &str) -> Result<Vec<VcpuRegisters>, AdminError> {
+    /// [`ClientError`]; `Refusal::Unsupported` where the VMM cannot be asked.
+    pub fn registers(&mut self, target: &str) -> Result<Vec<VcpuRegisters>, ClientError> {
         let mut all: Vec<VcpuRegisters> = Vec::new();
         loop {
-            let first = u32::try_from(all.len()).map_err(|_| AdminError::NoAnswer)?;
+            let first = u32::try_from(all.len()).map_err(|_| ClientError::NoAnswer)?;
             let Answer::Registers { vcpus, more } =
                 self.ask(Call::Registers { target: target.to_owned(), first })?
             else {
-                return Err(AdminError::NoAnswer);
+                return Err(ClientError::NoAnswer);
             };
             let is_empty = vcpus.is_empty();
             all.extend(vcpus);
@@ -312,38 +275,27 @@ impl Admin {
     /// did not run stays as it is.
     ///
     /// # Errors
-    /// [`AdminError`]; [`Refusal::Unsupported`] where the VMM cannot be asked.
-    pub fn pause(&mut self, target: &str) -> Result<bool, AdminError> {
+    /// [`ClientError`]; `Refusal::Unsupported` where the VMM cannot be asked.
+    pub fn pause(&mut self, target: &str) -> Result<bool, ClientError> {
         match self.ask(Call::Pause { target: target.to_owned() })? {
             Answer::Paused { was_running } => Ok(was_running),
-            _ => Err(AdminError::NoAnswer),
+            _ => Err(ClientError::NoAnswer),
         }
     }
 
     /// Ends this connection's pause of a target.
     ///
     /// # Errors
-    /// [`AdminError`], where it had ended before as well.
-    pub fn resume(&mut self, target: &str) -> Result<(), AdminError> {
+    /// [`ClientError`], where it had ended before as well.
+    pub fn resume(&mut self, target: &str) -> Result<(), ClientError> {
         self.ask(Call::Resume { target: target.to_owned() }).map(|_| ())
     }
 
-    fn ask(&mut self, call: Call) -> Result<Answer, AdminError> {
+    fn ask(&mut self, call: Call) -> Result<Answer, ClientError> {
         self.last_request += 1;
-        let asked = self.last_request;
-        // A broker that is full says so and closes, perhaps before this is sent.
-        let sent = self.socket.send(&Request { id: asked, call }, &[], Wait::Limited);
-        loop {
-            match self.socket.receive(&mut self.buffer)? {
-                Some((FromBroker::Answer { id, answer }, _)) if id == asked => return Ok(answer),
-                Some((FromBroker::Refused { id, refusal, message }, _))
-                    if id == asked || id == 0 =>
-                {
-                    return Err(AdminError::Refused { refusal, message });
-                }
-                Some(_) => {}
-                None => return Err(sent.err().map_or(AdminError::NoAnswer, AdminError::Packet)),
-            }
-        }
+        let request = Request { id: self.last_request, call };
+        // An answer that comes too late for an earlier request is dropped.
+        let (answer, _) = client::ask(&self.socket, &mut self.buffer, &request, &[], |_| {})?;
+        Ok(answer)
     }
 }

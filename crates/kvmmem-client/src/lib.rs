@@ -9,6 +9,8 @@
 pub mod admin;
 pub mod vmm;
 
+pub use kvmmem_proto::client::ClientError;
+
 /// The example of README.md, compiled as a test.
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]

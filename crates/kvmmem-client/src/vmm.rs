@@ -24,15 +24,16 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use kvmmem_proto::client::{self, ClientError};
+use kvmmem_proto::map::MemoryMap;
 pub use kvmmem_proto::map::Region;
 use kvmmem_proto::map::SHARE_IT;
-use kvmmem_proto::map::{MapError, MemoryMap};
 use kvmmem_proto::message::{Answer, Call, Refusal, Request};
 pub use kvmmem_proto::message::{
     Caller, Change, Registration, SegmentRegister, VcpuAnswer, VcpuQuestion, VcpuRegisters,
     ViewCounters,
 };
-use kvmmem_proto::packet::{PacketError, PacketSocket, Wait};
+use kvmmem_proto::packet::{PacketSocket, Wait};
 pub use kvmmem_proto::scope::{Rights, Scope, Span};
 use uuid::Uuid;
 
@@ -41,7 +42,6 @@ use events::Queue;
 pub use events::ViewEvents;
 pub use kvmmem_kvmi::token::Token;
 use outbox::Outbox;
-use reader::REGISTER_LIMIT;
 pub use vcpus::Vcpus;
 use views::Views;
 
@@ -123,48 +123,6 @@ impl Target {
     pub fn resolve(&self, gpa: u64) -> Option<(u32, u64)> {
         self.map.resolve(gpa)
     }
-}
-
-/// Why a VM is not registered.
-#[derive(Debug, thiserror::Error)]
-pub enum LinkError {
-    /// The broker cannot be reached.
-    #[error("cannot reach the broker at {path}")]
-    Connect {
-        /// The socket.
-        path: PathBuf,
-        #[source]
-        /// Why.
-        source: PacketError,
-    },
-    /// The connection failed while registering.
-    #[error("connection to the broker failed while registering the VM")]
-    Packet(#[source] PacketError),
-    /// The broker closed the connection or sent something else than an answer.
-    #[error("the broker did not answer the registration")]
-    NoAnswer,
-    /// The broker does not take the VM.
-    #[error("the broker refused to register the VM: {message}")]
-    Refused {
-        /// Which kind of refusal.
-        refusal: Refusal,
-        /// The broker's words.
-        message: String,
-    },
-    /// The broker announced a target with fewer files than its memory map names.
-    #[error("the broker announced a target in {needed} files with {found} of them")]
-    Files {
-        /// How many came.
-        found: usize,
-        /// How many there must be.
-        needed: usize,
-    },
-    /// The broker announced a target with an impossible memory map.
-    #[error("the broker announced a target with a bad memory map")]
-    Map(#[source] MapError),
-    /// The link's threads cannot be started.
-    #[error("cannot start the threads of the link to the broker")]
-    Thread(#[source] std::io::Error),
 }
 
 /// Why a token was not traded for a target.
@@ -252,9 +210,8 @@ impl VmmLink {
         socket: &Path,
         registration: Registration,
         files: impl IntoIterator<Item = OwnedFd>,
-    ) -> Result<Self, LinkError> {
-        let connected = PacketSocket::connect(socket, REGISTER_LIMIT)
-            .map_err(|source| LinkError::Connect { path: socket.to_owned(), source })?;
+    ) -> Result<Self, ClientError> {
+        let connected = client::connect(socket)?;
         Self::register(socket.to_owned(), connected, registration, files.into_iter().collect())
     }
 
@@ -263,7 +220,7 @@ impl VmmLink {
         socket: PacketSocket,
         registration: Registration,
         files: Vec<OwnedFd>,
-    ) -> Result<Self, LinkError> {
+    ) -> Result<Self, ClientError> {
         let answers = registration.vcpu_questions;
         let state = State {
             registration,
@@ -301,10 +258,11 @@ impl VmmLink {
         &mut self,
         name: &str,
         run: impl FnOnce(&Shared) + Send + 'static,
-    ) -> Result<(), LinkError> {
+    ) -> Result<(), ClientError> {
         let shared = Arc::clone(&self.shared);
         let thread = std::thread::Builder::new().name(name.into()).spawn(move || run(&shared));
-        self.threads.push(thread.map_err(LinkError::Thread)?);
+        let no_thread = |source| ClientError::Local { what: "start a thread", source };
+        self.threads.push(thread.map_err(no_thread)?);
         Ok(())
     }
 

@@ -4,7 +4,7 @@
 //!
 //! The broker, its clients (`kvmmem-client`) and the library for tools (`kvmmem`) depend on this
 //! crate and never on each other. It has the codecs and the sockets that carry them; it starts no
-//! thread and decides no right.
+//! thread and decides no right. [`client`] is what all clients of the broker share.
 //!
 //! | Peer | Transport | Codec |
 //! |---|---|---|
@@ -13,6 +13,7 @@
 //! | tool in a guest | vsock | [`guest`] |
 #![deny(unsafe_code)]
 
+pub mod client;
 pub mod copy;
 pub mod credentials;
 pub mod endpoint;

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Why a machine could not be made or go on.
 
+use kvmmem_client::ClientError;
 use std::io;
 use std::path::PathBuf;
 
-use kvmmem_client::vmm::LinkError;
 use kvmmem_sys::ram::RamError;
 
 use crate::boot::{AcpiError, LoadError};
@@ -91,6 +91,6 @@ pub enum VmmError {
         /// The broker's socket.
         path: PathBuf,
         /// Why.
-        source: LinkError,
+        source: ClientError,
     },
 }

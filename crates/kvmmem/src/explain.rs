@@ -2,9 +2,9 @@
 //! What the error numbers of KVMI and of the device mean to somebody who looks at another VM's
 //! memory.
 
+use crate::host::ClientError;
 use kvmmem_proto::message::Refusal;
 
-use crate::host::HostError;
 use kvmmem_abi::errno::KvmError;
 use rustix::io::Errno;
 
@@ -129,12 +129,12 @@ pub(crate) fn view(errno: Errno) -> &'static str {
 }
 
 /// What to do when the broker gives no view.
-pub(crate) fn host(error: &HostError) -> &'static str {
+pub(crate) fn host(error: &ClientError) -> &'static str {
     match error {
-        HostError::Connect { .. } => {
+        ClientError::Connect { .. } => {
             ": is kvmmemd running, and may this user open its socket (root, or the socket's group)?"
         }
-        HostError::Refused { refusal: Refusal::Unknown, .. } => ": ask for a new token",
+        ClientError::Refused { refusal: Refusal::Unknown, .. } => ": ask for a new token",
         _ => "",
     }
 }

@@ -12,12 +12,14 @@ mod channel;
 mod copier;
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use kvmmem_kvmi::token::Token;
-use kvmmem_proto::map::{MapError, MemoryMap, Region};
+use kvmmem_proto::client;
+pub use kvmmem_proto::client::ClientError;
+use kvmmem_proto::map::{MemoryMap, Region};
 use kvmmem_proto::message::{Answer, Call, Caller, FromBroker, Refusal, Request, ViewCounters};
 use kvmmem_proto::packet::{PacketBuffer, PacketError, PacketSocket, Wait};
 use kvmmem_proto::scope::{MAX_SPANS, Rights, Scope, Span};
@@ -28,9 +30,6 @@ use uuid::Uuid;
 use channel::Channel;
 use copier::{CHANNELS, Ended};
 pub use copier::{Copier, CopyError, Stopped};
-
-/// How long the broker may take to answer.
-const LIMIT: Duration = Duration::from_secs(5);
 
 /// A process's connection to the broker, as long as which its view lasts. Dropping it closes the
 /// view.
@@ -94,55 +93,6 @@ pub enum HostEvent {
     Gone,
 }
 
-/// Why a process has no view.
-#[derive(Debug, thiserror::Error)]
-pub enum HostError {
-    /// The broker cannot be reached.
-    #[error("cannot reach the broker at {path}")]
-    Connect {
-        /// The socket.
-        path: PathBuf,
-        /// Why.
-        #[source]
-        source: PacketError,
-    },
-    /// The connection failed.
-    #[error("connection to the broker failed")]
-    Packet(#[source] PacketError),
-    /// The broker closed the connection or answered something else.
-    #[error("the broker gave no answer")]
-    NoAnswer,
-    /// The broker refused.
-    #[error("{message}")]
-    Refused {
-        /// Which kind of failure; [`Refusal::Unknown`] for a token that is unknown, used, expired
-        /// or somebody else's.
-        refusal: Refusal,
-        /// The broker's words.
-        message: String,
-    },
-    /// The broker told an impossible memory map.
-    #[error("the broker told a bad memory map")]
-    Map(#[source] MapError),
-    /// The broker sent fewer files than the memory map names.
-    #[error("the broker told of RAM in {needed} files and sent {found}")]
-    Files {
-        /// How many came.
-        found: usize,
-        /// How many there must be.
-        needed: usize,
-    },
-    /// A channel for copies cannot be made.
-    #[error("cannot make a channel for copies")]
-    Channel(#[source] Errno),
-    /// Waiting for the broker failed.
-    #[error("cannot wait for the broker")]
-    Wait(#[source] Errno),
-    /// The view has ended, as an event has told.
-    #[error("the view has ended")]
-    Ended,
-}
-
 impl HostLink {
     /// Uses a token to open a view, by the broker that listens at `socket`.
     ///
@@ -152,7 +102,7 @@ impl HostLink {
         socket: &Path,
         token: &Token,
         read_only: bool,
-    ) -> Result<(Self, HostView), HostError> {
+    ) -> Result<(Self, HostView), ClientError> {
         Self::attach_reaching(socket, token, read_only, &[])
     }
 
@@ -167,32 +117,18 @@ impl HostLink {
         token: &Token,
         read_only: bool,
         reaching: &[Span],
-    ) -> Result<(Self, HostView), HostError> {
-        let connect = || {
-            let socket = PacketSocket::connect(socket, LIMIT)?;
-            socket.limit_receive(Some(LIMIT))?;
-            Ok(socket)
-        };
-        let socket =
-            connect().map_err(|source| HostError::Connect { path: socket.to_owned(), source })?;
+    ) -> Result<(Self, HostView), ClientError> {
+        let socket = client::connect(socket)?;
         // Of the caller the broker takes the name; process and user it has from the socket.
         let caller = Caller::this_process();
         let reaching = reaching.iter().take(MAX_SPANS).copied().collect();
         let call = Call::Attach { token: token.clone(), caller, read_only, reaching };
-        let sent = socket.send(&Request { id: 1, call }, &[], Wait::Limited);
         let mut buffer = PacketBuffer::default();
         // What happens to the target and the grant while the answer is on its way.
         let mut early = Vec::new();
-        let (answer, files) = loop {
-            match socket.receive(&mut buffer).map_err(HostError::Packet)? {
-                Some((FromBroker::Answer { id: 1, answer }, files)) => break (answer, files),
-                Some((FromBroker::Refused { refusal, message, .. }, _)) => {
-                    return Err(HostError::Refused { refusal, message });
-                }
-                Some((push, _)) => early.push(push),
-                None => return Err(sent.err().map_or(HostError::NoAnswer, HostError::Packet)),
-            }
-        };
+        let request = Request { id: 1, call };
+        let (answer, files) =
+            client::ask(&socket, &mut buffer, &request, &[], |push| early.push(push))?;
         let Answer::HostAttached {
             view,
             grant,
@@ -205,12 +141,12 @@ impl HostLink {
             copied,
         } = answer
         else {
-            return Err(HostError::NoAnswer);
+            return Err(ClientError::NoAnswer);
         };
-        let map = MemoryMap::new(regions).map_err(HostError::Map)?;
+        let map = MemoryMap::new(regions).map_err(ClientError::Map)?;
         let (found, needed) = (files.len(), map.file_count());
         if found < needed && !copied {
-            return Err(HostError::Files { found, needed });
+            return Err(ClientError::Files { found, needed });
         }
         let (rights, regions) = (scope.rights, scope.regions(&map));
         let ended = Arc::<Ended>::default();
@@ -230,7 +166,7 @@ impl HostLink {
                 {
                     (host_view.generation, host_view.regions) = (generation, regions);
                 }
-                Some(HostEvent::Revoked | HostEvent::Gone) => return Err(HostError::Ended),
+                Some(HostEvent::Revoked | HostEvent::Gone) => return Err(ClientError::Ended),
                 Some(HostEvent::Changed { .. }) | None => {}
             }
         }
@@ -240,12 +176,12 @@ impl HostLink {
     /// Waits for the next event, at most `timeout`; `None` where none came.
     ///
     /// # Errors
-    /// [`HostError::Ended`] after [`HostEvent::Revoked`] and [`HostEvent::Gone`].
-    pub fn wait(&mut self, timeout: Duration) -> Result<Option<HostEvent>, HostError> {
+    /// [`ClientError::Ended`] after [`HostEvent::Revoked`] and [`HostEvent::Gone`].
+    pub fn wait(&mut self, timeout: Duration) -> Result<Option<HostEvent>, ClientError> {
         let deadline = Instant::now().checked_add(timeout);
         loop {
             if self.end != End::No {
-                return Err(HostError::Ended);
+                return Err(ClientError::Ended);
             }
             if !self.is_readable(deadline)? {
                 return Ok(None);
@@ -266,7 +202,7 @@ impl HostLink {
     }
 
     /// What a push means for the view.
-    fn event(&mut self, message: FromBroker) -> Result<Option<HostEvent>, HostError> {
+    fn event(&mut self, message: FromBroker) -> Result<Option<HostEvent>, ClientError> {
         match message {
             FromBroker::Revoke { grant } if grant == self.grant => {
                 self.ended(End::Revoked);
@@ -277,7 +213,7 @@ impl HostLink {
                 Ok(Some(HostEvent::Gone))
             }
             FromBroker::Changed { target, generation, regions } if target == self.target => {
-                let map = MemoryMap::new(regions).map_err(HostError::Map)?;
+                let map = MemoryMap::new(regions).map_err(ClientError::Map)?;
                 Ok(Some(HostEvent::Changed { generation, regions: self.scope.regions(&map) }))
             }
             _ => Ok(None),
@@ -306,7 +242,7 @@ impl HostLink {
         let _ = self.socket.send(&Request { id: 0, call }, &[], Wait::No);
     }
 
-    fn is_readable(&self, deadline: Option<Instant>) -> Result<bool, HostError> {
+    fn is_readable(&self, deadline: Option<Instant>) -> Result<bool, ClientError> {
         loop {
             let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
             // One that is too long for the kernel is as good as none.
@@ -317,7 +253,7 @@ impl HostLink {
             ) {
                 Ok(ready) => return Ok(ready > 0),
                 Err(Errno::INTR) => {}
-                Err(error) => return Err(HostError::Wait(error)),
+                Err(error) => return Err(PacketError::Receive(error).into()),
             }
         }
     }
@@ -330,33 +266,27 @@ fn open_channels(
     buffer: &mut PacketBuffer,
     view: u64,
     early: &mut Vec<FromBroker>,
-) -> Result<Vec<Channel>, HostError> {
+) -> Result<Vec<Channel>, ClientError> {
+    let no_channel = |error: Errno| ClientError::Local {
+        what: "make a channel for copies",
+        source: error.into(),
+    };
     let mut channels = Vec::new();
     while channels.len() < CHANNELS {
-        let (bytes, file) = Channel::buffer().map_err(HostError::Channel)?;
+        let (bytes, file) = Channel::buffer().map_err(no_channel)?;
         // The attach was request 1.
         let id = 2 + channels.len() as u64;
         let request = Request { id, call: Call::OpenCopies { view } };
-        socket.send(&request, &[file.as_fd()], Wait::Limited).map_err(HostError::Packet)?;
-        loop {
-            match socket.receive(buffer).map_err(HostError::Packet)? {
-                Some((FromBroker::Answer { id: answered, .. }, mut files)) if answered == id => {
-                    let file = files.pop().ok_or(HostError::NoAnswer)?;
-                    channels.push(Channel::new(file, bytes).map_err(HostError::Channel)?);
-                    break;
-                }
-                // One is enough.
-                Some((FromBroker::Refused { refusal: Refusal::Limit, .. }, _))
-                    if !channels.is_empty() =>
-                {
-                    return Ok(channels);
-                }
-                Some((FromBroker::Refused { refusal, message, .. }, _)) => {
-                    return Err(HostError::Refused { refusal, message });
-                }
-                Some((push, _)) => early.push(push),
-                None => return Err(HostError::NoAnswer),
+        match client::ask(socket, buffer, &request, &[file.as_fd()], |push| early.push(push)) {
+            Ok((_, mut files)) => {
+                let file = files.pop().ok_or(ClientError::NoAnswer)?;
+                channels.push(Channel::new(file, bytes).map_err(no_channel)?);
             }
+            // One is enough.
+            Err(ClientError::Refused { refusal: Refusal::Limit, .. }) if !channels.is_empty() => {
+                break;
+            }
+            Err(error) => return Err(error),
         }
     }
     Ok(channels)

@@ -3,13 +3,13 @@
 
 mod host;
 
+use kvmmem_client::ClientError;
 use std::os::unix::fs::FileExt;
 use std::sync::Barrier;
 use std::time::{Duration, Instant};
 
 use host::{Host, PAGE, PATIENCE, REGIONS};
 
-use kvmmem::host::HostError;
 use kvmmem::view::{State, Status};
 use kvmmem::{Access, Event, Mapping, MappingError, Range, Token, View, ViewError};
 use kvmmem_client::admin::{GrantState, Rights, Span};
@@ -253,7 +253,7 @@ fn bad_tokens_attach_nothing() {
             assert!(text.contains("ask for a new token"), "{text}");
             let ViewError::AttachHost { source, .. } = error else { unreachable!() };
             assert!(
-                matches!(*source, HostError::Refused { refusal: Refusal::Unknown, .. }),
+                matches!(*source, ClientError::Refused { refusal: Refusal::Unknown, .. }),
                 "{source:?}"
             );
         }

@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The stock QEMU of this machine, without hardware virtualisation: its firmware is guest enough.
 
+use kvmmem_client::ClientError;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use kvmmem_client::admin::{Added, AdminError, Which};
+use kvmmem_client::admin::{Added, Which};
 use kvmmem_qemu::discover::{Found, discover};
 use serde_json::{Value, json};
 
@@ -211,7 +212,7 @@ pub(crate) fn wait_long(what: &str, holds: impl Fn() -> bool) {
 
 pub(crate) fn refusal(broker: &TestBroker, which: &Which) -> String {
     match broker.admin().add_target(which, None) {
-        Err(AdminError::Refused { message, .. }) => message,
+        Err(ClientError::Refused { message, .. }) => message,
         other => panic!("{other:?}"),
     }
 }
@@ -221,7 +222,7 @@ pub(crate) fn add_confirmed(broker: &TestBroker, qemu: &Qemu) -> Added {
     let began = Instant::now();
     loop {
         match broker.admin().add_target(&qemu.pid(), None) {
-            Err(AdminError::Refused { message, .. })
+            Err(ClientError::Refused { message, .. })
                 // Until its firmware has run, and before that its memory is mapped.
                 if ["not confirmed", "could be RAM"].iter().any(|words| message.contains(words))
                     && began.elapsed() < FIRMWARE =>

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A fake VMM: a copy of this program under the name of one.
 
+use kvmmem_client::ClientError;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::process::{Child, ChildStdout, Command, Stdio};
 
-use kvmmem_client::admin::{AdminError, Which};
+use kvmmem_client::admin::Which;
 use rustix::fs::SealFlags;
 use rustix::mm::{MapFlags, ProtFlags};
 use vm_memory::mmap::MmapRegionBuilder;
@@ -225,7 +226,7 @@ impl Drop for Fake {
 
 pub(crate) fn refusal(broker: &TestBroker, which: &Which) -> String {
     match broker.admin().add_target(which, None) {
-        Err(AdminError::Refused { message, .. }) => message,
+        Err(ClientError::Refused { message, .. }) => message,
         other => panic!("{other:?}"),
     }
 }

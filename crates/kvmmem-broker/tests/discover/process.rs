@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Which processes are VMMs, what they are called, and which continues a VM.
 
+use kvmmem_client::ClientError;
 use std::path::PathBuf;
 
-use kvmmem_client::admin::{AdminError, Evidence, Which};
+use kvmmem_client::admin::{Evidence, Which};
 use kvmmem_proto::message::Refusal;
 use kvmmem_qemu::discover::discover;
 
@@ -69,7 +70,7 @@ fn only_what_was_added_is_removed() {
     for (target, refusal) in [("own", Refusal::Denied), ("nobody", Refusal::Unknown)] {
         let refused = broker.admin().remove_target(target).unwrap_err();
         assert!(
-            matches!(refused, AdminError::Refused { refusal: r, .. } if r == refusal),
+            matches!(refused, ClientError::Refused { refusal: r, .. } if r == refusal),
             "{refused}"
         );
     }

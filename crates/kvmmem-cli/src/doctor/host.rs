@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The host's side: can it run targets and introspectors?
 
+use kvmmem_client::ClientError;
 use std::fs::{self, OpenOptions};
 use std::io::ErrorKind;
 use std::path::Path;
 
 use kvm_ioctls::Kvm;
-use kvmmem_client::admin::{Admin, AdminError, TargetInfo};
+use kvmmem_client::admin::{Admin, TargetInfo};
 use kvmmem_proto::message::Refusal;
 use kvmmem_sys::xen;
 
@@ -128,7 +129,7 @@ fn check_broker(socket: &Path) -> Vec<Check> {
     let ask = || {
         let mut admin = Admin::connect(socket)?;
         let vms = admin.targets()?;
-        Ok::<_, AdminError>((admin, vms))
+        Ok::<_, ClientError>((admin, vms))
     };
     match ask() {
         Ok((mut admin, vms)) => {
@@ -149,7 +150,7 @@ fn check_broker(socket: &Path) -> Vec<Check> {
 
 /// How many views an introspector under a stock QEMU can still have; nothing is to be said of
 /// others.
-fn check_room(vm: &TargetInfo, room: Result<(u32, u32), AdminError>) -> Option<Check> {
+fn check_room(vm: &TargetInfo, room: Result<(u32, u32), ClientError>) -> Option<Check> {
     const NAME: &str = "introspector";
     let cid = vm.cid.map_or_else(|| "none".to_owned(), |cid| cid.to_string());
     let who = format!("{}, context id {cid}", vm.name);
@@ -162,7 +163,7 @@ fn check_room(vm: &TargetInfo, room: Result<(u32, u32), AdminError>) -> Option<C
         Ok((free, count)) => {
             Check::ok(NAME, format!("{who}: {free} of {count} places for views are free"))
         }
-        Err(AdminError::Refused { refusal: Refusal::Denied, .. }) => return None,
+        Err(ClientError::Refused { refusal: Refusal::Denied, .. }) => return None,
         Err(error) => Check::warn(
             NAME,
             format!("{who}: {:#}", anyhow::Error::new(error)),
@@ -210,7 +211,8 @@ mod tests {
             (Status::Ok, "lion, context id 7: 1 of 2 places for views are free")
         );
         assert!(check_room(&vm, Ok((0, 2))).unwrap().remedy.unwrap().contains("--views"));
-        let refused = |refusal| Err(AdminError::Refused { refusal, message: "no QEMU".to_owned() });
+        let refused =
+            |refusal| Err(ClientError::Refused { refusal, message: "no QEMU".to_owned() });
         assert!(check_room(&vm, refused(Refusal::Denied)).is_none());
         let silent = check_room(&vm, refused(Refusal::Busy)).unwrap();
         assert!(silent.status == Status::Warn && silent.detail.contains("no QEMU"), "{silent:?}");

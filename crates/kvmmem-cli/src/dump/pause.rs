@@ -5,6 +5,7 @@
 //! that one that is killed, stopped or hangs does not keep a machine from running. A thread of its
 //! own asks, for writing to a disk or a pipe may take any time.
 
+use kvmmem_client::ClientError;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
@@ -12,7 +13,6 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow};
-use kvmmem_client::admin::AdminError;
 use serde::Serialize;
 
 use crate::source::Operator;
@@ -24,7 +24,7 @@ const INTERVAL: Duration = Duration::from_secs(2);
 pub(super) struct Pause {
     /// Dropped, it ends the thread.
     end: Option<Sender<()>>,
-    thread: Option<JoinHandle<Result<(), AdminError>>>,
+    thread: Option<JoinHandle<Result<(), ClientError>>>,
     has_ended: Arc<AtomicBool>,
     was_running: bool,
     began: Instant,

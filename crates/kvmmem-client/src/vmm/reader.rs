@@ -6,16 +6,14 @@ use std::path::Path;
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
+use kvmmem_proto::client::{self, ClientError};
 use kvmmem_proto::map::MemoryMap;
 use kvmmem_proto::message::{Answer, Call, Change, FromBroker, Refusal, Request, ViewCounters};
-use kvmmem_proto::packet::{PacketBuffer, PacketError, PacketSocket, Wait};
+use kvmmem_proto::packet::{PacketBuffer, PacketError, PacketSocket};
 use rustix::io::Errno;
 
 use super::views::Views;
-use super::{LinkError, Shared, State, Target};
-
-/// How long the broker may take to answer a registration, or to take a packet.
-pub(super) const REGISTER_LIMIT: Duration = Duration::from_secs(5);
+use super::{Shared, State, Target};
 
 /// How long after a token's use the broker is told of it, at most; and how soon it is tried again.
 const TELL_AFTER: Duration = Duration::from_millis(20);
@@ -30,36 +28,25 @@ pub(super) struct Connection {
 }
 
 /// Registers over a connection, which is the link's from then on.
-pub(super) fn register(shared: &Shared, socket: PacketSocket) -> Result<Connection, LinkError> {
+pub(super) fn register(shared: &Shared, socket: PacketSocket) -> Result<Connection, ClientError> {
     let state = shared.lock();
     let (registration, changes) = (state.registration.clone(), state.changes);
     drop(state);
     let regions = registration.regions.clone();
     let call = Call::Register(registration);
     let files: Vec<BorrowedFd<'_>> = shared.files.iter().map(AsFd::as_fd).collect();
-    // A broker that is full closes at once, having said why: what it said is still there to be
-    // read.
-    let sent = socket.send(&Request { id: 0, call }, &files, Wait::Limited);
-    socket.limit_receive(Some(REGISTER_LIMIT)).map_err(LinkError::Packet)?;
     let mut buffer = PacketBuffer::default();
-    let began = loop {
-        match socket.receive(&mut buffer).map_err(LinkError::Packet)? {
-            Some((FromBroker::Answer { answer: Answer::Registered { generation, .. }, .. }, _)) => {
-                break generation;
-            }
-            Some((FromBroker::Refused { refusal, message, .. }, _)) => {
-                return Err(LinkError::Refused { refusal, message });
-            }
-            Some(_) => {}
-            None => return Err(sent.err().map_or(LinkError::NoAnswer, LinkError::Packet)),
-        }
+    let request = Request { id: 0, call };
+    let (answer, _) = client::ask(&socket, &mut buffer, &request, &files, |_| {})?;
+    let Answer::Registered { generation: began, .. } = answer else {
+        return Err(ClientError::NoAnswer);
     };
-    socket.limit_receive(None).map_err(LinkError::Packet)?;
+    socket.limit_receive(None)?;
     let socket = Arc::new(socket);
     let mut state = shared.lock();
     // A link that was dropped meanwhile will not shut this socket down.
     if state.stopped {
-        return Err(LinkError::NoAnswer);
+        return Err(ClientError::NoAnswer);
     }
     let continued = match state.first_generation {
         // A broker that does not say has no such call either.
@@ -129,13 +116,13 @@ pub(super) fn run(shared: &Shared, mut connection: Connection) {
 
 /// Takes packets until the connection ends, and tells the broker of used tokens in between: here,
 /// so that the vCPU that used one need not.
-fn read(shared: &Shared, connection: &mut Connection) -> Result<(), LinkError> {
+fn read(shared: &Shared, connection: &mut Connection) -> Result<(), ClientError> {
     let Connection { socket, buffer } = connection;
     let mut is_limited = false;
     loop {
         let may_tell = shared.lock().cache.has_grants(Instant::now()) || !shared.outbox.is_empty();
         if may_tell != is_limited {
-            socket.limit_receive(may_tell.then_some(TELL_AFTER)).map_err(LinkError::Packet)?;
+            socket.limit_receive(may_tell.then_some(TELL_AFTER))?;
             is_limited = may_tell;
         }
         match socket.receive(buffer) {
@@ -148,7 +135,7 @@ fn read(shared: &Shared, connection: &mut Connection) -> Result<(), LinkError> {
             }
             Ok(None) => return Ok(()),
             Err(PacketError::Receive(Errno::AGAIN)) if is_limited => {}
-            Err(error) => return Err(LinkError::Packet(error)),
+            Err(error) => return Err(error.into()),
         }
         shared.outbox.flush(socket, None);
     }
@@ -159,15 +146,15 @@ fn take(
     state: &mut State,
     message: FromBroker,
     files: Vec<OwnedFd>,
-) -> Result<Option<Call>, LinkError> {
+) -> Result<Option<Call>, ClientError> {
     match message {
         FromBroker::Target { id, name, uuid, generation, regions } => {
-            let map = MemoryMap::new(regions).map_err(LinkError::Map)?;
+            let map = MemoryMap::new(regions).map_err(ClientError::Map)?;
             let files = complete(&map, files.into())?;
             state.cache.insert_target(Target { id, name, uuid, generation, map, files });
         }
         FromBroker::Changed { target, generation, regions } => {
-            let map = MemoryMap::new(regions).map_err(LinkError::Map)?;
+            let map = MemoryMap::new(regions).map_err(ClientError::Map)?;
             if let Some(known) =
                 state.cache.target(target).filter(|known| known.generation < generation)
             {
@@ -202,9 +189,9 @@ fn take(
 }
 
 /// The files of a target, if they are all that its memory map names.
-fn complete(map: &MemoryMap, files: Arc<[OwnedFd]>) -> Result<Arc<[OwnedFd]>, LinkError> {
+fn complete(map: &MemoryMap, files: Arc<[OwnedFd]>) -> Result<Arc<[OwnedFd]>, ClientError> {
     let (found, needed) = (files.len(), map.file_count());
-    if found < needed { Err(LinkError::Files { found, needed }) } else { Ok(files) }
+    if found < needed { Err(ClientError::Files { found, needed }) } else { Ok(files) }
 }
 
 /// Hands an answer to whoever asked. A view that nobody waits for any more, or whose grant was
@@ -239,9 +226,7 @@ fn register_again(shared: &Shared, path: &Path) -> Option<Connection> {
             return None;
         }
         drop(state);
-        let connected = PacketSocket::connect(path, REGISTER_LIMIT)
-            .map_err(|source| LinkError::Connect { path: path.to_owned(), source });
-        match connected.and_then(|socket| register(shared, socket)) {
+        match client::connect(path).and_then(|socket| register(shared, socket)) {
             Ok(connection) => {
                 tracing::info!(path = %path.display(), "registered with the broker again");
                 return Some(connection);
@@ -259,9 +244,9 @@ fn register_again(shared: &Shared, path: &Path) -> Option<Connection> {
     }
 }
 
-fn reason(error: &LinkError) -> String {
+fn reason(error: &ClientError) -> String {
     match error {
-        LinkError::Connect { source: PacketError::Connect(errno), .. } => {
+        ClientError::Connect { source: PacketError::Connect(errno), .. } => {
             format!("{error}: {errno}")
         }
         _ => error.to_string(),

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The broker as the source of targets.
 
+use kvmmem_client::ClientError;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::{Arc, Weak};
@@ -8,8 +9,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use kvmmem_abi::errno::KvmError;
 use kvmmem_client::vmm::{
-    self, Caller, LinkError, RedeemError, Region, Registration, Target, Token, ViewCounters,
-    VmmLink,
+    self, Caller, RedeemError, Region, Registration, Target, Token, ViewCounters, VmmLink,
 };
 use kvmmem_proto::map::MemoryMap;
 use kvmmem_sys::ram::GuestRam;
@@ -28,7 +28,7 @@ pub(crate) fn register(
     socket: &Path,
     ram: &GuestRam,
     fd: Option<OwnedFd>,
-) -> Result<VmmLink, LinkError> {
+) -> Result<VmmLink, ClientError> {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     let registration = Registration {
         name: config.name.clone(),

@@ -12,7 +12,7 @@ use rustix::io::Errno;
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{RecvFlags, SendFlags};
 
-use super::LIMIT;
+use kvmmem_proto::client::LIMIT;
 
 /// An open channel.
 ///

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 
 use kvmmem_proto::map::SHARE_IT;
 
-use crate::host::{CopyError, HostError};
+use crate::host::{ClientError, CopyError};
 use kvmmem_sys::device::OpenError;
 use rustix::io::Errno;
 
@@ -140,7 +140,7 @@ pub enum ViewError {
         remedy: &'static str,
         /// What went wrong.
         #[source]
-        source: Box<HostError>,
+        source: Box<ClientError>,
     },
     /// There is no thread or file descriptor left for hearing of the view's end.
     #[error("cannot watch for the view's end")]

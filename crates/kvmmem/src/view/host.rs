@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use kvmmem_proto::scope::{Rights, Span};
 
-use crate::host::{HostError, HostEvent, HostLink};
+use crate::host::{ClientError, HostEvent, HostLink};
 use kvmmem_kvmi::token::Token;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::io::Errno;
@@ -50,7 +50,7 @@ impl HostView {
         access: Access,
         ranges: &[Range],
     ) -> Result<Arc<Self>, ViewError> {
-        let refused = |source: HostError| ViewError::AttachHost {
+        let refused = |source: ClientError| ViewError::AttachHost {
             socket: socket.to_owned(),
             remedy: explain::host(&source),
             source: Box::new(source),
