@@ -10,12 +10,12 @@ use kernel::uaccess::UserSliceReader;
 use crate::abi::descriptor::{COMPLAINT_INVALID, GENERATION_AT};
 use crate::abi::hypercall::{AttachRequest, AttachResult};
 use crate::abi::ioctl::PAGE_SIZE;
-use crate::hypercall::{self, Way};
+use crate::hypercall::{self, Method};
 use crate::knobs;
 use crate::slots::{self, Claim};
 use crate::snapshot::{CheckError, PageCopy, Snapshot};
 use crate::stats;
-use crate::sys::{self, Remapped};
+use crate::sys::{self, Memremap};
 use crate::window::Extent;
 
 /// A request to attach, in memory that the host reads it from. Erased when dropped: it holds the
@@ -33,8 +33,8 @@ impl AttachCall {
     }
 
     /// Asks the host for the view, with these flags. The token is used.
-    fn call(&mut self, flags: u32) -> Result<Opened> {
-        let way = hypercall::way()?;
+    fn call(&mut self, flags: u32) -> Result<HypercallView> {
+        let method = hypercall::method()?;
         let (pid, uid, comm) = sys::caller();
         self.put(offset_of!(AttachRequest, pid), &pid.to_ne_bytes());
         self.put(offset_of!(AttachRequest, uid), &uid.to_ne_bytes());
@@ -42,16 +42,16 @@ impl AttachCall {
         self.put(offset_of!(AttachRequest, flags), &flags.to_ne_bytes());
         // On the heap, because stacks may have no address that the host can translate by the page.
         let mut result = KBox::new(AttachResult::default(), GFP_KERNEL)?;
-        sys::attach(way, self.bytes(), &mut result).map_err(|answer| {
+        sys::attach(method, self.bytes(), &mut result).map_err(|answer| {
             stats::REFUSED.add_one();
             hypercall::error(answer)
         })?;
         let gpa = knobs::descriptor(&*self.0).unwrap_or(result.descriptor_gpa);
-        match knobs::map_memory().and_then(|()| Remapped::map(gpa, PAGE_SIZE)) {
-            Ok(page) => Ok(Opened { way, page }),
+        match knobs::map_memory().and_then(|()| Memremap::map(gpa, PAGE_SIZE)) {
+            Ok(page) => Ok(HypercallView { method, page }),
             Err(error) => {
                 // Names the view all the same, if the host believes itself.
-                let _ = sys::detach(way, gpa);
+                let _ = sys::detach(method, gpa);
                 Err(stats::lie_unless_memory(
                     error,
                     "the descriptor's page is no memory of a window",
@@ -86,34 +86,34 @@ impl Drop for AttachCall {
 /// A view that the host shows.
 pub(crate) enum Attachment {
     /// By the answer to a hypercall.
-    Opened(Opened),
+    Hypercall(HypercallView),
     /// By PCI devices.
-    Plugged(Claim),
+    Devices(Claim),
 }
 
 /// A window that a hypercall opened. Closed when dropped.
-pub(crate) struct Opened {
-    way: Way,
-    page: Remapped,
+pub(crate) struct HypercallView {
+    method: Method,
+    page: Memremap,
 }
 
 impl Attachment {
     /// Has the host open the view that `call` asks for, with these flags.
     pub(crate) fn open(call: &mut AttachCall, flags: u32) -> Result<Self> {
-        call.call(flags).map(Self::Opened)
+        call.call(flags).map(Self::Hypercall)
     }
 
     /// Takes the slot whose token is that of `call`: `ENOENT` where none is.
     pub(crate) fn take(call: &AttachCall) -> Result<Self> {
-        slots::claim(&call.digest()).map(Self::Plugged)
+        slots::claim(&call.digest()).map(Self::Devices)
     }
 
     /// Where this machine sees the descriptor's page, by which a hypercall's view is named to the
     /// host. `None` where it was unplugged.
     pub(crate) fn gpa(&self) -> Option<u64> {
         match self {
-            Self::Opened(opened) => Some(opened.page.gpa()),
-            Self::Plugged(claim) => claim.with_page(|page| page.gpa()),
+            Self::Hypercall(view) => Some(view.page.gpa()),
+            Self::Devices(claim) => claim.with_page(|page| page.gpa()),
         }
     }
 
@@ -121,8 +121,8 @@ impl Attachment {
     /// where the page or one of the windows was unplugged.
     pub(crate) fn generation(&self) -> Option<u64> {
         match self {
-            Self::Opened(opened) => Some(opened.page.read_u64(GENERATION_AT)),
-            Self::Plugged(claim) => claim.with_page(|page| page.read_u64(GENERATION_AT)),
+            Self::Hypercall(view) => Some(view.page.read_u64(GENERATION_AT)),
+            Self::Devices(claim) => claim.with_page(|page| page.read_u64(GENERATION_AT)),
         }
     }
 
@@ -131,13 +131,13 @@ impl Attachment {
     /// was unplugged. Does not wait.
     pub(crate) fn read(&self) -> Result<Snapshot> {
         let copy = match self {
-            Self::Opened(opened) => PageCopy::of(&opened.page)?,
-            Self::Plugged(claim) => claim.with_page(PageCopy::of).ok_or(ESTALE)??,
+            Self::Hypercall(view) => PageCopy::of(&view.page)?,
+            Self::Devices(claim) => claim.with_page(PageCopy::of).ok_or(ESTALE)??,
         };
         let copy = copy.ok_or(EAGAIN)?;
         let checked = match self {
-            Self::Opened(_) => Snapshot::check_opened(&copy),
-            Self::Plugged(claim) => {
+            Self::Hypercall(_) => Snapshot::check_opened(&copy),
+            Self::Devices(claim) => {
                 Snapshot::check_plugged(&copy, |number| Some(claim.window(number)?.len))
             }
         };
@@ -155,25 +155,25 @@ impl Attachment {
         let descriptor = &snapshot.descriptor;
         match self {
             // The only one that a hypercall opens.
-            Self::Opened(_) => (number == 0).then_some(Extent {
+            Self::Hypercall(_) => (number == 0).then_some(Extent {
                 start: descriptor.window_gpa,
                 len: descriptor.window_len,
                 bar: None,
             }),
-            Self::Plugged(claim) => claim.window(number),
+            Self::Devices(claim) => claim.window(number),
         }
     }
 
     /// Tells the host that nothing of a generation before this one is used any more.
     pub(crate) fn followed(&self, generation: u64) {
-        if let Self::Plugged(claim) = self {
+        if let Self::Devices(claim) = self {
             claim.followed(generation);
         }
     }
 
     /// Tells the host that nothing of the view is used any more, whatever comes.
     pub(crate) fn let_go(&self) {
-        if let Self::Plugged(claim) = self {
+        if let Self::Devices(claim) = self {
             claim.let_go();
         }
     }
@@ -181,13 +181,13 @@ impl Attachment {
     /// A view that was not opened for want of memory, or because the host was changing it: ATTACH
     /// may be tried again with the same token, where the host does not count its use.
     pub(crate) fn put_back(self) {
-        if let Self::Plugged(claim) = self {
+        if let Self::Devices(claim) = self {
             claim.put_back();
         }
     }
 
     fn complain(&self, error: Error) {
-        if let (Self::Plugged(claim), true) = (self, error == EIO) {
+        if let (Self::Devices(claim), true) = (self, error == EIO) {
             claim.complain(COMPLAINT_INVALID);
         }
     }
@@ -195,11 +195,11 @@ impl Attachment {
     /// Asks the host for the next data (or hole: `what`) from `gpa` on. `None` where there is none,
     /// `EOPNOTSUPP` where the host does not know.
     pub(crate) fn seek(&self, gpa: u64, what: u64) -> Result<Option<u64>> {
-        let Self::Opened(opened) = self else {
+        let Self::Hypercall(view) = self else {
             return Err(EOPNOTSUPP);
         };
         let mut found = KBox::new(gpa, GFP_KERNEL)?;
-        match sys::seek(opened.way, opened.page.gpa(), &mut found, what).map_err(hypercall::error) {
+        match sys::seek(view.method, view.page.gpa(), &mut found, what).map_err(hypercall::error) {
             Ok(()) if *found >= gpa => Ok(Some(*found)),
             Ok(()) => {
                 stats::lie("it found an address before the one to begin at");
@@ -211,11 +211,11 @@ impl Attachment {
     }
 }
 
-impl Drop for Opened {
+impl Drop for HypercallView {
     fn drop(&mut self) {
         // Nothing of this machine's own is behind the window, so a refusal harms nobody here; but
         // the host still shows the target's memory there.
-        if sys::detach(self.way, self.page.gpa()).is_err() {
+        if sys::detach(self.method, self.page.gpa()).is_err() {
             stats::REFUSED.add_one();
             stats::VIEWS_QUARANTINED.add_one();
         }

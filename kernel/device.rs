@@ -16,7 +16,7 @@ use crate::file::ViewFile;
 use crate::knobs;
 use crate::native;
 use crate::page_file::PageFile;
-use crate::sys::{self, Fault, FaultError, Inserted};
+use crate::sys::{self, Fault, FaultError, FaultResult};
 
 /// One open file of the device. Its pages of v1 are bound to the process that opened it; its view
 /// is not.
@@ -79,9 +79,9 @@ impl MiscDevice for OpenFile {
         seq_print!(m, "kvmmem-quarantined:\t{}\n", usage.quarantined);
         seq_print!(m, "kvmmem-limit:\t{}\n", usage.limit);
         if let Ok(view) = this.view.view() {
-            let shown = view.shown();
-            seq_print!(m, "kvmmem-view-state:\t{}\n", shown.state());
-            seq_print!(m, "kvmmem-view-generation:\t{}\n", shown.generation);
+            let contents = view.contents();
+            seq_print!(m, "kvmmem-view-state:\t{}\n", contents.state());
+            seq_print!(m, "kvmmem-view-generation:\t{}\n", contents.generation);
             if let Some(gpa) = view.host().gpa() {
                 seq_print!(m, "kvmmem-view-descriptor:\t{gpa:#x}\n");
             }
@@ -98,7 +98,7 @@ impl OpenFile {
         self.view.poll(file, table)
     }
 
-    pub(crate) fn fault(&self, fault: &Fault) -> Result<Inserted, FaultError> {
+    pub(crate) fn fault(&self, fault: &Fault) -> Result<FaultResult, FaultError> {
         self.view.fault(fault)
     }
 

@@ -11,10 +11,10 @@ use crate::abi::descriptor::{
     COMPLAINT_INVALID, COMPLAINT_NOT_CACHED, COMPLAINT_NO_ADDRESS, MAGIC, SLOT_AT,
 };
 use crate::abi::ioctl::PAGE_SIZE;
-use crate::released::Released;
+use crate::release::ReleaseWaiter;
 use crate::slot::{Bar, Head, Slot, Window};
 use crate::slots;
-use crate::sys::{self, BarRegion, Enabled, Remapped};
+use crate::sys::{self, BarRegion, EnabledDevice, Memremap};
 use crate::window::PART;
 
 const IVSHMEM: u32 = 0x1110;
@@ -39,11 +39,11 @@ pub(crate) struct Function<'bound> {
     slot: Arc<Slot>,
     number: u32,
     /// Of a window.
-    released: Option<Released>,
-    // Released once `drop` has waited for the users; none where it has no address. Before the
+    released: Option<ReleaseWaiter>,
+    // ReleaseWaiter once `drop` has waited for the users; none where it has no address. Before the
     // enabling.
     _region: Option<BarRegion<'bound>>,
-    _enabled: Option<Enabled<'bound>>,
+    _enabled: Option<EnabledDevice<'bound>>,
 }
 
 impl pci::Driver for Driver {
@@ -68,9 +68,9 @@ impl<'bound> Function<'bound> {
         if device.resource_len(MEMORY)? != PAGE_SIZE {
             return Err(ENODEV);
         }
-        let enabled = Enabled::new(device)?;
+        let enabled = EnabledDevice::new(device)?;
         let region = BarRegion::request(device, MEMORY)?;
-        let page = Remapped::map_any(region.start(), PAGE_SIZE)?;
+        let page = Memremap::map_any(region.start(), PAGE_SIZE)?;
         if page.read_u64(0) != MAGIC {
             return Err(ENODEV);
         }
@@ -107,7 +107,7 @@ impl<'bound> Function<'bound> {
             });
         }
         // An unassigned BAR may not keep the device from being enabled.
-        let enabled = Enabled::new(device).ok();
+        let enabled = EnabledDevice::new(device).ok();
         let has_address = enabled.is_some() && device.resource_start(MEMORY)? != 0;
         let region = if has_address {
             Some(BarRegion::request(device, MEMORY)?)
@@ -130,7 +130,7 @@ impl<'bound> Function<'bound> {
 /// The window, if its memory can be mapped write-back.
 fn bar(region: &BarRegion<'_>) -> Result<Window> {
     let (start, len) = (region.start(), region.len());
-    match Remapped::map(start, len.min(PART)) {
+    match Memremap::map(start, len.min(PART)) {
         Ok(_) => Bar::new(start, len).map(Ok),
         Err(error) if error == EOPNOTSUPP => Ok(Err(COMPLAINT_NOT_CACHED)),
         Err(error) if error == EINVAL => Ok(Err(COMPLAINT_INVALID)),

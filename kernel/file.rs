@@ -16,7 +16,7 @@ use kernel::time::delay::fsleep;
 use crate::abi::hypercall::{SEEK_DATA, SEEK_HOLE};
 use crate::attachment::AttachCall;
 use crate::regions::Regions;
-use crate::sys::{self, AddressSpace, Fault, FaultError, Inserted, Memory};
+use crate::sys::{self, AddressSpace, Fault, FaultError, FaultResult, Memory};
 use crate::view::{View, PAUSE, TRIES};
 use crate::watch::WatchedView;
 use crate::window::Window;
@@ -152,8 +152,8 @@ impl ViewFile {
         }
         let view = self.view()?;
         view.refresh()?;
-        let shown = view.shown();
-        let window = shown.window.clone()?;
+        let contents = view.contents();
+        let window = contents.window.clone()?;
         let gpa = sys::area_gpa(area).ok_or(ENXIO)?;
         let len = (area.end() - area.start()) as u64;
         let end = gpa.checked_add(len).ok_or(ENXIO)?;
@@ -161,7 +161,7 @@ impl ViewFile {
             .first_from(gpa)
             .filter(|first| *first < end)
             .ok_or(ENXIO)?;
-        if !shown.is_writable() {
+        if !contents.is_writable() {
             // Neither now nor later by mprotect.
             area.try_clear_maywrite().map_err(|_| EACCES)?;
         }
@@ -192,7 +192,7 @@ impl ViewFile {
 
     /// Maps one page, of any size. What is shown cannot change between looking and mapping; a
     /// change takes the pages away afterwards.
-    pub(crate) fn fault(&self, fault: &Fault) -> Result<Inserted, FaultError> {
+    pub(crate) fn fault(&self, fault: &Fault) -> Result<FaultResult, FaultError> {
         // An area may be older than the file's view.
         let view = self
             .view()
@@ -205,10 +205,10 @@ impl ViewFile {
     }
 }
 
-fn insert(view: &View, fault: &Fault) -> Result<Inserted, FaultError> {
-    view.with(|shown| {
-        let window = shown.window.as_ref().map_err(|_| FaultError::Bus)?;
-        if fault.is_area_writable() && !shown.is_writable() {
+fn insert(view: &View, fault: &Fault) -> Result<FaultResult, FaultError> {
+    view.with(|contents| {
+        let window = contents.window.as_ref().map_err(|_| FaultError::Bus)?;
+        if fault.is_area_writable() && !contents.is_writable() {
             return Err(FaultError::Bus);
         }
         if fault.order() > 9 && !sys::has_1g_pages() {
@@ -337,9 +337,9 @@ fn step(
         Err(EAGAIN) => return Ok(Step::Busy),
         result => result?,
     }
-    let shown = view.shown();
-    let window = shown.window.clone()?;
-    if is_write && !shown.is_writable() {
+    let contents = view.contents();
+    let window = contents.window.clone()?;
+    if is_write && !contents.is_writable() {
         return Err(EACCES);
     }
     if gpa >= window.end() && !is_write {
@@ -348,7 +348,7 @@ fn step(
     let (memory, offset) = window.find(gpa)?;
     let room = usize::try_from(memory.len().saturating_sub(offset))?;
     let wanted = len.min(CHUNK).min(room);
-    let copied = buffer.copy(memory, offset, wanted, || view.is_current(&shown));
+    let copied = buffer.copy(memory, offset, wanted, || view.is_current(&contents));
     Ok(copied.map_or(Step::Changed, |count| Step::Copied(count, wanted)))
 }
 

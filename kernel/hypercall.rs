@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0-only
-//! The way to the host: which one CPUID offers, the request that it carries, what its answer means
-//! to the tool.
+//! Hypercalls: which method CPUID offers, the request that a call carries, and the error that a tool
+//! gets for the host's answer.
+//!
+//! `choose` runs once, when the module is loaded. After that every file that calls the host asks
+//! [`method`], and every file that serves views asks [`transport`].
 
 use kernel::fmt;
 use kernel::prelude::*;
@@ -21,14 +24,14 @@ use crate::{knobs, stats, sys};
 
 /// How a hypercall leaves the virtual machine.
 #[derive(Clone, Copy)]
-pub(crate) enum Way {
+pub(crate) enum Method {
     /// The instruction `vmcall` (Intel) or `vmmcall` (AMD).
     Vmcall,
     /// A read from this I/O port.
     Doorbell(u16),
 }
 
-impl fmt::Display for Way {
+impl fmt::Display for Method {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Vmcall => write!(f, "vmcall"),
@@ -37,58 +40,58 @@ impl fmt::Display for Way {
     }
 }
 
-static WAY: SetOnce<Way> = SetOnce::new();
+static METHOD: SetOnce<Method> = SetOnce::new();
 
-/// There where the host has given back what a kernel before this one had replaced.
+/// Set if the host restored the pages that an earlier kernel of this machine had replaced.
 static GIVEN_BACK: SetOnce<GivenBack> = SetOnce::new();
 
-/// How the host shows a target's memory to views.
+/// How the memory of a view's target gets into this machine.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Showing {
-    /// In a window that it opens when it is called.
+pub(crate) enum Transport {
+    /// In a window that the host opens by hypercall.
     Windows,
-    /// In PCI devices that it plugs in; it cannot be called.
+    /// In PCI devices that the VMM plugs in. There are no hypercalls.
     Devices,
-    /// Not at all: it serves v1's hypercalls only.
-    Nothing,
+    /// Not at all: the host serves v1's hypercalls only.
+    None,
 }
 
-static SHOWING: SetOnce<Showing> = SetOnce::new();
+static TRANSPORT: SetOnce<Transport> = SetOnce::new();
 
-/// The way chosen when the module was loaded: `EOPNOTSUPP` where the host cannot be called.
-pub(crate) fn way() -> Result<Way> {
-    WAY.copy().ok_or(EOPNOTSUPP)
+/// The method chosen when the module was loaded; `EOPNOTSUPP` if the host has none.
+pub(crate) fn method() -> Result<Method> {
+    METHOD.copy().ok_or(EOPNOTSUPP)
 }
 
-/// How the host shows memory, as found when the module was loaded.
-pub(crate) fn showing() -> Showing {
-    SHOWING.copy().unwrap_or(Showing::Devices)
+/// The transport of views, as found when the module was loaded.
+pub(crate) fn transport() -> Transport {
+    TRANSPORT.copy().unwrap_or(Transport::Devices)
 }
 
-/// Chooses the way that CPUID offers, `vmcall` first. Where the host cannot be called there may be
-/// devices: `ENODEV` without a PCI bus.
+/// Chooses the method that CPUID offers, `vmcall` first. Without hypercalls there may be devices:
+/// `ENODEV` without a PCI bus.
 pub(crate) fn choose() -> Result {
-    let offered = match knobs::way() {
-        Some(way) => Some((way, 0)),
+    let offered = match knobs::method() {
+        Some(method) => Some((method, 0)),
         None => offered()?,
     };
-    let Some((way, features)) = offered else {
-        SHOWING.populate(Showing::Devices);
+    let Some((method, features)) = offered else {
+        TRANSPORT.populate(Transport::Devices);
         pr_info!("this host serves no hypercalls (v1); it may show views as PCI devices\n");
         return Ok(());
     };
     let has_window = knobs::has_windows() || features & FEATURE_WINDOW != 0;
-    let (showing, what) = if has_window {
-        (Showing::Windows, "v1 and views")
+    let (transport, what) = if has_window {
+        (Transport::Windows, "v1 and views")
     } else {
-        (Showing::Nothing, "v1 only, no views")
+        (Transport::None, "v1 only, no views")
     };
-    pr_info!("the host is called by {way} and offers {what}\n");
-    WAY.populate(way);
-    SHOWING.populate(showing);
+    pr_info!("the host is called by {method} and offers {what}\n");
+    METHOD.populate(method);
+    TRANSPORT.populate(transport);
     // A kernel before this one may have left pages replaced: started by kexec, this one takes them
     // for ordinary RAM.
-    match GivenBack::keep_all(way).map_err(error) {
+    match GivenBack::keep_all(method).map_err(error) {
         Ok(given_back) => {
             GIVEN_BACK.populate(given_back);
         }
@@ -104,20 +107,19 @@ pub(crate) fn choose() -> Result {
     Ok(())
 }
 
-/// Whether the machine is going down: no page is replaced any more.
+/// Set when the machine goes down: no page is replaced from then on.
 static IS_CLOSED: Atomic<bool> = Atomic::new(false);
 
-/// How many calls are replacing a page.
+/// Number of calls that are replacing a page.
 static REPLACING: Atomic<i64> = Atomic::new(0);
 
-/// Lets a page be replaced as long as this lives.
-pub(crate) struct Replacing(());
+/// Counts a call that replaces a page, from [`ReplaceGuard::begin`] until it is dropped.
+pub(crate) struct ReplaceGuard(());
 
-impl Replacing {
+impl ReplaceGuard {
     /// `EAGAIN` once the machine is going down.
     pub(crate) fn begin() -> Result<Self> {
-        // Either this call sees that the pages are closed, or the one who closes them sees this
-        // call.
+        // Either this call sees that the machine goes down, or `close_pages` sees this call.
         REPLACING.fetch_add(1, Full);
         let this = Self(());
         if IS_CLOSED.load(Relaxed) {
@@ -128,18 +130,18 @@ impl Replacing {
     }
 }
 
-impl Drop for Replacing {
+impl Drop for ReplaceGuard {
     fn drop(&mut self) {
         REPLACING.fetch_add(-1, Release);
     }
 }
 
-/// The machine is going down, or another kernel is about to be started in it, which would take
-/// replaced pages for ordinary RAM and write into the target: has the host give back all of them,
-/// also those whose undo it refused before.
+/// Has the host restore all replaced pages, also those whose undo it refused before. Called when the
+/// machine goes down or another kernel is about to start in it: that kernel would take replaced
+/// pages for ordinary RAM and write into the target.
 pub(crate) fn close_pages() {
     const TRIES: u32 = 5000;
-    let Ok(way) = way() else { return };
+    let Ok(method) = method() else { return };
     IS_CLOSED.xchg(true, Full);
     // A call that waits for the host's broker takes up to 2 s.
     for _ in 0..TRIES {
@@ -151,7 +153,7 @@ pub(crate) fn close_pages() {
     let count = stats::MAPPED.value() + stats::QUARANTINED.value();
     let answer = match GIVEN_BACK.as_ref() {
         Some(given_back) => given_back.zero_all(),
-        None => GivenBack::keep_all(way).map(drop),
+        None => GivenBack::keep_all(method).map(drop),
     };
     match answer.map_err(error) {
         Ok(()) if count > 0 => pr_notice!("the host gave {count} pages back before the reboot\n"),
@@ -165,8 +167,8 @@ pub(crate) fn close_pages() {
     }
 }
 
-/// The way, and the feature bits. `None` where there is a PCI bus only.
-fn offered() -> Result<Option<(Way, u32)>> {
+/// The method and the feature bits; `None` if there is only a PCI bus.
+fn offered() -> Result<Option<(Method, u32)>> {
     let [_, signature @ ..] = sys::cpuid(LEAF_SIGNATURE);
     if signature != SIGNATURE_REGISTERS {
         if sys::has_pci_bus() {
@@ -180,11 +182,11 @@ fn offered() -> Result<Option<(Way, u32)>> {
     }
     let [features, port, ..] = sys::cpuid(LEAF_FEATURES);
     if features & FEATURE_VMCALL != 0 {
-        return Ok(Some((Way::Vmcall, features)));
+        return Ok(Some((Method::Vmcall, features)));
     }
     match u16::try_from(port) {
         Ok(port) if features & FEATURE_DOORBELL != 0 && port != 0 => {
-            Ok(Some((Way::Doorbell(port), features)))
+            Ok(Some((Method::Doorbell(port), features)))
         }
         _ => {
             pr_err!(
@@ -195,7 +197,7 @@ fn offered() -> Result<Option<(Way, u32)>> {
     }
 }
 
-/// A tool's MAP request, in kernel memory that the host reads the token from. Erased when dropped.
+/// A tool's MAP request, in kernel memory from which the host reads the token. Erased when dropped.
 pub(crate) struct Request(KBox<[u8; MemMap::SIZE]>);
 
 impl Request {
@@ -226,8 +228,8 @@ impl Drop for Request {
     }
 }
 
-/// The error that a tool gets for the host's `answer`, which is not 0. An answer that is no error
-/// of KVM's becomes EIO.
+/// The error that a tool gets for the host's `answer`, which is not 0: EIO unless it is one of KVM's
+/// errors.
 pub(crate) fn error(answer: i64) -> Error {
     KvmError::from_result(answer).map_or(EIO, |error| Error::from_errno(-error.errno()))
 }

@@ -13,7 +13,7 @@ mod forced {
     use kernel::sync::atomic::{Atomic, Relaxed};
 
     use crate::abi::ioctl::PAGE_SIZE;
-    use crate::hypercall::Way;
+    use crate::hypercall::Method;
     use crate::module_parameters as parameters;
 
     /// `_IO('i', 0xf0)`: mappings of a view's memory into the kernel fail for want of memory, as
@@ -24,10 +24,10 @@ mod forced {
     static SUCCESSES: Atomic<i64> = Atomic::new(0);
     static FAILURES: Atomic<i64> = Atomic::new(0);
 
-    pub(crate) fn way() -> Option<Way> {
+    pub(crate) fn method() -> Option<Method> {
         match *parameters::force_port.value_ref() {
-            0 => parameters::force_vmcall.value().then_some(Way::Vmcall),
-            port => Some(Way::Doorbell(port)),
+            0 => parameters::force_vmcall.value().then_some(Method::Vmcall),
+            port => Some(Method::Doorbell(port)),
         }
     }
 
@@ -70,9 +70,9 @@ pub(crate) use nothing::*;
 mod nothing {
     use kernel::prelude::*;
 
-    use crate::hypercall::Way;
+    use crate::hypercall::Method;
 
-    pub(crate) fn way() -> Option<Way> {
+    pub(crate) fn method() -> Option<Method> {
         None
     }
 

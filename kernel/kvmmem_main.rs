@@ -58,7 +58,7 @@ use kernel::prelude::*;
 
 use crate::device::OpenFile;
 use crate::devices::Driver;
-use crate::hypercall::Showing;
+use crate::hypercall::Transport;
 use crate::stats::Report;
 use crate::sys::{Processes, RebootHook};
 
@@ -76,7 +76,7 @@ mod page;
 mod page_file;
 mod process;
 mod regions;
-mod released;
+mod release;
 mod slot;
 mod slots;
 mod snapshot;
@@ -181,17 +181,17 @@ impl kernel::InPlaceModule for Kvmmem {
 
 /// The PCI driver, where views can come as devices.
 fn pci_driver(module: &'static ThisModule) -> Result<Option<PciDriver>> {
-    match hypercall::showing() {
-        Showing::Devices => {
+    match hypercall::transport() {
+        Transport::Devices => {
             KBox::pin_init(Registration::new(c"kvmmem", module), GFP_KERNEL).map(Some)
         }
-        Showing::Windows | Showing::Nothing => Ok(None),
+        Transport::Windows | Transport::None => Ok(None),
     }
 }
 
 /// Whether libkvmi's region ioctls are there.
 fn offers_regions() -> bool {
-    module_parameters::regions.value() && hypercall::showing() != Showing::Nothing
+    module_parameters::regions.value() && hypercall::transport() != Transport::None
 }
 
 /// Most pages that one open file may have mapped.

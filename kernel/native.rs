@@ -12,16 +12,16 @@ use crate::abi::native::{
 };
 use crate::attachment::AttachCall;
 use crate::file::ViewFile;
-use crate::hypercall::{self, Showing};
+use crate::hypercall::{self, Transport};
 use crate::sys;
 use crate::watch;
 
 /// INFO: what there is.
 pub(crate) fn info(to: UserPtr) -> Result {
-    let mut features = match hypercall::showing() {
-        Showing::Windows => FEATURE_VIEWS | FEATURE_HUGE_2M | FEATURE_SEEK,
-        Showing::Devices => FEATURE_VIEWS | FEATURE_HUGE_2M | FEATURE_DEVICES,
-        Showing::Nothing => 0,
+    let mut features = match hypercall::transport() {
+        Transport::Windows => FEATURE_VIEWS | FEATURE_HUGE_2M | FEATURE_SEEK,
+        Transport::Devices => FEATURE_VIEWS | FEATURE_HUGE_2M | FEATURE_DEVICES,
+        Transport::None => 0,
     };
     if features & FEATURE_VIEWS != 0 && sys::has_1g_pages() {
         features |= FEATURE_HUGE_1G;
@@ -61,13 +61,13 @@ impl ViewFile {
     pub(crate) fn ranges(&self, at: UserPtr) -> Result {
         let (mut reader, mut writer) = UserSlice::new(at, size_of::<Ranges>()).reader_writer();
         let mut answer = reader.read::<Ranges>()?;
-        let shown = self.view()?.take_event();
-        answer.generation = shown.generation;
-        answer.state = shown.state();
-        answer.rights = shown.rights;
-        answer.uuid = shown.uuid;
+        let contents = self.view()?.take_event();
+        answer.generation = contents.generation;
+        answer.state = contents.state();
+        answer.rights = contents.rights;
+        answer.uuid = contents.uuid;
         let mut ranges = KVec::new();
-        if let Ok(window) = &shown.window {
+        if let Ok(window) = &contents.window {
             ranges.reserve(window.ranges().len(), GFP_KERNEL)?;
             for range in window.ranges() {
                 ranges.push(range, GFP_KERNEL)?;
@@ -75,7 +75,7 @@ impl ViewFile {
         }
         // Whoever takes the windows away waits for those who use them; writing to user memory may
         // take any time.
-        drop(shown);
+        drop(contents);
         answer.count = ranges.len() as u32;
         let room = UserPtr::from_addr(usize::try_from(answer.ranges)?);
         let written = ranges.len().min(answer.capacity as usize);
@@ -105,7 +105,7 @@ impl ViewFile {
             read_bytes: view.read_bytes.value(),
             written_bytes: view.written_bytes.value(),
             events: view.events.value(),
-            instance: view.shown().instance,
+            instance: view.contents().instance,
         };
         UserSlice::new(to, size_of::<Stats>())
             .writer()

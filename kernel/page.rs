@@ -6,7 +6,7 @@ use kernel::mm::virt::{flags, VmaRef};
 use kernel::mm::MmWithUser;
 use kernel::prelude::*;
 
-use crate::hypercall::{self, Replacing, Request};
+use crate::hypercall::{self, ReplaceGuard, Request};
 use crate::stats;
 use crate::sys::{self, MemlockCharge, PinnedPage, ReplacedPage};
 use crate::table::ops::Page;
@@ -29,11 +29,13 @@ impl ForeignPage {
         if !page.is_anonymous() {
             return Err(EINVAL);
         }
-        let _replacing = Replacing::begin()?;
-        let page = page.replace(request, hypercall::way()?).map_err(|answer| {
-            stats::REFUSED.add_one();
-            hypercall::error(answer)
-        })?;
+        let _replacing = ReplaceGuard::begin()?;
+        let page = page
+            .replace(request, hypercall::method()?)
+            .map_err(|answer| {
+                stats::REFUSED.add_one();
+                hypercall::error(answer)
+            })?;
         stats::TOTAL.add_one();
         stats::MAPPED.add_one();
         Ok(Self {
@@ -56,8 +58,8 @@ impl Page for ForeignPage {
         } else {
             &stats::MAPPED
         };
-        let restored = match hypercall::way() {
-            Ok(way) => page.restore(way),
+        let restored = match hypercall::method() {
+            Ok(method) => page.restore(method),
             Err(_) => Err(page),
         };
         match restored {

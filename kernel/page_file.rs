@@ -63,7 +63,7 @@ impl PageFile {
 
     /// MAP of v1.
     pub(crate) fn map(&self, arg: usize) -> Result {
-        hypercall::way()?;
+        hypercall::method()?;
         let task = current!();
         let mm = self.opener(task.mm())?;
         let request = Request::read(UserPtr::from_addr(arg))?;
@@ -86,7 +86,7 @@ impl PageFile {
             return Err(EINVAL);
         }
         // Without hypercalls nothing was ever mapped.
-        hypercall::way().map_err(|_| ENOENT)?;
+        hypercall::method().map_err(|_| ENOENT)?;
         Ok(ops::unmap(&*self.account()?.process, gva as u64)?)
     }
 

@@ -12,17 +12,17 @@ use crate::abi::native::Range;
 use crate::abi::region::Region;
 use crate::attachment::AttachCall;
 use crate::file::ViewFile;
-use crate::view::Shown;
+use crate::view::Contents;
 
 type Uuid = [u8; 16];
 
 /// A region that MAP returned, and how many areas of memory show it.
-struct Mapped {
+struct MappedRegion {
     range: Range,
     areas: usize,
 }
 
-impl Mapped {
+impl MappedRegion {
     fn holds(&self, gpa: u64, len: u64) -> bool {
         gpa.checked_sub(self.range.gpa)
             .and_then(|offset| offset.checked_add(len))
@@ -34,7 +34,7 @@ impl Mapped {
 #[derive(Default)]
 pub(crate) struct Regions {
     target: Option<Uuid>,
-    mapped: KVec<Mapped>,
+    mapped: KVec<MappedRegion>,
 }
 
 impl Regions {
@@ -63,7 +63,7 @@ impl Regions {
         }
     }
 
-    fn find(&mut self, gpa: u64, len: u64) -> Option<&mut Mapped> {
+    fn find(&mut self, gpa: u64, len: u64) -> Option<&mut MappedRegion> {
         self.mapped
             .iter_mut()
             .find(|mapped| mapped.holds(gpa, len) && gpa < mapped.range.gpa + mapped.range.len)
@@ -134,7 +134,7 @@ impl ViewFile {
         // Each region has a token of its own. It is spent by attaching, though the file keeps its
         // first view.
         let asked = self.open_view(file, call, 0)?;
-        let range = region(&asked.shown(), &target, gpa)?;
+        let range = region(&asked.contents(), &target, gpa)?;
         match self.view() {
             Ok(view) => {
                 let own = region(&view.look(), &target, gpa)?;
@@ -147,7 +147,7 @@ impl ViewFile {
         self.regions
             .lock()
             .mapped
-            .push(Mapped { range, areas: 0 }, GFP_KERNEL_ACCOUNT)?;
+            .push(MappedRegion { range, areas: 0 }, GFP_KERNEL_ACCOUNT)?;
         Ok(range)
     }
 
@@ -169,9 +169,12 @@ impl ViewFile {
 }
 
 /// The range of a view of `target` that holds `gpa`.
-fn region(shown: &Shown, target: &Uuid, gpa: u64) -> Result<Range> {
-    let window = shown.window.as_ref().map_err(|ended| Error::from(*ended))?;
-    if shown.uuid != *target {
+fn region(contents: &Contents, target: &Uuid, gpa: u64) -> Result<Range> {
+    let window = contents
+        .window
+        .as_ref()
+        .map_err(|ended| Error::from(*ended))?;
+    if contents.uuid != *target {
         return Err(ENOENT);
     }
     window

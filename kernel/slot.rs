@@ -12,11 +12,11 @@ use kernel::time::Jiffies;
 use kernel::workqueue::{self, impl_has_delayed_work, new_delayed_work, DelayedWork, WorkItem};
 
 use crate::abi::descriptor::{COMPLAINT_AT, GENERATION_AT, SEEN_AT, SLOT_WINDOWS};
-use crate::released::{Release, Released};
+use crate::release::{Release, ReleaseWaiter};
 use crate::slots;
 use crate::snapshot::PageCopy;
 use crate::stats;
-use crate::sys::{self, Memory, Remapped};
+use crate::sys::{self, Memory, Memremap};
 use crate::watch;
 
 /// BAR 2 of a function that is a window. Nothing maps it any more when the last reference is gone.
@@ -48,7 +48,7 @@ impl Bar {
     }
 
     /// What tells that the last reference is gone.
-    pub(crate) fn waiter(&self) -> Released {
+    pub(crate) fn waiter(&self) -> ReleaseWaiter {
         self.release.waiter()
     }
 }
@@ -58,7 +58,7 @@ pub(crate) type Window = Result<Arc<Bar>, u32>;
 
 /// Function 0 of a slot.
 pub(crate) struct Head {
-    pub(crate) page: Remapped,
+    pub(crate) page: Memremap,
     /// SHA-256 of the token.
     pub(crate) digest: [u8; 32],
     /// Number of the slot in its view.

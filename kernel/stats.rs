@@ -7,7 +7,7 @@ use kernel::prelude::*;
 use kernel::sync::atomic::{Atomic, Relaxed};
 
 use crate::abi::descriptor::{COMPLAINT_NOT_CACHED, COMPLAINT_NO_ADDRESS};
-use crate::sys::{FaultError, Inserted};
+use crate::sys::{FaultError, FaultResult};
 
 /// A number of pages or of events.
 pub(crate) struct Counter(Atomic<i64>);
@@ -63,7 +63,7 @@ pub(crate) static EVENTS: Counter = Counter::new();
 static FAULTS: Faults = Faults::new();
 
 /// Answers of the host that cannot be, since the module was loaded.
-static LIES: Counter = Counter::new();
+static INVALID_ANSWERS: Counter = Counter::new();
 
 /// Faults by the size of the page.
 pub(crate) struct Faults {
@@ -86,7 +86,7 @@ impl Faults {
 
     /// Counts a fault of a view, here and for the whole module. One that is tried again is not
     /// counted.
-    pub(crate) fn count(&self, order: u32, result: &Result<Inserted, FaultError>) {
+    pub(crate) fn count(&self, order: u32, result: &Result<FaultResult, FaultError>) {
         for faults in [self, &FAULTS] {
             match (result, order) {
                 (Ok(_), 0) => faults.small.add_one(),
@@ -116,8 +116,8 @@ pub(crate) fn complain(why: u32) {
 /// Counts an answer of the host that cannot be, and logs it: the first one, the second, the fourth,
 /// and so on, so that a host cannot fill the log.
 pub(crate) fn lie(what: &str) {
-    LIES.add_one();
-    let count = LIES.value();
+    INVALID_ANSWERS.add_one();
+    let count = INVALID_ANSWERS.value();
     if count.is_power_of_two() {
         pr_warn!("the host is not believed: {what} ({count} such answers)\n");
     }
@@ -149,7 +149,7 @@ impl Writer for Report {
         writeln!(f, "faults-1g {}", FAULTS.huge_1g.value())?;
         writeln!(f, "faults-refused {}", FAULTS.refused.value())?;
         writeln!(f, "events {}", EVENTS.value())?;
-        writeln!(f, "lies {}", LIES.value())?;
+        writeln!(f, "invalid_answers {}", INVALID_ANSWERS.value())?;
         writeln!(f, "complaints {}", COMPLAINTS.value())
     }
 }

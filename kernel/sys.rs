@@ -41,7 +41,7 @@ use crate::abi::hypercall::{
 use crate::abi::ioctl::PAGE_SIZE;
 use crate::abi::native;
 use crate::device::OpenFile;
-use crate::hypercall::{Request, Way};
+use crate::hypercall::{Method, Request};
 use crate::process::Process;
 use crate::slots::Slots;
 
@@ -124,15 +124,15 @@ pub(crate) fn is_anonymous(vma: &VmaRef) -> bool {
 /// MEM_MAP's first argument must be the address of 32 readable bytes. ATTACH's arguments must be
 /// the addresses of an [`AttachRequest`] and of an [`AttachResult`] that nobody else uses; SEEK's
 /// second one that of a `u64` that nobody else uses. DETACH ends what is behind a window.
-unsafe fn hypercall(way: Way, nr: u64, a0: u64, a1: u64, a2: u64) -> i64 {
-    match way {
+unsafe fn hypercall(method: Method, nr: u64, a0: u64, a1: u64, a2: u64) -> i64 {
+    match method {
         // SAFETY: the shim follows the ABI of `crate::abi::hypercall`, which changes no memory but
         // what the caller vouches for. The module does not load where nobody answers,
         // unless root forces it to.
-        Way::Vmcall => unsafe { kvmmem_vmcall(nr, a0, a1, a2) },
+        Method::Vmcall => unsafe { kvmmem_vmcall(nr, a0, a1, a2) },
         // SAFETY: the shim follows the same ABI, whose conditions the caller vouches for. Reading a
         // port that no device serves yields -1.
-        Way::Doorbell(port) => unsafe { kvmmem_doorbell(port, nr, a0, a1, a2) },
+        Method::Doorbell(port) => unsafe { kvmmem_doorbell(port, nr, a0, a1, a2) },
     }
 }
 
@@ -174,13 +174,13 @@ impl PinnedPage {
 
     /// Has the host replace the page by the target's that `request` names. The host's error unpins
     /// the page.
-    pub(crate) fn replace(self, request: &Request, way: Way) -> Result<ReplacedPage, i64> {
+    pub(crate) fn replace(self, request: &Request, method: Method) -> Result<ReplacedPage, i64> {
         let (target_gpa, _) = request.addresses();
         let token = request.bytes().as_ptr() as u64;
         // SAFETY: the page is pinned by the type's invariant; it is user memory, which the kernel
         // only moves bytes to and from; `request` keeps the token's 32 bytes in place
         // during the call.
-        match unsafe { hypercall(way, MEM_MAP, token, target_gpa, self.gpa()) } {
+        match unsafe { hypercall(method, MEM_MAP, token, target_gpa, self.gpa()) } {
             // INVARIANT: pinned, and replaced as of now.
             0 => Ok(ReplacedPage {
                 pinned: ManuallyDrop::new(self),
@@ -219,9 +219,9 @@ pub(crate) struct ReplacedPage {
 
 impl ReplacedPage {
     /// Has the host put the page's own memory back, as zeros. A refusal keeps the page replaced.
-    pub(crate) fn restore(self, way: Way) -> Result<PinnedPage, Self> {
+    pub(crate) fn restore(self, method: Method) -> Result<PinnedPage, Self> {
         // SAFETY: the page is pinned and replaced by the type's invariants.
-        match unsafe { hypercall(way, MEM_UNMAP, self.pinned.gpa(), 0, 0) } {
+        match unsafe { hypercall(method, MEM_UNMAP, self.pinned.gpa(), 0, 0) } {
             0 => Ok(ManuallyDrop::into_inner(self.pinned)),
             _ => Err(self),
         }
@@ -483,24 +483,24 @@ pub(crate) fn has_1g_pages() -> bool {
 
 /// Has the host open a view. The host's error is an `Err`.
 pub(crate) fn attach(
-    way: Way,
+    method: Method,
     request: &[u8; AttachRequest::SIZE],
     result: &mut AttachResult,
 ) -> Result<(), i64> {
     let result: *mut AttachResult = result;
     // SAFETY: both are borrowed during the call, the result exclusively; any bytes make an
     // `AttachResult`.
-    match unsafe { hypercall(way, ATTACH, request.as_ptr() as u64, result as u64, 0) } {
+    match unsafe { hypercall(method, ATTACH, request.as_ptr() as u64, result as u64, 0) } {
         0 => Ok(()),
         error => Err(error),
     }
 }
 
 /// Has the host close the view whose descriptor page is at `descriptor_gpa`.
-pub(crate) fn detach(way: Way, descriptor_gpa: u64) -> Result<(), i64> {
+pub(crate) fn detach(method: Method, descriptor_gpa: u64) -> Result<(), i64> {
     // SAFETY: what is behind the window changes for the host's own views only, to which no
     // reference exists: all access is by raw pointer.
-    match unsafe { hypercall(way, DETACH, descriptor_gpa, 0, 0) } {
+    match unsafe { hypercall(method, DETACH, descriptor_gpa, 0, 0) } {
         0 => Ok(()),
         error => Err(error),
     }
@@ -508,16 +508,16 @@ pub(crate) fn detach(way: Way, descriptor_gpa: u64) -> Result<(), i64> {
 
 /// Says that pages which a kernel before this one had replaced were given back: those that are
 /// replaced now are this module's.
-pub(crate) struct GivenBack(Way);
+pub(crate) struct GivenBack(Method);
 
 impl GivenBack {
     /// Has the host give back the pages that a kernel before this one replaced; they keep their
     /// content.
-    pub(crate) fn keep_all(way: Way) -> Result<Self, i64> {
+    pub(crate) fn keep_all(method: Method) -> Result<Self, i64> {
         // SAFETY: changes what is behind pages that MEM_MAP has replaced. They keep their content,
         // which is all that a kernel can rely on of RAM that it takes for its own.
-        match unsafe { hypercall(way, UNMAP_ALL, UNMAP_ALL_KEEP, 0, 0) } {
-            0 => Ok(Self(way)),
+        match unsafe { hypercall(method, UNMAP_ALL, UNMAP_ALL_KEEP, 0, 0) } {
+            0 => Ok(Self(method)),
             error => Err(error),
         }
     }
@@ -534,10 +534,15 @@ impl GivenBack {
 }
 
 /// Has the host look for data or a hole of the target, from `gpa` on.
-pub(crate) fn seek(way: Way, descriptor_gpa: u64, gpa: &mut u64, what: u64) -> Result<(), i64> {
+pub(crate) fn seek(
+    method: Method,
+    descriptor_gpa: u64,
+    gpa: &mut u64,
+    what: u64,
+) -> Result<(), i64> {
     let gpa: *mut u64 = gpa;
     // SAFETY: the address is that of a number which is borrowed exclusively during the call.
-    match unsafe { hypercall(way, SEEK, descriptor_gpa, gpa as u64, what) } {
+    match unsafe { hypercall(method, SEEK, descriptor_gpa, gpa as u64, what) } {
         0 => Ok(()),
         error => Err(error),
     }
@@ -547,7 +552,7 @@ pub(crate) fn seek(way: Way, descriptor_gpa: u64, gpa: &mut u64, what: u64) -> R
 ///
 /// # Invariants
 ///
-/// `address` is a mapping of the `len` bytes at `gpa`, whole pages: a [`Remapped`]'s, which keeps
+/// `address` is a mapping of the `len` bytes at `gpa`, whole pages: a [`Memremap`]'s, which keeps
 /// it.
 pub(crate) struct Memory {
     address: NonNull<u8>,
@@ -734,9 +739,9 @@ pub(crate) fn fault_in_source(from: &mut IovIterSource<'_>, len: usize) -> bool 
 /// # Invariants
 ///
 /// `memremap` returned the mapping, and none of the memory is System RAM.
-pub(crate) struct Remapped(Memory);
+pub(crate) struct Memremap(Memory);
 
-impl Remapped {
+impl Memremap {
     /// Maps memory so that it is cached: write-back, or write-through where MTRRs prescribe
     /// uncached memory. `EINVAL` where there can be none, `EOPNOTSUPP` where it cannot be
     /// cached, `ENOMEM` where there is no room.
@@ -816,7 +821,7 @@ enum Caching {
     Other,
 }
 
-impl Deref for Remapped {
+impl Deref for Memremap {
     type Target = Memory;
 
     fn deref(&self) -> &Memory {
@@ -824,7 +829,7 @@ impl Deref for Remapped {
     }
 }
 
-impl Drop for Remapped {
+impl Drop for Memremap {
     fn drop(&mut self) {
         // SAFETY: by the invariant `memremap` returned it, and nobody uses it afterwards. Page
         // tables that still show the range lead to what is no RAM; and to no device that
@@ -977,7 +982,7 @@ unsafe extern "C" fn area_huge_fault(
     let file = unsafe { file_of_area((*vmf).__bindgen_anon_1.vma) };
     // INVARIANT: the kernel's, for the time of this call.
     match file.fault(&Fault { vmf, order }) {
-        Ok(Inserted(code)) => code,
+        Ok(FaultResult(code)) => code,
         Err(FaultError::Bus) => bindings::vm_fault_reason_VM_FAULT_SIGBUS as bindings::vm_fault_t,
         Err(FaultError::Smaller) => {
             bindings::vm_fault_reason_VM_FAULT_FALLBACK as bindings::vm_fault_t
@@ -1004,7 +1009,7 @@ pub(crate) struct Fault {
 }
 
 /// A fault that was served.
-pub(crate) struct Inserted(bindings::vm_fault_t);
+pub(crate) struct FaultResult(bindings::vm_fault_t);
 
 /// A fault that was not.
 pub(crate) enum FaultError {
@@ -1069,7 +1074,7 @@ impl Fault {
     }
 
     /// Maps the page at `offset` of `memory`.
-    pub(crate) fn insert(&self, memory: &Memory, offset: u64) -> Result<Inserted, FaultError> {
+    pub(crate) fn insert(&self, memory: &Memory, offset: u64) -> Result<FaultResult, FaultError> {
         let size = PAGE_SIZE << self.order;
         let gpa = memory.gpa().checked_add(offset).ok_or(self.refusal())?;
         if gpa % size != 0
@@ -1098,7 +1103,7 @@ impl Fault {
                 _ => return Err(self.refusal()),
             }
         };
-        Ok(Inserted(code))
+        Ok(FaultResult(code))
     }
 }
 
@@ -1322,9 +1327,9 @@ pub(crate) fn is_head_pending(device: &pci::Device<Core<'_>>) -> bool {
 /// # Invariants
 ///
 /// The device's count of enablers has one for this value.
-pub(crate) struct Enabled<'bound>(&'bound pci::Device);
+pub(crate) struct EnabledDevice<'bound>(&'bound pci::Device);
 
-impl<'bound> Enabled<'bound> {
+impl<'bound> EnabledDevice<'bound> {
     pub(crate) fn new(device: &'bound pci::Device<Core<'_>>) -> Result<Self> {
         device.enable_device_mem()?;
         // INVARIANT: just enabled.
@@ -1332,7 +1337,7 @@ impl<'bound> Enabled<'bound> {
     }
 }
 
-impl Drop for Enabled<'_> {
+impl Drop for EnabledDevice<'_> {
     fn drop(&mut self) {
         // SAFETY: the device is valid as long as the reference, and gives up the enabling of the
         // type's invariant.
@@ -1341,7 +1346,7 @@ impl Drop for Enabled<'_> {
 }
 
 /// A BAR that no other driver claims. User space that is root may still map it through sysfs,
-/// unless the kernel has CONFIG_IO_STRICT_DEVMEM. Released when dropped.
+/// unless the kernel has CONFIG_IO_STRICT_DEVMEM. ReleaseWaiter when dropped.
 pub(crate) struct BarRegion<'bound> {
     device: &'bound pci::Device,
     bar: c_int,

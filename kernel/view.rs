@@ -12,7 +12,7 @@ use kernel::workqueue::{new_delayed_work, DelayedWork};
 use crate::abi::descriptor::Descriptor;
 use crate::abi::native::{ATTACH_READ_ONLY, RIGHT_WRITE, STATE_GONE, STATE_OPEN, STATE_REVOKED};
 use crate::attachment::{AttachCall, Attachment};
-use crate::hypercall::{self, Showing};
+use crate::hypercall::{self, Transport};
 use crate::snapshot::Snapshot;
 use crate::stats::{self, Counter, Faults};
 use crate::sys::{self, AddressSpace};
@@ -29,7 +29,7 @@ pub(crate) const PAUSE: Delta = Delta::from_millis(1);
 
 /// Why there is nothing to see.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Ended {
+pub(crate) enum EndCause {
     /// The grant was taken back.
     Revoked,
     /// The target is gone, or the host lied.
@@ -38,35 +38,35 @@ pub(crate) enum Ended {
     Detached,
 }
 
-impl From<Ended> for Error {
-    fn from(ended: Ended) -> Self {
+impl From<EndCause> for Error {
+    fn from(ended: EndCause) -> Self {
         match ended {
-            Ended::Revoked => EKEYREVOKED,
-            Ended::Gone => ESTALE,
-            Ended::Detached => ENOTCONN,
+            EndCause::Revoked => EKEYREVOKED,
+            EndCause::Gone => ESTALE,
+            EndCause::Detached => ENOTCONN,
         }
     }
 }
 
 /// What the view shows at one generation.
 #[derive(Clone)]
-pub(crate) struct Shown {
+pub(crate) struct Contents {
     pub(crate) generation: u64,
     pub(crate) rights: u32,
     pub(crate) uuid: [u8; 16],
     /// The target's instance, 0 where it is not known.
     pub(crate) instance: u64,
-    pub(crate) window: Result<Arc<Window>, Ended>,
+    pub(crate) window: Result<Arc<Window>, EndCause>,
 }
 
-impl Shown {
+impl Contents {
     /// `STATE_*` of the ABI; 0 for a view that was detached.
     pub(crate) fn state(&self) -> u32 {
         match self.window {
             Ok(_) => STATE_OPEN,
-            Err(Ended::Revoked) => STATE_REVOKED,
-            Err(Ended::Gone) => STATE_GONE,
-            Err(Ended::Detached) => 0,
+            Err(EndCause::Revoked) => STATE_REVOKED,
+            Err(EndCause::Gone) => STATE_GONE,
+            Err(EndCause::Detached) => 0,
         }
     }
 
@@ -76,7 +76,7 @@ impl Shown {
 }
 
 struct Now {
-    shown: Shown,
+    contents: Contents,
     /// The generation that the tool knows of.
     seen: u64,
 }
@@ -115,24 +115,25 @@ impl View {
         let is_read_only = flags & ATTACH_READ_ONLY != 0;
         // Before the token is used: without memory it stays good.
         let room = UniqueArc::new_uninit(GFP_KERNEL_ACCOUNT)?;
-        let host = match hypercall::showing() {
-            Showing::Windows => Attachment::open(&mut call, flags)?,
-            Showing::Devices => Attachment::take(&call)?,
-            Showing::Nothing => return Err(EOPNOTSUPP),
+        let host = match hypercall::transport() {
+            Transport::Windows => Attachment::open(&mut call, flags)?,
+            Transport::Devices => Attachment::take(&call)?,
+            Transport::None => return Err(EOPNOTSUPP),
         };
-        let shown = match settled(&host).and_then(|snapshot| show(&host, &snapshot, is_read_only)) {
-            Ok(shown) => shown,
-            Err(error) => {
-                if matches!(error, EAGAIN | ENOMEM) {
-                    host.put_back();
+        let contents =
+            match settled(&host).and_then(|snapshot| show(&host, &snapshot, is_read_only)) {
+                Ok(contents) => contents,
+                Err(error) => {
+                    if matches!(error, EAGAIN | ENOMEM) {
+                        host.put_back();
+                    }
+                    return Err(error);
                 }
-                return Err(error);
-            }
-        };
-        if let Err(ended) = shown.window {
+            };
+        if let Err(ended) = contents.window {
             return Err(ended.into());
         }
-        host.followed(shown.generation);
+        host.followed(contents.generation);
         let view = try_pin_init!(Self {
             host,
             number: NEXT_NUMBER.fetch_add(1, Relaxed).unsigned_abs() as usize,
@@ -144,7 +145,7 @@ impl View {
             written_bytes: Counter::new(),
             events: Counter::new(),
             changing <- new_mutex!((), "kvmmem_changing"),
-            now <- new_mutex!(Now { seen: shown.generation, shown }, "kvmmem_view"),
+            now <- new_mutex!(Now { seen: contents.generation, contents }, "kvmmem_view"),
             work <- new_delayed_work!("kvmmem_watch"),
         });
         Ok(room.pin_init_with(view)?.into())
@@ -160,41 +161,44 @@ impl View {
     }
 
     /// What it shows, as far as is known.
-    pub(crate) fn shown(&self) -> Shown {
-        self.now.lock().shown.clone()
+    pub(crate) fn contents(&self) -> Contents {
+        self.now.lock().contents.clone()
     }
 
     /// What it shows at this moment: looks whether the host has changed it. What was shown before,
     /// where that cannot be followed now.
-    pub(crate) fn look(&self) -> Shown {
+    pub(crate) fn look(&self) -> Contents {
         let _ = self.refresh();
-        self.shown()
+        self.contents()
     }
 
     /// Whether what was read through this generation's window was the target's.
-    pub(crate) fn is_current(&self, shown: &Shown) -> bool {
+    pub(crate) fn is_current(&self, contents: &Contents) -> bool {
         // The host changes what is behind a window and the generation in one step, as its guest
         // sees it.
-        self.host.generation() == Some(shown.generation)
+        self.host.generation() == Some(contents.generation)
     }
 
     /// What it shows, to a tool that thereby knows of all changes.
-    pub(crate) fn take_event(&self) -> Shown {
+    pub(crate) fn take_event(&self) -> Contents {
         let _ = self.refresh();
         let mut now = self.now.lock();
-        now.seen = now.shown.generation;
-        now.shown.clone()
+        now.seen = now.contents.generation;
+        now.contents.clone()
     }
 
     /// Whether there is a change that the tool has not asked for, and whether the view has ended.
     pub(crate) fn events(&self) -> (bool, bool) {
         let now = self.now.lock();
-        (now.seen != now.shown.generation, now.shown.window.is_err())
+        (
+            now.seen != now.contents.generation,
+            now.contents.window.is_err(),
+        )
     }
 
     /// Calls `use_it` with what is shown, and lets nothing change meanwhile.
-    pub(crate) fn with<R>(&self, use_it: impl FnOnce(&Shown) -> R) -> R {
-        use_it(&self.now.lock().shown)
+    pub(crate) fn with<R>(&self, use_it: impl FnOnce(&Contents) -> R) -> R {
+        use_it(&self.now.lock().contents)
     }
 
     /// Looks whether the host has changed the view, and follows: afterwards no process has a page
@@ -202,15 +206,15 @@ impl View {
     /// is changing it, `ENOMEM` where this machine has no memory to follow: what was shown is
     /// out of date then, and the next look tries again. Does not wait for the host.
     pub(crate) fn refresh(&self) -> Result {
-        if self.with(|shown| shown.window.is_err() || self.is_current(shown)) {
+        if self.with(|contents| contents.window.is_err() || self.is_current(contents)) {
             return Ok(());
         }
         let _one = self.changing.lock();
-        let (is_followed, is_open, generation) = self.with(|shown| {
+        let (is_followed, is_open, generation) = self.with(|contents| {
             (
-                self.is_current(shown),
-                shown.window.is_ok(),
-                shown.generation,
+                self.is_current(contents),
+                contents.window.is_ok(),
+                contents.generation,
             )
         });
         if is_followed || !is_open {
@@ -226,7 +230,7 @@ impl View {
             Ok(next) => next,
             Err(error) if matches!(error, EAGAIN | ENOMEM) => return Err(error),
             // The host said what cannot be, or unplugged its devices.
-            Err(_) => self.ended(generation.saturating_add(1), Ended::Gone),
+            Err(_) => self.ended(generation.saturating_add(1), EndCause::Gone),
         };
         self.events.add_one();
         stats::EVENTS.add_one();
@@ -238,28 +242,28 @@ impl View {
     /// The tool wants no more of it. Its pages go from every process.
     pub(crate) fn detach(&self) {
         let _one = self.changing.lock();
-        let generation = self.with(|shown| shown.generation);
-        self.replace(self.ended(generation, Ended::Detached));
+        let generation = self.with(|contents| contents.generation);
+        self.replace(self.ended(generation, EndCause::Detached));
         self.waiters.notify_all();
     }
 
-    fn ended(&self, generation: u64, how: Ended) -> Shown {
-        self.with(|shown| Shown {
+    fn ended(&self, generation: u64, how: EndCause) -> Contents {
+        self.with(|contents| Contents {
             generation,
-            rights: shown.rights,
-            uuid: shown.uuid,
-            instance: shown.instance,
+            rights: contents.rights,
+            uuid: contents.uuid,
+            instance: contents.instance,
             window: Err(how),
         })
     }
 
     /// Shows `next`. On return nothing of what was shown before is used by anybody. The caller does
     /// not use it either.
-    fn replace(&self, next: Shown) {
+    fn replace(&self, next: Contents) {
         let (generation, has_ended) = (next.generation, next.window.is_err());
         let before = {
             let mut now = self.now.lock();
-            core::mem::replace(&mut now.shown, next)
+            core::mem::replace(&mut now.contents, next)
         };
         // Faults go by what is shown now; what came before that is zapped. Only then is the window
         // unmapped.
@@ -291,12 +295,12 @@ fn settled(host: &Attachment) -> Result<Snapshot> {
     Err(EAGAIN)
 }
 
-fn show(host: &Attachment, snapshot: &Snapshot, is_read_only: bool) -> Result<Shown> {
+fn show(host: &Attachment, snapshot: &Snapshot, is_read_only: bool) -> Result<Contents> {
     let descriptor = &snapshot.descriptor;
     let window = match descriptor.state {
         STATE_OPEN => Ok(Window::map(host, snapshot)?),
-        STATE_REVOKED => Err(Ended::Revoked),
-        _ => Err(Ended::Gone),
+        STATE_REVOKED => Err(EndCause::Revoked),
+        _ => Err(EndCause::Gone),
     };
     let rights = if is_read_only {
         descriptor.rights & !RIGHT_WRITE
@@ -309,7 +313,7 @@ fn show(host: &Attachment, snapshot: &Snapshot, is_read_only: bool) -> Result<Sh
         instance,
         ..
     } = *descriptor;
-    Ok(Shown {
+    Ok(Contents {
         generation,
         rights,
         uuid,

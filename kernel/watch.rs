@@ -44,7 +44,7 @@ impl WorkItem for View {
     fn run(this: Arc<Self>) {
         // What cannot be followed now is tried again at the next look.
         let _ = this.refresh();
-        if this.with(|shown| shown.window.is_ok()) {
+        if this.with(|contents| contents.window.is_ok()) {
             // An error says that it is queued already.
             let _ = workqueue::system_power_efficient().enqueue_delayed(this, delay());
         }

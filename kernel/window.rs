@@ -10,11 +10,11 @@ use kernel::sync::{new_mutex, Arc, Mutex, SetOnce};
 use crate::abi::native;
 use crate::attachment::Attachment;
 use crate::knobs;
-use crate::released::{Release, Released};
+use crate::release::{Release, ReleaseWaiter};
 use crate::slot::Bar;
 use crate::snapshot::Snapshot;
 use crate::stats;
-use crate::sys::{Memory, Remapped};
+use crate::sys::{Memory, Memremap};
 
 /// Length of a part. Parts begin at its multiples, so that a page of 1 GiB lies in one.
 pub(crate) const PART: u64 = 1 << 30;
@@ -32,7 +32,7 @@ struct Piece {
     range: native::Range,
     place: u64,
     // Before the BAR, so that it is unmapped when that is given up.
-    parts: KVVec<SetOnce<Remapped>>,
+    parts: KVVec<SetOnce<Memremap>>,
     _bar: Option<Arc<Bar>>,
 }
 
@@ -61,7 +61,7 @@ impl Piece {
     }
 
     /// The part that holds the range's byte `offset`: how it is mapped, if it is, and where it is.
-    fn part(&self, offset: u64) -> Option<(&SetOnce<Remapped>, u64, u64)> {
+    fn part(&self, offset: u64) -> Option<(&SetOnce<Memremap>, u64, u64)> {
         let at = self.place.checked_add(offset)?;
         let index = usize::try_from((at / PART).checked_sub(self.place / PART)?).ok()?;
         let start = self.place.max(at / PART * PART);
@@ -121,7 +121,7 @@ impl Window {
     }
 
     /// What tells that nobody uses it any more.
-    pub(crate) fn waiter(&self) -> Released {
+    pub(crate) fn waiter(&self) -> ReleaseWaiter {
         self.release.waiter()
     }
 
@@ -140,7 +140,7 @@ impl Window {
             let _one = self.mapping.lock();
             if part.as_ref().is_none() {
                 knobs::map_memory()?;
-                part.populate(Remapped::map(start, len)?);
+                part.populate(Memremap::map(start, len)?);
             }
         }
         let memory = part.as_ref().ok_or(ENOMEM)?;

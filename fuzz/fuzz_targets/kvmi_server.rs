@@ -8,7 +8,7 @@ use std::sync::Mutex;
 use std::time::Duration;
 
 use kvmmem_abi::errno::KvmError;
-use kvmmem_kvmi::dispatch::Introspected;
+use kvmmem_kvmi::dispatch::TargetVm;
 use kvmmem_kvmi::handshake::VM_HELLO_SIZE;
 use kvmmem_kvmi::message::{HEADER_SIZE, Header};
 use kvmmem_kvmi::reply::PhysicalSlot;
@@ -66,7 +66,7 @@ impl Vm {
     }
 }
 
-impl Introspected for Vm {
+impl TargetVm for Vm {
     fn name(&self) -> &str {
         "fuzz"
     }

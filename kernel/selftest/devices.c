@@ -89,7 +89,7 @@ void test_devices(void)
 	below_4g();
 	test_plug();
 	test_unplug();
-	test_plug_lies();
+	test_malformed_devices();
 	test_plug_storm();
 	CHECK_EQUAL(unload_module(), 0);
 }

@@ -70,7 +70,7 @@ void test_memory_runs_out(void);
 void test_memory(void);
 void test_positions(void);
 void test_events(void);
-void test_lies(void);
+void test_malformed_descriptors(void);
 void test_sharing(const char *self);
 void test_regions(void);
 void test_storm(void);

@@ -75,7 +75,7 @@ int enablers(const char *function);
 
 void test_plug(void);
 void test_unplug(void);
-void test_plug_lies(void);
+void test_malformed_devices(void);
 void test_plug_storm(void);
 /* Loads and unloads the module. */
 void test_devices(void);

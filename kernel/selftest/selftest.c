@@ -185,7 +185,7 @@ static void with_views(void)
 	test_memory();
 	test_positions();
 	test_events();
-	test_lies();
+	test_malformed_descriptors();
 	test_memory_runs_out();
 	test_sharing("/init");
 	test_regions();

@@ -19,10 +19,10 @@ use std::time::Instant;
 
 use anyhow::{Context as _, Result, ensure};
 
-use crate::bed::Bed;
-use crate::binaries::Wanted;
+use crate::binaries::ProgramSet;
 use crate::cache::Cache;
 use crate::monitor::Monitor;
+use crate::test_bed::TestBed;
 use crate::tool::is_root;
 use crate::{interrupt, tools, ui};
 use lister::{Lister, Who, nanoseconds};
@@ -123,7 +123,7 @@ const LINES: [Line; 5] = [
 
 pub(crate) fn run(options: &Options, is_json: bool) -> Result<()> {
     let cache = Cache::open()?;
-    let bed = Bed::make(Wanted::All)?;
+    let bed = TestBed::make(ProgramSet::All)?;
     let log = cache.fresh_log("answers")?;
     let scratch = cache.scratch()?;
     let _watch = interrupt::watch()?;

@@ -38,7 +38,7 @@ const C_HEADERS: &str = "crates/kvmmem-abi/include/uapi";
 
 /// Which programs are wanted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Wanted {
+pub(crate) enum ProgramSet {
     /// What a VM needs to boot.
     Init,
     /// What is packaged.
@@ -56,13 +56,13 @@ pub(crate) struct Binaries {
 
 impl Binaries {
     /// Builds those that are wanted.
-    pub(crate) fn make(cache: &Cache, wanted: Wanted) -> Result<Self> {
+    pub(crate) fn make(cache: &Cache, wanted: ProgramSet) -> Result<Self> {
         let log = cache.fresh_log("binaries")?;
         let folder = project::target(&log)?.join(TARGET).join(PROFILE);
         let programs = match wanted {
-            Wanted::Init => PROGRAMS.get(..1),
-            Wanted::Installed => PROGRAMS.get(1..3),
-            Wanted::All => PROGRAMS.get(..),
+            ProgramSet::Init => PROGRAMS.get(..1),
+            ProgramSet::Installed => PROGRAMS.get(1..3),
+            ProgramSet::All => PROGRAMS.get(..),
         };
         let programs = programs.unwrap_or_default();
         let mut names: Vec<_> = programs.iter().map(|(_, name)| *name).collect();
@@ -73,7 +73,7 @@ impl Binaries {
                 .env("CARGO_ENCODED_RUSTFLAGS", flags())
                 .dir(project::root())
                 .run()?;
-            if wanted == Wanted::All {
+            if wanted == ProgramSet::All {
                 for (sources, program) in C_PROGRAMS {
                     names.push(program);
                     Tool::new("cc", &log)

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The direct way: the host's program runs right on this machine.
+//! Direct host: the scenarios' program runs on this machine itself.
 
 use std::io::{Read as _, Write};
 use std::os::unix::process::ExitStatusExt as _;
@@ -11,15 +11,15 @@ use std::time::Instant;
 
 use anyhow::{Context as _, Result, bail};
 
-use crate::bed::Job;
-use crate::way::Way;
+use crate::host_kind::HostKind;
+use crate::test_bed::Job;
 
-/// Runs `job` with the bed in `folder`, its stdout to `out`; returns its exit code.
+/// Runs `job` with the test bed in `folder`, its stdout to `out`; returns its exit code.
 pub(crate) fn run(job: &Job, folder: &Path, out: &mut dyn Write) -> Result<i32> {
     let mut child = Command::new(folder.join(&job.program))
         .args(&job.args)
-        .env("KVMMEM_BED", folder)
-        .env("KVMMEM_BED_WAY", Way::Direct.name())
+        .env("KVMMEM_TEST_BED", folder)
+        .env("KVMMEM_TEST_BED_HOST", HostKind::Direct.name())
         .current_dir(folder)
         .stdin(Stdio::null())
         .stdout(Stdio::piped())

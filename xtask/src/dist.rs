@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, bail};
 
-use crate::binaries::{Binaries, Wanted};
+use crate::binaries::{Binaries, ProgramSet};
 use crate::cache::Cache;
 use crate::provision::{self, Purpose};
 use crate::tool::Tool;
@@ -38,7 +38,7 @@ pub(crate) fn run(folder: Option<PathBuf>, revision: u32) -> Result<Vec<PathBuf>
     let cache = Cache::open()?;
     provision(&cache)?;
     let release = Release::of_checkout(&cache, revision)?;
-    let binaries = Binaries::make(&cache, Wanted::Installed)?;
+    let binaries = Binaries::make(&cache, ProgramSet::Installed)?;
     let folder = match folder {
         Some(folder) => folder,
         None => project::target(&cache.log("dist"))?.join("dist"),

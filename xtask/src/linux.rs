@@ -20,14 +20,14 @@ use std::{fs, thread};
 use anyhow::{Context as _, Result, anyhow, ensure};
 use serde_json::Value;
 
-use crate::bed::Bed;
-use crate::binaries::Wanted;
+use crate::binaries::ProgramSet;
 use crate::cache::Cache;
 use crate::linux::guest::{Guest, Variant};
 use crate::linux::kernels::Stock;
 use crate::linux::truth::Truth;
-use crate::running::Running;
+use crate::process::Process;
 use crate::suite::{self, Name, Suite};
+use crate::test_bed::TestBed;
 use crate::tool::Tool;
 use crate::{interrupt, project, ui};
 
@@ -147,14 +147,14 @@ const OLDEST: &str = "bullseye";
 /// Runs the suite with all of its guests; returns whether nothing failed.
 pub(crate) fn run_alone() -> Result<bool> {
     let cache = Cache::open()?;
-    let bed = Bed::make(Wanted::All)?;
+    let bed = TestBed::make(ProgramSet::All)?;
     let mut suite = Suite::new(Name::Linux);
     run_with(&cache, &bed, &mut suite, VARIANTS.iter().chain(&MORE))?;
     Ok(suite::summary(&[suite.finish()]))
 }
 
 /// The suite.
-pub(crate) fn run(cache: &Cache, bed: &Bed, suite: &mut Suite) -> Result<()> {
+pub(crate) fn run(cache: &Cache, bed: &TestBed, suite: &mut Suite) -> Result<()> {
     run_with(cache, bed, suite, VARIANTS.iter())
 }
 
@@ -172,7 +172,7 @@ pub(crate) fn scene(folder: &Path, log: &Path) -> Result<PathBuf> {
 
 fn run_with<'a>(
     cache: &Cache,
-    bed: &Bed,
+    bed: &TestBed,
     suite: &mut Suite,
     variants: impl Iterator<Item = &'a Variant>,
 ) -> Result<()> {
@@ -193,7 +193,7 @@ fn run_with<'a>(
     }
     let host = Host { bed, socket: scratch.path().join("broker"), log };
     let mut broker = Command::new(bed.program("kvmmemd"));
-    let mut broker = Running::start(broker.arg("--socket").arg(&host.socket), &host.log)?;
+    let mut broker = Process::start(broker.arg("--socket").arg(&host.socket), &host.log)?;
     broker.wait("the broker to listen", || host.kvmmem().args(["target", "list"]).run().is_ok())?;
     let queue = Mutex::new(guests.iter());
     let work = || {
@@ -235,7 +235,7 @@ type Check = (String, Result<()>);
 
 /// The command, with a broker for this machine's guests.
 struct Host<'a> {
-    bed: &'a Bed,
+    bed: &'a TestBed,
     socket: PathBuf,
     log: PathBuf,
 }

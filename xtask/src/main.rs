@@ -4,7 +4,6 @@
 #![deny(unsafe_code)]
 
 mod answers;
-mod bed;
 mod binaries;
 mod cache;
 mod changes;
@@ -18,6 +17,7 @@ mod direct;
 mod dist;
 mod doc_check;
 mod elf;
+mod host_kind;
 mod huge_pages;
 mod initramfs;
 mod interrupt;
@@ -31,22 +31,22 @@ mod module_format;
 mod monitor;
 mod nested;
 mod plot;
+mod process;
 mod project;
 mod provision;
 mod qemus;
 mod release;
 mod root;
-mod running;
 mod scenarios;
 mod source_check;
 mod style;
 mod suite;
 mod test;
+mod test_bed;
 mod tool;
 mod tools;
 mod ui;
 mod verbs;
-mod way;
 mod workspace;
 
 use std::io::stdout;
@@ -57,10 +57,10 @@ use std::time::Duration;
 use anyhow::Result;
 use clap::{Parser, Subcommand, ValueEnum};
 
-use crate::bed::{Bed, Job};
-use crate::binaries::Wanted;
+use crate::binaries::ProgramSet;
+use crate::test_bed::{Job, TestBed};
 
-/// Test bed, demo and tests of kvmmem.
+/// Test test bed, demo and tests of kvmmem.
 #[derive(Parser)]
 #[command(name = "cargo xtask", bin_name = "cargo xtask")]
 struct Arguments {
@@ -117,8 +117,8 @@ enum Verb {
     Testbed,
     /// Build kvmmem.ko only, and print where it is
     Module,
-    /// Run a static program on the bed's KVM host, which has the kernel and the initramfs of a
-    /// guest in /bed
+    /// Run a static program on the test bed's KVM host, which has the kernel and the initramfs of a
+    /// guest in /test-bed
     Host {
         /// A file to be next to the program; may be repeated
         #[arg(long = "file", value_name = "PATH")]
@@ -179,7 +179,7 @@ fn main() -> ExitCode {
 
 fn run(verb: Verb) -> Result<i32> {
     match verb {
-        Verb::Demo => on_host(Wanted::All, &verbs::demo()),
+        Verb::Demo => on_host(ProgramSet::All, &verbs::demo()),
         Verb::Check(options) => Ok(i32::from(!check::run(&options)?)),
         Verb::Test(options) => Ok(i32::from(!test::run(&options)?)),
         Verb::Model => Ok(i32::from(!test::run(&test::Options::models())?)),
@@ -193,9 +193,11 @@ fn run(verb: Verb) -> Result<i32> {
         }
         Verb::E2e { list: false, json, names } => {
             verbs::check(&names)?;
-            on_host(Wanted::All, &verbs::e2e(&names, json))
+            on_host(ProgramSet::All, &verbs::e2e(&names, json))
         }
-        Verb::Try { files, command } => on_host(Wanted::All, &verbs::try_program(files, command)?),
+        Verb::Try { files, command } => {
+            on_host(ProgramSet::All, &verbs::try_program(files, command)?)
+        }
         Verb::Bench { what, answers, .. }
             if !matches!(what, Bench::Answers) && answers.is_given() =>
         {
@@ -206,15 +208,15 @@ fn run(verb: Verb) -> Result<i32> {
         }
         Verb::Bench { what: Bench::V1, json, .. } => {
             print!("{}", verbs::bench_here("kvmmem-broker", "kvmi_read", json)?);
-            on_host(Wanted::All, &verbs::bench("v1", json))
+            on_host(ProgramSet::All, &verbs::bench("v1", json))
         }
         Verb::Bench { what: Bench::Views, json, .. } => {
             print!("{}", verbs::bench_here("kvmmem", "host_read", json)?);
             print!("{}", verbs::bench_here("kvmmem", "host_scan", json)?);
-            on_host(Wanted::All, &verbs::bench("views", json))
+            on_host(ProgramSet::All, &verbs::bench("views", json))
         }
         Verb::Bench { what: Bench::Qemu, json, .. } => {
-            on_host(Wanted::All, &verbs::bench("qemu", json))
+            on_host(ProgramSet::All, &verbs::bench("qemu", json))
         }
         Verb::Bench { what: Bench::Broker, json, .. } => {
             print!("{}", verbs::bench_here("kvmmem-broker", "crowd", json)?);
@@ -226,15 +228,15 @@ fn run(verb: Verb) -> Result<i32> {
         }
         Verb::Plot { file } => plot::run(&file).map(|()| 0),
         Verb::Testbed => {
-            Bed::make(Wanted::All)?.describe();
+            TestBed::make(ProgramSet::All)?.describe();
             Ok(0)
         }
         Verb::Module => {
-            println!("{}", bed::make_module()?.display());
+            println!("{}", test_bed::make_module()?.display());
             Ok(0)
         }
         Verb::Host { files, limit, command } => {
-            on_host(Wanted::Init, &verbs::host(files, command, Duration::from_secs(limit))?)
+            on_host(ProgramSet::Init, &verbs::host(files, command, Duration::from_secs(limit))?)
         }
         Verb::Dist { check: true, .. } => Ok(i32::from(!dist::check::run_alone()?)),
         Verb::Dist { folder, revision, .. } => {
@@ -247,6 +249,6 @@ fn run(verb: Verb) -> Result<i32> {
     }
 }
 
-fn on_host(wanted: Wanted, job: &Job) -> Result<i32> {
-    Bed::make(wanted)?.run(job, &mut stdout())
+fn on_host(wanted: ProgramSet, job: &Job) -> Result<i32> {
+    TestBed::make(wanted)?.run(job, &mut stdout())
 }

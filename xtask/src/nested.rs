@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The nested way: a stock Debian kernel as KVM host under QEMU's software emulation of AMD SVM.
+//! Nested host: a stock Debian kernel as KVM host under QEMU's software emulation of AMD SVM.
 
 use std::io::Write;
 use std::path::Path;

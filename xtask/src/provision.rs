@@ -59,7 +59,7 @@ pub(crate) enum Purpose {
     /// Build the module.
     Build,
     /// Build it and run it.
-    Bed,
+    TestBed,
 }
 
 /// Installs what is missing, by apt where that is the system's way.
@@ -67,7 +67,7 @@ pub(crate) fn provision(cache: &Cache, purpose: Purpose) -> Result<()> {
     let (first, second) = match purpose {
         Purpose::Packages => (PACKAGES.as_slice(), [].as_slice()),
         Purpose::Build => (BUILD.as_slice(), [].as_slice()),
-        Purpose::Bed => (BUILD.as_slice(), BED.as_slice()),
+        Purpose::TestBed => (BUILD.as_slice(), BED.as_slice()),
     };
     let missing: Vec<_> = first.iter().chain(second).filter(|need| !need.is_met()).collect();
     if missing.is_empty() {

@@ -5,18 +5,18 @@ use std::io::{self, Write};
 
 use anyhow::{Context as _, Result, anyhow};
 
-use crate::bed::Bed;
 use crate::suite::{Count, Name, Suite};
+use crate::test_bed::TestBed;
 use crate::verbs;
 
 /// Those of stock QEMUs run by themselves: they boot many VMs.
 const STOCK: &str = "qemu_";
 
 /// Runs the scenarios of suite `name` in one run of the host.
-pub(crate) fn run(bed: &Bed, suite: &mut Suite, name: Name) -> Result<()> {
+pub(crate) fn run(bed: &TestBed, suite: &mut Suite, name: Name) -> Result<()> {
     if name == Name::Qemu && !bed.has_qemus() {
         suite.skip(
-            "only an emulated host has the QEMUs of other releases: KVMMEM_BED_WAY=nested cargo xtask test --only qemu",
+            "only an emulated host has the QEMUs of other releases: KVMMEM_TEST_BED_HOST=nested cargo xtask test --only qemu",
         );
         return Ok(());
     }

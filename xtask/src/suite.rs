@@ -51,7 +51,7 @@ pub(crate) struct Suite {
     failures: Vec<String>,
 }
 
-/// How many of its checks ended in which way.
+/// Number of checks by result.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Count {
     pub(crate) passed: u64,
@@ -137,8 +137,8 @@ impl Suite {
     }
 
     /// Its part of the summary.
-    pub(crate) fn finish(self) -> Finished {
-        Finished {
+    pub(crate) fn finish(self) -> SuiteResult {
+        SuiteResult {
             name: self.name,
             rounds: 1,
             took: self.begin.elapsed(),
@@ -150,7 +150,7 @@ impl Suite {
 
 /// A suite that has ended, once or several times.
 #[derive(Debug)]
-pub(crate) struct Finished {
+pub(crate) struct SuiteResult {
     name: String,
     rounds: u32,
     took: Duration,
@@ -160,10 +160,10 @@ pub(crate) struct Finished {
 }
 
 /// Adds what came of one round of a suite to what came of the earlier ones.
-pub(crate) fn merge(all: &mut Vec<Finished>, round: u32, one: Finished) {
+pub(crate) fn merge(all: &mut Vec<SuiteResult>, round: u32, one: SuiteResult) {
     let Some(suite) = all.iter_mut().find(|suite| suite.name == one.name) else {
         let failures = one.failures.into_iter().map(|(name, _)| (name, vec![round])).collect();
-        all.push(Finished { failures, ..one });
+        all.push(SuiteResult { failures, ..one });
         return;
     };
     suite.rounds += 1;
@@ -178,12 +178,12 @@ pub(crate) fn merge(all: &mut Vec<Finished>, round: u32, one: Finished) {
 }
 
 /// Prints the summary; returns whether nothing failed.
-pub(crate) fn summary(suites: &[Finished]) -> bool {
+pub(crate) fn summary(suites: &[SuiteResult]) -> bool {
     print!("\n{}", lines(suites));
     suites.iter().all(|suite| suite.count.failed == 0)
 }
 
-fn lines(suites: &[Finished]) -> String {
+fn lines(suites: &[SuiteResult]) -> String {
     let mut text = String::new();
     let mut all = Count::default();
     for suite in suites {
@@ -210,9 +210,9 @@ fn lines(suites: &[Finished]) -> String {
 mod tests {
     use super::*;
 
-    fn round(name: Name, failures: &[&str]) -> Finished {
+    fn round(name: Name, failures: &[&str]) -> SuiteResult {
         let failed = u64::try_from(failures.len()).unwrap();
-        Finished {
+        SuiteResult {
             name: name.to_string(),
             rounds: 1,
             took: Duration::from_secs(2),

@@ -8,13 +8,13 @@ use std::{fs, io};
 use anyhow::{Result, anyhow};
 use clap::ValueEnum as _;
 
-use crate::bed::Bed;
-use crate::binaries::Wanted;
+use crate::binaries::ProgramSet;
 use crate::cache::Cache;
 use crate::huge_pages::HugePages;
 use crate::load::Load;
 use crate::provision::{self, Purpose};
-use crate::suite::{self, Finished, Name, Suite};
+use crate::suite::{self, Name, Suite, SuiteResult};
+use crate::test_bed::TestBed;
 use crate::tool::Tool;
 use crate::{dist, interrupt, linux, project, scenarios, style, tools, ui};
 
@@ -72,7 +72,7 @@ struct Runner {
     cache: Cache,
     wants_bed: bool,
     /// Made when a suite first needs it.
-    bed: OnceCell<Result<Bed, String>>,
+    bed: OnceCell<Result<TestBed, String>>,
 }
 
 impl Runner {
@@ -95,15 +95,15 @@ impl Runner {
         Ok(())
     }
 
-    fn bed(&self) -> Result<&Bed> {
+    fn bed(&self) -> Result<&TestBed> {
         let made = self.bed.get_or_init(|| {
-            let bed = Bed::make(Wanted::All).inspect(Bed::describe);
+            let bed = TestBed::make(ProgramSet::All).inspect(TestBed::describe);
             bed.map_err(|error| format!("{error:#}"))
         });
         made.as_ref().map_err(|error| anyhow!("no test bed: {error}"))
     }
 
-    fn suite(&self, name: Name) -> Result<Finished> {
+    fn suite(&self, name: Name) -> Result<SuiteResult> {
         if name == Name::Packages && self.wants_bed {
             // With it the module can be built from its package. If it cannot be made, those that
             // need it say so.
@@ -133,7 +133,7 @@ fn units(cache: &Cache, suite: &mut Suite) -> Result<()> {
     // Some tests use the test bed's programs; where those cannot be installed, they are skipped and
     // say so.
     let lock = cache.lock()?;
-    if let Err(error) = provision::provision(cache, Purpose::Bed) {
+    if let Err(error) = provision::provision(cache, Purpose::TestBed) {
         ui::say(&format!("  {error:#}"));
     }
     drop(lock);

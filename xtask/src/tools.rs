@@ -16,10 +16,10 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, ensure};
 
-use crate::bed::Bed;
 use crate::cache::{Cache, Key};
 use crate::root::{self, Root};
 use crate::suite::Suite;
+use crate::test_bed::TestBed;
 use crate::tool::{Tool, is_installed, is_root};
 use crate::{mirror, ui};
 use guest::{Registers, VCPUS, register};
@@ -50,7 +50,7 @@ for cpu in range(2):
 "#;
 
 /// The suite.
-pub(crate) fn run(cache: &Cache, bed: &Bed, suite: &mut Suite) -> Result<()> {
+pub(crate) fn run(cache: &Cache, bed: &TestBed, suite: &mut Suite) -> Result<()> {
     let scratch = cache.scratch()?;
     let log = cache.fresh_log("tools")?;
     let core = scratch.path().join("core");

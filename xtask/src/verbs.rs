@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The verbs that the scenarios' program does on the bed's host.
+//! The verbs that the scenarios' program does on the test bed's host.
 
 use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
 
-use crate::bed::Job;
-use crate::binaries::{Binaries, Wanted};
+use crate::binaries::{Binaries, ProgramSet};
 use crate::cache::Cache;
+use crate::test_bed::Job;
 use crate::tool::Tool;
 use crate::{elf, project};
 
@@ -36,7 +36,7 @@ pub(crate) fn e2e(names: &[String], json: bool) -> Job {
 /// The scenarios, a line for each that begins with its name. Asking for them needs no host.
 pub(crate) fn list() -> Result<String> {
     let cache = Cache::open()?;
-    let binaries = Binaries::make(&cache, Wanted::All)?;
+    let binaries = Binaries::make(&cache, ProgramSet::All)?;
     Tool::new(binaries.path(NAME), &cache.fresh_log("list")?).arg("list").output()
 }
 

@@ -2,7 +2,7 @@
 //! One tool's KVMI connection to one target.
 
 use kvmmem_abi::errno::KvmError;
-use kvmmem_kvmi::dispatch::Introspected;
+use kvmmem_kvmi::dispatch::TargetVm;
 use kvmmem_kvmi::reply::PhysicalSlot;
 use kvmmem_kvmi::server;
 use kvmmem_kvmi::token::Token;
@@ -35,7 +35,7 @@ pub(crate) fn serve(broker: &Broker, vm: &Vm, hook: &Hook, mut stream: Stream) {
     broker.audit().disconnected(vm, endpoint, &reason);
 }
 
-impl Introspected for Session<'_> {
+impl TargetVm for Session<'_> {
     fn name(&self) -> &str {
         &self.vm.registration().name
     }

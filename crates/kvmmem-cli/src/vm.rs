@@ -9,8 +9,8 @@ use anyhow::{Context, Result};
 use clap::{Args, ValueEnum};
 use kvmmem_proto::name::is_name;
 use kvmmem_vmm::{
-    Control, DiskConfig, HypercallWay, MAX_DISKS, MAX_VCPUS, ResetPolicy, SerialConfig, VmConfig,
-    VmExit, VmStatus,
+    Control, DiskConfig, HypercallMethod, MAX_DISKS, MAX_VCPUS, ResetPolicy, SerialConfig,
+    VmConfig, VmExit, VmStatus,
 };
 use uuid::Uuid;
 
@@ -65,8 +65,8 @@ pub(crate) struct Arguments {
     #[arg(long)]
     introspector: bool,
     /// How an introspector's hypercalls reach the host
-    #[arg(long, value_enum, default_value_t = Way::Auto, requires = "introspector")]
-    hypercalls: Way,
+    #[arg(long, value_enum, default_value_t = Method::Auto, requires = "introspector")]
+    hypercalls: Method,
     /// Offer v1 (single pages) only: no views, and no windows of guest-physical memory
     #[arg(long, requires = "introspector")]
     no_window: bool,
@@ -89,7 +89,7 @@ Exit codes:
   3  the guest's CPU shut down (triple fault)";
 
 #[derive(Clone, Copy, ValueEnum)]
-enum Way {
+enum Method {
     /// By vmcall where the host's KVM can forward it, else by port
     Auto,
     /// By vmcall, forwarded by KVM's Xen support
@@ -162,9 +162,9 @@ impl Arguments {
             introspectable: self.introspectable,
             introspector: self.introspector,
             hypercalls: match self.hypercalls {
-                Way::Auto => HypercallWay::Auto,
-                Way::Xen => HypercallWay::Xen,
-                Way::Port => HypercallWay::Port,
+                Method::Auto => HypercallMethod::Auto,
+                Method::Xen => HypercallMethod::Xen,
+                Method::Port => HypercallMethod::Port,
             },
             window: !self.no_window,
             reset: match self.reset {

@@ -24,7 +24,7 @@ use crate::request::{MAX_TRANSFER, Request};
 use crate::token::Token;
 
 /// The VM that is introspected, as the server needs it.
-pub trait Introspected {
+pub trait TargetVm {
     /// Name of the VM.
     fn name(&self) -> &str;
 
@@ -130,7 +130,7 @@ impl Dispatcher {
     /// [`RepliesOff`]: the connection is to be closed.
     pub fn answer<'b>(
         &mut self,
-        vm: &impl Introspected,
+        vm: &impl TargetVm,
         header: Header,
         payload: &[u8],
         buffer: &'b mut ReplyBuffer,
@@ -197,7 +197,7 @@ fn returns_data(request: &Request<'_>) -> bool {
 
 /// Carries out a command; returns the size of the data that it left in `buffer`.
 fn carry_out(
-    vm: &impl Introspected,
+    vm: &impl TargetVm,
     request: Request<'_>,
     buffer: &mut ReplyBuffer,
 ) -> Result<u16, KvmError> {

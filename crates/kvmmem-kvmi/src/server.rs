@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 
 use crate::command;
-use crate::dispatch::{Dispatcher, Introspected, RepliesOff, ReplyBuffer};
+use crate::dispatch::{Dispatcher, RepliesOff, ReplyBuffer, TargetVm};
 use crate::handshake::{HandshakeError, ToolHello, VmHello};
 use crate::message::{HEADER_SIZE, Header, MAX_PAYLOAD};
 
@@ -98,7 +98,7 @@ pub enum ServeError {
 /// Why the connection had to end before the tool closed it.
 pub fn serve<S: Socket>(
     stream: &mut S,
-    vm: &impl Introspected,
+    vm: &impl TargetVm,
     connected: impl FnOnce(),
 ) -> Result<(), ServeError> {
     serve_within(Limits::default(), stream, vm, connected)
@@ -111,7 +111,7 @@ pub fn serve<S: Socket>(
 pub fn serve_within<S: Socket>(
     limits: Limits,
     stream: &mut S,
-    vm: &impl Introspected,
+    vm: &impl TargetVm,
     connected: impl FnOnce(),
 ) -> Result<(), ServeError> {
     stream.limit_writes(limits.stall).map_err(ServeError::Limit)?;
@@ -137,7 +137,7 @@ pub fn serve_within<S: Socket>(
 
 fn greet<S: Socket>(
     stream: &mut S,
-    vm: &impl Introspected,
+    vm: &impl TargetVm,
     limit: Duration,
 ) -> Result<(), HandshakeError> {
     let hello =

@@ -4,7 +4,7 @@
 
 use kvmmem_abi::errno::KvmError;
 use kvmmem_kvmi::command;
-use kvmmem_kvmi::dispatch::{Dispatcher, Introspected, ReplyBuffer};
+use kvmmem_kvmi::dispatch::{Dispatcher, ReplyBuffer, TargetVm};
 use kvmmem_kvmi::message::Header;
 use kvmmem_kvmi::reply::PhysicalSlot;
 use kvmmem_kvmi::token::Token;
@@ -13,7 +13,7 @@ use proptest::prelude::*;
 /// A VM with one vCPU, all of whose memory is zero.
 struct Vm;
 
-impl Introspected for Vm {
+impl TargetVm for Vm {
     fn name(&self) -> &str {
         "tiger"
     }

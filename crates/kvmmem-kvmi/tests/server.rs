@@ -9,7 +9,7 @@ use std::thread;
 use std::time::Duration;
 
 use kvmmem_abi::errno::KvmError;
-use kvmmem_kvmi::dispatch::{Dispatcher, Introspected, ReplyBuffer};
+use kvmmem_kvmi::dispatch::{Dispatcher, ReplyBuffer, TargetVm};
 use kvmmem_kvmi::message::Header;
 use kvmmem_kvmi::reply::{PhysicalSlot, Version};
 use kvmmem_kvmi::request::Request;
@@ -41,7 +41,7 @@ impl Vm {
     }
 }
 
-impl Introspected for Vm {
+impl TargetVm for Vm {
     fn name(&self) -> &str {
         "tiger"
     }

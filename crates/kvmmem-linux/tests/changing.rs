@@ -5,7 +5,7 @@ mod common;
 
 use std::sync::atomic::AtomicU64;
 
-use common::processes::{COMM, Change, Changing, end, guest, task};
+use common::processes::{COMM, Change, ChangingMemory, end, guest, task};
 use common::{Guest, NAMES, Place};
 use kvmmem_linux::tasks::{Task, Tasks, Which};
 use kvmmem_linux::{Find, Kernel};
@@ -14,7 +14,7 @@ use kvmmem_linux::{Find, Kernel};
 /// counted.
 fn read(guest: &Guest, change: Change<'_>) -> Vec<Task> {
     let at = Place::FIRST.gpa + task(2) + COMM;
-    let memory = Changing { guest, at, change, reads: AtomicU64::new(0) };
+    let memory = ChangingMemory { guest, at, change, reads: AtomicU64::new(0) };
     let kernel = Kernel::find(&memory, Find::default()).unwrap();
     Tasks::new(&kernel, Which::Processes).unwrap().collect::<Result<_, _>>().unwrap()
 }
@@ -80,7 +80,7 @@ fn a_process_that_ends_meanwhile_is_left_out() {
     let guest = guest();
     let at = Place::FIRST.gpa + task(3) + COMM;
     let change: Change<'_> = &|guest, _| end(guest, 3);
-    let memory = Changing { guest: &guest, at, change, reads: AtomicU64::new(0) };
+    let memory = ChangingMemory { guest: &guest, at, change, reads: AtomicU64::new(0) };
     let kernel = Kernel::find(&memory, Find::default()).unwrap();
     let tasks: Vec<Task> =
         Tasks::new(&kernel, Which::Processes).unwrap().collect::<Result<_, _>>().unwrap();

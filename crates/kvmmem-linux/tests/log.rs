@@ -186,13 +186,13 @@ fn what_does_not_fit_while_it_should_be_there_is_damaged() {
 }
 
 /// A guest that writes to its log when a byte of its memory is read.
-struct Running {
+struct ChangingLog {
     guest: Mutex<Guest>,
     at: u64,
     write: fn(&mut Guest),
 }
 
-impl Memory for Running {
+impl Memory for ChangingLog {
     fn read_at(&self, gpa: u64, buf: &mut [u8]) -> Result<(), MemoryError> {
         let mut guest = self.guest.lock().unwrap();
         guest.read_at(gpa, buf)?;
@@ -221,7 +221,7 @@ fn what_the_guest_overwrites_meanwhile_is_not_damaged() {
         guest.record(8, 0, 8, 0, 16, b"one");
         guest.record(5, 3, 5, 16, 32, b"two");
     };
-    let guest = Running { guest: Mutex::new(guest), at: TEXT as u64 + 8, write };
+    let guest = ChangingLog { guest: Mutex::new(guest), at: TEXT as u64 + 8, write };
     let kernel = Kernel::of_note(&guest, Note::of_text(0, NOTE.to_owned())).unwrap();
     let mut all = records(&kernel).unwrap();
     let texts: Vec<String> = (&mut all).map(|record| record.unwrap().text).collect();

@@ -35,15 +35,15 @@ const STREAM_BLOCK: usize = 128;
 global_asm!(include_str!("guarded/copies.s"), options(raw));
 
 type Copy = unsafe extern "sysv64" fn(*mut u8, *const u8, usize) -> usize;
-type Load = unsafe extern "sysv64" fn(*const u8) -> Loaded;
+type Load = unsafe extern "sysv64" fn(*const u8) -> LoadResult;
 type Store = unsafe extern "sysv64" fn(*mut u8, u64) -> usize;
-type Find = unsafe extern "sysv64" fn(*const Vectors, *const u8, usize, usize, usize) -> Loaded;
+type Find = unsafe extern "sysv64" fn(*const Vectors, *const u8, usize, usize, usize) -> LoadResult;
 
 /// A result in rax and rdx.
 #[doc(hidden)]
 #[repr(C)]
 #[derive(Debug)]
-pub struct Loaded {
+pub struct LoadResult {
     left: usize,
     word: u64,
 }
@@ -53,26 +53,30 @@ unsafe extern "sysv64" {
     fn kvmmem_guarded_load_blocks(to: *mut u8, from: *const u8, len: usize) -> usize;
     fn kvmmem_guarded_load_stream_avx2(to: *mut u8, from: *const u8, len: usize) -> usize;
     fn kvmmem_guarded_load_bytes(to: *mut u8, from: *const u8, len: usize) -> usize;
-    fn kvmmem_guarded_load_1(from: *const u8) -> Loaded;
-    fn kvmmem_guarded_load_2(from: *const u8) -> Loaded;
-    fn kvmmem_guarded_load_4(from: *const u8) -> Loaded;
-    fn kvmmem_guarded_load_8(from: *const u8) -> Loaded;
+    fn kvmmem_guarded_load_1(from: *const u8) -> LoadResult;
+    fn kvmmem_guarded_load_2(from: *const u8) -> LoadResult;
+    fn kvmmem_guarded_load_4(from: *const u8) -> LoadResult;
+    fn kvmmem_guarded_load_8(from: *const u8) -> LoadResult;
     fn kvmmem_guarded_find_avx2(
         vectors: *const Vectors,
         from: *const u8,
         len: usize,
         second: usize,
         third: usize,
-    ) -> Loaded;
+    ) -> LoadResult;
     fn kvmmem_guarded_find_sse2(
         vectors: *const Vectors,
         from: *const u8,
         len: usize,
         second: usize,
         third: usize,
-    ) -> Loaded;
-    fn kvmmem_guarded_find_any_avx2(groups: *const Groups, from: *const u8, len: usize) -> Loaded;
-    fn kvmmem_guarded_sweep_avx2(from: *const u8, len: usize) -> Loaded;
+    ) -> LoadResult;
+    fn kvmmem_guarded_find_any_avx2(
+        groups: *const Groups,
+        from: *const u8,
+        len: usize,
+    ) -> LoadResult;
+    fn kvmmem_guarded_sweep_avx2(from: *const u8, len: usize) -> LoadResult;
     fn kvmmem_guarded_stores();
     fn kvmmem_guarded_store_blocks(to: *mut u8, from: *const u8, len: usize) -> usize;
     fn kvmmem_guarded_store_bytes(to: *mut u8, from: *const u8, len: usize) -> usize;
@@ -202,7 +206,7 @@ pub(crate) unsafe fn find(
     // block and at both distances behind it, of which the third is the larger: all within what
     // the caller has said may be loaded. They write nothing, and the first one needs AVX2,
     // which there is.
-    let Loaded { left, word } = unsafe { find(vectors, from, places + third, second, third) };
+    let LoadResult { left, word } = unsafe { find(vectors, from, places + third, second, third) };
     (left - third, word)
 }
 
@@ -239,7 +243,8 @@ pub(crate) unsafe fn find_any(
     // SAFETY: the routine loads the 288 bytes of `groups` and, block by block, 64 bytes at the block
     // and at each of the three places behind its first: all within what the caller has said may be
     // loaded. It writes nothing, and the processor has AVX2.
-    let Loaded { left, word } = unsafe { kvmmem_guarded_find_any_avx2(groups, from, places + 3) };
+    let LoadResult { left, word } =
+        unsafe { kvmmem_guarded_find_any_avx2(groups, from, places + 3) };
     Some((left - 3, word))
 }
 
@@ -257,7 +262,7 @@ pub(crate) fn find_both(
     let run = |find: &Find| {
         let (second, third) = (distances.second(), distances.third());
         // SAFETY: as in `find`, the memory being this program's own.
-        let Loaded { left, word } =
+        let LoadResult { left, word } =
             unsafe { find(vectors, memory.as_ptr(), memory.len(), second, third) };
         (left - third, word)
     };
@@ -324,7 +329,7 @@ words! {
 /// As [`load`], for the word's size; `from` is a multiple of it.
 pub(crate) unsafe fn load_word<W: Word>(from: *const u8) -> Option<W> {
     // SAFETY: the caller's.
-    let Loaded { left, word } = unsafe { W::LOAD(from) };
+    let LoadResult { left, word } = unsafe { W::LOAD(from) };
     (left == 0).then(|| W::narrow(word))
 }
 

@@ -22,7 +22,7 @@ pub struct Probe {
 
 /// A byte of which only the bits of a mask count.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Masked {
+pub struct MaskedByte {
     /// The bits that count, as they are to be.
     pub value: u8,
     /// Which bits count.
@@ -51,12 +51,14 @@ impl Probe {
     /// `second` and `third` follow `first` at these distances, of which the third is not the
     /// smaller one (`None`). Where there are fewer bytes, some are given again.
     pub fn new(
-        first: Masked,
-        (second, second_at): (Masked, u8),
-        (third, third_at): (Masked, u8),
+        first: MaskedByte,
+        (second, second_at): (MaskedByte, u8),
+        (third, third_at): (MaskedByte, u8),
     ) -> Option<Self> {
-        let vector =
-            |byte: Masked| Vector { value: [byte.value & byte.mask; 32], mask: [byte.mask; 32] };
+        let vector = |byte: MaskedByte| Vector {
+            value: [byte.value & byte.mask; 32],
+            mask: [byte.mask; 32],
+        };
         let vectors = [first, second, third].map(vector);
         Some(Self { vectors: Vectors(vectors), distances: Distances::new(second_at, third_at)? })
     }
@@ -133,7 +135,7 @@ mod tests {
                 [(0u8, 0u8), (0, 1), (1, 5), (5, 5), (63, 64), (7, 255), (255, 255)]
             {
                 for mask in [0xff, 0x0f, 0xf0] {
-                    let byte = |value, mask| Masked { value, mask };
+                    let byte = |value, mask| MaskedByte { value, mask };
                     let others = ((byte(0x07, 0x03), second), (byte(0x01, 0x01), third));
                     let probe = Probe::new(byte(0x83, mask), others.0, others.1).unwrap();
                     for from in [0, 1, 64, 70] {
@@ -163,7 +165,7 @@ mod tests {
         {
             memory[place] = byte;
         }
-        let [first, second, third] = [1, 2, 3].map(|value| Masked { value, mask: 0xff });
+        let [first, second, third] = [1, 2, 3].map(|value| MaskedByte { value, mask: 0xff });
         let probe = Probe::new(first, (second, 3), (third, 7)).unwrap();
         let found = guarded::find_both(&probe.vectors, probe.distances, &memory[..256 + 7]);
         assert!(found.iter().all(|found| *found == (128, 1 << 2 | 1 << 22)), "{found:?}");

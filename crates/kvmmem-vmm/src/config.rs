@@ -33,7 +33,7 @@ pub struct VmConfig {
     /// Whether this machine may map others' memory: it gets the CPUID leaves and the hypercalls.
     pub introspector: bool,
     /// How an introspector's hypercalls reach the VMM.
-    pub hypercalls: HypercallWay,
+    pub hypercalls: HypercallMethod,
     /// Whether an introspector gets windows, where the host's KVM has read-only memory slots:
     /// views by hypercall, beside single pages.
     pub window: bool,
@@ -74,8 +74,8 @@ pub enum SerialConfig {
 
 /// How hypercalls reach the VMM (see `kvmmem_abi::hypercall`).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum HypercallWay {
-    /// [`HypercallWay::Xen`] where the host's KVM can, else [`HypercallWay::Port`].
+pub enum HypercallMethod {
+    /// [`HypercallMethod::Xen`] where the host's KVM can, else [`HypercallMethod::Port`].
     #[default]
     Auto,
     /// `vmcall`/`vmmcall`, forwarded by `KVM_CAP_XEN_HVM` with `INTERCEPT_HCALL`.

@@ -68,7 +68,7 @@ impl Control {
 
 /// Why a generation of the machine (the time between two resets) ended.
 #[derive(Debug)]
-pub(crate) enum Ended {
+pub(crate) enum GenerationEnd {
     PowerOff,
     Reset,
     TripleFault,
@@ -93,7 +93,7 @@ struct State {
     /// Set once, from outside; outlives resets.
     stopped: bool,
     /// What ended this generation; the first one counts.
-    ended: Option<Ended>,
+    ended: Option<GenerationEnd>,
 }
 
 impl StopHandle {
@@ -108,7 +108,7 @@ impl StopHandle {
     }
 
     /// Ends this generation for `reason`, unless something else did before.
-    pub(crate) fn end(&self, reason: Ended) {
+    pub(crate) fn end(&self, reason: GenerationEnd) {
         let mut state = self.lock();
         if state.ended.is_none() {
             state.ended = Some(reason);
@@ -133,12 +133,12 @@ impl StopHandle {
 
     /// Takes the reason, once the generation's threads are gone. A stop from outside wins over a
     /// reset.
-    pub(crate) fn take(&self) -> Ended {
+    pub(crate) fn take(&self) -> GenerationEnd {
         let mut state = self.lock();
         self.0.is_ending.store(state.stopped, Ordering::SeqCst);
         match state.ended.take() {
-            None => Ended::Stopped,
-            Some(Ended::Reset) if state.stopped => Ended::Stopped,
+            None => GenerationEnd::Stopped,
+            Some(GenerationEnd::Reset) if state.stopped => GenerationEnd::Stopped,
             Some(reason) => reason,
         }
     }
@@ -155,15 +155,15 @@ mod tests {
     #[test]
     fn the_first_reason_counts_and_a_stop_outlives_a_reset() {
         let stop = StopHandle::default();
-        stop.end(Ended::PowerOff);
-        stop.end(Ended::Reset);
+        stop.end(GenerationEnd::PowerOff);
+        stop.end(GenerationEnd::Reset);
         stop.wait();
-        assert!(matches!(stop.take(), Ended::PowerOff));
+        assert!(matches!(stop.take(), GenerationEnd::PowerOff));
         assert!(!stop.is_ending());
 
-        stop.end(Ended::Reset);
+        stop.end(GenerationEnd::Reset);
         stop.stop();
-        assert!(matches!(stop.take(), Ended::Stopped));
+        assert!(matches!(stop.take(), GenerationEnd::Stopped));
         assert!(stop.is_ending());
     }
 }

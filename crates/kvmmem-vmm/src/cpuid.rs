@@ -9,7 +9,7 @@ use kvmmem_abi::cpuid::{
     SIGNATURE_REGISTERS,
 };
 
-use crate::status::ActiveWay;
+use crate::status::ActiveMethod;
 
 /// Leaf of KVM's feature bits (Documentation/virt/kvm/x86/cpuid.rst).
 const KVM_FEATURES: u32 = 0x4000_0001;
@@ -38,21 +38,21 @@ pub enum CpuidError {
 pub(crate) struct CpuidTemplate(Vec<kvm_cpuid_entry2>);
 
 impl CpuidTemplate {
-    /// The table for machines with `vcpus` CPUs, whose hypercalls take `way` if they are
+    /// The table for machines with `vcpus` CPUs, whose hypercalls take `method` if they are
     /// introspectors, which may have windows.
     pub(crate) fn new(
         kvm: &Kvm,
         vcpus: u8,
-        way: Option<ActiveWay>,
+        method: Option<ActiveMethod>,
         has_windows: bool,
     ) -> Result<Self, CpuidError> {
         let supported =
             kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(CpuidError::Supported)?;
         let mut entries = supported.as_slice().to_vec();
         let has_deadline_timer = kvm.check_extension(Cap::TscDeadlineTimer);
-        adapt(&mut entries, vcpus, way, has_deadline_timer);
-        if let Some(way) = way {
-            entries.extend(kvmmem_leaves(way, has_windows));
+        adapt(&mut entries, vcpus, method, has_deadline_timer);
+        if let Some(method) = method {
+            entries.extend(kvmmem_leaves(method, has_windows));
         }
         Ok(Self(entries))
     }
@@ -100,7 +100,7 @@ fn id_bits(count: u8) -> u32 {
 fn adapt(
     entries: &mut Vec<kvm_cpuid_entry2>,
     vcpus: u8,
-    way: Option<ActiveWay>,
+    method: Option<ActiveMethod>,
     has_deadline_timer: bool,
 ) {
     const TSC_DEADLINE: u32 = 1 << 24;
@@ -128,7 +128,7 @@ fn adapt(
                 // KVM keeps hold of pages that a nested guest's control structures name, while it
                 // runs: so they could be reached after they were taken from an
                 // introspector.
-                if way.is_some() {
+                if method.is_some() {
                     entry.ecx &= !VMX;
                 }
             }
@@ -138,14 +138,14 @@ fn adapt(
                 let sharing = if entry.eax >> 5 & 7 >= 3 { count - 1 } else { 0 };
                 entry.eax = entry.eax & 0x3fff | sharing << 14 | ((1 << bits) - 1) << 26;
             }
-            KVM_FEATURES if way == Some(ActiveWay::Xen) => entry.eax &= !HYPERCALL_FEATURES,
+            KVM_FEATURES if method == Some(ActiveMethod::Xen) => entry.eax &= !HYPERCALL_FEATURES,
             0x8000_0001 => {
                 entry.ecx = if count > 1 {
                     entry.ecx | AMD_CMP_LEGACY
                 } else {
                     entry.ecx & !AMD_CMP_LEGACY
                 };
-                if way.is_some() {
+                if method.is_some() {
                     entry.ecx &= !SVM;
                 }
             }
@@ -175,11 +175,11 @@ fn topology(function: u32, count: u32, bits: u32) -> [kvm_cpuid_entry2; 3] {
 }
 
 /// The leaves that the guest's module looks for.
-fn kvmmem_leaves(way: ActiveWay, has_windows: bool) -> [kvm_cpuid_entry2; 2] {
+fn kvmmem_leaves(method: ActiveMethod, has_windows: bool) -> [kvm_cpuid_entry2; 2] {
     let [ebx, ecx, edx] = SIGNATURE_REGISTERS;
-    let (features, port) = match way {
-        ActiveWay::Xen => (FEATURE_VMCALL, 0),
-        ActiveWay::Port => (FEATURE_DOORBELL, u32::from(DOORBELL_PORT)),
+    let (features, port) = match method {
+        ActiveMethod::Xen => (FEATURE_VMCALL, 0),
+        ActiveMethod::Port => (FEATURE_DOORBELL, u32::from(DOORBELL_PORT)),
     };
     let features = features | if has_windows { FEATURE_WINDOW } else { 0 };
     [
@@ -228,8 +228,8 @@ mod tests {
     #[test]
     fn an_introspector_sees_our_leaves_and_no_kvm_hypercalls() {
         let mut entries = host();
-        adapt(&mut entries, 2, Some(ActiveWay::Xen), true);
-        entries.extend(kvmmem_leaves(ActiveWay::Xen, false));
+        adapt(&mut entries, 2, Some(ActiveMethod::Xen), true);
+        entries.extend(kvmmem_leaves(ActiveMethod::Xen, false));
         let signature = leaf(&entries, LEAF_SIGNATURE, 0);
         let bytes: Vec<u8> = [signature.ebx, signature.ecx, signature.edx]
             .iter()
@@ -246,7 +246,7 @@ mod tests {
         // kvmclock stays.
         assert_ne!(leaf(&entries, KVM_FEATURES, 0).eax & (1 << 3), 0);
 
-        let [_, features] = kvmmem_leaves(ActiveWay::Port, true);
+        let [_, features] = kvmmem_leaves(ActiveMethod::Port, true);
         assert_eq!(
             (features.eax, features.ebx),
             (FEATURE_DOORBELL | FEATURE_WINDOW, u32::from(DOORBELL_PORT))

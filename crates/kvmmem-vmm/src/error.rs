@@ -25,7 +25,7 @@ pub enum VmmError {
     OpenKvm(#[source] kvm_ioctls::Error),
     /// This host cannot forward hypercalls.
     #[error(
-        "the host's KVM cannot forward hypercalls (no KVM_CAP_XEN_HVM with INTERCEPT_HCALL); use the port way"
+        "the host's KVM cannot forward hypercalls (no KVM_CAP_XEN_HVM with INTERCEPT_HCALL); use method port"
     )]
     NoXen,
     /// Guest RAM could not be made.

@@ -42,13 +42,13 @@ pub(crate) use codec::{Hypercall, Registers, Width};
 pub(crate) use port::on_doorbell;
 pub(crate) use xen::on_xen_exit;
 
-use crate::gate::Gate;
 use crate::limit::warn_limited;
 use crate::mapping::{Attached, MapError, MappingEngine, Redeemed, Token, TokenSource};
+use crate::rendezvous::Rendezvous;
 use crate::window::Windows;
-use deferred::Deferred;
+use deferred::DeferredRequests;
 use memory::VirtualMemory;
-use view::Opening;
+use view::AttachKey;
 
 /// What an introspector's vCPUs share to serve hypercalls.
 pub(crate) struct Hypercalls {
@@ -56,14 +56,14 @@ pub(crate) struct Hypercalls {
     tokens: Option<Arc<dyn TokenSource>>,
     windows: Option<Arc<Windows>>,
     memory: GuestMemoryMmap,
-    gate: Arc<Gate>,
-    redeemed: Deferred<Redeeming, Redeemed>,
-    attached: Deferred<Opening, Attached>,
+    rendezvous: Arc<Rendezvous>,
+    redeemed: DeferredRequests<RedeemKey, Redeemed>,
+    attached: DeferredRequests<AttachKey, Attached>,
 }
 
 /// What names a MAP that waits for the broker.
 #[derive(PartialEq)]
-struct Redeeming {
+struct RedeemKey {
     call: Hypercall,
     token: Token,
     connection: u64,
@@ -75,10 +75,10 @@ impl Hypercalls {
         tokens: Option<Arc<dyn TokenSource>>,
         windows: Option<Arc<Windows>>,
         memory: GuestMemoryMmap,
-        gate: Arc<Gate>,
+        rendezvous: Arc<Rendezvous>,
     ) -> Self {
-        let (redeemed, attached) = (Deferred::new(), Deferred::new());
-        Self { engine, tokens, windows, memory, gate, redeemed, attached }
+        let (redeemed, attached) = (DeferredRequests::new(), DeferredRequests::new());
+        Self { engine, tokens, windows, memory, rendezvous, redeemed, attached }
     }
 
     /// Takes note that a guest wrote at `gpa`, where no memory takes writes; false when that is no
@@ -114,7 +114,7 @@ impl Hypercalls {
             Hypercall::UnmapAll { content: UNMAP_ALL_ZERO } => self.engine.unmap_all(),
             Hypercall::UnmapAll { content: UNMAP_ALL_KEEP } => {
                 // What another vCPU writes meanwhile would be lost.
-                let paused = self.gate.close();
+                let paused = self.rendezvous.pause();
                 if let Err(error) = &paused {
                     warn_limited!(%error, "pages are given back while the guest runs");
                 }
@@ -166,7 +166,7 @@ impl Hypercalls {
             return Ok(redeemed);
         }
         let (tokens, connection) = (tokens.clone(), tokens.connection());
-        let key = Redeeming { call, token: token.clone(), connection };
+        let key = RedeemKey { call, token: token.clone(), connection };
         // What was redeemed for nothing holds nothing at the broker.
         match self.redeemed.fetch(key, move || tokens.redeem(&token), drop) {
             Poll::Ready(redeemed) => redeemed.map_err(MapError::Token),

@@ -15,12 +15,12 @@ mod cpuid;
 mod devices;
 mod error;
 mod exit;
-mod gate;
 mod hypercall;
 mod limit;
 pub mod mapping;
 mod pauses;
 mod platform;
+mod rendezvous;
 mod sandbox;
 mod signals;
 mod status;
@@ -30,14 +30,14 @@ mod window;
 
 pub use boot::{AcpiError, LoadError};
 pub use config::{
-    DiskConfig, HypercallWay, MAX_DISKS, MAX_VCPUS, ResetPolicy, SerialConfig, VmConfig,
+    DiskConfig, HypercallMethod, MAX_DISKS, MAX_VCPUS, ResetPolicy, SerialConfig, VmConfig,
 };
 pub use control::{Control, StopHandle};
 pub use cpuid::CpuidError;
 pub use devices::vsock::VsockError;
 pub use error::VmmError;
 pub use exit::VmExit;
-pub use status::{ActiveWay, VmStatus};
+pub use status::{ActiveMethod, VmStatus};
 pub use vcpu::{KvmFault, VcpuError};
 pub use vm::run;
 pub use window::{DescriptorsError, SetUpError, TakeError};

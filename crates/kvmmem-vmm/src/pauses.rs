@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Pauses of the machine's vCPUs and their registers, for the broker's clients.
+//! Pauses of the machine's vCPUs and their registers, on request of the broker's clients.
 //!
-//! The machine runs again when nobody needs it stopped: the broker says so, its connection ends, or
-//! a pause is not repeated for [`LEASE`], as by a broker that hangs. Lock order: `state`, then the
-//! gate's.
+//! The broker's connection calls this ([`Vcpus`]). Each pause has a holder, and the vCPUs run again
+//! once there is no holder: the broker resumes, its connection ends, or the broker hangs and does
+//! not repeat a pause within [`LEASE`]. Lock order: `state`, then that of the [`Rendezvous`].
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use kvmmem_client::vmm::{VcpuAnswer, VcpuQuestion, Vcpus};
 
-use crate::gate::{Gate, Paused};
+use crate::rendezvous::{PauseGuard, Rendezvous};
 
 /// How long a pause lasts that is not repeated. The broker ends one that its client does not repeat
 /// for 10 s.
@@ -26,20 +26,20 @@ pub(crate) struct Pauses(Mutex<State>);
 
 #[derive(Default)]
 struct State {
-    /// The gate of the vCPUs that run now.
-    gate: Option<Arc<Gate>>,
+    /// The rendezvous of the vCPUs that run now.
+    rendezvous: Option<Arc<Rendezvous>>,
     /// By number, with the time of the last repetition.
     holders: BTreeMap<u64, Instant>,
     /// Present while there are holders.
-    paused: Option<Paused>,
+    paused: Option<PauseGuard>,
 }
 
 impl Pauses {
     /// The vCPUs that run from now on; `None` where there are none. All pauses end.
-    pub(crate) fn set_gate(&self, gate: Option<Arc<Gate>>) {
+    pub(crate) fn set_rendezvous(&self, rendezvous: Option<Arc<Rendezvous>>) {
         let mut state = self.lock();
         state.resume_all();
-        state.gate = gate;
+        state.rendezvous = rendezvous;
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -48,8 +48,8 @@ impl Pauses {
 
     fn registers(&self, first: u32, count: u32) -> VcpuAnswer {
         // Without the lock: the machine may end meanwhile.
-        let Some(gate) = self.lock().gate.clone() else { return not_running() };
-        let all = match gate.registers() {
+        let Some(rendezvous) = self.lock().rendezvous.clone() else { return not_running() };
+        let all = match rendezvous.registers() {
             Ok(all) => all,
             Err(error) => return VcpuAnswer::Failed { message: error.to_string() },
         };
@@ -86,14 +86,14 @@ impl State {
         if !is_new && !self.holders.contains_key(&holder) {
             return VcpuAnswer::NotPaused;
         }
-        let Some(gate) = &self.gate else { return not_running() };
+        let Some(rendezvous) = &self.rendezvous else { return not_running() };
         if self.holders.len() >= MAX_HOLDERS && is_new {
             return VcpuAnswer::Failed {
                 message: format!("it is paused {MAX_HOLDERS} times already"),
             };
         }
         if self.paused.is_none() {
-            match gate.close() {
+            match rendezvous.pause() {
                 Ok(paused) => self.paused = Some(paused),
                 Err(error) => return VcpuAnswer::Failed { message: error.to_string() },
             }
@@ -139,10 +139,10 @@ fn not_running() -> VcpuAnswer {
 mod tests {
     use super::*;
 
-    fn pauses() -> (Pauses, Arc<Gate>) {
-        let (pauses, gate) = (Pauses::default(), Arc::new(Gate::new(1)));
-        pauses.set_gate(Some(gate.clone()));
-        (pauses, gate)
+    fn pauses() -> (Pauses, Arc<Rendezvous>) {
+        let (pauses, rendezvous) = (Pauses::default(), Arc::new(Rendezvous::new(1)));
+        pauses.set_rendezvous(Some(rendezvous.clone()));
+        (pauses, rendezvous)
     }
 
     fn pause(pauses: &Pauses, holder: u64, is_new: bool) -> VcpuAnswer {
@@ -155,43 +155,43 @@ mod tests {
 
     #[test]
     fn the_machine_runs_once_nobody_needs_it_stopped() {
-        let (pauses, gate) = pauses();
+        let (pauses, rendezvous) = pauses();
         let stopped = VcpuAnswer::Paused { was_running: true };
         assert_eq!(pause(&pauses, 1, false), VcpuAnswer::NotPaused);
         for (holder, is_new) in [(1, true), (2, true), (1, false)] {
             assert_eq!(pause(&pauses, holder, is_new), stopped);
         }
-        assert!(gate.is_closed());
-        assert_eq!((resume(&pauses, 1), gate.is_closed()), (VcpuAnswer::Resumed, true));
-        assert_eq!((resume(&pauses, 2), gate.is_closed()), (VcpuAnswer::Resumed, false));
+        assert!(rendezvous.is_paused());
+        assert_eq!((resume(&pauses, 1), rendezvous.is_paused()), (VcpuAnswer::Resumed, true));
+        assert_eq!((resume(&pauses, 2), rendezvous.is_paused()), (VcpuAnswer::Resumed, false));
         assert_eq!(resume(&pauses, 2), VcpuAnswer::NotPaused);
         pause(&pauses, 3, true);
         pauses.resume_all();
-        assert!(!gate.is_closed());
+        assert!(!rendezvous.is_paused());
         assert_eq!(pause(&pauses, 3, false), VcpuAnswer::NotPaused);
     }
 
     #[test]
     fn a_pause_ends_that_is_not_repeated() {
-        let (pauses, gate) = pauses();
+        let (pauses, rendezvous) = pauses();
         assert_eq!(pauses.expire(), None);
         pause(&pauses, 1, true);
         let later = |seconds| Instant::now() + Duration::from_secs(seconds);
-        assert!(pauses.expire().is_some_and(|left| left <= LEASE) && gate.is_closed());
-        assert!(pauses.lock().expire(later(10)).is_some() && gate.is_closed());
+        assert!(pauses.expire().is_some_and(|left| left <= LEASE) && rendezvous.is_paused());
+        assert!(pauses.lock().expire(later(10)).is_some() && rendezvous.is_paused());
         assert_eq!(pauses.lock().expire(later(16)), None);
-        assert!(!gate.is_closed());
+        assert!(!rendezvous.is_paused());
     }
 
     #[test]
     fn another_run_of_the_machine_is_not_paused() {
-        let (pauses, gate) = pauses();
+        let (pauses, rendezvous) = pauses();
         pause(&pauses, 1, true);
-        let next = Arc::new(Gate::new(1));
-        pauses.set_gate(Some(next.clone()));
-        assert!(!gate.is_closed() && !next.is_closed());
+        let next = Arc::new(Rendezvous::new(1));
+        pauses.set_rendezvous(Some(next.clone()));
+        assert!(!rendezvous.is_paused() && !next.is_paused());
         assert_eq!(pause(&pauses, 1, false), VcpuAnswer::NotPaused);
-        pauses.set_gate(None);
+        pauses.set_rendezvous(None);
         assert!(matches!(pause(&pauses, 1, true), VcpuAnswer::Failed { .. }));
     }
 }

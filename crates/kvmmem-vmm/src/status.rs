@@ -25,7 +25,7 @@ pub enum VmStatus {
         cid: Option<u32>,
         /// How hypercalls reach the VMM: `"xen"`, `"port"`, or null for a machine that is no
         /// introspector.
-        hypercalls: Option<ActiveWay>,
+        hypercalls: Option<ActiveMethod>,
         /// Whether the machine is registered with a broker.
         broker: bool,
     },
@@ -38,10 +38,10 @@ pub enum VmStatus {
     },
 }
 
-/// The way that hypercalls take in a running introspector.
+/// The hypercall method of a running introspector.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
-pub enum ActiveWay {
+pub enum ActiveMethod {
     /// `vmcall`/`vmmcall` by Xen interception.
     Xen,
     /// The doorbell port.
@@ -81,7 +81,7 @@ mod tests {
             vcpus: 2,
             memory_bytes: 4096,
             cid: None,
-            hypercalls: Some(ActiveWay::Port),
+            hypercalls: Some(ActiveMethod::Port),
             broker: false,
         };
         assert_eq!(

@@ -18,13 +18,13 @@ use kvmmem_sys::pio::PortData;
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
 use crate::boot::{STACK_TOP, boot_sregs};
-use crate::control::{Ended, StopHandle};
+use crate::control::{GenerationEnd, StopHandle};
 use crate::cpuid::{CpuidError, CpuidTemplate};
 use crate::devices::bus::Bus;
-use crate::gate::Gate;
 use crate::hypercall::{Hypercalls, on_doorbell, on_xen_exit};
 use crate::limit::warn_limited;
-use crate::status::ActiveWay;
+use crate::rendezvous::Rendezvous;
+use crate::status::ActiveMethod;
 use internal_error::FalseDeliveries;
 pub use internal_error::KvmFault;
 
@@ -162,8 +162,8 @@ pub(crate) struct Shared {
     pub(crate) ports: Bus,
     pub(crate) mmio: Bus,
     /// Present in an introspector.
-    pub(crate) hypercalls: Option<(ActiveWay, Hypercalls)>,
-    pub(crate) gate: Arc<Gate>,
+    pub(crate) hypercalls: Option<(ActiveMethod, Hypercalls)>,
+    pub(crate) rendezvous: Arc<Rendezvous>,
     pub(crate) stop: StopHandle,
 }
 
@@ -189,7 +189,7 @@ impl Drop for LastWords<'_> {
         // A thread that ends in order has a reason, and the first one counts.
         if !self.stop.is_ending() {
             let error = VcpuError::Exit { id: self.id, exit: "its thread panicked".into() };
-            self.stop.end(Ended::Failed(error.into()));
+            self.stop.end(GenerationEnd::Failed(error.into()));
         }
     }
 }
@@ -198,19 +198,19 @@ impl Drop for LastWords<'_> {
 pub(crate) struct VcpuThread(Arc<JoinHandle<()>>);
 
 impl VcpuThread {
-    /// Starts the thread of vCPU `id`, which [`Gate::kick`] calls out of the guest.
+    /// Starts the thread of vCPU `id`, which [`Rendezvous::kick`] calls out of the guest.
     pub(crate) fn start(id: u8, mut vcpu: VcpuFd, shared: Arc<Shared>) -> Result<Self, VcpuError> {
-        let gate = shared.gate.clone();
+        let rendezvous = shared.rendezvous.clone();
         let run = move || {
             let _last_words = LastWords { id, stop: &shared.stop };
             if let Err(error) = run(id, &mut vcpu, &shared) {
-                shared.stop.end(Ended::Failed(error.into()));
+                shared.stop.end(GenerationEnd::Failed(error.into()));
             }
         };
         let thread = std::thread::Builder::new().name(format!("vcpu{id}")).spawn(run);
         let thread = Arc::new(thread.map_err(|source| VcpuError::Thread { id, source })?);
         let kicked = thread.clone();
-        gate.add_kick(move || {
+        rendezvous.add_kick(move || {
             let _ = kicked.kill(kick_signal());
         });
         Ok(Self(thread))
@@ -255,7 +255,7 @@ fn run_once(
     row: &mut FalseDeliveries,
 ) -> Result<(), VcpuError> {
     let failed = |source| VcpuError::Registers { id, source };
-    let inside = shared.gate.enter(id, || registers::read(vcpu).ok());
+    let inside = shared.rendezvous.enter(id, || registers::read(vcpu).ok());
     let exit = vcpu.run();
     drop(inside);
     if !matches!(exit, Ok(VcpuExit::InternalError | VcpuExit::Intr) | Err(_)) {
@@ -264,7 +264,8 @@ fn run_once(
     match exit {
         Ok(VcpuExit::IoIn(DOORBELL_PORT, answer)) => {
             answer.fill(0xff);
-            if let (4, Some((ActiveWay::Port, hypercalls))) = (answer.len(), &shared.hypercalls) {
+            if let (4, Some((ActiveMethod::Port, hypercalls))) = (answer.len(), &shared.hypercalls)
+            {
                 on_doorbell(vcpu, data, hypercalls).map_err(failed)?;
             }
         }
@@ -274,7 +275,7 @@ fn run_once(
         Ok(VcpuExit::MmioWrite(gpa, data)) => shared.write_mmio(gpa, data),
         Ok(VcpuExit::Unsupported(reason)) => {
             let served = match &shared.hypercalls {
-                Some((ActiveWay::Xen, hypercalls)) if reason == kvmmem_sys::xen::EXIT_REASON => {
+                Some((ActiveMethod::Xen, hypercalls)) if reason == kvmmem_sys::xen::EXIT_REASON => {
                     on_xen_exit(vcpu, hypercalls).map_err(failed)?
                 }
                 _ => false,
@@ -283,10 +284,16 @@ fn run_once(
                 return Err(VcpuError::Exit { id, exit: format!("unknown exit reason {reason}") });
             }
         }
-        Ok(VcpuExit::Shutdown) => shared.stop.end(Ended::TripleFault),
-        Ok(VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_SHUTDOWN, _)) => shared.stop.end(Ended::PowerOff),
-        Ok(VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_RESET, _)) => shared.stop.end(Ended::Reset),
-        Ok(VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_CRASH, _)) => shared.stop.end(Ended::TripleFault),
+        Ok(VcpuExit::Shutdown) => shared.stop.end(GenerationEnd::TripleFault),
+        Ok(VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_SHUTDOWN, _)) => {
+            shared.stop.end(GenerationEnd::PowerOff)
+        }
+        Ok(VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_RESET, _)) => {
+            shared.stop.end(GenerationEnd::Reset)
+        }
+        Ok(VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_CRASH, _)) => {
+            shared.stop.end(GenerationEnd::TripleFault)
+        }
         Ok(VcpuExit::Intr | VcpuExit::IrqWindowOpen) => {}
         Ok(VcpuExit::InternalError) => {
             let fault = read_fault(vcpu).map_err(failed)?;

@@ -9,8 +9,8 @@ use kvmmem_client::vmm::{Change, Vcpus, VmmLink};
 use kvmmem_sys::ram::GuestRam;
 
 use crate::boot;
-use crate::config::{HypercallWay, MAX_DISKS, MAX_VCPUS, ResetPolicy, SerialConfig, VmConfig};
-use crate::control::{Control, Ended, StopHandle};
+use crate::config::{HypercallMethod, MAX_DISKS, MAX_VCPUS, ResetPolicy, SerialConfig, VmConfig};
+use crate::control::{Control, GenerationEnd, StopHandle};
 use crate::cpuid::CpuidTemplate;
 use crate::devices::block::Block;
 use crate::devices::console::{ConsoleInput, ConsoleOutput, RawTerminal};
@@ -20,14 +20,14 @@ use crate::devices::serial::SerialPort;
 use crate::devices::vsock::Vsock;
 use crate::error::VmmError;
 use crate::exit::VmExit;
-use crate::gate::Gate;
 use crate::hypercall::Hypercalls;
 use crate::mapping::{MappingEngine, TokenSource, identity, mapping_limit, regions, register};
 use crate::pauses::Pauses;
 use crate::platform::{Devices, can_window, create_vm, zap_single_slots};
+use crate::rendezvous::Rendezvous;
 use crate::sandbox;
 use crate::signals::Signals;
-use crate::status::{ActiveWay, VmStatus, uuid_text};
+use crate::status::{ActiveMethod, VmStatus, uuid_text};
 use crate::vcpu::{self, BootState, Shared, VcpuThread};
 use crate::window::{Host, Views, Windows};
 
@@ -55,16 +55,16 @@ pub fn run(config: VmConfig, control: Control) -> Result<VmExit, VmmError> {
     control.report(&machine.started());
     let exit = loop {
         match generation.run(&stop, &machine.pauses)? {
-            Ended::Reset if machine.config.reset == ResetPolicy::Restart => {
+            GenerationEnd::Reset if machine.config.reset == ResetPolicy::Restart => {
                 machine.reset()?;
                 generation = machine.generation(&stop)?;
                 control.report(&VmStatus::Restarted);
             }
-            Ended::Reset => break VmExit::Reset,
-            Ended::PowerOff => break VmExit::PowerOff,
-            Ended::TripleFault => break VmExit::TripleFault,
-            Ended::Stopped => break VmExit::Stopped,
-            Ended::Failed(error) => return Err(error),
+            GenerationEnd::Reset => break VmExit::Reset,
+            GenerationEnd::PowerOff => break VmExit::PowerOff,
+            GenerationEnd::TripleFault => break VmExit::TripleFault,
+            GenerationEnd::Stopped => break VmExit::Stopped,
+            GenerationEnd::Failed(error) => return Err(error),
         }
     };
     control.report(&VmStatus::Exited { reason: exit });
@@ -109,7 +109,7 @@ struct Machine {
 }
 
 struct Introspection {
-    way: ActiveWay,
+    method: ActiveMethod,
     engine: Arc<MappingEngine>,
     tokens: Option<Arc<dyn TokenSource>>,
     /// Told of what happens to the machine's grants.
@@ -168,8 +168,8 @@ impl Machine {
                     tokens.set_events(Arc::downgrade(&views));
                 }
                 let has_windows = config.window && tokens.is_some() && can_window(&kvm);
-                let way = choose_way(config.hypercalls, &kvm)?;
-                Some(Introspection { way, engine, tokens, views, has_windows })
+                let method = choose_method(config.hypercalls, &kvm)?;
+                Some(Introspection { method, engine, tokens, views, has_windows })
             }
         };
         Ok(Self { config, kvm, ram, output, introspection, link, pauses })
@@ -183,7 +183,7 @@ impl Machine {
             vcpus: self.config.vcpus,
             memory_bytes: self.config.memory_bytes,
             cid: self.config.cid,
-            hypercalls: self.introspection.as_ref().map(|introspection| introspection.way),
+            hypercalls: self.introspection.as_ref().map(|introspection| introspection.method),
             broker: self.link.is_some(),
         }
     }
@@ -206,7 +206,7 @@ impl Machine {
         &self,
         introspection: &Introspection,
         vm: &Arc<VmFd>,
-        gate: &Arc<Gate>,
+        rendezvous: &Arc<Rendezvous>,
         stop: &StopHandle,
         address_bits: u32,
     ) -> Result<Option<Arc<Windows>>, VmmError> {
@@ -217,7 +217,7 @@ impl Machine {
         zap_single_slots(vm);
         let host = Host {
             vm: vm.clone(),
-            gate: gate.clone(),
+            rendezvous: rendezvous.clone(),
             stop: stop.clone(),
             source,
             own_file: identity(self.ram.fd())
@@ -235,8 +235,8 @@ impl Machine {
         let config = &self.config;
         let vm = Arc::new(create_vm(&self.kvm)?);
         self.ram.attach(&vm)?;
-        let way = self.introspection.as_ref().map(|introspection| introspection.way);
-        if way == Some(ActiveWay::Xen) {
+        let method = self.introspection.as_ref().map(|introspection| introspection.method);
+        if method == Some(ActiveMethod::Xen) {
             kvmmem_sys::xen::intercept_hypercalls(&vm).map_err(|source| VmmError::Host {
                 what: "the forwarding of hypercalls",
                 source,
@@ -269,7 +269,7 @@ impl Machine {
 
         let has_windows =
             self.introspection.as_ref().is_some_and(|introspection| introspection.has_windows);
-        let cpuid = CpuidTemplate::new(&self.kvm, config.vcpus, way, has_windows)?;
+        let cpuid = CpuidTemplate::new(&self.kvm, config.vcpus, method, has_windows)?;
         let mut vcpus = Vec::with_capacity(config.vcpus.into());
         for id in 0..config.vcpus {
             let vcpu = vm
@@ -279,32 +279,37 @@ impl Machine {
             vcpu::set_up(&vcpu, id, &cpuid, boot)?;
             vcpus.push(vcpu);
         }
-        let gate = Arc::new(Gate::new(config.vcpus));
+        let rendezvous = Arc::new(Rendezvous::new(config.vcpus));
         let hypercalls = match &self.introspection {
             None => None,
             Some(introspection) => {
                 let windows =
-                    self.windows(introspection, &vm, &gate, stop, cpuid.address_bits())?;
-                let Introspection { way, engine, tokens, .. } = introspection;
+                    self.windows(introspection, &vm, &rendezvous, stop, cpuid.address_bits())?;
+                let Introspection { method, engine, tokens, .. } = introspection;
                 let memory = self.ram.memory().clone();
-                let hypercalls =
-                    Hypercalls::new(engine.clone(), tokens.clone(), windows, memory, gate.clone());
-                Some((*way, hypercalls))
+                let hypercalls = Hypercalls::new(
+                    engine.clone(),
+                    tokens.clone(),
+                    windows,
+                    memory,
+                    rendezvous.clone(),
+                );
+                Some((*method, hypercalls))
             }
         };
-        let shared = Arc::new(Shared { ports, mmio, hypercalls, gate, stop: stop.clone() });
+        let shared = Arc::new(Shared { ports, mmio, hypercalls, rendezvous, stop: stop.clone() });
         let input = (config.serial == SerialConfig::Stdio).then_some(serial);
         Ok(Generation { _vm: vm, vcpus, shared, input })
     }
 }
 
-fn choose_way(wanted: HypercallWay, kvm: &Kvm) -> Result<ActiveWay, VmmError> {
+fn choose_method(wanted: HypercallMethod, kvm: &Kvm) -> Result<ActiveMethod, VmmError> {
     let can_intercept = kvmmem_sys::xen::can_intercept(kvm);
     match wanted {
-        HypercallWay::Port => Ok(ActiveWay::Port),
-        HypercallWay::Xen | HypercallWay::Auto if can_intercept => Ok(ActiveWay::Xen),
-        HypercallWay::Xen => Err(VmmError::NoXen),
-        HypercallWay::Auto => Ok(ActiveWay::Port),
+        HypercallMethod::Port => Ok(ActiveMethod::Port),
+        HypercallMethod::Xen | HypercallMethod::Auto if can_intercept => Ok(ActiveMethod::Xen),
+        HypercallMethod::Xen => Err(VmmError::NoXen),
+        HypercallMethod::Auto => Ok(ActiveMethod::Port),
     }
 }
 
@@ -319,7 +324,7 @@ struct Generation {
 
 impl Generation {
     /// Runs until something ends it; then all of its threads are gone, and its devices with it.
-    fn run(self, stop: &StopHandle, pauses: &Pauses) -> Result<Ended, VmmError> {
+    fn run(self, stop: &StopHandle, pauses: &Pauses) -> Result<GenerationEnd, VmmError> {
         let Self { _vm, vcpus, shared, input } = self;
         let console = match input {
             Some(port) => Some(
@@ -332,17 +337,17 @@ impl Generation {
         for (id, vcpu) in (0u8..).zip(vcpus) {
             match VcpuThread::start(id, vcpu, shared.clone()) {
                 Ok(thread) => threads.push(thread),
-                Err(error) => stop.end(Ended::Failed(error.into())),
+                Err(error) => stop.end(GenerationEnd::Failed(error.into())),
             }
         }
-        pauses.set_gate(Some(shared.gate.clone()));
+        pauses.set_rendezvous(Some(shared.rendezvous.clone()));
         stop.wait();
         // They end once they run.
-        pauses.set_gate(None);
+        pauses.set_rendezvous(None);
         // A thread may miss a kick between its look at `stop` and its entry into the guest: so kick
         // again.
         while threads.iter().any(|thread| !thread.is_finished()) {
-            shared.gate.kick();
+            shared.rendezvous.kick();
             std::thread::sleep(Duration::from_millis(1));
         }
         drop(console);

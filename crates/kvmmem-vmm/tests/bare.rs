@@ -28,13 +28,13 @@ use kvmmem_abi::cpuid::{
 };
 use kvmmem_abi::errno::KvmError;
 use kvmmem_abi::hypercall::{MEM_MAP, MEM_UNMAP, UNMAP_ALL, UNMAP_ALL_KEEP, UNMAP_ALL_ZERO};
-use kvmmem_vmm::{DiskConfig, HypercallWay, ResetPolicy, VmConfig, VmExit, VmStatus, VmmError};
+use kvmmem_vmm::{DiskConfig, HypercallMethod, ResetPolicy, VmConfig, VmExit, VmStatus, VmmError};
 
 use fixture::{
-    TARGET_HOLE, TOKEN, Target, has_kvm, has_windows, refused, run, run_stopped, run_with,
-    run_with_broker, ways,
+    TARGET_HOLE, TOKEN, Target, has_kvm, has_windows, methods, refused, run, run_stopped, run_with,
+    run_with_broker,
 };
-use guest::{Guest, PAGE_DIRECTORY, Way};
+use guest::{Guest, Method, PAGE_DIRECTORY};
 
 /// A page of the guest's own.
 const OWN: u64 = 0x60_0000;
@@ -44,8 +44,8 @@ const TOKEN_AT: u64 = 0x50_0100;
 const THERE: u64 = 0x4_2000;
 
 /// A guest that knows its token.
-fn guest(way: Way) -> Guest {
-    Guest::calling(way).write_token(TOKEN_AT, TOKEN)
+fn guest(method: Method) -> Guest {
+    Guest::calling(method).write_token(TOKEN_AT, TOKEN)
 }
 
 trait Calls {
@@ -93,11 +93,11 @@ fn the_doorbell_is_told_by_cpuid() {
 
 #[test]
 fn a_page_is_mapped_read_written_and_unmapped() {
-    for way in ways() {
+    for method in methods() {
         let target = Target::new();
         target.write(THERE + 8, 0x5ec2e7);
         let outcome = run(
-            &guest(way)
+            &guest(method)
                 .write(OWN + 8, 0x0dd)
                 .map(TOKEN_AT, THERE, OWN)
                 .report_memory(OWN + 8)
@@ -119,12 +119,12 @@ fn a_page_is_mapped_read_written_and_unmapped() {
 
 #[test]
 fn all_pages_come_back_at_once() {
-    for way in ways() {
+    for method in methods() {
         for (content, left) in [(UNMAP_ALL_ZERO, 0), (UNMAP_ALL_KEEP, 0x5ec2e7)] {
             let target = Target::new();
             target.write(THERE + 8, 0x5ec2e7);
             let outcome = run(
-                &guest(way)
+                &guest(method)
                     .map(TOKEN_AT, THERE, OWN)
                     .call(UNMAP_ALL, [content, 0, 0])
                     .report_memory(OWN + 8)
@@ -145,14 +145,14 @@ fn all_pages_come_back_at_once() {
 
 #[test]
 fn a_token_may_lie_in_two_pages_apart() {
-    for way in ways() {
+    for method in methods() {
         const LARGE_PRESENT_WRITABLE: u64 = 0x83;
         const ELSEWHERE: u64 = 0x80_0000;
         const BORDER: u64 = 0x40_0000;
         let target = Target::new();
         target.write(THERE, 7);
         let outcome = run(
-            &Guest::calling(way)
+            &Guest::calling(method)
                 .write(PAGE_DIRECTORY + 8 * 2, ELSEWHERE | LARGE_PRESENT_WRITABLE)
                 .write_token(BORDER - 16, TOKEN)
                 .map(BORDER - 16, THERE, OWN)
@@ -168,20 +168,20 @@ fn a_token_may_lie_in_two_pages_apart() {
 
 #[test]
 fn refusals_name_their_reason_and_spare_the_token() {
-    for way in ways() {
+    for method in methods() {
         const BEYOND_RAM: u64 = 64 << 20;
         const UNMAPPED_GVA: u64 = 1 << 40;
         const MMIO: u64 = 0xd000_0000;
         let cases: [(&str, Guest, KvmError); 9] = [
-            ("own GPA unaligned", guest(way).map(TOKEN_AT, THERE, OWN + 1), KvmError::Inval),
-            ("own GPA beyond RAM", guest(way).map(TOKEN_AT, THERE, BEYOND_RAM), KvmError::Inval),
-            ("own GPA in the PCI hole", guest(way).map(TOKEN_AT, THERE, MMIO), KvmError::Inval),
-            ("own GPA at the top", guest(way).map(TOKEN_AT, THERE, !0xfff), KvmError::Inval),
-            ("target GPA unaligned", guest(way).map(TOKEN_AT, THERE + 8, OWN), KvmError::Inval),
-            ("token not mapped", guest(way).map(UNMAPPED_GVA, THERE, OWN), KvmError::Fault),
-            ("token in a hole", guest(way).map(MMIO, THERE, OWN), KvmError::Fault),
-            ("unmap of an own page", guest(way).unmap(OWN), KvmError::NoEnt),
-            ("unknown number", guest(way).call(12, [0; 3]), KvmError::NoSys),
+            ("own GPA unaligned", guest(method).map(TOKEN_AT, THERE, OWN + 1), KvmError::Inval),
+            ("own GPA beyond RAM", guest(method).map(TOKEN_AT, THERE, BEYOND_RAM), KvmError::Inval),
+            ("own GPA in the PCI hole", guest(method).map(TOKEN_AT, THERE, MMIO), KvmError::Inval),
+            ("own GPA at the top", guest(method).map(TOKEN_AT, THERE, !0xfff), KvmError::Inval),
+            ("target GPA unaligned", guest(method).map(TOKEN_AT, THERE + 8, OWN), KvmError::Inval),
+            ("token not mapped", guest(method).map(UNMAPPED_GVA, THERE, OWN), KvmError::Fault),
+            ("token in a hole", guest(method).map(MMIO, THERE, OWN), KvmError::Fault),
+            ("unmap of an own page", guest(method).unmap(OWN), KvmError::NoEnt),
+            ("unknown number", guest(method).call(12, [0; 3]), KvmError::NoSys),
         ];
         let target = Target::new();
         for (name, case, error) in cases {
@@ -194,11 +194,11 @@ fn refusals_name_their_reason_and_spare_the_token() {
 
 #[test]
 fn a_token_of_the_brokers_is_good_once() {
-    for way in ways() {
+    for method in methods() {
         let target = Target::new();
         target.write(THERE, 0x5ec2e7);
         let make = |token| {
-            Guest::calling(way)
+            Guest::calling(method)
                 .write_token(TOKEN_AT, token)
                 .map(TOKEN_AT, THERE, OWN)
                 .report_memory(OWN)
@@ -212,10 +212,10 @@ fn a_token_of_the_brokers_is_good_once() {
 
 #[test]
 fn refusals_by_the_target_leave_the_own_page() {
-    for way in ways() {
+    for method in methods() {
         let target = Target::new();
         let outcome = run(
-            &guest(way)
+            &guest(method)
                 .write(OWN, 0x600d)
                 .write_token(TOKEN_AT + 64, [0; 4])
                 .map(TOKEN_AT + 64, THERE, OWN)
@@ -238,10 +238,10 @@ fn refusals_by_the_target_leave_the_own_page() {
 
 #[test]
 fn user_mode_may_not_call() {
-    for way in ways() {
+    for method in methods() {
         const SCRATCH: u64 = 0x3_0000;
         let outcome = run(
-            &Guest::calling(way)
+            &Guest::calling(method)
                 .write_token(0x3_1000, TOKEN)
                 .drop_to_user(SCRATCH)
                 .map(0x3_1000, THERE, OWN)
@@ -257,11 +257,11 @@ fn user_mode_may_not_call() {
 
 #[test]
 fn a_flood_of_bad_calls_ends_and_the_next_good_one_works() {
-    for way in ways() {
+    for method in methods() {
         let target = Target::new();
         target.write(THERE, 9);
         let outcome = run(
-            &guest(way)
+            &guest(method)
                 .repeat(20_000, |guest| {
                     guest
                         .ring(u64::MAX, [u64::MAX; 3])
@@ -279,13 +279,13 @@ fn a_flood_of_bad_calls_ends_and_the_next_good_one_works() {
 
 #[test]
 fn a_host_without_the_xen_way_says_so() {
-    if !has_kvm() || ways().contains(&Way::Vmmcall) {
+    if !has_kvm() || methods().contains(&Method::Vmmcall) {
         return;
     }
-    let xen = run_with(&Guest::calling(Way::Vmmcall).power_off(), &Target::new(), |_| {});
+    let xen = run_with(&Guest::calling(Method::Vmmcall).power_off(), &Target::new(), |_| {});
     assert!(matches!(xen, Err(VmmError::NoXen)));
-    let auto = run_with(&Guest::calling(Way::Vmmcall).power_off(), &Target::new(), |config| {
-        config.hypercalls = HypercallWay::Auto;
+    let auto = run_with(&Guest::calling(Method::Vmmcall).power_off(), &Target::new(), |config| {
+        config.hypercalls = HypercallMethod::Auto;
     });
     assert_eq!(auto.unwrap().exit, VmExit::PowerOff);
 }
@@ -294,12 +294,12 @@ fn a_host_without_the_xen_way_says_so() {
 fn a_reset_starts_anew_without_the_mappings() {
     const STAGE: u64 = 0x61_0000;
     const STAGE_PAGE: u64 = 0x4_3000;
-    for way in ways() {
+    for method in methods() {
         let target = Target::new();
         target.write(THERE, 0x5ec2e7);
         // A page of the target's is where the guest keeps, over the reset, how far it got.
         let outcome = run_with(
-            &guest(way)
+            &guest(method)
                 .map(TOKEN_AT, THERE, OWN)
                 .map(TOKEN_AT, STAGE_PAGE, STAGE)
                 .report_memory(OWN)

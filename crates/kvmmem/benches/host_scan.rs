@@ -10,7 +10,7 @@
 mod host;
 
 use host::{Host, NEEDLE, PIECE, RAM, Result, report, timed};
-use kvmmem::search::{Masked, PLACES, Probe};
+use kvmmem::search::{MaskedByte, PLACES, Probe};
 use kvmmem::{Mapping, Range};
 use memchr::memmem::Finder;
 
@@ -68,7 +68,7 @@ fn main() -> Result<()> {
 fn search_in_place(mapping: &Mapping, is_fresh: bool) -> Result<()> {
     let byte = |place: u8| {
         let value = NEEDLE.get(usize::from(place)).copied();
-        value.map(|value| (Masked { value, mask: 0xff }, place)).ok_or("the needle is shorter")
+        value.map(|value| (MaskedByte { value, mask: 0xff }, place)).ok_or("the needle is shorter")
     };
     let (first, second, third) = (byte(0)?, byte(1)?, byte(23)?);
     let probe = Probe::new(first.0, second, third).ok_or("the needle's bytes are out of order")?;

@@ -28,8 +28,8 @@ use rustix::io::Errno;
 use uuid::Uuid;
 
 use channel::Channel;
-use copier::{CHANNELS, Ended};
-pub use copier::{Copier, CopyError, Stopped};
+use copier::{CHANNELS, ViewEnd};
+pub use copier::{Copier, CopyError, PartialCopy};
 
 /// A process's connection to the broker, as long as which its view lasts. Dropping it closes the
 /// view.
@@ -37,7 +37,7 @@ pub use copier::{Copier, CopyError, Stopped};
 pub struct HostLink {
     socket: PacketSocket,
     buffer: PacketBuffer,
-    ended: Arc<Ended>,
+    ended: Arc<ViewEnd>,
     view: u64,
     grant: u64,
     target: u64,
@@ -149,7 +149,7 @@ impl HostLink {
             return Err(ClientError::Files { found, needed });
         }
         let (rights, regions) = (scope.rights, scope.regions(&map));
-        let ended = Arc::<Ended>::default();
+        let ended = Arc::<ViewEnd>::default();
         let copier = if copied {
             let channels = open_channels(&socket, &mut buffer, view, &mut early)?;
             Some(Copier::new(channels, Arc::clone(&ended)))

@@ -71,7 +71,7 @@ pub mod listener;
 mod operation;
 /// Looking for patterns in a mapping, in place: [`Mapping::find`].
 pub mod search {
-    pub use kvmmem_sys::search::{Atoms, Candidates, Masked, PLACES, Probe};
+    pub use kvmmem_sys::search::{Atoms, Candidates, MaskedByte, PLACES, Probe};
 }
 pub mod session;
 mod stream;

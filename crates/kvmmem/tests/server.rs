@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use kvmmem::{Endpoint, Listener, Session, SessionError};
 use kvmmem_abi::errno::KvmError;
-use kvmmem_kvmi::dispatch::Introspected;
+use kvmmem_kvmi::dispatch::TargetVm;
 use kvmmem_kvmi::reply::PhysicalSlot;
 use kvmmem_kvmi::server::serve;
 use kvmmem_kvmi::token::Token;
@@ -35,7 +35,7 @@ fn range(gpa: u64, len: usize) -> Result<std::ops::Range<usize>, KvmError> {
     Ok(start..start + len)
 }
 
-impl Introspected for Vm {
+impl TargetVm for Vm {
     fn name(&self) -> &str {
         "victim"
     }

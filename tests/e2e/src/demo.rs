@@ -5,15 +5,15 @@ use std::time::Instant;
 
 use anyhow::Result;
 
-use crate::bed::Bed;
 use crate::report::{Report, Style};
 use crate::scenarios::{mapping, refusals, views};
+use crate::test_bed::TestBed;
 use crate::world::World;
 
 pub(crate) fn run() -> Result<u8> {
     let start = Instant::now();
     println!("Booting the broker, a target and an introspector, both stock Debian kernels ...");
-    let mut world = World::start(Bed::from_env()?)?;
+    let mut world = World::start(TestBed::from_env()?)?;
     println!(
         "Up after {:.1} s. The target's program put a random marker and a counter at GPA {:#x}.",
         start.elapsed().as_secs_f64(),

@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! End-to-end scenarios, the demo, `try` and the bench: what runs on a KVM host, real or emulated.
 //!
-//! `cargo xtask` makes the bed that `KVMMEM_BED` names and runs this program where `/dev/kvm` is.
+//! `cargo xtask` makes the test bed that `KVMMEM_TEST_BED` names and runs this program where `/dev/kvm` is.
 #![deny(unsafe_code)]
 
-mod bed;
 mod bench;
 mod demo;
 mod process;
@@ -13,6 +12,7 @@ mod qmp;
 mod raw;
 mod report;
 mod scenarios;
+mod test_bed;
 mod try_program;
 mod vm;
 mod wait;
@@ -26,9 +26,9 @@ use std::process::{Command, ExitCode};
 use anyhow::{Context as _, Result, bail};
 use clap::Parser;
 
-use crate::bed::Bed;
 use crate::report::{Report, Style};
 use crate::scenarios::{all, is_named};
+use crate::test_bed::TestBed;
 use crate::vm::Way;
 use crate::world::World;
 
@@ -104,7 +104,7 @@ fn run(style: Style, names: &[String]) -> Result<u8> {
         bail!("no scenario is named {unknown:?}; `cargo xtask e2e --list` lists them");
     }
     let mut report = Report::new(style);
-    let mut world = World::without_vms(Bed::from_env()?)?;
+    let mut world = World::without_vms(TestBed::from_env()?)?;
     for scenario in all()
         .filter(|scenario| names.is_empty() || names.iter().any(|name| is_named(scenario, name)))
     {

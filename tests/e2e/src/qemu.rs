@@ -8,9 +8,9 @@ use anyhow::{Context, Result};
 use kvmmem_guest::Agent;
 use serde_json::{Value, json};
 
-use crate::bed::Bed;
 use crate::process::Process;
 use crate::qmp::Qmp;
+use crate::test_bed::TestBed;
 use crate::vm::{self, CMDLINE};
 
 /// The emulator, in a release's folder.
@@ -30,7 +30,7 @@ pub(crate) enum Release {
 }
 
 impl Release {
-    /// Its folder on the bed's disk.
+    /// Its folder on the test bed's disk.
     fn folder(self) -> &'static str {
         match self {
             Self::Bookworm => "bookworm",
@@ -107,7 +107,7 @@ pub(crate) struct Qemu {
 
 impl Qemu {
     /// Boots a VM and waits until its agent answers.
-    pub(crate) fn boot(bed: &Bed, spec: Spec, run: &Path) -> Result<Self> {
+    pub(crate) fn boot(bed: &TestBed, spec: Spec, run: &Path) -> Result<Self> {
         let root = bed.qemus()?.join(spec.release.folder());
         let file = |kind: &str| run.join(format!("{}.{kind}", spec.name));
         for kind in ["console", "log", "qmp", "test.qmp"] {
@@ -159,7 +159,7 @@ pub(crate) const VIEWS: usize = 2;
 
 /// What `kvmmem qemu-args` says that an introspector needs: places for views, vsock, the broker's
 /// QMP socket.
-fn introspector_arguments(bed: &Bed, spec: Spec, socket: &Path) -> Result<Vec<String>> {
+fn introspector_arguments(bed: &TestBed, spec: Spec, socket: &Path) -> Result<Vec<String>> {
     let output = Command::new(bed.bin("kvmmem"))
         .args(["qemu-args", "--json", "--machine", spec.machine, "--memory", spec.largest])
         .args(["--views", &VIEWS.to_string(), "--cid", &spec.cid.to_string(), "--qmp"])

@@ -9,7 +9,7 @@ use clap::Args;
 use kvmmem_client::admin::GrantRequest;
 use kvmmem_guest::Command;
 
-use crate::bed::Bed;
+use crate::test_bed::TestBed;
 use crate::world::World;
 
 /// How long the program may run.
@@ -17,13 +17,13 @@ const LIMIT: Duration = Duration::from_secs(600);
 
 #[derive(Args)]
 pub(crate) struct Arguments {
-    /// The program, as it is named in the bed's folder `try`, and its arguments.
+    /// The program, as it is named in the test bed's folder `try`, and its arguments.
     #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
     program: Vec<String>,
 }
 
 pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
-    let mut world = World::start(Bed::from_env()?)?;
+    let mut world = World::start(TestBed::from_env()?)?;
     let (name, rest) = arguments.program.split_first().context("no program")?;
     let port = world.hook_port()?;
     let (gpa, max_gfn) = (world.gpa()?, world.max_gfn()?);

@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use kvmmem_guest::Agent;
 
-use crate::bed::Bed;
 use crate::process::Process;
+use crate::test_bed::TestBed;
 
 /// How long a guest may take to boot, under software emulation inside software emulation.
 const BOOT_LIMIT: Duration = Duration::from_secs(480);
@@ -59,7 +59,7 @@ pub(crate) struct Vm {
 
 impl Vm {
     /// Starts the VMM without waiting for the guest.
-    fn launch(bed: &Bed, spec: Spec, socket: &Path, run: &Path) -> Result<Process> {
+    fn launch(bed: &TestBed, spec: Spec, socket: &Path, run: &Path) -> Result<Process> {
         let console = run.join(format!("{}.console", spec.name));
         let log = run.join(format!("{}.log", spec.name));
         let _ = std::fs::remove_file(&console);
@@ -87,7 +87,12 @@ impl Vm {
     }
 
     /// Boots the VMs of `specs` side by side and waits until each one's agent answers.
-    pub(crate) fn boot(bed: &Bed, specs: &[Spec], socket: &Path, run: &Path) -> Result<Vec<Self>> {
+    pub(crate) fn boot(
+        bed: &TestBed,
+        specs: &[Spec],
+        socket: &Path,
+        run: &Path,
+    ) -> Result<Vec<Self>> {
         let started = specs
             .iter()
             .map(|spec| Ok((*spec, Self::launch(bed, *spec, socket, run)?)))

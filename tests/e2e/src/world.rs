@@ -11,14 +11,14 @@ use anyhow::{Context, Result, bail};
 use kvmmem::{Endpoint, Listener, Session};
 use kvmmem_client::admin::{Admin, GrantRequest, Granted, Revoked, TargetInfo};
 use kvmmem_guest::{Agent, Child, Command as GuestCommand};
-use kvmmem_probe::Placed;
+use kvmmem_probe::TargetReport;
 use kvmmem_proto::scope::{Rights, Span};
 use tempfile::TempDir;
 
-use crate::bed::Bed;
 use crate::process::Process;
 use crate::qemu::Qemu;
 use crate::raw::Raw;
+use crate::test_bed::TestBed;
 use crate::vm::{Role, Spec, Vm, Way};
 use crate::wait::{self, PATIENCE};
 
@@ -59,7 +59,7 @@ pub(crate) struct Marker {
 
 /// A whole system. Parts that a scenario killed are brought back by [`World::mend`].
 pub(crate) struct World {
-    pub(crate) bed: Bed,
+    pub(crate) bed: TestBed,
     run: TempDir,
     broker: Process,
     target: Option<Vm>,
@@ -73,14 +73,14 @@ pub(crate) struct World {
 
 impl World {
     /// Starts all of it; about half a minute under software emulation.
-    pub(crate) fn start(bed: Bed) -> Result<Self> {
+    pub(crate) fn start(bed: TestBed) -> Result<Self> {
         let mut world = Self::without_vms(bed)?;
         world.mend()?;
         Ok(world)
     }
 
     /// Starts the broker alone.
-    pub(crate) fn without_vms(bed: Bed) -> Result<Self> {
+    pub(crate) fn without_vms(bed: TestBed) -> Result<Self> {
         let run = tempfile::Builder::new()
             .prefix("kvmmem-e2e-")
             .tempdir()
@@ -100,7 +100,7 @@ impl World {
         })
     }
 
-    fn start_broker(bed: &Bed, run: &TempDir) -> Result<Process> {
+    fn start_broker(bed: &TestBed, run: &TempDir) -> Result<Process> {
         let socket = run.path().join("kvmmemd.sock");
         let mut command = Command::new(bed.bin("kvmmemd"));
         command.arg("--socket").arg(&socket).env("RUST_LOG", "info,audit=off");
@@ -198,7 +198,7 @@ impl World {
             Ok(line) => line,
             Err(error) => bail!("the marker is silent ({error}): {}", child.take_stderr()),
         };
-        let Some(Placed::Marker { gpas, marker }) = line
+        let Some(TargetReport::Marker { gpas, marker }) = line
             .as_deref()
             .map(serde_json::from_str)
             .transpose()
@@ -325,7 +325,7 @@ impl World {
         let end = Instant::now() + PATIENCE;
         let child = &mut self.marker()?.child;
         while let Some(line) = child.read_line(end.saturating_duration_since(Instant::now()))? {
-            if serde_json::from_str(&line).ok() == Some(Placed::Inbox { value }) {
+            if serde_json::from_str(&line).ok() == Some(TargetReport::Inbox { value }) {
                 return Ok(true);
             }
         }

@@ -55,7 +55,7 @@ impl Channel {
     /// As the socket's; `TimedOut` at the deadline, `InvalidData` when the peer does not send
     /// frames.
     pub fn receive(&mut self, deadline: Option<Instant>) -> io::Result<Option<Frame>> {
-        frame::read(&mut Waiting { file: &self.file, deadline }, &mut self.decoder)
+        frame::read(&mut DeadlineReader { file: &self.file, deadline }, &mut self.decoder)
             .map_err(timed_out)
     }
 
@@ -82,12 +82,12 @@ pub(crate) fn send(file: &std::sync::Mutex<File>, kind: Kind, bytes: &[u8]) -> i
 }
 
 /// Reads with what is left of the deadline as the socket's limit.
-struct Waiting<'a> {
+struct DeadlineReader<'a> {
     file: &'a File,
     deadline: Option<Instant>,
 }
 
-impl Read for Waiting<'_> {
+impl Read for DeadlineReader<'_> {
     fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
         let left = self.deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
         if left == Some(Duration::ZERO) {

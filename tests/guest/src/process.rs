@@ -34,7 +34,7 @@ const KILLED: Duration = Duration::from_secs(30);
 
 /// A program started by [`start`].
 #[derive(Debug)]
-pub struct Running {
+pub struct ChildProcess {
     pid: Pid,
     handle: Handle,
     pumps: Receiver<()>,
@@ -55,7 +55,7 @@ pub struct Handle {
 /// # Errors
 /// When no process can be made. A program that cannot be run is no error here: it ends with code
 /// 127.
-pub fn start(command: &Command, sink: &Arc<Mutex<File>>) -> io::Result<Running> {
+pub fn start(command: &Command, sink: &Arc<Mutex<File>>) -> io::Result<ChildProcess> {
     let mut child = launch::launcher(command)?
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
@@ -77,10 +77,10 @@ pub fn start(command: &Command, sink: &Arc<Mutex<File>>) -> io::Result<Running> 
     }
     let pid = Pid::from_child(&child);
     let handle = Handle { child: Arc::new(Mutex::new(Some((pid, child)))), stdin };
-    Ok(Running { pid, handle, pumps, pump_count })
+    Ok(ChildProcess { pid, handle, pumps, pump_count })
 }
 
-impl Running {
+impl ChildProcess {
     /// To signal it and to feed its stdin.
     #[must_use]
     pub fn handle(&self) -> Handle {

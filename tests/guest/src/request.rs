@@ -133,7 +133,7 @@ impl Command {
 
     /// Runs it as the normal user, not a member of group `kvmmem`.
     #[must_use]
-    pub fn as_stranger(self) -> Self {
+    pub fn as_other_user(self) -> Self {
         self.user(USER_ID + 1, USER_ID + 1, &[])
     }
 

@@ -17,7 +17,7 @@ pub const INBOX: usize = 40;
 /// What the program in the target says.
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Placed {
+pub enum TargetReport {
     /// The marker and the counter are in place.
     Marker {
         /// Guest-physical addresses of the pages; the first holds the counter and the inbox too,

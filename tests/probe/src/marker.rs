@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use kvmmem::Page;
-use kvmmem_probe::{COUNTER, INBOX, MARKER, MARKER_LEN, Placed, hex, page_marker};
+use kvmmem_probe::{COUNTER, INBOX, MARKER, MARKER_LEN, TargetReport, hex, page_marker};
 
 use crate::{pagemap, say};
 
@@ -21,7 +21,7 @@ pub(crate) fn run(count: usize) -> Result<()> {
     }
     let pagemap = File::open("/proc/self/pagemap").context("cannot open /proc/self/pagemap")?;
     let gpas = pages.iter().map(|page| pagemap::gpa(&pagemap, page)).collect::<Result<_>>()?;
-    say(&Placed::Marker { gpas, marker: hex(&marker) })?;
+    say(&TargetReport::Marker { gpas, marker: hex(&marker) })?;
 
     let first = pages.first().context("no page")?;
     let mut inbox = first.read_u64(INBOX)?;
@@ -30,7 +30,7 @@ pub(crate) fn run(count: usize) -> Result<()> {
         let seen = first.read_u64(INBOX)?;
         if seen != inbox {
             inbox = seen;
-            say(&Placed::Inbox { value: seen })?;
+            say(&TargetReport::Inbox { value: seen })?;
         }
         std::thread::sleep(Duration::from_millis(2));
     }

@@ -9,12 +9,12 @@ use anyhow::{Context as _, Result, bail};
 use rustix::fs::{Advice, fadvise};
 
 use super::qmp;
-use crate::bed::Bed;
 use crate::cache::Cache;
 use crate::linux::guest::{Guest, Variant};
 use crate::linux::kernels::Stock;
 use crate::linux::scene;
-use crate::running::Running;
+use crate::process::Process;
+use crate::test_bed::TestBed;
 use crate::tool::Tool;
 use crate::ui;
 
@@ -32,7 +32,7 @@ const VARIANT: Variant = Variant {
 };
 
 pub(super) struct Subject<'a> {
-    bed: &'a Bed,
+    bed: &'a TestBed,
     log: PathBuf,
     core: PathBuf,
     live: Option<Live>,
@@ -44,7 +44,7 @@ pub(super) struct Live {
     guest: Guest,
     socket: PathBuf,
     folder: PathBuf,
-    _broker: Running,
+    _broker: Process,
 }
 
 impl Live {
@@ -61,12 +61,17 @@ fn second_monitor(folder: &Path) -> PathBuf {
 
 impl<'a> Subject<'a> {
     /// The guest whose core this is.
-    pub(super) fn of_file(bed: &'a Bed, core: &Path, log: PathBuf) -> Self {
+    pub(super) fn of_file(bed: &'a TestBed, core: &Path, log: PathBuf) -> Self {
         Self { bed, log, core: core.to_owned(), live: None }
     }
 
     /// Boots a guest, and dumps it.
-    pub(super) fn boot(cache: &Cache, bed: &'a Bed, folder: &Path, log: PathBuf) -> Result<Self> {
+    pub(super) fn boot(
+        cache: &Cache,
+        bed: &'a TestBed,
+        folder: &Path,
+        log: PathBuf,
+    ) -> Result<Self> {
         let stock = Stock::make(cache, bed, VARIANT.kernel, &log)?;
         let scene = scene(folder, &log)?;
         let (core, socket) = (folder.join("core"), folder.join("broker"));
@@ -79,7 +84,7 @@ impl<'a> Subject<'a> {
             Ok(guest)
         })?;
         let mut broker = Command::new(bed.program("kvmmemd"));
-        let mut broker = Running::start(broker.arg("--socket").arg(&socket), &log)?;
+        let mut broker = Process::start(broker.arg("--socket").arg(&socket), &log)?;
         let targets = || {
             Tool::new(bed.program("kvmmem"), &log)
                 .env("KVMMEM_BROKER", &socket)

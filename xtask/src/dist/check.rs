@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, Result, bail};
 
 use super::Release;
-use crate::binaries::{Binaries, Wanted};
+use crate::binaries::{Binaries, ProgramSet};
 use crate::cache::{Cache, Key};
 use crate::kernel::Kernel;
 use crate::provision::{self, Purpose};
@@ -57,7 +57,7 @@ fn make_and_try(cache: &Cache, suite: &mut Suite) -> Result<()> {
         suite.skip(&format!("the packages are made on Debian only: {error:#}"));
         return Ok(());
     }
-    let binaries = Binaries::make(cache, Wanted::Installed)?;
+    let binaries = Binaries::make(cache, ProgramSet::Installed)?;
     let scratch = cache.scratch()?;
     let make = |folder: &str, revision| {
         let release = Release::of_checkout(cache, revision)?;

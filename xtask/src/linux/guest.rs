@@ -11,7 +11,7 @@ use anyhow::{Context as _, Result, ensure};
 use super::kernels::Stock;
 use super::truth::Truth;
 use crate::cpio::Archive;
-use crate::running::Running;
+use crate::process::Process;
 use crate::{nested, tool};
 
 /// What the scene prints.
@@ -31,7 +31,7 @@ const QUICK: &str = "console=ttyS0 quiet panic=-1 rdinit=/bin/scene printk.devkm
 pub(crate) struct Variant {
     /// Its name, of letters that a VM's name may have.
     pub(crate) name: &'static str,
-    /// The Debian release that its kernel is of; "bed" is the test bed's own.
+    /// The Debian release that its kernel is of; "test bed" is the test bed's own.
     pub(crate) kernel: &'static str,
     /// MiB of RAM.
     pub(crate) memory: u32,
@@ -46,7 +46,7 @@ pub(crate) struct Variant {
 /// A guest that runs. It ends when this is dropped.
 #[derive(Debug)]
 pub(crate) struct Guest {
-    qemu: Running,
+    qemu: Process,
     folder: PathBuf,
 }
 
@@ -92,7 +92,7 @@ impl Guest {
         .args(["-qmp", &format!("unix:{},server=on,wait=off", file("qmp"))])
         .args(["-drive", &format!("if=virtio,format=raw,file={}", file("truth"))])
         .args(more);
-        Ok(Self { qemu: Running::start(&mut qemu, log)?, folder: folder.to_owned() })
+        Ok(Self { qemu: Process::start(&mut qemu, log)?, folder: folder.to_owned() })
     }
 
     /// Waits until the scene is there, and reads what the guest itself shows of it.

@@ -7,9 +7,9 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result};
 
-use crate::bed::Bed;
 use crate::cache::Cache;
 use crate::root::{self, Root};
+use crate::test_bed::TestBed;
 use crate::tool::Tool;
 use crate::{depends, mirror, ui};
 
@@ -86,8 +86,8 @@ pub(crate) struct Stock {
 
 impl Stock {
     /// The newest kernel of a Debian release, downloaded if it is not there, or the test bed's own
-    /// by the name of "bed".
-    pub(crate) fn make(cache: &Cache, bed: &Bed, name: &str, log: &Path) -> Result<Self> {
+    /// by the name of "test bed".
+    pub(crate) fn make(cache: &Cache, bed: &TestBed, name: &str, log: &Path) -> Result<Self> {
         if name == "bed" {
             let kernel = bed.kernel();
             return Ok(Self { release: kernel.release().to_owned(), folder: kernel.modules() });
@@ -123,7 +123,7 @@ impl Stock {
     pub(crate) fn debug_information(
         &self,
         cache: &Cache,
-        bed: &Bed,
+        bed: &TestBed,
         name: &str,
         downloads: bool,
         log: &Path,

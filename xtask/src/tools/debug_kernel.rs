@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, bail, ensure};
 
-use crate::bed::Bed;
 use crate::cache::Cache;
+use crate::test_bed::TestBed;
 use crate::tool::Tool;
 use crate::ui;
 
@@ -16,7 +16,7 @@ const VARIABLE: &str = "KVMMEM_DEBUG_KERNEL";
 
 /// The program with debug information, of the test bed's kernel: from the cache, or downloaded if
 /// that is wanted.
-pub(super) fn find(cache: &Cache, bed: &Bed, log: &Path) -> Result<PathBuf> {
+pub(super) fn find(cache: &Cache, bed: &TestBed, log: &Path) -> Result<PathBuf> {
     let (kernel, root) = (bed.kernel(), bed.kernel().root());
     let (release, version) = (kernel.release(), kernel.version());
     let inside = format!("/kvmmem/debug-{release}");

@@ -10,10 +10,10 @@ use std::process::Command;
 use anyhow::{Context as _, Result, ensure};
 use serde_json::json;
 
-use crate::bed::Bed;
 use crate::monitor::Monitor;
 use crate::nested;
-use crate::running::Running;
+use crate::process::Process;
+use crate::test_bed::TestBed;
 use crate::tool::Tool;
 
 /// How many vCPUs it has.
@@ -28,7 +28,12 @@ const CR3_IN_NOTE: usize = 8 + 18 * 8 + 10 * 24 + 3 * 8;
 
 /// Boots the guest, dumps its memory to `core` while it stands still, and returns what its vCPUs
 /// have in their registers.
-pub(super) fn dump(bed: &Bed, folder: &Path, core: &Path, log: &Path) -> Result<Vec<Registers>> {
+pub(super) fn dump(
+    bed: &TestBed,
+    folder: &Path,
+    core: &Path,
+    log: &Path,
+) -> Result<Vec<Registers>> {
     let path = |name: &str| folder.join(name).to_string_lossy().into_owned();
     let (serial, qmp, socket) = (path("serial"), path("qmp"), path("broker"));
     let monitor = folder.join("monitor");
@@ -48,7 +53,7 @@ pub(super) fn dump(bed: &Bed, folder: &Path, core: &Path, log: &Path) -> Result<
         .args(["-qmp", &listen(&qmp), "-qmp", &listen(&path("monitor"))])
         .arg("-kernel")
         .arg(bed.kernel().image());
-    let mut qemu = Running::start(&mut qemu, log)?;
+    let mut qemu = Process::start(&mut qemu, log)?;
     qemu.wait("the guest's kernel to stop", || {
         fs::read(&serial)
             .is_ok_and(|text| text.windows(20).any(|part| part == b"end Kernel panic - n"))
@@ -57,7 +62,7 @@ pub(super) fn dump(bed: &Bed, folder: &Path, core: &Path, log: &Path) -> Result<
     monitor.execute("stop", &json!({}))?;
     let registers = (0..VCPUS).map(|vcpu| monitor.registers(vcpu)).collect::<Result<_>>()?;
     let mut broker = Command::new(bed.program("kvmmemd"));
-    let mut broker = Running::start(broker.args(["--socket", &socket]), log)?;
+    let mut broker = Process::start(broker.args(["--socket", &socket]), log)?;
     let kvmmem = || Tool::new(bed.program("kvmmem"), log).env("KVMMEM_BROKER", &socket);
     broker.wait("the broker to listen", || kvmmem().args(["target", "list"]).run().is_ok())?;
     kvmmem().args(["target", "add", "--qmp", &qmp]).run()?;

@@ -9,8 +9,8 @@
 //! p99_ns of the crowd or bytes of a target.
 #![deny(unsafe_code)]
 
-mod house;
 mod memory;
+mod workspace;
 
 use std::hint::black_box;
 use std::time::{Duration, Instant};
@@ -20,8 +20,8 @@ use kvmmem_client::vmm::{Caller, ViewCounters, VmmLink};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use rustix::thread::{CpuSet, sched_getcpu, sched_setaffinity};
 
-use house::House;
 use memory::Memory;
+use workspace::Workspace;
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
@@ -45,7 +45,7 @@ fn main() -> Result<()> {
     cpu.set(sched_getcpu());
     sched_setaffinity(None, &cpu)?;
 
-    let (mut lone, mut crowd) = (House::open()?, House::open()?);
+    let (mut lone, mut crowd) = (Workspace::open()?, Workspace::open()?);
     lone.fill(1)?;
     // A first target comes with what there is once.
     crowd.fill(1)?;
@@ -77,9 +77,9 @@ fn main() -> Result<()> {
 /// Times an operation at both brokers, and prints how the crowd's p99 is to the only one's.
 fn compare<'h, S: FnMut(usize) -> Result<u64>>(
     name: &str,
-    (lone, crowd): (&'h House, &'h House),
+    (lone, crowd): (&'h Workspace, &'h Workspace),
     rounds: usize,
-    begin: impl Fn(&'h House) -> Result<S>,
+    begin: impl Fn(&'h Workspace) -> Result<S>,
 ) -> Result<()> {
     let (mut at_lone, mut at_crowd) = (begin(lone)?, begin(crowd)?);
     // This warms up, and meets each target for the first time.
@@ -112,18 +112,18 @@ fn compare<'h, S: FnMut(usize) -> Result<u64>>(
 }
 
 /// Views of a VMM that goes on, as an introspector's does.
-fn open_views(house: &House) -> Result<impl FnMut(usize) -> Result<u64> + use<'_>> {
-    let link = house.introspector("views")?;
-    Ok(move |n| open_view(house, &link, n))
+fn open_views(workspace: &Workspace) -> Result<impl FnMut(usize) -> Result<u64> + use<'_>> {
+    let link = workspace.introspector("views")?;
+    Ok(move |n| open_view(workspace, &link, n))
 }
 
 /// The first view of a VMM: the target's memfd comes with it.
-fn open_first_view(house: &House) -> Result<impl FnMut(usize) -> Result<u64> + use<'_>> {
-    Ok(move |n| open_view(house, &house.introspector("first")?, n))
+fn open_first_view(workspace: &Workspace) -> Result<impl FnMut(usize) -> Result<u64> + use<'_>> {
+    Ok(move |n| open_view(workspace, &workspace.introspector("first")?, n))
 }
 
-fn open_view(house: &House, link: &VmmLink, n: usize) -> Result<u64> {
-    let (token, caller) = (house.token(n), Caller { pid: 1, uid: 0, comm: "bench".into() });
+fn open_view(workspace: &Workspace, link: &VmmLink, n: usize) -> Result<u64> {
+    let (token, caller) = (workspace.token(n), Caller { pid: 1, uid: 0, comm: "bench".into() });
     let began = Instant::now();
     let view = link.attach(token, &caller, true)?;
     let took = began.elapsed();
@@ -133,10 +133,10 @@ fn open_view(house: &House, link: &VmmLink, n: usize) -> Result<u64> {
 }
 
 /// Views of processes of the host, each by a connection of its own.
-fn open_host_view(house: &House) -> Result<impl FnMut(usize) -> Result<u64> + use<'_>> {
+fn open_host_view(workspace: &Workspace) -> Result<impl FnMut(usize) -> Result<u64> + use<'_>> {
     Ok(move |n| {
         let began = Instant::now();
-        let view = HostLink::attach(house.socket(), house.token(n), true)?;
+        let view = HostLink::attach(workspace.socket(), workspace.token(n), true)?;
         let took = began.elapsed();
         drop(black_box(view));
         rest();

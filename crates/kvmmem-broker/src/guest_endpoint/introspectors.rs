@@ -26,7 +26,7 @@ impl Views for Introspectors {
         let broker = self.broker()?;
         match broker.introspectors().by_cid(cid) {
             Some(_) => Ok(()),
-            None => Err(stranger(&broker, cid)),
+            None => Err(unknown_peer(&broker, cid)),
         }
     }
 
@@ -39,7 +39,7 @@ impl Views for Introspectors {
     ) -> Result<Opened, Refused> {
         let broker = self.broker()?;
         let introspector =
-            broker.introspectors().by_cid(cid).ok_or_else(|| stranger(&broker, cid))?;
+            broker.introspectors().by_cid(cid).ok_or_else(|| unknown_peer(&broker, cid))?;
         // It may take seconds, and the broker need not wait for it to end.
         drop(broker);
         Ok(introspector.open(token, caller, read_only)?)
@@ -59,7 +59,7 @@ impl Views for Introspectors {
 }
 
 /// Why a VM has no views here.
-fn stranger(broker: &Broker, cid: u32) -> Refused {
+fn unknown_peer(broker: &Broker, cid: u32) -> Refused {
     let introspector = broker.registry().with_cid(cid).filter(|vm| vm.registration().introspector);
     let words = match introspector {
         Some(vm) => format!(
@@ -79,7 +79,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_stranger_is_told_how_to_become_an_introspector() {
+    fn an_unknown_peer_is_told_how_to_become_an_introspector() {
         let broker = Arc::new(Broker::default());
         let endpoint = Introspectors(Arc::downgrade(&broker));
         let refused = endpoint.may_ask(7).unwrap_err();

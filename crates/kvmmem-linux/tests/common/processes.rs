@@ -117,14 +117,14 @@ fn types() -> Vec<u8> {
 pub(crate) type Change<'g> = &'g (dyn Fn(&Guest, u64) + Sync);
 
 /// Memory that changes in the same way in each run: whenever the byte at an address is read.
-pub(crate) struct Changing<'g> {
+pub(crate) struct ChangingMemory<'g> {
     pub(crate) guest: &'g Guest,
     pub(crate) at: u64,
     pub(crate) change: Change<'g>,
     pub(crate) reads: AtomicU64,
 }
 
-impl Memory for Changing<'_> {
+impl Memory for ChangingMemory<'_> {
     fn read_at(&self, gpa: u64, buf: &mut [u8]) -> Result<(), MemoryError> {
         self.guest.read_at(gpa, buf)?;
         if (gpa..gpa + buf.len() as u64).contains(&self.at) {

@@ -128,7 +128,7 @@ mod tests {
 
     use super::*;
     use crate::guarded::STREAM_MIN;
-    use crate::search::Masked;
+    use crate::search::MaskedByte;
 
     const SIZE: u64 = 0x4000;
 
@@ -142,7 +142,7 @@ mod tests {
     }
 
     fn pair(distance: u8) -> Probe {
-        let [first, second] = [b'a', b'b'].map(|value| Masked { value, mask: 0xff });
+        let [first, second] = [b'a', b'b'].map(|value| MaskedByte { value, mask: 0xff });
         Probe::new(first, (second, distance), (second, distance)).unwrap()
     }
 
@@ -167,8 +167,9 @@ mod tests {
     }
 
     fn atoms(texts: &[&[u8]]) -> Atoms {
-        let pattern =
-            |text: &&[u8]| text.iter().map(|value| Masked { value: *value, mask: 0xff }).collect();
+        let pattern = |text: &&[u8]| {
+            text.iter().map(|value| MaskedByte { value: *value, mask: 0xff }).collect()
+        };
         Atoms::new(texts.iter().map(pattern)).unwrap()
     }
 

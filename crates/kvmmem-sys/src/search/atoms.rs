@@ -7,7 +7,7 @@
 //! four bytes a table says by each half of the byte which groups may have it. A place at which one
 //! group is left is compared with the patterns themselves.
 
-use super::Masked;
+use super::MaskedByte;
 use crate::guarded::{self, Groups};
 
 /// The most patterns: with more, nearly every place would be compared with them.
@@ -29,7 +29,7 @@ pub struct Atoms {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Atom {
     len: usize,
-    bytes: [Masked; LEN],
+    bytes: [MaskedByte; LEN],
 }
 
 impl Atoms {
@@ -38,12 +38,12 @@ impl Atoms {
 
     /// `None` where there are too many patterns, or one is too short; of one of more than four
     /// bytes, the first four are looked for.
-    pub fn new(patterns: impl IntoIterator<Item = Vec<Masked>>) -> Option<Self> {
+    pub fn new(patterns: impl IntoIterator<Item = Vec<MaskedByte>>) -> Option<Self> {
         let mut wanted: Vec<Atom> = Vec::new();
         for pattern in patterns {
-            let mut bytes = [Masked { value: 0, mask: 0 }; LEN];
-            for (byte, Masked { value, mask }) in bytes.iter_mut().zip(&pattern) {
-                *byte = Masked { value: value & mask, mask: *mask };
+            let mut bytes = [MaskedByte { value: 0, mask: 0 }; LEN];
+            for (byte, MaskedByte { value, mask }) in bytes.iter_mut().zip(&pattern) {
+                *byte = MaskedByte { value: value & mask, mask: *mask };
             }
             let atom = Atom { len: pattern.len().min(LEN), bytes };
             if atom.len < 2 || atom.bytes.iter().take(2).any(|byte| byte.mask == 0) {
@@ -96,7 +96,7 @@ fn groups(wanted: &[Atom]) -> Groups {
     /// The halves that some pattern of a group has: a bit each, for each byte, low and high.
     type Halves = [[u16; 2]; LEN];
     let halves = |atom: &Atom| -> Halves {
-        atom.bytes.map(|Masked { value, mask }| {
+        atom.bytes.map(|MaskedByte { value, mask }| {
             [0, 4].map(|shift| {
                 let is_it = |half: &u8| half & (mask >> shift) & 0xf == (value >> shift) & 0xf;
                 (0..16).filter(is_it).fold(0, |all, half| all | 1 << half)
@@ -135,9 +135,9 @@ fn groups(wanted: &[Atom]) -> Groups {
 mod tests {
     use super::*;
 
-    fn folded(text: &[u8]) -> Vec<Masked> {
+    fn folded(text: &[u8]) -> Vec<MaskedByte> {
         let mask = |byte: u8| if byte.is_ascii_alphabetic() { !0x20 } else { 0xff };
-        text.iter().map(|byte| Masked { value: *byte, mask: mask(*byte) }).collect()
+        text.iter().map(|byte| MaskedByte { value: *byte, mask: mask(*byte) }).collect()
     }
 
     /// The places of 64 at which the routine sees a candidate.
@@ -199,7 +199,7 @@ mod tests {
     fn patterns_that_cannot_be_looked_for_are_refused() {
         assert!(Atoms::new([folded(b"a")]).is_none());
         assert!(Atoms::new([folded(b"")]).is_none());
-        assert!(Atoms::new([vec![Masked { value: 0, mask: 0 }; 4]]).is_none());
+        assert!(Atoms::new([vec![MaskedByte { value: 0, mask: 0 }; 4]]).is_none());
         let many = |count: u8| Atoms::new((0..count).map(|number| folded(&[number, 200, 201])));
         assert!(many(64).is_some() && many(65).is_none());
         // The same one again is no other.

@@ -7,7 +7,7 @@ use proptest::prelude::*;
 use tempfile::NamedTempFile;
 
 use super::*;
-use crate::config::{HypercallWay, ResetPolicy, SerialConfig};
+use crate::config::{HypercallMethod, ResetPolicy, SerialConfig};
 
 const RAM: usize = 4 << 20;
 
@@ -33,7 +33,7 @@ fn config(kernel: &Path, initrd: Option<&Path>, cmdline: &str) -> VmConfig {
         introspectable: false,
         introspector: false,
         window: true,
-        hypercalls: HypercallWay::Auto,
+        hypercalls: HypercallMethod::Auto,
         reset: ResetPolicy::Exit,
         sandbox: false,
     }

@@ -132,9 +132,9 @@ struct Server {
 }
 
 /// How a request failed: its status byte.
-struct Failed(u32);
+struct RequestError(u32);
 
-impl From<io::Error> for Failed {
+impl From<io::Error> for RequestError {
     fn from(_: io::Error) -> Self {
         Self(VIRTIO_BLK_S_IOERR)
     }
@@ -199,7 +199,7 @@ impl Server {
         };
         let status = match self.transfer(&mut reader, &mut writer) {
             Ok(()) => VIRTIO_BLK_S_OK,
-            Err(Failed(status)) => status,
+            Err(RequestError(status)) => status,
         };
         let status = u8::try_from(status).unwrap_or(u8::MAX);
         let written = writer.bytes_written();
@@ -209,7 +209,11 @@ impl Server {
         }
     }
 
-    fn transfer(&self, reader: &mut Reader<'_>, writer: &mut Writer<'_>) -> Result<(), Failed> {
+    fn transfer(
+        &self,
+        reader: &mut Reader<'_>,
+        writer: &mut Writer<'_>,
+    ) -> Result<(), RequestError> {
         let kind: u32 = reader.read_obj()?;
         let _reserved: u32 = reader.read_obj()?;
         let sector: u64 = reader.read_obj()?;
@@ -224,16 +228,16 @@ impl Server {
                 let room = writer.available_bytes().min(id.len());
                 Ok(writer.write_all(id.get(..room).unwrap_or_default())?)
             }
-            _ => Err(Failed(VIRTIO_BLK_S_UNSUPP)),
+            _ => Err(RequestError(VIRTIO_BLK_S_UNSUPP)),
         }
     }
 
-    fn read(&self, sector: u64, writer: &mut Writer<'_>) -> Result<(), Failed> {
+    fn read(&self, sector: u64, writer: &mut Writer<'_>) -> Result<(), RequestError> {
         let mut buffer = vec![0; BUFFER_BYTES.min(writer.available_bytes())];
         let mut offset = self.extent(sector, writer.available_bytes())?;
         while writer.available_bytes() > 0 {
             let count = writer.available_bytes().min(buffer.len());
-            let part = buffer.get_mut(..count).ok_or(Failed(VIRTIO_BLK_S_IOERR))?;
+            let part = buffer.get_mut(..count).ok_or(RequestError(VIRTIO_BLK_S_IOERR))?;
             self.image.file.read_exact_at(part, offset)?;
             writer.write_all(part)?;
             offset += count as u64;
@@ -242,15 +246,15 @@ impl Server {
         Ok(())
     }
 
-    fn write(&self, sector: u64, reader: &mut Reader<'_>) -> Result<(), Failed> {
+    fn write(&self, sector: u64, reader: &mut Reader<'_>) -> Result<(), RequestError> {
         if self.image.read_only {
-            return Err(Failed(VIRTIO_BLK_S_IOERR));
+            return Err(RequestError(VIRTIO_BLK_S_IOERR));
         }
         let mut buffer = vec![0; BUFFER_BYTES.min(reader.available_bytes())];
         let mut offset = self.extent(sector, reader.available_bytes())?;
         while reader.available_bytes() > 0 {
             let count = reader.available_bytes().min(buffer.len());
-            let part = buffer.get_mut(..count).ok_or(Failed(VIRTIO_BLK_S_IOERR))?;
+            let part = buffer.get_mut(..count).ok_or(RequestError(VIRTIO_BLK_S_IOERR))?;
             reader.read_exact(part)?;
             self.image.file.write_all_at(part, offset)?;
             offset += count as u64;
@@ -260,8 +264,8 @@ impl Server {
     }
 
     /// Offset in bytes of `sector`, if `length` bytes from there are whole sectors of the image.
-    fn extent(&self, sector: u64, length: usize) -> Result<u64, Failed> {
-        let refused = Failed(VIRTIO_BLK_S_IOERR);
+    fn extent(&self, sector: u64, length: usize) -> Result<u64, RequestError> {
+        let refused = RequestError(VIRTIO_BLK_S_IOERR);
         let length = length as u64;
         let end = sector.checked_add(length / SECTOR_BYTES);
         if !length.is_multiple_of(SECTOR_BYTES) || end.is_none_or(|end| end > self.image.sectors) {
@@ -270,8 +274,12 @@ impl Server {
         sector.checked_mul(SECTOR_BYTES).ok_or(refused)
     }
 
-    fn check_quit(&self) -> Result<(), Failed> {
-        if self.quit.load(Ordering::SeqCst) { Err(Failed(VIRTIO_BLK_S_IOERR)) } else { Ok(()) }
+    fn check_quit(&self) -> Result<(), RequestError> {
+        if self.quit.load(Ordering::SeqCst) {
+            Err(RequestError(VIRTIO_BLK_S_IOERR))
+        } else {
+            Ok(())
+        }
     }
 }
 

@@ -5,7 +5,7 @@
 use vm_superio::{I8042Device, Trigger};
 
 use super::bus::BusDevice;
-use crate::control::{Ended, StopHandle};
+use crate::control::{GenerationEnd, StopHandle};
 
 /// First port.
 pub(crate) const BASE_PORT: u16 = 0x60;
@@ -19,7 +19,7 @@ impl Trigger for ResetTrigger {
     type E = std::convert::Infallible;
 
     fn trigger(&self) -> Result<(), Self::E> {
-        self.0.end(Ended::Reset);
+        self.0.end(GenerationEnd::Reset);
         Ok(())
     }
 }

@@ -3,7 +3,7 @@
 //! ACPI machine (ACPI specification 6.5, 4.8.3.7 and 4.8.3.6).
 
 use super::bus::BusDevice;
-use crate::control::{Ended, StopHandle};
+use crate::control::{GenerationEnd, StopHandle};
 
 /// First of the registers' ports.
 pub(crate) const BASE_PORT: u16 = 0x600;
@@ -42,9 +42,9 @@ impl BusDevice for Power {
             (SLEEP_CONTROL_PORT, value)
                 if value & SLEEP_ENABLE != 0 && value >> SLEEP_TYPE_SHIFT & 7 == SLEEP_TYPE_S5 =>
             {
-                self.0.end(Ended::PowerOff);
+                self.0.end(GenerationEnd::PowerOff);
             }
-            (RESET_PORT, RESET_VALUE) => self.0.end(Ended::Reset),
+            (RESET_PORT, RESET_VALUE) => self.0.end(GenerationEnd::Reset),
             _ => {}
         }
     }
@@ -65,8 +65,8 @@ mod tests {
             assert!(!stop.is_ending(), "{offset} {data:?}");
         }
         power.write(0, &[1 << 5 | 5 << 2]);
-        assert!(matches!(stop.take(), Ended::PowerOff));
+        assert!(matches!(stop.take(), GenerationEnd::PowerOff));
         power.write(2, &[1]);
-        assert!(matches!(stop.take(), Ended::Reset));
+        assert!(matches!(stop.take(), GenerationEnd::Reset));
     }
 }

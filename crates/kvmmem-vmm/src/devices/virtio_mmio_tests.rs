@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! A driver's way through the registers, and any other way.
+//! Drivers that set the device up in order, and drivers that write any register at any time.
 
 use std::sync::Mutex;
 
@@ -11,14 +11,14 @@ use super::*;
 
 /// Counts activations and resets, and keeps the last features and queue.
 #[derive(Default)]
-struct Seen {
+struct CallLog {
     activations: usize,
     resets: usize,
     features: u64,
     ring: Option<(u64, u64, u64, u16)>,
 }
 
-struct Dummy(Arc<Mutex<Seen>>);
+struct Dummy(Arc<Mutex<CallLog>>);
 
 impl VirtioDevice for Dummy {
     fn id(&self) -> u32 {
@@ -34,11 +34,11 @@ impl VirtioDevice for Dummy {
         &[1, 2, 3, 4, 5]
     }
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
-        let mut seen = self.0.lock().unwrap();
-        seen.activations += 1;
-        seen.features = activation.features;
+        let mut log = self.0.lock().unwrap();
+        log.activations += 1;
+        log.features = activation.features;
         let queue = &activation.queues[1];
-        seen.ring = Some((queue.desc_table(), queue.avail_ring(), queue.used_ring(), queue.size()));
+        log.ring = Some((queue.desc_table(), queue.avail_ring(), queue.used_ring(), queue.size()));
         Ok(())
     }
     fn reset(&mut self) {
@@ -46,18 +46,13 @@ impl VirtioDevice for Dummy {
     }
 }
 
-fn transport() -> (VirtioMmio, Arc<Mutex<Seen>>) {
+fn transport() -> (VirtioMmio, Arc<Mutex<CallLog>>) {
     let memory = Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x1_0000)]).unwrap());
     let event = || EventFd::new(EFD_NONBLOCK).unwrap();
-    let seen = Arc::default();
+    let log = Arc::default();
     (
-        VirtioMmio::new(
-            Box::new(Dummy(Arc::clone(&seen))),
-            memory,
-            event(),
-            vec![event(), event()],
-        ),
-        seen,
+        VirtioMmio::new(Box::new(Dummy(Arc::clone(&log))), memory, event(), vec![event(), event()]),
+        log,
     )
 }
 
@@ -92,7 +87,7 @@ fn set_up_queue(mmio: &mut VirtioMmio, index: u32, base: u32) {
 
 #[test]
 fn a_driver_gets_its_device() {
-    let (mut mmio, seen) = transport();
+    let (mut mmio, log) = transport();
     assert_eq!(read(&mut mmio, register::MAGIC_VALUE), 0x7472_6976);
     assert_eq!((read(&mut mmio, register::VERSION), read(&mut mmio, register::DEVICE_ID)), (2, 42));
     assert_eq!(read(&mut mmio, register::DEVICE_FEATURES), 0b110);
@@ -109,13 +104,13 @@ fn a_driver_gets_its_device() {
     assert_eq!(read(&mut mmio, register::STATUS), 0xf);
     assert_eq!(read(&mut mmio, register::QUEUE_READY), 1);
     {
-        let seen = seen.lock().unwrap();
-        assert_eq!((seen.activations, seen.features), (1, 0b010 | F_VERSION_1));
-        assert_eq!(seen.ring, Some((0x2000, 0x2400, 0x2800, 8)));
+        let log = log.lock().unwrap();
+        assert_eq!((log.activations, log.features), (1, 0b010 | F_VERSION_1));
+        assert_eq!(log.ring, Some((0x2000, 0x2400, 0x2800, 8)));
     }
     write(&mut mmio, register::STATUS, 0);
     assert_eq!((read(&mut mmio, register::STATUS), read(&mut mmio, register::QUEUE_READY)), (0, 0));
-    assert_eq!(seen.lock().unwrap().resets, 1);
+    assert_eq!(log.lock().unwrap().resets, 1);
 }
 
 #[test]
@@ -129,7 +124,7 @@ fn features_that_were_not_offered_or_old_drivers_are_refused() {
 
 #[test]
 fn queues_outside_ram_leave_a_device_that_needs_a_reset() {
-    let (mut mmio, seen) = transport();
+    let (mut mmio, log) = transport();
     negotiate(&mut mmio, [0, 1]);
     set_up_queue(&mut mmio, 0, 0x1000);
     set_up_queue(&mut mmio, 1, 0xffff_f000);
@@ -138,7 +133,7 @@ fn queues_outside_ram_leave_a_device_that_needs_a_reset() {
     assert_eq!(read(&mut mmio, register::INTERRUPT_STATUS), INTERRUPT_CONFIG_CHANGE);
     write(&mut mmio, register::INTERRUPT_ACK, INTERRUPT_CONFIG_CHANGE);
     assert_eq!(read(&mut mmio, register::INTERRUPT_STATUS), 0);
-    assert_eq!(seen.lock().unwrap().activations, 0);
+    assert_eq!(log.lock().unwrap().activations, 0);
 }
 
 proptest! {
@@ -154,7 +149,7 @@ proptest! {
             0..200,
         ),
     ) {
-        let (mut mmio, seen) = transport();
+        let (mut mmio, log) = transport();
         let mut resets = 0;
         for (offset, mut data, is_write) in accesses {
             if is_write {
@@ -164,6 +159,6 @@ proptest! {
                 mmio.read(offset, &mut data);
             }
         }
-        prop_assert!(seen.lock().unwrap().activations <= resets + 1);
+        prop_assert!(log.lock().unwrap().activations <= resets + 1);
     }
 }

@@ -28,7 +28,7 @@ const MOST: usize = 64;
 
 /// The requests of one kind, between two resets of a machine. When this is dropped, its threads are
 /// gone.
-pub(super) struct Deferred<K, T> {
+pub(super) struct DeferredRequests<K, T> {
     shared: Arc<Shared<K, T>>,
     kept: Duration,
 }
@@ -63,7 +63,7 @@ impl<K, T> State<K, T> {
     }
 }
 
-impl<K: PartialEq + Send + 'static, T: Send + 'static> Deferred<K, T> {
+impl<K: PartialEq + Send + 'static, T: Send + 'static> DeferredRequests<K, T> {
     pub(super) fn new() -> Self {
         Self::keeping(KEPT)
     }
@@ -155,7 +155,7 @@ impl<K, T> Shared<K, T> {
     }
 }
 
-impl<K, T> Drop for Deferred<K, T> {
+impl<K, T> Drop for DeferredRequests<K, T> {
     fn drop(&mut self) {
         let mut state = self.shared.lock();
         state.is_ending = true;
@@ -177,12 +177,15 @@ mod tests {
     const LONG: Duration = Duration::from_secs(60);
 
     /// A request whose answer is what is sent; what is released is received.
-    struct Asked {
+    struct Question {
         answer: Sender<Result<u32, KvmError>>,
         released: Receiver<u32>,
     }
 
-    fn ask(deferred: &Deferred<u32, u32>, key: u32) -> (Asked, Poll<Result<u32, KvmError>>) {
+    fn ask(
+        deferred: &DeferredRequests<u32, u32>,
+        key: u32,
+    ) -> (Question, Poll<Result<u32, KvmError>>) {
         let ((answer, wait), (release, released)) = (channel(), channel());
         let progress = deferred.fetch(
             key,
@@ -192,11 +195,11 @@ mod tests {
                 let _ = release.send(value);
             },
         );
-        (Asked { answer, released }, progress)
+        (Question { answer, released }, progress)
     }
 
     /// What a call that comes back gets in the end.
-    fn come_back(deferred: &Deferred<u32, u32>, key: u32) -> Result<u32, KvmError> {
+    fn come_back(deferred: &DeferredRequests<u32, u32>, key: u32) -> Result<u32, KvmError> {
         loop {
             if let Poll::Ready(outcome) = deferred.fetch(key, || unreachable!(), |_| {}) {
                 return outcome;
@@ -206,7 +209,7 @@ mod tests {
 
     #[test]
     fn an_answer_is_fetched_by_the_call_that_comes_back() {
-        let deferred = Deferred::keeping(LONG);
+        let deferred = DeferredRequests::keeping(LONG);
         let (first, progress) = ask(&deferred, 1);
         assert_eq!(progress, Poll::Pending);
         let (second, progress) = ask(&deferred, 2);
@@ -227,13 +230,13 @@ mod tests {
 
     #[test]
     fn an_answer_that_nobody_fetches_is_released() {
-        let deferred = Deferred::keeping(Duration::from_millis(1));
+        let deferred = DeferredRequests::keeping(Duration::from_millis(1));
         let (asked, progress) = ask(&deferred, 1);
         assert_eq!(progress, Poll::Pending);
         asked.answer.send(Ok(11)).unwrap();
         assert_eq!(asked.released.recv_timeout(LONG), Ok(11));
 
-        let deferred = Deferred::keeping(LONG);
+        let deferred = DeferredRequests::keeping(LONG);
         let (asked, progress) = ask(&deferred, 1);
         assert_eq!(progress, Poll::Pending);
         asked.answer.send(Ok(12)).unwrap();
@@ -243,7 +246,7 @@ mod tests {
 
     #[test]
     fn requests_are_bounded() {
-        let deferred = Deferred::keeping(LONG);
+        let deferred = DeferredRequests::keeping(LONG);
         let most = u32::try_from(MOST).unwrap();
         let asked: Vec<_> = (0..most).map(|key| ask(&deferred, key)).collect();
         assert_eq!(ask(&deferred, most).1, Poll::Ready(Err(KvmError::Again)));

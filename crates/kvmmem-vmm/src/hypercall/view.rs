@@ -10,7 +10,7 @@ use kvmmem_abi::native::ATTACH_READ_ONLY;
 use kvmmem_client::vmm::{Caller, Token, ViewCounters};
 use zeroize::Zeroizing;
 
-use super::deferred::Deferred;
+use super::deferred::DeferredRequests;
 use super::memory::VirtualMemory;
 use crate::limit::warn_limited;
 use crate::mapping::{Attached, TokenSource};
@@ -21,7 +21,7 @@ const COMM_LEN: usize = 16;
 
 /// What names an ATTACH that waits for the broker.
 #[derive(Clone, PartialEq)]
-pub(super) struct Opening {
+pub(super) struct AttachKey {
     token: Token,
     caller: Caller,
     read_only: bool,
@@ -32,9 +32,9 @@ pub(super) struct Opening {
 
 /// Has the broker open a view; [`WindowError::Pending`] until it has answered.
 pub(super) fn open(
-    attached: &Deferred<Opening, Attached>,
+    attached: &DeferredRequests<AttachKey, Attached>,
     tokens: &Arc<dyn TokenSource>,
-    mut opening: Opening,
+    mut opening: AttachKey,
 ) -> Result<Attached, WindowError> {
     opening.connection = tokens.connection();
     let (key, connection) = (opening.clone(), opening.connection);
@@ -57,7 +57,7 @@ pub(super) fn attach<T: Fn(u64) -> Option<u64>>(
     windows: &Windows,
     memory: &VirtualMemory<'_, T>,
     places: (u64, u64),
-    open: impl FnOnce(Opening) -> Result<Attached, WindowError>,
+    open: impl FnOnce(AttachKey) -> Result<Attached, WindowError>,
 ) -> Poll<Result<(), KvmError>> {
     let (request_gva, result_gva) = places;
     let mut bytes = Zeroizing::new([0; AttachRequest::SIZE]);
@@ -65,7 +65,7 @@ pub(super) fn attach<T: Fn(u64) -> Option<u64>>(
     memory.check(result_gva, AttachResult::SIZE)?;
     let (token, caller, flags) = decode(&bytes).ok_or(KvmError::Inval)?;
     let read_only = flags & ATTACH_READ_ONLY != 0;
-    let opening = Opening { token: token.clone(), caller, read_only, places, connection: 0 };
+    let opening = AttachKey { token: token.clone(), caller, read_only, places, connection: 0 };
     let result = match windows.attach(&token, read_only, || open(opening)) {
         Ok(result) => result,
         Err(WindowError::Pending) => return Poll::Pending,

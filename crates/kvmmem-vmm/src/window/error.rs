@@ -37,9 +37,9 @@ pub enum SetUpError {
 /// Why a view is not attached, searched or detached. The guest gets [`WindowError::number`].
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum WindowError {
-    /// All seats are taken.
+    /// All indices are taken.
     #[error("{MAX_VIEWS} views are open already, the most of one machine")]
-    NoSeat,
+    NoDescriptor,
     /// The answer on the token has not come yet: the call is to be made again.
     #[error("the view is being opened")]
     Pending,
@@ -48,7 +48,7 @@ pub(crate) enum WindowError {
     Token(KvmError),
     /// The view's right ended while it was being opened.
     #[error("view {view} ended before it was shown")]
-    Ended { view: u64 },
+    GenerationEnd { view: u64 },
     /// The host did not tell what the target's memory is.
     #[error("cannot examine the target's memory files")]
     Examine(#[source] io::Error),
@@ -88,11 +88,14 @@ impl WindowError {
     /// The error as the guest gets it.
     pub(crate) fn number(&self) -> KvmError {
         match self {
-            Self::NoSeat | Self::NoSpace { .. } | Self::NoSlot | Self::TooManyRanges { .. } => {
-                KvmError::NoMem
-            }
+            Self::NoDescriptor
+            | Self::NoSpace { .. }
+            | Self::NoSlot
+            | Self::TooManyRanges { .. } => KvmError::NoMem,
             Self::Token(error) => *error,
-            Self::Ended { .. } | Self::NoView { .. } | Self::NotFound { .. } => KvmError::NoEnt,
+            Self::GenerationEnd { .. } | Self::NoView { .. } | Self::NotFound { .. } => {
+                KvmError::NoEnt
+            }
             Self::Closed { .. } => KvmError::Perm,
             Self::OwnMemory | Self::NotAView { .. } => KvmError::Inval,
             Self::Pending | Self::Examine(_) | Self::Show(_) | Self::Search(_) => KvmError::Again,

@@ -16,11 +16,11 @@ use super::area::lay_out;
 use super::table::Table;
 use super::view::{State, View, delete, poison_for, poison_in_place, replace};
 use super::windows::{MAX_SLOTS_PER_VIEW, Windows};
-use crate::control::{Ended, StopHandle};
+use crate::control::{GenerationEnd, StopHandle};
 use crate::error::VmmError;
-use crate::gate::Paused;
 use crate::limit::warn_limited;
 use crate::mapping::{MapError, MappingEngine, TargetMemory};
+use crate::rendezvous::PauseGuard;
 
 /// A machine's pages and views, as whoever keeps the grants sees them.
 pub struct Views {
@@ -84,7 +84,7 @@ impl Views {
     /// Ends the machine where a target's pages cannot be taken from its guest.
     fn settle(&self, revoked: Result<(), MapError>) {
         if let Err(error) = revoked {
-            self.stop.end(Ended::Failed(VmmError::Unmap(error)));
+            self.stop.end(GenerationEnd::Failed(VmmError::Unmap(error)));
         }
     }
 }
@@ -115,12 +115,12 @@ impl Windows {
     /// slots.
     fn end(self: &Arc<Self>, state: State, is_meant: impl Fn(&View) -> bool) {
         let mut table = self.lock();
-        let seats = table.open_seats(is_meant);
-        if seats.is_empty() {
+        let indices = table.open_indices(is_meant);
+        if indices.is_empty() {
             return;
         }
         let paused = self.pause();
-        for &index in &seats {
+        for &index in &indices {
             if let Some(view) = table.view(index) {
                 view.end(state);
             }
@@ -128,34 +128,34 @@ impl Windows {
         }
         drop(table);
         let Some(paused) = paused else {
-            self.poison_ended(&seats, false);
+            self.poison_ended(&indices, false);
             return;
         };
-        let (windows, held, later) = (self.clone(), paused.clone(), seats.clone());
+        let (windows, held, later) = (self.clone(), paused.clone(), indices.clone());
         let swap = move || {
             windows.poison_ended(&later, true);
             drop(held);
         };
         if let Err(source) = std::thread::Builder::new().name("views-end".into()).spawn(swap) {
             warn_limited!(%source, "no thread to end views by");
-            self.poison_ended(&seats, true);
+            self.poison_ended(&indices, true);
         }
     }
 
     /// Puts poison behind the slots of those of these views that have ended and are still there.
-    fn poison_ended(&self, seats: &[usize], is_paused: bool) {
+    fn poison_ended(&self, indices: &[usize], is_paused: bool) {
         let mut table = self.lock();
-        let ended = table.views_at(seats).filter(|view| view.state != State::Open);
+        let ended = table.views_at(indices).filter(|view| view.state != State::Open);
         let behind = self.poison(ended.flat_map(View::slots), is_paused);
         drop(table);
         self.worker.unmap(behind);
     }
 
     /// Calls the vCPUs out of the guest until the result is dropped; `None` if they do not come.
-    fn pause(&self) -> Option<Paused> {
+    fn pause(&self) -> Option<PauseGuard> {
         self.host
-            .gate
-            .close()
+            .rendezvous
+            .pause()
             .inspect_err(|error| warn_limited!(%error, "views end or change while the guest runs"))
             .ok()
     }
@@ -190,7 +190,7 @@ impl Windows {
     /// Shows what a target's memory is now. Ranges that are as they were stay where they are.
     fn follow(&self, target: &Arc<dyn TargetMemory>) {
         let mut table = self.lock();
-        for index in table.open_seats(|view| view.is_of(target.id())) {
+        for index in table.open_indices(|view| view.is_of(target.id())) {
             let Some(mut view) = table.lift(index) else { continue };
             let regions = view.scope.regions(target.map());
             view.target = Some(target.clone());

@@ -10,17 +10,17 @@ use super::descriptors::{Descriptors, MAX_VIEWS};
 use super::view::{State, TakeError, View, delete};
 use crate::mapping::TokenSource;
 
-/// A place for one view.
-enum Seat {
+/// What a descriptor index is used for.
+enum Entry {
     Free,
-    /// A token is being traded for a view.
-    Taken,
+    /// A token is being exchanged for a view.
+    Reserved,
     Open(Box<View>),
 }
 
-/// All views.
+/// The views by descriptor index.
 pub(super) struct Table {
-    seats: [Seat; MAX_VIEWS],
+    entries: [Entry; MAX_VIEWS],
     pub(super) descriptors: Descriptors,
     pub(super) area: Area,
     /// Unused slot numbers.
@@ -32,7 +32,7 @@ pub(super) struct Table {
 impl Table {
     pub(super) fn new(descriptors: Descriptors, area: Area, slots: Vec<u32>) -> Self {
         Self {
-            seats: [const { Seat::Free }; MAX_VIEWS],
+            entries: [const { Entry::Free }; MAX_VIEWS],
             descriptors,
             area,
             slots,
@@ -40,104 +40,105 @@ impl Table {
         }
     }
 
-    /// Takes a seat for a view that is about to be attached.
-    pub(super) fn take_seat(&mut self) -> Option<usize> {
-        let index = self.seats.iter().position(|seat| matches!(seat, Seat::Free))?;
-        *self.seats.get_mut(index)? = Seat::Taken;
+    /// Reserves a descriptor index for a view that is about to be attached.
+    pub(super) fn reserve_index(&mut self) -> Option<usize> {
+        let index = self.entries.iter().position(|entry| matches!(entry, Entry::Free))?;
+        *self.entries.get_mut(index)? = Entry::Reserved;
         Some(index)
     }
 
-    /// Gives a seat back that came to nothing.
-    pub(super) fn leave_seat(&mut self, index: usize) {
-        if let Some(seat @ Seat::Taken) = self.seats.get_mut(index) {
-            *seat = Seat::Free;
+    /// Releases a reserved index whose view was not attached.
+    pub(super) fn release_index(&mut self, index: usize) {
+        if let Some(entry @ Entry::Reserved) = self.entries.get_mut(index) {
+            *entry = Entry::Free;
         }
     }
 
-    /// Puts a view on its seat, and describes it.
+    /// Stores the view of a reserved index, and writes its descriptor page.
     pub(super) fn open(&mut self, index: usize, view: View) {
-        if let Some(seat) = self.seats.get_mut(index) {
-            *seat = Seat::Open(Box::new(view));
+        if let Some(entry) = self.entries.get_mut(index) {
+            *entry = Entry::Open(Box::new(view));
             self.describe(index);
         }
     }
 
-    /// Writes the descriptor page of a view that is off its seat, under the next generation.
+    /// Writes the descriptor page of a view that [`Table::lift`] took out, under the next
+    /// generation.
     pub(super) fn describe_lifted(&mut self, index: usize, view: &View) {
         let (content, ranges) = view.describe();
         self.descriptors.write(index, &content, &ranges);
     }
 
-    /// Takes a view off its seat for a change; [`Table::open`] puts it back.
+    /// Takes a view out for a change and keeps its index reserved; [`Table::open`] puts it back.
     pub(super) fn lift(&mut self, index: usize) -> Option<View> {
-        let seat = self.seats.get_mut(index).filter(|seat| matches!(seat, Seat::Open(_)))?;
-        match std::mem::replace(seat, Seat::Taken) {
-            Seat::Open(view) => Some(*view),
-            Seat::Free | Seat::Taken => None,
+        let entry = self.entries.get_mut(index).filter(|entry| matches!(entry, Entry::Open(_)))?;
+        match std::mem::replace(entry, Entry::Reserved) {
+            Entry::Open(view) => Some(*view),
+            Entry::Free | Entry::Reserved => None,
         }
     }
 
-    /// Takes a view off its seat; its descriptor page is empty from then on.
+    /// Removes a view and clears its descriptor page.
     pub(super) fn close(&mut self, index: usize) -> Option<View> {
         let view = self.lift(index)?;
-        self.leave_seat(index);
+        self.release_index(index);
         self.descriptors.clear(index);
         Some(view)
     }
 
     /// Writes a view's descriptor page, under the next generation.
     pub(super) fn describe(&mut self, index: usize) {
-        if let Some(Seat::Open(view)) = self.seats.get(index) {
+        if let Some(Entry::Open(view)) = self.entries.get(index) {
             let (content, ranges) = view.describe();
             self.descriptors.write(index, &content, &ranges);
         }
     }
 
-    /// The view on a seat.
+    /// The view of a descriptor index.
     pub(super) fn view(&mut self, index: usize) -> Option<&mut View> {
-        match self.seats.get_mut(index)? {
-            Seat::Open(view) => Some(view),
-            Seat::Free | Seat::Taken => None,
+        match self.entries.get_mut(index)? {
+            Entry::Open(view) => Some(view),
+            Entry::Free | Entry::Reserved => None,
         }
     }
 
     /// All views.
     pub(super) fn views(&mut self) -> impl Iterator<Item = &mut View> {
-        self.seats.iter_mut().filter_map(|seat| match seat {
-            Seat::Open(view) => Some(&mut **view),
-            Seat::Free | Seat::Taken => None,
+        self.entries.iter_mut().filter_map(|entry| match entry {
+            Entry::Open(view) => Some(&mut **view),
+            Entry::Free | Entry::Reserved => None,
         })
     }
 
-    /// The views on these seats.
-    pub(super) fn views_at(&mut self, seats: &[usize]) -> impl Iterator<Item = &mut View> {
-        self.seats.iter_mut().enumerate().filter_map(|(index, seat)| match seat {
-            Seat::Open(view) if seats.contains(&index) => Some(&mut **view),
+    /// The views of these descriptor indices.
+    pub(super) fn views_at(&mut self, indices: &[usize]) -> impl Iterator<Item = &mut View> {
+        self.entries.iter_mut().enumerate().filter_map(|(index, entry)| match entry {
+            Entry::Open(view) if indices.contains(&index) => Some(&mut **view),
             _ => None,
         })
     }
 
-    /// The seats of the views in use that `is_meant` picks.
-    pub(super) fn open_seats(&self, is_meant: impl Fn(&View) -> bool) -> Vec<usize> {
-        let meant = |(index, seat): (usize, &Seat)| match seat {
-            Seat::Open(view) if view.state == State::Open && is_meant(view) => Some(index),
+    /// The descriptor indices of the open views that `is_meant` selects.
+    pub(super) fn open_indices(&self, is_meant: impl Fn(&View) -> bool) -> Vec<usize> {
+        let meant = |(index, entry): (usize, &Entry)| match entry {
+            Entry::Open(view) if view.state == State::Open && is_meant(view) => Some(index),
             _ => None,
         };
-        self.seats.iter().enumerate().filter_map(meant).collect()
+        self.entries.iter().enumerate().filter_map(meant).collect()
     }
 
-    /// A slot number that nothing uses.
+    /// Takes an unused slot number.
     pub(super) fn take_slot(&mut self) -> Option<u32> {
         self.slots.pop()
     }
 
-    /// Gives a slot number back.
+    /// Returns a slot number.
     pub(super) fn give_back_slot(&mut self, slot: u32) {
         self.slots.push(slot);
     }
 
-    /// Takes a closed view's slots from the guest and gives its place back, and returns what was
-    /// behind the slots. Slots that KVM keeps stay as poison, and so does the view's place.
+    /// Removes a closed view's slots from the guest and frees its area; returns the mappings behind
+    /// the slots. Slots that KVM does not remove stay as poison, and the area stays in use.
     pub(super) fn vacate(
         &mut self,
         mut view: View,
@@ -156,7 +157,7 @@ impl Table {
         if is_all_gone {
             self.area.give_back(view.gpa);
         } else {
-            // Nobody comes back to them: the guest keeps them until its machine ends.
+            // They are never looked at again: the guest keeps them until its machine ends.
             let View { shown, poisoned, .. } = view;
             std::mem::forget((
                 shown.into_iter().map(|shown| shown.slot).collect::<Vec<Memslot>>(),
@@ -166,7 +167,7 @@ impl Table {
         Ok(behind)
     }
 
-    /// Tells `source` of counters that it does not know yet.
+    /// Reports changed counters to `source`.
     pub(super) fn tell(&mut self, source: &dyn TokenSource) {
         self.is_telling = false;
         for view in

@@ -79,7 +79,7 @@ pub struct TakeError {
 }
 
 /// A range of the target's memory and the slot that shows it.
-pub(super) struct Shown {
+pub(super) struct MappedRange {
     pub(super) region: Region,
     /// Offset in the view's part of the window.
     pub(super) offset: u64,
@@ -105,7 +105,7 @@ pub(super) struct View {
     /// Length of that in bytes, as far as it is used.
     pub(super) len: u64,
     /// By rising target GPA.
-    pub(super) shown: Vec<Shown>,
+    pub(super) shown: Vec<MappedRange>,
     /// Slots of ranges that the target has no more.
     pub(super) poisoned: Vec<Memslot>,
     pub(super) counters: ViewCounters,
@@ -123,7 +123,7 @@ impl View {
         let ranges: Vec<WindowRange> = self
             .shown
             .iter()
-            .map(|Shown { region, offset, .. }| WindowRange {
+            .map(|MappedRange { region, offset, .. }| WindowRange {
                 gpa: region.gpa,
                 len: region.len,
                 offset: *offset,

@@ -18,12 +18,12 @@ use super::area::{Area, lay_out};
 use super::descriptors::{Descriptors, MAX_VIEWS, PAGES_LEN};
 use super::error::{SetUpError, WindowError};
 use super::table::Table;
-use super::view::{Shown, State, View, show};
+use super::view::{MappedRange, State, View, show};
 use super::worker::Worker;
-use crate::control::{Ended, StopHandle};
+use crate::control::{GenerationEnd, StopHandle};
 use crate::error::VmmError;
-use crate::gate::Gate;
 use crate::mapping::{Attached, TargetMemory, TokenSource, is_own};
+use crate::rendezvous::Rendezvous;
 
 /// The most memory slots of a view, those of ranges that its target has no more included.
 pub(crate) const MAX_SLOTS_PER_VIEW: usize = 2 * kvmmem_abi::descriptor::MAX_RANGES;
@@ -34,7 +34,7 @@ const FIRST_SLOT: u32 = 16;
 /// What the windows are made for.
 pub(crate) struct Host {
     pub(crate) vm: Arc<VmFd>,
-    pub(crate) gate: Arc<Gate>,
+    pub(crate) rendezvous: Arc<Rendezvous>,
     pub(crate) stop: StopHandle,
     pub(crate) source: Arc<dyn TokenSource>,
     /// Device and inode of the machine's own RAM.
@@ -92,7 +92,7 @@ impl Windows {
         read_only: bool,
         trade: impl FnOnce() -> Result<Attached, WindowError>,
     ) -> Result<AttachResult, WindowError> {
-        let index = self.lock().take_seat().ok_or(WindowError::NoSeat)?;
+        let index = self.lock().reserve_index().ok_or(WindowError::NoDescriptor)?;
         let opened = trade().and_then(|mut attached| {
             if read_only {
                 attached.scope = attached.scope.at_most(Rights::ReadOnly);
@@ -104,7 +104,7 @@ impl Windows {
             })
         });
         if opened.is_err() {
-            self.lock().leave_seat(index);
+            self.lock().release_index(index);
         }
         opened
     }
@@ -119,7 +119,7 @@ impl Windows {
         token_digest: [u8; 32],
     ) -> Result<AttachResult, WindowError> {
         let view = attached.view;
-        let target = self.host.source.current(view).ok_or(WindowError::Ended { view })?;
+        let target = self.host.source.current(view).ok_or(WindowError::GenerationEnd { view })?;
         if is_own(&*target, self.host.own_file).map_err(WindowError::Examine)? {
             return Err(WindowError::OwnMemory);
         }
@@ -176,7 +176,7 @@ impl Windows {
         let gpa = view.gpa.saturating_add(offset);
         match show(&self.host.vm, target, &region, view.access(), slot, gpa) {
             Ok(slot) => {
-                view.shown.push(Shown { region, offset, slot });
+                view.shown.push(MappedRange { region, offset, slot });
                 Ok(())
             }
             Err(error) => {
@@ -228,7 +228,7 @@ impl Windows {
     /// Ends the machine: the last that can be done for a target whose memory cannot be taken from
     /// the guest.
     pub(super) fn give_up(&self, error: VmmError) {
-        self.host.stop.end(Ended::Failed(error));
+        self.host.stop.end(GenerationEnd::Failed(error));
     }
 
     /// Whether `gpa`, where the guest wrote and nothing takes writes, is part of the windows; the

@@ -13,7 +13,7 @@ use kvmmem_vmm::mapping::{TargetMemory, Views};
 use kvmmem_vmm::{ResetPolicy, VmExit};
 
 use crate::fixture::{
-    TOKEN, Target, refused, run_with_broker, run_with_tokens, wait_until, window_ways,
+    TOKEN, Target, refused, run_with_broker, run_with_tokens, wait_until, window_methods,
 };
 use crate::guest::Guest;
 use crate::tokens::OneToken;
@@ -36,16 +36,16 @@ fn what_is_taken_back_turns_into_poison_while_the_guest_uses_it() {
         ("gone", |views| views.gone(1), STATE_GONE),
         ("lost", |views| views.lost(), STATE_GONE),
     ];
-    for (way, rights) in window_ways()
+    for (method, rights) in window_methods()
         .into_iter()
-        .flat_map(|way| [(way, Rights::ReadOnly), (way, Rights::ReadWrite)])
+        .flat_map(|method| [(method, Rights::ReadOnly), (method, Rights::ReadWrite)])
     {
         for (name, event, state) in cases {
             let (target, tokens) = secret(rights);
             let bits =
                 if rights == Rights::ReadOnly { RIGHT_READ } else { RIGHT_READ | RIGHT_WRITE };
             let words = |state: u32| u64::from(state) | u64::from(bits) << 32;
-            let program = guest(way)
+            let program = guest(method)
                 .attach()
                 .report_memory(FIRST + THERE)
                 .ring(SEEK, [DESCRIPTOR, POSITION, SEEK_DATA])
@@ -94,10 +94,10 @@ const STARTED: u64 = SIGN + 8;
 fn two_cpus_open_and_close_views_at_once_and_one_of_them_loses_one() {
     const OTHER_REQUEST: u64 = 0x51_0200;
     const OTHER_RESULT: u64 = 0x51_0300;
-    for way in window_ways() {
+    for method in window_methods() {
         let (_, tokens) = secret(Rights::ReadOnly);
         let open = u64::from(STATE_OPEN) | u64::from(RIGHT_READ) << 32;
-        let program = guest(way)
+        let program = guest(method)
             .write_token(OTHER_REQUEST, TOKEN)
             .attach()
             .second_cpu(|other| {
@@ -139,10 +139,10 @@ fn two_cpus_open_and_close_views_at_once_and_one_of_them_loses_one() {
 #[test]
 fn a_reset_closes_all_views() {
     const STAGE: u64 = 0x61_0000;
-    for way in window_ways() {
+    for method in window_methods() {
         let (_, tokens) = secret(Rights::ReadWrite);
         // The target's memory is where the guest keeps, over the reset, how far it got.
-        let program = guest(way)
+        let program = guest(method)
             .write(STAGE, 0)
             .report_memory(DESCRIPTOR)
             .attach()
@@ -164,7 +164,7 @@ fn a_reset_closes_all_views() {
 #[test]
 fn a_view_follows_its_target() {
     const MIB: u64 = 1 << 20;
-    for way in window_ways() {
+    for method in window_methods() {
         let target = Target::with_ranges(8 * MIB, &[(0, MIB), (2 * MIB, 3 * MIB)]);
         let [low, high, new] = [0x3000, 2 * MIB, 6 * MIB - 0x1000];
         for gpa in [low, high] {
@@ -180,7 +180,7 @@ fn a_view_follows_its_target() {
                 (0..3).fold(guest, |guest, field| guest.report_memory(range(index, field)))
             })
         };
-        let program = report_ranges(guest(way).attach())
+        let program = report_ranges(guest(method).attach())
             .report_memory(FIRST + MIB)
             .ring(SEEK, [DESCRIPTOR, POSITION, SEEK_DATA])
             .touch_while(DESCRIPTOR + 16, 2, FIRST + MIB, false);
@@ -211,12 +211,12 @@ fn a_view_follows_its_target() {
 fn what_the_broker_takes_back_ends_at_once_pages_included() {
     const OWN: u64 = 0x60_0000;
     const PAGE_TOKEN: u64 = 0x50_0a00;
-    for way in window_ways() {
+    for method in window_methods() {
         let target = Target::new();
         target.write(THERE, 0x5ec2e7);
         let open = u64::from(STATE_OPEN) | u64::from(RIGHT_READ | RIGHT_WRITE) << 32;
         let make = |token| {
-            guest(way)
+            guest(method)
                 .write_token(REQUEST, token)
                 .write_token(PAGE_TOKEN, token)
                 .attach()

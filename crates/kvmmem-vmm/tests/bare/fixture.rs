@@ -15,12 +15,12 @@ use kvmmem_proto::map::MemoryMap;
 use kvmmem_sys::ram::GuestRam;
 use kvmmem_vmm::mapping::TargetMemory;
 use kvmmem_vmm::{
-    Control, HypercallWay, ResetPolicy, SerialConfig, VmConfig, VmExit, VmStatus, VmmError,
+    Control, HypercallMethod, ResetPolicy, SerialConfig, VmConfig, VmExit, VmStatus, VmmError,
 };
 use uuid::Uuid;
 use vm_memory::{Bytes, GuestAddress};
 
-use crate::guest::{Guest, Way};
+use crate::guest::{Guest, Method};
 use crate::tokens::OneToken;
 
 /// The token that opens the target, as often as it is used.
@@ -136,22 +136,22 @@ pub(crate) struct Outcome {
 
 /// The ways of hypercalls that this host has; none, with the reason printed, where there is no
 /// usable `/dev/kvm`.
-pub(crate) fn ways() -> Vec<Way> {
+pub(crate) fn methods() -> Vec<Method> {
     if !has_kvm() {
         return Vec::new();
     }
     if kvmmem_sys::xen::can_intercept(&kvm_ioctls::Kvm::new().unwrap()) {
-        return vec![Way::Doorbell, Way::Vmmcall];
+        return vec![Method::Doorbell, Method::Vmmcall];
     }
     eprintln!(
         "skipped: KVM cannot forward hypercalls (by the doorbell alone): run on a kernel with CONFIG_KVM_XEN"
     );
-    vec![Way::Doorbell]
+    vec![Method::Doorbell]
 }
 
-/// As [`ways`], where KVM has the read-only memory slots that windows need.
-pub(crate) fn window_ways() -> Vec<Way> {
-    if has_windows() { ways() } else { Vec::new() }
+/// As [`methods`], where KVM has the read-only memory slots that windows need.
+pub(crate) fn window_methods() -> Vec<Method> {
+    if has_windows() { methods() } else { Vec::new() }
 }
 
 /// Runs `guest` as an introspector in front of `target`.
@@ -299,11 +299,11 @@ pub(crate) fn run_stopped(guest: &Guest) -> VmExit {
 pub(crate) fn config(guest: &Guest, directory: &Path) -> VmConfig {
     let kernel = directory.join("guest.elf");
     guest.write_elf(&kernel);
-    config_of(kernel, guest.way(), directory)
+    config_of(kernel, guest.method(), directory)
 }
 
 /// An introspector that runs `kernel`.
-pub(crate) fn config_of(kernel: PathBuf, way: Way, directory: &Path) -> VmConfig {
+pub(crate) fn config_of(kernel: PathBuf, method: Method, directory: &Path) -> VmConfig {
     VmConfig {
         kernel,
         initrd: None,
@@ -318,9 +318,9 @@ pub(crate) fn config_of(kernel: PathBuf, way: Way, directory: &Path) -> VmConfig
         broker: None,
         introspectable: false,
         introspector: true,
-        hypercalls: match way {
-            Way::Doorbell => HypercallWay::Port,
-            Way::Vmmcall => HypercallWay::Xen,
+        hypercalls: match method {
+            Method::Doorbell => HypercallMethod::Port,
+            Method::Vmmcall => HypercallMethod::Xen,
         },
         window: true,
         reset: ResetPolicy::Exit,

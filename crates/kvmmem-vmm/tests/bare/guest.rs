@@ -28,7 +28,7 @@ pub(crate) const TRAMPOLINE: u64 = 0x4_0000;
 
 /// How a guest makes hypercalls.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) enum Way {
+pub(crate) enum Method {
     /// `in eax, dx` at the doorbell.
     #[default]
     Doorbell,
@@ -39,7 +39,7 @@ pub(crate) enum Way {
 /// A guest's program.
 #[derive(Clone, Default)]
 pub(crate) struct Guest {
-    way: Way,
+    method: Method,
     code: Vec<u8>,
 }
 
@@ -72,13 +72,13 @@ impl Guest {
         guest.write(PAGE_POINTERS + 8 * (WINDOW >> 30), scratch | 3)
     }
 
-    /// An empty program whose hypercalls go by `way`.
-    pub(crate) fn calling(way: Way) -> Self {
-        Self { way, code: Vec::new() }
+    /// An empty program whose hypercalls go by `method`.
+    pub(crate) fn calling(method: Method) -> Self {
+        Self { method, code: Vec::new() }
     }
 
-    pub(crate) fn way(&self) -> Way {
-        self.way
+    pub(crate) fn method(&self) -> Method {
+        self.method
     }
 
     /// Makes a hypercall and reports the result, sign-extended.
@@ -94,10 +94,10 @@ impl Guest {
         body: impl FnOnce(Self) -> Self,
     ) -> Self {
         let guest = body(self.ring(number, arguments));
-        match guest.way {
+        match guest.method {
             // cdqe
-            Way::Doorbell => guest.bytes(&[0x48, 0x98]).report_rax(),
-            Way::Vmmcall => guest.report_rax(),
+            Method::Doorbell => guest.bytes(&[0x48, 0x98]).report_rax(),
+            Method::Vmmcall => guest.report_rax(),
         }
     }
 
@@ -109,15 +109,15 @@ impl Guest {
             .bytes(&a0.to_le_bytes())
             .bytes(&[0x48, 0xb9])
             .bytes(&a1.to_le_bytes());
-        match guest.way {
+        match guest.method {
             // mov rdi, a2; in eax, dx
-            Way::Doorbell => guest
+            Method::Doorbell => guest
                 .bytes(&[0x48, 0xbf])
                 .bytes(&a2.to_le_bytes())
                 .load_edx(DOORBELL_PORT.into())
                 .bytes(&[0xed]),
             // mov rdx, a2; xor edi, edi; vmmcall
-            Way::Vmmcall => guest
+            Method::Vmmcall => guest
                 .bytes(&[0x48, 0xba])
                 .bytes(&a2.to_le_bytes())
                 .bytes(&[0x31, 0xff, 0x0f, 0x01, 0xd9]),
@@ -175,7 +175,7 @@ impl Guest {
 
     /// Does `body` unless the eight bytes at `gpa` are zero.
     pub(crate) fn skip_if_zero(self, gpa: u64, body: impl Fn(Self) -> Self) -> Self {
-        let length = body(Self::calling(self.way)).code.len();
+        let length = body(Self::calling(self.method)).code.len();
         // mov rbx, gpa; cmp qword [rbx], 0; je behind the body
         let guest =
             self.bytes(&[0x48, 0xbb]).bytes(&gpa.to_le_bytes()).bytes(&[0x48, 0x83, 0x3b, 0x00]);
@@ -213,7 +213,7 @@ impl Guest {
         const LAPIC_COMMAND: u64 = 0xfee0_0300;
         const CODE_64: u64 = 0x00af_9a00_0000_ffff;
         const GDT: u64 = TRAMPOLINE + 0x80;
-        let length = body(Self::calling(self.way)).halt().code.len();
+        let length = body(Self::calling(self.method)).halt().code.len();
         // jmp behind the body
         let guest = self.bytes(&[0xe9]).bytes(&i32::try_from(length).unwrap().to_le_bytes());
         let entry = u32::try_from(LOAD_ADDRESS).unwrap() + u32::try_from(guest.code.len()).unwrap();

@@ -15,13 +15,14 @@ use kvmmem_abi::native::{RIGHT_READ, RIGHT_WRITE, STATE_OPEN, STATE_REVOKED};
 use kvmmem_vmm::{Control, ResetPolicy, VmExit};
 use landlock::{AccessFs, CompatLevel, Compatible, Ruleset, RulesetAttr};
 
-use crate::fixture::{Target, config_of, launch_with_broker, window_ways};
-use crate::guest::{Guest, Way};
+use crate::fixture::{Target, config_of, launch_with_broker, window_methods};
+use crate::guest::{Guest, Method};
 use crate::views::{Calls, DESCRIPTOR, FIRST, POSITION, REQUEST, THERE, guest};
 
-/// Where the machine's files are, for the process that runs it; and by which way its guest calls.
+/// Environment of the process that runs the machine: the folder of its files, and its guest's
+/// hypercall method.
 const DIRECTORY: &str = "KVMMEM_TEST_SANDBOX_DIRECTORY";
-const WAY: &str = "KVMMEM_TEST_SANDBOX_WAY";
+const METHOD: &str = "KVMMEM_TEST_SANDBOX_WAY";
 
 /// What that process does last.
 const LAST: &str = "KVMMEM_TEST_SANDBOX_LAST";
@@ -30,8 +31,9 @@ const LAST: &str = "KVMMEM_TEST_SANDBOX_LAST";
 #[test]
 fn child() {
     let Some(directory) = std::env::var_os(DIRECTORY).map(PathBuf::from) else { return };
-    let way = if std::env::var_os(WAY).is_some() { Way::Vmmcall } else { Way::Doorbell };
-    let mut config = config_of(directory.join("guest.elf"), way, &directory);
+    let method =
+        if std::env::var_os(METHOD).is_some() { Method::Vmmcall } else { Method::Doorbell };
+    let mut config = config_of(directory.join("guest.elf"), method, &directory);
     config.broker = Some(directory.join("broker"));
     config.vcpus = 2;
     config.reset = ResetPolicy::Restart;
@@ -50,21 +52,21 @@ fn child() {
     std::process::exit(0);
 }
 
-fn launch(directory: &Path, way: Way, last: &str) -> Output {
+fn launch(directory: &Path, method: Method, last: &str) -> Output {
     let mut command = Command::new(std::env::current_exe().unwrap());
     command.args(["sandbox::child", "--exact", "--nocapture", "--test-threads", "1"]);
     command.env(DIRECTORY, directory).env(LAST, last);
-    if way == Way::Vmmcall {
-        command.env(WAY, "1");
+    if method == Method::Vmmcall {
+        command.env(METHOD, "1");
     }
     command.output().unwrap()
 }
 
 /// A guest that maps, attaches, searches, loses its grant, and resets itself once.
-fn program(way: Way, token: [u64; 4]) -> Guest {
+fn program(method: Method, token: [u64; 4]) -> Guest {
     const OWN: u64 = 0x60_0000;
     let open = u64::from(STATE_OPEN) | u64::from(RIGHT_READ | RIGHT_WRITE) << 32;
-    guest(way)
+    guest(method)
         .write_token(REQUEST, token)
         .attach()
         .call(MEM_MAP, [REQUEST, THERE, OWN])
@@ -98,14 +100,14 @@ fn revoke_when_searched(admin: &mut Admin, grant: u64) {
 
 #[test]
 fn a_machine_runs_in_its_sandbox_and_nothing_else_does() {
-    for way in window_ways() {
+    for method in window_methods() {
         for last in ["open", "spawn", "execute"] {
             let target = Target::new();
             target.write(THERE, 0x5ec2e7);
-            let make = |token| program(way, token);
+            let make = |token| program(method, token);
             let (output, values) =
                 launch_with_broker(&target, 4, make, revoke_when_searched, |config| {
-                    launch(config.kernel.parent().unwrap(), way, last)
+                    launch(config.kernel.parent().unwrap(), method, last)
                 });
             let stderr = String::from_utf8_lossy(&output.stderr);
             let stdout = String::from_utf8_lossy(&output.stdout);

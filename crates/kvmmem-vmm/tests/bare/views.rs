@@ -10,8 +10,8 @@ use kvmmem_abi::native::{ATTACH_READ_ONLY, RIGHT_READ, STATE_OPEN};
 use kvmmem_client::vmm::{Rights, Scope, ViewCounters};
 use kvmmem_vmm::VmExit;
 
-use crate::fixture::{TARGET_HOLE, TOKEN, Target, refused, run_with_tokens, window_ways};
-use crate::guest::{Guest, WINDOW, Way};
+use crate::fixture::{TARGET_HOLE, TOKEN, Target, refused, run_with_tokens, window_methods};
+use crate::guest::{Guest, Method, WINDOW};
 use crate::tokens::OneToken;
 
 /// Where the guest keeps its request and finds the result.
@@ -25,8 +25,8 @@ pub(crate) const FIRST: u64 = WINDOW + (2 << 20);
 pub(crate) const THERE: u64 = 0x4_2000;
 
 /// A guest that sees windows and knows its token.
-pub(crate) fn guest(way: Way) -> Guest {
-    Guest::calling(way)
+pub(crate) fn guest(method: Method) -> Guest {
+    Guest::calling(method)
         .see_windows(0x7_0000)
         .write_token(REQUEST, TOKEN)
         .write(REQUEST + 32, 1000 << 32 | 42)
@@ -61,10 +61,10 @@ impl Calls for Guest {
 
 #[test]
 fn a_view_is_attached_read_and_detached() {
-    for way in window_ways() {
+    for method in window_methods() {
         let (target, tokens) = secret(Rights::ReadOnly);
         target.write(0x8_1000, 0xb0b);
-        let program = guest(way)
+        let program = guest(method)
             .attach()
             .report_memory(RESULT)
             .report_memory(RESULT + 8)
@@ -112,10 +112,10 @@ fn a_view_is_attached_read_and_detached() {
 
 #[test]
 fn writing_to_a_read_only_view_changes_nothing_and_is_counted() {
-    for way in window_ways() {
+    for method in window_methods() {
         // The grant would allow more than the guest asks for.
         let (target, tokens) = secret(Rights::ReadWrite);
-        let program = guest(way)
+        let program = guest(method)
             .write(REQUEST + 56, ATTACH_READ_ONLY.into())
             .attach()
             .write(FIRST + THERE, 1)
@@ -136,11 +136,11 @@ fn writing_to_a_read_only_view_changes_nothing_and_is_counted() {
 
 #[test]
 fn a_writable_view_is_written() {
-    for way in window_ways() {
+    for method in window_methods() {
         let target = Target::new();
         let tokens = OneToken::new(target.clone(), Scope::whole(Rights::ReadWrite));
         let program =
-            guest(way).attach().write(FIRST + THERE, 0xbeef).detach(DESCRIPTOR).power_off();
+            guest(method).attach().write(FIRST + THERE, 0xbeef).detach(DESCRIPTOR).power_off();
         let outcome = run_with_tokens(&program, &tokens, |_| {}).unwrap();
         assert_eq!(outcome.values, [0, 0]);
         assert_eq!(target.read(THERE), 0xbeef);
@@ -149,14 +149,14 @@ fn a_writable_view_is_written() {
 
 #[test]
 fn data_and_holes_are_found_without_touching_either() {
-    for way in window_ways() {
+    for method in window_methods() {
         let target = Target::new();
         for page in [0x4000, 0x5000, 0x8_1000, 0xf_f000] {
             target.write(page, 1);
         }
         let before = target.allocated();
         let tokens = OneToken::new(target.clone(), Scope::whole(Rights::ReadOnly));
-        let program = guest(way)
+        let program = guest(method)
             .attach()
             .seek(DESCRIPTOR, 0, SEEK_DATA)
             .seek(DESCRIPTOR, 0x4008, SEEK_DATA)
@@ -197,12 +197,12 @@ fn data_and_holes_are_found_without_touching_either() {
 
 #[test]
 fn bad_requests_are_refused_and_spare_the_token() {
-    for way in window_ways() {
+    for method in window_methods() {
         const UNMAPPED: u64 = 1 << 40;
         const NO_RAM: u64 = 0xd000_0000;
         let target = Target::new();
-        let call = |request, result| guest(way).call(ATTACH, [request, result, 0]);
-        let with = |at, value| guest(way).write(REQUEST + at, value).attach();
+        let call = |request, result| guest(method).call(ATTACH, [request, result, 0]);
+        let with = |at, value| guest(method).write(REQUEST + at, value).attach();
         let cases: [(&str, Guest, KvmError); 11] = [
             ("request not mapped", call(UNMAPPED, RESULT), KvmError::Fault),
             ("request without RAM", call(NO_RAM, RESULT), KvmError::Fault),
@@ -213,8 +213,8 @@ fn bad_requests_are_refused_and_spare_the_token() {
             ("result in a window", call(REQUEST, DESCRIPTOR), KvmError::Fault),
             ("unknown flag", with(56, 2), KvmError::Inval),
             ("reserved", with(56, 1 << 32), KvmError::Inval),
-            ("detach of nothing", guest(way).detach(DESCRIPTOR), KvmError::NoEnt),
-            ("detach of garbage", guest(way).detach(u64::MAX), KvmError::NoEnt),
+            ("detach of nothing", guest(method).detach(DESCRIPTOR), KvmError::NoEnt),
+            ("detach of garbage", guest(method).detach(u64::MAX), KvmError::NoEnt),
         ];
         for (name, case, error) in cases {
             let tokens = OneToken::new(target.clone(), Scope::whole(Rights::ReadOnly));
@@ -223,10 +223,10 @@ fn bad_requests_are_refused_and_spare_the_token() {
             assert_eq!(outcome.asked, 0, "{name}");
         }
         let tokens = OneToken::new(target.clone(), Scope::whole(Rights::ReadOnly));
-        let unknown = guest(way).write(REQUEST, 0).attach().power_off();
+        let unknown = guest(method).write(REQUEST, 0).attach().power_off();
         let outcome = run_with_tokens(&unknown, &tokens, |_| {}).unwrap();
         assert_eq!((outcome.values, outcome.asked), (vec![refused(KvmError::NoEnt)], 1));
-        let hidden = run_with_tokens(&guest(way).attach().power_off(), &tokens, |config| {
+        let hidden = run_with_tokens(&guest(method).attach().power_off(), &tokens, |config| {
             config.window = false
         });
         assert_eq!(hidden.unwrap().values, [refused(KvmError::OpNotSupp)]);
@@ -234,15 +234,15 @@ fn bad_requests_are_refused_and_spare_the_token() {
 }
 
 #[test]
-fn as_many_views_as_there_are_seats_and_all_of_them_again() {
-    for way in window_ways() {
+fn all_descriptors_hold_views_and_can_be_used_again() {
+    for method in window_methods() {
         let target = Target::new();
         target.write(THERE, 7);
         let tokens = OneToken::new(target.clone(), Scope::whole(Rights::ReadOnly));
         let ring = |guest: Guest, count| {
             guest.repeat(count, |guest| guest.ring(ATTACH, [REQUEST, RESULT, 0]))
         };
-        let program = ring(guest(way), 100).attach();
+        let program = ring(guest(method), 100).attach();
         let program = (0..64)
             .fold(program, |guest, page| guest.ring(DETACH, [DESCRIPTOR + page * 0x1000, 0, 0]));
         // Each comes and goes: nothing is used up.
@@ -263,12 +263,12 @@ fn as_many_views_as_there_are_seats_and_all_of_them_again() {
 
 #[test]
 fn a_view_whose_right_ends_at_once_is_never_shown() {
-    for way in window_ways() {
+    for method in window_methods() {
         let target = Target::new();
         target.write(THERE, 7);
         let tokens = OneToken::new(target.clone(), Scope::whole(Rights::ReadOnly));
         tokens.state().ends_at_once = true;
-        let program = guest(way).attach().report_memory(FIRST + THERE).power_off();
+        let program = guest(method).attach().report_memory(FIRST + THERE).power_off();
         let outcome = run_with_tokens(&program, &tokens, |_| {}).unwrap();
         assert_eq!(outcome.values, [refused(KvmError::NoEnt), u64::MAX]);
     }

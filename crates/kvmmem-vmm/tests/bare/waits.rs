@@ -8,7 +8,7 @@ use kvmmem_abi::hypercall::{ATTACH, MEM_MAP};
 use kvmmem_client::vmm::Rights;
 use kvmmem_vmm::VmExit;
 
-use crate::fixture::{refused, run_with_tokens, wait_until, window_ways};
+use crate::fixture::{refused, run_with_tokens, wait_until, window_methods};
 use crate::guest::Guest;
 use crate::tokens::OneToken;
 use crate::views::{FIRST, REQUEST, RESULT, THERE, guest, secret};
@@ -19,9 +19,9 @@ const TABLE: u64 = 0x53_0000;
 const OWN: u64 = 0x60_0000;
 
 /// Has the broker answer in the end, however that comes: the guest would wait for ever.
-struct Speaking<'a>(&'a OneToken);
+struct AnswerGuard<'a>(&'a OneToken);
 
-impl Drop for Speaking<'_> {
+impl Drop for AnswerGuard<'_> {
     fn drop(&mut self) {
         self.0.speak();
     }
@@ -36,7 +36,7 @@ fn run_past_silence(program: Guest, tokens: &Arc<OneToken>, reported: usize) -> 
     let sent = || std::fs::metadata(&serial).map_or(0, |file| file.len());
     let outcome = std::thread::scope(|scope| {
         scope.spawn(|| {
-            let _speaking = Speaking(tokens);
+            let _speaking = AnswerGuard(tokens);
             wait_until(|| tokens.asked() > 0);
             let before = sent();
             wait_until(|| sent() >= before + 3);
@@ -59,9 +59,9 @@ fn run_past_silence(program: Guest, tokens: &Arc<OneToken>, reported: usize) -> 
 
 #[test]
 fn a_vcpu_whose_call_waits_for_the_broker_serves_interrupts() {
-    for way in window_ways() {
+    for method in window_methods() {
         let (_, tokens) = secret(Rights::ReadWrite);
-        let attach = guest(way)
+        let attach = guest(method)
             .start_timer(TABLE)
             .call_and(ATTACH, [REQUEST, RESULT, 0], Guest::mask_interrupts)
             .report_memory(FIRST + THERE)
@@ -70,7 +70,7 @@ fn a_vcpu_whose_call_waits_for_the_broker_serves_interrupts() {
         assert_eq!(tokens.asked(), 1);
 
         let (_, tokens) = secret(Rights::ReadWrite);
-        let map = guest(way)
+        let map = guest(method)
             .start_timer(TABLE)
             .call_and(MEM_MAP, [REQUEST, THERE, OWN], Guest::mask_interrupts)
             .report_memory(OWN)

@@ -55,7 +55,7 @@ pub enum CopyError {
 
 /// Where copying pieces of memory has ended early.
 #[derive(Debug)]
-pub struct Stopped {
+pub struct PartialCopy {
     /// The first piece that was not copied whole.
     pub piece: usize,
     /// How many of its bytes were.
@@ -73,12 +73,12 @@ pub struct Copier {
     channels: Vec<Mutex<Channel>>,
     /// Which channel is tried first.
     turn: AtomicUsize,
-    ended: Arc<Ended>,
+    ended: Arc<ViewEnd>,
 }
 
 /// How a view has ended, and the sockets that are closed by that.
 #[derive(Debug, Default)]
-pub(super) struct Ended {
+pub(super) struct ViewEnd {
     end: Mutex<Option<End>>,
     changed: Condvar,
     sockets: Mutex<Vec<Arc<OwnedFd>>>,
@@ -105,7 +105,7 @@ struct Parcel {
     parts: Vec<Part>,
 }
 
-impl Ended {
+impl ViewEnd {
     /// Ends the copies that wait, and all to come.
     pub(super) fn set(&self, end: End) {
         self.end.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(end);
@@ -136,7 +136,7 @@ impl From<End> for CopyError {
 
 impl Copier {
     /// Copies by way of these channels, at least one.
-    pub(super) fn new(channels: Vec<Channel>, ended: Arc<Ended>) -> Self {
+    pub(super) fn new(channels: Vec<Channel>, ended: Arc<ViewEnd>) -> Self {
         let sockets = channels.iter().map(Channel::socket).collect();
         *ended.sockets.lock().unwrap_or_else(PoisonError::into_inner) = sockets;
         let channels = channels.into_iter().map(Mutex::new).collect();
@@ -154,11 +154,11 @@ impl Copier {
     }
 
     /// Fills each piece's bytes from its guest-physical address on, in order. Pieces after the one
-    /// that [`Stopped`] names may have been filled or not.
+    /// that [`PartialCopy`] names may have been filled or not.
     ///
     /// # Errors
-    /// [`Stopped`], with the first piece that was not filled.
-    pub fn read_pieces(&self, pieces: &mut [(u64, &mut [u8])]) -> Result<(), Stopped> {
+    /// [`PartialCopy`], with the first piece that was not filled.
+    pub fn read_pieces(&self, pieces: &mut [(u64, &mut [u8])]) -> Result<(), PartialCopy> {
         let places: Vec<(u64, usize)> =
             pieces.iter().map(|(gpa, bytes)| (*gpa, bytes.len())).collect();
         self.copy(&places, false, |channel, at, part, len| {
@@ -188,9 +188,9 @@ impl Copier {
         pieces: &[(u64, usize)],
         write: bool,
         mut local: impl FnMut(&Channel, usize, &Part, usize) -> Result<(), ChannelError>,
-    ) -> Result<(), Stopped> {
+    ) -> Result<(), PartialCopy> {
         let sum = pieces.iter().fold(0usize, |sum, (_, len)| sum.saturating_add(*len));
-        let stopped = |piece, bytes, error| Stopped { piece, bytes, error: self.error(error) };
+        let stopped = |piece, bytes, error| PartialCopy { piece, bytes, error: self.error(error) };
         let mut channels = self.lock(sum).map_err(|error| stopped(0, 0, error))?;
         let count = channels.len();
         let (mut sent, mut cursor) = (VecDeque::new(), Cursor::default());
@@ -233,7 +233,7 @@ impl Copier {
                 }
                 if len < part.len {
                     let error = self.refused(answer.status);
-                    return Err(Stopped { piece: part.piece, bytes: part.offset + len, error });
+                    return Err(PartialCopy { piece: part.piece, bytes: part.offset + len, error });
                 }
                 place += part.len;
             }
@@ -328,10 +328,10 @@ fn copied(answer: &CopyAnswer, number: usize, part: &Part) -> usize {
 }
 
 /// How many of `len` bytes were copied, at least one.
-fn as_far(len: usize, copied: Result<(), Stopped>) -> Result<usize, CopyError> {
+fn as_far(len: usize, copied: Result<(), PartialCopy>) -> Result<usize, CopyError> {
     match copied {
         Ok(()) => Ok(len),
-        Err(Stopped { bytes, .. }) if bytes > 0 => Ok(bytes),
-        Err(Stopped { error, .. }) => Err(error),
+        Err(PartialCopy { bytes, .. }) if bytes > 0 => Ok(bytes),
+        Err(PartialCopy { error, .. }) => Err(error),
     }
 }

@@ -267,12 +267,13 @@ mod tests {
     fn a_tool_that_connects_gets_a_refusal_or_nothing() {
         let (ours, mut theirs) = UnixStream::pair().unwrap();
         wait_for_refusal(ours.as_fd(), 1, Duration::from_millis(20)).unwrap();
-        guest::write(&mut theirs, &ToTool::refused(Refusal::Denied, "a stranger")).unwrap();
+        guest::write(&mut theirs, &ToTool::refused(Refusal::Denied, "not an introspector"))
+            .unwrap();
         drop(theirs);
         let patience = Duration::from_secs(20);
         assert_eq!(
             wait_for_refusal(ours.as_fd(), 1, patience).unwrap_err().to_string(),
-            "a stranger"
+            "not an introspector"
         );
         assert!(matches!(
             wait_for_refusal(ours.as_fd(), 1, patience),

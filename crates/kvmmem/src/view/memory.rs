@@ -3,7 +3,7 @@
 //! them in this process; or regions of RAM that is private to its VMM, copied by the broker.
 
 mod data;
-mod kept;
+mod read_cache;
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, Weak};
@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use kvmmem_proto::map::Region;
 
-use crate::host::{Copier, CopyError, Stopped};
+use crate::host::{Copier, CopyError, PartialCopy};
 use kvmmem_sys::foreign::Foreign;
 use kvmmem_sys::huge::{page_size, write_at};
 use rustix::fs::{SeekFrom, seek};
@@ -19,8 +19,8 @@ use rustix::io::{Errno, pread};
 
 use super::vectored::{VectoredError, batch};
 use super::{Event, State, ViewError, ViewOperation};
-use kept::Kept;
 use kvmmem_memory::range::{Range, first_hole, next_range};
+use read_cache::ReadCache;
 
 /// Bytes of a page.
 const PAGE: u64 = kvmmem_proto::map::PAGE_SIZE;
@@ -42,10 +42,10 @@ pub(super) struct Memory {
     /// Held while memory is copied by way of a file.
     reach: RwLock<Reach>,
     /// Locked after `reach`.
-    mappings: Mutex<Vec<Mapped>>,
+    mappings: Mutex<Vec<ReservedMapping>>,
     /// What vectored reads go through, since the first one; of the present generation. Locked
     /// after `reach`, and used with `reach` held alone.
-    kept: Mutex<Option<Arc<Kept>>>,
+    read_cache: Mutex<Option<Arc<ReadCache>>>,
     /// The generation of which [`Memory::wait`] told last. Locked before `reach`.
     told: Mutex<u64>,
     /// Signalled when `reach` has changed.
@@ -80,7 +80,7 @@ enum Piece<'a> {
 
 /// A mapping in this process, as long as somebody uses it.
 #[derive(Debug)]
-struct Mapped {
+struct ReservedMapping {
     gpa: u64,
     memory: Weak<Foreign>,
 }
@@ -91,7 +91,7 @@ impl Memory {
         Self {
             reach: RwLock::new(reach),
             mappings: Mutex::default(),
-            kept: Mutex::default(),
+            read_cache: Mutex::default(),
             told: Mutex::new(generation),
             changed: Condvar::new(),
         }
@@ -165,7 +165,7 @@ impl Memory {
             let copier = Arc::clone(copier);
             // A copy takes the broker's time, and no end of the view is to wait for it.
             drop(reach);
-            return copier.read_pieces(pieces).map_err(|Stopped { piece, bytes, error }| {
+            return copier.read_pieces(pieces).map_err(|PartialCopy { piece, bytes, error }| {
                 let (gpa, operation) = match pieces.get(piece) {
                     Some((gpa, buf)) => (gpa.saturating_add(bytes as u64), operation(*gpa, buf)),
                     None => (0, ViewOperation::Read { gpa: 0, len: 0 }),
@@ -173,15 +173,15 @@ impl Memory {
                 VectoredError { piece, source: copy_failed(operation, gpa, error) }
             });
         }
-        let kept = self.kept(&reach);
-        let period = kept.period();
-        kept.look_up(period, pieces);
+        let cache = self.cache(&reach);
+        let period = cache.period();
+        cache.look_up(period, pieces);
         for number in 0..pieces.len() {
             if let Some((gpa, _)) = pieces.get(number + 1) {
-                kept.prefetch(*gpa);
+                cache.prefetch(*gpa);
             }
             let Some((gpa, buf)) = pieces.get_mut(number) else { break };
-            if buf.is_empty() || kept.read(period, *gpa, buf) {
+            if buf.is_empty() || cache.read(period, *gpa, buf) {
                 continue;
             }
             let operation = operation(*gpa, buf);
@@ -193,14 +193,14 @@ impl Memory {
     }
 
     /// The mappings for vectored reads.
-    fn kept(&self, reach: &Reach) -> Arc<Kept> {
-        let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
-        Arc::clone(kept.get_or_insert_with(|| Arc::new(Kept::new(reach))))
+    fn cache(&self, reach: &Reach) -> Arc<ReadCache> {
+        let mut cache = self.read_cache.lock().unwrap_or_else(PoisonError::into_inner);
+        Arc::clone(cache.get_or_insert_with(|| Arc::new(ReadCache::new(reach))))
     }
 
     /// Unmaps what vectored reads went through. With `reach` held for writing no read uses it.
-    fn forget_kept(&self) {
-        *self.kept.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    fn clear_cache(&self) {
+        *self.read_cache.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 
     /// Copies as many of `bytes` as fit in one piece to `gpa` on, and returns how many.
@@ -277,7 +277,7 @@ impl Memory {
             .map_err(|source| ViewError::System { operation, source })?;
         let mut mappings = self.mappings();
         mappings.retain(|mapped| mapped.memory.strong_count() > 0);
-        mappings.push(Mapped { gpa: wanted.gpa, memory: Arc::downgrade(&memory) });
+        mappings.push(ReservedMapping { gpa: wanted.gpa, memory: Arc::downgrade(&memory) });
         Ok(memory)
     }
 
@@ -287,7 +287,7 @@ impl Memory {
         let is_elsewhere = reach.regions != regions;
         reach.generation = generation.max(reach.generation.saturating_add(1));
         reach.regions = regions;
-        self.forget_kept();
+        self.clear_cache();
         for mapped in self.mappings().iter().filter(|_| is_elsewhere) {
             let Some(memory) = mapped.memory.upgrade() else { continue };
             if let Err(error) = reach.place(mapped.gpa, &memory) {
@@ -308,7 +308,7 @@ impl Memory {
         }
         reach.regions.clear();
         reach.source = Source::Files(Arc::new([]));
-        self.forget_kept();
+        self.clear_cache();
         let mappings = std::mem::take(&mut *self.mappings());
         let lost = mappings.iter().filter_map(|mapped| mapped.memory.upgrade());
         let left = lost.filter(|memory| !clear(memory)).count();
@@ -350,7 +350,7 @@ impl Memory {
         self.changed.notify_all();
     }
 
-    fn mappings(&self) -> MutexGuard<'_, Vec<Mapped>> {
+    fn mappings(&self) -> MutexGuard<'_, Vec<ReservedMapping>> {
         self.mappings.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -9,8 +9,8 @@ use kvmmem_proto::guest::GUEST_PORT;
 
 use super::row::Row;
 use super::views::{self, LENGTH};
-use crate::bed::Bed;
 use crate::qemu::{Ram, Release, Spec};
+use crate::test_bed::TestBed;
 use crate::world::World;
 
 /// How often a view is opened.
@@ -37,7 +37,7 @@ const PC: Spec =
     Spec { name: "bench-pc", release: Release::Bookworm, machine: "pc", cid: 22, ..Q35 };
 
 pub(super) fn rows() -> Result<Vec<Row>> {
-    let mut world = World::start(Bed::from_env()?)?;
+    let mut world = World::start(TestBed::from_env()?)?;
     let marker = world.marker()?;
     let gpa = *marker.gpas.first().context("the marker has no page")?;
     // Its page stays what it is; the program would only take time from what is measured.

@@ -9,8 +9,8 @@ use kvmmem_probe::Samples;
 
 use super::floor;
 use super::row::{Row, find};
-use crate::bed::Bed;
 use crate::scenarios::mapping::next_line;
+use crate::test_bed::TestBed;
 use crate::world::{PROBE, World};
 
 /// Rounds of each series.
@@ -21,7 +21,7 @@ const MAPPINGS: usize = 4096;
 const LIMIT: Duration = Duration::from_secs(600);
 
 pub(super) fn rows() -> Result<Vec<Row>> {
-    let mut world = World::start(Bed::from_env()?)?;
+    let mut world = World::start(TestBed::from_env()?)?;
     let series = guest_series(&mut world)?;
     Ok(vec![
         Row::slower(

@@ -14,7 +14,7 @@ use kvmmem_sys::ram::GuestRam;
 use uuid::Uuid;
 
 use super::row::{Row, find};
-use crate::bed::Bed;
+use crate::test_bed::TestBed;
 use crate::world::{BENCH, PROBE, World};
 
 /// Rounds of each series.
@@ -28,7 +28,7 @@ const SCATTERED: usize = 512;
 const LIMIT: Duration = Duration::from_secs(600);
 
 pub(super) fn rows() -> Result<Vec<Row>> {
-    let mut world = World::start(Bed::from_env()?)?;
+    let mut world = World::start(TestBed::from_env()?)?;
     // The marker's page stays what it is, a page of RAM; its program would only take time from what
     // is measured.
     let marker = world.marker()?;
@@ -123,7 +123,7 @@ fn in_guest(world: &mut World, target: &str, what: &str, length: u64) -> Result<
 
 /// What the tool in C times in a guest: `length` bytes from [`FROM`] on, by what it attaches with.
 pub(super) fn time(
-    bed: &Bed,
+    bed: &TestBed,
     agent: &Agent,
     token: &Token,
     what: &str,

@@ -149,10 +149,10 @@ pub(crate) fn refusals(world: &mut World, report: &mut Report) -> Result<()> {
     );
     report.equal("it is undone", &errno(tool.unmap(&device, &page)?), &"0".into());
 
-    let mut stranger = world.raw_as(|command| command.as_stranger())?;
+    let mut other_user = world.raw_as(|command| command.as_other_user())?;
     report.equal(
         "who is not in group kvmmem cannot open",
-        &errno(stranger.ask("open")?),
+        &errno(other_user.ask("open")?),
         &"EACCES".into(),
     );
     Ok(())

@@ -3,7 +3,7 @@
 
 use std::ops::Range;
 
-use kvmmem::search::{Masked, PLACES, Probe};
+use kvmmem::search::{MaskedByte, PLACES, Probe};
 
 use super::MAX_LEN;
 
@@ -15,7 +15,7 @@ const CASE: u8 = 0x20;
 
 #[derive(Clone, Debug)]
 pub(super) struct Bytes {
-    bytes: Vec<Masked>,
+    bytes: Vec<MaskedByte>,
     /// The rarest three bytes, by which candidates are found.
     probe: Probe,
     /// Place of the first one.
@@ -37,9 +37,9 @@ impl Bytes {
         };
         let byte = |[high, low]: &[u8; 2]| {
             let ((high, high_mask), (low, low_mask)) = (digit(*high)?, digit(*low)?);
-            Some(Masked { value: high << 4 | low, mask: high_mask << 4 | low_mask })
+            Some(MaskedByte { value: high << 4 | low, mask: high_mask << 4 | low_mask })
         };
-        let bytes: Option<Vec<Masked>> = pairs.iter().map(byte).collect();
+        let bytes: Option<Vec<MaskedByte>> = pairs.iter().map(byte).collect();
         Self::new(bytes.ok_or(FORM)?)
     }
 
@@ -49,10 +49,12 @@ impl Bytes {
         ignores_case: bool,
     ) -> Result<Self, String> {
         let mask = |byte: u8| if ignores_case && byte.is_ascii_alphabetic() { !CASE } else { 0xff };
-        Self::new(bytes.map(|byte| Masked { value: byte & mask(byte), mask: mask(byte) }).collect())
+        Self::new(
+            bytes.map(|byte| MaskedByte { value: byte & mask(byte), mask: mask(byte) }).collect(),
+        )
     }
 
-    fn new(bytes: Vec<Masked>) -> Result<Self, String> {
+    fn new(bytes: Vec<MaskedByte>) -> Result<Self, String> {
         if bytes.len() > MAX_LEN {
             return Err(format!(
                 "the pattern has {} bytes, at most {MAX_LEN} are taken",
@@ -109,30 +111,31 @@ impl Bytes {
 
 /// The three bytes that memory holds least, and the first one's place. Where there are fewer, some
 /// are there again.
-fn rarest(bytes: &[Masked]) -> Option<(usize, Probe)> {
-    let rank = |(place, byte): &(usize, &Masked)| (commonness(**byte), *place);
+fn rarest(bytes: &[MaskedByte]) -> Option<(usize, Probe)> {
+    let rank = |(place, byte): &(usize, &MaskedByte)| (commonness(**byte), *place);
     let (first, _) =
         bytes.iter().enumerate().min_by_key(rank).filter(|(_, byte)| byte.mask != 0)?;
     // All three lie within what a distance can say.
     let from = first.saturating_sub(usize::from(u8::MAX) / 2);
     let near = bytes.iter().enumerate().skip(from).take(usize::from(u8::MAX));
-    let mut near: Vec<(usize, &Masked)> = near.filter(|(_, byte)| byte.mask != 0).collect();
+    let mut near: Vec<(usize, &MaskedByte)> = near.filter(|(_, byte)| byte.mask != 0).collect();
     near.sort_unstable_by_key(rank);
     near.truncate(3);
     near.sort_unstable_by_key(|(place, _)| *place);
     let [first, .., last] = near[..] else { return single(near.first()?) };
     let middle = near.get(near.len() / 2)?;
-    let at = |(place, byte): (usize, &Masked)| Some((*byte, u8::try_from(place - first.0).ok()?));
+    let at =
+        |(place, byte): (usize, &MaskedByte)| Some((*byte, u8::try_from(place - first.0).ok()?));
     Some((first.0, Probe::new(*first.1, at(*middle)?, at(last)?)?))
 }
 
-fn single((place, byte): &(usize, &Masked)) -> Option<(usize, Probe)> {
+fn single((place, byte): &(usize, &MaskedByte)) -> Option<(usize, Probe)> {
     Some((*place, Probe::new(**byte, (**byte, 0), (**byte, 0))?))
 }
 
 /// How often memory holds such bytes, roughly: zeros most of all, then text and what is frequent in
 /// code.
-fn commonness(byte: Masked) -> u32 {
+fn commonness(byte: MaskedByte) -> u32 {
     if byte.mask == 0 {
         return ANY;
     }
@@ -197,7 +200,7 @@ mod tests {
             from in 0usize..80,
             count in 0usize..200,
         ) {
-            let bytes: Vec<Masked> = bytes.iter().map(|(value, mask)| Masked { value: *value, mask: *mask }).collect();
+            let bytes: Vec<MaskedByte> = bytes.iter().map(|(value, mask)| MaskedByte { value: *value, mask: *mask }).collect();
             let starts = from..from + count;
             if let Ok(pattern) = Bytes::new(bytes.clone()) {
                 let plain: Vec<usize> = memory

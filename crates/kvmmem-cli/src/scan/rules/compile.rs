@@ -19,7 +19,7 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use boreal::Scanner;
 use boreal::compiler::{AddRuleError, Compiler, CompilerParams};
 use boreal_parser::file::YaraFileComponent;
-use kvmmem::search::{Atoms, Masked};
+use kvmmem::search::{Atoms, MaskedByte};
 use rustix::fs::OFlags;
 
 use crate::failure::{escape, usage};
@@ -96,10 +96,10 @@ pub(super) fn compile(files: &[PathBuf]) -> Result<Compiled> {
 
 /// Adds the atoms of a string, in any case: which strings mean letters that way is not known. A
 /// string without any is looked for by itself, and then nothing can be passed over.
-fn add_atoms(patterns: &mut Option<Vec<Vec<Masked>>>, atoms: &[Vec<u8>]) {
+fn add_atoms(patterns: &mut Option<Vec<Vec<MaskedByte>>>, atoms: &[Vec<u8>]) {
     let fold = |byte: &u8| {
         let mask = if byte.is_ascii_alphabetic() { !CASE } else { 0xff };
-        Masked { value: *byte, mask }
+        MaskedByte { value: *byte, mask }
     };
     match patterns {
         Some(all) if !atoms.is_empty() && all.len() < MAX_ATOMS => {

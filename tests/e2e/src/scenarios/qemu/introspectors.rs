@@ -44,8 +44,12 @@ pub(super) fn look(world: &mut World, report: &mut Report, spec: &Spec) -> Resul
         &"EOPNOTSUPP".into(),
     );
     let grant = target.grant(world, 100, None)?;
-    let stranger = tool.open_view(&grant.token)?.err();
-    report.check("a stranger opens nothing", stranger.is_some(), stranger.unwrap_or_default());
+    let refusal = tool.open_view(&grant.token)?.err();
+    report.check(
+        "a VM that is no introspector yet is refused",
+        refusal.is_some(),
+        refusal.unwrap_or_default(),
+    );
 
     let added = add(world, spec, "report")?;
     report.equal(

@@ -14,13 +14,13 @@ use crate::report::Report;
 use crate::world::World;
 
 /// What is left of a view and its mapping at `page` once it has ended.
-struct Left {
+struct Remainder {
     load: String,
     pread: String,
     state: String,
 }
 
-impl Left {
+impl Remainder {
     fn of(tool: &mut Raw, device: &str, page: &str, gpa: u64) -> Result<Self> {
         Ok(Self {
             load: errno(tool.load(page, 1)?),
@@ -76,7 +76,7 @@ pub(crate) fn revoke(world: &mut World, report: &mut Report) -> Result<()> {
         format!("{:.1} ms after the call", heard.as_secs_f64() * 1e3),
     );
 
-    let left = Left::of(&mut tool, &device, &page, gpa)?;
+    let left = Remainder::of(&mut tool, &device, &page, gpa)?;
     report.equal("nothing is left in the mapping", &left.load, &"SIGBUS".into());
     report.equal("nor for pread", &left.pread, &"EKEYREVOKED".into());
     report.equal("the state is revoked", &left.state, &"2".into());
@@ -136,7 +136,7 @@ pub(crate) fn target_death(world: &mut World, report: &mut Report) -> Result<()>
     world.target_mut()?.process.kill()?;
     let polled = tool.must(&format!("poll {device} {SPIN_MS}"))?;
     report.check("poll tells of the end", polled.contains("hup"), &polled);
-    let left = Left::of(&mut tool, &device, &page, gpa)?;
+    let left = Remainder::of(&mut tool, &device, &page, gpa)?;
     report.equal("a load ends in SIGBUS", &left.load, &"SIGBUS".into());
     report.equal("pread says that the target is gone", &left.pread, &"ESTALE".into());
     report.equal("so does the state", &left.state, &"3".into());
@@ -166,7 +166,7 @@ pub(crate) fn broker_death(world: &mut World, report: &mut Report) -> Result<()>
     world.restart_broker()?;
     let polled = tool.must(&format!("poll {device} {SPIN_MS}"))?;
     report.check("poll tells of the end", polled.contains("hup"), &polled);
-    let left = Left::of(&mut tool, &device, &page, gpa)?;
+    let left = Remainder::of(&mut tool, &device, &page, gpa)?;
     report.equal("a load ends in SIGBUS", &left.load, &"SIGBUS".into());
     report.equal("pread says so", &left.pread, &"ESTALE".into());
     report.check("both VMs register with the new broker", world.wait_for_vms(2)?, "");

@@ -78,11 +78,11 @@ pub(crate) fn rules(world: &mut World, report: &mut Report) -> Result<()> {
         let device = tool.open()?;
         Ok(errno(tool.attach(&device, token)?))
     };
-    let stranger =
+    let foreign =
         world.grant_as(|request| GrantRequest { holder: Some(Uuid::from_u128(7)), ..request })?;
     report.equal(
         "a token of another holder is refused",
-        &attach(&mut tool, stranger.token.words())?,
+        &attach(&mut tool, foreign.token.words())?,
         &"ENOENT".into(),
     );
     let own = world

@@ -8,15 +8,15 @@ use kernel::sync::{Arc, Completion};
 pub(crate) struct Release(Arc<Completion>);
 
 /// Waits for the [`Release`] that it was made with.
-pub(crate) struct Released(Arc<Completion>);
+pub(crate) struct ReleaseWaiter(Arc<Completion>);
 
 impl Release {
     pub(crate) fn new() -> Result<Self> {
         Ok(Self(Arc::pin_init(Completion::new(), GFP_KERNEL_ACCOUNT)?))
     }
 
-    pub(crate) fn waiter(&self) -> Released {
-        Released(self.0.clone())
+    pub(crate) fn waiter(&self) -> ReleaseWaiter {
+        ReleaseWaiter(self.0.clone())
     }
 }
 
@@ -26,7 +26,7 @@ impl Drop for Release {
     }
 }
 
-impl Released {
+impl ReleaseWaiter {
     /// Sleeps until nobody uses it any more. The caller must not use it itself.
     pub(crate) fn wait(self) {
         self.0.wait_for_completion();

@@ -5,7 +5,7 @@ use std::fs::{self, OpenOptions};
 
 /// How the test bed gets a KVM host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Way {
+pub(crate) enum HostKind {
     /// This machine is the host.
     Direct,
     /// A stock Debian host under QEMU's software emulation.
@@ -13,10 +13,10 @@ pub(crate) enum Way {
 }
 
 /// `nested` or `direct` chooses, against what this machine has.
-const VARIABLE: &str = "KVMMEM_BED_WAY";
+const VARIABLE: &str = "KVMMEM_TEST_BED_HOST";
 
-impl Way {
-    /// The way for this machine, and why.
+impl HostKind {
+    /// The kind for this machine, and why.
     pub(crate) fn choose() -> (Self, String) {
         match std::env::var(VARIABLE).as_deref() {
             Ok("nested") => return (Self::Nested, format!("{VARIABLE} says so")),

@@ -24,7 +24,7 @@ const FIRST_PERIOD: u8 = 2;
 
 /// The mappings, of one generation of the view.
 #[derive(Debug)]
-pub(super) struct Kept {
+pub(super) struct ReadCache {
     parts: Vec<Part>,
     started: Instant,
 }
@@ -46,7 +46,7 @@ const BLOCK: usize = 512;
 /// read a few from the file.
 const MANY: usize = 32;
 
-impl Kept {
+impl ReadCache {
     /// Maps what is reached, as far as it can be mapped.
     pub(super) fn new(reach: &Reach) -> Self {
         let mut ranges: Vec<Range> = Vec::new();

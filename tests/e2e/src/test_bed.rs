@@ -5,17 +5,17 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
 
-/// The directory that `KVMMEM_BED` names.
-pub(crate) struct Bed {
+/// The directory that `KVMMEM_TEST_BED` names.
+pub(crate) struct TestBed {
     root: PathBuf,
 }
 
-impl Bed {
-    /// Takes the bed from the environment and checks that nothing is missing.
+impl TestBed {
+    /// Takes the test bed from the environment and checks that nothing is missing.
     pub(crate) fn from_env() -> Result<Self> {
-        let root = std::env::var_os("KVMMEM_BED")
-            .map(PathBuf::from)
-            .context("KVMMEM_BED is not set: `cargo xtask e2e` runs this program where it is")?;
+        let root = std::env::var_os("KVMMEM_TEST_BED").map(PathBuf::from).context(
+            "KVMMEM_TEST_BED is not set: `cargo xtask e2e` runs this program where it is",
+        )?;
         let bed = Self { root };
         for file in
             [bed.kernel(), bed.target_initrd(), bed.introspector_initrd(), bed.bin("kvmmem")]
@@ -43,10 +43,10 @@ impl Bed {
         self.root.join("bin").join(name)
     }
 
-    /// The systems with a stock QEMU each, where the bed's host has them.
+    /// The systems with a stock QEMU each, where the test bed's host has them.
     pub(crate) fn qemus(&self) -> Result<PathBuf> {
-        std::env::var_os("KVMMEM_BED_QEMUS").map(PathBuf::from).context(
-            "no stock QEMUs here: only an emulated host has them, see KVMMEM_BED_WAY in docs/testbed.md",
+        std::env::var_os("KVMMEM_TEST_BED_QEMUS").map(PathBuf::from).context(
+            "no stock QEMUs here: only an emulated host has them, see KVMMEM_TEST_BED_HOST in docs/testbed.md",
         )
     }
 

@@ -16,7 +16,7 @@
 
 #define FIELD(name)	offsetof(struct kvmmem_descriptor, name), sizeof(((struct kvmmem_descriptor *)0)->name)
 
-static const struct { unsigned int at, size; unsigned long value; } lies[] = {
+static const struct { unsigned int at, size; unsigned long value; } malformed[] = {
 	{ FIELD(magic), 0 },
 	{ FIELD(magic), KVMMEM_DESCRIPTOR_MAGIC + 1 },
 	{ FIELD(version), 2 },
@@ -54,19 +54,19 @@ static void tell(unsigned int i)
 {
 	host_shows_usual(0, RW);
 	host_begins(0);
-	memcpy((char *)descriptor(0) + lies[i].at, &lies[i].value, lies[i].size);
+	memcpy((char *)descriptor(0) + malformed[i].at, &malformed[i].value, malformed[i].size);
 	host_ends(0);
 }
 
 static void when_attaching(void)
 {
-	int count = sizeof(lies) / sizeof(*lies), fd = device();
-	long before = counter("lies");
+	int count = sizeof(malformed) / sizeof(*malformed), fd = device();
+	long before = counter("invalid_answers");
 
 	for (int i = 0; i < count; i++) {
 		tell(i);
 		CHECK_REFUSED(attach(fd, 0, 0), EIO);
-		CHECK_EQUAL(counter("lies"), before + i + 1);
+		CHECK_EQUAL(counter("invalid_answers"), before + i + 1);
 	}
 	CHECK_EQUAL(counter("views"), 0);
 	close(fd);
@@ -74,8 +74,8 @@ static void when_attaching(void)
 
 static void when_open(void)
 {
-	int count = sizeof(lies) / sizeof(*lies);
-	long before = counter("lies");
+	int count = sizeof(malformed) / sizeof(*malformed);
+	long before = counter("invalid_answers");
 
 	for (int i = 0; i < count; i++) {
 		char *p, byte;
@@ -90,7 +90,7 @@ static void when_open(void)
 		CHECK_EQUAL(signal_of_read(p), SIGBUS);
 		CHECK_REFUSED(pread(fd, &byte, 1, HUGE), ESTALE);
 		CHECK_EQUAL(ranges_of(fd).state, KVMMEM_STATE_GONE);
-		CHECK_EQUAL(counter("lies"), before + i + 1);
+		CHECK_EQUAL(counter("invalid_answers"), before + i + 1);
 		munmap(p, PAGE);
 		close(fd);
 	}
@@ -99,7 +99,7 @@ static void when_open(void)
 
 static void generations(void)
 {
-	long before = counter("lies");
+	long before = counter("invalid_answers");
 	char byte;
 	int fd;
 
@@ -108,7 +108,7 @@ static void generations(void)
 	fd = attached(0, 0);
 	descriptor(0)->generation -= 2;
 	CHECK_REFUSED(pread(fd, &byte, 1, HUGE), ESTALE);
-	CHECK_EQUAL(counter("lies"), before + 1);
+	CHECK_EQUAL(counter("invalid_answers"), before + 1);
 	close(fd);
 
 	/* A host that is stopped in the midst of a change: nothing is said about it, and the view goes on after it. */
@@ -126,7 +126,7 @@ static void generations(void)
 	host_ends(0);
 	CHECK_EQUAL(polled(fd, LONG), POLLPRI);
 	CHECK_EQUAL(pread(fd, &byte, 1, HUGE), 1);
-	CHECK_EQUAL(counter("lies"), before + 1);
+	CHECK_EQUAL(counter("invalid_answers"), before + 1);
 	close(fd);
 
 	/* One that takes its time. */
@@ -138,23 +138,23 @@ static void generations(void)
 		_exit(0);
 	}
 	CHECK_EQUAL(pread(fd, &byte, 1, HUGE), 1);
-	CHECK_EQUAL(counter("lies"), before + 1);
+	CHECK_EQUAL(counter("invalid_answers"), before + 1);
 	close(fd);
 }
 
 /* In a module whose descriptor pages are where none can be. */
 void test_wrong_page(void)
 {
-	long before = counter("lies");
+	long before = counter("invalid_answers");
 	int fd = device();
 
 	CHECK_REFUSED(attach(fd, 0, 0), EIO);
-	CHECK_EQUAL(counter("lies"), before + 1);
+	CHECK_EQUAL(counter("invalid_answers"), before + 1);
 	CHECK_EQUAL(counter("views"), 0);
 	close(fd);
 }
 
-void test_lies(void)
+void test_malformed_descriptors(void)
 {
 	when_attaching();
 	when_open();

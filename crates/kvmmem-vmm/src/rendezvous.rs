@@ -1,12 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The way of the vCPU threads into the guest, which can be closed for a moment.
+//! vCPU pause: keeps all vCPU threads of a generation out of the guest for a moment.
 //!
-//! A thread that is not in `KVM_RUN` is outside, whatever it does there: it may wait for the very
-//! thread that closes the gate. So the one that closes it waits for threads in the guest alone, and
-//! those come out when they are kicked.
+//! A thread that changes memory slots under running vCPUs, or reads their registers, holds a
+//! [`PauseGuard`]: windows (`window`), mappings (`mapping`) and the pauses that the broker asks for
+//! (`pauses`). Several threads may hold one at a time; the vCPUs run again once the last is
+//! dropped.
 //!
-//! While it is closed, the threads that wait in front of it can be asked for their vCPU's
-//! registers, which nothing else can read without waiting for `KVM_RUN`.
+//! The invariant: while a guard lives, no thread is in `KVM_RUN`. A thread outside of `KVM_RUN`
+//! does not count, whatever it waits for; it may wait for the very thread that pauses it. So a
+//! pause waits only for threads in the guest, and kicks them until they have left.
+//!
+//! A paused thread reads its own vCPU's registers on request: no other thread can read them
+//! without waiting for `KVM_RUN`.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -14,17 +19,17 @@ use std::time::{Duration, Instant};
 
 use kvmmem_client::vmm::VcpuRegisters;
 
-/// How long the vCPUs may take to come out.
+/// How long the vCPUs may take to leave the guest.
 const LIMIT: Duration = Duration::from_secs(2);
 
-/// How long a kicked vCPU is waited for before it is kicked again: it may have been kicked just
-/// before it went in.
+/// How long a kicked vCPU may take before it is kicked again: a kick just before `KVM_RUN` is
+/// lost.
 const KICK_AGAIN: Duration = Duration::from_micros(50);
 
-/// What calls a vCPU's thread out of the guest.
+/// Signals a vCPU's thread, so that `KVM_RUN` returns.
 type Kick = Box<dyn Fn() + Send>;
 
-/// The vCPUs have not come out in time.
+/// vCPUs did not leave the guest in time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{inside} vCPUs are still in the guest after {LIMIT:?}")]
 pub(crate) struct PauseError {
@@ -32,48 +37,49 @@ pub(crate) struct PauseError {
     pub(crate) inside: usize,
 }
 
-/// The registers of the vCPUs are not known.
+/// The registers of the vCPUs cannot be read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum RegistersError {
-    /// The vCPUs do not come out of the guest.
+    /// The vCPUs do not leave the guest.
     #[error(transparent)]
     Pause(#[from] PauseError),
-    /// Threads do not come to the gate, as they wait for something else, or end.
+    /// Threads wait for something else, or have ended, and do not read their registers.
     #[error("{late} vCPUs have not shown their registers for {LIMIT:?}; try again")]
     Late {
         /// How many.
         late: usize,
     },
-    /// KVM does not show them.
+    /// KVM refuses to read them.
     #[error("KVM does not show the registers of all vCPUs")]
     Unreadable,
 }
 
-/// The gate of one generation's vCPUs.
+/// The vCPUs of one generation, which run or are paused together.
 #[derive(Default)]
-pub(crate) struct Gate {
-    /// What a vCPU looks at on its way in; changed with `state` locked.
-    is_closed: AtomicBool,
-    /// By vCPU: whether it is in the guest or on its way in.
+pub(crate) struct Rendezvous {
+    /// Checked by each vCPU before `KVM_RUN`; changed with `state` locked.
+    is_paused: AtomicBool,
+    /// By vCPU: whether it is in the guest or about to enter it.
     inside: Vec<AtomicBool>,
     state: Mutex<State>,
-    /// Signalled when the gate opens, when registers are wanted, and when they are there.
+    /// Signalled when the vCPUs may run again, and when registers are requested or were read.
     changed: Condvar,
 }
 
 #[derive(Default)]
 struct State {
-    /// How many hold the gate closed.
-    closers: usize,
+    /// How many guards live.
+    guards: usize,
     kicks: Vec<Kick>,
-    /// How often registers were wanted.
+    /// How often registers were requested.
     wanted: u64,
-    /// By vCPU: its registers, if they could be read, as they were wanted for so many times.
+    /// By vCPU: the number of the request that it answered last, and its registers if it could
+    /// read them.
     registers: Vec<(u64, Option<VcpuRegisters>)>,
 }
 
-impl Gate {
-    /// An open gate for `vcpus` vCPUs.
+impl Rendezvous {
+    /// `vcpus` vCPUs, which may run.
     pub(crate) fn new(vcpus: u8) -> Self {
         let inside = (0..vcpus).map(|_| AtomicBool::new(false)).collect();
         let registers = vec![(0, None); usize::from(vcpus)];
@@ -84,38 +90,37 @@ impl Gate {
         }
     }
 
-    /// Adds what calls one more vCPU out of the guest.
+    /// Adds the kick of one more vCPU.
     pub(crate) fn add_kick(&self, kick: impl Fn() + Send + 'static) {
         self.lock().kicks.push(Box::new(kick));
     }
 
-    /// Calls all vCPUs out of the guest, once; one may miss the call on its way in.
+    /// Kicks all vCPUs once. One that is about to enter the guest may miss it.
     pub(crate) fn kick(&self) {
         self.lock().kicks.iter().for_each(|kick| kick());
     }
 
-    /// Lets vCPU `id` in, which first waits as long as the gate is closed. `read` reads its
-    /// registers where they are wanted meanwhile.
-    pub(crate) fn enter(&self, id: u8, read: impl Fn() -> Option<VcpuRegisters>) -> Inside<'_> {
+    /// Waits while the vCPUs are paused, and marks vCPU `id` as in the guest. `read` reads its
+    /// registers if they are requested meanwhile.
+    pub(crate) fn enter(&self, id: u8, read: impl Fn() -> Option<VcpuRegisters>) -> InGuest<'_> {
         let inside = self.inside.get(usize::from(id));
         loop {
             if let Some(inside) = inside {
                 inside.store(true, Ordering::SeqCst);
             }
-            // Either this thread sees the gate closed, or whoever closes it sees this thread
-            // inside.
-            if !self.is_closed.load(Ordering::SeqCst) {
-                return Inside(inside);
+            // Either this thread sees the pause, or the pausing thread sees this one inside.
+            if !self.is_paused.load(Ordering::SeqCst) {
+                return InGuest(inside);
             }
-            drop(Inside(inside));
+            drop(InGuest(inside));
             self.wait(usize::from(id), &read);
         }
     }
 
-    /// Waits until the gate is open.
+    /// Waits until the vCPUs may run.
     fn wait(&self, index: usize, read: &impl Fn() -> Option<VcpuRegisters>) {
         let mut state = self.lock();
-        while state.closers > 0 {
+        while state.guards > 0 {
             let wanted = state.wanted;
             if state.registers.get(index).is_none_or(|(at, _)| *at == wanted) {
                 state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
@@ -131,12 +136,12 @@ impl Gate {
         }
     }
 
-    /// The registers of all vCPUs, at one moment: the gate is closed for it.
+    /// The registers of all vCPUs at one moment: they are paused for it.
     ///
     /// # Errors
     /// [`RegistersError`].
     pub(crate) fn registers(self: &Arc<Self>) -> Result<Vec<VcpuRegisters>, RegistersError> {
-        let _paused = self.close()?;
+        let _paused = self.pause()?;
         let mut state = self.lock();
         state.wanted += 1;
         let wanted = state.wanted;
@@ -155,19 +160,18 @@ impl Gate {
         }
     }
 
-    /// Whether it is closed.
+    /// Whether the vCPUs are paused.
     #[cfg(test)]
-    pub(crate) fn is_closed(&self) -> bool {
-        self.is_closed.load(Ordering::SeqCst)
+    pub(crate) fn is_paused(&self) -> bool {
+        self.is_paused.load(Ordering::SeqCst)
     }
 
-    /// Closes the gate and returns once no vCPU is in the guest. It opens when all who have closed
-    /// it have dropped what they got.
+    /// Pauses the vCPUs: returns once none of them is in the guest.
     ///
     /// # Errors
-    /// [`PauseError`], and the gate is as it was.
-    pub(crate) fn close(self: &Arc<Self>) -> Result<Paused, PauseError> {
-        let paused = Paused::new(self);
+    /// [`PauseError`]; this call pauses no vCPU any more.
+    pub(crate) fn pause(self: &Arc<Self>) -> Result<PauseGuard, PauseError> {
+        let paused = PauseGuard::new(self);
         let deadline = Instant::now() + LIMIT;
         loop {
             let inside = self.inside.iter().filter(|inside| inside.load(Ordering::SeqCst)).count();
@@ -187,10 +191,10 @@ impl Gate {
     }
 }
 
-/// A vCPU in the guest.
-pub(crate) struct Inside<'a>(Option<&'a AtomicBool>);
+/// Marks a vCPU as in the guest until it is dropped.
+pub(crate) struct InGuest<'a>(Option<&'a AtomicBool>);
 
-impl Drop for Inside<'_> {
+impl Drop for InGuest<'_> {
     fn drop(&mut self) {
         if let Some(inside) = self.0 {
             inside.store(false, Ordering::SeqCst);
@@ -198,30 +202,30 @@ impl Drop for Inside<'_> {
     }
 }
 
-/// A closed gate with no vCPU behind it.
-pub(crate) struct Paused(Arc<Gate>);
+/// Keeps all vCPUs out of the guest until it and all its clones are dropped.
+pub(crate) struct PauseGuard(Arc<Rendezvous>);
 
-impl Paused {
-    fn new(gate: &Arc<Gate>) -> Self {
-        let mut state = gate.lock();
-        state.closers += 1;
-        gate.is_closed.store(true, Ordering::SeqCst);
-        Self(gate.clone())
+impl PauseGuard {
+    fn new(rendezvous: &Arc<Rendezvous>) -> Self {
+        let mut state = rendezvous.lock();
+        state.guards += 1;
+        rendezvous.is_paused.store(true, Ordering::SeqCst);
+        Self(rendezvous.clone())
     }
 }
 
-impl Clone for Paused {
+impl Clone for PauseGuard {
     fn clone(&self) -> Self {
         Self::new(&self.0)
     }
 }
 
-impl Drop for Paused {
+impl Drop for PauseGuard {
     fn drop(&mut self) {
         let mut state = self.0.lock();
-        state.closers -= 1;
-        if state.closers == 0 {
-            self.0.is_closed.store(false, Ordering::SeqCst);
+        state.guards -= 1;
+        if state.guards == 0 {
+            self.0.is_paused.store(false, Ordering::SeqCst);
             drop(state);
             self.0.changed.notify_all();
         }
@@ -235,9 +239,15 @@ mod tests {
     use super::*;
 
     /// A vCPU that stays in the guest until it is kicked, again and again.
-    fn run(gate: &Gate, id: u8, kicked: &AtomicBool, done: &AtomicBool, inside: &AtomicUsize) {
+    fn run(
+        rendezvous: &Rendezvous,
+        id: u8,
+        kicked: &AtomicBool,
+        done: &AtomicBool,
+        inside: &AtomicUsize,
+    ) {
         while !done.load(Ordering::SeqCst) {
-            let _inside = gate.enter(id, || None);
+            let _inside = rendezvous.enter(id, || None);
             inside.fetch_add(1, Ordering::SeqCst);
             while !kicked.swap(false, Ordering::SeqCst) && !done.load(Ordering::SeqCst) {
                 std::hint::spin_loop();
@@ -247,23 +257,23 @@ mod tests {
     }
 
     #[test]
-    fn nobody_is_inside_while_it_is_closed_whoever_closes_it() {
-        let gate = Arc::new(Gate::new(2));
+    fn no_vcpu_is_in_the_guest_while_any_thread_pauses_them() {
+        let rendezvous = Arc::new(Rendezvous::new(2));
         let kicked: [Arc<AtomicBool>; 2] = Default::default();
         for kicked in kicked.clone() {
-            gate.add_kick(move || kicked.store(true, Ordering::SeqCst));
+            rendezvous.add_kick(move || kicked.store(true, Ordering::SeqCst));
         }
         let (done, inside) = (AtomicBool::new(false), AtomicUsize::new(0));
         std::thread::scope(|scope| {
             for (id, kicked) in (0u8..).zip(&kicked) {
-                let (gate, done, inside) = (&gate, &done, &inside);
-                scope.spawn(move || run(gate, id, kicked, done, inside));
+                let (rendezvous, done, inside) = (&rendezvous, &done, &inside);
+                scope.spawn(move || run(rendezvous, id, kicked, done, inside));
             }
-            let closers: Vec<_> = (0..2)
+            let pausing: Vec<_> = (0..2)
                 .map(|_| {
                     scope.spawn(|| {
                         for _ in 0..100 {
-                            let paused = gate.close().unwrap();
+                            let paused = rendezvous.pause().unwrap();
                             assert_eq!(inside.load(Ordering::SeqCst), 0);
                             std::thread::yield_now();
                             assert_eq!(inside.load(Ordering::SeqCst), 0);
@@ -275,40 +285,40 @@ mod tests {
                     })
                 })
                 .collect();
-            let closed = closers.into_iter().map(|closer| closer.join()).collect::<Vec<_>>();
+            let results = pausing.into_iter().map(|thread| thread.join()).collect::<Vec<_>>();
             done.store(true, Ordering::SeqCst);
-            assert!(closed.iter().all(Result::is_ok));
+            assert!(results.iter().all(Result::is_ok));
         });
     }
 
     #[test]
-    fn a_vcpu_that_does_not_come_out_is_given_up_and_the_gate_is_open() {
-        let gate = Arc::new(Gate::new(2));
-        let inside = gate.enter(0, || None);
-        assert_eq!(gate.close().err(), Some(PauseError { inside: 1 }));
-        drop(gate.enter(1, || None));
+    fn a_pause_that_times_out_leaves_the_vcpus_running() {
+        let rendezvous = Arc::new(Rendezvous::new(2));
+        let inside = rendezvous.enter(0, || None);
+        assert_eq!(rendezvous.pause().err(), Some(PauseError { inside: 1 }));
+        drop(rendezvous.enter(1, || None));
         drop(inside);
-        drop(gate.close().unwrap());
-        drop(gate.enter(0, || None));
+        drop(rendezvous.pause().unwrap());
+        drop(rendezvous.enter(0, || None));
     }
 
     #[test]
     fn registers_are_those_of_the_vcpus_that_wait() {
-        let gate = Arc::new(Gate::new(2));
+        let rendezvous = Arc::new(Rendezvous::new(2));
         let kicked: [Arc<AtomicBool>; 2] = Default::default();
         for kicked in kicked.clone() {
-            gate.add_kick(move || kicked.store(true, Ordering::SeqCst));
+            rendezvous.add_kick(move || kicked.store(true, Ordering::SeqCst));
         }
         let done = AtomicBool::new(false);
         let entries = AtomicUsize::new(0);
         std::thread::scope(|scope| {
             for (id, kicked) in (0u8..).zip(&kicked) {
-                let (gate, done, entries) = (&gate, &done, &entries);
+                let (rendezvous, done, entries) = (&rendezvous, &done, &entries);
                 scope.spawn(move || {
                     let read =
                         || Some(VcpuRegisters { rip: u64::from(id) + 1, ..Default::default() });
                     while !done.load(Ordering::SeqCst) {
-                        let _inside = gate.enter(id, read);
+                        let _inside = rendezvous.enter(id, read);
                         entries.fetch_add(1, Ordering::SeqCst);
                         while !kicked.swap(false, Ordering::SeqCst) && !done.load(Ordering::SeqCst)
                         {
@@ -317,11 +327,14 @@ mod tests {
                     }
                 });
             }
-            let rips =
-                || gate.registers().map(|all| all.iter().map(|vcpu| vcpu.rip).collect::<Vec<_>>());
+            let rips = || {
+                rendezvous
+                    .registers()
+                    .map(|all| all.iter().map(|vcpu| vcpu.rip).collect::<Vec<_>>())
+            };
             // While they run, and while they are stopped.
             let running = rips();
-            let paused = gate.close();
+            let paused = rendezvous.pause();
             let before = entries.load(Ordering::SeqCst);
             let stopped = [rips(), rips()];
             let after = entries.load(Ordering::SeqCst);
@@ -333,7 +346,7 @@ mod tests {
             assert_eq!((running, stopped), (Ok(vec![1, 2]), [Ok(vec![1, 2]), Ok(vec![1, 2])]));
             assert_eq!(before, after);
         });
-        // Of threads that are gone there are none.
-        assert_eq!(gate.registers(), Err(RegistersError::Late { late: 2 }));
+        // Threads that have ended read no registers.
+        assert_eq!(rendezvous.registers(), Err(RegistersError::Late { late: 2 }));
     }
 }

@@ -14,7 +14,7 @@
 
 #define FIELD(name)	offsetof(struct kvmmem_descriptor, name), sizeof(((struct kvmmem_descriptor *)0)->name)
 
-static const struct { unsigned int at, size; unsigned long value; } lies[] = {
+static const struct { unsigned int at, size; unsigned long value; } malformed[] = {
 	{ FIELD(version), 2 },
 	{ FIELD(range_size), 24 },
 	{ FIELD(state), 0 },
@@ -35,11 +35,11 @@ static void tell(unsigned int i)
 	plug_shows_usual(HEAD_A);
 	plug_begins(HEAD_A);
 	/* No device, though the page says where: this machine's RAM. */
-	if (!lies[i].value && lies[i].at == offsetof(struct kvmmem_descriptor, ranges[0].window)) {
+	if (!malformed[i].value && malformed[i].at == offsetof(struct kvmmem_descriptor, ranges[0].window)) {
 		page_of(HEAD_A)->window_gpa = RAM;
 		page_of(HEAD_A)->window_len = WINDOW_1;
 	}
-	memcpy((char *)page_of(HEAD_A) + lies[i].at, &lies[i].value, lies[i].size);
+	memcpy((char *)page_of(HEAD_A) + malformed[i].at, &malformed[i].value, malformed[i].size);
 	plug_ends(HEAD_A);
 }
 
@@ -55,7 +55,7 @@ static void take_back(void)
 
 static void when_plugged_in(void)
 {
-	int count = sizeof(lies) / sizeof(*lies), fd = device();
+	int count = sizeof(malformed) / sizeof(*malformed), fd = device();
 
 	for (int i = 0; i < count; i++) {
 		tell(i);
@@ -70,7 +70,7 @@ static void when_plugged_in(void)
 
 static void when_open(void)
 {
-	int count = sizeof(lies) / sizeof(*lies);
+	int count = sizeof(malformed) / sizeof(*malformed);
 
 	for (int i = 0; i < count; i++) {
 		char *p, byte;
@@ -196,7 +196,7 @@ static void no_address(void)
 	close(fd);
 }
 
-void test_plug_lies(void)
+void test_malformed_devices(void)
 {
 	when_plugged_in();
 	when_open();

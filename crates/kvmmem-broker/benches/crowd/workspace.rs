@@ -19,7 +19,7 @@ const RAM: u64 = 2 << 20;
 const LIMIT: Duration = Duration::from_secs(10);
 
 /// A `kvmmemd` of its own, ended on drop.
-pub(crate) struct House {
+pub(crate) struct Workspace {
     broker: Child,
     socket: PathBuf,
     /// The targets' connections, by number.
@@ -28,7 +28,7 @@ pub(crate) struct House {
     _directory: tempfile::TempDir,
 }
 
-impl House {
+impl Workspace {
     /// Starts a broker that writes an audit log, as an installed one does.
     pub(crate) fn open() -> Result<Self> {
         let directory = tempfile::tempdir()?;
@@ -39,16 +39,16 @@ impl House {
             .arg("--audit")
             .arg(directory.path().join("audit.log"))
             .spawn()?;
-        let house =
+        let workspace =
             Self { broker, socket, targets: Vec::new(), tokens: Vec::new(), _directory: directory };
         let began = Instant::now();
-        while Admin::connect(&house.socket).is_err() {
+        while Admin::connect(&workspace.socket).is_err() {
             if began.elapsed() > LIMIT {
                 return Err("the broker does not listen".into());
             }
             std::thread::sleep(Duration::from_millis(5));
         }
-        Ok(house)
+        Ok(workspace)
     }
 
     pub(crate) fn pid(&self) -> u32 {
@@ -114,7 +114,7 @@ impl House {
     }
 }
 
-impl Drop for House {
+impl Drop for Workspace {
     fn drop(&mut self) {
         // Nothing is left to do where it has ended by itself.
         let _ = self.broker.kill();

@@ -15,9 +15,9 @@ const LIMIT: Duration = Duration::from_secs(900);
 
 /// The process; killed on drop.
 #[derive(Debug)]
-pub(crate) struct Running(Child);
+pub(crate) struct Process(Child);
 
-impl Running {
+impl Process {
     /// Starts it; what it prints goes to the end of `log`.
     pub(crate) fn start(command: &mut Command, log: &Path) -> Result<Self> {
         let log = OpenOptions::new().create(true).append(true).open(log)?;
@@ -40,7 +40,7 @@ impl Running {
     }
 }
 
-impl Drop for Running {
+impl Drop for Process {
     fn drop(&mut self) {
         // It may have ended already.
         let _ = self.0.kill();

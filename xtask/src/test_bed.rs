@@ -9,25 +9,25 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result};
 use kvmmem_guest::Command;
 
-use crate::binaries::{Binaries, Wanted};
+use crate::binaries::{Binaries, ProgramSet};
 use crate::cache::Cache;
+use crate::host_kind::HostKind;
 use crate::kernel::Kernel;
 use crate::module::Variant;
 use crate::nested::NestedHost;
 use crate::provision::Purpose;
 use crate::root::Root;
 use crate::tool::Tool;
-use crate::way::Way;
 use crate::{direct, initramfs, module, project, provision, qemus, ui};
 
-/// The bed's folder on an emulated host.
-const NESTED_FOLDER: &str = "/bed";
+/// The test bed's folder on an emulated host.
+const NESTED_FOLDER: &str = "/test-bed";
 
-/// A complete bed.
+/// A complete test bed.
 #[derive(Debug)]
-pub(crate) struct Bed {
+pub(crate) struct TestBed {
     cache: Cache,
-    way: Way,
+    host: HostKind,
     kernel: Kernel,
     binaries: Binaries,
     module: PathBuf,
@@ -36,41 +36,41 @@ pub(crate) struct Bed {
     qemus: Option<PathBuf>,
 }
 
-/// A program for the bed's host.
+/// A program for the test bed's host.
 #[derive(Debug)]
 pub(crate) struct Job {
-    /// Name of a program in the bed's folder, such as `bin/kvmmem-e2e`.
+    /// Name of a program in the test bed's folder, such as `bin/kvmmem-e2e`.
     pub(crate) program: String,
     pub(crate) args: Vec<String>,
-    /// Files of this machine to be in the bed's folder, in `try/`.
+    /// Files of this machine to be in the test bed's folder, in `try/`.
     pub(crate) files: Vec<PathBuf>,
     /// Longest time it may take.
     pub(crate) limit: Duration,
 }
 
-impl Bed {
+impl TestBed {
     /// Makes whatever is not there yet.
-    pub(crate) fn make(wanted: Wanted) -> Result<Self> {
-        let (way, why) = Way::choose();
-        ui::say(&format!("Test bed: {}, as {why}.", describe(way)));
+    pub(crate) fn make(wanted: ProgramSet) -> Result<Self> {
+        let (host, why) = HostKind::choose();
+        ui::say(&format!("Test bed: {}, as {why}.", describe(host)));
         let cache = Cache::open()?;
         let lock = cache.lock()?;
-        provision::provision(&cache, Purpose::Bed)?;
+        provision::provision(&cache, Purpose::TestBed)?;
         let kernel = prepared_kernel(&cache)?;
         let module = module::make(&cache, &kernel, Variant::Shipped)?;
         let selftest_module = module::make(&cache, &kernel, Variant::Selftest)?;
-        let qemus = (way == Way::Nested).then(|| qemus::make(&cache)).transpose()?;
+        let qemus = (host == HostKind::Nested).then(|| qemus::make(&cache)).transpose()?;
         // Cargo has a lock of its own.
         drop(lock);
         let binaries = Binaries::make(&cache, wanted)?;
-        Ok(Self { cache, way, kernel, binaries, module, selftest_module, qemus })
+        Ok(Self { cache, host, kernel, binaries, module, selftest_module, qemus })
     }
 
     /// Says what is there and where.
     pub(crate) fn describe(&self) {
         let line =
             |what: &str, value: &dyn std::fmt::Display| ui::say(&format!("  {what:<9} {value}"));
-        line("way", &describe(self.way));
+        line("host", &describe(self.host));
         line("cache", &self.cache.folder().display());
         line("kernel", &format!("{} (Debian {})", self.kernel.release(), self.kernel.version()));
         line("image", &self.kernel.image().display());
@@ -113,9 +113,9 @@ impl Bed {
         let scratch = self.cache.scratch()?;
         let folder = scratch.path().join("bed");
         self.fill(&folder, &job.files)?;
-        match self.way {
-            Way::Nested => self.run_nested(job, scratch.path(), &folder, out),
-            Way::Direct => direct::run(job, &folder, out),
+        match self.host {
+            HostKind::Nested => self.run_nested(job, scratch.path(), &folder, out),
+            HostKind::Direct => direct::run(job, &folder, out),
         }
     }
 
@@ -152,11 +152,11 @@ impl Bed {
         let inside = |path: &str| format!("{NESTED_FOLDER}/{path}");
         let mut program = Command::new(inside(&job.program))
             .args(job.args.iter().cloned())
-            .env("KVMMEM_BED", NESTED_FOLDER)
-            .env("KVMMEM_BED_WAY", self.way.name())
+            .env("KVMMEM_TEST_BED", NESTED_FOLDER)
+            .env("KVMMEM_TEST_BED_HOST", self.host.name())
             .cwd(NESTED_FOLDER);
         if self.qemus.is_some() {
-            program = program.env("KVMMEM_BED_QEMUS", kvmmem_guest::init::disk::PLACE);
+            program = program.env("KVMMEM_TEST_BED_QEMUS", kvmmem_guest::init::disk::PLACE);
         }
         for name in ["RUST_LOG", "RUST_BACKTRACE"] {
             if let Ok(value) = std::env::var(name) {
@@ -199,10 +199,10 @@ pub(crate) fn make_module() -> Result<PathBuf> {
     module::make(&cache, &prepared_kernel(&cache)?, Variant::Shipped)
 }
 
-fn describe(way: Way) -> &'static str {
-    match way {
-        Way::Direct => "VMs run directly on this machine",
-        Way::Nested => "VMs run inside an emulated host (software emulation)",
+fn describe(host: HostKind) -> &'static str {
+    match host {
+        HostKind::Direct => "VMs run directly on this machine",
+        HostKind::Nested => "VMs run inside an emulated host (software emulation)",
     }
 }
 
