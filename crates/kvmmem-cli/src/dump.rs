@@ -17,7 +17,6 @@ mod process_notes;
 mod record;
 mod sink;
 mod transfer;
-mod unreadable;
 
 use std::fs::File;
 use std::path::PathBuf;
@@ -39,6 +38,7 @@ use crate::output::Output;
 use crate::progress;
 use crate::range::{GpaRange, gaps, in_order, left_out, parse_range, select, shown, total};
 use crate::source::{Operator, Source, ranges};
+use crate::unreadable::UNREADABLE;
 use checkpoint::Checkpoint;
 use digest::Digest;
 use layout::{Format, Layout};
@@ -46,9 +46,6 @@ use pause::{Pause, Paused};
 use record::{Outcome, Record, Saved};
 use sink::{Compression, Kind, Sink};
 use transfer::{Transfer, Transferred};
-
-/// Exit code of a dump in which some memory could not be read.
-const UNREADABLE: u8 = 3;
 
 #[derive(Args)]
 #[command(after_help = AFTER_HELP)]

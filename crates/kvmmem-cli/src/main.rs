@@ -52,6 +52,7 @@ mod table;
 mod target;
 mod target_name;
 mod translate;
+mod unreadable;
 mod vcpu;
 mod vm;
 mod watch;

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `kvmmem scan`: where a target's memory holds given bytes.
 
+mod many;
 mod pattern;
 mod places;
 mod report;
@@ -29,6 +30,7 @@ use crate::output::Output;
 use crate::process::Process;
 use crate::progress;
 use crate::range::{GpaRange, in_order, left_out, parse_range, select, total};
+use crate::unreadable::Unreadable;
 use pattern::{Form, Pattern};
 pub(crate) use places::{Piece, Places};
 use report::Report;
@@ -105,13 +107,14 @@ pub(crate) struct Arguments {
 
 const AFTER_HELP: &str = "\
 Matches come in the order of addresses, each with the bytes at its place. Memory that the target never used, or has
-given back, counts as zeros and is not read; a match must hold some that it uses. Adjacent ranges are searched as one.
+given back, counts as zeros and is not read, and what cannot be read counts as zeros too; a match must hold some other byte. Adjacent ranges are searched as one.
 With --yara the matches of a rule come together, and a rule whose condition needs no string is named alone.
 
 Exit codes:
   0  something was found
   1  nothing was found
-  2  failed, standard error says why; or the command line is wrong";
+  2  failed, standard error says why; or the command line is wrong
+  3  some memory could not be read, standard error says which; what the rest holds was printed";
 
 fn parse_around(text: &str) -> Result<u64, String> {
     match parse(text)? {
@@ -137,6 +140,7 @@ impl Arguments {
         // Threads that wait for nothing have no use for more.
         let busy = threads.min(cpus);
         let (opened, space) = self.process.open(&self.input, "scan", &ranges)?;
+        let unreadable = &Unreadable::default();
         let found = self.process.with_memory(&self.input, &opened, space, |memory| {
             let all = reached(memory)?;
             let parts = select(&ranges, &all)?;
@@ -144,7 +148,8 @@ impl Arguments {
                 left_out(&ranges, &all);
             }
             let view = opened.view().filter(|_| !self.process.is_given());
-            let mapped = view.map(|view| Mapped::new(view, &parts)).transpose()?.flatten();
+            let mapped =
+                view.map(|view| Mapped::new(view, &parts, unreadable)).transpose()?.flatten();
             let data = match view {
                 Some(view) => data_of_view(view, &parts, busy)?,
                 None => data_within(memory, &parts)?,
@@ -155,16 +160,18 @@ impl Arguments {
             let found = match (mapped, &opened) {
                 (Some(mapped), _) => self.search(&wanted, places, busy, &mapped, &bar, output)?,
                 (None, Opened::File(file)) if !self.process.is_given() => {
-                    self.search(&wanted, places, threads, &Dump(file), &bar, output)?
+                    let dump = Dump { file, unreadable };
+                    self.search(&wanted, places, threads, &dump, &bar, output)?
                 }
                 (None, _) => {
-                    self.search(&wanted, places, threads, &Copied(memory), &bar, output)?
+                    let copied = Copied { memory, unreadable };
+                    self.search(&wanted, places, threads, &copied, &bar, output)?
                 }
             };
             bar.finish_and_clear();
             Ok(found)
         })?;
-        Ok(if found { ExitCode::SUCCESS } else { ExitCode::from(NOTHING) })
+        Ok(unreadable.report(if found { ExitCode::SUCCESS } else { ExitCode::from(NOTHING) }))
     }
 
     fn wanted(&self) -> Result<Wanted> {
@@ -221,7 +228,8 @@ impl Arguments {
         let around = Around { before: self.before, after: self.after };
         let max = self.max.map_or(usize::MAX, |max| usize::try_from(max).unwrap_or(usize::MAX));
         let report = Report { patterns, around, address: &|at| self.process.address(at) };
-        let search = Search { patterns, places, around, max, threads };
+        let mut search = Search::new(patterns, places)?;
+        (search.around, search.max, search.threads) = (around, max, threads);
         let count = search.run(source, |matches, bytes| {
             if !matches.is_empty() {
                 bar.suspend(|| matches.iter().try_for_each(|found| report.print(found, output)))?;

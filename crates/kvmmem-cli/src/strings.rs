@@ -21,6 +21,7 @@ use crate::process::Process;
 use crate::progress;
 use crate::range::{GpaRange, in_order as ranges_in_order, left_out, parse_range, select, total};
 use crate::scan::{Piece, Places, join};
+use crate::unreadable::Unreadable;
 use collect::Collector;
 use extract::{Fragment, MAX_LEN, extract};
 
@@ -53,7 +54,13 @@ pub(crate) struct Arguments {
 const AFTER_HELP: &str = "\
 A line for each string: its guest-physical address (with --pid or --vcpu, its virtual one), its encoding, and the printable ASCII characters and tabs that follow
 each other there, as one byte each or in UTF-16, little-endian, at any address. A string of more than 4096 characters is
-printed in parts. Strings come in the order of addresses. Memory that the target never used is not read.";
+printed in parts. Strings come in the order of addresses. Memory that the target never used is not read.
+
+Exit codes:
+  0  all memory was searched
+  1  failed, standard error says why
+  2  the command line is wrong
+  3  some memory could not be read, standard error says which; the strings in the rest were printed";
 
 /// How characters are written in memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum, Serialize)]
@@ -115,6 +122,7 @@ impl Arguments {
         let runs = join(&parts);
         let places = Places { runs: &runs, data: &data };
         let bar = progress::bytes(total(&data), output);
+        let unreadable = Unreadable::default();
         let min = usize::from(self.min);
         let work = |batch: Vec<Piece>, sink: &Sink<Found>| {
             let mut buffer = Vec::new();
@@ -123,7 +131,7 @@ impl Arguments {
                 let end = run.end.min(starts.end + 1);
                 buffer.resize(usize::try_from(end - starts.start)?, 0);
                 let read = |gpa: u64, buffer: &mut [u8]| {
-                    memory.read_at(gpa, buffer).context("the search ended early")
+                    unreadable.read(memory, gpa, buffer).context("the search ended early")
                 };
                 places.fill(starts.start, &mut buffer, read)?;
                 let len = usize::try_from(starts.end - starts.start)?;
@@ -144,7 +152,7 @@ impl Arguments {
         })?;
         bar.finish_and_clear();
         self.print(&collector.end(), output)?;
-        Ok(ExitCode::SUCCESS)
+        Ok(unreadable.report(ExitCode::SUCCESS))
     }
 
     /// Prints strings, all at once: there may be millions.

@@ -14,6 +14,7 @@ use kvmmem_linux::{Find, Kernel, Space};
 use kvmmem_memory::{DumpFile, PAGE_SIZE};
 use serde::Serialize;
 
+use super::Arguments;
 use super::checkpoint::{Checkpoint, replace};
 use super::digest::Digest;
 use super::elf::{self, Load};
@@ -21,7 +22,6 @@ use super::pause::{Pause, Paused};
 use super::process::{self, Segment};
 use super::process_notes::{Thread, notes};
 use super::sink::{self, Compression, Kind, Sink};
-use super::{Arguments, UNREADABLE};
 use crate::failure::escape;
 use crate::input::Opened;
 use crate::interrupt::Interrupt;
@@ -29,6 +29,7 @@ use crate::linux::{collect, explain};
 use crate::output::Output;
 use crate::process::mapped;
 use crate::progress;
+use crate::unreadable::UNREADABLE;
 
 /// Bytes that are read at a time.
 const CHUNK: u64 = 1 << 20;

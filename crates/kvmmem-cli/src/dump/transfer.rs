@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Error, Result, ensure};
 use indicatif::ProgressBar;
-use kvmmem::view::{State, View};
+use kvmmem::view::{State, View, ViewError};
 
 use super::REMEDY;
 use super::checkpoint::Checkpoint;
@@ -14,10 +14,10 @@ use super::digest::Digest;
 use super::layout::Layout;
 use super::pause::{Pause, Paused};
 use super::sink::Sink;
-use super::unreadable::{add, read};
 use crate::interrupt::Interrupt;
 use crate::range::{GpaRange, total};
 use crate::source::data_within;
+use crate::unreadable::{add, read};
 
 /// Bytes that are read at a time.
 const CHUNK: u64 = 1 << 20;
@@ -119,7 +119,8 @@ impl Transfer<'_> {
         );
         let len = chunk.end - chunk.start;
         let buffer = buffer.get_mut(..usize::try_from(len)?).context("the buffer is too small")?;
-        let unreadable = read(self.view, chunk.start, buffer)?;
+        let copy = |gpa: u64, buffer: &mut [u8]| self.view.read_at(gpa, buffer);
+        let (unreadable, _) = read(chunk.start, buffer, copy, ViewError::is_unreadable)?;
         // Memory that has moved cannot be read where it was, but that is another matter.
         ensure!(unreadable.is_empty() || !self.is_stale()?, "the target's generation has changed");
         self.put(self.layout.offset(chunk.start), buffer)?;

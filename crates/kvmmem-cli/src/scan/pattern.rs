@@ -107,6 +107,22 @@ impl Pattern {
         }
     }
 
+    /// Some of its bytes in a row, letters in lower case, and the place of the first.
+    pub(super) fn key(&self) -> Option<(usize, Vec<u8>)> {
+        match &self.kind {
+            Kind::Bytes(bytes) => bytes.key(),
+            Kind::Regular(_) => None,
+        }
+    }
+
+    /// The match that begins at `start`, of a pattern with a key.
+    pub(super) fn at(&self, memory: &[u8], start: usize) -> Option<Range<usize>> {
+        match &self.kind {
+            Kind::Bytes(bytes) => bytes.at(memory, start),
+            Kind::Regular(_) => None,
+        }
+    }
+
     /// The matches that begin at one of the `starts` in `memory`, ascending, with their ends.
     pub(super) fn find<'a>(
         &'a self,

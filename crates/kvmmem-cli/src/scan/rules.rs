@@ -132,13 +132,21 @@ impl Rules {
         };
         let passes = |piece: &Piece| self.passes(piece, source);
         let access = Access { fill: &fill, passes: &passes };
-        if threads == 1 || self.has_private {
-            return self.evaluate(places, &all, &all, access, &|piece| done(piece.len()), &address);
+        let mut matched = if threads == 1 || self.has_private {
+            self.evaluate(places, &all, &all, access, &|piece| done(piece.len()), &address)?
+        } else {
+            let windows = strings::find(&self.scanner, places, threads, access, done)?;
+            let around = Places { runs: places.runs, data: &windows };
+            let some: Vec<Piece> = around.pieces(0, PIECE).collect();
+            self.evaluate(places, &some, &all, access, &|_| {}, &address)?
+        };
+        for rule in &mut matched {
+            rule.matches.retain(|found| {
+                let start = found.address.get();
+                !source.is_unreadable(&(start..start + found.len as u64))
+            });
         }
-        let windows = strings::find(&self.scanner, places, threads, access, done)?;
-        let around = Places { runs: places.runs, data: &windows };
-        let some: Vec<Piece> = around.pieces(0, PIECE).collect();
-        self.evaluate(places, &some, &all, access, &|_| {}, &address)
+        Ok(matched)
     }
 
     /// Whether no string matches in a piece, which is found out in place.
@@ -253,6 +261,7 @@ mod tests {
     use super::super::source::{Copied, Dump};
     use super::*;
     use crate::number::Hex;
+    use crate::unreadable::Unreadable;
 
     fn rules(text: &str) -> Result<Rules> {
         let directory = tempfile::tempdir()?;
@@ -379,7 +388,8 @@ mod tests {
         }
         let file = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(file.path(), &memory).unwrap();
-        let dump = DumpFile::open(file.path()).unwrap();
+        let (file, unreadable) = (&DumpFile::open(file.path()).unwrap(), &Unreadable::default());
+        let (dump, copied) = (Dump { file, unreadable }, Copied { memory: file, unreadable });
         let (run, parts) = (0..LEN, [0x1000..PIECE + 0x2000, 3 * PIECE..LEN]);
         let whole = from_ref(&run);
         let shown = |matched: &[Matched]| serde_json::to_string(matched).unwrap();
@@ -403,8 +413,8 @@ mod tests {
                 let run = |in_place: bool| {
                     let address = |at| Address::Gpa(Hex(at));
                     let matched = match in_place {
-                        true => rules.run(places, threads, &Dump(&dump), |_| {}, address),
-                        false => rules.run(places, threads, &Copied(&dump), |_| {}, address),
+                        true => rules.run(places, threads, &dump, |_| {}, address),
+                        false => rules.run(places, threads, &copied, |_| {}, address),
                     };
                     matched.unwrap()
                 };
@@ -417,7 +427,7 @@ mod tests {
         // Most pieces were not copied.
         let rules = rules("rule a { strings: $a = \"needle\" condition: $a }").unwrap();
         let all: Vec<Piece> = Places { runs: whole, data: whole }.pieces(REACH, PIECE).collect();
-        let passed = all.iter().filter(|piece| rules.passes(piece, &Dump(&dump))).count();
+        let passed = all.iter().filter(|piece| rules.passes(piece, &dump)).count();
         assert_eq!(passed, 2);
     }
 

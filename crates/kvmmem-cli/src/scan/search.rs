@@ -10,6 +10,7 @@ use std::sync::Arc;
 use anyhow::Result;
 use kvmmem::search::PLACES;
 
+use super::many::Many;
 use super::pattern::Pattern;
 use super::places::{Piece, Places};
 use super::source::Source;
@@ -39,6 +40,10 @@ pub(super) const MAX_AROUND: u64 = 4096;
 /// What to search.
 pub(super) struct Search<'a> {
     pub(super) patterns: &'a [Pattern],
+    /// Where there are many patterns, the automaton for them.
+    many: Option<Many>,
+    /// How far the longest match reaches beyond its first byte.
+    reach: u64,
     pub(super) places: Places<'a>,
     pub(super) around: Around,
     /// At most this many matches.
@@ -97,7 +102,14 @@ struct Copy {
     bytes: Vec<u8>,
 }
 
-impl Search<'_> {
+impl<'a> Search<'a> {
+    /// A search for all matches by one thread.
+    pub(super) fn new(patterns: &'a [Pattern], places: Places<'a>) -> Result<Self> {
+        let reach = patterns.iter().map(|pattern| pattern.len() as u64 - 1).max().unwrap_or(0);
+        let (many, around) = (Many::new(patterns)?, Around::default());
+        Ok(Self { patterns, many, reach, places, around, max: usize::MAX, threads: 1 })
+    }
+
     /// Searches. `tell` gets the matches in the order of addresses, and how many bytes of data were
     /// searched since it was called last. Returns how many matches there were.
     pub(super) fn run<S: Source>(
@@ -108,7 +120,7 @@ impl Search<'_> {
         let mut count = 0;
         let share = total(self.places.data) / (self.threads as u64 * BATCHES);
         let batch = share.clamp(*BATCH.start(), *BATCH.end());
-        let batches = self.places.batches(self.reach(), S::PIECE, batch);
+        let batches = self.places.batches(self.reach, S::PIECE, batch);
         let work = |pieces: Vec<Piece>, sink: &Sink<Found>| self.work(&pieces, source, sink);
         in_order(self.threads, batches, work, |Found { matches, bytes }| {
             let matches = matches.get(..self.max - count).unwrap_or(&matches);
@@ -139,13 +151,26 @@ impl Search<'_> {
         copy.bytes.clear();
         let data = piece.data_of_starts();
         source.begin(&data);
-        for number in 0..self.patterns.len() {
+        let mut search_for = |number: usize, matches: &mut Vec<Match>| {
             let from = matches.len();
-            self.search_for(number, piece, source, copy, &mut matches)?;
+            self.search_for(number, piece, source, copy, matches)?;
             matches.truncate(from.saturating_add(self.max));
+            Ok::<_, anyhow::Error>(())
+        };
+        match &self.many {
+            Some(many) => {
+                many.others().iter().try_for_each(|number| search_for(*number, &mut matches))?;
+                let places = self.copy(&piece.starts, 0, piece, source, copy)?;
+                let found = many.find(self.patterns, &copy.bytes, places);
+                self.keep(found, usize::MAX, piece, source, copy, &mut matches);
+            }
+            None => {
+                (0..self.patterns.len()).try_for_each(|number| search_for(number, &mut matches))?;
+            }
         }
         source.end(&data);
         matches.sort_unstable_by(Match::order);
+        matches.truncate(self.max);
         Ok(matches)
     }
 
@@ -202,9 +227,25 @@ impl Search<'_> {
         let Some(pattern) = self.patterns.get(number).filter(|_| !starts.is_empty()) else {
             return Ok(());
         };
+        let places = self.copy(&starts, pattern.lookback(), piece, source, copy)?;
+        let found = pattern.find(&copy.bytes, places).map(|found| (number, found));
+        self.keep(found, self.max, piece, source, copy, matches);
+        Ok(())
+    }
+
+    /// Sees to it that `copy` has what a search for beginnings at `starts` needs, `lookback` bytes
+    /// before them among it. Returns where they are in the copy.
+    fn copy(
+        &self,
+        starts: &GpaRange,
+        lookback: usize,
+        piece: &Piece,
+        source: &impl Source,
+        copy: &mut Copy,
+    ) -> Result<Range<usize>> {
         let Around { before, after } = self.around;
-        let back = before.max(pattern.lookback() as u64);
-        let ahead = (self.reach() + 1 + after).max(SHOWN);
+        let back = before.max(lookback as u64);
+        let ahead = (self.reach + 1 + after).max(SHOWN);
         let wanted = starts.start.saturating_sub(back).max(piece.run.start)
             ..piece.run.end.min(starts.end.saturating_add(ahead));
         let end = copy.start + copy.bytes.len() as u64;
@@ -214,14 +255,26 @@ impl Search<'_> {
             self.places
                 .fill(wanted.start, &mut copy.bytes, |gpa, buffer| source.read(gpa, buffer))?;
         }
-        let places =
-            usize::try_from(starts.start - copy.start)?..usize::try_from(starts.end - copy.start)?;
-        let found = pattern.find(&copy.bytes, places);
-        // It must touch data.
-        let found: Vec<Range<usize>> = found
-            .filter(|found| copy.start + found.end as u64 > piece.data.start)
-            .take(self.max)
-            .collect();
+        Ok(usize::try_from(starts.start - copy.start)?..usize::try_from(starts.end - copy.start)?)
+    }
+
+    /// Adds matches in a copy, each with the number of its pattern, of which at most `max` count.
+    fn keep(
+        &self,
+        found: impl Iterator<Item = (usize, Range<usize>)>,
+        max: usize,
+        piece: &Piece,
+        source: &impl Source,
+        copy: &Copy,
+        matches: &mut Vec<Match>,
+    ) {
+        let Around { before, after } = self.around;
+        // It must touch data that can be read.
+        let counts = |(_, found): &(usize, Range<usize>)| {
+            let found = copy.start + found.start as u64..copy.start + found.end as u64;
+            found.end > piece.data.start && !source.is_unreadable(&found)
+        };
+        let found: Vec<(usize, Range<usize>)> = found.filter(counts).take(max).collect();
         let shown = |found: &Range<usize>| {
             let end = if before == 0 && after == 0 {
                 found.start + usize::try_from(SHOWN).unwrap_or(0)
@@ -231,31 +284,25 @@ impl Search<'_> {
             found.start.saturating_sub(usize::try_from(before).unwrap_or(usize::MAX))
                 ..end.min(copy.bytes.len())
         };
+        let shown_parts = || found.iter().map(|(_, found)| shown(found));
         let (Some(first), Some(last)) =
-            (found.first(), found.iter().map(|found| shown(found).end).max())
+            (shown_parts().map(|part| part.start).min(), shown_parts().map(|part| part.end).max())
         else {
-            return Ok(());
+            return;
         };
         // All of them share one copy.
-        let first = shown(first).start;
         let kept: Arc<[u8]> = copy.bytes.get(first..last).unwrap_or_default().into();
-        matches.extend(found.into_iter().map(|found| {
+        matches.extend(found.into_iter().map(|(pattern, found)| {
             let Range { start, end } = shown(&found);
             Match {
                 gpa: copy.start + found.start as u64,
                 len: found.len(),
-                pattern: number,
+                pattern,
                 copy: Arc::clone(&kept),
                 at: found.start - first,
                 shown: start - first..end - first,
             }
         }));
-        Ok(())
-    }
-
-    /// How far the longest match reaches beyond its first byte.
-    fn reach(&self) -> u64 {
-        self.patterns.iter().map(|pattern| pattern.len() as u64 - 1).max().unwrap_or(0)
     }
 }
 

@@ -4,10 +4,14 @@
 use anyhow::{Context, Result};
 use kvmmem::PAGE_SIZE;
 use kvmmem::search::{Atoms, Candidates, Probe};
-use kvmmem::view::{Mapping, Range, State, View, ViewError};
+use kvmmem::view::{Mapping, MappingError, Range, State, View, ViewError};
 use kvmmem_memory::{DumpFile, Memory};
 
 use crate::range::GpaRange;
+use crate::unreadable::Unreadable;
+
+/// What is said where all that follows cannot be read.
+const ENDED: &str = "the scan ended early";
 
 /// Memory that is searched.
 pub(super) trait Source: Sync {
@@ -15,7 +19,7 @@ pub(super) trait Source: Sync {
     /// CPU's own cache.
     const PIECE: u64 = 256 << 10;
 
-    /// Fills `buffer` with data.
+    /// Fills `buffer` with data, and with zeros where it cannot be read.
     fn read(&self, gpa: u64, buffer: &mut [u8]) -> Result<()>;
 
     /// Looks for `probe` in place, among `places` from `gpa` on, which are data with what it
@@ -30,6 +34,11 @@ pub(super) trait Source: Sync {
         true
     }
 
+    /// Whether all of a range turned out to be such that it cannot be read.
+    fn is_unreadable(&self, _range: &GpaRange) -> bool {
+        false
+    }
+
     /// Called before and after memory, which is data, is gone through in place.
     fn begin(&self, _data: &GpaRange) {}
     fn end(&self, _data: &GpaRange) {}
@@ -42,11 +51,18 @@ impl<F: Fn(u64, &mut [u8]) -> Result<()> + Sync> Source for F {
 }
 
 /// Memory that is copied: private RAM, a process.
-pub(super) struct Copied<'a>(pub(super) &'a dyn Memory);
+pub(super) struct Copied<'a> {
+    pub(super) memory: &'a dyn Memory,
+    pub(super) unreadable: &'a Unreadable,
+}
 
 impl Source for Copied<'_> {
     fn read(&self, gpa: u64, buffer: &mut [u8]) -> Result<()> {
-        self.0.read_at(gpa, buffer).context("the scan ended early")
+        self.unreadable.read(self.memory, gpa, buffer).context(ENDED)
+    }
+
+    fn is_unreadable(&self, range: &GpaRange) -> bool {
+        self.unreadable.covers(range)
     }
 }
 
@@ -55,14 +71,22 @@ pub(super) struct Mapped<'a> {
     view: &'a View,
     /// Ascending.
     mappings: Vec<Mapping>,
+    /// The view's, before it was mapped.
+    generation: u64,
+    unreadable: &'a Unreadable,
 }
 
 impl<'a> Mapped<'a> {
     /// Maps the parts, which ascend; `None` where the target's RAM is private.
-    pub(super) fn new(view: &'a View, parts: &[GpaRange]) -> Result<Option<Self>> {
+    pub(super) fn new(
+        view: &'a View,
+        parts: &[GpaRange],
+        unreadable: &'a Unreadable,
+    ) -> Result<Option<Self>> {
+        let generation = view.status()?.generation;
         let map = |part: &GpaRange| view.map(Range { gpa: part.start, len: part.end - part.start });
         match parts.iter().map(map).collect() {
-            Ok(mappings) => Ok(Some(Self { view, mappings })),
+            Ok(mappings) => Ok(Some(Self { view, mappings, generation, unreadable })),
             Err(ViewError::Private { .. }) => Ok(None),
             Err(error) => Err(error.into()),
         }
@@ -89,19 +113,27 @@ impl Source for Mapped<'_> {
 
     fn read(&self, gpa: u64, buffer: &mut [u8]) -> Result<()> {
         let mapping = self.at(gpa).context("memory is not mapped")?;
-        mapping.read(gpa - mapping.gpa(), buffer).map_err(|error| {
-            let error = anyhow::Error::new(error);
-            match self.view.status().map(|status| status.state) {
-                Ok(State::Revoked) => {
-                    error.context("the scan ended early: the grant was taken back; get a new token")
-                }
-                Ok(State::Gone) => error
-                    .context("the scan ended early: the target, or the host's service, is gone"),
-                Ok(State::Open) => error
-                    .context("the scan ended early: the target's memory was resized; scan again"),
-                Err(_) => error,
+        let Err(error) = mapping.read(gpa - mapping.gpa(), buffer) else { return Ok(()) };
+        let status = self.view.status();
+        let (state, is_same) = match &status {
+            Ok(status) => (Some(status.state), status.generation == self.generation),
+            Err(_) => (None, false),
+        };
+        let why = match state {
+            // Memory that the host has lost, as a copy tells.
+            Some(State::Open) if is_same && matches!(error, MappingError::Lost { .. }) => {
+                return self.unreadable.read(self.view, gpa, buffer).context(ENDED);
             }
-        })
+            Some(State::Revoked) => "the grant was taken back; get a new token",
+            Some(State::Gone) => "the target, or the host's service, is gone",
+            Some(State::Open) => "the target's memory was resized; scan again",
+            None => return Err(error.into()),
+        };
+        Err(error).with_context(|| format!("{ENDED}: {why}"))
+    }
+
+    fn is_unreadable(&self, range: &GpaRange) -> bool {
+        self.unreadable.covers(range)
     }
 
     fn find(&self, probe: &Probe, gpa: u64, places: u64) -> Option<Option<Candidates>> {
@@ -130,28 +162,35 @@ impl Source for Mapped<'_> {
 }
 
 /// A dump file, in place where it can be mapped.
-pub(super) struct Dump<'a>(pub(super) &'a DumpFile);
+pub(super) struct Dump<'a> {
+    pub(super) file: &'a DumpFile,
+    pub(super) unreadable: &'a Unreadable,
+}
 
 impl Source for Dump<'_> {
     const PIECE: u64 = Mapped::PIECE;
 
     fn read(&self, gpa: u64, buffer: &mut [u8]) -> Result<()> {
-        Copied(self.0).read(gpa, buffer)
+        self.unreadable.read(self.file, gpa, buffer).context(ENDED)
+    }
+
+    fn is_unreadable(&self, range: &GpaRange) -> bool {
+        self.unreadable.covers(range)
     }
 
     fn find(&self, probe: &Probe, gpa: u64, places: u64) -> Option<Option<Candidates>> {
-        let (memory, offset) = self.0.mapped(gpa, places + probe.reach() as u64)?;
+        let (memory, offset) = self.file.mapped(gpa, places + probe.reach() as u64)?;
         let found = memory.find(probe, offset, places).ok()?;
         Some(found.map(|found| Candidates { at: found.at - offset + gpa, ..found }))
     }
 
     fn may_hold(&self, atoms: &Atoms, gpa: u64, len: u64) -> bool {
-        let memory = self.0.mapped(gpa, len);
+        let memory = self.file.mapped(gpa, len);
         memory.is_none_or(|(memory, offset)| memory.may_hold(atoms, offset, len).unwrap_or(true))
     }
 
     fn begin(&self, data: &GpaRange) {
-        if let Some((memory, offset)) = self.0.mapped(data.start, data.end - data.start)
+        if let Some((memory, offset)) = self.file.mapped(data.start, data.end - data.start)
             && let Some(pages) = pages(offset, data)
         {
             // Only the speed depends on it.
@@ -160,7 +199,7 @@ impl Source for Dump<'_> {
     }
 
     fn end(&self, data: &GpaRange) {
-        if let Some((memory, offset)) = self.0.mapped(data.start, data.end - data.start)
+        if let Some((memory, offset)) = self.file.mapped(data.start, data.end - data.start)
             && let Some(pages) = pages(offset, data)
         {
             let _ = memory.release(pages.start, pages.end - pages.start);

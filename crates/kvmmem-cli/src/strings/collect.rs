@@ -58,8 +58,11 @@ impl Collector {
             }
         }
         for (before, stream) in open.into_iter().zip(Stream::ALL) {
-            if let Some(before) = before {
-                self.finish(before, stream);
+            let Some(before) = before else { continue };
+            match self.open.get_mut(stream as usize) {
+                // Its next character would begin behind a piece of one byte.
+                Some(place) if before.end(stream) >= piece.end => *place = Some(before),
+                _ => self.finish(before, stream),
             }
         }
         let first = self.open.iter().flatten().map(|open| open.start).min();
@@ -146,6 +149,13 @@ mod tests {
         // The last of the letters is a character of two bytes as well.
         let wide = (0x1000 + 4999, Encoding::Utf16, 4);
         assert_eq!(found, [(0x1000, Encoding::Ascii, 4096), (0x2000, Encoding::Ascii, 904), wide]);
+    }
+
+    #[test]
+    fn a_piece_of_one_byte_ends_no_wide_string() {
+        let found = strings(b"\0a\0a\0a\0", &[4, 5], 3);
+        let found: Vec<_> = found.iter().map(|text| (text.at, &*text.text)).collect();
+        assert_eq!(found, [(0x1001, "aaa")]);
     }
 
     #[test]

@@ -1,8 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `scan`.
 
+use std::os::unix::fs::FileExt;
+
+use kvmmem_client::vmm::Region;
+
 use crate::attach::Running;
-use crate::common::finish;
+use crate::common::{Host, finish};
 use crate::{host, large};
 
 /// The addresses in the output.
@@ -255,4 +259,64 @@ fn rules_that_nest_without_end_are_refused_in_one_line() {
         "{}",
         ended.stderr
     );
+}
+
+#[test]
+fn memory_that_cannot_be_read_is_passed_over_and_named() {
+    let file = tempfile::tempfile().unwrap();
+    file.set_len(8 << 20).unwrap();
+    let page = [&b"the needle"[..], &[0xff; 0xff6]].concat();
+    (0..8 << 20).step_by(0x1000).for_each(|at| file.write_all_at(&page, at).unwrap());
+    let host = Host::start_file(&[Region { gpa: 0, len: 8 << 20, offset: 0, file: 0 }], &file);
+    let rules = host.path("rules.yar");
+    std::fs::write(
+        &rules,
+        "rule a { strings: $a = \"needle\" $zeros = { 00 00 00 00 } condition: any of them }",
+    )
+    .unwrap();
+    let whole = 0x50_3000;
+    file.set_len(whole).unwrap();
+    let (threads, expected) = (["1", "3"], usize::try_from(whole / 0x1000).unwrap());
+    for (what, count) in [
+        (&["scan", "--text", "needle"][..], expected),
+        (&["scan", "--regex", "[n]eedle"], expected),
+        (&["scan", "--yara", rules.to_str().unwrap(), "--max", "10000"], expected),
+        // Zeros are in its place, and are no match.
+        (&["scan", "00000000"], 0),
+        (&["strings", "-n", "10"], expected),
+    ] {
+        for threads in threads {
+            let ended = host.look(&[], &[what, &["--threads", threads]].concat());
+            assert_eq!(ended.code, Some(3), "{what:?}: {}", ended.stderr);
+            assert_eq!(ended.stdout.lines().count(), count, "{what:?}: {}", ended.stderr);
+            let words =
+                "3133440 bytes could not be read and were passed over, at 0x503000..0x800000: ";
+            assert!(ended.stderr.contains(words), "{what:?}: {}", ended.stderr);
+        }
+    }
+}
+
+#[test]
+fn as_many_patterns_as_a_file_holds_are_looked_for_at_once() {
+    let host = host();
+    let places = [0x1000, 0x3_fff8, 0x3f_fffc, (20 << 20) - 12];
+    for (place, number) in places.iter().zip([7, 19_999, 3, 12_345]) {
+        host.put(*place, format!("pattern{number:05}").as_bytes());
+    }
+    host.put(0x2000, &[0x4a, 0x01, 0xbf]);
+    let list = host.path("patterns");
+    let mut text = "nibbles hex 4? 01 ?f\nword regex pattern1[0-9]+\n".to_owned();
+    (0..20_000).for_each(|number| text += &format!("p{number} text pattern{number:05}\n"));
+    std::fs::write(&list, text).unwrap();
+    let ended = host.look(&[], &["scan", "--patterns", list.to_str().unwrap()]);
+    let names: Vec<&str> =
+        ended.stdout.lines().filter_map(|line| line.split_whitespace().last()).collect();
+    assert_eq!(
+        names,
+        ["p7", "nibbles", "word", "p19999", "p3", "word", "p12345"],
+        "{}",
+        ended.stderr
+    );
+    let ended = host.look(&[], &["scan", "--patterns", list.to_str().unwrap(), "--max", "2"]);
+    assert_eq!(ended.stdout.lines().count(), 2, "{}", ended.stderr);
 }

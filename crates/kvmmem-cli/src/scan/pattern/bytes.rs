@@ -13,6 +13,10 @@ const ANY: u32 = u32::MAX;
 /// Bits that differ between an ASCII letter's cases.
 const CASE: u8 = 0x20;
 
+/// Bytes of a key, at least and at most.
+const MIN_KEY: usize = 2;
+const KEY: usize = 8;
+
 #[derive(Clone, Debug)]
 pub(super) struct Bytes {
     bytes: Vec<MaskedByte>,
@@ -96,9 +100,35 @@ impl Bytes {
                 .ok()?
                 .checked_sub(self.anchor)
                 .filter(|start| *start < end)?;
-            let found = start..start + self.len();
-            self.matches(memory.get(found.clone())?).then_some(found)
+            self.at(memory, start)
         })
+    }
+
+    /// The match that begins at `start`, if there is one.
+    pub(super) fn at(&self, memory: &[u8], start: usize) -> Option<Range<usize>> {
+        let found = start..start + self.len();
+        self.matches(memory.get(found.clone())?).then_some(found)
+    }
+
+    /// Up to [`KEY`] bytes in a row, the rarest ones of which no bit may be anything but the case of
+    /// a letter, and the place of the first.
+    pub(super) fn key(&self) -> Option<(usize, Vec<u8>)> {
+        let byte = |byte: &Masked| match byte.mask {
+            0xff => Some(byte.value.to_ascii_lowercase()),
+            mask if mask == !CASE => Some(byte.value | CASE).filter(u8::is_ascii_lowercase),
+            _ => None,
+        };
+        let run = |start: usize| -> Vec<u8> {
+            let bytes = self.bytes.iter().skip(start).take(KEY);
+            bytes.map_while(byte).collect()
+        };
+        // Of a run as long as any, no byte may be anything.
+        let common = |start: usize, len: usize| -> u32 {
+            self.bytes.iter().skip(start).take(len).map(|byte| commonness(*byte)).sum()
+        };
+        let runs = (0..self.len()).map(|start| (start, run(start)));
+        let runs = runs.filter(|(_, run)| run.len() >= MIN_KEY);
+        runs.min_by_key(|(start, run)| (std::cmp::Reverse(run.len()), common(*start, run.len())))
     }
 
     fn matches(&self, memory: &[u8]) -> bool {

@@ -86,11 +86,9 @@ fn matches_across_pieces_and_parts_are_found_once() {
             let run = 0..size;
             let found = search(
                 &Search {
-                    patterns: &patterns,
-                    places: Places { runs: from_ref(&run), data },
                     max: 99,
-                    around: Around::default(),
                     threads,
+                    ..Search::new(&patterns, Places { runs: from_ref(&run), data }).unwrap()
                 },
                 at,
             );
@@ -106,11 +104,9 @@ fn the_first_ones_are_kept_and_the_rest_not_read() {
     let asked = AtomicU64::new(0);
     let mut told = Vec::new();
     let search = Search {
-        patterns: &patterns,
-        places: Places { runs: from_ref(&range), data: from_ref(&range) },
         max: 10,
-        around: Around::default(),
         threads: 2,
+        ..Search::new(&patterns, Places { runs: from_ref(&range), data: from_ref(&range) }).unwrap()
     };
     let read = |gpa: u64, _: &mut [u8]| {
         asked.fetch_max(gpa, Ordering::Relaxed);
@@ -131,11 +127,8 @@ fn an_error_ends_the_search() {
     let patterns = [pattern(Form::Hex, "01")];
     let range = 0..1 << 40;
     let search = Search {
-        patterns: &patterns,
-        places: Places { runs: from_ref(&range), data: from_ref(&range) },
-        max: usize::MAX,
-        around: Around::default(),
         threads: 3,
+        ..Search::new(&patterns, Places { runs: from_ref(&range), data: from_ref(&range) }).unwrap()
     };
     let read = |gpa: u64, _: &mut [u8]| {
         anyhow::ensure!(gpa < 5 * PIECE, "lost");
@@ -162,11 +155,9 @@ fn what_is_around_a_match_is_shown() {
     };
     let shown = |before, after| {
         let search = Search {
-            patterns: &patterns,
-            places: Places { runs: from_ref(&run), data: from_ref(&run) },
             around: Around { before, after },
             max: 99,
-            threads: 1,
+            ..Search::new(&patterns, Places { runs: from_ref(&run), data: from_ref(&run) }).unwrap()
         };
         let mut all = Vec::new();
         let tell = |matches: &[Match], _| {
@@ -208,11 +199,8 @@ fn candidates_in_place_need_not_be_matches() {
         _ => 0xbb,
     };
     let given = Search {
-        patterns: &patterns,
-        places: Places { runs: from_ref(&run), data: from_ref(&run) },
-        around: Around::default(),
         max: 99,
-        threads: 1,
+        ..Search::new(&patterns, Places { runs: from_ref(&run), data: from_ref(&run) }).unwrap()
     };
     assert_eq!(search(&given, at), [(PIECE, 0), (3 * PIECE / 2, 1)]);
 }
@@ -253,13 +241,7 @@ proptest! {
                 }
             }
         }
-        let given = Search {
-            patterns: &patterns,
-            places: Places { runs: &runs, data: &data },
-            max: usize::MAX,
-            around: Around::default(),
-            threads,
-        };
+        let given = Search { threads, ..Search::new(&patterns, Places { runs: &runs, data: &data }).unwrap() };
         prop_assert_eq!(search(&given, |gpa| memory[usize::try_from(gpa).unwrap()].0), plain);
     }
 }
