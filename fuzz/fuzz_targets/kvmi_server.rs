@@ -5,14 +5,13 @@
 
 use std::io::{self, Read, Write};
 use std::sync::Mutex;
-use std::time::Duration;
 
 use kvmmem_abi::errno::KvmError;
 use kvmmem_kvmi::dispatch::TargetVm;
 use kvmmem_kvmi::handshake::VM_HELLO_SIZE;
 use kvmmem_kvmi::message::{HEADER_SIZE, Header};
 use kvmmem_kvmi::reply::PhysicalSlot;
-use kvmmem_kvmi::server::{Socket, serve};
+use kvmmem_kvmi::server::{Connection, Limits, Turn, Workspace};
 use kvmmem_kvmi::token::Token;
 use libfuzzer_sys::fuzz_target;
 
@@ -37,16 +36,6 @@ impl Write for Tool<'_> {
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
-impl Socket for Tool<'_> {
-    fn limit_reads(&self, _: Option<Duration>) -> io::Result<()> {
-        Ok(())
-    }
-
-    fn limit_writes(&self, _: Duration) -> io::Result<()> {
         Ok(())
     }
 }
@@ -110,7 +99,10 @@ fuzz_target!(|bytes: &[u8]| {
     let hello = [&[24, 0, 0, 0][..], &[0; 20], bytes].concat();
     let sends = if *piece == 0 { bytes } else { &hello };
     let mut tool = Tool { sends, piece: usize::from(*piece).max(1), got: Vec::new() };
-    let _ = serve(&mut tool, &Vm(Mutex::new(vec![0; 0x1_0000])), || {});
+    let vm = Vm(Mutex::new(vec![0; 0x1_0000]));
+    let mut connection = Connection::new(&vm, Limits::default());
+    let mut space = Workspace::default();
+    while matches!(connection.turn(&mut tool, &vm, &mut space), Ok(Turn::More)) {}
     let mut rest = &tool.got[VM_HELLO_SIZE..];
     while let Some(header) = Header::parse(rest) {
         let size = usize::from(header.size.get());

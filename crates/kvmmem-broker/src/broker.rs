@@ -9,7 +9,7 @@
 use std::collections::HashMap;
 use std::error::Error;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use kvmmem_proto::credentials::Credentials;
@@ -23,20 +23,24 @@ use crate::core::Core;
 use crate::core::grants::View;
 use crate::core::quota::{Limits, Quota};
 use crate::external::watch::Watch;
-use crate::hook::{HookError, Owner};
+use crate::hook::{HookError, Owner, driver};
 use crate::introspector::Introspectors;
 use crate::peer::Peer;
 use crate::reactor::Reactor;
 use crate::registry::{FIRST_CID, RegisterError, Registry, Vm};
-use crate::session;
 use crate::state::State;
 use crate::workers::Workers;
 
 /// The most VMs in one answer to a list request; keeps it within a packet.
 const PAGE: usize = 16;
 
-/// The most threads that ask VMMs and guests, and those of one party.
+/// The most threads that ask VMMs.
 const SERVICES: usize = 32;
+
+/// The most threads that serve hooks.
+const SESSIONS: usize = 48;
+
+/// The most of either that work for one party.
 const SHARE: usize = 4;
 
 /// How much of a name that no VM has is repeated, bytes.
@@ -68,6 +72,8 @@ pub struct Broker {
     reactor: Reactor,
     /// For what may take seconds: it asks VMMs and guests.
     services: Workers,
+    /// For the hooks' connections.
+    sessions: Workers,
 }
 
 /// Why a request was refused.
@@ -118,7 +124,7 @@ impl Broker {
     /// A broker that knows no VM.
     pub fn new(limits: Limits) -> Self {
         let reactor = Reactor::default();
-        let services = Workers::new("service", SERVICES, SHARE);
+        let services = Workers::new(&reactor, "service", SERVICES, SHARE);
         Self {
             limits,
             ahead: AtomicU64::new(0),
@@ -134,6 +140,7 @@ impl Broker {
             introspectors: Introspectors::new(&reactor, &services),
             state: State::default(),
             audit: Audit::default(),
+            sessions: Workers::new(&reactor, "session", SESSIONS, SHARE),
             reactor,
             services,
         }
@@ -141,6 +148,11 @@ impl Broker {
 
     pub(crate) fn reactor(&self) -> &Reactor {
         &self.reactor
+    }
+
+    /// The threads that serve hooks.
+    pub(crate) fn sessions(&self) -> &Workers {
+        &self.sessions
     }
 
     /// How many of what there may be.
@@ -267,14 +279,11 @@ impl Broker {
             self.end_hooks(&vm, tool);
             return Err(Refused::new(Refusal::Unknown, "the tool's VM has just ended"));
         }
-        let started = std::thread::Builder::new().name("kvmi-session".into()).spawn({
-            let vm = Arc::clone(&vm);
-            move || hook.run(|hook, stream| session::serve(&counted.broker, &vm, hook, stream))
-        });
+        let started = driver::start(self, &vm, hook, counted);
         if let Err(error) = started {
             // It was there a moment ago; a racing unhook is as good.
             let _ = vm.hooks().remove(&endpoint);
-            return Err(Refused::new(Refusal::Limit, format!("cannot start a thread: {error}")));
+            return Err(Refused::new(Refusal::Limit, format!("cannot start the hook: {error}")));
         }
         Ok(Answer::Done)
     }
@@ -437,8 +446,8 @@ impl Broker {
         self.peers().values().cloned().collect()
     }
 
-    /// How many hooks have a thread.
-    pub fn hook_threads(&self) -> usize {
+    /// How many hooks there are.
+    pub fn hook_count(&self) -> usize {
         self.hooks().count()
     }
 
@@ -477,12 +486,14 @@ impl Drop for Broker {
         self.introspectors.close_guest_endpoint();
         self.reactor.end();
         self.services.end();
+        self.sessions.end();
     }
 }
 
 /// A hook among those that there may be, given back on drop.
-struct Counted {
-    broker: Arc<Broker>,
+#[derive(Debug)]
+pub(crate) struct Counted {
+    broker: Weak<Broker>,
     uid: u32,
 }
 
@@ -492,13 +503,15 @@ impl Counted {
             .hooks()
             .take(who)
             .map_err(|error| Refused::new(Refusal::Limit, format!("hooks: {error}")))?;
-        Ok(Self { broker: Arc::clone(broker), uid: who.uid })
+        Ok(Self { broker: Arc::downgrade(broker), uid: who.uid })
     }
 }
 
 impl Drop for Counted {
     fn drop(&mut self) {
-        self.broker.hooks().give_back(self.uid);
+        if let Some(broker) = self.broker.upgrade() {
+            broker.hooks().give_back(self.uid);
+        }
     }
 }
 

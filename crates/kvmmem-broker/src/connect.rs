@@ -2,22 +2,25 @@
 //! Connects to the tools that hooks name.
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 
 use kvmmem_proto::credentials::Credentials;
-use kvmmem_proto::endpoint::{Endpoint, connect};
+use kvmmem_proto::endpoint::{Endpoint, begin};
 use kvmmem_sys::socket::peer_credentials;
+use rustix::io::Errno;
 
 use crate::hook::Owner;
 
-/// Connects to a tool. At a unix socket it must be the one of the user who asked for that, or of
-/// one who may have the broker do anything: the broker may reach sockets that the user cannot, and
-/// what it sends first is partly the target's VMM's to say.
+/// Begins to connect to a tool; whether that is done already. At a unix socket it must be the one
+/// of the user who asked for that, or of one who may have the broker do anything: the broker may
+/// reach sockets that the user cannot, and what it sends first is partly the target's VMM's to say.
+///
+/// It waits only for a unix socket's path to be found, which a file system may delay for ever.
 ///
 /// # Errors
-/// Those of [`connect`]; `PermissionDenied` where another user listens.
-pub(crate) fn connect_to_tool(endpoint: &Endpoint, owner: Owner) -> io::Result<OwnedFd> {
-    let socket = connect(endpoint)?;
+/// Those of [`begin`]; `PermissionDenied` where another user listens.
+pub(crate) fn connect_to_tool(endpoint: &Endpoint, owner: Owner) -> io::Result<(OwnedFd, bool)> {
+    let (socket, is_connected) = begin(endpoint)?;
     if let Owner::Host(asker) = owner {
         let listener = peer_credentials(&socket)?;
         let listener = Credentials { pid: listener.pid.unwrap_or(0), uid: listener.uid };
@@ -29,7 +32,20 @@ pub(crate) fn connect_to_tool(endpoint: &Endpoint, owner: Owner) -> io::Result<O
             return Err(io::Error::new(io::ErrorKind::PermissionDenied, words));
         }
     }
-    Ok(socket)
+    Ok((socket, is_connected))
+}
+
+/// Whether a socket is connected by now.
+///
+/// # Errors
+/// Why it cannot be.
+pub(crate) fn is_connected(socket: impl AsFd) -> io::Result<bool> {
+    rustix::net::sockopt::socket_error(&socket)??;
+    match rustix::net::getpeername(&socket) {
+        Ok(_) => Ok(true),
+        Err(Errno::NOTCONN) => Ok(false),
+        Err(error) => Err(error.into()),
+    }
 }
 
 #[cfg(test)]
@@ -40,6 +56,7 @@ mod tests {
     use std::process::{Command, Stdio};
     use std::time::{Duration, Instant};
 
+    use rustix::event::{PollFd, PollFlags, Timespec, poll};
     use rustix::net::{AddressFamily, SocketAddrUnix, SocketType};
 
     use super::*;
@@ -47,10 +64,14 @@ mod tests {
     #[test]
     fn nobody_there_is_an_error_soon() {
         let began = Instant::now();
+        assert!(begin(&Endpoint::Unix("/nowhere/at/all".into())).is_err());
         // No VM gets the highest context id but one.
-        assert!(connect(&Endpoint::Vsock { cid: u32::MAX - 1, port: 1 }).is_err());
-        assert!(connect(&Endpoint::Unix("/nowhere/at/all".into())).is_err());
-        assert!(began.elapsed() < Duration::from_secs(4));
+        if let Ok((socket, false)) = begin(&Endpoint::Vsock { cid: u32::MAX - 1, port: 1 }) {
+            assert!(began.elapsed() < Duration::from_secs(1), "it has waited");
+            let limit = Timespec { tv_sec: 60, tv_nsec: 0 };
+            poll(&mut [PollFd::new(&socket, PollFlags::OUT)], Some(&limit)).unwrap();
+            assert!(is_connected(&socket).is_err());
+        }
     }
 
     #[test]
@@ -63,7 +84,7 @@ mod tests {
         let endpoint = Endpoint::Unix(path);
         let mut queued = Vec::new();
         let full = loop {
-            match connect(&endpoint) {
+            match begin(&endpoint) {
                 Ok(socket) => queued.push(socket),
                 Err(error) => break error,
             }

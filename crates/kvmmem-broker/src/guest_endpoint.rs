@@ -57,8 +57,8 @@ impl GuestEndpoint {
     }
 
     fn open(reactor: &Reactor, acceptor: impl Accept, views: impl Views) -> io::Result<Self> {
-        let (limit, workers) =
-            (Arc::new(ConnectionLimit::default()), Workers::new("guest", WORKERS, SHARE));
+        let limit = Arc::new(ConnectionLimit::default());
+        let workers = Workers::new(reactor, "guest", WORKERS, SHARE);
         workers.start()?;
         let shared = Shared {
             reactor: reactor.clone(),

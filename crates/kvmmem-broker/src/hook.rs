@@ -1,36 +1,26 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Hooks: a target's standing connections to tools.
 //!
-//! Each hook has a thread that connects to the tool, serves it, and connects again, with growing
-//! pauses, until the hook is undone or the target goes. A hook belongs to the tool's VM as it is
-//! registered, or at a unix socket to the user who asked for it, and not to a number or a path: it
-//! ends with that VM, and does not connect to what another user listens at.
+//! A hook connects to its tool, is served, and connects again, with growing pauses, until it is
+//! undone or the target goes ([`driver`]). A hook belongs to the tool's VM as it is registered, or
+//! at a unix socket to the user who asked for it, and not to a number or a path: it ends with that
+//! VM, and does not connect to what another user listens at.
 
-use std::fs::File;
-use std::io;
+pub(crate) mod driver;
+
 use std::os::fd::OwnedFd;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 use kvmmem_proto::credentials::Credentials;
 use kvmmem_proto::endpoint::Endpoint;
-use kvmmem_proto::limit::RateLimit;
 use kvmmem_proto::message::HookInfo;
 use rustix::net::Shutdown;
 
-use crate::connect::connect_to_tool;
+use crate::reactor::{Reactor, Token};
 
 /// The most hooks of one target.
 pub const MAX_PER_TARGET: usize = 8;
-
-/// The pause before a tool is tried again: at first, and at most.
-const BACK_OFF: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(1));
-
-/// The owner of a path can cause these at will.
-static WARNINGS: RateLimit = RateLimit::new(2);
-
-/// A connected stream socket; reading and writing is all that is needed of it.
-pub(crate) type Stream = Arc<File>;
 
 /// The hooks of one target.
 #[derive(Debug, Default)]
@@ -51,7 +41,6 @@ pub struct Hook {
     endpoint: Endpoint,
     owner: Owner,
     state: Mutex<State>,
-    stop: Condvar,
 }
 
 /// Whose the tool is.
@@ -67,7 +56,11 @@ pub enum Owner {
 struct State {
     stopped: bool,
     connected: bool,
-    stream: Option<Stream>,
+    stream: Option<Arc<OwnedFd>>,
+    /// What drives it, between its start and its end.
+    driver: Option<(Reactor, Token)>,
+    /// A worker is at work on it.
+    is_busy: bool,
 }
 
 /// Why a hook is not made or undone.
@@ -88,7 +81,7 @@ pub enum HookError {
 }
 
 impl Hooks {
-    /// Adds a hook; the caller starts its thread.
+    /// Adds a hook; the caller starts its driver.
     ///
     /// # Errors
     /// [`HookError`].
@@ -103,8 +96,7 @@ impl Hooks {
         if list.hooks.len() >= MAX_PER_TARGET {
             return Err(HookError::Full);
         }
-        let hook =
-            Arc::new(Hook { endpoint, owner, state: Mutex::default(), stop: Condvar::new() });
+        let hook = Arc::new(Hook { endpoint, owner, state: Mutex::default() });
         list.hooks.push(Arc::clone(&hook));
         Ok(hook)
     }
@@ -166,41 +158,6 @@ impl Hook {
         self.owner
     }
 
-    /// Connects and lets `serve` talk, again and again, until the hook is undone.
-    pub(crate) fn run(&self, serve: impl Fn(&Self, Stream)) {
-        let (shortest, longest) = BACK_OFF;
-        let mut pause = shortest;
-        loop {
-            let began = Instant::now();
-            match connect_to_tool(&self.endpoint, self.owner) {
-                Ok(socket) => {
-                    if let Some(stream) = self.open(socket) {
-                        serve(self, stream);
-                    }
-                    self.close();
-                }
-                Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
-                    if WARNINGS.allow(Instant::now()).is_some() {
-                        tracing::warn!(endpoint = %self.endpoint, %error, "cannot connect to the tool");
-                    }
-                }
-                Err(error) => tracing::debug!(endpoint = %self.endpoint, %error, "no tool listens"),
-            }
-            // A tool that accepts and closes at once is no reason to hurry either.
-            if began.elapsed() > longest {
-                pause = shortest;
-            }
-            let (state, _) = self
-                .stop
-                .wait_timeout_while(self.lock(), pause, |state| !state.stopped)
-                .unwrap_or_else(PoisonError::into_inner);
-            if state.stopped {
-                return;
-            }
-            pause = (pause * 2).min(longest);
-        }
-    }
-
     /// Whether the hook was undone.
     pub(crate) fn is_stopped(&self) -> bool {
         self.lock().stopped
@@ -211,15 +168,13 @@ impl Hook {
         self.lock().connected = true;
     }
 
-    /// Keeps the stream where [`Self::stop`] finds it; `None` where that came first.
-    fn open(&self, socket: OwnedFd) -> Option<Stream> {
+    /// Keeps the stream where [`Self::stop`] finds it; `false` where that came first.
+    fn open(&self, stream: &Arc<OwnedFd>) -> bool {
         let mut state = self.lock();
-        if state.stopped {
-            return None;
+        if !state.stopped {
+            state.stream = Some(Arc::clone(stream));
         }
-        let stream = Arc::new(File::from(socket));
-        state.stream = Some(Arc::clone(&stream));
-        Some(stream)
+        !state.stopped
     }
 
     fn close(&self) {
@@ -228,7 +183,7 @@ impl Hook {
         state.stream = None;
     }
 
-    /// Ends the hook; its thread follows.
+    /// Ends the hook; its driver follows.
     fn stop(&self) {
         let mut state = self.lock();
         state.stopped = true;
@@ -236,11 +191,21 @@ impl Hook {
             // It fails only where the tool was faster.
             let _ = rustix::net::shutdown(stream, Shutdown::Both);
         }
-        drop(state);
-        self.stop.notify_all();
+        state.nudge();
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    /// Has the driver look at once, unless it is at work: then it looks when it is done.
+    fn nudge(&self) {
+        if let Some((reactor, token)) = self.driver.as_ref().filter(|_| !self.is_busy)
+            && let Err(error) = reactor.arm(*token, None, Some(Instant::now()))
+        {
+            tracing::error!(%error, "a hook does not end");
+        }
     }
 }

@@ -37,6 +37,9 @@ const WAKE: u64 = u64::MAX;
 /// A file descriptor that is readable, or whose peer has closed.
 pub(crate) const READABLE: EventFlags = EventFlags::IN.union(EventFlags::RDHUP);
 
+/// A file descriptor that is writable.
+pub(crate) const WRITABLE: EventFlags = EventFlags::OUT;
+
 /// Gets the events of a registration.
 pub(crate) type Handler = Arc<dyn Fn(&Reactor, Token, Event) + Send + Sync>;
 

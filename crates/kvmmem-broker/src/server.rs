@@ -279,10 +279,10 @@ impl Shared {
             .unwrap_or_else(PoisonError::into_inner);
         let left = connections.peers.len();
         drop(connections);
-        while self.broker.hook_threads() > 0 && Instant::now() < deadline {
+        while self.broker.hook_count() > 0 && Instant::now() < deadline {
             std::thread::sleep(Duration::from_millis(5));
         }
-        let hooks = self.broker.hook_threads();
+        let hooks = self.broker.hook_count();
         if left + hooks > 0 {
             tracing::warn!(connections = left, hooks, "not everything ended in time");
         }

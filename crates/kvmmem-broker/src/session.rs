@@ -1,38 +1,22 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! One tool's KVMI connection to one target.
+//! What a tool sees of a target over KVMI.
 
 use kvmmem_abi::errno::KvmError;
 use kvmmem_kvmi::dispatch::TargetVm;
 use kvmmem_kvmi::reply::PhysicalSlot;
-use kvmmem_kvmi::server;
 use kvmmem_kvmi::token::Token;
 use kvmmem_proto::map::PAGE_SIZE;
 
-use crate::broker::{Broker, in_words};
-use crate::hook::{Hook, Stream};
+use crate::broker::Broker;
+use crate::hook::Hook;
 use crate::ram::AccessError;
 use crate::registry::Vm;
 
 /// What a tool sees of a target.
-struct Session<'a> {
-    broker: &'a Broker,
-    vm: &'a Vm,
-    hook: &'a Hook,
-}
-
-/// Serves a connected tool until it closes, breaks the protocol or is cut off.
-pub(crate) fn serve(broker: &Broker, vm: &Vm, hook: &Hook, mut stream: Stream) {
-    let endpoint = hook.endpoint();
-    let session = Session { broker, vm, hook };
-    let ended = server::serve(&mut stream, &session, || {
-        hook.mark_connected();
-        broker.audit().connected(vm, endpoint);
-    });
-    let reason = match &ended {
-        Ok(()) => "closed".to_owned(),
-        Err(error) => in_words(error),
-    };
-    broker.audit().disconnected(vm, endpoint, &reason);
+pub(crate) struct Session<'a> {
+    pub(crate) broker: &'a Broker,
+    pub(crate) vm: &'a Vm,
+    pub(crate) hook: &'a Hook,
 }
 
 impl TargetVm for Session<'_> {

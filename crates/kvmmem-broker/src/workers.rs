@@ -1,20 +1,27 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Workers: threads that do what the [`Reactor`](crate::reactor::Reactor) must not wait for.
+//! Workers: threads that do what the [`Reactor`] must not wait for.
 //!
-//! There are as many as there is work, up to a limit. Work for one party (a VM, a user) never takes
-//! more than a share of them: a target whose memory cannot be read holds up itself alone.
+//! A pool has one thread, and more while jobs wait for those that there are. Jobs for one party (a
+//! VM, a user) never take more than a share of them: a target whose memory cannot be read holds up
+//! itself alone. Parties without a thread go first.
 
 use std::collections::{HashMap, VecDeque};
 use std::fmt;
 use std::io;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::Thread;
+use std::time::{Duration, Instant};
+
+use crate::reactor::{Reactor, Token};
 
 /// A worker's stack; little of it is ever touched.
 const STACK: usize = 512 << 10;
 
 /// How long a worker waits for more work before it ends.
 const IDLE: Duration = Duration::from_secs(5);
+
+/// How long a job waits before there is one thread more: most jobs are over before that.
+const GROW: Duration = Duration::from_millis(2);
 
 type Job = Box<dyn FnOnce() + Send>;
 
@@ -23,8 +30,12 @@ type Job = Box<dyn FnOnce() + Send>;
 pub(crate) enum Party {
     /// All VMMs, for what is done for many of them at a time.
     Vmms,
+    /// The target with this number.
+    Target(u64),
     /// The VM with this vsock context id.
     Cid(u32),
+    /// The user with this number.
+    User(u32),
 }
 
 /// A pool of threads. Clones are the same pool.
@@ -37,9 +48,8 @@ struct Shared {
     most: usize,
     /// The most threads that work for one party.
     share: usize,
+    reactor: Reactor,
     pool: Mutex<Pool>,
-    /// Signalled when there is work, or the pool ends.
-    changed: Condvar,
 }
 
 #[derive(Default)]
@@ -48,18 +58,33 @@ struct Pool {
     /// How many threads work for each party.
     busy: HashMap<Party, usize>,
     threads: usize,
-    /// Threads without work.
-    idle: usize,
+    /// Threads without work. The last one gets the next job, so that the others end at some time.
+    idle: Vec<Thread>,
+    /// Calls [`Workers::grow`], where the pool has started.
+    token: Option<Token>,
+    is_growing: bool,
     is_ended: bool,
 }
 
 impl Pool {
-    /// The first job of a party that has not its share of the threads.
+    /// Where in the queue the next job is: the first one of the parties with the fewest threads,
+    /// unless they have their share.
+    fn next(&self, share: usize) -> Option<usize> {
+        let mut best = None;
+        for (index, (party, _)) in self.queue.iter().enumerate() {
+            let busy = self.busy.get(party).copied().unwrap_or(0);
+            if busy < best.map_or(share, |(busy, _)| busy) {
+                best = Some((busy, index));
+            }
+            if busy == 0 {
+                break;
+            }
+        }
+        best.map(|(_, index)| index)
+    }
+
     fn take(&mut self, share: usize) -> Option<(Party, Job)> {
-        let busy = &self.busy;
-        let may_run = |(party, _): &(Party, Job)| busy.get(party).is_none_or(|busy| *busy < share);
-        let index = self.queue.iter().position(may_run)?;
-        let job = self.queue.remove(index)?;
+        let job = self.queue.remove(self.next(share)?)?;
         *self.busy.entry(job.0).or_default() += 1;
         Some(job)
     }
@@ -76,9 +101,9 @@ impl Pool {
 
 impl Workers {
     /// A pool of at most `most` threads of this name, at most `share` of which work for one party.
-    pub(crate) fn new(name: &'static str, most: usize, share: usize) -> Self {
-        let shared = Shared { name, most, share, pool: Mutex::default(), changed: Condvar::new() };
-        Self(Arc::new(shared))
+    pub(crate) fn new(reactor: &Reactor, name: &'static str, most: usize, share: usize) -> Self {
+        let (reactor, pool) = (reactor.clone(), Mutex::default());
+        Self(Arc::new(Shared { name, most, share, reactor, pool }))
     }
 
     /// Starts the thread that stays, unless it runs: from then on jobs are always done.
@@ -87,9 +112,17 @@ impl Workers {
     /// Where no thread can be started.
     pub(crate) fn start(&self) -> io::Result<()> {
         let mut pool = self.lock();
-        if pool.threads == 0 && !pool.is_ended {
-            self.spawn(&mut pool)?;
+        if pool.is_ended || pool.token.is_some() {
+            return Ok(());
         }
+        let workers = Arc::downgrade(&self.0);
+        let token = self.0.reactor.insert(Arc::new(move |_, _, _| {
+            if let Some(shared) = workers.upgrade() {
+                Self(shared).grow();
+            }
+        }))?;
+        self.spawn(&mut pool).inspect_err(|_| self.0.reactor.remove(token))?;
+        pool.token = Some(token);
         Ok(())
     }
 
@@ -100,25 +133,60 @@ impl Workers {
             return;
         }
         pool.queue.push_back((party, Box::new(job)));
-        if pool.queue.len() > pool.idle && pool.threads < self.0.most
-            // Those that there are do it.
-            && let Err(error) = self.spawn(&mut pool)
-        {
-            tracing::debug!(%error, name = self.0.name, "cannot start a worker");
+        if pool.busy.get(&party).is_some_and(|busy| *busy >= self.0.share) {
+            // One of the party's own threads does it.
+            return;
         }
-        drop(pool);
-        self.0.changed.notify_one();
+        match pool.idle.pop() {
+            Some(thread) => thread.unpark(),
+            None => self.grow_later(&mut pool),
+        }
+    }
+
+    /// Whether jobs wait for a thread.
+    pub(crate) fn are_wanted(&self) -> bool {
+        !self.lock().queue.is_empty()
     }
 
     /// Drops all jobs that wait; threads end when they are done with the one that they have.
     pub(crate) fn end(&self) {
         let mut pool = self.lock();
         pool.is_ended = true;
+        pool.idle.drain(..).for_each(|thread| thread.unpark());
+        let token = pool.token.take();
         // What a job drops may use the pool.
         let queue = std::mem::take(&mut pool.queue);
         drop(pool);
         drop(queue);
-        self.0.changed.notify_all();
+        if let Some(token) = token {
+            self.0.reactor.remove(token);
+        }
+    }
+
+    fn grow_later(&self, pool: &mut Pool) {
+        if let Some(token) = pool.token
+            && pool.threads < self.0.most
+            && !std::mem::replace(&mut pool.is_growing, true)
+            // It fails only for file descriptors.
+            && let Err(error) = self.0.reactor.arm(token, None, Some(Instant::now() + GROW))
+        {
+            tracing::error!(%error, name = self.0.name, "no workers are added");
+        }
+    }
+
+    /// Adds a thread where jobs still wait for one.
+    fn grow(&self) {
+        let mut pool = self.lock();
+        pool.is_growing = false;
+        let is_wanted = pool.next(self.0.share).is_some() && pool.idle.is_empty();
+        if pool.is_ended || !is_wanted || pool.threads >= self.0.most {
+            return;
+        }
+        // Those that there are do it, or the next attempt succeeds.
+        if let Err(error) = self.spawn(&mut pool) {
+            tracing::debug!(%error, name = self.0.name, "cannot start a worker");
+        }
+        self.grow_later(&mut pool);
     }
 
     fn spawn(&self, pool: &mut Pool) -> io::Result<()> {
@@ -130,27 +198,32 @@ impl Workers {
     }
 
     fn work(&self) {
+        let me = std::thread::current();
+        let mut idle_since = Instant::now();
         let mut pool = self.lock();
         while !pool.is_ended {
             if let Some((party, job)) = pool.take(self.0.share) {
                 drop(pool);
                 job();
+                idle_since = Instant::now();
                 pool = self.lock();
                 pool.done(party);
-                // What waited for the party's share may run now.
-                if !pool.queue.is_empty() {
-                    self.0.changed.notify_one();
-                }
                 continue;
             }
-            pool.idle += 1;
-            let waited = self.0.changed.wait_timeout(pool, IDLE);
-            let (next, timeout) = waited.unwrap_or_else(PoisonError::into_inner);
-            pool = next;
-            pool.idle -= 1;
-            if timeout.timed_out() && pool.queue.is_empty() && pool.threads > 1 {
+            let left = IDLE.saturating_sub(idle_since.elapsed());
+            let stays = pool.threads == 1;
+            if left.is_zero() && !stays {
                 break;
             }
+            pool.idle.push(me.clone());
+            drop(pool);
+            if stays {
+                std::thread::park();
+            } else {
+                std::thread::park_timeout(left);
+            }
+            pool = self.lock();
+            pool.idle.retain(|thread| thread.id() != me.id());
         }
         pool.threads -= 1;
     }
@@ -169,7 +242,6 @@ impl fmt::Debug for Workers {
 #[cfg(test)]
 mod tests {
     use std::sync::mpsc;
-    use std::time::Instant;
 
     use super::*;
 
@@ -178,7 +250,8 @@ mod tests {
 
     #[test]
     fn one_party_takes_its_share_and_no_more() {
-        let workers = Workers::new("test", 4, 2);
+        let reactor = Reactor::default();
+        let workers = Workers::new(&reactor, "test", 4, 2);
         workers.start().unwrap();
         let (done, are_done) = mpsc::channel();
         let (free, is_free) = mpsc::channel::<()>();
@@ -186,7 +259,7 @@ mod tests {
         // Jobs that do not end.
         for _ in 0..10 {
             let (done, is_free) = (done.clone(), Arc::clone(&is_free));
-            workers.run(Party::Cid(1), move || {
+            workers.run(Party::Target(1), move || {
                 done.send(1).unwrap();
                 let _ = is_free.lock().unwrap().recv();
             });
@@ -194,7 +267,7 @@ mod tests {
         assert_eq!([are_done.recv_timeout(LIMIT), are_done.recv_timeout(LIMIT)], [Ok(1), Ok(1)]);
         for _ in 0..100 {
             let done = done.clone();
-            workers.run(Party::Cid(2), move || done.send(2).unwrap());
+            workers.run(Party::Target(2), move || done.send(2).unwrap());
         }
         for _ in 0..100 {
             assert_eq!(are_done.recv_timeout(LIMIT), Ok(2));
@@ -205,17 +278,34 @@ mod tests {
             assert_eq!(are_done.recv_timeout(LIMIT), Ok(1));
         }
         workers.end();
+        reactor.end();
+    }
+
+    /// Of two parties, the one that has no thread goes first, whatever waits.
+    #[test]
+    fn the_party_with_the_fewest_threads_is_next() {
+        let mut pool = Pool::default();
+        let parties = [1, 1, 1, 2, 1, 2].map(Party::Target);
+        pool.queue.extend(parties.map(|party| (party, Box::new(|| {}) as Job)));
+        let taken: Vec<Party> =
+            std::iter::from_fn(|| pool.take(2)).map(|(party, _)| party).collect();
+        assert_eq!(taken, [1, 2, 1, 2].map(Party::Target));
+        pool.done(Party::Target(1));
+        assert_eq!(pool.take(2).map(|(party, _)| party), Some(Party::Target(1)));
+        assert!(pool.take(2).is_none() && pool.queue.len() == 1);
     }
 
     #[test]
     fn all_but_one_end_when_there_is_no_work() {
-        let workers = Workers::new("test", 8, 8);
+        let reactor = Reactor::default();
+        let workers = Workers::new(&reactor, "test", 8, 8);
+        workers.start().unwrap();
         let (free, is_free) = mpsc::channel::<()>();
         let is_free = Arc::new(Mutex::new(is_free));
         let (begun, have_begun) = mpsc::channel();
         for _ in 0..8 {
             let (begun, is_free) = (begun.clone(), Arc::clone(&is_free));
-            workers.run(Party::Vmms, move || {
+            workers.run(Party::User(0), move || {
                 begun.send(()).unwrap();
                 drop(is_free.lock().map(|is_free| is_free.recv()));
             });
@@ -229,15 +319,16 @@ mod tests {
             std::thread::sleep(Duration::from_millis(5));
         }
         // The last one is there for more.
-        workers.run(Party::Vmms, move || begun.send(()).unwrap());
+        workers.run(Party::User(0), move || begun.send(()).unwrap());
         have_begun.recv_timeout(LIMIT).unwrap();
         let shared = Arc::downgrade(&workers.0);
         workers.end();
-        workers.run(Party::Vmms, || panic!("it has ended"));
+        workers.run(Party::User(0), || panic!("it has ended"));
         drop(workers);
         while shared.strong_count() > 0 {
             assert!(Instant::now() < deadline, "its threads do not end");
             std::thread::sleep(Duration::from_millis(5));
         }
+        reactor.end();
     }
 }

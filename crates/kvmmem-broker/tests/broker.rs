@@ -119,7 +119,7 @@ fn a_tool_reads_and_writes_a_hooked_target() {
     // The target goes: the tool is cut off, and nobody connects any more.
     drop(link);
     assert!(session.is_closed());
-    wait_for("the hook's thread to end", || broker.state.hook_threads() == 0);
+    wait_for("the hook to end", || broker.state.hook_count() == 0);
 }
 
 #[test]

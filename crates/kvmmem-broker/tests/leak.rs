@@ -55,7 +55,7 @@ fn two_hundred_rounds_leave_no_descriptor_and_no_thread() {
         });
         // A hook connects again after the tool has closed, so that the next round could accept what
         // this one left.
-        wait_for("the hooks to end", || broker.state.hook_threads() == 0);
+        wait_for("the hooks to end", || broker.state.hook_count() == 0);
         tool.close_waiting();
     }
     let before = before.unwrap();

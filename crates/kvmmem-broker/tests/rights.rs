@@ -68,7 +68,7 @@ fn a_vmm_hooks_nothing_and_lists_nobody() {
         let is_denied = matches!(answer, FromBroker::Refused { refusal: Refusal::Denied, .. });
         assert!(is_denied, "{words}: {answer:?}");
     }
-    assert_eq!(broker.state.hook_threads(), 0);
+    assert_eq!(broker.state.hook_count(), 0);
 }
 
 #[test]
@@ -144,7 +144,7 @@ fn a_hook_ends_with_the_vm_that_it_was_made_for() {
     assert_eq!(broker.admin().targets().unwrap()[0].hooks.len(), 1);
     drop(lion);
     wait_for("the hook to end", || broker.admin().targets().unwrap()[0].hooks.is_empty());
-    wait_for("its thread to end", || broker.state.hook_threads() == 0);
+    wait_for("the hook to end", || broker.state.hook_count() == 0);
     // The next VM with this context id has no hook that it was not given.
     let _puma = broker.introspector("puma", 7);
     assert!(broker.admin().targets().unwrap().iter().all(|vm| vm.hooks.is_empty()));

@@ -144,6 +144,14 @@ impl ToolHello {
         })
     }
 
+    /// How many bytes an answer has that begins with this size, the size among them.
+    ///
+    /// # Errors
+    /// Where it is not between 24 bytes and 64 KiB.
+    pub fn size(bytes: [u8; 4]) -> Result<usize, HandshakeError> {
+        checked_size(bytes, TOOL_HELLO_SIZE)
+    }
+
     /// The VMM's second step: reads the tool's answer.
     ///
     /// # Errors
@@ -166,13 +174,18 @@ impl ToolHello {
 fn read_sized(stream: &mut impl Read, least: usize) -> Result<Vec<u8>, HandshakeError> {
     let mut size = [0; 4];
     stream.read_exact(&mut size)?;
-    let size = usize::try_from(u32::from_le_bytes(size)).unwrap_or(usize::MAX);
-    if size < least || size > MOST {
-        return Err(HandshakeError::Size { size, least, most: MOST });
-    }
+    let size = checked_size(size, least)?;
     let mut bytes = vec![0; size - size_of::<u32>()];
     stream.read_exact(&mut bytes)?;
     Ok(bytes)
+}
+
+fn checked_size(bytes: [u8; 4], least: usize) -> Result<usize, HandshakeError> {
+    let size = usize::try_from(u32::from_le_bytes(bytes)).unwrap_or(usize::MAX);
+    if size < least || size > MOST {
+        return Err(HandshakeError::Size { size, least, most: MOST });
+    }
+    Ok(size)
 }
 
 /// A wire structure from the bytes after its size: what is missing is zero, what is surplus is

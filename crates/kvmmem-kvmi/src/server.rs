@@ -2,27 +2,37 @@
 //! The VM's side of a connection: handshake, then one reply for each request, until the tool
 //! closes.
 //!
-//! An idle tool is waited for without limit; to stop, shut the socket down from another thread. A
-//! tool that has begun a handshake or a message, or that does not read its replies, has a limited
-//! time to continue ([`Limits`]).
+//! [`Connection`] takes one turn at a time over a socket that need not block, and keeps what has
+//! come of a message and what is left to send between turns. So one thread can serve many tools,
+//! and a tool that is idle or late needs none. [`serve`] is the same for a thread that has nothing
+//! else to do.
+//!
+//! An idle tool may stay for ever. A tool that has begun a handshake or a message, or that does not
+//! read its replies, has a limited time to continue ([`Limits`]).
 
 use std::io::{self, Read, Write};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
-use rustix::net::sockopt::{Timeout, set_socket_timeout};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use rustix::net::{RecvFlags, SendFlags, recv, send};
+use zeroize::Zeroizing;
 
 use crate::command;
 use crate::dispatch::{Dispatcher, RepliesOff, ReplyBuffer, TargetVm};
 use crate::handshake::{HandshakeError, ToolHello, VmHello};
 use crate::message::{HEADER_SIZE, Header, MAX_PAYLOAD};
 
+/// The most reads of one turn.
+const READS: usize = 16;
+
 /// How long the server waits for a tool that is late.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
     /// For the tool's half of the handshake.
     pub handshake: Duration,
-    /// For a message from its first byte to its last, and for a write of a reply.
+    /// For a message from its first byte to its last, and for a reply that the tool does not read.
     pub stall: Duration,
 }
 
@@ -32,40 +42,12 @@ impl Default for Limits {
     }
 }
 
-/// A connected stream socket, blocking.
-pub trait Socket: Read + Write {
-    /// Limits how long a read waits; `None` for ever.
-    ///
-    /// # Errors
-    /// Those of `setsockopt`.
-    fn limit_reads(&self, limit: Option<Duration>) -> io::Result<()>;
-
-    /// Limits how long a write waits.
-    ///
-    /// # Errors
-    /// Those of `setsockopt`.
-    fn limit_writes(&self, limit: Duration) -> io::Result<()>;
-}
-
-impl<S: Read + Write + AsFd> Socket for S {
-    fn limit_reads(&self, limit: Option<Duration>) -> io::Result<()> {
-        Ok(set_socket_timeout(self, Timeout::Recv, limit)?)
-    }
-
-    fn limit_writes(&self, limit: Duration) -> io::Result<()> {
-        Ok(set_socket_timeout(self, Timeout::Send, Some(limit))?)
-    }
-}
-
 /// Why a connection ended other than by the tool closing it between two messages.
 #[derive(Debug, thiserror::Error)]
 pub enum ServeError {
     /// The handshake failed.
     #[error("KVMI handshake failed")]
     Handshake(#[source] HandshakeError),
-    /// The socket's options cannot be set.
-    #[error("cannot limit the waits of the KVMI socket")]
-    Limit(#[source] io::Error),
     /// Reading failed, or the tool stopped in the middle of a message.
     #[error("cannot read from the KVMI socket")]
     Read(#[source] io::Error),
@@ -90,77 +72,265 @@ pub enum ServeError {
     RepliesOff(#[source] RepliesOff),
 }
 
+/// How a turn ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Turn {
+    /// There may be more to do at once.
+    More,
+    /// The tool has sent nothing more. The deadline is for a message that has begun.
+    Read(Option<Instant>),
+    /// The tool has to read before the deadline.
+    Write(Instant),
+    /// The tool has closed.
+    Closed,
+}
+
+/// What a turn works with; any turn of any connection can have it.
+#[derive(Default)]
+pub struct Workspace {
+    inbox: Inbox,
+    reply: ReplyBuffer,
+}
+
+/// A connection between two turns.
+#[derive(Debug)]
+pub struct Connection {
+    limits: Limits,
+    stage: Stage,
+    dispatcher: Dispatcher,
+    /// What has come of a message that is not complete, or cannot be answered yet.
+    received: Vec<u8>,
+    /// What the tool has not read yet.
+    unsent: Zeroizing<Vec<u8>>,
+    /// When what has begun must be over.
+    deadline: Option<Instant>,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Stage {
+    /// The tool's hello has not begun.
+    Hello,
+    /// So many bytes of it are missing.
+    HelloLeft(usize),
+    Serving,
+}
+
+impl Connection {
+    /// Begins the handshake for a VM.
+    pub fn new(vm: &impl TargetVm, limits: Limits) -> Self {
+        let name = vm.name().to_owned();
+        let hello = VmHello { uuid: vm.uuid(), start_time_ms: vm.start_time_ms(), name };
+        Self {
+            limits,
+            stage: Stage::Hello,
+            dispatcher: Dispatcher::default(),
+            received: Vec::new(),
+            unsent: hello.encode().to_vec().into(),
+            deadline: Some(Instant::now() + limits.handshake),
+        }
+    }
+
+    /// Whether the handshake is done.
+    pub fn is_greeted(&self) -> bool {
+        matches!(self.stage, Stage::Serving)
+    }
+
+    /// Answers what has come, and reads more a limited number of times. The turn ends where the
+    /// stream would block, and with the handshake.
+    ///
+    /// # Errors
+    /// Why the connection has to end before the tool closes it.
+    pub fn turn(
+        &mut self,
+        stream: &mut (impl Read + Write),
+        vm: &impl TargetVm,
+        space: &mut Workspace,
+    ) -> Result<Turn, ServeError> {
+        if !self.unsent.is_empty() {
+            let unsent = std::mem::take(&mut self.unsent);
+            if !self.send(stream, &unsent)? {
+                return self.wait_writable();
+            }
+            if self.is_greeted() {
+                self.deadline = None;
+            }
+        }
+        space.inbox.load(&self.received);
+        let turn = self.exchange(stream, vm, space);
+        // An idle connection keeps no memory.
+        self.received = space.inbox.waiting().to_vec();
+        turn
+    }
+
+    fn exchange(
+        &mut self,
+        stream: &mut (impl Read + Write),
+        vm: &impl TargetVm,
+        space: &mut Workspace,
+    ) -> Result<Turn, ServeError> {
+        let Workspace { inbox, reply } = space;
+        for _ in 0..READS {
+            if self.greet(inbox)? {
+                return Ok(Turn::More);
+            }
+            while self.is_greeted()
+                && let Some((header, payload)) = inbox.next()?
+            {
+                self.deadline = None;
+                let answer = self.dispatcher.answer(vm, header, payload, reply);
+                let is_sent = match answer.map_err(ServeError::RepliesOff)? {
+                    Some(bytes) => self.send(stream, bytes)?,
+                    None => true,
+                };
+                if header.id.get() == command::GET_MAP_TOKEN {
+                    reply.wipe();
+                }
+                if !is_sent {
+                    return self.wait_writable();
+                }
+            }
+            match inbox.fill(stream) {
+                Ok(0) if !self.is_greeted() => {
+                    return Err(self.late(io::ErrorKind::UnexpectedEof.into()));
+                }
+                Ok(0) if inbox.waiting().is_empty() => return Ok(Turn::Closed),
+                Ok(0) => return Err(ServeError::Truncated),
+                Ok(_) => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    if self.deadline.is_none() && !inbox.waiting().is_empty() {
+                        self.deadline = Some(Instant::now() + self.limits.stall);
+                    }
+                    if self.is_late() {
+                        return Err(self.late(io::ErrorKind::TimedOut.into()));
+                    }
+                    return Ok(Turn::Read(self.deadline));
+                }
+                Err(error) => return Err(self.late(error)),
+            }
+        }
+        // One that drips is late at some time too.
+        if self.is_late() {
+            return Err(self.late(io::ErrorKind::TimedOut.into()));
+        }
+        Ok(Turn::More)
+    }
+
+    /// Takes what has come of the tool's hello; whether that ends the handshake. No cookie is
+    /// configured on this side, so any hash will do, as with QEMU.
+    fn greet(&mut self, inbox: &mut Inbox) -> Result<bool, ServeError> {
+        if let (Stage::Hello, Some(size)) = (self.stage, inbox.waiting().first_chunk()) {
+            self.stage = Stage::HelloLeft(ToolHello::size(*size).map_err(ServeError::Handshake)?);
+        }
+        let Stage::HelloLeft(left) = self.stage else { return Ok(false) };
+        self.stage = match left - inbox.skip(left) {
+            0 => Stage::Serving,
+            left => Stage::HelloLeft(left),
+        };
+        let is_done = self.is_greeted();
+        if is_done {
+            self.deadline = None;
+        }
+        Ok(is_done)
+    }
+
+    /// Sends bytes, and keeps those that the tool does not take; whether it has taken all.
+    fn send(&mut self, stream: &mut impl Write, mut bytes: &[u8]) -> Result<bool, ServeError> {
+        while !bytes.is_empty() {
+            match stream.write(bytes) {
+                Ok(0) => return Err(ServeError::Write(io::ErrorKind::WriteZero.into())),
+                Ok(count) => bytes = bytes.get(count..).unwrap_or_default(),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    self.unsent = bytes.to_vec().into();
+                    return Ok(false);
+                }
+                Err(error) => return Err(ServeError::Write(error)),
+            }
+        }
+        Ok(true)
+    }
+
+    fn wait_writable(&mut self) -> Result<Turn, ServeError> {
+        let deadline = *self.deadline.get_or_insert_with(|| Instant::now() + self.limits.stall);
+        if self.is_late() {
+            return Err(ServeError::Write(io::ErrorKind::TimedOut.into()));
+        }
+        Ok(Turn::Write(deadline))
+    }
+
+    fn is_late(&self) -> bool {
+        self.deadline.is_some_and(|deadline| deadline <= Instant::now())
+    }
+
+    /// Of a failed read.
+    fn late(&self, error: io::Error) -> ServeError {
+        if self.is_greeted() {
+            ServeError::Read(error)
+        } else {
+            ServeError::Handshake(HandshakeError::Io(error))
+        }
+    }
+}
+
 /// Greets the tool and serves it until it closes.
-///
-/// `connected` is called once the handshake is done.
 ///
 /// # Errors
 /// Why the connection had to end before the tool closed it.
-pub fn serve<S: Socket>(
-    stream: &mut S,
-    vm: &impl TargetVm,
-    connected: impl FnOnce(),
-) -> Result<(), ServeError> {
-    serve_within(Limits::default(), stream, vm, connected)
+pub fn serve(stream: &impl AsFd, vm: &impl TargetVm) -> Result<(), ServeError> {
+    serve_within(Limits::default(), stream, vm)
 }
 
 /// As [`serve`], with other limits than the protocol's usual ones.
 ///
 /// # Errors
 /// Why the connection had to end before the tool closed it.
-pub fn serve_within<S: Socket>(
+pub fn serve_within(
     limits: Limits,
-    stream: &mut S,
+    stream: &impl AsFd,
     vm: &impl TargetVm,
-    connected: impl FnOnce(),
 ) -> Result<(), ServeError> {
-    stream.limit_writes(limits.stall).map_err(ServeError::Limit)?;
-    greet(stream, vm, limits.handshake).map_err(ServeError::Handshake)?;
-    stream.limit_reads(None).map_err(ServeError::Limit)?;
-    connected();
-
-    let mut inbox = Inbox::new(limits.stall);
-    let mut dispatcher = Dispatcher::default();
-    let mut reply = ReplyBuffer::default();
-    while let Some((header, payload)) = inbox.next(stream)? {
-        let bytes =
-            dispatcher.answer(vm, header, payload, &mut reply).map_err(ServeError::RepliesOff)?;
-        if let Some(bytes) = bytes {
-            stream.write_all(bytes).map_err(ServeError::Write)?;
-        }
-        if header.id.get() == command::GET_MAP_TOKEN {
-            reply.wipe();
+    let mut connection = Connection::new(vm, limits);
+    let mut space = Workspace::default();
+    loop {
+        let socket = &mut Socket { fd: stream.as_fd(), waits: false };
+        let (flags, deadline) = match connection.turn(socket, vm, &mut space)? {
+            Turn::More => continue,
+            Turn::Read(deadline) => (PollFlags::IN, deadline),
+            Turn::Write(deadline) => (PollFlags::OUT, Some(deadline)),
+            Turn::Closed => return Ok(()),
+        };
+        let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+        let left = left.and_then(|left| Timespec::try_from(left).ok());
+        match poll(&mut [PollFd::new(stream, flags)], left.as_ref()) {
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(error) => return Err(connection.late(error.into())),
         }
     }
-    Ok(())
 }
 
-fn greet<S: Socket>(
-    stream: &mut S,
-    vm: &impl TargetVm,
-    limit: Duration,
-) -> Result<(), HandshakeError> {
-    let hello =
-        VmHello { uuid: vm.uuid(), start_time_ms: vm.start_time_ms(), name: vm.name().to_owned() };
-    hello.send(stream)?;
-    // No cookie is configured on this side, so any hash will do, as with QEMU.
-    ToolHello::receive(&mut Deadline { stream, end: Instant::now() + limit }).map(|_| ())
+/// A connected stream socket, for one turn.
+#[derive(Debug)]
+pub struct Socket<'a> {
+    /// The socket.
+    pub fd: BorrowedFd<'a>,
+    /// Whether reads wait, as long as the socket's options say.
+    pub waits: bool,
 }
 
-/// Reads that together end at a point in time.
-struct Deadline<'s, S> {
-    stream: &'s mut S,
-    end: Instant,
-}
-
-impl<S: Socket> Read for Deadline<'_, S> {
+impl Read for Socket<'_> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let left = self.end.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            return Err(io::ErrorKind::TimedOut.into());
-        }
-        self.stream.limit_reads(Some(left))?;
-        self.stream.read(buffer)
+        let flags = if self.waits { RecvFlags::empty() } else { RecvFlags::DONTWAIT };
+        Ok(recv(self.fd, buffer, flags).map(|(count, _)| count)?)
+    }
+}
+
+impl Write for Socket<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        Ok(send(self.fd, bytes, SendFlags::DONTWAIT | SendFlags::NOSIGNAL)?)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
     }
 }
 
@@ -170,64 +340,65 @@ struct Inbox {
     bytes: Box<[u8; HEADER_SIZE + MAX_PAYLOAD]>,
     start: usize,
     end: usize,
-    /// How long a message may take from its first byte to its last.
-    stall: Duration,
+}
+
+impl Default for Inbox {
+    fn default() -> Self {
+        Self { bytes: Box::new([0; HEADER_SIZE + MAX_PAYLOAD]), start: 0, end: 0 }
+    }
 }
 
 impl Inbox {
-    fn new(stall: Duration) -> Self {
-        Self { bytes: Box::new([0; HEADER_SIZE + MAX_PAYLOAD]), start: 0, end: 0, stall }
+    /// Holds these bytes alone, which are no more than fit.
+    fn load(&mut self, bytes: &[u8]) {
+        self.start = 0;
+        self.end = 0;
+        for (to, from) in self.bytes.iter_mut().zip(bytes) {
+            *to = *from;
+            self.end += 1;
+        }
     }
 
-    /// The next message; `None` when the tool has closed between two.
-    fn next<S: Socket>(&mut self, stream: &mut S) -> Result<Option<(Header, &[u8])>, ServeError> {
-        let mut begun = None;
-        let header = loop {
-            let waiting = self.bytes.get(self.start..self.end).unwrap_or_default();
-            if let Some(header) = Header::parse(waiting) {
-                let size = usize::from(header.size.get());
-                if size > MAX_PAYLOAD {
-                    return Err(ServeError::TooLong {
-                        id: header.id.get(),
-                        size: header.size.get(),
-                    });
-                }
-                if waiting.len() >= HEADER_SIZE + size {
-                    break header;
-                }
-            }
-            let partial = !waiting.is_empty();
-            if partial {
-                let end = *begun.get_or_insert_with(|| Instant::now() + self.stall);
-                if self.fill(&mut Deadline { stream, end })? == 0 {
-                    return Err(ServeError::Truncated);
-                }
-            } else if self.fill(stream)? == 0 {
-                return Ok(None);
-            }
-        };
-        if begun.is_some() {
-            stream.limit_reads(None).map_err(ServeError::Limit)?;
+    fn waiting(&self) -> &[u8] {
+        self.bytes.get(self.start..self.end).unwrap_or_default()
+    }
+
+    /// Drops at most `count` bytes; returns how many.
+    fn skip(&mut self, count: usize) -> usize {
+        let count = count.min(self.end - self.start);
+        self.start += count;
+        count
+    }
+
+    /// The next message, where all of it has come.
+    fn next(&mut self) -> Result<Option<(Header, &[u8])>, ServeError> {
+        let Some(header) = Header::parse(self.waiting()) else { return Ok(None) };
+        let size = header.size.get();
+        if usize::from(size) > MAX_PAYLOAD {
+            return Err(ServeError::TooLong { id: header.id.get(), size });
         }
         let payload = self.start + HEADER_SIZE;
-        self.start = payload + usize::from(header.size.get());
-        Ok(Some((header, self.bytes.get(payload..self.start).unwrap_or_default())))
+        let end = payload + usize::from(size);
+        if end > self.end {
+            return Ok(None);
+        }
+        self.start = end;
+        Ok(Some((header, self.bytes.get(payload..end).unwrap_or_default())))
     }
 
     /// Reads what has come behind what waits already; 0 at the end of the stream.
-    fn fill(&mut self, stream: &mut impl Read) -> Result<usize, ServeError> {
+    fn fill(&mut self, stream: &mut impl Read) -> io::Result<usize> {
         self.bytes.copy_within(self.start..self.end, 0);
         self.end -= self.start;
         self.start = 0;
-        let room = self.bytes.get_mut(self.end..).unwrap_or_default();
         loop {
-            match stream.read(room) {
+            match stream.read(self.bytes.get_mut(self.end..).unwrap_or_default()) {
                 Ok(count) => {
                     self.end += count;
                     return Ok(count);
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(ServeError::Read(error)),
+                Err(error) => return Err(error),
             }
         }
     }

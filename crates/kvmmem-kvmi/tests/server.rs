@@ -3,6 +3,7 @@
 
 use std::io::{Read, Write};
 use std::net::Shutdown;
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Mutex;
 use std::thread;
@@ -13,7 +14,8 @@ use kvmmem_kvmi::dispatch::{Dispatcher, ReplyBuffer, TargetVm};
 use kvmmem_kvmi::message::Header;
 use kvmmem_kvmi::reply::{PhysicalSlot, Version};
 use kvmmem_kvmi::request::Request;
-use kvmmem_kvmi::server::{Limits, ServeError, serve, serve_within};
+use kvmmem_kvmi::server::{Connection, Limits, ServeError, Socket, Turn, Workspace};
+use kvmmem_kvmi::server::{serve, serve_within};
 use kvmmem_kvmi::token::Token;
 use proptest::prelude::*;
 use zerocopy::IntoBytes;
@@ -84,9 +86,9 @@ impl TargetVm for Vm {
 /// Serves a VM; returns what the tool got after the handshake, and how the connection ended for the
 /// server.
 fn talk(requests: &[u8]) -> (Vec<u8>, Result<(), ServeError>) {
-    let (mut ours, mut tools) = UnixStream::pair().unwrap();
+    let (ours, mut tools) = UnixStream::pair().unwrap();
     thread::scope(|scope| {
-        let server = scope.spawn(move || serve(&mut ours, &Vm::default(), || {}));
+        let server = scope.spawn(move || serve(&ours, &Vm::default()));
         let mut hello = [0; 96];
         tools.read_exact(&mut hello).unwrap();
         assert_eq!(&hello[32..38], b"tiger\0");
@@ -308,9 +310,9 @@ fn a_broken_stream_is_closed() {
 
 #[test]
 fn a_shut_down_socket_ends_the_server() {
-    let (mut ours, mut tools) = UnixStream::pair().unwrap();
+    let (ours, mut tools) = UnixStream::pair().unwrap();
     let stop = ours.try_clone().unwrap();
-    let server = thread::spawn(move || serve(&mut ours, &Vm::default(), || {}));
+    let server = thread::spawn(move || serve(&ours, &Vm::default()));
     let mut answer = [0; 24];
     answer[0] = 24;
     tools.write_all(&answer).unwrap();
@@ -322,9 +324,9 @@ fn a_shut_down_socket_ends_the_server() {
 
 #[test]
 fn a_tool_that_drips_its_handshake_is_cut_off() {
-    let (mut ours, mut tools) = UnixStream::pair().unwrap();
+    let (ours, mut tools) = UnixStream::pair().unwrap();
     let limits = Limits { handshake: Duration::from_millis(100), ..Limits::default() };
-    let server = thread::spawn(move || serve_within(limits, &mut ours, &Vm::default(), || {}));
+    let server = thread::spawn(move || serve_within(limits, &ours, &Vm::default()));
     // Each byte comes in time, all of them together do not: the size says that 64 KiB follow.
     let drip = [&[0u8, 0, 1, 0][..], &[0; 0xffff - 4]].concat();
     let sent = drip.iter().take_while(|byte| {
@@ -338,9 +340,9 @@ fn a_tool_that_drips_its_handshake_is_cut_off() {
 
 #[test]
 fn a_tool_that_stops_within_a_message_is_cut_off() {
-    let (mut ours, mut tools) = UnixStream::pair().unwrap();
+    let (ours, mut tools) = UnixStream::pair().unwrap();
     let limits = Limits { stall: Duration::from_millis(100), ..Limits::default() };
-    let server = thread::spawn(move || serve_within(limits, &mut ours, &Vm::default(), || {}));
+    let server = thread::spawn(move || serve_within(limits, &ours, &Vm::default()));
     tools.write_all(&[&[24u8][..], &[0; 23], &[2, 0, 0]].concat()).unwrap();
     let ended = server.join().unwrap();
     assert!(matches!(ended, Err(ServeError::Read(_))), "{ended:?}");
@@ -348,9 +350,9 @@ fn a_tool_that_stops_within_a_message_is_cut_off() {
 
 #[test]
 fn a_message_may_come_in_pieces() {
-    let (mut ours, mut tools) = UnixStream::pair().unwrap();
+    let (ours, mut tools) = UnixStream::pair().unwrap();
     thread::scope(|scope| {
-        scope.spawn(move || serve(&mut ours, &Vm::default(), || {}).unwrap());
+        scope.spawn(move || serve(&ours, &Vm::default()).unwrap());
         let requests =
             [vec![24], vec![0; 23], message(17, 1, &physical(0, 2)), message(29, 2, &[])].concat();
         for piece in requests.chunks(5) {
@@ -365,6 +367,93 @@ fn a_message_may_come_in_pieces() {
             [reply(17, 1, 0, &[0x5a; 2]), reply(29, 2, 0, &[3, 0, 0, 0, 0, 0, 0, 0])].concat()
         );
     });
+}
+
+/// A tool that has had its handshake, and the server's side of its connection.
+fn greeted(vm: &Vm, space: &mut Workspace) -> (UnixStream, UnixStream, Connection) {
+    let (ours, mut tools) = UnixStream::pair().unwrap();
+    let mut connection = Connection::new(vm, Limits::default());
+    tools.write_all(&[&[24][..], &[0; 23]].concat()).unwrap();
+    assert_eq!(turn(&mut connection, &ours, vm, space), Turn::More);
+    assert!(connection.is_greeted());
+    tools.read_exact(&mut [0; 96]).unwrap();
+    (ours, tools, connection)
+}
+
+fn turn(connection: &mut Connection, ours: &UnixStream, vm: &Vm, space: &mut Workspace) -> Turn {
+    connection.turn(&mut Socket { fd: ours.as_fd(), waits: false }, vm, space).unwrap()
+}
+
+#[test]
+fn one_thread_serves_a_tool_while_another_is_late() {
+    let (vm, mut space) = (Vm::default(), Workspace::default());
+    let (late_ours, mut late, mut waits) = greeted(&vm, &mut space);
+    let request = message(17, 1, &physical(0, 2));
+    late.write_all(&request[..9]).unwrap();
+    let Turn::Read(Some(deadline)) = turn(&mut waits, &late_ours, &vm, &mut space) else {
+        panic!("a message that has begun has a deadline");
+    };
+    let (ours, mut tools, mut connection) = greeted(&vm, &mut space);
+    for seq in 0..3 {
+        tools.write_all(&message(17, seq, &physical(0x2000, 8))).unwrap();
+        assert_eq!(turn(&mut connection, &ours, &vm, &mut space), Turn::Read(None));
+        let mut got = [0; 24];
+        tools.read_exact(&mut got).unwrap();
+        assert_eq!(got[..], reply(17, seq, 0, &[0x5a; 8]));
+    }
+    // More of it does not prolong the time that there is for all of it.
+    late.write_all(&request[9..12]).unwrap();
+    assert_eq!(turn(&mut waits, &late_ours, &vm, &mut space), Turn::Read(Some(deadline)));
+    late.write_all(&request[12..]).unwrap();
+    assert_eq!(turn(&mut waits, &late_ours, &vm, &mut space), Turn::Read(None));
+    let mut got = [0; 18];
+    late.read_exact(&mut got).unwrap();
+    assert_eq!(got[..], reply(17, 1, 0, &[0x5a; 2]));
+}
+
+#[test]
+fn replies_wait_for_a_tool_that_does_not_read() {
+    const COUNT: u32 = 600;
+    let (vm, mut space) = (Vm::default(), Workspace::default());
+    let (ours, mut tools, mut connection) = greeted(&vm, &mut space);
+    // What they ask for is more than a socket holds; the requests are less.
+    let requests: Vec<u8> =
+        (0..COUNT).flat_map(|seq| message(17, seq, &physical(0x2000, 4096))).collect();
+    tools.write_all(&requests).unwrap();
+    let deadline = loop {
+        match turn(&mut connection, &ours, &vm, &mut space) {
+            Turn::More => {}
+            Turn::Write(deadline) => break deadline,
+            other => panic!("{other:?}"),
+        }
+    };
+    // It reads nothing more meanwhile.
+    assert_eq!(turn(&mut connection, &ours, &vm, &mut space), Turn::Write(deadline));
+    tools.set_nonblocking(true).unwrap();
+    let mut got = Vec::new();
+    let whole = 16 + 4096;
+    while got.len() < whole * COUNT as usize {
+        let mut piece = [0; 1 << 16];
+        match tools.read(&mut piece) {
+            Ok(count) => got.extend_from_slice(&piece[..count]),
+            Err(error) => assert_eq!(error.kind(), std::io::ErrorKind::WouldBlock),
+        }
+        turn(&mut connection, &ours, &vm, &mut space);
+    }
+    for (seq, got) in (0..).zip(got.chunks(whole)) {
+        assert_eq!(*got, reply(17, seq, 0, &[0x5a; 4096]));
+    }
+}
+
+#[test]
+fn a_tool_that_never_reads_is_cut_off() {
+    let limits = Limits { stall: Duration::from_millis(50), ..Limits::default() };
+    let (ours, mut tools) = UnixStream::pair().unwrap();
+    let server = thread::spawn(move || serve_within(limits, &ours, &Vm::default()));
+    let requests = message(17, 1, &physical(0x2000, 4096)).repeat(600);
+    tools.write_all(&[&[24][..], &[0; 23], &requests].concat()).unwrap();
+    let ended = server.join().unwrap();
+    assert!(matches!(ended, Err(ServeError::Write(_))), "{ended:?}");
 }
 
 /// A message that is more likely than chance to mean something.

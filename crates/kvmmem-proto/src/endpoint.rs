@@ -3,13 +3,13 @@
 
 use std::fmt;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use serde::{Deserialize, Serialize};
-use vsock::VsockStream;
+use vsock::{VsockAddr, VsockStream};
 
 /// The longest path of a unix socket, bytes (`sun_path` less its NUL).
 const MAX_PATH: usize = 107;
@@ -101,14 +101,37 @@ pub fn connect(endpoint: &Endpoint) -> io::Result<OwnedFd> {
         Endpoint::Vsock { cid, port } => {
             Ok(VsockStream::connect_with_cid_port(*cid, *port)?.into())
         }
+        Endpoint::Unix(_) => {
+            let (socket, _) = begin(endpoint)?;
+            rustix::io::ioctl_fionbio(&socket, false)?;
+            Ok(socket)
+        }
+    }
+}
+
+/// Begins to connect a stream socket to an endpoint; whether that is done already. It waits for
+/// nothing but the path of a unix socket to be found. The socket does not block.
+///
+/// # Errors
+/// Those of `socket` and `connect`.
+pub fn begin(endpoint: &Endpoint) -> io::Result<(OwnedFd, bool)> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    match endpoint {
+        Endpoint::Vsock { cid, port } => {
+            let socket =
+                rustix::net::socket_with(AddressFamily::VSOCK, SocketType::STREAM, flags, None)?;
+            match nix::sys::socket::connect(socket.as_raw_fd(), &VsockAddr::new(*cid, *port)) {
+                Ok(()) => Ok((socket, true)),
+                Err(nix::Error::EINPROGRESS) => Ok((socket, false)),
+                Err(error) => Err(error.into()),
+            }
+        }
         Endpoint::Unix(path) => {
             let address = SocketAddrUnix::new(path)?;
-            let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
             let socket =
                 rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
             rustix::net::connect(&socket, &address)?;
-            rustix::io::ioctl_fionbio(&socket, false)?;
-            Ok(socket)
+            Ok((socket, true))
         }
     }
 }

@@ -89,8 +89,8 @@ fn with_session(test: impl FnOnce(&mut Session)) {
     let path = dir.path().join("tool.sock");
     let listener = Listener::bind(&Endpoint::Unix(path.clone())).unwrap();
     let server = thread::spawn(move || {
-        let mut stream = UnixStream::connect(path).unwrap();
-        serve(&mut stream, &Vm::new(), || {})
+        let stream = UnixStream::connect(path).unwrap();
+        serve(&stream, &Vm::new())
     });
     let mut session = listener.accept(PATIENCE).unwrap();
     test(&mut session);

@@ -16,8 +16,8 @@ use crate::core::policy::MAX_POLICIES;
 use crate::registry::MAX_VMS;
 use crate::server::MAX_CONNECTIONS;
 
-/// The most hooks of all targets: each has a thread.
-pub const MAX_HOOKS: usize = 128;
+/// The most hooks of all targets.
+pub const MAX_HOOKS: usize = 4096;
 
 /// The most channels for copies of all views: each has a thread.
 pub const MAX_CHANNELS: usize = 256;

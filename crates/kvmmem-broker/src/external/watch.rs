@@ -165,7 +165,8 @@ mod tests {
 
     /// A watch, and what ends it.
     fn watch() -> (Watch, impl Fn()) {
-        let (reactor, workers) = (Reactor::default(), Workers::new("test", 2, 2));
+        let reactor = Reactor::default();
+        let workers = Workers::new(&reactor, "test", 2, 2);
         let watch = Watch::new(&reactor, &workers);
         let end = move || {
             reactor.end();

@@ -1,0 +1,128 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! What the broker needs no thread for. Threads are counted by their names, so all tests of this
+//! program run one after the other.
+
+mod common;
+
+use std::io::Write;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use common::{TestBroker, Tool, ToolSession, wait_for};
+use kvmmem_client::vmm::VmmLink;
+use kvmmem_kvmi::request::Request;
+use kvmmem_proto::endpoint::Endpoint;
+
+static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+
+/// Waits until no other broker has threads, and has them to itself.
+fn alone() -> MutexGuard<'static, ()> {
+    let guard = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+    wait_for("all threads to end", || threads("session") + threads("reactor") == 0);
+    guard
+}
+
+/// How many threads of this process have a name.
+fn threads(name: &str) -> usize {
+    let names = std::fs::read_dir("/proc/self/task").unwrap();
+    names
+        .filter_map(|task| std::fs::read_to_string(task.unwrap().path().join("comm")).ok())
+        .filter(|comm| comm.trim_end() == name)
+        .count()
+}
+
+/// Targets with a tool hooked to each, which is connected.
+fn hooked(broker: &TestBroker, count: usize) -> (Vec<VmmLink>, Vec<Tool>, Vec<ToolSession>) {
+    let mut admin = broker.admin();
+    let (mut links, mut tools, mut sessions) = (Vec::new(), Vec::new(), Vec::new());
+    for n in 0..count {
+        links.push(broker.target(&format!("vm-{n}")));
+        let tool = Tool::listen(broker, &format!("tool-{n}.sock"));
+        admin.hook(&format!("vm-{n}"), &tool.endpoint).unwrap();
+        sessions.push(tool.accept());
+        tools.push(tool);
+    }
+    (links, tools, sessions)
+}
+
+#[test]
+fn hooks_that_wait_have_no_thread() {
+    let _alone = alone();
+    let broker = TestBroker::start();
+    let (_links, tools, mut sessions) = hooked(&broker, 30);
+    let mut admin = broker.admin();
+    for n in 0..120 {
+        let endpoint = Endpoint::Unix(broker.directory.path().join(format!("none-{n}.sock")));
+        admin.hook(&format!("vm-{}", n % 30), &endpoint).unwrap();
+    }
+    assert_eq!(broker.state.hook_count(), 150);
+    // Those that were needed meanwhile end. At most four at a time look for the tools of one user.
+    wait_for("idle threads to end", || threads("session") <= 6);
+    assert_eq!(threads("reactor"), 1);
+    for session in &mut sessions {
+        assert!(session.ask(Request::GetVersion).is_ok());
+    }
+    // A tool that begins to listen is found, and one that comes back is found again.
+    let late = Tool::listen(&broker, "none-7.sock");
+    assert!(late.accept().ask(Request::GetVersion).is_ok());
+    drop(sessions);
+    assert!(tools.iter().all(|tool| tool.accept().ask(Request::GetVersion).is_ok()));
+    drop(broker);
+    wait_for("all threads to end", || threads("session") + threads("reactor") == 0);
+}
+
+/// With a thread for each of these that it holds, the last ones would be served only when the first
+/// ones have been cut off.
+#[test]
+fn a_tool_that_sends_half_a_message_holds_no_thread() {
+    let _alone = alone();
+    let broker = TestBroker::start();
+    let (_links, _tools, mut sessions) = hooked(&broker, 100);
+    let mut request = Vec::new();
+    Request::ReadPhysical { gpa: 0, size: 8 }.encode(1, &mut request).unwrap();
+    let (half, rest) = request.split_at(11);
+    sessions.iter_mut().for_each(|session| session.stream.write_all(half).unwrap());
+    for session in sessions.iter_mut().rev() {
+        session.stream.write_all(rest).unwrap();
+        let mut reply = [0; 24];
+        std::io::Read::read_exact(&mut session.stream, &mut reply).unwrap();
+    }
+}
+
+#[test]
+fn a_tool_that_asks_without_end_holds_up_no_other() {
+    let _alone = alone();
+    let broker = TestBroker::start();
+    // More than there are workers.
+    let (_links, _tools, mut sessions) = hooked(&broker, 60);
+    let mut quiet = sessions.pop().unwrap();
+    let stop = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let mut readers = Vec::new();
+        for session in &sessions {
+            let (mut writer, mut reader) =
+                (session.stream.try_clone().unwrap(), session.stream.try_clone().unwrap());
+            let stop = &stop;
+            scope.spawn(move || {
+                let mut request = Vec::new();
+                Request::ReadPhysical { gpa: 0, size: 4096 }.encode(1, &mut request).unwrap();
+                let requests = request.repeat(100);
+                while !stop.load(std::sync::atomic::Ordering::Relaxed) {
+                    if writer.write_all(&requests).is_err() {
+                        return;
+                    }
+                }
+            });
+            readers.push(scope.spawn(move || {
+                while std::io::Read::read(&mut reader, &mut [0; 1 << 16]).is_ok_and(|n| n > 0) {}
+            }));
+        }
+        for _ in 0..20 {
+            assert!(quiet.ask(Request::GetVersion).is_ok());
+        }
+        assert!(threads("session") <= 48);
+        stop.store(true, std::sync::atomic::Ordering::Relaxed);
+        sessions.iter().for_each(|session| {
+            session.stream.shutdown(std::net::Shutdown::Both).unwrap();
+        });
+    });
+}
