@@ -113,7 +113,7 @@ impl Bytes {
     /// Up to [`KEY`] bytes in a row, the rarest ones of which no bit may be anything but the case of
     /// a letter, and the place of the first.
     pub(super) fn key(&self) -> Option<(usize, Vec<u8>)> {
-        let byte = |byte: &Masked| match byte.mask {
+        let byte = |byte: &MaskedByte| match byte.mask {
             0xff => Some(byte.value.to_ascii_lowercase()),
             mask if mask == !CASE => Some(byte.value | CASE).filter(u8::is_ascii_lowercase),
             _ => None,
