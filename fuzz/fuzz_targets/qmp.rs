@@ -64,7 +64,7 @@ fn ask(mut qmp: Qmp) {
     }
     // The rest comes as events to a monitor, which notices the end.
     let path = qmp.path().to_owned();
-    let monitor = Monitor::new(path, Some(qmp), || None, Duration::from_secs(1));
+    let monitor = Monitor::new(path, Some(qmp), || None, Duration::from_secs(1), Box::new(|_| Ok(())));
     monitor.send("query-status", &json!({}), |_| {});
     while monitor.is_up() {
         monitor.step();

@@ -34,6 +34,9 @@ use crate::workers::Workers;
 /// The most VMs in one answer to a list request; keeps it within a packet.
 const PAGE: usize = 16;
 
+/// Threads that handle the ends of targets' VMMs, and of introspectors'.
+const ENDS: usize = 2;
+
 /// The most threads that ask VMMs.
 const SERVICES: usize = 32;
 
@@ -70,7 +73,9 @@ pub struct Broker {
     state: State,
     audit: Audit,
     reactor: Reactor,
-    /// For what may take seconds: it asks VMMs and guests.
+    /// For what follows from the ends of VMMs.
+    ends: Workers,
+    /// For what asks VMMs, and may take seconds.
     services: Workers,
     /// For the hooks' connections.
     sessions: Workers,
@@ -124,7 +129,7 @@ impl Broker {
     /// A broker that knows no VM.
     pub fn new(limits: Limits) -> Self {
         let reactor = Reactor::default();
-        let services = Workers::new(&reactor, "service", SERVICES, SHARE);
+        let ends = Workers::new(&reactor, "vmm-watch", ENDS, ENDS);
         Self {
             limits,
             ahead: AtomicU64::new(0),
@@ -133,21 +138,27 @@ impl Broker {
             confirmed: Condvar::new(),
             peers: Mutex::default(),
             hooks: Mutex::new(Quota::new(limits.hooks)),
-            external: Watch::new(&reactor, &services),
+            external: Watch::new(&reactor, &ends),
             adding: Mutex::default(),
             buffers: Buffers::default(),
             channels: Mutex::new(Quota::new(limits.channels)),
-            introspectors: Introspectors::new(&reactor, &services),
+            introspectors: Introspectors::new(&reactor, &ends),
             state: State::default(),
             audit: Audit::default(),
             sessions: Workers::new(&reactor, "session", SESSIONS, SHARE),
+            services: Workers::new(&reactor, "service", SERVICES, SHARE),
+            ends,
             reactor,
-            services,
         }
     }
 
     pub(crate) fn reactor(&self) -> &Reactor {
         &self.reactor
+    }
+
+    /// The threads that ask VMMs.
+    pub(crate) fn services(&self) -> &Workers {
+        &self.services
     }
 
     /// The threads that serve hooks.
@@ -485,6 +496,7 @@ impl Drop for Broker {
         // It needs the reactor for its own end.
         self.introspectors.close_guest_endpoint();
         self.reactor.end();
+        self.ends.end();
         self.services.end();
         self.sessions.end();
     }

@@ -6,5 +6,6 @@
 //! of RAM over QMP, and notice the VMM's end.
 
 mod lifecycle;
+mod listening;
 mod register;
 pub(crate) mod watch;

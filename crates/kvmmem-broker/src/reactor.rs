@@ -19,6 +19,7 @@ use std::fmt;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::thread::ThreadId;
 use std::time::Instant;
 
 use rustix::event::epoll::{self, EventData, EventFlags};
@@ -70,6 +71,7 @@ struct Shared {
 struct Kernel {
     epoll: OwnedFd,
     wake: OwnedFd,
+    thread: ThreadId,
 }
 
 #[derive(Default)]
@@ -247,6 +249,11 @@ impl Reactor {
         }
     }
 
+    /// Whether this is the reactor's thread.
+    pub(crate) fn is_current(&self) -> bool {
+        self.0.kernel.get().is_some_and(|it| it.thread == std::thread::current().id())
+    }
+
     fn start(&self) -> io::Result<()> {
         let wake = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
@@ -254,12 +261,12 @@ impl Reactor {
         let reactor = self.clone();
         let thread = std::thread::Builder::new().name("reactor".into()).stack_size(STACK);
         let (go, is_ready) = std::sync::mpsc::channel::<()>();
-        thread.spawn(move || {
+        let thread = thread.spawn(move || {
             // The sender goes once the kernel's side is in its place.
             let _ = is_ready.recv();
             reactor.run();
         })?;
-        let _ = self.0.kernel.set(Kernel { epoll, wake });
+        let _ = self.0.kernel.set(Kernel { epoll, wake, thread: thread.thread().id() });
         drop(go);
         Ok(())
     }

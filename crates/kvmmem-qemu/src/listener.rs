@@ -5,9 +5,10 @@
 //! No thread belongs to it. Its owner waits for [`Listener::socket`] and calls [`Listener::step`]
 //! when that is readable, at the time that the last step returned, and when `wake` was called;
 //! until a step says that it is over. A step never waits: what asks QEMU step by step, as where the
-//! RAM is after a change, is done by a thread that lasts as long as that. A QEMU that hangs,
-//! floods or lies delays no other VM.
+//! RAM is after a change, is a job on another thread ([`Run`]). A QEMU that hangs, floods or lies
+//! delays no other VM.
 
+#[cfg(test)]
 mod thread;
 
 use std::fmt;
@@ -19,11 +20,10 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use crate::monitor::{Counts, Monitor, MonitorEvent, Step, Subscriber};
+use crate::monitor::{Counts, Monitor, MonitorEvent, Run, Step, Subscriber};
 use crate::pause::Stopped;
 use crate::qmp::{MemorySize, Qmp, QmpError};
 use crate::questions::{Ask, AskError, LIMIT, MAX_WAITING, Question};
-pub use thread::Listening;
 
 /// How often QEMU is asked for its status and memory size, also while it floods events.
 const IDLE: Duration = Duration::from_secs(10);
@@ -36,9 +36,6 @@ const GATHER: Duration = Duration::from_millis(50);
 
 /// The longest pause between two attempts to connect.
 const AGAIN_AT_LAST: Duration = Duration::from_secs(60);
-
-/// Virtual memory of the stack of the thread that asks QEMU, bytes.
-const STACK: usize = 256 * 1024;
 
 /// Where a target's monitor is.
 #[derive(Debug)]
@@ -96,7 +93,7 @@ pub struct Listener {
     me: Weak<Self>,
     monitor: Arc<Monitor>,
     state: Mutex<State>,
-    /// Of the thread that asks QEMU, of which there is one at a time.
+    /// Of the job that asks QEMU, of which there is one at a time.
     tell: Mutex<Box<Tell>>,
     /// The pause of the VM, where there is one.
     stopped: Mutex<Stopped>,
@@ -110,8 +107,10 @@ pub struct Listener {
 #[derive(Debug)]
 struct State {
     work: Work,
-    /// Whether a thread is at it.
+    /// Whether a job is at it.
     is_working: bool,
+    /// When the next job may begin: what is reported until then is handled at once.
+    gather: Instant,
     /// The memory size as it was last.
     memory: Option<MemorySize>,
     /// When to ask for memory size and status; `None` while QEMU is asked, or there is no connection.
@@ -140,7 +139,14 @@ impl Listener {
         wake: impl Fn() + Send + Sync + 'static,
     ) -> Arc<Self> {
         let work = Work { found: monitor.is_up(), ..Work::default() };
-        let state = State { work, is_working: false, memory: None, ask: None, is_over: false };
+        let state = State {
+            work,
+            is_working: false,
+            gather: Instant::now(),
+            memory: None,
+            ask: None,
+            is_over: false,
+        };
         let listener = Arc::new_cyclic(|me: &Weak<Self>| Self {
             me: Weak::clone(me),
             monitor,
@@ -154,13 +160,15 @@ impl Listener {
         listener
     }
 
-    /// A monitor for [`Listener::new`]; `find` connects at first, and again after a loss.
+    /// A monitor for [`Listener::new`]; `find` connects at first, and again after a loss. That and
+    /// the listener's own work are jobs of `run`.
     pub fn monitor(
         path: PathBuf,
         qmp: Option<Qmp>,
         find: impl Fn() -> Option<Qmp> + Send + Sync + 'static,
+        run: Box<Run>,
     ) -> Arc<Monitor> {
-        Monitor::new(path, qmp, find, AGAIN_AT_LAST)
+        Monitor::new(path, qmp, find, AGAIN_AT_LAST, run)
     }
 
     /// The socket to wait for, to be read; `None` while there is no connection.
@@ -183,8 +191,7 @@ impl Listener {
         }
         let ask = state.ask;
         drop(state);
-        self.work();
-        let until = [step.until, ask].into_iter().flatten().min();
+        let until = [step.until, ask, self.work()].into_iter().flatten().min();
         Some(Step { until, ..step })
     }
 
@@ -235,43 +242,42 @@ impl Listener {
         (self.wake)();
     }
 
-    /// Starts the thread for what is to be done, unless it runs.
-    fn work(&self) {
+    /// Has done what is to be done, unless that is under way; returns when to try again.
+    fn work(&self) -> Option<Instant> {
         let mut state = self.state();
-        let Some(me) = self.me.upgrade() else { return };
         if state.is_working || state.work == Work::default() {
-            return;
+            return None;
         }
+        let now = Instant::now();
+        if state.gather > now && !state.work.close {
+            return Some(state.gather);
+        }
+        let me = self.me.upgrade()?;
         state.is_working = true;
         drop(state);
-        let thread = std::thread::Builder::new().name("qmp-work".into()).stack_size(STACK);
-        if thread.spawn(move || me.run()).is_err() {
-            // Tried again with the next step.
-            self.state().is_working = false;
+        if self.monitor.run(move || me.work_once()).is_ok() {
+            return None;
         }
+        self.state().is_working = false;
+        Some(now + GATHER)
     }
 
-    fn run(&self) {
-        loop {
-            let mut state = self.state();
-            let work = std::mem::take(&mut state.work);
-            if work == Work::default() {
-                state.is_working = false;
-                return;
+    fn work_once(&self) {
+        let work = std::mem::take(&mut self.state().work);
+        match self.carry_out(work) {
+            Ok(Next::Listen) => {}
+            Ok(Next::Stop) => return self.end(),
+            Ok(Next::Reconnect) => self.monitor.reconnect(),
+            Err(error) => {
+                tracing::debug!(%error, "QEMU does not answer");
+                // Where it is lost already this does nothing.
+                self.monitor.reconnect();
             }
-            drop(state);
-            match self.carry_out(work) {
-                Ok(Next::Listen) => {}
-                Ok(Next::Stop) => return self.end(),
-                Ok(Next::Reconnect) => self.monitor.reconnect(),
-                Err(error) => {
-                    tracing::debug!(%error, "QEMU does not answer");
-                    // Where it is lost already this does nothing.
-                    self.monitor.reconnect();
-                }
-            }
-            std::thread::sleep(GATHER);
         }
+        let mut state = self.state();
+        (state.is_working, state.gather) = (false, Instant::now() + GATHER);
+        drop(state);
+        (self.wake)();
     }
 
     fn carry_out(&self, work: Work) -> Result<Next, QmpError> {

@@ -11,13 +11,14 @@
 //! and [`Monitor::lend`] gives a [`Qmp`] whose commands wait for their answers, for work that is
 //! done step by step on a thread that may wait (never on the one that steps).
 //!
-//! A lost connection is made anew by a thread that lasts as long as the attempt. What was plugged in
+//! A lost connection is made anew by a job on another thread ([`Run`]). What was plugged in
 //! or stopped over the old connection is still so: users hear [`MonitorEvent::Lost`] and
 //! [`MonitorEvent::Found`].
 
 mod connection;
 
 use std::fmt;
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{self, RecvTimeoutError};
@@ -42,19 +43,23 @@ const LOOK: Duration = Duration::from_millis(250);
 /// How long a command may wait for those before it.
 const QUEUE_LIMIT: Duration = Duration::from_secs(20);
 
-/// Virtual memory of the stack of the thread that connects, bytes.
-const STACK: usize = 256 * 1024;
-
 /// A QEMU can cause these at will.
 static WARNINGS: RateLimit = RateLimit::new(2);
 
 /// Connects again to the same QEMU, or finds that it cannot be reached now. May take seconds.
 pub type Find = dyn Fn() -> Option<Qmp> + Send + Sync;
 
+/// Does a job that may wait for seconds, on another thread than the one that steps.
+///
+/// # Errors
+/// Where there is no thread for it.
+pub type Run = dyn Fn(Box<dyn FnOnce() + Send>) -> io::Result<()> + Send + Sync;
+
 /// A connection that is there, or is coming back, until this is dropped or stopped.
 pub struct Monitor {
     path: PathBuf,
     find: Arc<Find>,
+    run: Box<Run>,
     /// The longest pause between two attempts to connect.
     again_at_last: Duration,
     state: Mutex<State>,
@@ -111,12 +116,14 @@ struct State {
 }
 
 impl Monitor {
-    /// Takes a connection over, or makes the first one with `find`, which also connects again.
+    /// Takes a connection over, or makes the first one with `find`, which also connects again, as a
+    /// job of `run`.
     pub fn new(
         path: PathBuf,
         qmp: Option<Qmp>,
         find: impl Fn() -> Option<Qmp> + Send + Sync + 'static,
         again_at_last: Duration,
+        run: Box<Run>,
     ) -> Arc<Self> {
         let connection =
             qmp.and_then(Qmp::into_own).map(|(lines, events)| Connection::new(lines, events));
@@ -126,6 +133,7 @@ impl Monitor {
         Arc::new(Self {
             path,
             find: Arc::new(find),
+            run,
             again_at_last,
             state: Mutex::new(state),
             passing: Mutex::default(),
@@ -289,10 +297,17 @@ impl Monitor {
                 );
             }
         };
-        let thread = std::thread::Builder::new().name("qmp-connect".into()).stack_size(STACK);
-        if thread.spawn(attempt).is_err() {
+        if self.run(attempt).is_err() {
             self.found(None);
         }
+    }
+
+    /// Does a job that may wait.
+    ///
+    /// # Errors
+    /// Where there is no thread for it.
+    pub(crate) fn run(&self, job: impl FnOnce() + Send + 'static) -> io::Result<()> {
+        (self.run)(Box::new(job))
     }
 
     fn found(&self, connection: Option<Connection>) {
@@ -430,4 +445,4 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -10,12 +10,13 @@ use kvmmem_proto::map::Region;
 use kvmmem_proto::message::{Change, Registration};
 use kvmmem_qemu::attach::{self, AttachError, Opened, Seen};
 use kvmmem_qemu::backing::{Held, Source};
-use kvmmem_qemu::listener::{Listener, Listening, News, Next, Socket};
+use kvmmem_qemu::listener::{News, Next, Socket};
 use kvmmem_qemu::live_update;
 use kvmmem_qemu::mapping;
 use kvmmem_qemu::process::{FileId, Process};
 use kvmmem_qemu::qmp::{Qmp, QmpError};
 
+use super::listening::Listening;
 use super::watch::Watched;
 use crate::broker::{Broker, in_words};
 use crate::registry::Vm;
@@ -37,7 +38,8 @@ impl Broker {
             };
             let at = path.clone();
             let find = move || connect(&finder, vm, &at, listener);
-            Listening::start(Listener::monitor(path, qmp, find), tell, silence)
+            let threads = (self.reactor(), self.services());
+            Listening::start(threads, vm, (path, qmp), find, tell, silence)
         });
         let broker = Arc::downgrade(self);
         let ended = move |watched: Vec<Watched>| {

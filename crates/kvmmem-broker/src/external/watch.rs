@@ -5,11 +5,11 @@ use std::collections::HashSet;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use kvmmem_qemu::listener::Listening;
 use kvmmem_qemu::questions::Questions;
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 
+use super::listening::Listening;
 use crate::reactor::{Handler, READABLE, Reactor, Token};
 use crate::workers::{Party, Workers};
 

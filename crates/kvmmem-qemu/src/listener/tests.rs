@@ -9,7 +9,9 @@ use std::sync::{Mutex, MutexGuard, mpsc};
 use serde_json::{Value, json};
 
 use super::super::questions::AskError;
+use super::thread::Listening;
 use super::*;
+use crate::monitor::tests::threads;
 use crate::qmp::tests::GREETING;
 
 /// How long a test waits for what must happen.
@@ -78,7 +80,7 @@ impl Fake {
     fn listen_for(&self, silence: Duration) -> Listening {
         let path = self.path.clone();
         let find = move || Qmp::connect(&path).ok();
-        let monitor = Listener::monitor(self.path.clone(), None, find);
+        let monitor = Listener::monitor(self.path.clone(), None, find, threads());
         Listening::start(monitor, |_, _| Next::Listen, silence).unwrap()
     }
 
@@ -301,7 +303,7 @@ fn memory_that_is_plugged_in_before_the_first_question_or_after_it_is_noticed() 
     let qmp = Qmp::connect(&path).unwrap();
     let (told, news) = mpsc::channel();
     let tell = move |_: &mut Qmp, news| told.send(news).map_or(Next::Stop, |()| Next::Listen);
-    let monitor = Listener::monitor(path, Some(qmp), || None);
+    let monitor = Listener::monitor(path, Some(qmp), || None, threads());
     let _listening = Listening::start(monitor, tell, PATIENCE).unwrap();
     for _ in 0..2 {
         assert_eq!(news.recv_timeout(Duration::from_secs(60)), Ok(News::Memory));

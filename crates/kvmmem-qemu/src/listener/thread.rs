@@ -21,7 +21,7 @@ const STACK: usize = 256 * 1024;
 
 /// A listener with its thread. Dropping it closes the listener.
 #[derive(Debug)]
-pub struct Listening {
+pub(super) struct Listening {
     listener: Arc<Listener>,
     questions: Questions,
 }
@@ -31,7 +31,7 @@ impl Listening {
     ///
     /// # Errors
     /// Where there are no file descriptors or threads left.
-    pub fn start(
+    pub(super) fn start(
         monitor: Arc<Monitor>,
         tell: impl FnMut(&mut Qmp, News) -> Next + Send + 'static,
         silence: Duration,
@@ -51,7 +51,7 @@ impl Listening {
     }
 
     /// What the VM's QEMU can be asked.
-    pub fn questions(&self) -> &Questions {
+    pub(super) fn questions(&self) -> &Questions {
         &self.questions
     }
 }

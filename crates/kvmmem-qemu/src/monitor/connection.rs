@@ -6,13 +6,16 @@ use std::fmt;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
 use crate::qmp::line::{LineError, Lines};
 use crate::qmp::message::Message;
-use crate::qmp::{LIMIT, MAX_EVENTS, QmpError, QmpEvent, TURN};
+use crate::qmp::{LIMIT, MAX_EVENTS, QmpError, QmpEvent};
+
+/// How long a step reads: whoever steps has others to step.
+const TURN: Duration = Duration::from_millis(2);
 
 /// Gets the answer to a command.
 type Reply = Box<dyn FnOnce(Result<Value, QmpError>) + Send>;

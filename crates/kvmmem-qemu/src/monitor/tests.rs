@@ -28,11 +28,16 @@ impl Subscriber for Ear {
     }
 }
 
+/// Does each job on a thread of its own.
+pub(crate) fn threads() -> Box<Run> {
+    Box::new(|job| std::thread::Builder::new().spawn(job).map(drop))
+}
+
 fn monitor(
     qmp: Option<Qmp>,
     find: impl Fn() -> Option<Qmp> + Send + Sync + 'static,
 ) -> (Arc<Monitor>, Arc<Ear>) {
-    let monitor = Monitor::new("/run/qmp".into(), qmp, find, Duration::from_secs(1));
+    let monitor = Monitor::new("/run/qmp".into(), qmp, find, Duration::from_secs(1), threads());
     let ear = Arc::new(Ear::default());
     monitor.subscribe(Arc::downgrade(&ear) as Weak<dyn Subscriber>);
     (monitor, ear)
