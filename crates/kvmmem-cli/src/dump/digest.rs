@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! SHA-256 of the file while it is written, on a thread of its own: it takes about as long as the
-//! copying.
+//! SHA-256 of the file while it is written, on a thread of its own: it takes longer than the
+//! copying, so that buffers are handed over and not copied.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -61,23 +61,27 @@ impl Digest {
 
     /// Puts in what lies at `offset`, which is not below what was put in before.
     pub(super) fn put(&mut self, offset: u64, bytes: &[u8]) -> Result<()> {
+        self.put_buffer(offset, &mut bytes.to_vec())
+    }
+
+    /// As [`Digest::put`], of a buffer that is exchanged for another one, of which the content does
+    /// not matter.
+    pub(super) fn put_buffer(&mut self, offset: u64, buffer: &mut Vec<u8>) -> Result<()> {
         self.skip_to(offset)?;
-        let mut buffer = self.spare.try_recv().unwrap_or_default();
-        buffer.clear();
-        buffer.extend_from_slice(bytes);
-        self.send(Part::Bytes(buffer))?;
-        self.at += bytes.len() as u64;
-        Ok(())
+        self.at += buffer.len() as u64;
+        let spare = self.spare.try_recv().unwrap_or_default();
+        self.send(Part::Bytes(std::mem::replace(buffer, spare)))
     }
 
     /// Puts in the first `len` bytes of a file.
     pub(super) fn put_file(&mut self, file: &File, len: u64) -> Result<()> {
-        let mut buffer = vec![0; CHUNK];
+        let mut buffer = Vec::new();
         while self.at < len {
             let part = usize::try_from(len - self.at).unwrap_or(CHUNK).min(CHUNK);
-            let part = buffer.get_mut(..part).unwrap_or_default();
-            file.read_exact_at(part, self.at).context("cannot read what is there of the dump")?;
-            self.put(self.at, part)?;
+            buffer.resize(part, 0);
+            file.read_exact_at(&mut buffer, self.at)
+                .context("cannot read what is there of the dump")?;
+            self.put_buffer(self.at, &mut buffer)?;
         }
         Ok(())
     }

@@ -3,19 +3,27 @@
 //! signal ends the wait, and a limit while the target is paused.
 
 use std::fs::File;
-use std::io::{self, Write};
-use std::os::unix::fs::FileTypeExt;
+use std::io::{self, ErrorKind, Write};
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::OFlags;
 use rustix::io::Errno;
 use rustix::pipe::PIPE_BUF;
 
 use crate::interrupt::Interrupt;
 
+/// Bytes that a pipe is made to hold: as many as users may have by default.
+const CAPACITY: usize = 1 << 20;
+
 /// An open file, and the signals that end a wait for it.
 pub(super) struct Pipe {
     file: File,
+    /// Of a pipe, the same one opened anew, so that it takes what fits and does not wait for the
+    /// rest: `file` may be others' as well, and so is not made non-blocking.
+    nonblocking: Option<File>,
     /// Of a pipe alone: nothing else is known to take a part of what is written whenever poll says
     /// that it can be written.
     interrupt: Option<Interrupt>,
@@ -31,7 +39,12 @@ impl Pipe {
         limit: Option<Duration>,
     ) -> io::Result<Self> {
         let is_pipe = file.metadata()?.file_type().is_fifo();
-        Ok(Self { file, interrupt: is_pipe.then(|| interrupt.clone()), limit })
+        let nonblocking = is_pipe.then(|| open_again(&file)).transpose().ok().flatten();
+        if is_pipe {
+            // Only the speed depends on it.
+            let _ = rustix::pipe::fcntl_setpipe_size(&file, CAPACITY);
+        }
+        Ok(Self { file, nonblocking, interrupt: is_pipe.then(|| interrupt.clone()), limit })
     }
 
     pub(super) fn file(&self) -> &File {
@@ -63,10 +76,15 @@ impl Write for Pipe {
                 // Not as ErrorKind::Interrupted, after which callers try again.
                 return Err(io::Error::other("interrupted"));
             }
-            if file {
-                // So much a pipe takes at once that can be written (pipe(7)); the file is not made
-                // non-blocking, as it may be others' as well.
-                return self.file.write(bytes.get(..PIPE_BUF).unwrap_or(bytes));
+            match &self.nonblocking {
+                _ if !file => {}
+                // So much a pipe takes at once that can be written (pipe(7)).
+                None => return self.file.write(bytes.get(..PIPE_BUF).unwrap_or(bytes)),
+                Some(pipe) => match (&*pipe).write(bytes) {
+                    // Another writer was quicker.
+                    Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+                    written => return written,
+                },
             }
         }
     }
@@ -76,12 +94,43 @@ impl Write for Pipe {
     }
 }
 
+/// Opens a pipe anew. Fails where it is another user's, or /proc is not there.
+fn open_again(pipe: &File) -> io::Result<File> {
+    let flags = i32::try_from(OFlags::NONBLOCK.bits()).unwrap_or(0);
+    let path = format!("/proc/self/fd/{}", pipe.as_fd().as_raw_fd());
+    File::options().write(true).custom_flags(flags).open(path)
+}
+
 #[cfg(test)]
 mod tests {
     use std::io::Read;
     use std::os::fd::OwnedFd;
 
     use super::*;
+
+    #[test]
+    fn a_pipe_takes_all_that_fits_and_its_file_stays_as_it_is() {
+        let (mut reader, writer) = io::pipe().unwrap();
+        let (file, other) = (
+            File::from(OwnedFd::from(writer.try_clone().unwrap())),
+            File::from(OwnedFd::from(writer)),
+        );
+        let mut pipe = Pipe::new(file, &Interrupt::never(), None).unwrap();
+        let bytes: Vec<u8> = (0..3 << 20).map(|at: u32| (at / 3).to_le_bytes()[0]).collect();
+        assert!(pipe.write(&bytes).unwrap() > PIPE_BUF);
+        assert!(!rustix::fs::fcntl_getfl(&other).unwrap().contains(OFlags::NONBLOCK));
+        drop(other);
+        let expected = bytes.clone();
+        let read = std::thread::spawn(move || {
+            let mut all = Vec::new();
+            reader.read_to_end(&mut all).unwrap();
+            let begun = all.len() - expected.len();
+            assert!(all[begun..] == expected && all[..begun] == expected[..begun]);
+        });
+        pipe.write_all(&bytes).unwrap();
+        drop(pipe);
+        read.join().unwrap();
+    }
 
     #[test]
     fn a_pipe_that_stays_full_is_given_up() {

@@ -82,11 +82,12 @@ impl Transfer<'_> {
 
     fn copy(&mut self) -> Result<()> {
         let left = self.checkpoint.left();
-        let data: Vec<GpaRange> =
-            left.iter().flat_map(|range| data_within(self.view, range)).collect::<Result<_>>()?;
-        self.bar.set_length(total(&data));
-        self.bar.reset_elapsed();
-        let mut buffer = vec![0; usize::try_from(CHUNK)?];
+        if !self.bar.is_hidden() {
+            let data = left.iter().flat_map(|range| data_within(self.view, range));
+            self.bar.set_length(total(&data.collect::<Result<Vec<GpaRange>>>()?));
+            self.bar.reset_elapsed();
+        }
+        let mut buffer = Vec::new();
         let mut saved = Instant::now();
         for range in left {
             if let Some((offset, header)) = self.layout.header(range.start) {
@@ -111,19 +112,23 @@ impl Transfer<'_> {
         Ok(())
     }
 
-    fn copy_chunk(&mut self, chunk: GpaRange, buffer: &mut [u8]) -> Result<()> {
+    fn copy_chunk(&mut self, chunk: GpaRange, buffer: &mut Vec<u8>) -> Result<()> {
         ensure!(!self.interrupt.has_come(), "interrupted");
         ensure!(
             !self.pause.as_ref().is_some_and(Pause::has_ended),
             "the target runs again before its memory is dumped"
         );
         let len = chunk.end - chunk.start;
-        let buffer = buffer.get_mut(..usize::try_from(len)?).context("the buffer is too small")?;
+        buffer.resize(usize::try_from(len)?, 0);
         let copy = |gpa: u64, buffer: &mut [u8]| self.view.read_at(gpa, buffer);
         let (unreadable, _) = read(chunk.start, buffer, copy, ViewError::is_unreadable)?;
         // Memory that has moved cannot be read where it was, but that is another matter.
         ensure!(unreadable.is_empty() || !self.is_stale()?, "the target's generation has changed");
-        self.put(self.layout.offset(chunk.start), buffer)?;
+        let offset = self.layout.offset(chunk.start);
+        self.sink.put(offset, buffer)?;
+        if let Some(digest) = &mut self.digest {
+            digest.put_buffer(offset, buffer)?;
+        }
         self.checkpoint.next = chunk.end;
         self.checkpoint.data_bytes += len - total(&unreadable);
         for range in unreadable {

@@ -130,6 +130,13 @@ fn a_reader_that_leaves_ends_the_dump_with_a_reason() {
 #[test]
 fn the_first_signal_ends_a_dump_to_a_pipe_that_is_not_read() {
     let host = large();
+    // What cannot be compressed, and more of it than a pipe holds.
+    let mut state = 1u64;
+    let noise = std::iter::repeat_with(|| {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        state.to_le_bytes()[7]
+    });
+    host.put(0, &noise.take(8 << 20).collect::<Vec<u8>>());
     let cases = [Signal::INT, Signal::TERM, Signal::HUP];
     for (number, how) in (0..).zip(cases.iter().chain(&cases)) {
         let compress: &[&str] = if number < cases.len() { &[] } else { &["--compress", "zstd"] };
