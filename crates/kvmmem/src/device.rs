@@ -1,5 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! `/dev/kvmmem`: another virtual machine's pages in this process.
+//! v1 on `/dev/kvmmem`: single pages of another virtual machine in this process.
+//!
+//! Tools that speak KVMI map pages with it, one token a page; [`crate::View`] is the later interface.
+//! It mirrors the two ioctls in [`kvmmem_abi::ioctl`].
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -35,7 +38,7 @@ pub enum DeviceError {
     /// This process could not make a page to be replaced.
     #[error("cannot make a page to map over")]
     Page(#[source] PageError),
-    /// MAP failed; the token is most likely used up.
+    /// MAP failed; the token was most likely used.
     #[error("cannot map the target's page at gpa {gpa:#x}: {}", explain::map(*.source))]
     Map {
         /// Guest-physical address in the target.
@@ -44,7 +47,7 @@ pub enum DeviceError {
         #[source]
         source: Errno,
     },
-    /// UNMAP failed; the page's address is not used again by this process.
+    /// UNMAP failed; this process never uses the page's address again.
     #[error("cannot undo the mapping of gpa {gpa:#x} at gva {gva:#x}: {}", explain::unmap(*.source))]
     Unmap {
         /// Guest-physical address in the target.
@@ -58,7 +61,14 @@ pub enum DeviceError {
 }
 
 impl DeviceError {
-    /// The errno behind the error, where a system call failed.
+    /// The errno if a system call failed.
+    ///
+    /// ```
+    /// use kvmmem::Device;
+    ///
+    /// let error = Device::open("/nonexistent").unwrap_err();
+    /// assert_eq!(error.errno(), Some(2)); // ENOENT
+    /// ```
     pub fn errno(&self) -> Option<i32> {
         match self {
             Self::Open { source: OpenError::Open(error), .. } => error.raw_os_error(),
@@ -72,10 +82,10 @@ impl DeviceError {
     }
 }
 
-/// The open device. Clones share one open file, which is closed with the last of them and of its
-/// pages.
+/// The open device. Clones share one open file, which is closed with the last clone and the last
+/// page.
 ///
-/// It serves the process that opened it alone: after a fork, the child opens its own.
+/// It serves only the process that opened it: after a fork, the child opens its own.
 #[derive(Clone, Debug)]
 pub struct Device {
     ioctls: Arc<Ioctls>,
@@ -83,6 +93,11 @@ pub struct Device {
 
 impl Device {
     /// Opens the device at `path`.
+    ///
+    /// ```no_run
+    /// let device = kvmmem::Device::open("/dev/kvmmem")?;
+    /// # Ok::<(), kvmmem::DeviceError>(())
+    /// ```
     ///
     /// # Errors
     /// [`DeviceError::Open`], with what to do about it.
@@ -102,6 +117,11 @@ impl Device {
 
     /// Opens the device that [`PATH_VARIABLE`] names, or else [`DEFAULT_PATH`].
     ///
+    /// ```no_run
+    /// let device = kvmmem::Device::open_default()?;
+    /// # Ok::<(), kvmmem::DeviceError>(())
+    /// ```
+    ///
     /// # Errors
     /// As [`Device::open`].
     pub fn open_default() -> Result<Self, DeviceError> {
@@ -111,11 +131,19 @@ impl Device {
     /// Maps the page at `gpa`, a multiple of 4096, of the virtual machine that `token` names,
     /// readable and writable.
     ///
-    /// The token is used up, also by most failures: ask for another one to try again.
+    /// This uses the token, also in most failures: ask for another one to try again.
+    ///
+    /// ```no_run
+    /// # fn example(device: &kvmmem::Device, token: kvmmem::Token) -> Result<(), kvmmem::DeviceError> {
+    /// let page = device.map(token, 0x10_0000)?;
+    /// println!("mapped at {:#x}", page.gva());
+    /// # Ok(())
+    /// # }
+    /// ```
     ///
     /// # Errors
-    /// [`DeviceError::Map`] where the driver or the host refuses, [`DeviceError::Page`] where there
-    /// is no memory.
+    /// [`DeviceError::Map`] if the driver or the host refuses, [`DeviceError::Page`] if memory runs
+    /// out.
     pub fn map(&self, token: Token, gpa: u64) -> Result<MappedPage, DeviceError> {
         let page = Page::new().map_err(DeviceError::Page)?;
         let words = MapMemToken { token: token.words() };
@@ -125,13 +153,17 @@ impl Device {
 }
 
 /// The path that [`Device::open_default`] opens.
+///
+/// ```
+/// println!("{}", kvmmem::device::default_path().display());
+/// ```
 pub fn default_path() -> PathBuf {
     std::env::var_os(PATH_VARIABLE).map_or_else(|| DEFAULT_PATH.into(), PathBuf::from)
 }
 
 /// A page of another virtual machine, mapped here until it is unmapped or dropped.
 ///
-/// What it holds may change at any moment, so it is only ever copied: there is no slice of it.
+/// The contents may change at any moment, so they are copied: there is no slice of them.
 #[derive(Debug)]
 pub struct MappedPage {
     /// `None` once the mapping is undone or given up.
@@ -142,16 +174,38 @@ pub struct MappedPage {
 
 impl MappedPage {
     /// Guest-physical address in the target.
+    ///
+    /// ```no_run
+    /// # fn example(page: kvmmem::MappedPage) -> Result<(), kvmmem::PageError> {
+    /// println!("{:#x}", page.gpa());
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn gpa(&self) -> u64 {
         self.gpa
     }
 
     /// Address in this process.
+    ///
+    /// ```no_run
+    /// # fn example(page: kvmmem::MappedPage) -> Result<(), kvmmem::PageError> {
+    /// println!("{:#x}", page.gva());
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn gva(&self) -> usize {
         self.page.as_ref().map_or(0, Page::address)
     }
 
-    /// Copies `buf.len()` bytes from `offset` in the page on.
+    /// Copies the bytes at `offset` in the page into `buf`.
+    ///
+    /// ```no_run
+    /// # fn example(page: kvmmem::MappedPage) -> Result<(), kvmmem::PageError> {
+    /// let mut bytes = [0; 64];
+    /// page.read(0x100, &mut bytes)?;
+    /// # Ok(())
+    /// # }
+    /// ```
     ///
     /// # Errors
     /// [`PageError::Outside`].
@@ -160,7 +214,14 @@ impl MappedPage {
         self.page(offset, len)?.read(offset, buf)
     }
 
-    /// Copies `bytes` to `offset` in the page on; the target sees them at once.
+    /// Copies `bytes` to `offset` in the page; the target sees them at once.
+    ///
+    /// ```no_run
+    /// # fn example(page: kvmmem::MappedPage) -> Result<(), kvmmem::PageError> {
+    /// page.write(0x100, b"patched")?;
+    /// # Ok(())
+    /// # }
+    /// ```
     ///
     /// # Errors
     /// [`PageError::Outside`].
@@ -170,6 +231,13 @@ impl MappedPage {
 
     /// Reads the word at `offset`, a multiple of 8, in one access.
     ///
+    /// ```no_run
+    /// # fn example(page: kvmmem::MappedPage) -> Result<(), kvmmem::PageError> {
+    /// println!("{:#x}", page.read_u64(0x18)?);
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
     /// # Errors
     /// [`PageError::Outside`], [`PageError::Unaligned`].
     pub fn read_u64(&self, offset: usize) -> Result<u64, PageError> {
@@ -178,16 +246,31 @@ impl MappedPage {
 
     /// Writes the word at `offset`, a multiple of 8, in one access.
     ///
+    /// ```no_run
+    /// # fn example(page: kvmmem::MappedPage) -> Result<(), kvmmem::PageError> {
+    /// page.write_u64(0x18, 1)?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
     /// # Errors
     /// [`PageError::Outside`], [`PageError::Unaligned`].
     pub fn write_u64(&self, offset: usize, value: u64) -> Result<(), PageError> {
         self.page(offset, 8)?.write_u64(offset, value)
     }
 
-    /// Undoes the mapping and returns the page: fresh memory of this process, all zeros.
+    /// Undoes the mapping and returns the page: zeroed memory of this process.
+    ///
+    /// ```no_run
+    /// # fn example(page: kvmmem::MappedPage) -> Result<(), kvmmem::DeviceError> {
+    /// let fresh = page.unmap()?;
+    /// assert_eq!(fresh.read_u64(0).ok(), Some(0));
+    /// # Ok(())
+    /// # }
+    /// ```
     ///
     /// # Errors
-    /// [`DeviceError::Unmap`]; the page's address is then never used again in this process.
+    /// [`DeviceError::Unmap`]; this process never uses the page's address again.
     pub fn unmap(mut self) -> Result<Page, DeviceError> {
         match self.undo() {
             Some(result) => result,
@@ -206,9 +289,8 @@ impl MappedPage {
             Ok(()) => Ok(page),
             Err(source) => {
                 let gva = page.address();
-                // The driver still knows this address, and what lies there may still be the
-                // target's: nothing else of this process may ever come to lie
-                // there.
+                // The driver still knows this address, and the page there may still be the
+                // target's: this process must never use the address again.
                 page.leak();
                 Err(DeviceError::Unmap { gpa: self.gpa, gva, source })
             }

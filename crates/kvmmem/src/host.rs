@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! A view for a process of the host itself: the broker hands it the memfds of the target's RAM.
+//! Connection from a host process to the broker, which sends it the memfds of the target's RAM.
 //!
-//! The process is trusted. It gets the whole memfds, of which the scope names a part, and nobody
-//! can take a mapping from it: where the grant is taken back, the process is told, drops what it
-//! has mapped, and confirms ([`HostLink::confirm`]). To enforce it, end the process.
+//! [`crate::View`] uses it on the host. The process is trusted: it gets whole memfds, of which the
+//! scope names a part, and a mapping cannot be removed from outside. Revocation is cooperative: the
+//! broker notifies the process, which unmaps and confirms ([`HostLink::confirm`]). To enforce it,
+//! end the process.
 //!
-//! Where the RAM is private to its VMM there is no memfd: the process has the broker copy what it
-//! reads and writes ([`Copier`]), and what it may is the broker's to enforce.
+//! If the RAM is private to its VMM there is no memfd. The broker then copies what the process reads
+//! and writes ([`Copier`]) and enforces the scope.
 
 mod channel;
 mod copier;
@@ -31,8 +32,7 @@ use channel::Channel;
 use copier::{CHANNELS, ViewEnd};
 pub use copier::{Copier, CopyError, PartialCopy};
 
-/// A process's connection to the broker, as long as which its view lasts. Dropping it closes the
-/// view.
+/// Connection from a host process to the broker. The view closes when this is dropped.
 #[derive(Debug)]
 pub struct HostLink {
     socket: PacketSocket,
@@ -54,7 +54,7 @@ enum End {
     Gone,
 }
 
-/// What a process may look at.
+/// What a process may read, as attached.
 #[derive(Debug)]
 pub struct HostView {
     /// The broker's number for the view.
@@ -69,35 +69,45 @@ pub struct HostView {
     pub rights: Rights,
     /// The RAM that the grant reaches, by ascending address.
     pub regions: Vec<Region>,
-    /// The target's memfds, by [`Region::file`]; opened read-only where the view is, sealed
-    /// against shrinking. None where there is a [`HostView::copier`].
+    /// The target's memfds, by [`Region::file`]: read-only if the view is, sealed against shrinking.
+    /// Empty if there is a [`HostView::copier`].
     pub files: Vec<OwnedFd>,
-    /// Copies memory that cannot be mapped; offsets of [`HostView::regions`] mean nothing then.
+    /// Copies memory that cannot be mapped; the offsets of [`HostView::regions`] have no meaning
+    /// then.
     pub copier: Option<Copier>,
 }
 
 /// What has happened to a view.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum HostEvent {
-    /// The target was reset, or its RAM is elsewhere now: what was mapped before is not to be
-    /// trusted.
+    /// The target was reset, or its RAM has moved: earlier mappings are stale.
     Changed {
         /// Higher than before.
         generation: u64,
         /// The RAM that the grant reaches now.
         regions: Vec<Region>,
     },
-    /// The grant was taken back. The broker waits for [`HostLink::confirm`].
+    /// The grant was revoked. The broker waits for [`HostLink::confirm`].
     Revoked,
-    /// The target is gone, or the broker.
+    /// The target or the broker has exited.
     Gone,
 }
 
 impl HostLink {
-    /// Uses a token to open a view, by the broker that listens at `socket`.
+    /// Attaches a view with a token, by the broker that listens at `socket`.
+    ///
+    /// ```no_run
+    /// use kvmmem::host::HostLink;
+    /// use kvmmem::view;
+    ///
+    /// let token = std::env::var("KVMMEM_TOKEN")?.parse()?;
+    /// let (link, host_view) = HostLink::attach(&view::default_socket(), &token, true)?;
+    /// println!("{}: {} regions", host_view.name, host_view.regions.len());
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     ///
     /// # Errors
-    /// Where the broker cannot be reached, or the token is not good.
+    /// [`ClientError`] if the broker cannot be reached or refuses the token.
     pub fn attach(
         socket: &Path,
         token: &Token,
@@ -106,9 +116,20 @@ impl HostLink {
         Self::attach_reaching(socket, token, read_only, &[])
     }
 
-    /// As [`HostLink::attach`]; the token is not used where the view would have no memory at one of
-    /// the first [`MAX_SPANS`] of `reaching`. A broker that is older than this check opens the
-    /// view.
+    /// As [`HostLink::attach`]. The broker refuses, and does not use the token, if the view has no
+    /// memory at one of the first [`MAX_SPANS`] of `reaching`. An older broker ignores `reaching`.
+    ///
+    /// ```no_run
+    /// use kvmmem::host::HostLink;
+    /// use kvmmem::view;
+    /// use kvmmem_proto::scope::Span;
+    ///
+    /// let token = std::env::var("KVMMEM_TOKEN")?.parse()?;
+    /// let wanted = [Span { gpa: 0x10_0000, len: 0x1000 }];
+    /// let socket = view::default_socket();
+    /// let (link, host_view) = HostLink::attach_reaching(&socket, &token, true, &wanted)?;
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     ///
     /// # Errors
     /// As [`HostLink::attach`], and [`Refusal::Invalid`] with the span and where there is memory.
@@ -119,12 +140,12 @@ impl HostLink {
         reaching: &[Span],
     ) -> Result<(Self, HostView), ClientError> {
         let socket = client::connect(socket)?;
-        // Of the caller the broker takes the name; process and user it has from the socket.
+        // The broker takes only the name from this; it has process and user from the socket.
         let caller = Caller::this_process();
         let reaching = reaching.iter().take(MAX_SPANS).copied().collect();
         let call = Call::Attach { token: token.clone(), caller, read_only, reaching };
         let mut buffer = PacketBuffer::default();
-        // What happens to the target and the grant while the answer is on its way.
+        // Pushes about the target and the grant that arrive before the answer.
         let mut early = Vec::new();
         let request = Request { id: 1, call };
         let (answer, files) =
@@ -173,7 +194,18 @@ impl HostLink {
         Ok((link, host_view))
     }
 
-    /// Waits for the next event, at most `timeout`; `None` where none came.
+    /// Waits at most `timeout` for the next event; `None` if there is no event in time.
+    ///
+    /// ```no_run
+    /// # use kvmmem::host::{ClientError, HostEvent, HostLink};
+    /// # fn example(link: &mut HostLink) -> Result<(), ClientError> {
+    /// if let Some(HostEvent::Revoked) = link.wait(std::time::Duration::from_secs(1))? {
+    ///     // Unmap everything first.
+    ///     link.confirm();
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
     ///
     /// # Errors
     /// [`ClientError::Ended`] after [`HostEvent::Revoked`] and [`HostEvent::Gone`].
@@ -189,7 +221,7 @@ impl HostLink {
             let message = match self.socket.receive(&mut self.buffer) {
                 Ok(Some((message, _))) => message,
                 Err(PacketError::Receive(Errno::AGAIN)) => continue,
-                // Whatever it is that failed, nobody can take the rights back any more: they end.
+                // The grant could not be revoked any more, so the view ends on any failure.
                 Ok(None) | Err(_) => {
                     self.ended(End::Gone);
                     return Ok(Some(HostEvent::Gone));
@@ -201,7 +233,7 @@ impl HostLink {
         }
     }
 
-    /// What a push means for the view.
+    /// The event that a push causes for this view.
     fn event(&mut self, message: FromBroker) -> Result<Option<HostEvent>, ClientError> {
         match message {
             FromBroker::Revoke { grant } if grant == self.grant => {
@@ -220,7 +252,7 @@ impl HostLink {
         }
     }
 
-    /// Records the end. Threads that wait for a copy return at once, for the caller may wait for
+    /// Records the end. Threads that wait for a copy return at once, since the caller may wait for
     /// them next.
     fn ended(&mut self, end: End) {
         self.end = end;
@@ -228,8 +260,14 @@ impl HostLink {
         self.ended.set(end);
     }
 
-    /// Confirms that nothing of this process reaches the target's memory any more, after
-    /// [`HostEvent::Revoked`].
+    /// Confirms, after [`HostEvent::Revoked`], that this process has unmapped the target's memory.
+    ///
+    /// ```no_run
+    /// # fn example(link: &mut kvmmem::host::HostLink) {
+    /// // After `HostEvent::Revoked`, when nothing is mapped any more.
+    /// link.confirm();
+    /// # }
+    /// ```
     pub fn confirm(&mut self) {
         if self.end == End::Revoked {
             self.end = End::Confirmed;
@@ -238,14 +276,14 @@ impl HostLink {
     }
 
     fn tell(&self, call: Call) {
-        // A broker that cannot be told sees the end of the connection.
+        // A broker that does not get this sees the end of the connection.
         let _ = self.socket.send(&Request { id: 0, call }, &[], Wait::No);
     }
 
     fn is_readable(&self, deadline: Option<Instant>) -> Result<bool, ClientError> {
         loop {
             let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
-            // One that is too long for the kernel is as good as none.
+            // A timeout that is too long for the kernel never ends.
             let left = left.and_then(|left| Timespec::try_from(left).ok());
             match rustix::event::poll(
                 &mut [PollFd::new(&self.socket, PollFlags::IN)],
@@ -293,7 +331,7 @@ fn open_channels(
 }
 
 impl AsFd for HostLink {
-    /// Becomes readable when [`HostLink::wait`] has something to tell.
+    /// Becomes readable when [`HostLink::wait`] has an event.
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
     }

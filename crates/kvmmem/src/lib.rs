@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Client library for introspection tools: a process in one virtual machine that looks at another
-//! one's memory.
+//! Client library for introspection tools: a process reads the memory of a virtual machine (the
+//! target), from another virtual machine or from the host.
 //!
-//! A [`View`] is the way to do it: a token, which the target's owner grants, attaches it, and then
-//! the target's memory can be copied, searched for data and mapped. It is the same in a virtual
-//! machine (`/dev/kvmmem`) and on the host (its broker).
+//! A [`View`] is a target's memory, opened with a token that the target's owner grants. It can be
+//! read, written if the grant allows it, searched for data, and mapped. Tools use it in the same
+//! way in a virtual machine (`/dev/kvmmem`) and on the host (the broker's socket).
 //!
 //! ```no_run
 //! use std::time::Duration;
@@ -20,15 +20,15 @@
 //! let mut bytes = [0; 64];
 //! view.read_at(0x10_0000, &mut bytes)?;
 //!
-//! // Many pieces in one call: the fast way where there are many, and for private RAM the only fast one.
+//! // Many pieces in one call: fast, and for private RAM the only fast way.
 //! let (mut table, mut task) = ([0; 4096], [0; 512]);
 //! view.read_vectored(&mut [(0x20_0000, &mut table[..]), (0x41_3000, &mut task[..])])?;
 //!
-//! // A mapping is the target's memory itself: no call for each access.
+//! // A mapping is the target's memory itself: an access needs no system call.
 //! let mapping = view.map(Range { gpa: 0x20_0000, len: 0x20_0000 })?;
 //! println!("{:#x}", mapping.read_u64(0)?);
 //!
-//! // The owner may take the grant back at any time. Then reads fail, and so do those of mappings.
+//! // The owner may revoke the grant at any time. Reads of views and of mappings fail then.
 //! if let Some(Event::Revoked | Event::Gone) = view.wait(Duration::from_secs(1))? {
 //!     println!("{}", mapping.read_u64(0).unwrap_err());
 //! }
@@ -41,7 +41,7 @@
 //! use std::time::Duration;
 //! use kvmmem::{Device, Listener};
 //!
-//! // The tool listens; the host's introspection service connects, once for each VM that is hooked to this port.
+//! // The tool listens; the broker connects once for each VM that is hooked to this port.
 //! let listener = Listener::bind(&"vsock:1234".parse()?)?;
 //! let mut target = listener.accept(Duration::from_secs(30))?;
 //!
@@ -49,7 +49,7 @@
 //! let mut bytes = [0; 64];
 //! target.read_physical(0x10_0000, &mut bytes)?;
 //!
-//! // The first version of the interface maps a page for a token; a token from the connection allows it.
+//! // v1 maps one page with one token, which the connection gives out.
 //! let device = Device::open_default()?;
 //! let page = device.map(target.map_token()?, 0x10_0000)?;
 //! println!("{:#x}", page.read_u64(0)?);
@@ -58,9 +58,9 @@
 //! ```
 //!
 //! [`Listener`] and [`Session`] speak KVMI (crate `kvmmem-kvmi`); its tokens attach views as well.
-//! [`Device`] and [`MappedPage`] use the first ioctls of `/dev/kvmmem`, [`View`] the later ones
-//! (crate `kvmmem-abi`) or the broker's socket (crate `kvmmem-proto`). Everything blocks, and
-//! everything that waits for a peer has a time limit.
+//! [`Device`] and [`MappedPage`] use v1's ioctls of `/dev/kvmmem`, [`View`] the ioctls of views
+//! (crate `kvmmem-abi`) or the broker's socket (crate `kvmmem-proto`). All calls block; a call that
+//! waits for a peer has a time limit.
 #![deny(unsafe_code)]
 
 pub mod device;
@@ -69,7 +69,7 @@ pub mod host;
 mod inbox;
 pub mod listener;
 mod operation;
-/// Looking for patterns in a mapping, in place: [`Mapping::find`].
+/// Pattern search in a mapping, in place: [`Mapping::find`].
 pub mod search {
     pub use kvmmem_sys::search::{Atoms, Candidates, MaskedByte, PLACES, Probe};
 }

@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Waiting for the host's introspection service to connect: the tool listens, the VM's side calls.
+//! KVMI listener: a tool waits for the broker to connect, once for each hooked VM.
+//!
+//! [`Listener::accept`] does the handshake and returns a [`Session`].
 
 use std::fmt;
 use std::io;
@@ -18,13 +20,13 @@ use crate::stream::Stream;
 /// Where a tool listens; written `vsock:PORT` or `unix:PATH`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Endpoint {
-    /// A vsock port of this virtual machine, called by its host.
+    /// A vsock port of this virtual machine; the host connects to it.
     Vsock(u32),
     /// A unix socket, for a tool on the host itself.
     Unix(PathBuf),
 }
 
-/// Why a tool cannot listen, or nobody came.
+/// Why a tool cannot listen, or no VM connected.
 #[derive(Debug, thiserror::Error)]
 pub enum ListenerError {
     /// The endpoint's text is neither form.
@@ -53,9 +55,9 @@ pub enum ListenerError {
         #[source]
         source: io::Error,
     },
-    /// Nobody connected in time.
+    /// No VM connected in time.
     #[error(
-        "nobody connected to {endpoint} within {} s: is a target hooked to it (on the host: kvmmem hook add)?",
+        "no target connected to {endpoint} within {} s: is a target hooked to it (on the host: kvmmem hook add)?",
         limit.as_secs_f32()
     )]
     Timeout {
@@ -64,8 +66,9 @@ pub enum ListenerError {
         /// How long was waited.
         limit: Duration,
     },
-    /// Somebody connected, but the session could not be started; waiting again is fine.
-    #[error("the connection on {endpoint} is no good")]
+    /// A peer connected, but the session could not be started; [`Listener::accept`] can be called
+    /// again.
+    #[error("the session on {endpoint} could not be started")]
     Session {
         /// Where.
         endpoint: Endpoint,
@@ -113,7 +116,12 @@ impl fmt::Display for Endpoint {
 }
 
 impl Listener {
-    /// Starts to listen. Who may connect to a unix socket is up to the process's umask.
+    /// Binds the socket and listens. The umask decides who may connect to a unix socket.
+    ///
+    /// ```no_run
+    /// let listener = kvmmem::Listener::bind(&"vsock:1234".parse()?)?;
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     ///
     /// # Errors
     /// [`ListenerError::Bind`].
@@ -132,12 +140,21 @@ impl Listener {
         Ok(Self { socket, endpoint: endpoint.clone() })
     }
 
-    /// Waits for the next VM and carries out the handshake with it.
+    /// Waits for the next VM and does the handshake.
     ///
-    /// On vsock only the host is heard: another process of this VM cannot pose as a target.
+    /// On vsock only the host's connections are accepted: another process of this VM cannot pose
+    /// as a target.
+    ///
+    /// ```no_run
+    /// # fn example(listener: &kvmmem::Listener) -> Result<(), kvmmem::ListenerError> {
+    /// let target = listener.accept(std::time::Duration::from_secs(30))?;
+    /// println!("{:?} has connected", target.name());
+    /// # Ok(())
+    /// # }
+    /// ```
     ///
     /// # Errors
-    /// [`ListenerError::Timeout`], [`ListenerError::Session`] where the one who came is no good,
+    /// [`ListenerError::Timeout`], [`ListenerError::Session`] if the handshake fails,
     /// [`ListenerError::Accept`].
     pub fn accept(&self, timeout: Duration) -> Result<Session, ListenerError> {
         let start = Instant::now();

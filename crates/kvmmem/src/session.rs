@@ -1,5 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! A KVMI session with one virtual machine: the tool asks, the VM's side answers.
+//! KVMI sessions: a connection to one virtual machine, on which the tool sends commands.
+//!
+//! Tools get one from [`crate::Listener::accept`]. Each method is one command of the protocol (crate
+//! `kvmmem-kvmi`). After an error of the connection the session is over.
 
 use std::io::{self, Write};
 use std::time::{Duration, Instant};
@@ -19,10 +22,10 @@ use crate::inbox::Inbox;
 pub use crate::operation::Operation;
 use crate::stream::{Stream, Until};
 
-/// Within this the handshake must be over.
+/// Time limit of the handshake.
 const HANDSHAKE_LIMIT: Duration = Duration::from_secs(10);
 
-/// Within this a reply must be there.
+/// Time limit of a reply.
 const REPLY_LIMIT: Duration = Duration::from_secs(15);
 
 /// Why a session could not be started, or a command failed.
@@ -31,13 +34,13 @@ pub enum SessionError {
     /// The handshake failed.
     #[error("the handshake failed")]
     Handshake(#[from] HandshakeError),
-    /// The other side speaks an older protocol.
-    #[error("the other side speaks KVMI version {found:#x}; at least 0x1 is needed")]
+    /// The peer speaks an older protocol.
+    #[error("the peer speaks KVMI version {found:#x}; at least 0x1 is needed")]
     Version {
-        /// What it said.
+        /// Its version.
         found: u32,
     },
-    /// The other side answered with an error; the session goes on.
+    /// The peer answered with an error; the session can still be used.
     #[error("{operation}: {}", explain::kvmi(*error))]
     Refused {
         /// What was asked for.
@@ -53,7 +56,7 @@ pub enum SessionError {
         /// Length in bytes.
         len: usize,
     },
-    /// The socket failed, was closed, or no answer came in time; the session is over.
+    /// The socket failed or was closed, or no answer came in time; the session is over.
     #[error("{operation}: the connection failed")]
     Connection {
         /// What was asked for.
@@ -62,7 +65,7 @@ pub enum SessionError {
         #[source]
         source: io::Error,
     },
-    /// The answer does not fit the question; the session is over.
+    /// The answer does not match the request; the session is over.
     #[error("{operation}: the answer (id {id:#x}, seq {seq:#x}, {size:#x} bytes) does not fit")]
     Answer {
         /// What was asked for.
@@ -104,7 +107,7 @@ pub struct Session {
 }
 
 impl Session {
-    /// Carries out the tool's side of the handshake and checks the version.
+    /// Does the tool's side of the handshake and checks the version.
     pub(crate) fn start(mut stream: Stream) -> Result<Self, SessionError> {
         let deadline = Instant::now() + HANDSHAKE_LIMIT;
         let mut until = Until { stream: &mut stream, deadline };
@@ -127,28 +130,63 @@ impl Session {
         }
     }
 
-    /// The VM's name, as its side introduced it. It may hold any characters: escape it before
+    /// The VM's name, as the handshake reported it. It may hold any characters: escape it before
     /// printing.
+    ///
+    /// ```no_run
+    /// # fn example(target: &mut kvmmem::Session) -> Result<(), kvmmem::SessionError> {
+    /// println!("{:?}", target.name());
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn name(&self) -> &str {
         &self.hello.name
     }
 
     /// The VM's UUID, in the order in which it is printed.
+    ///
+    /// ```no_run
+    /// # fn example(target: &mut kvmmem::Session) -> Result<(), kvmmem::SessionError> {
+    /// println!("{:02x?}", target.uuid());
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn uuid(&self) -> [u8; 16] {
         self.hello.uuid
     }
 
     /// When the VM was started, milliseconds since the epoch.
+    ///
+    /// ```no_run
+    /// # fn example(target: &mut kvmmem::Session) -> Result<(), kvmmem::SessionError> {
+    /// println!("started {} s after the epoch", target.start_time_ms() / 1000);
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn start_time_ms(&self) -> i64 {
         self.hello.start_time_ms
     }
 
     /// The protocol's version and the host's optional features.
+    ///
+    /// ```no_run
+    /// # fn example(target: &mut kvmmem::Session) -> Result<(), kvmmem::SessionError> {
+    /// println!("KVMI version {:#x}", target.version().version);
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn version(&self) -> Version {
         self.version
     }
 
     /// GET_GUEST_INFO: the number of vCPUs.
+    ///
+    /// ```no_run
+    /// # fn example(target: &mut kvmmem::Session) -> Result<(), kvmmem::SessionError> {
+    /// println!("{} vCPUs", target.guest_info()?.vcpu_count);
+    /// # Ok(())
+    /// # }
+    /// ```
     ///
     /// # Errors
     /// [`SessionError`].
@@ -156,7 +194,14 @@ impl Session {
         self.fixed(Operation::GetGuestInfo, &Request::GetGuestInfo)
     }
 
-    /// GET_MAX_GFN: the frame number behind the last one that is backed by memory.
+    /// GET_MAX_GFN: the frame number after the last one that is backed by memory.
+    ///
+    /// ```no_run
+    /// # fn example(target: &mut kvmmem::Session) -> Result<(), kvmmem::SessionError> {
+    /// println!("memory ends at {:#x}", target.max_gfn()? << 12);
+    /// # Ok(())
+    /// # }
+    /// ```
     ///
     /// # Errors
     /// [`SessionError`].
@@ -165,32 +210,56 @@ impl Session {
         Ok(reply.gfn.get())
     }
 
-    /// QUERY_PHYSICAL: the range of memory that holds frame `gfn`, in one piece in the target and
-    /// in what backs it.
+    /// QUERY_PHYSICAL: the range of memory around frame `gfn` that is contiguous in the target and
+    /// in its backing.
+    ///
+    /// ```no_run
+    /// # fn example(target: &mut kvmmem::Session) -> Result<(), kvmmem::SessionError> {
+    /// let slot = target.query_physical(0x100)?;
+    /// println!("{slot:x?}");
+    /// # Ok(())
+    /// # }
+    /// ```
     ///
     /// # Errors
-    /// [`SessionError`]; [`KvmError::Inval`] where the target has no memory.
+    /// [`SessionError`]; [`KvmError::Inval`] if the target has no memory there.
     pub fn query_physical(&mut self, gfn: u64) -> Result<PhysicalSlot, SessionError> {
         self.fixed(Operation::QueryPhysical { gfn }, &Request::QueryPhysical { gfn })
     }
 
-    /// GET_MAP_TOKEN: a token for one [`crate::View`] or one [`crate::Device::map`], good for about
+    /// GET_MAP_TOKEN: a token for one [`crate::View`] or one [`crate::Device::map`], valid for about
     /// 3 seconds.
     ///
+    /// ```no_run
+    /// # fn example(target: &mut kvmmem::Session) -> Result<(), Box<dyn std::error::Error>> {
+    /// use kvmmem::{Access, View};
+    ///
+    /// let view = View::attach(&target.map_token()?, Access::ReadOnly)?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
     /// # Errors
-    /// [`SessionError`]; [`KvmError::Again`] where too many tokens are outstanding.
+    /// [`SessionError`]; [`KvmError::Again`] if too many tokens are outstanding.
     pub fn map_token(&mut self) -> Result<Token, SessionError> {
         let reply: MapToken = self.fixed(Operation::GetMapToken, &Request::GetMapToken)?;
         self.inbox.wipe();
         Ok(reply.token())
     }
 
-    /// Fills `buf` from guest-physical address `gpa` on, with one READ_PHYSICAL for each page
-    /// touched.
+    /// Reads guest-physical memory at `gpa` into `buf`, with one READ_PHYSICAL for each page.
+    ///
+    /// ```no_run
+    /// # fn example(target: &mut kvmmem::Session) -> Result<(), kvmmem::SessionError> {
+    /// let mut bytes = [0; 64];
+    /// target.read_physical(0x10_0000, &mut bytes)?;
+    /// # Ok(())
+    /// # }
+    /// ```
     ///
     /// # Errors
-    /// [`SessionError`]; [`KvmError::Inval`] where the target has no memory. The bytes before the
-    /// page in question have been filled.
+    /// [`SessionError`]; [`KvmError::Inval`] if the target has no memory there. The bytes before
+    /// that page are filled.
     pub fn read_physical(&mut self, gpa: u64, buf: &mut [u8]) -> Result<(), SessionError> {
         check_range(gpa, buf.len())?;
         let (mut gpa, mut rest) = (gpa, buf);
@@ -216,12 +285,18 @@ impl Session {
         Ok(())
     }
 
-    /// Writes `bytes` to guest-physical address `gpa` on, with one WRITE_PHYSICAL for each page
-    /// touched.
+    /// Writes `bytes` to guest-physical memory at `gpa`, with one WRITE_PHYSICAL for each page.
+    ///
+    /// ```no_run
+    /// # fn example(target: &mut kvmmem::Session) -> Result<(), kvmmem::SessionError> {
+    /// target.write_physical(0x10_0000, b"patched")?;
+    /// # Ok(())
+    /// # }
+    /// ```
     ///
     /// # Errors
-    /// [`SessionError`]; [`KvmError::Inval`] where the target has no memory. The bytes before the
-    /// page in question have been written.
+    /// [`SessionError`]; [`KvmError::Inval`] if the target has no memory there. The bytes before
+    /// that page are written.
     pub fn write_physical(&mut self, gpa: u64, bytes: &[u8]) -> Result<(), SessionError> {
         check_range(gpa, bytes.len())?;
         let (mut gpa, mut rest) = (gpa, bytes);
@@ -251,12 +326,12 @@ impl Session {
         let seq = self.next_seq;
         self.next_seq = self.next_seq.wrapping_add(1);
         self.outbox.clear();
-        // Only arguments that break the command's rules fail here, before anything was sent.
+        // Fails for arguments that break the command's rules; nothing is sent then.
         request
             .encode(seq, &mut self.outbox)
             .map_err(|error| SessionError::Refused { operation, error })?;
 
-        // Until a whole, fitting answer has been read, the stream is not at the start of a message.
+        // The stream is at the start of a message again once a whole, matching answer was read.
         self.is_over = true;
         let failed = |source| SessionError::Connection { operation, source };
         self.stream.write_all(&self.outbox).map_err(failed)?;

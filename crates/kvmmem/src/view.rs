@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! A view: the memory of one virtual machine, as far as a token allows, open until it is detached
-//! or taken back.
+//! Views: the memory of one virtual machine, as far as a token allows, until the tool detaches or
+//! the grant is revoked.
+//!
+//! This is what analysis tools and the command line use. [`View`] dispatches to the driver
+//! (`device`) or the broker (`host`), and both report the same errors.
 //!
 //! # How a view is opened
 //!
@@ -10,26 +13,26 @@
 //! | in one under a stock QEMU | the host's *guest endpoint* first, which is at vsock context id 2, port 27510 (or `$KVMMEM_GUEST_PORT`): the host plugs the view's memory in as PCI devices; then the device, whose driver has found them |
 //! | on the host | the broker's socket |
 //!
-//! Which of the first two it is, the driver says (`FEATURE_DEVICES` of `kvmmem-abi`). The
-//! connection to the guest endpoint is kept as long as the [`View`] or any [`Mapping`] of it, and
-//! its end is the view's: the host then unplugs the devices, however the process ended. If it is
-//! the host's service that goes, [`View::wait`] and [`View::status`] tell that the view is
-//! [gone](State::Gone), as nobody could take it back any more.
+//! The driver reports which of the first two applies (`FEATURE_DEVICES` of `kvmmem-abi`). The
+//! connection to the guest endpoint lives as long as the [`View`] and its [`Mapping`]s. When the
+//! process closes it, or exits, the host unplugs the devices. When the broker closes it,
+//! [`View::wait`] and [`View::status`] report that the view is [gone](State::Gone), since the grant
+//! could not be revoked any more.
 //!
 //! # Signals
 //!
-//! A page that goes away raises SIGBUS in whoever reads it through a mapping. [`Mapping`]'s methods
-//! make an error of it: the first mapping, or the first [`View::read_vectored`] on the host,
-//! installs a handler of SIGBUS for the process, which knows these methods' accesses and passes
-//! every other SIGBUS on to the handler that was there before, or to the default action. So install
-//! other handlers before, or let them pass on what they do not know; and do not block SIGBUS in a
-//! thread that uses mappings (its first use unblocks it).
+//! Reading a page that was removed raises SIGBUS. [`Mapping`]'s methods turn it into an error: the
+//! first mapping, or the first [`View::read_vectored`] on the host, installs a handler of SIGBUS
+//! for the process. The handler recognises these methods' accesses and passes every other SIGBUS
+//! to the handler that was installed before, or to the default action. Install other handlers
+//! first, or have them pass on signals that are not theirs. Do not block SIGBUS in a thread that
+//! uses mappings (its first use unblocks it).
 //!
 //! # Fork and exec
 //!
 //! In a virtual machine a view belongs to its open file: a forked child shares it, and it ends for
-//! both at once. On the host only the process that attached hears of the end: a child must not use
-//! what it inherits. `exec` ends both.
+//! both at once. On the host only the process that attached is notified of the end: a child must not
+//! use the view that it inherits. `exec` ends both.
 
 mod device;
 mod error;
@@ -59,26 +62,26 @@ pub use vectored::VectoredError;
 /// Environment variable with the path of the broker's socket.
 pub const SOCKET_VARIABLE: &str = "KVMMEM_BROKER";
 
-/// Where kvmmemd, the host's broker, listens unless it is told otherwise.
+/// The socket of the host's broker, kvmmemd, by default.
 pub const DEFAULT_SOCKET: &str = "/run/kvmmem/kvmmemd.sock";
 
-/// What a view is wanted for.
+/// Rights that a tool asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Access {
-    /// Reading alone, whatever the grant allows.
+    /// Read only, even if the grant allows writes.
     ReadOnly,
-    /// All that the grant allows.
+    /// Everything that the grant allows.
     Granted,
 }
 
 /// Whether a view can be used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum State {
-    /// It can.
+    /// It can be used.
     Open,
-    /// No more: its grant was taken back.
+    /// It has ended: the grant was revoked.
     Revoked,
-    /// No more: the target, or the host's service, is gone.
+    /// It has ended: the target or the broker has exited.
     Gone,
 }
 
@@ -87,9 +90,9 @@ pub enum State {
 pub enum Event {
     /// The target was reset or its memory map has changed: see [`View::status`].
     Changed,
-    /// The grant was taken back; the view has ended.
+    /// The grant was revoked; the view has ended.
     Revoked,
-    /// The target, or the host's service, is gone; the view has ended.
+    /// The target or the broker has exited; the view has ended.
     Gone,
 }
 
@@ -108,7 +111,7 @@ pub struct Status {
     pub ranges: Vec<Range>,
 }
 
-/// The memory of one virtual machine. A closed view's [`Mapping`]s keep it open.
+/// The memory of one virtual machine. The view stays open while a [`Mapping`] of it lives.
 ///
 /// In a virtual machine it is a file of `/dev/kvmmem`, on the host a connection to the broker (see
 /// [`crate::view`]). All methods may be called by many threads at once.
@@ -124,9 +127,17 @@ enum Backend {
 }
 
 impl View {
-    /// Opens a view of the virtual machine that `token` names, which is used up: by the device
-    /// where there is one (at `$KVMMEM_DEVICE`, or else [`crate::device::DEFAULT_PATH`]), else
-    /// by this host's broker (at `$KVMMEM_BROKER`, or else [`DEFAULT_SOCKET`]).
+    /// Attaches the virtual machine that `token` names; this uses the token. The device is tried
+    /// first (at `$KVMMEM_DEVICE`, or else [`crate::device::DEFAULT_PATH`]), then this host's
+    /// broker (at `$KVMMEM_BROKER`, or else [`DEFAULT_SOCKET`]).
+    ///
+    /// ```no_run
+    /// use kvmmem::{Access, View};
+    ///
+    /// let token = std::env::var("KVMMEM_TOKEN")?.parse()?;
+    /// let view = View::attach(&token, Access::ReadOnly)?;
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     ///
     /// # Errors
     /// [`ViewError`], with what to do about it.
@@ -134,10 +145,19 @@ impl View {
         Self::attach_reaching(token, access, &[])
     }
 
-    /// As [`View::attach`], for a tool that wants to reach `ranges`. On the host the broker refuses
-    /// a view that would have no memory in one of the first 64 of them, and the token is not
-    /// used. In a virtual machine the driver cannot ask before it uses the token: there
-    /// `ranges` are not looked at. So look at [`View::ranges`] in any case.
+    /// As [`View::attach`], for a tool that needs `ranges`. On the host the broker refuses a view
+    /// without memory in one of the first 64 of them, and does not use the token. In a virtual
+    /// machine the driver cannot ask before it uses the token, and ignores `ranges`. So check
+    /// [`View::ranges`] in any case.
+    ///
+    /// ```no_run
+    /// use kvmmem::{Access, Range, View};
+    ///
+    /// let token = std::env::var("KVMMEM_TOKEN")?.parse()?;
+    /// let wanted = [Range { gpa: 0x10_0000, len: 0x1000 }];
+    /// let view = View::attach_reaching(&token, Access::ReadOnly, &wanted)?;
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     ///
     /// # Errors
     /// [`ViewError`], with what to do about it.
@@ -156,8 +176,16 @@ impl View {
         }
     }
 
-    /// Opens a view by the device at `path`, after having asked the host's guest endpoint for it
-    /// where the driver says that views come as PCI devices. The host has 15 s for that.
+    /// Attaches by the device at `path`. If views come as PCI devices on this host, the host's guest
+    /// endpoint is asked for the view first, which may take up to 15 s.
+    ///
+    /// ```no_run
+    /// use kvmmem::{Access, View, device};
+    ///
+    /// let token = std::env::var("KVMMEM_TOKEN")?.parse()?;
+    /// let view = View::attach_device(device::DEFAULT_PATH.as_ref(), &token, Access::Granted)?;
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     ///
     /// # Errors
     /// [`ViewError`], with what to do about it.
@@ -165,7 +193,15 @@ impl View {
         Ok(Self { backend: Backend::Device(DeviceView::attach(path, token, access)?) })
     }
 
-    /// Opens a view by the broker that listens at `socket` on this host.
+    /// Attaches by the broker that listens at `socket` on this host.
+    ///
+    /// ```no_run
+    /// use kvmmem::{Access, View, view};
+    ///
+    /// let token = std::env::var("KVMMEM_TOKEN")?.parse()?;
+    /// let view = View::attach_host(&view::default_socket(), &token, Access::ReadOnly)?;
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     ///
     /// # Errors
     /// [`ViewError`], with what to do about it.
@@ -174,6 +210,16 @@ impl View {
     }
 
     /// As [`View::attach_reaching`] on the host, by the broker that listens at `socket`.
+    ///
+    /// ```no_run
+    /// use kvmmem::{Access, Range, View, view};
+    ///
+    /// let token = std::env::var("KVMMEM_TOKEN")?.parse()?;
+    /// let wanted = [Range { gpa: 0x10_0000, len: 0x1000 }];
+    /// let socket = view::default_socket();
+    /// let view = View::attach_host_reaching(&socket, &token, Access::ReadOnly, &wanted)?;
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     ///
     /// # Errors
     /// [`ViewError`], with what to do about it.
@@ -186,7 +232,15 @@ impl View {
         Ok(Self { backend: Backend::Host(HostView::attach(socket, token, access, ranges)?) })
     }
 
-    /// The view's state and ranges; works as well when it has ended.
+    /// The view's state and ranges, also after it has ended.
+    ///
+    /// ```no_run
+    /// # fn example(view: &kvmmem::View) -> Result<(), kvmmem::ViewError> {
+    /// let status = view.status()?;
+    /// println!("{:?}, {} ranges", status.state, status.ranges.len());
+    /// # Ok(())
+    /// # }
+    /// ```
     ///
     /// # Errors
     /// [`ViewError::System`].
@@ -197,7 +251,14 @@ impl View {
         }
     }
 
-    /// The target's name. A virtual machine does not know it.
+    /// The target's name; `None` in a virtual machine, which does not know it.
+    ///
+    /// ```no_run
+    /// # fn example(view: &kvmmem::View) -> Result<(), kvmmem::ViewError> {
+    /// println!("{}", view.name().unwrap_or("(unknown)"));
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn name(&self) -> Option<&str> {
         match &self.backend {
             Backend::Device(_) => None,
@@ -205,9 +266,18 @@ impl View {
         }
     }
 
-    /// Identifies one run of the target: the number is the same for all views of it, in guests and
-    /// on the host, until the target is reset, its RAM changes or its VMM ends; no other target
-    /// has it. `None` where the host or the driver does not say.
+    /// Identifies one run of the target. All views of the target have the same number, in guests and
+    /// on the host, until the target is reset, its RAM changes or its VMM exits. No other target
+    /// has it. `None` if the host or the driver does not report it.
+    ///
+    /// ```no_run
+    /// # fn example(view: &kvmmem::View) -> Result<(), kvmmem::ViewError> {
+    /// let before = view.instance()?;
+    /// // Later: addresses found before are those of an earlier run if the number has changed.
+    /// let is_same_run = before.is_some() && view.instance()? == before;
+    /// # Ok(())
+    /// # }
+    /// ```
     ///
     /// # Errors
     /// [`ViewError::System`].
@@ -218,8 +288,16 @@ impl View {
         }
     }
 
-    /// The memory that can be reached: disjoint, in pages, ascending. A view that has ended has
-    /// none.
+    /// The memory that can be reached: disjoint, in pages, ascending; empty once the view has ended.
+    ///
+    /// ```no_run
+    /// # fn example(view: &kvmmem::View) -> Result<(), kvmmem::ViewError> {
+    /// for range in view.ranges()? {
+    ///     println!("{:#x} bytes at {:#x}", range.len, range.gpa);
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
     ///
     /// # Errors
     /// As [`View::status`].
@@ -227,11 +305,19 @@ impl View {
         Ok(self.status()?.ranges)
     }
 
-    /// Fills `buf` from guest-physical address `gpa` on.
+    /// Reads guest-physical memory at `gpa` into `buf`.
+    ///
+    /// ```no_run
+    /// # fn example(view: &kvmmem::View) -> Result<(), kvmmem::ViewError> {
+    /// let mut bytes = [0; 64];
+    /// view.read_at(0x10_0000, &mut bytes)?;
+    /// # Ok(())
+    /// # }
+    /// ```
     ///
     /// # Errors
     /// [`ViewError::Hole`] with the first address that has no memory or is not granted,
-    /// [`ViewError::Revoked`], [`ViewError::Gone`]. Some of `buf` may have been filled then.
+    /// [`ViewError::Revoked`], [`ViewError::Gone`]. `buf` may be filled in part.
     pub fn read_at(&self, gpa: u64, buf: &mut [u8]) -> Result<(), ViewError> {
         match &self.backend {
             Backend::Device(view) => view.read_at(gpa, buf),
@@ -239,13 +325,13 @@ impl View {
         }
     }
 
-    /// Fills each piece's bytes from its guest-physical address on, in order, as [`View::read_at`]
-    /// does for one. Pieces may have any length and may overlap in the target.
+    /// Reads each piece at its guest-physical address, in order, as [`View::read_at`] reads one.
+    /// Pieces may have any length and may overlap in the target.
     ///
-    /// On the host this is the fast way to read many small pieces. Pages that are read again and
-    /// again are read without system calls, through a mapping that the first call makes (see
-    /// [`crate::view`] on signals). Where the target's RAM is private, the broker copies many
-    /// pieces at a time. In a virtual machine it is a `pread` for each piece.
+    /// On the host this is the fast way to read many small pieces. Pages that are read repeatedly
+    /// need no system call: the first call maps them (see [`crate::view`] on signals). If the
+    /// target's RAM is private, the broker copies many pieces at a time. In a virtual machine each
+    /// piece is a `pread`.
     ///
     /// ```no_run
     /// # fn read(view: &kvmmem::View) -> Result<(), kvmmem::VectoredError> {
@@ -256,8 +342,8 @@ impl View {
     /// ```
     ///
     /// # Errors
-    /// [`VectoredError`] with the first piece that could not be filled, all before it are, and why,
-    /// as for [`View::read_at`]. Pieces after it may have been filled or not.
+    /// [`VectoredError`] with the first piece that could not be read, and why, as for
+    /// [`View::read_at`]. All pieces before it are filled; pieces after it may be.
     pub fn read_vectored(&self, pieces: &mut [(u64, &mut [u8])]) -> Result<(), VectoredError> {
         match &self.backend {
             Backend::Device(view) => view.read_vectored(pieces),
@@ -265,11 +351,17 @@ impl View {
         }
     }
 
-    /// Writes `bytes` to guest-physical address `gpa` on.
+    /// Writes `bytes` to guest-physical memory at `gpa`.
+    ///
+    /// ```no_run
+    /// # fn example(view: &kvmmem::View) -> Result<(), kvmmem::ViewError> {
+    /// view.write_at(0x10_0000, b"patched")?;
+    /// # Ok(())
+    /// # }
+    /// ```
     ///
     /// # Errors
-    /// As [`View::read_at`], and [`ViewError::ReadOnly`]. Some of `bytes` may have been written
-    /// then.
+    /// As [`View::read_at`], and [`ViewError::ReadOnly`]. `bytes` may be written in part.
     pub fn write_at(&self, gpa: u64, bytes: &[u8]) -> Result<(), ViewError> {
         match &self.backend {
             Backend::Device(view) => view.write_at(gpa, bytes),
@@ -277,13 +369,23 @@ impl View {
         }
     }
 
-    /// The next stretch of memory at `gpa` or behind it that holds data, `None` where there is no
-    /// more. What lies between has no memory, is not granted, or was never written or given
-    /// back by the target: then it reads as zeros, and reading it through a mapping may make
-    /// the host allocate it.
+    /// The next range at `gpa` or after it that holds data; `None` after the last. A gap between
+    /// ranges is no memory, not granted, or memory that the target never wrote or has freed. The
+    /// latter reads as zeros, and reading it through a mapping may make the host allocate it.
     ///
-    /// Where the host cannot tell, or the target's RAM is private to its VMM, all memory counts as
+    /// If the host cannot tell, or the target's RAM is private to its VMM, all memory counts as
     /// data.
+    ///
+    /// ```no_run
+    /// # fn example(view: &kvmmem::View) -> Result<(), kvmmem::ViewError> {
+    /// let mut gpa = 0;
+    /// while let Some(range) = view.data_from(gpa)? {
+    ///     println!("{:#x} bytes of data at {:#x}", range.len, range.gpa);
+    ///     gpa = range.end();
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
     ///
     /// # Errors
     /// [`ViewError::Revoked`], [`ViewError::Gone`].
@@ -294,9 +396,20 @@ impl View {
         }
     }
 
-    /// The parts of `range`, in pages, that hold data, where this can be told without looking
-    /// beyond it, so that many threads can share the work; `None` where it cannot: use
-    /// [`View::data_from`].
+    /// The parts of `range`, in pages, that hold data. Unlike [`View::data_from`] it never looks
+    /// beyond `range`, so that threads can share the work. `None` in a virtual machine, where this
+    /// cannot be told: use [`View::data_from`].
+    ///
+    /// ```no_run
+    /// # fn example(view: &kvmmem::View) -> Result<(), kvmmem::ViewError> {
+    /// # let range = kvmmem::Range { gpa: 0, len: 0x1000 };
+    /// match view.data_in(range)? {
+    ///     Some(parts) => println!("{} parts hold data", parts.len()),
+    ///     None => println!("search all of it"),
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
     ///
     /// # Errors
     /// [`ViewError::Revoked`], [`ViewError::Gone`].
@@ -307,13 +420,21 @@ impl View {
         }
     }
 
-    /// Maps `range`, which is made of pages, into this process. Nothing is copied; the target's
-    /// pages appear as they are accessed, and the target's writes with them.
+    /// Maps `range`, whole pages, into this process. Nothing is copied: pages are mapped as they are
+    /// accessed, and the target's writes are visible at once.
+    ///
+    /// ```no_run
+    /// # fn example(view: &kvmmem::View) -> Result<(), kvmmem::ViewError> {
+    /// let mapping = view.map(kvmmem::Range { gpa: 0x20_0000, len: 0x20_0000 })?;
+    /// println!("mapped at {:#x}", mapping.address());
+    /// # Ok(())
+    /// # }
+    /// ```
     ///
     /// # Errors
-    /// [`ViewError::Pages`] for a range that is not made of pages; [`ViewError::Hole`],
-    /// [`ViewError::Revoked`], [`ViewError::Gone`]; [`ViewError::Private`] where the target's
-    /// RAM can only be copied.
+    /// [`ViewError::Pages`] for a range that is not whole pages; [`ViewError::Hole`],
+    /// [`ViewError::Revoked`], [`ViewError::Gone`]; [`ViewError::Private`] if the target's RAM can
+    /// only be copied.
     pub fn map(&self, range: Range) -> Result<Mapping, ViewError> {
         match &self.backend {
             Backend::Device(view) => view.map(range),
@@ -321,8 +442,21 @@ impl View {
         }
     }
 
-    /// Waits for something to happen to the view, at most `timeout`. An end of the view is told by
-    /// every call.
+    /// Waits at most `timeout` for an event. Every call after the view's end reports the end.
+    ///
+    /// ```no_run
+    /// # fn example(view: &kvmmem::View) -> Result<(), kvmmem::ViewError> {
+    /// use std::time::Duration;
+    /// use kvmmem::Event;
+    ///
+    /// match view.wait(Duration::from_secs(1))? {
+    ///     Some(Event::Changed) => println!("now {:?}", view.ranges()?),
+    ///     Some(Event::Revoked | Event::Gone) => println!("the view has ended"),
+    ///     None => println!("nothing happened"),
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
     ///
     /// # Errors
     /// [`ViewError::System`].
@@ -333,7 +467,16 @@ impl View {
         }
     }
 
-    /// The driver's counters, `None` on the host, which has no driver.
+    /// The driver's counters; `None` on the host, which has no driver.
+    ///
+    /// ```no_run
+    /// # fn example(view: &kvmmem::View) -> Result<(), kvmmem::ViewError> {
+    /// if let Some(stats) = view.stats()? {
+    ///     println!("{} bytes read", stats.read_bytes);
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
     ///
     /// # Errors
     /// [`ViewError::System`].
@@ -344,7 +487,14 @@ impl View {
         }
     }
 
-    /// Closes the view; accesses through mappings that are left are lost.
+    /// Closes the view. Accesses through mappings that still exist fail from then on.
+    ///
+    /// ```no_run
+    /// # fn example(view: kvmmem::View) -> Result<(), kvmmem::ViewError> {
+    /// view.detach()?;
+    /// # Ok(())
+    /// # }
+    /// ```
     ///
     /// # Errors
     /// [`ViewError::System`].
@@ -360,6 +510,10 @@ impl View {
 }
 
 /// The broker's socket that [`View::attach`] uses.
+///
+/// ```
+/// println!("{}", kvmmem::view::default_socket().display());
+/// ```
 pub fn default_socket() -> PathBuf {
     std::env::var_os(SOCKET_VARIABLE).map_or_else(|| DEFAULT_SOCKET.into(), PathBuf::from)
 }

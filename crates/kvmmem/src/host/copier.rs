@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Copies of memory that only its VMM can map, made by the broker.
+//! Copies of memory that is private to its VMM, made by the broker.
 //!
-//! A view has up to [`CHANNELS`] channels. A batch of pieces is cut into parcels that go out over
-//! all channels which no other thread uses at that moment: while the broker fills some, this
-//! process empties others.
+//! [`super::HostView`] has a [`Copier`] if its target's RAM cannot be mapped. A view has up to
+//! [`CHANNELS`] channels. A batch of pieces is split into parcels, which are sent on all channels
+//! that no other thread uses at that moment: the broker fills some while this process copies out of
+//! others.
 
 use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
@@ -16,7 +17,7 @@ use rustix::io::Errno;
 
 use super::channel::{Channel, ChannelError};
 
-/// How many channels a view opens, if the broker has room for them.
+/// Number of channels that a view opens, if the broker's limit allows it.
 pub(super) const CHANNELS: usize = 2;
 
 /// The most bytes that one request asks for. Small enough that the first answer of a batch comes
@@ -24,7 +25,7 @@ pub(super) const CHANNELS: usize = 2;
 const PARCEL: usize = 64 << 10;
 const _: () = assert!(PARCEL <= SLOT);
 
-/// How long the news of a view's end may take after the broker has refused a copy because of it.
+/// How long the event of a view's end may take after the broker has refused a copy because of it.
 const NEWS_LIMIT: Duration = Duration::from_secs(1);
 
 /// Why nothing was copied.
@@ -53,12 +54,12 @@ pub enum CopyError {
     Channel(#[source] Errno),
 }
 
-/// Where copying pieces of memory has ended early.
+/// A copy of several pieces that failed at one of them.
 #[derive(Debug)]
 pub struct PartialCopy {
-    /// The first piece that was not copied whole.
+    /// Index of the first piece that was not copied completely.
     pub piece: usize,
-    /// How many of its bytes were.
+    /// Number of its bytes that were copied.
     pub bytes: usize,
     /// Why.
     pub error: CopyError,
@@ -66,7 +67,7 @@ pub struct PartialCopy {
 
 /// Copies a view's memory by asking the broker. All methods may be called by many threads at once.
 ///
-/// The news of the view's end comes to [`super::HostLink::wait`]: a thread must be waiting there.
+/// [`super::HostLink::wait`] receives the view's end: a thread must be waiting there.
 #[derive(Debug)]
 pub struct Copier {
     /// At least one.
@@ -76,7 +77,7 @@ pub struct Copier {
     ended: Arc<ViewEnd>,
 }
 
-/// How a view has ended, and the sockets that are closed by that.
+/// How a view has ended, and the sockets to close then.
 #[derive(Debug, Default)]
 pub(super) struct ViewEnd {
     end: Mutex<Option<End>>,
@@ -106,17 +107,17 @@ struct Parcel {
 }
 
 impl ViewEnd {
-    /// Ends the copies that wait, and all to come.
+    /// Ends the copies that wait, and all later ones.
     pub(super) fn set(&self, end: End) {
         self.end.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(end);
         self.changed.notify_all();
         for socket in self.sockets.lock().unwrap_or_else(PoisonError::into_inner).iter() {
-            // It fails only where the broker has closed.
+            // Fails only if the broker has closed the socket.
             let _ = rustix::net::shutdown(socket, rustix::net::Shutdown::Both);
         }
     }
 
-    /// How the view has ended, of which the broker's refusal or silence has told first.
+    /// Waits for the event of the view's end, which the broker's refusal or silence preceded.
     fn wait(&self) -> CopyError {
         let end = self.end.lock().unwrap_or_else(PoisonError::into_inner);
         let waited = self.changed.wait_timeout_while(end, NEWS_LIMIT, |end| end.is_none());
@@ -135,7 +136,7 @@ impl From<End> for CopyError {
 }
 
 impl Copier {
-    /// Copies by way of these channels, at least one.
+    /// Copies over these channels, at least one.
     pub(super) fn new(channels: Vec<Channel>, ended: Arc<ViewEnd>) -> Self {
         let sockets = channels.iter().map(Channel::socket).collect();
         *ended.sockets.lock().unwrap_or_else(PoisonError::into_inner) = sockets;
@@ -143,8 +144,17 @@ impl Copier {
         Self { channels, turn: AtomicUsize::new(0), ended }
     }
 
-    /// Copies memory from guest-physical address `gpa` on to `bytes`, as far as there is any;
-    /// returns how many bytes, none only where `bytes` is empty.
+    /// Copies guest-physical memory at `gpa` into `bytes`, up to the first hole. Returns the number
+    /// of bytes; 0 only if `bytes` is empty.
+    ///
+    /// ```no_run
+    /// # use kvmmem::host::{Copier, CopyError};
+    /// # fn example(copier: &Copier) -> Result<(), CopyError> {
+    /// let mut bytes = [0; 4096];
+    /// let count = copier.read(0x10_0000, &mut bytes)?;
+    /// # Ok(())
+    /// # }
+    /// ```
     ///
     /// # Errors
     /// [`CopyError`].
@@ -153,11 +163,20 @@ impl Copier {
         as_far(len, self.read_pieces(&mut [(gpa, bytes)]))
     }
 
-    /// Fills each piece's bytes from its guest-physical address on, in order. Pieces after the one
-    /// that [`PartialCopy`] names may have been filled or not.
+    /// Reads each piece at its guest-physical address, in order. Pieces after the one that
+    /// [`PartialCopy`] names may be filled or not.
+    ///
+    /// ```no_run
+    /// # use kvmmem::host::{Copier, PartialCopy};
+    /// # fn example(copier: &Copier) -> Result<(), PartialCopy> {
+    /// let (mut table, mut task) = ([0; 4096], [0; 512]);
+    /// copier.read_pieces(&mut [(0x20_0000, &mut table[..]), (0x41_3000, &mut task[..])])?;
+    /// # Ok(())
+    /// # }
+    /// ```
     ///
     /// # Errors
-    /// [`PartialCopy`], with the first piece that was not filled.
+    /// [`PartialCopy`] with the first piece that was not read.
     pub fn read_pieces(&self, pieces: &mut [(u64, &mut [u8])]) -> Result<(), PartialCopy> {
         let places: Vec<(u64, usize)> =
             pieces.iter().map(|(gpa, bytes)| (*gpa, bytes.len())).collect();
@@ -169,8 +188,16 @@ impl Copier {
         })
     }
 
-    /// Copies `bytes` to guest-physical address `gpa` on, as far as there is memory; returns how
-    /// many bytes, none only where `bytes` is empty.
+    /// Copies `bytes` to guest-physical memory at `gpa`, up to the first hole. Returns the number of
+    /// bytes; 0 only if `bytes` is empty.
+    ///
+    /// ```no_run
+    /// # use kvmmem::host::{Copier, CopyError};
+    /// # fn example(copier: &Copier) -> Result<(), CopyError> {
+    /// let count = copier.write(0x10_0000, b"patched")?;
+    /// # Ok(())
+    /// # }
+    /// ```
     ///
     /// # Errors
     /// [`CopyError`].
@@ -181,8 +208,8 @@ impl Copier {
         as_far(bytes.len(), copied)
     }
 
-    /// Copies pieces; `local` copies a part's first bytes between the buffer and where they come
-    /// from or go to.
+    /// Copies pieces. `local` copies a part's first bytes between the buffer and the caller's
+    /// memory.
     fn copy(
         &self,
         pieces: &[(u64, usize)],
@@ -196,7 +223,7 @@ impl Copier {
         let (mut sent, mut cursor) = (VecDeque::new(), Cursor::default());
         let mut number = 0;
         loop {
-            // Writes are sent one by one: those behind a hole must not be carried out.
+            // Writes are sent one by one: those after a hole must not be carried out.
             while !write || sent.is_empty() {
                 let Some(channel) = channels.get_mut(number % count) else { break };
                 let Some(at) = channel.free_slot() else { break };

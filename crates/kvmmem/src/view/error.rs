@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Why something could not be done with a view.
+//! Errors of views, each with the operation, the address and what to do about it.
 
 use std::fmt;
 use std::io;
@@ -211,7 +211,15 @@ pub enum ViewError {
 }
 
 impl ViewError {
-    /// The errno behind the error, where a system call failed or would have.
+    /// The errno of the system call that failed or would have failed.
+    ///
+    /// ```no_run
+    /// # fn example(error: kvmmem::ViewError) {
+    /// if let Some(errno) = error.errno() {
+    ///     eprintln!("{}", std::io::Error::from_raw_os_error(errno));
+    /// }
+    /// # }
+    /// ```
     pub fn errno(&self) -> Option<i32> {
         match self {
             Self::Open { source: OpenError::Open(error), .. } => error.raw_os_error(),
@@ -229,8 +237,19 @@ impl ViewError {
         }
     }
 
-    /// Whether it is the memory at that address that cannot be read or written, while the view goes
-    /// on: the VMM has none there (any more), or the hardware has found it damaged.
+    /// Whether only the memory at that address cannot be read or written, and the view can still be
+    /// used: the VMM has no memory there (any more), or the hardware reports it as damaged.
+    ///
+    /// ```no_run
+    /// # fn example(view: &kvmmem::View) -> Result<(), kvmmem::ViewError> {
+    /// let mut page = [0; 4096];
+    /// match view.read_at(0x10_0000, &mut page) {
+    ///     Err(error) if error.is_unreadable() => println!("skip this page"),
+    ///     other => other?,
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn is_unreadable(&self) -> bool {
         match self {
             Self::Hole { .. } => true,
@@ -242,7 +261,7 @@ impl ViewError {
         }
     }
 
-    /// What an errno of the driver means for something done at `gpa`.
+    /// The error for an errno that the driver returned for `operation` at `gpa`.
     pub(super) fn of(operation: ViewOperation, gpa: u64, source: Errno) -> Self {
         match source {
             Errno::NXIO => Self::Hole { operation, gpa },

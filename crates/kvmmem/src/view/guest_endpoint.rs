@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Opening a view in a virtual machine under a stock QEMU: by vsock, at the host's guest endpoint,
-//! whose connection then stands for the view.
+//! Guest endpoint, the tool's side: attaches views in a virtual machine under a stock QEMU.
+//!
+//! The tool connects to the broker by vsock before it attaches by the device. The connection stands
+//! for the view: the host unplugs the view's devices when it closes. The frames are those of
+//! [`kvmmem_proto::guest`].
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -18,8 +21,7 @@ use vsock::{VMADDR_CID_HOST, VsockStream};
 /// Environment variable with another vsock port of the host's guest endpoint.
 pub const GUEST_PORT_VARIABLE: &str = "KVMMEM_GUEST_PORT";
 
-/// How long the host may take: it plugs devices into this machine and waits for its driver to see
-/// them.
+/// How long the host may take to plug devices into this machine and see its driver take them.
 const LIMIT: Duration = Duration::from_secs(15);
 
 /// Why the host's guest endpoint opened no view.
@@ -37,35 +39,35 @@ pub enum GuestEndpointError {
         #[source]
         source: io::Error,
     },
-    /// The host did not answer as it should.
+    /// The host's answer is missing or invalid.
     #[error(
         "the host at vsock port {port} gave no answer; its log says more (journalctl -u kvmmemd)"
     )]
     Answer {
         /// The port.
         port: u32,
-        /// What is wrong with the answer; none where the host closed without one.
+        /// What is wrong with the answer; `None` if the host closed the connection without one.
         #[source]
         source: Option<FrameError>,
     },
     /// The host refused.
     #[error("{message}")]
     Refused {
-        /// Which kind of failure; [`Refusal::Unknown`] for a token that is unknown, used, expired
-        /// or somebody else's.
+        /// Kind of failure; [`Refusal::Unknown`] for a token that is unknown, used, expired or for
+        /// another holder.
         refusal: Refusal,
         /// The host's words.
         message: String,
     },
-    /// The host opened the view, and the driver has not got it.
+    /// The host opened the view, but the driver does not have it.
     #[error(
-        "the host opened the view, but this machine's driver does not have it any more: was it taken back at once? The \
+        "the host opened the view, but this machine's driver does not have it any more: was the grant revoked at once? The \
          kernel's log may say more (dmesg | grep kvmmem)"
     )]
     Lost,
 }
 
-/// What to do where the host cannot be reached.
+/// What to do if the host cannot be reached.
 fn remedy(error: &io::Error) -> &'static str {
     match error.raw_os_error().map(Errno::from_raw_os_error) {
         Some(Errno::NODEV | Errno::AFNOSUPPORT | Errno::ADDRNOTAVAIL) => {
@@ -73,7 +75,7 @@ fn remedy(error: &io::Error) -> &'static str {
              model='virtio'>), and its kernel vmw_vsock_virtio_transport"
         }
         Some(Errno::CONNREFUSED | Errno::CONNRESET) => {
-            ": nobody listens there; is kvmmemd running, and was this machine added (kvmmem introspector add)?"
+            ": no process listens there; is kvmmemd running, and was this machine added (kvmmem introspector add)?"
         }
         Some(Errno::TIMEDOUT | Errno::HOSTUNREACH | Errno::NETUNREACH) => {
             ": the host does not answer; does it have vhost_vsock, and this machine a context id of its own?"
@@ -91,8 +93,8 @@ pub(super) struct GuestConnection {
 }
 
 impl GuestConnection {
-    /// Has the host open the view that `token` allows; the token is used up. The devices are there
-    /// when this returns.
+    /// Asks the host to open the view that `token` allows; this uses the token. The devices are
+    /// plugged in when this returns.
     pub(super) fn open(token: &Token, read_only: bool) -> Result<Self, GuestEndpointError> {
         let port = port()?;
         let stream = VsockStream::connect_with_cid_port(VMADDR_CID_HOST, port);
@@ -113,14 +115,21 @@ impl GuestConnection {
 }
 
 impl AsFd for GuestConnection {
-    /// Becomes readable when the host ends the connection: it says nothing else.
+    /// Becomes readable when the host ends the connection; it sends nothing else.
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.stream.as_fd()
     }
 }
 
 /// Whether the host's guest endpoint accepts this virtual machine. No token is used: an unknown
-/// virtual machine is refused at once, and `patience` is how long a refusal is waited for.
+/// virtual machine is refused at once, and `patience` is how long to wait for a refusal.
+///
+/// ```no_run
+/// # use kvmmem::view::{GuestEndpointError, check_guest_endpoint};
+/// check_guest_endpoint(std::time::Duration::from_secs(1))?;
+/// println!("this virtual machine may attach views");
+/// # Ok::<(), GuestEndpointError>(())
+/// ```
 ///
 /// # Errors
 /// [`GuestEndpointError`], with what to do about it.
@@ -131,7 +140,7 @@ pub fn check_guest_endpoint(patience: Duration) -> Result<(), GuestEndpointError
     wait_for_refusal(stream.as_fd(), port, patience)
 }
 
-/// Waits for a refusal that does not come.
+/// Succeeds if no refusal arrives in time.
 fn wait_for_refusal(
     socket: BorrowedFd<'_>,
     port: u32,

@@ -1,5 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! A part of a view that is mapped into this process.
+//! Mappings: a range of a view's memory in this process.
+//!
+//! Tools get one from [`crate::View::map`]. The memory belongs to another virtual machine, so it is
+//! only ever copied; there is no reference into it.
 
 use std::sync::Arc;
 
@@ -34,7 +37,7 @@ pub enum MappingError {
     /// The view may not write.
     #[error("the view is read-only; a grant with rw and Access::Granted allow it")]
     ReadOnly,
-    /// The memory is not there any more: [`crate::View::status`] tells why.
+    /// The memory was removed; [`crate::View::status`] tells why.
     #[error(
         "gpa {gpa:#x} is not mapped any more: the view has ended or the target's memory map has changed"
     )]
@@ -42,16 +45,16 @@ pub enum MappingError {
         /// The first address that was not copied.
         gpa: u64,
     },
-    /// SIGBUS, by which the system tells of lost memory, cannot be handled.
+    /// The handler of SIGBUS, which catches accesses to removed memory, cannot be installed.
     #[error("cannot handle SIGBUS")]
     Guard(#[source] Errno),
 }
 
-/// A part of a view, mapped into this process until it is dropped, at an address that is congruent
-/// to the guest-physical one modulo 2 MiB (1 GiB, if it is that long).
+/// A range of a view, mapped into this process until it is dropped. Its address is congruent to the
+/// guest-physical one modulo 2 MiB (1 GiB if the range is that long).
 ///
-/// What it holds may change at any moment, so it is only ever copied: there is no slice of it.
-/// Memory that goes away is an error, not a SIGBUS that kills the process: see [`crate::view`] on
+/// The contents may change at any moment, so they are copied: there is no slice of them. An access
+/// to removed memory is an error, not a SIGBUS that kills the process: see [`crate::view`] on
 /// signals.
 #[derive(Clone, Debug)]
 pub struct Mapping {
@@ -61,10 +64,10 @@ pub struct Mapping {
     _keeps: Option<Keeps>,
 }
 
-/// What a mapping keeps open besides the device's file, which the system does.
+/// What a mapping keeps open. The kernel keeps the device's file open.
 #[derive(Clone, Debug)]
 pub(super) enum Keeps {
-    /// On the host, what ends the mapping together with the view.
+    /// On the host, the view that ends the mapping.
     View(#[expect(dead_code, reason = "held")] Arc<HostView>),
     /// In a virtual machine, the connection that stands for the view's devices.
     Guest(#[expect(dead_code, reason = "held")] Arc<GuestConnection>),
@@ -76,39 +79,92 @@ impl Mapping {
     }
 
     /// First guest-physical address.
+    ///
+    /// ```no_run
+    /// # fn example(mapping: &kvmmem::Mapping) -> Result<(), kvmmem::MappingError> {
+    /// println!("{:#x} to {:#x}", mapping.gpa(), mapping.gpa() + mapping.len());
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn gpa(&self) -> u64 {
         self.gpa
     }
 
     /// Length in bytes.
-    #[allow(clippy::len_without_is_empty, reason = "it never is")]
+    ///
+    /// ```no_run
+    /// # fn example(mapping: &kvmmem::Mapping) -> Result<(), kvmmem::MappingError> {
+    /// let last_byte = mapping.read_u8(mapping.len() - 1)?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    #[allow(clippy::len_without_is_empty, reason = "a mapping is never empty")]
     pub fn len(&self) -> u64 {
         self.memory.len()
     }
 
     /// Address in this process, for information.
+    ///
+    /// ```no_run
+    /// # fn example(mapping: &kvmmem::Mapping) -> Result<(), kvmmem::MappingError> {
+    /// println!("see {:#x} in /proc/self/maps", mapping.address());
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn address(&self) -> usize {
         self.memory.address()
     }
 
     /// Whether it may be written.
+    ///
+    /// ```no_run
+    /// # fn example(mapping: &kvmmem::Mapping) -> Result<(), kvmmem::MappingError> {
+    /// if mapping.is_writable() {
+    ///     mapping.write_u8(0, 0xcc)?;
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn is_writable(&self) -> bool {
         self.memory.is_writable()
     }
 
-    /// Copies `buf.len()` bytes from `offset` on. While the target writes, the copy may mix old and
-    /// new bytes.
+    /// Copies the bytes at `offset` into `buf`. If the target writes meanwhile, the copy may mix old
+    /// and new bytes.
+    ///
+    /// ```no_run
+    /// # fn example(mapping: &kvmmem::Mapping) -> Result<(), kvmmem::MappingError> {
+    /// let mut bytes = [0; 4096];
+    /// mapping.read(0x1000, &mut bytes)?;
+    /// # Ok(())
+    /// # }
+    /// ```
     ///
     /// # Errors
-    /// [`MappingError`]; the bytes before a lost one have been copied.
+    /// [`MappingError`]; the bytes before a lost one are copied.
     pub fn read(&self, offset: u64, buf: &mut [u8]) -> Result<(), MappingError> {
         self.memory.read(offset, buf).map_err(|error| self.error(error))
     }
 
-    /// Looks in place for bytes of a pattern: the first block of [`PLACES`](crate::search::PLACES)
-    /// from `offset` on, among `places` of them, at which `probe` is found. Only a copy can
-    /// tell whether the pattern is there, as the target may change it at any moment. What the
-    /// probe [reaches](Probe::reach) behind the last place must lie in the mapping too.
+    /// Searches for bytes of a pattern in place: the first block of
+    /// [`PLACES`](crate::search::PLACES), among `places` from `offset`, in which `probe` is found.
+    /// The target may change the bytes at any moment, so copy them to decide whether the pattern
+    /// is there. The bytes that the probe [reaches](Probe::reach) after the last place must lie in
+    /// the mapping too.
+    ///
+    /// ```no_run
+    /// # fn example(mapping: &kvmmem::Mapping) -> Result<(), kvmmem::MappingError> {
+    /// use kvmmem::search::{MaskedByte, Probe};
+    ///
+    /// let [f, r, e] = [b'f', b'r', b'e'].map(|value| MaskedByte { value, mask: 0xff });
+    /// if let Some(probe) = Probe::new(f, (r, 1), (e, 2))
+    ///     && let Some(found) = mapping.find(&probe, 0, mapping.len() - probe.reach() as u64)?
+    /// {
+    ///     println!("\"fre\" may be at offsets {:?}", found.iter().collect::<Vec<_>>());
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
     ///
     /// # Errors
     /// [`MappingError`].
@@ -121,8 +177,18 @@ impl Mapping {
         self.memory.find(probe, offset, places).map_err(|error| self.error(error))
     }
 
-    /// Whether one of `atoms` may lie in the `len` bytes from `offset` on: `false` where none did,
-    /// `true` where one does or where it is cheaper not to know.
+    /// Whether the `len` bytes at `offset` may hold one of `atoms`: `false` if none was found,
+    /// `true` if one was or if looking would cost more than it saves.
+    ///
+    /// ```no_run
+    /// # use kvmmem::search::Atoms;
+    /// # fn example(mapping: &kvmmem::Mapping, atoms: &Atoms) -> Result<(), kvmmem::MappingError> {
+    /// if mapping.may_hold(atoms, 0, mapping.len())? {
+    ///     println!("search it");
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
     ///
     /// # Errors
     /// [`MappingError`].
@@ -130,8 +196,15 @@ impl Mapping {
         self.memory.may_hold(atoms, offset, len).map_err(|error| self.error(error))
     }
 
-    /// Loads every byte of `len` from `offset` on, a multiple of 128, and forgets it: what searches
-    /// are measured against. `None` on a processor without AVX2.
+    /// Loads and discards `len` bytes at `offset`, a multiple of 128: the floor that benchmarks
+    /// compare searches with. `None` on a processor without AVX2.
+    ///
+    /// ```no_run
+    /// # fn example(mapping: &kvmmem::Mapping) -> Result<(), kvmmem::MappingError> {
+    /// let is_measured = mapping.sweep(0, 1 << 20)?.is_some();
+    /// # Ok(())
+    /// # }
+    /// ```
     ///
     /// # Errors
     /// [`MappingError`].
@@ -139,22 +212,44 @@ impl Mapping {
         self.memory.sweep(offset, len).map_err(|error| self.error(error))
     }
 
-    /// Maps the pages of `len` bytes from `offset` on, both multiples of the page size, all at
-    /// once, so that accesses that follow fault less. Pages that the target never used are
-    /// allocated, as by reading. Nothing depends on its success.
+    /// Maps the pages of `len` bytes at `offset`, both multiples of the page size, at once, so that
+    /// later accesses fault less. Pages that the target never used are allocated, as by reading.
+    /// This is a hint: failures are ignored.
+    ///
+    /// ```no_run
+    /// # fn example(mapping: &kvmmem::Mapping) -> Result<(), kvmmem::MappingError> {
+    /// mapping.populate(0, mapping.len());
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn populate(&self, offset: u64, len: u64) {
         let _ = self.memory.populate(offset, len);
     }
 
-    /// Takes the pages of `len` bytes from `offset` on out of this process's page tables, both
-    /// multiples of the page size. The target's memory stays as it is, and the next access maps
-    /// it again: for memory that is gone through once, so that it need not be done at the end
-    /// by one thread alone. Nothing depends on its success.
+    /// Removes the pages of `len` bytes at `offset`, both multiples of the page size, from this
+    /// process's page tables. The target's memory is unchanged, and the next access maps it again.
+    /// For memory that is read once: threads remove pages as they go, instead of one thread at the
+    /// end. This is a hint: failures are ignored.
+    ///
+    /// ```no_run
+    /// # fn example(mapping: &kvmmem::Mapping) -> Result<(), kvmmem::MappingError> {
+    /// // Read for the last time.
+    /// mapping.release(0, mapping.len());
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn release(&self, offset: u64, len: u64) {
         let _ = self.memory.release(offset, len);
     }
 
-    /// Copies `bytes` to `offset` on; the target sees them at once.
+    /// Copies `bytes` to `offset`; the target sees them at once.
+    ///
+    /// ```no_run
+    /// # fn example(mapping: &kvmmem::Mapping) -> Result<(), kvmmem::MappingError> {
+    /// mapping.write(0x10, b"patched")?;
+    /// # Ok(())
+    /// # }
+    /// ```
     ///
     /// # Errors
     /// [`MappingError`]; the bytes before a lost one have been copied.
@@ -164,6 +259,13 @@ impl Mapping {
 
     /// Reads the byte at `offset`.
     ///
+    /// ```no_run
+    /// # fn example(mapping: &kvmmem::Mapping) -> Result<(), kvmmem::MappingError> {
+    /// println!("{:#x}", mapping.read_u8(0x13)?);
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
     /// # Errors
     /// [`MappingError`].
     pub fn read_u8(&self, offset: u64) -> Result<u8, MappingError> {
@@ -171,6 +273,13 @@ impl Mapping {
     }
 
     /// Reads the word at `offset`, a multiple of 2, in one access.
+    ///
+    /// ```no_run
+    /// # fn example(mapping: &kvmmem::Mapping) -> Result<(), kvmmem::MappingError> {
+    /// println!("{:#x}", mapping.read_u16(0x12)?);
+    /// # Ok(())
+    /// # }
+    /// ```
     ///
     /// # Errors
     /// [`MappingError`].
@@ -180,6 +289,13 @@ impl Mapping {
 
     /// Reads the word at `offset`, a multiple of 4, in one access.
     ///
+    /// ```no_run
+    /// # fn example(mapping: &kvmmem::Mapping) -> Result<(), kvmmem::MappingError> {
+    /// println!("{:#x}", mapping.read_u32(0x14)?);
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
     /// # Errors
     /// [`MappingError`].
     pub fn read_u32(&self, offset: u64) -> Result<u32, MappingError> {
@@ -187,6 +303,13 @@ impl Mapping {
     }
 
     /// Reads the word at `offset`, a multiple of 8, in one access.
+    ///
+    /// ```no_run
+    /// # fn example(mapping: &kvmmem::Mapping) -> Result<(), kvmmem::MappingError> {
+    /// println!("{:#x}", mapping.read_u64(0x18)?);
+    /// # Ok(())
+    /// # }
+    /// ```
     ///
     /// # Errors
     /// [`MappingError`].
@@ -196,6 +319,13 @@ impl Mapping {
 
     /// Writes the byte at `offset`.
     ///
+    /// ```no_run
+    /// # fn example(mapping: &kvmmem::Mapping) -> Result<(), kvmmem::MappingError> {
+    /// mapping.write_u8(0x13, 0xcc)?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
     /// # Errors
     /// [`MappingError`].
     pub fn write_u8(&self, offset: u64, value: u8) -> Result<(), MappingError> {
@@ -203,6 +333,13 @@ impl Mapping {
     }
 
     /// Writes the word at `offset`, a multiple of 2, in one access.
+    ///
+    /// ```no_run
+    /// # fn example(mapping: &kvmmem::Mapping) -> Result<(), kvmmem::MappingError> {
+    /// mapping.write_u16(0x12, 0xcccc)?;
+    /// # Ok(())
+    /// # }
+    /// ```
     ///
     /// # Errors
     /// [`MappingError`].
@@ -212,6 +349,13 @@ impl Mapping {
 
     /// Writes the word at `offset`, a multiple of 4, in one access.
     ///
+    /// ```no_run
+    /// # fn example(mapping: &kvmmem::Mapping) -> Result<(), kvmmem::MappingError> {
+    /// mapping.write_u32(0x14, 1)?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
     /// # Errors
     /// [`MappingError`].
     pub fn write_u32(&self, offset: u64, value: u32) -> Result<(), MappingError> {
@@ -219,6 +363,13 @@ impl Mapping {
     }
 
     /// Writes the word at `offset`, a multiple of 8, in one access.
+    ///
+    /// ```no_run
+    /// # fn example(mapping: &kvmmem::Mapping) -> Result<(), kvmmem::MappingError> {
+    /// mapping.write_u64(0x18, 1)?;
+    /// # Ok(())
+    /// # }
+    /// ```
     ///
     /// # Errors
     /// [`MappingError`].
