@@ -63,7 +63,10 @@ fn waiting_for_nobody_ends() {
     let endpoint = format!("unix:{}", dir.path().join("tool.sock").display());
     let (code, _, stderr) = run(&["read", "0", "1", "--timeout", "1", "--listen", &endpoint]);
     assert_eq!(code, Some(1));
-    assert!(stderr.contains("no target connected") && stderr.contains("kvmmem hook add"), "{stderr}");
+    assert!(
+        stderr.contains("no target connected") && stderr.contains("kvmmem hook add"),
+        "{stderr}"
+    );
 }
 
 #[test]
