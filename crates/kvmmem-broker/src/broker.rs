@@ -1,13 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What all connections and sessions share, and what the broker does for them.
 //!
-//! Lock order: `adding`, the registry, a peer's credentials; and a target's list of hooks, one of
-//! them. No other two of the locks here, of a peer and of a hook are held together, and none over a
-//! system call that may take long; but a peer's `copying` is held over a chunk's copy, and taken
-//! first.
+//! One lock guards all that is decided ([`Tables`]); it is never held over a system call. The other
+//! locks of the broker are of files, sockets and threads, and are held alone, but for three: `adding`
+//! and a peer's outbox are taken before it, and a peer's `copying`, which is held over a chunk's
+//! copy.
 
-use std::collections::HashMap;
-use std::error::Error;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
@@ -15,19 +13,25 @@ use std::time::{Duration, Instant};
 use kvmmem_proto::credentials::Credentials;
 use kvmmem_proto::endpoint::Endpoint;
 use kvmmem_proto::map::Region;
-use kvmmem_proto::message::{Answer, Change, KvmiPolicy, Refusal};
+use kvmmem_proto::message::{Answer, Change, KvmiPolicy, Refusal, Registration};
+use kvmmem_proto::scope::Scope;
 
 use crate::audit::Audit;
 use crate::buffers::Buffers;
 use crate::core::Core;
-use crate::core::grants::View;
-use crate::core::quota::{Limits, Quota};
+use crate::core::quota::Limits;
+pub use crate::core::refused::Refused;
+pub(crate) use crate::core::refused::in_words;
+use crate::core::tokens::busy;
+use crate::core::vms::{FIRST_CID, NewVm, RegisterError};
+use crate::effects::Tables;
 use crate::external::watch::Watch;
 use crate::hook::{HookError, Owner, driver};
 use crate::introspector::Introspectors;
 use crate::peer::Peer;
+use crate::ram::Ram;
 use crate::reactor::Reactor;
-use crate::registry::{FIRST_CID, RegisterError, Registry, Vm};
+use crate::registry::Vm;
 use crate::state::State;
 use crate::workers::Workers;
 
@@ -46,29 +50,20 @@ const SESSIONS: usize = 48;
 /// The most of either that work for one party.
 const SHARE: usize = 4;
 
-/// How much of a name that no VM has is repeated, bytes.
-const MAX_SHOWN: usize = 64;
-
 /// The broker's state.
 #[derive(Debug)]
 pub struct Broker {
     limits: Limits,
     /// How far its clock is ahead of the system's, nanoseconds: tests let time pass.
     ahead: AtomicU64,
-    registry: Mutex<Registry>,
-    core: Mutex<Core>,
-    /// Signalled when a revocation may be done. Goes with `core`.
+    tables: Mutex<Tables>,
+    /// Signalled when a revocation may be done. Goes with `tables`.
     confirmed: Condvar,
-    /// All connections, by number.
-    peers: Mutex<HashMap<u64, Arc<Peer>>>,
-    hooks: Mutex<Quota>,
     /// The VMMs of the VMs that the broker has attached by itself.
     external: Watch,
     /// Held while a VM is added whose RAM must be no other target's.
     adding: Mutex<()>,
     buffers: Buffers,
-    /// Of channels for copies.
-    channels: Mutex<Quota>,
     introspectors: Introspectors,
     state: State,
     audit: Audit,
@@ -79,44 +74,6 @@ pub struct Broker {
     services: Workers,
     /// For the hooks' connections.
     sessions: Workers,
-}
-
-/// Why a request was refused.
-#[derive(Debug)]
-pub struct Refused {
-    /// Which kind of failure.
-    pub refusal: Refusal,
-    /// The failure in words.
-    pub message: String,
-}
-
-impl Refused {
-    /// Of an error and all that is behind it: a peer gets one text.
-    pub(crate) fn from_error(refusal: Refusal, error: &dyn Error) -> Self {
-        Self { refusal, message: in_words(error) }
-    }
-
-    /// Of a VM that the registry does not take.
-    pub(crate) fn from_registering(error: &RegisterError) -> Self {
-        let refusal = match error {
-            RegisterError::NameTaken(_)
-            | RegisterError::UuidTaken(_)
-            | RegisterError::CidTaken(_) => Refusal::Exists,
-            RegisterError::Full(_) => Refusal::Limit,
-            RegisterError::Name
-            | RegisterError::NameIsUuid(_)
-            | RegisterError::Uuid
-            | RegisterError::Vcpus(_)
-            | RegisterError::Cid(_)
-            | RegisterError::NoRam
-            | RegisterError::Ram(_) => Refusal::Invalid,
-        };
-        Self::from_error(refusal, error)
-    }
-
-    pub(crate) fn new(refusal: Refusal, message: impl ToString) -> Self {
-        Self { refusal, message: message.to_string() }
-    }
 }
 
 impl Default for Broker {
@@ -133,15 +90,11 @@ impl Broker {
         Self {
             limits,
             ahead: AtomicU64::new(0),
-            registry: Mutex::new(Registry::new(limits.vms)),
-            core: Mutex::new(Core::new(&limits)),
+            tables: Mutex::new(Tables::new(Core::new(&limits))),
             confirmed: Condvar::new(),
-            peers: Mutex::default(),
-            hooks: Mutex::new(Quota::new(limits.hooks)),
             external: Watch::new(&reactor, &ends),
             adding: Mutex::default(),
             buffers: Buffers::default(),
-            channels: Mutex::new(Quota::new(limits.channels)),
             introspectors: Introspectors::new(&reactor, &ends),
             state: State::default(),
             audit: Audit::default(),
@@ -182,21 +135,8 @@ impl Broker {
         self.ahead.fetch_add(nanos, Ordering::Relaxed);
     }
 
-    /// The registered VMs.
-    pub fn registry(&self) -> MutexGuard<'_, Registry> {
-        self.registry.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    pub(crate) fn core(&self) -> MutexGuard<'_, Core> {
-        self.core.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn hooks(&self) -> MutexGuard<'_, Quota> {
-        self.hooks.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn peers(&self) -> MutexGuard<'_, HashMap<u64, Arc<Peer>>> {
-        self.peers.lock().unwrap_or_else(PoisonError::into_inner)
+    pub(crate) fn locked(&self) -> &Mutex<Tables> {
+        &self.tables
     }
 
     pub(crate) fn adding(&self) -> MutexGuard<'_, ()> {
@@ -222,11 +162,6 @@ impl Broker {
         &self.buffers
     }
 
-    /// How many channels for copies there are.
-    pub(crate) fn channels(&self) -> MutexGuard<'_, Quota> {
-        self.channels.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// The introspectors under stock QEMUs.
     pub fn introspectors(&self) -> &Introspectors {
         &self.introspectors
@@ -244,22 +179,23 @@ impl Broker {
 
     /// Sets what tokens allow that KVMI makes for targets that have no policy of their own.
     pub fn set_kvmi_tokens(&self, policy: KvmiPolicy) {
-        self.core().policies.set_default(policy);
+        self.tables().core.policies.set_default(policy);
     }
 
     /// How many grants and views there are.
     pub fn grant_count(&self) -> (usize, usize) {
-        self.core().grants.len()
+        self.tables().core.grants.len()
     }
 
     /// A page of the VMs whose number is above `after`.
     pub fn list(&self, after: u64) -> Answer {
-        let registry = self.registry();
-        let mut vms = registry.after(after);
-        let page: Vec<Arc<Vm>> = vms.by_ref().take(PAGE).cloned().collect();
+        let tables = self.tables();
+        let mut vms = tables.core.vms.after(after);
+        let page: Vec<Arc<Vm>> =
+            vms.by_ref().take(PAGE).filter_map(|vm| tables.vms.get(&vm.id).cloned()).collect();
         let more = vms.next().is_some();
         drop(vms);
-        drop(registry);
+        drop(tables);
         Answer::Targets { targets: page.iter().map(|vm| vm.info()).collect(), more }
     }
 
@@ -285,7 +221,7 @@ impl Broker {
         // The end of a VM is marked before the hooks to it are undone: one that was added since is
         // undone here.
         if let Owner::Vm(tool) = owner
-            && self.registry().get(tool).is_none_or(|tool| tool.is_gone())
+            && self.vm(tool).is_none()
         {
             self.end_hooks(&vm, tool);
             return Err(Refused::new(Refusal::Unknown, "the tool's VM has just ended"));
@@ -310,7 +246,7 @@ impl Broker {
                 Err(Refused::new(Refusal::Invalid, message))
             }
             Endpoint::Vsock { cid, .. } => {
-                let vm = self.registry().with_cid(*cid);
+                let vm = self.vm_with_cid(*cid);
                 let unknown = || {
                     let message = format!(
                         "no VM with vsock context id {cid} is registered; start it, or add it with `kvmmem \
@@ -346,14 +282,11 @@ impl Broker {
         Ok(Answer::Done)
     }
 
-    /// Takes note of a new connection.
+    /// Records a new connection.
     pub(crate) fn join(&self, peer: &Arc<Peer>) {
-        self.peers().insert(peer.number(), Arc::clone(peer));
-    }
-
-    /// A connection by its number.
-    pub(crate) fn peer(&self, number: u64) -> Option<Arc<Peer>> {
-        self.peers().get(&number).cloned()
+        let mut tables = self.tables();
+        tables.core.peer_joined(peer.number(), peer.credentials());
+        tables.peers.insert(peer.number(), Arc::clone(peer));
     }
 
     /// Does what the end of a connection demands: its VM goes, and so do its views.
@@ -362,31 +295,56 @@ impl Broker {
             self.retire(vm);
         }
         peer.end_channels();
-        self.peer_lost(peer.number());
-        self.peers().remove(&peer.number());
+        let now = self.now();
+        self.decide(|tables| tables.core.peer_lost(now, peer.number()));
+        let left = self.tables().peers.remove(&peer.number());
+        drop(left);
     }
 
-    /// Does what the end of a VM demands: its tokens and views die, its sessions end, whoever knows
-    /// it is told.
+    /// Registers a VM for a user. Takes `ram` only then: the caller frees what is not taken.
+    ///
+    /// # Errors
+    /// [`RegisterError`].
+    pub fn register(
+        &self,
+        registration: Registration,
+        ram: &mut Option<Ram>,
+        peer: Arc<Peer>,
+        by: Credentials,
+    ) -> Result<Arc<Vm>, RegisterError> {
+        let registration = Arc::new(registration);
+        let new = NewVm {
+            registration: Arc::clone(&registration),
+            layout: ram.as_ref().map(Ram::layout),
+            peer: peer.number(),
+            vmm: peer.credentials(),
+            by,
+        };
+        let mut tables = self.tables();
+        let id = tables.core.register(new)?;
+        let vm = Arc::new(Vm::new(id, registration, ram.take(), peer));
+        tables.vms.insert(id, Arc::clone(&vm));
+        Ok(vm)
+    }
+
+    /// Does what the end of a VM demands: its tokens and views end, its sessions end, and the peers
+    /// that know it are told.
     pub fn retire(&self, vm: &Vm) {
-        vm.mark_gone();
-        let removed = self.registry().remove(vm.id());
+        let removed = self.decide(|tables| {
+            vm.mark_gone();
+            tables.core.vm_gone(vm.id());
+            tables.vms.remove(&vm.id())
+        });
         drop(removed);
-        let ended = self.core().target_gone(vm.id());
         vm.hooks().close();
         if vm.registration().cid.is_some() {
-            let targets: Vec<Arc<Vm>> = self.registry().after(0).cloned().collect();
-            targets.iter().for_each(|target| self.end_hooks(target, vm.id()));
+            self.vms().iter().for_each(|target| self.end_hooks(target, vm.id()));
         }
-        for peer in self.all_peers() {
-            peer.gone(vm.id());
-        }
-        self.tell_ended(&ended, "the target is gone");
         self.state.forget(vm.id());
         self.audit.gone(vm);
     }
 
-    /// Takes note that a VM was reset, or has other RAM in its memfd; whoever knows it is told.
+    /// Records that a VM was reset, or has other RAM in its memfd. The peers that know it are told.
     ///
     /// # Errors
     /// Where the VM has no RAM to look at, or the regions are no memory map.
@@ -402,9 +360,7 @@ impl Broker {
         })?;
         ram.change(regions).map_err(|error| Refused::from_error(Refusal::Invalid, &error))?;
         let layout = ram.layout();
-        for peer in self.all_peers() {
-            peer.changed(vm.id(), &layout);
-        }
+        self.decide(|tables| tables.core.ram_changed(vm.id(), &layout));
         self.audit.ram_changed(vm, change);
         self.state().changed(vm);
         Ok(())
@@ -432,34 +388,38 @@ impl Broker {
         }
         ram.continue_from(generation);
         let layout = ram.layout();
-        for peer in self.all_peers() {
-            peer.changed(vm.id(), &layout);
-        }
+        self.decide(|tables| tables.core.ram_changed(vm.id(), &layout));
         Ok(())
     }
 
-    /// Records that a connection has ended, or never was.
-    pub(crate) fn peer_lost(&self, peer: u64) {
-        let closed = self.core().peer_lost(self.now(), peer);
-        self.confirmed.notify_all();
-        self.tell_ended(&closed, "the connection ended");
-    }
-
-    /// Writes down which views have ended.
-    pub(crate) fn tell_ended(&self, views: &[View], reason: &str) {
-        for view in views {
-            let peer = self.peer(view.peer);
-            self.audit.detached(view, peer.as_deref(), reason);
-        }
-    }
-
-    fn all_peers(&self) -> Vec<Arc<Peer>> {
-        self.peers().values().cloned().collect()
+    /// The target of a view, and what the view reaches of it; `None` once the view has ended: its
+    /// grant was revoked, or its target is gone.
+    pub(crate) fn reached(&self, peer: &Peer, view: u64) -> Option<(Arc<Vm>, Scope)> {
+        let tables = self.tables();
+        let (target, scope) = tables.core.grants.reach(view, peer.number())?;
+        Some((Arc::clone(tables.vms.get(&target)?), scope))
     }
 
     /// How many hooks there are.
     pub fn hook_count(&self) -> usize {
-        self.hooks().count()
+        self.tables().core.hooks.count()
+    }
+
+    /// A VM by its number.
+    pub fn vm(&self, id: u64) -> Option<Arc<Vm>> {
+        self.tables().vms.get(&id).cloned()
+    }
+
+    /// All VMs, by ascending number.
+    pub(crate) fn vms(&self) -> Vec<Arc<Vm>> {
+        let tables = self.tables();
+        tables.core.vms.after(0).filter_map(|vm| tables.vms.get(&vm.id).cloned()).collect()
+    }
+
+    /// The VM that has a vsock context id.
+    pub fn vm_with_cid(&self, cid: u32) -> Option<Arc<Vm>> {
+        let tables = self.tables();
+        tables.vms.get(&tables.core.vms.with_cid(cid)?.id).cloned()
     }
 
     /// A VM by its name or its UUID; the target, where an introspector has the same UUID.
@@ -467,8 +427,7 @@ impl Broker {
     /// # Errors
     /// Where there is none.
     pub fn find(&self, target: &str) -> Result<Arc<Vm>, Refused> {
-        let found = self.registry().find(target, |registration| registration.introspectable);
-        found.ok_or_else(|| no_vm(target))
+        self.find_as(target, |registration| registration.introspectable)
     }
 
     /// A VM by its name or its UUID; the introspector, where a target has the same UUID.
@@ -476,19 +435,18 @@ impl Broker {
     /// # Errors
     /// Where there is none.
     pub(crate) fn find_introspector(&self, name: &str) -> Result<Arc<Vm>, Refused> {
-        let found = self.registry().find(name, |registration| registration.introspector);
-        found.ok_or_else(|| no_vm(name))
+        self.find_as(name, |registration| registration.introspector)
     }
-}
 
-fn no_vm(name: &str) -> Refused {
-    let name = name.get(..name.floor_char_boundary(MAX_SHOWN)).unwrap_or_default();
-    Refused::new(
-        Refusal::Unknown,
-        format!(
-            "no VM is named {name:?}; see `kvmmem target list`, or `kvmmem host discover` for those to add"
-        ),
-    )
+    fn find_as(
+        &self,
+        name: &str,
+        is_meant: impl Fn(&Registration) -> bool,
+    ) -> Result<Arc<Vm>, Refused> {
+        let tables = self.tables();
+        let id = tables.core.vms.find(name, is_meant)?.id;
+        tables.vms.get(&id).cloned().ok_or_else(busy)
+    }
 }
 
 impl Drop for Broker {
@@ -511,10 +469,8 @@ pub(crate) struct Counted {
 
 impl Counted {
     fn new(broker: &Arc<Broker>, who: Credentials) -> Result<Self, Refused> {
-        broker
-            .hooks()
-            .take(who)
-            .map_err(|error| Refused::new(Refusal::Limit, format!("hooks: {error}")))?;
+        let taken = broker.tables().core.hooks.take(who);
+        taken.map_err(|error| Refused::new(Refusal::Limit, format!("hooks: {error}")))?;
         Ok(Self { broker: Arc::downgrade(broker), uid: who.uid })
     }
 }
@@ -522,7 +478,7 @@ impl Counted {
 impl Drop for Counted {
     fn drop(&mut self) {
         if let Some(broker) = self.broker.upgrade() {
-            broker.hooks().give_back(self.uid);
+            broker.tables().core.hooks.give_back(self.uid);
         }
     }
 }
@@ -534,16 +490,4 @@ fn refuse_hook(error: HookError) -> Refused {
         HookError::Full => Refusal::Limit,
     };
     Refused::new(refusal, error)
-}
-
-/// An error and what is behind it, in one line.
-pub(crate) fn in_words(error: &dyn Error) -> String {
-    let mut words = error.to_string();
-    let mut source = error.source();
-    while let Some(error) = source {
-        words.push_str(": ");
-        words.push_str(&error.to_string());
-        source = error.source();
-    }
-    words
 }

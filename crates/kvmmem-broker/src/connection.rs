@@ -5,18 +5,16 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
-use kvmmem_kvmi::token::Token;
-use kvmmem_proto::message::{Answer, Call, Caller, FromBroker, Refusal, Registration, Request};
+use kvmmem_proto::message::{Answer, Call, FromBroker, Refusal, Registration, Request};
 use kvmmem_proto::packet::{PacketError, Wait};
-use kvmmem_proto::scope::Span;
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 
 use crate::broker::{Broker, Refused};
-use crate::core::role::Role;
+use crate::calls::Outcome;
 use crate::peer::Peer;
 use crate::ram::Ram;
-use crate::registry::{RegisterError, Vm};
+use crate::registry::Vm;
 use crate::vcpus::Held;
 
 /// How long a wrong token, or a call that makes no sense, delays the next request of that
@@ -27,9 +25,6 @@ const PAUSE: Duration = Duration::from_millis(1);
 /// know the VM.
 const CHANGE_PAUSE: Duration = Duration::from_millis(10);
 
-/// An answer, and the files that go with it.
-type Outcome = (Answer, Vec<OwnedFd>);
-
 /// A connection and the VM that it has registered.
 struct Connection<'a> {
     broker: &'a Arc<Broker>,
@@ -38,8 +33,6 @@ struct Connection<'a> {
     /// Whether the call before this one registered the VM: only then may its generation be
     /// continued.
     has_just_registered: bool,
-    /// Whether it has opened a view as a process of the host.
-    has_views: bool,
     /// The pause that it holds; it ends with the connection.
     pause: Option<Held>,
     /// How long it may be silent; `None` for ever.
@@ -51,15 +44,8 @@ struct Connection<'a> {
 pub(crate) fn serve(broker: &Arc<Broker>, peer: &Arc<Peer>) {
     broker.join(peer);
     let silence = Some(broker.limits().silence);
-    let mut connection = Connection {
-        broker,
-        peer,
-        vm: None,
-        has_just_registered: false,
-        has_views: false,
-        pause: None,
-        silence,
-    };
+    let mut connection =
+        Connection { broker, peer, vm: None, has_just_registered: false, pause: None, silence };
     if let Err(error) = connection.run() {
         if matches!(
             error,
@@ -84,8 +70,8 @@ impl Connection<'_> {
             let Request { id, call } = request;
             let is_answered = !call.is_one_way();
             match self.carry_out(call, files) {
-                Ok(None) => {}
-                Ok(Some((answer, files))) => {
+                Ok(Outcome::Done | Outcome::Allowed(_)) => {}
+                Ok(Outcome::Answer(answer, files)) => {
                     if !files.is_empty() {
                         self.peer.wait_until_read()?;
                     }
@@ -122,35 +108,30 @@ impl Connection<'_> {
         self.broker.buffers().lend(|buffer| socket.receive(buffer))
     }
 
-    /// Carries out a call; `None` where it is not answered.
-    fn carry_out(&mut self, call: Call, files: Vec<OwnedFd>) -> Result<Option<Outcome>, Refused> {
-        let now = self.broker.now();
+    fn carry_out(&mut self, call: Call, files: Vec<OwnedFd>) -> Result<Outcome, Refused> {
         let has_just_registered = std::mem::take(&mut self.has_just_registered);
-        self.role().check(&call)?;
         let (broker, peer, vm) = (self.broker, self.peer, self.vm.as_deref());
+        let call = match broker.handle(peer, vm, call)? {
+            Outcome::Allowed(call) => call,
+            outcome => {
+                if matches!(outcome, Outcome::Answer(Answer::HostAttached { .. }, _)) {
+                    // For months, like a VM.
+                    self.silence = None;
+                }
+                return Ok(outcome);
+            }
+        };
         let credentials = peer.credentials();
         let answer = match call {
             Call::Register(registration) => self.register(registration, files)?,
-            Call::Redeem { token } => broker.redeem(now, vm, &token)?,
-            Call::Attach { token, caller, read_only, reaching } => {
-                return self.attach(&token, (caller, read_only, &reaching)).map(Some);
-            }
-            Call::OpenCopies { view } => return broker.open_copies(peer, view, files).map(Some),
-            Call::Used { token } => return broker.used(now, vm, &token).map(|()| None),
-            Call::Detached { view, counters } => {
-                return broker.detach(peer, view, counters).map(|()| None);
-            }
-            Call::Counters { view, counters } => {
-                return broker.count(peer, view, counters).map(|()| None);
-            }
-            Call::RevokedDone { grant } => {
-                broker.revoked_done(peer, grant);
-                return Ok(None);
+            Call::OpenCopies { view } => {
+                let (answer, files) = broker.open_copies(peer, view, files)?;
+                return Ok(Outcome::Answer(answer, files));
             }
             Call::RamChanged { regions, change } => {
                 broker.ram_changed(vm, regions, change)?;
                 std::thread::sleep(CHANGE_PAUSE);
-                return Ok(None);
+                return Ok(Outcome::Done);
             }
             Call::Continued { generation } => {
                 if !has_just_registered {
@@ -160,16 +141,12 @@ impl Connection<'_> {
                 }
                 broker.ram_continued(vm, generation)?;
                 std::thread::sleep(CHANGE_PAUSE);
-                return Ok(None);
+                return Ok(Outcome::Done);
             }
             Call::VcpuAnswer { id, answer } => {
                 peer.vcpu_questions().answer(id, answer);
-                return Ok(None);
+                return Ok(Outcome::Done);
             }
-            Call::Grant(request) => broker.grant(now, credentials, &request)?,
-            Call::Grants { after } => broker.list_grants(now, after),
-            Call::Revoke { grant } => broker.revoke(credentials, grant)?,
-            Call::Policy { target, set } => broker.policy(credentials, &target, set)?,
             Call::Targets { after } => broker.list(after),
             Call::AddTarget { which, name } => broker.add_target(credentials, &which, name)?,
             Call::RemoveTarget { target } => broker.remove_target(&target)?,
@@ -183,29 +160,18 @@ impl Connection<'_> {
             Call::Resume { target } => broker.resume(credentials, &target, self.pause.take())?,
             Call::Hook { target, endpoint } => broker.hook(credentials, &target, endpoint)?,
             Call::Unhook { target, endpoint } => broker.unhook(credentials, &target, &endpoint)?,
+            Call::Redeem { .. }
+            | Call::Attach { .. }
+            | Call::Used { .. }
+            | Call::Detached { .. }
+            | Call::Counters { .. }
+            | Call::RevokedDone { .. }
+            | Call::Grant(_)
+            | Call::Grants { .. }
+            | Call::Revoke { .. }
+            | Call::Policy { .. } => return Ok(Outcome::Done),
         };
-        Ok(Some((answer, Vec::new())))
-    }
-
-    /// What the connection is by now.
-    fn role(&self) -> Role {
-        match self.peer.credentials() {
-            _ if self.vm.is_some() => Role::Vmm,
-            _ if self.has_views => Role::Viewer,
-            credentials if credentials.is_administrator() => Role::Administrator,
-            _ => Role::Operator,
-        }
-    }
-
-    fn attach(&mut self, token: &Token, view: (Caller, bool, &[Span])) -> Result<Outcome, Refused> {
-        let vm = self.vm.as_deref();
-        let outcome = self.broker.attach(self.broker.now(), self.peer, vm, token, view)?;
-        if vm.is_none() {
-            self.has_views = true;
-            // For months, like a VM.
-            self.silence = None;
-        }
-        Ok(outcome)
+        Ok(answer.into())
     }
 
     fn register(
@@ -213,11 +179,9 @@ impl Connection<'_> {
         mut registration: Registration,
         files: Vec<OwnedFd>,
     ) -> Result<Answer, Refused> {
-        let refused = |error: RegisterError| Refused::from_registering(&error);
-        let mut ram = Ram::registered(&mut registration, files).map_err(refused)?;
+        let mut ram = Ram::registered(&mut registration, files)?;
         let (peer, by) = (Arc::clone(self.peer), self.peer.credentials());
-        let inserted = self.broker.registry().insert(registration, &mut ram, peer, by);
-        let vm = inserted.map_err(refused)?;
+        let vm = self.broker.register(registration, &mut ram, peer, by)?;
         self.broker.audit().registered(&vm);
         let (number, generation) = (vm.id(), vm.ram().map_or(0, |ram| ram.layout().generation));
         self.vm = Some(vm);

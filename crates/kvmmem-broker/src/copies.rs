@@ -70,7 +70,7 @@ impl Broker {
         mut files: Vec<OwnedFd>,
     ) -> Result<(Answer, Vec<OwnedFd>), Refused> {
         let invalid = |what: &str| Refused::new(Refusal::Invalid, what);
-        let (vm, ..) = self.reached(peer, view)?;
+        let (vm, ..) = self.copied(peer, view)?;
         if !vm.ram().is_some_and(crate::ram::Ram::is_private) {
             return Err(invalid("the target's RAM is mapped, not copied"));
         }
@@ -105,12 +105,11 @@ impl Broker {
 
     /// The target of a view of this connection's, where its memory is that the view reaches, and
     /// the view's rights.
-    fn reached(&self, peer: &Peer, view: u64) -> Result<(Arc<Vm>, Vec<Region>, Rights), Refused> {
+    fn copied(&self, peer: &Peer, view: u64) -> Result<(Arc<Vm>, Vec<Region>, Rights), Refused> {
         let ended = || {
             Refused::new(Refusal::Unknown, format!("view {view} is not open on this connection"))
         };
-        let (target, scope) = self.core().grants.reach(view, peer.number()).ok_or_else(ended)?;
-        let vm = self.registry().get(target).filter(|vm| !vm.is_gone()).ok_or_else(ended)?;
+        let (vm, scope) = self.reached(peer, view).ok_or_else(ended)?;
         let regions = vm.ram().map(|ram| scope.regions(&ram.layout().map)).unwrap_or_default();
         Ok((vm, regions, scope.rights))
     }
@@ -215,7 +214,7 @@ impl Channel {
         let copying = self.peer.copying();
         let (vm, regions, rights) = self
             .broker
-            .reached(&self.peer, self.view)
+            .copied(&self.peer, self.view)
             .map_err(|refused| (Status::Ended, refused.message))?;
         if write && rights != Rights::ReadWrite {
             return Err((Status::ReadOnly, format!("view {} is read-only", self.view)));
@@ -238,9 +237,10 @@ impl Place {
             Refused::new(Refusal::Limit, format!("cannot open a channel for copies: {why}"))
         };
         let who = peer.credentials();
-        broker.channels().take(who).map_err(|exceeded| full(exceeded.to_string()))?;
+        let taken = broker.tables().core.channels.take(who);
+        taken.map_err(|exceeded| full(exceeded.to_string()))?;
         if !peer.add_channel(&socket) {
-            broker.channels().give_back(who.uid);
+            broker.tables().core.channels.give_back(who.uid);
             return Err(full(format!("this connection has {MAX_OF_PEER} already")));
         }
         Ok(Self { broker: Arc::clone(broker), peer: Arc::clone(peer), uid: who.uid, socket })
@@ -252,6 +252,6 @@ impl Drop for Place {
         // The peer's next request fails, also where its thread has ended first.
         let _ = rustix::net::shutdown(&self.socket, rustix::net::Shutdown::Both);
         self.peer.remove_channel(&self.socket);
-        self.broker.channels().give_back(self.uid);
+        self.broker.tables().core.channels.give_back(self.uid);
     }
 }

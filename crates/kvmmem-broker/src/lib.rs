@@ -12,28 +12,28 @@
 pub mod audit;
 pub mod broker;
 mod buffers;
+mod calls;
 mod connect;
 mod connection;
 pub mod copies;
 mod core;
+mod effects;
 mod external;
 pub mod guest_endpoint;
 pub mod hook;
 pub mod introspector;
 pub mod options;
+mod outbox;
 pub mod peer;
 pub mod ram;
 mod reactor;
 pub mod registry;
-mod revoke;
 pub mod server;
 mod session;
 mod state;
 #[cfg(test)]
 mod test_peer;
-mod tokens;
 mod vcpus;
-mod views;
 mod vmm_questions;
 mod workers;
 

@@ -1,14 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The broker's end of a connection: what it pushes, and to whom.
+//! The broker's end of a connection.
 
-use std::collections::HashSet;
 use std::fmt::Debug;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
 use std::time::{Duration, Instant};
 
-use kvmmem_kvmi::token::Token;
 use kvmmem_proto::credentials::Credentials;
 use kvmmem_proto::message::FromBroker;
 use kvmmem_proto::packet::{PacketError, PacketSocket, Wait};
@@ -17,16 +15,18 @@ use rustix::io::Errno;
 
 use crate::audit::Limits;
 use crate::copies;
-use crate::core::grants::{KVMI_LIFETIME, Opened};
-use crate::ram::{Layout, Ram};
+use crate::core::effect::Push;
+use crate::core::grants::KVMI_LIFETIME;
+use crate::outbox::{Next, Outbox, Packet};
+use crate::ram::Ram;
 use crate::registry::Vm;
 use crate::vmm_questions::VmmQuestions;
 
 /// How long a peer may take to read what was sent to it before it gets more descriptors.
-const READ_LIMIT: Duration = Duration::from_secs(2);
+pub(crate) const READ_LIMIT: Duration = Duration::from_secs(2);
 
 /// How often it is looked at meanwhile.
-const READ_PAUSE: Duration = Duration::from_millis(1);
+pub(crate) const READ_PAUSE: Duration = Duration::from_millis(1);
 
 /// Receives what the broker pushes to an introspector of this process.
 ///
@@ -62,9 +62,7 @@ pub struct Peer {
     number: u64,
     transport: Transport,
     credentials: Mutex<Credentials>,
-    /// The targets that it hears of. Held while pushing, so that the order of pushes is that of
-    /// the changes.
-    known: Mutex<HashSet<u64>>,
+    outbox: Outbox,
     /// The sockets of its channels for copies. No other lock is taken with it.
     channels: Mutex<Vec<Arc<OwnedFd>>>,
     /// Held for reading while a channel copies what it has just looked up that it may.
@@ -94,9 +92,9 @@ impl Peer {
         static LAST: AtomicU64 = AtomicU64::new(0);
         let number = LAST.fetch_add(1, Ordering::Relaxed) + 1;
         let credentials = Mutex::new(credentials);
-        let (known, channels, copying) = (Mutex::default(), Mutex::default(), RwLock::default());
+        let (outbox, channels, copying) = (Outbox::default(), Mutex::default(), RwLock::default());
         let (limits, vcpu_questions) = (Limits::default(), VmmQuestions::default());
-        Self { number, transport, credentials, known, channels, copying, limits, vcpu_questions }
+        Self { number, transport, credentials, outbox, channels, copying, limits, vcpu_questions }
     }
 
     /// Its number, never used again in this process.
@@ -189,23 +187,6 @@ impl Peer {
         self.channels.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Makes sure that the peer has been told of a target. Waits a while for a peer that has not
-    /// read what was sent before: to be called on the peer's own thread.
-    ///
-    /// # Errors
-    /// Where the peer does not read, or the target is gone.
-    pub fn introduce(&self, target: &Vm) -> Result<(), PacketError> {
-        let deadline = Instant::now() + READ_LIMIT;
-        loop {
-            match self.introduce_once(&mut self.known(), target) {
-                Err(PacketError::Send(Errno::AGAIN)) if Instant::now() < deadline => {
-                    std::thread::sleep(READ_PAUSE);
-                }
-                done => return done,
-            }
-        }
-    }
-
     /// Waits until the peer has read all that was sent to it. At most one packet with descriptors
     /// is under way to a peer: the kernel counts them all as open files of the broker's user,
     /// and sends none beyond its limit.
@@ -223,7 +204,11 @@ impl Peer {
         Ok(())
     }
 
-    fn has_read(&self) -> Result<bool, PacketError> {
+    /// Whether the peer has read all that was sent to it.
+    ///
+    /// # Errors
+    /// Where the connection is broken.
+    pub(crate) fn has_read(&self) -> Result<bool, PacketError> {
         let Some(socket) = self.socket() else { return Ok(true) };
         let unread = unread(socket);
         let unread = unread.map_err(|error| {
@@ -232,118 +217,98 @@ impl Peer {
         Ok(unread == 0)
     }
 
-    /// Makes sure that the peer is told of what happens to a target whose RAM it gets otherwise;
-    /// returns where that is now.
+    /// What waits to be sent.
+    pub(crate) fn outbox(&self) -> &Outbox {
+        &self.outbox
+    }
+
+    /// Sends what waits to be sent.
+    pub(crate) fn flush(&self) {
+        // Who gives files out holds the lock until they are sent.
+        let _ = self.flush_held(&self.outbox.sending());
+    }
+
+    /// The same for who holds the outbox's lock. A peer that does not read loses its connection: it
+    /// would keep what it must not. But a target or a token that cannot be sent is reported.
     ///
     /// # Errors
-    /// Where the target is gone.
-    pub fn watch(&self, target: &Vm) -> Result<Arc<Layout>, PacketError> {
-        let mut known = self.known();
-        let layout = present(target)?.layout();
-        known.insert(target.id());
-        Ok(layout)
-    }
-
-    /// Pushes a token for a target.
-    ///
-    /// # Errors
-    /// Where the peer does not read, or the target is gone.
-    pub fn grant(&self, target: &Vm, token: &Token, opens: Opened) -> Result<(), PacketError> {
-        let mut known = self.known();
-        self.introduce_once(&mut known, target)?;
-        if self.socket().is_none() {
-            return Ok(());
-        }
-        let granted = FromBroker::Granted {
-            token: token.clone(),
-            grant: opens.grant,
-            target: opens.target,
-            scope: opens.scope,
-            expires_in_ms: u64::try_from(KVMI_LIFETIME.as_millis()).unwrap_or(0),
-        };
-        self.send(&granted, &[], Wait::No)
-    }
-
-    /// Tells the peer that a grant was revoked. One that does not read loses its connection: it
-    /// would keep what it must not.
-    pub fn revoke(&self, grant: u64) {
-        match &self.transport {
-            Transport::Viewer(viewer) => viewer.revoke(grant),
-            _ => self.push(&FromBroker::Revoke { grant }),
-        }
-    }
-
-    /// Tells the peer that a target is gone, if it knows it. One that does not read loses its
-    /// connection.
-    pub fn gone(&self, target: u64) {
-        let mut known = self.known();
-        if !known.remove(&target) {
-            return;
-        }
-        match &self.transport {
-            Transport::Viewer(viewer) => viewer.gone(target),
-            _ => self.push(&FromBroker::Gone { target }),
-        }
-    }
-
-    /// Tells the peer where a target's RAM is, if it knows it. One that does not read loses its
-    /// connection.
-    pub fn changed(&self, target: u64, layout: &Layout) {
-        let known = self.known();
-        if !known.contains(&target) {
-            return;
-        }
-        match &self.transport {
-            Transport::Viewer(viewer) => viewer.changed(target),
-            _ => {
-                let regions = layout.regions();
-                self.push(&FromBroker::Changed { target, generation: layout.generation, regions });
+    /// The number of the target that the peer was not told of, if it was that.
+    pub(crate) fn flush_held(&self, sending: &MutexGuard<'_, ()>) -> Result<(), NotSent> {
+        let mut sent = Ok(());
+        while let Some(next) = self.outbox.take(sending) {
+            let Next::Packet(packet) = next else {
+                self.shut_down();
+                break;
+            };
+            match &packet.0 {
+                // The token's target may have failed.
+                Push::Granted { .. } if sent.is_err() => {}
+                Push::Target { target, .. } if self.push(&packet).is_err() => {
+                    sent = Err(NotSent { target: Some(*target) });
+                }
+                Push::Granted { .. } if self.push(&packet).is_err() => {
+                    sent = Err(NotSent { target: None });
+                }
+                Push::Target { .. } | Push::Granted { .. } => {}
+                Push::Revoke { .. } | Push::Gone { .. } | Push::Changed { .. } => {
+                    if self.push(&packet).is_err() {
+                        self.shut_down();
+                    }
+                }
             }
         }
+        sent
     }
 
-    fn push(&self, message: &FromBroker) {
-        if self.send(message, &[], Wait::No).is_err() {
-            self.shut_down();
+    fn push(&self, (push, vm): &Packet) -> Result<(), PacketError> {
+        match &self.transport {
+            Transport::Socket(_) => {}
+            Transport::Viewer(viewer) => {
+                match push {
+                    Push::Revoke { grant } => viewer.revoke(*grant),
+                    Push::Gone { target } => viewer.gone(*target),
+                    Push::Changed { target, .. } => viewer.changed(*target),
+                    Push::Target { .. } | Push::Granted { .. } => {}
+                }
+                return Ok(());
+            }
+            Transport::None => return Ok(()),
         }
+        let vm = vm.as_deref();
+        let files = vm.and_then(Vm::ram).map(Ram::files).unwrap_or_default();
+        self.send(&message(push), &files, Wait::No)
     }
+}
 
-    fn introduce_once(&self, known: &mut HashSet<u64>, target: &Vm) -> Result<(), PacketError> {
-        let ram = present(target)?;
-        if known.contains(&target.id()) {
-            return Ok(());
-        }
-        // Whoever is introduced maps what comes with it.
-        if ram.is_private() {
-            return Err(PacketError::Send(Errno::OPNOTSUPP));
-        }
-        if self.socket().is_none() {
-            known.insert(target.id());
-            return Ok(());
-        }
-        if !self.has_read()? {
-            return Err(PacketError::Send(Errno::AGAIN));
-        }
-        let (registration, layout) = (target.registration(), ram.layout());
-        let introduction = FromBroker::Target {
-            id: target.id(),
+/// Something that was to be sent with files was not.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct NotSent {
+    /// The target that the peer was not told of.
+    pub(crate) target: Option<u64>,
+}
+
+fn message(push: &Push) -> FromBroker {
+    match push {
+        Push::Target { target, registration, layout } => FromBroker::Target {
+            id: *target,
             name: registration.name.clone(),
             uuid: registration.uuid,
             generation: layout.generation,
             regions: layout.regions(),
-        };
-        self.send(&introduction, &ram.files(), Wait::No)?;
-        known.insert(target.id());
-        Ok(())
+        },
+        Push::Granted { token, opened } => FromBroker::Granted {
+            token: token.clone(),
+            grant: opened.grant,
+            target: opened.target,
+            scope: opened.scope.clone(),
+            expires_in_ms: u64::try_from(KVMI_LIFETIME.as_millis()).unwrap_or(0),
+        },
+        Push::Revoke { grant } => FromBroker::Revoke { grant: *grant },
+        Push::Gone { target } => FromBroker::Gone { target: *target },
+        Push::Changed { target, layout } => FromBroker::Changed {
+            target: *target,
+            generation: layout.generation,
+            regions: layout.regions(),
+        },
     }
-
-    fn known(&self) -> MutexGuard<'_, HashSet<u64>> {
-        self.known.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// The RAM of a target that is there. Whoever removes a VM marks it first and then takes each
-/// peer's lock: with the lock held, no introduction follows the news of its end.
-fn present(target: &Vm) -> Result<&Ram, PacketError> {
-    target.ram().filter(|_| !target.is_gone()).ok_or(PacketError::Send(Errno::NODEV))
 }

@@ -15,6 +15,7 @@ use kvmmem_proto::map::{MapError, MemoryMap, Region};
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 
+pub use crate::core::layout::Layout;
 use backing::Backing;
 
 /// Where a VM's RAM lies and its memory map, checked.
@@ -22,31 +23,6 @@ use backing::Backing;
 pub struct Ram {
     backing: Backing,
     layout: RwLock<Arc<Layout>>,
-}
-
-/// Where the RAM is, for some time.
-#[derive(Debug)]
-pub struct Layout {
-    /// Grows with each change, also where the map stays as it is. A VM keeps its number from one
-    /// registration to the next ([`Ram::continue_from`]) as long as its process lives and
-    /// nothing has changed, and no other VM has it: so a tool that keeps the number can tell
-    /// whether it is still the same memory. Views call it the *instance*.
-    pub generation: u64,
-    /// The memory map. Offsets in private RAM are addresses of the VMM's process.
-    pub map: MemoryMap,
-    /// Whether the RAM is private to the VMM: then nobody maps it.
-    pub is_private: bool,
-}
-
-impl Layout {
-    /// The regions as others are told them, to whom the VMM's addresses are of no use.
-    pub fn regions(&self) -> Vec<Region> {
-        let told = |region: &Region| match self.is_private {
-            true => Region { offset: region.gpa, ..*region },
-            false => *region,
-        };
-        self.map.regions().iter().map(told).collect()
-    }
 }
 
 /// Why file descriptors cannot be a VM's RAM.

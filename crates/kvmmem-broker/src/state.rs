@@ -17,7 +17,8 @@ use kvmmem_qemu::process::{FileId, Process};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use crate::registry::{MAX_VMS, Vm};
+use crate::core::quota::MAX_VMS;
+use crate::registry::Vm;
 use file::StateFile;
 
 /// A VM that was added.

@@ -70,12 +70,7 @@ impl Private {
         let credentials = Credentials { pid: std::process::id(), uid: 0 };
         let peer = Peer::new(PacketSocket::accepted(socket, SOON).unwrap(), credentials);
         let by = peer.credentials();
-        broker
-            .state
-            .registry()
-            .insert(registration, &mut Some(ram), Arc::new(peer), by)
-            .unwrap()
-            .id()
+        broker.state.register(registration, &mut Some(ram), Arc::new(peer), by).unwrap().id()
     }
 }
 
@@ -191,10 +186,7 @@ fn copies_end_with_the_target_and_with_the_broker() {
                 assert!(!is_over.load(Ordering::Relaxed));
             }
         });
-        let vm = broker.state.registry().get(private.vm).unwrap();
-        // What the end of a VMM does.
-        vm.mark_gone();
-        broker.state.registry().remove(private.vm);
+        broker.state.retire(&broker.state.vm(private.vm).unwrap());
         let error = busy.join().unwrap();
         assert!(matches!(error, CopyError::Gone), "{error:?}");
         is_over.store(true, Ordering::Relaxed);

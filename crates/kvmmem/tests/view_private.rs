@@ -77,11 +77,7 @@ impl Host {
         let credentials = Credentials { pid: std::process::id(), uid: 0 };
         let peer = Peer::new(PacketSocket::accepted(end, PATIENCE).unwrap(), credentials);
         let by = peer.credentials();
-        let vm = host
-            .broker
-            .registry()
-            .insert(registration, &mut Some(ram), Arc::new(peer), by)
-            .unwrap();
+        let vm = host.broker.register(registration, &mut Some(ram), Arc::new(peer), by).unwrap();
         host.vm = vm.id();
         host
     }
@@ -188,7 +184,7 @@ fn a_view_follows_the_ram_and_hears_of_its_end_whatever_it_is_doing() {
     for end in [Event::Revoked, Event::Gone] {
         let host = Host::start();
         let (view, grant) = host.view(Rights::ReadOnly);
-        let vm = host.broker.registry().get(host.vm).unwrap();
+        let vm = host.broker.vm(host.vm).unwrap();
         let read = AtomicU64::new(0);
         std::thread::scope(|scope| {
             let readers: Vec<_> = (0..3)

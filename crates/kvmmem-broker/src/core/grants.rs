@@ -99,13 +99,13 @@ pub(crate) enum UseError {
 
 /// What a token opened.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Opened {
+pub(crate) struct Opened {
     /// Number of the grant.
-    pub grant: u64,
+    pub(crate) grant: u64,
     /// Number of the target.
-    pub target: u64,
+    pub(crate) target: u64,
     /// What is allowed.
-    pub scope: Scope,
+    pub(crate) scope: Scope,
 }
 
 /// What a token was good for.

@@ -2,25 +2,40 @@
 //! Explores every order of grant, attach, revoke, confirm, lost peer and gone target, with the core
 //! itself as the state.
 //!
-//! The model adds what the core does not see: the memory that each peer has mapped, and the
-//! revocations that it was told of and has not confirmed. Two states are one where all that they
-//! consist of is equal, ids included.
+//! The model adds what the core does not see: the memory that each peer has mapped, and what it was
+//! told. Peer 1 is the VMM of an introspector, the others are processes of the host. Two states are
+//! one where all that they consist of is equal, ids included.
 
 use std::collections::hash_map::DefaultHasher;
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::fmt::{self, Write};
 use std::hash::Hasher;
+use std::sync::Arc;
 use std::time::Instant;
 
 use kvmmem_kvmi::token::Token;
 use kvmmem_proto::credentials::Credentials;
-use kvmmem_proto::message::{Caller, Origin, ViewCounters};
-use kvmmem_proto::scope::{Rights, Scope};
+use kvmmem_proto::map::{MemoryMap, Region};
+use kvmmem_proto::message::{Call, Caller, GrantRequest, Registration, ViewCounters};
 
 use super::Core;
-use super::grants::{Holder, KVMI_LIFETIME, Terms, User};
+use super::call::{Means, Reply};
+use super::effect::{Effect, Push};
+use super::layout::Layout;
 use super::quota::Limits;
-use super::revocation::Revocation;
+use super::vms::NewVm;
+use crate::test_peer::{grant_request, registration};
+
+/// The connection of an operator, which grants and revokes.
+const OPERATOR: u64 = 0;
+
+/// The connection of the introspector's VMM.
+const VMM: u64 = 1;
+
+/// Stands for the VMMs of targets, which have no part in this.
+const TARGETS: u64 = 100;
+
+const ROOT: Credentials = Credentials { pid: 1, uid: 0 };
 
 /// How much of everything there may be.
 #[derive(Clone, Copy, Debug)]
@@ -38,8 +53,9 @@ struct State {
     core: Core,
     /// Those that are connected.
     peers: BTreeMap<u64, Peer>,
-    /// Those that are registered.
+    /// Targets that are registered.
     targets: BTreeSet<u64>,
+    introspector: u64,
     granted: u64,
     /// By number, those that have not returned.
     revoking: BTreeMap<u64, u64>,
@@ -59,6 +75,10 @@ struct Peer {
     pages: BTreeSet<u64>,
     /// Revocations that it was told of and has not confirmed.
     told: BTreeSet<u64>,
+    /// Targets that it was told of, with their files.
+    known: BTreeSet<u64>,
+    /// Targets whose end it was told of.
+    gone: BTreeSet<u64>,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -70,8 +90,8 @@ enum Action {
         peer: u64,
         grant: u64,
     },
+    /// The introspector's v1 tool uses a token.
     MapPage {
-        peer: u64,
         grant: u64,
     },
     BeginClose {
@@ -103,15 +123,25 @@ enum Action {
 
 impl State {
     fn new(bounds: Bounds) -> Self {
-        Self {
-            core: Core::new(&Limits::default()),
-            peers: (1..=bounds.peers).map(|peer| (peer, Peer::default())).collect(),
-            targets: (1..=bounds.targets).collect(),
-            granted: 0,
-            revoking: BTreeMap::new(),
-            revoked: 0,
-            confirmed: BTreeSet::new(),
-        }
+        let mut core = Core::new(&Limits::default());
+        let peers = (1..=bounds.peers).map(|peer| (peer, Peer::default())).collect();
+        core.peer_joined(OPERATOR, ROOT);
+        (1..=bounds.peers).for_each(|peer| core.peer_joined(peer, ROOT));
+        let mut register = |registration: Registration, peer| {
+            let layout = registration.introspectable.then(layout);
+            let registration = Arc::new(registration);
+            core.register(NewVm { registration, layout, peer, vmm: ROOT, by: ROOT }).unwrap()
+        };
+        let target = |number: u64| Registration {
+            introspectable: true,
+            ..registration(&format!("target-{number}"))
+        };
+        let targets =
+            (1..=bounds.targets).map(|number| register(target(number), TARGETS)).collect();
+        let lion = Registration { introspector: true, ..registration("lion") };
+        let introspector = register(lion, VMM);
+        let (revoking, confirmed) = (BTreeMap::new(), BTreeSet::new());
+        Self { core, peers, targets, introspector, granted: 0, revoking, revoked: 0, confirmed }
     }
 
     fn actions(&self, bounds: Bounds) -> Vec<Action> {
@@ -120,12 +150,15 @@ impl State {
         if self.granted < bounds.grants {
             actions.extend(self.targets.iter().map(|&target| Action::Grant { target }));
         }
-        // Peers that hold nothing are alike: it is enough if the first of them acts.
-        let idle = self.peers.iter().find(|(_, its)| **its == Peer::default());
-        let busy = self.peers.iter().filter(|(_, its)| **its != Peer::default());
+        // Processes of the host that hold nothing are alike: it is enough if the first of them acts.
+        let is_idle = |peer: u64, its: &Peer| peer != VMM && *its == Peer::default();
+        let idle = self.peers.iter().find(|(peer, its)| is_idle(**peer, its));
+        let busy = self.peers.iter().filter(|(peer, its)| !is_idle(**peer, its));
         for (&peer, its) in busy.chain(idle) {
             actions.extend(grants.clone().map(|grant| Action::Attach { peer, grant }));
-            actions.extend(grants.clone().map(|grant| Action::MapPage { peer, grant }));
+            if peer == VMM {
+                actions.extend(grants.clone().map(|grant| Action::MapPage { grant }));
+            }
             actions.extend(its.views.keys().map(|&view| Action::BeginClose { peer, view }));
             actions.extend(its.closing.keys().map(|&view| Action::Close { peer, view }));
             actions.extend(its.told.iter().map(|&grant| Action::Confirm { peer, grant }));
@@ -142,70 +175,122 @@ impl State {
     /// The state after an action; `None` where the core refuses it.
     fn after(&self, action: Action, now: Instant, bounds: Bounds) -> Option<Self> {
         let mut state = self.clone();
-        let core = &mut state.core;
+        state.act(action, now, bounds)?;
+        state.deliver();
+        Some(state)
+    }
+
+    fn act(&mut self, action: Action, now: Instant, bounds: Bounds) -> Option<()> {
         match action {
             Action::Grant { target } => {
-                state.granted =
-                    core.grants.mint(now, token(self.granted + 1), terms(target, bounds)).unwrap();
+                self.granted += 1;
+                let means = Means { token: Some(token(self.granted)), may_get_files: false };
+                let uses = bounds.uses;
+                let request = GrantRequest { uses, ..grant_request(&format!("target-{target}")) };
+                let reply = self.core.handle(now, OPERATOR, Call::Grant(request), &means).unwrap();
+                assert!(
+                    matches!(reply, Reply::Granted { opened, .. } if opened.grant == self.granted)
+                );
             }
             Action::Attach { peer, grant } => {
                 let caller = Caller { pid: 1, uid: 1, comm: String::new() };
-                let opened =
-                    core.grants.attach(now, &token(grant), user(peer), ("host", caller), false);
-                let (view, opened) = opened.ok()?;
-                assert_eq!(opened.grant, grant);
-                state.peers.get_mut(&peer)?.views.insert(view, grant);
+                let token = token(grant);
+                let call = Call::Attach { token, caller, read_only: true, reaching: vec![] };
+                let Reply::Attached(attached) = self.give(now, peer, call)? else { unreachable!() };
+                assert_eq!(attached.opened.grant, grant);
+                self.peers.get_mut(&peer)?.views.insert(attached.view, grant);
             }
-            Action::MapPage { peer, grant } => {
-                core.grants.redeem(now, &token(grant), user(peer)).ok()?;
-                state.peers.get_mut(&peer)?.pages.insert(grant);
+            Action::MapPage { grant } => {
+                let reply = self.give(now, VMM, Call::Redeem { token: token(grant) })?;
+                assert!(matches!(reply, Reply::Redeemed(_)));
+                self.peers.get_mut(&VMM)?.pages.insert(grant);
             }
             Action::BeginClose { peer, view } => {
-                // A view whose target is gone is not the peer's any more.
-                core.begin_close(view, peer, ViewCounters::default());
-                let its = state.peers.get_mut(&peer)?;
+                let counters = ViewCounters::default();
+                // It is refused where the view has ended with its target.
+                let _ = self.core.handle(now, peer, Call::Detached { view, counters }, &NONE);
+                let its = self.peers.get_mut(&peer)?;
                 let grant = its.views.remove(&view)?;
                 its.closing.insert(view, grant);
             }
             Action::Close { peer, view } => {
-                core.close_view(now, view, peer);
-                state.peers.get_mut(&peer)?.closing.remove(&view);
+                self.core.close_view(now, view, peer);
+                self.peers.get_mut(&peer)?.closing.remove(&view);
             }
             Action::Revoke { grant } => {
-                let Revocation { number, peers, .. } = core.revoke(now, grant)?;
-                for peer in peers {
-                    state.peers.get_mut(&peer).expect("it is connected").told.insert(grant);
-                }
-                state.revoking.insert(number, grant);
-                state.revoked += 1;
+                let reply = self.core.handle(now, OPERATOR, Call::Revoke { grant }, &NONE).ok()?;
+                let Reply::Revoking { revocation, .. } = reply else { unreachable!() };
+                self.revoking.insert(revocation.number, grant);
+                self.revoked += 1;
             }
             Action::Confirm { peer, grant } => {
-                let its = state.peers.get_mut(&peer)?;
+                let its = self.peers.get_mut(&peer)?;
                 its.told.remove(&grant);
                 its.views.retain(|_, of| *of != grant);
                 its.closing.retain(|_, of| *of != grant);
                 its.pages.remove(&grant);
-                core.confirm(now, grant, peer);
+                let reply = self.core.handle(now, peer, Call::RevokedDone { grant }, &NONE);
+                assert!(matches!(reply, Ok(Reply::Confirming { .. })));
+                self.core.confirm(now, grant, peer);
             }
             Action::Return { revocation } => {
-                let is_done = core.is_revoked(revocation);
-                let unconfirmed = core.end_revocation(revocation);
-                let grant = state.revoking.remove(&revocation)?;
+                let is_done = self.core.is_revoked(revocation);
+                let unconfirmed = self.core.end_revocation(revocation);
+                let grant = self.revoking.remove(&revocation)?;
                 assert!(is_done || unconfirmed > 0);
                 if unconfirmed == 0 {
-                    state.confirmed.insert(grant);
+                    self.confirmed.insert(grant);
                 }
             }
             Action::PeerLost { peer } => {
-                core.peer_lost(now, peer);
-                state.peers.remove(&peer);
+                if peer == VMM {
+                    assert!(self.core.vm_gone(self.introspector));
+                }
+                self.core.peer_lost(now, peer);
+                self.peers.remove(&peer);
             }
             Action::TargetGone { target } => {
-                core.target_gone(target);
-                state.targets.remove(&target);
+                assert!(self.core.vm_gone(target));
+                self.targets.remove(&target);
             }
         }
-        Some(state)
+        Some(())
+    }
+
+    /// A call that may send files: where the peer has not read what was sent before, nothing
+    /// changes.
+    fn give(&mut self, now: Instant, peer: u64, call: Call) -> Option<Reply> {
+        let means = Means { token: None, may_get_files: true };
+        let before = self.core.grants.len();
+        match self.core.handle(now, peer, call, &NONE).ok()? {
+            Reply::Unread(call) => {
+                assert_eq!(self.core.grants.len(), before);
+                self.core.handle(now, peer, call, &means).ok()
+            }
+            reply => Some(reply),
+        }
+    }
+
+    /// The peers read what they were sent.
+    fn deliver(&mut self) {
+        for effect in self.core.take_effects() {
+            let Effect::Push { peer, push } = effect else { continue };
+            let its = self.peers.get_mut(&peer).expect("it is connected");
+            match push {
+                Push::Revoke { grant } => {
+                    its.told.insert(grant);
+                }
+                Push::Target { target, .. } => {
+                    assert!(self.targets.contains(&target) && !its.gone.contains(&target));
+                    assert!(peer == VMM && its.known.insert(target));
+                }
+                Push::Gone { target } => {
+                    assert!(peer != VMM || its.known.contains(&target));
+                    assert!(its.gone.insert(target));
+                }
+                Push::Granted { .. } | Push::Changed { .. } => unreachable!(),
+            }
+        }
     }
 
     fn check(&self) {
@@ -233,24 +318,34 @@ impl State {
                 assert!(its.is_some_and(|its| its.told.contains(&grant)), "{number}: {self:?}");
             }
         }
-        if self.peers.is_empty() && self.targets.is_empty() && self.revoking.is_empty() {
-            assert!(self.core.is_empty(), "{self:?}");
-        }
-    }
-
-    fn digest(&self) -> u64 {
-        struct Digest(DefaultHasher);
-        impl Write for Digest {
-            fn write_str(&mut self, text: &str) -> fmt::Result {
-                self.0.write(text.as_bytes());
-                Ok(())
+        for (peer, its) in &self.peers {
+            // A peer that was told of a target is told of its end.
+            for target in its.known.difference(&its.gone) {
+                assert!(self.targets.contains(target), "peer {peer}: {self:?}");
             }
         }
-        let mut digest = Digest(DefaultHasher::new());
-        write!(digest, "{self:?}").unwrap();
-        digest.0.finish()
+        if self.peers.is_empty() && self.targets.is_empty() && self.revoking.is_empty() {
+            let mut core = self.core.clone();
+            core.peer_lost(Instant::now(), OPERATOR);
+            assert!(core.is_empty(), "{self:?}");
+        }
     }
 }
+
+fn digest(state: &impl fmt::Debug) -> u64 {
+    struct Digest(DefaultHasher);
+    impl Write for Digest {
+        fn write_str(&mut self, text: &str) -> fmt::Result {
+            self.0.write(text.as_bytes());
+            Ok(())
+        }
+    }
+    let mut digest = Digest(DefaultHasher::new());
+    write!(digest, "{state:?}").unwrap();
+    digest.0.finish()
+}
+
+const NONE: Means = Means { token: None, may_get_files: false };
 
 impl Peer {
     /// The grants under which it holds something.
@@ -263,34 +358,22 @@ fn token(grant: u64) -> Token {
     Token::new([grant, 0, 0, 7])
 }
 
-fn user(peer: u64) -> User {
-    User { peer, vm: None, uuid: None }
-}
-
-fn terms(target: u64, bounds: Bounds) -> Terms {
-    Terms {
-        target,
-        scope: Scope::whole(Rights::ReadWrite),
-        lifetime: KVMI_LIFETIME,
-        uses: bounds.uses,
-        holder: Holder::Anybody,
-        label: None,
-        origin: Origin::Operator,
-        by: Credentials { pid: 1, uid: 0 },
-    }
+fn layout() -> Arc<Layout> {
+    let map = MemoryMap::new(vec![Region { gpa: 0, len: 0x1000, offset: 0, file: 0 }]).unwrap();
+    Arc::new(Layout { generation: 1, map, is_private: false })
 }
 
 /// Visits every state that can be reached, and returns how many there are.
 fn explore(bounds: Bounds) -> usize {
     let now = Instant::now();
     let first = State::new(bounds);
-    let mut seen = HashSet::from([first.digest()]);
+    let mut seen = HashSet::from([digest(&first)]);
     let mut open = vec![first];
     while let Some(state) = open.pop() {
         state.check();
         for action in state.actions(bounds) {
             if let Some(next) = state.after(action, now, bounds)
-                && seen.insert(next.digest())
+                && seen.insert(digest(&next))
             {
                 open.push(next);
             }

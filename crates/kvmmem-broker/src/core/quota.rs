@@ -13,8 +13,10 @@ use kvmmem_proto::credentials::Credentials;
 
 use crate::core::grants::MAX_OPERATOR;
 use crate::core::policy::MAX_POLICIES;
-use crate::registry::MAX_VMS;
 use crate::server::MAX_CONNECTIONS;
+
+/// The most VMs that are registered at a time.
+pub const MAX_VMS: usize = 2048;
 
 /// The most hooks of all targets.
 pub const MAX_HOOKS: usize = 4096;

@@ -13,7 +13,7 @@ mod tests;
 use kvmmem_proto::endpoint::Endpoint;
 use kvmmem_proto::message::{Call, Refusal};
 
-use crate::broker::Refused;
+use super::refused::Refused;
 
 /// What a connection is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

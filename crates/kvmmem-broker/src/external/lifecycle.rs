@@ -55,11 +55,9 @@ impl Broker {
     /// that has taken over, or goes too. However many end at a time, the processes of the host
     /// are looked through once.
     fn vmms_ended(self: &Arc<Self>, ended: Vec<Watched>) {
-        let registry = self.registry();
         let vms: Vec<(Arc<Vm>, Watched)> =
-            ended.into_iter().filter_map(|ended| Some((registry.get(ended.vm)?, ended))).collect();
-        let others = registry.after(0).map(|vm| vm.peer().credentials().pid).collect();
-        drop(registry);
+            ended.into_iter().filter_map(|ended| Some((self.vm(ended.vm)?, ended))).collect();
+        let others = self.vms().iter().map(|vm| vm.peer().credentials().pid).collect();
         let rams: Vec<_> = vms.iter().map(|(vm, _)| ram(vm)).collect();
         let successors = live_update::find(&rams, &others);
         for ((vm, ended), successor) in vms.into_iter().zip(successors) {
@@ -77,6 +75,7 @@ impl Broker {
             Credentials { pid: successor.pid(), uid: successor.uid().unwrap_or(former.uid) };
         let socket = ended.monitor.and_then(|_| attach::command_line(&successor).ok()?.qmp);
         vm.peer().replaced(credentials);
+        self.tables().core.vm_moved(vm.id(), credentials);
         self.audit().taken_over(vm, former);
         let monitor = socket.clone().map(|path| Socket { path, listener: None, qmp: None });
         if let Err(error) = self.watch(ended.vm, successor.into_pidfd(), monitor) {
@@ -88,7 +87,7 @@ impl Broker {
 
     /// Does what a QEMU's news demand.
     fn hear(self: &Arc<Self>, vm: u64, qmp: &mut Qmp, news: News) -> Next {
-        let vm = self.registry().get(vm);
+        let vm = self.vm(vm);
         let Some((vm, ram)) = vm.as_ref().and_then(|vm| Some((vm, vm.ram()?))) else {
             return Next::Stop;
         };
@@ -185,7 +184,7 @@ fn open_again(vm: &Vm, qmp: &mut Qmp) -> Result<Opened, AttachError> {
 /// has to listen as when the VM was added; and that may have handed others to other QEMUs, so this
 /// one has to say where the VM's memory is.
 fn connect(broker: &Weak<Broker>, vm: u64, path: &Path, listener: Option<u32>) -> Option<Qmp> {
-    let vm = broker.upgrade()?.registry().get(vm)?;
+    let vm = broker.upgrade()?.vm(vm)?;
     let process = Process::open(vm.peer().credentials().pid).ok()?;
     let line = attach::command_line(&process).ok()?;
     let its_own = |mut qmp: Qmp| {

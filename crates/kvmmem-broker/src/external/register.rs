@@ -76,7 +76,7 @@ impl Broker {
                 ram.map(Some).map_err(RegisterError::Ram)
             }
         };
-        let ram = ram.map_err(|error| Refused::from_registering(&error))?;
+        let ram = ram?;
         // Of a target that was removed, or that an earlier broker had.
         if let (Some(ram), Some(generation)) =
             (&ram, self.state().generation(opened.credentials.pid))
@@ -86,7 +86,7 @@ impl Broker {
         let mut ram = ram;
         // One at a time: what is compared here stays as it is until the VM is in the registry.
         let _adding = self.adding();
-        let vms: Vec<Arc<Vm>> = self.registry().after(0).cloned().collect();
+        let vms: Vec<Arc<Vm>> = self.vms();
         // Targets are compared by their files: two with the same RAM would each have grants of it.
         // Private RAM is that of its process.
         let is_its =
@@ -96,8 +96,7 @@ impl Broker {
             return Err(Refused::new(Refusal::Exists, message));
         }
         drop(vms);
-        let inserted = self.registry().insert(registration, &mut ram, Arc::new(vmm), administrator);
-        let vm = inserted.map_err(|error| Refused::from_registering(&error))?;
+        let vm = self.register(registration, &mut ram, Arc::new(vmm), administrator)?;
         if let Err(error) = self.watch(vm.id(), opened.pidfd, monitor) {
             self.release(vm.id());
             return Err(limit("cannot watch the VMM")(error.into()));
@@ -130,7 +129,7 @@ impl Broker {
     }
 
     pub(super) fn release(&self, vm: u64) {
-        let vm = self.registry().get(vm);
+        let vm = self.vm(vm);
         if let Some(vm) = vm {
             self.retire(&vm);
         }

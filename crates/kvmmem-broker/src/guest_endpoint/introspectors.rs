@@ -60,7 +60,7 @@ impl Views for Introspectors {
 
 /// Why a VM has no views here.
 fn unknown_peer(broker: &Broker, cid: u32) -> Refused {
-    let introspector = broker.registry().with_cid(cid).filter(|vm| vm.registration().introspector);
+    let introspector = broker.vm_with_cid(cid).filter(|vm| vm.registration().introspector);
     let words = match introspector {
         Some(vm) => format!(
             "{:?} runs under kvmmem vm, whose views come by hypercall and not by this guest \

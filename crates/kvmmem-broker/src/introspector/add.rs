@@ -57,7 +57,7 @@ enum AddError {
 impl From<AddError> for Refused {
     fn from(error: AddError) -> Self {
         let refusal = match &error {
-            AddError::Register(error) => return Self::from_registering(error),
+            AddError::Register(error) => error.refusal(),
             AddError::Full | AddError::Resources(_) | AddError::Random(_) => Refusal::Limit,
             AddError::Find(_)
             | AddError::Ask(_)

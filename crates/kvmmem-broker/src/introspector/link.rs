@@ -8,12 +8,13 @@ use std::time::Duration;
 
 use kvmmem_kvmi::token::Token;
 use kvmmem_proto::credentials::Credentials;
-use kvmmem_proto::message::{Answer, Caller, Refusal, Registration, ViewCounters};
+use kvmmem_proto::message::{Answer, Call, Caller, Refusal, Registration, ViewCounters};
 use kvmmem_proto::scope::Scope;
 
 use super::inbox::Inbox;
 use super::view::lock;
 use crate::broker::{Broker, Refused};
+use crate::calls::Outcome;
 use crate::peer::{Peer, Viewer};
 use crate::registry::{RegisterError, Vm};
 
@@ -51,8 +52,9 @@ impl Link {
     ) -> Result<Self, RegisterError> {
         let peer = Arc::new(Peer::within(Arc::clone(inbox) as Arc<dyn Viewer>, credentials));
         let by = Arc::clone(&peer);
-        let vm = broker.registry().insert(registration, &mut None, by, credentials)?;
         broker.join(&peer);
+        let registered = broker.register(registration, &mut None, by, credentials);
+        let vm = registered.inspect_err(|_| broker.leave(&peer, None))?;
         broker.audit().registered(&vm);
         let (attaching, is_closed) = (Mutex::default(), AtomicBool::new(false));
         Ok(Self { broker: Arc::downgrade(broker), peer, vm, attaching, is_closed })
@@ -77,9 +79,10 @@ impl Link {
         let ended = || Refused::new(Refusal::Busy, "the broker ends");
         let broker = self.broker.upgrade().ok_or_else(ended)?;
         let _attaching = lock(&self.attaching);
-        let view = (caller.clone(), read_only, [].as_slice());
-        match broker.attach(broker.now(), &self.peer, Some(&self.vm), token, view) {
-            Ok((Answer::Attached { view, grant, target, scope }, _)) => {
+        let (token, caller) = (token.clone(), caller.clone());
+        let call = Call::Attach { token, caller, read_only, reaching: Vec::new() };
+        match broker.handle(&self.peer, Some(&self.vm), call) {
+            Ok(Outcome::Answer(Answer::Attached { view, grant, target, scope }, _)) => {
                 Ok(Attached { view, grant, target, scope })
             }
             // There is no other answer to a VM.
@@ -97,26 +100,28 @@ impl Link {
     /// The target of a view; `None` once the view has ended: its grant was revoked, its target is
     /// gone, or this is closed.
     pub(super) fn target_of(&self, view: u64) -> Option<Arc<Vm>> {
-        self.broker.upgrade()?.target_of_view(&self.peer, view)
+        self.broker.upgrade()?.reached(&self.peer, view).map(|(vm, _)| vm)
     }
 
     /// A target by its number.
     pub(super) fn target(&self, id: u64) -> Option<Arc<Vm>> {
-        self.broker.upgrade()?.registry().get(id)
+        self.broker.upgrade()?.vm(id)
     }
 
     /// Reports that a view is closed. One that has ended is the broker's no more.
     pub(super) fn detached(&self, view: u64) {
         if let (Some(broker), Some(_)) = (self.broker.upgrade(), self.target_of(view)) {
             // It may end at this moment, and is closed then.
-            let _ = broker.detach(&self.peer, view, ViewCounters::default());
+            let call = Call::Detached { view, counters: ViewCounters::default() };
+            let _ = broker.handle(&self.peer, Some(&self.vm), call);
         }
     }
 
     /// Confirms that a revoked grant is of no use to the guest any more.
     pub(super) fn revoked(&self, grant: u64) {
         if let Some(broker) = self.broker.upgrade() {
-            broker.revoked_done(&self.peer, grant);
+            // It is refused only where the introspector has ended.
+            let _ = broker.handle(&self.peer, Some(&self.vm), Call::RevokedDone { grant });
         }
     }
 

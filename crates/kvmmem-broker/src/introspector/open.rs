@@ -25,7 +25,7 @@ use super::view::{Phase, View, lock};
 use super::window_layout::{self, Shape, WindowLayoutError};
 use super::{AskError, Introspector};
 use crate::broker::Refused;
-use crate::tokens::random_token;
+use crate::calls::random_token;
 
 /// How long the guest's driver may take to take up a view.
 const SEEN_LIMIT: Duration = Duration::from_secs(5);

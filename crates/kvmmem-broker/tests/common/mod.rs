@@ -107,7 +107,7 @@ impl TestBroker {
     /// Makes a token as a hook to a tool in the VM with this context id does; 0 is the number of no
     /// VM.
     pub(crate) fn mint(&self, target: &Vm, cid: u32) -> Result<Token, KvmError> {
-        let tool = self.state.registry().with_cid(cid).map_or(0, |vm| vm.id());
+        let tool = self.state.vm_with_cid(cid).map_or(0, |vm| vm.id());
         let endpoint = Endpoint::Vsock { cid, port: 1 };
         self.state.mint(Instant::now(), target, &endpoint, Owner::Vm(tool))
     }

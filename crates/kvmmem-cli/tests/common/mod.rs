@@ -255,7 +255,7 @@ fn register_private(broker: &Broker, mut registration: Registration, hva: u64) {
     let socket = PacketSocket::accepted(socket, Duration::from_secs(1)).unwrap();
     let peer = Peer::new(socket, Credentials { pid: std::process::id(), uid: 0 });
     let by = peer.credentials();
-    broker.registry().insert(registration, &mut Some(ram), Arc::new(peer), by).unwrap();
+    broker.register(registration, &mut Some(ram), Arc::new(peer), by).unwrap();
 }
 
 impl Drop for Host {

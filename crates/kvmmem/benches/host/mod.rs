@@ -140,7 +140,7 @@ fn register_private(broker: &Broker, vmm: u32, address: usize) -> Result<()> {
     let peer = Peer::new(socket, Credentials { pid: vmm, uid: 0 });
     let registration = Registration { regions: Vec::new(), ..registration("private", 2) };
     let by = peer.credentials();
-    broker.registry().insert(registration, &mut Some(ram), Arc::new(peer), by)?;
+    broker.register(registration, &mut Some(ram), Arc::new(peer), by)?;
     Ok(())
 }
 

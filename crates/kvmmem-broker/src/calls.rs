@@ -1,0 +1,350 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! Carries out what the core has decided: files, waiting and the audit log.
+
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, PoisonError};
+use std::time::{Duration, Instant};
+
+use kvmmem_abi::errno::KvmError;
+use kvmmem_kvmi::token::Token;
+use kvmmem_proto::endpoint::Endpoint;
+use kvmmem_proto::message::{Answer, Call, Refusal, Revoked};
+use kvmmem_proto::scope::Rights;
+
+use crate::broker::Broker;
+use crate::core::call::{Means, Reply};
+use crate::core::refused::Refused;
+use crate::core::revocation::Revocation;
+use crate::core::tokens::{Minted, busy};
+use crate::core::views::Attached;
+use crate::effects::Tables;
+use crate::hook::Owner;
+use crate::peer::{NotSent, Peer, READ_LIMIT, READ_PAUSE};
+use crate::registry::Vm;
+
+/// How long confirmations are waited for.
+const CONFIRM_LIMIT: Duration = Duration::from_secs(2);
+
+/// What came of a call.
+#[derive(Debug)]
+pub(crate) enum Outcome {
+    /// It is answered, with these files.
+    Answer(Answer, Vec<OwnedFd>),
+    /// It is not answered.
+    Done,
+    /// The peer may do this.
+    Allowed(Call),
+}
+
+impl From<Answer> for Outcome {
+    fn from(answer: Answer) -> Self {
+        Self::Answer(answer, Vec::new())
+    }
+}
+
+impl Broker {
+    /// Has the core decide a peer's call, and carries it out where that needs neither processes nor
+    /// threads. To be called on the peer's own thread, for it waits: for a peer that has to read
+    /// what was sent to it, and for confirmations.
+    ///
+    /// # Errors
+    /// Why the call is refused.
+    pub(crate) fn handle(
+        &self,
+        peer: &Peer,
+        vm: Option<&Vm>,
+        call: Call,
+    ) -> Result<Outcome, Refused> {
+        let (reply, target) = self.decide_call(peer, call)?;
+        let by = peer.credentials();
+        let target = target.as_deref();
+        Ok(match reply {
+            Reply::Answer(answer) => answer.into(),
+            Reply::Nothing | Reply::Unread(_) => Outcome::Done,
+            Reply::Allowed(call) => Outcome::Allowed(call),
+            Reply::Granted { request, token, opened } => {
+                if let Some(target) = target {
+                    self.audit().granted(target, opened.grant, &request, &opened.scope, by);
+                }
+                Answer::Granted { grant: opened.grant, token }.into()
+            }
+            Reply::Redeemed(opened) => {
+                if let (Some(target), Some(vm)) = (target, vm) {
+                    self.audit().used(opened.grant, target, vm);
+                }
+                let (grant, target, scope) = (opened.grant, opened.target, opened.scope);
+                Answer::Redeemed { grant, target, scope }.into()
+            }
+            Reply::Used(opened) => {
+                if let (Some(target), Some(vm)) = (target, vm) {
+                    self.audit().used(opened.grant, target, vm);
+                }
+                Outcome::Done
+            }
+            Reply::Attached(attached) => {
+                let target = target.ok_or_else(busy)?;
+                let (answer, files) = self.show(peer, vm.is_some(), &attached, target)?;
+                let opened = (attached.opened.grant, &attached.opened.scope);
+                let who = (peer, vm);
+                self.audit().attached(attached.view, opened, target, who, &attached.caller);
+                Outcome::Answer(answer, files)
+            }
+            Reply::PolicySet { uuid, policy } => {
+                self.audit().policy(uuid, policy, by);
+                Answer::Policy { policy }.into()
+            }
+            Reply::Revoking { grant, revocation } => {
+                let revoked = self.await_confirmations(&revocation);
+                self.audit().revoked(grant, revocation.target, &revoked, by);
+                Answer::Revoked(revoked).into()
+            }
+            Reply::Closing { view } => {
+                // Those that were looked up while the view was open.
+                peer.wait_for_copies();
+                let now = self.now();
+                self.decide(|tables| tables.core.close_view(now, view, peer.number()));
+                Outcome::Done
+            }
+            Reply::Confirming { grant } => {
+                self.confirm(peer, grant);
+                Outcome::Done
+            }
+        })
+    }
+
+    /// The core's decision, and the target that it is about. What it pushes to the peer is sent.
+    fn decide_call(
+        &self,
+        peer: &Peer,
+        mut call: Call,
+    ) -> Result<(Reply, Option<Arc<Vm>>), Refused> {
+        let mut means = Means::default();
+        if matches!(call, Call::Grant(_)) {
+            means.token = random_token().ok();
+        }
+        let gives_files = matches!(call, Call::Redeem { .. } | Call::Attach { .. });
+        let deadline = Instant::now() + READ_LIMIT;
+        // At first it is not looked: most know the target.
+        let mut is_second = false;
+        loop {
+            let now = self.now();
+            let who = peer.number();
+            // Until what the call pushes is sent: at most one packet with descriptors is under way
+            // to a peer.
+            let sending = gives_files.then(|| peer.outbox().sending());
+            if let Some(sending) = sending.as_ref().filter(|_| is_second) {
+                // What waits is sent before it is looked at what the peer has read.
+                let _ = peer.flush_held(sending);
+                means.may_get_files = peer.has_read().map_err(|_| busy())?;
+            }
+            let handle = |tables: &mut Tables| {
+                let reply = tables.core.handle(now, who, call, &means)?;
+                let target = reply.target().and_then(|target| tables.vms.get(&target).cloned());
+                Ok::<_, Refused>((reply, target))
+            };
+            let (decided, pending) = self.decide_only(handle);
+            let sent = sending.as_ref().map_or(Ok(()), |sending| peer.flush_held(sending));
+            drop(sending);
+            self.perform(pending);
+            match (decided?, sent) {
+                ((Reply::Unread(again), _), _) => {
+                    if Instant::now() >= deadline {
+                        return Err(busy());
+                    }
+                    if is_second {
+                        std::thread::sleep(READ_PAUSE);
+                    }
+                    is_second = true;
+                    call = again;
+                }
+                ((Reply::Attached(attached), _), Err(failed)) => {
+                    self.undo_attach(peer, &attached, failed.target);
+                    return Err(busy());
+                }
+                ((Reply::Redeemed(_), _), Err(NotSent { target: Some(target) })) => {
+                    self.decide(|tables| tables.core.not_introduced(who, target));
+                    return Err(busy());
+                }
+                (decided, _) => return Ok(decided),
+            }
+        }
+    }
+
+    /// What the one who has opened a view is told and given.
+    fn show(
+        &self,
+        peer: &Peer,
+        is_vmm: bool,
+        attached: &Attached,
+        target: &Vm,
+    ) -> Result<(Answer, Vec<OwnedFd>), Refused> {
+        let Attached { view, opened, registration, layout, .. } = attached;
+        let (view, grant, scope) = (*view, opened.grant, opened.scope.clone());
+        if is_vmm {
+            let target = opened.target;
+            return Ok((Answer::Attached { view, grant, target, scope }, Vec::new()));
+        }
+        let files = target.ram().map(|ram| match scope.rights {
+            Rights::ReadOnly => ram.open_read_only(),
+            Rights::ReadWrite => ram.duplicate(),
+        });
+        let files = files.ok_or_else(busy)?.map_err(|error| {
+            self.undo_attach(peer, attached, None);
+            Refused::new(Refusal::Limit, format!("cannot open the target's RAM: {error}"))
+        })?;
+        let answer = Answer::HostAttached {
+            view,
+            grant,
+            target: opened.target,
+            scope,
+            uuid: registration.uuid,
+            name: registration.name.clone(),
+            generation: layout.generation,
+            regions: layout.regions(),
+            copied: layout.is_private,
+        };
+        Ok((answer, files))
+    }
+
+    fn undo_attach(&self, peer: &Peer, attached: &Attached, unsent: Option<u64>) {
+        let (now, who) = (self.now(), peer.number());
+        self.decide(|tables| {
+            tables.core.undo_attach(now, attached, who);
+            if let Some(target) = unsent {
+                tables.core.not_introduced(who, target);
+            }
+        });
+    }
+
+    fn confirm(&self, peer: &Peer, grant: u64) {
+        // Those that were looked up before the grant was revoked; the peer's channels are no part
+        // of what it confirms.
+        peer.wait_for_copies();
+        let now = self.now();
+        self.decide(|tables| tables.core.confirm(now, grant, peer.number()));
+    }
+
+    /// Waits until all peers of a revocation have confirmed or ended, at most 2 s.
+    fn await_confirmations(&self, revocation: &Revocation) -> Revoked {
+        let (number, began) = (revocation.number, Instant::now());
+        let is_waiting = |tables: &mut Tables| !tables.core.is_revoked(number);
+        let waited = self.confirmed().wait_timeout_while(self.tables(), CONFIRM_LIMIT, is_waiting);
+        let (mut tables, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        let unconfirmed = tables.core.end_revocation(number);
+        drop(tables);
+        Revoked {
+            views: u32::try_from(revocation.views).unwrap_or(u32::MAX),
+            unconfirmed: u32::try_from(unconfirmed).unwrap_or(u32::MAX),
+            micros: u64::try_from(began.elapsed().as_micros()).unwrap_or(u64::MAX),
+        }
+    }
+
+    /// Makes a token for a target whose tool is `owner`'s and at `endpoint`. Where the owner is a
+    /// registered introspector, the token is pushed there before it is returned, and is good
+    /// there only.
+    ///
+    /// # Errors
+    /// EAGAIN where too many are outstanding, EPERM where the tool is in the target itself or its
+    /// VM is gone, or the target's policy allows none, ENOMEM where the system has no random
+    /// bytes, EOPNOTSUPP where the target is gone, or its RAM is private and the tool in an
+    /// introspector.
+    pub fn mint(
+        &self,
+        now: Instant,
+        target: &Vm,
+        endpoint: &Endpoint,
+        owner: Owner,
+    ) -> Result<Token, KvmError> {
+        let minted = self.mint_for(now, target.id(), owner);
+        let (token, Minted { grant, scope, .. }, holder) = minted.inspect_err(|error| {
+            self.audit().not_minted(target, endpoint, &format!("{error:?}"));
+        })?;
+        self.audit().minted(target, endpoint, grant, &scope, holder.as_deref());
+        Ok(token)
+    }
+
+    #[allow(clippy::type_complexity, reason = "the token and the introspector that has it")]
+    fn mint_for(
+        &self,
+        now: Instant,
+        target: u64,
+        owner: Owner,
+    ) -> Result<(Token, Minted, Option<Arc<Vm>>), KvmError> {
+        let tool = match owner {
+            Owner::Vm(vm) => Some(vm),
+            Owner::Host(_) => None,
+        };
+        let token = random_token()?;
+        let peer = {
+            let tables = self.tables();
+            let peer = tool.and_then(|tool| tables.core.holder_of(tool));
+            peer.and_then(|peer| tables.peers.get(&peer).cloned())
+        };
+        let sending = peer.as_ref().map(|peer| peer.outbox().sending());
+        let may_get_files = peer.as_ref().zip(sending.as_ref()).is_some_and(|(peer, sending)| {
+            peer.flush_held(sending).is_ok() && peer.has_read().unwrap_or(false)
+        });
+        let mint = |tables: &mut Tables| {
+            let minted = tables.core.mint(now, target, tool, &token, may_get_files)?;
+            let holder = minted.holder.and_then(|vm| tables.vms.get(&vm).cloned());
+            Ok((minted, holder))
+        };
+        let (minted, pending) = self.decide_only(mint);
+        let sent = peer
+            .as_ref()
+            .zip(sending.as_ref())
+            .map_or(Ok(()), |(peer, sending)| peer.flush_held(sending));
+        drop(sending);
+        self.perform(pending);
+        let (minted, holder) = minted?;
+        if let (Err(failed), Some(peer), Some(holder)) = (sent, &peer, &holder) {
+            self.decide(|tables| {
+                tables.core.grants.not_pushed(minted.grant, holder.registration().uuid);
+                if let Some(target) = failed.target {
+                    tables.core.not_introduced(peer.number(), target);
+                }
+            });
+        }
+        Ok((token, minted, holder))
+    }
+}
+
+/// A new token: 256 bits from the system's generator.
+///
+/// # Errors
+/// ENOMEM where the system has no random bytes.
+pub(crate) fn random_token() -> Result<Token, KvmError> {
+    let mut bytes = zeroize::Zeroizing::new([0; Token::SIZE]);
+    getrandom::fill(&mut *bytes).map_err(|_| KvmError::NoMem)?;
+    Ok(Token::from_bytes(&bytes))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+
+    use kvmmem_proto::credentials::Credentials;
+    use kvmmem_proto::packet::PacketSocket;
+
+    use super::*;
+
+    #[test]
+    fn a_revocation_is_confirmed_after_the_copies_that_were_allowed_before() {
+        let (socket, _other) = std::os::unix::net::UnixStream::pair().unwrap();
+        let socket = PacketSocket::accepted(socket.into(), Duration::from_secs(1)).unwrap();
+        let peer = Arc::new(Peer::new(socket, Credentials { pid: 1, uid: 0 }));
+        let broker = Broker::default();
+        let copying = peer.copying();
+        let (done, is_done) = mpsc::channel();
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                broker.confirm(&peer, 1);
+                done.send(()).unwrap();
+            });
+            let early = is_done.recv_timeout(Duration::from_millis(50));
+            drop(copying);
+            assert_eq!(early, Err(mpsc::RecvTimeoutError::Timeout));
+            is_done.recv_timeout(Duration::from_secs(60)).unwrap();
+        });
+    }
+}

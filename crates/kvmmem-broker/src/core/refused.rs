@@ -1,0 +1,38 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! Why a request is refused.
+
+use std::error::Error;
+
+use kvmmem_proto::message::Refusal;
+
+/// Why a request was refused.
+#[derive(Debug)]
+pub struct Refused {
+    /// Which kind of failure.
+    pub refusal: Refusal,
+    /// The failure in words.
+    pub message: String,
+}
+
+impl Refused {
+    /// Of an error and all that is behind it: a peer gets one text.
+    pub(crate) fn from_error(refusal: Refusal, error: &dyn Error) -> Self {
+        Self { refusal, message: in_words(error) }
+    }
+
+    pub(crate) fn new(refusal: Refusal, message: impl ToString) -> Self {
+        Self { refusal, message: message.to_string() }
+    }
+}
+
+/// An error and what is behind it, in one line.
+pub(crate) fn in_words(error: &dyn Error) -> String {
+    let mut words = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        words.push_str(": ");
+        words.push_str(&error.to_string());
+        source = error.source();
+    }
+    words
+}

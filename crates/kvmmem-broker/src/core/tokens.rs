@@ -1,0 +1,338 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! Tokens: made for tools and for operators, used for pages.
+
+use std::time::{Duration, Instant};
+
+use kvmmem_abi::errno::KvmError;
+use kvmmem_kvmi::token::Token;
+use kvmmem_proto::credentials::Credentials;
+use kvmmem_proto::map::SHARE_IT;
+use kvmmem_proto::message::{Answer, Cursor, GrantInfo, GrantRequest, KvmiPolicy, Origin, Refusal};
+use kvmmem_proto::name::is_unprintable;
+use kvmmem_proto::scope::{Scope, ScopeError};
+use uuid::Uuid;
+
+use super::Core;
+use super::effect::{Effect, Push};
+use super::grants::{Grants, Holder, KVMI_LIFETIME, Listed, Opened, Redeemed, Terms, UseError};
+use super::peers::NotIntroduced;
+use super::refused::Refused;
+use super::views::private;
+use super::vms::Vm;
+
+/// The longest time for which a token may be used.
+const MAX_TTL: Duration = Duration::from_secs(30 * 24 * 60 * 60);
+
+/// The longest label, bytes.
+const MAX_LABEL: usize = 64;
+
+/// What is wrong with an operator's request.
+#[derive(Debug, thiserror::Error)]
+enum RequestError {
+    #[error("{0:?} is not introspectable; start its VM with --introspectable")]
+    NotIntrospectable(String),
+    #[error("a token's time is {0} ms, expected 1 ms to 30 days")]
+    Ttl(u64),
+    #[error("a token must be good for at least one use")]
+    Uses,
+    #[error("a label has at most {MAX_LABEL} bytes and no control characters")]
+    Label,
+    #[error("the holder is the target itself; a VM cannot map its own memory")]
+    Holder,
+    #[error(
+        "the RAM of {0:?} is private to its VMM, so no VM can map it; {SHARE_IT}; or grant it without a holder, to a process of this host"
+    )]
+    Private(String),
+    #[error("the grant's scope is refused")]
+    Scope(#[source] ScopeError),
+}
+
+/// Why nothing was given out that goes with a target's files.
+#[derive(Debug)]
+pub(crate) enum NotSent {
+    /// The peer has to read first what was sent to it: to be tried again.
+    Unread,
+    Refused(Refused),
+}
+
+impl From<Refused> for NotSent {
+    fn from(refused: Refused) -> Self {
+        Self::Refused(refused)
+    }
+}
+
+/// A token that was made for a tool.
+#[derive(Debug)]
+pub(crate) struct Minted {
+    pub(crate) grant: u64,
+    pub(crate) scope: Scope,
+    /// The introspector that it is for.
+    pub(crate) holder: Option<u64>,
+}
+
+impl Core {
+    /// The connection of the registered introspector that a tool in this VM is in.
+    pub(crate) fn holder_of(&self, tool: u64) -> Option<u64> {
+        self.vms.get(tool).filter(|vm| vm.registration.introspector).map(|vm| vm.peer)
+    }
+
+    /// Makes a token for a target whose tool is in VM `tool`, or on the host. Where that VM is a
+    /// registered introspector, the token is pushed there and is good there only.
+    ///
+    /// # Errors
+    /// EAGAIN where too many are outstanding, EPERM where the tool is in the target itself or its
+    /// VM is gone, or the target's policy allows none, EOPNOTSUPP where the target is gone, or its
+    /// RAM is private and the tool in an introspector.
+    pub(crate) fn mint(
+        &mut self,
+        now: Instant,
+        target: u64,
+        tool: Option<u64>,
+        token: &Token,
+        may_get_files: bool,
+    ) -> Result<Minted, KvmError> {
+        let vm = self.vms.get(target).ok_or(KvmError::OpNotSupp)?;
+        let (uuid, by) = (vm.registration.uuid, vm.vmm);
+        let scope = self.policies.of(uuid).scope().ok_or(KvmError::Perm)?;
+        // Not by the context id, which may be another VM's by now.
+        let tool = tool.map(|tool| self.vms.get(tool).ok_or(KvmError::Perm)).transpose()?;
+        let holder = tool.filter(|vm| vm.registration.introspector);
+        let holder = holder.map(|vm| (vm.id, vm.peer, vm.registration.uuid));
+        if holder.is_some_and(|(vm, ..)| vm == target) {
+            return Err(KvmError::Perm);
+        }
+        if holder.is_some() && vm.layout.as_ref().is_some_and(|layout| layout.is_private) {
+            return Err(KvmError::OpNotSupp);
+        }
+        let terms = |holder| Terms {
+            target,
+            scope: scope.clone(),
+            lifetime: KVMI_LIFETIME,
+            uses: 1,
+            holder,
+            label: None,
+            origin: Origin::Kvmi,
+            by,
+        };
+        let mint = |grants: &mut Grants, holder| {
+            grants.mint(now, token.clone(), terms(holder)).map_err(|_| KvmError::Again)
+        };
+        let Some((holder, peer, uuid)) = holder else {
+            let grant = mint(&mut self.grants, Holder::Anybody)?;
+            return Ok(Minted { grant, scope, holder: None });
+        };
+        let pushed = self.introducing(peer, target, may_get_files, |grants| {
+            Ok(mint(grants, Holder::Pushed(peer)))
+        });
+        let grant = match pushed {
+            Ok(grant) => {
+                let grant = grant?;
+                let opened = Opened { grant, target, scope: scope.clone() };
+                let push = Push::Granted { token: token.clone(), opened };
+                self.effects.push(Effect::Push { peer, push });
+                grant
+            }
+            // A VMM that does not read for a moment can still ask for the token; another one
+            // cannot.
+            Err(_) => mint(&mut self.grants, Holder::Vm(uuid))?,
+        };
+        Ok(Minted { grant, scope, holder: Some(holder) })
+    }
+
+    /// Makes a token as an operator asks for it.
+    ///
+    /// # Errors
+    /// Where there is no such target, the request breaks a rule, or there are too many grants.
+    pub(crate) fn grant(
+        &mut self,
+        now: Instant,
+        by: Credentials,
+        request: &GrantRequest,
+        token: &Token,
+    ) -> Result<Opened, Refused> {
+        let vm = self.vms.target(&request.target)?;
+        let terms = terms(vm, request, by)
+            .map_err(|error| Refused::from_error(Refusal::Invalid, &error))?;
+        let (target, scope) = (vm.id, terms.scope.clone());
+        let grant = self.grants.mint(now, token.clone(), terms);
+        let grant = grant.map_err(|error| Refused::from_error(Refusal::Limit, &error))?;
+        Ok(Opened { grant, target, scope })
+    }
+
+    /// A page of the grants behind `after`.
+    pub(crate) fn list_grants(&mut self, now: Instant, after: Cursor) -> Answer {
+        let (page, next) = self.grants.list(now, after);
+        let named = |listed: Listed| {
+            let target = self.vms.get(listed.target)?;
+            let holder = match listed.holder {
+                Holder::Anybody => None,
+                Holder::Vm(uuid) => Some(uuid),
+                Holder::Pushed(peer) => self
+                    .peers
+                    .get(&peer)
+                    .and_then(|peer| self.vms.get(peer.vm?).map(|vm| vm.registration.uuid)),
+            };
+            Some(GrantInfo {
+                id: listed.id,
+                target: target.registration.name.clone(),
+                target_uuid: target.registration.uuid,
+                scope: listed.scope,
+                uses_left: listed.uses_left,
+                expires_in_ms: listed.expires_in_ms,
+                holder,
+                label: listed.label,
+                origin: listed.origin,
+                state: listed.state,
+                views: listed.views,
+            })
+        };
+        Answer::Grants { grants: page.into_iter().filter_map(named).collect(), next }
+    }
+
+    /// Trades a token for a target on behalf of an introspector; `None` where the token was pushed
+    /// to it, and is still there to be claimed.
+    ///
+    /// # Errors
+    /// Where the peer's VM is no introspector, the token is not good, or the peer has to read first
+    /// what was sent to it.
+    pub(crate) fn redeem(
+        &mut self,
+        now: Instant,
+        who: u64,
+        token: &Token,
+        may_get_files: bool,
+    ) -> Result<Option<Opened>, NotSent> {
+        let by = self.user(who)?;
+        let (target, _) = self.grants.target(now, token, by).map_err(refuse_use)?;
+        let vm = self.vms.get(target).ok_or_else(|| refuse_use(UseError::Unknown))?;
+        if vm.layout.as_ref().is_some_and(|layout| layout.is_private) {
+            return Err(private(&vm.registration).into());
+        }
+        let redeemed = self.introducing(who, target, may_get_files, |grants| {
+            grants.redeem(now, token, by).map_err(refuse_use)
+        })?;
+        Ok(match redeemed {
+            Redeemed::Held => None,
+            Redeemed::Opened(opened) => Some(opened),
+        })
+    }
+
+    /// Records that a VM has used a token that was pushed to it.
+    ///
+    /// # Errors
+    /// Where the peer's VM is no introspector, or the token was not.
+    pub(crate) fn used(
+        &mut self,
+        now: Instant,
+        who: u64,
+        token: &Token,
+    ) -> Result<Opened, Refused> {
+        self.user(who)?;
+        self.grants.used(now, token, who).ok_or_else(|| refuse_use(UseError::Unknown))
+    }
+
+    /// What tokens allow that KVMI makes for a target; sets it first if asked to. Returns the
+    /// target's UUID as well.
+    ///
+    /// # Errors
+    /// Where there is no such target, or there are too many policies.
+    pub(crate) fn policy(
+        &mut self,
+        by: Credentials,
+        target: &str,
+        set: Option<KvmiPolicy>,
+    ) -> Result<(Uuid, KvmiPolicy), Refused> {
+        let uuid = match self.vms.target(target) {
+            Ok(vm) => vm.registration.uuid,
+            Err(refused) => Uuid::parse_str(target).map_err(|_| {
+                let message = format!(
+                    "{}; a VM that is not registered is named by its UUID",
+                    refused.message
+                );
+                Refused::new(Refusal::Unknown, message)
+            })?,
+        };
+        if let Some(policy) = set {
+            let done = self.policies.set(uuid, policy, by);
+            done.map_err(|error| Refused::from_error(Refusal::Limit, &error))?;
+        }
+        Ok((uuid, self.policies.of(uuid)))
+    }
+
+    /// Gives something out under a grant once the peer knows the target, or is told of it first.
+    pub(super) fn introducing<T>(
+        &mut self,
+        who: u64,
+        target: u64,
+        may_get_files: bool,
+        give: impl FnOnce(&mut Grants) -> Result<T, Refused>,
+    ) -> Result<T, NotSent> {
+        let both = self.peers.get_mut(&who).zip(self.vms.get(target));
+        let (peer, vm) = both.ok_or_else(busy)?;
+        let introduced = peer.introduce(who, vm, may_get_files).map_err(|error| match error {
+            NotIntroduced::Unread => NotSent::Unread,
+            NotIntroduced::NoFiles => NotSent::Refused(busy()),
+        })?;
+        let given = give(&mut self.grants);
+        if given.is_ok() {
+            self.effects.extend(introduced);
+        } else if introduced.is_some() {
+            peer.forget(target);
+        }
+        Ok(given?)
+    }
+}
+
+/// Checks an operator's request.
+fn terms(vm: &Vm, request: &GrantRequest, by: Credentials) -> Result<Terms, RequestError> {
+    let registration = &vm.registration;
+    let layout = vm
+        .layout
+        .as_ref()
+        .ok_or_else(|| RequestError::NotIntrospectable(registration.name.clone()))?;
+    let lifetime = Duration::from_millis(request.ttl_ms);
+    if lifetime.is_zero() || lifetime > MAX_TTL {
+        return Err(RequestError::Ttl(request.ttl_ms));
+    }
+    if request.uses == 0 {
+        return Err(RequestError::Uses);
+    }
+    if request
+        .label
+        .as_ref()
+        .is_some_and(|label| label.len() > MAX_LABEL || label.chars().any(is_unprintable))
+    {
+        return Err(RequestError::Label);
+    }
+    if request.holder == Some(registration.uuid) {
+        return Err(RequestError::Holder);
+    }
+    if request.holder.is_some() && layout.is_private {
+        return Err(RequestError::Private(registration.name.clone()));
+    }
+    let scope = Scope { rights: request.rights, spans: request.spans.clone() };
+    scope.check(&layout.map).map_err(RequestError::Scope)?;
+    Ok(Terms {
+        target: vm.id,
+        scope,
+        lifetime,
+        uses: request.uses,
+        holder: request.holder.map_or(Holder::Anybody, Holder::Vm),
+        label: request.label.clone(),
+        origin: Origin::Operator,
+        by,
+    })
+}
+
+pub(super) fn refuse_use(error: UseError) -> Refused {
+    let refusal = match error {
+        UseError::Unknown => Refusal::Unknown,
+        UseError::Own => Refusal::Denied,
+        UseError::TooManyViews => Refusal::Limit,
+    };
+    Refused::new(refusal, error)
+}
+
+pub(crate) fn busy() -> Refused {
+    Refused::new(Refusal::Busy, "the target is gone, or the VMM does not read")
+}

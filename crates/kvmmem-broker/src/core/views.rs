@@ -1,0 +1,189 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! Opening and closing views.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use kvmmem_kvmi::token::Token;
+use kvmmem_proto::map::SHARE_IT;
+use kvmmem_proto::message::{Caller, Refusal, Registration, ViewCounters};
+use kvmmem_proto::name::is_unprintable;
+use kvmmem_proto::scope::Span;
+
+use super::Core;
+use super::effect::Effect;
+use super::grants::{Grants, Opened, UseError, User, View};
+use super::layout::Layout;
+use super::refused::Refused;
+use super::tokens::{NotSent, refuse_use};
+
+/// The longest name of a process, characters (`TASK_COMM_LEN`).
+const MAX_COMM: usize = 16;
+
+/// How a view of a process of the host is listed.
+const HOST: &str = "host";
+
+/// What a view is asked for with.
+#[derive(Debug)]
+pub(crate) struct AttachRequest {
+    pub(crate) token: Token,
+    pub(crate) caller: Caller,
+    pub(crate) read_only: bool,
+    pub(crate) reaching: Vec<Span>,
+}
+
+/// A view that was opened.
+#[derive(Debug)]
+pub(crate) struct Attached {
+    pub(crate) view: u64,
+    pub(crate) opened: Opened,
+    /// The process that asked, as far as it is known.
+    pub(crate) caller: Caller,
+    pub(crate) registration: Arc<Registration>,
+    pub(crate) layout: Arc<Layout>,
+    /// Whether it made a viewer of the peer.
+    is_first: bool,
+}
+
+impl Core {
+    /// Uses a token to open a view: for the VMM of an introspector, or for a process of the host.
+    /// The peer hears of the target from then on.
+    ///
+    /// # Errors
+    /// Where the peer's VM is no introspector, the token is not good, a view by it would have no
+    /// memory at one of the spans that are to be reached, or the peer has to read first what was
+    /// sent to it.
+    pub(crate) fn attach(
+        &mut self,
+        now: Instant,
+        who: u64,
+        request: &AttachRequest,
+        may_get_files: bool,
+    ) -> Result<Attached, NotSent> {
+        let AttachRequest { token, caller, read_only, reaching } = request;
+        let by = self.user(who)?;
+        let caller = self.known_caller(caller, who);
+        let (target, scope) = self.grants.target(now, token, by).map_err(refuse_use)?;
+        let target = self.vms.get(target).ok_or_else(|| refuse_use(UseError::Unknown))?;
+        let layout = target.layout.as_ref().ok_or_else(|| refuse_use(UseError::Unknown))?;
+        let (registration, layout) = (Arc::clone(&target.registration), Arc::clone(layout));
+        if by.vm.is_some() && layout.is_private {
+            return Err(private(&registration).into());
+        }
+        let reached = scope.check_reaches(reaching, &layout.map);
+        reached.map_err(|error| Refused::from_error(Refusal::Invalid, &error))?;
+        let target = target.id;
+        let name = match by.vm.and_then(|vm| self.vms.get(vm)) {
+            Some(vm) => vm.registration.name.clone(),
+            None => HOST.to_owned(),
+        };
+        let mut is_first = false;
+        let attach = |grants: &mut Grants| {
+            let of = (name.as_str(), caller.clone());
+            grants.attach(now, token, by, of, *read_only).map_err(refuse_use)
+        };
+        let (view, opened) = if by.vm.is_some() {
+            self.introducing(who, target, may_get_files, attach)?
+        } else {
+            let attached = attach(&mut self.grants)?;
+            if let Some(peer) = self.peers.get_mut(&who) {
+                peer.watch(target);
+                is_first = !std::mem::replace(&mut peer.has_views, true);
+            }
+            attached
+        };
+        Ok(Attached { view, opened, caller, registration, layout, is_first })
+    }
+
+    /// Begins to close a view: it reaches no memory any more. The caller waits for the copies that
+    /// are under way, and calls [`Self::close_view`] then.
+    ///
+    /// # Errors
+    /// Where the peer has no such view.
+    pub(crate) fn begin_close(
+        &mut self,
+        view: u64,
+        peer: u64,
+        counters: ViewCounters,
+    ) -> Result<(), Refused> {
+        self.count(view, peer, counters)?;
+        self.grants.begin_close(view, peer);
+        Ok(())
+    }
+
+    /// Closes a view. A peer that holds nothing else under the grant need not confirm its
+    /// revocation. The view may have ended meanwhile, with its target.
+    pub(crate) fn close_view(&mut self, now: Instant, view: u64, peer: u64) {
+        if let Some(view) = self.remove_view(now, view, peer) {
+            self.effects.push(Effect::Closed { view, reason: "closed" });
+        }
+    }
+
+    /// Removes a view that its peer was never told of.
+    pub(crate) fn undo_attach(&mut self, now: Instant, attached: &Attached, peer: u64) {
+        self.remove_view(now, attached.view, peer);
+        if let Some(peer) = self.peers.get_mut(&peer).filter(|_| attached.is_first) {
+            peer.has_views = false;
+        }
+    }
+
+    fn remove_view(&mut self, now: Instant, view: u64, peer: u64) -> Option<View> {
+        let closed = self.grants.detach(now, view, peer)?;
+        if !self.grants.peers_of(closed.grant).contains(&peer) {
+            self.revocations.confirm(closed.grant, peer);
+            self.effects.push(Effect::Confirmed);
+        }
+        Some(closed)
+    }
+
+    /// Records a view's counters.
+    ///
+    /// # Errors
+    /// Where the peer has no such view.
+    pub(crate) fn count(
+        &mut self,
+        view: u64,
+        peer: u64,
+        counters: ViewCounters,
+    ) -> Result<(), Refused> {
+        let no_view =
+            || Refused::new(Refusal::Unknown, format!("this connection has no view {view}"));
+        self.grants.count(view, peer, counters).then_some(()).ok_or_else(no_view)
+    }
+
+    /// Who asks, as far as it is known: of a process of the host the socket tells, of one in a VM
+    /// the VM's kernel.
+    fn known_caller(&self, caller: &Caller, who: u64) -> Caller {
+        let printable = |c: char| if is_unprintable(c) { char::REPLACEMENT_CHARACTER } else { c };
+        let comm = caller.comm.chars().take(MAX_COMM).map(printable).collect();
+        match self.peers.get(&who) {
+            Some(peer) if peer.vm.is_none() => {
+                Caller { pid: peer.credentials.pid, uid: peer.credentials.uid, comm }
+            }
+            _ => Caller { comm, ..caller.clone() },
+        }
+    }
+
+    /// Who brings a token: the VMM of an introspector, or a process of the host.
+    ///
+    /// # Errors
+    /// Where the peer's VM is no introspector.
+    pub(super) fn user(&self, who: u64) -> Result<User, Refused> {
+        let Some(vm) = self.peers.get(&who).and_then(|peer| peer.vm) else {
+            return Ok(User { peer: who, vm: None, uuid: None });
+        };
+        let introspector = self.vms.get(vm).filter(|vm| vm.registration.introspector);
+        let introspector = introspector.ok_or_else(|| {
+            Refused::new(Refusal::Denied, "only the VMM of an introspector may redeem a token")
+        })?;
+        Ok(User { peer: who, vm: Some(vm), uuid: Some(introspector.registration.uuid) })
+    }
+}
+
+/// A VMM cannot map a target's RAM that is private; its token keeps its uses.
+pub(super) fn private(registration: &Registration) -> Refused {
+    let name = &registration.name;
+    let message =
+        format!("the RAM of {name:?} is private to its VMM and cannot be mapped; {SHARE_IT}");
+    Refused::new(Refusal::Unsupported, message)
+}

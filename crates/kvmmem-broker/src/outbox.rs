@@ -1,0 +1,69 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! What a peer is to be told, in the order in which the core decided it.
+//!
+//! Pushes are put in while the core's lock is held, which takes memory and no system call. They are
+//! sent once it is released, by whoever has put one in: [`Outbox::sending`] serializes that, so that
+//! their order stays. Its lock is taken before the core's, never while that is held.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use crate::core::effect::Push;
+use crate::registry::Vm;
+
+/// The most pushes that wait. A peer of which more are waiting does not read.
+const MAX: usize = 16 * 1024;
+
+/// A push, and the target whose files go with it.
+pub(crate) type Packet = (Push, Option<Arc<Vm>>);
+
+/// The pushes that wait to be sent.
+#[derive(Debug, Default)]
+pub(crate) struct Outbox {
+    waiting: Mutex<Waiting>,
+    sending: Mutex<()>,
+}
+
+#[derive(Debug, Default)]
+struct Waiting {
+    packets: VecDeque<Packet>,
+    has_overflowed: bool,
+}
+
+/// What is at the head of the queue.
+#[derive(Debug)]
+pub(crate) enum Next {
+    Packet(Packet),
+    /// There were too many.
+    Overflow,
+}
+
+impl Outbox {
+    /// Adds a push. To be called with the core's lock held.
+    pub(crate) fn put(&self, packet: Packet) {
+        let mut waiting = self.lock();
+        if waiting.packets.len() < MAX {
+            waiting.packets.push_back(packet);
+        } else {
+            waiting.has_overflowed = true;
+        }
+    }
+
+    /// Keeps others from sending.
+    pub(crate) fn sending(&self) -> MutexGuard<'_, ()> {
+        self.sending.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes the next push out; its caller holds [`Self::sending`].
+    pub(crate) fn take(&self, _sending: &MutexGuard<'_, ()>) -> Option<Next> {
+        let mut waiting = self.lock();
+        if waiting.has_overflowed {
+            return Some(Next::Overflow);
+        }
+        waiting.packets.pop_front().map(Next::Packet)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Waiting> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
