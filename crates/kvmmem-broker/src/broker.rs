@@ -42,7 +42,7 @@ const PAGE: usize = 16;
 const ENDS: usize = 2;
 
 /// The most threads that ask VMMs.
-const SERVICES: usize = 32;
+const SERVICES: usize = 24;
 
 /// The most threads that serve hooks.
 const SESSIONS: usize = 48;

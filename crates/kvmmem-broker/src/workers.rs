@@ -163,6 +163,12 @@ impl Workers {
         }
     }
 
+    /// How many threads there are.
+    #[cfg(test)]
+    pub(crate) fn threads(&self) -> usize {
+        self.lock().threads
+    }
+
     fn grow_later(&self, pool: &mut Pool) {
         if let Some(token) = pool.token
             && pool.threads < self.0.most
@@ -272,7 +278,7 @@ mod tests {
         for _ in 0..100 {
             assert_eq!(are_done.recv_timeout(LIMIT), Ok(2));
         }
-        assert!(workers.lock().threads <= 4);
+        assert!(workers.threads() <= 4);
         drop(free);
         for _ in 0..8 {
             assert_eq!(are_done.recv_timeout(LIMIT), Ok(1));
@@ -311,10 +317,10 @@ mod tests {
             });
         }
         (0..8).for_each(|_| have_begun.recv_timeout(LIMIT).unwrap());
-        assert_eq!(workers.lock().threads, 8);
+        assert_eq!(workers.threads(), 8);
         drop(free);
         let deadline = Instant::now() + LIMIT;
-        while workers.lock().threads > 1 {
+        while workers.threads() > 1 {
             assert!(Instant::now() < deadline, "they stay");
             std::thread::sleep(Duration::from_millis(5));
         }

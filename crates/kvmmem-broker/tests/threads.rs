@@ -3,14 +3,22 @@
 //! program run one after the other.
 
 mod common;
+#[allow(dead_code, reason = "the tests of program discover use the rest")]
+#[path = "discover/fake.rs"]
+mod fake;
 
-use std::io::Write;
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use common::{TestBroker, Tool, ToolSession, wait_for};
+use fake::{Fake, HONEST};
+use kvmmem_client::admin::Which;
 use kvmmem_client::vmm::VmmLink;
 use kvmmem_kvmi::request::Request;
 use kvmmem_proto::endpoint::Endpoint;
+use serde_json::{Value, json};
 
 static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 
@@ -28,6 +36,51 @@ fn threads(name: &str) -> usize {
         .filter_map(|task| std::fs::read_to_string(task.unwrap().path().join("comm")).ok())
         .filter(|comm| comm.trim_end() == name)
         .count()
+}
+
+/// Answers as the QEMU of a fake VMM until the test is over.
+fn serve_qmp(path: &Path, hva: u64) {
+    let listener = UnixListener::bind(path).unwrap();
+    let serve = move |stream: &UnixStream| -> Option<()> {
+        let mut writer = stream;
+        let mut send = |value: Value| writer.write_all(format!("{value}\n").as_bytes()).ok();
+        send(json!({ "QMP": {} }))?;
+        for line in BufReader::new(stream).lines() {
+            let line = line.ok()?;
+            let request: Value = serde_json::from_str(&line).unwrap();
+            let command = request["execute"].as_str().unwrap();
+            send(json!({ "return": fake::qmp_answer(&line, command, hva) }))?;
+        }
+        Some(())
+    };
+    let serve =
+        move || listener.incoming().for_each(|stream| serve(&stream.unwrap()).unwrap_or_default());
+    std::thread::Builder::new().name("fake-qmp".into()).spawn(serve).unwrap();
+}
+
+#[test]
+fn targets_with_qmp_have_no_thread() {
+    const TARGETS: usize = 50;
+    let _alone = alone();
+    let broker = TestBroker::start();
+    let mut admin = broker.admin();
+    let mut fakes = Vec::new();
+    for n in 0..TARGETS {
+        let fake = Fake::start("sealed", HONEST);
+        let path = broker.directory.path().join(format!("{n}.qmp"));
+        serve_qmp(&path, fake.hva());
+        let which = Which::Qmp { socket: path, pid: Some(fake.pid()) };
+        admin.add_target(&which, Some(&format!("vm-{n}"))).unwrap();
+        fakes.push(fake);
+    }
+    let all = ["reactor", "vmm-watch", "service", "session", "qmp-monitor", "qmp-work"];
+    let count = || all.map(threads).iter().sum::<usize>();
+    wait_for("idle threads to end", || count() <= 4);
+    assert_eq!(admin.targets().unwrap().len(), TARGETS);
+    // Those of processes that end are noticed, all of them.
+    fakes.iter_mut().for_each(Fake::end);
+    wait_for("the targets to go", || admin.targets().unwrap().is_empty());
+    wait_for("idle threads to end", || count() <= 4);
 }
 
 /// Targets with a tool hooked to each, which is connected.

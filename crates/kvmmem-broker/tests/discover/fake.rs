@@ -8,6 +8,7 @@ use std::process::{Child, ChildStdout, Command, Stdio};
 use kvmmem_client::admin::Which;
 use rustix::fs::SealFlags;
 use rustix::mm::{MapFlags, ProtFlags};
+use serde_json::{Value, json};
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{FileOffset, MmapRegion};
 
@@ -212,6 +213,13 @@ impl Fake {
         self.process.id()
     }
 
+    /// Where its memory is mapped.
+    pub(crate) fn hva(&self) -> u64 {
+        let process = kvmmem_qemu::process::Process::open(self.pid()).unwrap();
+        let mappings = process.mappings().unwrap();
+        mappings.iter().find(|mapping| mapping.len == SIZE).map_or(0, |mapping| mapping.hva)
+    }
+
     pub(crate) fn end(&mut self) {
         let _ = self.process.kill();
         let _ = self.process.wait();
@@ -221,6 +229,23 @@ impl Fake {
 impl Drop for Fake {
     fn drop(&mut self) {
         self.end();
+    }
+}
+
+/// What an honest QEMU with the memory of a [`Fake`], mapped at `hva`, answers over QMP.
+pub(crate) fn qmp_answer(line: &str, command: &str, hva: u64) -> Value {
+    match command {
+        "query-memdev" => json!([{ "id": "mem", "size": SIZE, "share": true }]),
+        "query-memory-size-summary" => json!({ "base-memory": SIZE, "plugged-memory": 0 }),
+        "query-memory-devices" => json!([]),
+        "query-cpus-fast" => json!([{}, {}]),
+        "human-monitor-command" if line.contains("gpa2hva") => {
+            json!(format!("Host virtual address for 0x0 (mem) is {hva:#x}\r\n"))
+        }
+        "human-monitor-command" => json!(
+            "FlatView #0\n AS \"memory\", root: system\n  0000000000000000-0000000001ffffff (prio 0, ram): mem\n"
+        ),
+        _ => json!({}),
     }
 }
 

@@ -15,7 +15,7 @@ use kvmmem_client::admin::{Admin, Evidence, GrantRequest, Rights, Which};
 use serde_json::{Value, json};
 
 use crate::common::{self, TestBroker, request, wait_for};
-use crate::fake::{Fake, HONEST, SIZE, refusal};
+use crate::fake::{self, Fake, HONEST, SIZE, refusal};
 
 #[test]
 fn a_qemu_that_falls_silent_or_sends_garbage_keeps_its_target_and_delays_no_other() {
@@ -77,9 +77,7 @@ fn qmp_again(
     lie: impl Fn(&str, Value) -> Value + Send + 'static,
     clients: &Arc<Mutex<Vec<UnixStream>>>,
 ) -> PathBuf {
-    let process = kvmmem_qemu::process::Process::open(fake.pid()).unwrap();
-    let mappings = process.mappings().unwrap();
-    let hva = mappings.iter().find(|mapping| mapping.len == SIZE).map_or(0, |mapping| mapping.hva);
+    let hva = fake.hva();
     let path = directory.join("fake.qmp");
     let listener = UnixListener::bind(&path).unwrap();
     let clients = Arc::clone(clients);
@@ -95,19 +93,7 @@ fn qmp_again(
             let Ok(line) = line else { return };
             let request: Value = serde_json::from_str(&line).unwrap();
             let command = request["execute"].as_str().unwrap();
-            let answer = match command {
-                "query-memdev" => json!([{ "id": "mem", "size": SIZE, "share": true }]),
-                "query-memory-size-summary" => json!({ "base-memory": SIZE, "plugged-memory": 0 }),
-                "query-memory-devices" => json!([]),
-                "query-cpus-fast" => json!([{}, {}]),
-                "human-monitor-command" if line.contains("gpa2hva") => {
-                    json!(format!("Host virtual address for 0x0 (mem) is {hva:#x}\r\n"))
-                }
-                "human-monitor-command" => json!(
-                    "FlatView #0\n AS \"memory\", root: system\n  0000000000000000-0000000001ffffff (prio 0, ram): mem\n"
-                ),
-                _ => json!({}),
-            };
+            let answer = fake::qmp_answer(&line, command, hva);
             if send(json!({ "return": lie(command, answer) })).is_err() {
                 return;
             }

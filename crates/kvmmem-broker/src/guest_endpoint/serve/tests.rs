@@ -242,6 +242,23 @@ fn who_goes_on_talking_loses_the_view() {
 }
 
 #[test]
+fn views_and_tools_that_wait_have_no_thread() {
+    let endpoint = TestEndpoint::start();
+    let mut tools: Vec<UnixStream> = (0..MAX_PER_CID).map(|_| endpoint.connect(CID)).collect();
+    let (open, half) = tools.split_at_mut(MAX_PER_CID / 2);
+    for tool in open.iter_mut() {
+        assert!(matches!(ask(tool, good_token()), ToTool::Opened { .. }));
+    }
+    // These are late with their questions.
+    half.iter_mut().for_each(|tool| tool.write_all(b"\x16\0").unwrap());
+    let workers = endpoint.endpoint.as_ref().unwrap().workers.clone();
+    wait_for("idle threads to end", || workers.threads() == 1);
+    assert_eq!(endpoint.open_views(), MAX_PER_CID / 2);
+    assert!(open.iter_mut().all(|tool| tool.shutdown(std::net::Shutdown::Write).is_ok()));
+    wait_for("the views to close", || endpoint.open_views() == 0);
+}
+
+#[test]
 fn a_view_that_has_ended_ends_its_connection() {
     let endpoint = TestEndpoint::start();
     let mut tool = endpoint.connect(CID);
