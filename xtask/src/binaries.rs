@@ -16,12 +16,13 @@ const TARGET: &str = "x86_64-unknown-linux-gnu";
 /// See the profile of this name in Cargo.toml.
 const PROFILE: &str = "testbed";
 
-/// Package and program of each. The first one is what every VM needs to boot at all, the next two
-/// are what is installed.
-const PROGRAMS: [(&str, &str); 5] = [
-    ("kvmmem-guest", "kvmmem-guest"),
+/// Package and program of each. The packages are made by the first one, of the next two; those two
+/// and the rest are for VMs, of which each needs the fourth to boot at all.
+const PROGRAMS: [(&str, &str); 6] = [
+    ("kvmmem-manual", "kvmmem-manual"),
     ("kvmmem-cli", "kvmmem"),
     ("kvmmem-broker", "kvmmemd"),
+    ("kvmmem-guest", "kvmmem-guest"),
     ("kvmmem-probe", "kvmmem-probe"),
     ("kvmmem-e2e", "kvmmem-e2e"),
 ];
@@ -41,9 +42,9 @@ const C_HEADERS: &str = "crates/kvmmem-abi/include/uapi";
 pub(crate) enum ProgramSet {
     /// What a VM needs to boot.
     Init,
-    /// What is packaged.
+    /// What is packaged, and what makes its manual pages.
     Installed,
-    /// All of them.
+    /// All that VMs run.
     All,
 }
 
@@ -60,9 +61,9 @@ impl Binaries {
         let log = cache.fresh_log("binaries")?;
         let folder = project::target(&log)?.join(TARGET).join(PROFILE);
         let programs = match wanted {
-            ProgramSet::Init => PROGRAMS.get(..1),
-            ProgramSet::Installed => PROGRAMS.get(1..3),
-            ProgramSet::All => PROGRAMS.get(..),
+            ProgramSet::Init => PROGRAMS.get(3..4),
+            ProgramSet::Installed => PROGRAMS.get(..3),
+            ProgramSet::All => PROGRAMS.get(1..),
         };
         let programs = programs.unwrap_or_default();
         let mut names: Vec<_> = programs.iter().map(|(_, name)| *name).collect();

@@ -4,8 +4,8 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use clap::Parser;
 use clap::error::{ContextKind, ErrorKind};
-use clap::{CommandFactory, Parser};
 
 use crate::Cli;
 
@@ -125,7 +125,7 @@ fn every_command_in_the_documentation_is_taken() {
 
 #[test]
 fn every_command_in_the_help_is_taken() {
-    let mut cli = Cli::command();
+    let mut cli = crate::command();
     cli.build();
     let verbs: Vec<String> = cli.get_subcommands().map(|verb| verb.get_name().to_owned()).collect();
     for verb in verbs {
@@ -154,4 +154,26 @@ fn the_commands_of_a_page_are_found() {
         .collect();
     assert_eq!(found, ["kvmmem grant create web1 --rw", "kvmmem qemu-args", "kvmmem grant list"]);
     assert_eq!(inline("`a b` c `d`"), ["a b", "d"]);
+}
+
+#[test]
+fn every_help_states_its_exit_codes_once() {
+    fn check(command: &mut clap::Command, count: &mut usize) {
+        if !command.has_subcommands() {
+            *count += 1;
+            let help = command.render_long_help().to_string();
+            let name = command.get_name();
+            assert_eq!(help.matches("Exit codes:").count(), 1, "{name}: {help}");
+            let (_, codes) = help.split_once("Exit codes:").unwrap();
+            for code in ["\n  0  ", "\n  1  ", "\n  2  "] {
+                assert_eq!(codes.matches(code).count(), 1, "{name} {code:?}: {help}");
+            }
+        }
+        let below = command.get_subcommands_mut().filter(|below| below.get_name() != "help");
+        below.for_each(|below| check(below, count));
+    }
+    let (mut command, mut count) = (crate::command(), 0);
+    command.build();
+    check(&mut command, &mut count);
+    assert!(count > 30, "{count} commands");
 }

@@ -34,7 +34,7 @@ pub(crate) fn add(error: &mut clap::Error, words: impl IntoIterator<Item = Strin
 
 #[cfg(test)]
 mod tests {
-    use clap::{CommandFactory, Parser};
+    use clap::Parser;
 
     use super::*;
     use crate::Cli;
@@ -48,7 +48,7 @@ mod tests {
             let text = error.render().to_string();
             assert!(text.contains(&format!("tip: the command is 'kvmmem {meant}'")), "{text}");
             // It is one.
-            let mut command = Cli::command();
+            let mut command = crate::command();
             for word in meant.split(' ') {
                 command = command.find_subcommand(word).unwrap().clone();
             }

@@ -4,6 +4,7 @@
 use std::fs;
 
 use anyhow::{Context as _, Result};
+use tempfile::TempDir;
 
 use super::Release;
 use super::package::Stage;
@@ -109,11 +110,7 @@ pub(super) const PACKAGES: [Package; 4] = [
 fn command_line(stage: &Stage, _: &Release, binaries: &Binaries) -> Result<()> {
     stage.copy(&binaries.path("kvmmem"), "usr/bin/kvmmem", 0o755)?;
     pages(stage, binaries, |page| page.ends_with(".1"))?;
-    let folder = tempfile::tempdir()?;
-    Tool::new(binaries.path("kvmmem"), stage.log())
-        .args(["generate", "completions"])
-        .arg(folder.path())
-        .run()?;
+    let folder = manual(stage, binaries)?;
     for (from, to) in [
         ("kvmmem.bash", "usr/share/bash-completion/completions/kvmmem"),
         ("_kvmmem", "usr/share/zsh/vendor-completions/_kvmmem"),
@@ -131,11 +128,7 @@ fn daemon(stage: &Stage, _: &Release, binaries: &Binaries) -> Result<()> {
 
 /// The manual pages whose names are `wanted`; the last letter of each is its section.
 fn pages(stage: &Stage, binaries: &Binaries, wanted: fn(&str) -> bool) -> Result<()> {
-    let folder = tempfile::tempdir()?;
-    Tool::new(binaries.path("kvmmem"), stage.log())
-        .args(["generate", "man"])
-        .arg(folder.path())
-        .run()?;
+    let folder = manual(stage, binaries)?;
     for entry in fs::read_dir(folder.path())? {
         let entry = entry?;
         let name = entry.file_name().to_string_lossy().into_owned();
@@ -147,6 +140,13 @@ fn pages(stage: &Stage, binaries: &Binaries, wanted: fn(&str) -> bool) -> Result
         }
     }
     Ok(())
+}
+
+/// A folder with the manual pages and completions.
+fn manual(stage: &Stage, binaries: &Binaries) -> Result<TempDir> {
+    let folder = tempfile::tempdir()?;
+    Tool::new(binaries.path("kvmmem-manual"), stage.log()).arg(folder.path()).run()?;
+    Ok(folder)
 }
 
 /// The sources as `kernel/Makefile` lays them out for DKMS.
