@@ -15,6 +15,7 @@
 //! and not again was such a change. All that is compared is the guest's own word, so that nothing
 //! found does not mean that nothing is there.
 
+mod calls;
 mod entries;
 mod modules;
 mod tasks;

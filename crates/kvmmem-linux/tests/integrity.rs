@@ -115,16 +115,31 @@ fn entries_that_lead_to_another_function_are_hooks() {
         findings(&guest),
         [hook("system call 1", gva(CALLS + 8), other, function("filler_100"))]
     );
-    // The handler of call 1.
+    // The handler of call 1, for a call of which the name is known and for one of which it is not.
+    let handler = |number: u64| PLACE.gva + 0x1000 + 16 * number;
+    for (number, entry) in [(3, "system call 3"), (4, "system call 4 as well as 1")] {
+        let guest = objects::guest(&PLACE);
+        guest.put_word(at(&PLACE, CALLS + 8 * number), handler(1));
+        let expected = hook(entry, gva(CALLS + 8 * number), handler(1), function("filler_1"));
+        assert_eq!(findings(&guest), [expected]);
+    }
+    // Two that are exchanged, and one that is led to where calls are that the kernel lacks.
     let guest = objects::guest(&PLACE);
-    guest.put_word(at(&PLACE, CALLS + 8 * 3), PLACE.gva + 0x1010);
-    let expected = hook(
-        "system call 3 as well as 1",
-        gva(CALLS + 24),
-        PLACE.gva + 0x1010,
-        function("filler_1"),
-    );
+    guest.put_word(at(&PLACE, CALLS), handler(1));
+    guest.put_word(at(&PLACE, CALLS + 8), handler(0));
+    let expected = [
+        hook("system call 0", gva(CALLS), handler(1), function("filler_1")),
+        hook("system call 1", gva(CALLS + 8), handler(0), function("filler_0")),
+    ];
+    assert_eq!(findings(&guest), expected);
+    let guest = objects::guest(&PLACE);
+    guest.put_word(at(&PLACE, CALLS + 16), handler(99));
+    let expected = hook("system call 2", gva(CALLS + 16), handler(99), function("filler_99"));
     assert_eq!(findings(&guest), [expected]);
+    guest.put_word(at(&PLACE, CALLS + 16), handler(2));
+    // The kernel lacks this one.
+    guest.put_word(at(&PLACE, CALLS + 32), handler(99));
+    assert_eq!(findings(&guest), []);
 
     let gate = |guest: &Guest, vector: u64, target: u64| {
         let bytes = (PLACE.gva + target).to_le_bytes();

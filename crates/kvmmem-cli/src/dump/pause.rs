@@ -3,16 +3,15 @@
 //!
 //! The broker resumes the target if this process does not ask for the pause again and again, so
 //! that one that is killed, stopped or hangs does not keep a machine from running. A thread of its
-//! own asks, for writing to a disk or a pipe may take any time.
+//! own asks, for writing to a disk or a pipe may take any time. It stops to ask where nothing is
+//! written for [`STALL`], as to a network file system whose server is gone.
 
-use kvmmem_client::ClientError;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result, anyhow, bail};
 use serde::Serialize;
 
 use crate::source::Operator;
@@ -20,14 +19,26 @@ use crate::source::Operator;
 /// How often the broker is asked: it waits 10 s.
 const INTERVAL: Duration = Duration::from_secs(2);
 
+/// How long the dump may stand still. A slow disk takes a while for all that was written since the
+/// last checkpoint.
+const STALL: Duration = Duration::from_secs(120);
+
 /// A target that is paused; it runs again when this is dropped.
 pub(super) struct Pause {
     /// Dropped, it ends the thread.
     end: Option<Sender<()>>,
-    thread: Option<JoinHandle<Result<(), ClientError>>>,
-    has_ended: Arc<AtomicBool>,
+    thread: Option<JoinHandle<Result<()>>>,
+    state: Arc<State>,
     was_running: bool,
     began: Instant,
+}
+
+/// What the dump and the thread tell each other.
+struct State {
+    /// When the dump got on last.
+    progress: Mutex<Instant>,
+    /// Why the pause has ended by itself.
+    ended: OnceLock<String>,
 }
 
 /// What the record says of a pause.
@@ -43,26 +54,31 @@ impl Pause {
     /// Keeps the target paused that `was_running` before the pause `began`.
     pub(super) fn keep(operator: Operator, was_running: bool, began: Instant) -> Result<Self> {
         let (end, ended) = channel();
-        let has_ended = Arc::new(AtomicBool::new(false));
-        let flag = Arc::clone(&has_ended);
+        let progress = Mutex::new(Instant::now());
+        let state = Arc::new(State { progress, ended: OnceLock::new() });
+        let told = Arc::clone(&state);
         let Operator { mut admin, target, .. } = operator;
         let keep = move || {
-            while ended.recv_timeout(INTERVAL) == Err(RecvTimeoutError::Timeout) {
-                if let Err(error) = admin.pause(&target) {
-                    flag.store(true, Ordering::Relaxed);
-                    return Err(error);
-                }
+            let held = told.hold(&ended, INTERVAL, STALL, || Ok(admin.pause(&target).map(drop)?));
+            if let Err(error) = &held {
+                told.ended.get_or_init(|| format!("{error:#}"));
             }
-            admin.resume(&target)
+            // Also where the dump stands still; the broker may be gone.
+            let resumed = admin.resume(&target);
+            held.and_then(|()| Ok(resumed?))
         };
         let thread = std::thread::Builder::new().name("pause".into()).spawn(keep);
         let thread = Some(thread.context("cannot start a thread")?);
-        Ok(Self { end: Some(end), thread, has_ended, was_running, began })
+        Ok(Self { end: Some(end), thread, state, was_running, began })
     }
 
-    /// Whether it has ended by itself.
-    pub(super) fn has_ended(&self) -> bool {
-        self.has_ended.load(Ordering::Relaxed)
+    /// Notes that the dump gets on. Fails where the target runs again already.
+    pub(super) fn check(&self) -> Result<()> {
+        *self.state.progress.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
+        match self.state.ended.get() {
+            Some(reason) => bail!("{reason}"),
+            None => Ok(()),
+        }
     }
 
     /// Lets the target run again. Fails where the target ran already, or cannot be resumed.
@@ -77,6 +93,28 @@ impl Pause {
         drop(self.end.take());
         if let Some(thread) = self.thread.take() {
             thread.join().map_err(|_| anyhow!("the thread that keeps the pause has ended"))??;
+        }
+        Ok(())
+    }
+}
+
+impl State {
+    /// Asks for the pause in each interval, until it is to end. Fails where that fails, and where
+    /// the dump stands still.
+    fn hold(
+        &self,
+        ended: &Receiver<()>,
+        interval: Duration,
+        stall: Duration,
+        mut ask: impl FnMut() -> Result<()>,
+    ) -> Result<()> {
+        while ended.recv_timeout(interval) == Err(RecvTimeoutError::Timeout) {
+            if self.progress.lock().unwrap_or_else(PoisonError::into_inner).elapsed() >= stall {
+                let words = format!("nothing was written for {stall:?}, so the target runs again");
+                tracing::warn!("{words}: this dump will fail");
+                bail!(words);
+            }
+            ask()?;
         }
         Ok(())
     }
@@ -100,5 +138,30 @@ impl std::fmt::Display for Paused {
             true => write!(f, "the target was paused for {seconds:.3} s"),
             false => write!(f, "the target was not running, and is not now"),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pause_ends_where_the_dump_stands_still() {
+        let state = State { progress: Mutex::new(Instant::now()), ended: OnceLock::new() };
+        let (end, ended) = channel();
+        let (interval, long) = (Duration::from_millis(1), Duration::from_secs(3600));
+        // As long as it gets on, it is kept; until asking fails.
+        let mut asked = 0;
+        let held = state.hold(&ended, interval, long, || {
+            asked += 1;
+            if asked == 5 { bail!("refused") } else { Ok(()) }
+        });
+        assert_eq!((held.unwrap_err().to_string(), asked), ("refused".to_owned(), 5));
+        let held = state.hold(&ended, interval, Duration::ZERO, || panic!("asked"));
+        let error = held.unwrap_err().to_string();
+        assert!(error.starts_with("nothing was written for"), "{error}");
+        // Where it is told to end.
+        drop(end);
+        state.hold(&ended, interval, Duration::ZERO, || panic!("asked")).unwrap();
     }
 }

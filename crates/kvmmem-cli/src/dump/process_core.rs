@@ -295,10 +295,9 @@ impl Writer<'_> {
             let mut done = 0;
             while done < load.file_len {
                 ensure!(!self.interrupt.has_come(), "interrupted");
-                ensure!(
-                    !self.pause.as_ref().is_some_and(Pause::has_ended),
-                    "the target runs again before the process is dumped"
-                );
+                if let Some(pause) = &self.pause {
+                    pause.check().context("the target runs again before the process is dumped")?;
+                }
                 let step = CHUNK.min(load.file_len - done);
                 let part =
                     buffer.get_mut(..usize::try_from(step)?).context("the buffer is too small")?;

@@ -114,10 +114,9 @@ impl Transfer<'_> {
 
     fn copy_chunk(&mut self, chunk: GpaRange, buffer: &mut Vec<u8>) -> Result<()> {
         ensure!(!self.interrupt.has_come(), "interrupted");
-        ensure!(
-            !self.pause.as_ref().is_some_and(Pause::has_ended),
-            "the target runs again before its memory is dumped"
-        );
+        if let Some(pause) = &self.pause {
+            pause.check().context("the target runs again before its memory is dumped")?;
+        }
         let len = chunk.end - chunk.start;
         buffer.resize(usize::try_from(len)?, 0);
         let copy = |gpa: u64, buffer: &mut [u8]| self.view.read_at(gpa, buffer);

@@ -27,9 +27,9 @@ pub enum BtfError {
     /// It makes no sense.
     #[error("the kernel's BTF makes no sense: {0}")]
     Malformed(&'static str),
-    /// It has a kind of type that this version of the library does not know.
+    /// It has a kind of type that this version of the library does not know, or is damaged.
     #[error(
-        "type {id} of the kernel's BTF has the unknown kind {kind}; a later version of this program may know it"
+        "type {id} of the kernel's BTF has the unknown kind {kind}: the memory is damaged, or a later version of this program knows it"
     )]
     Kind {
         /// The type.

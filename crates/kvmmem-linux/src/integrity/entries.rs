@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Entries of system calls and interrupts: each must lead to a handler of that kind, by its name,
-//! and to one that no other entry leads to. Branches of the dispatcher must lead into the kernel's
+//! Entries of system calls and interrupts: each must lead to its own handler, by its name; where that
+//! is not known, to a handler of that kind to which no other entry leads. Branches of the dispatcher must lead into the kernel's
 //! text.
 
 use std::cell::OnceCell;
@@ -8,7 +8,7 @@ use std::collections::HashMap;
 
 use iced_x86::{Decoder, DecoderOptions, OpKind};
 
-use super::{Finding, Place, Report, modules_of};
+use super::{Finding, Place, Report, calls, modules_of};
 use crate::bytes::Bytes;
 use crate::kernel::{Kernel, KernelError};
 use crate::modules::Module;
@@ -123,6 +123,17 @@ pub(super) fn system_calls(kernel: &Kernel<'_>) -> Result<Report, KernelError> {
         let at = start + number * 8;
         if !text.begins(target)? || !is_none && !is_call {
             report.findings.push(text.hook(format!("system call {number}"), at, target));
+            continue;
+        }
+        // A kernel that has the handler of this number has it here.
+        let own = calls::handler(number).map(|name| format!("{CALL}{name}"));
+        if let Some(own) = own.filter(|own| has_names && kernel.symbol(own).is_ok()) {
+            match text.is_named(target, |name| name == own)? {
+                true => _ = numbers.insert(target, number),
+                false => {
+                    report.findings.push(text.hook(format!("system call {number}"), at, target));
+                }
+            }
             continue;
         }
         // Calls of x32 have the handlers of others.

@@ -169,6 +169,7 @@ pub(crate) fn boot(guest: &Guest, place: &Place) {
     ]);
     symbols.extend([text("entry_SYSCALL_64", 0xe000), text("early_idt_handler_array", EARLY)]);
     symbols.push(text("irq_entries_start", STUBS));
+    symbols.push(text("__x64_sys_ni_syscall", HANDLERS + 16 * 99));
     let calls = ["read", "write", "open", "close", "stat"];
     symbols.extend(
         (0..)
