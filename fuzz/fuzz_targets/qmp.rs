@@ -9,7 +9,6 @@ use std::os::fd::AsFd;
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::sync::LazyLock;
-use std::time::Duration;
 
 use kvmmem_proto::map::MemoryMap;
 use kvmmem_qemu::monitor::Monitor;
@@ -64,7 +63,7 @@ fn ask(mut qmp: Qmp) {
     }
     // The rest comes as events to a monitor, which notices the end.
     let path = qmp.path().to_owned();
-    let monitor = Monitor::new(path, Some(qmp), || None, Duration::from_secs(1), Box::new(|_| Ok(())));
+    let monitor = Monitor::new(path, Some(qmp));
     monitor.send("query-status", &json!({}), |_| {});
     while monitor.is_up() {
         monitor.step();

@@ -21,7 +21,7 @@ const ALLOWED: [(&str, &[&str]); 13] = [
     ("kvmmem-client", &["kvmmem-kvmi", "kvmmem-proto"]),
     ("kvmmem", &["kvmmem-abi", "kvmmem-kvmi", "kvmmem-memory", "kvmmem-proto", "kvmmem-sys"]),
     ("kvmmem-vmm", &["kvmmem-abi", "kvmmem-client", "kvmmem-proto", "kvmmem-sys"]),
-    ("kvmmem-qemu", &["kvmmem-proto", "kvmmem-sys"]),
+    ("kvmmem-qemu", &["kvmmem-abi", "kvmmem-proto", "kvmmem-sys"]),
     ("kvmmem-broker", &["kvmmem-abi", "kvmmem-kvmi", "kvmmem-proto", "kvmmem-qemu", "kvmmem-sys"]),
     (
         "kvmmem-cli",

@@ -15,6 +15,7 @@ use kvmmem_proto::endpoint::Endpoint;
 use kvmmem_proto::map::Region;
 use kvmmem_proto::message::{Answer, Change, KvmiPolicy, Refusal, Registration};
 use kvmmem_proto::scope::Scope;
+use kvmmem_qemu::monitor::Monitors;
 
 use crate::audit::Audit;
 use crate::buffers::Buffers;
@@ -65,6 +66,8 @@ pub struct Broker {
     adding: Mutex<()>,
     buffers: Buffers,
     introspectors: Introspectors,
+    /// The QMP connections that last.
+    monitors: Monitors,
     state: State,
     audit: Audit,
     reactor: Reactor,
@@ -95,7 +98,8 @@ impl Broker {
             external: Watch::new(&reactor, &ends),
             adding: Mutex::default(),
             buffers: Buffers::default(),
-            introspectors: Introspectors::new(&reactor, &ends),
+            introspectors: Introspectors::default(),
+            monitors: Monitors::default(),
             state: State::default(),
             audit: Audit::default(),
             sessions: Workers::new(&reactor, "session", SESSIONS, SHARE),
@@ -165,6 +169,11 @@ impl Broker {
     /// The introspectors under stock QEMUs.
     pub fn introspectors(&self) -> &Introspectors {
         &self.introspectors
+    }
+
+    /// The QMP connections that last, for all who use them.
+    pub(crate) fn monitors(&self) -> &Monitors {
+        &self.monitors
     }
 
     /// Signalled when a revocation may be done.

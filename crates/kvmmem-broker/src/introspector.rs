@@ -3,73 +3,61 @@
 //! over QMP.
 //!
 //! Towards the grants an [`Introspector`] is a VMM like any other: it has a [`Peer`], which is called
-//! directly. Towards the guest a view is PCI devices: `ivshmem-plain`
-//! over the files of the target's RAM, and over a descriptor page that says what is where
-//! ([`kvmmem_abi::descriptor`]). They are plugged in when a view is opened, and unplugged when it
-//! ends.
-//!
-//! [`Peer`]: crate::peer::Peer
+//! directly. Towards the guest a view is PCI devices ([`kvmmem_qemu::windows`]), which are plugged in
+//! when a view is opened, on the thread of whoever opens it, and unplugged when it ends, by the
+//! introspector's one thread.
 //!
 //! A guest can refuse to let go of a device, and then its QEMU keeps the target's memory mapped.
-//! That cannot be helped from outside; so it is noticed, said, and answered as the operator wants
-//! ([`OnSilence`]). It costs that VM only: each has its own threads, and nothing that waits for it
-//! holds a lock that others need.
+//! That cannot be helped from outside; so it is noticed, reported, and answered as the operator wants
+//! ([`OnSilence`]). It costs that VM only: nothing that waits for it holds a lock that others need.
 //!
 //! A QEMU that the guest has broken into may answer late, never, or send events without end. Ending
-//! a view, removing an introspector and killing its QEMU have deadlines that none of this puts off
-//! (`Introspector::end`).
+//! a view, removing an introspector and killing its QEMU have deadlines that none of this puts off:
+//! the thread waits for no answer.
+//!
+//! [`Peer`]: crate::peer::Peer
 
 mod add;
-mod ask;
-mod descriptor;
-mod events;
-mod find;
+mod end;
 mod free_slots;
 mod inbox;
 mod link;
 mod list;
-mod monitor;
 mod open;
-mod pci_slots;
-mod plug;
-mod process;
-mod qmp_events;
+mod thread;
 mod unplug;
 mod view;
-mod window_layout;
 
 use std::collections::BTreeSet;
 use std::fmt;
-use std::sync::{Arc, Mutex, Weak};
+use std::sync::{Arc, Condvar, Mutex, PoisonError, Weak};
+use std::time::Instant;
 
 use kvmmem_proto::message::OnSilence;
+use kvmmem_qemu::monitor::Monitor;
+use kvmmem_qemu::process::Process;
 
 use crate::audit::Audit;
 use crate::broker::Broker;
-pub use ask::AskError;
-pub use descriptor::Complaint;
-pub use find::FindError;
+use add::Qemu;
 use inbox::{Inbox, Notice};
 use link::Link;
 pub use list::Introspectors;
-use monitor::Monitor;
-pub use monitor::MonitorError;
 pub use open::{OpenError, Opened};
-use process::Process;
 use view::{View, lock};
-pub use window_layout::WindowLayoutError;
 
 /// A VM under a stock QEMU that may look at others.
 pub struct Introspector {
-    /// For threads of its own.
-    me: Weak<Self>,
     broker: Weak<Broker>,
     link: Link,
     inbox: Arc<Inbox>,
     monitor: Arc<Monitor>,
+    qemu: Qemu,
     process: Process,
     traits: Traits,
     state: Mutex<State>,
+    /// Signalled when the thread has ended.
+    ended: Condvar,
 }
 
 /// What does not change.
@@ -82,8 +70,7 @@ struct Traits {
     on_silence: OnSilence,
     /// Whether its QEMU shows parts of files.
     has_offset: bool,
-    /// What the ids of its devices begin with, behind [`plug::PREFIX`]: no other broker has used
-    /// it.
+    /// What the names of its views begin with: no other broker has used it.
     session: String,
 }
 
@@ -91,10 +78,12 @@ struct Traits {
 struct State {
     /// Those of which there is something in QEMU, or about to be.
     views: Vec<Arc<View>>,
-    /// Grants that were taken back and that the guest may still use.
+    /// Revoked grants that the guest may still use.
     unconfirmed: BTreeSet<u64>,
     /// No view is opened any more.
     is_closed: bool,
+    /// The thread has ended.
+    is_ended: bool,
 }
 
 impl Introspector {
@@ -122,23 +111,28 @@ impl Introspector {
         self.process.is_alive()
     }
 
-    /// Ends all views and the registration, in a few seconds at most.
+    /// Has the thread end all views and the registration, which takes a few seconds at most.
     fn close(&self) {
-        lock(&self.state).is_closed = true;
-        if !self.is_alive() {
-            // Another process may have its socket now: send nothing there.
-            self.monitor.stop();
-        }
-        self.end(unplug::Cause::Gone, |_| true);
-        self.monitor.stop();
-        self.link.close();
+        self.inbox.put(Notice::End);
     }
-}
 
-impl Drop for Introspector {
-    fn drop(&mut self) {
-        self.monitor.stop();
-        self.inbox.put(Notice::Closed);
+    /// Waits until that is done; `false` where it is not in time.
+    fn wait_ended(&self, deadline: Instant) -> bool {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let is_going = |state: &mut State| !state.is_ended;
+        let waited = self.ended.wait_timeout_while(lock(&self.state), left, is_going);
+        waited.unwrap_or_else(PoisonError::into_inner).0.is_ended
+    }
+
+    /// Ends the registration: the thread has ended.
+    fn end(&self) {
+        if let Some(broker) = self.broker.upgrade() {
+            broker.introspectors().remove(self.traits.vm);
+        }
+        self.link.close();
+        let mut state = lock(&self.state);
+        (state.is_closed, state.is_ended) = (true, true);
+        self.ended.notify_all();
     }
 }
 

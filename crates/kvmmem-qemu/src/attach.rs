@@ -2,25 +2,22 @@
 //! Opens the RAM of a VM that runs under a stock QEMU, and finds out where it lies.
 
 use std::os::fd::OwnedFd;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use kvmmem_proto::credentials::Credentials;
 use kvmmem_proto::message::{Evidence, Registration, Which};
-use kvmmem_proto::name;
 use uuid::Uuid;
 
 use super::api;
 use super::backing::{self, Held, Obstacle, Source};
 use super::command_line::{CommandLine, Vmm};
 use super::confirm::{self, By, ConfirmError, Unconfirmed};
+use super::find::{self, Connect};
 use super::layout::{self, Layout, LayoutError};
 use super::mtree::{self, MtreeError};
 use super::process::{Process, ProcessError};
 use super::recognise::recognise;
 use crate::qmp::{Qmp, QmpError};
-
-/// Where libvirt's system daemon keeps the process ids of its VMs.
-const LIBVIRT: &str = "/run/libvirt/qemu";
 
 /// A VM whose RAM is open.
 #[derive(Debug)]
@@ -130,29 +127,18 @@ pub enum AttachError {
 /// where memory is plugged in or out between two questions.
 const LOOKS: u32 = 4;
 
-/// Opens the RAM of a VM; `called` is what it shall be called.
+/// Opens the RAM of a VM; `called` is what it shall be called, `connect` gets its QMP connection.
 ///
 /// # Errors
 /// [`AttachError`].
-pub fn open(which: &Which, called: Option<String>) -> Result<Opened, AttachError> {
-    let (process, mut qmp) = match which {
-        Which::Pid(pid) => (Process::open(*pid)?, None),
-        Which::Libvirt(domain) => (Process::open(libvirts(domain)?)?, None),
-        Which::Qmp { socket, pid } => {
-            let qmp = Qmp::converse(socket)?;
-            let process = match pid {
-                Some(pid) => Process::open(*pid)?,
-                None => listener(&qmp)?,
-            };
-            (process, Some(qmp))
-        }
-    };
+pub fn open(
+    which: &Which,
+    called: Option<String>,
+    connect: Connect<'_>,
+) -> Result<Opened, AttachError> {
+    let (process, mut qmp) = find::process(which, connect)?;
     let (pid, line) = (process.pid(), command_line(&process)?);
-    if let Which::Libvirt(domain) = which
-        && line.name != name::fit(domain)
-    {
-        return Err(AttachError::WrongDomain { pid, name: domain.clone() });
-    }
+    find::check_name(which, pid, line.name.clone())?;
     let Seen { held: Held { regions, source }, copied, evidence } =
         look(&process, &line, qmp.as_mut())?;
     let vcpus = match &mut qmp {
@@ -312,32 +298,6 @@ fn of_micro(vmm: Vmm, process: &Process, line: &CommandLine) -> Result<Vec<Layou
     Ok(layout::of_micro(vmm, size))
 }
 
-/// The QEMU that listens at its own QMP socket.
-pub fn listener(qmp: &Qmp) -> Result<Process, AttachError> {
-    let process = Process::open(qmp.listener().ok_or(AttachError::NoListener)?)?;
-    let (pid, program) = (process.pid(), process.program()?);
-    match recognise(&process, &program, &process.arguments()?)? {
-        Some(_) => Ok(process),
-        None => Err(AttachError::HandedSocket { pid, program }),
-    }
-}
-
-/// The process that runs a VM of libvirt's, be it the system's or one of a session of the broker's
-/// own user.
-pub fn libvirts(name: &str) -> Result<u32, AttachError> {
-    let session = format!("/run/user/{}/libvirt/qemu/run", rustix::process::geteuid().as_raw());
-    let of_session = |error| libvirt_pid(Path::new(&session), name).map_err(|_| error);
-    libvirt_pid(Path::new(LIBVIRT), name).or_else(of_session)
-}
-
-/// The process whose number is in a directory of libvirt's.
-fn libvirt_pid(directory: &Path, name: &str) -> Result<u32, AttachError> {
-    let path = directory.join(format!("{}.pid", name.replace('/', "_")));
-    let text = std::fs::read_to_string(&path).ok();
-    let pid = text.and_then(|text| text.trim().parse().ok());
-    pid.ok_or_else(|| AttachError::NoDomain { name: name.to_owned(), path })
-}
-
 /// For a VM whose command line has none: the same one whenever this process is added.
 fn derived_uuid(process: &Process) -> Option<Uuid> {
     let identity = process.identity()?;
@@ -349,24 +309,4 @@ pub fn random_uuid() -> Result<Uuid, getrandom::Error> {
     let mut bytes = [0; 16];
     getrandom::fill(&mut bytes)?;
     Ok(uuid::Builder::from_random_bytes(bytes).into_uuid())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn libvirts_process_ids_are_read_from_its_directory_alone() {
-        let directory = tempfile::tempdir().unwrap();
-        let inner = directory.path().join("qemu");
-        std::fs::create_dir(&inner).unwrap();
-        std::fs::write(inner.join("web1.pid"), "4711\n").unwrap();
-        std::fs::write(inner.join("bad.pid"), "-1").unwrap();
-        std::fs::write(directory.path().join("outside.pid"), "4711").unwrap();
-        assert_eq!(libvirt_pid(&inner, "web1").unwrap(), 4711);
-        for name in ["bad", "none", "", "../outside", "/web1"] {
-            let error = libvirt_pid(&inner, name).unwrap_err();
-            assert!(matches!(error, AttachError::NoDomain { .. }), "{name}: {error}");
-        }
-    }
 }

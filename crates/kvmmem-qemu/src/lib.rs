@@ -21,6 +21,7 @@ pub mod boot_map;
 pub mod command_line;
 pub mod confirm;
 pub mod discover;
+pub mod find;
 pub mod guest;
 pub mod layout;
 pub mod listener;
@@ -34,6 +35,7 @@ pub mod process;
 pub mod qmp;
 pub mod questions;
 pub mod recognise;
+pub mod windows;
 
 /// The example of README.md, compiled as a test.
 #[cfg(doctest)]

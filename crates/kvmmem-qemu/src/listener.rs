@@ -99,6 +99,7 @@ pub struct Listener {
     stopped: Mutex<Stopped>,
     /// How many questions wait.
     questions: AtomicUsize,
+    run: Arc<Run>,
     /// Has the owner step.
     wake: Box<dyn Fn() + Send + Sync>,
 }
@@ -129,13 +130,15 @@ struct Work {
 }
 
 impl Listener {
-    /// Listens to a monitor. `tell` gets each change; `wake` is called when a step is due earlier
-    /// than the last one has returned. A pause that no client has asked for again for `silence`
-    /// ends.
+    /// Listens to a monitor. `find` connects where the connection is lost; `tell` gets each change.
+    /// Both are jobs of `run`, which may wait. `wake` is called when a step is due earlier than the
+    /// last one has returned. A pause that no client has asked for again for `silence` ends.
     pub fn new(
         monitor: Arc<Monitor>,
+        find: impl Fn() -> Option<Qmp> + Send + Sync + 'static,
         tell: impl FnMut(&mut Qmp, News) -> Next + Send + 'static,
         silence: Duration,
+        run: Arc<Run>,
         wake: impl Fn() + Send + Sync + 'static,
     ) -> Arc<Self> {
         let work = Work { found: monitor.is_up(), ..Work::default() };
@@ -154,21 +157,11 @@ impl Listener {
             tell: Mutex::new(Box::new(tell)),
             stopped: Mutex::new(Stopped::new(silence)),
             questions: AtomicUsize::new(0),
+            run: Arc::clone(&run),
             wake: Box::new(wake),
         });
-        listener.monitor.subscribe(listener.subscriber());
+        listener.monitor.subscribe(listener.subscriber(), find, AGAIN_AT_LAST, run);
         listener
-    }
-
-    /// A monitor for [`Listener::new`]; `find` connects at first, and again after a loss. That and
-    /// the listener's own work are jobs of `run`.
-    pub fn monitor(
-        path: PathBuf,
-        qmp: Option<Qmp>,
-        find: impl Fn() -> Option<Qmp> + Send + Sync + 'static,
-        run: Box<Run>,
-    ) -> Arc<Monitor> {
-        Monitor::new(path, qmp, find, AGAIN_AT_LAST, run)
     }
 
     /// The socket to wait for, to be read; `None` while there is no connection.
@@ -255,7 +248,7 @@ impl Listener {
         let me = self.me.upgrade()?;
         state.is_working = true;
         drop(state);
-        if self.monitor.run(move || me.work_once()).is_ok() {
+        if (self.run)(Box::new(move || me.work_once())).is_ok() {
             return None;
         }
         self.state().is_working = false;

@@ -55,17 +55,53 @@ pub type Find = dyn Fn() -> Option<Qmp> + Send + Sync;
 /// Where there is no thread for it.
 pub type Run = dyn Fn(Box<dyn FnOnce() + Send>) -> io::Result<()> + Send + Sync;
 
-/// A connection that is there, or is coming back, until this is dropped or stopped.
+/// A connection that is there, or is coming back, as long as it has users.
 pub struct Monitor {
     path: PathBuf,
-    find: Arc<Find>,
-    run: Box<Run>,
-    /// The longest pause between two attempts to connect.
-    again_at_last: Duration,
     state: Mutex<State>,
     /// Held while events and answers are passed on, which keeps their order.
     passing: Mutex<()>,
-    subscribers: Mutex<Vec<Weak<dyn Subscriber>>>,
+    users: Mutex<Vec<User>>,
+}
+
+/// Who uses a monitor.
+struct User {
+    subscriber: Weak<dyn Subscriber>,
+    find: Arc<Find>,
+    /// The longest pause between two attempts to connect.
+    again_at_last: Duration,
+    run: Arc<Run>,
+}
+
+/// The monitors that there are.
+#[derive(Debug, Default)]
+pub struct Monitors(Mutex<Vec<Weak<Monitor>>>);
+
+impl Monitors {
+    /// A QMP connection for a conversation: that of the monitor at this path, or a new one.
+    ///
+    /// # Errors
+    /// [`QmpError`].
+    pub fn connect(&self, path: &Path) -> Result<Qmp, QmpError> {
+        self.get(path).map_or_else(|| Qmp::connect(path), |monitor| monitor.lend())
+    }
+
+    /// The monitor at the path of a connection, which it takes over where it is new.
+    pub fn of(&self, path: &Path, qmp: Option<Qmp>) -> Arc<Monitor> {
+        if let Some(monitor) = self.get(path) {
+            return monitor;
+        }
+        let monitor = Monitor::new(path.to_owned(), qmp);
+        lock(&self.0).push(Arc::downgrade(&monitor));
+        monitor
+    }
+
+    fn get(&self, path: &Path) -> Option<Arc<Monitor>> {
+        let mut monitors = lock(&self.0);
+        monitors.retain(|monitor| monitor.strong_count() > 0);
+        let mut monitors = monitors.iter().filter_map(Weak::upgrade);
+        monitors.find(|monitor| monitor.path == path && !monitor.state().is_stopped)
+    }
 }
 
 /// Receives what a monitor reports. Called by whoever steps the monitor, or by the thread that has
@@ -116,28 +152,17 @@ struct State {
 }
 
 impl Monitor {
-    /// Takes a connection over, or makes the first one with `find`, which also connects again, as a
-    /// job of `run`.
-    pub fn new(
-        path: PathBuf,
-        qmp: Option<Qmp>,
-        find: impl Fn() -> Option<Qmp> + Send + Sync + 'static,
-        again_at_last: Duration,
-        run: Box<Run>,
-    ) -> Arc<Self> {
-        let connection =
-            qmp.and_then(Qmp::into_own).map(|(lines, events)| Connection::new(lines, events));
+    /// Takes a connection over, or makes the first one once there is a user.
+    pub fn new(path: PathBuf, qmp: Option<Qmp>) -> Arc<Self> {
+        let connection = qmp.and_then(Connection::of);
         let again = connection.is_none().then(Instant::now);
         let state =
             State { connection, counts: Counts::default(), again, pause: AGAIN, is_stopped: false };
         Arc::new(Self {
             path,
-            find: Arc::new(find),
-            run,
-            again_at_last,
             state: Mutex::new(state),
             passing: Mutex::default(),
-            subscribers: Mutex::default(),
+            users: Mutex::default(),
         })
     }
 
@@ -146,19 +171,26 @@ impl Monitor {
         &self.path
     }
 
-    /// Adds a receiver of events.
-    pub fn subscribe(&self, subscriber: Weak<dyn Subscriber>) {
-        let mut subscribers = lock(&self.subscribers);
-        subscribers.retain(|subscriber| subscriber.strong_count() > 0);
-        subscribers.push(subscriber);
+    /// Adds a user, who receives events. `find` connects for it where the connection is lost, as a
+    /// job of `run`, after pauses of at most `again_at_last`.
+    pub fn subscribe(
+        &self,
+        subscriber: Weak<dyn Subscriber>,
+        find: impl Fn() -> Option<Qmp> + Send + Sync + 'static,
+        again_at_last: Duration,
+        run: Arc<Run>,
+    ) {
+        lock(&self.users).push(User { subscriber, find: Arc::new(find), again_at_last, run });
     }
 
-    /// Removes a receiver. The connection ends with the last one.
+    /// Removes a user. The connection ends with the last one.
     pub fn unsubscribe(&self, subscriber: &Weak<dyn Subscriber>) {
-        let mut subscribers = lock(&self.subscribers);
-        subscribers.retain(|other| other.strong_count() > 0 && !Weak::ptr_eq(other, subscriber));
-        let is_last = subscribers.is_empty();
-        drop(subscribers);
+        let mut users = lock(&self.users);
+        users.retain(|user| {
+            user.subscriber.strong_count() > 0 && !Weak::ptr_eq(&user.subscriber, subscriber)
+        });
+        let is_last = users.is_empty();
+        drop(users);
         if is_last {
             self.stop();
         }
@@ -249,7 +281,7 @@ impl Monitor {
     }
 
     /// Ends the connection for good; commands under way fail.
-    pub fn stop(&self) {
+    fn stop(&self) {
         let mut state = self.state();
         state.is_stopped = true;
         state.again = None;
@@ -281,43 +313,37 @@ impl Monitor {
         connection.fail(error, &self.path, outputs);
         state.counts.losses += 1;
         state.again = Some(Instant::now() + AGAIN);
-        state.pause = (AGAIN * 2).min(self.again_at_last);
+        state.pause = AGAIN * 2;
         outputs.push(Output::Lost);
     }
 
     fn connect_again(self: &Arc<Self>) {
-        let (find, me) = (Arc::clone(&self.find), Arc::downgrade(self));
+        let users = lock(&self.users);
+        let finds: Vec<Arc<Find>> = users.iter().map(|user| Arc::clone(&user.find)).collect();
+        let run = users.first().map(|user| Arc::clone(&user.run));
+        drop(users);
+        let me = Arc::downgrade(self);
         let attempt = move || {
-            let found = find();
+            let found = finds.iter().find_map(|find| find()).and_then(Connection::of);
             if let Some(monitor) = me.upgrade() {
-                monitor.found(
-                    found
-                        .and_then(Qmp::into_own)
-                        .map(|(lines, events)| Connection::new(lines, events)),
-                );
+                monitor.found(found);
             }
         };
-        if self.run(attempt).is_err() {
+        if run.is_none_or(|run| run(Box::new(attempt)).is_err()) {
             self.found(None);
         }
     }
 
-    /// Does a job that may wait.
-    ///
-    /// # Errors
-    /// Where there is no thread for it.
-    pub(crate) fn run(&self, job: impl FnOnce() + Send + 'static) -> io::Result<()> {
-        (self.run)(Box::new(job))
-    }
-
     fn found(&self, connection: Option<Connection>) {
+        let again_at_last = lock(&self.users).iter().map(|user| user.again_at_last).min();
         let mut state = self.state();
         if state.is_stopped || state.connection.is_some() {
             return;
         }
         if connection.is_none() {
-            state.again = Some(Instant::now() + state.pause);
-            state.pause = (state.pause * 2).min(self.again_at_last);
+            let pause = state.pause.min(again_at_last.unwrap_or(AGAIN));
+            state.again = Some(Instant::now() + pause);
+            state.pause = pause * 2;
             return;
         }
         (state.connection, state.pause) = (connection, AGAIN);
@@ -333,7 +359,7 @@ impl Monitor {
             return;
         }
         let subscribers: Vec<Arc<dyn Subscriber>> =
-            lock(&self.subscribers).iter().filter_map(Weak::upgrade).collect();
+            lock(&self.users).iter().filter_map(|user| user.subscriber.upgrade()).collect();
         for output in outputs {
             let event = match output {
                 Output::Event(event) => {

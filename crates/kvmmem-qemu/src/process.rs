@@ -10,7 +10,7 @@ use std::time::Duration;
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, Stat};
 use rustix::io::Errno;
-use rustix::process::{Pid, PidfdFlags};
+use rustix::process::{Pid, PidfdFlags, Signal};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
@@ -111,6 +111,22 @@ impl Process {
     /// Becomes readable when the process ends.
     pub fn into_pidfd(self) -> OwnedFd {
         self.pidfd
+    }
+
+    /// The same, while this lasts.
+    pub fn pidfd(&self) -> BorrowedFd<'_> {
+        self.pidfd.as_fd()
+    }
+
+    /// Ends it at once.
+    ///
+    /// # Errors
+    /// Where this process may not.
+    pub fn kill(&self) -> Result<(), Errno> {
+        match rustix::process::pidfd_send_signal(&self.pidfd, Signal::KILL) {
+            Ok(()) | Err(Errno::SRCH) => Ok(()),
+            Err(error) => Err(error),
+        }
     }
 
     /// Whether it is still there. What was read of it before this was true belongs to it.

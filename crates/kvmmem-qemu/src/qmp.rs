@@ -41,9 +41,6 @@ const FULL_QUEUE_PAUSE: Duration = Duration::from_millis(10);
 /// taken in one turn.
 pub(crate) const MAX_EVENTS: usize = 256;
 
-/// How long events are taken in one turn.
-pub(crate) const TURN: Duration = Duration::from_millis(50);
-
 /// A connection that QEMU answers on: its own, or one that is lent by the
 /// [`Monitor`](crate::monitor::Monitor) that others use as well.
 #[derive(Debug)]
@@ -198,40 +195,6 @@ impl Qmp {
         let arguments = fdset.map_or_else(|| json!({}), |fdset| json!({ "fdset-id": fdset }));
         let answer = self.run("add-fd", &arguments, Some(fd))?;
         self.read_answer("add-fd", answer)
-    }
-
-    /// Takes the events that have come, those between commands and their answers first. Does not
-    /// wait, and takes no more than a turn's: returns whether more may be there.
-    ///
-    /// # Errors
-    /// [`QmpError`], as [`Self::execute`].
-    pub fn take_events(&mut self, mut take: impl FnMut(QmpEvent)) -> Result<bool, QmpError> {
-        const EVENTS: &str = "no command";
-        let began = Instant::now();
-        self.deadline();
-        for _ in 0..MAX_EVENTS {
-            if let Some(event) = self.own(|_, events| Ok(events.pop_front()))? {
-                take(event);
-                continue;
-            }
-            self.check()?;
-            let line = self.own(|lines, _| match lines.next(began) {
-                Ok(line) => Ok(Some(line)),
-                Err(LineError::Silent) => Ok(None),
-                Err(error) => Err(error),
-            })?;
-            let Some(line) = line else { return Ok(false) };
-            let message: Message =
-                serde_json::from_slice(&line).map_err(|_| self.garbage(EVENTS))?;
-            if message.is_answer() {
-                return Err(self.garbage(EVENTS));
-            }
-            message.into_event().map(&mut take);
-            if began.elapsed() >= TURN {
-                break;
-            }
-        }
-        Ok(true)
     }
 
     pub(crate) fn ask<T: DeserializeOwned>(

@@ -36,10 +36,10 @@ impl Broker {
             let tell = move |qmp: &mut Qmp, news| {
                 teller.upgrade().map_or(Next::Stop, |it| it.hear(vm, qmp, news))
             };
-            let at = path.clone();
-            let find = move || connect(&finder, vm, &at, listener);
+            let monitor = self.monitors().of(&path, qmp);
+            let find = move || connect(&finder, vm, &path, listener);
             let threads = (self.reactor(), self.services());
-            Listening::start(threads, vm, (path, qmp), find, tell, silence)
+            Listening::start(threads, vm, monitor, find, tell, silence)
         });
         let broker = Arc::downgrade(self);
         let ended = move |watched: Vec<Watched>| {

@@ -6,12 +6,12 @@
 use std::fmt;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use kvmmem_qemu::listener::{Listener, News, Next};
+use kvmmem_qemu::monitor::Monitor;
 use kvmmem_qemu::qmp::Qmp;
 use kvmmem_qemu::questions::Questions;
 
@@ -37,15 +37,15 @@ struct Steps {
 }
 
 impl Listening {
-    /// Listens to the QEMU of a target at a QMP socket. `find` connects at first, and again after a
-    /// loss; `tell` gets what QEMU reports. Both may ask QEMU.
+    /// Listens to the QEMU of a target by its monitor. `find` connects where there is no connection;
+    /// `tell` gets what QEMU reports. Both may ask QEMU.
     ///
     /// # Errors
     /// Where there are no file descriptors or threads left.
     pub(super) fn start(
         (reactor, workers): (&Reactor, &Workers),
         target: u64,
-        (path, qmp): (PathBuf, Option<Qmp>),
+        monitor: Arc<Monitor>,
         find: impl Fn() -> Option<Qmp> + Send + Sync + 'static,
         tell: impl FnMut(&mut Qmp, News) -> Next + Send + 'static,
         silence: Duration,
@@ -56,7 +56,6 @@ impl Listening {
             workers.run(Party::Target(target), job);
             Ok(())
         };
-        let monitor = Listener::monitor(path, qmp, find, Box::new(run));
         let steps = Arc::new(Steps {
             reactor: reactor.clone(),
             token: OnceLock::new(),
@@ -64,7 +63,8 @@ impl Listening {
             is_stepping: AtomicBool::new(false),
         });
         let waker = Arc::clone(&steps);
-        let listener = Listener::new(monitor, tell, silence, move || waker.wake());
+        let listener =
+            Listener::new(monitor, find, tell, silence, Arc::new(run), move || waker.wake());
         let stepped = Arc::clone(&listener);
         let handler = Arc::clone(&steps);
         let token = reactor.insert(Arc::new(move |_, _, _| handler.step(&stepped)))?;

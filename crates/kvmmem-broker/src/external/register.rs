@@ -28,7 +28,7 @@ impl Broker {
         which: &Which,
         name: Option<String>,
     ) -> Result<Answer, Refused> {
-        let mut opened = attach::open(which, name)
+        let mut opened = attach::open(which, name, &|path| self.monitors().connect(path))
             .map_err(|error| Refused::from_error(Refusal::Invalid, &error))?;
         let (evidence, copied) = (opened.evidence, opened.copied.take());
         let vm = self.add_opened(peer, opened)?;

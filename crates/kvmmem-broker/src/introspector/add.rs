@@ -2,28 +2,30 @@
 //! Makes an introspector of a QEMU that runs, and undoes that.
 
 use std::io;
-use std::sync::mpsc::{self, RecvTimeoutError};
-use std::sync::{Arc, Mutex, Weak};
-use std::time::Instant;
+use std::path::PathBuf;
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::{Duration, Instant};
 
 use kvmmem_proto::credentials::Credentials;
 use kvmmem_proto::message::{Answer, OnSilence, Refusal, Registration, Which};
 use kvmmem_qemu::attach::random_uuid;
-use kvmmem_qemu::process;
+use kvmmem_qemu::find::{self, FindError, Found};
+use kvmmem_qemu::qmp::Qmp;
+use kvmmem_qemu::windows::machine::{self, Machine, MachineError};
+use serde_json::Value;
 use uuid::Uuid;
 
-use super::ask::{self, AskError, Machine};
-use super::find::{self, FindError, Found};
 use super::inbox::Inbox;
 use super::link::Link;
 use super::list::MAX;
-use super::monitor::Monitor;
-use super::process::Process;
 use super::view::View;
-use super::{Introspector, State, Traits, events, qmp_events};
+use super::{Introspector, State, Traits, thread};
 use crate::broker::{Broker, Refused};
 use crate::registry::RegisterError;
 use crate::state::{Entry, Role};
+
+/// How long removing an introspector may take; it ends all the same.
+const CLOSE_LIMIT: Duration = Duration::from_secs(6);
 
 /// Why a QEMU is no introspector.
 #[derive(Debug, thiserror::Error)]
@@ -31,7 +33,7 @@ enum AddError {
     #[error(transparent)]
     Find(#[from] FindError),
     #[error(transparent)]
-    Ask(#[from] AskError),
+    Machine(#[from] MachineError),
     #[error(
         "QEMU has no vsock device, by which a guest asks for views; start it with -device vhost-vsock-pci,guest-cid=N"
     )]
@@ -60,7 +62,7 @@ impl From<AddError> for Refused {
             AddError::Register(error) => error.refusal(),
             AddError::Full | AddError::Resources(_) | AddError::Random(_) => Refusal::Limit,
             AddError::Find(_)
-            | AddError::Ask(_)
+            | AddError::Machine(_)
             | AddError::NoCid
             | AddError::NoPlaces
             | AddError::GuestEndpoint(_) => Refusal::Invalid,
@@ -94,46 +96,36 @@ impl Broker {
         on_silence: OnSilence,
     ) -> Result<Answer, Refused> {
         let slot = self.introspectors().reserve().ok_or(AddError::Full)?;
-        let Found { process, qmp, identity } = find::find(which).map_err(AddError::from)?;
-        let socket = qmp.path().to_owned();
-        let monitor = Monitor::start(qmp, identity).map_err(AddError::Resources)?;
-        let added = self.add_found(process, &monitor, (cid, name, uuid), on_silence);
-        let (introspector, places) = added.inspect_err(|_| monitor.stop())?;
+        let found = find::find(which, &|path| self.monitors().connect(path));
+        let found = found.map_err(AddError::from)?;
+        let socket = found.qmp.path().to_owned();
+        let (introspector, places) = self.add_found(found, (cid, name, uuid), on_silence)?;
         let vm = Arc::clone(introspector.link.vm());
         self.audit().added_introspector(&vm, on_silence, peer);
-        let broker = Arc::downgrade(self);
-        let ended = move |vm| {
-            if let Some(broker) = broker.upgrade() {
-                broker.close_introspector(vm);
-            }
-        };
-        let pidfd = introspector.process.pidfd().try_clone_to_owned();
-        let watched =
-            pidfd.and_then(|pidfd| self.introspectors().insert(&introspector, slot, pidfd, ended));
-        if let Err(error) = watched {
-            introspector.close();
-            return Err(AddError::Resources(error).into());
-        }
         let Traits { cid, has_offset, .. } = introspector.traits;
         let role = Role::Introspector { cid, on_silence };
         self.state().remember(&vm, Entry::of(&vm, Some(socket), role));
+        self.introspectors().insert(&introspector, slot);
+        if let Err(error) = thread::start(&introspector, self.services()) {
+            introspector.end();
+            return Err(AddError::Resources(error).into());
+        }
         Ok(Answer::IntrospectorAdded { target: vm.info(), places, has_offset })
     }
 
     fn add_found(
         self: &Arc<Self>,
-        process: process::Process,
-        monitor: &Arc<Monitor>,
+        Found { process, mut qmp, identity }: Found,
         (cid, name, uuid): (Option<u32>, Option<String>, Option<Uuid>),
         on_silence: OnSilence,
     ) -> Result<(Arc<Introspector>, u32), AddError> {
-        let machine = Machine::of(monitor)?;
+        let machine = Machine::of(&mut qmp)?;
         let cid = cid.or(machine.cid).ok_or(AddError::NoCid)?;
-        let places = ask::places(monitor)?.count;
+        let places = machine::slots(&mut qmp)?.count;
         if places == 0 {
             return Err(AddError::NoPlaces);
         }
-        let left_over = ask::left_over(monitor)?;
+        let left_over = machine::left_over(&mut qmp)?;
         self.introspectors().open_guest_endpoint(self).map_err(AddError::GuestEndpoint)?;
         let pid = process.pid();
         let registration = Registration {
@@ -154,20 +146,18 @@ impl Broker {
         let (vm, has_offset) = (link.vm().id(), machine.has_offset);
         let traits = Traits { vm, name, cid, on_silence, has_offset, session };
         let views = left_over.map(|plug| Arc::new(View::left_over(plug))).into_iter().collect();
-        let introspector = Arc::new_cyclic(|me| Introspector {
-            me: Weak::clone(me),
+        let qemu = Qemu { path: qmp.path().to_owned(), listener: qmp.listener(), identity };
+        let introspector = Arc::new(Introspector {
             broker: Arc::downgrade(self),
             link,
             inbox,
-            monitor: Arc::clone(monitor),
-            process: Process::new(process.into_pidfd()),
+            monitor: self.monitors().of(&qemu.path, Some(qmp)),
+            qemu,
+            process,
             traits,
             state: Mutex::new(State { views, ..State::default() }),
+            ended: Condvar::new(),
         });
-        events::start(&introspector).map_err(AddError::Resources)?;
-        qmp_events::start(&introspector).map_err(AddError::Resources)?;
-        // What is left over is tried at once.
-        monitor.nudge();
         Ok((introspector, u32::try_from(places).unwrap_or(u32::MAX)))
     }
 
@@ -177,42 +167,45 @@ impl Broker {
     /// Where there is no such introspector.
     pub(crate) fn remove_introspector(&self, name: &str) -> Result<Answer, Refused> {
         let vm = self.find_introspector(name)?;
-        if !self.close_introspector(vm.id()) {
+        let introspector = self.introspectors().get(vm.id()).ok_or_else(|| {
             let message = format!("{name:?} was not added as an introspector");
-            return Err(Refused::new(Refusal::Denied, message));
-        }
+            Refused::new(Refusal::Denied, message)
+        })?;
+        introspector.close();
+        introspector.wait_ended(Instant::now() + CLOSE_LIMIT);
         Ok(Answer::Done)
     }
 
     /// Takes all introspectors out that were added, all at the same time, and waits for it until
     /// the deadline.
     pub(crate) fn remove_introspectors(&self, deadline: Instant) {
-        let (done, are_done) = mpsc::channel::<()>();
-        for introspector in self.introspectors().remove_all() {
-            let (closed, done) = (Arc::clone(&introspector), done.clone());
-            let close = move || {
-                closed.close();
-                drop(done);
-            };
-            if std::thread::Builder::new().name("introspector-end".into()).spawn(close).is_err() {
-                introspector.close();
-            }
-        }
-        drop(done);
+        let all = self.introspectors().all();
+        all.iter().for_each(|introspector| introspector.close());
         self.introspectors().close_guest_endpoint();
-        // Nothing is sent: the channel closes when the last one is done.
-        let left = deadline.saturating_duration_since(Instant::now());
-        if are_done.recv_timeout(left) == Err(RecvTimeoutError::Timeout) {
+        if !all.iter().all(|introspector| introspector.wait_ended(deadline)) {
             tracing::warn!("not every introspector released its views in time");
         }
     }
+}
 
-    pub(super) fn close_introspector(&self, vm: u64) -> bool {
-        let introspector = self.introspectors().remove(vm);
-        if let Some(introspector) = &introspector {
-            introspector.close();
-        }
-        introspector.is_some()
+/// The QEMU of an introspector, to be known again over another connection.
+#[derive(Clone, Debug)]
+pub(super) struct Qemu {
+    path: PathBuf,
+    /// The process that listens, be it QEMU or what has handed it the socket; another one is
+    /// another QEMU.
+    listener: Option<u32>,
+    /// Which VM it is by its own answer.
+    identity: Vec<Value>,
+}
+
+impl Qemu {
+    /// A new connection to the same QEMU.
+    pub(super) fn connect(&self) -> Option<Qmp> {
+        let mut qmp = Qmp::connect(&self.path).ok()?;
+        let is_same = qmp.listener() == self.listener
+            && find::identity(&mut qmp).is_ok_and(|identity| identity == self.identity);
+        is_same.then_some(qmp)
     }
 }
 

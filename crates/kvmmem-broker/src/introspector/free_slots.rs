@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! How much room an introspector has for views.
+//! How many PCI slots an introspector has for views.
 
 use kvmmem_proto::message::{Answer, Refusal};
+use kvmmem_qemu::windows::machine::{self, MachineError};
 
 use super::view::lock;
 use super::{Introspector, OpenError};
@@ -13,7 +14,8 @@ impl Introspector {
     /// # Errors
     /// [`OpenError::Ask`], where QEMU does not say.
     pub fn free_slots(&self) -> Result<(usize, usize), OpenError> {
-        let places = self.places()?;
+        let mut qmp = self.monitor.lend().map_err(MachineError::from)?;
+        let places = machine::slots(&mut qmp)?;
         let views = self.views();
         let free = self.free(&views, &places, 0)?.len();
         let taken: usize = views.iter().map(|view| lock(&view.places).len()).sum();
@@ -23,7 +25,7 @@ impl Introspector {
 }
 
 impl Broker {
-    /// How much room an introspector has for views.
+    /// How many PCI slots an introspector has for views.
     ///
     /// # Errors
     /// Where there is no such introspector under a stock QEMU, or its QEMU does not say.

@@ -4,7 +4,6 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex};
 
 use kvmmem_proto::guest::GUEST_PORT;
@@ -13,22 +12,17 @@ use super::Introspector;
 use super::view::lock;
 
 use crate::broker::Broker;
-use crate::external::watch::{Watch, Watched};
 use crate::guest_endpoint::GuestEndpoint;
-use crate::reactor::Reactor;
-use crate::workers::Workers;
 
-/// The most introspectors: each has three threads, and one more while views end.
+/// The most introspectors: each has a thread.
 pub(super) const MAX: usize = 64;
 
 /// The introspectors, by the broker's numbers for their VMs.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Introspectors {
     list: Mutex<BTreeMap<u64, (Arc<Introspector>, Slot)>>,
     /// Of each slot that is taken there is a clone.
     slots: Mutex<Arc<()>>,
-    /// Their QEMUs.
-    watch: Watch,
     endpoint: Mutex<GuestEndpointState>,
 }
 
@@ -51,16 +45,6 @@ impl Default for GuestEndpointState {
 }
 
 impl Introspectors {
-    /// None.
-    pub(crate) fn new(reactor: &Reactor, workers: &Workers) -> Self {
-        Self {
-            list: Mutex::default(),
-            slots: Mutex::default(),
-            watch: Watch::new(reactor, workers),
-            endpoint: Mutex::default(),
-        }
-    }
-
     /// The one with a vsock context id: the last that was added, where one before is still being
     /// taken out.
     pub fn by_cid(&self, cid: u32) -> Option<Arc<Introspector>> {
@@ -103,39 +87,31 @@ impl Introspectors {
         (Arc::strong_count(&slots) <= MAX).then(|| Slot(Arc::clone(&slots)))
     }
 
-    /// Adds one; `ended` is called when a QEMU has ended, once, with the VM's number.
-    pub(super) fn insert(
-        &self,
-        introspector: &Arc<Introspector>,
-        slot: Slot,
-        pidfd: OwnedFd,
-        ended: impl Fn(u64) + Send + Sync + 'static,
-    ) -> io::Result<()> {
-        let vm = introspector.traits.vm;
-        lock(&self.list).insert(vm, (Arc::clone(introspector), slot));
-        let watched = Watched { vm, pidfd: Arc::new(pidfd), monitor: None };
-        let ended =
-            move |watched: Vec<Watched>| watched.iter().for_each(|watched| ended(watched.vm));
-        self.watch.add(watched, ended).inspect_err(|_| {
-            lock(&self.list).remove(&vm);
-        })
+    /// Adds one, before its thread starts, which removes it.
+    pub(super) fn insert(&self, introspector: &Arc<Introspector>, slot: Slot) {
+        lock(&self.list).insert(introspector.traits.vm, (Arc::clone(introspector), slot));
     }
 
-    pub(super) fn remove(&self, vm: u64) -> Option<Arc<Introspector>> {
-        self.watch.remove(vm);
-        lock(&self.list).remove(&vm).map(|(introspector, _)| introspector)
+    /// One by the broker's number for its VM.
+    pub(super) fn get(&self, vm: u64) -> Option<Arc<Introspector>> {
+        lock(&self.list).get(&vm).map(|(introspector, _)| Arc::clone(introspector))
     }
 
-    /// Removes all.
-    pub(super) fn remove_all(&self) -> Vec<Arc<Introspector>> {
-        let removed = std::mem::take(&mut *lock(&self.list));
-        removed
-            .into_iter()
-            .map(|(vm, (introspector, _))| {
-                self.watch.remove(vm);
-                introspector
-            })
-            .collect()
+    pub(super) fn remove(&self, vm: u64) {
+        // It may be the last one of the broker's, and is dropped without the lock.
+        let removed = lock(&self.list).remove(&vm);
+        drop(removed);
+    }
+
+    /// All of them.
+    pub(super) fn all(&self) -> Vec<Arc<Introspector>> {
+        lock(&self.list).values().map(|(introspector, _)| Arc::clone(introspector)).collect()
+    }
+}
+
+impl Drop for Introspectors {
+    fn drop(&mut self) {
+        self.all().iter().for_each(|introspector| introspector.close());
     }
 }
 

@@ -2,7 +2,7 @@
 //! Opens a view: from a token to a window that the guest's driver has taken up.
 
 use std::collections::BTreeSet;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -11,19 +11,20 @@ use kvmmem_abi::native::{RIGHT_READ, RIGHT_WRITE, STATE_GONE, STATE_OPEN};
 use kvmmem_kvmi::token::Token;
 use kvmmem_proto::message::{Caller, Refusal};
 use kvmmem_proto::scope::Rights;
+use kvmmem_qemu::qmp::{Qmp, QmpError};
+use kvmmem_qemu::windows::descriptor::{Complaint, Pages};
+use kvmmem_qemu::windows::layout::{self, WindowLayoutError};
+use kvmmem_qemu::windows::machine::{self, MachineError};
+use kvmmem_qemu::windows::pci_slots::{PciSlot, PciSlots};
+use kvmmem_qemu::windows::plug::{self, Shown};
 use rustix::io::Errno;
 use sha2::{Digest, Sha256};
 use zeroize::Zeroizing;
 
-use super::descriptor::{Complaint, Pages};
+use super::Introspector;
+use super::inbox::Notice;
 use super::link::Attached;
-use super::monitor::MonitorError;
-use super::pci_slots::{PciSlot, PciSlots};
-use super::plug::{self, Shown};
-use super::unplug::Cause;
 use super::view::{Phase, View, lock};
-use super::window_layout::{self, Shape, WindowLayoutError};
-use super::{AskError, Introspector};
 use crate::broker::Refused;
 use crate::calls::random_token;
 
@@ -36,8 +37,9 @@ const LOOK: [(Duration, Duration); 2] = [
     (SEEN_LIMIT, Duration::from_millis(5)),
 ];
 
-/// How long a guest may take to let go of what it did not take up.
-const UNDO_LIMIT: Duration = Duration::from_secs(1);
+/// How long a caller waits for a view of its own to be unplugged. The introspector's thread goes on
+/// where that takes longer.
+const UNPLUG_LIMIT: Duration = Duration::from_millis(1500);
 
 /// A view that the guest's driver shows. Dropping it closes it, which may take some seconds where
 /// the guest is slow.
@@ -64,7 +66,7 @@ pub enum OpenError {
     Closed,
     /// QEMU does not say which slots there are.
     #[error("cannot find a PCI slot for the view")]
-    Ask(#[from] AskError),
+    Ask(#[from] MachineError),
     /// The view needs more slots than are free.
     #[error(
         "the view needs {needed} PCI slots of the introspector, and {free} of {count} are free; close other views, or start its QEMU with more root ports (kvmmem qemu-args --views)"
@@ -88,7 +90,7 @@ pub enum OpenError {
     Ticket,
     /// QEMU did not plug it in.
     #[error("cannot plug the view into the introspector")]
-    Plug(#[from] MonitorError),
+    Plug(#[from] QmpError),
     /// The guest's driver cannot show it.
     #[error("the introspector's guest cannot show the view")]
     Complaint(#[from] Complaint),
@@ -133,27 +135,29 @@ impl Introspector {
         caller: &Caller,
         read_only: bool,
     ) -> Result<Opened, OpenError> {
+        let mut qmp = self.monitor.lend().map_err(MachineError::from)?;
         // Before the token is used: there is at least one slot.
-        let places = self.places()?;
-        self.free(&lock(&self.state).views, &places, 1)?;
-        // What QEMU has told by now concerns views that were there before.
-        let since = self.monitor.news();
+        let slots = machine::slots(&mut qmp)?;
+        self.free(&lock(&self.state).views, &slots, 1)?;
+        // What QEMU has reported by now concerns views that were there before.
+        let since = self.monitor.counts();
         let attached = self.link.attach(token, caller, read_only);
         let attached = attached
             .map_err(|Refused { refusal, message }| OpenError::Token { refusal, message })?;
         let view = Arc::new(View::new(&attached, since));
         lock(&self.state).views.push(Arc::clone(&view));
-        let shown = self.show(&view, &attached, &places);
-        // Whatever has ended the view has left it to this thread.
+        let shown = self.show(&view, &attached, &slots, &mut qmp);
+        let is_open = view.opened(shown.is_ok());
         let error = match shown {
-            Ok(ticket) if view.opened() => {
+            Ok(ticket) if is_open => {
                 return Ok(Opened { introspector: Arc::clone(self), view, ticket });
             }
             Ok(_) => OpenError::Ended,
             Err(error) => error,
         };
         view.announce(view.end().unwrap_or(STATE_GONE));
-        self.unplug(&[view], Instant::now() + UNDO_LIMIT);
+        self.inbox.put(Notice::Undo(Arc::clone(&view)));
+        view.wait_settled(Instant::now() + UNPLUG_LIMIT);
         Err(error)
     }
 
@@ -161,7 +165,8 @@ impl Introspector {
         &self,
         view: &Arc<View>,
         attached: &Attached,
-        places: &PciSlots,
+        slots: &PciSlots,
+        qmp: &mut Qmp,
     ) -> Result<Token, OpenError> {
         if lock(&self.state).is_closed {
             return Err(OpenError::Closed);
@@ -176,11 +181,11 @@ impl Introspector {
         let scope = &attached.scope;
         let has_offset = self.traits.has_offset;
         let regions = scope.regions(&memory.map);
-        let layout = window_layout::cut(&regions, scope.spans.is_none(), has_offset, |number| {
-            shape(file(number)?)
+        let layout = layout::cut(&regions, scope.spans.is_none(), has_offset, |number| {
+            layout::shape(file(number)?)
         })?;
-        let slots = plug::slots_of(layout.windows.len());
-        let mine = self.reserve(view, places, slots)?;
+        let needed = plug::slots_of(layout.windows.len());
+        let mine = self.reserve(view, slots, needed)?;
         let is_read_only = scope.rights == Rights::ReadOnly;
         // The driver tells views apart by this alone, and a grant's token may open several.
         let ticket = random_token().map_err(|_| OpenError::Ticket)?;
@@ -192,20 +197,20 @@ impl Introspector {
             instance: memory.generation,
             ..Descriptor::default()
         };
-        let pages = Pages::new(descriptor, layout.ranges, slots).map_err(OpenError::Descriptor)?;
+        let pages = Pages::new(descriptor, layout.ranges, needed).map_err(OpenError::Descriptor)?;
         let page_files = pages.files().to_vec();
         *lock(&view.pages) = Some(pages);
         let used: BTreeSet<u32> = layout.windows.iter().map(|window| window.file).collect();
         let shown = Shown {
             name: format!("{}-{}", self.traits.session, view.number),
-            places: &mine,
+            slots: &mine,
             pages: page_files.iter().map(|file| file.as_fd()).collect(),
             files: used.iter().filter_map(|number| Some((*number, file(*number)?))).collect(),
             windows: &layout.windows,
             is_read_only,
             has_offset,
         };
-        lock(&view.plug).plug(&self.monitor, &shown, || view.end().is_none())?;
+        plug::plug_in(&view.plug, qmp, &shown, || view.end().is_none())?;
         wait_seen(view)?;
         Ok(ticket)
     }
@@ -260,7 +265,14 @@ impl Opened {
 
 impl Drop for Opened {
     fn drop(&mut self) {
-        self.introspector.end(Cause::Closed, |view| std::ptr::eq(view, Arc::as_ptr(&self.view)));
+        // Else it has ended, and is being unplugged.
+        if self.view.claim(STATE_GONE) {
+            self.view.announce(STATE_GONE);
+            self.introspector.inbox.put(Notice::Closed(Arc::clone(&self.view)));
+        }
+        if !lock(&self.introspector.state).is_ended {
+            self.view.wait_settled(Instant::now() + UNPLUG_LIMIT);
+        }
     }
 }
 
@@ -287,15 +299,3 @@ fn wait_seen(view: &View) -> Result<(), OpenError> {
         std::thread::sleep(*pause);
     }
 }
-
-fn shape(file: BorrowedFd<'_>) -> Option<Shape> {
-    let stat = rustix::fs::fstat(file).ok()?;
-    // For a file of huge pages this is their size; for others it may be less or more than a page.
-    let is_huge = rustix::fs::fstatfs(file).is_ok_and(|stat| stat.f_type == HUGETLBFS_MAGIC);
-    let page =
-        if is_huge { u64::try_from(stat.st_blksize).ok()? } else { kvmmem_proto::map::PAGE_SIZE };
-    Some(Shape { size: u64::try_from(stat.st_size).ok()?, page })
-}
-
-/// `f_type` of hugetlbfs (linux/magic.h).
-const HUGETLBFS_MAGIC: i64 = 0x9584_58f6;

@@ -8,12 +8,12 @@ use std::time::Instant;
 use kvmmem_abi::native::STATE_OPEN;
 use kvmmem_proto::map::Region;
 use kvmmem_proto::scope::{Rights, Scope};
+use kvmmem_qemu::monitor::Counts;
+use kvmmem_qemu::windows::descriptor::Pages;
+use kvmmem_qemu::windows::pci_slots::PciSlot;
+use kvmmem_qemu::windows::plug::Plug;
 
-use super::descriptor::Pages;
 use super::link::Attached;
-use super::monitor::News;
-use super::pci_slots::PciSlot;
-use super::plug::Plug;
 use crate::ram::Layout;
 
 /// A view from the moment in which its token was used until nothing of it is left in QEMU.
@@ -27,7 +27,7 @@ pub(super) struct View {
     /// What it shows of the target; `None` before that is known.
     regions: Mutex<Option<Vec<Region>>>,
     /// What had happened in QEMU before it was opened, and does not end it.
-    pub(super) since: News,
+    pub(super) since: Counts,
     /// `None` where an earlier broker had them.
     pub(super) pages: Mutex<Option<Pages>>,
     pub(super) plug: Mutex<Plug>,
@@ -46,8 +46,8 @@ struct Life {
     has_devices: bool,
 }
 
-/// Where a view is between being opened and being gone. One thread at a time is at work on it: in
-/// the first of these the one that opens it, in the third the one that ends it.
+/// Where a view is between being opened and being gone. In the first of these it is the opener's,
+/// from the third on the introspector's thread's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Phase {
     Opening,
@@ -61,20 +61,20 @@ pub(super) enum Phase {
 impl View {
     /// One that was attached when `since` had happened in QEMU. What it shows is said by
     /// [`Self::show`].
-    pub(super) fn new(attached: &Attached, since: News) -> Self {
+    pub(super) fn new(attached: &Attached, since: Counts) -> Self {
         let Attached { view, grant, target, scope } = attached;
         Self::with(*view, *grant, *target, scope.clone(), since)
     }
 
     /// What is left of an earlier broker's views.
     pub(super) fn left_over(plug: Plug) -> Self {
-        let view = Self::with(0, 0, 0, Scope::whole(Rights::ReadOnly), News::default());
+        let view = Self::with(0, 0, 0, Scope::whole(Rights::ReadOnly), Counts::default());
         *lock(&view.plug) = plug;
         view.settle_stuck(true);
         view
     }
 
-    fn with(number: u64, grant: u64, target: u64, scope: Scope, since: News) -> Self {
+    fn with(number: u64, grant: u64, target: u64, scope: Scope, since: Counts) -> Self {
         Self {
             number,
             grant,
@@ -99,8 +99,8 @@ impl View {
         lock(&self.life).end
     }
 
-    /// Says that the view ends with this state. Whether it is the caller's to do it: else it is
-    /// gone, or somebody is at work on it and will see to it.
+    /// Says that the view ends with this state. Whether it has to be unplugged now: else it is gone,
+    /// it is being unplugged already, or it is the opener's, who will have it undone.
     pub(super) fn claim(&self, state: u32) -> bool {
         let mut life = lock(&self.life);
         let is_free = matches!(life.phase, Phase::Open | Phase::Stuck);
@@ -123,22 +123,23 @@ impl View {
         is_stuck
     }
 
-    /// The view is open, unless something has ended it meanwhile: then it is the caller's to end
-    /// it.
-    pub(super) fn opened(&self) -> bool {
+    /// Ends the opener's work: the view is open where it is whole and nothing has ended it
+    /// meanwhile. Else the introspector's thread has to undo it.
+    pub(super) fn opened(&self, is_whole: bool) -> bool {
         let mut life = lock(&self.life);
-        life.phase = if life.end.is_none() { Phase::Open } else { Phase::Ending };
+        let is_open = is_whole && life.end.is_none();
+        life.phase = if is_open { Phase::Open } else { Phase::Ending };
         self.changed.notify_all();
-        life.end.is_none()
+        is_open
     }
 
-    /// Ends the caller's work.
-    pub(super) fn settle(&self, phase: Phase) {
-        lock(&self.life).phase = phase;
+    /// Nothing is left of it.
+    pub(super) fn settle_closed(&self) {
+        lock(&self.life).phase = Phase::Closed;
         self.changed.notify_all();
     }
 
-    /// Ends the caller's work, which has come to no end; whether the guest can still reach devices.
+    /// Unplugging has come to no end; whether the guest can still reach devices.
     pub(super) fn settle_stuck(&self, has_devices: bool) {
         let mut life = lock(&self.life);
         (life.phase, life.has_devices) = (Phase::Stuck, has_devices);
@@ -178,12 +179,12 @@ impl View {
             .is_none_or(|regions| *regions == self.scope.regions(&layout.map))
     }
 
-    /// Waits until nobody is at work on it; returns its phase then, or when time is up.
-    pub(super) fn wait_settled(&self, deadline: Instant) -> Phase {
+    /// Waits until it is neither being opened nor unplugged, or time is up.
+    pub(super) fn wait_settled(&self, deadline: Instant) {
         let left = deadline.saturating_duration_since(Instant::now());
         let is_busy = |life: &mut Life| matches!(life.phase, Phase::Opening | Phase::Ending);
         let waited = self.changed.wait_timeout_while(lock(&self.life), left, is_busy);
-        waited.unwrap_or_else(PoisonError::into_inner).0.phase
+        drop(waited.unwrap_or_else(PoisonError::into_inner));
     }
 
     /// Tells the guest's driver that the target's memory is where it was and holds something else,
@@ -236,7 +237,7 @@ mod tests {
     }
 
     fn view() -> View {
-        View::with(7, 1, 1, Scope::whole(Rights::ReadOnly), News::default())
+        View::with(7, 1, 1, Scope::whole(Rights::ReadOnly), Counts::default())
     }
 
     #[test]

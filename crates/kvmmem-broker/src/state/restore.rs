@@ -85,7 +85,7 @@ impl Broker {
         let name = Some(entry.name.clone());
         match &entry.role {
             Role::Target { files } => {
-                let opened = attach::open(&which, name);
+                let opened = attach::open(&which, name, &|path| self.monitors().connect(path));
                 let mut opened = opened.map_err(|error| Lost::Refused(in_words(&error)))?;
                 opened.registration.uuid = entry.uuid;
                 if opened.source.file_ids() != *files {

@@ -11,7 +11,6 @@ use serde_json::{Value, json};
 use super::super::questions::AskError;
 use super::thread::Listening;
 use super::*;
-use crate::monitor::tests::threads;
 use crate::qmp::tests::GREETING;
 
 /// How long a test waits for what must happen.
@@ -80,8 +79,8 @@ impl Fake {
     fn listen_for(&self, silence: Duration) -> Listening {
         let path = self.path.clone();
         let find = move || Qmp::connect(&path).ok();
-        let monitor = Listener::monitor(self.path.clone(), None, find, threads());
-        Listening::start(monitor, |_, _| Next::Listen, silence).unwrap()
+        let monitor = Monitor::new(self.path.clone(), None);
+        Listening::start(monitor, find, |_, _| Next::Listen, silence).unwrap()
     }
 
     #[track_caller]
@@ -303,8 +302,8 @@ fn memory_that_is_plugged_in_before_the_first_question_or_after_it_is_noticed() 
     let qmp = Qmp::connect(&path).unwrap();
     let (told, news) = mpsc::channel();
     let tell = move |_: &mut Qmp, news| told.send(news).map_or(Next::Stop, |()| Next::Listen);
-    let monitor = Listener::monitor(path, Some(qmp), || None, threads());
-    let _listening = Listening::start(monitor, tell, PATIENCE).unwrap();
+    let monitor = Monitor::new(path, Some(qmp));
+    let _listening = Listening::start(monitor, || None, tell, PATIENCE).unwrap();
     for _ in 0..2 {
         assert_eq!(news.recv_timeout(Duration::from_secs(60)), Ok(News::Memory));
     }

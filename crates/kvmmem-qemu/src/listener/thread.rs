@@ -10,6 +10,7 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
 
 use super::{Listener, News, Next};
 use crate::monitor::Monitor;
+use crate::monitor::tests::threads;
 use crate::qmp::Qmp;
 use crate::questions::Questions;
 
@@ -33,13 +34,14 @@ impl Listening {
     /// Where there are no file descriptors or threads left.
     pub(super) fn start(
         monitor: Arc<Monitor>,
+        find: impl Fn() -> Option<Qmp> + Send + Sync + 'static,
         tell: impl FnMut(&mut Qmp, News) -> Next + Send + 'static,
         silence: Duration,
     ) -> io::Result<Self> {
         let wake = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         let wake = Arc::new(wake);
         let waker = Arc::clone(&wake);
-        let listener = Listener::new(monitor, tell, silence, move || {
+        let listener = Listener::new(monitor, find, tell, silence, threads(), move || {
             // It fails only where the counter is at its end, and then the thread wakes as well.
             let _ = rustix::io::write(&waker, &1u64.to_ne_bytes());
         });

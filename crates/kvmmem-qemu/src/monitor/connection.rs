@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 
 use crate::qmp::line::{LineError, Lines};
 use crate::qmp::message::Message;
-use crate::qmp::{LIMIT, MAX_EVENTS, QmpError, QmpEvent};
+use crate::qmp::{LIMIT, MAX_EVENTS, Qmp, QmpError, QmpEvent};
 
 /// How long a step reads: whoever steps has others to step.
 const TURN: Duration = Duration::from_millis(2);
@@ -79,8 +79,10 @@ impl Output {
 }
 
 impl Connection {
-    pub(super) fn new(lines: Lines, events: VecDeque<QmpEvent>) -> Self {
-        Self { lines, events, under_way: None, waiting: VecDeque::new() }
+    /// One that was opened for a conversation; `None` where it was lent.
+    pub(super) fn of(qmp: Qmp) -> Option<Self> {
+        let (lines, events) = qmp.into_own()?;
+        Some(Self { lines, events, under_way: None, waiting: VecDeque::new() })
     }
 
     pub(super) fn stream(&self) -> &Arc<OwnedFd> {

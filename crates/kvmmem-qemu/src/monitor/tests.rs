@@ -29,18 +29,22 @@ impl Subscriber for Ear {
 }
 
 /// Does each job on a thread of its own.
-pub(crate) fn threads() -> Box<Run> {
-    Box::new(|job| std::thread::Builder::new().spawn(job).map(drop))
+pub(crate) fn threads() -> Arc<Run> {
+    Arc::new(|job| std::thread::Builder::new().spawn(job).map(drop))
 }
 
 fn monitor(
     qmp: Option<Qmp>,
     find: impl Fn() -> Option<Qmp> + Send + Sync + 'static,
 ) -> (Arc<Monitor>, Arc<Ear>) {
-    let monitor = Monitor::new("/run/qmp".into(), qmp, find, Duration::from_secs(1), threads());
+    let monitor = Monitor::new("/run/qmp".into(), qmp);
     let ear = Arc::new(Ear::default());
-    monitor.subscribe(Arc::downgrade(&ear) as Weak<dyn Subscriber>);
+    monitor.subscribe(subscriber(&ear), find, Duration::from_secs(1), threads());
     (monitor, ear)
+}
+
+fn subscriber(ear: &Arc<Ear>) -> Weak<dyn Subscriber> {
+    Arc::downgrade(ear) as Weak<dyn Subscriber>
 }
 
 /// Steps until a condition holds.
@@ -149,12 +153,17 @@ fn an_answer_to_no_command_costs_the_connection() {
 }
 
 #[test]
-fn the_connection_ends_with_the_last_user() {
+fn two_users_have_one_connection_which_ends_with_the_last_of_them() {
     let (_directory, path, qemu) = serve(vec![GREETING.into(), "{\"return\":{}}\n".into()]);
-    let (monitor, ear) = monitor(Some(Qmp::connect(&path).unwrap()), || None);
-    let other = Arc::new(Ear::default());
-    let subscriber = |ear: &Arc<Ear>| Arc::downgrade(ear) as Weak<dyn Subscriber>;
-    monitor.subscribe(subscriber(&other));
+    let monitors = Monitors::default();
+    let monitor = monitors.of(&path, Some(monitors.connect(&path).unwrap()));
+    let [ear, other] = [(); 2].map(|()| Arc::new(Ear::default()));
+    for ear in [&ear, &other] {
+        // Whoever comes later has the same connection.
+        let lent = monitors.connect(&path).unwrap();
+        assert!(Arc::ptr_eq(&monitors.of(&path, Some(lent)), &monitor));
+        monitor.subscribe(subscriber(ear), || None, Duration::from_secs(1), threads());
+    }
     monitor.unsubscribe(&subscriber(&ear));
     assert!(monitor.is_up());
     let command = send(&monitor);

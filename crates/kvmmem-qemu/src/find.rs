@@ -1,30 +1,40 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Finds the QEMU that an operator means, and a QMP socket of it that answers.
+//! Finds the process and the QMP connection that an operator means.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use kvmmem_proto::message::Which;
 use kvmmem_proto::name;
-use kvmmem_qemu::attach::{self, AttachError};
-use kvmmem_qemu::command_line::Vmm;
-use kvmmem_qemu::options::Options;
-use kvmmem_qemu::process::{Process, ProcessError};
-use kvmmem_qemu::qmp::{Qmp, QmpError};
-use kvmmem_qemu::recognise::recognise;
-use serde_json::Value;
+use serde_json::{Value, json};
 
-use super::monitor;
+use super::attach::AttachError;
+use super::command_line::Vmm;
+use super::options::Options;
+use super::process::Process;
+use super::recognise::recognise;
+use crate::qmp::{Qmp, QmpError};
+
+/// Where libvirt's system daemon keeps the process ids of its VMs.
+const LIBVIRT: &str = "/run/libvirt/qemu";
 
 /// The most sockets of one QEMU that are tried.
 const MAX_SOCKETS: usize = 8;
 
+/// What a QEMU says of itself, and says again over a later connection.
+const IDENTITY: [&str; 2] = ["query-name", "query-uuid"];
+
+/// Connects to a QMP socket, or borrows the connection that there is already.
+pub type Connect<'a> = &'a dyn Fn(&Path) -> Result<Qmp, QmpError>;
+
 /// A QEMU and a connection to it.
 #[derive(Debug)]
-pub(super) struct Found {
-    pub(super) process: Process,
-    pub(super) qmp: Qmp,
+pub struct Found {
+    /// Its process.
+    pub process: Process,
+    /// A connection to it.
+    pub qmp: Qmp,
     /// Which VM it is by its own answer.
-    pub(super) identity: Vec<Value>,
+    pub identity: Vec<Value>,
 }
 
 /// Why there is none.
@@ -62,31 +72,38 @@ pub enum FindError {
     },
 }
 
-/// Finds a QEMU.
-pub(super) fn find(which: &Which) -> Result<Found, FindError> {
-    let (process, qmp) = match which {
-        Which::Pid(pid) => (open(*pid)?, None),
-        Which::Libvirt(name) => (open(attach::libvirts(name)?)?, None),
+/// The process that is meant, and the QMP connection where that was given.
+pub(crate) fn process(
+    which: &Which,
+    connect: Connect<'_>,
+) -> Result<(Process, Option<Qmp>), AttachError> {
+    Ok(match which {
+        Which::Pid(pid) => (Process::open(*pid)?, None),
+        Which::Libvirt(domain) => (Process::open(libvirts(domain)?)?, None),
         Which::Qmp { socket, pid } => {
-            let qmp = Qmp::connect(socket).map_err(AttachError::from)?;
+            let qmp = connect(socket)?;
             let process = match pid {
-                Some(pid) => open(*pid)?,
-                None => attach::listener(&qmp)?,
+                Some(pid) => Process::open(*pid)?,
+                None => listener(&qmp)?,
             };
             (process, Some(qmp))
         }
-    };
+    })
+}
+
+/// Finds a QEMU, and a QMP socket of it that answers.
+///
+/// # Errors
+/// [`FindError`].
+pub fn find(which: &Which, connect: Connect<'_>) -> Result<Found, FindError> {
+    let (process, qmp) = process(which, connect)?;
     let (pid, arguments) = (process.pid(), check(&process)?);
-    if let Which::Libvirt(name) = which
-        && Vmm::Qemu.command_line(&arguments).name != name::fit(name)
-    {
-        return Err(AttachError::WrongDomain { pid, name: name.clone() }.into());
-    }
+    check_name(which, pid, Vmm::Qemu.command_line(&arguments).name)?;
     let mut qmp = match qmp {
         Some(qmp) => qmp,
-        None => first(pid, &sockets(&arguments))?,
+        None => first(pid, &sockets(&arguments), connect)?,
     };
-    let identity = monitor::identity(&mut qmp).map_err(FindError::Identity)?;
+    let identity = identity(&mut qmp).map_err(FindError::Identity)?;
     // QEMU may have taken its time to answer, and the process may be another program's or another
     // one's by now.
     check(&process)?;
@@ -95,6 +112,29 @@ pub(super) fn find(which: &Which) -> Result<Found, FindError> {
         return Err(AttachError::Ended(pid).into());
     }
     Ok(Found { process, qmp, identity })
+}
+
+/// Whether the process that libvirt named has the VM's name on its command line.
+pub(crate) fn check_name(
+    which: &Which,
+    pid: u32,
+    found: Option<String>,
+) -> Result<(), AttachError> {
+    match which {
+        Which::Libvirt(domain) if found != name::fit(domain) => {
+            Err(AttachError::WrongDomain { pid, name: domain.clone() })
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Which QEMU it is, by its own answer: the wrapper that made its socket may have made others for
+/// other QEMUs.
+///
+/// # Errors
+/// [`QmpError`].
+pub fn identity(qmp: &mut Qmp) -> Result<Vec<Value>, QmpError> {
+    IDENTITY.iter().map(|command| qmp.execute(command, json!({}))).collect()
 }
 
 /// Whether a process runs QEMU; returns its arguments.
@@ -107,15 +147,11 @@ fn check(process: &Process) -> Result<Vec<String>, FindError> {
     }
 }
 
-fn open(pid: u32) -> Result<Process, AttachError> {
-    Process::open(pid).map_err(|error: ProcessError| error.into())
-}
-
 /// The first socket at which this very process answers.
-fn first(pid: u32, sockets: &[PathBuf]) -> Result<Qmp, FindError> {
+fn first(pid: u32, sockets: &[PathBuf], connect: Connect<'_>) -> Result<Qmp, FindError> {
     let mut failure = None;
     for socket in sockets {
-        match Qmp::connect(socket) {
+        match connect(socket) {
             Ok(qmp) if qmp.listener() == Some(pid) => return Ok(qmp),
             // Somebody else's, or handed to it: whoever did that is connected.
             Ok(_) => {}
@@ -158,6 +194,32 @@ fn sockets(arguments: &[String]) -> Vec<PathBuf> {
         .collect()
 }
 
+/// The QEMU that listens at its own QMP socket.
+fn listener(qmp: &Qmp) -> Result<Process, AttachError> {
+    let process = Process::open(qmp.listener().ok_or(AttachError::NoListener)?)?;
+    let (pid, program) = (process.pid(), process.program()?);
+    match recognise(&process, &program, &process.arguments()?)? {
+        Some(_) => Ok(process),
+        None => Err(AttachError::HandedSocket { pid, program }),
+    }
+}
+
+/// The process that runs a VM of libvirt's, be it the system's or one of a session of the broker's
+/// own user.
+fn libvirts(name: &str) -> Result<u32, AttachError> {
+    let session = format!("/run/user/{}/libvirt/qemu/run", rustix::process::geteuid().as_raw());
+    let of_session = |error| libvirt_pid(Path::new(&session), name).map_err(|_| error);
+    libvirt_pid(Path::new(LIBVIRT), name).or_else(of_session)
+}
+
+/// The process whose number is in a directory of libvirt's.
+fn libvirt_pid(directory: &Path, name: &str) -> Result<u32, AttachError> {
+    let path = directory.join(format!("{}.pid", name.replace('/', "_")));
+    let text = std::fs::read_to_string(&path).ok();
+    let pid = text.and_then(|text| text.trim().parse().ok());
+    pid.ok_or_else(|| AttachError::NoDomain { name: name.to_owned(), path })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -173,5 +235,20 @@ mod tests {
              --qmp-pretty unix:/run/c -qmp unix:relative -qmp",
         ));
         assert_eq!(found, ["/run/a", "/run/c", "/run/b"].map(PathBuf::from));
+    }
+
+    #[test]
+    fn libvirts_process_ids_are_read_from_its_directory_alone() {
+        let directory = tempfile::tempdir().unwrap();
+        let inner = directory.path().join("qemu");
+        std::fs::create_dir(&inner).unwrap();
+        std::fs::write(inner.join("web1.pid"), "4711\n").unwrap();
+        std::fs::write(inner.join("bad.pid"), "-1").unwrap();
+        std::fs::write(directory.path().join("outside.pid"), "4711").unwrap();
+        assert_eq!(libvirt_pid(&inner, "web1").unwrap(), 4711);
+        for name in ["bad", "none", "", "../outside", "/web1"] {
+            let error = libvirt_pid(&inner, name).unwrap_err();
+            assert!(matches!(error, AttachError::NoDomain { .. }), "{name}: {error}");
+        }
     }
 }

@@ -24,7 +24,7 @@ const STATE_END: usize = GENERATION_AT + 8 + 4;
 
 /// The pages of one view.
 #[derive(Debug)]
-pub(super) struct Pages {
+pub struct Pages {
     files: Vec<Arc<OwnedFd>>,
     descriptor: Descriptor,
     ranges: Vec<WindowRange>,
@@ -63,7 +63,7 @@ impl Complaint {
 
 impl Pages {
     /// The pages of a view of so many slots; `descriptor` tells everything but the generation.
-    pub(super) fn new(
+    pub fn new(
         descriptor: Descriptor,
         ranges: Vec<WindowRange>,
         slots: usize,
@@ -89,17 +89,17 @@ impl Pages {
     }
 
     /// The file of each slot's page.
-    pub(super) fn files(&self) -> &[Arc<OwnedFd>] {
+    pub fn files(&self) -> &[Arc<OwnedFd>] {
         &self.files
     }
 
     /// The target's instance from the next [`Pages::set_state`] on.
-    pub(super) fn set_instance(&mut self, instance: u64) {
+    pub fn set_instance(&mut self, instance: u64) {
         self.descriptor.instance = instance;
     }
 
     /// Says the view's state from now on, `STATE_*` of the ABI, with a new generation.
-    pub(super) fn set_state(&mut self, state: u32) -> Result<(), Errno> {
+    pub fn set_state(&mut self, state: u32) -> Result<(), Errno> {
         let Some(file) = self.files.first() else { return Ok(()) };
         let old = self.descriptor.generation;
         self.descriptor.state = state;
@@ -113,13 +113,13 @@ impl Pages {
     }
 
     /// Whether the guest's driver has acted upon the last change.
-    pub(super) fn is_seen(&self) -> bool {
+    pub fn is_seen(&self) -> bool {
         let mut seen = [0; 8];
         self.read(SEEN_AT, &mut seen) && u64::from_le_bytes(seen) >= self.descriptor.generation
     }
 
     /// What the guest's driver finds wrong.
-    pub(super) fn complaint(&self) -> Option<Complaint> {
+    pub fn complaint(&self) -> Option<Complaint> {
         let mut number = [0; 4];
         self.read(COMPLAINT_AT, &mut number).then_some(())?;
         Complaint::from_raw(u32::from_le_bytes(number))

@@ -25,9 +25,11 @@ const I440FX: Id = Id { vendor: 0x8086, device: 0x1237 };
 
 /// A slot: a bus by its QEMU id, and its number there.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) struct PciSlot {
-    pub(super) bus: String,
-    pub(super) slot: u32,
+pub struct PciSlot {
+    /// The bus's id.
+    pub bus: String,
+    /// The slot's number there.
+    pub slot: u32,
 }
 
 impl fmt::Display for PciSlot {
@@ -38,11 +40,11 @@ impl fmt::Display for PciSlot {
 
 /// The slots that there are for views.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(super) struct PciSlots {
+pub struct PciSlots {
     /// Those that nothing is in.
-    pub(super) free: BTreeSet<PciSlot>,
+    pub free: BTreeSet<PciSlot>,
     /// How many there are.
-    pub(super) count: usize,
+    pub count: usize,
 }
 
 #[derive(Deserialize)]

@@ -6,6 +6,7 @@
 //! its VGA adapter.
 
 use std::collections::BTreeMap;
+use std::os::fd::BorrowedFd;
 
 use kvmmem_abi::descriptor::{MAX_RANGES, WindowRange};
 use kvmmem_proto::map::{PAGE_SIZE, Region};
@@ -16,31 +17,36 @@ const LARGE_PAGE: u64 = 2 << 20;
 /// A gap in a file that a grant of all RAM may show rather than go around it.
 const SMALL_GAP: u64 = LARGE_PAGE;
 
+/// `f_type` of hugetlbfs (linux/magic.h).
+const HUGETLBFS_MAGIC: i64 = 0x9584_58f6;
+
 /// A part of one of the target's files, shown as one BAR.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Window {
+pub struct Window {
     /// Which of the files.
-    pub(super) file: u32,
+    pub file: u32,
     /// First byte.
-    pub(super) offset: u64,
+    pub offset: u64,
     /// Length: a power of two.
-    pub(super) len: u64,
+    pub len: u64,
 }
 
 /// What is to be known of a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Shape {
+pub struct Shape {
     /// Bytes.
-    pub(super) size: u64,
+    pub size: u64,
     /// Bytes of its pages: nothing smaller can be mapped.
-    pub(super) page: u64,
+    pub page: u64,
 }
 
 /// Windows, and what of the target's memory is where in them. The first window is number 1.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(super) struct WindowLayout {
-    pub(super) windows: Vec<Window>,
-    pub(super) ranges: Vec<WindowRange>,
+pub struct WindowLayout {
+    /// The windows, from number 1 on.
+    pub windows: Vec<Window>,
+    /// What is in them, by ascending address.
+    pub ranges: Vec<WindowRange>,
 }
 
 /// Why memory cannot be shown as BARs.
@@ -89,7 +95,7 @@ struct Run {
 
 /// Cuts the regions of a scope. `is_whole` where the scope is all RAM; `has_offset` where QEMU
 /// shows parts of files.
-pub(super) fn cut(
+pub fn cut(
     regions: &[Region],
     is_whole: bool,
     has_offset: bool,
@@ -213,6 +219,15 @@ fn places(regions: &[Region], windows: &[Window]) -> Vec<WindowRange> {
     }
     ranges.sort_unstable_by_key(|range| range.gpa);
     ranges
+}
+
+/// The shape of a file of RAM; `None` where the kernel does not say.
+pub fn shape(file: BorrowedFd<'_>) -> Option<Shape> {
+    let stat = rustix::fs::fstat(file).ok()?;
+    // For a file of huge pages this is their size; for others it may be less or more than a page.
+    let is_huge = rustix::fs::fstatfs(file).is_ok_and(|stat| stat.f_type == HUGETLBFS_MAGIC);
+    let page = if is_huge { u64::try_from(stat.st_blksize).ok()? } else { PAGE_SIZE };
+    Some(Shape { size: u64::try_from(stat.st_size).ok()?, page })
 }
 
 #[cfg(test)]
