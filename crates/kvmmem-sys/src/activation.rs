@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Sockets that the service manager has opened for this process (sd_listen_fds(3)).
+//! Socket activation: listening sockets that the service manager passes (sd_listen_fds(3)).
 
 use std::ffi::OsString;
 use std::io;
@@ -16,7 +16,7 @@ const MOST: RawFd = 16;
 /// Why sockets that were passed cannot be taken.
 #[derive(Debug, thiserror::Error)]
 pub enum ActivationError {
-    /// `LISTEN_FDS` is no number from 0 to 16.
+    /// `LISTEN_FDS` is not a number from 0 to 16.
     #[error("LISTEN_FDS is {0:?}, not a number from 0 to {MOST}")]
     Count(OsString),
     /// A descriptor that `LISTEN_FDS` counts is not one.
@@ -30,7 +30,7 @@ pub enum ActivationError {
         #[source]
         source: io::Error,
     },
-    /// A descriptor is no socket that listens.
+    /// A descriptor is not a listening socket.
     #[error("descriptor {0}, passed by LISTEN_FDS, is not a listening socket")]
     NotListening(RawFd),
 }

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! A memfd that two processes map to hand over copies of memory: the broker fills it from
-//! `/proc/PID/mem`, the tool copies out of it, and the other way round for writes.
+//! Copy buffer: a memfd that the broker and a tool share to pass copies of private RAM.
 //!
-//! The peer may write the buffer at any moment, so no reference into it ever exists. The broker
-//! touches it by system calls alone: a page that the peer has taken out of the memfd is an errno
-//! there, not a SIGBUS.
+//! To read, the broker fills it from `/proc/PID/mem` and the tool copies out of it; to write, the
+//! roles are exchanged. The peer may write the buffer at any moment, so there is never a reference
+//! into it. The broker accesses it by system calls only: a page that the peer has punched out is an
+//! errno there, not a SIGBUS.
 
 use std::arch::asm;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -168,7 +168,8 @@ impl Drop for CopyBuffer {
     }
 }
 
-/// Copies bytes that another process may be writing: in assembly, for which that is no data race.
+/// Copies bytes that another process may write meanwhile: in assembly, where this is not a data
+/// race.
 ///
 /// # Safety
 /// `from` to `from + len` may be read, `to` to `to + len` may be written, and they do not overlap.

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The ioctls of `/dev/kvmmem` on a page that the caller owns.
+//! v1's ioctls of `/dev/kvmmem` ([`kvmmem_abi::ioctl`]), on a page that the caller owns.
 
 use std::fs::{File, OpenOptions};
 use std::os::fd::AsFd;

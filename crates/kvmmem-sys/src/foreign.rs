@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! A stretch of this process's addresses at which the memory of another virtual machine is mapped.
+//! Foreign mappings: an address range of this process that maps another virtual machine's memory.
 //!
-//! That memory changes at any moment, and may be taken back at any moment: so no reference into it
-//! ever exists, and it is copied by the guarded routines alone.
+//! `kvmmem::Mapping` is built on it. The memory may change or be removed at any moment. So there is
+//! never a reference into it, and only the guarded routines (`guarded`) access it.
 
 use core::arch::x86_64::_MM_HINT_T0;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};

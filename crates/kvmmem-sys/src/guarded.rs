@@ -1,16 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Copies from and to foreign memory: memory of another virtual machine, which may vanish at any
-//! moment and then raises SIGBUS. Only the routines of `copies.s` touch it; when one of them meets
-//! the signal, it ends early and says so.
+//! Guarded accesses to foreign memory, which may be removed at any moment and raises SIGBUS then.
 //!
-//! A handler of SIGBUS tells such a fault by where it happened: the instruction lies in one of two
-//! stretches of code (loads from foreign memory, stores to it), the kernel raised the signal for a
-//! page fault, and the address is one that the routine was about to access. Any other SIGBUS goes
-//! to the handler that was there before, or to the default action.
+//! Only the routines of `copies.s` access it. A routine that is interrupted by the signal ends
+//! early and reports how far it got.
 //!
-//! The handler is installed once, at the first mapping. One that the program installs later must
-//! pass on what it does not know, as this one does; else a page that vanishes kills the process
-//! again. A process that was forked has the handler as well; `exec` removes it together with all
+//! The handler of SIGBUS recognises such a fault by three conditions: the instruction is in one of
+//! two code ranges (loads from foreign memory, stores to it), the kernel raised the signal for a
+//! page fault, and the address is the one that the routine was accessing. Any other SIGBUS goes to
+//! the handler that was installed before, or to the default action.
+//!
+//! The handler is installed once, at the first mapping. A handler that the program installs later
+//! must pass on signals that are not its own, as this one does; otherwise a removed page kills the
+//! process again. A forked process inherits the handler; `exec` removes it together with all
 //! mappings.
 
 mod signal;

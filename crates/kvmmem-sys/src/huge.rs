@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Files of huge pages (hugetlbfs, memfds of MFD_HUGETLB): the kernel maps them in whole huge
-//! pages, rounding a length up without a word, and has no write(2) for them.
+//! Files of huge pages (hugetlbfs, memfds of MFD_HUGETLB).
+//!
+//! The kernel maps them in whole huge pages, silently rounds a length up, and has no write(2) for
+//! them. The broker writes RAM of QEMU's with this.
 
 use std::os::fd::{AsFd, BorrowedFd};
 

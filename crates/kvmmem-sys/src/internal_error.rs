@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! What KVM reports with `KVM_EXIT_INTERNAL_ERROR` (Documentation/virt/kvm/api.rst, section 5),
-//! which kvm-ioctls does not wrap.
+//! Data of `KVM_EXIT_INTERNAL_ERROR` (Documentation/virt/kvm/api.rst, section 5), which kvm-ioctls
+//! does not wrap.
 
 use kvm_bindings::KVM_EXIT_INTERNAL_ERROR;
 use kvm_ioctls::VcpuFd;

@@ -1,6 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The one crate of kvmmem on the host's and the tool's side that may use `unsafe`: each module
-//! wraps one thing that the kernel offers and no well-kept crate wraps safely.
+//! Safe wrappers for kernel interfaces that no maintained crate wraps safely; the only crate of
+//! kvmmem outside of the kernel with `unsafe` code.
+//!
+//! | module | wraps | used by |
+//! |---|---|---|
+//! | [`foreign`], [`search`] | mappings of another VM's memory, search in place | `kvmmem` |
+//! | [`device`], [`view`], [`page`] | the ioctls of `/dev/kvmmem` | `kvmmem` |
+//! | [`copy_buffer`] | the buffer in which the broker copies private RAM | `kvmmem`, broker |
+//! | [`ram`], [`memslot`], [`window`] | guest RAM and memory slots | `kvmmem-vmm` |
+//! | [`xen`], [`pio`], [`internal_error`] | KVM exits that kvm-ioctls lacks | `kvmmem-vmm` |
+//! | [`trap`] | SIGSYS of the sandbox | `kvmmem-vmm` |
+//! | [`huge`], [`cachestat`] | files of huge pages, page cache | broker, `kvmmem` |
+//! | [`socket`], [`activation`] | peers of unix sockets, socket activation | broker |
+//!
+//! Each `unsafe` block states why it is sound. A type with an invariant documents it.
 
 #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
 compile_error!("kvmmem is for x86-64 Linux alone");

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! A KVM memory slot outside of a guest's RAM that lives as long as the program wants, not as long
-//! as the VM.
+//! KVM memory slots outside of a guest's RAM, which the program adds and deletes while the VM runs.
+//!
+//! Windows (`kvmmem-vmm`) show targets with them. The mapping of a slot lives as long as the guest
+//! can reach it.
 
 use std::io;
 use std::sync::Arc;

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! One page of this process that `/dev/kvmmem` may replace by a page of another virtual machine.
+//! A page of this process that `/dev/kvmmem` may replace with a page of another virtual machine.
 //!
-//! After a MAP the bytes belong to two virtual machines at once: the other one may change them
-//! between any two instructions of this one. So nothing here ever makes a reference into the page;
-//! all access is volatile, a word at a time where the offset allows it.
+//! `kvmmem::MappedPage` is built on it. After MAP the other virtual machine may change the bytes
+//! between any two instructions. So there is never a reference into the page; all accesses are
+//! volatile, a word at a time if the offset allows it.
 
 use core::ffi::c_void;
 use core::ptr::NonNull;

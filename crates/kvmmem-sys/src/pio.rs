@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The answer to a port read, given after other ioctls on the vCPU: `VcpuExit::IoIn` borrows the
-//! vCPU until then.
+//! Answers a port read after other ioctls on the vCPU, which `VcpuExit::IoIn` would borrow.
 
 use std::ffi::c_void;
 use std::io;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Guest RAM: one sparse memfd whose offsets are GPAs, mapped into the VMM, any page of which can
-//! be replaced by a page of another file while the guest runs.
+//! Guest RAM: one sparse memfd, mapped into the VMM, whose offsets are GPAs. Any page can be
+//! replaced with a page of another file while the guest runs.
 //!
 //! The replacement is one `mmap(MAP_FIXED | MAP_SHARED)`; KVM follows it by its MMU notifier
 //! (`KVM_CAP_SYNC_MMU`, Documentation/virt/kvm/api.rst), so that the guest's next access sees the
@@ -75,7 +75,7 @@ pub enum RamError {
         /// Why.
         source: io::Error,
     },
-    /// The GPA is no page of RAM.
+    /// The GPA is not the start of a page of RAM.
     #[error("GPA {gpa:#x} is not the start of a page of RAM")]
     NoPage {
         /// The GPA asked for.

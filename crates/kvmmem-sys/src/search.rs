@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Where memory may hold a pattern: three of its bytes are compared at many places at a time. The
-//! search of a target's memory looks at that memory in place
-//! ([`Foreign::find`](crate::foreign::Foreign::find)), and copies only where this finds a
-//! candidate.
+//! Pattern search: compares three bytes of a pattern at many places at a time.
+//!
+//! A search of a target's memory does this in place
+//! ([`Foreign::find`](crate::foreign::Foreign::find)) and copies only candidates.
 
 mod atoms;
 
@@ -20,12 +20,12 @@ pub struct Probe {
     distances: Distances,
 }
 
-/// A byte of which only the bits of a mask count.
+/// A byte of a pattern; only the bits in `mask` are compared.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MaskedByte {
-    /// The bits that count, as they are to be.
+    /// Value of the compared bits.
     pub value: u8,
-    /// Which bits count.
+    /// The compared bits.
     pub mask: u8,
 }
 

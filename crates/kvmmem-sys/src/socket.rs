@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! What the kernel knows of a connected unix socket: who is at the other end, and how much that has
-//! not read.
+//! Kernel's view of a connected unix socket: the peer's credentials, and the bytes it has not read.
 //!
 //! `rustix::net::sockopt::socket_peercred` returns the process id as a `NonZero`, and the kernel
 //! reports 0 for a peer outside this process's pid namespace.

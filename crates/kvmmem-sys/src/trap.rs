@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! What a process says when its seccomp filter traps a system call (`SECCOMP_RET_TRAP`,
-//! seccomp(2)): the call's number on standard error. Then SIGSYS ends it.
+//! Handler of SIGSYS for system calls that the seccomp filter traps (`SECCOMP_RET_TRAP`,
+//! seccomp(2)): prints the call's number on standard error, then the process ends.
 
 use std::io;
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Memory that a guest sees outside of its RAM: a range of another VM's memory file, or the poison
-//! that takes its place.
+//! Mappings behind a guest's windows: a range of another VM's memory file, or the poison that
+//! replaces it when a view ends.
 
 use std::ffi::c_void;
 use std::fs::File;
@@ -49,7 +49,7 @@ impl Access {
     }
 }
 
-/// Why there is no mapping.
+/// Why a mapping could not be made.
 #[derive(Debug, thiserror::Error)]
 pub enum MappingError {
     /// The range is empty, unaligned, or longer than an address space.
@@ -312,7 +312,7 @@ impl GuestMapping {
     }
 
     /// Asks for large pages, and for no copy of another VM's memory in core dumps or children.
-    /// Refusals are no errors.
+    /// Refusals are ignored.
     fn advise(&self) {
         for advice in [Advice::LinuxHugepage, Advice::LinuxDontDump, Advice::LinuxDontFork] {
             // SAFETY: the range is this mapping's own, and none of these changes what the mapping

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! What a machine finds in its RAM and registers when it starts: the kernel, its parameters
-//! ([`params`]), page tables ([`paging`]), firmware tables ([`acpi`]) and the reset vector
-//! ([`reset`]).
+//! Initial contents of RAM and registers, written at start and after each reset: the kernel, its
+//! parameters ([`params`]), page tables ([`paging`]), firmware tables ([`acpi`]) and the reset
+//! vector ([`reset`]).
 //!
 //! Low memory, by GPA:
 //!

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! What a virtual machine is made of.
+//! Configuration of a virtual machine, which [`crate::run`] takes.
 
 use std::path::PathBuf;
 

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! How the caller of [`crate::run`] watches and stops the machine, and what it lends to it.
+//! Control of a running machine by the caller of [`crate::run`]: status events, stop requests, and
+//! the source of tokens.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -118,7 +119,7 @@ impl StopHandle {
         self.0.changed.notify_all();
     }
 
-    /// Whether the vCPU threads and whoever may block for long should leave.
+    /// Whether vCPU threads, and threads that may block for long, should end.
     pub(crate) fn is_ending(&self) -> bool {
         self.0.is_ending.load(Ordering::SeqCst)
     }

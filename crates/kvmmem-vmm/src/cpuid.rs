@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! What `cpuid` tells the guest: what KVM supports, with the topology of this machine, without
-//! KVM's own hypercalls where they do not reach KVM, and with kvmmem's leaves for an introspector.
+//! CPUID of the guest: KVM's supported leaves, with this machine's topology, and kvmmem's leaves
+//! for an introspector. KVM's own hypercalls are hidden if Xen's forwarding intercepts them.
 
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
 use kvm_ioctls::{Cap, Kvm};

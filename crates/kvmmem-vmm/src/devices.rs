@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The machine's devices and where they are.
+//! Devices of the machine, with their ports, addresses and interrupts.
 
 pub(crate) mod block;
 pub(crate) mod bus;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Why a machine could not be made or go on.
+//! Errors that end a machine or keep it from starting.
 
 use kvmmem_client::ClientError;
 use std::io;
@@ -14,7 +14,7 @@ use crate::mapping::MapError;
 use crate::vcpu::VcpuError;
 use crate::window::{SetUpError, TakeError};
 
-/// Why a machine could not be made or go on.
+/// Why a machine could not be made, or could not continue.
 #[derive(Debug, thiserror::Error)]
 pub enum VmmError {
     /// The configuration asks for something that no machine has.
@@ -58,7 +58,7 @@ pub enum VmmError {
     /// The file for serial output could not be made.
     #[error("cannot open the serial port's output")]
     Serial(#[source] io::Error),
-    /// There is no vsock device.
+    /// The vsock device could not be made.
     #[error("cannot make the vsock device")]
     Vsock(#[from] VsockError),
     /// The CPUID table could not be made.
@@ -76,10 +76,10 @@ pub enum VmmError {
     /// A vCPU failed.
     #[error("a vCPU failed")]
     Vcpu(#[from] VcpuError),
-    /// Mappings could not be undone, for a reset or because a grant was taken back.
+    /// Mappings could not be undone, for a reset or because a grant was revoked.
     #[error("cannot undo the machine's mappings")]
     Unmap(#[source] MapError),
-    /// There is no place or memory for windows.
+    /// No address space or memory is left for windows.
     #[error("cannot make the machine's windows")]
     Windows(#[from] SetUpError),
     /// A view has ended, and the guest could still reach the target's memory by it.

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The introspector's hypercalls: decoded ([`codec`]), their arguments fetched ([`memory`]),
+//! Hypercalls of an introspector: decoded ([`codec`]), their arguments fetched ([`memory`]),
 //! carried out by the mapping engine and the windows ([`view`]). [`xen`] and [`port`] are the two
-//! ways in and out (`kvmmem_abi::hypercall`).
+//! methods (`kvmmem_abi::hypercall`).
 //!
-//! A call that waits for the broker is executed again until the answer is there ([`deferred`],
-//! [`again`]): the guest sees one call that takes long, during which it serves interrupts.
+//! vCPU threads call this at the exit. A call that waits for the broker is executed again until the
+//! answer has arrived ([`deferred`], [`again`]): the guest sees one long call, and serves
+//! interrupts during it.
 //!
 //! | result | when |
 //! |---|---|
@@ -19,8 +20,8 @@
 //! | `-KVM_EOPNOTSUPP` | the machine has no broker; ATTACH, DETACH, SEEK: it has no windows |
 //! | `-KVM_ENOSYS` | unknown number |
 //!
-//! Checks come in an order in which a token is not used up where the call cannot work: only the two
-//! that need the target, its holes and its identity, come behind it.
+//! The order of checks keeps a token unused if the call cannot work. Only two checks follow the
+//! redemption, since they need the target: its holes and its identity.
 
 mod again;
 mod codec;
@@ -61,7 +62,7 @@ pub(crate) struct Hypercalls {
     attached: DeferredRequests<AttachKey, Attached>,
 }
 
-/// What names a MAP that waits for the broker.
+/// Key of a MAP that waits for the broker.
 #[derive(PartialEq)]
 struct RedeemKey {
     call: Hypercall,
@@ -81,8 +82,7 @@ impl Hypercalls {
         Self { engine, tokens, windows, memory, rendezvous, redeemed, attached }
     }
 
-    /// Takes note that a guest wrote at `gpa`, where no memory takes writes; false when that is no
-    /// business of windows.
+    /// Counts a guest's write to read-only memory at `gpa`; false if no window is there.
     pub(crate) fn refuse_write(&self, gpa: u64) -> bool {
         self.windows.as_ref().is_some_and(|windows| windows.refuse_write(gpa))
     }

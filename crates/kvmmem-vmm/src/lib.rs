@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! A small virtual machine monitor on `/dev/kvm`: what a Linux appliance needs, and the host's side
-//! of kvmmem's hypercalls.
+//! A small virtual machine monitor on `/dev/kvm`: devices for a Linux appliance, and the host's
+//! side of kvmmem's hypercalls.
 //!
-//! [`run`] takes a [`VmConfig`] through its life: RAM ([`kvmmem_sys::ram`]), kernel and firmware
-//! tables (`boot`), devices (`devices`), one thread per vCPU (`vcpu`), hypercalls (`hypercall`),
-//! the pages they map ([`mapping`]) and the windows they open (`window`). A VMM holds the memory of
-//! whole targets, so it gives up what it does not need (`sandbox`).
+//! The command line (`kvmmem vm`) and the test bed use it. [`run`] makes, runs and ends a machine
+//! from a [`VmConfig`]: RAM ([`kvmmem_sys::ram`]), kernel and firmware tables (`boot`), devices
+//! (`devices`), one thread per vCPU (`vcpu`), hypercalls (`hypercall`), pages mapped by v1
+//! ([`mapping`]) and windows (`window`). The process of an introspector maps the memory of whole
+//! targets, so it drops all rights that it does not need (`sandbox`).
 #![deny(unsafe_code)]
 
 mod boot;

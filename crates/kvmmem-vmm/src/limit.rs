@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! A limit on log lines that a guest can cause: for each call site five at once, then one a second.
+//! Rate limit for log lines that a guest can cause: per call site a burst of five, then one a
+//! second.
 
 /// `tracing::warn!` that a guest may trigger: limited per call site, with the number of lines left
 /// out.

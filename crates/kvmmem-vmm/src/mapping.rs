@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The mapping engine: pages of a target in place of the introspector's own.
+//! Mapping engine of v1: replaces pages of the introspector with pages of targets.
 
 mod broker;
 mod engine;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! A machine's hardware but for RAM and CPUs: what KVM emulates, and the devices with their places
-//! and interrupts.
+//! Hardware other than RAM and CPUs: devices that KVM emulates, and the machine's own devices with
+//! their addresses and interrupts.
 
 use std::sync::{Arc, Mutex};
 

@@ -7,8 +7,8 @@
 //! dropped.
 //!
 //! The invariant: while a guard lives, no thread is in `KVM_RUN`. A thread outside of `KVM_RUN`
-//! does not count, whatever it waits for; it may wait for the very thread that pauses it. So a
-//! pause waits only for threads in the guest, and kicks them until they have left.
+//! does not count: it may wait for the very thread that pauses it. So a pause waits only for
+//! threads in the guest, and kicks them until they have left.
 //!
 //! A paused thread reads its own vCPU's registers on request: no other thread can read them
 //! without waiting for `KVM_RUN`.

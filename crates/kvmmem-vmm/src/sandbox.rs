@@ -1,14 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! What the process of a machine gives up before it runs the guest. It maps the memory of whole
-//! targets: a guest that breaks out into it should reach nothing else.
+//! Sandbox of the machine's process, set up before the guest runs. The process maps the memory of
+//! whole targets: a guest that breaks out into it should reach nothing else.
 //!
 //! - no_new_privs: no program that it executes gains rights.
-//! - Landlock: of the file system it opens what a reset opens again, and no TCP port.
+//! - Landlock: only files that a reset opens again, and no TCP port.
 //! - seccomp: system calls that no machine needs end the process ([`filter`]), with the call's
 //!   number on standard error.
 //!
-//! What this host's kernel does not have is left out, with a warning: a machine that runs with less
-//! is better than none.
+//! Features that the host's kernel lacks are skipped with a warning.
 
 mod filter;
 

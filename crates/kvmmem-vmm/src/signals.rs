@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! SIGINT, SIGTERM and SIGHUP as orders to stop the machine.
+//! SIGINT, SIGTERM and SIGHUP stop the machine.
 
 use std::io;
 use std::thread::JoinHandle;

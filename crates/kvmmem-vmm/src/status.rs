@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The machine's events, one JSON object each, as `kvmmem vm --json` prints them.
+//! Status events of the machine, one JSON object each, as `kvmmem vm --json` prints them.
 
 use serde::Serialize;
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! One vCPU: its state at start, and the thread that runs it and decodes its exits.
+//! vCPU: its initial state, and the thread that runs it and handles its exits.
 
 mod internal_error;
 mod registers;
@@ -28,7 +28,7 @@ use crate::status::ActiveMethod;
 use internal_error::FalseDeliveries;
 pub use internal_error::KvmFault;
 
-/// Why a vCPU could not start or go on.
+/// Why a vCPU could not start or continue.
 #[derive(Debug, thiserror::Error)]
 pub enum VcpuError {
     /// KVM refused to set a part of its state.
@@ -91,7 +91,7 @@ pub enum VcpuError {
         /// What KVM reported.
         fault: KvmFault,
     },
-    /// KVM cannot go on, or gave a reason that a machine of this kind never causes.
+    /// KVM cannot continue, or exited for a reason that this machine never causes.
     #[error("vCPU {id} stopped: {exit}")]
     Exit {
         /// The vCPU.
@@ -198,7 +198,7 @@ impl Drop for LastWords<'_> {
 pub(crate) struct VcpuThread(Arc<JoinHandle<()>>);
 
 impl VcpuThread {
-    /// Starts the thread of vCPU `id`, which [`Rendezvous::kick`] calls out of the guest.
+    /// Starts the thread of vCPU `id`, which [`Rendezvous::kick`] makes leave the guest.
     pub(crate) fn start(id: u8, mut vcpu: VcpuFd, shared: Arc<Shared>) -> Result<Self, VcpuError> {
         let rendezvous = shared.rendezvous.clone();
         let run = move || {

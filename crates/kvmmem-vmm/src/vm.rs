@@ -1,5 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! A machine's life: made from its configuration, run, reset, ended.
+//! Lifecycle of a machine: make it from its configuration, run, reset and end it.
+//!
+//! A *generation* is the time between two resets; vCPUs, devices and windows belong to one, RAM and
+//! the connection to the broker to the machine.
 
 use std::sync::{Arc, Mutex};
 use std::time::Duration;

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Windows: guest-physical memory outside of RAM through which a guest sees its targets.
 //!
-//! A view is what a token opens. Each of its ranges is one memory slot ([`view`]) at a place of its
-//! own ([`area`]), and a descriptor page tells the guest where ([`descriptors`]). [`windows`] and
-//! [`seek`] do what the guest asks for, [`events`] what it is not asked about.
+//! Each range of a view is one memory slot ([`view`]) in the view's area ([`area`]), and a
+//! descriptor page tells the guest where ([`descriptors`]). [`windows`] and [`seek`] serve the
+//! guest's requests, [`events`] the broker's events, about which the guest is not asked.
 
 mod area;
 mod descriptors;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Looking at foreign memory where it is.
+//! Searches of foreign memory in place.
 
 use super::{Foreign, ForeignError, copied};
 use crate::guarded;

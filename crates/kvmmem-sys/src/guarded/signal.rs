@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The handler of SIGBUS behind the guarded copies.
+//! Handler of SIGBUS for the guarded accesses.
 
 use std::cell::Cell;
 use std::ffi::{c_int, c_void};
@@ -115,9 +115,9 @@ extern "C" fn handle(signal: c_int, info: *mut siginfo_t, context: *mut c_void) 
     }
 }
 
-/// Where to go on, if the fault is one of foreign memory in a guarded routine.
+/// The address to resume at, if a guarded routine faulted on foreign memory.
 fn guarded_end(info: &siginfo_t, context: &ucontext_t) -> Option<i64> {
-    // A SIGBUS that somebody sent may interrupt a routine anywhere; only faults are the routine's
+    // A SIGBUS sent by kill(2) may interrupt a routine anywhere; only faults are the routine's
     // own.
     if info.si_code != BUS_ADRERR && info.si_code != BUS_MCEERR_AR {
         return None;

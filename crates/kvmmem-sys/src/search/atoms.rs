@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Many short patterns at once: whether memory may hold one of them. A search with rules asks this
-//! first ([`Foreign::may_hold`](crate::foreign::Foreign::may_hold)), and copies memory for its
-//! engine only where the answer is yes.
+//! Multi-pattern filter: whether memory may hold one of many short patterns. A search with rules
+//! asks this first ([`Foreign::may_hold`](crate::foreign::Foreign::may_hold)), and copies memory
+//! for its engine only if it may.
 //!
-//! The method is that of Hyperscan's "Teddy": patterns are put into eight groups, and for each of
-//! four bytes a table says by each half of the byte which groups may have it. A place at which one
-//! group is left is compared with the patterns themselves.
+//! The method is that of Hyperscan's "Teddy": patterns are put into eight groups. For each of
+//! four bytes, a table maps each half of the byte to the groups that may have it. A place with a
+//! group left is compared with the patterns themselves.
 
 use super::MaskedByte;
 use crate::guarded::{self, Groups};

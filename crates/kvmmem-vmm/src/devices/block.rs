@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! virtio-blk (virtio 1.2, 5.2): a raw image, served by one thread.
 //!
-//! Data goes through a buffer of the VMM's, never by reference into guest memory. Whatever the
-//! driver puts into the queue, a request ends with a status or is dropped with a warning.
+//! Data is copied through a buffer of the VMM; there is never a reference into guest memory. The
+//! driver is untrusted: each request in the queue ends with a status, or is dropped with a warning.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
@@ -131,7 +131,7 @@ struct Server {
     quit: Arc<AtomicBool>,
 }
 
-/// How a request failed: its status byte.
+/// Status byte of a request that failed.
 struct RequestError(u32);
 
 impl From<io::Error> for RequestError {
@@ -149,9 +149,9 @@ impl Server {
                 let head = chain.head_index();
                 let written = self.serve(chain);
                 if head >= self.queue.size() {
-                    warn_limited!(head, "a block request that is none was dropped");
+                    warn_limited!(head, "an invalid block request was dropped");
                 } else if let Err(error) = self.queue.add_used(&*self.memory, head, written) {
-                    warn_limited!(%error, "a block request could not be given back");
+                    warn_limited!(%error, "a block request could not be completed");
                 }
                 used = true;
                 if self.quit.load(Ordering::SeqCst) {

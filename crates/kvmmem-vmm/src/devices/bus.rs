@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Ports or MMIO addresses to the devices behind them.
+//! Bus: dispatches accesses of ports or MMIO addresses to devices.
 
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};

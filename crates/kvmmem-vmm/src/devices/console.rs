@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The host's side of the serial port: where output goes, and the thread that brings input.
+//! Host's side of the serial port: where output goes, and the thread that reads input.
 
 use std::fs::File;
 use std::io::{self, IsTerminal, Write};
@@ -83,7 +83,7 @@ impl Write for ConsoleOutput {
 pub(crate) struct RawTerminal(Termios);
 
 impl RawTerminal {
-    /// Sets raw mode; `None` when standard input is no terminal.
+    /// Sets raw mode; `None` if standard input is not a terminal.
     pub(crate) fn enter() -> Option<Self> {
         let stdin = io::stdin();
         if !stdin.is_terminal() {

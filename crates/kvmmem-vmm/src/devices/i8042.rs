@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The keyboard controller, which is there for the one command by which old guests reset the
-//! machine.
+//! Keyboard controller (i8042), of which guests use only the command that resets the machine.
 
 use vm_superio::{I8042Device, Trigger};
 

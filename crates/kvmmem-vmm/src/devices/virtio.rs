@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! What a virtio device and its transport have to do with each other.
+//! Interface between a virtio device and its transport.
 
 use std::io;
 use std::sync::Arc;
@@ -20,7 +20,7 @@ pub(crate) trait VirtioDevice: Send {
     fn features(&self) -> u64;
     /// Size of each queue, a power of two.
     fn queue_sizes(&self) -> &'static [u16];
-    /// The device's configuration space; what lies behind it reads as zero.
+    /// The device's configuration space; bytes after it read as zero.
     fn config(&self) -> &[u8];
     /// Whether interrupts come without [`Interrupt`], from the kernel.
     fn signals_by_itself(&self) -> bool {

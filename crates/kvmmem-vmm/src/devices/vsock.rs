@@ -25,7 +25,7 @@ const QUEUE_SIZE: u16 = 256;
 /// none.
 const VHOST_QUEUES: usize = 2;
 
-/// Why there is no vsock device.
+/// Why the vsock device could not be made.
 #[derive(Debug, thiserror::Error)]
 pub enum VsockError {
     /// The device node is missing or not accessible.
@@ -139,7 +139,7 @@ impl VirtioDevice for Vsock {
         if !std::mem::take(&mut self.running) {
             return;
         }
-        // Rings cannot be taken back from a vhost device: close it. The next driver gets a new one.
+        // A vhost device cannot release its rings: close it. The next driver gets a new one.
         if let Some(backend) = self.backend.take()
             && let Err(error) = backend.stop()
         {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Has a vCPU execute its hypercall again, with the interrupts delivered that came meanwhile.
+//! Makes a vCPU execute its hypercall again, after it has taken pending interrupts.
 
 use kvm_bindings::kvm_regs;
 use kvm_ioctls::{Error, VcpuFd};

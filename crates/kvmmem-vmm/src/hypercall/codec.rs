@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! A hypercall from the registers that carry it.
+//! Decodes a hypercall from the registers that carry it.
 
 use kvm_bindings::kvm_regs;
 use kvmmem_abi::hypercall::{ATTACH, DETACH, MEM_MAP, MEM_UNMAP, SEEK, UNMAP_ALL};

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Requests to the broker that outlast a hypercall, so that no vCPU waits for the broker.
+//! Deferred requests to the broker, which outlast a hypercall so that no vCPU waits for the broker.
 //!
-//! A thread makes the request. The vCPU waits for [`PATIENCE`]; without an answer by then it
-//! executes its hypercall again ([`super::again`]), serves its interrupts on the way, and asks here
-//! for the same request. The guest may have moved the caller to another vCPU meanwhile, so a
-//! request belongs to the machine and is found by its key.
+//! A thread makes the request. The vCPU waits for [`PATIENCE`]. Without an answer by then it
+//! executes its hypercall again ([`super::again`]), takes its interrupts, and asks here for the
+//! same request. The guest may have moved the caller to another vCPU meanwhile, so a request
+//! belongs to the machine and is found by its key.
 //!
-//! An answer that the guest does not come back for is released after [`KEPT`], or when the machine
-//! ends or resets.
+//! If the guest does not repeat the call, the answer is released after [`KEPT`], or when the
+//! machine ends or resets.
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::task::Poll;
@@ -23,7 +23,7 @@ const PATIENCE: Duration = Duration::from_millis(1);
 /// back much sooner.
 const KEPT: Duration = Duration::from_secs(10);
 
-/// The most requests of one machine, each of which has a thread.
+/// The most requests of one machine; each has a thread.
 const MOST: usize = 64;
 
 /// The requests of one kind, between two resets of a machine. When this is dropped, its threads are

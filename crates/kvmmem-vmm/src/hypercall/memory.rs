@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! A hypercall's arguments and results in the introspector's virtual memory.
+//! Arguments and results of hypercalls in the introspector's virtual memory.
 
 use kvmmem_abi::errno::KvmError;
 use kvmmem_abi::ioctl::PAGE_SIZE;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Hypercalls by the doorbell port.
+//! Method *port*: hypercalls by reading the doorbell port.
 
 use std::task::Poll;
 

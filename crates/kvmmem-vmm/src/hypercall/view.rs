@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The hypercalls on views.
+//! Hypercalls on views: ATTACH, DETACH, SEEK.
 
 use std::sync::Arc;
 use std::task::Poll;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Hypercalls by `vmcall`/`vmmcall`, forwarded as Xen's.
+//! Method *xen*: hypercalls by `vmcall`/`vmmcall`, which KVM forwards as Xen's.
 
 use std::task::Poll;
 

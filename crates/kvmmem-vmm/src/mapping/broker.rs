@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The broker as the source of targets.
+//! The broker as [`TokenSource`]: tokens are redeemed over the machine's connection to it.
 
 use kvmmem_client::ClientError;
 use std::os::fd::{BorrowedFd, OwnedFd};

@@ -1,11 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The table of replaced pages, and the two hypercalls' work on it.
+//! Table of replaced pages, on which MAP and UNMAP work.
 //!
-//! A page goes from *own* to *reserved* (a token is being redeemed for it) to *mapped*, perhaps to
-//! *revoked*, and back to *own*. The table's
-//! lock is held while a page is replaced or restored, so that no two vCPUs work on one page, but
-//! not while a token is redeemed, which may wait for the broker: the reservation keeps other vCPUs
-//! from the page meanwhile.
+//! States of a page: *own*, *reserved* (a token is being redeemed for it), *mapped*, perhaps
+//! *revoked*, and *own* again. The table's lock is held while a page is replaced or restored, so
+//! that no two vCPUs work on one page. It is not held while a token is redeemed, which may wait for
+//! the broker: the reservation keeps other vCPUs from the page meanwhile.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -24,7 +23,7 @@ use crate::window::{MAX_SLOTS_PER_VIEW, MAX_VIEWS};
 /// Why a page could not be mapped or unmapped. The guest gets [`MapError::number`].
 #[derive(Debug, thiserror::Error)]
 pub enum MapError {
-    /// The own GPA is no page-aligned GPA of RAM.
+    /// The own GPA is not the start of a page of RAM.
     #[error("own GPA {gpa:#x} is not the start of a page of RAM")]
     OwnPage {
         /// The GPA asked for.
@@ -60,13 +59,13 @@ pub enum MapError {
     /// The token does not open a target.
     #[error("the token was refused ({})", .0.number())]
     Token(KvmError),
-    /// The grant does not let anyone write, which whoever has a page mapped can.
+    /// The grant is read-only, and a mapped page is always writable.
     #[error("grant {grant} is for reading alone, and pages are mapped for writing: attach a view")]
     ReadOnly {
         /// The grant.
         grant: u64,
     },
-    /// The grant was taken back meanwhile.
+    /// The grant was revoked meanwhile.
     #[error("grant {grant} was taken back while its page was mapped")]
     Revoked {
         /// The grant.
@@ -112,7 +111,7 @@ enum Page {
     /// A page of this target is mapped here, by this grant. The target's file is kept open: what it
     /// holds stays readable after the target's death.
     Mapped { _target: Arc<dyn TargetMemory>, grant: u64 },
-    /// A page was mapped here until its grant was taken back: now it is the machine's own again.
+    /// A page was mapped here until its grant was revoked; now it is the machine's own again.
     Revoked,
 }
 

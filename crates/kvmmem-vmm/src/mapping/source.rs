@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! What the mapping engine and the windows need of whoever knows the targets and keeps their
-//! grants.
+//! Source of tokens: what the mapping engine and the windows need from the broker.
+//!
+//! [`TokenSource`] is implemented by the connection to the broker, and by tests.
 
 use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Weak};
@@ -11,7 +12,7 @@ use kvmmem_proto::map::MemoryMap;
 
 use crate::window::Views;
 
-/// The memory of one target, as a token opened it.
+/// Memory of one target, opened with a token.
 pub trait TargetMemory: Send + Sync {
     /// The source's number for the target.
     fn id(&self) -> u64;
@@ -26,7 +27,7 @@ pub trait TargetMemory: Send + Sync {
     }
 
     /// A file that holds some of the target's RAM, by the number that regions have for it; `None`
-    /// behind the last. It must be sealed against shrinking: a page beyond its end would kill
+    /// after the last. It must be sealed against shrinking: a page beyond its end would kill
     /// the VMM by SIGBUS.
     fn file(&self, index: u32) -> Option<BorrowedFd<'_>>;
 
@@ -34,7 +35,7 @@ pub trait TargetMemory: Send + Sync {
     fn map(&self) -> &MemoryMap;
 }
 
-/// What a token opened for one page.
+/// Result of redeeming a token for one page.
 #[derive(Clone)]
 pub struct Redeemed {
     /// Number of the grant.
@@ -45,7 +46,7 @@ pub struct Redeemed {
     pub scope: Scope,
 }
 
-/// What a token opened for as long as it is not taken back.
+/// Result of attaching a view; valid until the grant is revoked.
 #[derive(Clone)]
 pub struct Attached {
     /// Number of the view.
@@ -58,33 +59,33 @@ pub struct Attached {
     pub scope: Scope,
 }
 
-/// Trades tokens for memory, and takes it back: by what it says to the [`Views`] that it was told
-/// of.
+/// Exchanges tokens for memory, and reports revocations to the [`Views`] of
+/// [`TokenSource::set_events`].
 ///
-/// Such an event may come before the page or the view that it concerns is where the handler looks
-/// for it. So what has been traded is looked at once more, by [`TokenSource::is_revoked`] or
-/// [`TokenSource::current`], under the lock that the handler takes: an event that is not seen there
-/// is one that the handler will see.
+/// An event may arrive before its page or view is in the table in which the handler looks. So the
+/// caller checks [`TokenSource::is_revoked`] or [`TokenSource::current`] again under the lock that
+/// the handler takes: an event that this check misses will find the page or view in the table.
 pub trait TokenSource: Send + Sync {
-    /// Uses the token up for one page.
+    /// Redeems the token for one page; this uses the token.
     ///
     /// # Errors
-    /// [`KvmError::NoEnt`] for a token that is unknown, used or expired, [`KvmError::Again`] when
-    /// nobody can tell now, [`KvmError::Perm`] when this machine may not use it,
-    /// [`KvmError::OpNotSupp`] when nobody can map the target's RAM.
+    /// [`KvmError::NoEnt`] for a token that is unknown, used or expired, [`KvmError::Again`] if
+    /// the broker cannot be asked now, [`KvmError::Perm`] if this machine may not use it,
+    /// [`KvmError::OpNotSupp`] if the target's RAM cannot be mapped.
     fn redeem(&self, token: &Token) -> Result<Redeemed, KvmError>;
 
-    /// As [`TokenSource::redeem`], for a token that costs no wait; `None` where it would.
+    /// As [`TokenSource::redeem`] for a token that can be redeemed without waiting; `None` for
+    /// others.
     fn claim(&self, _token: &Token) -> Option<Redeemed> {
         None
     }
 
-    /// Which connection's numbers of grants and views count now.
+    /// Number of the connection whose grants and views are valid now.
     fn connection(&self) -> u64 {
         0
     }
 
-    /// Whether a grant was taken back since a token of it was redeemed.
+    /// Whether a grant was revoked since a token of it was redeemed.
     fn is_revoked(&self, grant: u64) -> bool;
 
     /// Uses the token to open a view on behalf of `caller`, with no rights but reading if
@@ -98,12 +99,12 @@ pub trait TokenSource: Send + Sync {
     /// The target of a view as it is now; `None` once the view has ended.
     fn current(&self, view: u64) -> Option<Arc<dyn TargetMemory>>;
 
-    /// Takes note that a view is closed.
+    /// Records that a view is closed.
     fn detached(&self, view: u64, counters: ViewCounters);
 
-    /// Takes note of a view's counters.
+    /// Records a view's counters.
     fn counters(&self, view: u64, counters: ViewCounters);
 
-    /// Tells `views` from now on of what happens to grants and targets.
+    /// Reports events of grants and targets to `views` from now on.
     fn set_events(&self, views: Weak<Views>);
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The system calls of a machine's process: what its own code makes, and what the C library and the
-//! runtime make on their own (threads, memory, time, a panic's message).
+//! Seccomp filter: the system calls of the VMM's own code, and those that the C library and the
+//! runtime make (threads, memory, time, a panic's message).
 
 use std::collections::BTreeMap;
 use std::io;
@@ -129,7 +129,7 @@ const ALLOWED: &[i64] = &[
     libc::SYS_exit_group,
 ];
 
-/// Types of ioctls of which all are allowed: those of KVM and of vhost.
+/// Types of ioctls that are allowed completely: KVM's and vhost's.
 const IOCTL_TYPES: [u64; 2] = [0xae, 0xaf];
 
 /// Other ioctls: terminals (but for TIOCSTI, which types on them), descriptors, block devices.

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The guest-physical space for windows: above RAM and devices, below the end of the guest's
-//! physical addresses.
+//! Allocator of guest-physical address space for windows, above RAM and devices and below the end
+//! of the guest's physical addresses.
 
 use std::collections::BTreeMap;
 
@@ -93,7 +93,7 @@ pub(crate) struct Layout {
 /// file modulo the largest page that fits in it, so that large pages of the file are large pages of
 /// the guest; `None` beyond 2^64.
 ///
-/// A start that is no multiple of [`Layout::alignment`] loses that.
+/// A start that is not a multiple of [`Layout::alignment`] loses that.
 pub(crate) fn lay_out(regions: &[Region], from: u64) -> Option<Layout> {
     let mut layout =
         Layout { offsets: Vec::with_capacity(regions.len()), len: from, alignment: LARGE_PAGE };

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The views' descriptor pages: one memory file that the guest reads through a read-only memory
+//! Descriptor pages of views: one memory file, which the guest reads through a read-only memory
 //! slot.
+//!
+//! The format is [`kvmmem_abi::descriptor`].
 
 use std::fs::File;
 use std::os::fd::AsFd;
@@ -25,7 +27,7 @@ const GENERATION_WORD: usize = GENERATION_AT / 8;
 const _: () = assert!(WORDS_PER_PAGE as u64 * 8 == PAGE_SIZE);
 const _: () = assert!(SIZE.is_multiple_of(8) && GENERATION_AT.is_multiple_of(8));
 
-/// Why there are no descriptor pages.
+/// Why the descriptor pages could not be made.
 #[derive(Debug, thiserror::Error)]
 pub enum DescriptorsError {
     /// The host gave no memory for them.

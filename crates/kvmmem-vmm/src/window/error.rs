@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Why views are not to be had.
+//! Errors of windows and views.
 
 use std::io;
 
@@ -23,13 +23,13 @@ pub enum SetUpError {
         /// How many bits there are.
         address_bits: u32,
     },
-    /// There are no descriptor pages.
+    /// The descriptor pages could not be made.
     #[error(transparent)]
     Descriptors(#[from] DescriptorsError),
-    /// There is no memory to put in the place of a target's.
+    /// The memory that replaces a target's, the poison, could not be made.
     #[error("cannot make the memory that takes the place of a revoked view's")]
     Poison(#[source] MappingError),
-    /// There is no thread.
+    /// The worker thread could not be started.
     #[error("cannot start the views' thread")]
     Thread(#[source] io::Error),
 }
@@ -61,7 +61,7 @@ pub(crate) enum WindowError {
     /// The space for windows is full.
     #[error("{len:#x} bytes of guest-physical space are not to be had")]
     NoSpace { len: u64 },
-    /// KVM has no more slots.
+    /// All slots of KVM are in use.
     #[error("all memory slots are taken")]
     NoSlot,
     /// The host refused to show a range.
@@ -76,7 +76,7 @@ pub(crate) enum WindowError {
     /// The view's right has ended.
     #[error("the view at {gpa:#x} has ended")]
     Closed { gpa: u64 },
-    /// There is no data, or no hole, any more.
+    /// No data, or no hole, follows.
     #[error("nothing is found from {from:#x} on")]
     NotFound { from: u64 },
     /// The host did not search the target's file.

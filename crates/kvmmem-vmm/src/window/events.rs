@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! What happens to views without the guest's doing: rights that end, targets that change.
+//! Events of views that the broker reports: grants that are revoked, targets that change or exit.
 //!
-//! The guest is not asked. Its vCPUs are called out, which ends all access at once, however large a
-//! view is: what comes then takes time. The slots get poison, one after the other; the vCPUs go on;
-//! what was behind the slots is unmapped.
+//! The guest is not asked. Pausing its vCPUs ends all access at once, however large a view is. Then
+//! each slot gets poison, the vCPUs run again, and the worker unmaps what was behind the slots.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -22,7 +21,7 @@ use crate::limit::warn_limited;
 use crate::mapping::{MapError, MappingEngine, TargetMemory};
 use crate::rendezvous::PauseGuard;
 
-/// A machine's pages and views, as whoever keeps the grants sees them.
+/// A machine's pages and views, as the source of tokens sees them.
 pub struct Views {
     engine: Arc<MappingEngine>,
     /// Those of the present generation. Locked during an event, so that none is under way once
@@ -151,7 +150,7 @@ impl Windows {
         self.worker.unmap(behind);
     }
 
-    /// Calls the vCPUs out of the guest until the result is dropped; `None` if they do not come.
+    /// Pauses the vCPUs until the result is dropped; `None` if they do not leave the guest.
     fn pause(&self) -> Option<PauseGuard> {
         self.host
             .rendezvous

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Where a target's memory has data: so that a guest that scans it makes the host allocate nothing.
-//! The host's pages are the measure: where it has given the target large ones, all of such a page
-//! is data once a byte of it is.
+//! SEEK: finds data in a target's memory, so that a guest's scan does not make the host allocate.
+//!
+//! The granularity is the host's pages: a large page counts as data as soon as a byte of it does.
 
 use std::os::fd::BorrowedFd;
 use std::time::{Duration, Instant};
@@ -16,7 +16,7 @@ use super::error::WindowError;
 use super::windows::Windows;
 use crate::mapping::TargetMemory;
 
-/// Which way [`Windows::seek`] looks.
+/// What [`Windows::seek`] looks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Seek {
     /// For memory that the target has touched.

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The table of a machine's views, and their share of guest-physical space and of KVM's slot
-//! numbers.
+//! Table of a machine's views by descriptor index, with the free address space and slot numbers.
 
 use kvmmem_sys::memslot::Memslot;
 use kvmmem_sys::window::{GuestMapping, PoisonFile};

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! One view: its ranges, the memory slots that show them, and what becomes of these when its right
-//! ends.
+//! View: its ranges, the memory slots that map them, and the poison that replaces them at its end.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -20,7 +19,7 @@ use crate::mapping::TargetMemory;
 pub(super) enum State {
     /// In use.
     Open,
-    /// Its grant was taken back.
+    /// Its grant was revoked.
     Revoked,
     /// Its target, or who could take its grant back, is gone.
     Gone,
@@ -65,8 +64,7 @@ pub(crate) enum ShowError {
     },
 }
 
-/// A slot that nothing could take from the guest: neither KVM nor the kernel's `mmap` does as it is
-/// told any more.
+/// A slot that could not be removed from the guest: KVM and the kernel's `mmap` both failed.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot take memory slot {slot} at GPA {gpa:#x} from the guest")]
 pub struct TakeError {
@@ -78,7 +76,7 @@ pub struct TakeError {
     source: MappingError,
 }
 
-/// A range of the target's memory and the slot that shows it.
+/// A range of the target's memory and the slot that maps it.
 pub(super) struct MappedRange {
     pub(super) region: Region,
     /// Offset in the view's part of the window.
@@ -94,8 +92,8 @@ pub(super) struct View {
     pub(super) grant: u64,
     /// The target's UUID.
     pub(super) uuid: [u8; 16],
-    /// The target as it was last told of; `None` once the view has ended, so that a guest that
-    /// does not detach keeps nobody's memory.
+    /// The target as last reported; `None` once the view has ended, so that a guest that does not
+    /// detach keeps no memory.
     pub(super) target: Option<Arc<dyn TargetMemory>>,
     pub(super) scope: Scope,
     pub(super) token_digest: [u8; 32],
@@ -106,7 +104,7 @@ pub(super) struct View {
     pub(super) len: u64,
     /// By rising target GPA.
     pub(super) shown: Vec<MappedRange>,
-    /// Slots of ranges that the target has no more.
+    /// Slots of ranges that the target no longer has.
     pub(super) poisoned: Vec<Memslot>,
     pub(super) counters: ViewCounters,
     /// The counters as the source knows them.
@@ -163,7 +161,7 @@ impl View {
         self.target = None;
     }
 
-    /// All slots, for whoever takes them from the guest.
+    /// All slots, to remove them from the guest.
     pub(super) fn slots(&mut self) -> impl Iterator<Item = &mut Memslot> {
         self.shown.iter_mut().map(|shown| &mut shown.slot).chain(&mut self.poisoned)
     }
@@ -244,7 +242,7 @@ pub(super) fn poison_in_place(slot: &mut Memslot, file: &PoisonFile) -> Result<(
     slot.poison_in_place(file).map_err(|source| TakeError { slot: number, gpa, source })
 }
 
-/// Takes a slot from the guest for good. A slot that KVM keeps is left with poison behind it.
+/// Removes a slot from the guest. A slot that KVM does not delete keeps poison.
 pub(super) fn delete(
     slot: &mut Memslot,
     file: &PoisonFile,

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! A machine's views: attached, searched and detached as the guest asks.
+//! Views of a machine: ATTACH and DETACH.
 //!
-//! The table's lock is held while slots come and go, but not while a token is traded, which may
-//! wait for the broker.
+//! The table's lock is held while slots are added and deleted, but not while a token is redeemed,
+//! which may wait for the broker.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -25,7 +25,7 @@ use crate::error::VmmError;
 use crate::mapping::{Attached, TargetMemory, TokenSource, is_own};
 use crate::rendezvous::Rendezvous;
 
-/// The most memory slots of a view, those of ranges that its target has no more included.
+/// The most memory slots of a view, with those of ranges that its target no longer has.
 pub(crate) const MAX_SLOTS_PER_VIEW: usize = 2 * kvmmem_abi::descriptor::MAX_RANGES;
 
 /// First of the slots' numbers; RAM's are below.

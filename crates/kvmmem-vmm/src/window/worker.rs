@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! What need not be done at once: unmapping what a guest no longer reaches, and telling of
-//! counters.
+//! Worker thread of the windows: unmaps what a guest no longer reaches, and reports counters.
 
 use std::io;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, sync_channel};
