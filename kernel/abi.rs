@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only
-//! The numbers and structures shared with tools and hosts: the sources of the crate `kvmmem-abi`.
+//! ABI: the numbers and structures shared with tools and hosts, from the crate `kvmmem-abi`.
 
 #[path = "../crates/kvmmem-abi/src/cpuid.rs"]
 pub(crate) mod cpuid;

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
-//! A view, as the host knows it: a window that a hypercall opened, or a slot that was plugged in.
-//! The host shows its memory until this is dropped.
+//! Attachment: the host's side of a view, a window opened by hypercall or plugged PCI slots.
+//!
+//! [`crate::view`] makes one at ATTACH. The host shows the target's memory until it is dropped.
 
 use core::mem::offset_of;
 
@@ -65,7 +66,7 @@ impl AttachCall {
         sys::sha256(self.0.split_at(offset_of!(AttachRequest, pid)).0)
     }
 
-    /// The bytes, of which the token is the first 32.
+    /// The bytes; the token is the first 32.
     pub(crate) fn bytes(&self) -> &[u8; AttachRequest::SIZE] {
         &self.0
     }
@@ -83,27 +84,27 @@ impl Drop for AttachCall {
     }
 }
 
-/// A view that the host shows.
+/// The host's side of a view, by transport.
 pub(crate) enum Attachment {
-    /// By the answer to a hypercall.
+    /// Opened by a hypercall.
     Hypercall(HypercallView),
-    /// By PCI devices.
+    /// Shown by PCI devices.
     Devices(Claim),
 }
 
-/// A window that a hypercall opened. Closed when dropped.
+/// A view opened by hypercall. Closed when dropped.
 pub(crate) struct HypercallView {
     method: Method,
     page: Memremap,
 }
 
 impl Attachment {
-    /// Has the host open the view that `call` asks for, with these flags.
+    /// Asks the host to open the view of `call`, with these flags.
     pub(crate) fn open(call: &mut AttachCall, flags: u32) -> Result<Self> {
         call.call(flags).map(Self::Hypercall)
     }
 
-    /// Takes the slot whose token is that of `call`: `ENOENT` where none is.
+    /// Claims the slot with the token of `call`: `ENOENT` if there is none.
     pub(crate) fn take(call: &AttachCall) -> Result<Self> {
         slots::claim(&call.digest()).map(Self::Devices)
     }
@@ -171,7 +172,7 @@ impl Attachment {
         }
     }
 
-    /// Tells the host that nothing of the view is used any more, whatever comes.
+    /// Reports to the host that this machine no longer uses the view.
     pub(crate) fn let_go(&self) {
         if let Self::Devices(claim) = self {
             claim.let_go();

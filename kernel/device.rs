@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
-//! `/dev/kvmmem`: open, ioctl, fdinfo, release, and what goes to the file's view.
+//! `/dev/kvmmem`: the file operations. Those of views go to [`crate::file`], v1's to
+//! [`crate::page_file`].
 
 use kernel::fs::{File, Kiocb};
 use kernel::iov::{IovIterDest, IovIterSource};

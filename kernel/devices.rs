@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
-//! The PCI driver: which of QEMU's `ivshmem-plain` functions are ours, and what happens when one is
-//! unbound.
+//! PCI driver: binds those of QEMU's `ivshmem-plain` functions that show views, and ends the views
+//! of a function that is unbound.
 
 use kernel::device::Core;
 use kernel::pci;

@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
-//! The views' half of an open file: which view it has, and what reading, seeking, polling and
-//! mapping do with it.
+//! View file: the view of an open file, and read, write, lseek, poll and mmap on it.
 //!
-//! mmap's offset, like every position, is an address of the target.
+//! An offset or position is a guest-physical address of the target.
 
 use kernel::bindings;
 use kernel::fs::File;
@@ -88,7 +87,7 @@ impl ViewFile {
         drop(before);
     }
 
-    /// Takes the file's view away: `ENOTCONN` where it has none. The caller holds `attaching`.
+    /// Removes the file's view: `ENOTCONN` if it has none. The caller holds `attaching`.
     pub(crate) fn detach(&self) -> Result {
         let view = self.view.lock().take().ok_or(ENOTCONN)?;
         view.detach();
@@ -143,7 +142,7 @@ impl ViewFile {
             }
     }
 
-    /// Maps the target's memory, of which some must be in the view: `ENXIO`. The rest raises
+    /// Maps the target's memory: `ENXIO` if none of it is in the view. The rest raises
     /// SIGBUS. `EAGAIN` while the host is changing the view: it is not waited for, as the
     /// process's memory is locked for writing.
     pub(crate) fn mmap(&self, area: &VmaNew) -> Result {
@@ -352,7 +351,7 @@ fn step(
     Ok(copied.map_or(Step::Changed, |count| Step::Copied(count, wanted)))
 }
 
-/// The next data: the host knows what of the ranges the target has never used or given back.
+/// The next data: the host knows which memory the target has never used or has freed.
 fn seek_data(view: &View, window: &Window, offset: i64) -> Result<u64> {
     let mut at = u64::try_from(offset).map_err(|_| ENXIO)?;
     loop {

@@ -216,7 +216,7 @@ impl Request {
         MemMap::addresses(&self.0)
     }
 
-    /// The bytes, of which the token is the first 32.
+    /// The bytes; the token is the first 32.
     pub(crate) fn bytes(&self) -> &[u8; MemMap::SIZE] {
         &self.0
     }

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0-only
-//! What the selftest forces upon the module: a way to a host that CPUID does not show, descriptor
-//! pages that stand in for its answers, memory that runs out. Root could have the module map any
-//! physical memory by these, so they exist only in a build with KVMMEM_SELFTEST=y, never in the
-//! module that is shipped.
+//! Parameters of the selftest: a hypercall method that CPUID does not offer, descriptor pages in
+//! place of the host's answers, allocations that fail.
+//!
+//! With them root could make the module map any physical memory. So they exist only in a build with
+//! KVMMEM_SELFTEST=y, never in the shipped module.
 
 #[cfg(kvmmem_selftest)]
 pub(crate) use forced::*;

@@ -1,22 +1,21 @@
 // SPDX-License-Identifier: GPL-2.0-only
-//! `kvmmem.ko`: `/dev/kvmmem`, by which a process sees the memory of another virtual machine:
-//! through a view, or page by page over its own memory (v1).
+//! `kvmmem.ko`: the driver of `/dev/kvmmem`, with which a process in a guest reads the memory of
+//! another virtual machine, through a view or page by page in place of its own memory (v1).
 //!
-//! A view goes through the files in this order: [`device`] (the system call), [`native`] or
-//! [`regions`] (the two sets of ioctls), [`file`] (the open file's view), [`view`] (what it shows
-//! now), [`attachment`] (what the host says of it, by a [`snapshot`] of its descriptor), [`window`]
-//! (the memory). Changes come back from [`watch`].
+//! Layers of a view, outermost first: [`device`] (system calls), [`native`] or [`regions`] (the two
+//! sets of ioctls), [`file`] (the open file's view), [`view`] (its contents at a generation),
+//! [`attachment`] (the host's side, read by a [`snapshot`] of its descriptor), [`window`] (the
+//! memory). [`watch`] notices the host's changes.
 //!
-//! Where the host cannot be called, views come as PCI devices: [`devices`] (the driver), [`slot`]
-//! (a descriptor and its windows), [`slots`] (which of them belong together, and which of them a
-//! token gets).
+//! Without hypercalls, views come as PCI devices: [`devices`] (the driver), [`slot`] (a descriptor
+//! and its windows), [`slots`] (all slots, and the one that a token claims).
 //!
-//! A MAP of v1 goes so: [`device`] (the ioctl), [`page_file`] (the open file), [`process`] and
-//! [`table`] (who owns which GVA), [`page`] (the tool's page, checked, charged and pinned),
-//! [`hypercall`] (the host's answer). UNMAP, closing the file and the end of the process go back
-//! the same way.
+//! Layers of v1's MAP: [`device`] (the ioctl), [`page_file`] (the open file), [`process`] and
+//! [`table`] (the owner of each GVA), [`page`] (the tool's page: checked, charged and pinned),
+//! [`hypercall`] (the host's answer). UNMAP, closing the file and the end of the process use the
+//! same layers.
 //!
-//! Locks, outermost first; what is not in one line is never held together:
+//! Locks, outermost first. Two locks are held together only if one line names both:
 //!
 //! - `ViewFile::attaching`, while the host opens or closes the file's view; then
 //!   `ViewFile::regions` or `ViewFile::view`, then those below.
@@ -32,22 +31,21 @@
 //!   `mmap_lock`.
 //! - each process's table of v1 has a mutex of its own.
 //!
-//! The reboot notifier takes none of them: it waits until no MAP is under way, and no more is
-//! begun.
+//! The reboot notifier takes none of them: it refuses new MAPs and waits for those in progress.
 //!
-//! User memory is touched under none of them: it may be a mapping of this very device. The host
-//! opens views under `attaching`; it looks for data (SEEK) under no lock; it closes a view for
-//! whoever lets go of it last, which may be a fault or an munmap, under `mmap_lock` then.
+//! User memory is never accessed under any of them: it may be a mapping of this very device. The
+//! host opens views under `attaching` and looks for data (SEEK) under no lock. It closes a view
+//! when the last reference is dropped, which may be in a fault or an munmap, under `mmap_lock`.
 //!
-//! A window's memory is waited for in two places, until nobody uses it any more: in `View::replace`
-//! under `changing`, and when its function is unbound, under the PCI device's lock. Whoever has a
-//! window (an `Arc<Window>`, which keeps its `Arc<Bar>`s) therefore neither takes one of these two
-//! locks nor waits for user memory: copies are made without page faults, and what they lack is got
-//! in between. The view lets its window go by itself, as its work looks at the slot every 4 ms as
-//! long as it shows anything: unbinding need not find it, and nobody finds a view by its slot.
+//! Two places wait for the last user of a window's memory: `View::replace` under `changing`, and
+//! the unbinding of its function under the PCI device's lock. So code with a reference to a window
+//! (an `Arc<Window>`, which keeps its `Arc<Bar>`s) takes neither of these two locks and never waits
+//! for user memory: copies are made without page faults, and missing pages are faulted in between.
+//! The view drops its window by itself, since its work looks at the slot every 4 ms while a window
+//! is mapped. So unbinding need not find the view, and no view is found by its slot.
 //!
-//! `sys` is the only file with unsafe code; `shim.c` holds what exists as macros or inline
-//! functions only.
+//! `sys` is the only file with unsafe code; `shim.c` wraps macros and inline functions of the
+//! kernel.
 #![deny(unsafe_code)]
 
 use kernel::debugfs::{Dir, File};

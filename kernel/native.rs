@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only
-//! The ioctls of views.
+//! Ioctls of views ([`crate::abi::native`]): INFO, ATTACH, RANGES, DETACH, STATS.
 
 use kernel::fs::File;
 use kernel::prelude::*;

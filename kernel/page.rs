@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only
-//! A page of the tool: which page may be replaced, and what its replacement holds until it is
-//! undone.
+//! Page of the tool that v1 replaces: checked, charged and pinned until the replacement is undone.
 
 use kernel::mm::virt::{flags, VmaRef};
 use kernel::mm::MmWithUser;

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only
-//! v1's half of an open file: which process may map pages through it, and the account of what it
-//! has mapped.
+//! v1 file: the process that may map pages through an open file, and the account of its mappings.
 //!
 //! Opening costs a reference to the `mm_struct` only. The first MAP or UNMAP joins the process's
 //! [`crate::process`], which registers an MMU notifier: that takes all locks of the process's

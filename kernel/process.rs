@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0-only
-//! What the open files of one process share: its mapping table.
+//! Process: the mapping table that the open files of one process share.
 //!
 //! There is one [`Process`] for each `mm_struct` that has used v1 through an open file, found and
 //! counted by the kernel's MMU notifiers (see [`crate::sys::ProcessRef`]). They hold the
-//! `mm_struct` but not its memory (mmgrab), and tell when the process ends or executes another
-//! program, also where another process still has its files open.
+//! `mm_struct` but not its memory (mmgrab), and report when the process ends or executes another
+//! program, even if another process still has its files open.
 
 use kernel::prelude::*;
 use kernel::sync::{new_mutex, Mutex};

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-only
-//! libkvmi's region ioctls. A file that is opened for a target has a view while at least one of its
-//! regions is mapped; a region is a range of that view.
+//! Region ioctls of libkvmi ([`crate::abi::region`]).
+//!
+//! A file opened for a target has a view while at least one of its regions is mapped; a region is a
+//! range of that view.
 
 use core::mem::offset_of;
 

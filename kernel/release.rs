@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: GPL-2.0-only
-//! Waiting for the last user of something that is shared.
+//! Waits for the last user of a shared object.
 
 use kernel::prelude::*;
 use kernel::sync::{Arc, Completion};
 
-/// Lies in what is shared, as the field that is dropped last.
+/// Field of the shared object that is dropped last.
 pub(crate) struct Release(Arc<Completion>);
 
-/// Waits for the [`Release`] that it was made with.
+/// Waits until its [`Release`] is dropped.
 pub(crate) struct ReleaseWaiter(Arc<Completion>);
 
 impl Release {
@@ -27,7 +27,7 @@ impl Drop for Release {
 }
 
 impl ReleaseWaiter {
-    /// Sleeps until nobody uses it any more. The caller must not use it itself.
+    /// Sleeps until the shared object is dropped. The caller must not hold a reference.
     pub(crate) fn wait(self) {
         self.0.wait_for_completion();
     }

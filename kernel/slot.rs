@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0-only
-//! A PCI slot by which the host shows a view, or a part of one: the descriptor's page and up to
-//! seven windows.
+//! PCI slot that shows a view or a part of one: the descriptor page and up to seven windows.
 //!
-//! The host sends no interrupt, so a work looks at the page of a view's first slot: until all
-//! windows are there, and then at changes, as long as no view does. It looks more and more rarely
-//! while nothing changes.
+//! The host sends no interrupt. So a work polls the page of a view's first slot: until all windows
+//! are bound, and then for changes while no view polls it. The interval grows while nothing
+//! changes.
 
 use kernel::prelude::*;
 use kernel::sync::{new_mutex, Arc, Mutex};
@@ -69,7 +68,7 @@ pub(crate) struct Head {
 enum Phase {
     /// Windows are missing, or the host was changing the page.
     Incomplete,
-    /// The host was told of something that will not do.
+    /// A complaint was written for the host.
     Refused,
     /// The host knows that all is there.
     Ready,

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only
-//! The slots that are plugged in, by their places on the PCI bus, and which of them shows what a
-//! token stands for.
+//! All plugged slots by their place on the PCI bus, and the slot that a token claims.
 
 use core::cell::Cell;
 use core::ops::Deref;
@@ -14,7 +13,7 @@ use crate::snapshot::{CheckError, PageCopy, Snapshot};
 use crate::sys;
 use crate::window::Extent;
 
-/// All slots of which at least one function is bound.
+/// All slots with at least one bound function.
 pub(crate) type Slots = KVec<Arc<Slot>>;
 
 /// Binds function 0 of the slot at `place`.
@@ -47,7 +46,7 @@ pub(crate) fn has_head(place: u32) -> bool {
     find(&sys::slots(), place).is_some_and(|slot| slot.has_head())
 }
 
-/// Takes a function away: whatever view shows the slot ends.
+/// Removes a function; a view that shows the slot ends.
 pub(crate) fn remove(slot: &Arc<Slot>, function: u32) {
     let mut slots = sys::slots();
     let digest = slot.digest();

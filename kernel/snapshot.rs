@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
-//! What a descriptor page says at one generation: copied before it is looked at, and checked before
-//! it is believed.
+//! Snapshot of a descriptor page at one generation: copied before it is read, and validated before
+//! it is used. The host may change the page at any moment.
 
 use kernel::prelude::*;
 

@@ -99,7 +99,8 @@ impl Faults {
     }
 }
 
-/// Counts a slot that cannot be shown, of which the host was told, and logs it: as often as lies.
+/// Counts a slot that cannot be shown and was reported to the host, and logs it, with the same rate
+/// limit as invalid answers.
 pub(crate) fn complain(why: u32) {
     COMPLAINTS.add_one();
     let count = COMPLAINTS.value();

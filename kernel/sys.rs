@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0-only
-//! The module's only unsafe code, which is why it is long. First what v1 needs: pinned pages and
-//! their replacement, the MMU notifier that ties a [`Process`] to an `mm_struct`, RLIMIT_MEMLOCK,
-//! CPUID. Then what views need: a window's memory, its hypercalls, areas of user memory and their
-//! faults, the file operations that `MiscDevice` lacks, the cancelling of delayed work. At last PCI
-//! slots: places, BARs, the static locks.
+//! Wrappers of the kernel's C interfaces; the module's only file with unsafe code.
+//!
+//! In this order: for v1, pinned pages and their replacement, the MMU notifier that ties a
+//! [`Process`] to an `mm_struct`, RLIMIT_MEMLOCK and CPUID; for views, a window's memory,
+//! hypercalls, user mappings and their faults, file operations that `MiscDevice` lacks and the
+//! cancelling of delayed work; for PCI slots, places, BARs and static locks.
 //!
 //! C headers: `include/linux/mm.h`, `include/linux/mmu_notifier.h`, `include/linux/io.h`,
 //! `include/linux/fs.h`, `include/linux/pci.h`, `include/crypto/sha2.h`.

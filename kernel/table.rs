@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only
-//! The mapping table: the sources of the crate `kvmmem-table`, where its tests are.
+//! Mapping table: the sources of the crate `kvmmem-table`, which has its tests.
 
 #[path = "../crates/kvmmem-table/src/map.rs"]
 pub(crate) mod map;

@@ -1,5 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-only
-//! A view: what an open file sees of a target, and how it comes to know of changes.
+//! View: the memory of a target that an open file can reach, at one generation after another.
+//!
+//! [`crate::file`] owns it, [`crate::watch`] updates it. The invariant: a page of an earlier
+//! generation is unmapped everywhere before the view reports the next one.
 
 use kernel::prelude::*;
 use kernel::sync::atomic::{Atomic, Relaxed};
@@ -22,17 +25,16 @@ use crate::window::Window;
 /// earlier view of the same file are told apart.
 static NEXT_NUMBER: Atomic<i64> = Atomic::new(1);
 
-/// How often, and how far apart, a system call looks that cannot go on while the host is changing
-/// the view.
+/// How often, and at which interval, a system call looks again while the host is changing the view.
 pub(crate) const TRIES: u32 = 1000;
 pub(crate) const PAUSE: Delta = Delta::from_millis(1);
 
-/// Why there is nothing to see.
+/// Why a view has ended.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum EndCause {
-    /// The grant was taken back.
+    /// The grant was revoked.
     Revoked,
-    /// The target is gone, or the host lied.
+    /// The target has exited, or the host's answer was invalid.
     Gone,
     /// The file has been detached.
     Detached,
@@ -48,7 +50,7 @@ impl From<EndCause> for Error {
     }
 }
 
-/// What the view shows at one generation.
+/// Contents of a view at one generation.
 #[derive(Clone)]
 pub(crate) struct Contents {
     pub(crate) generation: u64,

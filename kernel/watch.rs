@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only
-//! Looks for changes of a view that the host made, as it sends no interrupt.
+//! Polls views for changes by the host, which sends no interrupt.
 
 use core::ops::Deref;
 

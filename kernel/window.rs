@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-only
-//! The target's ranges as they are mapped into this kernel at one generation of a view.
+//! Window: the target's ranges, mapped into this kernel for one generation of a view.
 //!
-//! A range is mapped in parts of 1 GiB, each when it is first needed: opening a view takes no
-//! longer for a large target than for a small one, also where the CPU has no pages of 1 GiB.
+//! A range is mapped in parts of 1 GiB, each when it is first used. So opening a view takes as long
+//! for a large target as for a small one, even if the CPU has no pages of 1 GiB.
 
 use kernel::prelude::*;
 use kernel::sync::{new_mutex, Arc, Mutex, SetOnce};
@@ -120,7 +120,7 @@ impl Window {
         Ok(window)
     }
 
-    /// What tells that nobody uses it any more.
+    /// Signals that the last user is gone.
     pub(crate) fn waiter(&self) -> ReleaseWaiter {
         self.release.waiter()
     }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The project's own programs, static, for VMs that have no libraries.
+//! Builds the project's own programs statically, for VMs without libraries.
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};

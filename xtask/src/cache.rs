@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The per-user cache: everything the test bed makes lives here, outside the checkout.
+//! Per-user cache, outside of the checkout, of everything that the test bed makes.
 
 use std::fs::{self, File, OpenOptions};
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
@@ -82,7 +82,7 @@ impl Cache {
         Ok(Lock { _file: file })
     }
 
-    /// Removes what killed runs left and what nobody will look at any more.
+    /// Removes leftovers of killed runs and old logs and modules.
     fn prune(&self) {
         let old = |path: &Path| {
             let age =

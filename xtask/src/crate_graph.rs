@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Which crate of the workspace may depend on which: no tool and no VMM links the broker.
+//! Crate graph: checks that crates depend only on those allowed here. No tool and no VMM links the
+//! broker.
 
 use std::path::Path;
 

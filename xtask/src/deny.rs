@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! `cargo deny`: what the project depends upon keeps to `deny.toml`.
+//! `cargo deny`: checks licences, sources and advisories of dependencies by `deny.toml`.
 
 use std::ffi::OsString;
 use std::path::Path;

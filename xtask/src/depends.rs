@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The order in which kernel modules can be loaded, from depmod's `modules.dep`.
+//! Load order of kernel modules, from depmod's `modules.dep`.
 
 use std::path::PathBuf;
 

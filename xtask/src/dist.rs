@@ -16,7 +16,7 @@ use crate::provision::{self, Purpose};
 use crate::tool::Tool;
 use crate::{project, ui};
 
-/// Says of which time the packages are, where the checkout is no git repository.
+/// Environment variable with the packages' time, for a checkout that is not a git repository.
 const EPOCH: &str = "SOURCE_DATE_EPOCH";
 
 /// What all packages of one run have in common.

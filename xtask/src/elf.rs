@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Whether a program can run in a VM that has no libraries.
+//! Checks that a program is static, so that it runs in a VM without libraries.
 
 use std::path::Path;
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Huge pages for the unit suite: set aside while it runs, given back afterwards.
+//! Reserves huge pages while the unit suite runs.
 
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Ctrl-C and SIGTERM. While a [`Watch`] lives they are noted, so that its owner can end what it
-//! started; otherwise they end this process at once.
+//! Ctrl-C and SIGTERM. While a [`Watch`] lives they are recorded, so that its owner can end the
+//! processes that it started; otherwise they end this process at once.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Reads what `cargo test` prints.
+//! Parser of `cargo test`'s output: counts, failures and reasons for skipped tests.
 
 use crate::suite::Count;
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Busy processes beside the tests, as on a machine that others use: `cargo xtask test --load`.
+//! CPU load beside the tests, as on a shared machine: `cargo xtask test --load`.
 
 use std::hint::spin_loop;
 use std::process::{Child, Command};

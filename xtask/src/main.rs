@@ -1,5 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! `cargo xtask`: the test bed, the demo and all tests.
+//! `cargo xtask`: tests, benchmarks, packages and the demo, and the test bed they run on.
+//!
+//! Each verb is a module; [`test`] and [`check`] run the suites, [`test_bed`] makes what the VMs
+//! need.
 
 #![deny(unsafe_code)]
 
@@ -113,7 +116,7 @@ enum Verb {
         /// The drawing
         file: PathBuf,
     },
-    /// Make all that the test VMs are made of, and say what is there
+    /// Make everything that the test VMs need, and list it
     Testbed,
     /// Build kvmmem.ko only, and print where it is
     Module,

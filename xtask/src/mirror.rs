@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Which Debian mirror the build root is made from: the one this machine uses itself.
+//! Chooses the Debian mirror of the build root: the one of this machine's own apt sources.
 
 use std::fs;
 use std::path::Path;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! QEMU's monitor (QMP), as checks and measurements ask it beside kvmmem.
+//! Client of QEMU's monitor (QMP), with which checks and benchmarks compare kvmmem.
 
 use std::collections::BTreeMap;
 use std::io::{BufRead as _, BufReader, Write as _};

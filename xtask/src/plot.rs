@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! A drawing of a bench: for each line a bar, as long as the ratio is by its goal.
+//! `cargo xtask plot`: draws a bench as bars, each as long as the ratio to its goal.
 
 use std::fmt::Write as _;
 use std::io::stdin;

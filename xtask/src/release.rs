@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Which of Debian's kernels is taken: the newest one that has all parts in one version.
+//! Chooses the Debian kernel: the newest release with all packages in one version.
 
 use anyhow::{Result, bail};
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! `unsafe` stays where a reviewer looks for it.
+//! Checks that `unsafe` is only in `kvmmem-sys` and `kernel/sys.rs`.
 
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! One suite of the tests: what passed, failed and was skipped in it, and the summary of several.
+//! Suite of tests: counts of what passed, failed and was skipped, and the summary of several
+//! suites.
 
 use std::fs;
 use std::path::Path;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! `cargo xtask test`: every test there is, from the quickest to the slowest.
+//! `cargo xtask test`: runs all suites, from the quickest to the slowest. CI runs it.
 
 use std::cell::OnceCell;
 use std::path::Path;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The test bed: all that VMs are made of, and running a program on its host.
+//! Test bed: kernel, module, programs and images of the test VMs, and the host that runs them.
 
 use std::fs;
 use std::io::Write;
@@ -49,7 +49,7 @@ pub(crate) struct Job {
 }
 
 impl TestBed {
-    /// Makes whatever is not there yet.
+    /// Makes everything that is missing.
     pub(crate) fn make(wanted: ProgramSet) -> Result<Self> {
         let (host, why) = HostKind::choose();
         ui::say(&format!("Test bed: {}, as {why}.", describe(host)));
@@ -66,7 +66,7 @@ impl TestBed {
         Ok(Self { cache, host, kernel, binaries, module, selftest_module, qemus })
     }
 
-    /// Says what is there and where.
+    /// Prints the parts and their paths.
     pub(crate) fn describe(&self) {
         let line =
             |what: &str, value: &dyn std::fmt::Display| ui::say(&format!("  {what:<9} {value}"));

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The verbs that the scenarios' program does on the test bed's host.
+//! Jobs for the scenarios' program on the test bed's host: scenarios, demo, benchmarks.
 
 use std::path::PathBuf;
 use std::time::Duration;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The hypervisor CPUID leaves by which a VMM tells its guest that it serves kvmmem, and how.
+//! Hypervisor CPUID leaves with which a VMM offers kvmmem's hypercalls to its guest.
 
 /// Leaf with the signature in ebx, ecx, edx and the highest leaf in eax.
 pub const LEAF_SIGNATURE: u32 = 0x4000_0100;

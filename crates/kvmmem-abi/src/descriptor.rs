@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The descriptor page: what the host tells a guest's driver of a view. The same page serves a
-//! window that a hypercall opened and one that came as PCI devices.
+//! Descriptor page: the page in which the host describes a view to the guest's driver. Views opened
+//! by hypercall and views shown as PCI devices use the same format.
 //!
-//! All numbers are little-endian. The host makes [`Descriptor::generation`] odd while it changes
-//! the page and even again, and higher, when it has done so; a reader copies the page, and takes
-//! the copy if both before and after it saw the same even generation.
+//! All numbers are little-endian. The host makes [`Descriptor::generation`] odd, changes the page,
+//! and makes it even and higher. A reader copies the page, and uses the copy if the generation was
+//! the same even number before and after.
 //!
 //! | offset | size | field |
 //! |---|---|---|

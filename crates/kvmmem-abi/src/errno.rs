@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The error numbers of hypercalls and KVMI (`KVM_Exxx` of `<linux/kvm_para.h>`), and the errno a
-//! tool sees for each.
+//! Error numbers of hypercalls and KVMI (`KVM_Exxx` of `<linux/kvm_para.h>`), and the errno that a
+//! tool gets for each.
 
 /// An error of a hypercall or of a KVMI command; the wire carries the negative of
 /// [`KvmError::number`].

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The hypercalls between the introspector's kernel and its VMM.
+//! Hypercalls from the introspector's kernel to its VMM.
 //!
 //! By `vmcall`/`vmmcall`: rax = number, rbx, rcx, rdx, rsi = a0 to a3, rdi = 0 (Xen's number 32 is
 //! `event_channel_op`, and KVM answers some of its forms, chosen by rdi, in the kernel); the result

@@ -37,8 +37,8 @@ pub const FEATURE_HUGE_2M: u32 = 1 << 1;
 /// [`Info::features`]: mappings use pages of 1 GiB where both sides are aligned.
 pub const FEATURE_HUGE_1G: u32 = 1 << 2;
 
-/// [`Info::features`]: SEEK_DATA and SEEK_HOLE know which memory the target has given back to its host; without it
-/// they know the ranges only.
+/// [`Info::features`]: SEEK_DATA and SEEK_HOLE know which memory the target never used or has
+/// freed; without it they know the ranges only.
 pub const FEATURE_SEEK: u32 = 1 << 3;
 
 /// [`Info::features`]: libkvmi's region ioctls are offered ([`crate::region`]).
@@ -56,10 +56,10 @@ pub const ATTACH_READ_ONLY: u32 = 1 << 0;
 /// [`Ranges::state`]: in use.
 pub const STATE_OPEN: u32 = 1;
 
-/// [`Ranges::state`]: the grant was taken back.
+/// [`Ranges::state`]: the grant was revoked.
 pub const STATE_REVOKED: u32 = 2;
 
-/// [`Ranges::state`]: the target or its host's service is gone.
+/// [`Ranges::state`]: the target or the broker has exited.
 pub const STATE_GONE: u32 = 3;
 
 /// [`Ranges::rights`]: reading.

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! A Linux guest read from its memory alone, without symbol files: what its kernel keeps about
-//! itself is enough.
+//! Reads a Linux guest from its memory alone, without symbol files: the kernel keeps its own
+//! symbols (kallsyms) and types (BTF).
+//!
+//! The command line uses it for `ps`, `maps`, `files` and others, on running guests and dumps.
 //!
 //! | what | where it comes from | module |
 //! |---|---|---|
@@ -33,10 +35,9 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
-//! The guest is not trusted. It can say anything in each structure, and it changes them while they
-//! are read: every walk is limited, no allocation has a size that only the guest has named, and
-//! numbers that make no sense are errors. A guest that lies well shows a kernel of its own
-//! invention.
+//! The guest is untrusted. Structures may hold anything, and they change while they are read. So
+//! every walk is limited, no allocation has a size that only the guest names, and nonsensical
+//! numbers are errors. A guest can still present an invented kernel.
 //!
 //! The library knows no transport: it reads [`kvmmem_memory::Memory`], of a running virtual machine
 //! or of a dump file.

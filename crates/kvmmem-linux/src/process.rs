@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! What else is known of a process: its address space, program, environment and namespaces.
+//! Details of a process: address space, program, environment and namespaces.
 
 use crate::kernel::{Kernel, KernelError};
 use crate::paths::{FilePath, Paths};

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Finds VMCOREINFO notes in guest-physical memory, and whatever else begins or ends a page.
+//! Search of guest-physical memory for VMCOREINFO notes, and for patterns at page boundaries.
 //!
 //! Each note is checked as it is found, and only those that fit are kept: any number of decoys
 //! hides none of them. A page holds at most one note of 4 KiB, so that all checks together read at

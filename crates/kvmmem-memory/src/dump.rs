@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Dump files: the memory of a virtual machine as it was.
+//! Dump files: the memory of a virtual machine at an earlier time.
 //!
 //! | format | where a byte lies | known by |
 //! |---|---|---|

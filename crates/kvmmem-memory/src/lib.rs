@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Guest-physical memory as introspection tools see it.
+//! Guest-physical memory for introspection tools: one trait, page tables, dump files.
 //!
-//! [`Memory`] is the one interface by which everything above reads a target: a view of a running
-//! virtual machine (crate `kvmmem`), or a [`DumpFile`] of last week. [`paging`] translates virtual
+//! Analysis code (crate `kvmmem-linux`, the command line) reads a target through [`Memory`]: a view
+//! of a running virtual machine (crate `kvmmem`), or a [`DumpFile`]. [`paging`] translates virtual
 //! addresses with the target's own page tables.
 //!
-//! This crate has no transport, so that what is written against it (crate `kvmmem-linux`) runs
-//! anywhere. What memory holds is the target's word: nothing here trusts it.
+//! The crate has no transport. The target is untrusted: its memory may hold anything, and no value
+//! from it is used unchecked.
 #![deny(unsafe_code)]
 
 pub mod dump;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The interface by which guest-physical memory is read.
+//! Trait [`Memory`]: reads of guest-physical memory.
 
 use crate::range::next_range;
 use crate::{MemoryError, Range, VectoredError};

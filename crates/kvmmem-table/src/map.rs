@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! What the table asks of the ordered maps that store its records: a red-black tree in the kernel,
-//! a `BTreeMap` in tests.
+//! Interface of the ordered maps that store the table's records: a red-black tree in the kernel, a
+//! `BTreeMap` in tests.
 
 /// An ordered map from `u64` whose insertion cannot fail, because its memory is got beforehand.
 pub trait Map<V>: Default {

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The sequences of transitions that make up MAP, UNMAP, closing a file and the death of the
-//! process. The table's lock is held for each transition and never over what sleeps in between:
-//! pinning a page and asking the host.
+//! MAP, UNMAP, closing a file and the end of the process, as sequences of transitions.
+//!
+//! The table's lock is held for each transition, and never while a page is pinned or the host is
+//! asked, which sleep.
 
 use super::map::Maps;
 use super::record::{ReserveError, Undo, UnmapError};

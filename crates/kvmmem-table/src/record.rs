@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! What the table stores: a record for each page, an account for each open file.
+//! Entries of the table: a record for each page, an account for each open file.
 
-/// Where a page is on its way. `P` is the page itself, an opaque handle.
+/// State of a record. `P` is the page itself, an opaque handle.
 pub(super) enum State<P> {
     /// A thread is mapping it; there is no page yet.
     Reserved,

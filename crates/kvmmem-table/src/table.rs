@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The transitions of a process's mapping table. Each takes `&mut self`, so the caller holds the
-//! table's lock, and none sleeps, allocates or fails half-way.
+//! Transitions of a process's mapping table.
+//!
+//! Each takes `&mut self`, so the caller holds the table's lock. A transition never sleeps or
+//! allocates, and never fails half-way.
 
 use super::map::{Map, Maps};
 use super::record::{Owner, Record, Reservation, ReserveError, State, Undo, UnmapError, Usage};
@@ -36,8 +38,8 @@ impl<P, M: Maps> Table<P, M> {
         );
     }
 
-    /// Takes `gva` for `owner`. From here until [`Table::commit`] or [`Table::abort`] nobody else
-    /// can touch the record: it holds no page.
+    /// Takes `gva` for `owner`. Until [`Table::commit`] or [`Table::abort`] no other
+    /// operation can change the record: it holds no page.
     pub fn reserve(
         &mut self,
         slot: RecordSlot<P, M>,

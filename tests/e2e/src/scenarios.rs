@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The end-to-end scenarios, by name. Each starts from a whole world and may break it; the runner
-//! mends it.
+//! The end-to-end scenarios, by name. Each starts with all VMs running and may break them; the
+//! runner restarts what is broken.
 
 mod cases;
 pub(crate) mod death;

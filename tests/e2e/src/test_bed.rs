@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Where the test bed put what the virtual machines need.
+//! Paths of the test bed's files.
 
 use std::path::PathBuf;
 

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Waiting for a condition, never for a time: a right system meets it soon, however slow the
-//! machine.
+//! Waits for conditions, never for times, so that a slow machine makes no difference.
 
 use std::thread;
 use std::time::{Duration, Instant};

@@ -131,7 +131,7 @@ impl Command {
         self.user(USER_ID, USER_ID, &[KVMMEM_GID])
     }
 
-    /// Runs it as the normal user, not a member of group `kvmmem`.
+    /// Runs it as another user, who is not a member of group `kvmmem`.
     #[must_use]
     pub fn as_other_user(self) -> Self {
         self.user(USER_ID + 1, USER_ID + 1, &[])

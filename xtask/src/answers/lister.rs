@@ -63,7 +63,7 @@ impl<'a> Lister<'a> {
         Self { who, make: Box::new(make), times: Vec::new(), alone: Vec::new() }
     }
 
-    /// What it lists processes of, and by which program.
+    /// The guest whose processes it lists, and its program.
     pub(super) fn what(&self) -> &'static str {
         match self.who {
             Who::Core => "a dump",

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The second way of the hypercalls.
+//! Hypercall method *port*, the doorbell.
 
 use anyhow::Result;
 
