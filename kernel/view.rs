@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-only
 //! View: the memory of a target that an open file can reach, at one generation after another.
 //!
-//! [`crate::file`] owns it, [`crate::watch`] updates it. The invariant: a page of an earlier
-//! generation is unmapped everywhere before the view reports the next one.
+//! [`crate::file`] owns it, [`crate::watch`] updates it. The invariant: a change is
+//! acknowledged to the host only once no page of the earlier generation is mapped or used.
 
 use kernel::prelude::*;
 use kernel::sync::atomic::{Atomic, Relaxed};
@@ -259,16 +259,15 @@ impl View {
         })
     }
 
-    /// Shows `next`. On return nothing of what was shown before is used by anybody. The caller does
-    /// not use it either.
+    /// Replaces the contents with `next`. On return the earlier contents are not used any more. The
+    /// caller must not use them either.
     fn replace(&self, next: Contents) {
         let (generation, has_ended) = (next.generation, next.window.is_err());
         let before = {
             let mut now = self.now.lock();
             core::mem::replace(&mut now.contents, next)
         };
-        // Faults go by what is shown now; what came before that is zapped. Only then is the window
-        // unmapped.
+        // Faults use the new contents; earlier pages are zapped. Then the window is unmapped.
         if let Ok(window) = before.window {
             for range in window.ranges() {
                 self.pages.zap(range.gpa, range.len);
@@ -285,8 +284,8 @@ impl View {
     }
 }
 
-/// What the host says of a view that is being opened. `EAGAIN` where it is still changing that
-/// after a second.
+/// The descriptor of a view that is being opened. `EAGAIN` if the host is still changing it after a
+/// second.
 fn settled(host: &Attachment) -> Result<Snapshot> {
     for _ in 0..TRIES {
         match host.read() {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `cargo xtask`: tests, benchmarks, packages and the demo, and the test bed they run on.
 //!
-//! Each verb is a module; [`test`] and [`check`] run the suites, [`test_bed`] makes what the VMs
+//! Each verb is a module; [`mod@test`] and [`check`] run the suites, [`test_bed`] makes what the VMs
 //! need.
 
 #![deny(unsafe_code)]

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What all connections and sessions share, and what the broker does for them.
 //!
-//! One lock guards all that is decided ([`Tables`]); it is never held over a system call. The other
+//! One lock guards all that is decided (`Tables`); it is never held over a system call. The other
 //! locks of the broker are of files, sockets and threads, and are held alone, but for three: `adding`
 //! and a peer's outbox are taken before it, and a peer's `copying`, which is held over a chunk's
 //! copy.

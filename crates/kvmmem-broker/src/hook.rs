@@ -2,7 +2,7 @@
 //! Hooks: a target's standing connections to tools.
 //!
 //! A hook connects to its tool, is served, and connects again, with growing pauses, until it is
-//! undone or the target goes ([`driver`]). A hook belongs to the tool's VM as it is registered, or
+//! undone or the target goes (`driver`). A hook belongs to the tool's VM as it is registered, or
 //! at a unix socket to the user who asked for it, and not to a number or a path: it ends with that
 //! VM, and does not connect to what another user listens at.
 
