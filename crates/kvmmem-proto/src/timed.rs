@@ -22,15 +22,22 @@ impl<'a> Timed<'a> {
     pub fn new(socket: BorrowedFd<'a>, deadline: Instant) -> Self {
         Self { socket, deadline }
     }
+}
 
-    /// Waits until something can be done.
-    fn wait(&self, what: PollFlags) -> io::Result<()> {
-        let left = self.deadline.saturating_duration_since(Instant::now());
+/// Waits until something can be done with a file descriptor. Where the deadline has passed, it looks
+/// without waiting.
+///
+/// # Errors
+/// `TimedOut`, and those of `poll`.
+pub fn wait(fd: BorrowedFd<'_>, what: PollFlags, deadline: Instant) -> io::Result<()> {
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
         let left = Timespec::try_from(left).map_err(|_| io::ErrorKind::InvalidInput)?;
-        match poll(&mut [PollFd::from_borrowed_fd(self.socket, what)], Some(&left)) {
-            Ok(0) => Err(io::ErrorKind::TimedOut.into()),
-            Ok(_) | Err(Errno::INTR) => Ok(()),
-            Err(error) => Err(error.into()),
+        match poll(&mut [PollFd::from_borrowed_fd(fd, what)], Some(&left)) {
+            Ok(0) => return Err(io::ErrorKind::TimedOut.into()),
+            Ok(_) => return Ok(()),
+            Err(Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
         }
     }
 }
@@ -38,7 +45,7 @@ impl<'a> Timed<'a> {
 impl Read for Timed<'_> {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
         loop {
-            self.wait(PollFlags::IN)?;
+            wait(self.socket, PollFlags::IN, self.deadline)?;
             match recv(self.socket, &mut *buf, RecvFlags::DONTWAIT) {
                 Ok((count, _)) => return Ok(count),
                 Err(Errno::AGAIN | Errno::INTR) => {}
@@ -51,7 +58,7 @@ impl Read for Timed<'_> {
 impl Write for Timed<'_> {
     fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
         loop {
-            self.wait(PollFlags::OUT)?;
+            wait(self.socket, PollFlags::OUT, self.deadline)?;
             match send(self.socket, buf, SendFlags::DONTWAIT | SendFlags::NOSIGNAL) {
                 Ok(count) => return Ok(count),
                 Err(Errno::AGAIN | Errno::INTR) => {}

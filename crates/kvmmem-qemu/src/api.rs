@@ -3,12 +3,13 @@
 //! much RAM there is. They do not tell where it lies.
 
 use std::io::{Read, Write};
-use std::os::unix::net::UnixStream;
+use std::os::fd::AsFd;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use kvmmem_proto::endpoint::Endpoint;
 use kvmmem_proto::endpoint::connect;
+use kvmmem_proto::timed::Timed;
 use kvmmem_sys::socket::peer_credentials;
 use serde_json::Value;
 
@@ -45,12 +46,9 @@ pub(crate) fn memory(vmm: Vmm, socket: &Path, user: u32) -> Option<u64> {
 
 /// The body of an answer.
 fn ask(socket: &Path, user: u32, path: &str) -> Option<Value> {
-    let end = Instant::now() + LIMIT;
-    let mut stream = UnixStream::from(connect(&Endpoint::Unix(socket.to_owned())).ok()?);
-    peer_credentials(&stream).ok().filter(|listener| listener.uid == user)?;
-    let left =
-        || Some(end.saturating_duration_since(Instant::now())).filter(|left| !left.is_zero());
-    stream.set_write_timeout(Some(left()?)).ok()?;
+    let socket = connect(&Endpoint::Unix(socket.to_owned())).ok()?;
+    peer_credentials(&socket).ok().filter(|listener| listener.uid == user)?;
+    let mut stream = Timed::new(socket.as_fd(), Instant::now() + LIMIT);
     let request =
         format!("GET {path} HTTP/1.1\r\nHost: localhost\r\nAccept: application/json\r\n\r\n");
     stream.write_all(request.as_bytes()).ok()?;
@@ -59,7 +57,6 @@ fn ask(socket: &Path, user: u32, path: &str) -> Option<Value> {
         if let Some(body) = body(&answer) {
             return serde_json::from_slice(body).ok();
         }
-        stream.set_read_timeout(Some(left()?)).ok()?;
         let mut chunk = [0; 4096];
         let count = stream.read(&mut chunk).ok().filter(|count| *count > 0)?;
         answer.extend_from_slice(chunk.get(..count)?);

@@ -16,20 +16,23 @@
 //! [`MonitorEvent::Found`].
 
 mod connection;
+mod loan;
+mod registry;
 
 use std::fmt;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
-use std::sync::mpsc::{self, RecvTimeoutError};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError, Weak};
 use std::time::{Duration, Instant};
 
 use kvmmem_proto::limit::RateLimit;
 use serde_json::Value;
 
-use crate::qmp::{LIMIT, Qmp, QmpError, QmpEvent, Shared};
+use crate::qmp::{Qmp, QmpError, QmpEvent};
 use connection::{Command, Connection, Output};
+use loan::Loan;
+pub use registry::Monitors;
 
 /// How soon a lost connection is made anew at first; each further attempt waits twice as long.
 const AGAIN: Duration = Duration::from_millis(100);
@@ -39,9 +42,6 @@ const SOON: Duration = Duration::from_millis(1);
 
 /// How often to look whether an attempt to connect has failed.
 const LOOK: Duration = Duration::from_millis(250);
-
-/// How long a command may wait for those before it.
-const QUEUE_LIMIT: Duration = Duration::from_secs(20);
 
 /// A QEMU can cause these at will.
 static WARNINGS: RateLimit = RateLimit::new(2);
@@ -71,37 +71,6 @@ struct User {
     /// The longest pause between two attempts to connect.
     again_at_last: Duration,
     run: Arc<Run>,
-}
-
-/// The monitors that there are.
-#[derive(Debug, Default)]
-pub struct Monitors(Mutex<Vec<Weak<Monitor>>>);
-
-impl Monitors {
-    /// A QMP connection for a conversation: that of the monitor at this path, or a new one.
-    ///
-    /// # Errors
-    /// [`QmpError`].
-    pub fn connect(&self, path: &Path) -> Result<Qmp, QmpError> {
-        self.get(path).map_or_else(|| Qmp::connect(path), |monitor| monitor.lend())
-    }
-
-    /// The monitor at the path of a connection, which it takes over where it is new.
-    pub fn of(&self, path: &Path, qmp: Option<Qmp>) -> Arc<Monitor> {
-        if let Some(monitor) = self.get(path) {
-            return monitor;
-        }
-        let monitor = Monitor::new(path.to_owned(), qmp);
-        lock(&self.0).push(Arc::downgrade(&monitor));
-        monitor
-    }
-
-    fn get(&self, path: &Path) -> Option<Arc<Monitor>> {
-        let mut monitors = lock(&self.0);
-        monitors.retain(|monitor| monitor.strong_count() > 0);
-        let mut monitors = monitors.iter().filter_map(Weak::upgrade);
-        monitors.find(|monitor| monitor.path == path && !monitor.state().is_stopped)
-    }
 }
 
 /// Receives what a monitor reports. Called by whoever steps the monitor, or by the thread that has
@@ -402,60 +371,6 @@ impl Monitor {
 impl fmt::Debug for Monitor {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Monitor").field("path", &self.path).finish_non_exhaustive()
-    }
-}
-
-/// One connection of a monitor's, lent.
-#[derive(Debug)]
-struct Loan {
-    monitor: Arc<Monitor>,
-    stream: Arc<OwnedFd>,
-    /// How many connections were lost before this one.
-    losses: u64,
-}
-
-impl Shared for Loan {
-    fn execute(
-        &self,
-        command: &'static str,
-        arguments: &Value,
-        fd: Option<BorrowedFd<'_>>,
-        end: Option<Instant>,
-    ) -> Result<Value, QmpError> {
-        let path = self.monitor.path();
-        let failed = |source| QmpError::Connection { path: path.to_owned(), source };
-        let fd = fd.map(|fd| fd.try_clone_to_owned()).transpose().map_err(failed)?;
-        let (reply, answer) = mpsc::channel();
-        let reply = move |result| {
-            // Who has given up waiting needs no answer.
-            let _ = reply.send(result);
-        };
-        let command = Command::new(command, arguments, fd, Box::new(reply));
-        self.monitor.put(command, Some(self.losses));
-        let end = end.unwrap_or_else(|| Instant::now() + QUEUE_LIMIT);
-        loop {
-            let left = end.saturating_duration_since(Instant::now());
-            match answer.recv_timeout(left.min(LIMIT)) {
-                Ok(result) => return result,
-                Err(RecvTimeoutError::Disconnected) => return Err(self.monitor.down()),
-                // Who steps may not know that the command is due.
-                Err(RecvTimeoutError::Timeout) if left > LIMIT => drop(self.monitor.step()),
-                Err(RecvTimeoutError::Timeout) => {
-                    self.monitor.step();
-                    return answer
-                        .try_recv()
-                        .unwrap_or_else(|_| Err(QmpError::Silent(path.to_owned())));
-                }
-            }
-        }
-    }
-
-    fn fail(&self) {
-        shut_down(&self.stream);
-    }
-
-    fn socket(&self) -> BorrowedFd<'_> {
-        self.stream.as_fd()
     }
 }
 

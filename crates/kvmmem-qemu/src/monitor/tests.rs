@@ -2,6 +2,7 @@
 //! What a QEMU may do to a monitor and its users.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc;
 
 use serde_json::json;
 

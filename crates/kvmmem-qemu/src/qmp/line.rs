@@ -3,12 +3,13 @@
 
 use std::io::{self, IoSlice};
 use std::mem::MaybeUninit;
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
-use rustix::event::{PollFd, PollFlags, Timespec};
+use kvmmem_proto::timed;
+use rustix::event::PollFlags;
 use rustix::io::Errno;
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 
@@ -136,19 +137,10 @@ impl Lines {
         }
     }
 
-    /// Waits until the stream can be read or written; where the deadline has passed, looks without
-    /// waiting.
     fn wait(&self, flags: PollFlags, deadline: Instant) -> Result<(), LineError> {
-        loop {
-            let left = deadline.saturating_duration_since(Instant::now());
-            let left = Timespec::try_from(left).ok();
-            let mut fds = [PollFd::new(&self.stream, flags)];
-            match rustix::event::poll(&mut fds, left.as_ref()) {
-                Ok(0) => return Err(LineError::Silent),
-                Ok(_) => return Ok(()),
-                Err(Errno::INTR) => {}
-                Err(error) => return Err(LineError::Io(error.into())),
-            }
-        }
+        timed::wait(self.stream.as_fd(), flags, deadline).map_err(|error| match error.kind() {
+            io::ErrorKind::TimedOut => LineError::Silent,
+            _ => LineError::Io(error),
+        })
     }
 }
