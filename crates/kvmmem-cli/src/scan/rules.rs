@@ -33,6 +33,9 @@ use memory::{Access, Pieces};
 /// Bytes in which beginnings of matches are looked for at a time.
 const PIECE: u64 = 256 << 10;
 
+/// Bytes that are mapped and unmapped at a time: each time interrupts the other threads.
+const BLOCK: u64 = 1 << 20;
+
 /// How far a match may reach beyond its piece.
 const REACH: u64 = 4096;
 
@@ -125,10 +128,7 @@ impl Rules {
         let all: Vec<Piece> = places.pieces(REACH, PIECE).collect();
         let fill = |piece: &Piece, buffer: &mut Vec<u8>| {
             buffer.resize(usize::try_from(end(piece) - piece.starts.start)?, 0);
-            let filled =
-                places.fill(piece.starts.start, buffer, |gpa, buffer| source.read(gpa, buffer));
-            source.end(&piece.data_of_starts());
-            filled
+            places.fill(piece.starts.start, buffer, |gpa, buffer| source.read(gpa, buffer))
         };
         let passes = |piece: &Piece| self.passes(piece, source);
         let access = Access { fill: &fill, passes: &passes };
@@ -158,13 +158,16 @@ impl Rules {
         else {
             return false;
         };
-        let data = piece.data_of_starts();
-        source.begin(&data);
-        let passes = !source.may_hold(atoms, start, end - start);
-        if passes {
-            source.end(&data);
+        // Pieces are gone through in order.
+        if start % BLOCK < PIECE {
+            let block = |from: u64| from.max(piece.data.start)..piece.data.end.min(from + BLOCK);
+            let before = block(start.saturating_sub(BLOCK));
+            if before.start < start {
+                source.end(&(before.start..start));
+            }
+            source.begin(&block(start));
         }
-        passes
+        !source.may_hold(atoms, start, end - start)
     }
 
     /// Looks for strings in `some` pieces, and evaluates the conditions, which see `all` of them.
