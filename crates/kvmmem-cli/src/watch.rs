@@ -162,7 +162,7 @@ impl Arguments {
             match view.wait(left.min(SIGNAL_INTERVAL))? {
                 None => {}
                 Some(Event::Changed) => picture.tell_reset(output)?,
-                Some(Event::Revoked) => bail!("the view has ended: the grant was taken back"),
+                Some(Event::Revoked) => bail!("the view has ended: the grant was revoked"),
                 Some(Event::Gone) => {
                     bail!("the view has ended: the target, or the host's service, is gone")
                 }

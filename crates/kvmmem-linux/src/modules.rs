@@ -15,7 +15,7 @@ const NAME_LEN: u64 = 56;
 /// Kinds of memory that a module can have (`MOD_MEM_NUM_TYPES`), and which of them has its text.
 const MEMORY_KINDS: u64 = 7;
 
-/// What a module that is used by nobody has as its count of references (`MODULE_REF_BASE`).
+/// Reference count of an unused module (`MODULE_REF_BASE`).
 const REF_BASE: u32 = 1;
 
 /// The most modules that one module is used by.

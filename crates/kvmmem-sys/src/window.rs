@@ -179,7 +179,7 @@ impl GuestMapping {
         Ok(mapping)
     }
 
-    /// Replaces the contents by poison, for whoever uses the mapping, at once.
+    /// Replaces the contents with poison, at once for all users of the mapping.
     ///
     /// # Errors
     /// [`MappingError::Map`]; a part may be poison already.
@@ -228,7 +228,7 @@ impl GuestMapping {
     }
 
     /// Stores `value` as little-endian at word `index` (8 bytes each); false beyond the end or in a
-    /// read-only mapping. Whoever else reads the memory sees the old or the new word.
+    /// read-only mapping. Concurrent readers see the old or the new word.
     pub fn store_word(&mut self, index: usize, value: u64) -> bool {
         let at =
             index.checked_mul(8).filter(|at| at.checked_add(8).is_some_and(|end| end <= self.len));

@@ -58,7 +58,7 @@ pub fn unmap<S: Shared>(shared: &S, gva: u64) -> Result<(), UnmapError> {
     if settle(shared, undo) { Ok(()) } else { Err(UnmapError::Refused) }
 }
 
-/// Closing a file: undoes its mappings one by one, and nobody else's. What the host refuses stays
+/// Closing a file: undoes its own mappings, one by one. What the host refuses stays
 /// quarantined in the table.
 pub fn close<S: Shared>(shared: &S, owner: u64) {
     shared.with(|table| table.close(owner));

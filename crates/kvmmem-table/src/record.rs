@@ -62,7 +62,7 @@ impl Reservation {
 pub struct Undo<P> {
     /// Where the process had the page.
     pub gva: u64,
-    /// The page, held by nobody else.
+    /// The page, which this value owns.
     pub page: P,
 }
 

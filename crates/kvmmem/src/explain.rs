@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! What the error numbers of KVMI and of the device mean to somebody who looks at another VM's
+//! Texts for the error numbers of KVMI and of the device, for a tool that reads another VM's
 //! memory.
 
 use crate::host::ClientError;
@@ -92,7 +92,7 @@ pub(crate) fn info(errno: Errno) -> &'static str {
 pub(crate) fn attach(errno: Errno) -> &'static str {
     match errno {
         Errno::NOENT => {
-            "ENOENT: the token is unknown, used, expired or somebody else's; ask for a new one"
+            "ENOENT: the token is unknown, used, expired or for another holder; ask for a new one"
         }
         Errno::AGAIN => "EAGAIN: the host is busy; ask for a new token and try again",
         Errno::ALREADY => "EALREADY: in use; ask for a new token and try again",
@@ -102,7 +102,7 @@ pub(crate) fn attach(errno: Errno) -> &'static str {
         Errno::OPNOTSUPP => {
             "EOPNOTSUPP: this host offers no views (run kvmmem doctor), or the target's RAM is private to its VMM"
         }
-        Errno::KEYREVOKED => "EKEYREVOKED: the grant was taken back",
+        Errno::KEYREVOKED => "EKEYREVOKED: the grant was revoked",
         Errno::STALE => "ESTALE: the target is gone",
         Errno::IO => {
             "EIO: the host's answer makes no sense; do the module and the host fit together?"

@@ -218,7 +218,7 @@ impl Listener {
 impl Drop for Listener {
     fn drop(&mut self) {
         if let Endpoint::Unix(path) = &self.endpoint {
-            // Somebody may have removed it already.
+            // The file may have been removed already.
             let _ = std::fs::remove_file(path);
         }
     }

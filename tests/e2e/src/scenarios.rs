@@ -103,7 +103,7 @@ const V1: &[Scenario] = &[
     },
     Scenario {
         name: "flood",
-        purpose: "a tool that sends nonsense in a loop disturbs nobody",
+        purpose: "a tool that sends nonsense in a loop disturbs no other",
         run: host::flood,
     },
     Scenario {
@@ -123,7 +123,7 @@ const V1: &[Scenario] = &[
     },
     Scenario {
         name: "introspector_death",
-        purpose: "the introspector's VMM dies while mapped: nothing leaks, the target goes on",
+        purpose: "the introspector's VMM dies while mapped: nothing leaks, the target keeps running",
         run: death::introspector_death,
     },
     Scenario {

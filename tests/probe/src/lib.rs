@@ -27,7 +27,7 @@ pub enum TargetReport {
         /// The 32 bytes in hex.
         marker: String,
     },
-    /// Somebody wrote this into the inbox.
+    /// A tool wrote this into the inbox.
     Inbox {
         /// The word.
         value: u64,

@@ -75,7 +75,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
             other => Ok((false, format!("{other:?}"))),
         }
     })?;
-    step("and read_at says that the grant was taken back", || {
+    step("and read_at reports that the grant was revoked", || {
         match view.read_at(arguments.gpa, &mut [0; 8]) {
             Err(error @ ViewError::Revoked { .. }) => Ok((true, error.to_string())),
             other => Ok((false, format!("{other:?}"))),

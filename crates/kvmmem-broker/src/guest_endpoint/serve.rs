@@ -222,7 +222,7 @@ impl<V: Views> Connection<V> {
 /// Why an open view ends, if it does.
 fn ended<V: Views>(view: &V::View, socket: &OwnedFd) -> Option<&'static str> {
     if V::has_ended(view) {
-        return Some("taken back, or its target is gone");
+        return Some("revoked, or its target has exited");
     }
     match recv(socket, &mut [0; 1], RecvFlags::DONTWAIT) {
         Err(Errno::AGAIN | Errno::INTR) => None,

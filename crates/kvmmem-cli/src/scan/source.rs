@@ -124,7 +124,7 @@ impl Source for Mapped<'_> {
             Some(State::Open) if is_same && matches!(error, MappingError::Lost { .. }) => {
                 return self.unreadable.read(self.view, gpa, buffer).context(ENDED);
             }
-            Some(State::Revoked) => "the grant was taken back; get a new token",
+            Some(State::Revoked) => "the grant was revoked; get a new token",
             Some(State::Gone) => "the target, or the host's service, is gone",
             Some(State::Open) => "the target's memory was resized; scan again",
             None => return Err(error.into()),

@@ -112,7 +112,7 @@ fn a_scan_ends_with_the_grant() {
     host.ask(&["grant", "revoke", &grant]);
     let (code, stderr) = scan.end();
     assert_eq!(code, Some(2), "{stderr}");
-    assert!(stderr.contains("the scan ended early") && stderr.contains("taken back"), "{stderr}");
+    assert!(stderr.contains("the scan ended early") && stderr.contains("revoked"), "{stderr}");
 }
 
 #[test]

@@ -44,7 +44,7 @@ fn changes_are_told_as_objects_until_the_grant_is_taken_back() {
     host.ask(&["grant", "revoke", &grant]);
     let (code, stderr) = watch.end();
     assert_eq!(code, Some(1));
-    assert!(stderr.contains("taken back"), "{stderr}");
+    assert!(stderr.contains("revoked"), "{stderr}");
 }
 
 #[test]

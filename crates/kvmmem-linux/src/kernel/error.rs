@@ -82,7 +82,7 @@ pub enum KernelError {
         /// The invalid pointer.
         next: u64,
     },
-    /// A list goes on for ever, or longer than any list of a kernel.
+    /// A list is endless, or longer than any list of a kernel.
     #[error(
         "the list at gva {head:#x} does not end: its nodes form a loop, or are more than {limit}"
     )]

@@ -8,7 +8,7 @@ pub trait Step {
     /// What it finds.
     type Item;
 
-    /// Goes on to the next item; `None` at the end.
+    /// The next item; `None` at the end.
     ///
     /// # Errors
     /// [`KernelError`]: one or several items cannot be read. The next call reads those after them.

@@ -72,7 +72,7 @@ pub(super) fn attach<T: Fn(u64) -> Option<u64>>(
         Err(error) => return Poll::Ready(Err(refuse(&error))),
     };
     Poll::Ready(memory.write(result_gva, &encode(&result)).inspect_err(|_| {
-        // The page tables have changed since: nobody would know of the view.
+        // The page tables have changed since: the guest would not learn of the view.
         let _ = windows.detach(result.descriptor_gpa);
     }))
 }

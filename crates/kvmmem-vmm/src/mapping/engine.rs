@@ -66,7 +66,7 @@ pub enum MapError {
         grant: u64,
     },
     /// The grant was revoked meanwhile.
-    #[error("grant {grant} was taken back while its page was mapped")]
+    #[error("grant {grant} was revoked while its page was mapped")]
     Revoked {
         /// The grant.
         grant: u64,
@@ -156,7 +156,7 @@ impl MappingEngine {
     ///
     /// `redeem` is called at most once, and only after everything was checked that can be without
     /// it: a token is not used up by a call that could not have worked. `is_revoked` says
-    /// whether a grant was taken back since: a revocation that it does not know of yet comes to
+    /// whether a grant was revoked since: a revocation that it does not know of yet comes to
     /// [`MappingEngine::revoke`].
     ///
     /// # Errors

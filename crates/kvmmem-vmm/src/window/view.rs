@@ -155,7 +155,7 @@ impl View {
         self.target.as_ref().is_some_and(|own| own.id() == target)
     }
 
-    /// Lets go of the target. Its slots have poison behind them.
+    /// Releases the target. Its slots have poison behind them.
     pub(super) fn end(&mut self, state: State) {
         self.state = state;
         self.target = None;

@@ -131,7 +131,7 @@ impl DeviceView {
         Ok(if is_shut && state == State::Open { self.lose(status) } else { status })
     }
 
-    /// Ends the view because the host's service has gone: nobody could take it back any more.
+    /// Ends the view because the broker has exited: its grant could not be revoked any more.
     fn lose(&self, status: Status) -> Status {
         let generation = status.generation.saturating_add(1);
         let lost = Status { generation, state: State::Gone, ranges: Vec::new(), ..status };

@@ -156,8 +156,8 @@ pub enum ViewError {
         /// The first such address.
         gpa: u64,
     },
-    /// The grant was taken back.
-    #[error("{operation}: the grant was taken back; ask for a new token")]
+    /// The grant was revoked.
+    #[error("{operation}: the grant was revoked; ask for a new token")]
     Revoked {
         /// What was to be done.
         operation: ViewOperation,

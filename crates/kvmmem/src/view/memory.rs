@@ -78,7 +78,7 @@ enum Piece<'a> {
     Copy(Arc<Copier>),
 }
 
-/// A mapping in this process, as long as somebody uses it.
+/// A mapping in this process, for reuse while it is in use.
 #[derive(Debug)]
 struct ReservedMapping {
     gpa: u64,
@@ -345,7 +345,7 @@ impl Memory {
     }
 
     fn tell(&self) {
-        // With the lock, so that nobody is between looking and waiting.
+        // Under the lock, so that no thread is between its check and its wait.
         let _told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
         self.changed.notify_all();
     }
@@ -361,7 +361,7 @@ impl Reach {
         self.regions.iter().map(range).collect()
     }
 
-    /// Whether the view goes on.
+    /// Whether the view is open.
     fn check(&self, operation: ViewOperation) -> Result<(), ViewError> {
         match self.state {
             State::Open => Ok(()),

@@ -100,7 +100,7 @@ pub(super) fn find<'a>(series: &'a [Samples], name: &str) -> Result<&'a [u64]> {
     let found = series.iter().find(|samples| samples.name == name);
     found
         .map(|samples| samples.nanos.as_slice())
-        .with_context(|| format!("nobody measured {name:?}"))
+        .with_context(|| format!("no measurement is named {name:?}"))
 }
 
 /// The time that `percent` percent of `times` do not exceed.

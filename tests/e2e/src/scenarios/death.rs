@@ -54,7 +54,7 @@ pub(crate) fn introspector_death(world: &mut World, report: &mut Report) -> Resu
     }
     world.introspector_mut()?.process.kill()?;
     report.check("the introspector's VMM is killed", is_gone(world, INTROSPECTOR)?, "");
-    report.check("the target goes on", world.target_mut()?.process.is_running(), "");
+    report.check("the target keeps running", world.target_mut()?.process.is_running(), "");
     let mut seen = [0; 8];
     world.session()?.read_physical(gpa + 32, &mut seen)?;
     let before = u64::from_le_bytes(seen);

@@ -156,7 +156,7 @@ pub(crate) fn fork_exec(world: &mut World, report: &mut Report) -> Result<()> {
     let fresh = tool.page()?;
     let token = world.token()?;
     report.equal(
-        "after exec the kept file serves nobody",
+        "after exec the kept file serves no process",
         &errno(tool.map(&adopted, &fresh, gpa, token)?),
         &"EINVAL".into(),
     );

@@ -62,7 +62,7 @@ pub(crate) const ALL: &[Scenario] = &[
     },
     Scenario {
         name: "qemu_revoke",
-        purpose: "a grant is taken back under a process that reads, and a tool is killed",
+        purpose: "a grant is revoked under a process that reads, and a tool is killed",
         run: ends::revoke,
     },
     Scenario {

@@ -74,7 +74,7 @@ pub(crate) const ALL: &[Scenario] = &[
     },
     Scenario {
         name: "views_revoke",
-        purpose: "a grant is taken back under a process that reads",
+        purpose: "a grant is revoked under a process that reads",
         run: ends::revoke,
     },
     Scenario {
@@ -89,7 +89,7 @@ pub(crate) const ALL: &[Scenario] = &[
     },
     Scenario {
         name: "views_broker_death",
-        purpose: "without a broker nobody could revoke: views end",
+        purpose: "without a broker no grant can be revoked: views end",
         run: ends::broker_death,
     },
 ];

@@ -35,7 +35,7 @@ fn a_dump_is_stopped_by_revocation_and_goes_on_by_a_new_grant() {
     signal(&child, Signal::CONT);
     let ended = finish(child);
     assert_eq!(ended.code, Some(1));
-    for words in ["the dump stopped at gpa 0x", "--resume", "taken back"] {
+    for words in ["the dump stopped at gpa 0x", "--resume", "revoked"] {
         assert!(ended.stderr.contains(words), "{words}: {}", ended.stderr);
     }
     assert!(part(&host).exists());

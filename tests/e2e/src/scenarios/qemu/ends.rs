@@ -31,7 +31,7 @@ pub(super) fn revoke(world: &mut World, report: &mut Report) -> Result<()> {
         // Under emulation the guest may need longer than the call waits.
         let late = if revoked.unconfirmed == 0 { "confirmed" } else { "not confirmed in time" };
         report.check(
-            format!("{}: a view is taken back", spec.name),
+            format!("{}: a view is revoked", spec.name),
             revoked.views == 1,
             format!("{late}; the broker took {} us, the call {took:.1} ms", revoked.micros),
         );
@@ -41,7 +41,7 @@ pub(super) fn revoke(world: &mut World, report: &mut Report) -> Result<()> {
             &"SIGBUS".into(),
         );
         let seen = errno(tool.pread(&view, target.gpa, 8)?);
-        report.equal("pread says that it was taken back", &seen, &"EKEYREVOKED".into());
+        report.equal("pread reports that it was revoked", &seen, &"EKEYREVOKED".into());
         report.check("QEMU has no window any more", is_empty(world, spec)?, "");
         let again = tool.open_view(&grant.token)?.err();
         report.check("the token is worth nothing", again.is_some(), again.unwrap_or_default());

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Guests that do not let go of what was taken back.
+//! Guests that do not release views that were revoked.
 
 use anyhow::{Result, ensure};
 use serde_json::json;
@@ -33,7 +33,7 @@ pub(super) fn report_and_pause(world: &mut World, report: &mut Report) -> Result
     );
     world.qemu(&NEW_Q35)?.qmp("cont", &json!({}))?;
     report.check(
-        "once it runs again, it lets go",
+        "once it runs again, it releases the view",
         is_empty(world, &NEW_Q35)? && world.settles(0)?,
         "",
     );
@@ -46,7 +46,7 @@ pub(super) fn report_and_pause(world: &mut World, report: &mut Report) -> Result
     let _root = crash(world)?;
     let revoked = world.revoke(grant.grant)?;
     report.check(
-        "a crashed guest lets go of nothing",
+        "a crashed guest releases nothing",
         revoked.unconfirmed == 1,
         format!("{revoked:?}"),
     );
@@ -88,7 +88,7 @@ pub(super) fn kill(world: &mut World, report: &mut Report) -> Result<()> {
     world.qemu(&NEW_Q35)?.qmp("stop", &json!({}))?;
     let revoked = world.revoke(grant.grant)?;
     report.check(
-        "the grant of a silent guest is taken back",
+        "the grant of a silent guest is revoked",
         revoked.views == 1,
         format!("{revoked:?}"),
     );

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! How views end: taken back, with the tool, with the target, with the broker.
+//! Ends of views: revoked, with the tool, with the target, with the broker.
 
 use std::time::Instant;
 
@@ -57,7 +57,7 @@ pub(crate) fn revoke(world: &mut World, report: &mut Report) -> Result<()> {
     let revoked = world.revoke(grant.grant)?;
     let told = start.elapsed();
     report.check(
-        "both views are taken back, by confirmation",
+        "both views are revoked, with confirmation",
         (revoked.views, revoked.unconfirmed) == (2, 0),
         format!("{revoked:?}; the call took {:.1} ms", told.as_secs_f64() * 1e3),
     );
@@ -86,8 +86,12 @@ pub(crate) fn revoke(world: &mut World, report: &mut Report) -> Result<()> {
         &"EKEYREVOKED".into(),
     );
     report.equal("another grant's view reads on", &tool.load(&other_page, 1)?.is_ok(), &true);
-    report.check("the target goes on", world.target_mut()?.process.is_running(), "");
-    report.check("the introspector goes on", world.introspector_mut()?.process.is_running(), "");
+    report.check("the target keeps running", world.target_mut()?.process.is_running(), "");
+    report.check(
+        "the introspector keeps running",
+        world.introspector_mut()?.process.is_running(),
+        "",
+    );
     let again = world.admin()?.revoke(grant.grant);
     report.check(
         "a second revocation ends nothing more",
