@@ -67,3 +67,48 @@ impl Outbox {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn revoke(grant: u64) -> Packet {
+        (Push::Revoke { grant }, None)
+    }
+
+    #[test]
+    fn pushes_are_sent_in_the_order_in_which_they_were_decided() {
+        const EACH: u64 = 500;
+        let (outbox, core, sent) = (Outbox::default(), Mutex::new(0), Mutex::new(Vec::new()));
+        let decide = || {
+            let mut last = core.lock().unwrap();
+            *last += 1;
+            outbox.put(revoke(*last));
+        };
+        let flush = || {
+            let sending = outbox.sending();
+            while let Some(Next::Packet((Push::Revoke { grant }, _))) = outbox.take(&sending) {
+                sent.lock().unwrap().push(grant);
+            }
+        };
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    for _ in 0..EACH {
+                        decide();
+                        flush();
+                    }
+                });
+            }
+        });
+        assert_eq!(sent.into_inner().unwrap(), (1..=4 * EACH).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn a_peer_that_does_not_read_costs_no_more_than_so_much() {
+        let outbox = Outbox::default();
+        (0..2 * MAX as u64).for_each(|grant| outbox.put(revoke(grant)));
+        assert_eq!(outbox.lock().packets.len(), MAX);
+        assert!(matches!(outbox.take(&outbox.sending()), Some(Next::Overflow)));
+    }
+}

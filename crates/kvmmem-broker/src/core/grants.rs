@@ -29,7 +29,7 @@ use grant::Grant;
 pub(crate) use grant::{Holder, Terms, User, View};
 use index::TokenIndex;
 use leaving::Leaving;
-pub(crate) use list::Listed;
+pub(crate) use list::Names;
 
 /// How long a token lives that KVMI makes.
 pub(crate) const KVMI_LIFETIME: Duration = Duration::from_secs(3);
@@ -108,15 +108,6 @@ pub(crate) struct Opened {
     pub(crate) scope: Scope,
 }
 
-/// What a token was good for.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Redeemed {
-    /// This; one use is taken.
-    Opened(Opened),
-    /// It was pushed to the one who asks, and is still there to be claimed.
-    Held,
-}
-
 impl Default for Grants {
     fn default() -> Self {
         Self::new(Bound::of(MAX_OPERATOR))
@@ -188,7 +179,8 @@ impl Grants {
             .map(|(_, grant)| (grant.terms.target, grant.terms.scope.clone()))
     }
 
-    /// Uses a token for one page.
+    /// Uses a token for one page. `None` where the token was pushed to this user, and is still
+    /// there to be claimed.
     ///
     /// # Errors
     /// [`UseError`]; no use is taken then.
@@ -197,16 +189,16 @@ impl Grants {
         now: Instant,
         token: &Token,
         by: User,
-    ) -> Result<Redeemed, UseError> {
+    ) -> Result<Option<Opened>, UseError> {
         let (id, grant) = self.usable(now, token, by)?;
         if grant.terms.holder == Holder::Pushed(by.peer) {
-            return Ok(Redeemed::Held);
+            return Ok(None);
         }
         let opened = grant.take_use(id);
         grant.users.insert(by.peer);
         self.of_peer.insert((by.peer, id));
         self.settle(now, id);
-        Ok(Redeemed::Opened(opened))
+        Ok(Some(opened))
     }
 
     /// Takes note that a token was used that had been pushed to this connection.

@@ -7,14 +7,14 @@ use kvmmem_abi::errno::KvmError;
 use kvmmem_kvmi::token::Token;
 use kvmmem_proto::credentials::Credentials;
 use kvmmem_proto::map::SHARE_IT;
-use kvmmem_proto::message::{Answer, Cursor, GrantInfo, GrantRequest, KvmiPolicy, Origin, Refusal};
+use kvmmem_proto::message::{Answer, Cursor, GrantRequest, KvmiPolicy, Origin, Refusal};
 use kvmmem_proto::name::is_unprintable;
 use kvmmem_proto::scope::{Scope, ScopeError};
 use uuid::Uuid;
 
 use super::Core;
 use super::effect::{Effect, Push};
-use super::grants::{Grants, Holder, KVMI_LIFETIME, Listed, Opened, Redeemed, Terms, UseError};
+use super::grants::{Grants, Holder, KVMI_LIFETIME, Names, Opened, Terms, UseError};
 use super::peers::NotIntroduced;
 use super::refused::Refused;
 use super::views::private;
@@ -161,32 +161,19 @@ impl Core {
 
     /// A page of the grants behind `after`.
     pub(crate) fn list_grants(&mut self, now: Instant, after: Cursor) -> Answer {
-        let (page, next) = self.grants.list(now, after);
-        let named = |listed: Listed| {
-            let target = self.vms.get(listed.target)?;
-            let holder = match listed.holder {
+        let (vms, peers) = (&self.vms, &self.peers);
+        let uuid = |vm| vms.get(vm).map(|vm| vm.registration.uuid);
+        let names = |target, holder| {
+            let target = &vms.get(target)?.registration;
+            let holder = match holder {
                 Holder::Anybody => None,
                 Holder::Vm(uuid) => Some(uuid),
-                Holder::Pushed(peer) => self
-                    .peers
-                    .get(&peer)
-                    .and_then(|peer| self.vms.get(peer.vm?).map(|vm| vm.registration.uuid)),
+                Holder::Pushed(peer) => peers.get(&peer).and_then(|peer| uuid(peer.vm?)),
             };
-            Some(GrantInfo {
-                id: listed.id,
-                target: target.registration.name.clone(),
-                target_uuid: target.registration.uuid,
-                scope: listed.scope,
-                uses_left: listed.uses_left,
-                expires_in_ms: listed.expires_in_ms,
-                holder,
-                label: listed.label,
-                origin: listed.origin,
-                state: listed.state,
-                views: listed.views,
-            })
+            Some(Names { target: target.name.clone(), target_uuid: target.uuid, holder })
         };
-        Answer::Grants { grants: page.into_iter().filter_map(named).collect(), next }
+        let (grants, next) = self.grants.list(now, after, names);
+        Answer::Grants { grants, next }
     }
 
     /// Trades a token for a target on behalf of an introspector; `None` where the token was pushed
@@ -208,12 +195,8 @@ impl Core {
         if vm.layout.as_ref().is_some_and(|layout| layout.is_private) {
             return Err(private(&vm.registration).into());
         }
-        let redeemed = self.introducing(who, target, may_get_files, |grants| {
+        self.introducing(who, target, may_get_files, |grants| {
             grants.redeem(now, token, by).map_err(refuse_use)
-        })?;
-        Ok(match redeemed {
-            Redeemed::Held => None,
-            Redeemed::Opened(opened) => Some(opened),
         })
     }
 

@@ -3,8 +3,8 @@
 
 use std::time::Instant;
 
-use kvmmem_proto::message::{Cursor, GrantState, Origin, ViewInfo};
-use kvmmem_proto::scope::Scope;
+use kvmmem_proto::message::{Cursor, GrantInfo, ViewInfo};
+use uuid::Uuid;
 
 use super::grant::Grant;
 use super::{Grants, Holder, View};
@@ -17,46 +17,36 @@ const GRANT: usize = 768;
 const SPAN: usize = 64;
 const VIEW: usize = 512;
 
-/// A grant, as a list shows it; the target's name is the registry's.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Listed {
-    /// Its number.
-    pub id: u64,
-    /// Number of the target.
-    pub target: u64,
-    /// What it allows.
-    pub scope: Scope,
-    /// How often its token may still be used.
-    pub uses_left: u32,
-    /// How long it may still be used, milliseconds.
-    pub expires_in_ms: u64,
-    /// Who may use it.
-    pub holder: Holder,
-    /// The operator's words.
-    pub label: Option<String>,
-    /// Who asked for it.
-    pub origin: Origin,
-    /// Whether its token can be used.
-    pub state: GrantState,
-    /// What it has opened, and is still open.
-    pub views: Vec<ViewInfo>,
+/// What a list shows of a grant that the table of VMs knows.
+#[derive(Clone, Debug)]
+pub(crate) struct Names {
+    pub(crate) target: String,
+    pub(crate) target_uuid: Uuid,
+    /// The only introspector that may use it.
+    pub(crate) holder: Option<Uuid>,
 }
 
 impl Grants {
     /// The grants and views behind `after`, as many as fit in a packet, and where the next page
     /// starts.
-    pub(crate) fn list(&mut self, now: Instant, after: Cursor) -> (Vec<Listed>, Option<Cursor>) {
+    pub(crate) fn list(
+        &mut self,
+        now: Instant,
+        after: Cursor,
+        names: impl Fn(u64, Holder) -> Option<Names>,
+    ) -> (Vec<GrantInfo>, Option<Cursor>) {
         self.advance(now);
-        let mut page: Vec<Listed> = Vec::new();
+        let mut page: Vec<GrantInfo> = Vec::new();
         let mut used = 0;
         for (id, grant) in self.grants.range(after.grant..) {
+            let Some(names) = names(grant.terms.target, grant.terms.holder) else { continue };
             let first = if *id == after.grant { after.view.saturating_add(1) } else { 0 };
             let size = GRANT + SPAN * grant.terms.scope.spans.as_ref().map_or(0, Vec::len);
             if used + size > PAGE {
                 return (page, Some(Cursor { grant: *id, view: 0 }));
             }
             used += size;
-            let mut listed = listed(*id, grant, now);
+            let mut listed = grant.info(*id, names, now);
             let mut last = first.saturating_sub(1);
             for view in grant.views.range(first..).filter_map(|view| self.views.get(view)) {
                 if used + VIEW > PAGE {
@@ -89,18 +79,21 @@ impl View {
     }
 }
 
-fn listed(id: u64, grant: &Grant, now: Instant) -> Listed {
-    let left = grant.expires.saturating_duration_since(now);
-    Listed {
-        id,
-        target: grant.terms.target,
-        scope: grant.terms.scope.clone(),
-        uses_left: grant.uses_left,
-        expires_in_ms: u64::try_from(left.as_millis()).unwrap_or(u64::MAX),
-        holder: grant.terms.holder,
-        label: grant.terms.label.clone(),
-        origin: grant.terms.origin,
-        state: grant.state(now),
-        views: Vec::new(),
+impl Grant {
+    fn info(&self, id: u64, names: Names, now: Instant) -> GrantInfo {
+        let left = self.expires.saturating_duration_since(now);
+        GrantInfo {
+            id,
+            target: names.target,
+            target_uuid: names.target_uuid,
+            scope: self.terms.scope.clone(),
+            uses_left: self.uses_left,
+            expires_in_ms: u64::try_from(left.as_millis()).unwrap_or(u64::MAX),
+            holder: names.holder,
+            label: self.terms.label.clone(),
+            origin: self.terms.origin,
+            state: self.state(now),
+            views: Vec::new(),
+        }
     }
 }
