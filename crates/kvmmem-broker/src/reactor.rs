@@ -14,7 +14,8 @@
 //!
 //! [`Workers`]: crate::workers::Workers
 
-use std::collections::BTreeSet;
+mod table;
+
 use std::fmt;
 use std::io;
 use std::os::fd::OwnedFd;
@@ -25,6 +26,8 @@ use std::time::Instant;
 use rustix::event::epoll::{self, EventData, EventFlags};
 use rustix::event::{EventfdFlags, Timespec};
 use rustix::io::Errno;
+
+use table::Table;
 
 /// The most events and the most deadlines of one turn.
 const TURN: usize = 64;
@@ -72,96 +75,6 @@ struct Kernel {
     epoll: OwnedFd,
     wake: OwnedFd,
     thread: ThreadId,
-}
-
-#[derive(Default)]
-struct Table {
-    slots: Vec<Slot>,
-    /// Slots without a registration.
-    free: Vec<u32>,
-    deadlines: BTreeSet<(Instant, Token)>,
-    /// The thread waits, or is about to.
-    is_waiting: bool,
-    is_ended: bool,
-}
-
-#[derive(Default)]
-struct Slot {
-    generation: u32,
-    registration: Option<Registration>,
-}
-
-struct Registration {
-    handler: Handler,
-    /// In the epoll set; kept open as long as it is.
-    fd: Option<Arc<OwnedFd>>,
-    deadline: Option<Instant>,
-    is_armed: bool,
-}
-
-impl Token {
-    fn slot(self) -> usize {
-        usize::try_from(self.0 & u64::from(u32::MAX)).unwrap_or(usize::MAX)
-    }
-}
-
-impl Table {
-    fn insert(&mut self, handler: impl FnOnce(Token) -> Handler) -> io::Result<Token> {
-        if self.is_ended {
-            return Err(io::Error::other("the broker ends"));
-        }
-        let index = match self.free.pop() {
-            Some(index) => index,
-            None => {
-                self.slots.push(Slot::default());
-                u32::try_from(self.slots.len() - 1).map_err(io::Error::other)?
-            }
-        };
-        let slot = self.slots.get_mut(usize::try_from(index).unwrap_or(usize::MAX));
-        let slot = slot.ok_or(io::ErrorKind::OutOfMemory)?;
-        let token = Token(u64::from(slot.generation) << 32 | u64::from(index));
-        let handler = handler(token);
-        slot.registration =
-            Some(Registration { handler, fd: None, deadline: None, is_armed: false });
-        Ok(token)
-    }
-
-    fn get(&mut self, token: Token) -> Option<&mut Registration> {
-        let slot = self.slots.get_mut(token.slot())?;
-        slot.registration.as_mut().filter(|_| u64::from(slot.generation) == token.0 >> 32)
-    }
-
-    fn remove(&mut self, token: Token) -> Option<Registration> {
-        let deadline = self.get(token)?.deadline;
-        self.forget(deadline, token);
-        let slot = self.slots.get_mut(token.slot())?;
-        // The largest generation would make the last slot's token the number of the eventfd.
-        slot.generation = if slot.generation >= u32::MAX - 1 { 0 } else { slot.generation + 1 };
-        let removed = slot.registration.take();
-        self.free.push(u32::try_from(token.slot()).ok()?);
-        removed
-    }
-
-    fn forget(&mut self, deadline: Option<Instant>, token: Token) {
-        if let Some(deadline) = deadline {
-            self.deadlines.remove(&(deadline, token));
-        }
-    }
-
-    /// The handler of an armed registration, which waits no more.
-    fn fire(&mut self, token: Token) -> Option<Handler> {
-        let registration = self.get(token).filter(|registration| registration.is_armed)?;
-        registration.is_armed = false;
-        let (deadline, handler) = (registration.deadline.take(), Arc::clone(&registration.handler));
-        self.forget(deadline, token);
-        Some(handler)
-    }
-
-    /// The first registration whose deadline has passed.
-    fn fire_due(&mut self, now: Instant) -> Option<(Token, Handler)> {
-        let (_, token) = *self.deadlines.first().filter(|(deadline, _)| *deadline <= now)?;
-        Some((token, self.fire(token)?))
-    }
 }
 
 impl Reactor {
@@ -238,12 +151,10 @@ impl Reactor {
     /// Ends all registrations and the thread, without waiting for it.
     pub(crate) fn end(&self) {
         let mut table = self.lock();
-        table.is_ended = true;
-        table.deadlines.clear();
         // What a handler drops may use the reactor.
-        let slots = std::mem::take(&mut table.slots);
+        let registrations = table.end();
         drop(table);
-        drop(slots);
+        drop(registrations);
         if let Some(kernel) = self.0.kernel.get() {
             kernel.wake();
         }

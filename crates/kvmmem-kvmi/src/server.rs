@@ -10,19 +10,20 @@
 //! An idle tool may stay for ever. A tool that has begun a handshake or a message, or that does not
 //! read its replies, has a limited time to continue ([`Limits`]).
 
+mod inbox;
+mod socket;
+
 use std::io::{self, Read, Write};
-use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::io::Errno;
-use rustix::net::{RecvFlags, SendFlags, recv, send};
 use zeroize::Zeroizing;
 
 use crate::command;
 use crate::dispatch::{Dispatcher, RepliesOff, ReplyBuffer, TargetVm};
 use crate::handshake::{HandshakeError, ToolHello, VmHello};
-use crate::message::{HEADER_SIZE, Header, MAX_PAYLOAD};
+use crate::message::MAX_PAYLOAD;
+use inbox::Inbox;
+pub use socket::{Socket, serve, serve_within};
 
 /// The most reads of one turn.
 const READS: usize = 16;
@@ -268,138 +269,6 @@ impl Connection {
             ServeError::Read(error)
         } else {
             ServeError::Handshake(HandshakeError::Io(error))
-        }
-    }
-}
-
-/// Greets the tool and serves it until it closes.
-///
-/// # Errors
-/// Why the connection had to end before the tool closed it.
-pub fn serve(stream: &impl AsFd, vm: &impl TargetVm) -> Result<(), ServeError> {
-    serve_within(Limits::default(), stream, vm)
-}
-
-/// As [`serve`], with other limits than the protocol's usual ones.
-///
-/// # Errors
-/// Why the connection had to end before the tool closed it.
-pub fn serve_within(
-    limits: Limits,
-    stream: &impl AsFd,
-    vm: &impl TargetVm,
-) -> Result<(), ServeError> {
-    let mut connection = Connection::new(vm, limits);
-    let mut space = Workspace::default();
-    loop {
-        let socket = &mut Socket { fd: stream.as_fd(), waits: false };
-        let (flags, deadline) = match connection.turn(socket, vm, &mut space)? {
-            Turn::More => continue,
-            Turn::Read(deadline) => (PollFlags::IN, deadline),
-            Turn::Write(deadline) => (PollFlags::OUT, Some(deadline)),
-            Turn::Closed => return Ok(()),
-        };
-        let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
-        let left = left.and_then(|left| Timespec::try_from(left).ok());
-        match poll(&mut [PollFd::new(stream, flags)], left.as_ref()) {
-            Ok(_) | Err(Errno::INTR) => {}
-            Err(error) => return Err(connection.late(error.into())),
-        }
-    }
-}
-
-/// A connected stream socket, for one turn.
-#[derive(Debug)]
-pub struct Socket<'a> {
-    /// The socket.
-    pub fd: BorrowedFd<'a>,
-    /// Whether reads wait, as long as the socket's options say.
-    pub waits: bool,
-}
-
-impl Read for Socket<'_> {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let flags = if self.waits { RecvFlags::empty() } else { RecvFlags::DONTWAIT };
-        Ok(recv(self.fd, buffer, flags).map(|(count, _)| count)?)
-    }
-}
-
-impl Write for Socket<'_> {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        Ok(send(self.fd, bytes, SendFlags::DONTWAIT | SendFlags::NOSIGNAL)?)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
-/// Bytes that have come and are not yet served. Has room for one message of the largest size, so
-/// that a usual request takes one read, and a batch of small ones as well.
-struct Inbox {
-    bytes: Box<[u8; HEADER_SIZE + MAX_PAYLOAD]>,
-    start: usize,
-    end: usize,
-}
-
-impl Default for Inbox {
-    fn default() -> Self {
-        Self { bytes: Box::new([0; HEADER_SIZE + MAX_PAYLOAD]), start: 0, end: 0 }
-    }
-}
-
-impl Inbox {
-    /// Holds these bytes alone, which are no more than fit.
-    fn load(&mut self, bytes: &[u8]) {
-        self.start = 0;
-        self.end = 0;
-        for (to, from) in self.bytes.iter_mut().zip(bytes) {
-            *to = *from;
-            self.end += 1;
-        }
-    }
-
-    fn waiting(&self) -> &[u8] {
-        self.bytes.get(self.start..self.end).unwrap_or_default()
-    }
-
-    /// Drops at most `count` bytes; returns how many.
-    fn skip(&mut self, count: usize) -> usize {
-        let count = count.min(self.end - self.start);
-        self.start += count;
-        count
-    }
-
-    /// The next message, where all of it has come.
-    fn next(&mut self) -> Result<Option<(Header, &[u8])>, ServeError> {
-        let Some(header) = Header::parse(self.waiting()) else { return Ok(None) };
-        let size = header.size.get();
-        if usize::from(size) > MAX_PAYLOAD {
-            return Err(ServeError::TooLong { id: header.id.get(), size });
-        }
-        let payload = self.start + HEADER_SIZE;
-        let end = payload + usize::from(size);
-        if end > self.end {
-            return Ok(None);
-        }
-        self.start = end;
-        Ok(Some((header, self.bytes.get(payload..end).unwrap_or_default())))
-    }
-
-    /// Reads what has come behind what waits already; 0 at the end of the stream.
-    fn fill(&mut self, stream: &mut impl Read) -> io::Result<usize> {
-        self.bytes.copy_within(self.start..self.end, 0);
-        self.end -= self.start;
-        self.start = 0;
-        loop {
-            match stream.read(self.bytes.get_mut(self.end..).unwrap_or_default()) {
-                Ok(count) => {
-                    self.end += count;
-                    return Ok(count);
-                }
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
-            }
         }
     }
 }
