@@ -3,7 +3,6 @@
 
 mod common;
 
-use kvmmem_client::ClientError;
 use std::fs::File;
 use std::io::{IoSlice, Read};
 use std::mem::MaybeUninit;
@@ -11,6 +10,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use kvmmem_client::ClientError;
 use kvmmem_client::admin::Admin;
 use kvmmem_client::vmm::{Region, VmmLink};
 use kvmmem_proto::map::MAX_FILES;

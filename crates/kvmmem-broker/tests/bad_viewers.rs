@@ -4,11 +4,11 @@
 
 mod common;
 
-use kvmmem_client::ClientError;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use kvmmem_client::ClientError;
 use kvmmem_client::admin::{GrantRequest, GrantState, Span};
 use kvmmem_client::vmm::{
     Caller, Change, RedeemError, Region, Registration, Rights, Token, ViewCounters, VmmLink,

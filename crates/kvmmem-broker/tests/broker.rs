@@ -3,9 +3,9 @@
 
 mod common;
 
-use kvmmem_client::ClientError;
 use std::time::Duration;
 
+use kvmmem_client::ClientError;
 use kvmmem_client::admin::Admin;
 use kvmmem_client::vmm::{RedeemError, Registration, Token, VmmLink};
 use kvmmem_proto::endpoint::Endpoint;

@@ -3,10 +3,10 @@
 
 mod common;
 
-use kvmmem_client::ClientError;
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
+use kvmmem_client::ClientError;
 use kvmmem_client::admin::{GrantRequest, Span};
 use kvmmem_client::vmm::{Change, Region, Rights, Token, VmmLink};
 use kvmmem_proto::message::Refusal;

@@ -3,10 +3,10 @@
 
 mod common;
 
-use kvmmem_client::ClientError;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use kvmmem_client::ClientError;
 use kvmmem_client::admin::{AddIntrospector, Admin, GrantRequest, OnSilence, Rights, Span};
 use kvmmem_client::vmm::{Region, Registration, VmmLink};
 

@@ -4,7 +4,6 @@
 
 mod common;
 
-use kvmmem_client::ClientError;
 use std::collections::BTreeSet;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -12,6 +11,7 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use kvmmem_client::ClientError;
 use kvmmem_client::admin::{AddIntrospector, GrantRequest, IntrospectorAdded, OnSilence, Rights};
 use kvmmem_client::vmm::{Region, VmmLink};
 

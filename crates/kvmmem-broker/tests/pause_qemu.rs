@@ -3,10 +3,10 @@
 
 mod common;
 
-use kvmmem_client::ClientError;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
+use kvmmem_client::ClientError;
 use kvmmem_client::admin::{Admin, Which};
 use kvmmem_qemu::qmp::Qmp;
 

@@ -3,12 +3,12 @@
 
 mod common;
 
-use kvmmem_client::ClientError;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use kvmmem_client::ClientError;
 use kvmmem_client::admin::{GrantRequest, Span};
 use kvmmem_client::vmm::{RedeemError, Region, Registration, Rights, Token};
 use kvmmem_proto::copy::{BUFFER, CopyAnswer, CopyRequest, Piece, Status};

@@ -3,11 +3,11 @@
 
 mod common;
 
-use kvmmem_client::ClientError;
 use std::collections::BTreeSet;
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
+use kvmmem_client::ClientError;
 use kvmmem_client::admin::KvmiPolicy;
 use kvmmem_client::vmm::{RedeemError, Registration, Rights, VmmLink};
 use kvmmem_proto::endpoint::Endpoint;

@@ -3,10 +3,10 @@
 
 mod common;
 
-use kvmmem_client::ClientError;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use kvmmem_client::ClientError;
 use kvmmem_client::admin::{GrantRequest, GrantState, KvmiPolicy, Origin, Span};
 use kvmmem_client::vmm::{Change, RedeemError, Region, Rights, Token, ViewCounters, VmmLink};
 use kvmmem_proto::message::Refusal;

@@ -4,11 +4,11 @@
 
 mod common;
 
-use kvmmem_client::ClientError;
 use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex, Weak};
 use std::time::{Duration, Instant};
 
+use kvmmem_client::ClientError;
 use kvmmem_client::admin::Admin;
 use kvmmem_client::vmm::{Registration, VcpuAnswer, VcpuQuestion, VcpuRegisters, Vcpus, VmmLink};
 use kvmmem_proto::message::{Answer, Call, FromBroker, Refusal, Request};

@@ -11,7 +11,7 @@ use kvmmem_memory::paging::{Absent, WalkError};
 
 use crate::failure::usage;
 use crate::input::{Input, Opened};
-use crate::linux::{Choice, find};
+use crate::linux::{Choice, find, process};
 use crate::number::{Address, Hex, parse};
 use crate::physical::with_remedy;
 
@@ -130,7 +130,7 @@ impl<'k> LinuxSpace<'k> {
                 arguments,
             });
         };
-        let task = kernel.task(pid)?;
+        let task = process(kernel, pid, &arguments)?;
         let space = kernel
             .space_of(&task)
             .with_context(|| format!("cannot find the memory of process {pid}"))?;

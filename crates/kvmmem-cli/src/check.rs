@@ -75,7 +75,8 @@ enum FindingLine<'a> {
     Hook {
         check: &'static str,
         entry: &'a str,
-        at: Hex,
+        /// `None` for a register.
+        at: Option<Hex>,
         target: Hex,
         place: String,
     },
@@ -230,7 +231,8 @@ fn row(line: CheckLine<'_>) -> [String; 3] {
 fn sentence(finding: &Finding) -> String {
     match finding {
         Finding::Hook { entry, gva, target, place } => {
-            format!("{entry}, at {gva:#x}, leads to {target:#x}: {}", escape(&self::place(place)))
+            let at = gva.map_or_else(String::new, |gva| format!(", at {gva:#x},"));
+            format!("{entry}{at} leads to {target:#x}: {}", escape(&self::place(place)))
         }
         Finding::Hidden { name, gva, found, missing } => {
             format!("{}, at {gva:#x}, is in {found} and not in {missing}", escape(name))
@@ -253,7 +255,7 @@ impl<'a> FindingLine<'a> {
             Finding::Hook { entry, gva, target, place } => Self::Hook {
                 check,
                 entry,
-                at: Hex(*gva),
+                at: gva.map(Hex),
                 target: Hex(*target),
                 place: self::place(place),
             },
@@ -341,10 +343,18 @@ mod tests {
         );
         let finding = Finding::Hook {
             entry: "system call 62".to_owned(),
-            gva: 0x1000,
+            gva: Some(0x1000),
             target: 0x2008,
             place: Place::Text { symbol: "kill".to_owned(), offset: 8 },
         };
         assert_eq!(sentence(&finding), "system call 62, at 0x1000, leads to 0x2008: kill+0x8");
+        let finding = Finding::Hook {
+            entry: "MSR_LSTAR".to_owned(),
+            gva: None,
+            target: 0x2008,
+            place: Place::Elsewhere,
+        };
+        let text = "MSR_LSTAR leads to 0x2008: outside of the kernel's text and of its modules";
+        assert_eq!(sentence(&finding), text);
     }
 }

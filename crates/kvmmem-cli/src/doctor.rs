@@ -102,7 +102,7 @@ impl Arguments {
             (role, _) => role,
         };
         let checks = if role == Role::Guest { guest::checks() } else { host::checks() };
-        let uses = verdicts(role, &checks);
+        let uses = verdicts(role, &checks, rustix::process::geteuid().is_root());
         let is_wanted =
             |verdict: &&Verdict| self.wanted.is_none_or(|wanted| wanted == verdict.what);
         let usable = uses.iter().filter(is_wanted).any(|verdict| verdict.status != Status::Fail);

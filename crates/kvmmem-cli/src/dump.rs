@@ -87,8 +87,12 @@ pub(crate) struct Arguments {
     #[arg(long = "file", value_name = "DUMP", requires = "pid", conflicts_with_all = ["pause", "target", "token", "token_file", "listen", "device", "broker"])]
     dump: Option<PathBuf>,
     /// Of several kernels, the one whose VMCOREINFO note is at this guest-physical address
-    #[arg(long, value_name = "GPA", value_parser = parse, requires = "pid")]
+    #[arg(long, value_name = "GPA", value_parser = parse, requires = "pid", conflicts_with = "kernel")]
     note: Option<u64>,
+    /// Of several kernels, the one in the address space of this CR3, its own or that of one of its
+    /// processes
+    #[arg(long, value_name = "CR3", value_parser = parse, requires = "pid")]
+    kernel: Option<u64>,
     #[command(flatten)]
     source: Source,
 }

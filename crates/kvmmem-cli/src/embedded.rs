@@ -8,7 +8,6 @@
 //! gives them the same and `dump --resume` goes on. The socket is unlinked once the view is
 //! attached, so that only this process is served and nothing is left behind if it is killed.
 
-use kvmmem_client::ClientError;
 use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
@@ -16,6 +15,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use kvmmem_broker::server::Server;
+use kvmmem_client::ClientError;
 use kvmmem_client::admin::{Admin, Which};
 use kvmmem_proto::packet::PacketError;
 use kvmmem_qemu::discover::{Found, discover};

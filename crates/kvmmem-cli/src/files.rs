@@ -10,7 +10,7 @@ use kvmmem_linux::files::{Files, OpenFile};
 use kvmmem_linux::tasks::{Task, Tasks, Which};
 use serde::Serialize;
 
-use crate::linux::{Damage, Guest, Listed, collect};
+use crate::linux::{Damage, Guest, Listed, collect, no_process};
 use crate::number::Hex;
 use crate::output::Output;
 use crate::table::{Table, mark, or_unknown};
@@ -78,7 +78,7 @@ impl Arguments {
                 is_there || lost == 0,
                 "process {pid} cannot be read, or there is none: {lost} cannot"
             );
-            ensure!(is_there, "the guest has no process {pid}");
+            ensure!(is_there, no_process(kernel, *pid, &self.guest.arguments()));
         }
         let mut damage = Damage::default();
         if self.pid.is_empty() {

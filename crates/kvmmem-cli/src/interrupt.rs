@@ -11,9 +11,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
 
-/// Whether SIGINT, SIGTERM or SIGHUP has come. The second one of them ends the process at once.
+/// Whether SIGINT, SIGTERM, SIGHUP or SIGQUIT has come. The second one of them ends the process at
+/// once.
 #[derive(Clone)]
 pub(crate) struct Interrupt {
     flag: Arc<AtomicBool>,
@@ -26,7 +27,7 @@ impl Interrupt {
     pub(crate) fn catch() -> Result<Self> {
         let flag = Arc::new(AtomicBool::new(false));
         let (wake, waker) = UnixStream::pair().context("cannot handle signals")?;
-        for signal in [SIGINT, SIGTERM, SIGHUP] {
+        for signal in [SIGINT, SIGTERM, SIGHUP, SIGQUIT] {
             // Registered first, it sees the flag of the signal before.
             signal_hook::flag::register_conditional_default(signal, Arc::clone(&flag))
                 .and_then(|_| signal_hook::flag::register(signal, Arc::clone(&flag)))

@@ -7,8 +7,9 @@ mod explain;
 
 use std::process::ExitCode;
 
-use anyhow::Result;
+use anyhow::{Result, anyhow};
 use clap::Args;
+use kvmmem_linux::tasks::{Task, Tasks, Which};
 use kvmmem_linux::{Find, FindError, Kernel, KernelError};
 use kvmmem_memory::Memory;
 
@@ -53,6 +54,11 @@ impl Guest {
     /// Whether the guest may run.
     pub(crate) fn is_live(&self) -> bool {
         self.input.is_live()
+    }
+
+    /// The words that name the guest on the command line.
+    pub(crate) fn arguments(&self) -> String {
+        self.input.arguments()
     }
 
     /// How a verb ends that has printed all but what is damaged.
@@ -138,6 +144,25 @@ fn find_in<'m>(input: &Input, opened: &'m Opened, choice: Choice) -> Result<Kern
             None => Err(error),
         },
         found => found,
+    }
+}
+
+/// The process with this number. `arguments` name the guest on the command line.
+pub(crate) fn process(kernel: &Kernel<'_>, pid: u32, arguments: &str) -> Result<Task> {
+    kernel.task(pid).map_err(|error| match error {
+        KernelError::NoProcess { .. } => anyhow!(no_process(kernel, pid, arguments)),
+        error => error.into(),
+    })
+}
+
+/// Why the guest has no process of this number, and what to do next.
+pub(crate) fn no_process(kernel: &Kernel<'_>, pid: u32, arguments: &str) -> String {
+    let threads = Tasks::new(kernel, Which::Threads).into_iter().flatten();
+    match threads.filter_map(Result::ok).find(|task| task.tid == pid && task.pid != pid) {
+        Some(Task { pid: of, .. }) => {
+            format!("{pid} is a thread of process {of}: give {of} instead")
+        }
+        None => format!("the guest has no process {pid}; its processes: kvmmem ps{arguments}"),
     }
 }
 

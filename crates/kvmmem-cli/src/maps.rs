@@ -11,7 +11,7 @@ use kvmmem_linux::tasks::{Task, Tasks, Which};
 use serde::Serialize;
 
 use crate::failure::escape;
-use crate::linux::{Damage, Guest, collect};
+use crate::linux::{Damage, Guest, collect, process};
 use crate::number::Hex;
 use crate::output::Output;
 
@@ -103,7 +103,10 @@ impl Arguments {
                 damage.missing(tasks.lost, "process", "processes");
                 tasks.rows
             }
-            pids => pids.iter().map(|pid| kernel.task(*pid)).collect::<Result<_, _>>()?,
+            pids => pids
+                .iter()
+                .map(|pid| process(kernel, *pid, &self.guest.arguments()))
+                .collect::<Result<_>>()?,
         };
         let maps = Maps::new(kernel)?;
         let (mut found, mut cut) = (Vec::new(), 0);

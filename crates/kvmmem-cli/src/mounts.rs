@@ -9,7 +9,7 @@ use kvmmem_linux::mounts::{Mount, Mounts};
 use serde::Serialize;
 
 use crate::failure::escape;
-use crate::linux::{Damage, Guest};
+use crate::linux::{Damage, Guest, process};
 use crate::output::{Output, columns};
 
 #[derive(Args)]
@@ -54,7 +54,7 @@ struct MountLine<'a> {
 impl Arguments {
     pub(crate) fn run(&self, output: &mut Output) -> Result<ExitCode> {
         let table = self.guest.with_kernel("mounts", |kernel| {
-            let task = kernel.task(self.pid)?;
+            let task = process(kernel, self.pid, &self.guest.arguments())?;
             let mounts = Mounts::new(kernel)?.of(&task);
             mounts.with_context(|| format!("cannot list the mounts of process {}", self.pid))
         })?;

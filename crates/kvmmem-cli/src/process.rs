@@ -11,7 +11,7 @@ use kvmmem_memory::paging::AddressSpace;
 use kvmmem_memory::{Memory, MemoryError, Range, VectoredError};
 
 use crate::input::{Input, Opened};
-use crate::linux::{Choice, find};
+use crate::linux::{Choice, find, process};
 use crate::number::{Address, Hex, parse};
 use crate::range::GpaRange;
 
@@ -78,7 +78,7 @@ impl Process {
         let extents = match (self.pid, space, self.vcpu) {
             (Some(pid), ..) => {
                 let kernel = find(input, opened, Choice { note: self.note, kernel: self.kernel })?;
-                let space = kernel.space_of(&kernel.task(pid)?)?;
+                let space = kernel.space_of(&process(&kernel, pid, &input.arguments())?)?;
                 in_memory(&space, &format!("process {pid}"))?
             }
             (None, Some(space), Some(vcpu)) => {

@@ -13,7 +13,7 @@ mod source;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, anyhow};
 use clap::Args;
 #[cfg(feature = "yara")]
 use clap::builder::styling::Style;
@@ -115,6 +115,15 @@ Exit codes:
   1  nothing was found
   2  failed, standard error says why; or the command line is wrong
   3  some memory could not be read, standard error says which; what the rest holds was printed";
+
+/// The text in a file of patterns or rules.
+fn utf8(bytes: Vec<u8>) -> Result<String> {
+    String::from_utf8(bytes).map_err(|error| {
+        let before = error.as_bytes().get(..error.utf8_error().valid_up_to()).unwrap_or_default();
+        let line = 1 + before.iter().filter(|byte| **byte == b'\n').count();
+        anyhow!("line {line} is not UTF-8 text: write such bytes in hexadecimal")
+    })
+}
 
 fn parse_around(text: &str) -> Result<u64, String> {
     match parse(text)? {

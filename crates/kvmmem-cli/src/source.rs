@@ -2,7 +2,6 @@
 //! Where a verb gets a target's memory from: a view, by a token or by the target's name, or KVMI.
 //! Verbs that only read have it from [`crate::input`].
 
-use kvmmem_client::ClientError;
 use std::fs::File;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
@@ -13,6 +12,7 @@ use clap::Args;
 use kvmmem::host::CopyError;
 use kvmmem::view::{Access, Range, View, ViewError};
 use kvmmem::{PAGE_SIZE, Session, SessionError, Token};
+use kvmmem_client::ClientError;
 use kvmmem_client::admin::{Admin, GrantRequest, Rights};
 use kvmmem_memory::DumpFile;
 use serde::Deserialize;

@@ -114,8 +114,18 @@ struct EntryInfo {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Tables {
     pub(crate) space: AddressSpace,
-    /// Neither the command line nor the tables say how many levels there are.
-    is_guess: bool,
+    levels_from: LevelsFrom,
+}
+
+/// What says how many levels the tables have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum LevelsFrom {
+    /// CR4 of a vCPU.
+    Vcpu,
+    /// The command line, the tables, or an address.
+    Evidence,
+    /// Nothing: four are assumed.
+    Nothing,
 }
 
 impl Tables {
@@ -136,24 +146,25 @@ impl Tables {
         let by_address = gvas.iter().any(needs_five).then_some(Levels::Five);
         let levels = given.or(detected).or(by_address);
         let space = AddressSpace { cr3, levels: levels.unwrap_or(Levels::Four) };
-        Self { space, is_guess: levels.is_none() }
+        let levels_from = if levels.is_some() { LevelsFrom::Evidence } else { LevelsFrom::Nothing };
+        Self { space, levels_from }
     }
 
     /// Those that a vCPU uses, whose CR4 says how many levels there are.
     pub(crate) fn of_vcpu(space: AddressSpace) -> Self {
-        Self { space, is_guess: false }
+        Self { space, levels_from: LevelsFrom::Vcpu }
     }
 
     /// What helps where a walk ends early; empty where nothing is known.
     pub(crate) fn remedy(&self, error: &WalkError<MemoryError>) -> &'static str {
         match error {
             WalkError::NotCanonical { gva, levels: Levels::Four }
-                if Levels::Five.is_canonical(*gva) =>
+                if Levels::Five.is_canonical(*gva) && self.levels_from != LevelsFrom::Vcpu =>
             {
                 "; if the target uses 5 levels, give --levels 5"
             }
             WalkError::NotPresent { .. } | WalkError::Reserved { .. } | WalkError::Table { .. }
-                if self.is_guess =>
+                if self.levels_from == LevelsFrom::Nothing =>
             {
                 "; the tables do not show how many levels they have, and 4 were assumed: try --levels 5"
             }

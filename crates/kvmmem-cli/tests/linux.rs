@@ -350,6 +350,8 @@ fn the_core_of_a_process_in_a_dump_file_names_the_file_where_there_is_none() {
         &["dump", &core, "--file", &file][..],
         &["dump", &core, "--pid", "1", "--file", &file, "--target", "web-1"],
         &["dump", &core, "--pid", "1", "--file", &file, "--pause"],
+        &["dump", &core, "--kernel", "0x1000"],
+        &["dump", &core, "--pid", "1", "--file", &file, "--kernel", "0x1000", "--note", "0x1000"],
     ] {
         assert_eq!(kvmmem(wrong).code, Some(2), "{wrong:?}");
     }
@@ -378,7 +380,7 @@ fn a_terminal_shows_processes_in_a_table_and_is_restored() {
         Place::FIRST.gpa + processes::task(3) + processes::COMM,
     )
     .unwrap();
-    for end in ["q", "\x03", "SIGTERM"] {
+    for end in ["q", "\x03", "SIGTERM", "SIGQUIT"] {
         let (mut terminal, screen) = self::terminal();
         let before = tcgetattr(&screen).unwrap();
         let mut command =
@@ -411,6 +413,7 @@ fn a_terminal_shows_processes_in_a_table_and_is_restored() {
         wait_for(Path::new("the start to be shown"), |_| has("1 started") || has("7.00"));
         match end {
             "SIGTERM" => common::signal(&child, Signal::TERM),
+            "SIGQUIT" => common::signal(&child, Signal::QUIT),
             key => terminal.write_all(key.as_bytes()).unwrap(),
         }
         let status = child.wait().unwrap();
@@ -433,6 +436,73 @@ fn a_terminal_shows_processes_in_a_table_and_is_restored() {
             "{text:?}"
         );
         assert!(text.contains("\\u{1b}[2J") && !text.contains("\x1b[31mevil"), "{text:?}");
+    }
+}
+
+#[test]
+fn a_guest_whose_vmm_ends_under_ps_is_said_to_have_ended() {
+    let mut host = Host::start(&[Region { gpa: 0, len: RAM as u64, offset: 0, file: 0 }]);
+    let ram = File::from(host.ram.fd().try_clone_to_owned().unwrap());
+    ram.write_all_at(&processes::guest().bytes(0, RAM), 0).unwrap();
+    let arguments = ["ps", "--target", "victim", "--watch", "--interval", "1ms"];
+    let child = host.command(&arguments).spawn().unwrap();
+    wait_for(Path::new("the view"), |_| host.ask(&["grant", "list"]).contains("view 1"));
+    drop(host.vm.take());
+    let ended = finish(child);
+    assert_eq!(ended.code, Some(1), "{}", ended.stderr);
+    let line = "error: victim: the virtual machine has ended, or the broker has\n";
+    assert_eq!(ended.stderr, line);
+}
+
+/// A guest in which the last process, 77, has a second thread, 78.
+fn with_a_thread() -> Guest {
+    const SIGNALS: u64 = 0x22_0000;
+    const THREAD: u64 = 0x22_1000;
+    const NODE: u64 = 16;
+    const SIGNAL: u64 = 32;
+    let guest = processes::guest();
+    let Place { gpa, gva, .. } = Place::FIRST;
+    guest.put(gpa + THREAD, &guest.bytes(gpa + processes::task(3), 0x100));
+    guest.put(gpa + THREAD + processes::PID, &78_u32.to_le_bytes());
+    for (n, offset) in (0..4).zip((SIGNALS..).step_by(0x100)) {
+        let (task, signal) = (processes::task(n), offset);
+        guest.put_word(gpa + task + SIGNAL, gva + signal);
+        let mut nodes = vec![signal, task + NODE];
+        if n == 3 {
+            nodes.push(THREAD + NODE);
+            guest.put_word(gpa + THREAD + SIGNAL, gva + signal);
+        }
+        for (at, node) in nodes.iter().enumerate() {
+            let next = nodes[(at + 1) % nodes.len()];
+            guest.put_word(gpa + node, gva + next);
+            guest.put_word(gpa + next + 8, gva + node);
+        }
+    }
+    guest
+}
+
+#[test]
+fn a_number_that_is_no_process_has_a_next_step() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = dump(folder.path(), &with_a_thread(), RAM);
+    let last = 77;
+    let core = folder.path().join("core").to_str().unwrap().to_owned();
+    for (number, words) in [
+        (last + 1, format!("{} is a thread of process {last}: give {last} instead", last + 1)),
+        (99_999, format!("has no process 99999; its processes: kvmmem ps --file {file}")),
+    ] {
+        let number = number.to_string();
+        for verb in [
+            &["read", "0", "1", "--pid", &number][..],
+            &["translate", "0", "--pid", &number],
+            &["strings", "--pid", &number],
+            &["dump", &core, "--pid", &number],
+            &["maps", &number],
+        ] {
+            let ended = kvmmem(&[verb, &["--file", file.as_str()][..]].concat());
+            assert_eq!(ended.code, Some(1), "{verb:?}: {}", ended.stderr);
+            assert!(ended.stderr.contains(&words), "{verb:?}: {}", ended.stderr);
+        }
     }
 }
 

@@ -58,8 +58,8 @@ pub enum Finding {
     Hook {
         /// The entry, for example `system call 0`.
         entry: String,
-        /// Where it is.
-        gva: u64,
+        /// Where it is; a register is nowhere.
+        gva: Option<u64>,
         /// Where it leads.
         target: u64,
         /// What is there.
@@ -147,7 +147,7 @@ pub fn check_lstar(kernel: &Kernel<'_>, values: &[(String, u64)]) -> Result<Repo
         let place = Place::of(kernel, &modules_of(kernel), *target);
         report.findings.push(Finding::Hook {
             entry: entry.clone(),
-            gva: 0,
+            gva: None,
             target: *target,
             place,
         });

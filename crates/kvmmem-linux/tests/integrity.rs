@@ -31,7 +31,7 @@ fn findings(guest: &Guest) -> Vec<Finding> {
 }
 
 fn hook(entry: &str, gva: u64, target: u64, place: At) -> Finding {
-    Finding::Hook { entry: entry.to_owned(), gva, target, place }
+    Finding::Hook { entry: entry.to_owned(), gva: Some(gva), target, place }
 }
 
 fn hidden(name: &str, object: u64, found: &'static str, missing: &'static str) -> Finding {

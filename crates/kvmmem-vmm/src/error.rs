@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Errors that end a machine or keep it from starting.
 
-use kvmmem_client::ClientError;
 use std::io;
 use std::path::PathBuf;
 
+use kvmmem_client::ClientError;
 use kvmmem_sys::ram::RamError;
 
 use crate::boot::{AcpiError, LoadError};

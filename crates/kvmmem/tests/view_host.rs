@@ -3,7 +3,6 @@
 
 mod host;
 
-use kvmmem_client::ClientError;
 use std::os::unix::fs::FileExt;
 use std::sync::Barrier;
 use std::time::{Duration, Instant};
@@ -12,6 +11,7 @@ use host::{Host, PAGE, PATIENCE, REGIONS};
 
 use kvmmem::view::{State, Status};
 use kvmmem::{Access, Event, Mapping, MappingError, Range, Token, View, ViewError};
+use kvmmem_client::ClientError;
 use kvmmem_client::admin::{GrantState, Rights, Span};
 use kvmmem_client::vmm::{Change, Region};
 use kvmmem_memory::{Memory, MemoryError};

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The stock QEMU of this machine, without hardware virtualisation: its firmware is guest enough.
 
-use kvmmem_client::ClientError;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use kvmmem_client::ClientError;
 use kvmmem_client::admin::{Added, Which};
 use kvmmem_qemu::discover::{Found, discover};
 use serde_json::{Value, json};

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A fake VMM: a copy of this program under the name of one.
 
-use kvmmem_client::ClientError;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::process::{Child, ChildStdout, Command, Stdio};
 
+use kvmmem_client::ClientError;
 use kvmmem_client::admin::Which;
 use rustix::fs::SealFlags;
 use rustix::mm::{MapFlags, ProtFlags};

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Which processes are VMMs, what they are called, and which continues a VM.
 
-use kvmmem_client::ClientError;
 use std::path::PathBuf;
 
+use kvmmem_client::ClientError;
 use kvmmem_client::admin::{Evidence, Which};
 use kvmmem_proto::message::Refusal;
 use kvmmem_qemu::discover::discover;

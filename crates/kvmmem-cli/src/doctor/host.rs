@@ -1,15 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The host's side: can it run targets and introspectors?
 
-use kvmmem_client::ClientError;
 use std::fs::{self, OpenOptions};
 use std::io::ErrorKind;
 use std::path::Path;
 
 use kvm_ioctls::Kvm;
+use kvmmem_client::ClientError;
 use kvmmem_client::admin::{Admin, TargetInfo};
 use kvmmem_proto::message::Refusal;
+use kvmmem_proto::packet::PacketError;
 use kvmmem_sys::xen;
+use rustix::io::Errno;
 
 use super::{Check, guest, limits};
 use crate::broker::default_socket;
@@ -140,11 +142,24 @@ fn check_broker(socket: &Path) -> Vec<Check> {
                 .filter_map(|vm| check_room(vm, admin.free_slots(&vm.uuid.to_string())));
             std::iter::once(Check::ok(NAME, detail)).chain(rooms).collect()
         }
-        Err(error) => vec![Check::warn(
-            NAME,
-            format!("{:#}", anyhow::Error::new(error)),
-            "start kvmmemd; its socket is open to root and to the group that its --group names",
-        )],
+        Err(error) => {
+            let remedy = broker_remedy(&error);
+            vec![Check::warn(NAME, format!("{:#}", anyhow::Error::new(error)), remedy)]
+        }
+    }
+}
+
+fn broker_remedy(error: &ClientError) -> &'static str {
+    match error {
+        ClientError::Connect {
+            source: PacketError::Connect(Errno::ACCESS | Errno::PERM), ..
+        } => {
+            "become a member of the group that owns the socket (usermod -aG GROUP USER, then log in again), or run kvmmem as \
+             root"
+        }
+        _ => {
+            "start kvmmemd; its socket is open to root and to the group that its --group names; root can look without it"
+        }
     }
 }
 
@@ -216,6 +231,17 @@ mod tests {
         assert!(check_room(&vm, refused(Refusal::Denied)).is_none());
         let silent = check_room(&vm, refused(Refusal::Busy)).unwrap();
         assert!(silent.status == Status::Warn && silent.detail.contains("no QEMU"), "{silent:?}");
+    }
+
+    #[test]
+    fn a_socket_that_this_user_may_not_open_is_no_reason_to_start_a_broker() {
+        let remedy = |errno| {
+            let source = PacketError::Connect(errno);
+            broker_remedy(&ClientError::Connect { path: "/run/x".into(), source })
+        };
+        assert!(remedy(Errno::ACCESS).contains("usermod -aG"));
+        assert!(!remedy(Errno::ACCESS).contains("start kvmmemd"));
+        assert!(remedy(Errno::NOENT).contains("start kvmmemd"));
     }
 
     #[test]

@@ -61,8 +61,10 @@ impl Use {
     }
 
     /// Names of the checks that it takes; one that was not made is not needed.
-    fn needs(self) -> &'static [&'static str] {
+    fn needs(self, is_root: bool) -> &'static [&'static str] {
         match self {
+            // Root needs none: each command is its own.
+            Self::Look if is_root => &[],
             Self::Look => &["broker"],
             Self::Targets => &["kvm", "hardware", "broker"],
             Self::Introspectors => {
@@ -78,12 +80,16 @@ impl Use {
 
     /// A check that must be without a warning.
     fn needs_ok(self) -> Option<&'static str> {
-        (self == Self::Views).then_some("views")
+        match self {
+            Self::Views => Some("views"),
+            Self::Look => Some("broker"),
+            _ => None,
+        }
     }
 
-    fn judge(self, checks: &[Check]) -> Verdict {
-        let needed =
-            |check: &&Check| check.status != Status::Ok && self.needs().contains(&check.name);
+    fn judge(self, checks: &[Check], is_root: bool) -> Verdict {
+        let needs = self.needs(is_root);
+        let needed = |check: &&Check| check.status != Status::Ok && needs.contains(&check.name);
         let mut verdict = Verdict { what: self, status: Status::Ok, see: Vec::new() };
         for check in checks.iter().filter(needed) {
             let is_failure = check.status == Status::Fail || self.needs_ok() == Some(check.name);
@@ -102,10 +108,12 @@ impl Use {
 
 /// A verdict for each use of the role. Under a stock QEMU there are no hypercalls, and so no single
 /// pages.
-pub(super) fn verdicts(role: Role, checks: &[Check]) -> Vec<Verdict> {
+pub(super) fn verdicts(role: Role, checks: &[Check], is_root: bool) -> Vec<Verdict> {
     let has_pages = checks.iter().any(|check| check.name == "memlock");
     let uses = Use::value_variants().iter().copied().filter(|each| each.role() == role);
-    uses.filter(|each| *each != Use::Pages || has_pages).map(|each| each.judge(checks)).collect()
+    uses.filter(|each| *each != Use::Pages || has_pages)
+        .map(|each| each.judge(checks, is_root))
+        .collect()
 }
 
 #[cfg(test)]
@@ -117,7 +125,7 @@ mod tests {
     }
 
     fn statuses(role: Role, checks: &[Check]) -> Vec<(Use, Status)> {
-        verdicts(role, checks).iter().map(|verdict| (verdict.what, verdict.status)).collect()
+        verdicts(role, checks, false).iter().map(|verdict| (verdict.what, verdict.status)).collect()
     }
 
     #[test]
@@ -138,10 +146,14 @@ mod tests {
                 (Use::QemuIntrospectors, Status::Fail),
             ]
         );
-        assert_eq!(verdicts(Role::Host, &checks)[2].see, ["kvm", "hardware", "vhost_vsock"]);
-        // The broker can be started at any time.
-        let verdict = Use::Look.judge(&[check("broker", Status::Warn)]);
-        assert_eq!((verdict.status, verdict.see), (Status::Warn, vec!["broker"]));
+        assert_eq!(verdicts(Role::Host, &checks, false)[2].see, ["kvm", "hardware", "vhost_vsock"]);
+        // Without a broker root alone can look; targets can be run, as it can be started.
+        let broker = [check("broker", Status::Warn)];
+        let verdict = Use::Look.judge(&broker, false);
+        assert_eq!((verdict.status, verdict.see), (Status::Fail, vec!["broker"]));
+        let verdict = Use::Look.judge(&broker, true);
+        assert_eq!((verdict.status, verdict.see), (Status::Ok, vec![]));
+        assert_eq!(Use::Targets.judge(&broker, true).status, Status::Warn);
     }
 
     #[test]

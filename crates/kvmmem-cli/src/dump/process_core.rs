@@ -25,10 +25,11 @@ use super::sink::{self, Compression, Kind, Sink};
 use crate::failure::escape;
 use crate::input::Opened;
 use crate::interrupt::Interrupt;
-use crate::linux::{collect, explain};
+use crate::linux::{collect, explain, no_process};
 use crate::output::Output;
 use crate::process::mapped;
 use crate::progress;
+use crate::shell::quote;
 use crate::unreadable::UNREADABLE;
 
 /// Bytes that are read at a time.
@@ -115,12 +116,22 @@ impl Arguments {
         let interrupt = Interrupt::catch()?;
         let (pause, _) = self.hold(operator, false)?;
         let is_live = guest.view().is_some() && pause.is_none();
-        let find = Find { is_live, note: self.note, cr3: guest.cr3(), ..Find::default() };
+        let find = Find {
+            is_live,
+            note: self.note,
+            kernel: self.kernel,
+            cr3: guest.cr3(),
+            ..Find::default()
+        };
         let kernel =
             Kernel::find(guest.memory(), find).map_err(|error| explain(error.into(), &guest))?;
         let threads = threads(&kernel, pid)?;
         let (leader, _) = threads.first().with_context(|| {
-            format!("there is no process {pid}: see kvmmem ps{}", self.source.arguments())
+            let arguments = match &self.dump {
+                Some(dump) => format!(" --file {}", quote(dump)),
+                None => self.source.arguments(),
+            };
+            no_process(&kernel, pid, &arguments)
         })?;
         let space = kernel.space_of(leader)?;
         let map = Maps::new(&kernel)?.of(leader)?;
@@ -158,7 +169,7 @@ impl Arguments {
             let _ = std::fs::remove_file(&self.file);
         }
         let (sha256, compressed_bytes, pause) =
-            written.context("the core is not complete: begin again")?;
+            written.with_context(|| format!("the core in {file} is not complete: begin again"))?;
         let sum = |is_counted: fn(&Load) -> u64| loads.iter().map(is_counted).sum();
         let status = guest.view().map(View::status).transpose()?;
         let dump = self.dump.as_ref().map(|dump| dump.to_string_lossy());

@@ -3,6 +3,7 @@
 //! next.
 
 use anyhow::{Error, anyhow};
+use kvmmem::view::{State, View};
 use kvmmem_linux::symbols::TableError;
 use kvmmem_linux::{FindError, KernelError};
 use kvmmem_memory::DumpFile;
@@ -23,6 +24,9 @@ pub(crate) fn explain(error: Error, opened: &Opened) -> Error {
     if failure::exit_code(&error).is_some() {
         return error;
     }
+    if let Some(end) = opened.view().and_then(end) {
+        return anyhow!("{guest}: {end}");
+    }
     let cause = error.chain().find_map(|cause| line(cause, dump.is_some()));
     let error = match cause {
         Some(line) => anyhow!("{guest}: {line}"),
@@ -34,6 +38,15 @@ pub(crate) fn explain(error: Error, opened: &Opened) -> Error {
     match dump.and_then(missing_record) {
         Some(text) => error.context(text),
         None => error,
+    }
+}
+
+/// Why nothing of a view can be read any more: what was being read then does not matter.
+fn end(view: &View) -> Option<&'static str> {
+    match view.status().ok()?.state {
+        State::Open => None,
+        State::Revoked => Some("the grant was revoked: ask its owner for a new token"),
+        State::Gone => Some("the virtual machine has ended, or the broker has"),
     }
 }
 

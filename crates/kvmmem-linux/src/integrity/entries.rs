@@ -101,7 +101,12 @@ impl<'a> Text<'a> {
 
     fn hook(&self, entry: String, gva: u64, target: u64) -> Finding {
         let modules = self.modules.get_or_init(|| modules_of(self.kernel));
-        Finding::Hook { entry, gva, target, place: Place::of(self.kernel, modules, target) }
+        Finding::Hook {
+            entry,
+            gva: Some(gva),
+            target,
+            place: Place::of(self.kernel, modules, target),
+        }
     }
 }
 

@@ -21,7 +21,8 @@ pub enum QmpError {
     Down(PathBuf),
     /// There was no answer in time.
     #[error(
-        "nothing answers at the QMP socket {0} in time; is another client connected to it? QEMU serves one at a time"
+        "nothing answers at the QMP socket {0} in time; is another client connected to it? QEMU serves one at a time: ss -xp \
+         shows which; end it, or start QEMU with one more socket (-qmp unix:PATH,server=on,wait=off)"
     )]
     Silent(PathBuf),
     /// The connection failed.

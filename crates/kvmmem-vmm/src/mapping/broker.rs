@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The broker as [`TokenSource`]: tokens are redeemed over the machine's connection to it.
 
-use kvmmem_client::ClientError;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::{Arc, Weak};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use kvmmem_abi::errno::KvmError;
+use kvmmem_client::ClientError;
 use kvmmem_client::vmm::{
     self, Caller, RedeemError, Region, Registration, Target, Token, ViewCounters, VmmLink,
 };

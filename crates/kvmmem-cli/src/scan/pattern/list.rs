@@ -8,6 +8,7 @@ use std::path::Path;
 use anyhow::{Context, Result, anyhow, bail, ensure};
 
 use super::{Form, Pattern};
+use crate::scan::utf8;
 
 /// Bytes that a file may have.
 const MAX_LEN: u64 = 1 << 20;
@@ -17,10 +18,10 @@ const FORM: &str = "write NAME hex|text|utf16|regex PATTERN";
 /// Reads a file of patterns.
 pub(super) fn read(path: &Path, ignores_case: bool) -> Result<Vec<Pattern>> {
     let read = || {
-        let mut text = String::new();
-        File::open(path)?.take(MAX_LEN + 1).read_to_string(&mut text)?;
-        ensure!(text.len() as u64 <= MAX_LEN, "the file has more than {MAX_LEN} bytes");
-        parse(&text, ignores_case)
+        let mut bytes = Vec::new();
+        File::open(path)?.take(MAX_LEN + 1).read_to_end(&mut bytes)?;
+        ensure!(bytes.len() as u64 <= MAX_LEN, "the file has more than {MAX_LEN} bytes");
+        parse(&utf8(bytes)?, ignores_case)
     };
     read().with_context(|| format!("cannot take the patterns in {}", path.display()))
 }
@@ -53,6 +54,18 @@ fn pattern(line: &str, ignores_case: bool) -> Result<Pattern> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_line_that_is_not_text_is_named() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(&file, b"a hex 00\nb text \xff\n").unwrap();
+        let error = format!("{:#}", read(file.path(), false).err().unwrap());
+        assert!(
+            error.ends_with("line 2 is not UTF-8 text: write such bytes in hexadecimal"),
+            "{error}"
+        );
+        assert!(error.contains(&file.path().display().to_string()), "{error}");
+    }
 
     #[test]
     fn patterns_have_names_and_forms() {

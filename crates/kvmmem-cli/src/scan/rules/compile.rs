@@ -23,6 +23,7 @@ use kvmmem::search::{Atoms, MaskedByte};
 use rustix::fs::OFlags;
 
 use crate::failure::{escape, usage};
+use crate::scan::utf8;
 
 /// Includes within includes.
 const MAX_DEPTH: usize = 16;
@@ -206,9 +207,9 @@ fn read(path: &Path) -> Result<String> {
 }
 
 fn read_text(file: &File) -> Result<String> {
-    let mut text = String::new();
-    file.take(MAX_LEN).read_to_string(&mut text)?;
-    Ok(text)
+    let mut bytes = Vec::new();
+    file.take(MAX_LEN).read_to_end(&mut bytes)?;
+    utf8(bytes)
 }
 
 /// At least as many as a condition in the text has operators that nest: those in comments and
@@ -343,7 +344,7 @@ mod tests {
             (directory.path().join("none.yar"), "No such file"),
             (directory.path().to_owned(), "no regular file"),
             (fifo, "no regular file"),
-            (binary, "UTF-8"),
+            (binary, "line 1 is not UTF-8 text"),
         ] {
             let error = format!("{:#}", compile(from_ref(&path)).err().unwrap());
             let expected = format!("cannot read the rules in {}", path.display());
