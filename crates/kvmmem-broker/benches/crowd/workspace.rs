@@ -8,7 +8,8 @@ use std::time::{Duration, Instant};
 
 use kvmmem_client::admin::{Admin, GrantRequest, Rights, Token};
 use kvmmem_client::vmm::{Region, Registration, VmmLink};
-use kvmmem_proto::message::{Answer, Call, FromBroker, Request};
+use kvmmem_proto::client::ClientError;
+use kvmmem_proto::message::{Answer, Call, FromBroker, Refusal, Request};
 use kvmmem_proto::packet::{PacketBuffer, PacketSocket, Wait};
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
 use uuid::Uuid;
@@ -103,14 +104,25 @@ impl Workspace {
 
     /// Registers a VM that may map the memory of the others.
     pub(crate) fn introspector(&self, name: &str) -> Result<VmmLink> {
-        let registration = Registration {
-            cid: Some(3),
-            introspectable: false,
-            introspector: true,
-            regions: Vec::new(),
-            ..registration(usize::MAX, name)
-        };
-        Ok(VmmLink::connect(&self.socket, registration, None)?)
+        let deadline = Instant::now() + LIMIT;
+        loop {
+            let registration = Registration {
+                cid: Some(3),
+                introspectable: false,
+                introspector: true,
+                regions: Vec::new(),
+                ..registration(usize::MAX, name)
+            };
+            match VmmLink::connect(&self.socket, registration, None) {
+                // The broker has not read yet that the one before has ended.
+                Err(ClientError::Refused { refusal: Refusal::Exists, .. })
+                    if Instant::now() < deadline =>
+                {
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                link => return Ok(link?),
+            }
+        }
     }
 }
 
