@@ -46,7 +46,7 @@ pub(crate) fn guest(
     })
 }
 
-/// Writes the initramfs of a host, with the folder `bed` at `/test-bed`, that runs `program`.
+/// Writes the initramfs of a host, with the folder `bed` at `/bed`, that runs `program`.
 pub(crate) fn host(
     path: &Path,
     kernel: &Kernel,

@@ -121,7 +121,7 @@ enum Verb {
     /// Build kvmmem.ko only, and print where it is
     Module,
     /// Run a static program on the test bed's KVM host, which has the kernel and the initramfs of a
-    /// guest in /test-bed
+    /// guest in /bed
     Host {
         /// A file to be next to the program; may be repeated
         #[arg(long = "file", value_name = "PATH")]

@@ -21,7 +21,7 @@ use crate::tool::Tool;
 use crate::{direct, initramfs, module, project, provision, qemus, ui};
 
 /// The test bed's folder on an emulated host.
-const NESTED_FOLDER: &str = "/test-bed";
+const NESTED_FOLDER: &str = "/bed";
 
 /// A complete test bed.
 #[derive(Debug)]

@@ -15,7 +15,7 @@ pub const PLACE: &str = "/disk";
 const SHARED: [&str; 5] = ["bed", "dev", "proc", "sys", "tmp"];
 
 /// Mounts the disk, if there is one, read-only; its systems get the devices of this one, `/tmp` and
-/// `/test-bed`.
+/// `/bed`.
 ///
 /// # Errors
 /// When it is no ext4 file system with those places in each folder.
