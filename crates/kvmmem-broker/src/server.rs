@@ -149,6 +149,15 @@ impl Server {
         Arc::clone(&self.shared.broker)
     }
 
+    /// Waits until all connections have ended, at most for so long. A client in the broker's own
+    /// process, which has closed its connection, knows then that the audit log has what it did.
+    pub fn waits_for_peers(&self) -> impl FnOnce(Duration) + Send + use<> {
+        let shared = Arc::clone(&self.shared);
+        move |limit| {
+            shared.wait_for_peers(limit);
+        }
+    }
+
     /// Serves until `stop` becomes readable; then ends all connections and removes the socket if it
     /// made it.
     ///
@@ -261,24 +270,23 @@ impl Shared {
         self.connections.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Waits until all connections have ended; returns how many have not.
+    fn wait_for_peers(&self, limit: Duration) -> usize {
+        let are_there = |connections: &mut Connections| !connections.peers.is_empty();
+        let waited = self.ended.wait_timeout_while(self.lock(), limit, are_there);
+        waited.unwrap_or_else(PoisonError::into_inner).0.peers.len()
+    }
+
     /// Ends all connections, and with them the sessions, and waits for it.
     fn end(&self) {
         let deadline = Instant::now() + SHUTDOWN_LIMIT;
         self.broker.state().close();
         self.broker.remove_introspectors(deadline);
         self.broker.remove_external();
-        let connections = self.lock();
-        for peer in &connections.peers {
+        for peer in &self.lock().peers {
             peer.shut_down();
         }
-        let (connections, _) = self
-            .ended
-            .wait_timeout_while(connections, SHUTDOWN_LIMIT, |connections| {
-                !connections.peers.is_empty()
-            })
-            .unwrap_or_else(PoisonError::into_inner);
-        let left = connections.peers.len();
-        drop(connections);
+        let left = self.wait_for_peers(SHUTDOWN_LIMIT);
         while self.broker.hook_count() > 0 && Instant::now() < deadline {
             std::thread::sleep(Duration::from_millis(5));
         }

@@ -190,7 +190,10 @@ fn the_audit_log_tells_who_got_used_and_lost_what() {
     let lost = find("detached", Some("lion"));
     assert_eq!((&lost["view"], &lost["reason"]), (&view.into(), &"closed".into()));
     assert_eq!((&lost["seeks"], &lost["refused_writes"]), (&5.into(), &6.into()));
-    assert_eq!(find("refused", Some("lion"))["reason"], "token is unknown, used or expired");
+    assert_eq!(
+        find("refused", Some("lion"))["reason"],
+        "token is unknown, used, expired or revoked"
+    );
     let revoked = find("revoked", None);
     assert_eq!((&revoked["grant"], &revoked["views"]), (&granted.grant.into(), &0.into()));
     assert_eq!(find("policy", None)["policy"], "none");

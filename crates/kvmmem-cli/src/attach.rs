@@ -126,7 +126,7 @@ fn tell(told: Told, output: &mut Output) -> Result<()> {
         Told::Attached(view) => tell_view("attached to", &view, output),
         Told::Changed(view) => tell_view("changed:", &view, output),
         Told::Revoked => Ok(output.line("revoked: the owner revoked the grant")?),
-        Told::Gone => Ok(output.line("gone: the target, or the host's service, is no more")?),
+        Told::Gone => Ok(output.line("gone: the target or the broker has ended")?),
         Told::Detached => Ok(output.line("detached")?),
     }
 }

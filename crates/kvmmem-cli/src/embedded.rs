@@ -12,6 +12,8 @@ use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use kvmmem_broker::server::Server;
@@ -24,6 +26,25 @@ use tempfile::TempDir;
 use uuid::Uuid;
 
 use crate::target_name::TargetName;
+
+/// How long a command waits for its own broker before it ends.
+const END_LIMIT: Duration = Duration::from_secs(1);
+
+type Wait = Box<dyn FnOnce(Duration) + Send>;
+
+/// What [`finish`] waits for: one for each broker that was started.
+static BROKERS: Mutex<Vec<Wait>> = Mutex::new(Vec::new());
+
+fn lock() -> MutexGuard<'static, Vec<Wait>> {
+    BROKERS.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Waits until this process's brokers have seen the end of its views: the process's end would come
+/// before the last lines of the audit log.
+pub(crate) fn finish() {
+    let brokers = std::mem::take(&mut *lock());
+    brokers.into_iter().for_each(|wait| wait(END_LIMIT));
+}
 
 /// Whether no broker listens at the socket.
 pub(crate) fn is_absent(error: &ClientError) -> bool {
@@ -65,6 +86,7 @@ impl Embedded {
         let socket = directory.path().join("broker.sock");
         let server = Server::bind(&socket, None)?;
         server.broker().set_brief();
+        lock().push(Box::new(server.waits_for_peers()));
         std::thread::Builder::new().name("broker".into()).spawn(move || {
             // Nothing is written to the other end, and it stays open.
             let (stop, _other_end) = UnixStream::pair()?;

@@ -230,6 +230,7 @@ pub fn main() -> ExitCode {
         Verb::Write(arguments) => arguments.run(&mut output),
         Verb::Map(arguments) => arguments.run(&mut output),
     };
+    embedded::finish();
     result.unwrap_or_else(|error| {
         failure::report(&error, cli.json);
         ExitCode::from(failure::exit_code(&error).unwrap_or(failed))

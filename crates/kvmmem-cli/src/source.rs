@@ -149,7 +149,9 @@ impl Source {
                 let targets = admin.targets().context("cannot list the virtual machines")?;
                 let found = targets.iter().find(|vm| vm.introspectable && vm.pid == *pid);
                 let add = || {
-                    format!("{target} is no target of the broker: kvmmem target add --pid {pid}")
+                    format!(
+                        "{target} is no target of the broker; `kvmmem host discover` prints the command that adds it"
+                    )
                 };
                 found.with_context(add)?.uuid.to_string()
             }

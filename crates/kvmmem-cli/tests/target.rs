@@ -99,6 +99,12 @@ fn root_needs_no_broker() {
                     && stderr.contains("\"label\":\"kvmmem attach\""),
             "{way}: {stderr}"
         );
+        // The command waits for the last line.
+        assert!(
+            std::path::Path::new("/run/systemd/journal/socket").exists()
+                || stderr.contains("\"event\":\"detached\""),
+            "{way}: {stderr}"
+        );
         objects(&stderr);
     }
     // Its firmware is no Linux: a row with the reason.
@@ -164,7 +170,7 @@ fn a_broker_that_is_named_is_meant_and_one_that_runs_is_asked() {
             &["attach", "--target", "victim", "--broker", none.to_str().unwrap()],
             "is kvmmemd running",
         ),
-        (&["attach", "--target", "pid:1"], "kvmmem target add --pid 1"),
+        (&["attach", "--target", "pid:1"], "`kvmmem host discover` prints the command"),
         (&["attach", "--target", "qmp:/run/a b"], "kvmmem target add --qmp '/run/a b'"),
         (&["attach", "--target", "libvirt:web"], "kvmmem target add --libvirt web"),
     ];

@@ -129,7 +129,7 @@ impl Target {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum RedeemError {
     /// The token is unknown, used, expired or somebody else's.
-    #[error("token is unknown, used or expired")]
+    #[error("token is unknown, used, expired or revoked")]
     Unknown,
     /// The broker cannot be asked now.
     #[error("the broker cannot be reached")]

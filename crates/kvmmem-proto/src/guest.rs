@@ -5,7 +5,7 @@
 //! ```text
 //! {"open":{"token":"<64 hexadecimal digits>","read_only":true,"caller":{"pid":411,"uid":0,"comm":"scan"}}}
 //! {"opened":{"view":17,"ticket":"<64 hexadecimal digits>"}}
-//! {"refused":{"refusal":"unknown","message":"token is unknown, used or expired"}}
+//! {"refused":{"refusal":"unknown","message":"token is unknown, used, expired or revoked"}}
 //! ```
 
 use std::io::{self, Read, Write};

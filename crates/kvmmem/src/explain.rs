@@ -29,7 +29,7 @@ pub(crate) fn kvmi(error: KvmError) -> &'static str {
 /// What an errno of MAP means, and what to do about it.
 pub(crate) fn map(errno: Errno) -> &'static str {
     match errno {
-        Errno::NOENT => "ENOENT: the token is unknown, used or expired; ask for a new one",
+        Errno::NOENT => "ENOENT: the token is unknown, used, expired or revoked; ask for a new one",
         Errno::AGAIN => "EAGAIN: the host is busy; ask for a new token and try again",
         Errno::BUSY => "EBUSY: in use; ask for a new token and try again",
         Errno::ALREADY => "EALREADY: this page of the process is mapped already; unmap it first",

@@ -87,7 +87,7 @@ pub(crate) enum MintError {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum UseError {
     /// The token is unknown, used, expired, revoked or somebody else's.
-    #[error("token is unknown, used or expired")]
+    #[error("token is unknown, used, expired or revoked")]
     Unknown,
     /// The token is for the VM that brings it.
     #[error("a VM cannot map its own memory")]

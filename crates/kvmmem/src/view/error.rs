@@ -169,7 +169,9 @@ pub enum ViewError {
         operation: ViewOperation,
     },
     /// The view may not write.
-    #[error("{operation}: the view is read-only; a grant with rw and Access::Granted allow it")]
+    #[error(
+        "{operation}: the view is read-only; writing takes a grant that was made with --rw, and a view that is not opened read-only (Access::Granted)"
+    )]
     ReadOnly {
         /// What was to be done.
         operation: ViewOperation,

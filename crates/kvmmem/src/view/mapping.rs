@@ -35,7 +35,9 @@ pub enum MappingError {
         size: usize,
     },
     /// The view may not write.
-    #[error("the view is read-only; a grant with rw and Access::Granted allow it")]
+    #[error(
+        "the view is read-only; writing takes a grant that was made with --rw, and a view that is not opened read-only (Access::Granted)"
+    )]
     ReadOnly,
     /// The memory was removed; [`crate::View::status`] tells why.
     #[error(
