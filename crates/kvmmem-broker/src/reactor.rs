@@ -112,10 +112,11 @@ impl Reactor {
         let Some(kernel) = self.0.kernel.get() else { return Ok(()) };
         let mut table = self.lock();
         let Some(registration) = table.get(token) else { return Ok(()) };
-        let former = registration.fd.take();
+        let former = registration.fd.clone();
         let is_same = fd.zip(former.as_ref()).is_some_and(|((new, _), old)| Arc::ptr_eq(new, old));
         if let Some(former) = former.as_ref().filter(|_| !is_same) {
             epoll::delete(&kernel.epoll, former)?;
+            registration.fd = None;
         }
         if let Some((fd, flags)) = fd {
             let (data, flags) = (EventData::new_u64(token.0), flags | EventFlags::ONESHOT);

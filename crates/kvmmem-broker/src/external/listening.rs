@@ -69,7 +69,8 @@ impl Listening {
         let handler = Arc::clone(&steps);
         let token = reactor.insert(Arc::new(move |_, _, _| handler.step(&stepped)))?;
         let _ = steps.token.set(token);
-        steps.wake();
+        // Not `wake`: one before this found no token, and the next would count on its step.
+        steps.arm(None, Some(Instant::now()));
         let questions = Questions::new(Arc::clone(&listener) as _);
         Ok(Self { listener, questions })
     }

@@ -148,6 +148,9 @@ impl Driver {
         };
         if let Err(error) = armed {
             tracing::error!(%error, endpoint = %self.hook.endpoint, "cannot wait for a tool");
+            // It fails for file descriptors alone.
+            let later = Some(Instant::now() + BACK_OFF.1);
+            let _ = broker.reactor().arm(self.token, None, later);
         }
     }
 
