@@ -4,6 +4,7 @@
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use kvmmem_broker::server::Server;
 use kvmmem_client::admin::Admin;
@@ -45,7 +46,17 @@ fn a_client_of_the_broker_sees_and_stops_the_vcpus() {
     wait_for_more(&serial);
 
     let mut admin = Admin::connect(&socket).unwrap();
-    let running = admin.registers(NAME).unwrap();
+    // The first vCPU may run before the second one has started, and the broker asks for both.
+    let deadline = Instant::now() + Duration::from_secs(60);
+    let running = loop {
+        match admin.registers(NAME) {
+            Ok(running) => break running,
+            Err(error) => assert!(
+                error.to_string().contains("the VM is starting") && Instant::now() < deadline,
+                "{error}"
+            ),
+        }
+    };
     assert_eq!(running.len(), 2);
     let vcpu = &running[0];
     assert_eq!(vcpu.cr3, PML4);
