@@ -11,24 +11,26 @@ use kernel::uaccess::UserSliceReader;
 use crate::abi::descriptor::{COMPLAINT_INVALID, GENERATION_AT};
 use crate::abi::hypercall::{AttachRequest, AttachResult};
 use crate::abi::ioctl::PAGE_SIZE;
-use crate::hypercall::{self, Method};
+use crate::hypercall;
 use crate::knobs;
 use crate::slots::{self, Claim};
 use crate::snapshot::{CheckError, PageCopy, Snapshot};
 use crate::stats;
-use crate::sys::{self, Memremap};
+use crate::sys::call::Method;
+use crate::sys::memory::Memory;
+use crate::sys::secret::{sha256, Secret};
+use crate::sys::task;
 use crate::window::Extent;
 
-/// A request to attach, in memory that the host reads it from. Erased when dropped: it holds the
-/// token.
-pub(crate) struct AttachCall(KBox<[u8; AttachRequest::SIZE]>);
+/// A request to attach, in memory that the host reads it from. It holds the token.
+pub(crate) struct AttachCall(Secret<{ AttachRequest::SIZE }>);
 
 impl AttachCall {
     /// Takes the token, the next 32 bytes, from a tool's request: `EFAULT` where they cannot be
     /// read.
     pub(crate) fn read_token(from: &mut UserSliceReader) -> Result<Self> {
         const TOKEN: usize = offset_of!(AttachRequest, pid);
-        let mut call = Self(KBox::new([0; AttachRequest::SIZE], GFP_KERNEL)?);
+        let mut call = Self(Secret::zeroed()?);
         from.read_slice(call.0.split_at_mut(TOKEN).0)?;
         Ok(call)
     }
@@ -36,23 +38,23 @@ impl AttachCall {
     /// Asks the host for the view, with these flags. The token is used.
     fn call(&mut self, flags: u32) -> Result<HypercallView> {
         let method = hypercall::method()?;
-        let (pid, uid, comm) = sys::caller();
+        let (pid, uid, comm) = task::caller();
         self.put(offset_of!(AttachRequest, pid), &pid.to_ne_bytes());
         self.put(offset_of!(AttachRequest, uid), &uid.to_ne_bytes());
         self.put(offset_of!(AttachRequest, comm), &comm);
         self.put(offset_of!(AttachRequest, flags), &flags.to_ne_bytes());
         // On the heap, because stacks may have no address that the host can translate by the page.
         let mut result = KBox::new(AttachResult::default(), GFP_KERNEL)?;
-        sys::attach(method, self.bytes(), &mut result).map_err(|answer| {
+        method.attach(&self.0, &mut result).map_err(|answer| {
             stats::REFUSED.add_one();
             hypercall::error(answer)
         })?;
         let gpa = knobs::descriptor(&*self.0).unwrap_or(result.descriptor_gpa);
-        match knobs::map_memory().and_then(|()| Memremap::map(gpa, PAGE_SIZE)) {
+        match knobs::map_memory().and_then(|()| Memory::map(gpa, PAGE_SIZE)) {
             Ok(page) => Ok(HypercallView { method, page }),
             Err(error) => {
                 // Names the view all the same, if the host believes itself.
-                let _ = sys::detach(method, gpa);
+                let _ = method.detach(gpa);
                 Err(stats::lie_unless_memory(
                     error,
                     "the descriptor's page is no memory of a window",
@@ -63,24 +65,13 @@ impl AttachCall {
 
     /// SHA-256 of the token.
     fn digest(&self) -> [u8; 32] {
-        sys::sha256(self.0.split_at(offset_of!(AttachRequest, pid)).0)
-    }
-
-    /// The bytes; the token is the first 32.
-    pub(crate) fn bytes(&self) -> &[u8; AttachRequest::SIZE] {
-        &self.0
+        sha256(self.0.split_at(offset_of!(AttachRequest, pid)).0)
     }
 
     fn put(&mut self, at: usize, bytes: &[u8]) {
         if let Some(place) = self.0.get_mut(at..at + bytes.len()) {
             place.copy_from_slice(bytes);
         }
-    }
-}
-
-impl Drop for AttachCall {
-    fn drop(&mut self) {
-        sys::erase(&mut *self.0);
     }
 }
 
@@ -95,7 +86,7 @@ pub(crate) enum Attachment {
 /// A view opened by hypercall. Closed when dropped.
 pub(crate) struct HypercallView {
     method: Method,
-    page: Memremap,
+    page: Memory,
 }
 
 impl Attachment {
@@ -113,8 +104,8 @@ impl Attachment {
     /// host. `None` where it was unplugged.
     pub(crate) fn gpa(&self) -> Option<u64> {
         match self {
-            Self::Hypercall(view) => Some(view.page.gpa()),
-            Self::Devices(claim) => claim.with_page(|page| page.gpa()),
+            Self::Hypercall(view) => Some(view.page.start()),
+            Self::Devices(claim) => claim.with_page(Memory::start),
         }
     }
 
@@ -200,7 +191,11 @@ impl Attachment {
             return Err(EOPNOTSUPP);
         };
         let mut found = KBox::new(gpa, GFP_KERNEL)?;
-        match sys::seek(view.method, view.page.gpa(), &mut found, what).map_err(hypercall::error) {
+        match view
+            .method
+            .seek(view.page.start(), &mut found, what)
+            .map_err(hypercall::error)
+        {
             Ok(()) if *found >= gpa => Ok(Some(*found)),
             Ok(()) => {
                 stats::lie("it found an address before the one to begin at");
@@ -216,7 +211,7 @@ impl Drop for HypercallView {
     fn drop(&mut self) {
         // Nothing of this machine's own is behind the window, so a refusal harms nobody here; but
         // the host still shows the target's memory there.
-        if sys::detach(self.method, self.page.gpa()).is_err() {
+        if self.method.detach(self.page.start()).is_err() {
             stats::REFUSED.add_one();
             stats::VIEWS_QUARANTINED.add_one();
         }

@@ -5,7 +5,7 @@
 use kernel::fs::{File, Kiocb};
 use kernel::iov::{IovIterDest, IovIterSource};
 use kernel::miscdevice::{MiscDevice, MiscDeviceRegistration};
-use kernel::mm::virt::{VmaNew, VmaRef};
+use kernel::mm::virt::VmaRef;
 use kernel::prelude::*;
 use kernel::seq_file::{seq_print, SeqFile};
 use kernel::sync::poll::PollTable;
@@ -17,7 +17,8 @@ use crate::file::ViewFile;
 use crate::knobs;
 use crate::native;
 use crate::page_file::PageFile;
-use crate::sys::{self, Fault, FaultError, FaultResult};
+use crate::sys::area::{Areas, Fault, FaultError, FaultResult, NewArea};
+use crate::sys::misc::Device;
 
 /// One open file of the device. Its pages of v1 are bound to the process that opened it; its view
 /// is not.
@@ -30,14 +31,12 @@ pub(crate) struct OpenFile {
 impl MiscDevice for OpenFile {
     type Ptr = KBox<Self>;
 
-    fn open(file: &File, _device: &MiscDeviceRegistration<Self>) -> Result<KBox<Self>> {
+    fn open(_file: &File, _device: &MiscDeviceRegistration<Self>) -> Result<KBox<Self>> {
         let opened = Self {
             pages: PageFile::new()?,
             view: ViewFile::new()?,
         };
-        let opened = KBox::new(opened, GFP_KERNEL_ACCOUNT)?;
-        sys::complete_operations(file)?;
-        Ok(opened)
+        Ok(KBox::new(opened, GFP_KERNEL_ACCOUNT)?)
     }
 
     fn ioctl(this: &Self, file: &File, cmd: u32, arg: usize) -> Result<isize> {
@@ -56,10 +55,6 @@ impl MiscDevice for OpenFile {
             _ => knobs::ioctl(cmd, arg)?,
         }
         Ok(0)
-    }
-
-    fn mmap(this: &Self, _file: &File, area: &VmaNew) -> Result {
-        this.view.mmap(area)
     }
 
     fn read_iter(mut kiocb: Kiocb<'_, KBox<Self>>, to: &mut IovIterDest<'_>) -> Result<usize> {
@@ -90,24 +85,30 @@ impl MiscDevice for OpenFile {
     }
 }
 
-impl OpenFile {
-    pub(crate) fn seek(&self, current: i64, offset: i64, whence: u32) -> Result<i64> {
+impl Device for OpenFile {
+    fn seek(&self, current: i64, offset: i64, whence: u32) -> Result<i64> {
         self.view.seek(current, offset, whence)
     }
 
-    pub(crate) fn poll(&self, file: &File, table: &PollTable<'_>) -> u32 {
+    fn poll(&self, file: &File, table: &PollTable<'_>) -> u32 {
         self.view.poll(file, table)
     }
 
-    pub(crate) fn fault(&self, fault: &Fault) -> Result<FaultResult, FaultError> {
-        self.view.fault(fault)
+    fn map(&self, area: &NewArea<'_, Self>) -> Result {
+        self.view.mmap(area)
     }
+}
 
-    pub(crate) fn area_opened(&self, area: &VmaRef) {
+impl Areas for OpenFile {
+    fn area_opened(&self, area: &VmaRef) {
         self.view.area_opened(area);
     }
 
-    pub(crate) fn area_closed(&self, area: &VmaRef) {
+    fn area_closed(&self, area: &VmaRef) {
         self.view.area_closed(area);
+    }
+
+    fn fault(&self, fault: &Fault) -> Result<FaultResult, FaultError> {
+        self.view.fault(fault)
     }
 }

@@ -14,7 +14,8 @@ use crate::abi::ioctl::PAGE_SIZE;
 use crate::release::ReleaseWaiter;
 use crate::slot::{Bar, Head, Slot, Window};
 use crate::slots;
-use crate::sys::{self, BarRegion, EnabledDevice, Memremap};
+use crate::sys::memory::Memory;
+use crate::sys::pci::{is_head_pending, place, BarRegion, EnabledDevice};
 use crate::window::PART;
 
 const IVSHMEM: u32 = 0x1110;
@@ -40,7 +41,7 @@ pub(crate) struct Function<'bound> {
     number: u32,
     /// Of a window.
     released: Option<ReleaseWaiter>,
-    // ReleaseWaiter once `drop` has waited for the users; none where it has no address. Before the
+    // Released once `drop` has waited for the users; none where it has no address. Before the
     // enabling.
     _region: Option<BarRegion<'bound>>,
     _enabled: Option<EnabledDevice<'bound>>,
@@ -55,7 +56,7 @@ impl pci::Driver for Driver {
         device: &'bound pci::Device<Core<'_>>,
         _info: Option<&'bound ()>,
     ) -> impl PinInit<Function<'bound>, Error> + 'bound {
-        match sys::place(device) {
+        match place(device) {
             (place, 0) => Function::head(device, place),
             (place, number) => Function::window(device, place, number),
         }
@@ -70,7 +71,7 @@ impl<'bound> Function<'bound> {
         }
         let enabled = EnabledDevice::new(device)?;
         let region = BarRegion::request(device, MEMORY)?;
-        let page = Memremap::map_any(region.start(), PAGE_SIZE)?;
+        let page = Memory::map_any(region.start(), PAGE_SIZE)?;
         if page.read_u64(0) != MAGIC {
             return Err(ENODEV);
         }
@@ -100,7 +101,7 @@ impl<'bound> Function<'bound> {
     fn window(device: &'bound pci::Device<Core<'_>>, place: u32, number: u32) -> Result<Self> {
         if !slots::has_head(place) {
             // Tried again whenever a device was bound.
-            return Err(if sys::is_head_pending(device) {
+            return Err(if is_head_pending(device, PAGE_SIZE) {
                 EPROBE_DEFER
             } else {
                 ENODEV
@@ -130,7 +131,7 @@ impl<'bound> Function<'bound> {
 /// The window, if its memory can be mapped write-back.
 fn bar(region: &BarRegion<'_>) -> Result<Window> {
     let (start, len) = (region.start(), region.len());
-    match Memremap::map(start, len.min(PART)) {
+    match Memory::map(start, len.min(PART)) {
         Ok(_) => Bar::new(start, len).map(Ok),
         Err(error) if error == EOPNOTSUPP => Ok(Err(COMPLAINT_NOT_CACHED)),
         Err(error) if error == EINVAL => Ok(Err(COMPLAINT_INVALID)),

@@ -6,7 +6,7 @@
 use kernel::bindings;
 use kernel::fs::File;
 use kernel::iov::{IovIterDest, IovIterSource};
-use kernel::mm::virt::{flags, VmaNew, VmaRef};
+use kernel::mm::virt::{flags, VmaRef};
 use kernel::prelude::*;
 use kernel::sync::poll::{PollCondVarBox, PollTable};
 use kernel::sync::{new_mutex, Arc, Mutex};
@@ -15,7 +15,11 @@ use kernel::time::delay::fsleep;
 use crate::abi::hypercall::{SEEK_DATA, SEEK_HOLE};
 use crate::attachment::AttachCall;
 use crate::regions::Regions;
-use crate::sys::{self, AddressSpace, Fault, FaultError, FaultResult, Memory};
+use crate::sys::area::{file_offset, Areas, Fault, FaultError, FaultResult, NewArea};
+use crate::sys::cpu::has_1g_pages;
+use crate::sys::iter::UserBuffer;
+use crate::sys::mapping::AddressSpace;
+use crate::sys::task::is_killed;
 use crate::view::{View, PAUSE, TRIES};
 use crate::watch::WatchedView;
 use crate::window::Window;
@@ -145,7 +149,7 @@ impl ViewFile {
     /// Maps the target's memory: `ENXIO` if none of it is in the view. The rest raises
     /// SIGBUS. `EAGAIN` while the host is changing the view: it is not waited for, as the
     /// process's memory is locked for writing.
-    pub(crate) fn mmap(&self, area: &VmaNew) -> Result {
+    pub(crate) fn mmap(&self, area: &NewArea<'_, impl Areas>) -> Result {
         if area.flags() & flags::MAYSHARE == 0 {
             return Err(EINVAL);
         }
@@ -153,7 +157,7 @@ impl ViewFile {
         view.refresh()?;
         let contents = view.contents();
         let window = contents.window.clone()?;
-        let gpa = sys::area_gpa(area).ok_or(ENXIO)?;
+        let gpa = file_offset(area).ok_or(ENXIO)?;
         let len = (area.end() - area.start()) as u64;
         let end = gpa.checked_add(len).ok_or(ENXIO)?;
         window
@@ -166,7 +170,7 @@ impl ViewFile {
         }
         // The target's memory is data.
         area.try_clear_mayexec().map_err(|_| EACCES)?;
-        sys::fill_by_faults(area, view.number())?;
+        area.fill_by_faults(view.number())?;
         let mut regions = self.regions.lock();
         if regions.is_open() {
             // As in the driver that defined these calls: a child's copy would keep the region from
@@ -177,14 +181,14 @@ impl ViewFile {
     }
 
     pub(crate) fn area_opened(&self, area: &VmaRef) {
-        if let Some(gpa) = sys::area_gpa(area) {
+        if let Some(gpa) = file_offset(area) {
             // A part or a copy of an area that was let in.
             let _ = self.regions.lock().add_area(gpa, 0);
         }
     }
 
     pub(crate) fn area_closed(&self, area: &VmaRef) {
-        if let Some(gpa) = sys::area_gpa(area) {
+        if let Some(gpa) = file_offset(area) {
             self.regions.lock().remove_area(gpa);
         }
     }
@@ -210,7 +214,7 @@ fn insert(view: &View, fault: &Fault) -> Result<FaultResult, FaultError> {
         if fault.is_area_writable() && !contents.is_writable() {
             return Err(FaultError::Bus);
         }
-        if fault.order() > 9 && !sys::has_1g_pages() {
+        if fault.order() > 9 && !has_1g_pages() {
             return Err(FaultError::Smaller);
         }
         let (gpa, _) = fault.place().ok_or(FaultError::Smaller)?;
@@ -220,53 +224,6 @@ fn insert(view: &View, fault: &Fault) -> Result<FaultResult, FaultError> {
         })?;
         fault.insert(memory, offset)
     })
-}
-
-/// Memory of a process that is copied to or from.
-trait Buffer {
-    /// As [`Memory::copy_to`] or [`Memory::copy_from`].
-    fn copy(
-        &mut self,
-        memory: &Memory,
-        offset: u64,
-        len: usize,
-        is_valid: impl FnOnce() -> bool,
-    ) -> Option<usize>;
-
-    /// Gets the pages that are needed to copy `len` bytes. Whether at least one byte can be.
-    fn fault_in(&mut self, len: usize) -> bool;
-}
-
-impl Buffer for IovIterDest<'_> {
-    fn copy(
-        &mut self,
-        memory: &Memory,
-        offset: u64,
-        len: usize,
-        is_valid: impl FnOnce() -> bool,
-    ) -> Option<usize> {
-        memory.copy_to(offset, len, self, is_valid)
-    }
-
-    fn fault_in(&mut self, len: usize) -> bool {
-        sys::fault_in_destination(self, len)
-    }
-}
-
-impl Buffer for IovIterSource<'_> {
-    fn copy(
-        &mut self,
-        memory: &Memory,
-        offset: u64,
-        len: usize,
-        is_valid: impl FnOnce() -> bool,
-    ) -> Option<usize> {
-        memory.copy_from(offset, len, self, is_valid)
-    }
-
-    fn fault_in(&mut self, len: usize) -> bool {
-        sys::fault_in_source(self, len)
-    }
 }
 
 /// What a step of a transfer came to.
@@ -287,7 +244,7 @@ fn transfer(
     position: i64,
     len: usize,
     is_write: bool,
-    buffer: &mut impl Buffer,
+    buffer: &mut impl UserBuffer,
 ) -> Result<usize> {
     let start = u64::try_from(position).map_err(|_| EINVAL)?;
     let (mut done, mut changes, mut pauses) = (0, 0, 0);
@@ -307,12 +264,12 @@ fn transfer(
                 if is_short && done == 0 {
                     return Err(EFAULT);
                 }
-                if is_short || wanted == 0 || sys::is_killed() {
+                if is_short || wanted == 0 || is_killed() {
                     break;
                 }
             }
             Ok(Step::Changed) if changes < CHANGES => changes += 1,
-            Ok(Step::Busy) if done == 0 && pauses < TRIES && !sys::is_killed() => {
+            Ok(Step::Busy) if done == 0 && pauses < TRIES && !is_killed() => {
                 pauses += 1;
                 fsleep(PAUSE);
             }
@@ -330,7 +287,7 @@ fn step(
     gpa: u64,
     len: usize,
     is_write: bool,
-    buffer: &mut impl Buffer,
+    buffer: &mut impl UserBuffer,
 ) -> Result<Step> {
     match view.refresh() {
         Err(EAGAIN) => return Ok(Step::Busy),
@@ -347,7 +304,7 @@ fn step(
     let (memory, offset) = window.find(gpa)?;
     let room = usize::try_from(memory.len().saturating_sub(offset))?;
     let wanted = len.min(CHUNK).min(room);
-    let copied = buffer.copy(memory, offset, wanted, || view.is_current(&contents));
+    let copied = memory.copy(offset, wanted, buffer, || view.is_current(&contents));
     Ok(copied.map_or(Step::Changed, |count| Step::Copied(count, wanted)))
 }
 

@@ -5,7 +5,6 @@
 //! `choose` runs once, when the module is loaded. After that every file that calls the host asks
 //! [`method`], and every file that serves views asks [`transport`].
 
-use kernel::fmt;
 use kernel::prelude::*;
 use kernel::sync::atomic::{Acquire, Atomic, Full, Relaxed, Release};
 use kernel::sync::SetOnce;
@@ -13,37 +12,18 @@ use kernel::time::delay::fsleep;
 use kernel::time::Delta;
 use kernel::uaccess::{UserPtr, UserSlice};
 
-use crate::abi::cpuid::{
-    FEATURE_DOORBELL, FEATURE_VMCALL, FEATURE_WINDOW, LEAF_FEATURES, LEAF_SIGNATURE,
-    SIGNATURE_REGISTERS,
-};
+use crate::abi::cpuid::{FEATURE_WINDOW, LEAF_SIGNATURE};
 use crate::abi::errno::KvmError;
 use crate::abi::ioctl::MemMap;
-use crate::sys::GivenBack;
-use crate::{knobs, stats, sys};
-
-/// How a hypercall leaves the virtual machine.
-#[derive(Clone, Copy)]
-pub(crate) enum Method {
-    /// The instruction `vmcall` (Intel) or `vmmcall` (AMD).
-    Vmcall,
-    /// A read from this I/O port.
-    Doorbell(u16),
-}
-
-impl fmt::Display for Method {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Vmcall => write!(f, "vmcall"),
-            Self::Doorbell(port) => write!(f, "doorbell port {port:#x}"),
-        }
-    }
-}
+use crate::sys::call::{Method, Offer, PagesRestored};
+use crate::sys::pci;
+use crate::sys::secret::Secret;
+use crate::{knobs, stats};
 
 static METHOD: SetOnce<Method> = SetOnce::new();
 
 /// Set if the host restored the pages that an earlier kernel of this machine had replaced.
-static GIVEN_BACK: SetOnce<GivenBack> = SetOnce::new();
+static RESTORED: SetOnce<PagesRestored> = SetOnce::new();
 
 /// How the memory of a view's target gets into this machine.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -91,9 +71,9 @@ pub(crate) fn choose() -> Result {
     TRANSPORT.populate(transport);
     // A kernel before this one may have left pages replaced: started by kexec, this one takes them
     // for ordinary RAM.
-    match GivenBack::keep_all(method).map_err(error) {
-        Ok(given_back) => {
-            GIVEN_BACK.populate(given_back);
+    match method.keep_all().map_err(error) {
+        Ok(restored) => {
+            RESTORED.populate(restored);
         }
         // A host of version 0.1.0 does not know the call.
         Err(EOPNOTSUPP) => {}
@@ -151,9 +131,9 @@ pub(crate) fn close_pages() {
         fsleep(Delta::from_millis(1));
     }
     let count = stats::MAPPED.value() + stats::QUARANTINED.value();
-    let answer = match GIVEN_BACK.as_ref() {
-        Some(given_back) => given_back.zero_all(),
-        None => GivenBack::keep_all(method).map(drop),
+    let answer = match RESTORED.as_ref() {
+        Some(restored) => restored.zero_all(),
+        None => method.keep_all().map(drop),
     };
     match answer.map_err(error) {
         Ok(()) if count > 0 => pr_notice!("the host gave {count} pages back before the reboot\n"),
@@ -169,9 +149,8 @@ pub(crate) fn close_pages() {
 
 /// The method and the feature bits; `None` if there is only a PCI bus.
 fn offered() -> Result<Option<(Method, u32)>> {
-    let [_, signature @ ..] = sys::cpuid(LEAF_SIGNATURE);
-    if signature != SIGNATURE_REGISTERS {
-        if sys::has_pci_bus() {
+    let Some(offer) = Offer::read() else {
+        if pci::has_bus() {
             return Ok(None);
         }
         pr_err!(
@@ -179,32 +158,27 @@ fn offered() -> Result<Option<(Method, u32)>> {
             LEAF_SIGNATURE
         );
         return Err(ENODEV);
+    };
+    let Offer {
+        features,
+        port,
+        method,
+    } = offer;
+    if method.is_none() {
+        pr_err!(
+            "the host offers neither vmcall nor a doorbell port (features {features:#x}, port {port:#x})\n"
+        );
     }
-    let [features, port, ..] = sys::cpuid(LEAF_FEATURES);
-    if features & FEATURE_VMCALL != 0 {
-        return Ok(Some((Method::Vmcall, features)));
-    }
-    match u16::try_from(port) {
-        Ok(port) if features & FEATURE_DOORBELL != 0 && port != 0 => {
-            Ok(Some((Method::Doorbell(port), features)))
-        }
-        _ => {
-            pr_err!(
-                "the host offers neither vmcall nor a doorbell port (features {features:#x}, port {port:#x})\n"
-            );
-            Err(ENODEV)
-        }
-    }
+    Ok(Some((method.ok_or(ENODEV)?, features)))
 }
 
-/// A tool's MAP request, in kernel memory from which the host reads the token. Erased when dropped.
-pub(crate) struct Request(KBox<[u8; MemMap::SIZE]>);
+/// A tool's MAP request, in kernel memory from which the host reads the token.
+pub(crate) struct Request(Secret<{ MemMap::SIZE }>);
 
 impl Request {
     /// Copies the request from the tool's memory: `EFAULT` where that cannot be read.
     pub(crate) fn read(from: UserPtr) -> Result<Self> {
-        // A power-of-two size class: the token never straddles a page.
-        let mut request = Self(KBox::new([0; MemMap::SIZE], GFP_KERNEL)?);
+        let mut request = Self(Secret::zeroed()?);
         UserSlice::new(from, MemMap::SIZE)
             .reader()
             .read_slice(&mut *request.0)?;
@@ -216,15 +190,8 @@ impl Request {
         MemMap::addresses(&self.0)
     }
 
-    /// The bytes; the token is the first 32.
-    pub(crate) fn bytes(&self) -> &[u8; MemMap::SIZE] {
-        &self.0
-    }
-}
-
-impl Drop for Request {
-    fn drop(&mut self) {
-        sys::erase(&mut *self.0);
+    pub(crate) fn token(&self) -> &[u8; 32] {
+        MemMap::token(&self.0)
     }
 }
 

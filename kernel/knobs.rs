@@ -14,8 +14,8 @@ mod forced {
     use kernel::sync::atomic::{Atomic, Relaxed};
 
     use crate::abi::ioctl::PAGE_SIZE;
-    use crate::hypercall::Method;
     use crate::module_parameters as parameters;
+    use crate::sys::call::Method;
 
     /// `_IO('i', 0xf0)`: mappings of a view's memory into the kernel fail for want of memory, as
     /// many as the argument's low 16 bits say, after as many as the next ones say. Those of PCI
@@ -27,8 +27,10 @@ mod forced {
 
     pub(crate) fn method() -> Option<Method> {
         match *parameters::force_port.value_ref() {
-            0 => parameters::force_vmcall.value().then_some(Method::Vmcall),
-            port => Some(Method::Doorbell(port)),
+            0 => parameters::force_vmcall
+                .value()
+                .then(|| Method::forced(None)),
+            port => Some(Method::forced(Some(port))),
         }
     }
 
@@ -71,7 +73,7 @@ pub(crate) use nothing::*;
 mod nothing {
     use kernel::prelude::*;
 
-    use crate::hypercall::Method;
+    use crate::sys::call::Method;
 
     pub(crate) fn method() -> Option<Method> {
         None

@@ -44,13 +44,12 @@
 //! The view drops its window by itself, since its work looks at the slot every 4 ms while a window
 //! is mapped. So unbinding need not find the view, and no view is found by its slot.
 //!
-//! `sys` is the only file with unsafe code; `shim.c` wraps macros and inline functions of the
-//! kernel.
+//! Only `sys/` has unsafe code; `shim.c` wraps macros and inline functions of the kernel.
 #![deny(unsafe_code)]
 
 use kernel::debugfs::{Dir, File};
-use kernel::driver::Registration;
-use kernel::miscdevice::{MiscDeviceOptions, MiscDeviceRegistration};
+use kernel::driver;
+use kernel::miscdevice::MiscDeviceOptions;
 use kernel::pci;
 use kernel::prelude::*;
 
@@ -58,7 +57,9 @@ use crate::device::OpenFile;
 use crate::devices::Driver;
 use crate::hypercall::Transport;
 use crate::stats::Report;
-use crate::sys::{Processes, RebootHook};
+use crate::sys::misc::Registration;
+use crate::sys::notifier::Unload;
+use crate::sys::reboot::RebootHook;
 
 // The crates' sources are public there, and whole: the module uses a part.
 #[allow(unreachable_pub, dead_code)]
@@ -143,36 +144,35 @@ module! {
     },
 }
 
-type PciDriver = Pin<KBox<Registration<pci::Adapter<Driver>>>>;
+type PciDriver = Pin<KBox<driver::Registration<pci::Adapter<Driver>>>>;
 
 /// What exists while the module is loaded.
 #[pin_data]
 struct Kvmmem {
     // Dropped in this order: the device first, and at last a wait for what its files shared.
     #[pin]
-    device: MiscDeviceRegistration<OpenFile>,
+    device: Registration<OpenFile>,
     // Where the host is not called.
     driver: Option<PciDriver>,
     #[pin]
     counters: File<Report>,
     directory: Dir,
     reboot: RebootHook,
-    processes: Processes,
+    unload: Unload,
 }
 
 impl kernel::InPlaceModule for Kvmmem {
     fn init(module: &'static ThisModule) -> impl PinInit<Self, Error> {
-        sys::init_locks();
         let directory = Dir::new(c"kvmmem");
         try_pin_init!(Self {
             _: { hypercall::choose()? },
             counters <- directory.read_only_file(c"counters", Report),
             directory,
-            reboot: RebootHook::register()?,
-            processes: Processes,
+            reboot: RebootHook::register(hypercall::close_pages)?,
+            unload: Unload,
             driver: pci_driver(module)?,
             // Last, because a file may be opened from here on.
-            device <- MiscDeviceRegistration::register(MiscDeviceOptions { name: c"kvmmem" }),
+            device <- Registration::register(MiscDeviceOptions { name: c"kvmmem" }),
         })
     }
 }
@@ -181,7 +181,7 @@ impl kernel::InPlaceModule for Kvmmem {
 fn pci_driver(module: &'static ThisModule) -> Result<Option<PciDriver>> {
     match hypercall::transport() {
         Transport::Devices => {
-            KBox::pin_init(Registration::new(c"kvmmem", module), GFP_KERNEL).map(Some)
+            KBox::pin_init(driver::Registration::new(c"kvmmem", module), GFP_KERNEL).map(Some)
         }
         Transport::Windows | Transport::None => Ok(None),
     }

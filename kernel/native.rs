@@ -13,7 +13,7 @@ use crate::abi::native::{
 use crate::attachment::AttachCall;
 use crate::file::ViewFile;
 use crate::hypercall::{self, Transport};
-use crate::sys;
+use crate::sys::cpu::has_1g_pages;
 use crate::watch;
 
 /// INFO: what there is.
@@ -23,7 +23,7 @@ pub(crate) fn info(to: UserPtr) -> Result {
         Transport::Devices => FEATURE_VIEWS | FEATURE_HUGE_2M | FEATURE_DEVICES,
         Transport::None => 0,
     };
-    if features & FEATURE_VIEWS != 0 && sys::has_1g_pages() {
+    if features & FEATURE_VIEWS != 0 && has_1g_pages() {
         features |= FEATURE_HUGE_1G;
     }
     if crate::offers_regions() {

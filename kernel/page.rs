@@ -7,7 +7,8 @@ use kernel::prelude::*;
 
 use crate::hypercall::{self, ReplaceGuard, Request};
 use crate::stats;
-use crate::sys::{self, MemlockCharge, PinnedPage, ReplacedPage};
+use crate::sys::charge::MemlockCharge;
+use crate::sys::pin::{is_anonymous, PinnedPage, ReplacedPage};
 use crate::table::ops::Page;
 
 /// A page that shows a target's memory, with its charge to the owner's RLIMIT_MEMLOCK.
@@ -30,7 +31,7 @@ impl ForeignPage {
         }
         let _replacing = ReplaceGuard::begin()?;
         let page = page
-            .replace(request, hypercall::method()?)
+            .replace(hypercall::method()?, request.token(), request.addresses().0)
             .map_err(|answer| {
                 stats::REFUSED.add_one();
                 hypercall::error(answer)
@@ -102,5 +103,5 @@ fn is_suitable(vma: &VmaRef) -> bool {
         | flags::PFNMAP
         | flags::MIXEDMAP
         | flags::IO;
-    vma.flags() & unsuitable == 0 && vma.flags() & flags::WRITE != 0 && sys::is_anonymous(vma)
+    vma.flags() & unsuitable == 0 && vma.flags() & flags::WRITE != 0 && is_anonymous(vma)
 }

@@ -15,7 +15,9 @@ use kernel::uaccess::UserPtr;
 use crate::abi::ioctl::PAGE_SIZE;
 use crate::hypercall::{self, Request};
 use crate::page::ForeignPage;
-use crate::sys::{self, ProcessRef};
+use crate::process::{Process, PROCESSES};
+use crate::sys::notifier::MmRef;
+use crate::sys::pin::is_user_page;
 use crate::table::ops::{self, Shared};
 use crate::table::record::{ReserveError, UnmapError, Usage};
 use crate::tree;
@@ -25,7 +27,7 @@ static NEXT_OWNER: Atomic<i64> = Atomic::new(0);
 
 /// A file's account in the table of its process. Dropping it undoes the file's mappings.
 struct Account {
-    process: ProcessRef,
+    process: MmRef<Process>,
     owner: u64,
 }
 
@@ -67,7 +69,7 @@ impl PageFile {
         let mm = self.opener(task.mm())?;
         let request = Request::read(UserPtr::from_addr(arg))?;
         let (gpa, gva) = request.addresses();
-        if gpa % PAGE_SIZE != 0 || gva % PAGE_SIZE != 0 || !sys::is_user_page(mm, gva) {
+        if gpa % PAGE_SIZE != 0 || gva % PAGE_SIZE != 0 || !is_user_page(mm, gva) {
             return Err(EINVAL);
         }
         let slot = tree::slot()?;
@@ -117,7 +119,7 @@ impl PageFile {
         let _one = self.joining.lock();
         if self.account.as_ref().is_none() {
             let slot = tree::slot()?;
-            let process = ProcessRef::of_current()?;
+            let process = PROCESSES.of_current()?;
             let owner = NEXT_OWNER.fetch_add(1, Relaxed).unsigned_abs();
             process.with(|table| table.open(slot, owner, crate::max_pages_per_file()));
             self.account.populate(Account { process, owner });

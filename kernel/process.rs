@@ -2,7 +2,7 @@
 //! Process: the mapping table that the open files of one process share.
 //!
 //! There is one [`Process`] for each `mm_struct` that has used v1 through an open file, found and
-//! counted by the kernel's MMU notifiers (see [`crate::sys::ProcessRef`]). They hold the
+//! counted by the kernel's MMU notifiers (see [`crate::sys::notifier`]). They hold the
 //! `mm_struct` but not its memory (mmgrab), and report when the process ends or executes another
 //! program, even if another process still has its files open.
 
@@ -10,6 +10,7 @@ use kernel::prelude::*;
 use kernel::sync::{new_mutex, Mutex};
 
 use crate::page::ForeignPage;
+use crate::sys::notifier::{MmData, MmKind};
 use crate::table::ops::{self, Shared};
 use crate::table::table::Table;
 use crate::tree::Trees;
@@ -21,15 +22,17 @@ pub(crate) struct Process {
     table: Mutex<Table<ForeignPage, Trees>>,
 }
 
-impl Process {
+/// The processes that use v1.
+pub(crate) static PROCESSES: MmKind<Process> = MmKind::new();
+
+impl MmData for Process {
     /// A process without files or mappings.
-    pub(crate) fn new() -> impl PinInit<Self> {
+    fn new() -> impl PinInit<Self> {
         pin_init!(Self { table <- new_mutex!(Table::default(), "kvmmem_table") })
     }
 
-    /// The process's memory is about to go: undoes all of its mappings, of every file. Its pages
-    /// are still in place.
-    pub(crate) fn exited(&self) {
+    /// Undoes all of its mappings, of every file.
+    fn exited(&self) {
         ops::die(self);
     }
 }

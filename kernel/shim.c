@@ -1,13 +1,16 @@
 // SPDX-License-Identifier: GPL-2.0-only
-/* What the module needs and C has as macros or inline functions only. The callers and their arguments: sys.rs. */
+/* What the module needs and C has as macros or inline functions only. The callers and their arguments: sys/. */
 #include <linux/hugetlb.h>
 #include <linux/mm.h>
 #include <linux/mmu_notifier.h>
 #include <linux/pci.h>
 #include <linux/sched/signal.h>
+#include <linux/uaccess.h>
 #include <asm/alternative.h>
 #include <asm/asm.h>
 #include <asm/cpufeature.h>
+#include <crypto/sha2.h>
+#include <crypto/utils.h>
 
 __diag_ignore_all("-Wmissing-prototypes", "called from Rust only");
 
@@ -67,4 +70,24 @@ struct mmu_notifier *kvmmem_notifier_get(const struct mmu_notifier_ops *ops, str
 int kvmmem_pci_domain(struct pci_dev *device)
 {
 	return pci_domain_nr(device->bus);
+}
+
+void kvmmem_pagefault_disable(void)
+{
+	pagefault_disable();
+}
+
+void kvmmem_pagefault_enable(void)
+{
+	pagefault_enable();
+}
+
+void kvmmem_sha256(const u8 *data, size_t len, u8 *out)
+{
+	sha256(data, len, out);
+}
+
+bool kvmmem_differ(const void *a, const void *b, size_t len)
+{
+	return crypto_memneq(a, b, len);
 }

@@ -15,7 +15,8 @@ use crate::release::{Release, ReleaseWaiter};
 use crate::slots;
 use crate::snapshot::PageCopy;
 use crate::stats;
-use crate::sys::{self, Memory, Memremap};
+use crate::sys::memory::Memory;
+use crate::sys::secret::is_equal;
 use crate::watch;
 
 /// BAR 2 of a function that is a window. Nothing maps it any more when the last reference is gone.
@@ -57,7 +58,7 @@ pub(crate) type Window = Result<Arc<Bar>, u32>;
 
 /// Function 0 of a slot.
 pub(crate) struct Head {
-    pub(crate) page: Memremap,
+    pub(crate) page: Memory,
     /// SHA-256 of the token.
     pub(crate) digest: [u8; 32],
     /// Number of the slot in its view.
@@ -159,7 +160,7 @@ impl Slot {
         Arc::pin_init(slot, GFP_KERNEL)
     }
 
-    /// Domain, bus and slot, as [`sys::place`] has them.
+    /// Domain, bus and slot, as [`crate::sys::pci::place`] has them.
     pub(crate) fn place(&self) -> u32 {
         self.place
     }
@@ -187,7 +188,7 @@ impl Slot {
         state
             .head
             .as_ref()
-            .is_some_and(|head| head.number == number && sys::is_equal(&head.digest, digest))
+            .is_some_and(|head| head.number == number && is_equal(&head.digest, digest))
     }
 
     pub(crate) fn set_head(&self, head: Head) {

@@ -10,15 +10,19 @@ use kernel::sync::Arc;
 use crate::abi::descriptor::{COMPLAINT_INVALID, SLOT_WINDOWS};
 use crate::slot::{Head, Slot, Window};
 use crate::snapshot::{CheckError, PageCopy, Snapshot};
-use crate::sys;
+use crate::sys::lock::StaticMutex;
+use crate::sys::work;
 use crate::window::Extent;
 
 /// All slots with at least one bound function.
-pub(crate) type Slots = KVec<Arc<Slot>>;
+type Slots = KVec<Arc<Slot>>;
+
+static SLOTS: StaticMutex<Slots> =
+    StaticMutex::new(c"kvmmem_slots", || kernel::static_lock_class!());
 
 /// Binds function 0 of the slot at `place`.
 pub(crate) fn add_head(place: u32, head: Head) -> Result<Arc<Slot>> {
-    let mut slots = sys::slots();
+    let mut slots = SLOTS.lock();
     let slot = match find(&slots, place) {
         Some(slot) => slot,
         None => {
@@ -34,7 +38,7 @@ pub(crate) fn add_head(place: u32, head: Head) -> Result<Arc<Slot>> {
 
 /// Binds a further function of the slot at `place`: `None` where function 0 is not bound.
 pub(crate) fn add_window(place: u32, number: u32, window: Window) -> Option<Arc<Slot>> {
-    let slots = sys::slots();
+    let slots = SLOTS.lock();
     let slot = find(&slots, place).filter(|slot| slot.has_head())?;
     slot.set_window(number, Some(window));
     look_again(&slots, &slot);
@@ -43,12 +47,12 @@ pub(crate) fn add_window(place: u32, number: u32, window: Window) -> Option<Arc<
 
 /// Whether function 0 of the slot at `place` is bound.
 pub(crate) fn has_head(place: u32) -> bool {
-    find(&sys::slots(), place).is_some_and(|slot| slot.has_head())
+    find(&SLOTS.lock(), place).is_some_and(|slot| slot.has_head())
 }
 
 /// Removes a function; a view that shows the slot ends.
 pub(crate) fn remove(slot: &Arc<Slot>, function: u32) {
-    let mut slots = sys::slots();
+    let mut slots = SLOTS.lock();
     let digest = slot.digest();
     match function {
         0 => slot.take_head(),
@@ -71,7 +75,7 @@ pub(crate) fn remove(slot: &Arc<Slot>, function: u32) {
     drop(slots);
     if function == 0 {
         // Outside the lock: the work takes it.
-        sys::cancel(slot);
+        work::cancel(slot);
     }
 }
 
@@ -99,7 +103,7 @@ fn window(slots: &Slots, digest: &[u8; 32], number: u32) -> Option<Window> {
 /// Looks whether a view's first slot, and with it the view, is complete, and tells the host. Called
 /// by the slot's work.
 pub(crate) fn check(slot: &Slot) {
-    let slots = sys::slots();
+    let slots = SLOTS.lock();
     // Only allocating can fail: then it is tried again.
     let Some((digest, Ok(Some(copy)))) = slot.copy() else {
         return;
@@ -148,7 +152,8 @@ pub(crate) struct Claim(Arc<Slot>);
 
 /// Takes the slot whose token has this digest: `ENOENT` where none has, or it was taken before.
 pub(crate) fn claim(digest: &[u8; 32]) -> Result<Claim> {
-    sys::slots()
+    SLOTS
+        .lock()
         .iter()
         .find(|slot| slot.claim(digest))
         .map(|slot| Claim(slot.clone()))
@@ -169,7 +174,7 @@ impl Claim {
     /// Where window `number` is.
     pub(crate) fn window(&self, number: u32) -> Option<Extent> {
         let digest = self.digest()?;
-        let bar = window(&sys::slots(), &digest, number)?.ok()?;
+        let bar = window(&SLOTS.lock(), &digest, number)?.ok()?;
         Some(Extent {
             start: bar.start(),
             len: bar.len(),

@@ -8,7 +8,7 @@ use crate::abi::descriptor::{
     Descriptor, DescriptorError, WindowRange, GENERATION_AT, MAX_RANGES, SIZE,
 };
 use crate::stats;
-use crate::sys::Memory;
+use crate::sys::memory::Memory;
 
 /// A copy of a descriptor page, of one generation.
 pub(crate) struct PageCopy(KBox<[u8; SIZE]>);

@@ -7,7 +7,7 @@ use kernel::prelude::*;
 use kernel::sync::atomic::{Atomic, Relaxed};
 
 use crate::abi::descriptor::{COMPLAINT_NOT_CACHED, COMPLAINT_NO_ADDRESS};
-use crate::sys::{FaultError, FaultResult};
+use crate::sys::area::{FaultError, FaultResult};
 
 /// A number of pages or of events.
 pub(crate) struct Counter(Atomic<i64>);

@@ -18,7 +18,8 @@ use crate::attachment::{AttachCall, Attachment};
 use crate::hypercall::{self, Transport};
 use crate::snapshot::Snapshot;
 use crate::stats::{self, Counter, Faults};
-use crate::sys::{self, AddressSpace};
+use crate::sys::mapping::AddressSpace;
+use crate::sys::task::is_killed;
 use crate::window::Window;
 
 /// The number of the view that is opened next. Areas of memory carry it, so that those of an
@@ -289,7 +290,7 @@ impl View {
 fn settled(host: &Attachment) -> Result<Snapshot> {
     for _ in 0..TRIES {
         match host.read() {
-            Err(EAGAIN) if !sys::is_killed() => fsleep(PAUSE),
+            Err(EAGAIN) if !is_killed() => fsleep(PAUSE),
             result => return result,
         }
     }

@@ -3,12 +3,13 @@
 
 use core::ops::Deref;
 
+use kernel::bindings::CONFIG_HZ;
 use kernel::sync::Arc;
 use kernel::time::{msecs_to_jiffies, Jiffies};
 use kernel::workqueue::{self, impl_has_delayed_work, WorkItem};
 
 use crate::stats;
-use crate::sys;
+use crate::sys::work;
 use crate::view::View;
 
 /// Between two looks at a view, in milliseconds; a whole number of ticks, so 10 where there are 100
@@ -21,7 +22,7 @@ const LONGEST_PAUSE_MS: u32 = 64;
 /// The longest time in milliseconds from a change to the event, on a machine that is not
 /// overloaded: a delay may last a tick longer than asked for, and looking takes its time.
 pub(crate) fn event_ms() -> u32 {
-    2 + ((delay() as u32 + 1) * 1000).div_ceil(sys::TICKS_PER_SECOND)
+    2 + ((delay() as u32 + 1) * 1000).div_ceil(CONFIG_HZ)
 }
 
 /// Between two looks at a view.
@@ -73,7 +74,7 @@ impl Deref for WatchedView {
 impl Drop for WatchedView {
     fn drop(&mut self) {
         // Also so that no work is left when the module goes: it cannot while a file is open.
-        sys::cancel(&self.0);
+        work::cancel(&self.0);
         stats::VIEWS.subtract_one();
     }
 }

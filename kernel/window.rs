@@ -14,7 +14,7 @@ use crate::release::{Release, ReleaseWaiter};
 use crate::slot::Bar;
 use crate::snapshot::Snapshot;
 use crate::stats;
-use crate::sys::{Memory, Memremap};
+use crate::sys::memory::Memory;
 
 /// Length of a part. Parts begin at its multiples, so that a page of 1 GiB lies in one.
 pub(crate) const PART: u64 = 1 << 30;
@@ -32,7 +32,7 @@ struct Piece {
     range: native::Range,
     place: u64,
     // Before the BAR, so that it is unmapped when that is given up.
-    parts: KVVec<SetOnce<Memremap>>,
+    parts: KVVec<SetOnce<Memory>>,
     _bar: Option<Arc<Bar>>,
 }
 
@@ -61,7 +61,7 @@ impl Piece {
     }
 
     /// The part that holds the range's byte `offset`: how it is mapped, if it is, and where it is.
-    fn part(&self, offset: u64) -> Option<(&SetOnce<Memremap>, u64, u64)> {
+    fn part(&self, offset: u64) -> Option<(&SetOnce<Memory>, u64, u64)> {
         let at = self.place.checked_add(offset)?;
         let index = usize::try_from((at / PART).checked_sub(self.place / PART)?).ok()?;
         let start = self.place.max(at / PART * PART);
@@ -140,7 +140,7 @@ impl Window {
             let _one = self.mapping.lock();
             if part.as_ref().is_none() {
                 knobs::map_memory()?;
-                part.populate(Memremap::map(start, len)?);
+                part.populate(Memory::map(start, len)?);
             }
         }
         let memory = part.as_ref().ok_or(ENOMEM)?;
@@ -149,7 +149,7 @@ impl Window {
             piece
                 .place
                 .saturating_add(offset)
-                .saturating_sub(memory.gpa()),
+                .saturating_sub(memory.start()),
         ))
     }
 

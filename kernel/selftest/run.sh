@@ -44,7 +44,7 @@ cat monitor.out >monitor.log &
 timeout 1200 qemu-system-x86_64 -accel tcg,thread=single -cpu qemu64,+pdpe1gb -smp 2 -m 1G -nodefaults -display none \
 	-no-reboot -serial stdio -device pc-testdev -kernel "$kernel" -initrd initrd \
 	-chardev pipe,id=monitor,path=monitor -mon monitor \
-	-append 'console=ttyS0 quiet loglevel=6 panic=-1 memmap=256M$0x20000000' "$@" | obey | tee log
+	-append 'console=ttyS0 quiet loglevel=6 panic=-1 no_timer_check memmap=256M$0x20000000' "$@" | obey | tee log
 
 complaint='BUG:|WARNING:|deprecated|Oops|Call Trace|general protection|kernel panic'
 if grep -qE "$complaint" log; then

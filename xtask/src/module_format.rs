@@ -13,10 +13,13 @@ use anyhow::{Context as _, Result, bail};
 /// Fails where a file under `kernel` is not formatted, and names all of them.
 pub(crate) fn check(kernel: &Path) -> Result<()> {
     let mut wrong = Vec::new();
-    for entry in fs::read_dir(kernel).with_context(|| kernel.display().to_string())? {
-        let path = entry?.path();
-        if path.extension().is_some_and(|extension| extension == "rs") && !is_formatted(&path)? {
-            wrong.push(path.display().to_string());
+    for folder in [kernel, &kernel.join("sys")] {
+        for entry in fs::read_dir(folder).with_context(|| folder.display().to_string())? {
+            let path = entry?.path();
+            if path.extension().is_some_and(|extension| extension == "rs") && !is_formatted(&path)?
+            {
+                wrong.push(path.display().to_string());
+            }
         }
     }
     wrong.sort();

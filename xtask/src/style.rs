@@ -41,7 +41,7 @@ pub(crate) fn rules(cache: &Cache, suite: &mut Suite) -> Result<()> {
     let places = source_check::unsafe_code(project::root());
     suite.check(
         "unsafe code is where it may be",
-        none(places, "unsafe code outside of crates/kvmmem-sys and kernel/sys.rs"),
+        none(places, "unsafe code outside of crates/kvmmem-sys and kernel/sys"),
     );
     let dependencies = crate_graph::forbidden(&cache.fresh_log("crate-graph")?);
     suite.check(

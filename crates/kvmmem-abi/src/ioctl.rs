@@ -43,6 +43,11 @@ impl MemMap {
         Self { token: MapMemToken { token: [t0, t1, t2, t3] }, gpa, gva }
     }
 
+    /// The token in the bytes of a user's buffer.
+    pub fn token(bytes: &[u8; Self::SIZE]) -> &[u8; 32] {
+        bytes.first_chunk().unwrap_or(&[0; 32])
+    }
+
     /// The gpa and the gva in the bytes of a user's buffer, without a second copy of the token.
     pub fn addresses(bytes: &[u8; Self::SIZE]) -> (u64, u64) {
         let [.., a0, a1, a2, a3, a4, a5, a6, a7, v0, v1, v2, v3, v4, v5, v6, v7] = *bytes;

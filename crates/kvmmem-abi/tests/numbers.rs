@@ -65,5 +65,6 @@ fn ioctl_argument_is_read_field_by_field() {
     let map = MemMap::from_bytes(&bytes);
     assert_eq!(map.token.token, words[..4]);
     assert_eq!(MemMap::addresses(&bytes), (words[4], words[5]));
+    assert_eq!(MemMap::token(&bytes)[..], bytes[..32]);
     assert_eq!((map.gpa, map.gva), (words[4], words[5]));
 }
