@@ -5,7 +5,7 @@
 //! All list the processes of one guest, which keeps still; a list that differs is an error. drgn
 //! and volatility3 come from the Python package index. drgn needs the debug information of the
 //! guest's kernel, from Debian; volatility3's symbol file is made of the guest's memory
-//! ([`kernel`]). A peer that cannot be had is skipped, and what would help is said.
+//! ([`kernel`]). A peer that cannot be had is skipped, with a remedy.
 
 mod kernel;
 mod lister;

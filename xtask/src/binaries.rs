@@ -16,8 +16,8 @@ const TARGET: &str = "x86_64-unknown-linux-gnu";
 /// See the profile of this name in Cargo.toml.
 const PROFILE: &str = "testbed";
 
-/// Package and program of each. The packages are made by the first one, of the next two; those two
-/// and the rest are for VMs, of which each needs the fourth to boot at all.
+/// Package and program of each. The first one makes packages of the next two; those two and the
+/// rest are for VMs. Each VM needs the fourth to boot.
 const PROGRAMS: [(&str, &str); 6] = [
     ("kvmmem-manual", "kvmmem-manual"),
     ("kvmmem-cli", "kvmmem"),
@@ -56,7 +56,7 @@ pub(crate) struct Binaries {
 }
 
 impl Binaries {
-    /// Builds those that are wanted.
+    /// Builds the wanted programs.
     pub(crate) fn make(cache: &Cache, wanted: ProgramSet) -> Result<Self> {
         let log = cache.fresh_log("binaries")?;
         let folder = project::target(&log)?.join(TARGET).join(PROFILE);

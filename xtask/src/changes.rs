@@ -85,9 +85,8 @@ fn dependants<'a>(changed: &BTreeSet<&'a str>, packages: &'a [Package]) -> BTree
     }
 }
 
-/// The files that differ from where this branch left `since`, those that git does not track
-/// included. Without `since`: from where it left its upstream, else `origin/main`, else the last
-/// commit.
+/// The files that differ from where this branch left `since`, with untracked ones. Without `since`:
+/// from where it left its upstream, else `origin/main`, else the last commit.
 pub(crate) fn files(since: Option<&str>, log: &Path) -> Result<Vec<PathBuf>> {
     let git = |args: &[&str]| Tool::new("git", log).args(args).dir(project::root()).output();
     let base = match since {

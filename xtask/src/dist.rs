@@ -103,7 +103,7 @@ impl Release {
     }
 }
 
-/// When the last commit was made, unless the environment says otherwise.
+/// Time of the last commit, unless the environment has another one.
 fn epoch(log: &Path) -> Result<String> {
     let given = std::env::var(EPOCH).ok().filter(|epoch| !epoch.is_empty());
     let epoch = match given {

@@ -11,7 +11,7 @@ const PT_INTERP: u32 = 3;
 /// x86-64's machine number.
 const EM_X86_64: u16 = 62;
 
-/// Says why the VMs could not run this file, if so.
+/// Why the VMs could not run this file, if so.
 pub(crate) fn check(path: &Path) -> Result<()> {
     let bytes = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
     match is_static(&bytes) {
@@ -25,7 +25,7 @@ pub(crate) fn check(path: &Path) -> Result<()> {
     }
 }
 
-/// `None` if the bytes are no 64-bit x86 ELF file.
+/// `None` if the bytes are not a 64-bit x86 ELF file.
 fn is_static(bytes: &[u8]) -> Option<bool> {
     if !bytes.starts_with(b"\x7fELF\x02\x01") || half(bytes, 18)? != EM_X86_64 {
         return None;

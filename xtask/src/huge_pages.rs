@@ -19,7 +19,7 @@ const NEEDED: u64 = 96;
 pub(crate) struct HugePages {
     before: u64,
     log: PathBuf,
-    /// Ctrl-C ends the tests, and this process once the pages are given back.
+    /// Ctrl-C ends the tests, and then this process, once it has returned the pages.
     _watch: Watch,
 }
 

@@ -39,7 +39,7 @@ pub(crate) fn guest(
         let mut order = modules(archive, kernel, &GUEST_MODULES)?;
         if let Some(module) = module {
             archive.copy("modules/kvmmem.ko", 0o644, module)?;
-            // May fail: the VM boots, and says so, where the module finds no host to talk to.
+            // May fail: the VM boots, and reports it, if the module finds no host.
             order.push_str("?kvmmem.ko\n");
         }
         Ok(archive.file("modules/order", 0o644, order.as_bytes())?)

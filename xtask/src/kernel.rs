@@ -101,8 +101,8 @@ impl Kernel {
             .args([exactly(&release.source(), release), exactly(&release.headers(), release)])
             .args(TOOLS)
             .run()?;
-        // The image is not installed, only unpacked: its scripts would make an initramfs nobody
-        // boots. The modules are stored plain, as the test VMs load them.
+        // The image is not installed, only unpacked: its scripts would make an initramfs that is
+        // not used. The modules are stored plain, as the test VMs load them.
         let images = release.images().map(|image| exactly(&image, release)).join(" ");
         let unpack = format!(
             "set -e; mkdir -p {FOLDER}/packages {FOLDER}/image; cd {FOLDER}/packages; \

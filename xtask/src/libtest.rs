@@ -66,7 +66,7 @@ impl Outcome {
     }
 }
 
-/// The program that a line of cargo's says is run.
+/// The program that runs, from a line of cargo's output.
 fn program_of(line: &str) -> Option<&str> {
     let line = line.trim_start();
     if let Some(package) = line.strip_prefix("Doc-tests ") {
@@ -74,7 +74,7 @@ fn program_of(line: &str) -> Option<&str> {
     }
     let path = line.strip_prefix("Running ")?.strip_suffix(')')?.rsplit_once('(')?.1;
     let file = path.rsplit_once('/').map_or(path, |(_, file)| file);
-    // Behind the last hyphen is cargo's hash.
+    // Cargo's hash follows the last hyphen.
     Some(file.rsplit_once('-').map_or(file, |(name, _)| name))
 }
 

@@ -70,7 +70,7 @@ const VARIANTS: [Variant; 3] = [
     },
 ];
 
-/// Those that only a run of this suite by its name has.
+/// Checks that only a run of this suite by its name has.
 const MORE: [Variant; 6] = [
     Variant {
         name: "bullseye",
@@ -184,7 +184,7 @@ fn run_with<'a>(
     for variant in variants {
         match Stock::make(cache, bed, variant.kernel, &log) {
             Ok(stock) => guests.push((variant, stock)),
-            // It is old: a mirror may have it no more.
+            // It is old: a mirror may lack it.
             Err(error) if variant.kernel == OLDEST => {
                 suite.skip(&format!("no guest {}: {error:#}", variant.name))
             }

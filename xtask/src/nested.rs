@@ -115,7 +115,7 @@ impl NestedHost<'_> {
         command
     }
 
-    /// Says why the VM ended without a report.
+    /// Why the VM ended without a report.
     fn died(&self, qemu: &mut Emulator) -> Result<i32> {
         let status = qemu.wait(POWER_OFF);
         let console =

@@ -28,7 +28,7 @@ pub(crate) enum Name {
     Module,
     /// Other projects' tools, with a guest's core
     Tools,
-    /// What the command says about Linux guests, and what these say themselves
+    /// The command's answers about Linux guests, against their own
     Linux,
     /// The end-to-end scenarios under kvmmem vm
     E2e,
@@ -90,14 +90,14 @@ impl Suite {
         }
     }
 
-    /// Counts a failure and says why.
+    /// Counts a failure and prints its reason.
     pub(crate) fn fail(&mut self, name: &str, error: &anyhow::Error) {
         ui::say(&format!("  failed: {name}: {error:#}"));
         self.count.failed += 1;
         self.failures.push(name.to_owned());
     }
 
-    /// Counts something skipped and says why.
+    /// Counts something skipped and prints the reason.
     pub(crate) fn skip(&mut self, why: &str) {
         ui::say(&format!("  skipped: {why}"));
         self.count.skipped += 1;

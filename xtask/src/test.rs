@@ -105,8 +105,8 @@ impl Runner {
 
     fn suite(&self, name: Name) -> Result<SuiteResult> {
         if name == Name::Packages && self.wants_bed {
-            // With it the module can be built from its package. If it cannot be made, those that
-            // need it say so.
+            // With it the module can be built from its package. If it cannot be made, the suites
+            // that need it report that.
             let _ = self.bed();
         }
         let mut suite = Suite::new(name);
@@ -130,8 +130,8 @@ impl Runner {
 
 /// Unit and property tests, and bare guests where there is a /dev/kvm.
 fn units(cache: &Cache, suite: &mut Suite) -> Result<()> {
-    // Some tests use the test bed's programs; where those cannot be installed, they are skipped and
-    // say so.
+    // Some tests use the test bed's programs; where those cannot be installed, the tests are
+    // skipped and report it.
     let lock = cache.lock()?;
     if let Err(error) = provision::provision(cache, Purpose::TestBed) {
         ui::say(&format!("  {error:#}"));

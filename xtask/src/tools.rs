@@ -5,8 +5,8 @@
 //! The guest is Debian's kernel, of the test bed, in this machine's QEMU without hardware
 //! virtualisation. It has no root file system, so it panics and stands still: its page tables and
 //! its VMCOREINFO note are there by then. The tools come from Debian, in a folder of the cache, and
-//! from the Python package index, in another; those that cannot be had are skipped, as are stacks
-//! where the kernel's debug information is not in the cache ([`debug_kernel`]).
+//! from the Python package index, in another; tools that cannot be had are skipped, as are stacks
+//! without the kernel's debug information in the cache ([`debug_kernel`]).
 
 mod debug_kernel;
 mod guest;
@@ -75,7 +75,7 @@ pub(crate) fn run(cache: &Cache, bed: &TestBed, suite: &mut Suite) -> Result<()>
     Ok(())
 }
 
-/// Whether the stacks of a kernel can be shown, and if not, says why.
+/// Whether the stacks of a kernel can be shown; prints the reason if not.
 fn debugged<'a>(
     suite: &mut Suite,
     tool: &str,

@@ -40,7 +40,7 @@ pub(crate) fn list() -> Result<String> {
     Tool::new(binaries.path(NAME), &cache.fresh_log("list")?).arg("list").output()
 }
 
-/// Says which of `names` is no scenario, before any VM boots for it.
+/// Fails for a name that is not a scenario, before any VM boots.
 pub(crate) fn check(names: &[String]) -> Result<()> {
     let list = if names.is_empty() { String::new() } else { list()? };
     // A whole part goes by what its names begin with.

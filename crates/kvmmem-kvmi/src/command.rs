@@ -21,7 +21,7 @@ pub const WRITE_PHYSICAL: u16 = 18;
 pub const GET_MAP_TOKEN: u16 = 22;
 /// CONTROL_CMD_RESPONSE: switches the replies off and on (batches).
 pub const CONTROL_CMD_RESPONSE: u16 = 27;
-/// GET_MAX_GFN: the guest frame number behind the last one that is backed.
+/// GET_MAX_GFN: the guest frame number after the last backed one.
 pub const GET_MAX_GFN: u16 = 29;
 /// QUERY_PHYSICAL: the range of backed memory around a guest frame number.
 pub const QUERY_PHYSICAL: u16 = 39;

@@ -37,7 +37,7 @@ pub trait TargetVm {
     /// Number of vCPUs.
     fn vcpu_count(&self) -> u32;
 
-    /// The guest frame number behind the last one that is backed by memory.
+    /// The guest frame number after the last one that is backed by memory.
     fn max_gfn(&self) -> u64;
 
     /// The range of backed memory that holds a frame.
@@ -49,8 +49,8 @@ pub trait TargetVm {
     /// Copies guest-physical memory from `gpa` on into `buffer`, which never crosses a page.
     ///
     /// # Errors
-    /// [`KvmError::Inval`] where the page is not backed: the v6 kernel's answer (its text says
-    /// ENOENT).
+    /// [`KvmError::Inval`] where the page is not backed: the v6 kernel's answer (its documentation
+    /// has ENOENT).
     fn read(&self, gpa: u64, buffer: &mut [u8]) -> Result<(), KvmError>;
 
     /// Copies `data`, which never crosses a page, to guest-physical memory from `gpa` on.
@@ -204,8 +204,8 @@ fn carry_out(
     match request {
         Request::GetVersion => Ok(buffer.put(Version::OURS.as_bytes())),
         Request::CheckCommand(id) if command::is_offered(id) => Ok(0),
-        // No event is offered: each needs a vCPU, or the end of the VM, which the closed connection
-        // tells as well.
+        // No event is offered: each needs a vCPU, or the end of the VM, which also closes the
+        // connection.
         Request::CheckCommand(_) | Request::CheckEvent(_) => Err(KvmError::Perm),
         Request::GetGuestInfo => Ok(buffer.put(GuestInfo::new(vm.vcpu_count()).as_bytes())),
         Request::ReadPhysical { gpa, size } => vm.read(gpa, buffer.data(size)).map(|()| size),

@@ -78,7 +78,7 @@ pub enum HandshakeError {
     /// The peer's structure is too small or too large.
     #[error("peer's handshake says it has {size:#x} bytes, expected {least:#x} to {most:#x}")]
     Size {
-        /// What it says.
+        /// The size in its header.
         size: usize,
         /// The least that is taken.
         least: usize,

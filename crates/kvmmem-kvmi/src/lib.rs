@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The KVMI protocol (KVM virtual machine introspection), numbering of the v6 and v7 kernel series.
 //!
-//! A connection is a stream socket, unix or vsock, one per introspected VM. The tool listens, the
-//! VMM's side connects and speaks first ([`handshake`]). After that the tool sends [`request`]s and
-//! reads [`reply`]s, each behind a [`message::Header`]; everything is little-endian and every
+//! A connection is a stream socket, unix or vsock, one per introspected VM. The tool listens; the
+//! VMM's side connects and sends first ([`handshake`]). After that the tool sends [`request`]s and
+//! reads [`reply`]s, each after a [`message::Header`]; everything is little-endian and every
 //! padding byte is zero.
 //!
 //! The codec works in both directions, so that the server in [`server`] and a client library share

@@ -19,7 +19,7 @@ pub const PREFIX_SIZE: usize = HEADER_SIZE + ERROR_CODE_SIZE;
 
 /// A reply whose length the command fixes.
 pub trait Fixed: Sized + FromBytes + IntoBytes + Immutable + KnownLayout {
-    /// Reads the reply from a payload behind the error code, of whatever length.
+    /// Reads the reply from a payload of any length, after the error code.
     fn decode(data: &[u8]) -> Self {
         let mut reply = Self::new_zeroed();
         for (to, from) in reply.as_mut_bytes().iter_mut().zip(data) {
@@ -87,7 +87,7 @@ impl GuestInfo {
     Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned,
 )]
 pub struct MaxGfn {
-    /// The guest frame number behind the last one that is backed by memory.
+    /// The guest frame number after the last one that is backed by memory.
     pub gfn: U64,
 }
 
@@ -161,7 +161,7 @@ pub enum DecodeError {
     /// There is no room for the error code.
     #[error("reply of {0:#x} bytes is shorter than its error code")]
     Short(usize),
-    /// The error code is none of KVM's.
+    /// The error code is not one of KVM's.
     #[error("reply's error code {0:#x} is unknown")]
     Code(i32),
 }

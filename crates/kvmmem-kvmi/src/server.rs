@@ -65,7 +65,7 @@ pub enum ServeError {
     TooLong {
         /// The command.
         id: u16,
-        /// What its header says.
+        /// The announced size.
         size: u16,
     },
     /// The tool asked for data with the replies off.
@@ -234,7 +234,7 @@ impl Connection {
         Ok(is_done)
     }
 
-    /// Sends bytes, and keeps those that the tool does not take; whether it has taken all.
+    /// Sends bytes, and keeps those that the socket does not take; returns whether all were sent.
     fn send(&mut self, stream: &mut impl Write, mut bytes: &[u8]) -> Result<bool, ServeError> {
         while !bytes.is_empty() {
             match stream.write(bytes) {

@@ -51,7 +51,7 @@ impl Token {
     /// them.
     pub fn to_hex(&self) -> Zeroizing<String> {
         let bytes = Zeroizing::new(self.to_bytes());
-        // As large as it gets, so that no copy is left behind.
+        // The full capacity at once: growing would leave a copy in freed memory.
         let mut text = Zeroizing::new(String::with_capacity(2 * Self::SIZE));
         for byte in bytes.iter() {
             for nibble in [byte >> 4, byte & 0xf] {
@@ -62,7 +62,7 @@ impl Token {
     }
 }
 
-/// The text is no token. It is not repeated.
+/// The text is not a token. The error does not repeat it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("a token is 64 hexadecimal digits, as kvmmem grant create prints it")]
 pub struct NotAToken;

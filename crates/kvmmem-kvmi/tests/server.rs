@@ -250,7 +250,7 @@ fn the_first_refusal_of_a_batch_is_the_error_of_its_last_message() {
         ],
         &[reply(27, 4, -22, &[]), version().1],
     );
-    // Told once, and a batch of its own has no part in it.
+    // Reported once, and apart from a batch.
     check(
         &[
             control(1, false, true),
@@ -327,7 +327,7 @@ fn a_tool_that_drips_its_handshake_is_cut_off() {
     let (ours, mut tools) = UnixStream::pair().unwrap();
     let limits = Limits { handshake: Duration::from_millis(100), ..Limits::default() };
     let server = thread::spawn(move || serve_within(limits, &ours, &Vm::default()));
-    // Each byte comes in time, all of them together do not: the size says that 64 KiB follow.
+    // Each byte comes in time, but not all of them: the size announces 64 KiB.
     let drip = [&[0u8, 0, 1, 0][..], &[0; 0xffff - 4]].concat();
     let sent = drip.iter().take_while(|byte| {
         thread::sleep(Duration::from_millis(1));

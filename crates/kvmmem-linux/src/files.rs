@@ -45,7 +45,7 @@ pub struct OpenFile {
     pub flags: Option<u32>,
     /// Where the next read or write begins.
     pub position: Option<u64>,
-    /// Whether it changed whenever it was read, so that its values may not belong together.
+    /// Whether it changed during every read, so that its values may not belong together.
     pub is_torn: bool,
     /// Whether its path, or another of its values, cannot be read.
     pub is_damaged: bool,

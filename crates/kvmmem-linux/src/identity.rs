@@ -12,10 +12,10 @@ const COMMAND_LINE: usize = 2048;
 /// Bytes of each name of `struct new_utsname`.
 const UTS_LEN: u64 = 65;
 
-/// Where a kernel that does not say has the names in `struct uts_namespace`.
+/// Offset of the names in `struct uts_namespace`, for kernels whose note lacks it.
 const UTS_NAME_AT: i64 = 4;
 
-/// Where `tk_core` has its `struct timekeeper` in kernels that have no name for its type: behind a
+/// Offset of the `struct timekeeper` in `tk_core`, for kernels whose type has no name: it follows a
 /// sequence counter.
 const TIMEKEEPER_AT: u64 = 8;
 
@@ -25,7 +25,7 @@ const MAX_LEN: u64 = 4096;
 /// Reads of the time while the kernel writes it.
 const TRIES: u32 = 8;
 
-/// A kernel. What could not be found out is `None`, and [`Identity::missing`] says why.
+/// A kernel. A value that was not found is `None`; [`Identity::missing`] has the reason.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Identity {
     /// As `uname -r` prints it.
@@ -121,7 +121,7 @@ fn command_line(kernel: &Kernel<'_>) -> Result<String, KernelError> {
     Ok(line.trim().to_owned())
 }
 
-/// What the kernel's clock says.
+/// Time of the kernel's clock.
 #[derive(Clone, Copy)]
 struct Clock {
     booted: Duration,

@@ -44,7 +44,7 @@ impl<'m> Kernel<'m> {
     /// The kernel that left this note, which [`crate::search::Notes`] finds.
     ///
     /// # Errors
-    /// [`KernelError::Note`] if the note does not say where the page tables are.
+    /// [`KernelError::Note`] if the note lacks the place of the page tables.
     pub fn of_note(memory: &'m dyn Memory, note: Note) -> Result<Self, KernelError> {
         let root = note.address_space().ok_or(KernelError::Note)?;
         let encryption = note.number("NUMBER(sme_mask)").unwrap_or(0).cast_unsigned();
@@ -52,13 +52,13 @@ impl<'m> Kernel<'m> {
         Ok(Self { note, space, symbols: OnceLock::new(), types: OnceLock::new() })
     }
 
-    /// The kernel that this is known of.
+    /// A kernel whose note and symbols are known.
     fn with_symbols(note: Note, space: Space<'m>, symbols: Symbols) -> Self {
         Self { note, space, symbols: OnceLock::from(Ok(symbols)), types: OnceLock::new() }
     }
 
-    /// The note: the kernel's release, build id and more. Of a kernel without one, what its symbols
-    /// and its image tell; that has no address.
+    /// The note: the kernel's release, build id and more. For a kernel without one it is made from
+    /// the symbols and the image, and has no address.
     pub fn note(&self) -> &Note {
         &self.note
     }
@@ -156,8 +156,8 @@ impl<'m> Kernel<'m> {
         types.size(id).ok_or_else(|| KernelError::NoType { name: name.to_owned() })
     }
 
-    /// What a note says of a structure under this key, `OFFSET(structure.member)` or
-    /// `SIZE(structure)`, by the types.
+    /// The value that a note has for a structure under this key, `OFFSET(structure.member)` or
+    /// `SIZE(structure)`, computed from the types.
     ///
     /// # Errors
     /// As [`Kernel::member`] and [`Kernel::size_of`].

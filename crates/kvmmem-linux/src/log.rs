@@ -14,8 +14,8 @@ use std::time::Duration;
 use crate::bytes::Bytes;
 use crate::kernel::{Kernel, KernelError};
 
-/// The most descriptors and bytes of text: those of a log of 4 GiB, more than a kernel can be told
-/// to have.
+/// Limits of descriptors and bytes of text: those of a log of 4 GiB, more than a kernel can be
+/// configured to have.
 const MAX_COUNT_BITS: u32 = 26;
 const MAX_SIZE_BITS: u32 = 32;
 
@@ -118,7 +118,7 @@ struct Layout {
     info_size: u64,
     seq_at: u64,
     time_at: u64,
-    /// Behind it, `facility`, and `flags` with the level in its highest three bits.
+    /// After it come `facility`, and `flags` with the level in its highest three bits.
     text_len_at: u64,
     caller_at: u64,
     subsystem_at: u64,
@@ -157,7 +157,7 @@ pub fn records<'a>(kernel: &'a Kernel<'a>) -> Result<Records<'a>, LogError> {
             None if note.gpa.is_none() => Some(of_types(kernel, key)?),
             value => value.and_then(|value| u64::try_from(value).ok()),
         };
-        // Offsets into structures: what is larger is no offset.
+        // Offsets into structures: a larger number is not an offset.
         value.filter(|value| *value < 4096).ok_or(LogError::Note(key))
     };
     let prb = note.symbol("prb").ok_or(LogError::Note("SYMBOL(prb)"))?;
@@ -221,7 +221,7 @@ pub fn records<'a>(kernel: &'a Kernel<'a>) -> Result<Records<'a>, LogError> {
     Err(wrong("the distance of the log's first and last record").into())
 }
 
-/// What the note of a kernel would say, by its types.
+/// The lines of a kernel's note, computed from its types.
 fn of_types(kernel: &Kernel<'_>, key: &str) -> Result<u64, KernelError> {
     match key {
         "LENGTH(printk_info_subsystem)" => Ok(kernel.member("dev_printk_info", "subsystem")?.size),
@@ -381,7 +381,7 @@ impl Iterator for Records<'_> {
     }
 }
 
-/// Whether a state variable says that the record of `id` can be read.
+/// Whether the record of `id` can be read by its state variable.
 fn is_of(state: u64, id: u64) -> bool {
     matches!(state >> STATE_SHIFT, COMMITTED | FINALIZED) && state & ID_MASK == id
 }

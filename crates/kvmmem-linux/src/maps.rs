@@ -16,7 +16,7 @@ use crate::tasks::Task;
 use area::{Areas, is_page};
 use tree::{Entry, Tree};
 
-/// The most areas of a process. Linux allows 65,530 unless `vm.max_map_count` says otherwise.
+/// Limit of a process's areas. Linux allows 65,530 unless `vm.max_map_count` is set.
 const MAX_AREAS: usize = 1 << 20;
 
 /// The most bytes of paths of all processes together: areas may share a file, so that a few
@@ -41,12 +41,12 @@ pub struct Mapping {
     pub end: u64,
     /// `vm_area_struct.vm_flags`.
     pub flags: u64,
-    /// Where `start` lies in the file; 0 where there is no file.
+    /// Offset of `start` in the file; 0 without a file.
     pub offset: u64,
     /// The file that is mapped.
     pub file: Option<MappedFile>,
-    /// What the kernel calls memory that is no file's: `[heap]`, `[stack]`, `[vdso]`,
-    /// `[anon:NAME]` and the like. Control characters may be there.
+    /// The kernel's name for memory without a file: `[heap]`, `[stack]`, `[vdso]`, `[anon:NAME]`
+    /// and the like. It may have control characters.
     pub label: Option<String>,
     /// Whether the file or the name cannot be read, or nothing but the addresses.
     pub is_damaged: bool,
@@ -70,7 +70,7 @@ pub struct MappedFile {
 pub struct MemoryMap {
     /// The mappings.
     pub mappings: Vec<Mapping>,
-    /// Whether they changed whenever they were read, so that some may be missing or may not belong
+    /// Whether they changed during every read, so that some may be missing or may not belong
     /// together.
     pub is_torn: bool,
     /// Whether the list of them is damaged, so that some are missing.
@@ -211,7 +211,7 @@ impl<'a> Maps<'a> {
                     mapping
                 }
                 Err(error) if !error.is_local() => return Err(error),
-                // The place is known by what leads there.
+                // The pointer that leads there gives the place.
                 found => {
                     let (start, end) = (place.0, place.1.saturating_add(1));
                     if start < lowest || !is_page(start) || !is_page(end) {

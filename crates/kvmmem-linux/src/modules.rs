@@ -61,7 +61,7 @@ pub struct Module {
     pub used_by: Vec<String>,
     /// What it is doing.
     pub state: State,
-    /// Whether it changed whenever it was read, so that its values may not belong together.
+    /// Whether it changed during every read, so that its values may not belong together.
     pub is_torn: bool,
     /// Whether some of it cannot be read.
     pub is_damaged: bool,
@@ -81,12 +81,12 @@ struct Layout {
     memory: Memory,
 }
 
-/// Where a module says which memory it has.
+/// Where a module describes its memory.
 #[derive(Debug)]
 enum Memory {
     /// Of before 6.4: what is kept, and what is freed after loading.
     Two { core: u64, init: u64, base: u64, size: u64 },
-    /// An array, of which the first has the text.
+    /// An array; the first element has the text.
     Array { first: u64, each: u64, base: u64, size: u64 },
 }
 

@@ -10,7 +10,7 @@ use crate::kernel::{Kernel, KernelError};
 use crate::paths::Paths;
 use crate::tasks::Task;
 
-/// The most mounts of a namespace. Linux allows 100,000 unless `fs.mount-max` says otherwise.
+/// Limit of a namespace's mounts. Linux allows 100,000 unless `fs.mount-max` is set.
 const MAX_MOUNTS: usize = 1 << 17;
 
 /// The most bytes of their paths.

@@ -203,7 +203,7 @@ impl<'a> Paths<'a> {
         let len = self.kernel.read_u32(dentry.wrapping_add(self.d_name_len))?;
         let name = self.kernel.read_u64(dentry.wrapping_add(self.d_name))?;
         let bytes = self.kernel.read_cstr(name, usize::try_from(len.min(MAX_NAME)).unwrap_or(0))?;
-        // A name has as many bytes as the entry says, and one at least but where it is not shown.
+        // A name has the length in the entry, and at least one byte unless it is not shown.
         if u32::try_from(bytes.len()).ok() != Some(len) {
             return Err(KernelError::Malformed {
                 what: "the name of a file".to_owned(),

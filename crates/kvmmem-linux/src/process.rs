@@ -156,8 +156,8 @@ impl<'a> Details<'a> {
         })
     }
 
-    /// The program that a process runs, as /proc/PID/exe shows it; `None` for one that has no
-    /// memory, or whose memory is no program's.
+    /// The program that a process runs, as /proc/PID/exe shows it; `None` for a process without
+    /// memory, or whose memory is not a program's.
     ///
     /// # Errors
     /// [`KernelError`].

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Search of guest-physical memory for VMCOREINFO notes, and for patterns at page boundaries.
 //!
-//! Each note is checked as it is found, and only those that fit are kept: any number of decoys
-//! hides none of them. A page holds at most one note of 4 KiB, so that all checks together read at
-//! most as much as the guest has memory, and a walk of page tables for each page.
+//! Each note is checked as it is found, and only notes that fit are kept, so that decoys in any
+//! number cannot hide one. A page holds at most one note of 4 KiB, so that all checks together read
+//! at most as much as the guest has memory, and a walk of page tables for each page.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread::{self, available_parallelism};
@@ -15,14 +15,14 @@ use crate::vmcoreinfo::{HEADER, Note, NoteError, is_header};
 /// Pages whose first bytes are read in one call.
 const PAGES: usize = 1024;
 
-/// The most notes that fit and are kept: one for each kernel since RAM was last cleared, and those
-/// that a guest forges.
+/// Limit of the notes that fit and are kept: one for each kernel since RAM was last cleared, and
+/// the notes that a guest forges.
 pub const MAX_FITTING: usize = 64;
 
 /// The most notes that do not fit and are logged.
 const MAX_LOGGED: usize = 16;
 
-/// The most threads that search: from there on memory is no faster.
+/// Limit of searching threads: more do not make memory faster.
 const MAX_THREADS: usize = 4;
 
 /// Notes that were found.
@@ -39,8 +39,8 @@ pub struct Notes {
 
 impl Notes {
     /// Searches the parts of memory that hold data, with several threads: a note begins at a page,
-    /// so that the first bytes of each page are enough. `proceed` is asked after every 4 MiB;
-    /// the search ends where it says no, or once more notes fit than are kept.
+    /// so that the first bytes of each page are enough. `proceed` is called after every 4 MiB; the
+    /// search ends when it returns false, or once more notes fit than are kept.
     ///
     /// # Errors
     /// [`MemoryError::Ended`]. Memory that cannot be read is passed over.
@@ -79,8 +79,8 @@ impl Notes {
     }
 }
 
-/// Looks at `N` bytes of each page that holds data, those from `offset` on, with several threads.
-/// `pick` says what of them is kept; after every 4 MiB `take` gets that, and says whether to go on.
+/// Reads `N` bytes of each page that holds data, from `offset` on, with several threads. `pick`
+/// chooses what to keep; after every 4 MiB `take` gets that, and returns whether to continue.
 pub(crate) fn pages<const N: usize, T: Send>(
     memory: &dyn Memory,
     offset: u64,

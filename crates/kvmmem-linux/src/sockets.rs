@@ -31,7 +31,7 @@ pub enum Protocol {
     Tcp,
     /// UDP.
     Udp,
-    /// UDP-Lite, which 7.1 has no more.
+    /// UDP-Lite, which 7.1 removed.
     UdpLite,
     /// Raw IP.
     Raw,
@@ -93,8 +93,8 @@ pub enum Ends {
     Unix {
         /// Its kind.
         kind: Kind,
-        /// What it is bound to; a name that is no file's begins with @. What is not UTF-8 is
-        /// replaced; control characters may be there.
+        /// The name that it is bound to; one without a file begins with @. Bytes that are not UTF-8
+        /// are replaced; control characters are kept.
         path: Option<String>,
         /// The inode of the socket it is connected to, 0 for one that was not accepted yet.
         peer: Option<u64>,
@@ -115,12 +115,12 @@ pub struct Socket {
     /// The inode of its file; 0 where it has none: one that was not accepted yet, or whose process
     /// has closed it.
     pub inode: u64,
-    /// The user who made it; none of a connection that has no more than its addresses (`TimeWait`,
+    /// The user who made it; `None` for a connection that has only its addresses (`TimeWait`,
     /// `SynReceived`).
     pub uid: Option<u32>,
     /// The inode of its network namespace, as in /proc/PID/ns/net; `None` where it cannot be read.
     pub netns: Option<u32>,
-    /// Whether it changed whenever it was read, so that its values may not belong together.
+    /// Whether it changed during every read, so that its values may not belong together.
     pub is_torn: bool,
     /// Whether some of it cannot be read: what it is bound to, its inode and user, or its
     /// namespace.
@@ -183,8 +183,8 @@ impl State {
     }
 }
 
-/// The sockets, table by table. An error stands for those that cannot be read: a walk without one
-/// is complete.
+/// The sockets, table by table. An error stands for sockets that cannot be read: a walk without an
+/// error is complete.
 #[derive(Debug)]
 pub struct Sockets<'a> {
     kernel: &'a Kernel<'a>,

@@ -50,8 +50,8 @@ pub struct Space<'m> {
 }
 
 impl<'m> Space<'m> {
-    /// The space whose outermost table `root` names. `encryption` has the bits of an entry that
-    /// mark a page as encrypted (AMD SME's C bit), and that are no part of its address.
+    /// The space whose outermost table is `root`. `encryption` has the bits of an entry that mark a
+    /// page as encrypted (AMD SME's C bit); they are not part of its address.
     pub fn new(memory: &'m dyn Memory, root: AddressSpace, encryption: u64) -> Self {
         Self { memory, root, encryption, tables: Mutex::default() }
     }

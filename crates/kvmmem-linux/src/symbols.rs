@@ -20,7 +20,7 @@ use names::Names;
 /// Why there are no symbols.
 #[derive(Debug, thiserror::Error)]
 pub enum TableError {
-    /// There is no table, neither where the note says nor by its looks.
+    /// There is no table at the note's address, and none with the form of one.
     #[error(
         "the kernel's symbol table is not in memory: it was built without CONFIG_KALLSYMS, or its memory is not all there"
     )]
@@ -45,7 +45,7 @@ pub enum TableError {
         /// First address of what was to be read.
         gva: u64,
     },
-    /// Its addresses are not those that the note has, by any scheme.
+    /// No scheme gives the addresses in the note.
     #[error("the kernel's symbol table does not fit the addresses in its VMCOREINFO note")]
     Addresses,
 }
@@ -89,8 +89,8 @@ impl Symbols {
         }
     }
 
-    /// Finds the tables of a kernel without a note by their looks, in the image that is mapped in
-    /// this space. `fits` says whether what they say is true of it.
+    /// Finds the tables of a kernel without a note by their form, in the image that is mapped in
+    /// this space. `fits` checks their content.
     ///
     /// # Errors
     /// [`TableError`].

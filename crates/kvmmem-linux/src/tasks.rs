@@ -73,7 +73,7 @@ pub struct Task {
     pub is_kernel: bool,
     /// The command line.
     pub args: Args,
-    /// Whether it changed whenever it was read, so that its values may not belong together.
+    /// Whether it changed during every read, so that its values may not belong together.
     pub is_torn: bool,
     /// Whether some of its values cannot be read.
     pub is_damaged: bool,
@@ -107,7 +107,7 @@ pub enum Which {
     Threads,
 }
 
-/// The tasks; an error stands for those that cannot be read.
+/// The tasks; an error stands for tasks that cannot be read.
 pub type Tasks<'a> = Walk<TaskSteps<'a>>;
 
 /// The steps of [`Tasks`].
@@ -286,7 +286,7 @@ impl<'a> Reader<'a> {
         let ids = [number(self.layout.uid)?, number(self.layout.euid)?, number(self.layout.gid)?];
         if let Some((user, uid)) = self.layout.user {
             let user = self.kernel.read_u64(cred.wrapping_add(user))?;
-            // Both say whose it is.
+            // Both name the owner.
             if self.kernel.read_u32(user.wrapping_add(uid))? != ids[0] {
                 return Err(KernelError::Malformed {
                     what: "the user of a task".to_owned(),

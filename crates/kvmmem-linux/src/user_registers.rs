@@ -82,7 +82,7 @@ impl Kernel<'_> {
     }
 
     /// The auxiliary vector that a process was started with, as /proc/PID/auxv has it: pairs of
-    /// words, the last of which is zero. Empty for a process without memory.
+    /// words; the last pair is zero. Empty for a process without memory.
     ///
     /// # Errors
     /// [`KernelError`].

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The VMCOREINFO note that a Linux guest keeps in its RAM: symbols, offsets and numbers by which a
-//! tool finds its way around the kernel's memory (Documentation/admin-guide/kdump/vmcoreinfo.rst).
+//! The VMCOREINFO note that a Linux guest keeps in its RAM: symbols, offsets and numbers that a
+//! tool needs to read the kernel's memory (Documentation/admin-guide/kdump/vmcoreinfo.rst).
 //!
-//! [`crate::search`] finds it. Everything in it is the guest's word. The guest can forge
-//! a note, and a reset that keeps RAM leaves the note of the kernel before. [`Note::check`] says
-//! whether a note fits the page tables and the kernel's name that are in memory; a stale note may
-//! fit as well, so that a caller that finds several that do must not choose by chance.
+//! [`crate::search`] finds it. All its values are untrusted. The guest can forge a note, and a
+//! reset that keeps RAM leaves the note of the previous kernel. [`Note::check`] checks a note
+//! against the page tables and the kernel's name in memory; a stale note may fit as well, so that a
+//! caller with several notes that fit must not take any of them.
 
 use std::error::Error;
 
@@ -28,14 +28,15 @@ pub const KERNEL_MAP: u64 = 0xffff_ffff_8000_0000;
 const RELEASE_AT: u64 = 2 * UTS_LEN as u64;
 const UTS_LEN: usize = 65;
 
-/// Where a kernel that does not say has the names in `struct uts_namespace`: behind a reference
-/// counter.
+/// Offset of the names in `struct uts_namespace`, for kernels whose note lacks it: after a
+/// reference counter.
 const UTS_NAME_AT: u64 = 4;
 
 /// A note as it lies in memory, or the same lines about a kernel that has none.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Note {
-    /// Where its header is; `None` for what [`crate::kernel`] tells of a kernel without a note.
+    /// Address of its header; `None` for a note that [`crate::kernel`] made for a kernel without
+    /// one.
     pub gpa: Option<u64>,
     pub(crate) text: String,
 }
@@ -68,7 +69,7 @@ fn text_len(page: &[u8]) -> Option<usize> {
 }
 
 impl Note {
-    /// Reads the note at `gpa`; `None` where there is no note, or not of text.
+    /// Reads the note at `gpa`; `None` where there is no note of text.
     pub fn read<E>(
         gpa: u64,
         mut read: impl FnMut(u64, &mut [u8]) -> Result<(), E>,
@@ -83,7 +84,7 @@ impl Note {
         is_text.then_some(Self { gpa: Some(gpa), text })
     }
 
-    /// A note of which the text is known, for example from a file.
+    /// A note with this text, for example from a file.
     pub fn of_text(gpa: u64, text: String) -> Self {
         Self { gpa: Some(gpa), text }
     }
@@ -108,7 +109,7 @@ impl Note {
         let swapper = self.symbol("swapper_pg_dir")?;
         let phys_base: i64 = self.value("NUMBER(phys_base)")?.parse().ok()?;
         let cr3 = swapper.wrapping_sub(KERNEL_MAP).wrapping_add_signed(phys_base);
-        // A kernel that cannot have five levels does not say.
+        // A kernel that cannot have five levels has no such line.
         let has_five = self.value("NUMBER(pgtable_l5_enabled)").is_some_and(|value| value != "0");
         Some(AddressSpace { cr3, levels: if has_five { Levels::Five } else { Levels::Four } })
     }
@@ -158,7 +159,7 @@ impl Note {
         })
     }
 
-    /// What the note says of a structure: `SIZE(name)`, `OFFSET(name.member)`, `LENGTH(name)`; or a
+    /// The note's value for a structure: `SIZE(name)`, `OFFSET(name.member)`, `LENGTH(name)`; or a
     /// `NUMBER(name)`.
     pub fn number(&self, key: &str) -> Option<i64> {
         let value = self.value(key)?;
@@ -239,7 +240,7 @@ mod tests {
         let good = text(false);
         let check = |text: String| Note::of_text(0, text).check(reader(&memory(false)));
         check(good.clone()).unwrap();
-        // A kernel of before the offset was told.
+        // A kernel whose note lacks the offset.
         check(good.replace("OFFSET(uts_namespace.name)=4\n", "")).unwrap();
         assert!(matches!(check(good.replace("-test", "-tost")), Err(NoteError::Release(_))));
         assert!(matches!(check(good.replace("6.12.1-test", "6.12.1")), Err(NoteError::Release(_))));

@@ -10,8 +10,8 @@ use common::{Guest, NAMES, Place};
 use kvmmem_linux::tasks::{Task, Tasks, Which};
 use kvmmem_linux::{Find, Kernel};
 
-/// The processes of a guest that does `change` whenever the second one's name is read, which is
-/// counted.
+/// The processes of a guest that runs `change` with the number of the read, each time the second
+/// process's name is read.
 fn read(guest: &Guest, change: Change<'_>) -> Vec<Task> {
     let at = Place::FIRST.gpa + task(2) + COMM;
     let memory = ChangingMemory { guest, at, change, reads: AtomicU64::new(0) };

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Memory of which a page is damaged: what can be read is listed, and what cannot is an error in
-//! its place or marked.
+//! Memory with a damaged page: readable objects are listed, and the others are errors in their
+//! places or marked.
 
 mod common;
 
@@ -18,7 +18,7 @@ use kvmmem_memory::{Memory, MemoryError, Range};
 
 const PLACE: Place = Place::FIRST;
 
-/// A guest of which pages are missing, by their places in the image.
+/// A guest with missing pages, by their places in the image.
 struct Holes<'g> {
     guest: &'g Guest,
     pages: Vec<u64>,
@@ -51,7 +51,7 @@ fn damaged(guest: impl Fn() -> Guest, at: u64, mut act: impl FnMut(&Kernel<'_>, 
     act(&Kernel::find(&zeroed, find).unwrap(), "zeros");
 }
 
-/// The names of tasks with what is known of them, and how many errors there are.
+/// The names and marks of tasks, and the number of errors.
 fn tasks(kernel: &Kernel<'_>) -> (Vec<(String, Option<u32>, bool)>, usize) {
     let all: Vec<_> = Tasks::new(kernel, Which::Processes).unwrap().collect();
     let lost = all.iter().filter(|task| task.is_err()).count();
@@ -188,7 +188,7 @@ fn a_file_whose_path_is_damaged_is_marked() {
             },
         );
     }
-    // A name that is shorter than its entry says.
+    // A name that is shorter than the length in its entry.
     guest.put(PLACE.gpa + 0x20_b000 + 16 * 6 + 3, &[0]);
     assert_eq!(rows(&files(&kernel).unwrap()), [first, (2, "", true), last]);
 }

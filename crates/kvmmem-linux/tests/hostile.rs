@@ -171,7 +171,7 @@ fn decoys_hide_no_kernel() {
     assert_eq!((notes.fitting.len(), notes.is_cut), (1, false));
 }
 
-/// Notes that fit, and differ in a line that says nothing.
+/// Notes that fit, and differ in a line without meaning.
 #[test]
 fn forged_notes_are_told_by_their_symbols_or_reported() {
     let guest = Guest::with(&[Place::FIRST]);

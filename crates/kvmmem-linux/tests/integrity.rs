@@ -74,7 +74,7 @@ fn entries_that_lead_out_of_the_text_are_hooks() {
     guest.put(at(&PLACE, module(0) + 0xb8), &0x8000u32.to_le_bytes());
     assert_eq!(findings(&guest)[0], hook("system call 2", gva(CALLS + 16), MODULE, in_module()));
 
-    // Within a function is no better.
+    // Nor may it lead into the middle of a function.
     let guest = objects::guest(&PLACE);
     guest.put_word(at(&PLACE, CALLS), PLACE.gva + 0x1008);
     let place = At::Text { symbol: "filler_0".to_owned(), offset: 8 };
@@ -115,7 +115,7 @@ fn entries_that_lead_to_another_function_are_hooks() {
         findings(&guest),
         [hook("system call 1", gva(CALLS + 8), other, function("filler_100"))]
     );
-    // The handler of call 1, for a call of which the name is known and for one of which it is not.
+    // The handler of call 1, for a call with a known name and for one without.
     let handler = |number: u64| PLACE.gva + 0x1000 + 16 * number;
     for (number, entry) in [(3, "system call 3"), (4, "system call 4 as well as 1")] {
         let guest = objects::guest(&PLACE);
@@ -217,7 +217,7 @@ fn what_is_only_in_one_of_two_places_is_hidden() {
 #[test]
 fn a_damaged_tree_of_pids_is_an_error() {
     let tasks = |guest: &Guest| Check::Tasks.run(&kernel(guest));
-    // A node below itself, a level that is no level, a node below the lowest.
+    // A node below itself, an invalid level, a node below the lowest.
     for (object, word) in [
         (NODES + 8, gva(NODES) | 2),
         (NODES, 7),

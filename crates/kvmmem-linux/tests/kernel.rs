@@ -356,7 +356,7 @@ fn a_list_that_does_not_end_is_an_error() {
         kernel.list(gva + TASKS).last(),
         Some(Err(KernelError::Read { gva: 0x1234_5678, .. }))
     ));
-    // No pointer: that is no end.
+    // An invalid pointer, which is not an end.
     for end in [0, 0x35] {
         guest.put_word(gpa + TASKS + 64, end);
         let last = kernel.list(gva + TASKS).last();

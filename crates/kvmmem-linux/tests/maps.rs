@@ -152,7 +152,7 @@ fn lists_that_lead_back_or_do_not_ascend_are_refused() {
 fn what_is_not_damaged_of_a_map_is_listed() {
     let [tree, list] = guests(&areas(40), 16);
     for guest in [&tree, &list] {
-        // The place of an area is known by the tree; the list ends there.
+        // The tree has the place of an area; the list ends there.
         guest.put(PLACE.gpa + AREAS + AREA * 7, &[0; 64]);
     }
     let map = read(&tree).unwrap();
@@ -163,7 +163,7 @@ fn what_is_not_damaged_of_a_map_is_listed() {
     let map = read(&list).unwrap();
     assert_eq!(bounds(&map), areas(40)[..7]);
     assert!(map.is_cut);
-    // A leaf of zeros has no areas, and is no empty one.
+    // A leaf of zeros has no areas, and is not an empty leaf.
     let [guest, _] = guests(&areas(40), 16);
     guest.put(PLACE.gpa + NODES, &[0; 256]);
     let map = read(&guest).unwrap();

@@ -94,8 +94,7 @@ fn what_is_no_socket_is_an_error() {
     }
 }
 
-/// Tables that say they have more buckets than there is memory for, or a number that is no power of
-/// two.
+/// Tables with more buckets than there is memory for, or with a number that is not a power of two.
 #[test]
 fn the_size_of_a_table_is_limited() {
     for mask in [u32::MAX, 6, (1 << 25) - 1] {

@@ -43,7 +43,7 @@ fn pages_that_lie_apart_are_one_read() {
     let error = space.read(0x3800, &mut bytes).unwrap_err();
     assert!(matches!(error, WalkError::NotPresent { gva: 0x4000, .. }), "{error}");
     assert_eq!((bytes[0x7ff], bytes[0x800]), (b'd', b'b'));
-    // A frame that is no memory.
+    // A frame without memory.
     guest.put_word(PTE + 32, RAM as u64 | 7);
     let error = space.read(0x3800, &mut bytes).unwrap_err();
     assert!(matches!(error, WalkError::Page { gva: 0x4000, .. }), "{error}");

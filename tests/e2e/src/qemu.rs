@@ -16,7 +16,7 @@ use crate::vm::{self, CMDLINE};
 /// The emulator, in a release's folder.
 const PROGRAM: &str = "/usr/bin/qemu-system-x86_64";
 
-/// Devices that nobody needs and whose every access leaves the guest, which is slow in an emulated
+/// Devices that no test needs. Each access to them leaves the guest, which is slow in an emulated
 /// host.
 const QUICK: &str = ",smm=off,hpet=off,vmport=off";
 
@@ -48,7 +48,7 @@ pub(crate) enum Ram {
     LargePages,
     /// A shared memfd for each of two NUMA nodes.
     TwoNodes,
-    /// What a QEMU takes that is told nothing.
+    /// QEMU's defaults.
     Private,
 }
 
@@ -76,7 +76,7 @@ impl Ram {
         arguments
     }
 
-    /// What the machine is told of it.
+    /// The arguments for it.
     fn machine(self) -> &'static str {
         if matches!(self, Self::Memfd | Self::LargePages) { ",memory-backend=ram" } else { "" }
     }
@@ -146,7 +146,7 @@ impl Qemu {
             .execute(command, arguments)
     }
 
-    /// Its version, as it says.
+    /// The version that it prints.
     pub(crate) fn version(&self) -> Result<String> {
         let version = self.qmp("query-version", &json!({}))?;
         let part = |name: &str| version["qemu"][name].as_u64().unwrap_or_default();
@@ -157,8 +157,8 @@ impl Qemu {
 /// How many views at a time the introspectors have places for.
 pub(crate) const VIEWS: usize = 2;
 
-/// What `kvmmem qemu-args` says that an introspector needs: places for views, vsock, the broker's
-/// QMP socket.
+/// The output of `kvmmem qemu-args` for an introspector: places for views, vsock, the broker's QMP
+/// socket.
 fn introspector_arguments(bed: &TestBed, spec: Spec, socket: &Path) -> Result<Vec<String>> {
     let output = Command::new(bed.bin("kvmmem"))
         .args(["qemu-args", "--json", "--machine", spec.machine, "--memory", spec.largest])

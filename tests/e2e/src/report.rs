@@ -25,7 +25,7 @@ pub(crate) struct Check {
     pub(crate) what: String,
     /// Whether it was so.
     pub(crate) ok: bool,
-    /// What was seen, where that says more than `ok`.
+    /// What was seen, if there is more than `ok`.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub(crate) detail: String,
     /// Time since the check before it.
@@ -59,7 +59,7 @@ impl Report {
         self.say(&format!("\n{scenario}: {purpose}"));
     }
 
-    /// Prints a line that is no check.
+    /// Prints a line that is not a check.
     pub(crate) fn say(&self, line: &str) {
         if self.style == Style::Text {
             println!("{line}");

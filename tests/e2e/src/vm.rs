@@ -107,7 +107,7 @@ impl Vm {
             .collect()
     }
 
-    /// Whether the kernel restricts the VMM's threads as its sandbox asks for; and what it says of
+    /// Whether the kernel restricts the VMM's threads as its sandbox requires; and the state of
     /// each.
     pub(crate) fn sandbox(&self) -> Result<(bool, String)> {
         let mut is_so = !self.has_said("the sandbox does not restrict")?;
@@ -129,7 +129,7 @@ impl Vm {
         Ok((is_so, detail))
     }
 
-    /// Whether the VMM said `text`.
+    /// Whether the VMM printed `text`.
     pub(crate) fn has_said(&self, text: &str) -> Result<bool> {
         Ok(self.last_said(text)?.is_some())
     }

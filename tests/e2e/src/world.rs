@@ -261,7 +261,7 @@ impl World {
         )
     }
 
-    /// The same as somebody else.
+    /// The same as another user.
     pub(crate) fn raw_as(&self, change: impl FnOnce(GuestCommand) -> GuestCommand) -> Result<Raw> {
         Raw::start(&self.introspector()?.agent, &change(GuestCommand::new(RAW)))
     }
@@ -378,8 +378,8 @@ impl World {
         self.run.path().join("kvmmemd.sock")
     }
 
-    /// The ends of all logs, for a failure. A VMM that has only the first of its threads left is
-    /// ending, and says why at last: it is waited for.
+    /// The ends of all logs, for a failure. A VMM that has only its first thread left is ending,
+    /// and prints the reason last: this waits for it.
     pub(crate) fn logs(&mut self) -> String {
         let broker = crate::vm::tail(&self.run.path().join("kvmmemd.log"));
         let mut text =

@@ -58,7 +58,7 @@ pub enum AgentError {
         /// The same in words.
         message: String,
     },
-    /// The answer is none that fits the request.
+    /// The answer does not fit the request.
     #[error("{operation}: unexpected answer")]
     Protocol {
         /// What was asked.
@@ -146,7 +146,8 @@ impl Agent {
     /// Runs a program to its end, at most for `limit`; it is killed then.
     ///
     /// # Errors
-    /// When the VM or the agent fails. A program that fails is no error: see [`Output::status`].
+    /// When the VM or the agent fails. A program that fails is not an error: see
+    /// [`Output::status`].
     pub fn run(&self, command: &Command, limit: Duration) -> Result<Output, AgentError> {
         let mut child = self.spawn(command)?;
         child.close_stdin()?;
@@ -178,8 +179,8 @@ impl Agent {
         let length = u64::try_from(bytes.len()).unwrap_or(u64::MAX);
         let mut channel =
             self.ask(&operation, &Request::Put { path: path.to_owned(), mode, length })?;
-        // A refusal comes while the bytes are still being sent: the answer says why, not the broken
-        // pipe.
+        // A refusal comes while the bytes are still being sent: the answer has the reason, not the
+        // broken pipe.
         let sent = if bytes.is_empty() { Ok(()) } else { channel.send(Kind::Data, bytes) };
         let answered = answer(&mut channel, &operation);
         match (sent, &answered) {
@@ -288,7 +289,7 @@ fn done(frame: &Frame, operation: &str) -> Result<(), AgentError> {
     }
 }
 
-/// What a process printed to one stream and nobody has taken yet.
+/// Output of a process on one stream that the caller has not taken yet.
 #[derive(Debug, Default)]
 struct Stream {
     bytes: VecDeque<u8>,
@@ -320,10 +321,11 @@ pub struct Child {
 }
 
 impl Child {
-    /// The next line of its stdout, without the line's end; `None` when it has ended and said all.
+    /// The next line of its stdout, without the line's end; `None` when it has ended and all lines
+    /// were read.
     ///
     /// # Errors
-    /// [`AgentError::is_timeout`] when there is none within `limit`; otherwise when the VM or the
+    /// [`AgentError::is_timeout`] when no line comes within `limit`; otherwise when the VM or the
     /// agent fails.
     pub fn read_line(&mut self, limit: Duration) -> Result<Option<String>, AgentError> {
         let deadline = Instant::now() + limit;
@@ -358,7 +360,7 @@ impl Child {
     /// Sends it a signal.
     ///
     /// # Errors
-    /// When the agent fails. A process that has ended already is none.
+    /// When the agent fails. A process that has ended already is not an error.
     pub fn kill(&mut self, signal: i32) -> Result<(), AgentError> {
         if self.status.is_some() { Ok(()) } else { self.send(Kind::Signal, &signal.to_le_bytes()) }
     }
@@ -394,7 +396,7 @@ impl Child {
 
     fn send(&mut self, kind: Kind, bytes: &[u8]) -> Result<(), AgentError> {
         match self.channel.send(kind, bytes) {
-            // It may have ended meanwhile: then its end is still to be received, which tells more.
+            // It may have ended meanwhile: then its exit status is still to be received.
             Err(error)
                 if matches!(
                     error.kind(),

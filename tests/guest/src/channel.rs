@@ -93,7 +93,7 @@ impl Read for DeadlineReader<'_> {
         if left == Some(Duration::ZERO) {
             return Err(io::ErrorKind::TimedOut.into());
         }
-        // Below one microsecond the kernel's limit would be zero, which is none at all.
+        // Below one microsecond the kernel's limit would be zero, which means no limit.
         set_socket_timeout(
             self.file,
             Timeout::Recv,

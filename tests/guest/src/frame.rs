@@ -71,7 +71,7 @@ pub struct Frame {
 /// Why bytes are not a frame.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum FrameError {
-    /// The kind is none of [`Kind`].
+    /// The kind is not a [`Kind`].
     #[error("unknown frame kind {0:#x}")]
     Kind(u8),
     /// The length exceeds [`MAX_PAYLOAD`].
@@ -119,7 +119,7 @@ impl Decoder {
     }
 }
 
-/// Writes `bytes` as frames of `kind`: several if they are long, one empty frame if there are none.
+/// Writes `bytes` as frames of `kind`: several for many bytes, one empty frame for no bytes.
 ///
 /// # Errors
 /// As the stream's.

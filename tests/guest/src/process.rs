@@ -53,8 +53,8 @@ pub struct Handle {
 /// Starts `command`; its output goes to `sink` as `Stdout` and `Stderr` frames.
 ///
 /// # Errors
-/// When no process can be made. A program that cannot be run is no error here: it ends with code
-/// 127.
+/// When no process can be made. A program that cannot be run is not an error here: it ends with
+/// code 127.
 pub fn start(command: &Command, sink: &Arc<Mutex<File>>) -> io::Result<ChildProcess> {
     let mut child = launch::launcher(command)?
         .stdin(Stdio::piped())
@@ -91,7 +91,7 @@ impl ChildProcess {
     /// [`Handle::reap`].
     ///
     /// # Errors
-    /// When the system cannot say how it ended.
+    /// When the system does not report its exit status.
     pub fn wait(self) -> io::Result<ExitStatus> {
         let status = loop {
             match waitid(WaitId::Pid(self.pid), WaitIdOptions::EXITED | WaitIdOptions::NOWAIT) {

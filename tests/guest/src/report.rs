@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The host role: one program, told and reported by files.
+//! The host role: runs one program; files have the command and the report.
 //!
 //! The VM's `/host.json` is a [`Command`]; its output and end go as frames to the first port of the
 //! VM's virtio console device, which the machine outside reads.
@@ -52,7 +52,7 @@ pub enum Report {
 /// Reads the next piece; `None` when the VM has gone without reporting an end.
 ///
 /// # Errors
-/// As the stream's; `InvalidData` when it is no report.
+/// As the stream's; `InvalidData` when it is not a report.
 pub fn read(stream: &mut impl Read, decoder: &mut Decoder) -> io::Result<Option<Report>> {
     let Some(frame) = frame::read(stream, decoder)? else { return Ok(None) };
     Ok(Some(match frame.kind {

@@ -92,7 +92,7 @@ pub struct Command {
 }
 
 impl Command {
-    /// `program` is an absolute path inside the VM. Runs as root unless told otherwise.
+    /// `program` is an absolute path inside the VM. Runs as root by default.
     pub fn new(program: impl Into<String>) -> Self {
         Self { argv: vec![program.into()], ..Self::default() }
     }
@@ -156,7 +156,7 @@ impl Command {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ExitStatus {
-    /// It exited with this code. 127 when it could not be run at all; stderr then says why.
+    /// It exited with this code. 127 when it could not be run at all; stderr then has the reason.
     Code(i32),
     /// This signal killed it.
     Signal(i32),

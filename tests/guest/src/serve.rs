@@ -107,7 +107,7 @@ fn exec(mut channel: Channel, command: &Command) -> io::Result<()> {
         let status = running.wait()?;
         send(&sink, Kind::Exit, &serde_json::to_vec(&status)?)
     });
-    // Its children may outlive it, so the client says when they are to end: by closing.
+    // Its children may outlive it, so they end when the client closes the connection.
     let served = loop {
         match channel.receive(None) {
             Ok(None) => break Ok(()),
@@ -125,7 +125,7 @@ fn exec(mut channel: Channel, command: &Command) -> io::Result<()> {
         }
     };
     handle.kill_all()?;
-    // It has ended; a client that left cannot be told, and that is no error.
+    // It has ended. A client that left gets no answer, which is not an error.
     drop(waiter.join());
     handle.reap()?;
     // The client waits for this: what its program held is released.

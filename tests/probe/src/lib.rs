@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! What the end-to-end scenarios run inside the guests, and what it tells them: one JSON object a
-//! line.
+//! Programs that the end-to-end scenarios run inside the guests, and their output: one JSON object
+//! a line.
 #![deny(unsafe_code)]
 
 use serde::{Deserialize, Serialize};
@@ -14,7 +14,7 @@ pub const COUNTER: usize = 32;
 /// Offset of the word that the target watches.
 pub const INBOX: usize = 40;
 
-/// What the program in the target says.
+/// Output of the program in the target.
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum TargetReport {

@@ -19,7 +19,7 @@ use kvmmem_probe::Step;
 #[derive(Parser)]
 #[command(name = "kvmmem-probe", about)]
 enum Verb {
-    /// In the target: put a marker and a counter into memory and say where.
+    /// In the target: put a marker and a counter into memory and print their addresses.
     Marker {
         /// How many pages.
         #[arg(long, default_value_t = 1)]

@@ -13,7 +13,7 @@ use kvmmem_probe::More;
 
 use crate::say;
 
-/// How many tokens are asked for at once by standard input; half of those that may be outstanding.
+/// How many tokens are requested at once on standard input; half of those that may be outstanding.
 const BATCH: usize = 32;
 
 pub(crate) enum Tokens {
@@ -33,7 +33,7 @@ impl Tokens {
         })
     }
 
-    /// The next token; `left` says how many will be wanted, this one included.
+    /// The next token; `left` is how many will be wanted, this one included.
     pub(crate) fn next(&mut self, left: usize) -> Result<Token> {
         match self {
             Self::Session(session) => Ok(session.map_token()?),

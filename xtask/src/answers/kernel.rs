@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! What peers need to know of a kernel, made of what its dump itself holds: volatility3's symbol
-//! file from BTF and kallsyms, and the text of the VMCOREINFO note.
+//! What peers need to know about a kernel, made from its dump: volatility3's symbol file from BTF
+//! and kallsyms, and the text of the VMCOREINFO note.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -15,7 +15,7 @@ use crate::tool::Tool;
 /// Converts these to a symbol file.
 const SCRIPT: &str = include_str!("isf.py");
 
-/// Where the kernel's text may lie; addresses of symbols below are no addresses, but places in the
+/// Where the kernel's text may lie; lower values of symbols are not addresses, but offsets in the
 /// data of a CPU.
 const TEXT: u64 = 0xffff_ffff_8000_0000;
 

@@ -28,11 +28,11 @@ impl Who {
         matches!(self, Self::Core | Self::Running | Self::Embedded)
     }
 
-    /// The process id that a line of its output tells.
+    /// The process id in a line of its output.
     fn pid(self, line: &str) -> Option<u32> {
         let mut words = line.split_ascii_whitespace();
         match self {
-            // An address comes first. What is no such line is part of a name.
+            // An address comes first. Any other line is part of a name.
             Self::Volatility => words
                 .next()
                 .filter(|word| word.starts_with("0x"))
@@ -47,7 +47,7 @@ pub(super) struct Lister<'a> {
     make: Box<dyn Fn() -> Tool + 'a>,
     /// Nanoseconds of each run.
     pub(super) times: Vec<u64>,
-    /// Those of the list itself, where the command tells.
+    /// Milliseconds of the list itself, where the command measures them.
     pub(super) alone: Vec<u64>,
 }
 

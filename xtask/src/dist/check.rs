@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The packages, tried in a clean Debian system in a folder: `packaging/check.sh` says what is
-//! tried.
+//! Tries the packages in a clean Debian system in a folder: `packaging/check.sh` has the steps.
 
 use std::fs;
 use std::os::unix::fs::FileTypeExt as _;

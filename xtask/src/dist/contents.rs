@@ -151,7 +151,7 @@ fn manual(stage: &Stage, binaries: &Binaries) -> Result<TempDir> {
 
 /// The sources as `kernel/Makefile` lays them out for DKMS.
 fn module(stage: &Stage, _: &Release, _: &Binaries) -> Result<()> {
-    // It makes the folders with a mode of its own, but those above them as the umask says.
+    // It makes the folders with a mode of its own, but those above them with the umask.
     let root = stage.place("usr/src/any")?;
     let root = root.ancestors().nth(3).context("no root")?;
     Tool::new("make", stage.log())

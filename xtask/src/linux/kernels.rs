@@ -150,7 +150,7 @@ impl Stock {
     pub(crate) fn modules(&self) -> Result<Vec<PathBuf>> {
         let path = self.folder.join("modules.dep");
         let dependencies = fs::read_to_string(&path).with_context(|| path.display().to_string())?;
-        // Those that are not there are built in.
+        // Modules without a file are built in.
         let is_module = |name: &&str| dependencies.contains(&format!("/{name}.ko:"));
         let wanted: Vec<_> = MODULES.into_iter().filter(is_module).collect();
         let files = depends::order(&dependencies, &wanted)?;

@@ -22,7 +22,7 @@ pub(super) const VCPUS: usize = 2;
 /// Registers of one vCPU, by QEMU's names.
 pub(super) type Registers = BTreeMap<String, u64>;
 
-/// Where CR3 is in the note that QEMU puts into its own cores: behind a version, a size, 18
+/// Offset of CR3 in the note that QEMU puts into its own cores: after a version, a size, 18
 /// registers, 10 segments, CR0 to CR2.
 const CR3_IN_NOTE: usize = 8 + 18 * 8 + 10 * 24 + 3 * 8;
 

@@ -389,7 +389,7 @@ fn three_peers_and_one_grant_keep_every_promise() {
 }
 
 #[test]
-#[ignore = "takes minutes; `cargo xtask model` runs it"]
+#[ignore = "takes half a minute in a release build; `cargo xtask model` runs it"]
 fn three_peers_and_two_grants_keep_every_promise() {
     let one = Bounds { peers: 3, targets: 1, grants: 1, uses: 3, revocations: 2 };
     let two = Bounds { peers: 3, targets: 2, grants: 2, uses: 1, revocations: 1 };

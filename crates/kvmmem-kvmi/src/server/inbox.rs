@@ -21,7 +21,7 @@ impl Default for Inbox {
 }
 
 impl Inbox {
-    /// Holds these bytes alone, which are no more than fit.
+    /// Replaces the content with these bytes, which fit.
     pub(super) fn load(&mut self, bytes: &[u8]) {
         self.start = 0;
         self.end = 0;
@@ -58,7 +58,7 @@ impl Inbox {
         Ok(Some((header, self.bytes.get(payload..end).unwrap_or_default())))
     }
 
-    /// Reads what has come behind what waits already; 0 at the end of the stream.
+    /// Appends the bytes that have arrived; 0 at the end of the stream.
     pub(super) fn fill(&mut self, stream: &mut impl Read) -> io::Result<usize> {
         self.bytes.copy_within(self.start..self.end, 0);
         self.end -= self.start;

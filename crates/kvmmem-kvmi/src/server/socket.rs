@@ -53,7 +53,7 @@ pub fn serve_within(
 pub struct Socket<'a> {
     /// The socket.
     pub fd: BorrowedFd<'a>,
-    /// Whether reads wait, as long as the socket's options say.
+    /// Whether reads wait, for the time in the socket's options.
     pub waits: bool,
 }
 

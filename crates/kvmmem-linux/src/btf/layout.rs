@@ -85,7 +85,7 @@ fn in_memory((start, end): (u64, u64)) -> (usize, usize) {
     (place(start), place(end))
 }
 
-/// What a type is. Those that only refer to another type are one.
+/// Kind of a type. All types that only refer to another one are the same kind.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Kind {
     Int,

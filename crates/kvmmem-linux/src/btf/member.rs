@@ -17,8 +17,8 @@ pub struct Member {
     /// Bytes from the begin of the structure. Of a bit field, of the first byte that has a bit of
     /// it.
     pub offset: u64,
-    /// Bytes. Of a bit field, of the bytes that have its bits; 0 where the type says none, as of a
-    /// flexible array.
+    /// Size in bytes; of a bit field, of the bytes that hold its bits. 0 where the type gives none,
+    /// as for a flexible array.
     pub size: u64,
     /// Which bits, of a bit field.
     pub bits: Option<Bits>,

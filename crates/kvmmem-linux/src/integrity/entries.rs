@@ -65,7 +65,7 @@ struct Text<'a> {
     kernel: &'a Kernel<'a>,
     start: u64,
     end: u64,
-    /// Those that entries may lead into, read when the first one leads out of the text.
+    /// Modules that entries may lead into, read when the first entry leads out of the text.
     modules: OnceCell<Vec<Module>>,
 }
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The tasks of two places: the lists of processes and of their threads, which /proc and ps show,
-//! and the pids (`init_pid_ns.idr`), by which kill and the scheduler's system calls find them.
+//! and the pids (`init_pid_ns.idr`), where kill and the scheduler's system calls find them.
 
 use super::{Finding, Report};
 use crate::bytes::Bytes;
@@ -113,7 +113,7 @@ fn entries(kernel: &Kernel<'_>, root: u64) -> Result<Vec<u64>, KernelError> {
                 Ok(())
             }
             (NODE, _) if entry <= MAX_RESERVED => Ok(()),
-            // Below a node of the lowest level there is none.
+            // A node of the lowest level has no nodes below it.
             (NODE, shift) if shift != Some(0) => {
                 nodes.push((entry - NODE, shift.unwrap_or(u8::MAX)));
                 Ok(())

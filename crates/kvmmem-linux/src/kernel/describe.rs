@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! What a VMCOREINFO note would say of a kernel that has none, or whose note is damaged: taken from
-//! its symbols and its image. What only the types know, readers ask them for.
+//! The VMCOREINFO note of a kernel that has none or a damaged one, made from its symbols and its
+//! image. Offsets that only the types have are left to the readers of types.
 
 use std::fmt::Write;
 
@@ -18,8 +18,7 @@ const NOT_MOVED: u64 = KERNEL_MAP + (16 << 20);
 const UTS_LEN: u64 = 65;
 const RELEASE_AT: u64 = 2 * UTS_LEN;
 
-/// Bytes in which `struct uts_namespace` has its names: behind a reference counter, if that comes
-/// first.
+/// Bytes of `struct uts_namespace` that hold its names: a reference counter may come before them.
 const NAMES_WITHIN: u64 = 64;
 
 /// The most bytes of the image's notes.
@@ -31,7 +30,7 @@ const GNU: &[u8; 4] = b"GNU\0";
 const MAX_ID: u64 = 64;
 
 /// The note of the kernel whose outermost table is at `table` in this space: its own, if that is
-/// whole, or one with the lines that can be told. `None` where the kernel's name is not at its
+/// whole, or one with the lines that can be computed. `None` where the kernel's name is not in its
 /// place.
 pub(super) fn note(space: &Space<'_>, symbols: &Symbols, table: u64) -> Option<Note> {
     if let Some(note) = own_note(space, symbols) {

@@ -108,7 +108,7 @@ impl KernelError {
         is_damage && !self.is_final()
     }
 
-    /// Whether nothing of the guest can be read any more, so that there is no use in going on.
+    /// Whether nothing of the guest can be read any more, so that a reader must stop.
     pub fn is_final(&self) -> bool {
         use kvmmem_memory::paging::WalkError::{Page, Table};
         matches!(self, Self::Read { source, .. }

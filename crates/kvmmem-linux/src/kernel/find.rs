@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Finds the kernel that runs in a guest, among those that have left something in its memory: a
-//! VMCOREINFO note, or, where there is none or it is damaged, page tables and symbols.
+//! Finds the kernel that runs in a guest. Memory may hold traces of several kernels: a VMCOREINFO
+//! note, or, where there is no whole note, page tables and symbols.
 //!
-//! A reset that keeps RAM leaves the kernel before, with its note, page tables, symbols and all
-//! that they lead to: it fits as well as the right one. Of a running guest the right one is that
-//! whose clock ticks. Of a dump, or of a paused guest, nothing in memory tells: a vCPU's CR3 or
-//! LSTAR does, or the caller must choose.
+//! A reset that keeps RAM leaves the previous kernel in memory, with its note, page tables, symbols
+//! and everything that they lead to: it fits as well as the current one. In a running guest, the
+//! clock of the current kernel ticks. In a dump or a paused guest, memory alone does not decide: a
+//! vCPU's CR3 or LSTAR does, or the caller must choose.
 
 use std::thread;
 use std::time::{Duration, Instant};
@@ -31,15 +31,15 @@ const PAUSE: Duration = Duration::from_millis(10);
 /// up. Memory that a new kernel uses for something else changes in other ways.
 const MAX_TICKS: u64 = 1_000_000;
 
-/// How to tell the right kernel from those before it.
+/// How to recognise the current kernel among previous ones.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Find {
     /// The guest runs: its clock may be watched.
     pub is_live: bool,
     /// The guest-physical address of the right kernel's note, where the caller knows it.
     pub note: Option<u64>,
-    /// CR3 of a vCPU, where the caller has its registers: the right kernel is in that address
-    /// space. One of firmware tells nothing.
+    /// CR3 of a vCPU, where the caller has its registers: the current kernel is in that address
+    /// space. The CR3 of firmware is ignored.
     pub cr3: Option<u64>,
     /// LSTAR of a vCPU: the right kernel's system calls begin there.
     pub lstar: Option<u64>,
@@ -47,7 +47,7 @@ pub struct Find {
     pub kernel: Option<u64>,
 }
 
-/// There is no kernel, or no telling which.
+/// There is no kernel, or it cannot be chosen.
 #[derive(Debug, thiserror::Error)]
 pub enum FindError {
     /// The memory cannot be read.
@@ -58,7 +58,7 @@ pub enum FindError {
         "no Linux kernel was found: neither a VMCOREINFO note nor page tables that lead to a kernel's symbols; another system, a kernel without CONFIG_KALLSYMS_ALL, or one that is still booting"
     )]
     NoKernel,
-    /// There are notes, of kernels that are no more.
+    /// There are notes, but their kernels are gone from memory.
     #[error("no Linux kernel was found: {}, nor do page tables lead to a kernel's symbols", none_of(*count))]
     NoneFits {
         /// How many notes there are.
@@ -69,13 +69,13 @@ pub enum FindError {
         "more than {MAX_FITTING} VMCOREINFO notes or {MAX_IMAGES} kernel images fit the page tables in the guest's memory, forged ones or those of earlier boots, and nothing tells which one is right: choose one by its address"
     )]
     TooMany,
-    /// Where the caller says there is no note that fits.
+    /// There is no note that fits at the caller's address.
     #[error("there is no VMCOREINFO note at gpa {gpa:#x} that fits the page tables in memory")]
     NotThere {
         /// Where.
         gpa: u64,
     },
-    /// In the address space that the caller names there is no kernel.
+    /// There is no kernel in the caller's address space.
     #[error("no Linux kernel was found in the address space of CR3 {cr3:#x}")]
     NotInSpace {
         /// Which.
@@ -95,7 +95,7 @@ pub enum FindError {
 /// A kernel that may be the one that runs.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Candidate {
-    /// Its note, or what is known of it.
+    /// Its note, or the one made for it.
     pub note: Note,
     /// Its own CR3.
     pub cr3: u64,
@@ -209,7 +209,7 @@ impl<'m> Kernel<'m> {
     }
 }
 
-/// Keeps the kernels of which something is true, if there are several and it is true of any.
+/// Keeps the kernels that pass a test, if there are several and any passes.
 fn retain<'m>(kernels: &mut Vec<Kernel<'m>>, is_right: impl Fn(&Kernel<'m>) -> bool) {
     if kernels.len() > 1 && kernels.iter().any(&is_right) {
         kernels.retain(is_right);

@@ -115,7 +115,7 @@ fn has_banner(space: &Space<'_>, addresses: &Addresses<'_>) -> bool {
         .any(|gva| space.read(*gva, &mut begin).is_ok() && begin == *BANNER)
 }
 
-/// Where the symbols say that the kernel's outermost table is, if it leads to the image.
+/// Address of the kernel's outermost table by the symbols, if that table leads to the image.
 fn own_table(
     space: &Space<'_>,
     addresses: &Addresses<'_>,
@@ -157,7 +157,7 @@ fn has_image(memory: &dyn Memory, gpa: u64) -> bool {
 
 /// Whether a table has entries for the last two GiB alone.
 fn is_image(memory: &dyn Memory, gpa: u64) -> bool {
-    // Few of those that something seems to lead to come as far as the second read.
+    // Few candidates reach the second read.
     if !has_image(memory, gpa) {
         return false;
     }

@@ -34,7 +34,7 @@ pub struct List<'k> {
     damage: Damage,
 }
 
-/// What a walk knows of a damaged list. Nodes are the addresses of their structures.
+/// State of a walk over a damaged list. Nodes are the addresses of their structures.
 #[derive(Debug, Default)]
 struct Damage {
     /// The nodes so far.
@@ -114,7 +114,7 @@ impl List<'_> {
                 && error.is_local()
                 && self.damage.rest.is_none()
             {
-                // The damaged node before it leads here: this is no node.
+                // The damaged node before it leads here: this is not a node.
                 self.damage.seen.remove(&gva);
                 self.recover(KernelError::Broken {
                     head: self.head,
@@ -166,8 +166,8 @@ impl List<'_> {
                 if self.damage.seen.contains(&gva) {
                     break self.damage.last == Some(gva);
                 }
-                // What does not lead back is no node. One that cannot be read at all is where the
-                // damage begins.
+                // A structure that does not lead back is not a node. The damage begins at the first
+                // one that cannot be read.
                 if self.kernel.read_u64(node).is_ok_and(|next| next != at) {
                     break false;
                 }

@@ -10,7 +10,7 @@ use super::{MappedFile, Mapping};
 /// The most bytes of an area that are read.
 const MAX_LEN: u64 = 4096;
 
-/// The longest name of memory that is no file's. A program may give one of 80 bytes.
+/// The longest name of memory without a file. A program may give one of 80 bytes.
 const MAX_NAME: usize = 256;
 
 const PAGE_SHIFT: u32 = 12;
@@ -169,8 +169,8 @@ impl<'a> Areas<'a> {
     }
 
     /// The path in an overlay that the file of another file system is mapped for (`struct
-    /// backing_file`, since 6.5). The flag that says so is another bit in each kernel, and no
-    /// type has it: that the path is one of overlayfs is the sign.
+    /// backing_file`, since 6.5). The flag for it differs between kernels, and no type has it: a
+    /// path of overlayfs is the sign.
     fn overlaid(&self, file: u64) -> Option<(u64, u64)> {
         let word = |base: u64, at: u64| self.kernel.read_u64(base.wrapping_add(at)).ok();
         let (mnt, dentry) = self.user_path?;
@@ -179,7 +179,7 @@ impl<'a> Areas<'a> {
         is_overlay.then_some((mnt, dentry))
     }
 
-    /// What the kernel calls an area that is no file's.
+    /// The kernel's name for an area without a file.
     fn label(
         &self,
         area: &Bytes,

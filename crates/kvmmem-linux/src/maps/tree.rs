@@ -2,10 +2,9 @@
 //! Maple trees (`include/linux/maple_tree.h`): ranges of numbers, each with an entry.
 //!
 //! A node has slots, and between two of them a pivot: the last number of the slot before it. The
-//! low bits of a pointer to a node say of which kind it is. The tree is the guest's, and changes
-//! while it is read: every slot must have a part of its node's numbers, above those of the slot
-//! before it, so that no node can be reached twice with success; depth and count are limited as
-//! well.
+//! low bits of a pointer to a node give the node's kind. The tree is the guest's, and changes while
+//! it is read: every slot must have a part of its node's numbers, above those of the slot before
+//! it, so that no node can be reached twice with success; depth and count are limited as well.
 
 use crate::bytes::Bytes;
 use crate::kernel::{Kernel, KernelError};
@@ -144,7 +143,7 @@ impl Tree {
         let mut bytes = Bytes::zeroed(node.len);
         kernel.read(gva, bytes.as_mut())?;
         let slots = node.slots(&bytes, first, last).ok_or_else(|| malformed(gva))?;
-        // A node of zeros is none: its first slot would have all its numbers.
+        // Zeros are not a node: the first slot would have all its numbers.
         if bytes.is_zero() { Err(malformed(gva)) } else { Ok((slots, is_leaf)) }
     }
 }

@@ -13,7 +13,7 @@ const AF_UNIX: u16 = 1;
 const AF_INET: u16 = 2;
 const AF_INET6: u16 = 10;
 
-/// States of a TCP connection that is no `struct sock`.
+/// States of a TCP connection that is not a `struct sock`.
 const TIME_WAIT: u8 = 6;
 const NEW_SYN_RECV: u8 = 12;
 
@@ -232,7 +232,7 @@ impl Layout {
         Ok(Ends::Unix { kind, path, peer })
     }
 
-    /// What a `struct unix_address` says, as /proc/net/unix shows it.
+    /// The name in a `struct unix_address`, as /proc/net/unix shows it.
     fn path(&self, kernel: &Kernel<'_>, address: u64) -> Result<String, KernelError> {
         let len = kernel.read_u32(address.wrapping_add(self.unix.len))?;
         let malformed =

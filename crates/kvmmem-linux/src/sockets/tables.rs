@@ -20,7 +20,7 @@ const MAX_BUCKETS: u64 = 1 << 24;
 /// Buckets that are read at once.
 const BATCH: u64 = 512;
 
-/// Buckets of the tables whose size is no number in memory (`RAW_HTABLE_SIZE`, twice 256 for unix
+/// Buckets of the tables whose size is not in memory (`RAW_HTABLE_SIZE`, twice 256 for unix
 /// sockets).
 const RAW_BUCKETS: u64 = 256;
 const UNIX_BUCKETS: u64 = 512;
@@ -52,7 +52,7 @@ pub(super) struct Bucket {
     pub(super) first: u64,
     /// From a socket to its link.
     pub(super) node: u64,
-    /// Whether its end is marked, and by which number if that is known.
+    /// Whether its end is marked, and the mark's number if that is known.
     pub(super) is_marked: bool,
     pub(super) nulls: Option<u64>,
 }
@@ -229,7 +229,7 @@ fn count(kernel: &Kernel<'_>, gva: u64) -> Result<u64, KernelError> {
     Err(KernelError::Malformed { what: "the size of the table of sockets".to_owned(), gva })
 }
 
-/// The buckets of several tables that hold a socket. An error stands for those that cannot be read.
+/// Buckets of several tables that hold a socket. An error stands for buckets that cannot be read.
 #[derive(Debug)]
 pub(super) struct Buckets<'a> {
     kernel: &'a Kernel<'a>,
@@ -273,8 +273,8 @@ impl Iterator for Buckets<'_> {
 }
 
 impl Table {
-    /// Those of `count` buckets from `first` on that hold a socket, and an error for those that
-    /// cannot be read.
+    /// The buckets that hold a socket among `count` from `first` on, and an error if some cannot be
+    /// read.
     fn batch(
         &self,
         kernel: &Kernel<'_>,

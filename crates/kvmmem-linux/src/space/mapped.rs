@@ -69,7 +69,7 @@ impl Space<'_> {
 
 struct Walk<'a, 'm> {
     space: &'a Space<'m>,
-    /// First addresses of RAM, and those behind the last ones.
+    /// First addresses of RAM, and its ends.
     ram: Vec<(u64, u64)>,
     extents: Vec<Extent>,
     tables: usize,

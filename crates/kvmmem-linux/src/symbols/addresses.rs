@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The addresses of kallsyms: 32 bits each, of which the kernel's version decides what they are
-//! relative to (`kallsyms_sym_address` in `kernel/kallsyms.c`). Nothing in memory names the scheme:
-//! it is found by trial.
+//! The addresses of kallsyms, 32 bits each. What they are relative to depends on the kernel's
+//! version (`kallsyms_sym_address` in `kernel/kallsyms.c`). Nothing in memory names the scheme: it
+//! is found by trial.
 
 /// What a number in kallsyms_offsets means.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

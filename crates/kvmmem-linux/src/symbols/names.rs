@@ -55,8 +55,8 @@ pub(super) struct Names {
 }
 
 impl Names {
-    /// Reads `count` names with `more`, which gives the bytes after those that it gave before, and
-    /// none where these end.
+    /// Reads `count` names with `more`, which returns the next bytes, and an empty slice at their
+    /// end.
     pub(super) fn read(
         count: u32,
         tokens: Tokens,

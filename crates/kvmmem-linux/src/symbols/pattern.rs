@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Finds the tables of kallsyms by their looks, for kernels before 6.0, whose note does not say
-//! where they are, and for those without a note.
+//! Finds the tables of kallsyms by their form: for kernels before 6.0, whose note lacks their
+//! addresses, and for kernels without a note.
 //!
 //! The tokens of the ten digits follow each other in kallsyms_token_table, as each digit stands for
 //! itself. From there on all else has its place (`write_src` in `scripts/kallsyms.c`): tokens,
@@ -95,7 +95,7 @@ fn places(space: &Space<'_>, start: u64) -> Vec<u64> {
     places
 }
 
-/// Where the table of tokens and the index behind it are, around the digits.
+/// Addresses of the table of tokens and of the index after it, around the digits.
 fn tokens(space: &Space<'_>, digits: u64) -> Option<(u64, u64)> {
     let before = read_back(space, digits, MAX_BEFORE);
     let mut ends = memchr::memrchr_iter(0, &before);

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Where the tables of kallsyms lie, as the VMCOREINFO note says from 6.0 on, and what they say.
+//! The tables of kallsyms: their addresses, which the VMCOREINFO note has from 6.0 on, and their
+//! content.
 
 use super::addresses::Scheme;
 use super::names::{MAX_TOKEN_BYTES, Names, Tokens};
@@ -44,7 +45,7 @@ pub(super) fn of_note(space: &Space<'_>, note: &Note) -> Option<Tables> {
     })
 }
 
-/// Whether addresses are those that the note has of the same names.
+/// Whether addresses match those in the note.
 pub(super) fn fit_note(note: &Note, addresses: &Addresses<'_>) -> bool {
     // Symbols of the image: the note's other addresses are values of pointers.
     let known = note.symbols().filter(|(_, address)| *address >= KERNEL_MAP);

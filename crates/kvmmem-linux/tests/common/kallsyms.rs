@@ -16,7 +16,7 @@ pub(crate) enum Layout {
     FromPlace,
 }
 
-/// What tokens stand for that are no letters of names.
+/// Values of the tokens that are not letters of names.
 const TOKENS: [(u8, &str); 3] = [(0, "tfiller_"), (1, "init_"), (0x80, "swapper_pg_dir")];
 
 pub(crate) type Entry = (char, String, u64);
@@ -48,7 +48,7 @@ pub(crate) fn write(guest: &Guest, place: &Place, symbols: &[Entry]) -> String {
                 Layout::BeforeNames | Layout::AfterIndex => {
                     base.wrapping_sub(1).wrapping_sub(*address)
                 }
-                // What is no address of the image lies somewhere else.
+                // Addresses outside the image lie somewhere else.
                 Layout::Unsigned => address.wrapping_sub(base),
                 Layout::FromPlace => address.wrapping_sub(place + 4 * n as u64),
             };

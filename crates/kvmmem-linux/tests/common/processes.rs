@@ -116,7 +116,7 @@ fn types() -> Vec<u8> {
 /// What happens after each read of an address, which is counted.
 pub(crate) type Change<'g> = &'g (dyn Fn(&Guest, u64) + Sync);
 
-/// Memory that changes in the same way in each run: whenever the byte at an address is read.
+/// Memory that changes in the same way in each run: each time the byte at an address is read.
 pub(crate) struct ChangingMemory<'g> {
     pub(crate) guest: &'g Guest,
     pub(crate) at: u64,

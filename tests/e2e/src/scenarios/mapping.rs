@@ -66,7 +66,7 @@ pub(crate) fn relay(world: &mut World, mut child: Child, report: &mut Report) ->
     Ok(())
 }
 
-/// The next line of a probe that is no request for tokens; those are met.
+/// The next line of a probe, other than requests for tokens, which are answered.
 pub(crate) fn next_line(world: &mut World, child: &mut Child) -> Result<Option<String>> {
     loop {
         let Some(line) = child.read_line(PATIENCE)? else { return Ok(None) };

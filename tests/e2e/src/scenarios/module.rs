@@ -8,7 +8,7 @@ use crate::report::Report;
 use crate::scenarios::ownership::mapped;
 use crate::world::World;
 
-/// EAGAIN, EBUSY: what `delete_module` says of a module in use.
+/// EAGAIN, EBUSY: errors of `delete_module` for a module in use.
 const IN_USE: [Option<i32>; 2] = [Some(11), Some(16)];
 
 pub(crate) fn rmmod_in_use(world: &mut World, report: &mut Report) -> Result<()> {

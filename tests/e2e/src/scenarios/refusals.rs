@@ -38,7 +38,7 @@ pub(crate) fn token_rules(world: &mut World, report: &mut Report) -> Result<()> 
         &"ENOENT".into(),
     );
 
-    // The first of those that wait is the first to expire: there is room for another one then.
+    // The first waiting token is the first to expire: there is room for another one then.
     let start = Instant::now();
     let old = world.kvmi_token()?;
     let mut given = 1;

@@ -18,7 +18,7 @@ const SHARED: [&str; 5] = ["bed", "dev", "proc", "sys", "tmp"];
 /// `/bed`.
 ///
 /// # Errors
-/// When it is no ext4 file system with those places in each folder.
+/// When it is not an ext4 file system with those places in each folder.
 pub fn mount() -> io::Result<()> {
     if !fs::exists(DEVICE)? {
         return Ok(());
@@ -29,7 +29,7 @@ pub fn mount() -> io::Result<()> {
         let system = system?;
         for name in SHARED {
             let place = system.path().join(name);
-            // What is no system has none of them: the file system's own folder, for one.
+            // Folders without a system, as the file system's own, have none of these places.
             if fs::exists(&place)? {
                 mount_bind_recursive(format!("/{name}"), &place)?;
             }

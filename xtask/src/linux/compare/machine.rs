@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Compares what is about a guest as a whole: its row among the machines of this host, what starts
-//! and ends in it, and what `check` says of it.
+//! Compares output about a guest as a whole: its row among the machines of this host, what starts
+//! and ends in it, and the findings of `check`.
 
 use std::collections::BTreeMap;
 

@@ -77,8 +77,7 @@ pub(super) fn name_of(spec: &Spec) -> String {
     format!("{}-looks", spec.name)
 }
 
-/// Boots the VM and makes it an introspector with this policy; returns what the broker says of it,
-/// as JSON.
+/// Boots the VM and makes it an introspector with this policy; returns the broker's answer as JSON.
 pub(super) fn add(world: &mut World, spec: &Spec, on_silence: &str) -> Result<serde_json::Value> {
     let socket = world.boot_qemu(spec)?.socket().display().to_string();
     let name = name_of(spec);

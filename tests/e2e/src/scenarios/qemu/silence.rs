@@ -12,7 +12,7 @@ use crate::vm;
 use crate::wait::{self, PATIENCE};
 use crate::world::World;
 
-/// A VM's state, as its QEMU says.
+/// A VM's state, from its QEMU.
 fn state(world: &World) -> Result<String> {
     let status = world.qemu(&NEW_Q35)?.qmp("query-status", &json!({}))?;
     Ok(status["status"].as_str().unwrap_or_default().to_owned())

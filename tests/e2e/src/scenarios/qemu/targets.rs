@@ -20,7 +20,7 @@ use crate::world::{Marker, World};
 /// Pages of 2 MiB that the host sets aside for [`OLD_LARGE`].
 const LARGE_PAGES: u32 = 256;
 
-/// Where the host is told how many.
+/// The host's setting for their number.
 const POOL: &str = "/proc/sys/vm/nr_hugepages";
 
 /// How the operator names a VM.

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The demo's third act: what a Linux target's memory says of its processes, its log and its
-//! modules, in the introspector's guest and on the host.
+//! The demo's third act: processes, log and modules of a Linux target, read from its memory in the
+//! introspector's guest and on the host.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
