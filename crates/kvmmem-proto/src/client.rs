@@ -7,6 +7,8 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use rustix::io::Errno;
+
 use crate::map::MapError;
 use crate::message::{Answer, FromBroker, Refusal, Request};
 use crate::packet::{PacketBuffer, PacketError, PacketSocket, Wait};
@@ -32,6 +34,9 @@ pub enum ClientError {
     /// The broker closed the connection, or answered another question.
     #[error("the broker gave no answer")]
     NoAnswer,
+    /// The broker did not answer in time.
+    #[error("the broker has not answered for {LIMIT:?}; its log says more")]
+    Silent,
     /// The broker refused.
     #[error("{message}")]
     Refused {
@@ -84,7 +89,8 @@ pub fn connect(path: &Path) -> Result<PacketSocket, ClientError> {
 /// broker pushes before the answer goes to `push`.
 ///
 /// # Errors
-/// [`ClientError::Packet`], [`ClientError::NoAnswer`], [`ClientError::Refused`].
+/// [`ClientError::Packet`], [`ClientError::NoAnswer`], [`ClientError::Refused`],
+/// [`ClientError::Silent`].
 pub fn ask(
     socket: &PacketSocket,
     buffer: &mut PacketBuffer,
@@ -96,7 +102,11 @@ pub fn ask(
     let sent = socket.send(request, files, Wait::Limited);
     let is_mine = |id: u64| id == request.id || id == 0;
     loop {
-        match socket.receive(buffer)? {
+        let received = socket.receive(buffer).map_err(|error| match error {
+            PacketError::Receive(Errno::AGAIN) => ClientError::Silent,
+            error => error.into(),
+        });
+        match received? {
             Some((FromBroker::Answer { id, answer }, files)) if id == request.id => {
                 return Ok((answer, files));
             }
@@ -152,5 +162,17 @@ mod tests {
         }
         // It was closed before the request was sent.
         assert!(matches!(asked(&[]), (Err(ClientError::Packet(PacketError::Send(_))), 0)));
+    }
+
+    #[test]
+    fn a_broker_that_does_not_answer_in_time_is_told_as_such() {
+        let (family, kind) = (AddressFamily::UNIX, SocketType::SEQPACKET);
+        let (client, _broker) = socketpair(family, kind, SocketFlags::CLOEXEC, None).unwrap();
+        let client = PacketSocket::accepted(client, LIMIT).unwrap();
+        client.limit_receive(Some(Duration::from_millis(1))).unwrap();
+        let request = Request { id: 7, call: Call::Targets { after: 0 } };
+        let answer = ask(&client, &mut PacketBuffer::default(), &request, &[], |_| {});
+        let error = answer.map(|_| ()).unwrap_err().to_string();
+        assert!(error.contains("the broker has not answered"), "{error}");
     }
 }

@@ -7,13 +7,12 @@ use std::os::fd::AsFd;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use kvmmem_proto::endpoint::Endpoint;
-use kvmmem_proto::endpoint::connect;
 use kvmmem_proto::timed::Timed;
 use kvmmem_sys::socket::peer_credentials;
 use serde_json::Value;
 
 use super::command_line::Vmm;
+use crate::unix_socket;
 
 /// How long the answer may take.
 const LIMIT: Duration = Duration::from_secs(2);
@@ -46,7 +45,7 @@ pub(crate) fn memory(vmm: Vmm, socket: &Path, user: u32) -> Option<u64> {
 
 /// The body of an answer.
 fn ask(socket: &Path, user: u32, path: &str) -> Option<Value> {
-    let socket = connect(&Endpoint::Unix(socket.to_owned())).ok()?;
+    let (socket, _) = unix_socket::connect(socket).ok()?;
     peer_credentials(&socket).ok().filter(|listener| listener.uid == user)?;
     let mut stream = Timed::new(socket.as_fd(), Instant::now() + LIMIT);
     let request =

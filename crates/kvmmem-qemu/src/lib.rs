@@ -35,6 +35,7 @@ pub mod process;
 pub mod qmp;
 pub mod questions;
 pub mod recognise;
+mod unix_socket;
 pub mod windows;
 
 /// The example of README.md, compiled as a test.

@@ -29,6 +29,7 @@ use std::time::{Duration, Instant};
 use kvmmem_proto::limit::RateLimit;
 use serde_json::Value;
 
+use crate::process::FileId;
 use crate::qmp::{Qmp, QmpError, QmpEvent};
 use connection::{Command, Connection, Output};
 use loan::Loan;
@@ -112,6 +113,8 @@ pub struct Step {
 #[derive(Debug)]
 struct State {
     connection: Option<Connection>,
+    /// The file of the last connection's socket.
+    file: Option<FileId>,
     counts: Counts,
     /// When to connect again, where nobody does.
     again: Option<Instant>,
@@ -125,8 +128,14 @@ impl Monitor {
     pub fn new(path: PathBuf, qmp: Option<Qmp>) -> Arc<Self> {
         let connection = qmp.and_then(Connection::of);
         let again = connection.is_none().then(Instant::now);
-        let state =
-            State { connection, counts: Counts::default(), again, pause: AGAIN, is_stopped: false };
+        let state = State {
+            file: connection.as_ref().and_then(|connection| connection.file),
+            connection,
+            counts: Counts::default(),
+            again,
+            pause: AGAIN,
+            is_stopped: false,
+        };
         Arc::new(Self {
             path,
             state: Mutex::new(state),
@@ -309,13 +318,14 @@ impl Monitor {
         if state.is_stopped || state.connection.is_some() {
             return;
         }
-        if connection.is_none() {
+        let Some(connection) = connection else {
             let pause = state.pause.min(again_at_last.unwrap_or(AGAIN));
             state.again = Some(Instant::now() + pause);
             state.pause = pause * 2;
             return;
-        }
-        (state.connection, state.pause) = (connection, AGAIN);
+        };
+        state.file = connection.file;
+        (state.connection, state.pause) = (Some(connection), AGAIN);
         drop(state);
         tracing::info!(path = %self.path.display(), "QEMU answers");
         let _passing = lock(&self.passing);

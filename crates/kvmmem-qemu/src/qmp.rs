@@ -18,13 +18,13 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use kvmmem_proto::endpoint::Endpoint;
-use kvmmem_proto::endpoint::connect;
 use kvmmem_sys::socket::peer_credentials;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
+use crate::process::FileId;
+use crate::unix_socket;
 pub use error::QmpError;
 use line::{LineError, Lines};
 use message::Message;
@@ -35,7 +35,7 @@ pub use questions::{MemoryBackend, MemoryDevice, MemoryDeviceData, MemorySize};
 pub const LIMIT: Duration = Duration::from_secs(2);
 
 /// How soon a connection is tried again while the socket's queue of connections is full.
-const FULL_QUEUE_PAUSE: Duration = Duration::from_millis(10);
+const FULL_QUEUE_PAUSE: Duration = Duration::from_millis(20);
 
 /// The most events that are kept until they are taken, that come before an answer, and that are
 /// taken in one turn.
@@ -55,7 +55,7 @@ pub struct Qmp {
 
 #[derive(Debug)]
 enum Channel {
-    Own { lines: Lines, events: VecDeque<QmpEvent> },
+    Own { lines: Lines, events: VecDeque<QmpEvent>, file: Option<FileId> },
     Lent(Box<dyn Shared>),
 }
 
@@ -107,9 +107,8 @@ impl Qmp {
 
     fn open(path: &Path, end: Option<Instant>) -> Result<Self, QmpError> {
         let deadline = end.unwrap_or_else(|| Instant::now() + LIMIT);
-        let endpoint = Endpoint::Unix(path.to_owned());
-        let socket = loop {
-            match connect(&endpoint) {
+        let (socket, file) = loop {
+            match unix_socket::connect(path) {
                 Ok(socket) => break socket,
                 // As many clients wait for QEMU as may: it serves one, and queues few.
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
@@ -122,7 +121,7 @@ impl Qmp {
             }
         };
         let lines = Lines::new(socket);
-        let channel = Channel::Own { lines, events: VecDeque::new() };
+        let channel = Channel::Own { lines, events: VecDeque::new(), file };
         let mut qmp = Self { path: path.to_owned(), channel, end, is_broken: false };
         // Nothing is sent to what does not greet as QEMU does.
         const GREETING: &str = "the connection";
@@ -145,10 +144,11 @@ impl Qmp {
         Self { path, channel: Channel::Lent(lent), end: None, is_broken: false }
     }
 
-    /// The connection with the events that have come, for a monitor; `None` where it is lent.
-    pub(crate) fn into_own(self) -> Option<(Lines, VecDeque<QmpEvent>)> {
+    /// The connection with the events that have come, for a monitor, and the socket's file; `None`
+    /// where it is lent.
+    pub(crate) fn into_own(self) -> Option<(Lines, VecDeque<QmpEvent>, Option<FileId>)> {
         match self.channel {
-            Channel::Own { lines, events } => Some((lines, events)),
+            Channel::Own { lines, events, file } => Some((lines, events, file)),
             Channel::Lent(_) => None,
         }
     }
@@ -255,7 +255,7 @@ impl Qmp {
         work: impl FnOnce(&mut Lines, &mut VecDeque<QmpEvent>) -> Result<T, LineError>,
     ) -> Result<T, QmpError> {
         let done = match &mut self.channel {
-            Channel::Own { lines, events } => work(lines, events),
+            Channel::Own { lines, events, .. } => work(lines, events),
             Channel::Lent(_) => Err(LineError::Silent),
         };
         done.map_err(|error| {

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
+use crate::process::FileId;
 use crate::qmp::line::{LineError, Lines};
 use crate::qmp::message::Message;
 use crate::qmp::{LIMIT, MAX_EVENTS, Qmp, QmpError, QmpEvent};
@@ -49,6 +50,8 @@ pub(super) struct Connection {
     lines: Lines,
     /// Those that came before this was made.
     events: VecDeque<QmpEvent>,
+    /// The socket's file.
+    pub(super) file: Option<FileId>,
     under_way: Option<UnderWay>,
     waiting: VecDeque<Command>,
 }
@@ -81,8 +84,8 @@ impl Output {
 impl Connection {
     /// One that was opened for a conversation; `None` where it was lent.
     pub(super) fn of(qmp: Qmp) -> Option<Self> {
-        let (lines, events) = qmp.into_own()?;
-        Some(Self { lines, events, under_way: None, waiting: VecDeque::new() })
+        let (lines, events, file) = qmp.into_own()?;
+        Some(Self { lines, events, file, under_way: None, waiting: VecDeque::new() })
     }
 
     pub(super) fn stream(&self) -> &Arc<OwnedFd> {

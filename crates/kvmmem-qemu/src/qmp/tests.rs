@@ -113,7 +113,7 @@ fn a_full_queue_of_connections_is_a_socket_that_another_client_uses() {
     let listener = UnixListener::bind(&path).unwrap();
     // The standard library listens with the longest queue; QEMU's is of one connection.
     rustix::net::listen(&listener, 0).unwrap();
-    let _other = connect(&Endpoint::Unix(path.clone())).unwrap();
+    let _other = UnixStream::connect(&path).unwrap();
     let error = Qmp::converse(&path).unwrap_err();
     assert!(matches!(error, QmpError::Silent(_)), "{error:?}");
 }
