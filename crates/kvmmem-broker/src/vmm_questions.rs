@@ -48,7 +48,7 @@ impl VmmQuestions {
                 let _ = reply.send(Ok(was_running));
             }
             (Question::Resume { reply, .. }, VcpuAnswer::Resumed) => {
-                let _ = reply.send(Ok(()));
+                let _ = reply.map(|reply| reply.send(Ok(())));
             }
             (question, VcpuAnswer::NotPaused) => question.fail(AskError::Resumed),
             (question, VcpuAnswer::Failed { message }) => {

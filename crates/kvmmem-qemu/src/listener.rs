@@ -378,17 +378,29 @@ impl Listener {
         let mut qmp = lent()?.within(LIMIT);
         // Who has given up waiting needs no answer.
         match question {
+            Question::Resume { holder, reply: None } => self.resume_later(holder),
             Question::Registers { first, count, reply } => {
                 let _ = reply.send(qmp.registers(first, count).map_err(Into::into));
             }
             Question::Pause { holder, is_new, reply } => {
                 let _ = reply.send(self.stopped().hold(&mut qmp, holder, is_new));
             }
-            Question::Resume { holder, reply } => {
+            Question::Resume { holder, reply: Some(reply) } => {
                 let _ = reply.send(self.stopped().release(&mut qmp, holder));
             }
         }
         Ok(())
+    }
+
+    /// Ends a pause by a job: QEMU may take its time. Where there is no thread for it the watcher
+    /// ends the pause.
+    fn resume_later(&self, holder: u64) {
+        let Some(me) = self.me.upgrade() else { return };
+        let _ = (self.run)(Box::new(move || {
+            if let Ok(qmp) = me.monitor.lend() {
+                let _ = me.stopped().release(&mut qmp.within(LIMIT), holder);
+            }
+        }));
     }
 }
 

@@ -61,8 +61,8 @@ pub enum Question {
     Resume {
         /// Number of the pause.
         holder: u64,
-        /// Gets the answer.
-        reply: Sender<Result<(), AskError>>,
+        /// Gets the answer; `None` where no client waits, and nothing must wait for the VMM.
+        reply: Option<Sender<Result<(), AskError>>>,
     },
 }
 
@@ -72,7 +72,7 @@ impl Question {
         match self {
             Self::Registers { reply, .. } => drop(reply.send(Err(error))),
             Self::Pause { reply, .. } => drop(reply.send(Err(error))),
-            Self::Resume { reply, .. } => drop(reply.send(Err(error))),
+            Self::Resume { reply, .. } => drop(reply.map(|reply| reply.send(Err(error)))),
         }
     }
 }
@@ -169,7 +169,7 @@ impl Pause {
     /// [`AskError`]; [`AskError::Resumed`] where it had ended before.
     pub fn end(self) -> Result<(), AskError> {
         let holder = self.holder;
-        self.questions.ask(|reply| Question::Resume { holder, reply })
+        self.questions.ask(|reply| Question::Resume { holder, reply: Some(reply) })
     }
 }
 
@@ -177,10 +177,7 @@ impl Drop for Pause {
     fn drop(&mut self) {
         // Where no thread is there to answer, the VM runs already. After an end this is the second
         // one, and does nothing.
-        let _ = self
-            .questions
-            .0
-            .put(Question::Resume { holder: self.holder, reply: mpsc::channel().0 });
+        let _ = self.questions.0.put(Question::Resume { holder: self.holder, reply: None });
     }
 }
 

@@ -11,7 +11,10 @@ use serde_json::{Value, json};
 use super::super::questions::AskError;
 use super::thread::Listening;
 use super::*;
+use crate::monitor::tests::threads;
 use crate::qmp::tests::GREETING;
+
+type Job = Box<dyn FnOnce() + Send>;
 
 /// How long a test waits for what must happen.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -72,15 +75,15 @@ impl Fake {
     }
 
     fn listen(&self) -> Listening {
-        self.listen_for(PATIENCE)
+        self.listen_with(PATIENCE, threads())
     }
 
     /// A pause ends after `silence`.
-    fn listen_for(&self, silence: Duration) -> Listening {
+    fn listen_with(&self, silence: Duration, run: Arc<Run>) -> Listening {
         let path = self.path.clone();
         let find = move || Qmp::connect(&path).ok();
         let monitor = Monitor::new(self.path.clone(), None);
-        Listening::start(monitor, find, |_, _| Next::Listen, silence).unwrap()
+        Listening::start(monitor, find, |_, _| Next::Listen, silence, run).unwrap()
     }
 
     #[track_caller]
@@ -185,7 +188,7 @@ fn a_vm_that_did_not_run_stays_as_it_is() {
 #[test]
 fn a_pause_that_is_not_asked_for_again_ends() {
     let fake = Fake::start("running");
-    let monitor = fake.listen_for(Duration::from_secs(1));
+    let monitor = fake.listen_with(Duration::from_secs(1), threads());
     let questions = monitor.questions();
     let (pause, _) = retry(|| questions.pause()).unwrap();
     // As if this process were stopped.
@@ -262,6 +265,28 @@ fn a_target_that_is_removed_runs_again() {
 }
 
 #[test]
+fn a_client_that_ends_does_not_wait_for_its_vm_to_run() {
+    let fake = Fake::start("running");
+    let jobs: Arc<Mutex<Option<Vec<Job>>>> = Arc::default();
+    let kept = Arc::clone(&jobs);
+    let run = move |job: Job| match &mut *kept.lock().unwrap() {
+        Some(jobs) => {
+            jobs.push(job);
+            Ok(())
+        }
+        None => std::thread::Builder::new().spawn(job).map(drop),
+    };
+    let monitor = fake.listen_with(PATIENCE, Arc::new(run));
+    let (pause, _) = retry(|| monitor.questions().pause()).unwrap();
+    *jobs.lock().unwrap() = Some(Vec::new());
+    drop(pause);
+    assert_eq!(fake.machine().status, "paused", "it was waited for");
+    let jobs = jobs.lock().unwrap().take().unwrap();
+    jobs.into_iter().for_each(|job| job());
+    fake.wait("running");
+}
+
+#[test]
 fn a_refusal_to_resume_is_told() {
     let fake = Fake::start("running");
     let monitor = fake.listen();
@@ -303,7 +328,7 @@ fn memory_that_is_plugged_in_before_the_first_question_or_after_it_is_noticed() 
     let (told, news) = mpsc::channel();
     let tell = move |_: &mut Qmp, news| told.send(news).map_or(Next::Stop, |()| Next::Listen);
     let monitor = Monitor::new(path, Some(qmp));
-    let _listening = Listening::start(monitor, || None, tell, PATIENCE).unwrap();
+    let _listening = Listening::start(monitor, || None, tell, PATIENCE, threads()).unwrap();
     for _ in 0..2 {
         assert_eq!(news.recv_timeout(Duration::from_secs(60)), Ok(News::Memory));
     }

@@ -9,8 +9,7 @@ use std::time::{Duration, Instant};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
 
 use super::{Listener, News, Next};
-use crate::monitor::Monitor;
-use crate::monitor::tests::threads;
+use crate::monitor::{Monitor, Run};
 use crate::qmp::Qmp;
 use crate::questions::Questions;
 
@@ -37,17 +36,18 @@ impl Listening {
         find: impl Fn() -> Option<Qmp> + Send + Sync + 'static,
         tell: impl FnMut(&mut Qmp, News) -> Next + Send + 'static,
         silence: Duration,
+        run: Arc<Run>,
     ) -> io::Result<Self> {
         let wake = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         let wake = Arc::new(wake);
         let waker = Arc::clone(&wake);
-        let listener = Listener::new(monitor, find, tell, silence, threads(), move || {
+        let listener = Listener::new(monitor, find, tell, silence, run, move || {
             // It fails only where the counter is at its end, and then the thread wakes as well.
             let _ = rustix::io::write(&waker, &1u64.to_ne_bytes());
         });
         let stepped = Arc::clone(&listener);
         let thread = std::thread::Builder::new().name("qmp-monitor".into()).stack_size(STACK);
-        thread.spawn(move || run(&stepped, &wake))?;
+        thread.spawn(move || wait(&stepped, &wake))?;
         let questions = Questions::new(Arc::clone(&listener) as _);
         Ok(Self { listener, questions })
     }
@@ -64,7 +64,7 @@ impl Drop for Listening {
     }
 }
 
-fn run(listener: &Listener, wake: &OwnedFd) {
+fn wait(listener: &Listener, wake: &OwnedFd) {
     while let Some(step) = listener.step() {
         let now = Instant::now();
         let mut pause = step.until.map(|until| until.saturating_duration_since(now));
