@@ -101,12 +101,20 @@ impl Broker {
     fn asked(&self, target: &str) -> Result<(Arc<Vm>, Questions), Refused> {
         let vm = self.find(target)?;
         let without = || {
+            let name = &vm.registration().name;
+            let quoted = format!("'{}'", name.replace('\'', r"'\''"));
+            let remedy = if self.external().vms().contains(&vm.id()) {
+                format!(
+                    "for a VM under QEMU: kvmmem target remove {quoted}, then kvmmem target add --qmp SOCKET --name {quoted}, \
+                     which ends its views"
+                )
+            } else {
+                "a VM of `kvmmem vm` answers if it was started by a kvmmem of this version"
+                    .to_owned()
+            };
             let message = format!(
-                "the broker has no QMP connection to {:?} and its VMM does not answer questions about vCPUs, which registers and \
-                 pauses need: a VM under QEMU has that connection if it was added with `kvmmem target add --qmp SOCKET`, or is \
-                 named `--target qmp:SOCKET` where no broker runs; one of `kvmmem vm` answers if it was started by a kvmmem of \
-                 this version",
-                vm.registration().name
+                "the broker has no QMP connection to {name:?} and its VMM does not answer questions about vCPUs, which registers \
+                 and pauses need; {remedy}"
             );
             Refused::new(Refusal::Unsupported, message)
         };

@@ -145,24 +145,22 @@ impl Source {
         };
         let name = match target {
             TargetName::Name(name) => name.clone(),
-            TargetName::Pid(pid) => {
+            _ => {
+                let pid = target.pid();
                 let targets = admin.targets().context("cannot list the virtual machines")?;
-                let found = targets.iter().find(|vm| vm.introspectable && vm.pid == *pid);
-                let add = || {
-                    format!(
-                        "{target} is no target of the broker; `kvmmem host discover` prints the command that adds it"
-                    )
+                let found = targets.iter().find(|vm| vm.introspectable && Some(vm.pid) == pid);
+                let add = || match target {
+                    TargetName::Qmp(path) => format!("kvmmem target add --qmp {}", quote(path)),
+                    TargetName::Libvirt(name) => {
+                        format!("kvmmem target add --libvirt {}", quote(name))
+                    }
+                    _ => "`kvmmem host discover` prints the command that adds it".to_owned(),
                 };
-                found.with_context(add)?.uuid.to_string()
+                found
+                    .with_context(|| format!("{target} is no target of the broker; {}", add()))?
+                    .uuid
+                    .to_string()
             }
-            TargetName::Qmp(socket) => bail!(
-                "{target}: a broker runs here: kvmmem target add --qmp {}, and give the name that this prints",
-                quote(socket)
-            ),
-            TargetName::Libvirt(name) => bail!(
-                "{target}: a broker runs here: kvmmem target add --libvirt {}, and give the name that this prints",
-                quote(name)
-            ),
         };
         let view = grant_and_attach(&mut admin, &socket, &name, access, verb, wanted)?;
         Ok((view, Operator { admin, target: name, no_monitor: None }))

@@ -4,8 +4,12 @@
 use std::convert::Infallible;
 use std::ffi::{OsStr, OsString};
 use std::fmt;
+use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::str::FromStr;
+
+use kvmmem_qemu::discover::discover;
+use kvmmem_qemu::find;
 
 use crate::failure::escape;
 
@@ -38,6 +42,24 @@ impl FromStr for TargetName {
 }
 
 impl TargetName {
+    /// The process of its VMM; `None` for a name, and where no such virtual machine is found.
+    pub(crate) fn pid(&self) -> Option<u32> {
+        match self {
+            Self::Name(_) => None,
+            Self::Pid(pid) => Some(*pid),
+            Self::Libvirt(name) => find::libvirts(name).ok(),
+            Self::Qmp(socket) => {
+                let file = std::fs::metadata(socket).ok()?;
+                let is_it = |path: &PathBuf| {
+                    std::fs::metadata(path)
+                        .is_ok_and(|other| (other.dev(), other.ino()) == (file.dev(), file.ino()))
+                };
+                let mut found = discover().ok()?.into_iter();
+                Some(found.find(|vm| vm.qmp.as_ref().is_some_and(is_it))?.pid)
+            }
+        }
+    }
+
     /// As it is given on the command line.
     pub(crate) fn argument(&self) -> OsString {
         match self {

@@ -7,6 +7,9 @@
 /// The longest name, bytes.
 pub const MAX_NAME: usize = kvmmem_kvmi::handshake::MAX_NAME;
 
+/// How a command line names a VM by something else than its name; no name begins like that.
+const SCHEMES: [&str; 3] = ["pid:", "qmp:", "libvirt:"];
+
 /// Whether a terminal does something else with a character than to show it: control characters,
 /// those that change the direction of text or join lines, and those that it does not show at all.
 pub fn is_unprintable(c: char) -> bool {
@@ -18,15 +21,22 @@ pub fn is_unprintable(c: char) -> bool {
 
 /// Whether a text is a name as it is.
 pub fn is_name(text: &str) -> bool {
-    (1..=MAX_NAME).contains(&text.len()) && !text.chars().any(is_unprintable)
+    (1..=MAX_NAME).contains(&text.len()) && !text.chars().any(is_unprintable) && !has_scheme(text)
+}
+
+fn has_scheme(text: &str) -> bool {
+    SCHEMES.iter().any(|scheme| text.starts_with(scheme))
 }
 
 /// The name of a VM that is called so; `None` where the text is empty. A character that is not to
-/// be shown becomes `?`. A text that is too long is cut, between characters, and ends in `~` and
+/// be shown becomes `?`, and so does the colon of `pid:`, `qmp:` or `libvirt:`. A text that is too long is cut, between characters, and ends in `~` and
 /// eight hexadecimal digits, which are those of all of the text (FNV-1a): texts that differ only
 /// where they are cut have different names.
 pub fn fit(text: &str) -> Option<String> {
-    let plain: String = text.chars().map(|c| if is_unprintable(c) { '?' } else { c }).collect();
+    let mut plain: String = text.chars().map(|c| if is_unprintable(c) { '?' } else { c }).collect();
+    if has_scheme(&plain) {
+        plain = plain.replacen(':', "?", 1);
+    }
     if plain.len() <= MAX_NAME {
         return Some(plain).filter(|plain| !plain.is_empty());
     }
@@ -74,9 +84,20 @@ mod tests {
         );
     }
 
+    #[test]
+    fn no_name_reads_as_another_way_to_name_a_vm() {
+        for text in ["pid:1", "pid:", "qmp:/run/x", "libvirt:web"] {
+            assert!(!is_name(text), "{text}");
+            assert_eq!(fit(text), Some(text.replacen(':', "?", 1)));
+        }
+        for text in ["pid", "vm-pid:1", "PID:1"] {
+            assert_eq!(fit(text).as_deref(), Some(text));
+        }
+    }
+
     proptest! {
         #[test]
-        fn any_text_makes_a_name(text in "\\PC{0,80}|.{0,80}|\u{202e}{1,40}") {
+        fn any_text_makes_a_name(text in "\\PC{0,80}|.{0,80}|\u{202e}{1,40}|(pid|qmp|libvirt):.{0,80}") {
             match fit(&text) {
                 Some(name) => {
                     prop_assert!(is_name(&name));

@@ -204,9 +204,12 @@ fn listener(qmp: &Qmp) -> Result<Process, AttachError> {
     }
 }
 
-/// The process that runs a VM of libvirt's, be it the system's or one of a session of the broker's
-/// own user.
-fn libvirts(name: &str) -> Result<u32, AttachError> {
+/// The process that runs a VM of libvirt's, be it the system's or one of a session of this
+/// process's user.
+///
+/// # Errors
+/// [`AttachError::NoDomain`].
+pub fn libvirts(name: &str) -> Result<u32, AttachError> {
     let session = format!("/run/user/{}/libvirt/qemu/run", rustix::process::geteuid().as_raw());
     let of_session = |error| libvirt_pid(Path::new(&session), name).map_err(|_| error);
     libvirt_pid(Path::new(LIBVIRT), name).or_else(of_session)

@@ -54,7 +54,7 @@ pub(crate) struct NewVm {
 pub enum RegisterError {
     /// The name is empty, too long or not for a terminal.
     #[error(
-        "a VM's name has 1 to {MAX_NAME} bytes, all of them to be shown; give another name with --name"
+        "a VM's name has 1 to {MAX_NAME} bytes, all of them to be shown, and does not begin with pid:, qmp: or libvirt:; give another name with --name"
     )]
     Name,
     /// The name could be taken for a UUID, by which VMs are named as well.

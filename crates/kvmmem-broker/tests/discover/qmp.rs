@@ -3,6 +3,7 @@
 
 use std::io::{BufRead, BufReader, Write};
 use std::net::Shutdown;
+use std::os::fd::AsRawFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -263,4 +264,83 @@ fn a_qmp_socket_that_hangs_delays_no_other_client() {
         assert!(message.contains("nothing answers"), "{message}");
     });
     assert!(began.elapsed() < Duration::from_secs(30));
+}
+
+/// A file system that answers nothing, as one whose server is gone; unmounted on drop.
+struct HungMount {
+    directory: tempfile::TempDir,
+    /// The server's end. Once it is closed, what waits fails.
+    server: Option<std::fs::File>,
+}
+
+impl HungMount {
+    /// `None` where this process may not mount.
+    fn start() -> Option<Self> {
+        let server = std::fs::File::options().read(true).write(true).open("/dev/fuse").ok()?;
+        let directory = tempfile::tempdir().unwrap();
+        let data = format!("fd={},rootmode=40000,user_id=0,group_id=0", server.as_raw_fd());
+        let data = std::ffi::CString::new(data).unwrap();
+        let flags = rustix::mount::MountFlags::empty();
+        let mounted =
+            rustix::mount::mount("kvmmem-test", directory.path(), "fuse", flags, Some(&*data));
+        mounted.ok()?;
+        Some(Self { directory, server: Some(server) })
+    }
+}
+
+impl Drop for HungMount {
+    fn drop(&mut self) {
+        drop(self.server.take());
+        let flags = rustix::mount::UnmountFlags::DETACH;
+        rustix::mount::unmount(self.directory.path(), flags).unwrap();
+    }
+}
+
+#[test]
+fn a_qmp_socket_on_a_file_system_that_hangs_is_refused_before_the_client_gives_up() {
+    let Some(hung) = HungMount::start() else {
+        return eprintln!("skipped: mounting needs root and /dev/fuse");
+    };
+    let broker = TestBroker::start();
+    let socket = hung.directory.path().join("qmp");
+    for _ in 0..3 {
+        let message = refusal(&broker, &Which::Qmp { socket: socket.clone(), pid: None });
+        assert!(message.contains(socket.to_str().unwrap()), "{message}");
+        assert!(message.contains("its file system does not answer"), "{message}");
+    }
+}
+
+#[test]
+fn a_qmp_socket_has_one_connection_whatever_it_is_called() {
+    let broker = TestBroker::start();
+    let fake = Fake::start("sealed", HONEST);
+    let directory = tempfile::tempdir().unwrap();
+    // It serves one client at a time, as QEMU does.
+    let socket = qmp(directory.path(), &fake, |_, answer| answer);
+    let which = |socket| Which::Qmp { socket, pid: Some(fake.pid()) };
+    broker.admin().add_target(&which(socket.clone()), None).unwrap();
+    let [folder, link, hard] = ["folder", "link", "hard"].map(|name| directory.path().join(name));
+    std::fs::create_dir(&folder).unwrap();
+    std::os::unix::fs::symlink(&socket, &link).unwrap();
+    std::fs::hard_link(&socket, &hard).unwrap();
+    for name in [socket, folder.join("../fake.qmp"), link, hard] {
+        let message = refusal(&broker, &which(name.clone()));
+        assert!(message.contains("registered already"), "{}: {message}", name.display());
+    }
+}
+
+#[test]
+fn what_a_target_without_qmp_lacks_is_said_with_what_to_do() {
+    let broker = TestBroker::start();
+    let fake = Fake::start("sealed tables", HONEST);
+    let mut admin = broker.admin();
+    // How `--target` names VMs otherwise.
+    for name in ["pid:1", "qmp:/run/x", "libvirt:web", "pid:x"] {
+        let refused = admin.add_target(&Which::Pid(fake.pid()), Some(name)).unwrap_err();
+        assert!(refused.to_string().contains("pid:, qmp: or libvirt:"), "{name}: {refused}");
+    }
+    admin.add_target(&Which::Pid(fake.pid()), Some("a b")).unwrap();
+    let refused = admin.pause("a b").unwrap_err().to_string();
+    let remedy = "kvmmem target remove 'a b', then kvmmem target add --qmp SOCKET --name 'a b'";
+    assert!(refused.contains(remedy), "{refused}");
 }
