@@ -11,6 +11,7 @@ use crate::abi::descriptor::{
     COMPLAINT_INVALID, COMPLAINT_NOT_CACHED, COMPLAINT_NO_ADDRESS, MAGIC, SLOT_AT,
 };
 use crate::abi::ioctl::PAGE_SIZE;
+use crate::power::UseGuard;
 use crate::release::ReleaseWaiter;
 use crate::slot::{Bar, Head, Slot, Window};
 use crate::slots;
@@ -80,6 +81,8 @@ impl<'bound> Function<'bound> {
             word.copy_from_slice(&page.read_u64(32 + 8 * index).to_le_bytes());
         }
         let number = page.read_u64(SLOT_AT) as u32;
+        // Tried again when the machine is awake.
+        let _beginning = UseGuard::begin().map_err(|_| EPROBE_DEFER)?;
         let slot = slots::add_head(
             place,
             Head {

@@ -6,10 +6,7 @@
 //! [`method`], and every file that serves views asks [`transport`].
 
 use kernel::prelude::*;
-use kernel::sync::atomic::{Acquire, Atomic, Full, Relaxed, Release};
 use kernel::sync::SetOnce;
-use kernel::time::delay::fsleep;
-use kernel::time::Delta;
 use kernel::uaccess::{UserPtr, UserSlice};
 
 use crate::abi::cpuid::{FEATURE_WINDOW, LEAF_SIGNATURE};
@@ -87,49 +84,9 @@ pub(crate) fn choose() -> Result {
     Ok(())
 }
 
-/// Set when the machine goes down: no page is replaced from then on.
-static IS_CLOSED: Atomic<bool> = Atomic::new(false);
-
-/// Number of calls that are replacing a page.
-static REPLACING: Atomic<i64> = Atomic::new(0);
-
-/// Counts a call that replaces a page, from [`ReplaceGuard::begin`] until it is dropped.
-pub(crate) struct ReplaceGuard(());
-
-impl ReplaceGuard {
-    /// `EAGAIN` once the machine is going down.
-    pub(crate) fn begin() -> Result<Self> {
-        // Either this call sees that the machine goes down, or `close_pages` sees this call.
-        REPLACING.fetch_add(1, Full);
-        let this = Self(());
-        if IS_CLOSED.load(Relaxed) {
-            Err(EAGAIN)
-        } else {
-            Ok(this)
-        }
-    }
-}
-
-impl Drop for ReplaceGuard {
-    fn drop(&mut self) {
-        REPLACING.fetch_add(-1, Release);
-    }
-}
-
-/// Has the host restore all replaced pages, also those whose undo it refused before. Called when the
-/// machine goes down or another kernel is about to start in it: that kernel would take replaced
-/// pages for ordinary RAM and write into the target.
+/// Has the host restore all replaced pages, also those whose undo it refused before.
 pub(crate) fn close_pages() {
-    const TRIES: u32 = 5000;
     let Ok(method) = method() else { return };
-    IS_CLOSED.xchg(true, Full);
-    // A call that waits for the host's broker takes up to 2 s.
-    for _ in 0..TRIES {
-        if REPLACING.load(Acquire) == 0 {
-            break;
-        }
-        fsleep(Delta::from_millis(1));
-    }
     let count = stats::MAPPED.value() + stats::QUARANTINED.value();
     let answer = match RESTORED.as_ref() {
         Some(restored) => restored.zero_all(),

@@ -31,7 +31,8 @@
 //!   `mmap_lock`.
 //! - each process's table of v1 has a mutex of its own.
 //!
-//! The reboot notifier takes none of them: it refuses new MAPs and waits for those in progress.
+//! The notifiers of [`power`] take none of them but `SLOTS`. Going down waits for MAPs and ATTACHes
+//! in progress.
 //!
 //! User memory is never accessed under any of them: it may be a mapping of this very device. The
 //! host opens views under `attaching` and looks for data (SEEK) under no lock. It closes a view
@@ -59,7 +60,7 @@ use crate::hypercall::Transport;
 use crate::stats::Report;
 use crate::sys::misc::Registration;
 use crate::sys::notifier::Unload;
-use crate::sys::reboot::RebootHook;
+use crate::sys::power::PowerHook;
 
 // The crates' sources are public there, and whole: the module uses a part.
 #[allow(unreachable_pub, dead_code)]
@@ -73,6 +74,7 @@ mod knobs;
 mod native;
 mod page;
 mod page_file;
+mod power;
 mod process;
 mod regions;
 mod release;
@@ -157,7 +159,7 @@ struct Kvmmem {
     #[pin]
     counters: File<Report>,
     directory: Dir,
-    reboot: RebootHook,
+    power: PowerHook,
     unload: Unload,
 }
 
@@ -168,7 +170,7 @@ impl kernel::InPlaceModule for Kvmmem {
             _: { hypercall::choose()? },
             counters <- directory.read_only_file(c"counters", Report),
             directory,
-            reboot: RebootHook::register(hypercall::close_pages)?,
+            power: PowerHook::register(power::on_event)?,
             unload: Unload,
             driver: pci_driver(module)?,
             // Last, because a file may be opened from here on.

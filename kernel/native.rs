@@ -13,6 +13,7 @@ use crate::abi::native::{
 use crate::attachment::AttachCall;
 use crate::file::ViewFile;
 use crate::hypercall::{self, Transport};
+use crate::power::UseGuard;
 use crate::sys::cpu::has_1g_pages;
 use crate::watch;
 
@@ -52,6 +53,7 @@ impl ViewFile {
         if self.has_view() || self.regions.lock().is_open() {
             return Err(EISCONN);
         }
+        let _beginning = UseGuard::begin()?;
         let view = self.open_view(file, call, view_flags)?;
         self.set_view(view);
         Ok(())

@@ -5,7 +5,8 @@ use kernel::mm::virt::{flags, VmaRef};
 use kernel::mm::MmWithUser;
 use kernel::prelude::*;
 
-use crate::hypercall::{self, ReplaceGuard, Request};
+use crate::hypercall::{self, Request};
+use crate::power::UseGuard;
 use crate::stats;
 use crate::sys::charge::MemlockCharge;
 use crate::sys::pin::{is_anonymous, PinnedPage, ReplacedPage};
@@ -29,7 +30,7 @@ impl ForeignPage {
         if !page.is_anonymous() {
             return Err(EINVAL);
         }
-        let _replacing = ReplaceGuard::begin()?;
+        let _beginning = UseGuard::begin()?;
         let page = page
             .replace(hypercall::method()?, request.token(), request.addresses().0)
             .map_err(|answer| {

@@ -14,6 +14,7 @@ use crate::abi::native::Range;
 use crate::abi::region::Region;
 use crate::attachment::AttachCall;
 use crate::file::ViewFile;
+use crate::power::UseGuard;
 use crate::view::Contents;
 
 type Uuid = [u8; 16];
@@ -135,6 +136,7 @@ impl ViewFile {
         };
         // Each region has a token of its own. It is spent by attaching, though the file keeps its
         // first view.
+        let _beginning = UseGuard::begin()?;
         let asked = self.open_view(file, call, 0)?;
         let range = region(&asked.contents(), &target, gpa)?;
         match self.view() {

@@ -5,6 +5,7 @@
 #include <linux/mmu_notifier.h>
 #include <linux/pci.h>
 #include <linux/sched/signal.h>
+#include <linux/suspend.h>
 #include <linux/uaccess.h>
 #include <asm/alternative.h>
 #include <asm/asm.h>
@@ -65,6 +66,16 @@ bool kvmmem_is_killed(void)
 struct mmu_notifier *kvmmem_notifier_get(const struct mmu_notifier_ops *ops, struct mm_struct *mm)
 {
 	return mmu_notifier_get(ops, mm);
+}
+
+int kvmmem_register_pm_notifier(struct notifier_block *block)
+{
+	return register_pm_notifier(block);
+}
+
+int kvmmem_unregister_pm_notifier(struct notifier_block *block)
+{
+	return unregister_pm_notifier(block);
 }
 
 int kvmmem_pci_domain(struct pci_dev *device)

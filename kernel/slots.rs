@@ -50,6 +50,11 @@ pub(crate) fn has_head(place: u32) -> bool {
     find(&SLOTS.lock(), place).is_some_and(|slot| slot.has_head())
 }
 
+/// Whether any function is bound.
+pub(crate) fn is_any_bound() -> bool {
+    !SLOTS.lock().is_empty()
+}
+
 /// Removes a function; a view that shows the slot ends.
 pub(crate) fn remove(slot: &Arc<Slot>, function: u32) {
     let mut slots = SLOTS.lock();
@@ -148,7 +153,11 @@ fn look(
 }
 
 /// A slot that a file has. No other file gets it, also not later.
-pub(crate) struct Claim(Arc<Slot>);
+pub(crate) struct Claim {
+    slot: Arc<Slot>,
+    /// Not after it was put back: another file may have it then.
+    is_held: bool,
+}
 
 /// Takes the slot whose token has this digest: `ENOENT` where none has, or it was taken before.
 pub(crate) fn claim(digest: &[u8; 32]) -> Result<Claim> {
@@ -156,19 +165,23 @@ pub(crate) fn claim(digest: &[u8; 32]) -> Result<Claim> {
         .lock()
         .iter()
         .find(|slot| slot.claim(digest))
-        .map(|slot| Claim(slot.clone()))
+        .map(|slot| Claim {
+            slot: slot.clone(),
+            is_held: true,
+        })
         .ok_or(ENOENT)
 }
 
 impl Claim {
     /// The file uses nothing of it any more.
     pub(crate) fn let_go(&self) {
-        self.0.let_go();
+        self.slot.let_go();
     }
 
     /// The file did not come to use it: another one may take it.
-    pub(crate) fn put_back(&self) {
-        self.0.put_back();
+    pub(crate) fn put_back(mut self) {
+        self.is_held = false;
+        self.slot.put_back();
     }
 
     /// Where window `number` is.
@@ -187,12 +200,14 @@ impl Deref for Claim {
     type Target = Slot;
 
     fn deref(&self) -> &Slot {
-        &self.0
+        &self.slot
     }
 }
 
 impl Drop for Claim {
     fn drop(&mut self) {
-        self.0.let_go();
+        if self.is_held {
+            self.slot.let_go();
+        }
     }
 }

@@ -53,6 +53,13 @@ pub(crate) static VIEWS: Counter = Counter::new();
 /// Views that the host refused to close.
 pub(crate) static VIEWS_QUARANTINED: Counter = Counter::new();
 
+/// Whether this machine has memory of a target, in a page or in a view.
+pub(crate) fn is_used() -> bool {
+    [&MAPPED, &QUARANTINED, &VIEWS, &VIEWS_QUARANTINED]
+        .iter()
+        .any(|count| count.value() > 0)
+}
+
 /// Complaints about slots, since the module was loaded.
 static COMPLAINTS: Counter = Counter::new();
 

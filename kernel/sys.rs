@@ -18,7 +18,7 @@ pub(crate) mod notifier;
 pub(crate) mod pci;
 pub(crate) mod pin;
 mod plain;
-pub(crate) mod reboot;
+pub(crate) mod power;
 pub(crate) mod secret;
 pub(crate) mod task;
 pub(crate) mod work;

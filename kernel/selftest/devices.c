@@ -5,7 +5,9 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include "machine.h"
 #include "plug.h"
+#include "random_storm.h"
 
 static void without_hypercalls(void)
 {
@@ -87,9 +89,11 @@ void test_devices(void)
 	without_hypercalls();
 	left_alone();
 	below_4g();
+	test_sleep_of_devices();
 	test_plug();
 	test_unplug();
 	test_malformed_devices();
 	test_plug_storm();
+	random_storm_of_devices();
 	CHECK_EQUAL(unload_module(), 0);
 }

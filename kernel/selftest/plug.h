@@ -56,6 +56,8 @@ unsigned int plug_complaint(int head);
  */
 void plug_in(const char *function, const char *file);
 void unplug(const char *function);
+/* All functions of the usual view; and until the driver has them all. */
+void plug_in_parts(void);
 void plug_in_view(void);
 void unplug_view(void);
 

@@ -17,7 +17,9 @@
 
 #include "../../crates/kvmmem-abi/include/uapi/kvmmem.h"
 #include "host.h"
+#include "machine.h"
 #include "plug.h"
+#include "random_storm.h"
 #include "selftest.h"
 
 int checks, failures;
@@ -181,6 +183,7 @@ static void leave_pages(void)
 static void with_views(void)
 {
 	host_opens();
+	test_sleep();
 	test_attach();
 	test_memory();
 	test_positions();
@@ -190,6 +193,7 @@ static void with_views(void)
 	test_sharing("/init");
 	test_regions();
 	test_storm();
+	random_storm_of_windows();
 	test_nothing_left();
 	for (int i = 0; i < 20; i++) {
 		host_shows_usual(0, KVMMEM_RIGHT_READ);
@@ -212,12 +216,22 @@ static void with_views(void)
 	CHECK_EQUAL(unload_module(), 0);
 }
 
+static void say_end(const char *where)
+{
+	printf("selftest: %s: %d of %d checks passed\n", where, checks - failures, checks);
+	/* Before the kernel's own last line. */
+	tcdrain(STDOUT_FILENO);
+	reboot(RB_POWER_OFF);
+}
+
 int main(int argc, char **argv)
 {
 	setvbuf(stdout, NULL, _IONBF, 0);
 	if (iopl(3))
 		return 1;
 	if (argc == 3) {
+		if (!strcmp(argv[1], "storm"))
+			storm_after_exec(argv[2]);
 		if (!strcmp(argv[1], "exec"))
 			test_exec(atoi(argv[2]));
 		else
@@ -225,6 +239,12 @@ int main(int argc, char **argv)
 		return failures != 0;
 	}
 	mount_all();
+	if (is_after("kexec"))
+		test_after_kexec();
+	if (is_after("crash")) {
+		test_after_crash();
+		say_end("after kexec and a crash");
+	}
 	/* This machine's host has no CPUID signature, but there is a PCI bus. */
 	in_child(test_devices);
 	CHECK_EQUAL(load_module(LOAD), 0);
@@ -237,6 +257,7 @@ int main(int argc, char **argv)
 		test_races();
 		test_quarantine();
 		test_no_views();
+		test_memory_hotplug();
 		test_unload();
 		CHECK_EQUAL(load_module(LOAD_VIEWS), 0);
 		/* Not in process 1, whose signals the kernel logs. */
@@ -244,9 +265,9 @@ int main(int argc, char **argv)
 	} else {
 		CHECK_EQUAL(unload_module(), 0);
 	}
+	load_next_kernel(0);
 	leave_pages();
 	printf("selftest: %d of %d checks passed\n", checks - failures, checks);
-	/* Before the kernel's own last line. */
-	tcdrain(STDOUT_FILENO);
-	reboot(RB_POWER_OFF);
+	start_next_kernel();
+	say_end("there is no other kernel");
 }
