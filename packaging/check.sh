@@ -129,8 +129,9 @@ as_unit() {
 		--inh-caps "$capabilities" --ambient-caps "$capabilities" --no-new-privs $(of_unit ExecStart)
 }
 
+# The broker writes the audit log and its state after it has answered.
 wait_for() {
-	for _ in $(seq 100); do
+	for _ in $(seq 600); do
 		"$@" >/dev/null 2>&1 && return
 		sleep 0.1
 	done
@@ -163,7 +164,7 @@ serve() {
 answers() {
 	kvmmem target list
 	fails kvmmem hook add nobody vsock:3:1
-	grep '"event":"refused"' /var/log/kvmmem/audit.log
+	wait_for grep '"event":"refused"' /var/log/kvmmem/audit.log
 	fails setpriv --reuid nobody --clear-groups kvmmem target list
 }
 
@@ -178,25 +179,30 @@ attaches() {
 	wait_for grep -q memfd:ram "/proc/$vmm/maps"
 	kvmmem target add --pid "$vmm"
 	kvmmem target list | grep web1
-	grep '"name":"web1"' /var/lib/kvmmem/added.json
+	wait_for grep '"name":"web1"' /var/lib/kvmmem/added.json
 	fails setpriv --reuid nobody --clear-groups kvmmem target remove web1
 	kill "$vmm"
 	trap 'kill "$pid"' EXIT
 	wait_for gone
-	fails grep web1 /var/lib/kvmmem/added.json
+	wait_for forgotten
 }
 
 gone() {
 	fails kvmmem target remove web1
 }
 
+forgotten() {
+	fails grep web1 /var/lib/kvmmem/added.json
+}
+
 rotates() {
 	fails kvmmem hook add nobody vsock:3:1
+	wait_for test -s /var/log/kvmmem/audit.log
 	logrotate --force --state "$here/state" /etc/logrotate.d/kvmmemd
 	test -s /var/log/kvmmem/audit.log.1
 	fails kvmmem hook add nobody vsock:3:1
+	wait_for test -s /var/log/kvmmem/audit.log
 	test "$(stat -c '%U %a' /var/log/kvmmem/audit.log)" = 'kvmmem 600'
-	test -s /var/log/kvmmem/audit.log
 }
 
 # Socket activation with systemd's own tool for trying it.
