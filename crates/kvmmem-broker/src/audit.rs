@@ -6,8 +6,9 @@
 //! kind of event and each party (`limits`); the field `suppressed` of the next line tells how
 //! many were left out. Tokens are never written.
 
+mod event;
 mod file;
-mod limits;
+pub(crate) mod limits;
 mod movable;
 mod record;
 
@@ -22,15 +23,12 @@ use kvmmem_proto::scope::Scope;
 use crate::core::grants::View;
 use crate::peer::Peer;
 use crate::registry::Vm;
+use event::Event;
 use file::Lines;
-pub(crate) use limits::Limits;
 use limits::{Parties, Party};
 pub use movable::AuditFile;
-pub(crate) use record::Event;
 use record::Record;
-
-/// The `target` of every event of the audit log.
-pub const TARGET: &str = "audit";
+pub use record::TARGET;
 
 /// The audit log.
 #[derive(Debug, Default)]
@@ -61,7 +59,7 @@ impl Audit {
             introspector: Some(registration.introspector),
             ..Record::new(Event::Registered).of(vm).on_host(vm.peer().credentials())
         };
-        self.write(Party::Vm(vm.peer()), record);
+        self.write(Party::of(vm.peer()), record);
     }
 
     /// An operator had the broker attach a VM that runs.
@@ -94,19 +92,19 @@ impl Audit {
             reason: Some(reason),
             ..Record::new(Event::Silent).by(vm)
         };
-        self.write(Party::Vm(vm.peer()), record);
+        self.write(Party::of(vm.peer()), record);
     }
 
     /// A VM's VMM went away.
     pub(crate) fn gone(&self, vm: &Vm) {
-        self.write(Party::Vm(vm.peer()), Record::new(Event::Gone).of(vm));
+        self.write(Party::of(vm.peer()), Record::new(Event::Gone).of(vm));
     }
 
     /// A VM goes on in another process than `former`.
     pub(crate) fn taken_over(&self, vm: &Vm, former: Credentials) {
         let reason = format!("live update: it was process {}", former.pid);
         let record = Record::new(Event::TakenOver).of(vm).on_host(vm.peer().credentials());
-        self.write(Party::Vm(vm.peer()), Record { reason: Some(&reason), ..record });
+        self.write(Party::of(vm.peer()), Record { reason: Some(&reason), ..record });
     }
 
     /// A request was refused.
@@ -116,7 +114,7 @@ impl Audit {
             ..Record::new(Event::Refused).on_host(peer.credentials())
         };
         match by {
-            Some(by) => self.write(Party::Vm(peer), record.by(by)),
+            Some(by) => self.write(Party::of(peer), record.by(by)),
             None => self.write(Party::User(peer.credentials().uid), record),
         }
     }
@@ -131,19 +129,19 @@ impl Audit {
     /// A hook has ended by itself.
     pub(crate) fn unhooked(&self, vm: &Vm, endpoint: &Endpoint, reason: &str) {
         let record = Record { on: Some(false), reason: Some(reason), ..Record::new(Event::Hook) };
-        self.write(Party::Vm(vm.peer()), record.of(vm).at(endpoint));
+        self.write(Party::of(vm.peer()), record.of(vm).at(endpoint));
     }
 
     /// A tool was connected to a target.
     pub(crate) fn connected(&self, vm: &Vm, endpoint: &Endpoint) {
-        self.write(Party::Vm(vm.peer()), Record::new(Event::Connected).of(vm).at(endpoint));
+        self.write(Party::of(vm.peer()), Record::new(Event::Connected).of(vm).at(endpoint));
     }
 
     /// A tool's connection ended.
     pub(crate) fn disconnected(&self, vm: &Vm, endpoint: &Endpoint, reason: &str) {
         let record =
             Record { reason: Some(reason), ..Record::new(Event::Disconnected).of(vm).at(endpoint) };
-        self.write(Party::Vm(vm.peer()), record);
+        self.write(Party::of(vm.peer()), record);
     }
 
     /// A tool got a token, which only `holder` may use, or anybody where there is none.
@@ -160,14 +158,14 @@ impl Audit {
             holder: holder.map(|holder| holder.registration().uuid),
             ..Record::new(Event::Minted).of(vm).at(endpoint).allowing(scope)
         };
-        self.write(Party::Vm(vm.peer()), record);
+        self.write(Party::of(vm.peer()), record);
     }
 
     /// A tool got no token.
     pub(crate) fn not_minted(&self, vm: &Vm, endpoint: &Endpoint, reason: &str) {
         let record =
             Record { reason: Some(reason), ..Record::new(Event::NotMinted).of(vm).at(endpoint) };
-        self.write(Party::Vm(vm.peer()), record);
+        self.write(Party::of(vm.peer()), record);
     }
 
     /// An operator got a token.
@@ -193,7 +191,7 @@ impl Audit {
     /// A VM used a token for a page.
     pub(crate) fn used(&self, grant: u64, target: &Vm, by: &Vm) {
         let record = Record { grant: Some(grant), ..Record::new(Event::Used).of(target).by(by) };
-        self.write(Party::Vm(by.peer()), record);
+        self.write(Party::of(by.peer()), record);
     }
 
     /// A token was used for a view.
@@ -216,7 +214,7 @@ impl Audit {
                 .asked_by(caller)
         };
         match vm {
-            Some(vm) => self.write(Party::Vm(peer), record.by(vm)),
+            Some(vm) => self.write(Party::of(peer), record.by(vm)),
             None => {
                 let (uid, grant) = (peer.credentials().uid, opened.0);
                 self.write(Party::Holder { uid, grant }, record.by_host());
@@ -238,7 +236,7 @@ impl Audit {
             ..Record::new(Event::Detached).asked_by(&view.caller)
         };
         let party = match peer.filter(|_| view.by_uuid.is_some()) {
-            Some(peer) => Party::Vm(peer),
+            Some(peer) => Party::of(peer),
             // What a guest says of its processes must not choose whose limit it is.
             None if view.by_uuid.is_some() => Party::Holder { uid: u32::MAX, grant: view.grant },
             None => Party::Holder { uid: view.caller.uid, grant: view.grant },
@@ -293,7 +291,7 @@ impl Audit {
             Change::Resized => "resized",
         };
         let record = Record { reason: Some(reason), ..Record::new(Event::RamChanged).of(vm) };
-        self.write(Party::Vm(vm.peer()), record);
+        self.write(Party::of(vm.peer()), record);
     }
 
     fn write(&self, party: Party<'_>, mut record: Record<'_>) {
@@ -305,5 +303,12 @@ impl Audit {
         if let Some(file) = &*self.file.read().unwrap_or_else(PoisonError::into_inner) {
             file.write(&record);
         }
+    }
+}
+
+impl<'a> Party<'a> {
+    /// The VM that a peer has registered.
+    fn of(peer: &'a Peer) -> Self {
+        Self::Vm(peer.limits(), peer.credentials().uid)
     }
 }

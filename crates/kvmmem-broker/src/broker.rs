@@ -20,10 +20,9 @@ use kvmmem_qemu::monitor::Monitors;
 use crate::audit::Audit;
 use crate::buffers::Buffers;
 use crate::core::Core;
-use crate::core::quota::Limits;
+use crate::core::limits::Limits;
 pub use crate::core::refused::Refused;
 pub(crate) use crate::core::refused::in_words;
-use crate::core::tokens::busy;
 use crate::core::vms::{FIRST_CID, NewVm, RegisterError};
 use crate::effects::Tables;
 use crate::external::watch::Watch;
@@ -454,7 +453,7 @@ impl Broker {
     ) -> Result<Arc<Vm>, Refused> {
         let tables = self.tables();
         let id = tables.core.vms.find(name, is_meant)?.id;
-        tables.vms.get(&id).cloned().ok_or_else(busy)
+        tables.vms.get(&id).cloned().ok_or_else(Refused::busy)
     }
 }
 

@@ -15,7 +15,7 @@ use crate::broker::Broker;
 use crate::core::call::{Means, Reply};
 use crate::core::refused::Refused;
 use crate::core::revocation::Revocation;
-use crate::core::tokens::{Minted, busy};
+use crate::core::tokens::Minted;
 use crate::core::views::Attached;
 use crate::effects::Tables;
 use crate::hook::Owner;
@@ -82,7 +82,7 @@ impl Broker {
                 Outcome::Done
             }
             Reply::Attached(attached) => {
-                let target = target.ok_or_else(busy)?;
+                let target = target.ok_or_else(Refused::busy)?;
                 let (answer, files) = self.show(peer, vm.is_some(), &attached, target)?;
                 let opened = (attached.opened.grant, &attached.opened.scope);
                 let who = (peer, vm);
@@ -135,7 +135,7 @@ impl Broker {
             if let Some(sending) = sending.as_ref().filter(|_| is_second) {
                 // What waits is sent before it is looked at what the peer has read.
                 let _ = peer.flush_held(sending);
-                means.may_get_files = peer.has_read().map_err(|_| busy())?;
+                means.may_get_files = peer.has_read().map_err(|_| Refused::busy())?;
             }
             let handle = |tables: &mut Tables| {
                 let reply = tables.core.handle(now, who, call, &means)?;
@@ -149,7 +149,7 @@ impl Broker {
             match (decided?, sent) {
                 ((Reply::Unread(again), _), _) => {
                     if Instant::now() >= deadline {
-                        return Err(busy());
+                        return Err(Refused::busy());
                     }
                     if is_second {
                         std::thread::sleep(READ_PAUSE);
@@ -159,11 +159,11 @@ impl Broker {
                 }
                 ((Reply::Attached(attached), _), Err(failed)) => {
                     self.undo_attach(peer, &attached, failed.target);
-                    return Err(busy());
+                    return Err(Refused::busy());
                 }
                 ((Reply::Redeemed(_), _), Err(NotSent { target: Some(target) })) => {
                     self.decide(|tables| tables.core.not_introduced(who, target));
-                    return Err(busy());
+                    return Err(Refused::busy());
                 }
                 (decided, _) => return Ok(decided),
             }
@@ -188,7 +188,7 @@ impl Broker {
             Rights::ReadOnly => ram.open_read_only(),
             Rights::ReadWrite => ram.duplicate(),
         });
-        let files = files.ok_or_else(busy)?.map_err(|error| {
+        let files = files.ok_or_else(Refused::busy)?.map_err(|error| {
             self.undo_attach(peer, attached, None);
             Refused::new(Refusal::Limit, format!("cannot open the target's RAM: {error}"))
         })?;

@@ -20,15 +20,12 @@ use rustix::io::Errno;
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, socketpair};
 
 use crate::broker::{Broker, Refused};
-use crate::peer::Peer;
+use crate::peer::{MAX_CHANNELS, Peer};
 use crate::ram::AccessError;
 use crate::registry::Vm;
 
 /// How much is copied before it is looked up again whether that is still allowed, bytes.
 const CHUNK: usize = 64 * 1024;
-
-/// The most channels of one connection.
-pub(crate) const MAX_OF_PEER: usize = 4;
 
 /// A channel's stack, bytes.
 const STACK: usize = 256 << 10;
@@ -71,7 +68,7 @@ impl Broker {
     ) -> Result<(Answer, Vec<OwnedFd>), Refused> {
         let invalid = |what: &str| Refused::new(Refusal::Invalid, what);
         let (vm, ..) = self.copied(peer, view)?;
-        if !vm.ram().is_some_and(crate::ram::Ram::is_private) {
+        if !vm.ram().is_some_and(|ram| ram.is_private()) {
             return Err(invalid("the target's RAM is mapped, not copied"));
         }
         let (Some(file), true) = (files.pop(), files.is_empty()) else {
@@ -241,7 +238,7 @@ impl Place {
         taken.map_err(|exceeded| full(exceeded.to_string()))?;
         if !peer.add_channel(&socket) {
             broker.tables().core.channels.give_back(who.uid);
-            return Err(full(format!("this connection has {MAX_OF_PEER} already")));
+            return Err(full(format!("this connection has {MAX_CHANNELS} already")));
         }
         Ok(Self { broker: Arc::clone(broker), peer: Arc::clone(peer), uid: who.uid, socket })
     }

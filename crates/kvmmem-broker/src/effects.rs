@@ -44,11 +44,13 @@ impl Tables {
             match effect {
                 Effect::Push { peer, push } => {
                     let Some(peer) = self.peers.get(&peer) else { continue };
-                    let vm = match push {
-                        Push::Target { target, .. } => self.vms.get(&target).cloned(),
+                    let ram = match push {
+                        Push::Target { target, .. } => {
+                            self.vms.get(&target).and_then(|vm| vm.ram())
+                        }
                         _ => None,
                     };
-                    peer.outbox().put((push, vm));
+                    peer.outbox().put((push, ram.cloned()));
                     pending.peers.push(Arc::clone(peer));
                 }
                 Effect::Closed { view, reason } => {

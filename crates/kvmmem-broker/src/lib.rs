@@ -37,4 +37,4 @@ mod vcpus;
 mod vmm_questions;
 mod workers;
 
-pub use core::quota;
+pub use core::limits;

@@ -9,13 +9,13 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::core::effect::Push;
-use crate::registry::Vm;
+use crate::ram::Ram;
 
 /// The most pushes that wait. A peer of which more are waiting does not read.
 const MAX: usize = 16 * 1024;
 
-/// A push, and the target whose files go with it.
-pub(crate) type Packet = (Push, Option<Arc<Vm>>);
+/// A push, and the RAM whose files go with it.
+pub(crate) type Packet = (Push, Option<Arc<Ram>>);
 
 /// The pushes that wait to be sent.
 #[derive(Debug, Default)]

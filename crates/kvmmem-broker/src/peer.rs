@@ -10,20 +10,22 @@ use std::time::{Duration, Instant};
 use kvmmem_proto::credentials::Credentials;
 use kvmmem_proto::message::FromBroker;
 use kvmmem_proto::packet::{PacketError, PacketSocket, Wait};
+use kvmmem_qemu::questions::{Ask, AskError, Question};
 use kvmmem_sys::socket::unread;
 use rustix::io::Errno;
 
-use crate::audit::Limits;
-use crate::copies;
+use crate::audit::limits::Limits;
 use crate::core::effect::Push;
-use crate::core::grants::KVMI_LIFETIME;
+use crate::core::limits::KVMI_LIFETIME;
 use crate::outbox::{Next, Outbox, Packet};
 use crate::ram::Ram;
-use crate::registry::Vm;
 use crate::vmm_questions::VmmQuestions;
 
 /// How long a peer may take to read what was sent to it before it gets more descriptors.
 pub(crate) const READ_LIMIT: Duration = Duration::from_secs(2);
+
+/// The most channels for copies of one peer.
+pub(crate) const MAX_CHANNELS: usize = 4;
 
 /// How often it is looked at meanwhile.
 pub(crate) const READ_PAUSE: Duration = Duration::from_millis(1);
@@ -151,10 +153,10 @@ impl Peer {
         &self.vcpu_questions
     }
 
-    /// Adds a channel for copies, unless there are [`copies::MAX_OF_PEER`].
+    /// Adds a channel for copies, unless there are [`MAX_CHANNELS`].
     pub(crate) fn add_channel(&self, socket: &Arc<OwnedFd>) -> bool {
         let mut channels = self.channels();
-        let fits = channels.len() < copies::MAX_OF_PEER;
+        let fits = channels.len() < MAX_CHANNELS;
         channels.extend(fits.then(|| Arc::clone(socket)));
         fits
     }
@@ -260,7 +262,7 @@ impl Peer {
         sent
     }
 
-    fn push(&self, (push, vm): &Packet) -> Result<(), PacketError> {
+    fn push(&self, (push, ram): &Packet) -> Result<(), PacketError> {
         match &self.transport {
             Transport::Socket(_) => {}
             Transport::Viewer(viewer) => {
@@ -274,9 +276,14 @@ impl Peer {
             }
             Transport::None => return Ok(()),
         }
-        let vm = vm.as_deref();
-        let files = vm.and_then(Vm::ram).map(Ram::files).unwrap_or_default();
+        let files = ram.as_deref().map(Ram::files).unwrap_or_default();
         self.send(&message(push), &files, Wait::No)
+    }
+}
+
+impl Ask for Peer {
+    fn put(&self, question: Question) -> Result<(), AskError> {
+        self.vcpu_questions.ask(question, |message| self.send(message, &[], Wait::No))
     }
 }
 

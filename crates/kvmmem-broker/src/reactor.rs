@@ -28,6 +28,7 @@ use rustix::event::{EventfdFlags, Timespec};
 use rustix::io::Errno;
 
 use table::Table;
+pub(crate) use table::Token;
 
 /// The most events and the most deadlines of one turn.
 const TURN: usize = 64;
@@ -56,10 +57,6 @@ pub(crate) enum Event {
     Deadline,
 }
 
-/// A registration. The upper half is the slot's generation, the lower half the slot.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub(crate) struct Token(u64);
-
 /// The thread and what it waits for. Clones are the same reactor. The thread starts with the first
 /// registration, and ends with [`Self::end`].
 #[derive(Clone, Default)]
@@ -68,7 +65,7 @@ pub(crate) struct Reactor(Arc<Shared>);
 #[derive(Default)]
 struct Shared {
     kernel: OnceLock<Kernel>,
-    table: Mutex<Table>,
+    table: Mutex<Table<Handler>>,
 }
 
 struct Kernel {
@@ -227,7 +224,7 @@ impl Reactor {
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, Table> {
+    fn lock(&self) -> MutexGuard<'_, Table<Handler>> {
         self.0.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

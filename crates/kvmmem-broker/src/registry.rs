@@ -8,7 +8,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use kvmmem_proto::message::{Registration, TargetInfo};
 
-pub use crate::core::vms::RegisterError;
+use crate::core::refused::Refused;
+use crate::core::vms::RegisterError;
 use crate::hook::Hooks;
 use crate::peer::Peer;
 use crate::ram::Ram;
@@ -18,7 +19,7 @@ use crate::ram::Ram;
 pub struct Vm {
     id: u64,
     registration: Arc<Registration>,
-    ram: Option<Ram>,
+    ram: Option<Arc<Ram>>,
     peer: Arc<Peer>,
     hooks: Hooks,
     gone: AtomicBool,
@@ -31,7 +32,7 @@ impl Vm {
         ram: Option<Ram>,
         peer: Arc<Peer>,
     ) -> Self {
-        let (hooks, gone) = (Hooks::default(), AtomicBool::new(false));
+        let (hooks, gone, ram) = (Hooks::default(), AtomicBool::new(false), ram.map(Arc::new));
         Self { id, registration, ram, peer, hooks, gone }
     }
 
@@ -46,7 +47,7 @@ impl Vm {
     }
 
     /// Its RAM, where others may look at it.
-    pub fn ram(&self) -> Option<&Ram> {
+    pub fn ram(&self) -> Option<&Arc<Ram>> {
         self.ram.as_ref()
     }
 
@@ -93,16 +94,17 @@ impl Ram {
     /// The RAM that comes with a registration, whose regions it takes.
     ///
     /// # Errors
-    /// [`RegisterError::NoRam`], [`RegisterError::Ram`]; the files are then closed.
+    /// Where the RAM is not acceptable, or does not go with the registration; the files are then
+    /// closed.
     pub fn registered(
         registration: &mut Registration,
         files: Vec<OwnedFd>,
-    ) -> Result<Option<Self>, RegisterError> {
+    ) -> Result<Option<Self>, Refused> {
         let regions = std::mem::take(&mut registration.regions);
         match (registration.introspectable, files.is_empty()) {
-            (true, false) => Self::new(files, regions).map(Some).map_err(RegisterError::Ram),
+            (true, false) => Self::new(files, regions).map(Some).map_err(Refused::from),
             (false, true) if regions.is_empty() => Ok(None),
-            _ => Err(RegisterError::NoRam),
+            _ => Err(RegisterError::NoRam.into()),
         }
     }
 }

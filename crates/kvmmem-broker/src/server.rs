@@ -25,11 +25,9 @@ use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
 use crate::broker::{Broker, Refused};
 use crate::connection;
-use crate::core::quota::{Exceeded, Limits, Quota};
+use crate::core::limits::Limits;
+use crate::core::quota::{Exceeded, Quota};
 use crate::peer::Peer;
-
-/// The most connections at a time: each has a thread.
-pub const MAX_CONNECTIONS: usize = 2560;
 
 /// A connection's stack: enough for the deepest packet that the parser takes, and so small that the
 /// kernel backs none by a huge page.

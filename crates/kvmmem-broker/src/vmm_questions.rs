@@ -11,10 +11,8 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use kvmmem_proto::message::{FromBroker, VcpuAnswer, VcpuQuestion};
-use kvmmem_proto::packet::Wait;
-use kvmmem_qemu::questions::{Ask, AskError, LIMIT, MAX_WAITING, Question};
-
-use crate::peer::Peer;
+use kvmmem_proto::packet::PacketError;
+use kvmmem_qemu::questions::{AskError, LIMIT, MAX_WAITING, Question};
 
 /// How much of a VMM's message is repeated, characters.
 const MAX_MESSAGE: usize = 200;
@@ -67,6 +65,24 @@ impl VmmQuestions {
         state.waiting.clear();
     }
 
+    /// Puts a question to the VMM by way of `send`.
+    ///
+    /// # Errors
+    /// Where too many wait, or the VMM does not read.
+    pub(crate) fn ask(
+        &self,
+        question: Question,
+        send: impl FnOnce(&FromBroker) -> Result<(), PacketError>,
+    ) -> Result<(), AskError> {
+        let sent = to_vmm(&question);
+        let id = self.add(question)?;
+        let sent = send(&FromBroker::AskVcpus { id, question: sent });
+        sent.map_err(|_| {
+            self.lock().waiting.remove(&id);
+            AskError::Deaf
+        })
+    }
+
     /// Adds a question, and returns its number.
     fn add(&self, question: Question) -> Result<u64, AskError> {
         let mut state = self.lock();
@@ -85,19 +101,6 @@ impl VmmQuestions {
 
     fn lock(&self) -> MutexGuard<'_, State> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl Ask for Peer {
-    fn put(&self, question: Question) -> Result<(), AskError> {
-        let sent = to_vmm(&question);
-        let id = self.vcpu_questions().add(question)?;
-        let message = FromBroker::AskVcpus { id, question: sent };
-        if self.send(&message, &[], Wait::No).is_err() {
-            self.vcpu_questions().lock().waiting.remove(&id);
-            return Err(AskError::Deaf);
-        }
-        Ok(())
     }
 }
 

@@ -18,7 +18,7 @@ use kvmmem_proto::message::{Answer, Call, FromBroker, Refusal, Request};
 use kvmmem_proto::packet::{PacketBuffer, PacketSocket, Wait};
 
 use common::{TestBroker, introspector, memfd, ram, regions, target, wait_for};
-use kvmmem_broker::quota::Limits;
+use kvmmem_broker::limits::Limits;
 use proptest::prelude::*;
 use rustix::fs::SealFlags;
 use rustix::net::{

@@ -11,7 +11,7 @@ use kvmmem_proto::message::{FromBroker, Refusal};
 use kvmmem_proto::packet::{PacketBuffer, PacketSocket};
 
 use common::{TestBroker, may_open, wait_for};
-use kvmmem_broker::server::MAX_CONNECTIONS;
+use kvmmem_broker::limits::MAX_CONNECTIONS;
 
 #[test]
 fn silent_connections_run_out_and_come_back() {

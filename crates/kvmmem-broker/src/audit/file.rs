@@ -152,7 +152,7 @@ mod tests {
     use std::io::Read;
     use std::path::Path;
 
-    use super::super::record::Event;
+    use super::super::event::Event;
     use super::*;
 
     #[test]

@@ -13,8 +13,7 @@ use std::time::{Duration, Instant};
 
 use kvmmem_proto::limit::{Bucket, Rate, RateLimit};
 
-use super::Event;
-use crate::peer::Peer;
+use super::event::Event;
 
 /// Lines a second of a party for each kind of event.
 const PER_SECOND: u32 = 50;
@@ -45,8 +44,8 @@ impl Default for Limits {
 /// Who causes a line.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Party<'a> {
-    /// A VM: its VMM's connection.
-    Vm(&'a Peer),
+    /// A VM: the limits of its VMM's connection, and that one's user.
+    Vm(&'a Limits, u32),
     /// A process of the host that uses a token.
     Holder { uid: u32, grant: u64 },
     /// A user of the host.
@@ -80,9 +79,8 @@ impl Parties {
     /// Whether a line may be written, and how many of its kind were not before it.
     pub(super) fn allow(&self, party: Party<'_>, event: Event, now: Instant) -> Option<u64> {
         match party {
-            Party::Vm(peer) => {
-                let limit = peer.limits().0.get(event as usize)?;
-                let uid = peer.credentials().uid;
+            Party::Vm(limits, uid) => {
+                let limit = limits.0.get(event as usize)?;
                 limit.admit(now, || self.lock().allow((Key::New(uid), event), now))
             }
             Party::Holder { uid, grant } => {
@@ -158,18 +156,7 @@ fn rate((key, event): (Key, Event)) -> Rate {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::net::UnixStream;
-
-    use kvmmem_proto::credentials::Credentials;
-    use kvmmem_proto::packet::PacketSocket;
-
     use super::*;
-
-    fn peer(uid: u32) -> Peer {
-        let (socket, _) = UnixStream::pair().unwrap();
-        let socket = PacketSocket::accepted(socket.into(), Duration::from_secs(1)).unwrap();
-        Peer::new(socket, Credentials { pid: 1, uid })
-    }
 
     fn count(parties: &Parties, party: Party<'_>, event: Event, now: Instant) -> usize {
         (0..10_000).filter(|_| parties.allow(party, event, now).is_some()).count()
@@ -178,10 +165,10 @@ mod tests {
     #[test]
     fn the_noise_of_one_hides_no_line_of_another() {
         let (parties, now) = (Parties::default(), Instant::now());
-        let (one, other) = (peer(1), peer(1));
-        assert_eq!(count(&parties, Party::Vm(&one), Event::Refused, now), 50);
-        assert!(parties.allow(Party::Vm(&other), Event::Refused, now).is_some());
-        assert!(parties.allow(Party::Vm(&one), Event::Used, now).is_some());
+        let (one, other) = (Limits::default(), Limits::default());
+        assert_eq!(count(&parties, Party::Vm(&one, 1), Event::Refused, now), 50);
+        assert!(parties.allow(Party::Vm(&other, 1), Event::Refused, now).is_some());
+        assert!(parties.allow(Party::Vm(&one, 1), Event::Used, now).is_some());
         let holder = |uid, grant| Party::Holder { uid, grant };
         assert_eq!(count(&parties, holder(1, 7), Event::Attached, now), 50);
         assert!(parties.allow(holder(1, 8), Event::Attached, now).is_some());
@@ -191,24 +178,29 @@ mod tests {
         // How many were left out is told.
         let later = now + Duration::from_secs(1);
         assert_eq!(parties.allow(holder(1, 7), Event::Attached, later), Some(10_000 - 50));
-        assert_eq!(parties.allow(Party::Vm(&one), Event::Refused, later), Some(10_000 - 50));
+        assert_eq!(parties.allow(Party::Vm(&one, 1), Event::Refused, later), Some(10_000 - 50));
     }
 
     #[test]
     fn all_vms_may_register_at_once_and_whoever_does_so_again_and_again_may_not() {
         let (parties, now) = (Parties::default(), Instant::now());
         for _ in 0..2048 {
-            assert_eq!(parties.allow(Party::Vm(&peer(1)), Event::Registered, now), Some(0));
+            assert_eq!(
+                parties.allow(Party::Vm(&Limits::default(), 1), Event::Registered, now),
+                Some(0)
+            );
         }
         let again = |at| {
             (0..10_000)
-                .filter(|_| parties.allow(Party::Vm(&peer(1)), Event::Registered, at).is_some())
+                .filter(|_| {
+                    parties.allow(Party::Vm(&Limits::default(), 1), Event::Registered, at).is_some()
+                })
                 .count()
         };
         assert_eq!(again(now), 2048);
         assert_eq!(again(now + Duration::from_secs(1)), 50);
         // What another user's VMs cause is written.
-        assert!(parties.allow(Party::Vm(&peer(2)), Event::Registered, now).is_some());
+        assert!(parties.allow(Party::Vm(&Limits::default(), 2), Event::Registered, now).is_some());
     }
 
     #[test]

@@ -5,76 +5,14 @@ use kvmmem_proto::credentials::Credentials;
 use kvmmem_proto::endpoint::Endpoint;
 use kvmmem_proto::message::Caller;
 use kvmmem_proto::scope::Scope;
-use serde::{Serialize, Serializer};
+use serde::Serialize;
 use uuid::Uuid;
 
-use super::TARGET;
+use super::event::Event;
 use crate::registry::Vm;
 
-/// What has happened.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(crate) enum Event {
-    Registered,
-    Added,
-    TakenOver,
-    AddedIntrospector,
-    Gone,
-    Refused,
-    Hook,
-    Connected,
-    Disconnected,
-    Minted,
-    NotMinted,
-    Granted,
-    Used,
-    Attached,
-    Detached,
-    Revoked,
-    Policy,
-    RamChanged,
-    Registers,
-    Paused,
-    Resumed,
-    Silent,
-}
-
-impl Event {
-    /// How many kinds there are.
-    pub(crate) const COUNT: usize = Self::Silent as usize + 1;
-
-    fn name(self) -> &'static str {
-        match self {
-            Self::Registered => "registered",
-            Self::Added => "added",
-            Self::TakenOver => "taken_over",
-            Self::AddedIntrospector => "added_introspector",
-            Self::Gone => "gone",
-            Self::Refused => "refused",
-            Self::Hook => "hook",
-            Self::Connected => "connected",
-            Self::Disconnected => "disconnected",
-            Self::Minted => "minted",
-            Self::NotMinted => "not_minted",
-            Self::Granted => "granted",
-            Self::Used => "used",
-            Self::Attached => "attached",
-            Self::Detached => "detached",
-            Self::Revoked => "revoked",
-            Self::Policy => "policy",
-            Self::RamChanged => "ram_changed",
-            Self::Registers => "registers",
-            Self::Paused => "paused",
-            Self::Resumed => "resumed",
-            Self::Silent => "silent",
-        }
-    }
-}
-
-impl Serialize for Event {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.serialize_str(self.name())
-    }
-}
+/// The `target` of every event of the audit log.
+pub const TARGET: &str = "audit";
 
 /// What is written of an event. What is `None` does not belong to it.
 #[derive(Serialize)]

@@ -7,11 +7,11 @@ use kvmmem_kvmi::token::Token;
 use kvmmem_proto::message::{Answer, Call, GrantRequest, KvmiPolicy, Refusal};
 use uuid::Uuid;
 
-use super::Core;
 use super::grants::Opened;
+use super::introduction::NotSent;
+use super::machine::Core;
 use super::refused::Refused;
 use super::revocation::Revocation;
-use super::tokens::NotSent;
 use super::views::{AttachRequest, Attached};
 
 /// What the edge brings to a call that the core cannot have.

@@ -18,11 +18,11 @@ use kvmmem_proto::credentials::Credentials;
 use kvmmem_proto::map::{MemoryMap, Region};
 use kvmmem_proto::message::{Call, Caller, GrantRequest, Registration, ViewCounters};
 
-use super::Core;
 use super::call::{Means, Reply};
 use super::effect::{Effect, Push};
 use super::layout::Layout;
-use super::quota::Limits;
+use super::limits::Limits;
+use super::machine::Core;
 use super::vms::NewVm;
 use crate::test_peer::{grant_request, registration};
 

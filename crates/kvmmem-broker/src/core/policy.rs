@@ -8,10 +8,7 @@ use kvmmem_proto::credentials::Credentials;
 use kvmmem_proto::message::KvmiPolicy;
 use uuid::Uuid;
 
-use crate::core::quota::{Bound, Exceeded, Quota};
-
-/// The most targets that have a policy of their own.
-pub(crate) const MAX_POLICIES: usize = 4096;
+use super::quota::{Bound, Exceeded, Quota};
 
 /// The policies of all targets.
 #[derive(Clone, Debug)]
@@ -74,6 +71,7 @@ impl Policies {
 
 #[cfg(test)]
 mod tests {
+    use super::super::limits::MAX_POLICIES;
     use super::*;
 
     #[test]

@@ -1,28 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! How many connections, VMs, hooks, channels, grants and policies there may be: in all, and of one
-//! user.
+//! Quotas: how many of something there may be, in all and of one user.
 //!
 //! A user who takes all that it can get must neither keep others out nor those who would put an end
 //! to it. So each user but root and the broker's own has a share, and the last few of everything
 //! are root's and the broker's own.
 
 use std::collections::BTreeMap;
-use std::time::Duration;
 
 use kvmmem_proto::credentials::Credentials;
-
-use crate::core::grants::MAX_OPERATOR;
-use crate::core::policy::MAX_POLICIES;
-use crate::server::MAX_CONNECTIONS;
-
-/// The most VMs that are registered at a time.
-pub const MAX_VMS: usize = 2048;
-
-/// The most hooks of all targets.
-pub const MAX_HOOKS: usize = 4096;
-
-/// The most channels for copies of all views: each has a thread.
-pub const MAX_CHANNELS: usize = 256;
 
 /// How many of something there may be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,39 +24,6 @@ impl Bound {
     /// The usual shares of a total: three quarters for one user, and a sixteenth in reserve.
     pub const fn of(total: usize) -> Self {
         Self { total, per_user: total / 4 * 3, reserve: total / 16 }
-    }
-}
-
-/// What the broker bounds.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Limits {
-    /// Connections.
-    pub connections: Bound,
-    /// Registered VMs.
-    pub vms: Bound,
-    /// Hooks of all targets.
-    pub hooks: Bound,
-    /// Channels for copies, of all views.
-    pub channels: Bound,
-    /// Operators' grants that can be used or are in use.
-    pub grants: Bound,
-    /// Targets that have a policy of their own.
-    pub policies: Bound,
-    /// How long a connection may be silent that has neither registered a VM nor opened a view.
-    pub silence: Duration,
-}
-
-impl Default for Limits {
-    fn default() -> Self {
-        Self {
-            connections: Bound::of(MAX_CONNECTIONS),
-            vms: Bound::of(MAX_VMS),
-            hooks: Bound::of(MAX_HOOKS),
-            channels: Bound::of(MAX_CHANNELS),
-            grants: Bound::of(MAX_OPERATOR),
-            policies: Bound::of(MAX_POLICIES),
-            silence: Duration::from_secs(10),
-        }
     }
 }
 
@@ -197,13 +149,5 @@ mod tests {
             quota.give_back(uid);
         }
         assert_eq!((quota.count(), quota.of.len()), (0, 0));
-    }
-
-    #[test]
-    fn the_usual_shares_leave_others_and_root_some() {
-        for total in [MAX_CONNECTIONS, MAX_VMS, MAX_HOOKS, MAX_OPERATOR, MAX_POLICIES] {
-            let Bound { per_user, reserve, .. } = Bound::of(total);
-            assert!(reserve >= 8 && per_user + reserve < total);
-        }
     }
 }

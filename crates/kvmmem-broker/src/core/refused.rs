@@ -20,6 +20,11 @@ impl Refused {
         Self { refusal, message: in_words(error) }
     }
 
+    /// The peer can neither get what belongs to the target, nor will it soon.
+    pub(crate) fn busy() -> Self {
+        Self::new(Refusal::Busy, "the target is gone, or the VMM does not read")
+    }
+
     pub(crate) fn new(refusal: Refusal, message: impl ToString) -> Self {
         Self { refusal, message: message.to_string() }
     }

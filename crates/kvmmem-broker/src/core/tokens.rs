@@ -12,12 +12,12 @@ use kvmmem_proto::name::is_unprintable;
 use kvmmem_proto::scope::{Scope, ScopeError};
 use uuid::Uuid;
 
-use super::Core;
 use super::effect::{Effect, Push};
-use super::grants::{Grants, Holder, KVMI_LIFETIME, Names, Opened, Terms, UseError};
-use super::peers::NotIntroduced;
+use super::grants::{Grants, Holder, Names, Opened, Terms, UseError};
+use super::introduction::{NotSent, private};
+use super::limits::KVMI_LIFETIME;
+use super::machine::Core;
 use super::refused::Refused;
-use super::views::private;
 use super::vms::Vm;
 
 /// The longest time for which a token may be used.
@@ -45,20 +45,6 @@ enum RequestError {
     Private(String),
     #[error("the grant's scope is refused")]
     Scope(#[source] ScopeError),
-}
-
-/// Why nothing was given out that goes with a target's files.
-#[derive(Debug)]
-pub(crate) enum NotSent {
-    /// The peer has to read first what was sent to it: to be tried again.
-    Unread,
-    Refused(Refused),
-}
-
-impl From<Refused> for NotSent {
-    fn from(refused: Refused) -> Self {
-        Self::Refused(refused)
-    }
 }
 
 /// A token that was made for a tool.
@@ -190,13 +176,13 @@ impl Core {
         may_get_files: bool,
     ) -> Result<Option<Opened>, NotSent> {
         let by = self.user(who)?;
-        let (target, _) = self.grants.target(now, token, by).map_err(refuse_use)?;
-        let vm = self.vms.get(target).ok_or_else(|| refuse_use(UseError::Unknown))?;
+        let (target, _) = self.grants.target(now, token, by).map_err(Refused::from)?;
+        let vm = self.vms.get(target).ok_or_else(|| Refused::from(UseError::Unknown))?;
         if vm.layout.as_ref().is_some_and(|layout| layout.is_private) {
             return Err(private(&vm.registration).into());
         }
         self.introducing(who, target, may_get_files, |grants| {
-            grants.redeem(now, token, by).map_err(refuse_use)
+            grants.redeem(now, token, by).map_err(Refused::from)
         })
     }
 
@@ -211,7 +197,7 @@ impl Core {
         token: &Token,
     ) -> Result<Opened, Refused> {
         self.user(who)?;
-        self.grants.used(now, token, who).ok_or_else(|| refuse_use(UseError::Unknown))
+        self.grants.used(now, token, who).ok_or_else(|| Refused::from(UseError::Unknown))
     }
 
     /// What tokens allow that KVMI makes for a target; sets it first if asked to. Returns the
@@ -240,29 +226,6 @@ impl Core {
             done.map_err(|error| Refused::from_error(Refusal::Limit, &error))?;
         }
         Ok((uuid, self.policies.of(uuid)))
-    }
-
-    /// Gives something out under a grant once the peer knows the target, or is told of it first.
-    pub(super) fn introducing<T>(
-        &mut self,
-        who: u64,
-        target: u64,
-        may_get_files: bool,
-        give: impl FnOnce(&mut Grants) -> Result<T, Refused>,
-    ) -> Result<T, NotSent> {
-        let both = self.peers.get_mut(&who).zip(self.vms.get(target));
-        let (peer, vm) = both.ok_or_else(busy)?;
-        let introduced = peer.introduce(who, vm, may_get_files).map_err(|error| match error {
-            NotIntroduced::Unread => NotSent::Unread,
-            NotIntroduced::NoFiles => NotSent::Refused(busy()),
-        })?;
-        let given = give(&mut self.grants);
-        if given.is_ok() {
-            self.effects.extend(introduced);
-        } else if introduced.is_some() {
-            peer.forget(target);
-        }
-        Ok(given?)
     }
 }
 
@@ -305,17 +268,4 @@ fn terms(vm: &Vm, request: &GrantRequest, by: Credentials) -> Result<Terms, Requ
         origin: Origin::Operator,
         by,
     })
-}
-
-pub(super) fn refuse_use(error: UseError) -> Refused {
-    let refusal = match error {
-        UseError::Unknown => Refusal::Unknown,
-        UseError::Own => Refusal::Denied,
-        UseError::TooManyViews => Refusal::Limit,
-    };
-    Refused::new(refusal, error)
-}
-
-pub(crate) fn busy() -> Refused {
-    Refused::new(Refusal::Busy, "the target is gone, or the VMM does not read")
 }

@@ -5,17 +5,16 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use kvmmem_kvmi::token::Token;
-use kvmmem_proto::map::SHARE_IT;
 use kvmmem_proto::message::{Caller, Refusal, Registration, ViewCounters};
 use kvmmem_proto::name::is_unprintable;
 use kvmmem_proto::scope::Span;
 
-use super::Core;
 use super::effect::Effect;
 use super::grants::{Grants, Opened, UseError, User, View};
+use super::introduction::{NotSent, private};
 use super::layout::Layout;
+use super::machine::Core;
 use super::refused::Refused;
-use super::tokens::{NotSent, refuse_use};
 
 /// The longest name of a process, characters (`TASK_COMM_LEN`).
 const MAX_COMM: usize = 16;
@@ -63,9 +62,9 @@ impl Core {
         let AttachRequest { token, caller, read_only, reaching } = request;
         let by = self.user(who)?;
         let caller = self.known_caller(caller, who);
-        let (target, scope) = self.grants.target(now, token, by).map_err(refuse_use)?;
-        let target = self.vms.get(target).ok_or_else(|| refuse_use(UseError::Unknown))?;
-        let layout = target.layout.as_ref().ok_or_else(|| refuse_use(UseError::Unknown))?;
+        let (target, scope) = self.grants.target(now, token, by).map_err(Refused::from)?;
+        let target = self.vms.get(target).ok_or_else(|| Refused::from(UseError::Unknown))?;
+        let layout = target.layout.as_ref().ok_or_else(|| Refused::from(UseError::Unknown))?;
         let (registration, layout) = (Arc::clone(&target.registration), Arc::clone(layout));
         if by.vm.is_some() && layout.is_private {
             return Err(private(&registration).into());
@@ -80,7 +79,7 @@ impl Core {
         let mut is_first = false;
         let attach = |grants: &mut Grants| {
             let of = (name.as_str(), caller.clone());
-            grants.attach(now, token, by, of, *read_only).map_err(refuse_use)
+            grants.attach(now, token, by, of, *read_only).map_err(Refused::from)
         };
         let (view, opened) = if by.vm.is_some() {
             self.introducing(who, target, may_get_files, attach)?
@@ -178,12 +177,4 @@ impl Core {
         })?;
         Ok(User { peer: who, vm: Some(vm), uuid: Some(introspector.registration.uuid) })
     }
-}
-
-/// A VMM cannot map a target's RAM that is private; its token keeps its uses.
-pub(super) fn private(registration: &Registration) -> Refused {
-    let name = &registration.name;
-    let message =
-        format!("the RAM of {name:?} is private to its VMM and cannot be mapped; {SHARE_IT}");
-    Refused::new(Refusal::Unsupported, message)
 }

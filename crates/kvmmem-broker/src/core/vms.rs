@@ -12,7 +12,6 @@ use uuid::Uuid;
 use super::layout::Layout;
 use super::quota::{Bound, Exceeded, Quota};
 use super::refused::Refused;
-use crate::ram::RamError;
 
 /// The most vCPUs.
 const MAX_VCPUS: u32 = 4096;
@@ -74,9 +73,6 @@ pub enum RegisterError {
     /// An introspectable VM came without its RAM, or another with regions or file descriptors.
     #[error("an introspectable VM comes with the memfds of its RAM and its regions, no other does")]
     NoRam,
-    /// The RAM is not acceptable.
-    #[error("RAM is not acceptable")]
-    Ram(#[source] RamError),
     /// Another VM has the name.
     #[error("a VM named {0:?} is registered already; give another name")]
     NameTaken(String),
@@ -102,8 +98,7 @@ impl RegisterError {
             | Self::Uuid
             | Self::Vcpus(_)
             | Self::Cid(_)
-            | Self::NoRam
-            | Self::Ram(_) => Refusal::Invalid,
+            | Self::NoRam => Refusal::Invalid,
         }
     }
 }

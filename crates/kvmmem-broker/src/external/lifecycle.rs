@@ -20,7 +20,7 @@ use super::listening::Listening;
 use super::watch::Watched;
 use crate::broker::{Broker, in_words};
 use crate::registry::Vm;
-use crate::state::{Entry, Role};
+use crate::state::entry::{Entry, Role};
 
 impl Broker {
     /// Waits for the end of a VM's VMM, and listens to its monitor where there is one.

@@ -14,8 +14,8 @@ use kvmmem_qemu::listener::Socket;
 use crate::broker::{Broker, Refused};
 use crate::peer::Peer;
 use crate::ram::Ram;
-use crate::registry::{RegisterError, Vm};
-use crate::state::{Entry, Role};
+use crate::registry::Vm;
+use crate::state::entry::{Entry, Role};
 
 impl Broker {
     /// Attaches a VM that runs under a stock VMM, and registers it.
@@ -73,7 +73,7 @@ impl Broker {
             Source::Files(files) => Ram::registered(&mut registration, files),
             Source::Process { memory, .. } => {
                 let ram = Ram::of_process(memory, std::mem::take(&mut registration.regions));
-                ram.map(Some).map_err(RegisterError::Ram)
+                ram.map(Some).map_err(Refused::from)
             }
         };
         let ram = ram?;

@@ -21,8 +21,8 @@ use super::list::MAX;
 use super::view::View;
 use super::{Introspector, State, Traits, thread};
 use crate::broker::{Broker, Refused};
-use crate::registry::RegisterError;
-use crate::state::{Entry, Role};
+use crate::core::vms::RegisterError;
+use crate::state::entry::{Entry, Role};
 
 /// How long removing an introspector may take; it ends all the same.
 const CLOSE_LIMIT: Duration = Duration::from_secs(6);

@@ -15,8 +15,9 @@ use super::inbox::Inbox;
 use super::view::lock;
 use crate::broker::{Broker, Refused};
 use crate::calls::Outcome;
+use crate::core::vms::RegisterError;
 use crate::peer::{Peer, Viewer};
-use crate::registry::{RegisterError, Vm};
+use crate::registry::Vm;
 
 /// How long a token that opens nothing delays the introspector's next one: guests may guess.
 const PAUSE: Duration = Duration::from_millis(1);

@@ -14,7 +14,7 @@ use kvmmem_qemu::windows::pci_slots::PciSlot;
 use kvmmem_qemu::windows::plug::Plug;
 
 use super::link::Attached;
-use crate::ram::Layout;
+use crate::core::layout::Layout;
 
 /// A view from the moment in which its token was used until nothing of it is left in QEMU.
 #[derive(Debug)]

@@ -8,7 +8,7 @@ use kvmmem_sys::huge::write_at;
 use rustix::fs::{FsWord, OFlags, SealFlags};
 use rustix::io::Errno;
 
-use super::RamError;
+use super::error::RamError;
 
 /// The kernel's number for procfs (`PROC_SUPER_MAGIC`).
 const PROCFS: FsWord = 0x9fa0;

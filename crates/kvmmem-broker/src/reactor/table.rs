@@ -7,11 +7,13 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::{Handler, Token};
+/// A registration. The upper half is the slot's generation, the lower half the slot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) struct Token(pub(super) u64);
 
-#[derive(Default)]
-pub(super) struct Table {
-    slots: Vec<Slot>,
+/// Registrations with handlers of type `H`.
+pub(super) struct Table<H> {
+    slots: Vec<Slot<H>>,
     /// Slots without a registration.
     free: Vec<u32>,
     pub(super) deadlines: BTreeSet<(Instant, Token)>,
@@ -20,14 +22,13 @@ pub(super) struct Table {
     pub(super) is_ended: bool,
 }
 
-#[derive(Default)]
-struct Slot {
+struct Slot<H> {
     generation: u32,
-    registration: Option<Registration>,
+    registration: Option<Registration<H>>,
 }
 
-pub(super) struct Registration {
-    pub(super) handler: Handler,
+pub(super) struct Registration<H> {
+    pub(super) handler: H,
     /// In the epoll set; kept open as long as it is.
     pub(super) fd: Option<Arc<OwnedFd>>,
     pub(super) deadline: Option<Instant>,
@@ -40,15 +41,27 @@ impl Token {
     }
 }
 
-impl Table {
-    pub(super) fn insert(&mut self, handler: impl FnOnce(Token) -> Handler) -> io::Result<Token> {
+impl<H> Default for Table<H> {
+    fn default() -> Self {
+        Self {
+            slots: Vec::new(),
+            free: Vec::new(),
+            deadlines: BTreeSet::new(),
+            is_waiting: false,
+            is_ended: false,
+        }
+    }
+}
+
+impl<H: Clone> Table<H> {
+    pub(super) fn insert(&mut self, handler: impl FnOnce(Token) -> H) -> io::Result<Token> {
         if self.is_ended {
             return Err(io::Error::other("the broker ends"));
         }
         let index = match self.free.pop() {
             Some(index) => index,
             None => {
-                self.slots.push(Slot::default());
+                self.slots.push(Slot { generation: 0, registration: None });
                 u32::try_from(self.slots.len() - 1).map_err(io::Error::other)?
             }
         };
@@ -61,12 +74,12 @@ impl Table {
         Ok(token)
     }
 
-    pub(super) fn get(&mut self, token: Token) -> Option<&mut Registration> {
+    pub(super) fn get(&mut self, token: Token) -> Option<&mut Registration<H>> {
         let slot = self.slots.get_mut(token.slot())?;
         slot.registration.as_mut().filter(|_| u64::from(slot.generation) == token.0 >> 32)
     }
 
-    pub(super) fn remove(&mut self, token: Token) -> Option<Registration> {
+    pub(super) fn remove(&mut self, token: Token) -> Option<Registration<H>> {
         let deadline = self.get(token)?.deadline;
         self.forget(deadline, token);
         let slot = self.slots.get_mut(token.slot())?;
@@ -84,23 +97,23 @@ impl Table {
     }
 
     /// Ends and returns all registrations.
-    pub(super) fn end(&mut self) -> Vec<Registration> {
+    pub(super) fn end(&mut self) -> Vec<Registration<H>> {
         self.is_ended = true;
         self.deadlines.clear();
         self.slots.drain(..).filter_map(|slot| slot.registration).collect()
     }
 
     /// The handler of an armed registration, which waits no more.
-    pub(super) fn fire(&mut self, token: Token) -> Option<Handler> {
+    pub(super) fn fire(&mut self, token: Token) -> Option<H> {
         let registration = self.get(token).filter(|registration| registration.is_armed)?;
         registration.is_armed = false;
-        let (deadline, handler) = (registration.deadline.take(), Arc::clone(&registration.handler));
+        let (deadline, handler) = (registration.deadline.take(), registration.handler.clone());
         self.forget(deadline, token);
         Some(handler)
     }
 
     /// The first registration whose deadline has passed.
-    pub(super) fn fire_due(&mut self, now: Instant) -> Option<(Token, Handler)> {
+    pub(super) fn fire_due(&mut self, now: Instant) -> Option<(Token, H)> {
         let (_, token) = *self.deadlines.first().filter(|(deadline, _)| *deadline <= now)?;
         Some((token, self.fire(token)?))
     }

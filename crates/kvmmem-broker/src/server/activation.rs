@@ -10,7 +10,7 @@ use std::sync::Arc;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketType, sockopt};
 
 use super::{Server, ServerError, Shared, lock};
-use crate::core::quota::Limits;
+use crate::core::limits::Limits;
 
 /// Permission bits of everybody but the owner.
 const OTHERS: u32 = 0o077;

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::Entry;
+use super::entry::Entry;
 
 /// Its name.
 const NAME: &str = "added.json";
@@ -136,7 +136,7 @@ mod tests {
     use proptest::prelude::*;
     use uuid::Uuid;
 
-    use super::super::Role;
+    use super::super::entry::Role;
     use super::*;
 
     fn entries() -> Vec<Entry> {

@@ -10,7 +10,8 @@ use kvmmem_proto::message::Which;
 use kvmmem_qemu::attach;
 use kvmmem_qemu::process::Process;
 
-use super::{Entry, Role, State};
+use super::State;
+use super::entry::{Entry, Role};
 use crate::broker::{Broker, Refused, in_words};
 
 /// Why a VM is not added again.

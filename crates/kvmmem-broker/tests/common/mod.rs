@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use kvmmem_abi::errno::KvmError;
 use kvmmem_broker::broker::Broker;
 use kvmmem_broker::hook::Owner;
-use kvmmem_broker::quota::Limits;
+use kvmmem_broker::limits::Limits;
 use kvmmem_broker::registry::Vm;
 use kvmmem_broker::server::Server;
 use kvmmem_client::admin::{Admin, GrantInfo, GrantRequest, Granted};

@@ -4,8 +4,8 @@
 use std::collections::BTreeSet;
 use std::time::Instant;
 
-use super::Grants;
 use super::grant::{Holder, View};
+use super::table::Grants;
 
 /// Who has to be told that a grant was taken back.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

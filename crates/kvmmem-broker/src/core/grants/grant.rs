@@ -10,8 +10,6 @@ use kvmmem_proto::message::{Caller, GrantState, Origin, ViewCounters};
 use kvmmem_proto::scope::{Rights, Scope};
 use uuid::Uuid;
 
-use super::Opened;
-
 /// Who may use a token.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Holder {
@@ -64,6 +62,17 @@ pub(crate) struct Terms {
     pub origin: Origin,
     /// In whose name: of an operator's grant, the user who has it among those that there may be.
     pub by: Credentials,
+}
+
+/// What a token opened.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Opened {
+    /// Number of the grant.
+    pub(crate) grant: u64,
+    /// Number of the target.
+    pub(crate) target: u64,
+    /// What is allowed.
+    pub(crate) scope: Scope,
 }
 
 /// A grant in the table.

@@ -6,7 +6,8 @@ use std::time::Instant;
 
 use kvmmem_proto::message::Origin;
 
-use super::{MAX_LEAVING, Terms};
+use super::grant::Terms;
+use crate::core::limits::MAX_LEAVING;
 
 /// Those grants, by the time at which they leave and their number.
 #[derive(Clone, Debug, Default)]

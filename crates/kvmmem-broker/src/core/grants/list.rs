@@ -6,8 +6,8 @@ use std::time::Instant;
 use kvmmem_proto::message::{Cursor, GrantInfo, ViewInfo};
 use uuid::Uuid;
 
-use super::grant::Grant;
-use super::{Grants, Holder, View};
+use super::grant::{Grant, Holder, View};
+use super::table::Grants;
 
 /// What a page may take up, in bytes of JSON.
 const PAGE: usize = 56 * 1024;

@@ -1,13 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The table against a model that keeps everything and searches it from end to end.
 
-use kvmmem_proto::credentials::Credentials;
-use kvmmem_proto::message::Cursor;
-use kvmmem_proto::scope::Rights;
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::{Duration, Instant};
 
-use super::*;
+use kvmmem_kvmi::token::Token;
+use kvmmem_proto::credentials::Credentials;
+use kvmmem_proto::message::{Caller, Cursor, GrantState, Origin, ViewCounters};
+use kvmmem_proto::scope::{Rights, Scope};
 use proptest::prelude::*;
 use uuid::Uuid;
+
+use super::error::MintError;
+use super::grant::Grant;
+use super::*;
+use crate::core::limits::{KEPT, KVMI_LIFETIME, MAX_LEAVING, MAX_OPERATOR};
+use crate::core::quota::Exceeded;
 
 const TOKENS: u64 = 6;
 

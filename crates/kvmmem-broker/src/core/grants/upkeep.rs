@@ -6,7 +6,8 @@ use std::time::Instant;
 use kvmmem_proto::message::{GrantState, Origin};
 
 use super::grant::{Grant, View};
-use super::{Grants, KEPT};
+use super::table::Grants;
+use crate::core::limits::KEPT;
 
 impl Grants {
     /// Takes a view out of the table.
@@ -88,7 +89,7 @@ impl Grants {
         self.grants.insert(id, grant);
     }
 
-    /// Ends a grant's share of [`MAX_KVMI_PER_TARGET`](super::MAX_KVMI_PER_TARGET).
+    /// Ends a grant's share of `MAX_KVMI_PER_TARGET`.
     fn uncount_kvmi(&mut self, grant: &mut Grant) {
         if grant.terms.origin == Origin::Kvmi && std::mem::take(&mut grant.is_counted) {
             let target = grant.terms.target;

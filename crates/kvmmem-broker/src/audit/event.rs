@@ -1,0 +1,69 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! The kinds of events.
+
+use serde::{Serialize, Serializer};
+
+/// What has happened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Event {
+    Registered,
+    Added,
+    TakenOver,
+    AddedIntrospector,
+    Gone,
+    Refused,
+    Hook,
+    Connected,
+    Disconnected,
+    Minted,
+    NotMinted,
+    Granted,
+    Used,
+    Attached,
+    Detached,
+    Revoked,
+    Policy,
+    RamChanged,
+    Registers,
+    Paused,
+    Resumed,
+    Silent,
+}
+
+impl Event {
+    /// How many kinds there are.
+    pub(crate) const COUNT: usize = Self::Silent as usize + 1;
+
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Registered => "registered",
+            Self::Added => "added",
+            Self::TakenOver => "taken_over",
+            Self::AddedIntrospector => "added_introspector",
+            Self::Gone => "gone",
+            Self::Refused => "refused",
+            Self::Hook => "hook",
+            Self::Connected => "connected",
+            Self::Disconnected => "disconnected",
+            Self::Minted => "minted",
+            Self::NotMinted => "not_minted",
+            Self::Granted => "granted",
+            Self::Used => "used",
+            Self::Attached => "attached",
+            Self::Detached => "detached",
+            Self::Revoked => "revoked",
+            Self::Policy => "policy",
+            Self::RamChanged => "ram_changed",
+            Self::Registers => "registers",
+            Self::Paused => "paused",
+            Self::Resumed => "resumed",
+            Self::Silent => "silent",
+        }
+    }
+}
+
+impl Serialize for Event {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(self.name())
+    }
+}

@@ -1,0 +1,106 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! Tokens in use: for pages.
+
+use std::time::Instant;
+
+use kvmmem_kvmi::token::Token;
+use kvmmem_proto::message::GrantState;
+use kvmmem_proto::scope::Scope;
+use uuid::Uuid;
+
+use super::error::UseError;
+use super::grant::{Grant, Holder, Opened, User};
+use super::table::Grants;
+
+impl Grants {
+    /// The target of a token that this user may use now, and what the token allows. No use is
+    /// taken.
+    ///
+    /// # Errors
+    /// [`UseError`].
+    pub(crate) fn target(
+        &mut self,
+        now: Instant,
+        token: &Token,
+        by: User,
+    ) -> Result<(u64, Scope), UseError> {
+        self.usable(now, token, by)
+            .map(|(_, grant)| (grant.terms.target, grant.terms.scope.clone()))
+    }
+
+    /// Uses a token for one page. `None` where the token was pushed to this user, and is still
+    /// there to be claimed.
+    ///
+    /// # Errors
+    /// [`UseError`]; no use is taken then.
+    pub(crate) fn redeem(
+        &mut self,
+        now: Instant,
+        token: &Token,
+        by: User,
+    ) -> Result<Option<Opened>, UseError> {
+        let (id, grant) = self.usable(now, token, by)?;
+        if grant.terms.holder == Holder::Pushed(by.peer) {
+            return Ok(None);
+        }
+        let opened = grant.take_use(id);
+        grant.users.insert(by.peer);
+        self.of_peer.insert((by.peer, id));
+        self.settle(now, id);
+        Ok(Some(opened))
+    }
+
+    /// Takes note that a token was used that had been pushed to this connection.
+    pub(crate) fn used(&mut self, now: Instant, token: &Token, by: u64) -> Option<Opened> {
+        self.advance(now);
+        let id = self.find(token)?;
+        let grant = self.grants.get_mut(&id)?;
+        // It may have expired on the news' way.
+        let may_be = grant.terms.holder == Holder::Pushed(by)
+            && matches!(grant.state(now), GrantState::Active | GrantState::Expired);
+        if !may_be {
+            return None;
+        }
+        let opened = grant.take_use(id);
+        grant.users.insert(by);
+        self.of_peer.insert((by, id));
+        self.settle(now, id);
+        Some(opened)
+    }
+
+    /// Records that a token could not be pushed to its holder: the introspector with this UUID has
+    /// to ask for it.
+    pub(crate) fn not_pushed(&mut self, id: u64, holder: Uuid) {
+        if let Some(grant) = self.grants.get_mut(&id)
+            && let Holder::Pushed(peer) = grant.terms.holder
+        {
+            grant.terms.holder = Holder::Vm(holder);
+            if !grant.users.contains(&peer) {
+                self.of_peer.remove(&(peer, id));
+            }
+        }
+    }
+
+    /// The grant that a token opens for this user.
+    pub(super) fn usable(
+        &mut self,
+        now: Instant,
+        token: &Token,
+        by: User,
+    ) -> Result<(u64, &mut Grant), UseError> {
+        self.advance(now);
+        let id = self.find(token).ok_or(UseError::Unknown)?;
+        let grant = self.grants.get_mut(&id).ok_or(UseError::Unknown)?;
+        if grant.state(now) != GrantState::Active || !grant.terms.holder.is(by) {
+            return Err(UseError::Unknown);
+        }
+        if by.vm == Some(grant.terms.target) {
+            return Err(UseError::Own);
+        }
+        Ok((id, grant))
+    }
+
+    pub(super) fn find(&self, token: &Token) -> Option<u64> {
+        self.tokens.find(token, |id| self.grants.get(&id)?.token.as_deref())
+    }
+}

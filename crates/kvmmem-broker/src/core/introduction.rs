@@ -1,0 +1,57 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! Introduction of a target to a peer: the target's files go before the first use of its number.
+
+use kvmmem_proto::map::SHARE_IT;
+use kvmmem_proto::message::{Refusal, Registration};
+
+use super::grants::Grants;
+use super::machine::Core;
+use super::peers::NotIntroduced;
+use super::refused::Refused;
+
+/// Why nothing was given out that goes with a target's files.
+#[derive(Debug)]
+pub(crate) enum NotSent {
+    /// The peer has to read first what was sent to it: to be tried again.
+    Unread,
+    Refused(Refused),
+}
+
+impl From<Refused> for NotSent {
+    fn from(refused: Refused) -> Self {
+        Self::Refused(refused)
+    }
+}
+
+impl Core {
+    /// Gives something out under a grant once the peer knows the target, or is told of it first.
+    pub(super) fn introducing<T>(
+        &mut self,
+        who: u64,
+        target: u64,
+        may_get_files: bool,
+        give: impl FnOnce(&mut Grants) -> Result<T, Refused>,
+    ) -> Result<T, NotSent> {
+        let both = self.peers.get_mut(&who).zip(self.vms.get(target));
+        let (peer, vm) = both.ok_or_else(Refused::busy)?;
+        let introduced = peer.introduce(who, vm, may_get_files).map_err(|error| match error {
+            NotIntroduced::Unread => NotSent::Unread,
+            NotIntroduced::NoFiles => NotSent::Refused(Refused::busy()),
+        })?;
+        let given = give(&mut self.grants);
+        if given.is_ok() {
+            self.effects.extend(introduced);
+        } else if introduced.is_some() {
+            peer.forget(target);
+        }
+        Ok(given?)
+    }
+}
+
+/// A VMM cannot map a target's RAM that is private; its token keeps its uses.
+pub(super) fn private(registration: &Registration) -> Refused {
+    let name = &registration.name;
+    let message =
+        format!("the RAM of {name:?} is private to its VMM and cannot be mapped; {SHARE_IT}");
+    Refused::new(Refusal::Unsupported, message)
+}
