@@ -11,7 +11,7 @@ use std::os::fd::AsFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::time::Instant;
 
-use kvmmem_broker::server::Server;
+use kvmmem_broker::Server;
 use kvmmem_client::admin::Admin;
 use kvmmem_client::vmm::{Region, Registration, VmmLink};
 use kvmmem_kvmi::handshake::{ToolHello, VmHello};

@@ -26,13 +26,13 @@ use crate::registry::Vm;
 use event::Event;
 use file::Lines;
 use limits::{Parties, Party};
-pub use movable::AuditFile;
+pub(crate) use movable::AuditFile;
 use record::Record;
 pub use record::TARGET;
 
 /// The audit log.
 #[derive(Debug, Default)]
-pub struct Audit {
+pub(crate) struct Audit {
     file: RwLock<Option<Lines>>,
     parties: Parties,
 }
@@ -44,7 +44,7 @@ impl Audit {
     ///
     /// # Errors
     /// Where there is no thread left to write them.
-    pub fn write_to(&self, file: AuditFile) -> std::io::Result<()> {
+    pub(crate) fn write_to(&self, file: AuditFile) -> std::io::Result<()> {
         let lines = Lines::new(file)?;
         *self.file.write().unwrap_or_else(PoisonError::into_inner) = Some(lines);
         Ok(())

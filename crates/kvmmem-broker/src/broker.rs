@@ -1,125 +1,59 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! What all connections and sessions share, and what the broker does for them.
+//! The broker: the core under its lock, what goes with its numbers, and what is done for its
+//! decisions.
 //!
-//! One lock guards all that is decided (`Tables`); it is never held over a system call. The other
-//! locks of the broker are of files, sockets and threads, and are held alone, but for three: `adding`
-//! and a peer's outbox are taken before it, and a peer's `copying`, which is held over a chunk's
-//! copy.
+//! One lock guards all that is decided ([`Tables`]); it is never held over a system call. The other
+//! locks are of files, sockets and threads, and are held alone, but for two: a peer's outbox is taken
+//! before it, and a peer's `copying`, which is held over a chunk's copy.
 
+mod vms;
+
+use std::io;
+use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use kvmmem_proto::credentials::Credentials;
-use kvmmem_proto::endpoint::Endpoint;
-use kvmmem_proto::map::Region;
-use kvmmem_proto::message::{Answer, Change, KvmiPolicy, Refusal, Registration};
+use kvmmem_proto::message::KvmiPolicy;
 use kvmmem_proto::scope::Scope;
-use kvmmem_qemu::monitor::Monitors;
 
-use crate::audit::Audit;
+use crate::audit::{Audit, AuditFile};
 use crate::buffers::Buffers;
 use crate::core::Core;
 use crate::core::limits::Limits;
-pub use crate::core::refused::Refused;
-pub(crate) use crate::core::refused::in_words;
-use crate::core::vms::{FIRST_CID, NewVm, RegisterError};
-use crate::effects::Tables;
-use crate::external::watch::Watch;
-use crate::hook::{HookError, Owner, driver};
-use crate::introspector::Introspectors;
+use crate::core::quota::Exceeded;
 use crate::peer::Peer;
-use crate::ram::Ram;
-use crate::reactor::Reactor;
 use crate::registry::Vm;
 use crate::state::State;
-use crate::workers::Workers;
+use crate::tables::{Pending, Tables};
 
-/// The most VMs in one answer to a list request; keeps it within a packet.
-const PAGE: usize = 16;
-
-/// Threads that handle the ends of targets' VMMs, and of introspectors'.
-const ENDS: usize = 2;
-
-/// The most threads that ask VMMs.
-const SERVICES: usize = 24;
-
-/// The most threads that serve hooks.
-const SESSIONS: usize = 48;
-
-/// The most of either that work for one party.
-const SHARE: usize = 4;
-
-/// The broker's state.
+/// The core under its lock, with the handles that go with its numbers.
 #[derive(Debug)]
 pub struct Broker {
     limits: Limits,
     /// How far its clock is ahead of the system's, nanoseconds: tests let time pass.
     ahead: AtomicU64,
     tables: Mutex<Tables>,
-    /// Signalled when a revocation may be done. Goes with `tables`.
+    /// Signalled when a revocation may be done, and when a hook has ended. Goes with `tables`.
     confirmed: Condvar,
-    /// The VMMs of the VMs that the broker has attached by itself.
-    external: Watch,
-    /// Held while a VM is added whose RAM must be no other target's.
-    adding: Mutex<()>,
     buffers: Buffers,
-    introspectors: Introspectors,
-    /// The QMP connections that last.
-    monitors: Monitors,
     state: State,
     audit: Audit,
-    reactor: Reactor,
-    /// For what follows from the ends of VMMs.
-    ends: Workers,
-    /// For what asks VMMs, and may take seconds.
-    services: Workers,
-    /// For the hooks' connections.
-    sessions: Workers,
-}
-
-impl Default for Broker {
-    fn default() -> Self {
-        Self::new(Limits::default())
-    }
 }
 
 impl Broker {
     /// A broker that knows no VM.
-    pub fn new(limits: Limits) -> Self {
-        let reactor = Reactor::default();
-        let ends = Workers::new(&reactor, "vmm-watch", ENDS, ENDS);
+    pub(crate) fn new(limits: Limits) -> Self {
         Self {
             limits,
             ahead: AtomicU64::new(0),
             tables: Mutex::new(Tables::new(Core::new(&limits))),
             confirmed: Condvar::new(),
-            external: Watch::new(&reactor, &ends),
-            adding: Mutex::default(),
             buffers: Buffers::default(),
-            introspectors: Introspectors::default(),
-            monitors: Monitors::default(),
             state: State::default(),
             audit: Audit::default(),
-            sessions: Workers::new(&reactor, "session", SESSIONS, SHARE),
-            services: Workers::new(&reactor, "service", SERVICES, SHARE),
-            ends,
-            reactor,
         }
-    }
-
-    pub(crate) fn reactor(&self) -> &Reactor {
-        &self.reactor
-    }
-
-    /// The threads that ask VMMs.
-    pub(crate) fn services(&self) -> &Workers {
-        &self.services
-    }
-
-    /// The threads that serve hooks.
-    pub(crate) fn sessions(&self) -> &Workers {
-        &self.sessions
     }
 
     /// How many of what there may be.
@@ -128,7 +62,7 @@ impl Broker {
     }
 
     /// The time by which tokens expire.
-    pub fn now(&self) -> Instant {
+    pub(crate) fn now(&self) -> Instant {
         Instant::now() + Duration::from_nanos(self.ahead.load(Ordering::Relaxed))
     }
 
@@ -136,18 +70,6 @@ impl Broker {
     pub fn pass_time(&self, time: Duration) {
         let nanos = u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
         self.ahead.fetch_add(nanos, Ordering::Relaxed);
-    }
-
-    pub(crate) fn locked(&self) -> &Mutex<Tables> {
-        &self.tables
-    }
-
-    pub(crate) fn adding(&self) -> MutexGuard<'_, ()> {
-        self.adding.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    pub(crate) fn external(&self) -> &Watch {
-        &self.external
     }
 
     pub(crate) fn state(&self) -> &State {
@@ -165,23 +87,53 @@ impl Broker {
         &self.buffers
     }
 
-    /// The introspectors under stock QEMUs.
-    pub fn introspectors(&self) -> &Introspectors {
-        &self.introspectors
-    }
-
-    /// The QMP connections that last, for all who use them.
-    pub(crate) fn monitors(&self) -> &Monitors {
-        &self.monitors
-    }
-
     /// Signalled when a revocation may be done.
     pub(crate) fn confirmed(&self) -> &Condvar {
         &self.confirmed
     }
 
+    pub(crate) fn tables(&self) -> MutexGuard<'_, Tables> {
+        self.tables.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Has the core decide something, and performs what that demands.
+    pub(crate) fn decide<T>(&self, operate: impl FnOnce(&mut Tables) -> T) -> T {
+        let (result, pending) = self.decide_only(operate);
+        self.perform(pending);
+        result
+    }
+
+    /// Has the core decide something. The caller performs what that demands.
+    pub(crate) fn decide_only<T>(&self, operate: impl FnOnce(&mut Tables) -> T) -> (T, Pending) {
+        let mut tables = self.tables();
+        let result = operate(&mut tables);
+        let pending = tables.settle();
+        (result, pending)
+    }
+
+    pub(crate) fn perform(&self, pending: Pending) {
+        if pending.is_confirmed {
+            self.confirmed.notify_all();
+        }
+        for peer in pending.peers {
+            peer.flush();
+        }
+        for (view, peer, reason) in pending.closed {
+            self.audit.detached(&view, peer.as_deref(), reason);
+        }
+    }
+
+    /// Also writes the audit log to the file at `path` from now on, made with mode 0600 if it is not
+    /// there: one JSON object a line.
+    ///
+    /// # Errors
+    /// Where the file cannot be opened, or there is no thread left to write it.
+    pub fn write_audit_to(&self, path: &Path) -> io::Result<()> {
+        self.audit.write_to(AuditFile::open(path)?)
+    }
+
     /// The audit log.
-    pub fn audit(&self) -> &Audit {
+    pub(crate) fn audit(&self) -> &Audit {
         &self.audit
     }
 
@@ -193,101 +145,6 @@ impl Broker {
     /// How many grants and views there are.
     pub fn grant_count(&self) -> (usize, usize) {
         self.tables().core.grants.len()
-    }
-
-    /// A page of the VMs whose number is above `after`.
-    pub fn list(&self, after: u64) -> Answer {
-        let tables = self.tables();
-        let mut vms = tables.core.vms.after(after);
-        let page: Vec<Arc<Vm>> =
-            vms.by_ref().take(PAGE).filter_map(|vm| tables.vms.get(&vm.id).cloned()).collect();
-        let more = vms.next().is_some();
-        drop(vms);
-        drop(tables);
-        Answer::Targets { targets: page.iter().map(|vm| vm.info()).collect(), more }
-    }
-
-    /// Connects a target to a tool, for as long as both last.
-    ///
-    /// # Errors
-    /// Where there is no such target or no such VM of a tool, the target has the hook already, or
-    /// there are too many.
-    pub fn hook(
-        self: &Arc<Self>,
-        peer: Credentials,
-        target: &str,
-        endpoint: Endpoint,
-    ) -> Result<Answer, Refused> {
-        let vm = self.find(target)?;
-        if vm.ram().is_none() {
-            return Err(Refused::new(Refusal::Denied, format!("{target:?} is not introspectable")));
-        }
-        let owner = self.owner_of(&endpoint, peer)?;
-        let counted = Counted::new(self, peer)?;
-        let hook = vm.hooks().add(endpoint.clone(), owner).map_err(refuse_hook)?;
-        self.audit.hooked(&vm, &endpoint, true, peer);
-        // The end of a VM is marked before the hooks to it are undone: one that was added since is
-        // undone here.
-        if let Owner::Vm(tool) = owner
-            && self.vm(tool).is_none()
-        {
-            self.end_hooks(&vm, tool);
-            return Err(Refused::new(Refusal::Unknown, "the tool's VM has just ended"));
-        }
-        let started = driver::start(self, &vm, hook, counted);
-        if let Err(error) = started {
-            // It was there a moment ago; a racing unhook is as good.
-            let _ = vm.hooks().remove(&endpoint);
-            return Err(Refused::new(Refusal::Limit, format!("cannot start the hook: {error}")));
-        }
-        Ok(Answer::Done)
-    }
-
-    /// Whose the tool at an endpoint is.
-    fn owner_of(&self, endpoint: &Endpoint, asker: Credentials) -> Result<Owner, Refused> {
-        match endpoint {
-            Endpoint::Unix(_) => Ok(Owner::Host(asker)),
-            Endpoint::Vsock { cid, .. } if *cid < FIRST_CID => {
-                let message = format!(
-                    "vsock context id {cid} is the host's; a tool on the host listens at a unix socket, unix:PATH"
-                );
-                Err(Refused::new(Refusal::Invalid, message))
-            }
-            Endpoint::Vsock { cid, .. } => {
-                let vm = self.vm_with_cid(*cid);
-                let unknown = || {
-                    let message = format!(
-                        "no VM with vsock context id {cid} is registered; start it, or add it with `kvmmem \
-                         introspector add`, and hook it then"
-                    );
-                    Refused::new(Refusal::Unknown, message)
-                };
-                vm.map(|vm| Owner::Vm(vm.id())).ok_or_else(unknown)
-            }
-        }
-    }
-
-    /// Undoes a target's hooks to tools in a VM that is gone.
-    fn end_hooks(&self, target: &Vm, tool: u64) {
-        for endpoint in target.hooks().end_with(tool) {
-            self.audit.unhooked(target, &endpoint, "the tool's VM is gone");
-        }
-    }
-
-    /// Undoes a hook.
-    ///
-    /// # Errors
-    /// Where there is no such target or hook.
-    pub fn unhook(
-        &self,
-        peer: Credentials,
-        target: &str,
-        endpoint: &Endpoint,
-    ) -> Result<Answer, Refused> {
-        let vm = self.find(target)?;
-        vm.hooks().remove(endpoint).map_err(refuse_hook)?;
-        self.audit.hooked(&vm, endpoint, false, peer);
-        Ok(Answer::Done)
     }
 
     /// Records a new connection.
@@ -309,97 +166,6 @@ impl Broker {
         drop(left);
     }
 
-    /// Registers a VM for a user. Takes `ram` only then: the caller frees what is not taken.
-    ///
-    /// # Errors
-    /// [`RegisterError`].
-    pub fn register(
-        &self,
-        registration: Registration,
-        ram: &mut Option<Ram>,
-        peer: Arc<Peer>,
-        by: Credentials,
-    ) -> Result<Arc<Vm>, RegisterError> {
-        let registration = Arc::new(registration);
-        let new = NewVm {
-            registration: Arc::clone(&registration),
-            layout: ram.as_ref().map(Ram::layout),
-            peer: peer.number(),
-            vmm: peer.credentials(),
-            by,
-        };
-        let mut tables = self.tables();
-        let id = tables.core.register(new)?;
-        let vm = Arc::new(Vm::new(id, registration, ram.take(), peer));
-        tables.vms.insert(id, Arc::clone(&vm));
-        Ok(vm)
-    }
-
-    /// Does what the end of a VM demands: its tokens and views end, its sessions end, and the peers
-    /// that know it are told.
-    pub fn retire(&self, vm: &Vm) {
-        let removed = self.decide(|tables| {
-            vm.mark_gone();
-            tables.core.vm_gone(vm.id());
-            tables.vms.remove(&vm.id())
-        });
-        drop(removed);
-        vm.hooks().close();
-        if vm.registration().cid.is_some() {
-            self.vms().iter().for_each(|target| self.end_hooks(target, vm.id()));
-        }
-        self.state.forget(vm.id());
-        self.audit.gone(vm);
-    }
-
-    /// Records that a VM was reset, or has other RAM in its memfd. The peers that know it are told.
-    ///
-    /// # Errors
-    /// Where the VM has no RAM to look at, or the regions are no memory map.
-    pub fn ram_changed(
-        &self,
-        vm: Option<&Vm>,
-        regions: Vec<Region>,
-        change: Change,
-    ) -> Result<(), Refused> {
-        let ram = vm.and_then(|vm| Some((vm, vm.ram()?)));
-        let (vm, ram) = ram.ok_or_else(|| {
-            Refused::new(Refusal::Denied, "only the VMM of an introspectable VM may change its RAM")
-        })?;
-        ram.change(regions).map_err(|error| Refused::from_error(Refusal::Invalid, &error))?;
-        let layout = ram.layout();
-        self.decide(|tables| tables.core.ram_changed(vm.id(), &layout));
-        self.audit.ram_changed(vm, change);
-        self.state().changed(vm);
-        Ok(())
-    }
-
-    /// Continues the generation that a VM's RAM had in its registration before.
-    ///
-    /// # Errors
-    /// Where the connection has registered no introspectable VM, or the generation is not an
-    /// earlier one.
-    pub(crate) fn ram_continued(&self, vm: Option<&Vm>, generation: u64) -> Result<(), Refused> {
-        let ram = vm.and_then(|vm| Some((vm, vm.ram()?)));
-        let (vm, ram) = ram.ok_or_else(|| {
-            Refused::new(
-                Refusal::Denied,
-                "only the VMM of an introspectable VM may say its generation",
-            )
-        })?;
-        let first = ram.layout().generation;
-        if generation >= first {
-            let message = format!(
-                "generation {generation} is of no earlier registration: this one began with {first}"
-            );
-            return Err(Refused::new(Refusal::Invalid, message));
-        }
-        ram.continue_from(generation);
-        let layout = ram.layout();
-        self.decide(|tables| tables.core.ram_changed(vm.id(), &layout));
-        Ok(())
-    }
-
     /// The target of a view, and what the view reaches of it; `None` once the view has ended: its
     /// grant was revoked, or its target is gone.
     pub(crate) fn reached(&self, peer: &Peer, view: u64) -> Option<(Arc<Vm>, Scope)> {
@@ -413,89 +179,25 @@ impl Broker {
         self.tables().core.hooks.count()
     }
 
-    /// A VM by its number.
-    pub fn vm(&self, id: u64) -> Option<Arc<Vm>> {
-        self.tables().vms.get(&id).cloned()
+    /// Waits until no hook is left; returns how many are at the deadline.
+    pub(crate) fn wait_for_hooks(&self, deadline: Instant) -> usize {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let are_there = |tables: &mut Tables| tables.core.hooks.count() > 0;
+        let waited = self.confirmed.wait_timeout_while(self.tables(), left, are_there);
+        waited.unwrap_or_else(PoisonError::into_inner).0.core.hooks.count()
     }
 
-    /// All VMs, by ascending number.
-    pub(crate) fn vms(&self) -> Vec<Arc<Vm>> {
-        let tables = self.tables();
-        tables.core.vms.after(0).filter_map(|vm| tables.vms.get(&vm.id).cloned()).collect()
-    }
-
-    /// The VM that has a vsock context id.
-    pub fn vm_with_cid(&self, cid: u32) -> Option<Arc<Vm>> {
-        let tables = self.tables();
-        tables.vms.get(&tables.core.vms.with_cid(cid)?.id).cloned()
-    }
-
-    /// A VM by its name or its UUID; the target, where an introspector has the same UUID.
+    /// Counts a hook of a user.
     ///
     /// # Errors
-    /// Where there is none.
-    pub fn find(&self, target: &str) -> Result<Arc<Vm>, Refused> {
-        self.find_as(target, |registration| registration.introspectable)
+    /// Where there are too many.
+    pub(crate) fn take_hook(&self, who: Credentials) -> Result<(), Exceeded> {
+        self.tables().core.hooks.take(who)
     }
 
-    /// A VM by its name or its UUID; the introspector, where a target has the same UUID.
-    ///
-    /// # Errors
-    /// Where there is none.
-    pub(crate) fn find_introspector(&self, name: &str) -> Result<Arc<Vm>, Refused> {
-        self.find_as(name, |registration| registration.introspector)
+    /// Gives a user's hook back.
+    pub(crate) fn give_back_hook(&self, uid: u32) {
+        self.tables().core.hooks.give_back(uid);
+        self.confirmed.notify_all();
     }
-
-    fn find_as(
-        &self,
-        name: &str,
-        is_meant: impl Fn(&Registration) -> bool,
-    ) -> Result<Arc<Vm>, Refused> {
-        let tables = self.tables();
-        let id = tables.core.vms.find(name, is_meant)?.id;
-        tables.vms.get(&id).cloned().ok_or_else(Refused::busy)
-    }
-}
-
-impl Drop for Broker {
-    fn drop(&mut self) {
-        // It needs the reactor for its own end.
-        self.introspectors.close_guest_endpoint();
-        self.reactor.end();
-        self.ends.end();
-        self.services.end();
-        self.sessions.end();
-    }
-}
-
-/// A hook among those that there may be, given back on drop.
-#[derive(Debug)]
-pub(crate) struct Counted {
-    broker: Weak<Broker>,
-    uid: u32,
-}
-
-impl Counted {
-    fn new(broker: &Arc<Broker>, who: Credentials) -> Result<Self, Refused> {
-        let taken = broker.tables().core.hooks.take(who);
-        taken.map_err(|error| Refused::new(Refusal::Limit, format!("hooks: {error}")))?;
-        Ok(Self { broker: Arc::downgrade(broker), uid: who.uid })
-    }
-}
-
-impl Drop for Counted {
-    fn drop(&mut self) {
-        if let Some(broker) = self.broker.upgrade() {
-            broker.tables().core.hooks.give_back(self.uid);
-        }
-    }
-}
-
-fn refuse_hook(error: HookError) -> Refused {
-    let refusal = match error {
-        HookError::Exists(_) => Refusal::Exists,
-        HookError::Unknown(_) | HookError::Gone => Refusal::Unknown,
-        HookError::Full => Refusal::Limit,
-    };
-    Refused::new(refusal, error)
 }

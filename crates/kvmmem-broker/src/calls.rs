@@ -1,26 +1,26 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Carries out what the core has decided: files, waiting and the audit log.
 
+pub(crate) mod mint;
+
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
-use kvmmem_abi::errno::KvmError;
 use kvmmem_kvmi::token::Token;
-use kvmmem_proto::endpoint::Endpoint;
 use kvmmem_proto::message::{Answer, Call, Refusal, Revoked};
 use kvmmem_proto::scope::Rights;
+
+use mint::random_token;
 
 use crate::broker::Broker;
 use crate::core::call::{Means, Reply};
 use crate::core::refused::Refused;
 use crate::core::revocation::Revocation;
-use crate::core::tokens::Minted;
 use crate::core::views::Attached;
-use crate::effects::Tables;
-use crate::hook::Owner;
 use crate::peer::{NotSent, Peer, READ_LIMIT, READ_PAUSE};
 use crate::registry::Vm;
+use crate::tables::Tables;
 
 /// How long confirmations are waited for.
 const CONFIRM_LIMIT: Duration = Duration::from_secs(2);
@@ -55,6 +55,12 @@ impl Broker {
         vm: Option<&Vm>,
         call: Call,
     ) -> Result<Outcome, Refused> {
+        let files = match &call {
+            Call::Attach { token, read_only, .. } if vm.is_none() => {
+                self.files_for(peer, token, *read_only)?
+            }
+            _ => None,
+        };
         let (reply, target) = self.decide_call(peer, call)?;
         let by = peer.credentials();
         let target = target.as_deref();
@@ -83,7 +89,7 @@ impl Broker {
             }
             Reply::Attached(attached) => {
                 let target = target.ok_or_else(Refused::busy)?;
-                let (answer, files) = self.show(peer, vm.is_some(), &attached, target)?;
+                let (answer, files) = self.show(peer, vm.is_some(), &attached, files)?;
                 let opened = (attached.opened.grant, &attached.opened.scope);
                 let who = (peer, vm);
                 self.audit().attached(attached.view, opened, target, who, &attached.caller);
@@ -170,13 +176,37 @@ impl Broker {
         }
     }
 
+    /// Opens the files that a process of the host is going to get for a token, before a use of the
+    /// token is taken: it keeps its use where that fails. `None` where the token opens nothing.
+    fn files_for(
+        &self,
+        peer: &Peer,
+        token: &Token,
+        read_only: bool,
+    ) -> Result<Option<Vec<OwnedFd>>, Refused> {
+        let (now, mut tables) = (self.now(), self.tables());
+        let opened = tables.core.would_open(now, peer.number(), token, read_only);
+        let ram = opened.and_then(|(target, rights)| {
+            Some((Arc::clone(tables.vms.get(&target)?.ram()?), rights))
+        });
+        drop(tables);
+        let Some((ram, rights)) = ram else { return Ok(None) };
+        let files = match rights {
+            Rights::ReadOnly => ram.open_read_only(),
+            Rights::ReadWrite => ram.duplicate(),
+        };
+        files.map(Some).map_err(|error| {
+            Refused::new(Refusal::Limit, format!("cannot open the target's RAM: {error}"))
+        })
+    }
+
     /// What the one who has opened a view is told and given.
     fn show(
         &self,
         peer: &Peer,
         is_vmm: bool,
         attached: &Attached,
-        target: &Vm,
+        files: Option<Vec<OwnedFd>>,
     ) -> Result<(Answer, Vec<OwnedFd>), Refused> {
         let Attached { view, opened, registration, layout, .. } = attached;
         let (view, grant, scope) = (*view, opened.grant, opened.scope.clone());
@@ -184,13 +214,10 @@ impl Broker {
             let target = opened.target;
             return Ok((Answer::Attached { view, grant, target, scope }, Vec::new()));
         }
-        let files = target.ram().map(|ram| match scope.rights {
-            Rights::ReadOnly => ram.open_read_only(),
-            Rights::ReadWrite => ram.duplicate(),
-        });
-        let files = files.ok_or_else(Refused::busy)?.map_err(|error| {
+        // A token's target and rights do not change, so there are none only if there was no token.
+        let files = files.ok_or_else(|| {
             self.undo_attach(peer, attached, None);
-            Refused::new(Refusal::Limit, format!("cannot open the target's RAM: {error}"))
+            Refused::busy()
         })?;
         let answer = Answer::HostAttached {
             view,
@@ -238,85 +265,6 @@ impl Broker {
             micros: u64::try_from(began.elapsed().as_micros()).unwrap_or(u64::MAX),
         }
     }
-
-    /// Makes a token for a target whose tool is `owner`'s and at `endpoint`. Where the owner is a
-    /// registered introspector, the token is pushed there before it is returned, and is good
-    /// there only.
-    ///
-    /// # Errors
-    /// EAGAIN where too many are outstanding, EPERM where the tool is in the target itself or its
-    /// VM is gone, or the target's policy allows none, ENOMEM where the system has no random
-    /// bytes, EOPNOTSUPP where the target is gone, or its RAM is private and the tool in an
-    /// introspector.
-    pub fn mint(
-        &self,
-        now: Instant,
-        target: &Vm,
-        endpoint: &Endpoint,
-        owner: Owner,
-    ) -> Result<Token, KvmError> {
-        let minted = self.mint_for(now, target.id(), owner);
-        let (token, Minted { grant, scope, .. }, holder) = minted.inspect_err(|error| {
-            self.audit().not_minted(target, endpoint, &format!("{error:?}"));
-        })?;
-        self.audit().minted(target, endpoint, grant, &scope, holder.as_deref());
-        Ok(token)
-    }
-
-    #[allow(clippy::type_complexity, reason = "the token and the introspector that has it")]
-    fn mint_for(
-        &self,
-        now: Instant,
-        target: u64,
-        owner: Owner,
-    ) -> Result<(Token, Minted, Option<Arc<Vm>>), KvmError> {
-        let tool = match owner {
-            Owner::Vm(vm) => Some(vm),
-            Owner::Host(_) => None,
-        };
-        let token = random_token()?;
-        let peer = {
-            let tables = self.tables();
-            let peer = tool.and_then(|tool| tables.core.holder_of(tool));
-            peer.and_then(|peer| tables.peers.get(&peer).cloned())
-        };
-        let sending = peer.as_ref().map(|peer| peer.outbox().sending());
-        let may_get_files = peer.as_ref().zip(sending.as_ref()).is_some_and(|(peer, sending)| {
-            peer.flush_held(sending).is_ok() && peer.has_read().unwrap_or(false)
-        });
-        let mint = |tables: &mut Tables| {
-            let minted = tables.core.mint(now, target, tool, &token, may_get_files)?;
-            let holder = minted.holder.and_then(|vm| tables.vms.get(&vm).cloned());
-            Ok((minted, holder))
-        };
-        let (minted, pending) = self.decide_only(mint);
-        let sent = peer
-            .as_ref()
-            .zip(sending.as_ref())
-            .map_or(Ok(()), |(peer, sending)| peer.flush_held(sending));
-        drop(sending);
-        self.perform(pending);
-        let (minted, holder) = minted?;
-        if let (Err(failed), Some(peer), Some(holder)) = (sent, &peer, &holder) {
-            self.decide(|tables| {
-                tables.core.grants.not_pushed(minted.grant, holder.registration().uuid);
-                if let Some(target) = failed.target {
-                    tables.core.not_introduced(peer.number(), target);
-                }
-            });
-        }
-        Ok((token, minted, holder))
-    }
-}
-
-/// A new token: 256 bits from the system's generator.
-///
-/// # Errors
-/// ENOMEM where the system has no random bytes.
-pub(crate) fn random_token() -> Result<Token, KvmError> {
-    let mut bytes = zeroize::Zeroizing::new([0; Token::SIZE]);
-    getrandom::fill(&mut *bytes).map_err(|_| KvmError::NoMem)?;
-    Ok(Token::from_bytes(&bytes))
 }
 
 #[cfg(test)]
@@ -333,7 +281,7 @@ mod tests {
         let (socket, _other) = std::os::unix::net::UnixStream::pair().unwrap();
         let socket = PacketSocket::accepted(socket.into(), Duration::from_secs(1)).unwrap();
         let peer = Arc::new(Peer::new(socket, Credentials { pid: 1, uid: 0 }));
-        let broker = Broker::default();
+        let broker = Broker::new(crate::core::limits::Limits::default());
         let copying = peer.copying();
         let (done, is_done) = mpsc::channel();
         std::thread::scope(|scope| {

@@ -10,11 +10,12 @@ use kvmmem_proto::packet::{PacketError, Wait};
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 
-use crate::broker::{Broker, Refused};
 use crate::calls::Outcome;
+use crate::core::refused::Refused;
 use crate::peer::Peer;
 use crate::ram::Ram;
 use crate::registry::Vm;
+use crate::service::Service;
 use crate::vcpus::Held;
 
 /// How long a wrong token, or a call that makes no sense, delays the next request of that
@@ -27,7 +28,7 @@ const CHANGE_PAUSE: Duration = Duration::from_millis(10);
 
 /// A connection and the VM that it has registered.
 struct Connection<'a> {
-    broker: &'a Arc<Broker>,
+    service: &'a Arc<Service>,
     peer: &'a Arc<Peer>,
     vm: Option<Arc<Vm>>,
     /// Whether the call before this one registered the VM: only then may its generation be
@@ -41,11 +42,12 @@ struct Connection<'a> {
 
 /// Serves a peer until it closes, is silent too long, does not read its answers or sends what is no
 /// request.
-pub(crate) fn serve(broker: &Arc<Broker>, peer: &Arc<Peer>) {
+pub(crate) fn serve(service: &Arc<Service>, peer: &Arc<Peer>) {
+    let broker = service.broker();
     broker.join(peer);
     let silence = Some(broker.limits().silence);
     let mut connection =
-        Connection { broker, peer, vm: None, has_just_registered: false, pause: None, silence };
+        Connection { service, peer, vm: None, has_just_registered: false, pause: None, silence };
     if let Err(error) = connection.run() {
         if matches!(
             error,
@@ -57,7 +59,7 @@ pub(crate) fn serve(broker: &Arc<Broker>, peer: &Arc<Peer>) {
         broker.audit().refused(peer, connection.vm.as_deref(), &error.to_string());
     }
     peer.vcpu_questions().close();
-    broker.resume_left(peer.credentials(), connection.pause.take());
+    service.resume_left(peer.credentials(), connection.pause.take());
     broker.leave(peer, connection.vm.as_deref());
     // Others may still hold on to the peer for a moment; the connection ends now.
     peer.shut_down();
@@ -83,7 +85,11 @@ impl Connection<'_> {
                     if is_answered {
                         refuse(self.peer, id, &refused);
                     }
-                    self.broker.audit().refused(self.peer, self.vm.as_deref(), &refused.message);
+                    self.service.broker().audit().refused(
+                        self.peer,
+                        self.vm.as_deref(),
+                        &refused.message,
+                    );
                     if refused.refusal == Refusal::Unknown || !is_answered {
                         std::thread::sleep(PAUSE);
                     }
@@ -105,12 +111,13 @@ impl Connection<'_> {
                 Err(error) => return Err(PacketError::Receive(error)),
             }
         }
-        self.broker.buffers().lend(|buffer| socket.receive(buffer))
+        self.service.broker().buffers().lend(|buffer| socket.receive(buffer))
     }
 
     fn carry_out(&mut self, call: Call, files: Vec<OwnedFd>) -> Result<Outcome, Refused> {
         let has_just_registered = std::mem::take(&mut self.has_just_registered);
-        let (broker, peer, vm) = (self.broker, self.peer, self.vm.as_deref());
+        let (service, peer, vm) = (self.service, self.peer, self.vm.as_deref());
+        let broker = service.broker();
         let call = match broker.handle(peer, vm, call)? {
             Outcome::Allowed(call) => call,
             outcome => {
@@ -148,18 +155,18 @@ impl Connection<'_> {
                 return Ok(Outcome::Done);
             }
             Call::Targets { after } => broker.list(after),
-            Call::AddTarget { which, name } => broker.add_target(credentials, &which, name)?,
-            Call::RemoveTarget { target } => broker.remove_target(&target)?,
+            Call::AddTarget { which, name } => service.add_target(credentials, &which, name)?,
+            Call::RemoveTarget { target } => service.remove_target(&target)?,
             Call::AddIntrospector { which, cid, name, on_silence } => {
-                broker.add_introspector(credentials, &which, cid, name, on_silence)?
+                service.add_introspector(credentials, &which, cid, name, on_silence)?
             }
-            Call::RemoveIntrospector { name } => broker.remove_introspector(&name)?,
-            Call::FreeSlots { introspector } => broker.free_slots(&introspector)?,
-            Call::Registers { target, first } => broker.registers(credentials, &target, first)?,
-            Call::Pause { target } => broker.pause(credentials, &target, &mut self.pause)?,
-            Call::Resume { target } => broker.resume(credentials, &target, self.pause.take())?,
-            Call::Hook { target, endpoint } => broker.hook(credentials, &target, endpoint)?,
-            Call::Unhook { target, endpoint } => broker.unhook(credentials, &target, &endpoint)?,
+            Call::RemoveIntrospector { name } => service.remove_introspector(&name)?,
+            Call::FreeSlots { introspector } => service.free_slots(&introspector)?,
+            Call::Registers { target, first } => service.registers(credentials, &target, first)?,
+            Call::Pause { target } => service.pause(credentials, &target, &mut self.pause)?,
+            Call::Resume { target } => service.resume(credentials, &target, self.pause.take())?,
+            Call::Hook { target, endpoint } => service.hook(credentials, &target, endpoint)?,
+            Call::Unhook { target, endpoint } => service.unhook(credentials, &target, &endpoint)?,
             Call::Redeem { .. }
             | Call::Attach { .. }
             | Call::Used { .. }
@@ -181,8 +188,8 @@ impl Connection<'_> {
     ) -> Result<Answer, Refused> {
         let mut ram = Ram::registered(&mut registration, files)?;
         let (peer, by) = (Arc::clone(self.peer), self.peer.credentials());
-        let vm = self.broker.register(registration, &mut ram, peer, by)?;
-        self.broker.audit().registered(&vm);
+        let vm = self.service.broker().register(registration, &mut ram, peer, by)?;
+        self.service.broker().audit().registered(&vm);
         let (number, generation) = (vm.id(), vm.ram().map_or(0, |ram| ram.layout().generation));
         self.vm = Some(vm);
         self.has_just_registered = true;

@@ -19,7 +19,8 @@ use kvmmem_sys::copy_buffer::CopyBuffer;
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, socketpair};
 
-use crate::broker::{Broker, Refused};
+use crate::broker::Broker;
+use crate::core::refused::Refused;
 use crate::peer::{MAX_CHANNELS, Peer};
 use crate::ram::AccessError;
 use crate::registry::Vm;

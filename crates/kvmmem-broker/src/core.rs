@@ -12,7 +12,7 @@ pub(crate) mod effect;
 pub(crate) mod grants;
 pub(crate) mod introduction;
 pub(crate) mod layout;
-pub mod limits;
+pub(crate) mod limits;
 mod machine;
 #[cfg(test)]
 mod model;

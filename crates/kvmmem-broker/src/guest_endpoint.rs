@@ -8,22 +8,21 @@
 //! then on both are silent: the connection stands for the view, and its end is the view's.
 
 mod connections;
-mod introspectors;
+pub(crate) mod introspectors;
 mod listen;
 mod serve;
 
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use kvmmem_proto::guest::GUEST_PORT;
 use vsock::{VMADDR_CID_ANY, VsockListener};
 
 use connections::ConnectionLimit;
-use introspectors::Introspectors;
 use listen::{Accept, listen};
 use serve::{Shared, Views};
 
-use crate::broker::Broker;
 use crate::reactor::{Reactor, Token};
 use crate::workers::Workers;
 
@@ -34,9 +33,58 @@ const SHARE: usize = 8;
 /// How long the end of all connections, and with them of their views, is waited for.
 const SHUTDOWN_LIMIT: Duration = Duration::from_secs(5);
 
-/// The listening endpoint. Dropping it ends all connections and their views.
+/// The endpoint: opened when the first introspector is added.
 #[derive(Debug)]
-pub struct GuestEndpoint {
+pub(crate) struct GuestEndpoint(Mutex<State>);
+
+#[derive(Debug)]
+enum State {
+    /// Opened at this port when it is needed; `None` for never.
+    Closed(Option<u32>),
+    Open(#[allow(dead_code, reason = "kept until it is dropped")] Listening),
+}
+
+impl Default for GuestEndpoint {
+    fn default() -> Self {
+        Self(Mutex::new(State::Closed(Some(GUEST_PORT))))
+    }
+}
+
+impl GuestEndpoint {
+    /// Says at which vsock port it listens, `None` for never. Has no effect on one that is open.
+    pub(crate) fn set_port(&self, port: Option<u32>) {
+        let mut state = self.lock();
+        if matches!(*state, State::Closed(_)) {
+            *state = State::Closed(port);
+        }
+    }
+
+    /// Opens it unless it is open.
+    ///
+    /// # Errors
+    /// Where the kernel has no vsock, the port is taken, or no thread can be started.
+    pub(crate) fn open(&self, reactor: &Reactor, views: impl Views) -> io::Result<()> {
+        let mut state = self.lock();
+        if let State::Closed(Some(port)) = *state {
+            *state = State::Open(Listening::start(reactor, port, views)?);
+        }
+        Ok(())
+    }
+
+    /// Closes it for good, and with it all its connections and views.
+    pub(crate) fn close(&self) {
+        let open = std::mem::replace(&mut *self.lock(), State::Closed(None));
+        drop(open);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The listening socket. Dropping it ends all connections and their views.
+#[derive(Debug)]
+struct Listening {
     reactor: Reactor,
     /// Accepts connections.
     token: Token,
@@ -44,16 +92,16 @@ pub struct GuestEndpoint {
     limit: Arc<ConnectionLimit>,
 }
 
-impl GuestEndpoint {
+impl Listening {
     /// Listens at a vsock port, for all VMs of this host.
     ///
     /// # Errors
     /// Where the kernel has no vsock, the port is taken, or no thread can be started.
-    pub fn start(broker: &Arc<Broker>, port: u32) -> io::Result<Self> {
+    fn start(reactor: &Reactor, port: u32, views: impl Views) -> io::Result<Self> {
         let listener = VsockListener::bind_with_cid_port(VMADDR_CID_ANY, port)?;
         // A tool that is gone before it is accepted must not be waited for.
         listener.set_nonblocking(true)?;
-        Self::open(broker.reactor(), listener, Introspectors(Arc::downgrade(broker)))
+        Self::open(reactor, listener, views)
     }
 
     fn open(reactor: &Reactor, acceptor: impl Accept, views: impl Views) -> io::Result<Self> {
@@ -72,7 +120,7 @@ impl GuestEndpoint {
     }
 }
 
-impl Drop for GuestEndpoint {
+impl Drop for Listening {
     fn drop(&mut self) {
         self.reactor.remove(self.token);
         let left = self.limit.close(SHUTDOWN_LIMIT);

@@ -6,7 +6,9 @@
 //! at a unix socket to the user who asked for it, and not to a number or a path: it ends with that
 //! VM, and does not connect to what another user listens at.
 
-pub(crate) mod driver;
+mod calls;
+mod count;
+mod driver;
 
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -14,17 +16,18 @@ use std::time::Instant;
 
 use kvmmem_proto::credentials::Credentials;
 use kvmmem_proto::endpoint::Endpoint;
-use kvmmem_proto::message::HookInfo;
+use kvmmem_proto::message::{HookInfo, Refusal};
 use rustix::net::Shutdown;
 
+use crate::core::refused::Refused;
 use crate::reactor::{Reactor, Token};
 
 /// The most hooks of one target.
-pub const MAX_PER_TARGET: usize = 8;
+pub(crate) const MAX_PER_TARGET: usize = 8;
 
 /// The hooks of one target.
 #[derive(Debug, Default)]
-pub struct Hooks {
+pub(crate) struct Hooks {
     list: Mutex<List>,
 }
 
@@ -37,7 +40,7 @@ struct List {
 
 /// One hook.
 #[derive(Debug)]
-pub struct Hook {
+pub(crate) struct Hook {
     endpoint: Endpoint,
     owner: Owner,
     state: Mutex<State>,
@@ -45,7 +48,7 @@ pub struct Hook {
 
 /// Whose the tool is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Owner {
+pub(crate) enum Owner {
     /// It is in the VM with this number.
     Vm(u64),
     /// It is on the host, and this is who asked for the hook.
@@ -65,7 +68,7 @@ struct State {
 
 /// Why a hook is not made or undone.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum HookError {
+pub(crate) enum HookError {
     /// The target has this hook.
     #[error("the target is hooked to {0} already")]
     Exists(Endpoint),
@@ -80,12 +83,23 @@ pub enum HookError {
     Gone,
 }
 
+impl From<HookError> for Refused {
+    fn from(error: HookError) -> Self {
+        let refusal = match error {
+            HookError::Exists(_) => Refusal::Exists,
+            HookError::Unknown(_) | HookError::Gone => Refusal::Unknown,
+            HookError::Full => Refusal::Limit,
+        };
+        Self::new(refusal, error)
+    }
+}
+
 impl Hooks {
     /// Adds a hook; the caller starts its driver.
     ///
     /// # Errors
     /// [`HookError`].
-    pub fn add(&self, endpoint: Endpoint, owner: Owner) -> Result<Arc<Hook>, HookError> {
+    pub(crate) fn add(&self, endpoint: Endpoint, owner: Owner) -> Result<Arc<Hook>, HookError> {
         let mut list = self.lock();
         if list.closed {
             return Err(HookError::Gone);
@@ -105,7 +119,7 @@ impl Hooks {
     ///
     /// # Errors
     /// [`HookError::Unknown`].
-    pub fn remove(&self, endpoint: &Endpoint) -> Result<(), HookError> {
+    pub(crate) fn remove(&self, endpoint: &Endpoint) -> Result<(), HookError> {
         let mut list = self.lock();
         let index = list.hooks.iter().position(|hook| hook.endpoint == *endpoint);
         let index = index.ok_or_else(|| HookError::Unknown(endpoint.clone()))?;
@@ -114,7 +128,7 @@ impl Hooks {
     }
 
     /// Undoes the hooks to tools in a VM that is gone; returns where those were.
-    pub fn end_with(&self, vm: u64) -> Vec<Endpoint> {
+    pub(crate) fn end_with(&self, vm: u64) -> Vec<Endpoint> {
         let mut list = self.lock();
         let (ended, left): (Vec<_>, Vec<_>) = std::mem::take(&mut list.hooks)
             .into_iter()
@@ -125,7 +139,7 @@ impl Hooks {
     }
 
     /// Undoes all hooks, for good.
-    pub fn close(&self) {
+    pub(crate) fn close(&self) {
         let mut list = self.lock();
         list.closed = true;
         for hook in list.hooks.drain(..) {
@@ -134,7 +148,7 @@ impl Hooks {
     }
 
     /// How a list shows them.
-    pub fn list(&self) -> Vec<HookInfo> {
+    pub(crate) fn list(&self) -> Vec<HookInfo> {
         let info = |hook: &Arc<Hook>| HookInfo {
             endpoint: hook.endpoint.clone(),
             connected: hook.lock().connected,
@@ -149,12 +163,12 @@ impl Hooks {
 
 impl Hook {
     /// Where the tool listens.
-    pub fn endpoint(&self) -> &Endpoint {
+    pub(crate) fn endpoint(&self) -> &Endpoint {
         &self.endpoint
     }
 
     /// Whose the tool is.
-    pub fn owner(&self) -> Owner {
+    pub(crate) fn owner(&self) -> Owner {
         self.owner
     }
 
@@ -200,9 +214,10 @@ impl Hook {
 }
 
 impl State {
-    /// Has the driver look at once, unless it is at work: then it looks when it is done.
+    /// Has the driver look at once, unless it serves the tool: then it looks when it is done.
     fn nudge(&self) {
-        if let Some((reactor, token)) = self.driver.as_ref().filter(|_| !self.is_busy)
+        let is_serving = self.is_busy && self.stream.is_some();
+        if let Some((reactor, token)) = self.driver.as_ref().filter(|_| !is_serving)
             && let Err(error) = reactor.arm(*token, None, Some(Instant::now()))
         {
             tracing::error!(%error, "a hook does not end");

@@ -1,40 +1,52 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The host's introspection service, as a library: the daemon `kvmmemd` is a thin program around
-//! it.
+//! it, and a command of root's can run a [`Server`] of its own.
 //!
 //! VMMs register their VMs over a unix socket and keep the connection open while the VM runs;
-//! operators add others, whose VMM knows nothing of the broker. The broker keeps the VMs in a
-//! [`registry`], connects targets to tools ([`hook`]), makes and revokes grants and writes an audit log ([`audit`]). Tools in guests under a stock QEMU connect
-//! to the [`guest_endpoint`]. What travels is `kvmmem-proto`, the peers' ends are `kvmmem-client`
-//! and `kvmmem::host`.
+//! operators add others, whose VMM knows nothing of the broker. A [`Broker`] decides about VMs,
+//! grants and views and writes the audit log; a [`Service`] watches VMMs, keeps introspectors under
+//! stock QEMUs and connects targets to tools. What travels is `kvmmem-proto`, the peers' ends are
+//! `kvmmem-client` and `kvmmem::host`.
 #![deny(unsafe_code)]
 
-pub mod audit;
-pub mod broker;
+mod audit;
+mod broker;
 mod buffers;
 mod calls;
 mod connect;
 mod connection;
-pub mod copies;
+mod copies;
 mod core;
-mod effects;
+mod daemon;
 mod external;
-pub mod guest_endpoint;
-pub mod hook;
-pub mod introspector;
-pub mod options;
+mod guest_endpoint;
+mod hook;
+mod introspector;
+mod options;
 mod outbox;
-pub mod peer;
-pub mod ram;
+mod peer;
+mod ram;
 mod reactor;
-pub mod registry;
-pub mod server;
+mod registry;
+mod server;
+mod service;
 mod session;
 mod state;
+mod tables;
 #[cfg(test)]
 mod test_peer;
 mod vcpus;
 mod vmm_questions;
 mod workers;
 
-pub use core::limits;
+pub use crate::audit::TARGET as AUDIT_TARGET;
+pub use crate::broker::Broker;
+pub use crate::core::layout::Layout;
+pub use crate::core::limits::Limits;
+pub use crate::core::quota::Bound;
+pub use crate::core::refused::Refused;
+pub use crate::daemon::run_daemon;
+pub use crate::introspector::{Introspector, OpenError, Opened};
+pub use crate::options::Options;
+pub use crate::server::{Server, ServerError};
+pub use crate::service::Service;

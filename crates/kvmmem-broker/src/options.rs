@@ -68,7 +68,7 @@ pub struct Options {
 /// As [`KvmiPolicy`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, ValueEnum)]
 #[serde(rename_all = "kebab-case")]
-pub enum KvmiTokens {
+pub(crate) enum KvmiTokens {
     /// Reading and writing all RAM
     #[default]
     Rw,
@@ -90,28 +90,28 @@ impl From<KvmiTokens> for KvmiPolicy {
 
 /// What is to be done.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Settings {
+pub(crate) struct Settings {
     /// Where to listen, unless a socket was passed.
-    pub socket: PathBuf,
+    pub(crate) socket: PathBuf,
     /// Group whose members may connect: name or number.
-    pub group: Option<String>,
+    pub(crate) group: Option<String>,
     /// Whether the log is JSON.
-    pub json: bool,
+    pub(crate) json: bool,
     /// Filter of the log, as `RUST_LOG` has it.
-    pub log: String,
+    pub(crate) log: String,
     /// File of the audit log.
-    pub audit: Option<PathBuf>,
+    pub(crate) audit: Option<PathBuf>,
     /// Folder of what is remembered.
-    pub state: Option<PathBuf>,
+    pub(crate) state: Option<PathBuf>,
     /// What tokens allow that KVMI makes.
-    pub kvmi_tokens: KvmiTokens,
+    pub(crate) kvmi_tokens: KvmiTokens,
     /// The vsock port of the guest endpoint.
-    pub guest_port: u32,
+    pub(crate) guest_port: u32,
 }
 
 /// Why the configuration file is no good.
 #[derive(Debug, thiserror::Error)]
-pub enum ConfigError {
+pub(crate) enum ConfigError {
     /// It cannot be read.
     #[error("cannot read the configuration {path}")]
     Read {
@@ -152,7 +152,7 @@ impl Options {
     ///
     /// # Errors
     /// [`ConfigError`].
-    pub fn settings(self, rust_log: Option<String>) -> Result<Settings, ConfigError> {
+    pub(crate) fn settings(self, rust_log: Option<String>) -> Result<Settings, ConfigError> {
         let config = self.config.as_deref().map(read).transpose()?.unwrap_or_default();
         Ok(Settings {
             socket: self.socket.or(config.socket).unwrap_or_else(|| SOCKET.into()),

@@ -60,7 +60,7 @@ enum Transport {
 
 /// A VMM, an operator or a process of the host.
 #[derive(Debug)]
-pub struct Peer {
+pub(crate) struct Peer {
     number: u64,
     transport: Transport,
     credentials: Mutex<Credentials>,
@@ -76,7 +76,7 @@ pub struct Peer {
 
 impl Peer {
     /// The peer at the other end of a socket.
-    pub fn new(socket: PacketSocket, credentials: Credentials) -> Self {
+    pub(crate) fn new(socket: PacketSocket, credentials: Credentials) -> Self {
         Self::over(Transport::Socket(socket), credentials)
     }
 
@@ -100,7 +100,7 @@ impl Peer {
     }
 
     /// Its number, never used again in this process.
-    pub fn number(&self) -> u64 {
+    pub(crate) fn number(&self) -> u64 {
         self.number
     }
 
@@ -134,12 +134,12 @@ impl Peer {
     }
 
     /// Who it is.
-    pub fn credentials(&self) -> Credentials {
+    pub(crate) fn credentials(&self) -> Credentials {
         *self.credentials.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Takes note that another process goes on with what this one did.
-    pub fn replaced(&self, by: Credentials) {
+    pub(crate) fn replaced(&self, by: Credentials) {
         *self.credentials.lock().unwrap_or_else(PoisonError::into_inner) = by;
     }
 

@@ -18,11 +18,11 @@ use rustix::io::Errno;
 
 use crate::core::layout::Layout;
 use backing::Backing;
-pub use error::{AccessError, RamError};
+pub(crate) use error::{AccessError, RamError};
 
 /// Where a VM's RAM lies and its memory map, checked.
 #[derive(Debug)]
-pub struct Ram {
+pub(crate) struct Ram {
     backing: Backing,
     layout: RwLock<Arc<Layout>>,
 }
@@ -33,7 +33,7 @@ impl Ram {
     ///
     /// # Errors
     /// What is wrong with them.
-    pub fn new(files: Vec<OwnedFd>, regions: Vec<Region>) -> Result<Self, RamError> {
+    pub(crate) fn new(files: Vec<OwnedFd>, regions: Vec<Region>) -> Result<Self, RamError> {
         let map = MemoryMap::new(regions)?;
         Ok(Self::with(Backing::files(files, &map)?, map))
     }
@@ -46,7 +46,7 @@ impl Ram {
     ///
     /// # Errors
     /// What is wrong with them.
-    pub fn of_process(memory: OwnedFd, regions: Vec<Region>) -> Result<Self, RamError> {
+    pub(crate) fn of_process(memory: OwnedFd, regions: Vec<Region>) -> Result<Self, RamError> {
         let map = MemoryMap::new(regions)?;
         Ok(Self::with(Backing::process(memory, &map)?, map))
     }
@@ -61,7 +61,7 @@ impl Ram {
     ///
     /// # Errors
     /// What is wrong with the regions; nothing has changed then.
-    pub fn change(&self, regions: Vec<Region>) -> Result<(), RamError> {
+    pub(crate) fn change(&self, regions: Vec<Region>) -> Result<(), RamError> {
         let map = MemoryMap::new(regions)?;
         self.backing.check(&map)?;
         let mut layout = self.layout.write().unwrap_or_else(PoisonError::into_inner);
@@ -72,24 +72,24 @@ impl Ram {
 
     /// Takes the generation that the same RAM of the same VM had in a registration before. It
     /// counts for what this registration tells from now on.
-    pub fn continue_from(&self, generation: u64) {
+    pub(crate) fn continue_from(&self, generation: u64) {
         let mut layout = self.layout.write().unwrap_or_else(PoisonError::into_inner);
         let (map, is_private) = (layout.map.clone(), layout.is_private);
         *layout = Arc::new(Layout { generation, map, is_private });
     }
 
     /// Where the RAM is now.
-    pub fn layout(&self) -> Arc<Layout> {
+    pub(crate) fn layout(&self) -> Arc<Layout> {
         Arc::clone(&self.layout.read().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// Whether the RAM is private to the VMM's process, so that it can be copied and not mapped.
-    pub fn is_private(&self) -> bool {
+    pub(crate) fn is_private(&self) -> bool {
         matches!(self.backing, Backing::Process(_))
     }
 
     /// The memfds, by their numbers; none where the RAM is private.
-    pub fn files(&self) -> Vec<BorrowedFd<'_>> {
+    pub(crate) fn files(&self) -> Vec<BorrowedFd<'_>> {
         self.memfds().iter().map(AsFd::as_fd).collect()
     }
 
@@ -104,7 +104,7 @@ impl Ram {
     ///
     /// # Errors
     /// Where one cannot be opened.
-    pub fn open_read_only(&self) -> Result<Vec<OwnedFd>, Errno> {
+    pub(crate) fn open_read_only(&self) -> Result<Vec<OwnedFd>, Errno> {
         // What `/proc/self/fd` names is the memfd itself, whatever it was opened for.
         let path = |file: &OwnedFd| format!("/proc/self/fd/{}", file.as_raw_fd());
         let open =
@@ -116,7 +116,7 @@ impl Ram {
     ///
     /// # Errors
     /// Where there is no file descriptor left.
-    pub fn duplicate(&self) -> Result<Vec<OwnedFd>, Errno> {
+    pub(crate) fn duplicate(&self) -> Result<Vec<OwnedFd>, Errno> {
         self.memfds().iter().map(|file| rustix::io::fcntl_dupfd_cloexec(file, 0)).collect()
     }
 
@@ -124,7 +124,7 @@ impl Ram {
     ///
     /// # Errors
     /// Where a file cannot be examined.
-    pub fn overlaps(&self, other: &Self) -> Result<bool, Errno> {
+    pub(crate) fn overlaps(&self, other: &Self) -> Result<bool, Errno> {
         let identities = |ram: &Self| match &ram.backing {
             Backing::Files(files) => files.iter().map(identity).collect::<Result<Vec<_>, Errno>>(),
             Backing::Process(memory) => Ok(vec![identity(memory)?]),
@@ -137,7 +137,7 @@ impl Ram {
     ///
     /// # Errors
     /// [`AccessError`] names the first address that was not read.
-    pub fn read(&self, mut gpa: u64, mut buffer: &mut [u8]) -> Result<(), AccessError> {
+    pub(crate) fn read(&self, mut gpa: u64, mut buffer: &mut [u8]) -> Result<(), AccessError> {
         while !buffer.is_empty() {
             let count = self.read_some(gpa, buffer)?;
             buffer = buffer.get_mut(count..).unwrap_or_default();
@@ -150,7 +150,7 @@ impl Ram {
     ///
     /// # Errors
     /// [`AccessError`] names the first address that was not written; what is before it was.
-    pub fn write(&self, mut gpa: u64, mut data: &[u8]) -> Result<(), AccessError> {
+    pub(crate) fn write(&self, mut gpa: u64, mut data: &[u8]) -> Result<(), AccessError> {
         while !data.is_empty() {
             let count = self.write_some(gpa, data)?;
             data = data.get(count..).unwrap_or_default();
@@ -164,7 +164,7 @@ impl Ram {
     ///
     /// # Errors
     /// [`AccessError`].
-    pub fn read_some(&self, gpa: u64, buffer: &mut [u8]) -> Result<usize, AccessError> {
+    pub(crate) fn read_some(&self, gpa: u64, buffer: &mut [u8]) -> Result<usize, AccessError> {
         if buffer.is_empty() {
             return Ok(0);
         }
@@ -178,7 +178,7 @@ impl Ram {
     ///
     /// # Errors
     /// [`AccessError`].
-    pub fn write_some(&self, gpa: u64, data: &[u8]) -> Result<usize, AccessError> {
+    pub(crate) fn write_some(&self, gpa: u64, data: &[u8]) -> Result<usize, AccessError> {
         if data.is_empty() {
             return Ok(0);
         }

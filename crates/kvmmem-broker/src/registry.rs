@@ -16,7 +16,7 @@ use crate::ram::Ram;
 
 /// A registered VM.
 #[derive(Debug)]
-pub struct Vm {
+pub(crate) struct Vm {
     id: u64,
     registration: Arc<Registration>,
     ram: Option<Arc<Ram>>,
@@ -37,32 +37,32 @@ impl Vm {
     }
 
     /// The broker's number for it.
-    pub fn id(&self) -> u64 {
+    pub(crate) fn id(&self) -> u64 {
         self.id
     }
 
     /// What its VMM said of it.
-    pub fn registration(&self) -> &Registration {
+    pub(crate) fn registration(&self) -> &Registration {
         &self.registration
     }
 
     /// Its RAM, where others may look at it.
-    pub fn ram(&self) -> Option<&Arc<Ram>> {
+    pub(crate) fn ram(&self) -> Option<&Arc<Ram>> {
         self.ram.as_ref()
     }
 
     /// Its VMM.
-    pub fn peer(&self) -> &Arc<Peer> {
+    pub(crate) fn peer(&self) -> &Arc<Peer> {
         &self.peer
     }
 
     /// Its hooks.
-    pub fn hooks(&self) -> &Hooks {
+    pub(crate) fn hooks(&self) -> &Hooks {
         &self.hooks
     }
 
     /// Whether its VMM has gone.
-    pub fn is_gone(&self) -> bool {
+    pub(crate) fn is_gone(&self) -> bool {
         self.gone.load(Ordering::Acquire)
     }
 
@@ -72,7 +72,7 @@ impl Vm {
     }
 
     /// How a list shows it.
-    pub fn info(&self) -> TargetInfo {
+    pub(crate) fn info(&self) -> TargetInfo {
         let registration = &self.registration;
         TargetInfo {
             id: self.id,
@@ -96,7 +96,7 @@ impl Ram {
     /// # Errors
     /// Where the RAM is not acceptable, or does not go with the registration; the files are then
     /// closed.
-    pub fn registered(
+    pub(crate) fn registered(
         registration: &mut Registration,
         files: Vec<OwnedFd>,
     ) -> Result<Option<Self>, Refused> {

@@ -2,32 +2,39 @@
 //! The broker's socket: takes it, accepts peers, gives it back.
 
 mod activation;
+mod connections;
+mod error;
+mod socket;
 #[cfg(test)]
 mod tests;
 
-use std::fs::{File, OpenOptions, Permissions};
+use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt, PermissionsExt};
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use connections::{Place, Shared};
+pub use error::ServerError;
 use kvmmem_proto::credentials::Credentials;
 use kvmmem_proto::limit::RateLimit;
 use kvmmem_proto::message::Refusal;
 use kvmmem_proto::packet::PacketSocket;
 use kvmmem_sys::socket::peer_credentials;
 use rustix::event::{PollFd, PollFlags};
-use rustix::fs::FlockOperation;
 use rustix::io::Errno;
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+use rustix::net::SocketFlags;
 
-use crate::broker::{Broker, Refused};
 use crate::connection;
 use crate::core::limits::Limits;
-use crate::core::quota::{Exceeded, Quota};
+use crate::core::refused::Refused;
 use crate::peer::Peer;
+use crate::service::Service;
+
+/// Permission bits of everybody but the owner.
+const OTHERS: u32 = 0o077;
 
 /// A connection's stack: enough for the deepest packet that the parser takes, and so small that the
 /// kernel backs none by a huge page.
@@ -36,49 +43,11 @@ const STACK: usize = 512 << 10;
 /// How long a packet to a peer that does not read is waited for.
 const SEND_LIMIT: Duration = Duration::from_secs(5);
 
-/// How long the end of all connections is waited for.
-const SHUTDOWN_LIMIT: Duration = Duration::from_secs(5);
-
 /// How long to wait when the system has no file descriptors or memory left.
 const EXHAUSTED_PAUSE: Duration = Duration::from_millis(100);
 
 /// Peers can cause these at will.
 static WARNINGS: RateLimit = RateLimit::new(2);
-
-/// Why the broker cannot serve.
-#[derive(Debug, thiserror::Error)]
-pub enum ServerError {
-    /// Another broker has the socket.
-    #[error("another broker serves {0}")]
-    InUse(PathBuf),
-    /// Something that is no socket is in the way.
-    #[error("{0} exists and is not a socket")]
-    NotASocket(PathBuf),
-    /// The lock file beside the socket cannot be taken.
-    #[error("cannot lock {path}")]
-    Lock {
-        /// The lock file.
-        path: PathBuf,
-        /// Why.
-        #[source]
-        source: io::Error,
-    },
-    /// The socket cannot be made.
-    #[error("cannot listen at {path}")]
-    Listen {
-        /// The socket.
-        path: PathBuf,
-        /// Why.
-        #[source]
-        source: io::Error,
-    },
-    /// The socket that was passed is none that a broker can serve.
-    #[error("cannot serve the socket that was passed")]
-    Adopt(#[source] io::Error),
-    /// Waiting for peers failed.
-    #[error("cannot wait for connections")]
-    Wait(#[source] Errno),
-}
 
 /// A listening broker.
 #[derive(Debug)]
@@ -91,19 +60,6 @@ pub struct Server {
     /// Whether the socket is somebody else's to remove.
     is_activated: bool,
     shared: Arc<Shared>,
-}
-
-#[derive(Debug)]
-struct Shared {
-    broker: Arc<Broker>,
-    connections: Mutex<Connections>,
-    ended: Condvar,
-}
-
-#[derive(Debug)]
-struct Connections {
-    peers: Vec<Arc<Peer>>,
-    quota: Quota,
 }
 
 impl Server {
@@ -120,7 +76,7 @@ impl Server {
     /// # Errors
     /// As [`Self::bind`].
     pub fn bind_with(path: &Path, group: Option<u32>, limits: Limits) -> Result<Self, ServerError> {
-        let lock = lock(path)?;
+        let lock = socket::lock(path)?;
         let listen = |source: io::Error| ServerError::Listen { path: path.to_owned(), source };
         match std::fs::symlink_metadata(path) {
             Ok(found) if !found.file_type().is_socket() => {
@@ -130,7 +86,7 @@ impl Server {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             Err(error) => return Err(listen(error)),
         }
-        let listener = listener(path, group).map_err(listen)?;
+        let listener = socket::listener(path, group).map_err(listen)?;
         let group = group.is_some();
         Ok(Self {
             path: path.to_owned(),
@@ -142,9 +98,34 @@ impl Server {
         })
     }
 
-    /// The state that all connections share.
-    pub fn broker(&self) -> Arc<Broker> {
-        Arc::clone(&self.shared.broker)
+    /// Serves a listening socket. Whoever made it has set who may connect, and removes it; this
+    /// broker only takes the lock beside it.
+    ///
+    /// # Errors
+    /// [`ServerError::Adopt`] where it is no unix socket of sequenced packets with a path;
+    /// [`ServerError::InUse`], [`ServerError::Lock`].
+    pub(crate) fn from_activation(listener: OwnedFd) -> Result<Self, ServerError> {
+        let (path, mode) = activation::inspect(&listener).map_err(ServerError::Adopt)?;
+        let lock = socket::lock(&path)?;
+        let group = mode & OTHERS != 0;
+        Ok(Self {
+            path,
+            listener,
+            _lock: lock,
+            group,
+            is_activated: true,
+            shared: Arc::new(Shared::new(Limits::default())),
+        })
+    }
+
+    /// Where it listens.
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// What all connections share.
+    pub fn service(&self) -> Arc<Service> {
+        Arc::clone(&self.shared.service)
     }
 
     /// Waits until all connections have ended, at most for so long. A client in the broker's own
@@ -235,7 +216,7 @@ impl Server {
             let refused =
                 Refused { refusal: Refusal::Denied, message: format!("user {uid} may not") };
             connection::refuse(&peer, 0, &refused);
-            self.shared.broker.audit().refused(&peer, None, &refused.message);
+            self.shared.service.broker().audit().refused(&peer, None, &refused.message);
             return Ok(());
         }
         let place = match Place::take(&self.shared, &peer) {
@@ -243,127 +224,13 @@ impl Server {
             Err(error) => {
                 let refused = Refused::new(Refusal::Limit, format!("connections: {error}"));
                 connection::refuse(&peer, 0, &refused);
-                self.shared.broker.audit().refused(&peer, None, &refused.message);
+                self.shared.service.broker().audit().refused(&peer, None, &refused.message);
                 return Ok(());
             }
         };
         std::thread::Builder::new().name("peer".into()).stack_size(STACK).spawn(move || {
-            connection::serve(&place.shared.broker, &place.peer);
+            connection::serve(&place.shared.service, &place.peer);
         })?;
         Ok(())
-    }
-}
-
-impl Shared {
-    fn new(limits: Limits) -> Self {
-        let connections = Connections { peers: Vec::new(), quota: Quota::new(limits.connections) };
-        Self {
-            broker: Arc::new(Broker::new(limits)),
-            connections: Mutex::new(connections),
-            ended: Condvar::new(),
-        }
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Connections> {
-        self.connections.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Waits until all connections have ended; returns how many have not.
-    fn wait_for_peers(&self, limit: Duration) -> usize {
-        let are_there = |connections: &mut Connections| !connections.peers.is_empty();
-        let waited = self.ended.wait_timeout_while(self.lock(), limit, are_there);
-        waited.unwrap_or_else(PoisonError::into_inner).0.peers.len()
-    }
-
-    /// Ends all connections, and with them the sessions, and waits for it.
-    fn end(&self) {
-        let deadline = Instant::now() + SHUTDOWN_LIMIT;
-        self.broker.state().close();
-        self.broker.remove_introspectors(deadline);
-        self.broker.remove_external();
-        for peer in &self.lock().peers {
-            peer.shut_down();
-        }
-        let left = self.wait_for_peers(SHUTDOWN_LIMIT);
-        while self.broker.hook_count() > 0 && Instant::now() < deadline {
-            std::thread::sleep(Duration::from_millis(5));
-        }
-        let hooks = self.broker.hook_count();
-        if left + hooks > 0 {
-            tracing::warn!(connections = left, hooks, "not everything ended in time");
-        }
-    }
-}
-
-/// A connection's place among those that there may be, given back on drop.
-struct Place {
-    shared: Arc<Shared>,
-    peer: Arc<Peer>,
-}
-
-impl Place {
-    fn take(shared: &Arc<Shared>, peer: &Arc<Peer>) -> Result<Self, Exceeded> {
-        let mut connections = shared.lock();
-        connections.quota.take(peer.credentials())?;
-        connections.peers.push(Arc::clone(peer));
-        Ok(Self { shared: Arc::clone(shared), peer: Arc::clone(peer) })
-    }
-}
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        let mut connections = self.shared.lock();
-        connections.peers.retain(|peer| !Arc::ptr_eq(peer, &self.peer));
-        connections.quota.give_back(self.peer.credentials().uid);
-        drop(connections);
-        self.shared.ended.notify_all();
-    }
-}
-
-/// Takes the lock beside the socket. The file stays: removing it would let two brokers hold "the"
-/// lock.
-fn lock(path: &Path) -> Result<File, ServerError> {
-    let mut name = path.as_os_str().to_owned();
-    name.push(".lock");
-    let lock_path = PathBuf::from(name);
-    let fail = |source: io::Error| ServerError::Lock { path: lock_path.clone(), source };
-    let file = OpenOptions::new()
-        .create(true)
-        .truncate(false)
-        .write(true)
-        .mode(0o600)
-        .open(&lock_path)
-        .map_err(fail)?;
-    match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => Ok(file),
-        Err(Errno::WOULDBLOCK) => Err(ServerError::InUse(path.to_owned())),
-        Err(error) => Err(fail(error.into())),
-    }
-}
-
-/// A socket that listens at `path`, which nobody but its owner can connect to before it has its
-/// final mode.
-fn listener(path: &Path, group: Option<u32>) -> io::Result<OwnedFd> {
-    let address = SocketAddrUnix::new(path)?;
-    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-    let listener =
-        rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?;
-    rustix::net::bind(&listener, &address)?;
-    let ready = || -> io::Result<()> {
-        // Nobody can connect before `listen`, so the mode is in force before anybody tries.
-        if let Some(group) = group {
-            std::os::unix::fs::chown(path, None, Some(group))?;
-        }
-        let mode = if group.is_some() { 0o660 } else { 0o600 };
-        std::fs::set_permissions(path, Permissions::from_mode(mode))?;
-        Ok(rustix::net::listen(listener.as_fd(), 64)?)
-    };
-    match ready() {
-        Ok(()) => Ok(listener),
-        Err(error) => {
-            // The path was free when it was bound, so what is there is ours.
-            let _ = std::fs::remove_file(path);
-            Err(error)
-        }
     }
 }

@@ -17,9 +17,9 @@ use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use uuid::Uuid;
 
-use crate::broker::Broker;
 use crate::connection;
 use crate::peer::Peer;
+use crate::service::Service;
 
 /// No user of the machine that tests run on.
 pub(crate) const USER: u32 = 4_000_000_001;
@@ -33,12 +33,12 @@ pub(crate) struct Connection {
 
 impl Connection {
     /// One that a thread of its own serves.
-    pub(crate) fn new(broker: &Arc<Broker>, uid: u32) -> Self {
+    pub(crate) fn new(service: &Arc<Service>, uid: u32) -> Self {
         let (mut connection, theirs) = Self::pair();
         let peer = PacketSocket::accepted(theirs, Duration::from_secs(30)).unwrap();
         let peer = Arc::new(Peer::new(peer, Credentials { pid: std::process::id(), uid }));
-        let broker = Arc::clone(broker);
-        connection.thread = Some(std::thread::spawn(move || connection::serve(&broker, &peer)));
+        let service = Arc::clone(service);
+        connection.thread = Some(std::thread::spawn(move || connection::serve(&service, &peer)));
         connection
     }
 

@@ -8,9 +8,10 @@ use kvmmem_proto::credentials::Credentials;
 use kvmmem_proto::message::{Answer, Refusal};
 use kvmmem_qemu::questions::{AskError, Pause, Questions};
 
-use crate::broker::{Broker, Refused};
+use crate::core::refused::Refused;
 use crate::peer::Peer;
 use crate::registry::Vm;
+use crate::service::Service;
 
 /// The vCPUs in one answer: keeps it within a packet.
 const PAGE: u32 = 16;
@@ -21,7 +22,7 @@ pub(crate) struct Held {
     pause: Pause,
 }
 
-impl Broker {
+impl Service {
     /// The registers of a target's vCPUs, a page of them.
     ///
     /// # Errors
@@ -36,7 +37,7 @@ impl Broker {
         let page = |number| usize::try_from(number).unwrap_or(usize::MAX);
         let (vcpus, more) = questions.registers(page(first), page(PAGE)).map_err(refuse)?;
         if first == 0 {
-            self.audit().registers(&vm, peer);
+            self.broker().audit().registers(&vm, peer);
         }
         Ok(Answer::Registers { vcpus, more })
     }
@@ -53,7 +54,7 @@ impl Broker {
         held: &mut Option<Held>,
     ) -> Result<Answer, Refused> {
         if let Some(Held { vm, pause }) = held {
-            if self.find(target)?.id() != vm.id() {
+            if self.broker().find(target)?.id() != vm.id() {
                 let message = "this connection has paused another VM: resume that one first";
                 return Err(Refused::new(Refusal::Limit, message));
             }
@@ -65,7 +66,7 @@ impl Broker {
         }
         let (vm, questions) = self.asked(target)?;
         let (pause, was_running) = questions.pause().map_err(refuse)?;
-        self.audit().paused(&vm, was_running, peer);
+        self.broker().audit().paused(&vm, was_running, peer);
         *held = Some(Held { vm, pause });
         Ok(Answer::Paused { was_running })
     }
@@ -80,12 +81,12 @@ impl Broker {
         target: &str,
         held: Option<Held>,
     ) -> Result<Answer, Refused> {
-        let vm = self.find(target)?;
+        let vm = self.broker().find(target)?;
         let held = held.filter(|held| held.vm.id() == vm.id());
         let Held { pause, .. } = held.ok_or_else(|| {
             Refused::new(Refusal::Unknown, "this connection has not paused that VM")
         })?;
-        self.audit().resumed(&vm, "asked for", peer);
+        self.broker().audit().resumed(&vm, "asked for", peer);
         pause.end().map_err(refuse)?;
         Ok(Answer::Done)
     }
@@ -93,13 +94,13 @@ impl Broker {
     /// Ends the pause of a connection that has ended.
     pub(crate) fn resume_left(&self, peer: Credentials, held: Option<Held>) {
         if let Some(Held { vm, .. }) = held {
-            self.audit().resumed(&vm, "the connection ended", peer);
+            self.broker().audit().resumed(&vm, "the connection ended", peer);
         }
     }
 
     /// A target, and what its VMM can be asked.
     fn asked(&self, target: &str) -> Result<(Arc<Vm>, Questions), Refused> {
-        let vm = self.find(target)?;
+        let vm = self.broker().find(target)?;
         let without = || {
             let name = &vm.registration().name;
             let quoted = format!("'{}'", name.replace('\'', r"'\''"));

@@ -2,12 +2,15 @@
 //! Workers: threads that do what the [`Reactor`] must not wait for.
 //!
 //! A pool has one thread, and more while jobs wait for those that there are. Jobs for one party (a
-//! VM, a user) never take more than a share of them: a target whose memory cannot be read holds up
+//! VM, a path) never take more than a share of them: a target whose memory cannot be read holds up
 //! itself alone. Parties without a thread go first.
 
 use std::collections::{HashMap, VecDeque};
 use std::fmt;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io;
+use std::panic::AssertUnwindSafe;
+use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::Thread;
 use std::time::{Duration, Instant};
@@ -16,6 +19,9 @@ use crate::reactor::{Reactor, Token};
 
 /// A worker's stack; little of it is ever touched.
 const STACK: usize = 512 << 10;
+
+/// The most threads that look for paths: a file system may never answer.
+const MAX_PATHS: usize = 16;
 
 /// How long a worker waits for more work before it ends.
 const IDLE: Duration = Duration::from_secs(5);
@@ -34,8 +40,8 @@ pub(crate) enum Party {
     Target(u64),
     /// The VM with this vsock context id.
     Cid(u32),
-    /// The user with this number.
-    User(u32),
+    /// The path in a file system that has this hash.
+    Path(u64),
 }
 
 /// A pool of threads. Clones are the same pool.
@@ -89,6 +95,15 @@ impl Pool {
         Some(job)
     }
 
+    /// Whether a job for a path can be taken at once: no other one looks for that path, and not too
+    /// many for others.
+    fn takes_path(&self, path: Party) -> bool {
+        let is_path = |party: &&Party| matches!(party, Party::Path(_));
+        let waiting = || self.queue.iter().map(|(party, _)| party);
+        let count = self.busy.keys().filter(is_path).count() + waiting().filter(is_path).count();
+        count < MAX_PATHS && !self.busy.contains_key(&path) && !waiting().any(|it| *it == path)
+    }
+
     fn done(&mut self, party: Party) {
         if let Some(busy) = self.busy.get_mut(&party) {
             *busy -= 1;
@@ -128,7 +143,24 @@ impl Workers {
 
     /// Does a job as soon as there is a thread for it. After [`Self::end`] it is dropped.
     pub(crate) fn run(&self, party: Party, job: impl FnOnce() + Send + 'static) {
+        self.run_in(&mut self.lock(), party, job);
+    }
+
+    /// Does a job that looks for a path, unless one looks for that path already or too many look for
+    /// others; whether it does.
+    pub(crate) fn run_for_path(&self, path: &Path, job: impl FnOnce() + Send + 'static) -> bool {
+        let mut hasher = DefaultHasher::new();
+        path.hash(&mut hasher);
+        let path = Party::Path(hasher.finish());
         let mut pool = self.lock();
+        let is_taken = pool.takes_path(path);
+        if is_taken {
+            self.run_in(&mut pool, path, job);
+        }
+        is_taken
+    }
+
+    fn run_in(&self, pool: &mut Pool, party: Party, job: impl FnOnce() + Send + 'static) {
         if pool.is_ended {
             return;
         }
@@ -139,13 +171,13 @@ impl Workers {
         }
         match pool.idle.pop() {
             Some(thread) => thread.unpark(),
-            None => self.grow_later(&mut pool),
+            None => self.grow_later(pool),
         }
     }
 
-    /// Whether jobs wait for a thread.
+    /// Whether jobs wait that a free thread would do.
     pub(crate) fn are_wanted(&self) -> bool {
-        !self.lock().queue.is_empty()
+        self.lock().next(self.0.share).is_some()
     }
 
     /// Drops all jobs that wait; threads end when they are done with the one that they have.
@@ -210,7 +242,9 @@ impl Workers {
         while !pool.is_ended {
             if let Some((party, job)) = pool.take(self.0.share) {
                 drop(pool);
-                job();
+                if std::panic::catch_unwind(AssertUnwindSafe(job)).is_err() {
+                    tracing::error!(name = self.0.name, ?party, "a worker's job has failed");
+                }
                 idle_since = Instant::now();
                 pool = self.lock();
                 pool.done(party);

@@ -18,7 +18,7 @@ use kvmmem_proto::message::{Answer, Call, FromBroker, Refusal, Request};
 use kvmmem_proto::packet::{PacketBuffer, PacketSocket, Wait};
 
 use common::{TestBroker, introspector, memfd, ram, regions, target, wait_for};
-use kvmmem_broker::limits::Limits;
+use kvmmem_broker::Limits;
 use proptest::prelude::*;
 use rustix::fs::SealFlags;
 use rustix::net::{
@@ -68,7 +68,7 @@ fn check(broker: &TestBroker) {
     let link = broker.target("good");
     assert_eq!(Admin::connect(&broker.path).unwrap().targets().unwrap().len(), before + 1);
     drop(link);
-    wait_for("the good VM to go", || broker.state.find("good").is_err());
+    wait_for("the good VM to go", || broker.state.number("good").is_none());
 }
 
 #[test]
@@ -191,7 +191,7 @@ fn a_connection_registers_one_vm() {
         matches!(second, FromBroker::Refused { id: 8, refusal: Refusal::Denied, .. }),
         "{second:?}"
     );
-    assert!(broker.state.find("a").is_ok());
+    assert!(broker.state.number("a").is_some());
 }
 
 #[test]
@@ -225,7 +225,7 @@ fn a_peer_that_says_nothing_is_cut_off_but_a_vm_may_be_silent() {
     let silent = raw(&broker.path);
     assert_eq!(read_out(&silent), [""; 0]);
     assert!(began.elapsed() >= silence, "too early");
-    assert!(link.is_connected() && broker.state.find("quiet").is_ok());
+    assert!(link.is_connected() && broker.state.number("quiet").is_some());
     check(&broker);
 }
 

@@ -131,7 +131,7 @@ fn a_vmm_is_no_operator_and_a_target_no_viewer() {
         let _tiger = broker.target("tiger");
         broker.grant(&request(Rights::ReadOnly))
     };
-    wait_for("the target to go", || broker.state.find("tiger").is_err());
+    wait_for("the target to go", || broker.state.number("tiger").is_none());
     let _tiger = broker.target("tiger");
     let mut lion = Peer::register(&broker, introspector("lion", 7), None);
     let calls = || {
@@ -208,12 +208,12 @@ fn a_viewer_that_does_not_read_is_cut_off() {
         });
         // The socket's queue holds few hundred packets at most.
         let deadline = Instant::now() + Duration::from_secs(30);
-        while broker.state.find("deaf").is_ok() && Instant::now() < deadline {
+        while broker.state.number("deaf").is_some() && Instant::now() < deadline {
             std::thread::sleep(Duration::from_millis(20));
         }
         done.store(true, Ordering::Relaxed);
     });
-    assert!(broker.state.find("deaf").is_err(), "still there");
+    assert!(broker.state.number("deaf").is_none(), "still there");
     assert!(lion.is_connected() && views.count() == 1);
     assert_eq!(broker.admin().revoke(granted.grant).unwrap().views, 1);
 }
@@ -237,7 +237,7 @@ fn bad_changes_of_ram_change_nothing() {
         vec![region(0x1000, 0x1000, 0), region(0, 0x1000, 0x1000)],
         (0..65).map(|n| region(n << 12, 0x1000, n << 12)).collect(),
     ];
-    let before = broker.state.find("tiger").unwrap().ram().unwrap().layout().generation;
+    let before = broker.state.layout(broker.state.number("tiger").unwrap()).unwrap().generation;
     for regions in bad {
         tiger.tell(Call::RamChanged { regions, change: Change::Resized });
     }
@@ -246,15 +246,15 @@ fn bad_changes_of_ram_change_nothing() {
         peer.ask(Call::Targets { after: 0 });
     }
     tiger.ask(Call::Targets { after: 0 });
-    let vm = broker.state.find("tiger").unwrap();
-    let layout = vm.ram().unwrap().layout();
+    let layout = broker.state.layout(broker.state.number("tiger").unwrap()).unwrap();
     assert_eq!((layout.generation, layout.map.regions()), (before, &regions()[..]));
 }
 
 #[test]
 fn a_generation_is_continued_once_by_the_first_call_and_only_to_an_earlier_one() {
     let broker = TestBroker::start();
-    let generation = |name| broker.state.find(name).unwrap().ram().unwrap().layout().generation;
+    let generation =
+        |name| broker.state.layout(broker.state.number(name).unwrap()).unwrap().generation;
     let tiger = Peer::register(&broker, target("tiger"), Some(ram()));
     let first = generation("tiger");
     let continued = |peer: &Peer, generation| peer.tell(Call::Continued { generation });

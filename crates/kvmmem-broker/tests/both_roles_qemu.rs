@@ -28,7 +28,7 @@ fn add_introspector(broker: &TestBroker, qemu: &Qemu) {
 
 /// Whether QEMU answers the introspector.
 fn assert_introspector(broker: &TestBroker) {
-    let introspector = broker.state.introspectors().by_cid(CID).unwrap();
+    let introspector = broker.service.introspector(CID).unwrap();
     assert!(introspector.free_slots().unwrap().0 > 0);
 }
 
@@ -45,7 +45,7 @@ fn assert_target(broker: &TestBroker, qemu: &Qemu) {
 #[test]
 fn a_vm_in_both_roles_has_one_qmp_connection() {
     let broker = TestBroker::start();
-    broker.state.introspectors().set_guest_port(None);
+    broker.service.set_guest_port(None);
     let Some(qemu) = Qemu::shared(&broker, "both", "pc", "64M") else { return };
     for target_first in [true, false] {
         if target_first {

@@ -31,7 +31,7 @@ fn vms_are_listed_as_long_as_they_are_registered() {
     assert_eq!(listed[7].pid, std::process::id());
     drop(links);
     let state = broker.state.clone();
-    wait_for("the VMs to go", || (0..40).all(|n| state.find(&format!("vm-{n}")).is_err()));
+    wait_for("the VMs to go", || (0..40).all(|n| state.number(&format!("vm-{n}")).is_none()));
     assert_eq!(admin.targets().unwrap(), []);
 }
 
@@ -63,7 +63,7 @@ fn one_vm_may_be_a_target_and_an_introspector_by_two_names() {
     .unwrap();
     let _tiger = broker.target("tiger");
     // By its UUID it is the target: nobody has a grant of an introspector.
-    assert_eq!(broker.state.find(&uuid.to_string()).unwrap().registration().name, "tiger");
+    assert_eq!(broker.state.number(&uuid.to_string()), broker.state.number("tiger"));
     let third =
         VmmLink::connect(&broker.path, Registration { uuid, ..introspector("puma", 8) }, None);
     assert!(
@@ -201,8 +201,8 @@ fn a_token_for_a_vsock_tool_is_pushed_to_its_vm_and_good_there_only() {
     let _tiger = broker.target("tiger");
     let lion = broker.introspector("lion", 7);
     let puma = broker.introspector("puma", 8);
-    let vm = broker.state.find("tiger").unwrap();
-    let mint = || broker.mint(&vm, 7).unwrap();
+    let vm = broker.state.number("tiger").unwrap();
+    let mint = || broker.mint(vm, 7).unwrap();
 
     // Pushed before `mint` returns, but perhaps not read yet: then the broker is asked, and points
     // back to the push.
@@ -215,10 +215,10 @@ fn a_token_for_a_vsock_tool_is_pushed_to_its_vm_and_good_there_only() {
 
     // In a VM that is no introspector, whoever brings the token may have it; a VM that is gone gets
     // none.
-    assert_eq!(broker.mint(&vm, 99).err(), Some(KvmError::Perm));
+    assert_eq!(broker.mint(vm, 99).err(), Some(KvmError::Perm));
     let plain = Registration { introspector: false, ..introspector("plain", 99) };
     let _plain = VmmLink::connect(&broker.path, plain, None).unwrap();
-    let token = broker.mint(&vm, 99).unwrap();
+    let token = broker.mint(vm, 99).unwrap();
     puma.redeem(&token).unwrap();
 }
 
@@ -227,9 +227,9 @@ fn a_pushed_token_is_claimed_once_by_many_threads() {
     let broker = TestBroker::start();
     let _tiger = broker.target("tiger");
     let lion = broker.introspector("lion", 7);
-    let vm = broker.state.find("tiger").unwrap();
+    let vm = broker.state.number("tiger").unwrap();
     for _ in 0..50 {
-        let token = broker.mint(&vm, 7).unwrap();
+        let token = broker.mint(vm, 7).unwrap();
         let won = std::thread::scope(|scope| {
             let tries: Vec<_> =
                 (0..4).map(|_| scope.spawn(|| lion.redeem(&token).is_ok())).collect();
@@ -246,10 +246,10 @@ fn a_vm_gets_no_token_for_itself() {
     both.cid = Some(7);
     both.introspector = true;
     let link = VmmLink::connect(&broker.path, both, Some(ram())).unwrap();
-    let vm = broker.state.find("both").unwrap();
-    let minted = broker.mint(&vm, 7);
+    let vm = broker.state.number("both").unwrap();
+    let minted = broker.mint(vm, 7);
     assert_eq!(minted.err(), Some(KvmError::Perm));
-    let bearer = broker.mint_bearer(&vm).unwrap();
+    let bearer = broker.mint_bearer(vm).unwrap();
     assert_eq!(link.redeem(&bearer).unwrap_err(), RedeemError::Denied);
 }
 
@@ -258,13 +258,13 @@ fn the_end_of_a_target_voids_its_tokens_and_keeps_what_is_mapped() {
     let broker = TestBroker::start();
     let tiger = broker.target("tiger");
     let lion = broker.introspector("lion", 7);
-    let vm = broker.state.find("tiger").unwrap();
-    let mint = || broker.mint(&vm, 7);
+    let vm = broker.state.number("tiger").unwrap();
+    let mint = || broker.mint(vm, 7);
     let held = lion.redeem(&mint().unwrap()).unwrap().target;
     let late = mint().unwrap();
-    let bearer = broker.mint_bearer(&vm).unwrap();
+    let bearer = broker.mint_bearer(vm).unwrap();
     drop(tiger);
-    wait_for("the target to go", || broker.state.find("tiger").is_err());
+    wait_for("the target to go", || broker.state.number("tiger").is_none());
     assert_eq!(mint().err(), Some(KvmError::OpNotSupp));
     wait_for("the news to come", || lion.redeem(&late).is_err());
     assert_eq!(lion.redeem(&bearer).unwrap_err(), RedeemError::Unknown);
@@ -278,15 +278,15 @@ fn the_end_of_an_introspector_voids_its_tokens() {
     let broker = TestBroker::start();
     let _tiger = broker.target("tiger");
     let lion = broker.introspector("lion", 7);
-    let vm = broker.state.find("tiger").unwrap();
-    let tokens: Vec<Token> = (0..64).map(|_| broker.mint(&vm, 7).unwrap()).collect();
-    assert_eq!(broker.mint(&vm, 7).err(), Some(KvmError::Again));
+    let vm = broker.state.number("tiger").unwrap();
+    let tokens: Vec<Token> = (0..64).map(|_| broker.mint(vm, 7).unwrap()).collect();
+    assert_eq!(broker.mint(vm, 7).err(), Some(KvmError::Again));
     drop(lion);
-    wait_for("the introspector to go", || broker.state.find("lion").is_err());
+    wait_for("the introspector to go", || broker.state.number("lion").is_none());
     let lion = broker.introspector("lion", 7);
     assert_eq!(lion.redeem(&tokens[0]).unwrap_err(), RedeemError::Unknown);
     // Its tokens no longer count.
-    let token = broker.mint(&vm, 7).unwrap();
+    let token = broker.mint(vm, 7).unwrap();
     lion.redeem(&token).unwrap();
 }
 
@@ -300,7 +300,7 @@ fn vms_register_again_with_a_new_broker() {
     assert_eq!(lion.redeem(&Token::new([1, 2, 3, 4])).unwrap_err(), RedeemError::Unavailable);
     let broker = TestBroker::start_in(directory);
     wait_for("the links to be back", || tiger.is_connected() && lion.is_connected());
-    let vm = broker.state.find("tiger").unwrap();
-    let token = broker.mint(&vm, 7).unwrap();
+    let vm = broker.state.number("tiger").unwrap();
+    let token = broker.mint(vm, 7).unwrap();
     assert_eq!(lion.redeem(&token).unwrap().target.name(), "tiger");
 }

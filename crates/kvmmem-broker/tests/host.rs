@@ -13,7 +13,7 @@ use kvmmem_proto::message::Refusal;
 
 use common::{TestBroker, introspector, ram, regions, request, target, wait_for};
 use kvmmem::host::{HostEvent, HostLink};
-use kvmmem_broker::limits::Limits;
+use kvmmem_broker::Limits;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::{Errno, pread, pwrite};
 

@@ -12,7 +12,7 @@ use kvmmem_client::vmm::{Region, Registration, VmmLink};
 
 use common::fake_qmp::{FakeQemu, Fault};
 use common::{TestBroker, caller, request, returns, wait_for};
-use kvmmem_broker::introspector::{Introspector, OpenError, Opened};
+use kvmmem_broker::{Introspector, OpenError, Opened};
 use rustix::fs::SealFlags;
 
 /// The introspector's context id.
@@ -57,7 +57,7 @@ fn add_as(
         on_silence,
     };
     match broker.admin().add_introspector(&request) {
-        Ok(_) => Ok(broker.state.introspectors().by_cid(cid).unwrap()),
+        Ok(_) => Ok(broker.service.introspector(cid).unwrap()),
         Err(ClientError::Refused { message, .. }) => Err(message),
         Err(error) => panic!("{error}"),
     }
@@ -70,7 +70,7 @@ impl Pair {
 
     fn start_with(on_silence: OnSilence) -> Self {
         let broker = TestBroker::start();
-        broker.state.introspectors().set_guest_port(None);
+        broker.service.set_guest_port(None);
         let qemu = FakeQemu::start();
         let introspector = add_as(&broker, &qemu, "fake", CID, on_silence).unwrap();
         // Two regions, of which one is shown: one window.
@@ -227,7 +227,7 @@ fn a_view_of_many_windows_takes_several_slots_or_none() {
 #[test]
 fn a_qemu_that_goes_wrong_while_it_is_added_is_not_added() {
     let broker = TestBroker::start();
-    broker.state.introspectors().set_guest_port(None);
+    broker.service.set_guest_port(None);
     let qemu = FakeQemu::start();
     for fault in [Fault::Refuse, Fault::Close, Fault::Garbage, Fault::Nonsense, Fault::Flood] {
         for step in 0..9 {
@@ -247,7 +247,7 @@ fn a_qemu_that_goes_wrong_while_it_is_added_is_not_added() {
 #[test]
 fn a_process_that_executes_another_program_while_its_qemu_is_asked_is_not_added() {
     let broker = TestBroker::start();
-    broker.state.introspectors().set_guest_port(None);
+    broker.service.set_guest_port(None);
     let qemu = FakeQemu::start();
     // The first command is how a connection begins; the next ones ask which VM it is.
     qemu.machine().fault = Some((1, Fault::Exec));
@@ -337,7 +337,7 @@ fn a_qemu_that_floods_holds_up_no_other() {
     let path = pair.broker.path.clone();
     returns("the removal", move || Admin::connect(&path).unwrap().remove_introspector("fake"))
         .unwrap();
-    assert!(pair.broker.state.introspectors().by_cid(CID).is_none());
+    assert!(pair.broker.service.introspector(CID).is_none());
     returns("the view's close", move || drop(opened));
 }
 
@@ -369,16 +369,16 @@ fn an_introspector_that_is_removed_can_be_added_again() {
     let opened = pair.open().unwrap();
     pair.broker.admin().remove_introspector("fake").unwrap();
     assert!(opened.ended() && pair.qemu.is_empty());
-    assert!(pair.broker.state.introspectors().by_cid(CID).is_none());
+    assert!(pair.broker.service.introspector(CID).is_none());
     let targets = pair.broker.admin().targets().unwrap();
     assert_eq!(targets.iter().map(|target| target.name.as_str()).collect::<Vec<_>>(), ["tiger"]);
     assert!(pair.broker.grants().iter().all(|grant| grant.views.is_empty()));
     // Its connection is closed by then, or soon, and a QEMU serves one.
     wait_for("it to be added again", || add(&pair.broker, &pair.qemu).is_ok());
-    let successor = pair.broker.state.introspectors().by_cid(CID).unwrap();
+    let successor = pair.broker.service.introspector(CID).unwrap();
     assert!(!Arc::ptr_eq(&successor, &pair.introspector));
     assert!(matches!(pair.open(), Err(OpenError::Token { .. } | OpenError::Ask(_))));
     drop(open(&pair.broker, &successor).unwrap());
     pair.broker.admin().remove_introspector("fake").unwrap();
-    assert!(pair.broker.state.introspectors().by_cid(CID).is_none());
+    assert!(pair.broker.service.introspector(CID).is_none());
 }

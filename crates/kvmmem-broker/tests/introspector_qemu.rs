@@ -19,8 +19,7 @@ use common::qemu::{Monitor, Qemu, wait_long};
 use common::{TestBroker, caller, request, wait_for};
 use kvmmem_abi::descriptor::{COMPLAINT_AT, COMPLAINT_NO_ADDRESS, GENERATION_AT, SEEN_AT};
 use kvmmem_abi::native::{STATE_GONE, STATE_OPEN, STATE_REVOKED};
-use kvmmem_broker::audit::AuditFile;
-use kvmmem_broker::introspector::{Introspector, OpenError, Opened};
+use kvmmem_broker::{Introspector, OpenError, Opened};
 use rustix::fs::{Mode, OFlags, SealFlags};
 use serde_json::{Value, json};
 
@@ -49,12 +48,12 @@ struct Pair {
 impl Pair {
     fn start(on_silence: OnSilence) -> Option<Self> {
         let broker = TestBroker::start();
-        broker.state.introspectors().set_guest_port(None);
+        broker.service.set_guest_port(None);
         let qemu = Qemu::start(&broker, "watcher", &["-machine", "pc", "-m", "64"])?;
         let added = add(&broker, &qemu, on_silence).unwrap();
         assert!(added.places > 20 && added.target.introspector && added.target.cid == Some(CID));
         assert_eq!((added.target.name.as_str(), added.target.pid), ("watcher", qemu.process.id()));
-        let introspector = broker.state.introspectors().by_cid(CID).unwrap();
+        let introspector = broker.service.introspector(CID).unwrap();
         let target = Some(target(&broker));
         let monitor = Arc::new(Mutex::new(qemu.monitor()));
         Some(Self { broker, qemu, introspector, target, monitor })
@@ -299,7 +298,7 @@ fn a_target_that_goes_takes_its_views_along() {
 fn a_guest_that_keeps_its_devices_is_reported_and_tried_again() {
     let Some(pair) = Pair::start(OnSilence::Report) else { return };
     let audit = pair.broker.directory.path().join("audit");
-    pair.broker.state.audit().write_to(AuditFile::open(&audit).unwrap()).unwrap();
+    pair.broker.state.write_audit_to(&audit).unwrap();
     let driver = pair.driver();
     let opened = pair.open(&request(Rights::ReadOnly)).unwrap();
     drop(driver);
@@ -340,7 +339,7 @@ fn a_silent_guest_is_paused_or_killed_where_the_operator_wants_it() {
     drop(driver);
     let grant = pair.broker.grants()[0].id;
     assert_eq!(pair.broker.admin().revoke(grant).unwrap().unconfirmed, 0);
-    wait_for("the introspector to go", || pair.broker.state.introspectors().by_cid(CID).is_none());
+    wait_for("the introspector to go", || pair.broker.service.introspector(CID).is_none());
     wait_for("the view to end", || opened.ended());
 }
 
@@ -410,11 +409,11 @@ fn a_new_broker_clears_away_what_an_old_one_left() {
     pair.broker.admin().remove_introspector("watcher").unwrap();
     drop(opened);
     assert_eq!(pair.counts(), (2, 2));
-    assert!(pair.broker.state.introspectors().by_cid(CID).is_none());
+    assert!(pair.broker.service.introspector(CID).is_none());
     wait_for("its name to be free", || add(&pair.broker, &pair.qemu, OnSilence::Report).is_ok());
     let _driver = pair.driver();
     wait_long("the devices to go", || pair.counts() == (0, 0));
-    pair.introspector = pair.broker.state.introspectors().by_cid(CID).unwrap();
+    pair.introspector = pair.broker.service.introspector(CID).unwrap();
     drop(pair.open(&request(Rights::ReadOnly)).unwrap());
 }
 
@@ -425,7 +424,7 @@ fn the_end_of_qemu_is_the_introspectors_end() {
     let opened = pair.open(&request(Rights::ReadOnly)).unwrap();
     drop(driver);
     pair.qemu.process.kill().unwrap();
-    wait_for("the introspector to go", || pair.broker.state.introspectors().by_cid(CID).is_none());
+    wait_for("the introspector to go", || pair.broker.service.introspector(CID).is_none());
     wait_for("its VM to go", || pair.broker.admin().targets().unwrap().len() == 1);
     wait_for("the view to end", || opened.ended());
     wait_for("the grants to have no view", || {
@@ -436,7 +435,7 @@ fn the_end_of_qemu_is_the_introspectors_end() {
 #[test]
 fn what_cannot_be_an_introspector_is_refused_with_a_remedy() {
     let broker = TestBroker::start();
-    broker.state.introspectors().set_guest_port(None);
+    broker.service.set_guest_port(None);
     let refusal = |qemu: &Qemu, cid| {
         let which = qemu.socket();
         let request = AddIntrospector { which, cid, name: None, on_silence: OnSilence::Report };

@@ -34,7 +34,7 @@ fn threads() -> BTreeMap<String, usize> {
 #[test]
 fn an_introspector_costs_one_thread() {
     let broker = TestBroker::start();
-    broker.state.introspectors().set_guest_port(None);
+    broker.service.set_guest_port(None);
     let qemus: Vec<FakeQemu> = (0..COUNT).map(|_| FakeQemu::start()).collect();
     assert_eq!(threads(), BTreeMap::new());
     for (cid, qemu) in (CID..).zip(&qemus) {
@@ -49,8 +49,7 @@ fn an_introspector_costs_one_thread() {
     let _tiger = broker.target("tiger");
     let request = GrantRequest { uses: COUNT, ..request(Rights::ReadOnly) };
     let token = broker.grant(&request).token;
-    let open =
-        |cid: u32| broker.state.introspectors().by_cid(cid).unwrap().open(&token, &caller(), true);
+    let open = |cid: u32| broker.service.introspector(cid).unwrap().open(&token, &caller(), true);
     let views: Vec<_> = (CID..CID + COUNT).map(|cid| open(cid).unwrap()).collect();
     assert_eq!(threads(), expected);
     qemus.iter().for_each(|qemu| qemu.machine().is_stubborn = true);

@@ -29,9 +29,8 @@ fn two_hundred_rounds_leave_no_descriptor_and_no_thread() {
         admin.hook("tiger", &Endpoint::Unix("/nowhere/at/all".into())).unwrap();
         let mut session = tool.accept();
         let bearer = session.token().unwrap();
-        let vm = broker.state.find("tiger").unwrap();
-        let pushed = broker.mint(&vm, 7).unwrap();
-        drop(vm);
+        let vm = broker.state.number("tiger").unwrap();
+        let pushed = broker.mint(vm, 7).unwrap();
         let held = (round % 2 == 0)
             .then(|| (lion.redeem(&bearer).unwrap(), lion.redeem(&pushed).unwrap()));
         match round % 4 {
@@ -51,7 +50,7 @@ fn two_hundred_rounds_leave_no_descriptor_and_no_thread() {
         }
         drop(held);
         wait_for("both VMs to go", || {
-            broker.state.find("tiger").is_err() && broker.state.find("lion").is_err()
+            broker.state.number("tiger").is_none() && broker.state.number("lion").is_none()
         });
         // A hook connects again after the tool has closed, so that the next round could accept what
         // this one left.

@@ -12,7 +12,7 @@ use kvmmem_qemu::qmp::Qmp;
 
 use common::qemu::{FIRMWARE, Qemu, wait_long};
 use common::{TestBroker, wait_for};
-use kvmmem_broker::limits::Limits;
+use kvmmem_broker::Limits;
 use serde_json::json;
 
 /// Two vCPUs under QEMU, added by its monitor.

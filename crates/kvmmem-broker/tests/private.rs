@@ -4,26 +4,22 @@
 mod common;
 
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use kvmmem_client::ClientError;
 use kvmmem_client::admin::{GrantRequest, Span};
 use kvmmem_client::vmm::{RedeemError, Region, Registration, Rights, Token};
+use kvmmem_kvmi::request as kvmi;
 use kvmmem_proto::copy::{BUFFER, CopyAnswer, CopyRequest, Piece, Status};
-use kvmmem_proto::credentials::Credentials;
 use kvmmem_proto::message::{Answer, Call, Caller, FromBroker, Refusal, Request};
 use kvmmem_proto::packet::{PacketBuffer, PacketSocket, Wait};
 
 use common::{TestBroker, Tool, caller, introspector, memfd, request, target, wait_for};
 use kvmmem::host::{Copier, CopyError, HostEvent, HostLink, HostView};
 use kvmmem_abi::errno::KvmError;
-use kvmmem_broker::peer::Peer;
-use kvmmem_broker::ram::Ram;
 use rustix::fs::{FallocateFlags, Mode, OFlags, SealFlags, fallocate};
 use rustix::io::{pread, pwrite};
-use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 
 const SOON: Duration = Duration::from_secs(30);
 
@@ -56,21 +52,14 @@ impl Private {
             vec![region(0, Self::LOW_LEN, hva), region(HIGH, Self::HIGH_LEN, hva + Self::LOW_LEN)];
         let own = rustix::fs::open("/proc/self/mem", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())
             .unwrap();
-        let ram = Ram::of_process(own, regions).unwrap();
-        let vm = Self::register(broker, name, ram);
+        let vm = Self::register(broker, name, own, regions);
         Self { memory, vm }
     }
 
     /// Registers a VM with private RAM; returns its number.
-    fn register(broker: &TestBroker, name: &str, ram: Ram) -> u64 {
-        let registration = Registration { regions: Vec::new(), ..target(name) };
-        let (socket, _) =
-            socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
-                .unwrap();
-        let credentials = Credentials { pid: std::process::id(), uid: 0 };
-        let peer = Peer::new(PacketSocket::accepted(socket, SOON).unwrap(), credentials);
-        let by = peer.credentials();
-        broker.state.register(registration, &mut Some(ram), Arc::new(peer), by).unwrap().id()
+    fn register(broker: &TestBroker, name: &str, memory: OwnedFd, regions: Vec<Region>) -> u64 {
+        let registration = Registration { regions, ..target(name) };
+        broker.state.register_private(registration, memory, std::process::id()).unwrap()
     }
 }
 
@@ -186,7 +175,7 @@ fn copies_end_with_the_target_and_with_the_broker() {
                 assert!(!is_over.load(Ordering::Relaxed));
             }
         });
-        broker.state.retire(&broker.state.vm(private.vm).unwrap());
+        broker.state.remove(private.vm);
         let error = busy.join().unwrap();
         assert!(matches!(error, CopyError::Gone), "{error:?}");
         is_over.store(true, Ordering::Relaxed);
@@ -213,8 +202,7 @@ fn a_vmm_that_has_ended_is_not_one_without_memory() {
     let memory =
         std::fs::File::options().read(true).write(true).open(format!("/proc/{}/mem", vmm.id()));
     let regions = vec![Region { gpa: 0, len: end - hva, offset: hva, file: 0 }];
-    let ram = Ram::of_process(memory.unwrap().into(), regions).unwrap();
-    Private::register(&broker, "tiger", ram);
+    Private::register(&broker, "tiger", memory.unwrap().into(), regions);
     let granted = broker.grant(&request(Rights::ReadOnly));
     let (link, _, copier) = attach(&broker, &granted.token, true);
     let pump = pump(link);
@@ -234,17 +222,15 @@ fn kvmi_reads_and_writes_it_and_says_that_no_vm_can_map_it() {
     broker.admin().hook("tiger", &tool.endpoint).unwrap();
     let mut session = tool.accept();
     let token = session.token().unwrap();
-    let (_lion, vm) = (broker.introspector("lion", 7), broker.state.find("tiger").unwrap());
-    let minted = broker.mint(&vm, 7);
+    let (_lion, vm) = (broker.introspector("lion", 7), broker.state.number("tiger").unwrap());
+    let minted = broker.mint(vm, 7);
     assert_eq!(minted.unwrap_err(), KvmError::OpNotSupp);
     // A tool on the host can have copies.
     let (link, _, copier) = attach(&broker, &token, false);
     let pump = pump(link);
     copier.write(HIGH, b"kvmi").unwrap();
-    let mut bytes = [0; 4];
-    vm.ram().unwrap().read(HIGH, &mut bytes).unwrap();
-    assert_eq!(&bytes, b"kvmi");
-    drop(vm);
+    let read = session.ask(kvmi::Request::ReadPhysical { gpa: HIGH, size: 4 }).unwrap();
+    assert_eq!(read, b"kvmi");
     drop(session);
     drop(broker);
     pump.join().unwrap();

@@ -5,7 +5,7 @@ mod common;
 
 use std::collections::BTreeSet;
 use std::os::fd::{AsFd, OwnedFd};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use kvmmem_client::ClientError;
 use kvmmem_client::admin::KvmiPolicy;
@@ -16,8 +16,6 @@ use kvmmem_proto::packet::{PacketBuffer, PacketSocket, Wait};
 
 use common::{TestBroker, Tool, introspector, may_open, ram, request, target, wait_for};
 use kvmmem_abi::errno::KvmError;
-use kvmmem_broker::audit::AuditFile;
-use kvmmem_broker::hook::Owner;
 
 /// A connection of a VMM that sends any call, and reads nothing that it is not asked to.
 struct Vmm {
@@ -108,8 +106,8 @@ fn a_token_that_cannot_be_pushed_stays_its_holder_s() {
         (0..16).map(|number| broker.target(&format!("target-{number}"))).collect();
     let mut tokens = Vec::new();
     for number in 0..targets.len() {
-        let vm = broker.state.find(&format!("target-{number}")).unwrap();
-        tokens.extend((0..64).map(|_| broker.mint(&vm, 7).unwrap()));
+        let vm = broker.state.number(&format!("target-{number}")).unwrap();
+        tokens.extend((0..64).map(|_| broker.mint(vm, 7).unwrap()));
     }
     let holders: Vec<_> = broker.grants().iter().map(|grant| grant.holder).collect();
     assert!(
@@ -155,18 +153,17 @@ fn a_hook_ends_with_the_vm_that_it_was_made_for() {
 fn a_hook_makes_no_token_for_another_vm_with_its_context_id() {
     let broker = TestBroker::start();
     let _bank = broker.target("bank");
-    let vm = broker.state.find("bank").unwrap();
-    let endpoint = Endpoint::Vsock { cid: 7, port: 1234 };
-    let mint = |owner| broker.state.mint(Instant::now(), &vm, &endpoint, owner);
-    let number = |name| broker.state.find(name).unwrap().id();
+    let vm = broker.state.number("bank").unwrap();
+    let mint = |tool| broker.state.mint_token(vm, Some(tool));
+    let number = |name| broker.state.number(name).unwrap();
     let lion = broker.introspector("lion", 7);
-    let owner = Owner::Vm(number("lion"));
-    lion.redeem(&mint(owner).unwrap()).unwrap();
+    let tool = number("lion");
+    lion.redeem(&mint(tool).unwrap()).unwrap();
     drop(lion);
-    wait_for("the introspector to go", || broker.state.find("lion").is_err());
+    wait_for("the introspector to go", || broker.state.number("lion").is_none());
     let puma = broker.introspector("puma", 7);
-    assert_eq!(mint(owner).err(), Some(KvmError::Perm));
-    puma.redeem(&mint(Owner::Vm(number("puma"))).unwrap()).unwrap();
+    assert_eq!(mint(tool).err(), Some(KvmError::Perm));
+    puma.redeem(&mint(number("puma")).unwrap()).unwrap();
 }
 
 #[test]
@@ -177,7 +174,7 @@ fn every_vm_that_registers_is_in_the_audit_log() {
     }
     let broker = TestBroker::start();
     let log = broker.directory.path().join("audit.log");
-    broker.state.audit().write_to(AuditFile::open(&log).unwrap()).unwrap();
+    broker.state.write_audit_to(&log).unwrap();
     // As after a start of the broker, when all VMMs connect at once.
     let vmms: Vec<Vmm> = (0..COUNT)
         .map(|number| {

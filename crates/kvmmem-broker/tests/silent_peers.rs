@@ -11,16 +11,17 @@ use kvmmem_proto::message::{FromBroker, Refusal};
 use kvmmem_proto::packet::{PacketBuffer, PacketSocket};
 
 use common::{TestBroker, may_open, wait_for};
-use kvmmem_broker::limits::MAX_CONNECTIONS;
+use kvmmem_broker::Limits;
 
 #[test]
 fn silent_connections_run_out_and_come_back() {
-    if !may_open(3 * MAX_CONNECTIONS) {
+    let most = Limits::default().connections.total;
+    if !may_open(3 * most) {
         return;
     }
     let broker = TestBroker::start();
     let connect = || PacketSocket::connect(&broker.path, Duration::from_secs(60)).unwrap();
-    let silent: Vec<PacketSocket> = (0..MAX_CONNECTIONS).map(|_| connect()).collect();
+    let silent: Vec<PacketSocket> = (0..most).map(|_| connect()).collect();
     let one_more = connect();
     one_more.limit_receive(Some(Duration::from_secs(60))).unwrap();
     let (answer, _) =

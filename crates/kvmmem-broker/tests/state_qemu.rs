@@ -13,8 +13,8 @@ use common::qemu::{Qemu, wait_long};
 fn the_next_broker_has_the_vms_under_qemu_again() {
     let broker = TestBroker::start();
     let state = broker.directory.path().join("state");
-    broker.state.remember_in(&state).unwrap();
-    broker.state.introspectors().set_guest_port(None);
+    broker.service.remember_in(&state).unwrap();
+    broker.service.set_guest_port(None);
     let Some(target) = Qemu::shared(&broker, "tiger", "q35", "64M") else { return };
     let Some(watcher) = Qemu::start(&broker, "watcher", &["-machine", "pc", "-m", "64"]) else {
         return;
@@ -29,8 +29,8 @@ fn the_next_broker_has_the_vms_under_qemu_again() {
     let lion = broker.admin().add_introspector(&request).unwrap().target;
 
     let broker = TestBroker::start_in(broker.stop());
-    broker.state.introspectors().set_guest_port(None);
-    broker.state.remember_in(&state).unwrap();
+    broker.service.set_guest_port(None);
+    broker.service.remember_in(&state).unwrap();
     wait_long("both to be there again", || broker.admin().targets().unwrap().len() == 2);
     let mut targets = broker.admin().targets().unwrap();
     targets.sort_by(|one, other| one.name.cmp(&other.name));
@@ -38,7 +38,7 @@ fn the_next_broker_has_the_vms_under_qemu_again() {
         targets.iter().map(|vm| (vm.name.as_str(), vm.uuid, vm.introspector, vm.cid)).collect();
     assert_eq!(seen, [("lion", lion.uuid, true, Some(77)), ("tiger", uuid, false, None)]);
     // It is registered first.
-    wait_long("the introspector", || broker.state.introspectors().by_cid(77).is_some());
+    wait_long("the introspector", || broker.service.introspector(77).is_some());
     // Both are watched again.
     drop((target, watcher));
     wait_long("both to go", || broker.admin().targets().unwrap().is_empty());

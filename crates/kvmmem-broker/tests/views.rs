@@ -228,9 +228,9 @@ fn a_pushed_token_is_used_once_by_pages_and_views_together() {
     let broker = TestBroker::start();
     let _tiger = broker.target("tiger");
     let lion = broker.introspector("lion", 7);
-    let vm = broker.state.find("tiger").unwrap();
+    let vm = broker.state.number("tiger").unwrap();
     for round in 0..100 {
-        let token = broker.mint(&vm, 7).unwrap();
+        let token = broker.mint(vm, 7).unwrap();
         if round % 2 == 0 {
             // Give the push time to come, or none.
             std::thread::sleep(Duration::from_millis(2));
@@ -268,8 +268,8 @@ fn revoking_a_pushed_token_voids_it_where_it_was_pushed() {
     let broker = TestBroker::start();
     let _tiger = broker.target("tiger");
     let (lion, _views) = broker.viewer("lion", 7, NO_PAUSE);
-    let vm = broker.state.find("tiger").unwrap();
-    let token = broker.mint(&vm, 7).unwrap();
+    let vm = broker.state.number("tiger").unwrap();
+    let token = broker.mint(vm, 7).unwrap();
     let listed = &broker.grants()[0];
     assert_eq!((listed.origin, listed.holder), (Origin::Kvmi, Some(introspector("lion", 7).uuid)));
     assert_eq!(broker.admin().revoke(listed.id).unwrap().unconfirmed, 0);
@@ -291,8 +291,8 @@ fn kvmi_makes_what_the_policy_says() {
     );
     let tiger = broker.target("tiger");
     let lion = broker.introspector("lion", 7);
-    let vm = broker.state.find("tiger").unwrap();
-    let mint = || broker.mint_bearer(&vm);
+    let vm = broker.state.number("tiger").unwrap();
+    let mint = || broker.mint_bearer(vm);
     assert_eq!(mint().err(), Some(KvmError::Perm));
     admin.policy("tiger", Some(KvmiPolicy::ReadOnly)).unwrap();
     assert_eq!(lion.redeem(&mint().unwrap()).unwrap().scope.rights, Rights::ReadOnly);
@@ -302,7 +302,7 @@ fn kvmi_makes_what_the_policy_says() {
     );
     // It outlives the VM.
     drop((vm, tiger));
-    wait_for("the target to go", || broker.state.find("tiger").is_err());
+    wait_for("the target to go", || broker.state.number("tiger").is_none());
     let _tiger = broker.target("tiger");
     assert_eq!(admin.policy("tiger", None).unwrap(), KvmiPolicy::ReadOnly);
     broker.state.set_kvmi_tokens(KvmiPolicy::None);

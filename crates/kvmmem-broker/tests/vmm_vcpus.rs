@@ -134,7 +134,7 @@ fn a_vmm_that_does_not_know_the_question_is_not_asked() {
     for refused in
         [message(broker.admin().registers("tiger")), message(broker.admin().pause("tiger"))]
     {
-        assert!(refused.contains("kvmmem vm") && refused.contains("--qmp SOCKET"), "{refused}");
+        assert!(refused.contains("a VM of `kvmmem vm` answers"), "{refused}");
     }
     assert!(link.is_connected());
 }

@@ -104,7 +104,7 @@ fn every_command_in_the_documentation_is_taken() {
                 }
             }
             for words in commands(&line, "kvmmemd") {
-                if let Err(error) = kvmmem_broker::options::Options::try_parse_from(&words) {
+                if let Err(error) = kvmmem_broker::Options::try_parse_from(&words) {
                     panic!("{}: {line}\n{error}", page.display());
                 }
             }

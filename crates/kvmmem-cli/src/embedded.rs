@@ -16,7 +16,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use kvmmem_broker::server::Server;
+use kvmmem_broker::Server;
 use kvmmem_client::ClientError;
 use kvmmem_client::admin::{Admin, Which};
 use kvmmem_proto::packet::PacketError;
@@ -85,7 +85,7 @@ impl Embedded {
         let directory = directory.context("cannot make a directory for the broker's socket")?;
         let socket = directory.path().join("broker.sock");
         let server = Server::bind(&socket, None)?;
-        server.broker().set_brief();
+        server.service().broker().set_brief();
         lock().push(Box::new(server.waits_for_peers()));
         std::thread::Builder::new().name("broker".into()).spawn(move || {
             // Nothing is written to the other end, and it stays open.

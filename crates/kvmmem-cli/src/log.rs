@@ -9,7 +9,7 @@ use std::io::{self, IsTerminal, Write};
 
 use kvmmem_proto::name::is_unprintable;
 
-use kvmmem_broker::audit;
+use kvmmem_broker::AUDIT_TARGET;
 use tracing_subscriber::filter::{LevelFilter, Targets};
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
@@ -30,7 +30,7 @@ pub(crate) fn start(json: bool) {
         let stderr = || Escaped { to: io::stderr(), escape: escape_text };
         lines.with_ansi(io::stderr().is_terminal()).with_writer(stderr).boxed()
     };
-    let audit = Targets::new().with_target(audit::TARGET, LevelFilter::INFO);
+    let audit = Targets::new().with_target(AUDIT_TARGET, LevelFilter::INFO);
     let journal = journal.map(|layer| layer.with_filter(audit));
     tracing_subscriber::registry().with(lines.with_filter(filter)).with(journal).init();
 }

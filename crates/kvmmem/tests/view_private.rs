@@ -10,17 +10,11 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use kvmmem::{Access, Event, Range, View, ViewError};
-use kvmmem_broker::broker::Broker;
-use kvmmem_broker::peer::Peer;
-use kvmmem_broker::ram::Ram;
-use kvmmem_broker::server::Server;
+use kvmmem_broker::{Broker, Server};
 use kvmmem_client::admin::{Admin, GrantRequest, Granted, Rights, Span};
-use kvmmem_client::vmm::{Change, Region, Registration};
-use kvmmem_proto::credentials::Credentials;
-use kvmmem_proto::packet::PacketSocket;
+use kvmmem_client::vmm::{Region, Registration};
 use proptest::prelude::*;
 use rustix::fs::{Mode, OFlags};
-use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use uuid::Uuid;
 
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -44,7 +38,7 @@ impl Host {
         let directory = tempfile::tempdir().unwrap();
         let socket = directory.path().join("broker.sock");
         let server = Server::bind(&socket, None).unwrap();
-        let broker = server.broker();
+        let broker = Arc::clone(server.service().broker());
         let (stop, stopped) = UnixStream::pair().unwrap();
         let server = std::thread::spawn(move || server.run(stopped.as_fd()).unwrap());
         let memory = vec![0; usize::try_from(SECOND + SECOND_LEN + PAGE).unwrap()];
@@ -70,15 +64,8 @@ impl Host {
             server: Some(server),
             _directory: directory,
         };
-        let ram = Ram::of_process(own, host.regions()).unwrap();
-        let (end, _) =
-            socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
-                .unwrap();
-        let credentials = Credentials { pid: std::process::id(), uid: 0 };
-        let peer = Peer::new(PacketSocket::accepted(end, PATIENCE).unwrap(), credentials);
-        let by = peer.credentials();
-        let vm = host.broker.register(registration, &mut Some(ram), Arc::new(peer), by).unwrap();
-        host.vm = vm.id();
+        let registration = Registration { regions: host.regions(), ..registration };
+        host.vm = host.broker.register_private(registration, own, std::process::id()).unwrap();
         host
     }
 
@@ -184,7 +171,6 @@ fn a_view_follows_the_ram_and_hears_of_its_end_whatever_it_is_doing() {
     for end in [Event::Revoked, Event::Gone] {
         let host = Host::start();
         let (view, grant) = host.view(Rights::ReadOnly);
-        let vm = host.broker.vm(host.vm).unwrap();
         let read = AtomicU64::new(0);
         std::thread::scope(|scope| {
             let readers: Vec<_> = (0..3)
@@ -210,7 +196,7 @@ fn a_view_follows_the_ram_and_hears_of_its_end_whatever_it_is_doing() {
             }
             // A change is heard of while copies are under way.
             let fewer = vec![host.regions()[0]];
-            host.broker.ram_changed(Some(&vm), fewer, Change::Resized).unwrap();
+            host.broker.move_ram(host.vm, fewer).unwrap();
             assert_eq!(view.wait(PATIENCE).unwrap(), Some(Event::Changed));
             assert_eq!(view.ranges().unwrap(), [Range { gpa: 0, len: SECOND }]);
             assert!(matches!(
@@ -222,7 +208,7 @@ fn a_view_follows_the_ram_and_hears_of_its_end_whatever_it_is_doing() {
                 let revoked = Admin::connect(&host.socket).unwrap().revoke(grant).unwrap();
                 assert_eq!((revoked.views, revoked.unconfirmed), (1, 0));
             } else {
-                host.broker.retire(&vm);
+                host.broker.remove(host.vm);
             }
             assert_eq!(view.wait(PATIENCE).unwrap(), Some(end));
             for reader in readers {

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, Result};
 use clap::{CommandFactory as _, Parser};
 use clap_complete::Shell;
-use kvmmem_broker::options::Options;
+use kvmmem_broker::Options;
 
 #[derive(Parser)]
 #[command(about = "Writes manual pages and completions")]

@@ -11,7 +11,7 @@ use rustix::fs::OFlags;
 
 /// The file that is written to.
 #[derive(Debug)]
-pub struct AuditFile {
+pub(crate) struct AuditFile {
     path: PathBuf,
     file: File,
 }
@@ -21,7 +21,7 @@ impl AuditFile {
     ///
     /// # Errors
     /// Those of `open`.
-    pub fn open(path: &Path) -> io::Result<Self> {
+    pub(crate) fn open(path: &Path) -> io::Result<Self> {
         Ok(Self { path: path.to_owned(), file: open(path)? })
     }
 

@@ -21,7 +21,7 @@ pub struct Layout {
 
 impl Layout {
     /// The regions as others are told them, to whom the VMM's addresses are of no use.
-    pub fn regions(&self) -> Vec<Region> {
+    pub(crate) fn regions(&self) -> Vec<Region> {
         let told = |region: &Region| match self.is_private {
             true => Region { offset: region.gpa, ..*region },
             false => *region,

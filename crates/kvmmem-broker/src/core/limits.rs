@@ -6,7 +6,7 @@ use std::time::Duration;
 use super::quota::Bound;
 
 /// The most connections at a time: each has a thread.
-pub const MAX_CONNECTIONS: usize = 2560;
+const MAX_CONNECTIONS: usize = 2560;
 
 /// The most VMs that are registered at a time.
 pub(crate) const MAX_VMS: usize = 2048;

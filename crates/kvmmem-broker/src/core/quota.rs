@@ -29,7 +29,7 @@ impl Bound {
 
 /// Why there may not be one more.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Exceeded {
+pub(crate) enum Exceeded {
     /// The user has its share.
     #[error("user {uid} has {count} already, the most that one user may have; end some of them")]
     Share {

@@ -6,7 +6,8 @@ use std::error::Error;
 use kvmmem_proto::message::Refusal;
 
 /// Why a request was refused.
-#[derive(Debug)]
+#[derive(Debug, thiserror::Error)]
+#[error("{message}")]
 pub struct Refused {
     /// Which kind of failure.
     pub refusal: Refusal,

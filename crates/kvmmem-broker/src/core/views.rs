@@ -7,7 +7,7 @@ use std::time::Instant;
 use kvmmem_kvmi::token::Token;
 use kvmmem_proto::message::{Caller, Refusal, Registration, ViewCounters};
 use kvmmem_proto::name::is_unprintable;
-use kvmmem_proto::scope::Span;
+use kvmmem_proto::scope::{Rights, Span};
 
 use super::effect::Effect;
 use super::grants::{Grants, Opened, UseError, User, View};
@@ -92,6 +92,19 @@ impl Core {
             attached
         };
         Ok(Attached { view, opened, caller, registration, layout, is_first })
+    }
+
+    /// The target that a token would open for a peer, and with which rights. No use is taken.
+    pub(crate) fn would_open(
+        &mut self,
+        now: Instant,
+        who: u64,
+        token: &Token,
+        read_only: bool,
+    ) -> Option<(u64, Rights)> {
+        let by = self.user(who).ok()?;
+        let (target, scope) = self.grants.target(now, token, by).ok()?;
+        Some((target, if read_only { Rights::ReadOnly } else { scope.rights }))
     }
 
     /// Begins to close a view: it reaches no memory any more. The caller waits for the copies that

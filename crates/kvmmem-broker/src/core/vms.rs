@@ -50,7 +50,7 @@ pub(crate) struct NewVm {
 
 /// Why a VM is not registered.
 #[derive(Debug, thiserror::Error)]
-pub enum RegisterError {
+pub(crate) enum RegisterError {
     /// The name is empty, too long or not for a terminal.
     #[error(
         "a VM's name has 1 to {MAX_NAME} bytes, all of them to be shown, and does not begin with pid:, qmp: or libvirt:; give another name with --name"

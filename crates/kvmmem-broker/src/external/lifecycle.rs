@@ -18,11 +18,12 @@ use kvmmem_qemu::qmp::{Qmp, QmpError};
 
 use super::listening::Listening;
 use super::watch::Watched;
-use crate::broker::{Broker, in_words};
+use crate::core::refused::in_words;
 use crate::registry::Vm;
+use crate::service::Service;
 use crate::state::entry::{Entry, Role};
 
-impl Broker {
+impl Service {
     /// Waits for the end of a VM's VMM, and listens to its monitor where there is one.
     pub(super) fn watch(
         self: &Arc<Self>,
@@ -30,7 +31,7 @@ impl Broker {
         pidfd: OwnedFd,
         monitor: Option<Socket>,
     ) -> std::io::Result<()> {
-        let silence = self.limits().silence;
+        let silence = self.broker().limits().silence;
         let monitor = monitor.map(|Socket { path, listener, qmp }| {
             let (finder, teller) = (Arc::downgrade(self), Arc::downgrade(self));
             let tell = move |qmp: &mut Qmp, news| {
@@ -41,10 +42,10 @@ impl Broker {
             let threads = (self.reactor(), self.services());
             Listening::start(threads, vm, monitor, find, tell, silence)
         });
-        let broker = Arc::downgrade(self);
+        let service = Arc::downgrade(self);
         let ended = move |watched: Vec<Watched>| {
-            if let Some(broker) = broker.upgrade() {
-                broker.vmms_ended(watched);
+            if let Some(service) = service.upgrade() {
+                service.vmms_ended(watched);
             }
         };
         self.external()
@@ -55,15 +56,17 @@ impl Broker {
     /// that has taken over, or goes too. However many end at a time, the processes of the host
     /// are looked through once.
     fn vmms_ended(self: &Arc<Self>, ended: Vec<Watched>) {
-        let vms: Vec<(Arc<Vm>, Watched)> =
-            ended.into_iter().filter_map(|ended| Some((self.vm(ended.vm)?, ended))).collect();
-        let others = self.vms().iter().map(|vm| vm.peer().credentials().pid).collect();
+        let vms: Vec<(Arc<Vm>, Watched)> = ended
+            .into_iter()
+            .filter_map(|ended| Some((self.broker().vm(ended.vm)?, ended)))
+            .collect();
+        let others = self.broker().vms().iter().map(|vm| vm.peer().credentials().pid).collect();
         let rams: Vec<_> = vms.iter().map(|(vm, _)| ram(vm)).collect();
         let successors = live_update::find(&rams, &others);
         for ((vm, ended), successor) in vms.into_iter().zip(successors) {
             match successor {
                 Some(successor) => self.taken_over(&vm, ended, successor),
-                None => self.retire(&vm),
+                None => self.broker().retire(&vm),
             }
         }
     }
@@ -75,26 +78,26 @@ impl Broker {
             Credentials { pid: successor.pid(), uid: successor.uid().unwrap_or(former.uid) };
         let socket = ended.monitor.and_then(|_| attach::command_line(&successor).ok()?.qmp);
         vm.peer().replaced(credentials);
-        self.tables().core.vm_moved(vm.id(), credentials);
-        self.audit().taken_over(vm, former);
+        self.broker().tables().core.vm_moved(vm.id(), credentials);
+        self.broker().audit().taken_over(vm, former);
         let monitor = socket.clone().map(|path| Socket { path, listener: None, qmp: None });
         if let Err(error) = self.watch(ended.vm, successor.into_pidfd(), monitor) {
             tracing::error!(%error, vm = ended.vm, "cannot watch the VMM that has taken over");
-            return self.retire(vm);
+            return self.broker().retire(vm);
         }
-        self.state().remember(vm, Entry::of(vm, socket, Role::target(vm)));
+        self.broker().state().remember(vm, Entry::of(vm, socket, Role::target(vm)));
     }
 
     /// Does what a QEMU's news demand.
     fn hear(self: &Arc<Self>, vm: u64, qmp: &mut Qmp, news: News) -> Next {
-        let vm = self.vm(vm);
+        let vm = self.broker().vm(vm);
         let Some((vm, ram)) = vm.as_ref().and_then(|vm| Some((vm, vm.ram()?))) else {
             return Next::Stop;
         };
         match news {
             News::Reset => {
                 let regions = ram.layout().map.regions().to_vec();
-                if let Err(refused) = self.ram_changed(Some(vm), regions, Change::Reset) {
+                if let Err(refused) = self.broker().ram_changed(Some(vm), regions, Change::Reset) {
                     tracing::warn!(vm = vm.id(), reason = refused.message, "a reset is not told");
                 }
                 Next::Listen
@@ -129,7 +132,7 @@ impl Broker {
             return Next::Listen;
         }
         if let Some(regions) = in_known_files(vm, &opened) {
-            return match self.ram_changed(Some(vm), regions, Change::Resized) {
+            return match self.broker().ram_changed(Some(vm), regions, Change::Resized) {
                 Ok(()) => Next::Listen,
                 Err(_) => self.give_up(vm),
             };
@@ -137,14 +140,14 @@ impl Broker {
         // Whoever has a view has it of the files that there were: it ends, and the VM is a new
         // target.
         if self.external().remove(vm.id()).is_some() {
-            self.retire(vm);
+            self.broker().retire(vm);
             // It is other memory.
             if let Some(ram) = vm.ram() {
                 ram.continue_from(ram.layout().generation.saturating_add(1));
-                self.state().changed(vm);
+                self.broker().state().changed(vm);
             }
             match self.register_external(opened, Some(Socket::of(qmp))) {
-                Ok(vm) => self.audit().registered(&vm),
+                Ok(vm) => self.broker().audit().registered(&vm),
                 Err(refused) => {
                     tracing::warn!(
                         reason = refused.message,
@@ -159,7 +162,7 @@ impl Broker {
     /// Ends a target that is not to be relied on any more.
     fn give_up(&self, vm: &Vm) -> Next {
         if self.external().remove(vm.id()).is_some() {
-            self.retire(vm);
+            self.broker().retire(vm);
         }
         Next::Stop
     }
@@ -183,8 +186,8 @@ fn open_again(vm: &Vm, qmp: &mut Qmp) -> Result<Opened, AttachError> {
 /// It is the process's own where that listens. Where the socket was handed to it, the same process
 /// has to listen as when the VM was added; and that may have handed others to other QEMUs, so this
 /// one has to say where the VM's memory is.
-fn connect(broker: &Weak<Broker>, vm: u64, path: &Path, listener: Option<u32>) -> Option<Qmp> {
-    let vm = broker.upgrade()?.vm(vm)?;
+fn connect(service: &Weak<Service>, vm: u64, path: &Path, listener: Option<u32>) -> Option<Qmp> {
+    let vm = service.upgrade()?.broker().vm(vm)?;
     let process = Process::open(vm.peer().credentials().pid).ok()?;
     let line = attach::command_line(&process).ok()?;
     let its_own = |mut qmp: Qmp| {

@@ -11,13 +11,14 @@ use kvmmem_qemu::attach::{self, Opened};
 use kvmmem_qemu::backing::Source;
 use kvmmem_qemu::listener::Socket;
 
-use crate::broker::{Broker, Refused};
+use crate::core::refused::Refused;
 use crate::peer::Peer;
 use crate::ram::Ram;
 use crate::registry::Vm;
+use crate::service::Service;
 use crate::state::entry::{Entry, Role};
 
-impl Broker {
+impl Service {
     /// Attaches a VM that runs under a stock VMM, and registers it.
     ///
     /// # Errors
@@ -47,7 +48,7 @@ impl Broker {
     ) -> Result<Arc<Vm>, Refused> {
         let monitor = opened.qmp.take().map(Socket::from);
         let vm = self.register_external(opened, monitor)?;
-        self.audit().added(&vm, peer);
+        self.broker().audit().added(&vm, peer);
         Ok(vm)
     }
 
@@ -79,14 +80,14 @@ impl Broker {
         let ram = ram?;
         // Of a target that was removed, or that an earlier broker had.
         if let (Some(ram), Some(generation)) =
-            (&ram, self.state().generation(opened.credentials.pid))
+            (&ram, self.broker().state().generation(opened.credentials.pid))
         {
             ram.continue_from(generation);
         }
         let mut ram = ram;
         // One at a time: what is compared here stays as it is until the VM is in the registry.
         let _adding = self.adding();
-        let vms: Vec<Arc<Vm>> = self.vms();
+        let vms: Vec<Arc<Vm>> = self.broker().vms();
         // Targets are compared by their files: two with the same RAM would each have grants of it.
         // Private RAM is that of its process.
         let is_its =
@@ -96,12 +97,12 @@ impl Broker {
             return Err(Refused::new(Refusal::Exists, message));
         }
         drop(vms);
-        let vm = self.register(registration, &mut ram, Arc::new(vmm), administrator)?;
+        let vm = self.broker().register(registration, &mut ram, Arc::new(vmm), administrator)?;
         if let Err(error) = self.watch(vm.id(), opened.pidfd, monitor) {
             self.release(vm.id());
             return Err(limit("cannot watch the VMM")(error.into()));
         }
-        self.state().remember(&vm, Entry::of(&vm, qmp, Role::target(&vm)));
+        self.broker().state().remember(&vm, Entry::of(&vm, qmp, Role::target(&vm)));
         Ok(vm)
     }
 
@@ -110,12 +111,16 @@ impl Broker {
     /// # Errors
     /// Where there is no such VM.
     pub(crate) fn remove_target(&self, target: &str) -> Result<Answer, Refused> {
-        let vm = self.find(target)?;
-        if self.external().remove(vm.id()).is_none() {
+        let vm = self.broker().find(target)?;
+        // One that is just being added is listed before its VMM is watched.
+        let adding = self.adding();
+        let watched = self.external().remove(vm.id());
+        drop(adding);
+        if watched.is_none() {
             let message = format!("{target:?} was registered by its own VMM and goes with it");
             return Err(Refused::new(Refusal::Denied, message));
         }
-        self.retire(&vm);
+        self.broker().retire(&vm);
         Ok(Answer::Done)
     }
 
@@ -129,9 +134,9 @@ impl Broker {
     }
 
     pub(super) fn release(&self, vm: u64) {
-        let vm = self.vm(vm);
+        let vm = self.broker().vm(vm);
         if let Some(vm) = vm {
-            self.retire(&vm);
+            self.broker().retire(&vm);
         }
     }
 }

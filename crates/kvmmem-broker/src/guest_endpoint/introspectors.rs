@@ -7,27 +7,32 @@ use kvmmem_kvmi::token::Token;
 use kvmmem_proto::message::{Caller, Refusal};
 
 use super::serve::Views;
-use crate::broker::{Broker, Refused};
-use crate::introspector::Opened;
+use crate::broker::Broker;
+use crate::core::refused::Refused;
+use crate::introspector::list::Introspectors;
+use crate::introspector::{Introspector, Opened};
 
-/// The broker, as long as it lives.
-pub(super) struct Introspectors(pub(super) Weak<Broker>);
+/// The broker and its introspectors, as long as they live.
+pub(crate) struct IntrospectorViews {
+    pub(crate) broker: Weak<Broker>,
+    pub(crate) introspectors: Weak<Introspectors>,
+}
 
-impl Introspectors {
-    fn broker(&self) -> Result<Arc<Broker>, Refused> {
-        self.0.upgrade().ok_or_else(|| Refused::new(Refusal::Busy, "the broker ends"))
+impl IntrospectorViews {
+    /// The introspector with a vsock context id.
+    fn of(&self, cid: u32) -> Result<Arc<Introspector>, Refused> {
+        let both = self.broker.upgrade().zip(self.introspectors.upgrade());
+        let (broker, introspectors) =
+            both.ok_or_else(|| Refused::new(Refusal::Busy, "the broker ends"))?;
+        introspectors.by_cid(cid).ok_or_else(|| unknown_peer(&broker, cid))
     }
 }
 
-impl Views for Introspectors {
+impl Views for IntrospectorViews {
     type View = Opened;
 
     fn may_ask(&self, cid: u32) -> Result<(), Refused> {
-        let broker = self.broker()?;
-        match broker.introspectors().by_cid(cid) {
-            Some(_) => Ok(()),
-            None => Err(unknown_peer(&broker, cid)),
-        }
+        self.of(cid).map(drop)
     }
 
     fn open(
@@ -37,12 +42,8 @@ impl Views for Introspectors {
         caller: &Caller,
         read_only: bool,
     ) -> Result<Opened, Refused> {
-        let broker = self.broker()?;
-        let introspector =
-            broker.introspectors().by_cid(cid).ok_or_else(|| unknown_peer(&broker, cid))?;
         // It may take seconds, and the broker need not wait for it to end.
-        drop(broker);
-        Ok(introspector.open(token, caller, read_only)?)
+        Ok(self.of(cid)?.open(token, caller, read_only)?)
     }
 
     fn number(view: &Opened) -> u64 {
@@ -77,11 +78,16 @@ fn unknown_peer(broker: &Broker, cid: u32) -> Refused {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::core::limits::Limits;
 
     #[test]
     fn an_unknown_peer_is_told_how_to_become_an_introspector() {
-        let broker = Arc::new(Broker::default());
-        let endpoint = Introspectors(Arc::downgrade(&broker));
+        let broker = Arc::new(Broker::new(Limits::default()));
+        let introspectors = Arc::<Introspectors>::default();
+        let endpoint = IntrospectorViews {
+            broker: Arc::downgrade(&broker),
+            introspectors: Arc::downgrade(&introspectors),
+        };
         let refused = endpoint.may_ask(7).unwrap_err();
         assert_eq!(refused.refusal, Refusal::Denied);
         assert!(

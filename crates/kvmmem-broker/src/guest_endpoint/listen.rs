@@ -11,7 +11,7 @@ use kvmmem_proto::message::Refusal;
 use vsock::VsockListener;
 
 use super::serve::{Shared, Views, refuse, serve};
-use crate::broker::Refused;
+use crate::core::refused::Refused;
 use crate::reactor::{Handler, READABLE, Token};
 
 /// The most connections that are accepted in one turn of the reactor.

@@ -18,7 +18,7 @@ use rustix::io::Errno;
 use rustix::net::{RecvFlags, Shutdown, recv};
 
 use super::connections::{ConnectionLimit, Slot};
-use crate::broker::Refused;
+use crate::core::refused::Refused;
 use crate::reactor::{self, READABLE, Reactor};
 use crate::workers::{Party, Workers};
 
@@ -35,7 +35,7 @@ const LOOK: Duration = Duration::from_secs(1);
 static WARNINGS: RateLimit = RateLimit::new(5);
 
 /// Who opens views: the broker's introspectors, and a stand-in in tests.
-pub(super) trait Views: Send + Sync + 'static {
+pub(crate) trait Views: Send + Sync + 'static {
     /// An open view. Dropping it closes it, which may take a second.
     type View: Send + 'static;
 

@@ -11,14 +11,17 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use kvmmem_kvmi::server::{Connection, Limits, Socket, Turn, Workspace};
+use kvmmem_proto::endpoint::Endpoint;
 use kvmmem_proto::limit::RateLimit;
 use rustix::event::epoll::EventFlags;
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 
-use super::{Hook, Owner};
-use crate::broker::{Broker, Counted, in_words};
+use super::Hook;
+use super::count::Counted;
+use crate::broker::Broker;
 use crate::connect::{connect_to_tool, is_connected};
-use crate::reactor::{READABLE, Token, WRITABLE};
+use crate::core::refused::in_words;
+use crate::reactor::{READABLE, Reactor, Token, WRITABLE};
 use crate::registry::Vm;
 use crate::session::Session;
 use crate::workers::{Party, Workers};
@@ -38,12 +41,13 @@ static WARNINGS: RateLimit = RateLimit::new(2);
 
 struct Driver {
     broker: Weak<Broker>,
+    reactor: Reactor,
     workers: Workers,
     vm: Arc<Vm>,
     hook: Arc<Hook>,
     token: Token,
     work: Mutex<Work>,
-    _counted: Counted,
+    counted: Mutex<Option<Counted>>,
 }
 
 struct Work {
@@ -74,22 +78,23 @@ enum Next {
 /// Where there are no file descriptors or threads left.
 pub(crate) fn start(
     broker: &Arc<Broker>,
+    (reactor, workers): (&Reactor, &Workers),
     vm: &Arc<Vm>,
     hook: Arc<Hook>,
     counted: Counted,
 ) -> io::Result<()> {
-    let (reactor, workers) = (broker.reactor(), broker.sessions());
     workers.start()?;
     let now = Instant::now();
     let token = reactor.insert_with(|token| {
         let driver = Arc::new(Driver {
             broker: Arc::downgrade(broker),
+            reactor: reactor.clone(),
             workers: workers.clone(),
             vm: Arc::clone(vm),
             hook: Arc::clone(&hook),
             token,
             work: Mutex::new(Work { stage: Stage::Idle, began: now, pause: BACK_OFF.0 }),
-            _counted: counted,
+            counted: Mutex::new(Some(counted)),
         });
         Arc::new(move |_, _, _| driver.run())
     })?;
@@ -100,15 +105,40 @@ pub(crate) fn start(
 }
 
 impl Driver {
-    /// Has a worker take a step.
+    /// Has a worker take a step. A hook that was undone while it has no connection ends at once: its
+    /// path's file system may not answer for ever.
     fn run(self: &Arc<Self>) {
-        // A file system that does not find a path holds up the user who asked for it alone.
-        let party = match self.hook.owner() {
-            Owner::Host(asker) if self.hook.lock().stream.is_none() => Party::User(asker.uid),
-            Owner::Host(_) | Owner::Vm(_) => Party::Target(self.vm.id()),
-        };
+        let mut state = self.hook.lock();
+        let is_unconnected = state.stream.is_none();
+        if is_unconnected && state.stopped {
+            state.driver = None;
+            drop(state);
+            return self.end();
+        }
+        drop(state);
         let driver = Arc::clone(self);
-        self.workers.run(party, move || driver.step());
+        match &self.hook.endpoint {
+            Endpoint::Unix(path) if is_unconnected => {
+                if !self.workers.run_for_path(path, move || driver.step()) {
+                    let pause = self.work.try_lock().map(|mut work| work.pause());
+                    self.wait_again(pause.unwrap_or(BACK_OFF.1));
+                }
+            }
+            _ => self.workers.run(Party::Target(self.vm.id()), move || driver.step()),
+        }
+    }
+
+    /// Takes the next step later.
+    fn wait_again(&self, pause: Duration) {
+        // It fails only for file descriptors, and takes none.
+        let _ = self.reactor.arm(self.token, None, Some(Instant::now() + pause));
+    }
+
+    /// Ends the driver. A worker that still looks for the tool's path keeps nothing of it but memory.
+    fn end(&self) {
+        let counted = self.counted.lock().unwrap_or_else(PoisonError::into_inner).take();
+        drop(counted);
+        self.reactor.remove(self.token);
     }
 
     fn step(self: &Arc<Self>) {
@@ -131,8 +161,7 @@ impl Driver {
             if matches!(work.stage, Stage::Serving(..)) {
                 self.disconnected(&broker, &mut work, "closed");
             }
-            broker.reactor().remove(self.token);
-            return;
+            return self.end();
         }
         let armed = match next {
             Next::Again => {
@@ -140,17 +169,13 @@ impl Driver {
                 return self.run();
             }
             Next::Socket(fd, flags, until) => {
-                broker.reactor().arm(self.token, Some((&fd, flags)), until)
+                self.reactor.arm(self.token, Some((&fd, flags)), until)
             }
-            Next::Pause(pause) => {
-                broker.reactor().arm(self.token, None, Some(Instant::now() + pause))
-            }
+            Next::Pause(pause) => self.reactor.arm(self.token, None, Some(Instant::now() + pause)),
         };
         if let Err(error) = armed {
             tracing::error!(%error, endpoint = %self.hook.endpoint, "cannot wait for a tool");
-            // It fails for file descriptors alone.
-            let later = Some(Instant::now() + BACK_OFF.1);
-            let _ = broker.reactor().arm(self.token, None, later);
+            self.wait_again(BACK_OFF.1);
         }
     }
 
@@ -186,7 +211,7 @@ impl Driver {
             Ok(_) => Next::Pause(BACK_OFF.0),
             Err(error) => {
                 self.report(&error);
-                work.back_off()
+                Next::Pause(work.pause())
             }
         }
     }
@@ -231,7 +256,7 @@ impl Driver {
             return next;
         };
         self.disconnected(broker, work, &ended);
-        work.back_off()
+        Next::Pause(work.pause())
     }
 
     fn disconnected(&self, broker: &Broker, work: &mut Work, reason: &str) {
@@ -242,7 +267,8 @@ impl Driver {
 }
 
 impl Work {
-    fn back_off(&mut self) -> Next {
+    /// How long to wait before the next attempt to connect.
+    fn pause(&mut self) -> Duration {
         let (shortest, longest) = BACK_OFF;
         // A tool that accepts and closes at once is no reason to hurry either.
         if self.began.elapsed() > longest {
@@ -250,7 +276,7 @@ impl Work {
         }
         let pause = self.pause;
         self.pause = (pause * 2).min(longest);
-        Next::Pause(pause)
+        pause
     }
 }
 

@@ -2,7 +2,6 @@
 //! Makes an introspector of a QEMU that runs, and undoes that.
 
 use std::io;
-use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
@@ -10,18 +9,19 @@ use kvmmem_proto::credentials::Credentials;
 use kvmmem_proto::message::{Answer, OnSilence, Refusal, Registration, Which};
 use kvmmem_qemu::attach::random_uuid;
 use kvmmem_qemu::find::{self, FindError, Found};
-use kvmmem_qemu::qmp::Qmp;
 use kvmmem_qemu::windows::machine::{self, Machine, MachineError};
-use serde_json::Value;
 use uuid::Uuid;
 
+use super::handle::{Introspector, State, Traits};
 use super::inbox::Inbox;
 use super::link::Link;
 use super::list::MAX;
+use super::qemu::Qemu;
+use super::thread;
 use super::view::View;
-use super::{Introspector, State, Traits, thread};
-use crate::broker::{Broker, Refused};
+use crate::core::refused::Refused;
 use crate::core::vms::RegisterError;
+use crate::service::Service;
 use crate::state::entry::{Entry, Role};
 
 /// How long removing an introspector may take; it ends all the same.
@@ -71,7 +71,7 @@ impl From<AddError> for Refused {
     }
 }
 
-impl Broker {
+impl Service {
     /// Makes an introspector of a VM that runs under a stock QEMU.
     ///
     /// # Errors
@@ -101,13 +101,13 @@ impl Broker {
         let socket = found.qmp.path().to_owned();
         let (introspector, places) = self.add_found(found, (cid, name, uuid), on_silence)?;
         let vm = Arc::clone(introspector.link.vm());
-        self.audit().added_introspector(&vm, on_silence, peer);
+        self.broker().audit().added_introspector(&vm, on_silence, peer);
         let Traits { cid, has_offset, .. } = introspector.traits;
         let role = Role::Introspector { cid, on_silence };
-        self.state().remember(&vm, Entry::of(&vm, Some(socket), role));
+        self.broker().state().remember(&vm, Entry::of(&vm, Some(socket), role));
         self.introspectors().insert(&introspector, slot);
-        if let Err(error) = thread::start(&introspector, self.services()) {
-            introspector.end();
+        if let Err(error) = thread::start(&introspector, self.introspectors(), self.services()) {
+            self.introspectors().end(&introspector);
             return Err(AddError::Resources(error).into());
         }
         Ok(Answer::IntrospectorAdded { target: vm.info(), places, has_offset })
@@ -126,7 +126,7 @@ impl Broker {
             return Err(AddError::NoPlaces);
         }
         let left_over = machine::left_over(&mut qmp)?;
-        self.introspectors().open_guest_endpoint(self).map_err(AddError::GuestEndpoint)?;
+        self.open_guest_endpoint().map_err(AddError::GuestEndpoint)?;
         let pid = process.pid();
         let registration = Registration {
             name: name.or(machine.name).unwrap_or_else(|| format!("qemu-{pid}")),
@@ -142,13 +142,13 @@ impl Broker {
         let uid = process.uid().map_err(|error| AddError::Find(FindError::Attach(error.into())))?;
         let (name, session) = (registration.name.clone(), session()?);
         let inbox = Arc::new(Inbox::new().map_err(|error| AddError::Resources(error.into()))?);
-        let link = Link::register(self, registration, Credentials { pid, uid }, &inbox)?;
+        let link = Link::register(self.broker(), registration, Credentials { pid, uid }, &inbox)?;
         let (vm, has_offset) = (link.vm().id(), machine.has_offset);
         let traits = Traits { vm, name, cid, on_silence, has_offset, session };
         let views = left_over.map(|plug| Arc::new(View::left_over(plug))).into_iter().collect();
         let qemu = Qemu { path: qmp.path().to_owned(), listener: qmp.listener(), identity };
         let introspector = Arc::new(Introspector {
-            broker: Arc::downgrade(self),
+            broker: Arc::downgrade(self.broker()),
             link,
             inbox,
             monitor: self.monitors().of(&qemu.path, Some(qmp)),
@@ -166,7 +166,7 @@ impl Broker {
     /// # Errors
     /// Where there is no such introspector.
     pub(crate) fn remove_introspector(&self, name: &str) -> Result<Answer, Refused> {
-        let vm = self.find_introspector(name)?;
+        let vm = self.broker().find_introspector(name)?;
         let introspector = self.introspectors().get(vm.id()).ok_or_else(|| {
             let message = format!("{name:?} was not added as an introspector");
             Refused::new(Refusal::Denied, message)
@@ -181,31 +181,10 @@ impl Broker {
     pub(crate) fn remove_introspectors(&self, deadline: Instant) {
         let all = self.introspectors().all();
         all.iter().for_each(|introspector| introspector.close());
-        self.introspectors().close_guest_endpoint();
+        self.guest_endpoint().close();
         if !all.iter().all(|introspector| introspector.wait_ended(deadline)) {
             tracing::warn!("not every introspector released its views in time");
         }
-    }
-}
-
-/// The QEMU of an introspector, to be known again over another connection.
-#[derive(Clone, Debug)]
-pub(super) struct Qemu {
-    path: PathBuf,
-    /// The process that listens, be it QEMU or what has handed it the socket; another one is
-    /// another QEMU.
-    listener: Option<u32>,
-    /// Which VM it is by its own answer.
-    identity: Vec<Value>,
-}
-
-impl Qemu {
-    /// A new connection to the same QEMU.
-    pub(super) fn connect(&self) -> Option<Qmp> {
-        let mut qmp = Qmp::connect(&self.path).ok()?;
-        let is_same = qmp.listener() == self.listener
-            && find::identity(&mut qmp).is_ok_and(|identity| identity == self.identity);
-        is_same.then_some(qmp)
     }
 }
 

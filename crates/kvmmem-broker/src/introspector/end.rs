@@ -8,7 +8,7 @@ use kvmmem_abi::native::{STATE_GONE, STATE_REVOKED};
 use kvmmem_proto::limit::RateLimit;
 use kvmmem_proto::message::OnSilence;
 
-use super::Introspector;
+use super::handle::Introspector;
 use super::unplug::{OBJECT_LIMIT, TRY_LIMIT};
 use super::view::{Phase, View, lock};
 

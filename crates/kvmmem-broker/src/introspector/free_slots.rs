@@ -4,9 +4,11 @@
 use kvmmem_proto::message::{Answer, Refusal};
 use kvmmem_qemu::windows::machine::{self, MachineError};
 
+use super::handle::Introspector;
+use super::open::OpenError;
 use super::view::lock;
-use super::{Introspector, OpenError};
-use crate::broker::{Broker, Refused};
+use crate::core::refused::Refused;
+use crate::service::Service;
 
 impl Introspector {
     /// How many PCI slots are free for views, and how many there are.
@@ -24,13 +26,13 @@ impl Introspector {
     }
 }
 
-impl Broker {
+impl Service {
     /// How many PCI slots an introspector has for views.
     ///
     /// # Errors
     /// Where there is no such introspector under a stock QEMU, or its QEMU does not say.
     pub(crate) fn free_slots(&self, name: &str) -> Result<Answer, Refused> {
-        let vm = self.find_introspector(name)?;
+        let vm = self.broker().find_introspector(name)?;
         let added = vm.registration().cid.and_then(|cid| self.introspectors().by_cid(cid));
         let introspector = added.filter(|introspector| introspector.traits.vm == vm.id());
         let introspector = introspector.ok_or_else(|| {

@@ -9,12 +9,12 @@ use std::time::Duration;
 use kvmmem_kvmi::token::Token;
 use kvmmem_proto::credentials::Credentials;
 use kvmmem_proto::message::{Answer, Call, Caller, Refusal, Registration, ViewCounters};
-use kvmmem_proto::scope::Scope;
 
 use super::inbox::Inbox;
-use super::view::lock;
-use crate::broker::{Broker, Refused};
+use super::view::{Attached, lock};
+use crate::broker::Broker;
 use crate::calls::Outcome;
+use crate::core::refused::Refused;
 use crate::core::vms::RegisterError;
 use crate::peer::{Peer, Viewer};
 use crate::registry::Vm;
@@ -30,17 +30,6 @@ pub(super) struct Link {
     /// Held while a token is used.
     attaching: Mutex<()>,
     is_closed: AtomicBool,
-}
-
-/// What a token has opened.
-#[derive(Clone, Debug)]
-pub(super) struct Attached {
-    /// The broker's number for the view.
-    pub(super) view: u64,
-    pub(super) grant: u64,
-    /// The broker's number for the target.
-    pub(super) target: u64,
-    pub(super) scope: Scope,
 }
 
 impl Link {

@@ -21,12 +21,11 @@ use rustix::io::Errno;
 use sha2::{Digest, Sha256};
 use zeroize::Zeroizing;
 
-use super::Introspector;
+use super::handle::Introspector;
 use super::inbox::Notice;
-use super::link::Attached;
-use super::view::{Phase, View, lock};
-use crate::broker::Refused;
-use crate::calls::random_token;
+use super::view::{Attached, Phase, View, lock};
+use crate::calls::mint::random_token;
+use crate::core::refused::Refused;
 
 /// How long the guest's driver may take to take up a view.
 const SEEN_LIMIT: Duration = Duration::from_secs(5);
@@ -247,7 +246,7 @@ impl Introspector {
 
 impl Opened {
     /// The broker's number for the view.
-    pub fn view(&self) -> u64 {
+    pub(crate) fn view(&self) -> u64 {
         self.view.number
     }
 

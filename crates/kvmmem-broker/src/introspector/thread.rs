@@ -6,16 +6,17 @@
 //! killed in time where the operator wants that.
 
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use kvmmem_abi::native::STATE_GONE;
 use kvmmem_qemu::monitor::{Step, Subscriber};
 use rustix::event::{PollFd, PollFlags, Timespec};
 
-use super::Introspector;
 use super::end::{Cause, Verdict};
+use super::handle::Introspector;
 use super::inbox::Notice;
+use super::list::Introspectors;
 use super::unplug::{Progress, Unplugging};
 use super::view::{Phase, View, lock};
 use crate::registry::Vm;
@@ -38,6 +39,7 @@ const CLOSE_LIMIT: Duration = Duration::from_millis(4500);
 
 struct Thread {
     it: Arc<Introspector>,
+    list: Weak<Introspectors>,
     unplugging: Vec<Unplugging>,
     verdicts: Vec<Verdict>,
     /// When stuck views are tried again.
@@ -51,7 +53,11 @@ struct Thread {
 }
 
 /// Starts the thread; it ends by [`Notice::End`] or with QEMU.
-pub(super) fn start(it: &Arc<Introspector>, workers: &Workers) -> std::io::Result<()> {
+pub(super) fn start(
+    it: &Arc<Introspector>,
+    list: &Arc<Introspectors>,
+    workers: &Workers,
+) -> std::io::Result<()> {
     workers.start()?;
     let inbox: Arc<dyn Subscriber> = Arc::clone(&it.inbox) as _;
     let qemu = it.qemu.clone();
@@ -66,6 +72,7 @@ pub(super) fn start(it: &Arc<Introspector>, workers: &Workers) -> std::io::Resul
     let retry = (!it.views().is_empty()).then(Instant::now);
     let mut thread = Thread {
         it: Arc::clone(it),
+        list: Arc::downgrade(list),
         unplugging: Vec::new(),
         verdicts: Vec::new(),
         retry,
@@ -98,7 +105,10 @@ impl Thread {
         }
         let inbox: Arc<dyn Subscriber> = Arc::clone(&self.it.inbox) as _;
         self.it.monitor.unsubscribe(&Arc::downgrade(&inbox));
-        self.it.end();
+        match self.list.upgrade() {
+            Some(list) => list.end(&self.it),
+            None => self.it.end(),
+        }
     }
 
     fn handle(&mut self, notice: Notice) {

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use kvmmem_qemu::windows::plug;
 use serde_json::json;
 
-use super::Introspector;
+use super::handle::Introspector;
 use super::view::{View, lock};
 
 /// How long the driver may take to part its processes from the memory.

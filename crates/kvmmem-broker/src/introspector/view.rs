@@ -13,8 +13,18 @@ use kvmmem_qemu::windows::descriptor::Pages;
 use kvmmem_qemu::windows::pci_slots::PciSlot;
 use kvmmem_qemu::windows::plug::Plug;
 
-use super::link::Attached;
 use crate::core::layout::Layout;
+
+/// What a token has opened.
+#[derive(Clone, Debug)]
+pub(super) struct Attached {
+    /// The broker's number for the view.
+    pub(super) view: u64,
+    pub(super) grant: u64,
+    /// The broker's number for the target.
+    pub(super) target: u64,
+    pub(super) scope: Scope,
+}
 
 /// A view from the moment in which its token was used until nothing of it is left in QEMU.
 #[derive(Debug)]

@@ -9,7 +9,7 @@ use crate::core::refused::{Refused, in_words};
 
 /// Why file descriptors cannot be a VM's RAM.
 #[derive(Debug, thiserror::Error)]
-pub enum RamError {
+pub(crate) enum RamError {
     /// The memory map breaks a rule.
     #[error(transparent)]
     Map(#[from] MapError),
@@ -56,7 +56,7 @@ pub enum RamError {
 
 /// Why guest-physical memory was not read or written.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
-pub enum AccessError {
+pub(crate) enum AccessError {
     /// No RAM is there.
     #[error("gpa {0:#x} is not backed by RAM")]
     Hole(u64),

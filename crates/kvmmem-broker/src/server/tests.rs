@@ -156,7 +156,7 @@ fn a_user_with_all_its_hooks_keeps_nobody_out() {
     // They end with the tool's VM, and with them their places.
     drop(lion);
     let deadline = Instant::now() + Duration::from_secs(60);
-    while running.server.broker().hook_count() > 0 {
+    while running.server.service().broker().hook_count() > 0 {
         assert!(Instant::now() < deadline, "its hooks do not end");
         std::thread::sleep(Duration::from_millis(2));
     }

@@ -12,7 +12,8 @@ use kvmmem_qemu::process::Process;
 
 use super::State;
 use super::entry::{Entry, Role};
-use crate::broker::{Broker, Refused, in_words};
+use crate::core::refused::{Refused, in_words};
+use crate::service::Service;
 
 /// Why a VM is not added again.
 #[derive(Debug, thiserror::Error)]
@@ -32,24 +33,24 @@ impl From<Refused> for Lost {
     }
 }
 
-impl Broker {
+impl Service {
     /// Remembers in a folder, which is made, what VMs are added; and adds those again that are
     /// remembered there and still run, on a thread of its own: QEMUs take their time to answer.
     ///
     /// # Errors
     /// Where nothing can be written there, or there is no thread left.
     pub fn remember_in(self: &Arc<Self>, directory: &Path) -> io::Result<()> {
-        let entries = self.state().open(directory)?;
+        let entries = self.broker().state().open(directory)?;
         if entries.is_empty() {
             return Ok(());
         }
-        let broker = Arc::clone(self);
-        let restore = move || entries.iter().for_each(|entry| broker.restore(entry));
+        let service = Arc::clone(self);
+        let restore = move || entries.iter().for_each(|entry| service.restore(entry));
         std::thread::Builder::new().name("restore".into()).spawn(restore).map(|_| ())
     }
 
     fn restore(self: &Arc<Self>, entry: &Entry) {
-        let state: &State = self.state();
+        let state: &State = self.broker().state();
         // An operator was faster, or the broker ends.
         if !state.is_waiting(entry) {
             return;

@@ -64,7 +64,7 @@ fn all_but_one_end_when_there_is_no_work() {
     let (begun, have_begun) = mpsc::channel();
     for _ in 0..8 {
         let (begun, is_free) = (begun.clone(), Arc::clone(&is_free));
-        workers.run(Party::User(0), move || {
+        workers.run(Party::Target(0), move || {
             begun.send(()).unwrap();
             drop(is_free.lock().map(|is_free| is_free.recv()));
         });
@@ -78,15 +78,56 @@ fn all_but_one_end_when_there_is_no_work() {
         std::thread::sleep(Duration::from_millis(5));
     }
     // The last one is there for more.
-    workers.run(Party::User(0), move || begun.send(()).unwrap());
+    workers.run(Party::Target(0), move || begun.send(()).unwrap());
     have_begun.recv_timeout(LIMIT).unwrap();
     let shared = Arc::downgrade(&workers.0);
     workers.end();
-    workers.run(Party::User(0), || panic!("it has ended"));
+    workers.run(Party::Target(0), || panic!("it has ended"));
     drop(workers);
     while shared.strong_count() > 0 {
         assert!(Instant::now() < deadline, "its threads do not end");
         std::thread::sleep(Duration::from_millis(5));
     }
+    reactor.end();
+}
+
+#[test]
+fn a_job_that_fails_leaves_its_share() {
+    let reactor = Reactor::default();
+    let workers = Workers::new(&reactor, "test", 1, 1);
+    workers.start().unwrap();
+    let (done, is_done) = mpsc::channel();
+    workers.run(Party::Target(1), || panic!("on purpose"));
+    workers.run(Party::Target(1), move || done.send(()).unwrap());
+    assert_eq!(is_done.recv_timeout(LIMIT), Ok(()));
+    workers.end();
+    reactor.end();
+}
+
+#[test]
+fn a_path_that_is_looked_for_without_end_holds_up_no_other() {
+    let reactor = Reactor::default();
+    let workers = Workers::new(&reactor, "test", MAX_PATHS + 1, 1);
+    workers.start().unwrap();
+    let (free, is_free) = mpsc::channel::<()>();
+    let is_free = Arc::new(Mutex::new(is_free));
+    let hang = |path: &str| {
+        let is_free = Arc::clone(&is_free);
+        workers.run_for_path(Path::new(path), move || drop(is_free.lock().map(|it| it.recv())))
+    };
+    assert!(hang("/0") && !hang("/0"));
+    assert!((1..MAX_PATHS).all(|number| hang(&format!("/{number}"))));
+    assert!(!hang("/more"), "it would take the last threads");
+    let (done, is_done) = mpsc::channel();
+    workers.run(Party::Target(1), move || done.send(()).unwrap());
+    assert_eq!(is_done.recv_timeout(LIMIT), Ok(()));
+    assert!(!workers.are_wanted());
+    drop(free);
+    let deadline = Instant::now() + LIMIT;
+    while !workers.run_for_path(Path::new("/0"), || {}) {
+        assert!(Instant::now() < deadline, "its thread does not end");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    workers.end();
     reactor.end();
 }

@@ -14,11 +14,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use kvmmem_abi::errno::KvmError;
-use kvmmem_broker::broker::Broker;
-use kvmmem_broker::hook::Owner;
-use kvmmem_broker::limits::Limits;
-use kvmmem_broker::registry::Vm;
-use kvmmem_broker::server::Server;
+use kvmmem_broker::{Broker, Limits, Server, Service};
 use kvmmem_client::admin::{Admin, GrantInfo, GrantRequest, Granted};
 use kvmmem_client::vmm::{
     Attached, Caller, RedeemError, Region, Registration, Rights, Target, ViewEvents, VmmLink,
@@ -28,7 +24,6 @@ use kvmmem_kvmi::message::{HEADER_SIZE, Header};
 use kvmmem_kvmi::reply::{self, Fixed, MapToken, Outcome};
 use kvmmem_kvmi::request::Request;
 use kvmmem_kvmi::token::Token;
-use kvmmem_proto::credentials::Credentials;
 use kvmmem_proto::endpoint::Endpoint;
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
@@ -38,6 +33,7 @@ use uuid::Uuid;
 pub(crate) struct TestBroker {
     pub(crate) path: PathBuf,
     pub(crate) state: Arc<Broker>,
+    pub(crate) service: Arc<Service>,
     stop: Option<UnixStream>,
     thread: Option<JoinHandle<()>>,
     pub(crate) directory: tempfile::TempDir,
@@ -60,10 +56,11 @@ impl TestBroker {
     fn start_so(directory: tempfile::TempDir, limits: Limits) -> Self {
         let path = directory.path().join("broker.sock");
         let server = Server::bind_with(&path, None, limits).unwrap();
-        let state = server.broker();
+        let service = server.service();
+        let state = Arc::clone(service.broker());
         let (stop, stopped) = UnixStream::pair().unwrap();
         let thread = std::thread::spawn(move || server.run(stopped.as_fd()).unwrap());
-        Self { path, state, stop: Some(stop), thread: Some(thread), directory }
+        Self { path, state, service, stop: Some(stop), thread: Some(thread), directory }
     }
 
     /// Stops the broker; its directory can be used again.
@@ -104,18 +101,16 @@ impl TestBroker {
         self.admin().grant(request).unwrap()
     }
 
-    /// Makes a token as a hook to a tool in the VM with this context id does; 0 is the number of no
-    /// VM.
-    pub(crate) fn mint(&self, target: &Vm, cid: u32) -> Result<Token, KvmError> {
-        let tool = self.state.vm_with_cid(cid).map_or(0, |vm| vm.id());
-        let endpoint = Endpoint::Vsock { cid, port: 1 };
-        self.state.mint(Instant::now(), target, &endpoint, Owner::Vm(tool))
+    /// Makes a token as a hook to a tool in the VM with this context id does.
+    pub(crate) fn mint(&self, target: u64, cid: u32) -> Result<Token, KvmError> {
+        let vms = self.admin().targets().unwrap();
+        let tool = vms.iter().find(|vm| vm.cid == Some(cid)).map_or(0, |vm| vm.id);
+        self.state.mint_token(target, Some(tool))
     }
 
     /// Makes a token as a hook to a tool on the host does.
-    pub(crate) fn mint_bearer(&self, target: &Vm) -> Result<Token, KvmError> {
-        let owner = Owner::Host(Credentials { pid: std::process::id(), uid: 0 });
-        self.state.mint(Instant::now(), target, &Endpoint::Unix("/t".into()), owner)
+    pub(crate) fn mint_bearer(&self, target: u64) -> Result<Token, KvmError> {
+        self.state.mint_token(target, None)
     }
 
     pub(crate) fn grants(&self) -> Vec<GrantInfo> {

@@ -2,7 +2,6 @@
 //! What the next broker knows.
 
 use kvmmem::host::HostLink;
-use kvmmem_broker::audit::AuditFile;
 use kvmmem_client::admin::{Rights, Which};
 use serde_json::{Value, json};
 
@@ -13,7 +12,7 @@ use crate::fake::{Fake, HONEST};
 fn next(broker: TestBroker) -> TestBroker {
     let state = broker.directory.path().join("state");
     let next = TestBroker::start_in(broker.stop());
-    next.state.remember_in(&state).unwrap();
+    next.service.remember_in(&state).unwrap();
     next
 }
 
@@ -29,7 +28,7 @@ fn remembered(broker: &TestBroker) -> Value {
 #[test]
 fn the_next_broker_knows_what_was_added_and_still_runs() {
     let broker = TestBroker::start();
-    broker.state.remember_in(&broker.directory.path().join("state")).unwrap();
+    broker.service.remember_in(&broker.directory.path().join("state")).unwrap();
     let [stays, mut ends, removed] = ["stays", "ends", "removed"].map(|name| {
         let fake = Fake::start("sealed tables", HONEST);
         broker.admin().add_target(&Which::Pid(fake.pid()), Some(name)).unwrap();
@@ -54,7 +53,7 @@ fn the_next_broker_knows_what_was_added_and_still_runs() {
     let directory = broker.stop();
     ends.end();
     let broker = TestBroker::start_in(directory);
-    broker.state.remember_in(&state).unwrap();
+    broker.service.remember_in(&state).unwrap();
     wait_for("the one that still runs", || names(&broker) == ["stays"]);
     wait_for("the other to be forgotten", || remembered(&broker).as_array().unwrap().len() == 1);
     drop(stays);
@@ -67,7 +66,7 @@ fn the_next_broker_knows_what_was_added_and_still_runs() {
 #[test]
 fn a_process_id_that_is_somebody_elses_now_is_not_taken_for_it() {
     let broker = TestBroker::start();
-    broker.state.remember_in(&broker.directory.path().join("state")).unwrap();
+    broker.service.remember_in(&broker.directory.path().join("state")).unwrap();
     let fake = Fake::start("sealed tables", HONEST);
     broker.admin().add_target(&Which::Pid(fake.pid()), Some("was")).unwrap();
     let path = broker.directory.path().join("state/added.json");
@@ -84,8 +83,8 @@ fn a_process_id_that_is_somebody_elses_now_is_not_taken_for_it() {
     std::fs::write(&path, content.to_string()).unwrap();
     let broker = TestBroker::start_in(directory);
     let log = broker.directory.path().join("audit.log");
-    broker.state.audit().write_to(AuditFile::open(&log).unwrap()).unwrap();
-    broker.state.remember_in(path.parent().unwrap()).unwrap();
+    broker.state.write_audit_to(&log).unwrap();
+    broker.service.remember_in(path.parent().unwrap()).unwrap();
     wait_for("both to be forgotten", || remembered(&broker) == json!([]));
     assert_eq!(names(&broker), [""; 0]);
     // Not even for a moment.
@@ -95,16 +94,16 @@ fn a_process_id_that_is_somebody_elses_now_is_not_taken_for_it() {
 #[test]
 fn memory_keeps_its_generation_over_removal_and_the_next_broker() {
     let broker = TestBroker::start();
-    broker.state.remember_in(&broker.directory.path().join("state")).unwrap();
+    broker.service.remember_in(&broker.directory.path().join("state")).unwrap();
     let fake = Fake::start("sealed tables", HONEST);
     let add = |broker: &TestBroker| {
         broker.admin().add_target(&Which::Pid(fake.pid()), Some("tiger")).unwrap();
         generation(broker)
     };
     let first = add(&broker);
-    let vm = broker.state.find("tiger").unwrap();
-    let regions = vm.ram().unwrap().layout().map.regions().to_vec();
-    broker.state.ram_changed(Some(&vm), regions, kvmmem_client::vmm::Change::Reset).unwrap();
+    let vm = broker.state.number("tiger").unwrap();
+    let regions = broker.state.layout(vm).unwrap().map.regions().to_vec();
+    broker.state.move_ram(vm, regions).unwrap();
     assert_eq!(generation(&broker), first + 1);
     broker.admin().remove_target("tiger").unwrap();
     assert_eq!(add(&broker), first + 1);

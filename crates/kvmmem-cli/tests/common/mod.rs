@@ -13,15 +13,9 @@ use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use kvmmem_broker::broker::Broker;
-use kvmmem_broker::peer::Peer;
-use kvmmem_broker::ram::Ram;
-use kvmmem_broker::server::{Server, ServerError};
+use kvmmem_broker::{Broker, Server, ServerError};
 use kvmmem_client::vmm::{Region, Registration, Vcpus, VmmLink};
-use kvmmem_proto::credentials::Credentials;
-use kvmmem_proto::packet::PacketSocket;
 use kvmmem_sys::ram::GuestRam;
-use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use rustix::process::{Pid, Signal, kill_process};
 use uuid::Uuid;
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend, MmapRegion};
@@ -113,7 +107,7 @@ impl Host {
         let (broker, stop, server) = serve(&self.path("broker.sock"));
         (self.stop, self.server) = (Some(stop), Some(server));
         let generation = |_: &Path| {
-            self.vm.as_ref().is_none_or(VmmLink::is_connected) && broker.find("victim").is_ok()
+            self.vm.as_ref().is_none_or(VmmLink::is_connected) && broker.number("victim").is_some()
         };
         wait_for(Path::new("the target"), generation);
     }
@@ -220,7 +214,7 @@ type Serving = (Arc<Broker>, UnixStream, JoinHandle<Result<(), ServerError>>);
 /// Starts a broker.
 fn serve(socket: &Path) -> Serving {
     let server = Server::bind(socket, None).unwrap();
-    let broker = server.broker();
+    let broker = Arc::clone(server.service().broker());
     let (stop, stopped) = UnixStream::pair().unwrap();
     (broker, stop, std::thread::spawn(move || server.run(stopped.as_fd())))
 }
@@ -245,17 +239,12 @@ fn register(socket: &Path, regions: &[Region], ram: &GuestRam) -> VmmLink {
 }
 
 /// Registers a VM whose RAM this process has mapped at an address.
-fn register_private(broker: &Broker, mut registration: Registration, hva: u64) {
-    let place = |region: Region| Region { offset: hva + region.offset, ..region };
-    let regions = std::mem::take(&mut registration.regions).into_iter().map(place).collect();
+fn register_private(broker: &Broker, registration: Registration, hva: u64) {
+    let place = |region: &Region| Region { offset: hva + region.offset, ..*region };
+    let regions = registration.regions.iter().map(place).collect();
     let memory = File::options().read(true).write(true).open("/proc/self/mem").unwrap();
-    let ram = Ram::of_process(memory.into(), regions).unwrap();
-    let flags = SocketFlags::CLOEXEC;
-    let (socket, _) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).unwrap();
-    let socket = PacketSocket::accepted(socket, Duration::from_secs(1)).unwrap();
-    let peer = Peer::new(socket, Credentials { pid: std::process::id(), uid: 0 });
-    let by = peer.credentials();
-    broker.register(registration, &mut Some(ram), Arc::new(peer), by).unwrap();
+    let registration = Registration { regions, ..registration };
+    broker.register_private(registration, memory.into(), std::process::id()).unwrap();
 }
 
 impl Drop for Host {

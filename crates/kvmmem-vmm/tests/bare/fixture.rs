@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use kvmmem_abi::errno::KvmError;
-use kvmmem_broker::server::Server;
+use kvmmem_broker::Server;
 use kvmmem_client::admin::{Admin, GrantRequest, Granted};
 use kvmmem_client::vmm::{Region, Registration, Rights, Scope, VmmLink};
 use kvmmem_proto::map::MemoryMap;

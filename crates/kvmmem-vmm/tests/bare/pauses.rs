@@ -6,7 +6,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use kvmmem_broker::server::Server;
+use kvmmem_broker::Server;
 use kvmmem_client::admin::Admin;
 use kvmmem_vmm::{Control, VmExit};
 

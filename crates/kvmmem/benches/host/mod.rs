@@ -9,23 +9,16 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
-use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use kvmmem::{Access, View};
-use kvmmem_broker::broker::Broker;
-use kvmmem_broker::peer::Peer;
-use kvmmem_broker::ram::Ram;
-use kvmmem_broker::server::Server;
+use kvmmem_broker::{Broker, Server};
 use kvmmem_client::admin::{Admin, GrantRequest};
 use kvmmem_client::vmm::{Region, Registration, VmmLink};
-use kvmmem_proto::credentials::Credentials;
-use kvmmem_proto::packet::PacketSocket;
 use kvmmem_proto::scope::Rights;
 use kvmmem_sys::ram::GuestRam;
 use nix::sys::uio::{RemoteIoVec, process_vm_readv};
 use nix::unistd::Pid;
-use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use uuid::Uuid;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
@@ -133,21 +126,15 @@ fn register_private(broker: &Broker, vmm: u32, address: usize) -> Result<()> {
     let memory =
         std::fs::OpenOptions::new().read(true).write(true).open(format!("/proc/{vmm}/mem"))?;
     let region = Region { gpa: 0, len: RAM, offset: address as u64, file: 0 };
-    let ram = Ram::of_process(memory.into(), vec![region])?;
-    let flags = SocketFlags::CLOEXEC;
-    let (socket, _) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?;
-    let socket = PacketSocket::accepted(socket, Duration::from_secs(1))?;
-    let peer = Peer::new(socket, Credentials { pid: vmm, uid: 0 });
-    let registration = Registration { regions: Vec::new(), ..registration("private", 2) };
-    let by = peer.credentials();
-    broker.register(registration, &mut Some(ram), Arc::new(peer), by)?;
+    let registration = Registration { regions: vec![region], ..registration("private", 2) };
+    broker.register_private(registration, memory.into(), vmm)?;
     Ok(())
 }
 
 /// Serves until standard input ends.
 fn broker(socket: &Path, vmm: u32, address: usize) -> Result<()> {
     let server = Server::bind(socket, None)?;
-    register_private(&server.broker(), vmm, address)?;
+    register_private(server.service().broker(), vmm, address)?;
     let (stop, stopped) = UnixStream::pair()?;
     let serving = std::thread::spawn(move || server.run(stopped.as_fd()));
     let mut out = std::io::stdout();

@@ -11,7 +11,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use kvmmem::{Access, Token, View, ViewError};
-use kvmmem_broker::server::Server;
+use kvmmem_broker::Server;
 use kvmmem_client::admin::{Admin, GrantRequest, Granted, Rights, Span};
 use kvmmem_client::vmm::{Region, Registration, VmmLink};
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};

@@ -12,7 +12,7 @@ use kvmmem_proto::message::{
 };
 
 use super::Role;
-use crate::broker::Broker;
+use crate::service::Service;
 use crate::test_peer::{Connection, USER, grant_request, registration};
 
 const ROLES: [Role; 4] = [Role::Administrator, Role::Operator, Role::Viewer, Role::Vmm];
@@ -105,7 +105,7 @@ fn number(call: &Call) -> usize {
 const COUNT: usize = 26;
 
 /// A connection that is what `role` says.
-fn connection(broker: &Arc<Broker>, role: Role) -> Connection {
+fn connection(broker: &Arc<Service>, role: Role) -> Connection {
     let mut connection =
         Connection::new(broker, if role == Role::Administrator { 0 } else { USER });
     match role {
@@ -135,7 +135,7 @@ fn every_call_is_tried() {
 
 #[test]
 fn every_call_is_denied_to_all_roles_but_its_own() {
-    let broker = Arc::new(Broker::default());
+    let broker = Arc::<Service>::default();
     let mut tiger = Connection::new(&broker, USER);
     tiger.register_target("tiger").unwrap();
     for (role, letter) in ROLES.into_iter().zip(['a', 'o', 'h', 'v']) {

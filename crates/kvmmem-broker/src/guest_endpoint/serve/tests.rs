@@ -10,7 +10,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use rustix::event::{EventfdFlags, eventfd};
 
 use super::*;
-use crate::guest_endpoint::GuestEndpoint;
+use crate::guest_endpoint::Listening;
 use crate::guest_endpoint::connections::MAX_PER_CID;
 use crate::guest_endpoint::listen::Accept;
 
@@ -101,7 +101,7 @@ struct TestEndpoint {
     state: Arc<State>,
     signal: Arc<OwnedFd>,
     connections: Sender<(OwnedFd, u32)>,
-    endpoint: Option<GuestEndpoint>,
+    endpoint: Option<Listening>,
     reactor: Reactor,
 }
 
@@ -120,7 +120,7 @@ impl TestEndpoint {
         let state = Arc::new(State::default());
         let queue = Queue { signal: Arc::clone(&signal), connections: Mutex::new(incoming) };
         let reactor = Reactor::default();
-        let endpoint = GuestEndpoint::open(&reactor, queue, Fake(Arc::clone(&state))).unwrap();
+        let endpoint = Listening::open(&reactor, queue, Fake(Arc::clone(&state))).unwrap();
         Self { state, signal, connections, endpoint: Some(endpoint), reactor }
     }
 

@@ -3,9 +3,8 @@
 //! lock is released.
 
 use std::collections::HashMap;
-use std::sync::{Arc, MutexGuard, PoisonError};
+use std::sync::Arc;
 
-use crate::broker::Broker;
 use crate::core::Core;
 use crate::core::effect::{Effect, Push};
 use crate::core::grants::View;
@@ -27,9 +26,9 @@ pub(crate) struct Tables {
 #[must_use]
 pub(crate) struct Pending {
     /// Something waits in their outboxes.
-    peers: Vec<Arc<Peer>>,
-    closed: Vec<(View, Option<Arc<Peer>>, &'static str)>,
-    is_confirmed: bool,
+    pub(crate) peers: Vec<Arc<Peer>>,
+    pub(crate) closed: Vec<(View, Option<Arc<Peer>>, &'static str)>,
+    pub(crate) is_confirmed: bool,
 }
 
 impl Tables {
@@ -38,7 +37,7 @@ impl Tables {
     }
 
     /// Fills the outboxes, in the order of the effects.
-    fn settle(&mut self) -> Pending {
+    pub(crate) fn settle(&mut self) -> Pending {
         let mut pending = Pending::default();
         for effect in self.core.take_effects() {
             match effect {
@@ -61,38 +60,5 @@ impl Tables {
             }
         }
         pending
-    }
-}
-
-impl Broker {
-    pub(crate) fn tables(&self) -> MutexGuard<'_, Tables> {
-        self.locked().lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Has the core decide something, and performs what that demands.
-    pub(crate) fn decide<T>(&self, operate: impl FnOnce(&mut Tables) -> T) -> T {
-        let (result, pending) = self.decide_only(operate);
-        self.perform(pending);
-        result
-    }
-
-    /// Has the core decide something. The caller performs what that demands.
-    pub(crate) fn decide_only<T>(&self, operate: impl FnOnce(&mut Tables) -> T) -> (T, Pending) {
-        let mut tables = self.tables();
-        let result = operate(&mut tables);
-        let pending = tables.settle();
-        (result, pending)
-    }
-
-    pub(crate) fn perform(&self, pending: Pending) {
-        if pending.is_confirmed {
-            self.confirmed().notify_all();
-        }
-        for peer in pending.peers {
-            peer.flush();
-        }
-        for (view, peer, reason) in pending.closed {
-            self.audit().detached(&view, peer.as_deref(), reason);
-        }
     }
 }

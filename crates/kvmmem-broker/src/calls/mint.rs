@@ -1,0 +1,108 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! Tokens that tools get over KVMI.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use kvmmem_abi::errno::KvmError;
+use kvmmem_kvmi::token::Token;
+use kvmmem_proto::credentials::Credentials;
+use kvmmem_proto::endpoint::Endpoint;
+
+use crate::broker::Broker;
+use crate::core::tokens::Minted;
+use crate::hook::Owner;
+use crate::registry::Vm;
+use crate::tables::Tables;
+
+impl Broker {
+    /// Makes a token for a target whose tool is `owner`'s and at `endpoint`. Where the owner is a
+    /// registered introspector, the token is pushed there before it is returned, and is good
+    /// there only.
+    ///
+    /// # Errors
+    /// EAGAIN where too many are outstanding, EPERM where the tool is in the target itself or its
+    /// VM is gone, or the target's policy allows none, ENOMEM where the system has no random
+    /// bytes, EOPNOTSUPP where the target is gone, or its RAM is private and the tool in an
+    /// introspector.
+    pub(crate) fn mint(
+        &self,
+        now: Instant,
+        target: &Vm,
+        endpoint: &Endpoint,
+        owner: Owner,
+    ) -> Result<Token, KvmError> {
+        let minted = self.mint_for(now, target.id(), owner);
+        let (token, Minted { grant, scope, .. }, holder) = minted.inspect_err(|error| {
+            self.audit().not_minted(target, endpoint, &format!("{error:?}"));
+        })?;
+        self.audit().minted(target, endpoint, grant, &scope, holder.as_deref());
+        Ok(token)
+    }
+
+    #[allow(clippy::type_complexity, reason = "the token and the introspector that has it")]
+    fn mint_for(
+        &self,
+        now: Instant,
+        target: u64,
+        owner: Owner,
+    ) -> Result<(Token, Minted, Option<Arc<Vm>>), KvmError> {
+        let tool = match owner {
+            Owner::Vm(vm) => Some(vm),
+            Owner::Host(_) => None,
+        };
+        let token = random_token()?;
+        let peer = {
+            let tables = self.tables();
+            let peer = tool.and_then(|tool| tables.core.holder_of(tool));
+            peer.and_then(|peer| tables.peers.get(&peer).cloned())
+        };
+        let sending = peer.as_ref().map(|peer| peer.outbox().sending());
+        let may_get_files = peer.as_ref().zip(sending.as_ref()).is_some_and(|(peer, sending)| {
+            peer.flush_held(sending).is_ok() && peer.has_read().unwrap_or(false)
+        });
+        let mint = |tables: &mut Tables| {
+            let minted = tables.core.mint(now, target, tool, &token, may_get_files)?;
+            let holder = minted.holder.and_then(|vm| tables.vms.get(&vm).cloned());
+            Ok((minted, holder))
+        };
+        let (minted, pending) = self.decide_only(mint);
+        let sent = peer
+            .as_ref()
+            .zip(sending.as_ref())
+            .map_or(Ok(()), |(peer, sending)| peer.flush_held(sending));
+        drop(sending);
+        self.perform(pending);
+        let (minted, holder) = minted?;
+        if let (Err(failed), Some(peer), Some(holder)) = (sent, &peer, &holder) {
+            self.decide(|tables| {
+                tables.core.grants.not_pushed(minted.grant, holder.registration().uuid);
+                if let Some(target) = failed.target {
+                    tables.core.not_introduced(peer.number(), target);
+                }
+            });
+        }
+        Ok((token, minted, holder))
+    }
+
+    /// Makes a token as a hook of a target gets it whose tool is in VM `tool`, or on the host.
+    ///
+    /// # Errors
+    /// As [`Self::mint`].
+    pub fn mint_token(&self, target: u64, tool: Option<u64>) -> Result<Token, KvmError> {
+        let by = Credentials { pid: std::process::id(), uid: rustix::process::geteuid().as_raw() };
+        let endpoint = Endpoint::Unix("tool".into());
+        let target = self.vm(target).ok_or(KvmError::OpNotSupp)?;
+        self.mint(self.now(), &target, &endpoint, tool.map_or(Owner::Host(by), Owner::Vm))
+    }
+}
+
+/// A new token: 256 bits from the system's generator.
+///
+/// # Errors
+/// ENOMEM where the system has no random bytes.
+pub(crate) fn random_token() -> Result<Token, KvmError> {
+    let mut bytes = zeroize::Zeroizing::new([0; Token::SIZE]);
+    getrandom::fill(&mut *bytes).map_err(|_| KvmError::NoMem)?;
+    Ok(Token::from_bytes(&bytes))
+}

@@ -1,0 +1,91 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! What operators ask for: hooks made and undone.
+
+use kvmmem_proto::credentials::Credentials;
+use kvmmem_proto::endpoint::Endpoint;
+use kvmmem_proto::message::{Answer, Refusal};
+
+use super::count::Counted;
+use super::{Owner, driver};
+use crate::core::refused::Refused;
+use crate::core::vms::FIRST_CID;
+use crate::service::Service;
+
+impl Service {
+    /// Connects a target to a tool, for as long as both last.
+    ///
+    /// # Errors
+    /// Where there is no such target or no such VM of a tool, the target has the hook already, or
+    /// there are too many.
+    pub(crate) fn hook(
+        &self,
+        peer: Credentials,
+        target: &str,
+        endpoint: Endpoint,
+    ) -> Result<Answer, Refused> {
+        let vm = self.broker().find(target)?;
+        if vm.ram().is_none() {
+            return Err(Refused::new(Refusal::Denied, format!("{target:?} is not introspectable")));
+        }
+        let owner = self.owner_of(&endpoint, peer)?;
+        let counted = Counted::new(self.broker(), peer)?;
+        let hook = vm.hooks().add(endpoint.clone(), owner)?;
+        self.broker().audit().hooked(&vm, &endpoint, true, peer);
+        // The end of a VM is marked before the hooks to it are undone: one that was added since is
+        // undone here.
+        if let Owner::Vm(tool) = owner
+            && self.broker().vm(tool).is_none()
+        {
+            self.broker().end_hooks(&vm, tool);
+            return Err(Refused::new(Refusal::Unknown, "the tool's VM has just ended"));
+        }
+        let started =
+            driver::start(self.broker(), (self.reactor(), self.sessions()), &vm, hook, counted);
+        if let Err(error) = started {
+            // It was there a moment ago; a racing unhook is as good.
+            let _ = vm.hooks().remove(&endpoint);
+            return Err(Refused::new(Refusal::Limit, format!("cannot start the hook: {error}")));
+        }
+        Ok(Answer::Done)
+    }
+
+    /// Whose the tool at an endpoint is.
+    fn owner_of(&self, endpoint: &Endpoint, asker: Credentials) -> Result<Owner, Refused> {
+        match endpoint {
+            Endpoint::Unix(_) => Ok(Owner::Host(asker)),
+            Endpoint::Vsock { cid, .. } if *cid < FIRST_CID => {
+                let message = format!(
+                    "vsock context id {cid} is the host's; a tool on the host listens at a unix socket, unix:PATH"
+                );
+                Err(Refused::new(Refusal::Invalid, message))
+            }
+            Endpoint::Vsock { cid, .. } => {
+                let vm = self.broker().vm_with_cid(*cid);
+                let unknown = || {
+                    let message = format!(
+                        "no VM with vsock context id {cid} is registered; start it, or add it with `kvmmem \
+                         introspector add`, and hook it then"
+                    );
+                    Refused::new(Refusal::Unknown, message)
+                };
+                vm.map(|vm| Owner::Vm(vm.id())).ok_or_else(unknown)
+            }
+        }
+    }
+
+    /// Undoes a hook.
+    ///
+    /// # Errors
+    /// Where there is no such target or hook.
+    pub(crate) fn unhook(
+        &self,
+        peer: Credentials,
+        target: &str,
+        endpoint: &Endpoint,
+    ) -> Result<Answer, Refused> {
+        let vm = self.broker().find(target)?;
+        vm.hooks().remove(endpoint)?;
+        self.broker().audit().hooked(&vm, endpoint, false, peer);
+        Ok(Answer::Done)
+    }
+}
