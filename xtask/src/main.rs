@@ -20,6 +20,7 @@ mod direct;
 mod dist;
 mod doc_check;
 mod elf;
+mod file_graph;
 mod host_kind;
 mod huge_pages;
 mod initramfs;

@@ -8,7 +8,7 @@ use anyhow::{Result, bail};
 use crate::cache::Cache;
 use crate::suite::Suite;
 use crate::tool::Tool;
-use crate::{crate_graph, deny, doc_check, module_format, project, source_check, ui};
+use crate::{crate_graph, deny, doc_check, file_graph, module_format, project, source_check, ui};
 
 /// Cargo's arguments for fuzz/, which is a workspace of its own.
 const FUZZ: [&str; 2] = ["--manifest-path", "fuzz/Cargo.toml"];
@@ -48,6 +48,9 @@ pub(crate) fn rules(cache: &Cache, suite: &mut Suite) -> Result<()> {
         "no tool links the broker",
         none(dependencies, "dependencies that xtask/src/crate_graph.rs does not allow"),
     );
+    let circles = file_graph::circles(project::root());
+    suite
+        .check("files use each other in one direction", none(circles, "files that use each other"));
     let mistakes = doc_check::mistakes(project::root());
     suite.check("the documentation is in order", none(mistakes, "in the documentation"));
     Ok(())
