@@ -85,6 +85,16 @@ pub enum VmmError {
     /// A view has ended, and the guest could still reach the target's memory by it.
     #[error("cannot take a view's memory from the guest")]
     Take(#[from] TakeError),
+    /// A file that the machine's sandbox may have refused.
+    #[error(
+        "the machine's sandbox opens nothing but {allowed}: keep the file there, or use --no-sandbox"
+    )]
+    Sandbox {
+        /// What it opens.
+        allowed: String,
+        /// Why the machine ended.
+        source: Box<VmmError>,
+    },
     /// The broker did not take the registration.
     #[error("cannot register with the broker at {path:?}")]
     Broker {

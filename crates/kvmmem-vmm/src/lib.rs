@@ -38,6 +38,7 @@ pub use cpuid::CpuidError;
 pub use devices::vsock::VsockError;
 pub use error::VmmError;
 pub use exit::VmExit;
+pub use sandbox::{AllowedCall, allowed_calls};
 pub use status::{ActiveMethod, VmStatus};
 pub use vcpu::{KvmFault, VcpuError};
 pub use vm::run;

@@ -3,62 +3,95 @@
 //! whole targets: a guest that breaks out into it should reach nothing else.
 //!
 //! - no_new_privs: no program that it executes gains rights.
-//! - Landlock: only files that a reset opens again, and no TCP port.
-//! - seccomp: system calls that no machine needs end the process ([`filter`]), with the call's
-//!   number on standard error.
+//! - Landlock: only files that a reset opens again, no TCP port, no abstract unix socket, no signal
+//!   to another process.
+//! - seccomp: system calls that no machine needs ([`calls`]) end the process ([`filter`]), with the
+//!   call's number on standard error.
 //!
 //! Features that the host's kernel lacks are skipped with a warning.
 
+mod calls;
 mod filter;
 
+use std::error::Error;
 use std::fs;
+use std::io;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
 use landlock::{
     ABI, Access, AccessFs, AccessNet, BitFlags, Ruleset, RulesetAttr, RulesetCreatedAttr,
-    RulesetError, RulesetStatus, path_beneath_rules,
+    RulesetError, RulesetStatus, Scope, path_beneath_rules,
 };
 
 use crate::config::VmConfig;
 use crate::devices::vsock;
+use crate::error::VmmError;
+
+pub use calls::{AllowedCall, allowed_calls};
 
 /// What of Landlock is used, where the kernel has it. Later ones restrict connections to unix
-/// sockets, such as the broker's.
+/// sockets by path, such as the broker's.
 const LANDLOCK: ABI = ABI::V6;
 
-/// Gives up what a machine of this configuration does not need. For this thread and those that it
-/// starts; the filter of system calls is for the whole process.
-pub(crate) fn enter(config: &VmConfig) {
-    match restrict_files(config) {
-        Ok(RulesetStatus::NotEnforced) => {
+/// A sandbox that was entered: the places that it opens.
+pub(crate) struct Sandbox(Vec<PathBuf>);
+
+impl Sandbox {
+    /// Gives up what a machine of this configuration does not need. For this thread and those that
+    /// it starts; the filter of system calls is for the whole process.
+    pub(crate) fn enter(config: &VmConfig) -> Self {
+        let places = places(config);
+        let allowed = places.iter().map(|(place, _)| place.clone()).collect();
+        match restrict_files(places) {
+            Ok(RulesetStatus::NotEnforced) => {
+                tracing::warn!(
+                    "this host's kernel has no Landlock: the sandbox does not restrict files"
+                );
+            }
+            Ok(RulesetStatus::PartiallyEnforced) => {
+                tracing::info!("this host's kernel has an older Landlock, which restricts less");
+            }
+            Ok(RulesetStatus::FullyEnforced) => {}
+            Err(error) => {
+                tracing::warn!(
+                    error = &error as &dyn Error,
+                    "Landlock failed: the sandbox does not restrict files"
+                );
+            }
+        }
+        // Also sets no_new_privs, where Landlock has not.
+        if let Err(error) = filter::install() {
             tracing::warn!(
-                "this host's kernel has no Landlock: the sandbox does not restrict files"
+                error = &error as &dyn Error,
+                "seccomp failed: the sandbox does not restrict system calls"
             );
         }
-        Ok(_) => {}
-        Err(error) => {
-            tracing::warn!(
-                error = &error as &dyn std::error::Error,
-                "Landlock failed: the sandbox does not restrict files"
-            );
-        }
+        Self(allowed)
     }
-    // Also sets no_new_privs, where Landlock has not.
-    if let Err(error) = filter::install() {
-        tracing::warn!(
-            error = &error as &dyn std::error::Error,
-            "seccomp failed: the sandbox does not restrict system calls"
-        );
+
+    /// Names the sandbox in an error that it may have caused.
+    pub(crate) fn explain(&self, error: VmmError) -> VmmError {
+        let chain =
+            std::iter::successors(Some(&error as &(dyn Error + 'static)), |&error| error.source());
+        let mut causes = chain.filter_map(|error| error.downcast_ref::<io::Error>());
+        if !causes.any(|cause| cause.kind() == io::ErrorKind::PermissionDenied) {
+            return error;
+        }
+        let allowed: Vec<String> = self.0.iter().map(|place| format!("{place:?}")).collect();
+        VmmError::Sandbox { allowed: allowed.join(", "), source: Box::new(error) }
     }
 }
 
-fn restrict_files(config: &VmConfig) -> Result<RulesetStatus, RulesetError> {
+fn restrict_files(
+    places: Vec<(PathBuf, BitFlags<AccessFs>)>,
+) -> Result<RulesetStatus, RulesetError> {
     let mut rules = Ruleset::default()
         .handle_access(AccessFs::from_all(LANDLOCK))?
         .handle_access(AccessNet::from_all(LANDLOCK))?
+        .scope(Scope::from_all(LANDLOCK))?
         .create()?;
-    for (place, access) in places(config) {
+    for (place, access) in places {
         rules = rules.add_rules(path_beneath_rules([place], access))?;
     }
     Ok(rules.restrict_self()?.ruleset)

@@ -28,7 +28,7 @@ use crate::mapping::{MappingEngine, TokenSource, identity, mapping_limit, region
 use crate::pauses::Pauses;
 use crate::platform::{Devices, can_window, create_vm, zap_single_slots};
 use crate::rendezvous::Rendezvous;
-use crate::sandbox;
+use crate::sandbox::Sandbox;
 use crate::signals::Signals;
 use crate::status::{ActiveMethod, VmStatus, uuid_text};
 use crate::vcpu::{self, BootState, Shared, VcpuThread};
@@ -54,13 +54,20 @@ pub fn run(config: VmConfig, control: Control) -> Result<VmExit, VmmError> {
     let is_stdio = machine.config.serial == SerialConfig::Stdio;
     let _terminal = is_stdio.then(RawTerminal::enter).flatten();
 
-    let mut generation = machine.generation(&stop)?;
+    let make = || {
+        let made = machine.generation(&stop);
+        made.map_err(|error| match &machine.sandbox {
+            Some(sandbox) => sandbox.explain(error),
+            None => error,
+        })
+    };
+    let mut generation = make()?;
     control.report(&machine.started());
     let exit = loop {
         match generation.run(&stop, &machine.pauses)? {
             GenerationEnd::Reset if machine.config.reset == ResetPolicy::Restart => {
                 machine.reset()?;
-                generation = machine.generation(&stop)?;
+                generation = make()?;
                 control.report(&VmStatus::Restarted);
             }
             GenerationEnd::Reset => break VmExit::Reset,
@@ -109,6 +116,7 @@ struct Machine {
     /// Present where the machine is registered with a broker.
     link: Option<Arc<VmmLink>>,
     pauses: Arc<Pauses>,
+    sandbox: Option<Sandbox>,
 }
 
 struct Introspection {
@@ -134,8 +142,9 @@ impl Machine {
             ConsoleOutput::open(&config.serial, control.stop_handle()).map_err(VmmError::Serial)?;
         let limit = mapping_limit();
         // Before any thread is started: Landlock binds those that are started later.
-        if config.sandbox {
-            sandbox::enter(&config);
+        let sandbox = config.sandbox.then(|| Sandbox::enter(&config));
+        if sandbox.is_none() {
+            tracing::warn!("no sandbox: a guest that breaks out gets all rights of this process");
         }
         let link = match &config.broker {
             None => None,
@@ -175,7 +184,7 @@ impl Machine {
                 Some(Introspection { method, engine, tokens, views, has_windows })
             }
         };
-        Ok(Self { config, kvm, ram, output, introspection, link, pauses })
+        Ok(Self { config, kvm, ram, output, introspection, link, pauses, sandbox })
     }
 
     fn started(&self) -> VmStatus {

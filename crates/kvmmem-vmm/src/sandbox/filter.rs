@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Seccomp filter: the system calls of the VMM's own code, and those that the C library and the
-//! runtime make (threads, memory, time, a panic's message).
+//! Seccomp filter: allows the calls of [`super::calls`], some of them with certain arguments only.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -10,147 +9,37 @@ use seccompiler::{
     SeccompFilter, SeccompRule, TargetArch, sock_filter,
 };
 
+use super::calls::allowed_calls;
+
 /// Calls from this number on are younger than this list. They fail as if the kernel did not have
 /// them, so that a newer C library, which tries them first, does without.
 const YOUNGER: u32 = 452;
 
-/// cachestat(2), which the libc crate does not name yet.
-const CACHESTAT: i64 = 451;
-
-/// Calls that are allowed with any arguments.
-const ALLOWED: &[i64] = &[
-    // Files that are open, and those that Landlock lets it open.
-    libc::SYS_read,
-    libc::SYS_write,
-    libc::SYS_readv,
-    libc::SYS_writev,
-    libc::SYS_pread64,
-    libc::SYS_pwrite64,
-    libc::SYS_preadv,
-    libc::SYS_pwritev,
-    libc::SYS_preadv2,
-    libc::SYS_pwritev2,
-    libc::SYS_lseek,
-    libc::SYS_fallocate,
-    libc::SYS_ftruncate,
-    libc::SYS_fsync,
-    libc::SYS_fdatasync,
-    CACHESTAT,
-    libc::SYS_open,
-    libc::SYS_openat,
-    libc::SYS_close,
-    libc::SYS_close_range,
-    libc::SYS_dup,
-    libc::SYS_dup2,
-    libc::SYS_dup3,
-    libc::SYS_fcntl,
-    libc::SYS_stat,
-    libc::SYS_fstat,
-    libc::SYS_lstat,
-    libc::SYS_newfstatat,
-    libc::SYS_statx,
-    libc::SYS_statfs,
-    libc::SYS_fstatfs,
-    libc::SYS_access,
-    libc::SYS_faccessat,
-    libc::SYS_faccessat2,
-    libc::SYS_readlink,
-    libc::SYS_readlinkat,
-    libc::SYS_getcwd,
-    libc::SYS_memfd_create,
-    // Waiting.
-    libc::SYS_poll,
-    libc::SYS_ppoll,
-    libc::SYS_epoll_create1,
-    libc::SYS_epoll_ctl,
-    libc::SYS_epoll_wait,
-    libc::SYS_epoll_pwait,
-    libc::SYS_epoll_pwait2,
-    libc::SYS_eventfd2,
-    libc::SYS_pipe2,
-    libc::SYS_nanosleep,
-    libc::SYS_clock_nanosleep,
-    libc::SYS_clock_gettime,
-    libc::SYS_clock_getres,
-    libc::SYS_gettimeofday,
-    libc::SYS_time,
-    libc::SYS_restart_syscall,
-    libc::SYS_sched_yield,
-    libc::SYS_futex,
-    // The connection to the broker.
-    libc::SYS_connect,
-    libc::SYS_sendto,
-    libc::SYS_recvfrom,
-    libc::SYS_sendmsg,
-    libc::SYS_recvmsg,
-    libc::SYS_shutdown,
-    libc::SYS_getsockopt,
-    libc::SYS_setsockopt,
-    libc::SYS_getsockname,
-    libc::SYS_getpeername,
-    // Memory.
-    libc::SYS_brk,
-    libc::SYS_munmap,
-    libc::SYS_mremap,
-    libc::SYS_madvise,
-    libc::SYS_mincore,
-    libc::SYS_membarrier,
-    // Threads, signals, the process's end.
-    libc::SYS_set_robust_list,
-    libc::SYS_rseq,
-    libc::SYS_prctl,
-    libc::SYS_arch_prctl,
-    libc::SYS_set_tid_address,
-    libc::SYS_sigaltstack,
-    libc::SYS_rt_sigaction,
-    libc::SYS_rt_sigprocmask,
-    libc::SYS_rt_sigpending,
-    libc::SYS_rt_sigtimedwait,
-    libc::SYS_rt_sigreturn,
-    libc::SYS_tgkill,
-    libc::SYS_getpid,
-    libc::SYS_getppid,
-    libc::SYS_gettid,
-    libc::SYS_getuid,
-    libc::SYS_geteuid,
-    libc::SYS_getgid,
-    libc::SYS_getegid,
-    libc::SYS_getrandom,
-    libc::SYS_uname,
-    libc::SYS_sysinfo,
-    libc::SYS_getcpu,
-    libc::SYS_getrusage,
-    libc::SYS_getrlimit,
-    libc::SYS_prlimit64,
-    libc::SYS_sched_getaffinity,
-    libc::SYS_sched_getparam,
-    libc::SYS_sched_getscheduler,
-    libc::SYS_exit,
-    libc::SYS_exit_group,
-];
-
 /// Types of ioctls that are allowed completely: KVM's and vhost's.
 const IOCTL_TYPES: [u64; 2] = [0xae, 0xaf];
 
-/// Other ioctls: terminals (but for TIOCSTI, which types on them), descriptors, block devices.
-const IOCTLS: [u64; 14] = [
+/// Other ioctls: those by which a terminal is put in raw mode and back.
+const IOCTLS: [u64; 4] = [
     libc::TCGETS,
     libc::TCSETS,
-    libc::TCSETSW,
-    libc::TCSETSF,
-    // TCGETS2 to TCSETSF2
+    // TCGETS2 and TCSETS2
     0x802c_542a,
     0x402c_542b,
-    0x402c_542c,
-    0x402c_542d,
-    libc::TIOCGWINSZ,
-    libc::FIONREAD,
-    libc::FIONBIO,
-    libc::FIOCLEX,
-    // BLKSSZGET and BLKGETSIZE64
-    0x1268,
-    0x8008_1272,
 ];
+
+/// Commands of fcntl.
+const FCNTLS: [i32; 7] = [
+    libc::F_DUPFD_CLOEXEC,
+    libc::F_GETFD,
+    libc::F_SETFD,
+    libc::F_GETFL,
+    libc::F_SETFL,
+    libc::F_ADD_SEALS,
+    libc::F_GET_SEALS,
+];
+
+/// Options of prctl: names of threads, and those that the C library gives to its memory.
+const PRCTLS: [i32; 3] = [libc::PR_SET_NAME, libc::PR_GET_NAME, libc::PR_SET_VMA];
 
 /// Why system calls are not restricted.
 #[derive(Debug, thiserror::Error)]
@@ -175,10 +64,14 @@ pub(super) fn install() -> Result<(), FilterError> {
 
 fn compile() -> Result<BpfProgram, BackendError> {
     let mut rules: BTreeMap<i64, Vec<SeccompRule>> =
-        ALLOWED.iter().map(|&number| (number, Vec::new())).collect();
+        allowed_calls().map(|call| (call.number, Vec::new())).collect();
     let ioctl_types = IOCTL_TYPES.map(|kind| masked(1, 0xff00, kind << 8));
     let ioctls = IOCTLS.map(|number| masked(1, u32::MAX.into(), number));
     rules.insert(libc::SYS_ioctl, ioctl_types.into_iter().chain(ioctls).collect::<Result<_, _>>()?);
+    rules.insert(libc::SYS_fcntl, any_of(1, FCNTLS)?);
+    rules.insert(libc::SYS_prctl, any_of(0, PRCTLS)?);
+    // Signals to the own threads only.
+    rules.insert(libc::SYS_tgkill, vec![masked(0, u32::MAX.into(), std::process::id().into())?]);
     // No memory is made executable.
     let not_executable = || Ok::<_, BackendError>(vec![masked(2, flag(libc::PROT_EXEC), 0)?]);
     rules.insert(libc::SYS_mmap, not_executable()?);
@@ -206,6 +99,14 @@ fn masked(argument: u8, mask: u64, value: u64) -> Result<SeccompRule, BackendErr
         operator,
         value,
     )?])
+}
+
+/// Whether the argument is one of `values`.
+fn any_of<const N: usize>(
+    argument: u8,
+    values: [i32; N],
+) -> Result<Vec<SeccompRule>, BackendError> {
+    values.into_iter().map(|value| masked(argument, u32::MAX.into(), flag(value))).collect()
 }
 
 fn flag(flag: libc::c_int) -> u64 {

@@ -2,7 +2,10 @@
 //! A machine whose process has given up what it does not need. It runs in a process of its own:
 //! this very program, which is told by its environment to be that.
 
+use std::error::Error;
 use std::fs::File;
+use std::net::TcpStream;
+use std::os::unix::fs::symlink;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
@@ -14,8 +17,11 @@ use kvmmem_abi::hypercall::{MEM_MAP, MEM_UNMAP, SEEK, SEEK_DATA};
 use kvmmem_abi::native::{RIGHT_READ, RIGHT_WRITE, STATE_OPEN, STATE_REVOKED};
 use kvmmem_vmm::{Control, ResetPolicy, VmExit};
 use landlock::{AccessFs, CompatLevel, Compatible, Ruleset, RulesetAttr};
+use rustix::process::{Pid, Resource, getrlimit, setrlimit, test_kill_process};
 
-use crate::fixture::{Target, config_of, launch_with_broker, window_methods};
+use crate::fixture::{
+    Target, config_of, has_kvm, launch_with_broker, values, wait_until, window_methods,
+};
 use crate::guest::{Guest, Method};
 use crate::views::{Calls, DESCRIPTOR, FIRST, POSITION, REQUEST, THERE, guest};
 
@@ -34,18 +40,32 @@ fn child() {
     let method =
         if std::env::var_os(METHOD).is_some() { Method::Vmmcall } else { Method::Doorbell };
     let mut config = config_of(directory.join("guest.elf"), method, &directory);
-    config.broker = Some(directory.join("broker"));
+    let broker = directory.join("broker");
+    config.broker = broker.exists().then_some(broker);
     config.vcpus = 2;
     config.reset = ResetPolicy::Restart;
     config.sandbox = true;
     let own = std::env::current_exe().unwrap();
-    assert_eq!(kvmmem_vmm::run(config, Control::new()).unwrap(), VmExit::PowerOff);
+    match kvmmem_vmm::run(config, Control::new()) {
+        Ok(exit) => assert_eq!(exit, VmExit::PowerOff),
+        Err(error) => {
+            let chain = std::iter::successors(Some(&error as &(dyn Error + 'static)), |&error| {
+                error.source()
+            });
+            println!("failed {:?}", chain.map(ToString::to_string).collect::<Vec<_>>());
+            std::process::exit(1);
+        }
+    }
     match std::env::var(LAST).as_deref() {
         // Of this process's own files, only those of the machine can be opened.
         Ok("open") => {
             assert!(File::open(directory.join("guest.elf")).is_ok());
             println!("opened {}", File::open(own).is_ok());
         }
+        Ok("connect") => drop(TcpStream::connect("127.0.0.1:9")),
+        Ok("signal") => drop(test_kill_process(Pid::INIT)),
+        Ok("limit") => drop(setrlimit(Resource::Core, getrlimit(Resource::Core))),
+        Ok("panic") => panic!("as was asked for"),
         Ok("spawn") => drop(Command::new("/bin/true").spawn()),
         _ => drop(Command::new("/bin/true").exec()),
     }
@@ -55,7 +75,7 @@ fn child() {
 fn launch(directory: &Path, method: Method, last: &str) -> Output {
     let mut command = Command::new(std::env::current_exe().unwrap());
     command.args(["sandbox::child", "--exact", "--nocapture", "--test-threads", "1"]);
-    command.env(DIRECTORY, directory).env(LAST, last);
+    command.env(DIRECTORY, directory).env(LAST, last).env("RUST_BACKTRACE", "1");
     if method == Method::Vmmcall {
         command.env(METHOD, "1");
     }
@@ -127,6 +147,64 @@ fn a_machine_runs_in_its_sandbox_and_nothing_else_does() {
             }
         }
     }
+}
+
+#[test]
+fn a_call_that_no_machine_needs_ends_the_process() {
+    if !has_kvm() {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    Guest::calling(Method::Doorbell).power_off().write_elf(&directory.path().join("guest.elf"));
+    // Calls that are not allowed at all, and one that is allowed with other arguments.
+    for last in ["connect", "signal", "limit"] {
+        let output = launch(directory.path(), Method::Doorbell, last);
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.signal(), Some(libc::SIGSYS), "{last}: {stderr}");
+        assert!(stderr.contains("made system call"), "{last}: {stderr}");
+    }
+}
+
+#[test]
+fn a_panic_in_the_sandbox_is_one_with_its_message() {
+    if !has_kvm() {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    Guest::calling(Method::Doorbell).power_off().write_elf(&directory.path().join("guest.elf"));
+    let output = launch(directory.path(), Method::Doorbell, "panic");
+    let printed = [output.stdout, output.stderr].map(|text| String::from_utf8(text).unwrap());
+    assert_eq!(output.status.code(), Some(101), "{printed:?}");
+    assert!(printed.concat().contains("as was asked for"), "{printed:?}");
+}
+
+#[test]
+fn a_reset_that_is_refused_its_kernel_says_who_refused() {
+    if !has_kvm() || !has_landlock() {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let [allowed, elsewhere] = ["allowed", "elsewhere"].map(|name| directory.path().join(name));
+    for folder in [&allowed, &elsewhere] {
+        std::fs::create_dir(folder).unwrap();
+        let guest = Guest::calling(Method::Doorbell).write(0x60_0000, 1).report_memory(0x60_0000);
+        guest.reset().write_elf(&folder.join("guest.elf"));
+    }
+    let kernel = directory.path().join("guest.elf");
+    symlink(allowed.join("guest.elf"), &kernel).unwrap();
+    let output = std::thread::scope(|scope| {
+        let running = scope.spawn(|| launch(directory.path(), Method::Doorbell, "nothing"));
+        wait_until(|| !values(&directory.path().join("serial")).is_empty());
+        let new = directory.path().join("new");
+        symlink(elsewhere.join("guest.elf"), &new).unwrap();
+        std::fs::rename(&new, &kernel).unwrap();
+        running.join().unwrap()
+    });
+    let stdout = String::from_utf8_lossy(&output.stdout);
+    assert_eq!(output.status.code(), Some(1), "{stdout}");
+    let folder = allowed.canonicalize().unwrap();
+    assert!(stdout.contains("sandbox opens nothing but"), "{stdout}");
+    assert!(stdout.contains(&folder.display().to_string()), "{stdout}");
 }
 
 fn has_landlock() -> bool {
