@@ -3,46 +3,40 @@
 //! side of kvmmem's hypercalls.
 //!
 //! The command line (`kvmmem vm`) and the test bed use it. [`run`] makes, runs and ends a machine
-//! from a [`VmConfig`]: RAM ([`kvmmem_sys::ram`]), kernel and firmware tables (`boot`), devices
-//! (`devices`), one thread per vCPU (`vcpu`), hypercalls (`hypercall`), pages mapped by v1
-//! ([`mapping`]) and windows (`window`). The process of an introspector maps the memory of whole
-//! targets, so it drops all rights that it does not need (`sandbox`).
+//! from a [`VmConfig`]. The plain machine (`machine`) has RAM, vCPUs, boot and devices, and knows
+//! nothing of targets. What concerns them is in [`introspect`]: hypercalls, pages of v1, windows,
+//! the connection to the broker. The process of an introspector maps the memory of whole targets,
+//! so it drops all rights that it does not need (`sandbox`).
 #![deny(unsafe_code)]
 
-mod boot;
 mod config;
 mod control;
-mod cpuid;
-mod devices;
 mod error;
 mod exit;
-mod hypercall;
+pub mod introspect;
 mod limit;
-pub mod mapping;
-mod pauses;
-mod platform;
-mod rendezvous;
+mod machine;
+mod run;
 mod sandbox;
 mod signals;
 mod status;
-mod vcpu;
-mod vm;
-mod window;
 
-pub use boot::{AcpiError, LoadError};
 pub use config::{
     DiskConfig, HypercallMethod, MAX_DISKS, MAX_VCPUS, ResetPolicy, SerialConfig, VmConfig,
 };
-pub use control::{Control, StopHandle};
-pub use cpuid::CpuidError;
-pub use devices::vsock::VsockError;
+pub use control::Control;
 pub use error::VmmError;
 pub use exit::VmExit;
+pub use introspect::introspection::NoXen;
+pub use introspect::v1::MapError;
+pub use introspect::window::{DescriptorsError, SetUpError, TakeError};
+pub use machine::error::MachineError;
+pub use machine::stop::{Failure, StopHandle};
+pub use machine::vcpu::{KvmFault, VcpuError};
+pub use machine::{AcpiError, CpuidError, LoadError, VsockError};
+pub use run::run;
 pub use sandbox::{AllowedCall, allowed_calls};
 pub use status::{ActiveMethod, VmStatus};
-pub use vcpu::{KvmFault, VcpuError};
-pub use vm::run;
-pub use window::{DescriptorsError, SetUpError, TakeError};
 
 /// The example of README.md, compiled as a test.
 #[cfg(doctest)]

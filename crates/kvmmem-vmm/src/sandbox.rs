@@ -25,8 +25,8 @@ use landlock::{
 };
 
 use crate::config::VmConfig;
-use crate::devices::vsock;
 use crate::error::VmmError;
+use crate::machine::VSOCK_DEVICE;
 
 pub use calls::{AllowedCall, allowed_calls};
 
@@ -109,7 +109,7 @@ fn places(config: &VmConfig) -> Vec<(PathBuf, BitFlags<AccessFs>)> {
         // in its place.
         false => (real(&disk.path), write),
     });
-    let vsock = config.cid.map(|_| (PathBuf::from(vsock::DEVICE), write));
+    let vsock = config.cid.map(|_| (PathBuf::from(VSOCK_DEVICE), write));
     images.chain(disks).chain(vsock).collect()
 }
 

@@ -7,7 +7,7 @@ use std::thread::JoinHandle;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Handle;
 
-use crate::control::StopHandle;
+use crate::machine::stop::StopHandle;
 
 /// The thread that waits for signals; gone when dropped.
 pub(crate) struct Signals {

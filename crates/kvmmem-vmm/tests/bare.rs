@@ -283,7 +283,7 @@ fn a_host_without_the_xen_way_says_so() {
         return;
     }
     let xen = run_with(&Guest::calling(Method::Vmmcall).power_off(), &Target::new(), |_| {});
-    assert!(matches!(xen, Err(VmmError::NoXen)));
+    assert!(matches!(xen, Err(VmmError::NoXen(_))));
     let auto = run_with(&Guest::calling(Method::Vmmcall).power_off(), &Target::new(), |config| {
         config.hypercalls = HypercallMethod::Auto;
     });

@@ -45,7 +45,7 @@ pub(super) fn max_map_count() -> Check {
     let Ok(count) = fs::read_to_string("/proc/sys/vm/max_map_count") else {
         return Check::warn(NAME, "vm.max_map_count cannot be read", "is /proc mounted?");
     };
-    let pages = kvmmem_vmm::mapping::mapping_limit();
+    let pages = kvmmem_vmm::introspect::mapping_limit();
     let detail =
         format!("vm.max_map_count is {}: {pages} mapped pages per introspector", count.trim());
     if (pages as u64) < USUAL_MAPPINGS {

@@ -9,7 +9,7 @@ use kvmmem_abi::hypercall::{ATTACH, DETACH, MEM_MAP, MEM_UNMAP, SEEK, SEEK_DATA}
 use kvmmem_abi::native::{RIGHT_READ, RIGHT_WRITE, STATE_GONE, STATE_OPEN, STATE_REVOKED};
 use kvmmem_client::admin::Admin;
 use kvmmem_client::vmm::{Rights, Scope};
-use kvmmem_vmm::mapping::{TargetMemory, Views};
+use kvmmem_vmm::introspect::source::{TargetEvents, TargetMemory};
 use kvmmem_vmm::{ResetPolicy, VmExit};
 
 use crate::fixture::{
@@ -20,21 +20,21 @@ use crate::tokens::OneToken;
 use crate::views::{Calls, DESCRIPTOR, FIRST, POSITION, REQUEST, RESULT, THERE, guest, secret};
 
 /// Calls `event` on the machine's views once the guest has searched one.
-fn when_searched(tokens: &OneToken, event: impl FnOnce(&Views)) {
+fn when_searched(tokens: &OneToken, event: impl FnOnce(&dyn TargetEvents)) {
     // The loop that the event ends is right behind the search.
     wait_until(|| !tokens.state().told.is_empty());
-    event(&tokens.views());
+    event(&*tokens.events());
 }
 
-type Event = fn(&Views);
+type Event = fn(&dyn TargetEvents);
 
 #[test]
 fn what_is_taken_back_turns_into_poison_while_the_guest_uses_it() {
     const PAGE: u64 = 0x60_0000;
     let cases: [(&str, Event, u32); 3] = [
-        ("revoked", |views| views.revoke(1), STATE_REVOKED),
-        ("gone", |views| views.gone(1), STATE_GONE),
-        ("lost", |views| views.lost(), STATE_GONE),
+        ("revoked", |events| assert!(events.revoke(1)), STATE_REVOKED),
+        ("gone", |events| events.gone(1), STATE_GONE),
+        ("lost", |events| events.lost(), STATE_GONE),
     ];
     for (method, rights) in window_methods()
         .into_iter()
@@ -127,7 +127,7 @@ fn two_cpus_open_and_close_views_at_once_and_one_of_them_loses_one() {
             .report_memory(RESULT + 8)
             .power_off();
         let outcome = std::thread::scope(|scope| {
-            scope.spawn(|| when_searched(&tokens, |views| views.revoke(1)));
+            scope.spawn(|| when_searched(&tokens, |events| assert!(events.revoke(1))));
             run_with_tokens(&program, &tokens, |config| config.vcpus = 2).unwrap()
         });
         assert_eq!(outcome.values, [0, 0, 0, 0, DESCRIPTOR, FIRST]);
@@ -194,7 +194,7 @@ fn a_view_follows_its_target() {
             scope.spawn(|| {
                 when_searched(&tokens, |views| {
                     let changed: Arc<dyn TargetMemory> = changed.clone();
-                    views.changed(&changed);
+                    views.memory_changed(&changed);
                 });
             });
             run_with_tokens(&program, &tokens, |_| {}).unwrap()

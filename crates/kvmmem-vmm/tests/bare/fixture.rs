@@ -13,7 +13,7 @@ use kvmmem_client::admin::{Admin, GrantRequest, Granted};
 use kvmmem_client::vmm::{Region, Registration, Rights, Scope, VmmLink};
 use kvmmem_proto::map::MemoryMap;
 use kvmmem_sys::ram::GuestRam;
-use kvmmem_vmm::mapping::TargetMemory;
+use kvmmem_vmm::introspect::source::TargetMemory;
 use kvmmem_vmm::{
     Control, HypercallMethod, ResetPolicy, SerialConfig, VmConfig, VmExit, VmStatus, VmmError,
 };

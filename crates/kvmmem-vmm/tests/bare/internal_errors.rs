@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Bare guests that KVM cannot run any further.
 
-use kvmmem_vmm::{VcpuError, VmmError};
+use kvmmem_vmm::{MachineError, VcpuError, VmmError};
 
 use crate::fixture::{Target, has_kvm, run_with};
 use crate::guest::Guest;
@@ -28,9 +28,8 @@ fn the_error_names_what_kvm_reported_where_and_the_next_step() {
     for (guest, suberrors) in
         [(undeliverable, &["suberror 3", "suberror 1"][..]), (not_emulated, &["suberror 1"])]
     {
-        let VmmError::Vcpu(error @ VcpuError::InternalError { id: 0, .. }) = failure(&guest) else {
-            panic!()
-        };
+        let VmmError::Machine(MachineError::Vcpu(error)) = failure(&guest) else { panic!() };
+        assert!(matches!(error, VcpuError::InternalError { id: 0, .. }));
         let text = error.to_string();
         assert!(suberrors.iter().any(|suberror| text.contains(suberror)), "{text}");
         // The CPU would deliver it again: such an instruction is not executed again.

@@ -6,7 +6,9 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, Weak};
 
 use kvmmem_abi::errno::KvmError;
 use kvmmem_client::vmm::{Caller, Rights, Scope, ViewCounters};
-use kvmmem_vmm::mapping::{Attached, Redeemed, TargetMemory, Token, TokenSource, Views};
+use kvmmem_vmm::introspect::source::{
+    Attached, Redeemed, TargetEvents, TargetMemory, Token, TokenSource,
+};
 
 use crate::fixture::{TOKEN, Target};
 
@@ -22,7 +24,7 @@ pub(crate) struct OneToken {
 pub(crate) struct State {
     pub(crate) target: Option<Arc<Target>>,
     pub(crate) asked: usize,
-    pub(crate) views: Weak<Views>,
+    pub(crate) events: Option<Weak<dyn TargetEvents>>,
     /// Views that are attached.
     pub(crate) open: BTreeMap<u64, Caller>,
     /// What was told of views, and whether that was their end.
@@ -48,9 +50,9 @@ impl OneToken {
         self.state().asked
     }
 
-    /// The machine's views, once it has said where they are.
-    pub(crate) fn views(&self) -> Arc<Views> {
-        self.state().views.upgrade().unwrap()
+    /// What takes the machine's events, once it has said where that is.
+    pub(crate) fn events(&self) -> Arc<dyn TargetEvents> {
+        self.state().events.as_ref().and_then(Weak::upgrade).unwrap()
     }
 
     /// Answers nothing until [`OneToken::speak`].
@@ -114,7 +116,7 @@ impl TokenSource for OneToken {
         self.state().told.push((view, counters, false));
     }
 
-    fn set_events(&self, views: Weak<Views>) {
-        self.state().views = views;
+    fn set_events(&self, handler: Weak<dyn TargetEvents>) {
+        self.state().events = Some(handler);
     }
 }
