@@ -4,7 +4,7 @@
 /// Leaf with the signature in ebx, ecx, edx and the highest leaf in eax.
 pub const LEAF_SIGNATURE: u32 = 0x4000_0100;
 
-/// Leaf with the feature bits in eax and the doorbell port in ebx.
+/// Leaf with the feature bits in eax, the doorbell port in ebx and the descriptors' GSI in ecx.
 pub const LEAF_FEATURES: u32 = 0x4000_0101;
 
 /// The signature, as the bytes of ebx, ecx and edx.
@@ -22,6 +22,13 @@ pub const FEATURE_DOORBELL: u32 = 1 << 1;
 /// Feature bit: views are opened by the hypercall ATTACH ([`crate::hypercall`]), through a window
 /// of guest-physical memory.
 pub const FEATURE_WINDOW: u32 = 1 << 2;
+
+/// Feature bit: the VMM raises the GSI in ecx of [`LEAF_FEATURES`], edge-triggered, after it has
+/// changed a view's descriptor page by itself.
+pub const FEATURE_INTERRUPT: u32 = 1 << 3;
+
+/// The GSI of changed descriptors that `kvmmem-vmm` offers; guests take it from [`LEAF_FEATURES`].
+pub const DESCRIPTOR_GSI: u32 = 5;
 
 /// The doorbell port that `kvmmem-vmm` offers; guests take it from [`LEAF_FEATURES`].
 pub const DOORBELL_PORT: u16 = 0x0d00;

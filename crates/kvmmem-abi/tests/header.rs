@@ -171,6 +171,7 @@ fn numbers() -> BTreeMap<&'static str, u64> {
         ("KVMMEM_FEATURE_VMCALL", u64::from(cpuid::FEATURE_VMCALL)),
         ("KVMMEM_FEATURE_DOORBELL", u64::from(cpuid::FEATURE_DOORBELL)),
         ("KVMMEM_FEATURE_WINDOW", u64::from(cpuid::FEATURE_WINDOW)),
+        ("KVMMEM_FEATURE_INTERRUPT", u64::from(cpuid::FEATURE_INTERRUPT)),
         // The error numbers are the kernel's own.
         ("KVM_EPERM", kvm(KvmError::Perm)),
         ("KVM_E2BIG", kvm(KvmError::TooBig)),

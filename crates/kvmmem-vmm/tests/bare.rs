@@ -23,8 +23,8 @@ mod views;
 mod waits;
 
 use kvmmem_abi::cpuid::{
-    DOORBELL_PORT, FEATURE_DOORBELL, FEATURE_WINDOW, LEAF_FEATURES, LEAF_SIGNATURE,
-    SIGNATURE_REGISTERS,
+    DESCRIPTOR_GSI, DOORBELL_PORT, FEATURE_DOORBELL, FEATURE_INTERRUPT, FEATURE_WINDOW,
+    LEAF_FEATURES, LEAF_SIGNATURE, SIGNATURE_REGISTERS,
 };
 use kvmmem_abi::errno::KvmError;
 use kvmmem_abi::hypercall::{MEM_MAP, MEM_UNMAP, UNMAP_ALL, UNMAP_ALL_KEEP, UNMAP_ALL_ZERO};
@@ -83,9 +83,12 @@ fn the_doorbell_is_told_by_cpuid() {
     let asks = Guest::default().cpuid(LEAF_SIGNATURE).cpuid(LEAF_FEATURES).power_off();
     let [ebx, ecx, edx] = SIGNATURE_REGISTERS.map(u64::from);
     let values = run(&asks, &Target::new()).values;
-    let windows = if has_windows() { FEATURE_WINDOW } else { 0 };
+    let (windows, gsi) = match has_windows() {
+        true => (FEATURE_WINDOW | FEATURE_INTERRUPT, u64::from(DESCRIPTOR_GSI)),
+        false => (0, 0),
+    };
     let features = u64::from(FEATURE_DOORBELL | windows) | u64::from(DOORBELL_PORT) << 32;
-    assert_eq!(values, [u64::from(LEAF_FEATURES) | ebx << 32, ecx | edx << 32, features, 0]);
+    assert_eq!(values, [u64::from(LEAF_FEATURES) | ebx << 32, ecx | edx << 32, features, gsi]);
 
     let plain = run_with(&asks, &Target::new(), |config| config.introspector = false).unwrap();
     assert_ne!(plain.values[1], values[1]);

@@ -195,5 +195,6 @@ struct kvmmem_descriptor {
 #define KVMMEM_FEATURE_VMCALL	(1U << 0)
 #define KVMMEM_FEATURE_DOORBELL	(1U << 1)
 #define KVMMEM_FEATURE_WINDOW	(1U << 2)
+#define KVMMEM_FEATURE_INTERRUPT	(1U << 3)
 
 #endif /* _UAPI_KVMMEM_H */

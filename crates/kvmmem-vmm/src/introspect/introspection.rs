@@ -5,6 +5,7 @@
 use std::sync::Arc;
 
 use kvm_ioctls::Kvm;
+use kvmmem_abi::cpuid::DESCRIPTOR_GSI;
 use kvmmem_sys::ram::GuestRam;
 
 use super::hypercall::Hypercalls;
@@ -14,7 +15,7 @@ use super::views::Views;
 use super::window::{Host, Windows};
 use crate::config::{HypercallMethod, VmConfig};
 use crate::machine::introspector::{Hardware, Introspector, IntrospectorExits};
-use crate::machine::platform::{can_window, zap_single_slots};
+use crate::machine::platform::{can_window, interrupt_line, zap_single_slots};
 use crate::machine::stop::{Failure, StopHandle};
 use crate::status::ActiveMethod;
 
@@ -78,7 +79,9 @@ impl Introspection {
         zap_single_slots(&hardware.vm);
         let ram_end = self.ram.regions().last().map_or(0, |region| region.gpa + region.len);
         let own_file = identity(self.ram.fd())?;
-        let windows = Arc::new(Windows::new(Host { hardware, source, own_file, ram_end })?);
+        let interrupt = interrupt_line(&hardware.vm, DESCRIPTOR_GSI)?;
+        let host = Host { hardware, source, own_file, ram_end, interrupt };
+        let windows = Arc::new(Windows::new(host)?);
         self.views.set_windows(Some(windows.clone()));
         Ok(Some(windows))
     }

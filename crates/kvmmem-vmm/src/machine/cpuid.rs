@@ -5,8 +5,8 @@
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
 use kvm_ioctls::{Cap, Kvm};
 use kvmmem_abi::cpuid::{
-    DOORBELL_PORT, FEATURE_DOORBELL, FEATURE_VMCALL, FEATURE_WINDOW, LEAF_FEATURES, LEAF_SIGNATURE,
-    SIGNATURE_REGISTERS,
+    DESCRIPTOR_GSI, DOORBELL_PORT, FEATURE_DOORBELL, FEATURE_INTERRUPT, FEATURE_VMCALL,
+    FEATURE_WINDOW, LEAF_FEATURES, LEAF_SIGNATURE, SIGNATURE_REGISTERS,
 };
 
 use crate::status::ActiveMethod;
@@ -181,7 +181,8 @@ fn kvmmem_leaves(method: ActiveMethod, has_windows: bool) -> [kvm_cpuid_entry2; 
         ActiveMethod::Xen => (FEATURE_VMCALL, 0),
         ActiveMethod::Port => (FEATURE_DOORBELL, u32::from(DOORBELL_PORT)),
     };
-    let features = features | if has_windows { FEATURE_WINDOW } else { 0 };
+    let (window_features, gsi) =
+        if has_windows { (FEATURE_WINDOW | FEATURE_INTERRUPT, DESCRIPTOR_GSI) } else { (0, 0) };
     [
         kvm_cpuid_entry2 {
             function: LEAF_SIGNATURE,
@@ -193,8 +194,9 @@ fn kvmmem_leaves(method: ActiveMethod, has_windows: bool) -> [kvm_cpuid_entry2; 
         },
         kvm_cpuid_entry2 {
             function: LEAF_FEATURES,
-            eax: features,
+            eax: features | window_features,
             ebx: port,
+            ecx: gsi,
             ..Default::default()
         },
     ]
@@ -248,8 +250,12 @@ mod tests {
 
         let [_, features] = kvmmem_leaves(ActiveMethod::Port, true);
         assert_eq!(
-            (features.eax, features.ebx),
-            (FEATURE_DOORBELL | FEATURE_WINDOW, u32::from(DOORBELL_PORT))
+            (features.eax, features.ebx, features.ecx),
+            (
+                FEATURE_DOORBELL | FEATURE_WINDOW | FEATURE_INTERRUPT,
+                u32::from(DOORBELL_PORT),
+                DESCRIPTOR_GSI
+            )
         );
     }
 

@@ -91,7 +91,7 @@ impl<'a> Devices<'a> {
         &mut self,
         output: ConsoleOutput,
     ) -> Result<Arc<Mutex<SerialPort>>, MachineError> {
-        let port = SerialPort::new(self.line(SERIAL_GSI)?, output);
+        let port = SerialPort::new(interrupt_line(self.vm, SERIAL_GSI)?, output);
         let port = Arc::new(Mutex::new(port));
         self.ports.insert(SERIAL_PORT.into(), serial::PORTS, port.clone());
         self.acpi.push(AcpiDevice::Serial);
@@ -119,19 +119,19 @@ impl<'a> Devices<'a> {
                 .map_err(|source| MachineError::Kvm { what: "a virtio notification", source })?;
             kicks.push(kick);
         }
-        let transport = VirtioMmio::new(device, memory.clone(), self.line(gsi)?, kicks);
+        let transport =
+            VirtioMmio::new(device, memory.clone(), interrupt_line(self.vm, gsi)?, kicks);
         self.mmio.insert(base.into(), VIRTIO_MMIO_LENGTH.into(), Arc::new(Mutex::new(transport)));
         self.acpi.push(AcpiDevice::VirtioMmio { base, length: VIRTIO_MMIO_LENGTH, gsi });
         Ok(())
     }
+}
 
-    /// An event that interrupts the guest.
-    fn line(&self, gsi: u32) -> Result<EventFd, MachineError> {
-        let line = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)
-            .map_err(|source| MachineError::Host { what: "an interrupt line", source })?;
-        self.vm
-            .register_irqfd(&line, gsi)
-            .map_err(|source| MachineError::Kvm { what: "an interrupt line", source })?;
-        Ok(line)
-    }
+/// An event that interrupts the guest of `vm`.
+pub(crate) fn interrupt_line(vm: &VmFd, gsi: u32) -> Result<EventFd, MachineError> {
+    let line = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)
+        .map_err(|source| MachineError::Host { what: "an interrupt line", source })?;
+    vm.register_irqfd(&line, gsi)
+        .map_err(|source| MachineError::Kvm { what: "an interrupt line", source })?;
+    Ok(line)
 }

@@ -4,6 +4,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use kvmmem_abi::cpuid::DESCRIPTOR_GSI;
 use kvmmem_abi::errno::KvmError;
 use kvmmem_abi::hypercall::{ATTACH, DETACH, MEM_MAP, MEM_UNMAP, SEEK, SEEK_DATA};
 use kvmmem_abi::native::{RIGHT_READ, RIGHT_WRITE, STATE_GONE, STATE_OPEN, STATE_REVOKED};
@@ -133,6 +134,30 @@ fn two_cpus_open_and_close_views_at_once_and_one_of_them_loses_one() {
         assert_eq!(outcome.values, [0, 0, 0, 0, DESCRIPTOR, FIRST]);
         assert_eq!(outcome.exit, VmExit::PowerOff);
         assert!(tokens.state().open.is_empty());
+    }
+}
+
+#[test]
+fn an_interrupt_says_that_a_descriptor_has_changed() {
+    let events: [(Event, u32); 2] =
+        [(|events| assert!(events.revoke(1)), STATE_REVOKED), (|events| events.lost(), STATE_GONE)];
+    for method in window_methods() {
+        for (event, state) in events {
+            let (_, tokens) = secret(Rights::ReadOnly);
+            let program = guest(method)
+                .route(DESCRIPTOR_GSI)
+                .attach()
+                .ring(SEEK, [DESCRIPTOR, POSITION, SEEK_DATA])
+                .wait_for_interrupt()
+                .report_memory(DESCRIPTOR + 24)
+                .power_off();
+            let outcome = std::thread::scope(|scope| {
+                scope.spawn(|| when_searched(&tokens, event));
+                run_with_tokens(&program, &tokens, |_| {}).unwrap()
+            });
+            let seen = u64::from(state) | u64::from(RIGHT_READ) << 32;
+            assert_eq!(outcome.values, [0, seen]);
+        }
     }
 }
 

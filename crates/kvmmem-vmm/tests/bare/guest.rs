@@ -26,6 +26,9 @@ pub(crate) const WINDOW_BYTES: u64 = 32 << 20;
 /// Where [`Guest::second_cpu`] puts the code that the CPU starts with.
 pub(crate) const TRAMPOLINE: u64 = 0x4_0000;
 
+/// Vector of [`Guest::route`].
+const ROUTED_VECTOR: u32 = 0x60;
+
 /// How a guest makes hypercalls.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) enum Method {
@@ -276,6 +279,28 @@ impl Guest {
             .write_dword(LAPIC + 0x380, 1_000_000)
             // sti
             .bytes(&[0xfb])
+    }
+
+    /// Has the I/O APIC deliver `gsi`, edge-triggered, to this CPU, which takes no interrupts.
+    pub(crate) fn route(self, gsi: u32) -> Self {
+        const SELECT: u64 = 0xfec0_0000;
+        const LAPIC_SPURIOUS: u64 = 0xfee0_00f0;
+        let low = 0x10 + 2 * gsi;
+        self.write_dword(LAPIC_SPURIOUS, 0x1ff)
+            .write_dword(SELECT, low + 1)
+            .write_dword(SELECT + 0x10, 0)
+            .write_dword(SELECT, low)
+            .write_dword(SELECT + 0x10, ROUTED_VECTOR)
+    }
+
+    /// Waits until what [`Guest::route`] delivers is pending.
+    pub(crate) fn wait_for_interrupt(self) -> Self {
+        // The register of the request bits of 32 vectors.
+        let register = u32::try_from(0xfee0_0200 + u64::from(ROUTED_VECTOR / 32) * 16).unwrap();
+        // mov ebx, register; mov eax, [rbx]; test eax, eax; jz -6
+        self.bytes(&[0xbb])
+            .bytes(&register.to_le_bytes())
+            .bytes(&[0x8b, 0x03, 0x85, 0xc0, 0x74, 0xfa])
     }
 
     /// Has the interrupt table for vectors below 128 at `table`. Uses 16 bytes at `scratch`.

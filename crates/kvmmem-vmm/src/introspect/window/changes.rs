@@ -37,6 +37,7 @@ impl Windows {
             table.describe(index);
         }
         drop(table);
+        self.interrupt();
         let Some(paused) = paused else {
             self.poison_ended(&indices, false);
             return;
@@ -117,6 +118,7 @@ impl Windows {
             self.show_more(&mut table, &mut view, &**target, &regions);
             table.open(index, view);
             drop(paused);
+            self.interrupt();
             self.worker.unmap(behind);
         }
     }

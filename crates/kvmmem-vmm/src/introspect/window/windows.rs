@@ -12,6 +12,7 @@ use kvmmem_client::vmm::{Region, Rights, Token, ViewCounters};
 use kvmmem_sys::memslot::Memslot;
 use kvmmem_sys::window::{LARGE_PAGE, PoisonFile};
 use sha2::{Digest, Sha256};
+use vmm_sys_util::eventfd::EventFd;
 use zeroize::Zeroizing;
 
 use super::area::{Area, lay_out};
@@ -38,6 +39,8 @@ pub(crate) struct Host {
     pub(crate) own_file: (u64, u64),
     /// End of the machine's RAM.
     pub(crate) ram_end: u64,
+    /// Interrupts the guest: descriptor pages have changed without its doing.
+    pub(crate) interrupt: EventFd,
 }
 
 /// The views of a machine, between two resets.
@@ -249,6 +252,12 @@ impl Windows {
         if !table.is_telling {
             table.is_telling = self.worker.tell();
         }
+    }
+
+    /// Has the guest read descriptor pages again.
+    pub(super) fn interrupt(&self) {
+        // Fails only when the counter is full: then the interrupt is pending anyway.
+        let _ = self.host.interrupt.write(1);
     }
 
     pub(super) fn lock(&self) -> MutexGuard<'_, Table> {
