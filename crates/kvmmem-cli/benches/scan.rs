@@ -4,7 +4,7 @@
 //! threads. With rules, against the same engine on the same bytes in this process's own memory,
 //! with one thread; the goal is the number of threads.
 //!
-//! Prints a line for each; with `--json` an object. `--size MIB` says how much memory there is
+//! Prints a line for each; with `--json` an object. `--size MIB` sets the amount of memory
 //! [default: 1024].
 #![deny(unsafe_code)]
 

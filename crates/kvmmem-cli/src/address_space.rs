@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Whose page tables guest-virtual addresses are looked up in: those that a CR3 names, those that a
-//! vCPU uses, or those of a Linux guest's kernel or of one of its processes, which are found.
+//! The page tables in which guest-virtual addresses are looked up: those of a CR3 or a vCPU, or
+//! those of a Linux guest's kernel or of one of its processes, which are searched for.
 
 use anyhow::{Context, Result};
 use clap::Args;
@@ -12,14 +12,14 @@ use kvmmem_memory::paging::{Absent, WalkError};
 use crate::failure::usage;
 use crate::input::{Input, Opened};
 use crate::linux::{Choice, find, process};
-use crate::number::{Address, Hex, parse};
+use crate::number::{Address, Hex, integer, parse};
 use crate::physical::with_remedy;
 
 /// Options of verbs that take guest-virtual addresses.
 #[derive(Args, Clone, Copy)]
 pub(crate) struct Virtual {
     /// Addresses are guest-virtual, of this process of a Linux guest
-    #[arg(long, value_name = "PID", conflicts_with = "cr3")]
+    #[arg(long, value_name = "PID", conflicts_with = "cr3", value_parser = integer(0..=u32::MAX))]
     pub(crate) pid: Option<u32>,
 
     /// Addresses are guest-virtual, by the page tables of this CR3, or of the outermost table at
@@ -29,7 +29,7 @@ pub(crate) struct Virtual {
 
     /// Addresses are guest-virtual, by the page tables that this vCPU uses: the first one is 0.
     /// Its registers come with --target, or from an ELF dump
-    #[arg(long, value_name = "N", conflicts_with_all = ["pid", "cr3"])]
+    #[arg(long, value_name = "N", conflicts_with_all = ["pid", "cr3"], value_parser = integer(0..=u32::MAX))]
     pub(crate) vcpu: Option<u32>,
 
     /// With --pid or kernel: of several kernels, the one whose VMCOREINFO note is at this
@@ -146,7 +146,7 @@ impl<'k> LinuxSpace<'k> {
         (count, Some(with_remedy(end, error, &remedy)))
     }
 
-    /// What the process has at an address that is not present; empty where nothing is known.
+    /// The process's mapping at an address that is not present; empty where it is not known.
     pub(crate) fn remedy(&self, error: &SpaceError) -> String {
         let WalkError::NotPresent { gva, entry } = error else { return String::new() };
         let (Some(task), None | Some(Absent::Unknown)) = (&self.task, entry.absent(*gva)) else {

@@ -31,7 +31,7 @@ pub(crate) struct Arguments {
     /// Keep the view and print what happens to it, until interrupted or until it ends
     #[arg(long)]
     hold: bool,
-    /// Ask for reading alone, whatever the grant allows
+    /// Ask for reading alone, even if the grant allows writing
     #[arg(long)]
     read_only: bool,
     #[command(flatten)]
@@ -99,7 +99,7 @@ impl Arguments {
     }
 }
 
-/// Tells what happens, until an interrupt comes or, which gives the exit code, the view ends.
+/// Prints events until a signal comes or the view ends. The end of the view gives the exit code.
 fn hold(view: &View, interrupt: &Interrupt, output: &mut Output) -> Result<Option<u8>> {
     while !interrupt.has_come() {
         match view.wait(SIGNAL_INTERVAL)? {

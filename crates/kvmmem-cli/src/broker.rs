@@ -10,7 +10,7 @@ use kvmmem_client::admin::Admin;
 /// Environment variable with the path of the broker's socket.
 const SOCKET_VARIABLE: &str = "KVMMEM_BROKER";
 
-/// Where kvmmemd listens unless it is told otherwise.
+/// Where kvmmemd listens by default.
 const DEFAULT_SOCKET: &str = "/run/kvmmem/kvmmemd.sock";
 
 /// What to look at where the broker cannot be reached.
@@ -30,7 +30,7 @@ impl Broker {
     }
 }
 
-/// The broker's socket, where no option says which.
+/// The broker's socket, without an option.
 pub(crate) fn default_socket() -> PathBuf {
     std::env::var_os(SOCKET_VARIABLE).map_or_else(|| DEFAULT_SOCKET.into(), PathBuf::from)
 }

@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The tool's side of KVMI, by which a verb reads memory or gets a token: listen, and wait for the
-//! host to connect.
+//! The tool's side of KVMI: a verb listens, waits for the host to connect, and reads memory or gets
+//! a token.
 
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result};
 use clap::Args;
 use kvmmem::{Endpoint, Listener, ListenerError, Session};
 
-use crate::failure::escape;
-use crate::number::parse_seconds;
+use crate::failure::{escape, usage};
+use crate::time::parse_seconds;
 
 /// Environment variable with the vsock port to listen on.
 const PORT_VARIABLE: &str = "KVMMEM_KVMI_PORT";
@@ -37,7 +37,7 @@ impl Connect {
         self.is_given() || std::env::var_os(PORT_VARIABLE).is_some()
     }
 
-    /// Waits for a target. A connection that is no good is told and passed over.
+    /// Waits for a target. A connection that fails is logged, and the wait continues.
     pub(crate) fn accept(&self) -> Result<Session> {
         let endpoint = match &self.listen {
             Some(endpoint) => endpoint.clone(),
@@ -73,9 +73,11 @@ fn parse_timeout(text: &str) -> Result<Duration, String> {
 
 fn from_environment(port: Option<String>) -> Result<Endpoint> {
     let port = port.ok_or_else(|| {
-        anyhow!("nowhere to listen: give --listen vsock:PORT or unix:PATH, or set {PORT_VARIABLE}")
+        usage(format!(
+            "nowhere to listen: give --listen vsock:PORT or unix:PATH, or set {PORT_VARIABLE}"
+        ))
     })?;
-    format!("vsock:{port}").parse().with_context(|| format!("{PORT_VARIABLE} is no port"))
+    format!("vsock:{port}").parse().with_context(|| format!("{PORT_VARIABLE} is not a port"))
 }
 
 #[cfg(test)]

@@ -10,6 +10,7 @@ use serde::Serialize;
 
 use crate::failure;
 use crate::linux::{Guest, INCOMPLETE};
+use crate::number::count;
 use crate::output::Output;
 
 #[derive(Args)]
@@ -57,12 +58,10 @@ impl Arguments {
                     lines(&record).try_for_each(|line| output.line(line))?;
                 }
             }
-            let count =
-                |count| if count == 1 { "1 record".to_owned() } else { format!("{count} records") };
             if records.overwritten() > 0 {
                 tracing::warn!(
                     "the guest overwrote {} of its log while it was read",
-                    count(records.overwritten())
+                    count(records.overwritten(), "record")
                 );
             }
             if records.damaged() > 0 {
@@ -70,7 +69,7 @@ impl Arguments {
                     true => "the guest's memory is damaged",
                     false => "the dump is damaged, or the guest wrote to its log while it was made",
                 };
-                let lost = count(records.damaged());
+                let lost = count(records.damaged(), "record");
                 return Err(failure::exit(
                     INCOMPLETE,
                     format!("{lost} of the log not printed: {why}"),

@@ -25,7 +25,7 @@ fn pages() -> Vec<PathBuf> {
     found
 }
 
-/// The commands in fenced blocks: the lines of shell scripts, those that go on joined, and what is
+/// The commands in fenced blocks: the lines of shell scripts, continued ones joined, and what is
 /// typed at a prompt.
 fn fenced(text: &str) -> Vec<String> {
     let mut lines: Vec<String> = Vec::new();

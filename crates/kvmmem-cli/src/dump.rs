@@ -2,8 +2,8 @@
 //! `kvmmem dump`: a target's memory as a file or a stream.
 //!
 //! Mistakes in the command line and the paths are found before the token is used. While a dump is
-//! under way FILE.part says how far it is ([`checkpoint`]); a record beside a complete one says
-//! what it is ([`record`]).
+//! under way FILE.part has its progress ([`checkpoint`]); a record beside a complete one describes
+//! it ([`record`]).
 
 mod checkpoint;
 mod digest;
@@ -33,7 +33,7 @@ use uuid::Uuid;
 
 use crate::failure::usage;
 use crate::interrupt::Interrupt;
-use crate::number::parse;
+use crate::number::{count, integer, parse};
 use crate::output::Output;
 use crate::progress;
 use crate::range::{GpaRange, gaps, in_order, left_out, parse_range, select, shown, total};
@@ -55,7 +55,7 @@ pub(crate) struct Arguments {
     /// The kind of file
     #[arg(long, value_enum, default_value_t = Format::Raw)]
     format: Format,
-    /// Dump only these guest-physical addresses, for example 1M..2M; END is behind the range; may
+    /// Dump only these guest-physical addresses, for example 1M..2M; END is not part of it; may
     /// be given again
     #[arg(long = "range", value_name = "START..END", value_parser = parse_range)]
     ranges: Vec<GpaRange>,
@@ -81,7 +81,7 @@ pub(crate) struct Arguments {
     compress: Option<Compression>,
     /// Of a Linux guest: dump this process alone, as an ELF core that gdb opens with the process's
     /// program. What is not in memory is not in it
-    #[arg(long, value_name = "PID", conflicts_with_all = ["format", "ranges", "resume"])]
+    #[arg(long, value_name = "PID", conflicts_with_all = ["format", "ranges", "resume"], value_parser = integer(0..=u32::MAX))]
     pid: Option<u32>,
     /// With --pid: the process as it is in this dump file, instead of a target's
     #[arg(long = "file", value_name = "DUMP", requires = "pid", conflicts_with_all = ["pause", "target", "token", "token_file", "listen", "device", "broker"])]
@@ -256,8 +256,8 @@ impl Arguments {
         Ok(exit_code(&checkpoint.unreadable))
     }
 
-    /// Pauses the target where that is wanted, and asks for the vCPUs' registers, or says why there
-    /// are none.
+    /// Pauses the target where that is wanted, and asks for the vCPUs' registers. Returns a reason
+    /// where they are not known.
     fn hold(
         &self,
         operator: Option<Operator>,
@@ -371,7 +371,7 @@ impl Arguments {
         Ok(digest)
     }
 
-    /// Says what there is.
+    /// Prints what was dumped.
     fn tell(
         &self,
         record: &impl Serialize,
@@ -383,20 +383,21 @@ impl Arguments {
             output.object(record)?;
         } else {
             output.line(format!(
-                "{file}: {bytes} bytes, of which {data_bytes} were allocated in the target"
+                "{file}: {}, of which {data_bytes} were allocated in the target",
+                count(bytes, "byte")
             ))?;
         }
         if !unreadable.is_empty() && !output.is_json() {
             output.line(format!(
-                "{} bytes of these could not be read and are zeros in the file: {}",
-                total(unreadable),
+                "{} of these could not be read and are zeros in the file: {}",
+                count(total(unreadable), "byte"),
                 shown(unreadable)
             ))?;
         }
         Ok(())
     }
 
-    /// Says what there is of the vCPUs.
+    /// Prints which registers the dump has.
     fn tell_vcpus(
         &self,
         checkpoint: &Checkpoint,
@@ -411,13 +412,15 @@ impl Arguments {
                 Some(reason) => {
                     format!("no registers are in it: {}", crate::failure::escape(reason))
                 }
-                None => format!("the registers of {} vCPUs are in it", checkpoint.vcpus.len()),
+                None => {
+                    format!("the registers of {} are in it", count(checkpoint.vcpus.len(), "vCPU"))
+                }
             })?;
         }
         Ok(())
     }
 
-    /// The earlier dump's checkpoint, if this one can go on there.
+    /// The earlier dump's checkpoint, if this dump can continue from it.
     fn check(
         &self,
         earlier: Checkpoint,
@@ -455,7 +458,7 @@ impl Arguments {
 }
 
 impl Checkpoint {
-    /// Puts in what is known of the kernel that runs in the target.
+    /// Adds what is found of the kernel that runs in the target.
     fn put_kernel(&mut self, view: &View, is_live: bool) -> Result<()> {
         let cr3 = self.vcpus.first().map(|vcpu| vcpu.cr3);
         match Kernel::find(view, Find { is_live, cr3, ..Find::default() }) {

@@ -4,9 +4,9 @@
 //!
 //! The virtual machine is added, granted and attached by the same code and the same checks as in
 //! `kvmmemd`, and the audit lines go to the journal, or to standard error. A target without a UUID
-//! of its own, and its RAM, have numbers by the VMM's process, so that the next command's broker
-//! gives them the same and `dump --resume` goes on. The socket is unlinked once the view is
-//! attached, so that only this process is served and nothing is left behind if it is killed.
+//! of its own, and its RAM, get numbers from the VMM's process: the broker of the next command
+//! gives the same ones, so that `dump --resume` continues. The socket is unlinked once the view is
+//! attached, so that only this process is served and no file remains if it is killed.
 
 use std::io;
 use std::os::fd::AsFd;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! How an error is told: what failed, then the numbered chain of causes.
+//! How an error is printed: what failed, then the numbered chain of causes.
 
 use std::io::{self, Write};
 use std::process::ExitCode;
@@ -10,7 +10,7 @@ use clap::error::ErrorKind;
 use kvmmem_proto::name::is_unprintable;
 use serde::Serialize;
 
-use crate::output::json;
+use crate::output::{self, json};
 
 /// Exit code of a command line that is wrong.
 pub(crate) const USAGE: u8 = 2;
@@ -38,6 +38,25 @@ pub(crate) fn exit_code(error: &Error) -> Option<u8> {
     error.downcast_ref().map(|ExitError { code, .. }| *code)
 }
 
+/// The reader of a pipe that this command writes to has closed it. The command ends by SIGPIPE then,
+/// as other programs do.
+#[derive(Debug, thiserror::Error)]
+#[error("the reader has closed the pipe{consequence}")]
+pub(crate) struct ClosedPipe {
+    /// What the user must know; nothing is printed where it is empty.
+    pub(crate) consequence: &'static str,
+}
+
+impl ClosedPipe {
+    /// The one in the chain of an error.
+    pub(crate) fn of(error: &Error) -> Option<&Self> {
+        error.chain().find_map(|cause| {
+            let of_io = || cause.downcast_ref::<io::Error>()?.get_ref()?.downcast_ref();
+            cause.downcast_ref().or_else(of_io)
+        })
+    }
+}
+
 #[derive(Serialize)]
 struct Failure {
     error: String,
@@ -47,11 +66,29 @@ struct Failure {
 /// Prints what clap says about the command line: help and versions to standard output, errors to
 /// standard error.
 pub(crate) fn report_clap(error: &clap::Error, json: bool) -> ExitCode {
-    if !json || !error.use_stderr() {
-        error.exit();
+    if error.use_stderr() {
+        if json {
+            report(&usage(clap_message(error)), json);
+        } else {
+            // There is no other place to report that standard error cannot be written.
+            let _ = error.print();
+        }
+        return ExitCode::from(USAGE);
     }
-    report(&usage(clap_message(error)), json);
-    ExitCode::from(USAGE)
+    match error.print().and_then(|()| io::stdout().flush()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => end(&output::named(error).into(), json, 1),
+    }
+}
+
+/// Reports the error and ends the command: by SIGPIPE where its reader has closed the pipe, else
+/// with the error's exit code or `code`.
+pub(crate) fn end(error: &Error, json: bool, code: u8) -> ExitCode {
+    report(error, json);
+    if ClosedPipe::of(error).is_some() {
+        kvmmem_sys::sigpipe::die();
+    }
+    ExitCode::from(exit_code(error).unwrap_or(code))
 }
 
 /// What is wrong, without usage and colours, in one line.
@@ -71,13 +108,12 @@ fn clap_message(error: &clap::Error) -> String {
 }
 
 /// Prints the error to standard error.
-pub(crate) fn report(error: &Error, json: bool) {
-    if is_broken_pipe(error) {
-        // Whoever read the output has had enough.
+fn report(error: &Error, json: bool) {
+    if ClosedPipe::of(error).is_some_and(|closed| closed.consequence.is_empty()) {
         return;
     }
     let mut stderr = anstream::stderr().lock();
-    // Nothing is left to be done where standard error cannot be written.
+    // There is no other place to report that standard error cannot be written.
     let _ = if json { write_json(&mut stderr, error) } else { write_text(&mut stderr, error) };
 }
 
@@ -101,6 +137,9 @@ fn write_json(to: &mut impl Write, error: &Error) -> io::Result<()> {
 /// The text without what a terminal would not just show: some of it comes from peers, and must not
 /// drive the terminal.
 pub(crate) fn escape(text: &str) -> String {
+    if text.bytes().all(|byte| matches!(byte, b' '..=b'~')) {
+        return text.to_owned();
+    }
     text.chars()
         .flat_map(|c| {
             let (plain, escaped) =
@@ -108,13 +147,6 @@ pub(crate) fn escape(text: &str) -> String {
             plain.into_iter().chain(escaped.into_iter().flatten())
         })
         .collect()
-}
-
-fn is_broken_pipe(error: &Error) -> bool {
-    error
-        .chain()
-        .filter_map(|cause| cause.downcast_ref::<io::Error>())
-        .any(|error| error.kind() == io::ErrorKind::BrokenPipe && error.raw_os_error().is_some())
 }
 
 #[cfg(test)]

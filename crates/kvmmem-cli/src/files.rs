@@ -11,7 +11,7 @@ use kvmmem_linux::tasks::{Task, Tasks, Which};
 use serde::Serialize;
 
 use crate::linux::{Damage, Guest, Listed, collect, no_process};
-use crate::number::Hex;
+use crate::number::{Hex, integer};
 use crate::output::Output;
 use crate::table::{Table, mark, or_unknown};
 
@@ -19,7 +19,7 @@ use crate::table::{Table, mark, or_unknown};
 #[command(after_help = AFTER_HELP)]
 pub(crate) struct Arguments {
     /// Of this process alone; may be repeated
-    #[arg(long, value_name = "PID")]
+    #[arg(long, value_name = "PID", value_parser = integer(0..=u32::MAX))]
     pid: Vec<u32>,
     #[command(flatten)]
     table: Table,

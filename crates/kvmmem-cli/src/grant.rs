@@ -14,9 +14,10 @@ use uuid::Uuid;
 use zeroize::Zeroizing;
 
 use crate::broker::Broker;
-use crate::number::parse_duration;
+use crate::number::{count, integer, parse_uuid};
 use crate::output::Output;
 use crate::range::{GpaRange, RangeLine, in_order, parse_range};
+use crate::time::parse_duration;
 
 /// Exit code of a revocation that a VMM or a process has not confirmed.
 const UNCONFIRMED: u8 = 3;
@@ -42,7 +43,7 @@ enum Verb {
 struct Create {
     /// Name or UUID of the target
     target: String,
-    /// Grant these guest-physical addresses, for example 1M..2M; END is behind the range; may be
+    /// Grant these guest-physical addresses, for example 1M..2M; END is not part of it; may be
     /// given again [default: all RAM]
     #[arg(long = "range", value_name = "START..END", value_parser = parse_range)]
     ranges: Vec<GpaRange>,
@@ -51,16 +52,16 @@ struct Create {
     rw: bool,
     /// How long the token can be used, for example 500ms, 60s, 5m, 2h or 30d; views that it opened
     /// stay open
-    #[arg(long, value_name = "TIME", default_value = "60s", value_parser = parse_duration)]
+    #[arg(long, value_name = "TIME", default_value = "60s", value_parser = parse_ttl)]
     ttl: Duration,
     /// How often the token can be used
-    #[arg(long, value_name = "COUNT", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, value_name = "COUNT", default_value_t = 1, value_parser = integer(1..=u32::MAX))]
     uses: u32,
     /// UUID of the only introspector that may use the token [default: anyone who has it may]
-    #[arg(long, value_name = "UUID")]
+    #[arg(long, value_name = "UUID", value_parser = parse_uuid)]
     holder: Option<Uuid>,
     /// What the list of grants shows of it
-    #[arg(long, value_name = "TEXT")]
+    #[arg(long, value_name = "TEXT", value_parser = parse_label)]
     label: Option<String>,
     /// Print the token alone
     #[arg(long, short = 'q', conflicts_with = "json")]
@@ -84,6 +85,7 @@ struct List {
 #[command(after_help = REVOKE_HELP)]
 struct Revoke {
     /// Number of the grant
+    #[arg(value_parser = parse_number)]
     grant: u64,
     #[command(flatten)]
     broker: Broker,
@@ -96,6 +98,28 @@ Exit codes:
   2  the command line is wrong
   3  revoked, but the VMM of an introspector, or a process of this host, has not confirmed that its views are closed: it
      may be stopped or hang; run this again, or end it";
+
+/// Reads how long a token can be used.
+fn parse_ttl(text: &str) -> Result<Duration, String> {
+    match parse_duration(text)? {
+        time if time > GrantRequest::MAX_TTL => Err("it is at most 30d".into()),
+        time => Ok(time),
+    }
+}
+
+fn parse_label(text: &str) -> Result<String, String> {
+    let refused = || {
+        format!("a label has at most {} bytes and no control characters", GrantRequest::MAX_LABEL)
+    };
+    GrantRequest::is_label(text).then(|| text.to_owned()).ok_or_else(refused)
+}
+
+/// Reads a grant's number.
+fn parse_number(text: &str) -> Result<u64, String> {
+    text.parse().map_err(|_| {
+        "a grant is named by its number: kvmmem grant list shows those that there are".into()
+    })
+}
 
 /// What was granted, as JSON.
 #[derive(Serialize)]
@@ -216,10 +240,12 @@ impl Revoke {
         if output.is_json() {
             output.object(&RevokedGrant { grant, outcome })?;
         } else {
-            let plural = if views == 1 { "" } else { "s" };
             let milliseconds = Duration::from_micros(micros).as_secs_f64() * 1000.0;
             output.line(if unconfirmed == 0 {
-                format!("grant {grant} is revoked; {views} view{plural} ended, in {milliseconds:.3} ms")
+                format!(
+                    "grant {grant} is revoked; {} ended, in {milliseconds:.3} ms",
+                    count(views, "view")
+                )
             } else {
                 format!(
                     "grant {grant} is revoked, but not confirmed by {unconfirmed} of its users after {milliseconds:.3} ms: \

@@ -14,7 +14,7 @@ pub(crate) struct Hexdump {
 }
 
 impl Hexdump {
-    /// The lines for `bytes`, the first of which is at `address`.
+    /// The lines for `bytes`, which begin at `address`.
     pub(crate) fn lines(&mut self, address: u64, bytes: &[u8]) -> Vec<String> {
         let mut lines = Vec::new();
         let mut at = address;
@@ -36,7 +36,7 @@ impl Hexdump {
     }
 }
 
-/// One line of at most sixteen bytes; `style` says how each of them looks on a terminal.
+/// One line of at most sixteen bytes; `style` gives the style of each on a terminal.
 pub(crate) fn line(address: u64, bytes: &[u8], style: impl Fn(usize) -> Option<Style>) -> String {
     let (mut hex, mut text) = (String::new(), String::new());
     for (index, &byte) in bytes.iter().enumerate() {

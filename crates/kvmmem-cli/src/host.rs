@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The VMs of this host: `host discover`. Needs no broker; where one runs, it says which VMs are
+//! The VMs of this host: `host discover`. Needs no broker; a running one adds which VMs are
 //! targets.
 
 use std::process::ExitCode;

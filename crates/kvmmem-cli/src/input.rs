@@ -11,6 +11,7 @@ use kvmmem_client::admin::VcpuRegisters;
 use kvmmem_memory::paging::AddressSpace;
 use kvmmem_memory::{DumpFile, Memory};
 
+use crate::failure::usage;
 use crate::parallel::{Sink, in_order};
 use crate::range::GpaRange;
 use crate::shell::quote;
@@ -31,7 +32,7 @@ pub(crate) struct Input {
 /// The registers of a target's vCPUs, or why they are not known.
 pub(crate) type Registers = Result<Vec<VcpuRegisters>, String>;
 
-/// Why there is no MSR_LSTAR of a VM under QEMU.
+/// Why MSR_LSTAR of a VM under QEMU is not known.
 pub(crate) const NOT_SHOWN: &str =
     "QEMU's monitor does not show it, and other stock VMMs have none";
 
@@ -122,7 +123,7 @@ impl Input {
     }
 
     /// CR3 of the first vCPU, where the file has it or the VMM can be asked. A monitor of QEMU's
-    /// serves one client at a time: this is for where memory does not tell.
+    /// serves one client at a time, so this is only for where memory does not decide.
     pub(crate) fn cr3(&self) -> Option<u64> {
         match self.open_at_vcpu("info", 0) {
             Ok((_, space)) => Some(space.cr3),
@@ -135,11 +136,11 @@ impl Input {
 
     /// Where memory comes from that is in no file.
     fn source(&self) -> Result<&Source> {
-        let is_given = self.source.is_given();
-        ensure!(
-            is_given,
-            "no memory is named: give a dump (--file DUMP) or a running target; {NO_TOKEN}"
-        );
+        if !self.source.is_given() {
+            return Err(usage(format!(
+                "no memory is named: give a dump (--file DUMP) or a running target; {NO_TOKEN}"
+            )));
+        }
         Ok(&self.source)
     }
 }
@@ -190,11 +191,11 @@ pub(crate) fn reached(memory: &dyn Memory) -> Result<Vec<GpaRange>> {
     Ok(memory.ranges()?.into_iter().map(|range| range.gpa..range.end()).collect())
 }
 
-/// Bytes of which one thread finds out at a time what holds data.
+/// Bytes in which a thread looks for data at a time.
 const CHUNK: usize = 64 << 20;
 
-/// As [`data_within`], for a view: by many threads, where the system tells for a part of the
-/// memory.
+/// As [`data_within`], for a view: with many threads, where the system can be asked about a part of
+/// the memory.
 pub(crate) fn data_of_view(
     view: &View,
     parts: &[GpaRange],

@@ -11,6 +11,7 @@ use serde::Serialize;
 
 use crate::broker::Broker;
 use crate::failure::escape;
+use crate::number::{count, integer};
 use crate::output::Output;
 use crate::registered;
 use crate::target::Running;
@@ -31,11 +32,11 @@ enum Verb {
     /// Let a running virtual machine under QEMU look at targets (root only).
     ///
     /// It must have been started with what `kvmmem qemu-args` prints: places for views, a vsock
-    /// device, and a QMP socket that nobody else uses. Its guest needs the module kvmmem. With
-    /// --pid alone its command line says where the QMP socket is; with --libvirt the socket
-    /// beside libvirt's is found.
+    /// device, and a QMP socket for the broker alone. Its guest needs the module kvmmem. With --pid
+    /// alone the QMP socket comes from its command line; with --libvirt the socket beside libvirt's
+    /// is used.
     Add(Add),
-    /// Let it look no more: its views end, and the virtual machine runs on (root only).
+    /// Remove an introspector: its views close, and the virtual machine keeps running (root only).
     Remove(Remove),
 }
 
@@ -43,10 +44,10 @@ enum Verb {
 struct Add {
     #[command(flatten)]
     running: Running,
-    /// Its vsock context id, where its QEMU's command line does not say
-    #[arg(long, value_parser = clap::value_parser!(u32).range(3..0xffff_ffff))]
+    /// Its vsock context id, if its QEMU's command line lacks it
+    #[arg(long, value_parser = integer(3..=u32::MAX - 1))]
     cid: Option<u32>,
-    /// What to do when memory is taken back and its guest does not let go of it
+    /// What to do when a view is revoked and its guest does not release it
     #[arg(long, value_name = "WHAT", value_enum, default_value_t)]
     on_silence: OnSilence,
     #[command(flatten)]
@@ -56,10 +57,10 @@ struct Add {
 /// As [`admin::OnSilence`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 enum OnSilence {
-    /// Say so in the log and to whoever took it back, and go on trying
+    /// Log it, report it to the caller of the revocation, and keep trying
     #[default]
     Report,
-    /// Stop its processors, too (QMP stop; cont lets them go on)
+    /// Stop its processors, too (QMP stop; cont resumes them)
     Pause,
     /// End its QEMU, too
     Kill,
@@ -88,7 +89,8 @@ struct Remove {
 struct ListedLine<'a> {
     #[serde(flatten)]
     introspector: &'a TargetInfo,
-    /// `null` where QEMU does not say, and for a VM of `kvmmem vm`, which has as many as it needs.
+    /// `null` where QEMU does not report it, and for a VM of `kvmmem vm`, which has as many as it
+    /// needs.
     slots: Option<Slots>,
 }
 
@@ -191,7 +193,7 @@ fn lines(added: &IntrospectorAdded) -> Vec<String> {
         0 => "  it has no free place for views: kvmmem qemu-args prints what to start it with"
             .to_owned(),
         1 => "  it has place for 1 view at a time".to_owned(),
-        places => format!("  it has places for {places} views at a time"),
+        places => format!("  it has places for {} at a time", count(*places, "view")),
     });
     if !has_offset {
         lines.push(

@@ -51,6 +51,8 @@ mod suggestion;
 mod table;
 mod target;
 mod target_name;
+mod text_file;
+mod time;
 mod translate;
 mod unreadable;
 mod vcpu;
@@ -86,9 +88,11 @@ Exit codes:
   0  done; doctor: the machine can be used
   1  failed, standard error says why; doctor: it cannot be used; scan: nothing was found
   2  the command line is wrong; scan: failed
-  3  check: something was found; dmesg, files, info, maps, modules, mounts, ps, sockets: some of it could not be read
+  3  check: something was found; dmesg, files, info, maps, modules, mounts, ps, scan, sockets, strings: some of it could not
+     be read
   4  the verbs about a Linux guest: it was restarted while it was read
-attach, dump, grant revoke, translate and vm have further ones: see their --help.
+attach, dump, grant revoke, translate and vm have further ones: see their --help. Where the reader of a pipe ends first, as
+head does, the command ends by SIGPIPE (141 in a shell).
 
 Environment:
   KVMMEM_KVMI_PORT  vsock port to listen on, unless --listen says where
@@ -231,10 +235,7 @@ pub fn main() -> ExitCode {
         Verb::Map(arguments) => arguments.run(&mut output),
     };
     embedded::finish();
-    result.unwrap_or_else(|error| {
-        failure::report(&error, cli.json);
-        ExitCode::from(failure::exit_code(&error).unwrap_or(failed))
-    })
+    result.unwrap_or_else(|error| failure::end(&error, cli.json, failed))
 }
 
 /// Whether a command line that cannot be parsed asks for JSON.

@@ -119,7 +119,7 @@ fn with_kernel<'m, R>(
 ) -> Result<R> {
     let kernel = find(memory)?;
     let result = read(&kernel);
-    // Whatever was read of a kernel that is no more, also what made sense, may be made up of two.
+    // The kernel is gone: the result, even one that makes sense, may mix two kernels.
     if is_live && matches!(kernel.is_in_memory(), Ok(false)) {
         let restarted = "the guest was restarted while it was read: run the command again";
         return Err(failure::exit(RESTARTED, format!("{name}: {restarted}")));
@@ -136,7 +136,7 @@ pub(crate) fn find<'m>(input: &Input, opened: &'m Opened, choice: Choice) -> Res
 fn find_in<'m>(input: &Input, opened: &'m Opened, choice: Choice) -> Result<Kernel<'m>, FindError> {
     let find = Find { cr3: opened.cr3(), ..choice.find(opened.view().is_some()) };
     match Kernel::find(opened.memory(), find) {
-        // Where memory does not tell, a vCPU does.
+        // Where memory does not decide, a vCPU does.
         Err(error @ (FindError::Ambiguous { .. } | FindError::TooMany)) => match input.cr3() {
             Some(cr3) => {
                 Kernel::find(opened.memory(), Find { cr3: Some(cr3), is_live: false, ..find })

@@ -14,8 +14,9 @@ use crate::connect::Connect;
 use crate::failure::usage;
 use crate::hexdump::Hexdump;
 use crate::interrupt::Interrupt;
-use crate::number::{Hex, hex, parse, parse_milliseconds};
+use crate::number::{Hex, hex, parse};
 use crate::output::Output;
+use crate::time::parse_milliseconds;
 
 #[derive(Args)]
 pub(crate) struct Arguments {
@@ -62,7 +63,7 @@ impl Arguments {
                 self.gpa
             )));
         }
-        // Before the host is waited for: a missing device is told at once.
+        // Before waiting for the host: a missing device is an error at once.
         let device =
             Device::open(self.device.clone().unwrap_or_else(kvmmem::device::default_path))?;
         let mut session = self.connect.accept()?;

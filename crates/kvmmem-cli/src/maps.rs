@@ -12,14 +12,14 @@ use serde::Serialize;
 
 use crate::failure::escape;
 use crate::linux::{Damage, Guest, collect, process};
-use crate::number::Hex;
+use crate::number::{Hex, integer};
 use crate::output::Output;
 
 #[derive(Args)]
 #[command(after_help = AFTER_HELP)]
 pub(crate) struct Arguments {
     /// Processes [default: all]
-    #[arg(value_name = "PID")]
+    #[arg(value_name = "PID", value_parser = integer(0..=u32::MAX))]
     pids: Vec<u32>,
     #[command(flatten)]
     guest: Guest,
@@ -48,12 +48,12 @@ struct MappingLine<'a> {
     major: u32,
     minor: u32,
     inode: u64,
-    /// `None` for memory that is no file's.
+    /// `None` for memory without a file.
     path: Option<&'a str>,
     deleted: bool,
-    /// What the kernel calls memory that is no file's.
+    /// The kernel's name for memory without a file.
     label: Option<&'a str>,
-    /// Whether the process's mappings changed whenever they were read.
+    /// Whether the process's mappings changed during every read.
     torn: bool,
     /// Whether the file or the name could not be read, or nothing but the addresses.
     damaged: bool,

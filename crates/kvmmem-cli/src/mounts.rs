@@ -10,13 +10,14 @@ use serde::Serialize;
 
 use crate::failure::escape;
 use crate::linux::{Damage, Guest, process};
+use crate::number::integer;
 use crate::output::{Output, columns};
 
 #[derive(Args)]
 #[command(after_help = AFTER_HELP)]
 pub(crate) struct Arguments {
     /// As this process sees them, in its namespace and from its root
-    #[arg(long, value_name = "PID", default_value_t = 1)]
+    #[arg(long, value_name = "PID", default_value_t = 1, value_parser = integer(1..=u32::MAX))]
     pid: u32,
     #[command(flatten)]
     guest: Guest,

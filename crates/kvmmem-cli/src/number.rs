@@ -1,10 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Numbers, times and bytes on the command line.
+//! Numbers, UUIDs and bytes on the command line.
 
+use std::fmt::Display;
 use std::num::IntErrorKind;
-use std::time::Duration;
+use std::ops::RangeInclusive;
+use std::str::FromStr;
 
 use serde::{Serialize, Serializer};
+use uuid::Uuid;
 
 /// How numbers are written, for messages and help.
 const FORM: &str = "write it as 4096, 0x1000, 4K or 4KiB (K, M, G, T: powers of 1024)";
@@ -33,7 +36,7 @@ pub(crate) fn parse(text: &str) -> Result<u64, String> {
         Err(_) if radix == 10 && is_hex(digits) => {
             Err(format!("hexadecimal numbers begin with 0x: write 0x{text}"))
         }
-        Err(error) => Err(format!("{error}; {FORM}")),
+        Err(_) => Err(FORM.into()),
     }
 }
 
@@ -49,63 +52,40 @@ fn is_hex(digits: &str) -> bool {
     !digits.is_empty() && digits.bytes().all(|digit| digit.is_ascii_hexdigit())
 }
 
-/// A time: a whole number of ms, s, m, h or d, for example `500ms`; not 0.
-pub(crate) fn parse_duration(text: &str) -> Result<Duration, String> {
-    const FORM: &str = "write a time as 500ms, 60s, 5m, 2h or 30d";
-    let digits = text.find(|c: char| !c.is_ascii_digit()).ok_or(FORM)?;
-    let (number, unit) = text.split_at(digits);
-    let milliseconds = match unit {
-        "ms" => 1,
-        "s" => 1000,
-        "m" => 60 * 1000,
-        "h" => 60 * 60 * 1000,
-        "d" => 24 * 60 * 60 * 1000,
-        _ => return Err(FORM.into()),
-    };
-    let number: u64 = number.parse().map_err(|_| FORM)?;
-    match number.checked_mul(milliseconds) {
-        Some(0) => Err("the time is 0".into()),
-        Some(time) => Ok(Duration::from_millis(time)),
-        None => Err("the time is too long".into()),
+/// Parser of a decimal number within `range`.
+pub(crate) fn integer<T>(
+    range: RangeInclusive<T>,
+) -> impl Fn(&str) -> Result<T, String> + Clone + Send + Sync + 'static
+where
+    T: FromStr + PartialOrd + Display + Clone + Send + Sync + 'static,
+{
+    move |text| {
+        let number = text.parse().ok().filter(|number| range.contains(number));
+        let (first, last) = (range.start(), range.end());
+        number.ok_or_else(|| format!("give a whole number from {first} to {last}"))
     }
 }
 
-/// As [`parse_duration`]; a number without a unit is in seconds.
-pub(crate) fn parse_seconds(text: &str) -> Result<Duration, String> {
-    parse_with_default(text, "s")
-}
-
-/// As [`parse_duration`]; a number without a unit is in milliseconds.
-pub(crate) fn parse_milliseconds(text: &str) -> Result<Duration, String> {
-    parse_with_default(text, "ms")
-}
-
-fn parse_with_default(text: &str, unit: &str) -> Result<Duration, String> {
-    let is_number = !text.is_empty() && text.bytes().all(|digit| digit.is_ascii_digit());
-    parse_duration(&if is_number { format!("{text}{unit}") } else { text.to_owned() })
-}
-
-/// A time in its two largest units, for example `1m 5s`.
-pub(crate) fn duration(time: Duration) -> String {
-    let seconds = time.as_secs();
-    let (days, hours, minutes) = (seconds / 86400, seconds / 3600 % 24, seconds / 60 % 60);
-    match (days, hours, minutes) {
-        (0, 0, 0) if seconds == 0 => format!("{}ms", time.as_millis()),
-        (0, 0, 0) => format!("{seconds}s"),
-        (0, 0, _) => format!("{minutes}m {}s", seconds % 60),
-        (0, ..) => format!("{hours}h {minutes}m"),
-        _ => format!("{days}d {hours}h"),
+/// Reads a virtual machine's UUID.
+pub(crate) fn parse_uuid(text: &str) -> Result<Uuid, String> {
+    match Uuid::parse_str(text) {
+        Ok(uuid) if uuid.is_nil() => Err("this UUID names no virtual machine".into()),
+        Ok(uuid) => Ok(uuid),
+        Err(_) => Err("write a UUID as 00112233-4455-6677-8899-aabbccddeeff".into()),
     }
 }
 
-/// A size in the largest unit of which it is a whole number.
+/// A size in the largest unit that divides it.
 pub(crate) fn size(bytes: u64) -> String {
     let units = [(40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")];
     let unit = units.into_iter().find(|(shift, _)| bytes > 0 && bytes.is_multiple_of(1 << shift));
-    unit.map_or_else(
-        || format!("{bytes} bytes"),
-        |(shift, unit)| format!("{} {unit}", bytes >> shift),
-    )
+    unit.map_or_else(|| count(bytes, "byte"), |(shift, unit)| format!("{} {unit}", bytes >> shift))
+}
+
+/// A number of things; `one` is the singular: `1 byte`, `2 bytes`.
+pub(crate) fn count(number: impl TryInto<u64> + Display, one: &str) -> String {
+    let text = format!("{number} {one}");
+    if number.try_into().is_ok_and(|number| number == 1) { text } else { text + "s" }
 }
 
 /// The size of a VM's memory in MiB: whole, or with a decimal where it is not. RAM that lacks what
@@ -222,46 +202,10 @@ mod tests {
     }
 
     #[test]
-    fn times_have_units() {
-        assert_eq!(parse_duration("500ms"), Ok(Duration::from_millis(500)));
-        assert_eq!(parse_duration("60s"), Ok(Duration::from_secs(60)));
-        assert_eq!(parse_duration("5m"), Ok(Duration::from_secs(300)));
-        assert_eq!(parse_duration("2h"), Ok(Duration::from_secs(7200)));
-        assert_eq!(parse_duration("30d"), Ok(Duration::from_secs(30 * 86400)));
-        assert_eq!(parse_seconds("30"), parse_duration("30s"));
-        assert_eq!(parse_milliseconds("30"), parse_duration("30ms"));
-        assert_eq!(parse_milliseconds("2m"), parse_duration("120s"));
-        assert!(parse_seconds("").is_err() && parse_seconds("0").is_err());
-        for text in [
-            "",
-            "60",
-            "s",
-            "0s",
-            "-1s",
-            "1.5h",
-            "1 s",
-            "18446744073709551615h",
-            "99999999999999999999s",
-            "1w",
-        ] {
-            assert!(parse_duration(text).is_err(), "{text}");
-        }
-    }
-
-    #[test]
-    fn times_and_sizes_are_short() {
-        let cases = [
-            (0, "0ms"),
-            (999, "999ms"),
-            (61_999, "1m 1s"),
-            (7_260_000, "2h 1m"),
-            (90_000_000, "1d 1h"),
-        ];
-        for (milliseconds, text) in cases {
-            assert_eq!(duration(Duration::from_millis(milliseconds)), text);
-        }
+    fn sizes_are_short() {
         let cases = [
             (0, "0 bytes"),
+            (1, "1 byte"),
             (4095, "4095 bytes"),
             (4096, "4 KiB"),
             (3 << 20, "3 MiB"),
@@ -281,6 +225,19 @@ mod tests {
         for (bytes, text) in cases {
             assert_eq!(mebibytes(bytes), text);
         }
+    }
+
+    #[test]
+    fn whole_numbers_and_uuids_are_checked() {
+        let threads = integer(1..=1024u16);
+        assert_eq!(threads("1024"), Ok(1024));
+        for text in ["", "0", "1025", "99999", "-1", "x"] {
+            let error = threads(text).unwrap_err();
+            assert_eq!(error, "give a whole number from 1 to 1024", "{text}");
+        }
+        assert!(parse_uuid("00112233-4455-6677-8899-aabbccddeeff").is_ok());
+        assert!(parse_uuid("abc").unwrap_err().starts_with("write a UUID as"));
+        assert!(parse_uuid("00000000-0000-0000-0000-000000000000").is_err());
     }
 
     #[test]

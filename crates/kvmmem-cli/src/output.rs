@@ -15,7 +15,7 @@ use rustix::termios::tcgetwinsize;
 use serde::Serialize;
 use unicode_width::{UnicodeWidthChar, UnicodeWidthStr};
 
-use crate::failure::escape;
+use crate::failure::{ClosedPipe, escape};
 
 /// Where results go.
 pub(crate) struct Output {
@@ -59,7 +59,7 @@ impl Output {
         self.json
     }
 
-    /// Writes a line of text, escaped, and flushes, so that a reader behind a pipe sees it at once.
+    /// Writes a line of text, escaped, and flushes, so that a pipe's reader sees it at once.
     pub(crate) fn line(&mut self, text: impl AsRef<str>) -> io::Result<()> {
         self.styled(escape(text.as_ref()))
     }
@@ -91,11 +91,10 @@ impl Output {
     }
 }
 
-/// Says of an error where it is. That of a pipe whose reader has ended stays as it is: it is not
-/// reported.
-fn named(error: io::Error) -> io::Error {
+/// The error of a write to standard output, with what failed.
+pub(crate) fn named(error: io::Error) -> io::Error {
     match error.kind() {
-        io::ErrorKind::BrokenPipe => error,
+        kind @ io::ErrorKind::BrokenPipe => io::Error::new(kind, ClosedPipe { consequence: "" }),
         kind => io::Error::new(kind, format!("cannot write the output: {error}")),
     }
 }

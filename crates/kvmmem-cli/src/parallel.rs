@@ -59,7 +59,7 @@ impl<I, T> Drop for Working<'_, I, T> {
     }
 }
 
-/// Ends the work when the output ends, in whatever way.
+/// Ends the work when the output ends, also by an error or a panic.
 struct Output<'a, I, T>(&'a Shared<I, T>);
 
 impl<I, T> Drop for Output<'_, I, T> {

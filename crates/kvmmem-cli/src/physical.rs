@@ -12,7 +12,7 @@ use crate::address_space::{LinuxSpace, Virtual};
 use crate::failure::usage;
 use crate::hexdump::Hexdump;
 use crate::input::Input;
-use crate::number::{Address, Hex, HexBytes, hex, parse, parse_hex, parse_length};
+use crate::number::{Address, Hex, HexBytes, count, hex, parse, parse_hex, parse_length};
 use crate::output::Output;
 use crate::range::pages;
 use crate::source::{Memory, Source};
@@ -198,7 +198,7 @@ impl Write {
         if output.is_json() {
             output.object(&Written { gpa: Hex(self.gpa), bytes: bytes.len() })?;
         } else {
-            output.line(format!("wrote {} bytes at {:#x}", bytes.len(), self.gpa))?;
+            output.line(format!("wrote {} at {:#x}", count(bytes.len(), "byte"), self.gpa))?;
         }
         Ok(ExitCode::SUCCESS)
     }

@@ -12,7 +12,7 @@ use kvmmem_memory::{Memory, MemoryError, Range, VectoredError};
 
 use crate::input::{Input, Opened};
 use crate::linux::{Choice, find, process};
-use crate::number::{Address, Hex, parse};
+use crate::number::{Address, Hex, integer, parse};
 use crate::range::GpaRange;
 
 /// Looks at tables that change, before their error counts.
@@ -22,12 +22,12 @@ const TRIES: u32 = 3;
 pub(crate) struct Process {
     /// Of a Linux guest: the memory of this process alone, by its virtual addresses, as far as it
     /// is in memory
-    #[arg(long, value_name = "PID")]
+    #[arg(long, value_name = "PID", value_parser = integer(0..=u32::MAX))]
     pid: Option<u32>,
     /// The memory of the process that runs on this vCPU, by its virtual addresses: the lower half
     /// of the vCPU's address space, as far as it is in memory. The first vCPU is 0; its
     /// registers come with --target, or from an ELF dump
-    #[arg(long, value_name = "N", conflicts_with = "pid")]
+    #[arg(long, value_name = "N", conflicts_with = "pid", value_parser = integer(0..=u32::MAX))]
     vcpu: Option<u32>,
     /// Of several kernels, the one whose VMCOREINFO note is at this guest-physical address
     #[arg(long, value_name = "GPA", value_parser = parse, requires = "pid", conflicts_with = "kernel")]
@@ -65,8 +65,8 @@ impl Process {
         if self.is_given() { Address::Gva(Hex(at)) } else { Address::Gpa(Hex(at)) }
     }
 
-    /// Hands `act` the memory of the process if one was named, else the guest's. `space` is what
-    /// [`Process::open`] says.
+    /// Calls `act` with the memory of the process if one was named, else the guest's. `space` is
+    /// that of [`Process::open`].
     pub(crate) fn with_memory<R>(
         &self,
         input: &Input,
@@ -121,7 +121,7 @@ struct ProcessMemory<'m> {
 }
 
 impl ProcessMemory<'_> {
-    /// The extents from the one that has `gva` on, or the first behind it.
+    /// The extents from the one that has `gva` on, or from the first after it.
     fn from(&self, gva: u64) -> &[Extent] {
         let first = self.extents.partition_point(|extent| extent.gva + extent.len <= gva);
         self.extents.get(first..).unwrap_or_default()

@@ -10,10 +10,10 @@ use crate::output::Output;
 
 const TEMPLATE: &str = "{wide_bar} {binary_bytes} of {binary_total_bytes}{left}";
 
-/// How long is measured before it is said how long the rest takes.
+/// How long to measure before the remaining time is shown.
 const MEASURED: Duration = Duration::from_secs(2);
 
-/// A bar that counts bytes up to `total`. It hides itself where nobody would look at it.
+/// A bar that counts bytes up to `total`. It is hidden where standard error is not a terminal.
 pub(crate) fn bytes(total: u64, output: &Output) -> ProgressBar {
     let target =
         if output.is_json() { ProgressDrawTarget::hidden() } else { ProgressDrawTarget::stderr() };

@@ -16,9 +16,10 @@ use kvmmem_linux::{FilePath, KernelError};
 use serde::Serialize;
 
 use crate::linux::{Damage, Guest, Listed, collect};
-use crate::number::{Hex, parse_duration};
+use crate::number::{Hex, integer};
 use crate::output::Output;
 use crate::table::{Table, mark, or_unknown};
+use crate::time::parse_duration;
 
 #[derive(clap::Args)]
 #[command(after_help = AFTER_HELP)]
@@ -38,7 +39,7 @@ pub(crate) struct Arguments {
     #[arg(long, value_name = "TIME", default_value = "1s", value_parser = parse_duration, requires = "watch", conflicts_with = "file")]
     interval: Duration,
     /// With --watch: look this many times, then end [default: until interrupted]
-    #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u64).range(1..), requires = "watch", conflicts_with = "file")]
+    #[arg(long, value_name = "COUNT", value_parser = integer(1..=u64::MAX), requires = "watch", conflicts_with = "file")]
     count: Option<u64>,
     /// Print the program that each process runs; JSON has it in any case
     #[arg(long, conflicts_with = "watch")]
@@ -102,7 +103,7 @@ struct TaskLine<'a> {
     more: Option<MoreLine<'a>>,
 }
 
-/// What `ps` looks up besides, as JSON.
+/// Details that `ps` looks up, as JSON.
 #[derive(Serialize)]
 struct MoreLine<'a> {
     /// The program; `None` for the kernel's threads, and for processes that have ended.
@@ -115,7 +116,7 @@ struct MoreLine<'a> {
     namespaces: NamespaceNumbers,
 }
 
-/// Inode numbers of namespaces, as JSON; what a process has no more is `None`.
+/// Inode numbers of namespaces, as JSON; `None` for one that a process has left.
 #[derive(Serialize)]
 struct NamespaceNumbers {
     cgroup: Option<u32>,
@@ -128,7 +129,7 @@ struct NamespaceNumbers {
     uts: Option<u32>,
 }
 
-/// What is looked up for a process besides.
+/// Details of a process.
 #[derive(Default)]
 struct More {
     exe: Option<FilePath>,

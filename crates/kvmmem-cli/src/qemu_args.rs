@@ -10,13 +10,14 @@ use anyhow::{Result, bail};
 use clap::{Args, ValueEnum};
 use serde::Serialize;
 
-use crate::number::{parse, size};
+use crate::number::{integer, parse, size};
 use crate::output::Output;
 
-/// The chassis number of the first port; those that people and libvirt count from 1 stay below it.
+/// The chassis number of the first port; numbers that people and libvirt count from 1 stay below
+/// it.
 const FIRST_CHASSIS: u64 = 200;
 
-/// The largest target that windows are made for: what lies behind needs more guest-physical address
+/// The largest target that windows are made for: a larger one needs more guest-physical address
 /// bits than PCs have.
 const MAX_MEMORY: u64 = 16 << 40;
 
@@ -30,13 +31,13 @@ pub(crate) struct Arguments {
     #[arg(long, value_enum, default_value_t = Machine::Q35)]
     machine: Machine,
     /// How many views there may be at a time
-    #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u64).range(1..=16))]
+    #[arg(long, value_name = "N", default_value_t = 2, value_parser = integer(1..=16u64))]
     views: u64,
     /// RAM of the largest target, such as 8G
     #[arg(long, value_name = "SIZE", default_value = "4G", value_parser = parse_memory)]
     memory: u64,
     /// Vsock context id: no other virtual machine of the host has it
-    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(3..0xffff_ffff))]
+    #[arg(long, default_value_t = 3, value_parser = integer(3..=u32::MAX - 1))]
     cid: u32,
     /// Name of the introspector, for the QMP socket; with --libvirt, the domain's
     #[arg(long, default_value = "introspector", value_parser = parse_name)]
@@ -157,7 +158,7 @@ fn room(memory: u64) -> Option<u64> {
     memory.max(1 << 20).checked_next_power_of_two()?.checked_mul(2)
 }
 
-/// A size as QEMU reads it: in the largest unit of which it is a whole number.
+/// A size as QEMU reads it: in the largest unit that divides it.
 fn qemu_size(bytes: u64) -> String {
     let units = [(40, "T"), (30, "G"), (20, "M"), (10, "K")];
     let unit = units.into_iter().find(|(shift, _)| bytes > 0 && bytes.is_multiple_of(1 << shift));

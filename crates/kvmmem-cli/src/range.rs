@@ -10,7 +10,8 @@ use serde::Serialize;
 use crate::failure::usage;
 use crate::number::{Hex, parse};
 
-/// From the first address up to the one behind the last. Both are multiples of the page size.
+/// From the first address up to the end, which is not part of it. Both are multiples of the page
+/// size.
 pub(crate) type GpaRange = Range<u64>;
 
 /// The end of guest-physical memory: x86-64 has at most 52 address bits. A range without an end,

@@ -7,7 +7,7 @@ use crate::failure::escape;
 use crate::number::mebibytes;
 use crate::output::columns;
 
-/// What is known of every VM.
+/// The columns of every VM.
 const HEADER: [&str; 6] = ["NAME", "UUID", "VCPUS", "MEMORY", "CID", "PID"];
 
 /// The VMs as aligned columns.

@@ -25,7 +25,7 @@ use crate::failure::usage;
 #[cfg(feature = "yara")]
 use crate::hexdump;
 use crate::input::{Input, Opened, data_of_view, data_within, reached};
-use crate::number::parse;
+use crate::number::{integer, parse};
 use crate::output::Output;
 use crate::process::Process;
 use crate::progress;
@@ -82,7 +82,7 @@ pub(crate) struct Arguments {
     #[arg(long, value_name = "FILE", conflicts_with_all = ["patterns", "text", "utf16", "regex", "list", "ignore_case", "before", "after"])]
     yara: Vec<PathBuf>,
     /// Look only at these guest-physical addresses (with --pid or --vcpu, virtual ones), for
-    /// example 1M..2M; END is behind the range; may be given again
+    /// example 1M..2M; END is not part of it; may be given again
     #[arg(long = "range", value_name = "START..END", value_parser = parse_range)]
     ranges: Vec<GpaRange>,
     /// Show this many bytes before each match, at most 4096
@@ -93,11 +93,11 @@ pub(crate) struct Arguments {
     after: u64,
     /// End after this many matches; with --yara, keep this many of each string [default with
     /// --yara: 1000]
-    #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(long, value_name = "COUNT", value_parser = integer(1..=u64::MAX))]
     max: Option<u64>,
     /// How many threads search [default: one for each CPU]. Memory that is mapped is searched by
     /// one for each CPU at most
-    #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    #[arg(long, value_name = "COUNT", value_parser = integer(1..=1024u16))]
     threads: Option<u16>,
     #[command(flatten)]
     process: Process,

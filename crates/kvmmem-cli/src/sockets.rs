@@ -70,7 +70,7 @@ struct Holder {
     comm: String,
 }
 
-/// Those that hold a socket, by its inode.
+/// Processes that hold a socket, by its inode.
 type Holders = HashMap<u64, Vec<Holder>>;
 
 impl Arguments {

@@ -2,12 +2,11 @@
 //! Where a verb gets a target's memory from: a view, by a token or by the target's name, or KVMI.
 //! Verbs that only read have it from [`crate::input`].
 
-use std::fs::File;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Context, Error, Result, anyhow, bail};
+use anyhow::{Context, Error, Result, anyhow};
 use clap::Args;
 use kvmmem::host::CopyError;
 use kvmmem::view::{Access, Range, View, ViewError};
@@ -21,14 +20,16 @@ use zeroize::Zeroizing;
 use crate::broker::{NO_BROKER, default_socket};
 use crate::connect::Connect;
 use crate::embedded::{Embedded, is_absent};
+use crate::failure::usage;
 use crate::range::GpaRange;
 use crate::shell::quote;
 use crate::target_name::TargetName;
+use crate::text_file;
 
 /// Environment variable with the token.
 const TOKEN_VARIABLE: &str = "KVMMEM_TOKEN";
 
-/// More than this is no token's file, bytes.
+/// The largest file that is read for a token, bytes.
 const MAX_TOKEN_FILE: u64 = 16 * 1024;
 
 /// How long the token of a grant that a verb makes for itself can be used.
@@ -77,8 +78,8 @@ impl Source {
         Self { target: Some(target), ..Self::default() }
     }
 
-    /// Attaches a view for a verb that needs memory in each of `wanted`. The token is used up; on
-    /// the host it is not where there is no memory in one of them.
+    /// Attaches a view for a verb that needs memory in each of `wanted`. The token is used up,
+    /// except on the host where one of them has no memory.
     pub(crate) fn attach(&self, access: Access, verb: &str, wanted: &[GpaRange]) -> Result<View> {
         Ok(self.attach_asking(access, verb, wanted, false)?.0)
     }
@@ -104,7 +105,9 @@ impl Source {
     fn attach_by_token(&self, access: Access, wanted: &[Range]) -> Result<View> {
         let token = match self.token()? {
             Some(token) => token,
-            None if !self.connect.is_possible() => bail!("no token: {NO_TOKEN}"),
+            None if !self.connect.is_possible() => {
+                return Err(usage(format!("no token: {NO_TOKEN}")));
+            }
             None => {
                 self.connect.accept().and_then(|mut session| Ok(session.map_token()?)).context(
                     "no token was given (--token-file, KVMMEM_TOKEN), and none came over KVMI",
@@ -178,7 +181,7 @@ impl Source {
         target.unwrap_or_default()
     }
 
-    /// Whether anything says where a view comes from.
+    /// Whether the command line or the environment names a source.
     pub(crate) fn is_given(&self) -> bool {
         self.target.is_some()
             || self.token.is_some()
@@ -210,7 +213,7 @@ impl Source {
         Ok(if wants_view {
             Memory::View(self.attach(access, verb, wanted)?)
         } else if !self.connect.is_possible() {
-            bail!("no token: {NO_TOKEN}")
+            return Err(usage(format!("no token: {NO_TOKEN}")));
         } else {
             Memory::Session(self.connect.accept()?)
         })
@@ -235,8 +238,7 @@ impl Source {
     }
 }
 
-/// What the broker says of the ranges that were asked for, in the words of a command that was given
-/// no token.
+/// The broker's error about the wanted ranges, in the words of a command without a token.
 fn without_token(error: Error, target: &TargetName) -> Error {
     let Some(ViewError::AttachHost { source, .. }) = error.downcast_ref() else { return error };
     let ClientError::Refused { message, .. } = &**source else { return error };
@@ -274,14 +276,14 @@ fn grant_and_attach(
     let granted =
         admin.grant(&request).with_context(|| format!("cannot grant access to {target:?}"))?;
     View::attach_host_reaching(socket, &granted.token, access, wanted).map_err(|error| {
-        // The view's error says what is wrong; the token expires in any case.
+        // The view's error is the one to report; the token expires in any case.
         let _ = admin.revoke(granted.grant);
         error.into()
     })
 }
 
-/// The connection by which a view's grant was made, and the target's name there. The broker closes
-/// it after 10 s of silence.
+/// The connection that made a view's grant, and the target's name there. The broker closes it after
+/// 10 s of silence.
 pub(crate) struct Operator {
     pub(crate) admin: Admin,
     pub(crate) target: String,
@@ -412,7 +414,7 @@ fn read_token(path: &Path) -> Result<Token> {
     if path == Path::new("-") {
         io::stdin().take(MAX_TOKEN_FILE).read_to_string(&mut text)?;
     } else {
-        File::open(path)?.take(MAX_TOKEN_FILE).read_to_string(&mut text)?;
+        text_file::open(path)?.take(MAX_TOKEN_FILE).read_to_string(&mut text)?;
     }
     parse_token(&text)
 }

@@ -4,6 +4,7 @@
 mod collect;
 mod extract;
 
+use std::fmt::Write;
 use std::ops::ControlFlow;
 use std::process::ExitCode;
 
@@ -14,7 +15,7 @@ use serde::Serialize;
 
 use crate::failure::escape;
 use crate::input::{Input, data_within, reached};
-use crate::number::Address;
+use crate::number::{Address, integer};
 use crate::output::{Output, json};
 use crate::parallel::{Sink, in_order};
 use crate::process::Process;
@@ -33,17 +34,17 @@ const BATCH: u64 = 4 << 20;
 #[command(after_help = AFTER_HELP)]
 pub(crate) struct Arguments {
     /// Leave out strings of fewer characters
-    #[arg(long, short = 'n', value_name = "COUNT", default_value_t = 4, value_parser = clap::value_parser!(u16).range(1..=MAX_LEN))]
+    #[arg(long, short = 'n', value_name = "COUNT", default_value_t = 4, value_parser = integer(1..=MAX_LEN))]
     min: u16,
     /// Look for this alone
     #[arg(long, short, value_enum)]
     encoding: Option<Encoding>,
     /// Look only at these guest-physical addresses (with --pid or --vcpu, virtual ones), for
-    /// example 1M..2M; END is behind the range; may be given again
+    /// example 1M..2M; END is not part of it; may be given again
     #[arg(long = "range", value_name = "START..END", value_parser = parse_range)]
     ranges: Vec<GpaRange>,
     /// How many threads search [default: one for each CPU]
-    #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    #[arg(long, value_name = "COUNT", value_parser = integer(1..=1024u16))]
     threads: Option<u16>,
     #[command(flatten)]
     process: Process,
@@ -157,20 +158,20 @@ impl Arguments {
 
     /// Prints strings, all at once: there may be millions.
     fn print(&self, texts: &[Text], output: &mut Output) -> Result<()> {
-        if texts.is_empty() {
-            return Ok(());
-        }
-        let is_json = output.is_json();
-        let line = |Text { at, encoding, text }: &Text| {
-            if is_json {
-                let line =
-                    TextLine { address: self.process.address(*at), encoding: *encoding, text };
-                return json(&line);
+        // An address and an encoding take 22 bytes.
+        let len = texts.iter().map(|text| text.text.len() + 24).sum();
+        let mut lines = String::with_capacity(len);
+        for Text { at, encoding, text } in texts {
+            if output.is_json() {
+                let address = self.process.address(*at);
+                lines += &json(&TextLine { address, encoding: *encoding, text })?;
+                lines.push('\n');
+            } else {
+                let encoding = if *encoding == Encoding::Ascii { "ascii" } else { "utf16" };
+                writeln!(lines, "{at:012x}  {encoding}  {}", escape(text))?;
             }
-            let encoding = if *encoding == Encoding::Ascii { "ascii" } else { "utf16" };
-            Ok(escape(&format!("{at:012x}  {encoding}  {text}")))
-        };
-        let lines = texts.iter().map(line).collect::<Result<Vec<String>, _>>()?;
-        Ok(output.styled(lines.join("\n"))?)
+        }
+        // The text is escaped, and there are no styles for the stream to take out.
+        Ok(output.raw(lines.as_bytes())?)
     }
 }

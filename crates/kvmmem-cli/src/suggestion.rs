@@ -1,9 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The command that was meant where a word is none: an action without its noun, or a noun without
-//! its action.
+//! Tips for command lines that do not parse: the command where an action lacks its noun or a noun its
+//! action, and `--target` where a word may be a target's name.
 
+use clap::Command;
 use clap::builder::StyledStr;
 use clap::error::{ContextKind, ContextValue, ErrorKind};
+
+use crate::shell::quote;
 
 /// First word of the command line, and the command that was meant.
 const MEANT: [(&str, &str); 9] = [
@@ -18,18 +21,47 @@ const MEANT: [(&str, &str); 9] = [
     ("unhook", "hook remove"),
 ];
 
-/// Adds it to what clap says of a command line.
+/// Adds a tip to what clap says about a command line that has these words.
 pub(crate) fn add(error: &mut clap::Error, words: impl IntoIterator<Item = String>) {
-    if error.kind() != ErrorKind::InvalidSubcommand {
-        return;
-    }
-    let first = words.into_iter().find(|word| !word.starts_with('-'));
-    let meant = MEANT.iter().find(|(word, _)| Some(*word) == first.as_deref());
-    if let Some((_, command)) = meant {
-        error.remove(ContextKind::SuggestedSubcommand);
-        let tip = StyledStr::from(format!("the command is 'kvmmem {command}'"));
-        error.insert(ContextKind::Suggested, ContextValue::StyledStrs(vec![tip]));
-    }
+    let words: Vec<String> = words.into_iter().collect();
+    let first = words.iter().find(|word| !word.starts_with('-')).map(String::as_str);
+    let tip = match error.kind() {
+        ErrorKind::InvalidSubcommand => {
+            let meant = MEANT.iter().find(|(word, _)| Some(*word) == first);
+            let Some((_, command)) = meant else { return };
+            error.remove(ContextKind::SuggestedSubcommand);
+            format!("the command is 'kvmmem {command}'")
+        }
+        ErrorKind::UnknownArgument | ErrorKind::ValueValidation => {
+            let verb = first.and_then(|verb| crate::command().find_subcommand(verb).cloned());
+            let takes_target = |verb: &Command| {
+                verb.get_arguments().any(|argument| argument.get_long() == Some("target"))
+            };
+            let Some(word) = misplaced(error).filter(|_| verb.as_ref().is_some_and(takes_target))
+            else {
+                return;
+            };
+            format!("to name a target, use '--target {}'", quote(&word))
+        }
+        _ => return,
+    };
+    error.insert(ContextKind::Suggested, ContextValue::StyledStrs(vec![StyledStr::from(tip)]));
+}
+
+/// The word that the command line has where there is no place for it, or where another kind of word
+/// belongs, if it may be a name.
+fn misplaced(error: &clap::Error) -> Option<String> {
+    let text = |kind| match error.get(kind) {
+        Some(ContextValue::String(text)) => Some(text.clone()),
+        _ => None,
+    };
+    let word = match error.kind() {
+        ErrorKind::UnknownArgument => text(ContextKind::InvalidArg)?,
+        // The value of an option is not misplaced.
+        _ if text(ContextKind::InvalidArg)?.starts_with('-') => return None,
+        _ => text(ContextKind::InvalidValue)?,
+    };
+    word.starts_with(|first: char| first.is_alphabetic()).then_some(word)
 }
 
 #[cfg(test)]

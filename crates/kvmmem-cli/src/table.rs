@@ -15,8 +15,8 @@ pub(crate) struct Table {
     wide: bool,
 }
 
-/// The mark behind a value: `!` in a row that changed whenever it was read, `?` in one with parts
-/// that could not be read.
+/// The mark after a value: `!` in a row that changed during every read, `?` in one with parts that
+/// could not be read.
 pub(crate) fn mark(is_torn: bool, is_damaged: bool) -> &'static str {
     match (is_torn, is_damaged) {
         (_, true) => "?",

@@ -11,7 +11,7 @@ use serde::Serialize;
 
 use crate::broker::Broker;
 use crate::failure::{escape, usage};
-use crate::number::Hex;
+use crate::number::{Hex, integer};
 use crate::output::Output;
 use crate::registered;
 
@@ -31,9 +31,9 @@ enum Verb {
     /// Make a running virtual machine a target, without stopping or changing it (root only).
     ///
     /// RAM that is shared and in sealed files, as QEMU's memory-backend-memfd,share=on makes it,
-    /// can be mapped; any other is copied, for tools on the host alone: `kvmmem host discover` says
-    /// what to add where it is not. With --qmp QEMU says where the RAM lies; without it the machine
-    /// type's rules do.
+    /// can be mapped; any other is copied, for tools on the host alone: `kvmmem host discover`
+    /// prints what to add. With --qmp the layout of the RAM comes from QEMU; without it from the
+    /// rules of the machine type.
     Add(Add),
     /// Take a target out that was added; the virtual machine runs on (root only).
     Remove(Remove),
@@ -53,7 +53,7 @@ pub(crate) struct Running {
     #[command(flatten)]
     by: By,
     /// Process id of its QEMU, alone or for a QMP socket that another process made
-    #[arg(long, conflicts_with = "libvirt")]
+    #[arg(long, conflicts_with = "libvirt", value_parser = integer(1..=u32::MAX))]
     pid: Option<u32>,
     /// What to call it [default: as its QEMU does]
     #[arg(long)]
@@ -66,7 +66,7 @@ struct By {
     /// QMP socket of its QEMU, for the broker alone
     #[arg(long, value_name = "SOCKET")]
     qmp: Option<PathBuf>,
-    /// Name by which libvirt's system daemon knows it
+    /// Name in libvirt's system daemon
     #[arg(long, value_name = "NAME")]
     libvirt: Option<String>,
 }

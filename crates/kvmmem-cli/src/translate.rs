@@ -117,7 +117,7 @@ pub(crate) struct Tables {
     levels_from: LevelsFrom,
 }
 
-/// What says how many levels the tables have.
+/// Where the number of levels comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum LevelsFrom {
     /// CR4 of a vCPU.
@@ -129,7 +129,7 @@ enum LevelsFrom {
 }
 
 impl Tables {
-    /// Finds out how many levels the tables have, unless the command line says so.
+    /// Finds out how many levels the tables have, unless the command line has the number.
     pub(crate) fn new(cr3: u64, given: Option<Depth>, gvas: &[u64], memory: &mut Memory) -> Self {
         let given = given.map(Levels::from);
         let detected = Levels::detect(cr3, |gpa, buf| memory.read(gpa, buf));
@@ -150,12 +150,12 @@ impl Tables {
         Self { space, levels_from }
     }
 
-    /// Those that a vCPU uses, whose CR4 says how many levels there are.
+    /// The tables of a vCPU, whose CR4 gives the number of levels.
     pub(crate) fn of_vcpu(space: AddressSpace) -> Self {
         Self { space, levels_from: LevelsFrom::Vcpu }
     }
 
-    /// What helps where a walk ends early; empty where nothing is known.
+    /// A remedy for a walk that ends early; may be empty.
     pub(crate) fn remedy(&self, error: &WalkError<MemoryError>) -> &'static str {
         match error {
             WalkError::NotCanonical { gva, levels: Levels::Four }

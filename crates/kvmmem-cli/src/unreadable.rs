@@ -10,13 +10,14 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use kvmmem::PAGE_SIZE;
 use kvmmem_memory::{Memory, MemoryError};
 
+use crate::number::count;
 use crate::range::{GpaRange, missing, shown, total};
 
 /// Exit code where some memory could not be read.
 pub(crate) const UNREADABLE: u8 = 3;
 
-/// Fills the buffer by `read`; pages that cannot be read, which `is_local` tells by the error, are
-/// zeros. Returns them with the first one's error.
+/// Fills the buffer by `read`. Pages that cannot be read become zeros, where `is_local` accepts the
+/// error. Returns them with the first one's error.
 pub(crate) fn read<E>(
     gpa: u64,
     buffer: &mut [u8],
@@ -48,7 +49,7 @@ pub(crate) fn read<E>(
     Ok((ranges, first))
 }
 
-/// Adds a range behind those that there are.
+/// Adds a range after the others.
 pub(crate) fn add(ranges: &mut Vec<GpaRange>, range: GpaRange) {
     match ranges.last_mut() {
         Some(last) if last.end == range.start => last.end = range.end,
@@ -96,7 +97,8 @@ impl Unreadable {
         let Some(reason) = &found.reason else { return code };
         let (bytes, ranges) = (total(&found.ranges), shown(&found.ranges));
         tracing::warn!(
-            "{bytes} bytes could not be read and were passed over, at {ranges}: {reason}"
+            "{} could not be read and were passed over, at {ranges}: {reason}",
+            count(bytes, "byte")
         );
         ExitCode::from(UNREADABLE)
     }
@@ -136,7 +138,7 @@ mod tests {
 
     use super::*;
 
-    /// Memory of which some pages cannot be read.
+    /// Memory with pages that cannot be read.
     struct Ram(&'static [u64]);
 
     impl Memory for Ram {

@@ -26,7 +26,7 @@ pub(crate) fn space(vcpus: &[ControlRegisters], number: u32) -> Result<AddressSp
         .with_context(|| format!("vCPU {number} has no page tables to look addresses up in"))
 }
 
-/// What the registers of a running target say of its address spaces.
+/// The registers of a running target that define an address space.
 pub(crate) fn control(registers: &VcpuRegisters) -> ControlRegisters {
     let VcpuRegisters { cr0, cr3, cr4, efer, .. } = *registers;
     ControlRegisters { cr0, cr3, cr4, efer }

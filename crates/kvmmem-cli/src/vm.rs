@@ -15,7 +15,7 @@ use kvmmem_vmm::{
 use uuid::Uuid;
 
 use crate::failure::{escape, usage};
-use crate::number::parse;
+use crate::number::{integer, parse, parse_uuid};
 use crate::output::Output;
 
 /// Exit code of a machine whose CPU shut down.
@@ -37,13 +37,13 @@ pub(crate) struct Arguments {
     #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = parse_memory)]
     memory: u64,
     /// Number of virtual CPUs
-    #[arg(long, value_name = "COUNT", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=i64::from(MAX_VCPUS)))]
+    #[arg(long, value_name = "COUNT", default_value_t = 1, value_parser = integer(1..=MAX_VCPUS))]
     cpus: u8,
     /// A raw disk image, read-only with `,ro` behind it; may be given again
     #[arg(long = "disk", value_name = "PATH[,ro]", value_parser = parse_disk)]
     disks: Vec<DiskConfig>,
     /// Context id of a vsock device; introspectors get their tokens over it
-    #[arg(long, value_parser = clap::value_parser!(u32).range(3..i64::from(u32::MAX)))]
+    #[arg(long, value_parser = integer(3..=u32::MAX - 1))]
     cid: Option<u32>,
     /// Where the serial port leads: stdio, file:PATH or none [default: stdio, or none with --json]
     #[arg(long, value_name = "WHERE", value_parser = parse_serial)]
@@ -52,7 +52,7 @@ pub(crate) struct Arguments {
     #[arg(long, value_parser = parse_name)]
     name: Option<String>,
     /// UUID, as the broker's clients see it [default: a random one]
-    #[arg(long)]
+    #[arg(long, value_parser = parse_uuid)]
     uuid: Option<Uuid>,
     /// Socket of the broker, kvmmemd [default: none, or the usual one for targets and
     /// introspectors]
@@ -176,9 +176,9 @@ impl Arguments {
     }
 }
 
-/// Tells what happens to the machine: JSON on standard output, or a line on standard error.
+/// Prints what happens to the machine: JSON on standard output, or a line on standard error.
 fn report(status: &VmStatus, name: &str, is_json: bool) {
-    // The machine goes on where nobody reads.
+    // The machine keeps running if this cannot be written.
     let _ = if is_json {
         let mut stdout = io::stdout().lock();
         writeln!(stdout, "{}", status.to_json()).and_then(|()| stdout.flush())

@@ -16,9 +16,10 @@ use crate::address_space::{LinuxSpace, Virtual};
 use crate::failure::usage;
 use crate::input::{Input, Opened};
 use crate::interrupt::Interrupt;
-use crate::number::{parse, parse_duration, parse_length};
+use crate::number::{integer, parse, parse_length};
 use crate::output::Output;
 use crate::range::pages;
+use crate::time::parse_duration;
 use picture::Picture;
 
 /// More than this is nothing to look at.
@@ -41,7 +42,7 @@ pub(crate) struct Arguments {
     #[arg(long, value_name = "TIME", default_value = "200ms", value_parser = parse_duration)]
     interval: Duration,
     /// Look this many times, then end [default: until interrupted]
-    #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(long, value_name = "COUNT", value_parser = integer(1..=u64::MAX))]
     count: Option<u64>,
     #[command(flatten)]
     space: Virtual,

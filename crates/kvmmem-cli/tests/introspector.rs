@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The verbs for introspectors under a stock QEMU, with what is none; and with this machine's QEMU,
-//! where it has one.
+//! The verbs for introspectors under a stock QEMU, with processes that are not a QEMU; and with
+//! this machine's QEMU, if it has one.
 
 mod common;
 

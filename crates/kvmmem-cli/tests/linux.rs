@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Linux guests in dump files and in a target's memory, in which a builder wrote a kernel, and the
-//! command line as a user runs it: what it prints of them, and what it says of those that cannot be
+//! command line as a user runs it: what it prints about them, and its errors where they cannot be
 //! read.
 
 mod common;
@@ -43,8 +43,8 @@ fn dump(folder: &Path, guest: &Guest, len: usize) -> String {
     path.to_str().unwrap().to_owned()
 }
 
-/// What a verb says of a dump that cannot be read: nothing on standard output, one line on standard
-/// error.
+/// The error of a verb for a dump that cannot be read: nothing on standard output, one line on
+/// standard error.
 #[track_caller]
 fn refused(verb: &str, file: &str) -> String {
     let ended = kvmmem(&[verb, "--file", file]);
@@ -65,7 +65,7 @@ fn a_guest_that_is_not_linux_is_named_with_what_reads_it() {
             "{error}"
         );
     }
-    // Of a search, 1 says that it found nothing.
+    // Code 1 of a search means that it found nothing.
     for (arguments, code) in [(&["read", "0", "1"][..], 1), (&["strings"], 1), (&["scan", "00"], 2)]
     {
         let ended = kvmmem(&[arguments, &["--pid", "1", "--file", &file]].concat());
@@ -130,7 +130,7 @@ fn a_dump_that_was_cut_short_is_named() {
         "{}",
         ended.stderr
     );
-    // A record beside it says how much there should be.
+    // A record beside it has the size that there should be.
     let record = r#"{"format":"raw","ranges":[{"gpa":"0x0","len":16777216}]}"#;
     std::fs::write(folder.path().join("web-1.raw.json"), record).unwrap();
     let error = refused("ps", &file);
@@ -150,7 +150,7 @@ fn a_guest_that_is_restarted_under_ps_ends_it_with_its_name() {
         lines.read_line(&mut line).unwrap();
         (line, lines)
     });
-    // It has looked once it tells what has changed since.
+    // It has looked once it prints what has changed since.
     let start = Place::FIRST.gpa + processes::task(3) + processes::START;
     let mut times = 1_000_000_u64..;
     wait_for(Path::new("a change to be seen"), |_| {
@@ -225,7 +225,7 @@ fn of_several_kernels_each_is_named_with_the_command_that_chooses_it() {
             );
             let option: Vec<&str> = option.split(' ').collect();
             assert_eq!(build(&file, &option).0, Some(table(*place)));
-            // A core has the vCPU's CR3, which tells.
+            // A core has the vCPU's CR3, which decides.
             let core = core(folder.path(), &guest, place.gpa + PAGE_TABLES);
             assert_eq!(build(&core, &[]).0, Some(table(*place)));
         }

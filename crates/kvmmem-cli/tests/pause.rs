@@ -57,8 +57,7 @@ impl Target {
         command
     }
 
-    /// A dump that is under way, and the other end of its pipe, of which a byte has been read: the
-    /// VM is paused.
+    /// A dump that is under way, and the other end of its pipe, with a byte read: the VM is paused.
     fn begin(&self) -> (Child, File) {
         let fifo = self.path("fifo");
         let mode = rustix::fs::Mode::from_raw_mode(0o600);
@@ -70,7 +69,7 @@ impl Target {
         (child, reader)
     }
 
-    /// Dumps it to a file, once the firmware has left what tells where the RAM is.
+    /// Dumps it to a file, once the firmware has left the tables that locate the RAM.
     fn whole(&self) -> Ended {
         let deadline = Instant::now() + Duration::from_secs(60);
         loop {
@@ -149,8 +148,8 @@ fn a_monitor_that_another_client_uses_is_told() {
     loop {
         let ended = finish(target.dump(&target.path("core")).spawn().unwrap());
         assert_eq!(ended.code, Some(1));
-        // The firmware needs a while to leave what tells where the RAM is. Before the error lies
-        // the audit log.
+        // The firmware needs a while to leave the tables that locate the RAM. The audit log comes
+        // before the error.
         let error = ended.stderr.lines().last().unwrap();
         if error.contains("cannot pause the target") {
             assert!(error.contains("/qmp in time; is another client connected to it"), "{error}");
@@ -174,7 +173,7 @@ fn a_vcpu_without_page_tables_or_that_is_not_there_is_named() {
             .env_remove("RUST_LOG");
         command.env("KVMMEM_BROKER", target.path("none"));
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        // Until the firmware has left what tells where the RAM is.
+        // Until the firmware has left the tables that locate the RAM.
         let deadline = Instant::now() + Duration::from_secs(60);
         loop {
             let ended = finish(command.spawn().unwrap());

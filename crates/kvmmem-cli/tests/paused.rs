@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Which kernel runs in a guest that is paused: its RAM has two, and a vCPU of this machine's QEMU
-//! tells.
+//! decides.
 
 mod common;
 #[path = "../../kvmmem-linux/tests/common/mod.rs"]

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The verbs for virtual machines that run already, with what is none.
+//! The verbs for running virtual machines, with processes that are not one.
 
 mod common;
 
@@ -107,7 +107,7 @@ fn root_needs_no_broker() {
         );
         objects(&stderr);
     }
-    // Its firmware is no Linux: a row with the reason.
+    // Its firmware is not Linux: a row with the reason.
     let mut command = Command::new(env!("CARGO_BIN_EXE_kvmmem"));
     command.args(["--json", "info", "--all"]).stdin(Stdio::null()).env_remove("RUST_LOG");
     command.env("TMPDIR", left.path()).env("KVMMEM_BROKER", directory.path().join("none"));
@@ -118,8 +118,8 @@ fn root_needs_no_broker() {
     let row = rows.iter().find(|row| row["name"] == name.as_str()).unwrap();
     assert_eq!((output.status.code(), row["pid"].as_u64()), (Some(0), Some(qemu.0.id().into())));
     assert!(row["error"].as_str().unwrap().contains("no Linux kernel was found"), "{row}");
-    // Without a UUID of its own the target is told by its process, so that a dump goes on that
-    // another command began.
+    // A target without a UUID of its own is recognised by its process, so that a dump continues
+    // that another command began.
     let attached = |way: &str| -> serde_json::Value {
         serde_json::from_str(run(way).1.lines().next().unwrap()).unwrap()
     };

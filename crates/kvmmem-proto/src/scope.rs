@@ -13,11 +13,12 @@ pub const MAX_SPANS: usize = 64;
 
 /// Whether memory may be written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
 pub enum Rights {
     /// Reading alone.
+    #[serde(rename = "ro")]
     ReadOnly,
     /// Reading and writing.
+    #[serde(rename = "rw")]
     ReadWrite,
 }
 

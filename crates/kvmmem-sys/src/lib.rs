@@ -12,6 +12,7 @@
 //! | [`trap`] | SIGSYS of the sandbox | `kvmmem-vmm` |
 //! | [`huge`], [`cachestat`] | files of huge pages, page cache | broker, `kvmmem` |
 //! | [`socket`], [`activation`] | peers of unix sockets, socket activation | broker |
+//! | [`sigpipe`] | death by SIGPIPE | command line |
 //!
 //! Each `unsafe` block states why it is sound. A type with an invariant documents it.
 
@@ -31,6 +32,7 @@ pub mod page;
 pub mod pio;
 pub mod ram;
 pub mod search;
+pub mod sigpipe;
 pub mod socket;
 pub mod trap;
 pub mod view;

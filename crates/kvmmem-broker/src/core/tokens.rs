@@ -8,7 +8,6 @@ use kvmmem_kvmi::token::Token;
 use kvmmem_proto::credentials::Credentials;
 use kvmmem_proto::map::SHARE_IT;
 use kvmmem_proto::message::{Answer, Cursor, GrantRequest, KvmiPolicy, Origin, Refusal};
-use kvmmem_proto::name::is_unprintable;
 use kvmmem_proto::scope::{Scope, ScopeError};
 use uuid::Uuid;
 
@@ -20,12 +19,6 @@ use super::machine::Core;
 use super::refused::Refused;
 use super::vms::Vm;
 
-/// The longest time for which a token may be used.
-const MAX_TTL: Duration = Duration::from_secs(30 * 24 * 60 * 60);
-
-/// The longest label, bytes.
-const MAX_LABEL: usize = 64;
-
 /// What is wrong with an operator's request.
 #[derive(Debug, thiserror::Error)]
 enum RequestError {
@@ -35,7 +28,7 @@ enum RequestError {
     Ttl(u64),
     #[error("a token must be good for at least one use")]
     Uses,
-    #[error("a label has at most {MAX_LABEL} bytes and no control characters")]
+    #[error("a label has at most {} bytes and no control characters", GrantRequest::MAX_LABEL)]
     Label,
     #[error("the holder is the target itself; a VM cannot map its own memory")]
     Holder,
@@ -213,13 +206,16 @@ impl Core {
     ) -> Result<(Uuid, KvmiPolicy), Refused> {
         let uuid = match self.vms.target(target) {
             Ok(vm) => vm.registration.uuid,
-            Err(refused) => Uuid::parse_str(target).map_err(|_| {
-                let message = format!(
-                    "{}; a VM that is not registered is named by its UUID",
-                    refused.message
-                );
-                Refused::new(Refusal::Unknown, message)
-            })?,
+            Err(refused) => {
+                let uuid = Uuid::parse_str(target).ok().filter(|uuid| !uuid.is_nil());
+                uuid.ok_or_else(|| {
+                    let message = format!(
+                        "{}; a VM that is not registered is named by its UUID",
+                        refused.message
+                    );
+                    Refused::new(Refusal::Unknown, message)
+                })?
+            }
         };
         if let Some(policy) = set {
             let done = self.policies.set(uuid, policy, by);
@@ -237,17 +233,13 @@ fn terms(vm: &Vm, request: &GrantRequest, by: Credentials) -> Result<Terms, Requ
         .as_ref()
         .ok_or_else(|| RequestError::NotIntrospectable(registration.name.clone()))?;
     let lifetime = Duration::from_millis(request.ttl_ms);
-    if lifetime.is_zero() || lifetime > MAX_TTL {
+    if lifetime.is_zero() || lifetime > GrantRequest::MAX_TTL {
         return Err(RequestError::Ttl(request.ttl_ms));
     }
     if request.uses == 0 {
         return Err(RequestError::Uses);
     }
-    if request
-        .label
-        .as_ref()
-        .is_some_and(|label| label.len() > MAX_LABEL || label.chars().any(is_unprintable))
-    {
+    if request.label.as_deref().is_some_and(|label| !GrantRequest::is_label(label)) {
         return Err(RequestError::Label);
     }
     if request.holder == Some(registration.uuid) {

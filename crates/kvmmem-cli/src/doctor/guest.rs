@@ -28,8 +28,7 @@ const REFUSAL_LIMIT: Duration = Duration::from_millis(500);
 /// Where the kernel shows PCI devices.
 const PCI_DEVICES: &str = "/sys/bus/pci/devices";
 
-/// Whether this is a virtual machine whose host offers mapping, or where somebody has loaded the
-/// module.
+/// Whether this is a virtual machine whose host offers mapping, or with the module loaded.
 pub(super) fn is_introspector() -> bool {
     features().is_some() || (is_virtual() && is_loaded())
 }

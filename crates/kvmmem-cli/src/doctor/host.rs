@@ -15,6 +15,7 @@ use rustix::io::Errno;
 
 use super::{Check, guest, limits};
 use crate::broker::default_socket;
+use crate::number::count;
 
 /// The KVM API's only version (`KVM_GET_API_VERSION`).
 const KVM_API_VERSION: i32 = 12;
@@ -135,8 +136,11 @@ fn check_broker(socket: &Path) -> Vec<Check> {
     };
     match ask() {
         Ok((mut admin, vms)) => {
-            let detail =
-                format!("kvmmemd at {} knows {} virtual machines", socket.display(), vms.len());
+            let detail = format!(
+                "kvmmemd at {} knows {}",
+                socket.display(),
+                count(vms.len(), "virtual machine")
+            );
             let introspectors = vms.iter().filter(|vm| vm.introspector);
             let rooms = introspectors
                 .filter_map(|vm| check_room(vm, admin.free_slots(&vm.uuid.to_string())));
@@ -163,8 +167,7 @@ fn broker_remedy(error: &ClientError) -> &'static str {
     }
 }
 
-/// How many views an introspector under a stock QEMU can still have; nothing is to be said of
-/// others.
+/// How many views an introspector under a stock QEMU can still open; `None` for other VMs.
 fn check_room(vm: &TargetInfo, room: Result<(u32, u32), ClientError>) -> Option<Check> {
     const NAME: &str = "introspector";
     let cid = vm.cid.map_or_else(|| "none".to_owned(), |cid| cid.to_string());

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! What a machine can be used for, as far as its checks say.
+//! What a machine can be used for, by its checks.
 
 use clap::ValueEnum;
 use serde::Serialize;
@@ -31,7 +31,7 @@ pub(super) enum Use {
 pub(super) struct Verdict {
     #[serde(rename = "use")]
     pub(super) what: Use,
-    /// `Warn`: possible, and a check says what to look at.
+    /// `Warn`: possible, and a check names what to look at.
     pub(super) status: Status,
     /// The checks that failed or warn.
     pub(super) see: Vec<&'static str>,

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The file beside an unfinished dump that says how far it is.
+//! The file beside an unfinished dump with its progress.
 
 use std::fs::{self, OpenOptions};
 use std::io::{self, Write};
@@ -24,7 +24,7 @@ pub(super) struct Checkpoint {
     version: u32,
     /// The target.
     pub(super) uuid: Uuid,
-    /// Which run of it ([`kvmmem::View::instance`]), where that is known: another one has other
+    /// The run of the target ([`kvmmem::View::instance`]), if it is known: another run has other
     /// memory.
     pub(super) instance: Option<u64>,
     pub(super) format: Format,
@@ -43,7 +43,7 @@ pub(super) struct Checkpoint {
     /// The vCPUs' registers in the file.
     #[serde(default)]
     pub(super) vcpus: Vec<VcpuRegisters>,
-    /// Why there are none, where that is so.
+    /// Why there are none.
     #[serde(default)]
     pub(super) no_vcpus: Option<String>,
     /// Where the kernel has all physical memory.
@@ -78,7 +78,7 @@ impl Checkpoint {
         }
     }
 
-    /// What an ELF core has besides memory.
+    /// Notes of an ELF core.
     pub(super) fn notes(&self) -> Notes<'_> {
         let vmcoreinfo = self.vmcoreinfo.as_ref().map(|(_, text)| text.as_str());
         Notes { vcpus: &self.vcpus, vmcoreinfo, direct_map: self.direct_map }
@@ -90,7 +90,7 @@ impl Checkpoint {
         left.filter(|range| !range.is_empty()).collect()
     }
 
-    /// Reads the file beside `dump`; `None` where there is none.
+    /// Reads the file beside `dump`; `None` if there is no such file.
     pub(super) fn load(dump: &Path) -> Result<Option<Self>> {
         let path = path(dump);
         let text = match fs::read_to_string(&path) {

@@ -64,8 +64,7 @@ impl Digest {
         self.put_buffer(offset, &mut bytes.to_vec())
     }
 
-    /// As [`Digest::put`], of a buffer that is exchanged for another one, of which the content does
-    /// not matter.
+    /// As [`Digest::put`], with a buffer that is exchanged for another one of any content.
     pub(super) fn put_buffer(&mut self, offset: u64, buffer: &mut Vec<u8>) -> Result<()> {
         self.skip_to(offset)?;
         self.at += buffer.len() as u64;

@@ -25,7 +25,7 @@ const PF_RWX: u32 = 7;
 /// Type of the note with a thread's registers.
 const NT_PRSTATUS: u32 = 1;
 
-/// What a core has besides memory.
+/// Notes of a core.
 #[derive(Debug, Default)]
 pub(super) struct Notes<'a> {
     /// Registers by vCPU.
@@ -111,7 +111,7 @@ pub(super) fn head(loads: &[Load], notes: &[u8]) -> Vec<u8> {
     head.extend([0; 8]);
     head.extend([ET_CORE, EM_X86_64].iter().flat_map(|word| word.to_le_bytes()));
     head.extend(1u32.to_le_bytes());
-    // No entry point, the program headers behind this header, then the section headers if there is
+    // No entry point; the program headers follow this header, then the section headers if there is
     // one.
     let sections = if few.is_some() { 0 } else { sections_at };
     head.extend([0, u64::from(EHDR), sections].iter().flat_map(|word| word.to_le_bytes()));

@@ -73,7 +73,7 @@ impl Layout {
     }
 
     /// The offset in the file of the memory at `gpa`, or of the first range above it; the file's
-    /// length where there is none.
+    /// length if there is no range above.
     pub(super) fn offset(&self, gpa: u64) -> u64 {
         self.at(gpa)
             .map_or(self.len, |segment| segment.offset + gpa.saturating_sub(segment.range.start))
@@ -90,8 +90,8 @@ impl Layout {
         }
     }
 
-    /// The header of the range that begins at `gpa`, and its offset; there is none in the middle of
-    /// a range.
+    /// The header of the range that begins at `gpa`, and its offset; `None` in the middle of a
+    /// range.
     pub(super) fn header(&self, gpa: u64) -> Option<(u64, &[u8])> {
         let segment = self
             .at(gpa)

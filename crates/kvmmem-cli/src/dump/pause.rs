@@ -33,7 +33,7 @@ pub(super) struct Pause {
     began: Instant,
 }
 
-/// What the dump and the thread tell each other.
+/// State that the dump and the thread share.
 struct State {
     /// When the dump got on last.
     progress: Mutex<Instant>,
@@ -41,7 +41,7 @@ struct State {
     ended: OnceLock<String>,
 }
 
-/// What the record says of a pause.
+/// A pause, in the record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub(super) struct Paused {
     /// Whether the target ran before, and runs again.
@@ -160,7 +160,7 @@ mod tests {
         let held = state.hold(&ended, interval, Duration::ZERO, || panic!("asked"));
         let error = held.unwrap_err().to_string();
         assert!(error.starts_with("nothing was written for"), "{error}");
-        // Where it is told to end.
+        // The dump asked it to end.
         drop(end);
         state.hold(&ended, interval, Duration::ZERO, || panic!("asked")).unwrap();
     }

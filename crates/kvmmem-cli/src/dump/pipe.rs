@@ -24,8 +24,8 @@ pub(super) struct Pipe {
     /// Of a pipe, the same one opened anew, so that it takes what fits and does not wait for the
     /// rest: `file` may be others' as well, and so is not made non-blocking.
     nonblocking: Option<File>,
-    /// Of a pipe alone: nothing else is known to take a part of what is written whenever poll says
-    /// that it can be written.
+    /// For pipes alone: no other file is known to take a part of a write whenever poll reports it
+    /// writable.
     interrupt: Option<Interrupt>,
     /// How long the reader may leave the pipe full.
     limit: Option<Duration>,

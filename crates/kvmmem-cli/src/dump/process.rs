@@ -18,7 +18,7 @@ const PF_X: u32 = 1;
 const PF_W: u32 = 2;
 const PF_R: u32 = 4;
 
-/// Neighbouring addresses of a process of which all or nothing is in memory.
+/// Neighbouring addresses of a process that are all in memory, or all not.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Segment {
     pub(super) addresses: GpaRange,

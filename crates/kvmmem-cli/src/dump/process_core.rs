@@ -26,6 +26,7 @@ use crate::failure::escape;
 use crate::input::Opened;
 use crate::interrupt::Interrupt;
 use crate::linux::{collect, explain, no_process};
+use crate::number::count;
 use crate::output::Output;
 use crate::process::mapped;
 use crate::progress;
@@ -35,7 +36,7 @@ use crate::unreadable::UNREADABLE;
 /// Bytes that are read at a time.
 const CHUNK: u64 = 1 << 20;
 
-/// What is said of a core once it is complete.
+/// A complete core, in the record and on standard output.
 #[derive(Serialize)]
 struct Record<'a> {
     /// Version of the program that wrote the core.
@@ -65,7 +66,7 @@ struct Record<'a> {
     /// How many threads there are, and those without registers, which are zeros: they run.
     threads: usize,
     without_registers: Vec<u32>,
-    /// Whether the process changed its mappings whenever they were read.
+    /// Whether the process changed its mappings during every read.
     torn: bool,
     sha256: Option<String>,
     pause: Option<Paused>,
@@ -216,23 +217,25 @@ impl Record<'_> {
             return Ok(output.object(self)?);
         }
         output.line(format!(
-            "{}: process {} ({}), {} bytes of the {} that it has mapped were in memory",
+            "{}: process {} ({}), {} of the {} that it has mapped were in memory",
             escape(self.file),
             self.pid,
             escape(self.comm),
-            self.memory_bytes,
+            count(self.memory_bytes, "byte"),
             self.mapped_bytes
         ))?;
         if self.unreadable_bytes > 0 {
             output.line(format!(
-                "{} bytes of these could not be read and are zeros",
-                self.unreadable_bytes
+                "{} of these could not be read and are zeros",
+                count(self.unreadable_bytes, "byte")
             ))?;
         }
         if !self.without_registers.is_empty() {
             let (without, all) = (self.without_registers.len(), self.threads);
-            output
-                .line(format!("registers of {without} of {all} threads are zeros, as these run"))?;
+            output.line(format!(
+                "registers of {without} of {} are zeros, as these run",
+                count(all, "thread")
+            ))?;
         }
         if self.torn {
             output.line(
@@ -252,8 +255,8 @@ fn threads(kernel: &Kernel<'_>, pid: u32) -> Result<Vec<Thread>> {
     let tasks = collect(|| Tasks::new(kernel, Which::Threads))?;
     if tasks.lost > 0 {
         tracing::warn!(
-            "{} threads of the guest cannot be read: some of process {pid} may be missing",
-            tasks.lost
+            "{} of the guest cannot be read: some of process {pid} may be missing",
+            count(tasks.lost, "thread")
         );
     }
     for task in tasks.rows.into_iter().filter(|task| task.pid == pid) {

@@ -30,7 +30,7 @@ pub(super) struct Record<'a> {
     compression: Option<Compression>,
     /// UUID of the target.
     target: Uuid,
-    /// Its name, where that is known: on the host.
+    /// Its name, which is known on the host.
     name: Option<&'a str>,
     /// Which run of it: another number after each reset, change of its RAM or start.
     instance: Option<u64>,
@@ -57,7 +57,7 @@ pub(super) struct Record<'a> {
     vmcoreinfo: Option<KernelNote<'a>>,
     /// The vCPUs' registers that are in an ELF core.
     registers: Option<Registers<'a>>,
-    /// Where the kernel has all physical memory, as the addresses in an ELF core say.
+    /// Where the kernel maps all physical memory; the addresses in an ELF core use it.
     direct_map: Option<Hex>,
     /// The target's pause, if there was one.
     pause: Option<Paused>,
@@ -73,7 +73,7 @@ struct Registers<'a> {
     reason: Option<&'a str>,
 }
 
-/// What a dump is once it is complete, besides its checkpoint.
+/// Outcome of a complete dump, besides its checkpoint.
 pub(super) struct Outcome {
     /// Length of the file, of one that is compressed what it unpacks to.
     pub(super) bytes: u64,

@@ -10,7 +10,7 @@ use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Context, Result, anyhow, bail, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use clap::ValueEnum;
 use kvmmem::PAGE_SIZE;
 use rustix::fs::{FlockOperation, flock};
@@ -18,6 +18,7 @@ use serde::Serialize;
 use zstd::stream::write::Encoder;
 
 use super::pipe::Pipe;
+use crate::failure::ClosedPipe;
 use crate::interrupt::Interrupt;
 
 /// Zeros that are written to a stream at a time.
@@ -125,7 +126,7 @@ pub(super) fn open_stream(path: &Path) -> Result<File> {
     Ok(file)
 }
 
-/// Opens a file: one that is not there yet, or one to go on with.
+/// Opens a new file, or one to continue.
 pub(super) fn open_file(path: &Path, is_there: bool) -> Result<File> {
     let open = || {
         let mut options = OpenOptions::new();
@@ -168,8 +169,8 @@ impl Sink {
         }
     }
 
-    /// Writes bytes that lie at `offset`. To a stream that is where it is or behind; what lies
-    /// between is zeros.
+    /// Writes bytes at `offset`. In a stream `offset` is at or after the position; zeros fill the
+    /// gap.
     pub(super) fn put(&mut self, offset: u64, bytes: &[u8]) -> Result<()> {
         match self {
             Self::File(file) => {
@@ -234,16 +235,12 @@ fn send(to: &mut Stream, bytes: &[u8]) -> Result<()> {
 
 fn failed(error: io::Error) -> anyhow::Error {
     match error.kind() {
-        // Not as EPIPE: elsewhere a closed standard output ends the command in silence, but this
-        // dump is not complete.
-        ErrorKind::BrokenPipe => {
-            anyhow!("the reader has closed the pipe: the dump is not complete")
-        }
+        ErrorKind::BrokenPipe => ClosedPipe { consequence: ": the dump is not complete" }.into(),
         _ => anyhow::Error::new(error).context("cannot write the dump"),
     }
 }
 
-/// Says what is wrong with a path at which a file is to be made.
+/// Checks that a file can be made at a path.
 pub(super) fn check_new(path: &Path) -> Result<()> {
     let shown = path.display();
     let exists = path.symlink_metadata().map(|_| true).or_else(|error| match error.kind() {

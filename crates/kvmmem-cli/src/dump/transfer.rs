@@ -49,17 +49,17 @@ pub(super) struct Transferred {
 }
 
 impl Transfer<'_> {
-    /// Dumps to the end; where that fails, says how to go on.
+    /// Dumps to the end. The error of a dump that fails has the way to continue.
     pub(super) fn run(mut self) -> Result<Transferred> {
         let result = self.copy().and_then(|()| self.finish());
         self.bar.finish_and_clear();
-        // Whatever is to be said, the target runs by then.
+        // The target must run before anything is printed.
         drop(self.pause.take());
         result.map_err(|error| self.explain(error))
     }
 
     fn explain(&mut self, error: Error) -> Error {
-        // Where asking fails, the view has ended, and the error says why.
+        // If this fails the view has ended, and the error has the reason.
         let is_stale = self.is_stale().unwrap_or(false);
         // If this fails as well, an older checkpoint is there.
         if let Err(error) = self.save() {

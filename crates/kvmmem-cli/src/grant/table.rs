@@ -6,8 +6,8 @@ use std::time::Duration;
 use kvmmem_client::admin::{GrantInfo, GrantState, Origin, Scope, ViewInfo};
 
 use crate::failure::escape;
-use crate::number::duration;
 use crate::output::columns;
+use crate::time::duration;
 
 /// A line for each grant, and below it one for each of its views.
 pub(super) fn lines(grants: &[GrantInfo]) -> Vec<String> {

@@ -24,7 +24,7 @@ struct MachineLine {
     pid: u32,
     #[serde(flatten)]
     kernel: Option<KernelLine>,
-    /// Why there is no more.
+    /// Why the rest is missing.
     #[serde(skip_serializing_if = "Option::is_none")]
     error: Option<String>,
 }
@@ -56,7 +56,8 @@ pub(super) fn run(output: &mut Output) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Process ids and names: those that run here, and by their names there those that the broker has.
+/// Process ids and names of the VMs that run here; those that the broker has go by their names
+/// there.
 fn machines() -> Result<BTreeMap<u32, Option<String>>> {
     let found = discover().context("cannot look for virtual machines in /proc")?;
     let mut machines: BTreeMap<_, _> =

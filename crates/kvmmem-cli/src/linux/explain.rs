@@ -60,7 +60,7 @@ fn is_damage(cause: &(dyn std::error::Error + 'static)) -> bool {
     )
 }
 
-/// What is known of one cause.
+/// How to explain one cause.
 fn line(cause: &(dyn std::error::Error + 'static), is_file: bool) -> Option<String> {
     match cause.downcast_ref() {
         Some(FindError::NoKernel | FindError::NoneFits { .. }) if is_file => Some(format!(

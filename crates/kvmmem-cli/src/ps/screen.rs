@@ -186,7 +186,7 @@ impl List {
         };
         let recent = self.recent.iter().map(|(_, change, task)| (task, style(*change)));
         let others = tasks.iter().filter(|task| !is_recent(task)).map(|task| (*task, Style::new()));
-        // No more than fit.
+        // At most those that fit.
         let rows = recent.chain(others).skip(self.top).take(frame.area().height.into());
         let rows = rows.map(|(task, style)| Row::new(self.cells(task)).style(style));
         let names = ["PID", "TID", "PPID", "UID", "STATE", "START", "COMMAND"];

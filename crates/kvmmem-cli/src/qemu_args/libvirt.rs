@@ -4,7 +4,7 @@
 use super::{Machine, Parts};
 
 impl Parts<'_> {
-    /// What to add to a domain's XML, with comments that say where.
+    /// Elements to add to a domain's XML, with comments for the places.
     pub(super) fn xml(&self) -> String {
         let mut xml = vec![
             "<!-- virsh edit: the first line becomes -->".to_owned(),

@@ -12,7 +12,7 @@ use super::pattern::Pattern;
 /// From this number on one automaton is faster than a pass in place for each.
 const MIN: usize = 24;
 
-/// Those of the patterns that have a key: some bytes in a row, by which the automaton finds them.
+/// The patterns with a key: some bytes in a row, for which the automaton looks.
 pub(super) struct Many {
     automaton: AhoCorasick,
     /// For each key, which pattern has it and at which of its bytes.
@@ -37,7 +37,7 @@ impl Many {
                 None => others.push(number),
             }
         }
-        // Letters of which the case does not count are keys in lower case.
+        // Keys have letters of either case in lower case.
         let automaton = AhoCorasick::builder().ascii_case_insensitive(true).build(texts);
         let automaton = automaton.context("cannot search for so many patterns at once")?;
         Ok(Some(Self { automaton, keys, others }))

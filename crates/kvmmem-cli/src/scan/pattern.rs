@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! What is searched for: bytes, some bits of which may be anything, or a regular expression.
+//! What is searched for: bytes, with bits that may be anything, or a regular expression.
 
 mod bytes;
 mod list;
@@ -99,7 +99,7 @@ impl Pattern {
         }
     }
 
-    /// A probe by which places can be found without a copy, and its place in the pattern.
+    /// A probe that finds places without a copy, and its place in the pattern.
     pub(super) fn probe(&self) -> Option<(&Probe, usize)> {
         match &self.kind {
             Kind::Bytes(bytes) => Some(bytes.probe()),

@@ -9,7 +9,7 @@ use super::pattern::Pattern;
 use super::search::{Around, Match};
 use crate::failure::escape;
 use crate::hexdump::{self, WIDTH};
-use crate::number::{Address, hex};
+use crate::number::{Address, count, hex};
 use crate::output::Output;
 
 /// A match, as JSON.
@@ -19,7 +19,7 @@ struct Found<'a> {
     address: Address,
     pattern: &'a str,
     len: usize,
-    /// The bytes from its place on: 16, or what it matched and what was wanted behind.
+    /// The bytes from its place on: 16, or the match and what was wanted after it.
     hex: String,
     #[serde(skip_serializing_if = "Option::is_none")]
     before: Option<String>,
@@ -57,8 +57,8 @@ impl Report<'_> {
             let line = hexdump::line(found.gpa, found.bytes(), |at| bold(at < found.len));
             return Ok(output.styled(line + &name)?);
         }
-        // As a hexdump of its surroundings, which says once what it is.
-        output.line(format!("{:#x}, {} bytes{name}", found.gpa, found.len))?;
+        // As a hexdump of its surroundings, named once.
+        output.line(format!("{:#x}, {}{name}", found.gpa, count(found.len, "byte")))?;
         let before = found.before().len();
         let shown = [found.before(), found.bytes()].concat();
         let is_match = before..before + found.len;

@@ -48,7 +48,7 @@ const MATCHES: u32 = 1000;
 /// Compiled rules.
 pub(super) struct Rules {
     scanner: Scanner,
-    /// What memory holds wherever a string matches, if that can be looked for.
+    /// Bytes that memory holds wherever a string matches, if they can be looked for.
     atoms: Option<Atoms>,
     /// Whether the engine may keep matches to itself.
     has_private: bool,
@@ -67,7 +67,7 @@ pub(super) struct Matched {
     pub(super) matches: Vec<StringMatch>,
 }
 
-/// What the author says about a rule.
+/// The author's metadata of a rule.
 #[derive(Serialize)]
 #[serde(untagged)]
 enum Meta {
@@ -93,8 +93,7 @@ fn as_hex<S: serde::Serializer>(bytes: &[u8], serializer: S) -> Result<S::Ok, S:
 }
 
 impl Rules {
-    /// Compiles files of rules, of each string of which `max` matches are kept. Warnings are
-    /// logged.
+    /// Compiles files of rules. `max` matches of each string are kept. Warnings are logged.
     pub(super) fn compile(files: &[PathBuf], max: Option<u64>) -> Result<Self> {
         let Compiled { mut scanner, atoms, has_private } = compile(files)?;
         if scanner.rules().all(|rule| rule.name == GATE) {
@@ -106,7 +105,7 @@ impl Rules {
             ScanParams::default()
                 .compute_full_matches(true)
                 .match_max_length(KEPT)
-                // One more, which tells that there are more.
+                // One more, to know that there are more.
                 .string_max_nb_matches(max.saturating_add(1))
                 .process_memory(true)
                 .callback_events(CallbackEvents::RULE_MATCH),
@@ -114,9 +113,9 @@ impl Rules {
         Ok(Self { scanner, atoms, has_private, max })
     }
 
-    /// Evaluates the rules over the memory of `source`; `done` gets how many bytes of data a
-    /// piece had, for each piece once; `address` says what an address is. Returns the rules
-    /// that matched, in their order.
+    /// Evaluates the rules over the memory of `source`; `done` gets how many bytes of data a piece
+    /// had, for each piece once; `address` makes an address of an offset. Returns the rules that
+    /// matched, in their order.
     pub(super) fn run(
         &self,
         places: Places<'_>,
@@ -375,7 +374,7 @@ mod tests {
         let mut memory: Vec<u8> = (0..LEN)
             .map(|_| {
                 state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-                // Bytes of which no text consists.
+                // Bytes that are in no text.
                 0x80 | state.to_le_bytes()[3]
             })
             .collect();

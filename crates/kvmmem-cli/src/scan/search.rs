@@ -258,7 +258,7 @@ impl<'a> Search<'a> {
         Ok(usize::try_from(starts.start - copy.start)?..usize::try_from(starts.end - copy.start)?)
     }
 
-    /// Adds matches in a copy, each with the number of its pattern, of which at most `max` count.
+    /// Adds matches in a copy, each with the number of its pattern, at most `max`.
     fn keep(
         &self,
         found: impl Iterator<Item = (usize, Range<usize>)>,

@@ -10,7 +10,7 @@ use kvmmem_memory::{DumpFile, Memory};
 use crate::range::GpaRange;
 use crate::unreadable::Unreadable;
 
-/// What is said where all that follows cannot be read.
+/// The error where nothing that follows can be read.
 const ENDED: &str = "the scan ended early";
 
 /// Memory that is searched.
@@ -22,9 +22,9 @@ pub(super) trait Source: Sync {
     /// Fills `buffer` with data, and with zeros where it cannot be read.
     fn read(&self, gpa: u64, buffer: &mut [u8]) -> Result<()>;
 
-    /// Looks for `probe` in place, among `places` from `gpa` on, which are data with what it
-    /// reaches behind them. `None` where memory is not mapped, or not any more: a copy tells
-    /// why.
+    /// Looks for `probe` in place, among `places` from `gpa` on. They are data, with the bytes
+    /// after them that it reaches. `None` where memory is not mapped, or not any more: a copy has
+    /// the reason.
     fn find(&self, _probe: &Probe, _gpa: u64, _places: u64) -> Option<Option<Candidates>> {
         None
     }
@@ -120,7 +120,7 @@ impl Source for Mapped<'_> {
             Err(_) => (None, false),
         };
         let why = match state {
-            // Memory that the host has lost, as a copy tells.
+            // Memory that the host has lost; a copy has the error.
             Some(State::Open) if is_same && matches!(error, MappingError::Lost { .. }) => {
                 return self.unreadable.read(self.view, gpa, buffer).context(ENDED);
             }

@@ -11,7 +11,7 @@ pub(super) struct Collector {
     min: usize,
     /// End of the piece before.
     end: u64,
-    /// What may go on in the next piece, of each stream.
+    /// The string of each stream that may continue in the next piece.
     open: [Option<Open>; 3],
     /// Strings that wait for one before them to end.
     waiting: Vec<Text>,
@@ -60,7 +60,7 @@ impl Collector {
         for (before, stream) in open.into_iter().zip(Stream::ALL) {
             let Some(before) = before else { continue };
             match self.open.get_mut(stream as usize) {
-                // Its next character would begin behind a piece of one byte.
+                // Its next character would begin after a piece of one byte.
                 Some(place) if before.end(stream) >= piece.end => *place = Some(before),
                 _ => self.finish(before, stream),
             }
@@ -93,7 +93,7 @@ impl Collector {
 
     /// Takes off the parts of a long string that are full.
     fn cut(&mut self, string: &mut Open, stream: Stream) {
-        let max = usize::try_from(MAX_LEN).unwrap_or(usize::MAX);
+        let max = usize::from(MAX_LEN);
         while string.text.len() > max {
             let rest = string.text.split_off(max);
             let start = string.end(stream);
@@ -104,7 +104,8 @@ impl Collector {
 
     fn finish(&mut self, string: Open, stream: Stream) {
         if string.text.len() >= self.min || string.is_rest {
-            let text = String::from_utf8_lossy(&string.text).into_owned();
+            // Printable ASCII, so that nothing is replaced.
+            let text = String::from_utf8(string.text).unwrap_or_default();
             self.waiting.push(Text { at: string.start, encoding: stream.encoding(), text });
         }
     }

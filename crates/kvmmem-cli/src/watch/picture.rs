@@ -112,7 +112,7 @@ impl Picture {
         u64::try_from(self.start.elapsed().as_millis()).unwrap_or(u64::MAX)
     }
 
-    /// Tells that the target was reset or its memory resized.
+    /// Prints that the target was reset or its memory resized.
     pub(super) fn tell_reset(&self, output: &mut Output) -> Result<()> {
         if self.form == Form::Json {
             output.object(&Seen::Reset { ms: self.elapsed_ms() })?;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! What this machine lacks: causes, a broker, a tool, and what `doctor` says of all of it.
+//! What this machine lacks: causes, a broker, a tool, and what `doctor` reports about it.
 
 use crate::{kvmmem, run, texts};
 
@@ -23,7 +23,7 @@ fn an_error_is_told_with_its_causes() {
 #[test]
 fn a_tool_without_a_place_to_listen_is_told_both_ways() {
     let (code, _, stderr) = run(&["read", "0", "1"]);
-    assert_eq!(code, Some(1));
+    assert_eq!(code, Some(2));
     assert!(stderr.contains("--listen") && stderr.contains("KVMMEM_KVMI_PORT"), "{stderr}");
 
     let output = kvmmem(&["read", "0", "1"]).env("KVMMEM_KVMI_PORT", "many").output().unwrap();

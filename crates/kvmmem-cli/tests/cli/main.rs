@@ -4,6 +4,7 @@
 mod dump_file;
 mod kvmi;
 mod machine;
+mod pipe;
 mod usage;
 
 use std::process::{Command, Output, Stdio};

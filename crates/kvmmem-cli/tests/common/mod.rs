@@ -193,7 +193,7 @@ impl Host {
         command
     }
 
-    /// Runs a verb on a view by a token for all that `grant` says.
+    /// Runs a verb on a view with a token of a grant with these arguments.
     #[track_caller]
     pub(crate) fn look(&self, grant: &[&str], arguments: &[&str]) -> Ended {
         let (_, token) = self.grant(grant);

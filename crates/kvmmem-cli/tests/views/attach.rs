@@ -11,7 +11,7 @@ use serde_json::Value;
 use crate::common::{Host, UUID, finish, signal};
 use crate::{REGIONS, host};
 
-/// A verb under way, of which the lines are read one by one.
+/// A running verb, whose lines are read one by one.
 pub(crate) struct Running {
     pub(crate) child: Child,
     lines: BufReader<std::process::ChildStdout>,
@@ -43,7 +43,7 @@ impl Running {
 
     /// The exit code and standard error of the verb, which ends by itself.
     pub(crate) fn end(mut self) -> (Option<i32>, String) {
-        // It must not wait for somebody to read on.
+        // It must not wait for its reader.
         self.lines.read_to_string(&mut String::new()).unwrap();
         let ended = finish(self.child);
         (ended.code, ended.stderr)
@@ -157,7 +157,7 @@ fn a_token_that_is_none_is_refused() {
         (&["--token", &unknown], 1, &["token", "used"]),
         (&["--token-file", file.to_str().unwrap()], 1, &["64 hexadecimal digits"]),
         (&["--token-file", "/nonexistent/token"], 1, &["/nonexistent/token"]),
-        (&[], 1, &["--token-file", "KVMMEM_TOKEN", "--listen"]),
+        (&[], 2, &["--token-file", "KVMMEM_TOKEN", "--listen"]),
     ];
     for (arguments, code, words) in cases {
         let ended = host.run(&[&["attach"], arguments].concat());

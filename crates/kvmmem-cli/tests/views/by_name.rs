@@ -88,7 +88,7 @@ fn a_target_is_named_instead_of_a_token() {
         assert_eq!(grant["label"], format!("kvmmem {}", arguments[0]));
         assert_eq!(grant["state"], "spent");
         assert_eq!(grant["views"].as_array().unwrap().len(), 0);
-        let rights = if arguments[0] == "write" { "read_write" } else { "read_only" };
+        let rights = if arguments[0] == "write" { "rw" } else { "ro" };
         assert_eq!(grant["scope"]["rights"], rights, "{arguments:?}");
     }
     // A token in the environment is not used in its place.

@@ -32,7 +32,7 @@ fn a_grant_is_printed_listed_and_taken_back() {
     let (target, holder) = (UUID.to_string(), Uuid::from_u128(7).to_string());
     let granted = host
         .ask_json(&[&["grant", "create", &target], &options[..], &["--holder", &holder]].concat());
-    assert_eq!(granted["rights"], "read_write");
+    assert_eq!(granted["rights"], "rw");
     assert_eq!(granted["spans"][0]["gpa"], "0x100000");
     assert_eq!(granted["spans"][1]["len"], 1 << 20);
     assert_eq!((&granted["ttl_ms"], &granted["uses"]), (&300_000.into(), &3.into()));
@@ -41,10 +41,7 @@ fn a_grant_is_printed_listed_and_taken_back() {
     let lines = host.ask(&["grant", "list", "--json"]);
     let listed: serde_json::Value = serde_json::from_str(lines.lines().last().unwrap()).unwrap();
     assert_eq!(listed["scope"]["spans"], granted["spans"]);
-    assert_eq!(
-        (&listed["scope"]["rights"], &listed["uses_left"]),
-        (&"read_write".into(), &3.into())
-    );
+    assert_eq!((&listed["scope"]["rights"], &listed["uses_left"]), (&"rw".into(), &3.into()));
 
     let table = host.ask(&["grant", "list"]);
     for word in
@@ -81,7 +78,7 @@ fn what_cannot_be_granted_is_named_with_the_remedy() {
             &["0x100000..0x300000", "overlap"],
         ),
         (&["victim", "--range", "8M..9M"], 1, &["0x800000..0x900000", "RAM"]),
-        (&["victim", "--label", "a\nb"], 1, &["label"]),
+        (&["victim", "--label", "a\nb"], 2, &["label"]),
         (&["victim", "--holder", &UUID.to_string()], 1, &["the target itself"]),
         (&["nobody"], 1, &["nobody"]),
     ];
@@ -107,6 +104,13 @@ fn a_policy_is_read_and_set() {
         assert_eq!(host.ask(&["policy", "set", "victim", policy]), expected);
         assert_eq!(host.ask(&["policy", "show", "victim"]), expected);
     }
-    assert_eq!(host.ask_json(&["policy", "set", &UUID.to_string(), "ro"])["policy"], "read_only");
+    for policy in ["none", "rw", "ro"] {
+        assert_eq!(host.ask_json(&["policy", "set", &UUID.to_string(), policy])["policy"], policy);
+        assert_eq!(host.ask_json(&["policy", "show", "victim"])["policy"], policy);
+    }
+    // A VM that is not registered is named by its UUID; no VM has this one.
+    let nil = Uuid::nil().to_string();
+    let ended = host.run(&["policy", "set", &nil, "ro"]);
+    assert!(ended.code == Some(1) && ended.stderr.contains(&nil), "{}", ended.stderr);
     assert_eq!(host.run(&["policy", "set", "victim", "all"]).code, Some(2));
 }

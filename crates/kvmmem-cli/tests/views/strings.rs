@@ -11,7 +11,7 @@ fn the_text_of_a_target_and_of_its_dump_is_the_same() {
     host.put((256 << 10) - 3, b"needle");
     host.put((4 << 20) - 5, b"w\0i\0d\0e\0r\0\x1b[2J");
     host.put((20 << 20) - 4, b"last");
-    // Before and behind a hole these are no neighbours.
+    // Before and after a hole these are not neighbours.
     host.put((8 << 20) - 2, b"no");
     host.put(16 << 20, b"pe");
     let expected = "\

@@ -100,7 +100,7 @@ fn the_depth_of_the_tables_is_found_out() {
     let explicit =
         host.look(&[], &[&["translate", "--levels", "5", "0x200000"], &gvas[..]].concat());
     assert_eq!((explicit.stdout, explicit.stderr), (ended.stdout, String::new()));
-    // What is said is done, with a word about it.
+    // The option is followed, with a warning.
     let ended = host.look(&[], &["translate", "--json", "--levels", "4", "0x200000", "0x1234"]);
     let object: Value = serde_json::from_str(&ended.stdout).unwrap();
     assert_eq!((&object["levels"], &object["page_size"]), (&4.into(), &(2 << 20).into()));
@@ -194,7 +194,7 @@ fn what_can_be_read_is_printed_before_the_end() {
             }
         }
     }
-    // A 1 GiB page, of which there is memory in part.
+    // A 1 GiB page, partly without memory.
     let ended = host.look(&[], &["read", "--raw", "--gva", "--cr3", "0x200000", "0x7fffff", "4K"]);
     assert_eq!((ended.code, ended.stdout.as_str()), (Some(1), "f"));
     assert!(ended.stderr.contains("gva 0x800000, which is gpa 0x800000"), "{}", ended.stderr);

@@ -86,7 +86,7 @@ fn addresses_are_looked_up_in_the_tables_that_a_vcpu_uses_now() {
         let ended = host.run(&["read", "--target", "victim", "--vcpu", number, "0", "16"]);
         assert_eq!((ended.code, ended.stderr.contains(words)), (Some(1), true), "{}", ended.stderr);
     }
-    // By a token there are no registers.
+    // A token does not give registers.
     let ended = host.look(&[], &["read", "--vcpu", "1", "0", "16"]);
     assert_eq!(
         (ended.code, ended.stderr.contains("--target NAME")),

@@ -2,10 +2,12 @@
 //! Grants and views, as they are asked for and listed.
 
 use std::fmt;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+use crate::name::is_unprintable;
 use crate::scope::{Rights, Scope, Span};
 
 /// What an operator asks for.
@@ -22,11 +24,24 @@ pub struct GrantRequest {
     pub ttl_ms: u64,
     /// How often, at least once.
     pub uses: u32,
-    /// UUID of the only introspector that may use it, registered or not; `None` for whoever brings
+    /// UUID of the only introspector that may use it, registered or not; `None` for any holder of
     /// the token.
     pub holder: Option<Uuid>,
     /// What a list shows: at most 64 bytes, no control characters.
     pub label: Option<String>,
+}
+
+impl GrantRequest {
+    /// The longest time for which a token may be used.
+    pub const MAX_TTL: Duration = Duration::from_secs(30 * 24 * 60 * 60);
+
+    /// The longest label, bytes.
+    pub const MAX_LABEL: usize = 64;
+
+    /// Whether a grant may have this label.
+    pub fn is_label(text: &str) -> bool {
+        text.len() <= Self::MAX_LABEL && !text.chars().any(is_unprintable)
+    }
 }
 
 /// A grant, as a list shows it.
@@ -146,16 +161,18 @@ pub struct Revoked {
     pub micros: u64,
 }
 
-/// What tokens allow that KVMI makes for a target.
+/// Access that tokens issued over KVMI give to a target.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
 pub enum KvmiPolicy {
     /// Reading and writing all RAM.
     #[default]
+    #[serde(rename = "rw")]
     ReadWrite,
     /// Reading all RAM; no use for v1 mappings, which are read-write.
+    #[serde(rename = "ro")]
     ReadOnly,
     /// Nothing: no token is made.
+    #[serde(rename = "none")]
     None,
 }
 

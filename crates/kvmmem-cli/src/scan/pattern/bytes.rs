@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Bytes, some bits of which may be anything.
+//! Bytes, with bits that may be anything.
 
 use std::ops::Range;
 
@@ -20,7 +20,7 @@ const KEY: usize = 8;
 #[derive(Clone, Debug)]
 pub(super) struct Bytes {
     bytes: Vec<MaskedByte>,
-    /// The rarest three bytes, by which candidates are found.
+    /// The rarest three bytes, which find candidates.
     probe: Probe,
     /// Place of the first one.
     anchor: usize,
@@ -110,8 +110,8 @@ impl Bytes {
         self.matches(memory.get(found.clone())?).then_some(found)
     }
 
-    /// Up to [`KEY`] bytes in a row, the rarest ones of which no bit may be anything but the case of
-    /// a letter, and the place of the first.
+    /// Up to [`KEY`] bytes in a row, and the place of the first. They are the rarest ones that are
+    /// fixed but for the case of letters.
     pub(super) fn key(&self) -> Option<(usize, Vec<u8>)> {
         let byte = |byte: &MaskedByte| match byte.mask {
             0xff => Some(byte.value.to_ascii_lowercase()),
@@ -145,7 +145,7 @@ fn rarest(bytes: &[MaskedByte]) -> Option<(usize, Probe)> {
     let rank = |(place, byte): &(usize, &MaskedByte)| (commonness(**byte), *place);
     let (first, _) =
         bytes.iter().enumerate().min_by_key(rank).filter(|(_, byte)| byte.mask != 0)?;
-    // All three lie within what a distance can say.
+    // A distance can express the places of all three.
     let from = first.saturating_sub(usize::from(u8::MAX) / 2);
     let near = bytes.iter().enumerate().skip(from).take(usize::from(u8::MAX));
     let mut near: Vec<(usize, &MaskedByte)> = near.filter(|(_, byte)| byte.mask != 0).collect();

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A file of patterns: a line for each, with its name, its form and the pattern.
 
-use std::fs::File;
 use std::io::Read;
 use std::path::Path;
 
@@ -9,6 +8,7 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 
 use super::{Form, Pattern};
 use crate::scan::utf8;
+use crate::text_file;
 
 /// Bytes that a file may have.
 const MAX_LEN: u64 = 1 << 20;
@@ -19,7 +19,7 @@ const FORM: &str = "write NAME hex|text|utf16|regex PATTERN";
 pub(super) fn read(path: &Path, ignores_case: bool) -> Result<Vec<Pattern>> {
     let read = || {
         let mut bytes = Vec::new();
-        File::open(path)?.take(MAX_LEN + 1).read_to_end(&mut bytes)?;
+        text_file::open(path)?.take(MAX_LEN + 1).read_to_end(&mut bytes)?;
         ensure!(bytes.len() as u64 <= MAX_LEN, "the file has more than {MAX_LEN} bytes");
         parse(&utf8(bytes)?, ignores_case)
     };

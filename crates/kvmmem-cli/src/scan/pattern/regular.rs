@@ -66,7 +66,7 @@ impl Regular {
     }
 
     /// The matches that begin at one of the `starts`. Each is as long as it can be, up to
-    /// [`MAX_LEN`], and the next one begins behind it.
+    /// [`MAX_LEN`], and the next one begins after it.
     pub(super) fn find<'a>(
         &'a self,
         memory: &'a [u8],
@@ -79,7 +79,7 @@ impl Regular {
             from = end.max(found.start() + 1);
             Some(found.start()..end)
         });
-        // An empty one in the middle, as of \b, is none.
+        // An empty match in the middle, as of \b, does not count.
         found
             .skip_while(move |found| found.start < starts.start)
             .take_while(move |found| found.start < starts.end)

@@ -57,13 +57,13 @@ pub(super) const GATE_SYMBOL: &str = "kvmmem_conditions";
 /// Compiled rules.
 pub(super) struct Compiled {
     pub(super) scanner: Scanner,
-    /// What memory holds wherever a string matches; `None` where that cannot be looked for.
+    /// Bytes that memory holds wherever a string matches; `None` if they cannot be looked for.
     pub(super) atoms: Option<Atoms>,
     /// Whether some rules or strings may be private.
     pub(super) has_private: bool,
 }
 
-/// Compiles files of rules. Each file is a namespace, and has [`GATE`] besides. Warnings are
+/// Compiles files of rules. Each file is a namespace, which also gets [`GATE`]. Warnings are
 /// logged.
 pub(super) fn compile(files: &[PathBuf]) -> Result<Compiled> {
     let namespaces = namespaces(files)?;
@@ -117,7 +117,7 @@ fn namespaces(files: &[PathBuf]) -> Result<Vec<String>> {
     let stems: Vec<String> = files.iter().map(stem).collect();
     let mut seen = HashSet::new();
     for file in files {
-        // One that does not exist is told later.
+        // A missing file is an error later.
         if !seen.insert(file.canonicalize().unwrap_or_else(|_| file.clone())) {
             return Err(usage(format!("{} is given twice", file.display())));
         }
@@ -158,7 +158,7 @@ impl Walk {
             return Ok(());
         }
         let included = with_stack(operators, || {
-            // What does not parse is told by the compiler.
+            // The compiler reports text that does not parse.
             let components =
                 boreal_parser::parse(&text).map(|file| file.components).unwrap_or_default();
             let paths = components.into_iter().filter_map(|component| match component {
@@ -170,7 +170,7 @@ impl Walk {
         let directory = file.parent().unwrap_or_else(|| Path::new("")).to_owned();
         self.chain.push(file);
         for path in included {
-            // The compiler tells of one that does not exist, with its place.
+            // The compiler reports a missing file, with the place of the include.
             let Ok(path) = directory.join(path).canonicalize() else { continue };
             self.includes += 1;
             let first =
@@ -245,9 +245,16 @@ fn explain(error: &AddRuleError) -> String {
     }
 }
 
-/// The message, each line without what a terminal would not show.
+/// The message, each line without what a terminal would not show. The level that the compiler
+/// writes after the place is left out: the caller prints it before the message.
 fn lines(message: &impl fmt::Display) -> String {
-    message.to_string().lines().map(escape).collect::<Vec<_>>().join("\n")
+    let text = message.to_string();
+    let level = [": error: ", ": warning: "]
+        .into_iter()
+        .filter_map(|level| Some((text.find(level)?, level)))
+        .min();
+    let text = level.map_or_else(|| text.clone(), |(_, level)| text.replacen(level, ": ", 1));
+    text.lines().map(escape).collect::<Vec<_>>().join("\n")
 }
 
 #[cfg(test)]

@@ -39,7 +39,7 @@ pub(super) struct Pieces<'a> {
 }
 
 impl<'a> Pieces<'a> {
-    /// Memory of which strings are looked for in the pieces of `first`, and which conditions see as
+    /// Memory in which strings are looked for in the pieces of `first`; conditions see it as
     /// `again`.
     pub(super) fn new(
         first: &'a [Piece],
@@ -69,7 +69,7 @@ impl<'a> Pieces<'a> {
     }
 }
 
-/// Scans memory, which cannot tell the engine of an error: that of reading comes first.
+/// Scans memory. It cannot report an error to the engine, so an error of reading comes first.
 pub(super) fn scan(pieces: Pieces<'_>, scan: impl FnOnce(Pieces<'_>) -> Result<()>) -> Result<()> {
     let failed = Mutex::new(None);
     let result = scan(Pieces { failed: Some(&failed), ..pieces });

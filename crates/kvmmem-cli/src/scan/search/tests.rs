@@ -19,7 +19,7 @@ fn pattern(form: Form, text: &str) -> Pattern {
     Pattern::new(form, text, false).unwrap()
 }
 
-/// Memory that is looked at in place, which is never asked for what is no data.
+/// Memory that is searched in place. It is never asked for parts without data.
 struct InPlace<R>(R);
 
 impl<R: Fn(u64, &mut [u8]) -> Result<()> + Sync> Source for InPlace<R> {
@@ -34,7 +34,7 @@ impl<R: Fn(u64, &mut [u8]) -> Result<()> + Sync> Source for InPlace<R> {
     }
 }
 
-/// Searches memory that `at` tells byte by byte, by copies and in place.
+/// Searches memory with the bytes of `at`, by copies and in place.
 fn search(search: &Search<'_>, at: impl Fn(u64) -> u8 + Sync) -> Vec<(u64, usize)> {
     let read = |gpa: u64, buffer: &mut [u8]| {
         let end = gpa + buffer.len() as u64;

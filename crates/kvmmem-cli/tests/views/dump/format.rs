@@ -44,8 +44,8 @@ fn an_elf_core_has_a_segment_for_each_range() {
     assert_eq!(&found[2].1[0x5000..0x5004], b"more");
 }
 
-/// Puts a kernel into the target that has told its note, its page tables and its name: `at` is
-/// where, in 2 MiB.
+/// Puts a kernel into the target at `at`, in units of 2 MiB: its note, its page tables and its
+/// name.
 fn put_kernel(host: &Host, at: u64, release: &str) -> String {
     let base = at << 21;
     let entry = |table: u64, index: u64, value: u64| {
@@ -88,7 +88,7 @@ fn an_elf_core_has_the_kernels_note_if_it_is_known_which() {
     assert!(note.starts_with(b"\x0b\0\0\0") && note[12..24] == *b"VMCOREINFO\0\0");
     assert_eq!(&note[24..24 + text.len()], text.as_bytes());
     assert_eq!(told, json!({"gpa": "0x408000", "release": "6.12.1-one"}));
-    // A forged one does not fit, and harms nobody.
+    // A forged note does not fit, and is ignored.
     let forged = put_kernel(&host, 1, "6.12.1-two");
     host.put((1 << 21) + 0x5000 + 4 + 130, b"7");
     assert_eq!(elf("").1["release"], "6.12.1-one");
@@ -107,7 +107,7 @@ fn a_target_without_a_monitor_is_neither_paused_nor_are_its_registers_known() {
     let host = host();
     let file = path(&host);
     let file = file.to_str().unwrap();
-    // By a token there is no pause.
+    // A token cannot pause the target.
     let ended = dump(&host, &[], &["--pause"]);
     assert_eq!(
         (ended.code, ended.stderr.contains("a token opens memory alone")),

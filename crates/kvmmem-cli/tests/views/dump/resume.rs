@@ -96,7 +96,7 @@ fn a_dump_goes_on_by_the_next_broker_but_not_with_the_next_run_of_the_target() {
     let state = fs::read(part(&host)).unwrap();
     let half = host.path("half");
     fs::copy(path(&host), &half).unwrap();
-    // The link says which run it is just after it has registered.
+    // The link reports the run just after it has registered.
     let deadline = Instant::now() + Duration::from_secs(30);
     loop {
         let ended = dump(&host, &[], &["--resume"]);
