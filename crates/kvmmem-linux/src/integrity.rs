@@ -17,14 +17,12 @@
 
 mod calls;
 mod entries;
+mod finding;
 mod modules;
 mod tasks;
 
 use crate::kernel::{Kernel, KernelError};
-use crate::modules::{Module, Modules, Reader};
-
-/// The most modules that are looked at for the name of one.
-const MAX_MODULES: usize = 4096;
+pub use finding::{Finding, Place, Report};
 
 /// A check.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -40,58 +38,6 @@ pub enum Check {
     Modules,
     /// Processes and threads that are only in one of the two places that have them.
     Tasks,
-}
-
-/// What a check has looked at, and found.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Report {
-    /// How many entries, modules or tasks there are.
-    pub examined: usize,
-    /// What is not as it should be.
-    pub findings: Vec<Finding>,
-}
-
-/// Something that is not as it should be.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub enum Finding {
-    /// An entry leads where it should not.
-    Hook {
-        /// The entry, for example `system call 0`.
-        entry: String,
-        /// Where it is; a register is nowhere.
-        gva: Option<u64>,
-        /// Where it leads.
-        target: u64,
-        /// What is there.
-        place: Place,
-    },
-    /// A module or task is not where it should be as well.
-    Hidden {
-        /// What it is called, for example `module dummy`; control characters may be there.
-        name: String,
-        /// Where its structure is.
-        gva: u64,
-        /// Where it was found.
-        found: &'static str,
-        /// Where it was not.
-        missing: &'static str,
-    },
-}
-
-/// What is at an address.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub enum Place {
-    /// The kernel's text: the nearest symbol at or below it, and how far from it.
-    Text {
-        /// The symbol.
-        symbol: String,
-        /// Bytes from it.
-        offset: u64,
-    },
-    /// A module's memory.
-    Module(String),
-    /// Neither.
-    Elsewhere,
 }
 
 impl Check {
@@ -144,7 +90,7 @@ pub fn check_lstar(kernel: &Kernel<'_>, values: &[(String, u64)]) -> Result<Repo
     let mut report = Report { examined: values.len(), findings: Vec::new() };
     let wanted = kernel.symbol("entry_SYSCALL_64")?;
     for (entry, target) in values.iter().filter(|(_, target)| *target != wanted) {
-        let place = Place::of(kernel, &modules_of(kernel), *target);
+        let place = Place::of(kernel, &modules::all(kernel), *target);
         report.findings.push(Finding::Hook {
             entry: entry.clone(),
             gva: None,
@@ -153,38 +99,4 @@ pub fn check_lstar(kernel: &Kernel<'_>, values: &[(String, u64)]) -> Result<Repo
         });
     }
     Ok(report)
-}
-
-impl Place {
-    /// What is at an address of a kernel that has these modules.
-    fn of(kernel: &Kernel<'_>, modules: &[Module], gva: u64) -> Self {
-        let text = || {
-            let symbols = kernel.symbols().ok()?;
-            (symbols.get("_stext")?..symbols.get("_etext")?)
-                .contains(&gva)
-                .then(|| symbols.nearest(gva))?
-        };
-        if let Some(symbol) = text() {
-            return Self::Text { offset: gva - symbol.address, symbol: symbol.name };
-        }
-        let has = |module: &&Module| {
-            module.parts.iter().any(|(base, size)| gva.wrapping_sub(*base) < *size)
-        };
-        modules.iter().find(has).map_or(Self::Elsewhere, |module| Self::Module(module.name.clone()))
-    }
-}
-
-/// The modules, those among them that only /sys/module has, as far as they can be read: they are
-/// for names alone.
-fn modules_of(kernel: &Kernel<'_>) -> Vec<Module> {
-    let Ok(listed) = Modules::new(kernel) else { return Vec::new() };
-    let mut modules: Vec<_> = listed.filter_map(Result::ok).take(MAX_MODULES).collect();
-    if let (Ok(reader), Ok(in_sysfs)) = (Reader::new(kernel), modules::in_sysfs(kernel)) {
-        let more =
-            in_sysfs.into_keys().filter(|gva| modules.iter().all(|module| module.gva != *gva));
-        let more: Vec<_> =
-            more.take(MAX_MODULES).filter_map(|gva| reader.module(gva).ok()?).collect();
-        modules.extend(more);
-    }
-    modules
 }

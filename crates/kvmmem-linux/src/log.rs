@@ -9,24 +9,22 @@
 //! does, and counted. So is one that does not fit what leads to it, while it should be there:
 //! memory of the log is damaged.
 
+mod error;
+mod layout;
+
 use std::time::Duration;
 
 use crate::bytes::Bytes;
 use crate::kernel::{Kernel, KernelError};
-
-/// Limits of descriptors and bytes of text: those of a log of 4 GiB, more than a kernel can be
-/// configured to have.
-const MAX_COUNT_BITS: u32 = 26;
-const MAX_SIZE_BITS: u32 = 32;
+pub use error::LogError;
+use error::MAX_DAMAGED;
+use layout::Layout;
 
 /// Descriptors that are read at once.
 const BATCH: u64 = 256;
 
 /// Reads of a record that changes, before it is left out.
 const TRIES: u32 = 3;
-
-/// The most damaged records that are passed over.
-const MAX_DAMAGED: u64 = 1 << 16;
 
 /// `DESC_SV_BITS`: the two highest bits of a descriptor's state variable are its state, the others
 /// its id.
@@ -45,33 +43,6 @@ const CALLER_CPU: u32 = 1 << 31;
 
 /// A block of text begins with the id of its descriptor.
 const BLOCK_HEADER: u64 = 8;
-
-/// Why the log cannot be read.
-#[derive(Debug, thiserror::Error)]
-pub enum LogError {
-    /// The note lacks a line, or the line holds nothing that makes sense.
-    #[error(
-        "the kernel's note has no {0} that makes sense: its log is not that of Linux 5.10 or later"
-    )]
-    Note(&'static str),
-    /// Very many records do not fit what leads to them.
-    #[error("more than {MAX_DAMAGED} records of the log are damaged")]
-    Damaged,
-    /// What describes the ring buffer makes no sense, or memory of it cannot be read.
-    #[error(transparent)]
-    Kernel(#[from] KernelError),
-}
-
-impl LogError {
-    /// Whether other records can be read.
-    fn is_local(&self) -> bool {
-        match self {
-            Self::Damaged => true,
-            Self::Kernel(error) => matches!(error, KernelError::Read { .. }) && !error.is_final(),
-            Self::Note(_) => false,
-        }
-    }
-}
 
 /// A record of the log.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -103,30 +74,6 @@ pub enum Caller {
     Cpu(u32),
 }
 
-/// Where everything is in the ring buffer.
-#[derive(Debug)]
-struct Layout {
-    descs: u64,
-    infos: u64,
-    count: u64,
-    text: u64,
-    size: u64,
-    desc_size: u64,
-    state_at: u64,
-    begin_at: u64,
-    next_at: u64,
-    info_size: u64,
-    seq_at: u64,
-    time_at: u64,
-    /// After it come `facility`, and `flags` with the level in its highest three bits.
-    text_len_at: u64,
-    caller_at: u64,
-    subsystem_at: u64,
-    subsystem_len: u64,
-    device_at: u64,
-    device_len: u64,
-}
-
 /// The records of the log, from the oldest to the newest. It ends after an error.
 #[derive(Debug)]
 pub struct Records<'a> {
@@ -137,8 +84,6 @@ pub struct Records<'a> {
     left: u64,
     /// Descriptors that were read before their turn: the index of the first, and their bytes.
     batch: (u64, Bytes),
-    /// Where the id of the oldest record is.
-    tail: u64,
     /// Records that were overwritten while they were read, and that are damaged.
     overwritten: u64,
     damaged: u64,
@@ -151,58 +96,12 @@ pub struct Records<'a> {
 /// # Errors
 /// [`LogError`].
 pub fn records<'a>(kernel: &'a Kernel<'a>) -> Result<Records<'a>, LogError> {
-    let note = kernel.note();
-    let number = |key: &'static str| {
-        let value = match note.number(key) {
-            None if note.gpa.is_none() => Some(of_types(kernel, key)?),
-            value => value.and_then(|value| u64::try_from(value).ok()),
-        };
-        // Offsets into structures: a larger number is not an offset.
-        value.filter(|value| *value < 4096).ok_or(LogError::Note(key))
-    };
-    let prb = note.symbol("prb").ok_or(LogError::Note("SYMBOL(prb)"))?;
-    let ring = kernel.read_u64(prb)?;
-    let counter = number("OFFSET(atomic_long_t.counter)")?;
-    let desc_ring = ring.wrapping_add(number("OFFSET(printk_ringbuffer.desc_ring)")?);
-    let text_ring = ring.wrapping_add(number("OFFSET(printk_ringbuffer.text_data_ring)")?);
-    let wrong = |what: &str| KernelError::Malformed { what: what.to_owned(), gva: ring };
-    let power = |bits: u32, most: u32| {
-        (bits <= most)
-            .then(|| 1_u64 << bits)
-            .ok_or_else(|| wrong("the size of the log's ring buffer"))
-    };
-    let count_bits =
-        kernel.read_u32(desc_ring.wrapping_add(number("OFFSET(prb_desc_ring.count_bits)")?))?;
-    let size_bits =
-        kernel.read_u32(text_ring.wrapping_add(number("OFFSET(prb_data_ring.size_bits)")?))?;
-    let lpos_at = number("OFFSET(prb_desc.text_blk_lpos)")?;
-    let dev_at = number("OFFSET(printk_info.dev_info)")?;
-    let layout = Layout {
-        descs: kernel.read_u64(desc_ring.wrapping_add(number("OFFSET(prb_desc_ring.descs)")?))?,
-        infos: kernel.read_u64(desc_ring.wrapping_add(number("OFFSET(prb_desc_ring.infos)")?))?,
-        count: power(count_bits, MAX_COUNT_BITS)?,
-        text: kernel.read_u64(text_ring.wrapping_add(number("OFFSET(prb_data_ring.data)")?))?,
-        size: power(size_bits, MAX_SIZE_BITS)?,
-        desc_size: number("SIZE(prb_desc)")?,
-        state_at: number("OFFSET(prb_desc.state_var)")? + counter,
-        begin_at: lpos_at + number("OFFSET(prb_data_blk_lpos.begin)")?,
-        next_at: lpos_at + number("OFFSET(prb_data_blk_lpos.next)")?,
-        info_size: number("SIZE(printk_info)")?,
-        seq_at: number("OFFSET(printk_info.seq)")?,
-        time_at: number("OFFSET(printk_info.ts_nsec)")?,
-        text_len_at: number("OFFSET(printk_info.text_len)")?,
-        caller_at: number("OFFSET(printk_info.caller_id)")?,
-        subsystem_at: dev_at + number("OFFSET(dev_printk_info.subsystem)")?,
-        subsystem_len: number("LENGTH(printk_info_subsystem)")?,
-        device_at: dev_at + number("OFFSET(dev_printk_info.device)")?,
-        device_len: number("LENGTH(printk_info_device)")?,
-    };
-    let id = |key| Ok::<_, LogError>(desc_ring.wrapping_add(number(key)?).wrapping_add(counter));
-    let (tail, head) = (id("OFFSET(prb_desc_ring.tail_id)")?, id("OFFSET(prb_desc_ring.head_id)")?);
+    let layout = Layout::new(kernel)?;
     let text_left = layout.size;
     // They are read one after the other, while the kernel may write.
     for _ in 0..TRIES {
-        let (oldest, newest) = (kernel.read_u64(tail)? & ID_MASK, kernel.read_u64(head)? & ID_MASK);
+        let (oldest, newest) =
+            (kernel.read_u64(layout.tail)? & ID_MASK, kernel.read_u64(layout.head)? & ID_MASK);
         let left = (newest.wrapping_sub(oldest) & ID_MASK) + 1;
         if left <= layout.count {
             return Ok(Records {
@@ -211,23 +110,13 @@ pub fn records<'a>(kernel: &'a Kernel<'a>) -> Result<Records<'a>, LogError> {
                 id: oldest,
                 left,
                 batch: (0, Bytes::default()),
-                tail,
                 overwritten: 0,
                 damaged: 0,
                 text_left,
             });
         }
     }
-    Err(wrong("the distance of the log's first and last record").into())
-}
-
-/// The lines of a kernel's note, computed from its types.
-fn of_types(kernel: &Kernel<'_>, key: &str) -> Result<u64, KernelError> {
-    match key {
-        "LENGTH(printk_info_subsystem)" => Ok(kernel.member("dev_printk_info", "subsystem")?.size),
-        "LENGTH(printk_info_device)" => Ok(kernel.member("dev_printk_info", "device")?.size),
-        key => kernel.of_key(key),
-    }
+    Err(layout.malformed("the distance of the log's first and last record").into())
 }
 
 impl Records<'_> {
@@ -291,7 +180,7 @@ impl Records<'_> {
         }
         // What is older than the oldest one was overwritten, and so was what has another state by
         // now.
-        let oldest = self.kernel.read_u64(self.tail)? & ID_MASK;
+        let oldest = self.kernel.read_u64(self.layout.tail)? & ID_MASK;
         let is_older = id.wrapping_sub(oldest) & ID_MASK >= self.layout.count;
         let state = self.kernel.read_u64(gva.wrapping_add(self.layout.state_at))?;
         if is_older || state & ID_MASK == id && !is_of(state, id) {

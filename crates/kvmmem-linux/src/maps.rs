@@ -6,18 +6,16 @@
 //! error, so that a loop ends a walk.
 
 mod area;
+mod mapping;
 mod tree;
 
 use std::cell::Cell;
 
 use crate::kernel::{Kernel, KernelError};
-use crate::paths::FilePath;
 use crate::tasks::Task;
 use area::{Areas, is_page};
-use tree::{Entry, Tree};
-
-/// Limit of a process's areas. Linux allows 65,530 unless `vm.max_map_count` is set.
-const MAX_AREAS: usize = 1 << 20;
+pub use mapping::{MappedFile, Mapping};
+use tree::{Entry, MAX_AREAS, Tree};
 
 /// The most bytes of paths of all processes together: areas may share a file, so that a few
 /// megabytes of the guest's could name any number of long paths.
@@ -25,45 +23,6 @@ const MAX_ALL_PATHS: usize = 64 << 20;
 
 /// Walks of a map that changes.
 const TRIES: u32 = 3;
-
-/// Bits of `vm_area_struct.vm_flags`.
-const VM_READ: u64 = 1;
-const VM_WRITE: u64 = 2;
-const VM_EXEC: u64 = 4;
-const VM_MAYSHARE: u64 = 0x80;
-
-/// Neighbouring addresses of a process that have the same backing and the same permissions.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Mapping {
-    /// First address.
-    pub start: u64,
-    /// The address after the last.
-    pub end: u64,
-    /// `vm_area_struct.vm_flags`.
-    pub flags: u64,
-    /// Offset of `start` in the file; 0 without a file.
-    pub offset: u64,
-    /// The file that is mapped.
-    pub file: Option<MappedFile>,
-    /// The kernel's name for memory without a file: `[heap]`, `[stack]`, `[vdso]`, `[anon:NAME]`
-    /// and the like. It may have control characters.
-    pub label: Option<String>,
-    /// Whether the file or the name cannot be read, or nothing but the addresses.
-    pub is_damaged: bool,
-}
-
-/// The file of a mapping.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct MappedFile {
-    /// Device of the file's file system.
-    pub major: u32,
-    /// The same.
-    pub minor: u32,
-    /// Inode number.
-    pub inode: u64,
-    /// Its path.
-    pub path: FilePath,
-}
 
 /// The mappings of a process, by ascending address.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -75,37 +34,6 @@ pub struct MemoryMap {
     pub is_torn: bool,
     /// Whether the list of them is damaged, so that some are missing.
     pub is_cut: bool,
-}
-
-impl Mapping {
-    /// Whether loads are allowed.
-    pub fn is_readable(&self) -> bool {
-        self.flags & VM_READ != 0
-    }
-
-    /// Whether stores are allowed.
-    pub fn is_writable(&self) -> bool {
-        self.flags & VM_WRITE != 0
-    }
-
-    /// Whether instructions may be fetched.
-    pub fn is_executable(&self) -> bool {
-        self.flags & VM_EXEC != 0
-    }
-
-    /// Whether stores reach the file, or other processes.
-    pub fn is_shared(&self) -> bool {
-        self.flags & VM_MAYSHARE != 0
-    }
-
-    /// As /proc shows them: `rw-p`.
-    pub fn permissions(&self) -> String {
-        let flag = |is_set, letter| if is_set { letter } else { '-' };
-        let shared = if self.is_shared() { 's' } else { 'p' };
-        let all =
-            [(self.is_readable(), 'r'), (self.is_writable(), 'w'), (self.is_executable(), 'x')];
-        all.into_iter().map(|(is_set, letter)| flag(is_set, letter)).chain([shared]).collect()
-    }
 }
 
 impl MemoryMap {

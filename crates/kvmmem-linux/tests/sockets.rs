@@ -3,7 +3,9 @@
 
 mod common;
 
-use common::objects::{self, CALLS, EHASH, HASHINFO, NETNS, NETS, RAW, UDP, at, sock};
+use common::objects::{
+    self, CALLS, EHASH, HASHINFO, NETNS, NETS, RAW, UDP, UNIX, UNIX_COUNT, at, sock,
+};
 use common::{Guest, KALLSYMS, Place};
 use kvmmem_linux::sockets::{Ends, Kind, Protocol, Socket, Sockets, State};
 use kvmmem_linux::{Find, Kernel, KernelError};
@@ -92,6 +94,19 @@ fn what_is_no_socket_is_an_error() {
         let error = sockets(&guest).unwrap_err();
         assert!(matches!(error, KernelError::Malformed { .. }), "{object:#x}: {error:?}");
     }
+}
+
+/// A page of zeros is a table without sockets, but the kernel counts some.
+#[test]
+fn a_table_of_unix_sockets_that_was_zeroed_is_an_error() {
+    let guest = objects::guest(&PLACE);
+    guest.put(at(&PLACE, UNIX), &[0; 4096]);
+    // A kernel without unix sockets.
+    assert!(sockets(&guest).unwrap().iter().all(|socket| socket.protocol != Protocol::Unix));
+    guest.put_word(at(&PLACE, UNIX_COUNT), 3);
+    let error = sockets(&guest).unwrap_err();
+    assert!(error.to_string().contains("the table of unix sockets"), "{error}");
+    assert!(error.is_local());
 }
 
 /// Tables with more buckets than there is memory for, or with a number that is not a power of two.

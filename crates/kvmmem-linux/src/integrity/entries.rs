@@ -8,7 +8,8 @@ use std::collections::HashMap;
 
 use iced_x86::{Decoder, DecoderOptions, OpKind};
 
-use super::{Finding, Place, Report, calls, modules_of};
+use super::finding::{Finding, Place, Report};
+use super::{calls, modules};
 use crate::bytes::Bytes;
 use crate::kernel::{Kernel, KernelError};
 use crate::modules::Module;
@@ -100,7 +101,7 @@ impl<'a> Text<'a> {
     }
 
     fn hook(&self, entry: String, gva: u64, target: u64) -> Finding {
-        let modules = self.modules.get_or_init(|| modules_of(self.kernel));
+        let modules = self.modules.get_or_init(|| modules::all(self.kernel));
         Finding::Hook {
             entry,
             gva: Some(gva),

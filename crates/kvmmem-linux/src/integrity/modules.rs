@@ -4,9 +4,10 @@
 
 use std::collections::BTreeMap;
 
-use super::{Finding, Report};
+use super::finding::{Finding, Report};
 use crate::bytes::Bytes;
 use crate::kernel::{Kernel, KernelError};
+use crate::modules::{Module, Modules, Reader};
 
 /// The symbol of the list.
 pub(super) const LIST: &str = "modules";
@@ -23,6 +24,9 @@ const UNFORMED: u32 = 3;
 
 /// The most modules.
 const MAX_MODULES: usize = 1 << 16;
+
+/// The most modules that are looked at for the name of one.
+const MAX_NAMED: usize = 4096;
 
 pub(super) fn check(kernel: &Kernel<'_>) -> Result<Report, KernelError> {
     let state = kernel.offset("module", "state")?;
@@ -90,4 +94,19 @@ fn missing(
 
 fn too_many(gva: u64) -> KernelError {
     KernelError::Malformed { what: "more than 65,536 modules".to_owned(), gva }
+}
+
+/// The modules, those among them that only /sys/module has, as far as they can be read: they are
+/// for names alone.
+pub(super) fn all(kernel: &Kernel<'_>) -> Vec<Module> {
+    let Ok(listed) = Modules::new(kernel) else { return Vec::new() };
+    let mut modules: Vec<_> = listed.filter_map(Result::ok).take(MAX_NAMED).collect();
+    if let (Ok(reader), Ok(in_sysfs)) = (Reader::new(kernel), in_sysfs(kernel)) {
+        let more =
+            in_sysfs.into_keys().filter(|gva| modules.iter().all(|module| module.gva != *gva));
+        let more: Vec<_> =
+            more.take(MAX_NAMED).filter_map(|gva| reader.module(gva).ok()?).collect();
+        modules.extend(more);
+    }
+    modules
 }

@@ -2,7 +2,7 @@
 //! The tasks of two places: the lists of processes and of their threads, which /proc and ps show,
 //! and the pids (`init_pid_ns.idr`), where kill and the scheduler's system calls find them.
 
-use super::{Finding, Report};
+use super::finding::{Finding, Report};
 use crate::bytes::Bytes;
 use crate::kernel::{Kernel, KernelError};
 

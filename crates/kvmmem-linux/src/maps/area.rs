@@ -5,7 +5,7 @@ use crate::bytes::{Bytes, text};
 use crate::kernel::{Kernel, KernelError};
 use crate::paths::Paths;
 
-use super::{MappedFile, Mapping};
+use super::mapping::{MappedFile, Mapping};
 
 /// The most bytes of an area that are read.
 const MAX_LEN: u64 = 4096;

@@ -9,7 +9,8 @@
 use crate::bytes::Bytes;
 use crate::kernel::{Kernel, KernelError};
 
-use super::MAX_AREAS;
+/// Limit of a process's areas. Linux allows 65,530 unless `vm.max_map_count` is set.
+pub(super) const MAX_AREAS: usize = 1 << 20;
 
 /// The deepest tree. One of a million entries has eight levels, with nodes that are half empty.
 const MAX_DEPTH: usize = 16;

@@ -3,10 +3,13 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
-use super::{Ends, Kind, Protocol, Socket, State, TRIES};
+use super::socket::{Ends, Kind, Protocol, Socket, State};
 use crate::bytes::{Bytes, text};
 use crate::kernel::{Kernel, KernelError};
 use crate::process::FIRST_NAMESPACE;
+
+/// Walks of a chain, and reads of a socket, that changes.
+pub(super) const TRIES: u32 = 3;
 
 /// Families of addresses.
 const AF_UNIX: u16 = 1;

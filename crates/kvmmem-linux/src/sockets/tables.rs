@@ -6,8 +6,8 @@
 
 use std::collections::BTreeSet;
 
-use super::Protocol;
 use super::layout::Layout;
+use super::socket::Protocol;
 use crate::bytes::Bytes;
 use crate::kernel::{Kernel, KernelError};
 

@@ -19,7 +19,8 @@ const UDP_HASH: u64 = 0x2400;
 pub(crate) const RAW: [u64; 2] = [0x2800, 0x3000];
 const NET: u64 = 0x3800;
 pub(crate) const NETS: u64 = 0x3900;
-const UNIX: u64 = 0x4000;
+pub(crate) const UNIX_COUNT: u64 = 0x3940;
+pub(crate) const UNIX: u64 = 0x4000;
 const SOCKS: u64 = 0x5000;
 const FILES: u64 = 0x6000;
 const ADDRESSES: u64 = 0x6800;
@@ -156,6 +157,7 @@ pub(crate) fn boot(guest: &Guest, place: &Place) {
         symbol("raw_v4_hashinfo", RAW[0]),
         symbol("raw_v6_hashinfo", RAW[1]),
         symbol("net_namespace_list", NETS),
+        symbol("unix_nr_socks", UNIX_COUNT),
         symbol("init_task", TASKS),
         symbol("init_pid_ns", PID_NAMESPACE),
         symbol("modules", MODULE_LIST),
