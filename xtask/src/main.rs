@@ -37,6 +37,7 @@ mod nested;
 mod plot;
 mod process;
 mod project;
+mod prose_check;
 mod provision;
 mod qemus;
 mod release;
@@ -167,7 +168,7 @@ enum Bench {
     Broker,
     /// Searches of a target's memory; needs no VM
     Scan,
-    /// What the command says about a Linux guest, against drgn, volatility3 and QEMU's own dump
+    /// The command's answers about a Linux guest, against drgn, volatility3 and QEMU's own dump
     Answers,
 }
 

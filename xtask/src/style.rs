@@ -8,7 +8,9 @@ use anyhow::{Result, bail};
 use crate::cache::Cache;
 use crate::suite::Suite;
 use crate::tool::Tool;
-use crate::{crate_graph, deny, doc_check, file_graph, module_format, project, source_check, ui};
+use crate::{
+    crate_graph, deny, doc_check, file_graph, module_format, project, prose_check, source_check, ui,
+};
 
 /// Cargo's arguments for fuzz/, which is a workspace of its own.
 const FUZZ: [&str; 2] = ["--manifest-path", "fuzz/Cargo.toml"];
@@ -53,6 +55,8 @@ pub(crate) fn rules(cache: &Cache, suite: &mut Suite) -> Result<()> {
         .check("files use each other in one direction", none(circles, "files that use each other"));
     let mistakes = doc_check::mistakes(project::root());
     suite.check("the documentation is in order", none(mistakes, "in the documentation"));
+    let mistakes = prose_check::mistakes(project::root());
+    suite.check("comments name who acts", none(mistakes, "words to avoid in comments"));
     Ok(())
 }
 
