@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `kvmmem scan` as a user runs it, from its start to its end, against what the machine can do in
 //! the same time: a plain sweep by AVX2 loads of a fresh mapping of the same memory, with as many
-//! threads. With rules, against the same engine on the same bytes in this process's own memory,
+//! threads; and the same of a dump file. With rules, against the same engine on the same bytes in this process's own memory,
 //! with one thread; the goal is the number of threads.
 //!
 //! Prints a line for each; with `--json` an object. `--size MIB` sets the amount of memory
@@ -12,6 +12,7 @@
 mod common;
 
 use std::error::Error;
+use std::process::Command;
 use std::time::Instant;
 
 use kvmmem_client::vmm::Region;
@@ -67,6 +68,27 @@ fn main() -> Result<()> {
         }
         lines.push(line);
     }
+    let dump = host.path("dump.raw");
+    let dump = dump.to_str().ok_or("no path")?;
+    let dumped = host.look(&[], &["dump", dump, "--no-hash"]);
+    if dumped.code != Some(0) {
+        return Err(format!("dump: {:?}, {}", dumped.code, dumped.stderr).into());
+    }
+    for threads in [1, 2] {
+        let name =
+            format!("scan of a dump of {} MiB, {threads} threads, against a sweep", len >> 20);
+        let mut line = Line { name, goal: GOAL, ours: Vec::new(), floor: Vec::new() };
+        for round in 0..=ROUNDS {
+            let words = ["scan", "--threads", &threads.to_string(), "--file", dump];
+            let ours = timed(host.command(&words), &["--text", needle])?;
+            let floor = sweep(&host, len, threads)?;
+            if round > 0 {
+                line.ours.push(ours);
+                line.floor.push(floor);
+            }
+        }
+        lines.push(line);
+    }
     if cfg!(feature = "yara") {
         let memory = copy(&host, len)?;
         for threads in [1, 2] {
@@ -106,10 +128,14 @@ fn fill(host: &Host, len: u64) -> Result<()> {
     Ok(())
 }
 
-/// The time that the command takes; it must find the needle alone.
+/// The time that a scan of the target takes.
 fn scan(host: &Host, what: &[&str], threads: usize) -> Result<u64> {
     let (_, token) = host.grant(&[]);
-    let mut command = host.view(&token, &["scan", "--threads", &threads.to_string()]);
+    timed(host.view(&token, &["scan", "--threads", &threads.to_string()]), what)
+}
+
+/// The time that the command takes; it must find the needle alone.
+fn timed(mut command: Command, what: &[&str]) -> Result<u64> {
     let began = Instant::now();
     let ended = finish(command.args(what).spawn()?);
     let time = nanoseconds(began)?;

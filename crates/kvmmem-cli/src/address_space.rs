@@ -10,10 +10,10 @@ use kvmmem_linux::{Kernel, Space, SpaceError};
 use kvmmem_memory::paging::{Absent, WalkError};
 
 use crate::failure::usage;
-use crate::input::{Input, Opened};
+use crate::input::{Input, InputMemory};
 use crate::linux::{Choice, find, process};
 use crate::number::{Address, Hex, integer, parse};
-use crate::physical::with_remedy;
+use crate::page_tables::with_remedy;
 
 /// Options of verbs that take guest-virtual addresses.
 #[derive(Args, Clone, Copy)]
@@ -103,7 +103,7 @@ impl Virtual {
 
 impl Linux {
     /// Finds the kernel.
-    pub(crate) fn kernel<'m>(&self, input: &Input, opened: &'m Opened) -> Result<Kernel<'m>> {
+    pub(crate) fn kernel<'m>(&self, input: &Input, opened: &'m InputMemory) -> Result<Kernel<'m>> {
         find(input, opened, self.choice)
     }
 }

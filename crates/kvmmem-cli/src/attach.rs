@@ -49,16 +49,16 @@ Exit codes:
 /// What happens to the view, as JSON.
 #[derive(Serialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
-enum Told {
-    Attached(Attached),
-    Changed(Attached),
+enum EventLine {
+    Attached(StatusLine),
+    Changed(StatusLine),
     Revoked,
     Gone,
     Detached,
 }
 
 #[derive(Serialize)]
-struct Attached {
+struct StatusLine {
     target: Uuid,
     state: &'static str,
     generation: u64,
@@ -66,7 +66,7 @@ struct Attached {
     ranges: Vec<RangeLine>,
 }
 
-impl From<Status> for Attached {
+impl From<Status> for StatusLine {
     fn from(status: Status) -> Self {
         let ranges =
             status.ranges.iter().map(|range| RangeLine::new(range.gpa, range.len)).collect();
@@ -86,7 +86,7 @@ impl Arguments {
         let access = if is_read_only { Access::ReadOnly } else { Access::Granted };
         let view = self.source.attach(access, "attach", &[])?;
         let interrupt = Interrupt::catch()?;
-        tell(Told::Attached(view.status()?.into()), output)?;
+        tell(EventLine::Attached(view.status()?.into()), output)?;
         if self.hold {
             let end = hold(&view, &interrupt, output)?;
             if let Some(code) = end {
@@ -94,7 +94,7 @@ impl Arguments {
             }
         }
         view.detach()?;
-        tell(Told::Detached, output)?;
+        tell(EventLine::Detached, output)?;
         Ok(ExitCode::SUCCESS)
     }
 }
@@ -104,13 +104,13 @@ fn hold(view: &View, interrupt: &Interrupt, output: &mut Output) -> Result<Optio
     while !interrupt.has_come() {
         match view.wait(SIGNAL_INTERVAL)? {
             None => {}
-            Some(Event::Changed) => tell(Told::Changed(view.status()?.into()), output)?,
+            Some(Event::Changed) => tell(EventLine::Changed(view.status()?.into()), output)?,
             Some(Event::Revoked) => {
-                tell(Told::Revoked, output)?;
+                tell(EventLine::Revoked, output)?;
                 return Ok(Some(REVOKED));
             }
             Some(Event::Gone) => {
-                tell(Told::Gone, output)?;
+                tell(EventLine::Gone, output)?;
                 return Ok(Some(GONE));
             }
         }
@@ -118,21 +118,21 @@ fn hold(view: &View, interrupt: &Interrupt, output: &mut Output) -> Result<Optio
     Ok(None)
 }
 
-fn tell(told: Told, output: &mut Output) -> Result<()> {
+fn tell(told: EventLine, output: &mut Output) -> Result<()> {
     if output.is_json() {
         return Ok(output.object(&told)?);
     }
     match told {
-        Told::Attached(view) => tell_view("attached to", &view, output),
-        Told::Changed(view) => tell_view("changed:", &view, output),
-        Told::Revoked => Ok(output.line("revoked: the owner revoked the grant")?),
-        Told::Gone => Ok(output.line("gone: the target or the broker has ended")?),
-        Told::Detached => Ok(output.line("detached")?),
+        EventLine::Attached(view) => tell_view("attached to", &view, output),
+        EventLine::Changed(view) => tell_view("changed:", &view, output),
+        EventLine::Revoked => Ok(output.line("revoked: the owner revoked the grant")?),
+        EventLine::Gone => Ok(output.line("gone: the target or the broker has ended")?),
+        EventLine::Detached => Ok(output.line("detached")?),
     }
 }
 
-fn tell_view(what: &str, view: &Attached, output: &mut Output) -> Result<()> {
-    let Attached { target, state, generation, writable, ranges } = view;
+fn tell_view(what: &str, view: &StatusLine, output: &mut Output) -> Result<()> {
+    let StatusLine { target, state, generation, writable, ranges } = view;
     let rights = if *writable { "read-write" } else { "read-only" };
     output.line(format!("{what} {target}, {state}, {rights}, generation {generation}"))?;
     for RangeLine { gpa: Hex(gpa), len } in ranges {

@@ -8,7 +8,8 @@ use anyhow::{Context, Result};
 use clap::Args;
 use kvmmem::{Endpoint, Listener, ListenerError, Session};
 
-use crate::failure::{escape, usage};
+use crate::escape::escape;
+use crate::failure::usage;
 use crate::time::parse_seconds;
 
 /// Environment variable with the vsock port to listen on.

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `kvmmem doctor`: what this machine can be used for, and what to do where it cannot.
 
+mod check;
 mod guest;
 mod host;
 mod limits;
@@ -10,12 +11,14 @@ mod views;
 use std::process::ExitCode;
 
 use anyhow::Result;
+use clap::Args;
 use clap::builder::styling::{AnsiColor, Style};
-use clap::{Args, ValueEnum};
 use serde::Serialize;
 
-use crate::failure::{escape, usage};
+use crate::escape::escape;
+use crate::failure::usage;
 use crate::output::Output;
+use check::{Check, Role, Status};
 use uses::{Use, Verdict, verdicts};
 
 #[derive(Args)]
@@ -37,57 +40,12 @@ Exit codes:
   1  it cannot; or failed, standard error says why
   2  the command line is wrong";
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
-#[serde(rename_all = "snake_case")]
-enum Role {
-    /// A guest where the host's signature is seen or the module is loaded, else a host
-    Auto,
-    /// A machine that runs virtual machines
-    Host,
-    /// A virtual machine that is to look at others
-    Guest,
-}
-
-/// How a check came out.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "snake_case")]
-enum Status {
-    Ok,
-    Warn,
-    Fail,
-}
-
-/// One line of the diagnosis.
-#[derive(Debug, Serialize)]
-struct Check {
-    name: &'static str,
-    status: Status,
-    /// What was found.
-    detail: String,
-    /// What to do about it; none where all is well.
-    remedy: Option<String>,
-}
-
 #[derive(Serialize)]
 struct Diagnosis {
     role: Role,
     usable: bool,
     uses: Vec<Verdict>,
     checks: Vec<Check>,
-}
-
-impl Check {
-    fn ok(name: &'static str, detail: impl Into<String>) -> Self {
-        Self { name, status: Status::Ok, detail: detail.into(), remedy: None }
-    }
-
-    fn warn(name: &'static str, detail: impl Into<String>, remedy: impl Into<String>) -> Self {
-        Self { name, status: Status::Warn, detail: detail.into(), remedy: Some(remedy.into()) }
-    }
-
-    fn fail(name: &'static str, detail: impl Into<String>, remedy: impl Into<String>) -> Self {
-        Self { name, status: Status::Fail, detail: detail.into(), remedy: Some(remedy.into()) }
-    }
 }
 
 impl Arguments {

@@ -7,10 +7,9 @@ use std::process::ExitCode;
 use anyhow::Error;
 use clap::builder::styling::AnsiColor;
 use clap::error::ErrorKind;
-use kvmmem_proto::name::is_unprintable;
 use serde::Serialize;
 
-use crate::output::{self, json};
+use crate::escape::{escape, json};
 
 /// Exit code of a command line that is wrong.
 pub(crate) const USAGE: u8 = 2;
@@ -57,6 +56,14 @@ impl ClosedPipe {
     }
 }
 
+/// The error of a write to standard output, with what failed.
+pub(crate) fn output_error(error: io::Error) -> io::Error {
+    match error.kind() {
+        kind @ io::ErrorKind::BrokenPipe => io::Error::new(kind, ClosedPipe { consequence: "" }),
+        kind => io::Error::new(kind, format!("cannot write the output: {error}")),
+    }
+}
+
 #[derive(Serialize)]
 struct Failure {
     error: String,
@@ -77,7 +84,7 @@ pub(crate) fn report_clap(error: &clap::Error, json: bool) -> ExitCode {
     }
     match error.print().and_then(|()| io::stdout().flush()) {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) => end(&output::named(error).into(), json, 1),
+        Err(error) => end(&output_error(error).into(), json, 1),
     }
 }
 
@@ -132,21 +139,6 @@ fn write_json(to: &mut impl Write, error: &Error) -> io::Result<()> {
         causes: error.chain().skip(1).map(ToString::to_string).collect(),
     };
     writeln!(to, "{}", json(&failure)?)
-}
-
-/// The text without what a terminal would not just show: some of it comes from peers, and must not
-/// drive the terminal.
-pub(crate) fn escape(text: &str) -> String {
-    if text.bytes().all(|byte| matches!(byte, b' '..=b'~')) {
-        return text.to_owned();
-    }
-    text.chars()
-        .flat_map(|c| {
-            let (plain, escaped) =
-                if is_unprintable(c) { (None, Some(c.escape_default())) } else { (Some(c), None) };
-            plain.into_iter().chain(escaped.into_iter().flatten())
-        })
-        .collect()
 }
 
 #[cfg(test)]

@@ -10,7 +10,7 @@ use kvmmem_linux::files::{Files, OpenFile};
 use kvmmem_linux::tasks::{Task, Tasks, Which};
 use serde::Serialize;
 
-use crate::linux::{Damage, Guest, Listed, collect, no_process};
+use crate::linux::{Damage, Guest, Listing, collect, no_process};
 use crate::number::{Hex, integer};
 use crate::output::Output;
 use crate::table::{Table, mark, or_unknown};
@@ -70,7 +70,7 @@ impl Arguments {
     }
 
     fn find(&self, kernel: &Kernel<'_>) -> Result<(Found, Damage)> {
-        let Listed { rows: mut tasks, lost } = collect(|| Tasks::new(kernel, Which::Processes))
+        let Listing { rows: mut tasks, lost } = collect(|| Tasks::new(kernel, Which::Processes))
             .context("cannot list the processes")?;
         for pid in &self.pid {
             let is_there = tasks.iter().any(|task| task.pid == *pid);

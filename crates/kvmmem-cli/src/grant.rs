@@ -123,7 +123,7 @@ fn parse_number(text: &str) -> Result<u64, String> {
 
 /// What was granted, as JSON.
 #[derive(Serialize)]
-struct Granted<'a> {
+struct GrantLine<'a> {
     grant: u64,
     token: &'a str,
     target: &'a str,
@@ -138,7 +138,7 @@ struct Granted<'a> {
 
 /// What was revoked, as JSON.
 #[derive(Serialize)]
-struct RevokedGrant {
+struct RevocationLine {
     grant: u64,
     #[serde(flatten)]
     outcome: Revoked,
@@ -174,7 +174,7 @@ impl Create {
             .with_context(|| format!("cannot grant access to {:?}", self.target))?;
         let token = granted.token.to_hex();
         if output.is_json() {
-            output.object(&Granted {
+            output.object(&GrantLine {
                 grant: granted.grant,
                 token: &token,
                 target: &request.target,
@@ -238,7 +238,7 @@ impl Revoke {
             .with_context(|| format!("cannot revoke grant {grant}"))?;
         let Revoked { views, unconfirmed, micros } = outcome;
         if output.is_json() {
-            output.object(&RevokedGrant { grant, outcome })?;
+            output.object(&RevocationLine { grant, outcome })?;
         } else {
             let milliseconds = Duration::from_micros(micros).as_secs_f64() * 1000.0;
             output.line(if unconfirmed == 0 {

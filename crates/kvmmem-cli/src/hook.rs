@@ -10,7 +10,7 @@ use kvmmem_proto::endpoint::Endpoint;
 use serde::Serialize;
 
 use crate::broker::Broker;
-use crate::failure::escape;
+use crate::escape::escape;
 use crate::output::{Output, columns};
 
 #[derive(Args)]
@@ -44,7 +44,7 @@ struct Pair {
 
 /// What was added or removed, as JSON.
 #[derive(Serialize)]
-struct Hooked<'a> {
+struct PairLine<'a> {
     target: &'a str,
     endpoint: &'a Endpoint,
     hooked: bool,
@@ -88,7 +88,7 @@ impl Pair {
 
     fn done(&self, hooked: bool, output: &mut Output) -> Result<()> {
         if output.is_json() {
-            output.object(&Hooked { target: &self.target, endpoint: &self.endpoint, hooked })?;
+            output.object(&PairLine { target: &self.target, endpoint: &self.endpoint, hooked })?;
         } else {
             let verb = if hooked { "hooked to" } else { "unhooked from" };
             output.line(format!("{} is {verb} {}", escape(&self.target), self.endpoint))?;

@@ -10,7 +10,7 @@ use kvmmem_qemu::discover::{Found, discover};
 use serde::Serialize;
 
 use crate::broker::Broker;
-use crate::failure::escape;
+use crate::escape::escape;
 use crate::number::mebibytes;
 use crate::output::{Output, columns};
 use crate::shell::quote;

@@ -12,10 +12,11 @@ use kvmmem_memory::paging::AddressSpace;
 use kvmmem_memory::{DumpFile, Memory};
 
 use crate::failure::usage;
+use crate::memory;
 use crate::parallel::{Sink, in_order};
 use crate::range::GpaRange;
 use crate::shell::quote;
-use crate::source::{self, NO_TOKEN, Source};
+use crate::source::{NO_TOKEN, Source};
 use crate::target_name::TargetName;
 use crate::vcpu;
 
@@ -37,7 +38,7 @@ pub(crate) const NOT_SHOWN: &str =
     "QEMU's monitor does not show it, and other stock VMMs have none";
 
 /// Memory that can be read.
-pub(crate) enum Opened {
+pub(crate) enum InputMemory {
     /// That of a target, and how errors name it.
     View(View, String),
     File(DumpFile),
@@ -65,19 +66,19 @@ impl Input {
 
     /// Opens the file, or attaches a view that reaches into each of `wanted`. `verb` is for the
     /// audit log.
-    pub(crate) fn open(&self, verb: &str, wanted: &[GpaRange]) -> Result<Opened> {
+    pub(crate) fn open(&self, verb: &str, wanted: &[GpaRange]) -> Result<InputMemory> {
         Ok(match &self.file {
-            Some(path) => Opened::File(DumpFile::open(path)?),
+            Some(path) => InputMemory::File(DumpFile::open(path)?),
             None => {
                 let source = self.source()?;
-                Opened::View(source.attach(Access::ReadOnly, verb, wanted)?, source.name())
+                InputMemory::View(source.attach(Access::ReadOnly, verb, wanted)?, source.name())
             }
         })
     }
 
     /// As [`Input::open`], with the registers of the vCPUs or why they are not known. A broker must
     /// run to ask the VMM.
-    pub(crate) fn open_with_registers(&self, verb: &str) -> Result<(Opened, Registers)> {
+    pub(crate) fn open_with_registers(&self, verb: &str) -> Result<(InputMemory, Registers)> {
         if self.file.is_some() || !self.source()?.is_by_name() || self.source.has_no_broker() {
             let reason = match &self.file {
                 Some(_) => "a dump file does not have it",
@@ -91,17 +92,21 @@ impl Input {
         let mut operator = operator.context("the view was not attached by name")?;
         let registers = operator.admin.registers(&operator.target);
         let registers = registers.map_err(|error| format!("{:#}", anyhow::Error::new(error)));
-        Ok((Opened::View(view, self.source.name()), registers))
+        Ok((InputMemory::View(view, self.source.name()), registers))
     }
 
     /// As [`Input::open`], with the address space that a vCPU uses at this moment, or did when it
     /// was dumped.
-    pub(crate) fn open_at_vcpu(&self, verb: &str, number: u32) -> Result<(Opened, AddressSpace)> {
+    pub(crate) fn open_at_vcpu(
+        &self,
+        verb: &str,
+        number: u32,
+    ) -> Result<(InputMemory, AddressSpace)> {
         if let Some(path) = &self.file {
             let file = DumpFile::open(path)?;
             let vcpus = file.vcpus()?;
             ensure!(!vcpus.is_empty(), vcpu::none_in(path));
-            return Ok((Opened::File(file), vcpu::space(&vcpus, number)?));
+            return Ok((InputMemory::File(file), vcpu::space(&vcpus, number)?));
         }
         let source = self.source()?;
         ensure!(source.is_by_name(), vcpu::NO_REGISTERS);
@@ -111,13 +116,13 @@ impl Input {
         let registers =
             registers.with_context(|| format!("cannot get the registers of vCPU {number}"))?;
         let vcpus: Vec<_> = registers.iter().map(vcpu::control).collect();
-        Ok((Opened::View(view, source.name()), vcpu::space(&vcpus, number)?))
+        Ok((InputMemory::View(view, source.name()), vcpu::space(&vcpus, number)?))
     }
 
     /// Memory for a few accesses: that in the file, or as [`Source::memory`] has it.
-    pub(crate) fn memory(&self, verb: &str, wanted: &[GpaRange]) -> Result<source::Memory> {
+    pub(crate) fn memory(&self, verb: &str, wanted: &[GpaRange]) -> Result<memory::Memory> {
         match &self.file {
-            Some(path) => Ok(source::Memory::File(DumpFile::open(path)?)),
+            Some(path) => Ok(memory::Memory::File(DumpFile::open(path)?)),
             None => self.source()?.memory(Access::ReadOnly, verb, wanted),
         }
     }
@@ -145,16 +150,16 @@ impl Input {
     }
 }
 
-impl From<Opened> for source::Memory {
-    fn from(opened: Opened) -> Self {
+impl From<InputMemory> for memory::Memory {
+    fn from(opened: InputMemory) -> Self {
         match opened {
-            Opened::View(view, _) => Self::View(view),
-            Opened::File(file) => Self::File(file),
+            InputMemory::View(view, _) => Self::View(view),
+            InputMemory::File(file) => Self::File(file),
         }
     }
 }
 
-impl Opened {
+impl InputMemory {
     pub(crate) fn memory(&self) -> &dyn Memory {
         match self {
             Self::View(view, _) => view,

@@ -10,11 +10,11 @@ use kvmmem_client::admin::{self, Admin, IntrospectorAdded, TargetInfo};
 use serde::Serialize;
 
 use crate::broker::Broker;
-use crate::failure::escape;
+use crate::escape::escape;
 use crate::number::{count, integer};
 use crate::output::Output;
 use crate::registered;
-use crate::target::Running;
+use crate::target::RunningVm;
 
 #[derive(Args)]
 pub(crate) struct Introspector {
@@ -43,7 +43,7 @@ enum Verb {
 #[derive(Args)]
 struct Add {
     #[command(flatten)]
-    running: Running,
+    running: RunningVm,
     /// Its vsock context id, if its QEMU's command line lacks it
     #[arg(long, value_parser = integer(3..=u32::MAX - 1))]
     cid: Option<u32>,

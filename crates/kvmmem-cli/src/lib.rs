@@ -15,6 +15,7 @@ mod doctor;
 mod documented;
 mod dump;
 mod embedded;
+mod escape;
 mod failure;
 mod files;
 mod grant;
@@ -29,10 +30,12 @@ mod linux;
 mod log;
 mod map;
 mod maps;
+mod memory;
 mod modules;
 mod mounts;
 mod number;
 mod output;
+mod page_tables;
 mod parallel;
 mod physical;
 mod policy;
@@ -53,6 +56,7 @@ mod target;
 mod target_name;
 mod text_file;
 mod time;
+mod token_file;
 mod translate;
 mod unreadable;
 mod vcpu;
@@ -197,6 +201,7 @@ pub fn main() -> ExitCode {
             suggestion::add(
                 &mut error,
                 std::env::args_os().skip(1).map(|word| word.to_string_lossy().into_owned()),
+                &command(),
             );
             return failure::report_clap(&error, wants_json());
         }

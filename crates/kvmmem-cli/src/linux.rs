@@ -3,7 +3,9 @@
 //! in it.
 
 mod choice;
+mod damage;
 mod explain;
+mod list;
 
 use std::process::ExitCode;
 
@@ -14,11 +16,13 @@ use kvmmem_linux::{Find, FindError, Kernel, KernelError};
 use kvmmem_memory::Memory;
 
 use crate::failure;
-use crate::input::{Input, Opened, Registers};
+use crate::input::{Input, InputMemory, Registers};
 use crate::number::parse;
 use crate::target_name::TargetName;
 pub(crate) use choice::Choice;
+pub(crate) use damage::Damage;
 pub(crate) use explain::explain;
+pub(crate) use list::{Listing, collect};
 
 /// Exit code where some of what was asked for was not found, or is damaged, and the rest was
 /// printed.
@@ -26,9 +30,6 @@ pub(crate) const INCOMPLETE: u8 = 3;
 
 /// Exit code where the guest was restarted while it was read.
 const RESTARTED: u8 = 4;
-
-/// Walks of a list that changes, before its error counts.
-const TRIES: u32 = 3;
 
 #[derive(Args)]
 pub(crate) struct Guest {
@@ -99,7 +100,7 @@ impl Guest {
 
     fn with_kernel_of<R>(
         &self,
-        opened: &Opened,
+        opened: &InputMemory,
         read: impl FnOnce(&Kernel<'_>) -> Result<R>,
     ) -> Result<R> {
         let choice = Choice { note: self.note, kernel: self.kernel };
@@ -129,11 +130,19 @@ fn with_kernel<'m, R>(
 
 /// Finds the kernel in the memory that `input` has opened: that of a target, which may run, or of a
 /// dump.
-pub(crate) fn find<'m>(input: &Input, opened: &'m Opened, choice: Choice) -> Result<Kernel<'m>> {
+pub(crate) fn find<'m>(
+    input: &Input,
+    opened: &'m InputMemory,
+    choice: Choice,
+) -> Result<Kernel<'m>> {
     find_in(input, opened, choice).map_err(|error| explain(error.into(), opened))
 }
 
-fn find_in<'m>(input: &Input, opened: &'m Opened, choice: Choice) -> Result<Kernel<'m>, FindError> {
+fn find_in<'m>(
+    input: &Input,
+    opened: &'m InputMemory,
+    choice: Choice,
+) -> Result<Kernel<'m>, FindError> {
     let find = Find { cr3: opened.cr3(), ..choice.find(opened.view().is_some()) };
     match Kernel::find(opened.memory(), find) {
         // Where memory does not decide, a vCPU does.
@@ -166,77 +175,6 @@ pub(crate) fn no_process(kernel: &Kernel<'_>, pid: u32, arguments: &str) -> Stri
     }
 }
 
-/// The items of a walk that can be read.
-pub(crate) struct Listed<T> {
-    pub(crate) rows: Vec<T>,
-    /// How many cannot: at least this many.
-    pub(crate) lost: usize,
-}
-
-/// What a verb could not print.
-#[derive(Default)]
-pub(crate) struct Damage {
-    missing: Vec<String>,
-    marked: usize,
-}
-
-impl Damage {
-    /// Adds things that are missing.
-    pub(crate) fn missing(&mut self, count: usize, one: &str, many: &str) {
-        if count > 0 {
-            self.missing.push(format!("at least {count} {}", if count == 1 { one } else { many }));
-        }
-    }
-
-    /// Adds something that is missing.
-    pub(crate) fn add(&mut self, what: String) {
-        self.missing.push(what);
-    }
-
-    /// Adds rows that are marked.
-    pub(crate) fn marked(&mut self, rows: impl IntoIterator<Item = bool>) {
-        self.marked += rows.into_iter().filter(|is_damaged| *is_damaged).count();
-    }
-}
-
-/// Collects what a walk finds, again where something of it cannot be read: the guest may have
-/// changed it meanwhile.
-///
-/// # Errors
-/// The walk's, where it finds nothing.
-pub(crate) fn collect<T, I>(
-    walk: impl Fn() -> Result<I, KernelError>,
-) -> Result<Listed<T>, KernelError>
-where
-    I: Iterator<Item = Result<T, KernelError>>,
-{
-    let once = || {
-        let (mut listed, mut first) = (Listed { rows: Vec::new(), lost: 0 }, None);
-        for item in walk()? {
-            match item {
-                Ok(row) => listed.rows.push(row),
-                Err(error) if error.is_local() => {
-                    listed.lost += 1;
-                    first = first.or(Some(error));
-                }
-                Err(error) => return Err(error),
-            }
-        }
-        match first {
-            Some(error) if listed.rows.is_empty() => Err(error),
-            _ => Ok(listed),
-        }
-    };
-    let mut result = once();
-    for _ in 1..TRIES {
-        if result.as_ref().is_ok_and(|listed| listed.lost == 0) {
-            break;
-        }
-        result = once();
-    }
-    result
-}
-
 /// Guests in which a builder wrote a kernel.
 #[cfg(test)]
 #[path = "../../kvmmem-linux/tests/common/mod.rs"]
@@ -244,34 +182,10 @@ mod common;
 
 #[cfg(test)]
 mod tests {
-    use std::cell::Cell;
-
     use anyhow::bail;
 
     use super::common::{Guest, PAGE_TABLES, Place};
     use super::*;
-
-    #[test]
-    fn what_cannot_be_read_is_counted_after_it_was_tried_again() {
-        let damage = |gva| KernelError::Malformed { what: "the task".to_owned(), gva };
-        let walks = Cell::new(0);
-        let walk = |lost: fn(u32) -> bool| {
-            walks.set(0);
-            collect(|| {
-                walks.set(walks.get() + 1);
-                let is_lost = lost(walks.get());
-                Ok([Ok(1), Err(damage(2)), Ok(3)]
-                    .into_iter()
-                    .filter(move |item| item.is_ok() || is_lost))
-            })
-        };
-        let listed = walk(|_| true).unwrap();
-        assert_eq!((listed.rows, listed.lost, walks.get()), (vec![1, 3], 1, TRIES));
-        let listed = walk(|walk| walk == 1).unwrap();
-        assert_eq!((listed.rows, listed.lost, walks.get()), (vec![1, 3], 0, 2));
-        let nothing = collect(|| Ok([Err::<u32, _>(damage(2)), Err(damage(3))].into_iter()));
-        assert!(matches!(nothing.err(), Some(KernelError::Malformed { gva: 2, .. })));
-    }
 
     #[test]
     fn what_is_missing_has_an_exit_code_of_its_own() {

@@ -21,7 +21,7 @@ use tracing_subscriber::registry::LookupSpan;
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{EnvFilter, Layer};
 
-use crate::output::escape_json;
+use crate::escape::escape_json;
 
 /// Starts logging.
 pub(crate) fn start(json: bool) {
@@ -32,10 +32,10 @@ pub(crate) fn start(json: bool) {
     let filter = wanted.unwrap_or_else(|| EnvFilter::new(usual));
     let lines = tracing_subscriber::fmt::layer();
     let lines = if json {
-        let stderr = || Escaped { to: io::stderr(), escape: escape_json };
+        let stderr = || EscapingWriter { to: io::stderr(), escape: escape_json };
         lines.json().with_current_span(false).with_span_list(false).with_writer(stderr).boxed()
     } else {
-        let stderr = || Escaped { to: io::stderr(), escape: escape_text };
+        let stderr = || EscapingWriter { to: io::stderr(), escape: escape_text };
         let lines = lines.with_ansi(io::stderr().is_terminal()).with_writer(stderr);
         if is_wanted { lines.boxed() } else { lines.event_format(Message).boxed() }
     };
@@ -89,12 +89,12 @@ fn escape_text(line: &str) -> String {
 }
 
 /// Writes lines after an escape.
-struct Escaped<W> {
+struct EscapingWriter<W> {
     to: W,
     escape: fn(&str) -> String,
 }
 
-impl<W: Write> Write for Escaped<W> {
+impl<W: Write> Write for EscapingWriter<W> {
     /// tracing-subscriber writes a line at a time.
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
         self.to.write_all((self.escape)(&String::from_utf8_lossy(line)).as_bytes())?;
@@ -114,7 +114,7 @@ mod tests {
     fn values_in_lines_cannot_drive_the_terminal() {
         let mut to = Vec::new();
         let line = "\x1b[2mWARN\x1b[0m the release is \u{202e}x\u{9b}2J\n";
-        Escaped { to: &mut to, escape: escape_text }.write_all(line.as_bytes()).unwrap();
+        EscapingWriter { to: &mut to, escape: escape_text }.write_all(line.as_bytes()).unwrap();
         let text = String::from_utf8(to).unwrap();
         assert_eq!(text, "\x1b[2mWARN\x1b[0m the release is \\u{202e}x\\u{9b}2J\n");
     }

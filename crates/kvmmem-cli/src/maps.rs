@@ -10,7 +10,7 @@ use kvmmem_linux::maps::{Mapping, Maps, MemoryMap};
 use kvmmem_linux::tasks::{Task, Tasks, Which};
 use serde::Serialize;
 
-use crate::failure::escape;
+use crate::escape::escape;
 use crate::linux::{Damage, Guest, collect, process};
 use crate::number::{Hex, integer};
 use crate::output::Output;

@@ -8,7 +8,7 @@ use clap::Args;
 use kvmmem_linux::mounts::{Mount, Mounts};
 use serde::Serialize;
 
-use crate::failure::escape;
+use crate::escape::escape;
 use crate::linux::{Damage, Guest, process};
 use crate::number::integer;
 use crate::output::{Output, columns};

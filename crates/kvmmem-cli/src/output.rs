@@ -5,17 +5,15 @@
 //! terminal that does more than to show it: [`Output::line`] and [`columns`] escape text, [`json`]
 //! escapes it with its value kept.
 
-use std::fmt::Write as _;
 use std::io::{self, IsTerminal, Write};
-
-use kvmmem_proto::name::is_unprintable;
 
 use anstream::AutoStream;
 use rustix::termios::tcgetwinsize;
 use serde::Serialize;
 use unicode_width::{UnicodeWidthChar, UnicodeWidthStr};
 
-use crate::failure::{ClosedPipe, escape};
+use crate::escape::{escape, json};
+use crate::failure::output_error;
 
 /// Where results go.
 pub(crate) struct Output {
@@ -67,7 +65,9 @@ impl Output {
     /// Writes text that has styles or line breaks of this program's. What a peer has named in it
     /// must be escaped.
     pub(crate) fn styled(&mut self, text: impl AsRef<str>) -> io::Result<()> {
-        writeln!(self.stream, "{}", text.as_ref()).and_then(|()| self.stream.flush()).map_err(named)
+        writeln!(self.stream, "{}", text.as_ref())
+            .and_then(|()| self.stream.flush())
+            .map_err(output_error)
     }
 
     /// Writes an object as a line of JSON.
@@ -87,39 +87,8 @@ impl Output {
     /// Writes bytes as they are.
     pub(crate) fn raw(&mut self, bytes: &[u8]) -> io::Result<()> {
         let mut stdout = io::stdout().lock();
-        stdout.write_all(bytes).and_then(|()| stdout.flush()).map_err(named)
+        stdout.write_all(bytes).and_then(|()| stdout.flush()).map_err(output_error)
     }
-}
-
-/// The error of a write to standard output, with what failed.
-pub(crate) fn named(error: io::Error) -> io::Error {
-    match error.kind() {
-        kind @ io::ErrorKind::BrokenPipe => io::Error::new(kind, ClosedPipe { consequence: "" }),
-        kind => io::Error::new(kind, format!("cannot write the output: {error}")),
-    }
-}
-
-/// The object as a line of JSON in which every character that a terminal does not just show is an
-/// escape.
-pub(crate) fn json(object: &impl Serialize) -> io::Result<String> {
-    Ok(escape_json(&serde_json::to_string(object)?))
-}
-
-/// JSON with escapes for what serde_json writes as it is and a terminal does not just show: U+007F
-/// to U+009F, marks that change the direction of text, and the like. They stand in strings alone.
-pub(crate) fn escape_json(text: &str) -> String {
-    let mut escaped = String::with_capacity(text.len());
-    for c in text.chars() {
-        if c == '\n' || !is_unprintable(c) {
-            escaped.push(c);
-            continue;
-        }
-        for unit in c.encode_utf16(&mut [0; 2]) {
-            // A string takes all that is written to it.
-            let _ = write!(escaped, "\\u{unit:04x}");
-        }
-    }
-    escaped
 }
 
 /// The part of a line that fits in `width` columns, with `…` in place of what does not.
@@ -168,26 +137,6 @@ mod tests {
         let rows =
             [["虚拟", "1"], ["e\u{301}", "2"], ["abcd", "3"]].map(|row| row.map(str::to_owned));
         assert_eq!(columns(&rows), ["虚拟  1", "e\u{301}     2", "abcd  3"]);
-    }
-
-    /// All kinds of characters that do more than to be shown, and some that do not.
-    const HOSTILE: &str = "a\u{1b}[2J\u{7f}\u{80}\u{9b}31m\u{9f}\u{202e}\u{2066}\u{feff}\u{e0041}\n\t\"\\ü虚\u{10ffff}";
-
-    #[test]
-    fn json_has_exact_values_and_nothing_that_drives_a_terminal() {
-        let text = json(&[HOSTILE]).unwrap();
-        assert!(!text.chars().any(is_unprintable), "{text:?}");
-        let back: Vec<String> = serde_json::from_str(&text).unwrap();
-        assert_eq!(back, [HOSTILE]);
-        // As it reaches a pipe: AutoStream takes out what it takes for a terminal's.
-        let mut piped = Vec::new();
-        anstream::StripStream::new(&mut piped).write_all(text.as_bytes()).unwrap();
-        assert_eq!(piped, text.as_bytes());
-        assert!(
-            text.contains("\\u009b31m\\u009f\\u202e")
-                && text.contains("ü虚")
-                && text.contains("\\udb40\\udc41")
-        );
     }
 
     #[test]

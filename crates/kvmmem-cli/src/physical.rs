@@ -12,11 +12,12 @@ use crate::address_space::{LinuxSpace, Virtual};
 use crate::failure::usage;
 use crate::hexdump::Hexdump;
 use crate::input::Input;
+use crate::memory::Memory;
 use crate::number::{Address, Hex, HexBytes, count, hex, parse, parse_hex, parse_length};
 use crate::output::Output;
+use crate::page_tables::{Depth, Tables, with_remedy};
 use crate::range::pages;
-use crate::source::{Memory, Source};
-use crate::translate::{Depth, Tables};
+use crate::source::Source;
 
 /// Bytes that are read before they are printed.
 const CHUNK: u64 = 64 * 1024;
@@ -78,7 +79,7 @@ struct Part {
 
 /// What was written, as JSON.
 #[derive(Serialize)]
-struct Written {
+struct WriteLine {
     gpa: Hex,
     bytes: usize,
 }
@@ -176,27 +177,13 @@ fn read(
     }
 }
 
-/// An error at a guest-virtual address, with what helps.
-pub(crate) fn with_remedy(
-    gva: u64,
-    error: impl std::error::Error + Send + Sync + 'static,
-    remedy: &str,
-) -> anyhow::Error {
-    let error = anyhow::Error::new(error);
-    if remedy.is_empty() {
-        error
-    } else {
-        error.context(format!("cannot read gva {gva:#x}{remedy}"))
-    }
-}
-
 impl Write {
     pub(crate) fn run(&self, output: &mut Output) -> Result<ExitCode> {
         let bytes = &self.bytes.0;
         let wanted = [pages(self.gpa, bytes.len() as u64)];
         self.source.memory(Access::Granted, "write", &wanted)?.write(self.gpa, bytes)?;
         if output.is_json() {
-            output.object(&Written { gpa: Hex(self.gpa), bytes: bytes.len() })?;
+            output.object(&WriteLine { gpa: Hex(self.gpa), bytes: bytes.len() })?;
         } else {
             output.line(format!("wrote {} at {:#x}", count(bytes.len(), "byte"), self.gpa))?;
         }

@@ -9,7 +9,7 @@ use kvmmem_client::admin::KvmiPolicy;
 use serde::Serialize;
 
 use crate::broker::Broker;
-use crate::failure::escape;
+use crate::escape::escape;
 use crate::output::Output;
 
 #[derive(Args)]
@@ -44,14 +44,14 @@ struct Set {
     target: String,
     /// What tokens allow from now on
     #[arg(value_enum)]
-    policy: Allowed,
+    policy: PolicyArgument,
     #[command(flatten)]
     broker: Broker,
 }
 
 /// What KVMI's tokens allow, on the command line.
 #[derive(Clone, Copy, Debug, ValueEnum)]
-enum Allowed {
+enum PolicyArgument {
     /// Reading and writing
     Rw,
     /// Reading; pages cannot be mapped one by one then, which always allows writing
@@ -60,12 +60,12 @@ enum Allowed {
     None,
 }
 
-impl From<Allowed> for KvmiPolicy {
-    fn from(allowed: Allowed) -> Self {
+impl From<PolicyArgument> for KvmiPolicy {
+    fn from(allowed: PolicyArgument) -> Self {
         match allowed {
-            Allowed::Rw => Self::ReadWrite,
-            Allowed::Ro => Self::ReadOnly,
-            Allowed::None => Self::None,
+            PolicyArgument::Rw => Self::ReadWrite,
+            PolicyArgument::Ro => Self::ReadOnly,
+            PolicyArgument::None => Self::None,
         }
     }
 }

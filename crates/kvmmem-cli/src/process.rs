@@ -10,7 +10,7 @@ use kvmmem_linux::space::{Extent, MappedError};
 use kvmmem_memory::paging::AddressSpace;
 use kvmmem_memory::{Memory, MemoryError, Range, VectoredError};
 
-use crate::input::{Input, Opened};
+use crate::input::{Input, InputMemory};
 use crate::linux::{Choice, find, process};
 use crate::number::{Address, Hex, integer, parse};
 use crate::range::GpaRange;
@@ -50,7 +50,7 @@ impl Process {
         input: &Input,
         verb: &str,
         wanted: &[GpaRange],
-    ) -> Result<(Opened, Option<AddressSpace>)> {
+    ) -> Result<(InputMemory, Option<AddressSpace>)> {
         match self.vcpu {
             Some(vcpu) => {
                 input.open_at_vcpu(verb, vcpu).map(|(opened, space)| (opened, Some(space)))
@@ -70,7 +70,7 @@ impl Process {
     pub(crate) fn with_memory<R>(
         &self,
         input: &Input,
-        opened: &Opened,
+        opened: &InputMemory,
         space: Option<AddressSpace>,
         act: impl FnOnce(&dyn Memory) -> Result<R>,
     ) -> Result<R> {

@@ -4,6 +4,7 @@
 mod changes;
 mod live;
 mod screen;
+mod task_line;
 mod tree;
 
 use std::process::ExitCode;
@@ -11,15 +12,15 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use kvmmem_linux::process::{Details, Namespaces};
-use kvmmem_linux::tasks::{Args, Task, Tasks, Which};
+use kvmmem_linux::tasks::{Task, Tasks, Which};
 use kvmmem_linux::{FilePath, KernelError};
-use serde::Serialize;
 
-use crate::linux::{Damage, Guest, Listed, collect};
-use crate::number::{Hex, integer};
+use crate::linux::{Damage, Guest, Listing, collect};
+use crate::number::integer;
 use crate::output::Output;
 use crate::table::{Table, mark, or_unknown};
 use crate::time::parse_duration;
+use task_line::{More, MoreLine, TaskLine, command};
 
 #[derive(clap::Args)]
 #[command(after_help = AFTER_HELP)]
@@ -78,65 +79,6 @@ Exit codes:
   3  some of it could not be read, standard error says how much; the rest was printed
   4  the guest was restarted while it was read";
 
-/// A task, as JSON.
-#[derive(Serialize)]
-struct TaskLine<'a> {
-    pid: u32,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    tid: Option<u32>,
-    ppid: Option<u32>,
-    uid: Option<u32>,
-    euid: Option<u32>,
-    gid: Option<u32>,
-    state: char,
-    start_ms: Option<u64>,
-    comm: Option<&'a str>,
-    args: &'a [String],
-    /// Whether the command line is longer than what could be read.
-    args_cut: bool,
-    kernel: bool,
-    /// Where its `struct task_struct` is.
-    task: Hex,
-    torn: bool,
-    damaged: bool,
-    #[serde(flatten)]
-    more: Option<MoreLine<'a>>,
-}
-
-/// Details that `ps` looks up, as JSON.
-#[derive(Serialize)]
-struct MoreLine<'a> {
-    /// The program; `None` for the kernel's threads, and for processes that have ended.
-    exe: Option<&'a str>,
-    exe_deleted: bool,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    env: Option<&'a [String]>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    env_cut: Option<bool>,
-    namespaces: NamespaceNumbers,
-}
-
-/// Inode numbers of namespaces, as JSON; `None` for one that a process has left.
-#[derive(Serialize)]
-struct NamespaceNumbers {
-    cgroup: Option<u32>,
-    ipc: Option<u32>,
-    mnt: Option<u32>,
-    net: Option<u32>,
-    pid: Option<u32>,
-    time: Option<u32>,
-    user: Option<u32>,
-    uts: Option<u32>,
-}
-
-/// Details of a process.
-#[derive(Default)]
-struct More {
-    exe: Option<FilePath>,
-    env: Option<Args>,
-    namespaces: Namespaces,
-}
-
 impl Arguments {
     pub(crate) fn run(&self, output: &mut Output) -> Result<ExitCode> {
         let which = if self.threads { Which::Threads } else { Which::Processes };
@@ -148,7 +90,7 @@ impl Arguments {
             return Ok(ExitCode::SUCCESS);
         }
         let wants_more = output.is_json() || self.exe || self.namespaces || self.env;
-        let (Listed { rows: tasks, lost }, more) = self.guest.with_kernel("ps", |kernel| {
+        let (Listing { rows: tasks, lost }, more) = self.guest.with_kernel("ps", |kernel| {
             let mut tasks =
                 collect(|| Tasks::new(kernel, which)).context("cannot list the processes")?;
             if !wants_more {
@@ -178,10 +120,7 @@ impl Arguments {
         self.table.print(
             output,
             tasks,
-            |(task, more, _)| TaskLine {
-                more: more.map(MoreLine::new),
-                ..TaskLine::new(task, self.threads)
-            },
+            |(task, more, _)| TaskLine::new(task, self.threads).with(more.map(MoreLine::new)),
             self.header(),
             |(task, more, depth)| self.row(task, more.unwrap_or(&nothing), depth),
         )?;
@@ -253,55 +192,4 @@ fn or_damaged<T: Default>(
         task.is_damaged = true;
         if error.is_final() { Err(error) } else { Ok(T::default()) }
     })
-}
-
-/// The command line, or the name of a process without one.
-fn command(task: &Task) -> String {
-    let name = if task.comm.is_empty() { "?" } else { &task.comm };
-    if task.is_kernel {
-        return format!("[{name}]");
-    }
-    if task.tid != task.pid {
-        return name.to_owned();
-    }
-    let words = task.args.words.join(" ");
-    let command = if words.is_empty() { name } else { &words };
-    command.to_owned() + if task.args.is_cut { " ..." } else { "" }
-}
-
-impl<'a> TaskLine<'a> {
-    fn new(task: &'a Task, has_thread: bool) -> Self {
-        Self {
-            pid: task.pid,
-            tid: has_thread.then_some(task.tid),
-            ppid: task.ppid,
-            uid: task.uid,
-            euid: task.euid,
-            gid: task.gid,
-            state: task.state,
-            start_ms: task.start.map(|start| u64::try_from(start.as_millis()).unwrap_or(u64::MAX)),
-            comm: Some(task.comm.as_str()).filter(|name| !name.is_empty()),
-            args: &task.args.words,
-            args_cut: task.args.is_cut,
-            kernel: task.is_kernel,
-            task: Hex(task.gva),
-            torn: task.is_torn,
-            damaged: task.is_damaged,
-            more: None,
-        }
-    }
-}
-
-impl<'a> MoreLine<'a> {
-    fn new(more: &'a More) -> Self {
-        let More { exe, env, namespaces } = more;
-        let Namespaces { cgroup, ipc, mnt, net, pid, time, user, uts } = *namespaces;
-        Self {
-            exe: exe.as_ref().map(|exe| exe.text.as_str()),
-            exe_deleted: exe.as_ref().is_some_and(|exe| exe.is_deleted),
-            env: env.as_ref().map(|env| env.words.as_slice()),
-            env_cut: env.as_ref().map(|env| env.is_cut),
-            namespaces: NamespaceNumbers { cgroup, ipc, mnt, net, pid, time, user, uts },
-        }
-    }
 }

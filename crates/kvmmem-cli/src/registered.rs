@@ -3,7 +3,7 @@
 
 use kvmmem_client::admin::TargetInfo;
 
-use crate::failure::escape;
+use crate::escape::escape;
 use crate::number::mebibytes;
 use crate::output::columns;
 

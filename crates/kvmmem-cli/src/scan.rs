@@ -2,7 +2,9 @@
 //! `kvmmem scan`: where a target's memory holds given bytes.
 
 mod many;
+mod matches;
 mod pattern;
+mod pattern_list;
 mod places;
 mod report;
 #[cfg(feature = "yara")]
@@ -13,31 +15,32 @@ mod source;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result};
 use clap::Args;
 #[cfg(feature = "yara")]
 use clap::builder::styling::Style;
 use indicatif::ProgressBar;
 
 #[cfg(feature = "yara")]
-use crate::failure::escape;
+use crate::escape::escape;
 use crate::failure::usage;
 #[cfg(feature = "yara")]
 use crate::hexdump;
-use crate::input::{Input, Opened, data_of_view, data_within, reached};
+use crate::input::{Input, InputMemory, data_of_view, data_within, reached};
 use crate::number::{integer, parse};
 use crate::output::Output;
 use crate::process::Process;
 use crate::progress;
 use crate::range::{GpaRange, in_order, left_out, parse_range, select, total};
 use crate::unreadable::Unreadable;
+use matches::{Around, MAX_AROUND};
 use pattern::{Form, Pattern};
 pub(crate) use places::{Piece, Places};
 use report::Report;
 #[cfg(feature = "yara")]
-use rules::{Matched, Rules};
-use search::{Around, MAX_AROUND, Search};
-use source::{Copied, Dump, Mapped};
+use rules::{RuleMatch, Rules};
+use search::Search;
+use source::{CopySource, DumpSource, MappedSource};
 
 /// Exit code of a scan that found nothing, as grep's.
 const NOTHING: u8 = 1;
@@ -116,15 +119,6 @@ Exit codes:
   2  failed, standard error says why; or the command line is wrong
   3  some memory could not be read, standard error says which; what the rest holds was printed";
 
-/// The text in a file of patterns or rules.
-fn utf8(bytes: Vec<u8>) -> Result<String> {
-    String::from_utf8(bytes).map_err(|error| {
-        let before = error.as_bytes().get(..error.utf8_error().valid_up_to()).unwrap_or_default();
-        let line = 1 + before.iter().filter(|byte| **byte == b'\n').count();
-        anyhow!("line {line} is not UTF-8 text: write such bytes in hexadecimal")
-    })
-}
-
 fn parse_around(text: &str) -> Result<u64, String> {
     match parse(text)? {
         bytes if bytes <= MAX_AROUND => Ok(bytes),
@@ -133,7 +127,7 @@ fn parse_around(text: &str) -> Result<u64, String> {
 }
 
 /// What is looked for.
-enum Wanted {
+enum Query {
     Patterns(Vec<Pattern>),
     #[cfg(feature = "yara")]
     Rules(Box<Rules>),
@@ -158,7 +152,7 @@ impl Arguments {
             }
             let view = opened.view().filter(|_| !self.process.is_given());
             let mapped =
-                view.map(|view| Mapped::new(view, &parts, unreadable)).transpose()?.flatten();
+                view.map(|view| MappedSource::new(view, &parts, unreadable)).transpose()?.flatten();
             let data = match view {
                 Some(view) => data_of_view(view, &parts, busy)?,
                 None => data_within(memory, &parts)?,
@@ -168,12 +162,12 @@ impl Arguments {
             let bar = progress::bytes(total(&data), output);
             let found = match (mapped, &opened) {
                 (Some(mapped), _) => self.search(&wanted, places, busy, &mapped, &bar, output)?,
-                (None, Opened::File(file)) if !self.process.is_given() => {
-                    let dump = Dump { file, unreadable };
+                (None, InputMemory::File(file)) if !self.process.is_given() => {
+                    let dump = DumpSource { file, unreadable };
                     self.search(&wanted, places, threads, &dump, &bar, output)?
                 }
                 (None, _) => {
-                    let copied = Copied { memory, unreadable };
+                    let copied = CopySource { memory, unreadable };
                     self.search(&wanted, places, threads, &copied, &bar, output)?
                 }
             };
@@ -183,10 +177,10 @@ impl Arguments {
         Ok(unreadable.report(if found { ExitCode::SUCCESS } else { ExitCode::from(NOTHING) }))
     }
 
-    fn wanted(&self) -> Result<Wanted> {
+    fn wanted(&self) -> Result<Query> {
         #[cfg(feature = "yara")]
         if !self.yara.is_empty() {
-            return Ok(Wanted::Rules(Box::new(Rules::compile(&self.yara, self.max)?)));
+            return Ok(Query::Rules(Box::new(Rules::compile(&self.yara, self.max)?)));
         }
         let forms = [
             (Form::Hex, &self.patterns),
@@ -199,20 +193,20 @@ impl Arguments {
             patterns.extend(Pattern::all(form, texts, self.ignore_case)?);
         }
         for list in &self.lists {
-            patterns.extend(Pattern::file(list, self.ignore_case)?);
+            patterns.extend(pattern_list::read(list, self.ignore_case)?);
         }
         if self.ignore_case && !self.patterns.is_empty() && patterns.len() == self.patterns.len() {
             return Err(usage(
                 "bytes have no case: --ignore-case is for text and regular expressions",
             ));
         }
-        Ok(Wanted::Patterns(patterns))
+        Ok(Query::Patterns(patterns))
     }
 
     /// Prints what is found; whether it is something.
     fn search(
         &self,
-        wanted: &Wanted,
+        wanted: &Query,
         places: Places<'_>,
         threads: usize,
         source: &impl source::Source,
@@ -220,9 +214,9 @@ impl Arguments {
         output: &mut Output,
     ) -> Result<bool> {
         let patterns = match wanted {
-            Wanted::Patterns(patterns) => patterns,
+            Query::Patterns(patterns) => patterns,
             #[cfg(feature = "yara")]
-            Wanted::Rules(rules) => {
+            Query::Rules(rules) => {
                 let matched = rules.run(
                     places,
                     threads,
@@ -251,7 +245,7 @@ impl Arguments {
 }
 
 #[cfg(feature = "yara")]
-fn print_rule(rule: &Matched, output: &mut Output) -> Result<()> {
+fn print_rule(rule: &RuleMatch, output: &mut Output) -> Result<()> {
     if output.is_json() {
         return Ok(output.object(rule)?);
     }

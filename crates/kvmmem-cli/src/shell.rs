@@ -5,7 +5,7 @@
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 
-use crate::failure::escape;
+use crate::escape::escape;
 
 /// The word as a POSIX shell reads it. A word that a terminal would interpret, or that is not
 /// UTF-8, is written as `$'...'`, which bash, zsh, ksh and busybox read.

@@ -2,35 +2,29 @@
 //! Where a verb gets a target's memory from: a view, by a token or by the target's name, or KVMI.
 //! Verbs that only read have it from [`crate::input`].
 
-use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Error, Result, anyhow};
 use clap::Args;
-use kvmmem::host::CopyError;
+use kvmmem::Token;
 use kvmmem::view::{Access, Range, View, ViewError};
-use kvmmem::{PAGE_SIZE, Session, SessionError, Token};
 use kvmmem_client::ClientError;
 use kvmmem_client::admin::{Admin, GrantRequest, Rights};
-use kvmmem_memory::DumpFile;
-use serde::Deserialize;
 use zeroize::Zeroizing;
 
 use crate::broker::{NO_BROKER, default_socket};
 use crate::connect::Connect;
 use crate::embedded::{Embedded, is_absent};
 use crate::failure::usage;
+use crate::memory::Memory;
 use crate::range::GpaRange;
 use crate::shell::quote;
 use crate::target_name::TargetName;
-use crate::text_file;
+use crate::token_file::{parse_token, read_token};
 
 /// Environment variable with the token.
 const TOKEN_VARIABLE: &str = "KVMMEM_TOKEN";
-
-/// The largest file that is read for a token, bytes.
-const MAX_TOKEN_FILE: u64 = 16 * 1024;
 
 /// How long the token of a grant that a verb makes for itself can be used.
 const OWN_GRANT_TTL: Duration = Duration::from_secs(10);
@@ -299,82 +293,6 @@ impl Operator {
     }
 }
 
-/// Memory of a target, read and written by copy, or that in a dump file, which is only read.
-pub(crate) enum Memory {
-    View(View),
-    Session(Session),
-    File(DumpFile),
-}
-
-/// Why memory cannot be read or written.
-#[derive(Debug, thiserror::Error)]
-pub(crate) enum MemoryError {
-    #[error(transparent)]
-    View(#[from] ViewError),
-    #[error(transparent)]
-    Session(#[from] SessionError),
-    #[error(transparent)]
-    File(#[from] kvmmem_memory::MemoryError),
-    #[error("a dump file is not written to")]
-    IsFile,
-}
-
-impl MemoryError {
-    /// Whether it is about the address alone, so that others may be read.
-    pub(crate) fn is_of_address(&self) -> bool {
-        match self {
-            Self::View(ViewError::Hole { .. }) | Self::Session(SessionError::Refused { .. }) => {
-                true
-            }
-            Self::View(ViewError::Copy { source, .. }) => {
-                matches!(**source, CopyError::Hole | CopyError::NoMemory)
-            }
-            Self::File(error) => error.is_local(),
-            _ => false,
-        }
-    }
-}
-
-impl Memory {
-    /// Reads as much as can be, page by page; returns how many bytes that is, and why there are not
-    /// more.
-    pub(crate) fn read_prefix(&mut self, gpa: u64, buf: &mut [u8]) -> (usize, Option<MemoryError>) {
-        match self.read(gpa, buf) {
-            Err(error) if error.is_of_address() => {}
-            result => return (if result.is_ok() { buf.len() } else { 0 }, result.err()),
-        }
-        let mut done = 0;
-        while let Some(rest) = buf.get_mut(done..).filter(|rest| !rest.is_empty()) {
-            let at = gpa + done as u64;
-            let in_page = PAGE_SIZE - usize::try_from(at % PAGE_SIZE as u64).unwrap_or(0);
-            let len = in_page.min(rest.len());
-            if let Err(error) = rest.get_mut(..len).map_or(Ok(()), |part| self.read(at, part)) {
-                return (done, Some(error));
-            }
-            done += len;
-        }
-        (done, None)
-    }
-
-    pub(crate) fn read(&mut self, gpa: u64, buf: &mut [u8]) -> Result<(), MemoryError> {
-        match self {
-            Self::View(view) => view.read_at(gpa, buf)?,
-            Self::Session(session) => session.read_physical(gpa, buf)?,
-            Self::File(file) => kvmmem_memory::Memory::read_at(file, gpa, buf)?,
-        }
-        Ok(())
-    }
-
-    pub(crate) fn write(&mut self, gpa: u64, bytes: &[u8]) -> Result<(), MemoryError> {
-        match self {
-            Self::View(view) => view.write_at(gpa, bytes)?,
-            Self::Session(session) => session.write_physical(gpa, bytes)?,
-            Self::File(_) => return Err(MemoryError::IsFile),
-        }
-        Ok(())
-    }
-}
-
 /// The ranges that a view reaches, ascending.
 pub(crate) fn ranges(view: &View) -> Result<Vec<GpaRange>> {
     Ok(view.ranges()?.into_iter().map(to_range).collect())
@@ -407,60 +325,4 @@ fn to_range(range: Range) -> GpaRange {
 
 fn from_range(range: &GpaRange) -> Range {
     Range { gpa: range.start, len: range.end - range.start }
-}
-
-fn read_token(path: &Path) -> Result<Token> {
-    let mut text = Zeroizing::new(String::with_capacity(usize::try_from(MAX_TOKEN_FILE)?));
-    if path == Path::new("-") {
-        io::stdin().take(MAX_TOKEN_FILE).read_to_string(&mut text)?;
-    } else {
-        text_file::open(path)?.take(MAX_TOKEN_FILE).read_to_string(&mut text)?;
-    }
-    parse_token(&text)
-}
-
-/// The token alone, or in what `kvmmem grant create` prints: lines of text with one `token HEX`, or JSON.
-fn parse_token(text: &str) -> Result<Token> {
-    #[derive(Deserialize)]
-    struct Granted<'a> {
-        token: &'a str,
-    }
-    let text = text.trim();
-    if text.starts_with('{') {
-        let granted: Granted = serde_json::from_str(text)
-            .context("this JSON is not what kvmmem grant create prints")?;
-        return Ok(granted.token.parse()?);
-    }
-    let token = text.lines().find_map(|line| line.trim().strip_prefix("token ")).unwrap_or(text);
-    Ok(token.trim().parse()?)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_token_is_read_from_a_file() {
-        let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("token");
-        std::fs::write(&path, format!("  {}\n", "0f".repeat(32))).unwrap();
-        assert_eq!(read_token(&path).unwrap().words(), [0x0f0f_0f0f_0f0f_0f0f; 4]);
-        let token = "0f".repeat(32);
-        for text in [
-            format!("grant 3\ntoken {token}\n"),
-            format!("{{\"grant\":3,\"token\":\"{token}\",\"spans\":null}}\n"),
-        ] {
-            std::fs::write(&path, text).unwrap();
-            assert_eq!(read_token(&path).unwrap().words(), [0x0f0f_0f0f_0f0f_0f0f; 4]);
-        }
-        for text in ["{}", "grant 3\n", "token\n", "token x\n", "{\"token\":3}"] {
-            std::fs::write(&path, text).unwrap();
-            assert!(read_token(&path).is_err(), "{text}");
-        }
-        std::fs::write(&path, [0xff; 64]).unwrap();
-        assert!(read_token(&path).is_err());
-        assert!(read_token(&directory.path().join("none")).is_err());
-        // As large as it likes to be.
-        assert!(read_token(Path::new("/dev/zero")).is_err());
-    }
 }

@@ -3,20 +3,21 @@
 
 mod collect;
 mod extract;
+mod text;
 
 use std::fmt::Write;
 use std::ops::ControlFlow;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
-use clap::{Args, ValueEnum};
+use clap::Args;
 use kvmmem_memory::Memory;
 use serde::Serialize;
 
-use crate::failure::escape;
+use crate::escape::{escape, json};
 use crate::input::{Input, data_within, reached};
 use crate::number::{Address, integer};
-use crate::output::{Output, json};
+use crate::output::Output;
 use crate::parallel::{Sink, in_order};
 use crate::process::Process;
 use crate::progress;
@@ -25,6 +26,7 @@ use crate::scan::{Piece, Places, join};
 use crate::unreadable::Unreadable;
 use collect::Collector;
 use extract::{Fragment, MAX_LEN, extract};
+use text::{Encoding, Text};
 
 /// Bytes that are copied at a time, and that a thread takes at a time.
 const PIECE: u64 = 256 * 1024;
@@ -63,24 +65,6 @@ Exit codes:
   2  the command line is wrong
   3  some memory could not be read, standard error says which; the strings in the rest were printed";
 
-/// How characters are written in memory.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum, Serialize)]
-#[serde(rename_all = "lowercase")]
-enum Encoding {
-    /// A byte each.
-    Ascii,
-    /// Two bytes each, the lower one first.
-    Utf16,
-}
-
-/// A string.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-struct Text {
-    at: u64,
-    encoding: Encoding,
-    text: String,
-}
-
 /// A string, as JSON.
 #[derive(Serialize)]
 struct TextLine<'a> {
@@ -91,7 +75,7 @@ struct TextLine<'a> {
 }
 
 /// The text of a piece.
-struct Found {
+struct PieceText {
     piece: GpaRange,
     fragments: Vec<Fragment>,
 }
@@ -125,7 +109,7 @@ impl Arguments {
         let bar = progress::bytes(total(&data), output);
         let unreadable = Unreadable::default();
         let min = usize::from(self.min);
-        let work = |batch: Vec<Piece>, sink: &Sink<Found>| {
+        let work = |batch: Vec<Piece>, sink: &Sink<PieceText>| {
             let mut buffer = Vec::new();
             batch.into_iter().try_for_each(|Piece { starts, run, .. }| {
                 // With the second byte of a character that begins in the last one.
@@ -140,7 +124,7 @@ impl Arguments {
                 fragments.retain(|fragment| {
                     self.encoding.is_none_or(|wanted| wanted == fragment.encoding())
                 });
-                sink.send(Found { piece: starts, fragments })
+                sink.send(PieceText { piece: starts, fragments })
             })
         };
         let mut collector = Collector::new(min);

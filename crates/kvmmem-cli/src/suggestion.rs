@@ -21,24 +21,27 @@ const MEANT: [(&str, &str); 9] = [
     ("unhook", "hook remove"),
 ];
 
-/// Adds a tip to what clap says about a command line that has these words.
-pub(crate) fn add(error: &mut clap::Error, words: impl IntoIterator<Item = String>) {
+/// Adds a tip to the error of a command line with these words.
+pub(crate) fn add(
+    error: &mut clap::Error,
+    words: impl IntoIterator<Item = String>,
+    command: &Command,
+) {
     let words: Vec<String> = words.into_iter().collect();
     let first = words.iter().find(|word| !word.starts_with('-')).map(String::as_str);
     let tip = match error.kind() {
         ErrorKind::InvalidSubcommand => {
             let meant = MEANT.iter().find(|(word, _)| Some(*word) == first);
-            let Some((_, command)) = meant else { return };
+            let Some((_, meant)) = meant else { return };
             error.remove(ContextKind::SuggestedSubcommand);
-            format!("the command is 'kvmmem {command}'")
+            format!("the command is 'kvmmem {meant}'")
         }
         ErrorKind::UnknownArgument | ErrorKind::ValueValidation => {
-            let verb = first.and_then(|verb| crate::command().find_subcommand(verb).cloned());
+            let verb = first.and_then(|verb| command.find_subcommand(verb));
             let takes_target = |verb: &Command| {
                 verb.get_arguments().any(|argument| argument.get_long() == Some("target"))
             };
-            let Some(word) = misplaced(error).filter(|_| verb.as_ref().is_some_and(takes_target))
-            else {
+            let Some(word) = misplaced(error).filter(|_| verb.is_some_and(takes_target)) else {
                 return;
             };
             format!("to name a target, use '--target {}'", quote(&word))
@@ -76,7 +79,8 @@ mod tests {
         for (first, meant) in MEANT {
             let words = ["kvmmem", "--json", first, "web-1"];
             let mut error = Cli::try_parse_from(words).map(drop).unwrap_err();
-            add(&mut error, words.iter().skip(1).map(|word| (*word).to_owned()));
+            let words = words.iter().skip(1).map(|word| (*word).to_owned());
+            add(&mut error, words, &crate::command());
             let text = error.render().to_string();
             assert!(text.contains(&format!("tip: the command is 'kvmmem {meant}'")), "{text}");
             // It is one.
@@ -87,7 +91,7 @@ mod tests {
         }
         let mut other = Cli::try_parse_from(["kvmmem", "target", "web-1"]).map(drop).unwrap_err();
         let before = other.render().to_string();
-        add(&mut other, ["target".to_owned()]);
+        add(&mut other, ["target".to_owned()], &crate::command());
         assert_eq!(other.render().to_string(), before);
     }
 }

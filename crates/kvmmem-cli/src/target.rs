@@ -10,7 +10,8 @@ use kvmmem_client::admin::{Added, Evidence, Region, TargetInfo, Which};
 use serde::Serialize;
 
 use crate::broker::Broker;
-use crate::failure::{escape, usage};
+use crate::escape::escape;
+use crate::failure::usage;
 use crate::number::{Hex, integer};
 use crate::output::Output;
 use crate::registered;
@@ -42,14 +43,14 @@ enum Verb {
 #[derive(Args)]
 struct Add {
     #[command(flatten)]
-    running: Running,
+    running: RunningVm,
     #[command(flatten)]
     broker: Broker,
 }
 
 /// A running virtual machine that is to be added.
 #[derive(Args)]
-pub(crate) struct Running {
+pub(crate) struct RunningVm {
     #[command(flatten)]
     by: By,
     /// Process id of its QEMU, alone or for a QMP socket that another process made
@@ -71,7 +72,7 @@ struct By {
     libvirt: Option<String>,
 }
 
-impl Running {
+impl RunningVm {
     /// Which one it is.
     pub(crate) fn which(&self) -> Result<Which> {
         Ok(match (&self.by.qmp, &self.by.libvirt, self.pid) {

@@ -11,7 +11,7 @@ use std::str::FromStr;
 use kvmmem_qemu::discover::discover;
 use kvmmem_qemu::find;
 
-use crate::failure::escape;
+use crate::escape::escape;
 
 /// A virtual machine of this host.
 #[derive(Clone, Debug, PartialEq, Eq)]

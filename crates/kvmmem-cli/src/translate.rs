@@ -4,16 +4,18 @@
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
-use clap::{Args, ValueEnum};
-use kvmmem::paging::{Absent, AddressSpace, Entry, Levels, Translation, Walk, WalkError};
+use clap::Args;
+use kvmmem::paging::{Absent, Entry, Levels, Translation, Walk, WalkError};
 use serde::Serialize;
 
 use crate::address_space::{LinuxSpace, Root, Virtual, parse_root};
-use crate::failure::{escape, usage};
+use crate::escape::escape;
+use crate::failure::usage;
 use crate::input::Input;
+use crate::memory::MemoryError;
 use crate::number::{Hex, parse, size};
 use crate::output::Output;
-use crate::source::{Memory, MemoryError};
+use crate::page_tables::{Depth, Tables};
 
 /// Exit code where an address is not mapped.
 const NOT_MAPPED: u8 = 3;
@@ -52,29 +54,9 @@ Exit codes:
   2  the command line is wrong
   3  an address is not mapped, or its tables are not in memory; each address has its line";
 
-/// Levels of page tables, on the command line.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub(crate) enum Depth {
-    /// 48-bit addresses
-    #[value(name = "4")]
-    Four,
-    /// 57-bit addresses, where CR4.LA57 is set
-    #[value(name = "5")]
-    Five,
-}
-
-impl From<Depth> for Levels {
-    fn from(depth: Depth) -> Self {
-        match depth {
-            Depth::Four => Self::Four,
-            Depth::Five => Self::Five,
-        }
-    }
-}
-
 /// An address, as JSON.
 #[derive(Serialize)]
-struct Translated {
+struct TranslationLine {
     gva: Hex,
     /// How many levels the tables were read with.
     levels: u8,
@@ -108,69 +90,6 @@ struct EntryInfo {
     level: u8,
     gpa: Hex,
     value: Hex,
-}
-
-/// The address space that a verb looks up addresses in.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Tables {
-    pub(crate) space: AddressSpace,
-    levels_from: LevelsFrom,
-}
-
-/// Where the number of levels comes from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum LevelsFrom {
-    /// CR4 of a vCPU.
-    Vcpu,
-    /// The command line, the tables, or an address.
-    Evidence,
-    /// Nothing: four are assumed.
-    Nothing,
-}
-
-impl Tables {
-    /// Finds out how many levels the tables have, unless the command line has the number.
-    pub(crate) fn new(cr3: u64, given: Option<Depth>, gvas: &[u64], memory: &mut Memory) -> Self {
-        let given = given.map(Levels::from);
-        let detected = Levels::detect(cr3, |gpa, buf| memory.read(gpa, buf));
-        if let (Some(given), Some(detected)) = (given, detected)
-            && given != detected
-        {
-            let (given, detected) = (given.count(), detected.count());
-            tracing::warn!(
-                "the page tables at {cr3:#x} look as if they had {detected} levels; they are read with --levels {given}"
-            );
-        }
-        let needs_five =
-            |gva: &u64| !Levels::Four.is_canonical(*gva) && Levels::Five.is_canonical(*gva);
-        let by_address = gvas.iter().any(needs_five).then_some(Levels::Five);
-        let levels = given.or(detected).or(by_address);
-        let space = AddressSpace { cr3, levels: levels.unwrap_or(Levels::Four) };
-        let levels_from = if levels.is_some() { LevelsFrom::Evidence } else { LevelsFrom::Nothing };
-        Self { space, levels_from }
-    }
-
-    /// The tables of a vCPU, whose CR4 gives the number of levels.
-    pub(crate) fn of_vcpu(space: AddressSpace) -> Self {
-        Self { space, levels_from: LevelsFrom::Vcpu }
-    }
-
-    /// A remedy for a walk that ends early; may be empty.
-    pub(crate) fn remedy(&self, error: &WalkError<MemoryError>) -> &'static str {
-        match error {
-            WalkError::NotCanonical { gva, levels: Levels::Four }
-                if Levels::Five.is_canonical(*gva) && self.levels_from != LevelsFrom::Vcpu =>
-            {
-                "; if the target uses 5 levels, give --levels 5"
-            }
-            WalkError::NotPresent { .. } | WalkError::Reserved { .. } | WalkError::Table { .. }
-                if self.levels_from == LevelsFrom::Nothing =>
-            {
-                "; the tables do not show how many levels they have, and 4 were assumed: try --levels 5"
-            }
-            _ => "",
-        }
-    }
 }
 
 impl Arguments {
@@ -234,11 +153,11 @@ impl Arguments {
                 {
                     return end.map(|_| ExitCode::SUCCESS).map_err(Into::into);
                 }
-                Err(error) => Err(Unmapped::new(gva, &error, &remedy(&error))),
+                Err(error) => Err(AbsentPage::new(gva, &error, &remedy(&error))),
             };
             all_mapped &= end.is_ok();
             if output.is_json() {
-                output.object(&Translated::new(gva, levels, &entries, end))?;
+                output.object(&TranslationLine::new(gva, levels, &entries, end))?;
             } else {
                 for line in text(gva, if self.verbose { &entries } else { &[] }, end) {
                     output.line(line)?;
@@ -250,13 +169,13 @@ impl Arguments {
 }
 
 /// Why an address has no page.
-struct Unmapped {
+struct AbsentPage {
     /// In words, with the remedy where there is one.
     text: String,
     absent: Option<Absent>,
 }
 
-impl Unmapped {
+impl AbsentPage {
     fn new<E: std::error::Error>(gva: u64, error: &WalkError<E>, remedy: &str) -> Self {
         let mut text = format!("{error}{remedy}");
         let mut source = std::error::Error::source(error);
@@ -272,7 +191,7 @@ impl Unmapped {
     }
 }
 
-fn text(gva: u64, entries: &[Entry], end: Result<Translation, Unmapped>) -> Vec<String> {
+fn text(gva: u64, entries: &[Entry], end: Result<Translation, AbsentPage>) -> Vec<String> {
     let mut lines: Vec<String> = entries.iter().map(|entry| format!("  {entry}")).collect();
     lines.push(match end {
         Ok(Translation { gpa, page_size, permissions }) => {
@@ -281,13 +200,13 @@ fn text(gva: u64, entries: &[Entry], end: Result<Translation, Unmapped>) -> Vec<
             let mode = if permissions.is_user { "user" } else { "kernel" };
             format!("{gva:#018x}  {gpa:#014x}  {}  r{w}{x}  {mode}", size(page_size))
         }
-        Err(Unmapped { text, .. }) => format!("{gva:#018x}  {}", escape(&text)),
+        Err(AbsentPage { text, .. }) => format!("{gva:#018x}  {}", escape(&text)),
     });
     lines
 }
 
-impl Translated {
-    fn new(gva: u64, levels: u8, entries: &[Entry], end: Result<Translation, Unmapped>) -> Self {
+impl TranslationLine {
+    fn new(gva: u64, levels: u8, entries: &[Entry], end: Result<Translation, AbsentPage>) -> Self {
         let entry = |entry: &Entry| EntryInfo {
             level: entry.level,
             gpa: Hex(entry.gpa),
@@ -302,7 +221,7 @@ impl Translated {
                 let executable = permissions.is_executable;
                 line.page = Some(Page { gpa: Hex(gpa), page_size, writable, user, executable });
             }
-            Err(Unmapped { text, absent }) => {
+            Err(AbsentPage { text, absent }) => {
                 line.error = Some(text);
                 line.absent = absent.and_then(AbsentLine::new);
             }

@@ -59,10 +59,10 @@ pub(crate) fn add(ranges: &mut Vec<GpaRange>, range: GpaRange) {
 
 /// What could not be read in a search by many threads.
 #[derive(Default)]
-pub(crate) struct Unreadable(Mutex<Found>);
+pub(crate) struct Unreadable(Mutex<Ranges>);
 
 #[derive(Default)]
-struct Found {
+struct Ranges {
     /// Ascending, each apart from the next.
     ranges: Vec<GpaRange>,
     /// Why the first one that was met could not be read.
@@ -103,12 +103,12 @@ impl Unreadable {
         ExitCode::from(UNREADABLE)
     }
 
-    fn found(&self) -> MutexGuard<'_, Found> {
+    fn found(&self) -> MutexGuard<'_, Ranges> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl Found {
+impl Ranges {
     fn add(&mut self, ranges: Vec<GpaRange>, error: &MemoryError) {
         self.reason.get_or_insert_with(|| {
             let mut reason = error.to_string();

@@ -6,7 +6,7 @@ use anyhow::{Context, Result, bail};
 use kvmmem_client::admin::VcpuRegisters;
 use kvmmem_memory::paging::{AddressSpace, ControlRegisters};
 
-use crate::failure::escape;
+use crate::escape::escape;
 
 /// Where registers can be had, and what to do elsewhere.
 pub(crate) const NO_REGISTERS: &str = "--vcpu needs the vCPUs' registers, which come with --target NAME on the host and are in \

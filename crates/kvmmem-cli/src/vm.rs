@@ -14,7 +14,8 @@ use kvmmem_vmm::{
 };
 use uuid::Uuid;
 
-use crate::failure::{escape, usage};
+use crate::escape::escape;
+use crate::failure::usage;
 use crate::number::{integer, parse, parse_uuid};
 use crate::output::Output;
 

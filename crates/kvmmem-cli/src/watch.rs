@@ -14,7 +14,7 @@ use kvmmem_memory::Memory;
 
 use crate::address_space::{LinuxSpace, Virtual};
 use crate::failure::usage;
-use crate::input::{Input, Opened};
+use crate::input::{Input, InputMemory};
 use crate::interrupt::Interrupt;
 use crate::number::{integer, parse, parse_length};
 use crate::output::Output;
@@ -99,8 +99,8 @@ impl Arguments {
         let opened = self.input.open("watch", &wanted)?;
         let Some(linux) = linux else {
             return self.watch(&opened, output, |bytes| match &opened {
-                Opened::View(view, _) => Ok(view.read_at(address, bytes)?),
-                Opened::File(file) => Ok(file.read_at(address, bytes)?),
+                InputMemory::View(view, _) => Ok(view.read_at(address, bytes)?),
+                InputMemory::File(file) => Ok(file.read_at(address, bytes)?),
             });
         };
         let kernel = linux.kernel(&self.input, &opened)?;
@@ -118,7 +118,7 @@ impl Arguments {
 
     fn watch(
         &self,
-        opened: &Opened,
+        opened: &InputMemory,
         output: &mut Output,
         read: impl Fn(&mut [u8]) -> Result<()>,
     ) -> Result<ExitCode> {
@@ -142,7 +142,7 @@ impl Arguments {
     /// Waits for the next look; `false` if none is wanted.
     fn sleep(
         &self,
-        opened: &Opened,
+        opened: &InputMemory,
         interrupt: &Interrupt,
         picture: &Picture,
         output: &mut Output,
@@ -156,7 +156,7 @@ impl Arguments {
             if left.is_zero() {
                 return Ok(true);
             }
-            let Opened::View(view, _) = opened else {
+            let InputMemory::View(view, _) = opened else {
                 interrupt.wait(left)?;
                 continue;
             };

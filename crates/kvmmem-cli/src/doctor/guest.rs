@@ -12,7 +12,8 @@ use kvmmem_abi::cpuid::{
     FEATURE_DOORBELL, FEATURE_VMCALL, LEAF_FEATURES, LEAF_SIGNATURE, SIGNATURE_REGISTERS,
 };
 
-use super::{Check, limits, views};
+use super::check::Check;
+use super::{limits, views};
 
 /// Bit of CPUID leaf 1's ecx that hypervisors set.
 const HYPERVISOR_BIT: u32 = 1 << 31;

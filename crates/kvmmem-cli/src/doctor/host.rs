@@ -13,7 +13,8 @@ use kvmmem_proto::packet::PacketError;
 use kvmmem_sys::xen;
 use rustix::io::Errno;
 
-use super::{Check, guest, limits};
+use super::check::Check;
+use super::{guest, limits};
 use crate::broker::default_socket;
 use crate::number::count;
 

@@ -5,7 +5,7 @@ use std::fs;
 
 use rustix::process::{Resource, getrlimit};
 
-use super::Check;
+use super::check::Check;
 
 /// Mappings that an introspector is expected to hold at once.
 const USUAL_MAPPINGS: u64 = 4096;

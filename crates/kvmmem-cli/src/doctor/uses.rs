@@ -4,7 +4,7 @@
 use clap::ValueEnum;
 use serde::Serialize;
 
-use super::{Check, Role, Status};
+use super::check::{Check, Role, Status};
 
 /// A use of kvmmem. Each takes some of the checks of its role.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]

@@ -10,7 +10,7 @@ use kvmmem_abi::native::{
 use kvmmem_sys::view::ViewFile;
 use rustix::io::Errno;
 
-use super::Check;
+use super::check::Check;
 
 const NAME: &str = "views";
 

@@ -5,18 +5,23 @@ use std::fs::{self, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, ensure};
+use kvmmem::view::{Status, View};
 use kvmmem_client::admin::VcpuRegisters;
+use kvmmem_linux::{Find, FindError, Kernel};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use super::elf::Notes;
 use super::layout::Format;
-use super::record;
-use crate::range::GpaRange;
+use super::notes::Notes;
+use crate::range::{GpaRange, shown};
 
 const VERSION: u32 = 2;
+
+/// What to do where a dump cannot be resumed.
+pub(super) const REMEDY: &str = "remove it and its .part, and begin again";
 
 /// How far a dump is.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -69,7 +74,7 @@ impl Checkpoint {
             next: 0,
             data_bytes: 0,
             unreadable: Vec::new(),
-            started_ms: record::now_ms(),
+            started_ms: now_ms(),
             vmcoreinfo: None,
             vcpus: Vec::new(),
             no_vcpus: None,
@@ -130,6 +135,60 @@ impl Checkpoint {
         let path = path(dump);
         fs::remove_file(&path).with_context(|| format!("cannot remove {}", path.display()))
     }
+
+    /// Checks that a dump to `file` in this format, of a target with this status, can continue from
+    /// here.
+    pub(super) fn check(
+        &self,
+        file: &Path,
+        format: Format,
+        status: &Status,
+        instance: Option<u64>,
+        reached: &[GpaRange],
+    ) -> Result<()> {
+        let file = file.display();
+        let uuid = Uuid::from_bytes(status.uuid);
+        ensure!(
+            self.uuid == uuid,
+            "{file} is a dump of another target, {}, and the token is for {uuid}: get a token for that one",
+            self.uuid
+        );
+        ensure!(
+            self.instance.is_some() && instance.is_some(),
+            "this machine's driver or its host is older than {file}.part and does not say whether the target was \
+             started again since: {REMEDY}"
+        );
+        ensure!(
+            !self.is_stale && self.instance == instance,
+            "the target was reset, resized or started again since {file} was begun: {REMEDY}"
+        );
+        ensure!(
+            self.format == format,
+            "{file} was begun in another format: give the same --format, or {REMEDY}"
+        );
+        ensure!(
+            self.ranges == reached,
+            "{file} was begun with other ranges, {}: give the same ones by a token that reaches them, or {REMEDY}",
+            shown(&self.ranges)
+        );
+        Ok(())
+    }
+
+    /// Adds what is found of the kernel that runs in the target.
+    pub(super) fn put_kernel(&mut self, view: &View, is_live: bool) -> Result<()> {
+        let cr3 = self.vcpus.first().map(|vcpu| vcpu.cr3);
+        match Kernel::find(view, Find { is_live, cr3, ..Find::default() }) {
+            Ok(kernel) => {
+                let note = kernel.note();
+                self.vmcoreinfo = note.gpa.map(|gpa| (gpa, note.text().to_owned()));
+                self.direct_map = kernel.direct_map();
+            }
+            Err(FindError::Memory(error)) => return Err(error.into()),
+            Err(FindError::NoKernel) => {}
+            Err(error) => tracing::warn!("{error}; the file has no VMCOREINFO note"),
+        }
+        Ok(())
+    }
 }
 
 /// Puts a file with these bytes at `path`: after this returns, that or, where it fails, what was
@@ -158,6 +217,12 @@ pub(super) fn path(dump: &Path) -> PathBuf {
     let mut path = dump.as_os_str().to_owned();
     path.push(".part");
     path.into()
+}
+
+/// Milliseconds since the epoch.
+pub(super) fn now_ms() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
 }
 
 #[cfg(test)]

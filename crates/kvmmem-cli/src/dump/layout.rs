@@ -5,7 +5,8 @@ use clap::ValueEnum;
 use kvmmem::PAGE_SIZE;
 use serde::{Deserialize, Serialize};
 
-use super::elf::{self, Load, Notes};
+use super::elf::{self, Load};
+use super::notes::Notes;
 use crate::range::GpaRange;
 
 /// The kind of file.

@@ -43,7 +43,7 @@ struct State {
 
 /// A pause, in the record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-pub(super) struct Paused {
+pub(super) struct PauseReport {
     /// Whether the target ran before, and runs again.
     was_running: bool,
     /// How long it was stopped for this dump, milliseconds.
@@ -72,7 +72,7 @@ impl Pause {
         Ok(Self { end: Some(end), thread, state, was_running, began })
     }
 
-    /// Notes that the dump gets on. Fails where the target runs again already.
+    /// Records progress of the dump. Fails where the target runs again already.
     pub(super) fn check(&self) -> Result<()> {
         *self.state.progress.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
         match self.state.ended.get() {
@@ -82,11 +82,11 @@ impl Pause {
     }
 
     /// Lets the target run again. Fails where the target ran already, or cannot be resumed.
-    pub(super) fn end(mut self) -> Result<Paused> {
+    pub(super) fn end(mut self) -> Result<PauseReport> {
         self.join()
             .context("the target was not paused to the end of the dump, or is still paused")?;
         let ms = u64::try_from(self.began.elapsed().as_millis()).unwrap_or(u64::MAX);
-        Ok(Paused { was_running: self.was_running, ms })
+        Ok(PauseReport { was_running: self.was_running, ms })
     }
 
     fn join(&mut self) -> Result<()> {
@@ -130,7 +130,7 @@ impl Drop for Pause {
     }
 }
 
-impl std::fmt::Display for Paused {
+impl std::fmt::Display for PauseReport {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let Self { was_running, ms } = self;
         let seconds = Duration::from_millis(*ms).as_secs_f64();

@@ -3,7 +3,6 @@
 //! core, as the kernel would write it (core(5)): gdb opens it with the process's program and
 //! libraries.
 
-use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, ensure};
@@ -12,18 +11,18 @@ use kvmmem_linux::maps::Maps;
 use kvmmem_linux::tasks::{Tasks, Which};
 use kvmmem_linux::{Find, Kernel, Space};
 use kvmmem_memory::{DumpFile, PAGE_SIZE};
-use serde::Serialize;
 
-use super::Arguments;
-use super::checkpoint::{Checkpoint, replace};
+use super::arguments::Arguments;
+use super::checkpoint::Checkpoint;
 use super::digest::Digest;
 use super::elf::{self, Load};
-use super::pause::{Pause, Paused};
+use super::path::{self, Kind};
+use super::pause::{Pause, PauseReport};
 use super::process::{self, Segment};
 use super::process_notes::{Thread, notes};
-use super::sink::{self, Compression, Kind, Sink};
-use crate::failure::escape;
-use crate::input::Opened;
+use super::process_record::CoreRecord;
+use super::sink::Sink;
+use crate::input::InputMemory;
 use crate::interrupt::Interrupt;
 use crate::linux::{collect, explain, no_process};
 use crate::number::count;
@@ -35,42 +34,6 @@ use crate::unreadable::UNREADABLE;
 
 /// Bytes that are read at a time.
 const CHUNK: u64 = 1 << 20;
-
-/// A complete core, in the record and on standard output.
-#[derive(Serialize)]
-struct Record<'a> {
-    /// Version of the program that wrote the core.
-    kvmmem: &'static str,
-    /// The path that was given; - is standard output.
-    file: &'a str,
-    compression: Option<Compression>,
-    /// UUID and name of the target; none for a process in a dump file.
-    target: Option<uuid::Uuid>,
-    name: Option<&'a str>,
-    /// The dump file that the process is in.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    dump: Option<&'a str>,
-    /// The process.
-    pid: u32,
-    comm: &'a str,
-    /// Length of the file, of one that is compressed what it unpacks to; and the length of that
-    /// one.
-    bytes: u64,
-    compressed_bytes: Option<u64>,
-    /// How many bytes the process has mapped, and how many of these are in the file: the rest was
-    /// not in memory.
-    mapped_bytes: u64,
-    memory_bytes: u64,
-    /// How many of these could not be read: they are zeros.
-    unreadable_bytes: u64,
-    /// How many threads there are, and those without registers, which are zeros: they run.
-    threads: usize,
-    without_registers: Vec<u32>,
-    /// Whether the process changed its mappings during every read.
-    torn: bool,
-    sha256: Option<String>,
-    pause: Option<Paused>,
-}
 
 /// A process that is being written.
 struct Writer<'a> {
@@ -86,32 +49,32 @@ impl Arguments {
     /// Writes the core of a process.
     pub(super) fn run_process(&self, pid: u32, output: &mut Output) -> Result<ExitCode> {
         let file = self.file.display();
-        let kind = sink::kind(&self.file)?;
+        let kind = path::kind(&self.file)?;
         let stream = match kind {
             Kind::Stream => {
                 output.use_stderr();
-                Some(sink::open_stream(&self.file)?)
+                Some(path::open_stream(&self.file)?)
             }
             Kind::File => {
                 ensure!(
                     Checkpoint::load(&self.file)?.is_none(),
                     "{file} is an unfinished dump of a target: remove it and {file}.part, or choose another name"
                 );
-                sink::check_new(&self.file)?;
+                path::check_new(&self.file)?;
                 None
             }
         };
         let record_path = self.record_path();
         if let Some(path) = &record_path {
             ensure!(*path != self.file, "--record names the file of the dump itself");
-            sink::check_new(path)?;
+            path::check_new(path)?;
         }
         let (guest, operator) = match &self.dump {
-            Some(dump) => (Opened::File(DumpFile::open(dump)?), None),
+            Some(dump) => (InputMemory::File(DumpFile::open(dump)?), None),
             None => {
                 let (view, operator) =
                     self.source.attach_asking(Access::ReadOnly, "dump", &[], self.pause)?;
-                (Opened::View(view, self.source.name()), operator)
+                (InputMemory::View(view, self.source.name()), operator)
             }
         };
         let interrupt = Interrupt::catch()?;
@@ -149,7 +112,7 @@ impl Arguments {
         let (loads, len) = place(&segments, &notes);
 
         let is_new = stream.is_none();
-        let opened = stream.map_or_else(|| sink::open_file(&self.file, false), Ok)?;
+        let opened = stream.map_or_else(|| path::open_file(&self.file, false), Ok)?;
         let mut sink = Sink::new((opened, kind), self.compress, &interrupt, pause.is_some())?;
         let digest = if self.no_hash { None } else { Some(Digest::start()?) };
         let mut writer = Writer {
@@ -174,7 +137,7 @@ impl Arguments {
         let sum = |is_counted: fn(&Load) -> u64| loads.iter().map(is_counted).sum();
         let status = guest.view().map(View::status).transpose()?;
         let dump = self.dump.as_ref().map(|dump| dump.to_string_lossy());
-        let record = Record {
+        let record = CoreRecord {
             kvmmem: env!("CARGO_PKG_VERSION"),
             file: &self.file.to_string_lossy(),
             compression: self.compress,
@@ -200,52 +163,8 @@ impl Arguments {
         if let Some(path) = record_path {
             record.save(&path)?;
         }
-        record.tell(output)?;
+        record.print(output)?;
         Ok(if unreadable == 0 { ExitCode::SUCCESS } else { ExitCode::from(UNREADABLE) })
-    }
-}
-
-impl Record<'_> {
-    fn save(&self, path: &Path) -> Result<()> {
-        let mut text = serde_json::to_vec_pretty(self)?;
-        text.push(b'\n');
-        replace(path, &text)
-    }
-
-    fn tell(&self, output: &mut Output) -> Result<()> {
-        if output.is_json() {
-            return Ok(output.object(self)?);
-        }
-        output.line(format!(
-            "{}: process {} ({}), {} of the {} that it has mapped were in memory",
-            escape(self.file),
-            self.pid,
-            escape(self.comm),
-            count(self.memory_bytes, "byte"),
-            self.mapped_bytes
-        ))?;
-        if self.unreadable_bytes > 0 {
-            output.line(format!(
-                "{} of these could not be read and are zeros",
-                count(self.unreadable_bytes, "byte")
-            ))?;
-        }
-        if !self.without_registers.is_empty() {
-            let (without, all) = (self.without_registers.len(), self.threads);
-            output.line(format!(
-                "registers of {without} of {} are zeros, as these run",
-                count(all, "thread")
-            ))?;
-        }
-        if self.torn {
-            output.line(
-                "the process changed its mappings meanwhile: some may be missing; --pause helps",
-            )?;
-        }
-        if let Some(pause) = self.pause {
-            output.line(pause.to_string())?;
-        }
-        Ok(())
     }
 }
 
@@ -293,7 +212,7 @@ fn place(segments: &[Segment], notes: &[u8]) -> (Vec<Load>, u64) {
 }
 
 /// Digest, length of what was compressed, and the pause.
-type Written = (Option<String>, Option<u64>, Option<Paused>);
+type Written = (Option<String>, Option<u64>, Option<PauseReport>);
 
 impl Writer<'_> {
     fn write(

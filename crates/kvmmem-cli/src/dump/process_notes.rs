@@ -6,7 +6,7 @@ use kvmmem_linux::maps::MemoryMap;
 use kvmmem_linux::tasks::Task;
 use kvmmem_memory::PAGE_SIZE;
 
-use super::elf::note;
+use super::notes::note;
 
 const NT_PRSTATUS: u32 = 1;
 const NT_PRPSINFO: u32 = 3;

@@ -4,7 +4,6 @@
 
 use std::fs;
 use std::path::Path;
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::Result;
 use kvmmem_client::admin::VcpuRegisters;
@@ -12,9 +11,9 @@ use serde::Serialize;
 use serde_json::Value;
 use uuid::Uuid;
 
-use super::checkpoint::{Checkpoint, replace};
+use super::checkpoint::{Checkpoint, now_ms, replace};
 use super::layout::Format;
-use super::pause::Paused;
+use super::pause::PauseReport;
 use super::sink::Compression;
 use crate::number::{self, Hex};
 use crate::range::{GpaRange, RangeLine};
@@ -60,7 +59,7 @@ pub(super) struct Record<'a> {
     /// Where the kernel maps all physical memory; the addresses in an ELF core use it.
     direct_map: Option<Hex>,
     /// The target's pause, if there was one.
-    pause: Option<Paused>,
+    pause: Option<PauseReport>,
 }
 
 #[derive(Serialize)]
@@ -81,7 +80,7 @@ pub(super) struct Outcome {
     pub(super) compressed_bytes: Option<u64>,
     pub(super) resumed: bool,
     pub(super) sha256: Option<String>,
-    pub(super) pause: Option<Paused>,
+    pub(super) pause: Option<PauseReport>,
 }
 
 #[derive(Serialize)]
@@ -152,7 +151,7 @@ fn source(vcpus: &[VcpuRegisters]) -> Option<&'static str> {
 }
 
 /// The record of a dump whose checkpoint was not removed.
-pub(super) struct Saved {
+pub(super) struct SavedRecord {
     /// As it was written.
     pub(super) record: Value,
     bytes: u64,
@@ -160,7 +159,7 @@ pub(super) struct Saved {
     unreadable: Vec<GpaRange>,
 }
 
-impl Saved {
+impl SavedRecord {
     /// The record at `path`, if it is of the dump with this checkpoint and this length: it is
     /// written last of all.
     pub(super) fn load(path: &Path, checkpoint: &Checkpoint, len: u64) -> Option<Self> {
@@ -186,10 +185,4 @@ impl Saved {
     pub(super) fn sizes(&self) -> (u64, u64, &[GpaRange]) {
         (self.bytes, self.data_bytes, &self.unreadable)
     }
-}
-
-/// Milliseconds since the epoch.
-pub(super) fn now_ms() -> u64 {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
 }

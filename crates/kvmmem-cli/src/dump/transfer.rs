@@ -8,11 +8,10 @@ use anyhow::{Context, Error, Result, ensure};
 use indicatif::ProgressBar;
 use kvmmem::view::{State, View, ViewError};
 
-use super::REMEDY;
-use super::checkpoint::Checkpoint;
+use super::checkpoint::{Checkpoint, REMEDY};
 use super::digest::Digest;
 use super::layout::Layout;
-use super::pause::{Pause, Paused};
+use super::pause::{Pause, PauseReport};
 use super::sink::Sink;
 use crate::interrupt::Interrupt;
 use crate::range::{GpaRange, total};
@@ -42,15 +41,15 @@ pub(super) struct Transfer<'a> {
 }
 
 /// What came of it.
-pub(super) struct Transferred {
+pub(super) struct TransferResult {
     pub(super) sha256: Option<String>,
     pub(super) compressed_bytes: Option<u64>,
-    pub(super) pause: Option<Paused>,
+    pub(super) pause: Option<PauseReport>,
 }
 
 impl Transfer<'_> {
     /// Dumps to the end. The error of a dump that fails has the way to continue.
-    pub(super) fn run(mut self) -> Result<Transferred> {
+    pub(super) fn run(mut self) -> Result<TransferResult> {
         let result = self.copy().and_then(|()| self.finish());
         self.bar.finish_and_clear();
         // The target must run before anything is printed.
@@ -142,12 +141,12 @@ impl Transfer<'_> {
         self.digest.as_mut().map_or(Ok(()), |digest| digest.put(offset, bytes))
     }
 
-    fn finish(&mut self) -> Result<Transferred> {
+    fn finish(&mut self) -> Result<TransferResult> {
         ensure!(!self.is_stale()?, "the target's generation has changed");
         let pause = self.pause.take().map(Pause::end).transpose()?;
         let compressed_bytes = self.sink.finish(self.layout.len)?;
         let sha256 = self.digest.take().map(|digest| digest.finish(self.layout.len)).transpose()?;
-        Ok(Transferred { sha256, compressed_bytes, pause })
+        Ok(TransferResult { sha256, compressed_bytes, pause })
     }
 
     /// Whether the target is not the one any more with which the dump began. The end of the view is

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use kvmmem_client::admin::{GrantInfo, GrantState, Origin, Scope, ViewInfo};
 
-use crate::failure::escape;
+use crate::escape::escape;
 use crate::output::columns;
 use crate::time::duration;
 

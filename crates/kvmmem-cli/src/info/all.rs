@@ -12,7 +12,7 @@ use kvmmem_qemu::discover::discover;
 use serde::Serialize;
 
 use crate::broker::Broker;
-use crate::failure::escape;
+use crate::escape::escape;
 use crate::linux::{Guest, collect};
 use crate::output::{Output, columns};
 use crate::target_name::TargetName;

@@ -10,16 +10,16 @@ use kvmmem_memory::DumpFile;
 
 use super::choice::command;
 use crate::failure;
-use crate::input::Opened;
+use crate::input::InputMemory;
 
 /// The lowest address at which QEMU ends RAM before the PCI hole (q35, with 2.75 GiB and more).
 const PCI_HOLE: u64 = 0x8000_0000;
 
 /// The error with the guest's name.
-pub(crate) fn explain(error: Error, opened: &Opened) -> Error {
+pub(crate) fn explain(error: Error, opened: &InputMemory) -> Error {
     let (guest, dump) = match opened {
-        Opened::File(dump) => (opened.name(), Some(dump)),
-        Opened::View(..) => (opened.name(), None),
+        InputMemory::File(dump) => (opened.name(), Some(dump)),
+        InputMemory::View(..) => (opened.name(), None),
     };
     if failure::exit_code(&error).is_some() {
         return error;

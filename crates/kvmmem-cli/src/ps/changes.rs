@@ -14,9 +14,9 @@ pub(super) enum Change {
 
 /// The tasks at the last look.
 #[derive(Debug)]
-pub(super) struct Seen(HashMap<u32, Task>);
+pub(super) struct Snapshot(HashMap<u32, Task>);
 
-impl Seen {
+impl Snapshot {
     pub(super) fn new(tasks: Vec<Task>) -> Self {
         Self(tasks.into_iter().map(|task| (task.tid, task)).collect())
     }
@@ -83,7 +83,7 @@ mod tests {
 
     #[test]
     fn what_starts_and_ends_is_told_once() {
-        let mut seen = Seen::new(vec![started(1, 1), started(2, 1), started(3, 1)]);
+        let mut seen = Snapshot::new(vec![started(1, 1), started(2, 1), started(3, 1)]);
         assert_eq!(seen.look(vec![started(3, 1), started(1, 1), started(2, 1)], true), []);
         let changes =
             seen.look(vec![started(1, 1), started(9, 5), started(3, 1), started(7, 5)], true);
@@ -98,14 +98,14 @@ mod tests {
 
     #[test]
     fn an_id_that_is_used_again_is_another_task() {
-        let mut seen = Seen::new(vec![started(1, 1), started(2, 1)]);
+        let mut seen = Snapshot::new(vec![started(1, 1), started(2, 1)]);
         let changes = seen.look(vec![started(1, 1), started(2, 8)], true);
         assert_eq!(ids(&changes), [(Change::Ended, 2, 1), (Change::Started, 2, 8)]);
     }
 
     #[test]
     fn one_that_is_torn_has_not_changed() {
-        let mut seen = Seen::new(vec![started(1, 1), started(2, 1)]);
+        let mut seen = Snapshot::new(vec![started(1, 1), started(2, 1)]);
         let torn = Task { is_torn: true, ..started(2, 8) };
         assert_eq!(seen.look(vec![started(1, 1), torn], true), []);
         assert_eq!(seen.look(vec![started(1, 1), started(2, 1)], true), []);

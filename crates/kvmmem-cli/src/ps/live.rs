@@ -10,12 +10,12 @@ use kvmmem_linux::tasks::Task;
 use kvmmem_linux::{Kernel, KernelError};
 use serde::Serialize;
 
-use super::changes::{Change, Seen};
+use super::changes::{Change, Snapshot};
 use super::screen::Screen;
-use super::{TaskLine, command};
-use crate::failure::escape;
+use super::task_line::{TaskLine, command};
+use crate::escape::escape;
 use crate::interrupt::Interrupt;
-use crate::linux::Listed;
+use crate::linux::Listing;
 use crate::output::Output;
 use crate::table::or_unknown;
 
@@ -43,12 +43,12 @@ pub(super) fn watch(
     kernel: &Kernel<'_>,
     has_thread: bool,
     (interval, count): (Duration, Option<u64>),
-    list: impl Fn() -> Result<Listed<Task>, KernelError>,
+    list: impl Fn() -> Result<Listing<Task>, KernelError>,
     output: &mut Output,
 ) -> Result<()> {
     let interrupt = Interrupt::catch()?;
     let start = Instant::now();
-    let mut seen = Seen::new(list()?.rows);
+    let mut seen = Snapshot::new(list()?.rows);
     // Keys are read from the one, and the table is shown by the other.
     let has_screen = !output.is_json() && io::stdout().is_terminal() && io::stdin().is_terminal();
     let mut shown =

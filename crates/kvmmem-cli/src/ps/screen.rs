@@ -20,8 +20,8 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 
 use super::changes::Change;
-use super::command;
-use crate::failure::escape;
+use super::task_line::command;
+use crate::escape::escape;
 use crate::interrupt::Interrupt;
 use crate::table::{mark, or_unknown};
 

@@ -2,21 +2,16 @@
 //! What is searched for: bytes, with bits that may be anything, or a regular expression.
 
 mod bytes;
-mod list;
 mod regular;
 
 use std::ops::Range;
-use std::path::Path;
 
 use anyhow::Result;
 use kvmmem::search::Probe;
 
 use crate::failure::usage;
-use bytes::Bytes;
+use bytes::{Bytes, MAX_LEN};
 use regular::Regular;
-
-/// The longest pattern in bytes, and the longest match of a regular expression.
-pub(super) const MAX_LEN: usize = 4096;
 
 /// How a pattern is written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -72,9 +67,9 @@ impl Pattern {
         texts.iter().map(read).collect()
     }
 
-    /// Reads a file of patterns.
-    pub(super) fn file(path: &Path, ignores_case: bool) -> Result<Vec<Self>> {
-        list::read(path, ignores_case)
+    /// The pattern with another name.
+    pub(super) fn named(self, name: &str) -> Self {
+        Self { name: name.to_owned(), ..self }
     }
 
     /// The pattern as the user wrote it, or its name in a file.

@@ -5,16 +5,16 @@ use anyhow::{Result, anyhow};
 use clap::builder::styling::Style;
 use serde::Serialize;
 
+use super::matches::{Around, Match};
 use super::pattern::Pattern;
-use super::search::{Around, Match};
-use crate::failure::escape;
+use crate::escape::escape;
 use crate::hexdump::{self, WIDTH};
 use crate::number::{Address, count, hex};
 use crate::output::Output;
 
 /// A match, as JSON.
 #[derive(Serialize)]
-struct Found<'a> {
+struct MatchLine<'a> {
     #[serde(flatten)]
     address: Address,
     pattern: &'a str,
@@ -40,7 +40,7 @@ impl Report<'_> {
             self.patterns.get(found.pattern).ok_or_else(|| anyhow!("there is no such pattern"))?;
         let is_wide = self.around.before > 0 || self.around.after > 0;
         if output.is_json() {
-            let found = Found {
+            let found = MatchLine {
                 address: (self.address)(found.gpa),
                 pattern: pattern.name(),
                 len: found.len,

@@ -3,7 +3,6 @@
 //! copied and compared; other memory is copied piece by piece. A target changes its memory
 //! meanwhile: a match is what a copy held.
 
-use std::cmp::Ordering;
 use std::ops::{ControlFlow, Range, RangeInclusive};
 use std::sync::Arc;
 
@@ -11,6 +10,7 @@ use anyhow::Result;
 use kvmmem::search::PLACES;
 
 use super::many::Many;
+use super::matches::{Around, Match};
 use super::pattern::Pattern;
 use super::places::{Piece, Places};
 use super::source::Source;
@@ -34,9 +34,6 @@ const TOGETHER: usize = 1024;
 /// Bytes that are shown of a match's place.
 const SHOWN: u64 = 16;
 
-/// The most bytes that can be shown before and after a match.
-pub(super) const MAX_AROUND: u64 = 4096;
-
 /// What to search.
 pub(super) struct Search<'a> {
     pub(super) patterns: &'a [Pattern],
@@ -51,46 +48,8 @@ pub(super) struct Search<'a> {
     pub(super) threads: usize,
 }
 
-/// Bytes that are shown around a match.
-#[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Around {
-    pub(super) before: u64,
-    pub(super) after: u64,
-}
-
-/// A match.
-#[derive(Clone, Debug)]
-pub(super) struct Match {
-    /// Where it begins.
-    pub(super) gpa: u64,
-    pub(super) len: usize,
-    /// Which of the patterns.
-    pub(super) pattern: usize,
-    copy: Arc<[u8]>,
-    /// Where it begins in the copy.
-    at: usize,
-    /// What is shown, in the copy.
-    shown: Range<usize>,
-}
-
-impl Match {
-    /// What is shown before it.
-    pub(super) fn before(&self) -> &[u8] {
-        self.copy.get(self.shown.start..self.at).unwrap_or_default()
-    }
-
-    /// What is shown from its beginning on.
-    pub(super) fn bytes(&self) -> &[u8] {
-        self.copy.get(self.at..self.shown.end).unwrap_or_default()
-    }
-
-    fn order(&self, other: &Self) -> Ordering {
-        (self.gpa, self.pattern).cmp(&(other.gpa, other.pattern))
-    }
-}
-
 /// The matches of a piece and how many bytes of data it had.
-struct Found {
+struct PieceMatches {
     matches: Vec<Match>,
     bytes: u64,
 }
@@ -121,8 +80,8 @@ impl<'a> Search<'a> {
         let share = total(self.places.data) / (self.threads as u64 * BATCHES);
         let batch = share.clamp(*BATCH.start(), *BATCH.end());
         let batches = self.places.batches(self.reach, S::PIECE, batch);
-        let work = |pieces: Vec<Piece>, sink: &Sink<Found>| self.work(&pieces, source, sink);
-        in_order(self.threads, batches, work, |Found { matches, bytes }| {
+        let work = |pieces: Vec<Piece>, sink: &Sink<PieceMatches>| self.work(&pieces, source, sink);
+        in_order(self.threads, batches, work, |PieceMatches { matches, bytes }| {
             let matches = matches.get(..self.max - count).unwrap_or(&matches);
             count += matches.len();
             tell(matches, bytes)?;
@@ -131,7 +90,12 @@ impl<'a> Search<'a> {
         Ok(count)
     }
 
-    fn work(&self, pieces: &[Piece], source: &impl Source, sink: &Sink<Found>) -> Result<()> {
+    fn work(
+        &self,
+        pieces: &[Piece],
+        source: &impl Source,
+        sink: &Sink<PieceMatches>,
+    ) -> Result<()> {
         let mut copy = Copy::default();
         let mut quiet = 0;
         for piece in pieces {
@@ -139,10 +103,13 @@ impl<'a> Search<'a> {
             quiet += piece.len();
             // Few at a time: many items' results wait for their turn.
             for matches in matches.chunks(TOGETHER) {
-                sink.send(Found { matches: matches.to_vec(), bytes: std::mem::take(&mut quiet) })?;
+                sink.send(PieceMatches {
+                    matches: matches.to_vec(),
+                    bytes: std::mem::take(&mut quiet),
+                })?;
             }
         }
-        sink.send(Found { matches: Vec::new(), bytes: quiet })
+        sink.send(PieceMatches { matches: Vec::new(), bytes: quiet })
     }
 
     fn search(&self, piece: &Piece, source: &impl Source, copy: &mut Copy) -> Result<Vec<Match>> {

@@ -51,12 +51,12 @@ impl<F: Fn(u64, &mut [u8]) -> Result<()> + Sync> Source for F {
 }
 
 /// Memory that is copied: private RAM, a process.
-pub(super) struct Copied<'a> {
+pub(super) struct CopySource<'a> {
     pub(super) memory: &'a dyn Memory,
     pub(super) unreadable: &'a Unreadable,
 }
 
-impl Source for Copied<'_> {
+impl Source for CopySource<'_> {
     fn read(&self, gpa: u64, buffer: &mut [u8]) -> Result<()> {
         self.unreadable.read(self.memory, gpa, buffer).context(ENDED)
     }
@@ -67,7 +67,7 @@ impl Source for Copied<'_> {
 }
 
 /// Memory of a view that is mapped.
-pub(super) struct Mapped<'a> {
+pub(super) struct MappedSource<'a> {
     view: &'a View,
     /// Ascending.
     mappings: Vec<Mapping>,
@@ -76,7 +76,7 @@ pub(super) struct Mapped<'a> {
     unreadable: &'a Unreadable,
 }
 
-impl<'a> Mapped<'a> {
+impl<'a> MappedSource<'a> {
     /// Maps the parts, which ascend; `None` where the target's RAM is private.
     pub(super) fn new(
         view: &'a View,
@@ -106,7 +106,7 @@ impl<'a> Mapped<'a> {
     }
 }
 
-impl Source for Mapped<'_> {
+impl Source for MappedSource<'_> {
     /// Large enough for calls that map and unmap it, and small enough for what these touch to stay
     /// in the caches.
     const PIECE: u64 = 1 << 20;
@@ -162,13 +162,13 @@ impl Source for Mapped<'_> {
 }
 
 /// A dump file, in place where it can be mapped.
-pub(super) struct Dump<'a> {
+pub(super) struct DumpSource<'a> {
     pub(super) file: &'a DumpFile,
     pub(super) unreadable: &'a Unreadable,
 }
 
-impl Source for Dump<'_> {
-    const PIECE: u64 = Mapped::PIECE;
+impl Source for DumpSource<'_> {
+    const PIECE: u64 = MappedSource::PIECE;
 
     fn read(&self, gpa: u64, buffer: &mut [u8]) -> Result<()> {
         self.unreadable.read(self.file, gpa, buffer).context(ENDED)

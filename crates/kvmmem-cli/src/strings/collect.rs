@@ -2,8 +2,8 @@
 //! Strings that lie in several pieces are put together, and all come in the order of their
 //! addresses.
 
-use super::Text;
 use super::extract::{Fragment, MAX_LEN, Stream};
+use super::text::Text;
 use crate::range::GpaRange;
 
 /// Puts strings together.
@@ -121,8 +121,8 @@ impl Open {
 mod tests {
     use proptest::prelude::*;
 
-    use super::super::Encoding;
     use super::super::extract::extract;
+    use super::super::text::Encoding;
     use super::*;
 
     /// The strings of memory that is taken in pieces with these ends.

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The text in a piece of memory.
 
-use super::Encoding;
+use super::text::Encoding;
 
 /// The longest string that is printed as one, in characters.
 pub(super) const MAX_LEN: u16 = 4096;

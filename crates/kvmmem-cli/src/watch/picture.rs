@@ -36,7 +36,7 @@ enum Form {
 /// What is seen, as JSON. Times are milliseconds since the first look.
 #[derive(Serialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
-enum Seen {
+enum LookLine {
     Memory {
         #[serde(flatten)]
         address: Address,
@@ -63,7 +63,7 @@ impl Picture {
             false => Form::Lines,
         };
         if form == Form::Json {
-            output.object(&Seen::Memory { address, hex: hex(bytes) })?;
+            output.object(&LookLine::Memory { address, hex: hex(bytes) })?;
         } else {
             for (_, line) in lines(address.get(), bytes, bytes) {
                 output.styled(line)?;
@@ -95,7 +95,7 @@ impl Picture {
                 for change in changes(before, now) {
                     let address = self.address.plus(change.start as u64);
                     let part = |bytes: &[u8]| hex(bytes.get(change.clone()).unwrap_or_default());
-                    output.object(&Seen::Changed {
+                    output.object(&LookLine::Changed {
                         ms,
                         address,
                         from: part(before),
@@ -115,7 +115,7 @@ impl Picture {
     /// Prints that the target was reset or its memory resized.
     pub(super) fn tell_reset(&self, output: &mut Output) -> Result<()> {
         if self.form == Form::Json {
-            output.object(&Seen::Reset { ms: self.elapsed_ms() })?;
+            output.object(&LookLine::Reset { ms: self.elapsed_ms() })?;
         } else {
             tracing::warn!("the target was reset, or its memory resized");
         }

@@ -5,7 +5,8 @@ use std::ops::Range;
 
 use kvmmem::search::{MaskedByte, PLACES, Probe};
 
-use super::MAX_LEN;
+/// The longest pattern in bytes, and the longest match of a regular expression.
+pub(super) const MAX_LEN: usize = 4096;
 
 /// The [`commonness`] of a byte that matches anything.
 const ANY: u32 = u32::MAX;

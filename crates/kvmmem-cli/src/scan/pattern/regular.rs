@@ -7,7 +7,7 @@ use std::ops::Range;
 use regex::bytes::{Regex, RegexBuilder};
 use regex_syntax::ParserBuilder;
 
-use super::MAX_LEN;
+use super::bytes::MAX_LEN;
 
 #[derive(Clone, Debug)]
 pub(super) struct Regular(Regex);

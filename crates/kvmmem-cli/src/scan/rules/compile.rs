@@ -1,45 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! From files of rules to a scanner. The files come from anywhere: what would make the compiler
-//! recurse without a bound is refused before it sees it.
-//!
-//! | may be nested | bound |
-//! |---|---|
-//! | includes | 16 deep, as YARA has it, and 1,000 in all |
-//! | operators of a condition | the compiler takes 40; it parses and drops any number, which takes stack for each |
-//! | parentheses, regular expressions, hex strings | by the compiler |
+//! From files of rules to a scanner, and the bytes that memory holds where their strings match.
 
 use std::collections::HashSet;
 use std::fmt;
-use std::fs::{File, OpenOptions};
-use std::io::Read;
-use std::os::unix::fs::OpenOptionsExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
-use anyhow::{Context, Result, anyhow, bail, ensure};
+use anyhow::{Result, bail};
 use boreal::Scanner;
 use boreal::compiler::{AddRuleError, Compiler, CompilerParams};
-use boreal_parser::file::YaraFileComponent;
 use kvmmem::search::{Atoms, MaskedByte};
-use rustix::fs::OFlags;
 
-use crate::failure::{escape, usage};
-use crate::scan::utf8;
-
-/// Includes within includes.
-const MAX_DEPTH: usize = 16;
-
-/// Includes of one file and all that it includes.
-const MAX_INCLUDES: usize = 1000;
-
-/// Bytes of one file.
-const MAX_LEN: u64 = 64 << 20;
-
-/// What may be an operator, in one file.
-const MAX_OPERATORS: usize = 1 << 20;
-
-/// Stack of the compiler, bytes: in all, and for each operator.
-const STACK: usize = 8 << 20;
-const STACK_OF_OPERATOR: usize = 512;
+use super::includes::{Walk, with_stack};
+use crate::escape::escape;
+use crate::failure::usage;
 
 /// A rule that each namespace has. While its symbol is false, no condition of the namespace is
 /// evaluated.
@@ -54,8 +27,8 @@ const MAX_ATOMS: usize = 10_000;
 /// The gate's symbol.
 pub(super) const GATE_SYMBOL: &str = "kvmmem_conditions";
 
-/// Compiled rules.
-pub(super) struct Compiled {
+/// CompiledRules rules.
+pub(super) struct CompiledRules {
     pub(super) scanner: Scanner,
     /// Bytes that memory holds wherever a string matches; `None` if they cannot be looked for.
     pub(super) atoms: Option<Atoms>,
@@ -65,14 +38,14 @@ pub(super) struct Compiled {
 
 /// Compiles files of rules. Each file is a namespace, which also gets [`GATE`]. Warnings are
 /// logged.
-pub(super) fn compile(files: &[PathBuf]) -> Result<Compiled> {
+pub(super) fn compile(files: &[PathBuf]) -> Result<CompiledRules> {
     let namespaces = namespaces(files)?;
-    let mut seen = Walk::default();
+    let mut walk = Walk::default();
     for file in files {
-        seen = Walk { chain: Vec::new(), includes: 0, ..seen };
-        seen.visit(file.clone())?;
+        walk.next_file();
+        walk.visit(file.clone())?;
     }
-    let Walk { operators, has_private, .. } = seen;
+    let Walk { operators, has_private, .. } = walk;
     let (scanner, atoms) = with_stack(operators, || {
         let mut compiler = Compiler::new();
         compiler.set_params(CompilerParams::default().compute_statistics(true));
@@ -92,7 +65,7 @@ pub(super) fn compile(files: &[PathBuf]) -> Result<Compiled> {
         }
         Ok((compiler.finalize(), patterns.and_then(Atoms::new)))
     })??;
-    Ok(Compiled { scanner, atoms, has_private })
+    Ok(CompiledRules { scanner, atoms, has_private })
 }
 
 /// Adds the atoms of a string, in any case: which strings mean letters that way is not known. A
@@ -129,110 +102,6 @@ fn namespaces(files: &[PathBuf]) -> Result<Vec<String>> {
     Ok(stems.iter().zip(files).map(name).collect())
 }
 
-/// A walk through a file of rules and what it includes.
-#[derive(Default)]
-struct Walk {
-    /// The files from the first one to the present one.
-    chain: Vec<PathBuf>,
-    includes: usize,
-    /// What may be an operator in the file that has the most.
-    operators: usize,
-    /// Whether the word is in one of them.
-    has_private: bool,
-}
-
-impl Walk {
-    /// Checks a file and all that it includes.
-    fn visit(&mut self, file: PathBuf) -> Result<()> {
-        let text =
-            read(&file).with_context(|| format!("cannot read the rules in {}", file.display()))?;
-        let operators = operators(&text);
-        ensure!(
-            operators <= MAX_OPERATORS,
-            "{} has {operators} operators, at most {MAX_OPERATORS} are taken: split the file",
-            file.display()
-        );
-        self.operators = self.operators.max(operators);
-        self.has_private |= text.contains("private");
-        if !text.contains("include") {
-            return Ok(());
-        }
-        let included = with_stack(operators, || {
-            // The compiler reports text that does not parse.
-            let components =
-                boreal_parser::parse(&text).map(|file| file.components).unwrap_or_default();
-            let paths = components.into_iter().filter_map(|component| match component {
-                YaraFileComponent::Include(include) => Some(include.path),
-                _ => None,
-            });
-            paths.collect::<Vec<String>>()
-        })?;
-        let directory = file.parent().unwrap_or_else(|| Path::new("")).to_owned();
-        self.chain.push(file);
-        for path in included {
-            // The compiler reports a missing file, with the place of the include.
-            let Ok(path) = directory.join(path).canonicalize() else { continue };
-            self.includes += 1;
-            let first =
-                self.chain.first().map(|file| file.display().to_string()).unwrap_or_default();
-            if self.chain.iter().any(|file| file.canonicalize().is_ok_and(|file| file == path)) {
-                bail!("{} includes itself, by way of {first}", path.display());
-            }
-            ensure!(
-                self.chain.len() <= MAX_DEPTH,
-                "{first} has more than {MAX_DEPTH} includes within includes: {} is one too many",
-                path.display()
-            );
-            ensure!(self.includes <= MAX_INCLUDES, "{first} has more than {MAX_INCLUDES} includes");
-            self.visit(path)?;
-        }
-        self.chain.pop();
-        Ok(())
-    }
-}
-
-/// The text of a file.
-fn read(path: &Path) -> Result<String> {
-    // The compiler reads it again; a pipe would not have it twice, and would wait for a writer.
-    let nonblocking = i32::try_from(OFlags::NONBLOCK.bits())?;
-    let file = OpenOptions::new().read(true).custom_flags(nonblocking).open(path)?;
-    let metadata = file.metadata()?;
-    ensure!(metadata.is_file(), "it is no regular file: write the rules to one");
-    ensure!(
-        metadata.len() <= MAX_LEN,
-        "it has {} bytes, at most {MAX_LEN} are taken",
-        metadata.len()
-    );
-    read_text(&file)
-}
-
-fn read_text(file: &File) -> Result<String> {
-    let mut bytes = Vec::new();
-    file.take(MAX_LEN).read_to_end(&mut bytes)?;
-    utf8(bytes)
-}
-
-/// At least as many as a condition in the text has operators that nest: those in comments and
-/// strings count too.
-fn operators(text: &str) -> usize {
-    const SIGNS: &[u8] = b"~-+*\\%&|^<>=!";
-    const WORDS: [&str; 7] =
-        ["not", "defined", "contains", "startswith", "endswith", "iequals", "matches"];
-    let signs = text.bytes().filter(|byte| SIGNS.contains(byte)).count();
-    signs + WORDS.map(|word| text.matches(word).count()).iter().sum::<usize>()
-}
-
-/// Runs `act` with a stack for that many nested operators.
-fn with_stack<T: Send>(operators: usize, act: impl FnOnce() -> T + Send) -> Result<T> {
-    let stack = STACK + operators * STACK_OF_OPERATOR;
-    std::thread::scope(|scope| {
-        let thread = std::thread::Builder::new().name("kvmmem-rules".into()).stack_size(stack);
-        let thread = thread.spawn_scoped(scope, act);
-        let thread = thread.with_context(|| format!("no memory for a stack of {stack} bytes"))?;
-        thread.join().map_err(|_| anyhow!("the rules cannot be compiled"))
-    })
-}
-
 /// Why rules do not compile, and what to do where a module is missing.
 fn explain(error: &AddRuleError) -> String {
     let text = lines(error);
@@ -260,8 +129,10 @@ fn lines(message: &impl fmt::Display) -> String {
 #[cfg(test)]
 mod tests {
     use std::fmt::Write;
+    use std::path::Path;
     use std::slice::from_ref;
 
+    use super::super::includes::MAX_OPERATORS;
     use super::*;
 
     /// Compiles the first of files that are written to one directory. The names of its rules, or
@@ -275,7 +146,7 @@ mod tests {
         compiled.map(|compiled| names(&compiled)).map_err(|error| format!("{error:#}"))
     }
 
-    fn names(compiled: &Compiled) -> Vec<String> {
+    fn names(compiled: &CompiledRules) -> Vec<String> {
         let rules = compiled.scanner.rules().filter(|rule| rule.name != GATE);
         rules.map(|rule| format!("{}:{}", rule.namespace, rule.name)).collect()
     }

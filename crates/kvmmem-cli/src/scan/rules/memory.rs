@@ -7,7 +7,8 @@ use std::sync::{Mutex, PoisonError};
 use anyhow::{Error, Result};
 use boreal::memory::{FragmentedMemory, MemoryParams, Region, RegionDescription};
 
-use super::{Piece, end};
+use super::reach::end;
+use crate::scan::places::Piece;
 
 /// Fills a buffer with a piece, from its first start to its [`end`].
 pub(super) type Fill<'a> = &'a (dyn Fn(&Piece, &mut Vec<u8>) -> Result<()> + Sync);

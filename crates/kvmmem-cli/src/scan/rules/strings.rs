@@ -10,15 +10,16 @@ use boreal::scanner::{CallbackEvents, FragmentedScanMode, ScanCallbackResult, Sc
 
 use super::compile::GATE_SYMBOL;
 use super::memory::{self, Access, Pieces};
-use super::{PIECE, Piece, Places, REACH};
+use super::reach::{PIECE, REACH};
 use crate::parallel::{Sink, in_order};
 use crate::range::GpaRange;
+use crate::scan::places::{Piece, Places};
 
 /// Bytes that a thread takes at a time.
 const BATCH: u64 = 8 << 20;
 
 /// What a batch had.
-struct Found {
+struct BatchWindows {
     windows: Vec<GpaRange>,
     bytes: u64,
 }
@@ -46,9 +47,9 @@ pub(super) fn find(
             .callback_events(CallbackEvents::RULE_NO_MATCH),
     );
     let mut windows: Vec<GpaRange> = Vec::new();
-    let work = |batch: Vec<Piece>, sink: &Sink<Found>| {
+    let work = |batch: Vec<Piece>, sink: &Sink<BatchWindows>| {
         let windows = in_batch(&scanner, &batch, access)?;
-        sink.send(Found { windows, bytes: batch.iter().map(Piece::len).sum() })
+        sink.send(BatchWindows { windows, bytes: batch.iter().map(Piece::len).sum() })
     };
     in_order(threads, places.batches(REACH, PIECE, BATCH), work, |found| {
         found.windows.into_iter().for_each(|window| add(&mut windows, window));

@@ -6,9 +6,8 @@ use std::path::Path;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 
-use super::{Form, Pattern};
-use crate::scan::utf8;
-use crate::text_file;
+use super::pattern::{Form, Pattern};
+use crate::text_file::{self, utf8};
 
 /// Bytes that a file may have.
 const MAX_LEN: u64 = 1 << 20;
@@ -48,7 +47,7 @@ fn pattern(line: &str, ignores_case: bool) -> Result<Pattern> {
     };
     let pattern =
         Pattern::new(form, text.trim_start(), ignores_case).map_err(|error| anyhow!(error))?;
-    Ok(Pattern { name: name.to_owned(), ..pattern })
+    Ok(pattern.named(name))
 }
 
 #[cfg(test)]
