@@ -158,7 +158,7 @@ fn root_needs_no_broker() {
     objects(&stderr);
     assert!(stderr.contains("host discover"), "{stderr}");
     assert_eq!(std::fs::read_dir(left.path()).unwrap().count(), 0, "something is left");
-    // Where a broker has it as a target, that is meant, whatever names it.
+    // Every form of a name means the target of the broker.
     let host = host();
     let pid = qemu.0.id().to_string();
     let added = host.ask(&["target", "add", "--pid", &pid, "--name", "renamed"]);

@@ -6,7 +6,8 @@ use std::ops::Range;
 
 use kvmmem_memory::PAGE_SIZE;
 
-use crate::kernel::{Kernel, KernelError};
+use crate::kernel::error::KernelError;
+use crate::kernel::guest_kernel::Kernel;
 
 /// A copy of a structure, or of its first part.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

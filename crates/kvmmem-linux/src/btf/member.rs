@@ -3,7 +3,7 @@
 //! `file`.
 
 use super::layout::{Kind, RawMember};
-use super::{TypeId, Types};
+use super::types::{TypeId, Types};
 
 /// How deep structures without a name, which lie in structures, are searched.
 const MAX_DEPTH: usize = 16;

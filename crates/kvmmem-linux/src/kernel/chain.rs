@@ -6,7 +6,9 @@
 //! that names the bucket. A walk ends with an error after a node that cannot be read, once it has
 //! come back to a node, or once it has seen more nodes than a kernel has.
 
-use super::{Kernel, KernelError, MAX_NODES};
+use super::error::KernelError;
+use super::guest_kernel::Kernel;
+use super::list::MAX_NODES;
 
 /// The nodes of a chain: addresses of `hlist_node` or `hlist_nulls_node`. It ends after an error.
 #[derive(Debug)]

@@ -4,7 +4,7 @@
 
 use kvmmem_memory::paging::Levels;
 
-use super::Kernel;
+use super::guest_kernel::Kernel;
 
 /// The bases of kernels that do not choose one at random.
 const FOUR_LEVELS: u64 = 0xffff_8880_0000_0000;

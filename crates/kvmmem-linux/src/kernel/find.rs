@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use kvmmem_memory::{Memory, MemoryError};
 
-use super::Kernel;
+use super::guest_kernel::Kernel;
 use super::image::{Images, MAX_IMAGES};
 use crate::search::{MAX_FITTING, Notes};
 use crate::vmcoreinfo::Note;

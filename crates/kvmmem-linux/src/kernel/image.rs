@@ -13,7 +13,8 @@ use std::collections::BTreeMap;
 use kvmmem_memory::paging::{AddressSpace, Levels};
 use kvmmem_memory::{Memory, MemoryError, PAGE_SIZE};
 
-use super::{Kernel, describe};
+use super::describe;
+use super::guest_kernel::Kernel;
 use crate::search::pages;
 use crate::space::Space;
 use crate::symbols::{Addresses, Symbols};

@@ -9,7 +9,8 @@
 
 use std::collections::HashSet;
 
-use super::{Kernel, KernelError};
+use super::error::KernelError;
+use super::guest_kernel::Kernel;
 
 /// The most nodes of a list. Linux has at most 4 million tasks (PID_MAX_LIMIT).
 pub const MAX_NODES: usize = 1 << 22;

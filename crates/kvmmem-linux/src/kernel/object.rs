@@ -2,7 +2,8 @@
 //! A structure of the kernel, copied whole: one read for all its members, which were in memory at
 //! about the same time.
 
-use super::{Kernel, KernelError};
+use super::error::KernelError;
+use super::guest_kernel::Kernel;
 use crate::btf::{Member, TypeId};
 
 /// The largest structure that is copied, bytes. `task_struct` has some 10 KiB.

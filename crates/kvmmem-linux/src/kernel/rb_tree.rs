@@ -7,7 +7,8 @@
 
 use std::collections::HashSet;
 
-use super::{Kernel, KernelError};
+use super::error::KernelError;
+use super::guest_kernel::Kernel;
 
 /// The deepest tree: one of 2^32 nodes.
 const MAX_DEPTH: usize = 64;

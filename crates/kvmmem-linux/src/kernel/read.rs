@@ -3,7 +3,8 @@
 
 use kvmmem_memory::PAGE_SIZE;
 
-use super::{Kernel, KernelError};
+use super::error::KernelError;
+use super::guest_kernel::Kernel;
 use crate::space::Space;
 
 /// Bytes of a text that are read at a time, up to the end of a page.

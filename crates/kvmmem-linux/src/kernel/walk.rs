@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A walk over structures of the kernel as an iterator.
 
-use super::KernelError;
+use super::error::KernelError;
 
 /// Where a walk gets its items from.
 pub trait Step {

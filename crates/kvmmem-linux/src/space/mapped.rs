@@ -4,7 +4,7 @@
 use kvmmem_memory::paging::{Absent, Entry};
 use kvmmem_memory::{MemoryError, PAGE_SIZE};
 
-use super::{ENTRY, Space};
+use super::guest_space::{ENTRY, Space};
 
 /// The most page tables of one process: 128 GiB of small pages.
 const MAX_TABLES: usize = 1 << 16;

@@ -2,7 +2,7 @@
 //! The names of kallsyms: compressed by tokens, each a byte that stands for a text
 //! (`scripts/kallsyms.c`, `kallsyms_expand_symbol` in `kernel/kallsyms.c`).
 
-use super::TableError;
+use super::error::TableError;
 
 /// Tokens that there can be.
 const TOKENS: usize = 256;

@@ -7,9 +7,10 @@
 //! their index, and before them markers, names and the number of names. Offsets and their base lie
 //! before that number, or from 6.2 on after the index.
 
+use super::error::TableError;
+use super::index::Symbols;
 use super::names::{MAX_TOKEN_BYTES, Names, next_name};
-use super::tables::{INDEX_BYTES, Tables, read_some};
-use super::{Addresses, Symbols, TableError};
+use super::tables::{Addresses, INDEX_BYTES, Tables, read_some};
 use crate::space::Space;
 use kvmmem_memory::PAGE_SIZE;
 use kvmmem_memory::paging::WalkError;

@@ -3,10 +3,14 @@
 //! content.
 
 use super::addresses::Scheme;
+use super::error::TableError;
+use super::index::Symbols;
 use super::names::{MAX_TOKEN_BYTES, Names, Tokens};
-use super::{Addresses, Symbols, TableError};
 use crate::space::Space;
 use crate::vmcoreinfo::{KERNEL_MAP, Note};
+
+/// The addresses of all symbols with a name.
+pub(crate) type Addresses<'a> = dyn Fn(&str) -> Vec<u64> + 'a;
 
 /// Bytes of compressed names that are read at a time.
 const CHUNK: usize = 256 << 10;
