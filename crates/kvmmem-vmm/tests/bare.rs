@@ -13,6 +13,8 @@ mod guest;
 mod internal_errors;
 #[path = "bare/pauses.rs"]
 mod pauses;
+#[path = "bare/recorder.rs"]
+mod recorder;
 #[path = "bare/sandbox.rs"]
 mod sandbox;
 #[path = "bare/tokens.rs"]

@@ -21,7 +21,7 @@ pub(crate) trait Introspector {
     /// Starts what a generation of the machine shows of targets.
     ///
     /// # Errors
-    /// Whatever keeps the machine from running.
+    /// The error keeps the machine from running.
     fn start(&self, hardware: Hardware) -> Result<Arc<dyn IntrospectorExits>, Failure>;
 }
 

@@ -13,9 +13,9 @@ use std::time::{Duration, Instant};
 
 use kvmmem_client::admin::Admin;
 
-use kvmmem_abi::hypercall::{MEM_MAP, MEM_UNMAP, SEEK, SEEK_DATA};
+use kvmmem_abi::hypercall::{MEM_MAP, MEM_UNMAP, SEEK, SEEK_DATA, SEEK_HOLE};
 use kvmmem_abi::native::{RIGHT_READ, RIGHT_WRITE, STATE_OPEN, STATE_REVOKED};
-use kvmmem_vmm::{Control, ResetPolicy, VmExit};
+use kvmmem_vmm::{Control, ResetPolicy, VmExit, allowed_calls};
 use landlock::{AccessFs, CompatLevel, Compatible, Ruleset, RulesetAttr};
 use rustix::process::{Pid, Resource, getrlimit, setrlimit, test_kill_process};
 
@@ -23,6 +23,7 @@ use crate::fixture::{
     Target, config_of, has_kvm, launch_with_broker, values, wait_until, window_methods,
 };
 use crate::guest::{Guest, Method};
+use crate::recorder::Recorder;
 use crate::views::{Calls, DESCRIPTOR, FIRST, POSITION, REQUEST, THERE, guest};
 
 /// Environment of the process that runs the machine: the folder of its files, and its guest's
@@ -46,7 +47,7 @@ fn child() {
     config.reset = ResetPolicy::Restart;
     config.sandbox = true;
     let own = std::env::current_exe().unwrap();
-    match kvmmem_vmm::run(config, Control::new()) {
+    match kvmmem_vmm::run(config, Control::new().handle_signals()) {
         Ok(exit) => assert_eq!(exit, VmExit::PowerOff),
         Err(error) => {
             let chain = std::iter::successors(Some(&error as &(dyn Error + 'static)), |&error| {
@@ -67,7 +68,8 @@ fn child() {
         Ok("limit") => drop(setrlimit(Resource::Core, getrlimit(Resource::Core))),
         Ok("panic") => panic!("as was asked for"),
         Ok("spawn") => drop(Command::new("/bin/true").spawn()),
-        _ => drop(Command::new("/bin/true").exec()),
+        Ok("execute") => drop(Command::new("/bin/true").exec()),
+        _ => {}
     }
     std::process::exit(0);
 }
@@ -95,6 +97,7 @@ fn program(method: Method, token: [u64; 4]) -> Guest {
         .skip_if_zero(FIRST + 0x1000, |guest| {
             guest
                 .call(MEM_UNMAP, [OWN, 0, 0])
+                .ring(SEEK, [DESCRIPTOR, POSITION, SEEK_HOLE])
                 .ring(SEEK, [DESCRIPTOR, POSITION, SEEK_DATA])
                 .touch_while(DESCRIPTOR + 24, open, FIRST + THERE, false)
                 .report_memory(DESCRIPTOR + 24)
@@ -147,6 +150,28 @@ fn a_machine_runs_in_its_sandbox_and_nothing_else_does() {
             }
         }
     }
+}
+
+/// The filter itself sees to it that no other calls are made.
+#[test]
+fn each_regular_call_of_the_sandbox_is_made() {
+    /// ioctl(2), which the recorder leaves out.
+    const IOCTL: i64 = 16;
+    let Some(method) = window_methods().pop() else { return };
+    let target = Target::new();
+    target.write(THERE, 0x5ec2e7);
+    let make = |token| program(method, token);
+    let Some(recorder) = Recorder::start() else { return };
+    let (output, _) = launch_with_broker(&target, 4, make, revoke_when_searched, |config| {
+        launch(config.kernel.parent().unwrap(), method, "nothing")
+    });
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let made = recorder.since_filter();
+    let unused: Vec<&str> = allowed_calls()
+        .filter(|call| call.is_regular && call.number != IOCTL && !made.contains(&call.number))
+        .map(|call| call.name)
+        .collect();
+    assert!(unused.is_empty(), "{unused:?}");
 }
 
 #[test]
