@@ -39,6 +39,7 @@ mod process;
 mod project;
 mod prose_check;
 mod provision;
+mod public_items;
 mod qemus;
 mod release;
 mod root;

@@ -9,7 +9,8 @@ use crate::cache::Cache;
 use crate::suite::Suite;
 use crate::tool::Tool;
 use crate::{
-    crate_graph, deny, doc_check, file_graph, module_format, project, prose_check, source_check, ui,
+    crate_graph, deny, doc_check, file_graph, module_format, project, prose_check, public_items,
+    source_check, ui,
 };
 
 /// Cargo's arguments for fuzz/, which is a workspace of its own.
@@ -53,6 +54,8 @@ pub(crate) fn rules(cache: &Cache, suite: &mut Suite) -> Result<()> {
     let circles = file_graph::circles(project::root());
     suite
         .check("files use each other in one direction", none(circles, "files that use each other"));
+    let items = public_items::too_many(project::root());
+    suite.check("the broker's public face is small", none(items, "public items"));
     let mistakes = doc_check::mistakes(project::root());
     suite.check("the documentation is in order", none(mistakes, "in the documentation"));
     let mistakes = prose_check::mistakes(project::root());
