@@ -11,21 +11,22 @@ mod vms;
 use std::io;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use kvmmem_proto::credentials::Credentials;
 use kvmmem_proto::message::KvmiPolicy;
 use kvmmem_proto::scope::Scope;
 
-use crate::audit::{Audit, AuditFile};
+use crate::audit::{Audit, AuditFile, Event};
 use crate::buffers::Buffers;
 use crate::core::Core;
 use crate::core::limits::Limits;
-use crate::core::quota::Exceeded;
+use crate::core::quota::QuotaError;
 use crate::peer::Peer;
 use crate::registry::Vm;
 use crate::state::State;
+use crate::sync::{lock, wait_while};
 use crate::tables::{Pending, Tables};
 
 /// The core under its lock, with the handles that go with its numbers.
@@ -93,7 +94,7 @@ impl Broker {
     }
 
     pub(crate) fn tables(&self) -> MutexGuard<'_, Tables> {
-        self.tables.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.tables)
     }
 
     /// Has the core decide something, and performs what that demands.
@@ -119,7 +120,7 @@ impl Broker {
             peer.flush();
         }
         for (view, peer, reason) in pending.closed {
-            self.audit.detached(&view, peer.as_deref(), reason);
+            self.audit.write(Event::Detached { view: &view, peer: peer.as_deref(), reason });
         }
     }
 
@@ -154,7 +155,7 @@ impl Broker {
         tables.peers.insert(peer.number(), Arc::clone(peer));
     }
 
-    /// Does what the end of a connection demands: its VM goes, and so do its views.
+    /// Ends a connection: its VM, its views and its channels end.
     pub(crate) fn leave(&self, peer: &Peer, vm: Option<&Vm>) {
         if let Some(vm) = vm {
             self.retire(vm);
@@ -181,17 +182,12 @@ impl Broker {
 
     /// Waits until no hook is left; returns how many are at the deadline.
     pub(crate) fn wait_for_hooks(&self, deadline: Instant) -> usize {
-        let left = deadline.saturating_duration_since(Instant::now());
         let are_there = |tables: &mut Tables| tables.core.hooks.count() > 0;
-        let waited = self.confirmed.wait_timeout_while(self.tables(), left, are_there);
-        waited.unwrap_or_else(PoisonError::into_inner).0.core.hooks.count()
+        wait_while(&self.confirmed, self.tables(), deadline, are_there).core.hooks.count()
     }
 
     /// Counts a hook of a user.
-    ///
-    /// # Errors
-    /// Where there are too many.
-    pub(crate) fn take_hook(&self, who: Credentials) -> Result<(), Exceeded> {
+    pub(crate) fn take_hook(&self, who: Credentials) -> Result<(), QuotaError> {
         self.tables().core.hooks.take(who)
     }
 

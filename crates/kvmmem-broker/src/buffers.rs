@@ -2,31 +2,29 @@
 //! Buffers for packets, lent to connections only while they read one: thousands are silent for
 //! months.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::Mutex;
 
 use kvmmem_proto::packet::PacketBuffer;
 
-/// How many are kept for the next one who reads.
+use crate::sync::lock;
+
+/// How many are kept.
 const KEPT: usize = 8;
 
-/// Buffers that nobody uses now.
+/// Buffers that are not lent.
 #[derive(Debug, Default)]
 pub(crate) struct Buffers(Mutex<Vec<PacketBuffer>>);
 
 impl Buffers {
     /// Lends a buffer to `use_it`.
     pub(crate) fn lend<T>(&self, use_it: impl FnOnce(&mut PacketBuffer) -> T) -> T {
-        let kept = self.lock().pop();
+        let kept = lock(&self.0).pop();
         let mut buffer = kept.unwrap_or_default();
         let result = use_it(&mut buffer);
-        let mut kept = self.lock();
+        let mut kept = lock(&self.0);
         if kept.len() < KEPT {
             kept.push(buffer);
         }
         result
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Vec<PacketBuffer>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

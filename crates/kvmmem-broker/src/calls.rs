@@ -4,7 +4,7 @@
 pub(crate) mod mint;
 
 use std::os::fd::OwnedFd;
-use std::sync::{Arc, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use kvmmem_kvmi::token::Token;
@@ -13,13 +13,15 @@ use kvmmem_proto::scope::Rights;
 
 use mint::random_token;
 
+use crate::audit::Event;
 use crate::broker::Broker;
 use crate::core::call::{Means, Reply};
 use crate::core::refused::Refused;
 use crate::core::revocation::Revocation;
-use crate::core::views::Attached;
+use crate::core::views::NewView;
 use crate::peer::{NotSent, Peer, READ_LIMIT, READ_PAUSE};
 use crate::registry::Vm;
+use crate::sync::wait_while;
 use crate::tables::Tables;
 
 /// How long confirmations are waited for.
@@ -46,9 +48,6 @@ impl Broker {
     /// Has the core decide a peer's call, and carries it out where that needs neither processes nor
     /// threads. To be called on the peer's own thread, for it waits: for a peer that has to read
     /// what was sent to it, and for confirmations.
-    ///
-    /// # Errors
-    /// Why the call is refused.
     pub(crate) fn handle(
         &self,
         peer: &Peer,
@@ -70,38 +69,40 @@ impl Broker {
             Reply::Allowed(call) => Outcome::Allowed(call),
             Reply::Granted { request, token, opened } => {
                 if let Some(target) = target {
-                    self.audit().granted(target, opened.grant, &request, &opened.scope, by);
+                    let (vm, opened, request) = (target, &opened, &request);
+                    self.audit().write(Event::Granted { vm, opened, request, by });
                 }
                 Answer::Granted { grant: opened.grant, token }.into()
             }
             Reply::Redeemed(opened) => {
                 if let (Some(target), Some(vm)) = (target, vm) {
-                    self.audit().used(opened.grant, target, vm);
+                    self.audit().write(Event::Used { grant: opened.grant, target, by: vm });
                 }
                 let (grant, target, scope) = (opened.grant, opened.target, opened.scope);
                 Answer::Redeemed { grant, target, scope }.into()
             }
             Reply::Used(opened) => {
                 if let (Some(target), Some(vm)) = (target, vm) {
-                    self.audit().used(opened.grant, target, vm);
+                    self.audit().write(Event::Used { grant: opened.grant, target, by: vm });
                 }
                 Outcome::Done
             }
             Reply::Attached(attached) => {
                 let target = target.ok_or_else(Refused::busy)?;
                 let (answer, files) = self.show(peer, vm.is_some(), &attached, files)?;
-                let opened = (attached.opened.grant, &attached.opened.scope);
-                let who = (peer, vm);
-                self.audit().attached(attached.view, opened, target, who, &attached.caller);
+                let (opened, caller) = (&attached.opened, &attached.caller);
+                let (view, by) = (attached.view, vm);
+                self.audit().write(Event::Attached { view, opened, target, peer, by, caller });
                 Outcome::Answer(answer, files)
             }
             Reply::PolicySet { uuid, policy } => {
-                self.audit().policy(uuid, policy, by);
+                self.audit().write(Event::Policy { uuid, policy, by });
                 Answer::Policy { policy }.into()
             }
             Reply::Revoking { grant, revocation } => {
                 let revoked = self.await_confirmations(&revocation);
-                self.audit().revoked(grant, revocation.target, &revoked, by);
+                let (target, outcome) = (revocation.target, &revoked);
+                self.audit().write(Event::Revoked { grant, target, outcome, by });
                 Answer::Revoked(revoked).into()
             }
             Reply::Closing { view } => {
@@ -130,13 +131,13 @@ impl Broker {
         }
         let gives_files = matches!(call, Call::Redeem { .. } | Call::Attach { .. });
         let deadline = Instant::now() + READ_LIMIT;
-        // At first it is not looked: most know the target.
+        // The first attempt does not look what the peer has read: most peers know the target.
         let mut is_second = false;
         loop {
             let now = self.now();
             let who = peer.number();
-            // Until what the call pushes is sent: at most one packet with descriptors is under way
-            // to a peer.
+            // Held until the pushes of this call are sent: at most one packet with descriptors is
+            // under way to a peer.
             let sending = gives_files.then(|| peer.outbox().sending());
             if let Some(sending) = sending.as_ref().filter(|_| is_second) {
                 // What waits is sent before it is looked at what the peer has read.
@@ -200,15 +201,15 @@ impl Broker {
         })
     }
 
-    /// What the one who has opened a view is told and given.
+    /// The answer to an attach, and the files that go with it.
     fn show(
         &self,
         peer: &Peer,
         is_vmm: bool,
-        attached: &Attached,
+        attached: &NewView,
         files: Option<Vec<OwnedFd>>,
     ) -> Result<(Answer, Vec<OwnedFd>), Refused> {
-        let Attached { view, opened, registration, layout, .. } = attached;
+        let NewView { view, opened, registration, layout, .. } = attached;
         let (view, grant, scope) = (*view, opened.grant, opened.scope.clone());
         if is_vmm {
             let target = opened.target;
@@ -233,7 +234,7 @@ impl Broker {
         Ok((answer, files))
     }
 
-    fn undo_attach(&self, peer: &Peer, attached: &Attached, unsent: Option<u64>) {
+    fn undo_attach(&self, peer: &Peer, attached: &NewView, unsent: Option<u64>) {
         let (now, who) = (self.now(), peer.number());
         self.decide(|tables| {
             tables.core.undo_attach(now, attached, who);
@@ -255,8 +256,8 @@ impl Broker {
     fn await_confirmations(&self, revocation: &Revocation) -> Revoked {
         let (number, began) = (revocation.number, Instant::now());
         let is_waiting = |tables: &mut Tables| !tables.core.is_revoked(number);
-        let waited = self.confirmed().wait_timeout_while(self.tables(), CONFIRM_LIMIT, is_waiting);
-        let (mut tables, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        let deadline = began + CONFIRM_LIMIT;
+        let mut tables = wait_while(self.confirmed(), self.tables(), deadline, is_waiting);
         let unconfirmed = tables.core.end_revocation(number);
         drop(tables);
         Revoked {

@@ -16,9 +16,6 @@ use crate::hook::Owner;
 /// reach sockets that the user cannot, and what it sends first is partly the target's VMM's to say.
 ///
 /// It waits only for a unix socket's path to be found, which a file system may delay for ever.
-///
-/// # Errors
-/// Those of [`begin`]; `PermissionDenied` where another user listens.
 pub(crate) fn connect_to_tool(endpoint: &Endpoint, owner: Owner) -> io::Result<(OwnedFd, bool)> {
     let (socket, is_connected) = begin(endpoint)?;
     if let Owner::Host(asker) = owner {
@@ -36,9 +33,6 @@ pub(crate) fn connect_to_tool(endpoint: &Endpoint, owner: Owner) -> io::Result<(
 }
 
 /// Whether a socket is connected by now.
-///
-/// # Errors
-/// Why it cannot be.
 pub(crate) fn is_connected(socket: impl AsFd) -> io::Result<bool> {
     rustix::net::sockopt::socket_error(&socket)??;
     match rustix::net::getpeername(&socket) {

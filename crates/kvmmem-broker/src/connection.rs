@@ -10,13 +10,14 @@ use kvmmem_proto::packet::{PacketError, Wait};
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 
+use crate::audit::Event;
 use crate::calls::Outcome;
 use crate::core::refused::Refused;
 use crate::peer::Peer;
 use crate::ram::Ram;
 use crate::registry::Vm;
 use crate::service::Service;
-use crate::vcpus::Held;
+use crate::vcpus::VmPause;
 
 /// How long a wrong token, or a call that makes no sense, delays the next request of that
 /// connection: a guest that tries tokens waits itself, and costs the broker next to nothing.
@@ -35,7 +36,7 @@ struct Connection<'a> {
     /// continued.
     has_just_registered: bool,
     /// The pause that it holds; it ends with the connection.
-    pause: Option<Held>,
+    pause: Option<VmPause>,
     /// How long it may be silent; `None` for ever.
     silence: Option<Duration>,
 }
@@ -55,13 +56,14 @@ pub(crate) fn serve(service: &Arc<Service>, peer: &Arc<Peer>) {
         ) {
             refuse(peer, 0, &Refused::from_error(Refusal::Malformed, &error));
         }
-        // Without what is behind it: that may repeat parts of the packet.
-        broker.audit().refused(peer, connection.vm.as_deref(), &error.to_string());
+        // Without its sources, which may repeat parts of the packet.
+        let (vm, reason) = (connection.vm.as_deref(), &error.to_string());
+        broker.audit().write(Event::Refused { peer, vm, reason });
     }
     peer.vcpu_questions().close();
     service.resume_left(peer.credentials(), connection.pause.take());
     broker.leave(peer, connection.vm.as_deref());
-    // Others may still hold on to the peer for a moment; the connection ends now.
+    // Other threads may still have the peer for a moment; the connection ends now.
     peer.shut_down();
 }
 
@@ -85,11 +87,8 @@ impl Connection<'_> {
                     if is_answered {
                         refuse(self.peer, id, &refused);
                     }
-                    self.service.broker().audit().refused(
-                        self.peer,
-                        self.vm.as_deref(),
-                        &refused.message,
-                    );
+                    let (peer, vm, reason) = (self.peer, self.vm.as_deref(), &refused.message);
+                    self.service.broker().audit().write(Event::Refused { peer, vm, reason });
                     if refused.refusal == Refusal::Unknown || !is_answered {
                         std::thread::sleep(PAUSE);
                     }
@@ -189,7 +188,7 @@ impl Connection<'_> {
         let mut ram = Ram::registered(&mut registration, files)?;
         let (peer, by) = (Arc::clone(self.peer), self.peer.credentials());
         let vm = self.service.broker().register(registration, &mut ram, peer, by)?;
-        self.service.broker().audit().registered(&vm);
+        self.service.broker().audit().write(Event::Registered(&vm));
         let (number, generation) = (vm.id(), vm.ram().map_or(0, |ram| ram.layout().generation));
         self.vm = Some(vm);
         self.has_just_registered = true;
@@ -198,7 +197,7 @@ impl Connection<'_> {
     }
 }
 
-/// Tells a peer that a request is refused. One that does not read it is not worth waiting for.
+/// Answers that a request is refused. A peer that does not read is not waited for.
 pub(crate) fn refuse(peer: &Peer, id: u64, refused: &Refused) {
     let message =
         FromBroker::Refused { id, refusal: refused.refusal, message: refused.message.clone() };

@@ -19,6 +19,7 @@ use kvmmem_sys::copy_buffer::CopyBuffer;
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, socketpair};
 
+use crate::audit::Event;
 use crate::broker::Broker;
 use crate::core::refused::Refused;
 use crate::peer::{MAX_CHANNELS, Peer};
@@ -85,7 +86,7 @@ impl Broker {
         let (ours, theirs) =
             socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
                 .map_err(system)?;
-        let place = Place::take(self, peer, Arc::new(ours))?;
+        let place = ChannelSlot::take(self, peer, Arc::new(ours))?;
         let (socket, (broker, peer)) =
             (Arc::clone(&place.socket), (Arc::clone(self), Arc::clone(peer)));
         let thread = std::thread::Builder::new().name("copies".into()).stack_size(STACK);
@@ -127,7 +128,8 @@ impl Channel {
                     Err(_) => return,
                 };
             let Some(request) = packet.get(..count).and_then(CopyRequest::decode) else {
-                self.broker.audit().refused(&self.peer, None, "malformed request for copies");
+                let (peer, reason) = (&self.peer, "malformed request for copies");
+                self.broker.audit().write(Event::Refused { peer, vm: None, reason });
                 return;
             };
             let answer = self.copy(&request).encode();
@@ -147,7 +149,8 @@ impl Channel {
                 self.copy_piece(&mut reach, request.write, piece.gpa, at, len)
             {
                 (bytes, status) = (u32::try_from(done).unwrap_or(0), why);
-                self.broker.audit().refused(&self.peer, None, &message);
+                let (peer, reason) = (&self.peer, &message);
+                self.broker.audit().write(Event::Refused { peer, vm: None, reason });
                 if status == Status::Ended {
                     std::thread::sleep(PAUSE);
                 }
@@ -222,14 +225,14 @@ impl Channel {
 }
 
 /// A channel's place among all channels and its connection's, given back on drop.
-struct Place {
+struct ChannelSlot {
     broker: Arc<Broker>,
     peer: Arc<Peer>,
     uid: u32,
     socket: Arc<OwnedFd>,
 }
 
-impl Place {
+impl ChannelSlot {
     fn take(broker: &Arc<Broker>, peer: &Arc<Peer>, socket: Arc<OwnedFd>) -> Result<Self, Refused> {
         let full = |why: String| {
             Refused::new(Refusal::Limit, format!("cannot open a channel for copies: {why}"))
@@ -245,7 +248,7 @@ impl Place {
     }
 }
 
-impl Drop for Place {
+impl Drop for ChannelSlot {
     fn drop(&mut self) {
         // The peer's next request fails, also where its thread has ended first.
         let _ = rustix::net::shutdown(&self.socket, rustix::net::Shutdown::Both);

@@ -41,7 +41,7 @@ fn run(options: Options) -> anyhow::Result<()> {
     let settings = options.settings(rust_log)?;
     start_log(&settings)?;
     raise_fd_limit();
-    // Before the socket is there for all to see: whoever finds it may send the signal.
+    // Before the socket appears: the parent may send the signal as soon as it does.
     let stop = stop_on_signal()?;
     let server = listen(&settings)?;
     let service = server.service();
@@ -75,7 +75,7 @@ fn listen(settings: &Settings) -> anyhow::Result<Server> {
         let made = std::fs::DirBuilder::new().recursive(true).mode(0o755).create(directory);
         made.with_context(|| format!("cannot make {}", directory.display()))?;
     }
-    // Nothing else that is made here, the socket least of all, is for others unless it is said so.
+    // All other files are private to the user, the socket too unless a group is given.
     rustix::process::umask(Mode::from_raw_mode(0o077));
     let group = settings.group.as_deref().map(group_id).transpose()?;
     Ok(Server::bind(&settings.socket, group)?)

@@ -13,8 +13,8 @@ mod listen;
 mod serve;
 
 use std::io;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use kvmmem_proto::guest::GUEST_PORT;
 use vsock::{VMADDR_CID_ANY, VsockListener};
@@ -24,6 +24,7 @@ use listen::{Accept, listen};
 use serve::{Shared, Views};
 
 use crate::reactor::{Reactor, Token};
+use crate::sync::lock;
 use crate::workers::Workers;
 
 /// The most threads that open and close views, and those of one VM.
@@ -53,7 +54,7 @@ impl Default for GuestEndpoint {
 impl GuestEndpoint {
     /// Says at which vsock port it listens, `None` for never. Has no effect on one that is open.
     pub(crate) fn set_port(&self, port: Option<u32>) {
-        let mut state = self.lock();
+        let mut state = lock(&self.0);
         if matches!(*state, State::Closed(_)) {
             *state = State::Closed(port);
         }
@@ -64,7 +65,7 @@ impl GuestEndpoint {
     /// # Errors
     /// Where the kernel has no vsock, the port is taken, or no thread can be started.
     pub(crate) fn open(&self, reactor: &Reactor, views: impl Views) -> io::Result<()> {
-        let mut state = self.lock();
+        let mut state = lock(&self.0);
         if let State::Closed(Some(port)) = *state {
             *state = State::Open(Listening::start(reactor, port, views)?);
         }
@@ -73,12 +74,8 @@ impl GuestEndpoint {
 
     /// Closes it for good, and with it all its connections and views.
     pub(crate) fn close(&self) {
-        let open = std::mem::replace(&mut *self.lock(), State::Closed(None));
+        let open = std::mem::replace(&mut *lock(&self.0), State::Closed(None));
         drop(open);
-    }
-
-    fn lock(&self) -> MutexGuard<'_, State> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -113,7 +110,6 @@ impl Listening {
             workers: workers.clone(),
             limit: Arc::clone(&limit),
             views,
-            started: Instant::now(),
         };
         let token = listen(acceptor, &Arc::new(shared)).inspect_err(|_| workers.end())?;
         Ok(Self { reactor: reactor.clone(), token, workers, limit })

@@ -11,7 +11,7 @@ mod count;
 mod driver;
 
 use std::os::fd::OwnedFd;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Instant;
 
 use kvmmem_proto::credentials::Credentials;
@@ -21,6 +21,7 @@ use rustix::net::Shutdown;
 
 use crate::core::refused::Refused;
 use crate::reactor::{Reactor, Token};
+use crate::sync::lock;
 
 /// The most hooks of one target.
 pub(crate) const MAX_PER_TARGET: usize = 8;
@@ -69,16 +70,12 @@ struct State {
 /// Why a hook is not made or undone.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum HookError {
-    /// The target has this hook.
     #[error("the target is hooked to {0} already")]
     Exists(Endpoint),
-    /// The target does not have this hook.
     #[error("the target is not hooked to {0}")]
     Unknown(Endpoint),
-    /// The target has [`MAX_PER_TARGET`] hooks.
     #[error("the target has {MAX_PER_TARGET} hooks already")]
     Full,
-    /// The target is gone.
     #[error("the target is gone")]
     Gone,
 }
@@ -96,9 +93,6 @@ impl From<HookError> for Refused {
 
 impl Hooks {
     /// Adds a hook; the caller starts its driver.
-    ///
-    /// # Errors
-    /// [`HookError`].
     pub(crate) fn add(&self, endpoint: Endpoint, owner: Owner) -> Result<Arc<Hook>, HookError> {
         let mut list = self.lock();
         if list.closed {
@@ -116,9 +110,6 @@ impl Hooks {
     }
 
     /// Undoes a hook.
-    ///
-    /// # Errors
-    /// [`HookError::Unknown`].
     pub(crate) fn remove(&self, endpoint: &Endpoint) -> Result<(), HookError> {
         let mut list = self.lock();
         let index = list.hooks.iter().position(|hook| hook.endpoint == *endpoint);
@@ -157,7 +148,7 @@ impl Hooks {
     }
 
     fn lock(&self) -> MutexGuard<'_, List> {
-        self.list.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.list)
     }
 }
 
@@ -209,7 +200,7 @@ impl Hook {
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.state)
     }
 }
 

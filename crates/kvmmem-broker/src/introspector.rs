@@ -4,10 +4,10 @@
 //!
 //! Towards the grants an [`Introspector`] is a VMM like any other: it has a [`Peer`], which is called
 //! directly. Towards the guest a view is PCI devices ([`kvmmem_qemu::windows`]), which are plugged in
-//! when a view is opened, on the thread of whoever opens it, and unplugged when it ends, by the
+//! when a view is opened, on the thread of its opener, and unplugged when it ends, by the
 //! introspector's one thread.
 //!
-//! A guest can refuse to let go of a device, and then its QEMU keeps the target's memory mapped.
+//! A guest can refuse to release a device, and then its QEMU keeps the target's memory mapped.
 //! That cannot be helped from outside; so it is noticed, reported, and answered as the operator wants
 //! ([`OnSilence`]). It costs that VM only: nothing that waits for it holds a lock that others need.
 //!

@@ -32,6 +32,7 @@ mod server;
 mod service;
 mod session;
 mod state;
+mod sync;
 mod tables;
 #[cfg(test)]
 mod test_peer;

@@ -9,7 +9,7 @@ use serde::Deserialize;
 use kvmmem_proto::guest::GUEST_PORT;
 use kvmmem_proto::message::KvmiPolicy;
 
-/// Where VMMs and the command line connect unless it is said otherwise.
+/// The default socket.
 const SOCKET: &str = "/run/kvmmem/kvmmemd.sock";
 
 /// The host's service for kvmmem: knows the VMs, speaks KVMI with introspection tools, gives out
@@ -109,24 +109,18 @@ pub(crate) struct Settings {
     pub(crate) guest_port: u32,
 }
 
-/// Why the configuration file is no good.
+/// Why the configuration file is refused.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ConfigError {
-    /// It cannot be read.
     #[error("cannot read the configuration {path}")]
     Read {
-        /// The file.
         path: PathBuf,
-        /// Why.
         #[source]
         source: std::io::Error,
     },
-    /// It holds something else than what is known.
     #[error("the configuration {path} is wrong")]
     Parse {
-        /// The file.
         path: PathBuf,
-        /// Where and why.
         #[source]
         source: toml::de::Error,
     },
@@ -149,9 +143,6 @@ struct Config {
 impl Options {
     /// The command line, and beneath it the configuration file, if the command line names one.
     /// `rust_log` is the environment's `RUST_LOG`, which comes between the two.
-    ///
-    /// # Errors
-    /// [`ConfigError`].
     pub(crate) fn settings(self, rust_log: Option<String>) -> Result<Settings, ConfigError> {
         let config = self.config.as_deref().map(read).transpose()?.unwrap_or_default();
         Ok(Settings {

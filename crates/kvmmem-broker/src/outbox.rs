@@ -2,16 +2,17 @@
 //! What a peer is to be told, in the order in which the core decided it.
 //!
 //! Pushes are put in while the core's lock is held, which takes memory and no system call. They are
-//! sent once it is released, by whoever has put one in: [`Outbox::sending`] serializes that, so that
-//! their order stays. Its lock is taken before the core's, never while that is held.
+//! sent by the same thread once it is released: [`Outbox::sending`] serializes that and keeps their
+//! order. Its lock is taken before the core's, never while that is held.
 
 use std::collections::VecDeque;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use crate::core::effect::Push;
 use crate::ram::Ram;
+use crate::sync::lock;
 
-/// The most pushes that wait. A peer of which more are waiting does not read.
+/// The most pushes that wait. A peer with more of them does not read.
 const MAX: usize = 16 * 1024;
 
 /// A push, and the RAM whose files go with it.
@@ -51,7 +52,7 @@ impl Outbox {
 
     /// Keeps others from sending.
     pub(crate) fn sending(&self) -> MutexGuard<'_, ()> {
-        self.sending.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.sending)
     }
 
     /// Takes the next push out; its caller holds [`Self::sending`].
@@ -64,7 +65,7 @@ impl Outbox {
     }
 
     fn lock(&self) -> MutexGuard<'_, Waiting> {
-        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.waiting)
     }
 }
 

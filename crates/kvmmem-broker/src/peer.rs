@@ -19,6 +19,7 @@ use crate::core::effect::Push;
 use crate::core::limits::KVMI_LIFETIME;
 use crate::outbox::{Next, Outbox, Packet};
 use crate::ram::Ram;
+use crate::sync::lock;
 use crate::vmm_questions::VmmQuestions;
 
 /// How long a peer may take to read what was sent to it before it gets more descriptors.
@@ -135,12 +136,12 @@ impl Peer {
 
     /// Who it is.
     pub(crate) fn credentials(&self) -> Credentials {
-        *self.credentials.lock().unwrap_or_else(PoisonError::into_inner)
+        *lock(&self.credentials)
     }
 
-    /// Takes note that another process goes on with what this one did.
+    /// Records that another process continues the VM.
     pub(crate) fn replaced(&self, by: Credentials) {
-        *self.credentials.lock().unwrap_or_else(PoisonError::into_inner) = by;
+        *lock(&self.credentials) = by;
     }
 
     /// How many lines of the audit log its VM has caused.
@@ -186,7 +187,7 @@ impl Peer {
     }
 
     fn channels(&self) -> MutexGuard<'_, Vec<Arc<OwnedFd>>> {
-        self.channels.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.channels)
     }
 
     /// Waits until the peer has read all that was sent to it. At most one packet with descriptors
@@ -226,12 +227,11 @@ impl Peer {
 
     /// Sends what waits to be sent.
     pub(crate) fn flush(&self) {
-        // Who gives files out holds the lock until they are sent.
         let _ = self.flush_held(&self.outbox.sending());
     }
 
-    /// The same for who holds the outbox's lock. A peer that does not read loses its connection: it
-    /// would keep what it must not. But a target or a token that cannot be sent is reported.
+    /// Sends what waits, under the outbox's lock. A peer that does not read loses its connection: it
+    /// would keep what it must not. A target or a token that cannot be sent is reported.
     ///
     /// # Errors
     /// The number of the target that the peer was not told of, if it was that.

@@ -30,22 +30,16 @@ pub(crate) struct Ram {
 impl Ram {
     /// Checks memfds, and the regions that lie in them: each file must be named by [`Region::file`]
     /// or be before one that is.
-    ///
-    /// # Errors
-    /// What is wrong with them.
     pub(crate) fn new(files: Vec<OwnedFd>, regions: Vec<Region>) -> Result<Self, RamError> {
         let map = MemoryMap::new(regions)?;
         Ok(Self::with(Backing::files(files, &map)?, map))
     }
 
-    /// The RAM of a VM whose VMM shares it with nobody: `memory` is `/proc/PID/mem` of the VMM,
+    /// The RAM of a VM that is private to its VMM: `memory` is `/proc/PID/mem` of the VMM,
     /// open for reading and writing, and [`Region::offset`] is the region's address in that
     /// process ([`Region::file`] is 0).
     ///
-    /// Nobody may register such RAM: it is for the broker's own finding alone.
-    ///
-    /// # Errors
-    /// What is wrong with them.
+    /// Peers cannot register such RAM: only the broker opens it.
     pub(crate) fn of_process(memory: OwnedFd, regions: Vec<Region>) -> Result<Self, RamError> {
         let map = MemoryMap::new(regions)?;
         Ok(Self::with(Backing::process(memory, &map)?, map))
@@ -105,7 +99,7 @@ impl Ram {
     /// # Errors
     /// Where one cannot be opened.
     pub(crate) fn open_read_only(&self) -> Result<Vec<OwnedFd>, Errno> {
-        // What `/proc/self/fd` names is the memfd itself, whatever it was opened for.
+        // `/proc/self/fd` names the memfd itself; the flags of the descriptor do not matter.
         let path = |file: &OwnedFd| format!("/proc/self/fd/{}", file.as_raw_fd());
         let open =
             |file| rustix::fs::open(path(file), OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty());
@@ -113,9 +107,6 @@ impl Ram {
     }
 
     /// The memfds once more.
-    ///
-    /// # Errors
-    /// Where there is no file descriptor left.
     pub(crate) fn duplicate(&self) -> Result<Vec<OwnedFd>, Errno> {
         self.memfds().iter().map(|file| rustix::io::fcntl_dupfd_cloexec(file, 0)).collect()
     }
@@ -161,9 +152,6 @@ impl Ram {
 
     /// Copies as much guest-physical memory as is in one piece, at most `buffer`, and returns how
     /// many bytes: none only where the buffer is empty.
-    ///
-    /// # Errors
-    /// [`AccessError`].
     pub(crate) fn read_some(&self, gpa: u64, buffer: &mut [u8]) -> Result<usize, AccessError> {
         if buffer.is_empty() {
             return Ok(0);
@@ -175,9 +163,6 @@ impl Ram {
 
     /// Copies as much of `data` as fits in one piece of guest-physical memory, and returns how many
     /// bytes: none only where there is no data.
-    ///
-    /// # Errors
-    /// [`AccessError`].
     pub(crate) fn write_some(&self, gpa: u64, data: &[u8]) -> Result<usize, AccessError> {
         if data.is_empty() {
             return Ok(0);
@@ -189,9 +174,6 @@ impl Ram {
 
     /// Copies at most `len` bytes that are in one piece, by means of the caller's: `copy` gets the
     /// file, the offset in it and how many bytes. For a buffer that a peer has mapped too.
-    ///
-    /// # Errors
-    /// [`AccessError`].
     pub(crate) fn copy_some(
         &self,
         gpa: u64,

@@ -19,7 +19,7 @@ mod table;
 use std::fmt;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::thread::ThreadId;
 use std::time::Instant;
 
@@ -28,6 +28,8 @@ use rustix::event::{EventfdFlags, Timespec};
 use rustix::io::Errno;
 
 use table::Table;
+
+use crate::sync::lock;
 pub(crate) use table::Token;
 
 /// The most events and the most deadlines of one turn.
@@ -84,11 +86,8 @@ impl Reactor {
     }
 
     /// The same, for a handler that keeps its token.
-    ///
-    /// # Errors
-    /// As [`Self::insert`].
     pub(crate) fn insert_with(&self, handler: impl FnOnce(Token) -> Handler) -> io::Result<Token> {
-        let mut table = self.lock();
+        let mut table = lock(&self.0.table);
         if self.0.kernel.get().is_none() {
             self.start()?;
         }
@@ -107,7 +106,7 @@ impl Reactor {
         deadline: Option<Instant>,
     ) -> io::Result<()> {
         let Some(kernel) = self.0.kernel.get() else { return Ok(()) };
-        let mut table = self.lock();
+        let mut table = lock(&self.0.table);
         let Some(registration) = table.get(token) else { return Ok(()) };
         let former = registration.fd.clone();
         let is_same = fd.zip(former.as_ref()).is_some_and(|((new, _), old)| Arc::ptr_eq(new, old));
@@ -138,7 +137,7 @@ impl Reactor {
 
     /// Ends a registration. Its handler may be running, on the reactor's thread alone.
     pub(crate) fn remove(&self, token: Token) {
-        let removed = self.lock().remove(token);
+        let removed = lock(&self.0.table).remove(token);
         let fd = removed.as_ref().and_then(|registration| registration.fd.as_ref());
         if let Some((fd, kernel)) = fd.zip(self.0.kernel.get()) {
             // It fails only where it is not in the set.
@@ -148,7 +147,7 @@ impl Reactor {
 
     /// Ends all registrations and the thread, without waiting for it.
     pub(crate) fn end(&self) {
-        let mut table = self.lock();
+        let mut table = lock(&self.0.table);
         // What a handler drops may use the reactor.
         let registrations = table.end();
         drop(table);
@@ -184,7 +183,7 @@ impl Reactor {
         let Some(kernel) = self.0.kernel.get() else { return };
         let mut events = Vec::with_capacity(TURN);
         loop {
-            let mut table = self.lock();
+            let mut table = lock(&self.0.table);
             if table.is_ended {
                 return;
             }
@@ -202,14 +201,14 @@ impl Reactor {
                     return;
                 }
             }
-            self.lock().is_waiting = false;
+            lock(&self.0.table).is_waiting = false;
             for event in &events {
                 let token = Token(event.data.u64());
                 if token.0 == WAKE {
                     // Whether there was anything to read does not matter.
                     let _ = rustix::io::read(&kernel.wake, &mut [0; 8]);
                 } else {
-                    let handler = self.lock().fire(token);
+                    let handler = lock(&self.0.table).fire(token);
                     if let Some(handler) = handler {
                         handler(self, token, Event::Ready);
                     }
@@ -217,15 +216,11 @@ impl Reactor {
             }
             let now = Instant::now();
             for _ in 0..TURN {
-                let due = self.lock().fire_due(now);
+                let due = lock(&self.0.table).fire_due(now);
                 let Some((token, handler)) = due else { break };
                 handler(self, token, Event::Deadline);
             }
         }
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Table<Handler>> {
-        self.0.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The broker's socket: takes it, accepts peers, gives it back.
+//! The broker's socket: accepts peers, and starts a thread for each.
 
 mod activation;
 mod connections;
@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use connections::{Place, Shared};
+use connections::{ConnectionSlot, Shared};
 pub use error::ServerError;
 use kvmmem_proto::credentials::Credentials;
 use kvmmem_proto::limit::RateLimit;
@@ -27,6 +27,7 @@ use rustix::event::{PollFd, PollFlags};
 use rustix::io::Errno;
 use rustix::net::SocketFlags;
 
+use crate::audit::Event;
 use crate::connection;
 use crate::core::limits::Limits;
 use crate::core::refused::Refused;
@@ -57,7 +58,7 @@ pub struct Server {
     /// Locked as long as the broker lives, so that no second one takes the socket away.
     _lock: File,
     group: bool,
-    /// Whether the socket is somebody else's to remove.
+    /// Whether the service manager removes the socket.
     is_activated: bool,
     shared: Arc<Shared>,
 }
@@ -98,8 +99,8 @@ impl Server {
         })
     }
 
-    /// Serves a listening socket. Whoever made it has set who may connect, and removes it; this
-    /// broker only takes the lock beside it.
+    /// Serves a listening socket of the service manager, which decides who may connect and removes
+    /// it. The broker only takes the lock beside it.
     ///
     /// # Errors
     /// [`ServerError::Adopt`] where it is no unix socket of sequenced packets with a path;
@@ -133,7 +134,7 @@ impl Server {
     pub fn waits_for_peers(&self) -> impl FnOnce(Duration) + Send + use<> {
         let shared = Arc::clone(&self.shared);
         move |limit| {
-            shared.wait_for_peers(limit);
+            shared.wait_for_peers(Instant::now() + limit);
         }
     }
 
@@ -211,20 +212,16 @@ impl Server {
         let socket = PacketSocket::accepted(fd, SEND_LIMIT).map_err(io::Error::other)?;
         let peer = Arc::new(Peer::new(socket, credentials));
         // The socket's mode lets its owner in, and the group where there is one. Without a group
-        // this is checked again here, in case somebody has changed the mode.
+        // this is checked again here, in case the mode was changed.
         if !credentials.is_administrator() && !self.group {
-            let refused =
-                Refused { refusal: Refusal::Denied, message: format!("user {uid} may not") };
-            connection::refuse(&peer, 0, &refused);
-            self.shared.service.broker().audit().refused(&peer, None, &refused.message);
+            self.refuse(&peer, &Refused::new(Refusal::Denied, format!("user {uid} may not")));
             return Ok(());
         }
-        let place = match Place::take(&self.shared, &peer) {
+        let place = match ConnectionSlot::take(&self.shared, &peer) {
             Ok(place) => place,
             Err(error) => {
-                let refused = Refused::new(Refusal::Limit, format!("connections: {error}"));
-                connection::refuse(&peer, 0, &refused);
-                self.shared.service.broker().audit().refused(&peer, None, &refused.message);
+                let message = format!("connections: {error}");
+                self.refuse(&peer, &Refused::new(Refusal::Limit, message));
                 return Ok(());
             }
         };
@@ -232,5 +229,12 @@ impl Server {
             connection::serve(&place.shared.service, &place.peer);
         })?;
         Ok(())
+    }
+
+    /// Refuses a connection.
+    fn refuse(&self, peer: &Peer, refused: &Refused) {
+        connection::refuse(peer, 0, refused);
+        let reason = &refused.message;
+        self.shared.service.broker().audit().write(Event::Refused { peer, vm: None, reason });
     }
 }

@@ -3,7 +3,7 @@
 //! of VMs that it has added, keeps introspectors under stock QEMUs, and connects hooks.
 
 use std::io;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use kvmmem_qemu::monitor::Monitors;
 
@@ -15,6 +15,7 @@ use crate::guest_endpoint::introspectors::IntrospectorViews;
 use crate::introspector::Introspector;
 use crate::introspector::list::Introspectors;
 use crate::reactor::Reactor;
+use crate::sync::lock;
 use crate::workers::Workers;
 
 /// Threads that handle the ends of targets' VMMs, and of introspectors'.
@@ -99,7 +100,7 @@ impl Service {
     }
 
     pub(crate) fn adding(&self) -> MutexGuard<'_, ()> {
-        self.adding.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.adding)
     }
 
     /// The introspectors under stock QEMUs.

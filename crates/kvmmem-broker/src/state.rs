@@ -11,12 +11,13 @@ use std::collections::BTreeMap;
 use std::io;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 
 use kvmmem_qemu::process::Process;
 
 use crate::core::limits::MAX_VMS;
 use crate::registry::Vm;
+use crate::sync::lock;
 use entry::Entry;
 use file::StateFile;
 
@@ -42,8 +43,7 @@ impl State {
     /// Remembers from now on in a folder, which is made; what is there waits to be added again.
     ///
     /// # Errors
-    /// Where nothing can be written there. What is no memory of a broker is told and counts for
-    /// nothing.
+    /// Where nothing can be written there. A file that makes no sense is reported and ignored.
     pub(super) fn open(&self, directory: &Path) -> io::Result<Vec<Entry>> {
         let (file, waiting) = StateFile::open(directory)?;
         let mut generations = self.generations();
@@ -51,13 +51,14 @@ impl State {
             generations.note((entry.pid, entry.started), entry.generation);
         }
         drop(generations);
-        *self.lock() = Some(Memory { file, live: BTreeMap::new(), waiting: waiting.clone() });
+        *lock(&self.memory) =
+            Some(Memory { file, live: BTreeMap::new(), waiting: waiting.clone() });
         Ok(waiting)
     }
 
     /// Remembers a VM that was added, or what has changed of it.
     pub(crate) fn remember(&self, vm: &Vm, entry: Option<Entry>) {
-        let mut state = self.lock();
+        let mut state = lock(&self.memory);
         if let Some(entry) = entry.as_ref().filter(|entry| entry.generation > 0) {
             self.generations().note((entry.pid, entry.started), entry.generation);
         }
@@ -74,7 +75,7 @@ impl State {
     /// Remembers that the RAM of a VM has changed.
     pub(crate) fn changed(&self, vm: &Vm) {
         let Some(generation) = vm.ram().map(|ram| ram.layout().generation) else { return };
-        let mut state = self.lock();
+        let mut state = lock(&self.memory);
         let pid = vm.peer().credentials().pid;
         if let Some(started) = Process::open(pid).ok().and_then(|process| process.started()) {
             self.generations().note((pid, started), generation);
@@ -104,7 +105,7 @@ impl State {
 
     /// Forgets a VM, if it was added.
     pub(crate) fn forget(&self, vm: u64) {
-        if let Some(memory) = &mut *self.lock()
+        if let Some(memory) = &mut *lock(&self.memory)
             && memory.live.remove(&vm).is_some()
         {
             memory.write();
@@ -113,28 +114,24 @@ impl State {
 
     /// Leaves the file as it is: the broker ends, not the VMs.
     pub(crate) fn close(&self) {
-        *self.lock() = None;
+        *lock(&self.memory) = None;
     }
 
     /// Whether one of a broker before still waits to be added again.
     fn is_waiting(&self, entry: &Entry) -> bool {
-        self.lock().as_ref().is_some_and(|memory| memory.waiting.contains(entry))
+        lock(&self.memory).as_ref().is_some_and(|memory| memory.waiting.contains(entry))
     }
 
     /// Forgets one of a broker before.
     fn give_up(&self, entry: &Entry) {
-        if let Some(memory) = &mut *self.lock() {
+        if let Some(memory) = &mut *lock(&self.memory) {
             memory.waiting.retain(|other| other != entry);
             memory.write();
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, Option<Memory>> {
-        self.memory.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     fn generations(&self) -> MutexGuard<'_, Generations> {
-        self.generations.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.generations)
     }
 }
 

@@ -8,6 +8,7 @@ use kvmmem_proto::credentials::Credentials;
 use kvmmem_proto::message::{Answer, Refusal};
 use kvmmem_qemu::questions::{AskError, Pause, Questions};
 
+use crate::audit::Event;
 use crate::core::refused::Refused;
 use crate::peer::Peer;
 use crate::registry::Vm;
@@ -17,16 +18,13 @@ use crate::service::Service;
 const PAGE: u32 = 16;
 
 /// A client's pause of a VM.
-pub(crate) struct Held {
+pub(crate) struct VmPause {
     vm: Arc<Vm>,
     pause: Pause,
 }
 
 impl Service {
     /// The registers of a target's vCPUs, a page of them.
-    ///
-    /// # Errors
-    /// Where there is no such target, or its VMM cannot be asked.
     pub(crate) fn registers(
         &self,
         peer: Credentials,
@@ -37,7 +35,7 @@ impl Service {
         let page = |number| usize::try_from(number).unwrap_or(usize::MAX);
         let (vcpus, more) = questions.registers(page(first), page(PAGE)).map_err(refuse)?;
         if first == 0 {
-            self.broker().audit().registers(&vm, peer);
+            self.broker().audit().write(Event::Registers { vm: &vm, by: peer });
         }
         Ok(Answer::Registers { vcpus, more })
     }
@@ -51,9 +49,9 @@ impl Service {
         &self,
         peer: Credentials,
         target: &str,
-        held: &mut Option<Held>,
+        held: &mut Option<VmPause>,
     ) -> Result<Answer, Refused> {
-        if let Some(Held { vm, pause }) = held {
+        if let Some(VmPause { vm, pause }) = held {
             if self.broker().find(target)?.id() != vm.id() {
                 let message = "this connection has paused another VM: resume that one first";
                 return Err(Refused::new(Refusal::Limit, message));
@@ -66,8 +64,8 @@ impl Service {
         }
         let (vm, questions) = self.asked(target)?;
         let (pause, was_running) = questions.pause().map_err(refuse)?;
-        self.broker().audit().paused(&vm, was_running, peer);
-        *held = Some(Held { vm, pause });
+        self.broker().audit().write(Event::Paused { vm: &vm, was_running, by: peer });
+        *held = Some(VmPause { vm, pause });
         Ok(Answer::Paused { was_running })
     }
 
@@ -79,22 +77,24 @@ impl Service {
         &self,
         peer: Credentials,
         target: &str,
-        held: Option<Held>,
+        held: Option<VmPause>,
     ) -> Result<Answer, Refused> {
         let vm = self.broker().find(target)?;
         let held = held.filter(|held| held.vm.id() == vm.id());
-        let Held { pause, .. } = held.ok_or_else(|| {
+        let VmPause { pause, .. } = held.ok_or_else(|| {
             Refused::new(Refusal::Unknown, "this connection has not paused that VM")
         })?;
-        self.broker().audit().resumed(&vm, "asked for", peer);
+        let reason = "asked for";
+        self.broker().audit().write(Event::Resumed { vm: &vm, reason, by: peer });
         pause.end().map_err(refuse)?;
         Ok(Answer::Done)
     }
 
     /// Ends the pause of a connection that has ended.
-    pub(crate) fn resume_left(&self, peer: Credentials, held: Option<Held>) {
-        if let Some(Held { vm, .. }) = held {
-            self.broker().audit().resumed(&vm, "the connection ended", peer);
+    pub(crate) fn resume_left(&self, peer: Credentials, held: Option<VmPause>) {
+        if let Some(VmPause { vm, .. }) = held {
+            let reason = "the connection ended";
+            self.broker().audit().write(Event::Resumed { vm: &vm, reason, by: peer });
         }
     }
 

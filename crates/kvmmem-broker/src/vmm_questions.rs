@@ -7,12 +7,14 @@
 //! know of its end.
 
 use std::collections::BTreeMap;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::Mutex;
 use std::time::Instant;
 
 use kvmmem_proto::message::{FromBroker, VcpuAnswer, VcpuQuestion};
 use kvmmem_proto::packet::PacketError;
 use kvmmem_qemu::questions::{AskError, LIMIT, MAX_WAITING, Question};
+
+use crate::sync::lock;
 
 /// How much of a VMM's message is repeated, characters.
 const MAX_MESSAGE: usize = 200;
@@ -32,7 +34,7 @@ struct State {
 impl VmmQuestions {
     /// The VMM's answer. One to a question that does not wait is dropped.
     pub(crate) fn answer(&self, id: u64, answer: VcpuAnswer) {
-        let Some((_, question)) = self.lock().waiting.remove(&id) else { return };
+        let Some((_, question)) = lock(&self.0).waiting.remove(&id) else { return };
         // A client that has given up waiting needs no answer.
         match (question, answer) {
             (
@@ -60,7 +62,7 @@ impl VmmQuestions {
 
     /// The connection has ended: no question is answered any more.
     pub(crate) fn close(&self) {
-        let mut state = self.lock();
+        let mut state = lock(&self.0);
         state.is_closed = true;
         state.waiting.clear();
     }
@@ -78,14 +80,14 @@ impl VmmQuestions {
         let id = self.add(question)?;
         let sent = send(&FromBroker::AskVcpus { id, question: sent });
         sent.map_err(|_| {
-            self.lock().waiting.remove(&id);
+            lock(&self.0).waiting.remove(&id);
             AskError::Deaf
         })
     }
 
     /// Adds a question, and returns its number.
     fn add(&self, question: Question) -> Result<u64, AskError> {
-        let mut state = self.lock();
+        let mut state = lock(&self.0);
         if state.is_closed {
             return Err(AskError::NoConnection);
         }
@@ -97,10 +99,6 @@ impl VmmQuestions {
         let id = state.last;
         state.waiting.insert(id, (Instant::now(), question));
         Ok(id)
-    }
-
-    fn lock(&self) -> MutexGuard<'_, State> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -11,11 +11,12 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io;
 use std::panic::AssertUnwindSafe;
 use std::path::Path;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::thread::Thread;
 use std::time::{Duration, Instant};
 
 use crate::reactor::{Reactor, Token};
+use crate::sync::lock;
 
 /// A worker's stack; little of it is ever touched.
 const STACK: usize = 512 << 10;
@@ -126,7 +127,7 @@ impl Workers {
     /// # Errors
     /// Where no thread can be started.
     pub(crate) fn start(&self) -> io::Result<()> {
-        let mut pool = self.lock();
+        let mut pool = lock(&self.0.pool);
         if pool.is_ended || pool.token.is_some() {
             return Ok(());
         }
@@ -143,7 +144,7 @@ impl Workers {
 
     /// Does a job as soon as there is a thread for it. After [`Self::end`] it is dropped.
     pub(crate) fn run(&self, party: Party, job: impl FnOnce() + Send + 'static) {
-        self.run_in(&mut self.lock(), party, job);
+        self.run_in(&mut lock(&self.0.pool), party, job);
     }
 
     /// Does a job that looks for a path, unless one looks for that path already or too many look for
@@ -152,7 +153,7 @@ impl Workers {
         let mut hasher = DefaultHasher::new();
         path.hash(&mut hasher);
         let path = Party::Path(hasher.finish());
-        let mut pool = self.lock();
+        let mut pool = lock(&self.0.pool);
         let is_taken = pool.takes_path(path);
         if is_taken {
             self.run_in(&mut pool, path, job);
@@ -177,12 +178,12 @@ impl Workers {
 
     /// Whether jobs wait that a free thread would do.
     pub(crate) fn are_wanted(&self) -> bool {
-        self.lock().next(self.0.share).is_some()
+        lock(&self.0.pool).next(self.0.share).is_some()
     }
 
     /// Drops all jobs that wait; threads end when they are done with the one that they have.
     pub(crate) fn end(&self) {
-        let mut pool = self.lock();
+        let mut pool = lock(&self.0.pool);
         pool.is_ended = true;
         pool.idle.drain(..).for_each(|thread| thread.unpark());
         let token = pool.token.take();
@@ -195,10 +196,9 @@ impl Workers {
         }
     }
 
-    /// How many threads there are.
     #[cfg(test)]
     pub(crate) fn threads(&self) -> usize {
-        self.lock().threads
+        lock(&self.0.pool).threads
     }
 
     fn grow_later(&self, pool: &mut Pool) {
@@ -214,7 +214,7 @@ impl Workers {
 
     /// Adds a thread where jobs still wait for one.
     fn grow(&self) {
-        let mut pool = self.lock();
+        let mut pool = lock(&self.0.pool);
         pool.is_growing = false;
         let is_wanted = pool.next(self.0.share).is_some() && pool.idle.is_empty();
         if pool.is_ended || !is_wanted || pool.threads >= self.0.most {
@@ -238,7 +238,7 @@ impl Workers {
     fn work(&self) {
         let me = std::thread::current();
         let mut idle_since = Instant::now();
-        let mut pool = self.lock();
+        let mut pool = lock(&self.0.pool);
         while !pool.is_ended {
             if let Some((party, job)) = pool.take(self.0.share) {
                 drop(pool);
@@ -246,7 +246,7 @@ impl Workers {
                     tracing::error!(name = self.0.name, ?party, "a worker's job has failed");
                 }
                 idle_since = Instant::now();
-                pool = self.lock();
+                pool = lock(&self.0.pool);
                 pool.done(party);
                 continue;
             }
@@ -262,14 +262,10 @@ impl Workers {
             } else {
                 std::thread::park_timeout(left);
             }
-            pool = self.lock();
+            pool = lock(&self.0.pool);
             pool.idle.retain(|thread| thread.id() != me.id());
         }
         pool.threads -= 1;
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Pool> {
-        self.0.pool.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -1,69 +1,322 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The kinds of events.
+//! The events of the audit log.
 
-use serde::{Serialize, Serializer};
+use kvmmem_proto::credentials::Credentials;
+use kvmmem_proto::endpoint::Endpoint;
+use kvmmem_proto::message::{Caller, Change, GrantRequest, KvmiPolicy, OnSilence, Revoked};
+use kvmmem_proto::scope::Scope;
+use uuid::Uuid;
 
-/// What has happened.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(crate) enum Event {
-    Registered,
-    Added,
-    TakenOver,
-    AddedIntrospector,
-    Gone,
-    Refused,
-    Hook,
-    Connected,
-    Disconnected,
-    Minted,
-    NotMinted,
-    Granted,
-    Used,
-    Attached,
-    Detached,
-    Revoked,
-    Policy,
-    RamChanged,
-    Registers,
-    Paused,
-    Resumed,
-    Silent,
+use super::kind::Kind;
+use super::limits::Party;
+use super::record::Record;
+use crate::core::grants::{Access, View};
+use crate::peer::Peer;
+use crate::registry::Vm;
+
+/// What has happened: to which VM, by whom.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Event<'a> {
+    Registered(&'a Vm),
+    /// An operator has added a VM that runs.
+    Added {
+        vm: &'a Vm,
+        by: Credentials,
+    },
+    /// An operator has made an introspector of a VM that runs.
+    AddedIntrospector {
+        vm: &'a Vm,
+        on_silence: OnSilence,
+        by: Credentials,
+    },
+    /// An introspector's guest did not release a view's memory in time.
+    Silent {
+        vm: &'a Vm,
+        view: u64,
+        grant: u64,
+        on_silence: OnSilence,
+        reason: &'a str,
+    },
+    /// A VM's VMM has exited.
+    Gone(&'a Vm),
+    /// A VM continues in another process than `former`.
+    TakenOver {
+        vm: &'a Vm,
+        former: Credentials,
+    },
+    /// A request of a peer was refused.
+    Refused {
+        peer: &'a Peer,
+        vm: Option<&'a Vm>,
+        reason: &'a str,
+    },
+    /// An operator has made or undone a hook.
+    Hook {
+        vm: &'a Vm,
+        endpoint: &'a Endpoint,
+        on: bool,
+        by: Credentials,
+    },
+    /// A hook has ended by itself.
+    HookEnded {
+        vm: &'a Vm,
+        endpoint: &'a Endpoint,
+        reason: &'a str,
+    },
+    /// A tool was connected to a target.
+    Connected {
+        vm: &'a Vm,
+        endpoint: &'a Endpoint,
+    },
+    Disconnected {
+        vm: &'a Vm,
+        endpoint: &'a Endpoint,
+        reason: &'a str,
+    },
+    /// A tool got a token, which only `holder` may use where there is one.
+    NewToken {
+        vm: &'a Vm,
+        endpoint: &'a Endpoint,
+        grant: u64,
+        scope: &'a Scope,
+        holder: Option<&'a Vm>,
+    },
+    NotMinted {
+        vm: &'a Vm,
+        endpoint: &'a Endpoint,
+        reason: &'a str,
+    },
+    /// An operator got a token.
+    Granted {
+        vm: &'a Vm,
+        opened: &'a Access,
+        request: &'a GrantRequest,
+        by: Credentials,
+    },
+    /// A VM has used a token for a page.
+    Used {
+        grant: u64,
+        target: &'a Vm,
+        by: &'a Vm,
+    },
+    /// A token was used for a view, by a VM or a process of the host.
+    Attached {
+        view: u64,
+        opened: &'a Access,
+        target: &'a Vm,
+        peer: &'a Peer,
+        by: Option<&'a Vm>,
+        caller: &'a Caller,
+    },
+    /// A view has ended.
+    Detached {
+        view: &'a View,
+        peer: Option<&'a Peer>,
+        reason: &'a str,
+    },
+    Revoked {
+        grant: u64,
+        target: u64,
+        outcome: &'a Revoked,
+        by: Credentials,
+    },
+    /// The policy for tokens issued over KVMI was set.
+    Policy {
+        uuid: Uuid,
+        policy: KvmiPolicy,
+        by: Credentials,
+    },
+    /// An operator got the registers of a target's vCPUs.
+    Registers {
+        vm: &'a Vm,
+        by: Credentials,
+    },
+    Paused {
+        vm: &'a Vm,
+        was_running: bool,
+        by: Credentials,
+    },
+    Resumed {
+        vm: &'a Vm,
+        reason: &'a str,
+        by: Credentials,
+    },
+    /// A VM was reset, or its RAM is elsewhere.
+    RamChanged {
+        vm: &'a Vm,
+        change: Change,
+    },
 }
 
-impl Event {
-    /// How many kinds there are.
-    pub(crate) const COUNT: usize = Self::Silent as usize + 1;
-
-    pub(super) fn name(self) -> &'static str {
+impl<'a> Event<'a> {
+    pub(super) fn kind(&self) -> Kind {
         match self {
-            Self::Registered => "registered",
-            Self::Added => "added",
-            Self::TakenOver => "taken_over",
-            Self::AddedIntrospector => "added_introspector",
-            Self::Gone => "gone",
-            Self::Refused => "refused",
-            Self::Hook => "hook",
-            Self::Connected => "connected",
-            Self::Disconnected => "disconnected",
-            Self::Minted => "minted",
-            Self::NotMinted => "not_minted",
-            Self::Granted => "granted",
-            Self::Used => "used",
-            Self::Attached => "attached",
-            Self::Detached => "detached",
-            Self::Revoked => "revoked",
-            Self::Policy => "policy",
-            Self::RamChanged => "ram_changed",
-            Self::Registers => "registers",
-            Self::Paused => "paused",
-            Self::Resumed => "resumed",
-            Self::Silent => "silent",
+            Self::Registered(_) => Kind::Registered,
+            Self::Added { .. } => Kind::Added,
+            Self::AddedIntrospector { .. } => Kind::AddedIntrospector,
+            Self::Silent { .. } => Kind::Silent,
+            Self::Gone(_) => Kind::Gone,
+            Self::TakenOver { .. } => Kind::TakenOver,
+            Self::Refused { .. } => Kind::Refused,
+            Self::Hook { .. } | Self::HookEnded { .. } => Kind::Hook,
+            Self::Connected { .. } => Kind::Connected,
+            Self::Disconnected { .. } => Kind::Disconnected,
+            Self::NewToken { .. } => Kind::NewToken,
+            Self::NotMinted { .. } => Kind::NotMinted,
+            Self::Granted { .. } => Kind::Granted,
+            Self::Used { .. } => Kind::Used,
+            Self::Attached { .. } => Kind::Attached,
+            Self::Detached { .. } => Kind::Detached,
+            Self::Revoked { .. } => Kind::Revoked,
+            Self::Policy { .. } => Kind::Policy,
+            Self::Registers { .. } => Kind::Registers,
+            Self::Paused { .. } => Kind::Paused,
+            Self::Resumed { .. } => Kind::Resumed,
+            Self::RamChanged { .. } => Kind::RamChanged,
         }
     }
+
+    /// The party that has caused it.
+    pub(super) fn party(&self) -> Party<'a> {
+        match *self {
+            Self::Registered(vm)
+            | Self::Gone(vm)
+            | Self::Silent { vm, .. }
+            | Self::TakenOver { vm, .. }
+            | Self::HookEnded { vm, .. }
+            | Self::Connected { vm, .. }
+            | Self::Disconnected { vm, .. }
+            | Self::NewToken { vm, .. }
+            | Self::NotMinted { vm, .. }
+            | Self::RamChanged { vm, .. }
+            | Self::Used { by: vm, .. } => of_peer(vm.peer()),
+            Self::Added { by, .. }
+            | Self::AddedIntrospector { by, .. }
+            | Self::Hook { by, .. }
+            | Self::Granted { by, .. }
+            | Self::Revoked { by, .. }
+            | Self::Policy { by, .. }
+            | Self::Registers { by, .. }
+            | Self::Paused { by, .. }
+            | Self::Resumed { by, .. } => Party::User(by.uid),
+            Self::Refused { peer, vm: Some(_), .. } | Self::Attached { peer, by: Some(_), .. } => {
+                of_peer(peer)
+            }
+            Self::Refused { peer, vm: None, .. } => Party::User(peer.credentials().uid),
+            Self::Attached { peer, by: None, opened, .. } => {
+                Party::Holder { uid: peer.credentials().uid, grant: opened.grant }
+            }
+            Self::Detached { view, peer, .. } => match (view.by_uuid, peer) {
+                (Some(_), Some(peer)) => of_peer(peer),
+                // What a guest says of its processes must not choose whose limit it is.
+                (Some(_), None) => Party::Holder { uid: u32::MAX, grant: view.grant },
+                (None, _) => Party::Holder { uid: view.caller.uid, grant: view.grant },
+            },
+        }
+    }
+
+    /// What is written of it.
+    pub(super) fn record(&self) -> Record<'a> {
+        let new = Record::default;
+        let record = match *self {
+            Self::Registered(vm) => {
+                let registration = vm.registration();
+                Record {
+                    cid: registration.cid,
+                    introspectable: Some(registration.introspectable),
+                    introspector: Some(registration.introspector),
+                    ..new().of(vm).on_host(vm.peer().credentials())
+                }
+            }
+            Self::Added { vm, by } | Self::Registers { vm, by } => new().of(vm).on_host(by),
+            Self::AddedIntrospector { vm, on_silence, by } => {
+                Record { policy: Some(on_silence.to_string()), ..new().of(vm).on_host(by) }
+            }
+            Self::Silent { vm, view, grant, on_silence, reason } => Record {
+                view: Some(view),
+                grant: Some(grant),
+                policy: Some(on_silence.to_string()),
+                ..new().by(vm).because(reason)
+            },
+            Self::Gone(vm) => new().of(vm),
+            Self::TakenOver { vm, former } => {
+                let reason = format!("live update: it was process {}", former.pid);
+                new().of(vm).on_host(vm.peer().credentials()).because(reason)
+            }
+            Self::Refused { peer, vm, reason } => {
+                let record = vm.map_or_else(new, |vm| new().by(vm));
+                record.on_host(peer.credentials()).because(reason)
+            }
+            Self::Hook { vm, endpoint, on, by } => {
+                Record { on: Some(on), ..new().of(vm).at(endpoint).on_host(by) }
+            }
+            Self::HookEnded { vm, endpoint, reason } => {
+                Record { on: Some(false), ..new().of(vm).at(endpoint).because(reason) }
+            }
+            Self::Connected { vm, endpoint } => new().of(vm).at(endpoint),
+            Self::Disconnected { vm, endpoint, reason }
+            | Self::NotMinted { vm, endpoint, reason } => new().of(vm).at(endpoint).because(reason),
+            Self::NewToken { vm, endpoint, grant, scope, holder } => Record {
+                grant: Some(grant),
+                holder: holder.map(|holder| holder.registration().uuid),
+                ..new().of(vm).at(endpoint).allowing(scope)
+            },
+            Self::Granted { vm, opened, request, by } => Record {
+                grant: Some(opened.grant),
+                uses: Some(request.uses),
+                ttl_ms: Some(request.ttl_ms),
+                holder: request.holder,
+                label: request.label.as_deref(),
+                ..new().of(vm).allowing(&opened.scope).on_host(by)
+            },
+            Self::Used { grant, target, by } => {
+                Record { grant: Some(grant), ..new().of(target).by(by) }
+            }
+            Self::Attached { view, opened, target, peer, by, caller } => {
+                let record = new().of(target).allowing(&opened.scope).asked_by(caller);
+                let record = record.on_host(peer.credentials());
+                let record = Record { grant: Some(opened.grant), view: Some(view), ..record };
+                match by {
+                    Some(vm) => record.by(vm),
+                    None => record.by_host(),
+                }
+            }
+            Self::Detached { view, reason, .. } => Record {
+                vm: Some(view.target),
+                grant: Some(view.grant),
+                view: Some(view.id),
+                by: Some(&view.by),
+                by_uuid: view.by_uuid,
+                seeks: Some(view.counters.seeks),
+                refused_writes: Some(view.counters.refused_writes),
+                ..new().asked_by(&view.caller).because(reason)
+            },
+            Self::Revoked { grant, target, outcome, by } => Record {
+                vm: Some(target),
+                grant: Some(grant),
+                views: Some(outcome.views),
+                unconfirmed: Some(outcome.unconfirmed),
+                micros: Some(outcome.micros),
+                ..new().on_host(by)
+            },
+            Self::Policy { uuid, policy, by } => {
+                Record { uuid: Some(uuid), policy: Some(policy.to_string()), ..new().on_host(by) }
+            }
+            Self::Paused { vm, was_running, by } => {
+                let record = new().of(vm).on_host(by);
+                if was_running { record } else { record.because("it did not run before") }
+            }
+            Self::Resumed { vm, reason, by } => new().of(vm).on_host(by).because(reason),
+            Self::RamChanged { vm, change } => new().of(vm).because(match change {
+                Change::Reset => "reset",
+                Change::Resized => "resized",
+            }),
+        };
+        Record { event: self.kind().name(), ..record }
+    }
 }
 
-impl Serialize for Event {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.serialize_str(self.name())
-    }
+/// The VM that a peer has registered.
+fn of_peer(peer: &Peer) -> Party<'_> {
+    Party::Vm(peer.limits(), peer.credentials().uid)
 }

@@ -50,8 +50,6 @@ struct Line<'a> {
 }
 
 impl Lines {
-    /// # Errors
-    /// Where there is no thread left.
     pub(super) fn new(file: AuditFile) -> io::Result<Self> {
         let (waiting, lines) = sync_channel(MAX_WAITING);
         let is_stalled = Arc::new(AtomicBool::new(false));
@@ -152,7 +150,6 @@ mod tests {
     use std::io::Read;
     use std::path::Path;
 
-    use super::super::event::Event;
     use super::*;
 
     #[test]
@@ -160,9 +157,10 @@ mod tests {
         let file = tempfile::NamedTempFile::new().unwrap();
         let lines = Lines::new(AuditFile::open(file.path()).unwrap()).unwrap();
         let record = Record {
+            event: "granted",
             label: Some("two\nlines \"quoted\""),
             grant: Some(7),
-            ..Record::new(Event::Granted)
+            ..Record::default()
         };
         lines.write(&record);
         lines.write(&record);
@@ -185,7 +183,7 @@ mod tests {
     fn a_full_disk_is_survived() {
         let lines = Lines::new(AuditFile::open(Path::new("/dev/full")).unwrap()).unwrap();
         for _ in 0..3 {
-            lines.write(&Record::new(Event::Gone));
+            lines.write(&Record::default());
         }
         assert!(!lines.is_stalled.load(Ordering::Relaxed));
     }
@@ -204,7 +202,7 @@ mod tests {
         let mut reader = std::fs::File::options().read(true).write(true).open(&path).unwrap();
         let lines = Lines::new(AuditFile::open(&path).unwrap()).unwrap();
         let label = "x".repeat(1000);
-        let record = Record { label: Some(&label), ..Record::new(Event::Gone) };
+        let record = Record { label: Some(&label), ..Record::default() };
         // More than the pipe and the queue hold together; without the thread the first hundred
         // would never end.
         for _ in 0..MAX_WAITING + 200 {
@@ -218,7 +216,7 @@ mod tests {
                 let _ = reader.read(&mut bytes).unwrap();
             }
         });
-        let last = Record { label: Some("!"), ..Record::new(Event::Gone) };
+        let last = Record { label: Some("!"), ..Record::default() };
         while !drain.is_finished() {
             lines.write(&last);
         }

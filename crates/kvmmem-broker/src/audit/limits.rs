@@ -8,12 +8,13 @@
 //! the long run. What is remembered of parties is bounded.
 
 use std::collections::HashMap;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use kvmmem_proto::limit::{Bucket, Rate, RateLimit};
 
-use super::event::Event;
+use super::kind::Kind;
+use crate::sync::lock;
 
 /// Lines a second of a party for each kind of event.
 const PER_SECOND: u32 = 50;
@@ -33,7 +34,7 @@ const SWEEP: Duration = Duration::from_secs(1);
 
 /// The limits of what one VM causes.
 #[derive(Debug)]
-pub(crate) struct Limits([RateLimit; Event::COUNT]);
+pub(crate) struct Limits([RateLimit; Kind::COUNT]);
 
 impl Default for Limits {
     fn default() -> Self {
@@ -61,7 +62,7 @@ enum Key {
     User(u32),
     /// The first lines of a user's parties.
     New(u32),
-    /// All for which there is no place.
+    /// All parties that do not fit in the table.
     Rest,
 }
 
@@ -71,13 +72,13 @@ pub(super) struct Parties(Mutex<State>);
 
 #[derive(Debug, Default)]
 struct State {
-    buckets: HashMap<(Key, Event), Bucket>,
+    buckets: HashMap<(Key, Kind), Bucket>,
     swept: Option<Instant>,
 }
 
 impl Parties {
     /// Whether a line may be written, and how many of its kind were not before it.
-    pub(super) fn allow(&self, party: Party<'_>, event: Event, now: Instant) -> Option<u64> {
+    pub(super) fn allow(&self, party: Party<'_>, event: Kind, now: Instant) -> Option<u64> {
         match party {
             Party::Vm(limits, uid) => {
                 let limit = limits.0.get(event as usize)?;
@@ -96,12 +97,12 @@ impl Parties {
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.0)
     }
 }
 
 impl State {
-    fn allow(&mut self, key: (Key, Event), now: Instant) -> Option<u64> {
+    fn allow(&mut self, key: (Key, Kind), now: Instant) -> Option<u64> {
         self.make_room(&key, now);
         // The bucket of the rest has a place of its own.
         let is_full = self.buckets.len() >= MAX_BUCKETS && !self.buckets.contains_key(&key);
@@ -110,8 +111,8 @@ impl State {
         self.buckets.entry(key).or_insert_with(|| Bucket::new(rate, now)).allow(rate, now)
     }
 
-    /// Forgets those who have been quiet, where there is no place for one more.
-    fn make_room(&mut self, key: &(Key, Event), now: Instant) {
+    /// Forgets quiet parties if the table is full.
+    fn make_room(&mut self, key: &(Key, Kind), now: Instant) {
         let is_due = |swept: Instant| now.saturating_duration_since(swept) >= SWEEP;
         if self.buckets.len() < MAX_BUCKETS
             || self.buckets.contains_key(key)
@@ -120,7 +121,7 @@ impl State {
             return;
         }
         self.swept = Some(now);
-        let mut suppressed: HashMap<Event, u64> = HashMap::new();
+        let mut suppressed: HashMap<Kind, u64> = HashMap::new();
         self.buckets.retain(|(kind, event), bucket| {
             let is_kept = *kind == Key::Rest || !bucket.is_full(rate((*kind, *event)), now);
             if !is_kept && bucket.suppressed() > 0 {
@@ -138,17 +139,17 @@ impl State {
     }
 }
 
-fn rate((key, event): (Key, Event)) -> Rate {
+fn rate((key, event): (Key, Kind)) -> Rate {
     match (key, event) {
         (Key::New(_), _) => NEW_PARTIES,
         (
             Key::User(_),
-            Event::Added
-            | Event::AddedIntrospector
-            | Event::Hook
-            | Event::Granted
-            | Event::Revoked
-            | Event::Policy,
+            Kind::Added
+            | Kind::AddedIntrospector
+            | Kind::Hook
+            | Kind::Granted
+            | Kind::Revoked
+            | Kind::Policy,
         ) => Rate::of(OPERATORS_PER_SECOND),
         _ => Rate::of(PER_SECOND),
     }
@@ -158,7 +159,7 @@ fn rate((key, event): (Key, Event)) -> Rate {
 mod tests {
     use super::*;
 
-    fn count(parties: &Parties, party: Party<'_>, event: Event, now: Instant) -> usize {
+    fn count(parties: &Parties, party: Party<'_>, event: Kind, now: Instant) -> usize {
         (0..10_000).filter(|_| parties.allow(party, event, now).is_some()).count()
     }
 
@@ -166,19 +167,19 @@ mod tests {
     fn the_noise_of_one_hides_no_line_of_another() {
         let (parties, now) = (Parties::default(), Instant::now());
         let (one, other) = (Limits::default(), Limits::default());
-        assert_eq!(count(&parties, Party::Vm(&one, 1), Event::Refused, now), 50);
-        assert!(parties.allow(Party::Vm(&other, 1), Event::Refused, now).is_some());
-        assert!(parties.allow(Party::Vm(&one, 1), Event::Used, now).is_some());
+        assert_eq!(count(&parties, Party::Vm(&one, 1), Kind::Refused, now), 50);
+        assert!(parties.allow(Party::Vm(&other, 1), Kind::Refused, now).is_some());
+        assert!(parties.allow(Party::Vm(&one, 1), Kind::Used, now).is_some());
         let holder = |uid, grant| Party::Holder { uid, grant };
-        assert_eq!(count(&parties, holder(1, 7), Event::Attached, now), 50);
-        assert!(parties.allow(holder(1, 8), Event::Attached, now).is_some());
-        assert!(parties.allow(holder(2, 7), Event::Attached, now).is_some());
-        assert_eq!(count(&parties, Party::User(1), Event::Refused, now), 50);
-        assert_eq!(count(&parties, Party::User(2), Event::Granted, now), 1000);
+        assert_eq!(count(&parties, holder(1, 7), Kind::Attached, now), 50);
+        assert!(parties.allow(holder(1, 8), Kind::Attached, now).is_some());
+        assert!(parties.allow(holder(2, 7), Kind::Attached, now).is_some());
+        assert_eq!(count(&parties, Party::User(1), Kind::Refused, now), 50);
+        assert_eq!(count(&parties, Party::User(2), Kind::Granted, now), 1000);
         // How many were left out is told.
         let later = now + Duration::from_secs(1);
-        assert_eq!(parties.allow(holder(1, 7), Event::Attached, later), Some(10_000 - 50));
-        assert_eq!(parties.allow(Party::Vm(&one, 1), Event::Refused, later), Some(10_000 - 50));
+        assert_eq!(parties.allow(holder(1, 7), Kind::Attached, later), Some(10_000 - 50));
+        assert_eq!(parties.allow(Party::Vm(&one, 1), Kind::Refused, later), Some(10_000 - 50));
     }
 
     #[test]
@@ -186,21 +187,21 @@ mod tests {
         let (parties, now) = (Parties::default(), Instant::now());
         for _ in 0..2048 {
             assert_eq!(
-                parties.allow(Party::Vm(&Limits::default(), 1), Event::Registered, now),
+                parties.allow(Party::Vm(&Limits::default(), 1), Kind::Registered, now),
                 Some(0)
             );
         }
         let again = |at| {
             (0..10_000)
                 .filter(|_| {
-                    parties.allow(Party::Vm(&Limits::default(), 1), Event::Registered, at).is_some()
+                    parties.allow(Party::Vm(&Limits::default(), 1), Kind::Registered, at).is_some()
                 })
                 .count()
         };
         assert_eq!(again(now), 2048);
         assert_eq!(again(now + Duration::from_secs(1)), 50);
         // What another user's VMs cause is written.
-        assert!(parties.allow(Party::Vm(&Limits::default(), 2), Event::Registered, now).is_some());
+        assert!(parties.allow(Party::Vm(&Limits::default(), 2), Kind::Registered, now).is_some());
     }
 
     #[test]
@@ -209,15 +210,15 @@ mod tests {
         for round in 0..3 {
             for number in 0..20_000 {
                 let uid = round * 20_000 + number;
-                parties.allow(Party::User(uid), Event::Refused, now);
-                parties.allow(Party::Holder { uid, grant: 1 }, Event::Attached, now);
+                parties.allow(Party::User(uid), Kind::Refused, now);
+                parties.allow(Party::Holder { uid, grant: 1 }, Kind::Attached, now);
             }
             let buckets = parties.lock().buckets.len();
-            assert!(buckets <= MAX_BUCKETS + Event::COUNT, "{buckets}");
+            assert!(buckets <= MAX_BUCKETS + Kind::COUNT, "{buckets}");
             now += Duration::from_secs(2);
         }
         // Those who were quiet have made room.
-        assert_eq!(count(&parties, Party::User(u32::MAX - 1), Event::Refused, now), 50);
-        assert_eq!(count(&parties, Party::User(u32::MAX - 2), Event::Refused, now), 50);
+        assert_eq!(count(&parties, Party::User(u32::MAX - 1), Kind::Refused, now), 50);
+        assert_eq!(count(&parties, Party::User(u32::MAX - 2), Kind::Refused, now), 50);
     }
 }

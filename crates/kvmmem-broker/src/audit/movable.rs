@@ -18,9 +18,6 @@ pub(crate) struct AuditFile {
 
 impl AuditFile {
     /// Appends to the file at `path`, made with mode 0600 if it is not there.
-    ///
-    /// # Errors
-    /// Those of `open`.
     pub(crate) fn open(path: &Path) -> io::Result<Self> {
         Ok(Self { path: path.to_owned(), file: open(path)? })
     }

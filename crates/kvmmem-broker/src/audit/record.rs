@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! One line of the audit log.
 
+use std::borrow::Cow;
+
 use kvmmem_proto::credentials::Credentials;
 use kvmmem_proto::endpoint::Endpoint;
 use kvmmem_proto::message::Caller;
@@ -8,16 +10,15 @@ use kvmmem_proto::scope::Scope;
 use serde::Serialize;
 use uuid::Uuid;
 
-use super::event::Event;
 use crate::registry::Vm;
 
 /// The `target` of every event of the audit log.
 pub const TARGET: &str = "audit";
 
 /// What is written of an event. What is `None` does not belong to it.
-#[derive(Serialize)]
+#[derive(Default, Serialize)]
 pub(super) struct Record<'a> {
-    pub(super) event: Event,
+    pub(super) event: &'static str,
     /// Lines of this kind that were left out before this one.
     pub(super) suppressed: u64,
     /// Number of the VM that it happened to.
@@ -89,47 +90,10 @@ pub(super) struct Record<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) refused_writes: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub(super) reason: Option<&'a str>,
+    pub(super) reason: Option<Cow<'a, str>>,
 }
 
 impl<'a> Record<'a> {
-    pub(super) fn new(event: Event) -> Self {
-        Self {
-            event,
-            suppressed: 0,
-            vm: None,
-            name: None,
-            uuid: None,
-            cid: None,
-            introspectable: None,
-            introspector: None,
-            endpoint: None,
-            on: None,
-            grant: None,
-            view: None,
-            by: None,
-            by_uuid: None,
-            caller_pid: None,
-            caller_uid: None,
-            caller_comm: None,
-            pid: None,
-            uid: None,
-            rights: None,
-            spans: None,
-            uses: None,
-            ttl_ms: None,
-            holder: None,
-            label: None,
-            policy: None,
-            views: None,
-            unconfirmed: None,
-            micros: None,
-            seeks: None,
-            refused_writes: None,
-            reason: None,
-        }
-    }
-
     /// What happened to this VM.
     pub(super) fn of(self, vm: &'a Vm) -> Self {
         let registration = vm.registration();
@@ -169,6 +133,10 @@ impl<'a> Record<'a> {
         }
     }
 
+    pub(super) fn because(self, reason: impl Into<Cow<'a, str>>) -> Self {
+        Self { reason: Some(reason.into()), ..self }
+    }
+
     pub(super) fn allowing(self, scope: &Scope) -> Self {
         let spans =
             scope.spans.as_ref().map(|spans| spans.iter().map(ToString::to_string).collect());
@@ -179,7 +147,7 @@ impl<'a> Record<'a> {
     pub(super) fn trace(&self) {
         tracing::info!(
             target: TARGET,
-            event = self.event.name(),
+            event = self.event,
             suppressed = self.suppressed,
             vm = self.vm,
             name = self.name,
@@ -210,7 +178,7 @@ impl<'a> Record<'a> {
             micros = self.micros,
             seeks = self.seeks,
             refused_writes = self.refused_writes,
-            reason = self.reason,
+            reason = self.reason.as_deref(),
         );
     }
 }

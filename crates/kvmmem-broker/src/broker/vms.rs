@@ -9,6 +9,7 @@ use kvmmem_proto::map::Region;
 use kvmmem_proto::message::{Answer, Change, Refusal, Registration};
 
 use super::Broker;
+use crate::audit::Event;
 use crate::core::layout::Layout;
 use crate::core::refused::Refused;
 use crate::core::vms::{NewVm, RegisterError};
@@ -23,7 +24,8 @@ impl Broker {
     /// Undoes a target's hooks to tools in a VM that is gone.
     pub(crate) fn end_hooks(&self, target: &Vm, tool: u64) {
         for endpoint in target.hooks().end_with(tool) {
-            self.audit().unhooked(target, &endpoint, "the tool's VM is gone");
+            let reason = "the tool's VM is gone";
+            self.audit().write(Event::HookEnded { vm: target, endpoint: &endpoint, reason });
         }
     }
 
@@ -39,10 +41,7 @@ impl Broker {
         Answer::Targets { targets: page.iter().map(|vm| vm.info()).collect(), more }
     }
 
-    /// Registers a VM for a user. Takes `ram` only then: the caller frees what is not taken.
-    ///
-    /// # Errors
-    /// [`RegisterError`].
+    /// Registers a VM for a user, and takes `ram` if it does.
     pub(crate) fn register(
         &self,
         registration: Registration,
@@ -65,8 +64,7 @@ impl Broker {
         Ok(vm)
     }
 
-    /// Does what the end of a VM demands: its tokens and views end, its sessions end, and the peers
-    /// that know it are told.
+    /// Ends a VM: its grants, views and hooks end, and the peers that know it are notified.
     pub(crate) fn retire(&self, vm: &Vm) {
         let removed = self.decide(|tables| {
             vm.mark_gone();
@@ -79,7 +77,7 @@ impl Broker {
             self.vms().iter().for_each(|target| self.end_hooks(target, vm.id()));
         }
         self.state().forget(vm.id());
-        self.audit().gone(vm);
+        self.audit().write(Event::Gone(vm));
     }
 
     /// Records that a VM was reset, or has other RAM in its memfd. The peers that know it are told.
@@ -99,7 +97,7 @@ impl Broker {
         ram.change(regions).map_err(|error| Refused::from_error(Refusal::Invalid, &error))?;
         let layout = ram.layout();
         self.decide(|tables| tables.core.ram_changed(vm.id(), &layout));
-        self.audit().ram_changed(vm, change);
+        self.audit().write(Event::RamChanged { vm, change });
         self.state().changed(vm);
         Ok(())
     }
@@ -148,17 +146,11 @@ impl Broker {
     }
 
     /// A VM by its name or its UUID; the target, where an introspector has the same UUID.
-    ///
-    /// # Errors
-    /// Where there is none.
     pub(crate) fn find(&self, target: &str) -> Result<Arc<Vm>, Refused> {
         self.find_as(target, |registration| registration.introspectable)
     }
 
     /// A VM by its name or its UUID; the introspector, where a target has the same UUID.
-    ///
-    /// # Errors
-    /// Where there is none.
     pub(crate) fn find_introspector(&self, name: &str) -> Result<Arc<Vm>, Refused> {
         self.find_as(name, |registration| registration.introspector)
     }

@@ -9,8 +9,9 @@ use kvmmem_kvmi::token::Token;
 use kvmmem_proto::credentials::Credentials;
 use kvmmem_proto::endpoint::Endpoint;
 
+use crate::audit::Event;
 use crate::broker::Broker;
-use crate::core::tokens::Minted;
+use crate::core::tokens::NewToken;
 use crate::hook::Owner;
 use crate::registry::Vm;
 use crate::tables::Tables;
@@ -33,10 +34,12 @@ impl Broker {
         owner: Owner,
     ) -> Result<Token, KvmError> {
         let minted = self.mint_for(now, target.id(), owner);
-        let (token, Minted { grant, scope, .. }, holder) = minted.inspect_err(|error| {
-            self.audit().not_minted(target, endpoint, &format!("{error:?}"));
+        let (token, NewToken { grant, scope, .. }, holder) = minted.inspect_err(|error| {
+            let reason = &format!("{error:?}");
+            self.audit().write(Event::NotMinted { vm: target, endpoint, reason });
         })?;
-        self.audit().minted(target, endpoint, grant, &scope, holder.as_deref());
+        let (vm, scope, holder) = (target, &scope, holder.as_deref());
+        self.audit().write(Event::NewToken { vm, endpoint, grant, scope, holder });
         Ok(token)
     }
 
@@ -46,7 +49,7 @@ impl Broker {
         now: Instant,
         target: u64,
         owner: Owner,
-    ) -> Result<(Token, Minted, Option<Arc<Vm>>), KvmError> {
+    ) -> Result<(Token, NewToken, Option<Arc<Vm>>), KvmError> {
         let tool = match owner {
             Owner::Vm(vm) => Some(vm),
             Owner::Host(_) => None,

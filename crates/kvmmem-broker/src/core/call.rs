@@ -7,12 +7,12 @@ use kvmmem_kvmi::token::Token;
 use kvmmem_proto::message::{Answer, Call, GrantRequest, KvmiPolicy, Refusal};
 use uuid::Uuid;
 
-use super::grants::Opened;
+use super::grants::Access;
 use super::introduction::NotSent;
 use super::machine::Core;
 use super::refused::Refused;
 use super::revocation::Revocation;
-use super::views::{AttachRequest, Attached};
+use super::views::{AttachRequest, NewView};
 
 /// What the edge brings to a call that the core cannot have.
 #[derive(Debug, Default)]
@@ -33,13 +33,13 @@ pub(crate) enum Reply {
     /// Let the peer read what was sent to it, and ask again.
     Unread(Call),
     /// A token was made.
-    Granted { request: GrantRequest, token: Token, opened: Opened },
+    Granted { request: GrantRequest, token: Token, opened: Access },
     /// A token was used for a page; the answer goes after the pushes.
-    Redeemed(Opened),
+    Redeemed(Access),
     /// A pushed token was used for a page.
-    Used(Opened),
+    Used(Access),
     /// A view was opened.
-    Attached(Attached),
+    Attached(NewView),
     /// A policy was set.
     PolicySet { uuid: Uuid, policy: KvmiPolicy },
     /// Wait for the revocation's confirmations.
@@ -67,9 +67,6 @@ impl Reply {
 
 impl Core {
     /// Decides a peer's call. What is to be done for it besides is in the effects.
-    ///
-    /// # Errors
-    /// Why the call is refused; nothing has changed then.
     pub(crate) fn handle(
         &mut self,
         now: Instant,

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use kvmmem_kvmi::token::Token;
 use kvmmem_proto::message::Registration;
 
-use super::grants::{Opened, View};
+use super::grants::{Access, View};
 use super::layout::Layout;
 
 /// Something to do.
@@ -26,7 +26,7 @@ pub(crate) enum Push {
     /// A target, with the files of its RAM, before the first use of its number.
     Target { target: u64, registration: Arc<Registration>, layout: Arc<Layout> },
     /// A token for the peer.
-    Granted { token: Token, opened: Opened },
+    Granted { token: Token, opened: Access },
     /// A grant was revoked.
     Revoke { grant: u64 },
     /// A target is gone.

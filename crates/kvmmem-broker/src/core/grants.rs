@@ -16,6 +16,6 @@ mod views;
 
 pub(crate) use end::Affected;
 pub(crate) use error::UseError;
-pub(crate) use grant::{Holder, Opened, Terms, User, View};
+pub(crate) use grant::{Access, Holder, Terms, User, View};
 pub(crate) use list::Names;
 pub(crate) use table::Grants;

@@ -47,7 +47,7 @@ impl Core {
         }
     }
 
-    /// What is to be done for what was decided since the last call, in this order.
+    /// The effects of what was decided since the last call, in order.
     pub(crate) fn take_effects(&mut self) -> Vec<Effect> {
         std::mem::take(&mut self.effects)
     }
@@ -66,9 +66,6 @@ impl Core {
     }
 
     /// Registers a VM for its VMM's connection; returns its number.
-    ///
-    /// # Errors
-    /// [`RegisterError`].
     pub(crate) fn register(&mut self, new: NewVm) -> Result<u64, RegisterError> {
         let peer = new.peer;
         let id = self.vms.insert(new)?;
@@ -118,9 +115,6 @@ impl Core {
 
     /// Revokes a grant: its token opens nothing any more, and its peers are told. Each of them
     /// confirms with [`Self::confirm`].
-    ///
-    /// # Errors
-    /// Where there is no such grant.
     pub(crate) fn revoke(&mut self, now: Instant, grant: u64) -> Result<Revocation, Refused> {
         let affected = self.grants.revoke(now, grant).ok_or_else(|| unknown_grant(grant))?;
         let revocation = self.revocations.begin(grant, affected);

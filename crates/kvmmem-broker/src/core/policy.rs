@@ -8,7 +8,7 @@ use kvmmem_proto::credentials::Credentials;
 use kvmmem_proto::message::KvmiPolicy;
 use uuid::Uuid;
 
-use super::quota::{Bound, Exceeded, Quota};
+use super::quota::{Bound, Quota, QuotaError};
 
 /// The policies of all targets.
 #[derive(Clone, Debug)]
@@ -24,7 +24,7 @@ pub(crate) struct Policies {
 #[error("policies that are not the default, which is {default}")]
 pub(crate) struct TooManyPolicies {
     default: KvmiPolicy,
-    source: Exceeded,
+    source: QuotaError,
 }
 
 impl Policies {
@@ -45,9 +45,6 @@ impl Policies {
 
     /// Sets the policy of a target. Tokens that it has already stay as they are. The default takes
     /// no place.
-    ///
-    /// # Errors
-    /// [`TooManyPolicies`].
     pub(crate) fn set(
         &mut self,
         target: Uuid,
@@ -99,7 +96,7 @@ mod tests {
             set(n, KvmiPolicy::None, USER).unwrap();
         }
         let refused = set(share, KvmiPolicy::None, USER).unwrap_err();
-        assert!(matches!(refused.source, Exceeded::Share { uid: USER, .. }), "{refused:?}");
+        assert!(matches!(refused.source, QuotaError::Share { uid: USER, .. }), "{refused:?}");
         // A policy that exists can always be changed or removed.
         set(7, KvmiPolicy::ReadOnly, USER).unwrap();
         set(share, KvmiPolicy::None, 0).unwrap();

@@ -22,33 +22,20 @@ pub struct Bound {
 
 impl Bound {
     /// The usual shares of a total: three quarters for one user, and a sixteenth in reserve.
-    pub const fn of(total: usize) -> Self {
+    pub(crate) const fn of(total: usize) -> Self {
         Self { total, per_user: total / 4 * 3, reserve: total / 16 }
     }
 }
 
 /// Why there may not be one more.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub(crate) enum Exceeded {
-    /// The user has its share.
+pub(crate) enum QuotaError {
     #[error("user {uid} has {count} already, the most that one user may have; end some of them")]
-    Share {
-        /// The user.
-        uid: u32,
-        /// Its share.
-        count: usize,
-    },
-    /// Only the reserve is left.
+    Share { uid: u32, count: usize },
     #[error(
         "there are {count} already, and the last {reserve} are for root and the broker's own user"
     )]
-    Reserve {
-        /// How many others may take.
-        count: usize,
-        /// How many are kept.
-        reserve: usize,
-    },
-    /// None is left.
+    Reserve { count: usize, reserve: usize },
     #[error("there are {0} already; end some of them")]
     Total(usize),
 }
@@ -68,21 +55,18 @@ impl Quota {
     }
 
     /// Takes one for a user.
-    ///
-    /// # Errors
-    /// [`Exceeded`].
-    pub(crate) fn take(&mut self, who: Credentials) -> Result<(), Exceeded> {
+    pub(crate) fn take(&mut self, who: Credentials) -> Result<(), QuotaError> {
         let Bound { total, per_user, reserve } = self.bound;
         if self.total >= total {
-            return Err(Exceeded::Total(total));
+            return Err(QuotaError::Total(total));
         }
         let has = self.of.get(&who.uid).copied().unwrap_or(0);
         let others = total.saturating_sub(reserve);
         if !who.is_administrator() && has >= per_user {
-            return Err(Exceeded::Share { uid: who.uid, count: per_user });
+            return Err(QuotaError::Share { uid: who.uid, count: per_user });
         }
         if !who.is_administrator() && self.total >= others {
-            return Err(Exceeded::Reserve { count: others, reserve });
+            return Err(QuotaError::Reserve { count: others, reserve });
         }
         self.of.insert(who.uid, has + 1);
         self.total += 1;
@@ -125,16 +109,16 @@ mod tests {
         for _ in 0..5 {
             quota.take(user(ONE)).unwrap();
         }
-        assert_eq!(quota.take(user(ONE)), Err(Exceeded::Share { uid: ONE, count: 5 }));
+        assert_eq!(quota.take(user(ONE)), Err(QuotaError::Share { uid: ONE, count: 5 }));
         for _ in 0..3 {
             quota.take(user(OTHER)).unwrap();
         }
-        let reserved = Err(Exceeded::Reserve { count: 8, reserve: 2 });
+        let reserved = Err(QuotaError::Reserve { count: 8, reserve: 2 });
         assert_eq!(quota.take(user(OTHER)), reserved);
         assert_eq!(quota.take(user(OTHER + 1)), reserved);
         quota.take(user(ROOT)).unwrap();
         quota.take(user(ROOT)).unwrap();
-        assert_eq!(quota.take(user(ROOT)), Err(Exceeded::Total(10)));
+        assert_eq!(quota.take(user(ROOT)), Err(QuotaError::Total(10)));
         quota.give_back(ONE);
         quota.take(user(ROOT)).unwrap();
         assert_eq!(quota.count(), 10);

@@ -12,7 +12,7 @@ use kvmmem_proto::scope::{Scope, ScopeError};
 use uuid::Uuid;
 
 use super::effect::{Effect, Push};
-use super::grants::{Grants, Holder, Names, Opened, Terms, UseError};
+use super::grants::{Access, Grants, Holder, Names, Terms, UseError};
 use super::introduction::{NotSent, private};
 use super::limits::KVMI_LIFETIME;
 use super::machine::Core;
@@ -42,7 +42,7 @@ enum RequestError {
 
 /// A token that was made for a tool.
 #[derive(Debug)]
-pub(crate) struct Minted {
+pub(crate) struct NewToken {
     pub(crate) grant: u64,
     pub(crate) scope: Scope,
     /// The introspector that it is for.
@@ -69,7 +69,7 @@ impl Core {
         tool: Option<u64>,
         token: &Token,
         may_get_files: bool,
-    ) -> Result<Minted, KvmError> {
+    ) -> Result<NewToken, KvmError> {
         let vm = self.vms.get(target).ok_or(KvmError::OpNotSupp)?;
         let (uuid, by) = (vm.registration.uuid, vm.vmm);
         let scope = self.policies.of(uuid).scope().ok_or(KvmError::Perm)?;
@@ -98,7 +98,7 @@ impl Core {
         };
         let Some((holder, peer, uuid)) = holder else {
             let grant = mint(&mut self.grants, Holder::Anybody)?;
-            return Ok(Minted { grant, scope, holder: None });
+            return Ok(NewToken { grant, scope, holder: None });
         };
         let pushed = self.introducing(peer, target, may_get_files, |grants| {
             Ok(mint(grants, Holder::Pushed(peer)))
@@ -106,7 +106,7 @@ impl Core {
         let grant = match pushed {
             Ok(grant) => {
                 let grant = grant?;
-                let opened = Opened { grant, target, scope: scope.clone() };
+                let opened = Access { grant, target, scope: scope.clone() };
                 let push = Push::Granted { token: token.clone(), opened };
                 self.effects.push(Effect::Push { peer, push });
                 grant
@@ -115,27 +115,24 @@ impl Core {
             // cannot.
             Err(_) => mint(&mut self.grants, Holder::Vm(uuid))?,
         };
-        Ok(Minted { grant, scope, holder: Some(holder) })
+        Ok(NewToken { grant, scope, holder: Some(holder) })
     }
 
     /// Makes a token as an operator asks for it.
-    ///
-    /// # Errors
-    /// Where there is no such target, the request breaks a rule, or there are too many grants.
     pub(crate) fn grant(
         &mut self,
         now: Instant,
         by: Credentials,
         request: &GrantRequest,
         token: &Token,
-    ) -> Result<Opened, Refused> {
+    ) -> Result<Access, Refused> {
         let vm = self.vms.target(&request.target)?;
         let terms = terms(vm, request, by)
             .map_err(|error| Refused::from_error(Refusal::Invalid, &error))?;
         let (target, scope) = (vm.id, terms.scope.clone());
         let grant = self.grants.mint(now, token.clone(), terms);
         let grant = grant.map_err(|error| Refused::from_error(Refusal::Limit, &error))?;
-        Ok(Opened { grant, target, scope })
+        Ok(Access { grant, target, scope })
     }
 
     /// A page of the grants behind `after`.
@@ -167,7 +164,7 @@ impl Core {
         who: u64,
         token: &Token,
         may_get_files: bool,
-    ) -> Result<Option<Opened>, NotSent> {
+    ) -> Result<Option<Access>, NotSent> {
         let by = self.user(who)?;
         let (target, _) = self.grants.target(now, token, by).map_err(Refused::from)?;
         let vm = self.vms.get(target).ok_or_else(|| Refused::from(UseError::Unknown))?;
@@ -188,16 +185,13 @@ impl Core {
         now: Instant,
         who: u64,
         token: &Token,
-    ) -> Result<Opened, Refused> {
+    ) -> Result<Access, Refused> {
         self.user(who)?;
         self.grants.used(now, token, who).ok_or_else(|| Refused::from(UseError::Unknown))
     }
 
     /// What tokens allow that KVMI makes for a target; sets it first if asked to. Returns the
     /// target's UUID as well.
-    ///
-    /// # Errors
-    /// Where there is no such target, or there are too many policies.
     pub(crate) fn policy(
         &mut self,
         by: Credentials,

@@ -10,7 +10,7 @@ use kvmmem_proto::name::is_unprintable;
 use kvmmem_proto::scope::{Rights, Span};
 
 use super::effect::Effect;
-use super::grants::{Grants, Opened, UseError, User, View};
+use super::grants::{Access, Grants, UseError, User, View};
 use super::introduction::{NotSent, private};
 use super::layout::Layout;
 use super::machine::Core;
@@ -33,9 +33,9 @@ pub(crate) struct AttachRequest {
 
 /// A view that was opened.
 #[derive(Debug)]
-pub(crate) struct Attached {
+pub(crate) struct NewView {
     pub(crate) view: u64,
-    pub(crate) opened: Opened,
+    pub(crate) opened: Access,
     /// The process that asked, as far as it is known.
     pub(crate) caller: Caller,
     pub(crate) registration: Arc<Registration>,
@@ -58,7 +58,7 @@ impl Core {
         who: u64,
         request: &AttachRequest,
         may_get_files: bool,
-    ) -> Result<Attached, NotSent> {
+    ) -> Result<NewView, NotSent> {
         let AttachRequest { token, caller, read_only, reaching } = request;
         let by = self.user(who)?;
         let caller = self.known_caller(caller, who);
@@ -91,7 +91,7 @@ impl Core {
             }
             attached
         };
-        Ok(Attached { view, opened, caller, registration, layout, is_first })
+        Ok(NewView { view, opened, caller, registration, layout, is_first })
     }
 
     /// The target that a token would open for a peer, and with which rights. No use is taken.
@@ -132,7 +132,7 @@ impl Core {
     }
 
     /// Removes a view that its peer was never told of.
-    pub(crate) fn undo_attach(&mut self, now: Instant, attached: &Attached, peer: u64) {
+    pub(crate) fn undo_attach(&mut self, now: Instant, attached: &NewView, peer: u64) {
         self.remove_view(now, attached.view, peer);
         if let Some(peer) = self.peers.get_mut(&peer).filter(|_| attached.is_first) {
             peer.has_views = false;

@@ -10,7 +10,7 @@ use kvmmem_proto::name::{MAX_NAME, is_name};
 use uuid::Uuid;
 
 use super::layout::Layout;
-use super::quota::{Bound, Exceeded, Quota};
+use super::quota::{Bound, Quota, QuotaError};
 use super::refused::Refused;
 
 /// The most vCPUs.
@@ -51,40 +51,30 @@ pub(crate) struct NewVm {
 /// Why a VM is not registered.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum RegisterError {
-    /// The name is empty, too long or not for a terminal.
     #[error(
         "a VM's name has 1 to {MAX_NAME} bytes, all of them to be shown, and does not begin with pid:, qmp: or libvirt:; give another name with --name"
     )]
     Name,
-    /// The name could be taken for a UUID, by which VMs are named as well.
     #[error(
         "name {0:?} reads as a UUID, which names the VM that has it; give another name with --name"
     )]
     NameIsUuid(String),
-    /// The UUID is nil.
     #[error("UUID is nil")]
     Uuid,
-    /// The number of vCPUs is out of range.
     #[error("number of vCPUs is {0}, expected 1 to {MAX_VCPUS}")]
     Vcpus(u32),
-    /// The context id is none that a VM may have.
     #[error("vsock context id {0} is not a VM's")]
     Cid(u32),
-    /// An introspectable VM came without its RAM, or another with regions or file descriptors.
     #[error("an introspectable VM comes with the memfds of its RAM and its regions, no other does")]
     NoRam,
-    /// Another VM has the name.
     #[error("a VM named {0:?} is registered already; give another name")]
     NameTaken(String),
-    /// Another VM has the UUID.
     #[error("a VM with UUID {0} is registered already")]
     UuidTaken(Uuid),
-    /// Another VM has the context id.
     #[error("a VM with vsock context id {0} is registered already")]
     CidTaken(u32),
-    /// There are too many.
     #[error("registered VMs")]
-    Full(#[source] Exceeded),
+    Full(#[source] QuotaError),
 }
 
 impl RegisterError {
@@ -123,9 +113,6 @@ impl Vms {
     }
 
     /// Registers a VM; returns its number.
-    ///
-    /// # Errors
-    /// [`RegisterError`].
     pub(super) fn insert(&mut self, new: NewVm) -> Result<u64, RegisterError> {
         let NewVm { registration, layout, peer, vmm, by } = new;
         check(&registration)?;
@@ -167,9 +154,6 @@ impl Vms {
 
     /// A VM by its name or its UUID, as which no name reads. A target and an introspector may be
     /// one VM with one UUID: then the one that `is_meant`.
-    ///
-    /// # Errors
-    /// [`Refusal::Unknown`].
     pub(crate) fn find(
         &self,
         name_or_uuid: &str,
@@ -185,9 +169,6 @@ impl Vms {
     }
 
     /// A VM by its name or its UUID; the target, where an introspector has the same UUID.
-    ///
-    /// # Errors
-    /// [`Refusal::Unknown`].
     pub(crate) fn target(&self, name_or_uuid: &str) -> Result<&Vm, Refused> {
         self.find(name_or_uuid, |registration| registration.introspectable)
     }

@@ -17,7 +17,8 @@ use kvmmem_qemu::process::{FileId, Process};
 use kvmmem_qemu::qmp::{Qmp, QmpError};
 
 use super::listening::Listening;
-use super::watch::Watched;
+use super::watch::WatchedVmm;
+use crate::audit::Event;
 use crate::core::refused::in_words;
 use crate::registry::Vm;
 use crate::service::Service;
@@ -43,20 +44,20 @@ impl Service {
             Listening::start(threads, vm, monitor, find, tell, silence)
         });
         let service = Arc::downgrade(self);
-        let ended = move |watched: Vec<Watched>| {
+        let ended = move |watched: Vec<WatchedVmm>| {
             if let Some(service) = service.upgrade() {
                 service.vmms_ended(watched);
             }
         };
         self.external()
-            .add(Watched { vm, pidfd: Arc::new(pidfd), monitor: monitor.transpose()? }, ended)
+            .add(WatchedVmm { vm, pidfd: Arc::new(pidfd), monitor: monitor.transpose()? }, ended)
     }
 
     /// Does what the end of VMMs demands that are watched no more: each VM continues with the QEMU
     /// that has taken over, or goes too. However many end at a time, the processes of the host
     /// are looked through once.
-    fn vmms_ended(self: &Arc<Self>, ended: Vec<Watched>) {
-        let vms: Vec<(Arc<Vm>, Watched)> = ended
+    fn vmms_ended(self: &Arc<Self>, ended: Vec<WatchedVmm>) {
+        let vms: Vec<(Arc<Vm>, WatchedVmm)> = ended
             .into_iter()
             .filter_map(|ended| Some((self.broker().vm(ended.vm)?, ended)))
             .collect();
@@ -72,14 +73,14 @@ impl Service {
     }
 
     /// Follows a VM to the process that has taken it over.
-    fn taken_over(self: &Arc<Self>, vm: &Arc<Vm>, ended: Watched, successor: Process) {
+    fn taken_over(self: &Arc<Self>, vm: &Arc<Vm>, ended: WatchedVmm, successor: Process) {
         let former = vm.peer().credentials();
         let credentials =
             Credentials { pid: successor.pid(), uid: successor.uid().unwrap_or(former.uid) };
         let socket = ended.monitor.and_then(|_| attach::command_line(&successor).ok()?.qmp);
         vm.peer().replaced(credentials);
         self.broker().tables().core.vm_moved(vm.id(), credentials);
-        self.broker().audit().taken_over(vm, former);
+        self.broker().audit().write(Event::TakenOver { vm, former });
         let monitor = socket.clone().map(|path| Socket { path, listener: None, qmp: None });
         if let Err(error) = self.watch(ended.vm, successor.into_pidfd(), monitor) {
             tracing::error!(%error, vm = ended.vm, "cannot watch the VMM that has taken over");
@@ -147,7 +148,7 @@ impl Service {
                 self.broker().state().changed(vm);
             }
             match self.register_external(opened, Some(Socket::of(qmp))) {
-                Ok(vm) => self.broker().audit().registered(&vm),
+                Ok(vm) => self.broker().audit().write(Event::Registered(&vm)),
                 Err(refused) => {
                     tracing::warn!(
                         reason = refused.message,

@@ -39,9 +39,6 @@ struct Steps {
 impl Listening {
     /// Listens to the QEMU of a target by its monitor. `find` connects where there is no connection;
     /// `tell` gets what QEMU reports. Both may ask QEMU.
-    ///
-    /// # Errors
-    /// Where there are no file descriptors or threads left.
     pub(super) fn start(
         (reactor, workers): (&Reactor, &Workers),
         target: u64,

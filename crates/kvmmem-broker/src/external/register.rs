@@ -11,6 +11,7 @@ use kvmmem_qemu::attach::{self, Opened};
 use kvmmem_qemu::backing::Source;
 use kvmmem_qemu::listener::Socket;
 
+use crate::audit::Event;
 use crate::core::refused::Refused;
 use crate::peer::Peer;
 use crate::ram::Ram;
@@ -48,7 +49,8 @@ impl Service {
     ) -> Result<Arc<Vm>, Refused> {
         let monitor = opened.qmp.take().map(Socket::from);
         let vm = self.register_external(opened, monitor)?;
-        self.broker().audit().added(&vm, peer);
+        self.broker().audit().write(Event::Added { vm: &vm, by: peer });
+        self.broker().audit().write(Event::Registered(&vm));
         Ok(vm)
     }
 
@@ -107,9 +109,6 @@ impl Service {
     }
 
     /// Takes a VM out that was attached with [`Self::add_target`]. The VM itself runs on.
-    ///
-    /// # Errors
-    /// Where there is no such VM.
     pub(crate) fn remove_target(&self, target: &str) -> Result<Answer, Refused> {
         let vm = self.broker().find(target)?;
         // One that is just being added is listed before its VMM is watched.

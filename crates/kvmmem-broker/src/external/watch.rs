@@ -3,7 +3,7 @@
 
 use std::collections::HashSet;
 use std::os::fd::OwnedFd;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use kvmmem_qemu::questions::Questions;
 use rustix::event::{PollFd, PollFlags, Timespec};
@@ -11,6 +11,7 @@ use rustix::io::Errno;
 
 use super::listening::Listening;
 use crate::reactor::{Handler, READABLE, Reactor, Token};
+use crate::sync::lock;
 use crate::workers::{Party, Workers};
 
 /// The VMMs whose ends are waited for.
@@ -23,7 +24,7 @@ pub(crate) struct Watch {
 
 #[derive(Debug, Default)]
 struct List {
-    watched: Vec<(Token, Watched)>,
+    watched: Vec<(Token, WatchedVmm)>,
     /// A worker looks which VMMs have ended, or is about to.
     is_looked_at: bool,
     /// One more has ended since.
@@ -32,7 +33,7 @@ struct List {
 
 /// A VM by its number, and its VMM.
 #[derive(Debug)]
-pub(crate) struct Watched {
+pub(crate) struct WatchedVmm {
     /// Its number.
     pub(crate) vm: u64,
     /// Becomes readable when the VMM ends.
@@ -50,13 +51,10 @@ impl Watch {
     /// Waits for a VMM too. `gone` is called, by a worker, with those whose VMMs have ended: each
     /// once, and all at a time that have ended since the last call. It is the same for all of this
     /// watch.
-    ///
-    /// # Errors
-    /// Where there are no file descriptors or threads left.
     pub(crate) fn add(
         &self,
-        watched: Watched,
-        gone: impl Fn(Vec<Watched>) + Send + Sync + 'static,
+        watched: WatchedVmm,
+        gone: impl Fn(Vec<WatchedVmm>) + Send + Sync + 'static,
     ) -> std::io::Result<()> {
         self.workers.start()?;
         let (list, workers, gone) = (Arc::clone(&self.list), self.workers.clone(), Arc::new(gone));
@@ -79,7 +77,7 @@ impl Watch {
     }
 
     /// Waits no more for a VM's VMM, if it did.
-    pub(crate) fn remove(&self, vm: u64) -> Option<Watched> {
+    pub(crate) fn remove(&self, vm: u64) -> Option<WatchedVmm> {
         let mut list = lock(&self.list);
         let index = list.watched.iter().position(|(_, watched)| watched.vm == vm)?;
         let (token, removed) = list.watched.swap_remove(index);
@@ -102,7 +100,7 @@ impl Watch {
 }
 
 /// Calls `gone` with the VMMs that have ended, until no more have.
-fn look(reactor: &Reactor, list: &Mutex<List>, gone: &impl Fn(Vec<Watched>)) {
+fn look(reactor: &Reactor, list: &Mutex<List>, gone: &impl Fn(Vec<WatchedVmm>)) {
     loop {
         let mut state = lock(list);
         state.again = false;
@@ -113,8 +111,8 @@ fn look(reactor: &Reactor, list: &Mutex<List>, gone: &impl Fn(Vec<Watched>)) {
             .collect();
         drop(state);
         let ready = ready(&watched);
-        let is_ready = |(token, _): &mut (Token, Watched)| ready.contains(token);
-        let ended: Vec<(Token, Watched)> = lock(list).watched.extract_if(.., is_ready).collect();
+        let is_ready = |(token, _): &mut (Token, WatchedVmm)| ready.contains(token);
+        let ended: Vec<(Token, WatchedVmm)> = lock(list).watched.extract_if(.., is_ready).collect();
         if ended.is_empty() {
             let mut state = lock(list);
             if !state.again {
@@ -140,10 +138,6 @@ fn ready(watched: &[(Token, Arc<OwnedFd>)]) -> HashSet<Token> {
     }
     let ready = fds.iter().zip(watched).filter(|(fd, _)| !fd.revents().is_empty());
     ready.map(|(_, (token, _))| *token).collect()
-}
-
-fn lock(list: &Mutex<List>) -> MutexGuard<'_, List> {
-    list.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]
@@ -183,8 +177,8 @@ mod tests {
         for vm in 1..=3 {
             let (child, pidfd) = sleeper();
             let told = told.clone();
-            let watched = Watched { vm, pidfd: Arc::new(pidfd), monitor: None };
-            let tell = move |ended: Vec<Watched>| {
+            let watched = WatchedVmm { vm, pidfd: Arc::new(pidfd), monitor: None };
+            let tell = move |ended: Vec<WatchedVmm>| {
                 ended.iter().for_each(|ended| told.send(ended.vm).unwrap())
             };
             watch.add(watched, tell).unwrap();
@@ -218,12 +212,12 @@ mod tests {
         for vm in 0..20 {
             let (child, pidfd) = sleeper();
             let (told, is_free) = (told.clone(), Arc::clone(&is_free));
-            let tell = move |ended: Vec<Watched>| {
+            let tell = move |ended: Vec<WatchedVmm>| {
                 told.send(ended.len()).unwrap();
                 // Until the others have ended.
                 let _ = is_free.lock().unwrap().recv();
             };
-            watch.add(Watched { vm, pidfd: Arc::new(pidfd), monitor: None }, tell).unwrap();
+            watch.add(WatchedVmm { vm, pidfd: Arc::new(pidfd), monitor: None }, tell).unwrap();
             children.push(child);
         }
         let limit = Duration::from_secs(60);

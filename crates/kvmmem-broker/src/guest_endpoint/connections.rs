@@ -2,10 +2,12 @@
 //! The guest endpoint's connections, and how many there may be.
 
 use std::os::fd::OwnedFd;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
 
 use rustix::net::Shutdown;
+
+use crate::sync::{lock, wait_while};
 
 /// The most connections at a time.
 pub(super) const MAX_CONNECTIONS: usize = 512;
@@ -64,7 +66,7 @@ impl ConnectionLimit {
         Ok(Slot { limit: Arc::clone(self), cid, socket: Arc::clone(socket) })
     }
 
-    /// Lets nobody in any more, ends all connections, and waits for it; returns how many are left.
+    /// Refuses new connections and ends all others. Waits for their end; returns how many are left.
     pub(super) fn close(&self, limit: Duration) -> usize {
         let mut list = self.lock();
         list.closed = true;
@@ -72,15 +74,12 @@ impl ConnectionLimit {
             // It fails only where the tool was faster.
             let _ = rustix::net::shutdown(socket, Shutdown::Both);
         }
-        let (list, _) = self
-            .given_back
-            .wait_timeout_while(list, limit, |list| !list.taken.is_empty())
-            .unwrap_or_else(PoisonError::into_inner);
-        list.taken.len()
+        let deadline = Instant::now() + limit;
+        wait_while(&self.given_back, list, deadline, |list| !list.taken.is_empty()).taken.len()
     }
 
     fn lock(&self) -> MutexGuard<'_, List> {
-        self.list.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.list)
     }
 }
 

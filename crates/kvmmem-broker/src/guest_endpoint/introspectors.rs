@@ -11,6 +11,7 @@ use crate::broker::Broker;
 use crate::core::refused::Refused;
 use crate::introspector::list::Introspectors;
 use crate::introspector::{Introspector, Opened};
+use crate::reactor::{self, Reactor};
 
 /// The broker and its introspectors, as long as they live.
 pub(crate) struct IntrospectorViews {
@@ -56,6 +57,10 @@ impl Views for IntrospectorViews {
 
     fn has_ended(view: &Opened) -> bool {
         view.ended()
+    }
+
+    fn wake_at_end(view: &Opened, reactor: &Reactor, token: reactor::Token) {
+        view.wake_at_end(reactor, token);
     }
 }
 

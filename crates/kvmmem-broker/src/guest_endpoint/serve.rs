@@ -6,7 +6,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use kvmmem_kvmi::token::Token;
@@ -20,6 +20,7 @@ use rustix::net::{RecvFlags, Shutdown, recv};
 use super::connections::{ConnectionLimit, Slot};
 use crate::core::refused::Refused;
 use crate::reactor::{self, READABLE, Reactor};
+use crate::sync::lock;
 use crate::workers::{Party, Workers};
 
 /// How long a tool may take for its question.
@@ -27,9 +28,6 @@ const ASK_LIMIT: Duration = Duration::from_secs(10);
 
 /// How long a tool may take to read its answer.
 const ANSWER_LIMIT: Duration = Duration::from_secs(2);
-
-/// How often it is looked whether views have ended from the broker's side.
-const LOOK: Duration = Duration::from_secs(1);
 
 /// Any VM can cause these at will.
 static WARNINGS: RateLimit = RateLimit::new(5);
@@ -57,9 +55,11 @@ pub(crate) trait Views: Send + Sync + 'static {
     /// The token by which the guest's driver gives the view to its tool.
     fn ticket(view: &Self::View) -> Token;
 
-    /// Whether the view has ended without its tool's doing: it was taken back, or its target is
-    /// gone.
+    /// Whether the view was revoked, or its target is gone.
     fn has_ended(view: &Self::View) -> bool;
+
+    /// Has the reactor call the handler of `token` once the view has ended, at once if it has.
+    fn wake_at_end(view: &Self::View, reactor: &Reactor, token: reactor::Token);
 }
 
 /// What the connections share.
@@ -69,15 +69,6 @@ pub(super) struct Shared<V> {
     pub(super) workers: Workers,
     pub(super) limit: Arc<ConnectionLimit>,
     pub(super) views: V,
-    /// Views are looked at a whole number of [`LOOK`]s later, all of them at once.
-    pub(super) started: Instant,
-}
-
-impl<V> Shared<V> {
-    fn next_look(&self) -> Instant {
-        let turns = self.started.elapsed().as_secs() / LOOK.as_secs() + 1;
-        self.started + LOOK * u32::try_from(turns).unwrap_or(u32::MAX)
-    }
 }
 
 /// A tool's connection.
@@ -142,7 +133,7 @@ impl<V: Views> Connection<V> {
             Err(FrameError::Read(error))
                 if error.kind() == io::ErrorKind::TimedOut && now < until =>
             {
-                self.wait(State::Asking(frame, until), until);
+                self.wait(State::Asking(frame, until), Some(until));
             }
             Err(error) => {
                 // Without what is behind an error: that may repeat parts of the frame.
@@ -175,7 +166,10 @@ impl<V: Views> Connection<V> {
 
     /// Waits until the tool closes the connection or the view ends.
     fn keep(self: &Arc<Self>, view: V::View) {
-        self.wait(State::Open(view), self.shared.next_look());
+        self.wait(State::Open(view), None);
+        if let State::Open(view) = &*self.lock() {
+            V::wake_at_end(view, &self.shared.reactor, self.token);
+        }
     }
 
     fn end(self: &Arc<Self>, view: V::View, ended: &'static str) {
@@ -189,10 +183,10 @@ impl<V: Views> Connection<V> {
         });
     }
 
-    fn wait(self: &Arc<Self>, state: State<V::View>, until: Instant) {
+    fn wait(self: &Arc<Self>, state: State<V::View>, until: Option<Instant>) {
         *self.lock() = state;
         let fd = Some((self.slot.socket(), READABLE));
-        if let Err(error) = self.shared.reactor.arm(self.token, fd, Some(until)) {
+        if let Err(error) = self.shared.reactor.arm(self.token, fd, until) {
             tracing::warn!(%error, "cannot wait for a tool of a guest");
             let connection = Arc::clone(self);
             self.run(move || {
@@ -215,7 +209,7 @@ impl<V: Views> Connection<V> {
     }
 
     fn lock(&self) -> MutexGuard<'_, State<V::View>> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.state)
     }
 }
 

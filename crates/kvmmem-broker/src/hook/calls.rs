@@ -5,8 +5,9 @@ use kvmmem_proto::credentials::Credentials;
 use kvmmem_proto::endpoint::Endpoint;
 use kvmmem_proto::message::{Answer, Refusal};
 
-use super::count::Counted;
+use super::count::HookSlot;
 use super::{Owner, driver};
+use crate::audit::Event;
 use crate::core::refused::Refused;
 use crate::core::vms::FIRST_CID;
 use crate::service::Service;
@@ -28,9 +29,10 @@ impl Service {
             return Err(Refused::new(Refusal::Denied, format!("{target:?} is not introspectable")));
         }
         let owner = self.owner_of(&endpoint, peer)?;
-        let counted = Counted::new(self.broker(), peer)?;
+        let counted = HookSlot::new(self.broker(), peer)?;
         let hook = vm.hooks().add(endpoint.clone(), owner)?;
-        self.broker().audit().hooked(&vm, &endpoint, true, peer);
+        let made = Event::Hook { vm: &vm, endpoint: &endpoint, on: true, by: peer };
+        self.broker().audit().write(made);
         // The end of a VM is marked before the hooks to it are undone: one that was added since is
         // undone here.
         if let Owner::Vm(tool) = owner
@@ -74,9 +76,6 @@ impl Service {
     }
 
     /// Undoes a hook.
-    ///
-    /// # Errors
-    /// Where there is no such target or hook.
     pub(crate) fn unhook(
         &self,
         peer: Credentials,
@@ -85,7 +84,7 @@ impl Service {
     ) -> Result<Answer, Refused> {
         let vm = self.broker().find(target)?;
         vm.hooks().remove(endpoint)?;
-        self.broker().audit().hooked(&vm, endpoint, false, peer);
+        self.broker().audit().write(Event::Hook { vm: &vm, endpoint, on: false, by: peer });
         Ok(Answer::Done)
     }
 }

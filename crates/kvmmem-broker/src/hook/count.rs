@@ -11,12 +11,12 @@ use crate::core::refused::Refused;
 
 /// A hook among those that there may be, given back on drop.
 #[derive(Debug)]
-pub(crate) struct Counted {
+pub(crate) struct HookSlot {
     broker: Weak<Broker>,
     uid: u32,
 }
 
-impl Counted {
+impl HookSlot {
     pub(super) fn new(broker: &Arc<Broker>, who: Credentials) -> Result<Self, Refused> {
         let taken = broker.take_hook(who);
         taken.map_err(|error| Refused::new(Refusal::Limit, format!("hooks: {error}")))?;
@@ -24,7 +24,7 @@ impl Counted {
     }
 }
 
-impl Drop for Counted {
+impl Drop for HookSlot {
     fn drop(&mut self) {
         if let Some(broker) = self.broker.upgrade() {
             broker.give_back_hook(self.uid);

@@ -7,7 +7,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, Weak};
 use std::time::{Duration, Instant};
 
 use kvmmem_kvmi::server::{Connection, Limits, Socket, Turn, Workspace};
@@ -17,13 +17,15 @@ use rustix::event::epoll::EventFlags;
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 
 use super::Hook;
-use super::count::Counted;
+use super::count::HookSlot;
+use crate::audit::Event;
 use crate::broker::Broker;
 use crate::connect::{connect_to_tool, is_connected};
 use crate::core::refused::in_words;
 use crate::reactor::{READABLE, Reactor, Token, WRITABLE};
 use crate::registry::Vm;
 use crate::session::Session;
+use crate::sync::lock;
 use crate::workers::{Party, Workers};
 
 /// The pause before a tool is tried again: at first, and at most.
@@ -47,7 +49,7 @@ struct Driver {
     hook: Arc<Hook>,
     token: Token,
     work: Mutex<Work>,
-    counted: Mutex<Option<Counted>>,
+    counted: Mutex<Option<HookSlot>>,
 }
 
 struct Work {
@@ -73,15 +75,12 @@ enum Next {
 }
 
 /// Starts to drive a hook of `vm`. That ends with the hook.
-///
-/// # Errors
-/// Where there are no file descriptors or threads left.
 pub(crate) fn start(
     broker: &Arc<Broker>,
     (reactor, workers): (&Reactor, &Workers),
     vm: &Arc<Vm>,
     hook: Arc<Hook>,
-    counted: Counted,
+    counted: HookSlot,
 ) -> io::Result<()> {
     workers.start()?;
     let now = Instant::now();
@@ -136,7 +135,7 @@ impl Driver {
 
     /// Ends the driver. A worker that still looks for the tool's path keeps nothing of it but memory.
     fn end(&self) {
-        let counted = self.counted.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let counted = lock(&self.counted).take();
         drop(counted);
         self.reactor.remove(self.token);
     }
@@ -150,7 +149,7 @@ impl Driver {
         state.is_busy = true;
         let is_stopped = state.stopped;
         drop(state);
-        let mut work = self.work.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut work = lock(&self.work);
         let next =
             if is_stopped { Next::Pause(BACK_OFF.1) } else { self.advance(&broker, &mut work) };
         let mut state = self.hook.lock();
@@ -242,7 +241,8 @@ impl Driver {
                 connection.turn(&mut Socket { fd: socket.as_fd(), waits }, &session, &mut space);
             if connection.is_greeted() && !was_greeted {
                 self.hook.mark_connected();
-                broker.audit().connected(&self.vm, &self.hook.endpoint);
+                let (vm, endpoint) = (&self.vm, &self.hook.endpoint);
+                broker.audit().write(Event::Connected { vm, endpoint });
             }
             let next = match turn {
                 Ok(Turn::More) if waits && !self.hook.is_stopped() => continue,
@@ -262,7 +262,8 @@ impl Driver {
     fn disconnected(&self, broker: &Broker, work: &mut Work, reason: &str) {
         work.stage = Stage::Idle;
         self.hook.close();
-        broker.audit().disconnected(&self.vm, &self.hook.endpoint, reason);
+        let (vm, endpoint) = (&self.vm, &self.hook.endpoint);
+        broker.audit().write(Event::Disconnected { vm, endpoint, reason });
     }
 }
 
@@ -270,7 +271,7 @@ impl Work {
     /// How long to wait before the next attempt to connect.
     fn pause(&mut self) -> Duration {
         let (shortest, longest) = BACK_OFF;
-        // A tool that accepts and closes at once is no reason to hurry either.
+        // A tool that accepts and closes at once is tried as slowly as one that does not listen.
         if self.began.elapsed() > longest {
             self.pause = shortest;
         }

@@ -19,6 +19,7 @@ use super::list::MAX;
 use super::qemu::Qemu;
 use super::thread;
 use super::view::View;
+use crate::audit::Event;
 use crate::core::refused::Refused;
 use crate::core::vms::RegisterError;
 use crate::service::Service;
@@ -101,7 +102,8 @@ impl Service {
         let socket = found.qmp.path().to_owned();
         let (introspector, places) = self.add_found(found, (cid, name, uuid), on_silence)?;
         let vm = Arc::clone(introspector.link.vm());
-        self.broker().audit().added_introspector(&vm, on_silence, peer);
+        let added = Event::AddedIntrospector { vm: &vm, on_silence, by: peer };
+        self.broker().audit().write(added);
         let Traits { cid, has_offset, .. } = introspector.traits;
         let role = Role::Introspector { cid, on_silence };
         self.broker().state().remember(&vm, Entry::of(&vm, Some(socket), role));
@@ -162,9 +164,6 @@ impl Service {
     }
 
     /// Takes an introspector out that was added; its views end. The VM itself runs on.
-    ///
-    /// # Errors
-    /// Where there is no such introspector.
     pub(crate) fn remove_introspector(&self, name: &str) -> Result<Answer, Refused> {
         let vm = self.broker().find_introspector(name)?;
         let introspector = self.introspectors().get(vm.id()).ok_or_else(|| {

@@ -10,7 +10,9 @@ use kvmmem_proto::message::OnSilence;
 
 use super::handle::Introspector;
 use super::unplug::{OBJECT_LIMIT, TRY_LIMIT};
-use super::view::{Phase, View, lock};
+use super::view::{Phase, View};
+use crate::audit::Event;
+use crate::sync::lock;
 
 /// How long after the cause the policy is applied at the latest, whether QEMU answers or not.
 const WORK_LIMIT: Duration = Duration::from_millis(1500);
@@ -111,7 +113,11 @@ impl Introspector {
         let (policy, view, words) = (self.traits.on_silence, &verdict.view, verdict.cause.words());
         if view.number != 0 {
             let vm = self.link.vm();
-            self.audit(|audit| audit.silent(vm, view.number, view.grant, policy, words));
+            let (view, grant) = (view.number, view.grant);
+            let reason = words;
+            self.audit(|audit| {
+                audit.write(Event::Silent { vm, view, grant, on_silence: policy, reason })
+            });
         }
         if let Some(suppressed) = WARNINGS.allow(Instant::now()) {
             tracing::warn!(

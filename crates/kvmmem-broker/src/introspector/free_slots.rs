@@ -6,9 +6,9 @@ use kvmmem_qemu::windows::machine::{self, MachineError};
 
 use super::handle::Introspector;
 use super::open::OpenError;
-use super::view::lock;
 use crate::core::refused::Refused;
 use crate::service::Service;
+use crate::sync::lock;
 
 impl Introspector {
     /// How many PCI slots are free for views, and how many there are.
@@ -28,9 +28,6 @@ impl Introspector {
 
 impl Service {
     /// How many PCI slots an introspector has for views.
-    ///
-    /// # Errors
-    /// Where there is no such introspector under a stock QEMU, or its QEMU does not say.
     pub(crate) fn free_slots(&self, name: &str) -> Result<Answer, Refused> {
         let vm = self.broker().find_introspector(name)?;
         let added = vm.registration().cid.and_then(|cid| self.introspectors().by_cid(cid));

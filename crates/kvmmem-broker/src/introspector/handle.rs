@@ -3,7 +3,7 @@
 
 use std::collections::BTreeSet;
 use std::fmt;
-use std::sync::{Arc, Condvar, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Condvar, Mutex, Weak};
 use std::time::Instant;
 
 use kvmmem_proto::message::OnSilence;
@@ -13,9 +13,10 @@ use kvmmem_qemu::process::Process;
 use super::inbox::{Inbox, Notice};
 use super::link::Link;
 use super::qemu::Qemu;
-use super::view::{View, lock};
+use super::view::View;
 use crate::audit::Audit;
 use crate::broker::Broker;
+use crate::sync::{lock, wait_while};
 
 /// A VM under a stock QEMU that may look at others.
 pub struct Introspector {
@@ -89,10 +90,7 @@ impl Introspector {
 
     /// Waits until that is done; `false` where it is not in time.
     pub(super) fn wait_ended(&self, deadline: Instant) -> bool {
-        let left = deadline.saturating_duration_since(Instant::now());
-        let is_going = |state: &mut State| !state.is_ended;
-        let waited = self.ended.wait_timeout_while(lock(&self.state), left, is_going);
-        waited.unwrap_or_else(PoisonError::into_inner).0.is_ended
+        wait_while(&self.ended, lock(&self.state), deadline, |state| !state.is_ended).is_ended
     }
 
     /// Ends the registration: the thread has ended.

@@ -10,8 +10,9 @@ use kvmmem_qemu::monitor::{Counts, MonitorEvent, Subscriber};
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::io::Errno;
 
-use super::view::{View, lock};
+use super::view::View;
 use crate::peer::Viewer;
+use crate::sync::lock;
 
 /// One thing to handle.
 #[derive(Clone, Debug)]

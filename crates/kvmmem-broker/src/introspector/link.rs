@@ -11,13 +11,15 @@ use kvmmem_proto::credentials::Credentials;
 use kvmmem_proto::message::{Answer, Call, Caller, Refusal, Registration, ViewCounters};
 
 use super::inbox::Inbox;
-use super::view::{Attached, lock};
+use super::view::Attached;
+use crate::audit::Event;
 use crate::broker::Broker;
 use crate::calls::Outcome;
 use crate::core::refused::Refused;
 use crate::core::vms::RegisterError;
 use crate::peer::{Peer, Viewer};
 use crate::registry::Vm;
+use crate::sync::lock;
 
 /// How long a token that opens nothing delays the introspector's next one: guests may guess.
 const PAUSE: Duration = Duration::from_millis(1);
@@ -45,7 +47,7 @@ impl Link {
         broker.join(&peer);
         let registered = broker.register(registration, &mut None, by, credentials);
         let vm = registered.inspect_err(|_| broker.leave(&peer, None))?;
-        broker.audit().registered(&vm);
+        broker.audit().write(Event::Registered(&vm));
         let (attaching, is_closed) = (Mutex::default(), AtomicBool::new(false));
         Ok(Self { broker: Arc::downgrade(broker), peer, vm, attaching, is_closed })
     }
@@ -78,7 +80,8 @@ impl Link {
             // There is no other answer to a VM.
             Ok(_) => Err(ended()),
             Err(refused) => {
-                broker.audit().refused(&self.peer, Some(&self.vm), &refused.message);
+                let (peer, vm, reason) = (&self.peer, Some(&*self.vm), &refused.message);
+                broker.audit().write(Event::Refused { peer, vm, reason });
                 if refused.refusal == Refusal::Unknown {
                     std::thread::sleep(PAUSE);
                 }

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 
 use super::handle::Introspector;
-use super::view::lock;
+use crate::sync::lock;
 
 /// The most introspectors: each has a thread.
 pub(super) const MAX: usize = 64;

@@ -23,9 +23,11 @@ use zeroize::Zeroizing;
 
 use super::handle::Introspector;
 use super::inbox::Notice;
-use super::view::{Attached, Phase, View, lock};
+use super::view::{Attached, Phase, View};
 use crate::calls::mint::random_token;
 use crate::core::refused::Refused;
+use crate::reactor::{self, Reactor};
+use crate::sync::lock;
 
 /// How long the guest's driver may take to take up a view.
 const SEEN_LIMIT: Duration = Duration::from_secs(5);
@@ -259,6 +261,11 @@ impl Opened {
     /// its guest has been reset.
     pub fn ended(&self) -> bool {
         self.view.end().is_some() || self.view.phase() != Phase::Open
+    }
+
+    /// Has the reactor call the handler of `token` once the view has ended.
+    pub(crate) fn wake_at_end(&self, reactor: &Reactor, token: reactor::Token) {
+        self.view.wake_at_end(reactor, token);
     }
 }
 

@@ -18,8 +18,9 @@ use super::handle::Introspector;
 use super::inbox::Notice;
 use super::list::Introspectors;
 use super::unplug::{Progress, Unplugging};
-use super::view::{Phase, View, lock};
+use super::view::{Phase, View};
 use crate::registry::Vm;
+use crate::sync::lock;
 use crate::workers::{Party, Workers};
 
 /// How soon a view that is stuck is tried again: at first, and at most.

@@ -13,7 +13,8 @@ use kvmmem_qemu::windows::plug;
 use serde_json::json;
 
 use super::handle::Introspector;
-use super::view::{View, lock};
+use super::view::View;
+use crate::sync::lock;
 
 /// How long the driver may take to part its processes from the memory.
 const SEEN_LIMIT: Duration = Duration::from_secs(1);

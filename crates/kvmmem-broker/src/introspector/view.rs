@@ -2,7 +2,7 @@
 //! One view of an introspector's, and who is at work on it.
 
 use std::collections::BTreeSet;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex};
 use std::time::Instant;
 
 use kvmmem_abi::native::STATE_OPEN;
@@ -14,6 +14,8 @@ use kvmmem_qemu::windows::pci_slots::PciSlot;
 use kvmmem_qemu::windows::plug::Plug;
 
 use crate::core::layout::Layout;
+use crate::reactor::{Reactor, Token};
+use crate::sync::{lock, wait_while};
 
 /// What a token has opened.
 #[derive(Clone, Debug)]
@@ -45,6 +47,8 @@ pub(super) struct View {
     life: Mutex<Life>,
     /// Signalled when the phase has changed.
     changed: Condvar,
+    /// What waits in the reactor for its end.
+    waiter: Mutex<Option<(Reactor, Token)>>,
 }
 
 #[derive(Debug)]
@@ -97,6 +101,7 @@ impl View {
             places: Mutex::default(),
             life: Mutex::new(Life { phase: Phase::Opening, end: None, has_devices: false }),
             changed: Condvar::new(),
+            waiter: Mutex::default(),
         }
     }
 
@@ -120,7 +125,25 @@ impl View {
         if is_free {
             life.phase = Phase::Ending;
         }
+        drop(life);
+        self.wake();
         is_free
+    }
+
+    /// Has the reactor call the handler of `token` once the view has ended.
+    pub(super) fn wake_at_end(&self, reactor: &Reactor, token: Token) {
+        *lock(&self.waiter) = Some((reactor.clone(), token));
+        // It may have ended before.
+        if self.end().is_some() {
+            self.wake();
+        }
+    }
+
+    fn wake(&self) {
+        if let Some((reactor, token)) = &*lock(&self.waiter) {
+            // It fails only for file descriptors, and takes none.
+            let _ = reactor.arm(*token, None, Some(Instant::now()));
+        }
     }
 
     /// The same for a view that is stuck, and for no other.
@@ -191,10 +214,8 @@ impl View {
 
     /// Waits until it is neither being opened nor unplugged, or time is up.
     pub(super) fn wait_settled(&self, deadline: Instant) {
-        let left = deadline.saturating_duration_since(Instant::now());
         let is_busy = |life: &mut Life| matches!(life.phase, Phase::Opening | Phase::Ending);
-        let waited = self.changed.wait_timeout_while(lock(&self.life), left, is_busy);
-        drop(waited.unwrap_or_else(PoisonError::into_inner));
+        drop(wait_while(&self.changed, lock(&self.life), deadline, is_busy));
     }
 
     /// Tells the guest's driver that the target's memory is where it was and holds something else,
@@ -224,11 +245,6 @@ impl View {
     pub(super) fn is_seen(&self) -> bool {
         lock(&self.pages).as_ref().is_none_or(Pages::is_seen)
     }
-}
-
-/// Nothing here panics while it holds a lock; were something to, what it left is as good as before.
-pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]

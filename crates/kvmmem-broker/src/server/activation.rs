@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! A broker on a socket that somebody else, the service manager, has made and keeps.
+//! Socket activation: the service manager makes the socket and removes it.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -11,7 +11,7 @@ use rustix::net::{AddressFamily, SocketAddrUnix, SocketType, sockopt};
 /// The path and the mode of a listening socket that was passed.
 ///
 /// # Errors
-/// Where it is no unix socket of sequenced packets with a path.
+/// Where it is not a unix socket of type SOCK_SEQPACKET with a path.
 pub(super) fn inspect(listener: &OwnedFd) -> io::Result<(PathBuf, u32)> {
     let fits = sockopt::socket_domain(listener)? == AddressFamily::UNIX
         && sockopt::socket_type(listener)? == SocketType::SEQPACKET;

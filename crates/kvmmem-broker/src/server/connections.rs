@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The connections that are served.
 
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use crate::core::limits::Limits;
-use crate::core::quota::{Exceeded, Quota};
+use crate::core::quota::{Quota, QuotaError};
 use crate::peer::Peer;
 use crate::service::Service;
+use crate::sync::{lock, wait_while};
 
 /// How long the end of all connections is waited for.
 const SHUTDOWN_LIMIT: Duration = Duration::from_secs(5);
@@ -36,14 +37,12 @@ impl Shared {
     }
 
     fn lock(&self) -> MutexGuard<'_, Connections> {
-        self.connections.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.connections)
     }
 
     /// Waits until all connections have ended; returns how many have not.
-    pub(super) fn wait_for_peers(&self, limit: Duration) -> usize {
-        let are_there = |connections: &mut Connections| !connections.peers.is_empty();
-        let waited = self.ended.wait_timeout_while(self.lock(), limit, are_there);
-        waited.unwrap_or_else(PoisonError::into_inner).0.peers.len()
+    pub(super) fn wait_for_peers(&self, deadline: Instant) -> usize {
+        wait_while(&self.ended, self.lock(), deadline, |all| !all.peers.is_empty()).peers.len()
     }
 
     /// Ends all connections, and with them the sessions, and waits for it.
@@ -56,7 +55,7 @@ impl Shared {
         for peer in &self.lock().peers {
             peer.shut_down();
         }
-        let left = self.wait_for_peers(SHUTDOWN_LIMIT);
+        let left = self.wait_for_peers(deadline);
         let hooks = broker.wait_for_hooks(deadline);
         if left + hooks > 0 {
             tracing::warn!(connections = left, hooks, "not everything ended in time");
@@ -65,13 +64,13 @@ impl Shared {
 }
 
 /// A connection's place among those that there may be, given back on drop.
-pub(super) struct Place {
+pub(super) struct ConnectionSlot {
     pub(super) shared: Arc<Shared>,
     pub(super) peer: Arc<Peer>,
 }
 
-impl Place {
-    pub(super) fn take(shared: &Arc<Shared>, peer: &Arc<Peer>) -> Result<Self, Exceeded> {
+impl ConnectionSlot {
+    pub(super) fn take(shared: &Arc<Shared>, peer: &Arc<Peer>) -> Result<Self, QuotaError> {
         let mut connections = shared.lock();
         connections.quota.take(peer.credentials())?;
         connections.peers.push(Arc::clone(peer));
@@ -79,7 +78,7 @@ impl Place {
     }
 }
 
-impl Drop for Place {
+impl Drop for ConnectionSlot {
     fn drop(&mut self) {
         let mut connections = self.shared.lock();
         connections.peers.retain(|peer| !Arc::ptr_eq(peer, &self.peer));

@@ -12,7 +12,7 @@ pub enum ServerError {
     /// Another broker has the socket.
     #[error("another broker serves {0}")]
     InUse(PathBuf),
-    /// Something that is no socket is in the way.
+    /// The path is taken by something else than a socket.
     #[error("{0} exists and is not a socket")]
     NotASocket(PathBuf),
     /// The lock file beside the socket cannot be taken.
@@ -33,7 +33,7 @@ pub enum ServerError {
         #[source]
         source: io::Error,
     },
-    /// The socket that was passed is none that a broker can serve.
+    /// The broker cannot serve the socket that was passed.
     #[error("cannot serve the socket that was passed")]
     Adopt(#[source] io::Error),
     /// Waiting for peers failed.

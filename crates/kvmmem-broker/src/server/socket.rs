@@ -34,8 +34,7 @@ pub(super) fn lock(path: &Path) -> Result<File, ServerError> {
     }
 }
 
-/// A socket that listens at `path`, which nobody but its owner can connect to before it has its
-/// final mode.
+/// A socket that listens at `path`. Only its owner can connect before it has its final mode.
 pub(super) fn listener(path: &Path, group: Option<u32>) -> io::Result<OwnedFd> {
     let address = SocketAddrUnix::new(path)?;
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
@@ -43,7 +42,7 @@ pub(super) fn listener(path: &Path, group: Option<u32>) -> io::Result<OwnedFd> {
         rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?;
     rustix::net::bind(&listener, &address)?;
     let ready = || -> io::Result<()> {
-        // Nobody can connect before `listen`, so the mode is in force before anybody tries.
+        // Peers can connect from `listen` on, and the mode is in force by then.
         if let Some(group) = group {
             std::os::unix::fs::chown(path, None, Some(group))?;
         }

@@ -115,8 +115,8 @@ impl StateFile {
         Ok(serde_json::from_slice(&bytes)?)
     }
 
-    /// Whoever reads finds the old file or the new one. It is not waited for the disk: a host that
-    /// loses its power loses the VMs too.
+    /// A reader finds the old file or the new one. There is no `fsync`: a host that loses power loses
+    /// its VMs too.
     fn replace<'e>(&self, entries: impl Iterator<Item = &'e Entry>) -> io::Result<()> {
         let vms: Vec<&Entry> = entries.collect();
         let content = Content { version: VERSION, boot: self.boot.clone(), vms };

@@ -22,7 +22,6 @@ enum Lost {
     Ended,
     #[error("its RAM is in other files now")]
     OtherFiles,
-    /// It may work with the next broker.
     #[error("{0}")]
     Refused(String),
 }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! How grants and views end: taken back, or with the target or the connection that they belong to.
+//! How grants and views end: revoked, or with their target or connection.
 
 use std::collections::BTreeSet;
 use std::time::Instant;
@@ -7,7 +7,7 @@ use std::time::Instant;
 use super::grant::{Holder, View};
 use super::table::Grants;
 
-/// Who has to be told that a grant was taken back.
+/// What a revocation affects.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Affected {
     /// Number of the target.
@@ -19,8 +19,8 @@ pub(crate) struct Affected {
 }
 
 impl Grants {
-    /// Takes a grant back: its token opens nothing any more. What it has opened is listed until it
-    /// is confirmed to be closed.
+    /// Revokes a grant: its token opens nothing from now on. What it has opened is listed until its
+    /// peers confirm that they have released it.
     pub(crate) fn revoke(&mut self, now: Instant, id: u64) -> Option<Affected> {
         self.advance(now);
         let grant = self.grants.get_mut(&id)?;
@@ -41,8 +41,8 @@ impl Grants {
         peers
     }
 
-    /// Takes note that nothing of a connection is open any more by a grant that was taken back;
-    /// returns the views that end by it.
+    /// Records that a peer has released everything it held under a revoked grant. Returns the views
+    /// that this closes.
     pub(crate) fn confirm(&mut self, now: Instant, id: u64, by: u64) -> Vec<View> {
         let Some(grant) = self.grants.get_mut(&id).filter(|grant| grant.revoked) else {
             return Vec::new();

@@ -4,30 +4,25 @@
 use kvmmem_proto::message::Refusal;
 
 use crate::core::limits::{MAX_KVMI_PER_TARGET, MAX_VIEWS_PER_PEER};
-use crate::core::quota::Exceeded;
+use crate::core::quota::QuotaError;
 use crate::core::refused::Refused;
 
 /// Why no grant was made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum MintError {
-    /// The target has [`MAX_KVMI_PER_TARGET`] tokens of KVMI's outstanding.
     #[error("target {0} has {MAX_KVMI_PER_TARGET} tokens outstanding; they expire within 3 s")]
     Outstanding(u64),
-    /// There are too many grants.
     #[error("grants")]
-    Full(#[source] Exceeded),
+    Full(#[source] QuotaError),
 }
 
 /// Why a token opened nothing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum UseError {
-    /// The token is unknown, used, expired, revoked or somebody else's.
     #[error("token is unknown, used, expired or revoked")]
     Unknown,
-    /// The token is for the VM that brings it.
     #[error("a VM cannot map its own memory")]
     Own,
-    /// The connection has [`MAX_VIEWS_PER_PEER`] views.
     #[error("this connection has {MAX_VIEWS_PER_PEER} views already; close one")]
     TooManyViews,
 }

@@ -13,7 +13,7 @@ use uuid::Uuid;
 /// Who may use a token.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Holder {
-    /// Whoever brings it.
+    /// Anyone who has it.
     Anybody,
     /// The VMM to whose connection it was pushed.
     Pushed(u64),
@@ -66,7 +66,7 @@ pub(crate) struct Terms {
 
 /// What a token opened.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Opened {
+pub(crate) struct Access {
     /// Number of the grant.
     pub(crate) grant: u64,
     /// Number of the target.
@@ -120,8 +120,8 @@ impl Grant {
         }
     }
 
-    /// Whether something is open by it. A page that a token of KVMI's has opened is not kept count
-    /// of: a tool has tens of thousands of them.
+    /// Whether something is open under it. Pages mapped with KVMI tokens are not counted: a tool has
+    /// tens of thousands of them.
     pub(super) fn is_in_use(&self) -> bool {
         !self.views.is_empty() || (self.terms.origin == Origin::Operator && !self.users.is_empty())
     }
@@ -135,9 +135,9 @@ impl Grant {
         peers
     }
 
-    pub(super) fn take_use(&mut self, id: u64) -> Opened {
+    pub(super) fn take_use(&mut self, id: u64) -> Access {
         self.uses_left = self.uses_left.saturating_sub(1);
-        Opened { grant: id, target: self.terms.target, scope: self.terms.scope.clone() }
+        Access { grant: id, target: self.terms.target, scope: self.terms.scope.clone() }
     }
 }
 

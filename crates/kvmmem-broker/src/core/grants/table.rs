@@ -68,9 +68,6 @@ impl Grants {
     }
 
     /// Makes `token` valid from `now` on; returns the grant's number.
-    ///
-    /// # Errors
-    /// [`MintError`].
     pub(crate) fn mint(
         &mut self,
         now: Instant,

@@ -15,7 +15,7 @@ use super::error::MintError;
 use super::grant::Grant;
 use super::*;
 use crate::core::limits::{KEPT, KVMI_LIFETIME, MAX_LEAVING, MAX_OPERATOR};
-use crate::core::quota::Exceeded;
+use crate::core::quota::QuotaError;
 
 const TOKENS: u64 = 6;
 
@@ -404,13 +404,13 @@ fn operators_grants_are_bounded_and_make_room_when_they_end() {
         grants.mint(now, token(n), terms(1, Origin::Operator, 1)).unwrap();
     }
     let more = |grants: &mut Grants, n| grants.mint(now, token(n), terms(1, Origin::Operator, 1));
-    assert_eq!(more(&mut grants, 1 << 32), Err(MintError::Full(Exceeded::Total(MAX_OPERATOR))));
+    assert_eq!(more(&mut grants, 1 << 32), Err(MintError::Full(QuotaError::Total(MAX_OPERATOR))));
     // One with an open view keeps its place, one that was taken back does not.
     grants.attach(now, &token(7), user(2), ("by", caller()), false).unwrap();
-    assert_eq!(more(&mut grants, 1 << 32), Err(MintError::Full(Exceeded::Total(MAX_OPERATOR))));
+    assert_eq!(more(&mut grants, 1 << 32), Err(MintError::Full(QuotaError::Total(MAX_OPERATOR))));
     grants.revoke(now, 9).unwrap();
     more(&mut grants, 1 << 32).unwrap();
-    assert_eq!(more(&mut grants, 2 << 32), Err(MintError::Full(Exceeded::Total(MAX_OPERATOR))));
+    assert_eq!(more(&mut grants, 2 << 32), Err(MintError::Full(QuotaError::Total(MAX_OPERATOR))));
 }
 
 #[test]

@@ -9,15 +9,12 @@ use kvmmem_proto::scope::Scope;
 use uuid::Uuid;
 
 use super::error::UseError;
-use super::grant::{Grant, Holder, Opened, User};
+use super::grant::{Access, Grant, Holder, User};
 use super::table::Grants;
 
 impl Grants {
     /// The target of a token that this user may use now, and what the token allows. No use is
     /// taken.
-    ///
-    /// # Errors
-    /// [`UseError`].
     pub(crate) fn target(
         &mut self,
         now: Instant,
@@ -38,7 +35,7 @@ impl Grants {
         now: Instant,
         token: &Token,
         by: User,
-    ) -> Result<Option<Opened>, UseError> {
+    ) -> Result<Option<Access>, UseError> {
         let (id, grant) = self.usable(now, token, by)?;
         if grant.terms.holder == Holder::Pushed(by.peer) {
             return Ok(None);
@@ -50,8 +47,8 @@ impl Grants {
         Ok(Some(opened))
     }
 
-    /// Takes note that a token was used that had been pushed to this connection.
-    pub(crate) fn used(&mut self, now: Instant, token: &Token, by: u64) -> Option<Opened> {
+    /// Records that a token was used that had been pushed to this connection.
+    pub(crate) fn used(&mut self, now: Instant, token: &Token, by: u64) -> Option<Access> {
         self.advance(now);
         let id = self.find(token)?;
         let grant = self.grants.get_mut(&id)?;

@@ -9,7 +9,7 @@ use kvmmem_proto::message::{Caller, ViewCounters};
 use kvmmem_proto::scope::{Rights, Scope};
 
 use super::error::UseError;
-use super::grant::{Opened, User, View};
+use super::grant::{Access, User, View};
 use super::table::Grants;
 use crate::core::limits::MAX_VIEWS_PER_PEER;
 
@@ -25,7 +25,7 @@ impl Grants {
         by: User,
         (name, caller): (&str, Caller),
         read_only: bool,
-    ) -> Result<(u64, Opened), UseError> {
+    ) -> Result<(u64, Access), UseError> {
         let views = self.views_of_peer.get(&by.peer).map_or(0, BTreeSet::len);
         let view = self.last_view + 1;
         let (id, grant) = self.usable(now, token, by)?;
@@ -77,7 +77,7 @@ impl Grants {
         self.close(now, view)
     }
 
-    /// Takes note of a view's counters, if it is this connection's.
+    /// Records a view's counters, if it is this connection's.
     pub(crate) fn count(&mut self, view: u64, by: u64, counters: ViewCounters) -> bool {
         let view = self.views.get_mut(&view).filter(|view| view.peer == by);
         view.map(|view| view.counters = counters).is_some()

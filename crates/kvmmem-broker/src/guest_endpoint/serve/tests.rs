@@ -23,6 +23,17 @@ struct State {
     asked: Mutex<Vec<(u32, Token, Caller, bool)>>,
     open: AtomicUsize,
     revoked: AtomicBool,
+    waiter: Mutex<Option<(Reactor, reactor::Token)>>,
+}
+
+impl State {
+    fn wake(&self) {
+        if let (true, Some((reactor, token))) =
+            (self.revoked.load(Ordering::SeqCst), &*self.waiter.lock().unwrap())
+        {
+            reactor.arm(*token, None, Some(Instant::now())).unwrap();
+        }
+    }
 }
 
 struct Fake(Arc<State>);
@@ -74,6 +85,11 @@ impl Views for Fake {
 
     fn has_ended(view: &FakeView) -> bool {
         view.0.revoked.load(Ordering::SeqCst)
+    }
+
+    fn wake_at_end(view: &FakeView, reactor: &Reactor, token: reactor::Token) {
+        *view.0.waiter.lock().unwrap() = Some((reactor.clone(), token));
+        view.0.wake();
     }
 }
 
@@ -264,6 +280,7 @@ fn a_view_that_has_ended_ends_its_connection() {
     let mut tool = endpoint.connect(CID);
     assert!(matches!(ask(&mut tool, good_token()), ToTool::Opened { .. }));
     endpoint.state.revoked.store(true, Ordering::SeqCst);
+    endpoint.state.wake();
     assert!(is_closed(&mut tool));
     wait_for("the view to close", || endpoint.open_views() == 0);
 }
