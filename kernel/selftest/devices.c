@@ -94,6 +94,7 @@ void test_devices(void)
 	test_unplug();
 	test_malformed_devices();
 	test_plug_storm();
+	test_failing_plug();
 	random_storm_of_devices();
 	CHECK_EQUAL(unload_module(), 0);
 }

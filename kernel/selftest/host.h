@@ -67,6 +67,8 @@ int signal_of_write(volatile char *p);
 void test_no_views(void);
 void test_attach(void);
 void test_memory_runs_out(void);
+void test_failing_allocations(void);
+void test_failing_load(void);
 void test_memory(void);
 void test_positions(void);
 void test_events(void);

@@ -79,6 +79,7 @@ void test_plug(void);
 void test_unplug(void);
 void test_malformed_devices(void);
 void test_plug_storm(void);
+void test_failing_plug(void);
 /* Loads and unloads the module. */
 void test_devices(void);
 

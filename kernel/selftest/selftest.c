@@ -17,6 +17,7 @@
 
 #include "../../crates/kvmmem-abi/include/uapi/kvmmem.h"
 #include "host.h"
+#include "inject.h"
 #include "machine.h"
 #include "plug.h"
 #include "random_storm.h"
@@ -190,6 +191,7 @@ static void with_views(void)
 	test_events();
 	test_malformed_descriptors();
 	test_memory_runs_out();
+	test_failing_allocations();
 	test_sharing("/init");
 	test_regions();
 	test_storm();
@@ -214,6 +216,7 @@ static void with_views(void)
 	CHECK_EQUAL(load_module(LOAD " force_window=1 test_descriptor=0x8000000000000"), 0);
 	test_wrong_page();
 	CHECK_EQUAL(unload_module(), 0);
+	test_failing_load();
 }
 
 static void say_end(const char *where)
@@ -245,6 +248,8 @@ int main(int argc, char **argv)
 		test_after_crash();
 		say_end("after kexec and a crash");
 	}
+	can_inject();
+	forget_leaks();
 	/* This machine's host has no CPUID signature, but there is a PCI bus. */
 	in_child(test_devices);
 	CHECK_EQUAL(load_module(LOAD), 0);
@@ -265,6 +270,7 @@ int main(int argc, char **argv)
 	} else {
 		CHECK_EQUAL(unload_module(), 0);
 	}
+	check_leaks();
 	load_next_kernel(0);
 	leave_pages();
 	printf("selftest: %d of %d checks passed\n", checks - failures, checks);

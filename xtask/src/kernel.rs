@@ -26,6 +26,17 @@ pub(crate) struct Kernel {
     root: Root,
 }
 
+/// A kernel's source, prepared for building modules against.
+pub(crate) struct BuildTree<'a> {
+    pub(crate) root: &'a Root,
+    /// Inside the root.
+    pub(crate) path: &'a str,
+    /// Names the kernel and its configuration.
+    pub(crate) version: &'a str,
+    /// Variables of make.
+    pub(crate) variables: &'a [&'a str],
+}
+
 /// Written last: a kernel without it is not complete.
 #[derive(Debug, Serialize, Deserialize)]
 struct Record {
@@ -82,6 +93,10 @@ impl Kernel {
     /// The prepared source, as seen inside the root.
     pub(crate) fn source(&self) -> &str {
         &self.record.source
+    }
+
+    pub(crate) fn build_tree(&self) -> BuildTree<'_> {
+        BuildTree { root: &self.root, path: self.source(), version: self.version(), variables: &[] }
     }
 
     /// The stock image.

@@ -14,6 +14,7 @@ mod check;
 mod clean;
 mod cpio;
 mod crate_graph;
+mod debug_kernel;
 mod deny;
 mod depends;
 mod direct;

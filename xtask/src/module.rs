@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! kvmmem.ko, built against the stock kernel's source in the build root: as it is shipped, and for
-//! the selftest.
+//! kvmmem.ko, built against a kernel's source in the build root: as it is shipped, and for the
+//! selftest.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, Result, bail};
 
 use crate::cache::{Cache, Key};
-use crate::kernel::Kernel;
+use crate::kernel::BuildTree;
 use crate::tool::Tool;
 use crate::{project, root, ui};
 
@@ -41,12 +41,13 @@ impl Variant {
     }
 }
 
-/// The module for this kernel, built if its sources have changed. The cache must be locked.
-pub(crate) fn make(cache: &Cache, kernel: &Kernel, variant: Variant) -> Result<PathBuf> {
+/// The module for the kernel of `tree`, built if its sources have changed. The cache must be
+/// locked.
+pub(crate) fn make(cache: &Cache, tree: &BuildTree<'_>, variant: Variant) -> Result<PathBuf> {
     let files = sources()?;
     let mut key = Key::default();
     key.add(variant.switch());
-    key.add(kernel.version());
+    key.add(tree.version);
     for file in &files {
         key.add(file.as_os_str().as_encoded_bytes());
         key.add(fs::read(project::root().join(file)).with_context(|| file.display().to_string())?);
@@ -60,8 +61,8 @@ pub(crate) fn make(cache: &Cache, kernel: &Kernel, variant: Variant) -> Result<P
         Variant::Shipped => "kvmmem.ko",
         Variant::Selftest => "the selftest's kvmmem.ko",
     };
-    ui::step(&format!("module: {what} for {}", kernel.release()), || {
-        let root = kernel.root();
+    ui::step(&format!("module: {what} for {}", tree.version), || {
+        let root = tree.root;
         root::remove(&root.path(FOLDER), &log)?;
         let copy = cache.scratch()?;
         for file in &files {
@@ -72,7 +73,8 @@ pub(crate) fn make(cache: &Cache, kernel: &Kernel, variant: Variant) -> Result<P
         }
         Tool::as_root("cp", &log).arg("-r").arg(copy.path()).arg(root.path(FOLDER)).run()?;
         root.tool("make", &log)
-            .args(["-C", kernel.source(), &format!("M={FOLDER}/kernel")])
+            .args(["-C", tree.path, &format!("M={FOLDER}/kernel")])
+            .args(tree.variables)
             .args([&format!("KVMMEM_SELFTEST={}", variant.switch()), "modules"])
             .run()?;
         let built = root.path(&format!("{FOLDER}/kernel/kvmmem.ko"));

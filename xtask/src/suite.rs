@@ -26,6 +26,8 @@ pub(crate) enum Name {
     Packages,
     /// The module in a stock kernel
     Module,
+    /// The module in a debug kernel, with allocations that fail and a random storm
+    DebugKernel,
     /// Other projects' tools, with a guest's core
     Tools,
     /// The command's answers about Linux guests, against their own

@@ -3,6 +3,7 @@
 
 use std::cell::OnceCell;
 use std::path::Path;
+use std::time::{SystemTime, UNIX_EPOCH};
 use std::{fs, io};
 
 use anyhow::{Result, anyhow};
@@ -16,7 +17,7 @@ use crate::provision::{self, Purpose};
 use crate::suite::{self, Name, Suite, SuiteResult};
 use crate::test_bed::TestBed;
 use crate::tool::Tool;
-use crate::{dist, interrupt, linux, project, scenarios, style, tools, ui};
+use crate::{dist, interrupt, linux, project, scenarios, style, test_bed, tools, ui};
 
 /// Which tests, and how.
 #[derive(Debug, clap::Args)]
@@ -30,23 +31,49 @@ pub(crate) struct Options {
     /// Run this suite alone; may be repeated
     #[arg(long, value_name = "SUITE")]
     only: Vec<Name>,
+    /// The same as --only debug-kernel, which is skipped otherwise: it builds a kernel once
+    #[arg(long)]
+    debug_kernel: bool,
+    /// Length of suite debug-kernel's random storm
+    #[arg(long, value_name = "M", default_value_t = 1)]
+    minutes: u32,
+    /// Seed of that storm, to have one again; each run has its own if not given
+    #[arg(long, value_name = "N")]
+    seed: Option<u32>,
 }
 
 impl Options {
     /// The suites that search for an order of events that breaks a promise.
     pub(crate) fn models() -> Self {
-        Self { repeat: 1, load: 0, only: vec![Name::Model, Name::Loom] }
+        Self {
+            repeat: 1,
+            load: 0,
+            only: vec![Name::Model, Name::Loom],
+            debug_kernel: false,
+            minutes: 1,
+            seed: None,
+        }
+    }
+
+    fn names_suites(&self) -> bool {
+        self.debug_kernel || !self.only.is_empty()
+    }
+
+    fn wants(&self, name: Name) -> bool {
+        !self.names_suites()
+            || self.only.contains(&name)
+            || self.debug_kernel && name == Name::DebugKernel
     }
 }
 
 /// Runs the suites that are wanted; returns whether nothing failed.
 pub(crate) fn run(options: &Options) -> Result<bool> {
-    let is_wanted = |name: &Name| options.only.is_empty() || options.only.contains(name);
-    let wanted: Vec<_> = Name::value_variants().iter().copied().filter(is_wanted).collect();
+    let wanted: Vec<_> =
+        Name::value_variants().iter().copied().filter(|name| options.wants(*name)).collect();
     let wants_bed = [Name::Module, Name::Tools, Name::Linux, Name::E2e, Name::Qemu]
         .iter()
         .any(|name| wanted.contains(name));
-    let runner = Runner { cache: Cache::open()?, wants_bed, bed: OnceCell::new() };
+    let runner = Runner { cache: Cache::open()?, options, wants_bed, bed: OnceCell::new() };
     if options.load > 0 {
         runner.prepare(&wanted)?;
     }
@@ -68,14 +95,15 @@ pub(crate) fn run(options: &Options) -> Result<bool> {
 }
 
 /// What the suites run with.
-struct Runner {
+struct Runner<'a> {
     cache: Cache,
+    options: &'a Options,
     wants_bed: bool,
     /// Made when a suite first needs it.
     bed: OnceCell<Result<TestBed, String>>,
 }
 
-impl Runner {
+impl Runner<'_> {
     /// Builds what the suites need, so that their rounds only run it.
     fn prepare(&self, wanted: &[Name]) -> Result<()> {
         for name in wanted {
@@ -89,7 +117,7 @@ impl Runner {
                 Name::Module | Name::Tools | Name::Linux | Name::E2e | Name::Qemu => {
                     self.bed()?;
                 }
-                Name::Style | Name::Model | Name::Loom | Name::Packages => {}
+                Name::Style | Name::Model | Name::Loom | Name::Packages | Name::DebugKernel => {}
             }
         }
         Ok(())
@@ -116,6 +144,11 @@ impl Runner {
             Name::Model => model(&self.cache, &mut suite)?,
             Name::Loom => loom(&self.cache, &mut suite)?,
             Name::Packages => dist::check::run(&self.cache, &mut suite),
+            Name::DebugKernel if self.options.names_suites() => self.debug_kernel(&mut suite),
+            Name::DebugKernel => suite.skip(
+                "kernel/selftest in a debug kernel, which takes 10 minutes to build: \
+                 cargo xtask test --debug-kernel",
+            ),
             Name::Module | Name::Tools | Name::Linux | Name::E2e | Name::Qemu => match self.bed() {
                 Ok(bed) if name == Name::Tools => tools::run(&self.cache, bed, &mut suite)?,
                 Ok(bed) if name == Name::Linux => linux::run(&self.cache, bed, &mut suite)?,
@@ -125,6 +158,15 @@ impl Runner {
             },
         }
         Ok(suite.finish())
+    }
+
+    fn debug_kernel(&self, suite: &mut Suite) {
+        let seed = self.options.seed.unwrap_or_else(|| {
+            SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().subsec_nanos()
+        });
+        let minutes = self.options.minutes;
+        let result = test_bed::selftest_in_debug_kernel(&self.cache, minutes, seed);
+        suite.check(&format!("kernel/selftest in a debug kernel, seed {seed}"), result);
     }
 }
 
@@ -186,4 +228,31 @@ fn loom(cache: &Cache, suite: &mut Suite) -> Result<()> {
         suite.cargo_test(&log, result)?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Line {
+        #[command(flatten)]
+        options: Options,
+    }
+
+    fn wanted(words: &[&str]) -> Vec<Name> {
+        let line = Line::parse_from(["test"].iter().chain(words));
+        let names = Name::value_variants().iter().copied();
+        names.filter(|name| line.options.wants(*name)).collect()
+    }
+
+    #[test]
+    fn the_debug_kernel_alone_is_one_suite() {
+        assert_eq!(wanted(&[]), Name::value_variants());
+        assert_eq!(wanted(&["--debug-kernel"]), [Name::DebugKernel]);
+        assert_eq!(wanted(&["--only", "debug-kernel"]), [Name::DebugKernel]);
+        assert_eq!(wanted(&["--only", "unit", "--debug-kernel"]), [Name::Unit, Name::DebugKernel]);
+    }
 }

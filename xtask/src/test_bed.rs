@@ -11,6 +11,7 @@ use kvmmem_guest::Command;
 
 use crate::binaries::{Binaries, ProgramSet};
 use crate::cache::Cache;
+use crate::debug_kernel::DebugKernel;
 use crate::host_kind::HostKind;
 use crate::kernel::Kernel;
 use crate::module::Variant;
@@ -57,8 +58,8 @@ impl TestBed {
         let lock = cache.lock()?;
         provision::provision(&cache, Purpose::TestBed)?;
         let kernel = prepared_kernel(&cache)?;
-        let module = module::make(&cache, &kernel, Variant::Shipped)?;
-        let selftest_module = module::make(&cache, &kernel, Variant::Selftest)?;
+        let module = module::make(&cache, &kernel.build_tree(), Variant::Shipped)?;
+        let selftest_module = module::make(&cache, &kernel.build_tree(), Variant::Selftest)?;
         let qemus = (host == HostKind::Nested).then(|| qemus::make(&cache)).transpose()?;
         // Cargo has a lock of its own.
         drop(lock);
@@ -191,12 +192,31 @@ fn prepared_kernel(cache: &Cache) -> Result<Kernel> {
     Kernel::make(cache, Root::make(cache)?)
 }
 
+/// Runs the module's selftest in a debug kernel, which needs nothing else of the test bed, with a
+/// random storm of this many minutes.
+pub(crate) fn selftest_in_debug_kernel(cache: &Cache, minutes: u32, seed: u32) -> Result<()> {
+    let lock = cache.lock()?;
+    provision::provision(cache, Purpose::TestBed)?;
+    let kernel = prepared_kernel(cache)?;
+    let debug = DebugKernel::make(cache, &kernel)?;
+    let module = module::make(cache, &debug.build_tree(), Variant::Selftest)?;
+    drop(lock);
+    let log = cache.fresh_log("selftest-debug")?;
+    ui::step(&format!("kernel/selftest in a debug kernel, seed {seed}"), || {
+        Tool::new(project::root().join("kernel/selftest/run.sh"), &log)
+            .args(["--debug", "--minutes", &minutes.to_string(), "--seed", &seed.to_string()])
+            .arg(debug.image())
+            .arg(&module)
+            .run()
+    })
+}
+
 /// Builds only the module.
 pub(crate) fn make_module() -> Result<PathBuf> {
     let cache = Cache::open()?;
     let _lock = cache.lock()?;
     provision::provision(&cache, Purpose::Build)?;
-    module::make(&cache, &prepared_kernel(&cache)?, Variant::Shipped)
+    module::make(&cache, &prepared_kernel(&cache)?.build_tree(), Variant::Shipped)
 }
 
 fn describe(host: HostKind) -> &'static str {
