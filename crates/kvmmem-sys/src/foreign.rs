@@ -51,8 +51,8 @@ pub enum ForeignError {
         /// Offset in bytes of the first byte that was not copied.
         offset: u64,
     },
-    /// SIGBUS cannot be handled on this thread.
-    #[error("cannot handle SIGBUS")]
+    /// SIGBUS and SIGILL cannot be handled on this thread.
+    #[error("cannot handle SIGBUS and SIGILL")]
     Guard(#[source] Errno),
 }
 
@@ -64,7 +64,7 @@ pub enum ForeignError {
 /// mapped and which stay mapped until it is dropped, each one shared from some file, readable, and
 /// writable if `is_writable`. (Of which file may change: [`Foreign::place`] and [`Foreign::clear`]
 /// replace one mapping by another in one step.) An access to a page that the file does not have
-/// raises SIGBUS. Only the guarded routines access them.
+/// raises SIGBUS, or SIGILL in memory of a PCI device that is gone. Only the guarded routines access them.
 ///
 /// The same holds for `before` bytes before them and `behind` bytes behind them, which are the rest
 /// of the huge pages in which they lie, if any: nobody accesses those.
@@ -75,6 +75,7 @@ pub struct Foreign {
     before: usize,
     behind: usize,
     is_writable: bool,
+    is_write_combining: bool,
 }
 
 // SAFETY: nothing about a mapping depends on the thread that made it.
@@ -145,7 +146,28 @@ impl Foreign {
         let base = NonNull::new(start.wrapping_add(head + before)).ok_or(Errno::NOMEM)?;
         // INVARIANT: mapped just now, shared, from the empty file; `whole` is `before`, `len` and
         // the rest.
-        Ok(Self { base, len, before, behind: whole - before - len, is_writable })
+        let behind = whole - before - len;
+        Ok(Self { base, len, before, behind, is_writable, is_write_combining: false })
+    }
+
+    /// Says that files to be placed have memory that may be write-combining, where ordinary loads
+    /// are slow: bytes are copied by other loads, and searches search copies.
+    #[must_use]
+    pub fn write_combining(mut self) -> Self {
+        self.is_write_combining = true;
+        self
+    }
+
+    /// Leaves what was placed until now out of processes that are forked from this one: an access
+    /// raises SIGSEGV there.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn keep_from_children(&self) -> Result<(), Errno> {
+        let (address, len) = self.whole();
+        // SAFETY: the range is this object's own by its invariant. The advice changes nothing in
+        // this process: it says what fork does.
+        unsafe { rustix::mm::madvise(address.cast(), len, Advice::LinuxDontFork) }
     }
 
     /// Maps `len` bytes of `file` from `file_offset` on at `offset`, in the place of what is there.
@@ -260,7 +282,11 @@ impl Foreign {
         // SAFETY: the range lies within this object's mapping, as checked above, which is readable
         // and stays until this object is dropped; `buf` is valid for writes; `check` has
         // prepared the thread.
-        let left = unsafe { guarded::load(buf.as_mut_ptr(), self.pointer(at), buf.len()) };
+        let left = unsafe {
+            let load =
+                if self.is_write_combining { guarded::load_write_combining } else { guarded::load };
+            load(buf.as_mut_ptr(), self.pointer(at), buf.len())
+        };
         copied(offset, buf.len(), left)
     }
 

@@ -1,13 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Guarded accesses to foreign memory, which may be removed at any moment and raises SIGBUS then.
+//! Guarded accesses to foreign memory, which may be removed at any moment and raises SIGBUS then,
+//! or SIGILL.
 //!
 //! Only the routines of `copies.s` access it. A routine that is interrupted by the signal ends
 //! early and reports how far it got.
 //!
 //! The handler of SIGBUS recognises such a fault by three conditions: the instruction is in one of
 //! two code ranges (loads from foreign memory, stores to it), the kernel raised the signal for a
-//! page fault, and the address is the one that the routine was accessing. Any other SIGBUS goes to
-//! the handler that was installed before, or to the default action.
+//! page fault, and the address is the one that the routine was accessing. SIGILL is raised in a
+//! virtual machine for an access to a PCI device's memory after the device was unplugged: KVM
+//! emulates the access then, and does not know the instruction. It names the instruction alone,
+//! which must be in one of the two ranges. Any other signal goes to the handler that was installed
+//! before, or to the default action.
 //!
 //! The handler is installed once, at the first mapping. A handler that the program installs later
 //! must pass on signals that are not its own, as this one does; otherwise a removed page kills the
@@ -33,6 +37,9 @@ pub(crate) const STREAM_MIN: usize = 64 << 10;
 /// Bytes that one turn of the routine with hints moves.
 const STREAM_BLOCK: usize = 128;
 
+/// Bytes that write-combining memory is read by.
+const LINE: usize = 64;
+
 global_asm!(include_str!("guarded/copies.s"), options(raw));
 
 type Copy = unsafe extern "sysv64" fn(*mut u8, *const u8, usize) -> usize;
@@ -53,6 +60,8 @@ unsafe extern "sysv64" {
     fn kvmmem_guarded_loads();
     fn kvmmem_guarded_load_blocks(to: *mut u8, from: *const u8, len: usize) -> usize;
     fn kvmmem_guarded_load_stream_avx2(to: *mut u8, from: *const u8, len: usize) -> usize;
+    fn kvmmem_guarded_load_write_combining_sse41(to: *mut u8, from: *const u8, len: usize)
+    -> usize;
     fn kvmmem_guarded_load_bytes(to: *mut u8, from: *const u8, len: usize) -> usize;
     fn kvmmem_guarded_load_1(from: *const u8) -> LoadResult;
     fn kvmmem_guarded_load_2(from: *const u8) -> LoadResult;
@@ -115,6 +124,50 @@ pub(crate) unsafe fn load(to: *mut u8, from: *const u8, len: usize) -> usize {
             len - done,
         )
     }
+}
+
+/// As [`load`], for memory that may be write-combining: other loads take a transaction each there.
+/// The copy is neither begun before what precedes it in the program nor ended after what follows.
+///
+/// # Safety
+/// As [`load`]; the mapping is one of whole pages.
+pub(crate) unsafe fn load_write_combining(to: *mut u8, from: *const u8, len: usize) -> usize {
+    if !is_x86_feature_detected!("sse4.1") {
+        // SAFETY: the caller's.
+        return unsafe { load(to, from, len) };
+    }
+    let mut done = 0;
+    while done < len {
+        let (rest, skipped) = (len - done, from.wrapping_add(done).addr() % LINE);
+        let (to, line) = (to.wrapping_add(done), from.wrapping_add(done).wrapping_sub(skipped));
+        if skipped == 0 && rest >= LINE {
+            let whole = rest - rest % LINE;
+            // SAFETY: the routine loads `whole` bytes from `line`, a multiple of 64, and writes as
+            // many to `to`: `whole` is a multiple of 64 that is at most what the caller has said
+            // of both. The processor has SSE4.1, and the thread is prepared.
+            let left = unsafe { kvmmem_guarded_load_write_combining_sse41(to, line, whole) };
+            if left > 0 {
+                return rest - whole + left;
+            }
+            done += whole;
+        } else {
+            // Part of a line.
+            let mut copy = [0u8; LINE];
+            let part = rest.min(LINE - skipped);
+            // SAFETY: as above, for the line that has the next byte. It lies in the mapping, which
+            // is one of whole pages, and so of whole lines; `copy` has a line's length.
+            let left =
+                unsafe { kvmmem_guarded_load_write_combining_sse41(copy.as_mut_ptr(), line, LINE) };
+            if left > 0 {
+                return rest;
+            }
+            // SAFETY: `skipped` and `part` are a line's length at most together, `part` is at most
+            // what the caller has said may be written from `to` on, and `copy` is this call's own.
+            unsafe { to.copy_from_nonoverlapping(copy.as_ptr().wrapping_add(skipped), part) };
+            done += part;
+        }
+    }
+    0
 }
 
 /// Copies `len` bytes to foreign memory; returns how many at the end were not copied because their

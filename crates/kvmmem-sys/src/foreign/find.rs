@@ -14,6 +14,10 @@ const FEW: u64 = 16;
 /// Bytes behind the first one of an atom.
 const BEHIND: usize = Atoms::LEN - 1;
 
+/// Bytes of write-combining memory that are copied at once to be searched, at first and at most: a
+/// search is often over soon, and begun again behind what was found.
+const COPIED: (usize, usize) = (4 << 10, 64 << 10);
+
 impl Foreign {
     /// The first block of [`PLACES`] from `offset` on, among `places` of them, at which `probe` is
     /// found. All of them must have what the probe [reaches](Probe::reach) behind them. The
@@ -32,6 +36,12 @@ impl Foreign {
         let distance = probe.reach();
         let mut left = usize::try_from(places).map_err(|_| outside)?;
         let mut at = self.check(offset, left.checked_add(distance).ok_or(outside)?)?;
+        if self.is_write_combining {
+            let end = offset + left as u64 + distance as u64;
+            let find = |copy: &[u8]| probe.find(copy, 0);
+            let found = self.find_in_copies(offset, end, distance, find)?;
+            return Ok(found.map(|(start, found)| Candidates { at: start + found.at, ..found }));
+        }
         while left > 0 {
             let blocks = left - left % PLACES;
             // SAFETY: the places and what the probe reaches behind them lie within this object's
@@ -69,6 +79,10 @@ impl Foreign {
         let mut left = usize::try_from(len).map_err(|_| outside)?;
         let mut at = self.check(offset, left)?;
         let mut few = len / DENSE + FEW;
+        if self.is_write_combining {
+            let find = |copy: &[u8]| atoms.may_be_in(copy, &mut few).then_some(());
+            return Ok(self.find_in_copies(offset, offset + len, BEHIND, find)?.is_some());
+        }
         while left > 0 && !atoms.is_empty() {
             let places = left.saturating_sub(BEHIND);
             let blocks = places - places % PLACES;
@@ -101,6 +115,31 @@ impl Foreign {
             left -= places;
         }
         Ok(false)
+    }
+
+    /// What `find` finds first in copies of what is from `offset` to `end`, which lie within, and
+    /// where its copy begins. The last `behind` bytes of a copy are the first ones of the next.
+    fn find_in_copies<T>(
+        &self,
+        offset: u64,
+        end: u64,
+        behind: usize,
+        mut find: impl FnMut(&[u8]) -> Option<T>,
+    ) -> Result<Option<(u64, T)>, ForeignError> {
+        let (mut size, most) = COPIED;
+        let mut copy = vec![0; most + behind];
+        let mut at = offset;
+        while at < end {
+            let left = usize::try_from(end - at).unwrap_or(usize::MAX);
+            let part = copy.get_mut(..left.min(size + behind)).unwrap_or_default();
+            self.read(at, part)?;
+            if let Some(found) = find(part) {
+                return Ok(Some((at, found)));
+            }
+            at += size as u64;
+            size = (size * 2).min(most);
+        }
+        Ok(None)
     }
 
     /// Loads every byte of `len` from `offset` on, a multiple of 128, and forgets it, as fast as
@@ -149,6 +188,11 @@ mod tests {
     #[test]
     fn candidates_are_found_at_all_places_and_not_beyond() {
         let (_file, memory) = memory();
+        all_candidates(&memory);
+        all_candidates(&memory.write_combining());
+    }
+
+    fn all_candidates(memory: &Foreign) {
         let pair = pair(7);
         for place in [0, 1, 63, 64, 0xfff, 0x1000, 0x3ff0, SIZE - 8] {
             memory.write(place, b"a").unwrap();
@@ -176,6 +220,11 @@ mod tests {
     #[test]
     fn atoms_are_found_at_all_places_and_not_beyond() {
         let (_file, memory) = memory();
+        all_atoms(&memory);
+        all_atoms(&memory.write_combining());
+    }
+
+    fn all_atoms(memory: &Foreign) {
         let atoms = atoms(&[b"ab", b"cdef", b"xyz"]);
         for text in [&b"ab"[..], b"cdef", b"xyz"] {
             for place in [0, 1, 62, 63, 64, 0xfff, 0x1000, 0x3fbd, SIZE - text.len() as u64] {

@@ -45,6 +45,29 @@ fn what_is_written_is_read() {
 }
 
 #[test]
+fn write_combining_memory_is_read_by_lines() {
+    let file = file(0x3000);
+    let memory = mapped(&file, 0x3000).write_combining();
+    let pattern: Vec<u8> = (0..0x3000u32).map(|i| u8::try_from(i % 251).unwrap()).collect();
+    memory.write(0, &pattern).unwrap();
+    for offset in [0usize, 1, 63, 64, 65, 0xfff, 0x2f80] {
+        for len in [0, 1, 2, 63, 64, 65, 127, 128] {
+            let mut bytes = vec![0xee; len + 1];
+            memory.read(offset as u64, &mut bytes[..len]).unwrap();
+            assert_eq!(bytes[..len], pattern[offset..offset + len], "{offset:#x} {len}");
+            assert_eq!(bytes[len], 0xee);
+        }
+    }
+    file.set_len(0x1000).unwrap();
+    for start in [0xf00usize, 0xf41, 0xfff] {
+        let mut bytes = [0xee; 0x200];
+        let lost = memory.read(start as u64, &mut bytes);
+        assert_eq!(lost, Err(ForeignError::Lost { offset: 0x1000 }));
+        assert_eq!(bytes[..0x1000 - start], pattern[start..0x1000]);
+    }
+}
+
+#[test]
 fn a_page_that_vanishes_is_lost_to_the_byte() {
     let file = file(0x3000);
     let memory = mapped(&file, 0x3000);

@@ -58,6 +58,29 @@
     jmp kvmmem_guarded_end
 .endm
 
+# rdx bytes, a multiple of 64, from write-combining memory, a multiple of 64 too: each of its lines is loaded by one
+# transaction and not by four or more. Such loads are not ordered among others without the fences.
+.macro copy_write_combining_sse41
+    mov rcx, rdx
+    mfence
+2:  test rcx, rcx
+    jz 3f
+    movntdqa xmm0, [rsi]
+    movntdqa xmm1, [rsi + 16]
+    movntdqa xmm2, [rsi + 32]
+    movntdqa xmm3, [rsi + 48]
+    movups [rdi], xmm0
+    movups [rdi + 16], xmm1
+    movups [rdi + 32], xmm2
+    movups [rdi + 48], xmm3
+    add rsi, 64
+    add rdi, 64
+    sub rcx, 64
+    jmp 2b
+3:  mfence
+    jmp kvmmem_guarded_end
+.endm
+
 # rdx bytes. A fault in the middle leaves rcx at the number of those not copied.
 .macro copy_bytes
     mov rcx, rdx
@@ -271,6 +294,8 @@ routine kvmmem_guarded_load_blocks
     copy_blocks
 routine kvmmem_guarded_load_stream_avx2
     copy_stream_avx2
+routine kvmmem_guarded_load_write_combining_sse41
+    copy_write_combining_sse41
 routine kvmmem_guarded_load_bytes
     copy_bytes
 routine kvmmem_guarded_load_1
@@ -313,6 +338,7 @@ routine kvmmem_guarded_end
 .purgem routine
 .purgem copy_blocks
 .purgem copy_stream_avx2
+.purgem copy_write_combining_sse41
 .purgem copy_bytes
 .purgem find_begin
 .purgem find_avx2

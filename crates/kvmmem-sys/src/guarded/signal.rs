@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Handler of SIGBUS for the guarded accesses.
+//! Handler of SIGBUS and SIGILL for the guarded accesses.
 
 use std::cell::Cell;
 use std::ffi::{c_int, c_void};
@@ -8,7 +8,7 @@ use std::ptr;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicPtr, Ordering};
 
-use libc::{SIG_DFL, SIG_IGN, SIGBUS, sigaction, siginfo_t, ucontext_t};
+use libc::{SIG_DFL, SIG_IGN, SIGBUS, SIGILL, sigaction, siginfo_t, ucontext_t};
 use rustix::io::Errno;
 
 use super::{kvmmem_guarded_end, kvmmem_guarded_loads, kvmmem_guarded_stores};
@@ -21,9 +21,16 @@ const BUS_MCEERR_AR: c_int = 4;
 
 const PAGE_MASK: usize = 4095;
 
-/// What was to happen on SIGBUS before [`handle`] was installed; never freed, as a handler may be
-/// reading it.
-static PREVIOUS: AtomicPtr<sigaction> = AtomicPtr::new(ptr::null_mut());
+/// `si_code` of an instruction that the processor, or KVM in its place, does not execute
+/// (`ILL_ILLOPN`).
+const ILL_ILLOPN: c_int = 2;
+
+/// The signals that are handled.
+const SIGNALS: [c_int; 2] = [SIGBUS, SIGILL];
+
+/// What was to happen on each of [`SIGNALS`] before [`handle`] was installed; never freed, as a
+/// handler may be reading it.
+static PREVIOUS: [AtomicPtr<sigaction>; 2] = [const { AtomicPtr::new(ptr::null_mut()) }; 2];
 
 static INSTALLED: OnceLock<Result<(), Errno>> = OnceLock::new();
 
@@ -33,8 +40,8 @@ thread_local! {
 }
 
 /// Makes guarded copies safe on this thread: installs the handler, once in the process, and
-/// unblocks SIGBUS, once in the thread. A fault kills a thread that blocks the signal, so it must
-/// not block it again.
+/// unblocks both signals, once in the thread. A fault kills a thread that blocks its signal, so it
+/// must not block it again.
 ///
 /// # Errors
 /// The system's, if it refuses; it has no documented reason to.
@@ -52,7 +59,9 @@ fn prepare_thread() -> Result<(), Errno> {
     // crate relies on.
     let result = unsafe {
         libc::sigemptyset(signals.as_mut_ptr());
-        libc::sigaddset(signals.as_mut_ptr(), SIGBUS);
+        for signal in SIGNALS {
+            libc::sigaddset(signals.as_mut_ptr(), signal);
+        }
         libc::pthread_sigmask(libc::SIG_UNBLOCK, signals.as_ptr(), ptr::null_mut())
     };
     if result != 0 {
@@ -63,16 +72,20 @@ fn prepare_thread() -> Result<(), Errno> {
 }
 
 fn install() -> Result<(), Errno> {
+    SIGNALS.iter().zip(&PREVIOUS).try_for_each(|(signal, previous)| install_for(*signal, previous))
+}
+
+fn install_for(signal: c_int, kept: &AtomicPtr<sigaction>) -> Result<(), Errno> {
     let failed = || Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::INVAL);
     let mut previous = MaybeUninit::<sigaction>::uninit();
     // SAFETY: a null new action is allowed; the old one is written to `previous`.
-    if unsafe { sigaction(SIGBUS, ptr::null(), previous.as_mut_ptr()) } != 0 {
+    if unsafe { sigaction(signal, ptr::null(), previous.as_mut_ptr()) } != 0 {
         return Err(failed());
     }
     // SAFETY: the call above succeeded, so it has filled `previous` in.
     let previous = unsafe { previous.assume_init() };
     // Before the handler is installed, because it reads it.
-    PREVIOUS.store(Box::into_raw(Box::new(previous)), Ordering::Release);
+    kept.store(Box::into_raw(Box::new(previous)), Ordering::Release);
 
     let mut action = previous;
     let handler: extern "C" fn(c_int, *mut siginfo_t, *mut c_void) = handle;
@@ -85,14 +98,14 @@ fn install() -> Result<(), Errno> {
     let mut replaced = MaybeUninit::<sigaction>::uninit();
     // SAFETY: `action` is a whole action whose handler has the signature that SA_SIGINFO asks for
     // and calls only what is safe in a signal handler; the old action is written to `replaced`.
-    if unsafe { sigaction(SIGBUS, &raw const action, replaced.as_mut_ptr()) } != 0 {
+    if unsafe { sigaction(signal, &raw const action, replaced.as_mut_ptr()) } != 0 {
         return Err(failed());
     }
     // SAFETY: the call above succeeded, so it has filled `replaced` in.
     let replaced = unsafe { replaced.assume_init() };
     if replaced.sa_sigaction != previous.sa_sigaction || replaced.sa_flags != previous.sa_flags {
         // Another thread was quicker with one of its own.
-        PREVIOUS.store(Box::into_raw(Box::new(replaced)), Ordering::Release);
+        kept.store(Box::into_raw(Box::new(replaced)), Ordering::Release);
     }
     Ok(())
 }
@@ -103,7 +116,7 @@ extern "C" fn handle(signal: c_int, info: *mut siginfo_t, context: *mut c_void) 
     // lead to whole structures that are this call's alone, the second one to a ucontext_t of
     // this architecture.
     unsafe {
-        if let Some(end) = guarded_end(&*info, &*context.cast::<ucontext_t>()) {
+        if let Some(end) = guarded_end(signal, &*info, &*context.cast::<ucontext_t>()) {
             if let Some(rip) =
                 (*context.cast::<ucontext_t>()).uc_mcontext.gregs.get_mut(libc::REG_RIP as usize)
             {
@@ -116,10 +129,13 @@ extern "C" fn handle(signal: c_int, info: *mut siginfo_t, context: *mut c_void) 
 }
 
 /// The address to resume at, if a guarded routine faulted on foreign memory.
-fn guarded_end(info: &siginfo_t, context: &ucontext_t) -> Option<i64> {
-    // A SIGBUS sent by kill(2) may interrupt a routine anywhere; only faults are the routine's
-    // own.
-    if info.si_code != BUS_ADRERR && info.si_code != BUS_MCEERR_AR {
+fn guarded_end(signal: c_int, info: &siginfo_t, context: &ucontext_t) -> Option<i64> {
+    // A signal sent by kill(2) may interrupt a routine anywhere; only faults are the routine's own.
+    let is_fault = match signal {
+        SIGBUS => info.si_code == BUS_ADRERR || info.si_code == BUS_MCEERR_AR,
+        _ => info.si_code == ILL_ILLOPN,
+    };
+    if !is_fault {
         return None;
     }
     // Address bits: the sign has no meaning.
@@ -134,8 +150,14 @@ fn guarded_end(info: &siginfo_t, context: &ucontext_t) -> Option<i64> {
         rip if (stores..end).contains(&rip) => register(libc::REG_RDI)?,
         _ => return None,
     };
-    // SAFETY: the signals of both codes carry an address.
+    // SAFETY: the signals of these codes carry an address.
     let address = unsafe { info.si_addr() } as usize;
+    if signal == SIGILL {
+        // Nothing but an access needs emulation: the other instructions are ones that every
+        // processor has, or that were asked for.
+        #[allow(clippy::cast_possible_wrap)]
+        return (address == rip).then_some(end as i64);
+    }
     // The kernel may tell the page alone.
     let first = foreign & !PAGE_MASK;
     let last = foreign.wrapping_add(register(libc::REG_RCX)?).wrapping_sub(1) | PAGE_MASK;
@@ -148,8 +170,10 @@ fn guarded_end(info: &siginfo_t, context: &ucontext_t) -> Option<i64> {
 /// # Safety
 /// To be called by a handler of `signal`, with what it got.
 unsafe fn pass_on(signal: c_int, info: *mut siginfo_t, context: *mut c_void) {
+    let [of_bus, of_illegal] = &PREVIOUS;
+    let previous = if signal == SIGBUS { of_bus } else { of_illegal };
     // SAFETY: null, or a structure that is never freed nor changed.
-    let previous = unsafe { PREVIOUS.load(Ordering::Acquire).as_ref() };
+    let previous = unsafe { previous.load(Ordering::Acquire).as_ref() };
     let (action, flags) = previous.map_or((SIG_DFL, 0), |old| (old.sa_sigaction, old.sa_flags));
     // SAFETY: the caller's `info` is whole.
     let is_sent = unsafe { (*info).si_code } <= 0;

@@ -8,7 +8,7 @@
 //! group left is compared with the patterns themselves.
 
 use super::MaskedByte;
-use crate::guarded::{self, Groups};
+use crate::guarded::{self, BLOCK, Groups};
 
 /// The most patterns: with more, nearly every place would be compared with them.
 const MAX: usize = 64;
@@ -75,6 +75,37 @@ impl Atoms {
                     .all(|(wanted, byte)| byte & wanted.mask == wanted.value)
         };
         self.wanted.iter().any(is_it)
+    }
+
+    /// Whether one of the patterns is in `memory`, or `few` blocks have candidates that are none
+    /// and so is one more: it is cheaper not to know then.
+    pub(crate) fn may_be_in(&self, memory: &[u8], few: &mut u64) -> bool {
+        let mut rest = memory;
+        while !rest.is_empty() && !self.is_empty() {
+            let places = rest.len().saturating_sub(LEN - 1);
+            let blocks = places - places % BLOCK;
+            // SAFETY: the places and the three bytes behind the last one lie in `rest`. They are
+            // this program's own and do not vanish, so that it does not matter whether the thread
+            // is prepared for signals.
+            let Some((left, found)) = (unsafe { self.find_blocks(rest.as_ptr(), blocks) }) else {
+                return true;
+            };
+            // The block with candidates, or what is left at the end.
+            rest = rest.get(blocks - left..).unwrap_or_default();
+            let is_candidate = |place: &usize| found == 0 || found >> place & 1 != 0;
+            let mut places = (0..rest.len().min(BLOCK)).filter(is_candidate);
+            if places.any(|place| self.is_at(rest.get(place..).unwrap_or_default())) {
+                return true;
+            }
+            if left > 0 {
+                if *few == 0 {
+                    return true;
+                }
+                *few -= 1;
+            }
+            rest = rest.get(BLOCK..).unwrap_or_default();
+        }
+        false
     }
 
     /// [`guarded::find_any`].

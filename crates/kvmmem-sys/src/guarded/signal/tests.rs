@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! What becomes of a SIGBUS, each case in a process of its own.
+//! What becomes of a SIGBUS or SIGILL, each case in a process of its own.
 
 use std::os::fd::AsFd;
 use std::os::unix::process::ExitStatusExt;
@@ -56,7 +56,9 @@ fn set(handler: usize, flags: c_int) {
         let mut action: sigaction = std::mem::zeroed();
         action.sa_sigaction = handler;
         action.sa_flags = flags;
-        assert_eq!(sigaction(SIGBUS, &raw const action, ptr::null_mut()), 0);
+        for signal in SIGNALS {
+            assert_eq!(sigaction(signal, &raw const action, ptr::null_mut()), 0);
+        }
     }
 }
 
@@ -88,6 +90,10 @@ fn in_a_process_of_its_own() {
         // SAFETY: the foreign part is there; the buffer is not, which is what the case is about.
         "own" => unsafe {
             guarded::load(missing, std::ptr::with_exposed_provenance(memory.address()), 64);
+        },
+        // SAFETY: not safe either: the instruction is none.
+        "illegal" => unsafe {
+            core::arch::asm!("ud2");
         },
         // SAFETY: a plain call.
         "sent" => unsafe {
@@ -121,6 +127,9 @@ fn other_faults_end_as_they_would_have() {
     {
         assert_eq!(outcome(case).signal(), Some(SIGBUS), "{case}");
     }
+    for case in ["std illegal", "default illegal", "ignored illegal"] {
+        assert_eq!(outcome(case).signal(), Some(SIGILL), "{case}");
+    }
     assert_eq!(
         outcome("ignored sent").code(),
         Some(1),
@@ -133,6 +142,10 @@ fn other_faults_reach_the_handler_that_was_there() {
     assert_eq!(outcome("info fault").code(), Some(40 + BUS_ADRERR));
     assert_eq!(outcome("info own").code(), Some(40 + BUS_ADRERR));
     assert_eq!(outcome("info sent").code(), Some(40 + SI_TKILL));
+    assert_eq!(outcome("info illegal").code(), Some(40 + ILL_ILLOPN));
+    for before in ["plain", "once"] {
+        assert_eq!(outcome(&format!("{before} illegal")).code(), Some(30 + SIGILL));
+    }
     for what in ["fault", "sent"] {
         assert_eq!(outcome(&format!("plain {what}")).code(), Some(30 + SIGBUS));
         assert_eq!(outcome(&format!("once {what}")).code(), Some(30 + SIGBUS));
@@ -142,4 +155,31 @@ fn other_faults_reach_the_handler_that_was_there() {
 #[test]
 fn a_child_is_guarded_too() {
     assert_eq!(outcome("std fork").code(), Some(7));
+}
+
+/// KVM raises it for an instruction that it cannot emulate: with the instruction's address.
+#[test]
+fn an_instruction_that_is_not_emulated_ends_its_routine() {
+    let [loads, end] =
+        [kvmmem_guarded_loads, kvmmem_guarded_end].map(|symbol| symbol as *const () as usize);
+    let resumed = |signal, code, rip: usize, address: usize| {
+        // SAFETY: zeros are a value of both structures; the address is where the kernel has it for
+        // the signals of a fault, 16 bytes from the start of a structure of 128.
+        let (info, context) = unsafe {
+            let mut info: siginfo_t = std::mem::zeroed();
+            info.si_code = code;
+            (&raw mut info).cast::<usize>().wrapping_add(2).write(address);
+            let mut context: ucontext_t = std::mem::zeroed();
+            context.uc_mcontext.gregs[libc::REG_RIP as usize] = rip.cast_signed() as i64;
+            (info, context)
+        };
+        guarded_end(signal, &info, &context)
+    };
+    let is_end = |resumed: Option<i64>| resumed == Some(end.cast_signed() as i64);
+    assert!(is_end(resumed(SIGILL, ILL_ILLOPN, loads + 9, loads + 9)));
+    // Not one of the routines; sent by a process; of another instruction.
+    assert_eq!(resumed(SIGILL, ILL_ILLOPN, end, end), None);
+    assert_eq!(resumed(SIGILL, SI_TKILL, loads + 9, loads + 9), None);
+    assert_eq!(resumed(SIGILL, ILL_ILLOPN, loads + 9, loads + 10), None);
+    assert_eq!(resumed(SIGBUS, ILL_ILLOPN + 1, loads + 9, loads + 9), None);
 }
