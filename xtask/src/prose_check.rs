@@ -10,8 +10,14 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, Result};
 
 /// Where comments are checked.
-const FOLDERS: [&str; 5] =
-    ["crates/kvmmem-cli", "crates/kvmmem-kvmi", "crates/kvmmem-linux", "tests", "xtask"];
+const FOLDERS: [&str; 6] = [
+    "crates/kvmmem-broker",
+    "crates/kvmmem-cli",
+    "crates/kvmmem-kvmi",
+    "crates/kvmmem-linux",
+    "tests",
+    "xtask",
+];
 
 /// A word to avoid, and what to write.
 const AVOID: [(&str, &str); 8] = [

@@ -24,7 +24,7 @@ use uuid::Uuid;
 const RAM: u64 = 64 << 20;
 const REQUEST: usize = 24;
 const REPLY: usize = 16 + 4096;
-/// Both sides take turns, so that whatever else the machine does meets both.
+/// Both sides take turns, so that other load of the machine meets both.
 const ROUNDS: usize = 60;
 const READS_PER_ROUND: usize = 500;
 const GOAL: f64 = 1.3;

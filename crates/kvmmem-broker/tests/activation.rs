@@ -42,7 +42,7 @@ fn a_socket_that_was_passed_is_served_and_left() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("kvmmemd.sock");
     let socket = listener(&path, SocketType::SEQPACKET);
-    // The socket was there first: somebody waits already when the daemon starts.
+    // The socket was there first: a client waits already when the daemon starts.
     let admin = std::thread::spawn({
         let path = path.clone();
         move || Admin::connect(&path).unwrap().targets().unwrap()

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Peers that break the rules: each is refused or cut off, and nobody else notices.
+//! Peers that break the rules: each is refused or cut off, and no other peer notices.
 
 mod common;
 
@@ -113,7 +113,7 @@ fn unexpected_descriptors_are_closed() {
             send(&peer, list, &vec![writer.as_fd(); count]).unwrap();
             assert!(read_out(&peer)[0].contains("malformed"));
         }
-        // The reader sees the end once nobody has the writer.
+        // The reader sees the end once the writer is closed everywhere.
         drop(writer);
         assert_eq!(reader.read(&mut [0]).unwrap(), 0);
     }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Peers that break the rules of grants and views: each is refused, waited for in vain or cut off,
-//! and nobody else notices.
+//! and no other peer notices.
 
 mod common;
 

@@ -62,7 +62,7 @@ fn one_vm_may_be_a_target_and_an_introspector_by_two_names() {
     )
     .unwrap();
     let _tiger = broker.target("tiger");
-    // By its UUID it is the target: nobody has a grant of an introspector.
+    // By its UUID it is the target: an introspector cannot be granted.
     assert_eq!(broker.state.number(&uuid.to_string()), broker.state.number("tiger"));
     let third =
         VmmLink::connect(&broker.path, Registration { uuid, ..introspector("puma", 8) }, None);
@@ -116,7 +116,7 @@ fn a_tool_reads_and_writes_a_hooked_target() {
     let mut session = tool.accept();
     assert!(session.ask(Request::GetVersion).is_ok());
 
-    // The target goes: the tool is cut off, and nobody connects any more.
+    // The target goes: the tool is cut off, and no hook connects any more.
     drop(link);
     assert!(session.is_closed());
     wait_for("the hook to end", || broker.state.hook_count() == 0);
@@ -213,7 +213,7 @@ fn a_token_for_a_vsock_tool_is_pushed_to_its_vm_and_good_there_only() {
         assert_eq!(lion.redeem(&token).unwrap_err(), RedeemError::Unknown);
     }
 
-    // In a VM that is no introspector, whoever brings the token may have it; a VM that is gone gets
+    // In a VM that is no introspector, any bearer may use the token; a VM that is gone gets
     // none.
     assert_eq!(broker.mint(vm, 99).err(), Some(KvmError::Perm));
     let plain = Registration { introspector: false, ..introspector("plain", 99) };

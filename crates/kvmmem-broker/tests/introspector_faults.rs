@@ -19,7 +19,7 @@ use rustix::fs::SealFlags;
 const CID: u32 = 78;
 
 /// The commands by which a view of one window is opened: where the slots are; the file, its backend
-/// and device; the descriptor, its backend and device; and the two files taken back.
+/// and device; the descriptor, its backend and device; and the two files removed.
 const OPENING: usize = 9;
 
 /// Those of them whose failure does no harm.

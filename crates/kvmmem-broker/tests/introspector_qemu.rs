@@ -104,7 +104,7 @@ fn add(
     })
 }
 
-/// The introspector's driver: takes up what is plugged in, and lets go of what has ended.
+/// The introspector's driver: takes up what is plugged in, and releases what has ended.
 struct Driver {
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
@@ -314,7 +314,7 @@ fn a_guest_that_keeps_its_devices_is_reported_and_tried_again() {
     drop(opened);
     assert_eq!(pair.counts().0, 2);
     assert_eq!(pair.broker.grants()[0].views.len(), 1);
-    // It lets go in the end.
+    // It releases them in the end.
     let _driver = pair.driver();
     wait_long("the devices to go", || pair.counts() == (0, 0));
     wait_for("the late confirmation", || {
@@ -405,7 +405,7 @@ fn a_new_broker_clears_away_what_an_old_one_left() {
     let driver = pair.driver();
     let opened = pair.open(&request(Rights::ReadOnly)).unwrap();
     drop(driver);
-    // As if the broker had been killed: nobody tells QEMU.
+    // As if the broker had been killed: QEMU is not told.
     pair.broker.admin().remove_introspector("watcher").unwrap();
     drop(opened);
     assert_eq!(pair.counts(), (2, 2));

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Nothing is left behind, whoever goes first. Alone in its program: it counts what the whole
+//! Nothing is left behind, in any order of ends. Alone in its program: it counts what the whole
 //! process has.
 
 mod common;

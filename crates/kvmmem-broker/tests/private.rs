@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! A target whose VMM keeps its RAM to itself: it is copied, and nobody maps it.
+//! A target whose VMM keeps its RAM to itself: it is copied and never mapped.
 
 mod common;
 
@@ -74,7 +74,7 @@ fn attach(broker: &TestBroker, token: &Token, read_only: bool) -> (HostLink, Hos
     (link, view, copier)
 }
 
-/// Waits for events, as somebody must who copies; returns the first.
+/// Waits for events, as a client that copies must; returns the first.
 fn pump(mut link: HostLink) -> std::thread::JoinHandle<(HostLink, HostEvent)> {
     std::thread::spawn(move || {
         let event = link.wait(SOON).unwrap().expect("nothing has happened");

@@ -150,7 +150,7 @@ fn a_revoked_grant_is_nobody_s_when_the_answer_comes() {
     assert_eq!((listed[0].state, listed[0].views.len()), (GrantState::Revoked, 0));
     assert_eq!(listed[1].views.len(), 1);
 
-    // Again: there is nobody left to be told.
+    // Again: no peer is left to be notified.
     let again = broker.admin().revoke(granted.grant).unwrap();
     assert_eq!((again.views, again.unconfirmed), (0, 0));
     let unknown = broker.admin().revoke(99);
@@ -164,7 +164,7 @@ fn a_revoked_grant_is_nobody_s_when_the_answer_comes() {
 fn a_vmm_that_does_not_confirm_is_counted() {
     let broker = TestBroker::start();
     let _tiger = broker.target("tiger");
-    // Nobody handles its events.
+    // It has no handler for its events.
     let lion = broker.introspector("lion", 7);
     let granted = broker.grant(&request(Rights::ReadOnly));
     lion.attach(&granted.token, &caller(), false).unwrap();
@@ -336,7 +336,7 @@ fn views_hear_of_their_target_s_changes_and_of_its_end() {
     // What is refused changes nothing.
     tiger.ram_changed(vec![Region { gpa: 0, len: 1 << 40, offset: 0, file: 0 }], Change::Resized);
     tiger.ram_changed(vec![], Change::Reset);
-    // Whoever comes now sees the new map.
+    // A new viewer sees the new map.
     let puma = broker.introspector("puma", 8);
     let granted = broker.grant(&request(Rights::ReadOnly));
     assert_eq!(puma.attach(&granted.token, &caller(), true).unwrap().target.map().regions(), fewer);

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Attaching to one of 1,000 targets with 10,000 grants, against attaching to the only target of
 //! another broker by the only grant; and the memory that the broker has for each of the 1,000 as
-//! long as nobody asks for it.
+//! long as no client asks for it.
 //!
 //! Both brokers are `kvmmemd` processes, and all targets are connections to their sockets with a
 //! memfd each. A time is the median of its percentile in each round.
@@ -27,8 +27,8 @@ type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
 const TARGETS: usize = 1_000;
 const GRANTS: usize = 10_000;
-/// How often each way in is timed in a round, at each broker. They take turns, so that whatever
-/// else the machine does meets both.
+/// How often each way in is timed in a round, at each broker. They take turns, so that other
+/// load of the machine meets both.
 const ROUND: usize = 200;
 const ROUNDS: usize = 20;
 /// The crowd's p99 by that of the only target's.

@@ -8,7 +8,7 @@ use crate::Result;
 
 /// What the kernel has for a target's thread on x86-64: a stack, and about 10 KiB of objects with
 /// the socket and the memfd that it serves (task 5.7, socket 2.2, memfd 0.8, mappings, files and
-/// the rest 1.3). It tells nobody, so it is counted as this.
+/// the rest 1.3). It is not reported, so it is counted as this.
 const KERNEL: f64 = 26_624.0;
 
 /// Memory of a process, bytes, and how many threads it has.

@@ -140,7 +140,7 @@ impl Appender {
 /// The time in UTC by RFC 3339.
 fn now() -> String {
     let mut time = String::new();
-    // A string takes whatever is written to it.
+    // Writing to a string cannot fail.
     let _ = SystemTime.format_time(&mut Writer::new(&mut time));
     time
 }

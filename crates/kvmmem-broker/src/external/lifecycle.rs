@@ -138,7 +138,7 @@ impl Service {
                 Err(_) => self.give_up(vm),
             };
         }
-        // Whoever has a view has it of the files that there were: it ends, and the VM is a new
+        // A view is of the files that there were: it ends, and the VM is a new
         // target.
         if self.external().remove(vm.id()).is_some() {
             self.broker().retire(vm);

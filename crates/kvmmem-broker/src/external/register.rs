@@ -38,7 +38,7 @@ impl Service {
         Ok(Answer::Added { target: vm.info(), regions, evidence, copied })
     }
 
-    /// Registers a VM whose RAM is open, in somebody's name.
+    /// Registers a VM whose RAM is open, on behalf of `peer`.
     ///
     /// # Errors
     /// Where the registry does not take it.

@@ -128,7 +128,7 @@ impl Introspector {
         match policy {
             OnSilence::Report => false,
             OnSilence::Pause => {
-                // Whoever resumes it gives it the memory back.
+                // Resuming it gives it the memory back.
                 let name = self.name().to_owned();
                 self.monitor.send("stop", &serde_json::json!({}), move |answer| {
                     if let Err(error) = answer {

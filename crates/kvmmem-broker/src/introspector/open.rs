@@ -101,7 +101,7 @@ pub enum OpenError {
         SEEN_LIMIT.as_secs()
     )]
     Silent,
-    /// It was taken back, or its target has gone, while it was opened.
+    /// It was revoked, or its target has gone, while it was opened.
     #[error("the view ended while it was opened")]
     Ended,
 }
@@ -129,7 +129,7 @@ impl Introspector {
     /// driver shows it.
     ///
     /// # Errors
-    /// [`OpenError`]; whatever was plugged in is being taken out then.
+    /// [`OpenError`]; what was plugged in is being unplugged then.
     pub fn open(
         self: &Arc<Self>,
         token: &Token,
@@ -216,7 +216,7 @@ impl Introspector {
         Ok(ticket)
     }
 
-    /// The slots that nothing is in and nobody has reserved, where they are enough.
+    /// The slots that are empty and not reserved, if they are enough.
     pub(super) fn free(
         &self,
         views: &[Arc<View>],
@@ -257,7 +257,7 @@ impl Opened {
         &self.ticket
     }
 
-    /// Whether the view has ended, or is about to: its grant was taken back, its target is gone, or
+    /// Whether the view has ended, or is about to: its grant was revoked, its target is gone, or
     /// its guest has been reset.
     pub fn ended(&self) -> bool {
         self.view.end().is_some() || self.view.phase() != Phase::Open

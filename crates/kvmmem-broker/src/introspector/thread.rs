@@ -217,7 +217,7 @@ impl Thread {
         let is_up = self.it.monitor.is_up();
         self.verdicts.iter_mut().for_each(|verdict| verdict.failed(view, is_up));
         self.retry.get_or_insert(now + self.pause);
-        // What the guest has let go of is out of its reach, whatever QEMU still has.
+        // What the guest has released is out of its reach, even if QEMU still has it.
         self.it.confirm(view.grant);
     }
 

@@ -19,11 +19,11 @@ use crate::sync::lock;
 /// How long the driver may take to part its processes from the memory.
 const SEEN_LIMIT: Duration = Duration::from_secs(1);
 
-/// How long the guest may take in all until it has let go of the devices. The broker waits for 2 s
+/// How long the guest may take in all until it has released the devices. The broker waits for 2 s
 /// for a revocation to be confirmed, and a QEMU that has to be killed needs its part of that.
 const END_LIMIT: Duration = Duration::from_millis(1300);
 
-/// How long a guest may take to let go of what it did not take up.
+/// How long a guest may take to release what it did not take up.
 const UNDO_LIMIT: Duration = Duration::from_secs(1);
 
 /// How long each later attempt waits for the guest.
@@ -67,7 +67,7 @@ pub(super) enum Progress {
     Waits(Instant),
     /// Nothing of the view is left.
     Gone,
-    /// The guest has not let go of the devices in time, or QEMU not of the memory.
+    /// The guest has not released the devices in time, or QEMU the memory.
     Stuck,
 }
 
@@ -136,7 +136,7 @@ impl Unplugging {
         }
     }
 
-    /// Asks the guest to let go of what is plugged in; may be repeated.
+    /// Asks the guest to release what is plugged in; may be repeated.
     fn ask_for_devices(&self, it: &Introspector) {
         let ids = lock(&self.view.plug).to_unplug();
         for id in ids {

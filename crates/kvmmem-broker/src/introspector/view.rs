@@ -67,7 +67,7 @@ pub(super) enum Phase {
     Opening,
     Open,
     Ending,
-    /// The guest has not let go of it, or QEMU not of its memory: tried again from time to time.
+    /// The guest has not released it, or QEMU its memory: tried again from time to time.
     Stuck,
     Closed,
 }
@@ -240,8 +240,8 @@ impl View {
         }
     }
 
-    /// Whether the guest's driver has acted upon the last change; there is nobody to do so where it
-    /// never had the page.
+    /// Whether the guest's driver has acted upon the last change; true where it never had the
+    /// page.
     pub(super) fn is_seen(&self) -> bool {
         lock(&self.pages).as_ref().is_none_or(Pages::is_seen)
     }

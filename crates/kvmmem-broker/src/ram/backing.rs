@@ -19,7 +19,7 @@ pub(super) enum Backing {
     /// In memfds, by their numbers.
     Files(Vec<OwnedFd>),
     /// In a process, of which this is `/proc/PID/mem`; offsets are its virtual addresses. The file
-    /// stays with the address space for which it was opened: nobody who gets the process id
+    /// stays with the address space for which it was opened: no process that gets the process id
     /// later is reached by it, nor a program that the process executes. It keeps none of the
     /// memory.
     Process(OwnedFd),

@@ -41,7 +41,7 @@ fn one_party_takes_its_share_and_no_more() {
     reactor.end();
 }
 
-/// Of two parties, the one that has no thread goes first, whatever waits.
+/// Of two parties, the one without a thread goes first.
 #[test]
 fn the_party_with_the_fewest_threads_is_next() {
     let mut pool = Pool::default();

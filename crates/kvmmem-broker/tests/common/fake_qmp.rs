@@ -52,7 +52,7 @@ pub(crate) struct Machine {
     pub(crate) devices: BTreeMap<String, String>,
     /// After how many commands what goes wrong.
     pub(crate) fault: Option<(usize, Fault)>,
-    /// Whether the guest lets go of devices.
+    /// Whether the guest releases devices.
     pub(crate) is_stubborn: bool,
     /// Whether events come without end.
     is_flooding: bool,
@@ -247,7 +247,7 @@ impl Machine {
         });
     }
 
-    /// The answer, and the devices that the guest lets go of.
+    /// The answer, and the devices that the guest releases.
     fn carry_out(
         &mut self,
         command: &str,
@@ -290,7 +290,7 @@ impl Machine {
             "device_add" => {
                 let page = &self.objects[&text("memdev")];
                 if text("addr").ends_with(".0") {
-                    // The guest's driver, which claims to have seen whatever comes.
+                    // The guest's driver, which claims to have seen all that comes.
                     rustix::io::pwrite(page, &u64::MAX.to_le_bytes(), SEEN_AT as u64).unwrap();
                 }
                 self.devices.insert(text("id"), text("addr"));

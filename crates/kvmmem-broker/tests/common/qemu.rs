@@ -90,7 +90,7 @@ impl Qemu {
         Which::Qmp { socket: self.qmp.clone(), pid: None }
     }
 
-    /// The test's own monitor. A QEMU that is about to replace itself may still let somebody
+    /// The test's own monitor. A QEMU that is about to replace itself may still let a client
     /// connect.
     pub(crate) fn monitor(&self) -> Monitor {
         let began = Instant::now();

@@ -405,7 +405,7 @@ fn operators_grants_are_bounded_and_make_room_when_they_end() {
     }
     let more = |grants: &mut Grants, n| grants.mint(now, token(n), terms(1, Origin::Operator, 1));
     assert_eq!(more(&mut grants, 1 << 32), Err(MintError::Full(QuotaError::Total(MAX_OPERATOR))));
-    // One with an open view keeps its place, one that was taken back does not.
+    // One with an open view keeps its place, one that was revoked does not.
     grants.attach(now, &token(7), user(2), ("by", caller()), false).unwrap();
     assert_eq!(more(&mut grants, 1 << 32), Err(MintError::Full(QuotaError::Total(MAX_OPERATOR))));
     grants.revoke(now, 9).unwrap();
