@@ -12,37 +12,30 @@
 
 mod elf;
 mod error;
+mod file;
 mod lime;
-mod mapped;
+mod mapping;
 mod notes;
 mod record;
+mod segment;
 
-use std::fs::{self, File, FileType, Metadata};
+use std::fs::File;
 use std::io;
-use std::os::unix::fs::{FileExt, FileTypeExt};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use kvmmem_sys::foreign::Foreign;
-use rustix::fs::{Mode, OFlags, SeekFrom, seek};
+use rustix::fs::{SeekFrom, seek};
 use rustix::io::Errno;
 
+use crate::error::MemoryError;
+use crate::memory::Memory;
 use crate::paging::ControlRegisters;
-use crate::range::next_range;
-use crate::{Memory, MemoryError, Range};
+use crate::range::{Range, next_range};
 pub use error::DumpError;
-use mapped::Mapped;
-
-/// The most stretches that a file may have.
-const MAX_SEGMENTS: usize = 1 << 16;
-
-/// A stretch of memory in a file.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Segment {
-    /// The guest-physical addresses.
-    pub range: Range,
-    /// Where the first byte lies in the file.
-    pub offset: u64,
-}
+use file::{open, read_some};
+use mapping::FileMapping;
+pub use segment::Segment;
 
 /// How a file holds memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -61,7 +54,7 @@ pub struct DumpFile {
     path: PathBuf,
     file: File,
     len: u64,
-    mapped: Mapped,
+    mapping: FileMapping,
     format: Format,
     /// Ascending, disjoint.
     segments: Vec<Segment>,
@@ -136,7 +129,7 @@ impl DumpFile {
         let Segment { range, offset } = self.segment(gpa)?;
         let within = gpa.checked_sub(range.gpa)?;
         let fits = within.checked_add(len)? <= range.len;
-        Some((self.mapped.get(&self.file, self.len).filter(|_| fits)?, offset + within))
+        Some((self.mapping.get(&self.file, self.len).filter(|_| fits)?, offset + within))
     }
 
     /// The control registers of the vCPUs, in the order of their numbers. Only ELF cores have them,
@@ -184,8 +177,8 @@ impl DumpFile {
         if segments.is_empty() {
             return Err(DumpError::Empty { path: path.to_owned() });
         }
-        let (path, mapped) = (path.to_owned(), Mapped::default());
-        Ok(Self { path, file, len, mapped, format, segments, is_bare: false })
+        let (path, mapping) = (path.to_owned(), FileMapping::default());
+        Ok(Self { path, file, len, mapping, format, segments, is_bare: false })
     }
 
     /// The segment that has `gpa`, or the first after it.
@@ -220,7 +213,7 @@ impl Memory for DumpFile {
             let there = usize::try_from(range.end() - gpa).unwrap_or(usize::MAX);
             let (now, later) = rest.split_at_mut(rest.len().min(there));
             let at = offset + (gpa - range.gpa);
-            if !self.mapped.read(&self.file, self.len, at, now) {
+            if !self.mapping.read(&self.file, self.len, at, now) {
                 self.file.read_exact_at(now, at).map_err(|source| MemoryError::Unreadable {
                     gpa,
                     source: Box::new(DumpError::read(&self.path, at, source)),
@@ -261,53 +254,4 @@ impl Memory for DumpFile {
         }
         Ok(None)
     }
-}
-
-/// Opens a file that can be read at any offset, and says how long it is. Anything else is refused
-/// at once: a FIFO would be waited for.
-fn open(path: &Path) -> Result<(File, u64), DumpError> {
-    let fail = |source: io::Error| DumpError::Open { path: path.to_owned(), source };
-    let check = |metadata: Metadata| {
-        let foreign = |(what, remedy)| DumpError::Foreign { path: path.to_owned(), what, remedy };
-        unseekable(metadata.file_type()).map_or(Ok(()), |what| Err(foreign(what)))
-    };
-    check(fs::metadata(path).map_err(fail)?)?;
-    // It may be another one by now.
-    let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
-    let file = rustix::fs::open(path, flags, Mode::empty()).map_err(|error| fail(error.into()))?;
-    let file = File::from(file);
-    check(file.metadata().map_err(fail)?)?;
-    // Of a block device too.
-    let len = seek(&file, SeekFrom::End(0)).map_err(|error| fail(error.into()))?;
-    seek(&file, SeekFrom::Start(0)).map_err(|error| fail(error.into()))?;
-    Ok((file, len))
-}
-
-/// What a file is that cannot be read at any offset, and what to do instead.
-fn unseekable(kind: FileType) -> Option<(&'static str, &'static str)> {
-    if kind.is_fifo() {
-        Some(("a pipe", "write what comes through it to a file first"))
-    } else if kind.is_dir() {
-        Some(("a directory", "name the dump in it"))
-    } else if kind.is_socket() {
-        Some(("a socket", "name a dump file"))
-    } else if kind.is_char_device() {
-        Some(("a character device", "name a dump file"))
-    } else {
-        None
-    }
-}
-
-/// Fills the buffer as far as the file goes, and says how far that is.
-fn read_some(file: &File, offset: u64, buf: &mut [u8]) -> io::Result<usize> {
-    let mut done = 0;
-    while let Some(rest) = buf.get_mut(done..).filter(|rest| !rest.is_empty()) {
-        match file.read_at(rest, offset + done as u64) {
-            Ok(0) => break,
-            Ok(count) => done += count,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
-        }
-    }
-    Ok(done)
 }

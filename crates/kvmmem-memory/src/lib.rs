@@ -18,10 +18,7 @@ pub mod range;
 pub use dump::{DumpError, DumpFile};
 pub use error::{MemoryError, VectoredError};
 pub use memory::Memory;
-pub use range::Range;
-
-/// Bytes of the smallest page.
-pub const PAGE_SIZE: usize = 4096;
+pub use range::{PAGE_SIZE, Range};
 
 /// The example of README.md, compiled as a test.
 #[cfg(doctest)]

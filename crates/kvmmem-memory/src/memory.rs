@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Trait [`Memory`]: reads of guest-physical memory.
 
-use crate::range::next_range;
-use crate::{MemoryError, Range, VectoredError};
+use crate::error::{MemoryError, VectoredError};
+use crate::range::{Range, next_range};
 
 /// Guest-physical memory of one virtual machine, running or not. Many threads may read at once.
 ///

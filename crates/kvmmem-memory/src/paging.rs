@@ -24,75 +24,20 @@
 
 mod absent;
 mod depth;
+mod entry;
+mod space;
 mod vcpu;
 
 use std::error::Error;
-use std::fmt;
 
 pub use absent::Absent;
+pub use entry::Entry;
+use entry::{ADDRESS, NO_EXECUTE, PRESENT, USER, WRITABLE};
+pub use space::{AddressSpace, Levels};
 pub use vcpu::{ControlRegisters, PagingError};
 
-/// Bits 12 to 51 of an entry: where the next table or the page is.
-const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
-
-const PRESENT: u64 = 1 << 0;
-const WRITABLE: u64 = 1 << 1;
-const USER: u64 = 1 << 2;
 /// Bytes of the smallest page.
 const SMALL: usize = 4096;
-/// Where a table might follow: this entry maps a large page instead.
-const LARGE: u64 = 1 << 7;
-const NO_EXECUTE: u64 = 1 << 63;
-
-/// How many levels of tables the target uses.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Levels {
-    /// 48-bit addresses.
-    Four,
-    /// 57-bit addresses: CR4.LA57 is set.
-    Five,
-}
-
-impl Levels {
-    /// The number.
-    pub fn count(self) -> u8 {
-        match self {
-            Self::Four => 4,
-            Self::Five => 5,
-        }
-    }
-
-    /// Bits of an address that have a meaning.
-    pub fn address_bits(self) -> u32 {
-        12 + 9 * u32::from(self.count())
-    }
-
-    /// Whether the bits of `gva` above its meaning repeat the highest one that has one.
-    pub fn is_canonical(self, gva: u64) -> bool {
-        let shift = 64 - self.address_bits();
-        (gva << shift).cast_signed() >> shift == gva.cast_signed()
-    }
-}
-
-/// A virtual address space of the target.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct AddressSpace {
-    /// The register as the vCPU holds it; only the address in it counts.
-    pub cr3: u64,
-    /// How deep the tables are.
-    pub levels: Levels,
-}
-
-/// One entry that a walk has read.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Entry {
-    /// 5 is PML5E, 4 PML4E, 3 PDPTE, 2 PDE, 1 PTE.
-    pub level: u8,
-    /// Where the entry lies.
-    pub gpa: u64,
-    /// What it holds.
-    pub value: u64,
-}
 
 /// What all the levels together allow. What the vCPU's CR0, CR4 and protection keys forbid is not
 /// known here.
@@ -312,46 +257,5 @@ impl<E: Error> WalkError<E> {
             // All up to the last address of the address space.
             Self::End { .. } => 0,
         }
-    }
-}
-
-impl Entry {
-    /// The entry's name in the manuals.
-    pub fn name(&self) -> &'static str {
-        match self.level {
-            1 => "PTE",
-            2 => "PDE",
-            3 => "PDPTE",
-            4 => "PML4E",
-            _ => "PML5E",
-        }
-    }
-
-    /// Whether the entry maps a page, if it is present.
-    pub fn is_leaf(&self) -> bool {
-        self.level == 1 || self.value & LARGE != 0 && matches!(self.level, 2 | 3)
-    }
-
-    /// Bytes that the entry spans.
-    fn span(&self) -> u64 {
-        1 << (12 + 9 * (u32::from(self.level) - 1))
-    }
-
-    /// Bits that must be 0. Those above the vCPU's physical address width must be as well, but
-    /// which these are is not known here.
-    fn reserved_bits(&self) -> u64 {
-        match self.level {
-            1 => 0,
-            // Bit 12 of a large page is PAT.
-            2 | 3 if self.is_leaf() => ((1 << (12 + 9 * (self.level - 1))) - 1) & !0x1fff,
-            2 | 3 => 0,
-            _ => LARGE,
-        }
-    }
-}
-
-impl fmt::Display for Entry {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} {:#x} at gpa {:#x}", self.name(), self.value, self.gpa)
     }
 }

@@ -3,7 +3,8 @@
 
 use std::fmt;
 
-use crate::PAGE_SIZE;
+/// Bytes of the smallest page.
+pub const PAGE_SIZE: usize = 4096;
 
 /// A stretch of guest-physical addresses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -67,7 +67,7 @@ pub enum ForeignError {
 /// raises SIGBUS, or SIGILL in memory of a PCI device that is gone. Only the guarded routines access them.
 ///
 /// The same holds for `before` bytes before them and `behind` bytes behind them, which are the rest
-/// of the huge pages in which they lie, if any: nobody accesses those.
+/// of the huge pages in which they lie, if any: those are never accessed.
 #[derive(Debug)]
 pub struct Foreign {
     base: NonNull<u8>,

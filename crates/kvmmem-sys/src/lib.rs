@@ -10,7 +10,7 @@
 //! | [`ram`], [`memslot`], [`window`] | guest RAM and memory slots | `kvmmem-vmm` |
 //! | [`xen`], [`pio`], [`internal_error`] | KVM exits that kvm-ioctls lacks | `kvmmem-vmm` |
 //! | [`trap`] | SIGSYS of the sandbox | `kvmmem-vmm` |
-//! | [`huge`], [`cachestat`] | files of huge pages, page cache | broker, `kvmmem` |
+//! | [`huge`], [`huge_write`], [`cachestat`] | files of huge pages, page cache | broker, `kvmmem` |
 //! | [`socket`], [`activation`] | peers of unix sockets, socket activation | broker |
 //! | [`sigpipe`] | death by SIGPIPE | command line |
 //!
@@ -26,6 +26,7 @@ pub mod device;
 pub mod foreign;
 mod guarded;
 pub mod huge;
+pub mod huge_write;
 pub mod internal_error;
 pub mod memslot;
 pub mod page;

@@ -5,8 +5,10 @@
 //! ([`Foreign::find`](crate::foreign::Foreign::find)) and copies only candidates.
 
 mod atoms;
+mod byte;
 
 pub use atoms::Atoms;
+pub use byte::MaskedByte;
 
 use crate::guarded::{self, BLOCK, Distances, Vector, Vectors};
 
@@ -18,15 +20,6 @@ pub const PLACES: usize = BLOCK;
 pub struct Probe {
     vectors: Vectors,
     distances: Distances,
-}
-
-/// A byte of a pattern; only the bits in `mask` are compared.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct MaskedByte {
-    /// Value of the compared bits.
-    pub value: u8,
-    /// The compared bits.
-    pub mask: u8,
 }
 
 /// Places where a pair was found.

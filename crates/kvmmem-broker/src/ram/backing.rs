@@ -4,7 +4,7 @@
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use kvmmem_proto::map::MemoryMap;
-use kvmmem_sys::huge::write_at;
+use kvmmem_sys::huge_write::write_at;
 use rustix::fs::{FsWord, OFlags, SealFlags};
 use rustix::io::Errno;
 

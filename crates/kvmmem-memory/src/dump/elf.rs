@@ -12,9 +12,12 @@ use object::elf::{
 };
 use object::pod::{Pod, from_bytes};
 
-use super::{DumpError, MAX_SEGMENTS, Segment, notes, read_some};
-use crate::Range;
+use super::error::DumpError;
+use super::file::read_some;
+use super::notes;
+use super::segment::{MAX_SEGMENTS, Segment};
 use crate::paging::ControlRegisters;
+use crate::range::Range;
 
 /// Bytes of a program header.
 const PHDR: u64 = size_of::<ProgramHeader64<Le>>() as u64;

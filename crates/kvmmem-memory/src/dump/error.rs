@@ -4,7 +4,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-use crate::Range;
+use crate::range::Range;
 
 /// A dump file cannot be used.
 #[derive(Debug, thiserror::Error)]

@@ -5,8 +5,10 @@
 use std::fs::File;
 use std::path::Path;
 
-use super::{DumpError, MAX_SEGMENTS, Segment, read_some};
-use crate::Range;
+use super::error::DumpError;
+use super::file::read_some;
+use super::segment::{MAX_SEGMENTS, Segment};
+use crate::range::Range;
 
 /// The magic number 0x4c694d45, as it lies in the file.
 pub(super) const MAGIC: [u8; 4] = *b"EMiL";

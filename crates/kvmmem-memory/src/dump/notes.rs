@@ -10,7 +10,8 @@ use object::LittleEndian as Le;
 use object::elf::FileHeader64;
 use object::read::elf::NoteIterator;
 
-use super::{DumpError, read_some};
+use super::error::DumpError;
+use super::file::read_some;
 use crate::paging::ControlRegisters;
 
 /// The most bytes of notes that are read: of some ten thousand vCPUs.

@@ -7,8 +7,10 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
-use super::{DumpError, MAX_SEGMENTS, Segment};
-use crate::Range;
+use super::error::DumpError;
+use super::file;
+use super::segment::{MAX_SEGMENTS, Segment};
+use crate::range::Range;
 
 /// The longest record, bytes.
 const MAX_LEN: u64 = 16 << 20;
@@ -32,7 +34,7 @@ pub(super) fn segments(path: &Path) -> Result<Option<Vec<Segment>>, DumpError> {
     if part.exists() {
         return Err(DumpError::Unfinished { path: path.to_owned(), part });
     }
-    let file = match super::open(&record) {
+    let file = match file::open(&record) {
         Ok((file, _)) => file,
         Err(DumpError::Open { source, .. }) if source.kind() == ErrorKind::NotFound => {
             return Ok(None);

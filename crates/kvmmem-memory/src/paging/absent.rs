@@ -8,7 +8,7 @@
 
 use std::fmt;
 
-use super::{ADDRESS, Entry, LARGE, PRESENT};
+use super::entry::{ADDRESS, Entry, PRESENT};
 
 /// Linux: bit 8 of an entry that is not present. Its frame is inverted (since 2018, against L1TF).
 const PROT_NONE: u64 = 1 << 8;
@@ -46,9 +46,8 @@ impl Entry {
         if self.value & PRESENT != 0 {
             return None;
         }
-        let is_page = self.level == 1 || self.value & LARGE != 0 && matches!(self.level, 2 | 3);
         let offset = gva & (self.span() - 1);
-        Some(if self.value & PROT_NONE != 0 && self.value & INVERTED != 0 && is_page {
+        Some(if self.value & PROT_NONE != 0 && self.value & INVERTED != 0 && self.is_leaf() {
             let frame = !self.value & ADDRESS & !(self.span() - 1);
             Absent::ProtNone { gpa: frame | offset }
         } else if self.value & TRANSITION != 0 && self.value & (PROTOTYPE | INVERTED) == 0 {

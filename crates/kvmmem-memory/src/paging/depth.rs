@@ -9,7 +9,8 @@
 
 use std::error::Error;
 
-use super::{ADDRESS, Entry, Levels, PRESENT};
+use super::entry::{ADDRESS, Entry, PRESENT};
+use super::space::Levels;
 
 const PAGE: usize = 4096;
 

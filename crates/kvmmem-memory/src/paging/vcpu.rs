@@ -2,7 +2,7 @@
 //! The address space that a vCPU uses, from its control registers (Intel SDM volume 3, 5.1.1 "Four
 //! Paging Modes").
 
-use super::{AddressSpace, Levels};
+use super::space::{AddressSpace, Levels};
 
 /// CR0.PG.
 const PAGING: u64 = 1 << 31;

@@ -7,7 +7,7 @@
 //! four bytes, a table maps each half of the byte to the groups that may have it. A place with a
 //! group left is compared with the patterns themselves.
 
-use super::MaskedByte;
+use super::byte::MaskedByte;
 use crate::guarded::{self, BLOCK, Groups};
 
 /// The most patterns: with more, nearly every place would be compared with them.

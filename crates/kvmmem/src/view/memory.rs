@@ -13,7 +13,8 @@ use kvmmem_proto::map::Region;
 
 use crate::host::{Copier, CopyError, PartialCopy};
 use kvmmem_sys::foreign::Foreign;
-use kvmmem_sys::huge::{page_size, write_at};
+use kvmmem_sys::huge::page_size;
+use kvmmem_sys::huge_write::write_at;
 use rustix::fs::{SeekFrom, seek};
 use rustix::io::{Errno, pread};
 

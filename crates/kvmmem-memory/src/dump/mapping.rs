@@ -20,9 +20,9 @@ const MIN: usize = 64 << 10;
 
 /// A file, mapped when that is first of use.
 #[derive(Debug, Default)]
-pub(super) struct Mapped(OnceLock<Option<Foreign>>);
+pub(super) struct FileMapping(OnceLock<Option<Foreign>>);
 
-impl Mapped {
+impl FileMapping {
     /// The memory of a file of `len` bytes; offsets in it are those in the file.
     pub(super) fn get(&self, file: &File, len: u64) -> Option<&Foreign> {
         self.0.get_or_init(|| map(file, len)).as_ref()
