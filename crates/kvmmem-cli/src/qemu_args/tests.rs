@@ -1,10 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! What is printed, and whether QEMU takes it.
-
-use std::io::{BufRead, BufReader, Write};
-use std::os::unix::net::UnixStream;
-use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+//! What is printed. `tests/introspector.rs` starts QEMU with it.
 
 use clap::Parser;
 use proptest::prelude::*;
@@ -125,86 +120,4 @@ fn what_would_break_the_command_line_is_refused() {
         Line::try_parse_from(["x", "--memory", "16T", "--views", "16", "--name", "lion-2.x"])
             .unwrap();
     assert_eq!(line.arguments.name, "lion-2.x");
-}
-
-/// A QEMU, ended on drop.
-struct Qemu(Child);
-
-impl Drop for Qemu {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
-/// Starts this machine's QEMU with the arguments but for vhost-vsock, whose device not every
-/// machine has, and returns what is plugged in.
-#[test]
-fn this_machines_qemu_takes_the_arguments() {
-    let folder = tempfile::tempdir().unwrap();
-    for machine in [Machine::Q35, Machine::Pc] {
-        let socket = folder.path().join("qmp");
-        let arguments = parts(machine, 2, 4 << 30, &socket).arguments();
-        let pairs = arguments.chunks(2).filter(|pair| !pair[1].starts_with("vhost-vsock-pci"));
-        let name = if machine == Machine::Q35 { "q35" } else { "pc" };
-        let started = Command::new("qemu-system-x86_64")
-            .args([
-                "-nodefaults",
-                "-display",
-                "none",
-                "-accel",
-                "tcg",
-                "-m",
-                "64",
-                "-S",
-                "-machine",
-                name,
-            ])
-            .args(pairs.flatten())
-            .stdin(Stdio::null())
-            .spawn();
-        let Ok(process) = started else {
-            // Past the test harness, which would keep it to itself.
-            let note = "skipped: no qemu-system-x86_64: install it (Debian: qemu-system-x86)\n";
-            std::io::stderr().write_all(note.as_bytes()).unwrap();
-            return;
-        };
-        let mut qemu = Qemu(process);
-        let plugged = plugged(&mut qemu, &socket);
-        for id in ["kvmmem0", "kvmmem1"] {
-            assert_eq!(
-                plugged.contains(&format!("\"name\": \"{id}\"")),
-                machine == Machine::Q35,
-                "{plugged}"
-            );
-        }
-        drop(qemu);
-        let _ = std::fs::remove_file(&socket);
-    }
-}
-
-/// What QMP lists of the devices with an id.
-fn plugged(qemu: &mut Qemu, socket: &Path) -> String {
-    let deadline = Instant::now() + Duration::from_secs(60);
-    let stream = loop {
-        match UnixStream::connect(socket) {
-            Ok(stream) => break stream,
-            Err(error) => {
-                assert_eq!(qemu.0.try_wait().unwrap(), None, "QEMU has ended");
-                assert!(Instant::now() < deadline, "{error}");
-                std::thread::sleep(Duration::from_millis(20));
-            }
-        }
-    };
-    stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
-    let mut lines = BufReader::new(stream.try_clone().unwrap()).lines();
-    let mut ask = |command: &str| {
-        writeln!(&stream, "{command}").unwrap();
-        lines
-            .find(|line| line.as_ref().is_ok_and(|line| line.contains("\"return\"")))
-            .unwrap()
-            .unwrap()
-    };
-    ask("{\"execute\":\"qmp_capabilities\"}");
-    ask("{\"execute\":\"qom-list\",\"arguments\":{\"path\":\"/machine/peripheral\"}}")
 }
