@@ -4,9 +4,10 @@
 #![no_main]
 
 use kvmmem_proto::map::MemoryMap;
-use kvmmem_qemu::command_line::Vmm;
+use kvmmem_qemu::command_line::CommandLine;
 use kvmmem_qemu::layout::{self, Layout};
-use kvmmem_qemu::qmp::{MemoryBackend, MemoryDevice, MemorySize};
+use kvmmem_qemu::qmp::questions::{MemoryBackend, MemoryDevice, MemorySize};
+use kvmmem_qemu::vmm::Vmm;
 use kvmmem_qemu::{mapping, mtree};
 
 use libfuzzer_sys::fuzz_target;
@@ -22,7 +23,7 @@ fuzz_target!(|bytes: &[u8]| {
     }
     let words: Vec<String> = text.split(['\0', ' ']).map(str::to_owned).collect();
     for vmm in VMMS {
-        let line = vmm.command_line(&words);
+        let line = CommandLine::parse(vmm, &words);
         let (sizes, size) = (line.sizes(), line.memory.unwrap_or(0));
         let machine = line.machine.as_deref().unwrap_or("pc");
         if let Ok(low) = layout::low_end(machine, size, line.max_ram_below_4g) {

@@ -132,15 +132,9 @@ fn ram() -> Result<std::os::fd::OwnedFd, Box<dyn std::error::Error>> {
 }
 
 fn registration() -> Registration {
-    Registration {
-        name: "bench".into(),
-        uuid: Uuid::from_bytes([1; 16]),
-        vcpus: 1,
-        start_time_ms: 0,
-        vcpu_questions: false,
-        cid: None,
-        introspectable: true,
-        introspector: false,
-        regions: vec![Region { gpa: 0, len: RAM, offset: 0, file: 0 }],
-    }
+    Registration::target(
+        "bench",
+        Uuid::from_bytes([1; 16]),
+        vec![Region { gpa: 0, len: RAM, offset: 0, file: 0 }],
+    )
 }

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use kvmmem_kvmi::token::Token;
-use kvmmem_proto::message::{Answer, Call, Refusal, Revoked};
+use kvmmem_proto::message::{Answer, Call, NewGrant, Refusal, RevokeReport};
 use kvmmem_proto::scope::Rights;
 
 use mint::random_token;
@@ -72,7 +72,7 @@ impl Broker {
                     let (vm, opened, request) = (target, &opened, &request);
                     self.audit().write(Event::Granted { vm, opened, request, by });
                 }
-                Answer::Granted { grant: opened.grant, token }.into()
+                Answer::Granted(NewGrant { grant: opened.grant, token }).into()
             }
             Reply::Redeemed(opened) => {
                 if let (Some(target), Some(vm)) = (target, vm) {
@@ -253,14 +253,14 @@ impl Broker {
     }
 
     /// Waits until all peers of a revocation have confirmed or ended, at most 2 s.
-    fn await_confirmations(&self, revocation: &Revocation) -> Revoked {
+    fn await_confirmations(&self, revocation: &Revocation) -> RevokeReport {
         let (number, began) = (revocation.number, Instant::now());
         let is_waiting = |tables: &mut Tables| !tables.core.is_revoked(number);
         let deadline = began + CONFIRM_LIMIT;
         let mut tables = wait_while(self.confirmed(), self.tables(), deadline, is_waiting);
         let unconfirmed = tables.core.end_revocation(number);
         drop(tables);
-        Revoked {
+        RevokeReport {
             views: u32::try_from(revocation.views).unwrap_or(u32::MAX),
             unconfirmed: u32::try_from(unconfirmed).unwrap_or(u32::MAX),
             micros: u64::try_from(began.elapsed().as_micros()).unwrap_or(u64::MAX),

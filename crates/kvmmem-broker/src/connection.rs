@@ -156,9 +156,7 @@ impl Connection<'_> {
             Call::Targets { after } => broker.list(after),
             Call::AddTarget { which, name } => service.add_target(credentials, &which, name)?,
             Call::RemoveTarget { target } => service.remove_target(&target)?,
-            Call::AddIntrospector { which, cid, name, on_silence } => {
-                service.add_introspector(credentials, &which, cid, name, on_silence)?
-            }
+            Call::AddIntrospector(request) => service.add_introspector(credentials, &request)?,
             Call::RemoveIntrospector { name } => service.remove_introspector(&name)?,
             Call::FreeSlots { introspector } => service.free_slots(&introspector)?,
             Call::Registers { target, first } => service.registers(credentials, &target, first)?,

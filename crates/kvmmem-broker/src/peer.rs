@@ -8,9 +8,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
 use std::time::{Duration, Instant};
 
 use kvmmem_proto::credentials::Credentials;
-use kvmmem_proto::message::FromBroker;
+use kvmmem_proto::message::{FromBroker, VcpuQuestion};
 use kvmmem_proto::packet::{PacketError, PacketSocket, Wait};
-use kvmmem_qemu::questions::{Ask, AskError, Question};
+use kvmmem_qemu::questions::{Ask, AskError, Reply};
 use kvmmem_sys::socket::unread;
 use rustix::io::Errno;
 
@@ -282,8 +282,8 @@ impl Peer {
 }
 
 impl Ask for Peer {
-    fn put(&self, question: Question) -> Result<(), AskError> {
-        self.vcpu_questions.ask(question, |message| self.send(message, &[], Wait::No))
+    fn put(&self, question: VcpuQuestion, reply: Option<Reply>) -> Result<(), AskError> {
+        self.vcpu_questions.ask(question, reply, |message| self.send(message, &[], Wait::No))
     }
 }
 

@@ -5,7 +5,7 @@
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use kvmmem_qemu::monitor::Monitors;
+use kvmmem_qemu::monitors::Monitors;
 
 use crate::broker::Broker;
 use crate::core::limits::Limits;

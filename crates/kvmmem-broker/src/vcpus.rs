@@ -32,8 +32,7 @@ impl Service {
         first: u32,
     ) -> Result<Answer, Refused> {
         let (vm, questions) = self.asked(target)?;
-        let page = |number| usize::try_from(number).unwrap_or(usize::MAX);
-        let (vcpus, more) = questions.registers(page(first), page(PAGE)).map_err(refuse)?;
+        let (vcpus, more) = questions.registers(first, PAGE).map_err(refuse)?;
         if first == 0 {
             self.broker().audit().write(Event::Registers { vm: &vm, by: peer });
         }

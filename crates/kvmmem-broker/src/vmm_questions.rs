@@ -12,12 +12,9 @@ use std::time::Instant;
 
 use kvmmem_proto::message::{FromBroker, VcpuAnswer, VcpuQuestion};
 use kvmmem_proto::packet::PacketError;
-use kvmmem_qemu::questions::{AskError, LIMIT, MAX_WAITING, Question};
+use kvmmem_qemu::questions::{AskError, LIMIT, MAX_WAITING, Reply};
 
 use crate::sync::lock;
-
-/// How much of a VMM's message is repeated, characters.
-const MAX_MESSAGE: usize = 200;
 
 /// The questions that wait for a VMM's answer.
 #[derive(Debug, Default)]
@@ -26,37 +23,17 @@ pub(crate) struct VmmQuestions(Mutex<State>);
 #[derive(Debug, Default)]
 struct State {
     last: u64,
-    /// By number, with the time when it was sent.
-    waiting: BTreeMap<u64, (Instant, Question)>,
+    /// Where each answer goes, by the number of its question, with the time when that was sent.
+    waiting: BTreeMap<u64, (Instant, Option<Reply>)>,
     is_closed: bool,
 }
 
 impl VmmQuestions {
     /// The VMM's answer. One to a question that does not wait is dropped.
     pub(crate) fn answer(&self, id: u64, answer: VcpuAnswer) {
-        let Some((_, question)) = lock(&self.0).waiting.remove(&id) else { return };
-        // A client that has given up waiting needs no answer.
-        match (question, answer) {
-            (
-                Question::Registers { count, reply, .. },
-                VcpuAnswer::Registers { mut vcpus, more },
-            ) => {
-                vcpus.truncate(count);
-                let _ = reply.send(Ok((vcpus, more)));
-            }
-            (Question::Pause { reply, .. }, VcpuAnswer::Paused { was_running }) => {
-                let _ = reply.send(Ok(was_running));
-            }
-            (Question::Resume { reply, .. }, VcpuAnswer::Resumed) => {
-                let _ = reply.map(|reply| reply.send(Ok(())));
-            }
-            (question, VcpuAnswer::NotPaused) => question.fail(AskError::Resumed),
-            (question, VcpuAnswer::Failed { message }) => {
-                let message =
-                    message.chars().take(MAX_MESSAGE).flat_map(char::escape_debug).collect();
-                question.fail(AskError::Failed(message));
-            }
-            (question, _) => question.fail(AskError::Nonsense),
+        if let Some((_, Some(reply))) = lock(&self.0).waiting.remove(&id) {
+            // A client that has given up waiting needs no answer.
+            let _ = reply.send(Ok(answer));
         }
     }
 
@@ -73,12 +50,12 @@ impl VmmQuestions {
     /// Where too many wait, or the VMM does not read.
     pub(crate) fn ask(
         &self,
-        question: Question,
+        question: VcpuQuestion,
+        reply: Option<Reply>,
         send: impl FnOnce(&FromBroker) -> Result<(), PacketError>,
     ) -> Result<(), AskError> {
-        let sent = to_vmm(&question);
-        let id = self.add(question)?;
-        let sent = send(&FromBroker::AskVcpus { id, question: sent });
+        let id = self.add(question, reply)?;
+        let sent = send(&FromBroker::AskVcpus { id, question });
         sent.map_err(|_| {
             lock(&self.0).waiting.remove(&id);
             AskError::Deaf
@@ -86,32 +63,18 @@ impl VmmQuestions {
     }
 
     /// Adds a question, and returns its number.
-    fn add(&self, question: Question) -> Result<u64, AskError> {
+    fn add(&self, question: VcpuQuestion, reply: Option<Reply>) -> Result<u64, AskError> {
         let mut state = lock(&self.0);
         if state.is_closed {
             return Err(AskError::NoConnection);
         }
         state.waiting.retain(|_, (sent, _)| sent.elapsed() < LIMIT);
-        if state.waiting.len() >= MAX_WAITING && !matches!(question, Question::Resume { .. }) {
+        if state.waiting.len() >= MAX_WAITING && !matches!(question, VcpuQuestion::Resume { .. }) {
             return Err(AskError::Busy);
         }
         state.last += 1;
         let id = state.last;
-        state.waiting.insert(id, (Instant::now(), question));
+        state.waiting.insert(id, (Instant::now(), reply));
         Ok(id)
-    }
-}
-
-/// The question as it is sent.
-fn to_vmm(question: &Question) -> VcpuQuestion {
-    let number = |number: usize| u32::try_from(number).unwrap_or(u32::MAX);
-    match question {
-        Question::Registers { first, count, .. } => {
-            VcpuQuestion::Registers { first: number(*first), count: number(*count) }
-        }
-        Question::Pause { holder, is_new, .. } => {
-            VcpuQuestion::Pause { holder: *holder, is_new: *is_new }
-        }
-        Question::Resume { holder, .. } => VcpuQuestion::Resume { holder: *holder },
     }
 }

@@ -4,7 +4,7 @@
 
 mod common;
 
-use kvmmem_client::admin::{AddIntrospector, OnSilence, Rights};
+use kvmmem_client::admin::{IntrospectorRequest, OnSilence, Rights};
 use kvmmem_qemu::qmp::Qmp;
 use serde_json::json;
 
@@ -22,7 +22,8 @@ fn add_target(broker: &TestBroker, qemu: &Qemu) {
 
 fn add_introspector(broker: &TestBroker, qemu: &Qemu) {
     let (which, name) = (qemu.socket(), Some("sees".into()));
-    let request = AddIntrospector { which, cid: Some(CID), name, on_silence: OnSilence::Report };
+    let request =
+        IntrospectorRequest { which, cid: Some(CID), name, on_silence: OnSilence::Report };
     broker.admin().add_introspector(&request).unwrap();
 }
 

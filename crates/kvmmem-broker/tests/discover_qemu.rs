@@ -4,7 +4,7 @@
 
 mod common;
 
-use kvmmem_client::admin::{Added, Evidence, Region, Rights};
+use kvmmem_client::admin::{Evidence, NewTarget, Region, Rights};
 
 use common::qemu::{Qemu, add_confirmed, refusal, wait_long};
 use common::{PATIENCE, TestBroker, Tool, request, wait_for};
@@ -36,7 +36,7 @@ fn layouts_by_qemu_and_by_confirmed_rules_are_the_same() {
     ];
     for (machine, size, expected) in cases {
         let Some(qemu) = Qemu::shared(&broker, "vm", machine, size) else { return };
-        let Added { target, regions, evidence, copied } = add_confirmed(&broker, &qemu);
+        let NewTarget { target, regions, evidence, copied } = add_confirmed(&broker, &qemu);
         assert_eq!(copied, None);
         assert_eq!((evidence, &regions), (Evidence::RulesAndAcpi, &expected), "{machine} {size}");
         assert_eq!((target.name.as_str(), target.pid, target.vcpus), ("vm", qemu.process.id(), 1));

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use kvmmem_client::ClientError;
-use kvmmem_client::admin::{AddIntrospector, Admin, GrantRequest, OnSilence, Rights, Span};
+use kvmmem_client::admin::{Admin, GrantRequest, IntrospectorRequest, OnSilence, Rights, Span};
 use kvmmem_client::vmm::{Region, Registration, VmmLink};
 
 use common::fake_qmp::{FakeQemu, Fault};
@@ -50,7 +50,7 @@ fn add_as(
     cid: u32,
     on_silence: OnSilence,
 ) -> Result<Arc<Introspector>, String> {
-    let request = AddIntrospector {
+    let request = IntrospectorRequest {
         which: qemu.which(),
         cid: Some(cid),
         name: Some(name.into()),

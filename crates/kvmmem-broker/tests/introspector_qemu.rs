@@ -12,7 +12,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use kvmmem_client::ClientError;
-use kvmmem_client::admin::{AddIntrospector, GrantRequest, IntrospectorAdded, OnSilence, Rights};
+use kvmmem_client::admin::{GrantRequest, IntrospectorRequest, NewIntrospector, OnSilence, Rights};
 use kvmmem_client::vmm::{Region, VmmLink};
 
 use common::qemu::{Monitor, Qemu, wait_long};
@@ -94,9 +94,9 @@ fn add(
     broker: &TestBroker,
     qemu: &Qemu,
     on_silence: OnSilence,
-) -> Result<IntrospectorAdded, ClientError> {
+) -> Result<NewIntrospector, ClientError> {
     let which = qemu.socket();
-    broker.admin().add_introspector(&AddIntrospector {
+    broker.admin().add_introspector(&IntrospectorRequest {
         which,
         cid: Some(CID),
         name: None,
@@ -438,7 +438,7 @@ fn what_cannot_be_an_introspector_is_refused_with_a_remedy() {
     broker.service.set_guest_port(None);
     let refusal = |qemu: &Qemu, cid| {
         let which = qemu.socket();
-        let request = AddIntrospector { which, cid, name: None, on_silence: OnSilence::Report };
+        let request = IntrospectorRequest { which, cid, name: None, on_silence: OnSilence::Report };
         match broker.admin().add_introspector(&request) {
             Err(ClientError::Refused { message, .. }) => message,
             other => panic!("{other:?}"),

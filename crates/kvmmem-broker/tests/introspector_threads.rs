@@ -5,7 +5,7 @@ mod common;
 
 use std::collections::BTreeMap;
 
-use kvmmem_client::admin::{AddIntrospector, GrantRequest, OnSilence, Rights};
+use kvmmem_client::admin::{GrantRequest, IntrospectorRequest, OnSilence, Rights};
 
 use common::fake_qmp::FakeQemu;
 use common::{TestBroker, caller, request, wait_for};
@@ -40,7 +40,10 @@ fn an_introspector_costs_one_thread() {
     for (cid, qemu) in (CID..).zip(&qemus) {
         let (which, name) = (qemu.which(), Some(format!("lion-{cid}")));
         let (cid, on_silence) = (Some(cid), OnSilence::Report);
-        broker.admin().add_introspector(&AddIntrospector { which, cid, name, on_silence }).unwrap();
+        broker
+            .admin()
+            .add_introspector(&IntrospectorRequest { which, cid, name, on_silence })
+            .unwrap();
     }
     let expected = BTreeMap::from([("introspector".to_owned(), COUNT as usize)]);
     // A thread gives itself its name.

@@ -4,7 +4,7 @@
 
 mod common;
 
-use kvmmem_client::admin::{AddIntrospector, OnSilence};
+use kvmmem_client::admin::{IntrospectorRequest, OnSilence};
 
 use common::TestBroker;
 use common::qemu::{Qemu, wait_long};
@@ -20,7 +20,7 @@ fn the_next_broker_has_the_vms_under_qemu_again() {
         return;
     };
     let uuid = broker.admin().add_target(&target.socket(), None).unwrap().target.uuid;
-    let request = AddIntrospector {
+    let request = IntrospectorRequest {
         which: watcher.socket(),
         cid: Some(77),
         name: Some("lion".into()),

@@ -20,7 +20,7 @@ use kvmmem_broker::Server;
 use kvmmem_client::ClientError;
 use kvmmem_client::admin::{Admin, Which};
 use kvmmem_proto::packet::PacketError;
-use kvmmem_qemu::discover::{Found, discover};
+use kvmmem_qemu::discover::{HostVm, discover};
 use rustix::io::Errno;
 use tempfile::TempDir;
 use uuid::Uuid;
@@ -136,9 +136,10 @@ fn which(target: &TargetName) -> Result<Which> {
 }
 
 /// The one virtual machine of this name or UUID.
-fn named<'a>(name: &str, found: &'a [Found]) -> Result<&'a Found> {
+fn named<'a>(name: &str, found: &'a [HostVm]) -> Result<&'a HostVm> {
     let uuid = Uuid::try_parse(name).ok();
-    let is_it = |vm: &&Found| vm.name.as_deref() == Some(name) || uuid.is_some() && vm.uuid == uuid;
+    let is_it =
+        |vm: &&HostVm| vm.name.as_deref() == Some(name) || uuid.is_some() && vm.uuid == uuid;
     let mut all = found.iter().filter(is_it);
     match (all.next(), all.next()) {
         (Some(vm), None) => Ok(vm),
@@ -158,12 +159,12 @@ fn named<'a>(name: &str, found: &'a [Found]) -> Result<&'a Found> {
 
 #[cfg(test)]
 mod tests {
-    use kvmmem_qemu::command_line::Vmm;
+    use kvmmem_qemu::vmm::Vmm;
 
     use super::*;
 
-    fn found(pid: u32, name: Option<&str>, uuid: u128) -> Found {
-        Found {
+    fn found(pid: u32, name: Option<&str>, uuid: u128) -> HostVm {
+        HostVm {
             pid,
             vmm: Vmm::Qemu,
             name: name.map(str::to_owned),

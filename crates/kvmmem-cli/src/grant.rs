@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use clap::{Args, Subcommand};
-use kvmmem_client::admin::{GrantInfo, GrantRequest, Revoked, Rights, Span};
+use kvmmem_client::admin::{GrantInfo, GrantRequest, RevokeReport, Rights, Span};
 use serde::Serialize;
 use uuid::Uuid;
 use zeroize::Zeroizing;
@@ -141,7 +141,7 @@ struct GrantLine<'a> {
 struct RevocationLine {
     grant: u64,
     #[serde(flatten)]
-    outcome: Revoked,
+    outcome: RevokeReport,
 }
 
 impl Grant {
@@ -236,7 +236,7 @@ impl Revoke {
             .connect()?
             .revoke(grant)
             .with_context(|| format!("cannot revoke grant {grant}"))?;
-        let Revoked { views, unconfirmed, micros } = outcome;
+        let RevokeReport { views, unconfirmed, micros } = outcome;
         if output.is_json() {
             output.object(&RevocationLine { grant, outcome })?;
         } else {

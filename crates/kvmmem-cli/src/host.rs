@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 use clap::{Args, Subcommand};
-use kvmmem_qemu::discover::{Found, discover};
+use kvmmem_qemu::discover::{HostVm, discover};
 use serde::Serialize;
 
 use crate::broker::Broker;
@@ -42,8 +42,9 @@ fn discover_vms(broker: &Broker, output: &mut Output) -> Result<()> {
     let found = discover().context("cannot look for virtual machines in /proc")?;
     let known =
         broker.connect().ok().and_then(|mut broker| broker.targets().ok()).unwrap_or_default();
-    let is_known =
-        |found: &Found| known.iter().any(|target| target.introspectable && target.pid == found.pid);
+    let is_known = |found: &HostVm| {
+        known.iter().any(|target| target.introspectable && target.pid == found.pid)
+    };
     if output.is_json() {
         for found in &found {
             output.object(&FoundLine { found, target: is_known(found) })?;
@@ -62,16 +63,16 @@ fn discover_vms(broker: &Broker, output: &mut Output) -> Result<()> {
 #[derive(Serialize)]
 struct FoundLine<'a> {
     #[serde(flatten)]
-    found: &'a Found,
+    found: &'a HostVm,
     /// Whether the broker has it already.
     target: bool,
 }
 
 /// What was found as aligned columns, with what is in the way, and what helps, below.
-fn table(all: &[Found], is_known: impl Fn(&Found) -> bool) -> Vec<String> {
+fn table(all: &[HostVm], is_known: impl Fn(&HostVm) -> bool) -> Vec<String> {
     let header = ["PID", "VMM", "NAME", "VCPUS", "MEMORY", "MACHINE", "TARGET"].map(str::to_owned);
     let text = |text: &Option<String>| text.as_deref().map_or_else(|| "-".to_owned(), escape);
-    let row = |found: &Found| {
+    let row = |found: &HostVm| {
         [
             found.pid.to_string(),
             found.vmm.name().to_owned(),
@@ -111,13 +112,13 @@ fn table(all: &[Found], is_known: impl Fn(&Found) -> bool) -> Vec<String> {
 
 #[cfg(test)]
 mod tests {
-    use kvmmem_qemu::command_line::Vmm;
+    use kvmmem_qemu::vmm::Vmm;
 
     use super::*;
 
     #[test]
     fn the_table_says_what_to_do_and_cannot_drive_the_terminal() {
-        let found = |pid, qmp: Option<&str>, reason: Option<&str>| Found {
+        let found = |pid, qmp: Option<&str>, reason: Option<&str>| HostVm {
             pid,
             vmm: Vmm::Qemu,
             name: Some("a\x1bb".to_owned()),

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 use clap::{Args, Subcommand, ValueEnum};
-use kvmmem_client::admin::{self, Admin, IntrospectorAdded, TargetInfo};
+use kvmmem_client::admin::{self, Admin, NewIntrospector, TargetInfo};
 use serde::Serialize;
 
 use crate::broker::Broker;
@@ -157,7 +157,7 @@ fn slots(admin: &mut Admin, vm: &TargetInfo) -> Option<Slots> {
 
 impl Add {
     fn run(&self, output: &mut Output) -> Result<()> {
-        let request = admin::AddIntrospector {
+        let request = admin::IntrospectorRequest {
             which: self.running.which()?,
             cid: self.cid,
             name: self.running.name.clone(),
@@ -169,7 +169,7 @@ impl Add {
             .add_introspector(&request)
             .context("cannot add the introspector")?;
         if output.is_json() {
-            let IntrospectorAdded { target, places, has_offset } = &added;
+            let NewIntrospector { target, places, has_offset } = &added;
             let line = AddedLine { introspector: target, places: *places, has_offset: *has_offset };
             return Ok(output.object(&line)?);
         }
@@ -181,8 +181,8 @@ impl Add {
 }
 
 /// What was added, and what it cannot do.
-fn lines(added: &IntrospectorAdded) -> Vec<String> {
-    let IntrospectorAdded { target, places, has_offset } = added;
+fn lines(added: &NewIntrospector) -> Vec<String> {
+    let NewIntrospector { target, places, has_offset } = added;
     let cid = target.cid.map_or_else(|| "-".to_owned(), |cid| cid.to_string());
     let mut lines = vec![format!(
         "{} ({}) is an introspector; context id {cid}",
@@ -267,7 +267,7 @@ mod tests {
             pid: 77,
             hooks: Vec::new(),
         };
-        let mut added = IntrospectorAdded { target, places: 2, has_offset: true };
+        let mut added = NewIntrospector { target, places: 2, has_offset: true };
         assert_eq!(
             lines(&added),
             [

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 use clap::{Args, Subcommand};
-use kvmmem_client::admin::{Added, Evidence, Region, TargetInfo, Which};
+use kvmmem_client::admin::{Evidence, NewTarget, Region, TargetInfo, Which};
 use serde::Serialize;
 
 use crate::broker::Broker;
@@ -158,7 +158,8 @@ impl Add {
     fn run(&self, output: &mut Output) -> Result<()> {
         let which = self.running.which()?;
         let added = self.broker.connect()?.add_target(&which, self.running.name.as_deref());
-        let Added { target, regions, evidence, copied } = added.context("cannot add the target")?;
+        let NewTarget { target, regions, evidence, copied } =
+            added.context("cannot add the target")?;
         if output.is_json() {
             let copied = copied.as_deref();
             let regions = regions.iter().map(Into::into).collect();

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! What the command line asks of the broker.
+//! Operators' connection to the broker: targets, introspectors, grants, hooks and pauses. The
+//! command line uses it.
 
 use std::path::Path;
 
@@ -8,10 +9,10 @@ use kvmmem_proto::client::{self, ClientError};
 use kvmmem_proto::endpoint::Endpoint;
 pub use kvmmem_proto::map::Region;
 use kvmmem_proto::message::{Answer, Call, Cursor, Request};
-pub use kvmmem_proto::message::{Evidence, Which};
 pub use kvmmem_proto::message::{
-    GrantInfo, GrantRequest, GrantState, HookInfo, KvmiPolicy, OnSilence, Origin, Revoked,
-    SegmentRegister, TargetInfo, VcpuRegisters, ViewCounters, ViewInfo,
+    Evidence, GrantInfo, GrantRequest, GrantState, HookInfo, IntrospectorRequest, KvmiPolicy,
+    NewGrant, NewIntrospector, NewTarget, OnSilence, Origin, RevokeReport, SegmentRegister,
+    TargetInfo, VcpuRegisters, ViewCounters, ViewInfo, Which,
 };
 use kvmmem_proto::packet::{PacketBuffer, PacketSocket};
 pub use kvmmem_proto::scope::{Rights, Scope, Span};
@@ -20,57 +21,12 @@ pub use kvmmem_proto::scope::{Rights, Scope, Span};
 const MAX_VCPUS: usize = 4096;
 
 /// A connection to the broker that registers nothing. The broker closes it after 10 s of silence.
+///
+/// Where the broker refuses, the message of [`ClientError::Refused`] says why and what to do.
 pub struct Admin {
     socket: PacketSocket,
     buffer: PacketBuffer,
     last_request: u64,
-}
-
-/// A grant that was made.
-#[derive(Clone, Debug)]
-pub struct Granted {
-    /// Its number, by which it is listed and taken back.
-    pub grant: u64,
-    /// Its token. Nothing shows it again.
-    pub token: Token,
-}
-
-/// A VM that was attached as it ran.
-#[derive(Clone, Debug)]
-pub struct Added {
-    /// The VM.
-    pub target: TargetInfo,
-    /// Where its RAM is.
-    pub regions: Vec<Region>,
-    /// How that became known.
-    pub evidence: Evidence,
-    /// Where its memory can only be copied: why, and what helps.
-    pub copied: Option<String>,
-}
-
-/// A VM under a stock QEMU that shall be an introspector.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct AddIntrospector {
-    /// Which one.
-    pub which: Which,
-    /// Its vsock context id, where QEMU does not say.
-    pub cid: Option<u32>,
-    /// What to call it; otherwise as QEMU does.
-    pub name: Option<String>,
-    /// What to do where its guest does not let go of memory.
-    pub on_silence: OnSilence,
-}
-
-/// An introspector that was added.
-#[derive(Clone, Debug)]
-pub struct IntrospectorAdded {
-    /// The VM.
-    pub target: TargetInfo,
-    /// How many PCI slots there are for views.
-    pub places: u32,
-    /// Whether its QEMU shows parts of files; where it does not, a view shows all of a target's
-    /// RAM or nothing.
-    pub has_offset: bool,
 }
 
 impl Admin {
@@ -84,9 +40,6 @@ impl Admin {
     }
 
     /// The registered VMs.
-    ///
-    /// # Errors
-    /// [`ClientError`].
     pub fn targets(&mut self) -> Result<Vec<TargetInfo>, ClientError> {
         let mut all: Vec<TargetInfo> = Vec::new();
         loop {
@@ -104,18 +57,12 @@ impl Admin {
 
     /// Connects a target, given by name or UUID, to a tool that listens for KVMI at `endpoint`, now
     /// and whenever the connection ends.
-    ///
-    /// # Errors
-    /// [`ClientError`].
     pub fn hook(&mut self, target: &str, endpoint: &Endpoint) -> Result<(), ClientError> {
         let call = Call::Hook { target: target.to_owned(), endpoint: endpoint.clone() };
         self.ask(call).map(|_| ())
     }
 
     /// Undoes a hook and ends its connection.
-    ///
-    /// # Errors
-    /// [`ClientError`].
     pub fn unhook(&mut self, target: &str, endpoint: &Endpoint) -> Result<(), ClientError> {
         let call = Call::Unhook { target: target.to_owned(), endpoint: endpoint.clone() };
         self.ask(call).map(|_| ())
@@ -125,18 +72,15 @@ impl Admin {
     ///
     /// # Errors
     /// [`ClientError`]; where a range is refused, the message names it.
-    pub fn grant(&mut self, request: &GrantRequest) -> Result<Granted, ClientError> {
+    pub fn grant(&mut self, request: &GrantRequest) -> Result<NewGrant, ClientError> {
         match self.ask(Call::Grant(request.clone()))? {
-            Answer::Granted { grant, token } => Ok(Granted { grant, token }),
+            Answer::Granted(grant) => Ok(grant),
             _ => Err(ClientError::NoAnswer),
         }
     }
 
     /// The grants, by ascending number: those that can be used, those that have open views, and for
     /// a while those whose end was not long ago.
-    ///
-    /// # Errors
-    /// [`ClientError`].
     pub fn grants(&mut self) -> Result<Vec<GrantInfo>, ClientError> {
         let mut all: Vec<GrantInfo> = Vec::new();
         let mut after = Cursor::default();
@@ -159,23 +103,17 @@ impl Admin {
         }
     }
 
-    /// Takes a grant back: no new view is opened by it, and the open ones end. Waits, at most 2 s,
-    /// until everybody who uses it has confirmed. May be repeated.
-    ///
-    /// # Errors
-    /// [`ClientError`].
-    pub fn revoke(&mut self, grant: u64) -> Result<Revoked, ClientError> {
+    /// Revokes a grant: it opens no new view, and its open views close. Waits, at most 2 s, until
+    /// all peers that use it have confirmed. May be repeated.
+    pub fn revoke(&mut self, grant: u64) -> Result<RevokeReport, ClientError> {
         match self.ask(Call::Revoke { grant })? {
-            Answer::Revoked(revoked) => Ok(revoked),
+            Answer::Revoked(report) => Ok(report),
             _ => Err(ClientError::NoAnswer),
         }
     }
 
     /// What tokens allow from now on that KVMI makes for a target, given by name or UUID; sets it
     /// first if asked to. By its UUID a target need not be registered yet.
-    ///
-    /// # Errors
-    /// [`ClientError`].
     pub fn policy(
         &mut self,
         target: &str,
@@ -191,20 +129,19 @@ impl Admin {
     ///
     /// # Errors
     /// [`ClientError`]; the message says what to do where it can be helped.
-    pub fn add_target(&mut self, which: &Which, name: Option<&str>) -> Result<Added, ClientError> {
+    pub fn add_target(
+        &mut self,
+        which: &Which,
+        name: Option<&str>,
+    ) -> Result<NewTarget, ClientError> {
         let call = Call::AddTarget { which: which.clone(), name: name.map(str::to_owned) };
         match self.ask(call)? {
-            Answer::Added { target, regions, evidence, copied } => {
-                Ok(Added { target, regions, evidence, copied })
-            }
+            Answer::Added(target) => Ok(target),
             _ => Err(ClientError::NoAnswer),
         }
     }
 
     /// Takes out a VM that was added, given by name or UUID; the VM itself runs on. Only root may.
-    ///
-    /// # Errors
-    /// [`ClientError`].
     pub fn remove_target(&mut self, target: &str) -> Result<(), ClientError> {
         self.ask(Call::RemoveTarget { target: target.to_owned() }).map(|_| ())
     }
@@ -215,22 +152,16 @@ impl Admin {
     /// [`ClientError`]; the message says what to do where it can be helped.
     pub fn add_introspector(
         &mut self,
-        request: &AddIntrospector,
-    ) -> Result<IntrospectorAdded, ClientError> {
-        let AddIntrospector { which, cid, name, on_silence } = request.clone();
-        match self.ask(Call::AddIntrospector { which, cid, name, on_silence })? {
-            Answer::IntrospectorAdded { target, places, has_offset } => {
-                Ok(IntrospectorAdded { target, places, has_offset })
-            }
+        request: &IntrospectorRequest,
+    ) -> Result<NewIntrospector, ClientError> {
+        match self.ask(Call::AddIntrospector(request.clone()))? {
+            Answer::IntrospectorAdded(introspector) => Ok(introspector),
             _ => Err(ClientError::NoAnswer),
         }
     }
 
     /// Takes out an introspector that was added, given by name or UUID: its views end, the VM
     /// itself runs on. Only root may.
-    ///
-    /// # Errors
-    /// [`ClientError`].
     pub fn remove_introspector(&mut self, name: &str) -> Result<(), ClientError> {
         self.ask(Call::RemoveIntrospector { name: name.to_owned() }).map(|_| ())
     }

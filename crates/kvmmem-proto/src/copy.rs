@@ -63,6 +63,7 @@ pub struct CopyRequest {
 
 /// Why a request was not carried out to its end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
 pub enum Status {
     /// It was.
     Done,
@@ -75,6 +76,10 @@ pub enum Status {
     /// The VMM has no memory there.
     NoMemory,
 }
+
+/// All of them, by their numbers.
+const STATUSES: [Status; 5] =
+    [Status::Done, Status::Ended, Status::Hole, Status::ReadOnly, Status::NoMemory];
 
 /// How far a request was carried out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -134,28 +139,14 @@ impl CopyAnswer {
     /// Reads a packet; `None` for one that breaks a rule.
     pub fn decode(packet: &[u8]) -> Option<Self> {
         let [id, status, pieces, bytes] = words(packet.try_into().ok()?);
-        let status = match status {
-            0 => Status::Done,
-            1 => Status::Ended,
-            2 => Status::Hole,
-            3 => Status::ReadOnly,
-            4 => Status::NoMemory,
-            _ => return None,
-        };
+        let status = *STATUSES.get(usize::try_from(status).ok()?)?;
         Some(Self { id, status, pieces, bytes })
     }
 
     /// Writes the packet.
     pub fn encode(&self) -> [u8; ANSWER] {
-        let status = match self.status {
-            Status::Done => 0,
-            Status::Ended => 1,
-            Status::Hole => 2,
-            Status::ReadOnly => 3,
-            Status::NoMemory => 4,
-        };
         let mut packet = [0; ANSWER];
-        let words = [self.id, status, self.pieces, self.bytes];
+        let words = [self.id, self.status as u32, self.pieces, self.bytes];
         for (place, word) in packet.chunks_exact_mut(4).zip(words) {
             place.copy_from_slice(&u32::to_le_bytes(word));
         }

@@ -9,7 +9,7 @@ use std::str::FromStr;
 
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use serde::{Deserialize, Serialize};
-use vsock::{VsockAddr, VsockStream};
+use vsock::VsockAddr;
 
 /// The longest path of a unix socket, bytes (`sun_path` less its NUL).
 const MAX_PATH: usize = 107;
@@ -84,27 +84,6 @@ impl fmt::Display for Endpoint {
         match self {
             Self::Vsock { cid, port } => write!(f, "vsock:{cid}:{port}"),
             Self::Unix(path) => write!(f, "unix:{}", path.display()),
-        }
-    }
-}
-
-/// Connects a stream socket to an endpoint.
-///
-/// Waits for no more than the 2 s that the kernel gives a vsock connection
-/// (`SO_VM_SOCKETS_CONNECT_TIMEOUT`), and not at all for a unix socket, whose queue is either full
-/// or not.
-///
-/// # Errors
-/// Those of `socket` and `connect`.
-pub fn connect(endpoint: &Endpoint) -> io::Result<OwnedFd> {
-    match endpoint {
-        Endpoint::Vsock { cid, port } => {
-            Ok(VsockStream::connect_with_cid_port(*cid, *port)?.into())
-        }
-        Endpoint::Unix(_) => {
-            let (socket, _) = begin(endpoint)?;
-            rustix::io::ioctl_fionbio(&socket, false)?;
-            Ok(socket)
         }
     }
 }

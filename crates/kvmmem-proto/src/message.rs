@@ -10,7 +10,7 @@
 //! with its answer, none with all else.
 //!
 //! The enums are tagged from outside, as in `{"id":1,"call":{"redeem":{"token":"..."}}}`: other
-//! forms make the parser keep copies of the text, and with it of tokens, that nobody wipes.
+//! forms make the parser keep copies of the text, and with it of tokens, that are not wiped.
 
 mod answer;
 mod grant;
@@ -27,11 +27,13 @@ pub use crate::map::Region;
 use crate::scope::Span;
 pub use answer::{Answer, FromBroker, Refusal};
 pub use grant::{
-    Caller, Cursor, GrantInfo, GrantRequest, GrantState, KvmiPolicy, Origin, Revoked, ViewCounters,
-    ViewInfo,
+    Caller, Cursor, GrantInfo, GrantRequest, GrantState, KvmiPolicy, NewGrant, Origin,
+    RevokeReport, ViewCounters, ViewInfo,
 };
 pub use registers::{SegmentRegister, VcpuAnswer, VcpuQuestion, VcpuRegisters};
-pub use vm::{HookInfo, OnSilence, Registration, TargetInfo};
+pub use vm::{
+    HookInfo, IntrospectorRequest, NewIntrospector, NewTarget, OnSilence, Registration, TargetInfo,
+};
 pub use which::{Evidence, Which};
 
 /// The largest packet, bytes.
@@ -138,7 +140,7 @@ pub enum Call {
         /// [`Answer::Grants::next`] of the page before; the default for the first page.
         after: Cursor,
     },
-    /// Takes a grant back, and waits until everybody who uses it has confirmed. Answer:
+    /// Revokes a grant, and waits until all peers that use it have confirmed. Answer:
     /// [`Answer::Revoked`].
     Revoke {
         /// Number of the grant.
@@ -169,18 +171,9 @@ pub enum Call {
         /// Name or UUID of the target.
         target: String,
     },
-    /// Makes an introspector of a VM that runs under a stock QEMU: its views come as PCI devices.
-    /// For root alone. Answer: [`Answer::IntrospectorAdded`].
-    AddIntrospector {
-        /// Which VM.
-        which: Which,
-        /// Its vsock context id, where QEMU does not say.
-        cid: Option<u32>,
-        /// What to call it; otherwise as QEMU does.
-        name: Option<String>,
-        /// What to do where its guest does not let go of memory.
-        on_silence: OnSilence,
-    },
+    /// Makes an introspector of a VM that runs under a stock QEMU: its views are PCI devices. For
+    /// root alone. Answer: [`Answer::IntrospectorAdded`].
+    AddIntrospector(IntrospectorRequest),
     /// Takes an introspector out that was added, with its views; for root alone. Answer:
     /// [`Answer::Done`].
     RemoveIntrospector {
@@ -256,56 +249,4 @@ pub enum Change {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_redeem_is_written_as_the_text_says() {
-        let token = Token::from_bytes(&std::array::from_fn(|n| u8::try_from(n * 8 + 1).unwrap()));
-        let request = Request { id: 1, call: Call::Redeem { token: token.clone() } };
-        let text = serde_json::to_string(&request).unwrap();
-        let digits = "0109111921293139414951596169717981899199a1a9b1b9c1c9d1d9e1e9f1f9";
-        assert_eq!(
-            text,
-            format!("{{\"id\":1,\"call\":{{\"redeem\":{{\"token\":\"{digits}\"}}}}}}")
-        );
-        let read: Request = serde_json::from_str(&text.replace('f', "F")).unwrap();
-        assert!(matches!(read.call, Call::Redeem { token: read } if read == token));
-    }
-
-    #[test]
-    fn an_attach_may_leave_out_what_it_wants_to_reach() {
-        let token = Token::from_bytes(&[0x11; 32]);
-        let caller = Caller { pid: 1, uid: 2, comm: "tool".into() };
-        let attach = |reaching| {
-            let (token, caller) = (token.clone(), caller.clone());
-            Request { id: 1, call: Call::Attach { token, caller, read_only: true, reaching } }
-        };
-        let text = serde_json::to_string(&attach(Vec::new())).unwrap();
-        let digits = "11".repeat(32);
-        let caller = r#""caller":{"pid":1,"uid":2,"comm":"tool"}"#;
-        assert_eq!(
-            text,
-            format!(
-                r#"{{"id":1,"call":{{"attach":{{"token":"{digits}",{caller},"read_only":true}}}}}}"#
-            )
-        );
-        let span = Span { gpa: 0x1000, len: 0x2000 };
-        let with = serde_json::to_string(&attach(vec![span])).unwrap();
-        assert_eq!(with, text.replace("true}", r#"true,"reaching":[{"gpa":4096,"len":8192}]}"#));
-        for (text, spans) in [(text, vec![]), (with, vec![span])] {
-            let read: Request = serde_json::from_str(&text).unwrap();
-            assert!(matches!(read.call, Call::Attach { reaching, .. } if reaching == spans));
-        }
-    }
-
-    #[test]
-    fn what_is_no_token_is_refused_without_repeating_it() {
-        for digits in ["", "00", &"0".repeat(63), &"0".repeat(66), &"g".repeat(64), &"é".repeat(32)]
-        {
-            let text = format!("{{\"id\":1,\"call\":{{\"used\":{{\"token\":\"{digits}\"}}}}}}");
-            let error = serde_json::from_str::<Request>(&text).unwrap_err().to_string();
-            assert!(error.contains("64 hexadecimal digits"), "{error}");
-        }
-    }
-}
+mod tests;

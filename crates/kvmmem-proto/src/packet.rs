@@ -207,7 +207,7 @@ impl PacketSocket {
         Ok(Some((parsed.map_err(PacketError::Malformed)?, fds)))
     }
 
-    /// Ends the connection: wakes whoever receives on it, here and at the peer.
+    /// Ends the connection: wakes the threads that receive on it, here and at the peer.
     pub fn shut_down(&self) {
         // It fails only where the connection has ended already.
         let _ = rustix::net::shutdown(&self.fd, Shutdown::Both);

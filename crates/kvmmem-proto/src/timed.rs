@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! A socket of which one must not wait for ever.
+//! Sockets with a deadline.
 
 use std::io::{self, Read, Write};
 use std::os::fd::BorrowedFd;
@@ -12,12 +12,12 @@ use rustix::net::{RecvFlags, SendFlags, recv, send};
 /// A connected stream socket whose reads and writes must all be over by one point in time, however
 /// slowly the bytes trickle in.
 #[derive(Debug)]
-pub struct Timed<'a> {
+pub struct TimedSocket<'a> {
     socket: BorrowedFd<'a>,
     deadline: Instant,
 }
 
-impl<'a> Timed<'a> {
+impl<'a> TimedSocket<'a> {
     /// The socket until `deadline`.
     pub fn new(socket: BorrowedFd<'a>, deadline: Instant) -> Self {
         Self { socket, deadline }
@@ -42,7 +42,7 @@ pub fn wait(fd: BorrowedFd<'_>, what: PollFlags, deadline: Instant) -> io::Resul
     }
 }
 
-impl Read for Timed<'_> {
+impl Read for TimedSocket<'_> {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
         loop {
             wait(self.socket, PollFlags::IN, self.deadline)?;
@@ -55,7 +55,7 @@ impl Read for Timed<'_> {
     }
 }
 
-impl Write for Timed<'_> {
+impl Write for TimedSocket<'_> {
     fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
         loop {
             wait(self.socket, PollFlags::OUT, self.deadline)?;
@@ -88,7 +88,7 @@ mod tests {
                 std::thread::sleep(Duration::from_millis(5));
             }
         });
-        let mut timed = Timed::new(ours.as_fd(), Instant::now() + Duration::from_millis(60));
+        let mut timed = TimedSocket::new(ours.as_fd(), Instant::now() + Duration::from_millis(60));
         let error = timed.read_exact(&mut [0; 1 << 20]).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::TimedOut);
         drop(ours);
@@ -98,7 +98,7 @@ mod tests {
     #[test]
     fn a_peer_that_does_not_read_is_given_up() {
         let (ours, _theirs) = UnixStream::pair().unwrap();
-        let mut timed = Timed::new(ours.as_fd(), Instant::now() + Duration::from_millis(30));
+        let mut timed = TimedSocket::new(ours.as_fd(), Instant::now() + Duration::from_millis(30));
         let error = timed.write_all(&vec![0; 4 << 20]).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::TimedOut);
     }

@@ -1,12 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Checks a layout against the guest's own memory, whatever system runs in it, by the tables that
-//! its firmware has left.
+//! Checks a layout against the guest's own memory, by the tables that its firmware has left. Any
+//! system may run in it.
 //!
 //! SeaBIOS and OVMF put the ACPI tables at the top of the RAM below 4 GiB, and both Linux and
 //! Windows leave them there. They point to each other by guest-physical addresses and have
 //! checksums. So if all of them are found at the file offsets that a layout says, then its
 //! addresses are right up to there; and if they are near the end of the low RAM that the layout
 //! says, then that end is right as well, for those that a machine may have lie far apart.
+
+use crate::bytes::{u16_at, u32_at, u64_at};
 
 /// How far below the end of low RAM the tables may be, bytes. OVMF puts some MiB of other things
 /// above them.
@@ -47,7 +49,7 @@ pub enum AcpiError {
         /// Where low RAM ends by the layout.
         low_end: u64,
     },
-    /// Low RAM goes on for longer behind the tables than it should.
+    /// Low RAM ends too far above the tables.
     #[error(
         "ACPI tables end at gpa {tables_end:#x}, too far below the end of low RAM at {low_end:#x}"
     )]
@@ -62,9 +64,6 @@ pub enum AcpiError {
 /// Confirms that guest-physical addresses 0 to `low_end` are what `read` copies out, and that low
 /// RAM ends there. Returns where the tables end. `read` gets zeroes to write over, and fails by
 /// `None`.
-///
-/// # Errors
-/// [`AcpiError`].
 pub fn verify(read: impl Fn(u64, &mut [u8]) -> Option<()>, low_end: u64) -> Result<u64, AcpiError> {
     let memory = Memory { read, end: low_end };
     let near = low_end.saturating_sub(REACH);
@@ -155,22 +154,6 @@ impl<R: Fn(u64, &mut [u8]) -> Option<()>> Memory<R> {
 
 fn sums_to_zero(bytes: &[u8]) -> bool {
     bytes.iter().fold(0u8, |sum, byte| sum.wrapping_add(*byte)) == 0
-}
-
-fn bytes_at<const N: usize>(bytes: &[u8], at: usize) -> [u8; N] {
-    bytes.get(at..).and_then(|rest| rest.first_chunk()).copied().unwrap_or([0; N])
-}
-
-fn u16_at(bytes: &[u8], at: usize) -> u16 {
-    u16::from_le_bytes(bytes_at(bytes, at))
-}
-
-fn u32_at(bytes: &[u8], at: usize) -> u32 {
-    u32::from_le_bytes(bytes_at(bytes, at))
-}
-
-fn u64_at(bytes: &[u8], at: usize) -> u64 {
-    u64::from_le_bytes(bytes_at(bytes, at))
 }
 
 #[cfg(test)]

@@ -7,11 +7,11 @@ use std::os::fd::AsFd;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use kvmmem_proto::timed::Timed;
+use kvmmem_proto::timed::TimedSocket;
 use kvmmem_sys::socket::peer_credentials;
 use serde_json::Value;
 
-use super::command_line::Vmm;
+use super::vmm::Vmm;
 use crate::unix_socket;
 
 /// How long the answer may take.
@@ -47,7 +47,7 @@ pub(crate) fn memory(vmm: Vmm, socket: &Path, user: u32) -> Option<u64> {
 fn ask(socket: &Path, user: u32, path: &str) -> Option<Value> {
     let (socket, _) = unix_socket::connect(socket).ok()?;
     peer_credentials(&socket).ok().filter(|listener| listener.uid == user)?;
-    let mut stream = Timed::new(socket.as_fd(), Instant::now() + LIMIT);
+    let mut stream = TimedSocket::new(socket.as_fd(), Instant::now() + LIMIT);
     let request =
         format!("GET {path} HTTP/1.1\r\nHost: localhost\r\nAccept: application/json\r\n\r\n");
     stream.write_all(request.as_bytes()).ok()?;

@@ -2,26 +2,27 @@
 //! Opens the RAM of a VM that runs under a stock QEMU, and finds out where it lies.
 
 use std::os::fd::OwnedFd;
-use std::path::PathBuf;
 
 use kvmmem_proto::credentials::Credentials;
 use kvmmem_proto::message::{Evidence, Registration, Which};
 use uuid::Uuid;
 
 use super::api;
-use super::backing::{self, Held, Obstacle, Source};
-use super::command_line::{CommandLine, Vmm};
-use super::confirm::{self, By, ConfirmError, Unconfirmed};
-use super::find::{self, Connect};
+use super::backing::{self, Ram, Source};
+use super::command_line::CommandLine;
+use super::confirm::{self, By, ConfirmError, EvidenceError};
+use super::find::{self, Connect, FindError};
 use super::layout::{self, Layout, LayoutError};
 use super::mtree::{self, MtreeError};
+use super::obstacle::Obstacle;
 use super::process::{Process, ProcessError};
 use super::recognise::recognise;
+use super::vmm::Vmm;
 use crate::qmp::{Qmp, QmpError};
 
 /// A VM whose RAM is open.
 #[derive(Debug)]
-pub struct Opened {
+pub struct ExternalVm {
     /// What it is registered as.
     pub registration: Registration,
     /// Its RAM.
@@ -38,11 +39,11 @@ pub struct Opened {
     pub qmp: Option<Qmp>,
 }
 
-/// What is known of a VM's RAM.
-pub struct Seen {
-    /// Its files or private memory, and where they lie in the guest.
-    pub held: Held,
-    /// Why its memory can only be copied, where that is so.
+/// A VM's RAM, open, and where it lies in the guest.
+pub struct Memory {
+    /// Its files or private memory.
+    pub ram: Ram,
+    /// Why its memory can only be copied, and what helps, where that is so.
     pub copied: Option<String>,
     /// How the layout became known.
     pub evidence: Evidence,
@@ -51,22 +52,9 @@ pub struct Seen {
 /// Why a VM is not attached.
 #[derive(Debug, thiserror::Error)]
 pub enum AttachError {
-    /// libvirt has no such VM, or it does not run.
-    #[error("libvirt runs no VM named {name:?} ({path} has no process id)")]
-    NoDomain {
-        /// The name.
-        name: String,
-        /// Where its process id would be.
-        path: PathBuf,
-    },
-    /// The process that libvirt named runs something else.
-    #[error("process {pid} does not run libvirt's VM {name:?}")]
-    WrongDomain {
-        /// The process.
-        pid: u32,
-        /// The name.
-        name: String,
-    },
+    /// There is no such process or QMP socket.
+    #[error(transparent)]
+    Find(#[from] FindError),
     /// The process is not a VMM.
     #[error(
         "process {pid} runs {program:?}, which is no VMM that kvmmem knows, by its name, its options and its memory; see kvmmem host discover"
@@ -77,19 +65,6 @@ pub enum AttachError {
         /// File name of its program.
         program: String,
     },
-    /// Somebody else than QEMU listens at the QMP socket.
-    #[error(
-        "the QMP socket is listened at by process {pid}, which runs {program:?}; give QEMU's process id too"
-    )]
-    HandedSocket {
-        /// The process.
-        pid: u32,
-        /// File name of its program.
-        program: String,
-    },
-    /// It is not known who listens at the QMP socket.
-    #[error("it is not known which process listens at the QMP socket; give QEMU's process id too")]
-    NoListener,
     /// The process ended while it was looked at.
     #[error("process {0} has ended")]
     Ended(u32),
@@ -117,7 +92,7 @@ pub enum AttachError {
     #[error(
         "the layout by the rules is not confirmed by the guest's memory; wait until the guest has started, or give QEMU's QMP socket"
     )]
-    Unconfirmed(#[source] Unconfirmed),
+    Unconfirmed(#[source] EvidenceError),
     /// There are no random numbers for a UUID.
     #[error("cannot make a UUID")]
     Random(#[source] getrandom::Error),
@@ -128,18 +103,15 @@ pub enum AttachError {
 const LOOKS: u32 = 4;
 
 /// Opens the RAM of a VM; `called` is what it shall be called, `connect` gets its QMP connection.
-///
-/// # Errors
-/// [`AttachError`].
 pub fn open(
     which: &Which,
     called: Option<String>,
     connect: Connect<'_>,
-) -> Result<Opened, AttachError> {
+) -> Result<ExternalVm, AttachError> {
     let (process, mut qmp) = find::process(which, connect)?;
     let (pid, line) = (process.pid(), command_line(&process)?);
     find::check_name(which, pid, line.name.clone())?;
-    let Seen { held: Held { regions, source }, copied, evidence } =
+    let Memory { ram: Ram { regions, source }, copied, evidence } =
         look(&process, &line, qmp.as_mut())?;
     let vcpus = match &mut qmp {
         Some(qmp) => qmp.vcpus()?,
@@ -165,8 +137,8 @@ pub fn open(
     if !process.is_alive() {
         return Err(AttachError::Ended(pid));
     }
-    let (pidfd, qmp) = (process.into_pidfd(), qmp.map(Qmp::endless));
-    Ok(Opened { registration, source, copied, credentials, pidfd, evidence, qmp })
+    let pidfd = process.into_pidfd();
+    Ok(ExternalVm { registration, source, copied, credentials, pidfd, evidence, qmp })
 }
 
 /// The command line of a VMM whose VMs can be attached.
@@ -174,7 +146,7 @@ pub fn command_line(process: &Process) -> Result<CommandLine, AttachError> {
     let (pid, arguments, program) = (process.pid(), process.arguments()?, process.program()?);
     let vmm =
         recognise(process, &program, &arguments)?.ok_or(AttachError::NoVmm { pid, program })?;
-    let line = vmm.command_line(&arguments);
+    let line = CommandLine::parse(vmm, &arguments);
     supported(vmm).map_err(|obstacle| stopped(&line, obstacle))?;
     Ok(line)
 }
@@ -185,7 +157,7 @@ pub fn look(
     process: &Process,
     line: &CommandLine,
     mut qmp: Option<&mut Qmp>,
-) -> Result<Seen, AttachError> {
+) -> Result<Memory, AttachError> {
     for _ in 1..LOOKS {
         match look_once(process, line, qmp.as_deref_mut()) {
             Err(AttachError::Mtree(_) | AttachError::Layout(_) | AttachError::Obstacle { .. })
@@ -200,7 +172,7 @@ fn look_once(
     process: &Process,
     line: &CommandLine,
     qmp: Option<&mut Qmp>,
-) -> Result<Seen, AttachError> {
+) -> Result<Memory, AttachError> {
     let stopped = |obstacle| stopped(line, obstacle);
     backing::check(process, line).map_err(stopped)?;
     let mappings = process.mappings()?;
@@ -227,17 +199,17 @@ fn look_once(
             (layout, backings, evidence)
         }
     };
-    let held = backing::hold(process, &layout.regions, &backings).map_err(stopped)?;
+    let ram = backing::hold(process, &layout.regions, &backings).map_err(stopped)?;
     // What was opened must not be the memory of another program that the process executes
     // meanwhile.
     if command_line(process)? != *line {
         return Err(AttachError::Ended(process.pid()));
     }
-    let copied = match &held.source {
+    let copied = match &ram.source {
         Source::Files(_) => None,
         Source::Process { reason, .. } => Some(reason.as_copied(line)),
     };
-    Ok(Seen { held, copied, evidence })
+    Ok(Memory { ram, copied, evidence })
 }
 
 fn stopped(line: &CommandLine, obstacle: Obstacle) -> AttachError {

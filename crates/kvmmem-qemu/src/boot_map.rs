@@ -3,6 +3,8 @@
 //! kernel: the start of the PVH boot protocol at 0x6000, or Linux's boot parameters at 0x7000.
 //! Kernels keep what is below 1 MiB to themselves.
 
+use crate::bytes::{u32_at, u64_at};
+
 /// Where the RAM above the hole begins.
 const FOUR_GIB: u64 = 1 << 32;
 
@@ -43,9 +45,6 @@ pub enum BootMapError {
 
 /// Confirms that the guest was started with RAM up to `low_end`, and with `high` bytes from 4 GiB
 /// on. `read` copies guest-physical memory out.
-///
-/// # Errors
-/// [`BootMapError`].
 pub fn verify(
     read: impl Fn(u64, &mut [u8]) -> Option<()>,
     low_end: u64,
@@ -92,20 +91,6 @@ fn parameters(read: &impl Fn(u64, &mut [u8]) -> Option<()>) -> Option<Vec<(u64, 
 fn ram<'a>(entries: impl Iterator<Item = &'a [u8]>) -> Vec<(u64, u64)> {
     let is_ram = |entry: &&[u8]| u32_at(entry, 16) == RAM;
     entries.filter(is_ram).map(|entry| (u64_at(entry, 0), u64_at(entry, 8))).collect()
-}
-
-fn u32_at(bytes: &[u8], at: usize) -> u32 {
-    bytes
-        .get(at..)
-        .and_then(|rest| rest.first_chunk())
-        .map_or(0, |bytes| u32::from_le_bytes(*bytes))
-}
-
-fn u64_at(bytes: &[u8], at: usize) -> u64 {
-    bytes
-        .get(at..)
-        .and_then(|rest| rest.first_chunk())
-        .map_or(0, |bytes| u64::from_le_bytes(*bytes))
 }
 
 #[cfg(test)]

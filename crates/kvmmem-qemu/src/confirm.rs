@@ -6,11 +6,12 @@
 use kvmmem_proto::map::Region;
 
 use super::acpi::{self, AcpiError};
-use super::backing::{self, Backing, Obstacle};
+use super::backing::{self, Backing};
 use super::boot_map::{self, BootMapError};
 use super::guest::{Guest, Window};
 use super::layout::Layout;
 use super::mapping::Mapping;
+use super::obstacle::Obstacle;
 use super::process::Process;
 
 /// The most ways to choose mappings that are tried.
@@ -27,12 +28,12 @@ pub(crate) enum ConfirmError {
     Obstacle(#[from] Obstacle),
     /// The guest confirms none.
     #[error(transparent)]
-    Unconfirmed(Unconfirmed),
+    Unconfirmed(EvidenceError),
 }
 
 /// Why the guest's memory does not confirm a layout.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Unconfirmed {
+pub enum EvidenceError {
     /// Its firmware's tables are not where they should be.
     #[error(transparent)]
     Acpi(#[from] AcpiError),
@@ -74,7 +75,8 @@ pub(crate) fn choose_layout(
             },
         }
     }
-    Err(refused.unwrap_or(ConfirmError::Unconfirmed(Unconfirmed::BootMap(BootMapError::NotFound))))
+    Err(refused
+        .unwrap_or(ConfirmError::Unconfirmed(EvidenceError::BootMap(BootMapError::NotFound))))
 }
 
 /// The mappings that are the layout's backends.
@@ -109,8 +111,8 @@ fn choose(
         let guest = Guest::new(layout, chosen.map(|candidate| candidate.window.clone()).collect());
         let read = |gpa, bytes: &mut [u8]| guest.read(gpa, bytes);
         match by {
-            By::Acpi => acpi::verify(read, low_end).map(|_| ()).map_err(Unconfirmed::Acpi),
-            By::BootMap => boot_map::verify(read, low_end, high).map_err(Unconfirmed::BootMap),
+            By::Acpi => acpi::verify(read, low_end).map(|_| ()).map_err(EvidenceError::Acpi),
+            By::BootMap => boot_map::verify(read, low_end, high).map_err(EvidenceError::BootMap),
         }
     };
     let sizes: Vec<u64> = candidates.iter().map(|candidate| candidate.backing.len).collect();
@@ -130,11 +132,11 @@ fn only(
     needed: &[u64],
     sizes: &[u64],
     overlap: impl Fn(usize, usize) -> bool,
-    verify: impl Fn(&[usize]) -> Result<(), Unconfirmed>,
+    verify: impl Fn(&[usize]) -> Result<(), EvidenceError>,
 ) -> Result<Vec<usize>, ConfirmError> {
     let choices = choices(needed, sizes, overlap)
         .ok_or_else(|| Obstacle::Ambiguous(*needed.first().unwrap_or(&0)))?;
-    let mut refused = Unconfirmed::BootMap(BootMapError::NotFound);
+    let mut refused = EvidenceError::BootMap(BootMapError::NotFound);
     let confirmed =
         choices.iter().find(|choice| verify(choice).map_err(|error| refused = error).is_ok());
     let confirmed = confirmed.ok_or(ConfirmError::Unconfirmed(refused))?;
@@ -180,8 +182,8 @@ mod tests {
     use super::*;
 
     const APART: fn(usize, usize) -> bool = |_, _| false;
-    const FAILED: Result<(), Unconfirmed> =
-        Err(Unconfirmed::Acpi(AcpiError::NotFound { low_end: 1 }));
+    const FAILED: Result<(), EvidenceError> =
+        Err(EvidenceError::Acpi(AcpiError::NotFound { low_end: 1 }));
 
     #[test]
     fn the_confirmed_choice_is_taken() {

@@ -8,16 +8,18 @@ use serde::Serialize;
 use uuid::Uuid;
 
 use crate::attach::supported;
-use crate::backing::{self, Obstacle};
-use crate::command_line::{CommandLine, Vmm};
+use crate::backing;
+use crate::command_line::CommandLine;
 use crate::layout;
 use crate::mapping::Mapping;
+use crate::obstacle::Obstacle;
 use crate::process::{Process, ProcessError};
 use crate::recognise;
+use crate::vmm::Vmm;
 
 /// A VMM that runs on this host.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct Found {
+pub struct HostVm {
     /// Its process.
     pub pid: u32,
     /// Which one it is.
@@ -48,7 +50,7 @@ pub struct Found {
 ///
 /// # Errors
 /// Where `/proc` cannot be read.
-pub fn discover() -> io::Result<Vec<Found>> {
+pub fn discover() -> io::Result<Vec<HostVm>> {
     let entries = std::fs::read_dir("/proc")?;
     let mut pids: Vec<u32> =
         entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok()).collect();
@@ -56,7 +58,7 @@ pub fn discover() -> io::Result<Vec<Found>> {
     Ok(pids.into_iter().filter_map(find).collect())
 }
 
-fn find(pid: u32) -> Option<Found> {
+fn find(pid: u32) -> Option<HostVm> {
     let process = Process::open(pid).ok()?;
     let arguments = process
         .arguments()
@@ -68,7 +70,7 @@ fn find(pid: u32) -> Option<Found> {
         program => program.ok()?,
     };
     let vmm = recognise::recognise(&process, &program, &arguments).ok()??;
-    let line = vmm.command_line(&arguments);
+    let line = CommandLine::parse(vmm, &arguments);
     let (copied, obstacle) = match openable(&process, vmm, &line) {
         Ok(copied) => (copied, None),
         Err(obstacle) => (None, Some(obstacle)),
@@ -78,7 +80,7 @@ fn find(pid: u32) -> Option<Found> {
     }
     let in_the_way = copied.as_ref().or(obstacle.as_ref());
     let reason = in_the_way.map(ToString::to_string);
-    Some(Found {
+    Some(HostVm {
         pid,
         vmm,
         attachable: obstacle.is_none(),

@@ -7,11 +7,11 @@ use kvmmem_proto::message::Which;
 use kvmmem_proto::name;
 use serde_json::{Value, json};
 
-use super::attach::AttachError;
-use super::command_line::Vmm;
+use super::command_line::CommandLine;
 use super::options::Options;
-use super::process::Process;
+use super::process::{Process, ProcessError};
 use super::recognise::recognise;
+use super::vmm::Vmm;
 use crate::qmp::{Qmp, QmpError};
 
 /// Where libvirt's system daemon keeps the process ids of its VMs.
@@ -28,7 +28,7 @@ pub type Connect<'a> = &'a dyn Fn(&Path) -> Result<Qmp, QmpError>;
 
 /// A QEMU and a connection to it.
 #[derive(Debug)]
-pub struct Found {
+pub struct Qemu {
     /// Its process.
     pub process: Process,
     /// A connection to it.
@@ -37,12 +37,47 @@ pub struct Found {
     pub identity: Vec<Value>,
 }
 
-/// Why there is none.
+/// Why a process or its QMP connection is not found.
 #[derive(Debug, thiserror::Error)]
 pub enum FindError {
-    /// The process is not there, or no QEMU.
+    /// libvirt has no such VM, or it does not run.
+    #[error("libvirt runs no VM named {name:?} ({path} has no process id)")]
+    NoDomain {
+        /// The name.
+        name: String,
+        /// Where its process id would be.
+        path: PathBuf,
+    },
+    /// The process that libvirt named runs something else.
+    #[error("process {pid} does not run libvirt's VM {name:?}")]
+    WrongDomain {
+        /// The process.
+        pid: u32,
+        /// The name.
+        name: String,
+    },
+    /// Another process than QEMU listens at the QMP socket.
+    #[error(
+        "the QMP socket is listened at by process {pid}, which runs {program:?}; give QEMU's process id too"
+    )]
+    HandedSocket {
+        /// The process.
+        pid: u32,
+        /// File name of its program.
+        program: String,
+    },
+    /// It is not known who listens at the QMP socket.
+    #[error("it is not known which process listens at the QMP socket; give QEMU's process id too")]
+    NoListener,
+    /// The process ended while it was looked at.
+    #[error("process {0} has ended")]
+    Ended(u32),
+    /// The process cannot be looked at.
     #[error(transparent)]
-    Attach(#[from] AttachError),
+    Process(#[from] ProcessError),
+    /// QEMU does not answer.
+    #[error(transparent)]
+    Qmp(#[from] QmpError),
     /// The process runs something else.
     #[error(
         "process {pid} runs {program:?}, which is no QEMU; introspectors of other VMMs have to register themselves"
@@ -76,7 +111,7 @@ pub enum FindError {
 pub(crate) fn process(
     which: &Which,
     connect: Connect<'_>,
-) -> Result<(Process, Option<Qmp>), AttachError> {
+) -> Result<(Process, Option<Qmp>), FindError> {
     Ok(match which {
         Which::Pid(pid) => (Process::open(*pid)?, None),
         Which::Libvirt(domain) => (Process::open(libvirts(domain)?)?, None),
@@ -92,13 +127,10 @@ pub(crate) fn process(
 }
 
 /// Finds a QEMU, and a QMP socket of it that answers.
-///
-/// # Errors
-/// [`FindError`].
-pub fn find(which: &Which, connect: Connect<'_>) -> Result<Found, FindError> {
+pub fn find(which: &Which, connect: Connect<'_>) -> Result<Qemu, FindError> {
     let (process, qmp) = process(which, connect)?;
     let (pid, arguments) = (process.pid(), check(&process)?);
-    check_name(which, pid, Vmm::Qemu.command_line(&arguments).name)?;
+    check_name(which, pid, CommandLine::parse(Vmm::Qemu, &arguments).name)?;
     let mut qmp = match qmp {
         Some(qmp) => qmp,
         None => first(pid, &sockets(&arguments), connect)?,
@@ -109,20 +141,16 @@ pub fn find(which: &Which, connect: Connect<'_>) -> Result<Found, FindError> {
     check(&process)?;
     // What was read of the process until now was its own.
     if !process.is_alive() {
-        return Err(AttachError::Ended(pid).into());
+        return Err(FindError::Ended(pid));
     }
-    Ok(Found { process, qmp, identity })
+    Ok(Qemu { process, qmp, identity })
 }
 
 /// Whether the process that libvirt named has the VM's name on its command line.
-pub(crate) fn check_name(
-    which: &Which,
-    pid: u32,
-    found: Option<String>,
-) -> Result<(), AttachError> {
+pub(crate) fn check_name(which: &Which, pid: u32, found: Option<String>) -> Result<(), FindError> {
     match which {
         Which::Libvirt(domain) if found != name::fit(domain) => {
-            Err(AttachError::WrongDomain { pid, name: domain.clone() })
+            Err(FindError::WrongDomain { pid, name: domain.clone() })
         }
         _ => Ok(()),
     }
@@ -130,18 +158,15 @@ pub(crate) fn check_name(
 
 /// Which QEMU it is, by its own answer: the wrapper that made its socket may have made others for
 /// other QEMUs.
-///
-/// # Errors
-/// [`QmpError`].
 pub fn identity(qmp: &mut Qmp) -> Result<Vec<Value>, QmpError> {
     IDENTITY.iter().map(|command| qmp.execute(command, json!({}))).collect()
 }
 
 /// Whether a process runs QEMU; returns its arguments.
 fn check(process: &Process) -> Result<Vec<String>, FindError> {
-    let arguments = process.arguments().map_err(AttachError::from)?;
-    let (pid, program) = (process.pid(), process.program().map_err(AttachError::from)?);
-    match recognise(process, &program, &arguments).map_err(AttachError::from)? {
+    let arguments = process.arguments()?;
+    let (pid, program) = (process.pid(), process.program()?);
+    match recognise(process, &program, &arguments)? {
         Some(Vmm::Qemu) => Ok(arguments),
         _ => Err(FindError::NoQemu { pid, program }),
     }
@@ -153,7 +178,7 @@ fn first(pid: u32, sockets: &[PathBuf], connect: Connect<'_>) -> Result<Qmp, Fin
     for socket in sockets {
         match connect(socket) {
             Ok(qmp) if qmp.listener() == Some(pid) => return Ok(qmp),
-            // Somebody else's, or handed to it: whoever did that is connected.
+            // Another process's, or handed to it: then the process that did so is connected.
             Ok(_) => {}
             Err(error) => failure = Some(error),
         }
@@ -195,12 +220,12 @@ fn sockets(arguments: &[String]) -> Vec<PathBuf> {
 }
 
 /// The QEMU that listens at its own QMP socket.
-fn listener(qmp: &Qmp) -> Result<Process, AttachError> {
-    let process = Process::open(qmp.listener().ok_or(AttachError::NoListener)?)?;
+fn listener(qmp: &Qmp) -> Result<Process, FindError> {
+    let process = Process::open(qmp.listener().ok_or(FindError::NoListener)?)?;
     let (pid, program) = (process.pid(), process.program()?);
     match recognise(&process, &program, &process.arguments()?)? {
         Some(_) => Ok(process),
-        None => Err(AttachError::HandedSocket { pid, program }),
+        None => Err(FindError::HandedSocket { pid, program }),
     }
 }
 
@@ -208,19 +233,19 @@ fn listener(qmp: &Qmp) -> Result<Process, AttachError> {
 /// process's user.
 ///
 /// # Errors
-/// [`AttachError::NoDomain`].
-pub fn libvirts(name: &str) -> Result<u32, AttachError> {
+/// [`FindError::NoDomain`].
+pub fn libvirts(name: &str) -> Result<u32, FindError> {
     let session = format!("/run/user/{}/libvirt/qemu/run", rustix::process::geteuid().as_raw());
     let of_session = |error| libvirt_pid(Path::new(&session), name).map_err(|_| error);
     libvirt_pid(Path::new(LIBVIRT), name).or_else(of_session)
 }
 
 /// The process whose number is in a directory of libvirt's.
-fn libvirt_pid(directory: &Path, name: &str) -> Result<u32, AttachError> {
+fn libvirt_pid(directory: &Path, name: &str) -> Result<u32, FindError> {
     let path = directory.join(format!("{}.pid", name.replace('/', "_")));
     let text = std::fs::read_to_string(&path).ok();
     let pid = text.and_then(|text| text.trim().parse().ok());
-    pid.ok_or_else(|| AttachError::NoDomain { name: name.to_owned(), path })
+    pid.ok_or_else(|| FindError::NoDomain { name: name.to_owned(), path })
 }
 
 #[cfg(test)]
@@ -251,7 +276,7 @@ mod tests {
         assert_eq!(libvirt_pid(&inner, "web1").unwrap(), 4711);
         for name in ["bad", "none", "", "../outside", "/web1"] {
             let error = libvirt_pid(&inner, name).unwrap_err();
-            assert!(matches!(error, AttachError::NoDomain { .. }), "{name}: {error}");
+            assert!(matches!(error, FindError::NoDomain { .. }), "{name}: {error}");
         }
     }
 }

@@ -7,8 +7,9 @@ use std::sync::Arc;
 
 use kvmmem_proto::map::Region;
 
-use super::backing::{Backing, Obstacle};
+use super::backing::Backing;
 use super::layout::Layout;
+use super::obstacle::Obstacle;
 use super::process::Process;
 
 /// Where a mapping's bytes are read from: a file, and the place in it of the first byte.

@@ -8,22 +8,23 @@
 //! RAM is after a change, is a job on another thread ([`Run`]). A QEMU that hangs, floods or lies
 //! delays no other VM.
 
-#[cfg(test)]
-mod thread;
+mod answers;
+mod socket;
+mod work;
 
 use std::fmt;
 use std::os::fd::OwnedFd;
-use std::path::PathBuf;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::AtomicUsize;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
 use crate::monitor::{Counts, Monitor, MonitorEvent, Run, Step, Subscriber};
-use crate::pause::Stopped;
-use crate::qmp::{MemorySize, Qmp, QmpError};
-use crate::questions::{Ask, AskError, LIMIT, MAX_WAITING, Question};
+use crate::pause::Holders;
+use crate::qmp::Qmp;
+use crate::qmp::questions::MemorySize;
+pub use socket::Socket;
 
 /// How often QEMU is asked for its status and memory size, also while it floods events.
 const IDLE: Duration = Duration::from_secs(10);
@@ -37,35 +38,9 @@ const GATHER: Duration = Duration::from_millis(50);
 /// The longest pause between two attempts to connect.
 const AGAIN_AT_LAST: Duration = Duration::from_secs(60);
 
-/// Where a target's monitor is.
-#[derive(Debug)]
-pub struct Socket {
-    /// Where it is.
-    pub path: PathBuf,
-    /// The process that listened when the VM was added: the VMM, or what has handed it the socket.
-    /// `None` where it is not known.
-    pub listener: Option<u32>,
-    /// The connection, where there is one.
-    pub qmp: Option<Qmp>,
-}
-
-impl Socket {
-    /// The one of a connection, without it.
-    pub fn of(qmp: &Qmp) -> Self {
-        Self { path: qmp.path().to_owned(), listener: qmp.listener(), qmp: None }
-    }
-}
-
-impl From<Qmp> for Socket {
-    fn from(qmp: Qmp) -> Self {
-        let socket = Self::of(&qmp);
-        Self { qmp: Some(qmp), ..socket }
-    }
-}
-
 /// What a target's QEMU has reported.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum News {
+pub enum VmEvent {
     /// The guest was reset.
     Reset,
     /// Memory may have been plugged in or out, or the connection is a new one.
@@ -74,29 +49,29 @@ pub enum News {
     Left,
 }
 
-/// What is done about news.
+/// What is done about an event.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Next {
     /// Listen on.
     Listen,
     /// Connect anew.
     Reconnect,
-    /// The VM is no more listened to.
+    /// Stop listening.
     Stop,
 }
 
-/// Is told each news, and may ask QEMU about it; on a thread that may wait.
-type Tell = dyn FnMut(&mut Qmp, News) -> Next + Send;
+/// Handles an event, and may ask QEMU about it; on a thread that may wait.
+type Tell = dyn FnMut(&mut Qmp, VmEvent) -> Next + Send;
 
 /// A target's monitor, until [`Listener::close`].
 pub struct Listener {
     me: Weak<Self>,
     monitor: Arc<Monitor>,
     state: Mutex<State>,
-    /// Of the job that asks QEMU, of which there is one at a time.
+    /// Used by the job that asks QEMU. There is one at a time.
     tell: Mutex<Box<Tell>>,
     /// The pause of the VM, where there is one.
-    stopped: Mutex<Stopped>,
+    holders: Mutex<Holders>,
     /// How many questions wait.
     questions: AtomicUsize,
     run: Arc<Run>,
@@ -136,7 +111,7 @@ impl Listener {
     pub fn new(
         monitor: Arc<Monitor>,
         find: impl Fn() -> Option<Qmp> + Send + Sync + 'static,
-        tell: impl FnMut(&mut Qmp, News) -> Next + Send + 'static,
+        tell: impl FnMut(&mut Qmp, VmEvent) -> Next + Send + 'static,
         silence: Duration,
         run: Arc<Run>,
         wake: impl Fn() + Send + Sync + 'static,
@@ -155,7 +130,7 @@ impl Listener {
             monitor,
             state: Mutex::new(state),
             tell: Mutex::new(Box::new(tell)),
-            stopped: Mutex::new(Stopped::new(silence)),
+            holders: Mutex::new(Holders::new(silence)),
             questions: AtomicUsize::new(0),
             run: Arc::clone(&run),
             wake: Box::new(wake),
@@ -193,8 +168,8 @@ impl Listener {
         self.add(|work| work.close = true);
     }
 
-    /// Asks for the memory size, since that a DIMM was plugged in is no event, and for the status,
-    /// since that a migration is over is none unless a manager has asked for one.
+    /// Asks for the memory size, as QEMU has no event for a DIMM that was plugged in, and for the
+    /// status, as it reports the end of a migration only to a manager that asked for events.
     fn ask(&self) {
         let (me, none) = (Weak::clone(&self.me), json!({}));
         self.monitor.send("query-memory-size-summary", &none, move |answer| {
@@ -235,95 +210,12 @@ impl Listener {
         (self.wake)();
     }
 
-    /// Has done what is to be done, unless that is under way; returns when to try again.
-    fn work(&self) -> Option<Instant> {
-        let mut state = self.state();
-        if state.is_working || state.work == Work::default() {
-            return None;
-        }
-        let now = Instant::now();
-        if state.gather > now && !state.work.close {
-            return Some(state.gather);
-        }
-        let me = self.me.upgrade()?;
-        state.is_working = true;
-        drop(state);
-        if (self.run)(Box::new(move || me.work_once())).is_ok() {
-            return None;
-        }
-        self.state().is_working = false;
-        Some(now + GATHER)
-    }
-
-    fn work_once(&self) {
-        let work = std::mem::take(&mut self.state().work);
-        match self.carry_out(work) {
-            Ok(Next::Listen) => {}
-            Ok(Next::Stop) => return self.end(),
-            Ok(Next::Reconnect) => self.monitor.reconnect(),
-            Err(error) => {
-                tracing::debug!(%error, "QEMU does not answer");
-                // Where it is lost already this does nothing.
-                self.monitor.reconnect();
-            }
-        }
-        let mut state = self.state();
-        (state.is_working, state.gather) = (false, Instant::now() + GATHER);
-        drop(state);
-        (self.wake)();
-    }
-
-    fn carry_out(&self, work: Work) -> Result<Next, QmpError> {
-        if work.close {
-            return Ok(Next::Stop);
-        }
-        if work.lost {
-            self.stopped().lost();
-        }
-        let news = [
-            work.reset.then_some(News::Reset),
-            (work.memory || work.found).then_some(News::Memory),
-            work.left.then_some(News::Left),
-        ];
-        if news.iter().all(Option::is_none) {
-            return Ok(Next::Listen);
-        }
-        let mut qmp = self.monitor.lend()?;
-        if work.found {
-            self.stopped().reconnected(&mut qmp);
-            // Before the layout, so that memory which is plugged in between is noticed later.
-            let memory = qmp.memory_size()?;
-            self.state().memory = Some(memory);
-        }
-        let mut tell = lock(&self.tell);
-        for news in news.into_iter().flatten() {
-            match tell(&mut qmp, news) {
-                Next::Listen => {}
-                next => return Ok(next),
-            }
-        }
-        if work.found {
-            self.state().ask = Some(Instant::now());
-            (self.wake)();
-        }
-        Ok(Next::Listen)
-    }
-
-    fn end(&self) {
-        if let Ok(mut qmp) = self.monitor.lend() {
-            self.stopped().end(&mut qmp);
-        }
-        self.monitor.unsubscribe(&self.subscriber());
-        self.state().is_over = true;
-        (self.wake)();
-    }
-
     fn subscriber(&self) -> Weak<dyn Subscriber> {
         Weak::clone(&self.me) as Weak<dyn Subscriber>
     }
 
-    fn stopped(&self) -> MutexGuard<'_, Stopped> {
-        lock(&self.stopped)
+    fn holders(&self) -> MutexGuard<'_, Holders> {
+        lock(&self.holders)
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -352,55 +244,6 @@ impl Subscriber for Listener {
         }
         drop(state);
         (self.wake)();
-    }
-}
-
-impl Ask for Listener {
-    fn put(&self, question: Question) -> Result<(), AskError> {
-        let is_resume = matches!(question, Question::Resume { .. });
-        let waiting = self.questions.fetch_add(1, Ordering::AcqRel);
-        let done = if waiting >= MAX_WAITING && !is_resume {
-            Err(AskError::Busy)
-        } else {
-            self.answer(question)
-        };
-        self.questions.fetch_sub(1, Ordering::AcqRel);
-        done
-    }
-}
-
-impl Listener {
-    fn answer(&self, question: Question) -> Result<(), AskError> {
-        if self.state().is_over {
-            return Err(AskError::NoConnection);
-        }
-        let lent = || self.monitor.lend().map_err(|_| AskError::NoConnection);
-        let mut qmp = lent()?.within(LIMIT);
-        // Who has given up waiting needs no answer.
-        match question {
-            Question::Resume { holder, reply: None } => self.resume_later(holder),
-            Question::Registers { first, count, reply } => {
-                let _ = reply.send(qmp.registers(first, count).map_err(Into::into));
-            }
-            Question::Pause { holder, is_new, reply } => {
-                let _ = reply.send(self.stopped().hold(&mut qmp, holder, is_new));
-            }
-            Question::Resume { holder, reply: Some(reply) } => {
-                let _ = reply.send(self.stopped().release(&mut qmp, holder));
-            }
-        }
-        Ok(())
-    }
-
-    /// Ends a pause by a job: QEMU may take its time. Where there is no thread for it the watcher
-    /// ends the pause.
-    fn resume_later(&self, holder: u64) {
-        let Some(me) = self.me.upgrade() else { return };
-        let _ = (self.run)(Box::new(move || {
-            if let Ok(qmp) = me.monitor.lend() {
-                let _ = me.stopped().release(&mut qmp.within(LIMIT), holder);
-            }
-        }));
     }
 }
 

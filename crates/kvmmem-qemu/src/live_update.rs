@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The QEMU that goes on with a VM when another one stops: QEMU's live update (CPR) hands the RAM's
+//! The QEMU that continues a VM when another one stops: QEMU's live update (CPR) hands the RAM's
 //! very files to a new process on the same host, which was started with `-incoming`. A VM that
 //! migrates to another host has no such process.
 
@@ -7,10 +7,11 @@ use std::collections::HashSet;
 
 use kvmmem_proto::map::Region;
 
-use super::command_line::Vmm;
+use super::file_id::FileId;
 use super::mapping::Mapping;
-use super::process::{FileId, Process};
+use super::process::Process;
 use super::recognise::recognise;
+use super::vmm::Vmm;
 
 /// Finds for each VM the QEMU that has all these parts of files mapped as RAM of its own; none of
 /// the processes `others`, which have other VMs or look at these. No QEMU is found twice, and none

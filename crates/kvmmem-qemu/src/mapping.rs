@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What a process has mapped, as the kernel lists it in `/proc/PID/maps`.
 
-use super::process::FileId;
+use crate::file_id::FileId;
 
 /// Memory of a process that it may write.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -31,9 +31,9 @@ impl Mapping {
             .is_some_and(|end| end <= self.len)
     }
 
-    /// Whether `next` goes on with the same file where this one ends: the kernel lists a mapping in
+    /// Whether `next` continues the same file where this one ends: the kernel lists a mapping in
     /// parts where only its NUMA policy or the like differs.
-    fn goes_on_with(&self, next: &Self) -> bool {
+    fn is_continued_by(&self, next: &Self) -> bool {
         let (Some((file, offset)), Some((next_file, next_offset))) = (self.file, next.file) else {
             return false;
         };
@@ -53,7 +53,7 @@ pub fn covering(mappings: &[Mapping], hva: u64, len: u64) -> Option<&Mapping> {
 pub fn parse(text: &str) -> Vec<Mapping> {
     let mut mappings: Vec<Mapping> = Vec::new();
     for mapping in text.lines().filter_map(line) {
-        match mappings.last_mut().filter(|last| last.goes_on_with(&mapping)) {
+        match mappings.last_mut().filter(|last| last.is_continued_by(&mapping)) {
             Some(last) => last.len = last.len.saturating_add(mapping.len),
             None => mappings.push(mapping),
         }

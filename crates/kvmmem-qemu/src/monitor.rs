@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The standing QMP connection to one QEMU, for all who use it: QEMU serves one client at a time, so
-//! a VM that is target and introspector has one `Monitor`.
+//! The QMP connection to one QEMU. Its users share it, as QEMU serves one client at a time: a VM
+//! that is target and introspector has one `Monitor`.
 //!
-//! No thread belongs to it. Whoever waits for its socket calls [`Monitor::step`], which reads what
-//! has come, for a short time and without waiting, passes events on and answers commands. Two may
-//! do so: the second finds nothing to do. A step is due when the socket is readable, and at the
-//! time that the last step returned.
+//! It has no thread. The reactor waits for its socket and calls [`Monitor::step`], which reads what
+//! has come, for a short time and without waiting, passes events on and answers commands. Two
+//! threads may step: the second finds nothing to do. A step is due when the socket is readable, and
+//! at the time that the last step returned.
 //!
 //! Commands come from any thread, one is under way at a time: [`Monitor::send`] returns at once,
-//! and [`Monitor::lend`] gives a [`Qmp`] whose commands wait for their answers, for work that is
+//! and `Monitor::lend` gives a [`Qmp`] whose commands wait for their answers, for work that is
 //! done step by step on a thread that may wait (never on the one that steps).
 //!
 //! A lost connection is made anew by a job on another thread ([`Run`]). What was plugged in
@@ -17,7 +17,8 @@
 
 mod connection;
 mod loan;
-mod registry;
+mod reconnect;
+mod subscriber;
 
 use std::fmt;
 use std::io;
@@ -26,14 +27,12 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError, Weak};
 use std::time::{Duration, Instant};
 
-use kvmmem_proto::limit::RateLimit;
 use serde_json::Value;
 
-use crate::process::FileId;
-use crate::qmp::{Qmp, QmpError, QmpEvent};
-use connection::{Command, Connection, Output};
-use loan::Loan;
-pub use registry::Monitors;
+use crate::file_id::FileId;
+use crate::qmp::{Qmp, QmpError};
+use connection::{Command, Connection, Output, shut_down};
+pub use subscriber::{Counts, MonitorEvent, Subscriber};
 
 /// How soon a lost connection is made anew at first; each further attempt waits twice as long.
 const AGAIN: Duration = Duration::from_millis(100);
@@ -43,9 +42,6 @@ const SOON: Duration = Duration::from_millis(1);
 
 /// How often to look whether an attempt to connect has failed.
 const LOOK: Duration = Duration::from_millis(250);
-
-/// A QEMU can cause these at will.
-static WARNINGS: RateLimit = RateLimit::new(2);
 
 /// Connects again to the same QEMU, or finds that it cannot be reached now. May take seconds.
 pub type Find = dyn Fn() -> Option<Qmp> + Send + Sync;
@@ -74,33 +70,6 @@ struct User {
     run: Arc<Run>,
 }
 
-/// Receives what a monitor reports. Called by whoever steps the monitor, or by the thread that has
-/// connected: it must not wait, nor step.
-pub trait Subscriber: Send + Sync {
-    /// Something has happened; `counts` includes it.
-    fn hear(&self, event: &MonitorEvent, counts: Counts);
-}
-
-/// What a monitor reports.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum MonitorEvent {
-    /// An event of QEMU's.
-    Qmp(QmpEvent),
-    /// The connection is lost. What happens in QEMU from now on is not reported.
-    Lost,
-    /// There is a new connection, which has to be waited for.
-    Found,
-}
-
-/// How often something has happened.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Counts {
-    /// The VM was reset.
-    pub resets: u64,
-    /// A connection was lost.
-    pub losses: u64,
-}
-
 /// When to step again, apart from when the socket is readable.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Step {
@@ -116,7 +85,7 @@ struct State {
     /// The file of the last connection's socket.
     file: Option<FileId>,
     counts: Counts,
-    /// When to connect again, where nobody does.
+    /// When to connect again, unless a job does.
     again: Option<Instant>,
     /// The pause before the next attempt but one.
     pause: Duration,
@@ -186,6 +155,17 @@ impl Monitor {
         self.state().connection.as_ref().map(|connection| Arc::clone(connection.stream()))
     }
 
+    /// Whether its socket is this file, and it is of use.
+    pub(crate) fn is_of(&self, file: FileId) -> bool {
+        let state = self.state();
+        state.file == Some(file) && !state.is_stopped
+    }
+
+    /// Whether it is of use.
+    pub(crate) fn is_active(&self) -> bool {
+        !self.state().is_stopped
+    }
+
     /// What has happened as far as it was read.
     pub fn counts(&self) -> Counts {
         self.state().counts
@@ -235,7 +215,7 @@ impl Monitor {
         Step { until, is_behind }
     }
 
-    /// Sends a command without waiting for its answer, which `reply` gets from whoever steps.
+    /// Sends a command without waiting for its answer, which `reply` gets from the thread that steps.
     pub fn send(
         &self,
         command: &'static str,
@@ -243,19 +223,6 @@ impl Monitor {
         reply: impl FnOnce(Result<Value, QmpError>) + Send + 'static,
     ) {
         self.put(Command::new(command, arguments, None, Box::new(reply)), None);
-    }
-
-    /// The connection as it is now, for commands whose answers are waited for; they fail once it is
-    /// lost.
-    ///
-    /// # Errors
-    /// [`QmpError::Down`] where there is none.
-    pub fn lend(self: &Arc<Self>) -> Result<Qmp, QmpError> {
-        let state = self.state();
-        let connection = state.connection.as_ref().ok_or_else(|| self.down())?;
-        let (stream, losses) = (Arc::clone(connection.stream()), state.counts.losses);
-        let loan = Loan { monitor: Arc::clone(self), stream, losses };
-        Ok(Qmp::over(self.path.clone(), Box::new(loan)))
     }
 
     /// Ends the connection for good; commands under way fail.
@@ -285,53 +252,6 @@ impl Monitor {
         }
     }
 
-    fn lose(&self, state: &mut State, error: QmpError, outputs: &mut Vec<Output>) {
-        let Some(mut connection) = state.connection.take() else { return };
-        self.warn(&error);
-        connection.fail(error, &self.path, outputs);
-        state.counts.losses += 1;
-        state.again = Some(Instant::now() + AGAIN);
-        state.pause = AGAIN * 2;
-        outputs.push(Output::Lost);
-    }
-
-    fn connect_again(self: &Arc<Self>) {
-        let users = lock(&self.users);
-        let finds: Vec<Arc<Find>> = users.iter().map(|user| Arc::clone(&user.find)).collect();
-        let run = users.first().map(|user| Arc::clone(&user.run));
-        drop(users);
-        let me = Arc::downgrade(self);
-        let attempt = move || {
-            let found = finds.iter().find_map(|find| find()).and_then(Connection::of);
-            if let Some(monitor) = me.upgrade() {
-                monitor.found(found);
-            }
-        };
-        if run.is_none_or(|run| run(Box::new(attempt)).is_err()) {
-            self.found(None);
-        }
-    }
-
-    fn found(&self, connection: Option<Connection>) {
-        let again_at_last = lock(&self.users).iter().map(|user| user.again_at_last).min();
-        let mut state = self.state();
-        if state.is_stopped || state.connection.is_some() {
-            return;
-        }
-        let Some(connection) = connection else {
-            let pause = state.pause.min(again_at_last.unwrap_or(AGAIN));
-            state.again = Some(Instant::now() + pause);
-            state.pause = pause * 2;
-            return;
-        };
-        state.file = connection.file;
-        (state.connection, state.pause) = (Some(connection), AGAIN);
-        drop(state);
-        tracing::info!(path = %self.path.display(), "QEMU answers");
-        let _passing = lock(&self.passing);
-        self.pass(vec![Output::Found]);
-    }
-
     /// Passes events and answers on, in their order.
     fn pass(&self, outputs: Vec<Output>) {
         if outputs.is_empty() {
@@ -359,16 +279,6 @@ impl Monitor {
         }
     }
 
-    fn warn(&self, error: &QmpError) {
-        if let Some(suppressed) = WARNINGS.allow(Instant::now()) {
-            let error: &dyn std::error::Error = error;
-            tracing::warn!(
-                path = %self.path.display(), suppressed, error,
-                "a QMP connection is lost; it is made anew where possible"
-            );
-        }
-    }
-
     fn down(&self) -> QmpError {
         QmpError::Down(self.path.clone())
     }
@@ -382,12 +292,6 @@ impl fmt::Debug for Monitor {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Monitor").field("path", &self.path).finish_non_exhaustive()
     }
-}
-
-/// Ends a connection; the next step reads its end.
-fn shut_down(socket: &OwnedFd) {
-    // It fails only where QEMU was faster.
-    let _ = rustix::net::shutdown(socket, rustix::net::Shutdown::Both);
 }
 
 /// Nothing here panics while it holds a lock; were something to, what it left is as good as before.

@@ -44,9 +44,6 @@ pub enum MtreeError {
 }
 
 /// The flat view of the address space `memory`, by ascending address.
-///
-/// # Errors
-/// [`MtreeError`].
 pub fn parse(text: &str) -> Result<Vec<FlatRange>, MtreeError> {
     let view = text.split("FlatView #").find(|view| {
         view.lines().any(|line| line.trim_end().starts_with(" AS \"memory\", root: system"))

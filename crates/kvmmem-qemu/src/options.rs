@@ -12,7 +12,7 @@ use serde_json::Value;
 pub struct Options(BTreeMap<String, String>);
 
 impl Options {
-    /// Reads an option. Whatever is no property is left out.
+    /// Reads an option. What is no property is left out.
     pub fn parse(text: &str, first_key: &str) -> Self {
         if text.trim_start().starts_with('{') {
             return Self::from_json(text);

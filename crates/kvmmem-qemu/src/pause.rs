@@ -44,9 +44,9 @@ cont
 timeout -s KILL 60 sh -c 'while read -r line; do case $line in *\"resume\"*) exit;; esac; done' <&1
 "#;
 
-/// Who holds the VM stopped.
+/// The clients that hold a VM stopped.
 #[derive(Debug)]
-pub(crate) struct Stopped {
+pub(crate) struct Holders {
     /// How long no holder may ask.
     silence: Duration,
     holders: BTreeSet<u64>,
@@ -56,7 +56,7 @@ pub(crate) struct Stopped {
     owes: bool,
 }
 
-impl Stopped {
+impl Holders {
     /// A VM that runs again when no holder has asked for `silence`.
     pub(crate) fn new(silence: Duration) -> Self {
         Self { silence, holders: BTreeSet::new(), watcher: None, owes: false }

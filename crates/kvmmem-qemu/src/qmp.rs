@@ -8,7 +8,7 @@
 mod error;
 pub(crate) mod line;
 pub(crate) mod message;
-mod questions;
+pub mod questions;
 mod registers;
 
 use std::collections::VecDeque;
@@ -23,13 +23,12 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
-use crate::process::FileId;
+use crate::file_id::FileId;
 use crate::unix_socket;
 pub use error::QmpError;
 use line::{LineError, Lines};
 use message::Message;
 pub use message::QmpEvent;
-pub use questions::{MemoryBackend, MemoryDevice, MemoryDeviceData, MemorySize};
 
 /// How long a command may take, and a whole conversation.
 pub const LIMIT: Duration = Duration::from_secs(2);
@@ -56,11 +55,11 @@ pub struct Qmp {
 #[derive(Debug)]
 enum Channel {
     Own { lines: Lines, events: VecDeque<QmpEvent>, file: Option<FileId> },
-    Lent(Box<dyn Shared>),
+    Lent(Box<dyn SharedConnection>),
 }
 
 /// A connection that others use as well.
-pub(crate) trait Shared: fmt::Debug + Send + Sync {
+pub(crate) trait SharedConnection: fmt::Debug + Send + Sync {
     /// Carries out a command, and waits for its answer until `end`.
     fn execute(
         &self,
@@ -90,23 +89,8 @@ pub struct AddedFd {
 impl Qmp {
     /// Connects, and does what QEMU wants before it answers. Each command may take [`LIMIT`] from
     /// then on.
-    ///
-    /// # Errors
-    /// [`QmpError`].
     pub fn connect(path: &Path) -> Result<Self, QmpError> {
-        Self::open(path, None)
-    }
-
-    /// The same for a conversation that ends after [`LIMIT`] in all, the connecting included.
-    ///
-    /// # Errors
-    /// [`QmpError`].
-    pub fn converse(path: &Path) -> Result<Self, QmpError> {
-        Self::open(path, Some(Instant::now() + LIMIT))
-    }
-
-    fn open(path: &Path, end: Option<Instant>) -> Result<Self, QmpError> {
-        let deadline = end.unwrap_or_else(|| Instant::now() + LIMIT);
+        let deadline = Instant::now() + LIMIT;
         let (socket, file) = loop {
             match unix_socket::connect(path) {
                 Ok(socket) => break socket,
@@ -122,7 +106,7 @@ impl Qmp {
         };
         let lines = Lines::new(socket);
         let channel = Channel::Own { lines, events: VecDeque::new(), file };
-        let mut qmp = Self { path: path.to_owned(), channel, end, is_broken: false };
+        let mut qmp = Self { path: path.to_owned(), channel, end: None, is_broken: false };
         // Nothing is sent to what does not greet as QEMU does.
         const GREETING: &str = "the connection";
         let deadline = qmp.deadline();
@@ -133,14 +117,8 @@ impl Qmp {
         Ok(qmp)
     }
 
-    /// Makes a conversation that need not end: each command may take [`LIMIT`] from now on.
-    #[must_use]
-    pub fn endless(self) -> Self {
-        Self { end: None, ..self }
-    }
-
     /// A conversation over a connection that is another's.
-    pub(crate) fn over(path: PathBuf, lent: Box<dyn Shared>) -> Self {
+    pub(crate) fn over(path: PathBuf, lent: Box<dyn SharedConnection>) -> Self {
         Self { path, channel: Channel::Lent(lent), end: None, is_broken: false }
     }
 
@@ -165,15 +143,12 @@ impl Qmp {
     }
 
     /// The state that the VM is in, such as `running` or `paused`.
-    ///
-    /// # Errors
-    /// [`QmpError`].
     pub fn status(&mut self) -> Result<String, QmpError> {
         let answer = self.execute("query-status", json!({}))?;
         Ok(answer.get("status").and_then(Value::as_str).unwrap_or_default().to_owned())
     }
 
-    /// The process that listens: QEMU itself, or whoever handed it the socket.
+    /// The process that listens: QEMU itself, or the one that handed it the socket.
     pub fn listener(&self) -> Option<u32> {
         peer_credentials(self).ok()?.pid
     }
@@ -188,9 +163,6 @@ impl Qmp {
 
     /// Hands a file descriptor over, into a new set or into `fdset`. `/proc/self/fd/N` names it for
     /// QEMU from then on.
-    ///
-    /// # Errors
-    /// As [`Self::execute`].
     pub fn add_fd(&mut self, fd: BorrowedFd<'_>, fdset: Option<u64>) -> Result<AddedFd, QmpError> {
         let arguments = fdset.map_or_else(|| json!({}), |fdset| json!({ "fdset-id": fdset }));
         let answer = self.run("add-fd", &arguments, Some(fd))?;

@@ -9,10 +9,10 @@ use std::fmt::Debug;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
+use std::sync::mpsc::{self, RecvTimeoutError, Sender};
 use std::time::Duration;
 
-use kvmmem_proto::message::VcpuRegisters;
+use kvmmem_proto::message::{VcpuAnswer, VcpuQuestion, VcpuRegisters};
 
 use crate::qmp::QmpError;
 
@@ -23,59 +23,22 @@ pub const LIMIT: Duration = Duration::from_secs(if cfg!(test) { 60 } else { 4 })
 /// The most questions that wait, besides those that end a pause.
 pub const MAX_WAITING: usize = 64;
 
-/// A page of registers, and whether there are more.
-pub type Page = (Vec<VcpuRegisters>, bool);
+/// How much of a VMM's message is repeated, characters.
+const MAX_MESSAGE: usize = 200;
+
+/// Where an answer goes.
+pub type Reply = Sender<Result<VcpuAnswer, AskError>>;
 
 /// Takes questions to a VMM.
 pub trait Ask: Debug + Send + Sync {
-    /// Passes a question on. Its reply is sent later, or dropped where there can be none.
-    fn put(&self, question: Question) -> Result<(), AskError>;
+    /// Passes a question on. `reply` gets the answer later, or is dropped where there is none. Where
+    /// it is `None` no client waits, and this must not wait for the VMM.
+    fn put(&self, question: VcpuQuestion, reply: Option<Reply>) -> Result<(), AskError>;
 }
 
 /// What a VMM can be asked.
 #[derive(Clone, Debug)]
 pub struct Questions(Arc<dyn Ask>);
-
-/// A question, and where its answer goes.
-#[derive(Debug)]
-pub enum Question {
-    /// The registers of `count` vCPUs, from the `first` one on.
-    Registers {
-        /// Number of the first vCPU.
-        first: usize,
-        /// The most vCPUs.
-        count: usize,
-        /// Gets the answer.
-        reply: Sender<Result<Page, AskError>>,
-    },
-    /// Stop the VM for `holder`, who holds it stopped already unless `is_new`.
-    Pause {
-        /// Number of the pause.
-        holder: u64,
-        /// Whether the pause begins.
-        is_new: bool,
-        /// Gets whether the VM ran.
-        reply: Sender<Result<bool, AskError>>,
-    },
-    /// `holder` needs it stopped no more.
-    Resume {
-        /// Number of the pause.
-        holder: u64,
-        /// Gets the answer; `None` where no client waits, and nothing must wait for the VMM.
-        reply: Option<Sender<Result<(), AskError>>>,
-    },
-}
-
-impl Question {
-    /// Answers with an error. A client that has given up waiting does not get it.
-    pub fn fail(self, error: AskError) {
-        match self {
-            Self::Registers { reply, .. } => drop(reply.send(Err(error))),
-            Self::Pause { reply, .. } => drop(reply.send(Err(error))),
-            Self::Resume { reply, .. } => drop(reply.map(|reply| reply.send(Err(error)))),
-        }
-    }
-}
 
 /// Why there is no answer.
 #[derive(Debug, thiserror::Error)]
@@ -120,9 +83,19 @@ impl Questions {
         Self(vmm)
     }
 
-    /// The registers of at most `count` vCPUs from the `first` one on.
-    pub fn registers(&self, first: usize, count: usize) -> Result<Page, AskError> {
-        self.ask(|reply| Question::Registers { first, count, reply })
+    /// The registers of at most `count` vCPUs from the `first` one on, and whether there are more.
+    pub fn registers(
+        &self,
+        first: u32,
+        count: u32,
+    ) -> Result<(Vec<VcpuRegisters>, bool), AskError> {
+        match self.ask(VcpuQuestion::Registers { first, count })? {
+            VcpuAnswer::Registers { mut vcpus, more } => {
+                vcpus.truncate(usize::try_from(count).unwrap_or(usize::MAX));
+                Ok((vcpus, more))
+            }
+            _ => Err(AskError::Nonsense),
+        }
     }
 
     /// Stops the VM until the pause is dropped. Also returns whether it ran.
@@ -131,17 +104,23 @@ impl Questions {
         let holder = LAST.fetch_add(1, Ordering::Relaxed);
         // Made first: where the answer comes too late, its drop undoes what is done by then.
         let pause = Pause { questions: self.clone(), holder };
-        let was_running = self.ask(|reply| Question::Pause { holder, is_new: true, reply })?;
+        let was_running = pause.hold(true)?;
         Ok((pause, was_running))
     }
 
-    fn ask<T>(
-        &self,
-        question: impl FnOnce(Sender<Result<T, AskError>>) -> Question,
-    ) -> Result<T, AskError> {
+    fn ask(&self, question: VcpuQuestion) -> Result<VcpuAnswer, AskError> {
         let (reply, answer) = mpsc::channel();
-        self.0.put(question(reply))?;
-        wait(&answer)
+        self.0.put(question, Some(reply))?;
+        match answer.recv_timeout(LIMIT) {
+            Ok(Ok(VcpuAnswer::NotPaused)) => Err(AskError::Resumed),
+            Ok(Ok(VcpuAnswer::Failed { message })) => {
+                let message = message.chars().take(MAX_MESSAGE).flat_map(char::escape_debug);
+                Err(AskError::Failed(message.collect()))
+            }
+            Ok(answer) => answer,
+            Err(RecvTimeoutError::Timeout) => Err(AskError::Silent),
+            Err(RecvTimeoutError::Disconnected) => Err(AskError::NoConnection),
+        }
     }
 }
 
@@ -159,8 +138,14 @@ impl Pause {
     /// # Errors
     /// [`AskError::Resumed`] where it has run since.
     pub fn check(&self) -> Result<bool, AskError> {
-        let holder = self.holder;
-        self.questions.ask(|reply| Question::Pause { holder, is_new: false, reply })
+        self.hold(false)
+    }
+
+    fn hold(&self, is_new: bool) -> Result<bool, AskError> {
+        match self.questions.ask(VcpuQuestion::Pause { holder: self.holder, is_new })? {
+            VcpuAnswer::Paused { was_running } => Ok(was_running),
+            _ => Err(AskError::Nonsense),
+        }
     }
 
     /// Ends the pause, and waits until it has ended.
@@ -168,8 +153,10 @@ impl Pause {
     /// # Errors
     /// [`AskError`]; [`AskError::Resumed`] where it had ended before.
     pub fn end(self) -> Result<(), AskError> {
-        let holder = self.holder;
-        self.questions.ask(|reply| Question::Resume { holder, reply: Some(reply) })
+        match self.questions.ask(VcpuQuestion::Resume { holder: self.holder })? {
+            VcpuAnswer::Resumed => Ok(()),
+            _ => Err(AskError::Nonsense),
+        }
     }
 }
 
@@ -177,15 +164,6 @@ impl Drop for Pause {
     fn drop(&mut self) {
         // Where no thread is there to answer, the VM runs already. After an end this is the second
         // one, and does nothing.
-        let _ = self.questions.0.put(Question::Resume { holder: self.holder, reply: None });
+        let _ = self.questions.0.put(VcpuQuestion::Resume { holder: self.holder }, None);
     }
-}
-
-fn wait<T>(answer: &Receiver<Result<T, AskError>>) -> Result<T, AskError> {
-    answer.recv_timeout(LIMIT).unwrap_or_else(|error| {
-        Err(match error {
-            RecvTimeoutError::Timeout => AskError::Silent,
-            RecvTimeoutError::Disconnected => AskError::NoConnection,
-        })
-    })
 }

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Which VMM a process is: by its names, or by what it says and what the kernel shows of it.
 
-use super::command_line::{Vmm, has_qemus_options};
 use super::process::{Process, ProcessError};
+use super::vmm::{Vmm, has_qemus_options};
 
 /// What the kernel calls a VM of KVM's among a process's files, and a file of QEMU's memory
 /// backends among its mappings.
@@ -11,9 +11,6 @@ const BACKEND: &str = "/memfd:memory-backend-memfd";
 
 /// Which VMM a process is; `None` for a set-user-ID program. One that has the name of no known VMM
 /// must have QEMU's options, and a VM of KVM's or QEMU's memory.
-///
-/// # Errors
-/// [`ProcessError`].
 pub fn recognise(
     process: &Process,
     program: &str,

@@ -11,9 +11,9 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError, Weak, mpsc};
 use std::time::Duration;
 
-use kvmmem_proto::endpoint::{self, Endpoint};
+use kvmmem_proto::endpoint::{Endpoint, begin};
 
-use crate::process::FileId;
+use crate::file_id::FileId;
 
 /// How long a lookup may take.
 const LIMIT: Duration = Duration::from_secs(2);
@@ -33,7 +33,8 @@ static HUNG: Mutex<Vec<Weak<PathBuf>>> = Mutex::new(Vec::new());
 /// Those of `connect`; `TimedOut` where the file system does not answer.
 pub(crate) fn connect(path: &Path) -> io::Result<(OwnedFd, Option<FileId>)> {
     look_up(path, LIMIT, |path| {
-        let socket = endpoint::connect(&Endpoint::Unix(path.to_owned()))?;
+        let (socket, _) = begin(&Endpoint::Unix(path.to_owned()))?;
+        rustix::io::ioctl_fionbio(&socket, false)?;
         Ok((socket, stat(path).ok()))
     })
 }

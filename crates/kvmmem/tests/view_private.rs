@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use kvmmem::{Access, Event, Range, View, ViewError};
 use kvmmem_broker::{Broker, Server};
-use kvmmem_client::admin::{Admin, GrantRequest, Granted, Rights, Span};
+use kvmmem_client::admin::{Admin, GrantRequest, NewGrant, Rights, Span};
 use kvmmem_client::vmm::{Region, Registration};
 use proptest::prelude::*;
 use rustix::fs::{Mode, OFlags};
@@ -45,15 +45,8 @@ impl Host {
         let own = rustix::fs::open("/proc/self/mem", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())
             .unwrap();
         let registration = Registration {
-            name: "target".into(),
-            uuid: Uuid::from_bytes([7; 16]),
-            vcpus: 1,
             start_time_ms: 1_700_000_000_000,
-            vcpu_questions: false,
-            cid: None,
-            introspectable: true,
-            introspector: false,
-            regions: Vec::new(),
+            ..Registration::target("target", Uuid::from_bytes([7; 16]), Vec::new())
         };
         let mut host = Self {
             socket,
@@ -75,7 +68,7 @@ impl Host {
         vec![region(0, SECOND, hva + SECOND_LEN), region(SECOND, SECOND_LEN, hva)]
     }
 
-    fn grant(&self, rights: Rights, spans: Option<Vec<Span>>) -> Granted {
+    fn grant(&self, rights: Rights, spans: Option<Vec<Span>>) -> NewGrant {
         let (target, uses, ttl_ms) = ("target".into(), 1, 60_000);
         let request =
             GrantRequest { target, spans, rights, ttl_ms, uses, holder: None, label: None };

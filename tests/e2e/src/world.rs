@@ -9,7 +9,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 use kvmmem::{Endpoint, Listener, Session};
-use kvmmem_client::admin::{Admin, GrantRequest, Granted, Revoked, TargetInfo};
+use kvmmem_client::admin::{Admin, GrantRequest, NewGrant, RevokeReport, TargetInfo};
 use kvmmem_guest::{Agent, Child, Command as GuestCommand};
 use kvmmem_probe::TargetReport;
 use kvmmem_proto::scope::{Rights, Span};
@@ -282,7 +282,7 @@ impl World {
     }
 
     /// A grant on the target: one use, ten minutes, for every bearer of the token.
-    pub(crate) fn grant(&self, rights: Rights, spans: Option<Vec<Span>>) -> Result<Granted> {
+    pub(crate) fn grant(&self, rights: Rights, spans: Option<Vec<Span>>) -> Result<NewGrant> {
         self.grant_as(|request| GrantRequest { rights, spans, ..request })
     }
 
@@ -290,7 +290,7 @@ impl World {
     pub(crate) fn grant_as(
         &self,
         change: impl FnOnce(GrantRequest) -> GrantRequest,
-    ) -> Result<Granted> {
+    ) -> Result<NewGrant> {
         let usual = GrantRequest {
             target: TARGET.to_owned(),
             spans: None,
@@ -304,7 +304,7 @@ impl World {
     }
 
     /// Takes a grant back.
-    pub(crate) fn revoke(&self, grant: u64) -> Result<Revoked> {
+    pub(crate) fn revoke(&self, grant: u64) -> Result<RevokeReport> {
         self.admin()?.revoke(grant).context("the broker revokes nothing")
     }
 

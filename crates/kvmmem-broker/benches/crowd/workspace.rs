@@ -139,17 +139,11 @@ fn name(number: usize) -> String {
 }
 
 fn registration(number: usize, name: &str) -> Registration {
-    Registration {
-        name: name.to_owned(),
-        uuid: Uuid::from_u64_pair(1, number as u64),
-        vcpus: 1,
-        start_time_ms: 0,
-        vcpu_questions: false,
-        cid: None,
-        introspectable: true,
-        introspector: false,
-        regions: vec![Region { gpa: 0, len: RAM, offset: 0, file: 0 }],
-    }
+    Registration::target(
+        name,
+        Uuid::from_u64_pair(1, number as u64),
+        vec![Region { gpa: 0, len: RAM, offset: 0, file: 0 }],
+    )
 }
 
 fn ram() -> Result<OwnedFd> {

@@ -3,7 +3,7 @@
 
 use kvmmem_proto::credentials::Credentials;
 use kvmmem_proto::endpoint::Endpoint;
-use kvmmem_proto::message::{Caller, Change, GrantRequest, KvmiPolicy, OnSilence, Revoked};
+use kvmmem_proto::message::{Caller, Change, GrantRequest, KvmiPolicy, OnSilence, RevokeReport};
 use kvmmem_proto::scope::Scope;
 use uuid::Uuid;
 
@@ -117,7 +117,7 @@ pub(crate) enum Event<'a> {
     Revoked {
         grant: u64,
         target: u64,
-        outcome: &'a Revoked,
+        outcome: &'a RevokeReport,
         by: Credentials,
     },
     /// The policy for tokens issued over KVMI was set.

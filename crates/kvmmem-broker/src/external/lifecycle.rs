@@ -8,12 +8,13 @@ use std::sync::{Arc, Weak};
 use kvmmem_proto::credentials::Credentials;
 use kvmmem_proto::map::Region;
 use kvmmem_proto::message::{Change, Registration};
-use kvmmem_qemu::attach::{self, AttachError, Opened, Seen};
-use kvmmem_qemu::backing::{Held, Source};
-use kvmmem_qemu::listener::{News, Next, Socket};
+use kvmmem_qemu::attach::{self, AttachError, ExternalVm, Memory};
+use kvmmem_qemu::backing::{Ram, Source};
+use kvmmem_qemu::file_id::FileId;
+use kvmmem_qemu::listener::{Next, Socket, VmEvent};
 use kvmmem_qemu::live_update;
 use kvmmem_qemu::mapping;
-use kvmmem_qemu::process::{FileId, Process};
+use kvmmem_qemu::process::Process;
 use kvmmem_qemu::qmp::{Qmp, QmpError};
 
 use super::listening::Listening;
@@ -35,8 +36,8 @@ impl Service {
         let silence = self.broker().limits().silence;
         let monitor = monitor.map(|Socket { path, listener, qmp }| {
             let (finder, teller) = (Arc::downgrade(self), Arc::downgrade(self));
-            let tell = move |qmp: &mut Qmp, news| {
-                teller.upgrade().map_or(Next::Stop, |it| it.hear(vm, qmp, news))
+            let tell = move |qmp: &mut Qmp, event| {
+                teller.upgrade().map_or(Next::Stop, |it| it.hear(vm, qmp, event))
             };
             let monitor = self.monitors().of(&path, qmp);
             let find = move || connect(&finder, vm, &path, listener);
@@ -89,22 +90,22 @@ impl Service {
         self.broker().state().remember(vm, Entry::of(vm, socket, Role::target(vm)));
     }
 
-    /// Does what a QEMU's news demand.
-    fn hear(self: &Arc<Self>, vm: u64, qmp: &mut Qmp, news: News) -> Next {
+    /// Does what a QEMU's event demands.
+    fn hear(self: &Arc<Self>, vm: u64, qmp: &mut Qmp, event: VmEvent) -> Next {
         let vm = self.broker().vm(vm);
         let Some((vm, ram)) = vm.as_ref().and_then(|vm| Some((vm, vm.ram()?))) else {
             return Next::Stop;
         };
-        match news {
-            News::Reset => {
+        match event {
+            VmEvent::Reset => {
                 let regions = ram.layout().map.regions().to_vec();
                 if let Err(refused) = self.broker().ram_changed(Some(vm), regions, Change::Reset) {
                     tracing::warn!(vm = vm.id(), reason = refused.message, "a reset is not told");
                 }
                 Next::Listen
             }
-            News::Memory => self.look_again(vm, qmp),
-            News::Left => {
+            VmEvent::Memory => self.look_again(vm, qmp),
+            VmEvent::Left => {
                 if let Some(watched) = self.external().remove(vm.id()) {
                     self.vmms_ended(vec![watched]);
                 }
@@ -170,15 +171,15 @@ impl Service {
 }
 
 /// Opens the RAM of a VM that is registered already.
-fn open_again(vm: &Vm, qmp: &mut Qmp) -> Result<Opened, AttachError> {
+fn open_again(vm: &Vm, qmp: &mut Qmp) -> Result<ExternalVm, AttachError> {
     let credentials = vm.peer().credentials();
     let process = Process::open(credentials.pid)?;
     let line = attach::command_line(&process)?;
-    let Seen { held: Held { regions, source }, copied, evidence } =
+    let Memory { ram: Ram { regions, source }, copied, evidence } =
         attach::look(&process, &line, Some(qmp))?;
     let registration = Registration { regions, ..vm.registration().clone() };
     let pidfd = process.into_pidfd();
-    Ok(Opened { registration, source, copied, credentials, pidfd, evidence, qmp: None })
+    Ok(ExternalVm { registration, source, copied, credentials, pidfd, evidence, qmp: None })
 }
 
 /// Connects to the monitor of a VM's QEMU: where it was, or where the process says that it is by
@@ -226,7 +227,7 @@ fn knows_ram(vm: &Vm, process: &Process, qmp: &mut Qmp) -> bool {
 
 /// Whether the RAM is where it was. That of a process can still be read only if the process runs
 /// the same program.
-fn is_unchanged(vm: &Vm, opened: &Opened) -> bool {
+fn is_unchanged(vm: &Vm, opened: &ExternalVm) -> bool {
     let Some(ram) = vm.ram() else { return false };
     let layout = ram.layout();
     match (&opened.source, ram.is_private()) {
@@ -244,7 +245,7 @@ fn is_unchanged(vm: &Vm, opened: &Opened) -> bool {
 
 /// Where the RAM is now, in the files that it was in already; `None` where it is in another one, or
 /// private.
-fn in_known_files(vm: &Vm, opened: &Opened) -> Option<Vec<Region>> {
+fn in_known_files(vm: &Vm, opened: &ExternalVm) -> Option<Vec<Region>> {
     let Source::Files(files) = &opened.source else { return None };
     let known: Vec<FileId> =
         vm.ram()?.files().iter().map(FileId::of_file).collect::<Option<_>>()?;

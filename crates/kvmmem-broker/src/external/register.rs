@@ -5,9 +5,8 @@
 use std::sync::Arc;
 
 use kvmmem_proto::credentials::Credentials;
-use kvmmem_proto::message::Which;
-use kvmmem_proto::message::{Answer, Refusal};
-use kvmmem_qemu::attach::{self, Opened};
+use kvmmem_proto::message::{Answer, NewTarget, Refusal, Which};
+use kvmmem_qemu::attach::{self, ExternalVm};
 use kvmmem_qemu::backing::Source;
 use kvmmem_qemu::listener::Socket;
 
@@ -35,7 +34,7 @@ impl Service {
         let (evidence, copied) = (opened.evidence, opened.copied.take());
         let vm = self.add_opened(peer, opened)?;
         let regions = vm.ram().map(|ram| ram.layout().regions()).unwrap_or_default();
-        Ok(Answer::Added { target: vm.info(), regions, evidence, copied })
+        Ok(Answer::Added(NewTarget { target: vm.info(), regions, evidence, copied }))
     }
 
     /// Registers a VM whose RAM is open, on behalf of `peer`.
@@ -45,7 +44,7 @@ impl Service {
     pub(crate) fn add_opened(
         self: &Arc<Self>,
         peer: Credentials,
-        mut opened: Opened,
+        mut opened: ExternalVm,
     ) -> Result<Arc<Vm>, Refused> {
         let monitor = opened.qmp.take().map(Socket::from);
         let vm = self.register_external(opened, monitor)?;
@@ -58,7 +57,7 @@ impl Service {
     /// where there is one.
     pub(super) fn register_external(
         self: &Arc<Self>,
-        opened: Opened,
+        opened: ExternalVm,
         monitor: Option<Socket>,
     ) -> Result<Arc<Vm>, Refused> {
         let limit = |what: &'static str| {

@@ -13,7 +13,7 @@ use kvmmem_kvmi::token::Token;
 use kvmmem_proto::guest::{self, Frame, FrameError, FromTool, ToTool};
 use kvmmem_proto::limit::RateLimit;
 use kvmmem_proto::message::{Caller, Refusal};
-use kvmmem_proto::timed::Timed;
+use kvmmem_proto::timed::TimedSocket;
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, Shutdown, recv};
 
@@ -123,7 +123,7 @@ impl<V: Views> Connection<V> {
     /// Reads what has come of the question.
     fn ask(self: &Arc<Self>, mut frame: Frame, until: Instant) {
         let now = Instant::now();
-        match frame.read(&mut Timed::new(self.slot.socket().as_fd(), now)) {
+        match frame.read(&mut TimedSocket::new(self.slot.socket().as_fd(), now)) {
             Ok(Some(question)) => {
                 let connection = Arc::clone(self);
                 self.run(move || connection.open(question));
@@ -152,7 +152,7 @@ impl<V: Views> Connection<V> {
             Ok(view) => {
                 let answer = ToTool::Opened { view: V::number(&view), ticket: V::ticket(&view) };
                 let deadline = Instant::now() + ANSWER_LIMIT;
-                match guest::write(&mut Timed::new(socket.as_fd(), deadline), &answer) {
+                match guest::write(&mut TimedSocket::new(socket.as_fd(), deadline), &answer) {
                     Ok(()) => self.keep(view),
                     Err(_) => self.end(view, "its tool does not read"),
                 }
@@ -237,7 +237,7 @@ pub(super) fn refuse(socket: &OwnedFd, cid: u32, refused: &Refused, deadline: In
     }
     let message = ToTool::refused(refused.refusal, &refused.message);
     // One that does not read it does without.
-    let _ = guest::write(&mut Timed::new(socket.as_fd(), deadline), &message);
+    let _ = guest::write(&mut TimedSocket::new(socket.as_fd(), deadline), &message);
 }
 
 #[cfg(test)]

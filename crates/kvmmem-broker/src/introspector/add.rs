@@ -6,9 +6,9 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
 use kvmmem_proto::credentials::Credentials;
-use kvmmem_proto::message::{Answer, OnSilence, Refusal, Registration, Which};
+use kvmmem_proto::message::{Answer, IntrospectorRequest, NewIntrospector, Refusal, Registration};
 use kvmmem_qemu::attach::random_uuid;
-use kvmmem_qemu::find::{self, FindError, Found};
+use kvmmem_qemu::find::{self, FindError};
 use kvmmem_qemu::windows::machine::{self, Machine, MachineError};
 use uuid::Uuid;
 
@@ -80,27 +80,24 @@ impl Service {
     pub(crate) fn add_introspector(
         self: &Arc<Self>,
         peer: Credentials,
-        which: &Which,
-        cid: Option<u32>,
-        name: Option<String>,
-        on_silence: OnSilence,
+        request: &IntrospectorRequest,
     ) -> Result<Answer, Refused> {
-        self.introspect(peer, which, (cid, name, None), on_silence)
+        self.introspect(peer, request, None)
     }
 
     /// As [`Self::add_introspector`]; a VM that had a UUID has it again.
     pub(crate) fn introspect(
         self: &Arc<Self>,
         peer: Credentials,
-        which: &Which,
-        (cid, name, uuid): (Option<u32>, Option<String>, Option<Uuid>),
-        on_silence: OnSilence,
+        request: &IntrospectorRequest,
+        uuid: Option<Uuid>,
     ) -> Result<Answer, Refused> {
+        let on_silence = request.on_silence;
         let slot = self.introspectors().reserve().ok_or(AddError::Full)?;
-        let found = find::find(which, &|path| self.monitors().connect(path));
+        let found = find::find(&request.which, &|path| self.monitors().connect(path));
         let found = found.map_err(AddError::from)?;
         let socket = found.qmp.path().to_owned();
-        let (introspector, places) = self.add_found(found, (cid, name, uuid), on_silence)?;
+        let (introspector, places) = self.add_found(found, request, uuid)?;
         let vm = Arc::clone(introspector.link.vm());
         let added = Event::AddedIntrospector { vm: &vm, on_silence, by: peer };
         self.broker().audit().write(added);
@@ -112,17 +109,18 @@ impl Service {
             self.introspectors().end(&introspector);
             return Err(AddError::Resources(error).into());
         }
-        Ok(Answer::IntrospectorAdded { target: vm.info(), places, has_offset })
+        let target = vm.info();
+        Ok(Answer::IntrospectorAdded(NewIntrospector { target, places, has_offset }))
     }
 
     fn add_found(
         self: &Arc<Self>,
-        Found { process, mut qmp, identity }: Found,
-        (cid, name, uuid): (Option<u32>, Option<String>, Option<Uuid>),
-        on_silence: OnSilence,
+        find::Qemu { process, mut qmp, identity }: find::Qemu,
+        request: &IntrospectorRequest,
+        uuid: Option<Uuid>,
     ) -> Result<(Arc<Introspector>, u32), AddError> {
         let machine = Machine::of(&mut qmp)?;
-        let cid = cid.or(machine.cid).ok_or(AddError::NoCid)?;
+        let cid = request.cid.or(machine.cid).ok_or(AddError::NoCid)?;
         let places = machine::slots(&mut qmp)?.count;
         if places == 0 {
             return Err(AddError::NoPlaces);
@@ -131,7 +129,7 @@ impl Service {
         self.open_guest_endpoint().map_err(AddError::GuestEndpoint)?;
         let pid = process.pid();
         let registration = Registration {
-            name: name.or(machine.name).unwrap_or_else(|| format!("qemu-{pid}")),
+            name: request.name.clone().or(machine.name).unwrap_or_else(|| format!("qemu-{pid}")),
             uuid: machine.uuid.or(uuid).map_or_else(random_uuid, Ok).map_err(AddError::Random)?,
             vcpus: machine.vcpus,
             start_time_ms: process.start_time_ms().unwrap_or(0),
@@ -141,11 +139,12 @@ impl Service {
             introspector: true,
             regions: Vec::new(),
         };
-        let uid = process.uid().map_err(|error| AddError::Find(FindError::Attach(error.into())))?;
+        let uid = process.uid().map_err(|error| AddError::Find(error.into()))?;
         let (name, session) = (registration.name.clone(), session()?);
         let inbox = Arc::new(Inbox::new().map_err(|error| AddError::Resources(error.into()))?);
         let link = Link::register(self.broker(), registration, Credentials { pid, uid }, &inbox)?;
         let (vm, has_offset) = (link.vm().id(), machine.has_offset);
+        let on_silence = request.on_silence;
         let traits = Traits { vm, name, cid, on_silence, has_offset, session };
         let views = left_over.map(|plug| Arc::new(View::left_over(plug))).into_iter().collect();
         let qemu = Qemu { path: qmp.path().to_owned(), listener: qmp.listener(), identity };

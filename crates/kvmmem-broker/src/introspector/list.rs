@@ -74,8 +74,7 @@ impl Drop for Introspectors {
 #[cfg(test)]
 mod tests {
     use kvmmem_proto::credentials::Credentials;
-    use kvmmem_proto::message::Which;
-    use kvmmem_proto::message::{OnSilence, Refusal};
+    use kvmmem_proto::message::{IntrospectorRequest, OnSilence, Refusal, Which};
 
     use super::*;
     use crate::service::Service;
@@ -85,9 +84,9 @@ mod tests {
         let service = Arc::<Service>::default();
         let add = || {
             let peer = Credentials { pid: 1, uid: 0 };
-            service
-                .add_introspector(peer, &Which::Pid(0), None, None, OnSilence::Report)
-                .unwrap_err()
+            let (which, on_silence) = (Which::Pid(0), OnSilence::Report);
+            let request = IntrospectorRequest { which, cid: None, name: None, on_silence };
+            service.add_introspector(peer, &request).unwrap_err()
         };
         let mut slots: Vec<Slot> =
             (0..MAX).map(|_| service.introspectors().reserve().unwrap()).collect();

@@ -4,7 +4,9 @@
 use std::time::{Duration, Instant};
 
 use kvmmem_proto::endpoint::Endpoint;
-use kvmmem_proto::message::{Answer, Call, Caller, Cursor, FromBroker, KvmiPolicy, Registration};
+use kvmmem_proto::message::{
+    Answer, Call, Caller, Cursor, FromBroker, KvmiPolicy, NewGrant, Registration,
+};
 use uuid::Uuid;
 
 use super::*;
@@ -73,7 +75,7 @@ fn a_user_with_all_its_connections_keeps_nobody_out() {
         let _tiger = running.target(ROOT, "tiger").unwrap();
         let mut root = connect(ROOT).unwrap();
         let granted = root.ask(Call::Grant(grant_request("tiger")), None);
-        let Ok(Answer::Granted { grant, .. }) = granted else { panic!("{granted:?}") };
+        let Ok(Answer::Granted(NewGrant { grant, .. })) = granted else { panic!("{granted:?}") };
         let revoked = root.ask(Call::Revoke { grant }, None);
         assert!(matches!(revoked, Ok(Answer::Revoked(_))), "{revoked:?}");
         assert_eq!(connect(ROOT).err().map(|(refusal, _)| refusal), Some(Refusal::Limit));
@@ -115,7 +117,7 @@ fn a_user_with_all_its_grants_keeps_nobody_out() {
     let grant = |uid| {
         let mut connection = running.connect(uid);
         move |_| match connection.ask(Call::Grant(grant_request("tiger")), None)? {
-            Answer::Granted { grant, .. } => Ok(grant),
+            Answer::Granted(NewGrant { grant, .. }) => Ok(grant),
             other => panic!("{other:?}"),
         }
     };
@@ -192,7 +194,7 @@ fn a_peer_that_reads_nothing_holds_few_descriptors() {
     let _tiger = running.target(USER, "tiger").unwrap();
     let mut viewer = running.connect(USER);
     let request = kvmmem_proto::message::GrantRequest { uses: 64, ..grant_request("tiger") };
-    let Ok(Answer::Granted { token, .. }) = viewer.ask(Call::Grant(request), None) else {
+    let Ok(Answer::Granted(NewGrant { token, .. })) = viewer.ask(Call::Grant(request), None) else {
         panic!("no grant")
     };
     for _ in 0..64 {

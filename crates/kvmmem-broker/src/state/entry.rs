@@ -4,7 +4,8 @@
 use std::path::PathBuf;
 
 use kvmmem_proto::message::OnSilence;
-use kvmmem_qemu::process::{FileId, Process};
+use kvmmem_qemu::file_id::FileId;
+use kvmmem_qemu::process::Process;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 

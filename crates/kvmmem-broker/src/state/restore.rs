@@ -6,7 +6,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use kvmmem_proto::credentials::Credentials;
-use kvmmem_proto::message::Which;
+use kvmmem_proto::message::{IntrospectorRequest, Which};
 use kvmmem_qemu::attach;
 use kvmmem_qemu::process::Process;
 
@@ -102,7 +102,9 @@ impl Service {
                 if !process.is_alive() {
                     return Err(Lost::Ended);
                 }
-                self.introspect(broker, &which, (Some(*cid), name, Some(entry.uuid)), *on_silence)?;
+                let (cid, on_silence) = (Some(*cid), *on_silence);
+                let request = IntrospectorRequest { which, cid, name, on_silence };
+                self.introspect(broker, &request, Some(entry.uuid))?;
                 // It was opened by its number once more. If this one has not ended, the two are
                 // one.
                 if !process.is_alive() {

@@ -15,9 +15,9 @@ use std::time::{Duration, Instant};
 
 use kvmmem_abi::errno::KvmError;
 use kvmmem_broker::{Broker, Limits, Server, Service};
-use kvmmem_client::admin::{Admin, GrantInfo, GrantRequest, Granted};
+use kvmmem_client::admin::{Admin, GrantInfo, GrantRequest, NewGrant};
 use kvmmem_client::vmm::{
-    Attached, Caller, RedeemError, Region, Registration, Rights, Target, ViewEvents, VmmLink,
+    Caller, RedeemError, Region, Registration, Rights, Target, ViewEvents, ViewGrant, VmmLink,
 };
 use kvmmem_kvmi::handshake::{ToolHello, VmHello};
 use kvmmem_kvmi::message::{HEADER_SIZE, Header};
@@ -97,7 +97,7 @@ impl TestBroker {
         Admin::connect(&self.path).unwrap()
     }
 
-    pub(crate) fn grant(&self, request: &GrantRequest) -> Granted {
+    pub(crate) fn grant(&self, request: &GrantRequest) -> NewGrant {
         self.admin().grant(request).unwrap()
     }
 
@@ -153,15 +153,9 @@ fn uuid(name: &str) -> Uuid {
 
 pub(crate) fn target(name: &str) -> Registration {
     Registration {
-        name: name.into(),
-        uuid: uuid(name),
         vcpus: 2,
         start_time_ms: 1_700_000_000_000,
-        vcpu_questions: false,
-        cid: None,
-        introspectable: true,
-        introspector: false,
-        regions: regions(),
+        ..Registration::target(name, uuid(name), regions())
     }
 }
 
@@ -178,7 +172,7 @@ pub(crate) fn introspector(name: &str, cid: u32) -> Registration {
 /// A VMM that keeps the views it has opened, as far as events have not ended them.
 #[derive(Default)]
 pub(crate) struct Views {
-    pub(crate) open: Mutex<Vec<Attached>>,
+    pub(crate) open: Mutex<Vec<ViewGrant>>,
     pub(crate) log: Mutex<Vec<String>>,
     /// How long ending a view takes.
     pub(crate) pause: Duration,
@@ -187,7 +181,7 @@ pub(crate) struct Views {
 impl Views {
     /// Opens a view as a VMM does: it counts once it is where events find it, unless it has ended
     /// by then.
-    pub(crate) fn open(&self, link: &VmmLink, token: &Token) -> Result<Attached, RedeemError> {
+    pub(crate) fn open(&self, link: &VmmLink, token: &Token) -> Result<ViewGrant, RedeemError> {
         let attached = link.attach(token, &caller(), false)?;
         let view = attached.view;
         self.open.lock().unwrap().push(attached.clone());
@@ -206,7 +200,7 @@ impl Views {
         self.log.lock().unwrap().clone()
     }
 
-    fn end(&self, is_over: impl Fn(&Attached) -> bool) {
+    fn end(&self, is_over: impl Fn(&ViewGrant) -> bool) {
         self.open.lock().unwrap().retain(|view| !is_over(view));
     }
 

@@ -8,8 +8,8 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use kvmmem_client::ClientError;
-use kvmmem_client::admin::{Added, Which};
-use kvmmem_qemu::discover::{Found, discover};
+use kvmmem_client::admin::{NewTarget, Which};
+use kvmmem_qemu::discover::{HostVm, discover};
 use serde_json::{Value, json};
 
 use super::TestBroker;
@@ -78,7 +78,7 @@ impl Qemu {
     }
 
     /// What `host discover` says of it.
-    pub(crate) fn found(&self) -> Found {
+    pub(crate) fn found(&self) -> HostVm {
         discover().unwrap().into_iter().find(|found| found.pid == self.process.id()).unwrap()
     }
 
@@ -218,7 +218,7 @@ pub(crate) fn refusal(broker: &TestBroker, which: &Which) -> String {
 }
 
 /// Adds a VM by the rules of its machine type, as soon as its firmware has run.
-pub(crate) fn add_confirmed(broker: &TestBroker, qemu: &Qemu) -> Added {
+pub(crate) fn add_confirmed(broker: &TestBroker, qemu: &Qemu) -> NewTarget {
     let began = Instant::now();
     loop {
         match broker.admin().add_target(&qemu.pid(), None) {

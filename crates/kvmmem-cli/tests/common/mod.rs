@@ -220,17 +220,7 @@ fn serve(socket: &Path) -> Serving {
 }
 
 fn registration(regions: &[Region]) -> Registration {
-    Registration {
-        name: "victim".to_owned(),
-        uuid: UUID,
-        vcpus: 2,
-        start_time_ms: 0,
-        vcpu_questions: false,
-        cid: None,
-        introspectable: true,
-        introspector: false,
-        regions: regions.to_vec(),
-    }
+    Registration { vcpus: 2, ..Registration::target("victim", UUID, regions.to_vec()) }
 }
 
 fn register(socket: &Path, regions: &[Region], ram: &GuestRam) -> VmmLink {

@@ -9,7 +9,7 @@ use kvmmem_kvmi::token::Token;
 use kvmmem_proto::scope::Scope;
 use subtle::ConstantTimeEq;
 
-use super::{Redeemed, Target};
+use super::target::{PageGrant, Target};
 
 #[derive(Debug, Default)]
 pub(super) struct Cache {
@@ -54,10 +54,10 @@ impl Cache {
     }
 
     /// Takes a token out, used up from now on, and says what it opens.
-    pub(super) fn claim(&mut self, now: Instant, token: &Token) -> Option<Redeemed> {
+    pub(super) fn claim(&mut self, now: Instant, token: &Token) -> Option<PageGrant> {
         self.grants.retain(|grant| grant.expires > now);
         let grant = self.take(token)?;
-        Some(Redeemed {
+        Some(PageGrant {
             grant: grant.grant,
             target: self.target(grant.target)?,
             scope: grant.scope,

@@ -7,8 +7,6 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use kvmmem_proto::message::{Call, Request};
 use kvmmem_proto::packet::{PacketSocket, Wait};
 
-use super::Shared;
-
 /// From so many on, calls that only tell counters are left out.
 const LONG: usize = 1024;
 
@@ -66,22 +64,5 @@ impl Outbox {
 
     fn calls(&self) -> MutexGuard<'_, VecDeque<Call>> {
         self.calls.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl Shared {
-    /// Confirms that nothing of this VM reaches memory by a grant any more.
-    pub(super) fn revoked(&self, grant: u64) {
-        self.outbox.push(Call::RevokedDone { grant });
-        self.flush();
-    }
-
-    /// Sends the calls that wait; what the broker does not take now, the reader's thread tries
-    /// again.
-    pub(super) fn flush(&self) {
-        let socket = self.lock().socket.clone();
-        if let Some(socket) = socket {
-            self.outbox.flush(&socket, None);
-        }
     }
 }

@@ -12,8 +12,9 @@ use kvmmem_proto::message::{Answer, Call, Change, FromBroker, Refusal, Request, 
 use kvmmem_proto::packet::{PacketBuffer, PacketError, PacketSocket};
 use rustix::io::Errno;
 
+use super::state::{Shared, State};
+use super::target::Target;
 use super::views::Views;
-use super::{Shared, State, Target};
 
 /// How long after a token's use the broker is told of it, at most; and how soon it is tried again.
 const TELL_AFTER: Duration = Duration::from_millis(20);
@@ -100,7 +101,7 @@ pub(super) fn run(shared: &Shared, mut connection: Connection) {
             ),
         }
         drop(connection);
-        let losing = |state: &mut State| !state.stopped && state.events.is_losing();
+        let losing = |state: &mut State| !state.stopped && state.events.is_losing;
         drop(
             shared
                 .changed
@@ -194,8 +195,8 @@ fn complete(map: &MemoryMap, files: Arc<[OwnedFd]>) -> Result<Arc<[OwnedFd]>, Cl
     if found < needed { Err(ClientError::Files { found, needed }) } else { Ok(files) }
 }
 
-/// Hands an answer to whoever asked. A view that nobody waits for any more, or whose grant was
-/// taken back meanwhile, is closed at once.
+/// Hands an answer to the caller that asked. A view that no caller waits for any more, or whose
+/// grant was revoked meanwhile, is closed at once.
 fn answered(state: &mut State, id: u64, mut answer: Result<Answer, Refusal>) -> Option<Call> {
     state.views.end_request(id);
     let mut closed = None;
@@ -205,7 +206,7 @@ fn answered(state: &mut State, id: u64, mut answer: Result<Answer, Refusal>) -> 
         answer = Err(Refusal::Unknown);
         closed = Some(Call::Detached { view, counters: ViewCounters::default() });
     }
-    // Whoever asked may have given up; then nobody takes the answer.
+    // A caller that has given up has removed its entry.
     if let Some(waiting) = state.waiting.get_mut(&id) {
         *waiting = Some(answer);
     }

@@ -1,16 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What the broker sends: answers, refusals and pushes.
 
-use std::fmt;
-
 use kvmmem_kvmi::token::Token;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use super::{
-    Cursor, Evidence, GrantInfo, KvmiPolicy, Region, Revoked, TargetInfo, VcpuQuestion,
-    VcpuRegisters, token_text,
-};
+use super::grant::{Cursor, GrantInfo, KvmiPolicy, NewGrant, RevokeReport};
+use super::registers::{VcpuQuestion, VcpuRegisters};
+use super::token_text;
+use super::vm::{NewIntrospector, NewTarget, TargetInfo};
+use crate::map::Region;
 use crate::scope::Scope;
 
 /// What the broker sends.
@@ -56,7 +55,7 @@ pub enum FromBroker {
         /// Where its RAM is.
         regions: Vec<Region>,
     },
-    /// Push: a token of which this connection's VM is the only holder.
+    /// Push: a token whose only holder is this connection's VM.
     Granted {
         /// The token.
         #[serde(with = "token_text")]
@@ -70,9 +69,8 @@ pub enum FromBroker {
         /// How long the token lives, milliseconds.
         expires_in_ms: u64,
     },
-    /// Push: a grant that this connection has used, or has a token of, was taken back. To be
-    /// confirmed by [`super::Call::RevokedDone`] once nothing reaches the target's memory by
-    /// it.
+    /// Push: a grant that this connection has used, or has a token of, was revoked. To be confirmed
+    /// by [`super::Call::RevokedDone`] once nothing reaches the target's memory by it.
     Revoke {
         /// Number of the grant.
         grant: u64,
@@ -154,51 +152,27 @@ pub enum Answer {
     /// The channel for copies is open: this end of its socket comes with it.
     CopiesOpened,
     /// The grant is made.
-    Granted {
-        /// Its number.
-        grant: u64,
-        /// Its token.
-        #[serde(with = "token_text")]
-        token: Token,
-    },
+    Granted(NewGrant),
     /// A page of grants.
     Grants {
-        /// The grants, by ascending number. One with many views goes on in the next page, with
-        /// other views.
+        /// The grants, by ascending number. One with many views continues in the next page,
+        /// with other views.
         grants: Vec<GrantInfo>,
         /// Where the next page starts, if there is one.
         next: Option<Cursor>,
     },
-    /// The grant is taken back.
-    Revoked(Revoked),
+    /// The grant is revoked.
+    Revoked(RevokeReport),
     /// What tokens allow that KVMI makes for a target.
     Policy {
         /// The policy in force.
         policy: KvmiPolicy,
     },
     /// The VM is attached and registered.
-    Added {
-        /// The VM.
-        target: TargetInfo,
-        /// Where its RAM is.
-        regions: Vec<Region>,
-        /// How that became known.
-        evidence: Evidence,
-        /// Where its memory can only be copied: why, and what helps.
-        #[serde(default)]
-        copied: Option<String>,
-    },
+    Added(NewTarget),
     /// The VM is an introspector now.
-    IntrospectorAdded {
-        /// The VM.
-        target: TargetInfo,
-        /// How many PCI slots there are for views.
-        places: u32,
-        /// Whether this QEMU shows parts of files (`offset` of its memory backends): where it does
-        /// not, a view shows all of a target's RAM or nothing.
-        has_offset: bool,
-    },
-    /// How much room an introspector has for views.
+    IntrospectorAdded(NewIntrospector),
+    /// How many PCI slots an introspector has for views.
     FreeSlots {
         /// PCI slots that are free.
         free: u32,
@@ -250,19 +224,4 @@ pub enum Refusal {
     /// It is not possible with this target: its RAM is private to its VMM and cannot be mapped, or
     /// its VMM cannot be asked.
     Unsupported,
-}
-
-impl fmt::Display for Refusal {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Malformed => "malformed",
-            Self::Invalid => "invalid",
-            Self::Exists => "exists",
-            Self::Unknown => "unknown",
-            Self::Denied => "denied",
-            Self::Limit => "limit",
-            Self::Busy => "busy",
-            Self::Unsupported => "unsupported",
-        })
-    }
 }

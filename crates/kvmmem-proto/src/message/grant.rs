@@ -4,9 +4,11 @@
 use std::fmt;
 use std::time::Duration;
 
+use kvmmem_kvmi::token::Token;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+use super::token_text;
 use crate::name::is_unprintable;
 use crate::scope::{Rights, Scope, Span};
 
@@ -44,6 +46,16 @@ impl GrantRequest {
     }
 }
 
+/// A grant that was made.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct NewGrant {
+    /// Its number, by which it is listed and revoked.
+    pub grant: u64,
+    /// Its token. Nothing shows it again.
+    #[serde(with = "token_text")]
+    pub token: Token,
+}
+
 /// A grant, as a list shows it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GrantInfo {
@@ -77,7 +89,7 @@ pub struct GrantInfo {
 pub enum Origin {
     /// A tool, by KVMI's GET_MAP_TOKEN.
     Kvmi,
-    /// Somebody on the host.
+    /// A user of the host.
     Operator,
 }
 
@@ -91,7 +103,7 @@ pub enum GrantState {
     Spent,
     /// Its time is over.
     Expired,
-    /// It was taken back, and with it what it had opened.
+    /// It was revoked, and its views were closed.
     Revoked,
 }
 
@@ -149,9 +161,9 @@ pub struct ViewCounters {
     pub refused_writes: u64,
 }
 
-/// The outcome of taking a grant back.
+/// The outcome of revoking a grant.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Revoked {
+pub struct RevokeReport {
     /// Views that were open.
     pub views: u32,
     /// VMMs and processes of the host that use the grant and have not confirmed in time that they

@@ -65,7 +65,7 @@ pub enum VcpuQuestion {
     /// Stop the vCPUs. They run again with [`VcpuQuestion::Resume`], when the connection ends, and
     /// 15 s after the last of these from the same holder. Answer: [`VcpuAnswer::Paused`].
     Pause {
-        /// Who needs them stopped. They run once nobody does.
+        /// Who needs them stopped. They run once no holder does.
         holder: u64,
         /// Whether the holder has not stopped them yet; if it has, they must not have run since.
         is_new: bool,

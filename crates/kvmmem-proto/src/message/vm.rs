@@ -6,8 +6,9 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use super::Region;
+use super::which::{Evidence, Which};
 use crate::endpoint::Endpoint;
+use crate::map::Region;
 
 /// What a VMM says of its VM.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -31,6 +32,23 @@ pub struct Registration {
     pub vcpu_questions: bool,
     /// Where its RAM is; empty unless introspectable.
     pub regions: Vec<Region>,
+}
+
+impl Registration {
+    /// A VM with one vCPU that others may look at.
+    pub fn target(name: impl Into<String>, uuid: Uuid, regions: Vec<Region>) -> Self {
+        Self {
+            name: name.into(),
+            uuid,
+            vcpus: 1,
+            start_time_ms: 0,
+            cid: None,
+            introspectable: true,
+            introspector: false,
+            vcpu_questions: false,
+            regions,
+        }
+    }
 }
 
 /// A registered VM, as a list shows it.
@@ -60,12 +78,50 @@ pub struct TargetInfo {
     pub hooks: Vec<HookInfo>,
 }
 
-/// What to do with an introspector under a stock QEMU whose guest does not let go of memory that
-/// was taken back.
+/// A VM that was attached as it ran.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct NewTarget {
+    /// The VM.
+    pub target: TargetInfo,
+    /// Where its RAM is.
+    pub regions: Vec<Region>,
+    /// How that became known.
+    pub evidence: Evidence,
+    /// Where its memory can only be copied: why, and what helps.
+    pub copied: Option<String>,
+}
+
+/// A VM under a stock QEMU that is to be an introspector.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct IntrospectorRequest {
+    /// Which VM.
+    pub which: Which,
+    /// Its vsock context id, where QEMU does not say.
+    pub cid: Option<u32>,
+    /// What to call it; otherwise as QEMU does.
+    pub name: Option<String>,
+    /// What to do where its guest does not release memory.
+    pub on_silence: OnSilence,
+}
+
+/// An introspector that was added.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct NewIntrospector {
+    /// The VM.
+    pub target: TargetInfo,
+    /// How many PCI slots there are for views.
+    pub places: u32,
+    /// Whether this QEMU shows parts of files (`offset` of its memory backends): where it does
+    /// not, a view shows all of a target's RAM or nothing.
+    pub has_offset: bool,
+}
+
+/// What to do with an introspector under a stock QEMU whose guest does not release memory of a
+/// revoked grant.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum OnSilence {
-    /// Say so, and go on trying.
+    /// Report it, and keep trying.
     #[default]
     Report,
     /// Stop its vCPUs, too.

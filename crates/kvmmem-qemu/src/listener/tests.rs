@@ -8,11 +8,11 @@ use std::sync::{Mutex, MutexGuard, mpsc};
 
 use serde_json::{Value, json};
 
-use super::super::questions::AskError;
-use super::thread::Listening;
 use super::*;
 use crate::monitor::tests::threads;
+use crate::qmp::QmpError;
 use crate::qmp::tests::GREETING;
+use crate::questions::{AskError, Questions};
 
 type Job = Box<dyn FnOnce() + Send>;
 
@@ -83,7 +83,7 @@ impl Fake {
         let path = self.path.clone();
         let find = move || Qmp::connect(&path).ok();
         let monitor = Monitor::new(self.path.clone(), None);
-        Listening::start(monitor, find, |_, _| Next::Listen, silence, run).unwrap()
+        Listening::start(monitor, find, |_, _| Next::Listen, silence, run)
     }
 
     #[track_caller]
@@ -152,6 +152,44 @@ fn retry<T>(ask: impl Fn() -> Result<T, AskError>) -> Result<T, AskError> {
             }
             answer => return answer,
         }
+    }
+}
+
+/// A listener that a thread steps until it is over. Dropping it closes the listener.
+#[derive(Debug)]
+struct Listening {
+    listener: Arc<Listener>,
+    questions: Questions,
+}
+
+impl Listening {
+    /// As [`Listener::new`].
+    fn start(
+        monitor: Arc<Monitor>,
+        find: impl Fn() -> Option<Qmp> + Send + Sync + 'static,
+        tell: impl FnMut(&mut Qmp, VmEvent) -> Next + Send + 'static,
+        silence: Duration,
+        run: Arc<Run>,
+    ) -> Self {
+        let listener = Listener::new(monitor, find, tell, silence, run, || {});
+        let stepped = Arc::clone(&listener);
+        std::thread::spawn(move || {
+            while stepped.step().is_some() {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        });
+        let questions = Questions::new(Arc::clone(&listener) as _);
+        Self { listener, questions }
+    }
+
+    fn questions(&self) -> &Questions {
+        &self.questions
+    }
+}
+
+impl Drop for Listening {
+    fn drop(&mut self) {
+        self.listener.close();
     }
 }
 
@@ -325,11 +363,11 @@ fn memory_that_is_plugged_in_before_the_first_question_or_after_it_is_noticed() 
         size(1),
     ]);
     let qmp = Qmp::connect(&path).unwrap();
-    let (told, news) = mpsc::channel();
-    let tell = move |_: &mut Qmp, news| told.send(news).map_or(Next::Stop, |()| Next::Listen);
+    let (told, events) = mpsc::channel();
+    let tell = move |_: &mut Qmp, event| told.send(event).map_or(Next::Stop, |()| Next::Listen);
     let monitor = Monitor::new(path, Some(qmp));
-    let _listening = Listening::start(monitor, || None, tell, PATIENCE, threads()).unwrap();
+    let _listening = Listening::start(monitor, || None, tell, PATIENCE, threads());
     for _ in 0..2 {
-        assert_eq!(news.recv_timeout(Duration::from_secs(60)), Ok(News::Memory));
+        assert_eq!(events.recv_timeout(Duration::from_secs(60)), Ok(VmEvent::Memory));
     }
 }

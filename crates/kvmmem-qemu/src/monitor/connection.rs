@@ -10,12 +10,12 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use crate::process::FileId;
+use crate::file_id::FileId;
 use crate::qmp::line::{LineError, Lines};
 use crate::qmp::message::Message;
 use crate::qmp::{LIMIT, MAX_EVENTS, Qmp, QmpError, QmpEvent};
 
-/// How long a step reads: whoever steps has others to step.
+/// How long a step reads: the thread has other monitors to step.
 const TURN: Duration = Duration::from_millis(2);
 
 /// Gets the answer to a command.
@@ -101,7 +101,7 @@ impl Connection {
     pub(super) fn put(&mut self, command: Command) {
         self.waiting.push_back(command);
         if self.under_way.is_none() && self.send_next().is_err() {
-            super::shut_down(self.stream());
+            shut_down(self.stream());
         }
     }
 
@@ -138,7 +138,7 @@ impl Connection {
 
     /// Fails all commands: the one under way with the reason, and those that were not sent.
     pub(super) fn fail(&mut self, error: QmpError, path: &Path, outputs: &mut Vec<Output>) {
-        super::shut_down(self.stream());
+        shut_down(self.stream());
         if let Some(under_way) = self.under_way.take() {
             outputs.push(Output::Answer(under_way.reply, Err(error)));
         }
@@ -181,6 +181,12 @@ impl Connection {
         self.under_way = Some(UnderWay { name, deadline: now + LIMIT, others: 0, reply });
         self.lines.send(text.as_bytes(), fd.as_ref().map(AsFd::as_fd), now)
     }
+}
+
+/// Ends a connection; the next step reads its end.
+pub(super) fn shut_down(socket: &OwnedFd) {
+    // It fails only where QEMU was faster.
+    let _ = rustix::net::shutdown(socket, rustix::net::Shutdown::Both);
 }
 
 impl fmt::Debug for Connection {

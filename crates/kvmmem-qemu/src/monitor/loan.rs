@@ -8,23 +8,23 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-use super::connection::Command;
-use super::{Monitor, shut_down};
-use crate::qmp::{LIMIT, QmpError, Shared};
+use super::Monitor;
+use super::connection::{Command, shut_down};
+use crate::qmp::{LIMIT, Qmp, QmpError, SharedConnection};
 
 /// How long a command may wait for those before it.
 const QUEUE_LIMIT: Duration = Duration::from_secs(20);
 
 /// One connection of a monitor's, lent.
 #[derive(Debug)]
-pub(super) struct Loan {
-    pub(super) monitor: Arc<Monitor>,
-    pub(super) stream: Arc<OwnedFd>,
+struct Loan {
+    monitor: Arc<Monitor>,
+    stream: Arc<OwnedFd>,
     /// How many connections were lost before this one.
-    pub(super) losses: u64,
+    losses: u64,
 }
 
-impl Shared for Loan {
+impl SharedConnection for Loan {
     fn execute(
         &self,
         command: &'static str,
@@ -66,5 +66,20 @@ impl Shared for Loan {
 
     fn socket(&self) -> BorrowedFd<'_> {
         self.stream.as_fd()
+    }
+}
+
+impl Monitor {
+    /// The connection as it is now, for commands whose answers are waited for; they fail once it is
+    /// lost.
+    ///
+    /// # Errors
+    /// [`QmpError::Down`] where there is none.
+    pub fn lend(self: &Arc<Self>) -> Result<Qmp, QmpError> {
+        let state = self.state();
+        let connection = state.connection.as_ref().ok_or_else(|| self.down())?;
+        let (stream, losses) = (Arc::clone(connection.stream()), state.counts.losses);
+        let loan = Loan { monitor: Arc::clone(self), stream, losses };
+        Ok(Qmp::over(self.path.clone(), Box::new(loan)))
     }
 }

@@ -7,6 +7,7 @@ use std::sync::mpsc;
 use serde_json::json;
 
 use super::*;
+use crate::monitors::Monitors;
 use crate::qmp::MAX_EVENTS;
 use crate::qmp::tests::{GREETING, flooded, serve};
 
@@ -129,7 +130,7 @@ fn a_command_that_is_not_answered_costs_the_connection_and_a_new_one_is_made() {
     let qmp = Qmp::connect(&path).unwrap();
     let (monitor, ear) = monitor(Some(qmp), move || Qmp::connect(&second).ok());
     let mut lent = monitor.lend().unwrap();
-    // Nobody else steps: who waits does it when the command is due.
+    // No other thread steps: the one that waits does when the command is due.
     assert!(matches!(lent.status(), Err(QmpError::Silent(_))));
     step_until(&monitor, || lock(&ear.others).len() == 2);
     let heard: Vec<MonitorEvent> =
@@ -160,7 +161,7 @@ fn two_users_have_one_connection_which_ends_with_the_last_of_them() {
     let monitor = monitors.of(&path, Some(monitors.connect(&path).unwrap()));
     let [ear, other] = [(); 2].map(|()| Arc::new(Ear::default()));
     for ear in [&ear, &other] {
-        // Whoever comes later has the same connection.
+        // A later user has the same connection.
         let lent = monitors.connect(&path).unwrap();
         assert!(Arc::ptr_eq(&monitors.of(&path, Some(lent)), &monitor));
         monitor.subscribe(subscriber(ear), || None, Duration::from_secs(1), threads());

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 /// Why QEMU gave no answer.
 #[derive(Debug, thiserror::Error)]
 pub enum QmpError {
-    /// Nobody listens.
+    /// No process listens, or the path cannot be looked up.
     #[error("cannot connect to the QMP socket {path}")]
     Connect {
         /// The socket.

@@ -47,50 +47,32 @@ pub struct MemoryDeviceData {
 
 impl Qmp {
     /// The memory backends.
-    ///
-    /// # Errors
-    /// [`QmpError`].
     pub fn memory_backends(&mut self) -> Result<Vec<MemoryBackend>, QmpError> {
         self.ask("query-memdev", json!({}))
     }
 
     /// How much RAM there is.
-    ///
-    /// # Errors
-    /// [`QmpError`].
     pub fn memory_size(&mut self) -> Result<MemorySize, QmpError> {
         self.ask("query-memory-size-summary", json!({}))
     }
 
     /// Number of vCPUs.
-    ///
-    /// # Errors
-    /// [`QmpError`].
     pub fn vcpus(&mut self) -> Result<u32, QmpError> {
         let vcpus: Vec<Value> = self.ask("query-cpus-fast", json!({}))?;
         u32::try_from(vcpus.len()).map_err(|_| self.garbage("query-cpus-fast"))
     }
 
     /// The text of `info mtree -f`.
-    ///
-    /// # Errors
-    /// [`QmpError`].
     pub fn memory_tree(&mut self) -> Result<String, QmpError> {
         self.ask("human-monitor-command", json!({ "command-line": "info mtree -f" }))
     }
 
     /// The devices that bring memory.
-    ///
-    /// # Errors
-    /// [`QmpError`].
     pub fn memory_devices(&mut self) -> Result<Vec<MemoryDevice>, QmpError> {
         self.ask("query-memory-devices", json!({}))
     }
 
     /// Where the memory at a guest-physical address is in QEMU's own address space.
-    ///
-    /// # Errors
-    /// [`QmpError`].
     pub fn host_address(&mut self, gpa: u64) -> Result<u64, QmpError> {
         const COMMAND: &str = "human-monitor-command";
         let line = format!("gpa2hva {gpa:#x}");

@@ -30,9 +30,6 @@ struct Vcpu {
 impl Qmp {
     /// The registers of at most `count` vCPUs from the `first` one on, and whether there are more.
     /// A vCPU that runs is stopped for a moment for it, each at a moment of its own.
-    ///
-    /// # Errors
-    /// [`QmpError`].
     pub fn registers(
         &mut self,
         first: usize,

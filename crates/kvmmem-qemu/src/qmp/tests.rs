@@ -6,6 +6,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::thread::JoinHandle;
 
 use super::line::{LineError, Lines, MAX_RECEIVED};
+use super::questions::MemoryBackend;
 use super::*;
 
 pub(crate) const GREETING: &str = "{\"QMP\":{\"version\":{},\"capabilities\":[]}}\n";
@@ -114,6 +115,6 @@ fn a_full_queue_of_connections_is_a_socket_that_another_client_uses() {
     // The standard library listens with the longest queue; QEMU's is of one connection.
     rustix::net::listen(&listener, 0).unwrap();
     let _other = UnixStream::connect(&path).unwrap();
-    let error = Qmp::converse(&path).unwrap_err();
+    let error = Qmp::connect(&path).unwrap_err();
     assert!(matches!(error, QmpError::Silent(_)), "{error:?}");
 }

@@ -66,9 +66,6 @@ struct Item {
 
 impl Machine {
     /// Asks a QEMU.
-    ///
-    /// # Errors
-    /// [`MachineError`].
     pub fn of(qmp: &mut Qmp) -> Result<Self, MachineError> {
         let arguments = json!({ "typename": "ivshmem-plain" });
         match qmp.execute("device-list-properties", arguments) {
@@ -96,18 +93,12 @@ impl Machine {
 }
 
 /// The slots for views.
-///
-/// # Errors
-/// [`MachineError`].
 pub fn slots(qmp: &mut Qmp) -> Result<PciSlots, MachineError> {
     let answer = qmp.execute("query-pci", json!({}))?;
     pci_slots::find(answer).ok_or(MachineError::Answer("query-pci"))
 }
 
 /// What an earlier broker has left of its views; `None` where nothing is left.
-///
-/// # Errors
-/// [`MachineError`].
 pub fn left_over(qmp: &mut Qmp) -> Result<Option<Plug>, MachineError> {
     let mut ids = |path: &str, kind: &str| -> Result<Vec<String>, MachineError> {
         let is_ours = |item: &Item| item.name.starts_with(PREFIX) && item.kind == kind;

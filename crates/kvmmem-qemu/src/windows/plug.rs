@@ -151,9 +151,6 @@ impl Plug {
 
 /// Plugs a view in, which `plug` records; `goes_on` is asked before each step. What is there after
 /// an error is the caller's to undo.
-///
-/// # Errors
-/// [`QmpError`].
 pub fn plug_in(
     plug: &Mutex<Plug>,
     qmp: &mut Qmp,

@@ -76,7 +76,7 @@ impl TokenSource for VmmLink {
         caller: &Caller,
         read_only: bool,
     ) -> Result<Attached, KvmError> {
-        let vmm::Attached { view, grant, target, scope } =
+        let vmm::ViewGrant { view, grant, target, scope } =
             VmmLink::attach(self, token, caller, read_only).map_err(number)?;
         Ok(Attached { view, grant, target, scope })
     }

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use kvmmem_abi::errno::KvmError;
 use kvmmem_broker::Server;
-use kvmmem_client::admin::{Admin, GrantRequest, Granted};
+use kvmmem_client::admin::{Admin, GrantRequest, NewGrant};
 use kvmmem_client::vmm::{Region, Registration, Rights, Scope, VmmLink};
 use kvmmem_proto::map::MemoryMap;
 use kvmmem_sys::ram::GuestRam;
@@ -225,17 +225,11 @@ pub(crate) fn launch_with_broker<T>(
     let (stop, stopped) = UnixStream::pair().unwrap();
     let serving = std::thread::spawn(move || server.run(stopped.as_fd()));
 
-    let registration = Registration {
-        name: NAME.into(),
-        uuid: Uuid::from_bytes([7; 16]),
-        vcpus: 1,
-        start_time_ms: 0,
-        vcpu_questions: false,
-        cid: None,
-        introspectable: true,
-        introspector: false,
-        regions: vec![Region { gpa: 0, len: TARGET_BYTES, offset: 0, file: 0 }],
-    };
+    let registration = Registration::target(
+        NAME,
+        Uuid::from_bytes([7; 16]),
+        vec![Region { gpa: 0, len: TARGET_BYTES, offset: 0, file: 0 }],
+    );
     let ram = target.0.fd().try_clone_to_owned().unwrap();
     let link = VmmLink::connect(&socket, registration, Some(ram)).unwrap();
     let mut admin = Admin::connect(&socket).unwrap();
@@ -249,7 +243,7 @@ pub(crate) fn launch_with_broker<T>(
         holder: None,
         label: None,
     };
-    let Granted { grant, token } = admin.grant(&request).unwrap();
+    let NewGrant { grant, token } = admin.grant(&request).unwrap();
 
     let mut config = config(&make(token.words()), directory.path());
     config.broker = Some(socket);

@@ -195,15 +195,9 @@ pub(crate) fn report(name: &str, goal: f64, ours: &mut [u64], theirs: &mut [u64]
 }
 
 fn registration(name: &str, number: u8) -> Registration {
-    Registration {
-        name: name.into(),
-        uuid: Uuid::from_bytes([number; 16]),
-        vcpus: 1,
-        start_time_ms: 0,
-        vcpu_questions: false,
-        cid: None,
-        introspectable: true,
-        introspector: false,
-        regions: vec![Region { gpa: 0, len: RAM, offset: 0, file: 0 }],
-    }
+    Registration::target(
+        name,
+        Uuid::from_bytes([number; 16]),
+        vec![Region { gpa: 0, len: RAM, offset: 0, file: 0 }],
+    )
 }

@@ -13,7 +13,7 @@ use kvmmem_kvmi::token::Token;
 use kvmmem_proto::guest::{self, FrameError};
 use kvmmem_proto::guest::{FromTool, GUEST_PORT, ToTool};
 use kvmmem_proto::message::{Caller, Refusal};
-use kvmmem_proto::timed::Timed;
+use kvmmem_proto::timed::TimedSocket;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use vsock::{VMADDR_CID_HOST, VsockStream};
@@ -146,7 +146,7 @@ fn wait_for_refusal(
     port: u32,
     patience: Duration,
 ) -> Result<(), GuestEndpointError> {
-    match guest::read(&mut Timed::new(socket, Instant::now() + patience)) {
+    match guest::read(&mut TimedSocket::new(socket, Instant::now() + patience)) {
         Err(FrameError::Read(error)) if error.kind() == io::ErrorKind::TimedOut => Ok(()),
         Err(source) => Err(GuestEndpointError::Answer { port, source: Some(source) }),
         Ok(Some(ToTool::Refused { refusal, message })) => {
@@ -176,7 +176,7 @@ fn ask(
     token: &Token,
     read_only: bool,
 ) -> Result<Token, GuestEndpointError> {
-    let mut timed = Timed::new(socket, Instant::now() + LIMIT);
+    let mut timed = TimedSocket::new(socket, Instant::now() + LIMIT);
     let question =
         FromTool::Open { token: token.clone(), read_only, caller: Caller::this_process() };
     // Who is refused at once may be so before this is sent; the answer tells.

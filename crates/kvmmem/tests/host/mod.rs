@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use kvmmem::{Access, Token, View, ViewError};
 use kvmmem_broker::Server;
-use kvmmem_client::admin::{Admin, GrantRequest, Granted, Rights, Span};
+use kvmmem_client::admin::{Admin, GrantRequest, NewGrant, Rights, Span};
 use kvmmem_client::vmm::{Region, Registration, VmmLink};
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
 use uuid::Uuid;
@@ -54,15 +54,8 @@ impl Host {
             }
         }
         let registration = Registration {
-            name: "target".into(),
-            uuid: Uuid::from_bytes([7; 16]),
-            vcpus: 1,
             start_time_ms: 1_700_000_000_000,
-            vcpu_questions: false,
-            cid: None,
-            introspectable: true,
-            introspector: false,
-            regions: REGIONS.to_vec(),
+            ..Registration::target("target", Uuid::from_bytes([7; 16]), REGIONS.to_vec())
         };
         let fd = ram.try_clone().unwrap().into();
         let target = VmmLink::connect(&socket, registration, Some(fd)).unwrap();
@@ -80,7 +73,7 @@ impl Host {
         Admin::connect(&self.socket).unwrap()
     }
 
-    pub(crate) fn grant(&self, rights: Rights, spans: Option<Vec<Span>>) -> Granted {
+    pub(crate) fn grant(&self, rights: Rights, spans: Option<Vec<Span>>) -> NewGrant {
         self.grant_to(rights, spans, None)
     }
 
@@ -89,7 +82,7 @@ impl Host {
         rights: Rights,
         spans: Option<Vec<Span>>,
         holder: Option<Uuid>,
-    ) -> Granted {
+    ) -> NewGrant {
         let request = GrantRequest {
             target: "target".into(),
             spans,

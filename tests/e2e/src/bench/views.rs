@@ -182,17 +182,11 @@ impl Sparse {
             offset: ram.gpa,
             file: 0,
         };
-        let registration = Registration {
-            name: name.to_owned(),
-            uuid: Uuid::from_u128(u128::from(bytes)),
-            vcpus: 1,
-            start_time_ms: 0,
-            vcpu_questions: false,
-            cid: None,
-            introspectable: true,
-            introspector: false,
-            regions: ram.regions().into_iter().map(region).collect(),
-        };
+        let registration = Registration::target(
+            name,
+            Uuid::from_u128(u128::from(bytes)),
+            ram.regions().into_iter().map(region).collect(),
+        );
         let fd = ram.fd().try_clone_to_owned().context("cannot copy the RAM's descriptor")?;
         let link = VmmLink::connect(&world.socket(), registration, Some(fd))
             .with_context(|| format!("cannot register {name}"))?;

@@ -5,10 +5,9 @@ use std::sync::Arc;
 
 use kvmmem_kvmi::token::Token;
 use kvmmem_proto::endpoint::Endpoint;
-use kvmmem_proto::message::Which;
 use kvmmem_proto::message::{
-    Answer, Call, Caller, Change, Cursor, OnSilence, Refusal, Registration, VcpuAnswer,
-    ViewCounters,
+    Answer, Call, Caller, Change, Cursor, IntrospectorRequest, NewGrant, OnSilence, Refusal,
+    Registration, VcpuAnswer, ViewCounters, Which,
 };
 
 use super::Role;
@@ -47,12 +46,12 @@ fn calls() -> Vec<(Call, &'static str)> {
         (Call::AddTarget { which: Which::Pid(0), name: None }, "a---"),
         (Call::RemoveTarget { target: none() }, "a---"),
         (
-            Call::AddIntrospector {
+            Call::AddIntrospector(IntrospectorRequest {
                 which: Which::Pid(0),
                 cid: None,
                 name: None,
                 on_silence: OnSilence::Report,
-            },
+            }),
             "a---",
         ),
         (Call::RemoveIntrospector { name: none() }, "a---"),
@@ -112,7 +111,9 @@ fn connection(broker: &Arc<Service>, role: Role) -> Connection {
         Role::Administrator | Role::Operator => {}
         Role::Viewer => {
             let granted = connection.ask(Call::Grant(grant_request("tiger")), None);
-            let Ok(Answer::Granted { token, .. }) = granted else { panic!("{granted:?}") };
+            let Ok(Answer::Granted(NewGrant { token, .. })) = granted else {
+                panic!("{granted:?}")
+            };
             let caller = Caller { pid: 1, uid: 1, comm: "tool".into() };
             let attached = connection
                 .ask(Call::Attach { token, caller, read_only: true, reaching: vec![] }, None);

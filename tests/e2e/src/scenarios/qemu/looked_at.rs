@@ -2,7 +2,7 @@
 //! What an introspector under a stock QEMU looks at, and how it comes to that.
 
 use anyhow::{Context, Result};
-use kvmmem_client::admin::{GrantRequest, Granted};
+use kvmmem_client::admin::{GrantRequest, NewGrant};
 use kvmmem_proto::scope::Span;
 
 use crate::qemu::Spec;
@@ -48,7 +48,7 @@ impl LookedAt {
         world: &World,
         uses: u32,
         spans: Option<Vec<Span>>,
-    ) -> Result<Granted> {
+    ) -> Result<NewGrant> {
         let target = self.name.to_owned();
         world.grant_as(|usual| GrantRequest {
             target,
@@ -102,7 +102,7 @@ pub(super) fn add(world: &mut World, spec: &Spec, on_silence: &str) -> Result<se
 /// Opens a view in the VM; the slots of its connection and its device. A guest that gets little of
 /// the CPUs does not take the view up in the broker's time; then the tool tries again, as the
 /// refusal "busy" asks for, until the grant is used up.
-pub(super) fn open(tool: &mut Raw, grant: &Granted) -> Result<(String, String)> {
+pub(super) fn open(tool: &mut Raw, grant: &NewGrant) -> Result<(String, String)> {
     loop {
         match tool.open_view(&grant.token)? {
             Ok(slots) => return Ok(slots),

@@ -2,9 +2,9 @@
 //! The monitors that there are, by their sockets.
 
 use std::path::Path;
-use std::sync::{Arc, Mutex, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
-use super::{Monitor, lock};
+use crate::monitor::Monitor;
 use crate::qmp::{Qmp, QmpError};
 use crate::unix_socket;
 
@@ -14,16 +14,13 @@ pub struct Monitors(Mutex<Vec<Weak<Monitor>>>);
 
 impl Monitors {
     /// A QMP connection for a conversation: that of the monitor at this socket, or a new one.
-    ///
-    /// # Errors
-    /// [`QmpError`].
     pub fn connect(&self, path: &Path) -> Result<Qmp, QmpError> {
-        let has_path = |monitor: &Monitor| monitor.path == path;
+        let has_path = |monitor: &Monitor| monitor.path() == path;
         let monitor = match self.find(has_path) {
             Some(monitor) => Some(monitor),
             // Another name of the same socket, or none's.
             None => match unix_socket::file_id(path) {
-                Ok(file) => self.find(|monitor| monitor.state().file == Some(file)),
+                Ok(file) => self.find(|monitor| monitor.is_of(file)),
                 Err(source) => {
                     return Err(QmpError::Connect { path: path.to_owned(), source });
                 }
@@ -34,18 +31,22 @@ impl Monitors {
 
     /// The monitor at the path of a connection, which it takes over where it is new.
     pub fn of(&self, path: &Path, qmp: Option<Qmp>) -> Arc<Monitor> {
-        if let Some(monitor) = self.find(|monitor| monitor.path == path) {
+        if let Some(monitor) = self.find(|monitor| monitor.path() == path) {
             return monitor;
         }
         let monitor = Monitor::new(path.to_owned(), qmp);
-        lock(&self.0).push(Arc::downgrade(&monitor));
+        self.lock().push(Arc::downgrade(&monitor));
         monitor
     }
 
     fn find(&self, is_it: impl Fn(&Monitor) -> bool) -> Option<Arc<Monitor>> {
-        let mut monitors = lock(&self.0);
+        let mut monitors = self.lock();
         monitors.retain(|monitor| monitor.strong_count() > 0);
         let mut monitors = monitors.iter().filter_map(Weak::upgrade);
-        monitors.find(|monitor| is_it(monitor) && !monitor.state().is_stopped)
+        monitors.find(|monitor| is_it(monitor) && monitor.is_active())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<Weak<Monitor>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -1,0 +1,92 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! What a listener does about events, in jobs that may wait.
+
+use std::time::Instant;
+
+use super::{GATHER, Listener, Next, VmEvent, Work, lock};
+use crate::qmp::QmpError;
+
+impl Listener {
+    /// Has done what is to be done, unless that is under way; returns when to try again.
+    pub(super) fn work(&self) -> Option<Instant> {
+        let mut state = self.state();
+        if state.is_working || state.work == Work::default() {
+            return None;
+        }
+        let now = Instant::now();
+        if state.gather > now && !state.work.close {
+            return Some(state.gather);
+        }
+        let me = self.me.upgrade()?;
+        state.is_working = true;
+        drop(state);
+        if (self.run)(Box::new(move || me.work_once())).is_ok() {
+            return None;
+        }
+        self.state().is_working = false;
+        Some(now + GATHER)
+    }
+
+    fn work_once(&self) {
+        let work = std::mem::take(&mut self.state().work);
+        match self.carry_out(work) {
+            Ok(Next::Listen) => {}
+            Ok(Next::Stop) => return self.end(),
+            Ok(Next::Reconnect) => self.monitor.reconnect(),
+            Err(error) => {
+                tracing::debug!(%error, "QEMU does not answer");
+                // Where it is lost already this does nothing.
+                self.monitor.reconnect();
+            }
+        }
+        let mut state = self.state();
+        (state.is_working, state.gather) = (false, Instant::now() + GATHER);
+        drop(state);
+        (self.wake)();
+    }
+
+    fn carry_out(&self, work: Work) -> Result<Next, QmpError> {
+        if work.close {
+            return Ok(Next::Stop);
+        }
+        if work.lost {
+            self.holders().lost();
+        }
+        let events = [
+            work.reset.then_some(VmEvent::Reset),
+            (work.memory || work.found).then_some(VmEvent::Memory),
+            work.left.then_some(VmEvent::Left),
+        ];
+        if events.iter().all(Option::is_none) {
+            return Ok(Next::Listen);
+        }
+        let mut qmp = self.monitor.lend()?;
+        if work.found {
+            self.holders().reconnected(&mut qmp);
+            // Before the layout, so that memory which is plugged in between is noticed later.
+            let memory = qmp.memory_size()?;
+            self.state().memory = Some(memory);
+        }
+        let mut tell = lock(&self.tell);
+        for event in events.into_iter().flatten() {
+            match tell(&mut qmp, event) {
+                Next::Listen => {}
+                next => return Ok(next),
+            }
+        }
+        if work.found {
+            self.state().ask = Some(Instant::now());
+            (self.wake)();
+        }
+        Ok(Next::Listen)
+    }
+
+    fn end(&self) {
+        if let Ok(mut qmp) = self.monitor.lend() {
+            self.holders().end(&mut qmp);
+        }
+        self.monitor.unsubscribe(&self.subscriber());
+        self.state().is_over = true;
+        (self.wake)();
+    }
+}
