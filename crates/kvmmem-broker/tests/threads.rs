@@ -110,7 +110,8 @@ fn hooks_that_wait_have_no_thread() {
     assert_eq!(broker.state.hook_count(), 150);
     // Those that were needed meanwhile end. At most four at a time look for the tools of one user.
     wait_for("idle threads to end", || threads("session") <= 6);
-    assert_eq!(threads("reactor"), 1);
+    // That of the broker before may still be ending.
+    wait_for("one reactor", || threads("reactor") == 1);
     for session in &mut sessions {
         assert!(session.ask(Request::GetVersion).is_ok());
     }
