@@ -110,7 +110,7 @@ impl Service {
                 )
             } else {
                 "a VM under QEMU has that connection if it was added with `kvmmem target add --qmp SOCKET`, or is named \
-                 `--target qmp:SOCKET` where no broker runs; one of `kvmmem vm` answers if it was started by a kvmmem of this \
+                 `--target qmp:SOCKET` where no broker runs; a VM of `kvmmem vm` answers if it was started by a kvmmem of this \
                  version"
                     .to_owned()
             };
