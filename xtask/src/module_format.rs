@@ -16,7 +16,8 @@ pub(crate) fn check(kernel: &Path) -> Result<()> {
     for folder in [kernel, &kernel.join("sys")] {
         for entry in fs::read_dir(folder).with_context(|| folder.display().to_string())? {
             let path = entry?.path();
-            if path.extension().is_some_and(|extension| extension == "rs") && !is_formatted(&path)?
+            if path.extension().is_some_and(|extension| extension == "rs")
+                && !is_formatted(kernel, &path)?
             {
                 wrong.push(path.display().to_string());
             }
@@ -32,11 +33,11 @@ pub(crate) fn check(kernel: &Path) -> Result<()> {
     )
 }
 
-fn is_formatted(path: &Path) -> Result<bool> {
+fn is_formatted(kernel: &Path, path: &Path) -> Result<bool> {
     let name = || path.display().to_string();
     let file = File::open(path).with_context(name)?;
     let mut rustfmt = Command::new("rustfmt");
-    rustfmt.arg("--config-path").arg(path.parent().unwrap_or(path)).stdin(file);
+    rustfmt.arg("--config-path").arg(kernel).stdin(file);
     let output = rustfmt.output().context("rustfmt")?;
     if !output.status.success() {
         bail!("rustfmt fails on {}:\n{}", name(), String::from_utf8_lossy(&output.stderr));
