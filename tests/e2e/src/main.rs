@@ -12,6 +12,7 @@ mod qmp;
 mod raw;
 mod report;
 mod scenarios;
+mod sparse;
 mod test_bed;
 mod try_program;
 mod vm;

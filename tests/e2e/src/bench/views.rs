@@ -7,13 +7,11 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use kvmmem::Token;
 use kvmmem_client::admin::GrantRequest;
-use kvmmem_client::vmm::{Region, Registration, VmmLink};
 use kvmmem_guest::{Agent, Command};
 use kvmmem_probe::Samples;
-use kvmmem_sys::ram::GuestRam;
-use uuid::Uuid;
 
 use super::row::{Row, find};
+use crate::sparse::Sparse;
 use crate::test_bed::TestBed;
 use crate::world::{BENCH, PROBE, World};
 
@@ -165,31 +163,4 @@ fn scattered(world: &mut World) -> Result<Vec<Samples>> {
     let series = text.lines().map(|line| Ok(serde_json::from_str(line)?)).collect::<Result<_>>();
     world.unhook_port(port)?;
     series
-}
-
-/// A target without a guest: RAM of any size, hardly any of it allocated.
-struct Sparse {
-    name: &'static str,
-    _link: VmmLink,
-}
-
-impl Sparse {
-    fn register(world: &World, name: &'static str, bytes: u64) -> Result<Self> {
-        let ram = GuestRam::new(bytes)?;
-        let region = |ram: kvmmem_sys::ram::RamRegion| Region {
-            gpa: ram.gpa,
-            len: ram.len,
-            offset: ram.gpa,
-            file: 0,
-        };
-        let registration = Registration::target(
-            name,
-            Uuid::from_u128(u128::from(bytes)),
-            ram.regions().into_iter().map(region).collect(),
-        );
-        let fd = ram.fd().try_clone_to_owned().context("cannot copy the RAM's descriptor")?;
-        let link = VmmLink::connect(&world.socket(), registration, Some(fd))
-            .with_context(|| format!("cannot register {name}"))?;
-        Ok(Self { name, _link: link })
-    }
 }

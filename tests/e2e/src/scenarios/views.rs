@@ -6,6 +6,7 @@ pub(crate) mod answers;
 mod ends;
 mod grants;
 mod hostile;
+mod memory_limit;
 mod regions;
 mod tools;
 mod use_it;
@@ -76,6 +77,11 @@ pub(crate) const ALL: &[Scenario] = &[
         name: "views_revoke",
         purpose: "a grant is revoked under a process that reads",
         run: ends::revoke,
+    },
+    Scenario {
+        name: "views_memory_limit",
+        purpose: "a limit on the introspector bounds what its reads of untouched memory allocate",
+        run: memory_limit::memory_limit,
     },
     Scenario {
         name: "views_process_death",
