@@ -166,6 +166,8 @@ enum Bench {
     Views,
     /// Views in introspectors under stock QEMUs
     Qemu,
+    /// VM exits of each operation
+    Exits,
     /// The broker with 1,000 targets and 10,000 grants; needs no VM
     Broker,
     /// Searches of a target's memory; needs no VM
@@ -224,6 +226,9 @@ fn run(verb: Verb) -> Result<i32> {
         }
         Verb::Bench { what: Bench::Qemu, json, .. } => {
             on_host(ProgramSet::All, &verbs::bench("qemu", json))
+        }
+        Verb::Bench { what: Bench::Exits, json, .. } => {
+            on_host(ProgramSet::All, &verbs::bench("exits", json))
         }
         Verb::Bench { what: Bench::Broker, json, .. } => {
             print!("{}", verbs::bench_here("kvmmem-broker", "crowd", json)?);

@@ -4,12 +4,14 @@
  *
  *   kvmmem-bench memory GPA LEN ROUNDS T0 T1 T2 T3     loads and first touches in LEN bytes, a multiple of 2 MiB
  *   kvmmem-bench attach GPA LEN ROUNDS T0 T1 T2 T3     ATTACH and DETACH, LEN bytes touched in between
+ *   kvmmem-bench exits GPA LEN ROUNDS T0 T1 T2 T3      ROUNDS operations of each kind, for the host to count
  *
  * Prints one JSON object a line: {"name": ..., "nanos": [...]}. What is compared is taken in turns, so that a
  * disturbance meets both.
  */
 #define _GNU_SOURCE
 #include <fcntl.h>
+#include <poll.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -183,13 +185,78 @@ static void attaching(uint64_t gpa, uint64_t length, int rounds)
 	say("detach", detached, rounds);
 }
 
+/* Says what comes next and how often, and waits for a line: the host counts from there to the next one. */
+static void phase(const char *name, uint64_t count)
+{
+	printf("{\"phase\":\"%s\",\"operations\":%llu}\n", name, (unsigned long long)count);
+	fflush(stdout);
+	if (fgetc(stdin) != '\n')
+		fail("no answer");
+}
+
+static void exits(uint64_t gpa, uint64_t length, int rounds)
+{
+	static int views[MOST];
+	struct kvmi_mem_map page = { .token = request.token, .gpa = gpa };
+	char *own = mmap(NULL, rounds * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	int fd = open("/dev/kvmmem", O_RDWR | O_CLOEXEC);
+	struct pollfd poller = { .events = POLLPRI };
+	char *view;
+
+	if (own == MAP_FAILED || fd < 0)
+		fail("own memory");
+	memset(own, 1, rounds * PAGE);
+	phase("nothing", 1);
+	phase("v1: map", rounds);
+	for (int i = 0; i < rounds; i++) {
+		page.gva = (uintptr_t)(own + i * PAGE);
+		if (ioctl(fd, KVM_INTRO_MEM_MAP, &page) < 0)
+			fail("map");
+	}
+	phase("v1: first touch", rounds);
+	touch(own, rounds * PAGE, PAGE, 0);
+	phase("v1: touch again", rounds);
+	touch(own, rounds * PAGE, PAGE, 0);
+	phase("v1: unmap", rounds);
+	for (int i = 0; i < rounds; i++) {
+		if (ioctl(fd, KVM_INTRO_MEM_UNMAP, (uintptr_t)(own + i * PAGE)) < 0)
+			fail("unmap");
+	}
+	close(fd);
+	phase("view: attach", rounds);
+	for (int i = 0; i < rounds; i++)
+		views[i] = attach();
+	view = map(views[0], gpa, length, PROT_READ);
+	if (madvise(view, length, MADV_NOHUGEPAGE) < 0)
+		fail("madvise");
+	phase("view: first touch, by 4 KiB", length / PAGE);
+	touch(view, length, PAGE, 0);
+	phase("view: touch again, by 4 KiB", length / PAGE);
+	touch(view, length, PAGE, 0);
+	munmap(view, length);
+	view = map(views[1], gpa, length, PROT_READ);
+	phase("view: first touch, by 2 MiB", length / LARGE_PAGE);
+	touch(view, length, LARGE_PAGE, 0);
+	munmap(view, length);
+	phase("view: detach", rounds - 1);
+	for (int i = 1; i < rounds; i++)
+		close(views[i]);
+	poller.fd = views[0];
+	phase("view: revoke", 1);
+	do {
+		if (poll(&poller, 1, 60000) <= 0)
+			fail("poll");
+	} while (!(poller.revents & POLLHUP));
+	phase("", 0);
+}
+
 int main(int argc, char **argv)
 {
 	uint64_t words[3];
 	int rounds;
 
 	if (argc != 9) {
-		fprintf(stderr, "usage: %s memory|attach GPA LEN ROUNDS T0 T1 T2 T3\n", argv[0]);
+		fprintf(stderr, "usage: %s memory|attach|exits GPA LEN ROUNDS T0 T1 T2 T3\n", argv[0]);
 		return 2;
 	}
 	for (int i = 0; i < 3; i++)
@@ -199,6 +266,8 @@ int main(int argc, char **argv)
 	rounds = words[2] < MOST ? words[2] : MOST;
 	if (!strcmp(argv[1], "memory"))
 		memory(words[0], words[1], rounds);
+	else if (!strcmp(argv[1], "exits"))
+		exits(words[0], words[1], rounds);
 	else
 		attaching(words[0], words[1], rounds);
 	return sink == 1;

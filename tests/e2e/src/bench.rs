@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! `cargo xtask bench`: ratios to a floor or a peer, both taken in one run on one host.
+//! `cargo xtask bench`: ratios to a floor or a peer, both taken in one run on one host; and counts.
 
+mod exits;
 mod floor;
 mod qemu;
 mod row;
@@ -20,6 +21,8 @@ enum What {
     Views,
     /// Views in introspectors under stock QEMUs.
     Qemu,
+    /// VM exits of each operation.
+    Exits,
 }
 
 #[derive(Args)]
@@ -36,6 +39,10 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
         What::V1 => v1::rows()?,
         What::Views => views::rows()?,
         What::Qemu => qemu::rows()?,
+        What::Exits => {
+            exits::print(&exits::counts()?, arguments.json)?;
+            return Ok(0);
+        }
     };
     print(&rows, arguments.json)?;
     Ok(0)
