@@ -100,6 +100,11 @@ impl Attachment {
         slots::claim(&call.digest()).map(Self::Devices)
     }
 
+    /// Whether it was opened by a hypercall.
+    pub(crate) fn is_hypercall(&self) -> bool {
+        matches!(self, Self::Hypercall(_))
+    }
+
     /// Where this machine sees the descriptor's page, by which a hypercall's view is named to the
     /// host. `None` where it was unplugged.
     pub(crate) fn gpa(&self) -> Option<u64> {

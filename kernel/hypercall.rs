@@ -35,6 +35,13 @@ pub(crate) enum Transport {
 
 static TRANSPORT: SetOnce<Transport> = SetOnce::new();
 
+static GSI: SetOnce<u32> = SetOnce::new();
+
+/// The interrupt that the host raises when views' descriptors have changed, if it has one.
+pub(crate) fn gsi() -> Option<u32> {
+    GSI.copy()
+}
+
 /// The method chosen when the module was loaded; `EOPNOTSUPP` if the host has none.
 pub(crate) fn method() -> Result<Method> {
     METHOD.copy().ok_or(EOPNOTSUPP)
@@ -49,10 +56,10 @@ pub(crate) fn transport() -> Transport {
 /// `ENODEV` without a PCI bus.
 pub(crate) fn choose() -> Result {
     let offered = match knobs::method() {
-        Some(method) => Some((method, 0)),
+        Some(method) => Some((method, 0, None)),
         None => offered()?,
     };
-    let Some((method, features)) = offered else {
+    let Some((method, features, gsi)) = offered else {
         TRANSPORT.populate(Transport::Devices);
         pr_info!("this host serves no hypercalls (v1); it may show views as PCI devices\n");
         return Ok(());
@@ -65,6 +72,9 @@ pub(crate) fn choose() -> Result {
     };
     pr_info!("the host is called by {method} and offers {what}\n");
     METHOD.populate(method);
+    if let Some(gsi) = gsi {
+        GSI.populate(gsi);
+    }
     TRANSPORT.populate(transport);
     // A kernel before this one may have left pages replaced: started by kexec, this one takes them
     // for ordinary RAM.
@@ -104,8 +114,8 @@ pub(crate) fn close_pages() {
     }
 }
 
-/// The method and the feature bits; `None` if there is only a PCI bus.
-fn offered() -> Result<Option<(Method, u32)>> {
+/// The method, the feature bits and the GSI; `None` if there is only a PCI bus.
+fn offered() -> Result<Option<(Method, u32, Option<u32>)>> {
     let Some(offer) = Offer::read() else {
         if pci::has_bus() {
             return Ok(None);
@@ -120,13 +130,14 @@ fn offered() -> Result<Option<(Method, u32)>> {
         features,
         port,
         method,
+        gsi,
     } = offer;
     if method.is_none() {
         pr_err!(
             "the host offers neither vmcall nor a doorbell port (features {features:#x}, port {port:#x})\n"
         );
     }
-    Ok(Some((method.ok_or(ENODEV)?, features)))
+    Ok(Some((method.ok_or(ENODEV)?, features, gsi)))
 }
 
 /// A tool's MAP request, in kernel memory from which the host reads the token.

@@ -43,7 +43,7 @@
 //! (an `Arc<Window>`, which keeps its `Arc<Bar>`s) takes neither of these two locks and never waits
 //! for user memory: copies are made without page faults, and missing pages are faulted in between.
 //! The view drops its window by itself, since its work looks at the slot every 4 ms while a window
-//! is mapped. So unbinding need not find the view, and no view is found by its slot.
+//! of PCI devices is mapped. So unbinding need not find the view, and no view is found by its slot.
 //!
 //! Only `sys/` has unsafe code; `shim.c` wraps macros and inline functions of the kernel.
 #![deny(unsafe_code)]

@@ -9,6 +9,7 @@ pub(crate) mod area;
 pub(crate) mod call;
 pub(crate) mod charge;
 pub(crate) mod cpu;
+pub(crate) mod interrupt;
 pub(crate) mod iter;
 pub(crate) mod lock;
 pub(crate) mod mapping;

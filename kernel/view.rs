@@ -97,6 +97,8 @@ pub(crate) struct View {
     pub(crate) read_bytes: Counter,
     pub(crate) written_bytes: Counter,
     pub(crate) events: Counter,
+    /// Whether the host's interrupt says when to look for changes. Set once, by [`crate::watch`].
+    pub(crate) has_interrupt: Atomic<bool>,
     /// One change at a time.
     #[pin]
     changing: Mutex<()>,
@@ -147,6 +149,7 @@ impl View {
             read_bytes: Counter::new(),
             written_bytes: Counter::new(),
             events: Counter::new(),
+            has_interrupt: Atomic::new(false),
             changing <- new_mutex!((), "kvmmem_changing"),
             now <- new_mutex!(Now { seen: contents.generation, contents }, "kvmmem_view"),
             work <- new_delayed_work!("kvmmem_watch"),

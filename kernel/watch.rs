@@ -1,14 +1,17 @@
 // SPDX-License-Identifier: GPL-2.0-only
-//! Polls views for changes by the host, which sends no interrupt.
+//! Looks for changes of views by the host: at its interrupt, or by polling where it sends none.
 
 use core::ops::Deref;
 
 use kernel::bindings::CONFIG_HZ;
-use kernel::sync::Arc;
+use kernel::sync::atomic::Relaxed;
+use kernel::sync::{Arc, ArcBorrow};
 use kernel::time::{msecs_to_jiffies, Jiffies};
 use kernel::workqueue::{self, impl_has_delayed_work, WorkItem};
 
+use crate::hypercall;
 use crate::stats;
+use crate::sys::interrupt::{InterruptHandler, Interrupted};
 use crate::sys::work;
 use crate::view::View;
 
@@ -44,7 +47,10 @@ impl WorkItem for View {
 
     fn run(this: Arc<Self>) {
         // What cannot be followed now is tried again at the next look.
-        let _ = this.refresh();
+        let is_followed = this.refresh().is_ok();
+        if is_followed && this.has_interrupt.load(Relaxed) {
+            return;
+        }
         if this.with(|contents| contents.window.is_ok()) {
             // An error says that it is queued already.
             let _ = workqueue::system_power_efficient().enqueue_delayed(this, delay());
@@ -52,14 +58,31 @@ impl WorkItem for View {
     }
 }
 
+impl Interrupted for View {
+    fn interrupted(this: ArcBorrow<'_, Self>) {
+        // Not at once only where a change could not be followed a moment ago.
+        let view: Arc<Self> = this.into();
+        let _ = workqueue::system_power_efficient().enqueue_delayed(view, 0);
+    }
+}
+
 /// A view that is looked after until this is dropped.
-pub(crate) struct WatchedView(Arc<View>);
+pub(crate) struct WatchedView {
+    view: Arc<View>,
+    interrupt: Option<InterruptHandler<View>>,
+}
 
 impl WatchedView {
     pub(crate) fn new(view: Arc<View>) -> Self {
         stats::VIEWS.add_one();
-        let _ = workqueue::system_power_efficient().enqueue_delayed(view.clone(), delay());
-        Self(view)
+        let gsi = hypercall::gsi().filter(|_| view.host().is_hypercall());
+        // Without memory for the handler the view is polled.
+        let interrupt = gsi.and_then(|gsi| InterruptHandler::request(gsi, view.clone()).ok());
+        view.has_interrupt.store(interrupt.is_some(), Relaxed);
+        // What has changed before the handler was there raised no interrupt.
+        let pause = if interrupt.is_some() { 0 } else { delay() };
+        let _ = workqueue::system_power_efficient().enqueue_delayed(view.clone(), pause);
+        Self { view, interrupt }
     }
 }
 
@@ -67,14 +90,16 @@ impl Deref for WatchedView {
     type Target = Arc<View>;
 
     fn deref(&self) -> &Arc<View> {
-        &self.0
+        &self.view
     }
 }
 
 impl Drop for WatchedView {
     fn drop(&mut self) {
+        // First, so that nothing is queued any more.
+        drop(self.interrupt.take());
         // Also so that no work is left when the module goes: it cannot while a file is open.
-        work::cancel(&self.0);
+        work::cancel(&self.view);
         stats::VIEWS.subtract_one();
     }
 }

@@ -7,7 +7,8 @@ use kernel::fmt;
 
 use super::cpu::cpuid;
 use crate::abi::cpuid::{
-    FEATURE_DOORBELL, FEATURE_VMCALL, LEAF_FEATURES, LEAF_SIGNATURE, SIGNATURE_REGISTERS,
+    FEATURE_DOORBELL, FEATURE_INTERRUPT, FEATURE_VMCALL, LEAF_FEATURES, LEAF_SIGNATURE,
+    SIGNATURE_REGISTERS,
 };
 use crate::abi::hypercall::{
     AttachRequest, AttachResult, ATTACH, DETACH, MEM_MAP, MEM_UNMAP, SEEK, UNMAP_ALL,
@@ -41,6 +42,8 @@ pub(crate) struct Offer {
     pub(crate) port: u32,
     /// `vmcall` where there is a choice.
     pub(crate) method: Option<Method>,
+    /// The interrupt of changed descriptors.
+    pub(crate) gsi: Option<u32>,
 }
 
 impl Offer {
@@ -50,7 +53,7 @@ impl Offer {
         if signature != SIGNATURE_REGISTERS {
             return None;
         }
-        let [features, port, ..] = cpuid(LEAF_FEATURES);
+        let [features, port, gsi, _] = cpuid(LEAF_FEATURES);
         let doorbell = u16::try_from(port)
             .ok()
             .filter(|port| features & FEATURE_DOORBELL != 0 && *port != 0);
@@ -64,6 +67,7 @@ impl Offer {
             features,
             port,
             method,
+            gsi: (features & FEATURE_INTERRUPT != 0).then_some(gsi),
         })
     }
 }

@@ -30,6 +30,14 @@ impl Remainder {
     }
 }
 
+/// How many interrupts of changed descriptors the introspector's handlers have got.
+fn interrupts(world: &World) -> Result<u64> {
+    let table = String::from_utf8(world.agent()?.get("/proc/interrupts")?)?;
+    let line = table.lines().find(|line| line.contains("kvmmem"));
+    let counts = line.context("the driver has no interrupt handler")?.split_whitespace().skip(1);
+    Ok(counts.map_while(|count| count.parse::<u64>().ok()).sum())
+}
+
 pub(crate) fn revoke(world: &mut World, report: &mut Report) -> Result<()> {
     let gpa = world.gpa()?;
     let end = world.max_gfn()? << 12;
@@ -49,6 +57,7 @@ pub(crate) fn revoke(world: &mut World, report: &mut Report) -> Result<()> {
     let other_page = tool.must(&format!("mmap {other} {gpa:#x} 0x1000 r shared"))?;
     tool.load(&other_page, 1)?.ok().context("no page")?;
 
+    let before = interrupts(world)?;
     // One process loads without end while another sleeps in poll.
     let counter = hex(&page)? + COUNTER as u64;
     tool.begin(&format!("spin {counter:#x} {SPIN_MS}"))?;
@@ -66,6 +75,11 @@ pub(crate) fn revoke(world: &mut World, report: &mut Report) -> Result<()> {
         "poll tells of it",
         polled.as_ref().is_ok_and(|text| text.contains("hup")),
         format!("{polled:?}"),
+    );
+    report.check(
+        "an interrupt has brought that to the driver",
+        interrupts(world)? > before,
+        format!("{before} before"),
     );
     let spun = tool.answer("spin")?;
     report.equal("the loop of loads ends in SIGBUS", &errno(spun), &"SIGBUS".into());
