@@ -11,6 +11,7 @@ mod module;
 mod ownership;
 mod qemu;
 pub(crate) mod refusals;
+mod sandbox;
 mod vcpus;
 pub(crate) mod views;
 
@@ -115,6 +116,11 @@ const V1: &[Scenario] = &[
         name: "vcpus",
         purpose: "registers and pauses of a VM of kvmmem vm, also when who asked for it dies",
         run: vcpus::vcpus,
+    },
+    Scenario {
+        name: "sandbox",
+        purpose: "a VMM works in its sandbox, and leaks no descriptor",
+        run: sandbox::sandbox,
     },
     Scenario {
         name: "target_death",
