@@ -93,8 +93,8 @@ void test_memory_hotplug(void)
 	int fd = device(), block, found = 0;
 
 	CHECK_EQUAL(write_text("auto_online_blocks", "offline"), 0);
-	puts("monitor: object_add memory-backend-ram,id=more,size=128M");
-	puts("monitor: device_add pc-dimm,id=dimm,memdev=more");
+	monitor("object_add memory-backend-ram,id=more,size=128M");
+	monitor("device_add pc-dimm,id=dimm,memdev=more");
 	CHECK(WITHIN(offline_block() >= 0));
 	block = offline_block();
 	snprintf(state, sizeof(state), "memory%d/state", block);
@@ -113,7 +113,7 @@ void test_memory_hotplug(void)
 	CHECK(physical(p + at * PAGE) - start >= size);
 	CHECK(WITHIN(goes_offline(block, state)));
 	CHECK_EQUAL(counter("mapped"), 1);
-	puts("monitor: device_del dimm");
+	monitor("device_del dimm");
 	CHECK(WITHIN(offline_block() < 0));
 	CHECK_EQUAL(unmap(fd, p + at * PAGE), 0);
 	munmap(p, PAGES * PAGE);

@@ -186,13 +186,13 @@ void plug_in(const char *function, const char *file)
 	/* New ones each time: QEMU 7.2 aborts when a backend is used again whose BAR was not decoded at last. */
 	objects++;
 	function = place(function);
-	printf("monitor: object_add memory-backend-file,id=o%d,share=on,mem-path=%s\n", objects, file);
-	printf("monitor: device_add ivshmem-plain,id=f%s,addr=%s,multifunction=on,memdev=o%d\n", function, function, objects);
+	monitor("object_add memory-backend-file,id=o%d,share=on,mem-path=%s", objects, file);
+	monitor("device_add ivshmem-plain,id=f%s,addr=%s,multifunction=on,memdev=o%d", function, function, objects);
 }
 
 void unplug(const char *function)
 {
-	printf("monitor: device_del f%s\n", place(function));
+	monitor("device_del f%s", place(function));
 	CHECK(WITHIN(!is_there(function)));
 }
 

@@ -55,25 +55,17 @@ ivshmem() {
 # shellcheck disable=SC2046 # lists of options
 set -- $(ivshmem 18.0 page0 1M) $(ivshmem 19.0 page1 1M) $(ivshmem 1a.0 page2 1M) $(ivshmem 1b.0 memory 32M) \
 	$(ivshmem 10.0 page2 4K),multifunction=on $(ivshmem 10.1 memory 2M) "$@"
-mkfifo monitor.in monitor.out
+mkfifo monitor.in monitor.out commands.in commands.out
 
-# Lines that begin with "monitor: " are for QEMU's monitor.
-obey() {
-	while IFS= read -r line; do
-		line=${line%"$(printf '\r')"}
-		case $line in
-		"monitor: "*) echo "${line#monitor: }" >monitor.in ;;
-		*) echo "$line" ;;
-		esac
-	done
-}
+# The second serial port is QEMU's monitor: messages of the kernel would get into lines on the first one.
 cat monitor.out >monitor.log &
+cat commands.out >monitor.in &
 
 timeout $((3600 + minutes * 180)) qemu-system-x86_64 -accel tcg,thread=$threads -cpu qemu64,+pdpe1gb -smp 2 -m 1G,slots=1,maxmem=2G \
-	-nodefaults -display none -no-reboot -serial stdio -device pc-testdev -kernel "$kernel" -initrd initrd \
+	-nodefaults -display none -no-reboot -serial stdio -serial pipe:commands -device pc-testdev -kernel "$kernel" -initrd initrd \
 	-chardev pipe,id=monitor,path=monitor -mon monitor \
 	-append "console=ttyS0 quiet loglevel=6 panic=-1 no_timer_check memmap=256M\$0x20000000 $options storm_minutes=$minutes storm_seed=$seed" \
-	"$@" | obey | tee log
+	"$@" | sed -u 's/\r$//' | tee log
 
 complaint='BUG:|WARNING:|INFO: |ODEBUG|DEBUG_LOCKS|deprecated|Oops|Call Trace|general protection|Kernel panic|unreferenced object'
 if sed -e '/^selftest: crashes on purpose/,/^selftest: the kernel of a crash runs/d' -e "$wanted" log | grep -qE "$complaint"; then

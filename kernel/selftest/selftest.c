@@ -2,6 +2,7 @@
 /* The init of the test machine: loads the module, runs the tests, powers off. */
 #define _GNU_SOURCE
 #include <fcntl.h>
+#include <stdarg.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/io.h>
@@ -125,6 +126,21 @@ long pinned(void)
 long charged(void)
 {
 	return number("/proc/self/status", "VmPin") * 1024 / (long)PAGE;
+}
+
+void monitor(const char *format, ...)
+{
+	static FILE *port;
+	va_list arguments;
+
+	if (!port)
+		port = fopen("/dev/ttyS1", "w");
+	CHECK(port != NULL);
+	va_start(arguments, format);
+	vfprintf(port, format, arguments);
+	va_end(arguments);
+	fputc('\n', port);
+	CHECK_EQUAL(fflush(port), 0);
 }
 
 void in_child(void (*run)(void))

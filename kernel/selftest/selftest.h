@@ -87,6 +87,8 @@ long pinned(void);
 long charged(void);
 
 /* Runs the function in a child; its failures and checks count here. */
+/* A line for QEMU's monitor. */
+__attribute__((format(printf, 1, 2))) void monitor(const char *format, ...);
 void in_child(void (*run)(void));
 
 void test_arguments(void);
