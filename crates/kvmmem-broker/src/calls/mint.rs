@@ -91,7 +91,7 @@ impl Broker {
     /// Makes a token as a hook of a target gets it whose tool is in VM `tool`, or on the host.
     ///
     /// # Errors
-    /// As [`Self::mint`].
+    /// What the tool would get.
     pub fn mint_token(&self, target: u64, tool: Option<u64>) -> Result<Token, KvmError> {
         let by = Credentials { pid: std::process::id(), uid: rustix::process::geteuid().as_raw() };
         let endpoint = Endpoint::Unix("tool".into());

@@ -7,11 +7,9 @@ use kvmmem_proto::map::{MemoryMap, Region};
 #[derive(Debug)]
 pub struct Layout {
     /// Grows with each change, also where the map stays as it is. A VM keeps its number from one
-    /// registration to the next ([`Ram::continue_from`]) as long as its process lives and
+    /// registration to the next (`Ram::continue_from`) as long as its process lives and
     /// nothing has changed, and no other VM has it: so a tool that keeps the number can tell
     /// whether it is still the same memory. Views call it the *instance*.
-    ///
-    /// [`Ram::continue_from`]: crate::ram::Ram::continue_from
     pub generation: u64,
     /// The memory map. Offsets in private RAM are addresses of the VMM's process.
     pub map: MemoryMap,
