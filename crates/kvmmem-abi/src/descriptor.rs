@@ -36,7 +36,8 @@
 //!
 //! The driver writes the generation at [`SEEN_AT`] when all windows are there and it can show them,
 //! and again after each change when no process reaches what the change took away. If it cannot show
-//! them, it writes a complaint.
+//! them, it writes a complaint. A tool that uses the devices without a driver does the same, and
+//! writes [`SEEN_ALL`] when it uses nothing of the view any more.
 
 use super::ioctl::PAGE_SIZE;
 use super::native::{RIGHT_READ, RIGHT_WRITE, STATE_GONE, STATE_OPEN};
@@ -58,6 +59,9 @@ pub const GENERATION_AT: usize = 16;
 
 /// Offset of the generation that the driver has acted upon.
 pub const SEEN_AT: usize = 104;
+
+/// Acknowledges every generation there will be.
+pub const SEEN_ALL: u64 = u64::MAX;
 
 /// Offset of the slot's number.
 pub const SLOT_AT: usize = 112;

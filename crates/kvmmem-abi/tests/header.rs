@@ -152,6 +152,7 @@ fn numbers() -> BTreeMap<&'static str, u64> {
         ("KVMMEM_DESCRIPTOR_MAGIC", descriptor::MAGIC),
         ("KVMMEM_DESCRIPTOR_VERSION", u64::from(descriptor::VERSION)),
         ("KVMMEM_SLOT_WINDOWS", u64::from(descriptor::SLOT_WINDOWS)),
+        ("KVMMEM_SEEN_ALL", descriptor::SEEN_ALL),
         ("KVMMEM_COMPLAINT_NO_ADDRESS", u64::from(descriptor::COMPLAINT_NO_ADDRESS)),
         ("KVMMEM_COMPLAINT_NOT_CACHED", u64::from(descriptor::COMPLAINT_NOT_CACHED)),
         ("KVMMEM_COMPLAINT_INVALID", u64::from(descriptor::COMPLAINT_INVALID)),

@@ -26,9 +26,11 @@ mod link;
 pub(crate) mod list;
 mod open;
 mod qemu;
+mod retire;
+mod retired;
 mod thread;
 mod unplug;
 mod view;
 
 pub use handle::Introspector;
-pub use open::{OpenError, Opened};
+pub use open::{OpenError, Opened, Taker};

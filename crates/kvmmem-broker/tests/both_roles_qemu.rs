@@ -22,8 +22,8 @@ fn add_target(broker: &TestBroker, qemu: &Qemu) {
 
 fn add_introspector(broker: &TestBroker, qemu: &Qemu) {
     let (which, name) = (qemu.socket(), Some("sees".into()));
-    let request =
-        IntrospectorRequest { which, cid: Some(CID), name, on_silence: OnSilence::Report };
+    let (cid, on_silence, trusted) = (Some(CID), OnSilence::Report, false);
+    let request = IntrospectorRequest { which, cid, name, on_silence, trusted };
     broker.admin().add_introspector(&request).unwrap();
 }
 

@@ -55,6 +55,7 @@ fn add_as(
         cid: Some(cid),
         name: Some(name.into()),
         on_silence,
+        trusted: false,
     };
     match broker.admin().add_introspector(&request) {
         Ok(_) => Ok(broker.service.introspector(cid).unwrap()),

@@ -12,14 +12,18 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use kvmmem_client::ClientError;
-use kvmmem_client::admin::{GrantRequest, IntrospectorRequest, NewIntrospector, OnSilence, Rights};
+use kvmmem_client::admin::{
+    FreeSlots, GrantRequest, IntrospectorRequest, NewIntrospector, OnSilence, Rights,
+};
 use kvmmem_client::vmm::{Region, VmmLink};
 
 use common::qemu::{Monitor, Qemu, wait_long};
 use common::{TestBroker, caller, request, wait_for};
-use kvmmem_abi::descriptor::{COMPLAINT_AT, COMPLAINT_NO_ADDRESS, GENERATION_AT, SEEN_AT};
+use kvmmem_abi::descriptor::{
+    COMPLAINT_AT, COMPLAINT_NO_ADDRESS, GENERATION_AT, SEEN_ALL, SEEN_AT,
+};
 use kvmmem_abi::native::{STATE_GONE, STATE_OPEN, STATE_REVOKED};
-use kvmmem_broker::{Introspector, OpenError, Opened};
+use kvmmem_broker::{Introspector, OpenError, Opened, Taker};
 use rustix::fs::{Mode, OFlags, SealFlags};
 use serde_json::{Value, json};
 
@@ -65,7 +69,30 @@ impl Pair {
     }
 
     fn driver(&self) -> Driver {
-        Driver::start(self.qemu.process.id(), &self.monitor)
+        Driver::start(self.qemu.process.id(), &self.monitor, true)
+    }
+
+    /// A guest without the module: it releases devices, and says nothing.
+    fn plain_guest(&self) -> Driver {
+        Driver::start(self.qemu.process.id(), &self.monitor, false)
+    }
+
+    /// As a tool without the module.
+    fn open_for_library(&self) -> Result<Opened, OpenError> {
+        let token = self.broker.grant(&request(Rights::ReadOnly)).token;
+        self.introspector.open_for(Taker::Library, &token, &caller(), false)
+    }
+
+    /// The marks that QEMU has.
+    fn marks(&self) -> usize {
+        let objects =
+            self.monitor.lock().unwrap().execute("qom-list", json!({ "path": "/objects" }));
+        let is_mark = |name: &Value| name.as_str().unwrap().starts_with("kvmmem-mark-");
+        objects.as_array().unwrap().iter().filter(|item| is_mark(&item["name"])).count()
+    }
+
+    fn retired(&self) -> Vec<String> {
+        self.broker.admin().free_slots("watcher").unwrap().retired
     }
 
     fn command(&self, command: &str) -> Value {
@@ -101,6 +128,7 @@ fn add(
         cid: Some(CID),
         name: None,
         on_silence,
+        trusted: true,
     })
 }
 
@@ -111,13 +139,13 @@ struct Driver {
 }
 
 impl Driver {
-    fn start(pid: u32, monitor: &Arc<Mutex<Monitor>>) -> Self {
+    fn start(pid: u32, monitor: &Arc<Mutex<Monitor>>, has_module: bool) -> Self {
         let stop = Arc::new(AtomicBool::new(false));
         let monitor = Arc::clone(monitor);
         let stopped = Arc::clone(&stop);
         let run = move || {
             while !stopped.load(Ordering::Relaxed) {
-                for page in pages(pid) {
+                for page in pages(pid).into_iter().filter(|_| has_module) {
                     let generation: u64 = number(&page, GENERATION_AT);
                     if generation.is_multiple_of(2) && generation != number(&page, SEEN_AT) {
                         write(&page, SEEN_AT, &generation.to_le_bytes());
@@ -202,16 +230,69 @@ fn is_ours(id: &Value) -> bool {
 }
 
 #[test]
+fn a_tool_without_the_module_acknowledges_or_its_bus_is_retired() {
+    let Some(pair) = Pair::start(OnSilence::Report) else { return };
+    let log = pair.broker.directory.path().join("audit");
+    pair.broker.state.write_audit_to(&log).unwrap();
+    let guest = pair.plain_guest();
+    let opened = pair.open_for_library().unwrap();
+    let page = || pages(pair.qemu.process.id()).pop().unwrap();
+    assert_eq!((number(&page(), SEEN_AT), pair.marks()), (0, 1));
+    write(&page(), SEEN_AT, &SEEN_ALL.to_le_bytes());
+    drop(opened);
+    wait_for("the view to go", || pair.counts() == (0, 0) && pair.marks() == 0);
+    assert_eq!(pair.retired(), [""; 0]);
+
+    // A tool that is killed says nothing. All slots of this bus share its addresses.
+    let opened = pair.open_for_library().unwrap();
+    let number = opened.view();
+    drop(opened);
+    wait_for("the port to be retired", || pair.retired() == ["pci.0"]);
+    assert_eq!((pair.counts(), pair.marks()), ((0, 0), 1));
+    assert_eq!(pair.broker.admin().free_slots("watcher").unwrap().free, 0);
+    for error in
+        [pair.open_for_library().unwrap_err(), pair.open(&request(Rights::ReadOnly)).unwrap_err()]
+    {
+        let text = error.to_string();
+        assert!(
+            matches!(error, OpenError::NoPlace { free: 0, .. }) && text.contains("pci.0"),
+            "{text}"
+        );
+    }
+    let audit = std::fs::read_to_string(&log).unwrap();
+    let line = audit.lines().find(|line| line.contains("\"port_retired\"")).unwrap();
+    assert!(line.contains(&format!("\"view\":{number}")) && line.contains("\"pci.0\""), "{line}");
+
+    // Another registration finds the mark.
+    pair.broker.admin().remove_introspector("watcher").unwrap();
+    add(&pair.broker, &pair.qemu, OnSilence::Report).unwrap();
+    assert_eq!(pair.retired(), ["pci.0"]);
+    pair.command("system_reset");
+    wait_for("the port to be used again", || pair.retired().is_empty());
+    assert_eq!(pair.marks(), 0);
+    let introspector = pair.broker.service.introspector(CID).unwrap();
+    let token = pair.broker.grant(&request(Rights::ReadOnly)).token;
+    let opened = introspector.open_for(Taker::Library, &token, &caller(), false).unwrap();
+    // A reset under a view takes all mappings along.
+    pair.command("system_reset");
+    wait_for("the view to end", || opened.ended());
+    drop(opened);
+    wait_for("the view to go", || pair.counts() == (0, 0) && pair.marks() == 0);
+    assert_eq!(pair.retired(), [""; 0]);
+    drop(guest);
+}
+
+#[test]
 fn a_view_comes_and_goes_with_its_devices() {
     let Some(pair) = Pair::start(OnSilence::Report) else { return };
     let driver = pair.driver();
     let room = || pair.broker.admin().free_slots("watcher").unwrap();
-    let (free, count) = room();
+    let FreeSlots { free, count, .. } = room();
     assert!(free > 20 && free <= count);
     for _ in 0..3 {
         let opened = pair.open(&request(Rights::ReadOnly)).unwrap();
         assert!(!opened.ended());
-        assert_eq!(room(), (free - 1, count));
+        assert_eq!((room().free, room().count), (free - 1, count));
         assert_eq!(pair.counts(), (2, 2));
         let [page] = &pages(pair.qemu.process.id())[..] else { panic!() };
         assert_eq!((number(page, 0), state(page)), (kvmmem_abi::descriptor::MAGIC, STATE_OPEN));
@@ -223,7 +304,7 @@ fn a_view_comes_and_goes_with_its_devices() {
         wait_for("the view to end", || {
             pair.broker.grants().iter().all(|grant| grant.views.is_empty())
         });
-        assert_eq!(room(), (free, count));
+        assert_eq!((room().free, room().count), (free, count));
     }
     let of_target = pair.broker.admin().free_slots("tiger").unwrap_err();
     assert!(of_target.to_string().contains("not added as an introspector"), "{of_target}");
@@ -438,7 +519,8 @@ fn what_cannot_be_an_introspector_is_refused_with_a_remedy() {
     broker.service.set_guest_port(None);
     let refusal = |qemu: &Qemu, cid| {
         let which = qemu.socket();
-        let request = IntrospectorRequest { which, cid, name: None, on_silence: OnSilence::Report };
+        let (name, on_silence, trusted) = (None, OnSilence::Report, false);
+        let request = IntrospectorRequest { which, cid, name, on_silence, trusted };
         match broker.admin().add_introspector(&request) {
             Err(ClientError::Refused { message, .. }) => message,
             other => panic!("{other:?}"),

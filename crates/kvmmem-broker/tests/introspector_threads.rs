@@ -40,10 +40,8 @@ fn an_introspector_costs_one_thread() {
     for (cid, qemu) in (CID..).zip(&qemus) {
         let (which, name) = (qemu.which(), Some(format!("lion-{cid}")));
         let (cid, on_silence) = (Some(cid), OnSilence::Report);
-        broker
-            .admin()
-            .add_introspector(&IntrospectorRequest { which, cid, name, on_silence })
-            .unwrap();
+        let request = IntrospectorRequest { which, cid, name, on_silence, trusted: false };
+        broker.admin().add_introspector(&request).unwrap();
     }
     let expected = BTreeMap::from([("introspector".to_owned(), COUNT as usize)]);
     // A thread gives itself its name.

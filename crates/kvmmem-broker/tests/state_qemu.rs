@@ -25,6 +25,7 @@ fn the_next_broker_has_the_vms_under_qemu_again() {
         cid: Some(77),
         name: Some("lion".into()),
         on_silence: OnSilence::Pause,
+        trusted: true,
     };
     let lion = broker.admin().add_introspector(&request).unwrap().target;
 

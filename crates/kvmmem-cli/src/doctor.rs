@@ -7,6 +7,7 @@ mod host;
 mod limits;
 mod uses;
 mod views;
+mod without_module;
 
 use std::process::ExitCode;
 

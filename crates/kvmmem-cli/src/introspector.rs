@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 use clap::{Args, Subcommand, ValueEnum};
-use kvmmem_client::admin::{self, Admin, NewIntrospector, TargetInfo};
+use kvmmem_client::admin::{self, Admin, FreeSlots, NewIntrospector, TargetInfo};
 use serde::Serialize;
 
 use crate::broker::Broker;
@@ -32,9 +32,9 @@ enum Verb {
     /// Let a running virtual machine under QEMU look at targets (root only).
     ///
     /// It must have been started with what `kvmmem qemu-args` prints: places for views, a vsock
-    /// device, and a QMP socket for the broker alone. Its guest needs the module kvmmem. With --pid
-    /// alone the QMP socket comes from its command line; with --libvirt the socket beside libvirt's
-    /// is used.
+    /// device, and a QMP socket for the broker alone. Its guest needs the module kvmmem, unless it
+    /// is --trusted. With --pid alone the QMP socket comes from its command line; with --libvirt
+    /// the socket beside libvirt's is used.
     Add(Add),
     /// Remove an introspector: its views close, and the virtual machine keeps running (root only).
     Remove(Remove),
@@ -50,6 +50,10 @@ struct Add {
     /// What to do when a view is revoked and its guest does not release it
     #[arg(long, value_name = "WHAT", value_enum, default_value_t)]
     on_silence: OnSilence,
+    /// Let its tools do without the module kvmmem: each process that is root in it may then see
+    /// every view that this virtual machine ever gets
+    #[arg(long)]
+    trusted: bool,
     #[command(flatten)]
     broker: Broker,
 }
@@ -95,10 +99,12 @@ struct ListedLine<'a> {
 }
 
 /// PCI slots for views.
-#[derive(Clone, Copy, Serialize)]
+#[derive(Serialize)]
 struct Slots {
     free: u32,
     count: u32,
+    /// Buses that are not used before the introspector is reset.
+    retired: Vec<String>,
 }
 
 /// What was added, as JSON.
@@ -144,15 +150,23 @@ fn list(broker: &Broker, output: &mut Output) -> Result<()> {
         return Ok(());
     }
     let cell = |slots: Option<Slots>| {
-        slots.map_or_else(|| "-".to_owned(), |Slots { free, count }| format!("{free} of {count}"))
+        slots.map_or_else(
+            || "-".to_owned(),
+            |Slots { free, count, retired }| match retired.as_slice() {
+                [] => format!("{free} of {count}"),
+                retired => {
+                    format!("{free} of {count}, until a reset without {}", retired.join(" "))
+                }
+            },
+        )
     };
     let lines = registered::lines_with("FREE SLOTS", &vms, slots.into_iter().map(cell));
     lines.into_iter().try_for_each(|line| Ok(output.line(line)?))
 }
 
 fn slots(admin: &mut Admin, vm: &TargetInfo) -> Option<Slots> {
-    let (free, count) = admin.free_slots(&vm.uuid.to_string()).ok()?;
-    Some(Slots { free, count })
+    let FreeSlots { free, count, retired } = admin.free_slots(&vm.uuid.to_string()).ok()?;
+    Some(Slots { free, count, retired })
 }
 
 impl Add {
@@ -162,6 +176,7 @@ impl Add {
             cid: self.cid,
             name: self.running.name.clone(),
             on_silence: self.on_silence.into(),
+            trusted: self.trusted,
         };
         let added = self
             .broker
@@ -237,9 +252,12 @@ mod tests {
     fn one_way_to_say_which_is_enough() {
         let parse =
             |words: &str| Line::try_parse_from(["x", "add"].into_iter().chain(words.split(' ')));
-        for good in
-            ["--qmp /a", "--pid 3", "--libvirt x", "--qmp /a --pid 3 --cid 5 --on-silence kill"]
-        {
+        for good in [
+            "--qmp /a",
+            "--pid 3",
+            "--libvirt x",
+            "--qmp /a --pid 3 --cid 5 --on-silence kill --trusted",
+        ] {
             assert!(parse(good).is_ok(), "{good}");
         }
         for bad in [

@@ -29,6 +29,18 @@ pub struct Admin {
     last_request: u64,
 }
 
+/// PCI slots of an introspector for views.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FreeSlots {
+    /// How many are free.
+    pub free: u32,
+    /// How many there are.
+    pub count: u32,
+    /// Buses whose slots are not used until the introspector is reset: a tool without the module
+    /// did not acknowledge the end of its view.
+    pub retired: Vec<String>,
+}
+
 impl Admin {
     /// Connects to the broker that listens at `path`.
     ///
@@ -166,14 +178,13 @@ impl Admin {
         self.ask(Call::RemoveIntrospector { name: name.to_owned() }).map(|_| ())
     }
 
-    /// How many PCI slots an introspector that was added, given by name or UUID, has free for
-    /// views, and how many there are.
+    /// The PCI slots that an introspector that was added, given by name or UUID, has for views.
     ///
     /// # Errors
     /// [`ClientError`]; `Refusal::Denied` for one that was not added.
-    pub fn free_slots(&mut self, introspector: &str) -> Result<(u32, u32), ClientError> {
+    pub fn free_slots(&mut self, introspector: &str) -> Result<FreeSlots, ClientError> {
         match self.ask(Call::FreeSlots { introspector: introspector.to_owned() })? {
-            Answer::FreeSlots { free, count } => Ok((free, count)),
+            Answer::FreeSlots { free, count, retired } => Ok(FreeSlots { free, count, retired }),
             _ => Err(ClientError::NoAnswer),
         }
     }

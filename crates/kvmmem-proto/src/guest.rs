@@ -42,6 +42,9 @@ pub enum FromTool {
         read_only: bool,
         /// The process that asks, as it says itself.
         caller: Caller,
+        /// Whether the tool maps the devices by itself, as no driver of ours is loaded.
+        #[serde(default)]
+        without_module: bool,
     },
 }
 
@@ -49,8 +52,8 @@ pub enum FromTool {
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ToTool {
-    /// The view's devices are plugged in and the guest's driver has seen them. The view lasts as
-    /// long as the connection.
+    /// The view's devices are plugged in, and the guest's driver has seen them if the tool does
+    /// not do without. The view lasts as long as the connection.
     Opened {
         /// The broker's number for the view.
         view: u64,

@@ -11,6 +11,7 @@
 //! |---|---|
 //! | in a virtual machine of `kvmmem vm` | the device alone: its driver passes the token on by hypercall |
 //! | in one under a stock QEMU | the host's *guest endpoint* first, which is at vsock context id 2, port 27510 (or `$KVMMEM_GUEST_PORT`): the host plugs the view's memory in as PCI devices; then the device, whose driver has found them |
+//! | in one under a stock QEMU, without the driver | the guest endpoint as well; then this process maps the PCI devices by `/sys`, as root (see below) |
 //! | on the host | the broker's socket |
 //!
 //! The driver reports which of the first two applies (`FEATURE_DEVICES` of `kvmmem-abi`). The
@@ -19,20 +20,34 @@
 //! [`View::wait`] and [`View::status`] report that the view is [gone](State::Gone), since the grant
 //! could not be revoked any more.
 //!
+//! # Without the module
+//!
+//! Any kernel from 5.10 on will do, if the operator trusts the virtual machine as a whole
+//! (`kvmmem introspector add --trusted`) and it is not locked down. Differences:
+//!
+//! - The tool must be root.
+//! - Each access through [`View`] and [`Mapping`] is proven: it succeeds only if the bytes are the
+//!   view's. Only an access of your own at [`Mapping::address`] is not.
+//! - The host asks this process to release the memory, and waits for it for a second. Where it is
+//!   killed, or does not answer, the PCI port stays unused until the machine is reset. So end a
+//!   view by dropping it.
+//! - [`View::data_from`] knows the ranges only, and [`View::stats`] returns `None`.
+//!
 //! # Signals
 //!
-//! Reading a page that was removed raises SIGBUS. [`Mapping`]'s methods turn it into an error: the
-//! first mapping, or the first [`View::read_vectored`] on the host, installs a handler of SIGBUS
-//! for the process. The handler recognises these methods' accesses and passes every other SIGBUS
-//! to the handler that was installed before, or to the default action. Install other handlers
-//! first, or have them pass on signals that are not theirs. Do not block SIGBUS in a thread that
-//! uses mappings (its first use unblocks it).
+//! Reading a page that was removed raises SIGBUS, or SIGILL in a virtual machine without the
+//! module. [`Mapping`]'s methods turn it into an error: the first mapping, or the first
+//! [`View::read_vectored`] on the host, installs a handler of both for the process. The handler
+//! recognises these methods' accesses and passes every other such signal to the handler that was
+//! installed before, or to the default action. Install other handlers first, or have them pass on
+//! signals that are not theirs. Do not block either signal in a thread that uses mappings (its
+//! first use unblocks both).
 //!
 //! # Fork and exec
 //!
 //! In a virtual machine a view belongs to its open file: a forked child shares it, and it ends for
-//! both at once. On the host only the process that attached is notified of the end: a child must not
-//! use the view that it inherits. `exec` ends both.
+//! both at once. On the host, and without the module, only the process that attached is notified of
+//! the end: a child must not use the view that it inherits. `exec` ends all of them.
 
 mod device;
 mod error;
@@ -41,6 +56,7 @@ mod host;
 mod mapping;
 mod memory;
 mod reader;
+mod sysfs;
 mod vectored;
 
 use std::path::{Path, PathBuf};
@@ -57,6 +73,8 @@ use host::HostView;
 pub use kvmmem_abi::native::Stats;
 pub use kvmmem_memory::Range;
 pub use mapping::{Mapping, MappingError};
+pub use sysfs::SysfsError;
+use sysfs::SysfsView;
 pub use vectored::VectoredError;
 
 /// Environment variable with the path of the broker's socket.
@@ -124,12 +142,14 @@ pub struct View {
 enum Backend {
     Device(DeviceView),
     Host(Arc<HostView>),
+    Sysfs(Arc<SysfsView>),
 }
 
 impl View {
     /// Attaches the virtual machine that `token` names; this uses the token. The device is tried
     /// first (at `$KVMMEM_DEVICE`, or else [`crate::device::DEFAULT_PATH`]), then this host's
-    /// broker (at `$KVMMEM_BROKER`, or else [`DEFAULT_SOCKET`]).
+    /// broker (at `$KVMMEM_BROKER`, or else [`DEFAULT_SOCKET`]), then, in a virtual machine, the
+    /// way without the module.
     ///
     /// ```no_run
     /// use kvmmem::{Access, View};
@@ -171,9 +191,35 @@ impl View {
             Self::attach_device(&device, token, access)
         } else if socket.exists() {
             Self::attach_host_reaching(&socket, token, access, ranges)
+        } else if sysfs::is_possible() {
+            Self::attach_without_module(token, access).map_err(|error| match error {
+                ViewError::GuestEndpoint(endpoint)
+                    if matches!(*endpoint, GuestEndpointError::Connect { .. }) =>
+                {
+                    ViewError::Nowhere { device, socket, endpoint: Some(endpoint) }
+                }
+                error => error,
+            })
         } else {
-            Err(ViewError::Nowhere { device, socket })
+            Err(ViewError::Nowhere { device, socket, endpoint: None })
         }
+    }
+
+    /// Attaches in a virtual machine under a stock QEMU without the module, which takes root: see
+    /// [`crate::view`] on what that lacks.
+    ///
+    /// ```no_run
+    /// use kvmmem::{Access, View};
+    ///
+    /// let token = std::env::var("KVMMEM_TOKEN")?.parse()?;
+    /// let view = View::attach_without_module(&token, Access::ReadOnly)?;
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`ViewError`], with what to do about it.
+    pub fn attach_without_module(token: &Token, access: Access) -> Result<Self, ViewError> {
+        Ok(Self { backend: Backend::Sysfs(SysfsView::attach(token, access)?) })
     }
 
     /// Attaches by the device at `path`. If views come as PCI devices on this host, the host's guest
@@ -248,6 +294,7 @@ impl View {
         match &self.backend {
             Backend::Device(view) => view.status(),
             Backend::Host(view) => Ok(view.status()),
+            Backend::Sysfs(view) => Ok(view.status()),
         }
     }
 
@@ -261,7 +308,7 @@ impl View {
     /// ```
     pub fn name(&self) -> Option<&str> {
         match &self.backend {
-            Backend::Device(_) => None,
+            Backend::Device(_) | Backend::Sysfs(_) => None,
             Backend::Host(view) => Some(view.name()).filter(|name| !name.is_empty()),
         }
     }
@@ -285,6 +332,7 @@ impl View {
         match &self.backend {
             Backend::Device(view) => view.instance(),
             Backend::Host(view) => Ok(Some(view.instance())),
+            Backend::Sysfs(view) => Ok(view.instance()),
         }
     }
 
@@ -322,6 +370,7 @@ impl View {
         match &self.backend {
             Backend::Device(view) => view.read_at(gpa, buf),
             Backend::Host(view) => view.read_at(gpa, buf),
+            Backend::Sysfs(view) => view.read_at(gpa, buf),
         }
     }
 
@@ -348,6 +397,7 @@ impl View {
         match &self.backend {
             Backend::Device(view) => view.read_vectored(pieces),
             Backend::Host(view) => view.read_vectored(pieces),
+            Backend::Sysfs(view) => view.read_vectored(pieces),
         }
     }
 
@@ -366,6 +416,7 @@ impl View {
         match &self.backend {
             Backend::Device(view) => view.write_at(gpa, bytes),
             Backend::Host(view) => view.write_at(gpa, bytes),
+            Backend::Sysfs(view) => view.write_at(gpa, bytes),
         }
     }
 
@@ -393,6 +444,7 @@ impl View {
         match &self.backend {
             Backend::Device(view) => view.data_from(gpa),
             Backend::Host(view) => view.data_from(gpa),
+            Backend::Sysfs(view) => view.data_from(gpa),
         }
     }
 
@@ -415,7 +467,7 @@ impl View {
     /// [`ViewError::Revoked`], [`ViewError::Gone`].
     pub fn data_in(&self, range: Range) -> Result<Option<Vec<Range>>, ViewError> {
         match &self.backend {
-            Backend::Device(_) => Ok(None),
+            Backend::Device(_) | Backend::Sysfs(_) => Ok(None),
             Backend::Host(view) => view.data_in(range),
         }
     }
@@ -439,6 +491,7 @@ impl View {
         match &self.backend {
             Backend::Device(view) => view.map(range),
             Backend::Host(view) => view.map(range),
+            Backend::Sysfs(view) => view.map(range),
         }
     }
 
@@ -464,10 +517,11 @@ impl View {
         match &self.backend {
             Backend::Device(view) => view.wait(timeout),
             Backend::Host(view) => Ok(view.wait(timeout)),
+            Backend::Sysfs(view) => Ok(view.wait(timeout)),
         }
     }
 
-    /// The driver's counters; `None` on the host, which has no driver.
+    /// The driver's counters; `None` on the host and without the module, where there is no driver.
     ///
     /// ```no_run
     /// # fn example(view: &kvmmem::View) -> Result<(), kvmmem::ViewError> {
@@ -483,7 +537,7 @@ impl View {
     pub fn stats(&self) -> Result<Option<Stats>, ViewError> {
         match &self.backend {
             Backend::Device(view) => view.stats().map(Some),
-            Backend::Host(_) => Ok(None),
+            Backend::Host(_) | Backend::Sysfs(_) => Ok(None),
         }
     }
 
@@ -502,6 +556,10 @@ impl View {
         match self.backend {
             Backend::Device(view) => view.detach(),
             Backend::Host(view) => {
+                view.detach();
+                Ok(())
+            }
+            Backend::Sysfs(view) => {
                 view.detach();
                 Ok(())
             }

@@ -163,6 +163,8 @@ struct kvmmem_window_range {
 #define KVMMEM_MAX_RANGES		64
 #define KVMMEM_SLOT_WINDOWS		7	/* functions 1 to 7 of a PCI slot */
 
+#define KVMMEM_SEEN_ALL			(~0ULL)	/* as seen_generation: nothing of the view is used any more */
+
 /* Why the driver cannot show windows that are PCI devices. */
 #define KVMMEM_COMPLAINT_NO_ADDRESS	1	/* a BAR has no address: too little room behind the bridge */
 #define KVMMEM_COMPLAINT_NOT_CACHED	2	/* a BAR cannot be cached */

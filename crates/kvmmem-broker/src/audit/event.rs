@@ -27,6 +27,7 @@ pub(crate) enum Event<'a> {
     AddedIntrospector {
         vm: &'a Vm,
         on_silence: OnSilence,
+        is_trusted: bool,
         by: Credentials,
     },
     /// An introspector's guest did not release a view's memory in time.
@@ -36,6 +37,14 @@ pub(crate) enum Event<'a> {
         grant: u64,
         on_silence: OnSilence,
         reason: &'a str,
+    },
+    /// No view is plugged into a PCI bus before the introspector is reset: a tool without the
+    /// module has not acknowledged the end of its view there.
+    PortRetired {
+        vm: &'a Vm,
+        view: u64,
+        grant: u64,
+        bus: &'a str,
     },
     /// A VM's VMM has exited.
     Gone(&'a Vm),
@@ -155,6 +164,7 @@ impl<'a> Event<'a> {
             Self::Added { .. } => Kind::Added,
             Self::AddedIntrospector { .. } => Kind::AddedIntrospector,
             Self::Silent { .. } => Kind::Silent,
+            Self::PortRetired { .. } => Kind::PortRetired,
             Self::Gone(_) => Kind::Gone,
             Self::TakenOver { .. } => Kind::TakenOver,
             Self::Refused { .. } => Kind::Refused,
@@ -182,6 +192,7 @@ impl<'a> Event<'a> {
             Self::Registered(vm)
             | Self::Gone(vm)
             | Self::Silent { vm, .. }
+            | Self::PortRetired { vm, .. }
             | Self::TakenOver { vm, .. }
             | Self::HookEnded { vm, .. }
             | Self::Connected { vm, .. }
@@ -229,14 +240,21 @@ impl<'a> Event<'a> {
                 }
             }
             Self::Added { vm, by } | Self::Registers { vm, by } => new().of(vm).on_host(by),
-            Self::AddedIntrospector { vm, on_silence, by } => {
-                Record { policy: Some(on_silence.to_string()), ..new().of(vm).on_host(by) }
+            Self::AddedIntrospector { vm, on_silence, is_trusted, by } => {
+                let trusted = if is_trusted { ", trusted" } else { "" };
+                let policy = Some(format!("{on_silence}{trusted}"));
+                Record { policy, ..new().of(vm).on_host(by) }
             }
             Self::Silent { vm, view, grant, on_silence, reason } => Record {
                 view: Some(view),
                 grant: Some(grant),
                 policy: Some(on_silence.to_string()),
                 ..new().by(vm).because(reason)
+            },
+            Self::PortRetired { vm, view, grant, bus } => Record {
+                view: Some(view),
+                grant: Some(grant),
+                ..new().by(vm).because(bus)
             },
             Self::Gone(vm) => new().of(vm),
             Self::TakenOver { vm, former } => {

@@ -26,11 +26,12 @@ pub(crate) enum Kind {
     Paused,
     Resumed,
     Silent,
+    PortRetired,
 }
 
 impl Kind {
     /// How many kinds there are.
-    pub(crate) const COUNT: usize = Self::Silent as usize + 1;
+    pub(crate) const COUNT: usize = Self::PortRetired as usize + 1;
 
     pub(super) fn name(self) -> &'static str {
         match self {
@@ -56,6 +57,7 @@ impl Kind {
             Self::Paused => "paused",
             Self::Resumed => "resumed",
             Self::Silent => "silent",
+            Self::PortRetired => "port_retired",
         }
     }
 }

@@ -10,7 +10,7 @@ use super::serve::Views;
 use crate::broker::Broker;
 use crate::core::refused::Refused;
 use crate::introspector::list::Introspectors;
-use crate::introspector::{Introspector, Opened};
+use crate::introspector::{Introspector, Opened, Taker};
 use crate::reactor::{self, Reactor};
 
 /// The broker and its introspectors, as long as they live.
@@ -42,9 +42,10 @@ impl Views for IntrospectorViews {
         token: &Token,
         caller: &Caller,
         read_only: bool,
+        taker: Taker,
     ) -> Result<Opened, Refused> {
         // It may take seconds, and the broker need not wait for it to end.
-        Ok(self.of(cid)?.open(token, caller, read_only)?)
+        Ok(self.of(cid)?.open_for(taker, token, caller, read_only)?)
     }
 
     fn number(view: &Opened) -> u64 {
@@ -100,7 +101,8 @@ mod tests {
                 && refused.message.contains("introspector add")
         );
         let caller = Caller { pid: 1, uid: 0, comm: "x".into() };
-        let refused = endpoint.open(7, &Token::new([1; 4]), &caller, true).unwrap_err();
+        let refused =
+            endpoint.open(7, &Token::new([1; 4]), &caller, true, Taker::Module).unwrap_err();
         assert_eq!(refused.refusal, Refusal::Denied);
         drop(broker);
         assert_eq!(endpoint.may_ask(7).unwrap_err().refusal, Refusal::Busy);

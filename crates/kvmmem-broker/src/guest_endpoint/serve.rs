@@ -19,6 +19,7 @@ use rustix::net::{RecvFlags, Shutdown, recv};
 
 use super::connections::{ConnectionLimit, Slot};
 use crate::core::refused::Refused;
+use crate::introspector::Taker;
 use crate::reactor::{self, READABLE, Reactor};
 use crate::sync::lock;
 use crate::workers::{Party, Workers};
@@ -47,6 +48,7 @@ pub(crate) trait Views: Send + Sync + 'static {
         token: &Token,
         caller: &Caller,
         read_only: bool,
+        taker: Taker,
     ) -> Result<Self::View, Refused>;
 
     /// The broker's number for the view.
@@ -146,9 +148,10 @@ impl<V: Views> Connection<V> {
 
     /// Opens the view that is asked for, and answers.
     fn open(self: &Arc<Self>, question: FromTool) {
-        let FromTool::Open { token, read_only, caller } = question;
+        let FromTool::Open { token, read_only, caller, without_module } = question;
+        let taker = if without_module { Taker::Library } else { Taker::Module };
         let (socket, cid) = (self.slot.socket(), self.slot.cid());
-        match self.shared.views.open(cid, &token, &caller, read_only) {
+        match self.shared.views.open(cid, &token, &caller, read_only, taker) {
             Ok(view) => {
                 let answer = ToTool::Opened { view: V::number(&view), ticket: V::ticket(&view) };
                 let deadline = Instant::now() + ANSWER_LIMIT;

@@ -12,11 +12,12 @@ use kvmmem_qemu::find::{self, FindError};
 use kvmmem_qemu::windows::machine::{self, Machine, MachineError};
 use uuid::Uuid;
 
-use super::handle::{Introspector, State, Traits};
+use super::handle::{Introspector, State, Traits, Trust};
 use super::inbox::Inbox;
 use super::link::Link;
 use super::list::MAX;
 use super::qemu::Qemu;
+use super::retired::RetiredPorts;
 use super::thread;
 use super::view::View;
 use crate::audit::Event;
@@ -92,17 +93,17 @@ impl Service {
         request: &IntrospectorRequest,
         uuid: Option<Uuid>,
     ) -> Result<Answer, Refused> {
-        let on_silence = request.on_silence;
         let slot = self.introspectors().reserve().ok_or(AddError::Full)?;
         let found = find::find(&request.which, &|path| self.monitors().connect(path));
         let found = found.map_err(AddError::from)?;
         let socket = found.qmp.path().to_owned();
         let (introspector, places) = self.add_found(found, request, uuid)?;
         let vm = Arc::clone(introspector.link.vm());
-        let added = Event::AddedIntrospector { vm: &vm, on_silence, by: peer };
+        let Trust { on_silence, is_trusted } = introspector.traits.trust;
+        let added = Event::AddedIntrospector { vm: &vm, on_silence, is_trusted, by: peer };
         self.broker().audit().write(added);
         let Traits { cid, has_offset, .. } = introspector.traits;
-        let role = Role::Introspector { cid, on_silence };
+        let role = Role::Introspector { cid, on_silence, trusted: is_trusted };
         self.broker().state().remember(&vm, Entry::of(&vm, Some(socket), role));
         self.introspectors().insert(&introspector, slot);
         if let Err(error) = thread::start(&introspector, self.introspectors(), self.services()) {
@@ -126,6 +127,7 @@ impl Service {
             return Err(AddError::NoPlaces);
         }
         let left_over = machine::left_over(&mut qmp)?;
+        let marks = machine::marks(&mut qmp)?;
         self.open_guest_endpoint().map_err(AddError::GuestEndpoint)?;
         let pid = process.pid();
         let registration = Registration {
@@ -144,19 +146,21 @@ impl Service {
         let inbox = Arc::new(Inbox::new().map_err(|error| AddError::Resources(error.into()))?);
         let link = Link::register(self.broker(), registration, Credentials { pid, uid }, &inbox)?;
         let (vm, has_offset) = (link.vm().id(), machine.has_offset);
-        let on_silence = request.on_silence;
-        let traits = Traits { vm, name, cid, on_silence, has_offset, session };
+        let trust = Trust { on_silence: request.on_silence, is_trusted: request.trusted };
+        let traits = Traits { vm, name, cid, trust, has_offset, session };
         let views = left_over.map(|plug| Arc::new(View::left_over(plug))).into_iter().collect();
         let qemu = Qemu { path: qmp.path().to_owned(), listener: qmp.listener(), identity };
+        let monitor = self.monitors().of(&qemu.path, Some(qmp));
+        let retired = RetiredPorts::left_over(marks, monitor.counts());
         let introspector = Arc::new(Introspector {
             broker: Arc::downgrade(self.broker()),
             link,
             inbox,
-            monitor: self.monitors().of(&qemu.path, Some(qmp)),
+            monitor,
             qemu,
             process,
             traits,
-            state: Mutex::new(State { views, ..State::default() }),
+            state: Mutex::new(State { views, retired, ..State::default() }),
             ended: Condvar::new(),
         });
         Ok((introspector, u32::try_from(places).unwrap_or(u32::MAX)))

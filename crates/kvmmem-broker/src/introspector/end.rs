@@ -110,7 +110,8 @@ impl Introspector {
     /// Does what the operator wants done where a guest keeps what it must not; whether its QEMU was
     /// killed.
     pub(super) fn punish(&self, verdict: &Verdict) -> bool {
-        let (policy, view, words) = (self.traits.on_silence, &verdict.view, verdict.cause.words());
+        let (policy, view, words) =
+            (self.traits.trust.on_silence, &verdict.view, verdict.cause.words());
         if view.number != 0 {
             let vm = self.link.vm();
             let (view, grant) = (view.number, view.grant);

@@ -11,15 +11,15 @@ use crate::service::Service;
 use crate::sync::lock;
 
 impl Introspector {
-    /// How many PCI slots are free for views, and how many there are.
+    /// How many PCI slots are free for views, and how many there are; retired ones are not free.
     ///
     /// # Errors
     /// [`OpenError::Ask`], where QEMU does not say.
     pub fn free_slots(&self) -> Result<(usize, usize), OpenError> {
         let mut qmp = self.monitor.lend().map_err(MachineError::from)?;
         let places = machine::slots(&mut qmp)?;
+        let free = self.free(&lock(&self.state), &places, 0)?.len();
         let views = self.views();
-        let free = self.free(&views, &places, 0)?.len();
         let taken: usize = views.iter().map(|view| lock(&view.places).len()).sum();
         // Of a bus whose slots are anybody's, those that are taken do not count as places.
         Ok((free, places.count.max(free + taken)))
@@ -37,6 +37,7 @@ impl Service {
         })?;
         let (free, count) = introspector.free_slots()?;
         let number = |count| u32::try_from(count).unwrap_or(u32::MAX);
-        Ok(Answer::FreeSlots { free: number(free), count: number(count) })
+        let retired = lock(&introspector.state).retired.buses();
+        Ok(Answer::FreeSlots { free: number(free), count: number(count), retired })
     }
 }

@@ -13,6 +13,7 @@ use kvmmem_qemu::process::Process;
 use super::inbox::{Inbox, Notice};
 use super::link::Link;
 use super::qemu::Qemu;
+use super::retired::RetiredPorts;
 use super::view::View;
 use crate::audit::Audit;
 use crate::broker::Broker;
@@ -39,11 +40,21 @@ pub(super) struct Traits {
     pub(super) vm: u64,
     pub(super) name: String,
     pub(super) cid: u32,
-    pub(super) on_silence: OnSilence,
+    pub(super) trust: Trust,
     /// Whether its QEMU shows parts of files.
     pub(super) has_offset: bool,
     /// What the names of its views begin with: no other broker has used it.
     pub(super) session: String,
+}
+
+/// What the operator expects of an introspector.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Trust {
+    /// What to do where its guest does not release memory.
+    pub(super) on_silence: OnSilence,
+    /// Whether each process that is root in it may see every view that it ever gets: its tools may
+    /// do without the module then.
+    pub(super) is_trusted: bool,
 }
 
 #[derive(Debug, Default)]
@@ -52,6 +63,8 @@ pub(super) struct State {
     pub(super) views: Vec<Arc<View>>,
     /// Revoked grants that the guest may still use.
     pub(super) unconfirmed: BTreeSet<u64>,
+    /// Ports that no view is plugged into.
+    pub(super) retired: RetiredPorts,
     /// No view is opened any more.
     pub(super) is_closed: bool,
     /// The thread has ended.

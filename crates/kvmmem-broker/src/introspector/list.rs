@@ -85,7 +85,8 @@ mod tests {
         let add = || {
             let peer = Credentials { pid: 1, uid: 0 };
             let (which, on_silence) = (Which::Pid(0), OnSilence::Report);
-            let request = IntrospectorRequest { which, cid: None, name: None, on_silence };
+            let (cid, name, trusted) = (None, None, false);
+            let request = IntrospectorRequest { which, cid, name, on_silence, trusted };
             service.add_introspector(peer, &request).unwrap_err()
         };
         let mut slots: Vec<Slot> =

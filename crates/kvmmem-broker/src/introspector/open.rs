@@ -21,7 +21,7 @@ use rustix::io::Errno;
 use sha2::{Digest, Sha256};
 use zeroize::Zeroizing;
 
-use super::handle::Introspector;
+use super::handle::{Introspector, State};
 use super::inbox::Notice;
 use super::view::{Attached, Phase, View};
 use crate::calls::mint::random_token;
@@ -41,6 +41,15 @@ const LOOK: [(Duration, Duration); 2] = [
 /// How long a caller waits for a view of its own to be unplugged. The introspector's thread goes on
 /// where that takes longer.
 const UNPLUG_LIMIT: Duration = Duration::from_millis(1500);
+
+/// Who takes a view's devices up in the guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Taker {
+    /// The driver.
+    Module,
+    /// The tool's library, in an introspector that is trusted as a whole.
+    Library,
+}
 
 /// A view that the guest's driver shows. Dropping it closes it, which may take some seconds where
 /// the guest is slow.
@@ -62,6 +71,13 @@ pub enum OpenError {
         /// The broker's words.
         message: String,
     },
+    /// Its tools may not do without the module.
+    #[error(
+        "this introspector's tools need the module kvmmem in its guest (modprobe kvmmem); without the module, root in the \
+         guest can keep what it has mapped and see later views as well, so the operator must trust the VM as a whole: \
+         kvmmem introspector add --trusted on the host"
+    )]
+    Untrusted,
     /// The introspector is being taken out.
     #[error("this VM is no introspector any more")]
     Closed,
@@ -70,7 +86,8 @@ pub enum OpenError {
     Ask(#[from] MachineError),
     /// The view needs more slots than are free.
     #[error(
-        "the view needs {needed} PCI slots of the introspector, and {free} of {count} are free; close other views, or start its QEMU with more root ports (kvmmem qemu-args --views)"
+        "the view needs {needed} PCI slots of the introspector, and {free} of {count} are free{}; close other views, or start its QEMU with more root ports (kvmmem qemu-args --views)",
+        retired_words(retired)
     )]
     NoPlace {
         /// How many it needs.
@@ -79,6 +96,8 @@ pub enum OpenError {
         free: usize,
         /// How many there are.
         count: usize,
+        /// Buses that are not used before the introspector is reset.
+        retired: Vec<String>,
     },
     /// What is granted cannot be shown.
     #[error("this grant cannot be shown as PCI devices")]
@@ -111,7 +130,9 @@ impl From<OpenError> for Refused {
         let refusal = match &error {
             OpenError::Token { refusal, .. } => *refusal,
             OpenError::Ended => Refusal::Unknown,
-            OpenError::Closed | OpenError::WindowLayout(_) => Refusal::Denied,
+            OpenError::Untrusted | OpenError::Closed | OpenError::WindowLayout(_) => {
+                Refusal::Denied
+            }
             OpenError::NoPlace { .. } | OpenError::Descriptor(_) | OpenError::Ticket => {
                 Refusal::Limit
             }
@@ -136,10 +157,28 @@ impl Introspector {
         caller: &Caller,
         read_only: bool,
     ) -> Result<Opened, OpenError> {
+        self.open_for(Taker::Module, token, caller, read_only)
+    }
+
+    /// As [`Self::open`], for one who takes up the view's devices. If that is a library, this
+    /// returns when they are plugged in.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub fn open_for(
+        self: &Arc<Self>,
+        taker: Taker,
+        token: &Token,
+        caller: &Caller,
+        read_only: bool,
+    ) -> Result<Opened, OpenError> {
+        if taker == Taker::Library && !self.traits.trust.is_trusted {
+            return Err(OpenError::Untrusted);
+        }
         let mut qmp = self.monitor.lend().map_err(MachineError::from)?;
         // Before the token is used: there is at least one slot.
         let slots = machine::slots(&mut qmp)?;
-        self.free(&lock(&self.state).views, &slots, 1)?;
+        self.free(&lock(&self.state), &slots, 1)?;
         // What QEMU has reported by now concerns views that were there before.
         let since = self.monitor.counts();
         let attached = self.link.attach(token, caller, read_only);
@@ -147,7 +186,7 @@ impl Introspector {
             .map_err(|Refused { refusal, message }| OpenError::Token { refusal, message })?;
         let view = Arc::new(View::new(&attached, since));
         lock(&self.state).views.push(Arc::clone(&view));
-        let shown = self.show(&view, &attached, &slots, &mut qmp);
+        let shown = self.show((&view, taker), &attached, &slots, &mut qmp);
         let is_open = view.opened(shown.is_ok());
         let error = match shown {
             Ok(ticket) if is_open => {
@@ -164,7 +203,7 @@ impl Introspector {
 
     fn show(
         &self,
-        view: &Arc<View>,
+        (view, taker): (&Arc<View>, Taker),
         attached: &Attached,
         slots: &PciSlots,
         qmp: &mut Qmp,
@@ -210,24 +249,30 @@ impl Introspector {
             windows: &layout.windows,
             is_read_only,
             has_offset,
+            is_marked: taker == Taker::Library,
         };
         plug::plug_in(&view.plug, qmp, &shown, || view.end().is_none())?;
-        wait_seen(view)?;
+        if taker == Taker::Module {
+            wait_seen(view)?;
+        }
         Ok(ticket)
     }
 
-    /// The slots that are empty and not reserved, if they are enough.
+    /// The slots that are empty, not reserved and not retired, if they are enough.
     pub(super) fn free(
         &self,
-        views: &[Arc<View>],
+        state: &State,
         places: &PciSlots,
         needed: usize,
     ) -> Result<Vec<PciSlot>, OpenError> {
         let reserved: BTreeSet<PciSlot> =
-            views.iter().flat_map(|view| lock(&view.places).clone()).collect();
-        let free: Vec<PciSlot> = places.free.difference(&reserved).cloned().collect();
+            state.views.iter().flat_map(|view| lock(&view.places).clone()).collect();
+        let free = places.free.difference(&reserved).filter(|slot| !state.retired.has(slot));
+        let free: Vec<PciSlot> = free.cloned().collect();
         if free.len() < needed {
-            return Err(OpenError::NoPlace { needed, free: free.len(), count: places.count });
+            let retired = state.retired.buses();
+            let (free, count) = (free.len(), places.count);
+            return Err(OpenError::NoPlace { needed, free, count, retired });
         }
         Ok(free)
     }
@@ -239,7 +284,7 @@ impl Introspector {
         needed: usize,
     ) -> Result<Vec<PciSlot>, OpenError> {
         let state = lock(&self.state);
-        let mut mine = self.free(&state.views, places, needed)?;
+        let mut mine = self.free(&state, places, needed)?;
         mine.truncate(needed);
         lock(&view.places).extend(mine.iter().cloned());
         Ok(mine)
@@ -279,6 +324,17 @@ impl Drop for Opened {
         if !lock(&self.introspector.state).is_ended {
             self.view.wait_settled(Instant::now() + UNPLUG_LIMIT);
         }
+    }
+}
+
+/// What is said of retired buses, if there are any.
+fn retired_words(buses: &[String]) -> String {
+    match buses {
+        [] => String::new(),
+        buses => format!(
+            " ({} retired until the introspector is reset: a tool ended without acknowledging the end of its view)",
+            buses.join(", ")
+        ),
     }
 }
 

@@ -125,6 +125,7 @@ impl Thread {
             Notice::Changed(target) => self.changed(target),
             Notice::Reset(resets) => {
                 self.end_views(Cause::Reset, |view| is_whole(view) && view.since.resets < resets);
+                self.it.use_again(resets);
             }
             Notice::Lost(losses) => {
                 self.end_views(Cause::Lost, |view| is_whole(view) && view.since.losses < losses);

@@ -108,6 +108,9 @@ impl Unplugging {
                     if may_go && now < self.until && lock(&self.view.plug).has_devices() {
                         return Progress::Waits(self.until);
                     }
+                    if !lock(&self.view.plug).has_devices() {
+                        it.retire(&self.view);
+                    }
                     self.ask_for_objects(it);
                     self.stage =
                         Stage::Objects { until: now + OBJECT_LIMIT, again: now + OBJECT_RETRY };

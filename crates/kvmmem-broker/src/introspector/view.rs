@@ -56,6 +56,8 @@ struct Life {
     phase: Phase,
     /// What ended it, `STATE_*` of the ABI.
     end: Option<u32>,
+    /// Whether it was ever open: else no process of the guest knows its ticket.
+    was_open: bool,
     /// Whether the guest can still reach devices of it, where it is stuck.
     has_devices: bool,
 }
@@ -99,7 +101,12 @@ impl View {
             pages: Mutex::default(),
             plug: Mutex::default(),
             places: Mutex::default(),
-            life: Mutex::new(Life { phase: Phase::Opening, end: None, has_devices: false }),
+            life: Mutex::new(Life {
+                phase: Phase::Opening,
+                end: None,
+                was_open: false,
+                has_devices: false,
+            }),
             changed: Condvar::new(),
             waiter: Mutex::default(),
         }
@@ -162,6 +169,7 @@ impl View {
         let mut life = lock(&self.life);
         let is_open = is_whole && life.end.is_none();
         life.phase = if is_open { Phase::Open } else { Phase::Ending };
+        life.was_open = is_open;
         self.changed.notify_all();
         is_open
     }
@@ -238,6 +246,11 @@ impl View {
             // A page of memory that is there; and the guest is not trusted to look at it.
             tracing::warn!(view = self.number, %error, "cannot write a view's descriptor");
         }
+    }
+
+    /// Whether nothing of the view is mapped in the guest by a tool without the module.
+    pub(super) fn is_released(&self) -> bool {
+        !lock(&self.life).was_open || self.is_seen()
     }
 
     /// Whether the guest's driver has acted upon the last change; true where it never had the

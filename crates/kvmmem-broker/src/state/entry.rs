@@ -36,7 +36,12 @@ pub(crate) enum Role {
     /// A target, whose RAM is in these files; in none where it is private.
     Target { files: Vec<FileId> },
     /// An introspector.
-    Introspector { cid: u32, on_silence: OnSilence },
+    Introspector {
+        cid: u32,
+        on_silence: OnSilence,
+        #[serde(default)]
+        trusted: bool,
+    },
 }
 
 impl Entry {

@@ -149,7 +149,7 @@ mod tests {
             generation: 8,
             role: Role::Target { files: vec![] },
         };
-        let role = Role::Introspector { cid: 7, on_silence: OnSilence::Kill };
+        let role = Role::Introspector { cid: 7, on_silence: OnSilence::Kill, trusted: true };
         vec![target.clone(), Entry { qmp: None, role, ..target }]
     }
 

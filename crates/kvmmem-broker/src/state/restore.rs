@@ -98,12 +98,12 @@ impl Service {
                 }
                 self.add_opened(broker, opened)?;
             }
-            Role::Introspector { cid, on_silence } => {
+            Role::Introspector { cid, on_silence, trusted } => {
                 if !process.is_alive() {
                     return Err(Lost::Ended);
                 }
-                let (cid, on_silence) = (Some(*cid), *on_silence);
-                let request = IntrospectorRequest { which, cid, name, on_silence };
+                let (cid, on_silence, trusted) = (Some(*cid), *on_silence, *trusted);
+                let request = IntrospectorRequest { which, cid, name, on_silence, trusted };
                 self.introspect(broker, &request, Some(entry.uuid))?;
                 // It was opened by its number once more. If this one has not ended, the two are
                 // one.

@@ -13,7 +13,7 @@ use kvmmem_abi::cpuid::{
 };
 
 use super::check::Check;
-use super::{limits, views};
+use super::{limits, views, without_module};
 
 /// Bit of CPUID leaf 1's ecx that hypervisors set.
 const HYPERVISOR_BIT: u32 = 1 << 31;
@@ -36,13 +36,13 @@ pub(super) fn is_introspector() -> bool {
 
 pub(super) fn checks() -> Vec<Check> {
     let features = features();
-    let mut checks = vec![
-        check_host(features, has_pci()),
-        check_module(),
-        check_device(),
-        views::check(features),
-        check_vsock(),
-    ];
+    let mut checks = vec![check_host(features, has_pci())];
+    if features.is_none() && is_virtual() && has_pci() && !is_loaded() {
+        checks.extend(without_module::checks(rustix::process::geteuid().is_root()));
+    } else {
+        checks.extend([check_module(), check_device(), views::check(features)]);
+    }
+    checks.push(check_vsock());
     // Pages are locked for mappings by hypercall alone, and views by PCI device alone come from the
     // guest endpoint.
     checks.push(match features {

@@ -7,7 +7,7 @@ use std::path::Path;
 
 use kvm_ioctls::Kvm;
 use kvmmem_client::ClientError;
-use kvmmem_client::admin::{Admin, TargetInfo};
+use kvmmem_client::admin::{Admin, FreeSlots, TargetInfo};
 use kvmmem_proto::message::Refusal;
 use kvmmem_proto::packet::PacketError;
 use kvmmem_sys::xen;
@@ -169,17 +169,25 @@ fn broker_remedy(error: &ClientError) -> &'static str {
 }
 
 /// How many views an introspector under a stock QEMU can still open; `None` for other VMs.
-fn check_room(vm: &TargetInfo, room: Result<(u32, u32), ClientError>) -> Option<Check> {
+fn check_room(vm: &TargetInfo, room: Result<FreeSlots, ClientError>) -> Option<Check> {
     const NAME: &str = "introspector";
     let cid = vm.cid.map_or_else(|| "none".to_owned(), |cid| cid.to_string());
     let who = format!("{}, context id {cid}", vm.name);
     Some(match room {
-        Ok((0, count)) => Check::warn(
+        Ok(FreeSlots { retired, .. }) if !retired.is_empty() => Check::warn(
+            NAME,
+            format!(
+                "{who}: {} not used: tools without the module ended there unheard",
+                retired.join(", ")
+            ),
+            "reset it when that suits (QMP system_reset, a reboot of its guest)",
+        ),
+        Ok(FreeSlots { free: 0, count, .. }) => Check::warn(
             NAME,
             format!("{who}: all {count} places for views are taken"),
             "close views, or start it with more places: kvmmem qemu-args --views",
         ),
-        Ok((free, count)) => {
+        Ok(FreeSlots { free, count, .. }) => {
             Check::ok(NAME, format!("{who}: {free} of {count} places for views are free"))
         }
         Err(ClientError::Refused { refusal: Refusal::Denied, .. }) => return None,
@@ -209,6 +217,10 @@ mod tests {
         assert_eq!(check_hardware("", false, false).status, Status::Fail);
     }
 
+    fn slots(free: u32, retired: &[&str]) -> FreeSlots {
+        FreeSlots { free, count: 2, retired: retired.iter().map(ToString::to_string).collect() }
+    }
+
     #[test]
     fn introspectors_without_a_free_place_are_told() {
         let vm = TargetInfo {
@@ -224,12 +236,14 @@ mod tests {
             pid: 77,
             hooks: Vec::new(),
         };
-        let check = check_room(&vm, Ok((1, 2))).unwrap();
+        let check = check_room(&vm, Ok(slots(1, &[]))).unwrap();
         assert_eq!(
             (check.status, check.detail.as_str()),
             (Status::Ok, "lion, context id 7: 1 of 2 places for views are free")
         );
-        assert!(check_room(&vm, Ok((0, 2))).unwrap().remedy.unwrap().contains("--views"));
+        assert!(check_room(&vm, Ok(slots(0, &[]))).unwrap().remedy.unwrap().contains("--views"));
+        let retired = check_room(&vm, Ok(slots(1, &["kvmmem0"]))).unwrap();
+        assert!(retired.detail.contains("kvmmem0") && retired.remedy.unwrap().contains("reset"));
         let refused =
             |refusal| Err(ClientError::Refused { refusal, message: "no QEMU".to_owned() });
         assert!(check_room(&vm, refused(Refusal::Denied)).is_none());

@@ -176,6 +176,9 @@ mod tests {
             statuses(Role::Guest, &checks)[..2],
             [(Use::Views, Status::Fail), (Use::Pages, Status::Ok)]
         );
+        // Tools may do without the module there.
+        let without = [check("module", Status::Warn), check("views", Status::Ok)];
+        assert_eq!(Use::Views.judge(&without, true).status, Status::Warn);
         // Under a stock QEMU there are no pages, and views come by the guest endpoint.
         checks[3].status = Status::Ok;
         checks[5] = check("guest-endpoint", Status::Fail);

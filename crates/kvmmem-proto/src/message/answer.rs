@@ -178,6 +178,10 @@ pub enum Answer {
         free: u32,
         /// PCI slots that there are.
         count: u32,
+        /// Buses whose slots are not used until the introspector is reset: a tool without the
+        /// module did not acknowledge the end of its view.
+        #[serde(default)]
+        retired: Vec<String>,
     },
     /// A page of a target's vCPUs.
     Registers {

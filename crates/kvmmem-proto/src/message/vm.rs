@@ -102,6 +102,9 @@ pub struct IntrospectorRequest {
     pub name: Option<String>,
     /// What to do where its guest does not release memory.
     pub on_silence: OnSilence,
+    /// Whether it is trusted as a whole: its tools may do without the module.
+    #[serde(default)]
+    pub trusted: bool,
 }
 
 /// An introspector that was added.

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use uuid::Uuid;
 
 use super::pci_slots::{self, PciSlots};
-use super::plug::{PREFIX, Plug};
+use super::plug::{MARK_TYPE, Mark, PREFIX, Plug};
 use crate::qmp::{Qmp, QmpError};
 
 /// Where devices are in QEMU's tree of objects: those with an id, and the others.
@@ -109,6 +109,16 @@ pub fn left_over(qmp: &mut Qmp) -> Result<Option<Plug>, MachineError> {
     let objects = ids(OBJECTS, "child<memory-backend-file>")?;
     let is_none = devices.is_empty() && objects.is_empty();
     Ok((!is_none).then(|| Plug::left_over(&devices, &objects)))
+}
+
+/// The marks of buses that must not be used before the VM is reset.
+///
+/// # Errors
+/// [`MachineError`].
+pub fn marks(qmp: &mut Qmp) -> Result<Vec<Mark>, MachineError> {
+    let kind = format!("child<{MARK_TYPE}>");
+    let objects = list(qmp, OBJECTS)?.into_iter().filter(|item| item.kind == kind);
+    Ok(objects.filter_map(|item| Mark::from_id(&item.name)).collect())
 }
 
 /// The VM's vsock context id.

@@ -6,6 +6,7 @@
 //! what [`Plug`] lists as left undoes it from any point on. No command is sent with the lock on a
 //! `Plug` held.
 
+use std::collections::BTreeSet;
 use std::os::fd::BorrowedFd;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -23,10 +24,29 @@ const NOT_FOUND: &str = "not found";
 /// Ids of ours begin like this.
 pub(super) const PREFIX: &str = "kvmmem-view-";
 
+/// Ids of marks begin like this.
+const MARK: &str = "kvmmem-mark-";
+
+/// What a mark is: the smallest object that QEMU has.
+pub(super) const MARK_TYPE: &str = "rng-builtin";
+
 /// The devices of a view.
 #[derive(Debug, Default)]
 pub struct Plug {
     slots: Vec<Slot>,
+    /// The marks of its buses, which go last.
+    marks: Vec<Mark>,
+}
+
+/// An object in QEMU that says that a bus must not be used again before the VM is reset, or before
+/// the tool that has mapped its devices without the driver has acknowledged that it has not any
+/// more. It outlasts the broker.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Mark {
+    /// The object's id.
+    pub id: String,
+    /// The bus.
+    pub bus: String,
 }
 
 /// A PCI slot.
@@ -45,6 +65,19 @@ struct Function {
     has_object: bool,
 }
 
+impl Mark {
+    /// The mark of a view with this name, which no other one has, on a bus.
+    fn new(name: &str, bus: &str) -> Self {
+        Self { id: format!("{MARK}{name}-on-{bus}"), bus: bus.to_owned() }
+    }
+
+    /// The mark that an object with this id is.
+    pub(super) fn from_id(id: &str) -> Option<Self> {
+        let (_, bus) = id.strip_prefix(MARK)?.split_once("-on-")?;
+        Some(Self { id: id.to_owned(), bus: bus.to_owned() })
+    }
+}
+
 /// What is plugged in.
 pub struct Shown<'a> {
     /// A name that no other view has; the ids of its devices are made of it.
@@ -61,6 +94,8 @@ pub struct Shown<'a> {
     pub is_read_only: bool,
     /// Whether QEMU knows `offset`.
     pub has_offset: bool,
+    /// Whether the buses are marked.
+    pub is_marked: bool,
 }
 
 /// How many slots so many windows take.
@@ -95,7 +130,7 @@ impl Plug {
                 None => slots.push((slot.to_owned(), Slot { functions: vec![function] })),
             }
         }
-        Self { slots: slots.into_iter().map(|(_, slot)| slot).collect() }
+        Self { slots: slots.into_iter().map(|(_, slot)| slot).collect(), marks: Vec::new() }
     }
 
     /// The devices for which the guest has to be asked: it lets go of a slot as a whole. What it
@@ -111,10 +146,16 @@ impl Plug {
         ids
     }
 
-    /// The backends whose devices are gone.
+    /// The backends whose devices are gone, and the marks once all are.
     pub fn to_delete(&self) -> Vec<String> {
         let meant = self.functions().filter(|it| it.has_object && !it.has_device);
-        meant.map(|function| function.id.clone()).collect()
+        let marks = self.marks.iter().filter(|_| !self.has_devices()).map(|mark| &mark.id);
+        meant.map(|function| &function.id).chain(marks).cloned().collect()
+    }
+
+    /// Leaves the marks in QEMU, and returns them.
+    pub fn leave_marks(&mut self) -> Vec<Mark> {
+        std::mem::take(&mut self.marks)
     }
 
     /// Records that a device is gone; whether it was one of these.
@@ -123,8 +164,9 @@ impl Plug {
         function.map(|function| function.has_device = false).is_some()
     }
 
-    /// Records that a backend is gone.
+    /// Records that a backend or a mark is gone.
     pub fn object_is_gone(&mut self, id: &str) {
+        self.marks.retain(|mark| mark.id != id);
         if let Some(function) = self.find(id) {
             function.has_object = false;
         }
@@ -137,7 +179,8 @@ impl Plug {
 
     /// Whether nothing is left.
     pub fn is_empty(&self) -> bool {
-        !self.functions().any(|function| function.has_device || function.has_object)
+        self.marks.is_empty()
+            && !self.functions().any(|function| function.has_device || function.has_object)
     }
 
     fn functions(&self) -> impl Iterator<Item = &Function> {
@@ -179,6 +222,18 @@ fn plug_from(
         sets.push(added.fdset_id);
         Ok(format!("/proc/self/fd/{}", added.fd))
     };
+    let buses: BTreeSet<&str> = shown.slots.iter().map(|slot| slot.bus.as_str()).collect();
+    for bus in buses.into_iter().filter(|_| shown.is_marked) {
+        let mark = Mark::new(&shown.name, bus);
+        let id = mark.id.clone();
+        lock(plug).marks.push(mark);
+        if let Err(error) = qmp.execute("object-add", json!({ "qom-type": MARK_TYPE, "id": id })) {
+            if error.is_refusal() {
+                lock(plug).object_is_gone(&id);
+            }
+            return Err(error);
+        }
+    }
     let mut paths = Vec::new();
     for (number, file) in &shown.files {
         paths.push((*number, open(qmp, *file)?));
@@ -284,5 +339,26 @@ mod tests {
         assert_eq!(left.len(), 5);
         left.iter().for_each(|object| plug.object_is_gone(object));
         assert!(plug.is_empty() && plug.to_delete().is_empty() && plug.to_unplug().is_empty());
+    }
+
+    #[test]
+    fn a_mark_goes_after_the_devices_or_is_left() {
+        let device = format!("{PREFIX}1-1s0f0");
+        let mark = Mark::new("1-1", "pci.0");
+        assert_eq!(Mark::from_id(&mark.id), Some(mark.clone()));
+        assert_eq!(Mark::from_id(&device), None);
+        let devices = std::slice::from_ref(&device);
+        let mut plug = Plug::left_over(devices, devices);
+        plug.marks.push(mark.clone());
+        assert_eq!(plug.to_delete(), [""; 0]);
+        plug.device_is_gone(&device);
+        assert_eq!(plug.to_delete(), [device.clone(), mark.id.clone()]);
+        plug.object_is_gone(&device);
+        assert!(!plug.is_empty());
+        plug.object_is_gone(&mark.id);
+        assert!(plug.is_empty());
+        plug.marks.push(mark.clone());
+        assert_eq!(plug.leave_marks(), [mark]);
+        assert!(plug.is_empty());
     }
 }

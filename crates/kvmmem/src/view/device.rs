@@ -21,7 +21,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{SeekFrom, seek};
 use rustix::io::{Errno, pread, pwrite};
 
-use super::guest_endpoint::{GuestConnection, GuestEndpointError};
+use super::guest_endpoint::{GuestConnection, GuestEndpointError, Taker};
 use super::mapping::{Keeps, Mapping};
 use super::vectored::VectoredError;
 use super::{Access, Event, State, Status, ViewError, ViewOperation};
@@ -73,7 +73,7 @@ impl DeviceView {
         let guest = match info.features & FEATURE_DEVICES {
             0 => None,
             _ => {
-                let guest = GuestConnection::open(token, access == Access::ReadOnly);
+                let guest = GuestConnection::open(token, access == Access::ReadOnly, Taker::Module);
                 Some(Arc::new(guest.map_err(|source| ViewError::GuestEndpoint(Box::new(source)))?))
             }
         };

@@ -12,6 +12,7 @@ use kvmmem_sys::device::OpenError;
 use rustix::io::Errno;
 
 use super::guest_endpoint::GuestEndpointError;
+use super::sysfs::SysfsError;
 use crate::explain;
 
 /// Something done with a view, for messages.
@@ -81,6 +82,10 @@ pub enum ViewError {
         device: PathBuf,
         /// Where the broker's socket was looked for.
         socket: PathBuf,
+        /// In a virtual machine, why its host was not reached, which shows views to machines
+        /// without the driver as well.
+        #[source]
+        endpoint: Option<Box<GuestEndpointError>>,
     },
     /// The device could not be opened.
     #[error("cannot open {}{remedy}", path.display())]
@@ -131,6 +136,9 @@ pub enum ViewError {
     /// The host, which shows views as devices of this virtual machine, gave none.
     #[error("the host opened no view")]
     GuestEndpoint(#[source] Box<GuestEndpointError>),
+    /// The host opened the view, but this process cannot use its devices without the module.
+    #[error("cannot use the view's devices without the module kvmmem")]
+    Sysfs(#[source] Box<SysfsError>),
     /// The broker gave no view.
     #[error("the broker at {} gave no view{remedy}", socket.display())]
     AttachHost {

@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Guest endpoint, the tool's side: attaches views in a virtual machine under a stock QEMU.
 //!
-//! The tool connects to the broker by vsock before it attaches by the device. The connection stands
+//! The tool connects to the broker by vsock before it attaches by the device, or maps the PCI
+//! devices by itself. The connection stands
 //! for the view: the host unplugs the view's devices when it closes. The frames are those of
 //! [`kvmmem_proto::guest`].
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use kvmmem_kvmi::token::Token;
@@ -88,19 +89,38 @@ fn remedy(error: &io::Error) -> &'static str {
 /// A view's connection to the host. The view ends with it.
 #[derive(Debug)]
 pub(super) struct GuestConnection {
-    stream: VsockStream,
+    stream: OwnedFd,
     ticket: Token,
+}
+
+/// Who takes the view's devices up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Taker {
+    /// The driver.
+    Module,
+    /// This library.
+    Library,
 }
 
 impl GuestConnection {
     /// Asks the host to open the view that `token` allows; this uses the token. The devices are
     /// plugged in when this returns.
-    pub(super) fn open(token: &Token, read_only: bool) -> Result<Self, GuestEndpointError> {
+    pub(super) fn open(
+        token: &Token,
+        read_only: bool,
+        taker: Taker,
+    ) -> Result<Self, GuestEndpointError> {
         let port = port()?;
         let stream = VsockStream::connect_with_cid_port(VMADDR_CID_HOST, port);
         let stream = stream.map_err(|source| GuestEndpointError::Connect { port, source })?;
-        let ticket = ask(stream.as_fd(), port, token, read_only)?;
-        Ok(Self { stream, ticket })
+        let ticket = ask(stream.as_fd(), port, token, read_only, taker)?;
+        Ok(Self { stream: stream.into(), ticket })
+    }
+
+    /// A connection over which a view was opened.
+    #[cfg(test)]
+    pub(super) fn of(stream: OwnedFd, ticket: Token) -> Self {
+        Self { stream, ticket }
     }
 
     /// The token by which the device takes the view that was opened.
@@ -175,10 +195,15 @@ fn ask(
     port: u32,
     token: &Token,
     read_only: bool,
+    taker: Taker,
 ) -> Result<Token, GuestEndpointError> {
     let mut timed = TimedSocket::new(socket, Instant::now() + LIMIT);
-    let question =
-        FromTool::Open { token: token.clone(), read_only, caller: Caller::this_process() };
+    let question = FromTool::Open {
+        token: token.clone(),
+        read_only,
+        caller: Caller::this_process(),
+        without_module: taker == Taker::Library,
+    };
     // Who is refused at once may be so before this is sent; the answer tells.
     let sent = guest::write(&mut timed, &question);
     let no_answer = |source| GuestEndpointError::Answer { port, source };
@@ -224,14 +249,17 @@ mod tests {
     #[test]
     fn a_view_is_open_until_the_host_shuts() {
         let (ours, thread) = host(|stream, question| {
-            let Some(FromTool::Open { token: asked, read_only, caller }) = question else {
+            let Some(FromTool::Open { token: asked, read_only, caller, .. }) = question else {
                 panic!()
             };
             assert!(asked == token() && read_only && caller.pid == std::process::id());
             guest::write(stream, &ToTool::Opened { view: 3, ticket: Token::new([9; 4]) }).unwrap();
             assert_eq!(guest::read::<FromTool>(stream).unwrap(), None);
         });
-        assert_eq!(ask(ours.as_fd(), 1, &token(), true).unwrap(), Token::new([9; 4]));
+        assert_eq!(
+            ask(ours.as_fd(), 1, &token(), true, Taker::Module).unwrap(),
+            Token::new([9; 4])
+        );
         assert!(!is_shut(ours.as_fd()));
         ours.shutdown(std::net::Shutdown::Write).unwrap();
         thread.join().unwrap();
@@ -247,7 +275,7 @@ mod tests {
             )
             .unwrap();
         });
-        let error = ask(ours.as_fd(), 1, &token(), false).unwrap_err();
+        let error = ask(ours.as_fd(), 1, &token(), false, Taker::Module).unwrap_err();
         assert!(
             matches!(error, GuestEndpointError::Refused { refusal: Refusal::Denied, .. }),
             "{error:?}"
@@ -260,7 +288,7 @@ mod tests {
     fn no_answer_and_a_wrong_one_are_errors() {
         for bytes in [&b""[..], b"\x02\0\0\0{}", b"\xff\xff\xff\xff", b"\x16\0\0\0{"] {
             let (ours, thread) = host(|stream, _| stream.write_all(bytes).unwrap());
-            let error = ask(ours.as_fd(), 27510, &token(), true).unwrap_err();
+            let error = ask(ours.as_fd(), 27510, &token(), true, Taker::Module).unwrap_err();
             assert!(matches!(error, GuestEndpointError::Answer { .. }), "{error:?}");
             assert!(error.to_string().contains("27510"), "{error}");
             thread.join().unwrap();
@@ -268,7 +296,7 @@ mod tests {
         // One that has closed before the question.
         let (ours, theirs) = UnixStream::pair().unwrap();
         drop(theirs);
-        let error = ask(ours.as_fd(), 1, &token(), true).unwrap_err();
+        let error = ask(ours.as_fd(), 1, &token(), true, Taker::Module).unwrap_err();
         assert!(matches!(error, GuestEndpointError::Answer { .. }), "{error:?}");
     }
 

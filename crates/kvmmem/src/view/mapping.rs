@@ -6,12 +6,13 @@
 
 use std::sync::Arc;
 
-use kvmmem_sys::foreign::{Foreign, ForeignError};
+use kvmmem_sys::foreign::{Foreign, ForeignError, Word};
 use kvmmem_sys::search::{Atoms, Candidates, Probe};
 use rustix::io::Errno;
 
 use super::guest_endpoint::GuestConnection;
 use super::host::HostView;
+use super::sysfs::{PROOF_LIMIT, SysfsView};
 
 /// Why mapped memory was not accessed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -47,8 +48,9 @@ pub enum MappingError {
         /// The first address that was not copied.
         gpa: u64,
     },
-    /// The handler of SIGBUS, which catches accesses to removed memory, cannot be installed.
-    #[error("cannot handle SIGBUS")]
+    /// The handlers of SIGBUS and SIGILL, which catch accesses to removed memory, cannot be
+    /// installed.
+    #[error("cannot handle SIGBUS and SIGILL")]
     Guard(#[source] Errno),
 }
 
@@ -57,13 +59,14 @@ pub enum MappingError {
 ///
 /// The contents may change at any moment, so they are copied: there is no slice of them. An access
 /// to removed memory is an error, not a SIGBUS that kills the process: see [`crate::view`] on
-/// signals.
+/// signals. In a virtual machine without the module each of the methods proves its access, which
+/// takes two system calls: read much at once there.
 #[derive(Clone, Debug)]
 pub struct Mapping {
     gpa: u64,
     memory: Arc<Foreign>,
     /// Dropped after the memory.
-    _keeps: Option<Keeps>,
+    keeps: Option<Keeps>,
 }
 
 /// What a mapping keeps open. The kernel keeps the device's file open.
@@ -73,11 +76,13 @@ pub(super) enum Keeps {
     View(#[expect(dead_code, reason = "held")] Arc<HostView>),
     /// In a virtual machine, the connection that stands for the view's devices.
     Guest(#[expect(dead_code, reason = "held")] Arc<GuestConnection>),
+    /// In a virtual machine without the module, the view that proves each access.
+    Sysfs(Arc<SysfsView>),
 }
 
 impl Mapping {
     pub(super) fn new(gpa: u64, memory: Arc<Foreign>, keeps: Option<Keeps>) -> Self {
-        Self { gpa, memory, _keeps: keeps }
+        Self { gpa, memory, keeps }
     }
 
     /// First guest-physical address.
@@ -106,6 +111,11 @@ impl Mapping {
     }
 
     /// Address in this process, for information.
+    ///
+    /// In a virtual machine without the module, an access at this address that is not made by the
+    /// methods here is proven by nothing: after the device is unplugged it reads zeros without a
+    /// signal. What it read counts only if one of the methods here succeeds at the same place
+    /// afterwards.
     ///
     /// ```no_run
     /// # fn example(mapping: &kvmmem::Mapping) -> Result<(), kvmmem::MappingError> {
@@ -145,7 +155,16 @@ impl Mapping {
     /// # Errors
     /// [`MappingError`]; the bytes before a lost one are copied.
     pub fn read(&self, offset: u64, buf: &mut [u8]) -> Result<(), MappingError> {
-        self.memory.read(offset, buf).map_err(|error| self.error(error))
+        if !self.is_proven() {
+            return self.memory.read(offset, buf).map_err(|error| self.error(error));
+        }
+        self.check(offset, buf.len())?;
+        let mut at = offset;
+        for part in buf.chunks_mut(PROOF_LIMIT) {
+            self.access(at, part.len() as u64, |memory| memory.read(at, part))?;
+            at += part.len() as u64;
+        }
+        Ok(())
     }
 
     /// Searches for bytes of a pattern in place: the first block of
@@ -176,7 +195,8 @@ impl Mapping {
         offset: u64,
         places: u64,
     ) -> Result<Option<Candidates>, MappingError> {
-        self.memory.find(probe, offset, places).map_err(|error| self.error(error))
+        let reach = probe.reach() as u64;
+        self.in_parts(offset, places, reach, |memory, at, places| memory.find(probe, at, places))
     }
 
     /// Whether the `len` bytes at `offset` may hold one of `atoms`: `false` if none was found,
@@ -195,7 +215,12 @@ impl Mapping {
     /// # Errors
     /// [`MappingError`].
     pub fn may_hold(&self, atoms: &Atoms, offset: u64, len: u64) -> Result<bool, MappingError> {
-        self.memory.may_hold(atoms, offset, len).map_err(|error| self.error(error))
+        let places = len.saturating_sub(Atoms::LEN as u64 - 1);
+        let behind = len - places;
+        let found = self.in_parts(offset, places, behind, |memory, at, places| {
+            Ok(memory.may_hold(atoms, at, places + behind)?.then_some(()))
+        })?;
+        Ok(found.is_some())
     }
 
     /// Loads and discards `len` bytes at `offset`, a multiple of 128: the floor that benchmarks
@@ -211,7 +236,7 @@ impl Mapping {
     /// # Errors
     /// [`MappingError`].
     pub fn sweep(&self, offset: u64, len: usize) -> Result<Option<()>, MappingError> {
-        self.memory.sweep(offset, len).map_err(|error| self.error(error))
+        self.access(offset, len as u64, |memory| memory.sweep(offset, len))
     }
 
     /// Maps the pages of `len` bytes at `offset`, both multiples of the page size, at once, so that
@@ -256,7 +281,7 @@ impl Mapping {
     /// # Errors
     /// [`MappingError`]; the bytes before a lost one have been copied.
     pub fn write(&self, offset: u64, bytes: &[u8]) -> Result<(), MappingError> {
-        self.memory.write(offset, bytes).map_err(|error| self.error(error))
+        self.access(offset, bytes.len() as u64, |memory| memory.write(offset, bytes))
     }
 
     /// Reads the byte at `offset`.
@@ -271,7 +296,7 @@ impl Mapping {
     /// # Errors
     /// [`MappingError`].
     pub fn read_u8(&self, offset: u64) -> Result<u8, MappingError> {
-        self.memory.read_word(offset).map_err(|error| self.error(error))
+        self.word(offset)
     }
 
     /// Reads the word at `offset`, a multiple of 2, in one access.
@@ -286,7 +311,7 @@ impl Mapping {
     /// # Errors
     /// [`MappingError`].
     pub fn read_u16(&self, offset: u64) -> Result<u16, MappingError> {
-        self.memory.read_word(offset).map_err(|error| self.error(error))
+        self.word(offset)
     }
 
     /// Reads the word at `offset`, a multiple of 4, in one access.
@@ -301,7 +326,7 @@ impl Mapping {
     /// # Errors
     /// [`MappingError`].
     pub fn read_u32(&self, offset: u64) -> Result<u32, MappingError> {
-        self.memory.read_word(offset).map_err(|error| self.error(error))
+        self.word(offset)
     }
 
     /// Reads the word at `offset`, a multiple of 8, in one access.
@@ -316,7 +341,7 @@ impl Mapping {
     /// # Errors
     /// [`MappingError`].
     pub fn read_u64(&self, offset: u64) -> Result<u64, MappingError> {
-        self.memory.read_word(offset).map_err(|error| self.error(error))
+        self.word(offset)
     }
 
     /// Writes the byte at `offset`.
@@ -331,7 +356,7 @@ impl Mapping {
     /// # Errors
     /// [`MappingError`].
     pub fn write_u8(&self, offset: u64, value: u8) -> Result<(), MappingError> {
-        self.memory.write_word(offset, value).map_err(|error| self.error(error))
+        self.set_word(offset, value)
     }
 
     /// Writes the word at `offset`, a multiple of 2, in one access.
@@ -346,7 +371,7 @@ impl Mapping {
     /// # Errors
     /// [`MappingError`].
     pub fn write_u16(&self, offset: u64, value: u16) -> Result<(), MappingError> {
-        self.memory.write_word(offset, value).map_err(|error| self.error(error))
+        self.set_word(offset, value)
     }
 
     /// Writes the word at `offset`, a multiple of 4, in one access.
@@ -361,7 +386,7 @@ impl Mapping {
     /// # Errors
     /// [`MappingError`].
     pub fn write_u32(&self, offset: u64, value: u32) -> Result<(), MappingError> {
-        self.memory.write_word(offset, value).map_err(|error| self.error(error))
+        self.set_word(offset, value)
     }
 
     /// Writes the word at `offset`, a multiple of 8, in one access.
@@ -376,7 +401,64 @@ impl Mapping {
     /// # Errors
     /// [`MappingError`].
     pub fn write_u64(&self, offset: u64, value: u64) -> Result<(), MappingError> {
-        self.memory.write_word(offset, value).map_err(|error| self.error(error))
+        self.set_word(offset, value)
+    }
+
+    fn word<W: Word>(&self, offset: u64) -> Result<W, MappingError> {
+        self.access(offset, W::SIZE as u64, |memory| memory.read_word(offset))
+    }
+
+    fn set_word<W: Word + Copy>(&self, offset: u64, value: W) -> Result<(), MappingError> {
+        self.access(offset, W::SIZE as u64, |memory| memory.write_word(offset, value))
+    }
+
+    fn is_proven(&self) -> bool {
+        matches!(self.keeps, Some(Keeps::Sysfs(_)))
+    }
+
+    /// Makes an access to `len` bytes at `offset`, and proves it where nothing else keeps it from
+    /// reaching what is not the view's.
+    fn access<T>(
+        &self,
+        offset: u64,
+        len: u64,
+        mut access: impl FnMut(&Foreign) -> Result<T, ForeignError>,
+    ) -> Result<T, MappingError> {
+        let Some(Keeps::Sysfs(view)) = &self.keeps else {
+            return access(&self.memory).map_err(|error| self.error(error));
+        };
+        let gpa = self.gpa.saturating_add(offset);
+        let outcome = view.prove(gpa, len, || access(&self.memory));
+        outcome.map_err(|_| MappingError::Lost { gpa })?.map_err(|error| self.error(error))
+    }
+
+    /// What `find` finds first at `places` from `offset` on, each of which has `behind` bytes more
+    /// behind it. Proven in parts, for none of which the view's end waits long.
+    fn in_parts<T>(
+        &self,
+        offset: u64,
+        places: u64,
+        behind: u64,
+        mut find: impl FnMut(&Foreign, u64, u64) -> Result<Option<T>, ForeignError>,
+    ) -> Result<Option<T>, MappingError> {
+        let part = if self.is_proven() { PROOF_LIMIT as u64 } else { u64::MAX };
+        let (mut at, mut left) = (offset, places);
+        loop {
+            let count = left.min(part);
+            let len = count.saturating_add(behind);
+            let found = self.access(at, len, |memory| find(memory, at, count))?;
+            left -= count;
+            if found.is_some() || left == 0 {
+                return Ok(found);
+            }
+            at += count;
+        }
+    }
+
+    fn check(&self, offset: u64, len: usize) -> Result<(), MappingError> {
+        let size = self.len();
+        let end = offset.checked_add(len as u64).filter(|end| *end <= size);
+        end.map(drop).ok_or(MappingError::Outside { offset, len, size })
     }
 
     fn error(&self, error: ForeignError) -> MappingError {

@@ -51,6 +51,7 @@ fn calls() -> Vec<(Call, &'static str)> {
                 cid: None,
                 name: None,
                 on_silence: OnSilence::Report,
+                trusted: false,
             }),
             "a---",
         ),

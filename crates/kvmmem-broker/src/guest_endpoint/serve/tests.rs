@@ -66,7 +66,9 @@ impl Views for Fake {
         token: &Token,
         caller: &Caller,
         read_only: bool,
+        taker: Taker,
     ) -> Result<FakeView, Refused> {
+        assert_eq!(taker, Taker::Module);
         self.0.asked.lock().unwrap().push((cid, token.clone(), caller.clone(), read_only));
         if *token != good_token() {
             return Err(Refused::new(Refusal::Unknown, "token is unknown"));
@@ -159,7 +161,11 @@ fn caller() -> Caller {
 }
 
 fn ask(stream: &mut UnixStream, token: Token) -> ToTool {
-    guest::write(stream, &FromTool::Open { token, read_only: true, caller: caller() }).unwrap();
+    guest::write(
+        stream,
+        &FromTool::Open { token, read_only: true, caller: caller(), without_module: false },
+    )
+    .unwrap();
     answer(stream)
 }
 
@@ -217,7 +223,12 @@ fn who_may_not_ask_is_told_why_and_its_token_is_not_looked_at() {
     let mut tool = endpoint.connect(8);
     let _ = guest::write(
         &mut tool,
-        &FromTool::Open { token: good_token(), read_only: true, caller: caller() },
+        &FromTool::Open {
+            token: good_token(),
+            read_only: true,
+            caller: caller(),
+            without_module: false,
+        },
     );
     assert_eq!(answer(&mut tool), ToTool::refused(Refusal::Denied, "VM 8 is no introspector"));
     assert!(is_closed(&mut tool));
@@ -299,7 +310,12 @@ fn a_vm_has_so_many_connections_and_gets_them_back() {
     wait_for("a free slot", || {
         attempts.fetch_add(1, Ordering::Relaxed);
         let mut tool = endpoint.connect(CID);
-        let question = FromTool::Open { token: good_token(), read_only: true, caller: caller() };
+        let question = FromTool::Open {
+            token: good_token(),
+            read_only: true,
+            caller: caller(),
+            without_module: false,
+        };
         let _ = guest::write(&mut tool, &question);
         matches!(answer(&mut tool), ToTool::Opened { .. })
     });

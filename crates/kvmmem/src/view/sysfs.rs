@@ -1,0 +1,243 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! A view in a virtual machine under a stock QEMU without the module: the windows are PCI devices,
+//! and this process maps them by their files in `/sys`.
+//!
+//! It mirrors the driver (`kernel/{devices,slot,attachment}.rs`) as far as a process can. What it
+//! cannot is to take a mapping away when a device is unplugged, so:
+//!
+//! - **Each access is proven** ([`Shared::prove`]): the descriptor page says before and afterwards
+//!   that the view is open, and the window's file says afterwards that the device is there.
+//! - **The view's end is acknowledged** ([`Shared::end`]): the host unplugs the devices when this
+//!   process has removed its mappings and said so. A port whose view was not acknowledged is not
+//!   used again until the machine is reset.
+//!
+//! Only the process that attached may use the view: a child that is forked from it has none of the
+//! mappings.
+
+mod bar;
+mod discover;
+mod function;
+mod head;
+mod shared;
+#[cfg(test)]
+mod tests;
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use kvmmem_kvmi::token::Token;
+use kvmmem_memory::range::{Range, first_hole, next_range};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use sha2::{Digest as _, Sha256};
+use zeroize::Zeroizing;
+
+use self::discover::Bus;
+use self::shared::{Follow, Shared, Unproven};
+use super::guest_endpoint::{GuestConnection, Taker};
+use super::mapping::{Keeps, Mapping};
+use super::vectored::VectoredError;
+use super::{Access, Event, State, Status, ViewError, ViewOperation};
+pub use discover::SysfsError;
+
+/// Where the kernel shows PCI devices.
+const DEVICES: &str = "/sys/bus/pci/devices";
+
+/// How long the kernel may take to show devices that were plugged in: 6 s with native PCIe hot
+/// plug.
+const LIMIT: Duration = Duration::from_secs(12);
+
+/// How often the descriptor page is looked at: the host cannot signal a change.
+const LOOK: Timespec = Timespec { tv_sec: 0, tv_nsec: 5_000_000 };
+
+/// The most bytes that one proof is for: the view's end waits for it.
+pub(super) const PROOF_LIMIT: usize = 1 << 20;
+
+/// A view whose devices this process has mapped.
+#[derive(Debug)]
+pub(super) struct SysfsView {
+    shared: Arc<Shared>,
+    is_writable: bool,
+    /// Written to, it ends the watcher.
+    stop: Arc<OwnedFd>,
+    watcher: Mutex<Option<JoinHandle<()>>>,
+}
+
+/// Whether this is a virtual machine in which views may come as PCI devices.
+pub(super) fn is_possible() -> bool {
+    let is_guest = |cid| cid > vsock::VMADDR_CID_HOST && cid < vsock::VMADDR_CID_ANY;
+    vsock::get_local_cid().is_ok_and(is_guest) && Path::new(DEVICES).exists()
+}
+
+impl SysfsView {
+    pub(super) fn attach(token: &Token, access: Access) -> Result<Arc<Self>, ViewError> {
+        let connection = GuestConnection::open(token, access == Access::ReadOnly, Taker::Library);
+        let connection = connection.map_err(|source| ViewError::GuestEndpoint(Box::new(source)))?;
+        let bus = Bus { folder: DEVICES.as_ref(), is_alive: bar::is_alive, limit: LIMIT };
+        Self::open(&bus, connection, access).map_err(|source| ViewError::Sysfs(Box::new(source)))
+    }
+
+    /// Takes up the devices of a view that the host has opened.
+    fn open(
+        bus: &Bus<'_>,
+        connection: GuestConnection,
+        access: Access,
+    ) -> Result<Arc<Self>, SysfsError> {
+        let digest = Sha256::digest(*Zeroizing::new(connection.ticket().to_bytes())).into();
+        let stop = eventfd(0, EventfdFlags::CLOEXEC).map(Arc::new);
+        let stop = stop.map_err(|errno| SysfsError::Watch(errno.into()))?;
+        let (devices, snapshot) = bus.find(&digest, access == Access::Granted)?;
+        let shared = Arc::new(Shared::new(devices, snapshot));
+        // Now the host knows that all is here, and no other process may take it.
+        shared.acknowledge();
+        let view = Arc::new(Self {
+            is_writable: shared.is_writable(),
+            shared: Arc::clone(&shared),
+            stop: Arc::clone(&stop),
+            watcher: Mutex::default(),
+        });
+        let watcher = std::thread::Builder::new()
+            .name("kvmmem-view".into())
+            .spawn(move || watch(&shared, connection, &stop))
+            .map_err(SysfsError::Watch)?;
+        *view.watcher.lock().unwrap_or_else(PoisonError::into_inner) = Some(watcher);
+        Ok(view)
+    }
+
+    pub(super) fn status(&self) -> Status {
+        self.shared.status()
+    }
+
+    pub(super) fn instance(&self) -> Option<u64> {
+        self.shared.instance()
+    }
+
+    pub(super) fn read_at(&self, gpa: u64, buf: &mut [u8]) -> Result<(), ViewError> {
+        let operation = ViewOperation::Read { gpa, len: buf.len() };
+        let (mut gpa, mut rest) = (gpa, buf);
+        while !rest.is_empty() {
+            let count = self.shared.read(gpa, rest).map_err(|error| error.of(operation, gpa))?;
+            gpa = gpa.saturating_add(count as u64);
+            rest = rest.get_mut(count..).unwrap_or_default();
+        }
+        Ok(())
+    }
+
+    pub(super) fn read_vectored(
+        &self,
+        pieces: &mut [(u64, &mut [u8])],
+    ) -> Result<(), VectoredError> {
+        for (piece, (gpa, bytes)) in pieces.iter_mut().enumerate() {
+            self.read_at(*gpa, bytes).map_err(|source| VectoredError { piece, source })?;
+        }
+        Ok(())
+    }
+
+    pub(super) fn write_at(&self, gpa: u64, bytes: &[u8]) -> Result<(), ViewError> {
+        let operation = ViewOperation::Write { gpa, len: bytes.len() };
+        if !self.is_writable {
+            return Err(ViewError::ReadOnly { operation });
+        }
+        let (mut gpa, mut rest) = (gpa, bytes);
+        while !rest.is_empty() {
+            let count = self.shared.write(gpa, rest).map_err(|error| error.of(operation, gpa))?;
+            gpa = gpa.saturating_add(count as u64);
+            rest = rest.get(count..).unwrap_or_default();
+        }
+        Ok(())
+    }
+
+    pub(super) fn data_from(&self, gpa: u64) -> Result<Option<Range>, ViewError> {
+        let operation = ViewOperation::Seek { gpa };
+        let status = self.open_status(operation)?;
+        Ok(next_range(&status.ranges, gpa))
+    }
+
+    pub(super) fn map(self: &Arc<Self>, range: Range) -> Result<Mapping, ViewError> {
+        let operation = ViewOperation::Map { gpa: range.gpa, len: range.len };
+        if !range.is_pages() {
+            return Err(ViewError::Pages { operation });
+        }
+        let status = self.open_status(operation)?;
+        if let Some(gpa) = first_hole(&status.ranges, range) {
+            return Err(ViewError::Hole { operation, gpa });
+        }
+        let memory = self.shared.map(range).map_err(|error| error.of(operation, range.gpa))?;
+        Ok(Mapping::new(range.gpa, memory, Some(Keeps::Sysfs(Arc::clone(self)))))
+    }
+
+    /// The view's status, if it is open.
+    fn open_status(&self, operation: ViewOperation) -> Result<Status, ViewError> {
+        let status = self.status();
+        match status.state {
+            State::Open => Ok(status),
+            State::Revoked => Err(ViewError::Revoked { operation }),
+            State::Gone => Err(ViewError::Gone { operation }),
+        }
+    }
+
+    /// Makes an access to `len` bytes at `gpa`, which have been mapped, and proves it.
+    pub(super) fn prove<T>(
+        &self,
+        gpa: u64,
+        len: u64,
+        mut access: impl FnMut() -> T,
+    ) -> Result<T, Unproven> {
+        self.shared.prove(gpa, len, |_| access())
+    }
+
+    pub(super) fn wait(&self, timeout: Duration) -> Option<Event> {
+        self.shared.wait(timeout)
+    }
+
+    /// Closes the view: nothing of it is mapped here any more, and the host knows.
+    pub(super) fn detach(&self) {
+        if !self.shared.is_own_process() {
+            return;
+        }
+        let watcher = self.watcher.lock().unwrap_or_else(PoisonError::into_inner).take();
+        // It fails only where the counter is full, and then the watcher wakes as well.
+        let _ = rustix::io::write(&self.stop, &1u64.to_ne_bytes());
+        if let Some(watcher) = watcher {
+            let _ = watcher.join();
+        }
+        self.shared.end(State::Gone);
+    }
+}
+
+impl Drop for SysfsView {
+    fn drop(&mut self) {
+        self.detach();
+    }
+}
+
+/// Follows the host until the view ends; the connection ends then, too, and with it what is plugged
+/// in.
+fn watch(shared: &Shared, connection: GuestConnection, stop: &OwnedFd) {
+    while shared.follow() == Follow::Open {
+        // Looked at after the page: the host ends the view, and then the connection.
+        if connection.is_shut() {
+            break;
+        }
+        let mut files = [
+            PollFd::new(stop, PollFlags::IN),
+            PollFd::from_borrowed_fd(connection.as_fd(), PollFlags::IN | PollFlags::RDHUP),
+        ];
+        match poll(&mut files, Some(&LOOK)) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(error) => {
+                tracing::error!(%error, "cannot watch a view: it is closed");
+                break;
+            }
+        }
+        let [stopped, _] = &files;
+        if !stopped.revents().is_empty() {
+            break;
+        }
+    }
+    // It has ended already, but where this is its end.
+    shared.end(State::Gone);
+    drop(connection);
+}
