@@ -3,7 +3,7 @@
 
 use std::fs::{self, File};
 use std::io::{self, BufWriter, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result};
 use kvmmem_guest::Command;
@@ -21,6 +21,9 @@ const HOST_MODULES: [&str; 3] = ["kvm_amd", "vhost_vsock", "virtio_blk"];
 /// Modules of a guest.
 const GUEST_MODULES: [&str; 3] = ["virtio_mmio", "virtio_blk", "vmw_vsock_virtio_transport"];
 
+/// Modules of a guest under a stock QEMU with another kernel than the test bed's.
+pub(crate) const QEMU_MODULES: [&str; 2] = ["virtio_pci", "vmw_vsock_virtio_transport"];
+
 /// Programs that guests have in `/bin`, where they have been built.
 const GUEST_PROGRAMS: [&str; 4] = ["kvmmem", "kvmmem-probe", "kvmmem-raw", "kvmmem-view"];
 
@@ -33,14 +36,26 @@ pub(crate) fn guest(
 ) -> Result<()> {
     write(path, |archive| {
         init(archive, binaries)?;
-        for name in binaries.names().iter().filter(|name| GUEST_PROGRAMS.contains(name)) {
-            archive.copy(&format!("bin/{name}"), 0o755, &binaries.path(name))?;
-        }
+        programs(archive, binaries)?;
         let mut order = modules(archive, kernel, &GUEST_MODULES)?;
         if let Some(module) = module {
             archive.copy("modules/kvmmem.ko", 0o644, module)?;
             // May fail: the VM boots, and reports it, if the module finds no host.
             order.push_str("?kvmmem.ko\n");
+        }
+        Ok(archive.file("modules/order", 0o644, order.as_bytes())?)
+    })
+}
+
+/// Writes the initramfs of a guest with another kernel, whose modules are these files, in loading
+/// order.
+pub(crate) fn stock_guest(path: &Path, modules: &[PathBuf], binaries: &Binaries) -> Result<()> {
+    write(path, |archive| {
+        init(archive, binaries)?;
+        programs(archive, binaries)?;
+        let mut order = String::new();
+        for file in modules {
+            order.push_str(&module(archive, file)?);
         }
         Ok(archive.file("modules/order", 0o644, order.as_bytes())?)
     })
@@ -86,11 +101,23 @@ fn modules<W: Write>(archive: &mut Archive<W>, kernel: &Kernel, wanted: &[&str])
     let dependencies = fs::read_to_string(folder.join("modules.dep")).context("modules.dep")?;
     let mut order = String::new();
     for file in depends::order(&dependencies, wanted)? {
-        let name = file.file_name().context("modules.dep names no file")?.to_string_lossy();
-        archive.copy(&format!("modules/{name}"), 0o644, &folder.join(&file))?;
-        order.push_str(&format!("{name}\n"));
+        order.push_str(&module(archive, &folder.join(file))?);
     }
     Ok(order)
+}
+
+/// Adds a module; returns its line of the order.
+fn module<W: Write>(archive: &mut Archive<W>, file: &Path) -> Result<String> {
+    let name = file.file_name().context("modules.dep names no file")?.to_string_lossy();
+    archive.copy(&format!("modules/{name}"), 0o644, file)?;
+    Ok(format!("{name}\n"))
+}
+
+fn programs<W: Write>(archive: &mut Archive<W>, binaries: &Binaries) -> io::Result<()> {
+    for name in binaries.names().iter().filter(|name| GUEST_PROGRAMS.contains(name)) {
+        archive.copy(&format!("bin/{name}"), 0o755, &binaries.path(name))?;
+    }
+    Ok(())
 }
 
 /// Adds all of a folder.

@@ -10,7 +10,7 @@ use crate::test_bed::TestBed;
 use crate::verbs;
 
 /// Those of stock QEMUs run by themselves: they boot many VMs.
-const STOCK: &str = "qemu_";
+const STOCK: [&str; 2] = ["qemu_", "moduleless_"];
 
 /// Runs the scenarios of suite `name` in one run of the host.
 pub(crate) fn run(bed: &TestBed, suite: &mut Suite, name: Name) -> Result<()> {
@@ -23,7 +23,9 @@ pub(crate) fn run(bed: &TestBed, suite: &mut Suite, name: Name) -> Result<()> {
     let list = verbs::list()?;
     let names = list.lines().filter_map(|line| line.split(' ').next());
     let names: Vec<_> = names
-        .filter(|scenario| scenario.starts_with(STOCK) == (name == Name::Qemu))
+        .filter(|scenario| {
+            STOCK.iter().any(|part| scenario.starts_with(part)) == (name == Name::Qemu)
+        })
         .map(str::to_owned)
         .collect();
     let mut output = Output::default();

@@ -14,6 +14,7 @@ use crate::cache::Cache;
 use crate::debug_kernel::DebugKernel;
 use crate::host_kind::HostKind;
 use crate::kernel::Kernel;
+use crate::linux::kernels::Stock;
 use crate::module::Variant;
 use crate::nested::NestedHost;
 use crate::provision::Purpose;
@@ -45,6 +46,9 @@ pub(crate) struct Job {
     pub(crate) args: Vec<String>,
     /// Files of this machine to be in the test bed's folder, in `try/`.
     pub(crate) files: Vec<PathBuf>,
+    /// Debian releases whose kernels are to be there for introspectors without the module, in
+    /// `kernels/`.
+    pub(crate) kernels: &'static [&'static str],
     /// Longest time it may take.
     pub(crate) limit: Duration,
 }
@@ -114,6 +118,10 @@ impl TestBed {
         let scratch = self.cache.scratch()?;
         let folder = scratch.path().join("bed");
         self.fill(&folder, &job.files)?;
+        // Only stock QEMUs boot them.
+        for release in job.kernels.iter().filter(|_| self.qemus.is_some()) {
+            self.add_kernel(&folder.join("kernels").join(release), release)?;
+        }
         match self.host {
             HostKind::Nested => self.run_nested(job, scratch.path(), &folder, out),
             HostKind::Direct => direct::run(job, &folder, out),
@@ -141,6 +149,16 @@ impl TestBed {
             &self.binaries,
             Some(&self.module),
         )
+    }
+
+    /// Writes the kernel of a Debian release, and an introspector's initramfs for it.
+    fn add_kernel(&self, folder: &Path, release: &str) -> Result<()> {
+        fs::create_dir_all(folder)?;
+        let log = self.cache.log(&format!("kernel-{release}"));
+        let stock = Stock::make(&self.cache, self, release, &log)?;
+        copy(&stock.image(), &folder.join("vmlinuz"))?;
+        let modules = stock.modules(&initramfs::QEMU_MODULES)?;
+        initramfs::stock_guest(&folder.join("introspector.cpio"), &modules, &self.binaries)
     }
 
     fn run_nested(

@@ -15,11 +15,16 @@ use crate::{elf, project};
 /// The scenarios' program.
 const NAME: &str = "kvmmem-e2e";
 
+/// The scenarios without the module, and the Debian releases whose kernels they boot.
+const WITHOUT_MODULE: &str = "moduleless";
+const KERNELS: [&str; 3] = ["bullseye", "bookworm", "trixie"];
+
 fn job(args: Vec<String>, minutes: u64) -> Job {
     Job {
         program: format!("bin/{NAME}"),
         args,
         files: Vec::new(),
+        kernels: &[],
         limit: Duration::from_secs(minutes * 60),
     }
 }
@@ -29,8 +34,11 @@ pub(crate) fn e2e(names: &[String], json: bool) -> Job {
     let mut args = vec!["run".to_owned()];
     args.extend(json.then(|| "--json".to_owned()));
     args.extend_from_slice(names);
+    let boots_kernels =
+        names.is_empty() || names.iter().any(|name| name.starts_with(WITHOUT_MODULE));
+    let kernels: &[_] = if boots_kernels { &KERNELS } else { &[] };
     // Some minutes; more of them beside other work.
-    job(args, 120)
+    Job { kernels, ..job(args, 120) }
 }
 
 /// The scenarios, a line for each that begins with its name. Asking for them needs no host.
@@ -87,7 +95,7 @@ pub(crate) fn host(files: Vec<PathBuf>, command: Vec<String>, limit: Duration) -
     let (files, words) = bring(files, command)?;
     let mut words = words.into_iter();
     let program = format!("try/{}", words.next().unwrap_or_default());
-    Ok(Job { program, args: words.collect(), files, limit })
+    Ok(Job { program, args: words.collect(), files, kernels: &[], limit })
 }
 
 /// Adds a command's program to the files; in the command, it goes by its name alone.

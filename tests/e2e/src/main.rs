@@ -113,7 +113,8 @@ fn run(style: Style, names: &[String]) -> Result<u8> {
         let before = report.failed();
         world.use_way(Way::Auto);
         // Those of stock QEMUs boot what they need themselves.
-        let mended = if is_named(scenario, "qemu") { Ok(()) } else { world.mend() };
+        let boots = ["qemu", "moduleless"].iter().any(|part| is_named(scenario, part));
+        let mended = if boots { Ok(()) } else { world.mend() };
         let outcome = mended.and_then(|()| (scenario.run)(&mut world, &mut report));
         if let Err(error) = outcome {
             report.check("the scenario runs to its end", false, format!("{error:#}"));

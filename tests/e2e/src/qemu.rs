@@ -94,6 +94,9 @@ pub(crate) struct Spec {
     pub(crate) cid: u32,
     /// RAM of the largest target that it is to look at, as `kvmmem qemu-args` reads it.
     pub(crate) largest: &'static str,
+    /// The Debian release whose kernel it boots, without the module; otherwise the test bed's own,
+    /// with it.
+    pub(crate) kernel: Option<&'static str>,
 }
 
 /// A running VM, killed when dropped. Its guest has the module, so that it can look as well as be
@@ -120,7 +123,11 @@ impl Qemu {
         command.args(["-machine", &format!("{}{QUICK}{}", spec.machine, spec.ram.machine())]);
         command.args(spec.ram.arguments(spec.mib));
         command.args(["-nodefaults", "-no-user-config", "-display", "none"]);
-        command.arg("-kernel").arg(bed.kernel()).arg("-initrd").arg(bed.introspector_initrd());
+        let (kernel, initrd) = match spec.kernel {
+            Some(release) => bed.stock_kernel(release)?,
+            None => (bed.kernel(), bed.introspector_initrd()),
+        };
+        command.arg("-kernel").arg(kernel).arg("-initrd").arg(initrd);
         command.args([
             "-append",
             CMDLINE,

@@ -8,6 +8,7 @@ mod doorbell;
 mod host;
 pub(crate) mod mapping;
 mod module;
+mod moduleless;
 mod ownership;
 mod qemu;
 pub(crate) mod refusals;
@@ -29,9 +30,9 @@ pub(crate) struct Scenario {
 }
 
 /// All scenarios, in the order in which they run: of v1, then of views, then of
-/// VMs under stock QEMUs; those that end a VM come last in each part.
+/// VMs under stock QEMUs, with the module and without; those that end a VM come last in each part.
 pub(crate) fn all() -> impl Iterator<Item = &'static Scenario> {
-    V1.iter().chain(cases::ALL).chain(views::ALL).chain(qemu::ALL)
+    V1.iter().chain(cases::ALL).chain(views::ALL).chain(qemu::ALL).chain(moduleless::ALL)
 }
 
 /// Whether `name` is this scenario's, or that of its part: `views` for all that begin with

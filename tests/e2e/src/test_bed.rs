@@ -39,6 +39,15 @@ impl TestBed {
         self.root.join("introspector.cpio")
     }
 
+    /// The kernel of a Debian release, and what an introspector without the module boots with it.
+    pub(crate) fn stock_kernel(&self, release: &str) -> Result<(PathBuf, PathBuf)> {
+        let folder = self.root.join("kernels").join(release);
+        if !folder.exists() {
+            bail!("the test bed lacks the kernel of Debian {release}");
+        }
+        Ok((folder.join("vmlinuz"), folder.join("introspector.cpio")))
+    }
+
     pub(crate) fn bin(&self, name: &str) -> PathBuf {
         self.root.join("bin").join(name)
     }

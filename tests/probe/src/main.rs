@@ -4,6 +4,7 @@
 
 mod batch;
 mod crowd;
+mod hold;
 mod marker;
 mod pagemap;
 mod scattered;
@@ -34,6 +35,8 @@ enum Verb {
     Crowd(crowd::Arguments),
     /// In the introspector: attach a view, scan, watch, and lose it.
     Spy(spy::Arguments),
+    /// In the introspector: attach a view and read one place until that fails.
+    Hold(hold::Arguments),
     /// In the introspector: time scattered reads over KVMI and through a view.
     Scattered(scattered::Arguments),
     /// In the introspector: time mapping and unmapping.
@@ -47,6 +50,7 @@ fn main() -> Result<()> {
         Verb::Batch(arguments) => batch::run(&arguments),
         Verb::Crowd(arguments) => crowd::run(&arguments),
         Verb::Spy(arguments) => spy::run(&arguments),
+        Verb::Hold(arguments) => hold::run(&arguments),
         Verb::Scattered(arguments) => scattered::run(&arguments),
         Verb::Timing(arguments) => timing::run(&arguments),
     }

@@ -8,7 +8,7 @@ use std::process::Command;
 
 use anyhow::{Context as _, Result, ensure};
 
-use super::kernels::Stock;
+use super::kernels::{MODULES, Stock};
 use super::truth::Truth;
 use crate::cpio::Archive;
 use crate::process::Process;
@@ -121,7 +121,7 @@ fn initramfs(path: &Path, stock: &Stock, scene: &Path) -> Result<()> {
     let mut archive = Archive::new(std::io::BufWriter::new(File::create(path)?));
     archive.copy("bin/scene", 0o755, scene)?;
     let mut order = String::new();
-    for module in stock.modules()? {
+    for module in stock.modules(&MODULES)? {
         let name =
             module.file_name().context("modules.dep names no file")?.to_string_lossy().into_owned();
         archive.copy(&format!("modules/{name}"), 0o644, &module)?;

@@ -17,7 +17,7 @@ use crate::{depends, mirror, ui};
 const FOLDER: &str = "/kvmmem/linux";
 
 /// Modules of a guest: for the disk that it writes to, and one that nothing needs.
-const MODULES: [&str; 4] = ["virtio_pci", "virtio_blk", "dummy", "overlay"];
+pub(super) const MODULES: [&str; 4] = ["virtio_pci", "virtio_blk", "dummy", "overlay"];
 
 /// A Debian release, and the newest kernel of its own. The sources are the mirror's parts and
 /// suites.
@@ -146,13 +146,13 @@ impl Stock {
         Ok(file.exists().then_some(file))
     }
 
-    /// The modules that a guest loads, in loading order.
-    pub(crate) fn modules(&self) -> Result<Vec<PathBuf>> {
+    /// The modules that a guest loads, in loading order; of `wanted`, those that are not there are
+    /// built in.
+    pub(crate) fn modules(&self, wanted: &[&str]) -> Result<Vec<PathBuf>> {
         let path = self.folder.join("modules.dep");
         let dependencies = fs::read_to_string(&path).with_context(|| path.display().to_string())?;
-        // Modules without a file are built in.
         let is_module = |name: &&str| dependencies.contains(&format!("/{name}.ko:"));
-        let wanted: Vec<_> = MODULES.into_iter().filter(is_module).collect();
+        let wanted: Vec<_> = wanted.iter().copied().filter(is_module).collect();
         let files = depends::order(&dependencies, &wanted)?;
         Ok(files.iter().map(|file| self.folder.join(file)).collect())
     }

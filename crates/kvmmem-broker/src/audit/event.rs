@@ -251,11 +251,9 @@ impl<'a> Event<'a> {
                 policy: Some(on_silence.to_string()),
                 ..new().by(vm).because(reason)
             },
-            Self::PortRetired { vm, view, grant, bus } => Record {
-                view: Some(view),
-                grant: Some(grant),
-                ..new().by(vm).because(bus)
-            },
+            Self::PortRetired { vm, view, grant, bus } => {
+                Record { view: Some(view), grant: Some(grant), ..new().by(vm).because(bus) }
+            }
             Self::Gone(vm) => new().of(vm),
             Self::TakenOver { vm, former } => {
                 let reason = format!("live update: it was process {}", former.pid);

@@ -30,6 +30,7 @@ const Q35: Spec = Spec {
     // The emulated CPU is an AMD one with 40 address bits, and smaller ports would lie in its
     // HyperTransport hole.
     largest: "5G",
+    kernel: None,
 };
 
 /// Debian 12's.

@@ -5,7 +5,7 @@
 mod ends;
 mod grants;
 mod introspectors;
-mod looked_at;
+pub(super) mod looked_at;
 mod silence;
 mod targets;
 
@@ -96,6 +96,7 @@ const OLD_PC: Spec = Spec {
     ram: Ram::Memfd,
     cid: 11,
     largest: "512M",
+    kernel: None,
 };
 
 /// The newest QEMU, and again more RAM than fits below the hole.
@@ -107,6 +108,7 @@ const NEW_Q35: Spec = Spec {
     ram: Ram::TwoNodes,
     cid: 12,
     largest: "5G",
+    kernel: None,
 };
 
 /// What a QEMU is whose user never heard of shared RAM.
@@ -118,6 +120,7 @@ const NEW_PC: Spec = Spec {
     ram: Ram::Private,
     cid: 14,
     largest: "512M",
+    kernel: None,
 };
 
 /// RAM that needs its 512 MiB at once: ended as soon as it has been looked at.
@@ -129,10 +132,11 @@ const OLD_LARGE: Spec = Spec {
     ram: Ram::LargePages,
     cid: 13,
     largest: "512M",
+    kernel: None,
 };
 
 /// Whether QEMU soon has no window any more.
-fn is_empty(world: &World, spec: &Spec) -> Result<bool> {
+pub(super) fn is_empty(world: &World, spec: &Spec) -> Result<bool> {
     // 0x1110 is ivshmem's PCI device id.
     let is_window = "\"device\":4368,";
     wait::until(|| {

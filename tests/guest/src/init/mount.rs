@@ -10,7 +10,7 @@ use rustix::io::Errno;
 use rustix::mount::{MountFlags, mount};
 
 /// Type, place and options of each.
-const MOUNTS: [(&str, &str, Option<&CStr>); 8] = [
+const MOUNTS: [(&str, &str, Option<&CStr>); 9] = [
     ("proc", "/proc", None),
     ("sysfs", "/sys", None),
     ("devtmpfs", "/dev", None),
@@ -19,6 +19,7 @@ const MOUNTS: [(&str, &str, Option<&CStr>); 8] = [
     ("tmpfs", "/tmp", Some(c"mode=1777")),
     ("tmpfs", "/run", Some(c"mode=0755")),
     ("debugfs", "/sys/kernel/debug", None),
+    ("securityfs", "/sys/kernel/security", None),
 ];
 
 /// Mounts them all.

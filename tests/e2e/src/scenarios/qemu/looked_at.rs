@@ -13,24 +13,24 @@ use crate::world::{Marker, TARGET, World};
 const SPARE: u32 = 4;
 
 /// A target with a marker in it.
-pub(super) struct LookedAt {
-    pub(super) name: &'static str,
+pub(in crate::scenarios) struct LookedAt {
+    pub(in crate::scenarios) name: &'static str,
     /// The marker's first page.
-    pub(super) gpa: u64,
-    pub(super) hex: String,
+    pub(in crate::scenarios) gpa: u64,
+    pub(in crate::scenarios) hex: String,
     _marker: Option<Marker>,
 }
 
 impl LookedAt {
     /// `kvmmem vm`'s target, which has its 256 MiB in one file.
-    pub(super) fn ours(world: &mut World) -> Result<Self> {
+    pub(in crate::scenarios) fn ours(world: &mut World) -> Result<Self> {
         world.mend()?;
         let hex = world.marker()?.hex.clone();
         Ok(Self { name: TARGET, gpa: world.gpa()?, hex, _marker: None })
     }
 
     /// A VM under a stock QEMU, which is made a target.
-    pub(super) fn stock(world: &mut World, spec: &Spec) -> Result<Self> {
+    pub(in crate::scenarios) fn stock(world: &mut World, spec: &Spec) -> Result<Self> {
         let pid = world.boot_qemu(spec)?.process.id();
         if !world.targets()?.iter().any(|target| target.introspectable && target.name == spec.name)
         {
@@ -43,7 +43,7 @@ impl LookedAt {
 
     /// A read-only grant for ten minutes; what a busy guest does not take up costs a use as well
     /// ([`open`]).
-    pub(super) fn grant(
+    pub(in crate::scenarios) fn grant(
         &self,
         world: &World,
         uses: u32,
@@ -60,7 +60,7 @@ impl LookedAt {
     }
 
     /// Whether its marker is what the host sees.
-    pub(super) fn is_whole(&self, world: &World) -> Result<bool> {
+    pub(in crate::scenarios) fn is_whole(&self, world: &World) -> Result<bool> {
         let grant = self.grant(world, 1, None)?;
         let output = std::process::Command::new(world.bed.bin("kvmmem"))
             .args(["read", &format!("{:#x}", self.gpa), "32", "--json", "--broker"])
@@ -73,12 +73,16 @@ impl LookedAt {
 }
 
 /// The name of a VM as an introspector: as a target it may have its own.
-pub(super) fn name_of(spec: &Spec) -> String {
+pub(in crate::scenarios) fn name_of(spec: &Spec) -> String {
     format!("{}-looks", spec.name)
 }
 
 /// Boots the VM and makes it an introspector with this policy; returns the broker's answer as JSON.
-pub(super) fn add(world: &mut World, spec: &Spec, on_silence: &str) -> Result<serde_json::Value> {
+pub(in crate::scenarios) fn add(
+    world: &mut World,
+    spec: &Spec,
+    on_silence: &str,
+) -> Result<serde_json::Value> {
     let socket = world.boot_qemu(spec)?.socket().display().to_string();
     let name = name_of(spec);
     if world.targets()?.iter().any(|vm| vm.name == name) {
@@ -102,7 +106,7 @@ pub(super) fn add(world: &mut World, spec: &Spec, on_silence: &str) -> Result<se
 /// Opens a view in the VM; the slots of its connection and its device. A guest that gets little of
 /// the CPUs does not take the view up in the broker's time; then the tool tries again, as the
 /// refusal "busy" asks for, until the grant is used up.
-pub(super) fn open(tool: &mut Raw, grant: &NewGrant) -> Result<(String, String)> {
+pub(in crate::scenarios) fn open(tool: &mut Raw, grant: &NewGrant) -> Result<(String, String)> {
     loop {
         match tool.open_view(&grant.token)? {
             Ok(slots) => return Ok(slots),

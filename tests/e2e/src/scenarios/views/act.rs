@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use kvmmem_guest::Command;
+use kvmmem_guest::{Child, Command};
 use kvmmem_probe::{Ready, Step};
 
 use crate::report::Report;
@@ -28,15 +28,27 @@ pub(crate) fn act(world: &mut World, report: &mut Report) -> Result<()> {
         "--marker",
         &marker,
     ]);
-    let mut child = world.agent()?.spawn(&command)?;
+    let child = world.agent()?.spawn(&command)?;
+    follow(report, child, |report| {
+        let revoked = world.revoke(grant.grant)?;
+        report.check(
+            "revoke: the host has taken the memory away",
+            (revoked.views, revoked.unconfirmed) == (1, 0),
+            format!("within {} us of the broker's time", revoked.micros),
+        );
+        Ok(())
+    })
+}
+
+/// Reports the steps of a tool until its end; `act` is done when it says that it is ready.
+pub(crate) fn follow(
+    report: &mut Report,
+    mut child: Child,
+    mut act: impl FnMut(&mut Report) -> Result<()>,
+) -> Result<()> {
     while let Some(line) = child.read_line(PATIENCE)? {
         if serde_json::from_str::<Ready>(&line).is_ok() {
-            let revoked = world.revoke(grant.grant)?;
-            report.check(
-                "revoke: the host has taken the memory away",
-                (revoked.views, revoked.unconfirmed) == (1, 0),
-                format!("within {} us of the broker's time", revoked.micros),
-            );
+            act(report)?;
             continue;
         }
         let step: Step =

@@ -1,0 +1,300 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! Introspectors under a stock QEMU whose guests have a distribution's kernel, and not the module.
+
+use anyhow::{Context, Result, ensure};
+use kvmmem_client::admin::NewGrant;
+use kvmmem_guest::{Child, Command, Output};
+use kvmmem_probe::{MARKER_LEN, Ready, Step, hex, page_marker};
+use kvmmem_proto::scope::Span;
+use serde_json::{Value, json};
+
+use crate::qemu::{Ram, Release, Spec, VIEWS};
+use crate::report::Report;
+use crate::scenarios::Scenario;
+use crate::scenarios::qemu::is_empty;
+use crate::scenarios::qemu::looked_at::{LookedAt, name_of};
+use crate::scenarios::views::act::follow;
+use crate::vm;
+use crate::wait::{self, PATIENCE};
+use crate::world::{CLI, PROBE, World};
+
+/// SIGKILL, SIGCONT and SIGSTOP.
+const KILL: i32 = 9;
+const CONT: i32 = 18;
+const STOP: i32 = 19;
+
+/// The scenarios of this file.
+pub(crate) const ALL: &[Scenario] = &[
+    Scenario {
+        name: "moduleless_5_10",
+        purpose: "an introspector with Debian 11's kernel and without the module",
+        run: |world, report| run(world, report, &with_kernel("bullseye", "no-module-5-10", 21)),
+    },
+    Scenario {
+        name: "moduleless_6_1",
+        purpose: "the same with Debian 12's kernel",
+        run: |world, report| run(world, report, &with_kernel("bookworm", "no-module-6-1", 22)),
+    },
+    Scenario {
+        name: "moduleless_6_12",
+        purpose: "the same with Debian 13's kernel",
+        run: |world, report| run(world, report, &with_kernel("trixie", "no-module-6-12", 23)),
+    },
+];
+
+const fn with_kernel(kernel: &'static str, name: &'static str, cid: u32) -> Spec {
+    Spec {
+        name,
+        release: Release::Trixie,
+        machine: "q35",
+        mib: 512,
+        ram: Ram::Private,
+        cid,
+        // The emulated CPU is an AMD one with 40 address bits, and smaller ports would lie in its
+        // HyperTransport hole.
+        largest: "5G",
+        kernel: Some(kernel),
+    }
+}
+
+fn run(world: &mut World, report: &mut Report, spec: &Spec) -> Result<()> {
+    let target = LookedAt::ours(world)?;
+    let release = world.boot_qemu(spec)?.agent.get("/proc/sys/kernel/osrelease")?;
+    let release = String::from_utf8_lossy(&release).trim().to_owned();
+    untrusted(world, report, spec, &target, &release)?;
+    add(world, spec, true)?;
+    look(world, report, spec, &target)?;
+    revoked_while_read(world, report, spec, &target)?;
+    stopped(world, report, spec, &target)?;
+    locked_down(world, report, spec, &target)?;
+    report.check("the target is as it was", target.is_whole(world)?, "");
+    world.end_qemu(spec);
+    Ok(())
+}
+
+/// Makes the VM an introspector.
+fn add(world: &World, spec: &Spec, is_trusted: bool) -> Result<()> {
+    let name = name_of(spec);
+    if world.targets()?.iter().any(|vm| vm.name == name) {
+        world.kvmmem(&["introspector", "remove", &name])?;
+    }
+    let socket = world.qemu(spec)?.socket().display().to_string();
+    let mut words = vec!["introspector", "add", "--qmp", &socket, "--name", &name];
+    words.extend(is_trusted.then_some("--trusted"));
+    world.kvmmem(&words).map(drop)
+}
+
+fn untrusted(
+    world: &mut World,
+    report: &mut Report,
+    spec: &Spec,
+    target: &LookedAt,
+    release: &str,
+) -> Result<()> {
+    add(world, spec, false)?;
+    let grant = target.grant(world, 1, None)?;
+    let output = cli(world, spec, &grant, &["read", &format!("{:#x}", target.gpa), "32"])?;
+    let text = output.error_text();
+    report.check(
+        format!("{release}: an introspector that is not trusted needs the module"),
+        !output.status.success() && text.contains("--trusted"),
+        text.trim(),
+    );
+    Ok(())
+}
+
+/// Runs the command in the guest, as root.
+fn cli(world: &World, spec: &Spec, grant: &NewGrant, words: &[&str]) -> Result<Output> {
+    let token = grant.token.to_hex();
+    let command = Command::new(CLI).args(words.iter().copied()).env("KVMMEM_TOKEN", token.as_str());
+    Ok(world.qemu(spec)?.agent.run(&command, PATIENCE)?)
+}
+
+/// A tool attaches, scans all of the target's RAM, watches, and loses its view.
+fn look(world: &mut World, report: &mut Report, spec: &Spec, target: &LookedAt) -> Result<()> {
+    let grant = target.grant(world, 1, None)?;
+    let output =
+        cli(world, spec, &grant, &["read", &format!("{:#x}", target.gpa), "32", "--json"])?;
+    report.check(
+        "the command reads the marker",
+        output.text().contains(&target.hex),
+        output.error_text(),
+    );
+    report.check("its view is closed", world.settles(0)? && is_empty(world, spec)?, "");
+    report.equal("and its port is free again", &slots(world, spec)?, &free(VIEWS));
+    let command =
+        probe(&grant, "spy").args(["--gpa", &target.gpa.to_string(), "--marker", &target.hex]);
+    let child = world.qemu(spec)?.agent.spawn(&command)?;
+    follow(report, child, |report| {
+        let revoked = world.revoke(grant.grant)?;
+        report.check("the grant is revoked", revoked.views == 1, format!("{revoked:?}"));
+        Ok(())
+    })?;
+    report.check("QEMU has no window any more", is_empty(world, spec)?, "");
+    reset_if_retired(world, spec)
+}
+
+/// Two grants, of a page each that differ in their first bytes.
+struct PageGrants {
+    pages: [(NewGrant, u64, String); 2],
+}
+
+impl PageGrants {
+    fn new(world: &mut World, target: &LookedAt) -> Result<Self> {
+        let marker = world.marker()?;
+        let bytes: Vec<u8> = (0..MARKER_LEN)
+            .map(|at| u8::from_str_radix(marker.hex.get(2 * at..2 * at + 2).unwrap_or("x"), 16))
+            .collect::<Result<_, _>>()?;
+        let bytes: [u8; MARKER_LEN] = bytes.try_into().ok().context("the marker is too short")?;
+        let gpas: Vec<u64> = marker.gpas.iter().take(2).copied().collect();
+        let page = |index: usize| -> Result<(NewGrant, u64, String)> {
+            let gpa = *gpas.get(index).context("the marker has one page")?;
+            let grant = target.grant(world, 8, Some(vec![Span { gpa, len: 0x1000 }]))?;
+            Ok((grant, gpa, hex(&page_marker(&bytes, index))))
+        };
+        Ok(Self { pages: [page(0)?, page(1)?] })
+    }
+
+    /// Starts a tool that reads one of the pages until it has lost its view; it reads when this
+    /// returns.
+    fn hold(&self, world: &World, spec: &Spec, index: usize) -> Result<Child> {
+        let (grant, gpa, bytes) = self.pages.get(index).context("no such page")?;
+        let command = probe(grant, "hold").args(["--gpa", &gpa.to_string(), "--bytes", bytes]);
+        let mut child = world.qemu(spec)?.agent.spawn(&command)?;
+        while let Some(line) = child.read_line(PATIENCE)? {
+            if serde_json::from_str::<Ready>(&line).is_ok() {
+                return Ok(child);
+            }
+            let step: Step = serde_json::from_str(&line)?;
+            ensure!(step.ok, "{}: {}", step.what, step.detail);
+        }
+        anyhow::bail!("the tool has ended: {}", child.take_stderr())
+    }
+}
+
+/// A tool is stopped, so that it does not acknowledge; later views are plugged in elsewhere, and
+/// when it runs again it believes nothing that it reads.
+fn stopped(world: &mut World, report: &mut Report, spec: &Spec, target: &LookedAt) -> Result<()> {
+    let page = PageGrants::new(world, target)?;
+    let mut first = page.hold(world, spec, 0)?;
+    first.kill(STOP)?;
+    let [(grant, ..), _] = &page.pages;
+    let revoked = world.revoke(grant.grant)?;
+    report.check("the grant of a tool that is stopped is revoked", revoked.views == 1, "");
+    report.check("its devices are unplugged all the same", is_empty(world, spec)?, "");
+    let retired = wait::until(|| Ok(slots(world, spec)?.1.len() == 1))?;
+    report.check("and its port is retired", retired, format!("{:?}", slots(world, spec)?));
+    let mut second = page.hold(world, spec, 1)?;
+    first.kill(CONT)?;
+    report_end(report, "the tool runs again beside the next view", &mut first)?;
+    second.kill(KILL)?;
+    second.wait(PATIENCE)?;
+    let text = world.kvmmem(&["introspector", "list"])?;
+    let all = wait::until(|| Ok(slots(world, spec)?.1.len() == VIEWS))?;
+    report.check("a tool that is killed costs the other port", all, text);
+    let (grant, gpa, _) = page.pages.get(1).context("no page")?;
+    let output = cli(world, spec, grant, &["read", &format!("{gpa:#x}"), "32"])?;
+    let text = output.error_text();
+    report.check(
+        "no view is opened now, and the reason is told",
+        !output.status.success() && text.contains("reset"),
+        text.trim(),
+    );
+    reset(world, spec)?;
+    let again = wait::until(|| Ok(slots(world, spec)? == free(VIEWS)))?;
+    report.check("a reset brings the ports back", again, format!("{:?}", slots(world, spec)?));
+    Ok(())
+}
+
+/// The tool's last step.
+fn report_end(report: &mut Report, what: &str, child: &mut Child) -> Result<()> {
+    let line = child.read_line(PATIENCE)?.context("the tool has said nothing")?;
+    let step: Step = serde_json::from_str(&line)?;
+    report.check(format!("{what}: {}", step.what), step.ok, step.detail);
+    child.wait(PATIENCE)?;
+    Ok(())
+}
+
+/// Views are revoked while they are read, and others are plugged in at their addresses at once.
+fn revoked_while_read(
+    world: &mut World,
+    report: &mut Report,
+    spec: &Spec,
+    target: &LookedAt,
+) -> Result<()> {
+    for _ in 0..5 {
+        let page = PageGrants::new(world, target)?;
+        let mut tools = Vec::new();
+        for (index, (grant, ..)) in page.pages.iter().enumerate() {
+            tools.push(page.hold(world, spec, index)?);
+            world.revoke(grant.grant)?;
+        }
+        for tool in &mut tools {
+            report_end(report, "revoked while it reads", tool)?;
+        }
+        report.check("its devices are gone", is_empty(world, spec)?, "");
+        reset_if_retired(world, spec)?;
+    }
+    Ok(())
+}
+
+/// Resets the VM if a guest that got little of the CPUs has acknowledged too late.
+fn reset_if_retired(world: &mut World, spec: &Spec) -> Result<()> {
+    if slots(world, spec)? != free(VIEWS) {
+        reset(world, spec)?;
+        ensure!(wait::until(|| Ok(slots(world, spec)? == free(VIEWS)))?, "the ports stay retired");
+    }
+    Ok(())
+}
+
+/// A kernel that is locked down maps no devices.
+fn locked_down(
+    world: &mut World,
+    report: &mut Report,
+    spec: &Spec,
+    target: &LookedAt,
+) -> Result<()> {
+    let agent = &world.qemu(spec)?.agent;
+    agent.put("/sys/kernel/security/lockdown", 0o600, b"integrity")?;
+    let grant = target.grant(world, 1, None)?;
+    let output = cli(world, spec, &grant, &["read", &format!("{:#x}", target.gpa), "32"])?;
+    let text = output.error_text();
+    report.check(
+        "a kernel that is locked down needs the module",
+        !output.status.success() && text.contains("locked down") && text.contains("module"),
+        text.trim(),
+    );
+    report.check("nothing stays plugged in", world.settles(0)? && is_empty(world, spec)?, "");
+    Ok(())
+}
+
+fn probe(grant: &NewGrant, verb: &str) -> Command {
+    let token = grant.token.to_hex();
+    Command::new(PROBE).env("KVMMEM_TOKEN", token.as_str()).args([verb])
+}
+
+/// Resets the VM and waits for its agent.
+fn reset(world: &mut World, spec: &Spec) -> Result<()> {
+    world.qemu(spec)?.qmp("system_reset", &json!({}))?;
+    // The agent of before must not answer.
+    world.settles(0)?;
+    let run = world.run_folder();
+    let qemu = world.qemu_mut(spec)?;
+    vm::wait_for_agent(spec.name, spec.cid, &mut qemu.process, &run)?;
+    Ok(())
+}
+
+/// How many slots are free, and the buses that are retired, as the command lists them.
+fn slots(world: &World, spec: &Spec) -> Result<(u64, Vec<String>)> {
+    let text = world.kvmmem(&["introspector", "list", "--json"])?;
+    let name = name_of(spec);
+    let lines = text.lines().map(serde_json::from_str::<Value>).collect::<Result<Vec<_>, _>>()?;
+    let line = lines.iter().find(|line| line["name"] == *name).context("it is not listed")?;
+    let retired = line["slots"]["retired"].as_array().context("no list of retired ports")?;
+    let retired = retired.iter().filter_map(|bus| bus.as_str().map(str::to_owned)).collect();
+    Ok((line["slots"]["free"].as_u64().context("no number of free slots")?, retired))
+}
+
+fn free(count: usize) -> (u64, Vec<String>) {
+    (count as u64, Vec::new())
+}
