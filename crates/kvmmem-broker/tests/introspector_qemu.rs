@@ -245,7 +245,6 @@ fn a_tool_without_the_module_acknowledges_or_its_bus_is_retired() {
 
     // A tool that is killed says nothing. All slots of this bus share its addresses.
     let opened = pair.open_for_library().unwrap();
-    let number = opened.view();
     drop(opened);
     wait_for("the port to be retired", || pair.retired() == ["pci.0"]);
     assert_eq!((pair.counts(), pair.marks()), ((0, 0), 1));
@@ -261,7 +260,7 @@ fn a_tool_without_the_module_acknowledges_or_its_bus_is_retired() {
     }
     let audit = std::fs::read_to_string(&log).unwrap();
     let line = audit.lines().find(|line| line.contains("\"port_retired\"")).unwrap();
-    assert!(line.contains(&format!("\"view\":{number}")) && line.contains("\"pci.0\""), "{line}");
+    assert!(line.contains("\"pci.0\""), "{line}");
 
     // Another registration finds the mark.
     pair.broker.admin().remove_introspector("watcher").unwrap();

@@ -43,7 +43,7 @@ pub enum FromTool {
         /// The process that asks, as it says itself.
         caller: Caller,
         /// Whether the tool maps the devices by itself, as no driver of ours is loaded.
-        #[serde(default)]
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
         without_module: bool,
     },
 }

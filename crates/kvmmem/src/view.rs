@@ -56,6 +56,7 @@ mod host;
 mod mapping;
 mod memory;
 mod reader;
+mod status;
 mod sysfs;
 mod vectored;
 
@@ -72,9 +73,11 @@ pub use guest_endpoint::{GUEST_PORT_VARIABLE, GuestEndpointError, check_guest_en
 use host::HostView;
 pub use kvmmem_abi::native::Stats;
 pub use kvmmem_memory::Range;
+use mapping::Keeps;
 pub use mapping::{Mapping, MappingError};
-pub use sysfs::SysfsError;
+pub use status::{Access, Event, State, Status};
 use sysfs::SysfsView;
+pub use sysfs::discover::SysfsError;
 pub use vectored::VectoredError;
 
 /// Environment variable with the path of the broker's socket.
@@ -82,52 +85,6 @@ pub const SOCKET_VARIABLE: &str = "KVMMEM_BROKER";
 
 /// The socket of the host's broker, kvmmemd, by default.
 pub const DEFAULT_SOCKET: &str = "/run/kvmmem/kvmmemd.sock";
-
-/// Rights that a tool asks for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Access {
-    /// Read only, even if the grant allows writes.
-    ReadOnly,
-    /// Everything that the grant allows.
-    Granted,
-}
-
-/// Whether a view can be used.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum State {
-    /// It can be used.
-    Open,
-    /// It has ended: the grant was revoked.
-    Revoked,
-    /// It has ended: the target or the broker has exited.
-    Gone,
-}
-
-/// What has happened to a view.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Event {
-    /// The target was reset or its memory map has changed: see [`View::status`].
-    Changed,
-    /// The grant was revoked; the view has ended.
-    Revoked,
-    /// The target or the broker has exited; the view has ended.
-    Gone,
-}
-
-/// A view's state.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Status {
-    /// Grows with each change of the view.
-    pub generation: u64,
-    /// Whether it can be used.
-    pub state: State,
-    /// Whether the target's memory may be written.
-    pub is_writable: bool,
-    /// The target's UUID, in the order in which it is printed.
-    pub uuid: [u8; 16],
-    /// The memory that can be reached: disjoint, in pages, ascending.
-    pub ranges: Vec<Range>,
-}
 
 /// The memory of one virtual machine. The view stays open while a [`Mapping`] of it lives.
 ///
@@ -491,7 +448,10 @@ impl View {
         match &self.backend {
             Backend::Device(view) => view.map(range),
             Backend::Host(view) => view.map(range),
-            Backend::Sysfs(view) => view.map(range),
+            Backend::Sysfs(view) => {
+                let memory = view.map(range)?;
+                Ok(Mapping::new(range.gpa, memory, Some(Keeps::Sysfs(Arc::clone(view)))))
+            }
         }
     }
 

@@ -8,7 +8,7 @@ use serde_json::json;
 
 use super::handle::Introspector;
 use super::view::View;
-use crate::audit::event::Event;
+use crate::audit::Event;
 use crate::sync::lock;
 
 impl Introspector {

@@ -45,7 +45,7 @@ fn check_views(is_root: bool, lockdown: &str) -> Check {
 
 #[cfg(test)]
 mod tests {
-    use super::super::check::Status;
+    use super::super::Status;
     use super::*;
 
     #[test]

@@ -12,7 +12,7 @@ use kvmmem_sys::device::OpenError;
 use rustix::io::Errno;
 
 use super::guest_endpoint::GuestEndpointError;
-use super::sysfs::SysfsError;
+use super::sysfs::discover::SysfsError;
 use crate::explain;
 
 /// Something done with a view, for messages.

@@ -15,7 +15,7 @@
 //! mappings.
 
 mod bar;
-mod discover;
+pub(super) mod discover;
 mod function;
 mod head;
 mod shared;
@@ -30,17 +30,19 @@ use std::time::Duration;
 
 use kvmmem_kvmi::token::Token;
 use kvmmem_memory::range::{Range, first_hole, next_range};
+use kvmmem_sys::foreign::Foreign;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use sha2::{Digest as _, Sha256};
 use zeroize::Zeroizing;
 
 use self::discover::Bus;
 use self::shared::{Follow, Shared, Unproven};
+use super::error::{ViewError, ViewOperation};
 use super::guest_endpoint::{GuestConnection, Taker};
-use super::mapping::{Keeps, Mapping};
+use super::status::{Access, Event, State, Status};
 use super::vectored::VectoredError;
-use super::{Access, Event, State, Status, ViewError, ViewOperation};
-pub use discover::SysfsError;
+use discover::SysfsError;
+pub(super) use shared::PROOF_LIMIT;
 
 /// Where the kernel shows PCI devices.
 const DEVICES: &str = "/sys/bus/pci/devices";
@@ -51,9 +53,6 @@ const LIMIT: Duration = Duration::from_secs(12);
 
 /// How often the descriptor page is looked at: the host cannot signal a change.
 const LOOK: Timespec = Timespec { tv_sec: 0, tv_nsec: 5_000_000 };
-
-/// The most bytes that one proof is for: the view's end waits for it.
-pub(super) const PROOF_LIMIT: usize = 1 << 20;
 
 /// A view whose devices this process has mapped.
 #[derive(Debug)]
@@ -155,7 +154,8 @@ impl SysfsView {
         Ok(next_range(&status.ranges, gpa))
     }
 
-    pub(super) fn map(self: &Arc<Self>, range: Range) -> Result<Mapping, ViewError> {
+    /// Memory for a mapping of `range`.
+    pub(super) fn map(&self, range: Range) -> Result<Arc<Foreign>, ViewError> {
         let operation = ViewOperation::Map { gpa: range.gpa, len: range.len };
         if !range.is_pages() {
             return Err(ViewError::Pages { operation });
@@ -164,8 +164,7 @@ impl SysfsView {
         if let Some(gpa) = first_hole(&status.ranges, range) {
             return Err(ViewError::Hole { operation, gpa });
         }
-        let memory = self.shared.map(range).map_err(|error| error.of(operation, range.gpa))?;
-        Ok(Mapping::new(range.gpa, memory, Some(Keeps::Sysfs(Arc::clone(self)))))
+        self.shared.map(range).map_err(|error| error.of(operation, range.gpa))
     }
 
     /// The view's status, if it is open.

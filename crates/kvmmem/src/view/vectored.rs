@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Reads of many pieces in one call: how far one got.
 
-use super::ViewError;
+use super::error::ViewError;
 
 /// A vectored read ended early. All pieces before [`VectoredError::piece`] are filled. That piece
 /// may be filled in part; of the pieces after it, any may be filled or not. To skip it, read the

@@ -10,11 +10,14 @@ use kvmmem_memory::Range;
 use kvmmem_sys::foreign::Foreign;
 use rustix::io::Errno;
 
-use super::PROOF_LIMIT;
 use super::bar::Bar;
 use super::discover::Devices;
 use super::head::{PageError, Snapshot};
-use crate::view::{Event, State, Status, ViewError, ViewOperation};
+use crate::view::error::{ViewError, ViewOperation};
+use crate::view::status::{Event, State, Status};
+
+/// The most bytes that one proof is for: the view's end waits for it.
+pub(crate) const PROOF_LIMIT: usize = 1 << 20;
 
 /// How long an access waits while the host is changing the view, and how often it looks.
 const BUSY_LIMIT: Duration = Duration::from_secs(1);
@@ -56,7 +59,7 @@ pub(super) enum Follow {
 
 /// Why an access is worth nothing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(in crate::view) enum Unproven {
+pub(crate) enum Unproven {
     /// The view has ended.
     Ended(State),
     /// The host is changing the view.

@@ -17,7 +17,7 @@ use kvmmem_abi::native::{RIGHT_READ, RIGHT_WRITE, STATE_GONE, STATE_OPEN, STATE_
 use tempfile::TempDir;
 
 use super::*;
-use crate::view::mapping::MappingError;
+use crate::view::mapping::{Keeps, Mapping, MappingError};
 
 const PAGE: u64 = 0x1000;
 const PAGE_SIZE: usize = 0x1000;
@@ -169,6 +169,11 @@ impl Host {
     }
 }
 
+fn map(view: &Arc<SysfsView>, range: Range) -> Result<Mapping, ViewError> {
+    let memory = view.map(range)?;
+    Ok(Mapping::new(range.gpa, memory, Some(Keeps::Sysfs(Arc::clone(view)))))
+}
+
 fn is_revoked<T: std::fmt::Debug>(result: Result<T, ViewError>) -> bool {
     matches!(result, Err(ViewError::Revoked { .. }))
 }
@@ -197,11 +202,11 @@ fn a_view_is_read_and_mapped_until_it_is_revoked() {
     assert!(matches!(view.write_at(0, b"x"), Err(ViewError::ReadOnly { .. })));
     let next = view.data_from(0x1000).unwrap();
     assert_eq!(next, Some(Range { gpa: 0x1000, len: 0x1000 }));
-    let mapping = view.map(Range { gpa: 0x10_0000, len: PAGE }).unwrap();
+    let mapping = map(&view, Range { gpa: 0x10_0000, len: PAGE }).unwrap();
     mapping.read(0, &mut bytes).unwrap();
     assert_eq!(&bytes, b"range");
     assert_eq!(mapping.read_u8(0).unwrap(), b'r');
-    assert!(matches!(view.map(Range { gpa: 0, len: 3 * PAGE }), Err(ViewError::Hole { .. })));
+    assert!(matches!(map(&view, Range { gpa: 0, len: 3 * PAGE }), Err(ViewError::Hole { .. })));
 
     // The host resets the target, which changes nothing of where its memory is.
     host.write(120, &6u64.to_le_bytes());
@@ -215,7 +220,7 @@ fn a_view_is_read_and_mapped_until_it_is_revoked() {
     assert_eq!(view.wait(PATIENCE), Some(Event::Revoked));
     host.wait_for_seen(SEEN_ALL);
     assert!(is_revoked(view.read_at(0, &mut bytes)));
-    assert!(is_revoked(view.map(Range { gpa: 0, len: PAGE })));
+    assert!(is_revoked(map(&view, Range { gpa: 0, len: PAGE })));
     assert_eq!(mapping.read(0, &mut bytes), Err(MappingError::Lost { gpa: 0x10_0000 }));
     assert_eq!(mapping.read_u64(8), Err(MappingError::Lost { gpa: 0x10_0008 }));
     assert_eq!(view.status().ranges, []);
@@ -227,7 +232,7 @@ fn the_hosts_end_of_the_connection_and_the_tools_end_the_view() {
         let machine = Machine::new();
         machine.plug_view(b'a');
         let (view, theirs) = machine.attach().unwrap();
-        let mapping = view.map(Range { gpa: 0, len: PAGE }).unwrap();
+        let mapping = map(&view, Range { gpa: 0, len: PAGE }).unwrap();
         if by_host {
             drop(theirs);
             assert_eq!(view.wait(PATIENCE), Some(Event::Gone));
@@ -244,7 +249,7 @@ fn the_hosts_end_of_the_connection_and_the_tools_end_the_view() {
     let machine = Machine::new();
     machine.plug_view(b'a');
     let (view, _theirs) = machine.attach().unwrap();
-    let mapping = view.map(Range { gpa: 0, len: PAGE }).unwrap();
+    let mapping = map(&view, Range { gpa: 0, len: PAGE }).unwrap();
     drop(view);
     assert_eq!(mapping.read_u8(5).unwrap(), b'a');
     drop(mapping);
@@ -258,7 +263,7 @@ fn no_byte_of_what_comes_after_the_device_is_believed() {
         let machine = Machine::new();
         machine.plug_view(b'a');
         let (view, _theirs) = machine.attach().unwrap();
-        let mapping = view.map(Range { gpa: 0, len: 2 * PAGE }).unwrap();
+        let mapping = map(&view, Range { gpa: 0, len: 2 * PAGE }).unwrap();
         let begun = AtomicBool::new(false);
         std::thread::scope(|scope| {
             scope.spawn(|| {
@@ -334,7 +339,7 @@ fn windows_of_several_slots_are_mapped_in_one_piece() {
     let (view, _theirs) = machine.attach_for(Access::Granted, PATIENCE).unwrap();
     let mut bytes = vec![0; 9 * PAGE_SIZE];
     view.read_at(0, &mut bytes).unwrap();
-    let mapping = view.map(Range { gpa: 0, len: 9 * PAGE }).unwrap();
+    let mapping = map(&view, Range { gpa: 0, len: 9 * PAGE }).unwrap();
     let mut mapped = bytes.clone();
     mapping.read(0, &mut mapped).unwrap();
     assert!(bytes == mapped);
