@@ -33,5 +33,4 @@ mod unplug;
 mod view;
 
 pub use handle::Introspector;
-pub(crate) use handle::Trust;
 pub use open::{OpenError, Opened, Taker};
