@@ -254,8 +254,7 @@ fn locked_down(
     spec: &Spec,
     target: &LookedAt,
 ) -> Result<()> {
-    let agent = &world.qemu(spec)?.agent;
-    agent.put("/sys/kernel/security/lockdown", 0o600, b"integrity")?;
+    world.qemu_root_viewer(spec)?.must("write /sys/kernel/security/lockdown integrity")?;
     let grant = target.grant(world, 1, None)?;
     let output = cli(world, spec, &grant, &["read", &format!("{:#x}", target.gpa), "32"])?;
     let text = output.error_text();
