@@ -47,7 +47,7 @@ pub use crate::core::limits::Limits;
 pub use crate::core::quota::Bound;
 pub use crate::core::refused::Refused;
 pub use crate::daemon::run_daemon;
-pub use crate::introspector::{Introspector, OpenError, Opened, Taker};
+pub use crate::introspector::{Introspector, OpenError, Opened};
 pub use crate::options::Options;
 pub use crate::server::{Server, ServerError};
 pub use crate::service::Service;

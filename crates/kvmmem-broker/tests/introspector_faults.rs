@@ -13,6 +13,7 @@ use kvmmem_client::vmm::{Region, Registration, VmmLink};
 use common::fake_qmp::{FakeQemu, Fault};
 use common::{TestBroker, caller, request, returns, wait_for};
 use kvmmem_broker::{Introspector, OpenError, Opened};
+use kvmmem_proto::guest::MappedBy;
 use rustix::fs::SealFlags;
 
 /// The introspector's context id.
@@ -36,7 +37,7 @@ struct Pair {
 fn open(broker: &TestBroker, introspector: &Arc<Introspector>) -> Result<Opened, OpenError> {
     let spans = Some(vec![Span { gpa: 0, len: 0x4000 }]);
     let request = GrantRequest { spans, ..request(Rights::ReadOnly) };
-    introspector.open(&broker.grant(&request).token, &caller(), false)
+    introspector.open(&broker.grant(&request).token, &caller(), false, MappedBy::Module)
 }
 
 fn add(broker: &TestBroker, qemu: &FakeQemu) -> Result<Arc<Introspector>, String> {
@@ -207,7 +208,7 @@ fn a_view_of_many_windows_takes_several_slots_or_none() {
         ..request(Rights::ReadWrite)
     };
     let token = pair.broker.grant(&request).token;
-    let open = || pair.introspector.open(&token, &caller(), true);
+    let open = || pair.introspector.open(&token, &caller(), true, MappedBy::Module);
     let opened = open().unwrap();
     let addresses: Vec<String> = pair.qemu.machine().devices.values().cloned().collect();
     assert_eq!(addresses.len(), 16 + 3);

@@ -23,7 +23,8 @@ use kvmmem_abi::descriptor::{
     COMPLAINT_AT, COMPLAINT_NO_ADDRESS, GENERATION_AT, SEEN_ALL, SEEN_AT,
 };
 use kvmmem_abi::native::{STATE_GONE, STATE_OPEN, STATE_REVOKED};
-use kvmmem_broker::{Introspector, OpenError, Opened, Taker};
+use kvmmem_broker::{Introspector, OpenError, Opened};
+use kvmmem_proto::guest::MappedBy;
 use rustix::fs::{Mode, OFlags, SealFlags};
 use serde_json::{Value, json};
 
@@ -65,7 +66,7 @@ impl Pair {
 
     fn open(&self, request: &GrantRequest) -> Result<Opened, OpenError> {
         let token = self.broker.grant(request).token;
-        self.introspector.open(&token, &caller(), false)
+        self.introspector.open(&token, &caller(), false, MappedBy::Module)
     }
 
     fn driver(&self) -> Driver {
@@ -80,7 +81,7 @@ impl Pair {
     /// As a tool without the module.
     fn open_for_library(&self) -> Result<Opened, OpenError> {
         let token = self.broker.grant(&request(Rights::ReadOnly)).token;
-        self.introspector.open_for(Taker::Library, &token, &caller(), false)
+        self.introspector.open(&token, &caller(), false, MappedBy::Library)
     }
 
     /// The marks that QEMU has.
@@ -271,7 +272,7 @@ fn a_tool_without_the_module_acknowledges_or_its_bus_is_retired() {
     assert_eq!(pair.marks(), 0);
     let introspector = pair.broker.service.introspector(CID).unwrap();
     let token = pair.broker.grant(&request(Rights::ReadOnly)).token;
-    let opened = introspector.open_for(Taker::Library, &token, &caller(), false).unwrap();
+    let opened = introspector.open(&token, &caller(), false, MappedBy::Library).unwrap();
     // A reset under a view takes all mappings along.
     pair.command("system_reset");
     wait_for("the view to end", || opened.ended());
@@ -316,7 +317,8 @@ fn views_by_one_token_are_told_apart() {
     let Some(pair) = Pair::start(OnSilence::Report) else { return };
     let _driver = pair.driver();
     let granted = pair.broker.grant(&GrantRequest { uses: 2, ..request(Rights::ReadOnly) });
-    let open = || pair.introspector.open(&granted.token, &caller(), false).unwrap();
+    let open =
+        || pair.introspector.open(&granted.token, &caller(), false, MappedBy::Module).unwrap();
     let opened = [open(), open()];
     let pages = pages(pair.qemu.process.id());
     let digests: BTreeSet<[u64; 4]> =
@@ -351,7 +353,8 @@ fn revoking_a_grant_takes_the_devices_away_before_it_is_confirmed() {
     let Some(pair) = Pair::start(OnSilence::Report) else { return };
     let _driver = pair.driver();
     let granted = pair.broker.grant(&GrantRequest { uses: 2, ..request(Rights::ReadOnly) });
-    let open = || pair.introspector.open(&granted.token, &caller(), false).unwrap();
+    let open =
+        || pair.introspector.open(&granted.token, &caller(), false, MappedBy::Module).unwrap();
     let opened = [open(), open()];
     let other = pair.open(&request(Rights::ReadOnly)).unwrap();
     assert_eq!(pair.counts().0, 6);

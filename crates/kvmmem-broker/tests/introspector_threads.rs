@@ -50,7 +50,14 @@ fn an_introspector_costs_one_thread() {
     let _tiger = broker.target("tiger");
     let request = GrantRequest { uses: COUNT, ..request(Rights::ReadOnly) };
     let token = broker.grant(&request).token;
-    let open = |cid: u32| broker.service.introspector(cid).unwrap().open(&token, &caller(), true);
+    let open = |cid: u32| {
+        broker.service.introspector(cid).unwrap().open(
+            &token,
+            &caller(),
+            true,
+            kvmmem_proto::guest::MappedBy::Module,
+        )
+    };
     let views: Vec<_> = (CID..CID + COUNT).map(|cid| open(cid).unwrap()).collect();
     assert_eq!(threads(), expected);
     qemus.iter().for_each(|qemu| qemu.machine().is_stubborn = true);

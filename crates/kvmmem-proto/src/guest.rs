@@ -3,7 +3,7 @@
 //! length, 1 to [`MAX_FRAME`], and that many bytes of JSON.
 //!
 //! ```text
-//! {"open":{"token":"<64 hexadecimal digits>","read_only":true,"caller":{"pid":411,"uid":0,"comm":"scan"}}}
+//! {"open":{"token":"<64 hexadecimal digits>","read_only":true,"caller":{"pid":411,"uid":0,"comm":"scan"},"mapped_by":"module"}}
 //! {"opened":{"view":17,"ticket":"<64 hexadecimal digits>"}}
 //! {"refused":{"refusal":"unknown","message":"token is unknown, used, expired or revoked"}}
 //! ```
@@ -42,10 +42,21 @@ pub enum FromTool {
         read_only: bool,
         /// The process that asks, as it says itself.
         caller: Caller,
-        /// Whether the tool maps the devices by itself, as no driver of ours is loaded.
-        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
-        without_module: bool,
+        /// What maps the view's devices.
+        #[serde(default)]
+        mapped_by: MappedBy,
     },
+}
+
+/// What maps a view's devices in the guest.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum MappedBy {
+    /// The kernel module.
+    #[default]
+    Module,
+    /// The tool's library, through sysfs: in an introspector that is trusted as a whole.
+    Library,
 }
 
 /// What the broker answers, once.

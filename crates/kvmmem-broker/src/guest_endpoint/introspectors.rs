@@ -4,13 +4,14 @@
 use std::sync::{Arc, Weak};
 
 use kvmmem_kvmi::token::Token;
+use kvmmem_proto::guest::MappedBy;
 use kvmmem_proto::message::{Caller, Refusal};
 
 use super::serve::Views;
 use crate::broker::Broker;
 use crate::core::refused::Refused;
 use crate::introspector::list::Introspectors;
-use crate::introspector::{Introspector, Opened, Taker};
+use crate::introspector::{Introspector, Opened};
 use crate::reactor::{self, Reactor};
 
 /// The broker and its introspectors, as long as they live.
@@ -42,10 +43,10 @@ impl Views for IntrospectorViews {
         token: &Token,
         caller: &Caller,
         read_only: bool,
-        taker: Taker,
+        mapped_by: MappedBy,
     ) -> Result<Opened, Refused> {
         // It may take seconds, and the broker need not wait for it to end.
-        Ok(self.of(cid)?.open_for(taker, token, caller, read_only)?)
+        Ok(self.of(cid)?.open(token, caller, read_only, mapped_by)?)
     }
 
     fn number(view: &Opened) -> u64 {
@@ -102,7 +103,7 @@ mod tests {
         );
         let caller = Caller { pid: 1, uid: 0, comm: "x".into() };
         let refused =
-            endpoint.open(7, &Token::new([1; 4]), &caller, true, Taker::Module).unwrap_err();
+            endpoint.open(7, &Token::new([1; 4]), &caller, true, MappedBy::Module).unwrap_err();
         assert_eq!(refused.refusal, Refusal::Denied);
         drop(broker);
         assert_eq!(endpoint.may_ask(7).unwrap_err().refusal, Refusal::Busy);

@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use kvmmem_kvmi::token::Token;
-use kvmmem_proto::guest::{self, Frame, FrameError, FromTool, ToTool};
+use kvmmem_proto::guest::{self, Frame, FrameError, FromTool, MappedBy, ToTool};
 use kvmmem_proto::limit::RateLimit;
 use kvmmem_proto::message::{Caller, Refusal};
 use kvmmem_proto::timed::TimedSocket;
@@ -19,7 +19,6 @@ use rustix::net::{RecvFlags, Shutdown, recv};
 
 use super::connections::{ConnectionLimit, Slot};
 use crate::core::refused::Refused;
-use crate::introspector::Taker;
 use crate::reactor::{self, READABLE, Reactor};
 use crate::sync::lock;
 use crate::workers::{Party, Workers};
@@ -48,7 +47,7 @@ pub(crate) trait Views: Send + Sync + 'static {
         token: &Token,
         caller: &Caller,
         read_only: bool,
-        taker: Taker,
+        mapped_by: MappedBy,
     ) -> Result<Self::View, Refused>;
 
     /// The broker's number for the view.
@@ -148,10 +147,9 @@ impl<V: Views> Connection<V> {
 
     /// Opens the view that is asked for, and answers.
     fn open(self: &Arc<Self>, question: FromTool) {
-        let FromTool::Open { token, read_only, caller, without_module } = question;
-        let taker = if without_module { Taker::Library } else { Taker::Module };
+        let FromTool::Open { token, read_only, caller, mapped_by } = question;
         let (socket, cid) = (self.slot.socket(), self.slot.cid());
-        match self.shared.views.open(cid, &token, &caller, read_only, taker) {
+        match self.shared.views.open(cid, &token, &caller, read_only, mapped_by) {
             Ok(view) => {
                 let answer = ToTool::Opened { view: V::number(&view), ticket: V::ticket(&view) };
                 let deadline = Instant::now() + ANSWER_LIMIT;

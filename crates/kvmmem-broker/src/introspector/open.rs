@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use kvmmem_abi::descriptor::Descriptor;
 use kvmmem_abi::native::{RIGHT_READ, RIGHT_WRITE, STATE_GONE, STATE_OPEN};
 use kvmmem_kvmi::token::Token;
+use kvmmem_proto::guest::MappedBy;
 use kvmmem_proto::message::{Caller, Refusal};
 use kvmmem_proto::scope::Rights;
 use kvmmem_qemu::qmp::{Qmp, QmpError};
@@ -41,15 +42,6 @@ const LOOK: [(Duration, Duration); 2] = [
 /// How long a caller waits for a view of its own to be unplugged. The introspector's thread goes on
 /// where that takes longer.
 const UNPLUG_LIMIT: Duration = Duration::from_millis(1500);
-
-/// Who takes a view's devices up in the guest.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Taker {
-    /// The driver.
-    Module,
-    /// The tool's library, in an introspector that is trusted as a whole.
-    Library,
-}
 
 /// A view that the guest's driver shows. Dropping it closes it, which may take some seconds where
 /// the guest is slow.
@@ -147,7 +139,7 @@ impl From<OpenError> for Refused {
 
 impl Introspector {
     /// Uses a token to open a view, on behalf of a process of the guest. Returns when the guest's
-    /// driver shows it.
+    /// module shows it, or when its devices are plugged in for a library.
     ///
     /// # Errors
     /// [`OpenError`]; what was plugged in is being unplugged then.
@@ -156,23 +148,9 @@ impl Introspector {
         token: &Token,
         caller: &Caller,
         read_only: bool,
+        mapped_by: MappedBy,
     ) -> Result<Opened, OpenError> {
-        self.open_for(Taker::Module, token, caller, read_only)
-    }
-
-    /// As [`Self::open`], for one who takes up the view's devices. If that is a library, this
-    /// returns when they are plugged in.
-    ///
-    /// # Errors
-    /// As [`Self::open`].
-    pub fn open_for(
-        self: &Arc<Self>,
-        taker: Taker,
-        token: &Token,
-        caller: &Caller,
-        read_only: bool,
-    ) -> Result<Opened, OpenError> {
-        if taker == Taker::Library && !self.traits.trust.is_trusted {
+        if mapped_by == MappedBy::Library && !self.traits.trust.is_trusted {
             return Err(OpenError::Untrusted);
         }
         let mut qmp = self.monitor.lend().map_err(MachineError::from)?;
@@ -186,7 +164,7 @@ impl Introspector {
             .map_err(|Refused { refusal, message }| OpenError::Token { refusal, message })?;
         let view = Arc::new(View::new(&attached, since));
         lock(&self.state).views.push(Arc::clone(&view));
-        let shown = self.show((&view, taker), &attached, &slots, &mut qmp);
+        let shown = self.show((&view, mapped_by), &attached, &slots, &mut qmp);
         let is_open = view.opened(shown.is_ok());
         let error = match shown {
             Ok(ticket) if is_open => {
@@ -203,7 +181,7 @@ impl Introspector {
 
     fn show(
         &self,
-        (view, taker): (&Arc<View>, Taker),
+        (view, mapped_by): (&Arc<View>, MappedBy),
         attached: &Attached,
         slots: &PciSlots,
         qmp: &mut Qmp,
@@ -249,10 +227,10 @@ impl Introspector {
             windows: &layout.windows,
             is_read_only,
             has_offset,
-            is_marked: taker == Taker::Library,
+            is_marked: mapped_by == MappedBy::Library,
         };
         plug::plug_in(&view.plug, qmp, &shown, || view.end().is_none())?;
-        if taker == Taker::Module {
+        if mapped_by == MappedBy::Module {
             wait_seen(view)?;
         }
         Ok(ticket)

@@ -45,7 +45,7 @@ proptest! {
         rest: Vec<u8>,
     ) {
         let caller = Caller { pid, uid, comm };
-        let question = FromTool::Open { token: Token::new(words), read_only, caller, without_module: false };
+        let question = FromTool::Open { token: Token::new(words), read_only, caller, mapped_by: MappedBy::Module };
         let mut bytes = Vec::new();
         write(&mut bytes, &question).unwrap();
         prop_assert!(bytes.len() <= 4 + MAX_FRAME);
@@ -59,7 +59,7 @@ proptest! {
     #[test]
     fn a_frame_may_come_in_pieces(words: [u64; 4], pieces in proptest::collection::vec(1usize..40, 1..20)) {
         let caller = Caller { pid: 1, uid: 2, comm: "scan".into() };
-        let question = FromTool::Open { token: Token::new(words), read_only: true, caller, without_module: false };
+        let question = FromTool::Open { token: Token::new(words), read_only: true, caller, mapped_by: MappedBy::Module };
         let mut bytes = Vec::new();
         write(&mut bytes, &question).unwrap();
         let mut pieces = pieces.iter().cycle();
@@ -106,10 +106,14 @@ fn a_frame_is_written_as_the_text_says() {
     let token = Token::from_bytes(&std::array::from_fn(|n| u8::try_from(n).unwrap()));
     let caller = Caller { pid: 411, uid: 0, comm: "scan".into() };
     let mut bytes = Vec::new();
-    write(&mut bytes, &FromTool::Open { token, read_only: true, caller, without_module: false })
-        .unwrap();
+    write(
+        &mut bytes,
+        &FromTool::Open { token, read_only: true, caller, mapped_by: MappedBy::Module },
+    )
+    .unwrap();
     let text = "{\"open\":{\"token\":\"000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1f\",\
-                \"read_only\":true,\"caller\":{\"pid\":411,\"uid\":0,\"comm\":\"scan\"}}}";
+                \"read_only\":true,\"caller\":{\"pid\":411,\"uid\":0,\"comm\":\"scan\"},\
+                \"mapped_by\":\"module\"}}";
     assert_eq!(bytes[..4], u32::try_from(text.len()).unwrap().to_le_bytes());
     assert_eq!(str::from_utf8(&bytes[4..]).unwrap(), text);
     let mut bytes = Vec::new();

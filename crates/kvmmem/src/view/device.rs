@@ -21,12 +21,13 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{SeekFrom, seek};
 use rustix::io::{Errno, pread, pwrite};
 
-use super::guest_endpoint::{GuestConnection, GuestEndpointError, Taker};
+use super::guest_endpoint::{GuestConnection, GuestEndpointError};
 use super::mapping::{Keeps, Mapping};
 use super::vectored::VectoredError;
 use super::{Access, Event, State, Status, ViewError, ViewOperation};
 use crate::explain;
 use kvmmem_memory::range::{Range, first_hole, next_range};
+use kvmmem_proto::guest::MappedBy;
 
 /// The longest that [`DeviceView::wait`] sleeps at once: `status`, called by another thread, takes
 /// the event away for which `poll` would wake this one.
@@ -73,7 +74,8 @@ impl DeviceView {
         let guest = match info.features & FEATURE_DEVICES {
             0 => None,
             _ => {
-                let guest = GuestConnection::open(token, access == Access::ReadOnly, Taker::Module);
+                let guest =
+                    GuestConnection::open(token, access == Access::ReadOnly, MappedBy::Module);
                 Some(Arc::new(guest.map_err(|source| ViewError::GuestEndpoint(Box::new(source)))?))
             }
         };

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use kvmmem_kvmi::token::Token;
 use kvmmem_proto::guest::{self, FrameError};
-use kvmmem_proto::guest::{FromTool, GUEST_PORT, ToTool};
+use kvmmem_proto::guest::{FromTool, GUEST_PORT, MappedBy, ToTool};
 use kvmmem_proto::message::{Caller, Refusal};
 use kvmmem_proto::timed::TimedSocket;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -93,27 +93,18 @@ pub(super) struct GuestConnection {
     ticket: Token,
 }
 
-/// Who takes the view's devices up.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Taker {
-    /// The driver.
-    Module,
-    /// This library.
-    Library,
-}
-
 impl GuestConnection {
     /// Asks the host to open the view that `token` allows; this uses the token. The devices are
     /// plugged in when this returns.
     pub(super) fn open(
         token: &Token,
         read_only: bool,
-        taker: Taker,
+        mapped_by: MappedBy,
     ) -> Result<Self, GuestEndpointError> {
         let port = port()?;
         let stream = VsockStream::connect_with_cid_port(VMADDR_CID_HOST, port);
         let stream = stream.map_err(|source| GuestEndpointError::Connect { port, source })?;
-        let ticket = ask(stream.as_fd(), port, token, read_only, taker)?;
+        let ticket = ask(stream.as_fd(), port, token, read_only, mapped_by)?;
         Ok(Self { stream: stream.into(), ticket })
     }
 
@@ -195,14 +186,14 @@ fn ask(
     port: u32,
     token: &Token,
     read_only: bool,
-    taker: Taker,
+    mapped_by: MappedBy,
 ) -> Result<Token, GuestEndpointError> {
     let mut timed = TimedSocket::new(socket, Instant::now() + LIMIT);
     let question = FromTool::Open {
         token: token.clone(),
         read_only,
         caller: Caller::this_process(),
-        without_module: taker == Taker::Library,
+        mapped_by,
     };
     // Who is refused at once may be so before this is sent; the answer tells.
     let sent = guest::write(&mut timed, &question);
@@ -257,7 +248,7 @@ mod tests {
             assert_eq!(guest::read::<FromTool>(stream).unwrap(), None);
         });
         assert_eq!(
-            ask(ours.as_fd(), 1, &token(), true, Taker::Module).unwrap(),
+            ask(ours.as_fd(), 1, &token(), true, MappedBy::Module).unwrap(),
             Token::new([9; 4])
         );
         assert!(!is_shut(ours.as_fd()));
@@ -275,7 +266,7 @@ mod tests {
             )
             .unwrap();
         });
-        let error = ask(ours.as_fd(), 1, &token(), false, Taker::Module).unwrap_err();
+        let error = ask(ours.as_fd(), 1, &token(), false, MappedBy::Module).unwrap_err();
         assert!(
             matches!(error, GuestEndpointError::Refused { refusal: Refusal::Denied, .. }),
             "{error:?}"
@@ -288,7 +279,7 @@ mod tests {
     fn no_answer_and_a_wrong_one_are_errors() {
         for bytes in [&b""[..], b"\x02\0\0\0{}", b"\xff\xff\xff\xff", b"\x16\0\0\0{"] {
             let (ours, thread) = host(|stream, _| stream.write_all(bytes).unwrap());
-            let error = ask(ours.as_fd(), 27510, &token(), true, Taker::Module).unwrap_err();
+            let error = ask(ours.as_fd(), 27510, &token(), true, MappedBy::Module).unwrap_err();
             assert!(matches!(error, GuestEndpointError::Answer { .. }), "{error:?}");
             assert!(error.to_string().contains("27510"), "{error}");
             thread.join().unwrap();
@@ -296,7 +287,7 @@ mod tests {
         // One that has closed before the question.
         let (ours, theirs) = UnixStream::pair().unwrap();
         drop(theirs);
-        let error = ask(ours.as_fd(), 1, &token(), true, Taker::Module).unwrap_err();
+        let error = ask(ours.as_fd(), 1, &token(), true, MappedBy::Module).unwrap_err();
         assert!(matches!(error, GuestEndpointError::Answer { .. }), "{error:?}");
     }
 

@@ -30,6 +30,7 @@ use std::time::Duration;
 
 use kvmmem_kvmi::token::Token;
 use kvmmem_memory::range::{Range, first_hole, next_range};
+use kvmmem_proto::guest::MappedBy;
 use kvmmem_sys::foreign::Foreign;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use sha2::{Digest as _, Sha256};
@@ -38,7 +39,7 @@ use zeroize::Zeroizing;
 use self::discover::Bus;
 use self::shared::{Follow, Shared, Unproven};
 use super::error::{ViewError, ViewOperation};
-use super::guest_endpoint::{GuestConnection, Taker};
+use super::guest_endpoint::GuestConnection;
 use super::status::{Access, Event, State, Status};
 use super::vectored::VectoredError;
 use discover::SysfsError;
@@ -72,7 +73,8 @@ pub(super) fn is_possible() -> bool {
 
 impl SysfsView {
     pub(super) fn attach(token: &Token, access: Access) -> Result<Arc<Self>, ViewError> {
-        let connection = GuestConnection::open(token, access == Access::ReadOnly, Taker::Library);
+        let connection =
+            GuestConnection::open(token, access == Access::ReadOnly, MappedBy::Library);
         let connection = connection.map_err(|source| ViewError::GuestEndpoint(Box::new(source)))?;
         let bus = Bus { folder: DEVICES.as_ref(), is_alive: bar::is_alive, limit: LIMIT };
         Self::open(&bus, connection, access).map_err(|source| ViewError::Sysfs(Box::new(source)))

@@ -66,9 +66,9 @@ impl Views for Fake {
         token: &Token,
         caller: &Caller,
         read_only: bool,
-        taker: Taker,
+        mapped_by: MappedBy,
     ) -> Result<FakeView, Refused> {
-        assert_eq!(taker, Taker::Module);
+        assert_eq!(mapped_by, MappedBy::Module);
         self.0.asked.lock().unwrap().push((cid, token.clone(), caller.clone(), read_only));
         if *token != good_token() {
             return Err(Refused::new(Refusal::Unknown, "token is unknown"));
@@ -163,7 +163,7 @@ fn caller() -> Caller {
 fn ask(stream: &mut UnixStream, token: Token) -> ToTool {
     guest::write(
         stream,
-        &FromTool::Open { token, read_only: true, caller: caller(), without_module: false },
+        &FromTool::Open { token, read_only: true, caller: caller(), mapped_by: MappedBy::Module },
     )
     .unwrap();
     answer(stream)
@@ -227,7 +227,7 @@ fn who_may_not_ask_is_told_why_and_its_token_is_not_looked_at() {
             token: good_token(),
             read_only: true,
             caller: caller(),
-            without_module: false,
+            mapped_by: MappedBy::Module,
         },
     );
     assert_eq!(answer(&mut tool), ToTool::refused(Refusal::Denied, "VM 8 is no introspector"));
@@ -314,7 +314,7 @@ fn a_vm_has_so_many_connections_and_gets_them_back() {
             token: good_token(),
             read_only: true,
             caller: caller(),
-            without_module: false,
+            mapped_by: MappedBy::Module,
         };
         let _ = guest::write(&mut tool, &question);
         matches!(answer(&mut tool), ToTool::Opened { .. })
