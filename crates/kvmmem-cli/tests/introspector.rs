@@ -169,7 +169,7 @@ fn becomes_an_introspector(machine: &str, is_count: fn(&str) -> bool) {
         list.starts_with("NAME ") && list.contains(&format!("  {count} of {count}\n")),
         "{list}"
     );
-    let slots = format!("\"slots\":{{\"free\":{count},\"count\":{count}}}");
+    let slots = format!("\"slots\":{{\"free\":{count},\"count\":{count},\"retired\":[]}}");
     assert!(run(&["introspector", "list", "--json"]).1.contains(&slots));
     // It is not listed as a target.
     assert!(!run(&["target", "list"]).1.contains("lion"));
