@@ -77,7 +77,7 @@ impl<'a> DebugKernel<'a> {
                 Ok(())
             })?;
             let jobs = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-            ui::step("debug kernel: its build, 10 minutes on two CPUs", || {
+            ui::step("debug kernel: its build, 15 minutes on two CPUs", || {
                 make().arg(format!("-j{jobs}")).args(["-s", "bzImage", "modules"]).run()?;
                 sh(&format!("touch {complete}")).run()
             })?;
