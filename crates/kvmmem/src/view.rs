@@ -49,8 +49,10 @@
 //! both at once. On the host, and without the module, only the process that attached is notified of
 //! the end: a child must not use the view that it inherits. `exec` ends all of them.
 
+mod clear;
 mod device;
 mod error;
+mod events;
 mod guest_endpoint;
 mod host;
 mod mapping;

@@ -6,8 +6,8 @@ mod data;
 mod read_cache;
 
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, Weak};
-use std::time::{Duration, Instant};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, Weak};
+use std::time::Duration;
 
 use kvmmem_proto::map::Region;
 
@@ -18,6 +18,8 @@ use kvmmem_sys::huge_write::write_at;
 use rustix::fs::{SeekFrom, seek};
 use rustix::io::{Errno, pread};
 
+use super::clear::clear;
+use super::events::Events;
 use super::vectored::{VectoredError, batch};
 use super::{Event, State, ViewError, ViewOperation};
 use kvmmem_memory::range::{Range, first_hole, next_range};
@@ -32,10 +34,6 @@ const COPY_LIMIT: usize = 1 << 20;
 /// The most bytes of a batch that the broker copies before another thread gets its channels.
 const BATCH_LIMIT: usize = 8 << 20;
 
-/// How often it is tried to undo a mapping, and how long to wait in between.
-const CLEAR_ATTEMPTS: u32 = 100;
-const CLEAR_PAUSE: Duration = Duration::from_millis(20);
-
 /// The memory that a view reaches. The methods that end or change it return when no access of this
 /// process can see what was before.
 #[derive(Debug)]
@@ -47,10 +45,7 @@ pub(super) struct Memory {
     /// What vectored reads go through, since the first one; of the present generation. Locked
     /// after `reach`, and used with `reach` held alone.
     read_cache: Mutex<Option<Arc<ReadCache>>>,
-    /// The generation of which [`Memory::wait`] told last. Locked before `reach`.
-    told: Mutex<u64>,
-    /// Signalled when `reach` has changed.
-    changed: Condvar,
+    events: Events,
 }
 
 /// What can be reached.
@@ -93,8 +88,7 @@ impl Memory {
             reach: RwLock::new(reach),
             mappings: Mutex::default(),
             read_cache: Mutex::default(),
-            told: Mutex::new(generation),
-            changed: Condvar::new(),
+            events: Events::new(generation),
         }
     }
 
@@ -297,7 +291,7 @@ impl Memory {
             }
         }
         drop(reach);
-        self.tell();
+        self.events.signal();
     }
 
     /// Ends the view; whether nothing of it can be accessed any more.
@@ -315,40 +309,16 @@ impl Memory {
         let left = lost.filter(|memory| !clear(memory)).count();
         // Only now can anybody see that it has ended.
         drop(reach);
-        self.tell();
+        self.events.signal();
         left == 0
     }
 
-    /// Waits until something has happened of which it has not told.
+    /// Waits until something has happened that was not reported.
     pub(super) fn wait(&self, timeout: Duration) -> Option<Event> {
-        let deadline = Instant::now().checked_add(timeout);
-        let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
-        loop {
+        self.events.wait(timeout, || {
             let reach = self.reach();
-            let (state, generation) = (reach.state, reach.generation);
-            drop(reach);
-            match state {
-                State::Revoked => return Some(Event::Revoked),
-                State::Gone => return Some(Event::Gone),
-                State::Open if generation > *told => {
-                    *told = generation;
-                    return Some(Event::Changed);
-                }
-                State::Open => {}
-            }
-            let left =
-                deadline.map_or(timeout, |end| end.saturating_duration_since(Instant::now()));
-            if left.is_zero() {
-                return None;
-            }
-            told = self.changed.wait_timeout(told, left).unwrap_or_else(PoisonError::into_inner).0;
-        }
-    }
-
-    fn tell(&self) {
-        // Under the lock, so that no thread is between its check and its wait.
-        let _told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
-        self.changed.notify_all();
+            (reach.state, reach.generation)
+        })
     }
 
     fn mappings(&self) -> MutexGuard<'_, Vec<ReservedMapping>> {
@@ -489,21 +459,6 @@ fn joined(regions: &[Region]) -> Vec<Region> {
 
 fn range(region: &Region) -> Range {
     Range { gpa: region.gpa, len: region.len }
-}
-
-/// Whether the mapping is undone, if need be after several attempts: the system may be short of
-/// memory.
-fn clear(memory: &Foreign) -> bool {
-    for _ in 0..CLEAR_ATTEMPTS {
-        match memory.clear(0, memory.len()) {
-            Ok(()) => return true,
-            Err(error) => {
-                tracing::error!(%error, address = format_args!("{:#x}", memory.address()), "cannot undo a mapping yet");
-            }
-        }
-        std::thread::sleep(CLEAR_PAUSE);
-    }
-    false
 }
 
 fn copy_failed(operation: ViewOperation, gpa: u64, error: CopyError) -> ViewError {

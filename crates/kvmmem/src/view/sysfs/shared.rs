@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What the view, its mappings and its watcher share: the devices, and what they show.
 
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, Weak};
 use std::time::{Duration, Instant};
 
 use kvmmem_abi::descriptor::{COMPLAINT_INVALID, SEEN_ALL, WindowRange};
@@ -13,7 +13,9 @@ use rustix::io::Errno;
 use super::bar::Bar;
 use super::discover::Devices;
 use super::head::{PageError, Snapshot};
+use crate::view::clear::clear;
 use crate::view::error::{ViewError, ViewOperation};
+use crate::view::events::Events;
 use crate::view::status::{Event, State, Status};
 
 /// The most bytes that one proof is for: the view's end waits for it.
@@ -23,20 +25,13 @@ pub(crate) const PROOF_LIMIT: usize = 1 << 20;
 const BUSY_LIMIT: Duration = Duration::from_secs(1);
 const BUSY_PAUSE: Duration = Duration::from_micros(500);
 
-/// How often it is tried to remove a mapping, and how long to wait in between.
-const CLEAR_ATTEMPTS: u32 = 100;
-const CLEAR_PAUSE: Duration = Duration::from_millis(10);
-
 #[derive(Debug)]
 pub(super) struct Shared {
     /// Held for reading while the devices' memory is accessed.
     reach: RwLock<Reach>,
     /// Other mappings of the windows. Locked after `reach`.
     mappings: Mutex<Vec<Weak<Foreign>>>,
-    /// The generation that [`Shared::wait`] has reported. Locked before `reach`.
-    told: Mutex<u64>,
-    /// Signalled when `reach` has changed.
-    changed: Condvar,
+    events: Events,
     /// The process that attached.
     process: u32,
 }
@@ -90,8 +85,7 @@ impl Shared {
         Self {
             reach: RwLock::new(Reach { generation, state, snapshot, devices: Some(devices) }),
             mappings: Mutex::default(),
-            told: Mutex::new(generation),
-            changed: Condvar::new(),
+            events: Events::new(generation),
             process: std::process::id(),
         }
     }
@@ -272,7 +266,7 @@ impl Shared {
             }
         }
         drop(reach);
-        self.tell();
+        self.events.signal();
     }
 
     /// Ends the view, if it has not ended: no access is under way and nothing is mapped any more
@@ -291,7 +285,7 @@ impl Shared {
         drop(head);
         // Only now can others see that it has ended.
         drop(reach);
-        self.tell();
+        self.events.signal();
     }
 
     /// Removes the memory of all mappings; `false` where one keeps it. Nothing maps meanwhile, as
@@ -304,35 +298,10 @@ impl Shared {
 
     /// Waits for something that has not been reported.
     pub(super) fn wait(&self, timeout: Duration) -> Option<Event> {
-        let deadline = Instant::now().checked_add(timeout);
-        let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
-        loop {
-            let (state, generation) = {
-                let reach = self.reach();
-                (reach.state, reach.generation)
-            };
-            match state {
-                State::Revoked => return Some(Event::Revoked),
-                State::Gone => return Some(Event::Gone),
-                State::Open if generation > *told => {
-                    *told = generation;
-                    return Some(Event::Changed);
-                }
-                State::Open => {}
-            }
-            let left =
-                deadline.map_or(timeout, |end| end.saturating_duration_since(Instant::now()));
-            if left.is_zero() {
-                return None;
-            }
-            told = self.changed.wait_timeout(told, left).unwrap_or_else(PoisonError::into_inner).0;
-        }
-    }
-
-    fn tell(&self) {
-        // Under the lock, so that no thread is between its check and its wait.
-        let _told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
-        self.changed.notify_all();
+        self.events.wait(timeout, || {
+            let reach = self.reach();
+            (reach.state, reach.generation)
+        })
     }
 
     fn reach(&self) -> RwLockReadGuard<'_, Reach> {
@@ -394,16 +363,4 @@ impl Reach {
         let end = gpa.saturating_add(len);
         self.snapshot.ranges.iter().filter(move |it| it.gpa < end && it.gpa + it.len > gpa)
     }
-}
-
-/// Removes the memory of a mapping; `false` where the system does not.
-fn clear(memory: &Foreign) -> bool {
-    for _ in 0..CLEAR_ATTEMPTS {
-        if memory.clear(0, memory.len()).is_ok() {
-            return true;
-        }
-        // The process may be at its limit of mappings for the moment.
-        std::thread::sleep(CLEAR_PAUSE);
-    }
-    false
 }
